@@ -186,7 +186,7 @@ class Bases:
     @cached_property
     def judge(self) -> RewardModel:
         plain = RewardModel(load_model(self.directory / "reward" / "model"))
-        return plain.normalised(drawn(self.start, self.tokenizer, self.prompts[:64], 0, ANSWER))
+        return plain.normalized(drawn(self.start, self.tokenizer, self.prompts[:64], 0, ANSWER))
 
     def source(self, arm: Arm, seed: int, directory: Path) -> RolloutSource:
         phase = RolloutConfig(

@@ -213,7 +213,7 @@ def check(name: str) -> None:
     theirs = AutoModel.from_pretrained(fetched("minilm")).eval()
     padded = firth_parts(name, dropout=False)[2]
     [batch] = padded.batches(0)
-    there = batch["appears"] == 0
+    there = batch["key_time"] == 0
     given = coder.pad(
         [{k: v for k, v in rows[i].items() if k != "labels"} for i in padded.source.order(0, padded.positions(0))[1]],
         return_tensors="pt",
@@ -247,14 +247,14 @@ def floor(name: str) -> None:
     drawn = [tokens[packed.source.order(0, packed.positions(number))[1]] for number in range(steps)]
     useful, widths = sum(int(n.sum()) for n in drawn), [int(n.max()) for n in drawn]
     slots = task.rows * sum(widths)
-    peer = stack_flops(model.shape, Work(slots, task.rows * sum(w * w for w in widths)))
-    ours = sum(objective.run_flops(model, batch) for batch in mine)
+    peer = stack_flops(model.config, Work(slots, task.rows * sum(w * w for w in widths)))
+    ours = sum(objective.forward_flops(model, batch) for batch in mine)
     cells = sum(batch["tokens"].numel() for batch in mine)
     rate, memory = gemm_rate(PRODUCTS[choose("auto", torch.device("cpu"))]), memory_rate()
     words = np.unique(np.concatenate([batch["tokens"].numpy().ravel() for batch in mine]))
     whole = sum(p.numel() for p in model.parameters())
     table = model.tokens.weight.numel()
-    read = whole - table + len(words) * model.shape.width
+    read = whole - table + len(words) * model.config.width
     print(
         f"{useful / steps:,.0f} useful tokens a step; slots for each: {slots / useful:.2f} padded, {cells / useful:.2f} packed"
     )

@@ -102,7 +102,7 @@ class Arm:
     rate: float = 0.0
 
     @property
-    def reads(self) -> tuple[str, str]:
+    def attention_pattern(self) -> tuple[str, str]:
         """The corpus, and the model whose tokenizer reads it."""
         return "brown" if self.pairs else "shakespeare", "minilm" if self.rate else ""
 

@@ -105,7 +105,7 @@ def contend(name: str, seed: int, steps: int, results: Path) -> dict[str, object
     made = recipe(name, seed, steps, results)
     tokenizer = Tokenizer.load(results / "tokenizer")
     data = RunData(made.data, tokenizer, results, memory_length=made.model.memory_length if made.model else 0)
-    held, store = examples.build_datasets(made.examples, data, made.objective).valid, data.stores()[1]
+    held, store = examples.build_datasets(made.examples, data, made.objective).validation, data.stores()[1]
     assert held is not None and store is not None and made.model is not None
     config = replace(made.model, vocab_size=tokenizer.vocab.size)
     torch.manual_seed(seed)

@@ -69,7 +69,7 @@ def brown(folder: Path) -> None:
     for line in (source / "tagged.jsonl").read_text("utf-8").splitlines():
         row = json.loads(line)
         row["tags"] = [tag.removeprefix("fw-").split("-")[0].split("+")[0] or tag for tag in row["tags"]]
-        rows[row["document"] in apart].append(json.dumps(row))
+        rows[row["document_ids"] in apart].append(json.dumps(row))
     (folder / "tagged.jsonl").write_text("\n".join(rows[False]) + "\n", "utf-8")
     (folder / "scored_tags.jsonl").write_text("\n".join(rows[True]) + "\n", "utf-8")
 
@@ -104,7 +104,11 @@ def headlines_study(seed: int, steps: Steps) -> dict[str, float]:
     """A classifier from nothing, from vectors, from the whole language model."""
     bare = (f"data.path={data()}/bare.jsonl",)
     w2v = stage(
-        "vectors", "word2vec", seed, steps(600), [*bare, *TOKENIZER, f"model.hidden_size={WIDTH}", "examples.max_length=256"]
+        "vectors",
+        "word2vec",
+        seed,
+        steps(600),
+        [*bare, *TOKENIZER, f"model.hidden_size={WIDTH}", "examples.max_length=256"],
     )
     shape = (f"model={READER}", f"tokenizer.path={w2v.directory}")
     lm = stage("lm", "lstm", seed, steps(800), [*bare, *shape, "examples.max_length=64", "batch.size=32"])
@@ -127,7 +131,12 @@ def headlines_study(seed: int, steps: Steps) -> dict[str, float]:
 
 
 def brown_vectors(seed: int, steps: Steps, algorithm: str = "skipgram") -> RunResult:
-    settings = (f"data.path={data()}/text", *TOKENIZER, f"model.hidden_size={WIDTH}", f"objective.algorithm={algorithm}")
+    settings = (
+        f"data.path={data()}/text",
+        *TOKENIZER,
+        f"model.hidden_size={WIDTH}",
+        f"objective.algorithm={algorithm}",
+    )
     return stage(f"brown-{algorithm}", "word2vec", seed, steps(1200), settings)
 
 
@@ -139,7 +148,11 @@ def tags_study(seed: int, steps: Steps) -> dict[str, float]:
     elmo = stage("elmo", "elmo", seed, steps(500), [text, *spelled, "examples.max_length=64", "batch.size=16"])
     for way in ("forward", "backward"):
         found[f"elmo {way}, held-out loss"] = elmo.metrics[f"valid/loss/{way}"]
-    task = (f"data.path={data()}/tagged.jsonl", f"data.validation_path={data()}/scored_tags.jsonl", "examples.max_length=64")
+    task = (
+        f"data.path={data()}/tagged.jsonl",
+        f"data.validation_path={data()}/scored_tags.jsonl",
+        "examples.max_length=64",
+    )
     for name, start in (("an untrained ELMo", spelled[:2]), ("word vectors", (f"init_from={words.directory}",)),
                         ("ELMo", (f"init_from={elmo.directory}",))):  # fmt: skip
         done = stage(f"tags-{name.replace(' ', '_')}", "tag_features", seed, steps(300), [*task, *start])

@@ -102,7 +102,7 @@ def recipe(
     pack: int = 0, vocab: int = 4096, tokenizer: str = "",
 ) -> Recipe:  # fmt: skip
     return Recipe(
-        name=name, objective=objective, examples=examples, data=source, config=config, init_from=start, seed=seed,
+        name=name, objective=objective, examples=examples, data=source, model=config, init_from=start, seed=seed,
         tokenizer=TokenizerConfig(vocab_size=vocab, path=tokenizer), batch=BatchConfig(size=rows, pack_to_length=pack),
         optimizer=optimizer or OptimizerConfig(), schedule=schedule or Schedule("wsd"), budget=place.steps(steps),
         evaluation=EvalConfig(max_examples=max(64, round(HELD * place.scale))),
@@ -142,7 +142,7 @@ def contrastive(place: Place, seed: int) -> Iterator[tuple[str, dict[str, float]
 def nearer(directory: Path, source: DataConfig, examples: SegmentPairsConfig) -> dict[str, float]:
     """Held-out pairs of a run's text, whatever it was trained on: shares and mean squared distance."""
     tokenizer = Tokenizer.load(str(directory / "tokenizer"))
-    held = examples.build(RunData(source, tokenizer, directory), Contrastive()).valid
+    held = examples.build(RunData(source, tokenizer, directory), Contrastive()).validation
     assert held is not None
     batches = Batches(spread(held, 2000), Contrastive(), tokenizer.vocab, batch_size=64, seed=0)
     return validate(load_model(directory / "model"), Contrastive(), batches.all_batches())

@@ -82,7 +82,10 @@ NOTHING = ["optimizer.lr=1e-12", "optimizer.embedding_lr=0", "optimizer.scalar_l
 def objective(name: str, seed: int, results: Path, scale: float) -> dict[str, Any]:
     """Pretrained, untrained and downstream losses of an objective."""
     work = results / "work" / f"{name.replace(' ', '-').replace(':', '')}-{seed}"
-    shared = [f"tokenizer.path={coder(results, 'shakespeare', 'byte-bpe', 4096)}", f"data.cache_dir={results / 'stores'}"]
+    shared = [
+        f"tokenizer.path={coder(results, 'shakespeare', 'byte-bpe', 4096)}",
+        f"data.cache_dir={results / 'stores'}",
+    ]
     recipe = OBJECTIVES[name]
     steps, tuned = max(2, round(STEPS * scale)), max(2, round(TUNED * scale))
     learnt = train(recipe, seed, work / "trained", [*shared, "evaluation.every=0", f"max_steps={steps}"])
@@ -110,7 +113,7 @@ def closed_book(name: str, seed: int, results: Path, scale: float) -> dict[str, 
     shared = [f"tokenizer.path={coder(results, 'places', 'bpe', 8192)}", "evaluation.every=0"]
     steps = max(2, round(READ * scale))
     noise = BOOKS[name]
-    how = [f"objective.noise_words={noise}", f"max_steps={steps}"] if noise else NOTHING
+    how = [f"objective.noise={noise}", f"max_steps={steps}"] if noise else NOTHING
     read = train(["closed_book"], seed, work / "read", [*shared, *how])
     asked = [
         f"init_from={work / 'read'}",

@@ -61,7 +61,13 @@ DECAY, BETA2, WARMUP = 0.01, 0.98, 0.1
 def own(_: Path, quick: bool) -> Path:
     """Our own pretrained encoder, made once."""
     steps = 4 if quick else 1600
-    settings = ["data.corpus=brown", f"max_steps={steps}", "evaluation.every=0", f"checkpoint.every={steps}", "sample_prompts=[]"]
+    settings = [
+        "data.corpus=brown",
+        f"max_steps={steps}",
+        "evaluation.every=0",
+        f"checkpoint.every={steps}",
+        "sample_prompts=[]",
+    ]
     return run(load("roberta", settings), RESULTS / "own", say).model
 
 
@@ -102,7 +108,7 @@ JOBS = {
     ),
     "ner": Job("ner_finance/ner_finance.jsonl", "tag", ("f1", "accuracy"), 160, 16, ("examples.max_length=96",)),
     "speech": Job(
-        "brown/tagged.jsonl", "tag", ("accuracy",), 120, 24, ("examples.max_length=64",), lambda i, row: row["document"],
+        "brown/tagged.jsonl", "tag", ("accuracy",), 120, 24, ("examples.max_length=64",), lambda i, row: row["document_ids"],
         rates=RATES | {"minilm": 5e-4, "trainer": 5e-4},  # 470 tags: at 1e-4 both stop half-way
     ),
     "squad": Job(

@@ -253,7 +253,7 @@ def vectors(file: Path, tokenizer: Tokenizer, model: LM) -> Row:
     with serving(file, embedding=True) as server:
         for text in said:
             theirs = np.array(server.ask("/embedding", {"content": text})[0]["embedding"])  # type: ignore[index]
-            framed = tokenizer.vocab.frame(tokenizer.encode(text)).astype(np.int64)
+            framed = tokenizer.vocab.add_special_tokens(tokenizer.encode(text)).astype(np.int64)
             with attention_pattern_of(model):
                 ours = model(rectangle([framed], torch.device("cpu"), causal=False))[0].numpy()
             worst = max(worst, float(np.abs(ours - theirs).max()) if ours.shape == theirs.shape else np.inf)
@@ -274,7 +274,10 @@ def checks(arguments: argparse.Namespace, folder: Path) -> Iterator[Row]:
     biased = replace(config, bias=True, tie_embeddings=True, rope_theta=50000.0, num_kv_heads=4)
     gguf.write(random(biased), tokenizer, file, "F32")
     yield texts("llama, tied and biased, F32", file, arguments.new)
-    for name, more in (("qwen2", {"bias": True, "bias_location": "qkv"}), ("qwen3", {"qk_norm": True, "qk_norm_weight": True})):
+    for name, more in (
+        ("qwen2", {"bias": True, "bias_location": "qkv"}),
+        ("qwen3", {"qk_norm": True, "qk_norm_weight": True}),
+    ):
         made: dict[str, Any] = more
         gguf.write(random(replace(config, **made)), tokenizer, file, "F32")
         yield texts(f"{name}, random, F32", file, arguments.new)

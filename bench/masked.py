@@ -229,7 +229,7 @@ def check() -> None:
             for number in range(20):
                 [batch] = batches.batches(number)
                 asked += count_targets(objective, [batch])["tokens"].item()
-                useful += int((batch["document"] > 0).sum())
+                useful += int((batch["document_ids"] > 0).sum())
                 slots += batch["tokens"].numel()
             mine = batches.source.order(0, np.arange(20 * ROWS))[1]
             assert useful == lengths[mine].sum(), "firth packed other tokens than the sentences'"

@@ -40,7 +40,7 @@ from firth.runs.prepare import RunData
 from firth.runs.recipe import Recipe, load
 from firth.runs.tokenizer import tokenizer_of
 from firth.train.cpu_setup import keep_freed_memory
-from firth.train.optimizer import Mover
+from firth.train.optimizer import Optimizer
 from firth.train.precision import casts, choose
 from firth.train.step import step
 from firth.types import IGNORE, NEVER, Batch
@@ -71,7 +71,7 @@ def prepared(name: str) -> tuple[Recipe, Objective, Batches]:
     )
     cut = examples.build_datasets(recipe.examples, data, recipe.objective)
     batches = Batches(
-        cut.train, recipe.objective, tokenizer.vocab.starting(recipe.model.decoder_start_token), batch_size=recipe.batch.size, seed=0,
+        cut.train, recipe.objective, tokenizer.vocab.with_decoder_start(recipe.model.decoder_start_token), batch_size=recipe.batch.size, seed=0,
         pack_to_length=recipe.batch.pack_to_length,
     )  # fmt: skip
     return recipe, recipe.objective, batches
@@ -91,8 +91,8 @@ def useful(batch: Batch) -> int:
     total = 0
     for side in ("", "source_"):
         if side + "tokens" in batch:
-            appears = batch.get(side + "appears", torch.zeros_like(batch[side + "tokens"]))
-            leaves = batch.get(side + "leaves", torch.full_like(appears, NEVER))
+            appears = batch.get(side + "key_time", torch.zeros_like(batch[side + "tokens"]))
+            leaves = batch.get(side + "key_expiry", torch.full_like(appears, NEVER))
             total += int(((appears != NEVER) & (leaves == NEVER)).sum())
     return total
 
@@ -105,15 +105,15 @@ def ours(name: str) -> Iterator[int]:
     torch.manual_seed(0)
     model = LM(recipe.model, objective.heads(recipe.model))
     init_head(model, objective, batches)
-    mover = Mover(recipe.optimizer, model, sparse=True)
+    mover = Optimizer(recipe.optimizer, model, sparse=True)
     precision = casts(choose(recipe.precision, CPU), CPU)
     pool = [(batches.batches(i), useful(padded(batches, i))) for i in range(POOL)]
     model.train()
     for number in count():
         here, tokens = pool[number % POOL]
         step(model, objective, here, precision=precision)
-        mover.clip()
-        mover.move(0.1)
+        mover.clip_grad_norm()
+        mover.step(0.1)
         yield tokens
 
 
@@ -155,7 +155,7 @@ def mean(logits: Tensor, labels: Tensor) -> Tensor:
 def there(batch: Batch, side: str = "") -> Tensor:
     """transformers' attention mask."""
     tokens = batch[side + "tokens"]
-    return (batch.get(side + "appears", torch.zeros_like(tokens)) != NEVER).long()
+    return (batch.get(side + "key_time", torch.zeros_like(tokens)) != NEVER).long()
 
 
 def sizes(recipe: Recipe) -> dict[str, Any]:
@@ -204,10 +204,10 @@ def masked(kind: str, recipe: Recipe) -> Peer:
         model = t.BertForMaskedLM(t.BertConfig(**sizes(recipe)))
 
     def loss(batch: Batch) -> Tensor:
-        if "leaves" not in batch:
+        if "key_expiry" not in batch:
             return mean(model(input_ids=batch["tokens"], attention_mask=there(batch)).logits, batch["labels"])
         # MPNet's row: the text, stand-ins, queries. The peer sees the text with its masks.
-        rows = int(((batch["leaves"] == NEVER) & (batch["appears"] != NEVER)).sum(-1).max())
+        rows = int(((batch["key_expiry"] == NEVER) & (batch["key_time"] != NEVER)).sum(-1).max())
         tokens, labels = batch["tokens"][:, :rows].clone(), torch.full_like(batch["tokens"][:, :rows], IGNORE)
         row, slot = (batch["labels"] != IGNORE).nonzero(as_tuple=True)
         place = batch["positions"][row, slot].long()
@@ -233,7 +233,7 @@ def paired(kind: str, recipe: Recipe) -> Peer:
     field = "order" if kind == "albert" else "next"
 
     def loss(batch: Batch) -> Tensor:
-        out = model(input_ids=batch["tokens"], attention_mask=there(batch), token_type_ids=batch["segments"])
+        out = model(input_ids=batch["tokens"], attention_mask=there(batch), token_type_ids=batch["token_type_ids"])
         second = out.sop_logits if kind == "albert" else out.seq_relationship_logits
         return mean(out.prediction_logits, batch["labels"]) + F.cross_entropy(second, batch[field][:, 0])
 
@@ -296,7 +296,7 @@ def xlnet(recipe: Recipe) -> Peer:
     def loss(batch: Batch) -> Tensor:
         queries = int((batch["labels"] != IGNORE).sum(-1).max())
         n = batch["tokens"].shape[1] - queries
-        appears, looks = batch["appears"][:, :n], batch["looks"][:, :n]
+        appears, looks = batch["key_time"][:, :n], batch["query_time"][:, :n]
         hidden = (appears[:, None, :] > looks[:, :, None]).float()
         asked = batch["labels"][:, n:]
         places = F.one_hot(batch["positions"][:, n:].long().clamp(0, n - 1), n).float()

@@ -55,7 +55,13 @@ def made(folder: Path) -> list[Path]:
     from firth.tokenizer.train import train
 
     tokenizer = train(list(topics.values())[:60], "byte-bpe", vocab_size=1000, seed=0)
-    size: dict[str, int] = {"vocab_size": tokenizer.vocab.size, "hidden_size": 64, "num_layers": 2, "num_heads": 4, "max_positions": 128}
+    size: dict[str, int] = {
+        "vocab_size": tokenizer.vocab.size,
+        "hidden_size": 64,
+        "num_layers": 2,
+        "num_heads": 4,
+        "max_positions": 128,
+    }
     shapes = {
         "llama": ModelConfig(**size, norm="rms", norm_bias=False, position="rotary", activation="swiglu", bias=False, num_kv_heads=2),  # type: ignore[arg-type]
         "gpt2": ModelConfig(**size),
@@ -100,10 +106,14 @@ def reference(directory: Path) -> dict[str, Any]:
     }
     told["family"] = json.loads(config.read_text())["model_type"]
     for text in TEXTS:
-        ids = tokenizer.vocab.frame(tokenizer.encode(text)) if kind == "both" else encode_prompt(tokenizer, text, model)
+        ids = (
+            tokenizer.vocab.add_special_tokens(tokenizer.encode(text))
+            if kind == "both"
+            else encode_prompt(tokenizer, text, model)
+        )
         row = torch.as_tensor(ids)[None].long()
         steps = torch.arange(len(ids))[None]
-        batch = {"tokens": row} | ({} if kind == "both" else {"looks": steps, "appears": steps})
+        batch = {"tokens": row} | ({} if kind == "both" else {"query_time": steps, "key_time": steps})
         with torch.no_grad():
             states = model(batch | ({"source_tokens": row} if kind == "source" else {}))
             logits: torch.Tensor = model.heads["lm"](states) if "lm" in model.heads else states

@@ -56,9 +56,9 @@ def speed(batches: Batches) -> float:
 
 def real(batch: dict[str, torch.Tensor], side: str) -> int:
     """Tokens that are not padding."""
-    if side + "appears" not in batch:
+    if side + "key_time" not in batch:
         return batch[side + "tokens"].numel()
-    return int((batch[side + "appears"] < 1 << 30).sum())
+    return int((batch[side + "key_time"] < 1 << 30).sum())
 
 
 def main() -> None:

@@ -144,7 +144,7 @@ def firth_parts(task: Task) -> tuple[Any, Any, Any]:
         llama("dpo").save_pretrained(directory)
         config = load_model(Path(directory)).config
         torch.manual_seed(0)
-        model = LM(config, objective.parts(config))
+        model = LM(config, objective.heads(config))
         init_from(model, Path(directory))
     if task == "dpo":
         with casts(choose("auto", cpu), cpu)():

@@ -68,14 +68,14 @@ def flops() -> dict[str, float]:
 def firth_phases(name: str, chosen: Literal["fp32", "bf16"]) -> Phases:
     """The phases of firth's step, in order; each leaves what the next one needs."""
     from firth.train.cpu_setup import flush_denormals, keep_freed_memory
-    from firth.train.optimizer import Mover, OptimizerConfig
+    from firth.train.optimizer import Optimizer, OptimizerConfig
     from firth.train.step import step
 
     keep_freed_memory()
     flush_denormals()
     casts = precision.casts(chosen, torch.device("cpu"))
     model, objective, batches = firth_parts()
-    mover = Mover(OptimizerConfig(name=name), model, sparse=True)  # type: ignore[arg-type]
+    mover = Optimizer(OptimizerConfig(name=name), model, sparse=True)  # type: ignore[arg-type]
     made: list[Any] = []
     number = iter(range(1_000_000))
 
@@ -85,8 +85,8 @@ def firth_phases(name: str, chosen: Literal["fp32", "bf16"]) -> Phases:
     return [
         ("view and batch", batch),
         ("forward and backward", lambda: step(model, objective, made, precision=casts)),
-        ("clip", mover.clip),
-        (f"move ({name})", lambda: mover.move(0.5)),
+        ("clip", mover.clip_grad_norm),
+        (f"move ({name})", lambda: mover.step(0.5)),
     ]
 
 

@@ -157,7 +157,7 @@ def check(where: str) -> None:
         asked = torch.from_numpy(shown.astype(np.int64))[None]
         ids += tokenizer.encode(prompt, add_special_tokens=False) == shown.tolist()
         with attention_pattern_of(engine.model):
-            mine = engine.model.parts["lm"](engine.model(rectangle([shown], torch.device("cpu"))))
+            mine = engine.model.heads["lm"](engine.model(rectangle([shown], torch.device("cpu"))))
             logits = model(asked).logits
         worst = max(worst, float((mine - logits).abs().max() / logits.abs().max()))
         out = model.generate(asked, attention_mask=torch.ones_like(asked), max_new_tokens=NEW, do_sample=False)

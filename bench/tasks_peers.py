@@ -130,13 +130,13 @@ def scored(peer: Peer, examples: Any, said: Any) -> dict[str, float]:
 
 def tested(examples: Any) -> int:
     """Records: several windows may be of one."""
-    return len(np.unique(examples.owners))
+    return len(np.unique(examples.record_ids))
 
 
 def ids(example: Example) -> Row:
     """The fields that every model of BERT's reads."""
     tokens = example["tokens"].tolist()
-    segments = example["segments"].tolist() if "segments" in example else [0] * len(tokens)
+    segments = example["token_type_ids"].tolist() if "token_type_ids" in example else [0] * len(tokens)
     return {"input_ids": tokens, "token_type_ids": segments, "attention_mask": [1] * len(tokens)}
 
 

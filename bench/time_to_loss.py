@@ -272,7 +272,7 @@ def run_firth(clock: Clock, data: Text, seed: int, settings: Settings | None, ad
 
     def score(tokens: Tensor, labels: Tensor) -> Tensor:
         moments = when.expand(tokens.shape)
-        batch = {"tokens": tokens, "labels": labels, "looks": moments, "appears": moments}
+        batch = {"tokens": tokens, "labels": labels, "query_time": moments, "key_time": moments}
         return objective.loss(model, objective.forward(model, batch), batch)["tokens"]
 
     def evaluate(_: LM, __: int) -> dict[str, float]:

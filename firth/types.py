@@ -26,7 +26,7 @@ IGNORE = -100
 """The label of a position where nothing is asked (torch's own `ignore_index`)."""
 
 NEVER = 1 << 30
-"""The moment that never comes: a token that `appears` NEVER is seen by no position (padding, query slots)."""
+"""The moment that never comes: a token that `key_time` NEVER is seen by no position (padding, query slots)."""
 
 
 ALWAYS = 1 - NEVER

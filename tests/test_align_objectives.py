@@ -85,7 +85,7 @@ def test_sft_is_the_mean_over_answered_tokens() -> None:
 
 
 def causal(n: int) -> dict[str, torch.Tensor]:
-    return {"looks": torch.arange(n)[None], "appears": torch.arange(n)[None]}
+    return {"query_time": torch.arange(n)[None], "key_time": torch.arange(n)[None]}
 
 
 def test_text_to_text_learns_from_encoder_to_decoder() -> None:
@@ -365,7 +365,11 @@ def test_reinforce_is_the_exact_gradient_within_monte_carlo_error() -> None:
 
     def log_p() -> torch.Tensor:
         hidden = model(
-            {"tokens": rows[:, :-1], "looks": torch.arange(2).expand(25, 2), "appears": torch.arange(2).expand(25, 2)}
+            {
+                "tokens": rows[:, :-1],
+                "query_time": torch.arange(2).expand(25, 2),
+                "key_time": torch.arange(2).expand(25, 2),
+            }
         )
         return model.heads["lm"](hidden).log_softmax(-1).gather(-1, answers[..., None])[..., 0].sum(-1)
 

@@ -163,7 +163,7 @@ def test_a_model_without_dropout_has_nothing_to_report() -> None:
 
 
 def test_every_objective_with_precomputed_fields_is_tested() -> None:
-    found = {name for name in objectives.OBJECTIVES if objectives.find(name)().precomputed}
+    found = {name for name in objectives.OBJECTIVES if objectives.find(name)().precomputed_fields}
     assert found == set(SETTINGS)
     assert not any(objectives.find(name)().dropout for name in found)
     assert all(objectives.find(name)().dropout for name in objectives.OBJECTIVES if name not in found)
@@ -299,7 +299,7 @@ def test_rewards_that_are_all_alike_move_nothing(place: Path, rewards: Path) -> 
 
 
 def test_prompts_leave_room_for_the_answer(place: Path, tmp_path: Path) -> None:
-    """Of the 64 positions max_new=40 leaves 24: longer prompts are left out and counted; where none is left, one sentence."""
+    """Of the 64 positions max_new_tokens=40 leaves 24: longer prompts are left out and counted; where none is left, one sentence."""
     records = tmp_path / "prompts.jsonl"
     some = [" ".join(WORDS[:2])] * 4 + [" ".join(WORDS * 2)] * 3
     records.write_text("\n".join(json.dumps({"prompt": text}) for text in some))
@@ -312,7 +312,7 @@ def test_prompts_leave_room_for_the_answer(place: Path, tmp_path: Path) -> None:
     )
     with pytest.raises(UserError, match="no prompt of at most 2 tokens"):
         first_rows(place, tmp_path / "none", "ppo", f"data.path={records}", "examples.max_new_tokens=62")
-    with pytest.raises(UserError, match=r"segment\.max_new=64 leaves no room for a prompt in the 64 positions"):
+    with pytest.raises(UserError, match=r"segment\.max_new_tokens=64 leaves no room for a prompt in the 64 positions"):
         first_rows(place, tmp_path / "room", "ppo", f"data.path={records}", "examples.max_new_tokens=64")
 
 

@@ -63,7 +63,7 @@ def letters_only(model: LM) -> LM:
         rows = torch.tensor(rng.integers(7 + ord("a"), 7 + ord("q"), (32, 10)))
         when = torch.arange(9).expand(32, 9)
         optimizer.zero_grad()
-        hidden = model({"tokens": rows[:, :-1], "looks": when, "appears": when})
+        hidden = model({"tokens": rows[:, :-1], "query_time": when, "key_time": when})
         model.heads["lm"].nll(hidden.flatten(0, 1), rows[:, 1:].flatten()).div(32 * 9).backward()
         optimizer.step()
     return model
@@ -204,10 +204,10 @@ def test_a_reward_model_agrees_with_held_out_comparisons() -> None:
     # Most comparisons are decided by one letter of eight, so a small judge is not always right.
     assert agreement(judge, held) > 0.8
     sides = [c.chosen for c in held] + [c.rejected for c in held]
-    normal = judge.normalised(sides)
+    normal = judge.normalized(sides)
     assert normal(sides).mean() == pytest.approx(0, abs=1e-5)
     assert normal(sides).std() == pytest.approx(1, abs=1e-5)
-    assert np.allclose(normal.normalised(sides)(sides), normal(sides), atol=1e-5)
+    assert np.allclose(normal.normalized(sides)(sides), normal(sides), atol=1e-5)
     [alone] = judge(sides[:1])
     assert alone == pytest.approx(judge(sides)[0], abs=1e-4), "padding does not move a score"
 
@@ -244,7 +244,7 @@ def test_an_example_holds_the_sampled_tokens_and_what_was_said_of_them() -> None
             with torch.no_grad():
                 when = torch.arange(n)[None]
                 hidden = who(
-                    {"tokens": torch.tensor(tokens[None, :-1].astype(np.int64)), "looks": when, "appears": when}
+                    {"tokens": torch.tensor(tokens[None, :-1].astype(np.int64)), "query_time": when, "key_time": when}
                 )
                 log_p = who.heads["lm"](hidden)[0].log_softmax(-1)
             expected = log_p[torch.arange(n), torch.tensor(tokens[1:].astype(np.int64))].numpy()

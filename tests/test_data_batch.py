@@ -36,23 +36,23 @@ VOCAB = Vocab(size=50, roles={"pad": 0}, special=np.arange(50) < 1)
 class Stranger:
     """An objective that this house has never seen: a new target field, a new measure, and a random draw."""
 
-    targets: ClassVar[dict[str, str]] = {"surprise": "wonder"}
-    measures: ClassVar[dict[str, str]] = {"awe": "astonishment"}
-    copies: ClassVar[int] = 0
+    labels: ClassVar[dict[str, str]] = {"surprise": "wonder"}
+    metrics: ClassVar[dict[str, str]] = {"awe": "astonishment"}
+    num_copies: ClassVar[int] = 0
 
-    def view(self, example: Example, vocab: Vocab, rng: np.random.Generator) -> Example:
+    def build_example(self, example: Example, vocab: Vocab, rng: np.random.Generator) -> Example:
         n = len(example["tokens"])
         return example | {"wonder": np.arange(n), "astonishment": rng.random(n), "draw": rng.random(n)}
 
-    def view_many(
+    def build_examples(
         self, examples: Sequence[Example], vocab: Vocab, draws: ExampleRNG, streams: Sequence[tuple[int, int]]
     ) -> list[Example]:
-        return [self.view(x, vocab, draws.at(*stream)) for x, stream in zip(examples, streams, strict=True)]
+        return [self.build_example(x, vocab, draws.at(*stream)) for x, stream in zip(examples, streams, strict=True)]
 
 
 def rows_of(batch: Batch) -> list[tuple[int, ...]]:
     """The real tokens of each row."""
-    never = batch["appears"] == NEVER if "appears" in batch else torch.zeros_like(batch["tokens"], dtype=torch.bool)
+    never = batch["key_time"] == NEVER if "key_time" in batch else torch.zeros_like(batch["tokens"], dtype=torch.bool)
     return [tuple(t[~n].tolist()) for t, n in zip(batch["tokens"], never, strict=True)]
 
 
@@ -121,7 +121,7 @@ def test_padding_asks_nothing_even_in_a_stranger_s_fields() -> None:
     for packed in (0, 25):
         b.pack_to_length = packed
         batch = b.batches(0)[0]
-        padding = batch["appears"] == NEVER
+        padding = batch["key_time"] == NEVER
         assert padding.any()
         assert (batch["wonder"][padding] == IGNORE).all()
         assert (batch["astonishment"][padding] == IGNORE).all()
@@ -132,29 +132,29 @@ def test_padding_asks_nothing_even_in_a_stranger_s_fields() -> None:
 def test_what_nobody_needs_is_left_out() -> None:
     same = [{"tokens": np.arange(4)}] * 3
     assert set(collate(same)) == {"tokens"}
-    assert set(collate([*same, {"tokens": np.arange(3)}])) == {"tokens", "appears"}
-    assert set(pack(same, 4)) == {"tokens", "document", "positions"}
+    assert set(collate([*same, {"tokens": np.arange(3)}])) == {"tokens", "key_time"}
+    assert set(pack(same, 4)) == {"tokens", "document_ids", "positions"}
 
 
 def test_types_of_fields() -> None:
     example = {
         "tokens": np.arange(3, dtype=np.uint16), "labels": np.arange(3, dtype=np.int32), **layout.causal(3),
-        "document": np.zeros(3, np.int64), "positions": np.arange(3), "old": np.zeros(3), "on": np.ones(3, bool), "choice": 1,
+        "document_ids": np.zeros(3, np.int64), "positions": np.arange(3), "old": np.zeros(3), "on": np.ones(3, bool), "choice": 1,
     }  # fmt: skip
     kinds = {name: str(field.dtype).removeprefix("torch.") for name, field in collate([example]).items()}
     assert kinds == {
-        "tokens": "int64", "labels": "int64", "looks": "int32", "appears": "int32", "document": "int32",
+        "tokens": "int64", "labels": "int64", "query_time": "int32", "key_time": "int32", "document_ids": "int32",
         "positions": "int32", "old": "float32", "on": "bool", "choice": "int64",
     }  # fmt: skip
 
 
 def test_examples_may_differ_in_the_fields_of_the_rule_only() -> None:
     plain = {"tokens": np.array([1, 2])}
-    several = {"tokens": np.array([3, 4, 5]), "document": np.array([0, 0, 1]), **layout.causal(3)}
+    several = {"tokens": np.array([3, 4, 5]), "document_ids": np.array([0, 0, 1]), **layout.causal(3)}
     batch = collate([plain, several])
-    assert batch["document"].tolist() == [[0, 0, 0], [0, 0, 1]]
-    assert batch["looks"].tolist() == [[0, 0, -NEVER], [0, 1, 2]]
-    assert batch["appears"].tolist() == [[0, 0, NEVER], [0, 1, 2]]
+    assert batch["document_ids"].tolist() == [[0, 0, 0], [0, 0, 1]]
+    assert batch["query_time"].tolist() == [[0, 0, -NEVER], [0, 1, 2]]
+    assert batch["key_time"].tolist() == [[0, 0, NEVER], [0, 1, 2]]
     with pytest.raises(ValueError, match="'old' is in 1 of 2"):
         collate([plain, plain | {"old": np.zeros(2)}])
     with pytest.raises(ValueError, match="'rank' is neither"):
@@ -169,11 +169,11 @@ def test_groups_keep_their_axis() -> None:
     batch = collate(groups)
     assert batch["tokens"].shape == (2, 2, 4)
     assert batch["choice"].shape == (2,)
-    assert (batch["appears"][0, :, 2:] == NEVER).all()
+    assert (batch["key_time"][0, :, 2:] == NEVER).all()
     packed = pack([{k: v for k, v in g.items() if k != "choice"} for g in groups], 6)
     assert packed["tokens"].tolist() == [[[1, 2, 3, 4, 1, 2], [1, 2, 0, 0, 1, 2]]]
-    assert packed["appears"].tolist() == [[[0, 1, 2, 3, 0, 1], [0, 1, NEVER, NEVER, 0, 1]]]
-    assert packed["document"].shape == packed["tokens"].shape
+    assert packed["key_time"].tolist() == [[[0, 1, 2, 3, 0, 1], [0, 1, NEVER, NEVER, 0, 1]]]
+    assert packed["document_ids"].shape == packed["tokens"].shape
 
 
 def test_packing_keeps_every_example_whole_and_apart() -> None:
@@ -182,7 +182,7 @@ def test_packing_keeps_every_example_whole_and_apart() -> None:
     batch = pack(examples, 24)
     found = {}
     for tokens, labels, document, positions in zip(
-        *(batch[k].tolist() for k in ("tokens", "labels", "document", "positions")), strict=True
+        *(batch[k].tolist() for k in ("tokens", "labels", "document_ids", "positions")), strict=True
     ):
         for d in sorted(set(document) - {0}):
             at = [k for k, own in enumerate(document) if own == d]
@@ -196,9 +196,9 @@ def test_packing_keeps_every_example_whole_and_apart() -> None:
 
 
 def test_packing_numbers_on_behind_an_example_s_own_documents() -> None:
-    a = {"tokens": np.arange(5), "document": np.array([0, 0, 1, 2, 2])}
+    a = {"tokens": np.arange(5), "document_ids": np.array([0, 0, 1, 2, 2])}
     b = {"tokens": np.arange(3)}
-    assert pack([a, b], 8)["document"].tolist() == [[1, 1, 2, 3, 3, 4, 4, 4]]
+    assert pack([a, b], 8)["document_ids"].tolist() == [[1, 1, 2, 3, 3, 4, 4, 4]]
 
 
 def test_packing_an_encoder_decoder_packs_both_sides_alike() -> None:
@@ -210,11 +210,11 @@ def test_packing_an_encoder_decoder_packs_both_sides_alike() -> None:
     assert batch["source_tokens"].shape[0] == batch["tokens"].shape[0]
     seen = 0
     for row in range(len(batch["tokens"])):
-        for d in set(batch["document"][row].tolist()) - {0}:
-            target = batch["labels"][row][batch["document"][row] == d]
-            source = batch["source_tokens"][row][batch["source_document"][row] == d]
+        for d in set(batch["document_ids"][row].tolist()) - {0}:
+            target = batch["labels"][row][batch["document_ids"][row] == d]
+            source = batch["source_tokens"][row][batch["source_document_ids"][row] == d]
             assert len(set(source.tolist()) | set(target.tolist())) == 1
-            assert batch["source_positions"][row][batch["source_document"][row] == d].tolist() == list(
+            assert batch["source_positions"][row][batch["source_document_ids"][row] == d].tolist() == list(
                 range(len(source))
             )
             seen += 1
@@ -278,8 +278,8 @@ def test_padding_and_packing_change_no_answer(encoder: int) -> None:
     answers = {tuple(e["tokens"].tolist()): one for e, one in zip(examples, alone, strict=True)}
     seen = 0
     for row in range(len(packed)):
-        for d in set(batch["document"][row].tolist()) - {0}:
-            at = batch["document"][row] == d
+        for d in set(batch["document_ids"][row].tolist()) - {0}:
+            at = batch["document_ids"][row] == d
             torch.testing.assert_close(
                 packed[row][at], answers[tuple(batch["tokens"][row][at].tolist())], atol=1e-9, rtol=1e-7
             )
@@ -321,7 +321,7 @@ def test_causal_rows_padded_at_their_end_take_the_causal_kernel(
         return loss.item(), [p.grad.clone() for p in model.parameters() if p.grad is not None]
 
     batch = collate(shown)
-    assert (batch["appears"] == NEVER).any(), "nothing is padded here"
+    assert (batch["key_time"] == NEVER).any(), "nothing is padded here"
     together, gradients = learn([batch])
     last = (
         [False] if isinstance(objective, RewardModeling) else []
@@ -334,7 +334,7 @@ def test_causal_rows_padded_at_their_end_take_the_causal_kernel(
     for mine, other in zip(gradients, wanted, strict=True):
         torch.testing.assert_close(mine, other, atol=2e-5, rtol=1e-4)
     # The same rows with padding that looks: another kernel, the same answers.
-    looking, _ = learn([batch | {"looks": batch["looks"].clamp(min=0)}])
+    looking, _ = learn([batch | {"query_time": batch["query_time"].clamp(min=0)}])
     assert not lowered[-1 - len(last)].is_causal
     assert looking == pytest.approx(together, rel=1e-5)
 

@@ -128,7 +128,7 @@ def test_tables_in_a_directory_are_read_for_records_and_named_for_text(tmp_path:
     assert [record["text"] for _, record in readers.records([str(tmp_path)])] == ["x", "y"]
     counts = ReadStats()
     assert [d.text for d in readers.documents([str(tmp_path)], counts=counts)] == ["x"]
-    assert (counts.passed_over, counts.at["passed_over"]) == (1, str(tmp_path / "b.csv"))
+    assert (counts.skipped, counts.at["skipped"]) == (1, str(tmp_path / "b.csv"))
     (tmp_path / "a.jsonl").unlink()
     with pytest.raises(UserError, match=r"no text in this directory: .*b\.csv and such are records, read as text only"):
         list(readers.documents([str(tmp_path)]))

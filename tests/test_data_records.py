@@ -80,7 +80,7 @@ def test_pairs_of_texts_lose_from_the_longer(write: Write, first: int, second: i
     source = LabeledTexts([path], tokenizer(), 20, TextFields("a", text_pair_field="b"))
     example = source[0]
     lengths = [len(tokenizer().encode(s)) for s in ("x " * first, "y " * second)]
-    kept = int((example["segments"] == 0).sum()) - 2, int((example["segments"] == 1).sum()) - 1
+    kept = int((example["token_type_ids"] == 0).sum()) - 2, int((example["token_type_ids"] == 1).sum()) - 1
     assert len(example["tokens"]) <= 20
     if sum(lengths) <= 17:
         assert kept == tuple(lengths)

@@ -112,8 +112,8 @@ def test_a_prompt_is_on_one_side(shape: str, tokenizer: Tokenizer, tmp_path: Pat
     )
     made, _ = material(tokenizer, tmp_path, str(file), held_out=0.2)
     cut = examples.build(made, examples.configure_objective(objective, made))
-    assert cut.valid is not None
-    learnt, held = prompts(cut.train, tokenizer), prompts(cut.valid, tokenizer)
+    assert cut.validation is not None
+    learnt, held = prompts(cut.train, tokenizer), prompts(cut.validation, tokenizer)
     assert len(held) > 3 and len(learnt | held) == PROMPTS
     assert learnt.isdisjoint(held)
 
@@ -126,7 +126,7 @@ def test_the_side_of_a_prompt_is_the_same_in_every_stage(tokenizer: Tokenizer, t
         rows = [json.dumps(row(i, 1)) for i in range(PROMPTS)]
         (tmp_path / "records.jsonl").write_text("\n".join(rows if len(held) % 2 else rows[::-1]))
         made, _ = material(tokenizer, tmp_path, str(tmp_path / "records.jsonl"), held_out=0.2)
-        held.append(prompts(examples.build(made, CausalLM()).valid or made, tokenizer))  # type: ignore[arg-type]
+        held.append(prompts(examples.build(made, CausalLM()).validation or made, tokenizer))  # type: ignore[arg-type]
     assert held[0] and all(one == held[0] for one in held)
 
 
@@ -142,8 +142,8 @@ def test_sampled_comparisons_of_a_prompt_are_on_one_side(tokenizer: Tokenizer, t
     write_preference_pairs(rows, tmp_path / "pairs.jsonl", tokenizer.decode)
     made, _ = material(tokenizer, tmp_path, str(tmp_path / "pairs.jsonl"), held_out=0.2)
     cut = SampledPreferencesConfig().build(made, CausalLM())
-    assert cut.valid is not None and prompts(cut.valid, tokenizer)
-    assert prompts(cut.train, tokenizer).isdisjoint(prompts(cut.valid, tokenizer))
+    assert cut.validation is not None and prompts(cut.validation, tokenizer)
+    assert prompts(cut.train, tokenizer).isdisjoint(prompts(cut.validation, tokenizer))
 
 
 def test_duplicates_are_counted_and_the_first_is_named(tokenizer: Tokenizer, tmp_path: Path) -> None:
@@ -161,7 +161,7 @@ def test_one_prompt_for_all_records_holds_nothing_out(tokenizer: Tokenizer, tmp_
     (tmp_path / "records.jsonl").write_text("\n".join(map(json.dumps, rows)))
     made, _ = material(tokenizer, tmp_path, str(tmp_path / "records.jsonl"))
     cut = DialoguesConfig().build(made, CausalLM())
-    assert cut.valid is None and "they have 1 different prompts or texts" in cut.no_validation_reason
+    assert cut.validation is None and "they have 1 different prompts or texts" in cut.no_validation_reason
 
 
 def texts_of(folder: Path, texts: list[str]) -> str:
@@ -207,7 +207,9 @@ def test_documents_in_named_held_out_files_are_reported(tokenizer: Tokenizer, tm
              (("learnt", range(10)), ("held", range(8, 12)))]  # fmt: skip
     made, said = material(tokenizer, tmp_path, paths[0], valid=(paths[1],))
     made.stores()
-    assert any("2 documents in data.path have the content of a document in data.validation_path" in line for line in said)
+    assert any(
+        "2 documents in data.path have the content of a document in data.validation_path" in line for line in said
+    )
 
 
 @pytest.mark.parametrize("kind", ["documents", "records"])
@@ -232,7 +234,12 @@ def test_the_tokenizer_is_not_trained_on_held_out_text(kind: str, marked: str, t
         rows = [{"prompt": text, "completion": sign} for text, sign in zip(texts, signs, strict=True)]
         path, recipe = str(tmp_path / "records.jsonl"), "sft"
         Path(path).write_text("\n".join(map(json.dumps, rows)))
-    settings = [f"data.path={path}", "data.validation_fraction=0.2", "tokenizer.vocab_size=400", "tokenizer.algorithm=wordpiece"]
+    settings = [
+        f"data.path={path}",
+        "data.validation_fraction=0.2",
+        "tokenizer.vocab_size=400",
+        "tokenizer.algorithm=wordpiece",
+    ]
     made = tokenizer_of(load(recipe, settings), tmp_path / "run", lambda _: None)
     assert any("%" in token for token in made.engine.get_vocab()) == (marked == "trained on")
 

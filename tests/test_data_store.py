@@ -239,9 +239,9 @@ def test_windows_number_their_documents(tmp_path: Path) -> None:
     several = 0
     for i in range(len(windows)):
         own = number[i * 100 : i * 100 + 101]
-        shown = windows[i].get("document", np.zeros(101))
+        shown = windows[i].get("document_ids", np.zeros(101))
         assert np.array_equal(shown, own - own[0])
-        assert ("document" in windows[i]) == (own[0] != own[-1])
+        assert ("document_ids" in windows[i]) == (own[0] != own[-1])
         several += own[0] != own[-1]
     assert several
     with pytest.raises(UserError, match="too few for one window"):
@@ -275,7 +275,7 @@ def test_windows_move_in_later_epochs(ahead: int, tmp_path: Path) -> None:
             raise AssertionError(f"the windows of epoch {epoch} do not lie side by side")
         for x, a in zip(examples, starts, strict=True):
             own = number[a : a + 50 + ahead]
-            assert np.array_equal(x.get("document", np.zeros(len(own))), own - own[0])
+            assert np.array_equal(x.get("document_ids", np.zeros(len(own))), own - own[0])
         return first
 
     assert offset(0, 0) == offset(1, 0) == 0

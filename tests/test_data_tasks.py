@@ -106,7 +106,7 @@ def test_numbers(tmp_path: Path) -> None:
     source = ScoredTexts([path], tokenizer(), 32, TextFields("sentence1", "score", "sentence2"))
     assert source.scores.tolist() == [2.5, 5.0]
     assert source[0]["score"] == 2.5
-    assert sorted(source[0]) == ["score", "segments", "tokens"]
+    assert sorted(source[0]) == ["score", "token_type_ids", "tokens"]
     for bad in ("high", "nan", ""):
         with pytest.raises(UserError, match=rf"b\.csv:2: the field 'label' holds '{bad}', and a number is wanted"):
             ScoredTexts([file(tmp_path, "b.csv", f"text,label\nx,{bad}\n")], tokenizer(), 32)
@@ -120,7 +120,7 @@ def test_options_in_a_list_and_in_columns(tmp_path: Path) -> None:
     assert (source.most, source[0]["label"], source[1]["label"]) == (3, 1, 1)
     told = [tokenizer().decode(row["tokens"]) for row in source[0]["options"]]
     assert told == ["She opensthe door", "She opensthe sea", "She opensit"]
-    assert [int(row["segments"].sum()) for row in source[1]["options"]] == [
+    assert [int(row["token_type_ids"].sum()) for row in source[1]["options"]] == [
         len(tokenizer().encode(text)) + 1 for text in ("runs", "walks")
     ]
     swag = "sent1,sent2,ending0,ending1,label\nShe sits.,She,eats.,flies.,0\n"
@@ -193,7 +193,7 @@ def test_squad_s_json(tmp_path: Path) -> None:
     answer = spans[example["start"]][0], spans[example["end"]][1]
     assert "The play was written by Anne Lee in 1901."[answer[0] : answer[1]].strip() == "Anne Lee"
     assert (source[1]["start"], source[1]["end"]) == (-1, -1)
-    assert example["segments"][example["start"]] == 1
+    assert example["token_type_ids"][example["start"]] == 1
     kept = QuestionRecords([path], tokenizer(), 96, question=16, keep=True)
     assert [kept.asked_of(number).right for number in range(kept.questions)] == [
         ("Anne Lee",),

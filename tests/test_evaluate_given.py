@@ -300,7 +300,10 @@ def test_text_to_text_of_prompts_and_dialogues(writer: Callable[..., Path]) -> N
 
 
 def test_votes_are_measured_by_their_majority(saved: Saved, tmp_path: Path) -> None:
-    recipe = {"objective": {"kind": "multi_annotator", "at": "first"}, "segment": {"kind": "votes", "length": 32, "votes": "said"}}
+    recipe = {
+        "objective": {"kind": "multi_annotator", "at": "first"},
+        "segment": {"kind": "votes", "length": 32, "votes": "said"},
+    }
     place = saved({"classes": classification_head(64, 2)}, recipe, ("bad", "good"))
     (tmp_path / "v.jsonl").write_text(
         '{"text": "a film", "said": ["good", "bad", "good"]}\n{"text": "a film", "said": ["bad"]}\n{"text": "a film", "label": "bad"}\n'
@@ -357,8 +360,10 @@ def test_a_share_of_the_held_out_windows_is_of_whole_questions(tmp_path: Path) -
     half = SubsetSource(whole, np.flatnonzero(whole.record_ids >= 6))  # four of six passages, of three questions each
     assert len(whole) > 40 and len(np.unique(half.record_ids)) == 12
     config = encoder_config(600, 32, 1, num_heads=2, max_positions=64)
-    recipe = replace(load("question_answering", []), model=config, evaluation=EvalConfig(every=1, max_examples=len(half) // 2))
-    shown = Validator(recipe, half, 0.0, tokenizer(), Ranks()).shown
+    recipe = replace(
+        load("question_answering", []), model=config, evaluation=EvalConfig(every=1, max_examples=len(half) // 2)
+    )
+    shown = Validator(recipe, half, 0.0, tokenizer(), Ranks()).examples
     some = np.unique(shown.record_ids)
     assert 4 <= len(some) <= 8
     for owner in some:

@@ -174,7 +174,7 @@ def test_classification_agrees_with_transformers_and_scikit_learn(tmp_path, toke
         ids = torch.tensor([tokenizer.vocab.frame(tokenizer.encode(text)[:30]).tolist()])
         with torch.no_grad():
             state = theirs(input_ids=ids).last_hidden_state[0, 0]
-            answered.append(names[int(model.parts["classes"](state).argmax())])
+            answered.append(names[int(model.heads["classes"](state).argmax())])
     assert len(set(answered)) > 1
     assert found["task"] == "classification"
     assert found["items"] == 40
@@ -219,7 +219,7 @@ def test_comparisons_prefer_the_higher_reward(tmp_path, tokenizer):
     assert (found["task"], found["items"]) == ("comparisons", 13)
     assert found["accuracy"] + other["accuracy"] == pytest.approx(1.0)
     assert "commonest" not in found
-    torch.nn.init.zeros_(model.parts["reward"].weight)
+    torch.nn.init.zeros_(model.heads["reward"].weight)
     save_model(model, tokenizer, tmp_path / "model")
     assert evaluate(tmp_path, written(tmp_path / "a.jsonl", rows))["accuracy"] == 0.0
 

@@ -54,7 +54,7 @@ def test_mean_pooling_is_theirs(tmp_path: Path, tokenizer: Tokenizer, unit: bool
     found, cut = embed(model, tokenizer, TEXTS, unit=unit)
     other = transformers.AutoModel.from_pretrained(tmp_path).eval()
     for text, vector in zip(TEXTS, found, strict=True):
-        ids = torch.as_tensor(tokenizer.vocab.frame(tokenizer.encode(text)))[None].long()
+        ids = torch.as_tensor(tokenizer.vocab.add_special_tokens(tokenizer.encode(text)))[None].long()
         with torch.no_grad():
             mean = other(input_ids=ids).last_hidden_state[0].mean(0)
         mean = torch.nn.functional.normalize(mean, dim=-1) if unit else mean

@@ -175,8 +175,8 @@ def answer_of(pieces: list[bytes], **sampling: object) -> tuple[StreamingOutput,
     settled = []
     for byte in b"".join(pieces):
         if growing.finish is None:
-            growing.take(byte + 7, 0.0)
-            settled.append(growing.settled)
+            growing.append(byte + 7, 0.0)
+            settled.append(growing.final_text)
     return growing, settled
 
 
@@ -187,7 +187,7 @@ def test_half_a_character_is_not_shown() -> None:
 
 
 def test_a_stop_string_across_tokens_ends_the_answer_and_is_not_part_of_it() -> None:
-    growing, settled = answer_of([b"yes\nUs\nUser: no"], stop=("\nUser:", "###"))
+    growing, settled = answer_of([b"yes\nUs\nUser: no"], stop_strings=("\nUser:", "###"))
     assert growing.finish == "stop"
     assert growing.done().text == "yes\nUs"
     assert settled[:7] == ["y", "ye", "yes", "yes", "yes", "yes", "yes\nUs"]
@@ -196,7 +196,7 @@ def test_a_stop_string_across_tokens_ends_the_answer_and_is_not_part_of_it() -> 
 
 def test_the_first_character_may_have_begun_in_the_prompt() -> None:
     growing = StreamingOutput(ByteCoder(), ByteCoder().encode("€")[:2], Sampling(), frozenset(), room=10)
-    growing.take(int(ByteCoder().encode("€")[2]), 0.0)
+    growing.append(int(ByteCoder().encode("€")[2]), 0.0)
     assert growing.text == "€"
 
 
@@ -249,6 +249,6 @@ def test_a_continuation_joins_its_prompt_whatever_the_tokenizer(algorithm: str) 
     for cut in range(1, len(tokens)):
         growing = StreamingOutput(tokenizer, tokens[:cut], Sampling(), frozenset(), room=1000)
         for token in tokens[cut:].tolist():
-            growing.take(token, 0.0)
+            growing.append(token, 0.0)
         assert whole.endswith(growing.text)
         assert tokenizer.decode(tokens[:cut]) + growing.text == whole

@@ -135,7 +135,7 @@ def batch_of(model: LM) -> dict[str, Tensor]:
 def test_logits_are_those_of_the_rounded_weights(model: LM) -> None:
     """int8 keeps 15 bits of what the weights are multiplied with: an error of 2^-15 of the largest a map, no more."""
     batch = batch_of(model)
-    there = batch["looks"] >= 0
+    there = batch["query_time"] >= 0
     got, want = (logits(m, batch)[there] for m in (quantize(model, "int8"), dequantised(model)))
     plain = logits(model, batch)[there]
     assert (got - want).norm() <= 3e-4 * want.norm()
@@ -235,7 +235,13 @@ def test_scoring_a_text_agrees_with_the_logits() -> None:
     model = quantize(random_model(SHAPES["nanochat"]), "int8")
     row = np.random.default_rng(0).integers(7, V, 40)
     when = np.arange(39)
-    example = {"tokens": row[:-1], "labels": row[1:], "looks": when, "appears": when, "sizes": np.ones(39, np.int64)}
+    example = {
+        "tokens": row[:-1],
+        "labels": row[1:],
+        "query_time": when,
+        "key_time": when,
+        "sizes": np.ones(39, np.int64),
+    }
     said = logits(model, rectangle([row[:-1]], torch.device("cpu")))[0].log_softmax(-1)
     want = -said.gather(1, torch.from_numpy(row[1:])[:, None]).sum()
     assert score(model, [example]).nll == pytest.approx(float(want), rel=1e-5)
@@ -308,7 +314,7 @@ def test_a_head_has_no_matrix_of_its_own_left() -> None:
 @pytest.mark.parametrize("quick", ["fp32", "bf16"])
 def test_the_command_line_lowers_and_refuses(quick: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """By default in what this machine is quickest at, which is printed where it is not what is stored."""
-    monkeypatch.setattr(precision, "multiple_choice", lambda wanted, device: quick)
+    monkeypatch.setattr(precision, "choose", lambda wanted, device: quick)
     tokenizer = train(["to be, or not to be, that is the question"], "byte-bpe", 400)
     config = decoder_config(
         vocab_size=tokenizer.vocab.size, hidden_size=32, num_layers=1, num_heads=2, max_positions=64

@@ -131,7 +131,17 @@ def test_a_saved_model_knows_how_it_was_trained(model: LM, tmp_path: Path) -> No
 def test_a_shape_that_cannot_do_it_is_refused() -> None:
     for wrong in ({"causal": True}, {"num_encoder_layers": 1}, {"linformer_k": 8, "position": "none"}):
         with pytest.raises(UserError, match=r"shape\.prefix_lm reads a text both ways"):
-            ModelConfig(**{"vocab_size": 9, "hidden_size": 8, "num_layers": 1, "num_heads": 1, "causal": False, "prefix_lm": True} | wrong)
+            ModelConfig(
+                **{
+                    "vocab_size": 9,
+                    "hidden_size": 8,
+                    "num_layers": 1,
+                    "num_heads": 1,
+                    "causal": False,
+                    "prefix_lm": True,
+                }
+                | wrong
+            )
 
 
 SMALL = [

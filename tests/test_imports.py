@@ -31,7 +31,18 @@ BELOW = {
     "train": ("types", "io", "kernels", "validated", "data", "model", "peft", "objectives.objective"),
     "generate": ("types", "io", "kernels", "validated", "tokenizer", "data", "model", "pretrained", "peft"),
     "align": ("types", "io", "tokenizer", "data", "model", "objectives", "generate"),
-    "evaluate": ("types", "io", "tokenizer", "corpora", "data", "model", "pretrained", "peft", "objectives", "generate"),
+    "evaluate": (
+        "types",
+        "io",
+        "tokenizer",
+        "corpora",
+        "data",
+        "model",
+        "pretrained",
+        "peft",
+        "objectives",
+        "generate",
+    ),
     "report": ("types", "io"),
     "doctor": ("types", "openmp", "kernels", "model", "objectives.word2vec", "train", "generate"),
 }
@@ -105,9 +116,7 @@ def faults(module: str, source: str) -> list[str]:
             out.append(f"{where}, an oracle: tests and benchmarks only")
         if outer == "firth":
             target = room_of(one.name)
-            if target in ABOVE and room not in ABOVE:
-                out.append(f"{where}: {target} is above {room}")
-            elif room in ABOVE and target in ABOVE[room]:
+            if (target in ABOVE and room not in ABOVE) or (room in ABOVE and target in ABOVE[room]):
                 out.append(f"{where}: {target} is above {room}")
             elif room in BELOW and not one.typing and target not in (room, "firth"):
                 inside = one.name.removeprefix("firth.")

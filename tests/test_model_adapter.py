@@ -25,7 +25,14 @@ peft = pytest.importorskip("peft", reason="the oracle; installed with the test e
 transformers.logging.set_verbosity_error()
 pytestmark = pytest.mark.filterwarnings("ignore")
 
-SIZES = {"vocab_size": 61, "hidden_size": 32, "num_layers": 2, "num_heads": 4, "max_positions": 40, "intermediate_size": 48}
+SIZES = {
+    "vocab_size": 61,
+    "hidden_size": 32,
+    "num_layers": 2,
+    "num_heads": 4,
+    "max_positions": 40,
+    "intermediate_size": 48,
+}
 BERT = ModelConfig(
     **SIZES, causal=False, norm_placement="post", norm_eps=1e-12, type_vocab_size=2, embedding_norm=True, activation="gelu", lm_head="transform",
     lm_head_bias=True,
@@ -71,7 +78,7 @@ def theirs_of(name: str, folder: Path) -> Any:
 def ours(model: LM) -> Tensor:
     when = torch.arange(9)[None].expand(2, -1) * model.config.causal
     source = {"source_tokens": IDS.flip(1)} if model.config.num_encoder_layers else {}
-    hidden = model({"tokens": IDS, "looks": when, "appears": when} | source)
+    hidden = model({"tokens": IDS, "query_time": when, "key_time": when} | source)
     return model.heads["lm"](hidden) if "lm" in model.heads else hidden
 
 
@@ -157,7 +164,7 @@ def test_writing_with_a_prefix_is_their_generation(tmp_path: Path) -> None:
     with torch.no_grad():
         for _ in range(5):
             when = torch.arange(tokens.shape[1])[None]
-            logits = model.heads["lm"](model({"tokens": tokens, "looks": when, "appears": when}))
+            logits = model.heads["lm"](model({"tokens": tokens, "query_time": when, "key_time": when}))
             tokens = torch.cat((tokens, logits[:, -1:].argmax(-1)), 1)
         shown = {"input_ids": IDS[:1, :4], "attention_mask": torch.ones(1, 4, dtype=torch.long)}
         said = there.generate(**shown, max_new_tokens=5, do_sample=False, pad_token_id=0, eos_token_id=None)

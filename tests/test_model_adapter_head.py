@@ -131,7 +131,7 @@ def test_predict_takes_such_an_adapter_of_minilm(tmp_path: Path) -> None:
     rows = list(predict(tmp_path / "theirs", "-", io.BytesIO("\n".join(texts).encode())))
     tokenizer = Tokenizer.load(base)
     for text, row in zip(texts, rows, strict=True):
-        ids = torch.as_tensor(tokenizer.vocab.frame(tokenizer.encode(text)))[None].long()
+        ids = torch.as_tensor(tokenizer.vocab.add_special_tokens(tokenizer.encode(text)))[None].long()
         with torch.no_grad():
             shares = there(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[0].softmax(-1).numpy()
         np.testing.assert_allclose([*row["probabilities"].values()], shares, atol=1e-5)

@@ -53,7 +53,7 @@ def theirs_of(name: str, suffix: str, **more: Any) -> Any:
 @torch.no_grad()
 def hidden(model: LM) -> Tensor:
     when = torch.arange(9)[None].expand(2, -1) * model.config.causal
-    return model({"tokens": IDS, "looks": when, "appears": when})
+    return model({"tokens": IDS, "query_time": when, "key_time": when})
 
 
 @torch.no_grad()

@@ -31,7 +31,7 @@ def written_out(
             for i in range(q.shape[2]):
                 seen = [
                     j for j in range(k.shape[2])
-                    if fields["document"][b, i] == fields["key_document"][b, j] and fields["appears"][b, j] <= fields["looks"][b, i]
+                    if fields["document_ids"][b, i] == fields["key_document"][b, j] and fields["key_time"][b, j] <= fields["query_time"][b, i]
                 ]  # fmt: skip
                 if not seen:
                     rows.append(q[b, h, i] * 0)
@@ -45,28 +45,28 @@ def written_out(
 
 def padded(lengths: list[int], looks: Tensor, appears: Tensor, fill: int) -> dict[str, Tensor]:
     real = torch.arange(looks.shape[1]) < torch.tensor(lengths)[:, None]
-    return {"looks": torch.where(real, looks, fill), "appears": torch.where(real, appears, NEVER)}
+    return {"query_time": torch.where(real, looks, fill), "key_time": torch.where(real, appears, NEVER)}
 
 
 ORDER = torch.stack([torch.randperm(T, generator=torch.Generator().manual_seed(s)) for s in range(B)])
 PACKED = torch.tensor([[0, 0, 0, 1, 1, 1, 1, 2, 2], [0] * 9, [0, 1, 1, 1, 1, 1, 2, 3, 3]])
 ZERO = torch.zeros(B, T, dtype=torch.long)
 CASES = {
-    "full": ({"looks": ZERO, "appears": ZERO}, "none"),
-    "causal": ({"looks": STEPS, "appears": STEPS}, "causal"),
-    "causal from five": ({"looks": STEPS + 5, "appears": STEPS + 5}, "causal"),
-    "prefix": ({"looks": (STEPS - 3).clamp(0), "appears": (STEPS - 3).clamp(0)}, "mask"),
-    "permuted": ({"looks": ORDER, "appears": ORDER}, "mask"),
-    "two streams": ({"looks": ORDER - 1, "appears": torch.where(STEPS < 6, ORDER, NEVER)}, "mask"),
+    "full": ({"query_time": ZERO, "key_time": ZERO}, "none"),
+    "causal": ({"query_time": STEPS, "key_time": STEPS}, "causal"),
+    "causal from five": ({"query_time": STEPS + 5, "key_time": STEPS + 5}, "causal"),
+    "prefix": ({"query_time": (STEPS - 3).clamp(0), "key_time": (STEPS - 3).clamp(0)}, "mask"),
+    "permuted": ({"query_time": ORDER, "key_time": ORDER}, "mask"),
+    "two streams": ({"query_time": ORDER - 1, "key_time": torch.where(STEPS < 6, ORDER, NEVER)}, "mask"),
     "padded": (padded([9, 5, 1], ZERO, ZERO, 0), "keys"),
     "padded, absent": (padded([9, 5, 1], ZERO, ZERO, -NEVER), "keys"),
     "a whole row of padding": (padded([9, 0, 3], ZERO, ZERO, 0), "keys"),
     "causal, padded": (padded([9, 5, 1], STEPS, STEPS, 0), "mask"),
     "causal, absent": (padded([9, 5, 1], STEPS, STEPS, -NEVER), "causal"),
-    "causal, padded on the left": ({"looks": STEPS - 2, "appears": torch.where(STEPS < 2, NEVER, STEPS - 2)}, "mask"),
-    "packed": ({"looks": ZERO, "appears": ZERO, "document": PACKED}, "mask"),
-    "packed causal": ({"looks": STEPS, "appears": STEPS, "document": PACKED}, "below"),
-    "nobody sees anything": ({"looks": ZERO - 1, "appears": ZERO}, "mask"),
+    "causal, padded on the left": ({"query_time": STEPS - 2, "key_time": torch.where(STEPS < 2, NEVER, STEPS - 2)}, "mask"),
+    "packed": ({"query_time": ZERO, "key_time": ZERO, "document_ids": PACKED}, "mask"),
+    "packed causal": ({"query_time": STEPS, "key_time": STEPS, "document_ids": PACKED}, "below"),
+    "nobody sees anything": ({"query_time": ZERO - 1, "key_time": ZERO}, "mask"),
 }  # fmt: skip
 
 
@@ -74,7 +74,7 @@ CASES = {
 @pytest.mark.parametrize("way", ["train", "read", "flex", "bias", "groups"])
 def test_every_lowering_is_the_rule(name: str, way: str, monkeypatch: pytest.MonkeyPatch) -> None:
     fields, kind = CASES[name]
-    document = fields.get("document")
+    document = fields.get("document_ids")
     monkeypatch.setattr(blocked_attention, "ROWS", 4)  # several blocks, the last one short
     torch.manual_seed(0)
     kv = 2 if way == "groups" else H
@@ -83,7 +83,9 @@ def test_every_lowering_is_the_rule(name: str, way: str, monkeypatch: pytest.Mon
     if way == "flex":
         q, k, v = (x.detach().float() for x in (q, k, v))
     with torch.set_grad_enabled(way not in ("read", "flex")):
-        mask = AttentionMask.from_times(fields["looks"], fields["appears"], document, document, flex=way == "flex")
+        mask = AttentionMask.from_times(
+            fields["query_time"], fields["key_time"], document, document, flex=way == "flex"
+        )
         found = attend(q, k, v, mask, 0.3, bias)
     lowered = (
         "causal" if mask.is_causal else "none" if mask.mask is None else "below" if mask.lower_triangular else "mask"
@@ -91,8 +93,8 @@ def test_every_lowering_is_the_rule(name: str, way: str, monkeypatch: pytest.Mon
     lowered = "keys" if mask.mask is not None and mask.mask.shape[-2] == 1 else lowered
     assert mask.block_mask is not None if way == "flex" and kind in ("mask", "below") else lowered in (kind, "below")
     owned = ZERO if document is None else document
-    want = written_out(q, k, v, fields | {"document": owned, "key_document": owned}, 0.3, bias)
-    there = (fields["looks"] > -NEVER)[:, None, :, None]
+    want = written_out(q, k, v, fields | {"document_ids": owned, "key_document": owned}, 0.3, bias)
+    there = (fields["query_time"] > -NEVER)[:, None, :, None]
     assert found.isfinite().all()
     assert torch.allclose(found * there, want * there, atol=1e-6 if way == "flex" else 1e-12)
     if q.requires_grad:
@@ -116,7 +118,7 @@ def test_keys_that_nobody_sees_are_left_out(dtype: torch.dtype) -> None:
     mask = AttentionMask.from_times(looks, appears)
     assert mask.num_keys == 32 and mask.mask is not None and mask.mask.shape[-1] == 32
     nothing = torch.zeros(B, 60)
-    fields = {"looks": looks, "appears": appears, "document": nothing, "key_document": nothing}
+    fields = {"query_time": looks, "key_time": appears, "document_ids": nothing, "key_document": nothing}
     slope, found = torch.randn(B, H, 60, D, dtype=dtype), []
     for out in (attend(q, k, v, mask, 0.3, bias), written_out(q, k, v, fields, 0.3, bias)):
         found.append([out, *torch.autograd.grad((out * slope).sum(), (q, k, v, bias))])
@@ -132,7 +134,7 @@ def test_across_the_rule_is_the_same() -> None:
     looks = torch.full((B, T), NEVER - 1)
     q, k, v = (torch.randn(B, H, n, D, dtype=torch.float64, requires_grad=True) for n in (T, 7, 7))
     mask = AttentionMask.from_times(looks, appears, PACKED, source)
-    fields = {"looks": looks, "appears": appears, "document": PACKED, "key_document": source}
+    fields = {"query_time": looks, "key_time": appears, "document_ids": PACKED, "key_document": source}
     assert torch.allclose(attend(q, k, v, mask, 0.3), written_out(q, k, v, fields, 0.3, None), atol=1e-12)
     keys = AttentionMask.from_times(looks, appears)
     assert keys.mask is not None and keys.mask.shape == (B, 1, 1, 7)
@@ -164,7 +166,7 @@ def test_cached_equals_uncached(position: str, source: bool) -> None:
     extra = {}
     if source:
         keep = torch.arange(8) < torch.tensor([8, 2, 5])[:, None]
-        extra = {"source_tokens": torch.randint(50, (3, 8)), "source_appears": torch.where(keep, 0, NEVER)}
+        extra = {"source_tokens": torch.randint(50, (3, 8)), "source_key_time": torch.where(keep, 0, NEVER)}
     cache = model.make_cache(3, 6 + more)
     when = torch.arange(6).expand(3, 6)
     prompt = {"tokens": tokens[:, :6]} | padded(lengths, when, when, 0) | extra
@@ -173,12 +175,12 @@ def test_cached_equals_uncached(position: str, source: bool) -> None:
     at = torch.tensor(lengths)[:, None]
     new = tokens[:, 6:]
     for i in range(more):
-        batch = {"tokens": new[:, i : i + 1], "positions": at + i, "looks": at + i, "appears": at + i}
+        batch = {"tokens": new[:, i : i + 1], "positions": at + i, "query_time": at + i, "key_time": at + i}
         steps.append(model(batch, cache))
     for row, length in enumerate(lengths):
         whole = torch.cat((tokens[row, :length], new[row]))[None]
         order = torch.arange(length + more)[None]
-        alone: Batch = {"tokens": whole, "looks": order, "appears": order}
+        alone: Batch = {"tokens": whole, "query_time": order, "key_time": order}
         alone |= {name: field[row : row + 1] for name, field in extra.items()}
         want = model(alone)[0]
         got = torch.cat((first[row, :length], torch.cat(steps, 1)[row]))
@@ -192,11 +194,11 @@ def test_cache_keeps_chosen_rows() -> None:
     when = torch.arange(5).expand(3, 5)
     batch = {
         "tokens": torch.randint(50, (3, 5)),
-        "looks": when,
-        "appears": when,
+        "query_time": when,
+        "key_time": when,
         "source_tokens": torch.randint(50, (3, 7)),
     }
-    last = {"tokens": torch.tensor([[7]] * 3), "looks": torch.full((3, 1), 5), "appears": torch.full((3, 1), 5)}
+    last = {"tokens": torch.tensor([[7]] * 3), "query_time": torch.full((3, 1), 5), "key_time": torch.full((3, 1), 5)}
     whole, some = model.make_cache(3, 6), model.make_cache(3, 6)
     model(batch, whole)
     model(batch, some)
@@ -216,22 +218,22 @@ def test_packing_padding_and_groups_change_nothing(make: object) -> None:
 
     def alone(tokens: Tensor, source: Tensor) -> Tensor:
         when = torch.arange(len(tokens))[None] * causal
-        return model({"tokens": tokens[None], "looks": when, "appears": when, "source_tokens": source[None]})[0]
+        return model({"tokens": tokens[None], "query_time": when, "key_time": when, "source_tokens": source[None]})[0]
 
     want = torch.cat((alone(a, s), alone(b, t)))
     join, count = torch.cat, torch.arange
     batch = {
         "tokens": join((a, b))[None], "positions": join((count(5), count(3)))[None],
-        "document": torch.tensor([[0] * 5 + [1] * 3]), "source_tokens": join((s, t))[None],
-        "source_positions": join((count(4), count(6)))[None], "source_document": torch.tensor([[0] * 4 + [1] * 6]),
+        "document_ids": torch.tensor([[0] * 5 + [1] * 3]), "source_tokens": join((s, t))[None],
+        "source_positions": join((count(4), count(6)))[None], "source_document_ids": torch.tensor([[0] * 4 + [1] * 6]),
     }  # fmt: skip
-    batch["looks"] = batch["appears"] = batch["positions"] * causal
+    batch["query_time"] = batch["key_time"] = batch["positions"] * causal
     assert torch.allclose(model(batch)[0], want, atol=1e-5)
     pad = torch.zeros(2, dtype=torch.long)
     when = count(5).expand(2, 5) * causal
     rows = {"tokens": torch.stack((a, join((b, pad)))), "source_tokens": torch.stack((join((s, pad)), t))}
     rows |= padded([5, 3], when, when, 0)
-    rows["source_appears"] = torch.tensor([[0, 0, 0, 0, NEVER, NEVER], [0] * 6])
+    rows["source_key_time"] = torch.tensor([[0, 0, 0, 0, NEVER, NEVER], [0] * 6])
     got = model(rows)
     assert torch.allclose(join((got[0], got[1, :3])), want, atol=1e-5)
     assert torch.allclose(model({n: x[None] for n, x in rows.items()})[0], got, atol=1e-6)

@@ -22,7 +22,14 @@ from firth.types import NEVER, UserError
 transformers = pytest.importorskip("transformers", reason="the oracle; installed with the test extra")
 transformers.logging.set_verbosity_error()
 
-SIZES = {"vocab_size": 61, "hidden_size": 32, "num_layers": 2, "num_heads": 4, "max_positions": 40, "intermediate_size": 48}
+SIZES = {
+    "vocab_size": 61,
+    "hidden_size": 32,
+    "num_layers": 2,
+    "num_heads": 4,
+    "max_positions": 40,
+    "intermediate_size": 48,
+}
 BERT = ModelConfig(
     **SIZES,
     causal=False,
@@ -102,19 +109,19 @@ def batches(family: str) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tenso
     ours = {"tokens": tokens}
     theirs = {"input_ids": tokens, "attention_mask": real.long()}
     if family in ("bert", "albert", "electra", "modernbert", "mpnet", "xlnet"):
-        ours["appears"] = torch.where(real, 0, NEVER)
+        ours["key_time"] = torch.where(real, 0, NEVER)
     else:
-        ours |= {"looks": steps, "appears": torch.where(real, steps, NEVER)}
+        ours |= {"query_time": steps, "key_time": torch.where(real, steps, NEVER)}
     if family == "mpnet":
         theirs["position_ids"] = steps + 2
     if family in ("bert", "albert", "electra", "xlnet"):
-        ours["segments"] = theirs["token_type_ids"] = (steps > 4).long()
+        ours["token_type_ids"] = theirs["token_type_ids"] = (steps > 4).long()
     if family in ("t5", "bart", "marian"):
         source = torch.randint(1, 61, (3, 26))
         theirs = {"input_ids": source, "decoder_input_ids": tokens}
         keep = torch.arange(26) < torch.tensor([26, 9, 18])[:, None]
         theirs["attention_mask"] = keep.long()
-        ours |= {"source_tokens": source, "source_appears": torch.where(keep, 0, NEVER), "appears": steps}
+        ours |= {"source_tokens": source, "source_key_time": torch.where(keep, 0, NEVER), "key_time": steps}
     return ours, theirs, real
 
 

@@ -78,7 +78,7 @@ def test_a_bare_model_of_theirs_is_read(tmp_path: Path) -> None:
 
 def test_a_count_of_its_parameters_is_exact() -> None:
     model = LM(MARIAN, {"lm": LMHead(MARIAN)})
-    assert sum(p.numel() for p in model.parameters()) == MARIAN.parameters()
+    assert sum(p.numel() for p in model.parameters()) == MARIAN.num_parameters()
 
 
 @pytest.mark.parametrize(

@@ -123,11 +123,11 @@ def rows(case: str) -> tuple[Fields, Fields, torch.Tensor]:
     if place == "again":
         start = fields["decoder_start_token_id"]
         again = torch.cat((torch.full((3, 1), start), tokens[:, :-1]), 1)
-        ours = {"source_tokens": tokens, "source_appears": torch.where(real, 0, NEVER), "tokens": again}
-        return ours | {"looks": steps, "appears": steps}, mask, lengths
+        ours = {"source_tokens": tokens, "source_key_time": torch.where(real, 0, NEVER), "tokens": again}
+        return ours | {"query_time": steps, "key_time": steps}, mask, lengths
     if place == "last":
-        return {"tokens": tokens, "looks": steps, "appears": torch.where(real, steps, NEVER)}, mask, lengths
-    return {"tokens": tokens, "appears": torch.where(real, 0, NEVER)}, mask, lengths
+        return {"tokens": tokens, "query_time": steps, "key_time": torch.where(real, steps, NEVER)}, mask, lengths
+    return {"tokens": tokens, "key_time": torch.where(real, 0, NEVER)}, mask, lengths
 
 
 @torch.no_grad()
@@ -141,16 +141,16 @@ def far(model: torch.nn.Module, other: torch.nn.Module, case: str, kind: str) ->
     if part == "choice":
         said = other(**{name: field[None] for name, field in mask.items()})
         return float(
-            (model.parts[part](hidden[:, -1 if FAMILIES[case][2] == "end" else 0])[:, 0] - said.logits[0]).abs().max()
+            (model.heads[part](hidden[:, -1 if FAMILIES[case][2] == "end" else 0])[:, 0] - said.logits[0]).abs().max()
         )
     said = other(**mask)
     if part in ("classes", "reward", "score"):
         at = torch.zeros(3, dtype=torch.int64) if FAMILIES[case][2] == "first" else lengths - 1
-        mine, want = model.parts[part](hidden[torch.arange(3), at]), said.logits
+        mine, want = model.heads[part](hidden[torch.arange(3), at]), said.logits
     elif part == "span":
-        mine, want = model.parts[part](hidden)[real], torch.stack((said.start_logits, said.end_logits), -1)[real]
+        mine, want = model.heads[part](hidden)[real], torch.stack((said.start_logits, said.end_logits), -1)[real]
     else:
-        mine, want = model.parts[part](hidden)[real], said.logits[real]
+        mine, want = model.heads[part](hidden)[real], said.logits[real]
     assert mine.shape == want.shape and want.std() > 0.03
     return float((mine - want).abs().max())
 

@@ -180,7 +180,7 @@ def test_a_tied_matrix_gets_both_gradients() -> None:
     model = LM(config, {"lm": LMHead(config)}).double()
     assert sum(p.numel() for p in model.parameters()) == config.num_parameters()
     when = torch.arange(6)[None]
-    batch = {"tokens": torch.randint(20, (1, 6)), "looks": when, "appears": when}
+    batch = {"tokens": torch.randint(20, (1, 6)), "query_time": when, "key_time": when}
     labels = torch.randint(20, (6,))
 
     def loss() -> Tensor:
@@ -219,7 +219,7 @@ def test_a_whole_model_trains_under_autocast_and_in_half(make: object) -> None:
     torch.nn.init.normal_(model.heads["lm"].weight, std=0.2)
     when = torch.arange(10).expand(4, 10) * (make is not encoder_config)
     tokens = torch.randint(50, (4, 10))
-    batch = {"tokens": tokens, "source_tokens": tokens.flip(1), "looks": when, "appears": when}
+    batch = {"tokens": tokens, "source_tokens": tokens.flip(1), "query_time": when, "key_time": when}
 
     def loss() -> Tensor:
         return model.heads["lm"].nll(model(batch).flatten(0, 1), tokens.flatten()) / tokens.numel()

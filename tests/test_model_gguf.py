@@ -62,7 +62,7 @@ def written(tmp_path, shape=SHAPES["llama"], kind="F32", tokenizer=TOKENIZER):
 def test_what_is_written_is_read_bit_for_bit(name, tmp_path):
     model, file = written(tmp_path, SHAPES[name])
     back = load_model(file)
-    assert gguf._lasting(back.config) == gguf._lasting(model.shape)
+    assert gguf._lasting(back.config) == gguf._lasting(model.config)
     mine, theirs = model.state_dict(), back.state_dict()
     assert mine.keys() == theirs.keys() and all(torch.equal(mine[k], theirs[k]) for k in mine)
     assert container.read(file).metadata["general.architecture"] == name.partition(",")[0]
@@ -160,7 +160,7 @@ def test_a_file_is_what_transformers_takes_it_for(tmp_path):
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file=file.name, dtype=torch.float32).eval()
     ids = torch.randint(0, SIZE, (2, 20))
     with attention_pattern_of(model):
-        mine = model.parts["lm"](model(rectangle(list(ids.numpy()), torch.device("cpu"))))
+        mine = model.heads["lm"](model(rectangle(list(ids.numpy()), torch.device("cpu"))))
         assert (theirs(ids).logits - mine).abs().max() < 1e-4 * mine.abs().max()
 
 
@@ -168,7 +168,7 @@ def test_a_file_serves_wherever_a_directory_does(tmp_path):
     model, file = written(tmp_path)
     opened = open_run(file)
     assert opened.tokenizer.encode("to be").tolist() == TOKENIZER.encode("to be").tolist()
-    fresh = LM(model.shape, {"lm": LMHead(model.shape)})
+    fresh = LM(model.config, {"lm": LMHead(model.config)})
     assert init_from(fresh, tmp_path) == ([], [])
     assert all(torch.equal(a, b) for a, b in zip(fresh.parameters(), model.parameters(), strict=True))
     save_model(opened.model, opened.tokenizer, tmp_path / "directory")

@@ -472,12 +472,12 @@ def test_templates_that_mean_harm(name: str, tmp_path: Path, monkeypatch: pytest
     source, says = TEMPLATES[name]
     tokenizer().save(tmp_path)
     (tmp_path / "chat_template.jinja").write_text(source)
-    tokenizer = Tokenizer.load(tmp_path)
-    refused(lambda: chat.encode(tokenizer, MESSAGES), says)
-    assert chat.stops(tokenizer) == [tokenizer.vocab.eos]
+    loaded = Tokenizer.load(tmp_path)
+    refused(lambda: chat.encode(loaded, MESSAGES), says)
+    assert chat.stops(loaded) == [loaded.vocab.eos]
     assert not (tmp_path / "ran").exists()
     fine = "{% for m in messages %}{{ m.content }}</s>{% endfor %}"  # and the next one is served
-    assert len(chat.encode(Tokenizer(tokenizer.engine, template=fine), MESSAGES)[0])
+    assert len(chat.encode(Tokenizer(loaded.engine, template=fine), MESSAGES)[0])
 
 
 def flips(directory: Path, names: Sequence[str], count: int) -> list[tuple[Path, bytes]]:

@@ -104,14 +104,14 @@ def test_padding_adds_nothing() -> None:
     alone = model({"tokens": own})
     padded = torch.cat((own, tokens(2, 4, seed=1)), 1)
     appears = torch.zeros_like(padded).masked_fill(torch.arange(11) >= 7, NEVER)
-    torch.testing.assert_close(model({"tokens": padded, "appears": appears})[:, :7], alone, rtol=0, atol=1e-5)
+    torch.testing.assert_close(model({"tokens": padded, "key_time": appears})[:, :7], alone, rtol=0, atol=1e-5)
     assert (model({"tokens": padded})[:, :7] - alone).abs().max() > 1e-3
 
 
 def test_what_it_cannot_read_is_refused() -> None:
     model = LM(replace(FULL, linformer_k=4), {})
     when = torch.arange(6)[None]
-    for fields in ({"looks": when, "appears": when}, {"document": torch.tensor([[1, 1, 1, 2, 2, 2]])}):
+    for fields in ({"query_time": when, "key_time": when}, {"document_ids": torch.tensor([[1, 1, 1, 2, 2, 2]])}):
         with pytest.raises(UserError, match="every position must see the whole row"):
             model({"tokens": tokens(1, 6), **fields})
     with pytest.raises(UserError, match=r"13 tokens is longer than model.max_positions=12"):

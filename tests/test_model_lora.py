@@ -52,7 +52,7 @@ def stirred(model: LM, name: str = "default", seed: int = 1) -> LM:
 def batch(config: ModelConfig, rows: int = 3, length: int = 9) -> dict[str, Tensor]:
     tokens = torch.randint(0, config.vocab_size, (rows, length), generator=torch.Generator().manual_seed(3))
     when = torch.arange(length).expand(rows, -1) * config.causal
-    return {"tokens": tokens, "looks": when, "appears": when} | (
+    return {"tokens": tokens, "query_time": when, "key_time": when} | (
         {"source_tokens": tokens} if config.num_encoder_layers else {}
     )
 

@@ -36,7 +36,7 @@ def vectors(model: LM, tokenizer: Tokenizer) -> Tensor:
     rows = [torch.tensor([cls, *tokenizer.encode(text).tolist(), sep]) for text in SENTENCES]
     tokens = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=pad)
     real = tokens != pad
-    return means(model({"tokens": tokens, "appears": torch.where(real, 0, NEVER)}), real)
+    return means(model({"tokens": tokens, "key_time": torch.where(real, 0, NEVER)}), real)
 
 
 @torch.no_grad()

@@ -204,7 +204,7 @@ def test_flops_are_counted_as_they_are_done(how: str) -> None:
     whole = 4 * width**2 + 2 * width * hidden
     run = list(n)  # of each token that the last block is run at: how many it sees
     if how == "packed":
-        rows = [[int((row == d).sum()) for d in row.unique() if d] for row in batch["document"]]
+        rows = [[int((row == d).sum()) for d in row.unique() if d] for row in batch["document_ids"]]
         most = max(map(len, rows))
         assert {len(row) for row in rows} != {most}, "every row is as full as another: nothing is tried"
         run += [row[0] for row in rows for _ in range(most - len(row))]  # the first text's second token, its third, ...

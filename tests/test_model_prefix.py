@@ -68,9 +68,9 @@ def test_padded_and_packed_rows_read_as_each_text_alone(name: str, kind: str) ->
         for row, own in zip(padded, alone, strict=True):
             torch.testing.assert_close(row[: len(own)], own, atol=1e-10, rtol=0)
         rows = pack(texts, 16, set())
-        assert int(rows["document"].amax()) > 1
+        assert int(rows["document_ids"].amax()) > 1
         hidden = model(rows)
-    found = [_texts(hidden[i], rows["document"][i], rows["tokens"][i]) for i in range(len(hidden))]
+    found = [_texts(hidden[i], rows["document_ids"][i], rows["tokens"][i]) for i in range(len(hidden))]
     there = {key: states for row in found for key, states in row.items()}
     for text, own in zip(texts, alone, strict=True):
         torch.testing.assert_close(there[tuple(text["tokens"].tolist())], own, atol=1e-10, rtol=0)
@@ -89,7 +89,7 @@ def test_padded_and_packed_rows_give_one_gradient(name: str, kind: str) -> None:
     model, texts = made(config, kind).train().double(), examples(config)
     found = []
     for rows in (collate(texts, set()), pack(texts, 16, set())):
-        real = rows["document"] > 0 if "document" in rows else rows["appears"] < NEVER
+        real = rows["document_ids"] > 0 if "document_ids" in rows else rows["key_time"] < NEVER
         model.zero_grad()
         (model(rows) * real[..., None]).square().sum().backward()
         found.append({n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None})
@@ -133,7 +133,7 @@ def test_writing_with_a_cache_is_writing_without(name: str, kind: str) -> None:
                 shown = {"source_tokens": torch.tensor([list(prompt)]), "tokens": torch.tensor([written])}
             when = torch.arange(shown["tokens"].shape[1])[None]
             with torch.no_grad():
-                hidden = model(shown | {"looks": when, "appears": when})
+                hidden = model(shown | {"query_time": when, "key_time": when})
                 assert int(model.heads["lm"](hidden[0, -1]).argmax()) == token
             tokens.append(token)
     options = [np.array([5, 6]), np.array([9])]
@@ -145,7 +145,7 @@ def test_writing_with_a_cache_is_writing_without(name: str, kind: str) -> None:
 def test_small_weights_read_behind_them(kind: str) -> None:
     model = made(SHAPES["rotary"], kind)
     rows = collate(examples(SHAPES["rotary"]), set())
-    real = (rows["appears"] < NEVER)[..., None]
+    real = (rows["key_time"] < NEVER)[..., None]
     with torch.no_grad():
         wanted, found = model(rows) * real, quantize(model, "int8")(rows) * real
     assert (found - wanted).abs().mean() < 0.02 * wanted.abs().mean()
@@ -212,9 +212,9 @@ def test_a_prefix_in_a_decoder_begins_as_the_text_that_it_is_made_of(name: str) 
     own, both = torch.tensor([[11, 12, 13, 14]]), torch.tensor([[*IDS, 11, 12, 13, 14]])
     when = torch.arange(7)[None]
     with torch.no_grad():
-        wanted = model({"tokens": both, "looks": when, "appears": when})[:, 3:]
+        wanted = model({"tokens": both, "query_time": when, "key_time": when})[:, 3:]
         model.heads["prefix"] = prefix_of(model, IDS)
-        got = model({"tokens": own, "looks": when[:, :4], "appears": when[:, :4]})
+        got = model({"tokens": own, "query_time": when[:, :4], "key_time": when[:, :4]})
     torch.testing.assert_close(got, wanted, atol=1e-5, rtol=0)
 
 
@@ -223,9 +223,9 @@ def test_a_prompt_in_a_decoder_is_the_text_that_it_is_made_of() -> None:
     own, both = torch.tensor([[11, 12]]), torch.tensor([[*IDS, 11, 12]])
     when = torch.arange(5)[None]
     with torch.no_grad():
-        wanted = model({"tokens": both, "looks": when, "appears": when})[:, 3:]
+        wanted = model({"tokens": both, "query_time": when, "key_time": when})[:, 3:]
         model.heads["prompt"] = prompt_of(model, IDS)
-        got = model({"tokens": own, "looks": when[:, :2], "appears": when[:, :2]})
+        got = model({"tokens": own, "query_time": when[:, :2], "key_time": when[:, :2]})
         torch.testing.assert_close(got, wanted, atol=1e-6, rtol=0)
         assert model.all_hidden_states({"tokens": own}).shape == (3, 1, 2, 32)
 
@@ -247,7 +247,7 @@ def test_no_prompt_tells_what_comes_later(name: str) -> None:
     tokens, when = torch.tensor([[4, 5, 6, 7]]), torch.tensor([[0, 1, 2, 3]])
     other = torch.tensor([[4, 5, 8, 7]])
     with torch.no_grad():
-        moved = [model({"tokens": shown, "looks": when - 1, "appears": when})[0] for shown in (tokens, other)]
+        moved = [model({"tokens": shown, "query_time": when - 1, "key_time": when})[0] for shown in (tokens, other)]
     change = (moved[1] - moved[0]).abs().amax(-1)
     assert change[:2].max() == 0 and change[2:].min() > 1e-3
 

@@ -56,8 +56,8 @@ def batch_of(objective: Objective) -> Batch:
 
 
 def inputs(batch: Batch) -> dict[str, torch.Tensor]:
-    real = batch["appears"] < NEVER
-    return {"input_ids": batch["tokens"], "token_type_ids": batch["segments"], "attention_mask": real.long()}
+    real = batch["key_time"] < NEVER
+    return {"input_ids": batch["tokens"], "token_type_ids": batch["token_type_ids"], "attention_mask": real.long()}
 
 
 def loaded(model: LM, directory: Path, kind: str) -> torch.nn.Module:
@@ -83,7 +83,7 @@ def test_masked_tokens_and_a_pair_are_theirs(name: str, tmp_path: Path) -> None:
     model, batch = built(objective, config), batch_of(objective)
     theirs = loaded(model, tmp_path, kind)
     said = theirs(**inputs(batch), labels=batch["labels"], **{label: batch[term][:, 0]})
-    hidden, real = model(batch), batch["appears"] < NEVER
+    hidden, real = model(batch), batch["key_time"] < NEVER
     assert (model.heads["lm"](hidden) - said.prediction_logits)[real].abs().max() < 1e-4
     assert (model.heads[term](hidden[:, 0]) - said[logits]).abs().max() < 1e-4
     terms = objective.loss(model, objective.forward(model, batch), batch)
@@ -125,7 +125,7 @@ def test_electra_s_two_models_are_theirs(config: ModelConfig, tmp_path: Path) ->
     model, batch = built(objective, config), batch_of(objective)
     outputs = objective.forward(model, batch)
     terms = objective.loss(model, outputs, batch)
-    real, asked = batch["appears"] < NEVER, batch["labels"] != IGNORE
+    real, asked = batch["key_time"] < NEVER, batch["labels"] != IGNORE
     replaced = outputs["shown"] != batch["real"]
 
     discriminator = loaded(model, tmp_path / "discriminator", "ElectraForPreTraining")
@@ -180,7 +180,7 @@ def test_we_load_their_classes_with_their_heads(kind: str, parts: set[str], tmp_
     ours = load_model(tmp_path)
     assert set(ours.heads) == parts
     batch = batch_of(NSP() + MLM())
-    said, hidden, real = model(**inputs(batch)), ours(batch), batch["appears"] < NEVER
+    said, hidden, real = model(**inputs(batch)), ours(batch), batch["key_time"] < NEVER
     answers = {"lm": ("prediction_logits", "logits"), "next": ("seq_relationship_logits", "logits"),
                "order": ("sop_logits",), "replaced": ("logits",)}  # fmt: skip
     for part in parts:

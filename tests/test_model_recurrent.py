@@ -104,13 +104,16 @@ def test_padding_and_packing_change_nothing(name: str) -> None:
     found = model(packed)
     assert len(found) < len(rows)
     states = [
-        found[i][packed["document"][i] == d] for i in range(len(found)) for d in packed["document"][i].unique() if d
+        found[i][packed["document_ids"][i] == d]
+        for i in range(len(found))
+        for d in packed["document_ids"][i].unique()
+        if d
     ]
     assert sorted(map(len, states)) == [1, 3, 5, 7, 12]
     for state in states:
         like = next(a for a in alone if len(a) == len(state))
         torch.testing.assert_close(state, like, rtol=0, atol=1e-6)
-    left = {"tokens": padded["tokens"].flip(1), "appears": padded["appears"].flip(1)}  # as prompts are padded
+    left = {"tokens": padded["tokens"].flip(1), "key_time": padded["key_time"].flip(1)}  # as prompts are padded
     found = model(left)
     for row, example in zip(found, rows, strict=True):
         state = model({"tokens": torch.from_numpy(example["tokens"][::-1].copy())[None]})[0]
@@ -163,7 +166,7 @@ def test_written_step_by_step_it_says_what_it_says_at_once(kind: str) -> None:
 
 def test_rows_that_go_on_hold_one_document() -> None:
     model = LM(shape_of("lstm"), {})
-    batch = {"tokens": torch.ones(1, 4, dtype=torch.int64), "document": torch.tensor([[1, 1, 2, 2]])}
+    batch = {"tokens": torch.ones(1, 4, dtype=torch.int64), "document_ids": torch.tensor([[1, 1, 2, 2]])}
     with pytest.raises(UserError, match="one document each"):
         model(batch, model.make_cache(1, 8))
 

@@ -15,7 +15,7 @@ from firth.model.heads import LMHead
 from firth.model.model import LM, TiedSubmodel
 from firth.objectives.replaced_tokens import RTD, thinner
 from firth.pretrained.load_save import init_from, load_model, save_model
-from firth.train.optimizer import Mover, OptimizerConfig, param_groups
+from firth.train.optimizer import Optimizer, OptimizerConfig, param_groups
 from firth.types import UserError
 
 ALBERT = ModelConfig(
@@ -73,13 +73,13 @@ def test_shared_layers_have_keys_of_their_own_in_a_cache(name: str) -> None:
     config = replace(SHAPES[name], zero_init=False)
     model = built(config).eval()
     tokens, when = torch.randint(0, 61, (2, 9)), torch.arange(9)[None].expand(2, 9)
-    batch = {"tokens": tokens, "looks": when, "appears": when}
+    batch = {"tokens": tokens, "query_time": when, "key_time": when}
     if config.num_encoder_layers:
         batch["source_tokens"] = torch.randint(0, 61, (2, 7))
     whole, cache = model(batch), model.make_cache(2, 9)
     source = {n: x for n, x in batch.items() if n.startswith("source")}
     pieces = [
-        model({n: batch[n][:, i:j] for n in ("tokens", "looks", "appears")} | source, cache)
+        model({n: batch[n][:, i:j] for n in ("tokens", "query_time", "key_time")} | source, cache)
         for i, j in ((0, 4), (4, 9))
     ]
     assert len(cache.keys) == 4
@@ -141,7 +141,10 @@ def test_a_guest_reads_with_its_hosts_tables() -> None:
 
 def test_a_guest_of_other_tables_is_refused() -> None:
     small = thinner(ENCODER, 0.25)
-    for other, said in ((replace(small, vocab_size=60), "tokens"), (replace(small, type_vocab_size=2), "segments")):
+    for other, said in (
+        (replace(small, vocab_size=60), "tokens"),
+        (replace(small, type_vocab_size=2), "token_type_ids"),
+    ):
         with pytest.raises(UserError, match=said):
             LM(ENCODER, {"generator": TiedSubmodel(other, {"lm": LMHead(other)})})
 
@@ -174,18 +177,18 @@ def test_what_the_mover_remembers_of_shared_weights_comes_back() -> None:
     config = replace(ALBERT, num_layer_groups=2)
     tokens = torch.randint(0, 61, (2, 9))
 
-    def stepped(model: LM, mover: Mover) -> None:
+    def stepped(model: LM, mover: Optimizer) -> None:
         torch.manual_seed(1)
         model({"tokens": tokens}).square().sum().backward()
-        mover.move(1.0)
+        mover.step(1.0)
 
     whole, part = electra(config), electra(config)
-    movers = [Mover(OptimizerConfig(), m) for m in (whole, part)]
+    movers = [Optimizer(OptimizerConfig(), m) for m in (whole, part)]
     stepped(whole, movers[0])
     stepped(part, movers[1])
     resumed = electra(config)
     resumed.load_state_dict(part.state_dict())
-    mover = Mover(OptimizerConfig(), resumed)
+    mover = Optimizer(OptimizerConfig(), resumed)
     mover.restore(movers[1].state())
     stepped(whole, movers[0])
     stepped(resumed, mover)

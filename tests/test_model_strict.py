@@ -278,5 +278,5 @@ def test_a_cache_changes_nothing_and_parameters_are_counted(config: ModelConfig)
         [said] = Engine(model, tokenizer, stops=()).generate([start], Sampling(max_new_tokens=12, temperature=0))
         row = torch.tensor([start + said.tokens.tolist()])
         steps = torch.arange(row.shape[1])[None]
-        logits = model.heads["lm"](model({"tokens": row, "looks": steps, "appears": steps}))
+        logits = model.heads["lm"](model({"tokens": row, "query_time": steps, "key_time": steps}))
     assert logits[0, 4:-1].argmax(-1).tolist() == said.tokens.tolist()

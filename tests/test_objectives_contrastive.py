@@ -38,7 +38,7 @@ def labelled(rng: np.random.Generator) -> Example:
     first, second = text(rng), text(rng)
     segments = np.repeat([0, 1], (len(first) + 2, len(second) + 1))
     tokens = np.concatenate(([2], first, [3], second, [3]))
-    return {"tokens": tokens, "segments": segments, "label": int(rng.integers(2))}
+    return {"tokens": tokens, "token_type_ids": segments, "label": int(rng.integers(2))}
 
 
 def shown(objective: Objective, make, count: int) -> list[Example]:
@@ -58,7 +58,7 @@ def built(objective: Objective) -> LM:
 def vectors(model: LM, row: Example, at: str) -> list[torch.Tensor]:
     """Each text of a group read alone, without padding."""
     out = []
-    for tokens, appears in zip(row["tokens"], row["appears"], strict=True):
+    for tokens, appears in zip(row["tokens"], row["key_time"], strict=True):
         states = model({"tokens": torch.tensor(tokens[appears == 0])[None]})[0]
         out.append(F.normalize(states[0] if at == "first" else states.mean(0), dim=0))
     return out
@@ -100,7 +100,7 @@ def test_infonce_is_its_formula() -> None:
 
 def test_two_dropout_views_differ_in_training_alone() -> None:
     objective = InfoNCE()
-    rows = shown(objective, lambda rng: {"tokens": VOCAB.frame(text(rng))}, 4)
+    rows = shown(objective, lambda rng: {"tokens": VOCAB.add_special_tokens(text(rng))}, 4)
     batch, model = collate(rows, asked(objective)), built(objective)
     one, other = model(batch).unbind(1)
     assert torch.allclose(one, other, atol=1e-5)  # two rows of one batch: some kernels add in another order
@@ -137,7 +137,9 @@ def test_a_split_batch_has_the_gradient_of_the_whole_for_pairs_and_not_for_infon
 
 
 def test_what_cannot_be_is_refused() -> None:
-    with pytest.raises(UserError, match=r"2 micro-batches would compare only their own: set batch.gradient_accumulation_steps=1"):
+    with pytest.raises(
+        UserError, match=r"2 micro-batches would compare only their own: set batch.gradient_accumulation_steps=1"
+    ):
         check_batching(InfoNCE(), SHAPE, pack=0, accumulate=2)
     with pytest.raises(UserError, match="train on one rank"):
         check_batching(InfoNCE(), SHAPE, pack=0, accumulate=1, ranks=2)

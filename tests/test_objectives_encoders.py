@@ -27,7 +27,7 @@ from firth.runs.compatibility import check_pattern
 from firth.runs.init_head import init_head
 from firth.tokenizer.vocab import Vocab
 from firth.train.logging import NullReporter
-from firth.train.optimizer import Mover, OptimizerConfig
+from firth.train.optimizer import Optimizer, OptimizerConfig
 from firth.train.schedule import Budget
 from firth.train.step import step
 from firth.train.trainer import TrainerConfig, train
@@ -56,7 +56,7 @@ class Chains(Source):
     def __getitem__(self, index: int) -> Example:
         rng = np.random.default_rng(index)
         text = (rng.integers(55) + 3 * np.arange(rng.integers(8, 30))) % 55 + 5
-        return {"tokens": VOCAB.frame(text.astype(np.int32))}
+        return {"tokens": VOCAB.add_special_tokens(text.astype(np.int32))}
 
 
 class Pairs(Chains):
@@ -109,7 +109,7 @@ def test_the_order_is_asked_at_cls_alone_and_fairly() -> None:
             a, b = b, a
         assert seen["tokens"].tolist() == [2, *a, 3, *b, 3]
         assert (seen["order"][1:] == IGNORE).all()
-        assert seen["segments"].tolist() == [0] * (len(a) + 2) + [1] * (len(b) + 1)
+        assert seen["token_type_ids"].tolist() == [0] * (len(a) + 2) + [1] * (len(b) + 1)
     assert abs(swaps - 800) < 4.5 * 20
 
 
@@ -211,7 +211,7 @@ def knows(model: LM, batch: Batch) -> None:
     """Make the generator say one token always: the one that the first masked place holds."""
     generator = model.heads["generator"]
     with torch.no_grad():
-        generator.parts["lm"].bias[batch["labels"][batch["labels"] != IGNORE][0]] += 1000
+        generator.heads["lm"].bias[batch["labels"][batch["labels"] != IGNORE][0]] += 1000
 
 
 @pytest.mark.parametrize("objective", [RTD(), AdversarialRTD()], ids=["likelihood", "adversarial"])
@@ -279,7 +279,7 @@ def test_reinforce_s_gradient_is_that_of_the_expected_reward() -> None:
     """At one masked place, for a discriminator's answers held fixed: the mean over draws is the exact gradient."""
     objective = AdversarialRTD(noise="iid")
     model = model_of(objective)
-    example = {"tokens": VOCAB.frame(np.arange(20, 28))}
+    example = {"tokens": VOCAB.add_special_tokens(np.arange(20, 28))}
     rng = np.random.default_rng(0)
     seen = objective.build_example(example, VOCAB, rng)
     while (seen["labels"] != IGNORE).sum() != 1:
@@ -317,13 +317,13 @@ def test_the_baseline_learns_what_to_expect() -> None:
     with torch.no_grad():
         model.heads["baseline"].bias.fill_(3.0)
         outputs = objective.forward(model, batch)
-    mover = Mover(OptimizerConfig(name="adamw", lr=0.03, weight_decay=0.0), model.heads["baseline"])
+    mover = Optimizer(OptimizerConfig(name="adamw", lr=0.03, weight_decay=0.0), model.heads["baseline"])
     errors = []
     for _ in range(300):
         terms = objective.loss(model, outputs, batch)
         terms["baseline"].backward()
         errors.append(float(terms["baseline"].detach()))
-        mover.move(1.0)
+        mover.step(1.0)
     count = int((batch["labels"] != IGNORE).sum())
     reward = float(terms["reward"]) / count
     assert errors[-1] < 0.5 * errors[0] and 0.1 < reward < 10
@@ -396,10 +396,10 @@ def test_ten_steps_on_one_batch_lower_every_term(name: str) -> None:
     """But for the generator that is paid for what it draws, which has a reward and no loss, and for what it expects."""
     objective = ALL[name]
     model, batch = model_of(objective, spread=0.0), batch_of(objective)
-    mover = Mover(OptimizerConfig(name="adamw", lr=3e-3), model)
+    mover = Optimizer(OptimizerConfig(name="adamw", lr=3e-3), model)
     first = step(model, objective, [batch])
     for _ in range(10):
-        mover.move(1.0)
+        mover.step(1.0)
         last = step(model, objective, [batch])
     for term in objective.labels.keys() - ({"generator", "baseline"} if name == "adversarial rtd" else set()):
         assert last[term] < first[term], term

@@ -45,7 +45,7 @@ def example(seed: int) -> Example:
     rng = np.random.default_rng(seed)
     known = seed % 3 == 0
     probabilities = rng.dirichlet([0.3] * 3)
-    tokens = VOCAB.frame(rng.integers(5, 60, int(rng.integers(3, 12))))
+    tokens = VOCAB.add_special_tokens(rng.integers(5, 60, int(rng.integers(3, 12))))
     return {"tokens": tokens, "label": int(rng.integers(3)) if known else IGNORE, "taught": probabilities}
 
 
@@ -54,7 +54,7 @@ def voted(seed: int) -> Example:
     votes = np.where(rng.random(4) < 0.2, IGNORE, rng.integers(0, 3, 4))
     votes[0] = rng.integers(3)
     return {
-        "tokens": VOCAB.frame(rng.integers(5, 60, int(rng.integers(3, 12)))),
+        "tokens": VOCAB.add_special_tokens(rng.integers(5, 60, int(rng.integers(3, 12)))),
         "votes": votes,
         "label": majority(votes),
     }
@@ -203,7 +203,7 @@ def test_a_penalty_alone_shrinks_the_weights_by_its_gradient() -> None:
 
 
 def test_held_out_records_need_neither_a_teacher_nor_votes() -> None:
-    held = {"tokens": VOCAB.frame(np.array([9, 10])), "label": 2}
+    held = {"tokens": VOCAB.add_special_tokens(np.array([9, 10])), "label": 2}
     for objective in (
         PseudoLabels(class_names=CLASSES),
         Consistency(class_names=CLASSES),
@@ -308,7 +308,7 @@ def test_texts_that_nobody_labelled_are_read_beside_all_that_somebody_did(tmp_pa
     cut = examples.build(data, objective)
     hidden = [int(cut.train[i]["label"]) == IGNORE for i in range(len(cut.train))]
     assert sum(hidden) == 30 and cut.train.counts["unlabelled"] == 30
-    assert len(hidden) - 30 + len(cut.valid or ()) == 60
+    assert len(hidden) - 30 + len(cut.validation or ()) == 60
     _, index = cut.train.order(0, np.arange(300))
     assert abs(sum(hidden[int(i)] for i in index) - 200) <= 1
 

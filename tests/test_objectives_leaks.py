@@ -171,15 +171,17 @@ def reached(shown: Example, term: str) -> np.ndarray:
     """Whether what stands at j can come to be known at i: (rows, T, T), through any number of layers."""
     tokens = np.atleast_2d(shown["tokens"])
     rows, n = tokens.shape
-    if term in ("next", "previous") and "looks" not in shown and "previous" in shown:  # two readers who do not meet
+    if (
+        term in ("next", "previous") and "query_time" not in shown and "previous" in shown
+    ):  # two readers who do not meet
         ahead = np.tri(n, dtype=bool)
         return (ahead if term == "next" else ahead.T)[None]
 
     def field(name: str, fill: int) -> np.ndarray:
         return np.broadcast_to(np.atleast_2d(shown.get(name, np.full(n, fill))), (rows, n))
 
-    looks, document = field("looks", 0)[:, :, None], field("document", 0)
-    sees = (field("appears", 0)[:, None] <= looks) & (looks < field("leaves", NEVER)[:, None])
+    looks, document = field("query_time", 0)[:, :, None], field("document_ids", 0)
+    sees = (field("key_time", 0)[:, None] <= looks) & (looks < field("key_expiry", NEVER)[:, None])
     sees &= document[:, None] == document[:, :, None]
     sees |= np.eye(n, dtype=bool)  # its own place it reads, seen by others or not
     for _ in range(n.bit_length()):
@@ -349,7 +351,7 @@ class Ahead(CausalLM):
 
     def build_example(self, example: Example, vocab: Vocab, rng: np.random.Generator) -> Example:
         seen = super().build_example(example, vocab, rng)
-        return seen | {"looks": seen["looks"] + (np.arange(len(seen["looks"])) == 2)}
+        return seen | {"query_time": seen["query_time"] + (np.arange(len(seen["query_time"])) == 2)}
 
 
 class Told(TokenObjective):

@@ -47,7 +47,15 @@ VOCAB = Vocab(
     size=61, roles={"pad": 0, "cls": 2, "bos": 2, "sep": 3, "eos": 3, "mask": 4}, special=np.arange(61) < 5,
     spelling=tuple(b"\n" if i < 5 else b" a" if i % 2 else b"a" for i in range(61)),
 )  # fmt: skip
-BODY = {"vocab_size": 61, "hidden_size": 32, "num_layers": 2, "num_heads": 4, "max_positions": 40, "intermediate_size": 48, "causal": False}
+BODY = {
+    "vocab_size": 61,
+    "hidden_size": 32,
+    "num_layers": 2,
+    "num_heads": 4,
+    "max_positions": 40,
+    "intermediate_size": 48,
+    "causal": False,
+}
 XLNET = ModelConfig(
     **BODY, norm_placement="post", norm_eps=1e-12, position="xlnet", mask_embedding=True, type_vocab_size=2, activation="gelu", lm_head_bias=True,
 )  # fmt: skip
@@ -150,13 +158,13 @@ def test_both_streams_and_memory_are_transformers(memory: int, kinds: bool, tmp_
     examples: list[Example] = [{"tokens": text(n, s)} for s in (1, 2)]
     for number, example in enumerate(examples):
         if kinds:
-            example["segments"] = (np.arange(n) > 4 + number).astype(np.int64)
+            example["token_type_ids"] = (np.arange(n) > 4 + number).astype(np.int64)
         if memory:
             example["memory_tokens"] = text(memory, 10 + number)
     shown = [PLM(k=3).build_example(e, VOCAB, rng) for e in examples]
     k = len(shown[0]["positions"]) - n
     batch = collate(shown)
-    when = torch.as_tensor(np.stack([s["looks"][:n] for s in shown]))
+    when = torch.as_tensor(np.stack([s["query_time"][:n] for s in shown]))
     places = torch.as_tensor(np.stack([s["positions"][n:] for s in shown])).long()
     given = {
         "input_ids": batch["tokens"][:, :n],
@@ -167,7 +175,7 @@ def test_both_streams_and_memory_are_transformers(memory: int, kinds: bool, tmp_
         "labels": torch.as_tensor(np.stack([s["labels"][n:] for s in shown])),
     }
     if kinds:
-        given["token_type_ids"] = batch["segments"][:, :n]
+        given["token_type_ids"] = batch["token_type_ids"][:, :n]
     if memory:
         given["mems"] = theirs(batch["memory_tokens"], use_mems=True).mems
     want = theirs(**given, output_hidden_states=True)
@@ -210,7 +218,7 @@ def test_the_order_of_the_text_is_causal_language_modelling(position: str) -> No
     seen = PLM(k=1, order="identity").build_example({"tokens": tokens}, VOCAB, np.random.default_rng(0))
     n = len(tokens)
     assert seen["labels"][n:].tolist() == causal["labels"].tolist()
-    assert seen["looks"][:n].tolist() == list(range(n))
+    assert seen["query_time"][:n].tolist() == list(range(n))
     one, other = collate([causal]), collate([seen])
     torch.testing.assert_close(model(other)[:, : n - 1], model(one), rtol=0, atol=1e-5)
     plain = loss(model, PLM(), other)
@@ -231,10 +239,10 @@ def test_the_loss_is_the_chain_rule(config: ModelConfig) -> None:
     for turn, place in enumerate(order):
         later = order[turn:]
         kept = np.setdiff1d(np.arange(9), later)
-        when = seen["looks"][:9][kept]
+        when = seen["query_time"][:9][kept]
         alone = {
             "tokens": np.append(tokens[kept], VOCAB.mask), "positions": np.append(kept, place),
-            "looks": np.append(when, turn), "appears": np.append(when, NEVER),
+            "query_time": np.append(when, turn), "key_time": np.append(when, NEVER),
             "labels": np.append(np.full(len(kept), IGNORE), tokens[place]),
         }  # fmt: skip
         total += loss(model, PLM(), collate([alone]))
@@ -250,7 +258,7 @@ def test_mpnet_is_mlm_where_nothing_is_revealed(config: ModelConfig) -> None:
     assert len(set(order)) == 8
     hidden = np.isin(np.arange(20), order)
     masked = {"tokens": np.where(hidden, VOCAB.mask, tokens), "labels": np.where(hidden, tokens, IGNORE)}
-    together = collate([seen | {"looks": np.where(seen["labels"] != IGNORE, 0, seen["looks"])}])
+    together = collate([seen | {"query_time": np.where(seen["labels"] != IGNORE, 0, seen["query_time"])}])
     assert loss(model, MPNet(), together) == pytest.approx(loss(model, MLM(), collate([masked])), rel=1e-5)
     # The first of the order is predicted so in any case; the rest learn from what came before.
     states, plain = model(collate([seen]))[0, -8:], model(collate([masked]))[0]
@@ -265,7 +273,7 @@ def test_mpnet_is_plm_without_its_stand_ins(config: ModelConfig) -> None:
     seen = MPNet(mlm_probability=0.3, **OPEN).build_example({"tokens": tokens}, VOCAB, np.random.default_rng(2))
     order = seen["positions"][-6:].astype(int)
     permuted = layout.permuted({"tokens": tokens}, order, np.full(6, VOCAB.mask))
-    blind = collate([seen | {"appears": np.where(seen["leaves"] < NEVER, NEVER, seen["appears"])}])
+    blind = collate([seen | {"key_time": np.where(seen["key_expiry"] < NEVER, NEVER, seen["key_time"])}])
     plm = loss(model, PLM(), collate([permuted]))
     assert loss(model, MPNet(), blind) == pytest.approx(plm, rel=1e-5)
     assert abs(loss(model, MPNet(), collate([seen])) - plm) > 1e-2
@@ -273,14 +281,14 @@ def test_mpnet_is_plm_without_its_stand_ins(config: ModelConfig) -> None:
 
 def test_mpnet_sees_every_place_once() -> None:
     seen = MPNet(mlm_probability=0.3).build_example({"tokens": text(20)}, VOCAB, np.random.default_rng(5))
-    fields = {name: torch.as_tensor(seen[name])[None] for name in ("looks", "appears", "leaves", "positions")}
-    visible = mask_from_times(fields["looks"], fields["appears"], None, None, fields["leaves"])[0]
+    fields = {name: torch.as_tensor(seen[name])[None] for name in ("query_time", "key_time", "key_expiry", "positions")}
+    visible = mask_from_times(fields["query_time"], fields["key_time"], None, None, fields["key_expiry"])[0]
     for row in visible:
         assert sorted(seen["positions"][row.numpy()].tolist()) == list(range(20))
 
 
 def test_a_third_of_a_text_is_asked_of_k_3_and_control_tokens_never() -> None:
-    tokens = VOCAB.frame(text(60))
+    tokens = VOCAB.add_special_tokens(text(60))
     for noise in ("count", "contexts"):
         asked = [
             PLM(k=3, noise=noise).build_example({"tokens": tokens}, VOCAB, np.random.default_rng(s)) for s in range(300)
@@ -340,7 +348,7 @@ def test_a_cloze_hides_one_token_and_shows_the_rest(objective: Objective) -> Non
     shown = objective.hide(tokens, 4, VOCAB)
     assert shown is not None
     assert shown["labels"][shown["labels"] != IGNORE].tolist() == [tokens[4]]
-    visible = (shown["appears"] == 0) & (shown["tokens"] > 4)
+    visible = (shown["key_time"] == 0) & (shown["tokens"] > 4)
     assert shown["tokens"][visible].tolist() == np.delete(tokens, 4).tolist()
 
 
@@ -411,10 +419,10 @@ def test_a_cached_text_is_read_as_a_whole_one() -> None:
     model = built(replace(XLNET, causal=True))
     tokens = torch.as_tensor(text(9))[None]
     when = torch.arange(9)[None]
-    whole = model({"tokens": tokens, "looks": when, "appears": when})
+    whole = model({"tokens": tokens, "query_time": when, "key_time": when})
     cache = model.make_cache(1, 9)
-    parts = [model({"tokens": tokens[:, :5], "looks": when[:, :5], "appears": when[:, :5]}, cache)]
-    parts.append(model({"tokens": tokens[:, 5:6], "looks": when[:, 5:6], "appears": when[:, 5:6]}, cache))
+    parts = [model({"tokens": tokens[:, :5], "query_time": when[:, :5], "key_time": when[:, :5]}, cache)]
+    parts.append(model({"tokens": tokens[:, 5:6], "query_time": when[:, 5:6], "key_time": when[:, 5:6]}, cache))
     cache.start_decoding()
     parts += [model({"tokens": tokens[:, i : i + 1]}, cache) for i in range(6, 9)]
     torch.testing.assert_close(torch.cat(parts, 1), whole, rtol=0, atol=1e-5)
@@ -458,7 +466,7 @@ def test_windows_give_what_stands_before_them(tmp_path: Path) -> None:
 def test_memory_is_read_by_its_own_document_and_padding_changes_nothing() -> None:
     model = built(replace(XLNET, memory_length=6))
     objective = PLM(k=2)
-    first: Example = {"tokens": text(10), "memory_tokens": text(6, 7), "document": np.repeat([0, 1], [6, 4])}
+    first: Example = {"tokens": text(10), "memory_tokens": text(6, 7), "document_ids": np.repeat([0, 1], [6, 4])}
     second: Example = {"tokens": text(8, 1), "memory_tokens": text(2, 8)}
     third: Example = {"tokens": text(10, 2), "memory_tokens": text(0, 8)}
     shown = [objective.build_example(e, VOCAB, np.random.default_rng(0)) for e in (first, second, third)]
@@ -471,7 +479,7 @@ def test_memory_is_read_by_its_own_document_and_padding_changes_nothing() -> Non
     before = model(collate(shown[:1]))[0]
     changed = dict(shown[0], memory_tokens=text(6, 9))
     after = model(collate([changed]))[0]
-    inside = torch.as_tensor(shown[0]["document"]) == 0
+    inside = torch.as_tensor(shown[0]["document_ids"]) == 0
     moved = (after - before).abs().amax(-1)
     assert moved[inside].min() > 1e-4
     assert moved[~inside].max() == 0
@@ -557,8 +565,10 @@ def test_flops_count_queries_stand_ins_and_memory(objective: Objective) -> None:
     batch = collate(shown)
     counted = work(batch)
     assert counted.positions == sum(len(s["tokens"]) for s in shown)
-    real = batch["looks"] > -NEVER
-    seen = mask_from_times(batch["looks"], batch["appears"], None, None, batch.get("leaves")) & real[..., None]
+    real = batch["query_time"] > -NEVER
+    seen = (
+        mask_from_times(batch["query_time"], batch["key_time"], None, None, batch.get("key_expiry")) & real[..., None]
+    )
     assert counted.pairs == int(seen.sum())
     lengths = [(5, len(shown[0]["tokens"])), (0, 0), (3, len(shown[2]["tokens"]))]
     assert counted.memory == MemoryWork(8, 25 + 9, sum(m * n for m, n in lengths))
@@ -632,7 +642,10 @@ def test_a_decoder_with_relative_positions_writes_what_it_would_read() -> None:
     """The engine's cache serves position="xlnet" as any other: rows of other lengths beside it, and options of one prompt."""
     coder = tokenizer()
     config = ModelConfig(
-        **BODY | {"vocab_size": coder.vocab.size, "causal": True}, position="xlnet", mask_embedding=True, memory_length=8
+        **BODY | {"vocab_size": coder.vocab.size, "causal": True},
+        position="xlnet",
+        mask_embedding=True,
+        memory_length=8,
     )
     model = built(config)
     prompts = [coder.encode("What is a module?"), coder.encode("In Python")]
@@ -641,7 +654,7 @@ def test_a_decoder_with_relative_positions_writes_what_it_would_read() -> None:
         row = np.asarray(prompt)
         for token in answer.tokens:
             when = torch.arange(len(row))[None]
-            hidden = model({"tokens": torch.as_tensor(row)[None].long(), "looks": when, "appears": when})
+            hidden = model({"tokens": torch.as_tensor(row)[None].long(), "query_time": when, "key_time": when})
             assert int(model.heads["lm"](hidden[0, -1]).argmax()) == token
             row = np.append(row, token)
     engine, options = Engine(model, coder), [coder.encode(" of"), coder.encode(" that is")]
@@ -678,6 +691,11 @@ def test_an_xlnet_is_finetuned_without_its_memory(tmp_path: Path) -> None:
              "tokenizer.vocab_size=400", "max_steps=2", "batch.size=4", "evaluation.every=0"]  # fmt: skip
     first = run(load("xlnet", [*small, f"data.path={plays}"]), tmp_path / "first", echo=lambda _: None)
     assert load_model(first.model).config.memory_length == 128
-    told = [f"init_from={tmp_path / 'first'}", f"data.path={tmp_path / 'rows.jsonl'}", "max_steps=2", "batch.pack_to_length=64"]
+    told = [
+        f"init_from={tmp_path / 'first'}",
+        f"data.path={tmp_path / 'rows.jsonl'}",
+        "max_steps=2",
+        "batch.pack_to_length=64",
+    ]
     second = run(load("classification", told), tmp_path / "second", echo=lambda _: None)
     assert load_model(second.model).config.memory_length == 0

@@ -21,7 +21,7 @@ from firth.objectives.token_classification import TokenClassification
 from firth.objectives.word2vec import Word2Vec
 from firth.recipes.recurrent import bilm
 from firth.tokenizer.vocab import Vocab
-from firth.train.optimizer import Mover, OptimizerConfig
+from firth.train.optimizer import Optimizer, OptimizerConfig
 from firth.train.step import step
 from firth.types import IGNORE, NEVER, Example, UserError
 
@@ -33,7 +33,7 @@ def running(rng: np.random.Generator, n: int = 0, documents: int = 1) -> Example
     n = n or int(rng.integers(40, 90))
     example = {"tokens": rng.integers(2, 60, n).astype(np.int32)}
     if documents > 1:
-        example["document"] = np.sort(rng.integers(0, documents, n)).astype(np.int32)
+        example["document_ids"] = np.sort(rng.integers(0, documents, n)).astype(np.int32)
     return example
 
 
@@ -132,10 +132,10 @@ def test_split_padded_and_packed_batches_have_one_loss_and_gradient(name: str) -
 def test_ten_steps_on_one_batch_lower_every_term(name: str) -> None:
     objective, model, shown = made(name)
     batch = collate(shown, asked(objective))
-    mover = Mover(OptimizerConfig(name="adamw", lr=1e-2, weight_decay=0.0), model)
+    mover = Optimizer(OptimizerConfig(name="adamw", lr=1e-2, weight_decay=0.0), model)
     first = step(model, objective, [batch])
     for _ in range(10):
-        mover.move(1.0)
+        mover.step(1.0)
         last = step(model, objective, [batch])
     assert all(last[term] < first[term] for term in objective.labels)
 
@@ -170,7 +170,7 @@ def test_windows_are_drawn_alike_and_stay_in_their_document() -> None:
     for _ in range(200):
         example = words(rng) | {"kept": np.ones(60)}
         shown = Word2Vec().build_example(example, VOCAB, rng)
-        document = example["document"]
+        document = example["document_ids"]
         for i, (left, right) in enumerate(zip(shown["left"], shown["right"], strict=True)):
             assert (document[i - left : i + right + 1] == document[i]).all()
             if 5 <= i < len(document) - 5 and (document[i - 5 : i + 6] == document[i]).all():
@@ -221,11 +221,11 @@ def test_related_words_come_nearer_than_others() -> None:
         objective = Word2Vec(algorithm=algorithm)
         torch.manual_seed(0)
         model = LM(word_vector_config(60, 16), objective.heads(word_vector_config(60, 16)))
-        mover = Mover(OptimizerConfig(name="adamw", lr=5e-2, weight_decay=0.0), model)
+        mover = Optimizer(OptimizerConfig(name="adamw", lr=5e-2, weight_decay=0.0), model)
         batches = Batches(Halves(), objective, VOCAB, batch_size=16, seed=0)
         for i in range(100):
             step(model, objective, batches.batches(i))
-            mover.move(1.0)
+            mover.step(1.0)
         x = F.normalize(model.tokens.weight[2:].detach(), dim=-1)
         like = x @ x.t()
         assert like[:29, :29].mean() > like[:29, 29:].mean() + 0.3
@@ -236,7 +236,7 @@ def test_neither_reader_of_elmo_has_seen_what_it_is_asked() -> None:
     model.eval()
     rng = np.random.default_rng(3)
     tokens = rng.integers(2, 60, 12)
-    example = {"tokens": tokens, "document": np.repeat([0, 1], (5, 7))}
+    example = {"tokens": tokens, "document_ids": np.repeat([0, 1], (5, 7))}
     shown = objective.build_example(example, VOCAB, rng)
     states = model(collate([shown], asked(objective)))[0]
     for i in range(12):
@@ -247,7 +247,7 @@ def test_neither_reader_of_elmo_has_seen_what_it_is_asked() -> None:
             - states
         ) != 0
         ahead, back = (side.any(-1) for side in moved.chunk(2, -1))
-        where, inside = np.arange(12), example["document"] == example["document"][i]
+        where, inside = np.arange(12), example["document_ids"] == example["document_ids"][i]
         assert ahead.tolist() == ((where >= i) & inside).tolist()
         assert back.tolist() == ((where <= i) & inside).tolist()
     assert shown["next"].tolist() == [*tokens[1:5], IGNORE, *tokens[6:], IGNORE]
@@ -265,10 +265,10 @@ def test_frozen_features_stay_and_do_not_drop() -> None:
     assert torch.equal(objective.forward(model, batch)["hidden"], objective.forward(model, batch)["hidden"])
     assert model.training
     for name in ("adamw", "muon"):
-        mover = Mover(OptimizerConfig(name=name, lr=1e-2), model)
+        mover = Optimizer(OptimizerConfig(name=name, lr=1e-2), model)
         for _ in range(2):
             step(model, objective, [batch])
-            mover.move(1.0)
+            mover.step(1.0)
     still = {n for n, p in model.named_parameters() if torch.equal(p, before[n])}
     assert still == {n for n in before if not n.startswith("heads.")}
     assert objective.forward_flops(model, batch) * 3 == pytest.approx(TokenClassification().forward_flops(model, batch))
@@ -286,7 +286,7 @@ def test_the_mixture_is_that_of_the_paper() -> None:
     wanted = 1.5 * (s[0] * layers[0] + s[1] * layers[1] + s[2] * layers[2])
     torch.testing.assert_close(objective.forward(model, batch)["hidden"], wanted)
     e = model.tokens(batch["tokens"])
-    real = batch["appears"] != NEVER
+    real = batch["key_time"] != NEVER
     torch.testing.assert_close(layers[0][real], torch.cat((e, e), -1)[real])
 
 

@@ -86,7 +86,7 @@ def test_no_answer_is_seen_before_it_is_given(make: type, layout: str) -> None:
     """Change one token of the answer: nothing moves up to the position where it is asked; after it, all may."""
     objective = make(layout=layout)
     rng = np.random.default_rng(3)
-    seen = objective.view({"tokens": some_text(rng, 24)}, VOCAB, np.random.default_rng(8))
+    seen = objective.build_example({"tokens": some_text(rng, 24)}, VOCAB, np.random.default_rng(8))
     model = built(objective, SIDES if layout == "seq2seq" else ROW)
     before = hidden_states(model, seen)
     for at in np.flatnonzero(seen["labels"] != IGNORE)[:-1]:
@@ -190,7 +190,7 @@ def test_salient_spans_are_hidden_whole_and_nothing_else() -> None:
     assert 0 < salient(plain, vocab, 0.3, rng).sum() < len(plain)
     seen = SpanCorruption(noise="salient").build_example({"tokens": tokens}, vocab, rng)
     assert set(seen["labels"]) - set(vocab.sentinels) - {vocab.eos} <= set(tokens[runs > 0])
-    framed = MLM(noise="salient").build_example({"tokens": vocab.frame(tokens)}, vocab, rng)
+    framed = MLM(noise="salient").build_example({"tokens": vocab.add_special_tokens(tokens)}, vocab, rng)
     assert (framed["labels"] != IGNORE).any()
     with pytest.raises(UserError, match="capitals and digits"):
         salient(np.arange(3), Vocab(4, {}, np.zeros(4, bool)), 0.3, rng)
@@ -222,7 +222,7 @@ def same_loss_as(theirs_class: str, objective: Objective, model: LM, vocab: Voca
     save_model(model, None, folder)
     ids = {"pad_token_id": vocab.pad, "decoder_start_token_id": vocab.start}
     theirs = getattr(transformers, theirs_class).from_pretrained(folder, **ids)
-    seen = batch["source_appears"] != NEVER
+    seen = batch["source_key_time"] != NEVER
     with torch.no_grad():
         loss = theirs(input_ids=batch["source_tokens"], attention_mask=seen.long(), labels=batch["labels"]).loss
         ours = (
@@ -278,7 +278,7 @@ def test_bart_writes_the_same_with_a_cache_and_without_and_as_transformers(tmp_p
         for _ in range(12):
             tokens = torch.tensor([written])
             causal = torch.arange(len(written))[None]
-            batch = {"source_tokens": source, "tokens": tokens, "looks": causal, "appears": causal}
+            batch = {"source_tokens": source, "tokens": tokens, "query_time": causal, "key_time": causal}
             with torch.no_grad():
                 written.append(int(model.heads["lm"](model(batch)[0, -1]).argmax()))
         assert answer.tokens.tolist() == written[1:]

@@ -173,12 +173,14 @@ def test_spans_have_the_loss_of_bert_for_question_answering(tmp_path: Any) -> No
     examples = []
     for start, end in ((3, 5), (-1, -1), (7, 7)):
         tokens = VOCAB.frame(rng.integers(25, 100, 10))
-        examples.append({"tokens": tokens, "segments": (np.arange(12) > 4).astype(int), "start": start, "end": end})
+        examples.append(
+            {"tokens": tokens, "token_type_ids": (np.arange(12) > 4).astype(int), "start": start, "end": end}
+        )
     batch = collate([objective.build_example(e, VOCAB, rng) for e in examples], {"starts", "ends"})
     with torch.no_grad():
         found = objective.loss(model, objective.forward(model, batch), batch)
         said = other(
-            input_ids=batch["tokens"], token_type_ids=batch["segments"],
+            input_ids=batch["tokens"], token_type_ids=batch["token_type_ids"],
             start_positions=torch.tensor([3, 0, 7]), end_positions=torch.tensor([5, 0, 7]),
         )  # fmt: skip
     assert float(found["span"]) / 3 == pytest.approx(float(said.loss), abs=1e-5)
@@ -193,7 +195,7 @@ def test_tagging_has_the_loss_of_bert_for_token_classification(tmp_path: Any) ->
     with torch.no_grad():
         found = objective.loss(model, objective.forward(model, batch), batch)["tags"] / (batch["tags"] != IGNORE).sum()
         said = other(
-            input_ids=batch["tokens"], labels=batch["tags"], attention_mask=(batch["appears"] == 0).long()
+            input_ids=batch["tokens"], labels=batch["tags"], attention_mask=(batch["key_time"] == 0).long()
         )  # fmt: skip
     assert float(found) == pytest.approx(float(said.loss), abs=1e-5)
 
@@ -222,10 +224,20 @@ def test_an_answer_is_read_where_the_shape_can() -> None:
         make(vocab_size=9, hidden_size=64, num_layers=1)
         for make in (encoder_config, decoder_config, encoder_decoder_config)
     ]
-    assert [Classification().for_model(config).attention_pattern() for config in made] == ["bidirectional", "causal", "seq2seq"]
-    assert [QuestionAnswering().for_model(config).attention_pattern() for config in made[:2]] == ["bidirectional", "causal"]
+    assert [Classification().for_model(config).attention_pattern() for config in made] == [
+        "bidirectional",
+        "causal",
+        "seq2seq",
+    ]
+    assert [QuestionAnswering().for_model(config).attention_pattern() for config in made[:2]] == [
+        "bidirectional",
+        "causal",
+    ]
     assert [TokenClassification().for_model(config).attention_pattern() for config in made[:2]] == ["any", "causal"]
-    assert [MultipleChoice().for_model(config).attention_pattern() for config in made[:2]] == ["bidirectional", "causal"]
+    assert [MultipleChoice().for_model(config).attention_pattern() for config in made[:2]] == [
+        "bidirectional",
+        "causal",
+    ]
     for objective in (QuestionAnswering(), TokenClassification(), MultipleChoice()):
         assert objective.for_model(made[2]).attention_pattern() not in made[2].supported_patterns
     assert Classification(position="last").for_model(made[0]) == Classification(position="last")

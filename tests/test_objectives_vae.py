@@ -99,7 +99,7 @@ def test_the_decoder_knows_the_source_through_z_alone() -> None:
     model = built(objective).eval()
     one, two = (collate([row], ASKED) for row in shown(objective, 2))
     z = torch.randn(1, 4)
-    target = {name: one[name] for name in ("tokens", "looks", "appears") if name in one}
+    target = {name: one[name] for name in ("tokens", "query_time", "key_time") if name in one}
     source = [{n: f for n, f in batch.items() if n.startswith("source_")} for batch in (one, two)]
     assert torch.equal(model(target | source[0], latent=z), model(target | source[1], latent=z))
     assert torch.equal(model(target, latent=z), model(target | source[0], latent=z))
@@ -190,7 +190,13 @@ def test_a_run_draws_from_its_prior_and_its_report_says_what_the_latent_carries(
         words = [f"word{(number * i) % 17}" for i in range(1, 60)]
         (tmp_path / f"{number}.txt").write_text(" ".join(words))
     small = ["width=32", "heads=2", "depth=1", "encoder=1", "head_width=0", "kv_heads=0", "hidden=48"]
-    settings = ["tokenizer.vocab_size=400", "max_steps=2", "batch.size=4", "evaluation.every=0", "evaluation.max_examples=8"]
+    settings = [
+        "tokenizer.vocab_size=400",
+        "max_steps=2",
+        "batch.size=4",
+        "evaluation.every=0",
+        "evaluation.max_examples=8",
+    ]
     recipe = load("vae", [*(f"shape.{one}" for one in small), *settings, f"data.path={tmp_path}"])
     done = run(recipe, tmp_path / "run", echo=lambda _: None)
     assert done.metrics["valid/elbo"] == pytest.approx(

@@ -63,7 +63,7 @@ def some_text(rng: np.random.Generator, n: int) -> np.ndarray:
 
 
 def framed(rng: np.random.Generator) -> Example:
-    return {"tokens": VOCAB.frame(some_text(rng, int(rng.integers(5, 40))))}
+    return {"tokens": VOCAB.add_special_tokens(some_text(rng, int(rng.integers(5, 40))))}
 
 
 def bare(rng: np.random.Generator) -> Example:
@@ -100,7 +100,7 @@ def spanned(rng: np.random.Generator) -> Example:
     return example | {
         "start": start if there else -1,
         "end": start + 1 if there else -1,
-        "segments": example["tokens"] % 2,
+        "token_type_ids": example["tokens"] % 2,
     }
 
 
@@ -162,7 +162,7 @@ def test_a_view_is_a_pure_function_of_example_and_seed(name: str) -> None:
         n = len(shown["tokens"])
         asked = {*objective.labels.values(), *objective.metrics.values()}
         assert asked <= shown.keys()
-        for field in asked | {"looks", "appears"} & shown.keys():
+        for field in asked | {"query_time", "key_time"} & shown.keys():
             assert shown[field].shape == (n,)
 
 
@@ -201,7 +201,7 @@ def test_the_three_shares_of_mlm(settings: dict[str, object]) -> None:
     asked = masked = kept = total = 0
     drawn = np.zeros(100, np.int64)
     for _ in range(3000):
-        tokens = VOCAB.frame(some_text(rng, 50))
+        tokens = VOCAB.add_special_tokens(some_text(rng, 50))
         seen = MLM(**settings).build_example({"tokens": tokens}, VOCAB, rng)
         at = seen["labels"] != IGNORE
         assert np.array_equal(seen["labels"][at], tokens[at])
@@ -232,7 +232,7 @@ def test_static_masks_are_few_and_dynamic_ones_are_not() -> None:
             return 3
 
         def __getitem__(self, index: int) -> Example:
-            return {"tokens": VOCAB.frame(some_text(np.random.default_rng(index // 2), 60))}
+            return {"tokens": VOCAB.add_special_tokens(some_text(np.random.default_rng(index // 2), 60))}
 
     def maskings(objective: Objective) -> list[int]:
         """How many views each text has in a hundred epochs, and how many there are of all texts."""
@@ -317,7 +317,7 @@ def test_next_sentence_is_asked_at_cls_alone_and_fairly() -> None:
         assert (seen["next"][1:] == IGNORE).all()
         tail = example["other" if stranger else "second"]
         assert seen["tokens"].tolist() == [2, *example["first"].tolist(), 3, *tail.tolist(), 3]
-        assert seen["segments"].sum() == len(tail) + 1
+        assert seen["token_type_ids"].sum() == len(tail) + 1
     assert share_within(strangers, 2000, 0.5)
 
 
@@ -325,13 +325,13 @@ def test_bert_is_nsp_and_mlm() -> None:
     rng = np.random.default_rng(0)
     bert: Objective = NSP() + MLM()
     seen = bert.build_example(pairs(rng), VOCAB, rng)
-    assert set(seen) == {"tokens", "segments", "next", "labels"}
+    assert set(seen) == {"tokens", "token_type_ids", "next", "labels"}
     assert bert.labels == {"next": "next", "tokens": "labels"}
     assert seen["tokens"][0] == VOCAB.cls
 
 
 def test_a_class_is_asked_once_per_text() -> None:
-    example = {"tokens": VOCAB.frame(np.arange(30, 35)), "label": 2, "record": 5}
+    example = {"tokens": VOCAB.add_special_tokens(np.arange(30, 35)), "label": 2, "record": 5}
     first = Classification(class_names=("a", "b", "c")).build_example(example, VOCAB, np.random.default_rng(0))
     assert first["class"].tolist() == [2] + [IGNORE] * 6
     assert set(first) == {"tokens", "class"}
@@ -339,7 +339,7 @@ def test_a_class_is_asked_once_per_text() -> None:
         example, VOCAB, np.random.default_rng(0)
     )
     assert last["class"].tolist() == [IGNORE] * 6 + [2]
-    assert last["looks"].tolist() == list(range(7))
+    assert last["query_time"].tolist() == list(range(7))
 
 
 def test_accuracy_counts_right_answers() -> None:
@@ -369,7 +369,7 @@ def test_padding_is_never_seen() -> None:
     shown = [MLM().build_example(framed(rng), VOCAB, rng) for _ in range(5)]
     batch = collate(shown)
     lengths = [len(s["tokens"]) for s in shown]
-    for row, n in zip(batch["appears"], lengths, strict=True):
+    for row, n in zip(batch["key_time"], lengths, strict=True):
         assert (row[:n] == 0).all()
         assert (row[n:] == NEVER).all()
 

@@ -64,7 +64,7 @@ class Sentences(Source):
         return len(self.rows)
 
     def __getitem__(self, index: int) -> Example:
-        return {"tokens": self.rows[index], "document": np.repeat(np.arange(ROW, dtype=np.int32), LENGTH)}
+        return {"tokens": self.rows[index], "document_ids": np.repeat(np.arange(ROW, dtype=np.int32), LENGTH)}
 
 
 def ours(text: np.ndarray, seed: int, place: Path) -> np.ndarray:

@@ -154,4 +154,9 @@ def test_a_part_of_a_shape_names_the_cure() -> None:
     said = str(caught.value)
     assert said.startswith("shape lacks depth, heads, for the recipe 'classify' has no shape of its own")
     assert "init_from=RUN" in said and "causal: false" in said
-    assert load("classification", ["model={vocab_size: 100, hidden_size: 32, num_layers: 1, num_heads: 2, causal: false}"]).model is not None
+    assert (
+        load(
+            "classification", ["model={vocab_size: 100, hidden_size: 32, num_layers: 1, num_heads: 2, causal: false}"]
+        ).model
+        is not None
+    )

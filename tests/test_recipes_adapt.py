@@ -34,7 +34,7 @@ from firth.runs.recipe import Recipe, load
 from firth.runs.run import run
 from firth.tokenizer.tokenizer import Tokenizer
 from firth.train import checkpoint
-from firth.train.optimizer import Mover, OptimizerConfig
+from firth.train.optimizer import Optimizer, OptimizerConfig
 from firth.train.step import step
 from firth.types import UserError
 
@@ -77,7 +77,9 @@ def settings(place: Path, start: str, *more: str, steps: int = 6) -> list[str]:
 
 def recipe(place: Path, start: str, *more: str) -> Recipe:
     settled = settings(place, start, *more)
-    return load("classification" if start == "encoder" else "gpt", settled + ([] if start == "encoder" else ["model=null"]))
+    return load(
+        "classification" if start == "encoder" else "gpt", settled + ([] if start == "encoder" else ["model=null"])
+    )
 
 
 CASES = [
@@ -105,7 +107,9 @@ def made(place: Path) -> Made:
 
 
 def measured(place: Path, start: str, kind: str) -> Recipe:
-    return recipe(place, start, f"peft={kind}", f"data.validation_path={records_of(place, start)}", "evaluation.max_examples=1000")
+    return recipe(
+        place, start, f"peft={kind}", f"data.validation_path={records_of(place, start)}", "evaluation.max_examples=1000"
+    )
 
 
 def records_of(place: Path, start: str) -> str:
@@ -164,12 +168,12 @@ def test_ten_steps_on_one_batch_lower_the_loss_and_move_what_is_trained(place: P
     shown = [objective.build_example({"tokens": rng.integers(120, tokenizer.vocab.size, 9).astype(np.int32), "label": i % 2}, tokenizer.vocab, rng)
              for i in range(6)]  # fmt: skip
     batch = collate(shown, set(objective.labels.values()))
-    mover = Mover(OptimizerConfig(name="adamw", lr=0.02, weight_decay=0.0), model)
+    mover = Optimizer(OptimizerConfig(name="adamw", lr=0.02, weight_decay=0.0), model)
     term = next(iter(objective.labels))
     losses = []
     for _ in range(11):
         losses.append(float(step(model, objective, [batch])[term]))
-        mover.move(1.0)
+        mover.step(1.0)
     assert losses[-1] < losses[0]
     moved = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
     trained = {name for name, p in model.named_parameters() if p.requires_grad}
@@ -180,7 +184,7 @@ def states(model: LM) -> torch.Tensor:
     tokens = torch.arange(2 * 7).view(2, 7) * 11 % 300
     when = torch.arange(7)[None].expand(2, -1) * model.config.causal
     with torch.no_grad():
-        return model({"tokens": tokens, "looks": when, "appears": when})
+        return model({"tokens": tokens, "query_time": when, "key_time": when})
 
 
 def test_peft_loads_what_a_run_left(place: Path, tmp_path: Path) -> None:
@@ -194,7 +198,7 @@ def test_peft_loads_what_a_run_left(place: Path, tmp_path: Path) -> None:
         model = load_model(tmp_path / kind / "model")
         when = torch.arange(9)[None]
         with torch.no_grad():
-            ours = model.heads["lm"](model({"tokens": tokens, "looks": when, "appears": when}))
+            ours = model.heads["lm"](model({"tokens": tokens, "query_time": when, "key_time": when}))
             theirs = there(input_ids=tokens, attention_mask=torch.ones_like(tokens)).logits[:, -9:]
             plain = base(input_ids=tokens).logits
         torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
@@ -267,7 +271,10 @@ def test_a_recipe_says_it_in_a_word_or_in_full() -> None:
 @pytest.mark.parametrize(
     ("more", "said"),
     [
-        (["peft=lora", "init_from="], "peft=lora trains a little beside a model that is there: say which with init_from=RUN"),
+        (
+            ["peft=lora", "init_from="],
+            "peft=lora trains a little beside a model that is there: say which with init_from=RUN",
+        ),
         (["peft=lara"], "there is no way to adapt 'lara'; did you mean 'lora'"),
         (
             ["peft=lora", "peft.rank=33"],
@@ -293,9 +300,7 @@ def test_a_prefix_before_a_recurrent_model_is_refused(place: Path, tmp_path: Pat
         "max_steps=1",
     ]
     run(load("lstm", [f"data.path={place / 'text.txt'}", *SMALL, *small]), tmp_path / "lstm", quiet)
-    with pytest.raises(
-        UserError, match=r"peft=prefix puts trained positions before a text, which .* has no attention"
-    ):
+    with pytest.raises(UserError, match=r"peft=prefix puts trained positions before a text, which .* has no attention"):
         run(load("lstm", [*settings(place, "decoder", "peft=prefix"), f"init_from={tmp_path / 'lstm'}", "model=null"]),
             tmp_path / "no", quiet)  # fmt: skip
 

@@ -89,7 +89,7 @@ def states(model: LM) -> torch.Tensor:
     when = torch.arange(7)[None].expand(2, -1) * model.config.causal
     source = {"source_tokens": tokens} if model.config.num_encoder_layers else {}
     with torch.no_grad():
-        return model({"tokens": tokens, "looks": when, "appears": when, **source})
+        return model({"tokens": tokens, "query_time": when, "key_time": when, **source})
 
 
 def answer(directory: Path, task: str, place: Path) -> object:

@@ -55,8 +55,11 @@ def test_text_to_text_from_nothing_reads_its_own_fields(tmp_path: Path) -> None:
     rows = [{"prompt": f"is it {w}", "completion": f"it is {w} and {v}"} for w in WORDS for v in WORDS]
     (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (tmp_path / "b.csv").write_text("en,fr\n" + "".join(f"a {w} film,une {v} chose\n" for w in WORDS for v in WORDS))
-    shape = [one for one in SHAPE if "causal" not in one and "segments" not in one]
-    for source, *forms in (["a.jsonl"], ["b.csv", "examples.prompt_template=to French: {en}", "examples.completion_template={fr}"]):
+    shape = [one for one in SHAPE if "causal" not in one and "token_type_ids" not in one]
+    for source, *forms in (
+        ["a.jsonl"],
+        ["b.csv", "examples.prompt_template=to French: {en}", "examples.completion_template={fr}"],
+    ):
         said: list[str] = []
         recipe = load(
             "text_to_text",
@@ -82,7 +85,12 @@ def test_classes_are_counted_where_they_are_learnt(tmp_path: Path, tokens: Path)
     held = next(i for i in range(60) if content_key(texts[i]) < 0.2 * 2**64)
     file = reviews(tmp_path / "a.csv", [*plain[:held], "odd", *plain[held + 1 :]])
     done, said = trained(
-        "classification", tmp_path / "run", tokens, f"data={file}", "data.validation_fraction=0.2", "objective.class_weights=balanced"
+        "classification",
+        tmp_path / "run",
+        tokens,
+        f"data={file}",
+        "data.validation_fraction=0.2",
+        "objective.class_weights=balanced",
     )
     [line] = [line for line in said if "classes: " in line]
     assert "odd 0 (and 1 held out)" in line
@@ -120,11 +128,17 @@ def test_a_tag_of_the_held_out_files_alone_is_no_class(tmp_path: Path, tokens: P
     (tmp_path / "b.conll").write_text("a O\ngrim B-BAD\n\ngrim B-BAD\n\n")
     with pytest.raises(UserError, match=r"b\.conll:1: the tag B-BAD is none of .*nor is that of 1 more tag"):
         trained(
-            "tag", tmp_path / "run", tokens, f"data={tmp_path / 'a.conll'}", f"data.validation_path={tmp_path / 'b.conll'}"
+            "tag",
+            tmp_path / "run",
+            tokens,
+            f"data={tmp_path / 'a.conll'}",
+            f"data.validation_path={tmp_path / 'b.conll'}",
         )
 
 
-@pytest.mark.parametrize("settings", [("evaluation.best_metric=accuracy",), ("evaluation.every=1", "evaluation.patience=2")])
+@pytest.mark.parametrize(
+    "settings", [("evaluation.best_metric=accuracy",), ("evaluation.every=1", "evaluation.patience=2")]
+)
 def test_the_best_of_no_checks_is_refused(tmp_path: Path, tokens: Path, settings: tuple[str, ...]) -> None:
     file = reviews(tmp_path / "a.csv", ["good", "bad"] * 4)
     why = r"goes by held-out measurements, and nothing is held out \(nothing is held out of 8 examples, fewer than 20"
@@ -144,7 +158,8 @@ def test_that_nothing_is_held_out_is_said_once(tmp_path: Path, tokens: Path) -> 
     file = reviews(tmp_path / "b.csv", ["good", "bad"] * 11)
     _, said = trained("classification", tmp_path / "few", tokens, f"data={file}", "data.validation_fraction=0.0001")
     assert any(
-        "nothing is held out of 22 examples, of which data.validation_fraction=0.0001 comes to none" in line for line in said
+        "nothing is held out of 22 examples, of which data.validation_fraction=0.0001 comes to none" in line
+        for line in said
     )
 
 
@@ -160,7 +175,14 @@ def test_a_report_that_was_never_written_is_when_the_command_is_given_again(tmp_
 def test_a_measurement_that_there_is_not_is_refused_before_the_first_step(tmp_path: Path, tokens: Path) -> None:
     file = reviews(tmp_path / "a.csv", ["good", "bad"] * 30)
     with pytest.raises(UserError, match=r"checks\.best=f2 is not among the held-out measurements: there is loss, .*f1"):
-        trained("classification", tmp_path / "run", tokens, f"data={file}", "data.validation_fraction=0.2", "evaluation.best_metric=f2")
+        trained(
+            "classification",
+            tmp_path / "run",
+            tokens,
+            f"data={file}",
+            "data.validation_fraction=0.2",
+            "evaluation.best_metric=f2",
+        )
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
 
@@ -192,7 +214,9 @@ def test_the_report_and_evaluate_speak_of_the_step_that_is_exported(tmp_path: Pa
     assert f"The exported model is that of step {best}, the best of {len(held)} checks" in page
     assert f"held-out text, exported step {best}" in page and "did not fall" not in page
     assert f"the model of step {best}, the best check" in (done.model / "README.md").read_text()
-    again, _ = trained("classification", tmp_path / "last", tokens, f"data={file}", "data.validation_fraction=0.3", "max_steps=2")
+    again, _ = trained(
+        "classification", tmp_path / "last", tokens, f"data={file}", "data.validation_fraction=0.3", "max_steps=2"
+    )
     assert again.exported_step == again.steps == held_out_measures(again.directory)["step"]
 
 
@@ -258,7 +282,11 @@ def test_glue_by_its_runs(tmp_path: Path, tokens: Path) -> None:
     (tmp_path / "cola.tsv").write_text("".join(f"gj\t{i % 2}\t\ta {WORDS[i % 6]} film\n" for i in range(40)))
     dev = [str(tmp_path / f"dev_{name}.tsv") for name in ("matched", "mismatched")]
     mnli, said = trained(
-        "glue:mnli", tmp_path / "mnli", tokens, f"data={tmp_path / 'train.tsv'}", f"data.validation_path=[{dev[0]}, {dev[1]}]"
+        "glue:mnli",
+        tmp_path / "mnli",
+        tokens,
+        f"data={tmp_path / 'train.tsv'}",
+        f"data.validation_path=[{dev[0]}, {dev[1]}]",
     )
     assert any(
         f"10 records have no label and were left out; the first is {tmp_path / 'train.tsv'}:5" in one for one in said

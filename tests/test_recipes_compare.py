@@ -252,7 +252,7 @@ def test_what_was_refused_may_be_mended_in_the_same_place_and_no_other_directory
     before = made.read_bytes()
     other = tmp_path / "other.jsonl"
     other.write_text(records.read_text().replace("king", "emperor"))
-    monkeypatch.setattr(arena, "settle", lambda *_: pytest.fail("mended"))
+    monkeypatch.setattr(arena, "train_once", lambda *_: pytest.fail("mended"))
     with pytest.raises(pytest.fail.Exception, match="mended"):
         contest(tmp_path / "out", other, labels=30)
     assert made.read_bytes() != before

@@ -173,7 +173,12 @@ def test_recipes_that_are_damaged(there: Path) -> None:
 
 def test_a_model_larger_than_memory_is_refused_before_it_is_made(whole: Path, tmp_path: Path) -> None:
     """0.4 terabytes of weights, with gradients and Muon's momentum 1.2: no such memory is taken."""
-    settings = ["model.hidden_size=32768", "model.num_heads=64", "model.num_layers=10", "model.intermediate_size=131072"]
+    settings = [
+        "model.hidden_size=32768",
+        "model.num_heads=64",
+        "model.num_layers=10",
+        "model.intermediate_size=131072",
+    ]
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     ends_in_a_sentence(
         lambda: run(load(str(whole), settings), tmp_path / "run", quiet),

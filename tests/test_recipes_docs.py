@@ -77,9 +77,13 @@ def test_a_field_of_text_holds_what_was_typed() -> None:
     examples = understood(line).examples  # type: ignore[union-attr]
     assert (examples.prompt, examples.answer_is) == ("translate to French: {en}", "{fr}")  # type: ignore[attr-defined]
     for said in ("{a}: {b}", "# {en}", "yes", "3", "a # b", "[{en}]", "{en}"):
-        told = load("text_to_text", [f"examples.prompt_template={said}", "examples.completion_template='x: y'"]).examples
+        told = load(
+            "text_to_text", [f"examples.prompt_template={said}", "examples.completion_template='x: y'"]
+        ).examples
         assert (told.prompt, told.answer_is) == (said, "x: y")  # type: ignore[attr-defined]
-    assert not isinstance(understood("firth train lstm init_embeddings_from=runs/word2vec model.hidden_size=128").objective, Sum)  # type: ignore[union-attr]
+    assert not isinstance(
+        understood("firth train lstm init_embeddings_from=runs/word2vec model.hidden_size=128").objective, Sum
+    )  # type: ignore[union-attr]
 
 
 def test_a_command_that_is_none_is_found() -> None:

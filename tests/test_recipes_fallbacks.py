@@ -107,7 +107,7 @@ def test_a_run_prints_and_keeps_it(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(segmentation, "has_dictionary", lambda: False)
     (tmp_path / "a.txt").write_text("\n\n".join(f"船{n}走了。" * 30 for n in range(30)), "utf-8")
     changes = [
-        f"data.path={tmp_path}/a.txt", "data.split_by=blank", "objective.noise_words=words", "tokenizer.vocab_size=300",
+        f"data.path={tmp_path}/a.txt", "data.split_by=blank", "objective.noise=words", "tokenizer.vocab_size=300",
         "model.hidden_size=16", "model.num_layers=1", "model.num_heads=2", "examples.max_length=32", "max_steps=1", "batch.size=2",
     ]  # fmt: skip
     lines: list[str] = []

@@ -28,11 +28,23 @@ from firth.types import UserError
 
 SENTENCES = [f"The {a} {b} the boat {c}." for a in ("otter", "baker", "pilot", "clerk") for b in ("paints", "sells", "hides")
              for c in ("at dawn", "in Leeds", "after supper", "by the mill", "with care")]  # fmt: skip
-BODY = ["model.hidden_size=32", "model.num_layers=1", "model.num_heads=1", "model.intermediate_size=64", "model.max_positions=64"]
+BODY = [
+    "model.hidden_size=32",
+    "model.num_layers=1",
+    "model.num_heads=1",
+    "model.intermediate_size=64",
+    "model.max_positions=64",
+]
 RUNS = {
     "t5": [*BODY, "model.num_encoder_layers=1", "examples.max_length=32"],
     "bart": [*BODY, "model.num_encoder_layers=1", "examples.max_length=32"],
-    "vae": [*BODY, "model.num_encoder_layers=1", "examples.max_length=32", "objective.latent_size=4", "model.latent_size=4"],
+    "vae": [
+        *BODY,
+        "model.num_encoder_layers=1",
+        "examples.max_length=32",
+        "objective.latent_size=4",
+        "model.latent_size=4",
+    ],
     "elmo": ["model.hidden_size=32", "model.char_filters=64", "examples.max_length=32"],
     "electra": [*BODY, "model.embedding_size=16", "examples.max_length=32", "objective.mlm_probability=0.4"],
     "word2vec": ["model.hidden_size=32", "examples.max_length=64"],

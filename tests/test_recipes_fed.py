@@ -45,7 +45,7 @@ SIZES = {"vocab_size": 400, "hidden_size": 32, "num_layers": 1, "num_heads": 2, 
 SHAPES: dict[AttentionPattern, ModelConfig] = {
     "any": encoder_config(**SIZES), "bidirectional": replace(encoder_config(**SIZES), dropout=0.1), "causal": decoder_config(**SIZES),
     "permuted": encoder_config(**SIZES), "prefix": encoder_config(**SIZES), "seq2seq": encoder_decoder_config(**SIZES),
-    "latent_size": replace(encoder_decoder_config(**SIZES), latent_size=32),
+    "latent": replace(encoder_decoder_config(**SIZES), latent_size=32),
     "bidirectional_separate": replace(recurrent_config(400, 32, 1), causal=False, separate_directions=True, tie_embeddings=False, intermediate_size=0), "none": word_vector_config(400, 16),
 }  # fmt: skip
 
@@ -62,8 +62,8 @@ class Place:
         grouped = objective is not None and any(isinstance(one, Reinforce) for one in objective.components())
         credit: Literal["gae", "group"] = "group" if grouped else "gae"
         changed = {
-            "windows": WindowsConfig(max_length=16), "pieces": ChunksConfig(max_length=24), "pairs": SegmentPairsConfig(max_length=24),
-            "partly": PartiallyLabeledConfig(num_labeled=4), "taught": PseudoLabeledConfig(num_labeled=4, teacher=str(self.folder / "classifier")),
+            "windows": WindowsConfig(max_length=16), "chunks": ChunksConfig(max_length=24), "segment_pairs": SegmentPairsConfig(max_length=24),
+            "partially_labeled": PartiallyLabeledConfig(num_labeled=4), "pseudo_labeled": PseudoLabeledConfig(num_labeled=4, teacher=str(self.folder / "classifier")),
             "rollouts": RolloutsConfig(rollout_size=4, num_epochs=1, max_new_tokens=3, reward_function="builtins:len", advantages=credit),
         }  # fmt: skip
         return changed.get(name) or EXAMPLES[name]()
@@ -73,7 +73,7 @@ class Place:
         file = next(path for path in sorted(self.folder.glob("*.*")) if name in path.stem.split("-"))
         start = str(self.folder / ("causal" if config.causal else "classifier"))
         source = DataConfig(path=(str(file),), split_by="line")
-        place = self.folder / "cut" / (objectives.name_of(type(objective)) if name == "taught" else "")
+        place = self.folder / "cut" / (objectives.name_of(type(objective)) if name == "pseudo_labeled" else "")
         data = RunData(source, self.tokenizer, place, start, batch_size=2, echo=lambda _: None)
         examples = self.segment(name, objective)
         told = examples.configure_objective(objective, data).for_model(config)
@@ -88,23 +88,26 @@ def sentence(rng: np.random.Generator, n: int = 9) -> str:
 def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
     folder, rng = tmp_path_factory.mktemp("fed"), np.random.default_rng(0)
     some = [sentence(rng) for _ in range(24)]
-    texts = folder / "windows-pieces-pairs-words.txt"
+    texts = folder / "windows-chunks-segment_pairs-word_windows.txt"
     texts.write_text("\n".join(f"{one}. {two}." for one in some for two in some[:4]))
 
     def write(name: str, record: Callable[[int], object]) -> None:
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(record(i)) + "\n" for i in range(12)))
 
-    write("labelled-partly-taught-voted", lambda i: {"text": some[i], "label": "ab"[i % 2]})
-    write("votes", lambda i: {"text": some[i], "labels": ["a", "b", "ab"[i % 2]]})
+    write(
+        "labeled-partially_labeled-pseudo_labeled-simulated_annotators",
+        lambda i: {"text": some[i], "label": "ab"[i % 2]},
+    )
+    write("multi_annotator", lambda i: {"text": some[i], "labels": ["a", "b", "ab"[i % 2]]})
     write("scored", lambda i: {"text": some[i], "label": float(i)})
     write("tagged", lambda i: {"tokens": some[i].split(), "tags": ["a"] * len(some[i].split())})
-    write("chosen", lambda i: {"text": some[i], "options": ["swims", "sleeps"], "label": 1})
-    write("dialogues-prompted-rollouts", lambda i: {"prompt": some[i], "completion": some[-i]})
-    write("preferences-referenced", lambda i: {"prompt": some[i], "chosen": "swims", "rejected": "sleeps"})
+    write("multiple_choice", lambda i: {"text": some[i], "options": ["swims", "sleeps"], "label": 1})
+    write("dialogues-seq2seq-rollouts", lambda i: {"prompt": some[i], "completion": some[-i]})
+    write("preferences-ref_logprobs", lambda i: {"prompt": some[i], "chosen": "swims", "rejected": "sleeps"})
     write("rankings", lambda i: {"prompt": some[i], "answers": ["swims", "sleeps", "otter"][: 2 + i % 2]})
     ids, ends = {"prompt": [60, 61], "chosen": [50, 51], "rejected": [50, 51]}, {"chosen": True, "rejected": True}
     texts_of = {"prompt": "y", "chosen": "x", "rejected": "x", "margin": 1.0}
-    write("sampled", lambda i: texts_of | {"tokens": ids, "finished": ends})
+    write("sampled_preferences", lambda i: texts_of | {"tokens": ids, "finished": ends})
     asked = [{"id": str(i), "question": "who?", "answers": {"text": ["otter"], "answer_start": [4]}} for i in range(6)]
     write("questions", lambda i: asked[i % 6] | {"context": "the otter swims", "title": str(i)})
     train_tokenizer(
@@ -127,7 +130,7 @@ def trained(place: Place, name: str, objective: Objective) -> dict[str, torch.Te
     torch.manual_seed(0)
     model = LM(config, told.heads(config))
     cut.train.prepare(model, 0)
-    vocab = place.tokenizer.vocab.starting(config.decoder_start_token)
+    vocab = place.tokenizer.vocab.with_decoder_start(config.decoder_start_token)
     batches = Batches(cut.train, told, vocab, batch_size=2, seed=0).batches(0)
     step(model, told, batches)
     return step(model, told, batches, precision=casts("bf16", torch.device("cpu")))
@@ -136,15 +139,15 @@ def trained(place: Place, name: str, objective: Objective) -> dict[str, torch.Te
 @pytest.mark.parametrize("name", EXAMPLES)
 def test_a_segment_gives_what_it_says(place: Place, name: str) -> None:
     cut, _ = place.cut(name, Classification(class_names=("a", "b")), SHAPES["causal"])
-    cut.train.prepare(LM(SHAPES["causal"], objectives.find("ppo")().parts(SHAPES["causal"])), 0)
+    cut.train.prepare(LM(SHAPES["causal"], objectives.find("ppo")().heads(SHAPES["causal"])), 0)
     for i in range(len(cut.train)):
         missing = place.segment(name).fields - cut.train[i].keys()
         assert missing <= {"taught"} and not missing, (name, i, missing)
 
 
 def test_comparisons_with_a_reference_say_that_nothing_is_held_out(place: Place) -> None:
-    cut, _ = place.cut("referenced", objectives.find("dpo")(), SHAPES["causal"])
-    assert cut.valid is None and "nothing is held out of 12" in cut.no_validation_reason
+    cut, _ = place.cut("ref_logprobs", objectives.find("dpo")(), SHAPES["causal"])
+    assert cut.validation is None and "nothing is held out of 12" in cut.no_validation_reason
 
 
 def mended(objective: Objective, segment: str, said: str) -> list[tuple[Objective, str]]:
@@ -152,7 +155,7 @@ def mended(objective: Objective, segment: str, said: str) -> list[tuple[Objectiv
     remedy = said.rpartition(": ")[2]
     if found := re.search(r"objective=\[(\w+), (\w+)\]", remedy):
         objective = objectives.find(found[1])() + objectives.find(found[2])()
-    segments = re.findall(r"segment=(\w+)", remedy)
+    segments = re.findall(r"examples=(\w+)", remedy)
     return [(objective, name) for name in segments or [segment] * bool(found)]
 
 
@@ -171,7 +174,7 @@ def test_what_is_not_refused_trains(place: Place, name: str, segment: str) -> No
             check_fields(one, place.segment(other, one))
         return
     terms = trained(place, segment, objective)
-    assert all(torch.isfinite(value) for value in terms.values()) and terms.keys() >= objective.targets.keys()
+    assert all(torch.isfinite(value) for value in terms.values()) and terms.keys() >= objective.labels.keys()
 
 
 @pytest.mark.parametrize("name", objectives.OBJECTIVES)
@@ -185,11 +188,11 @@ def test_sums_that_are_not_refused_train(place: Place, name: str) -> None:
             continue
         for segment in EXAMPLES:
             try:
-                check_fields(both, place.segment(segment, both), SHAPES[both.reads()])
+                check_fields(both, place.segment(segment, both), SHAPES[both.attention_pattern()])
             except UserError:
                 continue
             try:
-                assert trained(place, segment, both).keys() >= both.targets.keys()
+                assert trained(place, segment, both).keys() >= both.labels.keys()
             except UserError as refusal:  # how it is read was open until the shape was known
                 assert str(refusal).startswith(f"cannot add {name}+{other}: one reads")  # noqa: PT017
             trained_with += 1

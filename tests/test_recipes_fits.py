@@ -50,14 +50,14 @@ def test_the_shapes_are_called_what_they_are() -> None:
 @pytest.mark.parametrize("noun", SHAPES)
 def test_a_misfit_is_refused_and_nothing_else(name: str, noun: str) -> None:
     objective, config = objectives.find(name)(), SHAPES[noun]
-    if objective.reads() in config.supported_patterns and not objective.lacks(config):
+    if objective.attention_pattern() in config.supported_patterns and not objective.missing_from(config):
         check_pattern(objective, config)
         return
     with pytest.raises(UserError) as refusal:
         check_pattern(objective, config)
     said = str(refusal.value)
     assert f"objective {name} " in said
-    if objective.reads() in config.supported_patterns:
+    if objective.attention_pattern() in config.supported_patterns:
         assert "cannot be trained with this shape: " in said and "set " in said
         return
     assert noun in said
@@ -69,7 +69,9 @@ def test_a_misfit_is_refused_and_nothing_else(name: str, noun: str) -> None:
 
 def test_every_objective_has_a_shape_that_serves_it() -> None:
     for name in objectives.OBJECTIVES:
-        assert any(objectives.find(name)().reads() in config.supported_patterns for config in SHAPES.values()), name
+        assert any(
+            objectives.find(name)().attention_pattern() in config.supported_patterns for config in SHAPES.values()
+        ), name
 
 
 def test_a_sum_is_refused_for_its_demanding_addend() -> None:

@@ -53,7 +53,13 @@ def trained(folder: Path, name: str, records: str, *assignments: str) -> tuple[R
     """Train a recipe from the decoder; return the run and its rows of held-out texts."""
     recipe = load(
         name,
-        [f"init_from={folder / 'gpt'}", f"data.path={folder / records}", "data.validation_fraction=0.3", *SMALL, *assignments],
+        [
+            f"init_from={folder / 'gpt'}",
+            f"data.path={folder / records}",
+            "data.validation_fraction=0.3",
+            *SMALL,
+            *assignments,
+        ],
     )
     done = run(recipe, folder / name, echo=silent)
     rows = [json.loads(line) for line in (done.directory / "held_out_texts.jsonl").read_text("utf-8").splitlines()]
@@ -96,7 +102,12 @@ def test_dpo_records_log_ratios_that_begin_at_zero(folder: Path, precision: str)
 
 
 def test_ppo_records_answers_to_held_out_prompts_with_rewards(folder: Path) -> None:
-    settings = ["examples.reward_function=builtins:len", "examples.rollout_size=8", "examples.num_epochs=1", "examples.max_new_tokens=8"]
+    settings = [
+        "examples.reward_function=builtins:len",
+        "examples.rollout_size=8",
+        "examples.num_epochs=1",
+        "examples.max_new_tokens=8",
+    ]
     done, rows = trained(folder, "ppo", "chat.jsonl", *settings)
     for row in rows:
         [answer] = row["answers"]

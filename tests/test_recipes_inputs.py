@@ -206,7 +206,9 @@ def cases(folder: Path) -> dict[str, tuple[str, list[str], str]]:
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("field", ["start", "examples.reward_model", "examples.teacher", "embeddings", "tokenizer.path"])
+@pytest.mark.parametrize(
+    "field", ["start", "examples.reward_model", "examples.teacher", "embeddings", "tokenizer.path"]
+)
 def test_another_model_is_refused(models: Path, tmp_path: Path, field: str) -> None:
     """Between two starts of one run the weights are replaced by others of the same shape and tokenizer."""
     for kind in ("policy", "reward", "encoder", "teacher"):
@@ -214,7 +216,14 @@ def test_another_model_is_refused(models: Path, tmp_path: Path, field: str) -> N
     for name in ("pairs", "labels"):
         shutil.copy(models / f"{name}.jsonl", tmp_path)
     name, settings, kind = cases(tmp_path)[field]
-    common = ["batch.size=4", "max_steps=2", "evaluation.every=0", "checkpoint.every=1", "sample_prompts=[]", "precision=fp32"]
+    common = [
+        "batch.size=4",
+        "max_steps=2",
+        "evaluation.every=0",
+        "checkpoint.every=1",
+        "sample_prompts=[]",
+        "precision=fp32",
+    ]
     recipe = load(name, [*settings, *common])
     run(recipe, tmp_path / "run", quiet)
     for file in (tmp_path / kind).iterdir():
@@ -289,7 +298,12 @@ def test_a_run_directory_says_all_and_goes_on(finished: Path, tmp_path: Path, mo
     """recipe.yaml leaves nothing open; the directory continues itself; the file repeats the run bit for bit elsewhere."""
     shutil.copytree(finished / "texts", tmp_path / "texts")
     monkeypatch.chdir(tmp_path)
-    settings = [*(s for s in SMALL if "size" not in s), "tokenizer.vocab_size=8192", "data.path=texts", "precision=auto"]
+    settings = [
+        *(s for s in SMALL if "size" not in s),
+        "tokenizer.vocab_size=8192",
+        "data.path=texts",
+        "precision=auto",
+    ]
     firth("train", "gpt", *settings, "--out", "run")
     recipe = yaml.safe_load(Path("run/recipe.yaml").read_text())
     size = Tokenizer.load("run/tokenizer").vocab.size

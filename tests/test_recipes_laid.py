@@ -63,7 +63,9 @@ def test_what_is_left_open_is_settled(
 def test_a_prompt_before_each_text_is_sorted_and_a_run_goes_on_from_its_file(classes: Path, tmp_path: Path) -> None:
     settled(tmp_path / "base", "classification", f"data={classes}", ENCODER)
     start = f"init_from={tmp_path / 'base' / 'model'}"
-    batch = settled(tmp_path / "prompt", "classification", f"data={classes}", start, "peft=prompt", "peft.num_virtual_tokens=2")
+    batch = settled(
+        tmp_path / "prompt", "classification", f"data={classes}", start, "peft=prompt", "peft.num_virtual_tokens=2"
+    )
     assert (batch["pack"], batch["sort"]) == (0, GROUPED_STEPS)
     again = run(load(str(tmp_path / "prompt")), tmp_path / "prompt", lambda _: None)
     assert again.steps == 3

@@ -49,8 +49,8 @@ def test_the_shares_are_the_stated_ones_in_training_and_in_held_out_text(folder:
     cut = examples.build_datasets(WindowsConfig(max_length=32), mixed, load("gpt").objective)
     _, indices = cut.train.order(seed=0, positions=np.arange(64))
     assert share_of_a(cut.train, indices, mixed.tokenizer) == 0.75
-    assert cut.valid is not None
-    assert share_of_a(cut.valid, np.arange(len(cut.valid)), mixed.tokenizer) == pytest.approx(0.75, abs=0.06)
+    assert cut.validation is not None
+    assert share_of_a(cut.validation, np.arange(len(cut.validation)), mixed.tokenizer) == pytest.approx(0.75, abs=0.06)
     parts = [WindowsConfig(max_length=32).build(part, load("gpt").objective) for part in mixed.parts()]
     assert cut.bytes_per_target == pytest.approx(0.75 * parts[0].bytes_per_target + 0.25 * parts[1].bytes_per_target)
     assert cut.counts["documents"] == sum(p.counts["documents"] for p in parts)

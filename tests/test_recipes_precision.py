@@ -36,7 +36,11 @@ TUNED: dict[str, tuple[str, str, tuple[str, ...]]] = {
     "multiple_choice": ("bert", "choices.jsonl", ()),
     "tag": ("bert", "tagged.jsonl", ()),
     "tag_features": ("elmo", "tagged.jsonl", ()),
-    "answer": ("bert", "questions.jsonl", ("examples.max_length=64", "examples.doc_stride=16", "examples.max_question_length=16")),
+    "answer": (
+        "bert",
+        "questions.jsonl",
+        ("examples.max_length=64", "examples.doc_stride=16", "examples.max_question_length=16"),
+    ),
     "text_to_text": ("t5", "dialogues.jsonl", ()),
     "glue": ("bert", "sentences.tsv", ()),
     "semi_supervised": ("bert", "labeled.jsonl", ("examples.num_labeled=8", "examples.teacher={classify}")),
@@ -46,8 +50,16 @@ TUNED: dict[str, tuple[str, str, tuple[str, ...]]] = {
     "reward": ("gpt", "preferences.jsonl", ()),
     "ranking": ("gpt", "rankings.jsonl", ()),
     "dpo": ("gpt", "preferences.jsonl", ()),
-    "reinforce": ("gpt", "dialogues.jsonl", ("examples.reward_function=builtins:len", "examples.rollout_size=8", "examples.max_new_tokens=6")),
-    "ppo": ("gpt", "dialogues.jsonl", ("examples.reward_model={reward}", "examples.rollout_size=8", "examples.max_new_tokens=6")),
+    "reinforce": (
+        "gpt",
+        "dialogues.jsonl",
+        ("examples.reward_function=builtins:len", "examples.rollout_size=8", "examples.max_new_tokens=6"),
+    ),
+    "ppo": (
+        "gpt",
+        "dialogues.jsonl",
+        ("examples.reward_model={reward}", "examples.rollout_size=8", "examples.max_new_tokens=6"),
+    ),
 }
 """Recipe -> the recipe of the run that it starts from, its records, and its settings."""
 
@@ -103,7 +115,7 @@ def make(folder: Path) -> Make:
         if (name, precision) not in made:
             plan, directory = small(name, precision, folder, one), folder / f"{name}-{precision}"
             with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(trainer, "ctrl_c", lambda _: Once())
+                patch.setattr(trainer, "interrupt_handler", lambda _: Once())
                 with pytest.raises(Interrupted):
                     run(plan, directory, echo=lambda _: None)
             made[name, precision] = run(plan, directory, echo=lambda _: None)
@@ -115,7 +127,7 @@ def make(folder: Path) -> Make:
 class Once:
     """Ctrl-C in the middle of the first step."""
 
-    asked = True
+    requested = True
 
     def __enter__(self) -> Once:
         return self
@@ -127,7 +139,9 @@ def small(name: str, precision: str, folder: Path, make: Make) -> Recipe:
     """The recipe, made smaller: nothing but sizes differs."""
     if name in TUNED:
         start, records, more = TUNED[name]
-        runs = {key: make(key, precision).directory for key in ("classification", "reward") if f"{{{key}}}" in "".join(more)}
+        runs = {
+            key: make(key, precision).directory for key in ("classification", "reward") if f"{{{key}}}" in "".join(more)
+        }
         settings = [f"init_from={make(start, precision).directory}", f"data.path={folder / records}"]
         settings += [setting.format(**runs) for setting in more]
     else:

@@ -21,7 +21,14 @@ from firth.tokenizer.train import train
 from firth.types import IGNORE, UserError
 
 TEXT = "The king loved the queen . A dog barked at a cat ! The queen saw a dog , and the king saw a cat .\n"
-FEW = ["max_steps=2", "evaluation.every=0", "evaluation.max_examples=8", "checkpoint.every=2", "batch.size=4", "precision=fp32"]
+FEW = [
+    "max_steps=2",
+    "evaluation.every=0",
+    "evaluation.max_examples=8",
+    "checkpoint.every=2",
+    "batch.size=4",
+    "precision=fp32",
+]
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +53,12 @@ def runs(files: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     text = [f"data.path={files}/*.txt", *FEW]
     bytes_ = ["tokenizer.vocab_size=400"]
     small = {
-        "word2vec": ["model.hidden_size=16", "tokenizer.vocab_size=200", "examples.max_length=64", "sample_prompts=[king]"],
+        "word2vec": [
+            "model.hidden_size=16",
+            "tokenizer.vocab_size=200",
+            "examples.max_length=64",
+            "sample_prompts=[king]",
+        ],
         "lstm": ["model.hidden_size=16", "examples.max_length=16", "sample_prompts=['The ']", *bytes_],
         "elmo": ["model.hidden_size=16", "model.char_filters=64", "examples.max_length=16", *bytes_],
     }
@@ -66,7 +78,10 @@ def test_a_language_model_becomes_a_classifier(runs: Path, files: Path, tmp_path
     assert {"accuracy"} <= {k.removeprefix("valid/") for k in done.metrics}
     with pytest.raises(UserError, match="left-to-right LSTM cannot"):
         run(
-            load("classification", [f"init_from={runs}/lstm", "objective.position=first", f"data.path={files}/labelled.jsonl"]),
+            load(
+                "classification",
+                [f"init_from={runs}/lstm", "objective.position=first", f"data.path={files}/labelled.jsonl"],
+            ),
             tmp_path / "no",
             said.append,
         )
@@ -103,7 +118,13 @@ def test_word_vectors_are_shown_written_and_taken(runs: Path, files: Path, tmp_p
     assert written["king"] == pytest.approx(model.tokens.weight[tokenizer.id("king")].detach().numpy(), abs=1e-5)
 
     said: list[str] = []
-    taken = [f"init_embeddings_from={runs}/word2vec", f"data.path={files}/*.txt", "examples.max_length=16", *FEW, "sample_prompts=[]"]
+    taken = [
+        f"init_embeddings_from={runs}/word2vec",
+        f"data.path={files}/*.txt",
+        "examples.max_length=16",
+        *FEW,
+        "sample_prompts=[]",
+    ]
     done = run(
         load("lstm", [*taken, "model.hidden_size=16", "optimizer.lr=1e-12", "max_steps=1"]),
         tmp_path / "lstm",
@@ -117,7 +138,11 @@ def test_word_vectors_are_shown_written_and_taken(runs: Path, files: Path, tmp_p
     with pytest.raises(UserError, match=r"set shape\.width=16"):
         run(load("lstm", [*taken, "model.hidden_size=32"]), tmp_path / "other", said.append)
     with pytest.raises(UserError, match="spells its tokens"):
-        run(load("lstm", [*taken[1:], f"init_embeddings_from={runs}/elmo", "model.hidden_size=16"]), tmp_path / "third", said.append)
+        run(
+            load("lstm", [*taken[1:], f"init_embeddings_from={runs}/elmo", "model.hidden_size=16"]),
+            tmp_path / "third",
+            said.append,
+        )
     train(["other words " * 90], "byte-bpe", vocab_size=300, num_sentinels=0).save(tmp_path / "stranger")
     stranger = [*taken, "model.hidden_size=16", f"tokenizer.path={tmp_path / 'stranger'}"]
     with pytest.raises(UserError, match="another tokenizer"):
@@ -233,6 +258,12 @@ def test_word2vec_on_too_little_text_names_the_cause(
 
 def test_word2vec_trains_on_a_short_text_with_every_word(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("A heron counts the rain. " * 3)
-    changes = [f"data.path={tmp_path}/a.txt", "model.hidden_size=8", "max_steps=1", "batch.size=2", "examples.subsampling_threshold=0"]
+    changes = [
+        f"data.path={tmp_path}/a.txt",
+        "model.hidden_size=8",
+        "max_steps=1",
+        "batch.size=2",
+        "examples.subsampling_threshold=0",
+    ]
     finished = run(load("word2vec", changes), tmp_path / "run", echo=lambda _: None)
     assert np.isfinite(list(finished.metrics.values())).all()

@@ -57,7 +57,7 @@ def base(place: Path) -> Callable[[str], Path]:
         tokenizer = train([TEXT], "byte-bpe", 300)
         torch.manual_seed(0)
         config = SHAPES[name]
-        save_model(LM(config, objective(PARTS[name])().parts(config)), tokenizer, place / name)
+        save_model(LM(config, objective(PARTS[name])().heads(config)), tokenizer, place / name)
         return place / name
 
     return make
@@ -83,11 +83,17 @@ def test_rows_are_shortened_or_refused_with_the_number_that_fits(
     data = place / ("rows.jsonl" if recipe in ("classification", "text_to_text") else "text.txt")
     common = [f"data.path={data}", f"init_from={base(name)}", adapt, "max_steps=1", "batch.size=8", "precision=fp32",
               "evaluation.max_examples=8", "sample_prompts=[]", *["model=null"] * (recipe not in ("classification", "text_to_text"))]  # fmt: skip
-    common += ["examples.prompt_template={prompt}", "examples.completion_template={answer}"] * (recipe == "text_to_text")
+    common += ["examples.prompt_template={prompt}", "examples.completion_template={answer}"] * (
+        recipe == "text_to_text"
+    )
     tight = [f"segment.{field}={value}" for field, value in fits.items()]
     assert run(load(recipe, [*common, *tight]), tmp_path / "tight", quiet).steps == 1
     lines: list[str] = []
-    short = run(load(recipe, [*common, *["examples.max_target_length=64"] * ("answer" in fits)]), tmp_path / "open", lines.append)
+    short = run(
+        load(recipe, [*common, *["examples.max_target_length=64"] * ("answer" in fits)]),
+        tmp_path / "open",
+        lines.append,
+    )
     kept = load(str(short.directory)).examples
     assert {field: getattr(kept, field) for field in fits} == fits
     assert run(load(str(short.directory)), short.directory, quiet).steps == 1
@@ -126,7 +132,10 @@ def test_a_prefix_that_is_there_takes_its_positions(place: Path, base: Callable[
               "evaluation.max_examples=8", "model=null"]  # fmt: skip
     first = [f"init_from={base('gpt2')}", "peft.kind=prefix", "peft.num_virtual_tokens=10"]
     one = run(load("gpt2", [*common, *first]), tmp_path / "one", quiet).directory
-    onward = (["peft.kind=prefix", f"peft.init_from={one}", f"init_from={base('gpt2')}"], ["peft=lora", f"init_from={one}"])
+    onward = (
+        ["peft.kind=prefix", f"peft.init_from={one}", f"init_from={base('gpt2')}"],
+        ["peft=lora", f"init_from={one}"],
+    )
     for more in onward:
         with pytest.raises(UserError, match=r"^segment\.length=55: .* set segment\.length=54$"):
             run(load("gpt2", [*common, *more, "examples.max_length=55"]), tmp_path / "no", quiet)

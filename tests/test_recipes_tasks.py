@@ -58,7 +58,8 @@ def make(folder: Path) -> Make:
         key = key or name
         if key not in made:
             recipe: Recipe = load(
-                name, [*SHAPE, f"max_steps={steps}", "checkpoint.every=0", *settings, f"tokenizer.path={tokens(folder)}"]
+                name,
+                [*SHAPE, f"max_steps={steps}", "checkpoint.every=0", *settings, f"tokenizer.path={tokens(folder)}"],
             )
             place = folder / key
             made[key] = run(recipe, place, echo=lambda _: None), place
@@ -79,7 +80,11 @@ def tokens(folder: Path) -> Path:
 
 def classified(make: Make, folder: Path) -> tuple[RunResult, Path]:
     return make(
-        "classification", f"data={folder}/reviews.csv", "examples.text_field=review", "examples.label_field=stars", "data.validation_fraction=0.2"
+        "classification",
+        f"data={folder}/reviews.csv",
+        "examples.text_field=review",
+        "examples.label_field=stars",
+        "data.validation_fraction=0.2",
     )
 
 
@@ -150,7 +155,9 @@ def test_an_empty_cell_has_a_row_of_predictions(make: Make, folder: Path) -> Non
 def test_a_missing_column_is_named_before_training(folder: Path, tmp_path: Path) -> None:
     path = folder / "reviews.csv"
     settings = ["model={hidden_size: 32, num_layers: 1, num_heads: 2, max_positions: 96, causal: false}", "max_steps=1"]
-    recipe = load("classification", [*settings, f"data={path}", "examples.text_field=reviews", "examples.label_field=stars"])
+    recipe = load(
+        "classification", [*settings, f"data={path}", "examples.text_field=reviews", "examples.label_field=stars"]
+    )
     with pytest.raises(UserError, match=r"reviews\.csv:2: there is no field 'reviews'; did you mean 'review'\?"):
         run(recipe, tmp_path / "run", lambda _: None)
 
@@ -167,7 +174,9 @@ def test_from_nothing_the_tokenizer_is_of_the_fields_that_are_read(folder: Path,
     shape = "model={hidden_size: 32, num_layers: 1, num_heads: 2, max_positions: 96, causal: false}"
     settings = [shape, f"data={folder}/reviews.csv", "tokenizer.vocab_size=400", "max_steps=1", "checkpoint.every=0"]
     done = run(
-        load("classification", [*settings, "examples.text_field=review", "examples.label_field=stars"]), tmp_path / "run", lambda _: None
+        load("classification", [*settings, "examples.text_field=review", "examples.label_field=stars"]),
+        tmp_path / "run",
+        lambda _: None,
     )
     assert done.steps == 1
     [vocabulary] = (tmp_path / "run" / "tokenizer").glob("tokenizer.json")
@@ -272,7 +281,9 @@ def test_the_best_check_is_what_is_exported_and_patience_ends_a_run(folder: Path
         "schedule.kind=constant",
     ]  # fmt: skip
     done = run(
-        load("classification", [*settings, "evaluation.best_metric=accuracy", "evaluation.patience=3"]), tmp_path / "run", lambda _: None
+        load("classification", [*settings, "evaluation.best_metric=accuracy", "evaluation.patience=3"]),
+        tmp_path / "run",
+        lambda _: None,
     )
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     held = [(row["accuracy"], row["step"]) for row in rows if row["split"] == "valid"]
@@ -281,7 +292,9 @@ def test_the_best_check_is_what_is_exported_and_patience_ends_a_run(folder: Path
     assert done.metrics["valid/accuracy"] == best
     assert [accuracy for accuracy, _ in held].index(best) == len(held) - 4
     again = run(
-        load("classification", [*settings, "evaluation.best_metric=accuracy", "evaluation.patience=3"]), tmp_path / "run", lambda _: None
+        load("classification", [*settings, "evaluation.best_metric=accuracy", "evaluation.patience=3"]),
+        tmp_path / "run",
+        lambda _: None,
     )
     assert again == done
     with pytest.raises(UserError, match=r"checks\.best=recall is not among the held-out measurements: there is loss"):
@@ -343,7 +356,7 @@ def test_glue_s_files(folder: Path, tmp_path: Path) -> None:
         cut = recipe.examples.build(data, settled)
         assert len(cut.train) == 3, task
         assert settled.class_names == {"stsb": (), "mrpc": ("0",), "mnli": ("neutral",)}.get(task, ("1",))
-        assert ("segments" in cut.train[0]) == (task not in ("sst2", "cola"))
+        assert ("token_type_ids" in cut.train[0]) == (task not in ("sst2", "cola"))
 
 
 def test_few_labels_are_taught_by_a_classifier(make: Make, folder: Path, tmp_path: Path) -> None:
@@ -368,7 +381,11 @@ def test_few_labels_are_taught_by_a_classifier(make: Make, folder: Path, tmp_pat
     with pytest.raises(UserError, match=r"set one of segment\.others=.* and segment\.few="):
         run(load("semi_supervised", [*settings, f"examples.teacher={teacher}"]), tmp_path / "none", lambda _: None)
     with pytest.raises(UserError, match=r"lacks `segment\.teacher`: the run of `firth train classification`"):
-        run(load("semi_supervised", [*settings, f"examples.unlabeled_path=[{others}]"]), tmp_path / "alone", lambda _: None)
+        run(
+            load("semi_supervised", [*settings, f"examples.unlabeled_path=[{others}]"]),
+            tmp_path / "alone",
+            lambda _: None,
+        )
     trial = ["examples=partially_labeled", "examples.num_labeled=40", "objective=consistency"]
     run(load("semi_supervised", [*trial, *settings]), tmp_path / "trial", heard.append)
     assert "a trial: 40 of 120 records keep their label (examples.num_labeled=40)" in heard
@@ -378,7 +395,8 @@ def test_annotators_are_simulated_only_where_a_recipe_says_so(folder: Path, tmp_
     settings = [*SHAPE, "max_steps=2", "batch.size=8", f"tokenizer.path={tokens(folder)}"]
     clean = [f"data={folder}/reviews.csv", "data.validation_fraction=0"]
     with pytest.raises(
-        UserError, match=r"reviews\.csv:2: .*train `classify` on records with one label, or set examples=simulated_annotators"
+        UserError,
+        match=r"reviews\.csv:2: .*train `classify` on records with one label, or set examples=simulated_annotators",
     ):
         run(
             load("weak_supervision", [*settings, *clean, "examples.text_field=review", "examples.labels_field=stars"]),

@@ -129,7 +129,9 @@ def test_a_run_of_an_older_firth_is_known_by_the_hash_it_had(tmp_path: Path) -> 
 
 def test_a_setting_on_a_sum_goes_to_the_addend_that_has_it() -> None:
     plain = load("bert")
-    assert load("bert", ["objective.mlm_probability=0.2"]).objective == NSP() + MLM(mlm_probability=0.2, num_maskings=10)
+    assert load("bert", ["objective.mlm_probability=0.2"]).objective == NSP() + MLM(
+        mlm_probability=0.2, num_maskings=10
+    )
     both = load("bert", ["objective=[nsp, mlm]", "objective.follows=0.4", "objective.mlm_probability=0.2"]).objective
     assert both == NSP(follows=0.4) + MLM(mlm_probability=0.2)
     assert load("bert") == plain
@@ -141,7 +143,10 @@ def test_a_setting_on_a_sum_goes_to_the_addend_that_has_it() -> None:
     ("settings", "said"),
     [
         (["objective.follow=0.2"], r"\[nsp, mlm\], and none has a field 'follow'; did you mean 'follows'\?"),
-        (["objective=[mlm, rtd]", "objective.mlm_probability=0.2"], "mlm and rtd have a field 'rate': write objective=\\[...\\]"),
+        (
+            ["objective=[mlm, rtd]", "objective.mlm_probability=0.2"],
+            "mlm and rtd have a field 'rate': write objective=\\[...\\]",
+        ),
         (["samples.rate=0.2"], "samples"),
     ],
 )

@@ -43,11 +43,15 @@ def test_held_out_texts_are_left_out_of_the_unlabeled_ones(tokenizer: Tokenizer,
         if name == "more.txt":
             (tmp_path / name).write_text("\n".join(texts))
         found = cut(tmp_path, tokenizer, file, lines, held_out=0.25)
-        assert found.valid is not None and 0 < len(found.valid) < 20
-        known = [{source[i]["tokens"].tobytes() for i in range(len(source))} for source in (found.train, found.valid)]
-        assert not known[0] & known[1] and len(known[0]) == len(texts) - len(found.valid)
-        assert found.counts["unlabelled"] == len(texts) - len(found.valid)
-    assert [line.split(" texts")[0] for line in lines if "examples.unlabeled_path" in line] == [f"{len(found.valid)} of 52"] * 2
+        assert found.validation is not None and 0 < len(found.validation) < 20
+        known = [
+            {source[i]["tokens"].tobytes() for i in range(len(source))} for source in (found.train, found.validation)
+        ]
+        assert not known[0] & known[1] and len(known[0]) == len(texts) - len(found.validation)
+        assert found.counts["unlabelled"] == len(texts) - len(found.validation)
+    assert [line.split(" texts")[0] for line in lines if "examples.unlabeled_path" in line] == [
+        f"{len(found.validation)} of 52"
+    ] * 2
 
 
 def test_unlabeled_texts_that_are_all_held_out_are_refused(tokenizer: Tokenizer, tmp_path: Path) -> None:

@@ -42,7 +42,9 @@ def test_another_number_of_ids_is_refused(place: Path, tmp_path: Path) -> None:
     """On the command line, in a whole shape, in a user's file; of a trained and of a given tokenizer."""
     text, given = f"data.path={place / 'text.txt'}", f"tokenizer.path={place / 'tokenizer'}"
     said = "model.vocab_size={} is not the number of ids of the tokenizer, which is {}: leave model.vocab_size out, and it is taken from there"
-    assert refused("gpt", [*BODY, text, "tokenizer.vocab_size=300", "model.vocab_size=10"], tmp_path / "a") == said.format(10, 300)
+    assert refused(
+        "gpt", [*BODY, text, "tokenizer.vocab_size=300", "model.vocab_size=10"], tmp_path / "a"
+    ) == said.format(10, 300)
     assert refused("gpt", [*BODY, text, given, "model.vocab_size=4096"], tmp_path / "b") == said.format(4096, 290)
     whole = "model={vocab_size: 10, hidden_size: 32, num_layers: 1, num_heads: 1, max_positions: 32}"
     assert refused("gpt", [*BODY[5:], text, given, whole], tmp_path / "c") == said.format(10, 290)
@@ -87,7 +89,10 @@ def test_the_number_of_ids_may_be_left_out(place: Path, tmp_path: Path) -> None:
     for shape in ("{width: 32, depth: 1, heads: 1}", "{vocab: null, width: 32, depth: 1, heads: 1}"):
         made = load("classification", [f"model={shape}", "tokenizer.vocab_size=500"]).model
         assert made is not None and made.vocab_size == 500
-    made = load("classification", ["model={hidden_size: 32, num_layers: 1, num_heads: 1}", f"tokenizer.path={place / 'tokenizer'}"]).model
+    made = load(
+        "classification",
+        ["model={hidden_size: 32, num_layers: 1, num_heads: 1}", f"tokenizer.path={place / 'tokenizer'}"],
+    ).model
     assert made is not None and made.vocab_size == 290
     small = [*BODY, f"data.path={place / 'text.txt'}", "tokenizer.vocab_size=4000"]
     done = run(load("gpt", small), tmp_path / "small", lambda _: None)

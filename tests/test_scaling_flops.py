@@ -19,12 +19,12 @@ def random_batch(vocab: int, sides: tuple[str, ...]) -> Batch:
     for side, length in zip(sides, (12, 17), strict=False):
         shape = (3, length)
         batch[side + "tokens"] = torch.randint(1, vocab, shape, generator=generator)
-        batch[side + "looks"] = torch.randint(0, 9, shape, generator=generator, dtype=torch.int32)
+        batch[side + "query_time"] = torch.randint(0, 9, shape, generator=generator, dtype=torch.int32)
         appears = torch.randint(0, 9, shape, generator=generator, dtype=torch.int32)
         appears[:, -3:] = NEVER  # padding, which nobody sees and which looks nowhere
-        batch[side + "looks"][:, -3:] = -NEVER
-        batch[side + "appears"] = appears
-        batch[side + "document"] = torch.randint(1, 4, shape, generator=generator, dtype=torch.int32)
+        batch[side + "query_time"][:, -3:] = -NEVER
+        batch[side + "key_time"] = appears
+        batch[side + "document_ids"] = torch.randint(1, 4, shape, generator=generator, dtype=torch.int32)
     return batch
 
 
@@ -33,18 +33,18 @@ def test_pairs_are_those_of_the_rule(sides: tuple[str, ...]) -> None:
     batch = random_batch(30, sides)
 
     def pairs(query: str, key: str, looks: torch.Tensor) -> int:
-        real = (batch[query + "appears"] != NEVER)[..., None]
-        same = batch[query + "document"][..., None] == batch[key + "document"][:, None]
-        return int((real & same & (batch[key + "appears"][:, None] <= looks[..., None])).sum())
+        real = (batch[query + "key_time"] != NEVER)[..., None]
+        same = batch[query + "document_ids"][..., None] == batch[key + "document_ids"][:, None]
+        return int((real & same & (batch[key + "key_time"][:, None] <= looks[..., None])).sum())
 
     found = work(batch)
     assert real_tokens(batch) == found.positions + found.source_positions
     assert found.positions == 3 * 9
-    assert found.pairs == pairs("", "", batch["looks"])
+    assert found.pairs == pairs("", "", batch["query_time"])
     if "source_" in sides:
         assert found.source_positions == 3 * 14
-        assert found.source_pairs == pairs("source_", "source_", batch["source_looks"])
-        assert found.crossing_pairs == pairs("", "source_", torch.full_like(batch["looks"], NEVER - 1))
+        assert found.source_pairs == pairs("source_", "source_", batch["source_query_time"])
+        assert found.crossing_pairs == pairs("", "source_", torch.full_like(batch["query_time"], NEVER - 1))
 
 
 @pytest.mark.parametrize(

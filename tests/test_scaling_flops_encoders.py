@@ -28,7 +28,10 @@ PLAIN = replace(bert(70, 32, 3, 4, max_positions=40), intermediate_size=48)
 def case(objective: Objective, config: ModelConfig) -> tuple[LM, Batch]:
     torch.manual_seed(0)
     rng = np.random.default_rng(0)
-    shown = [objective.build_example({"tokens": VOCAB.frame(rng.integers(5, 70, 20))}, VOCAB, rng) for _ in range(4)]
+    shown = [
+        objective.build_example({"tokens": VOCAB.add_special_tokens(rng.integers(5, 70, 20))}, VOCAB, rng)
+        for _ in range(4)
+    ]
     return LM(config, objective.heads(config)), collate(
         shown, {*objective.labels.values(), *objective.metrics.values()}
     )

@@ -369,7 +369,7 @@ def test_brown_keeps_its_tags_and_gives_a_text(tmp_path):
     prepare.brown(given(("package/cz09", tagged)), tmp_path)
     assert (tmp_path / "cz09.txt").read_text() == 'The 1\\/2 "man" left. Why?\n\nEnd\n'
     assert rows(tmp_path / "tagged.jsonl")[1] == {
-        "document": "cz09",
+        "document_ids": "cz09",
         "tokens": ["Why", "?", "?"],
         "tags": ["wrb", ".", "."],
     }

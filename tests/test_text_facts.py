@@ -101,7 +101,7 @@ def test_answers_are_examined_by_exact_match(tmp_path: Path) -> None:
         adam.zero_grad()
         reach = torch.arange(len(wanted)).expand(4, -1)
         tokens = torch.tensor([[tokenizer.vocab.pad, *wanted[:-1]]] * 4)
-        hidden = model({"source_tokens": source, "tokens": tokens, "looks": reach, "appears": reach})
+        hidden = model({"source_tokens": source, "tokens": tokens, "query_time": reach, "key_time": reach})
         logits = model.heads["lm"](hidden)
         torch.nn.functional.cross_entropy(logits.flatten(0, 1), torch.tensor(wanted * 4)).backward()
         adam.step()

@@ -45,7 +45,8 @@ def test_it_ends_with_the_step_that_reaches_them_and_the_rate_follows_the_count(
     assert counts[-2] < ENOUGH <= counts[-1] == done.flops
     batches, model = small_batches(Chains()), small_model()
     steps = [
-        sum(Scored().forward_flops(model, b) + Scored().loss_flops(model, b) for b in batches.batches(s)) for s in range(3)
+        sum(Scored().forward_flops(model, b) + Scored().loss_flops(model, b) for b in batches.batches(s))
+        for s in range(3)
     ]
     assert [row["flops"] for row in log[:3]] == [sum(steps[: n + 1]) for n in range(3)]
     middle = (counts[-3] + counts[-2]) / 2 / ENOUGH
@@ -69,4 +70,4 @@ def test_what_loss_costs_is_counted_once_for_each_head_that_runs() -> None:
     model = small_model()
     [batch] = small_batches(Chains(), accumulate=1).batches(0)
     asked = int((batch["labels"] != IGNORE).sum())
-    assert Scored().loss_flops(model, batch) == flops.head_flops(model.shape, asked) == 6 * asked * 32 * 40
+    assert Scored().loss_flops(model, batch) == flops.head_flops(model.config, asked) == 6 * asked * 32 * 40

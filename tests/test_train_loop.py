@@ -172,7 +172,7 @@ def test_another_recipe_or_model_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"another recipe \(r, this one is other\)"):
         small_run(tmp_path, 4, recipe="other")
     model = small_model()
-    model.parts["extra"] = torch.nn.Linear(2, 2)
+    model.heads["extra"] = torch.nn.Linear(2, 2)
     with pytest.raises(UserError, match=r"'heads.extra.bias' is on one side only"):
         small_run(tmp_path, 4, model=model)
 
@@ -251,8 +251,8 @@ def test_too_many_in_a_row_end_the_run(tmp_path: Path) -> None:
 
 def test_a_run_that_asks_nothing_does_not_start(tmp_path: Path) -> None:
     class Silent(Scored):
-        def view(self, example, vocab, rng):  # type: ignore[no-untyped-def]
-            shown = super().view(example, vocab, rng)
+        def build_example(self, example, vocab, rng):  # type: ignore[no-untyped-def]
+            shown = super().build_example(example, vocab, rng)
             return shown | {"labels": shown["labels"] * 0 + IGNORE}
 
     batches = small_batches(Chains())
@@ -326,7 +326,7 @@ def test_validation_is_the_mean_over_all_that_is_asked() -> None:
     whole = validate(model, Scored(), [*small_batches(Chains()).all_batches()])
     assert model.training
     one_by_one = validate(
-        model, Scored(), train_room.Batches(Chains(), Scored(), train_room.VOCAB, rows=1, seed=0).all_batches()
+        model, Scored(), train_room.Batches(Chains(), Scored(), train_room.VOCAB, batch_size=1, seed=0).all_batches()
     )
     assert whole["loss"] == pytest.approx(one_by_one["loss"], rel=1e-5)
     assert whole["accuracy"] == pytest.approx(one_by_one["accuracy"], rel=1e-5)
@@ -366,13 +366,13 @@ def test_alone_the_sums_are_the_identity() -> None:
 def test_weights_made_infinite_are_no_success(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The loss and the gradient of the last step are finite, and its update is not: the run ends with the cause."""
 
-    def update(mover: trainer.Mover, factor: float) -> None:
+    def update(mover: trainer.Optimizer, factor: float) -> None:
         move(mover, factor)
         with torch.no_grad():
             mover.parameters[0].view(-1)[3] *= float("inf")
 
-    move = trainer.Mover.move
-    monkeypatch.setattr(trainer.Mover, "move", update)
+    move = trainer.Optimizer.step
+    monkeypatch.setattr(trainer.Optimizer, "step", update)
     for steps in (1, 4):
         with pytest.raises(
             UserError, match=r"the optimizer has made the weight '.*' infinite or NaN.*lower optimizer.lr"

@@ -12,7 +12,7 @@ from firth.model.config import decoder_config, encoder_decoder_config
 from firth.model.model import LM
 from firth.objectives.causal_lm import CausalLM
 from firth.train.muon import BAND, REACH, orthogonalize
-from firth.train.optimizer import Mover, OptimizerConfig, param_groups
+from firth.train.optimizer import Optimizer, OptimizerConfig, param_groups
 from firth.types import UserError
 
 
@@ -80,11 +80,11 @@ def test_muon_moves_along_the_polar_factor_by_a_fifth_of_the_rate() -> None:
     torch.manual_seed(4)
     layers = nn.ModuleList([nn.Linear(64, 64, bias=False) for _ in range(3)])
     before = [m.weight.detach().clone() for m in layers]
-    mover = Mover(OptimizerConfig(lr=0.01, weight_decay=0.5, momentum=0.9), layers)
+    mover = Optimizer(OptimizerConfig(lr=0.01, weight_decay=0.5, momentum=0.9), layers)
     grads = [torch.randn(64, 64) for _ in layers]
     for m, g in zip(layers, grads, strict=True):
         m.weight.grad = g.clone()
-    mover.move(0.5)
+    mover.step(0.5)
     for m, w, g in zip(layers, before, grads, strict=True):
         moved = w * (1 - 0.01 * 0.5 * 0.5) - m.weight.detach()
         assert moved.square().mean().sqrt().item() == pytest.approx(0.2 * 0.01 * 0.5, rel=0.15)
@@ -98,11 +98,11 @@ def test_momentum_is_nesterov() -> None:
     layer = nn.ModuleList([nn.Linear(8, 8, bias=False)])
     first, second = torch.randn(8, 8), torch.randn(8, 8)
     with kernels.forced({"muon": "fp32"}):
-        mover = Mover(OptimizerConfig(lr=0.1, weight_decay=0.0, momentum=0.9), layer)
+        mover = Optimizer(OptimizerConfig(lr=0.1, weight_decay=0.0, momentum=0.9), layer)
     for g in (first, second):
         before = layer[0].weight.detach().clone()
         layer[0].weight.grad = g.clone()
-        mover.move(1.0)
+        mover.step(1.0)
     kept = 0.9 * (0.1 * first) + 0.1 * second
     expected = orthogonalize((0.1 * second + 0.9 * kept)[None])[0] * 0.1 * 0.2 * math.sqrt(8)
     assert torch.allclose(before - layer[0].weight.detach(), expected, atol=1e-6)
@@ -111,7 +111,7 @@ def test_momentum_is_nesterov() -> None:
 def test_adamw_is_its_formula() -> None:
     torch.manual_seed(5)
     model = tiny()
-    mover = Mover(OptimizerConfig("adamw", lr=0.01, weight_decay=0.3, beta1=0.8, beta2=0.9, eps=1e-6), model)
+    mover = Optimizer(OptimizerConfig("adamw", lr=0.01, weight_decay=0.3, beta1=0.8, beta2=0.9, eps=1e-6), model)
     mean = {p.name: torch.zeros_like(p.parameter) for p in mover.placed}
     square = {p.name: torch.zeros_like(p.parameter) for p in mover.placed}
     for t in (1, 2, 3):
@@ -124,7 +124,7 @@ def test_adamw_is_its_formula() -> None:
             square[p.name] = 0.9 * square[p.name] + 0.1 * g * g
             step = (mean[p.name] / (1 - 0.8**t)) / ((square[p.name] / (1 - 0.9**t)).sqrt() + 1e-6)
             expected[p.name] = w * (1 - 0.005 * p.weight_decay) - 0.005 * step
-        mover.move(0.5)
+        mover.step(0.5)
         for p in mover.placed:
             assert torch.allclose(p.parameter, expected[p.name], atol=1e-6), p.name
 
@@ -156,27 +156,27 @@ def test_a_tied_head_is_a_table() -> None:
 
 def test_clipping_scales_all_gradients_together() -> None:
     model = tiny()
-    mover = Mover(OptimizerConfig(max_grad_norm=1.0), model)
+    mover = Optimizer(OptimizerConfig(max_grad_norm=1.0), model)
     for p in mover.parameters:
         p.grad = torch.randn_like(p)
     whole = torch.cat([p.grad.flatten() for p in mover.parameters])
-    assert mover.clip().item() == pytest.approx(whole.norm().item(), rel=1e-5)
+    assert mover.clip_grad_norm().item() == pytest.approx(whole.norm().item(), rel=1e-5)
     clipped = torch.cat([p.grad.flatten() for p in mover.parameters])
     assert torch.allclose(clipped, whole / whole.norm(), atol=1e-7)
     before = clipped.clone()
-    mover.clip()  # at the limit already: nothing to do but rounding
+    mover.clip_grad_norm()  # at the limit already: nothing to do but rounding
     assert torch.allclose(torch.cat([p.grad.flatten() for p in mover.parameters]), before, rtol=1e-5)
 
 
 def test_state_and_restore_are_inverse() -> None:
     one, other = tiny(), tiny()
-    movers = [Mover(OptimizerConfig(), m) for m in (one, other)]
+    movers = [Optimizer(OptimizerConfig(), m) for m in (one, other)]
 
-    def both(mover: Mover, seed: int) -> None:
+    def both(mover: Optimizer, seed: int) -> None:
         generator = torch.Generator().manual_seed(seed)
         for p in mover.parameters:
             p.grad = torch.randn(p.shape, generator=generator)
-        mover.move(1.0)
+        mover.step(1.0)
 
     both(movers[0], 1)
     other.load_state_dict(one.state_dict())
@@ -193,4 +193,4 @@ def test_mistakes_are_named() -> None:
     with pytest.raises(UserError, match=r"optimizer\.rate=nan must be finite, above 0"):
         OptimizerConfig(lr=float("nan"))
     with pytest.raises(UserError, match="nothing to train"):
-        Mover(OptimizerConfig(), tiny().requires_grad_(False))
+        Optimizer(OptimizerConfig(), tiny().requires_grad_(False))

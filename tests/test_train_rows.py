@@ -17,7 +17,7 @@ from firth.objectives.classification import Classification
 from firth.objectives.masked_lm import MLM
 from firth.objectives.word2vec import Word2Vec
 from firth.tokenizer.vocab import Vocab
-from firth.train.optimizer import Mover, OptimizerConfig, untied_embeddings
+from firth.train.optimizer import Optimizer, OptimizerConfig, untied_embeddings
 from firth.train.sparse_adam import KERNEL, SparseAdam, coalesced
 from firth.train.step import step
 from firth.types import Batch
@@ -56,7 +56,7 @@ def test_many_steps_are_those_of_adamw_on_the_whole_table(way: str) -> None:
         rate = 0.01 * (1 + number % 3)
         adam.param_groups[0]["lr"] = rate
         adam.step()
-        rows.move(rate)
+        rows.update(rate)
         if number == 34:
             assert len(rows.seen) < 45
             assert torch.equal(sparse.weight[45:], start[45:])
@@ -94,15 +94,15 @@ def model() -> LM:
 def test_a_mover_moves_and_clips_alike(clip: float, way: str) -> None:
     plan = OptimizerConfig(name="adamw", lr=1e-2, max_grad_norm=clip)
     one, other = model(), model()
-    movers = [Mover(plan, one, sparse=True), Mover(plan, other)]
+    movers = [Optimizer(plan, one, sparse=True), Optimizer(plan, other)]
     assert list(movers[0].rows) == ["tokens.weight"]
     assert not movers[1].rows
     for _, batch in zip(range(12), batches(), strict=False):
         norms = []
         for mover, net in zip(movers, (one, other), strict=True):
             step(net, OBJECTIVE, [batch, batch])  # micro-batches add up
-            norms.append(mover.clip())
-            mover.move(0.7)
+            norms.append(mover.clip_grad_norm())
+            mover.step(0.7)
         torch.testing.assert_close(*norms, rtol=1e-5, atol=0)
     assert one.tokens.sparse  # type: ignore[union-attr]
     for (name, mine), theirs in zip(one.named_parameters(), other.parameters(), strict=True):
@@ -114,25 +114,25 @@ def test_a_resumed_mover_goes_on_bit_for_bit(way: str) -> None:
     """Whichever of the two wrote the state."""
     plan = OptimizerConfig(name="adamw", lr=1e-2)
     going = model()
-    mover, stream = Mover(plan, going, sparse=True), batches()
+    mover, stream = Optimizer(plan, going, sparse=True), batches()
 
-    def some(net: LM, by: Mover, those: list[Batch]) -> None:
+    def some(net: LM, by: Optimizer, those: list[Batch]) -> None:
         for batch in those:
             step(net, OBJECTIVE, [batch])
-            by.clip()
-            by.move(1.0)
+            by.clip_grad_norm()
+            by.step(1.0)
 
     some(going, mover, [next(stream) for _ in range(5)])
     saved = {name: value.clone() for name, value in mover.state().items()}
     resumed = model()
     resumed.load_state_dict(going.state_dict())
-    again = Mover(plan, resumed, sparse=True)
+    again = Optimizer(plan, resumed, sparse=True)
     again.restore(saved)
     rest = [next(stream) for _ in range(5)]
     some(going, mover, rest)
     some(resumed, again, rest)
     assert all(torch.equal(a, b) for a, b in zip(going.parameters(), resumed.parameters(), strict=True))
-    whole = Mover(plan, model())
+    whole = Optimizer(plan, model())
     whole.restore(mover.state())
     told, mine = whole.state(), mover.state()
     assert all(torch.equal(told[name], mine[name]) for name in mine)

@@ -145,7 +145,7 @@ class RewardModel:
                 scores[index] = rewards(self.model, self.model(batch), batch).cpu().numpy()
         return (scores - np.float32(self.mean)) / np.float32(self.scale)
 
-    def normalised(self, samples: Sequence[Rollout]) -> RewardModel:
+    def normalized(self, samples: Sequence[Rollout]) -> RewardModel:
         """The same judge with mean 0 and standard deviation 1 on these samples."""
         scores = self(samples) * self.scale + self.mean
         return replace(self, mean=float(scores.mean()), scale=float(scores.std()) or 1.0)

@@ -82,7 +82,7 @@ def figure(lines: Sequence[ResultRow], measure: Measure, seconds: bool) -> Figur
             ends = [(math.nan, math.nan) if i.low is None or i.high is None else (i.low, i.high) for _, i in known]
             y = [i.mean for _, i in known]
             curves.append(
-                Curve(name, [x for x, _ in known], y, points=True, intervals=ends, colour=i, dashed=i >= DISTINCT)
+                Curve(name, [x for x, _ in known], y, points=True, intervals=ends, color=i, dashed=i >= DISTINCT)
             )
     if len(curves) < min(2, len(names)):
         return None

@@ -111,7 +111,7 @@ def chapters(members: Members, out: Path) -> str:
 def brown(members: Members, out: Path) -> str:
     """The Brown corpus: DOCUMENT.txt with the text put together again, and tagged.jsonl as it was tagged.
 
-    A record of tagged.jsonl is one sentence: {"document", "tokens", "tags"}, with the corpus's own tags.
+    A record of tagged.jsonl is one sentence: {"document_ids", "tokens", "tags"}, with the corpus's own tags.
     """
     documents = sentences = tokens = 0
     with (out / "tagged.jsonl").open("w", encoding="utf-8", newline="\n") as file:
@@ -125,7 +125,7 @@ def brown(members: Members, out: Path) -> str:
                     if not pairs:
                         continue
                     words, tags = [w for w, _, _ in pairs], [t for _, _, t in pairs]
-                    file.write(line({"document": document, "tokens": words, "tags": tags}))
+                    file.write(line({"document_ids": document, "tokens": words, "tags": tags}))
                     told.append(sentence(words))
                     sentences += 1
                     tokens += len(words)

@@ -34,8 +34,8 @@ class ReadStats:
     cut: int = 0
     too_long: int = 0
     mismatched: int = 0
-    nameless: int = 0
-    passed_over: int = 0
+    unnamed_columns: int = 0
+    skipped: int = 0
     at: dict[str, str] = field(default_factory=dict)
 
     def note(self, kind: str, place: str, count: int = 1) -> None:

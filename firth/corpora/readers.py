@@ -151,7 +151,7 @@ def _inside(root: Path, tabled: bool, counts: ReadStats) -> list[Path]:
         some = [Path(directory, name) for name in sorted(names) if not name.startswith(".")]
         for path in (p for p in some if _kind(p) is not None and p.is_file()):
             if _kind(path) == "other" and not tabled:
-                counts.note("passed_over", f"{path}")
+                counts.note("skipped", f"{path}")
             else:
                 found.append(path)
     return sorted(found)

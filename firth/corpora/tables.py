@@ -68,7 +68,7 @@ def delimited(file: BinaryIO, path: Path, counts: ReadStats, columns: Sequence[s
         if not names or (not total and len(row) != len(names) and {*row_names} & {*names}):
             # A table that was to have no head may have one (CoLA's test.tsv has); spreadsheets pad one with empty cells.
             names = [name or f"{NAMELESS}{i}" for i, name in enumerate(row_names)]
-            counts.note("nameless", place, row_names.count(""))
+            counts.note("unnamed_columns", place, row_names.count(""))
             twice = [name for name in names if names.count(name) > 1]
             if twice:
                 raise UserError(f"{place}: two columns are called {twice[0]!r}: name them apart")

@@ -3,14 +3,14 @@
 >>> a = {"tokens": np.array([5, 6]), "labels": np.array([6, 7])}
 >>> b = {"tokens": np.array([9]), "labels": np.array([4])}
 >>> {name: field.tolist() for name, field in collate([a, b]).items()}
-{'tokens': [[5, 6], [9, 0]], 'labels': [[6, 7], [4, -100]], 'appears': [[0, 0], [0, 1073741824]]}
+{'tokens': [[5, 6], [9, 0]], 'labels': [[6, 7], [4, -100]], 'key_time': [[0, 0], [0, 1073741824]]}
 >>> {name: field.tolist() for name, field in pack([a, b], length=4).items()}
-{'tokens': [[5, 6, 9]], 'labels': [[6, 7, 4]], 'document': [[1, 1, 2]], 'positions': [[0, 1, 0]]}
+{'tokens': [[5, 6, 9]], 'labels': [[6, 7, 4]], 'document_ids': [[1, 1, 2]], 'positions': [[0, 1, 0]]}
 
-Padding must not change an answer, so it is seen by nobody (`appears` NEVER) and asks nothing (IGNORE in every field
-that an objective names as a target). Nor is it anybody who looks (`looks` -NEVER): what it reads is nobody's concern,
+Padding must not change an answer, so it is seen by nobody (`key_time` NEVER) and asks nothing (IGNORE in every field
+that an objective names as a target). Nor is it anybody who looks (`query_time` -NEVER): what it reads is nobody's concern,
 so rows that are causal and padded at their end still take the causal kernel. What nobody needs is left out: a batch
-without `appears` has no padding.
+without `key_time` has no padding.
 """
 
 from __future__ import annotations
@@ -83,7 +83,9 @@ class Batches:
             )
         sizes = source.lengths if group_by_length else None
         if group_by_length and sizes is None:
-            raise UserError("the lengths of these examples are not known before they are read: set batch.group_by_length=0")
+            raise UserError(
+                "the lengths of these examples are not known before they are read: set batch.group_by_length=0"
+            )
         self.sizes, self.group_by_length = sizes, group_by_length
         self._dealt = (-1, np.zeros((0, 0), np.int64))
         self.source, self.objective, self.vocab = source, objective, vocab
@@ -177,9 +179,9 @@ def pack(examples: Sequence[Example], length: int, asked: Collection[str] = LABE
         places = PackedLayout(rows, start, n)
         lead = examples[0][side + "tokens"].shape[:-1]
         laid |= _lay(examples, side, places, asked)
-        own = laid.get(side + "document")
+        own = laid.get(side + "document_ids")
         number = places.spread(np.repeat(first, n), lead, 0, np.int32)
-        laid[side + "document"] = number if own is None else number + own
+        laid[side + "document_ids"] = number if own is None else number + own
         if side + "positions" not in laid:
             laid[side + "positions"] = places.spread(places.within, lead, 0, np.int32)
     if MEMORY + "tokens" in examples[0]:
@@ -195,7 +197,7 @@ def _first_documents(
     examples: Sequence[Example], sides: Sequence[str], rows: np.ndarray, starts: np.ndarray
 ) -> np.ndarray:
     """The number that each example's document 0 gets in its row: (N,). Both sides of an example share it."""
-    fields = [side + "document" for side in sides]
+    fields = [side + "document_ids" for side in sides]
     spans = np.ones(len(examples), np.int64)
     for i, example in enumerate(examples):
         for field in fields:
@@ -228,16 +230,16 @@ def _lay(examples: Sequence[Example], side: str, places: PackedLayout, asked: Co
         if np.array_equal([a.shape[-1] for a in given], places.lengths):
             fill = PADDING.get(bare, IGNORE if name in asked else 0)
             laid[name] = places.lay(given, fill, _dtype(bare, given[0]))
-    if side + "appears" not in laid and not places.full:
-        laid[side + "appears"] = places.spread(np.zeros_like(places.within), lead, NEVER, np.int32)
+    if side + "key_time" not in laid and not places.full:
+        laid[side + "key_time"] = places.spread(np.zeros_like(places.within), lead, NEVER, np.int32)
     return laid
 
 
 DEFAULTS: dict[str, Callable[[tuple[int, ...]], np.ndarray]] = {
-    "looks": lambda shape: np.zeros(shape, np.int32),
-    "appears": lambda shape: np.zeros(shape, np.int32),
-    "leaves": lambda shape: np.full(shape, NEVER, np.int32),
-    "document": lambda shape: np.zeros(shape, np.int32),
+    "query_time": lambda shape: np.zeros(shape, np.int32),
+    "key_time": lambda shape: np.zeros(shape, np.int32),
+    "key_expiry": lambda shape: np.full(shape, NEVER, np.int32),
+    "document_ids": lambda shape: np.zeros(shape, np.int32),
     "positions": lambda shape: np.broadcast_to(np.arange(shape[-1], dtype=np.int32), shape),
 }
 """What a missing field of the visibility rule stands for."""

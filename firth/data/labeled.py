@@ -1,7 +1,7 @@
 """Examples from records that have a label: a class, a number, a tag for each word, the right one of several options.
 
     {"text": "a fine film", "label": "good"}                                Labelled    {"tokens", "label"}
-    {"text": "a man sings", "other": "a man is singing", "label": 4.6}      Scored      {"tokens", "segments", "score"}
+    {"text": "a man sings", "other": "a man is singing", "label": 4.6}      Scored      {"tokens", "token_type_ids", "score"}
     {"text": "She opens", "options": ["the door", "the sea"], "label": 0}   Chosen      {"options", "label"}
     {"tokens": ["EU", "rejects"], "tags": ["B-ORG", "O"]}                   Tagged      {"tokens", "tags"}
 
@@ -77,7 +77,7 @@ class TextRecords(Records):
     """Texts, or pairs of them, with something to be told of each. Of two texts that are too long together, the longer one
     is cut."""
 
-    columns: ClassVar[dict[str, type]] = {"tokens": np.int32, "segments": np.uint8, "label": np.int32}
+    columns: ClassVar[dict[str, type]] = {"tokens": np.int32, "token_type_ids": np.uint8, "label": np.int32}
 
     def __init__(
         self, paths: Sequence[str], tokenizer: Tokenizer, length: int, fields: TextFields = TextFields(), *,
@@ -92,7 +92,7 @@ class TextRecords(Records):
 
     def __getitem__(self, index: int) -> Example:
         example = super().__getitem__(index)
-        return {name: field for name, field in example.items() if name != "segments" or len(self._fields) > 1}
+        return {name: field for name, field in example.items() if name != "token_type_ids" or len(self._fields) > 1}
 
     def group(self, record: Record) -> str:
         return str(record[self._fields[0]])
@@ -113,7 +113,7 @@ class TextRecords(Records):
         return self.framed(encoded) | {"label": told}
 
     def framed(self, encoded: Sequence[np.ndarray]) -> Example:
-        """One text or two as a model reads them: {"tokens", "segments"}."""
+        """One text or two as a model reads them: {"tokens", "token_type_ids"}."""
         vocab = self.tokenizer.vocab
         if len(encoded) == 2:
             room = self.length - 3
@@ -123,10 +123,10 @@ class TextRecords(Records):
             first = first[: max(room - len(second), room - room // 2)]
             return layout.pair(first, second[: room - len(first)], vocab)
         if "cls" in vocab.roles and "sep" in vocab.roles:
-            tokens = vocab.frame(self.fit(encoded[0], self.length - 2))
+            tokens = vocab.add_special_tokens(self.fit(encoded[0], self.length - 2))
         else:
             tokens = np.append(self.fit(encoded[0], self.length - 1), vocab.eos)
-        return {"tokens": tokens, "segments": np.zeros(len(tokens), np.uint8)}
+        return {"tokens": tokens, "token_type_ids": np.zeros(len(tokens), np.uint8)}
 
     def labels(self, record: Record) -> Sequence[float]:
         """What a record says is to be told: one number here."""
@@ -147,7 +147,7 @@ class TextRecords(Records):
 
 
 class LabeledTexts(TextRecords):
-    """Texts with a class: {"tokens", "label"}, and "segments" of a pair.
+    """Texts with a class: {"tokens", "label"}, and "token_type_ids" of a pair.
 
     classes: their names, in the order that the labels count; those found in the records if empty. A record's label is a
     class's name or its number. Labels that are none of the classes are counted, and then a UserError names the first.
@@ -214,9 +214,9 @@ class UnlabeledTexts(LabeledTexts):
 
 
 class ScoredTexts(TextRecords):
-    """Texts with a number: {"tokens", "score"}, and "segments" of a pair."""
+    """Texts with a number: {"tokens", "score"}, and "token_type_ids" of a pair."""
 
-    columns: ClassVar[dict[str, type]] = {"tokens": np.int32, "segments": np.uint8, "label": np.float64}
+    columns: ClassVar[dict[str, type]] = {"tokens": np.int32, "token_type_ids": np.uint8, "label": np.float64}
 
     def __getitem__(self, index: int) -> Example:
         example = super().__getitem__(index)
@@ -238,13 +238,13 @@ class ScoredTexts(TextRecords):
 
 
 class MultipleChoiceRecords(TextRecords):
-    """Questions with options, one of them right: {"options": rows of {"tokens", "segments"}, "label": its place}.
+    """Questions with options, one of them right: {"options": rows of {"tokens", "token_type_ids"}, "label": its place}.
 
     A record's label is an option's place from 0, or the option itself.
     """
 
     columns: ClassVar[dict[str, type]] = {
-        "tokens": np.int32, "segments": np.uint8, "lengths": np.int32, "label": np.int32,
+        "tokens": np.int32, "token_type_ids": np.uint8, "lengths": np.int32, "label": np.int32,
     }  # fmt: skip
 
     def __init__(
@@ -259,9 +259,9 @@ class MultipleChoiceRecords(TextRecords):
     def __getitem__(self, index: int) -> Example:
         example = Records.__getitem__(self, index)
         cuts = np.cumsum(example["lengths"])[:-1]
-        rows = zip(np.split(example["tokens"], cuts), np.split(example["segments"], cuts), strict=True)
+        rows = zip(np.split(example["tokens"], cuts), np.split(example["token_type_ids"], cuts), strict=True)
         return {
-            "options": [{"tokens": tokens, "segments": segments} for tokens, segments in rows],
+            "options": [{"tokens": tokens, "token_type_ids": segments} for tokens, segments in rows],
             "label": int(example["label"][0]),
         }
 
@@ -283,7 +283,7 @@ class MultipleChoiceRecords(TextRecords):
         told = self.right(record, self.offered(record)) if self.asked else 0
         return {
             "tokens": np.concatenate([row["tokens"] for row in rows]),
-            "segments": np.concatenate([row["segments"] for row in rows]),
+            "token_type_ids": np.concatenate([row["token_type_ids"] for row in rows]),
             "lengths": np.array([len(row["tokens"]) for row in rows]),
             "label": np.array([told]),
         }
@@ -361,7 +361,7 @@ class TaggedSentences(Records):
         tags[first] = numbers[word[first]]
         vocab = self.tokenizer.vocab
         if "cls" in vocab.roles and "sep" in vocab.roles:
-            tokens = vocab.frame(self.fit(tokens, self.length - 2))
+            tokens = vocab.add_special_tokens(self.fit(tokens, self.length - 2))
             tags = np.concatenate(([IGNORE], tags[: self.length - 2], [IGNORE]))
         tokens, tags = self.fit(tokens, self.length), tags[: self.length]
         asked = int((tags != IGNORE).sum())

@@ -15,7 +15,7 @@ import numpy as np
 from firth.tokenizer.vocab import Vocab
 from firth.types import IGNORE, NEVER, Example
 
-PADDING = {"appears": NEVER, "looks": -NEVER, "leaves": NEVER}
+PADDING = {"key_time": NEVER, "query_time": -NEVER, "key_expiry": NEVER}
 """What padding says: it is seen by nobody, and nobody looks from there."""
 
 
@@ -23,20 +23,20 @@ def causal(n: int) -> Example:
     """Every position sees itself and what came before it.
 
     >>> {k: v.tolist() for k, v in causal(3).items()}
-    {'looks': [0, 1, 2], 'appears': [0, 1, 2]}
+    {'query_time': [0, 1, 2], 'key_time': [0, 1, 2]}
     """
     when = np.arange(n, dtype=np.int32)
-    return {"looks": when, "appears": when}
+    return {"query_time": when, "key_time": when}
 
 
 def causal_after_prompt(n: int, prompt: int) -> Example:
     """The first `prompt` positions of n see each other, and each one behind them what came before it.
 
     >>> {k: v.tolist() for k, v in causal_after_prompt(5, prompt=3).items()}
-    {'looks': [0, 0, 0, 1, 2], 'appears': [0, 0, 0, 1, 2]}
+    {'query_time': [0, 0, 0, 1, 2], 'key_time': [0, 0, 0, 1, 2]}
     """
     when = np.maximum(np.arange(1 - prompt, n + 1 - prompt, dtype=np.int32), 0)
-    return {"looks": when, "appears": when}
+    return {"query_time": when, "key_time": when}
 
 
 def permuted(example: Example, order: np.ndarray, stands: np.ndarray, compensated: bool = False) -> Example:
@@ -67,13 +67,13 @@ def permuted(example: Example, order: np.ndarray, stands: np.ndarray, compensate
     shown = {
         "tokens": np.concatenate((tokens, np.tile(stands, times))),
         "positions": np.concatenate((np.arange(n, dtype=np.int32), extra.astype(np.int32))),
-        "looks": np.concatenate((when, start, turn - 1)),
-        "appears": np.concatenate((when, start, np.full(k, NEVER, np.int32))),
+        "query_time": np.concatenate((when, start, turn - 1)),
+        "key_time": np.concatenate((when, start, np.full(k, NEVER, np.int32))),
         "labels": np.concatenate((np.full(n + len(start), IGNORE), tokens[order])),
     }
     if compensated:
-        shown["leaves"] = np.concatenate((np.full(n, NEVER, np.int32), turn, np.full(k, NEVER, np.int32)))
-    for name in ("document", "segments"):
+        shown["key_expiry"] = np.concatenate((np.full(n, NEVER, np.int32), turn, np.full(k, NEVER, np.int32)))
+    for name in ("document_ids", "token_type_ids"):
         if name in example:
             shown[name] = np.concatenate((example[name], example[name][extra]))
     return shown | memory_fields(example)
@@ -99,7 +99,7 @@ def prefix(source: np.ndarray, target: np.ndarray) -> Example:
     """Read the source both ways, write the target left to right, in one row.
 
     >>> seen = prefix(np.array([7, 8]), np.array([5, 6]))
-    >>> seen["tokens"].tolist(), seen["labels"].tolist(), seen["looks"].tolist()
+    >>> seen["tokens"].tolist(), seen["labels"].tolist(), seen["query_time"].tolist()
     ([7, 8, 5], [-100, 5, 6], [0, 0, 1])
     """
     both = np.concatenate((source, target))
@@ -135,24 +135,24 @@ def pair(first: np.ndarray, second: np.ndarray, vocab: Vocab) -> Example:
 
     >>> vocab = Vocab(size=9, roles={"cls": 1, "sep": 2}, special=np.arange(9) < 3)
     >>> {k: v.tolist() for k, v in pair(np.array([5]), np.array([6, 7]), vocab).items()}
-    {'tokens': [1, 5, 2, 6, 7, 2], 'segments': [0, 0, 0, 1, 1, 1]}
+    {'tokens': [1, 5, 2, 6, 7, 2], 'token_type_ids': [0, 0, 0, 1, 1, 1]}
     """
     tokens = np.concatenate(([vocab.cls], first, [vocab.sep], second, [vocab.sep]))
     segments = np.repeat(np.array([0, 1]), (len(first) + 2, len(second) + 1))
-    return {"tokens": tokens, "segments": segments}
+    return {"tokens": tokens, "token_type_ids": segments}
 
 
 def group(rows: Sequence[Example]) -> Example:
     """Rows of different lengths on one new axis, the shorter ones padded on the right: fields (n,) -> (K, T).
 
     >>> seen = group([{"tokens": np.array([5, 6, 7])} | causal(3), {"tokens": np.array([5, 8])} | causal(2)])
-    >>> seen["tokens"].tolist(), seen["appears"].tolist()
+    >>> seen["tokens"].tolist(), seen["key_time"].tolist()
     ([[5, 6, 7], [5, 8, 0]], [[0, 1, 2], [0, 1, 1073741824]])
     """
     fill = {"labels": IGNORE} | PADDING
     most = max(len(row["tokens"]) for row in rows)
-    # Without `appears` every token is seen by all: what is padded must say that it is not.
-    rows = [{"appears": np.zeros(len(row["tokens"]), np.int32)} | row for row in rows]
+    # Without `key_time` every token is seen by all: what is padded must say that it is not.
+    rows = [{"key_time": np.zeros(len(row["tokens"]), np.int32)} | row for row in rows]
     return {
         name: np.stack(
             [np.pad(row[name], (0, most - len(row[name])), constant_values=fill.get(name, 0)) for row in rows]

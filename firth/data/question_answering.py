@@ -38,14 +38,14 @@ class QuestionWindow:
 
 
 class QuestionRecords(Records):
-    """Windows: {"tokens", "segments", "start", "end"}; `owners` says which question each is of.
+    """Windows: {"tokens", "token_type_ids", "start", "end"}; `owners` says which question each is of.
 
     question: its most tokens; a longer one is cut. keep: read questions whose answers are not where they are said to be, too:
     they are not learnt from, but answered and compared by their text.
     """
 
     columns: ClassVar[dict[str, type]] = {
-        "tokens": np.int32, "segments": np.uint8, "place": np.int32, "offsets": np.int32,
+        "tokens": np.int32, "token_type_ids": np.uint8, "place": np.int32, "offsets": np.int32,
     }  # fmt: skip
 
     def __init__(
@@ -96,7 +96,7 @@ class QuestionRecords(Records):
     def __getitem__(self, index: int) -> Example:
         example = super().__getitem__(index)
         start, end = example["place"].tolist()
-        return {"tokens": example["tokens"], "segments": example["segments"], "start": start, "end": end}
+        return {"tokens": example["tokens"], "token_type_ids": example["token_type_ids"], "start": start, "end": end}
 
     @property
     def limits(self) -> Mapping[str, int]:

@@ -362,7 +362,9 @@ def fill_templates(record: Record, forms: tuple[str, str]) -> Record:
         return record
     prompt, answer = forms
     if not prompt or not answer:
-        raise UserError("examples.prompt_template and examples.completion_template go together: say how both are made of a record's fields")
+        raise UserError(
+            "examples.prompt_template and examples.completion_template go together: say how both are made of a record's fields"
+        )
     return {"prompt": fill_template(prompt, record), "completion": fill_template(answer, record)}
 
 

@@ -29,7 +29,7 @@ class Windows(Source):
 
     ahead: tokens shown beyond `length`, which are the first of the next window: 1 where the next token is asked, so
     that each token is asked exactly once; 0 where the answers are in the window. isolate: in a window with several
-    documents, "document" numbers them from 0 and they do not see each other. tail: the last, shorter window too, so
+    documents, "document_ids" numbers them from 0 and they do not see each other. tail: the last, shorter window too, so
     that every token of a held-out store is scored. memory: "memory_tokens" too, at most so many tokens that stand before
     the window in the document that it begins in (in the text, where documents are not kept apart).
     """
@@ -82,7 +82,7 @@ class Windows(Source):
             return example
         document = np.zeros(len(tokens), np.int32)
         document[self.store.offsets[first:last] - start] = 1
-        return example | {"document": document.cumsum(dtype=np.int32)}
+        return example | {"document_ids": document.cumsum(dtype=np.int32)}
 
     def _before(self, start: int) -> np.ndarray:
         """What stands before the token `start`, as far as memory and its document reach: (at most memory,)."""
@@ -124,7 +124,7 @@ class DocumentChunks(Source):
     def __getitem__(self, index: int) -> Example:
         start, stop = self._parts.bounds(index)
         tokens = self.store.tokens[start:stop]
-        return {"tokens": self.frame.frame(tokens, np.int32) if self.frame else tokens.astype(np.int32)}
+        return {"tokens": self.frame.add_special_tokens(tokens, np.int32) if self.frame else tokens.astype(np.int32)}
 
     def many(self, indices: Sequence[int]) -> list[Example]:
         starts, stops = self._parts.bounds_of(np.asarray(indices, np.int64))

@@ -63,7 +63,9 @@ class WordWindows(Source):
         if (expected := float(chances @ self.counts_of)) < MIN_KEPT_WORDS:
             known = int(self.counts_of.sum())
             rare = known < MIN_KEPT_WORDS
-            cause = "" if rare else f", of which examples.subsampling_threshold={self.sample:g} keeps about {expected:.2g}"
+            cause = (
+                "" if rare else f", of which examples.subsampling_threshold={self.sample:g} keeps about {expected:.2g}"
+            )
             cure = "" if rare else ", or set examples.subsampling_threshold=0, which keeps every word"
             raise UserError(
                 f"the text has too few words for word2vec: {known:,} that the tokenizer knows{cause}; word2vec needs "

@@ -366,7 +366,7 @@ class _Walk:
         held = self.asked("valid", self.size.judged)
         prompts = [self.prompt(row["prompt"]) for row in held]
         judge = RewardModel(load_model(self.reward / "model"))
-        judge = judge.normalised(self.drawn(reference, prompts, self.seed + 9))
+        judge = judge.normalized(self.drawn(reference, prompts, self.seed + 9))
         phase = RolloutConfig(rollout_size=len(prompts), max_new_tokens=self.size.answer, steps=1)
         models: Facts = {}
         texts: dict[str, list[str]] = {}

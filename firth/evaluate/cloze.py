@@ -62,7 +62,7 @@ def score(model: LM, objective: Objective, asked_of: Sequence[ClozeItem], vocab:
 
     Empty where the objective asks for no token, or there is no item.
     """
-    vocab = vocab.starting(model.config.decoder_start_token)
+    vocab = vocab.with_decoder_start(model.config.decoder_start_token)
     shown = [objective.hide(item.tokens, item.at, vocab) for item in asked_of]
     examples = [example for example in shown if example is not None]
     if not examples:

@@ -70,8 +70,8 @@ def _span(model: LM, objective: Objective, outputs: Outputs, batch: Batch) -> li
     scores = model.heads["span"](outputs["hidden"]).float().cpu().numpy()  # (B, T, 2)
     right = np.stack([(batch[field] != IGNORE).int().argmax(-1).cpu().numpy() for field in ("starts", "ends")], -1)
     lengths = [scores.shape[1]] * len(scores)
-    if "appears" in batch:
-        lengths = (batch["appears"] != NEVER).sum(-1).tolist()
+    if "key_time" in batch:
+        lengths = (batch["key_time"] != NEVER).sum(-1).tolist()
     return [(r, s[:n]) for r, s, n in zip(right, scores, lengths, strict=True)]
 
 
@@ -106,7 +106,7 @@ class HeadReader:
     examples, in their order) -> numbers."""
 
     read: Callable[[LM, Objective, Outputs, Batch], list[HeadOutput]]
-    measures: Callable[[Sequence[HeadOutput], Objective, Source], dict[str, float]]
+    metrics: Callable[[Sequence[HeadOutput], Objective, Source], dict[str, float]]
 
 
 HEADS: dict[str, HeadReader] = {

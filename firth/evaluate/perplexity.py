@@ -132,14 +132,14 @@ def one_at_a_time(document: TokenizedDocument, context: int, vocab: Vocab, query
     [([1, 3, 6, 2], [-100, 5, -100, -100]), ([1, 5, 3, 2], [-100, -100, 6, -100])]
     """
     for piece in pieces(document, context - 2):
-        framed = vocab.frame(piece.tokens)
+        framed = vocab.add_special_tokens(piece.tokens)
         sizes = np.concatenate(([0], piece.sizes, [0]))
         zeros = np.zeros(len(framed), np.int32)
         for at in range(1, len(framed) - 1):
             shown, labels = framed.copy(), np.full(len(framed), IGNORE)
             shown[at], labels[at] = vocab.mask, framed[at]
             appears = np.where(shown == vocab.mask, NEVER, 0) if query else zeros
-            yield {"tokens": shown, "labels": labels, "sizes": sizes, "looks": zeros, "appears": appears}
+            yield {"tokens": shown, "labels": labels, "sizes": sizes, "query_time": zeros, "key_time": appears}
 
 
 def halves(document: TokenizedDocument, context: int, vocab: Vocab) -> Iterator[Example]:

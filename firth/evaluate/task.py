@@ -47,7 +47,7 @@ class EvaluatedModel:
     @property
     def vocab(self) -> Vocab:
         """The tokenizer's ids and roles, as the model reads them."""
-        return self.tokenizer.vocab.starting(self.model.config.decoder_start_token)
+        return self.tokenizer.vocab.with_decoder_start(self.model.config.decoder_start_token)
 
     @cached_property
     def recipe(self) -> Mapping[str, Any]:
@@ -85,7 +85,7 @@ class EvaluatedModel:
         if found is None:
             return self.tokenizer.template not in (None, TEMPLATE)
         known = [find(name)() for name in names if name in OBJECTIVES]  # a stranger's file may name anything
-        return any("mask" in field for objective in known for field in objective.needs())
+        return any("mask" in field for objective in known for field in objective.inputs())
 
     @property
     def context(self) -> int:
@@ -143,7 +143,7 @@ class Task:
     majority_baseline: bool = False
     predict: Callable[[EvaluatedModel, Any, Progress], Iterator[dict[str, Any]]] | None = None
     input_schema: Callable[[EvaluatedModel], InputSchema] | None = None
-    notes: Callable[[Any], Sequence[str]] = lambda items: items.remarks
+    notes: Callable[[Any], Sequence[str]] = lambda items: items.notes
     extra_metrics: Callable[[Any], Mapping[str, Metric]] = lambda items: {}
 
     def run(

@@ -105,7 +105,7 @@ def likelihood(
             return strided(document, context, bos, every, model.config.prefix_lm)
         if reads == "masked":
             return one_at_a_time(document, context, tokenizer.vocab, model.config.mask_embedding)
-        return halves(document, context, tokenizer.vocab.starting(model.config.decoder_start_token))
+        return halves(document, context, tokenizer.vocab.with_decoder_start(model.config.decoder_start_token))
 
     asked = sum(len(d.tokens) for d in chosen)
     done, results, left = 0, [], limit

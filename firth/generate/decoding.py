@@ -45,9 +45,9 @@ def rectangle(
     """
     when = [np.arange(len(r)) * causal for r in rows]
     if prompts is not None:
-        when = [causal_after_prompt(len(r), n)["looks"] for r, n in zip(rows, prompts, strict=True)]
+        when = [causal_after_prompt(len(r), n)["query_time"] for r, n in zip(rows, prompts, strict=True)]
     looks, appears = stacked(when, -NEVER, device), stacked(when, NEVER, device)
-    return {"tokens": stacked(rows, 0, device), "looks": looks, "appears": appears}
+    return {"tokens": stacked(rows, 0, device), "query_time": looks, "key_time": appears}
 
 
 class DecodingBatch:
@@ -97,7 +97,7 @@ class DecodingBatch:
         moment = place * (not self.model.config.prefix_lm)  # a prefix language model reads its prompt both ways
         appears = moment.masked_fill(torch.from_numpy(when < 0).to(self.device), NEVER)
         shown = torch.from_numpy(tokens).to(self.device)
-        return {"tokens": shown, "positions": place, "looks": moment, "appears": appears}
+        return {"tokens": shown, "positions": place, "query_time": moment, "key_time": appears}
 
     def step(self) -> tuple[list[int], list[float]]:
         """Write one token in every row; return the tokens and their log-probabilities."""

@@ -33,7 +33,7 @@ def embed(
     framed = "cls" in vocab.roles and "sep" in vocab.roles
     found = tokenizer.encode_batch(texts)
     kept = [tokens[: length - 1 - framed] for tokens in found]
-    rows = [vocab.frame(tokens) if framed else np.append(tokens, vocab.eos) for tokens in kept]
+    rows = [vocab.add_special_tokens(tokens) if framed else np.append(tokens, vocab.eos) for tokens in kept]
     cut = [i for i, (a, b) in enumerate(zip(kept, found, strict=True)) if len(a) < len(b)]
     out = np.zeros((len(rows), model.config.hidden_size), np.float32)
     order = sorted(range(len(rows)), key=lambda i: -len(rows[i]))
@@ -52,6 +52,6 @@ def _means(model: LM, rows: Sequence[np.ndarray], unit: bool) -> np.ndarray:
         hidden = model.encode({f"source_{name}": field for name, field in batch.items()})
     else:
         hidden = model(batch)
-    means = average(hidden.float(), batch["appears"])
+    means = average(hidden.float(), batch["key_time"])
     found: torch.Tensor = F.normalize(means, dim=-1) if unit else means
     return np.asarray(found.cpu().numpy())

@@ -57,7 +57,11 @@ class Engine:
         vocab = tokenizer.vocab
         self.model.restrict_vocab(vocab)
         self.stops = frozenset(int(i) for i in (chat.stops(tokenizer) if stops is None else stops))
-        self.start = vocab.starting(model.config.decoder_start_token).start if model.config.num_encoder_layers else None
+        self.start = (
+            vocab.with_decoder_start(model.config.decoder_start_token).start
+            if model.config.num_encoder_layers
+            else None
+        )
         self.device = model.tokens.weight.device
 
     def generate(
@@ -100,8 +104,8 @@ class Engine:
         while answer.finish is None:
             with attention_pattern_of(self.model):
                 [token], [logprob] = rows.step()
-            answer.take(token, logprob)
-            settled = answer.settled
+            answer.append(token, logprob)
+            settled = answer.final_text
             if len(settled) > shown:
                 yield settled[shown:]
                 shown = len(settled)
@@ -135,7 +139,7 @@ class Engine:
             while True:
                 for answer, token, logprob in zip(there, *rows.step(), strict=True):
                     if answer.finish is None:
-                        answer.take(token, logprob)
+                        answer.append(token, logprob)
                 open_rows = [i for i, answer in enumerate(there) if answer.finish is None]
                 if not open_rows:
                     return answers
@@ -172,7 +176,8 @@ class Engine:
                 batch = rectangle([o[: max(1, len(o) - 1)] for o in options], self.device)
                 place = torch.arange(len(prompt), read, device=self.device)[None]
                 when = {
-                    name: torch.where(batch["appears"] == NEVER, batch[name], place) for name in ("looks", "appears")
+                    name: torch.where(batch["key_time"] == NEVER, batch[name], place)
+                    for name in ("query_time", "key_time")
                 }
                 hidden = torch.cat((hidden, self.model(batch | when | {"positions": place}, cache)), 1)
             return [float(x) for x in self._read(hidden, stacked(options, IGNORE, self.device))]

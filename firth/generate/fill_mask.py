@@ -41,7 +41,7 @@ def masked(tokenizer: Tokenizer, text: str) -> np.ndarray:
     row = [tokenizer.encode(parts[-1])]
     for part in reversed(parts[:-1]):
         row = [tokenizer.encode(part.removesuffix(" ")), np.array([vocab.mask]), *row]
-    return vocab.frame(np.concatenate(row).astype(np.int64))
+    return vocab.add_special_tokens(np.concatenate(row).astype(np.int64))
 
 
 def fill(model: LM, tokenizer: Tokenizer, text: str, k: int = 5) -> list[list[Candidate]]:
@@ -65,7 +65,7 @@ def fill(model: LM, tokenizer: Tokenizer, text: str, k: int = 5) -> list[list[Ca
     with attention_pattern_of(model):
         batch = rectangle([tokens], device, causal=False)
         if model.config.mask_embedding:  # what is asked is seen by nobody, as in training
-            batch["appears"] = batch["appears"].masked_fill(batch["tokens"] == tokenizer.vocab.mask, NEVER)
+            batch["key_time"] = batch["key_time"].masked_fill(batch["tokens"] == tokenizer.vocab.mask, NEVER)
         hidden = model(batch)[0]
         at = torch.from_numpy(np.flatnonzero(tokens == tokenizer.vocab.mask)).to(device)
         share = head(hidden[at]).float().softmax(-1)  # (masks, V)

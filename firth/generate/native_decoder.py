@@ -121,7 +121,7 @@ class NativeDecoder:
         _need(config.position in POSITIONS, f"position {config.position}")
         _need(type(head) in (LMHead, Int8LMHead), "its head is another")
         _need(cache.decoding_mask is not None and bool(cache.keys), "nothing has been read yet")
-        _need("document" not in cache.source, "the source has several documents")
+        _need("document_ids" not in cache.source, "the source has several documents")
         self.model, self.cache, self.head = model, cache, head
         self.stack: TransformerStack = model.stack  # type: ignore[assignment]
         self.held: list[Any] = []
@@ -145,7 +145,7 @@ class NativeDecoder:
         _need(cache.rows <= MAX_ROWS, "too many rows")
         weights = sum(p.numel() for p in model.stack.parameters()) + sum(b.numel() for b in model.stack.buffers())
         _need(tiles or weights * cache.rows <= MAX_PRODUCT, "so many rows are quicker by matrix instructions")
-        source = cache.source.get("appears")
+        source = cache.source.get("key_time")
         self.source = None if source is None else (source < NEVER).expand(cache.rows, -1).contiguous()
         self.source_length = 0 if self.source is None else self.source.shape[1]
 

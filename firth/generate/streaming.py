@@ -64,7 +64,7 @@ class StreamingOutput:
         self.before = IncrementalDecoder(tokenizer, before)
         self.cut: int | None = None
 
-    def take(self, token: int, logprob: float) -> None:
+    def append(self, token: int, logprob: float) -> None:
         """One more token."""
         self.tokens.append(token)
         self.logprobs.append(logprob)
@@ -86,7 +86,7 @@ class StreamingOutput:
         return self._decoded()[: self.cut]
 
     @property
-    def settled(self) -> str:
+    def final_text(self) -> str:
         """The part of the text that later tokens cannot change: no half character, no beginning of a stop string."""
         text = self.text
         if self.finish is not None:

@@ -60,12 +60,12 @@ class AttentionMask:
 
     @staticmethod
     def from_times(
-        looks: Tensor,
-        appears: Tensor,
-        document: Tensor | None = None,
+        query_time: Tensor,
+        key_time: Tensor,
+        query_document: Tensor | None = None,
         key_document: Tensor | None = None,
         flex: bool | None = None,
-        leaves: Tensor | None = None,
+        key_expiry: Tensor | None = None,
     ) -> AttentionMask:
         """looks (B, T) of the queries, appears (B, S) of the keys; documents (B, T) and (B, S), None for one each;
         leaves (B, S) of the keys, None where none does.
@@ -73,21 +73,21 @@ class AttentionMask:
         flex: whether to make a block mask where a mask is needed; None: on CUDA, for long rows. A block mask can
         carry neither a bias nor dropout.
         """
-        queries, keys = looks.shape[-1], appears.shape[-1]
-        absent = looks <= -NEVER
-        low, high = looks.masked_fill(absent, NEVER - 1), looks.masked_fill(absent, -NEVER)
-        one = torch.ones((), dtype=torch.bool, device=looks.device)
-        if document is not None and key_document is not None:
-            one = _together(key_document, document[:, :1]).all() & (document == document[:, :1]).all()
-        if leaves is not None:
-            one = one & (leaves == NEVER).all()
-        ever = appears < NEVER
-        last = appears.masked_fill(~ever, -NEVER).amax(-1)
+        queries, keys = query_time.shape[-1], key_time.shape[-1]
+        absent = query_time <= -NEVER
+        low, high = query_time.masked_fill(absent, NEVER - 1), query_time.masked_fill(absent, -NEVER)
+        one = torch.ones((), dtype=torch.bool, device=query_time.device)
+        if query_document is not None and key_document is not None:
+            one = _together(key_document, query_document[:, :1]).all() & (query_document == query_document[:, :1]).all()
+        if key_expiry is not None:
+            one = one & (key_expiry == NEVER).all()
+        ever = key_time < NEVER
+        last = key_time.masked_fill(~ever, -NEVER).amax(-1)
         alike = one & (last <= low.amin(-1)).all() & (high.amax() < NEVER)
         stairs = torch.zeros_like(one)
         if queries == keys and queries > 1:
-            after = appears.flip(-1).cummin(-1).values.flip(-1)[:, 1:]
-            stairs = one & (appears.cummax(-1).values <= low).logical_or(absent).all() & (after > high[:, :-1]).all()
+            after = key_time.flip(-1).cummin(-1).values.flip(-1)[:, 1:]
+            stairs = one & (key_time.cummax(-1).values <= low).logical_or(absent).all() & (after > high[:, :-1]).all()
         # All questions in one go: each answer read alone would make an accelerator wait.
         everything, same, causal = torch.stack((alike & ever.all(), alike, stairs)).tolist()
         if everything:
@@ -97,17 +97,17 @@ class AttentionMask:
         if same:
             return _masked(ever[:, None, None, :])
         if flex is None:
-            flex = looks.device.type == "cuda" and queries >= FLEX
-        seen = mask_from_times(looks, appears, document, key_document, leaves)[:, None]
+            flex = query_time.device.type == "cuda" and queries >= FLEX
+        seen = mask_from_times(query_time, key_time, query_document, key_document, key_expiry)[:, None]
         if not flex:
-            on_cpu = looks.device.type == "cpu"
+            on_cpu = query_time.device.type == "cpu"
             below = on_cpu and queries == keys and not bool(seen.triu(1).any())
             return _masked(seen, below, 0 if below or not on_cpu else _reach(ever))
 
         def visible(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
             return seen[batch, 0, query, key]
 
-        block = create_block_mask(visible, len(looks), None, queries, keys, device=looks.device)
+        block = create_block_mask(visible, len(query_time), None, queries, keys, device=query_time.device)
         return AttentionMask(block_mask=block, empty_rows=~seen.any(-1, keepdim=True))
 
 
@@ -133,18 +133,18 @@ def _masked(seen: Tensor, below: bool = False, keys: int = 0) -> AttentionMask:
 
 
 def mask_from_times(
-    looks: Tensor,
-    appears: Tensor,
-    document: Tensor | None,
+    query_time: Tensor,
+    key_time: Tensor,
+    query_document: Tensor | None,
     key_document: Tensor | None,
-    leaves: Tensor | None = None,
+    key_expiry: Tensor | None = None,
 ) -> Tensor:
     """The rule written out: (B, T, S) bool."""
-    seen = appears[:, None, :] <= looks[:, :, None]
-    if leaves is not None:
-        seen &= looks[:, :, None] < leaves[:, None, :]
-    if document is not None and key_document is not None:
-        seen &= _together(key_document[:, None, :], document[:, :, None])
+    seen = key_time[:, None, :] <= query_time[:, :, None]
+    if key_expiry is not None:
+        seen &= query_time[:, :, None] < key_expiry[:, None, :]
+    if query_document is not None and key_document is not None:
+        seen &= _together(key_document[:, None, :], query_document[:, :, None])
     return seen
 
 
@@ -310,9 +310,9 @@ class KVCache:
         Nothing about the new tokens need be noted or lowered any more, which would take longer than a block.
         """
         self.decoding_mask = torch.ones(
-            self.rows, 1, 1, self.capacity, dtype=torch.bool, device=self.fields["appears"].device
+            self.rows, 1, 1, self.capacity, dtype=torch.bool, device=self.fields["key_time"].device
         )
-        self.decoding_mask[:, 0, 0, : self.length] = self.fields["appears"][:, : self.length] < NEVER
+        self.decoding_mask[:, 0, 0, : self.length] = self.fields["key_time"][:, : self.length] < NEVER
         self.gaps = not bool(self.decoding_mask.all())
 
     def next_mask(self) -> AttentionMask:

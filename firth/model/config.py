@@ -45,7 +45,9 @@ from firth.validated import (
     TokenCount,
 )
 
-AttentionPattern = Literal["any", "causal", "bidirectional", "permuted", "prefix", "seq2seq", "bidirectional_separate", "none", "latent"]
+AttentionPattern = Literal[
+    "any", "causal", "bidirectional", "permuted", "prefix", "seq2seq", "bidirectional_separate", "none", "latent"
+]
 """How an objective has a text read:
 
     any      however the trunk does
@@ -237,7 +239,11 @@ class ModelConfig(Ranged, section="model"):
             return frozenset({"any", "none"})
         if self.rnn_type and not self.causal:
             # Stacks that are apart have both read all of a text by its ends.
-            return frozenset({"any", "bidirectional", "bidirectional_separate"} if self.separate_directions else {"any", "bidirectional"})
+            return frozenset(
+                {"any", "bidirectional", "bidirectional_separate"}
+                if self.separate_directions
+                else {"any", "bidirectional"}
+            )
         if self.num_encoder_layers:
             return frozenset({"any", "latent" if self.latent_size else "seq2seq"})
         if self.linformer_k:

@@ -46,7 +46,9 @@ def check_fields(config: ModelConfig) -> None:
 def check_combinations(config: ModelConfig) -> None:
     """Raise a UserError for fields that do not fit each other."""
     if config.num_heads % config.num_kv_heads:
-        raise UserError(f"model.num_heads={config.num_heads} is not a multiple of model.num_kv_heads={config.num_kv_heads}")
+        raise UserError(
+            f"model.num_heads={config.num_heads} is not a multiple of model.num_kv_heads={config.num_kv_heads}"
+        )
     if config.position == "rotary" and config.head_dim % 2:
         raise UserError(f"rotary positions turn pairs of numbers, and a head of {config.head_dim} is odd: make it even")
     if config.position in SINUSOIDAL and config.embedding_dim % 2:
@@ -97,7 +99,9 @@ def check_combinations(config: ModelConfig) -> None:
             "model.num_encoder_layers, model.rnn_type and model.linformer_k"
         )
     if config.latent_size and not config.num_encoder_layers:
-        raise UserError(f"model.latent_size={config.latent_size} stands between an encoder and a decoder: set model.num_encoder_layers")
+        raise UserError(
+            f"model.latent_size={config.latent_size} stands between an encoder and a decoder: set model.num_encoder_layers"
+        )
     if config.qk_norm_weight and not config.qk_norm:
         raise UserError("model.qk_norm_weight is the gain of model.qk_norm: set model.qk_norm=true, or leave it out")
     if config.rope_high_freq_factor <= config.rope_low_freq_factor:
@@ -109,9 +113,13 @@ def check_combinations(config: ModelConfig) -> None:
     if config.rnn_type:
         _refuse_blocks(config)
     elif config.separate_directions or config.rnn_residual:
-        raise UserError("model.separate_directions and model.rnn_residual are for recurrent layers: set model.rnn_type, or leave them out")
+        raise UserError(
+            "model.separate_directions and model.rnn_residual are for recurrent layers: set model.rnn_type, or leave them out"
+        )
     if not config.num_layers and (config.num_encoder_layers or config.rnn_type):
-        raise UserError("model.num_layers=0 leaves the embeddings alone: leave out model.num_encoder_layers and model.rnn_type too")
+        raise UserError(
+            "model.num_layers=0 leaves the embeddings alone: leave out model.num_encoder_layers and model.rnn_type too"
+        )
     if config.max_characters and (
         config.tie_embeddings or config.max_characters < 7 or config.char_filters < 64 or config.char_filters % 64
     ):
@@ -123,9 +131,9 @@ def check_combinations(config: ModelConfig) -> None:
 
 def _refuse_blocks(config: ModelConfig) -> None:
     """Recurrent layers have nothing in them that these fields could change; what is asked for is not ignored."""
-    still = {"encoder": 0, "embed": 0, "groups": 0, "embed_norm": False, "first_norm": True, "norm_placement": "post", "score_scale": True,
-             "qk_norm": False, "qk_weight": False, "zero_init": False, "bias": True, "bias_location": "all", "kv_heads": config.num_heads,
-             "head_width": config.hidden_size // config.num_heads}  # fmt: skip
+    still = {"num_encoder_layers": 0, "embedding_size": 0, "num_layer_groups": 0, "embedding_norm": False, "first_attention_norm": True, "norm_placement": "post", "scale_attention": True,
+             "qk_norm": False, "qk_norm_weight": False, "zero_init": False, "bias": True, "bias_location": "all", "num_kv_heads": config.num_heads,
+             "head_dim": config.hidden_size // config.num_heads}  # fmt: skip
     for name, value in still.items():
         if getattr(config, name) != value:
             raise UserError(
@@ -135,9 +143,13 @@ def _refuse_blocks(config: ModelConfig) -> None:
     if config.position in ("rotary", "t5"):
         raise UserError(f"{config.position} positions are for attention: set model.position=none (or learned)")
     if config.causal and config.separate_directions:
-        raise UserError("model.separate_directions is for two directions, and model.causal=true is one: set model.causal=false")
+        raise UserError(
+            "model.separate_directions is for two directions, and model.causal=true is one: set model.causal=false"
+        )
     if config.hidden_size % 2 and not config.causal:
-        raise UserError(f"two directions share the width, and model.hidden_size={config.hidden_size} is odd: make it even")
+        raise UserError(
+            f"two directions share the width, and model.hidden_size={config.hidden_size} is odd: make it even"
+        )
     if config.intermediate_size < config.direction_size or (
         config.intermediate_size > config.direction_size and config.rnn_type != "lstm"
     ):

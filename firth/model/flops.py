@@ -144,15 +144,15 @@ def head_flops(config: ModelConfig, asked: int) -> float:
 
 
 def work(batch: Batch, wanted: Tensor | None = None) -> Work:
-    """Count a batch. Padding (`appears` NEVER) counts as nothing. wanted (..., T) bool: where the last states are read."""
+    """Count a batch. Padding (`key_time` NEVER) counts as nothing. wanted (..., T) bool: where the last states are read."""
     looks, appears, document = _rows(batch, "")
     real = appears != NEVER
-    if "looks" in batch:  # a query is seen by nobody, but it looks
+    if "query_time" in batch:  # a query is seen by nobody, but it looks
         real |= looks > -NEVER
     own, idle = int(real.sum()), torch.zeros_like(real) if wanted is None else real & ~wanted.flatten(0, -2)
     pairs, spared = (_pairs(looks, appears, document, some, document) for some in (real, idle))
-    if "leaves" in batch:  # what has left has appeared
-        leaves = batch["leaves"].flatten(0, -2).long()
+    if "key_expiry" in batch:  # what has left has appeared
+        leaves = batch["key_expiry"].flatten(0, -2).long()
         pairs, spared = (
             n - _pairs(looks, leaves, document, some, document) for n, some in ((pairs, real), (spared, idle))
         )
@@ -180,8 +180,8 @@ def _memory(batch: Batch, looks: Tensor, document: Tensor, real: Tensor) -> Memo
 def real_tokens(batch: Batch) -> int:
     """How many tokens the batch holds, its source's with them; without padding, queries and what only stands in for a token."""
     own = _rows(batch, "")[1] != NEVER
-    if "leaves" in batch:
-        own &= batch["leaves"].flatten(0, -2) == NEVER
+    if "key_expiry" in batch:
+        own &= batch["key_expiry"].flatten(0, -2) == NEVER
     source = int((_rows(batch, "source_")[1] != NEVER).sum()) if "source_tokens" in batch else 0
     return int(own.sum()) + source
 
@@ -195,7 +195,9 @@ def _rows(batch: Batch, prefix: str) -> tuple[Tensor, Tensor, Tensor]:
     """looks, appears and document as (B, T) int64, zeros where the batch has none."""
     tokens = batch[prefix + "tokens"]
     zeros = torch.zeros_like(tokens)
-    fields = [batch.get(prefix + name, zeros).flatten(0, -2).long() for name in ("looks", "appears", "document")]
+    fields = [
+        batch.get(prefix + name, zeros).flatten(0, -2).long() for name in ("query_time", "key_time", "document_ids")
+    ]
     return fields[0], fields[1], fields[2]
 
 

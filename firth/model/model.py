@@ -1,6 +1,6 @@
 """Tokens in, hidden states out: the one model. What an objective adds (heads, a generator) lives in `parts`.
 
-The model reads `tokens`, `positions`, `segments`, `looks`, `appears`, `leaves` and `document`, for an encoder-decoder
+The model reads `tokens`, `positions`, `segments`, `query_time`, `key_time`, `key_expiry` and `document`, for an encoder-decoder
 the same with `source_` before them, and for one with memory with `memory_`; it knows no objective. The last axis is
 tokens, the others are free.
 
@@ -53,7 +53,7 @@ class LM(nn.Module):
             nn.Embedding(config.max_positions, config.embedding_dim) if learned and config.num_encoder_layers else None
         )
         added = config.type_vocab_size and config.position != "xlnet"  # which tells segments apart in its blocks
-        self.segments = nn.Embedding(config.type_vocab_size, config.embedding_dim) if added else None
+        self.token_types = nn.Embedding(config.type_vocab_size, config.embedding_dim) if added else None
         self.query = (
             nn.Parameter(torch.randn(config.embedding_dim) * (config.init_std or 0.02))
             if config.mask_embedding
@@ -105,7 +105,7 @@ class LM(nn.Module):
     def embedding_tables(self) -> dict[str, nn.Embedding | None]:
         """What tokens, positions and segments are looked up in; tokens that are spelled are not looked up."""
         tokens = None if self.config.max_characters else self.tokens
-        return {"tokens": tokens, "places": self.places, "segments": self.segments}  # type: ignore[dict-item]
+        return {"tokens": tokens, "places": self.places, "token_types": self.token_types}  # type: ignore[dict-item]
 
     def set_token_characters(self, pieces: Sequence[str]) -> None:
         """Tell how each token is written, to a model that reads that; one with a table of tokens has no need of it."""
@@ -164,9 +164,9 @@ class LM(nn.Module):
             x = x * self.config.embedding_scale
         if front is not None:
             x = torch.cat((front.to(x.dtype).expand(len(x), -1, -1), x[:, len(front) :]), 1)
-        if self.query is not None and "appears" in fields:
+        if self.query is not None and "key_time" in fields:
             # Whom nobody can see asks and tells nothing (or is padding): so no token can leak into its own query.
-            x = torch.where((fields["appears"] == NEVER)[..., None], self.query.to(x.dtype), x)
+            x = torch.where((fields["key_time"] == NEVER)[..., None], self.query.to(x.dtype), x)
         positions = fields["positions"]
         if places is not None:
             # Packed rows and appended queries are longer than any text in them: only then is it worth to look (and wait).
@@ -180,9 +180,9 @@ class LM(nn.Module):
         if self.config.position in SINUSOIDAL:
             waves = sinusoidal(positions, self.config.embedding_dim, self.config.position == "sinusoidal")
             x = x + waves.to(x.dtype)
-        if self.segments is not None:
-            given = fields.get("segments")
-            x = x + (self.segments.weight[0] if given is None else self.segments(given))
+        if self.token_types is not None:
+            given = fields.get("token_type_ids")
+            x = x + (self.token_types.weight[0] if given is None else self.token_types(given))
         return x
 
     def encode(self, batch: Batch) -> Tensor:
@@ -207,7 +207,7 @@ class LM(nn.Module):
         if self.latent is None:
             raise UserError("this model has no latent: model.latent_size is 0")
         fields = prefixed_fields(batch, "source_")
-        mean, log_variance = self.latent.read(self.encode(batch).flatten(0, -3), fields.get("appears"))
+        mean, log_variance = self.latent.read(self.encode(batch).flatten(0, -3), fields.get("key_time"))
         lead = batch["source_tokens"].shape[:-1]
         return mean.unflatten(0, lead), log_variance.unflatten(0, lead)
 
@@ -235,11 +235,11 @@ class LM(nn.Module):
             source = cache.source
         elif self.latent is not None:
             memory = self.latent.write((self.posterior(batch)[0] if latent is None else latent).flatten(0, -2))
-            source = {"appears": memory.new_zeros(memory.shape[:2], dtype=torch.int32)}
+            source = {"key_time": memory.new_zeros(memory.shape[:2], dtype=torch.int32)}
         elif self.encoder is not None:
             memory, whole = self._remembered(batch)
             nothing = torch.zeros_like(whole["tokens"], dtype=torch.int32)
-            source = {"appears": nothing} | {n: whole[n] for n in ("appears", "document") if n in whole}
+            source = {"key_time": nothing} | {n: whole[n] for n in ("key_time", "document_ids") if n in whole}
         past = self.row_memory(batch)
         if self.prefix is not None and begins:
             past = self.prefix.past()
@@ -280,14 +280,14 @@ class LM(nn.Module):
             )
         fields = prefixed_fields(batch, "memory_")
         tokens = fields["tokens"]
-        there = fields.get("appears", torch.zeros_like(tokens)) != NEVER
+        there = fields.get("key_time", torch.zeros_like(tokens)) != NEVER
         slots = torch.arange(tokens.shape[-1], device=tokens.device)
         fields["positions"] = slots - there.sum(-1, keepdim=True)
         # Read as the model reads any text: a causal one from left to right.
         looks = slots.expand_as(tokens) if self.config.causal else torch.zeros_like(tokens)
-        read = fields | {"looks": looks.int(), "appears": torch.where(there, looks, NEVER).int()}
+        read = fields | {"query_time": looks.int(), "key_time": torch.where(there, looks, NEVER).int()}
         states: list[Tensor] = self.stack.block_inputs(self.embed(read), read)  # type: ignore[operator]
-        return RowMemory(fields | {"appears": torch.where(there, ALWAYS, NEVER).int()}, states)
+        return RowMemory(fields | {"key_time": torch.where(there, ALWAYS, NEVER).int()}, states)
 
     def make_cache(self, rows: int, capacity: int) -> KVCache:
         """Room for `capacity` tokens of each of `rows` rows. UserError for a model that cannot write token by token."""

@@ -56,7 +56,7 @@ class PrefixEncoder(nn.Module):
         """What stands before every row."""
         x = self.whole().view(self.tokens, self.layers, 2, self.kv_heads, self.head_width).permute(1, 2, 3, 0, 4)
         at = torch.arange(self.tokens, device=x.device)[None]
-        fields = {"appears": torch.full_like(at, ALWAYS), "document": torch.full_like(at, EVERY), "positions": at}
+        fields = {"key_time": torch.full_like(at, ALWAYS), "document_ids": torch.full_like(at, EVERY), "positions": at}
         return RowMemory(fields, pairs=[(pair[0], pair[1]) for pair in x])
 
     @torch.no_grad()
@@ -79,22 +79,24 @@ class PromptEmbedding(nn.Module):
     def before(self, fields: Batch, causal: bool) -> tuple[Tensor, Batch]:
         """The vectors (N, width) that go before each row, N = tokens * documents, and the fields (B, N + T) of both."""
         like = fields["tokens"]
-        real = fields["appears"] < NEVER if "appears" in fields else torch.ones_like(like, dtype=torch.bool)
+        real = fields["key_time"] < NEVER if "key_time" in fields else torch.ones_like(like, dtype=torch.bool)
         documents = torch.zeros(1, dtype=torch.long, device=like.device)
-        if "document" in fields:
-            there = fields["document"][real]
+        if "document_ids" in fields:
+            there = fields["document_ids"][real]
             documents = torch.arange(int(there.amin()), int(there.amax()) + 1, device=like.device)
         places = torch.arange(self.tokens, device=like.device).repeat(len(documents))
         zeros = torch.zeros_like(places)
         when = ALWAYS + (places if causal else zeros)
         new = {
-            "positions": places, "document": documents.repeat_interleave(self.tokens), "leaves": zeros + NEVER,
-            "appears": when, "looks": when,
+            "positions": places, "document_ids": documents.repeat_interleave(self.tokens), "key_expiry": zeros + NEVER,
+            "key_time": when, "query_time": when,
         }  # fmt: skip
         said = {name: new.get(name, zeros).to(x.dtype).expand(len(x), -1) for name, x in fields.items()}
-        if "looks" in fields and not causal:
+        if "query_time" in fields and not causal:
             # As soon as anyone of the row and no sooner, or a prompt would tell what it must not.
-            said["looks"] = torch.where(real, fields["looks"], NEVER).amin(-1, keepdim=True).expand(-1, len(places))
+            said["query_time"] = (
+                torch.where(real, fields["query_time"], NEVER).amin(-1, keepdim=True).expand(-1, len(places))
+            )
         vectors = self.table.weight.repeat(len(documents), 1)
         return vectors, {name: torch.cat((said[name].to(x.dtype), x), -1) for name, x in fields.items()}
 

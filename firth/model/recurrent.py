@@ -12,8 +12,8 @@ read plain rectangles.
 >>> import torch
 >>> from firth.model.config import recurrent_config
 >>> trunk = RecurrentStack(recurrent_config(vocab_size=9, hidden_size=8, num_layers=2))
->>> x, fields = torch.randn(1, 5, 8), {"document": torch.tensor([[1, 1, 2, 2, 2]])}
->>> alone = trunk(x[:, 2:], {"document": torch.ones(1, 3)})
+>>> x, fields = torch.randn(1, 5, 8), {"document_ids": torch.tensor([[1, 1, 2, 2, 2]])}
+>>> alone = trunk(x[:, 2:], {"document_ids": torch.ones(1, 3)})
 >>> torch.allclose(trunk(x, fields)[:, 2:], alone, atol=1e-6)
 True
 
@@ -86,17 +86,17 @@ class RowRuns:
 
     @staticmethod
     def of(fields: Batch, like: Tensor, exact: bool) -> RowRuns:
-        """fields: `document` and `appears` (B, T) where the batch has them; like (B, T, ...). exact: padding at the end
+        """fields: `document` and `key_time` (B, T) where the batch has them; like (B, T, ...). exact: padding at the end
         of a row matters too, because the row is read from there, or because its last state is kept."""
         rows, length = like.shape[:2]
         place = torch.arange(rows * length, device=like.device).view(rows, length)
         real = torch.ones_like(place, dtype=torch.bool)
-        if "appears" in fields:
-            real = fields["appears"] != NEVER
+        if "key_time" in fields:
+            real = fields["key_time"] != NEVER
         begins = real.clone()
         begins[:, 1:] &= ~real[:, :-1]
-        if "document" in fields:
-            document = fields["document"]
+        if "document_ids" in fields:
+            document = fields["document_ids"]
             begins[:, 1:] |= (document[:, 1:] != document[:, :-1]) & real[:, 1:]
         if bool(begins[:, 0].all()) and int(begins.sum()) == rows and (not exact or bool(real.all())):
             turn = torch.arange(length - 1, -1, -1, device=like.device).expand(rows, length)

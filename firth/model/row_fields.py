@@ -14,7 +14,7 @@ from torch import Tensor
 
 from firth.types import NEVER, Batch
 
-FIELDS = ("tokens", "positions", "segments", "looks", "appears", "leaves", "document")
+FIELDS = ("tokens", "positions", "token_type_ids", "query_time", "key_time", "key_expiry", "document_ids")
 
 
 def prefixed_fields(batch: Batch, prefix: str, start: int = 0, ahead: int = 0) -> Batch:
@@ -46,6 +46,6 @@ def with_memory(past: Batch, name: str, own: Tensor) -> Tensor:
     """A field of the tokens before a row and of its own: (B, M + T). Whatever the past does not tell is 0; it never leaves."""
     told = past.get(name)
     if told is None:
-        told = torch.full_like(past["appears"], NEVER if name == "leaves" else 0)
+        told = torch.full_like(past["key_time"], NEVER if name == "key_expiry" else 0)
     rows = max(len(told), len(own))
     return torch.cat((told.to(own.dtype).expand(rows, -1), own.expand(rows, -1)), -1)

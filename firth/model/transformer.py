@@ -141,7 +141,7 @@ class TransformerStack(nn.Module):
                 x = through(x, here, across, crossing, earlier)
         if cache is not None:
             cache.advance(
-                fields["tokens"].shape[1] + (0 if row_memory is None else row_memory.fields["appears"].shape[1])
+                fields["tokens"].shape[1] + (0 if row_memory is None else row_memory.fields["key_time"].shape[1])
             )
         x = self.norm(x)
         if hidden_states is not None:
@@ -172,17 +172,19 @@ class TransformerStack(nn.Module):
         if cache is not None and cache.decoding_mask is not None:
             # Noting takes time, of which a token has little: only for those who ask where the earlier ones stand.
             asked = self.relative is not None or self.config.position == "xlnet"
-            known = {n: cache.append_field(n, v) for n, v in fields.items() if asked and n in ("positions", "segments")}
+            known = {
+                n: cache.append_field(n, v) for n, v in fields.items() if asked and n in ("positions", "token_type_ids")
+            }
             bias = None if self.relative is None else self.relative(positions, known["positions"])
             # One product a layer in place of seven calls, as long as the calls are what costs.
             turned = None if angles is None or cache.rows > FEW else rotation(*angles)
             angles = angles if turned is None else None
             return AttentionContext(cache.next_mask(), angles, turned, bias, cache, self.apart(fields, known))
         zeros = torch.zeros_like(fields["tokens"], dtype=torch.int32)
-        looks, appears = fields.get("looks", zeros), fields.get("appears", zeros)
-        document = fields.get("document")
-        keys = {"appears": appears, "positions": positions}
-        keys |= {name: fields[name] for name in ("document", "segments", "leaves") if name in fields}
+        looks, appears = fields.get("query_time", zeros), fields.get("key_time", zeros)
+        document = fields.get("document_ids")
+        keys = {"key_time": appears, "positions": positions}
+        keys |= {name: fields[name] for name in ("document_ids", "token_type_ids", "key_expiry") if name in fields}
         if past is not None:
             keys = {name: with_memory(past.fields, name, value) for name, value in keys.items()}
         if cache is not None:
@@ -192,7 +194,7 @@ class TransformerStack(nn.Module):
             asking = {
                 n: v.expand(len(index), -1).gather(1, index)
                 for n, v in fields.items()
-                if n in ("positions", "segments")
+                if n in ("positions", "token_type_ids")
             }
             narrow, flex = (
                 PositionSubset(index, None if angles is None else rope_angles(asking["positions"], self.config)),
@@ -200,7 +202,7 @@ class TransformerStack(nn.Module):
             )
             looks, document = looks.gather(1, index), None if document is None else document.gather(1, index)
         mask = AttentionMask.from_times(
-            looks, keys["appears"], document, keys.get("document"), flex, keys.get("leaves")
+            looks, keys["key_time"], document, keys.get("document_ids"), flex, keys.get("key_expiry")
         )
         if self.linformer is not None:
             slots = self.linformer.at(positions.shape[-1], mask)
@@ -215,9 +217,9 @@ class TransformerStack(nn.Module):
         if self.config.position != "xlnet":
             return None
         index, table = distance_index(fields["positions"], keys["positions"], self.config.hidden_size)
-        told = "segments" in fields and self.config.type_vocab_size
+        told = "token_type_ids" in fields and self.config.type_vocab_size
         return DistanceIndex(
-            index, table, fields["segments"][:, :, None] != keys["segments"][:, None, :] if told else None
+            index, table, fields["token_type_ids"][:, :, None] != keys["token_type_ids"][:, None, :] if told else None
         )
 
     def crossing(self, fields: Batch, source: Batch, cache: KVCache | None) -> AttentionMask:
@@ -227,7 +229,7 @@ class TransformerStack(nn.Module):
             return cache.cross_mask
         whenever = torch.full_like(fields["tokens"], NEVER - 1, dtype=torch.int32)
         mask = AttentionMask.from_times(
-            whenever, source["appears"], fields.get("document"), source.get("document"), self.flex
+            whenever, source["key_time"], fields.get("document_ids"), source.get("document_ids"), self.flex
         )
         if cache is not None and writing:
             cache.cross_mask = mask

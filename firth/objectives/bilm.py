@@ -28,7 +28,7 @@ from firth.types import IGNORE, Batch, Example, Outputs
 
 @dataclass(frozen=True)
 class BiLM(Objective):
-    """Predict the next token from the left and the previous one from the right: {"tokens"}, and "document" where several.
+    """Predict the next token from the left and the previous one from the right: {"tokens"}, and "document_ids" where several.
 
     >>> vocab = Vocab(size=10, roles={}, special=np.zeros(10, bool))
     >>> seen = BiLM().build_example({"tokens": np.array([5, 6, 7])}, vocab, np.random.default_rng(0))
@@ -49,8 +49,8 @@ class BiLM(Objective):
         tokens = example["tokens"]
         after, before = np.full(len(tokens), IGNORE), np.full(len(tokens), IGNORE)
         after[:-1], before[1:] = tokens[1:], tokens[:-1]
-        if "document" in example:
-            border = np.diff(example["document"]) != 0
+        if "document_ids" in example:
+            border = np.diff(example["document_ids"]) != 0
             after[:-1][border] = before[1:][border] = IGNORE
         return example | {"next": after, "previous": before}
 

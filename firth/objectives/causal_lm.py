@@ -20,7 +20,7 @@ class CausalLM(TokenObjective):
     >>> from firth.tokenizer.vocab import Vocab
     >>> vocab = Vocab(size=10, roles={"pad": 0}, special=np.arange(10) < 1)
     >>> seen = CausalLM().build_example({"tokens": np.array([5, 6, 7, 8])}, vocab, np.random.default_rng(0))
-    >>> seen["tokens"].tolist(), seen["labels"].tolist(), seen["looks"].tolist()
+    >>> seen["tokens"].tolist(), seen["labels"].tolist(), seen["query_time"].tolist()
     ([5, 6, 7], [6, 7, 8], [0, 1, 2])
     """
 
@@ -34,11 +34,11 @@ class CausalLM(TokenObjective):
             | layout.causal(len(tokens) - 1)
             | layout.memory_fields(example)
         )
-        if "document" in example:
-            document = example["document"]
+        if "document_ids" in example:
+            document = example["document_ids"]
             # The last token of a document is not asked to predict the first of the next one.
             labels = np.where(document[1:] == document[:-1], shown["labels"], IGNORE)
-            shown |= {"document": document[:-1], "labels": labels}
+            shown |= {"document_ids": document[:-1], "labels": labels}
         return shown
 
     def hide(self, tokens: np.ndarray, at: int, vocab: Vocab) -> Example:

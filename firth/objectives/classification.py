@@ -60,13 +60,13 @@ def ask_at_position(name: str, answer: float, example: Example, at: Readout, voc
 
     >>> vocab = Vocab(size=9, roles={"pad": 0}, special=np.arange(9) < 1)
     >>> {k: v.tolist() for k, v in ask_at_position("class", 2, {"tokens": np.array([5, 6])}, "answer", vocab).items()}
-    {'source_tokens': [5, 6], 'tokens': [0], 'looks': [0], 'appears': [0], 'class': [2]}
+    {'source_tokens': [5, 6], 'tokens': [0], 'query_time': [0], 'key_time': [0], 'class': [2]}
     """
     if at == "answer":
         shown = layout.seq2seq(example["tokens"], np.zeros(1, np.int64), vocab.start)
         del shown["labels"]
         return shown | {name: np.array([answer])}
-    shown = {field: example[field] for field in ("tokens", "segments") if field in example}
+    shown = {field: example[field] for field in ("tokens", "token_type_ids") if field in example}
     n = len(shown["tokens"])
     answers = np.full(n, IGNORE, np.asarray(answer).dtype)
     answers[0 if at == "first" else -1] = answer
@@ -99,7 +99,7 @@ class ReadoutObjective(Objective):
 
 @dataclass(frozen=True)
 class Classification(ReadoutObjective):
-    """Which of the classes a text has: {"tokens", "label"} (and "segments", of a pair).
+    """Which of the classes a text has: {"tokens", "label"} (and "token_type_ids", of a pair).
 
     classes: their names; a label is a number into them. smoothing: the share of a label that is spread over all classes.
     weights: what an example of each class counts; "balanced" gives every class the same weight in all, however rare it is:

@@ -41,7 +41,7 @@ TINY = 1e-12
 
 def texts(rows: list[np.ndarray], vocab: Vocab) -> Example:
     """Texts, each [CLS] text [SEP], as a group: (K, T)."""
-    return layout.group([{"tokens": vocab.frame(row)} for row in rows])
+    return layout.group([{"tokens": vocab.add_special_tokens(row)} for row in rows])
 
 
 @dataclass(frozen=True)
@@ -57,14 +57,14 @@ class PooledObjective(Objective):
 
     def represent(self, hidden: Tensor, batch: Batch) -> Tensor:
         """Unit vectors: hidden (..., T, width) -> (..., width) float32."""
-        states = hidden[..., 0, :] if self.position == "first" else average(hidden, batch.get("appears"))
+        states = hidden[..., 0, :] if self.position == "first" else average(hidden, batch.get("key_time"))
         return F.normalize(states.float(), dim=-1)
 
 
 @dataclass(frozen=True)
 class Contrastive(PooledObjective):
     """Pairs. From {"first", "second", "other"}: first with second is similar, first with other is not, both in one group
-    (3, T). From a labelled pair {"tokens", "segments", "label"} (class 1 of two: similar): a group (2, T).
+    (3, T). From a labelled pair {"tokens", "token_type_ids", "label"} (class 1 of two: similar): a group (2, T).
 
     margin: eps, the distance from which a dissimilar pair costs nothing. Measures: how often a threshold of half the
     margin tells pairs apart; how often the similar text is the nearer one (chance: a half); the mean squared distance of
@@ -83,14 +83,14 @@ class Contrastive(PooledObjective):
     margin: Annotated[float, Range(gt=0, le=2)] = 1.0
 
     def inputs(self, given: frozenset[str] = frozenset()) -> frozenset[str]:
-        return frozenset({"tokens", "segments", "label"} if "label" in given else {"first", "second", "other"})
+        return frozenset({"tokens", "token_type_ids", "label"} if "label" in given else {"first", "second", "other"})
 
     def build_example(self, example: Example, vocab: Vocab, rng: np.random.Generator) -> Example:
         if "first" in example:
             seen = texts([example["first"], example["second"], example["other"]], vocab)
             similar = np.array([1, 0])
         else:
-            second = example["segments"] == 1
+            second = example["token_type_ids"] == 1
             seen = texts([example["tokens"][~second][1:-1], example["tokens"][second][:-1]], vocab)
             similar = np.array([int(example["label"] == 1)])
         compared = np.int64(0 if len(similar) == 2 else IGNORE)

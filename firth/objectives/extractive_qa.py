@@ -33,7 +33,7 @@ UNSEEN = -1e30
 
 @dataclass(frozen=True)
 class QuestionAnswering(Objective):
-    """Where the answer begins and ends: {"tokens", "segments", "start", "end"}, places of tokens; -1 where it is not.
+    """Where the answer begins and ends: {"tokens", "token_type_ids", "start", "end"}, places of tokens; -1 where it is not.
 
     at: which token says that the answer is not there: the "first" of an encoder, the "last" of a decoder. unanswerable:
     whether a question may have no answer at all, so that a reader of the scores may say so (None: as in the data).
@@ -76,7 +76,7 @@ class QuestionAnswering(Objective):
         return {"span": classification_head(config.hidden_size, 2)}
 
     def build_example(self, example: Example, vocab: Vocab, rng: np.random.Generator) -> Example:
-        shown = {name: example[name] for name in ("tokens", "segments") if name in example}
+        shown = {name: example[name] for name in ("tokens", "token_type_ids") if name in example}
         n = len(shown["tokens"])
         nowhere = n - 1 if self.position == "last" else 0
         order = layout.causal(n) if self.position == "last" else {}
@@ -110,7 +110,7 @@ def texts(batch: Batch) -> Tensor:
     """Which text each token is of, as one number over all rows: (B * T,) int64; -1 for padding."""
     tokens = batch["tokens"]
     row = torch.arange(tokens.shape[0], device=tokens.device)[:, None].expand_as(tokens)
-    document = batch.get("document")
+    document = batch.get("document_ids")
     number = row if document is None else row * (int(document.max()) + 1) + document
-    appears = batch.get("appears")
+    appears = batch.get("key_time")
     return (number if appears is None else number.masked_fill(appears == NEVER, -1)).flatten()

@@ -120,7 +120,7 @@ class MLM(TokenObjective):
         return made
 
     def hide(self, tokens: np.ndarray, at: int, vocab: Vocab) -> Example:
-        shown = vocab.frame(tokens)
+        shown = vocab.add_special_tokens(tokens)
         labels = np.full(len(shown), IGNORE)
         labels[at + 1], shown[at + 1] = tokens[at], vocab.mask
         return {"tokens": shown, "labels": labels}

@@ -73,5 +73,5 @@ class MPNet(TokenObjective):
         return layout.permuted(example, order, stands, compensated=True)
 
     def hide(self, tokens: np.ndarray, at: int, vocab: Vocab) -> Example:
-        framed, mask = {"tokens": vocab.frame(tokens)}, np.array([vocab.mask], tokens.dtype)
+        framed, mask = {"tokens": vocab.add_special_tokens(tokens)}, np.array([vocab.mask], tokens.dtype)
         return layout.permuted(framed, np.array([at + 1]), mask, compensated=True)

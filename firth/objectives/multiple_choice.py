@@ -31,7 +31,7 @@ from firth.validated import NonNegativeInt
 
 @dataclass(frozen=True)
 class MultipleChoice(Objective):
-    """Which of the options is right: {"options": rows of {"tokens", "segments"}, "label": its place}.
+    """Which of the options is right: {"options": rows of {"tokens", "token_type_ids"}, "label": its place}.
 
     options: rows of a group (0: as many as the data's longest list); a shorter list repeats its first row, which cannot be
     chosen twice. at: where a row is read, "first" by an encoder, "last" by a decoder; "auto" as suits the shape.

@@ -34,7 +34,7 @@ class PrefixLM(TokenObjective):
     >>> vocab = Vocab(size=10, roles={"pad": 0, "eos": 1}, special=np.arange(10) < 2)
     >>> text, rng = {"tokens": np.array([5, 6, 7, 8, 9])}, np.random.default_rng(1)
     >>> seen = PrefixLM().build_example(text, vocab, rng)
-    >>> for name in ("tokens", "labels", "looks"): print(name, seen[name].tolist())
+    >>> for name in ("tokens", "labels", "query_time"): print(name, seen[name].tolist())
     tokens [5, 6, 7, 8]
     labels [-100, -100, 8, 9]
     looks [0, 0, 0, 1]

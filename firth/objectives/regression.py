@@ -28,7 +28,7 @@ from firth.validated import FiniteFloat, PositiveFloat
 
 @dataclass(frozen=True)
 class Regression(ReadoutObjective):
-    """The number that a text has: {"tokens", "score"} (and "segments", of a pair).
+    """The number that a text has: {"tokens", "score"} (and "token_type_ids", of a pair).
 
     mean, spread: what is subtracted from the numbers and what they are divided by; None takes those of the data (0 and 1,
     while there are none). The measure "squared_error" is in the units of the data.

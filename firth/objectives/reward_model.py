@@ -46,7 +46,7 @@ def whole(tokens: np.ndarray, mask: np.ndarray) -> Example:
 
 def last(batch: Batch) -> Tensor:
     """The last token of each row that is not padding, (..., T) bool."""
-    real = batch["appears"] != NEVER
+    real = batch["key_time"] != NEVER
     at = real.shape[-1] - 1 - real.flip(-1).int().argmax(-1, keepdim=True)
     return torch.zeros_like(real).scatter(-1, at, True)
 
@@ -72,7 +72,7 @@ class RewardModeling(Objective):
     >>> pair = {"chosen_tokens": np.array([5, 6, 7]), "chosen_mask": on,
     ...         "rejected_tokens": np.array([5, 8]), "rejected_mask": on[:2]}
     >>> seen = RewardModeling().build_example(pair, vocab, np.random.default_rng(0))
-    >>> seen["tokens"].tolist(), seen["appears"].tolist(), int(seen["preferred"])
+    >>> seen["tokens"].tolist(), seen["key_time"].tolist(), int(seen["preferred"])
     ([[5, 6, 7], [5, 8, 0]], [[0, 1, 2], [0, 1, 1073741824]], 0)
     """
 

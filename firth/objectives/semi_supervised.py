@@ -96,7 +96,11 @@ def unlabeled_example(objective: Objective, example: Example, vocab: Vocab) -> E
     [0, -100, -100]
     """
     seen = objective.build_example(example | {"label": 0}, vocab, np.random.default_rng(0))
-    kept = {name: seen[name] for name in ("tokens", "segments", "looks", "appears", "source_tokens") if name in seen}
+    kept = {
+        name: seen[name]
+        for name in ("tokens", "token_type_ids", "query_time", "key_time", "source_tokens")
+        if name in seen
+    }
     return kept | {"labels": seen["class"]}
 
 

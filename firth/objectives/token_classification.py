@@ -50,7 +50,9 @@ class TokenClassification(Objective):
 
     def for_model(self, config: ModelConfig) -> Objective:
         return (
-            self if self.left is not None else dataclasses.replace(self, left="bidirectional" not in config.supported_patterns)
+            self
+            if self.left is not None
+            else dataclasses.replace(self, left="bidirectional" not in config.supported_patterns)
         )
 
     def with_stats(self, stats: Callable[[], DataStats]) -> Objective:

@@ -40,7 +40,7 @@ BLOCK = 32
 
 @dataclass(frozen=True)
 class Word2Vec(Objective):
-    """From {"tokens", "kept", "noise"} (and "document"): which words stay, how far each looks, and the row's noise words.
+    """From {"tokens", "kept", "noise"} (and "document_ids"): which words stay, how far each looks, and the row's noise words.
 
     window: most words to a side. negatives: k above. noise: noise words shared by a row.
 
@@ -80,8 +80,8 @@ class Word2Vec(Objective):
         tokens, at = tokens[stay], np.arange(len(stay))
         reach = rng.integers(1, self.window + 1, len(tokens))
         first, last = np.zeros_like(at), np.full_like(at, len(tokens) - 1)
-        if "document" in example:
-            document = example["document"][stay]
+        if "document_ids" in example:
+            document = example["document_ids"][stay]
             first, last = document.searchsorted(document), document.searchsorted(document, "right") - 1
         left, right = np.minimum(reach, at - first), np.minimum(reach, last - at)
         return {

@@ -52,7 +52,7 @@ PARTS = "model_parts"
 FRONT = "base_model.model."
 PLAIN = "base_model."
 """What peft writes before the names of LoRA's tensors, and before those of a head with a prefix or a prompt."""
-TABLES = ("tokens", "places", "segments", "source_places")
+TABLES = ("tokens", "places", "token_types", "source_places")
 """Modules of ours that are tables and not maps."""
 
 OWN_TYPE = "FIRTH_"

@@ -30,7 +30,7 @@ def prefix_of(model: LM, ids: Sequence[int], hidden: int = 0) -> PrefixEncoder:
             tokens = torch.tensor(list(ids), device=model.tokens.weight.device)[None]
             at = torch.arange(len(ids), device=tokens.device)[None] * config.causal
             source = {"source_tokens": tokens} if config.num_encoder_layers else {}
-            model.eval()({"tokens": tokens, "looks": at, "appears": at} | source, cache)
+            model.eval()({"tokens": tokens, "query_time": at, "key_time": at} | source, cache)
             model.train(training)
             pairs = torch.stack([torch.stack((k[0], v[0])) for k, v in zip(cache.keys, cache.values, strict=True)])
             prefix.table.weight.copy_(pairs.permute(3, 0, 1, 2, 4).flatten(1))

@@ -104,7 +104,9 @@ def save_model(
         said += "".join(f", without its {name}, which peft adds" for name in beside)
     names += write_tensors(written, directory, storage)
     if tokenizer is not None:
-        reads: Literal["seq2seq", "causal", "bidirectional"] = "causal" if model.config.causal or model.config.prefix_lm else "bidirectional"
+        reads: Literal["seq2seq", "causal", "bidirectional"] = (
+            "causal" if model.config.causal or model.config.prefix_lm else "bidirectional"
+        )
         tokenizer.framed("seq2seq" if model.config.num_encoder_layers else reads).save(
             directory, segments=model.config.type_vocab_size > 0
         )
@@ -267,7 +269,9 @@ def _read(directory: Path) -> LoadedState:
     if file is not None:
         config, ours = gguf.config(file), {}
     elif not config and (directory / "adapter_config.json").is_file():
-        raise UserError(f"{directory} holds an adapter and no model: start from its base, with peft.init_from={directory}")
+        raise UserError(
+            f"{directory} holds an adapter and no model: start from its base, with peft.init_from={directory}"
+        )
     elif not config and not ours:
         raise UserError(f"{directory} holds no model: neither firth.json nor config.json is there")
     check_no_foreign_code(config, directory / "config.json")

@@ -6,7 +6,7 @@ firth train closed_book_questions init_from=runs/closed_book            question
                                                                     exactly, and 12% of those about the others (three seeds)
 firth evaluate runs/closed_book_questions "$(firth fetch places | tail -1)/test.jsonl" --task answers
 
-`objective.noise_words=spans` in the first command hides any tokens: the comparison of Guu 2020 and Roberts 2020. The same with
+`objective.noise=spans` in the first command hides any tokens: the comparison of Guu 2020 and Roberts 2020. The same with
 data.corpus=people and people/train.jsonl asks who and when.
 """
 

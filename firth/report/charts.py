@@ -50,7 +50,7 @@ class Curve:
     x: Sequence[float]
     y: Sequence[float]
     smooth: int = 0
-    colour: int = -1
+    color: int = -1
     dashed: bool = False
     points: bool = False
     line: bool = True
@@ -369,7 +369,7 @@ def _open(figure: Figure, style: str, width: float, height: float) -> str:
 
 
 def _style(i: int, curve: Curve) -> str:
-    return f"c{(i if curve.colour < 0 else curve.colour) % COLORS}"
+    return f"c{(i if curve.color < 0 else curve.color) % COLORS}"
 
 
 def _smooth(line: np.ndarray, curve: Curve) -> np.ndarray:

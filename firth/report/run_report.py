@@ -175,7 +175,7 @@ def reward_figures(drawn: Sequence[Row]) -> list[Figure]:
             if name in known:
                 both = [row for row in drawn if None not in (row["kl_per_answer"], row[name])]
                 x, y = [row["kl_per_answer"] for row in both], [row[name] for row in both]
-                over.append(Curve(DRAWN[name].title, x, y, line=False, colour=colour))
+                over.append(Curve(DRAWN[name].title, x, y, line=False, color=colour))
     note = (
         "A dot for each phase. Reward that rises while the true score falls is over-optimization of the reward model."
     )
@@ -362,7 +362,7 @@ def _curve(
 ) -> Curve:
     """A long noisy curve of the train split is smoothed over a sixtieth of the run each way."""
     smooth = len(xs) // 60 if noisy and split == "train" else 0
-    return Curve(label, xs, ys, smooth=smooth, colour=colour, dashed=dashed, points=split == "valid" and len(xs) < 40)
+    return Curve(label, xs, ys, smooth=smooth, color=colour, dashed=dashed, points=split == "valid" and len(xs) < 40)
 
 
 def numbers(rows: Sequence[Row], exported: int | None = None) -> list[StatCell]:

@@ -89,10 +89,10 @@ class RefLogprobsConfig(ExamplesConfig):
             known = [
                 precompute(source, model, build_comparison, ref_logprobs, directory=data.directory / "reference" / part)
                 if source is not None else None
-                for part, source in (("train", plain.train), ("valid", plain.valid))
+                for part, source in (("train", plain.train), ("valid", plain.validation))
             ]  # fmt: skip
         assert known[0] is not None
-        return dataclasses.replace(plain, train=known[0], valid=known[1])
+        return dataclasses.replace(plain, train=known[0], validation=known[1])
 
 
 @dataclass(frozen=True)
@@ -163,7 +163,10 @@ class RolloutsConfig(ExamplesConfig):
     def functions(self) -> dict[str, str]:
         return {
             name: value
-            for name, value in (("reward_function", self.reward_function), ("true_reward_function", self.true_reward_function))
+            for name, value in (
+                ("reward_function", self.reward_function),
+                ("true_reward_function", self.true_reward_function),
+            )
             if value
         }
 
@@ -180,7 +183,9 @@ class RolloutsConfig(ExamplesConfig):
         if data.config.validation_path:
             held, _ = self._prompts(data, start, data.config.validation_path)
         if bool(self.reward_model) == bool(self.reward_function):
-            raise UserError("rollouts need one judge: set examples.reward_model=RUN or examples.reward_function=module:function")
+            raise UserError(
+                "rollouts need one judge: set examples.reward_model=RUN or examples.reward_function=module:function"
+            )
         learned = self._reward_model(data, prompts, start) if self.reward_model else None
         judge: RewardFunction = learned or FunctionReward(function(self.reward_function))
         steps, over = divmod(self.rollout_size * self.num_epochs, data.batch_size)
@@ -232,7 +237,7 @@ class RolloutsConfig(ExamplesConfig):
         with data.autocast():
             sampling = Sampling(max_new_tokens=self.max_new_tokens, seed=data.seed)
             written = Engine(start, data.tokenizer).generate(some, sampling)
-            return judge.normalised([Rollout.of(p, w) for p, w in zip(some, written, strict=True)])
+            return judge.normalized([Rollout.of(p, w) for p, w in zip(some, written, strict=True)])
 
 
 def function(name: str) -> Callable[[str], float]:

@@ -85,7 +85,13 @@ def _served(config: ModelConfig) -> Iterator[Objective]:
 def _settings(objective: Objective, config: ModelConfig) -> str:
     """The fewest settings by which a shape comes to serve an objective; empty where it takes another architecture."""
     wanted: dict[AttentionPattern, dict[str, bool | int]] = {
-        "causal": {"causal": True, "num_encoder_layers": 0, "latent_size": 0, "linformer_k": 0, "separate_directions": False},
+        "causal": {
+            "causal": True,
+            "num_encoder_layers": 0,
+            "latent_size": 0,
+            "linformer_k": 0,
+            "separate_directions": False,
+        },
         "bidirectional": {"causal": False, "num_encoder_layers": 0, "latent_size": 0},
         "permuted": {"causal": False, "num_encoder_layers": 0, "latent_size": 0, "linformer_k": 0},
         "prefix": {"causal": False, "num_encoder_layers": 0, "latent_size": 0, "linformer_k": 0},
@@ -167,7 +173,9 @@ def _feeding(objective: Objective, examples: ExamplesConfig, config: ModelConfig
             both = objectives.find(name)() + objective
         except UserError:
             continue
-        if config is not None and (both.reads() not in config.supported_patterns or both.lacks(config)):
+        if config is not None and (
+            both.attention_pattern() not in config.supported_patterns or both.missing_from(config)
+        ):
             continue
         told = f"write objective=[{name}, {_name(objective)}]"
         if _fed(both, examples):

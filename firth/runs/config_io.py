@@ -43,7 +43,7 @@ class Registry:
     names: Callable[[], Sequence[str]]
     find: Callable[[str], type]
     join: Callable[[Any, Any], Any] | None = None
-    part: Callable[[Any], Sequence[Any]] | None = None
+    split: Callable[[Any], Sequence[Any]] | None = None
 
 
 REGISTRIES: dict[type, Registry] = {}
@@ -127,15 +127,15 @@ class SourceLocation:
 
     path: tuple[str, ...] = ()
     lines: Mapping[tuple[str, ...], str] = dataclasses.field(default_factory=dict)
-    said: Mapping[tuple[str, ...], str] = dataclasses.field(default_factory=dict)
+    command_line: Mapping[tuple[str, ...], str] = dataclasses.field(default_factory=dict)
 
     def __truediv__(self, name: str) -> SourceLocation:
-        return SourceLocation((*self.path, name), self.lines, self.said)
+        return SourceLocation((*self.path, name), self.lines, self.command_line)
 
     def line(self) -> str:
         """Return `file:line` of the field or of the nearest one around it; empty where the command line sets the field."""
         for n in range(len(self.path), -1, -1):
-            if tuple(name for name in self.path[:n] if not name.isdigit()) in self.said:
+            if tuple(name for name in self.path[:n] if not name.isdigit()) in self.command_line:
                 break
             if self.path[:n] in self.lines:
                 return self.lines[self.path[:n]]
@@ -158,7 +158,7 @@ def from_dict(kind: type, value: Any, where: SourceLocation | None = None) -> An
             return None
         return from_dict(next(o for o in options if o is not type(None)), value, where)
     if kind is str:
-        value = _text(value, where.said.get(where.path))
+        value = _text(value, where.command_line.get(where.path))
     allowed = range_of(kind)
     if allowed is not None and isinstance(value, bool):  # pydantic takes true for 1
         raise UserError(f"{where}: {value!r} does not fit: it should be a number, {allowed}")
@@ -285,7 +285,7 @@ def _plain_kind(kinds: Registry, value: Any) -> Any:
             fields = dataclasses.fields(cls)
             return {"kind": name} | {f.name: to_dict(getattr(value, f.name)) for f in fields if not _derived(value, f)}
     # Not a kind of its own: the sum that `join` makes, written as the list of its addends.
-    addends = [to_dict(addend) for addend in (kinds.part(value) if kinds.part else ())]
+    addends = [to_dict(addend) for addend in (kinds.split(value) if kinds.split else ())]
     return [one for a in addends for one in (a if isinstance(a, list) else [a])]
 
 

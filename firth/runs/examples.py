@@ -35,22 +35,24 @@ class DatasetSplits:
     is not read off the sources (`firth.runs.held_out_texts.choose`)."""
 
     train: Source
-    valid: Source | None
+    validation: Source | None
     bytes_per_target: float = 0.0
-    read: Mapping[str, int] = field(default_factory=dict)
+    read_stats: Mapping[str, int] = field(default_factory=dict)
     no_validation_reason: str = ""
     texts: HeldOutTexts | None = None
 
     @property
     def counts(self) -> dict[str, int]:
         """What was read, mended, cut and left out, for the report."""
-        return {**{name: n for name, n in self.read.items() if n}, **self.train.counts}
+        return {**{name: n for name, n in self.read_stats.items() if n}, **self.train.counts}
 
     @property
     def notes(self) -> list[str]:
         """What was cut, left out or missing, with the place of the first of each, in whole sentences."""
-        held = self.valid.notes if self.valid is not None else ()
-        return list(dict.fromkeys((*self.train.notes, *held, *class_counts.missing_classes(self.train, self.valid))))
+        held = self.validation.notes if self.validation is not None else ()
+        return list(
+            dict.fromkeys((*self.train.notes, *held, *class_counts.missing_classes(self.train, self.validation)))
+        )
 
 
 class ExamplesConfig(Ranged, section="examples"):
@@ -143,15 +145,17 @@ def _mixed(examples: ExamplesConfig, data: RunData, objective: Objective) -> Dat
     cuts = [examples.build(part, objective) for part in data.parts()]
     weights = data.config.weights
     train = MixtureSource([c.train for c in cuts], weights)
-    read = {name: sum(c.read.get(name, 0) for c in cuts) for c in cuts for name in c.read}
+    read = {name: sum(c.read_stats.get(name, 0) for c in cuts) for c in cuts for name in c.read_stats}
     if data.config.validation_path:  # every part has these files
-        return DatasetSplits(train, cuts[0].valid, cuts[0].bytes_per_target, read)
-    held = [(c.valid, c.bytes_per_target, w) for c, w in zip(cuts, weights, strict=True) if c.valid is not None]
+        return DatasetSplits(train, cuts[0].validation, cuts[0].bytes_per_target, read)
+    held = [
+        (c.validation, c.bytes_per_target, w) for c, w in zip(cuts, weights, strict=True) if c.validation is not None
+    ]
     if not held:
         return DatasetSplits(
             train,
             None,
-            read=read,
+            read_stats=read,
             no_validation_reason=next((c.no_validation_reason for c in cuts if c.no_validation_reason), ""),
         )
     # Held-out text in the same shares, as much of it as the scarcest part allows.
@@ -208,7 +212,9 @@ class ChunksConfig(ExamplesConfig):
         frame = data.tokenizer.vocab if self.add_special_tokens else None
         held = windows.DocumentChunks(valid, self.max_length, frame, self.min_length) if valid else None
         return DatasetSplits(
-            windows.DocumentChunks(train, self.max_length, frame, self.min_length), held, read=train.manifest["counts"]
+            windows.DocumentChunks(train, self.max_length, frame, self.min_length),
+            held,
+            read_stats=train.manifest["counts"],
         )
 
 
@@ -235,7 +241,9 @@ class SegmentPairsConfig(ExamplesConfig):
             )
         whole = data.tokenizer.vocab if self.whole_sentences else None
         held = windows.SegmentPairs(valid, self.max_length, whole) if valid and len(valid) > 1 else None
-        return DatasetSplits(windows.SegmentPairs(train, self.max_length, whole), held, read=train.manifest["counts"])
+        return DatasetSplits(
+            windows.SegmentPairs(train, self.max_length, whole), held, read_stats=train.manifest["counts"]
+        )
 
 
 @dataclass(frozen=True)
@@ -266,7 +274,7 @@ class WordWindowsConfig(ExamplesConfig):
                 self.noise_exponent,
             )
 
-        return DatasetSplits(shown(train), shown(valid) if valid else None, read=train.manifest["counts"])
+        return DatasetSplits(shown(train), shown(valid) if valid else None, read_stats=train.manifest["counts"])
 
 
 @dataclass(frozen=True)

@@ -49,8 +49,8 @@ class ModelPackage:
 
     model: LM
     tokenizer: Tokenizer
-    facts: dict[str, Any]
-    talks: bool
+    metadata: dict[str, Any]
+    is_chat_model: bool
     given: Path
     name: str
     dtype: str
@@ -112,7 +112,9 @@ def export_model(run: Path, out: Path, *, form: str, dtype: str, shard: str, ech
         files = [p for p in place.rglob("*") if p.is_file()]
         echo(f"{out}: {len(files)} files, {sum(p.stat().st_size for p in files) / 1e6:,.1f} MB; {said}")
     # firth writes a template beside every tokenizer that has the tokens of turns: of a run, the objective tells.
-    for line in _uses(out, model, parcel.talks if objective_of(run) else _template(tokenizer).startswith("yes;")):
+    for line in _uses(
+        out, model, parcel.is_chat_model if objective_of(run) else _template(tokenizer).startswith("yes;")
+    ):
         echo(line)
     if form == "gguf":
         echo(f"With llama.cpp:  llama-cli -m {shlex.quote(str(out / FILE))}")
@@ -126,7 +128,7 @@ TALKING = {"sft", "dpo", "reinforce", "ppo"}
 
 def _hf(parcel: ModelPackage, place: Path, storage: Storage) -> str:
     """A directory for transformers, and for sentence-transformers where the model is an encoder."""
-    said = save_model(parcel.model, parcel.tokenizer, place, parcel.facts, storage)
+    said = save_model(parcel.model, parcel.tokenizer, place, parcel.metadata, storage)
     config = parcel.model.config
     if not (place / "config.json").exists() or config.causal or config.num_encoder_layers:
         return said
@@ -140,8 +142,8 @@ def _gguf(parcel: ModelPackage, place: Path, storage: Storage) -> str:
     if storage.shard:
         raise UserError("a GGUF file is one file here: leave out --shard-size")
     kind, told = KINDS[parcel.dtype or "fp16"], {"general.name": parcel.name}
-    said = gguf.write(parcel.model, parcel.tokenizer, place / FILE, kind, dialogue=parcel.talks, facts=told)
-    write_json(place / MADE, sealed({"facts": parcel.facts}, place, [FILE]))
+    said = gguf.write(parcel.model, parcel.tokenizer, place / FILE, kind, dialogue=parcel.is_chat_model, facts=told)
+    write_json(place / MADE, sealed({"facts": parcel.metadata}, place, [FILE]))
     return said
 
 

@@ -73,7 +73,7 @@ class TextRecordsConfig(labeled.TextFields, RecordsConfig):
 
     @property
     def fields(self) -> frozenset[str]:
-        return self.base_fields | {"segments"} if self.text_pair_field else self.base_fields
+        return self.base_fields | {"token_type_ids"} if self.text_pair_field else self.base_fields
 
     @property
     def read_fields(self) -> tuple[str, ...]:
@@ -199,7 +199,7 @@ class QuestionsConfig(RecordsConfig):
     """Questions about a passage, answered by a span of it. stride: tokens from one window of a long passage to the next.
     question: its most tokens. context: the field of the passage. Where no files are held out, whole passages are."""
 
-    base_fields: ClassVar[frozenset[str]] = frozenset({"tokens", "segments", "start", "end"})
+    base_fields: ClassVar[frozenset[str]] = frozenset({"tokens", "token_type_ids", "start", "end"})
 
     max_length: TokenCount = 384
     doc_stride: TokenCount = 128

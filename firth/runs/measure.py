@@ -87,17 +87,17 @@ def by_objective(evaluated: EvaluatedModel, paths: Sequence[str], limit: int | N
             recipe.model.memory_length,
         )  # fmt: skip
         cut = examples.build_datasets(recipe.examples, data, recipe.objective)
-        if cut.valid is None or not len(cut.valid):
+        if cut.validation is None or not len(cut.validation):
             raise UserError(f"{', '.join(paths)}: there is nothing to measure in it")
-        for remark in cut.valid.notes:
+        for remark in cut.validation.notes:
             say(remark)
-        count = len(cut.valid)
+        count = len(cut.validation)
         if limit is not None:
-            some = examples.spread(cut.valid, 64)
+            some = examples.spread(cut.validation, 64)
             mean = sum(max(field.size for field in some[i].values()) for i in range(len(some))) / len(some)
             count = max(1, min(count, round(limit / mean)))
         shown = replace(recipe, evaluation=replace(recipe.evaluation, max_examples=count))
-        held = Validator(shown, cut.valid, cut.bytes_per_target, evaluated.tokenizer, Ranks())
-        return {"examples": len(held.shown), "share": len(held.shown) / len(cut.valid)} | held.measure(
+        held = Validator(shown, cut.validation, cut.bytes_per_target, evaluated.tokenizer, Ranks())
+        return {"examples": len(held.examples), "share": len(held.examples) / len(cut.validation)} | held.measure(
             evaluated.model, 0
         )

@@ -30,7 +30,12 @@ from firth.model.model import LM
 from firth.runs import config_io
 from firth.runs.recipe import load
 
-KINDS = {"causal": "text-generation", "bidirectional": "fill-mask", "seq2seq": "text2text-generation", "": "feature-extraction"}
+KINDS = {
+    "causal": "text-generation",
+    "bidirectional": "fill-mask",
+    "seq2seq": "text2text-generation",
+    "": "feature-extraction",
+}
 """How a model with a vocabulary head reads, or that it has none -> what model hubs call its task."""
 MARK = "Made with firth"
 HEAD = 4096
@@ -46,13 +51,13 @@ class ModelCard:
     language: of what it began from, "" where nothing is known.
     """
 
-    place: Path
+    directory: Path
     model: LM
-    said: str
-    facts: Mapping[str, Any]
+    summary: str
+    metadata: Mapping[str, Any]
     name: str
     recipe: dict[str, Any] = field(default_factory=dict)
-    done: Mapping[str, Any] = field(default_factory=dict)
+    result: Mapping[str, Any] = field(default_factory=dict)
     samples: Sequence[Mapping[str, Any]] = ()
     base: str = ""
     licence: str = ""
@@ -99,7 +104,7 @@ def pretty(value: Any) -> str:
 
 def text(card: ModelCard) -> str:
     """The card in Markdown, its front matter in YAML."""
-    config, model_config = read_json(card.place / "config.json"), card.model.config
+    config, model_config = read_json(card.directory / "config.json"), card.model.config
     task = KINDS[
         (
             "seq2seq"
@@ -137,10 +142,10 @@ def _what(card: ModelCard, config: Mapping[str, Any]) -> str:
         ("parameters", f"{sum(p.numel() for p in card.model.parameters()):,}"),
         ("layers", f"{model_config.num_encoder_layers} + {model_config.num_layers}" if model_config.num_encoder_layers else f"{model_config.num_layers}"),
         ("width", f"{model_config.hidden_size:,}"), ("context", f"{model_config.max_positions:,} tokens"), ("vocabulary", f"{model_config.vocab_size:,}"),
-        ("heads besides the trunk", ", ".join(card.model.heads) or "none"), ("numbers", _numbers(card.place, config)),
+        ("heads besides the trunk", ", ".join(card.model.heads) or "none"), ("numbers", _numbers(card.directory, config)),
     ]  # fmt: skip
     began = f" It began from {card.base}." if card.base and card.recipe else ""
-    return f"{MARK}; {card.said}.{began}\n\n" + _table(("", ""), rows)
+    return f"{MARK}; {card.summary}.{began}\n\n" + _table(("", ""), rows)
 
 
 def _training(card: ModelCard) -> list[str]:
@@ -157,7 +162,7 @@ def _training(card: ModelCard) -> list[str]:
         data = f"{corpus}: {known.about}, from {known.package}; licence: {known.licence}"
         data += f" ({known.note})" if known.note else ""
     rows = [("objective", " + ".join(_objectives(card.recipe))), ("data", data)]
-    done = card.done
+    done = card.result
     if done:
         took = f"{done['steps']:,} steps, {done['tokens']:,} tokens, {done['flops']:.3g} counted FLOPs, {done['seconds']:,.0f} s"
         rows.append(("length", took))
@@ -169,7 +174,7 @@ def _training(card: ModelCard) -> list[str]:
 
 
 def _scores(card: ModelCard) -> list[str]:
-    found = card.facts.get("metrics")
+    found = card.metadata.get("metrics")
     found = found if isinstance(found, dict) else {}
     held = {name.removeprefix("valid/"): value for name, value in found.items() if name.startswith("valid/")}
     rows = [(name.replace("_", " "), f"{value:.4g}") for name, value in held.items() if type(value) in (int, float)]
@@ -210,9 +215,9 @@ def _loading(card: ModelCard, config: Mapping[str, Any], task: str) -> str:
             f"```python\nfrom transformers import AutoTokenizer, {kinds[0]}\n\n"
             f'model, tokenizer = {kinds[0]}.from_pretrained("DIR"), AutoTokenizer.from_pretrained("DIR")\n```'
         )
-    if find(card.place) is not None:
+    if find(card.directory) is not None:
         blocks.append("```\nllama-cli -m DIR/model.gguf\n```")
-    if (card.place / "modules.json").exists():
+    if (card.directory / "modules.json").exists():
         blocks.append(
             '```python\nfrom sentence_transformers import SentenceTransformer\n\nSentenceTransformer("DIR").encode(["a text"])\n```'
         )
@@ -220,7 +225,7 @@ def _loading(card: ModelCard, config: Mapping[str, Any], task: str) -> str:
 
 
 def _limits(card: ModelCard) -> str:
-    read = card.done.get("tokens")
+    read = card.result.get("tokens")
     how = f"{read:,} tokens" if read else "its training text"
     return (
         f"## Limits\n\nThe model knows {how} and nothing else. It repeats what stands there, its errors and prejudices too, "

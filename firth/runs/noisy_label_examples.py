@@ -77,7 +77,7 @@ class PartiallyLabeledConfig(WrappingConfig):
             )
         whole = self.base.build(data, objective)
         if self.unlabeled_path:
-            parts: list[Source] = [whole.train, self._unlabelled(whole.valid, data)]
+            parts: list[Source] = [whole.train, self._unlabelled(whole.validation, data)]
             return replace(whole, train=MixtureSource(parts, [1.0, self.unlabeled_ratio]))
         known, others = choose_labeled(whole.train, self.num_labeled, data.seed)
         if not len(others):

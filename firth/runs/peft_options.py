@@ -154,7 +154,9 @@ class AdapterConfig(PeftConfig):
             check_adapter(tokenizer, place)
             kind = adapter_files.read(model, place)
             if PEFT_METHODS[kind] is not type(self):
-                raise UserError(f"peft.init_from={self.init_from} holds an adapter of kind {kind}: set peft.kind={kind}")
+                raise UserError(
+                    f"peft.init_from={self.init_from} holds an adapter of kind {kind}: set peft.kind={kind}"
+                )
             lora.check_not_shared(model, lora.adapted(model))
         else:
             self.put(model, added, tokenizer, seed)

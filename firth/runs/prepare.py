@@ -40,8 +40,8 @@ MENDED = {
     "nul": "NUL characters, removed",
     "too_long": "records over 4 MB, left out",
     "mismatched": "rows with another number of cells than their head, left out",
-    "nameless": "columns of tables without a name, called Unnamed and their place",
-    "passed_over": "tables passed over, which are read as text only where they are named",
+    "unnamed_columns": "columns of tables without a name, called Unnamed and their place",
+    "skipped": "tables passed over, which are read as text only where they are named",
 }
 """What is told of the text that a store is built of."""
 

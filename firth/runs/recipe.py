@@ -186,13 +186,15 @@ config_io.REGISTRIES[Objective] = config_io.Registry(
     lambda: list(objectives.OBJECTIVES),
     objectives.find,
     join=lambda first, second: first + second,
-    part=lambda total: (total.first, total.second),
+    split=lambda total: (total.first, total.second),
 )
 config_io.REGISTRIES[PeftConfig] = config_io.Registry(
     "way to adapt", lambda: list(PEFT_METHODS), PEFT_METHODS.__getitem__
 )
 config_io.SHORT_FORMS[DataConfig] = "path"
-config_io.REGISTRIES[ExamplesConfig] = config_io.Registry("kind of examples", lambda: list(EXAMPLES), EXAMPLES.__getitem__)
+config_io.REGISTRIES[ExamplesConfig] = config_io.Registry(
+    "kind of examples", lambda: list(EXAMPLES), EXAMPLES.__getitem__
+)
 
 
 def published(name: str) -> Recipe:
@@ -279,7 +281,10 @@ def _fill_vocab(changed: dict[str, Any], data: Mapping[str, Any], names: Collect
     model, plan = changed.get("model"), _mapping(changed.get("tokenizer"))
     if not isinstance(model, dict):
         return
-    before, size = _mapping(data.get("model")).get("vocab_size"), _mapping(data.get("tokenizer")).get("vocab_size", DEFAULT_SIZE)
+    before, size = (
+        _mapping(data.get("model")).get("vocab_size"),
+        _mapping(data.get("tokenizer")).get("vocab_size", DEFAULT_SIZE),
+    )
     follows = before == size and "model.vocab_size" not in names and "model" not in names
     chosen = any(one.split(".")[0] in ("tokenizer", "init_embeddings_from", "init_from") for one in names)
     if model.get("vocab_size") is not None and not (follows and chosen):
@@ -290,7 +295,9 @@ def _fill_vocab(changed: dict[str, Any], data: Mapping[str, Any], names: Collect
     if given is not None:
         with suppress(UserError):  # a tokenizer that is not there is refused when the run begins
             size = Tokenizer.load(given).vocab.size
-    model["vocab_size"] = size if isinstance(size, int) and size > 0 else DEFAULT_SIZE  # a wrong size has its own sentence
+    model["vocab_size"] = (
+        size if isinstance(size, int) and size > 0 else DEFAULT_SIZE
+    )  # a wrong size has its own sentence
 
 
 def _mapping(value: Any) -> Mapping[str, Any]:
@@ -315,7 +322,12 @@ def load(name: str, assignments: Sequence[str] = ()) -> Recipe:
     assignments = [_expand_assignment(one) for one in assignments]
     changed: dict[str, Any] = _one_of_each(config_io.override(data, assignments), assignments)
     names = {one.partition("=")[0] for one in assignments}
-    if "init_from" in names and changed.get("init_from") and not file and not any(n.split(".")[0] == "model" for n in names):
+    if (
+        "init_from" in names
+        and changed.get("init_from")
+        and not file
+        and not any(n.split(".")[0] == "model" for n in names)
+    ):
         changed["model"] = None  # the model to begin from has one; the published one is nobody's wish
     if data.get("model") is None and isinstance(changed.get("model"), dict):
         missing = [one for one in ("hidden_size", "num_layers", "num_heads") if one not in changed["model"]]

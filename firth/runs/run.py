@@ -155,7 +155,9 @@ def _run(recipe: Recipe, directory: Path, echo: Echo, ranks: Ranks) -> RunResult
     cut = _first_alone(ranks, lambda: examples.build_datasets(resolved.examples, data, resolved.objective))
     text_cache.forget()
     shown = (
-        Validator(resolved, cut.valid, cut.bytes_per_target, tokenizer, ranks) if cut.valid and len(cut.valid) else None
+        Validator(resolved, cut.validation, cut.bytes_per_target, tokenizer, ranks)
+        if cut.validation and len(cut.validation)
+        else None
     )
     fallen_back = fallbacks(resolved.objective, resolved.examples, cut.train, tokenizer.vocab)
     for line in (*_begins(resolved, cut, shown), *fallen_back):
@@ -196,7 +198,7 @@ def _run(recipe: Recipe, directory: Path, echo: Echo, ranks: Ranks) -> RunResult
         _samples(resolved, model, tokenizer, directory, 0)
         _held_out_texts(resolved, cut, model, data, 0)
     if shown is not None:
-        shown.refuse_unmeasured(model)
+        shown.check_best_metric(model)
     evaluation = resolved.evaluation
     try:
         ended = train(
@@ -229,7 +231,7 @@ def _run(recipe: Recipe, directory: Path, echo: Echo, ranks: Ranks) -> RunResult
         if resolved.objective.class_names:
             facts["classes"] = resolved.objective.class_names
         if shown is not None:
-            write_record(directory / TOLD, shown.told(model))
+            write_record(directory / TOLD, shown.class_report(model))
         resolved.objective.finalize(model)
         kept = resolved.peft.export(
             model, directory / "adapter", model_directory(resolved.init_from), added, tokenizer, facts
@@ -266,7 +268,7 @@ def _begins(recipe: Recipe, cut: DatasetSplits, shown: Validator | None) -> list
             f"{asked} goes by held-out measurements, and nothing is held out{why}: name data.validation_path=FILES, or raise "
             "data.validation_fraction"
         )
-    line = class_counts.class_summary(cut.train, cut.valid)
+    line = class_counts.class_summary(cut.train, cut.validation)
     return [line] * bool(line) + [cut.no_validation_reason] * bool(cut.no_validation_reason)
 
 
@@ -415,7 +417,7 @@ def _samples(recipe: Recipe, model: LM, tokenizer: Tokenizer, directory: Path, s
 
 def _held_out_texts(recipe: Recipe, cut: DatasetSplits, model: LM, data: RunData, step: int) -> None:
     """Write what the model makes of held-out prompts at a step, for the report, where it trains on answers to prompts."""
-    texts = cut.texts or held_out_texts.choose(cut.train, cut.valid, recipe.examples.fields)
+    texts = cut.texts or held_out_texts.choose(cut.train, cut.validation, recipe.examples.fields)
     if texts is not None:
 
         def rows() -> Iterable[dict[str, Any]]:

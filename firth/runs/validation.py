@@ -48,7 +48,7 @@ class Validator:
     ranks: Ranks
 
     @cached_property
-    def part(self) -> str:
+    def head(self) -> str:
         """The head whose answers are looked at one by one; empty for most objectives."""
         config = self.recipe.model
         assert config is not None
@@ -56,16 +56,16 @@ class Validator:
             return head_of(self.recipe.objective.heads(config))
 
     @cached_property
-    def shown(self) -> Source:
+    def examples(self) -> Source:
         """The examples that are measured."""
         return spread(self.source, self.recipe.evaluation.max_examples)
 
     @cached_property
     def batches(self) -> Batches:
         """Of a head's answers each rank reads all, in their order; else the ranks share the work."""
-        recipe, shared = self.recipe, not self.part
+        recipe, shared = self.recipe, not self.head
         return Batches(
-            self.shown, recipe.objective, vocab(recipe, self.tokenizer),
+            self.examples, recipe.objective, vocab(recipe, self.tokenizer),
             batch_size=min(recipe.batch.size, 64), seed=recipe.seed, pack_to_length=recipe.batch.packed_length if shared else 0,
             rank=self.ranks.rank if shared else 0, world=self.ranks.world if shared else 1,
         )  # fmt: skip
@@ -73,9 +73,9 @@ class Validator:
     def measure(self, model: LM, step: int) -> dict[str, float]:
         """Everything that is measured, by name."""
         found, readings = self._read(model)
-        return found | (HEADS[self.part].measures(readings, self.recipe.objective, self.shown) if self.part else {})
+        return found | (HEADS[self.head].metrics(readings, self.recipe.objective, self.examples) if self.head else {})
 
-    def refuse_unmeasured(self, model: LM) -> None:
+    def check_best_metric(self, model: LM) -> None:
         """Raise a UserError if `evaluation.best_metric` is none of the measurements: it is asked of a few examples, before a run begins."""
         best = self.recipe.evaluation.best_metric
         if best:
@@ -88,13 +88,13 @@ class Validator:
                     f"evaluation.best_metric={best} is not among the held-out measurements: there is {', '.join(found)}"
                 )
 
-    def told(self, model: LM) -> dict[str, Any]:
+    def class_report(self, model: LM) -> dict[str, Any]:
         """{"classes", "confusion": rows of what is right, "per_class"}, as far as the head has classes."""
         classes = self.recipe.objective.class_names
-        if self.part not in ("classes", "tags") or len(classes) < 2:
+        if self.head not in ("classes", "tags") or len(classes) < 2:
             return {}
         _, readings = self._read(model)
-        if self.part == "tags" and has_spans(classes):
+        if self.head == "tags" and has_spans(classes):
             sentences = [([classes[i] for i in r], [classes[i] for i in s.argmax(-1)]) for r, s in readings]
             return {"per_class": entity_metrics.by_kind(sentences)}
         right = np.concatenate([np.atleast_1d(r) for r, _ in readings])
@@ -111,15 +111,19 @@ class Validator:
         readings: list[HeadOutput] = []
 
         def watch(outputs: Outputs, batch: Batch) -> None:
-            readings.extend(HEADS[self.part].read(model, self.recipe.objective, outputs, batch))
+            readings.extend(HEADS[self.head].read(model, self.recipe.objective, outputs, batch))
 
         found = validate(
             model, self.recipe.objective, self.batches.all_batches(), bytes_per_target=self.bytes_per_target,
-            reduce=no_reduce if self.part else self.ranks.sum, watch=watch if self.part else None,
+            reduce=no_reduce if self.head else self.ranks.sum, watch=watch if self.head else None,
         )  # fmt: skip
         return found, readings
 
 
 def vocab(recipe: Recipe, tokenizer: Tokenizer) -> Vocab:
     """What views know of the tokenizer and of the model."""
-    return tokenizer.vocab if recipe.model is None else tokenizer.vocab.starting(recipe.model.decoder_start_token)
+    return (
+        tokenizer.vocab
+        if recipe.model is None
+        else tokenizer.vocab.with_decoder_start(recipe.model.decoder_start_token)
+    )

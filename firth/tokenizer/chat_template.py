@@ -114,7 +114,7 @@ def _worker() -> subprocess.Popen[str]:
     """This process' renderer, started when it is first needed."""
     here = os.getpid()
     if here not in WORKERS:
-        file = Path(__file__).with_name("render.py")
+        file = Path(__file__).with_name("template_worker.py")
         WORKERS[here] = subprocess.Popen(
             [sys.executable, "-I", str(file)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
             text=True, encoding="utf-8",

@@ -5,7 +5,7 @@ to a worker, and the same for every tokenizer algorithm.
 
 >>> import numpy as np
 >>> v = Vocab(size=8, roles={"pad": 0, "mask": 1, "cls": 2, "sep": 3}, special=np.arange(8) < 4)
->>> v.mask, v.frame(np.array([5, 6])).tolist()
+>>> v.mask, v.add_special_tokens(np.array([5, 6])).tolist()
 (1, [2, 5, 6, 3])
 """
 
@@ -84,7 +84,7 @@ class Vocab:
         """What an encoder-decoder's answers begin behind."""
         return self._role(self.decoder_start)
 
-    def starting(self, role: str) -> Vocab:
+    def with_decoder_start(self, role: str) -> Vocab:
         """The same for a model whose `Shape.decoder_start` is this role."""
         return replace(self, decoder_start=role)
 
@@ -183,7 +183,7 @@ class Vocab:
         """Return an ordinary id for each of some numbers from [0, 1): (n,)."""
         return self.ordinary[(numbers * len(self.ordinary)).astype(np.int64)]
 
-    def frame(self, tokens: np.ndarray, dtype: type[np.integer] | None = None) -> np.ndarray:
+    def add_special_tokens(self, tokens: np.ndarray, dtype: type[np.integer] | None = None) -> np.ndarray:
         """[CLS] tokens [SEP]: one segment as an encoder reads it. dtype: of the answer; the tokens' own unless given."""
         framed = np.empty(len(tokens) + 2, dtype or tokens.dtype)
         framed[0], framed[1:-1], framed[-1] = self.cls, tokens, self.sep

@@ -114,7 +114,7 @@ def param_groups(optimizer: OptimizerConfig, model: nn.Module) -> list[ParamGrou
     return placed
 
 
-class Mover:
+class Optimizer:
     """Moves a model's weights along their gradients, and remembers what that takes.
 
     sparse: let tables have gradients of those rows alone that were read, if nothing else is tied to them; on a
@@ -148,7 +148,7 @@ class Mover:
             betas = (optimizer.beta1, optimizer.beta2)
             self.adam = torch.optim.AdamW(groups, lr=optimizer.lr, betas=betas, eps=optimizer.eps, fused=True)
 
-    def clip(self) -> Tensor:
+    def clip_grad_norm(self) -> Tensor:
         """Scale the gradients down to the global norm `optimizer.max_grad_norm`; return the norm they had (a scalar)."""
         grads = [grad for p in self.parameters if (grad := sums(p)) is not None]
         norm: Tensor = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads)).float())
@@ -156,19 +156,19 @@ class Mover:
             torch._foreach_mul_(grads, self.optimizer.max_grad_norm / norm)
         return norm
 
-    def move(self, factor: float) -> None:
+    def step(self, factor: float) -> None:
         """One step, every rate times the schedule's `factor`; clears the gradients."""
         if self.adam is not None:
             for group, rate in zip(self.adam.param_groups, self.rates, strict=True):
                 group["lr"] = rate * factor
             self.adam.step()
         for rows, rate in self.rows.values():
-            rows.move(rate * factor)
+            rows.update(rate * factor)
         for stack in self.stacks:
             stack.move(factor)
-        self.clear()
+        self.zero_grad()
 
-    def clear(self) -> None:
+    def zero_grad(self) -> None:
         """Forget the gradients; the next backward pass then writes them and does not add."""
         for p in self.parameters:
             p.grad = None

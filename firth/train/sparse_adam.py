@@ -10,7 +10,7 @@ and is another method.)
 >>> table = nn.Embedding(5, 2, sparse=True, _weight=torch.zeros(5, 2))
 >>> table(torch.tensor([3, 3])).sum().backward()
 >>> rows = SparseAdam(table.weight, (0.9, 0.999), 1e-8)
->>> rows.move(0.5)
+>>> rows.update(0.5)
 >>> [round(x, 4) for x in table.weight[:, 0].tolist()], rows.seen.tolist()
 ([0.0, 0.0, 0.0, -0.5, 0.0], [3])
 """
@@ -88,7 +88,7 @@ class SparseAdam:
             )
 
     @torch.no_grad()
-    def move(self, rate: float) -> None:
+    def update(self, rate: float) -> None:
         """One step along the table's gradient; none without one."""
         grad = self.table.grad
         if grad is None:
@@ -154,7 +154,7 @@ def _workload(way: str) -> kernels.Workload:
     def work() -> None:
         table.grad = grad
         with kernels.forced({KERNEL.name: way}):
-            rows.move(1e-3)
+            rows.update(1e-3)
 
     return work
 

@@ -34,7 +34,7 @@ from firth.train import checkpoint, precision, training_state
 from firth.train.cpu_setup import flush_denormals, keep_freed_memory
 from firth.train.distributed import Ranks
 from firth.train.logging import MetricsLog, NullReporter, ProgressReporter, clock, make_reporter, short
-from firth.train.optimizer import Mover, OptimizerConfig
+from firth.train.optimizer import Optimizer, OptimizerConfig
 from firth.train.prefetch import Prefetcher
 from firth.train.run_lock import Interrupted, interrupt_handler, run_lock
 from firth.train.schedule import Budget, Schedule
@@ -152,7 +152,7 @@ class _Run:
         self.device = next(model.parameters()).device
         if ranks.world > 1:  # replicas that took different kernels would drift
             kernels.use(json.loads(ranks.from_first(json.dumps(kernels.table() if ranks.first else {}))))
-        self.mover = Mover(optimizer, model, sparse=ranks.world == 1)
+        self.mover = Optimizer(optimizer, model, sparse=ranks.world == 1)
         self.learning = flops.trained_share(model)
         self.at = self._begin()
         self.casts = precision.casts(self.at.precision, self.device)
@@ -279,7 +279,7 @@ class _Run:
         on_device = [to(batch, self.device) for batch in here]
         means = gradients(self.model, self.objective.at_step(at.step), on_device, ranks.sum, self.casts)
         ranks.sum_gradients(self.mover.parameters)
-        norm = self.mover.clip()
+        norm = self.mover.clip_grad_norm()
         values = torch.stack([*(means[t] for t in self.objective.labels), norm])
         fine = bool(torch.isfinite(values).all())
         took = time.perf_counter() - start
@@ -291,11 +291,11 @@ class _Run:
         factor = self.schedule.factor(middle)
         before = time.perf_counter()
         if fine:
-            self.mover.move(factor)
+            self.mover.step(factor)
             at.in_a_row = 0
         else:
             self._refuse_not_finite()
-            self.mover.clear()
+            self.mover.zero_grad()
             at.skipped += 1
             at.in_a_row += 1
         self.took = took + time.perf_counter() - before

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from firth.train import checkpoint
 from firth.train.checkpoint import Checkpoint
 from firth.train.distributed import Ranks
-from firth.train.optimizer import Mover
+from firth.train.optimizer import Optimizer
 from firth.types import UserError
 
 if TYPE_CHECKING:
@@ -74,7 +74,7 @@ def layout(ranks: Ranks, device: torch.device) -> dict[str, Any]:
 
 
 def save(
-    run: Path, progress: TrainingState, model: nn.Module, mover: Mover, source: Source, ranks: Ranks, *,
+    run: Path, progress: TrainingState, model: nn.Module, mover: Optimizer, source: Source, ranks: Ranks, *,
     recipe: str, keep: int, score: float | None,
 ) -> None:  # fmt: skip
     """Write a checkpoint on rank 0; every rank calls it, for the random states are each rank's own."""
@@ -92,7 +92,7 @@ def save(
     ranks.wait()
 
 
-def restore(saved: Checkpoint, model: nn.Module, mover: Mover, source: Source, ranks: Ranks) -> TrainingState:
+def restore(saved: Checkpoint, model: nn.Module, mover: Optimizer, source: Source, ranks: Ranks) -> TrainingState:
     """Put everything back where it was. Raises UserError when the checkpoint belongs to another model."""
     take(saved, model)
     mover.restore(saved.files.get("optimizer", {}))

@@ -22,7 +22,9 @@ SIDES = ("chosen", "rejected")
 def source(evaluated: EvaluatedModel, paths: Sequence[str]) -> PreferenceRecords:
     """The comparisons of the files, as far as both answers have a place in a row."""
     if "reward" not in evaluated.model.heads:
-        raise UserError(f"{evaluated.directory}: this model has no reward head: train one with `firth train reward_model`")
+        raise UserError(
+            f"{evaluated.directory}: this model has no reward head: train one with `firth train reward_model`"
+        )
     return PreferenceRecords(paths, evaluated.tokenizer, evaluated.context)
 
 

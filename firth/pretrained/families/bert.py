@@ -49,7 +49,7 @@ def shape(config: dict[str, Any]) -> ModelConfig:
 
 def tables(prefix: str, unread: int = 0) -> list[WeightMapping]:
     """The three tables and the norm behind them, as BERT's descendants name them too. unread: rows before position 0."""
-    embeddings = {"tokens": "word_embeddings", "segments": "token_type_embeddings"}
+    embeddings = {"tokens": "word_embeddings", "token_types": "token_type_embeddings"}
     out = both(embeddings, "", f"{prefix}embeddings.", bias=False)
     out.append(WeightMapping(f"{prefix}embeddings.position_embeddings.weight", ("places.weight",), ignored=unread))
     return out + both({"stack.embed_norm": "LayerNorm"}, "", f"{prefix}embeddings.", bias=True)
