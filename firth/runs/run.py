@@ -224,7 +224,7 @@ def _run(recipe: Recipe, directory: Path, echo: Echo, ranks: Ranks) -> RunResult
             "recipe": known,
             "objective": [name_of(type(one)) for one in resolved.objective.components()],
             "steps": ended.step,
-            "exported": ended.exported_step,
+            "exported_step": ended.exported_step,
             "tokens": ended.tokens,
             "metrics": ended.metrics,
         }
@@ -382,7 +382,7 @@ def _finished(directory: Path, known: str) -> RunResult:
     number = (int, float)
     needs = {"steps": int, "tokens": int, "seconds": number, "flops": number, "metrics": dict}
     told = read_record(directory / DONE, needs, cure)
-    exported = told.get("exported", told["steps"])  # older runs do not say
+    exported = told.get("exported_step", told["steps"])  # older runs do not say
     return RunResult(
         directory, told["steps"], exported, told["tokens"], told["seconds"], told["flops"], told["metrics"]
     )
