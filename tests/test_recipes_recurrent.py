@@ -135,7 +135,7 @@ def test_word_vectors_are_shown_written_and_taken(runs: Path, files: Path, tmp_p
     alike = torch.nn.functional.cosine_similarity(new, model.tokens.weight, dim=-1)
     assert torch.allclose(alike, torch.ones(()), atol=1e-4)
     assert float(new.square().mean().sqrt()) == pytest.approx(0.02, rel=0.1)
-    with pytest.raises(UserError, match=r"set shape\.width=16"):
+    with pytest.raises(UserError, match=r"set model\.hidden_size=16"):
         run(load("lstm", [*taken, "model.hidden_size=32"]), tmp_path / "other", said.append)
     with pytest.raises(UserError, match="spells its tokens"):
         run(

@@ -82,8 +82,8 @@ def test_reward_model_with_other_tokenizer_is_refused(place: Path, tmp_path: Pat
 
 def test_teacher_with_other_tokenizer_is_refused(place: Path, tmp_path: Path) -> None:
     data = [f"data.path={place / 'labels.jsonl'}", f"init_from={place / 'ours' / 'encoder'}"]
-    of = "of: {kind: partly, few: 4}"
-    taught = f"examples={{kind: taught, teacher: {place / 'theirs' / 'teacher'}, {of}}}"
+    of = "base: {kind: partially_labeled, num_labeled: 4}"
+    taught = f"examples={{kind: pseudo_labeled, teacher: {place / 'theirs' / 'teacher'}, {of}}}"
     said = refused("classification", [*data, taught, "objective=pseudo_labels"], tmp_path / "run")
     assert said.startswith("examples.teacher:")
 

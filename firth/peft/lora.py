@@ -144,7 +144,7 @@ def _table(plain: Any) -> AdaptedModule:
 
 def _head(plain: Any) -> AdaptedModule:
     with torch.device("meta"):
-        return AdaptedLMHead(plain.shape)
+        return AdaptedLMHead(plain.config)
 
 
 def _plain(found: Any, kind: type[nn.Linear]) -> nn.Module:

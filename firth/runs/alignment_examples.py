@@ -122,11 +122,11 @@ class RolloutsConfig(ExamplesConfig):
     """Answers that the model itself writes to the prompts of the records, judged, and learnt from for `epochs`.
 
     answers: drawn per phase, `group` to each prompt.
-    max_new: most tokens of an answer. longest: most tokens of a prompt. beta: the price of a nat of divergence from
+    max_new: most tokens of an answer. max_prompt_length: most tokens of a prompt. beta: the price of a nat of divergence from
     the start. reward: the run of a reward model; or scorer: a function of the answer's text as `module:function`.
     truth: a second such function that is measured and not learnt from. Both are looked for in the working directory too.
     unfinished: the score of an answer that ran to max_new without a stop token; not set, the judge gives it. credit: "gae"
-    for PPO, which has a critic, "group" for REINFORCE, which has none. Prompts of more than `longest` tokens are left out and
+    for PPO, which has a critic, "group" for REINFORCE, which has none. Prompts of more than `max_prompt_length` tokens are left out and
     counted, and those that leave no room for max_new in the model's context.
     """
 
@@ -138,7 +138,7 @@ class RolloutsConfig(ExamplesConfig):
     num_generations: PositiveInt = 1
     num_epochs: PositiveInt = 2
     max_new_tokens: TokenCount = 48
-    max_tokens: TokenCount = 192
+    max_prompt_length: TokenCount = 192
     kl_coef: NonNegativeFloat = 0.05
     reward_model: str = path_field("model", "")
     reward_function: str = ""
@@ -171,7 +171,7 @@ class RolloutsConfig(ExamplesConfig):
         }
 
     def row_limits(self, text: int, source: int) -> dict[str, int]:
-        return {"longest": text - self.max_new_tokens}
+        return {"max_prompt_length": text - self.max_new_tokens}
 
     def build(self, data: RunData, objective: Objective) -> DatasetSplits:
         start = data.load_frozen(
@@ -214,7 +214,7 @@ class RolloutsConfig(ExamplesConfig):
                 f"examples.max_new_tokens={self.max_new_tokens} leaves no room for a prompt in the {start.context} positions of the model: "
                 "lower examples.max_new_tokens"
             )
-        limit = min(self.max_tokens, room)
+        limit = min(self.max_prompt_length, room)
         prompts, keys, counts = records.prompts(paths, data.tokenizer, limit)
         if counts.get("too_long"):
             why = (

@@ -107,7 +107,7 @@ def _run(recipe: Recipe, directory: Path, echo: Echo, ranks: Ranks) -> RunResult
     """`run` on one rank."""
     tell = echo if ranks.first else _silent
     if recipe.model is None and not recipe.init_from:
-        raise UserError(f"the recipe {recipe.name!r} has neither a shape nor a start: {WHOLE}")
+        raise UserError(f"the recipe {recipe.name!r} has neither a model config nor init_from: {WHOLE}")
     _check_models(recipe)
     make_directory(directory)
     inputs = _first_alone(ranks, lambda: RunInputs.read(recipe, directory, tell, ranks.first))
