@@ -151,9 +151,9 @@ def test_what_a_refusal_says_to_do_can_be_done(name: str) -> None:
         ("t5", "mlm", "set model.causal=false and model.num_encoder_layers=0"),
         ("gpt", "span_corruption", "set model.num_encoder_layers=4"),
         ("linformer", "causal_lm", "set model.causal=true and model.linformer_k=0"),
-        ("elmo", "causal_lm", "set model.separate_directions=false and model.causal=true"),
+        ("elmo", "causal_lm", "set model.causal=true and model.separate_directions=false"),
         ("vae", "denoising", "set model.latent_size=0"),
-        ("lstm", "bilm", "set model.separate_directions=true and model.causal=false"),
+        ("lstm", "bilm", "set model.causal=false and model.separate_directions=true"),
         ("word2vec", "mlm", "begin from the recipe roberta (an encoder)"),
         ("gpt", "word2vec", "begin from the recipe word2vec (a table of vectors)"),
     ],
@@ -187,7 +187,9 @@ def test_a_sum_that_cannot_be_says_of_which_and_why() -> None:
         CausalLM() + NSP()
     with pytest.raises(UserError, match=r"cannot add causal_lm\+mlm: two of them have the loss term 'tokens'"):
         CausalLM() + MLM()
-    with pytest.raises(UserError, match=r"cannot add mixed\+consistency: each runs the model in a way of its own"):
+    with pytest.raises(
+        UserError, match=r"cannot add layer_mixture\+consistency: each runs the model in a way of its own"
+    ):
         LayerMixture() + Consistency()
 
 

@@ -207,7 +207,7 @@ def cases(folder: Path) -> dict[str, tuple[str, list[str], str]]:
 
 
 @pytest.mark.parametrize(
-    "field", ["start", "examples.reward_model", "examples.teacher", "embeddings", "tokenizer.path"]
+    "field", ["init_from", "examples.reward_model", "examples.teacher", "init_embeddings_from", "tokenizer.path"]
 )
 def test_another_model_is_refused(models: Path, tmp_path: Path, field: str) -> None:
     """Between two starts of one run the weights are replaced by others of the same shape and tokenizer."""

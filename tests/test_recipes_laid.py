@@ -91,7 +91,7 @@ def test_records_seen_otherwise_have_their_lengths(recipe: str, tmp_path: Path) 
         "max_steps=2",
         "batch.size=8",
         "checkpoint.every=0",
-        "examples.base.length=32",
+        "examples.base.max_length=32",
     ]
     other = {
         "semi_supervised": ["examples=partially_labeled", "examples.num_labeled=40", "objective=consistency"],

@@ -208,7 +208,7 @@ def test_whole_words_are_the_most_frequent_ones_in_small_letters() -> None:
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        (["lstm", "model.causal=false"], "objective causal reads a text from left to right, which an LSTM in two"),
+        (["lstm", "model.causal=false"], "objective causal_lm reads a text from left to right, which an LSTM in two"),
         (["lstm", "objective=mlm"], "objective mlm reads a text from both sides, which a left-to-right LSTM cannot"),
         (["lstm", "objective=span_corruption"], "an encoder-decoder"),
         (

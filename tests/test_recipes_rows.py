@@ -109,7 +109,7 @@ def test_prompts_leave_room_for_a_prefix_and_an_answer() -> None:
     found = limit_lengths(
         RolloutsConfig(max_new_tokens=20), RolloutsConfig(), PrefixTuning(), model, model.config, 0, lines.append
     )
-    assert found == RolloutsConfig(max_new_tokens=20, max_tokens=28) and len(lines) == 1
+    assert found == RolloutsConfig(max_new_tokens=20, max_prompt_length=28) and len(lines) == 1
     assert (
         limit_lengths(RolloutsConfig(), RolloutsConfig(), FullFinetuning(), model, model.config, 0, lines.append)
         == RolloutsConfig()
@@ -123,7 +123,7 @@ def test_rotary_positions_bound_no_row(adapt: str, place: Path, base: Callable[[
     settings = [f"data.path={place / 'text.txt'}", f"init_from={base('rotary')}", adapt, "max_steps=1", "batch.size=8",
                 "precision=fp32", "evaluation.max_examples=8", "sample_prompts=[]", "model=null", "examples.max_length=80"]  # fmt: skip
     done = run(load("gpt2", settings), tmp_path, quiet)
-    assert load(str(done.directory)).examples.length == 80  # type: ignore[attr-defined]
+    assert load(str(done.directory)).examples.max_length == 80  # type: ignore[attr-defined]
 
 
 def test_a_prefix_that_is_there_takes_its_positions(place: Path, base: Callable[[str], Path], tmp_path: Path) -> None:
@@ -140,4 +140,4 @@ def test_a_prefix_that_is_there_takes_its_positions(place: Path, base: Callable[
         with pytest.raises(UserError, match=r"^examples\.max_length=55: .* set examples\.max_length=54$"):
             run(load("gpt2", [*common, *more, "examples.max_length=55"]), tmp_path / "no", quiet)
         done = run(load("gpt2", [*common, *more]), tmp_path / more[0], quiet)
-        assert load(str(done.directory)).examples.length == 54  # type: ignore[attr-defined]
+        assert load(str(done.directory)).examples.max_length == 54  # type: ignore[attr-defined]

@@ -418,4 +418,4 @@ def test_annotators_are_simulated_only_where_a_recipe_says_so(folder: Path, tmp_
     run(load("weak_supervision", [*settings, f"data={voted}"]), tmp_path / "c", heard.append)
     assert not any("simulation" in line for line in heard)
     listed = CliRunner().invoke(app, ["list"]).output
-    assert "weak: records {text, labels:" in listed and "semi_supervised: records {text, label}" in listed
+    assert "weak_supervision: records {text, labels:" in listed and "semi_supervised: records {text, label}" in listed

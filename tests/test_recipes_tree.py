@@ -157,10 +157,10 @@ def test_a_setting_that_no_addend_has_or_several_is_refused_by_name(settings: li
 
 @pytest.mark.parametrize("field", ["steps", "seconds", "flops"])
 def test_a_length_on_the_command_line_replaces_the_recipes(field: str) -> None:
-    length = load("gpt", [f"length.{field}=70"]).budget
-    assert {name: getattr(length, name) for name in ("steps", "seconds", "flops") if getattr(length, name)} == {
-        field: 70
-    }
+    length = load("gpt", [f"max_{field}=70"]).budget
+    assert {
+        name: getattr(length, name) for name in ("max_steps", "max_seconds", "max_flops") if getattr(length, name)
+    } == {f"max_{field}": 70}
 
 
 def test_two_lengths_on_the_command_line_are_refused() -> None:
@@ -184,7 +184,7 @@ def test_a_path_replaces_the_corpus_and_a_corpus_the_path(tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("written", ["data: {path: [mine.txt], corpus: shakespeare}", "data: {path: [mine.txt]}"])
 def test_the_card_of_ones_own_text_names_no_language(written: str, tmp_path: Path) -> None:
-    (tmp_path / "recipe.yaml").write_text(f"name: gpt\nobjective: causal\nsegment: windows\n{written}\n")
+    (tmp_path / "recipe.yaml").write_text(f"name: gpt\nobjective: causal_lm\nexamples: windows\n{written}\n")
     config = decoder_config(50, 32, 1)
     model = LM(config, CausalLM().heads(config))
     text = model_card.text(model_card.of_run(tmp_path, tmp_path, model, "transformers loads it", {}, {}))

@@ -86,7 +86,10 @@ def test_a_finished_run_repeats(place: Path, tmp_path: Path) -> None:
 
 
 def test_the_number_of_ids_may_be_left_out(place: Path, tmp_path: Path) -> None:
-    for shape in ("{width: 32, depth: 1, heads: 1}", "{vocab: null, width: 32, depth: 1, heads: 1}"):
+    for shape in (
+        "{hidden_size: 32, num_layers: 1, num_heads: 1}",
+        "{vocab_size: null, hidden_size: 32, num_layers: 1, num_heads: 1}",
+    ):
         made = load("classification", [f"model={shape}", "tokenizer.vocab_size=500"]).model
         assert made is not None and made.vocab_size == 500
     made = load(

@@ -153,7 +153,7 @@ def _plain(found: Any, kind: type[nn.Linear]) -> nn.Module:
 
 def _plain_head(found: Any) -> nn.Module:
     with torch.device("meta"):
-        return LMHead(found.shape)
+        return LMHead(found.config)
 
 
 ADAPTED: dict[type[nn.Module], Callable[[Any], AdaptedModule]] = {
