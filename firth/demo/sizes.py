@@ -100,7 +100,7 @@ class DemoSize:
 
     def ppo(self, recipe: Recipe, *, reward: str, scorer: str) -> Recipe:
         examples = RolloutsConfig(rollout_size=64, num_epochs=2, max_new_tokens=self.answer, reward_model=reward, true_reward_function=scorer, kl_coef=0.05,
-                           max_tokens=self.context - self.answer)  # fmt: skip
+                           max_prompt_length=self.context - self.answer)  # fmt: skip
         return dataclasses.replace(
             recipe,
             examples=examples,
