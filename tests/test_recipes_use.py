@@ -106,7 +106,7 @@ def test_chat_refuses_a_long_line_and_goes_on(talker: Path) -> None:
 
 
 def test_chat_refuses_an_answer_as_long_as_the_context(talker: Path) -> None:
-    with pytest.raises(UserError, match=r"an answer of 128 tokens leaves no room .* choose fewer with --tokens"):
+    with pytest.raises(UserError, match=r"an answer of 128 tokens leaves no room .* choose fewer with --max-new-tokens"):
         Conversation(talker, Sampling(max_new_tokens=128))
 
 
