@@ -99,6 +99,6 @@ def test_a_command_that_is_none_is_found() -> None:
 
 def test_a_length_below_none_is_refused_and_predict_names_what_it_reads() -> None:
     error = CliRunner().invoke(app, ["embed", "runs/x", "a.txt", "--max-length", "-3"]).exception
-    assert isinstance(error, UserError) and "--length=-3 must be at least 0" in str(error)
+    assert isinstance(error, UserError) and "--max-length=-3 must be at least 0" in str(error)
     told = CliRunner().invoke(app, ["predict", "--help"]).output
     assert "CoNLL" in told and "SQuAD" in told

@@ -72,7 +72,7 @@ def test_electra_s_generator_is_a_quarter_and_has_no_tables_of_its_own() -> None
     assert (small.hidden_size, small.num_heads, small.intermediate_size, small.num_layers, small.embedding_size) == (64, 1, 256, 12, 128)
     model = LM(
         replace(recipe.model, vocab_size=100, num_layers=1),
-        recipe.objective.num_heads(replace(recipe.model, vocab_size=100, num_layers=1)),
+        recipe.objective.heads(replace(recipe.model, vocab_size=100, num_layers=1)),
     )
     assert sum(t.numel() for n, t in model.named_parameters() if t.shape[0] == 100 and t.ndim == 2) == 100 * 128
 
