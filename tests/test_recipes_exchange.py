@@ -474,7 +474,7 @@ def test_shapes_without_a_family_travel_too(tmp_path: Path) -> None:
     for wrong, says in (
         ({"form": "onnx"}, "no format 'onnx'"),
         ({"dtype": "int8"}, "no dtype"),
-        ({"shard": "big"}, "no size"),
+        ({"shard": "big"}, "is not a size"),
     ):
         options = {"form": "hf", "dtype": "", "shard": ""} | wrong
         with pytest.raises(UserError, match=says):

@@ -41,7 +41,7 @@ def texts(path: str | Path, **options: str) -> tuple[list[str], dict[str, int]]:
     return found, {k: n for k, n in rows.items() if k not in ("files", "documents", "bytes")}
 
 
-# --- what stands in a text file ---------------------------------------------------------------------------------------
+# --- the content of a text file ---------------------------------------------------------------------------------------
 
 GOOD = ["a", " ", "\n", "\n\n", "é", "€", "🙂", "\ufffd"]
 BAD = [b"\xff", b"\xc3", b"\xe2\x82", b"\xf0\x9f\x99", b"\x80", b"\xc0\xaf", b"\xed\xa0\x80", b"\xf8\x88", b"\x00"]
@@ -111,18 +111,18 @@ def test_a_document_is_not_cut_at_a_block_border(tmp_path, monkeypatch, split, e
     monkeypatch.setattr(readers, "LONGEST", 64)
     wanted = [f"line number {i} with blanks in it" for i in range(100)]
     path = write(tmp_path / "a.txt", end.join(wanted) + end)
-    found, mended = texts(path, split=split)
+    found, notes = texts(path, split=split)
     assert [t.rstrip("\n") for t in found] == wanted
-    assert mended == {}
+    assert notes == {}
 
 
 def test_a_long_text_is_cut_at_paragraphs_first_and_says_so(tmp_path, monkeypatch):
     monkeypatch.setattr(readers, "LONGEST", 64)
     paragraph = "some words that go on\nand on"
     path = write(tmp_path / "a.txt", "\n\n".join([paragraph] * 20))
-    found, mended = texts(path)
+    found, notes = texts(path)
     assert all(t.strip("\n").endswith("and on") and len(t) <= 65 for t in found)
-    assert mended == {"cut": len(found) - 1}
+    assert notes == {"cut": len(found) - 1}
     assert "".join(found) == "\n\n".join([paragraph] * 20)
     names = [d.name for d in documents([path])]
     assert names[:3] == ["a.txt", "a.txt:2", "a.txt:3"] and len(set(names)) == len(names)
@@ -135,15 +135,15 @@ def test_records_over_the_longest_are_skipped_and_counted(tmp_path, monkeypatch)
     monkeypatch.setattr(readers, "LONGEST", 100)
     lines = [json.dumps({"text": "x" * n}) for n in (5, 300, 7, 88, 89, 1000, 3)]  # 88: a line of exactly 100 bytes
     for end in ("\n", ""):
-        found, mended = texts(write(tmp_path / "a.jsonl", "\n".join(lines) + end))
+        found, notes = texts(write(tmp_path / "a.jsonl", "\n".join(lines) + end))
         assert [len(t) for t in found] == [5, 7, 88, 3]
-        assert mended == {"too_long": 3}
-    found, mended = texts(write(tmp_path / "b.jsonl", lines[0] + "\n" + lines[1]))  # the last line, without an end
-    assert ([len(t) for t in found], mended) == ([5], {"too_long": 1})
+        assert notes == {"too_long": 3}
+    found, notes = texts(write(tmp_path / "b.jsonl", lines[0] + "\n" + lines[1]))  # the last line, without an end
+    assert ([len(t) for t in found], notes) == ([5], {"too_long": 1})
     table = pyarrow.table({"text": ["x" * n for n in (5, 300, 7)], "other": [1, 2, 3]})
     pyarrow.parquet.write_table(table, tmp_path / "c.parquet")
-    found, mended = texts(tmp_path / "c.parquet")
-    assert ([len(t) for t in found], mended) == ([5, 7], {"too_long": 1})
+    found, notes = texts(tmp_path / "c.parquet")
+    assert ([len(t) for t in found], notes) == ([5, 7], {"too_long": 1})
     assert [place for place, _ in records([str(tmp_path / "c.parquet")])] == [
         f"{tmp_path / 'c.parquet'}:{n}" for n in (1, 3)
     ]
@@ -322,9 +322,11 @@ def test_rights_that_are_missing_are_told(tmp_path, monkeypatch):
         list(documents([str(tmp_path)]))
 
 
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the peak of a process is told by Linux's /proc")
+@pytest.mark.skipif(
+    not Path("/proc/self/status").exists(), reason="the peak memory of a process is read from Linux's /proc"
+)
 def test_fifty_megabytes_in_one_line_take_little_memory(tmp_path):
-    """In a process of its own, whose peak is told: far under 1 GB, most of which is Python and its libraries."""
+    """Measured in a separate process: far under 1 GB, most of which is Python and its libraries."""
     row = b'{"text": "' + b"word " * 10_000_000 + b'"}\n'
     write(tmp_path / "a.txt", b"word " * 10_000_000)
     write(tmp_path / "b.jsonl", row + b'{"text": "short"}\n')
@@ -333,9 +335,9 @@ def test_fifty_megabytes_in_one_line_take_little_memory(tmp_path):
     pyarrow.parquet.write_table(table, tmp_path / "d.parquet")
     code = (
         "import re, sys\n"
-        "from firth.corpora.read_stats import Counts\n"
+        "from firth.corpora.read_stats import ReadStats\n"
         "from firth.corpora.readers import documents\n"
-        "counts = Counts()\n"
+        "counts = ReadStats()\n"
         "lengths = [len(d.text) for d in documents([sys.argv[1]], counts=counts)]\n"
         # Not getrusage: its peak is at least that of the process which started this one.
         "peak = int(re.search(r'VmHWM:\\s+(\\d+)', open('/proc/self/status').read())[1]) // 1024\n"

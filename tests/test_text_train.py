@@ -97,7 +97,7 @@ PROGRAM = """
 import pydoc_data.topics, sys
 from firth.tokenizer.train import train
 texts = sorted(pydoc_data.topics.topics.values())[:40]
-print(train(texts, sys.argv[1], 1500, seed=3, sample=int(sys.argv[2])).digest)
+print(train(texts, sys.argv[1], 1500, seed=3, sample_bytes=int(sys.argv[2])).digest)
 """
 
 
