@@ -214,8 +214,8 @@ CONFIGS = {
     "a family that is no word": ({"model_type": ["gpt2"]}, "firth reads"),
     "no family": ({"model_type": None}, "firth reads"),
     "code": ({"auto_map": {"AutoModel": "modeling.Model"}}, "runs no code of a model directory"),
-    "quantised": ({"quantization_config": {"quant_method": "gptq"}}, "quantised .gptq."),
-    "quantised, said badly": ({"quantization_config": "yes"}, "quantised"),
+    "quantized": ({"quantization_config": {"quant_method": "gptq"}}, "quantized .gptq."),
+    "quantized, said badly": ({"quantization_config": "yes"}, "quantized"),
 }  # fmt: skip
 
 

@@ -220,14 +220,14 @@ def test_our_own_template_read_from_a_file_changes_nothing(own, tmp_path):
         ("{{ messages[-1].content }}</s>", "shows a message 0 times or out of order"),
         ("{% for m in messages %}{{ m.content }}{{ m.content }}</s>{% endfor %}", "shows a message 2 times"),
         ("{% for m in messages | reverse %}{{ m.content }}</s>{% endfor %}", "shows a message 0 times or out of order"),
-        ("{% for m in messages %}{{ m.content }}</s>{% endfor %}{{ 'x' * messages[0].content | length }}", "writes something else"),
+        ("{% for m in messages %}{{ m.content }}</s>{% endfor %}{{ 'x' * messages[0].content | length }}", "writes text that depends on the contents"),
         ("{{ messages[0].content | length }}{% for m in messages %}{{ m.content }}</s>{% endfor %}", "does not show"),
         ("{{ raise_exception('no system role') }}", "cannot write this dialogue: no system role"),
         ("{{ 1 / 0 }}", "has a fault: ZeroDivisionError"),
         ("{{ messages.nothing.at_all }}", "cannot write this dialogue: "),
         ("{% for %}", "cannot write this dialogue: "),
         ("{{ ''.__class__.__mro__ }}", "cannot write this dialogue: "),
-        ("{% for m in messages %}Q: {{ m.content }}\n{% endfor %}", "puts no stop token behind the answer"),
+        ("{% for m in messages %}Q: {{ m.content }}\n{% endfor %}", "writes no stop token after the answer"),
     ],
 )  # fmt: skip
 def test_a_template_that_cannot_be_followed_is_refused_in_one_sentence(own, template, wrong):
@@ -239,7 +239,7 @@ def test_a_template_that_cannot_be_followed_is_refused_in_one_sentence(own, temp
 
 def test_a_tokenizer_that_knows_no_turns_is_refused():
     plain = Engine(models.WordLevel({"a": 0, "<unk>": 1}, unk_token="<unk>"))
-    with pytest.raises(UserError, match=r"this tokenizer cannot write a dialogue: .*firth tokenizer train"):
+    with pytest.raises(UserError, match=r"this tokenizer cannot encode a dialogue: .*firth tokenizer train"):
         encode(Tokenizer(plain), told("a", "a"))
     assert chat.stops(Tokenizer(plain)) == []
 

@@ -154,11 +154,11 @@ def test_bytes_stand_in_for_unknown_characters(tmp_path):
     [
         ("tokenizer.json", b"{}", "cannot read this tokenizer"),
         ("tokenizer.json", b"\xff\xfe", "not a tokenizer"),
-        ("vocab.json", b"{}", "merges that belong to it are missing"),
+        ("vocab.json", b"{}", "merges are missing"),
         ("spiece.model", b"\x0a\xff", "not a tokenizer"),
         ("spiece.model", b"\x0f", "wire type 7"),
         ("spiece.model", b"", "Unigram or BPE"),
-        ("spiece.model", spiece(("<unk>", 0.0, 2), ("a", 0.0, 5)), "all in use"),
+        ("spiece.model", spiece(("<unk>", 0.0, 2), ("a", 0.0, 5)), "without unused pieces"),
         ("spiece.model", spiece(("<unk>", 0.0, 2), ("a", 0.0, 1), kind=3), "Unigram or BPE"),
     ],
 )

@@ -168,7 +168,7 @@ def test_what_llama_cpp_does_not_have_is_refused(algorithm):
 def test_merges_that_no_scores_make_are_refused():
     definition = json.loads(sentencepiece().definition)
     definition["model"]["merges"] = definition["model"]["merges"][:-1]  # "or" is there, and yet never made
-    with pytest.raises(UserError, match="no tokenizer that cuts"):
+    with pytest.raises(UserError, match="no tokenizer that splits"):
         gguf_write._kind(definition)
 
 
@@ -201,12 +201,12 @@ BASE = {
         ({"tokenizer.ggml.token_type": np.array([1, 1], "<i4")}, "not an array of 3 numbers"),
         ({"tokenizer.ggml.token_type": "111"}, "not an array of 3 numbers"),
         ({"tokenizer.ggml.model": "gemma4"}, "of the kind 'gemma4'; firth reads gpt2, llama, t5, bert"),
-        ({"tokenizer.ggml.pre": "tekken"}, "as 'tekken' does"),
-        ({"tokenizer.ggml.pre": "deepseek-llm"}, "as 'deepseek-llm' does, which firth does not know"),
+        ({"tokenizer.ggml.pre": "tekken"}, "pre-tokenizer 'tekken'"),
+        ({"tokenizer.ggml.pre": "deepseek-llm"}, "pre-tokenizer 'deepseek-llm', which firth does not know"),
         ({"tokenizer.ggml.pre": 3}, "no text 'tokenizer.ggml.pre'"),
         ({"tokenizer.chat_template": 3}, "no text 'tokenizer.chat_template'"),
         ({"tokenizer.ggml.model": "bert"}, "\\[UNK\\]"),
-        ({"tokenizer.ggml.model": "t5", "tokenizer.ggml.token_type": np.array([2, 1, 5], "<i4")}, "not in use"),
+        ({"tokenizer.ggml.model": "t5", "tokenizer.ggml.token_type": np.array([2, 1, 5], "<i4")}, "unused pieces"),
     ],
 )  # fmt: skip
 def test_broken_metadata_are_refused_in_a_sentence(changed, why, tmp_path):
@@ -218,7 +218,7 @@ def test_broken_metadata_are_refused_in_a_sentence(changed, why, tmp_path):
 
 def test_a_file_must_say_how_text_is_cut(tmp_path):
     container.write(tmp_path / "a.gguf", {k: v for k, v in BASE.items() if k != "tokenizer.ggml.pre"}, [])
-    with pytest.raises(UserError, match="does not say how text is cut"):
+    with pytest.raises(UserError, match="does not name its pre-tokenizer"):
         Tokenizer.load(tmp_path / "a.gguf")
 
 

@@ -44,7 +44,7 @@ from typing import Any, NamedTuple, cast
 from firth.corpora import tables
 from firth.corpora.compression import PACKED, guarded
 from firth.corpora.read_stats import ReadStats
-from firth.tokenizer.normalize import whole
+from firth.tokenizer.normalize import replace_lone_surrogates
 from firth.types import UserError
 
 LONGEST = 4 << 20
@@ -255,7 +255,7 @@ def clean(text: str, counts: ReadStats, place: str) -> str:
     if "\0" in text:
         counts.note("nul", place, text.count("\0"))
         text = text.replace("\0", "")
-    mended = whole(text)
+    mended = replace_lone_surrogates(text)
     counts.note("bad_utf8", place, mended is not text)
     return mended
 

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from firth.corpora.read_stats import ReadStats
-from firth.tokenizer.normalize import whole
+from firth.tokenizer.normalize import replace_lone_surrogates
 from firth.types import UserError
 
 Rows = Iterator[tuple[str, dict[str, Any]]]
@@ -197,7 +197,7 @@ def document(file: BinaryIO, path: Path, counts: ReadStats, columns: Sequence[st
     for article, one in enumerate(found["data"], 1):
         for paragraph, part in enumerate(_listed(one, "paragraphs", f"{path}: article {article}"), 1):
             where = f"{path}: article {article}, paragraph {paragraph}"
-            context = whole(_field(part, "context", str, where))
+            context = replace_lone_surrogates(_field(part, "context", str, where))
             for number, asked in enumerate(_listed(part, "qas", where), 1):
                 yield _question(asked, context, f"{path}", f"{where}, question {number}")
 

@@ -142,7 +142,7 @@ def parsed(file: Path, cure: str = "copy it again") -> Any:
     try:
         return json.loads(file.read_text(encoding="utf-8"), parse_constant=no_number)
     except (ValueError, RecursionError) as fault:
-        raise UserError(f"{file} is not valid JSON ({fault}): {cure}") from None
+        raise UserError(f"{file} is not JSON ({fault}): {cure}") from None
 
 
 def no_number(name: str) -> float:

@@ -127,7 +127,7 @@ def header(file: Path) -> dict[str, TensorInfo]:
     try:
         entries = json.loads(text, object_pairs_hook=_once, parse_constant=no_number)
     except (ValueError, RecursionError) as fault:
-        raise _broken(file, f"its header is not valid JSON: {str(fault)[:80]}") from None
+        raise _broken(file, f"its header is not JSON: {str(fault)[:80]}") from None
     found: dict[str, TensorInfo] = {}
     spans: list[tuple[int, int]] = []
     for name, entry in entries.items() if type(entries) is dict else [("its header", entries)]:
@@ -237,12 +237,12 @@ def _no_weights(directory: Path, name: str = SINGLE) -> UserError:
     )
     if pickles:
         return UserError(
-            f"{directory} has pickled weights ({pickles}), which can run code and are never read: save them as "
+            f"{directory} holds pickled weights ({pickles}), which can run code and are never read: save them as "
             "safetensors, for example with save_pretrained(DIR, safe_serialization=True) of transformers"
         )
     if others:
-        return UserError(f"{directory} has {others} and no {name}: save the model as safetensors")
-    return UserError(f"{directory} has no {name}")
+        return UserError(f"{directory} holds {others} and no {name}: save the model as safetensors")
+    return UserError(f"{directory} holds no {name}")
 
 
 def _load(file: Path, names: Iterable[str]) -> dict[str, Tensor]:

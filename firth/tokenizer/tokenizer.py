@@ -31,7 +31,7 @@ from firth.tokenizer import formats, gguf_read, post_processor
 from firth.tokenizer.chat_template import END, START, TEMPLATE
 from firth.tokenizer.hf_config import ending, loaded, said, spelling, template_of, with_hf_config
 from firth.tokenizer.merges import Merge
-from firth.tokenizer.normalize import whole
+from firth.tokenizer.normalize import replace_lone_surrogates
 from firth.tokenizer.vocab import Vocab
 from firth.types import UserError
 
@@ -91,11 +91,11 @@ class Tokenizer:
 
         Lone surrogates are read as U+FFFD.
         """
-        return np.array(self.engine.encode(whole(text), add_special_tokens=False).ids, np.int32)
+        return np.array(self.engine.encode(replace_lone_surrogates(text), add_special_tokens=False).ids, np.int32)
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         """`encode` for many texts, on all cores."""
-        found = self.engine.encode_batch_fast([whole(t) for t in texts], add_special_tokens=False)
+        found = self.engine.encode_batch_fast([replace_lone_surrogates(t) for t in texts], add_special_tokens=False)
         return [np.array(e.ids, np.int32) for e in found]
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
@@ -105,7 +105,7 @@ class Tokenizer:
 
     def spans(self, text: str) -> tuple[np.ndarray, np.ndarray]:
         """Ids (n,) int32 as of `encode`, and where in the text each begins and ends: (n, 2) in characters."""
-        found = self.engine.encode(whole(text), add_special_tokens=False)
+        found = self.engine.encode(replace_lone_surrogates(text), add_special_tokens=False)
         ids, spans = np.array(found.ids, np.int32), np.array(found.offsets, np.int64).reshape(-1, 2)
         if (n := len(self._end_bytes)) and len(ids) >= n:
             # The bytes of `</w>` behind those of a word's last character are of no character; the engine counts on.

@@ -35,7 +35,7 @@ from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers
 from tokenizers import Tokenizer as Engine
 
 from firth.tokenizer import merges, unigram
-from firth.tokenizer.normalize import whole
+from firth.tokenizer.normalize import replace_lone_surrogates
 from firth.tokenizer.tokenizer import Tokenizer
 from firth.tokenizer.workers import count_all
 from firth.types import UserError
@@ -278,7 +278,7 @@ def reservoir(texts: Iterable[str], sample: int, seed: int) -> Iterator[str]:
 
 def _pieces(texts: Iterable[str]) -> Iterator[str]:
     """Documents cut at white space into pieces of at most about PIECE characters."""
-    for text in map(whole, texts):
+    for text in map(replace_lone_surrogates, texts):
         start = 0
         while start < len(text):
             end = min(start + PIECE, len(text))

@@ -26,7 +26,7 @@ from typing import Any, Generic, Protocol, TypeVar
 import numpy as np
 from tokenizers import Tokenizer as Engine
 
-from firth.tokenizer.normalize import whole
+from firth.tokenizer.normalize import replace_lone_surrogates
 from firth.tokenizer.post_processor import engine_of
 from firth.tokenizer.tokenizer import Tokenizer
 from firth.tokenizer.word_counts import count
@@ -227,7 +227,7 @@ def _lists(texts: Iterable[str]) -> Iterator[list[str]]:
 
 def _packed(texts: Sequence[str]) -> bytes:
     """Texts as one message: their number, the bytes of each, and their UTF-8."""
-    raw = [whole(text).encode() for text in texts]
+    raw = [replace_lone_surrogates(text).encode() for text in texts]
     return np.array([len(raw), *map(len, raw)], np.int64).tobytes() + b"".join(raw)
 
 
