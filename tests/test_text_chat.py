@@ -12,7 +12,7 @@ from transformers import AutoTokenizer
 
 from firth.tokenizer import chat
 from firth.tokenizer.chat import Message, encode
-from firth.tokenizer.chat_template import TEMPLATE, parts
+from firth.tokenizer.chat_template import TEMPLATE, split_template
 from firth.tokenizer.tokenizer import Tokenizer
 from firth.tokenizer.train import train
 from firth.types import UserError
@@ -251,7 +251,7 @@ def test_stops(own):
 
 
 def test_parts_of_a_template_with_a_default_system_prompt():
-    pieces, shown = parts(SMOL, told(" hello ", "there"), {}, open=True)
+    pieces, shown = split_template(SMOL, told(" hello ", "there"), {}, open=True)
     assert pieces[0].startswith("<|im_start|>system\nYou are") and pieces[0].endswith("<|im_start|>user\n")
     assert pieces[1:] == ["<|im_end|>\n<|im_start|>assistant\n", "<|im_end|>\n<|im_start|>assistant\n"]
     assert shown == [" hello ", "there"]

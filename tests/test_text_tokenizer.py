@@ -225,7 +225,7 @@ def test_what_is_saved_is_read_again(tokenizer, tmp_path):
     for place in (tmp_path / "run", tmp_path / "run" / "tokenizer", tmp_path / "run" / "tokenizer" / "tokenizer.json"):
         again = Tokenizer.load(place)
         assert again.digest == tokenizer.digest
-        assert again.learnt == tokenizer.learnt
+        assert again.merges == tokenizer.merges
         assert again.vocab.roles == tokenizer.vocab.roles
         assert np.array_equal(again.vocab.special, tokenizer.vocab.special)
         assert np.array_equal(again.encode(PROSE[0]), tokenizer.encode(PROSE[0]))
@@ -237,7 +237,7 @@ def test_what_is_saved_is_read_again(tokenizer, tmp_path):
 
 def test_a_worker_gets_the_same_one(tokenizer):
     again = pickle.loads(pickle.dumps(tokenizer))
-    assert (again.digest, again.template, again.learnt) == (tokenizer.digest, tokenizer.template, tokenizer.learnt)
+    assert (again.digest, again.template, again.merges) == (tokenizer.digest, tokenizer.template, tokenizer.merges)
     assert controls(again, SPELLED) == set()
     assert np.array_equal(again.encode(PROSE[0]), tokenizer.encode(PROSE[0]))
 
@@ -300,7 +300,7 @@ def test_show_prints_merges_in_order_with_their_counts(trained, tmp_path):
     for algorithm in ("bpe", "byte-bpe", "wordpiece"):
         trained[algorithm].save(tmp_path / algorithm)
         seen = inspection.inspect_tokenizer(trained[algorithm], ["laern"], first=5)
-        assert seen.merges == trained[algorithm].learnt[:5]
+        assert seen.merges == trained[algorithm].merges[:5]
         counts = [m.count for m in seen.merges]
         assert counts == sorted(counts, reverse=True)
         assert seen.splits == (("laern", tuple(trained[algorithm].pieces("laern"))),)
@@ -326,7 +326,7 @@ def test_show_of_a_stranger_says_what_it_knows(tmp_path, trained):
     trained["byte-bpe"].save(tmp_path)
     (tmp_path / "merges.json").unlink()
     seen = inspection.inspect_tokenizer(Tokenizer.load(tmp_path), [], first=3)
-    assert [(m.left, m.right) for m in seen.merges] == [(m.left, m.right) for m in trained["byte-bpe"].learnt[:3]]
+    assert [(m.left, m.right) for m in seen.merges] == [(m.left, m.right) for m in trained["byte-bpe"].merges[:3]]
     assert [m.count for m in seen.merges] == [None] * 3
     trained["wordpiece"].save(tmp_path)
     (tmp_path / "merges.json").unlink()

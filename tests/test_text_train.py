@@ -19,7 +19,17 @@ from tokenizers import models, pre_tokenizers
 from firth.tokenizer import unigram
 from firth.tokenizer.inspection import report
 from firth.tokenizer.tokenizer import Tokenizer
-from firth.tokenizer.train import ALGORITHMS, BYTES, CONTROL, FALLBACK, PIECE, blank, reservoir, train, unknown_share
+from firth.tokenizer.train import (
+    ALGORITHMS,
+    BYTES,
+    CONTROL,
+    FALLBACK_ALGORITHMS,
+    SAMPLE_CHARACTERS,
+    blank,
+    reservoir,
+    train,
+    unknown_share,
+)
 from firth.tokenizer.word_counts import count as count_words
 from firth.types import UserError
 
@@ -87,7 +97,7 @@ def test_merges_and_their_counts_are_those_of_a_direct_implementation(algorithm,
         assert len(letters) == 256
     first = [tokenizer.token(i) for i in range(len(CONTROL) + 3)] + letters + [form(c) for c in letters if form]
     expected = direct(words, spell, join, first, tokenizer.vocab.size)
-    assert [(m.left, m.right, m.count) for m in tokenizer.learnt] == expected
+    assert [(m.left, m.right, m.count) for m in tokenizer.merges] == expected
     assert len(expected) > (10 if corpus == "repeats" else 60)
     made = list(dict.fromkeys(join(left, right) for left, right, _ in expected))
     assert [tokenizer.token(i) for i in range(tokenizer.vocab.size)] == first + made
@@ -150,7 +160,7 @@ def test_ids_begin_with_the_control_tokens(trained, algorithm):
     names = [tokenizer.token(i) for i in range(107)]
     usual = [*CONTROL, *(f"<extra_id_{i}>" for i in range(100))]
     assert names == (["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *usual[5:]] if algorithm == "wordpiece" else usual)
-    if algorithm in FALLBACK:
+    if algorithm in FALLBACK_ALGORITHMS:
         assert [tokenizer.token(i) for i in range(107, 363)] == BYTES
     assert (vocab.pad, vocab.roles["unk"], vocab.bos, vocab.eos, vocab.mask) == (0, 1, 2, 3, 4)
     assert (vocab.cls, vocab.sep) == (2, 3)
@@ -181,7 +191,7 @@ def chinese() -> str:
     return "".join(rng.choices(han, weights=[1 / (i + 1) for i in range(3000)], k=40_000)) + " plain words" * 50
 
 
-@pytest.mark.parametrize("algorithm", FALLBACK)
+@pytest.mark.parametrize("algorithm", FALLBACK_ALGORITHMS)
 def test_nothing_is_unknown_with_byte_fallback(algorithm: str, chinese: str, tmp_path) -> None:
     """3,000 characters in 1,200 ids: written as bytes by default, else the unknown share and the cure are reported."""
     messages: list[str] = []
@@ -208,7 +218,7 @@ def test_wordpiece_reports_the_share_of_unknown_words(chinese: str) -> None:
     assert "[UNK]" in messages[0] and "wordpiece files have no byte fallback; use unigram or byte-bpe" in messages[0]
 
 
-@pytest.mark.parametrize("algorithm", FALLBACK)
+@pytest.mark.parametrize("algorithm", FALLBACK_ALGORITHMS)
 def test_bytes_of_a_character_have_its_place(algorithm: str) -> None:
     text = "ab日 語c <0x41> 日"
     ids, spans = train(LITTLE, algorithm, 900).spans(text)
@@ -217,7 +227,7 @@ def test_bytes_of_a_character_have_its_place(algorithm: str) -> None:
     assert spans[-1].tolist() == [len(text) - 1, len(text)]
 
 
-@pytest.mark.parametrize("algorithm", ["byte-bpe", *FALLBACK])
+@pytest.mark.parametrize("algorithm", ["byte-bpe", *FALLBACK_ALGORITHMS])
 def test_the_smallest_size_is_the_same_for_all(algorithm: str) -> None:
     """7 control tokens and 256 bytes: 264 ids are enough."""
     tokenizer = train(LITTLE, algorithm, 264)
@@ -268,12 +278,12 @@ def test_the_reservoir_keeps_order_and_its_size():
     assert "".join(reservoir(texts, 10_000_000, 0)) == everything
     for seed in (0, 1):
         kept = list(reservoir(texts, 200_000, seed))
-        assert 200_000 - PIECE < sum(map(len, kept)) <= 200_000
+        assert 200_000 - SAMPLE_CHARACTERS < sum(map(len, kept)) <= 200_000
         numbers = [int(piece.split()[0]) for piece in kept]
         assert numbers == sorted(numbers)
         assert kept == list(reservoir(iter(texts), 200_000, seed))
     assert kept != list(reservoir(texts, 200_000, 0))
-    assert max(map(len, reservoir(["x" * 100_000], 10_000_000, 0))) <= PIECE
+    assert max(map(len, reservoir(["x" * 100_000], 10_000_000, 0))) <= SAMPLE_CHARACTERS
 
 
 def test_the_reservoir_is_uniform():

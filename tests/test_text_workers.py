@@ -21,7 +21,7 @@ from firth.corpora.readers import Document
 from firth.data import token_store
 from firth.data.token_store import TokenStore
 from firth.tokenizer import merges, word_counts, workers
-from firth.tokenizer.train import ALGORITHMS, WHOLE, blank, train
+from firth.tokenizer.train import ALGORITHMS, WORD_LEVEL, blank, train
 from firth.tokenizer.workers import Encode, Workers, count_all
 from firth.types import UserError
 
@@ -44,7 +44,7 @@ def by_engine(engine: Engine, texts: list[str]) -> Counter[str]:
     return found
 
 
-@pytest.mark.parametrize("algorithm", [*ALGORITHMS, WHOLE])
+@pytest.mark.parametrize("algorithm", [*ALGORITHMS, WORD_LEVEL])
 def test_words_are_counted_as_the_engine_cuts_them(algorithm: str) -> None:
     engine = blank(algorithm, "<unk>")
     for text in [*NASTY, *TEXTS]:
@@ -55,7 +55,7 @@ def test_words_are_counted_as_the_engine_cuts_them(algorithm: str) -> None:
 @settings(max_examples=60, deadline=None)
 @given(st.lists(st.text(st.sampled_from("aZ9'sé_!.\n\t \r\x0b\x0c\x1c\x85\xa0\u2003\u3000▁東ﬁ¨\u0301")), max_size=4))
 def test_words_of_any_text_are_those_of_the_engine(texts: list[str]) -> None:
-    for algorithm in (*ALGORITHMS, WHOLE):
+    for algorithm in (*ALGORITHMS, WORD_LEVEL):
         engine = blank(algorithm, "<unk>")
         assert word_counts.count(engine, texts) == by_engine(engine, texts), algorithm
 
@@ -116,7 +116,7 @@ def test_a_killed_worker_ends_in_one_sentence_and_the_build_goes_on(
                     process.kill()
             yield document
 
-    with pytest.raises(UserError, match="killed by signal 9, most often for want of memory: free some and run"):
+    with pytest.raises(UserError, match="killed by signal 9, most often because memory ran out: free some and run"):
         TokenStore.build(killing(None), tokenizer(), tmp_path / "store", workers=2)
     assert not (tmp_path / "store").exists()
     with pytest.raises(KeyboardInterrupt):

@@ -35,7 +35,17 @@ CLASSES: dict[str, Template] = {
 }  # fmt: skip
 """Tokenizer class without its suffix -> its template for a text and for a pair of texts."""
 
-RENUMBERED_CLASSES = ("XLMRoberta", "Camembert", "MBart", "Barthez", "Pegasus", "BigBird", "DebertaV2", "NllbTokenizer", "M2M100")
+RENUMBERED_CLASSES = (
+    "XLMRoberta",
+    "Camembert",
+    "MBart",
+    "Barthez",
+    "Pegasus",
+    "BigBird",
+    "DebertaV2",
+    "NllbTokenizer",
+    "M2M100",
+)
 """Classes whose ids differ from those of the file; only their tokenizer.json has them."""
 
 
@@ -64,7 +74,7 @@ def with_hf_config(engine: Engine, file: Path, config: Mapping[str, Any]) -> Non
         current = engine.token_to_id(token.content)
         if current is None and id is not None and id != engine.get_vocab_size(with_added_tokens=True):
             raise UserError(
-                f"{file.parent}: tokenizer_config.json gives {token.content!r:.40} the id {id}, which is not the next free id"
+                f"{file.parent}: tokenizer_config.json gives {token.content!r:.40} the id {id}, which is not free"
             )
         if current is not None and id is not None and current != id:
             raise UserError(

@@ -64,8 +64,8 @@ def check_bounds(definition: Any, file: Path) -> None:
     longest = model.get("max_input_chars_per_word") if isinstance(model, Mapping) else None
     if isinstance(longest, int | float) and longest > MAX_WORD:
         raise UserError(
-            f"{file}: its max_input_chars_per_word is {longest}, and WordPiece takes time cubic in the length "
-            f"of a word: lower it to at most {MAX_WORD:,}"
+            f"{file}: its max_input_chars_per_word is {longest}, and WordPiece takes time by the third power of a word's "
+            f"length: lower it to at most {MAX_WORD:,}"
         )
 
 
@@ -81,7 +81,7 @@ def _check_templates(component: Any, what: str) -> None:
             if used != texts and (name == "single" or not set(used) <= set(texts) or len(set(used)) < len(used)):
                 raise UserError(
                     f"{what} has a template {name!r} of the texts {', '.join(used) or '(none)':.40}, and "
-                    f"{' and '.join(texts)} must occur once: it is not read"
+                    f"{' and '.join(texts)} must be there once: it is not read"
                 )
             special = step.get("special_tokens")
             tokens = special if isinstance(special, Mapping) else {}
