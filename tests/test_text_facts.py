@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from firth.corpora import catalog
-from firth.corpora.closed_book import Fact, book, facts, held_out
+from firth.corpora.closed_book import Fact, facts, held_out, write_closed_book
 from firth.evaluate.evaluate import evaluate
 from firth.model.config import decoder_config, encoder_decoder_config
 from firth.model.heads import LMHead
@@ -60,7 +60,7 @@ def test_the_book_and_its_questions(tmp_path: Path) -> None:
     data = "".join(
         f"{i:08d} 15 n 01 {sense.split(':')[0]} 0 000 | {sense.split(': ')[1]}\n" for i, sense in enumerate(senses)
     )
-    said = book([("data.noun", io.BytesIO(data.encode()))], tmp_path, about="places")
+    said = write_closed_book([("data.noun", io.BytesIO(data.encode()))], tmp_path, about="places")
     text, learnt, examined = (rows(tmp_path / f"{name}.jsonl") for name in ("text", "train", "test"))
     assert "200 glosses" in said and len(text) == 200  # of Portland two glosses say two things
     assert len(learnt) + len(examined) == 200 and 30 < len(examined) < 70

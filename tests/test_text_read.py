@@ -56,7 +56,7 @@ def test_block_borders_change_nothing(tmp_path_factory, data, block, split):
     path = write(tmp_path_factory.mktemp("x") / "a.txt", data)
     counts = ReadStats()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(readers, "LONGEST", block)
+        patch.setattr(readers, "MAX_RECORD_BYTES", block)
         pieces = list(readers._chunks(Path(path), split, counts))
     wanted = data.decode("utf-8", "replace")
     assert "".join(pieces) == wanted.replace("\0", "")
@@ -70,7 +70,7 @@ def test_byte_order_mark_and_windows_line_breaks_across_borders(tmp_path, monkey
     path = write(tmp_path / "a.txt", data)
     wanted = data.decode().removeprefix("\ufeff").replace("\r\n", "\n")
     for block in (1, 2, 3, 4, 7, 1000):
-        monkeypatch.setattr(readers, "LONGEST", block)
+        monkeypatch.setattr(readers, "MAX_RECORD_BYTES", block)
         assert "".join(readers._chunks(Path(path), "file", ReadStats())) == wanted
 
 
@@ -108,7 +108,7 @@ def test_splits(tmp_path):
 @pytest.mark.parametrize(("split", "end"), [("line", "\n"), ("blank", "\n\n")])
 def test_a_document_is_not_cut_at_a_block_border(tmp_path, monkeypatch, split, end):
     """The border of a block falls inside some line, and the line must come whole all the same."""
-    monkeypatch.setattr(readers, "LONGEST", 64)
+    monkeypatch.setattr(readers, "MAX_RECORD_BYTES", 64)
     wanted = [f"line number {i} with blanks in it" for i in range(100)]
     path = write(tmp_path / "a.txt", end.join(wanted) + end)
     found, notes = texts(path, split=split)
@@ -117,7 +117,7 @@ def test_a_document_is_not_cut_at_a_block_border(tmp_path, monkeypatch, split, e
 
 
 def test_a_long_text_is_cut_at_paragraphs_first_and_says_so(tmp_path, monkeypatch):
-    monkeypatch.setattr(readers, "LONGEST", 64)
+    monkeypatch.setattr(readers, "MAX_RECORD_BYTES", 64)
     paragraph = "some words that go on\nand on"
     path = write(tmp_path / "a.txt", "\n\n".join([paragraph] * 20))
     found, notes = texts(path)
@@ -132,7 +132,7 @@ def test_a_long_text_is_cut_at_paragraphs_first_and_says_so(tmp_path, monkeypatc
 
 
 def test_records_over_the_longest_are_skipped_and_counted(tmp_path, monkeypatch):
-    monkeypatch.setattr(readers, "LONGEST", 100)
+    monkeypatch.setattr(readers, "MAX_RECORD_BYTES", 100)
     lines = [json.dumps({"text": "x" * n}) for n in (5, 300, 7, 88, 89, 1000, 3)]  # 88: a line of exactly 100 bytes
     for end in ("\n", ""):
         found, notes = texts(write(tmp_path / "a.jsonl", "\n".join(lines) + end))
@@ -249,7 +249,7 @@ def test_bytes_packed_twice_are_refused(tmp_path):
     path.write_bytes(gzip.compress(gzip.compress(b"text,label\na,b\n")))
     with pytest.raises(UserError) as caught:
         list(records([str(path)]))
-    assert str(caught.value) == f"{path}: what this archive holds is packed again, as gzip's bytes: unpack it"
+    assert str(caught.value) == f"{path}: the content of this archive is compressed again, as gzip's bytes: unpack it"
 
 
 def test_names_are_unique_and_do_not_depend_on_where_a_folder_lies(tmp_path):
@@ -346,5 +346,5 @@ def test_fifty_megabytes_in_one_line_take_little_memory(tmp_path):
     done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=True)
     total, longest, too_long, peak = map(int, done.stdout.split())
     assert (total, too_long) == (50_000_000 + 5 + 5, 3)
-    assert longest <= readers.LONGEST + 1
+    assert longest <= readers.MAX_RECORD_BYTES + 1
     assert peak < 500, f"{peak} MB"

@@ -159,7 +159,7 @@ def _training(card: ModelCard) -> list[str]:
         data = ", ".join(f"`{p}`" for p in source.get("path") or ()) or "not stated"
         data += "; the licence of these files is not known to firth"
     else:
-        data = f"{corpus}: {known.about}, from {known.package}; licence: {known.licence}"
+        data = f"{corpus}: {known.about}, from {known.package}; licence: {known.license}"
         data += f" ({known.note})" if known.note else ""
     rows = [("objective", " + ".join(_objectives(card.recipe))), ("data", data)]
     done = card.result
