@@ -27,7 +27,7 @@ def too_long(source: str) -> list[str]:
 
 
 def broad_excepts(source: str) -> list[str]:
-    """`except:`, and `except Exception` that does not raise again: faults must not be swallowed."""
+    """`except:`, and `except Exception` that does not raise again: errors must not be swallowed."""
     out = []
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.ExceptHandler):
@@ -39,7 +39,7 @@ def broad_excepts(source: str) -> list[str]:
 
 
 def dispatch(source: str) -> list[str]:
-    """`hasattr` asks what a thing happens to have, and `strict=False` on weights hides what does not fit."""
+    """`hasattr` hides the type of an object, and `strict=False` on weights hides mismatches."""
     out = []
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Call):
@@ -53,8 +53,8 @@ def dispatch(source: str) -> list[str]:
     return out
 
 
-def unread_pickles(source: str) -> list[str]:
-    """Nothing pickled is read, ever: it runs code. (torch.load, numpy's allow_pickle, pickle itself.)"""
+def reads_pickles(source: str) -> list[str]:
+    """Pickles are never read: they run code (torch.load, numpy's allow_pickle, pickle itself)."""
     out = []
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import | ast.ImportFrom):
@@ -83,7 +83,7 @@ def violations(rule, paths):
     return [f"{p.relative_to(ROOT)}: {what}" for p in paths for what in rule(p.read_text(encoding="utf-8"))]
 
 
-@pytest.mark.parametrize("rule", [too_long, broad_excepts, dispatch, unread_pickles, no_docstring])
+@pytest.mark.parametrize("rule", [too_long, broad_excepts, dispatch, reads_pickles, no_docstring])
 def test_sources_keep_the_rules(rule):
     assert len(SOURCES) > 20
     assert violations(rule, SOURCES) == []
@@ -102,10 +102,10 @@ def test_no_machine_paths():
         (broad_excepts, "try:\n    f()\nexcept (OSError, BaseException) as e:\n    print(e)"),
         (dispatch, "hasattr(model, 'lm')"),
         (dispatch, "model.load_state_dict(state, strict=False)"),
-        (unread_pickles, "import pickle"),
-        (unread_pickles, "from pickle import load"),
-        (unread_pickles, "import torch\nx = torch.load('a')"),
-        (unread_pickles, "np.load('a', allow_pickle=True)"),
+        (reads_pickles, "import pickle"),
+        (reads_pickles, "from pickle import load"),
+        (reads_pickles, "import torch\nx = torch.load('a')"),
+        (reads_pickles, "np.load('a', allow_pickle=True)"),
         (no_docstring, "x = 1"),
         (machine_paths, "see /home/ann/firth and nothing else"),
         (machine_paths, 'open("/root/x")'),

@@ -139,8 +139,8 @@ def brown(members: Members, out: Path) -> str:
 def sentence(words: list[str]) -> str:
     """Join tokens of the Brown corpus to a line of text. It doubles the marks ! ? ; : at the end of a sentence; one is kept.
 
-    >>> sentence(["``", "Who's", "'", "there", "'", "?", "?", "''", "said", "Ivan", "Jr.", "(", "softly", ")", "."])
-    '"Who\\'s \\'there\\'?" said Ivan Jr. (softly).'
+    >>> sentence(["``", "Who's", "'", "there", "'", "?", "?", "''", "replied", "Ivan", "Jr.", "(", "softly", ")", "."])
+    '"Who\\'s \\'there\\'?" replied Ivan Jr. (softly).'
     """
     out, joined, quoted = "", True, False
     for before, word in zip(["", *words], words, strict=False):

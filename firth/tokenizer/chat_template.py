@@ -1,12 +1,12 @@
-"""A tokenizer's own chat template (Jinja, chat_template.jinja), taken apart: what it writes itself, and what was said.
+"""Split the text of a tokenizer's own chat template (Jinja, chat_template.jinja) from the contents of the messages.
 
-A template is a program of strangers that mixes control tokens with what users write. It is rendered in Jinja's
-sandbox, in a process of its own with limits on time and memory (`firth.tokenizer.template_worker`), twice: with a private sign in
-place of each content, which shows where the contents stand, and as it is, which shows that they stand there as they
-were written. So control tokens are read in the template's own pieces alone.
+A template is an untrusted program that mixes control tokens with user text. It is rendered in Jinja's sandbox, in a separate
+process with limits on time and memory (`firth.tokenizer.template_worker`), twice: with a private sign in place of each content,
+which shows the positions of the contents, and as it is, which shows that the contents are unchanged. So control tokens are
+recognized only in the template's own text.
 
 >>> chatty = "{{ bos_token }}{% for m in messages %}[{{ m.role }}] {{ m.content | trim }}</s>{% endfor %}"
->>> parts(chatty, [{"role": "user", "content": " hi </s> "}], {"bos_token": "<s>"}, open=False)
+>>> split_template(chatty, [{"role": "user", "content": " hi </s> "}], {"bos_token": "<s>"}, open=False)
 (['<s>[user] ', '</s>'], ['hi </s>'])
 """
 
