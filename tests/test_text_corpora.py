@@ -272,15 +272,15 @@ def test_a_failed_preparation_leaves_nothing(tmp_path):
 
 
 def test_an_older_format_is_prepared_again(tmp_path, monkeypatch):
-    made = fetch_corpus(catalog.CATALOGUE["pydoc"], tmp_path, quiet)
+    made = fetch_corpus(catalog.CATALOG["pydoc"], tmp_path, quiet)
     (made / "old.txt").write_text("x")
     monkeypatch.setattr(catalog, "FORM", catalog.FORM + 1)
-    assert not (fetch_corpus(catalog.CATALOGUE["pydoc"], tmp_path, quiet) / "old.txt").exists()
+    assert not (fetch_corpus(catalog.CATALOG["pydoc"], tmp_path, quiet) / "old.txt").exists()
     assert [p.name for p in tmp_path.iterdir()] == ["pydoc"]
 
 
 def _fetch_pydoc(root: Path) -> int:
-    return len(list(fetch_corpus(catalog.CATALOGUE["pydoc"], root, quiet).glob("*.txt")))
+    return len(list(fetch_corpus(catalog.CATALOG["pydoc"], root, quiet).glob("*.txt")))
 
 
 def test_concurrent_processes_do_not_conflict(tmp_path):
@@ -454,7 +454,7 @@ def test_pydoc_needs_no_network(tmp_path, monkeypatch):
 
 
 def test_the_catalog_is_complete():
-    assert len(catalog.CATALOGUE) == len(catalog.ENTRIES) == len(catalog.describe()) == len(catalog.names())
+    assert len(catalog.CATALOG) == len(catalog.ENTRIES) == len(catalog.describe()) == len(catalog.names())
     for corpus, row in zip(catalog.ENTRIES, catalog.describe(), strict=True):
         assert row.startswith(corpus.name)
         assert corpus.license in row
@@ -503,15 +503,15 @@ def test_shakespeare_comes_from_the_real_registry(tmp_path, monkeypatch):
 
 
 def test_a_damaged_corpus_is_prepared_again(tmp_path):
-    made = fetch_corpus(catalog.CATALOGUE["pydoc"], tmp_path, quiet)
+    made = fetch_corpus(catalog.CATALOG["pydoc"], tmp_path, quiet)
     file = sorted(made.glob("*.txt"))[3]
     whole = file.read_bytes()
     lines: list[str] = []
     for damage in (lambda: file.write_bytes(bytes([whole[0] ^ 1]) + whole[1:]), file.unlink):
         damage()
-        fetch_corpus(catalog.CATALOGUE["pydoc"], tmp_path, lines.append)
+        fetch_corpus(catalog.CATALOG["pydoc"], tmp_path, lines.append)
         assert file.read_bytes() == whole
     assert sum("prepared again" in line for line in lines) == 2
     (made / "mine.txt").write_text("not of this corpus")
     with pytest.raises(UserError, match=r"mine\.txt is not part of the corpus 'pydoc'"):
-        fetch_corpus(catalog.CATALOGUE["pydoc"], tmp_path, quiet)
+        fetch_corpus(catalog.CATALOG["pydoc"], tmp_path, quiet)

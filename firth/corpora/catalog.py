@@ -197,12 +197,12 @@ ENTRIES = (
     ),
 )  # fmt: skip
 
-CATALOGUE: dict[str, Corpus] = {corpus.name: corpus for corpus in ENTRIES}
+CATALOG: dict[str, Corpus] = {corpus.name: corpus for corpus in ENTRIES}
 
 
 def names() -> list[str]:
     """Return the names in the catalog, in its order."""
-    return list(CATALOGUE)
+    return list(CATALOG)
 
 
 def describe() -> list[str]:
@@ -221,9 +221,9 @@ def fetch(name: str, echo: Callable[[str], None] = print) -> Path:
     Raises:
         UserError: There is no such corpus, no client or no network, or a file has another hash than the pinned one.
     """
-    if name not in CATALOGUE:
-        raise UserError(f"there is no corpus {name!r}: choose one of {', '.join(CATALOGUE)}")
-    return fetch_corpus(CATALOGUE[name], cache(), echo)
+    if name not in CATALOG:
+        raise UserError(f"there is no corpus {name!r}: choose one of {', '.join(CATALOG)}")
+    return fetch_corpus(CATALOG[name], cache(), echo)
 
 
 def paths(name: str, echo: Callable[[str], None] = print) -> list[str]:
@@ -243,9 +243,9 @@ def paths(name: str, echo: Callable[[str], None] = print) -> list[str]:
         if side not in present:
             raise UserError(f"the corpus {name!r} has no file {side!r}: it has {', '.join(present)}")
         return [glob.escape(str(directory / side))]
-    if not CATALOGUE[name].files:
+    if not CATALOG[name].files:
         raise UserError(f"{name} is a model, not a text: use init_from={directory}")
-    return [str(Path(glob.escape(str(directory))) / CATALOGUE[name].files)]
+    return [str(Path(glob.escape(str(directory))) / CATALOG[name].files)]
 
 
 def fetch_corpus(corpus: Corpus, root: Path, echo: Callable[[str], None]) -> Path:

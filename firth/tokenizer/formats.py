@@ -70,7 +70,7 @@ def read(file: Path) -> Engine:
         return reader(file)
     except UserError:
         raise
-    except Exception as error:  # the library raises bare Exception for whatever it cannot make an engine of
+    except Exception as error:  # the library raises bare Exception
         raise UserError(f"{file}: this is not a tokenizer that firth can read ({_line(error)})") from None
 
 
@@ -91,7 +91,7 @@ def tokenizer_json(file: Path) -> Engine:
     check_bounds(definition, file)
     try:
         return Engine.from_str(text)
-    except Exception as error:  # the library raises bare Exception for whatever it cannot read
+    except Exception as error:  # the library raises bare Exception
         raise UserError(f"{file}: the tokenizers library cannot read this tokenizer: {_line(error)}") from None
 
 

@@ -120,7 +120,7 @@ def read(path: Path) -> tuple[Engine, dict[str, str], str | None, bool, list[str
         engine, add_bos = READERS[kind](file, pieces)
     except UserError:
         raise
-    except Exception as error:  # the library raises bare Exception for whatever it cannot build
+    except Exception as error:  # the library raises bare Exception
         raise UserError(f"{path}: its tokenizer cannot be built: {error}") from None
     named = {}
     for role, key in ROLES.items():

@@ -19,7 +19,7 @@ from tokenizers import processors
 
 from firth.types import UserError
 
-AttentionPattern = Literal["bidirectional", "causal", "seq2seq"]
+AttentionKind = Literal["bidirectional", "causal", "seq2seq"]
 
 
 def without_template(definition: str) -> str:
@@ -48,18 +48,18 @@ def added_ids(engine: Engine) -> list[int]:
     return list(engine.encode("", add_special_tokens=True).ids)
 
 
-def with_template(definition: str, roles: Mapping[str, str], pattern: AttentionPattern, bos: bool | None) -> str:
+def with_template(definition: str, roles: Mapping[str, str], attention: AttentionKind, bos: bool | None) -> str:
     """Return a tokenizer.json that adds the special tokens of a model, if the tokenizer has them.
 
     Args:
         definition: The tokenizer.json.
         roles: Role -> token.
-        pattern: Attention pattern of the model.
+        attention: Attention of the model.
         bos: Whether a decoder's texts start with bos; None: if there is one.
     """
     engine = engine_of(definition)
-    first, last = {"bidirectional": ("cls", "sep"), "causal": ("bos", ""), "seq2seq": ("", "eos")}[pattern]
-    if added_ids(engine) or (pattern == "causal" and bos is False) or not {first, last} - {""} <= roles.keys():
+    first, last = {"bidirectional": ("cls", "sep"), "causal": ("bos", ""), "seq2seq": ("", "eos")}[attention]
+    if added_ids(engine) or (attention == "causal" and bos is False) or not {first, last} - {""} <= roles.keys():
         return definition
     before, after = roles.get(first, ""), roles.get(last, "")
     pair = [before, "$A", after, "$B:1", after and f"{after}:1"]

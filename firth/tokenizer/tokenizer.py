@@ -182,9 +182,9 @@ class Tokenizer:
         """SHA-256 of everything that decides the ids of a text; the post-processor does not."""
         return hashlib.sha256(post_processor.without_template(self.definition).encode()).hexdigest()
 
-    def with_post_processor(self, pattern: post_processor.AttentionPattern) -> Tokenizer:
-        """Return a copy with a post-processor for models of this attention pattern (`firth.tokenizer.post_processor`)."""
-        definition = post_processor.with_template(self.definition, self._roles, pattern, self.bos)
+    def with_post_processor(self, attention: post_processor.AttentionKind) -> Tokenizer:
+        """Return a copy with a post-processor for models with this attention (`firth.tokenizer.post_processor`)."""
+        definition = post_processor.with_template(self.definition, self._roles, attention, self.bos)
         return _rebuild(definition, self._roles, self.template, self.merges, self.bos, self.ends)
 
     def save(self, directory: Path, token_type_ids: bool = False) -> None:

@@ -61,7 +61,7 @@ def learn(words: Mapping[str, int], size: int) -> list[tuple[str, float]]:
             expected = expect(table, pieces, p)
             keep = (expected >= MIN_EXPECTED_COUNT) | (pieces.length == 1)
             pieces, expected = pieces.keep(keep), np.maximum(expected[keep], MIN_EXPECTED_COUNT)
-            # Not expected / sum: the digammas favour few pieces (Liang & Klein 2007, as in SentencePiece).
+            # Not expected / sum: the digammas favor few pieces (Liang & Klein 2007, as in SentencePiece).
             p = np.exp(digamma(expected) - digamma(expected.sum(keepdims=True)))
         if len(p) <= wanted:
             return _final(table, pieces, p, size, set(itertools.chain.from_iterable(words)))
@@ -252,7 +252,7 @@ def pieces_to_keep(table: Table, pieces: Pieces, log_p: np.ndarray, expected: np
     The cost of a piece is how much less likely the text becomes if each occurrence is replaced by its best other segmentation,
     whose pieces then become more frequent (Kudo 2018, section 3.2).
     """
-    others = alternatives(table, pieces, log_p)  # (P, LONGEST), P for none
+    others = alternatives(table, pieces, log_p)  # (P, MAX_PIECE_CHARACTERS), P for none
     count = (others < len(log_p)).sum(1)
     total = expected.sum()
     padded = np.append(expected, 0.0)
@@ -299,7 +299,7 @@ def alternatives(table: Table, pieces: Pieces, log_p: np.ndarray) -> np.ndarray:
 
 def _final(table: Table, pieces: Pieces, p: np.ndarray, size: int, alphabet: set[str]) -> list[tuple[str, float]]:
     base = np.array(table.base)
-    order = np.lexsort((np.arange(len(p)), -p, pieces.length > 1))  # characters, then the likeliest
+    order = np.lexsort((np.arange(len(p)), -p, pieces.length > 1))  # characters, then the most likely
     score = np.log(p)
     missing = sorted(alphabet - {chr(table.text[base[o] + r]) for o, r in zip(pieces.offset, pieces.row, strict=True)})
     spelled = dict.fromkeys(

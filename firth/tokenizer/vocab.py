@@ -50,6 +50,7 @@ class Vocab:
         object.__setattr__(self, "_ordinary", np.flatnonzero(~self.special))
 
     def _role(self, role: str) -> int:
+        """Return the id of a role; UserError if the tokenizer has none."""
         if role not in self.roles:
             raise UserError(
                 f"this tokenizer has no {role} token, which this objective needs; "
@@ -59,26 +60,32 @@ class Vocab:
 
     @property
     def pad(self) -> int:
+        """Id of the pad token."""
         return self._role("pad")
 
     @property
     def bos(self) -> int:
+        """Id of the bos token."""
         return self._role("bos")
 
     @property
     def eos(self) -> int:
+        """Id of the eos token."""
         return self._role("eos")
 
     @property
     def cls(self) -> int:
+        """Id of the cls token."""
         return self._role("cls")
 
     @property
     def sep(self) -> int:
+        """Id of the sep token."""
         return self._role("sep")
 
     @property
     def mask(self) -> int:
+        """Id of the mask token."""
         return self._role("mask")
 
     @property
