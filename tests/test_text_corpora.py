@@ -231,7 +231,7 @@ def test_a_missing_or_failing_client_is_a_one_line_error(tmp_path, monkeypatch, 
 
 def test_a_hanging_client_times_out(tmp_path, monkeypatch):
     tool(tmp_path / "bin", monkeypatch, "npm", "exec sleep 20")
-    monkeypatch.setattr(download, "PATIENCE", 0.2)
+    monkeypatch.setattr(download, "TIMEOUT_SECONDS", 0.2)
     with pytest.raises(UserError, match="did not arrive"):
         download.download(Package("npm", "x", "1", "0" * 64, 1), tmp_path)
 
@@ -274,7 +274,7 @@ def test_a_failed_preparation_leaves_nothing(tmp_path):
 def test_an_older_format_is_prepared_again(tmp_path, monkeypatch):
     made = fetch_corpus(catalog.CATALOG["pydoc"], tmp_path, quiet)
     (made / "old.txt").write_text("x")
-    monkeypatch.setattr(catalog, "FORM", catalog.FORM + 1)
+    monkeypatch.setattr(catalog, "FORMAT_VERSION", catalog.FORMAT_VERSION + 1)
     assert not (fetch_corpus(catalog.CATALOG["pydoc"], tmp_path, quiet) / "old.txt").exists()
     assert [p.name for p in tmp_path.iterdir()] == ["pydoc"]
 
