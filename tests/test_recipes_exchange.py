@@ -136,7 +136,7 @@ def test_the_exported_tokenizer_frames_a_text_as_the_model_reads_it(kind: str, t
     again = Tokenizer.load(tmp_path)
     assert again.digest == tokenizer.digest
     assert again.encode(text).tolist() == tokenizer.encode(text).tolist()
-    assert again.framed("bidirectional").definition == again.definition
+    assert again.with_post_processor("bidirectional").definition == again.definition
 
 
 def test_numbers_too_large_for_fp16_are_refused_and_nothing_is_left(tmp_path: Path) -> None:
@@ -305,7 +305,7 @@ def test_who_puts_bos_before_a_text(said: bool | None, framing: bool, begins: bo
     model, tokenizer = built("decoder")
     save_model(model, tokenizer, tmp_path)
     (tmp_path / "firth.json").unlink()
-    (tokenizer.framed("causal") if framing else tokenizer).save(tmp_path)
+    (tokenizer.with_post_processor("causal") if framing else tokenizer).save(tmp_path)
     config = json.loads((tmp_path / "tokenizer_config.json").read_text())
     (tmp_path / "tokenizer_config.json").write_text(
         json.dumps(config | ({} if said is None else {"add_bos_token": said}))
@@ -474,7 +474,7 @@ def test_shapes_without_a_family_travel_too(tmp_path: Path) -> None:
     for wrong, says in (
         ({"form": "onnx"}, "no format 'onnx'"),
         ({"dtype": "int8"}, "no dtype"),
-        ({"shard": "big"}, "no size"),
+        ({"shard": "big"}, "is not a size"),
     ):
         options = {"form": "hf", "dtype": "", "shard": ""} | wrong
         with pytest.raises(UserError, match=says):
