@@ -21,7 +21,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 
-from bench.harness import Sample, Turn, Worker, cpu_name, progress
+from bench.harness import EndSample, Sample, Worker, cpu_name, progress
 from firth import openmp
 
 SPINS = (1000, 2000, 10_000, 20_000, 50_000, 100_000)
@@ -38,11 +38,11 @@ POLICIES: dict[str, dict[str, str]] = {
 VARIABLES = frozenset({"OMP_NUM_THREADS", *openmp.GNU_VARIABLES, *openmp.LLVM_VARIABLES})
 """What a process inherits from nobody but its policy."""
 
-SHARE = 10
+STEPS_PER_SAMPLE = 10
 """Steps in a turn."""
 
 
-def contender(turn: Turn, recipe: str) -> None:
+def candidate(end_sample: EndSample, recipe: str) -> None:
     """Train a tiny recipe; the turn ends after SHARE steps."""
     from bench.causal import firth_run
     from bench.objectives import prepared
@@ -50,7 +50,7 @@ def contender(turn: Turn, recipe: str) -> None:
 
     plan, objective, batches = prepared(recipe)
     assert plan.model is not None
-    firth_run(turn, "muon", lambda _: SHARE, (LM(plan.model, objective.heads(plan.model)), objective, batches), SHARE)
+    firth_run(end_sample, "muon", lambda _: STEPS_PER_SAMPLE, (LM(plan.model, objective.heads(plan.model)), objective, batches), STEPS_PER_SAMPLE)
 
 
 @contextmanager
@@ -108,14 +108,14 @@ def main() -> None:
     try:
         for name in names:
             with environment(POLICIES[name]):
-                workers[name] = Worker(name, partial(contender, recipe=given.recipe))
+                workers[name] = Worker(name, partial(candidate, recipe=given.recipe))
             workers[name].share()
         for number in range(given.rounds):
             order = names[number % len(names) :] + names[: number % len(names)]
             samples: dict[str, Sample] = {name: workers[name].share() for name in order}
             for name, sample in samples.items():
-                dirty += sample.dirty
-                if not sample.dirty:
+                dirty += sample.noisy
+                if not sample.noisy:
                     quiet[name].append(sample.rate)
             progress(f"round {number + 1}/{given.rounds}, quiet", samples)
             with busy_process():

@@ -1,12 +1,12 @@
-"""Training speed of a causal language model: 6 layers, width 384, vocabulary 8192, 16 rows of 256 tokens, CPU.
+"""Training speed of a causal language model: 6 layers, hidden size 384, vocabulary 8192, 16 rows of 256 tokens, CPU.
 
-    python -m bench.causal                 # nine rounds of all contenders, a table for docs/results/index.md
+    python -m bench.causal                 # nine rounds of all candidates, a table for docs/results/index.md
     python -m bench.causal --check         # equal sizes, equal tokens, first losses near ln 8192; no timing
 
-Contenders: transformers' `Trainer` on a `GPT2LMHeadModel` as it comes (only the size, the batch and dropout are
-set; no progress bar and no checkpoints, in its favour), the same with bf16=True, a plain fp32 loop in the manner of
-nanoGPT, and firth's own step, optimizer and pipeline. All see the same windows; every contender pays for making its
-batches. The tokens are drawn once from a Zipf distribution: speed does not depend on what the text says.
+Candidates: transformers' `Trainer` on a `GPT2LMHeadModel` with its defaults (only the size, the batch and dropout are
+set; progress bar and checkpoints are off, in its favor), the same with bf16=True, a plain fp32 loop like nanoGPT's, and
+firth's own step, optimizer and pipeline. All train on the same windows, and the time to make batches counts for all. The
+tokens are drawn once from a Zipf distribution: speed does not depend on the text.
 """
 
 from __future__ import annotations
@@ -22,18 +22,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bench.harness import Turn, arguments, command
+from bench.harness import EndSample, arguments, command
 
 VOCAB, WIDTH, DEPTH, HEADS, ROWS, LENGTH = 8192, 384, 6, 6, 16, 256
-SHARE = 3  # steps in a turn
-STORE = 2048  # windows
+STEPS_PER_SAMPLE = 3
+"""Steps per sample."""
+STORE = 2048
+"""Windows."""
 
 
 def windows(seed: int = 0) -> np.ndarray:
-    """(STORE, LENGTH + 1) int64: token ids by Zipf's law, none of them below 200 (where control ids live)."""
+    """Return (STORE, LENGTH + 1) int64 token ids by Zipf's law, none below 200 (where the control ids are)."""
     rng = np.random.default_rng(seed)
-    chance = 1 / np.arange(1, VOCAB - 199)
-    return rng.choice(np.arange(200, VOCAB), size=(STORE, LENGTH + 1), p=chance / chance.sum())
+    probabilities = 1 / np.arange(1, VOCAB - 199)
+    return rng.choice(np.arange(200, VOCAB), size=(STORE, LENGTH + 1), p=probabilities / probabilities.sum())
 
 
 # ------------------------------------------------------------------------------- transformers' Trainer
@@ -53,7 +55,7 @@ def hf_model() -> nn.Module:
 
 
 class Rows(torch.utils.data.Dataset):  # type: ignore[type-arg]
-    """What a user hands to `Trainer`: {"input_ids", "labels"} of one row."""
+    """Data set for `Trainer`: {"input_ids", "labels"} of one row."""
 
     def __init__(self, rows: np.ndarray) -> None:
         self.rows = torch.from_numpy(np.ascontiguousarray(rows[:, :LENGTH]))
@@ -65,29 +67,29 @@ class Rows(torch.utils.data.Dataset):  # type: ignore[type-arg]
         return {"input_ids": self.rows[i], "labels": self.rows[i]}
 
 
-def trainer(turn: Turn, bf16: bool) -> None:
-    """transformers' Trainer; its share ends in a callback after every SHARE steps."""
+def trainer(end_sample: EndSample, bf16: bool) -> None:
+    """Run transformers' Trainer; a callback ends the sample after STEPS_PER_SAMPLE steps."""
     from transformers import Trainer, TrainerCallback, TrainingArguments
 
-    class Turns(TrainerCallback):
+    class EndSampleCallback(TrainerCallback):
         def on_step_end(self, args: object, state: object, control: object, **rest: object) -> None:
-            if state.global_step % SHARE == 0:  # type: ignore[attr-defined]
-                turn(SHARE * ROWS * LENGTH)
+            if state.global_step % STEPS_PER_SAMPLE == 0:  # type: ignore[attr-defined]
+                end_sample(STEPS_PER_SAMPLE * ROWS * LENGTH)
 
     with tempfile.TemporaryDirectory() as directory:
         arguments = TrainingArguments(
             directory, per_device_train_batch_size=ROWS, max_steps=1_000_000, bf16=bf16, use_cpu=True,
             save_strategy="no", disable_tqdm=True,
         )  # fmt: skip
-        Trainer(hf_model(), arguments, train_dataset=Rows(windows()), callbacks=[Turns()]).train()
+        Trainer(hf_model(), arguments, train_dataset=Rows(windows()), callbacks=[EndSampleCallback()]).train()
 
 
-def trainer_fp32(turn: Turn) -> None:
-    trainer(turn, bf16=False)
+def trainer_fp32(end_sample: EndSample) -> None:
+    trainer(end_sample, bf16=False)
 
 
-def trainer_bf16(turn: Turn) -> None:
-    trainer(turn, bf16=True)
+def trainer_bf16(end_sample: EndSample) -> None:
+    trainer(end_sample, bf16=True)
 
 
 # ------------------------------------------------------------------------------- a plain loop
@@ -108,7 +110,7 @@ class PlainBlock(nn.Module):
 
 
 class Plain(nn.Module):
-    """GPT-2 as one writes it by hand: the same shape and number of parameters as the GPT2LMHeadModel above."""
+    """GPT-2 written by hand, with the sizes and the number of parameters of the GPT2LMHeadModel above."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -131,15 +133,15 @@ class Plain(nn.Module):
 
 
 def plain_optimizer(model: nn.Module, rate: float) -> torch.optim.Optimizer:
-    """nanoGPT's: AdamW (0.9, 0.95), weight decay 0.1 on matrices only, fused."""
+    """Return nanoGPT's optimizer: fused AdamW (0.9, 0.95), weight decay 0.1 on matrices only."""
     matrices = [p for p in model.parameters() if p.ndim > 1]
     vectors = [p for p in model.parameters() if p.ndim == 1]
     groups = [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}]
     return torch.optim.AdamW(groups, lr=rate, betas=(0.9, 0.95), fused=True)
 
 
-def rows_for_ever(rows: np.ndarray, n: int, seed: int) -> Iterator[Tensor]:
-    """(n, LENGTH + 1) tensors of distinct rows, a new permutation each epoch."""
+def endless_batches(rows: np.ndarray, n: int, seed: int) -> Iterator[Tensor]:
+    """Yield (n, LENGTH + 1) tensors of distinct rows forever, with a new permutation each epoch."""
     rng = np.random.default_rng(seed)
     while True:
         order = rng.permutation(len(rows))
@@ -147,25 +149,25 @@ def rows_for_ever(rows: np.ndarray, n: int, seed: int) -> Iterator[Tensor]:
             yield torch.from_numpy(rows[order[start : start + n]].astype(np.int64))
 
 
-def plain(turn: Turn) -> None:
+def plain(end_sample: EndSample) -> None:
     torch.manual_seed(0)
     model = Plain()
     optimizer = plain_optimizer(model, 6e-4)
-    for done, batch in enumerate(rows_for_ever(windows(), ROWS, seed=0), start=1):
+    for done, batch in enumerate(endless_batches(windows(), ROWS, seed=0), start=1):
         loss = model(batch[:, :-1], batch[:, 1:])
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        if done % SHARE == 0:
-            turn(SHARE * ROWS * LENGTH)
+        if done % STEPS_PER_SAMPLE == 0:
+            end_sample(STEPS_PER_SAMPLE * ROWS * LENGTH)
 
 
 # ------------------------------------------------------------------------------- firth
 
 
-def firth_parts(seed: int = 0) -> tuple[Any, Any, Any]:
-    """(model, objective, batches): what `firth train` builds for the default decoder on these windows."""
+def firth_setup(seed: int = 0) -> tuple[Any, Any, Any]:
+    """Return (model, objective, batches) as `firth train` builds them for the default decoder on these windows."""
     from firth.data.collate import Batches
     from firth.data.source import Source
     from firth.model.config import decoder_config
@@ -197,15 +199,20 @@ def firth_parts(seed: int = 0) -> tuple[Any, Any, Any]:
 
 
 def firth_run(
-    turn: Turn,
+    end_sample: EndSample,
     optimizer: Literal["muon", "adamw"],
     units: Callable[[int], float],
-    made: tuple[Any, Any, Any],
-    share: int = SHARE,
+    setup: tuple[Any, Any, Any],
+    share: int = STEPS_PER_SAMPLE,
 ) -> None:
-    """firth's own loop with its progress, log and counting; its share ends where a user's evaluation would be.
+    """Run firth's own loop with its progress, log and counting; samples end where evaluation would run.
 
-    share: steps in a turn. units: of the turn that ends with a step.
+    Args:
+        end_sample: Callback of the harness.
+        optimizer: Name of the optimizer.
+        units: Maps a step to the units of the sample that ends with it.
+        setup: (model, objective, batches).
+        share: Steps per sample.
     """
     from firth.train.logging import NullReporter
     from firth.train.optimizer import OptimizerConfig
@@ -213,10 +220,10 @@ def firth_run(
     from firth.train.trainer import TrainerConfig, train
 
     def evaluate(_: object, step: int) -> dict[str, float]:
-        turn(units(step))
+        end_sample(units(step))
         return {}
 
-    model, objective, batches = made
+    model, objective, batches = setup
     with tempfile.TemporaryDirectory() as directory:
         train(
             model, objective, batches, Path(directory), budget=Budget(max_steps=1_000_000), reporter=NullReporter(),
@@ -225,15 +232,15 @@ def firth_run(
         )  # fmt: skip
 
 
-def firth(turn: Turn) -> None:
-    firth_run(turn, "muon", lambda _: SHARE * ROWS * LENGTH, firth_parts())
+def firth(end_sample: EndSample) -> None:
+    firth_run(end_sample, "muon", lambda _: STEPS_PER_SAMPLE * ROWS * LENGTH, firth_setup())
 
 
-def firth_adamw(turn: Turn) -> None:
-    firth_run(turn, "adamw", lambda _: SHARE * ROWS * LENGTH, firth_parts())
+def firth_adamw(end_sample: EndSample) -> None:
+    firth_run(end_sample, "adamw", lambda _: STEPS_PER_SAMPLE * ROWS * LENGTH, firth_setup())
 
 
-CONTENDERS: dict[str, Callable[[Turn], None]] = {
+CANDIDATES: dict[str, Callable[[EndSample], None]] = {
     "transformers Trainer": trainer_fp32,
     "transformers Trainer, bf16": trainer_bf16,
     "plain fp32 loop": plain,
@@ -243,7 +250,7 @@ CONTENDERS: dict[str, Callable[[Turn], None]] = {
 
 
 def check() -> None:
-    """What makes the comparison fair, asserted: sizes, tokens, and that everybody starts at ln(vocabulary)."""
+    """Assert that the comparison is fair: equal sizes and tokens, and every first loss near ln(vocabulary)."""
     rows = torch.from_numpy(windows())[:ROWS]
     theirs, ours = hf_model(), Plain()
     sizes = {n: sum(p.numel() for p in m.parameters()) for n, m in (("transformers", theirs), ("plain", ours))}
@@ -253,32 +260,32 @@ def check() -> None:
             "transformers": theirs(input_ids=rows[:, :LENGTH], labels=rows[:, :LENGTH]).loss.item(),
             "plain": ours(rows[:, :-1], rows[:, 1:]).item(),
         }
-        model, objective, batches = firth_parts()
+        model, objective, batches = firth_setup()
         sizes["firth"] = sum(p.numel() for p in model.parameters())
         from firth.train.step import count_targets
 
         batch = batches.batches(0)[0]
-        asked = count_targets(objective, [batch])["tokens"].item()
-        loss = objective.loss(model, objective.run(model, batch), batch)["tokens"]
-        first["firth"] = loss.item() / asked
-        assert asked == ROWS * LENGTH, asked
+        num_labels = count_targets(objective, [batch])["tokens"].item()
+        loss = objective.loss(model, objective.forward(model, batch), batch)["tokens"]
+        first["firth"] = loss.item() / num_labels
+        assert num_labels == ROWS * LENGTH, num_labels
         known = {tuple(r) for r in windows()[:, :LENGTH].tolist()}
-        assert all(tuple(r) in known for r in batch["tokens"].tolist()), "firth was shown other windows"
+        assert all(tuple(r) in known for r in batch["tokens"].tolist()), "firth read other windows"
     for name, loss in first.items():
         assert abs(loss - math.log(VOCAB)) < 0.2, f"{name} starts at {loss:.3f}, not at ln {VOCAB}"
     matrices = sum(p.numel() for n, p in model.named_parameters() if "blocks" in n and p.ndim == 2)
-    assert matrices == 12 * DEPTH * WIDTH**2, "firth's blocks do other work than the peers'"
-    print(f"parameters {sizes} (firth's head is not tied to its embedding: same work, {VOCAB * WIDTH:,} more numbers)")
+    assert matrices == 12 * DEPTH * WIDTH**2, "firth's blocks do different work"
+    print(f"parameters {sizes} (firth does not tie its head to its embedding: same work, {VOCAB * WIDTH:,} more parameters)")
     shown = ", ".join(f"{name} {loss:.3f}" for name, loss in first.items())
     print(f"first losses: {shown}; ln {VOCAB} = {math.log(VOCAB):.3f}")
 
 
 def main() -> None:
-    given = arguments(__doc__, CONTENDERS).parse_args()
-    if given.check:
+    args = arguments(__doc__, CANDIDATES).parse_args()
+    if args.check:
         check()
     else:
-        command(given, CONTENDERS)
+        command(args, CANDIDATES)
 
 
 if __name__ == "__main__":

@@ -135,7 +135,7 @@ def base(results: Path) -> Path:
 def asked(tokenizer: Tokenizer, path: Path) -> list[np.ndarray]:
     """The prompts of a file that leave room for an answer."""
     turns = ([{"role": "user", "content": row["prompt"]}] for row in read_rows(path))
-    prompts = (chat.encode(tokenizer, turn, open=True)[0] for turn in turns)
+    prompts = (chat.encode(tokenizer, end_sample, open=True)[0] for end_sample in turns)
     return [prompt for prompt in prompts if len(prompt) <= SIZE.context - SIZE.answer]
 
 

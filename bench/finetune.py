@@ -35,11 +35,11 @@ import numpy as np
 import torch
 
 from bench.causal import firth_run
-from bench.harness import Contender, Turn, arguments, command, gemm_rate, memory_rate
-from bench.masked import GROUP, useful_turns
+from bench.harness import Candidate, EndSample, arguments, command, gemm_rate, memory_rate
+from bench.masked import GROUP, end_sample_callback
 
 PRODUCTS = {"fp32": torch.float32, "bf16": torch.bfloat16}
-SHARE = 2  # steps in a turn, where every step is like another
+STEPS_PER_SAMPLE = 2  # steps in a turn, where every step is like another
 
 
 @dataclass(frozen=True)
@@ -122,7 +122,7 @@ def hf_model(classes: int, dropout: bool = True) -> Any:
     return AutoModelForSequenceClassification.from_pretrained(fetched("minilm"), num_labels=classes, **none)
 
 
-def trainer(turn: Turn, name: str, dropout: bool = True, share: int = SHARE, **chosen: Any) -> None:
+def trainer(end_sample: EndSample, name: str, dropout: bool = True, share: int = STEPS_PER_SAMPLE, **chosen: Any) -> None:
     """transformers' Trainer; useful tokens are counted where the model reads them. A turn is `share` steps."""
     from transformers import DataCollatorWithPadding, Trainer, TrainingArguments
 
@@ -136,14 +136,14 @@ def trainer(turn: Turn, name: str, dropout: bool = True, share: int = SHARE, **c
             disable_tqdm=True, logging_strategy="no", report_to=[], **chosen,
         )  # fmt: skip
         Trainer(
-            model, settings, train_dataset=rows, data_collator=DataCollatorWithPadding(coder), callbacks=[useful_turns(model, share, turn)]
+            model, settings, train_dataset=rows, data_collator=DataCollatorWithPadding(coder), callbacks=[end_sample_callback(model, share, end_sample)]
         ).train()  # fmt: skip
 
 
 # ------------------------------------------------------------------------------- firth
 
 
-def firth_parts(name: str, dropout: bool = True, **batch: Any) -> tuple[Any, Any, Any]:
+def firth_setup(name: str, dropout: bool = True, **batch: Any) -> tuple[Any, Any, Any]:
     """(model, objective, batches): what `firth train classification init_from=MINILM` builds; batch: how its rows are laid."""
     from firth.data.collate import Batches
     from firth.model.model import LM
@@ -165,8 +165,8 @@ def firth_parts(name: str, dropout: bool = True, **batch: Any) -> tuple[Any, Any
     )
 
 
-def firth(turn: Turn, name: str, dropout: bool = True, share: int = SHARE, **batch: Any) -> None:
-    model, objective, batches = firth_parts(name, dropout, **batch)
+def firth(end_sample: EndSample, name: str, dropout: bool = True, share: int = STEPS_PER_SAMPLE, **batch: Any) -> None:
+    model, objective, batches = firth_setup(name, dropout, **batch)
 
     tokens = lengths(batches.source)
 
@@ -175,10 +175,10 @@ def firth(turn: Turn, name: str, dropout: bool = True, share: int = SHARE, **bat
         steps = [batches.positions(number) for number in range(step - share, step)]
         return int(tokens[batches.source.order(batches.seed, np.concatenate(steps))[1]].sum())
 
-    firth_run(turn, "adamw", useful, (model, objective, batches), share)
+    firth_run(end_sample, "adamw", useful, (model, objective, batches), share)
 
 
-def contenders(name: str) -> dict[str, Contender]:
+def candidates(name: str) -> dict[str, Candidate]:
     """Everybody who is told the classes of this set."""
     arm, length = functools.partial, TASKS[name].length
     alike: dict[str, Any] = {"train_sampling_strategy": "group_by_length", "share": GROUP}
@@ -206,12 +206,12 @@ def check(name: str) -> None:
     from firth.train.step import count_targets, step
 
     coder, rows = hf_rows(TASKS[name])
-    model, objective, packed = firth_parts(name, dropout=False, pack=TASKS[name].length)
+    model, objective, packed = firth_setup(name, dropout=False, pack=TASKS[name].length)
     examples = packed.source
     assert [row["input_ids"] for row in rows] == [examples[i]["tokens"].tolist() for i in range(len(rows))]
     assert [row["labels"] for row in rows] == [int(examples[i]["label"]) for i in range(len(rows))]
     theirs = AutoModel.from_pretrained(fetched("minilm")).eval()
-    padded = firth_parts(name, dropout=False)[2]
+    padded = firth_setup(name, dropout=False)[2]
     [batch] = padded.batches(0)
     there = batch["key_time"] == 0
     given = coder.pad(
@@ -241,7 +241,7 @@ def floor(name: str) -> None:
     from firth.train.precision import choose
 
     task, steps = TASKS[name], 50
-    model, objective, packed = firth_parts(name, pack=task.length)
+    model, objective, packed = firth_setup(name, pack=task.length)
     tokens = lengths(packed.source)
     mine = [batch for number in range(steps) for batch in packed.batches(number)]
     drawn = [tokens[packed.source.order(0, packed.positions(number))[1]] for number in range(steps)]
@@ -269,7 +269,7 @@ def floor(name: str) -> None:
 
 
 def main() -> None:
-    parser = arguments(__doc__, contenders("sarcasm"))
+    parser = arguments(__doc__, candidates("sarcasm"))
     parser.add_argument("task", choices=list(TASKS))
     parser.add_argument("--floor", action="store_true", help="what the arithmetic allows")
     given = parser.parse_args()
@@ -278,7 +278,7 @@ def main() -> None:
     elif given.floor:
         floor(given.task)
     else:
-        command(given, contenders(given.task), unit="useful tokens")
+        command(given, candidates(given.task), unit="useful tokens")
 
 
 if __name__ == "__main__":

@@ -1,17 +1,18 @@
-"""Speed of cached greedy generation: a decoder of 29 M parameters (8 layers, width 512) writes 128 tokens, CPU.
+"""Speed of cached greedy generation: a decoder of 29 M parameters (8 layers, hidden size 512) writes 128 tokens, CPU.
 
     python -m bench.generate --batch 1 --weights fp32 bf16 int8-dynamic int8      # and --batch 16
-    python -m bench.generate --batch 1 --model DIR     # a Llama of a directory, such as SmolLM2, in place of the two
-    python -m bench.generate --batch 1 --prompt 512 --new 1    # what reading a prompt takes: units are its tokens
+    python -m bench.generate --batch 1 --model DIR     # a Llama in a directory, such as SmolLM2, instead of the two
+    python -m bench.generate --batch 1 --prompt 512 --new 1    # prefill speed: units are the tokens of the prompt
     python -m bench.generate --check                   # the same weights write the same tokens on both sides; no timing
 
-Contenders: transformers' `generate()` on a `GPT2LMHeadModel` as it comes, the same with its weights in bf16, firth's
-`Engine` reading the very same GPT-2 from its directory, and firth's `Engine` on its own default decoder of that size,
-each with every kind of weights that is asked for (firth.generate.quantized). The last one named is what ratios are of.
-Every contender gets the same prompts (32 tokens a row) and must write 128 tokens a row: nothing can end an answer. Units are
-the tokens written, or with `--new 1` the tokens read.
+Candidates: transformers' `generate()` on a `GPT2LMHeadModel` with its defaults, the same with its weights in bf16, firth's
+`Engine` with the same GPT-2, loaded from its directory, and firth's `Engine` with its own default decoder of that size, each
+with every weight type in `--weights` (firth.generate.quantized). Ratios are of the last candidate. All get the same prompts
+(32 tokens a row) and must write 128 tokens a row: there is no stop token. Units are the tokens written, or with `--new 1`
+the tokens of the prompts.
 
-At batch 1 the floor is the weights' bytes over the memory bandwidth (embeddings of tokens that are not read excluded).
+At batch size 1 the lower bound is the bytes of the weights over the memory bandwidth (without the embeddings of tokens that
+do not occur).
 """
 
 from __future__ import annotations
@@ -26,15 +27,21 @@ from typing import Any
 import numpy as np
 import torch
 
-from bench.harness import Turn, arguments, command
+from bench.harness import EndSample, arguments, command
 
 VOCAB, WIDTH, DEPTH, HEADS, CONTEXT = 8192, 512, 8, 8, 1024
 PROMPT, NEW = 32, 128
 
 
 @dataclass(frozen=True)
-class Work:
-    """Rows, the tokens of each prompt, and the tokens to write in each row."""
+class Workload:
+    """Workload of a sample.
+
+    Args:
+        batch: Rows.
+        prompt: Tokens of each prompt.
+        new: Tokens to write in each row.
+    """
 
     batch: int
     prompt: int = PROMPT
@@ -42,11 +49,11 @@ class Work:
 
     @property
     def units(self) -> int:
-        """Tokens that are counted: those written, or those read where one is written."""
+        """Tokens that count: those written, or those of the prompts if new is 1."""
         return self.batch * (self.prompt if self.new == 1 else self.new)
 
     def prompts(self) -> np.ndarray:
-        """(batch, prompt) int64 ordinary ids."""
+        """Return (batch, prompt) int64 ids of ordinary tokens."""
         return np.random.default_rng(0).integers(200, VOCAB, size=(self.batch, self.prompt))
 
 
@@ -54,7 +61,7 @@ class Work:
 
 
 def hf_model() -> Any:
-    """GPT-2 with random weights large enough that greedy text is not one token for ever."""
+    """Return a GPT-2 with random weights so large that greedy decoding does not repeat one token."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
     torch.manual_seed(0)
@@ -68,7 +75,7 @@ def hf_model() -> Any:
 
 
 def hf_from(directory: Path) -> Any:
-    """A model of a directory, which nothing can make end."""
+    """Return the model in a directory, without a stop token."""
     from transformers import AutoModelForCausalLM
 
     model: Any = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
@@ -76,24 +83,24 @@ def hf_from(directory: Path) -> Any:
     return model.eval()
 
 
-def hf_write(model: Any, work: Work) -> list[list[int]]:
+def hf_write(model: Any, work: Workload) -> list[list[int]]:
     ids = torch.from_numpy(work.prompts())
     out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=work.new, do_sample=False)
     return out[:, work.prompt :].tolist()  # type: ignore[no-any-return]
 
 
-def transformers_generate(turn: Turn, work: Work, make: Callable[[], Any], dtype: torch.dtype) -> None:
+def transformers_generate(end_sample: EndSample, work: Workload, make: Callable[[], Any], dtype: torch.dtype) -> None:
     model = make().to(dtype)
     while True:
         hf_write(model, work)
-        turn(work.units)
+        end_sample(work.units)
 
 
 # ------------------------------------------------------------------------------- firth
 
 
-class Numbers:
-    """A tokenizer whose text is its token ids: nothing to encode or decode, so that the model alone is measured."""
+class IdTokenizer:
+    """Tokenizer whose text is the token ids, so that the model alone is measured."""
 
     def __init__(self) -> None:
         from firth.tokenizer.vocab import Vocab
@@ -114,7 +121,7 @@ class Numbers:
 
 
 def same_gpt2() -> Any:
-    """The peer's weights, read by firth from the directory that transformers wrote."""
+    """Return firth's model with the weights of the peer, loaded from the directory that transformers wrote."""
     from firth.pretrained.load_save import load_model
 
     with tempfile.TemporaryDirectory() as directory:
@@ -123,7 +130,7 @@ def same_gpt2() -> Any:
 
 
 def own_decoder() -> Any:
-    """firth's default decoder. Its zero-initialised projections are filled, or it would only repeat itself."""
+    """Return firth's default decoder, with random weights in the zero-initialized projections too."""
     from firth.model.config import decoder_config
     from firth.model.heads import LMHead
     from firth.model.model import LM
@@ -138,30 +145,30 @@ def own_decoder() -> Any:
     return model
 
 
-def firth_write(engine: Any, work: Work) -> list[list[int]]:
+def firth_write(engine: Any, work: Workload) -> list[list[int]]:
     from firth.generate.sampling import Sampling
 
-    done = engine.generate(list(work.prompts()), Sampling(temperature=0, max_new_tokens=work.new))
-    return [c.tokens.tolist() for c in done]
+    completions = engine.generate(list(work.prompts()), Sampling(temperature=0, max_new_tokens=work.new))
+    return [c.tokens.tolist() for c in completions]
 
 
-def firth_generate(turn: Turn, work: Work, make: Callable[[], Any], weights: str) -> None:
+def firth_generate(end_sample: EndSample, work: Workload, make: Callable[[], Any], weights: str) -> None:
     from firth.generate.engine import Engine
 
-    engine = Engine(make(), Numbers(), stops=(), weights=weights)
+    engine = Engine(make(), IdTokenizer(), stops=(), weights=weights)
     while True:
         firth_write(engine, work)
-        turn(work.units)
+        end_sample(work.units)
 
 
-def contenders(work: Work, weights: Sequence[str], directory: Path | None) -> dict[str, Callable[[Turn], None]]:
+def candidates(work: Workload, weights: Sequence[str], directory: Path | None) -> dict[str, Callable[[EndSample], None]]:
     from firth.pretrained.load_save import load_model
 
     theirs = hf_model if directory is None else partial(hf_from, directory)
     ours = {"the same GPT-2": same_gpt2, "its own": own_decoder}
     if directory is not None:
         ours = {"the same": partial(load_model, directory)}
-    found: dict[str, Callable[[Turn], None]] = {
+    found: dict[str, Callable[[EndSample], None]] = {
         "transformers": partial(transformers_generate, work=work, make=theirs, dtype=torch.float32),
         "transformers, bf16": partial(transformers_generate, work=work, make=theirs, dtype=torch.bfloat16),
     }
@@ -172,12 +179,12 @@ def contenders(work: Work, weights: Sequence[str], directory: Path | None) -> di
 
 
 def check(directory: Path | None) -> None:
-    """The same weights write the same tokens, whoever runs them, at batch 1 and 4."""
+    """Assert that both sides write the same tokens with the same weights, at batch sizes 1 and 4."""
     from firth.generate.engine import Engine
     from firth.pretrained.load_save import load_model
 
     theirs = hf_model() if directory is None else hf_from(directory)
-    engine = Engine(same_gpt2() if directory is None else load_model(directory), Numbers(), stops=())
+    engine = Engine(same_gpt2() if directory is None else load_model(directory), IdTokenizer(), stops=())
     sizes = {
         "transformers": sum(p.numel() for p in theirs.parameters()),
         "firth, the same": sum(p.numel() for p in engine.model.parameters()),
@@ -185,10 +192,10 @@ def check(directory: Path | None) -> None:
     }
     assert sizes["transformers"] == sizes["firth, the same"], sizes
     for batch in (1, 4):
-        want, got = hf_write(theirs, Work(batch)), firth_write(engine, Work(batch))
-        assert all(len(row) == NEW for row in want + got), "an answer ended early"
-        assert len({t for row in want for t in row}) > NEW // 4, "the text is too dull to show a difference"
-        agree = np.mean(np.array(want) == np.array(got))
+        expected, written = hf_write(theirs, Workload(batch)), firth_write(engine, Workload(batch))
+        assert all(len(row) == NEW for row in expected + written), "an answer ended early"
+        assert len({t for row in expected for t in row}) > NEW // 4, "the text has too few distinct tokens to show a difference"
+        agree = np.mean(np.array(expected) == np.array(written))
         assert agree == 1, f"batch {batch}: only {agree:.1%} of the tokens agree"
     print(f"parameters {sizes}; {5 * NEW} greedy tokens of the same weights agree")
 
@@ -197,22 +204,22 @@ def main() -> None:
     from firth.generate.quantized import DIGITS, FLOATS
 
     every = [*FLOATS, *DIGITS]
-    names = {**contenders(Work(1), every, None), **contenders(Work(1), every, Path())}
+    names = {**candidates(Workload(1), every, None), **candidates(Workload(1), every, Path())}
     parser = arguments(__doc__, names)
     parser.add_argument("--batch", type=int, default=1, help="rows written at once")
     parser.add_argument("--prompt", type=int, default=PROMPT, help="tokens of each prompt")
     parser.add_argument(
-        "--new", type=int, default=NEW, help="tokens written in each row; 1: the prompt's tokens are counted"
+        "--new", type=int, default=NEW, help="tokens written in each row; 1: count the tokens of the prompts"
     )
     parser.add_argument("--weights", nargs="+", choices=every, default=["fp32", "int8-dynamic", "int8"])
-    parser.add_argument("--model", type=Path, help="the directory of a Llama to write with on both sides")
-    given = parser.parse_args()
-    if given.check:
-        check(given.model)
+    parser.add_argument("--model", type=Path, help="directory of a Llama for both sides")
+    args = parser.parse_args()
+    if args.check:
+        check(args.model)
     else:
         command(
-            given,
-            contenders(Work(given.batch, given.prompt, given.new), every if given.only else given.weights, given.model),
+            args,
+            candidates(Workload(args.batch, args.prompt, args.new), every if args.only else args.weights, args.model),
         )
 
 

@@ -1,21 +1,21 @@
-"""Measuring one program beside another on a machine that is never quite quiet.
+"""Speed comparison of programs on a machine that is never quite idle.
 
-Absolute speeds drift with the machine; ratios taken a second apart do not. So every contender lives in a process
-of its own (its allocator, its threads and its peak memory are its own), all of them stay alive for the whole run,
-and they work in turns: round after round each does the same share of work while the others sleep. The ratio of two
-contenders is the median over rounds of the ratio *within* a round.
+Absolute speeds drift with the machine; ratios measured a second apart do not. Every candidate therefore runs in a process
+of its own (own allocator, threads and peak memory). All processes stay alive for the whole comparison and take turns: in
+each round every candidate does the same amount of work while the others sleep. The ratio of two candidates is the median
+over rounds of the ratio *within* a round.
 
-A contender is a function that works for ever and calls `turn(units)` whenever a share is done:
+A candidate is a function that works forever and calls `end_sample(units)` at the end of each sample:
 
-    def loop(turn):
+    def loop(end_sample):
         for batch in batches:
             train_on(batch)
-            turn(batch.numel())                  # sleeps here while the others have their turn
+            end_sample(batch.numel())            # sleeps here while the other candidates work
 
     report = compare({"ours": loop, "theirs": other}, rounds=9, peer="theirs", unit="tokens")
 
-A share is dirty, and measured again, when somebody else had more than 3% of the machine meanwhile (/proc/stat against
-the contender's own CPU time; where there is no /proc/stat nothing can be told dirty, and the report says so).
+A sample is noisy, and measured again, when other processes used more than 3% of the machine meanwhile (/proc/stat against
+the candidate's own CPU time). Without /proc/stat no sample counts as noisy, and the report says so.
 """
 
 from __future__ import annotations
@@ -37,24 +37,32 @@ from pathlib import Path
 
 from firth import openmp
 
-Turn = Callable[[float], None]
-Contender = Callable[[Turn], None]
+EndSample = Callable[[float], None]
+"""Reports the units of work done since the last call; returns when the next sample starts."""
 
-DIRTY = 0.03
-"""Largest share of the machine's CPU time that others may have used during a clean sample."""
+Candidate = Callable[[EndSample], None]
+
+MAX_OTHER_LOAD = 0.03
+"""Largest fraction of the machine's CPU time that other processes may use during a clean sample."""
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One share of work: units done, wall seconds, the share of the machine that others used (None: unknown)."""
+    """Measurement of one sample.
+
+    Args:
+        units: Units of work done.
+        seconds: Wall time, or CPU seconds of the process on a shared machine.
+        others: Fraction of the machine that other processes used; None if unknown.
+    """
 
     units: float
     seconds: float
     others: float | None
 
     @property
-    def dirty(self) -> bool:
-        return self.others is not None and self.others > DIRTY
+    def noisy(self) -> bool:
+        return self.others is not None and self.others > MAX_OTHER_LOAD
 
     @property
     def rate(self) -> float:
@@ -63,13 +71,23 @@ class Sample:
 
 @dataclass
 class Report:
-    """What `compare` found. rounds: one {contender: Sample} per round in which every sample was clean."""
+    """Result of `compare`.
+
+    Args:
+        unit: Unit of work, plural.
+        peer: Candidate that ratios refer to.
+        shared: Whether the machine had other work (see `compare`).
+        rounds: {candidate: Sample} of each round in which every sample was clean.
+        discarded: Number of noisy samples.
+        peak_mb: Peak resident size of each process.
+        machine: Facts of `machine`.
+    """
 
     unit: str
     peer: str
     shared: bool = False
     rounds: list[dict[str, Sample]] = field(default_factory=list)
-    thrown_away: int = 0
+    discarded: int = 0
     peak_mb: dict[str, float] = field(default_factory=dict)
     machine: dict[str, object] = field(default_factory=dict)
 
@@ -77,17 +95,17 @@ class Report:
         return [r[name].rate for r in self.rounds]
 
     def ratio(self, name: str, peer: str | None = None) -> tuple[float, float, float]:
-        """Median, least and greatest over rounds of rate(name) / rate(peer)."""
+        """Return the median, minimum and maximum over rounds of rate(name) / rate(peer)."""
         ratios = [r[name].rate / r[peer or self.peer].rate for r in self.rounds]
         return statistics.median(ratios), min(ratios), max(ratios)
 
     def table(self, ours: str) -> str:
-        """Markdown: speed, seconds per share, peak memory, and how many times faster `ours` is than each."""
+        """Return a Markdown table of speed, seconds per sample, peak memory, and the speedup of `ours` over each."""
         if not self.rounds:
-            return "No clean round: the machine was busy with something else."
+            return "There was no clean round: other processes used the machine."
         lines = [
-            f"| contender | {self.unit}/s, median | best | seconds a share, median (min) | peak MB "
-            f"| {ours} against it |",
+            f"| candidate | {self.unit}/s, median | best | seconds per sample, median (min) | peak MB "
+            f"| speedup of {ours} |",
             "|---|---|---|---|---|---|",
         ]
         for name in self.rounds[0]:
@@ -98,9 +116,9 @@ class Report:
                 f"| {statistics.median(seconds):.2f} ({min(seconds):.2f}) | {self.peak_mb[name]:,.0f} "
                 f"| {'' if name == ours else f'**{middle:.2f}x** ({low:.2f} to {high:.2f})'} |"
             )
-        kept = f"{len(self.rounds)} clean rounds, {self.thrown_away} dirty samples thrown away."
+        kept = f"{len(self.rounds)} clean rounds, {self.discarded} noisy samples discarded."
         if self.shared:
-            kept = f"{len(self.rounds)} rounds on a machine that others used too: seconds are each process's own CPU seconds."
+            kept = f"{len(self.rounds)} rounds on a shared machine: seconds are the CPU seconds of each process."
         return "\n".join([*lines, "", kept, describe(self.machine)])
 
     def save(self, path: Path) -> None:
@@ -109,7 +127,7 @@ class Report:
 
 
 def compare(
-    contenders: Mapping[str, Contender],
+    candidates: Mapping[str, Candidate],
     *,
     rounds: int,
     peer: str,
@@ -118,30 +136,37 @@ def compare(
     patience: int = 4,
     shared: bool = False,
 ) -> Report:
-    """Let the contenders work in turns until `rounds` clean rounds are in, or rounds * patience have been tried.
+    """Run the candidates in turns until there are `rounds` clean rounds, or rounds * patience were tried.
 
-    contenders: top-level functions (each is started in a fresh process). warmup: shares done by each before any is
-    timed. The order within a round moves by one each round, so that none always follows the same other. shared: the machine
-    has other work: no sample is dirty, and each is timed by the CPU seconds of its own process. That is fair to programs
-    of one thread each; who waits for others does not count it.
+    The order within a round rotates, so that no candidate always follows the same other one.
+
+    Args:
+        candidates: Top-level functions; each is started in a fresh process.
+        rounds: Clean rounds to collect.
+        peer: Candidate that ratios refer to.
+        unit: Unit of work, plural.
+        warmup: Samples of each candidate that are not timed.
+        patience: Rounds tried for each clean one, at most.
+        shared: The machine has other work: no sample is noisy, and each is timed by the CPU seconds of its process. This
+            is fair for programs of one thread each; waiting does not count.
     """
     report = Report(unit=unit, peer=peer, shared=shared)
     workers = {}
-    for name, contender in contenders.items():
+    for name, candidate in candidates.items():
         with _waiting_as(name.startswith("firth")):
-            workers[name] = Worker(name, contender)
+            workers[name] = Worker(name, candidate)
     try:
         for worker in workers.values():
             for _ in range(warmup):
-                worker.share()
+                worker.measure()
         report.machine = machine()
         names = list(workers)
         for tried in range(rounds * patience):
             order = names[tried % len(names) :] + names[: tried % len(names)]
-            samples = {name: workers[name].share(shared) for name in order}
-            dirty = sum(s.dirty for s in samples.values())
-            report.thrown_away += dirty
-            if not dirty:
+            samples = {name: workers[name].measure(shared) for name in order}
+            noisy = sum(s.noisy for s in samples.values())
+            report.discarded += noisy
+            if not noisy:
                 report.rounds.append({name: samples[name] for name in names})
             progress(f"round {len(report.rounds)}/{rounds}", samples)
             if len(report.rounds) == rounds:
@@ -152,14 +177,14 @@ def compare(
 
 
 def progress(what: str, samples: Mapping[str, Sample]) -> None:
-    """One line on standard error: each contender's rate, `!` behind a dirty one."""
-    shown = "  ".join(f"{n} {s.rate:,.0f}{'!' if s.dirty else ''}" for n, s in samples.items())
+    """Print one line to standard error: the rate of each candidate, with `!` after a noisy one."""
+    shown = "  ".join(f"{n} {s.rate:,.0f}{'!' if s.noisy else ''}" for n, s in samples.items())
     print(f"{what}  {shown}", file=sys.stderr, flush=True)
 
 
 @contextlib.contextmanager
 def _waiting_as(ours: bool) -> Iterator[None]:
-    """Let a process that is started inside wait for work as its users' do: firth's by `firth.openmp`, others' by default."""
+    """Set the OpenMP wait policy of processes started inside: that of `firth.openmp` for firth, else the default."""
     before = dict(os.environ)
     for name in ("GOMP_SPINCOUNT", "KMP_BLOCKTIME") if openmp.EFFECTIVE else ():
         os.environ.pop(name, None)
@@ -173,30 +198,30 @@ def _waiting_as(ours: bool) -> Iterator[None]:
 
 
 class Worker:
-    """A contender in its own process, seen from outside."""
+    """Handle of a candidate in its own process."""
 
-    def __init__(self, name: str, contender: Contender) -> None:
+    def __init__(self, name: str, candidate: Candidate) -> None:
         context = multiprocessing.get_context("spawn")
-        self.name, (self.line, theirs) = name, context.Pipe()
-        self.process = context.Process(target=serve, args=(theirs, contender), daemon=True)
+        self.name, (self.line, child) = name, context.Pipe()
+        self.process = context.Process(target=serve, args=(child, candidate), daemon=True)
         self.process.start()
-        theirs.close()
+        child.close()
 
     def share(self, shared: bool = False) -> Sample:
-        """One turn: wakes the contender, waits until its share is done. shared: as of `compare`."""
-        before = busy()
+        """Wake the candidate and wait until its sample is done. `shared` is that of `compare`."""
+        before = busy_seconds()
         try:
             self.line.send("go")
             units, seconds, own = self.line.recv()
         except (EOFError, BrokenPipeError):
-            raise RuntimeError(f"the contender {self.name!r} ended before its turn was over (see above)") from None
-        after = busy()
+            raise RuntimeError(f"the candidate {self.name!r} ended before its sample was over (see above)") from None
+        after = busy_seconds()
         if shared:
             return Sample(units, own, None)
-        return Sample(units, seconds, others(before, after, own, seconds))
+        return Sample(units, seconds, other_load(before, after, own, seconds))
 
     def stop(self) -> float:
-        """Ends the process; its peak resident size in MB (0 if it had died)."""
+        """End the process; return its peak resident size in MB (0 if it had died)."""
         peak = 0.0
         with contextlib.suppress(EOFError, BrokenPipeError):
             self.line.send("stop")
@@ -206,42 +231,42 @@ class Worker:
         return peak
 
 
-class Over(BaseException):
-    """Unwinds a contender when the comparison is over: not an Exception, so that no trainer catches it."""
+class ComparisonOver(BaseException):
+    """Unwinds a candidate when the comparison is over. Not an Exception, so that no trainer catches it."""
 
 
-def serve(line: Connection, contender: Contender) -> None:
-    """The inside of a contender's process: time what passes between two turns."""
-    began: list[float] = []
+def serve(line: Connection, candidate: Candidate) -> None:
+    """Run a candidate in its process and time each sample."""
+    started: list[float] = []
 
-    def turn(units: float) -> None:
-        if began:
-            wall, cpu = time.perf_counter() - began[0], time.process_time() - began[1]
+    def end_sample(units: float) -> None:
+        if started:
+            wall, cpu = time.perf_counter() - started[0], time.process_time() - started[1]
             line.send((units, wall, cpu))
         try:
             order = line.recv()
-        except EOFError:  # whoever compares us was killed
-            raise Over from None
+        except EOFError:  # the parent process was killed
+            raise ComparisonOver from None
         if order == "stop":
             line.send(peak_mb())
-            raise Over
-        began[:] = time.perf_counter(), time.process_time()
+            raise ComparisonOver
+        started[:] = time.perf_counter(), time.process_time()
 
     try:
-        turn(0)  # the first share includes the set-up: it is part of the warm-up and never timed
-        contender(turn)
-    except Over:
+        end_sample(0)  # the first sample includes the setup: it is part of the warmup and never timed
+        candidate(end_sample)
+    except ComparisonOver:
         pass
 
 
 def peak_mb() -> float:
-    """Peak resident size of this process so far, in MB (10^6 bytes)."""
+    """Return the peak resident size of this process so far, in MB (10^6 bytes)."""
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6
 
 
-def busy() -> float | None:
-    """CPU seconds that the whole machine has been busy since it started (stolen time included); None if unknown."""
+def busy_seconds() -> float | None:
+    """Return the busy CPU seconds of the whole machine since boot (stolen time included); None if unknown."""
     try:
         fields = Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:]
     except OSError:
@@ -250,8 +275,8 @@ def busy() -> float | None:
     return (user + nice + system + irq + soft + steal) / os.sysconf("SC_CLK_TCK")
 
 
-def others(before: float | None, after: float | None, own: float, seconds: float) -> float | None:
-    """The share of the machine's CPU time that was not this process's: 0 to 1."""
+def other_load(before: float | None, after: float | None, own: float, seconds: float) -> float | None:
+    """Return the fraction of the machine's CPU time that other processes used, 0 to 1; None if unknown."""
     if before is None or after is None:
         return None
     return max(0.0, (after - before - own) / (seconds * (os.cpu_count() or 1)))
@@ -261,24 +286,24 @@ def others(before: float | None, after: float | None, own: float, seconds: float
 
 
 def arguments(about: str | None, names: Iterable[str]) -> argparse.ArgumentParser:
-    """The options that the comparisons share."""
+    """Return a parser with the options that all comparisons have."""
     parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--only", nargs="*", choices=list(names), help="a subset of the contenders")
+    parser.add_argument("--only", nargs="*", choices=list(names), help="a subset of the candidates")
     parser.add_argument("--save", type=Path, help="write every sample as JSON")
     parser.add_argument(
-        "--shared", action="store_true", help="others use this machine: time by CPU seconds, one thread each"
+        "--shared", action="store_true", help="the machine has other work: time by CPU seconds, one thread each"
     )
-    parser.add_argument("--check", action="store_true", help="assert what makes it fair; no timing")
+    parser.add_argument("--check", action="store_true", help="assert that the comparison is fair; no timing")
     return parser
 
 
-def command(given: argparse.Namespace, everyone: Mapping[str, Contender], unit: str = "tokens") -> None:
-    """Compare what was asked for and print the table; ratios are of the contender named last, which is firth."""
-    chosen = {name: everyone[name] for name in (given.only or everyone)}
-    report = compare(chosen, rounds=given.rounds, peer=next(iter(chosen)), unit=unit, shared=given.shared)
-    if given.save:
-        report.save(given.save)
+def command(args: argparse.Namespace, candidates: Mapping[str, Candidate], unit: str = "tokens") -> None:
+    """Compare the selected candidates and print the table; ratios are of the last candidate, which is firth."""
+    chosen = {name: candidates[name] for name in (args.only or candidates)}
+    report = compare(chosen, rounds=args.rounds, peer=next(iter(chosen)), unit=unit, shared=args.shared)
+    if args.save:
+        report.save(args.save)
     print(report.table(list(chosen)[-1]))
 
 
@@ -286,7 +311,7 @@ def command(given: argparse.Namespace, everyone: Mapping[str, Contender], unit: 
 
 
 def machine() -> dict[str, object]:
-    """What the numbers were measured on, with the rates that bound them: GEMM in both precisions, memory."""
+    """Return facts of this machine with the rates that bound every program: GEMM in both precisions, memory."""
     import torch
 
     return {
@@ -302,7 +327,7 @@ def machine() -> dict[str, object]:
 
 
 def describe(facts: Mapping[str, object]) -> str:
-    """The machine in one line of a report."""
+    """Return the machine in one line."""
     return (
         "{cpu}, {cores} cores, torch {torch} on {threads} threads; measured GEMM {gemm_fp32_gflops} GFLOP/s fp32, "
         "{gemm_bf16_gflops} bf16; memory {memory_gb_s} GB/s."
@@ -310,7 +335,7 @@ def describe(facts: Mapping[str, object]) -> str:
 
 
 def cpu_name() -> str:
-    """The processor's name as the system gives it, and the matrix instructions that decide between fp32 and bf16."""
+    """Return the name of the processor, and the matrix instructions that decide between fp32 and bf16."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
@@ -322,7 +347,7 @@ def cpu_name() -> str:
 
 
 def gemm_rate(dtype: object, repeats: int = 7) -> float:
-    """FLOP/s of one linear layer of the benchmark's model: (4096, 384) x (384, 1536). The best of several."""
+    """Return FLOP/s of one linear layer of the benchmark's model, (4096, 384) x (384, 1536), the best of several."""
     import torch
 
     a, b = torch.randn(4096, 384).to(dtype), torch.randn(1536, 384).to(dtype)  # type: ignore[call-overload]
@@ -336,7 +361,7 @@ def gemm_rate(dtype: object, repeats: int = 7) -> float:
 
 
 def memory_rate(repeats: int = 7) -> float:
-    """Bytes/s of reading 256 MB through a matrix-vector product, as generation at batch 1 does."""
+    """Return bytes/s of reading 256 MB in a matrix-vector product, as generation at batch size 1 does."""
     import torch
 
     matrix, vector = torch.randn(8192, 8192), torch.randn(8192)
@@ -344,13 +369,13 @@ def memory_rate(repeats: int = 7) -> float:
 
 
 def fastest(work: Callable[[], object], repeats: int) -> float:
-    """Seconds of the quickest of `repeats` calls, after one that is not timed."""
+    """Return the seconds of the fastest of `repeats` calls, after one that is not timed."""
     work()
     times = []
     for _ in range(repeats):
-        began = time.perf_counter()
+        started = time.perf_counter()
         work()
-        times.append(time.perf_counter() - began)
+        times.append(time.perf_counter() - started)
     return min(times)
 
 

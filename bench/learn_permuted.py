@@ -34,7 +34,7 @@ from pathlib import Path
 
 import torch
 
-from bench.harness import DIRTY, busy, describe, machine, others
+from bench.harness import MAX_OTHER_LOAD, busy_seconds, describe, machine, other_load
 from firth.data import windows as cut
 from firth.data.collate import Batches
 from firth.data.source import Source
@@ -67,7 +67,7 @@ GAPS = 768
 
 BODY = encoder_config(VOCAB_SIZE, HIDDEN_SIZE, NUM_LAYERS, max_positions=MAX_POSITIONS)
 FAR = replace(BODY, position="xlnet", mask_embedding=True)
-CONTENDERS: dict[str, tuple[Objective, ModelConfig, ExamplesConfig]] = {
+CANDIDATES: dict[str, tuple[Objective, ModelConfig, ExamplesConfig]] = {
     "xlnet": (PLM(k=3), replace(FAR, memory_length=MEMORY), WindowsConfig(LENGTH)),
     "xlnet, no memory": (PLM(k=3), FAR, WindowsConfig(LENGTH)),
     "mpnet": (MPNet(mlm_probability=0.3), replace(BODY, position="mpnet"), ChunksConfig(LENGTH)),
@@ -78,7 +78,7 @@ CONTENDERS: dict[str, tuple[Objective, ModelConfig, ExamplesConfig]] = {
 
 
 def recipe(name: str, seed: int, steps: int, results: Path) -> Recipe:
-    objective, config, examples = CONTENDERS[name]
+    objective, config, examples = CANDIDATES[name]
     made = tiny_recipe(name, objective, examples, config, steps=steps, batch=BatchConfig(size=ROWS))
     evaluation, checkpoint = replace(made.evaluation, every=0), replace(made.checkpoint, every=steps)
     source = replace(DATA, cache_dir=str(results / "stores"))
@@ -88,7 +88,7 @@ def recipe(name: str, seed: int, steps: int, results: Path) -> Recipe:
 
 def measured(model: LM, name: str, seed: int, held: Source, store: TokenStore, vocab: Vocab) -> dict[str, float]:
     """The objective's own loss; the same without memory, where there is one; and the common cloze test."""
-    objective, _, _ = CONTENDERS[name]
+    objective, _, _ = CANDIDATES[name]
 
     def own(source: Source) -> float:
         return validate(
@@ -110,10 +110,10 @@ def contend(name: str, seed: int, steps: int, results: Path) -> dict[str, object
     config = replace(made.model, vocab_size=tokenizer.vocab.size)
     torch.manual_seed(seed)
     before = measured(LM(config, made.objective.heads(config)).eval(), name, seed, held, store, tokenizer.vocab)
-    busy_before, cpu, clock = busy(), time.process_time(), time.perf_counter()
+    busy_before, cpu, clock = busy_seconds(), time.process_time(), time.perf_counter()
     finished = run(made, results / "runs" / f"{name}-{seed}-{steps}", echo=lambda _: None)
     took = time.perf_counter() - clock
-    dirty = others(busy_before, busy(), time.process_time() - cpu, took)
+    dirty = other_load(busy_before, busy_seconds(), time.process_time() - cpu, took)
     after = measured(load_model(finished.model), name, seed, held, store, tokenizer.vocab)
     return {"name": name, "seed": seed, "steps": steps, "seconds": finished.seconds, "others": dirty,
             "before": before, "after": after}  # fmt: skip
@@ -125,11 +125,11 @@ def table(results: Path, steps: int) -> str:
         "|---|---|---|---|---|---|---|---|",
     ]
     dirty = 0
-    for name in CONTENDERS:
+    for name in CANDIDATES:
         runs = [json.loads(p.read_text()) for p in sorted(results.glob(f"{name}-*-{steps}.json"))]
         if not runs:
             continue
-        dirty += sum((r["others"] or 0) > DIRTY for r in runs)
+        dirty += sum((r["others"] or 0) > MAX_OTHER_LOAD for r in runs)
 
         def cell(when: str, what: str, runs: list[dict] = runs) -> str:
             values = [r[when][what] for r in runs if what in r[when]]
@@ -149,7 +149,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--run", action="store_true")
     parser.add_argument("--table", action="store_true")
-    parser.add_argument("--only", nargs="+", choices=CONTENDERS, default=list(CONTENDERS))
+    parser.add_argument("--only", nargs="+", choices=CANDIDATES, default=list(CANDIDATES))
     parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--limit", type=int, default=1000, help="at most so many new runs")
     parser.add_argument("--results", type=Path, default=Path("runs/learn_permuted"))

@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from bench.harness import DIRTY, busy, describe, machine, others
+from bench.harness import MAX_OTHER_LOAD, busy_seconds, describe, machine, other_load
 from bench.learn_seq2seq import NOTHING
 from firth.runs.recipe import load
 from firth.runs.recipe_names import RECIPES
@@ -35,10 +35,10 @@ CLOCK = 80
 
 def measure(name: str, results: Path, settings: Sequence[str]) -> dict[str, Any]:
     """One recipe to its end and at its beginning: its steps, seconds and last metrics."""
-    before, cpu, clock = busy(), time.process_time(), time.perf_counter()
+    before, cpu, clock = busy_seconds(), time.process_time(), time.perf_counter()
     done = run(load(name, settings), results / name, echo=print)
     wall = time.perf_counter() - clock
-    dirty = others(before, busy(), time.process_time() - cpu, wall)
+    dirty = other_load(before, busy_seconds(), time.process_time() - cpu, wall)
     tokenizer = [f"tokenizer.path={done.directory / 'tokenizer'}"]
     born = run(load(name, [*settings, *tokenizer, *NOTHING]), results / f"{name}-untrained", echo=lambda _: None)
     return {
@@ -49,21 +49,21 @@ def measure(name: str, results: Path, settings: Sequence[str]) -> dict[str, Any]
 
 def clocked(name: str, results: Path) -> dict[str, Any]:
     """CLOCK steps of a recipe, which is not the beginning of any: steps and seconds of training."""
-    before, cpu, clock = busy(), time.process_time(), time.perf_counter()
+    before, cpu, clock = busy_seconds(), time.process_time(), time.perf_counter()
     tokenizer = [f"tokenizer.path={path}" for path in (results / name / "tokenizer",) if path.exists()]
     settings = [f"max_steps={CLOCK}", "evaluation.every=0", "checkpoint.every=0", "sample_prompts=[]", *tokenizer]
     done = run(load(name, settings), results / "clock" / name, echo=lambda _: None)
-    dirty = others(before, busy(), time.process_time() - cpu, time.perf_counter() - clock)
+    dirty = other_load(before, busy_seconds(), time.process_time() - cpu, time.perf_counter() - clock)
     return {"steps": done.steps, "seconds": done.seconds, "others": dirty}
 
 
 def seconds(found: dict[str, Any], results: Path) -> str:
     """Of training: the run's own if it was alone, else its steps at the pace of those that were timed (~)."""
-    quiet, path = (found["others"] or 0) <= DIRTY, results / "clock" / f"{found['name']}.json"
+    quiet, path = (found["others"] or 0) <= MAX_OTHER_LOAD, results / "clock" / f"{found['name']}.json"
     if quiet or not path.exists():
         return f"{found['seconds']:.0f}{'' if quiet else '!'}"
     timed = json.loads(path.read_text("utf-8"))
-    spoilt = "!" if (timed["others"] or 0) > DIRTY else ""
+    spoilt = "!" if (timed["others"] or 0) > MAX_OTHER_LOAD else ""
     return f"~{timed['seconds'] / timed['steps'] * found['steps']:.0f}{spoilt}"
 
 
@@ -96,7 +96,7 @@ def table(results: Path) -> str:
         )
         facts = describe(found["machine"])
     marks = (
-        f"(`!`: others used more than {DIRTY:.0%} of the machine. `~`: at the pace of {CLOCK} steps on a quiet one.)"
+        f"(`!`: others used more than {MAX_OTHER_LOAD:.0%} of the machine. `~`: at the pace of {CLOCK} steps on a quiet one.)"
     )
     return "\n".join([*lines, "", marks, "", facts])
 

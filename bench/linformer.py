@@ -1,14 +1,14 @@
-"""Linformer beside full attention, from 512 to 16,384 tokens: time and memory of a forward and backward pass.
+"""Time and memory of Linformer and full attention, from 512 to 16,384 tokens: one forward and backward pass.
 
     python -m bench.linformer                    # every length, a table for docs/results/index.md; about five minutes
     python -m bench.linformer --check            # equal outputs under identity projections; no timing
     python -m bench.linformer --longest 2048     # fewer lengths
 
-One row of T tokens through the trunk of an encoder (2 layers, width 256, 4 heads, rotary positions), no head. Contenders:
-`linformer` with 128 slots; `full`, what firth runs in its place (blocks up to 512 tokens, torch's flash kernel
-beyond, which needs T memory and T^2 time); and `written out`, softmax(Q K') V as the paper's baseline has it, with T^2
-memory too, to 4,096 tokens. Each measurement is a process of its own: memory is its peak resident size less what it held
-with the model built, time the least of `--repeats` passes after one that is not counted.
+One row of T tokens through the stack of an encoder (2 layers, hidden size 256, 4 heads, rotary positions), no head.
+Candidates: `linformer` with 128 slots; `full`, firth's default attention (blocks up to 512 tokens, torch's flash kernel
+beyond, which needs T memory and T^2 time); and `written out`, softmax(Q K') V as in the paper's baseline, with T^2
+memory too, up to 4,096 tokens. Each measurement is a process of its own: memory is its peak resident size minus its size
+with the model built, time the minimum of `--repeats` passes after one that does not count.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-from bench.harness import busy, describe, machine, others, peak_mb
+from bench.harness import busy_seconds, describe, machine, other_load, peak_mb
 
 LENGTHS = (512, 1024, 2048, 4096, 8192, 16384)
 SLOTS = 128
-CONTENDERS = ("linformer", "full", "written out")
+CANDIDATES = ("linformer", "full", "written out")
 WRITTEN_OUT = 4096
-"""Longest row with all its weights in memory: 16 T^2 bytes a layer and copy."""
+"""Longest row, in tokens, with all attention weights in memory: 16 T^2 bytes per layer and copy."""
 
 
-def measure(contender: str, length: int, repeats: int) -> dict[str, float]:
-    """Seconds of a pass and MB of its peak, in this process."""
+def measure(candidate: str, length: int, repeats: int) -> dict[str, float]:
+    """Return the seconds of a pass and its peak memory in MB, measured in this process."""
     import torch
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -42,27 +42,27 @@ def measure(contender: str, length: int, repeats: int) -> dict[str, float]:
 
     torch.manual_seed(0)
     config = encoder_config(vocab_size=1000, hidden_size=256, num_layers=2, num_heads=4, max_positions=max(LENGTHS))
-    if contender == "linformer_k":
+    if candidate == "linformer":
         config = replace(config, linformer_k=SLOTS)
-    if contender == "written out":
+    if candidate == "written out":
         kernels.use({kernel.name: "sdpa" for kernel in ATTENTION.values()})
-    backends = [SDPBackend.MATH] if contender == "written out" else [SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]
+    backends = [SDPBackend.MATH] if candidate == "written out" else [SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]
     model = LM(config, {})
     tokens = torch.randint(0, 1000, (1, length))
     held = resident_mb()
-    before, began, own = busy(), time.perf_counter(), time.process_time()
+    before, started, own = busy_seconds(), time.perf_counter(), time.process_time()
     times = []
     for _ in range(repeats + 1):
         start = time.perf_counter()
         with sdpa_kernel(backends, set_priority=True):
             model({"tokens": tokens}).sum().backward()
         times.append(time.perf_counter() - start)
-    used = others(before, busy(), time.process_time() - own, time.perf_counter() - began)
+    used = other_load(before, busy_seconds(), time.process_time() - own, time.perf_counter() - started)
     return {"seconds": min(times[1:]), "mb": peak_mb() - held, "others": -1.0 if used is None else used}
 
 
 def resident_mb() -> float:
-    """What this process holds now, in MB; 0 where the system does not say."""
+    """Return the resident size of this process in MB; 0 if unknown."""
     try:
         pages = int(Path("/proc/self/statm").read_text().split()[1])
     except OSError:
@@ -71,7 +71,7 @@ def resident_mb() -> float:
 
 
 def check() -> None:
-    """With identity projections the Linformer is full attention."""
+    """Assert that Linformer with identity projections equals full attention."""
     import torch
 
     from firth.model.config import encoder_config
@@ -91,50 +91,50 @@ def check() -> None:
 
 
 def table(found: dict[str, dict[str, float]]) -> str:
-    """Markdown, from `CONTENDER LENGTH` -> measurement."""
+    """Return a Markdown table of measurements by `CANDIDATE LENGTH`."""
     lines = [
-        "| tokens | " + " | ".join(f"{c}, s" for c in CONTENDERS) + " | "
-        + " | ".join(f"{c}, MB" for c in CONTENDERS) + " | full / linformer, time |",
-        "|" + "---|" * (2 + 2 * len(CONTENDERS)),
+        "| tokens | " + " | ".join(f"{c}, s" for c in CANDIDATES) + " | "
+        + " | ".join(f"{c}, MB" for c in CANDIDATES) + " | full / linformer, time |",
+        "|" + "---|" * (2 + 2 * len(CANDIDATES)),
     ]  # fmt: skip
     for length in LENGTHS:
-        rows = [found.get(f"{c} {length}") for c in CONTENDERS]
+        rows = [found.get(f"{c} {length}") for c in CANDIDATES]
         if not any(rows):
             continue
         seconds = [f"{r['seconds']:.3f}{'!' if r['others'] > 0.03 else ''}" if r else "" for r in rows]
         memory = [f"{r['mb']:.0f}" if r else "" for r in rows]
         ratio = f"{rows[1]['seconds'] / rows[0]['seconds']:.2f}" if rows[0] and rows[1] else ""
         lines.append(f"| {length:,} | {' | '.join(seconds)} | {' | '.join(memory)} | {ratio} |")
-    return "\n".join([*lines, "", "`!`: others used more than 3% of the machine meanwhile."])
+    return "\n".join([*lines, "", "`!`: other processes used more than 3% of the machine."])
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", action="store_true", help="assert what makes it fair; no timing")
+    parser.add_argument("--check", action="store_true", help="assert that the comparison is fair; no timing")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--longest", type=int, default=max(LENGTHS))
-    parser.add_argument("--save", type=Path, default=Path("runs/linformer.json"), help="what is there is not run again")
-    parser.add_argument("--table", action="store_true", help="print what is there")
+    parser.add_argument("--save", type=Path, default=Path("runs/linformer.json"), help="existing measurements are not repeated")
+    parser.add_argument("--table", action="store_true", help="print the existing measurements")
     parser.add_argument("--one", nargs=2, help=argparse.SUPPRESS)
-    given = parser.parse_args()
-    if given.one:
-        print(json.dumps(measure(given.one[0], int(given.one[1]), given.repeats)))
+    args = parser.parse_args()
+    if args.one:
+        print(json.dumps(measure(args.one[0], int(args.one[1]), args.repeats)))
         return
-    if given.check:
+    if args.check:
         check()
         return
-    found: dict[str, dict[str, float]] = json.loads(given.save.read_text()) if given.save.exists() else {}
-    for length in LENGTHS if not given.table else ():
-        for contender in CONTENDERS:
-            name = f"{contender} {length}"
-            if name in found or length > given.longest or (contender == "written out" and length > WRITTEN_OUT):
+    found: dict[str, dict[str, float]] = json.loads(args.save.read_text()) if args.save.exists() else {}
+    for length in LENGTHS if not args.table else ():
+        for candidate in CANDIDATES:
+            name = f"{candidate} {length}"
+            if name in found or length > args.longest or (candidate == "written out" and length > WRITTEN_OUT):
                 continue
-            command = [sys.executable, "-m", "bench.linformer", "--repeats", str(given.repeats), "--one", contender]
-            said = subprocess.run([*command, str(length)], check=True, capture_output=True, text=True).stdout
-            found[name] = json.loads(said.strip().splitlines()[-1])
+            command = [sys.executable, "-m", "bench.linformer", "--repeats", str(args.repeats), "--one", candidate]
+            output = subprocess.run([*command, str(length)], check=True, capture_output=True, text=True).stdout
+            found[name] = json.loads(output.strip().splitlines()[-1])
             print(name, found[name], file=sys.stderr, flush=True)
-            given.save.parent.mkdir(parents=True, exist_ok=True)
-            given.save.write_text(json.dumps(found, indent=1))
+            args.save.parent.mkdir(parents=True, exist_ok=True)
+            args.save.write_text(json.dumps(found, indent=1))
     print(table(found))
     print(describe(machine()))
 

@@ -1,17 +1,17 @@
-"""Masked language modelling on sentences of varied length: useful tokens per second, CPU.
+"""Training speed of a masked language model on sentences of varied length, in useful tokens per second, CPU.
 
     python -m bench.masked                 # nine rounds, a table for docs/results/index.md
     python -m bench.masked --check         # equal sizes, equal sentences, first losses near ln 8192; no timing
 
 A sentence is [CLS], about 25 tokens on average and at most 126, [SEP]; a step is 64 sentences; the model has 6 layers
-of width 384. Useful tokens are those of the sentences: padding is work that nobody asked for. Contenders:
-`BertForMaskedLM` in a `Trainer` with `DataCollatorForLanguageModeling` as they come (padded to the longest of the
-batch), the same with bf16=True and length grouping, the same with length grouping alone (what a user of a CPU without
-bf16 instructions would choose), and firth: packed rows, its head only where a token is asked. Dropout is off and the
-peers' batch, steps and optimizer are the same; every contender pays for masking and batching.
+of hidden size 384. Useful tokens are those of the sentences, without padding. Candidates: `BertForMaskedLM` in a `Trainer`
+with `DataCollatorForLanguageModeling` and their defaults (padded to the longest of the batch), the same with bf16=True and
+length grouping, the same with length grouping alone (the best choice on a CPU without bf16 instructions), and firth: packed
+rows, its head only at supervised positions. Dropout is off, and the peers have the same batch, steps and optimizer; masking
+and batching count for all.
 
-The lengths are drawn from a log-normal distribution fitted to English prose (median 22, mean about 27, at most 128
-with the frame), the tokens by Zipf's law: what the text says does not change the speed.
+The lengths are drawn from a log-normal distribution fitted to English prose (median 22, mean about 27, at most 128 with
+[CLS] and [SEP]), the tokens by Zipf's law: speed does not depend on the text.
 """
 
 from __future__ import annotations
@@ -27,22 +27,22 @@ import torch
 from torch import Tensor
 
 from bench.causal import DEPTH, HEADS, VOCAB, WIDTH, firth_run
-from bench.harness import Turn, arguments, command
+from bench.harness import EndSample, arguments, command
 
-LONGEST, ROWS, SHARE, STORE = 128, 64, 6, 16384
+MAX_LENGTH, ROWS, STEPS_PER_SAMPLE, NUM_SENTENCES = 128, 64, 6, 16384
 PAD, UNK, CLS, SEP, MASK, FIRST = 0, 1, 2, 3, 4, 107
-RATE = 0.15
-GROUP = 50
-"""Steps of a turn that is grouped by length: the sampler sorts as many batches at a time, the longest sentences first, so that
-fewer would be measured on the longest alone."""
+MLM_PROBABILITY = 0.15
+GROUPED_STEPS = 50
+"""Steps per sample with length grouping: the sampler sorts as many batches at a time, the longest sentences first, so a
+shorter sample would measure the longest sentences alone."""
 
 
-def sentences(n: int = STORE, seed: int = 0) -> list[np.ndarray]:
-    """Framed sentences, int64 ids: lengths log-normal, tokens Zipf over the ordinary ids."""
+def sentences(n: int = NUM_SENTENCES, seed: int = 0) -> list[np.ndarray]:
+    """Return sentences with [CLS] and [SEP], int64 ids: lengths log-normal, tokens Zipf over the ordinary ids."""
     rng = np.random.default_rng(seed)
-    lengths = np.clip(rng.lognormal(math.log(20), 0.65, n).round().astype(int), 2, LONGEST - 2)
-    chance = 1 / np.arange(1, VOCAB - FIRST + 1)
-    text = rng.choice(np.arange(FIRST, VOCAB), size=lengths.sum(), p=chance / chance.sum())
+    lengths = np.clip(rng.lognormal(math.log(20), 0.65, n).round().astype(int), 2, MAX_LENGTH - 2)
+    probabilities = 1 / np.arange(1, VOCAB - FIRST + 1)
+    text = rng.choice(np.arange(FIRST, VOCAB), size=lengths.sum(), p=probabilities / probabilities.sum())
     return [np.concatenate(([CLS], part, [SEP])) for part in np.split(text, np.cumsum(lengths)[:-1])]
 
 
@@ -50,7 +50,7 @@ def sentences(n: int = STORE, seed: int = 0) -> list[np.ndarray]:
 
 
 def hf_tokenizer(directory: Path) -> Any:
-    """What the collator needs of a tokenizer: ids of the specials, padding. Its words are their ids' names."""
+    """Return a tokenizer for the collator, which needs special ids and padding. Words are named after their ids."""
     from transformers import BertTokenizer
 
     names = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
@@ -68,14 +68,14 @@ def hf_model() -> Any:
     return BertForMaskedLM(
         BertConfig(
             vocab_size=VOCAB, hidden_size=WIDTH, num_hidden_layers=DEPTH, num_attention_heads=HEADS,
-            intermediate_size=4 * WIDTH, max_position_embeddings=LONGEST, hidden_dropout_prob=0.0,
+            intermediate_size=4 * WIDTH, max_position_embeddings=MAX_LENGTH, hidden_dropout_prob=0.0,
             attention_probs_dropout_prob=0.0, pad_token_id=PAD,
         )
     )  # fmt: skip
 
 
 class Sentences(torch.utils.data.Dataset):  # type: ignore[type-arg]
-    """What a user hands to `Trainer`: token ids; the collator pads and masks."""
+    """Data set for `Trainer`: token ids; the collator pads and masks."""
 
     def __init__(self) -> None:
         self.rows = [row.tolist() for row in sentences()]
@@ -87,8 +87,8 @@ class Sentences(torch.utils.data.Dataset):  # type: ignore[type-arg]
         return {"input_ids": self.rows[i]}
 
 
-def useful_turns(model: Any, share: int, turn: Turn) -> Any:
-    """A callback of a Trainer that ends its turn every `share` steps, telling the tokens that were no padding."""
+def end_sample_callback(model: Any, steps_per_sample: int, end_sample: EndSample) -> Any:
+    """Return a Trainer callback that ends a sample every `steps_per_sample` steps, with the tokens that are not padding."""
     from transformers import TrainerCallback
 
     useful = [0]
@@ -98,17 +98,17 @@ def useful_turns(model: Any, share: int, turn: Turn) -> Any:
 
     model.register_forward_pre_hook(count, with_kwargs=True)
 
-    class Turns(TrainerCallback):
+    class EndSampleCallback(TrainerCallback):
         def on_step_end(self, args: object, state: object, control: object, **rest: object) -> None:
-            if state.global_step % share == 0:  # type: ignore[attr-defined]
-                turn(useful[0])
+            if state.global_step % steps_per_sample == 0:  # type: ignore[attr-defined]
+                end_sample(useful[0])
                 useful[0] = 0
 
-    return Turns()
+    return EndSampleCallback()
 
 
-def trainer(turn: Turn, share: int = SHARE, **chosen: Any) -> None:
-    """transformers' Trainer; useful tokens are counted where the model reads them. A turn is `share` steps."""
+def trainer(end_sample: EndSample, steps_per_sample: int = STEPS_PER_SAMPLE, **chosen: Any) -> None:
+    """Run transformers' Trainer; useful tokens are counted in the model's input. A sample is `steps_per_sample` steps."""
     from transformers import DataCollatorForLanguageModeling, Trainer, TrainingArguments
 
     model = hf_model()
@@ -118,28 +118,28 @@ def trainer(turn: Turn, share: int = SHARE, **chosen: Any) -> None:
             directory, per_device_train_batch_size=ROWS, max_steps=1_000_000, use_cpu=True, save_strategy="no",
             disable_tqdm=True, **chosen,
         )  # fmt: skip
-        collator = DataCollatorForLanguageModeling(tokenizer, mlm_probability=RATE)
+        collator = DataCollatorForLanguageModeling(tokenizer, mlm_probability=MLM_PROBABILITY)
         Trainer(
-            model, arguments, train_dataset=Sentences(), data_collator=collator, callbacks=[useful_turns(model, share, turn)]
+            model, arguments, train_dataset=Sentences(), data_collator=collator, callbacks=[end_sample_callback(model, steps_per_sample, end_sample)]
         ).train()  # fmt: skip
 
 
-def trainer_default(turn: Turn) -> None:
-    trainer(turn)
+def trainer_default(end_sample: EndSample) -> None:
+    trainer(end_sample)
 
 
-def trainer_grouped(turn: Turn) -> None:
-    trainer(turn, GROUP, train_sampling_strategy="group_by_length")
+def trainer_grouped(end_sample: EndSample) -> None:
+    trainer(end_sample, GROUPED_STEPS, train_sampling_strategy="group_by_length")
 
 
-def trainer_bf16_grouped(turn: Turn) -> None:
-    trainer(turn, GROUP, bf16=True, train_sampling_strategy="group_by_length")
+def trainer_bf16_grouped(end_sample: EndSample) -> None:
+    trainer(end_sample, GROUPED_STEPS, bf16=True, train_sampling_strategy="group_by_length")
 
 
 # ------------------------------------------------------------------------------- firth
 
 
-def firth_parts(bert: bool = False) -> tuple[Any, Any, Any]:
+def firth_setup(bert: bool = False) -> tuple[Any, Any, Any]:
     """(model, objective, batches): the default encoder, or the peer's own BERT, on these sentences in packed rows."""
     from firth.data.collate import Batches
     from firth.data.source import Source
@@ -149,7 +149,7 @@ def firth_parts(bert: bool = False) -> tuple[Any, Any, Any]:
     from firth.tokenizer.vocab import Vocab
     from firth.types import Example
 
-    class Framed(Source):
+    class SentenceSource(Source):
         rows = sentences()
 
         def __len__(self) -> int:
@@ -165,41 +165,41 @@ def firth_parts(bert: bool = False) -> tuple[Any, Any, Any]:
         hidden_size=WIDTH,
         num_layers=DEPTH,
         num_heads=HEADS,
-        max_positions=LONGEST,
+        max_positions=MAX_LENGTH,
         intermediate_size=8 * WIDTH // 3,
     )
     if bert:
         config = ModelConfig(
-            vocab_size=VOCAB, hidden_size=WIDTH, num_layers=DEPTH, num_heads=HEADS, max_positions=LONGEST, norm_placement="post", norm_eps=1e-12,
+            vocab_size=VOCAB, hidden_size=WIDTH, num_layers=DEPTH, num_heads=HEADS, max_positions=MAX_LENGTH, norm_placement="post", norm_eps=1e-12,
             embedding_norm=True, type_vocab_size=2, activation="gelu", lm_head="transform", lm_head_bias=True,
         )  # fmt: skip
     roles = {"pad": PAD, "unk": UNK, "cls": CLS, "sep": SEP, "mask": MASK}
     vocab = Vocab(size=VOCAB, roles=roles, special=np.arange(VOCAB) < FIRST)
     model = LM(config, objective.heads(config))
-    return model, objective, Batches(Framed(), objective, vocab, batch_size=ROWS, seed=0, pack_to_length=LONGEST)
+    return model, objective, Batches(SentenceSource(), objective, vocab, batch_size=ROWS, seed=0, pack_to_length=MAX_LENGTH)
 
 
-def firth_masked(turn: Turn, bert: bool = False, optimizer: Literal["muon", "adamw"] = "muon") -> None:
-    model, objective, batches = firth_parts(bert)
+def firth_masked(end_sample: EndSample, bert: bool = False, optimizer: Literal["muon", "adamw"] = "muon") -> None:
+    model, objective, batches = firth_setup(bert)
     lengths = np.array([len(row) for row in batches.source.rows])
 
     def useful(step: int) -> int:
-        """Tokens of the sentences of the last SHARE steps."""
-        positions = np.arange((step - SHARE) * ROWS, step * ROWS)
+        """Return the tokens of the sentences of the last STEPS_PER_SAMPLE steps."""
+        positions = np.arange((step - STEPS_PER_SAMPLE) * ROWS, step * ROWS)
         return int(lengths[batches.source.order(batches.seed, positions)[1]].sum())
 
-    firth_run(turn, optimizer, useful, (model, objective, batches), SHARE)
+    firth_run(end_sample, optimizer, useful, (model, objective, batches), STEPS_PER_SAMPLE)
 
 
-def firth_bert(turn: Turn) -> None:
-    firth_masked(turn, bert=True)
+def firth_bert(end_sample: EndSample) -> None:
+    firth_masked(end_sample, bert=True)
 
 
-def firth_bert_adamw(turn: Turn) -> None:
-    firth_masked(turn, bert=True, optimizer="adamw")
+def firth_bert_adamw(end_sample: EndSample) -> None:
+    firth_masked(end_sample, bert=True, optimizer="adamw")
 
 
-CONTENDERS: dict[str, Callable[[Turn], None]] = {
+CANDIDATES: dict[str, Callable[[EndSample], None]] = {
     "BertForMaskedLM in Trainer": trainer_default,
     "the same, length grouping": trainer_grouped,
     "the same, bf16 and length grouping": trainer_bf16_grouped,
@@ -210,36 +210,36 @@ CONTENDERS: dict[str, Callable[[Turn], None]] = {
 
 
 def check() -> None:
-    """What makes the comparison fair, asserted: sizes, sentences, 15% asked, first losses at ln(vocabulary)."""
+    """Assert that the comparison is fair: equal sizes and sentences, 15% masked, first losses near ln(vocabulary)."""
     from firth.train.step import count_targets
 
     rows = sentences()
     lengths = np.array([len(row) for row in rows])
     assert 26 < lengths.mean() < 28, lengths.mean()
-    assert lengths.max() == LONGEST, lengths.max()
+    assert lengths.max() == MAX_LENGTH, lengths.max()
     theirs = hf_model()
     sizes = {"transformers": sum(p.numel() for p in theirs.parameters())}
     some = [torch.from_numpy(row)[None] for row in rows[:8]]
     with torch.no_grad():
         first = {"transformers": np.mean([theirs(input_ids=r, labels=r).loss.item() for r in some])}
         for name, bert in (("firth, the same BERT", True), ("firth", False)):
-            model, objective, batches = firth_parts(bert)
+            model, objective, batches = firth_setup(bert)
             sizes[name] = sum(p.numel() for p in model.parameters())
-            asked = useful = slots = 0.0
+            num_labels = useful = slots = 0.0
             for number in range(20):
                 [batch] = batches.batches(number)
-                asked += count_targets(objective, [batch])["tokens"].item()
+                num_labels += count_targets(objective, [batch])["tokens"].item()
                 useful += int((batch["document_ids"] > 0).sum())
                 slots += batch["tokens"].numel()
-            mine = batches.source.order(0, np.arange(20 * ROWS))[1]
-            assert useful == lengths[mine].sum(), "firth packed other tokens than the sentences'"
-            assert abs(asked / (useful - 2 * 20 * ROWS) - RATE) < 0.01, f"{asked / useful:.3f} of the tokens are asked"
+            read = batches.source.order(0, np.arange(20 * ROWS))[1]
+            assert useful == lengths[read].sum(), "firth packed other tokens than those of the sentences"
+            assert abs(num_labels / (useful - 2 * 20 * ROWS) - MLM_PROBABILITY) < 0.01, f"{num_labels / useful:.3f} of the tokens are masked"
             n = count_targets(objective, [batch])["tokens"].item()
-            first[name] = objective.loss(model, objective.run(model, batch), batch)["tokens"].item() / n
+            first[name] = objective.loss(model, objective.forward(model, batch), batch)["tokens"].item() / n
     assert sizes["transformers"] == sizes["firth, the same BERT"], sizes
     for name, loss in first.items():
         assert abs(loss - math.log(VOCAB)) < 0.3, f"{name} starts at {loss:.3f}, not at ln {VOCAB}"
-    padded = np.mean([lengths[i : i + ROWS].max() * ROWS / lengths[i : i + ROWS].sum() for i in range(0, STORE, ROWS)])
+    padded = np.mean([lengths[i : i + ROWS].max() * ROWS / lengths[i : i + ROWS].sum() for i in range(0, NUM_SENTENCES, ROWS)])
     print(f"parameters {sizes}")
     shown = ", ".join(f"{name} {loss:.3f}" for name, loss in first.items())
     print(f"first losses: {shown}; ln {VOCAB} = {math.log(VOCAB):.3f}")
@@ -247,11 +247,11 @@ def check() -> None:
 
 
 def main() -> None:
-    given = arguments(__doc__, CONTENDERS).parse_args()
-    if given.check:
+    args = arguments(__doc__, CANDIDATES).parse_args()
+    if args.check:
         check()
     else:
-        command(given, CONTENDERS, unit="useful tokens")
+        command(args, CANDIDATES, unit="useful tokens")
 
 
 if __name__ == "__main__":

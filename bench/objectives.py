@@ -30,7 +30,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bench.harness import Contender, Report, Turn, compare, describe
+from bench.harness import Candidate, EndSample, Report, compare, describe
 from firth.data.collate import Batches, collate
 from firth.model.model import LM
 from firth.objectives.objective import Objective
@@ -47,7 +47,7 @@ from firth.types import IGNORE, NEVER, Batch
 
 CPU = torch.device("cpu")
 
-POOL, SHARE = 8, 8
+POOL, STEPS_PER_SAMPLE = 8, 8
 """Batches that take turns; steps in a share."""
 
 FOLDER = Path("runs/objectives")
@@ -136,11 +136,11 @@ def theirs(name: str, precision: Literal["fp32", "bf16"]) -> Iterator[int]:
         yield tokens
 
 
-def in_turns(turn: Turn, side: Callable[[], Iterator[int]]) -> None:
+def in_turns(end_sample: EndSample, side: Callable[[], Iterator[int]]) -> None:
     """Work in shares of SHARE steps."""
     steps = side()
     while True:
-        turn(sum(islice(steps, SHARE)))
+        end_sample(sum(islice(steps, STEPS_PER_SAMPLE)))
 
 
 # ------------------------------------------------------------------------------- peers
@@ -397,14 +397,14 @@ def check() -> None:
 
 def row(name: str, rounds: int) -> tuple[str, Report]:
     """A line of the table."""
-    contenders: dict[str, Contender] = {}
+    candidates: dict[str, Candidate] = {}
     if name in PEERS:
-        contenders = {p: partial(in_turns, side=partial(theirs, name, p)) for p in PRECISIONS}
-    contenders["firth"] = partial(in_turns, side=partial(ours, name))
-    report = compare(contenders, rounds=rounds, peer=next(iter(contenders)))
+        candidates = {p: partial(in_turns, side=partial(theirs, name, p)) for p in PRECISIONS}
+    candidates["firth"] = partial(in_turns, side=partial(ours, name))
+    report = compare(candidates, rounds=rounds, peer=next(iter(candidates)))
     if not report.rounds:
         return f"| {name} | no clean round | | | |", report
-    speed = {who: statistics.median(report.rates(who)) for who in contenders}
+    speed = {who: statistics.median(report.rates(who)) for who in candidates}
     if name not in PEERS:
         return f"| {name} | {speed['firth']:,.0f} | | | |", report
     middle, low, high = report.ratio("firth", max(PRECISIONS, key=lambda p: speed[p]))

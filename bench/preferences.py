@@ -27,10 +27,10 @@ import numpy as np
 import torch
 
 from bench.causal import DEPTH, HEADS, VOCAB, WIDTH, firth_run
-from bench.harness import Contender, Turn, arguments, command
+from bench.harness import Candidate, EndSample, arguments, command
 
 Task = Literal["reward", "dpo"]
-COMPARISONS, ROWS, SHARE = 256, 16, 4
+COMPARISONS, ROWS, STEPS_PER_SAMPLE = 256, 16, 4
 PAD, UNK, EOS, FIRST = 0, 1, 2, 3
 LONGEST = 128
 
@@ -66,7 +66,7 @@ def llama(task: Task) -> Any:
 
 
 @contextmanager
-def trainer(task: Task, turn: Turn | None, **chosen: Any) -> Iterator[Any]:
+def trainer(task: Task, end_sample: EndSample | None, **chosen: Any) -> Iterator[Any]:
     """TRL's trainer on the comparisons; a turn is SHARE steps."""
     import trl
     from datasets import Dataset
@@ -91,10 +91,10 @@ def trainer(task: Task, turn: Turn | None, **chosen: Any) -> Iterator[Any]:
             for prompt, one, other in comparisons()
         ]
 
-    class Turns(TrainerCallback):
+    class EndSampleCallback(TrainerCallback):
         def on_step_end(self, args: object, state: Any, control: object, **rest: object) -> None:
-            if turn is not None and state.global_step % SHARE == 0:
-                turn(SHARE * ROWS)
+            if end_sample is not None and state.global_step % STEPS_PER_SAMPLE == 0:
+                end_sample(STEPS_PER_SAMPLE * ROWS)
 
     kind = "DPO" if task == "dpo" else "Reward"
     with tempfile.TemporaryDirectory() as directory:
@@ -108,19 +108,19 @@ def trainer(task: Task, turn: Turn | None, **chosen: Any) -> Iterator[Any]:
             model = type(model).from_pretrained(f"{directory}/start")
         yield getattr(trl, f"{kind}Trainer")(
             model=model, args=settings, train_dataset=Dataset.from_list(rows), processing_class=tokenizer,
-            callbacks=[Turns()],
+            callbacks=[EndSampleCallback()],
         )  # fmt: skip
 
 
-def theirs(turn: Turn, task: Task, **chosen: Any) -> None:
-    with trainer(task, turn, **chosen) as made:
+def theirs(end_sample: EndSample, task: Task, **chosen: Any) -> None:
+    with trainer(task, end_sample, **chosen) as made:
         made.train()
 
 
 # ------------------------------------------------------------------------------- firth
 
 
-def firth_parts(task: Task) -> tuple[Any, Any, Any]:
+def firth_setup(task: Task) -> tuple[Any, Any, Any]:
     """(model, objective, batches): what `firth train reward_model` and `firth train dpo` build."""
     from firth.align.precompute import precompute
     from firth.align.rewards import PreferencePair, PreferencePairs, Rollout
@@ -157,11 +157,11 @@ def firth_parts(task: Task) -> tuple[Any, Any, Any]:
     )
 
 
-def firth(turn: Turn, task: Task) -> None:
-    firth_run(turn, "adamw", lambda _: SHARE * ROWS, firth_parts(task), SHARE)
+def firth(end_sample: EndSample, task: Task) -> None:
+    firth_run(end_sample, "adamw", lambda _: STEPS_PER_SAMPLE * ROWS, firth_setup(task), STEPS_PER_SAMPLE)
 
 
-def contenders(task: Task) -> dict[str, Contender]:
+def candidates(task: Task) -> dict[str, Candidate]:
     """Everybody who trains this."""
     plain: dict[str, Any] = {"gradient_checkpointing": False}
     if task == "dpo":
@@ -179,7 +179,7 @@ def check(task: Task) -> None:
     """Both sides read the same tokens, and begin with a loss near ln 2."""
     from firth.train.step import step
 
-    model, objective, batches = firth_parts(task)
+    model, objective, batches = firth_setup(task)
     [batch] = batches.batches(0)
     mine = float(step(model, objective, [batch])[task])
     with trainer(task, None, bf16=False, gradient_checkpointing=False) as made:
@@ -196,13 +196,13 @@ def check(task: Task) -> None:
 
 
 def main() -> None:
-    parser = arguments(__doc__, contenders("dpo"))
+    parser = arguments(__doc__, candidates("dpo"))
     parser.add_argument("task", choices=("reward", "dpo"))
     given = parser.parse_args()
     if given.check:
         check(given.task)
     else:
-        command(given, contenders(given.task), unit="comparisons")
+        command(given, candidates(given.task), unit="comparisons")
 
 
 if __name__ == "__main__":

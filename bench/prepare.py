@@ -139,7 +139,7 @@ def _hash(value: Any) -> str:
     return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:12]
 
 
-def contenders() -> dict[str, tuple[str, str]]:
+def candidates() -> dict[str, tuple[str, str]]:
     """Question -> the two shares of work that it compares: the one in question, and its peer."""
     return {"prepare": ("prepare@all", "prepare@1"), "encode": ("encode@all", "encode@1")} | {
         f"train-{algorithm}": (f"ours-{algorithm}@all", f"library-{algorithm}@all") for algorithm in TRAINED
@@ -176,7 +176,7 @@ def main() -> None:
     parser.add_argument("paths", nargs="*", help="text files or directories; three corpora of `firth fetch` if none")
     parser.add_argument("--megabytes", type=float, default=27, help="of text, from its beginning")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--only", nargs="*", choices=list(contenders()), help="some of the questions")
+    parser.add_argument("--only", nargs="*", choices=list(candidates()), help="some of the questions")
     parser.add_argument("--one", help="do one share of work (this is how the others are started)")
     given = parser.parse_args()
     paths = given.paths or [path for name in CORPORA for path in catalog.paths(name, _silent)]
@@ -184,8 +184,8 @@ def main() -> None:
         one(given.one, paths, given.megabytes)
         return
     rows = []
-    for question in given.only or contenders():
-        mine, peer = contenders()[question]
+    for question in given.only or candidates():
+        mine, peer = candidates()[question]
         rounds = [(share(mine, given, paths), share(peer, given, paths)) for _ in range(given.rounds)]
         ratios = [b["seconds"] / a["seconds"] for a, b in rounds]
         speeds = [statistics.median(side[i]["megabytes"] / side[i]["seconds"] for side in rounds) for i in (0, 1)]

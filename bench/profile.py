@@ -29,9 +29,9 @@ from bench.causal import (
     VOCAB,
     WIDTH,
     Plain,
-    firth_parts,
+    endless_batches,
+    firth_setup,
     plain_optimizer,
-    rows_for_ever,
     windows,
 )  # fmt: skip
 from bench.harness import gemm_rate
@@ -74,7 +74,7 @@ def firth_phases(name: str, chosen: Literal["fp32", "bf16"]) -> Phases:
     keep_freed_memory()
     flush_denormals()
     casts = precision.casts(chosen, torch.device("cpu"))
-    model, objective, batches = firth_parts()
+    model, objective, batches = firth_setup()
     mover = Optimizer(OptimizerConfig(name=name), model, sparse=True)  # type: ignore[arg-type]
     made: list[Any] = []
     number = iter(range(1_000_000))
@@ -93,7 +93,7 @@ def firth_phases(name: str, chosen: Literal["fp32", "bf16"]) -> Phases:
 def plain_phases() -> Phases:
     model = Plain()
     optimizer = plain_optimizer(model, 6e-4)
-    batches = rows_for_ever(windows(), ROWS, seed=0)
+    batches = endless_batches(windows(), ROWS, seed=0)
     made: list[torch.Tensor] = []
 
     def batch() -> None:

@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from bench.harness import Turn, arguments, command
+from bench.harness import EndSample, arguments, command
 from firth.corpora import catalog
 
 PROMPT = (
@@ -65,14 +65,14 @@ def theirs(dtype: torch.dtype, where: str) -> tuple[Any, Any]:
     return model.eval(), AutoTokenizer.from_pretrained(place(), gguf_file=file.name)
 
 
-def transformers_generate(turn: Turn, dtype: torch.dtype, where: str) -> None:
+def transformers_generate(end_sample: EndSample, dtype: torch.dtype, where: str) -> None:
     torch.set_num_threads(THREADS)
     model, tokenizer = theirs(dtype, where)
     model.generation_config.eos_token_id = None
     ids = torch.tensor([tokenizer.encode(PROMPT, add_special_tokens=False)])
     while True:
         out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=NEW, do_sample=False)
-        turn(out.shape[1] - ids.shape[1])
+        end_sample(out.shape[1] - ids.shape[1])
 
 
 def ours(weights: str) -> Any:
@@ -95,17 +95,17 @@ def lowered() -> tuple[str, ...]:
     return ("bf16", "int8", "int8-dynamic") if "weights" in inspect.signature(Engine).parameters else ()
 
 
-def firth_generate(turn: Turn, weights: str) -> None:
+def firth_generate(end_sample: EndSample, weights: str) -> None:
     from firth.generate.sampling import Sampling
 
     torch.set_num_threads(THREADS)
     engine = ours(weights)
     prompt = engine.coder.encode(PROMPT)
     while True:
-        turn(len(engine.generate([prompt], Sampling(temperature=0, max_new_tokens=NEW))[0].tokens))
+        end_sample(len(engine.generate([prompt], Sampling(temperature=0, max_new_tokens=NEW))[0].tokens))
 
 
-def llama_generate(turn: Turn, kind: str, where: str) -> None:
+def llama_generate(end_sample: EndSample, kind: str, where: str) -> None:
     site(where)
     from bench.llamacpp import serving
     from firth.pretrained import gguf
@@ -127,10 +127,10 @@ def llama_generate(turn: Turn, kind: str, where: str) -> None:
         }
         with serving(file, threads=THREADS, plain=False) as server:
             while True:
-                turn(server.ask("/completion", asked)["tokens_predicted"])
+                end_sample(server.ask("/completion", asked)["tokens_predicted"])
 
 
-def contenders(where: str) -> dict[str, Callable[[Turn], None]]:
+def candidates(where: str) -> dict[str, Callable[[EndSample], None]]:
     hf, llama = partial(transformers_generate, where=where), partial(llama_generate, where=where)
     return {
         "transformers": partial(hf, dtype=torch.float32),
@@ -169,13 +169,13 @@ def check(where: str) -> None:
 
 
 def main() -> None:
-    parser = arguments(__doc__, contenders(""))
+    parser = arguments(__doc__, candidates(""))
     parser.add_argument("--site", default="", help="where xllamacpp and gguf were installed, if not here")
     given = parser.parse_args()
     if given.check:
         check(given.site)
     else:
-        command(given, contenders(given.site))
+        command(given, candidates(given.site))
 
 
 if __name__ == "__main__":

@@ -44,8 +44,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
-from bench.causal import LENGTH, VOCAB, Plain, Rows, hf_model, plain_optimizer, rows_for_ever
-from bench.harness import DIRTY, busy, describe, machine, others
+from bench.causal import LENGTH, VOCAB, Plain, Rows, endless_batches, hf_model, plain_optimizer
+from bench.harness import MAX_OTHER_LOAD, busy_seconds, describe, machine, other_load
 
 MARKS = (1 / 16, 1 / 8, 1 / 5, 1 / 4, 1 / 3, 2 / 5, 1 / 2, 3 / 4, 1)
 """Fractions of the run after which the held-out text is scored, where the curve is wanted."""
@@ -139,7 +139,7 @@ class Clock:
         self.others: float | None = None
 
     def start(self) -> None:
-        self._since, self._cpu, self._all = time.perf_counter(), time.process_time(), busy()
+        self._since, self._cpu, self._all = time.perf_counter(), time.process_time(), busy_seconds()
 
     @property
     def passed(self) -> float:
@@ -167,11 +167,11 @@ class Clock:
     def _pause(self) -> None:
         self._spent, self._since = self.now, None
         self._own += time.process_time() - self._cpu
-        after = busy()
+        after = busy_seconds()
         if self._all is None or after is None:
             return
         self._busy += after - self._all
-        self.others = others(0.0, self._busy, self._own, self._spent)
+        self.others = other_load(0.0, self._busy, self._own, self._spent)
 
     @torch.no_grad()
     def _loss(self, score: Score) -> float:
@@ -226,7 +226,7 @@ def run_plain(clock: Clock, data: Text, seed: int, settings: Settings | None) ->
     optimizer = plain_optimizer(model, settings.rate)
     score: Score = partial(model, reduction="sum")
     clock.start()
-    for batch in rows_for_ever(data.train, settings.rows, seed):
+    for batch in endless_batches(data.train, settings.rows, seed):
         passed = clock.passed
         factor = min(passed / settings.warmup, (1 - passed) / (1 - settings.warmup))
         for group in optimizer.param_groups:
@@ -295,7 +295,7 @@ def run_firth(clock: Clock, data: Text, seed: int, settings: Settings | None, ad
     return model
 
 
-CONTENDERS: dict[str, Callable[[Clock, Text, int, Settings | None], nn.Module]] = {
+CANDIDATES: dict[str, Callable[[Clock, Text, int, Settings | None], nn.Module]] = {
     "trainer": run_trainer,
     "trainer_bf16": partial(run_trainer, bf16=True),
     "plain": run_plain,
@@ -311,7 +311,7 @@ CONTENDERS: dict[str, Callable[[Clock, Text, int, Settings | None], nn.Module]] 
 class Run:
     """One run. settings: None is as it comes (trainer) or as the recipe says (firth). curve: scored at all MARKS."""
 
-    contender: str
+    candidate: str
     seconds: float
     seed: int
     settings: Settings | None
@@ -320,7 +320,7 @@ class Run:
     def file(self, results: Path) -> Path:
         s = self.settings
         tuned = "" if s is None else f"-rate{s.rate:g}-warmup{s.warmup:g}-rows{s.rows}"
-        return results / "runs" / f"{self.contender}-{self.seconds:g}s-seed{self.seed}{tuned}.json"
+        return results / "runs" / f"{self.candidate}-{self.seconds:g}s-seed{self.seed}{tuned}.json"
 
 
 @dataclass
@@ -363,7 +363,7 @@ def perform(run: Run, corpus: str, results: Path) -> None:
     data = text(corpus, results)
     facts = machine()
     clock = Clock(run.seconds, data.valid, MARKS if run.curve else ENDS)
-    model = CONTENDERS[run.contender](clock, data, run.seed, run.settings)
+    model = CANDIDATES[run.candidate](clock, data, run.seed, run.settings)
     found = Result(run, clock.curve, sum(p.numel() for p in model.parameters()), clock.others, facts)
     file = run.file(results)
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -391,46 +391,46 @@ class Runner:
             subprocess.run([*command, "--results", str(self.results)], check=True)
         return load(file)
 
-    def tune(self, contender: str, seconds: float) -> None:
+    def tune(self, candidate: str, seconds: float) -> None:
         """Coordinate by coordinate over GRID, seed 0; prints every run, the best first."""
         best, done = START, {}
         for name in (*GRID, "rate"):
             for value in GRID[name]:
                 tried = replace(best, **{name: type(getattr(best, name))(value)})
-                found = self.get(Run(contender, seconds, 0, tried))
+                found = self.get(Run(candidate, seconds, 0, tried))
                 if found is None:
                     print("stopped at the limit: run the same command again to go on")
                     return
                 done[tried] = found
             best = min(done, key=lambda s: done[s].final)
-        print(f"\n{contender}, {seconds:g} s, seed 0\n\n| rate | warmup | rows | held-out loss | steps | others |")
+        print(f"\n{candidate}, {seconds:g} s, seed 0\n\n| rate | warmup | rows | held-out loss | steps | others |")
         print("|---|---|---|---|---|---|")
         for s, r in sorted(done.items(), key=lambda item: item[1].final):
             print(f"| {s.rate:g} | {s.warmup:g} | {s.rows} | {r.final:.4f} | {r.curve[-1][1]} | {busier(r)} |")
         print(f"\nthe best: {best}")
 
 
-def plan(seconds: float, contenders: Iterable[str], seeds: Sequence[int]) -> list[Run]:
+def plan(seconds: float, candidates: Iterable[str], seeds: Sequence[int]) -> list[Run]:
     """All runs of a table, firth's short ones among them; seed by seed, so that an early stop leaves whole rows."""
     runs = []
     for seed in seeds:
-        runs += [Run(c, seconds, seed, TUNED.get(c), curve=c == "firth") for c in contenders]
-        if "firth" in contenders:
-            runs += [Run("firth", round(seconds / part, 3), seed, None) for part in sorted({GOALS[c] for c in contenders if c in GOALS})]
+        runs += [Run(c, seconds, seed, TUNED.get(c), curve=c == "firth") for c in candidates]
+        if "firth" in candidates:
+            runs += [Run("firth", round(seconds / part, 3), seed, None) for part in sorted({GOALS[c] for c in candidates if c in GOALS})]
     return runs
 
 
 def busier(r: Result) -> str:
     """What others used of the machine during a run, and whether that spoils it."""
-    return "unknown" if r.others is None else f"{r.others:.1%}{' DIRTY' if r.others > DIRTY else ''}"
+    return "unknown" if r.others is None else f"{r.others:.1%}{' DIRTY' if r.others > MAX_OTHER_LOAD else ''}"
 
 
 def table(seconds: float, results: Path) -> str:
     """Markdown of what is there."""
-    files = [run.file(results) for run in plan(seconds, CONTENDERS, SEEDS)]
+    files = [run.file(results) for run in plan(seconds, CANDIDATES, SEEDS)]
     found = [load(f) for f in files if f.exists()]
-    long = {(r.run.contender, r.run.seed): r for r in found if r.run.seconds == seconds}
-    short = {(r.run.seconds, r.run.seed): r for r in found if r.run.contender == "firth"}
+    long = {(r.run.candidate, r.run.seed): r for r in found if r.run.seconds == seconds}
+    short = {(r.run.seconds, r.run.seed): r for r in found if r.run.candidate == "firth"}
     lines = [
         f"Held-out loss (nats a token) after {seconds:g} s of training, and when firth reaches it.",
         "",
@@ -439,7 +439,7 @@ def table(seconds: float, results: Path) -> str:
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
     parts: dict[str, list[float]] = {}
-    for (name, seed), r in sorted(long.items(), key=lambda item: (list(CONTENDERS).index(item[0][0]), item[0][1])):
+    for (name, seed), r in sorted(long.items(), key=lambda item: (list(CANDIDATES).index(item[0][0]), item[0][1])):
         cells = ["", "", "", ""]
         ours = long.get(("firth", seed))
         if name != "firth":
@@ -467,7 +467,7 @@ def main() -> None:
     parser.add_argument("--run", action="store_true")
     parser.add_argument("--tune", choices=("plain", "adamw", "firth"))
     parser.add_argument("--table", action="store_true")
-    parser.add_argument("--contenders", nargs="*", choices=list(CONTENDERS), default=list(CONTENDERS))
+    parser.add_argument("--contenders", nargs="*", choices=list(CANDIDATES), default=list(CANDIDATES))
     parser.add_argument("--seeds", nargs="*", type=int, default=list(SEEDS))
     parser.add_argument("--limit", type=int, default=-1, help="at most so many new runs; -1: all")
     parser.add_argument("--corpus", default="shakespeare")

@@ -19,11 +19,11 @@ from typing import Any, Literal
 
 import numpy as np
 
-from bench.harness import Turn, arguments, command
+from bench.harness import EndSample, arguments, command
 
 VOCAB, WIDTH, ROWS, LENGTH = 20_000, 100, 16, 512
-SHARE = 64  # steps in a turn
-TEXT = SHARE * ROWS * LENGTH
+STEPS_PER_SAMPLE = 64  # steps in a turn
+TEXT = STEPS_PER_SAMPLE * ROWS * LENGTH
 
 
 def text() -> np.ndarray:
@@ -32,7 +32,7 @@ def text() -> np.ndarray:
     return np.random.default_rng(0).choice(VOCAB, TEXT, p=chance / chance.sum())
 
 
-def gensim(turn: Turn, skipgram: bool) -> None:
+def gensim(end_sample: EndSample, skipgram: bool) -> None:
     from gensim.models import Word2Vec
 
     rows = [[str(word) for word in row] for row in text().reshape(-1, LENGTH)]
@@ -42,7 +42,7 @@ def gensim(turn: Turn, skipgram: bool) -> None:
     model.build_vocab(rows)
     while True:
         model.train(rows, total_examples=len(rows), epochs=1)
-        turn(TEXT)
+        end_sample(TEXT)
 
 
 def made(algorithm: Literal["skipgram", "cbow"]) -> tuple[Any, Any, Any]:
@@ -74,7 +74,7 @@ def made(algorithm: Literal["skipgram", "cbow"]) -> tuple[Any, Any, Any]:
     return LM(config, objective.heads(config)), objective, Batches(source, objective, vocab, batch_size=ROWS, seed=0)
 
 
-def firth(turn: Turn, algorithm: Literal["skipgram", "cbow"]) -> None:
+def firth(end_sample: EndSample, algorithm: Literal["skipgram", "cbow"]) -> None:
     """firth's own loop with its progress, log and counting."""
     from firth.recipes.recurrent import word2vec
     from firth.train.logging import NullReporter
@@ -82,7 +82,7 @@ def firth(turn: Turn, algorithm: Literal["skipgram", "cbow"]) -> None:
     from firth.train.trainer import TrainerConfig, train
 
     def evaluate(_: object, step: int) -> dict[str, float]:
-        turn(TEXT)
+        end_sample(TEXT)
         return {}
 
     model, objective, batches = made(algorithm)
@@ -90,11 +90,11 @@ def firth(turn: Turn, algorithm: Literal["skipgram", "cbow"]) -> None:
         train(
             model, objective, batches, Path(directory), budget=Budget(max_steps=1_000_000), reporter=NullReporter(),
             optimizer=word2vec().optimizer, schedule=Schedule("constant", warmup_ratio=0), evaluate=evaluate,
-            config=TrainerConfig(eval_every=SHARE, save_every=0, precision="fp32"),
+            config=TrainerConfig(eval_every=STEPS_PER_SAMPLE, save_every=0, precision="fp32"),
         )  # fmt: skip
 
 
-CONTENDERS = {
+CANDIDATES = {
     "gensim, skip-gram": partial(gensim, skipgram=True),
     "gensim, CBOW": partial(gensim, skipgram=False),
     "firth, CBOW": partial(firth, algorithm="cbow"),
@@ -121,11 +121,11 @@ def check() -> None:
 
 
 def main() -> None:
-    given = arguments(__doc__, CONTENDERS).parse_args()
+    given = arguments(__doc__, CANDIDATES).parse_args()
     if given.check:
         check()
     else:
-        command(given, CONTENDERS, unit="words")
+        command(given, CANDIDATES, unit="words")
 
 
 if __name__ == "__main__":

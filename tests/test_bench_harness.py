@@ -7,34 +7,34 @@ import time
 import pytest
 
 from bench import harness
-from bench.harness import Report, Sample, Turn, compare, others
+from bench.harness import EndSample, Report, Sample, compare, other_load
 from bench.time_to_loss import Result, Run
 
 SECOND = 0.05
 
 
-def quick(turn: Turn) -> None:
+def quick(end_sample: EndSample) -> None:
     """Do 100 units in a twentieth of a second."""
     while True:
         time.sleep(SECOND)
-        turn(100)
+        end_sample(100)
 
 
-def slow(turn: Turn) -> None:
+def slow(end_sample: EndSample) -> None:
     """Do the same in three times the time, after a long setup that must not be timed."""
     time.sleep(10 * SECOND)
     while True:
         time.sleep(3 * SECOND)
-        turn(100)
+        end_sample(100)
 
 
-def failing(turn: Turn) -> None:
-    turn(1)
+def failing(end_sample: EndSample) -> None:
+    end_sample(1)
     raise ZeroDivisionError("an error of the candidate")
 
 
 def test_ratio_of_two_sleepers_without_setup(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(harness, "DIRTY", 2.0)  # other load does not slow a sleeper down
+    monkeypatch.setattr(harness, "MAX_OTHER_LOAD", 2.0)  # other load does not slow a sleeper down
     monkeypatch.setattr(harness, "machine", dict)
     report = compare({"slow": slow, "quick": quick}, rounds=3, peer="slow")
     assert len(report.rounds) == 3
@@ -46,16 +46,16 @@ def test_ratio_of_two_sleepers_without_setup(monkeypatch: pytest.MonkeyPatch) ->
 
 def test_a_failing_candidate_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(harness, "machine", dict)
-    with pytest.raises(RuntimeError, match="'failing' ended before its turn was over"):
+    with pytest.raises(RuntimeError, match="'failing' ended before its sample was over"):
         compare({"failing": failing}, rounds=2, peer="failing")
 
 
 def test_noisy_rounds_are_discarded(monkeypatch: pytest.MonkeyPatch) -> None:
-    shares = iter([0.9, 0.9, 0.0, 0.5, 0.0, 0.0])  # warm-up, then a round whose second sample is dirty, a clean round
-    monkeypatch.setattr(harness, "others", lambda *_: next(shares))
+    shares = iter([0.9, 0.9, 0.0, 0.5, 0.0, 0.0])  # warm-up, then a round whose second sample is noisy, a clean round
+    monkeypatch.setattr(harness, "other_load", lambda *_: next(shares))
     monkeypatch.setattr(harness, "machine", dict)
     report = compare({"quick": quick, "slow": slow}, rounds=1, peer="slow")
-    assert (len(report.rounds), report.thrown_away) == (1, 1)
+    assert (len(report.rounds), report.discarded) == (1, 1)
 
 
 def test_the_ratio_is_the_median_over_rounds() -> None:
@@ -67,9 +67,9 @@ def test_the_ratio_is_the_median_over_rounds() -> None:
 
 def test_cpu_share_of_other_processes() -> None:
     cores = harness.os.cpu_count() or 1
-    assert others(10.0, 10.0 + cores, own=cores / 2, seconds=1.0) == pytest.approx(0.5)
-    assert others(10.0, 10.9, own=1.0, seconds=1.0) == 0  # clock resolution
-    assert others(None, None, own=1.0, seconds=1.0) is None
+    assert other_load(10.0, 10.0 + cores, own=cores / 2, seconds=1.0) == pytest.approx(0.5)
+    assert other_load(10.0, 10.9, own=1.0, seconds=1.0) == 0  # clock resolution
+    assert other_load(None, None, own=1.0, seconds=1.0) is None
 
 
 def test_time_at_which_a_curve_reaches_a_loss() -> None:
