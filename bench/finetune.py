@@ -1,23 +1,24 @@
-"""Finetuning speed on texts of varied lengths: MiniLM-L6 told the classes of real sets, beside transformers' Trainer.
+"""Finetuning speed on texts of varied lengths: MiniLM-L6 as a classifier of real data sets, against transformers' Trainer.
 
     python -m bench.finetune sarcasm            # headlines, 15 tokens on average, 32 a step
     python -m bench.finetune reviews            # sentences of film reviews, 27 tokens, 32 a step
     python -m bench.finetune vitaminc           # evidence and claim in one row, 57 tokens of at most 128, 24 a step
-    python -m bench.finetune vitaminc --floor   # what the arithmetic allows; no timing but of a product
-    python -m bench.finetune vitaminc --check   # equal ids, states and losses; no timing
+    python -m bench.finetune vitaminc --floor   # lower bound of the time; times one matrix product only
+    python -m bench.finetune vitaminc --check   # equal ids, hidden states and losses; no timing
 
-The peer is the Trainer on `AutoModelForSequenceClassification` as it comes: fp32, DataCollatorWithPadding, padded to the
-longest of the step; and the same with bf16=True, which a user of a CPU with bf16 instructions would set. MiniLM's own config
-has dropout 0.1, and firth, which starts from it, has that too. Since torch's dropout is slow on a CPU and ours is not, both
-run without it as well; and the peer with its rows grouped by length. Ours are `classify`'s own objective, weights, AdamW and
-loop, in the precision that a run chooses by itself on this machine: with rows padded, with rows of like length, and packed, as
-the recipe has them. All have as many examples a step; units are the useful tokens of training steps, [CLS] and [SEP] with them
-and padding not.
+The peer is the Trainer on `AutoModelForSequenceClassification` with its defaults: fp32, DataCollatorWithPadding, padded to
+the longest of the step; and the same with bf16=True, the right setting on a CPU with bf16 instructions. MiniLM's config has
+dropout 0.1, and so does firth, which starts from it. Since torch's dropout is slow on a CPU and firth's is not, both also
+run without it; the peer also runs with rows grouped by length. firth runs the objective, weights, AdamW and loop of the
+recipe `classification`, in the precision that a run chooses on this machine: padded, grouped by length, and packed, which is
+the recipe's default. All have the same number of examples per step; units are the useful tokens of training steps, with
+[CLS] and [SEP] and without padding.
 
-The floor. A token passes 12 width^2 weights a block, at 6 FLOPs each; the peer's padding does too. Ours need the last
-block's states where the class is read alone, so keys and values are all that the other tokens pay for there. Attention's own
-products are counted on both sides. Norms, GELU, dropout and AdamW come on top: AdamW reads and writes 28 bytes of a parameter
-a step, and half of MiniLM's 22.7 M parameters are word vectors, of which ours visit those that were read.
+The lower bound (`--floor`). A token passes 12 hidden_size^2 weights per block, at 6 FLOPs each; so does the peer's padding.
+firth computes the last block's output only at the position that is classified, so the other tokens cost keys and values
+there. The products of attention count on both sides. Norms, GELU, dropout and AdamW come on top: AdamW reads and writes 28
+bytes per parameter and step, and half of MiniLM's 22.7 M parameters are word embeddings, of which firth updates those that
+occurred.
 """
 
 from __future__ import annotations
@@ -36,15 +37,24 @@ import torch
 
 from bench.causal import firth_run
 from bench.harness import Candidate, EndSample, arguments, command, gemm_rate, memory_rate
-from bench.masked import GROUP, end_sample_callback
+from bench.masked import GROUPED_STEPS, end_sample_callback
 
 PRODUCTS = {"fp32": torch.float32, "bf16": torch.bfloat16}
-STEPS_PER_SAMPLE = 2  # steps in a turn, where every step is like another
+STEPS_PER_SAMPLE = 2
+"""Where rows are not grouped by length."""
 
 
 @dataclass(frozen=True)
 class Task:
-    """A corpus whose file has its name, the fields that are read, the longest row, rows a step, and the width packed to."""
+    """Data set of a benchmark.
+
+    Args:
+        corpus: Name of the corpus; its file has the same name.
+        length: Longest row, and length of packed rows, in tokens.
+        rows: Examples per step.
+        text: Field of the text.
+        pair: Field of the second text; "" for none.
+    """
 
     corpus: str
     length: int
@@ -60,22 +70,22 @@ TASKS = {
 }
 
 
-STORE = 6000
-"""Examples that everybody goes round: enough for speed, and read in a few seconds."""
+NUM_EXAMPLES = 6000
+"""Examples that all candidates cycle through: enough for speed, and read in a few seconds."""
 
 
-def fetched(corpus: str) -> Path:
+def fetch(corpus: str) -> Path:
     from firth.corpora import catalog
 
     return catalog.fetch(corpus, lambda _: None)
 
 
 def records(task: Task) -> Path:
-    """A file of STORE records of the set, evenly spaced, written once."""
+    """Return a file of NUM_EXAMPLES evenly spaced records of the data set; it is written once."""
     path = Path("runs/finetune") / f"{task.corpus}.jsonl"
     if not path.exists():
-        lines = (fetched(task.corpus) / f"{task.corpus}.jsonl").read_text("utf-8").split("\n")[:-1]
-        picks = np.linspace(0, len(lines) - 1, STORE).round().astype(int)
+        lines = (fetch(task.corpus) / f"{task.corpus}.jsonl").read_text("utf-8").split("\n")[:-1]
+        picks = np.linspace(0, len(lines) - 1, NUM_EXAMPLES).round().astype(int)
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_name(f"{path.name}.{os.getpid()}")
         partial.write_text("".join(f"{lines[i]}\n" for i in picks), "utf-8")
@@ -84,16 +94,16 @@ def records(task: Task) -> Path:
 
 
 def source(task: Task) -> Any:
-    """The set as firth reads it; its token ids are those of the peer too."""
+    """Return the data set as firth reads it; the peer has the same token ids."""
     from firth.data.labeled import LabeledTexts, TextFields
     from firth.tokenizer.tokenizer import Tokenizer
 
-    tokenizer = Tokenizer.load(fetched("minilm"))
+    tokenizer = Tokenizer.load(fetch("minilm"))
     return LabeledTexts([str(records(task))], tokenizer, task.length, TextFields(task.text, text_pair_field=task.pair))
 
 
 def lengths(examples: Any) -> np.ndarray:
-    """Tokens of each example: (n,)."""
+    """Return the tokens of each example: (n,)."""
     return np.array([len(examples[i]["tokens"]) for i in range(len(examples))])
 
 
@@ -101,16 +111,16 @@ def lengths(examples: Any) -> np.ndarray:
 
 
 def hf_rows(task: Task) -> tuple[Any, list[dict[str, Any]]]:
-    """The peer's tokenizer, and what it makes of the set: {"input_ids", ..., "labels"}."""
+    """Return the peer's tokenizer and its rows: {"input_ids", ..., "labels"}."""
     from transformers import AutoTokenizer
 
-    coder = AutoTokenizer.from_pretrained(fetched("minilm"))
+    tokenizer = AutoTokenizer.from_pretrained(fetch("minilm"))
     rows = [json.loads(line) for line in records(task).read_text("utf-8").split("\n")[:-1]]
     classes = sorted({row["label"] for row in rows})
     texts = [[row[field] for row in rows] for field in (task.text, task.pair) if field]
-    found = coder(*texts, truncation=True, max_length=task.length)
-    return coder, [
-        {key: found[key][i] for key in found} | {"labels": classes.index(row["label"])} for i, row in enumerate(rows)
+    encoded = tokenizer(*texts, truncation=True, max_length=task.length)
+    return tokenizer, [
+        {key: encoded[key][i] for key in encoded} | {"labels": classes.index(row["label"])} for i, row in enumerate(rows)
     ]
 
 
@@ -119,15 +129,15 @@ def hf_model(classes: int, dropout: bool = True) -> Any:
 
     torch.manual_seed(0)
     none = {} if dropout else {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
-    return AutoModelForSequenceClassification.from_pretrained(fetched("minilm"), num_labels=classes, **none)
+    return AutoModelForSequenceClassification.from_pretrained(fetch("minilm"), num_labels=classes, **none)
 
 
-def trainer(end_sample: EndSample, name: str, dropout: bool = True, share: int = STEPS_PER_SAMPLE, **chosen: Any) -> None:
-    """transformers' Trainer; useful tokens are counted where the model reads them. A turn is `share` steps."""
+def trainer(end_sample: EndSample, name: str, dropout: bool = True, steps_per_sample: int = STEPS_PER_SAMPLE, **chosen: Any) -> None:
+    """Run transformers' Trainer; useful tokens are counted in the model's input. A sample is `steps_per_sample` steps."""
     from transformers import DataCollatorWithPadding, Trainer, TrainingArguments
 
     task = TASKS[name]
-    coder, rows = hf_rows(task)
+    tokenizer, rows = hf_rows(task)
     model = hf_model(len({row["labels"] for row in rows}), dropout)
 
     with tempfile.TemporaryDirectory() as directory:
@@ -136,21 +146,21 @@ def trainer(end_sample: EndSample, name: str, dropout: bool = True, share: int =
             disable_tqdm=True, logging_strategy="no", report_to=[], **chosen,
         )  # fmt: skip
         Trainer(
-            model, settings, train_dataset=rows, data_collator=DataCollatorWithPadding(coder), callbacks=[end_sample_callback(model, share, end_sample)]
-        ).train()  # fmt: skip
+            model, settings, train_dataset=rows, data_collator=DataCollatorWithPadding(tokenizer), callbacks=[end_sample_callback(model, steps_per_sample, end_sample)],
+        ).train()
 
 
 # ------------------------------------------------------------------------------- firth
 
 
 def firth_setup(name: str, dropout: bool = True, **batch: Any) -> tuple[Any, Any, Any]:
-    """(model, objective, batches): what `firth train classification init_from=MINILM` builds; batch: how its rows are laid."""
+    """Return (model, objective, batches) of `firth train classification init_from=MINILM`; `batch` goes to `Batches`."""
     from firth.data.collate import Batches
     from firth.model.model import LM
     from firth.objectives.classification import Classification
     from firth.pretrained.load_save import init_from, load_model
 
-    task, start = TASKS[name], fetched("minilm")
+    task, start = TASKS[name], fetch("minilm")
     examples = source(task)
     config = load_model(start).config
     objective = Classification(class_names=examples.classes).for_model(config)
@@ -165,103 +175,103 @@ def firth_setup(name: str, dropout: bool = True, **batch: Any) -> tuple[Any, Any
     )
 
 
-def firth(end_sample: EndSample, name: str, dropout: bool = True, share: int = STEPS_PER_SAMPLE, **batch: Any) -> None:
+def firth(end_sample: EndSample, name: str, dropout: bool = True, steps_per_sample: int = STEPS_PER_SAMPLE, **batch: Any) -> None:
     model, objective, batches = firth_setup(name, dropout, **batch)
 
     tokens = lengths(batches.source)
 
     def useful(step: int) -> int:
-        """Tokens of the examples of the last `share` steps."""
-        steps = [batches.positions(number) for number in range(step - share, step)]
+        """Return the tokens of the examples of the last `steps_per_sample` steps."""
+        steps = [batches.positions(number) for number in range(step - steps_per_sample, step)]
         return int(tokens[batches.source.order(batches.seed, np.concatenate(steps))[1]].sum())
 
-    firth_run(end_sample, "adamw", useful, (model, objective, batches), share)
+    firth_run(end_sample, "adamw", useful, (model, objective, batches), steps_per_sample)
 
 
 def candidates(name: str) -> dict[str, Candidate]:
-    """Everybody who is told the classes of this set."""
-    arm, length = functools.partial, TASKS[name].length
-    alike: dict[str, Any] = {"train_sampling_strategy": "group_by_length", "share": GROUP}
+    """Return the candidates on this data set."""
+    bind, length = functools.partial, TASKS[name].length
+    grouped: dict[str, Any] = {"train_sampling_strategy": "group_by_length", "share": GROUPED_STEPS}
     return {
-        "Trainer as it comes": arm(trainer, name=name),
-        "Trainer, rows of like length": arm(trainer, name=name, **alike),
-        "Trainer, dropout 0": arm(trainer, name=name, dropout=False),
-        "Trainer, bf16": arm(trainer, name=name, bf16=True),
-        "Trainer, bf16, rows of like length": arm(trainer, name=name, bf16=True, **alike),
-        "Trainer, bf16, dropout 0": arm(trainer, name=name, dropout=False, bf16=True),
-        "firth, padded": arm(firth, name=name),
-        "firth, rows of like length": arm(firth, name=name, sort=GROUP, share=GROUP),
-        "firth, packed, dropout 0": arm(firth, name=name, dropout=False, pack=length),
-        "firth, packed": arm(firth, name=name, pack=length),
+        "Trainer, defaults": bind(trainer, name=name),
+        "Trainer, grouped by length": bind(trainer, name=name, **grouped),
+        "Trainer, dropout 0": bind(trainer, name=name, dropout=False),
+        "Trainer, bf16": bind(trainer, name=name, bf16=True),
+        "Trainer, bf16, grouped by length": bind(trainer, name=name, bf16=True, **grouped),
+        "Trainer, bf16, dropout 0": bind(trainer, name=name, dropout=False, bf16=True),
+        "firth, padded": bind(firth, name=name),
+        "firth, grouped by length": bind(firth, name=name, group_by_length=GROUPED_STEPS, steps_per_sample=GROUPED_STEPS),
+        "firth, packed, dropout 0": bind(firth, name=name, dropout=False, pack_to_length=length),
+        "firth, packed": bind(firth, name=name, pack_to_length=length),
     }
 
 
-# ------------------------------------------------------------------------------- what is fair, and what can be had
+# ------------------------------------------------------------------------------- fairness and the lower bound
 
 
 def check(name: str) -> None:
-    """What makes the comparison fair, asserted: ids, states, examples a step; packed and padded are told the same."""
+    """Assert that the comparison is fair: equal ids, hidden states and examples per step; packed equals padded."""
     from transformers import AutoModel
 
     from firth.train.step import count_targets, step
 
-    coder, rows = hf_rows(TASKS[name])
-    model, objective, packed = firth_setup(name, dropout=False, pack=TASKS[name].length)
+    tokenizer, rows = hf_rows(TASKS[name])
+    model, objective, packed = firth_setup(name, dropout=False, pack_to_length=TASKS[name].length)
     examples = packed.source
     assert [row["input_ids"] for row in rows] == [examples[i]["tokens"].tolist() for i in range(len(rows))]
     assert [row["labels"] for row in rows] == [int(examples[i]["label"]) for i in range(len(rows))]
-    theirs = AutoModel.from_pretrained(fetched("minilm")).eval()
+    theirs = AutoModel.from_pretrained(fetch("minilm")).eval()
     padded = firth_setup(name, dropout=False)[2]
     [batch] = padded.batches(0)
-    there = batch["key_time"] == 0
-    given = coder.pad(
+    real = batch["key_time"] == 0
+    inputs = tokenizer.pad(
         [{k: v for k, v in rows[i].items() if k != "labels"} for i in padded.source.order(0, padded.positions(0))[1]],
         return_tensors="pt",
     )
     with torch.no_grad():
-        apart = (model(batch) - theirs(**given).last_hidden_state).abs()[there].max().item()
-    assert apart < 1e-4, f"the states differ by {apart:.2g}"
+        difference = (model(batch) - theirs(**inputs).last_hidden_state).abs()[real].max().item()
+    assert difference < 1e-4, f"the hidden states differ by {difference:.2g}"
     sizes = sum(p.numel() for p in model.parameters()), sum(p.numel() for p in hf_model(3).parameters())
-    found = []
+    encoded = []
     for batches in (packed, padded):
         model.zero_grad()
         made = batches.batches(0)
         assert count_targets(objective, made)["class"] == TASKS[name].rows
-        found.append((step(model, objective, made)["class"], model.trunk.blocks[0].attention.q.weight.grad.clone()))
-    (loss, grad), (other, same) = found
+        encoded.append((step(model, objective, made)["class"], model.stack.blocks[0].attention.q.weight.grad.clone()))
+    (loss, grad), (other, same) = encoded
     torch.testing.assert_close(loss, other, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(grad, same, rtol=1e-4, atol=1e-5)
-    print(f"{len(rows):,} equal examples; states apart by {apart:.1g}; parameters {sizes} (the peer's pooler is more)")
+    print(f"{len(rows):,} equal examples; hidden states differ by {difference:.1g}; parameters {sizes} (the peer also has a pooler)")
     print(f"a step of {TASKS[name].rows} examples: loss {loss:.6f} packed, {other:.6f} padded")
 
 
-def floor(name: str) -> None:
-    """FLOPs of products, and bytes that AdamW moves, of both: what they allow at this machine's rates."""
+def lower_bound(name: str) -> None:
+    """Print the lower bounds of both: FLOPs of products and bytes that AdamW moves, at this machine's rates."""
     from firth.model.flops import Work, stack_flops
     from firth.train.precision import choose
 
     task, steps = TASKS[name], 50
-    model, objective, packed = firth_setup(name, pack=task.length)
+    model, objective, packed = firth_setup(name, pack_to_length=task.length)
     tokens = lengths(packed.source)
-    mine = [batch for number in range(steps) for batch in packed.batches(number)]
+    batches_read = [batch for number in range(steps) for batch in packed.batches(number)]
     drawn = [tokens[packed.source.order(0, packed.positions(number))[1]] for number in range(steps)]
     useful, widths = sum(int(n.sum()) for n in drawn), [int(n.max()) for n in drawn]
     slots = task.rows * sum(widths)
     peer = stack_flops(model.config, Work(slots, task.rows * sum(w * w for w in widths)))
-    ours = sum(objective.forward_flops(model, batch) for batch in mine)
-    cells = sum(batch["tokens"].numel() for batch in mine)
+    ours = sum(objective.forward_flops(model, batch) for batch in batches_read)
+    packed_slots = sum(batch["tokens"].numel() for batch in batches_read)
     rate, memory = gemm_rate(PRODUCTS[choose("auto", torch.device("cpu"))]), memory_rate()
-    words = np.unique(np.concatenate([batch["tokens"].numpy().ravel() for batch in mine]))
+    words = np.unique(np.concatenate([batch["tokens"].numpy().ravel() for batch in batches_read]))
     whole = sum(p.numel() for p in model.parameters())
     table = model.tokens.weight.numel()
-    read = whole - table + len(words) * model.config.width
+    read = whole - table + len(words) * model.config.hidden_size
     print(
-        f"{useful / steps:,.0f} useful tokens a step; slots for each: {slots / useful:.2f} padded, {cells / useful:.2f} packed"
+        f"{useful / steps:,.0f} useful tokens per step; slots for each: {slots / useful:.2f} padded, {packed_slots / useful:.2f} packed"
     )
-    for who, work, moved in (("Trainer", peer, whole), ("firth, packed", ours, read)):
+    for name, work, moved in (("Trainer", peer, whole), ("firth, packed", ours, read)):
         seconds, extra = work / rate / steps, 28 * moved / memory
         print(
-            f"{who:14} {work / useful / 1e6:6.1f} MFLOP a useful token; a step takes {seconds * 1e3:,.0f} ms at "
+            f"{name:14} {work / useful / 1e6:6.1f} MFLOP per useful token; a step takes {seconds * 1e3:,.0f} ms at "
             f"{rate / 1e9:.0f} GFLOP/s and AdamW {extra * 1e3:.0f} ms at {memory / 1e9:.1f} GB/s at least: "
             f"{useful / steps / (seconds + extra):,.0f} useful tokens/s at most"
         )
@@ -271,14 +281,14 @@ def floor(name: str) -> None:
 def main() -> None:
     parser = arguments(__doc__, candidates("sarcasm"))
     parser.add_argument("task", choices=list(TASKS))
-    parser.add_argument("--floor", action="store_true", help="what the arithmetic allows")
-    given = parser.parse_args()
-    if given.check:
-        check(given.task)
-    elif given.floor:
-        floor(given.task)
+    parser.add_argument("--floor", action="store_true", help="print the lower bound of the time")
+    args = parser.parse_args()
+    if args.check:
+        check(args.task)
+    elif args.floor:
+        lower_bound(args.task)
     else:
-        command(given, candidates(given.task), unit="useful tokens")
+        command(args, candidates(args.task), unit="useful tokens")
 
 
 if __name__ == "__main__":

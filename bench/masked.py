@@ -120,8 +120,12 @@ def trainer(end_sample: EndSample, steps_per_sample: int = STEPS_PER_SAMPLE, **c
         )  # fmt: skip
         collator = DataCollatorForLanguageModeling(tokenizer, mlm_probability=MLM_PROBABILITY)
         Trainer(
-            model, arguments, train_dataset=Sentences(), data_collator=collator, callbacks=[end_sample_callback(model, steps_per_sample, end_sample)]
-        ).train()  # fmt: skip
+            model,
+            arguments,
+            train_dataset=Sentences(),
+            data_collator=collator,
+            callbacks=[end_sample_callback(model, steps_per_sample, end_sample)],
+        ).train()
 
 
 def trainer_default(end_sample: EndSample) -> None:
@@ -170,8 +174,8 @@ def firth_setup(bert: bool = False) -> tuple[Any, Any, Any]:
     )
     if bert:
         config = ModelConfig(
-            vocab_size=VOCAB, hidden_size=WIDTH, num_layers=DEPTH, num_heads=HEADS, max_positions=MAX_LENGTH, norm_placement="post", norm_eps=1e-12,
-            embedding_norm=True, type_vocab_size=2, activation="gelu", lm_head="transform", lm_head_bias=True,
+            vocab_size=VOCAB, hidden_size=WIDTH, num_layers=DEPTH, num_heads=HEADS, max_positions=MAX_LENGTH, norm_placement="post",
+            norm_eps=1e-12, embedding_norm=True, type_vocab_size=2, activation="gelu", lm_head="transform", lm_head_bias=True,
         )  # fmt: skip
     roles = {"pad": PAD, "unk": UNK, "cls": CLS, "sep": SEP, "mask": MASK}
     vocab = Vocab(size=VOCAB, roles=roles, special=np.arange(VOCAB) < FIRST)
@@ -233,7 +237,8 @@ def check() -> None:
                 slots += batch["tokens"].numel()
             read = batches.source.order(0, np.arange(20 * ROWS))[1]
             assert useful == lengths[read].sum(), "firth packed other tokens than those of the sentences"
-            assert abs(num_labels / (useful - 2 * 20 * ROWS) - MLM_PROBABILITY) < 0.01, f"{num_labels / useful:.3f} of the tokens are masked"
+            masked = num_labels / (useful - 2 * 20 * ROWS)
+            assert abs(masked - MLM_PROBABILITY) < 0.01, f"{masked:.3f} of the tokens are masked"
             n = count_targets(objective, [batch])["tokens"].item()
             first[name] = objective.loss(model, objective.forward(model, batch), batch)["tokens"].item() / n
     assert sizes["transformers"] == sizes["firth, the same BERT"], sizes

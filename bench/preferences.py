@@ -1,16 +1,16 @@
-"""Training speed on comparisons of answers: a reward model and DPO, against TRL's trainers.
+"""Training speed on preference pairs: a reward model and DPO, against TRL's trainers.
 
     python -m bench.preferences reward
     python -m bench.preferences dpo
     python -m bench.preferences dpo --check     # equal tokens, first losses of ln 2; no timing
 
-All train the same Llama of random weights (6 layers, width 384, vocabulary 8192) with AdamW on the same drawn comparisons, 16
-a step: prompts of about 36 tokens and answers of about 48, lengths log-normal, no dropout. A unit is a comparison. TRL's trainer
-runs as it comes (bf16, checkpointed activations), and without checkpointing in fp32 and in bf16. Log-probabilities of DPO's
-reference are computed once before training on firth's side; TRL's computes them in every step as it comes, and once before
-training (`precompute_ref_log_probs`) in the other two. What is done before training is not timed on either side.
+All train the same Llama with random weights (6 layers, hidden size 384, vocabulary 8192) with AdamW on the same sampled
+pairs, 16 per step: prompts of about 36 tokens and answers of about 48, lengths log-normal, no dropout. A unit is a pair.
+TRL's trainer runs with its defaults (bf16, gradient checkpointing), and without checkpointing in fp32 and in bf16. firth
+computes the reference log-probabilities of DPO once before training; TRL computes them in every step by default, and once
+before training (`precompute_ref_log_probs`) in the other two. Work before training is not timed on either side.
 
-firth runs its own loop, with its log and counts, in the precision that it chooses by itself on this machine.
+firth runs its own loop, with its log and counts, in the precision that it chooses on this machine.
 """
 
 from __future__ import annotations
@@ -32,31 +32,31 @@ from bench.harness import Candidate, EndSample, arguments, command
 Task = Literal["reward", "dpo"]
 COMPARISONS, ROWS, STEPS_PER_SAMPLE = 256, 16, 4
 PAD, UNK, EOS, FIRST = 0, 1, 2, 3
-LONGEST = 128
+MAX_LENGTH = 128
 
 
 @functools.cache
 def comparisons() -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    """Prompt, preferred and rejected answer; an answer ends with EOS."""
+    """Return triples of prompt, preferred and rejected answer; an answer ends with EOS."""
     rng = np.random.default_rng(0)
-    chance = 1 / np.arange(1, VOCAB - FIRST + 1)
-    chance /= chance.sum()
+    probabilities = 1 / np.arange(1, VOCAB - FIRST + 1)
+    probabilities /= probabilities.sum()
 
-    def drawn(middle: int) -> np.ndarray:
-        length = int(np.clip(rng.lognormal(math.log(middle), 0.6), 2, LONGEST - 1))
-        return rng.choice(np.arange(FIRST, VOCAB), length, p=chance)
+    def sample(median: int) -> np.ndarray:
+        length = int(np.clip(rng.lognormal(math.log(median), 0.6), 2, MAX_LENGTH - 1))
+        return rng.choice(np.arange(FIRST, VOCAB), length, p=probabilities)
 
-    return [(drawn(30), *(np.append(drawn(40), EOS) for _ in range(2))) for _ in range(COMPARISONS)]  # type: ignore[misc]
+    return [(sample(30), *(np.append(sample(40), EOS) for _ in range(2))) for _ in range(COMPARISONS)]  # type: ignore[misc]
 
 
 def llama(task: Task) -> Any:
-    """The model in transformers."""
+    """Return the model of transformers."""
     from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
 
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=VOCAB, hidden_size=WIDTH, intermediate_size=1024, num_hidden_layers=DEPTH, num_attention_heads=HEADS,
-        max_position_embeddings=2 * LONGEST, tie_word_embeddings=False, pad_token_id=PAD, bos_token_id=None,
+        max_position_embeddings=2 * MAX_LENGTH, tie_word_embeddings=False, pad_token_id=PAD, bos_token_id=None,
         eos_token_id=EOS, num_labels=1,
     )  # fmt: skip
     return (LlamaForCausalLM if task == "dpo" else LlamaForSequenceClassification)(config)
@@ -66,8 +66,8 @@ def llama(task: Task) -> Any:
 
 
 @contextmanager
-def trainer(task: Task, end_sample: EndSample | None, **chosen: Any) -> Iterator[Any]:
-    """TRL's trainer on the comparisons; a turn is SHARE steps."""
+def trainer(task: Task, end_sample: EndSample | None, **options: Any) -> Iterator[Any]:
+    """Build TRL's trainer on the pairs; a sample is STEPS_PER_SAMPLE steps."""
     import trl
     from datasets import Dataset
     from tokenizers import Tokenizer, models, pre_tokenizers
@@ -100,10 +100,10 @@ def trainer(task: Task, end_sample: EndSample | None, **chosen: Any) -> Iterator
     with tempfile.TemporaryDirectory() as directory:
         settings = getattr(trl, f"{kind}Config")(
             output_dir=directory, per_device_train_batch_size=ROWS, max_steps=1_000_000, use_cpu=True, save_strategy="no",
-            disable_tqdm=True, logging_strategy="no", report_to=[], **chosen,
+            disable_tqdm=True, logging_strategy="no", report_to=[], **options,
         )  # fmt: skip
         model = llama(task)
-        if task == "dpo":  # the reference is read from where the model came from
+        if task == "dpo":  # TRL loads the reference model from the directory of the model
             model.save_pretrained(f"{directory}/start")
             model = type(model).from_pretrained(f"{directory}/start")
         yield getattr(trl, f"{kind}Trainer")(
@@ -112,16 +112,16 @@ def trainer(task: Task, end_sample: EndSample | None, **chosen: Any) -> Iterator
         )  # fmt: skip
 
 
-def theirs(end_sample: EndSample, task: Task, **chosen: Any) -> None:
-    with trainer(task, end_sample, **chosen) as made:
-        made.train()
+def theirs(end_sample: EndSample, task: Task, **options: Any) -> None:
+    with trainer(task, end_sample, **options) as trainer_:
+        trainer_.train()
 
 
 # ------------------------------------------------------------------------------- firth
 
 
 def firth_setup(task: Task) -> tuple[Any, Any, Any]:
-    """(model, objective, batches): what `firth train reward_model` and `firth train dpo` build."""
+    """Return (model, objective, batches) as `firth train reward_model` and `firth train dpo` build them."""
     from firth.align.precompute import precompute
     from firth.align.rewards import PreferencePair, PreferencePairs, Rollout
     from firth.data.collate import Batches
@@ -162,47 +162,47 @@ def firth(end_sample: EndSample, task: Task) -> None:
 
 
 def candidates(task: Task) -> dict[str, Candidate]:
-    """Everybody who trains this."""
+    """Return the candidates for a task."""
     plain: dict[str, Any] = {"gradient_checkpointing": False}
     if task == "dpo":
         plain["precompute_ref_log_probs"] = True
-    arm = functools.partial
+    bind = functools.partial
     return {
-        "TRL as it comes": arm(theirs, task=task),
-        "TRL, fp32": arm(theirs, task=task, bf16=False, **plain),
-        "TRL, bf16": arm(theirs, task=task, bf16=True, **plain),
-        "firth": arm(firth, task=task),
+        "TRL, defaults": bind(theirs, task=task),
+        "TRL, fp32": bind(theirs, task=task, bf16=False, **plain),
+        "TRL, bf16": bind(theirs, task=task, bf16=True, **plain),
+        "firth": bind(firth, task=task),
     }
 
 
 def check(task: Task) -> None:
-    """Both sides read the same tokens, and begin with a loss near ln 2."""
+    """Assert that both sides read the same tokens, and that their first losses are near ln 2."""
     from firth.train.step import step
 
     model, objective, batches = firth_setup(task)
     [batch] = batches.batches(0)
-    mine = float(step(model, objective, [batch])[task])
-    with trainer(task, None, bf16=False, gradient_checkpointing=False) as made:
-        rows = [made.train_dataset[i] for i in range(COMPARISONS)]
+    ours = float(step(model, objective, [batch])[task])
+    with trainer(task, None, bf16=False, gradient_checkpointing=False) as trainer_:
+        rows = [trainer_.train_dataset[i] for i in range(COMPARISONS)]
         for row, (prompt, one, other) in zip(rows, comparisons(), strict=True):
-            front = row.get("prompt_ids", [])
-            assert front + row["chosen_ids"] == [*prompt.tolist(), *one.tolist()]
-            assert front + row["rejected_ids"] == [*prompt.tolist(), *other.tolist()]
-        loss = float(made.compute_loss(made.model, made.data_collator(rows[:ROWS])).detach())
-    for value in (mine, loss):
-        assert abs(value - math.log(2)) < (1e-3 if task == "dpo" else 0.5), (mine, loss)
+            prefix = row.get("prompt_ids", [])
+            assert prefix + row["chosen_ids"] == [*prompt.tolist(), *one.tolist()]
+            assert prefix + row["rejected_ids"] == [*prompt.tolist(), *other.tolist()]
+        loss = float(trainer_.compute_loss(trainer_.model, trainer_.data_collator(rows[:ROWS])).detach())
+    for value in (ours, loss):
+        assert abs(value - math.log(2)) < (1e-3 if task == "dpo" else 0.5), (ours, loss)
     tokens = np.mean([len(prompt) * 2 + len(one) + len(other) for prompt, one, other in comparisons()])
-    print(f"{COMPARISONS} equal comparisons of {tokens:.0f} tokens; first losses {mine:.4f} and {loss:.4f}")
+    print(f"{COMPARISONS} equal comparisons of {tokens:.0f} tokens; first losses {ours:.4f} and {loss:.4f}")
 
 
 def main() -> None:
     parser = arguments(__doc__, candidates("dpo"))
     parser.add_argument("task", choices=("reward", "dpo"))
-    given = parser.parse_args()
-    if given.check:
-        check(given.task)
+    args = parser.parse_args()
+    if args.check:
+        check(args.task)
     else:
-        command(given, candidates(given.task), unit="comparisons")
+        command(args, candidates(args.task), unit="comparisons")
 
 
 if __name__ == "__main__":

@@ -1,12 +1,12 @@
-"""word2vec, words per second: firth's own loop beside gensim on the same text and the same cores.
+"""Training speed of word2vec in words per second: firth's own loop against gensim, on the same text and cores.
 
     python -m bench.word2vec            # both algorithms; needs gensim
     python -m bench.word2vec --check
 
-All learn vectors of 100 numbers for 20,000 words from the same drawn text (Zipf's law), windows of up to 5, 5 noise words,
-subsampling at 1e-3, on all cores: gensim with as many workers, firth with as many threads. A word is a word of the text
-before subsampling. The programs do not do the same arithmetic: firth shares noise words within a row and takes one
-step for many rows (`firth.objectives.word2vec`). What the vectors are worth stands in `bench.learn_recurrent`.
+All train vectors of size 100 for 20,000 words on the same random text (Zipf's law), with windows of up to 5, 5 negative
+samples and subsampling at 1e-3, on all cores: gensim with as many workers, firth with as many threads. Words are counted
+before subsampling. The programs do not do the same arithmetic: firth shares noise words within a row and takes one step for
+many rows (`firth.objectives.word2vec`). `bench.learn_recurrent` measures the quality of the vectors.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ import numpy as np
 from bench.harness import EndSample, arguments, command
 
 VOCAB, WIDTH, ROWS, LENGTH = 20_000, 100, 16, 512
-STEPS_PER_SAMPLE = 64  # steps in a turn
+STEPS_PER_SAMPLE = 64
 TEXT = STEPS_PER_SAMPLE * ROWS * LENGTH
 
 
 def text() -> np.ndarray:
-    """Words of a drawn text: (TEXT,), ids from 0 on by frequency."""
-    chance = 1 / np.arange(1, VOCAB + 1)
-    return np.random.default_rng(0).choice(VOCAB, TEXT, p=chance / chance.sum())
+    """Return the words of a random text, (TEXT,): ids from 0 on by frequency."""
+    probabilities = 1 / np.arange(1, VOCAB + 1)
+    return np.random.default_rng(0).choice(VOCAB, TEXT, p=probabilities / probabilities.sum())
 
 
 def gensim(end_sample: EndSample, skipgram: bool) -> None:
@@ -45,8 +45,8 @@ def gensim(end_sample: EndSample, skipgram: bool) -> None:
         end_sample(TEXT)
 
 
-def made(algorithm: Literal["skipgram", "cbow"]) -> tuple[Any, Any, Any]:
-    """(model, objective, batches): what `firth train word2vec` builds for this text."""
+def setup(algorithm: Literal["skipgram", "cbow"]) -> tuple[Any, Any, Any]:
+    """Return (model, objective, batches) as `firth train word2vec` builds them for this text."""
     import torch
 
     from firth.data.collate import Batches
@@ -75,7 +75,7 @@ def made(algorithm: Literal["skipgram", "cbow"]) -> tuple[Any, Any, Any]:
 
 
 def firth(end_sample: EndSample, algorithm: Literal["skipgram", "cbow"]) -> None:
-    """firth's own loop with its progress, log and counting."""
+    """Run firth's own loop with its progress, log and counting."""
     from firth.recipes.recurrent import word2vec
     from firth.train.logging import NullReporter
     from firth.train.schedule import Budget, Schedule
@@ -85,7 +85,7 @@ def firth(end_sample: EndSample, algorithm: Literal["skipgram", "cbow"]) -> None
         end_sample(TEXT)
         return {}
 
-    model, objective, batches = made(algorithm)
+    model, objective, batches = setup(algorithm)
     with tempfile.TemporaryDirectory() as directory:
         train(
             model, objective, batches, Path(directory), budget=Budget(max_steps=1_000_000), reporter=NullReporter(),
@@ -103,10 +103,10 @@ CANDIDATES = {
 
 
 def check() -> None:
-    """Both read the same words with the same chance to stay, and draw the same number of pairs for each."""
+    """Assert that both keep words with the same probability, and have the same number of pairs per word."""
     from gensim.models import Word2Vec
 
-    batches = made("skipgram")[2]
+    batches = setup("skipgram")[2]
     rows = [[str(word) for word in row] for row in text().reshape(-1, LENGTH)]
     theirs = Word2Vec(vector_size=2, sample=1e-3, min_count=1, epochs=1)
     theirs.build_vocab(rows)
@@ -117,15 +117,15 @@ def check() -> None:
     batch = batches.batches(0)[0]
     pairs = float((batch["left"] + batch["right"]).sum()) / float((batch["words"] >= 0).sum())
     assert 5.8 < pairs < 6.1, pairs  # twice the mean of 1 to 5, less the rows' ends
-    print(f"fair: the same words stay, {pairs:.2f} pairs a word, vectors of {WIDTH} numbers")
+    print(f"fair: equal subsampling, {pairs:.2f} pairs per word, vectors of size {WIDTH}")
 
 
 def main() -> None:
-    given = arguments(__doc__, CANDIDATES).parse_args()
-    if given.check:
+    args = arguments(__doc__, CANDIDATES).parse_args()
+    if args.check:
         check()
     else:
-        command(given, CANDIDATES, unit="words")
+        command(args, CANDIDATES, unit="words")
 
 
 if __name__ == "__main__":
