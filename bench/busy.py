@@ -1,12 +1,12 @@
-"""Training steps per second on a quiet machine and beside one busy process, for ways in which OpenMP's threads wait.
+"""Training steps per second on a quiet machine and with one busy process, by wait policy of OpenMP's threads.
 
     python -m bench.busy                              # every policy
     python -m bench.busy --recipe roberta             # another tiny recipe
     python -m bench.busy --only default firth --rounds 9
 
-Each policy is a process of its own that trains a tiny recipe by `firth.train.trainer.train`. They work in turns, and each round
-has a quiet half and a half beside a Python process that spins for ever. The policies are environment variables, which
-OpenMP reads when it is loaded: `default` is what libgomp does by itself, `firth` is what firth sets.
+Each policy is a process of its own that trains a tiny recipe with `firth.train.trainer.train`. They run in turns, and each
+round has a quiet half and a half with a Python process that spins forever. The policies are environment variables, which
+OpenMP reads when it is loaded: `default` is libgomp's default, `firth` is what firth sets.
 """
 
 from __future__ import annotations
@@ -36,26 +36,27 @@ POLICIES: dict[str, dict[str, str]] = {
 """Name of a policy -> the environment variables of its process."""
 
 VARIABLES = frozenset({"OMP_NUM_THREADS", *openmp.GNU_VARIABLES, *openmp.LLVM_VARIABLES})
-"""What a process inherits from nobody but its policy."""
+"""Variables that a process gets from its policy alone."""
 
 STEPS_PER_SAMPLE = 10
-"""Steps in a turn."""
+"""Steps per sample."""
 
 
 def candidate(end_sample: EndSample, recipe: str) -> None:
-    """Train a tiny recipe; the turn ends after SHARE steps."""
+    """Train a tiny recipe; a sample is STEPS_PER_SAMPLE steps."""
     from bench.causal import firth_run
-    from bench.objectives import prepared
+    from bench.objectives import prepare
     from firth.model.model import LM
 
-    plan, objective, batches = prepared(recipe)
-    assert plan.model is not None
-    firth_run(end_sample, "muon", lambda _: STEPS_PER_SAMPLE, (LM(plan.model, objective.heads(plan.model)), objective, batches), STEPS_PER_SAMPLE)
+    resolved, objective, batches = prepare(recipe)
+    assert resolved.model is not None
+    model = LM(resolved.model, objective.heads(resolved.model))
+    firth_run(end_sample, "muon", lambda _: STEPS_PER_SAMPLE, (model, objective, batches), STEPS_PER_SAMPLE)
 
 
 @contextmanager
 def environment(policy: Mapping[str, str]) -> Iterator[None]:
-    """The environment of a process that is started inside."""
+    """Set the environment of processes started inside."""
     before = {name: os.environ.pop(name) for name in VARIABLES if name in os.environ}
     os.environ.update(policy)
     try:
@@ -67,28 +68,28 @@ def environment(policy: Mapping[str, str]) -> Iterator[None]:
 
 
 @contextmanager
-def busy_process() -> Iterator[None]:
-    """Another process that always computes."""
-    spinning = subprocess.Popen([sys.executable, "-c", "while True: pass"])
+def background_load() -> Iterator[None]:
+    """Run another process that always computes."""
+    process = subprocess.Popen([sys.executable, "-c", "while True: pass"])
     try:
         time.sleep(0.1)
         yield
     finally:
-        spinning.kill()
-        spinning.wait()
+        process.kill()
+        process.wait()
 
 
-def table(quiet: Mapping[str, list[float]], busy: Mapping[str, list[float]]) -> str:
-    """Markdown: median steps per second in both halves, each as a share of the first policy's on the quiet machine."""
-    whole = statistics.median(quiet[next(iter(quiet))])
+def table(quiet: Mapping[str, list[float]], loaded: Mapping[str, list[float]]) -> str:
+    """Return a Markdown table of median steps per second in both halves, and their ratio to the first policy, quiet."""
+    baseline = statistics.median(quiet[next(iter(quiet))])
     lines = [
-        "| threads wait | quiet, steps/s | of the default | beside one busy process, steps/s | of the default, quiet |",
+        "| wait policy | quiet, steps/s | of the default | with one busy process, steps/s | of the default, quiet |",
         "|---|---|---|---|---|",
     ]
     for name in quiet:
         cells = [
-            f"{statistics.median(rates):.1f} | {statistics.median(rates) / whole:.0%}"
-            for rates in (quiet[name], busy[name])
+            f"{statistics.median(rates):.1f} | {statistics.median(rates) / baseline:.0%}"
+            for rates in (quiet[name], loaded[name])
         ]
         lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines)
@@ -98,39 +99,39 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--only", nargs="*", choices=list(POLICIES), help="a subset of the policies")
-    parser.add_argument("--recipe", default="gpt", help="a recipe that has a tiny size")
-    given = parser.parse_args()
-    names = list(given.only or POLICIES)
+    parser.add_argument("--recipe", default="gpt", help="a recipe with a tiny size")
+    args = parser.parse_args()
+    names = list(args.only or POLICIES)
     workers: dict[str, Worker] = {}
     quiet: dict[str, list[float]] = {name: [] for name in names}
-    busy: dict[str, list[float]] = {name: [] for name in names}
-    dirty = 0
+    loaded: dict[str, list[float]] = {name: [] for name in names}
+    noisy = 0
     try:
         for name in names:
             with environment(POLICIES[name]):
-                workers[name] = Worker(name, partial(candidate, recipe=given.recipe))
+                workers[name] = Worker(name, partial(candidate, recipe=args.recipe))
             workers[name].share()
-        for number in range(given.rounds):
+        for number in range(args.rounds):
             order = names[number % len(names) :] + names[: number % len(names)]
             samples: dict[str, Sample] = {name: workers[name].share() for name in order}
             for name, sample in samples.items():
-                dirty += sample.noisy
+                noisy += sample.noisy
                 if not sample.noisy:
                     quiet[name].append(sample.rate)
-            progress(f"round {number + 1}/{given.rounds}, quiet", samples)
-            with busy_process():
+            progress(f"round {number + 1}/{args.rounds}, quiet", samples)
+            with background_load():
                 samples = {name: workers[name].share() for name in order}
             for name, sample in samples.items():
-                busy[name].append(sample.rate)
-            progress(f"round {number + 1}/{given.rounds}, busy", samples)
+                loaded[name].append(sample.rate)
+            progress(f"round {number + 1}/{args.rounds}, busy", samples)
     finally:
         for worker in workers.values():
             worker.stop()
     if not all(quiet.values()):
-        sys.exit("No clean sample of one of them: the machine was busy with something else.")
-    print(table(quiet, busy))
+        sys.exit("A policy has no clean sample: other processes used the machine.")
+    print(table(quiet, loaded))
     print(
-        f"\n{given.recipe}, {given.rounds} rounds, {dirty} dirty quiet samples left out; {cpu_name()}, {os.cpu_count()} cores."
+        f"\n{args.recipe}, {args.rounds} rounds, {noisy} noisy quiet samples discarded; {cpu_name()}, {os.cpu_count()} cores."
     )
 
 

@@ -275,7 +275,9 @@ def check() -> None:
         assert abs(loss - math.log(VOCAB)) < 0.2, f"{name} starts at {loss:.3f}, not at ln {VOCAB}"
     matrices = sum(p.numel() for n, p in model.named_parameters() if "blocks" in n and p.ndim == 2)
     assert matrices == 12 * DEPTH * WIDTH**2, "firth's blocks do different work"
-    print(f"parameters {sizes} (firth does not tie its head to its embedding: same work, {VOCAB * WIDTH:,} more parameters)")
+    print(
+        f"parameters {sizes} (firth does not tie its head to its embedding: same work, {VOCAB * WIDTH:,} more parameters)"
+    )
     shown = ", ".join(f"{name} {loss:.3f}" for name, loss in first.items())
     print(f"first losses: {shown}; ln {VOCAB} = {math.log(VOCAB):.3f}")
 

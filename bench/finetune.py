@@ -120,7 +120,8 @@ def hf_rows(task: Task) -> tuple[Any, list[dict[str, Any]]]:
     texts = [[row[field] for row in rows] for field in (task.text, task.pair) if field]
     encoded = tokenizer(*texts, truncation=True, max_length=task.length)
     return tokenizer, [
-        {key: encoded[key][i] for key in encoded} | {"labels": classes.index(row["label"])} for i, row in enumerate(rows)
+        {key: encoded[key][i] for key in encoded} | {"labels": classes.index(row["label"])}
+        for i, row in enumerate(rows)
     ]
 
 
@@ -132,7 +133,9 @@ def hf_model(classes: int, dropout: bool = True) -> Any:
     return AutoModelForSequenceClassification.from_pretrained(fetch("minilm"), num_labels=classes, **none)
 
 
-def trainer(end_sample: EndSample, name: str, dropout: bool = True, steps_per_sample: int = STEPS_PER_SAMPLE, **chosen: Any) -> None:
+def trainer(
+    end_sample: EndSample, name: str, dropout: bool = True, steps_per_sample: int = STEPS_PER_SAMPLE, **chosen: Any
+) -> None:
     """Run transformers' Trainer; useful tokens are counted in the model's input. A sample is `steps_per_sample` steps."""
     from transformers import DataCollatorWithPadding, Trainer, TrainingArguments
 
@@ -146,7 +149,11 @@ def trainer(end_sample: EndSample, name: str, dropout: bool = True, steps_per_sa
             disable_tqdm=True, logging_strategy="no", report_to=[], **chosen,
         )  # fmt: skip
         Trainer(
-            model, settings, train_dataset=rows, data_collator=DataCollatorWithPadding(tokenizer), callbacks=[end_sample_callback(model, steps_per_sample, end_sample)],
+            model,
+            settings,
+            train_dataset=rows,
+            data_collator=DataCollatorWithPadding(tokenizer),
+            callbacks=[end_sample_callback(model, steps_per_sample, end_sample)],
         ).train()
 
 
@@ -175,7 +182,9 @@ def firth_setup(name: str, dropout: bool = True, **batch: Any) -> tuple[Any, Any
     )
 
 
-def firth(end_sample: EndSample, name: str, dropout: bool = True, steps_per_sample: int = STEPS_PER_SAMPLE, **batch: Any) -> None:
+def firth(
+    end_sample: EndSample, name: str, dropout: bool = True, steps_per_sample: int = STEPS_PER_SAMPLE, **batch: Any
+) -> None:
     model, objective, batches = firth_setup(name, dropout, **batch)
 
     tokens = lengths(batches.source)
@@ -200,7 +209,9 @@ def candidates(name: str) -> dict[str, Candidate]:
         "Trainer, bf16, grouped by length": bind(trainer, name=name, bf16=True, **grouped),
         "Trainer, bf16, dropout 0": bind(trainer, name=name, dropout=False, bf16=True),
         "firth, padded": bind(firth, name=name),
-        "firth, grouped by length": bind(firth, name=name, group_by_length=GROUPED_STEPS, steps_per_sample=GROUPED_STEPS),
+        "firth, grouped by length": bind(
+            firth, name=name, group_by_length=GROUPED_STEPS, steps_per_sample=GROUPED_STEPS
+        ),
         "firth, packed, dropout 0": bind(firth, name=name, dropout=False, pack_to_length=length),
         "firth, packed": bind(firth, name=name, pack_to_length=length),
     }
@@ -241,7 +252,9 @@ def check(name: str) -> None:
     (loss, grad), (other, same) = encoded
     torch.testing.assert_close(loss, other, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(grad, same, rtol=1e-4, atol=1e-5)
-    print(f"{len(rows):,} equal examples; hidden states differ by {difference:.1g}; parameters {sizes} (the peer also has a pooler)")
+    print(
+        f"{len(rows):,} equal examples; hidden states differ by {difference:.1g}; parameters {sizes} (the peer also has a pooler)"
+    )
     print(f"a step of {TASKS[name].rows} examples: loss {loss:.6f} packed, {other:.6f} padded")
 
 

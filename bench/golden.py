@@ -1,11 +1,12 @@
-"""Twenty steps of every tiny recipe in fp32 on one thread: losses and exported tensors, to compare two versions of the code.
+"""Losses and exported tensors of 20 steps of every tiny recipe, to compare two versions of the code bit by bit.
 
     python -m bench.golden record --out runs/golden            # before a change of structure: every run, then golden.json
-    python -m bench.golden compare --out runs/golden-new --with runs/golden/golden.json     # after it: equal to the bit
+    python -m bench.golden compare --out runs/golden-new --with runs/golden/golden.json     # after it: equal bit by bit
 
-A refactoring changes no draw and no sum, so both must agree in every bit on one machine. Kernels are the plain ones, unless
-FIRTH_KERNELS names others: measured choices may differ between two recordings. Tensors are compared by the names that transformers gives them. Records are made from
-Python's own help pages, so nothing is fetched. Four minutes on two cores.
+Runs are in fp32 on one thread. A refactoring changes no random draw and no sum, so both versions must agree in every bit
+on one machine. Kernels are the plain ones, unless FIRTH_KERNELS names others: measured choices may differ between two
+recordings. Tensors are compared by their names in transformers. Records are made from Python's own help pages, so nothing
+is fetched. Four minutes on two cores.
 """
 
 from __future__ import annotations
@@ -49,7 +50,10 @@ SUPERVISED: dict[str, tuple[str, str, str, tuple[str, ...]]] = {
     "choose": ("multiple_choice", "bert", "options.jsonl", ()),
     "tag": ("token_classification", "bert", "tags.conll", ()),
     "tag_features": ("token_features", "elmo", "tags.conll", ()),
-    "answer": ("question_answering", "bert", "squad.json", ("examples.max_length=64", "examples.max_question_length=16", "examples.doc_stride=16")),
+    "answer": (
+        "question_answering", "bert", "squad.json",
+        ("examples.max_length=64", "examples.max_question_length=16", "examples.doc_stride=16"),
+    ),
     "text_to_text": ("text_to_text", "t5", "prompts.jsonl", ("examples.max_length=32", "examples.max_target_length=16")),
     "weak": ("weak_supervision", "bert", "votes.jsonl", ()),
     "closed_book_questions": ("closed_book_questions", "closed_book", "prompts.jsonl", ()),
@@ -80,13 +84,13 @@ def sentences() -> list[str]:
     return [line for line in dict.fromkeys(lines) if 6 <= len(line.split()) <= 16][:400]
 
 
-def write_records(place: Path) -> None:
+def write_records(directory: Path) -> None:
     """Write a file of records of each kind."""
     lines = sentences()
     rng = np.random.default_rng(0)
 
     def jsonl(name: str, rows: Iterable[dict[str, Any]]) -> None:
-        (place / name).write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        (directory / name).write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
     labels = ["long" if len(line) > 60 else "short" for line in lines]
     jsonl("classes.jsonl", ({"text": t, "label": k} for t, k in zip(lines, labels, strict=True)))
@@ -105,14 +109,14 @@ def write_records(place: Path) -> None:
     )
     words = [line.split() for line in lines]
     tagged = "\n\n".join("\n".join(f"{w} {'I-CAP' if w[0].isupper() else 'O'}" for w in some) for some in words)
-    (place / "tags.conll").write_text(tagged + "\n", encoding="utf-8")
+    (directory / "tags.conll").write_text(tagged + "\n", encoding="utf-8")
     paragraphs = []
     for i, (a, b, _) in enumerate(thirds):
         answer = b.split()[1]
         found = [{"text": answer, "answer_start": b.index(answer)}] * (i % 4 > 0)
-        asked = {"id": str(i), "question": a, "answers": found, "is_impossible": not found}
-        paragraphs.append({"context": b, "qas": [asked]})
-    (place / "squad.json").write_text(json.dumps({"data": [{"paragraphs": paragraphs}]}), encoding="utf-8")
+        question = {"id": str(i), "question": a, "answers": found, "is_impossible": not found}
+        paragraphs.append({"context": b, "qas": [question]})
+    (directory / "squad.json").write_text(json.dumps({"data": [{"paragraphs": paragraphs}]}), encoding="utf-8")
 
 
 def digest(directory: Path) -> dict[str, Any]:
@@ -134,9 +138,9 @@ def every_run(out: Path) -> dict[str, Callable[[], dict[str, Any]]]:
     records = out / "records"
 
     def train(name: str, recipe: str, settings: Iterable[str]) -> dict[str, Any]:
-        place = out / name
-        run(load(recipe, list(settings)), place, echo=lambda _: None)
-        return digest(place)
+        directory = out / name
+        run(load(recipe, list(settings)), directory, echo=lambda _: None)
+        return digest(directory)
 
     runs: dict[str, Callable[[], dict[str, Any]]] = {}
     for name in PRETRAINING:
@@ -154,7 +158,7 @@ def every_run(out: Path) -> dict[str, Callable[[], dict[str, Any]]]:
 
 
 def record(out: Path, only: list[str]) -> dict[str, Any]:
-    """Train what is not there yet, print each, and write golden.json."""
+    """Train the missing runs, print each, and write golden.json."""
     os.environ.setdefault(kernels.FORCE, "first")
     torch.set_num_threads(1)
     (out / "records").mkdir(parents=True, exist_ok=True)
@@ -195,11 +199,11 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/golden"))
     parser.add_argument("--with", dest="other", type=Path)
     parser.add_argument("--only", nargs="*", default=[])
-    given = parser.parse_args()
-    found = record(given.out.resolve(), given.only)
-    if given.mode == "compare":
-        old = json.loads(given.other.read_text("utf-8"))
-        old = {name: old[name] for name in old if not given.only or name in given.only}
+    args = parser.parse_args()
+    found = record(args.out.resolve(), args.only)
+    if args.mode == "compare":
+        old = json.loads(args.other.read_text("utf-8"))
+        old = {name: old[name] for name in old if not args.only or name in args.only}
         lines = differences(old, found)
         print("\n".join(lines) or f"{len(old)} runs are equal to the bit")
         sys.exit(bool(lines))

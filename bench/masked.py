@@ -180,7 +180,11 @@ def firth_setup(bert: bool = False) -> tuple[Any, Any, Any]:
     roles = {"pad": PAD, "unk": UNK, "cls": CLS, "sep": SEP, "mask": MASK}
     vocab = Vocab(size=VOCAB, roles=roles, special=np.arange(VOCAB) < FIRST)
     model = LM(config, objective.heads(config))
-    return model, objective, Batches(SentenceSource(), objective, vocab, batch_size=ROWS, seed=0, pack_to_length=MAX_LENGTH)
+    return (
+        model,
+        objective,
+        Batches(SentenceSource(), objective, vocab, batch_size=ROWS, seed=0, pack_to_length=MAX_LENGTH),
+    )
 
 
 def firth_masked(end_sample: EndSample, bert: bool = False, optimizer: Literal["muon", "adamw"] = "muon") -> None:
@@ -244,7 +248,9 @@ def check() -> None:
     assert sizes["transformers"] == sizes["firth, the same BERT"], sizes
     for name, loss in first.items():
         assert abs(loss - math.log(VOCAB)) < 0.3, f"{name} starts at {loss:.3f}, not at ln {VOCAB}"
-    padded = np.mean([lengths[i : i + ROWS].max() * ROWS / lengths[i : i + ROWS].sum() for i in range(0, NUM_SENTENCES, ROWS)])
+    padded = np.mean(
+        [lengths[i : i + ROWS].max() * ROWS / lengths[i : i + ROWS].sum() for i in range(0, NUM_SENTENCES, ROWS)]
+    )
     print(f"parameters {sizes}")
     shown = ", ".join(f"{name} {loss:.3f}" for name, loss in first.items())
     print(f"first losses: {shown}; ln {VOCAB} = {math.log(VOCAB):.3f}")

@@ -1,19 +1,19 @@
-"""Each objective's training speed against a plain PyTorch loop around transformers' class for it, of the same sizes.
+"""Training speed of each objective against a plain PyTorch loop around transformers' class of the same size.
 
     python -m bench.objectives                    # every row of the table, about 15 minutes on two cores
     python -m bench.objectives --only t5 bart     # some
     python -m bench.objectives --check
     python -m bench.objectives --profile xlnet    # where a step of firth and of the peer spends its time
 
-A row is the tiny recipe of that name: its own batches of real text (made before the clock starts, on both sides), its
-step, its optimizer, and the precision that it chooses by itself on this machine. The peer reads the same examples, padded,
-with the same labels, AdamW, a clipped gradient and no dropout: what one would write by hand around the library. It runs
-twice, in fp32 and in bf16 autocast; the ratio is to the faster of the two. Width, layers, heads and vocabulary are the same;
-where firth's block is gated its MLP is half as wide, which is as many numbers. Tokens are the examples' own: no padding,
-no queries. Where the library has no such objective, the peer is the nearest: SpanBERT without span boundaries, MPNet with
-masks alone; the LSTM's peer is written with torch.nn. Rows with empty columns have no peer.
+A row is the tiny recipe of that name: its own batches of real text (made before the timing starts, on both sides), its
+step, its optimizer, and the precision that it chooses on this machine. The peer gets the same examples, padded, with the
+same labels, AdamW, gradient clipping and no dropout: a loop written by hand around the library. It runs twice, in fp32 and
+in bf16 autocast; the ratio is to the faster of the two. Hidden size, layers, heads and vocabulary are the same; where
+firth's MLP is gated it is half as wide, which gives as many parameters. Tokens are those of the examples, without padding
+and queries. Where the library has no such objective, the peer is the nearest one: SpanBERT without span boundaries, MPNet
+with masks alone; the peer of the LSTM is written with torch.nn. Rows with empty columns have no peer.
 
-Ratios are medians over rounds in turns (`bench.harness`); absolute speeds belong to the machine in the last line.
+Ratios are medians over interleaved rounds (`bench.harness`); absolute speeds hold for the machine in the last line.
 """
 
 from __future__ import annotations
@@ -47,15 +47,15 @@ from firth.types import IGNORE, NEVER, Batch
 
 CPU = torch.device("cpu")
 
-POOL, STEPS_PER_SAMPLE = 8, 8
-"""Batches that take turns; steps in a share."""
+NUM_BATCHES, STEPS_PER_SAMPLE = 8, 8
+"""Batches that each side cycles through, and steps per sample."""
 
 FOLDER = Path("runs/objectives")
-"""Token stores and the tokenizer of the text that all read."""
+"""Directory of the token stores and tokenizers."""
 
 
-def prepared(name: str) -> tuple[Recipe, Objective, Batches]:
-    """The settled tiny recipe and its batches."""
+def prepare(name: str) -> tuple[Recipe, Objective, Batches]:
+    """Return the resolved tiny recipe, its objective and its batches."""
     recipe = load(name)
     folder = FOLDER / recipe.tokenizer.algorithm
     folder.mkdir(parents=True, exist_ok=True)
@@ -69,64 +69,68 @@ def prepared(name: str) -> tuple[Recipe, Objective, Batches]:
         memory_length=recipe.model.memory_length,
         echo=lambda _: None,
     )
-    cut = examples.build_datasets(recipe.examples, data, recipe.objective)
+    splits = examples.build_datasets(recipe.examples, data, recipe.objective)
     batches = Batches(
-        cut.train, recipe.objective, tokenizer.vocab.with_decoder_start(recipe.model.decoder_start_token), batch_size=recipe.batch.size, seed=0,
+        splits.train,
+        recipe.objective,
+        tokenizer.vocab.with_decoder_start(recipe.model.decoder_start_token),
+        batch_size=recipe.batch.size,
+        seed=0,
         pack_to_length=recipe.batch.pack_to_length,
-    )  # fmt: skip
+    )
     return recipe, recipe.objective, batches
 
 
-def padded(batches: Batches, number: int) -> Batch:
-    """The examples of a step as the peer reads them: one to a row."""
+def padded_examples(batches: Batches, number: int) -> Batch:
+    """Return the examples of a step as the peer reads them: one per row."""
     epochs, indices = batches.source.order(
         batches.seed, torch.arange(batches.batch_size).numpy() + number * batches.batch_size
     )
-    asked = frozenset({*batches.objective.labels.values(), *batches.objective.metrics.values()})
-    return collate(batches.shown(epochs, indices), asked)
+    fields = frozenset({*batches.objective.labels.values(), *batches.objective.metrics.values()})
+    return collate(batches.shown(epochs, indices), fields)
 
 
-def useful(batch: Batch) -> int:
-    """Tokens of the examples themselves: no padding, and no query or stand-in behind a text."""
+def count_tokens(batch: Batch) -> int:
+    """Return the tokens of the examples, without padding, queries and mask tokens appended to a text."""
     total = 0
     for side in ("", "source_"):
         if side + "tokens" in batch:
-            appears = batch.get(side + "key_time", torch.zeros_like(batch[side + "tokens"]))
-            leaves = batch.get(side + "key_expiry", torch.full_like(appears, NEVER))
-            total += int(((appears != NEVER) & (leaves == NEVER)).sum())
+            key_time = batch.get(side + "key_time", torch.zeros_like(batch[side + "tokens"]))
+            key_expiry = batch.get(side + "key_expiry", torch.full_like(key_time, NEVER))
+            total += int(((key_time != NEVER) & (key_expiry == NEVER)).sum())
     return total
 
 
 def ours(name: str) -> Iterator[int]:
-    """Take firth's step on the recipe's own batches, for ever; yield the tokens of each."""
+    """Take firth's step on the recipe's batches forever; yield the tokens of each."""
     keep_freed_memory()
-    recipe, objective, batches = prepared(name)
+    recipe, objective, batches = prepare(name)
     assert recipe.model is not None
     torch.manual_seed(0)
     model = LM(recipe.model, objective.heads(recipe.model))
     init_head(model, objective, batches)
-    mover = Optimizer(recipe.optimizer, model, sparse=True)
+    optimizer = Optimizer(recipe.optimizer, model, sparse=True)
     precision = casts(choose(recipe.precision, CPU), CPU)
-    pool = [(batches.batches(i), useful(padded(batches, i))) for i in range(POOL)]
+    pool = [(batches.batches(i), count_tokens(padded_examples(batches, i))) for i in range(NUM_BATCHES)]
     model.train()
     for number in count():
-        here, tokens = pool[number % POOL]
-        step(model, objective, here, precision=precision)
-        mover.clip_grad_norm()
-        mover.step(0.1)
+        batch, tokens = pool[number % NUM_BATCHES]
+        step(model, objective, batch, precision=precision)
+        optimizer.clip_grad_norm()
+        optimizer.step(0.1)
         yield tokens
 
 
 def theirs(name: str, precision: Literal["fp32", "bf16"]) -> Iterator[int]:
-    """Take the step of a plain loop around the peer's model, for ever; yield the tokens of each."""
-    recipe, _, batches = prepared(name)
+    """Take the step of a plain loop around the peer's model forever; yield the tokens of each."""
+    recipe, _, batches = prepare(name)
     torch.manual_seed(0)
     model, loss = PEERS[name](recipe)
     model.train()
     optimizer = torch.optim.AdamW(model.parameters(), 3e-4, fused=True)
-    pool = [(batch, useful(batch)) for batch in (padded(batches, i) for i in range(POOL))]
+    pool = [(batch, count_tokens(batch)) for batch in (padded_examples(batches, i) for i in range(NUM_BATCHES))]
     for number in count():
-        batch, tokens = pool[number % POOL]
+        batch, tokens = pool[number % NUM_BATCHES]
         optimizer.zero_grad()
         with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
             value = loss(batch)
@@ -136,8 +140,8 @@ def theirs(name: str, precision: Literal["fp32", "bf16"]) -> Iterator[int]:
         yield tokens
 
 
-def in_turns(end_sample: EndSample, side: Callable[[], Iterator[int]]) -> None:
-    """Work in shares of SHARE steps."""
+def run_samples(end_sample: EndSample, side: Callable[[], Iterator[int]]) -> None:
+    """Run samples of STEPS_PER_SAMPLE steps."""
     steps = side()
     while True:
         end_sample(sum(islice(steps, STEPS_PER_SAMPLE)))
@@ -148,24 +152,24 @@ def in_turns(end_sample: EndSample, side: Callable[[], Iterator[int]]) -> None:
 Peer = tuple[nn.Module, Callable[[Batch], Tensor]]
 
 
-def mean(logits: Tensor, labels: Tensor) -> Tensor:
+def mean_loss(logits: Tensor, labels: Tensor) -> Tensor:
     return F.cross_entropy(logits.flatten(0, -2), labels.flatten(), ignore_index=IGNORE)
 
 
-def there(batch: Batch, side: str = "") -> Tensor:
-    """transformers' attention mask."""
+def attention_mask(batch: Batch, side: str = "") -> Tensor:
+    """Return the attention mask of transformers."""
     tokens = batch[side + "tokens"]
     return (batch.get(side + "key_time", torch.zeros_like(tokens)) != NEVER).long()
 
 
 def sizes(recipe: Recipe) -> dict[str, Any]:
-    """As BERT's descendants call them; a gated MLP's two halves are one."""
+    """Return the sizes as arguments of a config like BERT's; a gated MLP counts as one of twice the size."""
     s = recipe.model
     assert s is not None
-    hidden = s.intermediate_size * 2 if s.gated else s.intermediate_size
+    intermediate_size = s.intermediate_size * 2 if s.gated else s.intermediate_size
     return {
         "vocab_size": s.vocab_size, "hidden_size": s.hidden_size, "num_hidden_layers": s.num_layers, "num_attention_heads": s.num_heads,
-        "intermediate_size": hidden, "max_position_embeddings": s.max_positions + 2, "hidden_dropout_prob": 0.0,
+        "intermediate_size": intermediate_size, "max_position_embeddings": s.max_positions + 2, "hidden_dropout_prob": 0.0,
         "attention_probs_dropout_prob": 0.0,
     }  # fmt: skip
 
@@ -184,15 +188,17 @@ def causal(kind: str, recipe: Recipe) -> Peer:
         model = t.LlamaForCausalLM(config)
     else:
         config = t.GPT2Config(
-            vocab_size=s.vocab_size, n_embd=s.hidden_size, n_layer=s.num_layers, n_head=s.num_heads, n_inner=s.intermediate_size, n_positions=s.max_positions,
-            resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
+            vocab_size=s.vocab_size, n_embd=s.hidden_size, n_layer=s.num_layers, n_head=s.num_heads, n_inner=s.intermediate_size,
+            n_positions=s.max_positions, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
         )  # fmt: skip
         model = t.GPT2LMHeadModel(config)
-    return model, lambda b: mean(model(input_ids=b["tokens"], attention_mask=there(b)).logits, b["labels"])
+    return model, lambda b: mean_loss(
+        model(input_ids=b["tokens"], attention_mask=attention_mask(b)).logits, b["labels"]
+    )
 
 
 def masked(kind: str, recipe: Recipe) -> Peer:
-    """BERT's and MPNet's masks."""
+    """Return the masked LM of BERT or MPNet."""
     import transformers as t
 
     s = recipe.model
@@ -205,20 +211,22 @@ def masked(kind: str, recipe: Recipe) -> Peer:
 
     def loss(batch: Batch) -> Tensor:
         if "key_expiry" not in batch:
-            return mean(model(input_ids=batch["tokens"], attention_mask=there(batch)).logits, batch["labels"])
-        # MPNet's row: the text, stand-ins, queries. The peer sees the text with its masks.
+            return mean_loss(
+                model(input_ids=batch["tokens"], attention_mask=attention_mask(batch)).logits, batch["labels"]
+            )
+        # MPNet's row is the text, mask tokens and queries. The peer gets the text with its masks.
         rows = int(((batch["key_expiry"] == NEVER) & (batch["key_time"] != NEVER)).sum(-1).max())
         tokens, labels = batch["tokens"][:, :rows].clone(), torch.full_like(batch["tokens"][:, :rows], IGNORE)
         row, slot = (batch["labels"] != IGNORE).nonzero(as_tuple=True)
-        place = batch["positions"][row, slot].long()
-        tokens[row, place], labels[row, place] = batch["tokens"][row, slot], batch["labels"][row, slot]
-        return mean(model(input_ids=tokens, attention_mask=there(batch)[:, :rows]).logits, labels)
+        position = batch["positions"][row, slot].long()
+        tokens[row, position], labels[row, position] = batch["tokens"][row, slot], batch["labels"][row, slot]
+        return mean_loss(model(input_ids=tokens, attention_mask=attention_mask(batch)[:, :rows]).logits, labels)
 
     return model, loss
 
 
-def paired(kind: str, recipe: Recipe) -> Peer:
-    """BERT's and ALBERT's two losses."""
+def sentence_pairs(kind: str, recipe: Recipe) -> Peer:
+    """Return the pretraining model of BERT or ALBERT, with both losses."""
     import transformers as t
 
     s = recipe.model
@@ -233,15 +241,17 @@ def paired(kind: str, recipe: Recipe) -> Peer:
     field = "order" if kind == "albert" else "next"
 
     def loss(batch: Batch) -> Tensor:
-        out = model(input_ids=batch["tokens"], attention_mask=there(batch), token_type_ids=batch["token_type_ids"])
+        out = model(
+            input_ids=batch["tokens"], attention_mask=attention_mask(batch), token_type_ids=batch["token_type_ids"]
+        )
         second = out.sop_logits if kind == "albert" else out.seq_relationship_logits
-        return mean(out.prediction_logits, batch["labels"]) + F.cross_entropy(second, batch[field][:, 0])
+        return mean_loss(out.prediction_logits, batch["labels"]) + F.cross_entropy(second, batch[field][:, 0])
 
     return model, loss
 
 
 def electra(recipe: Recipe) -> Peer:
-    """Generator and discriminator, which share their table of tokens."""
+    """Return generator and discriminator, which share their token embeddings."""
     import transformers as t
 
     s = recipe.model
@@ -249,36 +259,37 @@ def electra(recipe: Recipe) -> Peer:
     objective: Any = recipe.objective
     large = sizes(recipe) | {"embedding_size": s.embedding_size or s.hidden_size}
     small = large | {
-        "hidden_size": round(s.hidden_size * objective.size), "intermediate_size": round(large["intermediate_size"] * objective.size)
+        "hidden_size": round(s.hidden_size * objective.generator_size),
+        "intermediate_size": round(large["intermediate_size"] * objective.generator_size),
     }  # fmt: skip
     small["num_attention_heads"] = max(1, small["hidden_size"] // (s.hidden_size // s.num_heads))
     while small["hidden_size"] % small["num_attention_heads"]:
         small["num_attention_heads"] -= 1
     model = nn.ModuleDict(
         {
-            "writer": t.ElectraForMaskedLM(t.ElectraConfig(**small)),
-            "judge": t.ElectraForPreTraining(t.ElectraConfig(**large)),
+            "generator": t.ElectraForMaskedLM(t.ElectraConfig(**small)),
+            "discriminator": t.ElectraForPreTraining(t.ElectraConfig(**large)),
         }
     )
-    model["judge"].electra.embeddings.word_embeddings = model["writer"].electra.embeddings.word_embeddings
+    model["discriminator"].electra.embeddings.word_embeddings = model["generator"].electra.embeddings.word_embeddings
 
     def loss(batch: Batch) -> Tensor:
-        tokens, labels, mask = batch["tokens"], batch["labels"], there(batch)
-        logits = model["writer"](input_ids=tokens, attention_mask=mask).logits
-        asked = labels != IGNORE
+        tokens, labels, mask = batch["tokens"], batch["labels"], attention_mask(batch)
+        logits = model["generator"](input_ids=tokens, attention_mask=mask).logits
+        masked = labels != IGNORE
         with torch.no_grad():
-            drawn = torch.multinomial(logits[asked].softmax(-1), 1)[:, 0]
-            shown, replaced = tokens.clone(), torch.zeros_like(tokens)
-            shown[asked] = drawn
-            replaced[asked] = (drawn != labels[asked]).long()
-        judged = model["judge"](input_ids=shown, attention_mask=mask, labels=replaced).loss
-        return mean(logits, labels) + 50 * judged
+            sampled = torch.multinomial(logits[masked].softmax(-1), 1)[:, 0]
+            corrupted, replaced = tokens.clone(), torch.zeros_like(tokens)
+            corrupted[masked] = sampled
+            replaced[masked] = (sampled != labels[masked]).long()
+        judge_loss = model["discriminator"](input_ids=corrupted, attention_mask=mask, labels=replaced).loss
+        return mean_loss(logits, labels) + 50 * judge_loss
 
     return model, loss
 
 
 def xlnet(recipe: Recipe) -> Peer:
-    """Both streams, by permutation masks and target maps; without memory, which the library keeps from step to step."""
+    """Return XLNet with both streams, permutation masks and target mappings; without memory, which the library carries over."""
     import transformers as t
 
     s = recipe.model
@@ -296,18 +307,18 @@ def xlnet(recipe: Recipe) -> Peer:
     def loss(batch: Batch) -> Tensor:
         queries = int((batch["labels"] != IGNORE).sum(-1).max())
         n = batch["tokens"].shape[1] - queries
-        appears, looks = batch["key_time"][:, :n], batch["query_time"][:, :n]
-        hidden = (appears[:, None, :] > looks[:, :, None]).float()
-        asked = batch["labels"][:, n:]
-        places = F.one_hot(batch["positions"][:, n:].long().clamp(0, n - 1), n).float()
-        out = model(input_ids=batch["tokens"][:, :n], perm_mask=hidden, target_mapping=places)
-        return mean(out.logits, asked)
+        key_time, query_time = batch["key_time"][:, :n], batch["query_time"][:, :n]
+        perm_mask = (key_time[:, None, :] > query_time[:, :, None]).float()
+        labels = batch["labels"][:, n:]
+        target_mapping = F.one_hot(batch["positions"][:, n:].long().clamp(0, n - 1), n).float()
+        out = model(input_ids=batch["tokens"][:, :n], perm_mask=perm_mask, target_mapping=target_mapping)
+        return mean_loss(out.logits, labels)
 
     return model, loss
 
 
-def written(kind: str, recipe: Recipe) -> Peer:
-    """Encoder-decoders."""
+def encoder_decoder(kind: str, recipe: Recipe) -> Peer:
+    """Return BART or T5."""
     import transformers as t
 
     s = recipe.model
@@ -329,15 +340,17 @@ def written(kind: str, recipe: Recipe) -> Peer:
 
     def loss(batch: Batch) -> Tensor:
         out = model(
-            input_ids=batch["source_tokens"], attention_mask=there(batch, "source_"), decoder_input_ids=batch["tokens"]
+            input_ids=batch["source_tokens"],
+            attention_mask=attention_mask(batch, "source_"),
+            decoder_input_ids=batch["tokens"],
         )
-        return mean(out.logits, batch["labels"])
+        return mean_loss(out.logits, batch["labels"])
 
     return model, loss
 
 
-class Plain(nn.Module):
-    """An LSTM language model as one writes it with torch.nn."""
+class PlainLSTM(nn.Module):
+    """LSTM language model written with torch.nn."""
 
     def __init__(self, vocab: int, width: int, depth: int):
         super().__init__()
@@ -352,59 +365,61 @@ class Plain(nn.Module):
 def recurrent(recipe: Recipe) -> Peer:
     s = recipe.model
     assert s is not None
-    model = Plain(s.vocab_size, s.hidden_size, s.num_layers)
-    return model, lambda b: mean(model(b["tokens"]), b["labels"])
+    model = PlainLSTM(s.vocab_size, s.hidden_size, s.num_layers)
+    return model, lambda b: mean_loss(model(b["tokens"]), b["labels"])
 
 
 PEERS: dict[str, Callable[[Recipe], Peer]] = {
     "gpt": partial(causal, "gpt2"),
     "gpt2": partial(causal, "gpt2"),
     "llama": partial(causal, "llama"),
-    "bert": partial(paired, "bert"),
+    "bert": partial(sentence_pairs, "bert"),
     "roberta": partial(masked, "bert"),
     "spanbert": partial(masked, "bert"),
-    "albert": partial(paired, "albert"),
+    "albert": partial(sentence_pairs, "albert"),
     "electra": electra,
     "xlnet": xlnet,
     "mpnet": partial(masked, "mpnet"),
-    "t5": partial(written, "t5"),
-    "bart": partial(written, "bart"),
+    "t5": partial(encoder_decoder, "t5"),
+    "bart": partial(encoder_decoder, "bart"),
     "lstm": recurrent,
 }
 PRECISIONS: tuple[Literal["fp32", "bf16"], ...] = ("fp32", "bf16")
-"""Of a peer."""
+"""Precisions of a peer."""
 
-ALONE = ("prefix_lm", "linformer", "elmo", "contrastive", "vae")
+WITHOUT_PEER = ("prefix_lm", "linformer", "elmo", "contrastive", "vae")
 """Recipes without a peer."""
 
 
 def check() -> None:
-    """Both sides read as many tokens and ask as many labels, and the peers' losses begin near ln(vocabulary)."""
+    """Assert that both sides have as many labels, and print the peers' first losses, near ln(vocabulary)."""
     for name, peer in PEERS.items():
-        recipe, objective, batches = prepared(name)
+        recipe, objective, batches = prepare(name)
         model, loss = peer(recipe)
-        batch = padded(batches, 0)
-        asked = [int((b[objective.labels[t]] != IGNORE).sum()) for t in objective.labels for b in (batch,)]
-        own = sum(int((b[objective.labels[t]] != IGNORE).sum()) for t in objective.labels for b in batches.batches(0))
-        assert sum(asked) == own, (name, asked, own)
+        batch = padded_examples(batches, 0)
+        num_labels = [int((b[objective.labels[t]] != IGNORE).sum()) for t in objective.labels for b in (batch,)]
+        packed = sum(
+            int((b[objective.labels[t]] != IGNORE).sum()) for t in objective.labels for b in batches.batches(0)
+        )
+        assert sum(num_labels) == packed, (name, num_labels, packed)
         first, numbers = loss(batch).item(), sum(p.numel() for p in model.parameters())
         assert recipe.model is not None
-        mine = sum(p.numel() for p in LM(recipe.model, objective.heads(recipe.model)).parameters())
+        num_parameters = sum(p.numel() for p in LM(recipe.model, objective.heads(recipe.model)).parameters())
         print(
-            f"{name:10} tokens {useful(batch):6,}  their first loss {first:6.2f}  parameters {numbers:,}, ours {mine:,}"
+            f"{name:10} tokens {count_tokens(batch):6,}  peer's first loss {first:6.2f}  parameters {numbers:,}, firth's {num_parameters:,}"
         )
 
 
 def row(name: str, rounds: int) -> tuple[str, Report]:
-    """A line of the table."""
+    """Measure a recipe; return its line of the table, and the report."""
     candidates: dict[str, Candidate] = {}
     if name in PEERS:
-        candidates = {p: partial(in_turns, side=partial(theirs, name, p)) for p in PRECISIONS}
-    candidates["firth"] = partial(in_turns, side=partial(ours, name))
+        candidates = {p: partial(run_samples, side=partial(theirs, name, p)) for p in PRECISIONS}
+    candidates["firth"] = partial(run_samples, side=partial(ours, name))
     report = compare(candidates, rounds=rounds, peer=next(iter(candidates)))
     if not report.rounds:
         return f"| {name} | no clean round | | | |", report
-    speed = {who: statistics.median(report.rates(who)) for who in candidates}
+    speed = {side: statistics.median(report.rates(side)) for side in candidates}
     if name not in PEERS:
         return f"| {name} | {speed['firth']:,.0f} | | | |", report
     middle, low, high = report.ratio("firth", max(PRECISIONS, key=lambda p: speed[p]))
@@ -416,37 +431,39 @@ def row(name: str, rounds: int) -> tuple[str, Report]:
 
 
 def profile(name: str, rows: int = 40) -> None:
-    """Print the operators that a step of each side spends its time in."""
+    """Print the operators in which a step of each side spends its time."""
     sides = {"firth": ours(name)} | ({p: theirs(name, p) for p in PRECISIONS} if name in PEERS else {})
-    for who, steps in sides.items():
-        for _ in islice(steps, POOL):
+    for side, steps in sides.items():
+        for _ in islice(steps, NUM_BATCHES):
             pass
         with torch.profiler.profile() as found:
-            for _ in islice(steps, POOL):
+            for _ in islice(steps, NUM_BATCHES):
                 pass
         table = found.key_averages().table(sort_by="self_cpu_time_total", row_limit=rows, max_name_column_width=60)
-        print(f"{name}, {who}, {POOL} steps\n{table}", flush=True)
+        print(f"{name}, {side}, {NUM_BATCHES} steps\n{table}", flush=True)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="*", choices=[*PEERS, *ALONE], default=[*PEERS, *ALONE])
+    parser.add_argument("--only", nargs="*", choices=[*PEERS, *WITHOUT_PEER], default=[*PEERS, *WITHOUT_PEER])
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--check", action="store_true")
-    parser.add_argument("--profile", choices=[*PEERS, *ALONE], help="print where a step of this recipe spends its time")
-    given = parser.parse_args()
-    if given.check:
+    parser.add_argument(
+        "--profile", choices=[*PEERS, *WITHOUT_PEER], help="print where a step of this recipe spends its time"
+    )
+    args = parser.parse_args()
+    if args.check:
         check()
         return
-    if given.profile:
-        profile(given.profile)
+    if args.profile:
+        profile(args.profile)
         return
     lines = [
-        "| recipe | firth, tokens/s | plain loop in fp32 | in bf16 | firth over the faster |",
+        "| recipe | firth, tokens/s | plain loop in fp32 | in bf16 | speedup over the faster |",
         "|---|---|---|---|---|",
     ]
-    for name in given.only:
-        line, report = row(name, given.rounds)
+    for name in args.only:
+        line, report = row(name, args.rounds)
         print(line, flush=True)
         lines.append(line)
     print("\n".join([*lines, "", describe(report.machine)]))

@@ -1,10 +1,10 @@
-"""The input pipeline alone: source, view and batch on one core, in tokens per second.
+"""Speed of the input pipeline alone: data source, examples and batches on one core, in tokens per second.
 
     python -m bench.pipeline
 
 The text is Python's own help (in every installation, 465 kB), its tokens repeated to 2 M; sentences are its lines and
-sentences by themselves, 27 tokens on average as in BERT's day. The bar (docs/results/index.md): 5 M tokens a second for causal
-language modelling, 1 M for masked (1.5 M packed), so that no accelerator of the size that we train on waits for its input.
+sentences, 27 tokens on average. The goal (docs/results/index.md): 5 M tokens per second for causal language modeling, 1 M
+for masked (1.5 M packed), so that the accelerators in use do not wait for their input.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ ROUNDS = 3
 
 
 def sentences() -> Iterator[Document]:
-    """Lines and sentences of at least 40 characters."""
+    """Yield lines and sentences of at least 40 characters."""
     for name, text in topics.items():
         for number, sentence in enumerate(re.split(r"\n\n|(?<=[.:]) ", text)):
             if len(sentence) >= 40:
@@ -44,7 +44,7 @@ def sentences() -> Iterator[Document]:
 
 
 def speed(batches: Batches) -> float:
-    """Real (not padded) tokens per second of processor time (one thread), so that a busy machine tells the same."""
+    """Return tokens without padding per second of CPU time (one thread), so that other load does not matter."""
     tokens = done = 0
     start = time.process_time()
     while (spent := time.process_time() - start) < SECONDS:
@@ -55,7 +55,7 @@ def speed(batches: Batches) -> float:
 
 
 def real(batch: dict[str, torch.Tensor], side: str) -> int:
-    """Tokens that are not padding."""
+    """Return the tokens that are not padding."""
     if side + "key_time" not in batch:
         return batch[side + "tokens"].numel()
     return int((batch[side + "key_time"] < 1 << 30).sum())
@@ -72,29 +72,29 @@ def main() -> None:
     print(f"{len(store.tokens)} tokens in {len(store)} documents; {len(short)} sentences of "
           f"{len(short.tokens) / len(short) - 2:.1f} tokens")  # fmt: skip
 
-    def over(source: Source, objective: Objective, rows: int, pack: int = 0) -> Batches:
-        return Batches(source, objective, vocab, batch_size=rows, seed=0, pack_to_length=pack)
+    def make_batches(source: Source, objective: Objective, batch_size: int, pack_to_length: int = 0) -> Batches:
+        return Batches(source, objective, vocab, batch_size=batch_size, seed=0, pack_to_length=pack_to_length)
 
     cases = {
-        "causal, windows of 256, isolated": (5, over(Windows(store, 256), CausalLM(), 64)),
-        "causal, windows of 256": (5, over(Windows(store, 256, isolate=False), CausalLM(), 64)),
-        "mlm, pieces of 128, padded": (1, over(DocumentChunks(store, 128, vocab), MLM(), 64)),
-        "mlm, pieces of 256, padded": (1, over(DocumentChunks(store, 256, vocab), MLM(), 64)),
-        "mlm, sentences packed into 128": (1.5, over(DocumentChunks(short, 128, vocab), MLM(), 512, pack=128)),
+        "causal, windows of 256, isolated": (5, make_batches(Windows(store, 256), CausalLM(), 64)),
+        "causal, windows of 256": (5, make_batches(Windows(store, 256, isolate=False), CausalLM(), 64)),
+        "mlm, chunks of 128, padded": (1, make_batches(DocumentChunks(store, 128, vocab), MLM(), 64)),
+        "mlm, chunks of 256, padded": (1, make_batches(DocumentChunks(store, 256, vocab), MLM(), 64)),
+        "mlm, sentences packed into 128": (1.5, make_batches(DocumentChunks(short, 128, vocab), MLM(), 512, pack_to_length=128)),
         "mlm by words, sentences packed": (
             0,
-            over(DocumentChunks(short, 128, vocab), MLM(noise="words"), 512, pack=128),
+            make_batches(DocumentChunks(short, 128, vocab), MLM(noise="words"), 512, pack_to_length=128),
         ),
-        "nsp + mlm, pairs of 128, padded": (0, over(SegmentPairs(store, 128), NSP() + MLM(), 64)),
-        "span corruption, 256, packed": (0, over(DocumentChunks(store, 256), SpanCorruption(), 64, pack=256)),
+        "nsp + mlm, pairs of 128, padded": (0, make_batches(SegmentPairs(store, 128), NSP() + MLM(), 64)),
+        "span corruption, 256, packed": (0, make_batches(DocumentChunks(store, 256), SpanCorruption(), 64, pack_to_length=256)),
     }
-    missed = []
-    for name, (bar, batches) in cases.items():
+    too_slow = []
+    for name, (goal, batches) in cases.items():
         best = max(speed(batches) for _ in range(ROUNDS))
-        print(f"{name:36s} {best / 1e6:6.2f} M tokens/s" + (f"   (bar {bar:g})" if bar else ""), flush=True)
-        missed += [name] if best < bar * 1e6 else []
-    if missed:
-        sys.exit(f"under the bar: {', '.join(missed)}")
+        print(f"{name:36s} {best / 1e6:6.2f} M tokens/s" + (f"   (goal {goal:g})" if goal else ""), flush=True)
+        too_slow += [name] if best < goal * 1e6 else []
+    if too_slow:
+        sys.exit(f"below the goal: {', '.join(too_slow)}")
 
 
 if __name__ == "__main__":

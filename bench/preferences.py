@@ -113,8 +113,8 @@ def trainer(task: Task, end_sample: EndSample | None, **options: Any) -> Iterato
 
 
 def theirs(end_sample: EndSample, task: Task, **options: Any) -> None:
-    with trainer(task, end_sample, **options) as trainer_:
-        trainer_.train()
+    with trainer(task, end_sample, **options) as loop:
+        loop.train()
 
 
 # ------------------------------------------------------------------------------- firth
@@ -182,13 +182,13 @@ def check(task: Task) -> None:
     model, objective, batches = firth_setup(task)
     [batch] = batches.batches(0)
     ours = float(step(model, objective, [batch])[task])
-    with trainer(task, None, bf16=False, gradient_checkpointing=False) as trainer_:
-        rows = [trainer_.train_dataset[i] for i in range(COMPARISONS)]
+    with trainer(task, None, bf16=False, gradient_checkpointing=False) as loop:
+        rows = [loop.train_dataset[i] for i in range(COMPARISONS)]
         for row, (prompt, one, other) in zip(rows, comparisons(), strict=True):
             prefix = row.get("prompt_ids", [])
             assert prefix + row["chosen_ids"] == [*prompt.tolist(), *one.tolist()]
             assert prefix + row["rejected_ids"] == [*prompt.tolist(), *other.tolist()]
-        loss = float(trainer_.compute_loss(trainer_.model, trainer_.data_collator(rows[:ROWS])).detach())
+        loss = float(loop.compute_loss(loop.model, loop.data_collator(rows[:ROWS])).detach())
     for value in (ours, loss):
         assert abs(value - math.log(2)) < (1e-3 if task == "dpo" else 0.5), (ours, loss)
     tokens = np.mean([len(prompt) * 2 + len(one) + len(other) for prompt, one, other in comparisons()])

@@ -1,13 +1,13 @@
-"""Where a training step goes: seconds by phase and by kind of work, beside the floor that the arithmetic sets.
+"""Profile of a training step: time by phase and by kind of operator, with the lower bound that the arithmetic sets.
 
     python -m bench.profile                # firth's causal step of bench/causal.py, in the precision that training takes here
     python -m bench.profile --precision fp32
     python -m bench.profile --plain        # the plain fp32 loop, for comparison
-    python -m bench.profile --ops 25       # the costliest single operators by shape too
+    python -m bench.profile --ops 25       # also the most expensive operators by input shape
 
-The floor is the matrix products' FLOPs over the GEMM rate measured in the same minute: no program that does the same
-arithmetic in the same precision can be quicker. What lies above it is memory traffic, kernels that are not GEMMs,
-and GEMMs of shapes that the library is slow at.
+The lower bound is the FLOPs of the matrix products over the GEMM rate measured in the same minute: no program that does
+the same arithmetic in the same precision can be faster. The rest is memory traffic, kernels that are not GEMMs, and GEMMs of
+shapes for which the library is slow.
 """
 
 from __future__ import annotations
@@ -50,13 +50,13 @@ KINDS = (
     ("optimizer", ("_foreach", "_fused_adam", "lerp")),
     ("elementwise", ("aten::mul", "aten::add", "aten::sub", "aten::div", "aten::neg", "aten::sum", "aten::exp")),
 )
-"""Kind of work -> parts of operator names, the first that matches."""
+"""Kind of operator -> substrings of operator names; the first match counts."""
 
 Phases = list[tuple[str, Callable[[], object]]]
 
 
 def flops() -> dict[str, float]:
-    """FLOPs of the matrix products of one step, forward and backward (three products per map)."""
+    """Return the FLOPs of the matrix products of one step, forward and backward (three products per linear map)."""
     tokens = ROWS * LENGTH
     return {
         "blocks' linear maps": 6 * tokens * 12 * DEPTH * WIDTH**2,
@@ -66,7 +66,7 @@ def flops() -> dict[str, float]:
 
 
 def firth_phases(name: str, chosen: Literal["fp32", "bf16"]) -> Phases:
-    """The phases of firth's step, in order; each leaves what the next one needs."""
+    """Return the phases of firth's step in order."""
     from firth.train.cpu_setup import flush_denormals, keep_freed_memory
     from firth.train.optimizer import Optimizer, OptimizerConfig
     from firth.train.step import step
@@ -75,18 +75,18 @@ def firth_phases(name: str, chosen: Literal["fp32", "bf16"]) -> Phases:
     flush_denormals()
     casts = precision.casts(chosen, torch.device("cpu"))
     model, objective, batches = firth_setup()
-    mover = Optimizer(OptimizerConfig(name=name), model, sparse=True)  # type: ignore[arg-type]
-    made: list[Any] = []
+    optimizer = Optimizer(OptimizerConfig(name=name), model, sparse=True)  # type: ignore[arg-type]
+    batches_made: list[Any] = []
     number = iter(range(1_000_000))
 
     def batch() -> None:
-        made[:] = batches.batches(next(number))
+        batches_made[:] = batches.batches(next(number))
 
     return [
-        ("view and batch", batch),
-        ("forward and backward", lambda: step(model, objective, made, precision=casts)),
-        ("clip", mover.clip_grad_norm),
-        (f"move ({name})", lambda: mover.step(0.5)),
+        ("build batch", batch),
+        ("forward and backward", lambda: step(model, objective, batches_made, precision=casts)),
+        ("clip", optimizer.clip_grad_norm),
+        (f"optimizer step ({name})", lambda: optimizer.step(0.5)),
     ]
 
 
@@ -94,24 +94,24 @@ def plain_phases() -> Phases:
     model = Plain()
     optimizer = plain_optimizer(model, 6e-4)
     batches = endless_batches(windows(), ROWS, seed=0)
-    made: list[torch.Tensor] = []
+    batches_made: list[torch.Tensor] = []
 
     def batch() -> None:
-        made[:] = [next(batches)]
+        batches_made[:] = [next(batches)]
 
-    def move() -> None:
+    def step_optimizer() -> None:
         optimizer.step()
         optimizer.zero_grad()
 
     return [
-        ("view and batch", batch),
-        ("forward and backward", lambda: model(made[0][:, :-1], made[0][:, 1:]).backward()),
+        ("build batch", batch),
+        ("forward and backward", lambda: model(batches_made[0][:, :-1], batches_made[0][:, 1:]).backward()),
         ("clip", lambda: nn.utils.clip_grad_norm_(model.parameters(), 1.0)),
-        ("move (AdamW)", move),
+        ("optimizer step (AdamW)", step_optimizer),
     ]
 
 
-def kind(operator: str) -> str:
+def operator_kind(operator: str) -> str:
     return next((k for k, parts in KINDS if any(p in operator for p in parts)), "other")
 
 
@@ -122,27 +122,27 @@ def main() -> None:
     parser.add_argument("--precision", default="auto", choices=("auto", "fp32", "bf16"))
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--ops", type=int, default=0)
-    given = parser.parse_args()
-    chosen = "fp32" if given.plain else precision.choose(given.precision, torch.device("cpu"))
-    phases = plain_phases() if given.plain else firth_phases(given.optimizer, chosen)
-    spent: dict[str, list[float]] = defaultdict(list)
-    for number in range(given.steps + 2):
+    args = parser.parse_args()
+    chosen = "fp32" if args.plain else precision.choose(args.precision, torch.device("cpu"))
+    phases = plain_phases() if args.plain else firth_phases(args.optimizer, chosen)
+    times: dict[str, list[float]] = defaultdict(list)
+    for number in range(args.steps + 2):
         for name, work in phases:
-            began = time.perf_counter()
+            started = time.perf_counter()
             work()
             if number >= 2:
-                spent[name].append(time.perf_counter() - began)
-    least = {name: min(seconds) for name, seconds in spent.items()}
-    total = sum(least.values())
+                times[name].append(time.perf_counter() - started)
+    fastest = {name: min(seconds) for name, seconds in times.items()}
+    total = sum(fastest.values())
     rate, products = gemm_rate(torch.bfloat16 if chosen == "bf16" else torch.float32), flops()
-    floor = sum(products.values()) / rate
-    print(f"step {total * 1e3:,.0f} ms = {ROWS * LENGTH / total:,.0f} tokens/s (the best of {given.steps} per phase)")
+    lower_bound = sum(products.values()) / rate
+    print(f"step {total * 1e3:,.0f} ms = {ROWS * LENGTH / total:,.0f} tokens/s (minimum of {args.steps} per phase)")
     print(
-        f"floor {floor * 1e3:,.0f} ms at {rate / 1e9:,.0f} GFLOP/s {chosen}: the step runs at {floor / total:.0%} of it"
+        f"lower bound {lower_bound * 1e3:,.0f} ms at {rate / 1e9:,.0f} GFLOP/s {chosen}: the step reaches {lower_bound / total:.0%} of it"
     )
     for name, n in products.items():
         print(f"  {name:36} {n / 1e9:7.1f} GFLOP {n / rate * 1e3:7.0f} ms at least")
-    for name, seconds in least.items():
+    for name, seconds in fastest.items():
         print(f"  {name:36} {seconds * 1e3:7.0f} ms {seconds / total:6.1%}")
     with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as traced:
         for _ in range(2):
@@ -151,16 +151,16 @@ def main() -> None:
     kinds: dict[str, float] = defaultdict(float)
     calls: dict[str, int] = defaultdict(int)
     for event in traced.key_averages():
-        kinds[kind(event.key)] += event.self_cpu_time_total / 2e3
-        calls[kind(event.key)] += event.count
-    # The profiler slows the step down, small operators most: the shares are its own, the milliseconds those of the step.
-    whole = sum(kinds.values())
+        kinds[operator_kind(event.key)] += event.self_cpu_time_total / 2e3
+        calls[operator_kind(event.key)] += event.count
+    # The profiler slows the step down, small operators most: shares are of profiled time, milliseconds are scaled to the step.
+    profiled = sum(kinds.values())
     print(f"by kind of operator, own time (kernels: {', '.join(f'{n}={c}' for n, c in kernels.table().items())}):")
     for name, ms in sorted(kinds.items(), key=lambda item: -item[1]):
-        print(f"  {name:36} {ms / whole * total * 1e3:7.0f} ms {ms / whole:6.1%} {calls[name] // 2:6} calls")
-    if given.ops:
+        print(f"  {name:36} {ms / profiled * total * 1e3:7.0f} ms {ms / profiled:6.1%} {calls[name] // 2:6} calls")
+    if args.ops:
         by_shape = traced.key_averages(group_by_input_shape=True)
-        for event in sorted(by_shape, key=lambda e: -e.self_cpu_time_total)[: given.ops]:
+        for event in sorted(by_shape, key=lambda e: -e.self_cpu_time_total)[: args.ops]:
             ms = event.self_cpu_time_total / 2e3
             print(f"  {ms:7.1f} ms x{event.count // 2:<4} {event.key:44} {str(event.input_shapes)[:90]}")
 
