@@ -1,13 +1,13 @@
-"""transformers' Trainer on the tasks of `bench.learn_tasks`: the arm "trainer", one entry of PEERS for each recipe.
+"""transformers' Trainer on the tasks of `bench.learn_tasks` (the arm "trainer"), with an entry of PEERS per recipe.
 
     lesson = Lesson(train, test, load("token_classification", settings).examples, classes, steps=80, rows=16, rate=1e-4, seed=0)
-    taught("token_classification", lesson, "runs/trainer")       {"f1", "accuracy", ..., "seconds", "tokens", "tested"}: a number each
+    train_and_score("token_classification", lesson, start, "runs/trainer")   # {"f1", "accuracy", ..., "seconds", "tokens", "tested"}
 
-The records are read by our own readers with MiniLM's tokenizer (whose ids are transformers' own: tests/test_text_foreign), so
-both sides see the same rows: words' first pieces, windows of a passage, [CLS] text [SEP] option [SEP]. A row is what it is in
-`batch.size` of ours: a text, a sentence, a window of a question, a question with all its options. The model, its head, the
-padding collator, the loop and the prediction are transformers', in fp32 as they come; the scores are those of
-`firth.evaluate` on its logits. Tokens are those that are no padding, counted batch by batch as ours are.
+firth's readers read the records with MiniLM's tokenizer (whose ids equal those of transformers: tests/test_text_foreign), so
+both sides train on the same rows: first pieces of words, windows of a passage, [CLS] text [SEP] option [SEP]. A row is what
+firth counts in `batch.size`: a text, a sentence, a window of a question, a question with all its options. The model, its
+head, the padding collator, the loop and the prediction are those of transformers, in fp32 with their defaults; the scores
+are those of `firth.evaluate` on the logits. Tokens are counted per batch without padding, as in firth.
 """
 
 from __future__ import annotations
@@ -34,12 +34,26 @@ from firth.types import IGNORE, Example
 
 Row = dict[str, Any]
 Logits = Sequence[np.ndarray]
-"""Of each example: of a text (classes,), of a sentence (words asked, tags), of a window (T, 2), of a question (options,)."""
+"""Logits per example: of a text (classes,), a sentence (labeled words, tags), a window (T, 2), a question (options,)."""
 
 
 @dataclass(frozen=True)
 class Lesson:
-    """What both sides are given. examples: how the recipe reads records. classes: the names of labels or tags."""
+    """Task and settings of a run.
+
+    Args:
+        train: File of training records.
+        test: File of test records.
+        examples: Examples config of the recipe.
+        classes: Names of labels or tags.
+        steps: Optimizer steps.
+        rows: Rows per step.
+        rate: Learning rate.
+        seed: Seed.
+        decay: Weight decay.
+        beta2: Second beta of AdamW.
+        warmup: Warmup as a fraction of the steps.
+    """
 
     train: Path
     test: Path
@@ -56,46 +70,56 @@ class Lesson:
 
 @dataclass(frozen=True)
 class Peer:
-    """How a recipe's task is put to transformers. model: its class. read: (files, tokenizer, lesson, whether to be scored) ->
-    examples. shown: an example as its collator takes it. logits: what `predict` says, example by example. answers: as `task`
-    scores them."""
+    """Counterpart of a recipe in transformers.
+
+    Args:
+        model: Model class.
+        collator: Collator class.
+        task: Evaluation task of firth.
+        read: Maps (file, tokenizer, lesson, whether to score) to examples.
+        to_row: Converts an example to a row for the collator.
+        logits: Splits the output of `predict` by example.
+        answers: Converts logits to the arguments of the metrics of `task`.
+    """
 
     model: str
     collator: str
     task: Task
     read: Callable[[Path, Tokenizer, Lesson, bool], Any]
-    shown: Callable[[Example], Row]
+    to_row: Callable[[Example], Row]
     logits: Callable[[Any, Any], Logits]
     answers: Callable[[Any, Logits], Answers]
 
 
 class Rows(Dataset[Row]):
-    """Examples as a Trainer reads them, one at a time."""
+    """Data set of examples for a Trainer."""
 
-    def __init__(self, examples: Source, shown: Callable[[Example], Row]) -> None:
-        self.examples, self.shown = examples, shown
+    def __init__(self, examples: Source, to_row: Callable[[Example], Row]) -> None:
+        self.examples, self.to_row = examples, to_row
 
     def __len__(self) -> int:
         return len(self.examples)
 
     def __getitem__(self, index: int) -> Row:
-        return self.shown(self.examples[index])
+        return self.to_row(self.examples[index])
 
 
 class Counting(transformers.Trainer):
-    """The Trainer, and how many tokens it has learnt from that were no padding, those that it writes among them."""
+    """Trainer that counts training tokens without padding; with `count_targets` also those of the targets."""
 
     tokens = 0
-    writes = False
+    count_targets = False
 
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
         self.tokens += int(inputs["attention_mask"].sum())
-        self.tokens += int((inputs["labels"] != IGNORE).sum()) if self.writes else 0
+        self.tokens += int((inputs["labels"] != IGNORE).sum()) if self.count_targets else 0
         return super().training_step(model, inputs, num_items_in_batch)
 
 
-def trained(model: Any, rows: Rows, collator: Any, lesson: Lesson, out: str, writes: bool = False) -> tuple[Any, Row]:
-    """(the Trainer behind its last step, {"seconds", "tokens"}): the set-up that all peers share."""
+def trained(
+    model: Any, rows: Rows, collator: Any, lesson: Lesson, out: str, count_targets: bool = False
+) -> tuple[Any, Row]:
+    """Train a model with the settings that all peers share; return the Trainer and {"seconds", "tokens"}."""
     arguments = transformers.TrainingArguments(
         output_dir=out, max_steps=lesson.steps, per_device_train_batch_size=lesson.rows, seed=lesson.seed,
         learning_rate=lesson.rate, weight_decay=lesson.decay, adam_beta2=lesson.beta2,
@@ -103,116 +127,118 @@ def trained(model: Any, rows: Rows, collator: Any, lesson: Lesson, out: str, wri
         use_cpu=True, disable_tqdm=True, logging_strategy="no",
     )  # fmt: skip
     loop = Counting(model=model, args=arguments, train_dataset=rows, data_collator=collator)
-    loop.writes = writes
-    began = time.perf_counter()
+    loop.count_targets = count_targets
+    started = time.perf_counter()
     loop.train()
-    return loop, {"seconds": time.perf_counter() - began, "tokens": loop.tokens}
+    return loop, {"seconds": time.perf_counter() - started, "tokens": loop.tokens}
 
 
-def taught(recipe: str, lesson: Lesson, start: str, out: str) -> Row:
-    """A run from the model in `start`, and all scores that the recipe's task has, on the test."""
+def train_and_score(recipe: str, lesson: Lesson, start: str, out: str) -> Row:
+    """Train from the model in `start`; return all scores of the recipe's task on the test records."""
     peer, tokenizer = PEERS[recipe], Tokenizer.load(start)
-    learnt, asked = (peer.read(path, tokenizer, lesson, path == lesson.test) for path in (lesson.train, lesson.test))
+    train_examples, test_examples = (
+        peer.read(path, tokenizer, lesson, path == lesson.test) for path in (lesson.train, lesson.test)
+    )
     transformers.set_seed(lesson.seed)
     names = {"num_labels": len(lesson.classes)} if lesson.classes else {}
     model = getattr(transformers, peer.model).from_pretrained(start, **names)
     collator = getattr(transformers, peer.collator)(transformers.AutoTokenizer.from_pretrained(start))
-    loop, told = trained(model, Rows(learnt, peer.shown), collator, lesson, out)
-    said = loop.predict(Rows(asked, peer.shown)).predictions
-    return scored(peer, asked, said) | told | {"tested": tested(asked)}
+    loop, stats = trained(model, Rows(train_examples, peer.to_row), collator, lesson, out)
+    predictions = loop.predict(Rows(test_examples, peer.to_row)).predictions
+    return scored(peer, test_examples, predictions) | stats | {"tested": count_records(test_examples)}
 
 
-def scored(peer: Peer, examples: Any, said: Any) -> dict[str, float]:
-    """All numbers of the peer's task, of what `predict` says of the examples."""
-    columns = peer.answers(examples, peer.logits(examples, said))
+def scored(peer: Peer, examples: Any, predictions: Any) -> dict[str, float]:
+    """Return all metrics of the peer's task for the output of `predict`."""
+    columns = peer.answers(examples, peer.logits(examples, predictions))
     return {name: f(*columns) for name, f in {**peer.task.metrics, **peer.task.extra_metrics(examples)}.items()}
 
 
-def tested(examples: Any) -> int:
-    """Records: several windows may be of one."""
+def count_records(examples: Any) -> int:
+    """Return the number of records; a record may have several windows."""
     return len(np.unique(examples.record_ids))
 
 
 def ids(example: Example) -> Row:
-    """The fields that every model of BERT's reads."""
+    """Return the input fields of BERT models."""
     tokens = example["tokens"].tolist()
     segments = example["token_type_ids"].tolist() if "token_type_ids" in example else [0] * len(tokens)
     return {"input_ids": tokens, "token_type_ids": segments, "attention_mask": [1] * len(tokens)}
 
 
 def options(example: Example) -> Row:
-    """A question's options beside each other."""
+    """Return the row of a question with its options."""
     rows = [ids(option) for option in example["options"]]
     return {name: [row[name] for row in rows] for name in rows[0]} | {"labels": example["label"]}
 
 
 def window(example: Example) -> Row:
-    """A window's answer; one that is not in it begins and ends at [CLS]."""
+    """Return the row of a window; an answer outside it starts and ends at [CLS]."""
     return ids(example) | {f"{end}_positions": max(0, example[end]) for end in ("start", "end")}
 
 
-def first_pieces(examples: TaggedSentences, said: np.ndarray) -> Logits:
-    """Of the padded logits of sentences, (N, T, tags), those of each word's first piece."""
+def first_pieces(examples: TaggedSentences, predictions: np.ndarray) -> Logits:
+    """Select the logits of the first piece of each word from padded logits of sentences, (N, T, tags)."""
     found = []
     for i in range(len(examples)):
         tags = examples[i]["tags"]
-        found.append(said[i, : len(tags)][tags != IGNORE])
+        found.append(predictions[i, : len(tags)][tags != IGNORE])
     return found
 
 
-def both_ends(examples: QuestionRecords, said: Sequence[np.ndarray]) -> Logits:
-    """Of the padded logits of first and of last tokens, each (N, T), those of each window's own tokens."""
+def both_ends(examples: QuestionRecords, predictions: Sequence[np.ndarray]) -> Logits:
+    """Select the logits of the tokens of each window from padded start and end logits, each (N, T)."""
     lengths = [len(examples[i]["tokens"]) for i in range(len(examples))]
-    return [np.stack((start[:n], end[:n]), -1) for start, end, n in zip(*said, lengths, strict=True)]
+    return [np.stack((start[:n], end[:n]), -1) for start, end, n in zip(*predictions, lengths, strict=True)]
 
 
-def chosen(names: Callable[[Any], Sequence[str]]) -> Callable[[Any, Logits], Answers]:
-    """What is right and what has the highest logit, by name."""
+def compare_labels(names: Callable[[Any], Sequence[str]]) -> Callable[[Any, Logits], Answers]:
+    """Return a function that yields the names of the gold and of the predicted class of each example."""
 
     def answers(examples: Any, logits: Logits) -> Answers:
-        told = names(examples)
-        right = [told[examples[i]["label"]] for i in range(len(examples))]
-        return right, [told[int(row.argmax())] for row in logits]
+        stats = names(examples)
+        gold = [stats[examples[i]["label"]] for i in range(len(examples))]
+        return gold, [stats[int(row.argmax())] for row in logits]
 
     return answers
 
 
-def labelled(path: Path, tokenizer: Tokenizer, lesson: Lesson, asked: bool) -> LabeledTexts:
-    how = lesson.examples
-    return LabeledTexts([str(path)], tokenizer, how.max_length, how, classes=lesson.classes)
+def labeled_texts(path: Path, tokenizer: Tokenizer, lesson: Lesson, keep: bool) -> LabeledTexts:
+    config = lesson.examples
+    return LabeledTexts([str(path)], tokenizer, config.max_length, config, classes=lesson.classes)
 
 
-def tagged(path: Path, tokenizer: Tokenizer, lesson: Lesson, asked: bool) -> TaggedSentences:
-    how = lesson.examples
-    return TaggedSentences([str(path)], tokenizer, how.max_length, how, classes=lesson.classes, keep=asked)
+def tagged_sentences(path: Path, tokenizer: Tokenizer, lesson: Lesson, keep: bool) -> TaggedSentences:
+    config = lesson.examples
+    return TaggedSentences([str(path)], tokenizer, config.max_length, config, classes=lesson.classes, keep=keep)
 
 
-def windows(path: Path, tokenizer: Tokenizer, lesson: Lesson, asked: bool) -> QuestionRecords:
-    how = lesson.examples
+def windows(path: Path, tokenizer: Tokenizer, lesson: Lesson, keep: bool) -> QuestionRecords:
+    config = lesson.examples
     return QuestionRecords(
         [str(path)],
         tokenizer,
-        how.max_length,
-        stride=how.doc_stride,
-        question=how.max_question_length,
-        context=how.context_field,
-        keep=asked,
+        config.max_length,
+        stride=config.doc_stride,
+        question=config.max_question_length,
+        context=config.context_field,
+        keep=keep,
     )
 
 
-def offered(path: Path, tokenizer: Tokenizer, lesson: Lesson, asked: bool) -> MultipleChoiceRecords:
-    how = lesson.examples
-    return MultipleChoiceRecords([str(path)], tokenizer, how.max_length, how)
+def multiple_choice_records(path: Path, tokenizer: Tokenizer, lesson: Lesson, keep: bool) -> MultipleChoiceRecords:
+    config = lesson.examples
+    return MultipleChoiceRecords([str(path)], tokenizer, config.max_length, config)
 
 
 PEERS: Mapping[str, Peer] = {
     "classification": Peer(
-        "AutoModelForSequenceClassification", "DataCollatorWithPadding", TASKS["classification"], labelled,
+        "AutoModelForSequenceClassification", "DataCollatorWithPadding", TASKS["classification"], labeled_texts,
         lambda example: ids(example) | {"labels": int(example["label"])},
-        lambda examples, said: list(said), chosen(lambda examples: examples.classes),
+        lambda examples, predictions: list(predictions), compare_labels(lambda examples: examples.classes),
     ),
     "token_classification": Peer(
-        "AutoModelForTokenClassification", "DataCollatorForTokenClassification", TASKS["token_classification"], tagged,
+        "AutoModelForTokenClassification", "DataCollatorForTokenClassification", TASKS["token_classification"], tagged_sentences,
         lambda example: ids(example) | {"labels": example["tags"].tolist()},
         first_pieces,
         lambda examples, logits: token_classification.count_correct(
@@ -226,8 +252,8 @@ PEERS: Mapping[str, Peer] = {
         ),
     ),
     "multiple_choice": Peer(
-        "AutoModelForMultipleChoice", "DataCollatorForMultipleChoice", TASKS["multiple_choice"], offered, options,
-        lambda examples, said: list(said), chosen(lambda examples: [str(place) for place in range(examples.most)]),
+        "AutoModelForMultipleChoice", "DataCollatorForMultipleChoice", TASKS["multiple_choice"], multiple_choice_records, options,
+        lambda examples, predictions: list(predictions), compare_labels(lambda examples: [str(place) for place in range(examples.most)]),
     ),
 }  # fmt: skip
-"""Recipe -> its peer."""
+"""Recipe -> peer."""
