@@ -12,7 +12,7 @@ import transformers
 from text_packages import minilm
 
 from bench import tasks_translate
-from bench.learn_tasks import JOBS, Job, classes, divided
+from bench.learn_tasks import JOBS, Job, classes, split_rows
 from bench.tasks_peers import PEERS, Lesson, Rows, scored, trained
 from firth.data.collate import Batches
 from firth.data.source import Source
@@ -78,7 +78,7 @@ def gold_logits(recipe: str, rows: list[dict[str, Any]], kinds: int) -> Any:
 def test_gold_labels_have_perfect_scores(recipe: str, tokenizer: Tokenizer, tmp_path: Path) -> None:
     peer, lesson = PEERS[recipe], make_lesson(recipe, tmp_path)
     examples = peer.read(lesson.test, tokenizer, lesson, True)
-    rows = Rows(examples, peer.shown)
+    rows = Rows(examples, peer.to_row)
     kinds = len(lesson.classes) or 2
     found = scored(peer, examples, gold_logits(recipe, [rows[i] for i in range(len(rows))], kinds))
     assert found and set(found.values()) == {1.0}
@@ -97,7 +97,7 @@ def test_rows_have_the_ids_of_transformers(recipe: str, tokenizer: Tokenizer, tm
     peer, lesson = PEERS[recipe], make_lesson(recipe, tmp_path)
     examples = peer.read(lesson.train, tokenizer, lesson, False)
     theirs = transformers.AutoTokenizer.from_pretrained(minilm())
-    rows = [peer.shown(examples[i]) for i in range(len(examples))]
+    rows = [peer.to_row(examples[i]) for i in range(len(examples))]
     objective = load(recipe, []).objective
     if recipe == "question_answering":
         assert len(rows) > len(RECORDS[recipe])  # windows are rows
@@ -167,7 +167,7 @@ def test_the_trainer_counts_source_and_target_tokens(tmp_path: Path) -> None:
 def test_no_test_sentence_is_in_the_training_data() -> None:
     rows = [{"en": f"Sentence {i % 300}.", "es": f"Frase  {i % 170}."} for i in range(600)]
     rows += [{"en": "sentence 1.", "es": "x" * 200}]
-    train, test = divided(rows, JOBS["translate"])
+    train, test = split_rows(rows, JOBS["translate"])
     for language in tasks_translate.LANGUAGES:
         assert not {row[language] for row in train} & {row[language] for row in test}
     assert train and test and max(len(row["es"]) for row in [*train, *test]) < 200
