@@ -1,18 +1,19 @@
-"""How well does PPO's critic predict? Explained variance on rollouts that it has not seen, beside a constant per position.
+"""Explained variance of PPO's critic on unseen rollouts, against a constant per position.
 
-    python -m bench.critic                               # all that is not there yet; about two hours on one thread
+    python -m bench.critic                               # all missing runs; about two hours on one thread
     python -m bench.critic --only shared reward          # some of the arms
     python -m bench.critic --seeds 0                     # one of the seeds
-    python -m bench.critic --ceiling reward              # a critic fitted offline on ten times the rollouts of that arm
-    python -m bench.critic --table                       # markdown for docs/results/index.md, of what is there
+    python -m bench.critic --ceiling reward              # fit a critic offline on ten times the rollouts of an arm
+    python -m bench.critic --table                       # markdown of the existing results for docs/results/index.md
 
 The demo's models (Shakespeare, 1.1 M parameters): a decoder, instruction tuning, 700 comparisons, a reward model; then
-100 steps of PPO (25 phases) for each arm and seed. Every base model is a run and every arm a file: a stopped command continues.
+100 steps of PPO (25 phases) for each arm and seed. Every base model is a run and every arm a file, so a stopped command can
+be continued.
 
-For each phase and each sampled token: `value` is the critic's estimate before it has seen the phase, `return` is what
-followed, the sum of the penalized rewards to the end of the answer. Explained variance is 1 - var(return - value) /
-var(return) over the tokens of a phase. The baseline estimates the return by its mean at that position over the five
-phases before. Both are means over the last third of the phases.
+For each phase and each sampled token, `value` is the critic's estimate before it is trained on the phase, and `return` is
+the sum of the penalized rewards to the end of the answer. Explained variance is 1 - var(return - value) / var(return) over
+the tokens of a phase. The baseline estimates the return by its mean at that position over the previous five phases. Both
+are means over the last third of the phases.
 """
 
 from __future__ import annotations
@@ -58,23 +59,31 @@ SIZE = SIZES["small"]
 SEEDS = (0, 1, 2)
 STEPS, ANSWERS, ROWS = 100, 64, 32
 PROMPT, ANSWER = 40, 32
-"""The most tokens of a prompt and of an answer in the runs of PPO."""
-DRAWN = 512
-"""Answers that are drawn at once for an offline critic."""
+"""Maximum tokens of a prompt and of an answer in the PPO runs."""
+OFFLINE_BATCH = 512
+"""Answers per rollout for an offline critic."""
 
-BEFORE = 5
+BASELINE_PHASES = 5
 """Phases that the baseline is fitted on."""
 
 
 @dataclass(frozen=True)
 class Arm:
-    """critic: its own trunk, or a head on the policy's. start: whose weights an own trunk begins with. rate: of the
-    critic; None: the policy's. clip_value, value_lam, epochs: as in `PPO`, `GAE` and a recipe's `segment`."""
+    """Kind of critic.
+
+    Args:
+        critic: "own" for a stack of its own, "shared" for a head on the policy's.
+        start: Model whose weights a stack of its own starts from.
+        lr: Learning rate of the critic; None for the policy's.
+        value_clip_range: As in `PPO`.
+        value_lam: As in `GAE`.
+        epochs: As in the examples of a recipe.
+    """
 
     critic: Literal["own", "shared"] = "own"
     start: Literal["reward", "policy"] = "reward"
-    rate: float | None = None
-    clip_value: float = 0.2
+    lr: float | None = None
+    value_clip_range: float = 0.2
     value_lam: float | None = None
     epochs: int = 2
 
@@ -83,18 +92,18 @@ ARMS = {
     "shared": Arm(critic="shared"),
     "policy": Arm(start="policy"),
     "reward": Arm(),
-    "reward-1e-3": Arm(rate=1e-3),
-    "reward-1e-3-free": Arm(rate=1e-3, clip_value=0.0),
-    "reward-1e-3-free-sums": Arm(rate=1e-3, clip_value=0.0, value_lam=1.0),
-    "reward-free-sums": Arm(clip_value=0.0, value_lam=1.0),
-    "policy-1e-3-free-sums": Arm(start="policy", rate=1e-3, clip_value=0.0, value_lam=1.0),
-    "reward-free-sums-4": Arm(clip_value=0.0, value_lam=1.0, epochs=4),
+    "reward-1e-3": Arm(lr=1e-3),
+    "reward-1e-3-free": Arm(lr=1e-3, value_clip_range=0.0),
+    "reward-1e-3-free-sums": Arm(lr=1e-3, value_clip_range=0.0, value_lam=1.0),
+    "reward-free-sums": Arm(value_clip_range=0.0, value_lam=1.0),
+    "policy-1e-3-free-sums": Arm(start="policy", lr=1e-3, value_clip_range=0.0, value_lam=1.0),
+    "reward-free-sums-4": Arm(value_clip_range=0.0, value_lam=1.0, epochs=4),
 }
-"""free: values are not clipped. sums: the critic learns plain sums of rewards (value_lam 1). 4: epochs."""
+"""free: values are not clipped. sums: the targets are sums of rewards (value_lam 1). 4: epochs."""
 
 
-def base(results: Path) -> Path:
-    """Material, tokenizer, decoder, instruction tuning, comparisons and the reward model, as the demo makes them."""
+def make_base(results: Path) -> Path:
+    """Prepare data, tokenizer, decoder, SFT model, comparisons and reward model as the demo does; return the directory."""
     out = results / "base"
     material, tokenizer_at = out / "material", out / "tokenizer"
     if not (material / "material.json").exists():
@@ -104,21 +113,21 @@ def base(results: Path) -> Path:
     file = {name: str(material / f"{name}.jsonl") for name in
             ("train", "valid", "dialogues-train", "dialogues-valid", "preferences-train", "preferences-valid")}  # fmt: skip
     if not (tokenizer_at / "merges.json").exists():
-        train_tokenizer([file["train"]], tokenizer_at, algorithm="byte-bpe", vocab_size=SIZE.vocab)
+        train_tokenizer([file["train"]], tokenizer_at, algorithm="byte-bpe", vocab_size=SIZE.vocab_size)
     tokenizer = Tokenizer.load(tokenizer_at)
-    made = SIZE.pretraining(tokenizer.vocab.size)["decoder"]
+    recipe = SIZE.pretraining(tokenizer.vocab.size)["decoder"]
     text = DataConfig(path=(file["train"],), validation_path=(file["valid"],), cache_dir=str(out / "stores"))
-    run(replace(made, name="decoder", data=text, tokenizer=TokenizerConfig(path=str(tokenizer_at))), out / "decoder")
-    talk = DataConfig(path=(file["dialogues-train"],), validation_path=(file["dialogues-valid"],))
+    run(replace(recipe, name="decoder", data=text, tokenizer=TokenizerConfig(path=str(tokenizer_at))), out / "decoder")
+    dialogues = DataConfig(path=(file["dialogues-train"],), validation_path=(file["dialogues-valid"],))
     run(
-        replace(SIZE.instruct(post_training.sft()), name="sft", data=talk, init_from=str(out / "decoder")),
+        replace(SIZE.sft(post_training.sft()), name="sft", data=dialogues, init_from=str(out / "decoder")),
         out / "sft",
     )
     if not Path(file["preferences-valid"]).exists():
         model = load_model(out / "sft" / "model")
         for part, count in (("train", SIZE.comparisons), ("valid", SIZE.held_comparisons)):
-            prompts = asked(tokenizer, Path(file[f"dialogues-{part}"]))[:count]
-            first, second = (drawn(model, tokenizer, prompts, seed) for seed in (1, 100_001))
+            prompts = read_prompts(tokenizer, Path(file[f"dialogues-{part}"]))[:count]
+            first, second = (sample_answers(model, tokenizer, prompts, seed) for seed in (1, 100_001))
             rng = np.random.default_rng((0, len(part)))
             found = sample_preference(
                 first, second, FunctionReward(SCORERS["thou"]), tokenizer=tokenizer, noise=SIZE.noise, rng=rng
@@ -132,14 +141,14 @@ def base(results: Path) -> Path:
     return out
 
 
-def asked(tokenizer: Tokenizer, path: Path) -> list[np.ndarray]:
-    """The prompts of a file that leave room for an answer."""
+def read_prompts(tokenizer: Tokenizer, path: Path) -> list[np.ndarray]:
+    """Return the prompts of a file that leave room for an answer."""
     turns = ([{"role": "user", "content": row["prompt"]}] for row in read_rows(path))
     prompts = (chat.encode(tokenizer, end_sample, open=True)[0] for end_sample in turns)
-    return [prompt for prompt in prompts if len(prompt) <= SIZE.context - SIZE.answer]
+    return [prompt for prompt in prompts if len(prompt) <= SIZE.max_positions - SIZE.answer]
 
 
-def drawn(
+def sample_answers(
     model: LM, tokenizer: Tokenizer, prompts: Sequence[np.ndarray], seed: int, answer: int = SIZE.answer
 ) -> list[Rollout]:
     written = Engine(model, tokenizer).generate(prompts, Sampling(max_new_tokens=answer, seed=seed))
@@ -147,8 +156,8 @@ def drawn(
 
 
 @dataclass(frozen=True)
-class Recorder:
-    """Credit that keeps what it is given: one file a phase, so that a run that was stopped has them all."""
+class RecordingEstimator:
+    """Advantage estimator that records its inputs, one file per phase, so that a continued run has them all."""
 
     credit: GAE
     directory: Path
@@ -165,8 +174,8 @@ class Recorder:
 
 
 @dataclass(frozen=True)
-class Bases:
-    """The models that every arm begins with."""
+class BaseModels:
+    """Models that every arm starts from."""
 
     directory: Path
 
@@ -176,7 +185,7 @@ class Bases:
 
     @cached_property
     def prompts(self) -> list[np.ndarray]:
-        every = asked(self.tokenizer, self.directory / "material" / "dialogues-train.jsonl")
+        every = read_prompts(self.tokenizer, self.directory / "material" / "dialogues-train.jsonl")
         return [prompt for prompt in every if len(prompt) <= PROMPT]
 
     @cached_property
@@ -186,7 +195,7 @@ class Bases:
     @cached_property
     def judge(self) -> RewardModel:
         plain = RewardModel(load_model(self.directory / "reward" / "model"))
-        return plain.normalized(drawn(self.start, self.tokenizer, self.prompts[:64], 0, ANSWER))
+        return plain.normalized(sample_answers(self.start, self.tokenizer, self.prompts[:64], 0, ANSWER))
 
     def source(self, arm: Arm, seed: int, directory: Path) -> RolloutSource:
         phase = RolloutConfig(
@@ -195,22 +204,22 @@ class Bases:
         source = RolloutSource(
             self.prompts, self.tokenizer, self.judge, self.start, phase=phase, truth=FunctionReward(SCORERS["thou"]), seed=seed,
             critic=self.judge if arm.start == "reward" else None,
-            credit=Recorder(GAE(value_lam=arm.value_lam), directory, lambda: len(source.history)),
+            credit=RecordingEstimator(GAE(value_lam=arm.value_lam), directory, lambda: len(source.history)),
             rows=ANSWERS,
         )  # fmt: skip
         return source
 
 
-def learn(bases: Bases, name: str, seed: int, steps: int, out: Path) -> LM:
-    """One run of PPO, or what is left of it; the model it ends with, critic included."""
+def train_arm(bases: BaseModels, name: str, seed: int, steps: int, out: Path) -> LM:
+    """Run or continue PPO; return the final model, with its critic."""
     arm, directory = ARMS[name], out / f"{name}-{seed}"
-    objective = PPO(critic=arm.critic, value_clip_range=arm.clip_value)
+    objective = PPO(critic=arm.critic, value_clip_range=arm.value_clip_range)
     torch.manual_seed(seed)
     model = LM(bases.start.config, objective.heads(bases.start.config))
     init_from(model, bases.directory / "sft" / "model")
     source = bases.source(arm, seed, directory / "phases")
     batches = Batches(source, objective, bases.tokenizer.vocab, batch_size=ROWS, seed=seed)
-    optimizer = replace(post_training.ppo().optimizer, critic_lr=arm.rate)
+    optimizer = replace(post_training.ppo().optimizer, critic_lr=arm.lr)
     train(
         model, objective, batches, directory, budget=Budget(max_steps=steps), optimizer=optimizer,
         schedule=Schedule("constant", warmup_ratio=0.05), config=TrainerConfig(save_every=20, keep=1), recipe=name,
@@ -218,15 +227,15 @@ def learn(bases: Bases, name: str, seed: int, steps: int, out: Path) -> LM:
     return model
 
 
-def measured(directory: Path) -> dict[str, float]:
-    """The means over the last third of the phases of a run."""
+def mean_metrics(directory: Path) -> dict[str, float]:
+    """Return the means over the last third of the phases of a run."""
     phases = [dict(np.load(path)) for path in sorted((directory / "phases").glob("*.npz"))]
     rows: list[tuple[float, float]] = []
     for at in range(len(phases) * 2 // 3, len(phases)):
-        known, phase = phases[at - BEFORE : at], phases[at]
+        train_rows, phase = phases[at - BASELINE_PHASES : at], phases[at]
         real, returns = phase["real"], phase["returns"]
-        guess = by_position(known, real.shape[1])
-        constant = np.broadcast_to(guess, real.shape)[real]
+        means = by_position(train_rows, real.shape[1])
+        constant = np.broadcast_to(means, real.shape)[real]
         rows.append(
             (explained_variance(returns[real], phase["values"][real]), explained_variance(returns[real], constant))
         )
@@ -239,7 +248,7 @@ def measured(directory: Path) -> dict[str, float]:
 
 
 def by_position(phases: Sequence[Mapping[str, np.ndarray]], length: int) -> np.ndarray:
-    """The mean return at each position (length,), the mean of all where nothing was as long."""
+    """Return the mean return at each position (length,), or the overall mean where no answer is as long."""
     sums, counts = np.zeros(length), np.zeros(length)
     for phase in phases:
         n = min(length, phase["real"].shape[1])
@@ -248,92 +257,92 @@ def by_position(phases: Sequence[Mapping[str, np.ndarray]], length: int) -> np.n
     return np.where(counts > 0, sums / np.maximum(counts, 1), sums.sum() / counts.sum())
 
 
-def ceiling(bases: Bases, name: str, seed: int, steps: int, out: Path) -> dict[str, float]:
-    """What a critic learns offline, of the policy that a run ends with: ten times the run's answers to learn from.
+def ceiling(bases: BaseModels, name: str, seed: int, steps: int, out: Path) -> dict[str, float]:
+    """Fit a critic offline on answers of a run's final policy, ten times as many as in the run; return explained variances.
 
-    The same trunk from the reward model, three epochs at 5e-4 falling to 0, on plain sums of rewards; measured after each
-    epoch on as many fresh answers as the run saw (the best counts), beside the run's own critic and a constant per position
-    of the same ten times.
+    The critic starts from the reward model and is trained for three epochs at 5e-4 decaying to 0, on sums of rewards. It is
+    evaluated after each epoch on as many new answers as the run had (the best counts), against the run's own critic and a
+    constant per position fitted on the same answers.
     """
-    model = learn(bases, name, seed, steps, out)
+    model = train_arm(bases, name, seed, steps, out)
     answers = steps * ROWS // ARMS[name].epochs
     drawn_at = out / f"{name}-{seed}-{steps}-drawn"
-    phase = RolloutConfig(rollout_size=DRAWN, steps=1, max_new_tokens=ANSWER, kl_coef=0.05)
-    rows: list[Answered] = []
+    phase = RolloutConfig(rollout_size=OFFLINE_BATCH, steps=1, max_new_tokens=ANSWER, kl_coef=0.05)
+    rows: list[ValueRow] = []
     source = RolloutSource(
         bases.prompts, bases.tokenizer, bases.judge, bases.start, phase=phase, seed=1000 + seed, rows=256, critic=bases.judge,
-        credit=Recorder(GAE(), drawn_at, lambda: len(source.history)),
+        credit=RecordingEstimator(GAE(), drawn_at, lambda: len(source.history)),
     )  # fmt: skip
-    source.number = 0  # the critic is the run's: none is started
-    for k in range(1, 1 + -(-11 * answers // DRAWN)):
+    source.number = 0  # the critic of the run is used: none is initialized
+    for k in range(1, 1 + -(-11 * answers // OFFLINE_BATCH)):
         source.prepare(model, k)
         kept = dict(np.load(drawn_at / f"{k - 1:04d}.npz"))
         for sample, returns, values, real in zip(
             source.samples, kept["returns"], kept["values"], kept["real"], strict=True
         ):
             rows.append((sample.tokens, returns[real], values[real]))
-    fresh, known = rows[:answers], rows[answers : 11 * answers]
+    test_rows, train_rows = rows[:answers], rows[answers : 11 * answers]
     critic = PPO().heads(bases.start.config)["critic"]
-    host = LM(bases.start.config, {"critic": critic})
-    start_critic(host, bases.judge.model, bases.judge.mean, bases.judge.scale)
-    told = np.concatenate([returns for _, returns, _ in fresh])
-    by_place = np.concatenate([np.arange(len(returns)) for _, returns, _ in known])
-    level = np.concatenate([returns for _, returns, _ in known])
-    constant = np.array([level[by_place == at].mean() for at in range(ANSWER)])
+    critic_model = LM(bases.start.config, {"critic": critic})
+    start_critic(critic_model, bases.judge.model, bases.judge.mean, bases.judge.scale)
+    targets = np.concatenate([returns for _, returns, _ in test_rows])
+    positions = np.concatenate([np.arange(len(returns)) for _, returns, _ in train_rows])
+    all_returns = np.concatenate([returns for _, returns, _ in train_rows])
+    constant = np.array([all_returns[positions == at].mean() for at in range(ANSWER)])
     return {
-        "offline": max(explained_variance(told, estimates(host, fresh)) for _ in fit(host, known)),
-        "online": explained_variance(told, np.concatenate([values for _, _, values in fresh])),
-        "constant": explained_variance(told, np.concatenate([constant[: len(returns)] for _, returns, _ in fresh])),
+        "offline": max(explained_variance(targets, estimates(critic_model, test_rows)) for _ in fit(critic_model, train_rows)),
+        "online": explained_variance(targets, np.concatenate([values for _, _, values in test_rows])),
+        "constant": explained_variance(targets, np.concatenate([constant[: len(returns)] for _, returns, _ in test_rows])),
     }
 
 
-Answered = tuple[np.ndarray, np.ndarray, np.ndarray]
-"""The tokens of prompt and answer, and per token of the answer its return and the run's own estimate of it."""
+ValueRow = tuple[np.ndarray, np.ndarray, np.ndarray]
+"""Tokens of prompt and answer; per token of the answer its return and the estimate of the run's critic."""
 
 
-def read_values(host: LM, rows: Sequence[Answered]) -> torch.Tensor:
-    """The critic's values of all tokens of the answers, in row order."""
+def predict_values(critic_model: LM, rows: Sequence[ValueRow]) -> torch.Tensor:
+    """Return the critic's values of all tokens of the answers, in row order."""
     batch = rectangle([tokens[:-1] for tokens, _, _ in rows], torch.device("cpu"))
     at = torch.zeros(batch["tokens"].shape, dtype=torch.bool)
     for row, (tokens, returns, _) in enumerate(rows):
         at[row, len(tokens) - 1 - len(returns) : len(tokens) - 1] = True
-    return values_of(host, critic_states(host, torch.empty(0), batch)[at])
+    return values_of(critic_model, critic_states(critic_model, torch.empty(0), batch)[at])
 
 
-def fit(host: LM, rows: Sequence[Answered], epochs: int = 3, size: int = 64, rate: float = 5e-4) -> Iterator[int]:
-    """Least squares on the returns, in a random order; yields after each epoch."""
-    optimizer = torch.optim.AdamW(host.heads["critic"].parameters(), rate, betas=(0.9, 0.95), weight_decay=0.0)
-    rng, each = np.random.default_rng(0), len(rows) // size
-    steps = epochs * each
-    plan = [
-        some for _ in range(epochs) for some in rng.permutation(len(rows))[: each * size].reshape(each, size).tolist()
+def fit(critic_model: LM, rows: Sequence[ValueRow], epochs: int = 3, size: int = 64, rate: float = 5e-4) -> Iterator[int]:
+    """Fit the returns by least squares in random order; yield after each epoch."""
+    optimizer = torch.optim.AdamW(critic_model.heads["critic"].parameters(), rate, betas=(0.9, 0.95), weight_decay=0.0)
+    rng, steps_per_epoch = np.random.default_rng(0), len(rows) // size
+    steps = epochs * steps_per_epoch
+    batches = [
+        some for _ in range(epochs) for some in rng.permutation(len(rows))[: steps_per_epoch * size].reshape(steps_per_epoch, size).tolist()
     ]
-    for k, group in enumerate(plan):
+    for k, group in enumerate(batches):
         some = [rows[i] for i in group]
-        for one in optimizer.param_groups:
-            one["lr"] = rate * (1 - k / steps)
-        told = torch.from_numpy(np.concatenate([returns for _, returns, _ in some])).float()
+        for param_group in optimizer.param_groups:
+            param_group["lr"] = rate * (1 - k / steps)
+        targets = torch.from_numpy(np.concatenate([returns for _, returns, _ in some])).float()
         with torch.autocast("cpu", torch.bfloat16):
-            error = (read_values(host, some) - told).square().mean()
+            error = (predict_values(critic_model, some) - targets).square().mean()
         optimizer.zero_grad()
         error.backward()
-        torch.nn.utils.clip_grad_norm_(host.heads["critic"].parameters(), 1.0)
+        torch.nn.utils.clip_grad_norm_(critic_model.heads["critic"].parameters(), 1.0)
         optimizer.step()
         if k % 50 == 0:
             print(f"offline critic: step {k} of {steps}, squared error {float(error.detach()):.3f}", flush=True)
-        if k % each == each - 1:
+        if k % steps_per_epoch == steps_per_epoch - 1:
             yield k
 
 
 @torch.no_grad()
-def estimates(host: LM, rows: Sequence[Answered]) -> np.ndarray:
-    return np.concatenate([read_values(host, rows[i : i + 256]).numpy() for i in range(0, len(rows), 256)])
+def estimates(critic_model: LM, rows: Sequence[ValueRow]) -> np.ndarray:
+    return np.concatenate([predict_values(critic_model, rows[i : i + 256]).numpy() for i in range(0, len(rows), 256)])
 
 
 def table(out: Path, steps: int) -> str:
-    """Every arm that is there, mean and least and greatest over its seeds."""
+    """Return a Markdown table of the existing arms: mean, minimum and maximum over the seeds."""
     lines = [
-        "| arm | seeds | critic | constant per position | reward | true reward | KL an answer |",
+        "| arm | seeds | critic | constant per position | reward | true reward | KL per answer |",
         "|---|---|---|---|---|---|---|",
     ]
     for name in ARMS:
@@ -348,7 +357,7 @@ def table(out: Path, steps: int) -> str:
 
 
 def spread(numbers: Sequence[float]) -> str:
-    """Mean, and least to greatest of several."""
+    """Return the mean, with minimum and maximum if there are several numbers."""
     mean = f"{statistics.mean(numbers):.2f}"
     return mean if len(numbers) == 1 else f"{mean} ({min(numbers):.2f} to {max(numbers):.2f})"
 
@@ -361,23 +370,23 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument("--results", type=Path, default=Path("runs/critic"))
     parser.add_argument("--table", action="store_true")
-    given = parser.parse_args()
-    out: Path = given.results
-    if given.ceiling:
-        for seed in given.seeds:
-            found = ceiling(Bases(base(out)), given.ceiling, seed, given.steps, out)
-            (out / f"{given.ceiling}-{seed}-{given.steps}-ceiling.json").write_text(json.dumps(found), "utf-8")
+    args = parser.parse_args()
+    out: Path = args.results
+    if args.ceiling:
+        for seed in args.seeds:
+            found = ceiling(BaseModels(make_base(out)), args.ceiling, seed, args.steps, out)
+            (out / f"{args.ceiling}-{seed}-{args.steps}-ceiling.json").write_text(json.dumps(found), "utf-8")
             print(found)
         return
-    if not given.table:
-        bases = Bases(base(out))
-        for seed in given.seeds:
-            for name in given.only:
-                file = out / f"{name}-{seed}-{given.steps}.json"
+    if not args.table:
+        bases = BaseModels(make_base(out))
+        for seed in args.seeds:
+            for name in args.only:
+                file = out / f"{name}-{seed}-{args.steps}.json"
                 if not file.exists():
-                    learn(bases, name, seed, given.steps, out)
-                    file.write_text(json.dumps(measured(out / f"{name}-{seed}")), "utf-8")
-    print(table(out, given.steps))
+                    train_arm(bases, name, seed, args.steps, out)
+                    file.write_text(json.dumps(mean_metrics(out / f"{name}-{seed}")), "utf-8")
+    print(table(out, args.steps))
 
 
 if __name__ == "__main__":

@@ -1,17 +1,16 @@
-"""What firth exports, in the programs of others, offline: the same ids, logits, vectors and log-likelihoods as in firth.
+"""Exports of firth in other libraries, offline: ids, logits, vectors and log-likelihoods must equal those of firth.
 
-    python -m bench.peers                                   # whatever is installed beside firth
-    python -m bench.peers --site DIR --version4 DIR         # and what lies in directories made with pip install --target
-    python -m bench.peers --model runs/mine                 # of a run, in place of models of random weights
+    python -m bench.peers                                   # the libraries that are installed
+    python -m bench.peers --site DIR --version4 DIR         # also those installed with pip install --target
+    python -m bench.peers --model runs/mine                 # a run instead of random models
 
 Peers: transformers as installed, transformers 4 (--version4: transformers 4.57, huggingface_hub 0.36, tokenizers 0.22,
 requests, urllib3, certifi, charset-normalizer, each with pip install --no-deps --target), `lm_eval --model hf` and
-sentence-transformers (--site). Each runs in a process of its own with HF_HUB_OFFLINE=1, loads a directory that `firth
-export` wrote in several files, and is asked what firth answered. A row says the largest difference, or why there is none.
+sentence-transformers (--site). Each runs in a process of its own with HF_HUB_OFFLINE=1 and loads a directory that `firth
+export` wrote in several files. A row has the largest difference to firth, or the reason why there is none.
 
-The directories hold models of random weights, large enough that a wrong tensor shows, of every architecture that firth
-starts from. lm_eval gets a task of its own, a YAML file over a JSONL file, and must give each option the log-likelihood
-that firth gives it.
+The directories hold random models of every architecture that firth supports, with weights so large that a wrong tensor
+shows. lm_eval gets a local task, a YAML file over a JSONL file, and must give each option the same log-likelihood as firth.
 """
 
 from __future__ import annotations
@@ -41,11 +40,11 @@ QUESTIONS = [
 ]
 
 
-# ------------------------------------------------------------------------------- firth's side
+# ------------------------------------------------------------------------------- firth
 
 
-def made(folder: Path) -> list[Path]:
-    """Directories of random models, one of each architecture."""
+def random_models(folder: Path) -> list[Path]:
+    """Write random models, one of each architecture; return their directories."""
     import torch
 
     from firth.model.config import ModelConfig, decoder_config, encoder_config, encoder_decoder_config
@@ -62,27 +61,28 @@ def made(folder: Path) -> list[Path]:
         "num_heads": 4,
         "max_positions": 128,
     }
-    shapes = {
-        "llama": ModelConfig(**size, norm="rms", norm_bias=False, position="rotary", activation="swiglu", bias=False, num_kv_heads=2),  # type: ignore[arg-type]
+    configs = {
+        "llama": ModelConfig(**size, norm="rms", norm_bias=False, position="rotary", activation="swiglu", bias=False,
+                             num_kv_heads=2),  # type: ignore[arg-type]
         "gpt2": ModelConfig(**size),
         "nanochat": decoder_config(**size),
-        "bert": ModelConfig(**size, causal=False, norm_placement="post", norm_eps=1e-12, type_vocab_size=2, embedding_norm=True, activation="gelu",
-                      lm_head="transform", lm_head_bias=True),
+        "bert": ModelConfig(**size, causal=False, norm_placement="post", norm_eps=1e-12, type_vocab_size=2,
+                            embedding_norm=True, activation="gelu", lm_head="transform", lm_head_bias=True),
         "modernbert": encoder_config(**size),
         "t5": encoder_decoder_config(**size),
     }  # fmt: skip
-    for name, config in shapes.items():
+    for name, config in configs.items():
         torch.manual_seed(0)
         model = LM(config, {"lm": LMHead(config)}).eval()
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.add_(torch.randn_like(parameter) * 0.1)
         save_model(model, tokenizer, folder / "made" / name)
-    return [folder / "made" / name for name in shapes]
+    return [folder / "made" / name for name in configs]
 
 
 def reference(directory: Path) -> dict[str, Any]:
-    """What firth answers with a directory: ids and logits of each text, an encoder's vectors, log-likelihoods."""
+    """Return firth's results for a directory: ids, logits and vectors of each text, log-likelihoods of the options."""
     import torch
 
     from firth.evaluate.task import load_evaluated_model
@@ -96,7 +96,7 @@ def reference(directory: Path) -> dict[str, Any]:
     kind = "source" if model_config.num_encoder_layers else "left" if model_config.causal else "both"
     modules, config = directory / "modules.json", directory / "config.json"
     unit = modules.exists() and "Normalize" in modules.read_text()
-    told: dict[str, Any] = {
+    expected: dict[str, Any] = {
         "kind": kind,
         "ids": [],
         "logits": [],
@@ -104,7 +104,7 @@ def reference(directory: Path) -> dict[str, Any]:
         "scores": [],
         "head": "lm" in model.heads,
     }
-    told["family"] = json.loads(config.read_text())["model_type"]
+    expected["family"] = json.loads(config.read_text())["model_type"]
     for text in TEXTS:
         ids = (
             tokenizer.vocab.add_special_tokens(tokenizer.encode(text))
@@ -117,62 +117,62 @@ def reference(directory: Path) -> dict[str, Any]:
         with torch.no_grad():
             states = model(batch | ({"source_tokens": row} if kind == "source" else {}))
             logits: torch.Tensor = model.heads["lm"](states) if "lm" in model.heads else states
-        told["ids"].append(ids.tolist())
-        told["logits"].append(logits[0].tolist())
+        expected["ids"].append(ids.tolist())
+        expected["logits"].append(logits[0].tolist())
         vector = average(states, None)[0]
-        told["vectors"].append((vector / vector.norm() if unit else vector).tolist())
+        expected["vectors"].append((vector / vector.norm() if unit else vector).tolist())
     if kind == "left":
         engine = Engine(model, tokenizer)
         for item in QUESTIONS:
             pairs = [encode(evaluated, str(item["question"]), str(option)) for option in item["options"]]  # type: ignore[attr-defined]
             head = [tokenizer.vocab.bos] if "bos" in tokenizer.vocab.roles and tokenizer.bos is not False else []
             prompts = [np.concatenate((head, before)).astype(np.int32) for before, _ in pairs]
-            told["scores"].append([float(s) for s in engine.score(prompts, [after for _, after in pairs])])
-    return told
+            expected["scores"].append([float(s) for s in engine.score(prompts, [after for _, after in pairs])])
+    return expected
 
 
-# ------------------------------------------------------------------------------- their side
+# ------------------------------------------------------------------------------- peers
 
 
-def with_transformers(directory: str, told: dict[str, Any]) -> str:
-    """Ids and logits through the Auto classes."""
+def with_transformers(directory: str, expected: dict[str, Any]) -> str:
+    """Compare ids and logits with those of the Auto classes."""
     import torch
     import transformers
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
-    if told["family"] not in CONFIG_MAPPING_NAMES:
-        return f"transformers {transformers.__version__}: has no {told['family']}"
+    if expected["family"] not in CONFIG_MAPPING_NAMES:
+        return f"transformers {transformers.__version__}: no support for {expected['family']}"
     auto = {"left": "AutoModelForCausalLM", "both": "AutoModelForMaskedLM", "source": "AutoModelForSeq2SeqLM"}[
-        told["kind"]
+        expected["kind"]
     ]
     tokenizer = transformers.AutoTokenizer.from_pretrained(directory)
-    model = getattr(transformers, auto if told["head"] else "AutoModel").from_pretrained(directory).eval()
-    worst = 0.0
-    for text, ids, logits in zip(TEXTS, told["ids"], told["logits"], strict=True):
-        asked = tokenizer(text, return_tensors="pt")
-        assert asked["input_ids"][0].tolist() == ids, (asked["input_ids"][0].tolist(), ids)
-        more = {"decoder_input_ids": asked["input_ids"]} if told["kind"] == "source" else {}
+    model = getattr(transformers, auto if expected["head"] else "AutoModel").from_pretrained(directory).eval()
+    difference = 0.0
+    for text, ids, logits in zip(TEXTS, expected["ids"], expected["logits"], strict=True):
+        inputs = tokenizer(text, return_tensors="pt")
+        assert inputs["input_ids"][0].tolist() == ids, (inputs["input_ids"][0].tolist(), ids)
+        more = {"decoder_input_ids": inputs["input_ids"]} if expected["kind"] == "source" else {}
         with torch.no_grad():
-            found = model(**asked, **more)[0][0] if told["head"] else model(**asked).last_hidden_state[0]
-            worst = max(worst, (found - torch.tensor(logits)).abs().max().item())
-    return f"transformers {transformers.__version__}: logits differ by {worst:.1e}"
+            output = model(**inputs, **more)[0][0] if expected["head"] else model(**inputs).last_hidden_state[0]
+            difference = max(difference, (output - torch.tensor(logits)).abs().max().item())
+    return f"transformers {transformers.__version__}: logits differ by {difference:.1e}"
 
 
-def with_sentences(directory: str, told: dict[str, Any]) -> str:
-    """The vectors of sentence-transformers."""
+def with_sentences(directory: str, expected: dict[str, Any]) -> str:
+    """Compare vectors with those of sentence-transformers."""
     import sentence_transformers
 
-    if told["kind"] != "both":
-        return "sentence-transformers: for encoders"
+    if expected["kind"] != "both":
+        return "sentence-transformers: supports encoders only"
     model = sentence_transformers.SentenceTransformer(directory, device="cpu")
-    worst = float(np.abs(model.encode(TEXTS) - np.array(told["vectors"], np.float32)).max())
-    return f"sentence-transformers {sentence_transformers.__version__}: vectors differ by {worst:.1e}"
+    difference = float(np.abs(model.encode(TEXTS) - np.array(expected["vectors"], np.float32)).max())
+    return f"sentence-transformers {sentence_transformers.__version__}: vectors differ by {difference:.1e}"
 
 
-def with_harness(directory: str, told: dict[str, Any]) -> str:
-    """The log-likelihoods that `lm_eval --model hf` gives the options of a local task."""
-    if told["kind"] != "left":
-        return "lm_eval: for decoders"
+def with_harness(directory: str, expected: dict[str, Any]) -> str:
+    """Compare log-likelihoods with those of `lm_eval --model hf` for the options of a local task."""
+    if expected["kind"] != "left":
+        return "lm_eval: supports decoders only"
     import lm_eval
     from lm_eval.tasks import TaskManager
 
@@ -184,20 +184,20 @@ def with_harness(directory: str, told: dict[str, Any]) -> str:
             "test_split: test\noutput_type: multiple_choice\ndoc_to_text: '{{question}}'\ndoc_to_choice: '{{options}}'\n"
             "doc_to_target: answer\ntarget_delimiter: ''\nmetric_list:\n  - metric: acc\n"
         )
-        found = lm_eval.simple_evaluate(
+        output = lm_eval.simple_evaluate(
             model="hf", model_args=f"pretrained={directory},dtype=float32", tasks=["firth_local"], device="cpu",
             task_manager=TaskManager(include_path=folder, include_defaults=False), bootstrap_iters=0,
         )  # fmt: skip
-    samples = sorted(found["samples"]["firth_local"], key=lambda sample: sample["doc_id"])
+    samples = sorted(output["samples"]["firth_local"], key=lambda sample: sample["doc_id"])
     theirs = [[float(answer[0][0]) for answer in sample["resps"]] for sample in samples]
-    worst = max(
-        abs(a - b) for one, other in zip(theirs, told["scores"], strict=True) for a, b in zip(one, other, strict=True)
+    difference = max(
+        abs(a - b) for one, other in zip(theirs, expected["scores"], strict=True) for a, b in zip(one, other, strict=True)
     )
-    right = np.mean(
-        [int(np.argmax(row)) == item["answer"] for row, item in zip(told["scores"], QUESTIONS, strict=True)]
+    accuracy = np.mean(
+        [int(np.argmax(row)) == item["answer"] for row, item in zip(expected["scores"], QUESTIONS, strict=True)]
     )
-    same = "" if abs(found["results"]["firth_local"]["acc,none"] - right) < 1e-9 else "; ANOTHER ACCURACY"
-    return f"lm_eval {lm_eval.__version__ if '__version__' in vars(lm_eval) else ''}: log-likelihoods differ by {worst:.1e}{same}"
+    same = "" if abs(output["results"]["firth_local"]["acc,none"] - accuracy) < 1e-9 else "; THE ACCURACY DIFFERS"
+    return f"lm_eval {lm_eval.__version__ if '__version__' in vars(lm_eval) else ''}: log-likelihoods differ by {difference:.1e}{same}"
 
 
 PEERS = {
@@ -209,43 +209,43 @@ PEERS = {
 
 
 def main() -> None:
-    asked = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    asked.add_argument(
-        "--site", default="", help="where sentence-transformers and lm-eval were installed with --target"
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--site", default="", help="directory in which sentence-transformers and lm-eval were installed with --target"
     )
-    asked.add_argument("--version4", default="", help="where transformers 4 was installed with --target")
-    asked.add_argument("--model", type=Path, action="append", default=[], help="a run or model directory")
-    asked.add_argument("--dtype", default="", help="export in this type; numbers then agree to that type's precision")
-    given = asked.parse_args()
+    parser.add_argument("--version4", default="", help="directory in which transformers 4 was installed with --target")
+    parser.add_argument("--model", type=Path, action="append", default=[], help="a run or model directory")
+    parser.add_argument("--dtype", default="", help="data type of the export; numbers agree to its precision")
+    args = parser.parse_args()
     from firth.runs.import_export import export_model
 
-    sites = {"transformers": "", "sentences": given.site, "harness": given.site} | (
-        {"version4": given.version4} if given.version4 else {}
+    sites = {"transformers": "", "sentences": args.site, "harness": args.site} | (
+        {"version4": args.version4} if args.version4 else {}
     )
     with tempfile.TemporaryDirectory() as folder:
-        for model in given.model or made(Path(folder)):
+        for model in args.model or random_models(Path(folder)):
             out = Path(folder) / "out" / model.resolve().name
             export_model(
                 model,
                 out,
                 form="hf",
-                dtype=given.dtype,
-                shard="100KB" if not given.model else "2GB",
+                dtype=args.dtype,
+                shard="100KB" if not args.model else "2GB",
                 echo=lambda _: None,
             )
-            (Path(folder) / "told.json").write_text(json.dumps(reference(out)))
+            (Path(folder) / "expected.json").write_text(json.dumps(reference(out)))
             print(f"{model.name}:", flush=True)
             for peer, site in sites.items():
                 path = os.pathsep.join(p for p in (site, os.environ.get("PYTHONPATH", "")) if p)
                 done = subprocess.run(
-                    [sys.executable, "-P", __file__, peer, str(out), str(Path(folder) / "told.json")], capture_output=True, text=True,
+                    [sys.executable, "-P", __file__, peer, str(out), str(Path(folder) / "expected.json")], capture_output=True, text=True,
                     env=os.environ | {"PYTHONPATH": path, "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "HF_HOME": folder},
                 )  # fmt: skip
-                warned = [
+                warnings = [
                     line for line in done.stderr.splitlines() if "warn" in line.lower() or "newly initialized" in line
                 ]
                 last = (done.stdout.strip() or done.stderr.strip() or "nothing").splitlines()[-1]
-                print(f"  {last}" + (f"; {len(warned)} warnings: {warned[0][:150]}" if warned else ""), flush=True)
+                print(f"  {last}" + (f"; {len(warnings)} warnings: {warnings[0][:150]}" if warnings else ""), flush=True)
 
 
 if __name__ == "__main__":
