@@ -43,7 +43,7 @@ from firth.generate.decoding import rectangle
 from firth.generate.engine import Engine
 from firth.generate.sampling import Sampling
 from firth.model.model import LM
-from firth.objectives.ppo import PPO, critic_states, start_critic
+from firth.objectives.ppo import PPO, critic_states, init_critic
 from firth.objectives.ppo import values as values_of
 from firth.pretrained.load_save import init_from, load_model
 from firth.recipes import post_training
@@ -202,10 +202,11 @@ class BaseModels:
             rollout_size=ANSWERS, steps=ANSWERS * arm.epochs // ROWS, max_new_tokens=ANSWER, kl_coef=0.05
         )
         source = RolloutSource(
-            self.prompts, self.tokenizer, self.judge, self.start, phase=phase, truth=FunctionReward(SCORERS["thou"]), seed=seed,
+            self.prompts, self.tokenizer, self.judge, self.start, config=phase, true_reward_function=FunctionReward(SCORERS["thou"]),
+            seed=seed,
             critic=self.judge if arm.start == "reward" else None,
-            credit=RecordingEstimator(GAE(value_lam=arm.value_lam), directory, lambda: len(source.history)),
-            rows=ANSWERS,
+            advantage_estimator=RecordingEstimator(GAE(value_lam=arm.value_lam), directory, lambda: len(source.history)),
+            batch_size=ANSWERS,
         )  # fmt: skip
         return source
 
@@ -232,9 +233,9 @@ def mean_metrics(directory: Path) -> dict[str, float]:
     phases = [dict(np.load(path)) for path in sorted((directory / "phases").glob("*.npz"))]
     rows: list[tuple[float, float]] = []
     for at in range(len(phases) * 2 // 3, len(phases)):
-        train_rows, phase = phases[at - BASELINE_PHASES : at], phases[at]
+        previous, phase = phases[at - BASELINE_PHASES : at], phases[at]
         real, returns = phase["real"], phase["returns"]
-        means = by_position(train_rows, real.shape[1])
+        means = by_position(previous, real.shape[1])
         constant = np.broadcast_to(means, real.shape)[real]
         rows.append(
             (explained_variance(returns[real], phase["values"][real]), explained_variance(returns[real], constant))
@@ -270,8 +271,8 @@ def ceiling(bases: BaseModels, name: str, seed: int, steps: int, out: Path) -> d
     phase = RolloutConfig(rollout_size=OFFLINE_BATCH, steps=1, max_new_tokens=ANSWER, kl_coef=0.05)
     rows: list[ValueRow] = []
     source = RolloutSource(
-        bases.prompts, bases.tokenizer, bases.judge, bases.start, phase=phase, seed=1000 + seed, rows=256, critic=bases.judge,
-        credit=RecordingEstimator(GAE(), drawn_at, lambda: len(source.history)),
+        bases.prompts, bases.tokenizer, bases.judge, bases.start, config=phase, seed=1000 + seed, batch_size=256,
+        critic=bases.judge, advantage_estimator=RecordingEstimator(GAE(), drawn_at, lambda: len(source.history)),
     )  # fmt: skip
     source.number = 0  # the critic of the run is used: none is initialized
     for k in range(1, 1 + -(-11 * answers // OFFLINE_BATCH)):
@@ -284,15 +285,19 @@ def ceiling(bases: BaseModels, name: str, seed: int, steps: int, out: Path) -> d
     test_rows, train_rows = rows[:answers], rows[answers : 11 * answers]
     critic = PPO().heads(bases.start.config)["critic"]
     critic_model = LM(bases.start.config, {"critic": critic})
-    start_critic(critic_model, bases.judge.model, bases.judge.mean, bases.judge.scale)
+    init_critic(critic_model, bases.judge.model, bases.judge.mean, bases.judge.scale)
     targets = np.concatenate([returns for _, returns, _ in test_rows])
     positions = np.concatenate([np.arange(len(returns)) for _, returns, _ in train_rows])
     all_returns = np.concatenate([returns for _, returns, _ in train_rows])
     constant = np.array([all_returns[positions == at].mean() for at in range(ANSWER)])
     return {
-        "offline": max(explained_variance(targets, estimates(critic_model, test_rows)) for _ in fit(critic_model, train_rows)),
+        "offline": max(
+            explained_variance(targets, estimates(critic_model, test_rows)) for _ in fit(critic_model, train_rows)
+        ),
         "online": explained_variance(targets, np.concatenate([values for _, _, values in test_rows])),
-        "constant": explained_variance(targets, np.concatenate([constant[: len(returns)] for _, returns, _ in test_rows])),
+        "constant": explained_variance(
+            targets, np.concatenate([constant[: len(returns)] for _, returns, _ in test_rows])
+        ),
     }
 
 
@@ -309,13 +314,17 @@ def predict_values(critic_model: LM, rows: Sequence[ValueRow]) -> torch.Tensor:
     return values_of(critic_model, critic_states(critic_model, torch.empty(0), batch)[at])
 
 
-def fit(critic_model: LM, rows: Sequence[ValueRow], epochs: int = 3, size: int = 64, rate: float = 5e-4) -> Iterator[int]:
+def fit(
+    critic_model: LM, rows: Sequence[ValueRow], epochs: int = 3, size: int = 64, rate: float = 5e-4
+) -> Iterator[int]:
     """Fit the returns by least squares in random order; yield after each epoch."""
     optimizer = torch.optim.AdamW(critic_model.heads["critic"].parameters(), rate, betas=(0.9, 0.95), weight_decay=0.0)
     rng, steps_per_epoch = np.random.default_rng(0), len(rows) // size
     steps = epochs * steps_per_epoch
     batches = [
-        some for _ in range(epochs) for some in rng.permutation(len(rows))[: steps_per_epoch * size].reshape(steps_per_epoch, size).tolist()
+        some
+        for _ in range(epochs)
+        for some in rng.permutation(len(rows))[: steps_per_epoch * size].reshape(steps_per_epoch, size).tolist()
     ]
     for k, group in enumerate(batches):
         some = [rows[i] for i in group]

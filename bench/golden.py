@@ -139,7 +139,7 @@ def every_run(out: Path) -> dict[str, Callable[[], dict[str, Any]]]:
 
     def train(name: str, recipe: str, settings: Iterable[str]) -> dict[str, Any]:
         directory = out / name
-        run(load(recipe, list(settings)), directory, echo=lambda _: None)
+        run(load(recipe, list(settings)), directory, log=lambda _: None)
         return digest(directory)
 
     runs: dict[str, Callable[[], dict[str, Any]]] = {}

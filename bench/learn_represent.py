@@ -1,21 +1,21 @@
-"""Do they learn? Contrastive pairs, few labels, noisy labels, the text VAE: three seeds each, beside what they must beat.
+"""Learning of contrastive, semi-supervised, weakly supervised and VAE objectives and Linformer, against baselines, 3 seeds.
 
-    python -m bench.learn_represent                      # all that is not there yet; about 20 minutes on two threads
+    python -m bench.learn_represent                      # all missing runs; about 20 minutes on two threads
     python -m bench.learn_represent --only few weak      # some of: contrastive few weak vae linformer
-    python -m bench.learn_represent --table              # markdown for docs/results/index.md, of what is there
+    python -m bench.learn_represent --table              # markdown of the existing results for docs/results/index.md
     python -m bench.learn_represent --scale 0.02 --results runs/try     # a trial of everything in a minute or two
 
-Every run is a recipe in a directory of its own under runs/learn_represent, as `firth train` makes them: stopped at any
-moment, the same command goes on. Text: Shakespeare's plays (pairs, Linformer), and the headlines of `firth fetch sarcasm`
-(sarcastic or serious), of which 3,000 are held out; labels are drawn by the seed. Every classifier begins from MiniLM,
-reads from 2,000 headlines, and is scored on 1,000 of those held out.
+Every run is a run directory of `firth train` under runs/learn_represent, so a stopped command can be repeated. Text:
+Shakespeare's plays (pairs, Linformer), and the headlines of `firth fetch sarcasm` (sarcastic or serious), of which 3,000 are
+held out; the seed selects the labels. Every classifier starts from MiniLM, trains on 2,000 headlines, and is tested on 1,000
+of those held out.
 
-    contrastive  held-out pairs: is the neighbour nearer than the stranger? untrained, margin, InfoNCE, SimCSE
-    few          accuracy with 50 labels and 1,950 texts without: labels alone, a teacher's pseudo-labels, consistency
+    contrastive  held-out pairs: is the neighbor nearer than a random segment? untrained, margin, InfoNCE, SimCSE
+    few          accuracy with 50 labels and 1,950 unlabeled texts: labels alone, pseudo-labels of a teacher, consistency
     weak         accuracy from one true label each, one annotator, the majority of five, all five votes; annotators are right
-                 six times of ten, and eight
-    vae          held-out ELBO: untrained, KL at its full weight from the start, annealed, and with word dropout and free nats
-    linformer    held-out masked LM, beside the same encoder with full attention
+                 in 60% and 80% of the cases
+    vae          held-out ELBO: untrained, full KL weight from the start, annealed, and with word dropout and free nats
+    linformer    held-out masked LM, against the same encoder with full attention
 """
 
 from __future__ import annotations
@@ -52,18 +52,18 @@ from firth.train.schedule import Budget, Schedule
 from firth.train.validate import validate
 
 SEEDS = (0, 1, 2)
-HELD = 3000
-TESTED = 1000
+NUM_HELD_OUT = 3000
+NUM_TESTED = 1000
 NOISE = (0.6, 0.8)
-FEW = (50,)
-TUNED = OptimizerConfig(name="adamw", lr=1e-4, scalar_lr=5e-4, weight_decay=0.01, beta2=0.98)
-"""A head begins from nearly nothing, so it and the norms move five times as fast as the rest."""
-STILL = OptimizerConfig(name="adamw", lr=1e-12)
+LABEL_COUNTS = (50,)
+FINETUNE_OPTIMIZER = OptimizerConfig(name="adamw", lr=1e-4, scalar_lr=5e-4, weight_decay=0.01, beta2=0.98)
+"""The new head and the norms have five times the learning rate of the rest."""
+UNTRAINED_OPTIMIZER = OptimizerConfig(name="adamw", lr=1e-12)
 
 
 @dataclass(frozen=True)
-class Place:
-    """Where results are, and how long runs are against their full length."""
+class Experiment:
+    """Directory of the results, and the scale of the runs."""
 
     results: Path
     scale: float
@@ -73,22 +73,26 @@ class Place:
 
     @property
     def many(self) -> str:
-        """The headlines that stand beside few labels: all but those held out; 2,000 in a trial."""
+        """Part of the headlines to train on: all that are not held out, or 2,000 of them in a trial."""
         return "train" if self.scale == 1 else "some"
 
     def headlines(self, part: str) -> str:
-        """`train`, `valid` or `some` (2,000 of train) of the headlines, in an order that has nothing of the file's."""
+        """Return the file of a part of the shuffled headlines: `train`, `valid` or `some` (2,000 of train)."""
         path = self.results / f"{part}.jsonl"
         if not path.exists():
             lines = [json.dumps(record) for _, record in readers.records(catalog.paths("sarcasm", print))]
             random.Random(0).shuffle(lines)
-            parts = {"valid": lines[:HELD], "train": lines[HELD:], "some": lines[HELD : HELD + 2000]}
+            parts = {
+                "valid": lines[:NUM_HELD_OUT],
+                "train": lines[NUM_HELD_OUT:],
+                "some": lines[NUM_HELD_OUT : NUM_HELD_OUT + 2000],
+            }
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text("\n".join(parts[part]) + "\n", "utf-8")
         return str(path)
 
     def text(self, part: str = "") -> DataConfig:
-        part = part or self.many
+        part = part or self.unlabeled_part
         return DataConfig(
             path=(self.headlines(part),),
             validation_path=(self.headlines("valid"),),
@@ -97,54 +101,55 @@ class Place:
 
 
 def recipe(
-    place: Place, name: str, objective: Objective, examples: ExamplesConfig, source: DataConfig, config: ModelConfig | None, *, steps: int,
+    experiment: Experiment, name: str, objective: Objective, examples: ExamplesConfig, source: DataConfig, config: ModelConfig | None,
+    *, steps: int,
     rows: int, seed: int, optimizer: OptimizerConfig | None = None, schedule: Schedule | None = None, start: str = "",
     pack: int = 0, vocab: int = 4096, tokenizer: str = "",
 ) -> Recipe:  # fmt: skip
     return Recipe(
         name=name, objective=objective, examples=examples, data=source, model=config, init_from=start, seed=seed,
         tokenizer=TokenizerConfig(vocab_size=vocab, path=tokenizer), batch=BatchConfig(size=rows, pack_to_length=pack),
-        optimizer=optimizer or OptimizerConfig(), schedule=schedule or Schedule("wsd"), budget=place.steps(steps),
-        evaluation=EvalConfig(max_examples=max(64, round(HELD * place.scale))),
+        optimizer=optimizer or OptimizerConfig(), schedule=schedule or Schedule("wsd"), budget=experiment.steps(steps),
+        evaluation=EvalConfig(max_examples=max(64, round(NUM_HELD_OUT * experiment.scale))),
         checkpoint=CheckpointConfig(every=0),
     )  # fmt: skip
 
 
-def done(place: Place, name: str, seed: int, made: Recipe) -> tuple[Path, dict[str, Any]]:
-    """Run it, or find it done; its directory and its last metrics."""
-    directory = place.results / f"{name}-{seed}"
-    return directory, run(made, directory).metrics
+def run_recipe(experiment: Experiment, name: str, seed: int, recipe_: Recipe) -> tuple[Path, dict[str, Any]]:
+    """Run a recipe, unless it is complete; return its directory and final metrics."""
+    directory = experiment.results / f"{name}-{seed}"
+    return directory, run(recipe_, directory).metrics
 
 
 # ------------------------------------------------------------------------------- representations of pairs
 
 
-def contrastive(place: Place, seed: int) -> Iterator[tuple[str, dict[str, float]]]:
-    source = DataConfig(corpus="shakespeare", cache_dir=str(place.results / "stores"))
-    body = encoder_config(4096, 128, 3, num_heads=2, max_positions=128)
+def contrastive(experiment: Experiment, seed: int) -> Iterator[tuple[str, dict[str, float]]]:
+    source = DataConfig(corpus="shakespeare", cache_dir=str(experiment.results / "stores"))
+    base_config = encoder_config(4096, 128, 3, num_heads=2, max_positions=128)
     pairs, pieces = SegmentPairsConfig(max_length=64), ChunksConfig(max_length=34)
     tokenizer = ""
     for name, objective, examples, config, optimizer in (
-        ("untrained", Contrastive(), pairs, body, STILL),
-        ("margin", Contrastive(), pairs, body, OptimizerConfig(lr=1e-3)),
-        ("infonce, neighbours", InfoNCE(num_views="neighbours"), pairs, body, OptimizerConfig(lr=1e-3)),
-        ("infonce, dropout", InfoNCE(), pieces, replace(body, dropout=0.1), OptimizerConfig(lr=1e-3)),
+        ("untrained", Contrastive(), pairs, base_config, UNTRAINED_OPTIMIZER),
+        ("margin", Contrastive(), pairs, base_config, OptimizerConfig(lr=1e-3)),
+        ("infonce, neighbors", InfoNCE(positives="neighbors"), pairs, base_config, OptimizerConfig(lr=1e-3)),
+        ("infonce, dropout", InfoNCE(), pieces, replace(base_config, dropout=0.1), OptimizerConfig(lr=1e-3)),
     ):
-        made = recipe(
-            place, "contrastive", objective, examples, source, config, steps=2 if name == "untrained" else 300, rows=48,
+        recipe_ = recipe(
+            experiment, "contrastive", objective, examples, source, config, steps=2 if name == "untrained" else 300, rows=48,
             seed=seed, optimizer=optimizer, tokenizer=tokenizer,
         )  # fmt: skip
-        directory, _ = done(place, f"contrastive-{name.replace(', ', '-')}", seed, made)
+        directory, _ = run_recipe(experiment, f"contrastive-{name.replace(', ', '-')}", seed, recipe_)
         tokenizer = tokenizer or str(directory / "tokenizer")
-        yield name, nearer(directory, source, pairs)
+        yield name, score_pairs(directory, source, pairs)
 
 
-def nearer(directory: Path, source: DataConfig, examples: SegmentPairsConfig) -> dict[str, float]:
-    """Held-out pairs of a run's text, whatever it was trained on: shares and mean squared distance."""
+def score_pairs(directory: Path, source: DataConfig, examples: SegmentPairsConfig) -> dict[str, float]:
+    """Return the contrastive metrics of a run on held-out pairs of its text."""
     tokenizer = Tokenizer.load(str(directory / "tokenizer"))
-    held = examples.build(RunData(source, tokenizer, directory), Contrastive()).validation
-    assert held is not None
-    batches = Batches(spread(held, 2000), Contrastive(), tokenizer.vocab, batch_size=64, seed=0)
+    held_out = examples.build(RunData(source, tokenizer, directory), Contrastive()).validation
+    assert held_out is not None
+    batches = Batches(spread(held_out, 2000), Contrastive(), tokenizer.vocab, batch_size=64, seed=0)
     return validate(load_model(directory / "model"), Contrastive(), batches.all_batches())
 
 
@@ -152,43 +157,55 @@ def nearer(directory: Path, source: DataConfig, examples: SegmentPairsConfig) ->
 
 
 def classifier(
-    place: Place, name: str, objective: Objective, examples: ExamplesConfig, seed: int, *, rows: int, steps: int
+    experiment: Experiment,
+    name: str,
+    objective: Objective,
+    examples: ExamplesConfig,
+    seed: int,
+    *,
+    rows: int,
+    steps: int,
 ) -> tuple[Path, dict[str, float]]:
-    """MiniLM with a head for the classes: its directory, and its accuracy on TESTED headlines held out."""
-    made = recipe(
-        place, "classifier", objective, examples, place.text("some"), None, steps=steps, rows=rows, seed=seed,
-        optimizer=TUNED, schedule=Schedule("linear", warmup_ratio=0.1), start=str(catalog.fetch("minilm", print)),
+    """Train MiniLM with a classification head; return its directory and its accuracy on NUM_TESTED held-out headlines."""
+    recipe_ = recipe(
+        experiment, "classifier", objective, examples, experiment.text("some"), None, steps=steps, rows=rows, seed=seed,
+        optimizer=FINETUNE_OPTIMIZER, schedule=Schedule("linear", warmup_ratio=0.1), start=str(catalog.fetch("minilm", print)),
     )  # fmt: skip
-    tested = replace(made.evaluation, max_examples=max(64, round(TESTED * place.scale)))
-    directory, metrics = done(place, name, seed, replace(made, evaluation=tested))
+    evaluation = replace(recipe_.evaluation, max_examples=max(64, round(NUM_TESTED * experiment.scale)))
+    directory, metrics = run_recipe(experiment, name, seed, replace(recipe_, evaluation=evaluation))
     return directory, {"accuracy": metrics["valid/accuracy"]}
 
 
-def few(place: Place, seed: int) -> Iterator[tuple[str, dict[str, float]]]:
-    for count in FEW:
-        partly = PartiallyLabeledConfig(base=LabeledConfig(max_length=48), num_labeled=count, unlabeled_ratio=3.0)
-        alone = replace(partly, unlabeled_ratio=0.001)  # next to nothing else is read, and nothing is asked of it
-        teacher, found = classifier(place, f"few-alone-{count}", Classification(), alone, seed, rows=16, steps=80)
-        yield f"{count} labels, alone", found
+def few(experiment: Experiment, seed: int) -> Iterator[tuple[str, dict[str, float]]]:
+    for count in LABEL_COUNTS:
+        partially_labeled = PartiallyLabeledConfig(
+            base=LabeledConfig(max_length=48), num_labeled=count, unlabeled_ratio=3.0
+        )
+        # Almost no unlabeled texts, and none has a loss.
+        labels_only = replace(partially_labeled, unlabeled_ratio=0.001)
+        teacher, scores = classifier(
+            experiment, f"few-alone-{count}", Classification(), labels_only, seed, rows=16, steps=80
+        )
+        yield f"{count} labels, alone", scores
         runs: list[tuple[str, Objective, ExamplesConfig]] = [
             (
                 "pseudo-labels",
                 PseudoLabels(confidence=0.8, ramp_steps=30),
-                PseudoLabeledConfig(base=partly.base, num_labeled=count, teacher=str(teacher)),
+                PseudoLabeledConfig(base=partially_labeled.base, num_labeled=count, teacher=str(teacher)),
             ),
-            ("consistency", Consistency(ramp_steps=30), partly),
+            ("consistency", Consistency(ramp_steps=30), partially_labeled),
         ]
-        for name, objective, examples in runs:  # sixteen of the 64 have a label, as many as those alone
-            _, found = classifier(place, f"few-{name}-{count}", objective, examples, seed, rows=64, steps=80)
-            yield f"{count} labels, {name}", found
+        for name, objective, examples in runs:  # 16 of the 64 rows have a label, as many as with labels alone
+            _, scores = classifier(experiment, f"few-{name}-{count}", objective, examples, seed, rows=64, steps=80)
+            yield f"{count} labels, {name}", scores
 
 
-def weak(place: Place, seed: int) -> Iterator[tuple[str, dict[str, float]]]:
-    labelled = LabeledConfig(max_length=48)
-    runs: list[tuple[str, Objective, ExamplesConfig]] = [("true labels, softmax", Classification(), labelled)]
+def weak(experiment: Experiment, seed: int) -> Iterator[tuple[str, dict[str, float]]]:
+    labeled = LabeledConfig(max_length=48)
+    runs: list[tuple[str, Objective, ExamplesConfig]] = [("true labels, softmax", Classification(), labeled)]
     for accuracy in NOISE:
         five, one = (
-            SimulatedAnnotatorsConfig(base=labelled, num_annotators=k, annotator_accuracy=accuracy) for k in (5, 1)
+            SimulatedAnnotatorsConfig(base=labeled, num_annotators=k, annotator_accuracy=accuracy) for k in (5, 1)
         )
         runs += [
             (f"one annotator of {accuracy:g}, softmax", Classification(), one),
@@ -197,59 +214,61 @@ def weak(place: Place, seed: int) -> Iterator[tuple[str, dict[str, float]]]:
         ]
     for name, objective, examples in runs:
         slug = "weak-" + name.replace(", ", "-").replace(" ", "_")
-        yield name, classifier(place, slug, objective, examples, seed, rows=32, steps=60)[1]
+        yield name, classifier(experiment, slug, objective, examples, seed, rows=32, steps=60)[1]
 
 
 # ------------------------------------------------------------------------------- the text VAE, the Linformer
 
 
-def vae(place: Place, seed: int) -> Iterator[tuple[str, dict[str, float]]]:
-    body = replace(encoder_decoder_config(4096, 128, 2, num_heads=2, max_positions=64), latent_size=32)
-    anneal = place.steps(250).max_steps or 0
+def vae(experiment: Experiment, seed: int) -> Iterator[tuple[str, dict[str, float]]]:
+    base_config = replace(encoder_decoder_config(4096, 128, 2, num_heads=2, max_positions=64), latent_size=32)
+    anneal = experiment.steps(250).max_steps or 0
     for name, objective, optimizer in (
-        ("untrained", VAE(), STILL),
+        ("untrained", VAE(), UNTRAINED_OPTIMIZER),
         ("full weight from the start", VAE(), None),
         ("annealed", VAE(kl_anneal_steps=anneal), None),
         ("annealed, 40% hidden, 4 nats free", VAE(kl_anneal_steps=anneal, word_dropout=0.4, free_bits=4.0), None),
     ):
-        made = recipe(
-            place, "vae", objective, ChunksConfig(max_length=32, add_special_tokens=False), place.text(), body,
+        recipe_ = recipe(
+            experiment, "vae", objective, ChunksConfig(max_length=32, add_special_tokens=False), experiment.text(), base_config,
             steps=2 if name == "untrained" else 400, rows=64, seed=seed, optimizer=optimizer or OptimizerConfig(scalar_lr=1e-2),
         )  # fmt: skip
         slug = "vae-" + name.replace(", ", "-").replace(" ", "_").replace("%", "")
-        _, m = done(place, slug, seed, made)
-        yield name, {key: m[f"valid/{key}"] for key in ("elbo", "kl", "active")}
+        _, metrics = run_recipe(experiment, slug, seed, recipe_)
+        yield name, {key: metrics[f"valid/{key}"] for key in ("elbo", "kl", "active")}
 
 
-def linformer(place: Place, seed: int) -> Iterator[tuple[str, dict[str, float]]]:
-    source = DataConfig(corpus="shakespeare", cache_dir=str(place.results / "stores"))
-    body = encoder_config(4096, 128, 3, num_heads=2, max_positions=256)
+def linformer(experiment: Experiment, seed: int) -> Iterator[tuple[str, dict[str, float]]]:
+    source = DataConfig(corpus="shakespeare", cache_dir=str(experiment.results / "stores"))
+    base_config = encoder_config(4096, 128, 3, num_heads=2, max_positions=256)
     tokenizer = ""
     for name, config, optimizer in (
-        ("untrained", replace(body, linformer_k=64), STILL),
-        ("linformer, 64 slots", replace(body, linformer_k=64), None),
-        ("full attention", body, None),
+        ("untrained", replace(base_config, linformer_k=64), UNTRAINED_OPTIMIZER),
+        ("linformer, 64 slots", replace(base_config, linformer_k=64), None),
+        ("full attention", base_config, None),
     ):
-        made = recipe(
-            place, "linformer", MLM(mlm_probability=0.3), ChunksConfig(max_length=256), source, config, steps=2 if name == "untrained" else 400, rows=16,
-            seed=seed, optimizer=optimizer, tokenizer=tokenizer,
+        recipe_ = recipe(
+            experiment, "linformer", MLM(mlm_probability=0.3), ChunksConfig(max_length=256), source, config,
+            steps=2 if name == "untrained" else 400, rows=16, seed=seed, optimizer=optimizer, tokenizer=tokenizer,
         )  # fmt: skip
-        directory, m = done(place, f"linformer-{name.replace(', ', '-').replace(' ', '_')}", seed, made)
+        directory, metrics = run_recipe(
+            experiment, f"linformer-{name.replace(', ', '-').replace(' ', '_')}", seed, recipe_
+        )
         tokenizer = tokenizer or str(directory / "tokenizer")
-        yield name, {"loss": m["valid/loss"]}
+        yield name, {"loss": metrics["valid/loss"]}
 
 
-STUDIES: dict[str, Callable[[Place, int], Iterator[tuple[str, dict[str, float]]]]] = {
+STUDIES: dict[str, Callable[[Experiment, int], Iterator[tuple[str, dict[str, float]]]]] = {
     "contrastive": contrastive,
     "few": few,
     "weak": weak,
     "vae": vae,
-    "linformer_k": linformer,
+    "linformer": linformer,
 }
 
 
 def table(results: Path) -> str:
-    """Mean and range over the seeds that are there."""
+    """Return Markdown tables of means and ranges over the existing seeds."""
     lines = []
     for study in STUDIES:
         files = sorted(results.glob(f"{study}-seed*.json"))
@@ -272,19 +291,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="*", choices=list(STUDIES), default=list(STUDIES))
     parser.add_argument("--seeds", nargs="*", type=int, default=list(SEEDS))
-    parser.add_argument("--scale", type=float, default=1.0, help="runs of this share of their full length")
+    parser.add_argument("--scale", type=float, default=1.0, help="fraction of the full length of the runs")
     parser.add_argument("--results", type=Path, default=Path("runs/learn_represent"))
-    parser.add_argument("--table", action="store_true", help="print what is there")
-    given = parser.parse_args()
-    place = Place(given.results, given.scale)
-    for seed in given.seeds if not given.table else ():
-        for study in given.only:
-            file = given.results / f"{study}-seed{seed}.json"
+    parser.add_argument("--table", action="store_true", help="print the existing results")
+    args = parser.parse_args()
+    experiment = Experiment(args.results, args.scale)
+    for seed in args.seeds if not args.table else ():
+        for study in args.only:
+            file = args.results / f"{study}-seed{seed}.json"
             if not file.exists():
-                found = dict(STUDIES[study](place, seed))
+                scores = dict(STUDIES[study](experiment, seed))
                 file.parent.mkdir(parents=True, exist_ok=True)
-                file.write_text(json.dumps(found, indent=1))
-    print(table(given.results))
+                file.write_text(json.dumps(scores, indent=1))
+    print(table(args.results))
 
 
 if __name__ == "__main__":

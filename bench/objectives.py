@@ -67,7 +67,7 @@ def prepare(name: str) -> tuple[Recipe, Objective, Batches]:
         folder,
         batch_size=recipe.batch.size,
         memory_length=recipe.model.memory_length,
-        echo=lambda _: None,
+        log=lambda _: None,
     )
     splits = examples.build_datasets(recipe.examples, data, recipe.objective)
     batches = Batches(

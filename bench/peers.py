@@ -191,7 +191,9 @@ def with_harness(directory: str, expected: dict[str, Any]) -> str:
     samples = sorted(output["samples"]["firth_local"], key=lambda sample: sample["doc_id"])
     theirs = [[float(answer[0][0]) for answer in sample["resps"]] for sample in samples]
     difference = max(
-        abs(a - b) for one, other in zip(theirs, expected["scores"], strict=True) for a, b in zip(one, other, strict=True)
+        abs(a - b)
+        for one, other in zip(theirs, expected["scores"], strict=True)
+        for a, b in zip(one, other, strict=True)
     )
     accuracy = np.mean(
         [int(np.argmax(row)) == item["answer"] for row, item in zip(expected["scores"], QUESTIONS, strict=True)]
@@ -231,7 +233,7 @@ def main() -> None:
                 form="hf",
                 dtype=args.dtype,
                 shard="100KB" if not args.model else "2GB",
-                echo=lambda _: None,
+                log=lambda _: None,
             )
             (Path(folder) / "expected.json").write_text(json.dumps(reference(out)))
             print(f"{model.name}:", flush=True)
@@ -245,7 +247,9 @@ def main() -> None:
                     line for line in done.stderr.splitlines() if "warn" in line.lower() or "newly initialized" in line
                 ]
                 last = (done.stdout.strip() or done.stderr.strip() or "nothing").splitlines()[-1]
-                print(f"  {last}" + (f"; {len(warnings)} warnings: {warnings[0][:150]}" if warnings else ""), flush=True)
+                print(
+                    f"  {last}" + (f"; {len(warnings)} warnings: {warnings[0][:150]}" if warnings else ""), flush=True
+                )
 
 
 if __name__ == "__main__":

@@ -66,7 +66,7 @@ def pretrained(results: Path, train: Path, quick: bool) -> Path:
             vocab_size=VOCAB,
             texts=lambda _: (row[language] for row in rows for language in LANGUAGES),
             num_sentinels=100,
-            echo=lambda _: None,
+            log=lambda _: None,
         )
     steps = 4 if quick else 600
     settings = [
