@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.harness import MAX_OTHER_LOAD, busy_seconds, describe, machine, other_load
-from bench.learn_seq2seq import NOTHING
+from bench.learn_seq2seq import UNTRAINED
 from firth.runs.recipe import load
 from firth.runs.recipe_names import RECIPES
 from firth.runs.run import run
@@ -40,7 +40,7 @@ def measure(name: str, results: Path, settings: Sequence[str]) -> dict[str, Any]
     wall = time.perf_counter() - clock
     others = other_load(before, busy_seconds(), time.process_time() - cpu, wall)
     tokenizer = [f"tokenizer.path={done.directory / 'tokenizer'}"]
-    untrained = run(load(name, [*settings, *tokenizer, *NOTHING]), results / f"{name}-untrained", log=lambda _: None)
+    untrained = run(load(name, [*settings, *tokenizer, *UNTRAINED]), results / f"{name}-untrained", log=lambda _: None)
     return {
         "name": name, "steps": done.steps, "tokens": done.tokens, "seconds": done.seconds, "wall": wall, "others": others,
         "parameters": done.metrics.get("parameters"), "metrics": done.metrics, "untrained": untrained.metrics,
