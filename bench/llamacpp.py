@@ -1,15 +1,15 @@
-"""What llama.cpp makes of the GGUF files that firth writes: the same ids, the same dialogue, the same greedy text.
+"""GGUF files of firth in llama.cpp: ids, chat templates and greedy text must equal those of firth.
 
     pip install --no-deps --target LLAMA xllamacpp gguf          # llama.cpp with a server inside, and no compiler
     python -m bench.llamacpp --site LLAMA                        # a random model; with --run RUN also a trained one
     python -m bench.llamacpp --site LLAMA --run runs/llama --chat runs/instruct --smollm2
 
-Ids: a vocabulary is written with a small random model, and llama.cpp's `/tokenize` is asked for HARD strings. Text: both
-sides take the likeliest token, firth with the very weights that it reads back from the file, so that rounding them is no
-difference. llama.cpp also rounds what it multiplies with them (to F16, BF16, Q8_0), so only F32 must agree in every
-token; for the others the share of prompts that agree is printed, and how far the logarithms of the next token's ten
-largest probabilities differ, and the perplexity of 201 tokens of a play in both. Golden vocabularies of llama.cpp are
-used where they are in firth's cache (tests/test_text_gguf.py fetches them).
+Ids: a vocabulary is written with a small random model, and llama.cpp's `/tokenize` encodes TRICKY_TEXTS. Text: both sides
+decode greedily, firth with the weights that it reads back from the file, so that both have the same rounding. llama.cpp also
+rounds the activations (to F16, BF16, Q8_0), so only F32 must agree in every token; for the others the table has the number
+of prompts that agree, the difference of the log-probabilities of the ten most likely next tokens, and the perplexity of 201
+tokens of a play in both. Reference vocabularies of llama.cpp are used if they are in firth's cache (tests/test_text_gguf.py
+fetches them).
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ from firth.tokenizer.tokenizer import Tokenizer
 from firth.tokenizer.train import train
 from firth.types import UserError
 
-HARD = (
+TRICKY_TEXTS = (
     "", " ", "  ", "   ", "\t", "\n", "\n\n", "\n\n\n", "\t\n", "Hello world", " Hello world", "Hello World", " Hello, world!",
     "hello   world", "Hello\r\nworld\r\n", "trailing blank ", "  two  blanks  ", "I'm you're we'll IT'S they'D", "it''s",
     "1", "12", "123", "1234567890", "3.14159, 1e-5 and 0x7F", "x=3;y=[1,2]", "def f(n):\n    return n\n", "a\tb\t\tc",
@@ -60,8 +60,8 @@ PROMPTS = (
     "First Citizen:", "To be, or not to be", "The king", "What light through yonder", "My lord,", "Enter HAMLET",
     "I have seen", "Good morrow", "O Romeo, Romeo", "Once more unto the breach",
 )  # fmt: skip
-COMMON = 2000
-"""Likeliest tokens whose probabilities a text's perplexity asks llama.cpp for at first: all of them are 4 MB of JSON."""
+TOP_TOKENS = 2000
+"""Most likely tokens whose probabilities are requested for perplexity at first: all of them are 4 MB of JSON."""
 VOCABULARIES = (
     "gpt-2", "llama-spm", "llama-bpe", "qwen2", "qwen35", "falcon", "starcoder", "refact", "command-r", "mpt", "phi-3",
     "deepseek-coder",
@@ -70,21 +70,21 @@ VOCABULARIES = (
 
 @dataclass(frozen=True)
 class Row:
-    """One check. right of count agree; worst: the largest difference of a log-probability, where one is measured."""
+    """Result of a check: `equal` of `count` cases agree."""
 
     what: str
-    right: int
+    equal: int
     count: int
     note: str = ""
 
     @property
     def line(self) -> str:
-        return f"| {self.what} | {self.right} of {self.count} | {self.note} |"
+        return f"| {self.what} | {self.equal} of {self.count} | {self.note} |"
 
 
 @dataclass(frozen=True)
 class Server:
-    """llama.cpp's server, on this machine alone."""
+    """Client of a local llama.cpp server."""
 
     address: str
 
@@ -92,28 +92,39 @@ class Server:
         request = urllib.request.Request(
             self.address + path, json.dumps(body).encode(), {"Content-Type": "application/json"}
         )
-        with urllib.request.urlopen(request, timeout=600) as answer:
-            return json.load(answer)  # type: ignore[no-any-return]
+        with urllib.request.urlopen(request, timeout=600) as reply:
+            return json.load(reply)  # type: ignore[no-any-return]
 
 
 @contextmanager
 def serving(
     file: Path, threads: int = 1, context: int = 512, embedding: bool = False, plain: bool = True
 ) -> Iterator[Server]:
-    """llama.cpp with a file, one row at a time. plain: with float32 keys and values and plain attention, not as it comes."""
+    """Serve a file with llama.cpp, one row at a time; `plain` sets float32 keys and values and plain attention."""
     import xllamacpp as library  # type: ignore[import-not-found]
 
-    plan = library.CommonParams()
-    plan.model.path = str(file)
-    plan.n_ctx, plan.n_parallel, plan.cpuparams.n_threads, plan.cpuparams_batch.n_threads = context, 1, threads, threads
+    params = library.CommonParams()
+    params.model.path = str(file)
+    params.n_ctx, params.n_parallel, params.cpuparams.n_threads, params.cpuparams_batch.n_threads = (
+        context,
+        1,
+        threads,
+        threads,
+    )
     if plain:
-        plan.cache_type_k = plan.cache_type_v = library.ggml_type.GGML_TYPE_F32
-        plan.flash_attn_type = library.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
-    plan.warmup, plan.verbosity, plan.cache_prompt, plan.use_jinja, plan.embedding = False, 0, False, True, embedding
+        params.cache_type_k = params.cache_type_v = library.ggml_type.GGML_TYPE_F32
+        params.flash_attn_type = library.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
+    params.warmup, params.verbosity, params.cache_prompt, params.use_jinja, params.embedding = (
+        False,
+        0,
+        False,
+        True,
+        embedding,
+    )
     if embedding:
-        plan.pooling_type = library.llama_pooling_type.LLAMA_POOLING_TYPE_NONE
-        plan.embd_normalize = -1
-    server = library.Server(plan)
+        params.pooling_type = library.llama_pooling_type.LLAMA_POOLING_TYPE_NONE
+        params.embd_normalize = -1
+    server = library.Server(params)
     try:
         yield Server(server.listening_address)
     finally:
@@ -121,84 +132,91 @@ def serving(
 
 
 def ids(name: str, tokenizer: Tokenizer, file: Path) -> Row:
-    """HARD strings to ids, as text alone: no bos, no control tokens."""
+    """Compare the ids of TRICKY_TEXTS as plain text, without BOS and control tokens."""
     with serving(file) as server:
         wrong = []
-        for text in HARD:
+        for text in TRICKY_TEXTS:
             theirs = server.ask("/tokenize", {"content": text, "add_special": False, "parse_special": False})["tokens"]
             if theirs != tokenizer.encode(text).tolist():
                 wrong.append(f"{text[:20]!r}: {tokenizer.encode(text).tolist()[:6]}, theirs {theirs[:6]}")
-    return Row(f"{name}: ids", len(HARD) - len(wrong), len(HARD), "; ".join(wrong[:3]))
+    return Row(f"{name}: ids", len(TRICKY_TEXTS) - len(wrong), len(TRICKY_TEXTS), "; ".join(wrong[:3]))
 
 
 def texts(name: str, file: Path, new: int, prompts: Sequence[str] = PROMPTS) -> Row:
-    """Greedy continuations, and the next token's ten likeliest."""
+    """Compare greedy continuations, and the ten most likely next tokens."""
     model, tokenizer = load_model(file), Tokenizer.load(file)
     engine = Engine(model, tokenizer)
-    right, worst, tokens = 0, 0.0, 0
+    equal_count, difference, tokens = 0, 0.0, 0
     with serving(file) as server:
         for prompt in prompts:
-            asked = {"prompt": prompt, "temperature": 0.0, "top_k": 1, "n_predict": new, "return_tokens": True}
-            theirs = server.ask("/completion", asked)["tokens"]
-            shown = encode_prompt(tokenizer, prompt, model)
-            ours = [int(i) for i in engine.generate([shown], Sampling(temperature=0, max_new_tokens=new))[0].tokens]
+            request = {"prompt": prompt, "temperature": 0.0, "top_k": 1, "n_predict": new, "return_tokens": True}
+            theirs = server.ask("/completion", request)["tokens"]
+            prompt_ids = encode_prompt(tokenizer, prompt, model)
+            ours = [
+                int(i) for i in engine.generate([prompt_ids], Sampling(temperature=0, max_new_tokens=new))[0].tokens
+            ]
             same = next(
                 (i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b), min(len(ours), len(theirs))
             )
             tokens += same
-            # Theirs ends with the token that ended it, ours may not hold it.
-            right += same >= min(len(ours), len(theirs)) and abs(len(ours) - len(theirs)) <= 1
-            told = server.ask("/completion", {"prompt": prompt, "temperature": 0.0, "n_predict": 1, "n_probs": 10})
+            # llama.cpp returns the stop token, firth may not.
+            equal_count += same >= min(len(ours), len(theirs)) and abs(len(ours) - len(theirs)) <= 1
+            response = server.ask("/completion", {"prompt": prompt, "temperature": 0.0, "n_predict": 1, "n_probs": 10})
             with attention_pattern_of(model):
-                hidden = model(rectangle([shown], torch.device("cpu")))
+                hidden = model(rectangle([prompt_ids], torch.device("cpu")))
                 found = model.heads["lm"](hidden[:, -1]).log_softmax(-1)[0]
-            said = told.get("completion_probabilities", [])  # none where the text ends at once
-            for one in said[0]["top_logprobs"] if said else ():
-                worst = max(worst, abs(float(found[one["id"]]) - one["logprob"]))
+            top = response.get("completion_probabilities", [])  # missing if the text ends at once
+            for one in top[0]["top_logprobs"] if top else ():
+                difference = max(difference, abs(float(found[one["id"]]) - one["logprob"]))
     return Row(
-        f"{name}: greedy", right, len(prompts), f"{tokens / len(prompts):.1f} tokens alike, log p within {worst:.1e}"
+        f"{name}: greedy",
+        equal_count,
+        len(prompts),
+        f"{tokens / len(prompts):.1f} equal tokens, log p within {difference:.1e}",
     )
 
 
 def perplexity(name: str, file: Path, tokens: Sequence[int]) -> Row:
-    """A text's perplexity in llama.cpp, and in firth with the weights that it reads from the same file.
+    """Compare the perplexity of a text in llama.cpp and in firth with the weights from the same file.
 
-    llama.cpp is asked for the COMMON likeliest tokens behind each prefix, and for all where the right one is not there.
+    The request is for the TOP_TOKENS most likely tokens after each prefix, and for all if the actual token is not among them.
     """
     model = load_model(file)
     with attention_pattern_of(model):
         hidden = model(rectangle([np.array(tokens)], torch.device("cpu")))
         found = model.heads["lm"](hidden[0, :-1]).log_softmax(-1)
     ours = found.gather(1, torch.tensor(tokens[1:])[:, None])[:, 0].double().numpy()
-    theirs, alike = np.zeros_like(ours), 0
+    theirs, equal = np.zeros_like(ours), 0
     with serving(file, context=len(tokens) + 8) as server:
         for at, token in enumerate(tokens[1:]):
-            for count in (COMMON, found.shape[1]):
-                asked = {"prompt": tokens[: at + 1], "n_predict": 1, "n_probs": count, "cache_prompt": True}
-                answer = server.ask("/completion", asked | {"temperature": 0.0})
-                top = answer["completion_probabilities"][0]["top_logprobs"]
-                right = [one["logprob"] for one in top if one["id"] == token]
-                if right:
+            for count in (TOP_TOKENS, found.shape[1]):
+                request = {"prompt": tokens[: at + 1], "n_predict": 1, "n_probs": count, "cache_prompt": True}
+                reply = server.ask("/completion", request | {"temperature": 0.0})
+                top = reply["completion_probabilities"][0]["top_logprobs"]
+                logprobs = [one["logprob"] for one in top if one["id"] == token]
+                if logprobs:
                     break
-            theirs[at] = right[0]
-            alike += top[0]["id"] == int(found[at].argmax())
-    there, here = np.exp(-theirs.mean()), np.exp(-ours.mean())
-    note = f"perplexity {there:.3f}, firth {here:.3f}; log p within {np.abs(theirs - ours).max():.1e}"
-    return Row(f"{name}: likeliest token of {len(ours)}", alike, len(ours), note)
+            theirs[at] = logprobs[0]
+            equal += top[0]["id"] == int(found[at].argmax())
+    their_perplexity, our_perplexity = np.exp(-theirs.mean()), np.exp(-ours.mean())
+    note = (
+        f"perplexity {their_perplexity:.3f}, firth {our_perplexity:.3f}; log p within {np.abs(theirs - ours).max():.1e}"
+    )
+    return Row(f"{name}: most likely token of {len(ours)}", equal, len(ours), note)
 
 
-def play(tokenizer: Tokenizer) -> list[int]:
-    """Return 201 tokens of a play, which is what the smallest recipes have context for."""
+def play_tokens(tokenizer: Tokenizer) -> list[int]:
+    """Return 201 tokens of a play, which fit into the context of the smallest recipes."""
     text = (catalog.fetch("shakespeare", echo=lambda _: None) / "hamlet.txt").read_text("utf-8")
     found: list[int] = tokenizer.encode(text).tolist()[1000:1201]
     return found
 
 
 def dialogue(name: str, file: Path, new: int) -> list[Row]:
-    """Two turns: the text that the template makes, and the answer."""
+    """Compare the text of the chat template, and the answers."""
     model, tokenizer = load_model(file), Tokenizer.load(file)
     engine = Engine(model, tokenizer)
-    said = [
+    cases = [
         [{"role": "user", "content": "Who are you?"}],
         [
             {"role": "user", "content": "Hi <|im_end|> <s>"}, {"role": "assistant", "content": "Hello."},
@@ -206,22 +224,22 @@ def dialogue(name: str, file: Path, new: int) -> list[Row]:
         ],
         [{"role": "system", "content": "Be brief."}, {"role": "user", "content": " blanks "}],
     ]  # fmt: skip
-    alike, answers = 0, 0
+    equal, answers = 0, 0
     with serving(file, context=2048) as server:
-        for messages in said:
+        for messages in cases:
             prompt, _ = chat.encode(tokenizer, messages, open=True)
             written = tokenizer.engine.decode(prompt.tolist(), skip_special_tokens=False)
-            alike += written == server.ask("/apply-template", {"messages": messages})["prompt"]
-            answer = engine.generate([prompt], Sampling(temperature=0, max_new_tokens=new))[0].text
-            asked = {"messages": messages, "temperature": 0.0, "top_k": 1, "max_tokens": new}
-            theirs = server.ask("/v1/chat/completions", asked)["choices"][0]["message"]["content"]
-            answers += answer.strip() == theirs.strip()
-    note = "the second says <|im_end|>, which is text to firth and a control token to llama.cpp"
-    return [Row(f"{name}: template", alike, len(said)), Row(f"{name}: answers", answers, len(said), note)]
+            equal += written == server.ask("/apply-template", {"messages": messages})["prompt"]
+            reply = engine.generate([prompt], Sampling(temperature=0, max_new_tokens=new))[0].text
+            request = {"messages": messages, "temperature": 0.0, "top_k": 1, "max_tokens": new}
+            theirs = server.ask("/v1/chat/completions", request)["choices"][0]["message"]["content"]
+            answers += reply.strip() == theirs.strip()
+    note = "the second dialogue contains <|im_end|>, which is text in firth and a control token in llama.cpp"
+    return [Row(f"{name}: template", equal, len(cases)), Row(f"{name}: answers", answers, len(cases), note)]
 
 
-def random(config: ModelConfig, seed: int = 0) -> LM:
-    """A model with weights so large that greedy text is not one token for ever."""
+def random_model(config: ModelConfig, seed: int = 0) -> LM:
+    """Return a random model with weights so large that greedy decoding does not repeat one token."""
     torch.manual_seed(seed)
     model = LM(replace(config, init_std=0.08, dropout=0.0), {"lm": LMHead(config)}).eval()
     with torch.no_grad():
@@ -231,15 +249,15 @@ def random(config: ModelConfig, seed: int = 0) -> LM:
     return model
 
 
-def small() -> Tokenizer:
-    """A byte-level BPE of this file's own words."""
+def small_tokenizer() -> Tokenizer:
+    """Train a byte-level BPE on this file."""
     return train([Path(__file__).read_text("utf-8") * 2], "byte-bpe", 700)
 
 
-def goldens(directory: Path) -> Iterator[tuple[str, Tokenizer]]:
-    """llama.cpp's own vocabularies, where their package is in the cache."""
-    shelf = catalog.cache() / "archives" / "pypi-sdist-llama-cpp-python-0.3.36"
-    for archive in sorted(shelf.glob("*.tar.gz")):
+def reference_vocabularies(directory: Path) -> Iterator[tuple[str, Tokenizer]]:
+    """Yield llama.cpp's own vocabularies if their package is in the cache."""
+    archives = catalog.cache() / "archives" / "pypi-sdist-llama-cpp-python-0.3.36"
+    for archive in sorted(archives.glob("*.tar.gz")):
         wanted = [f"*/llama.cpp/models/ggml-vocab-{name}.gguf" for name in VOCABULARIES]
         for path, file in download.members(archive, wanted):
             (directory / Path(path).name).write_bytes(file.read())
@@ -247,80 +265,82 @@ def goldens(directory: Path) -> Iterator[tuple[str, Tokenizer]]:
 
 
 def vectors(file: Path, tokenizer: Tokenizer, model: LM) -> Row:
-    """An encoder's hidden states of every token."""
-    said = ("the king is here", "a longer text, with signs!", "x")
-    right, worst = 0, 0.0
+    """Compare the hidden states of an encoder."""
+    cases = ("the king is here", "a longer text, with signs!", "x")
+    equal_count, difference = 0, 0.0
     with serving(file, embedding=True) as server:
-        for text in said:
+        for text in cases:
             theirs = np.array(server.ask("/embedding", {"content": text})[0]["embedding"])  # type: ignore[index]
-            framed = tokenizer.vocab.add_special_tokens(tokenizer.encode(text)).astype(np.int64)
+            input_ids = tokenizer.vocab.add_special_tokens(tokenizer.encode(text)).astype(np.int64)
             with attention_pattern_of(model):
-                ours = model(rectangle([framed], torch.device("cpu"), causal=False))[0].numpy()
-            worst = max(worst, float(np.abs(ours - theirs).max()) if ours.shape == theirs.shape else np.inf)
-            right += ours.shape == theirs.shape and bool(np.allclose(ours, theirs, atol=2e-3))
-    return Row("bert, random: hidden states", right, len(said), f"within {worst:.1e}")
+                ours = model(rectangle([input_ids], torch.device("cpu"), causal=False))[0].numpy()
+            difference = max(difference, float(np.abs(ours - theirs).max()) if ours.shape == theirs.shape else np.inf)
+            equal_count += ours.shape == theirs.shape and bool(np.allclose(ours, theirs, atol=2e-3))
+    return Row("bert, random: hidden states", equal_count, len(cases), f"within {difference:.1e}")
 
 
 def checks(arguments: argparse.Namespace, folder: Path) -> Iterator[Row]:
-    """Every check that the arguments ask for."""
-    tokenizer = small()
+    """Run the checks that the arguments select."""
+    tokenizer = small_tokenizer()
     size = tokenizer.vocab.size
     file = folder / "file.gguf"
     config = llama(size, 128, 3, 4, 256, max_positions=512, num_kv_heads=2)
     for kind in PACK:
-        gguf.write(random(config), tokenizer, file, kind)
+        gguf.write(random_model(config), tokenizer, file, kind)
         yield texts(f"llama, random, {kind}", file, arguments.new)
     yield ids("firth's byte-bpe", tokenizer, file)
     biased = replace(config, bias=True, tie_embeddings=True, rope_theta=50000.0, num_kv_heads=4)
-    gguf.write(random(biased), tokenizer, file, "F32")
+    gguf.write(random_model(biased), tokenizer, file, "F32")
     yield texts("llama, tied and biased, F32", file, arguments.new)
     for name, more in (
         ("qwen2", {"bias": True, "bias_location": "qkv"}),
         ("qwen3", {"qk_norm": True, "qk_norm_weight": True}),
     ):
         made: dict[str, Any] = more
-        gguf.write(random(replace(config, **made)), tokenizer, file, "F32")
+        gguf.write(random_model(replace(config, **made)), tokenizer, file, "F32")
         yield texts(f"{name}, random, F32", file, arguments.new)
-    gguf.write(random(replace(gpt2(size, 128, 3, 4), max_positions=512)), tokenizer, file, "F32")
+    gguf.write(random_model(replace(gpt2(size, 128, 3, 4), max_positions=512)), tokenizer, file, "F32")
     yield texts("gpt2, random, F32", file, arguments.new)
     words = catalog.cache() / "minilm" / "vocab.txt"
     if words.is_file():
         uncased = Tokenizer.load(words)
-        model = random(bert(uncased.vocab.size, 64, 2, 4))
+        model = random_model(bert(uncased.vocab.size, 64, 2, 4))
         gguf.write(model, uncased, file, "F32")
         yield ids("bert's WordPiece", uncased, file)
         yield vectors(file, uncased, model)
-    for name, golden in goldens(folder):
-        gguf.write(random(llama(golden.vocab.size, 32, 1, 1, 32)), golden, file, "F16")
-        yield ids(f"{name}, read and written", golden, file)
+    for name, reference in reference_vocabularies(folder):
+        gguf.write(random_model(llama(reference.vocab.size, 32, 1, 1, 32)), reference, file, "F16")
+        yield ids(f"{name}, read and written", reference, file)
     if arguments.run:
         model, tokenizer = load_model(arguments.run / "model"), Tokenizer.load(arguments.run)
         for kind in PACK:
             gguf.write(model, tokenizer, file, kind)
             yield texts(f"{arguments.run.name}, {kind}", file, arguments.new)
-            yield perplexity(f"{arguments.run.name}, {kind}", file, play(tokenizer))
+            yield perplexity(f"{arguments.run.name}, {kind}", file, play_tokens(tokenizer))
         yield ids(f"{arguments.run.name}", tokenizer, file)
     if arguments.chat:
         model, tokenizer = load_model(arguments.chat / "model"), Tokenizer.load(arguments.chat)
         gguf.write(model, tokenizer, file, "F32", dialogue=True)
         yield from dialogue(f"{arguments.chat.name}, F32", file, arguments.new)
     if arguments.smollm2:
-        place = catalog.fetch("smollm2", echo=lambda _: None)
-        model, tokenizer = load_model(place), Tokenizer.load(place)
+        directory = catalog.fetch("smollm2", echo=lambda _: None)
+        model, tokenizer = load_model(directory), Tokenizer.load(directory)
         gguf.write(model, tokenizer, file, "F32")
         yield ids("smollm2, written", tokenizer, file)
         yield texts("smollm2, F32", file, arguments.new, PROMPTS[:5])
         yield from dialogue("smollm2, F32", file, arguments.new)
         for kind in ("F32", "Q8_0", "Q4_0"):
             gguf.write(model, tokenizer, file, kind)
-            yield perplexity(f"smollm2, {kind}", file, play(tokenizer))
+            yield perplexity(f"smollm2, {kind}", file, play_tokens(tokenizer))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
-    parser.add_argument("--site", type=Path, default=None, help="where xllamacpp was installed, if not here")
+    parser.add_argument(
+        "--site", type=Path, default=None, help="directory in which xllamacpp was installed with --target"
+    )
     parser.add_argument("--run", type=Path, default=None, help="a run of a llama")
-    parser.add_argument("--chat", type=Path, default=None, help="a run of a llama that was trained on dialogues")
+    parser.add_argument("--chat", type=Path, default=None, help="a run of a llama trained on dialogues")
     parser.add_argument(
         "--smollm2", action="store_true", help="also SmolLM2-135M, written in F32 (540 MB), Q8_0 and Q4_0"
     )

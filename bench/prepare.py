@@ -1,12 +1,13 @@
-"""From text to the first step: how fast it is read, a tokenizer is trained on it, and it is encoded.
+"""Speed of data preparation: reading text, training a tokenizer, and encoding.
 
     python -m bench.prepare                          # three corpora of `firth fetch`, 27 MB
     python -m bench.prepare FILES --megabytes 20 --only encode train-byte-bpe --rounds 1
 
-Three questions, each a ratio within a round: all cores against one, of the whole way (hash, held-out documents, tokenizer,
-token stores) and of encoding alone; firth's trainer against the tokenizers library's own on the same sample with the same
-pre-tokenizer; and how often each file is opened. Each share of work is a process of its own, and one core means that the
-process may use no other. What each does is checked: stores on one core and on all have the same hash, and so do merges.
+Comparisons, each a ratio within a round: all cores against one, for the whole preparation (hash, held-out documents,
+tokenizer, token stores) and for encoding alone; firth's tokenizer training against that of the tokenizers library on the same
+sample with the same pre-tokenizer. The output also has the number of times that each file is opened. Each measurement is a
+process of its own; on one core its CPU affinity is set. Results are checked: stores of one core and of all cores have the
+same hash, and so have the merges.
 """
 
 from __future__ import annotations
@@ -36,40 +37,40 @@ from firth.runs.tokenizer import tokenizer_of
 from firth.tokenizer import train
 
 CORPORA = ("shakespeare", "sotu", "wordnet")
-SIZE = 8192
-TRAINED = ("byte-bpe", "bpe", "wordpiece", "unigram")
+VOCAB_SIZE = 8192
+ALGORITHMS = ("byte-bpe", "bpe", "wordpiece", "unigram")
 
 
 def documents(paths: Sequence[str], megabytes: float) -> list[Document]:
-    """The first documents of the files, so many megabytes of text."""
-    found: list[Document] = []
+    """Return the first documents of the files, up to so many megabytes of text."""
+    result: list[Document] = []
     size = 0
     for document in readers.documents(paths):
-        found.append(document)
+        result.append(document)
         size += len(document.text.encode())
         if size >= megabytes * 1e6:
             break
-    return found
+    return result
 
 
-def encode(some: list[Document]) -> Callable[[], str]:
+def encode(selected: list[Document]) -> Callable[[], str]:
     """Build a token store; return its hash."""
-    tokenizer = train.train((d.text for d in some[:: max(1, len(some) // 100)]), "byte-bpe", SIZE)
+    tokenizer = train.train((d.text for d in selected[:: max(1, len(selected) // 100)]), "byte-bpe", VOCAB_SIZE)
     folder = tempfile.TemporaryDirectory()
 
     def work() -> str:
         with folder:
-            return str(TokenStore.build(some, tokenizer, Path(folder.name) / "store").manifest["content"])
+            return str(TokenStore.build(selected, tokenizer, Path(folder.name) / "store").manifest["content"])
 
     return work
 
 
-def prepare(some: list[Document]) -> Callable[[], str]:
-    """Do all that a run does before its model is made; return the hashes of its stores and how often files are opened."""
+def prepare(selected: list[Document]) -> Callable[[], str]:
+    """Prepare the data of a run; return the hashes of its stores and how often files are opened."""
     folder = tempfile.TemporaryDirectory()
     texts = Path(folder.name) / "texts"
     texts.mkdir()
-    for i, document in enumerate(some):
+    for i, document in enumerate(selected):
         (texts / f"{i:06d}.txt").write_text(document.text, "utf-8")
     opened: collections.Counter[str] = collections.Counter()
 
@@ -83,7 +84,7 @@ def prepare(some: list[Document]) -> Callable[[], str]:
         with folder:
             directory = Path(folder.name) / "run"
             directory.mkdir()
-            recipe = load("gpt", [f"data.path={texts}", f"tokenizer.vocab_size={SIZE}"])
+            recipe = load("gpt", [f"data.path={texts}", f"tokenizer.vocab_size={VOCAB_SIZE}"])
             inputs = RunInputs.read(recipe, directory, _silent)
             tokenizer = tokenizer_of(recipe, directory, _silent, inputs)
             stores = RunData(recipe.data, tokenizer, directory, log=_silent).stores()
@@ -94,43 +95,50 @@ def prepare(some: list[Document]) -> Callable[[], str]:
 
 
 def _silent(_: str) -> None:
-    """Nothing is said while the clock runs."""
+    """Drop progress lines."""
 
 
-def trained(some: list[Document], algorithm: str) -> Callable[[], str]:
-    """Train a tokenizer; return a hash of its merges, where it has some."""
+def train_firth(selected: list[Document], algorithm: str) -> Callable[[], str]:
+    """Train a tokenizer; return a hash of its merges, or "" without merges."""
 
     def work() -> str:
-        made = train.train((d.text for d in some), algorithm, SIZE, byte_fallback=False)
-        return _hash([(m.left, m.right) for m in made.merges]) if made.merges else ""
+        tokenizer = train.train((d.text for d in selected), algorithm, VOCAB_SIZE, byte_fallback=False)
+        return _hash([(m.left, m.right) for m in tokenizer.merges]) if tokenizer.merges else ""
 
     return work
 
 
-def by_library(some: list[Document], algorithm: str) -> Callable[[], str]:
-    """The same by the library's own trainer, which is given the same first ids."""
+def train_library(selected: list[Document], algorithm: str) -> Callable[[], str]:
+    """Train with the library's trainer, with the same initial ids."""
     from tokenizers import Tokenizer, models, trainers
 
-    sample = list(train.reservoir((d.text for d in some), 200_000_000, 0))
+    sample = list(train.reservoir((d.text for d in selected), 200_000_000, 0))
     engine = train.blank(algorithm, "<unk>")
-    made = train.train((d.text for d in some), algorithm, SIZE, byte_fallback=False) if algorithm != "unigram" else None
+    tokenizer = (
+        train.train((d.text for d in selected), algorithm, VOCAB_SIZE, byte_fallback=False)
+        if algorithm != "unigram"
+        else None
+    )
 
     def work() -> str:
-        if made is None:
-            learner = Tokenizer(models.Unigram())
+        if tokenizer is None:
+            library_tokenizer = Tokenizer(models.Unigram())
             trainer = trainers.UnigramTrainer(
-                vocab_size=SIZE, special_tokens=list(train.CONTROL), unk_token="<unk>", show_progress=False
+                vocab_size=VOCAB_SIZE, special_tokens=list(train.CONTROL), unk_token="<unk>", show_progress=False
             )
         else:
-            learner = Tokenizer(models.BPE())
-            marks = {"bpe": {"end_of_word_suffix": train.END}, "wordpiece": {"continuing_subword_prefix": train.CONTINUATION}}
-            first = [made.token(i) for i in range(made.vocab.size - len(made.merges))]
+            library_tokenizer = Tokenizer(models.BPE())
+            affixes = {
+                "bpe": {"end_of_word_suffix": train.END},
+                "wordpiece": {"continuing_subword_prefix": train.CONTINUATION},
+            }
+            initial_ids = [tokenizer.token(i) for i in range(tokenizer.vocab.size - len(tokenizer.merges))]
             trainer = trainers.BpeTrainer(
-                vocab_size=SIZE, special_tokens=first, show_progress=False, **marks.get(algorithm, {})
+                vocab_size=VOCAB_SIZE, special_tokens=initial_ids, show_progress=False, **affixes.get(algorithm, {})
             )
-        learner.normalizer, learner.pre_tokenizer = engine.normalizer, engine.pre_tokenizer
-        learner.train_from_iterator(sample, trainer)
-        return "" if made is None else _hash(json.loads(learner.to_str())["model"]["merges"])
+        library_tokenizer.normalizer, library_tokenizer.pre_tokenizer = engine.normalizer, engine.pre_tokenizer
+        library_tokenizer.train_from_iterator(sample, trainer)
+        return "" if tokenizer is None else _hash(json.loads(library_tokenizer.to_str())["model"]["merges"])
 
     return work
 
@@ -140,53 +148,57 @@ def _hash(value: Any) -> str:
 
 
 def candidates() -> dict[str, tuple[str, str]]:
-    """Question -> the two shares of work that it compares: the one in question, and its peer."""
+    """Return the two measurements of each comparison: the one in question, and its peer."""
     return {"prepare": ("prepare@all", "prepare@1"), "encode": ("encode@all", "encode@1")} | {
-        f"train-{algorithm}": (f"ours-{algorithm}@all", f"library-{algorithm}@all") for algorithm in TRAINED
+        f"train-{algorithm}": (f"ours-{algorithm}@all", f"library-{algorithm}@all") for algorithm in ALGORITHMS
     }
 
 
-def one(name: str, paths: Sequence[str], megabytes: float) -> None:
-    """Do one share of work and print its seconds, megabytes and result. The setting up is not timed."""
+def measure(name: str, paths: Sequence[str], megabytes: float) -> None:
+    """Print seconds, megabytes and result of a measurement. The setup is not timed."""
     what, _, cores = name.partition("@")
     if cores == "1":
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:1])
-    some = documents(paths, megabytes)
+    selected = documents(paths, megabytes)
     kind, _, algorithm = what.partition("-")
-    plain = {"prepare": prepare, "encode": encode}
-    work = plain[what](some) if what in plain else (trained if kind == "ours" else by_library)(some, algorithm)
-    began = time.perf_counter()
+    setups = {"prepare": prepare, "encode": encode}
+    work = (
+        setups[what](selected)
+        if what in setups
+        else (train_firth if kind == "ours" else train_library)(selected, algorithm)
+    )
+    started = time.perf_counter()
     result = work()
-    seconds = time.perf_counter() - began
-    size = sum(len(d.text.encode()) for d in some) / 1e6
+    seconds = time.perf_counter() - started
+    size = sum(len(d.text.encode()) for d in selected) / 1e6
     print(json.dumps({"seconds": seconds, "megabytes": size, "result": result}))
 
 
-def share(name: str, given: argparse.Namespace, paths: Sequence[str]) -> dict[str, Any]:
-    """Run one share of work in a process of its own."""
-    command = [sys.executable, "-m", "bench.prepare", *paths, "--one", name, "--megabytes", str(given.megabytes)]
+def run_one(name: str, args: argparse.Namespace, paths: Sequence[str]) -> dict[str, Any]:
+    """Run a measurement in a process of its own."""
+    command = [sys.executable, "-m", "bench.prepare", *paths, "--one", name, "--megabytes", str(args.megabytes)]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    print(f"{name:22s} {found['seconds']:7.2f} s  {found['result']}", file=sys.stderr, flush=True)
-    return found
+    result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    print(f"{name:22s} {result['seconds']:7.2f} s  {result['result']}", file=sys.stderr, flush=True)
+    return result
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("paths", nargs="*", help="text files or directories; three corpora of `firth fetch` if none")
-    parser.add_argument("--megabytes", type=float, default=27, help="of text, from its beginning")
+    parser.add_argument("--megabytes", type=float, default=27, help="megabytes of text, from the start")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--only", nargs="*", choices=list(candidates()), help="some of the questions")
-    parser.add_argument("--one", help="do one share of work (this is how the others are started)")
-    given = parser.parse_args()
-    paths = given.paths or [path for name in CORPORA for path in catalog.paths(name, _silent)]
-    if given.one:
-        one(given.one, paths, given.megabytes)
+    parser.add_argument("--only", nargs="*", choices=list(candidates()), help="some of the comparisons")
+    parser.add_argument("--one", help="run one measurement in this process")
+    args = parser.parse_args()
+    paths = args.paths or [path for name in CORPORA for path in catalog.paths(name, _silent)]
+    if args.one:
+        measure(args.one, paths, args.megabytes)
         return
     rows = []
-    for question in given.only or candidates():
-        mine, peer = candidates()[question]
-        rounds = [(share(mine, given, paths), share(peer, given, paths)) for _ in range(given.rounds)]
+    for question in args.only or candidates():
+        ours, peer = candidates()[question]
+        rounds = [(run_one(ours, args, paths), run_one(peer, args, paths)) for _ in range(args.rounds)]
         ratios = [b["seconds"] / a["seconds"] for a, b in rounds]
         speeds = [statistics.median(side[i]["megabytes"] / side[i]["seconds"] for side in rounds) for i in (0, 1)]
         same = "yes" if len({side["result"] for pair in rounds for side in pair}) == 1 else "NO"
@@ -197,7 +209,7 @@ def main() -> None:
     print("| | MB/s, all cores (training: firth's) | MB/s, one core (training: the library's) | ratio | same result |")
     print("|---|---|---|---|---|")
     print("\n".join(rows))
-    print(f"\n{given.rounds} rounds of {given.megabytes:g} MB; {cpu_name()}, {len(os.sched_getaffinity(0))} cores.")
+    print(f"\n{args.rounds} rounds of {args.megabytes:g} MB; {cpu_name()}, {len(os.sched_getaffinity(0))} cores.")
 
 
 if __name__ == "__main__":

@@ -1,14 +1,14 @@
-"""SmolLM2-135M, one row, greedy: firth beside transformers and llama.cpp on the same cores, in the same class of precision.
+"""Greedy generation with SmolLM2-135M, one row: firth against transformers and llama.cpp on the same cores, by precision.
 
     pip install --no-deps --target LLAMA xllamacpp gguf
     python -m bench.smollm2 --site LLAMA --check      # the same logits, the same 64 tokens on 20 prompts; no timing
-    python -m bench.smollm2 --site LLAMA              # the table: NEW tokens behind PROMPT, in turns
+    python -m bench.smollm2 --site LLAMA              # the table: NEW_TOKENS tokens after PROMPT, interleaved
     python -m bench.smollm2 --site LLAMA --only "transformers" "firth"
 
-All begin from the Q4_1 file of `firth fetch smollm2`. firth and transformers (which reads GGUF itself, with the `gguf`
-package) run its weights as float32 or bf16; llama.cpp runs the file as it is, and the F32, F16, Q8_0 and Q4_0 files that
-firth writes from it. Each writes NEW tokens behind the same PROMPT and reads that anew each time; nothing ends an answer early.
-At one row the floor is the weights' bytes over the memory bandwidth: 540 MB in float32, 270 in 16 bits, 144 in Q8_0, 91 in Q4_0.
+All start from the Q4_1 file of `firth fetch smollm2`. firth and transformers (which reads GGUF with the `gguf` package) run
+its weights as float32 or bf16; llama.cpp runs the file unchanged, and the F32, F16, Q8_0 and Q4_0 files that firth writes
+from it. Each writes NEW_TOKENS tokens after the same PROMPT, with prefill each time and without stop tokens. At one row the
+lower bound is the bytes of the weights over the memory bandwidth: 540 MB in float32, 270 in 16 bits, 144 in Q8_0, 91 in Q4_0.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from firth.corpora import catalog
 PROMPT = (
     "The history of the English language begins with the arrival of three Germanic tribes who crossed the North Sea."
 )
-NEW, THREADS = 64, 2
+NEW_TOKENS, THREADS = 64, 2
 
 PROMPTS = (
     PROMPT, "What is the capital of France?", "def fibonacci(n):\n    ", "Once upon a time, in a small village,",
@@ -42,54 +42,54 @@ PROMPTS = (
 )  # fmt: skip
 
 
-def place() -> Path:
-    """The directory with the Q4_1 file."""
+def model_directory() -> Path:
+    """Return the directory with the Q4_1 file."""
     return catalog.fetch("smollm2", echo=lambda _: None)
 
 
-def site(directory: str) -> None:
+def add_site(directory: str) -> None:
     if directory and directory not in sys.path:
         sys.path.insert(0, directory)
 
 
-# ------------------------------------------------------------------------------- the three
+# ------------------------------------------------------------------------------- candidates
 
 
-def theirs(dtype: torch.dtype, where: str) -> tuple[Any, Any]:
-    """transformers' model and tokenizer, out of the GGUF file."""
-    site(where)
+def load_transformers(dtype: torch.dtype, where: str) -> tuple[Any, Any]:
+    """Load the model and tokenizer of transformers from the GGUF file."""
+    add_site(where)
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    [file] = place().glob("*.gguf")
-    model = AutoModelForCausalLM.from_pretrained(place(), gguf_file=file.name, dtype=dtype)
-    return model.eval(), AutoTokenizer.from_pretrained(place(), gguf_file=file.name)
+    [file] = model_directory().glob("*.gguf")
+    model = AutoModelForCausalLM.from_pretrained(model_directory(), gguf_file=file.name, dtype=dtype)
+    return model.eval(), AutoTokenizer.from_pretrained(model_directory(), gguf_file=file.name)
 
 
 def transformers_generate(end_sample: EndSample, dtype: torch.dtype, where: str) -> None:
     torch.set_num_threads(THREADS)
-    model, tokenizer = theirs(dtype, where)
+    model, tokenizer = load_transformers(dtype, where)
     model.generation_config.eos_token_id = None
     ids = torch.tensor([tokenizer.encode(PROMPT, add_special_tokens=False)])
     while True:
-        out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=NEW, do_sample=False)
+        out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=NEW_TOKENS, do_sample=False)
         end_sample(out.shape[1] - ids.shape[1])
 
 
-def ours(weights: str) -> Any:
-    """firth's engine with these weights. What this version of the engine does not have is for the model to be."""
+def load_engine(weights: str) -> Any:
+    """Return firth's engine with weights of a type, converted by the engine if it can, else by the model."""
     from firth.generate.engine import Engine
     from firth.pretrained.load_save import load_model
     from firth.tokenizer.tokenizer import Tokenizer
 
-    model, tokenizer = load_model(place()), Tokenizer.load(place())
-    if weights in lowered():
+    model, tokenizer = load_model(model_directory()), Tokenizer.load(model_directory())
+    if weights in quantized_weights():
         make: Callable[..., Any] = Engine
         return make(model, tokenizer, stops=(), weights=weights)
     return Engine(model.to({"fp32": torch.float32, "bf16": torch.bfloat16}[weights]), tokenizer, stops=())
 
 
-def lowered() -> tuple[str, ...]:
-    """The weights that `Engine` can make of a model itself; none in a version without that option."""
+def quantized_weights() -> tuple[str, ...]:
+    """Return the weight types that `Engine` can convert to; none in a version without that option."""
     from firth.generate.engine import Engine
 
     return ("bf16", "int8", "int8-dynamic") if "weights" in inspect.signature(Engine).parameters else ()
@@ -99,27 +99,29 @@ def firth_generate(end_sample: EndSample, weights: str) -> None:
     from firth.generate.sampling import Sampling
 
     torch.set_num_threads(THREADS)
-    engine = ours(weights)
-    prompt = engine.coder.encode(PROMPT)
+    engine = load_engine(weights)
+    prompt = engine.tokenizer.encode(PROMPT)
     while True:
-        end_sample(len(engine.generate([prompt], Sampling(temperature=0, max_new_tokens=NEW))[0].tokens))
+        end_sample(len(engine.generate([prompt], Sampling(temperature=0, max_new_tokens=NEW_TOKENS))[0].tokens))
 
 
 def llama_generate(end_sample: EndSample, kind: str, where: str) -> None:
-    site(where)
+    add_site(where)
     from bench.llamacpp import serving
     from firth.pretrained import gguf
     from firth.pretrained.load_save import load_model
     from firth.tokenizer.tokenizer import Tokenizer
 
     with tempfile.TemporaryDirectory() as folder:
-        [file] = place().glob("*.gguf")
+        [file] = model_directory().glob("*.gguf")
         if kind != "Q4_1":
-            gguf.write(load_model(place()), Tokenizer.load(place()), Path(folder) / "file.gguf", kind)
+            gguf.write(
+                load_model(model_directory()), Tokenizer.load(model_directory()), Path(folder) / "file.gguf", kind
+            )
             file = Path(folder) / "file.gguf"
-        asked = {
+        request = {
             "prompt": PROMPT,
-            "n_predict": NEW,
+            "n_predict": NEW_TOKENS,
             "temperature": 0.0,
             "top_k": 1,
             "ignore_eos": True,
@@ -127,7 +129,7 @@ def llama_generate(end_sample: EndSample, kind: str, where: str) -> None:
         }
         with serving(file, threads=THREADS, plain=False) as server:
             while True:
-                end_sample(server.ask("/completion", asked)["tokens_predicted"])
+                end_sample(server.ask("/completion", request)["tokens_predicted"])
 
 
 def candidates(where: str) -> dict[str, Callable[[EndSample], None]]:
@@ -136,46 +138,50 @@ def candidates(where: str) -> dict[str, Callable[[EndSample], None]]:
         "transformers": partial(hf, dtype=torch.float32),
         "transformers, bf16": partial(hf, dtype=torch.bfloat16),
         **{f"llama.cpp, {kind}": partial(llama, kind=kind) for kind in ("F32", "F16", "Q8_0", "Q4_1", "Q4_0")},
-        **{f"firth, {w}": partial(firth_generate, weights=w) for w in dict.fromkeys((*lowered(), "bf16"))},
+        **{f"firth, {w}": partial(firth_generate, weights=w) for w in dict.fromkeys((*quantized_weights(), "bf16"))},
         "firth": partial(firth_generate, weights="fp32"),
     }
 
 
-# ------------------------------------------------------------------------------- the same model
+# ------------------------------------------------------------------------------- check
 
 
 def check(where: str) -> None:
-    """transformers and firth on PROMPTS: ids, logits (largest relative difference) and NEW greedy tokens."""
+    """Compare transformers and firth on PROMPTS: ids, logits (relative difference) and NEW_TOKENS greedy tokens."""
     from firth.generate.decoding import attention_pattern_of, rectangle
     from firth.generate.sampling import Sampling
 
-    (model, tokenizer), engine = theirs(torch.float32, where), ours("fp32")
+    (model, tokenizer), engine = load_transformers(torch.float32, where), load_engine("fp32")
     model.generation_config.eos_token_id = None
-    ids, same, worst = 0, 0, 0.0
+    equal_ids, equal_texts, difference = 0, 0, 0.0
     for prompt in PROMPTS:
-        shown = engine.coder.encode(prompt)
-        asked = torch.from_numpy(shown.astype(np.int64))[None]
-        ids += tokenizer.encode(prompt, add_special_tokens=False) == shown.tolist()
+        prompt_ids = engine.tokenizer.encode(prompt)
+        input_ids = torch.from_numpy(prompt_ids.astype(np.int64))[None]
+        equal_ids += tokenizer.encode(prompt, add_special_tokens=False) == prompt_ids.tolist()
         with attention_pattern_of(engine.model):
-            mine = engine.model.heads["lm"](engine.model(rectangle([shown], torch.device("cpu"))))
-            logits = model(asked).logits
-        worst = max(worst, float((mine - logits).abs().max() / logits.abs().max()))
-        out = model.generate(asked, attention_mask=torch.ones_like(asked), max_new_tokens=NEW, do_sample=False)
-        found = engine.generate([shown], Sampling(temperature=0, max_new_tokens=NEW))[0].tokens.tolist()
-        same += found == out[0, asked.shape[1] :].tolist()
+            our_logits = engine.model.heads["lm"](engine.model(rectangle([prompt_ids], torch.device("cpu"))))
+            logits = model(input_ids).logits
+        difference = max(difference, float((our_logits - logits).abs().max() / logits.abs().max()))
+        out = model.generate(
+            input_ids, attention_mask=torch.ones_like(input_ids), max_new_tokens=NEW_TOKENS, do_sample=False
+        )
+        found = engine.generate([prompt_ids], Sampling(temperature=0, max_new_tokens=NEW_TOKENS))[0].tokens.tolist()
+        equal_texts += found == out[0, input_ids.shape[1] :].tolist()
     n = len(PROMPTS)
-    print(f"ids {ids} of {n} alike; logits within {worst:.1e}, relative; {NEW} greedy tokens: {same} of {n} alike")
-    assert ids == same == n and worst < 1e-4
+    print(
+        f"ids {equal_ids} of {n} equal; logits within {difference:.1e}, relative; {NEW_TOKENS} greedy tokens: {equal_texts} of {n} equal"
+    )
+    assert equal_ids == equal_texts == n and difference < 1e-4
 
 
 def main() -> None:
     parser = arguments(__doc__, candidates(""))
-    parser.add_argument("--site", default="", help="where xllamacpp and gguf were installed, if not here")
-    given = parser.parse_args()
-    if given.check:
-        check(given.site)
+    parser.add_argument("--site", default="", help="directory in which xllamacpp and gguf were installed with --target")
+    args = parser.parse_args()
+    if args.check:
+        check(args.site)
     else:
-        command(given, candidates(given.site))
+        command(args, candidates(args.site))
 
 
 if __name__ == "__main__":
