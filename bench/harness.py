@@ -1,6 +1,6 @@
 """Speed comparison of programs on a machine that is never quite idle.
 
-Absolute speeds drift with the machine; ratios measured a second apart do not. Every candidate therefore runs in a process
+Absolute speeds drift with the machine; ratios measured within a second do not. Every candidate therefore runs in a process
 of its own (own allocator, threads and peak memory). All processes stay alive for the whole comparison and take turns: in
 each round every candidate does the same amount of work while the others sleep. The ratio of two candidates is the median
 over rounds of the ratio *within* a round.

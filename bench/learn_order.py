@@ -76,8 +76,8 @@ ABBREVIATION = re.compile(r"\b(Mr|Mrs|Dr|St|Gen|Sen|Rep|Gov|Jr|Col|Capt|Prof|Rev
 def sentences(text: str) -> list[str]:
     """Split a text into sentences.
 
-    >>> sentences('Mr. Hawksley said so. "Really?" He did.')
-    ['Mr. Hawksley said so.', '"Really?"', 'He did.']
+    >>> sentences('Mr. Hawksley spoke. "Really?" He did.')
+    ['Mr. Hawksley spoke.', '"Really?"', 'He did.']
     """
     found: list[str] = []
     for pairs_of in SENTENCE_END.split(text):

@@ -268,8 +268,8 @@ def lee(quick: bool) -> dict[str, float]:
     out = {}
     for arm, start in (("own", pretrained_encoder(Path(), quick)), ("minilm", catalog.fetch("minilm", silent))):
         found, _ = embed(load_model(start), Tokenizer.load(start), texts, length=256)
-        said = [float(found[at[row["text"]]] @ found[at[row["other"]]]) for row in rows]
-        out[arm] = metrics.pearson([row["label"] for row in rows], said)
+        cosines = [float(found[at[row["text"]]] @ found[at[row["other"]]]) for row in rows]
+        out[arm] = metrics.pearson([row["label"] for row in rows], cosines)
     return out
 
 

@@ -109,7 +109,7 @@ def train_and_score(lesson: Lesson, tokenizer_dir: str, out: str) -> Row:
         tokenizer_object=tokenizer.engine, pad_token=tokenizer.token(vocab.pad), eos_token=tokenizer.token(vocab.eos)
     )
     collator = transformers.DataCollatorForSeq2Seq(padding, model=model)
-    _, stats = trained(model, train_pairs, collator, lesson, out, writes=True)
+    _, stats = trained(model, train_pairs, collator, lesson, out, count_targets=True)
     references = [tokenizer.decode(test_pairs[i]["labels"]) for i in range(len(test_pairs))]
     answers, nats, tokens = [], 0.0, 0
     model.eval()

@@ -422,7 +422,7 @@ class Runner:
         for name in (*GRID, "lr"):
             for value in GRID[name]:
                 tried = replace(best, **{name: type(getattr(best, name))(value)})
-                found = self.result(Run(candidate, seconds, 0, tried))
+                found = self.get(Run(candidate, seconds, 0, tried))
                 if found is None:
                     print("Stopped at the limit. Run the same command again to continue.")
                     return
@@ -439,7 +439,7 @@ def plan(seconds: float, candidates: Iterable[str], seeds: Sequence[int]) -> lis
     """Return all runs of a table, with firth's short ones, seed by seed, so that an early stop leaves whole rows."""
     runs = []
     for seed in seeds:
-        runs += [Run(c, seconds, seed, TUNED.result(c), curve=c == "firth") for c in candidates]
+        runs += [Run(c, seconds, seed, TUNED.get(c), curve=c == "firth") for c in candidates]
         if "firth" in candidates:
             runs += [
                 Run("firth", round(seconds / part, 3), seed, None)
@@ -469,10 +469,10 @@ def table(seconds: float, results: Path) -> str:
     parts: dict[str, list[float]] = {}
     for (name, seed), r in sorted(long.items(), key=lambda item: (list(CANDIDATES).index(item[0][0]), item[0][1])):
         cells = ["", "", "", ""]
-        ours = long.result(("firth", seed))
+        ours = long.get(("firth", seed))
         if name != "firth":
             goal = GOALS[name]
-            full_run = short.result((round(seconds / goal, 3), seed))
+            full_run = short.get((round(seconds / goal, 3), seed))
             at = None if ours is None else ours.reaches(r.final)
             if at is not None:
                 parts.setdefault(name, []).append(seconds / at)
@@ -512,7 +512,7 @@ def main() -> None:
         runner.tune(args.tune, args.seconds)
     if args.run:
         for run in plan(args.seconds, args.candidates, args.seeds):
-            if runner.result(run) is None:
+            if runner.get(run) is None:
                 print("Stopped at the limit. Run the same command again to continue.")
                 break
     if args.table:
