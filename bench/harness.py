@@ -207,7 +207,7 @@ class Worker:
         self.process.start()
         child.close()
 
-    def share(self, shared: bool = False) -> Sample:
+    def measure(self, shared: bool = False) -> Sample:
         """Wake the candidate and wait until its sample is done. `shared` is that of `compare`."""
         before = busy_seconds()
         try:

@@ -72,7 +72,7 @@ class Experiment:
         return Budget(max_steps=max(2, round(full * self.scale)))
 
     @property
-    def many(self) -> str:
+    def unlabeled_part(self) -> str:
         """Part of the headlines to train on: all that are not held out, or 2,000 of them in a trial."""
         return "train" if self.scale == 1 else "some"
 
