@@ -139,7 +139,7 @@ def test_our_lora_is_theirs(name: str, tmp_path: Path) -> None:
     torch.testing.assert_close(theirs(there), ours(model), atol=1e-5, rtol=0)
     count = sum(p.numel() for n, p in there.named_parameters() if "lora_" in n)
     lora.freeze(model)
-    assert count == lora.trained(model)
+    assert count == lora.num_trainable_parameters(model)
     wanted = ours(model)
     save_model(lora.merge_and_unload(model), None, tmp_path / "base")
     torch.testing.assert_close(theirs(theirs_of(name, tmp_path)), wanted, atol=1e-5, rtol=0)
@@ -211,9 +211,9 @@ def written(tmp_path: Path, **changes: Any) -> Path:
     model = base("llama", tmp_path)
     lora.add(model, ["q"], LoraConfig(rank=2))
     adapter_files.write(model, tmp_path / "ours", tmp_path / "base")
-    file = tmp_path / "ours" / adapter_files.FILE
+    file = tmp_path / "ours" / adapter_files.CONFIG_FILE
     file.write_text(json.dumps(json.loads(file.read_text()) | changes))
-    (tmp_path / "ours" / adapter_files.OWN).unlink()  # peft's own has none, and its content hashes would differ
+    (tmp_path / "ours" / adapter_files.FIRTH_FILE).unlink()  # peft's own has none, and its content hashes would differ
     return tmp_path / "ours"
 
 
@@ -249,7 +249,7 @@ def test_a_head_that_was_trained_with_it_comes_back_with_it(tmp_path: Path) -> N
     assert torch.equal(again.heads["classes"].weight, model.heads["classes"].weight) and "firth's own" in said
     there = peft.PeftModel.from_pretrained(theirs_of("bert", tmp_path), tmp_path / "ours").eval()
     torch.testing.assert_close(theirs(there), ours(model), atol=1e-5, rtol=0)
-    (tmp_path / "ours" / adapter_files.OWN).write_text(  # as an older version would have, without content hashes
+    (tmp_path / "ours" / adapter_files.FIRTH_FILE).write_text(  # as an older version would have, without content hashes
         '{"parts": {"classes": {"kind": "linear", "in": 32, "out": 4, "bias": true}}}'
     )
     with pytest.raises(UserError, match="does not hold the part 'classes'"):
@@ -269,9 +269,9 @@ def test_an_adapter_of_another_model_is_said(tmp_path: Path) -> None:
     ):
         with pytest.raises(UserError, match=said):
             adapter_files.read(LM(config, {}), place)
-    (place / adapter_files.TENSORS).write_bytes(b"not tensors")
+    (place / adapter_files.WEIGHTS_FILE).write_bytes(b"not tensors")
     with pytest.raises(UserError, match="cannot be read as safetensors"):
         adapter_files.load(place)
-    (place / adapter_files.TENSORS).unlink()
+    (place / adapter_files.WEIGHTS_FILE).unlink()
     with pytest.raises(UserError, match=r"holds no adapter_model\.safetensors"):
         adapter_files.load(place)

@@ -85,7 +85,7 @@ def test_a_classifier_s_adapter_brings_its_head(name: str, tmp_path: Path) -> No
     torch.testing.assert_close(answers(model), wanted, atol=1e-5, rtol=1e-5)
     assert (wanted - before).abs().max() > 0.1
     adapter_files.write(model, tmp_path / "ours", tmp_path / "base", ["classes"])
-    assert not (tmp_path / "ours" / adapter_files.OWN_TENSORS).exists()
+    assert not (tmp_path / "ours" / adapter_files.HEADS_FILE).exists()
     again = theirs_of(name, "ForSequenceClassification", num_labels=3)
     again = peft.PeftModel.from_pretrained(again, tmp_path / "ours").eval()
     torch.testing.assert_close(said(again), wanted, atol=1e-5, rtol=1e-5)

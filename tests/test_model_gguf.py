@@ -62,7 +62,7 @@ def written(tmp_path, shape=SHAPES["llama"], kind="F32", tokenizer=TOKENIZER):
 def test_what_is_written_is_read_bit_for_bit(name, tmp_path):
     model, file = written(tmp_path, SHAPES[name])
     back = load_model(file)
-    assert gguf._lasting(back.config) == gguf._lasting(model.config)
+    assert gguf._comparable(back.config) == gguf._comparable(model.config)
     mine, theirs = model.state_dict(), back.state_dict()
     assert mine.keys() == theirs.keys() and all(torch.equal(mine[k], theirs[k]) for k in mine)
     assert container.read(file).metadata["general.architecture"] == name.partition(",")[0]
@@ -145,10 +145,10 @@ def test_rows_of_a_head_are_in_pairs():
     """llama.cpp turns (0, 1), (2, 3), ...; firth, as transformers, the two halves."""
     kind, told = gguf.LLAMA, {"num_attention_heads": 2, "num_key_value_heads": 1}
     rows = torch.arange(12.0)[:, None]
-    q = gguf._turn(kind, told, "model.layers.0.self_attn.q_proj.weight", rows, back=False)
+    q = gguf._reorder(kind, told, "model.layers.0.self_attn.q_proj.weight", rows, back=False)
     assert q.flatten().tolist() == [0, 3, 1, 4, 2, 5, 6, 9, 7, 10, 8, 11]
-    assert torch.equal(gguf._turn(kind, told, "model.layers.0.self_attn.q_proj.weight", q, back=True), rows)
-    k = gguf._turn(kind, told, "model.layers.0.self_attn.k_proj.weight", rows, back=False)
+    assert torch.equal(gguf._reorder(kind, told, "model.layers.0.self_attn.q_proj.weight", q, back=True), rows)
+    k = gguf._reorder(kind, told, "model.layers.0.self_attn.k_proj.weight", rows, back=False)
     assert k.flatten().tolist() == [0, 6, 1, 7, 2, 8, 3, 9, 4, 10, 5, 11]
 
 

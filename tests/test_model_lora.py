@@ -103,7 +103,7 @@ def test_the_published_number_of_parameters() -> None:
         model = LM(config, {})
         lora.add(model, ["attention.q", "attention.v"], LoraConfig(rank=8))
     lora.freeze(model)
-    assert lora.trained(model) == 294_912
+    assert lora.num_trainable_parameters(model) == 294_912
 
 
 def test_only_the_adapter_gets_a_gradient_and_the_head_gives_a_whole_one() -> None:
@@ -133,11 +133,11 @@ def test_several_adapters_are_switched_and_added() -> None:
         stirred(model, name, seed)
         stirred(own, name, seed)
     for name, own in (("a", one), ("b", two)):
-        lora.use(model, {name: 1.0})
+        lora.set_adapters(model, {name: 1.0})
         assert torch.equal(logits(model), logits(own))
-    lora.use(model, {})
+    lora.set_adapters(model, {})
     assert torch.equal(logits(model), logits(made(DECODER)))
-    lora.use(model, {"a": 0.5, "b": 2.0})
+    lora.set_adapters(model, {"a": 0.5, "b": 2.0})
     both = logits(model)
     for place, low in lora.lora_layers(one, "a").items():
         other = lora.lora_layers(two, "b")[place]
@@ -145,7 +145,7 @@ def test_several_adapters_are_switched_and_added() -> None:
             low.A.data, low.B.data = torch.cat((low.A, other.A)), torch.cat((0.5 * low.B, 2 * other.B), 1)
     torch.testing.assert_close(both, logits(one), atol=1e-5, rtol=0)
     with pytest.raises(UserError, match="no adapter 'c' on this model; there is a, b"):
-        lora.use(model, {"c": 1.0})
+        lora.set_adapters(model, {"c": 1.0})
 
 
 def test_dropout_falls_on_the_adapter_alone() -> None:

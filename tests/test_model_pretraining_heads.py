@@ -118,7 +118,7 @@ def pooler(body: torch.nn.Module) -> torch.nn.Module:
     )
 
 
-@pytest.mark.parametrize("shape", [ELECTRA, BERT], ids=["narrow tables", "wide tables"])
+@pytest.mark.parametrize("config", [ELECTRA, BERT], ids=["narrow tables", "wide tables"])
 @torch.no_grad()
 def test_electra_s_two_models_are_theirs(config: ModelConfig, tmp_path: Path) -> None:
     objective = SOP() + RTD(mlm_probability=0.3, generator_size=0.5)

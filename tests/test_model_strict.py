@@ -151,7 +151,7 @@ def test_what_a_config_asks_for_and_we_lack_is_said(why: str, tmp_path: Path) ->
     kind, fields, said = REFUSED[why]
     model_config = SHAPES.get(kind, LLAMA)
     family = FAMILIES[kind]
-    head = next((h for h in family.heads if h.hf_labels), None)
+    head = next((h for h in family.heads if h.required_config), None)
     foreign(model_config, tmp_path, {"classes": head.make(model_config, 3)} if head else None)
     config = json.loads((tmp_path / "config.json").read_text()) | {"model_type": kind} | fields
     (tmp_path / "config.json").write_text(json.dumps(config))
@@ -261,7 +261,7 @@ def test_a_head_is_written_as_theirs_only_where_it_is(what: str, tmp_path: Path)
 
 
 @pytest.mark.parametrize(
-    "shape",
+    "config",
     [QWEN3, QWEN2, replace(LLAMA, rope_scaling="llama3", rope_factor=4.0, rope_original_max_positions=8),
      replace(LLAMA, bias=True, bias_location="attention", rope_scaling="linear", rope_factor=2.0)],
 )  # fmt: skip
