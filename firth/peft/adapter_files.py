@@ -166,15 +166,15 @@ def write(
         UserError: If the model has no adapter.
     """
     make_directory(directory)
-    low = lora.lora_layers(model, name)
-    names = AdapterNames.of(model, base, low)
+    layers = lora.lora_layers(model, name)
+    names = AdapterNames.of(model, base, layers)
     prefixes = tuple(f"heads.{head}." for head in heads)
     state = {n: t for n, t in model.state_dict().items() if n.startswith(prefixes)} if heads else {}
     theirs = {n: names.tensors[n] for n in state if n in names.tensors}
     if theirs:  # the head's names are those of the class with the head
         names = names.with_head()
-    if low:
-        config, tensors = _lora(names, low)
+    if layers:
+        config, tensors = _lora(names, layers)
         config["modules_to_save"] = sorted({_module_to_save(names.to_file(new)) for new in theirs.values()}) or None
     elif model.prefix is not None:
         config, tensors = _prefix(model, model.prefix)
@@ -182,10 +182,10 @@ def write(
         config, tensors = _prompt(model, model.prompt)
     else:
         raise UserError("this model has no adapter to write")
-    prefix = LORA_PREFIX if low else PEFT_PREFIX
+    prefix = LORA_PREFIX if layers else PEFT_PREFIX
     tensors |= {prefix + names.to_file(new): state[n] for n, new in theirs.items()}
     task = _task(model, names)
-    reason = _why_unsupported(model, names, task, theirs.values(), bool(low))
+    reason = _why_unsupported(model, names, task, theirs.values(), bool(layers))
     if reason:
         config["peft_type"] = UNSUPPORTED_PREFIX + config["peft_type"]
     base_config = {"base_model_name_or_path": str(base.resolve()), "task_type": task, "inference_mode": True}
@@ -213,7 +213,7 @@ def write(
     )
 
 
-def _why_unsupported(model: LM, names: AdapterNames, task: str | None, head: Iterable[str], low: bool) -> str:
+def _why_unsupported(model: LM, names: AdapterNames, task: str | None, head: Iterable[str], is_lora: bool) -> str:
     """Return why peft cannot load an adapter, empty if it can; checked with peft 0.21.
 
     Args:
@@ -221,11 +221,11 @@ def _why_unsupported(model: LM, names: AdapterNames, task: str | None, head: Ite
         names: Names of its modules in transformers.
         task: peft's task type.
         head: Names in transformers of the tensors of the head that was trained with it.
-        low: Whether the adapter is LoRA.
+        is_lora: Whether the adapter is LoRA.
     """
     if names.form is None:
         return ""
-    if low:
+    if is_lora:
         present = " and a ".join(sorted(PREFIX_HEADS & {*model.heads}))
         return f"its base has a {present}, which transformers does not read" if present else ""
     family = names.form.family.name
@@ -243,14 +243,14 @@ def _module_to_save(tensor: str) -> str:
     return first if first in ("classifier", "score") else tensor.rpartition(".")[0]
 
 
-def _lora(names: AdapterNames, low: Mapping[str, LoraLayer]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def _lora(names: AdapterNames, layers: Mapping[str, LoraLayer]) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Return the peft config and tensors of a LoRA adapter."""
     tensors: dict[str, Tensor] = {}
-    at: dict[str, tuple[int, float]] = {}  # module in transformers -> rank and alpha
-    first = next(iter(low.values())).config
+    ranks: dict[str, tuple[int, float]] = {}  # module in transformers -> rank and alpha
+    first = next(iter(layers.values())).config
     for theirs, entry in names.entries.items():
         module_names = modules(entry)
-        pieces = [low.get(module_name) for module_name in module_names]
+        pieces = [layers.get(module_name) for module_name in module_names]
         present = [piece for piece in pieces if piece is not None]
         if not present:
             continue
@@ -262,16 +262,16 @@ def _lora(names: AdapterNames, low: Mapping[str, LoraLayer]) -> tuple[dict[str, 
         else:
             tensors |= {f"{LORA_PREFIX}{name}.lora_A.weight": a, f"{LORA_PREFIX}{name}.lora_B.weight": b}
         rank = len(a)
-        at[theirs] = rank, present[0].config.scaling * (math.sqrt(rank) if first.use_rslora else rank)
-    (rank, alpha), _ = Counter(at.values()).most_common(1)[0]
-    ends = {theirs.rpartition(".")[2] for theirs in at}
-    all_matched = {theirs for theirs in names.entries if theirs.rpartition(".")[2] in ends} == set(at)
+        ranks[theirs] = rank, present[0].config.scaling * (math.sqrt(rank) if first.use_rslora else rank)
+    (rank, alpha), _ = Counter(ranks.values()).most_common(1)[0]
+    suffixes = {theirs.rpartition(".")[2] for theirs in ranks}
+    all_matched = {theirs for theirs in names.entries if theirs.rpartition(".")[2] in suffixes} == set(ranks)
     return {
         "peft_type": "LORA", "r": rank, "lora_alpha": alpha, "lora_dropout": first.dropout, "use_rslora": first.use_rslora,
-        "target_modules": sorted(ends if all_matched else map(names.to_file, at)), "bias": "none", "init_lora_weights": True,
-        "rank_pattern": {names.to_file(theirs): r for theirs, (r, _) in at.items() if r != rank},
-        "alpha_pattern": {names.to_file(theirs): x for theirs, (_, x) in at.items() if x != alpha},
-        "fan_in_fan_out": any(names.entries[theirs].transposed for theirs in at),
+        "target_modules": sorted(suffixes if all_matched else map(names.to_file, ranks)), "bias": "none", "init_lora_weights": True,
+        "rank_pattern": {names.to_file(theirs): r for theirs, (r, _) in ranks.items() if r != rank},
+        "alpha_pattern": {names.to_file(theirs): x for theirs, (_, x) in ranks.items() if x != alpha},
+        "fan_in_fan_out": any(names.entries[theirs].transposed for theirs in ranks),
     }, tensors  # fmt: skip
 
 
@@ -328,8 +328,8 @@ def _read_lora(model: LM, config: Mapping[str, Any], state: dict[str, Tensor], w
         for module_name, rows in zip(
             modules(entry), b[entry.unused_rows :].split(list(entry.sizes) or len(b)), strict=True
         ):
-            low = lora.add_to_module(model, module_name, module_config, name)
-            for mine, theirs in ((low.A, a), (low.B, rows)):
+            layer = lora.add_to_module(model, module_name, module_config, name)
+            for mine, theirs in ((layer.A, a), (layer.B, rows)):
                 if mine.shape != theirs.shape:
                     raise UserError(
                         f"{where / WEIGHTS_FILE}: the adapter of {module!r} does not fit the weight of {module_name}"

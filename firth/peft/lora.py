@@ -297,10 +297,10 @@ def add_to_module(model: LM, module_name: str, config: LoraConfig, name: str = "
         module = adapted
     if name in module.low:
         raise UserError(f"{module_name} already has an adapter {name!r}: choose another name")
-    low = LoraLayer(module.weight, config)
-    module.low[name] = low
-    low.train(module.training)
-    return low
+    layer = LoraLayer(module.weight, config)
+    module.low[name] = layer
+    layer.train(module.training)
+    return layer
 
 
 def _replace(model: LM, module_name: str, module: nn.Module) -> None:
@@ -329,8 +329,8 @@ def set_adapters(model: LM, weights: Mapping[str, float]) -> None:
             raise UserError(
                 "the adapters are merged into the weights: unmerge them before changing the adapter weights"
             )
-        for name, low in module.low.items():
-            low.adapter_weight = weights.get(name, 0.0)  # type: ignore[assignment]
+        for name, layer in module.low.items():
+            layer.adapter_weight = weights.get(name, 0.0)  # type: ignore[assignment]
 
 
 @torch.no_grad()

@@ -182,14 +182,14 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         UserError: As `read_config`, and for an unknown tensor.
     """
     file = gguf.read(path)
-    kind = architecture(file)
-    config, state = to_hf_config(file, kind), {}
+    arch = architecture(file)
+    config, state = to_hf_config(file, arch), {}
     for name, stored in file.tensors.items():
-        ours = kind.family_name(name)
+        ours = arch.family_name(name)
         if ours is None:
-            raise UserError(f"{path} has the tensor {name!r}, which firth's {kind.family} models do not have")
+            raise UserError(f"{path} has the tensor {name!r}, which firth's {arch.family} models do not have")
         numbers = torch.from_numpy(unpack(stored.kind, stored.data).reshape(stored.shape))
-        state[ours] = _reorder(kind, config, ours, numbers, back=True)
+        state[ours] = _reorder(arch, config, ours, numbers, back=True)
     return state
 
 
@@ -214,21 +214,21 @@ def architecture(file: GGUFFile) -> GGUFArchitecture:
     return found
 
 
-def to_hf_config(file: GGUFFile, kind: GGUFArchitecture) -> dict[str, Any]:
+def to_hf_config(file: GGUFFile, arch: GGUFArchitecture) -> dict[str, Any]:
     """Return the config.json for a file's metadata; raise a UserError if a key is missing, invalid, or not supported."""
     if file.metadata.get("split.count", 1) not in (0, 1):
         raise UserError(f"{file.path} is one of several files of a model: join them with llama-gguf-split --merge")
-    prefix = f"{kind.name}."
+    prefix = f"{arch.name}."
     settings = {key.removeprefix(prefix): value for key, value in file.metadata.items() if key.startswith(prefix)}
-    config: dict[str, Any] = {"model_type": kind.family, **kind.fixed}
-    for name, key in kind.fields.items():
-        if key not in settings and name not in kind.optional:
+    config: dict[str, Any] = {"model_type": arch.family, **arch.fixed}
+    for name, key in arch.fields.items():
+        if key not in settings and name not in arch.optional:
             raise UserError(f"{file.path}: its metadata lacks {prefix + key!r}")
         if key in settings:
             value = config[name] = settings.pop(key)
             if type(value) not in (int, float) or not 0 < value < 2**31:
                 raise UserError(f"{file.path}: {prefix + key!r} is {value!r:.40}, not a number above 0")
-    for name, tensor in kind.row_counts.items():
+    for name, tensor in arch.row_counts.items():
         if tensor not in file.tensors:
             raise UserError(f"{file.path} lacks the tensor {tensor!r}")
         config[name] = file.tensors[tensor].shape[0]
@@ -244,7 +244,7 @@ def to_hf_config(file: GGUFFile, kind: GGUFArchitecture) -> dict[str, Any]:
         )
     config |= _rope_scaling(file, prefix, settings)
     for key, value in settings.items():
-        if key not in kind.ignored and (key not in kind.required_metadata or value != kind.required_metadata[key]):
+        if key not in arch.ignored and (key not in arch.required_metadata or value != arch.required_metadata[key]):
             raise UserError(f"{file.path} has {prefix}{key} = {value!r:.40}, which firth does not support")
     return config | {
         "tie_word_embeddings": "output.weight" not in file.tensors,
@@ -254,23 +254,23 @@ def to_hf_config(file: GGUFFile, kind: GGUFArchitecture) -> dict[str, Any]:
 
 def _rope_scaling(file: GGUFFile, prefix: str, settings: dict[str, Any]) -> dict[str, Any]:
     """Remove the RoPE scaling from the settings and return its config.json field; only linear scaling is supported."""
-    kind, factor = settings.pop("rope.scaling.type", "none"), settings.pop("rope.scaling.factor", None)
+    scaling, factor = settings.pop("rope.scaling.type", "none"), settings.pop("rope.scaling.factor", None)
     original = settings.pop("rope.scaling.original_context_length", None)
-    if kind == "none" and factor is None and original is None:
+    if scaling == "none" and factor is None and original is None:
         return {}
-    if kind != "linear" or type(factor) is not float:
+    if scaling != "linear" or type(factor) is not float:
         raise UserError(
-            f"{file.path} has {prefix}rope.scaling.type = {kind!r:.40}, which firth does not support in GGUF files"
+            f"{file.path} has {prefix}rope.scaling.type = {scaling!r:.40}, which firth does not support in GGUF files"
         )
     return {"rope_scaling": {"rope_type": "linear", "factor": factor}}
 
 
-def _reorder(kind: GGUFArchitecture, config: Mapping[str, Any], name: str, tensor: Tensor, back: bool) -> Tensor:
+def _reorder(arch: GGUFArchitecture, config: Mapping[str, Any], name: str, tensor: Tensor, back: bool) -> Tensor:
     """Convert a tensor from the family's layout to the file's, or back: interleaved rows and transposed matrices."""
-    module = name.removeprefix(kind.layer_prefix).partition(".")[2].rpartition(".")[0]
-    if module in kind.transposed and tensor.ndim == 2:
+    module = name.removeprefix(arch.layer_prefix).partition(".")[2].rpartition(".")[0]
+    if module in arch.transposed and tensor.ndim == 2:
         return tensor.t().contiguous()
-    if module in kind.interleaved:
+    if module in arch.interleaved:
         heads = config["num_attention_heads"]
         if module.endswith("k_proj"):
             heads = config.get("num_key_value_heads", heads)
@@ -313,30 +313,30 @@ def write(
     """
     if kind not in PACK:
         raise UserError(f"firth does not write {kind!r} to GGUF files: use {', '.join(PACK)}")
-    found = next((a for a in ARCHITECTURES.values() if supports(a, model.config)), None)
-    if found is None:
+    arch = next((a for a in ARCHITECTURES.values() if supports(a, model.config)), None)
+    if arch is None:
         raise UserError(_unsupported_message(model.config))
     if tokenizer.vocab.size > model.config.vocab_size:
         raise UserError(f"the tokenizer has {tokenizer.vocab.size} ids and the model {model.config.vocab_size}")
-    family = FAMILIES[found.family]
+    family = FAMILIES[arch.family]
     config = family.to_hf_config(model.config)
-    metadata: dict[str, Any] = {"general.architecture": found.name, "general.type": "model", **(facts or {})}
-    metadata |= to_metadata(found, config)
+    metadata: dict[str, Any] = {"general.architecture": arch.name, "general.type": "model", **(facts or {})}
+    metadata |= to_metadata(arch, config)
     metadata |= {"general.file_type": FILE_TYPES[kind], "general.quantization_version": 2}
     metadata |= gguf_write.metadata(tokenizer, model.config.vocab_size, dialogue)
     state = {name: tensor.detach() for name, tensor in model.state_dict().items()}
-    entries = family.weight_mappings(model.config, "lm" in model.heads and "lm_head" in found.names)
+    entries = family.weight_mappings(model.config, "lm" in model.heads and "lm_head" in arch.names)
     left_out = [
         name for name in state if name not in model.shared_parameters() and not any(name in e.names for e in entries)
     ]
     theirs = to_hf(state, entries)
-    untied = any(found.gguf_name(name) == "output.weight" for name in theirs)
+    untied = any(arch.gguf_name(name) == "output.weight" for name in theirs)
     written = []
     for name, tensor in theirs.items():
-        shape = tuple(_reorder(found, config, name, tensor.to("meta"), back=False).shape)
-        stored = stored_kind(found.gguf_name(name), shape, kind, untied)
-        make = partial(_packed, found, config, name, tensor, stored)
-        written.append(GGUFTensorSpec(found.gguf_name(name), stored, shape, make))
+        shape = tuple(_reorder(arch, config, name, tensor.to("meta"), back=False).shape)
+        stored = stored_kind(arch.gguf_name(name), shape, kind, untied)
+        make = partial(_packed, arch, config, name, tensor, stored)
+        written.append(GGUFTensorSpec(arch.gguf_name(name), stored, shape, make))
     if not any(one.kind == kind for one in written):
         raise UserError(
             f"{kind} stores the numbers of a row in blocks of {KINDS[kind].block}, and no matrix of this model has rows of a "
@@ -344,7 +344,7 @@ def write(
         )
     gguf.write(path, metadata, written)
     dropped = f", without {', '.join(sorted({n.split('.')[1] for n in left_out}))}" if left_out else ""
-    return f"llama.cpp loads it as {found.name}, {kind}{_exceptions(written, kind)}{dropped}"
+    return f"llama.cpp loads it as {arch.name}, {kind}{_exceptions(written, kind)}{dropped}"
 
 
 FILE_TYPES = {"F32": 0, "F16": 1, "Q4_0": 2, "Q8_0": 7, "BF16": 32}
@@ -389,37 +389,37 @@ def _exceptions(written: Sequence[GGUFTensorSpec], kind: str) -> str:
     return f"; {'; '.join(found)}" if found else ""
 
 
-def _packed(found: GGUFArchitecture, config: Mapping[str, Any], name: str, tensor: Tensor, kind: str) -> np.ndarray:
-    return pack(kind, _reorder(found, config, name, tensor.float().cpu(), back=False).numpy())
+def _packed(arch: GGUFArchitecture, config: Mapping[str, Any], name: str, tensor: Tensor, kind: str) -> np.ndarray:
+    return pack(kind, _reorder(arch, config, name, tensor.float().cpu(), back=False).numpy())
 
 
-def to_metadata(kind: GGUFArchitecture, config: Mapping[str, Any]) -> dict[str, Any]:
+def to_metadata(arch: GGUFArchitecture, config: Mapping[str, Any]) -> dict[str, Any]:
     """Return the metadata for a config.json."""
-    metadata = {f"{kind.name}.{key}": config[name] for name, key in kind.fields.items()}
-    if "head_dim" in kind.fields:
+    metadata = {f"{arch.name}.{key}": config[name] for name, key in arch.fields.items()}
+    if "head_dim" in arch.fields:
         metadata |= {
-            f"{kind.name}.{key}": config["head_dim"] for key in ("attention.value_length", "rope.dimension_count")
+            f"{arch.name}.{key}": config["head_dim"] for key in ("attention.value_length", "rope.dimension_count")
         }
-    metadata |= {f"{kind.name}.{key}": value for key, value in kind.required_metadata.items() if value is False}
-    return metadata | {f"{kind.name}.vocab_size": config["vocab_size"]}
+    metadata |= {f"{arch.name}.{key}": value for key, value in arch.required_metadata.items() if value is False}
+    return metadata | {f"{arch.name}.vocab_size": config["vocab_size"]}
 
 
-def supports(kind: GGUFArchitecture, config: ModelConfig) -> bool:
+def supports(arch: GGUFArchitecture, config: ModelConfig) -> bool:
     """Return whether a config survives the round trip through a file's metadata, ignoring dropout and initialization."""
-    return kind.family in FAMILIES and _round_trip(kind, FAMILIES[kind.family], config) == _comparable(config)
+    return arch.family in FAMILIES and _round_trip(arch, FAMILIES[arch.family], config) == _comparable(config)
 
 
 def _comparable(config: ModelConfig) -> ModelConfig:
     return replace(config, dropout=0.0, init_std=0.02, zero_init=False)
 
 
-def _round_trip(kind: GGUFArchitecture, family: Family, model_config: ModelConfig) -> ModelConfig | None:
+def _round_trip(arch: GGUFArchitecture, family: Family, model_config: ModelConfig) -> ModelConfig | None:
     """Return the config that is read after a config is written, or None if the family does not support it."""
     config = family.to_hf_config(model_config)
-    kept = {name: value for name, value in config.items() if name in kind.fields or name in kind.row_counts}
+    kept = {name: value for name, value in config.items() if name in arch.fields or name in arch.row_counts}
     kept |= {name: config.get(name, False) for name in ("tie_word_embeddings", "attention_bias", "mlp_bias")}
     try:
-        return _comparable(family.to_config(kept | dict(kind.fixed)))
+        return _comparable(family.to_config(kept | dict(arch.fixed)))
     except (UserError, KeyError):
         return None
 

@@ -197,7 +197,8 @@ def init_from(model: LM, directory: Path) -> tuple[list[str], list[str]]:
     for name, tensor in mine.items():
         if not name.startswith("heads.") and (name not in state or state[name].shape != tensor.shape):
             raise UserError(
-                f"cannot initialize from {directory}: {_difference(model.config, config)}; use the same model config, as model=null does"
+                f"cannot initialize from {directory}: {_difference(model.config, config)}; use the same model config, as "
+                "model=null does"
             )
     old, new = _by_head(state), _by_head(mine)
     kept = _matching_heads(mine, state)
@@ -383,12 +384,12 @@ def _head_errors(heads: Mapping[str, Any], directory: Path) -> Iterator[None]:
 
 def _model_configs(described: Any) -> Iterator[Mapping[str, Any]]:
     """Yield every model config in a description, at any depth."""
-    stack = [described]
-    while stack:
-        value = stack.pop()
+    pending = [described]
+    while pending:
+        value = pending.pop()
         if type(value) is dict:
-            stack += value.values()
+            pending += value.values()
             if "vocab_size" in value:
                 yield value
         elif type(value) is list:
-            stack += value
+            pending += value
