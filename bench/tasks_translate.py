@@ -96,7 +96,7 @@ def taught(lesson: Lesson, coder: str, out: str) -> Row:
     tokenizer = Tokenizer.load(coder)
     vocab = tokenizer.vocab
     learnt, asked = (pairs(path, tokenizer, lesson) for path in (lesson.train, lesson.test))
-    config = {key: value for key, value in t5.config(shape(vocab.size)).items() if key != "firth_tied"}
+    config = {key: value for key, value in t5.to_hf_config(shape(vocab.size)).items() if key != "firth_tied"}
     special = {"pad_token_id": vocab.pad, "eos_token_id": vocab.eos, "decoder_start_token_id": vocab.start}
     transformers.set_seed(lesson.seed)
     model = transformers.T5ForConditionalGeneration(transformers.T5Config(**config | special))

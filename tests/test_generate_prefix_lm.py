@@ -124,7 +124,7 @@ def test_what_stands_before_the_asked_tokens_of_a_window_is_a_prompt(model: LM) 
 
 def test_a_saved_model_knows_how_it_was_trained(model: LM, tmp_path: Path) -> None:
     said = save_model(model, None, tmp_path)
-    assert said == "no family of transformers expresses this shape, so only firth loads it"
+    assert said == "transformers has no family for this model config, so only firth loads it"
     assert load_model(tmp_path).config == model.config
 
 

@@ -129,11 +129,11 @@ def test_a_run_opens_again_and_starts_the_next(
 @pytest.mark.parametrize(
     ("name", "more", "message"),
     [
-        ("gpt2", ["peft.kind=lora", "peft.target_modules=[norm]"], r"is called 'norm'; there is places, attention.q, "),
-        ("gpt2", ["peft.kind=lora", "peft.target_modules=[bias]"], r"is called 'bias'; there is places, attention.q, "),
+        ("gpt2", ["peft.kind=lora", "peft.target_modules=[norm]"], r"matches the target 'norm'; available targets: places, attention.q, "),
+        ("gpt2", ["peft.kind=lora", "peft.target_modules=[bias]"], r"matches the target 'bias'; available targets: places, attention.q, "),
         ("gpt2", ["peft.kind=lora", "peft.target_modules=[tokens]"],
-         r"tokens shares its matrix with heads.lm, .* out of the adapter's targets; there is places, attention.q, "),
-        ("gpt2", ["peft.kind=lora", "peft.target_modules=[heads.lm]"], r"heads.lm shares its matrix with tokens, "),
+         r"tokens shares its weight with heads.lm, .* from the adapter's targets; available targets: places, attention.q, "),
+        ("gpt2", ["peft.kind=lora", "peft.target_modules=[heads.lm]"], r"heads.lm shares its weight with tokens, "),
         ("gpt", ["peft=frozen"], r"a mixture of all layers, which a vocabulary head does not read"),
     ],
 )  # fmt: skip

@@ -109,13 +109,13 @@ def test_a_start_brings_its_shape(place: Path, tmp_path: Path) -> None:
     on = [f"data.path={place / 'text.txt'}", *BODY[5:], f"init_from={place / 'given'}"]
     assert run(load("gpt", on), tmp_path / "on", lambda _: None).steps == 1
     said = refused("gpt", [*on, "model.hidden_size=96"], tmp_path / "a")
-    assert said.endswith("model.hidden_size is 32 there and 96 here; use the same shape, which model=null does")
+    assert said.endswith("model.hidden_size is 32, not 96; use the same model config, as model=null does")
     assert run(load(str(place / "trained" / "recipe.yaml"), on), tmp_path / "b", lambda _: None).steps == 1
     recipe = yaml.safe_load((place / "trained" / "recipe.yaml").read_text())
     mine = tmp_path / "mine.yaml"
     mine.write_text(yaml.safe_dump(recipe | {"model": recipe["model"] | {"intermediate_size": 96}}))
     said = refused(str(mine), on, tmp_path / "c")
-    assert said.endswith("model.intermediate_size is 64 there and 96 here; use the same shape, which model=null does")
+    assert said.endswith("model.intermediate_size is 64, not 96; use the same model config, as model=null does")
     assert run(load(str(mine), [*on, "model=null"]), tmp_path / "c", lambda _: None).steps == 1
     said = refused("classification", [*on, "model.dropout=0.1"], tmp_path / "d")
     assert said == (

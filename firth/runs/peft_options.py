@@ -32,7 +32,7 @@ from firth.objectives.layer_mixture import LayerMixture
 from firth.objectives.objective import Objective
 from firth.peft import adapter_files, lora
 from firth.peft.init import prefix_of, prompt_of
-from firth.pretrained.load_save import added_parts
+from firth.pretrained.load_save import added_heads
 from firth.runs.config_io import path_field
 from firth.tokenizer.tokenizer import Tokenizer
 from firth.types import UserError
@@ -199,11 +199,11 @@ class LoRA(AdapterConfig):
 
     def check_model(self, model: LM, base: LM | None) -> None:
         if base is not None and not self.init_from:
-            for place in lora.chosen(model, self.target_modules, but=added_parts(model, base), merges=True):
+            for place in lora.chosen(model, self.target_modules, exclude=added_heads(model, base), merges=True):
                 lora.check_rank(model, place, self.lora_config)
 
     def put(self, model: LM, added: Sequence[str], tokenizer: Tokenizer, seed: int) -> None:
-        lora.add(model, self.target_modules, self.lora_config, but=[*added, *PREFIX_HEADS])
+        lora.add(model, self.target_modules, self.lora_config, exclude=[*added, *PREFIX_HEADS])
 
 
 @dataclass(frozen=True)

@@ -32,7 +32,7 @@ from firth.model.empty_weights import init_empty_weights
 from firth.model.model import LM
 from firth.model.prefix import PREFIX_HEADS
 from firth.objectives import name_of
-from firth.peft.lora import trained
+from firth.peft.lora import num_trainable_parameters
 from firth.pretrained.load_save import check_vocab_fits, init_from, load_model, save_model
 from firth.report.page import write as write_report
 from firth.report.run_report import run_report
@@ -181,7 +181,7 @@ def _run(recipe: Recipe, directory: Path, echo: Echo, ranks: Ranks) -> RunResult
     model.to(best_device())
     if resolved.compile:
         compile_blocks(model)
-    learnt, whole = trained(model), sum(p.numel() for p in model.parameters())
+    learnt, whole = num_trainable_parameters(model), sum(p.numel() for p in model.parameters())
     tell(f"{resolved.name}: {whole:,} parameters" + (f", of which {learnt:,} are trained" if learnt < whole else ""))
     batches = _batches(resolved, cut, tokenizer, ranks)
     if resolved.init_head_from_frequencies and not resolved.init_from:
