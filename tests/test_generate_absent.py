@@ -41,8 +41,8 @@ MORE = 46
 """Rows of the table that no token has."""
 
 SHAPES: dict[str, Callable[[int], ModelConfig]] = {
-    "logit_softcap": lambda vocab: decoder_config(vocab, 32, 1, 2, max_positions=64),
-    "tie_embeddings": lambda vocab: ModelConfig(vocab, 32, 1, 2, max_positions=64),
+    "softcap": lambda vocab: decoder_config(vocab, 32, 1, 2, max_positions=64),
+    "tied": lambda vocab: ModelConfig(vocab, 32, 1, 2, max_positions=64),
     "t5": lambda vocab: encoder_decoder_config(vocab, 32, 1, 2, max_positions=64),
 }
 

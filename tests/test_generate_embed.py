@@ -74,7 +74,7 @@ def test_minilm_s_vectors_are_sentence_transformers_own() -> None:
 @pytest.mark.parametrize("make", [decoder_config, encoder_decoder_config])
 def test_every_kind_of_model_embeds_alike_in_any_batch(make: Any, tokenizer: Tokenizer) -> None:
     torch.manual_seed(0)
-    model = LM(make(vocab=tokenizer.vocab.size, width=64, depth=1, context=64), {}).eval()
+    model = LM(make(vocab_size=tokenizer.vocab.size, hidden_size=64, num_layers=1, max_positions=64), {}).eval()
     together, _ = embed(model, tokenizer, TEXTS)
     alone = np.concatenate([embed(model, tokenizer, [text])[0] for text in TEXTS])
     np.testing.assert_allclose(together, alone, atol=1e-5)

@@ -208,7 +208,7 @@ def test_an_adapter_that_is_not_folded_is_left_to_torch() -> None:
 
 
 @pytest.mark.parametrize(
-    "shape",
+    "config",
     [
         ModelConfig(**BASE, position="xlnet", mask_embedding=True),
         recurrent_config(vocab_size=V, hidden_size=48, num_layers=2),

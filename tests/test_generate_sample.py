@@ -78,8 +78,8 @@ def test_each_seed_is_a_stream_of_its_own() -> None:
         {"top_p": 1.5},
         {"min_p": 2.0},
         {"top_k": -1},
-        {"max_new": 0},
-        {"stop": ("",)},
+        {"max_new_tokens": 0},
+        {"stop_strings": ("",)},
     ],
 )
 def test_values_that_make_no_sense_are_refused_by_name(wrong: dict) -> None:

@@ -32,7 +32,7 @@ def test_a_length_is_steps_seconds_or_flops() -> None:
     assert Budget(max_seconds=60).passed(10**9, 15) == 0.25
     assert Budget(max_seconds=60).passed(0, 61) == 1
     assert Budget(max_flops=1e12).passed(10**9, 1e9, 2.5e11) == 0.25
-    for wrong in ({}, {"steps": 1, "seconds": 1.0}, {"seconds": 1.0, "flops": 1e9}):
+    for wrong in ({}, {"max_steps": 1, "max_seconds": 1.0}, {"max_seconds": 1.0, "max_flops": 1e9}):
         with pytest.raises(UserError, match="exactly one"):
             Budget(**wrong)
 

@@ -53,7 +53,7 @@ class Sampling(Ranged, section="sampling"):
     def __post_init__(self) -> None:
         super().__post_init__()
         if not all(self.stop_strings):
-            raise UserError(f"sampling.stop={list(self.stop_strings)} must be texts that are not empty")
+            raise UserError(f"sampling.stop_strings={list(self.stop_strings)} must be texts that are not empty")
 
     @property
     def greedy(self) -> bool:
