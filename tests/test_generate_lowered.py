@@ -297,7 +297,7 @@ def test_refusals() -> None:
     model = random_model(SHAPES["nanochat"])
     with pytest.raises(UserError, match=r"weights='int4' is not one of fp32, bf16, int8, int8-dynamic$"):
         quantize(model, "int4")
-    with pytest.raises(UserError, match="is for attention, and this model is a left-to-right LSTM: take bf16"):
+    with pytest.raises(UserError, match="needs attention layers, and this model is a left-to-right LSTM: use bf16"):
         quantize(LM(recurrent_config(V, 32, 1), {}), "int8")
     with pytest.raises(UserError, match="needs a CPU"):
         quantize(LM(SHAPES["nanochat"], {}).to("meta"), "int8")
