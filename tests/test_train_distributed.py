@@ -12,7 +12,7 @@ import train_ranks
 from safetensors.torch import load_file
 
 from firth.train.checkpoint import load
-from firth.train.distributed import BUCKET, Ranks, _buckets
+from firth.train.distributed import BUCKET_BYTES, Ranks, _buckets
 
 HERE = Path(__file__).parent
 
@@ -76,7 +76,7 @@ def test_going_on_is_bitwise_with_every_ranks_random_numbers(outcomes: tuple[Pat
 
 
 def test_buckets_hold_everything_once_in_order() -> None:
-    sizes = (3, BUCKET // 8, BUCKET // 8, BUCKET // 2, 1)
+    sizes = (3, BUCKET_BYTES // 8, BUCKET_BYTES // 8, BUCKET_BYTES // 2, 1)
     tensors = [torch.empty(n) for n in sizes] + [torch.empty(2, dtype=torch.bfloat16)]
     found = [[x.numel() for x in bucket] for bucket in _buckets(tensors)]
-    assert found == [[3, BUCKET // 8], [BUCKET // 8], [BUCKET // 2], [1], [2]]
+    assert found == [[3, BUCKET_BYTES // 8], [BUCKET_BYTES // 8], [BUCKET_BYTES // 2], [1], [2]]
