@@ -11,7 +11,7 @@ from firth import kernels
 from firth.model.config import decoder_config, encoder_decoder_config
 from firth.model.model import LM
 from firth.objectives.causal_lm import CausalLM
-from firth.train.muon import BAND, REACH, orthogonalize
+from firth.train.muon import BAND, MIN_RELATIVE_VALUE, orthogonalize
 from firth.train.optimizer import Optimizer, OptimizerConfig, param_groups
 from firth.types import UserError
 
@@ -34,7 +34,7 @@ def test_singular_values_end_in_the_band(rows: int, columns: int) -> None:
     torch.manual_seed(1)
     s = min(rows, columns)
     # From the smallest share of the Schatten-4 norm that is promised up to the largest; three matrices at three scales.
-    values = torch.logspace(math.log10(2 * REACH), 0, s)
+    values = torch.logspace(math.log10(2 * MIN_RELATIVE_VALUE), 0, s)
     exact = torch.stack([with_spectrum(rows, columns, values * scale) for scale in (1e-6, 1.0, 1e4)])
     found = orthogonalize(exact.float())
     got = torch.linalg.svdvals(found.double())
@@ -112,11 +112,11 @@ def test_adamw_is_its_formula() -> None:
     torch.manual_seed(5)
     model = tiny()
     mover = Optimizer(OptimizerConfig("adamw", lr=0.01, weight_decay=0.3, beta1=0.8, beta2=0.9, eps=1e-6), model)
-    mean = {p.name: torch.zeros_like(p.parameter) for p in mover.placed}
-    square = {p.name: torch.zeros_like(p.parameter) for p in mover.placed}
+    mean = {p.name: torch.zeros_like(p.parameter) for p in mover.groups}
+    square = {p.name: torch.zeros_like(p.parameter) for p in mover.groups}
     for t in (1, 2, 3):
         expected = {}
-        for p in mover.placed:
+        for p in mover.groups:
             w = p.parameter.detach().clone()
             g = torch.randn_like(w)
             p.parameter.grad = g.clone()
@@ -125,7 +125,7 @@ def test_adamw_is_its_formula() -> None:
             step = (mean[p.name] / (1 - 0.8**t)) / ((square[p.name] / (1 - 0.9**t)).sqrt() + 1e-6)
             expected[p.name] = w * (1 - 0.005 * p.weight_decay) - 0.005 * step
         mover.step(0.5)
-        for p in mover.placed:
+        for p in mover.groups:
             assert torch.allclose(p.parameter, expected[p.name], atol=1e-6), p.name
 
 
