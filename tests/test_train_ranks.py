@@ -112,7 +112,7 @@ def test_a_stopped_rank_is_named_in_time(outcomes: tuple[Path, dict[str, Any]]) 
     folder, ends = outcomes
     assert ends["stopped"]["codes"] == [2, -9]
     last = printed(folder, "stopped", 0).splitlines()[-1]
-    assert last.startswith("firth: rank 1 has given no sign of life for 1 s: it is stopped or out of reach; start all")
+    assert last.startswith("firth: rank 1 has sent no heartbeat for 1 s: it is stopped or cannot be reached; start all")
     assert (folder / "stopped" / "checkpoints" / "step-000001" / "manifest.json").exists()
 
 
@@ -121,9 +121,9 @@ def test_a_rank_killed_in_a_save_leaves_whole_checkpoints(outcomes: tuple[Path, 
     folder, ends = outcomes
     assert ends["killed"]["codes"] == [-9, 2]
     last = printed(folder, "killed", 1).splitlines()[-1]  # torch's own log comes before it
-    assert last.startswith("firth: rank 0, which holds the store of the ranks, has ended")
+    assert last.startswith("firth: rank 0, which hosts the store of the ranks, has ended")
     assert ends["killed again"]["codes"] == [0, 0]
-    assert "going on from step-000001" in printed(folder, "killed again", 0)
+    assert "resuming from step-000001" in printed(folder, "killed again", 0)
     whole, again = (load(folder / name / "checkpoints" / "step-000002") for name in ("two", "killed"))
     assert whole.files.keys() == again.files.keys()
     for kind, tensors in whole.files.items():
@@ -143,5 +143,5 @@ def test_a_failed_collective_names_the_rank_that_is_gone(monkeypatch: pytest.Mon
 @pytest.mark.parametrize("text", ["soon", "0", "-1", "nan", "inf"])
 def test_the_timeout_of_ranks_is_a_number_of_seconds(monkeypatch: pytest.MonkeyPatch, text: str) -> None:
     monkeypatch.setenv("FIRTH_RANK_TIMEOUT", text)
-    with pytest.raises(UserError, match=f"FIRTH_RANK_TIMEOUT={text}: give a number of seconds above 0"):
+    with pytest.raises(UserError, match=f"FIRTH_RANK_TIMEOUT={text} must be a number of seconds above 0"):
         peer_watch.silence_seconds()
