@@ -64,7 +64,7 @@ def stopped_second(rank: int) -> None:
     step = trainer._Run._step
 
     def stop(run: Any, *given: Any) -> Any:
-        if rank == 1 and run.at.step == 1:
+        if rank == 1 and run.state.step == 1:
             os.kill(os.getpid(), signal.SIGSTOP)
         return step(run, *given)
 

@@ -128,7 +128,7 @@ def test_ctrl_c_saves_and_says_how_to_go_on(
     child.join()
     ended = (tmp_path / "ended").read_text()
     assert ended.startswith("stopped at step ")
-    assert "run the same command again to go on" in ended
+    assert "run the same command again to resume" in ended
     at = int(ended.split()[3])
     assert 5 <= at < 120
     assert load(tmp_path / "checkpoints" / f"step-{at:06d}").state["step"] == at
@@ -173,7 +173,7 @@ def test_another_recipe_or_model_is_refused(tmp_path: Path) -> None:
         small_run(tmp_path, 4, recipe="other")
     model = small_model()
     model.heads["extra"] = torch.nn.Linear(2, 2)
-    with pytest.raises(UserError, match=r"'heads.extra.bias' is on one side only"):
+    with pytest.raises(UserError, match=r"'heads.extra.bias' is only in the model"):
         small_run(tmp_path, 4, model=model)
 
 
@@ -257,7 +257,7 @@ def test_a_run_that_asks_nothing_does_not_start(tmp_path: Path) -> None:
 
     batches = small_batches(Chains())
     batches.objective = Silent()
-    with pytest.raises(UserError, match=r"asks nothing.*field 'labels' \(loss term 'tokens'\)"):
+    with pytest.raises(UserError, match=r"no labels in the field 'labels' \(loss term 'tokens'\)"):
         train(small_model(), Silent(), batches, tmp_path, budget=Budget(max_steps=2), reporter=NullReporter())
 
 
@@ -406,8 +406,8 @@ def test_a_run_that_ends_without_a_finite_loss_is_no_success(bad: set[int], tmp_
 def test_a_measurement_that_is_not_finite_is_no_success(name: str, value: str, tmp_path: Path) -> None:
     """The weights are finite, and the second measurement is not: the checkpoint of before may stay."""
     measured = iter([0.5, float(value)])
-    says = rf"step 4: the held-out {name} is {value}, while all weights are finite, so this model is not saved"
-    with pytest.raises(UserError, match=says):
+    message = rf"step 4: the validation {name} is {value}, while all weights are finite, so the model is not saved"
+    with pytest.raises(UserError, match=message):
         train(
             small_model(), Scored(), small_batches(Chains()), tmp_path, budget=Budget(max_steps=6), reporter=NullReporter(),
             config=TrainerConfig(eval_every=2, save_every=2), evaluate=lambda model, step: {name: next(measured)},
