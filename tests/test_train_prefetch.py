@@ -74,9 +74,20 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 SMALL = [
-    "model.hidden_size=32", "model.num_heads=2", "model.num_layers=1", "model.intermediate_size=48", "max_steps=5", "batch.size=4", "sample_prompts=[]",
-    "examples.max_length=48", "tokenizer.vocab_size=400", "evaluation.every=1", "evaluation.max_examples=8", "checkpoint.every=5", "precision=fp32",
-]  # fmt: skip
+    "model.hidden_size=32",
+    "model.num_heads=2",
+    "model.num_layers=1",
+    "model.intermediate_size=48",
+    "max_steps=5",
+    "batch.size=4",
+    "sample_prompts=[]",
+    "examples.max_length=48",
+    "tokenizer.vocab_size=400",
+    "evaluation.every=1",
+    "evaluation.max_examples=8",
+    "checkpoint.every=5",
+    "precision=fp32",
+]
 
 
 @pytest.mark.parametrize("name", ["gpt", "bert", "electra", "t5", "xlnet"])
