@@ -203,7 +203,7 @@ class Optimizer:
         for name, (rows, _) in self.rows.items():
             state |= {f"{what}/{name}": value for what, value in rows.state().items()}
         for stack in self.stacks:
-            state |= {f"momentum/{p.name}": m for p, m in zip(stack.placed, stack.momentum, strict=True)}
+            state |= {f"momentum/{p.name}": m for p, m in zip(stack.groups, stack.momentum, strict=True)}
         return state
 
     def restore(self, state: Mapping[str, Tensor]) -> None:
@@ -219,7 +219,7 @@ class Optimizer:
             if f"step/{name}" in state:
                 rows.restore(*(state[f"{what}/{name}"] for what in ("mean", "square", "step")))
         for stack in self.stacks:
-            for p, m in zip(stack.placed, stack.momentum, strict=True):
+            for p, m in zip(stack.groups, stack.momentum, strict=True):
                 m.copy_(state[f"momentum/{p.name}"])
 
 
