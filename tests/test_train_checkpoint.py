@@ -124,7 +124,7 @@ def fails_after(calls: int, number: int) -> Callable[[int], None]:
 def test_a_full_disk_leaves_the_old_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, calls: int) -> None:
     save(tmp_path, 1)
     monkeypatch.setattr(checkpoint.os, "fsync", fails_after(calls, errno.ENOSPC))
-    with pytest.raises(UserError, match=r"step-000002: no room on this disk .* it resumes from step-000001") as error:
+    with pytest.raises(UserError, match=r"step-000002: not enough disk space .* it resumes from step-000001") as error:
         save(tmp_path, 2)
     assert "\n" not in str(error.value)
     assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["step-000001"]
@@ -136,7 +136,7 @@ def test_a_write_that_fails_half_way_leaves_nothing(tmp_path: Path) -> None:
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (200, before[1]))  # the kernel cuts the file there
     try:
-        with pytest.raises(UserError, match="no room on this disk"):
+        with pytest.raises(UserError, match="not enough disk space"):
             save(tmp_path, 2)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)

@@ -29,7 +29,7 @@ def attention_pattern_of(model: LM) -> Iterator[None]:
         model.train(training)
 
 
-def stacked(rows: Sequence[np.ndarray], fill: int, device: torch.device) -> Tensor:
+def pad_right(rows: Sequence[np.ndarray], fill: int, device: torch.device) -> Tensor:
     """Return rows padded on the right with `fill`: (rows, T) int64."""
     longest = max(map(len, rows))
     padded = np.stack([np.pad(np.asarray(r, np.int64), (0, longest - len(r)), constant_values=fill) for r in rows])
@@ -54,9 +54,9 @@ def rectangle(
     if prompts is not None:
         times = [causal_after_prompt(len(r), n)["query_time"] for r, n in zip(rows, prompts, strict=True)]
     return {
-        "tokens": stacked(rows, 0, device),
-        "query_time": stacked(times, -NEVER, device),
-        "key_time": stacked(times, NEVER, device),
+        "tokens": pad_right(rows, 0, device),
+        "query_time": pad_right(times, -NEVER, device),
+        "key_time": pad_right(times, NEVER, device),
     }
 
 

@@ -25,7 +25,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from firth.generate.decoding import DecodingBatch, attention_pattern_of, rectangle, stacked
+from firth.generate.decoding import DecodingBatch, attention_pattern_of, rectangle, pad_right
 from firth.generate.fill_mask import Candidate, fill
 from firth.generate.quantized import quantize
 from firth.generate.sampling import Sampling
@@ -52,7 +52,7 @@ class Engine:
         self, model: LM, tokenizer: Tokenizer, stops: Sequence[int] | None = None, batch_size: int = 64,
         weights: str | None = None,
     ):  # fmt: skip
-        self.model, self.tokenizer, self.rows = (
+        self.model, self.tokenizer, self.batch_size = (
             model if weights is None else quantize(model, weights),
             tokenizer,
             batch_size,
@@ -86,8 +86,8 @@ class Engine:
         done: list[Completion | None] = [None] * len(prompts)
         # Rows of similar length share a batch, for less padding. A row's seed depends on its index, not on its batch.
         order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
-        for first in range(0, len(order), self.rows):
-            index = order[first : first + self.rows]
+        for first in range(0, len(order), self.batch_size):
+            index = order[first : first + self.batch_size]
             seeds = [sampling.seed + i for i in index]
             for i, answer in zip(index, self._decode([prompts[i] for i in index], sampling, seeds), strict=True):
                 done[i] = answer.done()
@@ -169,8 +169,8 @@ class Engine:
         scores = np.zeros(len(pairs))
         order = sorted(range(len(pairs)), key=lambda i: -sum(map(len, pairs[i])))
         with attention_pattern_of(self.model):
-            for first in range(0, len(order), self.rows):
-                index = order[first : first + self.rows]
+            for first in range(0, len(order), self.batch_size):
+                index = order[first : first + self.batch_size]
                 scores[index] = self._log_probs([pairs[i] for i in index])
         return [float(x) for x in scores]
 
@@ -195,7 +195,7 @@ class Engine:
                     for name in ("query_time", "key_time")
                 }
                 hidden = torch.cat((hidden, self.model(batch | times | {"positions": positions}, cache)), 1)
-            return [float(x) for x in self._label_log_probs(hidden, stacked(options, IGNORE, self.device))]
+            return [float(x) for x in self._label_log_probs(hidden, pad_right(options, IGNORE, self.device))]
 
     def choose(self, prompt: np.ndarray, options: Sequence[np.ndarray]) -> int:
         """Return the index of the most likely option; of equals, the first."""
@@ -231,7 +231,7 @@ class Engine:
             batch = {f"source_{name}": field for name, field in source.items()}
             batch |= rectangle([np.concatenate(([self.start], c[:-1])) for _, c in pairs], self.device)
             labels = [c for _, c in pairs]
-        return self._label_log_probs(self.model(batch), stacked(labels, IGNORE, self.device))
+        return self._label_log_probs(self.model(batch), pad_right(labels, IGNORE, self.device))
 
     def _label_log_probs(self, hidden: Tensor, labels: Tensor) -> np.ndarray:
         """Return the summed log p(labels) of each row of hidden (rows, T, hidden_size): (rows,). IGNORE counts as 0."""

@@ -59,7 +59,7 @@ def fill_spans(engine: Engine, shown: InfillPrompt, k: int = 5, seed: int = 0) -
     """
     gaps = len(shown.marks) - 1
     stops = [*engine.stops, int(shown.marks[-1])]
-    writer = Engine(engine.model, engine.tokenizer, stops=stops, batch_size=engine.rows)
+    writer = Engine(engine.model, engine.tokenizer, stops=stops, batch_size=engine.batch_size)
     max_tokens = (MAX_SPAN_TOKENS + 1) * gaps + 1
     greedy = writer.generate([shown.prompt], Sampling(temperature=0, max_new_tokens=max_tokens))
     sampled = writer.generate([shown.prompt] * NUM_SAMPLES, Sampling(max_new_tokens=max_tokens, seed=seed))

@@ -149,12 +149,12 @@ class Int8Linear(nn.Module):
             UserError: Even one digit can overflow, which takes more than 131,072 inputs.
         """
         sums = max(1, int(weight.abs().sum(-1, dtype=torch.int64).amax()))
-        room = (2**31 - 1) / ((MAX_DIGIT + 1) * sums)
-        if room < 1:
+        max_base = (2**31 - 1) / ((MAX_DIGIT + 1) * sums)
+        if max_base < 1:
             raise UserError(
                 f"a linear layer of {weight.shape[1]:,} inputs cannot be summed in 32 bits: use weights=bf16"
             )
-        return Int8Linear(weight, steps, bias, min(MAX_BASE, 2 ** int(math.log2(room))) if digits == 2 else 1)
+        return Int8Linear(weight, steps, bias, min(MAX_BASE, 2 ** int(math.log2(max_base))) if digits == 2 else 1)
 
     def part(self, start: int, stop: int) -> Int8Linear:
         """Return a layer of some of the outputs that shares the memory of this one."""
@@ -181,16 +181,16 @@ class Int8Linear(nn.Module):
         step = torch.add(self.least, high.sub_(low), alpha=0.5 / MAX_DIGIT)
         return (self._product((rows - middle).div_(step).round_()) * self.steps).mul_(step).addcmul_(middle, sums)
 
-    def _product(self, whole: Tensor) -> Tensor:
+    def _product(self, integers: Tensor) -> Tensor:
         """Multiply integers of at most MAX_DIGIT * base by the weights: (n, in) float -> (n, out), exact for each digit."""
         if not products_are_exact():
-            return self._narrow_product(whole)
+            return self._narrow_product(integers)
         way = KERNEL.choice()
         if self.base == 1:
-            return self.multiply(whole.to(torch.int8), way)
-        first = (whole * (1 / self.base)).round_()
-        second = whole.sub_(first, alpha=self.base)
-        if len(whole) == 1:  # two products of one row are faster than one product of two
+            return self.multiply(integers.to(torch.int8), way)
+        first = (integers * (1 / self.base)).round_()
+        second = integers.sub_(first, alpha=self.base)
+        if len(integers) == 1:  # two products of one row are faster than one product of two
             high, low = self.multiply(first.to(torch.int8), way), self.multiply(second.to(torch.int8), way)
         else:
             high, low = self.multiply(torch.cat((first, second)).to(torch.int8), way).chunk(2)
@@ -218,13 +218,13 @@ class Int8Linear(nn.Module):
         )
         return out
 
-    def _narrow_product(self, whole: Tensor) -> Tensor:
+    def _narrow_product(self, integers: Tensor) -> Tensor:
         """`_product` with digits of at most SATURATION_SAFE_BASE; the weights are the left operand, which may be larger."""
         digits = []
         for _ in range(2 if self.base == 1 else 3):
-            rest = (whole * (1 / SATURATION_SAFE_BASE)).round_()
-            digits.append(whole.sub(rest, alpha=SATURATION_SAFE_BASE))
-            whole = rest
+            rest = (integers * (1 / SATURATION_SAFE_BASE)).round_()
+            digits.append(integers.sub(rest, alpha=SATURATION_SAFE_BASE))
+            integers = rest
         parts = torch._int_mm(self.weight, torch.cat(digits).to(torch.int8).t()).chunk(len(digits), -1)
         total = parts[-1]
         for part in parts[-2::-1]:
@@ -324,7 +324,9 @@ def quantize(model: LM, weights: str) -> LM:
             f"weights={weights} needs a CPU and a torch with oneDNN, and this model is on {device}: use bf16"
         )
     if model.config.rnn_type:
-        raise UserError(f"weights={weights} needs attention layers, and this model is {model.config.description}: use bf16")
+        raise UserError(
+            f"weights={weights} needs attention layers, and this model is {model.config.description}: use bf16"
+        )
     if adapted(model):
         raise UserError(f"weights={weights} needs a model without adapters: merge them first (lora.merge_and_unload)")
     copied, digits = _copy_as(model, torch.float32), DIGITS[weights]

@@ -107,7 +107,7 @@ def save(
             raise
         need = sum(t.nbytes for tensors in files.values() for t in tensors.values()) / 1e6
         raise UserError(
-            f"{final}: no room on this disk for a checkpoint of {need:.0f} MB; free some space and run the same command "
+            f"{final}: not enough disk space for a checkpoint of {need:.0f} MB; free some and run the same command "
             f"again: it resumes from {_last_name(home)}"
         ) from error
     shutil.rmtree(home / f"{final.name}.old.partial", ignore_errors=True)

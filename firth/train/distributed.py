@@ -64,8 +64,8 @@ class Ranks:
                 p.grad = torch.zeros_like(p)
         for bucket in _buckets([p.grad for p in with_gradient if p.grad is not None]):
             flat = self.sum(torch.cat([g.flatten() for g in bucket]))
-            parts = torch.split(flat, [g.numel() for g in bucket])
-            torch._foreach_copy_(bucket, [part.view_as(g) for part, g in zip(parts, bucket, strict=True)])
+            pieces = torch.split(flat, [g.numel() for g in bucket])
+            torch._foreach_copy_(bucket, [piece.view_as(g) for piece, g in zip(pieces, bucket, strict=True)])
 
     def copy_from_first(self, tensors: Sequence[Tensor]) -> None:
         """Overwrite the tensors with those of rank 0."""

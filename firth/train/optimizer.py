@@ -198,8 +198,8 @@ class Optimizer:
         state: dict[str, Tensor] = {}
         if self.adam is not None:
             for p in self.groups:
-                for ours, theirs in _ADAM_STATE.items() if p.parameter in self.adam.state else ():
-                    state[f"{ours}/{p.name}"] = self.adam.state[p.parameter][theirs]
+                for key, torch_name in _ADAM_STATE.items() if p.parameter in self.adam.state else ():
+                    state[f"{key}/{p.name}"] = self.adam.state[p.parameter][torch_name]
         for name, (rows, _) in self.rows.items():
             state |= {f"{what}/{name}": value for what, value in rows.state().items()}
         for stack in self.stacks:
@@ -212,8 +212,8 @@ class Optimizer:
             for p in self.groups:
                 if f"step/{p.name}" in state and p.name not in self.rows:
                     self.adam.state[p.parameter] = {
-                        theirs: state[f"{ours}/{p.name}"].to(p.parameter.device, copy=True)
-                        for ours, theirs in _ADAM_STATE.items()
+                        torch_name: state[f"{key}/{p.name}"].to(p.parameter.device, copy=True)
+                        for key, torch_name in _ADAM_STATE.items()
                     }
         for name, (rows, _) in self.rows.items():
             if f"step/{name}" in state:

@@ -41,7 +41,7 @@ from firth.train.schedule import Budget, Schedule
 from firth.train.step import count_targets
 from firth.train.step import step as gradients
 from firth.train.training_state import TrainingState
-from firth.train.validate import named, to
+from firth.train.validate import named_metrics, to
 from firth.types import Batch, UserError
 
 if TYPE_CHECKING:
@@ -100,7 +100,7 @@ class TrainingResult:
         seconds: Training time.
         flops: Counted work.
         skipped: Steps without a finite gradient.
-        metrics: The last metrics at `exported_step`; those of validation are named `valid/NAME`.
+        metrics: The last metrics at `exported_step`; those of validation are named_metrics `valid/NAME`.
     """
 
     step: int
@@ -338,7 +338,7 @@ class _Run:
         state.tokens += tokens
         state.seconds += self.step_seconds
         state.flops += work
-        state.metrics = {k: v for k, v in state.metrics.items() if k.startswith("valid/")} | named(
+        state.metrics = {k: v for k, v in state.metrics.items() if k.startswith("valid/")} | named_metrics(
             self.objective, dict(zip(means, torch.stack(list(means.values())).tolist(), strict=True))
         )
         state.metrics |= {"norm": float(norm), "rate": self.lr * factor}

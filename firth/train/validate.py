@@ -64,13 +64,13 @@ def validate(
     local = torch.tensor([[d.get(t, 0.0) for t in names] for d in (sums, counts)], dtype=torch.float64)
     total = reduce(local.to(device) if device.type == "cuda" else local).tolist()
     means = {t: s / max(n, 1.0) for t, s, n in zip(names, *total, strict=True)}
-    metrics = named(objective, means)
+    metrics = named_metrics(objective, means)
     if bytes_per_target:
         metrics["bits_per_byte"] = metrics["loss"] / math.log(2) / bytes_per_target
     return metrics
 
 
-def named(objective: Objective, means: Mapping[str, float]) -> dict[str, float]:
+def named_metrics(objective: Objective, means: Mapping[str, float]) -> dict[str, float]:
     """Return means by their name in metrics.jsonl: "loss", the sum of the terms, "loss/TERM" if there are several, metrics, ratios."""
     terms = [t for t in means if t in objective.labels]
     by_term = {f"loss/{t}": means[t] for t in terms} if len(terms) > 1 else {}
