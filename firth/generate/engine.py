@@ -25,7 +25,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from firth.generate.decoding import DecodingBatch, attention_pattern_of, rectangle, pad_right
+from firth.generate.decoding import DecodingBatch, attention_pattern_of, pad_right, rectangle
 from firth.generate.fill_mask import Candidate, fill
 from firth.generate.quantized import quantize
 from firth.generate.sampling import Sampling
