@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from train_room import Chains, WithAccuracy, small_batches, small_model
+from train_helpers import Chains, WithAccuracy, small_batches, small_model
 
 from firth.model import flops
 from firth.model.model import LM

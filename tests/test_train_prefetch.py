@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from data_room import TEXTS
-from train_room import Chains, OnPolicy, small_batches, small_model
+from train_helpers import Chains, OnPolicy, small_batches, small_model
 
 from firth.align.rollouts import RolloutSource
 from firth.data.shuffle import ExampleRNG

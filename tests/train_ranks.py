@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
-from train_room import Chains, WithAccuracy, small_batches, small_model
+from train_helpers import Chains, WithAccuracy, small_batches, small_model
 
 from firth.model.model import LM
 from firth.train.distributed import Ranks, join
