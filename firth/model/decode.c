@@ -160,11 +160,23 @@ INLINE void tile(const float *x, int64_t ldx, const void *w, int64_t at, int64_t
             for (int o = 0; o < O; o++) a[r * O + o] += value * ws[o];
         }
     }
+    if (i < in) { /* the rest of the row, padded with zeros: the same instructions for any R, so the same bits in any batch */
+        const size_t size = kind == FP32 ? 4 : kind == BF16 ? 2 : 1, left = in - i;
+        V ws[O];
+        for (int o = 0; o < O; o++) {
+            float raw[LANES] = {0};
+            memcpy(raw, (const char *)w + (at + o * in + i) * size, left * size);
+            ws[o] = weights_at(raw, 0, kind);
+        }
+        for (int r = 0; r < R; r++) {
+            float values[LANES] = {0};
+            memcpy(values, x + r * ldx + i, left * sizeof(float));
+            V value = *(const V *)values;
+            for (int o = 0; o < O; o++) a[r * O + o] += value * ws[o];
+        }
+    }
     V total = fold(a, R * O);
     for (int j = 0; j < R * O; j++) sums[j] = total[j];
-    for (; i < in; i++) /* what is left of the row */
-        for (int r = 0; r < R; r++)
-            for (int o = 0; o < O; o++) sums[r * O + o] += x[r * ldx + i] * weight_at(w, at + o * in + i, kind);
 }
 
 #define BLOCK 8 /* outputs that are computed together */
