@@ -129,7 +129,7 @@ def closed_book(name: str, seed: int, results: Path, scale: float) -> dict[str, 
         "asked": tuned["loss"],
     }
     for part in ("train", "test"):
-        score = evaluate(work / "asked", catalog.paths(f"places/{part}.jsonl", quiet), task="answers")
+        score = evaluate(work / "asked", catalog.paths(f"places/{part}.jsonl", quiet), task="generation")
         found |= {f"{part} {key}": score[key] for key in ("items", "exact_match", "commonest_accuracy")}
     return found
 

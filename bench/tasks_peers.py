@@ -206,13 +206,13 @@ PEERS: Mapping[str, Peer] = {
         lambda examples, said: list(said), chosen(lambda examples: examples.classes),
     ),
     "tag": Peer(
-        "AutoModelForTokenClassification", "DataCollatorForTokenClassification", TASKS["tagging"], tagged,
+        "AutoModelForTokenClassification", "DataCollatorForTokenClassification", TASKS["token_classification"], tagged,
         lambda example: ids(example) | {"labels": example["tags"].tolist()},
-        first_pieces, lambda examples, logits: token_classification.counted(examples, token_classification.by_word(examples, iter(logits))),
+        first_pieces, lambda examples, logits: token_classification.count_correct(examples, token_classification.by_word(examples, iter(logits))),
     ),
     "answer": Peer(
-        "AutoModelForQuestionAnswering", "DataCollatorWithPadding", TASKS["spans"], windows, window, both_ends,
-        lambda examples, logits: question_answering.compared(examples, answer_spans.by_question(examples, iter(logits), may_lack=False)),
+        "AutoModelForQuestionAnswering", "DataCollatorWithPadding", TASKS["question_answering"], windows, window, both_ends,
+        lambda examples, logits: question_answering.score_answers(examples, answer_spans.by_question(examples, iter(logits), has_unanswerable=False)),
     ),
     "multiple_choice": Peer(
         "AutoModelForMultipleChoice", "DataCollatorForMultipleChoice", TASKS["multiple_choice"], offered, options,

@@ -78,8 +78,8 @@ def pretrained(results: Path, train: Path, quick: bool) -> Path:
 def measured(directory: Path, test: Path, done: RunResult) -> Row:
     """What a run of ours scores."""
     evaluated = load_evaluated_model(directory)
-    items = generation.source(evaluated, [str(test)])
-    right, said = generation.answer(evaluated, items, lambda _: None, LENGTH)
+    items = generation.load(evaluated, [str(test)])
+    right, said = generation.respond(evaluated, items, lambda _: None, LENGTH)
     return scored(right, said) | {"loss": done.metrics["valid/loss"], "items": len(right)}
 
 

@@ -396,8 +396,8 @@ def evaluate(
     task: Annotated[
         str | None,
         typer.Option(
-            help="likelihood, classification, tagging, spans, answers, ..., glue, or objective: the run's own; by default "
-            "what the run was trained for."
+            help="likelihood, classification, token_classification, question_answering, generation, ..., glue, or objective: "
+            "the objective of the run; by default the task that the run was trained for."
         ),
     ] = None,
     limit: Annotated[

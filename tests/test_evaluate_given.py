@@ -21,7 +21,7 @@ from typer.testing import CliRunner, Result
 from firth.cli import app
 from firth.data.question_answering import QuestionRecords
 from firth.data.source import SubsetSource
-from firth.evaluate.answer_spans import best, chosen
+from firth.evaluate.answer_spans import best_span, choose_answer
 from firth.evaluate.evaluate import evaluate
 from firth.evaluate.predict import predict
 from firth.model.config import encoder_config, encoder_decoder_config
@@ -100,7 +100,7 @@ def test_a_row_that_cannot_be_read_is_an_error_and_none_is_shifted(classifier: P
     for name in ("predict", "embed"):
         found = command(name, classifier, tmp_path / "f.csv", "--out", tmp_path / "o")
         assert isinstance(found.exception, UserError) and not (tmp_path / "o").exists()
-        assert f"{tmp_path}/f.csv:43 (3 cells under 2 columns): a row that cannot be read" in str(found.exception)
+        assert f"{tmp_path}/f.csv:43 (3 cells under 2 columns): this row cannot be read" in str(found.exception)
     rows[41] = "x,a film"
     (tmp_path / "f.csv").write_text("id,text\n" + "\n".join(rows) + "\n")
     found = command("predict", classifier, tmp_path / "f.csv", "--out", tmp_path / "o.csv")
@@ -139,10 +139,10 @@ def test_mistakes_are_told_of_the_place_that_the_user_knows(classifier: Path, tm
         told(classifier, '{"text": "a"}\n{"texts": "b"}\n')
     with pytest.raises(UserError, match=r"^standard input:2: this line is not JSON"):
         told(classifier, '{"text": "a"}\n{"text": \n')
-    with pytest.raises(UserError, match=r"^standard input: there is no record in it$"):
+    with pytest.raises(UserError, match=r"^standard input: the input holds no record$"):
         told(classifier, "")
     (tmp_path / "empty.txt").write_text("")
-    with pytest.raises(UserError, match=rf"^{tmp_path}/empty.txt: there is no record in it$"):
+    with pytest.raises(UserError, match=rf"^{tmp_path}/empty.txt: the input holds no record$"):
         list(predict(classifier, str(tmp_path / "empty.txt"), io.BytesIO()))
 
 
@@ -160,7 +160,7 @@ def test_lines_are_parted_by_line_feeds_alone(classifier: Path, tmp_path: Path) 
 
 def test_what_is_not_utf_8_is_read_and_told(classifier: Path, tmp_path: Path) -> None:
     rows, said = told(classifier, "a caf\xe9 film\na film\n".encode("latin-1"))
-    assert len(rows) == 2 and "standard input: 1 line not in UTF-8, read with U+FFFD in place" in said
+    assert len(rows) == 2 and "standard input: 1 line not in UTF-8, read with U+FFFD for bad bytes" in said
     found = command("embed", classifier, "-", "--out", tmp_path / "e.npy", given=b"caf\xe9\n")
     assert found.exit_code == 0 and "not in UTF-8" in found.stderr
     with pytest.raises(UserError, match="standard input: this is UTF-16"):
@@ -175,17 +175,17 @@ def test_files_that_are_not_there_and_places_that_cannot_be_written(classifier: 
         found = command(name, classifier, tmp_path / "f.txt", "--out", tmp_path / name / "deep" / "o.jsonl")
         assert found.exit_code == 0 and (tmp_path / name / "deep" / "o.jsonl").is_file()
         found = command(name, classifier, tmp_path / "f.txt", "--out", tmp_path / "f.txt" / "o")
-        assert isinstance(found.exception, UserError) and "is no directory" in str(found.exception)
+        assert isinstance(found.exception, UserError) and "is not a directory" in str(found.exception)
         found = command(name, classifier, tmp_path / "f.txt", "--out", tmp_path)
         assert isinstance(found.exception, UserError) and "this is a directory" in str(found.exception)
 
 
 def test_input_says_what_it_is(classifier: Path, tagger: Path, tmp_path: Path) -> None:
     rows, said = told(classifier, "{a} film\nanother\n")
-    assert len(rows) == 2 and "its first line begins with { and is no JSON" in said[0]
+    assert len(rows) == 2 and "its first line begins with { but is not JSON" in said[0]
     assert len(told(classifier, '{"text": "one"}\n', form="lines")[0]) == 1
     rows, said = told(classifier, "id,title\n1,a film\n")
-    assert len(rows) == 2 and "this may be a table, without a column 'text'" in said[0] and "--input csv" in said[0]
+    assert len(rows) == 2 and "this may be a table without a column 'text'" in said[0] and "--input csv" in said[0]
     with pytest.raises(UserError, match="standard input:2: there is no field 'text'; it has id, title"):
         told(classifier, "id,title\n1,a film\n", form="csv")
     assert told(classifier, "a fine, warm film\n") == told(classifier, "a fine, warm film\n", form="lines")
@@ -195,7 +195,7 @@ def test_input_says_what_it_is(classifier: Path, tagger: Path, tmp_path: Path) -
     (tmp_path / "f.csv").write_text('a film\n"another, and more\n')
     assert len(command("predict", classifier, tmp_path / "f.csv", "--input", "lines").stdout.splitlines()) == 2
     found = command("predict", classifier, "-", "--input", "xml")
-    assert "--input xml: there is auto, lines, csv, tsv, jsonl, conll, squad" in str(found.exception)
+    assert "--input xml: the formats are auto, lines, csv, tsv, jsonl, conll, squad" in str(found.exception)
     rows, _ = told(tagger, "EU X-Y\nrejects X-Y\n\nParis X-Y\n", form="conll")
     assert [row["tokens"] for row in rows] == [["EU", "rejects"], ["Paris"]]
 
@@ -210,7 +210,7 @@ def test_a_tagger_reads_columns_as_in_training(name: str, tagger: Path, tmp_path
     rows = list(predict(tagger, file, io.BytesIO(COLUMNS.encode())))
     assert [row["tokens"] for row in rows] == [["Paris", "sleeps"], ["Rome"]]
     rows, said = told(tagger, "Paris X-Y\nsleeps X-Z\n")
-    assert len(rows) == 2 and "this may be a word a line with its columns, and other tags" in said[0]
+    assert len(rows) == 2 and "this may have one word per line with columns and unknown tags" in said[0]
     rows, _ = told(tagger, "a grim film\n\nParis sleeps\n")
     assert [row.get("tokens") for row in rows] == [["a", "grim", "film"], None, ["Paris", "sleeps"]]
 
@@ -245,7 +245,7 @@ def test_the_probability_of_no_answer_is_its_own(reader: Path, tmp_path: Path) -
     scores = np.zeros((6, 2))
     scores[0] = 4.0
     offsets = np.array([[-1, -1], [0, 1], [1, 2], [2, 3], [3, 4], [4, 5]])
-    told = chosen([best(scores, offsets, 0)], "abcde", may_lack=True)
+    told = choose_answer([best_span(scores, offsets, 0)], "abcde", has_unanswerable=True)
     assert told["answer"] == "" and told["probability"] == pytest.approx((np.exp(4) / (np.exp(4) + 5)) ** 2)
 
 
@@ -281,7 +281,7 @@ def test_text_to_text_is_predicted_and_measured(writer: Callable[..., Path], tmp
     table = list(predict(place, str(tmp_path / "t.csv"), io.BytesIO()))
     assert [row["answer"] for row in table] == [row["answer"] for row in rows]
     found = evaluate(place, [str(tmp_path / "t.csv")])
-    assert (found["task"], found["items"]) == ("answers", 2) and "exact_match" in found
+    assert (found["task"], found["items"]) == ("generation", 2) and "exact_match" in found
     with pytest.raises(UserError, match=r"standard input:2: the form .* does not fit this record"):
         told(place, '{"en": "a"}\n{"de": "b"}\n')
 
@@ -295,7 +295,7 @@ def test_text_to_text_of_prompts_and_dialogues(writer: Callable[..., Path]) -> N
     ]))  # fmt: skip
     assert len(rows) == 5 and len({row["answer"] for row in rows}) == 1
     place = writer({"prompt": "{a} and {b}", "answer_is": "{c}"})
-    with pytest.raises(UserError, match="a prompt is made of a, b here, so lines of text do not say which"):
+    with pytest.raises(UserError, match="the prompt template has the fields a, b, which lines of text cannot give"):
         told(place, "a line\n")
 
 
@@ -341,7 +341,8 @@ def test_checks_of_answers_are_squad_s_by_question(tmp_path: Path) -> None:
     settings = [
         f"data={train}", f"data.validation_path={valid}", f"tokenizer.path={tmp_path}/tok", "model.hidden_size=32", "model.num_layers=1",
         "model.num_heads=2", "model.max_positions=64", "model.causal=false", "model.type_vocab_size=2", "precision=fp32",
-        "examples.max_length=32", "examples.max_question_length=8", "examples.doc_stride=8", "max_steps=60", "evaluation.every=20", "checkpoint.every=0",
+        "examples.max_length=32", "examples.max_question_length=8", "examples.doc_stride=8",
+        "max_steps=60", "evaluation.every=20", "checkpoint.every=0",
         "evaluation.best_metric=exact_match", "batch.size=16", "optimizer.lr=1e-2",
     ]  # fmt: skip
     said: list[str] = []
@@ -387,6 +388,6 @@ def test_the_likelihood_of_a_text_says_what_was_mended(writer: Callable[..., Pat
     heard: list[str] = []
     assert evaluate(place, [str(tmp_path / "a.txt")], task="likelihood", say=heard.append)["tokens"] > 0
     assert heard == [
-        f"{tmp_path}/a.txt: 1 places were not UTF-8 and were read as U+FFFD",
+        f"{tmp_path}/a.txt: 1 byte sequences were not UTF-8 and were read as U+FFFD",
         f"{tmp_path}/a.txt: 1 NUL characters were left out",
     ]

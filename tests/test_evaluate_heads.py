@@ -13,7 +13,7 @@ from sklearn.metrics import f1_score, precision_recall_fscore_support
 
 from firth.data.tags import names, to_bio2
 from firth.evaluate import entity_metrics, glue, metrics, overlap_metrics
-from firth.evaluate.answer_spans import LONGEST, best
+from firth.evaluate.answer_spans import MAX_ANSWER_TOKENS, best_span
 from firth.evaluate.predict import predict
 from firth.model.config import encoder_decoder_config
 from firth.model.model import LM
@@ -119,18 +119,18 @@ def test_the_best_span_is_the_best_of_all_that_are_allowed() -> None:
         scores = rng.normal(size=(n, 2))
         offsets = np.stack([np.arange(n) * 2, np.arange(n) * 2 + 1], -1)
         offsets[: n // 4] = -1
-        found = best(scores, offsets, 0)
+        found = best_span(scores, offsets, 0)
         every = {
             (a, b): scores[a, 0] + scores[b, 1]
-            for a in range(n) for b in range(a, min(n, a + LONGEST)) if min(a, b) >= n // 4
+            for a in range(n) for b in range(a, min(n, a + MAX_ANSWER_TOKENS)) if min(a, b) >= n // 4
         }  # fmt: skip
         a, b = max(every, key=lambda ends: every[ends])
         assert (found.start, found.end) == (offsets[a, 0], offsets[b, 1])
         assert found.score == pytest.approx(every[a, b])
         share = np.exp(scores - scores.max(0)) / np.exp(scores - scores.max(0)).sum(0)
         assert found.probability == pytest.approx(share[a, 0] * share[b, 1])
-        assert found.nowhere == scores[0].sum()
-    assert best(np.zeros((3, 2)), np.full((3, 2), -1), 0).score == -np.inf
+        assert found.no_answer_score == scores[0].sum()
+    assert best_span(np.zeros((3, 2)), np.full((3, 2), -1), 0).score == -np.inf
 
 
 RIGHT = ["the cat sat on the mat today", "she walks home in the rain", "it is so"]
@@ -158,7 +158,7 @@ def test_a_library_that_is_not_there_is_named() -> None:
 
 
 def test_the_glue_score() -> None:
-    found = {name: dict.fromkeys(numbers, 0.8) for name, numbers in glue.NUMBERS.items()}
+    found = {name: dict.fromkeys(numbers, 0.8) for name, numbers in glue.TASK_METRICS.items()}
     assert glue.score(found) == pytest.approx(80)
     assert glue.score(found | {"mnli": {"accuracy": 0.8, "accuracy_mismatched": 0.6}}) == pytest.approx(80 - 10 / 9)
     with pytest.raises(UserError, match="no task 'ax'"):
@@ -176,5 +176,7 @@ def test_a_stranger_s_classifier_that_reads_elsewhere_is_refused(tmp_path: Path)
         save_model(model, coder, tmp_path / name, {"classes": ["bad", "good"], **facts})
     given = io.BytesIO(b"a fine text\n")
     assert next(predict(tmp_path / "ours", "-", given))["label"] in ("bad", "good")
-    with pytest.raises(UserError, match="classifier of others reads its answer behind the text"):
+    with pytest.raises(
+        UserError, match="classifier was not trained by firth and reads its label from a position after the text"
+    ):
         next(predict(tmp_path / "theirs", "-", io.BytesIO(b"a fine text\n")))

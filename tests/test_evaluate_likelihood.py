@@ -143,8 +143,8 @@ def test_how_it_is_batched_changes_nothing(name, show):
     model = built(SHAPES[name])
     model.train()
     texts = [document(n, seed=n) for n in (61, 5, 33, 2)]
-    alone = [score(model, show(text), room=1) for text in texts]
-    together = score(model, (x for text in texts for x in show(text)), room=100_000)
+    alone = [score(model, show(text), max_tokens=1) for text in texts]
+    together = score(model, (x for text in texts for x in show(text)), max_tokens=100_000)
     summed = sum(alone, Likelihood())
     assert (summed.tokens, summed.size) == (together.tokens, together.size)
     assert summed.nll == pytest.approx(together.nll, rel=1e-5)

@@ -12,7 +12,7 @@ from test_model_families import built
 from firth.data.collate import collate
 from firth.evaluate.evaluate import evaluate
 from firth.evaluate.task import load_evaluated_model, most_likely
-from firth.evaluate.tasks.option_scoring import cut
+from firth.evaluate.tasks.option_scoring import encode
 from firth.evaluate.text_perplexity import MASKED_LIMIT, leading
 from firth.model.config import decoder_config, encoder_config, encoder_decoder_config
 from firth.model.model import LM
@@ -216,7 +216,7 @@ def test_comparisons_prefer_the_higher_reward(tmp_path, tokenizer):
     found = evaluate(tmp_path, written(tmp_path / "a.jsonl", rows))
     turned = [row | {"chosen": row["rejected"], "rejected": row["chosen"]} for row in rows]
     other = evaluate(tmp_path, written(tmp_path / "b.jsonl", turned))
-    assert (found["task"], found["items"]) == ("comparisons", 13)
+    assert (found["task"], found["items"]) == ("preferences", 13)
     assert found["accuracy"] + other["accuracy"] == pytest.approx(1.0)
     assert "commonest" not in found
     torch.nn.init.zeros_(model.heads["reward"].weight)
@@ -244,17 +244,17 @@ def test_choices_are_by_their_log_likelihood(tmp_path, tokenizer):
         max(range(4), key=lambda k, r=row: log_likelihood(r["prompt"], options[k])) == row["answer"] for row in rows
     ]
     assert 0 < sum(right) < 8
-    found = evaluate(tmp_path, written(tmp_path / "a.jsonl", rows), task="choices")
+    found = evaluate(tmp_path, written(tmp_path / "a.jsonl", rows), task="option_scoring")
     assert found["accuracy"] == sum(right) / 8
     named = [row | {"answer": options[row["answer"]]} for row in rows]
-    assert evaluate(tmp_path, written(tmp_path / "b.jsonl", named), task="choices") == found
+    assert evaluate(tmp_path, written(tmp_path / "b.jsonl", named), task="option_scoring") == found
 
 
 def test_an_option_begins_as_it_would_in_running_text(tmp_path, tokenizer):
     saved(tmp_path, tokenizer, decoder_config)
     evaluated = load_evaluated_model(tmp_path)
     for prompt, option in (("the king", "is"), ("the king ", "is"), ("the king", " is"), ("the king  ", "is")):
-        before, after = cut(evaluated, prompt, option)
+        before, after = encode(evaluated, prompt, option)
         assert tokenizer.decode(before) == "the king"
         assert tokenizer.decode(after) in (" is", "  is")
     # Where prompt and option would merge, or the prompt is empty, the option still has tokens of its own, and a blank at
@@ -267,9 +267,9 @@ def test_an_option_begins_as_it_would_in_running_text(tmp_path, tokenizer):
         ("counts:", "C"),
         ("king", "."),
     ):
-        before, after = cut(evaluated, prompt, option)
+        before, after = encode(evaluated, prompt, option)
         assert len(after)
-        blank, again = cut(evaluated, prompt + " " * (prompt[-1:] not in ("", "\n")), option)
+        blank, again = encode(evaluated, prompt + " " * (prompt[-1:] not in ("", "\n")), option)
         assert (before.tolist(), after.tolist()) == (blank.tolist(), again.tolist())
 
 
@@ -289,9 +289,9 @@ def test_what_a_model_cannot_do_is_said_in_words(tmp_path, tokenizer):
     file = written(tmp_path / "a.jsonl", [{"text": "a", "label": "b"}])
     refused = {
         "classification": "no head for classes",
-        "comparisons": "no reward head",
-        "choices": "writes no text",
-        "x": "no task 'x'; there is likelihood, classification",
+        "preferences": "no reward head",
+        "option_scoring": "generates no text",
+        "x": "no task 'x'; the tasks are likelihood, classification",
     }
     for task, said in refused.items():
         with pytest.raises(UserError, match=said):
@@ -307,7 +307,7 @@ def test_what_a_model_cannot_do_is_said_in_words(tmp_path, tokenizer):
 def test_a_question_that_is_none_is_named(tmp_path, tokenizer, row, said):
     saved(tmp_path, tokenizer, decoder_config)
     with pytest.raises(UserError, match=rf"d\.jsonl:1: .*{said}"):
-        evaluate(tmp_path, written(tmp_path / "d.jsonl", [row]), task="choices")
+        evaluate(tmp_path, written(tmp_path / "d.jsonl", [row]), task="option_scoring")
 
 
 def test_a_tie_is_no_answer():

@@ -14,7 +14,7 @@ from data_room import TEXTS
 
 from firth.data.collate import collate
 from firth.evaluate.perplexity import TokenizedDocument, score, strided
-from firth.evaluate.text_perplexity import reads_of
+from firth.evaluate.text_perplexity import scoring_mode
 from firth.generate.decoding import DecodingBatch, attention_pattern_of, rectangle
 from firth.generate.engine import Engine
 from firth.generate.sampling import Sampling
@@ -110,7 +110,7 @@ def test_scores_and_options_are_the_trained_reading_too(model: LM) -> None:
 
 def test_what_stands_before_the_asked_tokens_of_a_window_is_a_prompt(model: LM) -> None:
     document = TokenizedDocument(np.concatenate(prompts(6)), np.ones(sum(map(len, prompts(6))), np.int64))
-    assert reads_of(model.config) == "causal"
+    assert scoring_mode(model.config) == "causal"
     nll = 0.0
     for shown in strided(document, context=16):
         asked = shown["labels"] != IGNORE

@@ -267,7 +267,7 @@ def test_no_answer_is_as_probable_as_nowhere(tmp_path: Path, tokens: Path) -> No
     n = len(source[0]["tokens"])
     scores = np.zeros((n, 2))
     scores[0] = 3.0
-    [told] = by_question(source, iter([scores]), may_lack=True)
+    [told] = by_question(source, iter([scores]), has_unanswerable=True)
     share = np.exp(3.0) / (np.exp(3.0) + n - 1)
     assert (told["answer"], told["start"]) == ("", -1)
     assert told["probability"] == pytest.approx(share**2)
@@ -310,9 +310,9 @@ def test_glue_by_its_runs(tmp_path: Path, tokens: Path) -> None:
     matthews = evaluate(cola.directory, [str(tmp_path / "cola.tsv")])["matthews"]
     assert score["score"] == pytest.approx(50 * (found["accuracy"] + matthews))
     assert score["tasks"] == ["mnli", "cola"] and len(score["lacking"]) == 7
-    with pytest.raises(UserError, match="there is another run of cola"):
+    with pytest.raises(UserError, match="another run has the task cola already"):
         glue.board([cola.directory, cola.directory], evaluate)
-    with pytest.raises(UserError, match="this is no run of a GLUE recipe"):
+    with pytest.raises(UserError, match="this is not a run of a GLUE recipe"):
         glue.board([tmp_path], evaluate)
 
 

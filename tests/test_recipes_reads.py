@@ -10,7 +10,7 @@ import pytest
 
 from firth.evaluate.evaluate import evaluate
 from firth.evaluate.task import load_evaluated_model
-from firth.evaluate.text_perplexity import reads_of
+from firth.evaluate.text_perplexity import scoring_mode
 from firth.runs.inference import fill_text, open_run
 from firth.runs.recipe import load
 from firth.runs.run import RunResult, run
@@ -95,7 +95,7 @@ def test_an_encoder_trained_from_left_to_right_is_no_family_that_reads_both_ways
 
 def test_what_reads_from_both_ends_is_asked_one_token_at_a_time(make: Make) -> None:
     made = make("lstm", "objective=mlm", "model.causal=false", "model.num_heads=1", "examples=chunks")
-    assert reads_of(load_evaluated_model(made.directory).model.config) == "masked"
+    assert scoring_mode(load_evaluated_model(made.directory).model.config) == "masked"
 
 
 def test_what_starts_from_it_reads_as_it_does(make: Make, folder: Path) -> None:

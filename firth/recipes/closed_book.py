@@ -4,7 +4,7 @@ firth train closed_book                                             tiny: 1,100 
                                                                     hidden, in training, from 4.60 to 0.34
 firth train closed_book_questions init_from=runs/closed_book            questions about three quarters of them: 38% are then answered
                                                                     exactly, and 12% of those about the others (three seeds)
-firth evaluate runs/closed_book_questions "$(firth fetch places | tail -1)/test.jsonl" --task answers
+firth evaluate runs/closed_book_questions "$(firth fetch places | tail -1)/test.jsonl" --task generation
 
 `objective.noise=spans` in the first command hides any tokens: the comparison of Guu 2020 and Roberts 2020. The same with
 data.corpus=people and people/train.jsonl asks who and when.
