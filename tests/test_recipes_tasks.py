@@ -96,7 +96,7 @@ def test_a_csv_in_one_line(make: Make, folder: Path) -> None:
     assert told["classes"] == ["bad", "good"]
     assert sum(map(sum, told["confusion"])) == sum(row["examples"] for row in told["per_class"])
     page = (place / "report.html").read_text()
-    assert 'class="matrix"' in page and "Class by class" in page and "firth predict" in page
+    assert 'class="matrix"' in page and "Metrics per class" in page and "firth predict" in page
 
 
 def test_predict_from_files_and_standard_input(make: Make, folder: Path) -> None:
