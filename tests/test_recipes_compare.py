@@ -30,7 +30,8 @@ from firth.types import UserError
 
 FLOPS = 5e7
 SMALL = (
-    "model.hidden_size=16", "model.num_heads=1", "model.head_dim=16", "model.intermediate_size=32", "model.num_layers=1", "examples.max_length=24", "batch.size=2",
+    "model.hidden_size=16", "model.num_heads=1", "model.head_dim=16", "model.intermediate_size=32",
+    "model.num_layers=1", "examples.max_length=24", "batch.size=2",
     "batch.pack_to_length=0", "tokenizer.vocab_size=400", "precision=fp32", "data.validation_fraction=0.2",
     "probe.precision=fp32", "probe.budget.max_steps=3", "probe.batch.size=4",
 )  # fmt: skip
