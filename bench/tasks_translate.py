@@ -125,8 +125,8 @@ def taught(lesson: Lesson, coder: str, out: str) -> Row:
 
 def pairs(path: Path, tokenizer: Tokenizer, lesson: Lesson) -> Rows:
     """The records as both sides read them."""
-    how = lesson.segment
-    found = Seq2SeqRecords([str(path)], tokenizer, how.length, answer=how.answer, forms=(how.prompt, how.answer_is))
+    how = lesson.examples
+    found = Seq2SeqRecords([str(path)], tokenizer, how.max_length, answer=how.max_target_length, forms=(how.prompt_template, how.completion_template))
     return Rows(found, pair)
 
 
