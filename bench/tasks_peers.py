@@ -190,7 +190,13 @@ def tagged(path: Path, tokenizer: Tokenizer, lesson: Lesson, asked: bool) -> Tag
 def windows(path: Path, tokenizer: Tokenizer, lesson: Lesson, asked: bool) -> QuestionRecords:
     how = lesson.examples
     return QuestionRecords(
-        [str(path)], tokenizer, how.max_length, stride=how.doc_stride, question=how.max_question_length, context=how.context_field, keep=asked
+        [str(path)],
+        tokenizer,
+        how.max_length,
+        stride=how.doc_stride,
+        question=how.max_question_length,
+        context=how.context_field,
+        keep=asked,
     )
 
 
@@ -208,11 +214,16 @@ PEERS: Mapping[str, Peer] = {
     "token_classification": Peer(
         "AutoModelForTokenClassification", "DataCollatorForTokenClassification", TASKS["token_classification"], tagged,
         lambda example: ids(example) | {"labels": example["tags"].tolist()},
-        first_pieces, lambda examples, logits: token_classification.count_correct(examples, token_classification.by_word(examples, iter(logits))),
+        first_pieces,
+        lambda examples, logits: token_classification.count_correct(
+            examples, token_classification.by_word(examples, iter(logits))
+        ),
     ),
     "question_answering": Peer(
         "AutoModelForQuestionAnswering", "DataCollatorWithPadding", TASKS["question_answering"], windows, window, both_ends,
-        lambda examples, logits: question_answering.score_answers(examples, answer_spans.by_question(examples, iter(logits), has_unanswerable=False)),
+        lambda examples, logits: question_answering.score_answers(
+            examples, answer_spans.by_question(examples, iter(logits), has_unanswerable=False)
+        ),
     ),
     "multiple_choice": Peer(
         "AutoModelForMultipleChoice", "DataCollatorForMultipleChoice", TASKS["multiple_choice"], offered, options,

@@ -126,7 +126,13 @@ def taught(lesson: Lesson, coder: str, out: str) -> Row:
 def pairs(path: Path, tokenizer: Tokenizer, lesson: Lesson) -> Rows:
     """The records as both sides read them."""
     how = lesson.examples
-    found = Seq2SeqRecords([str(path)], tokenizer, how.max_length, answer=how.max_target_length, forms=(how.prompt_template, how.completion_template))
+    found = Seq2SeqRecords(
+        [str(path)],
+        tokenizer,
+        how.max_length,
+        answer=how.max_target_length,
+        forms=(how.prompt_template, how.completion_template),
+    )
     return Rows(found, pair)
 
 

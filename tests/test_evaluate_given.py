@@ -315,7 +315,7 @@ def test_annotations_are_evaluated_by_their_majority(saved: Saved, tmp_path: Pat
         '{"text": "a film", "label": "bad"}\n'
     )
     found = evaluate(run_directory, [str(tmp_path / "v.jsonl")])
-    assert (found["task"], found["items"], found["commonest"]) == ("classification", 3, "bad")
+    assert (found["task"], found["items"], found["majority_label"]) == ("classification", 3, "bad")
     assert len(list(predict(run_directory, str(tmp_path / "v.jsonl"), io.BytesIO()))) == 3
     (tmp_path / "w.jsonl").write_text('{"text": "a film"}\n')
     with pytest.raises(UserError, match=r"w.jsonl:1: the field 'votes' must be a list"):

@@ -65,7 +65,7 @@ def test_causal_perplexity_equals_transformers(tmp_path, tokenizer):
     ids = torch.tensor([[their_tokenizer.bos_token_id, *their_tokenizer(text, add_special_tokens=False).input_ids]])
     with torch.no_grad():
         mean = float(theirs(input_ids=ids, labels=ids).loss)
-    assert (found["task"], found["reads"], found["bos"]) == ("likelihood", "causal", True)
+    assert (found["task"], found["mode"], found["bos"]) == ("likelihood", "causal", True)
     assert (found["tokens"], found["bytes"]) == (ids.shape[1] - 1, len(text))
     assert (found["documents"], found["share"]) == (1, 1.0)
     assert found["perplexity"] == pytest.approx(math.exp(mean), rel=1e-5)
@@ -124,10 +124,10 @@ def test_masked_and_encoder_decoder_runs(tmp_path, tokenizer):
     tokens = len(tokenizer.encode(TEXT))
     saved(tmp_path / "e", tokenizer, encoder_config)
     masked = evaluate(tmp_path / "e", [str(tmp_path / "a.txt")])
-    assert (masked["reads"], masked["tokens"], masked["bytes"]) == ("masked", tokens, len(TEXT))
+    assert (masked["mode"], masked["tokens"], masked["bytes"]) == ("masked", tokens, len(TEXT))
     saved(tmp_path / "t", tokenizer, encoder_decoder_config)
     second = evaluate(tmp_path / "t", [str(tmp_path / "a.txt")])
-    assert second["reads"] == "halves"
+    assert second["mode"] == "halves"
     assert tokens / 2 <= second["tokens"] <= tokens / 2 + 5
     few = evaluate(tmp_path / "e", [str(tmp_path / "a.txt")], limit=60)
     assert 30 <= few["tokens"] <= 60 and few["limit"] == 60
@@ -182,7 +182,7 @@ def test_classification_agrees_with_transformers_and_scikit_learn(tmp_path, toke
     assert found["macro_f1"] == pytest.approx(f1_score(gold, answered, average="macro"))
     assert found["matthews"] == pytest.approx(matthews_corrcoef(gold, answered))
     assert found["accuracy_interval"][0] <= found["accuracy"] <= found["accuracy_interval"][1]
-    assert found["commonest_accuracy"] == max(gold.count(n) for n in names) / 40
+    assert found["majority_accuracy"] == max(gold.count(n) for n in names) / 40
 
 
 def test_classification_equals_training_accuracy(tmp_path, tokenizer):
@@ -220,7 +220,7 @@ def test_preferences_follow_the_higher_reward(tmp_path, tokenizer):
     other = evaluate(tmp_path, written(tmp_path / "b.jsonl", swapped))
     assert (found["task"], found["items"]) == ("preferences", 13)
     assert found["accuracy"] + other["accuracy"] == pytest.approx(1.0)
-    assert "commonest" not in found
+    assert "majority_label" not in found
     torch.nn.init.zeros_(model.heads["reward"].weight)
     save_model(model, tokenizer, tmp_path / "model")
     assert evaluate(tmp_path, written(tmp_path / "a.jsonl", rows))["accuracy"] == 0.0

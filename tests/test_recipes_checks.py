@@ -309,7 +309,7 @@ def test_glue_by_its_runs(tmp_path: Path, tokens: Path) -> None:
     score = evaluate(mnli.directory, [str(cola.directory)], task="glue")
     matthews = evaluate(cola.directory, [str(tmp_path / "cola.tsv")])["matthews"]
     assert score["score"] == pytest.approx(50 * (found["accuracy"] + matthews))
-    assert score["tasks"] == ["mnli", "cola"] and len(score["lacking"]) == 7
+    assert score["tasks"] == ["mnli", "cola"] and len(score["missing_tasks"]) == 7
     with pytest.raises(UserError, match="another run has the task cola already"):
         glue.board([cola.directory, cola.directory], evaluate)
     with pytest.raises(UserError, match="this is not a run of a GLUE recipe"):

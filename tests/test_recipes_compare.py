@@ -122,13 +122,13 @@ def test_the_table_agrees_with_the_results(finished: tuple[Path, str]) -> None:
         scratch = {s.seed: s.accuracy for s in scores if s.recipe == row["recipe"] and s.share == 0.0}
         assert row["probe accuracy"].startswith(f"{np.mean([s.accuracy for s in own]):.3f} (")
         assert row["gain"].startswith(f"{np.mean([s.accuracy - scratch[s.seed] for s in own]):.3f} (")
-        assert row["cloze accuracy"].startswith(f"{np.mean([s.hidden for s in own]):.3f} (")
+        assert row["cloze accuracy"].startswith(f"{np.mean([s.cloze_accuracy for s in own]):.3f} (")
         assert row["parameters"] == f"{own[0].parameters:,}" and own[0].parameters > 1000
     assert output.startswith(markdown([result_row(scores, cells[0], 1.0) for cells in body]))
     page = (out / "report.html").read_text()
     assert page.count('<svg class="plot wide"') == 2  # the probe and the cloze accuracy; none of bits per byte
     assert page.count("whisker") > 8
-    assert all(word in page for word in results["words"])
+    assert all(word in page for word in results["conclusions"])
 
 
 def test_a_finished_comparison_is_reused_and_can_grow(

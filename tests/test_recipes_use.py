@@ -167,7 +167,7 @@ def test_a_decoder_is_scored_by_what_it_writes(tuned: Path, where: str) -> None:
     right.write_text("".join(json.dumps(row) + "\n" for row in [*ROWS[:3], ROWS[3] | {"completion": "Nobody."}]))
     found = json.loads(firth("evaluate", str(tuned / where), str(right), "--task", "generation", "--json"))
     assert found["items"] == 4 and found["exact_match"] == 0.75 and found["f1"] == 0.75
-    assert found["commonest_accuracy"] == 0.25
+    assert found["majority_accuracy"] == 0.25
     if where == "run":
         right.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
         assert json.loads(firth("evaluate", str(tuned / where), str(right), "--task", "translation", "--json"))[

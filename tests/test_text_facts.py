@@ -87,7 +87,7 @@ def test_answers_are_examined_by_exact_match(tmp_path: Path) -> None:
     model = LM(config, {"lm": LMHead(config)})
     save_model(model, tokenizer, tmp_path / "model")
     found = evaluate(tmp_path / "model", [str(tmp_path / "test.jsonl")], task="generation")
-    assert (found["items"], found["exact_match"], found["commonest"], found["commonest_accuracy"]) == (
+    assert (found["items"], found["exact_match"], found["majority_label"], found["majority_accuracy"]) == (
         4,
         0.0,
         "Texas",

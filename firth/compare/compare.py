@@ -243,7 +243,7 @@ def _pretrain(comparison: ComparisonRun, recipe: Recipe, score: Score) -> Score:
         score, flops=ended.flops, seconds=ended.seconds, steps=ended.steps, tokens=ended.tokens,
         parameters=sum(p.numel() for p in model.parameters()),
         accuracy=_finetune(comparison, score.recipe, score.seed, str(directory)) if comparison.probe_data else None,
-        hidden=found.get("accuracy"), hidden_bits=found.get("bits"),
+        cloze_accuracy=found.get("accuracy"), cloze_bits=found.get("bits"),
         bits_per_byte=ended.metrics.get("valid/bits_per_byte"),
     )  # fmt: skip
 

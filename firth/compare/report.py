@@ -55,8 +55,8 @@ def write_comparison(
     full = ranked([row for row in rows if row.share == shares[-1]])
     conclusions = [sentence for metric in METRICS for sentence in differences(scores, metric)] + gains(full)
     results = {
-        "facts": dict(facts), "words": conclusions, "table": [asdict(row) for row in full],
-        "lines": [asdict(row) for row in rows], "scores": [asdict(s) for s in scores],
+        "facts": dict(facts), "conclusions": conclusions, "table": [asdict(row) for row in full],
+        "rows": [asdict(row) for row in rows], "scores": [asdict(s) for s in scores],
     }  # fmt: skip
     write_text(out / "results.json", json.dumps(results, indent=1))
     settings = [f"- {name}: {value}" for name, value in facts.items()]

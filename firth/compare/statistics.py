@@ -37,8 +37,8 @@ class Score:
         tokens: Tokens read in pretraining.
         parameters: Number of parameters.
         accuracy: Accuracy of the finetuned model on the test records.
-        hidden: Cloze accuracy (`firth.evaluate.cloze`).
-        hidden_bits: Cloze bits.
+        cloze_accuracy: Cloze accuracy (`firth.evaluate.cloze`).
+        cloze_bits: Cloze bits.
         bits_per_byte: Bits per byte of held-out text, for causal objectives.
     """
 
@@ -52,8 +52,8 @@ class Score:
     tokens: int = 0
     parameters: int = 0
     accuracy: float | None = None
-    hidden: float | None = None
-    hidden_bits: float | None = None
+    cloze_accuracy: float | None = None
+    cloze_bits: float | None = None
     bits_per_byte: float | None = None
 
 
@@ -86,7 +86,7 @@ class Metric:
 METRICS = (
     Metric("accuracy", "Accuracy of the probe", "share correct, after finetuning"),
     Metric("bits_per_byte", "Held-out text", "bits per byte", higher_is_better=False, high=math.inf),
-    Metric("hidden", "Cloze accuracy", "share correct, without finetuning"),
+    Metric("cloze_accuracy", "Cloze accuracy", "share correct, without finetuning"),
 )
 """Compared metrics; the first that all recipes have orders the table."""
 
@@ -153,8 +153,8 @@ class ResultRow:
     accuracy: Interval | None
     scratch: Interval | None
     gain: Interval | None
-    hidden: Interval | None
-    hidden_bits: Interval | None
+    cloze_accuracy: Interval | None
+    cloze_bits: Interval | None
     bits_per_byte: Interval | None
 
     def value(self, metric: Metric) -> Interval | None:
@@ -174,7 +174,7 @@ def result_row(scores: Sequence[Score], recipe: str, share: float) -> ResultRow:
     return ResultRow(
         recipe, share, len(own), own[0].parameters, fmean(s.flops for s in own), fmean(s.seconds for s in own),
         fmean(s.steps for s in own), fmean(s.tokens for s in own), interval("accuracy", own, 1.0), interval("accuracy", scratch, 1.0),
-        paired(own, scratch, METRICS[0]), interval("hidden", own, 1.0), interval("hidden_bits", own), interval("bits_per_byte", own),
+        paired(own, scratch, METRICS[0]), interval("cloze_accuracy", own, 1.0), interval("cloze_bits", own), interval("bits_per_byte", own),
     )  # fmt: skip
 
 
@@ -236,8 +236,8 @@ def gains(rows: Sequence[ResultRow]) -> list[str]:
 
 
 COLUMNS: dict[str, str] = {
-    "accuracy": "probe accuracy", "scratch": "from scratch", "gain": "gain", "hidden": "cloze accuracy",
-    "hidden_bits": "cloze bits", "bits_per_byte": "bits per byte",
+    "accuracy": "probe accuracy", "scratch": "from scratch", "gain": "gain", "cloze_accuracy": "cloze accuracy",
+    "cloze_bits": "cloze bits", "bits_per_byte": "bits per byte",
 }  # fmt: skip
 """Interval fields of a result row -> their column names."""
 

@@ -82,7 +82,7 @@ def board(runs: Sequence[Path], measure: Callable[[Path, Sequence[str]], Mapping
         measure: Evaluates a run directory on files.
 
     Returns:
-        "score", "tasks", "lacking" (tasks without a run) and the metrics as TASK_METRIC.
+        "score", "tasks", "missing_tasks" (tasks without a run) and the metrics as TASK_METRIC.
 
     Raises:
         UserError: A run is not of a GLUE recipe or has no validation files, or two runs have one task.
@@ -102,5 +102,5 @@ def board(runs: Sequence[Path], measure: Callable[[Path, Sequence[str]], Mapping
         values = measure(run, files)
         found[task] = {name: float(values[name]) for name in TASK_METRICS[task] if name in values}
     each = {f"{task}_{name}": value for task, values in found.items() for name, value in values.items()}
-    lacking = [task for task in TASK_METRICS if task not in found]
-    return {"score": score(found), "tasks": list(found), **({"lacking": lacking} if lacking else {}), **each}
+    missing = [task for task in TASK_METRICS if task not in found]
+    return {"score": score(found), "tasks": list(found), **({"missing_tasks": missing} if missing else {}), **each}

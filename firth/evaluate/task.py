@@ -193,5 +193,5 @@ class Task:
             out[f"{name}_interval"] = metrics.bootstrap(metric, *columns)
         if self.majority_baseline:
             label, count = Counter(gold).most_common(1)[0]
-            out |= {"commonest": label, "commonest_accuracy": count / len(gold)}
+            out |= {"majority_label": label, "majority_accuracy": count / len(gold)}
         return out

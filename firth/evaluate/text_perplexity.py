@@ -135,7 +135,7 @@ def likelihood(
         if left is not None and left <= 0:
             break
     return summary(results) | {
-        "reads": mode,
+        "mode": mode,
         "context": context,
         "documents": len(whole),
         "share": (num_tokens if limit is None else sum(result.tokens for result in results)) / total,
