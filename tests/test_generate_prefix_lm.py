@@ -165,7 +165,7 @@ def test_a_run_is_used_as_its_objective_reads(tmp_path: Path) -> None:
         state = DecodingBatch(opened.model, [prompt], None, Sampling(max_new_tokens=1), [0]).state
         assert torch.allclose(state, opened.model(collate([shown]))[:, -1], atol=1e-5)
     found = json.loads(evaluate_run(tmp_path / "run", [str(text)], task=None, limit=400, as_json=True))
-    assert found["reads"] == "causal" and not found["bos"]
+    assert found["mode"] == "causal" and not found["bos"]
     again = load("prefix_lm", [*given, "objective=causal_lm", f"init_from={tmp_path / 'run'}"])
     run(again, tmp_path / "left", echo=lambda _: None)
     assert not open_engine(tmp_path / "left").model.config.prefix_lm

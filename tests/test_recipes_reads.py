@@ -86,9 +86,9 @@ def test_an_encoder_trained_from_left_to_right_is_no_family_that_reads_both_ways
     with pytest.raises(UserError, match="reads from left to right, so it fills no gaps"):
         fill_text(left.directory, "The <mask> swims.", 3)
     text = [str(folder / "0.txt")]
-    assert evaluate(left.directory, text)["reads"] == "causal"
-    assert evaluate(left.model, text)["reads"] == "causal"
-    assert evaluate(both.directory, text, limit=50)["reads"] == "masked"
+    assert evaluate(left.directory, text)["mode"] == "causal"
+    assert evaluate(left.model, text)["mode"] == "causal"
+    assert evaluate(both.directory, text, limit=50)["mode"] == "masked"
     again = run(load(str(left.directory / "recipe.yaml")), left.directory, echo=lambda _: None)
     assert again.steps == left.steps
 
