@@ -13,7 +13,7 @@ from firth.data.collate import collate
 from firth.evaluate.evaluate import evaluate
 from firth.evaluate.task import load_evaluated_model, most_likely
 from firth.evaluate.tasks.option_scoring import encode
-from firth.evaluate.text_perplexity import MASKED_LIMIT, leading
+from firth.evaluate.text_perplexity import MASKED_LIMIT, leading_bos
 from firth.model.config import decoder_config, encoder_config, encoder_decoder_config
 from firth.model.model import LM
 from firth.objectives.classification import Classification
@@ -93,18 +93,18 @@ def test_where_bos_is_added(tmp_path, tokenizer):
 
     bos = tokenizer.vocab.bos
     tokenizer.save(tmp_path)
-    assert leading(tmp_path, tokenizer) == (None, False)
+    assert leading_bos(tmp_path, tokenizer) == (None, False)
     (tmp_path / "firth.json").write_text("{}")
-    assert leading(tmp_path, tokenizer) == (bos, False)
+    assert leading_bos(tmp_path, tokenizer) == (bos, False)
     framing = train([TEXT], "byte-bpe", 330, num_sentinels=0)
     framing.engine.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", bos)])
-    assert leading(tmp_path, framing) == (bos, True)
+    assert leading_bos(tmp_path, framing) == (bos, True)
     config = tmp_path / "tokenizer_config.json"
     plain = json.loads(config.read_text())
     config.write_text(json.dumps(plain | {"add_bos_token": False}))
-    assert leading(tmp_path, framing) == (None, False)
+    assert leading_bos(tmp_path, framing) == (None, False)
     config.write_text(json.dumps(plain | {"add_bos_token": True}))
-    assert leading(tmp_path, tokenizer) == (bos, True)
+    assert leading_bos(tmp_path, tokenizer) == (bos, True)
 
 
 def test_rows_have_the_length_of_training(tmp_path, tokenizer):
@@ -158,7 +158,7 @@ def test_enough_text_has_an_interval(tmp_path, tokenizer):
     assert progress[-1] == 1.0
 
 
-def test_classification_agrees_with_transformers_and_scikit_learn(tmp_path, tokenizer):
+def test_classification_agrees_with_scikit_learn(tmp_path, tokenizer):
     names = ("verse", "prose", "song")
     model = saved(tmp_path, tokenizer, encoder_config, {"classes": names}, heads=("classes",))
     rng = np.random.default_rng(0)

@@ -176,7 +176,7 @@ def test_an_interrupted_comparison_resumes_to_the_same_scores(
         assert ours | {"seconds": 0, "key": ""} == theirs | {"seconds": 0, "key": ""}
 
 
-def test_causal_models_are_compared_by_bits_per_byte_without_a_probe(records: Path, tmp_path: Path) -> None:
+def test_causal_models_are_compared_by_bits_per_byte(records: Path, tmp_path: Path) -> None:
     output = contest(tmp_path, records, ("gpt", "roberta"), probe="none", shares=(1.0,), seeds=1)
     results = json.loads((tmp_path / "results.json").read_text())
     by_name = {score["recipe"]: score for score in results["scores"]}
@@ -382,7 +382,7 @@ def test_compute_in_seconds_is_shared(records: Path, tmp_path: Path) -> None:
     assert "gpt" in output and "FLOPs" in output
 
 
-def test_the_command_needs_one_kind_of_compute_and_numeric_shares() -> None:
+def test_the_command_checks_compute_and_shares() -> None:
     for compute in ({}, {"seconds": 1.0, "flops": 1e9}):
         with pytest.raises(UserError, match="--seconds N or --flops N, one of them"):
             cli.compare(["gpt"], **compute)

@@ -50,10 +50,10 @@ def evaluate(
     if task == "glue":  # the other paths are runs as well
         limited = functools.partial(evaluate, limit=limit)
         return {"task": task} | _limit_entry(limit) | glue.board([directory, *map(Path, paths)], limited)
-    return measured(load_evaluated_model(directory), paths, task=task, limit=limit, progress=progress, say=say)
+    return evaluate_model(load_evaluated_model(directory), paths, task=task, limit=limit, progress=progress, say=say)
 
 
-def measured(
+def evaluate_model(
     evaluated: EvaluatedModel,
     paths: Sequence[str],
     *,

@@ -3,7 +3,7 @@
 Each model family has a function that turns a document into examples that score every token once (`strided`,
 `one_at_a_time`, `halves`); `score` runs the model and sums.
 
-    document = read(tokenizer, "To be, or not to be")        # ids, and the bytes of text of each
+    document = tokenize(tokenizer, "To be, or not to be")        # ids, and the bytes of text of each
     result = score(model, strided(document, context=1024))   # Likelihood(nll=..., tokens=..., size=...)
     result.perplexity, result.bits_per_byte
 
@@ -50,7 +50,7 @@ class TokenizedDocument:
     sizes: np.ndarray
 
 
-def read(tokenizer: Tokenizer, text: str) -> TokenizedDocument:
+def tokenize(tokenizer: Tokenizer, text: str) -> TokenizedDocument:
     """Tokenize a text. The sizes add up to the bytes of the text, whatever the tokenizer normalizes, drops or splits.
 
     A byte belongs to the first token that ends at or after it: a dropped blank to the next token, the bytes of a character

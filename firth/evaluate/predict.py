@@ -23,7 +23,7 @@ from typing import Any, BinaryIO, TextIO
 
 from firth.evaluate.prediction_inputs import read_inputs
 from firth.evaluate.task import EvaluatedModel, Progress, Say, Task, load_evaluated_model
-from firth.evaluate.tasks import TASKS, default
+from firth.evaluate.tasks import TASKS, default_task
 from firth.evaluate.tasks.generation import GENERATION
 from firth.evaluate.text_perplexity import scoring_mode
 from firth.io.atomic import new_file
@@ -77,7 +77,7 @@ def prediction_task(evaluated: EvaluatedModel) -> Task:
     Raises:
         UserError: The model has no task with one row per record.
     """
-    name, config = default(evaluated), evaluated.model.config
+    name, config = default_task(evaluated), evaluated.model.config
     generates = name == "likelihood" and evaluated.model.has_lm_head and not config.latent_size
     # Any causal decoder can continue a prompt. A foreign encoder-decoder is finetuned, one pretrained by a run is not.
     if generates and (not evaluated.recipe if config.num_encoder_layers else scoring_mode(config) == "causal"):

@@ -12,7 +12,16 @@ import numpy as np
 from firth.corpora.read_stats import ReadStats
 from firth.corpora.readers import documents
 from firth.evaluate import metrics
-from firth.evaluate.perplexity import Likelihood, TokenizedDocument, halves, one_at_a_time, pieces, read, score, strided
+from firth.evaluate.perplexity import (
+    Likelihood,
+    TokenizedDocument,
+    halves,
+    one_at_a_time,
+    pieces,
+    score,
+    strided,
+    tokenize,
+)
 from firth.model.config import ModelConfig
 from firth.pretrained.load_save import metadata_of
 from firth.tokenizer.tokenizer import Tokenizer
@@ -50,7 +59,7 @@ def scoring_mode(config: ModelConfig) -> ScoringMode:
     return "masked" if masked and not (config.causal or config.prefix_lm) else "causal"
 
 
-def leading(directory: Path, tokenizer: Tokenizer) -> tuple[int | None, bool]:
+def leading_bos(directory: Path, tokenizer: Tokenizer) -> tuple[int | None, bool]:
     """Return the bos token that a causal model was trained with before a text, and whether every row starts with it.
 
     A tokenizer that adds bos (`add_bos_token`, or in tokenizer.json itself, as Llama's and Gemma's) starts every row
@@ -102,10 +111,10 @@ def likelihood(
         raise UserError(f"{evaluated.directory}: this model has no LM head, so it cannot score the likelihood of text")
     mode = scoring_mode(model.config)
     with_bos = mode == "causal" and not model.config.prefix_lm  # texts of a prefix LM have no special tokens
-    bos, every = leading(evaluated.model_directory, tokenizer) if with_bos else (None, False)
+    bos, every = leading_bos(evaluated.model_directory, tokenizer) if with_bos else (None, False)
     context = evaluated.context
     counts = ReadStats()
-    whole = [read(tokenizer, d.text) for d in documents(paths, counts=counts)]
+    whole = [tokenize(tokenizer, d.text) for d in documents(paths, counts=counts)]
     for name, n in counts.rows().items():
         if name in READ_NOTES:
             say(f"{', '.join(paths)}: {n:,} {READ_NOTES[name]}")

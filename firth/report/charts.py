@@ -417,10 +417,10 @@ def _points(curve: Curve, line: np.ndarray, color: str, unit: str, across: _Axis
 def _names(ends: Sequence[tuple[str, str, float, float]], across: _Axis, up: _Axis) -> list[str]:
     """Return the name at the end of each line, moved where names would overlap, with a thin leader line if moved."""
     out = []
-    places = spread([y for *_, y in ends], _LINE_PX, up.end, up.start)
-    for (label, style, x, y), place in zip(ends, places, strict=True):
-        if abs(place - y) > 5 or across.end - x > 5:
+    label_ys = spread([y for *_, y in ends], _LINE_PX, up.end, up.start)
+    for (label, style, x, y), label_y in zip(ends, label_ys, strict=True):
+        if abs(label_y - y) > 5 or across.end - x > 5:
             x1, x2 = f"{x + 3:.1f}", f"{across.end + 7:.1f}"
-            out.append(f'<line class="leader" x1="{x1}" y1="{y:.1f}" x2="{x2}" y2="{place:.1f}"/>')
-        out.append(f'<text class="{style}" x="{across.end + 9:.1f}" y="{place + 4:.1f}">{escape(label)}</text>')
+            out.append(f'<line class="leader" x1="{x1}" y1="{y:.1f}" x2="{x2}" y2="{label_y:.1f}"/>')
+        out.append(f'<text class="{style}" x="{across.end + 9:.1f}" y="{label_y + 4:.1f}">{escape(label)}</text>')
     return out

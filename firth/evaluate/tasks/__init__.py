@@ -45,7 +45,7 @@ GENERATIVE_OBJECTIVE = "seq2seq"
 """Objective of a run whose default task is generation."""
 
 
-def default(evaluated: EvaluatedModel) -> str:
+def default_task(evaluated: EvaluatedModel) -> str:
     """Return the task that a model was trained for, by the objective of its run and by its heads; empty if there is none."""
     if "lm" in evaluated.model.heads and evaluated.objective.get("kind") == GENERATIVE_OBJECTIVE:
         return GENERATION.name
@@ -62,7 +62,7 @@ def default_for(evaluated: EvaluatedModel, paths: Sequence[str]) -> str:
     Raises:
         UserError: The files hold dialogues and the model was not trained on any, or they hold preferences.
     """
-    name = default(evaluated)
+    name = default_task(evaluated)
     found = first_record(paths) if name == "likelihood" and can_generate(evaluated) else None
     if found is None or "text" in found[1]:
         return name

@@ -24,7 +24,7 @@ from firth.data.text_prompts import TextPrompts
 from firth.evaluate import metrics
 from firth.evaluate.prediction_inputs import InputSchema
 from firth.evaluate.task import Answers, EvaluatedModel, Progress, Task
-from firth.evaluate.text_perplexity import leading, scoring_mode
+from firth.evaluate.text_perplexity import leading_bos, scoring_mode
 from firth.generate.engine import Engine
 from firth.generate.sampling import Sampling
 from firth.generate.streaming import Completion
@@ -48,7 +48,7 @@ def load(evaluated: EvaluatedModel, paths: Sequence[str], labeled: bool = True) 
     if config.num_encoder_layers:
         kind = Seq2SeqRecords if labeled else CompletionPrompts
         return kind(paths, evaluated.tokenizer, evaluated.context, forms=templates(evaluated))
-    bos, _ = (None, False) if config.prefix_lm else leading(evaluated.model_directory, evaluated.tokenizer)
+    bos, _ = (None, False) if config.prefix_lm else leading_bos(evaluated.model_directory, evaluated.tokenizer)
     return TextPrompts(
         paths, evaluated.tokenizer, evaluated.model.context, forms=templates(evaluated), dialogue=evaluated.is_chat_model,
         begin=() if bos is None else (bos,), answered=labeled,

@@ -15,7 +15,7 @@ import numpy as np
 from firth.corpora.readers import records, text_field
 from firth.evaluate import metrics
 from firth.evaluate.task import Answers, EvaluatedModel, Progress, Task, most_likely
-from firth.evaluate.text_perplexity import leading, scoring_mode
+from firth.evaluate.text_perplexity import leading_bos, scoring_mode
 from firth.generate.engine import Engine
 from firth.types import UserError
 
@@ -74,7 +74,7 @@ def respond(evaluated: EvaluatedModel, items: Sequence[Question], progress: Prog
     """Return the gold option and the most likely option of each question, "" for a tie."""
     engine = Engine(evaluated.model, evaluated.tokenizer)
     encoder = evaluated.model.config.num_encoder_layers > 0
-    bos, _ = (None, False) if encoder else leading(evaluated.model_directory, evaluated.tokenizer)
+    bos, _ = (None, False) if encoder else leading_bos(evaluated.model_directory, evaluated.tokenizer)
     head = [] if bos is None else [bos]
     tail = [evaluated.vocab.eos] if encoder else []
     predicted = []

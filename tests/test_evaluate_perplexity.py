@@ -7,7 +7,7 @@ import pytest
 import torch
 from test_model_families import AUTO, SHAPES, built
 
-from firth.evaluate.perplexity import Likelihood, TokenizedDocument, halves, one_at_a_time, read, score, strided
+from firth.evaluate.perplexity import Likelihood, TokenizedDocument, halves, one_at_a_time, score, strided, tokenize
 from firth.model.config import decoder_config
 from firth.model.heads import LMHead
 from firth.model.model import LM
@@ -177,7 +177,7 @@ def test_sizes_add_up_to_the_bytes_of_the_text(algorithm):
         ["the quick brown fox jumps over the lazy dog, plain words " * 20], algorithm, 300, num_sentinels=2
     )
     for text in HARD:
-        found = read(tokenizer, text)
+        found = tokenize(tokenizer, text)
         assert found.tokens.tolist() == tokenizer.encode(text).tolist()
         assert len(found.sizes) == len(found.tokens)
         assert (found.sizes >= 0).all()
@@ -187,7 +187,7 @@ def test_sizes_add_up_to_the_bytes_of_the_text(algorithm):
 
 def test_sizes_are_the_bytes_of_each_token():
     tokenizer = train(["ab ab ab"], "byte-bpe", 400, num_sentinels=0)
-    found = read(tokenizer, "ab é ab")
+    found = tokenize(tokenizer, "ab é ab")
     words = [(tokenizer.decode([t]), int(n)) for t, n in zip(found.tokens, found.sizes, strict=True)]
     assert words[0] == ("ab", 2)
     assert words[-1] == (" ab", 3)
@@ -202,7 +202,7 @@ def test_bits_per_byte_do_not_depend_on_the_tokenizer():
         config = decoder_config(tokenizer.vocab.size, 64, 1, max_positions=32)
         model = LM(config, {"lm": LMHead(config)})
         torch.nn.init.zeros_(model.heads["lm"].weight)
-        found = read(tokenizer, text)
+        found = tokenize(tokenizer, text)
         result = score(model, strided(found, 32))
         assert result.tokens == len(found.tokens) - 1
         wanted = (len(found.tokens) - 1) * math.log2(tokenizer.vocab.size) / (len(text) - found.sizes[0])
