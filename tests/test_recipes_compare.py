@@ -341,12 +341,12 @@ def test_test_records_are_from_held_out_documents(tmp_path: Path) -> None:
         folder=tmp_path / "out",
         echo=print,
     )
-    held = {d.name for d in documents_of(source, source.path, apart=True)}
+    held_out = {d.name for d in documents_of(source, source.path, apart=True)}
     tested = [json.loads(text) for text in (tmp_path / "out" / "test.jsonl").read_text().splitlines()]
     trained = [json.loads(text) for text in (tmp_path / "out" / "train-0.jsonl").read_text().splitlines()]
-    assert {row["name"] for row in tested} == finished != set()
-    assert len(tested) == drawn.num_tested == 6 * len(held)
-    assert held.isdisjoint(row["name"] for row in trained)
+    assert {row["name"] for row in tested} == held_out != set()
+    assert len(tested) == drawn.num_tested == 6 * len(held_out)
+    assert held_out.isdisjoint(row["name"] for row in trained)
 
 
 def test_plays_give_as_many_questions_as_statements(tmp_path: Path) -> None:
