@@ -27,8 +27,8 @@ def load(evaluated: EvaluatedModel, paths: Sequence[str], labeled: bool = True) 
 
 def read(evaluated: EvaluatedModel, items: MultipleChoiceRecords, progress: Progress) -> Iterator[HeadOutput]:
     """Yield the label and the option scores of each question."""
-    position = "last" if readout_position(evaluated) == "last" else "first"
-    objective = MultipleChoice(max_options=items.most, position=position)
+    last = readout_position(evaluated) == "last"
+    objective = MultipleChoice(max_options=items.most, position="last" if last else "first")
     return head_outputs(evaluated.model, objective, "choice", examples(items, progress), evaluated.vocab)
 
 
