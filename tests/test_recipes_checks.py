@@ -211,7 +211,7 @@ def test_the_report_and_evaluate_speak_of_the_step_that_is_exported(tmp_path: Pa
     assert (found["exported_step"], found["last_step"], found["loss"]) == (best, done.steps, held[best])
     assert f"exported_step            {best}" in evaluate_run(done.directory, [], task=None, limit=None, as_json=False)
     page = (done.directory / "report.html").read_text()
-    assert f"The exported model is that of step {best}, the best of {len(held)} checks" in page
+    assert f"The exported model is that of step {best}, the best of {len(held)} evaluations" in page
     assert f"held-out text, exported step {best}" in page and "did not fall" not in page
     assert f"the model of step {best}, the best check" in (done.model / "README.md").read_text()
     again, _ = trained(

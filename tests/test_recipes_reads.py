@@ -74,7 +74,7 @@ def test_a_bilm_is_told_apart_from_a_model_that_writes(make: Make, folder: Path)
     made = make(*BILM)
     with pytest.raises(UserError, match="no vocabulary head reads this model's states, so it cannot write"):
         open_run(made.directory)
-    with pytest.raises(UserError, match="no text is likely or unlikely to it"):
+    with pytest.raises(UserError, match="cannot score the likelihood of text"):
         evaluate(made.directory, [str(folder / "0.txt")])
 
 

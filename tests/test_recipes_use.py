@@ -264,7 +264,7 @@ def test_a_masked_model_is_not_asked_for_answers(tokenizer: Tokenizer, tmp_path:
     (tmp_path / "d.jsonl").write_text(json.dumps(ROWS[0]) + "\n")
     for command, instead in (
         (["evaluate", str(tmp_path), str(tmp_path / "d.jsonl"), "--task", "generation"], "firth train sft"),
-        (["predict", str(tmp_path), str(tmp_path / "d.jsonl")], "it serves `firth fill`"),
+        (["predict", str(tmp_path), str(tmp_path / "d.jsonl")], "use `firth fill`"),
     ):
         done = CliRunner().invoke(app, command)
         assert isinstance(done.exception, UserError) and instead in str(done.exception)
