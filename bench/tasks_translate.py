@@ -78,8 +78,8 @@ def pretrained(results: Path, train: Path, quick: bool) -> Path:
 def measured(directory: Path, test: Path, done: RunResult) -> Row:
     """What a run of ours scores."""
     evaluated = load_evaluated_model(directory)
-    items = generation.source(evaluated, [str(test)])
-    right, said = generation.answer(evaluated, items, lambda _: None, LENGTH)
+    items = generation.load(evaluated, [str(test)])
+    right, said = generation.respond(evaluated, items, lambda _: None, LENGTH)
     return scored(right, said) | {"loss": done.metrics["valid/loss"], "items": len(right)}
 
 
@@ -125,8 +125,14 @@ def taught(lesson: Lesson, coder: str, out: str) -> Row:
 
 def pairs(path: Path, tokenizer: Tokenizer, lesson: Lesson) -> Rows:
     """The records as both sides read them."""
-    how = lesson.segment
-    found = Seq2SeqRecords([str(path)], tokenizer, how.length, answer=how.answer, forms=(how.prompt, how.answer_is))
+    how = lesson.examples
+    found = Seq2SeqRecords(
+        [str(path)],
+        tokenizer,
+        how.max_length,
+        answer=how.max_target_length,
+        forms=(how.prompt_template, how.completion_template),
+    )
     return Rows(found, pair)
 
 

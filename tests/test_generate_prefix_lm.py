@@ -14,7 +14,7 @@ from data_room import TEXTS
 
 from firth.data.collate import collate
 from firth.evaluate.perplexity import TokenizedDocument, score, strided
-from firth.evaluate.text_perplexity import reads_of
+from firth.evaluate.text_perplexity import scoring_mode
 from firth.generate.decoding import DecodingBatch, attention_pattern_of, rectangle
 from firth.generate.engine import Engine
 from firth.generate.sampling import Sampling
@@ -112,7 +112,7 @@ def test_scores_and_options_match_training(model: LM) -> None:
 
 def test_the_unscored_tokens_of_a_window_are_its_prompt(model: LM) -> None:
     document = TokenizedDocument(np.concatenate(prompts(6)), np.ones(sum(map(len, prompts(6))), np.int64))
-    assert reads_of(model.config) == "causal"
+    assert scoring_mode(model.config) == "causal"
     nll = 0.0
     for window in strided(document, context=16):
         scored = window["labels"] != IGNORE
@@ -167,7 +167,7 @@ def test_a_run_is_used_with_the_attention_of_its_objective(tmp_path: Path) -> No
         state = DecodingBatch(loaded.model, [prompt], None, Sampling(max_new_tokens=1), [0]).state
         assert torch.allclose(state, loaded.model(collate([example]))[:, -1], atol=1e-5)
     found = json.loads(evaluate_run(tmp_path / "run", [str(text)], task=None, limit=400, as_json=True))
-    assert found["reads"] == "causal" and not found["bos"]
-    causal = load("prefix_lm", [*overrides, "objective=causal_lm", f"init_from={tmp_path / 'run'}"])
-    run(causal, tmp_path / "causal", echo=lambda _: None)
-    assert not open_engine(tmp_path / "causal").model.config.prefix_lm
+    assert found["mode"] == "causal" and not found["bos"]
+    again = load("prefix_lm", [*overrides, "objective=causal_lm", f"init_from={tmp_path / 'run'}"])
+    run(again, tmp_path / "left", echo=lambda _: None)
+    assert not open_engine(tmp_path / "left").model.config.prefix_lm

@@ -10,7 +10,7 @@ import pytest
 
 from firth.evaluate.evaluate import evaluate
 from firth.evaluate.task import load_evaluated_model
-from firth.evaluate.text_perplexity import reads_of
+from firth.evaluate.text_perplexity import scoring_mode
 from firth.runs.inference import fill_text, open_run
 from firth.runs.recipe import load
 from firth.runs.run import RunResult, run
@@ -74,7 +74,7 @@ def test_a_bilm_is_told_apart_from_a_model_that_writes(make: Make, folder: Path)
     made = make(*BILM)
     with pytest.raises(UserError, match="no vocabulary head reads this model's states, so it cannot write"):
         open_run(made.directory)
-    with pytest.raises(UserError, match="no text is likely or unlikely to it"):
+    with pytest.raises(UserError, match="cannot score the likelihood of text"):
         evaluate(made.directory, [str(folder / "0.txt")])
 
 
@@ -86,16 +86,16 @@ def test_an_encoder_trained_from_left_to_right_is_no_family_that_reads_both_ways
     with pytest.raises(UserError, match="reads from left to right, so it fills no gaps"):
         fill_text(left.directory, "The <mask> swims.", 3)
     text = [str(folder / "0.txt")]
-    assert evaluate(left.directory, text)["reads"] == "causal"
-    assert evaluate(left.model, text)["reads"] == "causal"
-    assert evaluate(both.directory, text, limit=50)["reads"] == "masked"
+    assert evaluate(left.directory, text)["mode"] == "causal"
+    assert evaluate(left.model, text)["mode"] == "causal"
+    assert evaluate(both.directory, text, limit=50)["mode"] == "masked"
     again = run(load(str(left.directory / "recipe.yaml")), left.directory, echo=lambda _: None)
     assert again.steps == left.steps
 
 
 def test_what_reads_from_both_ends_is_asked_one_token_at_a_time(make: Make) -> None:
     made = make("lstm", "objective=mlm", "model.causal=false", "model.num_heads=1", "examples=chunks")
-    assert reads_of(load_evaluated_model(made.directory).model.config) == "masked"
+    assert scoring_mode(load_evaluated_model(made.directory).model.config) == "masked"
 
 
 def test_what_starts_from_it_reads_as_it_does(make: Make, folder: Path) -> None:
