@@ -65,9 +65,18 @@ def transformer_xl(
     is not told.
     """
     return ModelConfig(
-        vocab_size=vocab_size, hidden_size=hidden_size, num_layers=num_layers, num_heads=num_heads, head_dim=head_dim, max_positions=max_positions, norm="rms",
-        norm_bias=False, norm_eps=1e-6, position="xlnet", activation="gelu",
-    )  # fmt: skip
+        vocab_size=vocab_size,
+        hidden_size=hidden_size,
+        num_layers=num_layers,
+        num_heads=num_heads,
+        head_dim=head_dim,
+        max_positions=max_positions,
+        norm="rms",
+        norm_bias=False,
+        norm_eps=1e-6,
+        position="xlnet",
+        activation="gelu",
+    )
 
 
 def llama(
@@ -81,9 +90,21 @@ def llama(
 ) -> ModelConfig:
     """Llama: RMSNorm, SwiGLU, rotary positions, no biases, a head of its own (Touvron 2023, section 2.2)."""
     return ModelConfig(
-        vocab_size=vocab_size, hidden_size=hidden_size, num_layers=num_layers, num_heads=num_heads, num_kv_heads=num_kv_heads, intermediate_size=intermediate_size, max_positions=max_positions, norm="rms",
-        norm_bias=False, norm_eps=1e-6, position="rotary", activation="swiglu", bias=False, tie_embeddings=False,
-    )  # fmt: skip
+        vocab_size=vocab_size,
+        hidden_size=hidden_size,
+        num_layers=num_layers,
+        num_heads=num_heads,
+        num_kv_heads=num_kv_heads,
+        intermediate_size=intermediate_size,
+        max_positions=max_positions,
+        norm="rms",
+        norm_bias=False,
+        norm_eps=1e-6,
+        position="rotary",
+        activation="swiglu",
+        bias=False,
+        tie_embeddings=False,
+    )
 
 
 def bert(
@@ -96,9 +117,21 @@ def bert(
 ) -> ModelConfig:
     """BERT: an encoder with the norm after each branch, learned positions and segments (Devlin 2019, section 3)."""
     return ModelConfig(
-        vocab_size=vocab_size, hidden_size=hidden_size, num_layers=num_layers, num_heads=num_heads, max_positions=max_positions, causal=False, type_vocab_size=type_vocab_size,
-        norm_placement="post", norm_eps=1e-12, embedding_norm=True, activation="gelu", dropout=0.1, lm_head="transform", lm_head_bias=True,
-    )  # fmt: skip
+        vocab_size=vocab_size,
+        hidden_size=hidden_size,
+        num_layers=num_layers,
+        num_heads=num_heads,
+        max_positions=max_positions,
+        causal=False,
+        type_vocab_size=type_vocab_size,
+        norm_placement="post",
+        norm_eps=1e-12,
+        embedding_norm=True,
+        activation="gelu",
+        dropout=0.1,
+        lm_head="transform",
+        lm_head_bias=True,
+    )
 
 
 def xlnet(
@@ -111,9 +144,22 @@ def xlnet(
 ) -> ModelConfig:
     """XLNet: post-norm, relative positions and segments, a memory, a vector of its own for queries (Yang 2019, section 2)."""
     return ModelConfig(
-        vocab_size=vocab_size, hidden_size=hidden_size, num_layers=num_layers, num_heads=num_heads, max_positions=max_positions, causal=False, norm_placement="post", norm_eps=1e-12,
-        position="xlnet", mask_embedding=True, type_vocab_size=2, memory_length=memory_length, activation="gelu", dropout=0.1, lm_head_bias=True,
-    )  # fmt: skip
+        vocab_size=vocab_size,
+        hidden_size=hidden_size,
+        num_layers=num_layers,
+        num_heads=num_heads,
+        max_positions=max_positions,
+        causal=False,
+        norm_placement="post",
+        norm_eps=1e-12,
+        position="xlnet",
+        mask_embedding=True,
+        type_vocab_size=2,
+        memory_length=memory_length,
+        activation="gelu",
+        dropout=0.1,
+        lm_head_bias=True,
+    )
 
 
 def mpnet(vocab_size: int, hidden_size: int, num_layers: int, num_heads: int, max_positions: int = 512) -> ModelConfig:
@@ -139,18 +185,43 @@ def t5(
 ) -> ModelConfig:
     """T5 1.0: an encoder-decoder with relative positions, ReLU and a tied, scaled head (Raffel 2020, section 2.1)."""
     return ModelConfig(
-        vocab_size=vocab_size, hidden_size=hidden_size, num_layers=num_layers, num_encoder_layers=num_layers, num_heads=num_heads, head_dim=head_dim, intermediate_size=intermediate_size,
-        max_positions=512, norm="rms", norm_bias=False, norm_eps=1e-6, position="t5", activation="relu", bias=False,
-        scale_attention=False, lm_head_scale=hidden_size**-0.5, dropout=0.1, init_std=0.0,
-    )  # fmt: skip
+        vocab_size=vocab_size,
+        hidden_size=hidden_size,
+        num_layers=num_layers,
+        num_encoder_layers=num_layers,
+        num_heads=num_heads,
+        head_dim=head_dim,
+        intermediate_size=intermediate_size,
+        max_positions=512,
+        norm="rms",
+        norm_bias=False,
+        norm_eps=1e-6,
+        position="t5",
+        activation="relu",
+        bias=False,
+        scale_attention=False,
+        lm_head_scale=hidden_size**-0.5,
+        dropout=0.1,
+        init_std=0.0,
+    )
 
 
 def bart(vocab_size: int, hidden_size: int, num_layers: int, num_heads: int, max_positions: int = 1024) -> ModelConfig:
     """BART: an encoder-decoder with the norm after each branch and learned positions (Lewis 2019, section 2.1)."""
     return ModelConfig(
-        vocab_size=vocab_size, hidden_size=hidden_size, num_layers=num_layers, num_encoder_layers=num_layers, num_heads=num_heads, max_positions=max_positions, decoder_start_token="eos",
-        norm_placement="post", embedding_norm=True, activation="gelu", dropout=0.1, lm_head_bias=True,
-    )  # fmt: skip
+        vocab_size=vocab_size,
+        hidden_size=hidden_size,
+        num_layers=num_layers,
+        num_encoder_layers=num_layers,
+        num_heads=num_heads,
+        max_positions=max_positions,
+        decoder_start_token="eos",
+        norm_placement="post",
+        embedding_norm=True,
+        activation="gelu",
+        dropout=0.1,
+        lm_head_bias=True,
+    )
 
 
 PRESETS: dict[str, ModelConfig] = {
