@@ -211,7 +211,7 @@ def test_cache_keeps_chosen_rows() -> None:
 @pytest.mark.parametrize("make", [decoder_config, encoder_config, encoder_decoder_config])
 def test_packing_padding_and_groups_change_nothing(make: object) -> None:
     """Two texts alone, padded side by side, packed into one row, and as a group (1, 2, T): the same states."""
-    shape = replace(make(50, 32, 2, heads=4), zero_init=False)  # type: ignore[operator]
+    shape = replace(make(50, 32, 2, num_heads=4), zero_init=False)  # type: ignore[operator]
     model = made(shape).train()
     a, b, s, t = (torch.randint(50, (n,)) for n in (5, 3, 4, 6))
     causal = make is not encoder_config

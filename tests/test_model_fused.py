@@ -140,7 +140,7 @@ def test_confident_and_hopeless_labels_stay_finite() -> None:
 
 @pytest.mark.parametrize("make", [decoder_config, encoder_config])
 def test_head_under_autocast_and_without_gradients(make: object) -> None:
-    shape = make(vocab=60, width=32, depth=1, heads=2)  # type: ignore[operator]
+    shape = make(vocab_size=60, hidden_size=32, num_layers=1, num_heads=2)  # type: ignore[operator]
     torch.manual_seed(0)
     model = LM(shape, {"lm": LMHead(shape)})
     head = model.heads["lm"]
@@ -213,7 +213,7 @@ def test_shape_counts_its_parameters_and_the_seed_decides() -> None:
 @pytest.mark.parametrize("make", [decoder_config, encoder_config, encoder_decoder_config])
 def test_a_whole_model_trains_under_autocast_and_in_half(make: object) -> None:
     """bf16 loss and gradient near those of fp32; the weights in bf16 read the same too."""
-    shape = replace(make(vocab=50, width=32, depth=2, heads=2), zero_init=False)  # type: ignore[operator]
+    shape = replace(make(vocab_size=50, hidden_size=32, num_layers=2, num_heads=2), zero_init=False)  # type: ignore[operator]
     torch.manual_seed(0)
     model = LM(shape, {"lm": LMHead(shape)})
     torch.nn.init.normal_(model.heads["lm"].weight, std=0.2)

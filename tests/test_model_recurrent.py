@@ -28,7 +28,7 @@ KINDS = {"rnn": nn.RNN, "gru": nn.GRU, "lstm": nn.LSTM}
 VOCAB = Vocab(size=40, roles={"pad": 0}, special=np.arange(40) < 1)
 
 
-def shape_of(kind: str, **changes: Any) -> ModelConfig:
+def config_of(kind: str, **changes: Any) -> ModelConfig:
     return dataclasses.replace(recurrent_config(40, 16, 2, kind), **{"intermediate_size": 0} | changes)  # type: ignore[arg-type]
 
 
@@ -46,7 +46,7 @@ def with_our_weights(theirs: nn.RNNBase, ours: RecurrentStack) -> nn.RNNBase:
 @pytest.mark.parametrize("causal", [True, False])
 def test_the_states_and_gradients_are_those_of_torch(kind: str, causal: bool) -> None:
     torch.manual_seed(0)
-    ours = LM(shape_of(kind, causal=causal), {})
+    ours = LM(config_of(kind, causal=causal), {})
     theirs = with_our_weights(
         KINDS[kind](16, 16 if causal else 8, 2, batch_first=True, bidirectional=not causal), ours.stack
     )
@@ -65,11 +65,11 @@ def test_the_states_and_gradients_are_those_of_torch(kind: str, causal: bool) ->
 
 def test_an_lstm_with_a_projection_and_dropout_is_torch_s() -> None:
     torch.manual_seed(0)
-    ours = LM(shape_of("lstm", hidden=24, depth=2), {})
+    ours = LM(config_of("lstm", intermediate_size=24, num_layers=2), {})
     theirs = with_our_weights(nn.LSTM(16, 24, 2, batch_first=True, proj_size=16), ours.stack)
     tokens = torch.randint(40, (2, 9))
     torch.testing.assert_close(ours({"tokens": tokens}), theirs(ours.tokens(tokens))[0], rtol=0, atol=1e-6)
-    dropping = LM(shape_of("lstm", dropout=0.5), {})
+    dropping = LM(config_of("lstm", dropout=0.5), {})
     batch = {"tokens": tokens}
     torch.manual_seed(1)
     once = dropping(batch)
@@ -80,10 +80,10 @@ def test_an_lstm_with_a_projection_and_dropout_is_torch_s() -> None:
 
 
 ALL = {
-    "one direction": shape_of("lstm"),
-    "one direction, gru": shape_of("gru"),
-    "two directions": shape_of("lstm", causal=False),
-    "two directions apart": shape_of("lstm", causal=False, apart=True, skip=True),
+    "one direction": config_of("lstm"),
+    "one direction, gru": config_of("gru"),
+    "two directions": config_of("lstm", causal=False),
+    "two directions apart": config_of("lstm", causal=False, separate_directions=True, rnn_residual=True),
     "spelled": dataclasses.replace(bilm(40, 16, 2, characters=8, filters=64), max_positions=64),
 }
 
@@ -142,7 +142,7 @@ def test_one_direction_sees_nothing_behind_and_two_see_all() -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_written_step_by_step_it_says_what_it_says_at_once(kind: str) -> None:
     torch.manual_seed(0)
-    model = LM(shape_of(kind), {}).eval()
+    model = LM(config_of(kind), {}).eval()
     rng = np.random.default_rng(1)
     rows = [rng.integers(1, 40, n) for n in (6, 2, 9)]
     whole = [np.concatenate((row, rng.integers(1, 40, 4))) for row in rows]
@@ -165,7 +165,7 @@ def test_written_step_by_step_it_says_what_it_says_at_once(kind: str) -> None:
 
 
 def test_rows_that_go_on_hold_one_document() -> None:
-    model = LM(shape_of("lstm"), {})
+    model = LM(config_of("lstm"), {})
     batch = {"tokens": torch.ones(1, 4, dtype=torch.int64), "document_ids": torch.tensor([[1, 1, 2, 2]])}
     with pytest.raises(UserError, match="one document each"):
         model(batch, model.make_cache(1, 8))
@@ -173,9 +173,9 @@ def test_rows_that_go_on_hold_one_document() -> None:
 
 COUNTED = {
     **ALL,
-    "rnn": shape_of("rnn"),
-    "projected": shape_of("lstm", hidden=24),
-    "places, segments, untied": shape_of("gru", position="learned", context=9, segments=2, tied=False),
+    "rnn": config_of("rnn"),
+    "projected": config_of("lstm", intermediate_size=24),
+    "places, segments, untied": config_of("gru", position="learned", max_positions=9, type_vocab_size=2, tie_embeddings=False),
     "spelled attention": dataclasses.replace(decoder_config(40, 64, 1), max_characters=8, char_filters=64),
     "vectors": ModelConfig(
         vocab_size=40, hidden_size=8, num_layers=0, num_heads=1, norm_placement="post", position="none"
@@ -226,22 +226,22 @@ def test_a_saved_model_comes_back(name: str, tmp_path) -> None:
     tokens = {"tokens": torch.randint(40, (2, 6))}
     assert torch.equal(model.eval()(tokens), again(tokens))
     kept = rebuild_head(describe_head(model), "model")
-    assert kept.shape == model.config
+    assert kept.config == model.config
 
 
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"qk_norm": True}, "model.qk_norm=True means nothing to recurrent layers"),
+        ({"qk_norm": True}, "model.qk_norm=True has no effect on recurrent layers"),
         ({"norm_placement": "pre"}, "model.norm_placement='?pre'?"),
         ({"num_encoder_layers": 2}, "model.num_encoder_layers=2"),
-        ({"position": "rotary"}, "rotary positions are for attention"),
+        ({"position": "rotary"}, "model.position=rotary is for attention"),
         ({"separate_directions": True}, "model.causal=false"),
         ({"causal": False, "hidden_size": 17, "head_dim": 17, "intermediate_size": 0}, "make it even"),
         ({"intermediate_size": 12}, "leave model.intermediate_size out"),
         ({"rnn_type": "gru", "intermediate_size": 24}, "only an LSTM"),
         ({"rnn_type": "", "rnn_residual": True}, "recurrent layers"),
-        ({"max_characters": 8}, "tied=false"),
+        ({"max_characters": 8}, "tie_embeddings=false"),
         ({"max_characters": 8, "tie_embeddings": False, "char_filters": 100}, "64, 128"),
         ({"rnn_type": "elman"}, "not one of"),
     ],
@@ -256,11 +256,11 @@ def test_depth_zero_is_the_embeddings() -> None:
     tokens = torch.randint(40, (2, 5))
     assert torch.equal(model({"tokens": tokens}), model.tokens(tokens))
     assert len(model.all_hidden_states({"tokens": tokens})) == 1
-    with pytest.raises(UserError, match=r"shape\.depth=0"):
+    with pytest.raises(UserError, match=r"model\.num_layers=0"):
         dataclasses.replace(COUNTED["vectors"], num_encoder_layers=2)
 
 
-@pytest.mark.parametrize("shape", [ALL["two directions apart"], ALL["one direction"], ModelConfig(40, 16, 2, 2)])
+@pytest.mark.parametrize("config", [ALL["two directions apart"], ALL["one direction"], ModelConfig(40, 16, 2, 2)])
 def test_the_layers_of_a_model_are_shown(config: ModelConfig) -> None:
     torch.manual_seed(0)
     model = LM(config, {}).eval()

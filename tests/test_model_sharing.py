@@ -89,8 +89,8 @@ def test_shared_layers_have_keys_of_their_own_in_a_cache(name: str) -> None:
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"head": "linear"}, "cannot be tied to tables of model.embedding_size=12"),
-        ({"num_layer_groups": 7}, "model.num_layer_groups=7 is more than there are layers"),
+        ({"lm_head": "linear"}, "cannot be tied to tables of model.embedding_size=12"),
+        ({"num_layer_groups": 7}, "model.num_layer_groups=7 is more than the number of layers"),
         ({"first_attention_norm": False}, "cannot differ in their first norm"),
         ({"embedding_size": -1}, "model.embedding_size=-1 must be at least 0"),
         ({"embedding_size": 13, "position": "sinusoidal"}, "a width of 13 is odd"),
@@ -127,11 +127,11 @@ def test_a_guest_reads_with_its_hosts_tables() -> None:
         model = electra(config)
         guest = model.heads["generator"]
         for name, table in model.embedding_tables().items():
-            own = guest.tables()[name]
+            own = guest.embedding_tables()[name]
             assert (own is None) == (table is None)
             assert table is None or own.weight is table.weight
-        assert guest.parts["lm"].weight is model.tokens.weight
-        apart = LM(guest.shape, {"lm": LMHead(guest.shape)})
+        assert guest.heads["lm"].weight is model.tokens.weight
+        apart = LM(guest.config, {"lm": LMHead(guest.config)})
         host = LM(config, {"replaced": torch.nn.Identity()})
         head = sum(p.numel() for p in model.heads["replaced"].parameters())
         tables = sum(t.weight.numel() for t in host.embedding_tables().values() if t is not None)
@@ -150,7 +150,7 @@ def test_a_guest_of_other_tables_is_refused() -> None:
 
 
 @pytest.mark.parametrize(
-    "shape", [ENCODER, replace(ALBERT, num_layer_groups=0, activation="gelu")], ids=["modern", "electra"]
+    "config", [ENCODER, replace(ALBERT, num_layer_groups=0, activation="gelu")], ids=["modern", "electra"]
 )
 def test_what_is_shared_is_saved_once_and_comes_back_shared(config: ModelConfig, tmp_path: Path) -> None:
     model = electra(config)

@@ -48,7 +48,7 @@ def test_pairs_are_those_of_the_rule(sides: tuple[str, ...]) -> None:
 
 
 @pytest.mark.parametrize(
-    "shape",
+    "config",
     [
         decoder_config(vocab_size=70, hidden_size=32, num_layers=2, num_heads=2),
         encoder_config(vocab_size=70, hidden_size=32, num_layers=2, num_heads=2),

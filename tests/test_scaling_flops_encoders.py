@@ -42,7 +42,7 @@ def counter() -> FlopCounterMode:
 
 
 @pytest.mark.parametrize(
-    "shape",
+    "config",
     [replace(PLAIN, embedding_size=12), replace(PLAIN, embedding_size=12, num_layer_groups=1)],
     ids=["narrow", "shared"],
 )
@@ -54,7 +54,7 @@ def test_narrow_tables_and_shared_blocks(config: ModelConfig) -> None:
     assert count.get_total_flops() == objective.forward_flops(model, batch) + objective.loss_flops(model, batch)
 
 
-@pytest.mark.parametrize("shape", [PLAIN, replace(PLAIN, embedding_size=12)], ids=["wide", "narrow"])
+@pytest.mark.parametrize("config", [PLAIN, replace(PLAIN, embedding_size=12)], ids=["wide", "narrow"])
 def test_both_models_of_electra(config: ModelConfig) -> None:
     objective = RTD(generator_size=0.5)
     model, batch = case(objective, config)

@@ -30,7 +30,7 @@ The published families are configurations, not classes:
 >>> ModelConfig(vocab_size=100, hidden_size=30, num_layers=1, num_heads=4)
 Traceback (most recent call last):
     ...
-firth.types.UserError: model.hidden_size=30 is not a multiple of model.num_heads=4: change one of them, or state model.head_dim
+firth.types.UserError: model.hidden_size=30 is not a multiple of model.num_heads=4: change one of them, or set model.head_dim
 """
 
 from __future__ import annotations
