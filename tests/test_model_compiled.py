@@ -73,7 +73,7 @@ def graphs(monkeypatch: pytest.MonkeyPatch) -> list[torch.fx.GraphModule]:
         return graph.forward
 
     torch._dynamo.reset()
-    torch.compiler.config.recompile_limit = compilation.KINDS
+    torch.compiler.config.recompile_limit = compilation.MAX_RECOMPILES
     whole = torch.compile(compilation._pass, backend=keep, fullgraph=True)
     monkeypatch.setattr(compilation, "_compiled", lambda: whole)
     monkeypatch.setattr(compilation, "_try", lambda device: None)

@@ -24,8 +24,8 @@ def numbers(*size: int) -> Tensor:
 
 def test_unit() -> None:
     x = numbers(3, 5, 8)
-    assert torch.allclose(fused._Unit.apply(x, 1e-3, x.dtype), F.rms_norm(x, (8,), eps=1e-3))
-    assert gradcheck(lambda x: fused._Unit.apply(x, 1e-3, x.dtype), x)
+    assert torch.allclose(fused._UnitRMS.apply(x, 1e-3, x.dtype), F.rms_norm(x, (8,), eps=1e-3))
+    assert gradcheck(lambda x: fused._UnitRMS.apply(x, 1e-3, x.dtype), x)
     large = torch.randn(64, 512)
     with torch.no_grad():
         assert torch.allclose(fused.unit_rms(large, 1e-6), F.rms_norm(large, (512,), eps=1e-6), atol=1e-6)
@@ -50,10 +50,10 @@ def test_turn(eps: float) -> None:
     plain = torch.cat((turned.real, turned.imag), -1)
     if eps > 0:
         plain = F.rms_norm(plain, (6,), eps=eps)
-    assert torch.allclose(fused.turn(x, cos, sin, eps), plain)
+    assert torch.allclose(fused.rotate(x, cos, sin, eps), plain)
     with torch.no_grad():
-        assert torch.allclose(fused.turn(x, cos, sin, eps), plain)
-    assert gradcheck(lambda x: fused.turn(x, cos, sin, eps), x)
+        assert torch.allclose(fused.rotate(x, cos, sin, eps), plain)
+    assert gradcheck(lambda x: fused.rotate(x, cos, sin, eps), x)
 
 
 @pytest.mark.parametrize("eps", [-1.0, 1e-3])
@@ -65,9 +65,9 @@ def test_a_turn_is_a_product(eps: float, sign: int, rows: int) -> None:
     angles = rope_angles(torch.tensor([[3], [0], [9], [1], [200]])[:rows], config)
     for dtype, near in ((torch.float64, 1e-6), (torch.float32, 1e-6), (torch.bfloat16, 1e-2)):
         x = torch.randn(5, 1, 4, 6).to(dtype)
-        found = fused.rotated(x, rotation(*angles), eps)
+        found = fused.rotate_by_matrix(x, rotation(*angles), eps)
         assert found.dtype == dtype
-        assert torch.allclose(found, fused.turn(x, *angles, eps), atol=near)
+        assert torch.allclose(found, fused.rotate(x, *angles, eps), atol=near)
 
 
 @pytest.mark.parametrize("rows", [1, 8, 16, 48, 49])
@@ -94,7 +94,7 @@ def test_blocked_attention(causal: bool, monkeypatch: pytest.MonkeyPatch) -> Non
 @pytest.mark.parametrize("biased", [False, True])
 def test_cross_entropy(cap: float, biased: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cross_entropy, "CHUNK_BYTES", 7 * 4 * 8)  # chunks of four rows, the last one short
-    monkeypatch.setattr(cross_entropy, "PART", 7 * 3)  # scored three rows at a time
+    monkeypatch.setattr(cross_entropy, "PART_LOGITS", 7 * 3)  # scored three rows at a time
     torch.manual_seed(0)
     states, weight = (torch.randn(n, 5, dtype=torch.float64, requires_grad=True) for n in (10, 7))
     bias = torch.randn(7, dtype=torch.float64, requires_grad=True) if biased else None

@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from firth.data.collate import collate, pack
 from firth.model import blocked_attention, flops, transformer
 from firth.model.config import ModelConfig, decoder_config, encoder_config, encoder_decoder_config
-from firth.model.fused import Dropout, survivors
+from firth.model.fused import Dropout, dropout_mask
 from firth.model.model import LM
 from firth.objectives.classification import Classification
 from firth.objectives.dpo import DPO
@@ -244,10 +244,10 @@ def test_attention_drops_weights_and_their_gradients(length: int, monkeypatch: p
     drawn: list[torch.Tensor] = []
 
     def noted(like: torch.Tensor, chance: float) -> torch.Tensor:
-        drawn.append(survivors(like, chance))
+        drawn.append(dropout_mask(like, chance))
         return drawn[-1]
 
-    monkeypatch.setattr(blocked_attention, "survivors", noted)
+    monkeypatch.setattr(blocked_attention, "dropout_mask", noted)
     out = blocked_attention.attend(q, k, v, 0.3, False, False, mask, None, 0.4)
     dropped = torch.cat([d.view(2, 3, -1, length) for d in drawn], 2)
     weights = (q @ k.mT * 0.3).masked_fill(~mask, float("-inf")).softmax(-1) * dropped

@@ -14,7 +14,7 @@ from firth.data.layout import causal
 from firth.generate.engine import Engine
 from firth.generate.quantized import quantize
 from firth.generate.sampling import Sampling
-from firth.model.attention import EVERY, AttentionMask, attend
+from firth.model.attention import ALL_DOCUMENTS, AttentionMask, attend
 from firth.model.config import ModelConfig, decoder_config, encoder_config, encoder_decoder_config, recurrent_config
 from firth.model.heads import LMHead
 from firth.model.model import LM
@@ -104,7 +104,7 @@ def test_every_lowering_shows_a_prefix_to_every_document(lowering: str) -> None:
     document = torch.tensor([[1, 1, 2, 2, 2, 0]])
     when = torch.tensor([[0, 1, 0, 1, 2, 0]])
     appears = torch.cat((torch.full((1, 2), ALWAYS), when), 1)
-    keys = torch.cat((torch.full((1, 2), EVERY), document), 1)
+    keys = torch.cat((torch.full((1, 2), ALL_DOCUMENTS), document), 1)
     q, k, v = torch.randn(1, 2, 6, 16), torch.randn(1, 2, 8, 16), torch.randn(1, 2, 8, 16)
     mask = AttentionMask.from_times(when, appears, document, keys, flex=lowering == "block")
     wanted = torch.zeros(6, 8, dtype=torch.bool)
@@ -236,7 +236,7 @@ def test_the_mlp_is_left_off_without_a_difference() -> None:
     rows = collate(examples(LEARNED), set())
     with torch.no_grad():
         before = model(rows)
-        model.heads["prefix"] = model.prefix.settle()
+        model.heads["prefix"] = model.prefix.without_mlp()
         assert torch.equal(model(rows), before) and model.prefix.hidden == 0
 
 

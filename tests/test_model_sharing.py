@@ -93,7 +93,7 @@ def test_shared_layers_have_keys_of_their_own_in_a_cache(name: str) -> None:
         ({"num_layer_groups": 7}, "model.num_layer_groups=7 is more than the number of layers"),
         ({"first_attention_norm": False}, "cannot differ in their first norm"),
         ({"embedding_size": -1}, "model.embedding_size=-1 must be at least 0"),
-        ({"embedding_size": 13, "position": "sinusoidal"}, "a width of 13 is odd"),
+        ({"embedding_size": 13, "position": "sinusoidal"}, "an embedding width of 13 is odd"),
     ],
 )
 def test_what_does_not_fit_is_refused(changes: dict[str, object], said: str) -> None:
@@ -143,7 +143,7 @@ def test_a_guest_of_other_tables_is_refused() -> None:
     small = thinner(ENCODER, 0.25)
     for other, said in (
         (replace(small, vocab_size=60), "tokens"),
-        (replace(small, type_vocab_size=2), "token_type_ids"),
+        (replace(small, type_vocab_size=2), "token_types"),
     ):
         with pytest.raises(UserError, match=said):
             LM(ENCODER, {"generator": TiedSubmodel(other, {"lm": LMHead(other)})})

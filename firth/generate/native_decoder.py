@@ -164,12 +164,12 @@ class NativeDecoder:
         cache, model = self.cache, self.model
         fields = fields_of({"tokens": tokens, "positions": positions}, "", cache.length, model.num_virtual_tokens())
         places = fields["positions"].long().expand(cache.rows, -1).contiguous()
-        x = self.stack.enter(model.embed(fields)).float().reshape(cache.rows, -1).contiguous()
+        x = self.stack.project_embeddings(model.embed(fields)).float().reshape(cache.rows, -1).contiguous()
         logits = x.new_empty(cache.rows, self.structure.head.output) if self.direct else None
         bias = None
         if self.stack.relative is not None:
             bias = self.stack.relative(places, cache.append_field("positions", places))[:, :, 0].float().contiguous()
-        shown = cache.decoding_mask if cache.gaps else None
+        shown = cache.decoding_mask if cache.has_padding else None
         step = _Step(
             x.data_ptr(), native.address(logits), places.data_ptr(), native.address(shown), native.address(bias),
             0 if bias is None or len(bias) == 1 else bias[0].numel(), native.address(self.source), cache.rows, cache.length,

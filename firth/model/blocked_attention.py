@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from firth.model import native
-from firth.model.fused import survivors
+from firth.model.fused import dropout_mask
 from firth.model.native import address, half
 
 ROWS = 64
@@ -130,7 +130,7 @@ class _Blocked(torch.autograd.Function):
             scores = _product(queries[:, start:end], keys[:, :reach].mT, rule.in_product)
             kept.append(rule.weigh(scores, heads, start))
             if dropout:
-                survive.append(survivors(scores, dropout))
+                survive.append(dropout_mask(scores, dropout))
                 scores = scores * survive[-1]
             blocks.append(torch.bmm(scores, values[:, :reach]))
         ctx.save_for_backward(queries, keys, values, *kept, *survive)
@@ -211,7 +211,7 @@ def attend(
     compiled: whether what is not a product is done by `native.c`.
     """
     rule = _Rule(
-        scale, causal, below, mask, None if bias is None else bias.detach(), compiled and native.reads(q, bias)
+        scale, causal, below, mask, None if bias is None else bias.detach(), compiled and native.supports(q, bias)
     )
     with torch.autocast("cpu", enabled=False):
         return _Blocked.apply(q, k, v, bias, rule, dropout, rows or ROWS)

@@ -26,9 +26,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from firth.model.config import ModelConfig
-from firth.model.parameter_count import LETTER, LETTERS, WINDOWS
+from firth.model.parameter_count import CHARACTER_DIM, FILTER_SHARES, NUM_CHARACTERS
 
-FIRST, LAST = 257, 258
+TOKEN_START, TOKEN_END = 257, 258
 """The letters before and behind a token; 0 is none, a byte b is b + 1."""
 
 
@@ -42,11 +42,13 @@ class CharacterCNN(nn.Module):
 
     def __init__(self, config: ModelConfig):
         super().__init__()
-        self.longest = config.max_characters
+        self.max_characters = config.max_characters
         self.register_buffer("spelling", torch.zeros(config.vocab_size, config.max_characters, dtype=torch.int16))
-        self.weight = nn.Parameter(torch.empty(LETTERS, LETTER))
+        self.weight = nn.Parameter(torch.empty(NUM_CHARACTERS, CHARACTER_DIM))
         nn.init.uniform_(self.weight, -1, 1)
-        self.filters = nn.ModuleList(nn.Conv1d(LETTER, config.char_filters * n // 64, size) for size, n in WINDOWS)
+        self.filters = nn.ModuleList(
+            nn.Conv1d(CHARACTER_DIM, config.char_filters * n // 64, size) for size, n in FILTER_SHARES
+        )
         self.highways = nn.ModuleList(nn.Linear(config.char_filters, 2 * config.char_filters) for _ in range(2))
         self.down = nn.Linear(config.char_filters, config.embedding_dim)
         for layer in (*self.highways, self.down):
@@ -59,8 +61,8 @@ class CharacterCNN(nn.Module):
         """Learn how each id is written; of a long piece the first bytes are kept."""
         rows = []
         for piece in pieces:
-            letters = [FIRST, *(b + 1 for b in piece.encode()[: self.longest - 2]), LAST]
-            rows.append(letters + [0] * (self.longest - len(letters)))
+            letters = [TOKEN_START, *(b + 1 for b in piece.encode()[: self.max_characters - 2]), TOKEN_END]
+            rows.append(letters + [0] * (self.max_characters - len(letters)))
         self.spelling.copy_(torch.tensor(rows, dtype=torch.int16))
 
     def forward(self, tokens: Tensor) -> Tensor:

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from firth.model.model import LM
 
 
-KINDS = 32
+MAX_RECOMPILES = 32
 """Most versions of a block that are compiled: a first one has no norm, a last one may be narrow, and widths of rows differ."""
 
 
@@ -32,7 +32,7 @@ def _pass(block: Block, *read: Any) -> Tensor:
 
 @cache
 def _compiled() -> Callable[..., Tensor]:
-    torch.compiler.config.recompile_limit = max(torch.compiler.config.recompile_limit, KINDS)
+    torch.compiler.config.recompile_limit = max(torch.compiler.config.recompile_limit, MAX_RECOMPILES)
     return torch.compile(_pass)
 
 
@@ -54,4 +54,4 @@ def compile_blocks(model: LM) -> None:
         raise UserError("compile=true compiles blocks of attention, and this model has none: set compile=false")
     _try(next(model.parameters()).device)
     for stack in trunks:
-        stack.through = _compiled()
+        stack.block_runner = _compiled()

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from firth.model.parameter_count import GATED, GATES, SINUSOIDAL
+from firth.model.parameter_count import GATED, NUM_GATES, SINUSOIDAL_POSITIONS
 from firth.types import UserError
 
 if TYPE_CHECKING:
@@ -21,7 +21,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "decoder_start_token": ("pad", "eos"),
     "bias_location": ("all", "attention", "qkv"),
     "rope_scaling": ("none", "linear", "llama3"),
-    "rnn_type": ("", *GATES),
+    "rnn_type": ("", *NUM_GATES),
     "norm": ("layer", "rms"),
     "norm_placement": ("pre", "post"),
     "position": ("learned", "sinusoidal", "marian", "rotary", "t5", "mpnet", "xlnet", "none"),
@@ -53,7 +53,7 @@ def check_combinations(config: ModelConfig) -> None:
         raise UserError(
             f"model.position=rotary rotates pairs of numbers, and model.head_dim={config.head_dim} is odd: make it even"
         )
-    if config.position in SINUSOIDAL and config.embedding_dim % 2:
+    if config.position in SINUSOIDAL_POSITIONS and config.embedding_dim % 2:
         raise UserError(
             f"model.position={config.position} makes pairs of numbers, and an embedding width of {config.embedding_dim} "
             "is odd: make it even"

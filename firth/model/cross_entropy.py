@@ -3,7 +3,7 @@
 The logits of a chunk of rows are computed, scored, turned into their own gradient in place, multiplied into the
 gradients of states and weight, and forgotten. Memory: one chunk in place of three (N, vocab) tensors. Products take a
 whole chunk, since in half precision the sum of several costs a pass over the gradient of the weight for each. Elementwise
-work takes a few rows at a time, in fp32: ten passes then read what is in the cache (PART).
+work takes a few rows at a time, in fp32: ten passes then read what is in the cache (PART_LOGITS).
 
 With scores e = exp(logit - shift) and their row sum s, p = e / s is never formed: the label's e is lowered by s, the
 slope of the soft cap multiplied in, and the division by s done on the narrow side of each product.
@@ -28,7 +28,7 @@ from firth.model.native import address, half
 CHUNK_BYTES = 1 << 26
 """Bytes of logits that are held at a time on a CPU; accelerators take four times that."""
 
-PART = 1 << 19
+PART_LOGITS = 1 << 19
 """Logits that are scored at a time on a CPU: 2 MB in fp32, which the caches next to the cores hold from pass to pass."""
 
 
@@ -67,10 +67,10 @@ class _Rows:
         cpu = states.device.type == "cpu"
         size = (CHUNK_BYTES if cpu else 4 * CHUNK_BYTES) // self.dtype.itemsize
         self.step = min(max(1, size // len(weight)), max(1, len(states)))
-        self.part = max(1, PART // len(weight)) if cpu else self.step
+        self.part = max(1, PART_LOGITS // len(weight)) if cpu else self.step
         self.products = states.new_empty((self.step, len(weight)), dtype=self.dtype)
         plain = {None if bias is None else bias.dtype, self.wide} <= {None, torch.float32}
-        self.native = plain and native.reads(self.products) and (way or KERNEL[self.dtype].choice()) == "native"
+        self.native = plain and native.supports(self.products) and (way or KERNEL[self.dtype].choice()) == "native"
         small = (0 if self.native else min(self.part, self.step), len(weight))
         self.scores = None if self.dtype == self.wide else states.new_empty(small, dtype=self.wide)
         self.tanh = states.new_empty(small, dtype=self.wide) if cap else None

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from firth.model.config import ModelConfig
-from firth.model.parameter_count import VECTORS, recurrent_products
+from firth.model.parameter_count import LATENT_VECTORS, recurrent_products
 from firth.types import IGNORE, NEVER, Batch
 
 
@@ -48,7 +48,7 @@ class MemoryWork:
 @dataclass(frozen=True)
 class Work:
     """What there is to read in a batch: positions and visible pairs; an encoder-decoder's source, in so many rows; what
-    stands before rows. spared, spared_pairs: positions whose last state no one wants, and pairs in which they are who looks."""
+    stands before rows. skipped_positions, skipped_pairs: positions whose last state no one wants, and pairs in which they are who looks."""
 
     positions: int
     pairs: int
@@ -56,24 +56,24 @@ class Work:
     source_pairs: int = 0
     crossing_pairs: int = 0
     rows: int = 0
-    spared: int = 0
-    spared_pairs: int = 0
+    skipped_positions: int = 0
+    skipped_pairs: int = 0
     memory: MemoryWork = dataclasses.field(default_factory=lambda: MemoryWork())
 
 
-BOTH = 3.0 * 2.0
+FLOPS_PER_PRODUCT = 3.0 * 2.0
 """A multiplication is added up: 2; the backward pass computes two products for each of the forward one: 3 in all."""
 
 
 def linear(rows: int, inputs: int, outputs: int) -> float:
     """A linear map of so many rows, forward and backward."""
-    return BOTH * rows * inputs * outputs
+    return FLOPS_PER_PRODUCT * rows * inputs * outputs
 
 
 def stack_flops(config: ModelConfig, work: Work) -> float:
     """FLOPs of the model without its head, forward and backward: the one place that knows what an architecture costs."""
     if config.rnn_type:
-        return BOTH * work.positions * recurrent_products(config)
+        return FLOPS_PER_PRODUCT * work.positions * recurrent_products(config)
     queries, keys = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
     ends, both = 2 * config.hidden_size * queries, 2 * config.hidden_size * keys  # q and o; k and v
     mlp = config.hidden_size * config.intermediate_size * (3 if config.gated else 2)
@@ -81,17 +81,17 @@ def stack_flops(config: ModelConfig, work: Work) -> float:
     seen = (3 if config.position == "xlnet" else 2) * queries
     mixed = work.positions * config.linformer_k * (seen + 2 * keys)
     total: float = config.num_layers * (work.positions * (ends + both + mlp) + (mixed or work.pairs * seen))
-    total -= work.spared * (ends + mlp) + work.spared_pairs * seen  # in the last block
+    total -= work.skipped_positions * (ends + mlp) + work.skipped_pairs * seen  # in the last block
     total += (work.positions + work.source_positions) * config.embedding_size * config.hidden_size
     if config.num_encoder_layers:
         total += config.num_encoder_layers * (work.source_positions * (ends + both + mlp) + work.source_pairs * seen)
         told, seeing = work.source_positions, work.crossing_pairs
         if config.latent_size:
-            told, seeing = work.rows * VECTORS, work.positions * VECTORS
-            total += work.rows * config.latent_size * config.hidden_size * (2 + VECTORS)
+            told, seeing = work.rows * LATENT_VECTORS, work.positions * LATENT_VECTORS
+            total += work.rows * config.latent_size * config.hidden_size * (2 + LATENT_VECTORS)
         total += config.num_layers * (work.positions * ends + told * both + seeing * seen)
     total += work.memory.cost(config.num_layers, ends + both + mlp, both, seen)
-    return BOTH * total
+    return FLOPS_PER_PRODUCT * total
 
 
 def with_prefix(work: Work, batch: Batch, config: ModelConfig, prefix: int, prompt: int) -> Work:
@@ -116,7 +116,7 @@ def trained_share(model: nn.Module) -> float:
     """What of `trunk`'s work is done where weights are frozen: 1 where all are trained.
 
     A matrix costs a product forward, one back to what came before it, and one for its own gradient, which a frozen one is
-    spared: 4 N D and not 6. Where nothing that is trained lies in the trunk or before it, nothing goes back: 2 N D.
+    skipped_positions: 4 N D and not 6. Where nothing that is trained lies in the trunk or before it, nothing goes back: 2 N D.
     Adapters (`firth.peft.lora`) come on top with all three. The scores of attention go by the same share.
     """
     own = frozen = low = 0
@@ -150,18 +150,19 @@ def work(batch: Batch, wanted: Tensor | None = None) -> Work:
     if "query_time" in batch:  # a query is seen by nobody, but it looks
         real |= looks > -NEVER
     own, idle = int(real.sum()), torch.zeros_like(real) if wanted is None else real & ~wanted.flatten(0, -2)
-    pairs, spared = (_pairs(looks, appears, document, some, document) for some in (real, idle))
+    pairs, skipped_positions = (_pairs(looks, appears, document, some, document) for some in (real, idle))
     if "key_expiry" in batch:  # what has left has appeared
         leaves = batch["key_expiry"].flatten(0, -2).long()
-        pairs, spared = (
-            n - _pairs(looks, leaves, document, some, document) for n, some in ((pairs, real), (spared, idle))
+        pairs, skipped_positions = (
+            n - _pairs(looks, leaves, document, some, document)
+            for n, some in ((pairs, real), (skipped_positions, idle))
         )
     if "memory_tokens" in batch:
         memory = _memory(batch, looks, document, real)
-        spared += _memory(batch, looks, document, idle).crossing_pairs
-        return Work(own, pairs, spared=int(idle.sum()), spared_pairs=spared, memory=memory)
+        skipped_positions += _memory(batch, looks, document, idle).crossing_pairs
+        return Work(own, pairs, skipped_positions=int(idle.sum()), skipped_pairs=skipped_positions, memory=memory)
     if "source_tokens" not in batch:
-        return Work(own, pairs, spared=int(idle.sum()), spared_pairs=spared)
+        return Work(own, pairs, skipped_positions=int(idle.sum()), skipped_pairs=skipped_positions)
     source_looks, source_appears, source_document = _rows(batch, "source_")
     there = source_appears != NEVER
     within = _pairs(source_looks, source_appears, source_document, there, source_document)

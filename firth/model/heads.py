@@ -32,7 +32,7 @@ class LMHead(nn.Module):
         self.softcap, self.scale = config.logit_softcap, config.lm_head_scale
         self.act = ACTIVATIONS[GATED.get(config.activation, config.activation)]
         transform = config.lm_head == "transform"
-        width = self.reads(config)
+        width = self.input_size(config)
         self.dense = nn.Linear(config.hidden_size, width, bias=config.bias) if transform else None
         self.norm = make_norm(config, width) if transform else None
         self.weight = nn.Parameter(torch.empty(config.vocab_size, width))
@@ -50,7 +50,7 @@ class LMHead(nn.Module):
         self.absent = absent
 
     @staticmethod
-    def reads(config: ModelConfig) -> int:
+    def input_size(config: ModelConfig) -> int:
         """Return the width of the vectors that the matrix is multiplied with."""
         return config.embedding_dim if config.lm_head == "transform" else config.hidden_size
 

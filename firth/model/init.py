@@ -32,10 +32,10 @@ from torch import Tensor
 from firth.model.heads import LMHead
 from firth.model.model import LM
 
-CONSTANT = 0.5
+CONSTANT_SHARE = 0.5
 """The number that all vectors share, as a share of the others' length (docs/decisions/index.md has what was tried)."""
 
-STEADY = 4.0
+MIN_MEAN_TO_STD = 4.0
 """How many standard deviations it must arrive with at the head, to serve as a constant there."""
 
 
@@ -58,9 +58,9 @@ def init_head_from_frequencies(model: LM, counts: Tensor, read: Callable[[], Ten
     if table is head.weight or head.dense is not None:
         return False
     before = table[:, 0].clone()
-    table[:, 0] = CONSTANT * table[:, 1:].square().sum(-1).mean().sqrt()
+    table[:, 0] = CONSTANT_SHARE * table[:, 1:].square().sum(-1).mean().sqrt()
     there = read()[:, 0].float() * head.scale
-    if not there.mean() > STEADY * there.std():
+    if not there.mean() > MIN_MEAN_TO_STD * there.std():
         table[:, 0] = before
         return False
     head.weight[:, 0] = offsets / there.mean()

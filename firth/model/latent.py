@@ -1,6 +1,6 @@
 """A Gaussian latent between encoder and decoder: what a text VAE squeezes a text through (Bowman 2016; Kingma 2014).
 
-    source --encoder--> mean of its states --> mean, log variance of z (units,) ; z --> VECTORS memory vectors --> decoder
+    source --encoder--> mean of its states --> mean, log variance of z (units,) ; z --> LATENT_VECTORS memory vectors --> decoder
 
 The decoder sees nothing else of the source, so z is all it knows. Bowman's z is the decoder's first state; a
 Transformer has none, and cross-attends to the latent's vectors instead (as OPTIMUS' "memory" does, Li 2020).
@@ -17,7 +17,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from firth.model.config import ModelConfig
-from firth.model.parameter_count import VECTORS
+from firth.model.parameter_count import LATENT_VECTORS
 from firth.types import NEVER
 
 
@@ -27,7 +27,7 @@ class Latent(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.posterior = nn.Linear(config.hidden_size, 2 * config.latent_size)
-        self.memory = nn.Linear(config.latent_size, VECTORS * config.hidden_size)
+        self.memory = nn.Linear(config.latent_size, LATENT_VECTORS * config.hidden_size)
         nn.init.normal_(self.posterior.weight, std=0.02)  # q begins near the prior: the first steps owe no KL
         nn.init.normal_(self.memory.weight, std=config.latent_size**-0.5)
         for linear in (self.posterior, self.memory):
@@ -39,8 +39,8 @@ class Latent(nn.Module):
         return mean, log_variance
 
     def write(self, z: Tensor) -> Tensor:
-        """What the decoder attends to: z (B, units) -> (B, VECTORS, width)."""
-        memory: Tensor = self.memory(z).unflatten(-1, (VECTORS, -1))
+        """What the decoder attends to: z (B, units) -> (B, LATENT_VECTORS, width)."""
+        memory: Tensor = self.memory(z).unflatten(-1, (LATENT_VECTORS, -1))
         return memory
 
 

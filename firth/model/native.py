@@ -47,7 +47,7 @@ FLAGS = (
 TUNINGS = (("-march=native", "-mprefer-vector-width=512"), ("-march=native",), ("-mcpu=native",), ())
 """Options for this CPU, the first that the compiler accepts; those of x86 come first."""
 
-SECONDS = 120
+COMPILE_TIMEOUT_SECONDS = 120
 """How long a compiler may take; it takes two."""
 
 DTYPES = (torch.float32, torch.bfloat16)
@@ -175,19 +175,21 @@ def _instructions() -> str:
 
 def _run(*command: str) -> subprocess.CompletedProcess[str]:
     try:
-        return subprocess.run(command, capture_output=True, text=True, timeout=SECONDS, check=False, errors="replace")
+        return subprocess.run(
+            command, capture_output=True, text=True, timeout=COMPILE_TIMEOUT_SECONDS, check=False, errors="replace"
+        )
     except subprocess.TimeoutExpired as error:
-        raise NoCompilerError(f"{command[0]} takes more than {SECONDS} seconds") from error
+        raise NoCompilerError(f"{command[0]} takes more than {COMPILE_TIMEOUT_SECONDS} seconds") from error
 
 
-def reads(*tensors: Tensor | None) -> bool:
+def supports(*tensors: Tensor | None) -> bool:
     """Whether the kernels can read these tensors now: on a CPU, in one of DTYPES, outside of torch.compile."""
     return not torch.compiler.is_compiling() and all(
         x is None or (x.device.type == "cpu" and x.dtype in DTYPES) for x in tensors
     )
 
 
-def worth(x: Tensor) -> bool:
+def worthwhile(x: Tensor) -> bool:
     """Whether a kernel is called for a tensor: always, but for a single row of fp32 without gradients (a token being written).
 
     With gradients and without, the same text goes through the same kernel: a policy and its reference are compared.

@@ -116,13 +116,13 @@ class _Heads(torch.autograd.Function):
 
 
 def heads(
-    joined: Tensor, turns: tuple[Tensor, Tensor] | None, eps: float, queries: int, keys: int, width: int
+    joined: Tensor, rope: tuple[Tensor, Tensor] | None, eps: float, queries: int, keys: int, width: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Split joined queries, keys and values into heads; make queries and keys unit RMS and turn them to their positions.
 
     Args:
         joined: (B, T, (queries + 2 keys) width), fp32 or bf16.
-        turns: Cosines (B or 1, T, 1, width) and sines (B or 1, T, 1, width / 2), fp32; None: queries and keys are not turned.
+        rope: Cosines (B or 1, T, 1, width) and sines (B or 1, T, 1, width / 2), fp32; None: queries and keys are not turned.
         eps: Of the norm; negative: queries and keys are not made unit RMS.
         queries: Heads of the queries.
         keys: Heads of the keys, and of the values.
@@ -131,7 +131,7 @@ def heads(
     Returns:
         (B, queries, T, width) and two of (B, keys, T, width), contiguous.
     """
-    cos, sin = (None, None) if turns is None else (x.contiguous() for x in turns)
+    cos, sin = (None, None) if rope is None else (x.contiguous() for x in rope)
     q, k, v = _Heads.apply(joined, cos, sin, eps, queries, keys, width)
     return q, k, v
 

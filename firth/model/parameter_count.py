@@ -16,18 +16,22 @@ if TYPE_CHECKING:
 GATED = {"swiglu": "silu", "geglu": "gelu", "geglu_tanh": "gelu_tanh"}
 """Activations with a gate -> the function applied to the gate (Shazeer 2020, arXiv:2002.05202)."""
 
-VECTORS = 4
+LATENT_VECTORS = 4
 """Vectors that a latent becomes, for a decoder to attend to."""
 
-LEARNED, BIASED, SINUSOIDAL = ("learned", "mpnet"), ("t5", "mpnet"), ("sinusoidal", "marian")
+LEARNED_POSITIONS, BIAS_POSITIONS, SINUSOIDAL_POSITIONS = (
+    ("learned", "mpnet"),
+    ("t5", "mpnet"),
+    ("sinusoidal", "marian"),
+)
 """Positions with a learned vector for each, those with a learned number for each bucket of distances, and those with a vector
 that is computed."""
-LETTERS, LETTER = 259, 16
+NUM_CHARACTERS, CHARACTER_DIM = 259, 16
 """What a token is spelled with (256 bytes, its beginning, its end, nothing), and the width of the vector of each."""
-WINDOWS = ((1, 1), (2, 1), (3, 2), (4, 4), (5, 8), (6, 16), (7, 32))
+FILTER_SHARES = ((1, 1), (2, 1), (3, 2), (4, 4), (5, 8), (6, 16), (7, 32))
 """Bytes that a filter sees -> 64ths of the filters that see so many, as in ELMo."""
 
-GATES = {"rnn": 1, "gru": 3, "lstm": 4}
+NUM_GATES = {"rnn": 1, "gru": 3, "lstm": 4}
 """Recurrent cells -> the linear maps in one."""
 
 
@@ -47,9 +51,9 @@ def num_parameters(config: ModelConfig) -> int:
     )
     block = attention + mlp + 2 * norm
     trunks = [config.num_layers] + ([config.num_encoder_layers] if config.num_encoder_layers else [])
-    total = spelling_parameters(config) if config.max_characters else config.vocab_size * table
+    total = character_cnn_parameters(config) if config.max_characters else config.vocab_size * table
     if config.rnn_type:
-        total += recurrent_products(config) + 2 * config.num_layers * (2 - config.causal) * cells(config)
+        total += recurrent_products(config) + 2 * config.num_layers * (2 - config.causal) * gate_rows(config)
     for depth in () if config.rnn_type else trunks:
         total += (config.num_layer_groups or depth) * block
         total += (
@@ -57,13 +61,15 @@ def num_parameters(config: ModelConfig) -> int:
             + each * table * config.embedding_norm
         )
         total += config.hidden_size * (table + config.bias) * (config.embedding_size > 0)
-        total += config.num_heads * config.relative_buckets * (config.position in BIASED)
+        total += config.num_heads * config.relative_buckets * (config.position in BIAS_POSITIONS)
     total += (config.num_layer_groups or config.num_layers) * (attention + norm) * (config.num_encoder_layers > 0)
-    total += table * (config.max_positions * (config.position in LEARNED) * len(trunks) + config.mask_embedding)
+    total += table * (
+        config.max_positions * (config.position in LEARNED_POSITIONS) * len(trunks) + config.mask_embedding
+    )
     total += table * config.type_vocab_size * (config.position != "xlnet")
     total += math.prod(config.linformer_projections) * config.max_positions * config.linformer_k
     if config.latent_size:
-        total += 2 * config.latent_size * (config.hidden_size + 1) + VECTORS * config.hidden_size * (
+        total += 2 * config.latent_size * (config.hidden_size + 1) + LATENT_VECTORS * config.hidden_size * (
             config.latent_size + 1
         )
     transform = config.lm_head == "transform"
@@ -72,21 +78,21 @@ def num_parameters(config: ModelConfig) -> int:
     return total + (read + config.bias + each) * table * transform
 
 
-def cells(config: ModelConfig) -> int:
+def gate_rows(config: ModelConfig) -> int:
     """Rows of a recurrent layer's matrices: its cells, times the linear maps in one."""
-    return GATES[config.rnn_type] * config.intermediate_size
+    return NUM_GATES[config.rnn_type] * config.intermediate_size
 
 
 def recurrent_products(config: ModelConfig) -> int:
     """Numbers in the matrices of all recurrent layers, which is also their multiplications per token."""
-    one = cells(config) * (
+    one = gate_rows(config) * (
         config.embedding_dim + config.direction_size
     ) + config.direction_size * config.intermediate_size * (config.intermediate_size > config.direction_size)
     return config.num_layers * (2 - config.causal) * one
 
 
-def spelling_parameters(config: ModelConfig) -> int:
+def character_cnn_parameters(config: ModelConfig) -> int:
     """Parameters of the embedding that reads the bytes of a token (`firth.model.characters`)."""
-    convolved = sum((size * LETTER + 1) * config.char_filters * share // 64 for size, share in WINDOWS)
+    convolved = sum((size * CHARACTER_DIM + 1) * config.char_filters * share // 64 for size, share in FILTER_SHARES)
     highways = 2 * 2 * (config.char_filters + 1) * config.char_filters
-    return LETTERS * LETTER + convolved + highways + (config.char_filters + 1) * config.embedding_dim
+    return NUM_CHARACTERS * CHARACTER_DIM + convolved + highways + (config.char_filters + 1) * config.embedding_dim

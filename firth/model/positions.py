@@ -5,7 +5,7 @@ All of them read explicit integer positions, never the slot in the row, so that 
 row, a permuted order and a cache with gaps change nothing.
 
 >>> import torch
->>> relative_bucket(torch.tensor([0, 1, 7, 8, 200, -1, -200]), buckets=32, distance=128, both_ways=True).tolist()
+>>> relative_bucket(torch.tensor([0, 1, 7, 8, 200, -1, -200]), buckets=32, distance=128, bidirectional=True).tolist()
 [0, 17, 23, 24, 31, 1, 15]
 """
 
@@ -75,13 +75,13 @@ def _places(width: int, device: torch.device) -> tuple[Tensor, Tensor]:
     return itself, itself.roll(width // 2, 1)
 
 
-def relative_bucket(distance_to: Tensor, buckets: int, distance: int, both_ways: bool) -> Tensor:
+def relative_bucket(distance_to: Tensor, buckets: int, distance: int, bidirectional: bool) -> Tensor:
     """T5's bucket of a relative position (Raffel 2019, section 2.1): exact when near, logarithmic when far.
 
     distance_to: key position minus query position, any integer tensor. Both ways: half of the buckets for keys after.
     """
     base = torch.zeros_like(distance_to)
-    if both_ways:
+    if bidirectional:
         buckets //= 2
         base = (distance_to > 0) * buckets
         near = distance_to.abs()
@@ -96,13 +96,13 @@ def relative_bucket(distance_to: Tensor, buckets: int, distance: int, both_ways:
 class RelativeBias(nn.Module):
     """T5's bias on the scores: one learned number per (bucket, head), shared by all blocks of a trunk."""
 
-    def __init__(self, config: ModelConfig, both_ways: bool):
+    def __init__(self, config: ModelConfig, bidirectional: bool):
         super().__init__()
-        self.distance, self.both_ways = config.relative_max_distance, both_ways
+        self.distance, self.bidirectional = config.relative_max_distance, bidirectional
         self.weight = nn.Parameter(torch.zeros(config.relative_buckets, config.num_heads))
 
     def forward(self, queries: Tensor, keys: Tensor) -> Tensor:
         """Positions of the queries (B, T) and of the keys (B, S) -> bias (B, heads, T, S)."""
         between = keys[:, None, :] - queries[:, :, None]
-        index = relative_bucket(between, len(self.weight), self.distance, self.both_ways)
+        index = relative_bucket(between, len(self.weight), self.distance, self.bidirectional)
         return self.weight[index].permute(0, 3, 1, 2)

@@ -3,17 +3,17 @@
     prefix    keys and values for every layer, (V, layers * 2 * kv_heads * head_width): nothing computes them
     prompt    vectors in place of those of tokens, (V, table width): the model reads them like any text
 
-Both stand at positions 0 to V - 1 and move the text behind them on. A prefix has been there ALWAYS and is of EVERY
+Both stand at positions 0 to V - 1 and move the text behind them on. A prefix has been there ALWAYS and is of ALL_DOCUMENTS
 document, so a packed row has one; its keys are taken as they are, neither turned nor normalised, as what a cache would
 hold. Prompts are tokens: each document of a row has its own copies, which in a decoder see one another from left to
 right and in an encoder see their text too.
 
 Numbers and files are peft's: of an encoder-decoder, its decoder reads the prefix and its encoder the prompt. Li and Liang
-train a prefix through an MLP (section 4.3), which `Prefix.settle` works out and leaves off; with `hidden` 0 there is none.
+train a prefix through an MLP (section 4.3), which `Prefix.without_mlp` works out and leaves off; with `hidden` 0 there is none.
 What both begin as is in `firth.peft.init`.
 
 >>> prefix = PrefixEncoder(tokens=3, layers=2, kv_heads=2, head_width=4)
->>> [tuple(x.shape) for x in prefix.past().pairs[0]]
+>>> [tuple(x.shape) for x in prefix.row_memory().pairs[0]]
 [(2, 3, 4), (2, 3, 4)]
 """
 
@@ -22,7 +22,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from firth.model.attention import EVERY
+from firth.model.attention import ALL_DOCUMENTS
 from firth.model.config import ModelConfig
 from firth.model.row_fields import RowMemory
 from firth.types import ALWAYS, NEVER, Batch, UserError
@@ -48,22 +48,26 @@ class PrefixEncoder(nn.Module):
         self.table = nn.Embedding(tokens, width if hidden else out)
         self.through = nn.Sequential(nn.Linear(width, hidden), nn.Tanh(), nn.Linear(hidden, out)) if hidden else None
 
-    def whole(self) -> Tensor:
+    def weights(self) -> Tensor:
         """(V, layers * 2 * kv_heads * head_width), as peft's files have it."""
         return self.table.weight if self.through is None else self.through(self.table.weight)
 
-    def past(self) -> RowMemory:
+    def row_memory(self) -> RowMemory:
         """What stands before every row."""
-        x = self.whole().view(self.tokens, self.layers, 2, self.kv_heads, self.head_width).permute(1, 2, 3, 0, 4)
+        x = self.weights().view(self.tokens, self.layers, 2, self.kv_heads, self.head_width).permute(1, 2, 3, 0, 4)
         at = torch.arange(self.tokens, device=x.device)[None]
-        fields = {"key_time": torch.full_like(at, ALWAYS), "document_ids": torch.full_like(at, EVERY), "positions": at}
+        fields = {
+            "key_time": torch.full_like(at, ALWAYS),
+            "document_ids": torch.full_like(at, ALL_DOCUMENTS),
+            "positions": at,
+        }
         return RowMemory(fields, pairs=[(pair[0], pair[1]) for pair in x])
 
     @torch.no_grad()
-    def settle(self) -> PrefixEncoder:
+    def without_mlp(self) -> PrefixEncoder:
         """The same prefix without the MLP."""
         plain = PrefixEncoder(self.tokens, self.layers, self.kv_heads, self.head_width)
-        plain.table.weight.copy_(self.whole())
+        plain.table.weight.copy_(self.weights())
         return plain
 
 
@@ -76,7 +80,7 @@ class PromptEmbedding(nn.Module):
         self.tokens, self.width = tokens, width
         self.table = nn.Embedding(tokens, width)
 
-    def before(self, fields: Batch, causal: bool) -> tuple[Tensor, Batch]:
+    def prepend(self, fields: Batch, causal: bool) -> tuple[Tensor, Batch]:
         """The vectors (N, width) that go before each row, N = tokens * documents, and the fields (B, N + T) of both."""
         like = fields["tokens"]
         real = fields["key_time"] < NEVER if "key_time" in fields else torch.ones_like(like, dtype=torch.bool)
@@ -101,7 +105,7 @@ class PromptEmbedding(nn.Module):
         return vectors, {name: torch.cat((said[name].to(x.dtype), x), -1) for name, x in fields.items()}
 
 
-def refuse(config: ModelConfig, what: str) -> None:
+def check_prefix_supported(config: ModelConfig, what: str) -> None:
     """Raise a UserError if nothing can stand before the texts of a shape."""
     lacking = ""
     if config.rnn_type or not config.num_layers:

@@ -60,7 +60,7 @@ def run_layer(layer: nn.RNNBase, x: Any, state: Any = None) -> tuple[Any, Any]:
 CELLS: dict[str, Callable[..., nn.RNNBase]] = {"rnn": nn.RNN, "gru": nn.GRU, "lstm": nn.LSTM}
 
 
-def cells(config: ModelConfig) -> nn.RNNBase:
+def make_cell(config: ModelConfig) -> nn.RNNBase:
     """One layer in one direction: (B, T, table width) -> (B, T, stream)."""
     projected = {"proj_size": config.direction_size} if config.intermediate_size > config.direction_size else {}
     layer = CELLS[config.rnn_type](config.embedding_dim, config.intermediate_size, batch_first=True, **projected)
@@ -114,11 +114,11 @@ class RowRuns:
         turn = torch.where(back < 0, torch.arange(longest, device=like.device), back)
         return RowRuns(at, home, turn, lengths)
 
-    def enter(self, x: Tensor) -> Tensor:
+    def to_runs(self, x: Tensor) -> Tensor:
         """(B, T, width) -> (S, L, width)."""
         return x if self.at is None else x.flatten(0, 1)[self.at]
 
-    def leave(self, x: Tensor) -> Tensor:
+    def from_runs(self, x: Tensor) -> Tensor:
         """(S, L, width) -> (B, T, width). Where padding was, some state that is nobody's concern."""
         return x if self.at is None else x.flatten(0, 1)[self.home]
 
@@ -149,8 +149,8 @@ class RecurrentLayer(nn.Module):
 
     def __init__(self, config: ModelConfig):
         super().__init__()
-        self.ahead: nn.RNNBase = cells(config)
-        self.back: nn.RNNBase | None = None if config.causal else cells(config)
+        self.ahead: nn.RNNBase = make_cell(config)
+        self.back: nn.RNNBase | None = None if config.causal else make_cell(config)
 
 
 class RecurrentStack(nn.Module):
@@ -174,12 +174,12 @@ class RecurrentStack(nn.Module):
         runs = RowRuns.of(fields, x, exact=cache is not None or not self.config.causal)
         if cache is not None and len(runs.lengths) != len(x):
             raise UserError("rows that a recurrent model goes on with hold one document each: leave out `document`")
-        x = runs.enter(self.drop(x))
+        x = runs.to_runs(self.drop(x))
         ahead, back = x, runs.reverse(x) if self.config.separate_directions else x
         whole = torch.cat((x, x), -1) if self.config.separate_directions else x
         for i, layer in enumerate(self.stack()):
             if kept is not None:
-                kept.append(runs.leave(whole))
+                kept.append(runs.from_runs(whole))
             forward = self._read(layer.ahead, ahead, i, runs, cache)
             if layer.back is None:
                 ahead = whole = self._handed(i, forward, ahead)
@@ -192,7 +192,7 @@ class RecurrentStack(nn.Module):
                 ahead = whole = self._handed(i, torch.cat((forward, backward), -1), ahead)
         if cache is not None:
             cache.advance(runs.home.shape[-1])
-        whole = runs.leave(whole)
+        whole = runs.from_runs(whole)
         if kept is not None:
             kept.append(whole)
         return whole

@@ -37,7 +37,7 @@ from firth.io.integrity import COPY_AGAIN, sealed, verify
 from firth.io.safetensors import check_finite, read_file, read_json, write_file, write_json
 from firth.model.head_descriptions import describe_head, rebuild_head
 from firth.model.model import LM
-from firth.model.prefix import PREFIX_HEADS, PrefixEncoder, PromptEmbedding, refuse
+from firth.model.prefix import PREFIX_HEADS, PrefixEncoder, PromptEmbedding, check_prefix_supported
 from firth.peft import lora
 from firth.peft.adapter_heads import TASKS, bring
 from firth.peft.adapter_names import AdapterNames, modules
@@ -337,7 +337,7 @@ def _put_whole(model: LM, whole: Mapping[str, Tensor], where: Path) -> None:
 
 
 def _prefix(model: LM, prefix: PrefixEncoder) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    tensor, layers, modules = prefix.whole(), prefix.layers, 1
+    tensor, layers, modules = prefix.weights(), prefix.layers, 1
     if model.config.num_encoder_layers:
         # peft lays its layers out twice, four to a layer, and reads the first two: a tensor of twice the layers, every
         # second pair unread, then says what is meant.
@@ -353,7 +353,7 @@ def _prefix(model: LM, prefix: PrefixEncoder) -> tuple[dict[str, Any], dict[str,
 
 
 def _read_prefix(model: LM, config: Mapping[str, Any], state: dict[str, Tensor], where: Path, name: str) -> None:
-    refuse(model.config, "prefix")
+    check_prefix_supported(model.config, "prefix")
     model_config, tensor = model.config, _vectors(state, where)
     each = 2 * model_config.num_kv_heads * model_config.head_dim
     if model_config.num_encoder_layers:
@@ -378,7 +378,7 @@ def _prompt(model: LM, prompt: PromptEmbedding) -> tuple[dict[str, Any], dict[st
 
 
 def _read_prompt(model: LM, config: Mapping[str, Any], state: dict[str, Tensor], where: Path, name: str) -> None:
-    refuse(model.config, "prompt")
+    check_prefix_supported(model.config, "prompt")
     theirs = not str(config["peft_type"]).startswith(OWN_TYPE)
     if theirs and _whole(state) and not model.config.causal and {"classes", "score"} & {*model.heads}:
         raise UserError(

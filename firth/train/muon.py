@@ -137,7 +137,7 @@ def apply(weight: Tensor, update: Tensor, keep: float, rate: float) -> None:
 
 def _one_pass(first: Tensor, *others: Tensor) -> bool:
     """Whether the compiled pass reads these: contiguous, the first in fp32."""
-    plain = native.reads(first, *others) and first.dtype == torch.float32
+    plain = native.supports(first, *others) and first.dtype == torch.float32
     return plain and all(x.is_contiguous() for x in (first, *others)) and MOMENTUM.choice() == "native"
 
 

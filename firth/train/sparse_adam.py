@@ -54,7 +54,7 @@ def coalesced(grad: Tensor) -> Tensor:
 
 def _one_pass(*tensors: Tensor) -> bool:
     """Whether the compiled passes read these, and this machine is quicker at them."""
-    return native.reads(*tensors) and all(x.dtype == torch.float32 for x in tensors) and KERNEL.choice() == "native"
+    return native.supports(*tensors) and all(x.dtype == torch.float32 for x in tensors) and KERNEL.choice() == "native"
 
 
 class SparseAdam:
