@@ -241,7 +241,7 @@ def test_distances_are_gathered_alike_in_every_choice(alike: bool) -> None:
     def plain(met: torch.Tensor) -> torch.Tensor:
         return met.gather(-1, index[:, None].expand(3, 2, -1, -1))
 
-    same(relative_distance.COLUMNS, lambda x: relative_distance.gathered(x, index), plain, met)
+    same(relative_distance.COLUMNS, lambda x: relative_distance.gather_distances(x, index), plain, met)
 
 
 def test_neighbors_are_averaged_alike_in_every_choice() -> None:

@@ -112,7 +112,7 @@ def test_what_it_cannot_read_is_refused() -> None:
     model = LM(replace(FULL, linformer_k=4), {})
     when = torch.arange(6)[None]
     for fields in ({"query_time": when, "key_time": when}, {"document_ids": torch.tensor([[1, 1, 1, 2, 2, 2]])}):
-        with pytest.raises(UserError, match="every position must see the whole row"):
+        with pytest.raises(UserError, match="every position must attend to the whole row"):
             model({"tokens": tokens(1, 6), **fields})
     with pytest.raises(UserError, match=r"13 tokens is longer than model.max_positions=12"):
         LM(replace(FULL, linformer_k=4, position="rotary"), {})({"tokens": tokens(1, 13)})
