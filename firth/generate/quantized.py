@@ -258,7 +258,7 @@ class Int8LMHead(nn.Module):
         """Sum of -log p(label): scalar float32."""
         return -self.log_probs(states, labels).sum()
 
-    def matched(self, read: Tensor, labels: Tensor) -> Tensor:
+    def nll_of_transformed(self, read: Tensor, labels: Tensor) -> Tensor:
         """`nll` of what another head has read."""
         return -self._label(read, labels).sum()
 

@@ -84,9 +84,9 @@ class LMHead(nn.Module):
             states: (N, hidden_size).
             labels: (N,) token ids.
         """
-        return self.matched(self.transform(states), labels)
+        return self.nll_of_transformed(self.transform(states), labels)
 
-    def matched(self, states: Tensor, labels: Tensor) -> Tensor:
+    def nll_of_transformed(self, states: Tensor, labels: Tensor) -> Tensor:
         """Return `nll` of transformed states (N, width), for another head that has its own transform."""
         needs_grad = torch.is_grad_enabled()
         loss: Tensor = SumNLL.apply(states, self.matrix, self.bias, labels, self.softcap, needs_grad, self.absent)

@@ -91,7 +91,7 @@ class SBO(Objective):
         before, after = batch["before"].flatten()[at], batch["after"].flatten()[at]
         around = (states[at - before], states[at + after], model.heads["place"](before - 1))
         read = model.heads["boundary"](torch.cat([x.to(states.dtype) for x in around], -1))
-        return {"boundary": lm.matched(read, labels[at])}
+        return {"boundary": lm.nll_of_transformed(read, labels[at])}
 
     def loss_flops(self, model: LM, batch: Batch) -> float:
         count, width = flops.supervised_positions(batch["boundary"]), model.config.hidden_size
