@@ -211,8 +211,8 @@ class Attention(nn.Module):
             q, k, v = self._project(x, context)
             k, v = _after_prefix(context.prefix_kv, k, v)
         else:
-            at = context if context.subset is None else replace(context, rope=context.subset.rope)
-            q = self._position(self.q(context.queries(x)), at, self.q_gain).transpose(1, 2)
+            query_context = context if context.subset is None else replace(context, rope=context.subset.rope)
+            q = self._position(self.q(context.queries(x)), query_context, self.q_gain).transpose(1, 2)
             whole = x if before is None else torch.cat((before, x), 1)
             k, v = _after_prefix(context.prefix_kv, *self.memorize(whole, context)) if memory is None else memory
             if memory is None and context.cache is not None:

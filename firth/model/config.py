@@ -87,19 +87,19 @@ class ModelConfig(Ranged, section="model"):
     Args:
         vocab_size: Number of token ids, 1 to 2**31 - 1.
         hidden_size: Width of a hidden state, 1 to 2**20.
-        num_layers: Number of blocks (of the decoder, where there is an encoder) or recurrent layers; 0: embeddings only.
-        num_heads: Number of attention heads; divides `hidden_size` unless `head_dim` is set.
+        num_layers: Number of decoder (or encoder-only) blocks or recurrent layers, 0 to 10,000; 0: embeddings only.
+        num_heads: Number of attention heads, 1 to 2**16; divides `hidden_size` unless `head_dim` is set.
         num_kv_heads: Number of key/value heads, a divisor of `num_heads`; 0: `num_heads` (Ainslie 2023).
-        head_dim: Width of a head; 0: hidden_size / num_heads. Even with rotary positions.
-        intermediate_size: Width inside the MLP, 0: 4 * hidden_size; of an RNN the cells of a direction (see `rnn_type`).
-        max_positions: Longest row in tokens; a hard limit only for learned positions and for Linformer.
+        head_dim: Width of a head, even with rotary positions; 0: hidden_size / num_heads.
+        intermediate_size: Inner width of the MLP; 0: 4 * hidden_size. With `rnn_type`: cells per direction.
+        max_positions: Longest row in tokens, from 1; a hard limit only for learned positions and for Linformer.
         embedding_size: Width of the tables, then projected to `hidden_size`; 0: hidden_size (Lan 2020, section 3.1).
-        embedding_scale: Factor on the token vectors, not on a tied head (Vaswani 2017, section 3.4: hidden_size ** 0.5).
+        embedding_scale: Factor on token vectors, not on a tied head (Vaswani 2017, section 3.4: hidden_size ** 0.5).
         num_layer_groups: Number of distinct blocks, shared by consecutive layers; 0: one for each layer (ALBERT: 1).
         num_encoder_layers: Number of blocks of an encoder; above 0 every decoder block has cross-attention.
         decoder_start_token: Token that starts the decoder's output: "pad" (T5) or "eos" (BART).
-        causal: Whether the model reads left to right only; see `supported_patterns`.
-        prefix_lm: Whether prompts are read bidirectionally and only the output causally (Raffel 2020, section 3.2.1).
+        causal: Whether each token attends only to itself and those before it (limits `supported_patterns`).
+        prefix_lm: Whether prompts are bidirectional and only outputs causal (Raffel 2020, section 3.2.1). Set by the run.
         norm: "layer" (Ba 2016) or "rms" (Zhang and Sennrich 2019).
         norm_placement: "pre": x + f(norm(x)) (GPT-2); "post": norm(x + f(x)) (BERT).
         norm_weight: Whether norms have a learned gain.
@@ -114,14 +114,14 @@ class ModelConfig(Ranged, section="model"):
         rope_sign: Direction of rotation: 1, or -1 (NanoChat).
         rope_scaling: Context extension: "none", "linear" (all wavelengths, Chen 2023) or "llama3" (long ones only).
         rope_factor: Factor on the scaled wavelengths, above 0.
-        rope_low_freq_factor: "llama3": wavelengths that fit into the original context fewer times are scaled in full.
-        rope_high_freq_factor: "llama3": wavelengths that fit in more times are not scaled; in between, in proportion.
-        rope_original_max_positions: "llama3": context of pretraining, in tokens.
+        rope_low_freq_factor: "llama3": wavelengths that fit fewer times into the original context are scaled in full.
+        rope_high_freq_factor: "llama3": wavelengths that fit more times into it are not scaled; in between, in part.
+        rope_original_max_positions: "llama3": the original context, in tokens, from 1.
         relative_buckets: Number of distance buckets of "t5" and "mpnet", 2 to 65,536 (Raffel 2020, section 2.1).
-        relative_max_distance: Distance in tokens from which on all share the last bucket.
-        memory_length: Tokens before a row whose states are attended to; "xlnet" positions only (Dai 2019).
-        mask_embedding: Whether a position that nobody attends to has a learned vector in place of its token's (XLNet's w).
-        activation: "gelu", "gelu_tanh", "relu", "relu2", "silu", or gated "swiglu", "geglu", "geglu_tanh" (Shazeer 2020).
+        relative_max_distance: Distance in tokens from which on all share the last bucket, from 1.
+        memory_length: Tokens before a row whose states are attended to; 0: none. "xlnet" positions only (Dai 2019).
+        mask_embedding: Whether positions without a key have a learned vector in place of their token's (XLNet's w).
+        activation: "gelu", "gelu_tanh", "relu", "relu2", "silu"; gated: "swiglu", "geglu", "geglu_tanh" (Shazeer 2020).
         bias: Whether the linear maps of a block have biases.
         bias_location: Which of them: "all", "attention", or "qkv" (queries, keys and values: Qwen2).
         scale_attention: Whether scores are divided by sqrt(head_dim) (T5: False).
@@ -133,20 +133,20 @@ class ModelConfig(Ranged, section="model"):
         lm_head: "linear", or "transform": dense layer, activation and norm before the matrix (BERT's released code).
         lm_head_bias: Whether the LM head has a bias per token id.
         lm_head_scale: Factor on the states before the LM head, above 0 (T5 1.0: hidden_size ** -0.5).
-        logit_softcap: c in c * tanh(logits / c), in logits; 0: no cap (Gemma 2).
+        logit_softcap: c in c * tanh(logits / c), above 0; 0: no cap (Gemma 2).
         linformer_k: Slots that keys and values of a row are projected to; 0: full attention. Encoders only (Wang 2020).
         linformer_sharing: Projections: "headwise" (keys and values separate), "key-value" (the same for both, one for each
             layer) or "layerwise" (one for all layers) (Wang 2020, section 4).
         latent_size: Width of the Gaussian latent between encoder and decoder; 0: none (Kingma 2014, Bowman 2016).
-        init_std: Standard deviation of initial matrices; 0: fan_in ** -0.5.
+        init_std: Standard deviation of initial matrices, at least 0; 0: fan_in ** -0.5.
         zero_init: Whether the output matrices of attention and MLP start at 0, so that a block starts as the identity.
         rnn_type: "" for attention, or "rnn" (Elman 1990), "gru" (Cho 2014), "lstm" (Hochreiter 1997): causal, or two
             directions of hidden_size / 2. Then `intermediate_size` is the cells of a direction, 0: as many as it outputs;
             more than that only for an LSTM (projection, Sak 2014). Options of attention blocks are rejected.
         separate_directions: Whether the two directions are separate stacks over embeddings of hidden_size / 2 (ELMo).
         rnn_residual: Whether the input of each recurrent layer from the second on is added to its output.
-        max_characters: Bytes read of each token by a character CNN in place of a token table, from 7; 0: table (Kim 2016).
-        char_filters: Filters of the character CNN, a multiple of 64 (`firth.model.characters`).
+        max_characters: Bytes of each token that a character CNN reads, from 7; 0: a token table (Kim 2016).
+        char_filters: Number of filters of the character CNN, a multiple of 64 (`firth.model.characters`).
 
     Raises:
         UserError: A field is out of range, or fields do not fit each other (`firth.model.config_checks`).

@@ -147,18 +147,19 @@ class TransformerStack(nn.Module):
         training = cache is None and torch.is_grad_enabled()
         recompute = self.gradient_checkpointing and training
         for layer, (block, pair) in enumerate(zip(layers, cross_kv, strict=True)):
-            here = context if last is None or layer < len(layers) - 1 else last
-            here = here if here.slots is None else replace(here, slots=here.slots.of(layer))
+            layer_context = context if last is None or layer < len(layers) - 1 else last
+            if layer_context.slots is not None:
+                layer_context = replace(layer_context, slots=layer_context.slots.of(layer))
             if row_memory is not None and row_memory.pairs:
-                here = replace(here, prefix_kv=row_memory.pairs[layer])
+                layer_context = replace(layer_context, prefix_kv=row_memory.pairs[layer])
             earlier = row_memory.states[layer] if row_memory is not None and row_memory.states else None
             if hidden_states is not None:
                 hidden_states.append(x)
             run = block if self.block_runner is None or not training else partial(self.block_runner, block)
             if recompute:
-                x = checkpoint(run, x, here, cross, pair, earlier, use_reentrant=False)
+                x = checkpoint(run, x, layer_context, cross, pair, earlier, use_reentrant=False)
             else:
-                x = run(x, here, cross, pair, earlier)
+                x = run(x, layer_context, cross, pair, earlier)
         if cache is not None:
             cache.advance(
                 fields["tokens"].shape[1] + (0 if row_memory is None else row_memory.fields["key_time"].shape[1])
