@@ -132,7 +132,7 @@ def test_a_saved_model_keeps_prefix_lm(model: LM, tmp_path: Path) -> None:
 
 def test_unsupported_model_configs_are_rejected() -> None:
     for wrong in ({"causal": True}, {"num_encoder_layers": 1}, {"linformer_k": 8, "position": "none"}):
-        with pytest.raises(UserError, match=r"model\.prefix_lm reads a text both ways"):
+        with pytest.raises(UserError, match=r"model\.prefix_lm reads a prompt in both directions"):
             ModelConfig(
                 **{
                     "vocab_size": 9,

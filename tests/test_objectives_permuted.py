@@ -431,7 +431,7 @@ def test_a_cached_text_is_read_as_a_whole_one() -> None:
 def test_shapes_that_mean_nothing_are_refused() -> None:
     with pytest.raises(UserError, match=r"model\.memory_length=4 needs positions that reach back"):
         replace(XLNET, position="rotary", type_vocab_size=0, memory_length=4)
-    with pytest.raises(UserError, match="position xlnet needs"):
+    with pytest.raises(UserError, match="model.position=xlnet needs"):
         replace(XLNET, num_encoder_layers=2)
     for config in (
         XLNET,

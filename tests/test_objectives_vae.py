@@ -218,7 +218,7 @@ def test_shapes_and_objectives_that_do_not_fit_are_refused() -> None:
         check_pattern(SpanCorruption(), SHAPE)
     with pytest.raises(UserError, match=r"objective.latent_size=7 numbers and the shape's model.latent_size=4"):
         check_pattern(VAE(latent_size=7), SHAPE)
-    with pytest.raises(UserError, match="stands between an encoder and a decoder"):
+    with pytest.raises(UserError, match="needs an encoder and a decoder"):
         replace(SHAPE, num_encoder_layers=0)
     with pytest.raises(UserError, match=r"objective.word_dropout=1.5 must be"):
         VAE(latent_size=4, word_dropout=1.5)

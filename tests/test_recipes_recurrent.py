@@ -218,7 +218,7 @@ def test_whole_words_are_the_most_frequent_ones_in_small_letters() -> None:
         (["gpt", "objective=word2vec"], "reads each token by itself, which a causal decoder cannot"),
         (["word2vec", "objective=causal_lm"], "which a table of word vectors cannot"),
         (["bert", "objective=bilm"], "two readers who do not meet"),
-        (["elmo", "objective=causal_lm"], "which an LSTM in two directions apart cannot"),
+        (["elmo", "objective=causal_lm"], "which a bidirectional LSTM with separate directions cannot"),
     ],
 )
 def test_what_does_not_fit_is_refused_when_the_recipe_is_read(changes: list[str], said: str) -> None:
@@ -229,7 +229,7 @@ def test_what_does_not_fit_is_refused_when_the_recipe_is_read(changes: list[str]
 def test_two_directions_take_what_an_encoder_takes() -> None:
     assert (
         load("lstm", ["model.causal=false", "objective=mlm", "examples=chunks"]).model.description
-        == "an LSTM in two directions"
+        == "a bidirectional LSTM"
     )
     for name in ("word2vec", "lstm", "elmo"):
         assert load(f"{name}:published").data.path == ()

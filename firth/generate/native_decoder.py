@@ -167,14 +167,14 @@ class NativeDecoder:
             {"tokens": tokens, "positions": positions}, "", cache.length, model.num_virtual_tokens()
         )
         positions = fields["positions"].long().expand(cache.rows, -1).contiguous()
-        x = self.stack.enter(model.embed(fields)).float().reshape(cache.rows, -1).contiguous()
+        x = self.stack.project_embeddings(model.embed(fields)).float().reshape(cache.rows, -1).contiguous()
         logits = x.new_empty(cache.rows, self.structure.head.output) if self.head_is_linear else None
         bias = None
         if self.stack.relative is not None:
             bias = (
                 self.stack.relative(positions, cache.append_field("positions", positions))[:, :, 0].float().contiguous()
             )
-        mask = cache.decoding_mask if cache.gaps else None
+        mask = cache.decoding_mask if cache.has_padding else None
         step = _Step(
             x.data_ptr(), native.address(logits), positions.data_ptr(), native.address(mask), native.address(bias),
             0 if bias is None or len(bias) == 1 else bias[0].numel(), native.address(self.source), cache.rows, cache.length,

@@ -289,7 +289,7 @@ class Int8LMHead(nn.Module):
         """Return the sum of -log p(label): scalar float32."""
         return -self.log_probs(states, labels).sum()
 
-    def matched(self, read: Tensor, labels: Tensor) -> Tensor:
+    def nll_of_transformed(self, read: Tensor, labels: Tensor) -> Tensor:
         """Return the `nll` of states that another head has transformed."""
         return -self._label_log_probs(read, labels).sum()
 

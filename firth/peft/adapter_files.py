@@ -37,7 +37,7 @@ from firth.io.integrity import COPY_AGAIN, sealed, verify
 from firth.io.safetensors import check_finite, read_file, read_json, write_file, write_json
 from firth.model.head_descriptions import describe_head, rebuild_head
 from firth.model.model import LM
-from firth.model.prefix import PREFIX_HEADS, PrefixEncoder, PromptEmbedding, refuse
+from firth.model.prefix import PREFIX_HEADS, PrefixEncoder, PromptEmbedding, check_prefix_supported
 from firth.peft import lora
 from firth.peft.adapter_heads import TASKS, add_task_head
 from firth.peft.adapter_names import AdapterNames, modules
@@ -376,7 +376,7 @@ def _copy_full_tensors(model: LM, full: Mapping[str, Tensor], where: Path) -> No
 
 
 def _prefix(model: LM, prefix: PrefixEncoder) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    tensor, layers, modules = prefix.whole(), prefix.layers, 1
+    tensor, layers, modules = prefix.weights(), prefix.layers, 1
     if model.config.num_encoder_layers:
         # peft duplicates the layers and uses the first two of every four tensors: every second pair here is unused.
         modules, layers = 2, 2 * prefix.layers
@@ -391,7 +391,7 @@ def _prefix(model: LM, prefix: PrefixEncoder) -> tuple[dict[str, Any], dict[str,
 
 
 def _read_prefix(model: LM, config: Mapping[str, Any], state: dict[str, Tensor], where: Path, name: str) -> None:
-    refuse(model.config, "prefix")
+    check_prefix_supported(model.config, "prefix")
     model_config, tensor = model.config, _vectors(state, where)
     each = 2 * model_config.num_kv_heads * model_config.head_dim
     if model_config.num_encoder_layers:
@@ -417,7 +417,7 @@ def _prompt(model: LM, prompt: PromptEmbedding) -> tuple[dict[str, Any], dict[st
 
 
 def _read_prompt(model: LM, config: Mapping[str, Any], state: dict[str, Tensor], where: Path, name: str) -> None:
-    refuse(model.config, "prompt")
+    check_prefix_supported(model.config, "prompt")
     from_peft = not str(config["peft_type"]).startswith(UNSUPPORTED_PREFIX)
     if from_peft and _full_tensors(state) and not model.config.causal and {"classes", "score"} & {*model.heads}:
         raise UserError(

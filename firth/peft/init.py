@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import torch
 
 from firth.model.model import LM
-from firth.model.prefix import PrefixEncoder, PromptEmbedding, refuse
+from firth.model.prefix import PrefixEncoder, PromptEmbedding, check_prefix_supported
 
 
 def prefix_of(model: LM, ids: Sequence[int], hidden: int = 0) -> PrefixEncoder:
@@ -25,7 +25,7 @@ def prefix_of(model: LM, ids: Sequence[int], hidden: int = 0) -> PrefixEncoder:
         hidden: Hidden size of an MLP that the prefix is trained through; the prefix is then initialized at random.
     """
     config = model.config
-    refuse(config, "prefix")
+    check_prefix_supported(config, "prefix")
     prefix = PrefixEncoder(len(ids), config.num_layers, config.num_kv_heads, config.head_dim, hidden)
     if not hidden:
         with torch.no_grad():
@@ -42,7 +42,7 @@ def prefix_of(model: LM, ids: Sequence[int], hidden: int = 0) -> PrefixEncoder:
 
 def prompt_of(model: LM, ids: Sequence[int]) -> PromptEmbedding:
     """Return a prompt initialized with the embeddings of some tokens (Lester 2021, section 3.2)."""
-    refuse(model.config, "prompt")
+    check_prefix_supported(model.config, "prompt")
     prompt = PromptEmbedding(len(ids), model.config.embedding_dim)
     with torch.no_grad():
         prompt.table.weight.copy_(model.tokens(torch.tensor(list(ids), device=model.tokens.weight.device)))

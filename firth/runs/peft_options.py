@@ -27,7 +27,7 @@ from firth.evaluate.tokenizer_match import check_adapter
 from firth.io.atomic import new_directory
 from firth.model.config import ModelConfig
 from firth.model.model import LM
-from firth.model.prefix import PREFIX_HEADS, refuse
+from firth.model.prefix import PREFIX_HEADS, check_prefix_supported
 from firth.objectives.layer_mixture import LayerMixture
 from firth.objectives.objective import Objective
 from firth.peft import adapter_files, lora
@@ -172,7 +172,7 @@ class AdapterConfig(PeftConfig):
         facts: Mapping[str, Any],
     ) -> str:
         if model.prefix is not None:
-            model.heads["prefix"] = model.prefix.settle()
+            model.heads["prefix"] = model.prefix.without_mlp()
         with new_directory(directory) as place:
             said = adapter_files.write(model, place, base, added, facts=facts, tokenizer=tokenizer.digest)
             tokenizer.save(place)
@@ -220,7 +220,7 @@ class PrefixTuning(AdapterConfig):
 
     def check_model(self, model: LM, base: LM | None) -> None:
         super().check_model(model, base)
-        refuse(model.config, self.part)
+        check_prefix_supported(model.config, self.part)
         _refuse_room(model.config, self.num_virtual_tokens, self.part)
 
     def virtual_positions(self, base: LM | None) -> tuple[int, int]:
@@ -247,7 +247,7 @@ class PromptTuning(AdapterConfig):
 
     def check_model(self, model: LM, base: LM | None) -> None:
         super().check_model(model, base)
-        refuse(model.config, self.part)
+        check_prefix_supported(model.config, self.part)
         _refuse_room(model.config, self.num_virtual_tokens, self.part)
 
     def virtual_positions(self, base: LM | None) -> tuple[int, int]:

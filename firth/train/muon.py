@@ -141,7 +141,7 @@ def apply(weight: Tensor, update: Tensor, keep: float, lr: float) -> None:
 
 def _use_native(first: Tensor, *others: Tensor) -> bool:
     """Whether the compiled pass supports these tensors: contiguous, the first in fp32."""
-    supported = native.reads(first, *others) and first.dtype == torch.float32
+    supported = native.supports(first, *others) and first.dtype == torch.float32
     return supported and all(x.is_contiguous() for x in (first, *others)) and MOMENTUM.choice() == "native"
 
 

@@ -53,7 +53,7 @@ def coalesced(grad: Tensor) -> Tensor:
 
 def _use_native(*tensors: Tensor) -> bool:
     """Whether the compiled passes support these tensors and are faster on this machine."""
-    return native.reads(*tensors) and all(x.dtype == torch.float32 for x in tensors) and KERNEL.choice() == "native"
+    return native.supports(*tensors) and all(x.dtype == torch.float32 for x in tensors) and KERNEL.choice() == "native"
 
 
 class SparseAdam:
