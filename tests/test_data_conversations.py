@@ -98,7 +98,7 @@ def test_the_page_has_the_shapes() -> None:
     [
         ({"text": "x"}, "this record has text"),
         ({}, "this record has nothing"),
-        ({"messages": ["x"]}, "a turn of a dialogue is an object with role and content, not 'x'"),
+        ({"messages": ["x"]}, "a turn of a dialogue must be an object with role and content, not 'x'"),
         ({"messages": [{"role": "user"}]}, "a turn needs a content"),
         ({"messages": [{"role": "user", "content": ["x"]}]}, r"text was expected, not \['x'\]"),
         ({"prompt": "q", "completion": 5}, "text was expected, not 5"),
