@@ -66,7 +66,11 @@ def test_ranks_and_micro_batches_share_a_step() -> None:
     """Each reads its part of the same examples."""
     for step in (0, 9):
         [whole] = batches(rows=8).batches(step)
-        parts = [p for rank in range(2) for p in batches(rows=8, rank=rank, world=2, accumulate=2).batches(step)]
+        parts = [
+            p
+            for rank in range(2)
+            for p in batches(rows=8, rank=rank, world=2, gradient_accumulation_steps=2).batches(step)
+        ]
         firsts = [row[0].item() for part in parts for row in part["tokens"]]
         assert firsts == whole["tokens"][:, 0].tolist()
 
@@ -137,5 +141,5 @@ def test_lengths_that_are_not_known_are_refused() -> None:
             return {"tokens": np.array([index])}
 
     assert MixtureSource([Unknown(), Sized(3)], [1, 1]).lengths is None
-    with pytest.raises(UserError, match=r"set batch\.sort=0"):
+    with pytest.raises(UserError, match=r"set batch\.group_by_length=0"):
         Batches(Unknown(), OBJECTIVE, tokenizer().vocab, batch_size=2, seed=0, group_by_length=3)

@@ -77,8 +77,10 @@ def test_ranks_and_micro_batches_share_the_step_and_its_draws(rows: int, packed:
     def told(world: int, accumulate: int) -> dict[tuple[int, ...], float]:
         found: dict[tuple[int, ...], float] = {}
         for rank in range(world):
-            b = Batches(Counting(40), Stranger(), VOCAB, batch_size=rows, seed=1, gradient_accumulation_steps=accumulate, rank=rank, world=world,
-                        pack_to_length=packed)  # fmt: skip
+            b = Batches(
+                Counting(40), Stranger(), VOCAB, batch_size=rows, seed=1, gradient_accumulation_steps=accumulate,
+                rank=rank, world=world, pack_to_length=packed,
+            )  # fmt: skip
             for batch in b.batches(3):
                 for tokens, draw in zip(
                     batch["tokens"].flatten().tolist(), batch["draw"].flatten().tolist(), strict=True

@@ -43,9 +43,13 @@ def written(messages: list[Message], as_role: str = "") -> list[str]:
 
 
 READERS = {
-    "classification": LabeledTexts, "regression": ScoredTexts, "multiple_choice": MultipleChoiceRecords, "token_classification": TaggedSentences, "question_answering": partial(QuestionRecords, question=16),
+    "classification": LabeledTexts,
+    "regression": ScoredTexts,
+    "multiple_choice": MultipleChoiceRecords,
+    "token_classification": TaggedSentences,
+    "question_answering": partial(QuestionRecords, question=16),
     "weak_supervision": partial(AnnotatedTexts, fields=TextFields(label_field="labels")),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("row", rows_of("Classes, numbers, choices, tags, spans"), ids=lambda row: row[0])

@@ -48,7 +48,7 @@ def test_labels_without_their_white_space(tmp_path: Path) -> None:
 def test_empty_texts_are_counted(tmp_path: Path) -> None:
     path = file(tmp_path, "a.csv", "text,label\nx,bad\n,good\n  ,good\n")
     for asked in (True, False):
-        source = LabeledTexts([path], tokenizer(), 32, asked=asked)
+        source = LabeledTexts([path], tokenizer(), 32, labeled=asked)
         assert len(source) == 3 and source.counts["blank"] == 2
         assert f"2 texts were empty and were read as they are; the first is {path}:3" in source.notes
 
@@ -80,9 +80,9 @@ def test_a_record_that_is_too_long_is_named(tmp_path: Path, monkeypatch: pytest.
 def test_a_label_that_says_that_there_is_none(tmp_path: Path) -> None:
     path = file(tmp_path, "a.tsv", "text\tlabel\nx\tneutral\ny\t-\nz\tentailment\n")
     source = LabeledTexts([path], tokenizer(), 32, TextFields(missing_labels=("-",)))
-    assert source.classes == ("entailment", "neutral") and source.counts["unlabelled"] == 1
+    assert source.classes == ("entailment", "neutral") and source.counts["unlabeled"] == 1
     assert source.notes == [f"1 record has no label and was left out; the first is {path}:3"]
-    assert len(LabeledTexts([path], tokenizer(), 32, TextFields(missing_labels=("-",)), asked=False)) == 3
+    assert len(LabeledTexts([path], tokenizer(), 32, TextFields(missing_labels=("-",)), labeled=False)) == 3
     with pytest.raises(UserError, match=r"a\.tsv:3: the label - is none of the classes"):
         LabeledTexts([path], tokenizer(), 32, classes=("neutral", "entailment"))
 
@@ -90,20 +90,21 @@ def test_a_label_that_says_that_there_is_none(tmp_path: Path) -> None:
 def test_tags_that_are_numbers(tmp_path: Path) -> None:
     path = file(tmp_path, "a.jsonl", lines({"tokens": ["EU", "rejects"], "ner_tags": [1, 0]}))
     fields = TagFields(tags_field="ner_tags")
-    with pytest.raises(UserError, match=r"a\.jsonl:1: the field 'ner_tags' holds 1, and names of tags are wanted"):
+    with pytest.raises(UserError, match=r"a\.jsonl:1: the field 'ner_tags' holds 1 instead of the name of a tag"):
         TaggedSentences([path], tokenizer(), 32, fields)
     source = TaggedSentences([path], tokenizer(), 32, fields, classes=("O", "B-ORG"))
     assert source.class_counts(np.arange(1)) == {"O": 1, "B-ORG": 1}
-    with pytest.raises(UserError, match=r"a\.jsonl:1: the field 'ner_tags' holds 1, which is none of the 1 tags"):
+    with pytest.raises(UserError, match=r"a\.jsonl:1: the field 'ner_tags' holds 1, which is not one of the 1 tags"):
         TaggedSentences([path], tokenizer(), 32, fields, classes=("O",))
-    with pytest.raises(UserError, match=r"b\.jsonl:1: the field 'tokens' holds words that are no text"):
+    with pytest.raises(UserError, match=r"b\.jsonl:1: the field 'tokens' holds words that are not text"):
         TaggedSentences([file(tmp_path, "b.jsonl", lines({"tokens": [3], "tags": ["O"]}))], tokenizer(), 32)
 
 
 def test_unknown_tags_are_counted_and_empty_ones_named(tmp_path: Path) -> None:
     path = file(tmp_path, "a.conll", "EU B-ORG\nx O\n\nAnn B-PER\n\nBen B-PER\n")
     with pytest.raises(
-        UserError, match=r"a\.conll:4: the tag B-PER is none of the classes \(B-ORG, O\), nor is that of 1 more tag;"
+        UserError,
+        match=r"a\.conll:4: the tag B-PER is none of the classes \(B-ORG, O\); 1 more tag has the same problem;",
     ):
         TaggedSentences([path], tokenizer(), 32, classes=("B-ORG", "O"))
     source = TaggedSentences([path], tokenizer(), 32, classes=("B-ORG", "B-PER", "B-TIME", "I-TIME", "O"))
@@ -169,7 +170,7 @@ def test_lost_answers_and_long_questions(tmp_path: Path) -> None:
         f"the first is {path}: question 2",
         f"1 question has no answer, so the model may say that there is none; the first is {path}: question 3",
     ]
-    assert source.metadata(1)["asked"].right == ()
+    assert source.metadata(1)["question"].right == ()
 
 
 def test_line_ends_of_old_macs(tmp_path: Path) -> None:
@@ -185,7 +186,7 @@ def test_a_table_that_was_to_have_no_head_may_have_one(tmp_path: Path) -> None:
     test = file(tmp_path, "test.tsv", "index\tsentence\n0\tSo it is.\n1\tIs so it.\n")
     assert len(LabeledTexts([train], tokenizer(), 32, TextFields("sentence", column_names=columns))) == 2
     asked = LabeledTexts(
-        [test], tokenizer(), 32, TextFields("sentence", column_names=columns), classes=("0", "1"), asked=False
+        [test], tokenizer(), 32, TextFields("sentence", column_names=columns), classes=("0", "1"), labeled=False
     )
     assert len(asked) == 2 and asked.counts == {"examples": 2, "records": 2, "files": 1}
 
@@ -250,7 +251,7 @@ def test_labels_that_are_decimal_numbers(tmp_path: Path) -> None:
     )
     assert chosen[0]["label"] == chosen.counts["decimal"] == 1
     path = file(tmp_path, "b.jsonl", lines({"text": "x", "label": 1.5}))
-    with pytest.raises(UserError, match=r"b\.jsonl:1: the label is 1\.5.* train `regress` on numbers"):
+    with pytest.raises(UserError, match=r"b\.jsonl:1: the label is 1\.5.* use the recipe `regression` for numbers"):
         LabeledTexts([path], tokenizer(), 32)
     with pytest.raises(UserError, match=r"c\.csv:2: the label is empty.* remove the record"):
         LabeledTexts([file(tmp_path, "c.csv", "text,label\nx,\n")], tokenizer(), 32)

@@ -8,7 +8,7 @@ from math import comb
 import numpy as np
 import pytest
 
-from firth.data.noise import NOISES, WORDS
+from firth.data.noise import GEOMETRIC_CDF, NOISES
 from firth.tokenizer.vocab import Vocab
 
 # Ids below 5 are control tokens; an odd id begins a word.
@@ -129,7 +129,7 @@ def written_out(tokens: np.ndarray, rate: float, rng: np.random.Generator) -> np
 
 def test_spanbert_spans() -> None:
     """Geometric(0.2) words, at most 10, 3.8 on average; and the runs that result are those of the algorithm written out."""
-    share = np.diff(WORDS, prepend=0)
+    share = np.diff(GEOMETRIC_CDF, prepend=0)
     assert share[1:] / share[:-1] == pytest.approx(0.8)
     assert (share * np.arange(1, 11)).sum() == pytest.approx(3.797, abs=1e-3)
     rng = np.random.default_rng(4)

@@ -83,9 +83,9 @@ def test_a_run_opens_each_file_once(folder: Path, tmp_path: Path, given: bool) -
 def test_another_rank_hashes_the_text_and_does_not_read_it(folder: Path, tmp_path: Path) -> None:
     recipe = load("gpt", [f"data.path={folder}", "tokenizer.vocab_size=400"])
     alone = RunInputs.read(recipe, tmp_path, lambda _: None, first=False)
-    assert not text_cache._kept
+    assert not text_cache._cache
     assert alone == RunInputs.read(recipe, tmp_path, lambda _: None)
-    assert len(text_cache._kept) == 1
+    assert len(text_cache._cache) == 1
 
 
 def test_copied_documents_are_those_that_are_read(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -29,7 +29,7 @@ def texts(count: int, sentences: int) -> list[str]:
 
 
 @pytest.fixture(scope="module", params=["byte-bpe", "wordpiece"])
-def coder(request: pytest.FixtureRequest) -> Tokenizer:
+def tokenizer(request: pytest.FixtureRequest) -> Tokenizer:
     return train(iter(texts(40, 30)), algorithm=request.param, vocab_size=400)
 
 

@@ -122,7 +122,7 @@ def test_what_is_too_long_is_cut_and_what_is_unanswered_left_out(write: Write) -
     assert source.counts == {"examples": 2, "records": 4, "cut": 2, "unanswered": 2, "files": 1}
     assert len(source[0]["tokens"]) == 64
     assert source[0]["mask"][-1]  # the answer was cut: no stop token is asked
-    with pytest.raises(UserError, match=r"no record that could be used \(.*2 unanswered\)"):
+    with pytest.raises(UserError, match=r"no record can be used \(.*2 unanswered\)"):
         DialogueRecords([write(long, unanswered)], tokenizer(), 64)
 
 
@@ -140,7 +140,7 @@ def test_text_to_text(write: Write) -> None:
     assert (source.counts["cut"], source.counts["long_answers"]) == (1, 1)
     batch = Batches(source, Seq2SeqSFT(), tokenizer().vocab, batch_size=6, seed=0, pack_to_length=48).batches(0)[0]
     assert batch["source_tokens"].shape[0] == batch["tokens"].shape[0]
-    with pytest.raises(UserError, match=r"rows.jsonl:1: text to text needs a prompt"):
+    with pytest.raises(UserError, match=r"rows.jsonl:1: a text-to-text record needs a prompt"):
         Seq2SeqRecords([write({"messages": [{"role": "user", "content": "hello?"}]})], tokenizer(), 32)
 
 
@@ -205,7 +205,7 @@ def test_files_of_every_kind_give_the_same(write: Write, tmp_path: Path) -> None
         (LabeledTexts, '["x"]', "rows.jsonl:2: a record is a JSON object"),
         (LabeledTexts, '{"txt": "x", "label": "a"}', "rows.jsonl:2: there is no field 'text'; did you mean 'txt'"),
         (LabeledTexts, '{"text": "x"}', "rows.jsonl:2: there is no field 'label'"),
-        (LabeledTexts, '{"text": "x", "label": [1]}', r"rows.jsonl:2: the label is \[1\], and a name"),
+        (LabeledTexts, '{"text": "x", "label": [1]}', r"rows.jsonl:2: the label is \[1\] and must be a name"),
         (LabeledTexts, '{"text": 5, "label": "a"}', "rows.jsonl:2: the field 'text' holds int"),
         (DialogueRecords, '{"text": "x"}', "rows.jsonl:2: a dialogue needs"),
         (DialogueRecords, '{"messages": [{"role": "queen", "content": "x"}]}', "rows.jsonl:2: a turn needs a role"),
@@ -229,7 +229,7 @@ def test_a_label_that_is_none_of_the_classes(write: Write) -> None:
             32,
             classes=("no", "yes"),
         )
-    with pytest.raises(UserError, match=r"no record that could be used \(1 empty\)"):
+    with pytest.raises(UserError, match=r"no record can be used \(1 empty\)"):
         LabeledTexts([write()], tokenizer(), 32)
 
 

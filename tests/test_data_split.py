@@ -110,7 +110,7 @@ def test_a_prompt_is_on_one_side(shape: str, tokenizer: Tokenizer, tmp_path: Pat
     objective: Objective = (
         TokenClassification() if shape == "tags" else Classification() if shape == "labeled rows" else CausalLM()
     )
-    made, _ = material(tokenizer, tmp_path, str(file), held_out=0.2)
+    made, _ = material(tokenizer, tmp_path, str(file), validation_fraction=0.2)
     cut = examples.build(made, examples.configure_objective(objective, made))
     assert cut.validation is not None
     learnt, held = prompts(cut.train, tokenizer), prompts(cut.validation, tokenizer)
@@ -125,7 +125,7 @@ def test_the_side_of_a_prompt_is_the_same_in_every_stage(tokenizer: Tokenizer, t
         examples, row = SHAPES[shape]
         rows = [json.dumps(row(i, 1)) for i in range(PROMPTS)]
         (tmp_path / "records.jsonl").write_text("\n".join(rows if len(held) % 2 else rows[::-1]))
-        made, _ = material(tokenizer, tmp_path, str(tmp_path / "records.jsonl"), held_out=0.2)
+        made, _ = material(tokenizer, tmp_path, str(tmp_path / "records.jsonl"), validation_fraction=0.2)
         held.append(prompts(examples.build(made, CausalLM()).validation or made, tokenizer))  # type: ignore[arg-type]
     assert held[0] and all(one == held[0] for one in held)
 
@@ -140,7 +140,7 @@ def test_sampled_comparisons_of_a_prompt_are_on_one_side(tokenizer: Tokenizer, t
             )
             rows.append(PreferencePair(good, bad, 1.0))
     write_preference_pairs(rows, tmp_path / "pairs.jsonl", tokenizer.decode)
-    made, _ = material(tokenizer, tmp_path, str(tmp_path / "pairs.jsonl"), held_out=0.2)
+    made, _ = material(tokenizer, tmp_path, str(tmp_path / "pairs.jsonl"), validation_fraction=0.2)
     cut = SampledPreferencesConfig().build(made, CausalLM())
     assert cut.validation is not None and prompts(cut.validation, tokenizer)
     assert prompts(cut.train, tokenizer).isdisjoint(prompts(cut.validation, tokenizer))
@@ -182,7 +182,7 @@ def test_duplicate_documents_are_on_one_side(tokenizer: Tokenizer, tmp_path: Pat
     """Two of three documents occur twice, one of the copies with other white space."""
     texts = [f"the film {i % 40} is good" for i in range(60)]
     texts[50] = texts[50].replace(" ", "\n  ")
-    made, said = material(tokenizer, tmp_path, texts_of(tmp_path / "texts", texts), held_out=0.2)
+    made, said = material(tokenizer, tmp_path, texts_of(tmp_path / "texts", texts), validation_fraction=0.2)
     train_store, valid_store = made.stores()
     learnt, held = ({" ".join(t.split()) for t in documents(s, tokenizer)} for s in (train_store, valid_store))
     assert held and learnt.isdisjoint(held) and len(learnt | held) == 40
@@ -205,7 +205,7 @@ def test_a_mixture_does_not_train_on_what_another_path_holds_out(tokenizer: Toke
 def test_documents_in_named_held_out_files_are_reported(tokenizer: Tokenizer, tmp_path: Path) -> None:
     paths = [texts_of(tmp_path / name, [f"the film {i}" for i in some]) for name, some in
              (("learnt", range(10)), ("held", range(8, 12)))]  # fmt: skip
-    made, said = material(tokenizer, tmp_path, paths[0], valid=(paths[1],))
+    made, said = material(tokenizer, tmp_path, paths[0], validation_path=(paths[1],))
     made.stores()
     assert any(
         "2 documents in data.path have the content of a document in data.validation_path" in line for line in said

@@ -21,7 +21,7 @@ from firth.corpora.readers import Document
 from firth.data import token_store
 from firth.data.collate import Batches
 from firth.data.source import MixtureSource, Source
-from firth.data.split import enough, place, split
+from firth.data.split import min_share, place, split
 from firth.data.token_store import TokenStore
 from firth.data.windows import DocumentChunks, SegmentPairs, Windows
 from firth.objectives.causal_lm import CausalLM
@@ -51,8 +51,8 @@ def test_a_store_holds_every_document_exactly(tmp_path: Path) -> None:
 
 def test_a_long_document_is_encoded_in_parts_as_if_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = store(tmp_path)
-    monkeypatch.setattr(token_store, "PART", 400)
-    monkeypatch.setattr(token_store, "CHUNK", 700)
+    monkeypatch.setattr(token_store, "PART_CHARACTERS", 400)
+    monkeypatch.setattr(token_store, "CHUNK_CHARACTERS", 700)
     (tmp_path / "parts").mkdir()
     assert same(store(tmp_path / "parts"), whole)
 
@@ -72,7 +72,7 @@ def cut_short(n: int) -> Iterator[Document]:
 def test_an_interrupted_build_goes_on(tmp_path: Path, after: int, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "whole").mkdir()
     whole = store(tmp_path / "whole")
-    monkeypatch.setattr(token_store, "CHUNK", 500)
+    monkeypatch.setattr(token_store, "CHUNK_CHARACTERS", 500)
     with pytest.raises(Stop):
         TokenStore.build(cut_short(after), tokenizer(), tmp_path / "store")
     assert not (tmp_path / "store").exists()
@@ -95,7 +95,7 @@ def test_a_build_goes_on_from_damaged_files_too(
     """A machine that lost power may have kept any part of any file."""
     (tmp_path / "whole").mkdir()
     whole = store(tmp_path / "whole")
-    monkeypatch.setattr(token_store, "CHUNK", 500)
+    monkeypatch.setattr(token_store, "CHUNK_CHARACTERS", 500)
     with pytest.raises(Stop):
         TokenStore.build(cut_short(25), tokenizer(), tmp_path / "store")
     path = tmp_path / "store.partial" / name
@@ -130,11 +130,11 @@ def test_a_build_of_other_documents_or_tokens_keeps_only_what_is_right(tmp_path:
 def test_a_full_disk_is_told_in_a_sentence_and_lost_is_little(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "whole").mkdir()
     whole = store(tmp_path / "whole")
-    monkeypatch.setattr(token_store, "CHUNK", 500)
+    monkeypatch.setattr(token_store, "CHUNK_CHARACTERS", 500)
     was = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (whole.tokens.nbytes * 2 // 3, was[1]))
     try:
-        with pytest.raises(UserError, match=r"could not be written .*make room and start again"):
+        with pytest.raises(UserError, match=r"could not be written .*free disk space and start again"):
             store(tmp_path)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, was)
@@ -166,7 +166,7 @@ def test_what_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"bytes that were written: delete .*store, and the next run builds it again"):
         TokenStore.open(tmp_path / "store")
     (tmp_path / "store" / "manifest.json").write_text(json.dumps(dict(made.manifest, format=99)))
-    with pytest.raises(UserError, match="not of store format 2"):
+    with pytest.raises(UserError, match="does not have store format 2"):
         TokenStore.open(tmp_path / "store")
 
 
@@ -190,7 +190,7 @@ def test_a_damaged_block_is_found_when_it_is_read(tmp_path: Path, monkeypatch: p
         assert np.array_equal(tokens, right["tokens"])
         served += 1
     assert 0 < served < len(windows)
-    with pytest.raises(UserError, match=r"tokens\.bin: block 0 of \d+ is not as it was written .*: delete "):
+    with pytest.raises(UserError, match=r"tokens\.bin: block 0 of \d+ is damaged .*: delete "):
         np.bincount(TokenStore.open(tmp_path / "store").tokens)
 
 
@@ -389,7 +389,7 @@ def test_held_out_documents_are_a_function_of_their_names() -> None:
 
 def test_enough_holds_out_one_of_two_at_least() -> None:
     for names in (["a", "b"], [f"play {i}" for i in range(38)], [str(i) for i in range(3000)]):
-        share = enough(0.01, names)
+        share = min_share(0.01, names)
         held = [n for n in names if place(n) < share]
         assert 1 <= len(held) < len(names)
         if sum(place(n) < 0.01 for n in names):
@@ -421,14 +421,13 @@ from firth.data.collate import Batches
 from firth.data.windows import Windows
 from firth.data.token_store import TokenStore
 from firth.objectives.causal_lm import CausalLM
-from firth.text import read
-from firth.corpora.read_stats import Counts
+from firth.corpora.readers import Document
 from firth.tokenizer.tokenizer import Tokenizer
 folder = Path(sys.argv[1])
 t = Tokenizer.load(folder / "tokenizer")
-one = read.Document("one", (folder / "long.txt").read_text())
+one = Document("one", (folder / "long.txt").read_text())
 s = TokenStore.build([one], t, folder / "store")
-Batches(Windows(s, 256), CausalLM(), t.vocab, rows=16, seed=0).batches(5)
+Batches(Windows(s, 256), CausalLM(), t.vocab, batch_size=16, seed=0).batches(5)
 # Not ru_maxrss, which in a child begins at its parent's peak.
 peak = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
 print(int(peak.split()[1]) * 1024, len(s.tokens), int(s.bytes.sum()))

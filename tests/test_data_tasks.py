@@ -82,7 +82,8 @@ def test_a_directory_is_read_for_its_text_and_tables_are_named(tmp_path: Path) -
 def test_unknown_labels_are_counted_and_the_first_is_named(tmp_path: Path) -> None:
     path = file(tmp_path, "a.csv", "text,label\nx,good\ny,odd\nz,odd\nw,bad\n")
     with pytest.raises(
-        UserError, match=r"a\.csv:3: the label odd is none of the classes \(bad, good\), nor is that of 1 more record"
+        UserError,
+        match=r"a\.csv:3: the label odd is none of the classes \(bad, good\); 1 more record has the same problem",
     ):
         LabeledTexts([path], tokenizer(), 32, classes=("bad", "good"))
     with pytest.raises(UserError, match=r"b\.csv:2: the label is empty"):
@@ -90,7 +91,7 @@ def test_unknown_labels_are_counted_and_the_first_is_named(tmp_path: Path) -> No
     source = LabeledTexts([path], tokenizer(), 32, classes=("bad", "good", "odd", "never"))
     assert list(source.class_counts(np.arange(4)).values()) == [1, 1, 2, 0]
     assert source.notes == [f"no record of {path} has the class 'never'"]
-    unasked = LabeledTexts([path], tokenizer(), 32, classes=("bad", "good"), asked=False)
+    unasked = LabeledTexts([path], tokenizer(), 32, classes=("bad", "good"), labeled=False)
     assert len(unasked) == 4
 
 
@@ -108,7 +109,7 @@ def test_numbers(tmp_path: Path) -> None:
     assert source[0]["score"] == 2.5
     assert sorted(source[0]) == ["score", "token_type_ids", "tokens"]
     for bad in ("high", "nan", ""):
-        with pytest.raises(UserError, match=rf"b\.csv:2: the field 'label' holds '{bad}', and a number is wanted"):
+        with pytest.raises(UserError, match=rf"b\.csv:2: the field 'label' is '{bad}' and must be a number"):
             ScoredTexts([file(tmp_path, "b.csv", f"text,label\nx,{bad}\n")], tokenizer(), 32)
 
 
@@ -133,7 +134,7 @@ def test_options_in_a_list_and_in_columns(tmp_path: Path) -> None:
     assert tokenizer().decode(from_columns[0]["options"][1]["tokens"]) == "She sits.She flies."
     for change, said in (
         ({"label": 3}, "neither one of the 3"),
-        ({"options": ["one"]}, "no list of two texts or more"),
+        ({"options": ["one"]}, "must be a list of two texts or more"),
     ):
         with pytest.raises(UserError, match=rf"c\.jsonl:1: .*{said}"):
             MultipleChoiceRecords([file(tmp_path, "c.jsonl", json.dumps(one | change) + "\n")], tokenizer(), 32)
@@ -185,7 +186,7 @@ def test_squad_s_json(tmp_path: Path) -> None:
         "examples": 3, "records": 4, "misplaced": 1, "unanswered": 1, "unanswerable": 1, "files": 1,
     }  # fmt: skip
     assert (
-        f"1 answer does not stand in its passage where it is said to, and was left out; the first is {path}: question c"
+        f"1 answer is not in its passage at the given character, and was left out; the first is {path}: question c"
         in source.notes
     )
     assert (source.unanswerable, source.record_ids.tolist()) == (1, [0, 1, 3])
@@ -195,7 +196,7 @@ def test_squad_s_json(tmp_path: Path) -> None:
     assert (source[1]["start"], source[1]["end"]) == (-1, -1)
     assert example["token_type_ids"][example["start"]] == 1
     kept = QuestionRecords([path], tokenizer(), 96, question=16, keep=True)
-    assert [kept.asked_of(number).right for number in range(kept.questions)] == [
+    assert [kept.question_of(number).right for number in range(kept.questions)] == [
         ("Anne Lee",),
         (),
         ("1902",),
@@ -318,9 +319,9 @@ def test_tags_of_other_schemes_are_measured_as_names(tmp_path: Path, scheme: str
 @pytest.mark.parametrize(
     ("tags", "wrong"),
     [
-        (["PER-B", "PER-I", "O"], "the tags O, PER-B, PER-I mark names in a form that is not read"),
-        (["B_PER", "I_PER", "O"], "the tags B_PER, I_PER, O mark names in a form that is not read"),
-        (["B-PER", "X", "O"], "the tag 'X' marks no name"),
+        (["PER-B", "PER-I", "O"], "the tags O, PER-B, PER-I mark entities in an unsupported format"),
+        (["B_PER", "I_PER", "O"], "the tags B_PER, I_PER, O mark entities in an unsupported format"),
+        (["B-PER", "X", "O"], "the tag 'X' marks no entity"),
     ],
 )
 def test_marks_of_another_form_are_rejected(tmp_path: Path, tags: list[str], wrong: str) -> None:

@@ -282,7 +282,7 @@ def test_text_to_text_is_predicted_and_measured(writer: Callable[..., Path], tmp
     assert [row["answer"] for row in table] == [row["answer"] for row in rows]
     found = evaluate(place, [str(tmp_path / "t.csv")])
     assert (found["task"], found["items"]) == ("answers", 2) and "exact_match" in found
-    with pytest.raises(UserError, match=r"standard input:2: the form .* does not fit this record"):
+    with pytest.raises(UserError, match=r"standard input:2: the template .* does not fit this record"):
         told(place, '{"en": "a"}\n{"de": "b"}\n')
 
 
@@ -368,7 +368,7 @@ def test_a_share_of_the_held_out_windows_is_of_whole_questions(tmp_path: Path) -
     assert 4 <= len(some) <= 8
     for owner in some:
         assert (shown.record_ids == owner).sum() == (whole.record_ids == owner).sum()
-    assert shown.metadata(0)["asked"] == whole.asked_of(int(shown.record_ids[0]))
+    assert shown.metadata(0)["question"] == whole.question_of(int(shown.record_ids[0]))
 
 
 def test_a_question_without_an_answer_is_told_when_it_is_learnt_from(tmp_path: Path) -> None:

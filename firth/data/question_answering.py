@@ -23,7 +23,7 @@ import numpy as np
 
 from firth.corpora import readers
 from firth.data import layout
-from firth.data.records import LEFT_OUT, Column, Record, Records
+from firth.data.records import OMITTED, Column, Record, Records
 from firth.tokenizer.normalize import whole
 from firth.tokenizer.tokenizer import Tokenizer
 from firth.types import Example, UserError
@@ -101,7 +101,7 @@ class QuestionRecords(Records):
 
     def metadata(self, index: int) -> Mapping[str, Any]:
         """Return the question of a window, and the characters of its tokens in the passage."""
-        return {"question": self.question_of(self._owners[index]), "offsets": self.offsets(index)}
+        return {"question": self.question_of(self._record_ids[index]), "offsets": self.offsets(index)}
 
     def __getitem__(self, index: int) -> Example:
         example = super().__getitem__(index)
@@ -146,7 +146,7 @@ class QuestionRecords(Records):
         self._contexts_of.append(self._num_passages - 1)
         self.questions += 1
         if lost:
-            return LEFT_OUT
+            return OMITTED
         if given and not found and not self.keep:
             return []
         if self.labeled and not given:
@@ -189,7 +189,7 @@ def trim_whitespace(spans: np.ndarray, text: str) -> np.ndarray:
     Returns:
         (n, 2) characters without white space at either end; a token of white space alone becomes empty, at its end.
 
-    >>> without_blanks(np.array([[0, 2], [2, 8], [8, 9]]), "an otter ").tolist()
+    >>> trim_whitespace(np.array([[0, 2], [2, 8], [8, 9]]), "an otter ").tolist()
     [[0, 2], [3, 8], [9, 9]]
     """
     is_blank = np.array([character.isspace() for character in text] + [False])

@@ -88,7 +88,7 @@ def describe_note(
         limit: Maximum number of tokens, for truncated texts.
         templates: Kind -> end of the sentence.
 
-    >>> notes_of("mismatched", 1, "a.csv:3"), notes_of("cut", 2, "a.csv:7", 128)
+    >>> describe_note("mismatched", 1, "a.csv:3"), describe_note("cut", 2, "a.csv:7", 128)
     ... # doctest: +NORMALIZE_WHITESPACE
     ('1 row had another number of cells than its head and was left out; the first is a.csv:3',
      '2 texts were longer than 128 tokens and lost their end; the first is a.csv:7')
@@ -267,7 +267,7 @@ class Records(Source):
     def examples(self, record: Record, encoded: list[np.ndarray]) -> Sequence[Example]:
         """Return the examples of a record: one or none, several for records that are read in windows.
 
-        Returns LEFT_OUT where the reason for having none has been noted.
+        Returns OMITTED where the reason for having none has been noted.
         """
         found = self.example(record, encoded)
         return [] if found is None else [found]

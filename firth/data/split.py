@@ -55,7 +55,7 @@ def place(name: str) -> float:
 def min_share(share: float, names: Iterable[str]) -> float:
     """Return the smallest fraction, at least `share`, that holds out one document or more; 0 for a single document.
 
-    >>> enough(0.5, ["a", "b", "c", "d"]), enough(0.05, ["only"])
+    >>> min_share(0.5, ["a", "b", "c", "d"]), min_share(0.05, ["only"])
     (0.5, 0.0)
     """
     if not share:

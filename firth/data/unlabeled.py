@@ -26,7 +26,7 @@ class UnlabeledSource(WrappedSource):
 
 
 def choose_labeled(source: Source, num_labeled: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return the indices of `few` labeled examples, balanced over the classes, and those of all others; both ascending.
+    """Return the indices of `num_labeled` labeled examples, balanced over the classes, and those of all others; both ascending.
 
     The choice depends on the seed.
 
@@ -42,7 +42,7 @@ def choose_labeled(source: Source, num_labeled: int, seed: int) -> tuple[np.ndar
         of_class = drawn[labels[drawn] == label][:share]
         if len(of_class) < share:
             raise UserError(
-                f"{few} labeled examples are required, and class {label} has only {len(these)} of its {share}"
+                f"{num_labeled} labeled examples are required, and class {label} has only {len(of_class)} of its {share}"
             )
         chosen[of_class] = True
     return np.flatnonzero(chosen), np.flatnonzero(~chosen)

@@ -82,7 +82,7 @@ class WordWindows(Source):
             advice = "" if rare else ", or set examples.subsampling_threshold=0, which keeps every word"
             raise UserError(
                 f"the text has too few words for word2vec: {known:,} that the tokenizer knows{cause}; word2vec needs "
-                f"{MIN_KEPT_WORDS} or more to find neighbors in, so train on a longer text{cure}"
+                f"{MIN_KEPT_WORDS} or more to find neighbors in, so train on a longer text{advice}"
             )
         object.__setattr__(
             self, "_word_stats", {"kept": chances, "noise": noise_distribution(self.counts_of, self.power)}

@@ -76,7 +76,7 @@ def by_question(
     """`chosen` for each question in turn, of the scores of each window (T, 2)."""
     spans = (best(scores, items.offsets(i), nowhere(scores, at)) for i, scores in enumerate(found))
     for number, windows in groupby(zip(items.record_ids.tolist(), spans, strict=True), lambda pair: pair[0]):
-        yield chosen([span for _, span in windows], items.asked_of(number).context, may_lack)
+        yield chosen([span for _, span in windows], items.question_of(number).context, may_lack)
 
 
 def nowhere(scores: np.ndarray, at: str) -> int:
@@ -90,7 +90,7 @@ def measured(source: Source, found: Sequence[np.ndarray], may_lack: bool, at: st
     asked = {}
     for i, (owner, scores) in enumerate(zip(source.record_ids.tolist(), found, strict=True)):
         beside = source.metadata(i)
-        asked[owner] = beside["asked"]
+        asked[owner] = beside["question"]
         windows.setdefault(owner, []).append(best(scores, beside["offsets"], nowhere(scores, at)))
     told = ((asked[owner], chosen(some, asked[owner].context, may_lack)) for owner, some in windows.items())
     pairs = [metrics.squad(question.right, one["answer"]) for question, one in told]

@@ -32,10 +32,10 @@ def source(evaluated: EvaluatedModel, paths: Sequence[str], asked: bool = True) 
     if told.get("kind") == "multi_annotator":  # what most of them say is right
         fields = TextFields(told.get("text_field", "text"), told.get("labels_field", "labels"))
         return ClassifiedAnnotations(
-            paths, evaluated.tokenizer, evaluated.context, fields, classes=classes, asked=asked
+            paths, evaluated.tokenizer, evaluated.context, fields, classes=classes, labeled=asked
         )
     return LabeledTexts(
-        paths, evaluated.tokenizer, evaluated.context, TextFields.of(told), classes=classes, asked=asked
+        paths, evaluated.tokenizer, evaluated.context, TextFields.of(told), classes=classes, labeled=asked
     )
 
 

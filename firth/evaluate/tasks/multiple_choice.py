@@ -21,7 +21,7 @@ def source(evaluated: EvaluatedModel, paths: Sequence[str], asked: bool = True) 
     """The questions of the files, read with the fields and the length of the run's recipe if it has one."""
     needs(evaluated, "choice", "choices", "multiple_choice")
     return MultipleChoiceRecords(
-        paths, evaluated.tokenizer, evaluated.context, OptionFields.of(evaluated.examples), asked=asked
+        paths, evaluated.tokenizer, evaluated.context, OptionFields.of(evaluated.examples), labeled=asked
     )
 
 

@@ -22,7 +22,7 @@ def source(evaluated: EvaluatedModel, paths: Sequence[str], asked: bool = True) 
     told = evaluated.examples
     return QuestionRecords(
         paths, evaluated.tokenizer, evaluated.context, stride=told.get("doc_stride", 128), question=told.get("max_question_length", 64),
-        context=told.get("context_field", "context"), asked=asked, keep=True,
+        context=told.get("context_field", "context"), labeled=asked, keep=True,
     )  # fmt: skip
 
 
@@ -44,7 +44,7 @@ def answer(evaluated: EvaluatedModel, items: QuestionRecords, progress: Progress
 
 def compared(items: QuestionRecords, told: Iterator[dict[str, Any]]) -> Answers:
     """`answer`, of what was told of each question."""
-    right = (items.asked_of(number).right for number in range(items.questions))
+    right = (items.question_of(number).right for number in range(items.questions))
     pairs = [metrics.squad(texts, one["answer"]) for texts, one in zip(right, told, strict=True)]
     return [exact for exact, _ in pairs], [f1 for _, f1 in pairs]
 

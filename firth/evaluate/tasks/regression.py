@@ -19,7 +19,7 @@ from firth.objectives.regression import Regression
 def source(evaluated: EvaluatedModel, paths: Sequence[str], asked: bool = True) -> ScoredTexts:
     """The records of the files, read with the fields and the length of the run's recipe if it has one."""
     needs(evaluated, "score", "numbers", "regression")
-    return ScoredTexts(paths, evaluated.tokenizer, evaluated.context, TextFields.of(evaluated.examples), asked=asked)
+    return ScoredTexts(paths, evaluated.tokenizer, evaluated.context, TextFields.of(evaluated.examples), labeled=asked)
 
 
 def read(evaluated: EvaluatedModel, items: ScoredTexts, progress: Progress) -> Iterator[HeadOutput]:

@@ -28,7 +28,7 @@ def source(evaluated: EvaluatedModel, paths: Sequence[str], asked: bool = True) 
     needs(evaluated, "tags", "tags", "tag")
     fields, classes = TagFields.of(evaluated.examples), class_names(evaluated, "tags")
     return TaggedSentences(
-        paths, evaluated.tokenizer, evaluated.context, fields, classes=classes, asked=asked, keep=True
+        paths, evaluated.tokenizer, evaluated.context, fields, classes=classes, labeled=asked, keep=True
     )
 
 
