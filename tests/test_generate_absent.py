@@ -145,7 +145,7 @@ def test_rollouts_read_over_tokens_alone(tokenizer: Tokenizer) -> None:
             model.places.weight.mul_(1.1)
         source = RolloutSource(
             prompts(tokenizer), tokenizer, FunctionReward(lambda text: float(len(text))), reference,
-            phase=RolloutConfig(rollout_size=6, steps=1, max_new_tokens=8),
+            config=RolloutConfig(rollout_size=6, steps=1, max_new_tokens=8),
         )  # fmt: skip
         found.append(source.prepare(model, 0))
         assert max(int(s.tokens.max()) for s in source.samples) < tokenizer.vocab.size

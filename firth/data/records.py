@@ -55,7 +55,7 @@ NOTE_TEMPLATES = {
     "mismatched": "row{s} had another number of cells than {their} head and {were} left out",
     "unnamed_columns": "column{s} {have} no name and {are} called 'Unnamed: ' and {their} place from 0",
     "misplaced": "answer{s} {are} not in {their} passage at the given character, and {were} left out",
-    "begun": "tag{s} went on with a name that had not begun (IOB1, IO), and {were} read as its beginning",
+    "begun": "tag{s} continued an entity that had not begun (IOB1, IO), and {were} read as its beginning",
     "bad_utf8": "line{s} {were} not UTF-8 and {have} U+FFFD in place of what could not be read",
     "nul": "NUL character{s} {were} removed",
     "too_long": "record{s} {were} longer than 4 MB and {were} left out",

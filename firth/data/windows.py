@@ -107,8 +107,8 @@ class DocumentChunks(Source):
     Args:
         store: The token store.
         length: Maximum number of tokens, including special ones.
-        frame: Vocabulary whose [CLS] and [SEP] are added; None: add none.
-        shortest: Minimum number of tokens of a document; shorter ones are left out.
+        special_vocab: Vocabulary whose [CLS] and [SEP] are added; None: add none.
+        min_length: Minimum number of tokens of a document; shorter ones are left out.
 
     Raises:
         UserError: `length` leaves no room for text.
@@ -169,7 +169,7 @@ class SegmentPairs(Source):
     Args:
         store: The token store.
         length: Maximum number of tokens of a pair.
-        sentences: Vocabulary that detects sentence boundaries. All three segments are then whole sentences, as in BERT and
+        sentence_vocab: Vocabulary that detects sentence boundaries. All three segments are then whole sentences, as in BERT and
             ALBERT, and other ends with the sentence that brings it nearest to second's length; a part with fewer than two
             sentences is split anywhere. None: all are split anywhere; then only adjacent words reveal an order, which
             small models do not find.
@@ -262,7 +262,7 @@ class SegmentPairs(Source):
 class _DocumentParts:
     """Every document's text in as few parts of at most `room` tokens as possible, of nearly equal length.
 
-    Costs 8 bytes per document and two binary searches per look-up. Documents of fewer than `shortest` tokens have no part.
+    Costs 8 bytes per document and two binary searches per look-up. Documents of fewer than `min_length` tokens have no part.
     """
 
     def __init__(self, store: TokenStore, room: int, min_length: int) -> None:
