@@ -136,7 +136,7 @@ class RewardModel:
 
     Args:
         model: The model, with a reward head.
-        rows: Answers per batch.
+        batch_size: Answers per forward pass.
         mean: Score that maps to 0.
         scale: Difference of scores that maps to 1.
     """

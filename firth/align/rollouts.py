@@ -147,18 +147,11 @@ class RolloutSource(Source):
                 f"a prompt of {longest} tokens and an answer of {config.max_new_tokens} do not fit the {reference.context} "
                 f"positions of the model: leave out prompts of more than {max(room, 0)} tokens, or lower max_new_tokens"
             )
-        self.prompts, self.tokenizer, self.reward_function, self.reference = (
-            prompts,
-            tokenizer,
-            reward_function,
-            reference,
-        )
+        self.prompts, self.tokenizer = prompts, tokenizer
+        self.reward_function, self.reference = reward_function, reference
         reference.restrict_vocab(tokenizer.vocab)
-        self.config, self.advantage_estimator, self.true_reward_function = (
-            config,
-            advantage_estimator or GAE(),
-            true_reward_function,
-        )
+        self.config, self.true_reward_function = config, true_reward_function
+        self.advantage_estimator = advantage_estimator or GAE()
         self.stops, self.seed, self.batch_size, self.critic = stops, seed, batch_size, critic
         self.number = -1
         self.history: list[dict[str, float]] = []
@@ -172,7 +165,7 @@ class RolloutSource(Source):
 
     def __getitem__(self, index: int) -> Example:
         if self.number < 0:
-            raise UserError("no answers have been drawn yet: call prepare(model, step) first")
+            raise UserError("no answers have been sampled yet: call prepare(model, step) first")
         ends = self._lengths.sum(1).cumsum()
         span = slice(ends[index] - self._lengths[index].sum(), ends[index])
         tokens = self._tokens[span]

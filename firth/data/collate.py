@@ -107,12 +107,8 @@ class Batches:
         self.sizes, self.group_by_length = sizes, group_by_length
         self._group = (-1, np.zeros((0, 0), np.int64))
         self.source, self.objective, self.vocab = source, objective, vocab
-        self.batch_size, self.seed, self.gradient_accumulation_steps, self.pack_to_length = (
-            batch_size,
-            seed,
-            gradient_accumulation_steps,
-            pack_to_length,
-        )
+        self.batch_size, self.seed, self.pack_to_length = batch_size, seed, pack_to_length
+        self.gradient_accumulation_steps = gradient_accumulation_steps
         self.rank, self.world = rank, world
         self._draws = ExampleRNG(seed, "view")
         self._label_fields = frozenset({*objective.labels.values(), *objective.metrics.values()}) | LABEL_FIELDS

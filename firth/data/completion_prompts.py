@@ -23,7 +23,7 @@ class CompletionPrompts(Seq2SeqRecords):
     def group(self, record: Record) -> str:
         return first_prompt(self._before(record))
 
-    def texts(self, record: Record, place: str) -> list[str]:
+    def texts(self, record: Record, location: str) -> list[str]:
         return ["\n\n".join(message["content"] for message in self._before(record))]
 
     def _before(self, record: Record) -> list[Message]:

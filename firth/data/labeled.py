@@ -111,10 +111,8 @@ class TextRecords(Records):
         self, paths: Sequence[str], tokenizer: Tokenizer, length: int, fields: TextFields = TextFields(), *,
         labeled: bool = True,
     ) -> None:  # fmt: skip
-        self._fields, self._label = (
-            [fields.text_field, fields.text_pair_field] if fields.text_pair_field else [fields.text_field],
-            fields.label_field,
-        )
+        self._fields = [fields.text_field, fields.text_pair_field] if fields.text_pair_field else [fields.text_field]
+        self._label = fields.label_field
         self.labeled, self._missing_labels = labeled, fields.missing_labels
         super().__init__(paths, tokenizer, length, names=fields.column_names)
 
@@ -125,8 +123,8 @@ class TextRecords(Records):
     def group(self, record: Record) -> str:
         return str(record[self._fields[0]])
 
-    def texts(self, record: Record, place: str) -> list[str]:
-        return [readers.text_field(record, field, place) for field in self._fields]
+    def texts(self, record: Record, location: str) -> list[str]:
+        return [readers.text_field(record, field, location) for field in self._fields]
 
     def examples(self, record: Record, encoded: list[np.ndarray]) -> Sequence[Example]:
         if self.labeled and self._missing_labels and str(record.get(self._label)).strip() in self._missing_labels:
@@ -138,9 +136,9 @@ class TextRecords(Records):
 
     def example(self, record: Record, encoded: list[np.ndarray]) -> Example | None:
         labels = np.array(self.labels(record)) if self.labeled else np.zeros(1)
-        return self.framed(encoded) | {"label": labels}
+        return self.with_special_tokens(encoded) | {"label": labels}
 
-    def framed(self, encoded: Sequence[np.ndarray]) -> Example:
+    def with_special_tokens(self, encoded: Sequence[np.ndarray]) -> Example:
         """Add special tokens to one text or two: {"tokens", "token_type_ids"}."""
         vocab = self.tokenizer.vocab
         if len(encoded) == 2:
@@ -295,7 +293,7 @@ class MultipleChoiceRecords(TextRecords):
         self, paths: Sequence[str], tokenizer: Tokenizer, length: int, fields: OptionFields = OptionFields(), *,
         labeled: bool = True,
     ) -> None:  # fmt: skip
-        self._options, self._begin = fields.option_fields, fields.option_prefix_field
+        self._options, self._option_prefix = fields.option_fields, fields.option_prefix_field
         texts = TextFields(fields.text_field, fields.label_field, column_names=fields.column_names)
         super().__init__(paths, tokenizer, length, texts, labeled=labeled)
         self.most = max(len(self._columns["lengths"][i]) for i in range(len(self)))
@@ -309,22 +307,22 @@ class MultipleChoiceRecords(TextRecords):
             "label": int(example["label"][0]),
         }
 
-    def offered(self, record: Record) -> list[str]:
+    def options_of(self, record: Record) -> list[str]:
         """Return the options of a record as written."""
         found = [record.get(name) for name in self._options]
-        listed = found[0] if len(found) == 1 else found
-        if not isinstance(listed, list) or len(listed) < 2 or not all(isinstance(option, str) for option in listed):
+        options = found[0] if len(found) == 1 else found
+        if not isinstance(options, list) or len(options) < 2 or not all(isinstance(option, str) for option in options):
             raise UserError(f"the options ({', '.join(self._options)}) must be a list of two texts or more")
-        return listed
+        return options
 
-    def texts(self, record: Record, place: str) -> list[str]:
-        prefix = readers.text_field(record, self._begin, place) + " " if self._begin else ""
-        return [*super().texts(record, place), *(prefix + option for option in self.offered(record))]
+    def texts(self, record: Record, location: str) -> list[str]:
+        prefix = readers.text_field(record, self._option_prefix, location) + " " if self._option_prefix else ""
+        return [*super().texts(record, location), *(prefix + option for option in self.options_of(record))]
 
     def example(self, record: Record, encoded: list[np.ndarray]) -> Example | None:
         text, *options = encoded
-        rows = [self.framed([text, option]) for option in options]
-        label = self.right(record, self.offered(record)) if self.labeled else 0
+        rows = [self.with_special_tokens([text, option]) for option in options]
+        label = self.right_index(record, self.options_of(record)) if self.labeled else 0
         return {
             "tokens": np.concatenate([row["tokens"] for row in rows]),
             "token_type_ids": np.concatenate([row["token_type_ids"] for row in rows]),
@@ -332,15 +330,15 @@ class MultipleChoiceRecords(TextRecords):
             "label": np.array([label]),
         }
 
-    def right(self, record: Record, options: list[str]) -> int:
+    def right_index(self, record: Record, options: list[str]) -> int:
         """Return the index of the right option."""
         value = self.without_decimals(record.get(self._label))
         if isinstance(value, str) and value in options:
             return options.index(value)
-        place = int(str(value)) if str(value).isdecimal() else -1
-        if not 0 <= place < len(options):
+        option_index = int(str(value)) if str(value).isdecimal() else -1
+        if not 0 <= option_index < len(options):
             raise UserError(f"the label {value!r} is neither one of the {len(options)} options nor the index of one")
-        return place
+        return option_index
 
 
 class TaggedSentences(Records):
@@ -370,7 +368,7 @@ class TaggedSentences(Records):
         self, paths: Sequence[str], tokenizer: Tokenizer, length: int, fields: TagFields = TagFields(), *,
         classes: Sequence[str] = (), labeled: bool = True, keep: bool = False,
     ) -> None:  # fmt: skip
-        self._words, self._tags = fields.words_field, fields.tags_field
+        self._words_field, self._tags_field = fields.words_field, fields.tags_field
         self._known, self._unknown, self.labeled = ClassNumbering(classes), "", labeled
         self.written: list[tuple[list[str], list[str]]] | None = [] if keep else None
         super().__init__(paths, tokenizer, length, names=fields.column_names)
@@ -395,17 +393,19 @@ class TaggedSentences(Records):
         return {"tokens": example["tokens"], "tags": tags}
 
     def group(self, record: Record) -> str:
-        return " ".join(record[self._words])
+        return " ".join(record[self._words_field])
 
     def example(self, record: Record, encoded: list[np.ndarray]) -> Example | None:
-        words = record.get(self._words)
-        names = record.get(self._tags) if self.labeled else words
+        words = record.get(self._words_field)
+        names = record.get(self._tags_field) if self.labeled else words
         if not isinstance(words, list) or not isinstance(names, list) or len(words) != len(names):
-            raise UserError(f"a tagged sentence needs lists {self._words!r} and {self._tags!r} of the same length")
+            raise UserError(
+                f"a tagged sentence needs lists {self._words_field!r} and {self._tags_field!r} of the same length"
+            )
         if not all(isinstance(word, str) for word in words):
-            raise UserError(f"the field {self._words!r} holds words that are not text")
-        names = self._named(names) if self.labeled else []
-        numbers = self._numbers(names) if self.labeled else np.zeros(len(words), np.int64)
+            raise UserError(f"the field {self._words_field!r} holds words that are not text")
+        names = self._tag_names(names) if self.labeled else []
+        numbers = self._tag_numbers(names) if self.labeled else np.zeros(len(words), np.int64)
         if self.written is not None:
             self.written.append((words, names))
         tokens, spans = self.tokenizer.spans(" ".join(words))
@@ -426,24 +426,24 @@ class TaggedSentences(Records):
         """Return the index of the word of each labeled token, within its sentence."""
         return self._columns["words"][index]
 
-    def _named(self, tags: list[Any]) -> list[str]:
+    def _tag_names(self, tags: list[Any]) -> list[str]:
         """Return a sentence's tags as names, where they may be numbers of given classes."""
         if all(isinstance(tag, str) for tag in tags):
             return tags
         bad = next(tag for tag in tags if not isinstance(tag, str))
         if self._known.open:
             raise UserError(
-                f"the field {self._tags!r} holds {bad!r} instead of the name of a tag: write names, or name the numbers with "
+                f"the field {self._tags_field!r} holds {bad!r} instead of the name of a tag: write names, or name the numbers with "
                 "objective.class_names=[O, B-..., I-...]"
             )
         numbers = [self._known.number(tag) if type(tag) is int else None for tag in tags]
         if None in numbers:
             raise UserError(
-                f"the field {self._tags!r} holds {bad!r}, which is not one of the {len(self._known.names)} tags"
+                f"the field {self._tags_field!r} holds {bad!r}, which is not one of the {len(self._known.names)} tags"
             )
         return [self._known.names[number or 0] for number in numbers]
 
-    def _numbers(self, names: list[str]) -> np.ndarray:
+    def _tag_numbers(self, names: list[str]) -> np.ndarray:
         """Return the numbers of a sentence's tags, and note unknown ones."""
         converted = to_bio2(names) if has_spans(names) else names
         if converted != names:

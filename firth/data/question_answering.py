@@ -58,7 +58,7 @@ class QuestionRecords(Records):
     """
 
     columns: ClassVar[dict[str, type]] = {
-        "tokens": np.int32, "token_type_ids": np.uint8, "place": np.int32, "offsets": np.int32,
+        "tokens": np.int32, "token_type_ids": np.uint8, "answer_span": np.int32, "offsets": np.int32,
     }  # fmt: skip
 
     def __init__(
@@ -105,7 +105,7 @@ class QuestionRecords(Records):
 
     def __getitem__(self, index: int) -> Example:
         example = super().__getitem__(index)
-        start, end = example["place"].tolist()
+        start, end = example["answer_span"].tolist()
         return {"tokens": example["tokens"], "token_type_ids": example["token_type_ids"], "start": start, "end": end}
 
     @property
@@ -119,11 +119,11 @@ class QuestionRecords(Records):
     def group(self, record: Record) -> str:
         return str(record[self._context])
 
-    def texts(self, record: Record, place: str) -> list[str]:
-        return [readers.text_field(record, "question", place).strip()]
+    def texts(self, record: Record, location: str) -> list[str]:
+        return [readers.text_field(record, "question", location).strip()]
 
     def examples(self, record: Record, encoded: list[np.ndarray]) -> Sequence[Example]:
-        context = whole(readers.text_field(record, self._context, self._place))
+        context = whole(readers.text_field(record, self._context, self._location))
         context = (
             self._latest[0] if context == self._latest[0] else context
         )  # one object for all questions of a passage
@@ -156,11 +156,10 @@ class QuestionRecords(Records):
         tokens, spans = self._latest[1]
         question_tokens = self.fit(encoded[0], self.question, "long_questions")
         first, last = _tokens(spans, found[0]) if found else (-1, -1)
-        cuts = self._cuts(len(question_tokens), len(tokens))
+        bounds = self._window_bounds(len(question_tokens), len(tokens))
+        return [self._window(question_tokens, tokens[a:b], spans[a:b], first - a, last - a) for a, b in bounds]
 
-        return [self._window(question_tokens, tokens[a:b], spans[a:b], first - a, last - a) for a, b in cuts]
-
-    def _cuts(self, num_question_tokens: int, n: int) -> list[tuple[int, int]]:
+    def _window_bounds(self, num_question_tokens: int, n: int) -> list[tuple[int, int]]:
         """Return the windows of a passage of n tokens, which together cover it."""
         room = self.length - num_question_tokens - 3
         step = max(1, min(self.stride, room // 2))
@@ -170,13 +169,13 @@ class QuestionRecords(Records):
     def _window(
         self, question_tokens: np.ndarray, tokens: np.ndarray, spans: np.ndarray, first: int, last: int
     ) -> Example:
-        shown = layout.pair(question_tokens, tokens, self.tokenizer.vocab)
+        window = layout.pair(question_tokens, tokens, self.tokenizer.vocab)
         before = len(question_tokens) + 2
         inside = first >= 0 and last < len(tokens)
-        place = (first + before, last + before) if inside else (-1, -1)
-        offsets = np.full((len(shown["tokens"]), 2), -1)
+        answer_span = (first + before, last + before) if inside else (-1, -1)
+        offsets = np.full((len(window["tokens"]), 2), -1)
         offsets[before : before + len(tokens)] = spans
-        return shown | {"place": np.array(place), "offsets": offsets.ravel()}
+        return window | {"answer_span": np.array(answer_span), "offsets": offsets.ravel()}
 
 
 def trim_whitespace(spans: np.ndarray, text: str) -> np.ndarray:
@@ -193,9 +192,9 @@ def trim_whitespace(spans: np.ndarray, text: str) -> np.ndarray:
     [[0, 2], [3, 8], [9, 9]]
     """
     is_blank = np.array([character.isspace() for character in text] + [False])
-    place = np.arange(len(is_blank))
-    following = np.minimum.accumulate(np.where(is_blank, len(text), place)[::-1])[::-1]
-    before = np.maximum.accumulate(np.concatenate(([0], np.where(is_blank[:-1], 0, place[1:]))))
+    index = np.arange(len(is_blank))
+    following = np.minimum.accumulate(np.where(is_blank, len(text), index)[::-1])[::-1]
+    before = np.maximum.accumulate(np.concatenate(([0], np.where(is_blank[:-1], 0, index[1:]))))
     starts = np.minimum(following[spans[:, 0]], spans[:, 1])
     return np.stack((starts, np.maximum(before[spans[:, 1]], starts)), 1)
 
@@ -220,12 +219,12 @@ def answers_of(record: Record) -> list[tuple[str, int]]:
             raise UserError("the field 'answers' needs as many 'text' as 'answer_start', in two lists")
         given = [{"text": text, "start": start} for text, start in zip(texts, starts, strict=True)]
     found = []
-    for one in given if isinstance(given, list) else [given]:
-        start = one.get("start", one.get("answer_start")) if isinstance(one, dict) else None
-        if type(start) is not int or not isinstance(one.get("text"), str):
+    for answer in given if isinstance(given, list) else [given]:
+        start = answer.get("start", answer.get("answer_start")) if isinstance(answer, dict) else None
+        if type(start) is not int or not isinstance(answer.get("text"), str):
             raise UserError(
-                f"an answer needs a 'text' and the character where it starts, and this answer is {one!r:.60}"
+                f"an answer needs a 'text' and the character where it starts, and this answer is {answer!r:.60}"
             )
-        if one["text"]:
-            found.append((whole(one["text"]), start))
+        if answer["text"]:
+            found.append((whole(answer["text"]), start))
     return found

@@ -77,7 +77,7 @@ PLURAL = {"s": "s"} | {word: word for word in SINGULAR if word != "s"}
 
 
 def describe_note(
-    kind: str, count: int, place: str, limit: int = 0, templates: Mapping[str, str] = NOTE_TEMPLATES
+    kind: str, count: int, location: str, limit: int = 0, templates: Mapping[str, str] = NOTE_TEMPLATES
 ) -> str:
     """Return the sentence that reports a kind of note.
 
@@ -94,7 +94,7 @@ def describe_note(
      '2 texts were longer than 128 tokens and lost their end; the first is a.csv:7')
     """
     text = templates[kind].format(limit=limit, **(SINGULAR if count == 1 else PLURAL))
-    return f"{count:,} {text}; the first is {place}"
+    return f"{count:,} {text}; the first is {location}"
 
 
 class Column:
@@ -160,14 +160,14 @@ class Records(Source):
         self._size = 0
         self._counts: Counter[str] = Counter()
         self._first: dict[str, str] = {}
-        self._place = ""
+        self._location = ""
         self._record_ids = array("q")
         self._groups = array("Q")
         self._contents: set[int] = set()
         read_stats = ReadStats()
         records = readers.records(paths, counts=read_stats, columns=names, text=type(self).reader)
-        while some := list(islice(records, RECORDS_PER_BATCH)):
-            self._add(some)
+        while chunk := list(islice(records, RECORDS_PER_BATCH)):
+            self._add(chunk)
         for column in self._columns.values():
             column.close()
         self._contents.clear()
@@ -184,8 +184,8 @@ class Records(Source):
     @property
     def notes(self) -> Sequence[str]:
         return [
-            describe_note(kind, self._counts[kind], place, self.limits.get(kind, self.length), self.note_templates)
-            for kind, place in self._first.items()
+            describe_note(kind, self._counts[kind], location, self.limits.get(kind, self.length), self.note_templates)
+            for kind, location in self._first.items()
         ]
 
     @property
@@ -215,7 +215,7 @@ class Records(Source):
     def note(self, kind: str) -> None:
         """Count a note about the record being read, and keep the place of the first."""
         self._counts[kind] += 1
-        self._first.setdefault(kind, self._place)
+        self._first.setdefault(kind, self._location)
 
     def __len__(self) -> int:
         return self._size
@@ -226,14 +226,14 @@ class Records(Source):
     def _add(self, records: list[tuple[str, Record]]) -> None:
         texts, before = [], self._counts["records"]
         self._counts["records"] += len(records)
-        for place, record in records:
-            with _with_location(place):
-                texts.append(self.texts(record, place))
-        encoded = iter(self.tokenizer.encode_batch([text for some in texts for text in some]))
-        for number, ((place, record), some) in enumerate(zip(records, texts, strict=True), before):
-            self._place = place
-            with _with_location(place):
-                examples = self.examples(record, list(islice(encoded, len(some))))
+        for location, record in records:
+            with _with_location(location):
+                texts.append(self.texts(record, location))
+        encoded = iter(self.tokenizer.encode_batch([text for record_texts in texts for text in record_texts]))
+        for number, ((location, record), record_texts) in enumerate(zip(records, texts, strict=True), before):
+            self._location = location
+            with _with_location(location):
+                examples = self.examples(record, list(islice(encoded, len(record_texts))))
             if examples is OMITTED:
                 continue
             if not examples:
@@ -260,7 +260,7 @@ class Records(Source):
         """
         raise NotImplementedError(type(self).__name__)
 
-    def texts(self, record: Record, place: str) -> list[str]:
+    def texts(self, record: Record, location: str) -> list[str]:
         """Return the texts of a record that are encoded separately; place is its file and line."""
         return []
 
@@ -341,7 +341,7 @@ class Seq2SeqRecords(Records):
     def group(self, record: Record) -> str:
         return first_prompt(messages_of(fill_templates(record, self.forms)))
 
-    def texts(self, record: Record, place: str) -> list[str]:
+    def texts(self, record: Record, location: str) -> list[str]:
         *before, last = messages_of(fill_templates(record, self.forms))
         if last["role"] != "assistant" or not before:
             raise UserError("a text-to-text record needs a prompt and an answer after it")
@@ -364,8 +364,8 @@ class Seq2SeqRecords(Records):
 
 def dialogue_texts(paths: Sequence[str], forms: tuple[str, str]) -> Iterator[tuple[str, list[str]]]:
     """Yield the group of each dialogue (`Records.group`) and the texts of its messages, to train a tokenizer on."""
-    for place, record in readers.records(paths):
-        with _with_location(place):
+    for location, record in readers.records(paths):
+        with _with_location(location):
             messages = messages_of(fill_templates(record, forms))
         yield first_prompt(messages), [message["content"] for message in messages]
 
@@ -443,8 +443,8 @@ def prompts(
         UserError: There is no prompt.
     """
     found, keys, counts = [], array("Q"), Counter[str]()
-    for place, record in readers.records(paths):
-        with _with_location(place):
+    for location, record in readers.records(paths):
+        with _with_location(location):
             messages = prompt_of(record)
             tokens, _ = chat.encode(tokenizer, messages, open=True)
         counts["records"] += 1
@@ -461,9 +461,9 @@ def prompts(
 
 
 @contextmanager
-def _with_location(place: str) -> Iterator[None]:
+def _with_location(location: str) -> Iterator[None]:
     """Prefix errors with the file and line of the record."""
     try:
         yield
     except UserError as error:
-        raise UserError(str(error) if str(error).startswith(place) else f"{place}: {error}") from None
+        raise UserError(str(error) if str(error).startswith(location) else f"{location}: {error}") from None

@@ -55,7 +55,7 @@ class TextPrompts(CompletionPrompts):
             "no_room": "prompt{s} left no room in {limit} tokens for an answer, so {they} {have} none"
         }
 
-    def texts(self, record: Record, place: str) -> list[str]:
+    def texts(self, record: Record, location: str) -> list[str]:
         before, answer = self._split_answer(record)
         return [answer] if self.dialogue else [answer, "\n\n".join(message["content"] for message in before)]
 
