@@ -295,8 +295,8 @@ def test_a_run_killed_within_a_rollout_batch_resumes_exactly(stop: int) -> None:
     objective = PPO()
     start = letters_only(policy(objective))
     frozen = copy.deepcopy(start)
-    whole, source = copy.deepcopy(start), rollouts(frozen)
-    run(whole, objective, source, steps=10, rate=3e-3)
+    uninterrupted, source = copy.deepcopy(start), rollouts(frozen)
+    run(uninterrupted, objective, source, steps=10, rate=3e-3)
 
     first, interrupted = copy.deepcopy(start), rollouts(frozen)
     optimizer = run(first, objective, interrupted, steps=stop, rate=3e-3)
@@ -309,7 +309,7 @@ def test_a_run_killed_within_a_rollout_batch_resumes_exactly(stop: int) -> None:
     again.load_state_dict(moments)
     resumed.restore(kept)
     run(second, objective, resumed, steps=10 - stop, rate=3e-3, start=stop, optimizer=again)
-    for name, tensor in whole.state_dict().items():
+    for name, tensor in uninterrupted.state_dict().items():
         assert torch.equal(tensor, second.state_dict()[name]), name
     # repr, because a reward that is not logged is nan.
     assert repr(resumed.history) == repr(source.history)
