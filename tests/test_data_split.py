@@ -101,14 +101,18 @@ def prompts(source: Source, tokenizer: Tokenizer) -> set[str]:
     return found
 
 
-@pytest.mark.parametrize("shape", FORMATS)
-def test_a_prompt_is_in_one_split(shape: str, tokenizer: Tokenizer, tmp_path: Path) -> None:
+@pytest.mark.parametrize("data_format", FORMATS)
+def test_a_prompt_is_in_one_split(data_format: str, tokenizer: Tokenizer, tmp_path: Path) -> None:
     """Regression: six pairs of one prompt were split so that every held-out prompt was trained on."""
-    examples, row = FORMATS[shape]
+    examples, row = FORMATS[data_format]
     file = tmp_path / "records.jsonl"
     file.write_text("".join(json.dumps(row(i, k)) + "\n" for k in range(EACH) for i in range(PROMPTS)))
     objective: Objective = (
-        TokenClassification() if shape == "tags" else Classification() if shape == "labeled rows" else CausalLM()
+        TokenClassification()
+        if data_format == "tags"
+        else Classification()
+        if data_format == "labeled rows"
+        else CausalLM()
     )
     made, _ = run_data(tokenizer, tmp_path, str(file), validation_fraction=0.2)
     splits = examples.build(made, examples.configure_objective(objective, made))
@@ -121,8 +125,8 @@ def test_a_prompt_is_in_one_split(shape: str, tokenizer: Tokenizer, tmp_path: Pa
 def test_the_split_of_a_prompt_is_the_same_in_every_stage(tokenizer: Tokenizer, tmp_path: Path) -> None:
     """Prompts held out in instruction tuning are held out from the reward model, in any order of records."""
     held = []
-    for shape in ("messages", "prompt and completion", "preferences", "whole dialogues"):
-        examples, row = FORMATS[shape]
+    for data_format in ("messages", "prompt and completion", "preferences", "whole dialogues"):
+        examples, row = FORMATS[data_format]
         rows = [json.dumps(row(i, 1)) for i in range(PROMPTS)]
         (tmp_path / "records.jsonl").write_text("\n".join(rows if len(held) % 2 else rows[::-1]))
         made, _ = run_data(tokenizer, tmp_path, str(tmp_path / "records.jsonl"), validation_fraction=0.2)
