@@ -84,7 +84,7 @@ def describe_note(
     Args:
         kind: Key of `templates`.
         count: How often it occurred.
-        place: File and line of the first.
+        location: File and line of the first.
         limit: Maximum number of tokens, for truncated texts.
         templates: Kind -> end of the sentence.
 
@@ -261,7 +261,7 @@ class Records(Source):
         raise NotImplementedError(type(self).__name__)
 
     def texts(self, record: Record, location: str) -> list[str]:
-        """Return the texts of a record that are encoded separately; place is its file and line."""
+        """Return the texts of a record that are encoded separately; location is its file and line."""
         return []
 
     def examples(self, record: Record, encoded: list[np.ndarray]) -> Sequence[Example]:
