@@ -350,7 +350,7 @@ def test_batches_reject_empty_sources_and_small_steps() -> None:
 
 
 @pytest.mark.parametrize("rate", [0.01, 0.15, 0.9])
-@pytest.mark.parametrize("framed", [False, True])
+@pytest.mark.parametrize("with_special_tokens", [False, True])
 def test_masking_many_examples_equals_masking_each(tmp_path: Path, rate: float, with_special_tokens: bool) -> None:
     """At a rate of 0.9 more tokens are masked than are drawn at once."""
     made, vocab = store(tmp_path), tokenizer().vocab

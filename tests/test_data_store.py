@@ -320,7 +320,7 @@ def test_batches_read_shifted_windows(tmp_path: Path) -> None:
     assert all(np.array_equal(a["tokens"], b["tokens"]) for a, b in zip(mixed, own, strict=True))
 
 
-@pytest.mark.parametrize("framed", [False, True])
+@pytest.mark.parametrize("with_special_tokens", [False, True])
 def test_chunks_cover_every_document(tmp_path: Path, with_special_tokens: bool) -> None:
     made, vocab = store(tmp_path), tokenizer().vocab
     chunks = DocumentChunks(made, 50, vocab if with_special_tokens else None)
