@@ -95,7 +95,7 @@ class LabeledConfig(TextRecordsConfig):
 
     def unlabeled(self, paths: Sequence[str], data: RunData) -> Source:
         """Texts of the same fields that nobody labelled; plain text has one a line."""
-        return labeled.UnlabeledTexts(paths, data.tokenizer, self.max_length, self, asked=False)
+        return labeled.UnlabeledTexts(paths, data.tokenizer, self.max_length, self, labeled=False)
 
     def configure_objective(self, objective: Objective, data: RunData) -> Objective:
         """The classes are named by the records, unless the recipe names them, and those to learn from are counted."""
