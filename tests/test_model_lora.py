@@ -175,7 +175,7 @@ def test_cached_generation_uses_the_adapter(rows: int) -> None:
 
 def test_quantization_needs_merged_weights() -> None:
     model = with_random_b(_adapted(random_model(CONFIGS["untied"])))
-    with pytest.raises(UserError, match="fold its adapters into them first"):
+    with pytest.raises(UserError, match="merge them first"):
         quantize(model, "int8")
     wanted = logits(model)
     found = logits(quantize(lora.merge_and_unload(model), "int8"))

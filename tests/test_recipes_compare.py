@@ -383,8 +383,8 @@ def test_compute_in_seconds_is_shared(records: Path, tmp_path: Path) -> None:
 
 
 def test_the_command_checks_compute_and_shares() -> None:
-    for compute in ({}, {"seconds": 1.0, "flops": 1e9}):
+    for compute in ({}, {"max_seconds": 1.0, "max_flops": 1e9}):
         with pytest.raises(UserError, match="--max-seconds N or --max-flops N, one of them"):
             cli.compare(["gpt"], **compute)
     with pytest.raises(UserError, match="--shares is 'half'"):
-        cli.compare(["gpt"], seconds=1.0, shares="half")
+        cli.compare(["gpt"], max_seconds=1.0, shares="half")
