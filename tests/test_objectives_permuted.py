@@ -63,7 +63,7 @@ MPNET = ModelConfig(
     **BODY, norm_placement="post", norm_eps=1e-12, position="mpnet", embedding_norm=True, activation="gelu", lm_head="transform",
     lm_head_bias=True,
 )  # fmt: skip
-OPEN = {"masked": 1.0, "random": 0.0}
+OPEN = {"mask_fraction": 1.0, "random_fraction": 0.0}
 
 
 def built(config: ModelConfig, objective: Objective | None = None, seed: int = 0) -> LM:

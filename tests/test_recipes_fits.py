@@ -187,7 +187,7 @@ def test_a_sum_that_cannot_be_says_of_which_and_why() -> None:
         CausalLM() + NSP()
     with pytest.raises(UserError, match=r"cannot add causal\+mlm: two of them have the loss term 'tokens'"):
         CausalLM() + MLM()
-    with pytest.raises(UserError, match=r"cannot add mixed\+consistency: each runs the model in a way of its own"):
+    with pytest.raises(UserError, match=r"cannot add mixed\+consistency: each has its own forward pass"):
         LayerMixture() + Consistency()
 
 

@@ -217,7 +217,7 @@ def test_whole_words_are_the_most_frequent_ones_in_small_letters() -> None:
         ),
         (["gpt", "objective=word2vec"], "reads each token by itself, which a causal decoder cannot"),
         (["word2vec", "objective=causal_lm"], "which a table of word vectors cannot"),
-        (["bert", "objective=bilm"], "two readers who do not meet"),
+        (["bert", "objective=bilm"], "two separate models"),
         (["elmo", "objective=causal_lm"], "which an LSTM in two directions apart cannot"),
     ],
 )
