@@ -331,7 +331,7 @@ def test_rankings_train_a_reward_model_in_one_command(place: Path, tmp_path: Pat
     assert load(str(out)).objective == Ranking(num_answers=4)
     assert "reward" in load_model(out / "model").heads and np.isfinite(done.metrics["valid/accuracy"])
     short = load("ranking", [*plain, "objective.num_answers=3"])
-    with pytest.raises(UserError, match="a ranking of 4 answers does not fit a group of 2 to 3"):
+    with pytest.raises(UserError, match="a ranking of 4 answers does not fit into a group of 2 to 3"):
         run(short, tmp_path / "short", lambda line: None)
     more = (f"examples.reward_model={out}", "examples.reward_function=")
     assert np.isfinite(first_rows(place, tmp_path / "ppo", "ppo", *more)["rollouts"]["reward"])

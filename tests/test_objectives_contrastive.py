@@ -86,7 +86,7 @@ def test_the_margin_loss_is_its_formula(at: str, make) -> None:
 
 
 def test_infonce_is_its_formula() -> None:
-    objective = InfoNCE(num_views="neighbours", temperature=0.1)
+    objective = InfoNCE(positives="neighbors", temperature=0.1)
     model = built(objective)
     rows = shown(objective, triple, 5)
     terms = step(model, objective, [collate(rows, asked(objective))])
@@ -108,7 +108,7 @@ def test_two_dropout_views_differ_in_training_alone() -> None:
     assert (one - other).abs().max() > 1e-2
 
 
-@pytest.mark.parametrize("objective", [Contrastive(), Contrastive(position="first"), InfoNCE(num_views="neighbours")])
+@pytest.mark.parametrize("objective", [Contrastive(), Contrastive(position="first"), InfoNCE(positives="neighbors")])
 def test_ten_steps_on_one_batch_lower_the_loss(objective: Objective) -> None:
     model = built(objective).train()
     batch = collate(shown(objective, triple, 8), asked(objective))
@@ -128,7 +128,7 @@ def gradient(model: LM, objective: Objective, batches: list) -> torch.Tensor:
 
 
 def test_a_split_batch_has_the_gradient_of_the_whole_for_pairs_and_not_for_infonce() -> None:
-    for objective, same in ((Contrastive(), True), (InfoNCE(num_views="neighbours"), False)):
+    for objective, same in ((Contrastive(), True), (InfoNCE(positives="neighbors"), False)):
         model, rows = built(objective), shown(objective, triple, 6)
         whole = gradient(model, objective, [collate(rows, asked(objective))])
         parts = gradient(model, objective, [collate(rows[:2], asked(objective)), collate(rows[2:], asked(objective))])

@@ -105,7 +105,7 @@ def test_a_question_of_fewer_options_is_as_if_alone() -> None:
         for o in (objective, MultipleChoice(max_options=2))
     )
     assert float(wide["choice"]) == pytest.approx(float(narrow["choice"]), rel=1e-6)
-    with pytest.raises(UserError, match="2 options does not fit a group of 2 to 1"):
+    with pytest.raises(UserError, match="2 options does not fit into a group of 2 to 1"):
         MultipleChoice(max_options=1).build_example(example, VOCAB, rng)
 
 
@@ -136,7 +136,7 @@ def test_a_decoder_s_answer_is_read_where_all_has_been_seen() -> None:
     rng = np.random.default_rng(0)
     for objective in (
         Classification(class_names=("a", "b"), position="last"),
-        TokenClassification(class_names=("a", "b"), left=True),
+        TokenClassification(class_names=("a", "b"), causal=True),
     ):
         model = model_of(objective).eval()
         tokens = VOCAB.frame(rng.integers(25, 100, 8))
@@ -213,7 +213,7 @@ def test_smoothing_and_weights_are_torch_s_and_balance_makes_classes_equal() -> 
     assert isinstance(told, Classification)
     assert told.class_weights == (0.5, 1.0, 0.0)
     assert sum(n * w for n, w in zip((60, 30, 0), told.class_weights, strict=True)) / 90 == pytest.approx(2 / 3)
-    with pytest.raises(UserError, match="2 weights for 3 classes"):
+    with pytest.raises(UserError, match="2 class_weights for 3 classes"):
         Classification(class_names=("a", "b", "c"), class_weights=(1.0, 2.0))
     with pytest.raises(UserError, match="smoothing=1"):
         Classification(label_smoothing=1.0)

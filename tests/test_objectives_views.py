@@ -140,7 +140,7 @@ CASES = {
         labelled,
     ),
     "tagging": (TokenClassification(class_names=("a", "b", "c")), tagged),
-    "tagging by a decoder": (TokenClassification(class_names=("a", "b", "c"), left=True), tagged),
+    "tagging by a decoder": (TokenClassification(class_names=("a", "b", "c"), causal=True), tagged),
     "regression": (Regression(mean=1.0, std=2.0), scored),
     "regression by a decoder": (Regression(position="last"), scored),
     "regression by an encoder-decoder": (Regression(position="answer"), scored),

@@ -37,7 +37,7 @@ def read(
 ) -> Iterator[tuple[list[str], list[str], list[float]]]:
     """(right, said, how sure) of every sentence of the files, word by word."""
     config = evaluated.model.config
-    objective = TokenClassification(class_names=items.classes, left="bidirectional" not in config.supported_patterns)
+    objective = TokenClassification(class_names=items.classes, causal="bidirectional" not in config.supported_patterns)
     found = readings(evaluated.model, objective, "tags", examples(items, progress), evaluated.vocab)
     yield from by_word(items, (scores for _, scores in found))
     next(found, None)  # the model is left in the mode it was in
