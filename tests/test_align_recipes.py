@@ -108,7 +108,7 @@ def faults(name: str, rows: Rows, old: list[float], tolerance: float) -> dict[st
     if name == "dpo":  # the sums of an answer's log-ratios, of about eight tokens
         found = {"loss": train["loss"] - log(2), "chosen": train["chosen"] / 8, "rejected": train["rejected"] / 8}
     elif name == "ppo":
-        found = {measure: train[measure] for measure in ("clipped", "moved", "kl_per_token")}
+        found = {measure: train[measure] for measure in ("clipped", "approx_kl", "kl_per_token")}
     else:
         found = {"log-probability": train["surprise"] + old[0]}
     if "rollouts" in rows:

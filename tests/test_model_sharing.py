@@ -13,7 +13,7 @@ from firth.model.block import Block
 from firth.model.config import ModelConfig, decoder_config, encoder_config, encoder_decoder_config
 from firth.model.heads import LMHead
 from firth.model.model import LM, TiedSubmodel
-from firth.objectives.replaced_tokens import RTD, thinner
+from firth.objectives.replaced_tokens import RTD, generator_config
 from firth.pretrained.load_save import init_from, load_model, save_model
 from firth.train.optimizer import Optimizer, OptimizerConfig, param_groups
 from firth.types import UserError
@@ -140,7 +140,7 @@ def test_a_guest_reads_with_its_hosts_tables() -> None:
 
 
 def test_a_guest_of_other_tables_is_refused() -> None:
-    small = thinner(ENCODER, 0.25)
+    small = generator_config(ENCODER, 0.25)
     for other, said in (
         (replace(small, vocab_size=60), "tokens"),
         (replace(small, type_vocab_size=2), "token_type_ids"),

@@ -228,7 +228,7 @@ def test_the_order_of_the_text_is_causal_language_modelling(position: str) -> No
     assert abs(plain - loss(model, CausalLM(), one)) > 1e-2
 
 
-@pytest.mark.parametrize("shape", [XLNET, replace(XLNET, position="rotary", mask_embedding=False, type_vocab_size=0)])
+@pytest.mark.parametrize("config", [XLNET, replace(XLNET, position="rotary", mask_embedding=False, type_vocab_size=0)])
 @torch.no_grad()
 def test_the_loss_is_the_chain_rule(config: ModelConfig) -> None:
     """log p of an order is the sum of one prediction after the other, each read in a row of its own."""
@@ -249,7 +249,7 @@ def test_the_loss_is_the_chain_rule(config: ModelConfig) -> None:
     assert loss(model, PLM(), collate([seen])) == pytest.approx(total, rel=1e-5)
 
 
-@pytest.mark.parametrize("shape", [MPNET, replace(XLNET, mask_embedding=False)])
+@pytest.mark.parametrize("config", [MPNET, replace(XLNET, mask_embedding=False)])
 @torch.no_grad()
 def test_mpnet_is_mlm_where_nothing_is_revealed(config: ModelConfig) -> None:
     model, tokens = built(config), text(20)
@@ -266,7 +266,7 @@ def test_mpnet_is_mlm_where_nothing_is_revealed(config: ModelConfig) -> None:
     assert (states[1:] - plain[order[1:].astype(int)]).abs().amax(-1).min() > 1e-3
 
 
-@pytest.mark.parametrize("shape", [MPNET, XLNET])
+@pytest.mark.parametrize("config", [MPNET, XLNET])
 @torch.no_grad()
 def test_mpnet_is_plm_without_its_stand_ins(config: ModelConfig) -> None:
     model, tokens = built(config), text(20)

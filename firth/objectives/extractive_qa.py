@@ -39,7 +39,7 @@ class QuestionAnswering(Objective):
     -(log softmax(start scores)[s] + log softmax(end scores)[e]) / 2.
 
     Args:
-        position: The token that stands for "no answer": "first" for an encoder, "last" for a decoder; "auto" fits the model.
+        position: The token that means "no answer": "first" for an encoder, "last" for a decoder; "auto" fits the model.
         has_unanswerable: Whether questions may have no answer, so that predictions may be empty (None: as in the data).
 
     >>> vocab = Vocab(size=9, roles={"pad": 0}, special=np.arange(9) < 1)
@@ -68,7 +68,7 @@ class QuestionAnswering(Objective):
 
     @property
     def readout(self) -> Literal["first", "last"]:
-        """The token that stands for "no answer"; the first while no model config is known."""
+        """The token that means "no answer"; the first while no model config is known."""
         return "last" if self.position == "last" else "first"
 
     def for_model(self, config: ModelConfig) -> Objective:

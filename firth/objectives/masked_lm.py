@@ -98,10 +98,8 @@ class MLM(TokenObjective):
             return super().build_examples(examples, vocab, draws, streams)
         tokens = np.concatenate([example["tokens"] for example in examples])
         lengths = np.array([len(example["tokens"]) for example in examples])
-        ends, room = (
-            np.cumsum(lengths),
-            lengths // 2 + 8,
-        )  # random numbers for masked tokens: about six times as many as needed
+        # Random numbers for masked tokens: about six times as many as needed.
+        ends, room = np.cumsum(lengths), lengths // 2 + 8
         stops = np.cumsum(lengths + room)
         starts = stops - lengths - room
         drawn = np.empty(int(stops[-1]))
