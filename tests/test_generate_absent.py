@@ -167,7 +167,7 @@ def test_replaced_tokens_are_drawn_from_tokens_alone(tokenizer: Tokenizer) -> No
     seen = objective.build_example({"tokens": tokenizer.encode(TEXT)[:60]}, tokenizer.vocab, np.random.default_rng(0))
     batch = collate([seen])
     batch["chance"][:] = 1 - 2**-24  # the largest number that can be drawn
-    drew = objective.forward(model, batch)["drew"]
+    drew = objective.forward(model, batch)["sampled"]
     assert len(drew) == int((batch["labels"] != IGNORE).sum()) and int(drew.max()) < tokenizer.vocab.size
 
 

@@ -19,7 +19,7 @@ from firth.model.model import LM
 from firth.objectives.masked_lm import MLM
 from firth.objectives.next_sentence import NSP
 from firth.objectives.objective import Objective
-from firth.objectives.replaced_tokens import RTD, AdversarialRTD, draw
+from firth.objectives.replaced_tokens import RTD, AdversarialRTD, sample_tokens
 from firth.objectives.sentence_order import SOP
 from firth.objectives.span_boundary import SBO
 from firth.pretrained.load_save import load_model, save_model
@@ -199,11 +199,11 @@ def test_a_draw_has_the_distribution_it_is_drawn_from() -> None:
     logits = torch.randn(9) * 2
     logits[4] = float("-inf")
     chance = torch.from_numpy(np.random.default_rng(0).random(40000, dtype=np.float32))
-    counts = torch.bincount(draw(logits.expand(40000, -1), chance), minlength=9)
+    counts = torch.bincount(sample_tokens(logits.expand(40000, -1), chance), minlength=9)
     wanted = logits.softmax(-1) * 40000
     assert counts[4] == 0
     assert float(((counts - wanted) ** 2 / wanted.clamp(min=1e-9)).sum()) < 30  # 7 degrees of freedom, p = 1e-4
-    ends = draw(torch.tensor([[0.0, 0.0, float("-inf")]] * 2), torch.tensor([0.0, np.nextafter(np.float32(1), 0)]))
+    ends = sample_tokens(torch.tensor([[0.0, 0.0, float("-inf")]] * 2), torch.tensor([0.0, np.nextafter(np.float32(1), 0)]))
     assert ends.tolist() == [0, 1]
 
 
@@ -221,7 +221,7 @@ def test_a_right_guess_counts_as_original(objective: RTD) -> None:
     asked = batch["labels"] != IGNORE
     token = int(batch["labels"][asked][0])
     outputs = objective.forward(model, batch)
-    assert (outputs["drew"] == token).all()
+    assert (outputs["sampled"] == token).all()
     assert torch.equal(outputs["shown"], torch.where(asked, token, batch["tokens"]))
     real = batch["real"] != IGNORE
     assert torch.equal(real, batch["tokens"] != 0)  # every token is asked, [CLS] and [SEP] too, and no padding
@@ -292,12 +292,12 @@ def test_reinforce_s_gradient_is_that_of_the_expected_reward() -> None:
         each.append(seen | {"chance": np.full(len(seen["tokens"]), (i + 0.5) / count, np.float32)})
     batch = collate(each, asked_fields(objective))
     outputs = objective.forward(model, batch)
-    outputs["guesses"].retain_grad()
+    outputs["logits"].retain_grad()
     terms = objective.loss(model, outputs, batch)
     terms["generator"].backward()
-    found = outputs["guesses"].grad.sum(0) / count
+    found = outputs["logits"].grad.sum(0) / count
     # Exactly: -d/dlogits of the sum over tokens of p(token) * reward(token).
-    logits = outputs["guesses"][0].detach().requires_grad_()
+    logits = outputs["logits"][0].detach().requires_grad_()
     with torch.no_grad():
         at = int((batch["labels"][0] != IGNORE).nonzero())
         tokens = batch["real"][0].repeat(60, 1)
@@ -364,7 +364,7 @@ def test_a_generator_begins_with_the_frequencies_of_the_text() -> None:
     assert init_head(model, objective, batches) > 10_000
     labels = torch.cat([b["labels"].flatten() for s in range(200) for b in batches.batches(s)])
     found = torch.bincount(labels[labels != IGNORE], minlength=60).double()
-    said = model.heads["generator"].parts["lm"].bias.softmax(-1)
+    said = model.heads["generator"].heads["lm"].bias.softmax(-1)
     assert float((said - found / found.sum()).abs().max().detach()) < 2e-3
 
 

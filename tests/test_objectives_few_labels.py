@@ -116,7 +116,7 @@ def test_consistency_is_its_formula_and_its_target_gets_no_gradient() -> None:
     model.zero_grad()
     unlabelled = [row for row, e in zip(rows, map(example, range(12)), strict=True) if e["label"] == IGNORE]
     outputs = objective.forward(model, collate(unlabelled, asked(objective)))
-    assert not outputs["own"].requires_grad and model.training
+    assert not outputs["target"].requires_grad and model.training
 
 
 def test_consistency_counts_both_passes() -> None:
@@ -130,7 +130,7 @@ def test_consistency_counts_both_passes() -> None:
 
 def test_the_weight_ramps_up_as_a_function_of_the_step() -> None:
     objective = Consistency(class_names=CLASSES, unlabeled_weight=2.0, ramp_steps=10) + WeightPenalty()
-    ramped = [objective.at_step(step).first.weight for step in (0, 5, 10, 99)]
+    ramped = [objective.at_step(step).first.unlabeled_weight for step in (0, 5, 10, 99)]
     assert ramped == pytest.approx([2 * math.exp(-5), 2 * math.exp(-1.25), 2.0, 2.0])
     assert objective.at_step(5).second == objective.second
     assert objective.at_step(5).labels == objective.labels

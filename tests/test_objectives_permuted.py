@@ -298,7 +298,7 @@ def test_a_third_of_a_text_is_asked_of_k_3_and_control_tokens_never() -> None:
         assert all(not np.isin(s["positions"][62:], (0, 61)).any() for s in asked)
     with pytest.raises(UserError, match="k=0"):
         PLM(k=0)
-    with pytest.raises(UserError, match=r"rate=1\.5"):
+    with pytest.raises(UserError, match=r"mlm_probability=1\.5"):
         MPNet(mlm_probability=1.5)
 
 
@@ -544,7 +544,7 @@ def test_a_memory_that_nobody_can_give_is_refused() -> None:
     with pytest.raises(UserError, match=r"shape\.memory=64 needs positions that reach back .*'rotary'"):
         load("bert", ["model.memory_length=64"])
     with pytest.raises(
-        UserError, match="objective plm reads a text in an order of its own, which a causal decoder cannot"
+        UserError, match="objective plm predicts a text in a random order, which a causal decoder cannot"
     ):
         load("xlnet", ["model.causal=true"])
     shown = PLM().build_example({"tokens": text(9), "memory_tokens": text(4)}, VOCAB, np.random.default_rng(0))
@@ -623,7 +623,7 @@ def test_a_gap_is_a_query_that_nobody_sees() -> None:
     model = built(ModelConfig(**BODY | {"vocab_size": coder.vocab.size}, position="xlnet", mask_embedding=True))
     mask = coder.token(coder.vocab.mask)
     [found] = fill(model, coder, f"What is a {mask} in Python?", k=3)
-    words = coder.vocab.frame(
+    words = coder.vocab.add_special_tokens(
         np.concatenate((coder.encode("What is a"), [coder.vocab.mask], coder.encode(" in Python?")))
     )
     at = int(np.flatnonzero(words == coder.vocab.mask)[0])

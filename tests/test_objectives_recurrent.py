@@ -291,13 +291,13 @@ def test_the_mixture_is_that_of_the_paper() -> None:
 
 
 def test_settings_that_mean_nothing_are_refused() -> None:
-    for bad in ({"window": 0}, {"negatives": 0}, {"noise": 0}, {"window": 33}):
+    for bad in ({"window": 0}, {"num_negatives": 0}, {"noise_words": 0}, {"window": 33}):
         with pytest.raises(
-            UserError, match=r"objective.(window|negatives|noise)=\d+ must be at least 1( and at most 32)?"
+            UserError, match=r"objective.(window|num_negatives|noise_words)=\d+ must be at least 1( and at most 32)?"
         ):
             Word2Vec(**bad)
-    apart = CASES["bilm, tied"][2]
+    separate = CASES["bilm, tied"][2]
     from firth.objectives.masked_lm import MLM
 
     with pytest.raises(UserError, match=r"shape\.tied=false"):
-        LM(apart, MLM().heads(apart))
+        LM(separate, MLM().heads(separate))

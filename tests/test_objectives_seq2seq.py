@@ -251,7 +251,7 @@ def a_bart() -> LM:
 
 
 def test_bart_has_our_loss_on_the_same_damaged_text(tmp_path: Path) -> None:
-    vocab = VOCAB.starting("eos")
+    vocab = VOCAB.with_decoder_start("eos")
     assert vocab.start == VOCAB.eos
     same_loss_as("BartForConditionalGeneration", Denoising(), a_bart(), vocab, tmp_path)
 
@@ -293,7 +293,7 @@ def test_an_answer_begins_where_the_shape_says() -> None:
     pair = {"source": np.array([30, 31]), "target": np.array([40, VOCAB.eos])}
     rng = np.random.default_rng(0)
     assert Seq2SeqSFT().build_example(pair, VOCAB, rng)["tokens"][0] == VOCAB.pad
-    assert Seq2SeqSFT().build_example(pair, VOCAB.starting("eos"), rng)["tokens"][0] == VOCAB.eos
+    assert Seq2SeqSFT().build_example(pair, VOCAB.with_decoder_start("eos"), rng)["tokens"][0] == VOCAB.eos
 
 
 @pytest.mark.parametrize("name", ["bart-base", "bart-large"])

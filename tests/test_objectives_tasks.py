@@ -112,7 +112,7 @@ def test_a_question_of_fewer_options_is_as_if_alone() -> None:
 def test_the_choice_is_a_softmax_over_the_options() -> None:
     objective, rng = MultipleChoice(max_options=3, position="last"), np.random.default_rng(2)
     model = model_of(objective).eval()
-    rows = [{"tokens": VOCAB.frame(rng.integers(25, 100, n))} for n in (3, 7, 5)]
+    rows = [{"tokens": VOCAB.add_special_tokens(rng.integers(25, 100, n))} for n in (3, 7, 5)]
     batch = collate([objective.build_example({"options": rows, "label": 2}, VOCAB, rng)])
     with torch.no_grad():
         alone = [
@@ -139,7 +139,7 @@ def test_a_decoder_s_answer_is_read_where_all_has_been_seen() -> None:
         TokenClassification(class_names=("a", "b"), causal=True),
     ):
         model = model_of(objective).eval()
-        tokens = VOCAB.frame(rng.integers(25, 100, 8))
+        tokens = VOCAB.add_special_tokens(rng.integers(25, 100, 8))
         example = {"tokens": tokens, "label": 0, "tags": np.zeros(10, np.int64)}
         changed = example | {"tokens": np.append(tokens[:-2], [30 + tokens[-2] % 7, tokens[-1]])}
         with torch.no_grad():
@@ -172,7 +172,7 @@ def test_spans_have_the_loss_of_bert_for_question_answering(tmp_path: Any) -> No
     model, other = theirs(objective.heads(TINY), "BertForQuestionAnswering", {"qa_outputs": "span"}, tmp_path)
     examples = []
     for start, end in ((3, 5), (-1, -1), (7, 7)):
-        tokens = VOCAB.frame(rng.integers(25, 100, 10))
+        tokens = VOCAB.add_special_tokens(rng.integers(25, 100, 10))
         examples.append(
             {"tokens": tokens, "token_type_ids": (np.arange(12) > 4).astype(int), "start": start, "end": end}
         )
@@ -215,7 +215,7 @@ def test_smoothing_and_weights_are_torch_s_and_balance_makes_classes_equal() -> 
     assert sum(n * w for n, w in zip((60, 30, 0), told.class_weights, strict=True)) / 90 == pytest.approx(2 / 3)
     with pytest.raises(UserError, match="2 class_weights for 3 classes"):
         Classification(class_names=("a", "b", "c"), class_weights=(1.0, 2.0))
-    with pytest.raises(UserError, match="smoothing=1"):
+    with pytest.raises(UserError, match="label_smoothing=1"):
         Classification(label_smoothing=1.0)
 
 
@@ -247,7 +247,7 @@ def test_an_exported_head_tells_numbers_in_the_data_s_units() -> None:
     objective = Regression(mean=10.0, std=4.0)
     model = model_of(objective).eval()
     batch = collate(
-        [objective.build_example({"tokens": VOCAB.frame(np.arange(30, 36)), "score": 18.0}, VOCAB, None)], {"score"}
+        [objective.build_example({"tokens": VOCAB.add_special_tokens(np.arange(30, 36)), "score": 18.0}, VOCAB, None)], {"score"}
     )
     with torch.no_grad():
         before = objective.loss(model, objective.forward(model, batch), batch)

@@ -169,7 +169,7 @@ def test_a_collapse_is_told() -> None:
     assert "has collapsed" in VAE().notes({"valid/kl": 0.01, "valid/active": 3.0})[0]
     assert "has collapsed" in VAE().notes({"valid/kl": 3.0, "valid/active": 0.0})[0]
     assert VAE().notes({"valid/kl": 3.2, "valid/active": 5.0, "kl": 0.0}) == [
-        "The latent carries 3.2 nats of a text, in 5 of its 32 units."
+        "The latent carries 3.2 nats per text, in 5 of its 32 units."
     ]
 
 
@@ -189,7 +189,15 @@ def test_a_run_draws_from_its_prior_and_its_report_says_what_the_latent_carries(
     for number in range(24):
         words = [f"word{(number * i) % 17}" for i in range(1, 60)]
         (tmp_path / f"{number}.txt").write_text(" ".join(words))
-    small = ["width=32", "heads=2", "depth=1", "encoder=1", "head_width=0", "kv_heads=0", "hidden=48"]
+    small = [
+        "hidden_size=32",
+        "num_heads=2",
+        "num_layers=1",
+        "num_encoder_layers=1",
+        "head_dim=0",
+        "num_kv_heads=0",
+        "intermediate_size=48",
+    ]
     settings = [
         "tokenizer.vocab_size=400",
         "max_steps=2",
@@ -197,7 +205,7 @@ def test_a_run_draws_from_its_prior_and_its_report_says_what_the_latent_carries(
         "evaluation.every=0",
         "evaluation.max_examples=8",
     ]
-    recipe = load("vae", [*(f"shape.{one}" for one in small), *settings, f"data.path={tmp_path}"])
+    recipe = load("vae", [*(f"model.{one}" for one in small), *settings, f"data.path={tmp_path}"])
     done = run(recipe, tmp_path / "run", echo=lambda _: None)
     assert done.metrics["valid/elbo"] == pytest.approx(
         -done.metrics["valid/loss/tokens"] - done.metrics["valid/loss/divergence"], abs=1e-4
@@ -212,11 +220,11 @@ def test_a_run_draws_from_its_prior_and_its_report_says_what_the_latent_carries(
 
 
 def test_shapes_and_objectives_that_do_not_fit_are_refused() -> None:
-    with pytest.raises(UserError, match="squeezes a text through a latent, which an encoder-decoder cannot"):
+    with pytest.raises(UserError, match="encodes a text into a latent vector, which an encoder-decoder cannot"):
         check_pattern(VAE(latent_size=4), replace(SHAPE, latent_size=0))
     with pytest.raises(UserError, match="which a variational autoencoder cannot"):
         check_pattern(SpanCorruption(), SHAPE)
-    with pytest.raises(UserError, match=r"objective.latent_size=7 numbers and the shape's model.latent_size=4"):
+    with pytest.raises(UserError, match=r"objective.latent_size=7 and model.latent_size=4 differ"):
         check_pattern(VAE(latent_size=7), SHAPE)
     with pytest.raises(UserError, match="stands between an encoder and a decoder"):
         replace(SHAPE, num_encoder_layers=0)

@@ -195,7 +195,7 @@ def share_within(count: int, of: int, p: float, together: float = 1) -> bool:
     return abs(count - of * p) < 4.5 * (together * of * p * (1 - p)) ** 0.5
 
 
-@pytest.mark.parametrize("settings", [{}, {"noise": "words"}, {"masks": 10}, {"noise": "geometric"}])
+@pytest.mark.parametrize("settings", [{}, {"noise": "words"}, {"num_maskings": 10}, {"noise": "geometric"}])
 def test_the_three_shares_of_mlm(settings: dict[str, object]) -> None:
     rng = np.random.default_rng(0)
     asked = masked = kept = total = 0
@@ -247,7 +247,7 @@ def test_static_masks_are_few_and_dynamic_ones_are_not() -> None:
     assert maskings(MLM(num_maskings=1)) == [1, 1, 1, 3]
     assert maskings(MLM()) == [100, 100, 100, 300]
     assert maskings(MLM(num_maskings=2) + SBO()) == [2, 2, 2, 6]
-    with pytest.raises(UserError, match="masks=-1"):
+    with pytest.raises(UserError, match="num_maskings=-1"):
         MLM(num_maskings=-1)
 
 
@@ -302,7 +302,7 @@ def test_span_corruption_has_t5_s_rows() -> None:
     assert seen["source_tokens"][-1] == seen["labels"][-1] == VOCAB.eos
     assert seen["tokens"][0] == VOCAB.pad
     assert np.array_equal(seen["tokens"][1:], seen["labels"][:-1])
-    with pytest.raises(UserError, match=r"take 55 sentinels .*, and the tokenizer has 20"):
+    with pytest.raises(UserError, match=r"need 55 sentinels .*, and the tokenizer has 20"):
         SpanCorruption(noise="iid", noise_density=0.5).build_example({"tokens": some_text(rng, 200)}, VOCAB, rng)
 
 
@@ -359,8 +359,15 @@ def test_accuracy_counts_right_answers() -> None:
 
 
 def test_settings_of_mlm_that_mean_nothing_are_refused() -> None:
-    for bad in ({"rate": 0.0}, {"rate": 1.0}, {"masked": 0.95, "random": 0.1}, {"masked": -0.1}):
-        with pytest.raises(UserError, match=r"(rate|masked)=\S+ (must be|and random=0.1 are shares)"):
+    for bad in (
+        {"mlm_probability": 0.0},
+        {"mlm_probability": 1.0},
+        {"mask_fraction": 0.95, "random_fraction": 0.1},
+        {"mask_fraction": -0.1},
+    ):
+        with pytest.raises(
+            UserError, match=r"(mlm_probability|mask_fraction)=\S+ (must be|and random_fraction=0.1 add up to more than 1)"
+        ):
             MLM(**bad)
 
 

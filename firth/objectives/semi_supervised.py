@@ -156,7 +156,7 @@ class Consistency(SemiSupervised):
         super().__post_init__()
         if self.position == "answer":
             raise UserError(
-                "consistency runs the model on a clean and a masked copy of a text: it needs an encoder or a decoder, not an encoder-decoder"
+                "consistency runs the model on a clean and a masked text: use an encoder or a decoder, not an encoder-decoder"
             )
 
     @property
