@@ -124,7 +124,7 @@ class Classification(ReadoutObjective):
     >>> seen = Classification(class_names=("bad", "good")).build_example(example, vocab, np.random.default_rng(0))
     >>> seen["tokens"].tolist(), seen["class"].tolist()
     ([1, 5, 6, 2], [1, -100, -100, -100])
-    >>> Classification(class_weights="balanced").with_stats(lambda: DataStats(("ham", "spam"), (90, 10))).weights
+    >>> Classification(class_weights="balanced").with_stats(lambda: DataStats(("ham", "spam"), (90, 10))).class_weights
     (0.5555555555555556, 5.0)
     """
 
