@@ -41,7 +41,8 @@ VOCAB = Vocab(
     spelling=tuple(b"\n" if i < 5 else b"a" if i % 3 else b" a" for i in range(60)),
 )
 CONFIG = ModelConfig(
-    vocab_size=60, hidden_size=32, num_layers=2, num_heads=4, intermediate_size=48, max_positions=64, causal=False, norm_placement="post", type_vocab_size=2,
+    vocab_size=60, hidden_size=32, num_layers=2, num_heads=4, intermediate_size=48, max_positions=64,
+    causal=False, norm_placement="post", type_vocab_size=2,
     embedding_norm=True, embedding_size=20, activation="gelu", lm_head="transform", lm_head_bias=True,
 )  # fmt: skip
 SPANBERT = MLM(noise="geometric", whole_span_replacement=True) + SBO()

@@ -17,7 +17,16 @@ from typing import Any
 
 import numpy as np
 import pytest
-from test_objectives_views import CASES, VOCAB, labeled, partially_labeled, plain_text, some_text, special_tokens_text, tagged
+from test_objectives_views import (
+    CASES,
+    VOCAB,
+    labeled,
+    partially_labeled,
+    plain_text,
+    some_text,
+    special_tokens_text,
+    tagged,
+)
 
 from firth import objectives
 from firth.data import layout
@@ -114,7 +123,19 @@ TOKEN_FIELDS = ("tokens", "first", "second", "other", "source", "target", "chose
 """Fields of an example that hold tokens to predict."""
 TOKEN_LABELS = ("labels", "boundary", "next", "previous")
 """Fields of a training example that hold token labels."""
-HIDDEN_FIELDS = ("sure", "clean", "votes", "similar", "alike", "compared", "starts", "ends", "choice", "rank", "preferred")
+HIDDEN_FIELDS = (
+    "sure",
+    "clean",
+    "votes",
+    "similar",
+    "alike",
+    "compared",
+    "starts",
+    "ends",
+    "choice",
+    "rank",
+    "preferred",
+)
 """Fields of a training example that are not model inputs, besides those named in labels and metrics. (`clean` is the input of
 a consistency target.)"""
 NOT_HIDDEN = {"denoising by permutation", "denoising by rotation", "vae"}
@@ -170,9 +191,7 @@ def visibility(shown: Example, term: str) -> np.ndarray:
     """Return whether position i can depend on position j, through any number of layers: (rows, T, T)."""
     tokens = np.atleast_2d(shown["tokens"])
     rows, n = tokens.shape
-    if (
-        term in ("next", "previous") and "query_time" not in shown and "previous" in shown
-    ):  # two separate directions
+    if term in ("next", "previous") and "query_time" not in shown and "previous" in shown:  # two separate directions
         ahead = np.tri(n, dtype=bool)
         return (ahead if term == "next" else ahead.T)[None]
 
@@ -190,20 +209,29 @@ def visibility(shown: Example, term: str) -> np.ndarray:
 
 @dataclass
 class Count:
-    """asked: tokens that were asked for. shown: of those, the ones that stood where the asking place sees. hidden: those that
-    could be with_token and were seen nowhere."""
+    """Counts of predicted tokens.
+
+    Args:
+        supervised: Tokens with a label.
+        shown: Those visible where they are predicted.
+        hidden: Those that could be changed and were visible nowhere.
+    """
 
     supervised: int = 0
     shown: int = 0
     hidden: int = 0
 
 
-def check_no_leaks(objective: Objective, example: Example, seed: int, count: Count, source_is_text: bool = False) -> None:
+def check_no_leaks(
+    objective: Objective, example: Example, seed: int, count: Count, source_is_text: bool = False
+) -> None:
     """Raise an AssertionError if changing a hidden token changes what is visible. Adds to `count`."""
     shown = build_example(objective, example, seed)
     hidden_fields = {*objective.labels.values(), *objective.metrics.values(), *HIDDEN_FIELDS, *TOKEN_LABELS}
     source = {name for name in shown if name.startswith("source_")}
-    row = sorted(n for n in shown.keys() - hidden_fields - source if np.shape(shown[n])[-1:] == shown["tokens"].shape[-1:])
+    row = sorted(
+        n for n in shown.keys() - hidden_fields - source if np.shape(shown[n])[-1:] == shown["tokens"].shape[-1:]
+    )
     rest = shown.keys() - hidden_fields - source - set(row)
     texts = [n for n in row if n in ("tokens", "gaps")]
     own_tokens = {t for name in TOKEN_FIELDS if name in example for t in np.ravel(example[name]).tolist() if t >= FIRST}
@@ -227,7 +255,8 @@ def check_no_leaks(objective: Objective, example: Example, seed: int, count: Cou
             assert np.array_equal(visibility(again, term)[r, p], sees[r, p])
             for name in row:
                 was, now = (
-                    np.atleast_2d(built[name])[r % len(np.atleast_2d(built[name])), sees[r, p]] for built in (shown, again)
+                    np.atleast_2d(built[name])[r % len(np.atleast_2d(built[name])), sees[r, p]]
+                    for built in (shown, again)
                 )
                 assert np.array_equal(was, now), f"{name} depends on a hidden token"
             assert all(np.array_equal(shown[n], again[n]) for n in rest)
@@ -240,7 +269,9 @@ def count_leaks(objective: Objective, source: Callable[[np.random.Generator], Ex
     count = Count()
     for seed in range(16):
         rng = np.random.default_rng(seed)
-        check_no_leaks(objective, with_distinct_tokens(source(rng), rng), seed, count, source_is_text=isinstance(objective, VAE))
+        check_no_leaks(
+            objective, with_distinct_tokens(source(rng), rng), seed, count, source_is_text=isinstance(objective, VAE)
+        )
     return count
 
 

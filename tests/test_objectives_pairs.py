@@ -78,7 +78,8 @@ def test_signal_is_learned_and_generalizes(
     assert held_out() < 0.65
     batches = Batches(sources[0], objective, tokenizer.vocab, batch_size=32, seed=0, pack_to_length=48)
     train(
-        model, objective, batches, tmp_path / "run", budget=Budget(max_steps=STEPS[type(objective)]), optimizer=OptimizerConfig("adamw", lr=1e-3),
+        model, objective, batches, tmp_path / "run", budget=Budget(max_steps=STEPS[type(objective)]),
+        optimizer=OptimizerConfig("adamw", lr=1e-3),
         schedule=Schedule("linear", warmup_ratio=0.1), config=TrainerConfig(save_every=0), reporter=NullReporter(),
     )  # fmt: skip
     assert held_out() > best - 0.08
