@@ -626,39 +626,39 @@ def test_preset_parameter_counts_equal_transformers(name: str, kind: str, settin
 @torch.no_grad()
 def test_a_gap_is_a_query_that_no_token_sees() -> None:
     """`fill` and the pseudo-likelihood use XLNet as PLM does: a query at the gap, and no [MASK] that other tokens see."""
-    tokenizer_ = tokenizer()
+    text_tokenizer = tokenizer()
     model = build_model(
-        ModelConfig(**SIZES | {"vocab_size": tokenizer_.vocab.size}, position="xlnet", mask_embedding=True)
+        ModelConfig(**SIZES | {"vocab_size": text_tokenizer.vocab.size}, position="xlnet", mask_embedding=True)
     )
-    mask = tokenizer_.token(tokenizer_.vocab.mask)
-    [found] = fill(model, tokenizer_, f"What is a {mask} in Python?", k=3)
-    words = tokenizer_.vocab.add_special_tokens(
-        np.concatenate((tokenizer_.encode("What is a"), [tokenizer_.vocab.mask], tokenizer_.encode(" in Python?")))
+    mask = text_tokenizer.token(text_tokenizer.vocab.mask)
+    [found] = fill(model, text_tokenizer, f"What is a {mask} in Python?", k=3)
+    words = text_tokenizer.vocab.add_special_tokens(
+        np.concatenate((text_tokenizer.encode("What is a"), [text_tokenizer.vocab.mask], text_tokenizer.encode(" in Python?")))
     )
-    at = int(np.flatnonzero(words == tokenizer_.vocab.mask)[0])
+    at = int(np.flatnonzero(words == text_tokenizer.vocab.mask)[0])
     words[at] = found[0].token
-    seen = collate([layout.permuted({"tokens": words}, np.array([at]), np.array([tokenizer_.vocab.mask]))])
+    seen = collate([layout.permuted({"tokens": words}, np.array([at]), np.array([text_tokenizer.vocab.mask]))])
     share = model.heads["lm"](model(seen)[0, -1]).softmax(-1)
     assert found[0].probability == pytest.approx(float(share[found[0].token]), rel=1e-4)
     assert reads_of(model.config) == "masked" and reads_of(replace(model.config, causal=True)) == "causal"
     document = TokenizedDocument(words[1:-1], np.ones(len(words) - 2, int))
-    example = list(one_at_a_time(document, 40, tokenizer_.vocab, query=True))[at - 1]
+    example = list(one_at_a_time(document, 40, text_tokenizer.vocab, query=True))[at - 1]
     assert loss(model, PLM(), collate([example])) == pytest.approx(-math.log(found[0].probability), rel=1e-4)
 
 
 @torch.no_grad()
 def test_a_decoder_with_relative_positions_generates() -> None:
     """The engine's cache works with position="xlnet": rows of different lengths, and options of one prompt."""
-    tokenizer_ = tokenizer()
+    text_tokenizer = tokenizer()
     config = ModelConfig(
-        **SIZES | {"vocab_size": tokenizer_.vocab.size, "causal": True},
+        **SIZES | {"vocab_size": text_tokenizer.vocab.size, "causal": True},
         position="xlnet",
         mask_embedding=True,
         memory_length=8,
     )
     model = build_model(config)
-    prompts = [tokenizer_.encode("What is a module?"), tokenizer_.encode("In Python")]
-    written = Engine(model, tokenizer_, stops=()).generate(prompts, Sampling(max_new_tokens=6, temperature=0))
+    prompts = [text_tokenizer.encode("What is a module?"), text_tokenizer.encode("In Python")]
+    written = Engine(model, text_tokenizer, stops=()).generate(prompts, Sampling(max_new_tokens=6, temperature=0))
     for prompt, answer in zip(prompts, written, strict=True):
         row = np.asarray(prompt)
         for token in answer.tokens:
@@ -666,7 +666,7 @@ def test_a_decoder_with_relative_positions_generates() -> None:
             hidden = model({"tokens": torch.as_tensor(row)[None].long(), "query_time": times, "key_time": times})
             assert int(model.heads["lm"](hidden[0, -1]).argmax()) == token
             row = np.append(row, token)
-    engine, options = Engine(model, tokenizer_), [tokenizer_.encode(" of"), tokenizer_.encode(" that is")]
+    engine, options = Engine(model, text_tokenizer), [text_tokenizer.encode(" of"), text_tokenizer.encode(" that is")]
     assert engine.options(prompts[0], options) == pytest.approx(engine.score([prompts[0]] * 2, options), rel=1e-4)
 
 
