@@ -545,7 +545,7 @@ def test_recipes_that_cannot_have_memory_are_rejected() -> None:
         load("xlnet", ["model.memory_length=64", "batch.pack_to_length=128"])
     with pytest.raises(
         UserError,
-        match=r"model\.memory_length=64 .* segment pieces does not give: set model.memory_length=0, or take examples=windows",
+        match=r"model\.memory_length=64 .* segment chunks does not give: set model.memory_length=0, or take examples=windows",
     ):
         load("xlnet", ["model.memory_length=64", "examples=chunks"])
     with pytest.raises(UserError, match=r"model\.memory_length=64 needs positions that reach back .*'rotary'"):

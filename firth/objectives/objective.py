@@ -1,7 +1,7 @@
 """Training objectives: build a training example, run the model, compute the loss.
 
 Every way of training a language model in firth is a subclass of `Objective`: `build_example`, `loss`, where needed
-`forward` and `heads`, and a description of its inputs. The trainer uses them in one place, `firth.train.step`:
+`forward` and `heads`, and a description of its inputs. The trainer calls them in `firth.train.step` only:
 
     terms = objective.loss(model, objective.forward(model, batch), batch)  # one SUM per term
     sum(terms[t] / count[t] for t in objective.labels).backward()          # counts are over all micro-batches and ranks
@@ -163,7 +163,7 @@ class Objective(Ranged, section="objective"):
         """Change a trained model before its export, in place: a head trained on normalized labels is put into their units."""
 
     def notes(self, metrics: Mapping[str, float]) -> list[str]:
-        """Return warnings about the last metrics of a run (a collapse), in whole sentences."""
+        """Return notes on the last metrics of a run (a collapse), as full sentences."""
         return []
 
     def heads(self, config: ModelConfig) -> dict[str, nn.Module]:

@@ -116,7 +116,7 @@ class Ranking(RewardModeling):
     Shown: all answers after their prompt, a group of K rows. Predicted: their order; equal ranks are ties and are not compared.
     Loss for "pairs": the mean of -log sigma(r_i - r_j) over the pairs with rank_i < rank_j, so that K = 2 is
     `RewardModeling`; for "order": the negative log-likelihood of Plackett-Luce, which chooses the best among all, the next
-    among the rest (a tied answer is not among the rest of its equals).
+    among the rest (answers of equal rank are not compared).
 
     Args:
         num_answers: Rows of a group, at least the longest ranking of the data (0: as many). A shorter ranking repeats its
