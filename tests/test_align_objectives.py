@@ -252,7 +252,7 @@ def test_ppo_is_its_formulas() -> None:
             hidden = model({"tokens": torch.tensor(row["tokens"][None]), **causal(n)})[0]
             log_p = model.heads["lm"](hidden).log_softmax(-1)
             critic = model.heads["critic"]
-            values = critic.parts["value"](critic({"tokens": torch.tensor(row["tokens"][None]), **causal(n)})[0])[:, 0]
+            values = critic.heads["value"](critic({"tokens": torch.tensor(row["tokens"][None]), **causal(n)})[0])[:, 0]
         for t in np.flatnonzero(row["mask"]):
             now, value = float(log_p[t - 1, row["tokens"][t]]), float(values[t - 1])
             old, ref, before, adv, ret = (float(row[name][t]) for name in PER_TOKEN)
