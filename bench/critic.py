@@ -42,7 +42,7 @@ from firth.generate.decoding import rectangle
 from firth.generate.engine import Engine
 from firth.generate.sampling import Sampling
 from firth.model.model import LM
-from firth.objectives.ppo import PPO, critic_states, start_critic
+from firth.objectives.ppo import PPO, critic_states, init_critic
 from firth.objectives.ppo import values as values_of
 from firth.pretrained.load_save import init_from, load_model
 from firth.recipes import post_training
@@ -277,7 +277,7 @@ def ceiling(bases: Bases, name: str, seed: int, steps: int, out: Path) -> dict[s
     fresh, known = rows[:answers], rows[answers : 11 * answers]
     critic = PPO().heads(bases.start.config)["critic"]
     host = LM(bases.start.config, {"critic": critic})
-    start_critic(host, bases.judge.model, bases.judge.mean, bases.judge.scale)
+    init_critic(host, bases.judge.model, bases.judge.mean, bases.judge.scale)
     told = np.concatenate([returns for _, returns, _ in fresh])
     by_place = np.concatenate([np.arange(len(returns)) for _, returns, _ in known])
     level = np.concatenate([returns for _, returns, _ in known])

@@ -127,7 +127,7 @@ def contrastive(place: Place, seed: int) -> Iterator[tuple[str, dict[str, float]
     for name, objective, examples, config, optimizer in (
         ("untrained", Contrastive(), pairs, body, STILL),
         ("margin", Contrastive(), pairs, body, OptimizerConfig(lr=1e-3)),
-        ("infonce, neighbours", InfoNCE(num_views="neighbours"), pairs, body, OptimizerConfig(lr=1e-3)),
+        ("infonce, neighbors", InfoNCE(positives="neighbors"), pairs, body, OptimizerConfig(lr=1e-3)),
         ("infonce, dropout", InfoNCE(), pieces, replace(body, dropout=0.1), OptimizerConfig(lr=1e-3)),
     ):
         made = recipe(

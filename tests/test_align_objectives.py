@@ -242,7 +242,7 @@ def test_ppo_matches_its_formulas() -> None:
     model = model_for(objective, std=0.1)
     rows = sampled(6)
     terms = step(model, objective, [collate(built(objective, rows), label_fields(objective))])
-    sums = dict.fromkeys(("policy", "value", "kl_per_token", "moved", "entropy", "clipped", "value_error"), 0.0)
+    sums = dict.fromkeys(("policy", "value", "kl_per_token", "approx_kl", "entropy", "clipped", "value_error"), 0.0)
     count = 0
     for row in rows:
         n = len(row["tokens"])
@@ -260,7 +260,7 @@ def test_ppo_matches_its_formulas() -> None:
             sums["policy"] -= min(ratio * adv, clipped_ratio * adv)
             sums["value"] += 0.5 * 0.5 * max((value - ret) ** 2, (clipped_value - ret) ** 2)
             sums["kl_per_token"] += ratio * (math.exp(ref - now) - 1 - (ref - now))
-            sums["moved"] += ratio - 1 - (now - old)
+            sums["approx_kl"] += ratio - 1 - (now - old)
             sums["entropy"] -= ratio * now
             sums["clipped"] += clipped_ratio * adv < ratio * adv
             sums["value_error"] += (value - ret) ** 2

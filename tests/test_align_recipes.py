@@ -112,7 +112,7 @@ def deviations(name: str, rows: Rows, old_logprobs: list[float], tolerance: floa
     if name == "dpo":  # the sums of an answer's log-ratios, of about eight tokens
         found = {"loss": train["loss"] - log(2), "chosen": train["chosen"] / 8, "rejected": train["rejected"] / 8}
     elif name == "ppo":
-        found = {measure: train[measure] for measure in ("clipped", "moved", "kl_per_token")}
+        found = {measure: train[measure] for measure in ("clipped", "approx_kl", "kl_per_token")}
     else:
         found = {"log-probability": train["surprise"] + old_logprobs[0]}
     if "rollouts" in rows:
@@ -335,7 +335,7 @@ def test_rankings_train_a_reward_model_in_one_command(workdir: Path, tmp_path: P
     assert load(str(out)).objective == Ranking(num_answers=4)
     assert "reward" in load_model(out / "model").heads and np.isfinite(done.metrics["valid/accuracy"])
     short = load("ranking", [*plain, "objective.num_answers=3"])
-    with pytest.raises(UserError, match="a ranking of 4 answers does not fit a group of 2 to 3"):
+    with pytest.raises(UserError, match="a ranking of 4 answers does not fit into a group of 2 to 3"):
         run(short, tmp_path / "short", lambda line: None)
     more = (f"examples.reward_model={out}", "examples.reward_function=")
     assert np.isfinite(first_rows(workdir, tmp_path / "ppo", "ppo", *more)["rollouts"]["reward"])

@@ -221,7 +221,7 @@ def test_first_ratio_is_one() -> None:
     source = rollouts(copy.deepcopy(model))
     source.prepare(model, 0)
     terms = step(model, objective, Batches(source, objective, VOCAB, batch_size=32, seed=0).batches(0))
-    assert float(terms["moved"]) == pytest.approx(0, abs=1e-6)
+    assert float(terms["approx_kl"]) == pytest.approx(0, abs=1e-6)
     assert float(terms["clipped"]) == 0
     assert float(terms["kl_per_token"]) == pytest.approx(0, abs=1e-6)
     assert float(terms["policy"]) == pytest.approx(0, abs=1e-3), "advantages are whitened over the rollout batch"

@@ -174,7 +174,7 @@ def test_replaced_tokens_are_drawn_from_tokens_only(tokenizer: Tokenizer) -> Non
     )
     batch = collate([example])
     batch["chance"][:] = 1 - 2**-24  # the largest number that can be drawn
-    drew = objective.forward(model, batch)["drew"]
+    drew = objective.forward(model, batch)["sampled"]
     assert len(drew) == int((batch["labels"] != IGNORE).sum()) and int(drew.max()) < tokenizer.vocab.size
 
 

@@ -138,7 +138,7 @@ def test_both_electra_models_match_transformers(config: ModelConfig, tmp_path: P
 
     generator = loaded(model.heads["generator"], tmp_path / "generator", "ElectraForMaskedLM")
     hf = generator(**inputs(batch), labels=batch["labels"])
-    assert (outputs["guesses"] - hf.logits[labeled]).abs().max() < 1e-4
+    assert (outputs["logits"] - hf.logits[labeled]).abs().max() < 1e-4
     assert abs(terms["generator"] / labeled.sum() - hf.loss) < 1e-5
     ours, theirs = (m.heads["generator"].tokens.weight for m in (model, load_model(tmp_path / "discriminator")))
     assert torch.equal(ours, theirs)

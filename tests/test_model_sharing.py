@@ -13,7 +13,7 @@ from firth.model.block import Block
 from firth.model.config import ModelConfig, decoder_config, encoder_config, encoder_decoder_config
 from firth.model.heads import LMHead
 from firth.model.model import LM, TiedSubmodel
-from firth.objectives.replaced_tokens import RTD, thinner
+from firth.objectives.replaced_tokens import RTD, generator_config
 from firth.pretrained.load_save import init_from, load_model, save_model
 from firth.train.optimizer import Optimizer, OptimizerConfig, param_groups
 from firth.types import UserError
@@ -151,7 +151,7 @@ def test_a_submodel_shares_the_embeddings_of_its_host() -> None:
 
 
 def test_a_submodel_with_other_embeddings_is_rejected() -> None:
-    small = thinner(ENCODER, 0.25)
+    small = generator_config(ENCODER, 0.25)
     for other, message in (
         (replace(small, vocab_size=60), "tokens"),
         (replace(small, type_vocab_size=2), "token_types"),

@@ -282,7 +282,7 @@ def test_a_recipe_says_it_in_a_word_or_in_full() -> None:
         ),
         (["peft=lora", "peft.target_modules=query"], "no module of this model matches the target 'query'; available targets: tokens, "),
         (["peft=prefix", "peft.num_virtual_tokens=64"], "a prefix takes at least 1 of the 64 positions, and not all"),
-        (["peft=frozen", "objective=rtd"], "each runs the model in a way of its own"),
+        (["peft=frozen", "objective=rtd"], "each has its own forward pass"),
     ],
 )
 def test_what_cannot_be_adapted_is_refused(place: Path, tmp_path: Path, more: list[str], said: str) -> None:

@@ -213,7 +213,7 @@ def test_whole_words_are_the_most_frequent_ones_in_small_letters() -> None:
         (["lstm", "objective=span_corruption"], "an encoder-decoder"),
         (
             ["lstm", "objective={kind: span_corruption, layout: prefix}", "model.causal=false"],
-            "reads a prompt both ways and writes on in one row",
+            "reads a prompt in both directions and continues it in the same row",
         ),
         (["gpt", "objective=word2vec"], "reads each token by itself, which a causal decoder cannot"),
         (["word2vec", "objective=causal_lm"], "which a table of word vectors cannot"),

@@ -39,7 +39,7 @@ from firth.generate.sampling import Sampling
 from firth.generate.streaming import IncrementalDecoder
 from firth.model.heads import LMHead
 from firth.model.model import LM
-from firth.objectives.ppo import PER_TOKEN, critic_states, has_critic, kl, start_critic, values
+from firth.objectives.ppo import PER_TOKEN, critic_states, has_critic, init_critic, kl, values
 from firth.tokenizer.tokenizer import Tokenizer
 from firth.types import Example, UserError
 
@@ -184,8 +184,8 @@ class RolloutSource(Source):
             return {}
         if self.number < 0:
             c = self.critic
-            if c is None or not start_critic(model, c.model, c.mean, c.scale):
-                start_critic(model, self.reference)
+            if c is None or not init_critic(model, c.model, c.mean, c.scale):
+                init_critic(model, self.reference)
         self._draw(model, number)
         return dict(self.history[-1])
 

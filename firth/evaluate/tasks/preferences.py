@@ -13,7 +13,7 @@ from firth.evaluate import metrics
 from firth.evaluate.perplexity import groups
 from firth.evaluate.task import Answers, EvaluatedModel, Progress, Task, most_likely
 from firth.generate.decoding import attention_pattern_of
-from firth.objectives.reward_model import rewards, whole
+from firth.objectives.reward_model import answer_row, rewards
 from firth.types import Example, UserError
 
 SIDES = ("chosen", "rejected")
@@ -35,7 +35,7 @@ def respond(evaluated: EvaluatedModel, items: PreferenceRecords, progress: Progr
         for i in range(len(items)):
             pair = items[i]
             for side in SIDES:
-                yield whole(pair[f"{side}_tokens"], pair[f"{side}_mask"])
+                yield answer_row(pair[f"{side}_tokens"], pair[f"{side}_mask"])
 
     scores: list[float] = []
     with attention_pattern_of(evaluated.model):

@@ -37,7 +37,7 @@ def read(
 ) -> Iterator[tuple[list[str], list[str], list[float]]]:
     """Yield gold tags, predicted tags and probabilities of the words of every sentence."""
     config = evaluated.model.config
-    objective = TokenClassification(class_names=items.classes, left="bidirectional" not in config.supported_patterns)
+    objective = TokenClassification(class_names=items.classes, causal="bidirectional" not in config.supported_patterns)
     found = head_outputs(evaluated.model, objective, "tags", examples(items, progress), evaluated.vocab)
     yield from by_word(items, (scores for _, scores in found))
     next(found, None)  # exhaust the generator, which restores the mode of the model
