@@ -342,7 +342,7 @@ def test_records_that_name_their_document_are_tested_where_it_was_held_out(tmp_p
         folder=tmp_path / "out",
         echo=print,
     )
-    held = {d.name for d in documents_of(source, source.path, apart=True)}
+    held = {d.name for d in documents_of(source, source.path, validation=True)}
     tested = [json.loads(text) for text in (tmp_path / "out" / "test.jsonl").read_text().splitlines()]
     learnt = [json.loads(text) for text in (tmp_path / "out" / "train-0.jsonl").read_text().splitlines()]
     assert {row["name"] for row in tested} == held != set()
