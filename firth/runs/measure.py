@@ -1,12 +1,12 @@
-"""Measure a run on files: by the task that it was trained for, or by its own objective where that is no task.
+"""Evaluate a run on files, with the metrics of its task, or with its own objective if that is not a task.
 
     firth evaluate runs/electra held-out.txt         loss/generator, loss/replaced, replaced_accuracy, original_accuracy
     firth evaluate runs/vae held-out.txt             elbo, kl, active
     firth evaluate runs/elmo held-out.txt            loss/forward, loss/backward
-    firth evaluate runs/bert held-out.txt --task objective       NSP's accuracy beside the masked loss
+    firth evaluate runs/bert held-out.txt --task objective       the accuracy of NSP and the masked loss
 
-The files are cut and shown as the run's recipe does it, and the objective's terms and measures are those of training's own
-checks (`firth.runs.validation`), in fp32.
+Examples are built as in the run's recipe. The objective's losses and metrics are those of the evaluation during training
+(`firth.runs.validation`), in fp32.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from firth.train.distributed import Ranks
 from firth.types import UserError
 
 OBJECTIVE = "objective"
-"""What a run's own objective is called among the tasks."""
+"""Name of the task that evaluates a run's own objective."""
 
 
 def measure(
@@ -40,24 +40,24 @@ def measure(
     limit: int | None = None,
     say: Say = lambda _: None,
 ) -> dict[str, Any]:
-    """Return what is measured of a run or model directory on files, plain numbers by name.
+    """Evaluate a run or model directory on files; return metrics by name.
 
     Args:
         directory: A run or model directory.
         paths: Text or records; runs for the task "glue".
-        task: One of `firth.evaluate.tasks.TASKS`, "likelihood", "glue" or "objective"; None for what the model is there for.
-        limit: Most tokens that are measured, spread over the text; of a task's records, the first so many.
-        say: Is called with remarks on what was left out.
+        task: One of `firth.evaluate.tasks.TASKS`, "likelihood", "glue" or "objective"; None chooses the model's own task.
+        limit: The most tokens to evaluate, spread over the text; for a task, the number of records, from the first.
+        say: Receives remarks on what was dropped.
 
     Raises:
-        UserError: The model does not serve the task, or the files hold nothing to measure.
+        UserError: The model does not support the task, or the files hold nothing to evaluate.
     """
     if task == "glue":
         return tasks.evaluate(directory, paths, task=task, limit=limit, say=say)
     evaluated = load_evaluated_model(directory)
     task = default_for(evaluated, paths) if task is None else task
     if task == "likelihood" and (evaluated.model.config.latent_size or not evaluated.model.has_lm_head):
-        task = ""  # a bound, or two models' halves: the objective says what they are worth
+        task = ""  # only the objective can evaluate a bound (VAE) or two separate directions (ELMo)
     if task in (OBJECTIVE, ""):
         noted = {} if limit is None else {"limit": limit}
         return {"task": OBJECTIVE} | noted | by_objective(evaluated, paths, limit, say)
@@ -65,10 +65,10 @@ def measure(
 
 
 def by_objective(evaluated: EvaluatedModel, paths: Sequence[str], limit: int | None, say: Say) -> dict[str, Any]:
-    """Return the terms and measures of a run's own objective on files.
+    """Return the losses and metrics of a run's own objective on files.
 
     Raises:
-        UserError: The directory keeps no recipe, or its model has a task's head, which `firth evaluate` reads without this.
+        UserError: The directory has no recipe, or its model has a task head, which is evaluated by its task.
     """
     where = evaluated.directory
     if not (where / "recipe.yaml").is_file():
