@@ -34,7 +34,7 @@ def init_head(model: LM, objective: Objective, batches: Batches) -> int:
 
     Returns:
         The number of labels counted; 0 if nothing was initialized, because the objective has no token labels or the head has
-        no bias for the frequencies (`firth.model.init`).
+        no place for an offset (`firth.model.init`).
     """
     writer = objective.lm_model(model)
     if LABELS not in objective.labels.values() or "lm" not in writer.heads:
