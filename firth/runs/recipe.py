@@ -55,7 +55,7 @@ class TokenizerConfig(Ranged, section="tokenizer"):
     sample_bytes: PositiveInt = 200_000_000
 
 
-DEFAULT_SIZE = TokenizerConfig().vocab_size
+DEFAULT_VOCAB_SIZE = TokenizerConfig().vocab_size
 
 GROUPED_STEPS = 50
 """Steps whose examples are grouped by length where the recipe sets neither packing nor grouping."""
@@ -255,7 +255,7 @@ def _of_tokenizer(recipe: Recipe) -> Recipe:
     return replace(recipe, model=replace(recipe.model, vocab_size=recipe.tokenizer.vocab_size))
 
 
-ONE_OF = (("budget", ("max_steps", "max_seconds", "max_flops")), ("data", ("path", "corpus")))
+EXCLUSIVE_FIELDS = (("budget", ("max_steps", "max_seconds", "max_flops")), ("data", ("path", "corpus")))
 """Mutually exclusive fields: the one that the user sets replaces the others of the recipe."""
 
 
@@ -278,10 +278,10 @@ def _expand_keys(data: dict[str, Any], lines: dict[tuple[str, ...], str]) -> dic
     return rest | {"budget": {**_mapping(rest.get("budget")), **short}}
 
 
-def _one_of_each(data: dict[str, Any], assignments: Sequence[str]) -> dict[str, Any]:
+def _drop_replaced(data: dict[str, Any], assignments: Sequence[str]) -> dict[str, Any]:
     """Remove the fields that an assignment replaces: `max_seconds=70` removes the `max_steps` of a recipe."""
     names = {one.partition("=")[0] for one in assignments}
-    for parent, fields in ONE_OF:
+    for parent, fields in EXCLUSIVE_FIELDS:
         inner = data.get(parent)
         if not isinstance(inner, dict):
             continue
@@ -295,7 +295,7 @@ def _one_of_each(data: dict[str, Any], assignments: Sequence[str]) -> dict[str, 
     return data
 
 
-WHOLE = (
+MODEL_CONFIG_HINT = (
     "begin from a model with init_from=RUN, or give a whole shape, for an encoder "
     "model='{hidden_size: 128, num_layers: 2, num_heads: 2, causal: false}'"
 )
@@ -313,25 +313,25 @@ def _fill_vocab(changed: dict[str, Any], data: Mapping[str, Any], names: Collect
         data: The recipe without them.
         names: The fields that the assignments set.
     """
-    model, plan = changed.get("model"), _mapping(changed.get("tokenizer"))
+    model, tokenizer = changed.get("model"), _mapping(changed.get("tokenizer"))
     if not isinstance(model, dict):
         return
     before, size = (
         _mapping(data.get("model")).get("vocab_size"),
-        _mapping(data.get("tokenizer")).get("vocab_size", DEFAULT_SIZE),
+        _mapping(data.get("tokenizer")).get("vocab_size", DEFAULT_VOCAB_SIZE),
     )
     follows = before == size and "model.vocab_size" not in names and "model" not in names
     chosen = any(one.split(".")[0] in ("tokenizer", "init_embeddings_from", "init_from") for one in names)
     if model.get("vocab_size") is not None and not (follows and chosen):
         return
-    path, begins = plan.get("path"), changed.get("init_from") or changed.get("init_embeddings_from")
-    given = Path(path) if path else model_directory(begins) if begins else None
-    size = plan.get("vocab_size", DEFAULT_SIZE)
+    path, base = tokenizer.get("path"), changed.get("init_from") or changed.get("init_embeddings_from")
+    given = Path(path) if path else model_directory(base) if base else None
+    size = tokenizer.get("vocab_size", DEFAULT_VOCAB_SIZE)
     if given is not None:
         with suppress(UserError):  # a missing tokenizer is an error when the run starts
             size = Tokenizer.load(given).vocab.size
     model["vocab_size"] = (
-        size if isinstance(size, int) and size > 0 else DEFAULT_SIZE
+        size if isinstance(size, int) and size > 0 else DEFAULT_VOCAB_SIZE
     )  # a wrong size is reported elsewhere
 
 
@@ -360,7 +360,7 @@ def load(name: str, assignments: Sequence[str] = ()) -> Recipe:
     else:
         data, file = config_io.to_dict(published(name)), False
     assignments = [_expand_assignment(one) for one in assignments]
-    changed: dict[str, Any] = _one_of_each(config_io.override(data, assignments), assignments)
+    changed: dict[str, Any] = _drop_replaced(config_io.override(data, assignments), assignments)
     names = {one.partition("=")[0] for one in assignments}
     if (
         "init_from" in names
@@ -378,12 +378,12 @@ def load(name: str, assignments: Sequence[str] = ()) -> Recipe:
             )
         if missing:
             raise UserError(
-                f"shape lacks {', '.join(missing)}, for the recipe {name!r} has no shape of its own: {WHOLE}"
+                f"shape lacks {', '.join(missing)}, for the recipe {name!r} has no shape of its own: {MODEL_CONFIG_HINT}"
             )
     _fill_vocab(changed, data, names)
-    said = {tuple(name.split(".")): text for name, _, text in (one.partition("=") for one in assignments)}
-    recipe: Recipe = config_io.from_dict(Recipe, changed, config_io.SourceLocation((), lines, said))
-    if not recipe.data.path and {("data",), ("data", "path")} & said.keys():
+    typed = {tuple(name.split(".")): text for name, _, text in (one.partition("=") for one in assignments)}
+    recipe: Recipe = config_io.from_dict(Recipe, changed, config_io.SourceLocation((), lines, typed))
+    if not recipe.data.path and {("data",), ("data", "path")} & typed.keys():
         raise UserError("data.path=[] names no file: name files or directories, or set data.corpus=NAME")
     check_peft(recipe.peft, recipe.init_from)
     if recipe.model is not None:

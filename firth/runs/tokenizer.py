@@ -47,14 +47,14 @@ def tokenizer_of(
     """
     sentinels = sentinels_of(recipe) if sentinels is None else sentinels
     inputs = inputs or RunInputs.read(recipe, directory, echo)
-    own, plan, source = directory / "tokenizer", recipe.tokenizer, recipe.data
-    begins = recipe.init_from or recipe.init_embeddings_from
-    path = plan.path or (str(model_directory(begins)) if begins else "")
+    own, config, source = directory / "tokenizer", recipe.tokenizer, recipe.data
+    base = recipe.init_from or recipe.init_embeddings_from
+    path = config.path or (str(model_directory(base)) if base else "")
     given = load_tokenizer(Path(path)) if path else None
     record: dict[str, Any] = (
         {"digest": given.digest}
         if given is not None
-        else {"text": _text_hash(recipe, inputs, sentinels), "size": plan.vocab_size}
+        else {"text": _text_hash(recipe, inputs, sentinels), "size": config.vocab_size}
     )
     kept = _kept(own, record)
     if kept is not None:
@@ -74,13 +74,13 @@ def tokenizer_of(
         record["resolved_size"] = made.vocab.size
     else:
         train_tokenizer(
-            source.paths(echo), own, algorithm=plan.algorithm, vocab_size=plan.vocab_size, text_field=source.text_field,
-            split_by=source.split_by, sample_bytes=plan.sample_bytes, seed=recipe.seed, echo=echo, byte_fallback=plan.byte_fallback,
+            source.paths(echo), own, algorithm=config.algorithm, vocab_size=config.vocab_size, text_field=source.text_field,
+            split_by=source.split_by, sample_bytes=config.sample_bytes, seed=recipe.seed, echo=echo, byte_fallback=config.byte_fallback,
             num_sentinels=sentinels,
             texts=lambda counts: training_texts(recipe.examples, source, source.paths(echo), counts),
         )  # fmt: skip
         made = Tokenizer.load(own)
-        record["resolved_size"] = made.vocab.size if _repeats(made, recipe, sentinels, echo) else plan.vocab_size
+        record["resolved_size"] = made.vocab.size if _repeats(made, recipe, sentinels, echo) else config.vocab_size
     record |= {"digest": made.digest, "files": {name: file_facts(own / name) for name in FILES}}
     write_text(own / RECORD, json.dumps(record, indent=1) + "\n")
     return made
@@ -94,9 +94,9 @@ def check_vocab(recipe: Recipe, tokenizer: Tokenizer) -> None:
     """
     if recipe.model is None or recipe.init_from:
         return
-    stated, plan, count = recipe.model.vocab_size, recipe.tokenizer, tokenizer.vocab.size
-    trained = not plan.path and not recipe.init_embeddings_from
-    if stated != count and not (trained and stated == plan.vocab_size):
+    stated, config, count = recipe.model.vocab_size, recipe.tokenizer, tokenizer.vocab.size
+    trained = not config.path and not recipe.init_embeddings_from
+    if stated != count and not (trained and stated == config.vocab_size):
         raise UserError(
             f"model.vocab_size={stated} is not the number of ids of the tokenizer, which is {count}: leave model.vocab_size out, and it "
             "is taken from there"
@@ -130,14 +130,14 @@ def _repeats(made: Tokenizer, recipe: Recipe, sentinels: int, echo: Echo) -> boo
 
     It is trained again to find out, which is cheap: a text with fewer ids than requested is small.
     """
-    plan, source, size = recipe.tokenizer, recipe.data, made.vocab.size
-    if size == plan.vocab_size:
+    config, source, size = recipe.tokenizer, recipe.data, made.vocab.size
+    if size == config.vocab_size:
         return True
     texts = training_texts(recipe.examples, source, source.paths(echo), ReadStats())
     try:
         again = train(
-            texts, plan.algorithm, size, seed=recipe.seed, sample_bytes=plan.sample_bytes, num_sentinels=sentinels,
-            byte_fallback=plan.byte_fallback,
+            texts, config.algorithm, size, seed=recipe.seed, sample_bytes=config.sample_bytes, num_sentinels=sentinels,
+            byte_fallback=config.byte_fallback,
         )  # fmt: skip
     except UserError:  # too few for what it needs at least
         return False
@@ -164,11 +164,11 @@ def sentinels_of(recipe: Recipe) -> int:
 
 def _text_hash(recipe: Recipe, inputs: RunInputs, sentinels: int) -> str:
     """Return a hash of the training text and the settings of a tokenizer, except the number of ids."""
-    source, plan = recipe.data, recipe.tokenizer
+    source, config = recipe.data, recipe.tokenizer
     settings = [
         {name: digest for name, digest in inputs.digests.items() if name in ("data.path", "data.corpus")},
         [source.text_field, source.split_by, source.validation_fraction, bool(source.validation_path), source.weights],
-        [plan.algorithm, plan.sample_bytes, plan.byte_fallback, sentinels, recipe.seed],
+        [config.algorithm, config.sample_bytes, config.byte_fallback, sentinels, recipe.seed],
         recipe.examples.tokenizer_settings,
     ]
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
