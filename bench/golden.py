@@ -174,7 +174,7 @@ def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
         if name not in new:
             lines.append(f"{name}: missing")
             continue
-        losses = [row["loss"] for row in old[name]["losses"]], [row["loss"] for row in new[name]["losses"]]
+        losses = [row.get("loss") for row in old[name]["losses"]], [row.get("loss") for row in new[name]["losses"]]
         if losses[0] != losses[1]:
             at = next((i for i, pair in enumerate(zip(*losses, strict=False)) if pair[0] != pair[1]), -1)
             lines.append(f"{name}: losses differ from row {at} on")

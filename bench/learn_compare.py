@@ -23,9 +23,9 @@ from firth.runs.recipe_names import RECIPES
 from firth.train.schedule import Budget
 
 BODY = (
-    "model.hidden_size=128", "model.num_layers=3", "model.num_heads=2", "model.intermediate_size=256", "gpt.shape.hidden=512",
-    "prefix_lm.shape.hidden=512", "data.validation_fraction=0.1",
-    "t5.shape.depth=2", "t5.shape.encoder=2", "bart.shape.depth=2", "bart.shape.encoder=2", "probe.length.steps=60",
+    "model.hidden_size=128", "model.num_layers=3", "model.num_heads=2", "model.intermediate_size=256", "gpt.model.intermediate_size=512",
+    "prefix_lm.model.intermediate_size=512", "data.validation_fraction=0.1",
+    "t5.model.num_layers=2", "t5.model.num_encoder_layers=2", "bart.model.num_layers=2", "bart.model.num_encoder_layers=2", "probe.max_steps=60",
 )  # fmt: skip
 """Two blocks on each side weigh what three do; an ungated MLP is twice as wide as a gated one."""
 

@@ -312,7 +312,7 @@ def test_prompts_leave_room_for_the_answer(place: Path, tmp_path: Path) -> None:
     )
     with pytest.raises(UserError, match="no prompt of at most 2 tokens"):
         first_rows(place, tmp_path / "none", "ppo", f"data.path={records}", "examples.max_new_tokens=62")
-    with pytest.raises(UserError, match=r"segment\.max_new_tokens=64 leaves no room for a prompt in the 64 positions"):
+    with pytest.raises(UserError, match=r"examples\.max_new_tokens=64 leaves no room for a prompt in the 64 positions"):
         first_rows(place, tmp_path / "room", "ppo", f"data.path={records}", "examples.max_new_tokens=64")
 
 

@@ -83,7 +83,7 @@ def test_generate_is_seeded_and_evaluate_measures(run: Path, folder: Path) -> No
     ("arguments", "said"),
     [
         (["train", "nosuch"], "no recipe 'nosuch'"),
-        (["train", "gpt", "batch.row=3"], "did you mean 'rows'"),
+        (["train", "gpt", "batch.siz=3"], "did you mean 'size'"),
         (["train", "gpt", "data.corpus=", "--out", "NEW"], "data.path"),
         (["train", "gpt", "data.corpus=", "data.path=/no/such/place", "--out", "NEW"], "/no/such/place"),
         (["generate", "/no/such/run", "x"], "no model"),

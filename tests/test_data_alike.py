@@ -137,5 +137,5 @@ def test_lengths_that_are_not_known_are_refused() -> None:
             return {"tokens": np.array([index])}
 
     assert MixtureSource([Unknown(), Sized(3)], [1, 1]).lengths is None
-    with pytest.raises(UserError, match=r"set batch\.sort=0"):
+    with pytest.raises(UserError, match=r"set batch\.group_by_length=0"):
         Batches(Unknown(), OBJECTIVE, tokenizer().vocab, batch_size=2, seed=0, group_by_length=3)

@@ -130,7 +130,7 @@ def test_a_saved_model_knows_how_it_was_trained(model: LM, tmp_path: Path) -> No
 
 def test_a_shape_that_cannot_do_it_is_refused() -> None:
     for wrong in ({"causal": True}, {"num_encoder_layers": 1}, {"linformer_k": 8, "position": "none"}):
-        with pytest.raises(UserError, match=r"shape\.prefix_lm reads a text both ways"):
+        with pytest.raises(UserError, match=r"model\.prefix_lm reads a text both ways"):
             ModelConfig(
                 **{
                     "vocab_size": 9,

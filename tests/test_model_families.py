@@ -312,7 +312,7 @@ def test_start_from_is_strict_on_the_trunk(tmp_path: Path) -> None:
     new = LM(config, {"classes": torch.nn.Linear(32, 3)})
     assert init_from(new, tmp_path) == (["lm"], ["classes"])
     assert torch.equal(new.stack.blocks[1].mlp.up.weight, old.stack.blocks[1].mlp.up.weight)
-    with pytest.raises(UserError, match=r"shape\.hidden is 48 there and 64 here"):
+    with pytest.raises(UserError, match=r"model\.intermediate_size is 48 there and 64 here"):
         init_from(LM(replace(config, intermediate_size=64), {}), tmp_path)
 
 

@@ -119,7 +119,7 @@ def test_what_it_cannot_read_is_refused() -> None:
     with pytest.raises(UserError, match="cannot write token by token"):
         model.make_cache(1, 8)
     for bad in ({"causal": True}, {"num_encoder_layers": 1}, {"position": "t5"}, {"linformer_k": 13}):
-        with pytest.raises(UserError, match=r"shape\.linformer=\d+ mixes a whole row"):
+        with pytest.raises(UserError, match=r"model\.linformer_k=\d+ mixes a whole row"):
             replace(FULL, **{"linformer_k": 4} | bad)
 
 

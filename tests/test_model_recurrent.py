@@ -256,7 +256,7 @@ def test_depth_zero_is_the_embeddings() -> None:
     tokens = torch.randint(40, (2, 5))
     assert torch.equal(model({"tokens": tokens}), model.tokens(tokens))
     assert len(model.all_hidden_states({"tokens": tokens})) == 1
-    with pytest.raises(UserError, match=r"shape\.depth=0"):
+    with pytest.raises(UserError, match=r"model\.num_layers=0"):
         dataclasses.replace(COUNTED["vectors"], num_encoder_layers=2)
 
 

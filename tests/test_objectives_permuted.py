@@ -429,7 +429,7 @@ def test_a_cached_text_is_read_as_a_whole_one() -> None:
 
 
 def test_shapes_that_mean_nothing_are_refused() -> None:
-    with pytest.raises(UserError, match=r"shape\.memory=4 needs positions that reach back"):
+    with pytest.raises(UserError, match=r"model\.memory_length=4 needs positions that reach back"):
         replace(XLNET, position="rotary", type_vocab_size=0, memory_length=4)
     with pytest.raises(UserError, match="position xlnet needs"):
         replace(XLNET, num_encoder_layers=2)
@@ -533,15 +533,16 @@ def test_a_step_with_memory_is_a_pure_function_of_its_number(tmp_path: Path) -> 
 
 def test_a_memory_that_nobody_can_give_is_refused() -> None:
     with pytest.raises(
-        UserError, match=r"shape\.memory=64 needs rows of one text each, and batch\.pack=128 .* batch\.pack=0"
+        UserError,
+        match=r"model\.memory_length=64 needs rows of one text each, and batch\.pack_to_length=128 .* batch\.pack_to_length=0",
     ):
         load("xlnet", ["model.memory_length=64", "batch.pack_to_length=128"])
     with pytest.raises(
         UserError,
-        match=r"shape\.memory=64 .* segment pieces does not give: set model.memory_length=0, or take examples=windows",
+        match=r"model\.memory_length=64 .* segment pieces does not give: set model.memory_length=0, or take examples=windows",
     ):
         load("xlnet", ["model.memory_length=64", "examples=chunks"])
-    with pytest.raises(UserError, match=r"shape\.memory=64 needs positions that reach back .*'rotary'"):
+    with pytest.raises(UserError, match=r"model\.memory_length=64 needs positions that reach back .*'rotary'"):
         load("bert", ["model.memory_length=64"])
     with pytest.raises(
         UserError, match="objective plm reads a text in an order of its own, which a causal decoder cannot"

@@ -299,5 +299,5 @@ def test_settings_that_mean_nothing_are_refused() -> None:
     apart = CASES["bilm, tied"][2]
     from firth.objectives.masked_lm import MLM
 
-    with pytest.raises(UserError, match=r"shape\.tied=false"):
+    with pytest.raises(UserError, match=r"model\.tie_embeddings=false"):
         LM(apart, MLM().heads(apart))

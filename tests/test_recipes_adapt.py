@@ -252,7 +252,7 @@ def test_another_base_is_no_ground_to_go_on_from(place: Path, tmp_path: Path) ->
     hashes = record.read_text()
     record.write_text(json.dumps({k: v for k, v in json.loads(hashes).items() if k not in ("files", "digest")}))
     try:
-        with pytest.raises(UserError, match="holds a run that began with another content of start"):
+        with pytest.raises(UserError, match="holds a run that began with another content of init_from"):
             run(plan, tmp_path, quiet)
     finally:
         weights.write_bytes(before)

@@ -94,8 +94,8 @@ def test_classes_are_counted_where_they_are_learnt(tmp_path: Path, tokens: Path)
     )
     [line] = [line for line in said if "classes: " in line]
     assert "odd 0 (and 1 held out)" in line
-    assert "classify: nothing is learnt of the class 'odd': there is none to learn from, and 1 held out" in said
-    weights = load(str(done.directory)).objective.weights  # type: ignore[attr-defined]
+    assert "classification: nothing is learnt of the class 'odd': there is none to learn from, and 1 held out" in said
+    weights = load(str(done.directory)).objective.class_weights  # type: ignore[attr-defined]
     bad, good = (int(line.split(f"{name} ")[1].split(" ")[0].strip(",")) for name in ("bad", "good"))
     assert weights == pytest.approx([(bad + good) / 3 / bad, (bad + good) / 3 / good, 0.0])
 
@@ -106,7 +106,7 @@ def test_one_class_is_nothing_to_learn(tmp_path: Path, tokens: Path) -> None:
         trained("classification", tmp_path / "run", tokens, f"data={file}")
     (tmp_path / "a.conll").write_text("a O\nfilm O\n\n" * 30)
     with pytest.raises(UserError, match="all that there is to learn from is of one class, 'O'"):
-        trained("tag", tmp_path / "run", tokens, f"data={tmp_path / 'a.conll'}")
+        trained("token_classification", tmp_path / "run", tokens, f"data={tmp_path / 'a.conll'}")
 
 
 def test_classes_of_a_mixture(tmp_path: Path, tokens: Path) -> None:
@@ -119,7 +119,7 @@ def test_classes_of_a_mixture(tmp_path: Path, tokens: Path) -> None:
     [line] = [line for line in said if "classes: " in line]
     counts = [int(line.split(f"{name} ")[1].split(" ")[0].strip(",")) for name in ("ham", "spam")]
     assert 30 < counts[0] <= 40 and 20 < counts[1] <= 30
-    weights = load(str(tmp_path / "run")).objective.weights  # type: ignore[attr-defined]
+    weights = load(str(tmp_path / "run")).objective.class_weights  # type: ignore[attr-defined]
     assert weights == pytest.approx([sum(counts) / 2 / n for n in counts])
 
 
@@ -128,7 +128,7 @@ def test_a_tag_of_the_held_out_files_alone_is_no_class(tmp_path: Path, tokens: P
     (tmp_path / "b.conll").write_text("a O\ngrim B-BAD\n\ngrim B-BAD\n\n")
     with pytest.raises(UserError, match=r"b\.conll:1: the tag B-BAD is none of .*nor is that of 1 more tag"):
         trained(
-            "tag",
+            "token_classification",
             tmp_path / "run",
             tokens,
             f"data={tmp_path / 'a.conll'}",
@@ -144,7 +144,7 @@ def test_the_best_of_no_checks_is_refused(tmp_path: Path, tokens: Path, settings
     why = r"goes by held-out measurements, and nothing is held out \(nothing is held out of 8 examples, fewer than 20"
     with pytest.raises(UserError, match=why):
         trained("classification", tmp_path / "run", tokens, f"data={file}", *settings)
-    with pytest.raises(UserError, match=r"nothing is held out: name source\.valid=FILES"):
+    with pytest.raises(UserError, match=r"nothing is held out: name data\.validation_path=FILES"):
         trained("classification", tmp_path / "run", tokens, f"data={file}", "data.validation_fraction=0", *settings)
 
 
@@ -174,7 +174,9 @@ def test_a_report_that_was_never_written_is_when_the_command_is_given_again(tmp_
 
 def test_a_measurement_that_there_is_not_is_refused_before_the_first_step(tmp_path: Path, tokens: Path) -> None:
     file = reviews(tmp_path / "a.csv", ["good", "bad"] * 30)
-    with pytest.raises(UserError, match=r"checks\.best=f2 is not among the held-out measurements: there is loss, .*f1"):
+    with pytest.raises(
+        UserError, match=r"evaluation\.best_metric=f2 is not among the held-out measurements: there is loss, .*f1"
+    ):
         trained(
             "classification",
             tmp_path / "run",
@@ -237,7 +239,7 @@ def test_checks_of_questions_are_squad_s_own(tmp_path: Path, tokens: Path) -> No
     (tmp_path / "a.json").write_text(squad(40))
     (tmp_path / "b.json").write_text(squad(16))
     done, _ = trained(
-        "answer", tmp_path / "run", tokens, f"data={tmp_path / 'a.json'}", f"data.validation_path={tmp_path / 'b.json'}",
+        "question_answering", tmp_path / "run", tokens, f"data={tmp_path / 'a.json'}", f"data.validation_path={tmp_path / 'b.json'}",
         "examples.max_length=20", "examples.max_question_length=8", "examples.doc_stride=4", "evaluation.best_metric=exact_match", "max_steps=12",
         "evaluation.every=6", "schedule.warmup_ratio=0",
     )  # fmt: skip
@@ -317,7 +319,7 @@ def test_glue_by_its_runs(tmp_path: Path, tokens: Path) -> None:
 
 
 def test_weights_that_are_neither_numbers_nor_balanced() -> None:
-    with pytest.raises(UserError, match=r"objective\.weights: 'balancd' does not fit: it should be .*'balanced'"):
+    with pytest.raises(UserError, match=r"objective\.class_weights: 'balancd' does not fit: it should be .*'balanced'"):
         load("classification", ["objective.class_weights=balancd"])
     assert isinstance(load("classification", ["objective.class_weights=balanced"]), Recipe)
 

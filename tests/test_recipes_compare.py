@@ -32,7 +32,7 @@ FLOPS = 5e7
 SMALL = (
     "model.hidden_size=16", "model.num_heads=1", "model.head_dim=16", "model.intermediate_size=32", "model.num_layers=1", "examples.max_length=24", "batch.size=2",
     "batch.pack_to_length=0", "tokenizer.vocab_size=400", "precision=fp32", "data.validation_fraction=0.2",
-    "probe.precision=fp32", "probe.length.steps=3", "probe.batch.rows=4",
+    "probe.precision=fp32", "probe.max_steps=3", "probe.batch.size=4",
 )  # fmt: skip
 WORDS = ["king", "queen", "war", "fool", "lord", "sea", "dead", "speak", "laugh", "again", "every", "while"]
 
@@ -216,7 +216,7 @@ def test_an_encoder_decoder_is_finetuned_at_its_answer_and_scored_as_training_di
     (("roberta",), ("data.path=nowhere.txt",), {}, "nowhere.txt: there is no such file"),
     (("roberta",), (), {"probe": "nowhere.jsonl"}, "nowhere.jsonl: there is no such file"),
     (("roberta",), (), {"labels": 10_000}, "10000 labels are asked: give more records, or fewer --labels"),
-    (("roberta",), ("probe.segment.label=tone",), {}, "the field 'tone' should hold a class; the record has text, label"),
+    (("roberta",), ("probe.examples.label_field=tone",), {}, "the field 'tone' should hold a class; the record has text, label"),
     (("roberta",), ("probe.batch.row=4",), {}, "there is no field 'row' in Batch"),
     (("roberta", "gpt"), ("examples.max_length=100000",), {}, "gpt: .*too few for one window"),
 ])  # fmt: skip
@@ -364,7 +364,7 @@ def test_the_sentences_of_plays_are_as_many_questions_as_statements(tmp_path: Pa
 
 
 def test_settings_are_for_all_or_for_one(records: Path, tmp_path: Path) -> None:
-    settings = [*SMALL, f"data.path={records}", "gpt.shape.hidden=48", "probe.optimizer.rate=1e-3"]
+    settings = [*SMALL, f"data.path={records}", "gpt.model.intermediate_size=48", "probe.optimizer.lr=1e-3"]
     ready = arena.prepare(("roberta", "gpt"), settings, terms(records), tmp_path, lambda _: None)
     shapes = {name: recipe.model for name, recipe in ready.contenders.items()}
     assert (shapes["roberta"].intermediate_size, shapes["gpt"].intermediate_size) == (32, 48)

@@ -182,7 +182,7 @@ def test_a_model_larger_than_memory_is_refused_before_it_is_made(whole: Path, tm
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     ends_in_a_sentence(
         lambda: run(load(str(whole), settings), tmp_path / "run", quiet),
-        r"parameters, which take [\d,.]+ GB with gradients and optimizer, and [\d.,]+ GB of main memory are free: lower shape",
+        r"parameters, which take [\d,.]+ GB with gradients and optimizer, and [\d.,]+ GB of main memory are free: lower model",
     )
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200_000
 
@@ -198,6 +198,6 @@ def test_empty_turns_and_blank_prompts_are_refused(whole: Path, tmp_path: Path) 
     for kind in (PromptTuning, PrefixTuning):
         model = LM(config, {"lm": LMHead(config)})
         ends_in_a_sentence(
-            lambda kind=kind, model=model: kind(tokens=2, text=" \n ").apply(model, [], words, 0),
+            lambda kind=kind, model=model: kind(num_virtual_tokens=2, init_text=" \n ").apply(model, [], words, 0),
             "has no tokens to begin with",
         )

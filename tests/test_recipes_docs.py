@@ -65,7 +65,7 @@ def test_a_documented_command_is_one(name: str, line: str) -> None:
 
 
 def test_the_settings_of_tasks_are_settings() -> None:
-    text = docstrings((ROOM / "recipes" / "tasks.py").read_text())[0]
+    text = docstrings((ROOM / "recipes" / "finetuning.py").read_text())[0]
     lines = [re.split(" {2,}", line.strip())[0] for line in text.splitlines() if re.match(r" +\w+\.\w+=", line)]
     assert len(lines) == 2
     for line in lines:
@@ -73,14 +73,14 @@ def test_the_settings_of_tasks_are_settings() -> None:
 
 
 def test_a_field_of_text_holds_what_was_typed() -> None:
-    line = next(line for name, line in FOUND if "text_to_text" in line and name == "tasks.py")
+    line = next(line for name, line in FOUND if "text_to_text" in line and name == "finetuning.py")
     examples = understood(line).examples  # type: ignore[union-attr]
-    assert (examples.prompt, examples.answer_is) == ("translate to French: {en}", "{fr}")  # type: ignore[attr-defined]
+    assert (examples.prompt_template, examples.completion_template) == ("translate to French: {en}", "{fr}")  # type: ignore[attr-defined]
     for said in ("{a}: {b}", "# {en}", "yes", "3", "a # b", "[{en}]", "{en}"):
         told = load(
             "text_to_text", [f"examples.prompt_template={said}", "examples.completion_template='x: y'"]
         ).examples
-        assert (told.prompt, told.answer_is) == (said, "x: y")  # type: ignore[attr-defined]
+        assert (told.prompt_template, told.completion_template) == (said, "x: y")  # type: ignore[attr-defined]
     assert not isinstance(
         understood("firth train lstm init_embeddings_from=runs/word2vec model.hidden_size=128").objective, Sum
     )  # type: ignore[union-attr]
@@ -89,7 +89,7 @@ def test_a_field_of_text_holds_what_was_typed() -> None:
 def test_a_command_that_is_none_is_found() -> None:
     for line in (
         "firth train brt",
-        "firth train bert batch.row=3",
+        "firth train bert batch.siz=3",
         "firth evaluate runs/x --tusk glue",
         "firth trian bert",
     ):

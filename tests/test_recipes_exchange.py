@@ -262,13 +262,13 @@ def test_the_card_of_a_run(trained: Path, folder: Path, tmp_path: Path) -> None:
     export_model(trained, tmp_path / "out", form="hf", dtype="bf16", shard="", echo=lambda _: None)
     for text in ((trained / "model" / "README.md").read_text(), (tmp_path / "out" / "README.md").read_text()):
         front = yaml.safe_load(text.split("---")[1])
-        assert front["tags"] == ["firth", "causal"] and front["pipeline_tag"] == "text-generation"
+        assert front["tags"] == ["firth", "causal_lm"] and front["pipeline_tag"] == "text-generation"
         assert front["license"] == "other" and "base_model" not in front
         assert str(folder) not in text and os.sep + "tmp" not in text
         assert "3 steps" in text and "| bits per byte |" in text and "**The quick**" in text and "`0.txt`" in text
         assert "licence of these files is not known" in text and "NanoChatForCausalLM.from_pretrained" in text
         listing = yaml.safe_load(text.split("```yaml\n")[1].split("```")[0])
-        assert listing["length"]["steps"] == 3 and listing["source"]["path"][0] == "0.txt"
+        assert listing["budget"]["max_steps"] == 3 and listing["data"]["path"][0] == "0.txt"
         # Not the speed of a machine: held-out measures alone.
         assert "per second" not in text
 

@@ -118,7 +118,7 @@ def test_a_run_prints_and_keeps_it(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(segmentation, "has_dictionary", lambda: True)
     for recipe in (load("roberta", changes), load(str(tmp_path / "run"))):
         with pytest.raises(
-            UserError, match=r"^segmentation=uax29, and this machine finds words by icu, .*: uninstall icu4py"
+            UserError, match=r"^word_segmentation=uax29, and this machine finds words by icu, .*: uninstall icu4py"
         ):
             run(recipe, tmp_path / "run", echo=lines.append)
 
@@ -130,6 +130,6 @@ def test_only_an_objective_of_words_depends_on_the_segmentation(monkeypatch: pyt
         assert resolve_segmentation(SOP() + MLM(noise="words"), here) == here
         assert resolve_segmentation(MLM(), "icu") == "icu" and resolve_segmentation(MLM(), "auto") == "auto"
     with pytest.raises(
-        UserError, match=r"^segmentation=icu, and this machine finds words by uax29, .*: install firth\[icu\]"
+        UserError, match=r"^word_segmentation=icu, and this machine finds words by uax29, .*: install firth\[icu\]"
     ):
         resolve_segmentation(RTD(noise="ngrams"), "icu")

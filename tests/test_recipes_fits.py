@@ -77,7 +77,7 @@ def test_every_objective_has_a_shape_that_serves_it() -> None:
 def test_a_sum_is_refused_for_its_demanding_addend() -> None:
     with pytest.raises(UserError, match="objective nsp reads a text from both sides"):
         check_pattern(NSP() + MLM(), SHAPES["a causal decoder"])
-    with pytest.raises(UserError, match=r"cannot add causal\+nsp"):
+    with pytest.raises(UserError, match=r"cannot add causal_lm\+nsp"):
         CausalLM() + NSP()
 
 
@@ -112,8 +112,8 @@ def mended(name: str, settings: list[str], said: str) -> tuple[str, list[str]]:
     remedy = said.partition(", or take")[0].rpartition(": ")[2]
     if found := re.search(r"begin from the recipe (\w+)", remedy):
         return found[1], [settings[0]]
-    written = re.findall(r"(?:shape|objective)[.\w]*=(?:\[.*\]|[\w.]+)", remedy)
-    return name, settings + written + re.findall(r"segment(?:\.\w+)?=\w+", remedy)[:1]
+    written = re.findall(r"(?:model|objective)[.\w]*=(?:\[.*\]|[\w.]+)", remedy)
+    return name, settings + written + re.findall(r"examples(?:\.\w+)?=\w+", remedy)[:1]
 
 
 RECIPES = (
@@ -150,10 +150,10 @@ def test_what_a_refusal_says_to_do_can_be_done(name: str) -> None:
     [
         ("t5", "mlm", "set model.causal=false and model.num_encoder_layers=0"),
         ("gpt", "span_corruption", "set model.num_encoder_layers=4"),
-        ("linformer", "causal", "set model.causal=true and model.linformer_k=0"),
-        ("elmo", "causal", "set model.separate_directions=false and model.causal=true"),
-        ("vae", "denoise", "set model.latent_size=0"),
-        ("lstm", "bilm", "set model.separate_directions=true and model.causal=false"),
+        ("linformer", "causal_lm", "set model.causal=true and model.linformer_k=0"),
+        ("elmo", "causal_lm", "set model.causal=true and model.separate_directions=false"),
+        ("vae", "denoising", "set model.latent_size=0"),
+        ("lstm", "bilm", "set model.causal=false and model.separate_directions=true"),
         ("word2vec", "mlm", "begin from the recipe roberta (an encoder)"),
         ("gpt", "word2vec", "begin from the recipe word2vec (a table of vectors)"),
     ],
@@ -182,16 +182,18 @@ def test_a_refusal_of_what_a_run_starts_from_offers_another_start() -> None:
 
 def test_a_sum_that_cannot_be_says_of_which_and_why() -> None:
     with pytest.raises(
-        UserError, match=r"cannot add causal\+nsp: one reads a text from left to right, the other .* both sides"
+        UserError, match=r"cannot add causal_lm\+nsp: one reads a text from left to right, the other .* both sides"
     ):
         CausalLM() + NSP()
-    with pytest.raises(UserError, match=r"cannot add causal\+mlm: two of them have the loss term 'tokens'"):
+    with pytest.raises(UserError, match=r"cannot add causal_lm\+mlm: two of them have the loss term 'tokens'"):
         CausalLM() + MLM()
-    with pytest.raises(UserError, match=r"cannot add mixed\+consistency: each runs the model in a way of its own"):
+    with pytest.raises(
+        UserError, match=r"cannot add layer_mixture\+consistency: each runs the model in a way of its own"
+    ):
         LayerMixture() + Consistency()
 
 
 def test_it_happens_when_the_recipe_is_read() -> None:
-    with pytest.raises(UserError, match=r"objective mlm .* a causal decoder cannot: set shape\.causal=false"):
+    with pytest.raises(UserError, match=r"objective mlm .* a causal decoder cannot: set model\.causal=false"):
         load("gpt", ["objective=mlm"])
     assert load("gpt", ["objective=mlm", "model.causal=false"]).model == replace(load("gpt").model, causal=False)

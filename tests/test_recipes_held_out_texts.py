@@ -79,7 +79,7 @@ def test_instruction_tuning_records_answers_and_references(folder: Path) -> None
 
 
 def test_a_reward_model_records_the_scores_of_both_answers(folder: Path) -> None:
-    _, rows = trained(folder, "reward", "pairs.jsonl", "optimizer.lr=0.01")
+    _, rows = trained(folder, "reward_model", "pairs.jsonl", "optimizer.lr=0.01")
     before, after = rows[:8], rows[8:]
     for row in rows:
         assert [answer["name"] for answer in row["answers"]] == ["preferred", "rejected"]

@@ -102,11 +102,11 @@ def test_other_text_is_refused(folder: Path, change: Callable[[Path], None], sta
         kill(folder / "run")
     again_first = {p: p.read_bytes() for p in (folder / "run" / "tokenizer").iterdir()}
     change(folder)
-    with pytest.raises(UserError, match=r"began with another content of source\.path: put back") as error:
+    with pytest.raises(UserError, match=r"began with another content of data\.path: put back") as error:
         again(folder)
     assert "\n" not in str(error.value)
     assert {p: p.read_bytes() for p in (folder / "run" / "tokenizer").iterdir()} == again_first
-    with pytest.raises(UserError, match=r"began with another content of source\.path"):
+    with pytest.raises(UserError, match=r"began with another content of data\.path"):
         again(folder, f"data.validation_path={folder / 'texts'}")
 
 
@@ -121,7 +121,7 @@ def test_the_same_text_elsewhere_and_at_another_time_resumes(finished: Path, fol
     done = again(folder, f"data.path={folder / 'moved' / 'texts'}")
     assert done.steps == 4 and all(torch.equal(whole[n], t) for n, t in read_tensors(done.model).items())
     recipe = yaml.safe_load((folder / "run" / "recipe.yaml").read_text())
-    assert recipe["source"]["path"] == [str(folder / "moved" / "texts")]
+    assert recipe["data"]["path"] == [str(folder / "moved" / "texts")]
     said: list[str] = []
     assert again(folder, said=said) == done  # and the finished run at the first path
     assert said[-1].endswith(f"is finished, after 4 steps; its model is {folder / 'run' / 'model'}")
@@ -143,9 +143,9 @@ def test_a_run_without_a_record_of_its_inputs_is_refused(folder: Path) -> None:
 
 
 def test_other_settings_are_refused_by_name(folder: Path) -> None:
-    with pytest.raises(UserError, match=r"a run of another recipe: batch\.rows is 4 there and 8 here; choose another"):
+    with pytest.raises(UserError, match=r"a run of another recipe: batch\.size is 4 there and 8 here; choose another"):
         again(folder, "batch.size=8")
-    with pytest.raises(UserError, match=r"began without source\.valid, which this recipe sets"):
+    with pytest.raises(UserError, match=r"began without data\.validation_path, which this recipe sets"):
         again(folder, f"data.validation_path={folder / 'texts' / '0.txt'}")
 
 
@@ -193,13 +193,13 @@ def cases(folder: Path) -> dict[str, tuple[str, list[str], str]]:
     """Field -> recipe, settings, the model that it names."""
     pairs, labels = f"data.path={folder / 'pairs.jsonl'}", f"data.path={folder / 'labels.jsonl'}"
     ppo = [pairs, "examples.rollout_size=4", "examples.num_epochs=1", "examples.max_new_tokens=2"]
-    taught = f"examples={{kind: taught, teacher: {folder / 'teacher'}, few: 4}}"
+    taught = f"examples={{kind: pseudo_labeled, teacher: {folder / 'teacher'}, num_labeled: 4}}"
     begin = [f"init_from={folder / 'encoder'}", "objective=pseudo_labels", taught]
     return {
-        "start": ("dpo", [pairs, f"init_from={folder / 'policy'}"], "policy"),
+        "init_from": ("dpo", [pairs, f"init_from={folder / 'policy'}"], "policy"),
         "examples.reward_model": ("ppo", [*ppo, f"init_from={folder / 'policy'}", f"examples.reward_model={folder / 'reward'}"], "reward"),
         "examples.teacher": ("semi_supervised", [labels, *begin], "teacher"),
-        "embeddings": ("classification", [labels, f"init_embeddings_from={folder / 'encoder'}", "model.hidden_size=32", "model.num_layers=1",
+        "init_embeddings_from": ("classification", [labels, f"init_embeddings_from={folder / 'encoder'}", "model.hidden_size=32", "model.num_layers=1",
                                     "model.num_heads=2", "model.causal=false", "model.max_positions=64"], "encoder"),
         "tokenizer.path": ("classification", [labels, f"tokenizer.path={folder / 'encoder'}", "model.hidden_size=32", "model.num_layers=1",
                                         "model.num_heads=2", "model.causal=false", "model.max_positions=64"], "encoder"),
@@ -207,7 +207,7 @@ def cases(folder: Path) -> dict[str, tuple[str, list[str], str]]:
 
 
 @pytest.mark.parametrize(
-    "field", ["start", "examples.reward_model", "examples.teacher", "embeddings", "tokenizer.path"]
+    "field", ["init_from", "examples.reward_model", "examples.teacher", "init_embeddings_from", "tokenizer.path"]
 )
 def test_another_model_is_refused(models: Path, tmp_path: Path, field: str) -> None:
     """Between two starts of one run the weights are replaced by others of the same shape and tokenizer."""
@@ -309,7 +309,7 @@ def test_a_run_directory_says_all_and_goes_on(finished: Path, tmp_path: Path, mo
     size = Tokenizer.load("run/tokenizer").vocab.size
     assert recipe["tokenizer"]["vocab_size"] == recipe["model"]["vocab_size"] == size < 8192
     assert recipe["precision"] in ("fp32", "bf16")
-    assert recipe["source"]["path"] == [str(tmp_path / "texts")] and recipe["source"]["corpus"] == ""
+    assert recipe["data"]["path"] == [str(tmp_path / "texts")] and recipe["data"]["corpus"] == ""
     whole = read_tensors(Path("run/model"))
     assert "run is finished, after 4 steps" in firth("train", "run")
     kill(Path("run"))

@@ -57,7 +57,7 @@ def test_what_is_left_open_is_settled(
 ) -> None:
     source = options if name == "multiple_choice" else classes
     batch = settled(tmp_path / "run", name, f"data={source}", *settings)
-    assert (batch["pack"], batch["sort"]) == (pack, sort)
+    assert (batch["pack_to_length"], batch["group_by_length"]) == (pack, sort)
 
 
 def test_a_prompt_before_each_text_is_sorted_and_a_run_goes_on_from_its_file(classes: Path, tmp_path: Path) -> None:
@@ -66,7 +66,7 @@ def test_a_prompt_before_each_text_is_sorted_and_a_run_goes_on_from_its_file(cla
     batch = settled(
         tmp_path / "prompt", "classification", f"data={classes}", start, "peft=prompt", "peft.num_virtual_tokens=2"
     )
-    assert (batch["pack"], batch["sort"]) == (0, GROUPED_STEPS)
+    assert (batch["pack_to_length"], batch["group_by_length"]) == (0, GROUPED_STEPS)
     again = run(load(str(tmp_path / "prompt")), tmp_path / "prompt", lambda _: None)
     assert again.steps == 3
 
@@ -78,7 +78,7 @@ def test_two_ways_at_once_are_refused() -> None:
     assert BatchConfig(pack_to_length="auto").packed_length == 0
 
 
-@pytest.mark.parametrize("recipe", ["semi_supervised", "weak"])
+@pytest.mark.parametrize("recipe", ["semi_supervised", "weak_supervision"])
 def test_records_seen_otherwise_have_their_lengths(recipe: str, tmp_path: Path) -> None:
     rows = [{"text": f"word {'again ' * (i % 9)}", "label": "ab"[i % 2]} for i in range(160)]
     file = tmp_path / "rows.jsonl"
@@ -91,11 +91,11 @@ def test_records_seen_otherwise_have_their_lengths(recipe: str, tmp_path: Path) 
         "max_steps=2",
         "batch.size=8",
         "checkpoint.every=0",
-        "examples.base.length=32",
+        "examples.base.max_length=32",
     ]
     other = {
         "semi_supervised": ["examples=partially_labeled", "examples.num_labeled=40", "objective=consistency"],
-        "weak": ["examples=simulated_annotators"],
+        "weak_supervision": ["examples=simulated_annotators"],
     }
     run(load(recipe, [*other[recipe], *settings]), tmp_path / "run", lambda _: None)
     batch = load(str(tmp_path / "run")).batch

@@ -75,7 +75,7 @@ def test_a_recipe_with_weights_runs_and_goes_on(folder: Path, tmp_path: Path) ->
                 "batch.size=6", "max_steps=4", "evaluation.every=2", "evaluation.max_examples=20", "sample_prompts=[]"]  # fmt: skip
     done = run(load("gpt", settings), tmp_path / "run", echo=lambda _: None)
     assert np.isfinite(done.metrics["valid/bits_per_byte"])
-    assert yaml.safe_load((tmp_path / "run" / "recipe.yaml").read_text())["source"]["weights"] == [1.0, 2.0]
+    assert yaml.safe_load((tmp_path / "run" / "recipe.yaml").read_text())["data"]["weights"] == [1.0, 2.0]
     assert json.loads((tmp_path / "run" / "done.json").read_text())["counts"]["documents"] > 40
     assert run(load(str(tmp_path / "run")), tmp_path / "again", echo=lambda _: None).metrics == done.metrics
 

@@ -34,20 +34,20 @@ TUNED: dict[str, tuple[str, str, tuple[str, ...]]] = {
     "classification": ("bert", "labeled.jsonl", ()),
     "regression": ("bert", "scored.jsonl", ()),
     "multiple_choice": ("bert", "choices.jsonl", ()),
-    "tag": ("bert", "tagged.jsonl", ()),
-    "tag_features": ("elmo", "tagged.jsonl", ()),
-    "answer": (
+    "token_classification": ("bert", "tagged.jsonl", ()),
+    "token_features": ("elmo", "tagged.jsonl", ()),
+    "question_answering": (
         "bert",
         "questions.jsonl",
         ("examples.max_length=64", "examples.doc_stride=16", "examples.max_question_length=16"),
     ),
     "text_to_text": ("t5", "dialogues.jsonl", ()),
     "glue": ("bert", "sentences.tsv", ()),
-    "semi_supervised": ("bert", "labeled.jsonl", ("examples.num_labeled=8", "examples.teacher={classify}")),
-    "weak": ("bert", "votes.jsonl", ()),
+    "semi_supervised": ("bert", "labeled.jsonl", ("examples.num_labeled=8", "examples.teacher={classification}")),
+    "weak_supervision": ("bert", "votes.jsonl", ()),
     "closed_book_questions": ("closed_book", "dialogues.jsonl", ()),
     "sft": ("gpt", "dialogues.jsonl", ()),
-    "reward": ("gpt", "preferences.jsonl", ()),
+    "reward_model": ("gpt", "preferences.jsonl", ()),
     "ranking": ("gpt", "rankings.jsonl", ()),
     "dpo": ("gpt", "preferences.jsonl", ()),
     "reinforce": (
@@ -58,7 +58,7 @@ TUNED: dict[str, tuple[str, str, tuple[str, ...]]] = {
     "ppo": (
         "gpt",
         "dialogues.jsonl",
-        ("examples.reward_model={reward}", "examples.rollout_size=8", "examples.max_new_tokens=6"),
+        ("examples.reward_model={reward_model}", "examples.rollout_size=8", "examples.max_new_tokens=6"),
     ),
 }
 """Recipe -> the recipe of the run that it starts from, its records, and its settings."""
@@ -140,7 +140,9 @@ def small(name: str, precision: str, folder: Path, make: Make) -> Recipe:
     if name in TUNED:
         start, records, more = TUNED[name]
         runs = {
-            key: make(key, precision).directory for key in ("classification", "reward") if f"{{{key}}}" in "".join(more)
+            key: make(key, precision).directory
+            for key in ("classification", "reward_model")
+            if f"{{{key}}}" in "".join(more)
         }
         settings = [f"init_from={make(start, precision).directory}", f"data.path={folder / records}"]
         settings += [setting.format(**runs) for setting in more]

@@ -89,4 +89,4 @@ def test_every_size_is_a_recipe_that_its_shape_serves(name: str) -> None:
 
 def test_a_recipe_of_one_size_says_so() -> None:
     with pytest.raises(UserError, match="one size"):
-        published("classify:tiny")
+        published("classification:tiny")

@@ -135,7 +135,7 @@ def test_word_vectors_are_shown_written_and_taken(runs: Path, files: Path, tmp_p
     alike = torch.nn.functional.cosine_similarity(new, model.tokens.weight, dim=-1)
     assert torch.allclose(alike, torch.ones(()), atol=1e-4)
     assert float(new.square().mean().sqrt()) == pytest.approx(0.02, rel=0.1)
-    with pytest.raises(UserError, match=r"set shape\.width=16"):
+    with pytest.raises(UserError, match=r"set model\.hidden_size=16"):
         run(load("lstm", [*taken, "model.hidden_size=32"]), tmp_path / "other", said.append)
     with pytest.raises(UserError, match="spells its tokens"):
         run(
@@ -208,7 +208,7 @@ def test_whole_words_are_the_most_frequent_ones_in_small_letters() -> None:
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        (["lstm", "model.causal=false"], "objective causal reads a text from left to right, which an LSTM in two"),
+        (["lstm", "model.causal=false"], "objective causal_lm reads a text from left to right, which an LSTM in two"),
         (["lstm", "objective=mlm"], "objective mlm reads a text from both sides, which a left-to-right LSTM cannot"),
         (["lstm", "objective=span_corruption"], "an encoder-decoder"),
         (

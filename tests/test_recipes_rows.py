@@ -30,7 +30,7 @@ SHAPES = {
     "roberta": ModelConfig(**BODY, causal=False, type_vocab_size=2),
     "bart": ModelConfig(**BODY, num_encoder_layers=1, decoder_start_token="eos"),
 }
-PARTS = {"gpt2": "causal", "rotary": "causal", "roberta": "mlm", "bart": "denoise"}
+PARTS = {"gpt2": "causal_lm", "rotary": "causal_lm", "roberta": "mlm", "bart": "denoising"}
 """Shape -> the objective of its heads."""
 
 
@@ -64,15 +64,15 @@ def base(place: Path) -> Callable[[str], Path]:
 
 
 CASES = [
-    ("gpt2", "gpt2", "peft=prefix", {"length": 48}),
-    ("gpt2", "gpt2", "peft=prompt", {"length": 48}),
-    ("gpt2", "gpt2", "peft=full", {"length": 64}),
-    ("roberta", "roberta", "peft=prompt", {"length": 48}),
-    ("roberta", "classification", "peft=prefix", {"length": 48}),
-    ("bart", "bart", "peft=prefix", {"length": 47}),
-    ("bart", "bart", "peft=full", {"length": 63}),
-    ("bart", "text_to_text", "peft=prefix", {"length": 64, "answer": 48}),
-    ("bart", "text_to_text", "peft=prompt", {"length": 48, "answer": 64}),
+    ("gpt2", "gpt2", "peft=prefix", {"max_length": 48}),
+    ("gpt2", "gpt2", "peft=prompt", {"max_length": 48}),
+    ("gpt2", "gpt2", "peft=full", {"max_length": 64}),
+    ("roberta", "roberta", "peft=prompt", {"max_length": 48}),
+    ("roberta", "classification", "peft=prefix", {"max_length": 48}),
+    ("bart", "bart", "peft=prefix", {"max_length": 47}),
+    ("bart", "bart", "peft=full", {"max_length": 63}),
+    ("bart", "text_to_text", "peft=prefix", {"max_length": 64, "max_target_length": 48}),
+    ("bart", "text_to_text", "peft=prompt", {"max_length": 48, "max_target_length": 64}),
 ]
 
 
@@ -86,11 +86,11 @@ def test_rows_are_shortened_or_refused_with_the_number_that_fits(
     common += ["examples.prompt_template={prompt}", "examples.completion_template={answer}"] * (
         recipe == "text_to_text"
     )
-    tight = [f"segment.{field}={value}" for field, value in fits.items()]
+    tight = [f"examples.{field}={value}" for field, value in fits.items()]
     assert run(load(recipe, [*common, *tight]), tmp_path / "tight", quiet).steps == 1
     lines: list[str] = []
     short = run(
-        load(recipe, [*common, *["examples.max_target_length=64"] * ("answer" in fits)]),
+        load(recipe, [*common, *["examples.max_target_length=64"] * ("max_target_length" in fits)]),
         tmp_path / "open",
         lines.append,
     )
@@ -98,9 +98,9 @@ def test_rows_are_shortened_or_refused_with_the_number_that_fits(
     assert {field: getattr(kept, field) for field in fits} == fits
     assert run(load(str(short.directory)), short.directory, quiet).steps == 1
     for field, value in fits.items():
-        message = rf"^segment\.{field}={value + 1}: .* positions .*: set segment\.{field}={value}$"
+        message = rf"^examples\.{field}={value + 1}: .* positions .*: set examples\.{field}={value}$"
         with pytest.raises(UserError, match=message):
-            run(load(recipe, [*common, *tight, f"segment.{field}={value + 1}"]), tmp_path / "no", quiet)
+            run(load(recipe, [*common, *tight, f"examples.{field}={value + 1}"]), tmp_path / "no", quiet)
     assert not (tmp_path / "no" / "inputs.json").exists()
 
 
@@ -109,12 +109,12 @@ def test_prompts_leave_room_for_a_prefix_and_an_answer() -> None:
     found = limit_lengths(
         RolloutsConfig(max_new_tokens=20), RolloutsConfig(), PrefixTuning(), model, model.config, 0, lines.append
     )
-    assert found == RolloutsConfig(max_new_tokens=20, max_tokens=28) and len(lines) == 1
+    assert found == RolloutsConfig(max_new_tokens=20, max_prompt_length=28) and len(lines) == 1
     assert (
         limit_lengths(RolloutsConfig(), RolloutsConfig(), FullFinetuning(), model, model.config, 0, lines.append)
         == RolloutsConfig()
     )
-    with pytest.raises(UserError, match=r"lower adapt\.tokens$"):
+    with pytest.raises(UserError, match=r"lower peft\.num_virtual_tokens$"):
         limit_lengths(RolloutsConfig(), RolloutsConfig(), PrefixTuning(), model, model.config, 0, quiet)
 
 
@@ -123,7 +123,7 @@ def test_rotary_positions_bound_no_row(adapt: str, place: Path, base: Callable[[
     settings = [f"data.path={place / 'text.txt'}", f"init_from={base('rotary')}", adapt, "max_steps=1", "batch.size=8",
                 "precision=fp32", "evaluation.max_examples=8", "sample_prompts=[]", "model=null", "examples.max_length=80"]  # fmt: skip
     done = run(load("gpt2", settings), tmp_path, quiet)
-    assert load(str(done.directory)).examples.length == 80  # type: ignore[attr-defined]
+    assert load(str(done.directory)).examples.max_length == 80  # type: ignore[attr-defined]
 
 
 def test_a_prefix_that_is_there_takes_its_positions(place: Path, base: Callable[[str], Path], tmp_path: Path) -> None:
@@ -137,7 +137,7 @@ def test_a_prefix_that_is_there_takes_its_positions(place: Path, base: Callable[
         ["peft=lora", f"init_from={one}"],
     )
     for more in onward:
-        with pytest.raises(UserError, match=r"^segment\.length=55: .* set segment\.length=54$"):
+        with pytest.raises(UserError, match=r"^examples\.max_length=55: .* set examples\.max_length=54$"):
             run(load("gpt2", [*common, *more, "examples.max_length=55"]), tmp_path / "no", quiet)
         done = run(load("gpt2", [*common, *more]), tmp_path / more[0], quiet)
-        assert load(str(done.directory)).examples.length == 54  # type: ignore[attr-defined]
+        assert load(str(done.directory)).examples.max_length == 54  # type: ignore[attr-defined]

@@ -166,7 +166,7 @@ def test_one_document_has_no_pairs(folder: Path, tmp_path: Path) -> None:
     """BERT's pairs need two documents; the message names the setting that makes them."""
     (tmp_path / "one.txt").write_text(" ".join(text for text, _ in reviews(40)))
     settings = [*SHAPE, "max_steps=1", f"tokenizer.path={tokens(folder)}", f"data={tmp_path / 'one.txt'}"]
-    with pytest.raises(UserError, match=r"two documents or more.*set source\.split=blank"):
+    with pytest.raises(UserError, match=r"two documents or more.*set data\.split_by=blank"):
         run(load("bert", settings), tmp_path / "run", lambda _: None)
 
 
@@ -204,7 +204,7 @@ def test_a_text_longer_than_the_model_is_cut_and_named(folder: Path, tmp_path: P
         f"1 text was longer than 96 tokens and lost its end; the first is {tmp_path}/long.csv:22"
     ]
     assert "long.csv:22" in (tmp_path / "run" / "report.html").read_text()
-    with pytest.raises(UserError, match=r"set checks\.every"):
+    with pytest.raises(UserError, match=r"set evaluation\.every"):
         load("classification", ["evaluation.patience=2"])
 
 
@@ -297,7 +297,9 @@ def test_the_best_check_is_what_is_exported_and_patience_ends_a_run(folder: Path
         lambda _: None,
     )
     assert again == done
-    with pytest.raises(UserError, match=r"checks\.best=recall is not among the held-out measurements: there is loss"):
+    with pytest.raises(
+        UserError, match=r"evaluation\.best_metric=recall is not among the held-out measurements: there is loss"
+    ):
         run(load("classification", [*settings, "evaluation.best_metric=recall"]), tmp_path / "no", lambda _: None)
 
 
@@ -368,8 +370,8 @@ def test_few_labels_are_taught_by_a_classifier(make: Make, folder: Path, tmp_pat
     settings += [
         f"data={folder}/reviews.csv",
         "data.validation_fraction=0",
-        "examples.base.text=review",
-        "examples.base.label=stars",
+        "examples.base.text_field=review",
+        "examples.base.label_field=stars",
     ]
     heard: list[str] = []
     done = run(
@@ -378,9 +380,9 @@ def test_few_labels_are_taught_by_a_classifier(make: Make, folder: Path, tmp_pat
     )  # fmt: skip
     counts = json.loads((done.directory / "done.json").read_text())["counts"]
     assert (counts["examples"], counts["unlabelled"]) == (120, 60)
-    with pytest.raises(UserError, match=r"set one of segment\.others=.* and segment\.few="):
+    with pytest.raises(UserError, match=r"set one of examples\.unlabeled_path=.* and examples\.num_labeled="):
         run(load("semi_supervised", [*settings, f"examples.teacher={teacher}"]), tmp_path / "none", lambda _: None)
-    with pytest.raises(UserError, match=r"lacks `segment\.teacher`: the run of `firth train classification`"):
+    with pytest.raises(UserError, match=r"lacks `examples\.teacher`: the run of `firth train classification`"):
         run(
             load("semi_supervised", [*settings, f"examples.unlabeled_path=[{others}]"]),
             tmp_path / "alone",
@@ -404,7 +406,7 @@ def test_annotators_are_simulated_only_where_a_recipe_says_so(folder: Path, tmp_
             lambda _: None,
         )
     heard: list[str] = []
-    fields = ["examples=simulated_annotators", "examples.base.text=review", "examples.base.label=stars"]
+    fields = ["examples=simulated_annotators", "examples.base.text_field=review", "examples.base.label_field=stars"]
     run(load("weak_supervision", [*settings, *clean, *fields]), tmp_path / "b", heard.append)
     assert any(
         line.startswith("a simulation: the labels of 120 records are replaced by the votes of 5") for line in heard
@@ -416,4 +418,4 @@ def test_annotators_are_simulated_only_where_a_recipe_says_so(folder: Path, tmp_
     run(load("weak_supervision", [*settings, f"data={voted}"]), tmp_path / "c", heard.append)
     assert not any("simulation" in line for line in heard)
     listed = CliRunner().invoke(app, ["list"]).output
-    assert "weak: records {text, labels:" in listed and "semi_supervised: records {text, label}" in listed
+    assert "weak_supervision: records {text, labels:" in listed and "semi_supervised: records {text, label}" in listed

@@ -82,13 +82,13 @@ def test_reward_model_with_other_tokenizer_is_refused(place: Path, tmp_path: Pat
 
 def test_teacher_with_other_tokenizer_is_refused(place: Path, tmp_path: Path) -> None:
     data = [f"data.path={place / 'labels.jsonl'}", f"init_from={place / 'ours' / 'encoder'}"]
-    of = "of: {kind: partly, few: 4}"
-    taught = f"examples={{kind: taught, teacher: {place / 'theirs' / 'teacher'}, {of}}}"
+    of = "base: {kind: partially_labeled, num_labeled: 4}"
+    taught = f"examples={{kind: pseudo_labeled, teacher: {place / 'theirs' / 'teacher'}, {of}}}"
     said = refused("classification", [*data, taught, "objective=pseudo_labels"], tmp_path / "run")
     assert said.startswith("examples.teacher:")
 
 
-@pytest.mark.parametrize("field", ["start", "embeddings"])
+@pytest.mark.parametrize("field", ["init_from", "init_embeddings_from"])
 def test_start_with_other_tokenizer_is_refused(place: Path, tmp_path: Path, field: str) -> None:
     settings = [f"data.path={place / 'labels.jsonl'}", f"tokenizer.path={place / 'theirs' / 'tokenizer'}"]
     shape = (
@@ -99,7 +99,7 @@ def test_start_with_other_tokenizer_is_refused(place: Path, tmp_path: Path, fiel
             "model.num_heads=2",
             "model.max_positions=64",
         ]
-        if field == "embeddings"
+        if field == "init_embeddings_from"
         else []
     )
     begin = f"{field}={place / 'ours' / 'encoder'}"

@@ -37,7 +37,7 @@ def test_a_sum_of_objectives_is_a_list() -> None:
     assert [one["kind"] for one in told] == ["nsp", "mlm"]
     built = config_io.from_dict(Objective, told)
     assert isinstance(built, Sum) and built == both
-    assert config_io.from_dict(Objective, ["nsp", {"kind": "mlm", "rate": 0.2}]) == both
+    assert config_io.from_dict(Objective, ["nsp", {"kind": "mlm", "mlm_probability": 0.2}]) == both
 
 
 def test_derived_numbers_follow_an_override() -> None:
@@ -55,11 +55,11 @@ def test_yaml_numbers_that_look_like_text() -> None:
 @pytest.mark.parametrize(
     ("yaml", "line", "said"),
     [
-        ("name: x\nobjective: mlm\nsegment: pieces\nbatch:\n  row: 3\n", 5, "did you mean 'rows'"),
-        ("name: x\nobjective: mlm\nsegment: pieces\nbatch: {rows: many}\n", 4, "'many' does not fit"),
-        ("name: x\nobjective: mln\nsegment: pieces\n", 2, "no objective 'mln'; did you mean 'mlm'"),
-        ("name: x\nobjective: mlm\nsegment: pieces\noptimiser: {}\n", 4, "did you mean 'optimizer'"),
-        ("name: x\nobjective: {kind: mlm, noise: nosuch}\nsegment: pieces\n", 2, "'nosuch' does not fit"),
+        ("name: x\nobjective: mlm\nexamples: chunks\nbatch:\n  siz: 3\n", 5, "did you mean 'size'"),
+        ("name: x\nobjective: mlm\nexamples: chunks\nbatch: {size: many}\n", 4, "'many' does not fit"),
+        ("name: x\nobjective: mln\nexamples: chunks\n", 2, "no objective 'mln'; did you mean 'mlm'"),
+        ("name: x\nobjective: mlm\nexamples: chunks\noptimiser: {}\n", 4, "did you mean 'optimizer'"),
+        ("name: x\nobjective: {kind: mlm, noise: nosuch}\nexamples: chunks\n", 2, "'nosuch' does not fit"),
     ],
 )
 def test_a_mistake_is_told_with_its_place(yaml: str, line: int, said: str, tmp_path: Path) -> None:
@@ -103,11 +103,11 @@ def test_paths_are_listed_made_absolute_and_left_out(tmp_path: Path) -> None:
     recipe = load("ppo", ["init_from=runs/a", "examples.reward_model=/b", "data.path=[x/*.txt, ~/y]", "peft=lora"])
     found = {name: (kind, value) for name, kind, value in config_io.paths(recipe)}
     assert found == {
-        "start": ("model", "runs/a"), "examples.reward_model": ("model", "/b"), "data.path": ("files", ("x/*.txt", "~/y")),
+        "init_from": ("model", "runs/a"), "examples.reward_model": ("model", "/b"), "data.path": ("files", ("x/*.txt", "~/y")),
     }  # fmt: skip
     whole = config_io.absolute_paths(recipe)
-    assert whole.source.path == (str(Path.cwd() / "x/*.txt"), str(Path.home() / "y"))
-    assert (whole.start, whole.segment.reward) == (str(Path.cwd() / "runs" / "a"), "/b")
+    assert whole.data.path == (str(Path.cwd() / "x/*.txt"), str(Path.home() / "y"))
+    assert (whole.init_from, whole.examples.reward_model) == (str(Path.cwd() / "runs" / "a"), "/b")
     assert config_io.absolute_paths(whole) == whole
     bare = config_io.without_paths(whole)
     assert bare == config_io.without_paths(recipe) and not list(config_io.paths(bare))
@@ -118,7 +118,7 @@ def test_a_run_of_an_older_firth_is_known_by_the_hash_it_had(tmp_path: Path) -> 
     """Fields that came later, at their defaults, change nothing."""
     recipe = load("gpt", ["batch.size=4"])
     older = yaml.safe_load(config_io.write_yaml(recipe))
-    del older["batch"]["sort"], older["recompute"]
+    del older["batch"]["group_by_length"], older["gradient_checkpointing"]
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(older))
     RunInputs().write(tmp_path, "the hash it had")
     assert recorded_hash(tmp_path, recipe) == "the hash it had"
@@ -145,7 +145,7 @@ def test_a_setting_on_a_sum_goes_to_the_addend_that_has_it() -> None:
         (["objective.follow=0.2"], r"\[nsp, mlm\], and none has a field 'follow'; did you mean 'follows'\?"),
         (
             ["objective=[mlm, rtd]", "objective.mlm_probability=0.2"],
-            "mlm and rtd have a field 'rate': write objective=\\[...\\]",
+            "mlm and rtd have a field 'mlm_probability': write objective=\\[...\\]",
         ),
         (["samples.rate=0.2"], "samples"),
     ],
@@ -157,14 +157,14 @@ def test_a_setting_that_no_addend_has_or_several_is_refused_by_name(settings: li
 
 @pytest.mark.parametrize("field", ["steps", "seconds", "flops"])
 def test_a_length_on_the_command_line_replaces_the_recipes(field: str) -> None:
-    length = load("gpt", [f"length.{field}=70"]).budget
-    assert {name: getattr(length, name) for name in ("steps", "seconds", "flops") if getattr(length, name)} == {
-        field: 70
-    }
+    length = load("gpt", [f"max_{field}=70"]).budget
+    assert {
+        name: getattr(length, name) for name in ("max_steps", "max_seconds", "max_flops") if getattr(length, name)
+    } == {f"max_{field}": 70}
 
 
 def test_two_lengths_on_the_command_line_are_refused() -> None:
-    with pytest.raises(UserError, match=r"length\.steps and length\.seconds are set together"):
+    with pytest.raises(UserError, match=r"budget\.max_steps and budget\.max_seconds are set together"):
         load("gpt", ["max_seconds=70", "max_steps=6"])
     with pytest.raises(UserError, match="exactly one of them"):
         load("gpt", ["max_steps=0"])
@@ -178,13 +178,13 @@ def test_a_path_replaces_the_corpus_and_a_corpus_the_path(tmp_path: Path) -> Non
     (tmp_path / "recipe.yaml").write_text(config_io.write_yaml(recipe))
     other = load(str(tmp_path), ["data.corpus=brown"]).data
     assert (other.path, other.corpus) == ((), "brown")
-    with pytest.raises(UserError, match=r"source\.path and source\.corpus are set together"):
+    with pytest.raises(UserError, match=r"data\.path and data\.corpus are set together"):
         load("gpt", ["data.path=mine.txt", "data.corpus=brown"])
 
 
-@pytest.mark.parametrize("written", ["source: {path: [mine.txt], corpus: shakespeare}", "source: {path: [mine.txt]}"])
+@pytest.mark.parametrize("written", ["data: {path: [mine.txt], corpus: shakespeare}", "data: {path: [mine.txt]}"])
 def test_the_card_of_ones_own_text_names_no_language(written: str, tmp_path: Path) -> None:
-    (tmp_path / "recipe.yaml").write_text(f"name: gpt\nobjective: causal\nsegment: windows\n{written}\n")
+    (tmp_path / "recipe.yaml").write_text(f"name: gpt\nobjective: causal_lm\nexamples: windows\n{written}\n")
     config = decoder_config(50, 32, 1)
     model = LM(config, CausalLM().heads(config))
     text = model_card.text(model_card.of_run(tmp_path, tmp_path, model, "transformers loads it", {}, {}))
@@ -195,5 +195,5 @@ def test_the_card_of_ones_own_text_names_no_language(written: str, tmp_path: Pat
 def test_a_field_of_a_class_without_fields_is_refused() -> None:
     with pytest.raises(UserError, match=r"there is no field 'zzz' in CausalLM, which has no fields$"):
         load("gpt", ["objective.zzz=1"])
-    with pytest.raises(UserError, match=r"there is no field 'zzz' in MLM; there is rate, "):
+    with pytest.raises(UserError, match=r"there is no field 'zzz' in MLM; there is mlm_probability, "):
         load("roberta", ["objective.zzz=1"])

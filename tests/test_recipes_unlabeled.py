@@ -42,7 +42,7 @@ def test_held_out_texts_are_left_out_of_the_unlabeled_ones(tokenizer: Tokenizer,
         file = write(tmp_path / name, texts)
         if name == "more.txt":
             (tmp_path / name).write_text("\n".join(texts))
-        found = cut(tmp_path, tokenizer, file, lines, held_out=0.25)
+        found = cut(tmp_path, tokenizer, file, lines, validation_fraction=0.25)
         assert found.validation is not None and 0 < len(found.validation) < 20
         known = [
             {source[i]["tokens"].tobytes() for i in range(len(source))} for source in (found.train, found.validation)
@@ -56,5 +56,5 @@ def test_held_out_texts_are_left_out_of_the_unlabeled_ones(tokenizer: Tokenizer,
 
 def test_unlabeled_texts_that_are_all_held_out_are_refused(tokenizer: Tokenizer, tmp_path: Path) -> None:
     valid = write(tmp_path / "valid.jsonl", TEXTS[:30])
-    with pytest.raises(UserError, match=r"^all 30 texts of segment\.others are held out"):
-        cut(tmp_path, tokenizer, valid, [], valid=(valid,))
+    with pytest.raises(UserError, match=r"^all 30 texts of examples\.unlabeled_path are held out"):
+        cut(tmp_path, tokenizer, valid, [], validation_path=(valid,))

@@ -52,7 +52,7 @@ def test_another_number_of_ids_is_refused(place: Path, tmp_path: Path) -> None:
     mine = tmp_path / "mine.yaml"
     mine.write_text(yaml.safe_dump(recipe | {"model": recipe["model"] | {"vocab_size": 8192}}))
     assert refused(str(mine), [], tmp_path / "d") == said.format(8192, 290)
-    settings = [*BODY[:6], text, "data.split_by=line", "tokenizer.vocab_size=300", "gpt.shape.vocab=10"]
+    settings = [*BODY[:6], text, "data.split_by=line", "tokenizer.vocab_size=300", "gpt.model.vocab_size=10"]
     with pytest.raises(
         UserError, match=r"^gpt: model.vocab_size=10 is not the number of ids of the tokenizer, which is 300"
     ):
@@ -86,7 +86,10 @@ def test_a_finished_run_repeats(place: Path, tmp_path: Path) -> None:
 
 
 def test_the_number_of_ids_may_be_left_out(place: Path, tmp_path: Path) -> None:
-    for shape in ("{width: 32, depth: 1, heads: 1}", "{vocab: null, width: 32, depth: 1, heads: 1}"):
+    for shape in (
+        "{hidden_size: 32, num_layers: 1, num_heads: 1}",
+        "{vocab_size: null, hidden_size: 32, num_layers: 1, num_heads: 1}",
+    ):
         made = load("classification", [f"model={shape}", "tokenizer.vocab_size=500"]).model
         assert made is not None and made.vocab_size == 500
     made = load(
@@ -116,7 +119,7 @@ def test_a_start_brings_its_shape(place: Path, tmp_path: Path) -> None:
     assert run(load(str(mine), [*on, "model=null"]), tmp_path / "c", lambda _: None).steps == 1
     said = refused("classification", [*on, "model.dropout=0.1"], tmp_path / "d")
     assert said == (
-        f"shape lacks width, depth, heads: the shape of a run with a start is that of {place / 'given'}, so leave out model.dropout"
+        f"the model config lacks hidden_size, num_layers, num_heads: a run with init_from has the model config of {place / 'given'}, so leave out model.dropout"
     )
 
 
@@ -124,14 +127,17 @@ def test_a_start_brings_its_shape(place: Path, tmp_path: Path) -> None:
 def test_neither_a_shape_nor_a_start_is_refused_first(settings: list[str], tmp_path: Path) -> None:
     """Before any text is read."""
     said = refused("gpt" if settings else "classification", settings, tmp_path / "none")
-    assert "has neither a shape nor a start: begin from a model with init_from=RUN, or give a whole shape" in said
+    assert (
+        "has neither a model config nor init_from: begin from a model with init_from=RUN, or give a whole model config"
+        in said
+    )
     assert not (tmp_path / "none").exists()
 
 
 def test_a_start_without_a_model_names_the_cure(place: Path, tmp_path: Path) -> None:
     (tmp_path / "begun").mkdir()
     (tmp_path / "begun" / "recipe.yaml").write_text((place / "given" / "recipe.yaml").read_text())
-    for field in ("start", "embeddings"):
+    for field in ("init_from", "init_embeddings_from"):
         said = refused("gpt", [f"{field}={tmp_path / 'none'}"], tmp_path / "out")
         assert said == f"{field}={tmp_path / 'none'}: there is no such run or model directory, nor a GGUF file"
         said = refused("gpt", [f"{field}={tmp_path / 'begun'}"], tmp_path / "out")

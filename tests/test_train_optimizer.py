@@ -190,7 +190,7 @@ def test_state_and_restore_are_inverse() -> None:
 def test_mistakes_are_named() -> None:
     with pytest.raises(UserError, match=r"optimizer.beta2=1.0 must be at least 0 and below 1"):
         OptimizerConfig(beta2=1.0)
-    with pytest.raises(UserError, match=r"optimizer\.rate=nan must be finite, above 0"):
+    with pytest.raises(UserError, match=r"optimizer\.lr=nan must be finite, above 0"):
         OptimizerConfig(lr=float("nan"))
     with pytest.raises(UserError, match="nothing to train"):
         Optimizer(OptimizerConfig(), tiny().requires_grad_(False))

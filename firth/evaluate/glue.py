@@ -77,7 +77,7 @@ def board(runs: Sequence[Path], measure: Callable[[Path, Sequence[str]], Mapping
         task = str(recipe.get("name", "")).removeprefix("glue-")
         if task not in NUMBERS:
             raise UserError(f"{run}: this is no run of a GLUE recipe (glue:{', glue:'.join(NUMBERS)})")
-        files = recipe["source"]["valid"]
+        files = recipe["data"]["validation_path"]
         if not files:
             raise UserError(f"{run}: this run held out no development file: train it with data.validation_path=dev.tsv")
         if task in found:

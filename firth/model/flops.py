@@ -99,7 +99,7 @@ def with_prefix(work: Work, batch: Batch, config: ModelConfig, prefix: int, prom
     many tokens more, which see one another and, in an encoder, their text."""
     side = "source_" if config.num_encoder_layers else ""
     _, _, document = _rows(batch, side)
-    texts = int((document.amax(-1).clamp(min=1) if f"{side}document" in batch else torch.ones(len(document))).sum())
+    texts = int((document.amax(-1).clamp(min=1) if f"{side}document_ids" in batch else torch.ones(len(document))).sum())
     read = work.source_positions if config.num_encoder_layers else work.positions
     causal = config.causal and not config.num_encoder_layers
     more = prompt * read + texts * prompt * (prompt + 1) // 2 if causal else 2 * prompt * read + texts * prompt**2
@@ -123,7 +123,7 @@ def trained_share(model: nn.Module) -> float:
     back = False
     for name, p in model.named_parameters():
         room, _, rest = name.partition(".")
-        back |= p.requires_grad and (room != "parts" or rest.startswith(("prefix.", "prompt.")))
+        back |= p.requires_grad and (room != "heads" or rest.startswith(("prefix.", "prompt.")))
         if p.ndim < 2 or room not in ("stack", "encoder", "latent"):
             continue
         if ".low." in rest:

@@ -130,7 +130,7 @@ class LM(nn.Module):
     @property
     def has_lm_head(self) -> bool:
         """Whether a vocabulary head reads its states; that of a BiLM reads one half of them after the other."""
-        return "lm" in self.heads and bool(self.heads["lm"].shape.width == self.config.hidden_size)  # type: ignore[union-attr]
+        return "lm" in self.heads and bool(self.heads["lm"].config.hidden_size == self.config.hidden_size)  # type: ignore[union-attr]
 
     @property
     def prefix(self) -> PrefixEncoder | None:

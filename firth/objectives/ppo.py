@@ -60,7 +60,7 @@ def critic_states(model: LM, hidden: Tensor, batch: Batch) -> Tensor:
 
 def values(model: LM, states: Tensor) -> Tensor:
     """The value of each state: (..., width) -> (...) float32."""
-    head: nn.Module = model.heads["critic"].parts["value"] if "critic" in model.heads else model.heads["value"]  # type: ignore[index, assignment]
+    head: nn.Module = model.heads["critic"].heads["value"] if "critic" in model.heads else model.heads["value"]  # type: ignore[index, assignment]
     found: Tensor = head(states)[..., 0].float()
     return found
 

@@ -144,7 +144,7 @@ def _table(plain: Any) -> AdaptedModule:
 
 def _head(plain: Any) -> AdaptedModule:
     with torch.device("meta"):
-        return AdaptedLMHead(plain.shape)
+        return AdaptedLMHead(plain.config)
 
 
 def _plain(found: Any, kind: type[nn.Linear]) -> nn.Module:
@@ -153,7 +153,7 @@ def _plain(found: Any, kind: type[nn.Linear]) -> nn.Module:
 
 def _plain_head(found: Any) -> nn.Module:
     with torch.device("meta"):
-        return LMHead(found.shape)
+        return LMHead(found.config)
 
 
 ADAPTED: dict[type[nn.Module], Callable[[Any], AdaptedModule]] = {

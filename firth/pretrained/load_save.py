@@ -215,7 +215,7 @@ def _difference(mine: ModelConfig, theirs: ModelConfig) -> str:
     for field in fields(ModelConfig):
         here, there = getattr(mine, field.name), getattr(theirs, field.name)
         if here != there:
-            return f"shape.{field.name} is {there!r} there and {here!r} here"
+            return f"model.{field.name} is {there!r} there and {here!r} here"
     return "its tensors do not fit its shape"
 
 
@@ -348,7 +348,7 @@ def _described(parts: Mapping[str, Any], directory: Path) -> Iterator[None]:
     """UserError where what firth.json says of the parts is believed and turns out to be nonsense."""
     try:
         for shape in _shapes(parts):
-            if max(shape.get("depth", 0), shape.get("encoder", 0)) > DEEPEST:
+            if max(shape.get("num_layers", 0), shape.get("num_encoder_layers", 0)) > DEEPEST:
                 raise ValueError("a part has too many layers")
         yield
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError, RecursionError) as fault:

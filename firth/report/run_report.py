@@ -5,7 +5,7 @@
                     {"split": "valid", "step": 40, "seconds": 12.5, "tokens": 163840, "loss": 4.3, "bits_per_byte": 2.2}
     recipe.yaml     optional: the resolved recipe, shown whole; running it again repeats the run
     done.json       optional: "counts" in it says what was read, cut and skipped: {"documents": 1000, "bad_utf8": 2}; "remarks"
-                    are sentences about how the run ended; "exported" is the step whose model it left, the last one or the best
+                    are sentences about how the run ended; "exported_step" is the step whose model it left, the last one or the best
     held_out.json   optional: what the model told of each class: {"classes", "confusion", "per_class"}
     samples.jsonl   optional: {"step": 40, "prompt": "ROMEO:", "text": "..."}; a prompt's first and last are shown
     held_out_texts.jsonl  optional: answers to held-out prompts before and after training (`firth.runs.held_out_texts`)
@@ -140,7 +140,7 @@ def run_report(directory: Path) -> Report:
             f"{directory / 'metrics.jsonl'} ends at step {rows[-1]['step']:,} of {told_at_end['steps']:,}: its last lines are "
             "missing, so copy it again or train again"
         )
-    counts, exported = told_at_end.get("counts"), told_at_end.get("exported", rows[-1]["step"])
+    counts, exported = told_at_end.get("counts"), told_at_end.get("exported_step", rows[-1]["step"])
     if counts:
         counted = [(name.replace("_", " "), count) for name, count in counts.items()]
         sections.append(Section("Data", tables=(Table("What was read, and what was not", ("what", "count"), counted),)))

@@ -126,7 +126,7 @@ class RolloutsConfig(ExamplesConfig):
         num_generations: Answers to each prompt.
         num_epochs: Epochs of training on each rollout.
         max_new_tokens: The most tokens of an answer.
-        max_tokens: The most tokens of a prompt; it must also fit into the context with `max_new_tokens`.
+        max_prompt_length: The most tokens of a prompt; it must also fit into the context with `max_new_tokens`.
         kl_coef: Penalty per nat of divergence from the initial model.
         reward_model: The run of a reward model.
         reward_function: In place of `reward_model`, a function of the answer's text as `module:function`, which may be in
@@ -144,7 +144,7 @@ class RolloutsConfig(ExamplesConfig):
     num_generations: PositiveInt = 1
     num_epochs: PositiveInt = 2
     max_new_tokens: TokenCount = 48
-    max_tokens: TokenCount = 192
+    max_prompt_length: TokenCount = 192
     kl_coef: NonNegativeFloat = 0.05
     reward_model: str = path_field("model", "")
     reward_function: str = ""
@@ -177,7 +177,7 @@ class RolloutsConfig(ExamplesConfig):
         }
 
     def row_limits(self, text: int, source: int) -> dict[str, int]:
-        return {"longest": text - self.max_new_tokens}
+        return {"max_prompt_length": text - self.max_new_tokens}
 
     def build(self, data: RunData, objective: Objective) -> DatasetSplits:
         start = data.load_frozen(
@@ -219,7 +219,7 @@ class RolloutsConfig(ExamplesConfig):
                 f"examples.max_new_tokens={self.max_new_tokens} leaves no room for a prompt in the {start.context} positions of the model: "
                 "lower examples.max_new_tokens"
             )
-        limit = min(self.max_tokens, room)
+        limit = min(self.max_prompt_length, room)
         prompts, keys, counts = records.prompts(paths, data.tokenizer, limit)
         if counts.get("too_long"):
             why = (

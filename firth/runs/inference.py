@@ -504,7 +504,9 @@ def held_out_measures(directory: Path) -> dict[str, Any]:
         raise UserError(
             f"{directory}: this run has no held-out measurements; name files: firth evaluate {directory} FILES"
         )
-    exported = read_done(directory).get("exported", held[-1]["step"])  # missing in unfinished runs and older versions
+    exported = read_done(directory).get(
+        "exported_step", held[-1]["step"]
+    )  # missing in unfinished runs and older versions
     row = next((row for row in held if row["step"] == exported), None)
     if row is None:
         raise UserError(

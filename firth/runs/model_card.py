@@ -184,8 +184,8 @@ def _training(card: ModelCard) -> list[str]:
     if done:
         took = f"{done['steps']:,} steps, {done['tokens']:,} tokens, {done['flops']:.3g} counted FLOPs, {done['seconds']:,.0f} s"
         rows.append(("length", took))
-        if done.get("exported", done["steps"]) != done["steps"]:
-            rows.append(("exported", f"the model of step {done['exported']:,}, the best check"))
+        if done.get("exported_step", done["steps"]) != done["steps"]:
+            rows.append(("exported", f"the model of step {done['exported_step']:,}, the best check"))
     command = "Save the recipe below as recipe.yaml; then `firth train recipe.yaml` repeats the training."
     listing = yaml.safe_dump(card.recipe, sort_keys=False, allow_unicode=True)
     return [f"## Training\n\n{_table(('', ''), rows)}\n\n{command}\n\n```yaml\n{listing}```"]

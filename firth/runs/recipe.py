@@ -296,7 +296,7 @@ def _drop_replaced(data: dict[str, Any], assignments: Sequence[str]) -> dict[str
 
 
 MODEL_CONFIG_HINT = (
-    "begin from a model with init_from=RUN, or give a whole shape, for an encoder "
+    "start from a model with init_from=RUN, or give a whole model config, for an encoder "
     "model='{hidden_size: 128, num_layers: 2, num_heads: 2, causal: false}'"
 )
 """Advice for a recipe without a model config."""
@@ -373,12 +373,12 @@ def load(name: str, assignments: Sequence[str] = ()) -> Recipe:
         missing = [one for one in ("hidden_size", "num_layers", "num_heads") if one not in changed["model"]]
         if missing and changed.get("init_from"):
             raise UserError(
-                f"the model lacks {', '.join(missing)}: a run with init_from has the model config of {changed['init_from']}, so leave out "
+                f"the model config lacks {', '.join(missing)}: a run with init_from has the model config of {changed['init_from']}, so leave out "
                 f"{', '.join(sorted(n for n in names if n.startswith('model')))}"
             )
         if missing:
             raise UserError(
-                f"shape lacks {', '.join(missing)}, for the recipe {name!r} has no shape of its own: {MODEL_CONFIG_HINT}"
+                f"the model config lacks {', '.join(missing)}, and the recipe {name!r} has none of its own: {MODEL_CONFIG_HINT}"
             )
     _fill_vocab(changed, data, names)
     typed = {tuple(name.split(".")): text for name, _, text in (one.partition("=") for one in assignments)}

@@ -122,7 +122,7 @@ def _run(recipe: Recipe, directory: Path, echo: Echo, ranks: Ranks) -> RunResult
     """Execute `run` on one rank."""
     echo = echo if ranks.first else _silent
     if recipe.model is None and not recipe.init_from:
-        raise UserError(f"the recipe {recipe.name!r} has neither a shape nor a start: {MODEL_CONFIG_HINT}")
+        raise UserError(f"the recipe {recipe.name!r} has neither a model config nor init_from: {MODEL_CONFIG_HINT}")
     _check_models(recipe)
     make_directory(directory)
     inputs = _first_rank_first(ranks, lambda: RunInputs.read(recipe, directory, echo, ranks.first))
@@ -242,7 +242,7 @@ def _run(recipe: Recipe, directory: Path, echo: Echo, ranks: Ranks) -> RunResult
             "recipe": known,
             "objective": [name_of(type(one)) for one in resolved.objective.components()],
             "steps": ended.step,
-            "exported": ended.exported_step,
+            "exported_step": ended.exported_step,
             "tokens": ended.tokens,
             "metrics": ended.metrics,
         }
@@ -405,7 +405,7 @@ def _finished(directory: Path, known: str) -> RunResult:
     number = (int, float)
     needs = {"steps": int, "tokens": int, "seconds": number, "flops": number, "metrics": dict}
     done = read_record(directory / DONE, needs, cure)
-    exported = done.get("exported", done["steps"])  # missing in older runs
+    exported = done.get("exported_step", done["steps"])  # missing in older runs
     return RunResult(
         directory, done["steps"], exported, done["tokens"], done["seconds"], done["flops"], done["metrics"]
     )

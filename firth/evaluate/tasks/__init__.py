@@ -41,7 +41,7 @@ DEFAULTS = {
 }  # fmt: skip
 """Part of a model -> the task that it is there for, in the order in which they are looked for."""
 
-WRITTEN = "text_to_text"
+WRITTEN = "seq2seq"
 """The objective of a run that writes answers."""
 
 
