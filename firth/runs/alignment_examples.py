@@ -80,7 +80,7 @@ class RefLogprobsConfig(ExamplesConfig):
 
     def build(self, data: RunData, objective: Objective) -> DatasetSplits:
         model = data.load_frozen(
-            required_model(data.init_from, "init_from", "the model that DPO starts from and is held to")
+            required_model(data.init_from, "init_from", "the model that DPO starts from, which is also its reference")
         )
         plain = self.base.build(data, objective)
         with data.autocast():
@@ -181,7 +181,9 @@ class RolloutsConfig(ExamplesConfig):
 
     def build(self, data: RunData, objective: Objective) -> DatasetSplits:
         start = data.load_frozen(
-            required_model(data.init_from, "init_from", "the model that writes the first answers and is held to")
+            required_model(
+                data.init_from, "init_from", "the model that writes the first answers, which is also the reference"
+            )
         )
         found, keys = self._prompts(data, start, data.config.paths(data.echo))
         aside = held_out_keys(keys, 0.0 if data.config.validation_path else data.config.validation_fraction, len(found))
@@ -190,7 +192,7 @@ class RolloutsConfig(ExamplesConfig):
             held, _ = self._prompts(data, start, data.config.validation_path)
         if bool(self.reward_model) == bool(self.reward_function):
             raise UserError(
-                "rollouts need one judge: set examples.reward_model=RUN or examples.reward_function=module:function"
+                "rollouts need one reward: set examples.reward_model=RUN or examples.reward_function=module:function"
             )
         learned = self._reward_model(data, prompts, start) if self.reward_model else None
         judge: RewardFunction = learned or FunctionReward(function(self.reward_function))

@@ -38,7 +38,7 @@ def missing_classes(train: Source, valid: Source | None) -> list[str]:
     """Return a sentence for each class that has held-out examples and no training examples."""
     held = all_of(valid) if valid is not None else {}
     return [
-        f"nothing is learnt of the class {name!r}: there is none to learn from, and {held[name]:,} held out"
+        f"the class {name!r} has no training examples and {held[name]:,} held-out ones, so it is not learned"
         for name, n in all_of(train).items()
         if not n and held.get(name)
     ]
@@ -50,6 +50,6 @@ def check_several_classes(train: Source) -> None:
     some = [name for name, n in found.items() if n]
     if found and len(some) < 2:
         raise UserError(
-            f"all that there is to learn from is of one class, {some[0] if some else 'none'!r}, so that there is nothing to tell "
-            "apart: add records of another class, or name the field of the label (examples.label_field)"
+            f"all training examples are of one class, {some[0] if some else 'none'!r}: add records of another class, or name the "
+            "field of the label (examples.label_field)"
         )

@@ -13,7 +13,7 @@ firth.types.UserError: objective mlm reads a text from both sides, which a causa
 >>> check_fields(NSP() + MLM(), ChunksConfig())
 Traceback (most recent call last):
 ...
-firth.types.UserError: objective nsp needs first, other and second in an example, and segment pieces gives tokens: take examples=segment_pairs
+firth.types.UserError: objective nsp needs first, other and second in an example, and examples=chunks has tokens: take examples=segment_pairs
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def check_pattern(
     name, reads = _name(objective), objective.attention_pattern()
     if reads in config.supported_patterns:
         if lacking := objective.missing_from(config):
-            raise UserError(f"objective {name} cannot be trained with this shape: {lacking}")
+            raise UserError(f"objective {name} cannot be trained with this model: {lacking}")
         return
     changes = "" if fixed else _settings(objective, config)
     remedy = (
@@ -139,7 +139,7 @@ def check_fields(objective: Objective, examples: ExamplesConfig, config: ModelCo
         if lacking := objective.required_heads - lent.keys():
             names = ", ".join(objectives.name_of(type(one)) for one in objective.components())
             raise UserError(
-                f"no addend of the objective [{names}] has the part {_listed(lacking)} that it reads with: add mlm"
+                f"no component of the objective [{names}] has the head {_listed(lacking)}, which it needs: add mlm"
             )
     if fault:
         raise UserError(f"{fault}: {_suggestion(objective, examples, config)}")
@@ -152,22 +152,22 @@ def _fault(objective: Objective, examples: ExamplesConfig) -> str:
     read = frozenset[str]().union(*(one.inputs(given) for one in objective.components()))
     if examples.required_fields - read:
         names = _listed(examples.required_fields)
-        return f"segment {_name_of(examples)} is for those who read {names}, and objective {_name(objective)} does not"
+        return f"examples={_name_of(examples)} needs an objective that reads {names}, and objective {_name(objective)} does not"
     for one in objective.components():
         if lacking := one.inputs(given) - given:
             giver = (
-                f"segment {_name_of(examples)} gives" if given == examples.fields else "what stands before it lays out"
+                f"examples={_name_of(examples)} has" if given == examples.fields else "the component before it outputs"
             )
             needed = one.inputs(given) if given == examples.fields else lacking
             return f"objective {_name(one)} needs {_listed(needed)} in an example, and {giver} {_listed(given) or 'nothing'}"
         own = labels | frozenset(one.labels.values())
         given = one.outputs(given)
         if lost := own - given:
-            return f"objective {_name(one)} lays an example out anew, so that {_listed(lost)} of what stands before it is lost"
+            return f"objective {_name(one)} rebuilds the example and drops {_listed(lost)}, the labels of the component before it"
         if twice := labels.intersection(one.labels.values()):
-            return f"objective {_name(one)} asks {_listed(twice)}, which what stands before it asks too"
+            return f"objective {_name(one)} predicts {_listed(twice)}, which the component before it predicts too"
         labels = own
-    return "" if objective.standalone else f"objective {_name(objective)} asks nothing of a text by itself"
+    return "" if objective.standalone else f"objective {_name(objective)} has no labels of its own"
 
 
 def _has_inputs(objective: Objective, examples: ExamplesConfig) -> bool:
@@ -195,7 +195,7 @@ def _suggestion(objective: Objective, examples: ExamplesConfig, config: ModelCon
             return advice
         if not elsewhere and (fitting := _fitting_examples(both)):
             elsewhere = f"{advice} and take {fitting}"
-    return elsewhere or "no segment gives that, so it can be trained from Python alone"
+    return elsewhere or "no kind of examples has that, so it can only be trained from Python"
 
 
 def _fitting_examples(objective: Objective) -> str:
@@ -238,8 +238,8 @@ def check_memory(config: ModelConfig, examples: ExamplesConfig, pack: int) -> No
     if config.memory_length and not examples.gives_memory:
         names = ", ".join(name for name, kind in EXAMPLES.items() if kind.gives_memory)
         raise UserError(
-            f"model.memory_length={config.memory_length} needs the tokens that stand before each row, which segment {_name_of(examples)} does "
-            f"not give: set model.memory_length=0, or take examples={names}"
+            f"model.memory_length={config.memory_length} needs the tokens before each row, which examples={_name_of(examples)} does "
+            f"not have: set model.memory_length=0, or take examples={names}"
         )
 
 

@@ -316,7 +316,7 @@ def read_yaml(path: Path) -> tuple[dict[str, Any], dict[tuple[str, ...], str]]:
     """Return the mapping in a YAML file, and the `file:line` of each field by its path."""
     data, node = yaml_files.read_yaml(path)
     if not isinstance(data, dict):
-        raise UserError(f"{path}: a recipe is a mapping of fields (name, objective, source, ...), and this is not one")
+        raise UserError(f"{path}: a recipe is a mapping of fields (name, objective, data, ...), and this is not one")
     lines: dict[tuple[str, ...], str] = {(): str(path)}
 
     def walk(node: yaml.Node, at: tuple[str, ...]) -> None:

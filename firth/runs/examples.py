@@ -134,9 +134,7 @@ class ExamplesConfig(Ranged, section="examples"):
 
     def unlabeled(self, paths: Sequence[str], data: RunData) -> Source:
         """Return unlabeled records with the same fields, for semi-supervised training."""
-        raise UserError(
-            f"texts without a label are read beside records with a class, and {type(self).__name__} has none"
-        )
+        raise UserError(f"unlabeled texts need labeled records with a class, and {type(self).__name__} has no class")
 
 
 def build_datasets(examples: ExamplesConfig, data: RunData, objective: Objective) -> DatasetSplits:
@@ -430,8 +428,8 @@ def split_records(data: RunData, make: Callable[[Sequence[str]], Source]) -> Dat
     why = f"of which data.validation_fraction={share:g} comes to none or all" if many else f"fewer than {MIN_RECORDS}"
     if many and (count := len(np.unique(source.group_ids))) < len(source):
         why += f" (they have {count:,} different prompts or texts, and all examples of one stay together)"
-    unheld = f"nothing is held out of {len(source):,} examples, {why}, so what is learnt is measured on nothing else"
-    return DatasetSplits(source, None, no_validation_reason=unheld if share else "")
+    reason = f"nothing is held out of {len(source):,} examples, {why}, so there are no validation metrics"
+    return DatasetSplits(source, None, no_validation_reason=reason if share else "")
 
 
 def held_out(source: Source, data: RunData) -> np.ndarray:

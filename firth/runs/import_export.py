@@ -78,7 +78,7 @@ def import_model(given: Path, out: Path, echo: Echo = print) -> None:
     """
     given = model_directory(given)
     if not given.exists():
-        raise UserError(f"{given} is not there: give a directory with config.json, model.safetensors and a tokenizer")
+        raise UserError(f"{given} does not exist: give a directory with config.json, model.safetensors and a tokenizer")
     model, tokenizer = load_model(given), load_tokenizer(given)
     check_vocab_fits(tokenizer, model.config, f"{given}")
     file = find(given)
@@ -192,7 +192,7 @@ def copy_files(given: Path, place: Path) -> bool:
     if not all(str(module.get("type", "")).endswith(WEIGHTLESS_MODULES) for module in listed):
         return False
     if any(Path(path).name != path for path in paths):
-        raise UserError(f"{given / 'modules.json'} names a place outside of its directory")
+        raise UserError(f"{given / 'modules.json'} names a path outside of its directory")
     for file in (SENTENCE_CONFIG, *(f"{path}/config.json" for path in paths if path)):
         if (given / file).is_file():
             (place / file).parent.mkdir(exist_ok=True)
@@ -270,7 +270,7 @@ def _uses(out: Path, model: LM, talks: bool) -> list[str]:
     """Return suggested next commands. talks: Whether it is a chat model."""
     place, config = shlex.quote(str(out)), model.config
     if "lm" not in model.heads:
-        return [f"Finetune it:  firth train classification init_from={place} data.path=labelled.jsonl"]
+        return [f"Fine-tune it:  firth train classification init_from={place} data.path=labeled.jsonl"]
     if not (config.causal or config.prefix_lm or config.num_encoder_layers):
         return [f'Fill a gap:  firth fill {place} "a word is <mask> here"']
     return (
@@ -286,9 +286,9 @@ def _fresh(out: Path, given: Path) -> Iterator[Path]:
     with refusals(out):
         whole = out.resolve()
         if whole == given.resolve() or whole in given.resolve().parents:
-            raise UserError(f"{out} holds what is to be read: choose another directory")
+            raise UserError(f"{out} holds the model to read: choose another directory")
         if out.exists() and (not out.is_dir() or (any(out.iterdir()) and not _written_by_firth(out))):
-            raise UserError(f"{out} is there already and holds other things: choose another directory, or remove it")
+            raise UserError(f"{out} already exists and holds other files: choose another directory, or remove it")
     with new_directory(whole) as partial:
         yield partial
 

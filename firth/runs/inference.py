@@ -117,7 +117,7 @@ class LoadedModel:
         if MASK not in text:
             raise UserError(f"there is nothing to fill: write {MASK} where a token is missing")
         if not self.can_fill:
-            raise UserError("this model fills no gaps")
+            raise UserError("this model cannot fill masks")
         if not generates_left_to_right(config) and not config.separate_directions:
             gaps = self.engine.fill(text.replace(MASK, own), top)
         elif config.separate_directions:
@@ -130,7 +130,7 @@ class LoadedModel:
             gaps = infill.fill_spans(self.engine, shown, top)
         return "\n".join(
             "   ".join(f"{readable(c.piece) or '(nothing)'} {c.probability:.2f}" for c in gap)
-            or "(the model wrote nothing for this gap)"
+            or "(the model wrote nothing for this mask)"
             for gap in gaps
         )
 
@@ -194,7 +194,7 @@ def open_run(directory: Path, weights: str | None = None, say: Say = lambda _: N
     opened = open_model(directory, weights, say)
     if not opened.model.has_lm_head:
         raise UserError(
-            f"{directory}: no vocabulary head reads this model's states, so it cannot write; {_suitable_command(directory, opened)}"
+            f"{directory}: this model has no LM head, so it cannot generate text; {_suitable_command(directory, opened)}"
         )
     return opened
 
@@ -214,7 +214,7 @@ def open_model(directory: Path, weights: str | None = None, say: Say = lambda _:
         quick = stored.dtype == torch.float32 and precision.choose("auto", stored.device) == "bf16"
         weights = "bf16" if quick else None
         if quick:
-            say("weights are held in bf16, which is quicker here: --weights fp32 writes in full precision")
+            say("weights are held in bf16, which is faster here: use --weights fp32 for full precision")
     engine = Engine(evaluated.model, evaluated.tokenizer, weights=weights)
     return LoadedModel(engine.model, evaluated.tokenizer, engine, objective_in(directory))
 
@@ -290,7 +290,9 @@ def embed_file(
     evaluated = load_evaluated_model(directory)
     found, cut = embed(evaluated.model, evaluated.tokenizer, texts, length=length or _longest(evaluated), unit=unit)
     if cut:
-        say(f"{got.name}: {many(len(cut), 'text')} longer than is read, cut at the end; the first is row {cut[0] + 1}")
+        say(
+            f"{got.name}: {many(len(cut), 'text')} longer than the limit, truncated at the end; the first is row {cut[0] + 1}"
+        )
     with new_file(out) as partial, partial.open("wb") as bytes_:
         if out.suffix == ".npy":
             np.save(bytes_, found)
@@ -311,7 +313,7 @@ def open_engine(directory: Path, weights: str | None = None, say: Say = lambda _
     opened = open_run(directory, weights, say)
     if not generates_left_to_right(opened.model.config):
         raise UserError(
-            f"{directory}: this model reads a text from both sides, so it does not go on from it; {_suitable_command(directory, opened)}"
+            f"{directory}: this model is bidirectional, so it cannot continue a text; {_suitable_command(directory, opened)}"
         )
     return opened
 
@@ -348,8 +350,8 @@ def fill_text(directory: Path, text: str, top: int) -> str:
     opened = open_model(directory)
     lm = _with_lm_model(opened)
     if not lm.can_fill:
-        left = "reads from left to right, so it " if opened.model.config.causal else ""
-        raise UserError(f"{directory}: this model {left}fills no gaps; {_suitable_command(directory, opened)}")
+        causal = "is causal, so it " if opened.model.config.causal else ""
+        raise UserError(f"{directory}: this model {causal}cannot fill masks; {_suitable_command(directory, opened)}")
     return lm.fill_gaps(text, top)
 
 
@@ -375,7 +377,7 @@ def generate_texts(
     if not opened.model.config.latent_size:
         if ends is not None:
             raise UserError(
-                f"{directory}: this model has no latent, so nothing lies between two texts: train one with `firth train vae`"
+                f"{directory}: this model has no latent, so it cannot interpolate between texts: train one with `firth train vae`"
             )
         return opened.stream_text(text, sampling)
     if ends is not None:
@@ -478,7 +480,7 @@ def evaluate_run(
     """
     if limit is not None and not paths and task != "glue":
         raise UserError(
-            f"--limit {limit} limits what is read of files, and without files the run's own last measurement is shown: "
+            f"--limit {limit} applies to files, and without files the run's own last evaluation is shown: "
             f"name files, or leave out --limit"
         )
     found = (
@@ -501,16 +503,14 @@ def held_out_measures(directory: Path) -> dict[str, Any]:
     rows = read_rows(metrics, {"split": str, "step": int}, "remove the line", cut=True)
     held = [row for row in rows if row["split"] == "valid"]
     if not held:
-        raise UserError(
-            f"{directory}: this run has no held-out measurements; name files: firth evaluate {directory} FILES"
-        )
+        raise UserError(f"{directory}: this run has no held-out metrics; name files: firth evaluate {directory} FILES")
     exported = read_done(directory).get(
         "exported_step", held[-1]["step"]
     )  # missing in unfinished runs and older versions
     row = next((row for row in held if row["step"] == exported), None)
     if row is None:
         raise UserError(
-            f"{metrics}: the row of step {exported:,}, whose model was exported, is missing: name files to measure it again: "
+            f"{metrics}: the row of step {exported:,}, whose model was exported, is missing: name files to evaluate it again: "
             f"firth evaluate {directory} FILES"
         )
     found = {k: v for k, v in row.items() if k not in ("split", "seconds")}

@@ -88,7 +88,7 @@ class RunInputs:
                 inputs.digests[name] = Tokenizer.load(value).digest
         for name, function in recipe.examples.functions.items():
             files = [(file.name, inputs._sha256(file)) for file in module_files(function)]
-            inputs.functions[f"segment.{name}"] = _hash(files) if files else ""
+            inputs.functions[f"examples.{name}"] = _hash(files) if files else ""
         return inputs
 
     def check(self, directory: Path) -> None:

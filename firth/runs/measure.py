@@ -73,11 +73,11 @@ def by_objective(evaluated: EvaluatedModel, paths: Sequence[str], limit: int | N
     where = evaluated.directory
     if not (where / "recipe.yaml").is_file():
         raise UserError(
-            f"{where}: this model has {', '.join(evaluated.model.heads) or 'no part'}, and no recipe says how it was trained: "
-            f"name its run directory, or a task that it serves (--task {', '.join(TASKS)})"
+            f"{where}: this model has {', '.join(evaluated.model.heads) or 'no head'}, and no recipe of its training: "
+            f"name its run directory, or a task that it supports (--task {', '.join(TASKS)})"
         )
-    if part := head_of(dict(evaluated.model.heads)):
-        raise UserError(f"{where}: this model has a head for {part}: leave out --task, and its answers are measured")
+    if head := head_of(dict(evaluated.model.heads)):
+        raise UserError(f"{where}: this model has a head for {head}: leave out --task to evaluate it")
     recipe = load(str(where))
     assert recipe.model is not None
     source = replace(recipe.data, path=tuple(paths), validation_path=tuple(paths), corpus="", weights=(), cache_dir="")
@@ -88,7 +88,7 @@ def by_objective(evaluated: EvaluatedModel, paths: Sequence[str], limit: int | N
         )  # fmt: skip
         cut = examples.build_datasets(recipe.examples, data, recipe.objective)
         if cut.validation is None or not len(cut.validation):
-            raise UserError(f"{', '.join(paths)}: there is nothing to measure in it")
+            raise UserError(f"{', '.join(paths)}: there is nothing to evaluate in it")
         for remark in cut.validation.notes:
             say(remark)
         count = len(cut.validation)

@@ -159,25 +159,25 @@ def _summary(card: ModelCard, config: Mapping[str, Any]) -> str:
     rows = [
         ("parameters", f"{sum(p.numel() for p in card.model.parameters()):,}"),
         ("layers", f"{model_config.num_encoder_layers} + {model_config.num_layers}" if model_config.num_encoder_layers else f"{model_config.num_layers}"),
-        ("width", f"{model_config.hidden_size:,}"), ("context", f"{model_config.max_positions:,} tokens"), ("vocabulary", f"{model_config.vocab_size:,}"),
-        ("heads besides the trunk", ", ".join(card.model.heads) or "none"), ("numbers", _numbers(card.directory, config)),
+        ("hidden size", f"{model_config.hidden_size:,}"), ("context", f"{model_config.max_positions:,} tokens"), ("vocabulary", f"{model_config.vocab_size:,}"),
+        ("heads", ", ".join(card.model.heads) or "none"), ("dtype", _dtype(card.directory, config)),
     ]  # fmt: skip
-    began = f" It began from {card.base}." if card.base and card.recipe else ""
-    return f"{MARK}; {card.summary}.{began}\n\n" + _table(("", ""), rows)
+    base = f" It was trained from {card.base}." if card.base and card.recipe else ""
+    return f"{MARK}; {card.summary}.{base}\n\n" + _table(("", ""), rows)
 
 
 def _training(card: ModelCard) -> list[str]:
     if not card.recipe:
-        came = f"from `{card.base}`" if card.base else "from elsewhere"
-        return [f"## Training\n\nThis model came {came}; what it was trained on is for its own card to say."]
+        origin = f"from `{card.base}`" if card.base else "from elsewhere"
+        return [f"## Training\n\nThis model came {origin}; see its own card for its training data."]
     source = _at(card.recipe, "data") or {}
     corpus = str(source.get("corpus") or "")
     known = CATALOGUE.get(corpus.partition("/")[0])
     if source.get("path") or known is None:
         data = ", ".join(f"`{p}`" for p in source.get("path") or ()) or "not stated"
-        data += "; the licence of these files is not known to firth"
+        data += "; the license of these files is not known to firth"
     else:
-        data = f"{corpus}: {known.about}, from {known.package}; licence: {known.licence}"
+        data = f"{corpus}: {known.about}, from {known.package}; license: {known.licence}"
         data += f" ({known.note})" if known.note else ""
     rows = [("objective", " + ".join(_objectives(card.recipe))), ("data", data)]
     done = card.result
@@ -185,7 +185,7 @@ def _training(card: ModelCard) -> list[str]:
         took = f"{done['steps']:,} steps, {done['tokens']:,} tokens, {done['flops']:.3g} counted FLOPs, {done['seconds']:,.0f} s"
         rows.append(("length", took))
         if done.get("exported_step", done["steps"]) != done["steps"]:
-            rows.append(("exported", f"the model of step {done['exported_step']:,}, the best check"))
+            rows.append(("exported", f"the model of step {done['exported_step']:,}, the best evaluation"))
     command = "Save the recipe below as recipe.yaml; then `firth train recipe.yaml` repeats the training."
     listing = yaml.safe_dump(card.recipe, sort_keys=False, allow_unicode=True)
     return [f"## Training\n\n{_table(('', ''), rows)}\n\n{command}\n\n```yaml\n{listing}```"]
@@ -198,7 +198,7 @@ def _scores(card: ModelCard) -> list[str]:
     rows = [(name.replace("_", " "), f"{value:.4g}") for name, value in held.items() if type(value) in (int, float)]
     if not rows:
         return []
-    return [f"## Scores\n\nOn text that was held out from the same source.\n\n{_table(('measure', 'held out'), rows)}"]
+    return [f"## Scores\n\nOn text that was held out from the same source.\n\n{_table(('metric', 'held out'), rows)}"]
 
 
 def _samples(card: ModelCard) -> list[str]:
@@ -212,7 +212,7 @@ def _quoted(text: str) -> str:
     return re.sub(r"([\\`*_<>#|\[\]])", r"\\\1", text).replace("\n", "  \n> ")
 
 
-def _numbers(place: Path, config: Mapping[str, Any]) -> str:
+def _dtype(place: Path, config: Mapping[str, Any]) -> str:
     """Return the dtype of most weights."""
     file = find(place)
     if file is None:
@@ -246,9 +246,9 @@ def _limits(card: ModelCard) -> str:
     read = card.result.get("tokens")
     how = f"{read:,} tokens" if read else "its training text"
     return (
-        f"## Limits\n\nThe model knows {how} and nothing else. It repeats what stands there, its errors and prejudices too, "
-        "and says false things in the same voice as true ones. The scores are those of the text and the records named above "
-        "and say little about others. It has not been tested for any use in which a wrong answer does harm."
+        f"## Limits\n\nThe model was trained on {how} and knows nothing else. It repeats their errors and prejudices, and it "
+        "states false things as confidently as true ones. The scores hold for the text and the records named above and say "
+        "little about others. The model has not been tested for any use in which a wrong answer does harm."
     )
 
 

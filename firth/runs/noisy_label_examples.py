@@ -122,7 +122,7 @@ class PseudoLabeledConfig(PartiallyLabeledConfig):
     teacher: str = path_field("model", "")
 
     def build(self, data: RunData, objective: Objective) -> DatasetSplits:
-        what = "the run of `firth train classification` on the labelled records, which gives the pseudo-labels"
+        what = "the run of `firth train classification` on the labeled records, which gives the pseudo-labels"
         place = required_model(self.teacher, "examples.teacher", what)
         cure = "train the teacher and this run from the same start, or with the same tokenizer.path"
         check_same_tokenizer(data.tokenizer, place, "examples.teacher:", cure)

@@ -116,8 +116,8 @@ class HeadOnly(PeftConfig):
         heads = _heads(model)
         if not heads:
             raise UserError(
-                "peft=head trains the parts that the objective adds, and here that is only a vocabulary head which is one "
-                "with the table of tokens: take peft=lora or peft=prompt"
+                "peft=head trains the heads of the objective, and the only one is an LM head that is tied to the token "
+                "embeddings: take peft=lora or peft=prompt"
             )
         lora.freeze(model, heads)
 
@@ -140,7 +140,7 @@ class FrozenFeatures(HeadOnly):
         # Generation and scoring feed the LM head with the last layer, not with the mixture that it was trained on.
         if "lm" in model.heads:
             raise UserError(
-                "peft=frozen trains a head on a mixture of all layers, which a vocabulary head does not read when it writes: "
+                "peft=frozen trains a head on a mixture of all layers, which an LM head does not read during generation: "
                 "take peft=lora, or an objective with a head of its own, such as classification"
             )
 
@@ -166,10 +166,10 @@ class AdapterConfig(PeftConfig):
     def check_model(self, model: LM, base: LM | None) -> None:
         existing = sorted(PREFIX_HEADS & {*base.heads}) if base is not None and self.part else []
         if existing and (existing != [self.part] or not self.init_from):
-            onward = "go on from it with peft.init_from=RUN too, or " if existing == [self.part] else ""
+            hint = "continue it with peft.init_from=RUN too, or " if existing == [self.part] else ""
             raise UserError(
-                f"peft={self.part} puts a {self.part} before every text, where the start has a {existing[0]} already: {onward}"
-                "begin from the start's own base"
+                f"peft={self.part} adds a {self.part}, and the model of init_from has a {existing[0]} already: {hint}"
+                "start from its own base model"
             )
 
     def add(self, model: LM, added: Sequence[str], tokenizer: Tokenizer, seed: int) -> None:
@@ -336,9 +336,7 @@ def _initial_ids(tokenizer: Tokenizer, text: str, count: int, seed: int) -> list
     if text:
         ids = [int(i) for i in tokenizer.encode(text)]
         if not ids:
-            raise UserError(
-                f"peft.init_text={text!r} has no tokens to begin with: give words, or leave it out for drawn tokens"
-            )
+            raise UserError(f"peft.init_text={text!r} has no tokens: give words, or leave it out for random tokens")
         return (ids * (count // len(ids) + 1))[:count]
     ordinary = np.flatnonzero(~tokenizer.vocab.special)
     return [int(i) for i in np.random.default_rng(seed).choice(ordinary, count)]
@@ -354,6 +352,4 @@ def check_peft(adapt: PeftConfig, start: str) -> None:
     """Raise a UserError if the method needs a pretrained model and there is none."""
     if adapt.needs_base and not start:
         name = next(name for name, kind in PEFT_METHODS.items() if kind is type(adapt))
-        raise UserError(
-            f"peft={name} trains a little beside a model that is there: say which with init_from=RUN, or peft=full"
-        )
+        raise UserError(f"peft={name} needs a pretrained model: set init_from=RUN, or peft=full")

@@ -37,10 +37,10 @@ Echo = Callable[[str], None]
 REPAIR_DESCRIPTIONS = {
     "bad_utf8": "pieces that are not UTF-8, read as U+FFFD",
     "nul": "NUL characters, removed",
-    "too_long": "records over 4 MB, left out",
-    "mismatched": "rows with another number of cells than their head, left out",
-    "unnamed_columns": "columns of tables without a name, called Unnamed and their place",
-    "skipped": "tables passed over, which are read as text only where they are named",
+    "too_long": "records over 4 MB, dropped",
+    "mismatched": "rows with another number of cells than their header, dropped",
+    "unnamed_columns": "table columns without a name, called Unnamed and their index",
+    "skipped": "tables skipped, which are read as text only if they are named",
 }
 """Kind of repair in `ReadStats` -> its description in the log."""
 
@@ -87,7 +87,7 @@ class DataConfig(Ranged, section="data"):
         if self.path:
             return list(self.path)
         if not self.corpus:
-            raise UserError("the recipe says no text: set data.path=FILES or data.corpus=NAME (see `firth list`)")
+            raise UserError("the recipe has no data: set data.path=FILES or data.corpus=NAME (see `firth list`)")
         return catalog.paths(self.corpus, echo)
 
 
@@ -165,7 +165,7 @@ class RunData:
                     continue
                 place.parent.mkdir(parents=True, exist_ok=True)
                 store = TokenStore.build(itertools.chain([first], documents), self.tokenizer, place, stats=counts.rows)
-                kind = "held out" if validation else "to learn from"
+                kind = "held out" if validation else "training"
                 self.echo(
                     f"{kind}: {len(store)} documents, {int(store.bytes.sum()):,} bytes, {len(store.tokens):,} tokens"
                 )
@@ -205,7 +205,7 @@ class RunData:
             if both:
                 lines.append(
                     f"{len(both):,} documents in data.path have the content of a document in data.validation_path, so they are "
-                    f"trained on and measured; the first is {both[0]}"
+                    f"trained on and evaluated; the first is {both[0]}"
                 )
         return lines
 
@@ -340,4 +340,4 @@ def _nonempty(texts: Iterable[str], paths: Sequence[str]) -> Iterator[str]:
         found = found or bool(text.strip())
         yield text
     if not found:
-        raise UserError(f"{', '.join(paths)}: there is no text here: every document is empty")
+        raise UserError(f"{', '.join(paths)}: there is no text in it: every document is empty")

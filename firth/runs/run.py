@@ -188,7 +188,7 @@ def _run(recipe: Recipe, directory: Path, echo: Echo, ranks: Ranks) -> RunResult
         model.set_token_characters([tokenizer.token(i) for i in range(tokenizer.vocab.size)])
     if resolved.init_embeddings_from:
         loaded = word_vectors.load_embeddings(model, model_directory(resolved.init_embeddings_from))
-        echo(f"{resolved.name} takes {loaded}; everything else begins at random")
+        echo(f"{resolved.name} takes {loaded}; everything else is initialized at random")
     model.restrict_vocab(tokenizer.vocab)
     resolved.peft.apply(model, added, tokenizer, resolved.seed)
     for stack in model.stacks():
@@ -205,7 +205,7 @@ def _run(recipe: Recipe, directory: Path, echo: Echo, ranks: Ranks) -> RunResult
     if resolved.init_head_from_frequencies and not resolved.init_from:
         counted = init_head(model, resolved.objective, batches)
         if counted:
-            echo(f"{resolved.name} begins with the frequencies of {counted:,} answers")
+            echo(f"{resolved.name} starts with an LM head that predicts the frequencies of {counted:,} labels")
     if ranks.first:
         if not continued:
             for name in ("samples.jsonl", held_out_texts.FILE):  # of a run that ended before its first checkpoint
@@ -288,7 +288,7 @@ def _data_notes(recipe: Recipe, splits: DatasetSplits, validator: Validator | No
         setting = f"evaluation.best_metric={best}" if best else f"evaluation.patience={patience}"
         why = f" ({splits.no_validation_reason})" if splits.no_validation_reason else ""
         raise UserError(
-            f"{setting} goes by held-out measurements, and nothing is held out{why}: name data.validation_path=FILES, or raise "
+            f"{setting} needs held-out examples, and nothing is held out{why}: name data.validation_path=FILES, or raise "
             "data.validation_fraction"
         )
     line = class_counts.class_summary(splits.train, splits.validation)

@@ -66,7 +66,7 @@ def tokenizer_of(
             "choose another directory with --out, or delete that one"
         )
     if exists:
-        echo(f"{own}: an earlier run made this tokenizer of another text or with other settings; it is made again")
+        echo(f"{own}: an earlier run made this tokenizer of another text or with other settings; it is rebuilt")
     shutil.rmtree(own, ignore_errors=True)
     if given is not None:
         given.save(own)

@@ -93,7 +93,7 @@ class Validator:
                 found = few.measure(model, 0)
             if best not in found:
                 raise UserError(
-                    f"evaluation.best_metric={best} is not among the held-out measurements: there is {', '.join(found)}"
+                    f"evaluation.best_metric={best} is not among the held-out metrics: choose one of {', '.join(found)}"
                 )
 
     def class_report(self, model: LM) -> dict[str, Any]:
