@@ -3,8 +3,8 @@
     python -m bench.golden record --out runs/golden            # before a change of structure: every run, then golden.json
     python -m bench.golden compare --out runs/golden-new --with runs/golden/golden.json     # after it: equal to the bit
 
-A refactoring changes no draw and no sum, so both must agree in every bit on one machine. (Across machines they do not:
-kernels are chosen by measurement.) Tensors are compared by the names that transformers gives them. Records are made from
+A refactoring changes no draw and no sum, so both must agree in every bit on one machine. Kernels are the plain ones, unless
+FIRTH_KERNELS names others: measured choices may differ between two recordings. Tensors are compared by the names that transformers gives them. Records are made from
 Python's own help pages, so nothing is fetched. Four minutes on two cores.
 """
 
@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import os
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -22,8 +23,9 @@ import numpy as np
 import torch
 from safetensors.numpy import load_file
 
-from firth.runs.recipe_names import RECIPES
+from firth import kernels
 from firth.runs.recipe import load
+from firth.runs.recipe_names import RECIPES
 from firth.runs.run import run
 
 SHARED = ("max_steps=20", "precision=fp32", "evaluation.every=10", "checkpoint.every=10", "evaluation.max_examples=64")
@@ -153,6 +155,7 @@ def every_run(out: Path) -> dict[str, Callable[[], dict[str, Any]]]:
 
 def record(out: Path, only: list[str]) -> dict[str, Any]:
     """Train what is not there yet, print each, and write golden.json."""
+    os.environ.setdefault(kernels.FORCE, "first")
     torch.set_num_threads(1)
     (out / "records").mkdir(parents=True, exist_ok=True)
     write_records(out / "records")

@@ -48,7 +48,7 @@ from firth.objectives.mpnet import MPNet
 from firth.objectives.objective import Objective
 from firth.objectives.permuted_lm import PLM
 from firth.pretrained.load_save import load_model
-from firth.recipes.sizes import CONTEXT, DEPTH, TEXT, VOCAB, WIDTH, tiny
+from firth.recipes.common import DATA, HIDDEN_SIZE, MAX_POSITIONS, NUM_LAYERS, VOCAB_SIZE, tiny_recipe
 from firth.runs import examples
 from firth.runs.examples import ChunksConfig, ExamplesConfig, WindowsConfig, spread
 from firth.runs.prepare import RunData, train_tokenizer
@@ -65,7 +65,7 @@ HELD = 256
 GAPS = 768
 """Held-out texts of which one token is hidden."""
 
-BODY = encoder_config(VOCAB, WIDTH, DEPTH, max_positions=CONTEXT)
+BODY = encoder_config(VOCAB_SIZE, HIDDEN_SIZE, NUM_LAYERS, max_positions=MAX_POSITIONS)
 FAR = replace(BODY, position="xlnet", mask_embedding=True)
 CONTENDERS: dict[str, tuple[Objective, ModelConfig, ExamplesConfig]] = {
     "xlnet": (PLM(k=3), replace(FAR, memory_length=MEMORY), WindowsConfig(LENGTH)),
@@ -79,10 +79,10 @@ CONTENDERS: dict[str, tuple[Objective, ModelConfig, ExamplesConfig]] = {
 
 def recipe(name: str, seed: int, steps: int, results: Path) -> Recipe:
     objective, config, examples = CONTENDERS[name]
-    made = tiny(name, objective, examples, config, steps=steps, batch=BatchConfig(size=ROWS))
+    made = tiny_recipe(name, objective, examples, config, steps=steps, batch=BatchConfig(size=ROWS))
     evaluation, checkpoint = replace(made.evaluation, every=0), replace(made.checkpoint, every=steps)
-    source = replace(TEXT, cache_dir=str(results / "stores"))
-    plan = TokenizerConfig(path=str(results / "tokenizer"), vocab_size=VOCAB)
+    source = replace(DATA, cache_dir=str(results / "stores"))
+    plan = TokenizerConfig(path=str(results / "tokenizer"), vocab_size=VOCAB_SIZE)
     return replace(made, seed=seed, data=source, tokenizer=plan, evaluation=evaluation, checkpoint=checkpoint)
 
 
@@ -159,7 +159,7 @@ def main() -> None:
     if given.run:
         if not (results / "tokenizer").exists():
             train_tokenizer(
-                TEXT.paths(print), results / "tokenizer", algorithm="byte-bpe", vocab_size=VOCAB, echo=print
+                DATA.paths(print), results / "tokenizer", algorithm="byte-bpe", vocab_size=VOCAB_SIZE, echo=print
             )
         left = given.limit
         for seed in SEEDS:

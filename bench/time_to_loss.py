@@ -244,7 +244,7 @@ def run_firth(clock: Clock, data: Text, seed: int, settings: Settings | None, ad
     from firth.data.windows import Windows
     from firth.model.config import ModelConfig
     from firth.model.model import LM
-    from firth.recipes.gpt import gpt
+    from firth.recipes.decoders import gpt
     from firth.runs.init_head import init_head
     from firth.train.logging import NullReporter
     from firth.train.optimizer import OptimizerConfig

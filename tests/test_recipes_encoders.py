@@ -68,7 +68,7 @@ def test_electra_s_generator_is_a_quarter_and_has_no_tables_of_its_own() -> None
     assert recipe.model is not None
     with torch.device("meta"):
         parts = recipe.objective.heads(recipe.model)
-    small = parts["generator"].shape
+    small = parts["generator"].config
     assert (small.width, small.heads, small.hidden, small.depth, small.embed) == (64, 1, 256, 12, 128)
     model = LM(
         replace(recipe.model, vocab_size=100, num_layers=1),

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 
 from firth.model.config import decoder_config, encoder_config, encoder_decoder_config
 from firth.objectives.masked_lm import MLM
-from firth.recipes.bert import roberta
-from firth.recipes.gpt import gpt
-from firth.recipes.t5 import t5
+from firth.recipes.decoders import gpt
+from firth.recipes.encoders import roberta
+from firth.recipes.seq2seq import t5
 from firth.runs.alignment_examples import RefLogprobsConfig, RolloutsConfig, SampledPreferencesConfig
 from firth.runs.examples import ChunksConfig, DialoguesConfig, WindowsConfig
 from firth.runs.labeled_examples import LabeledConfig
@@ -100,7 +100,7 @@ class DemoSize:
 
     def ppo(self, recipe: Recipe, *, reward: str, scorer: str) -> Recipe:
         examples = RolloutsConfig(rollout_size=64, num_epochs=2, max_new_tokens=self.answer, reward_model=reward, true_reward_function=scorer, kl_coef=0.05,
-                           max_tokens=self.context - self.answer)  # fmt: skip
+                           max_prompt_length=self.context - self.answer)  # fmt: skip
         return dataclasses.replace(
             recipe,
             examples=examples,

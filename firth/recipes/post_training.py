@@ -1,13 +1,14 @@
-"""What is done to a model that writes: instruction tuning, a reward model, DPO, REINFORCE, PPO. (Other tasks: `tasks`.)
+"""Post-training of a model that generates: instruction tuning, reward models, DPO, REINFORCE, PPO.
 
-    firth train sft init_from=runs/gpt data.path=dialogues.jsonl              {"messages"} or {"prompt", "completion"}
-    firth train reward_model init_from=runs/instruct data.path=preferences.jsonl         {"prompt", "chosen", "rejected"}
-    firth train ranking init_from=runs/instruct data.path=rankings.jsonl           {"prompt", "answers"}, the best first
-    firth train dpo init_from=runs/instruct data.path=preferences.jsonl
-    firth train ppo init_from=runs/instruct examples.reward_model=runs/reward data.path=dialogues.jsonl
-    firth train reinforce init_from=runs/instruct examples.reward_function=my.module:score data.path=dialogues.jsonl
+    firth train sft init_from=runs/gpt data.path=dialogues.jsonl
+    firth train reward_model init_from=runs/sft data.path=preferences.jsonl
+    firth train ranking init_from=runs/sft data.path=rankings.jsonl
+    firth train dpo init_from=runs/sft data.path=preferences.jsonl
+    firth train ppo init_from=runs/sft examples.reward_model=runs/reward_model data.path=dialogues.jsonl
+    firth train reinforce init_from=runs/sft examples.reward_function=my.module:score data.path=dialogues.jsonl
 
-AdamW at a small rate: Muon's even steps help a model that starts from nothing, and undo one that does not.
+Records: dialogues {"messages"} or {"prompt", "completion"}; preferences {"prompt", "chosen", "rejected"}; rankings {"prompt", "answers"}, the
+best first. All use AdamW at a small learning rate: Muon's updates of equal size help a model that starts from random weights and damage a pretrained one.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from firth.train.schedule import Budget, Schedule
 
 
 def sft() -> Recipe:
-    """Answers to instructions, the stop token inside the mask."""
+    """Return supervised finetuning on the answers in dialogues, stop token included."""
     return Recipe(
         name="sft",
         objective=SFT(),
@@ -42,9 +43,9 @@ def sft() -> Recipe:
 
 
 def reward_model() -> Recipe:
-    """A scalar for an answer, learnt from comparisons."""
+    """Return a reward model trained on preferences."""
     return Recipe(
-        name="reward",
+        name="reward_model",
         objective=RewardModeling(),
         examples=PreferencesConfig(max_length=256),
         batch=BatchConfig(size=16),
@@ -57,7 +58,7 @@ def reward_model() -> Recipe:
 
 
 def ranking() -> Recipe:
-    """A scalar for an answer, learned from rankings of several answers to a prompt."""
+    """Return a reward model trained on rankings of several answers to a prompt."""
     return replace(
         reward_model(),
         name="ranking",
@@ -68,7 +69,7 @@ def ranking() -> Recipe:
 
 
 def dpo() -> Recipe:
-    """Preferences without a reward model."""
+    """Return direct preference optimization (Rafailov 2023)."""
     return Recipe(
         name="dpo",
         objective=DPO(beta=0.1),
@@ -83,7 +84,7 @@ def dpo() -> Recipe:
 
 
 def reinforce() -> Recipe:
-    """The policy gradient with the mean of a group of answers as its baseline."""
+    """Return REINFORCE with the mean reward of a group of answers as its baseline."""
     return Recipe(
         name="reinforce",
         objective=Reinforce(),
@@ -97,7 +98,7 @@ def reinforce() -> Recipe:
 
 
 def ppo() -> Recipe:
-    """KL-penalized reinforcement learning from a reward model. The critic starts from it, at ten times the policy's rate."""
+    """Return PPO with a KL penalty. The critic starts from the reward model, at ten times the policy's learning rate."""
     return Recipe(
         name="ppo",
         objective=PPO(value_clip_range=0.0),

@@ -1,0 +1,61 @@
+"""Sizes of the published recipes, and what the tiny ones share.
+
+    firth train electra              the tiny size
+    firth train electra:published    the paper's own size
+
+Tiny recipes share one text, one kind of tokenizer and one model size (four layers of width 192), so that two of them differ by what their
+papers changed; each takes about two minutes on two cores. Published sizes have no data: set data.path=FILES.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from firth.model.config import ModelConfig
+from firth.objectives.objective import Objective
+from firth.runs.examples import ExamplesConfig
+from firth.runs.prepare import DataConfig
+from firth.runs.recipe import BatchConfig, CheckpointConfig, EvalConfig, Recipe, TokenizerConfig
+from firth.train.optimizer import OptimizerConfig
+from firth.train.schedule import Budget, Schedule
+from firth.types import UserError
+
+VOCAB_SIZE, HIDDEN_SIZE, NUM_LAYERS, MAX_POSITIONS = 4096, 192, 4, 256
+"""The size of the tiny models; the vocabulary size is that of a tokenizer trained on the text."""
+
+MLM_PROBABILITY = 0.3
+"""Share of tokens that tiny masked models predict. More predictions per step get a short run past word frequencies sooner than BERT's 15%
+(`roberta`, 800 steps: held-out loss 4.42 against 4.85, though fewer masks are easier; docs/results/encoders.md). Large models profit from more
+than 15% too (Wettig 2023)."""
+
+DATA = DataConfig(corpus="shakespeare")
+
+
+def recipe_of_size(recipe: str, size: str, sizes: Mapping[str, Recipe]) -> Recipe:
+    """Return the recipe of a size.
+
+    Raises:
+        UserError: There is no such size; the error lists the sizes.
+    """
+    if size not in sizes:
+        raise UserError(f"the recipe {recipe!r} has no size {size!r}; there is {', '.join(sizes)}")
+    return sizes[size]
+
+
+def tiny_recipe(
+    name: str,
+    objective: Objective,
+    examples: ExamplesConfig,
+    config: ModelConfig,
+    *,
+    steps: int,
+    batch: BatchConfig,
+    optimizer: OptimizerConfig | None = None,
+    samples: tuple[str, ...] = (),
+) -> Recipe:
+    """Return a recipe of the tiny size: Shakespeare's plays, 4,096 subwords, a warmup-stable-decay schedule."""
+    return Recipe(
+        name=name, objective=objective, examples=examples, data=DATA, tokenizer=TokenizerConfig(vocab_size=VOCAB_SIZE), model=config,
+        batch=batch, optimizer=optimizer or OptimizerConfig(), schedule=Schedule("wsd"), budget=Budget(max_steps=steps),
+        evaluation=EvalConfig(every=steps // 4, max_examples=256), checkpoint=CheckpointConfig(every=steps // 4), sample_prompts=samples,
+    )  # fmt: skip
