@@ -204,8 +204,8 @@ class RolloutsConfig(ExamplesConfig):
         source = OnPolicy(
             prompts, data.tokenizer, judge, start, seed=data.seed,
             phase=RolloutConfig(
-                rollout_size=self.rollout_size, num_generations=self.num_generations, steps=steps, max_new_tokens=self.max_new_tokens, kl_coef=self.kl_coef,
-                unfinished_score=self.unfinished_score,
+                rollout_size=self.rollout_size, num_generations=self.num_generations, steps=steps,
+                max_new_tokens=self.max_new_tokens, kl_coef=self.kl_coef, unfinished_score=self.unfinished_score,
             ),
             credit=Baseline() if self.advantages == "group" else GAE(value_lam=1.0),
             truth=FunctionReward(function(self.true_reward_function)) if self.true_reward_function else None, critic=learned,

@@ -43,7 +43,8 @@ EXAMPLES = examples.EXAMPLES | labeled_examples.EXAMPLES | noisy_label_examples.
 PATTERN_RECIPES: dict[AttentionPattern, str] = {
     "causal": "gpt (a decoder)", "bidirectional": "roberta (an encoder)", "permuted": "xlnet (an encoder)",
     "prefix": "prefix_lm (attention both ways)", "seq2seq": "t5 (an encoder-decoder)",
-    "bidirectional_separate": "elmo (two LSTMs)", "none": "word2vec (a table of vectors)", "latent": "vae (an encoder-decoder with a latent)",
+    "bidirectional_separate": "elmo (two LSTMs)", "none": "word2vec (a table of vectors)",
+    "latent": "vae (an encoder-decoder with a latent)",
 }  # fmt: skip
 """Attention pattern -> a published recipe whose model supports it."""
 
@@ -232,8 +233,8 @@ def check_memory(config: ModelConfig, examples: ExamplesConfig, pack: int) -> No
     """
     if config.memory_length and pack:
         raise UserError(
-            f"model.memory_length={config.memory_length} needs rows of one text each, and batch.pack_to_length={pack} puts several into a row: "
-            "set batch.pack_to_length=0, or model.memory_length=0"
+            f"model.memory_length={config.memory_length} needs rows of one text each, and batch.pack_to_length={pack} puts "
+            "several into a row: set batch.pack_to_length=0, or model.memory_length=0"
         )
     if config.memory_length and not examples.gives_memory:
         names = ", ".join(name for name, kind in EXAMPLES.items() if kind.gives_memory)

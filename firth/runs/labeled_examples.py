@@ -238,6 +238,10 @@ class QuestionsConfig(RecordsConfig):
 
 
 EXAMPLES: dict[str, type[ExamplesConfig]] = {
-    "labeled": LabeledConfig, "scored": ScoredConfig, "multiple_choice": MultipleChoiceConfig, "tagged": TaggedConfig, "questions": QuestionsConfig,
-}  # fmt: skip
+    "labeled": LabeledConfig,
+    "scored": ScoredConfig,
+    "multiple_choice": MultipleChoiceConfig,
+    "tagged": TaggedConfig,
+    "questions": QuestionsConfig,
+}
 """Name in a recipe -> class."""

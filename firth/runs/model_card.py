@@ -156,10 +156,13 @@ def text(card: ModelCard) -> str:
 
 def _summary(card: ModelCard, config: Mapping[str, Any]) -> str:
     model_config = card.model.config
+    layers = f"{model_config.num_layers}"
+    if model_config.num_encoder_layers:
+        layers = f"{model_config.num_encoder_layers} + {layers}"
     rows = [
         ("parameters", f"{sum(p.numel() for p in card.model.parameters()):,}"),
-        ("layers", f"{model_config.num_encoder_layers} + {model_config.num_layers}" if model_config.num_encoder_layers else f"{model_config.num_layers}"),
-        ("hidden size", f"{model_config.hidden_size:,}"), ("context", f"{model_config.max_positions:,} tokens"), ("vocabulary", f"{model_config.vocab_size:,}"),
+        ("layers", layers), ("hidden size", f"{model_config.hidden_size:,}"),
+        ("context", f"{model_config.max_positions:,} tokens"), ("vocabulary", f"{model_config.vocab_size:,}"),
         ("heads", ", ".join(card.model.heads) or "none"), ("dtype", _dtype(card.directory, config)),
     ]  # fmt: skip
     base = f" It was trained from {card.base}." if card.base and card.recipe else ""

@@ -72,8 +72,8 @@ class PartiallyLabeledConfig(WrappingConfig):
     def build(self, data: RunData, objective: Objective) -> DatasetSplits:
         if bool(self.num_labeled) == bool(self.unlabeled_path):
             raise UserError(
-                "set one of examples.unlabeled_path=[FILE], files of texts without a label, and examples.num_labeled=N, a trial in which N records "
-                "keep their label and the others are read without it"
+                "set one of examples.unlabeled_path=[FILE], files of texts without a label, and examples.num_labeled=N, a trial "
+                "in which N records keep their label and the others are read without it"
             )
         whole = self.base.build(data, objective)
         if self.unlabeled_path:

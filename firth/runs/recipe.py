@@ -373,8 +373,8 @@ def load(name: str, assignments: Sequence[str] = ()) -> Recipe:
         missing = [one for one in ("hidden_size", "num_layers", "num_heads") if one not in changed["model"]]
         if missing and changed.get("init_from"):
             raise UserError(
-                f"the model config lacks {', '.join(missing)}: a run with init_from has the model config of {changed['init_from']}, so leave out "
-                f"{', '.join(sorted(n for n in names if n.startswith('model')))}"
+                f"the model config lacks {', '.join(missing)}: a run with init_from has the model config of "
+                f"{changed['init_from']}, so leave out {', '.join(sorted(n for n in names if n.startswith('model')))}"
             )
         if missing:
             raise UserError(

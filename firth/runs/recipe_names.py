@@ -45,7 +45,9 @@ RECIPES = {
 """Name on the command line -> module:function that returns the recipe."""
 
 NEEDS = {
-    "semi_supervised": "records {text, label}; examples.unlabeled_path=[FILE] of texts without a label; examples.teacher=RUN of classification",
-    "weak_supervision": "records {text, labels: [of several annotators]}; examples=simulated_annotators simulates annotators of records {text, label}",
+    "semi_supervised": "records {text, label}; examples.unlabeled_path=[FILE] of texts without a label; "
+    "examples.teacher=RUN of classification",
+    "weak_supervision": "records {text, labels: [of several annotators]}; examples=simulated_annotators simulates "
+    "annotators of records {text, label}",
 }
 """Name -> the input that a recipe needs, where the name does not say it."""
