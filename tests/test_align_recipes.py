@@ -244,7 +244,7 @@ def test_a_reward_that_raises_stops_a_run_that_can_continue(place: Path, rewards
 def test_a_changed_reward_function_is_refused(place: Path, rewards: Path, field: str) -> None:
     """Unless it raised, and was corrected; the function that the recipe names is the same each time."""
     rewards.write_text("def brief(text):\n    return -len(text)\n")
-    name = f"segment.{field}={rewards.stem}:brief"
+    name = f"examples.{field}={rewards.stem}:brief"
     recipe, out = load("reinforce", assignments(place, "reinforce", name, "max_steps=2")), rewards.parent / "run"
     run(recipe, out, lambda line: None)
     run(recipe, out, lambda line: None)

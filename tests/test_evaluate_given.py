@@ -131,7 +131,7 @@ def test_what_was_cut_is_told_of_the_place_that_the_user_knows(classifier: Path,
     found = command("predict", classifier, tmp_path / "f.txt")
     assert len(found.stdout.splitlines()) == 2 and f"the first is {tmp_path}/f.txt:2" in found.stderr
     found = command("embed", classifier, tmp_path / "f.txt", "--out", tmp_path / "e.npy")
-    assert "1 text longer than is read, cut at the end; the first is row 2" in found.stderr
+    assert "1 text longer than the limit, truncated at the end; the first is row 2" in found.stderr
 
 
 def test_mistakes_are_told_of_the_place_that_the_user_knows(classifier: Path, tmp_path: Path) -> None:

@@ -539,7 +539,7 @@ def test_a_memory_that_nobody_can_give_is_refused() -> None:
         load("xlnet", ["model.memory_length=64", "batch.pack_to_length=128"])
     with pytest.raises(
         UserError,
-        match=r"model\.memory_length=64 .* segment pieces does not give: set model.memory_length=0, or take examples=windows",
+        match=r"model\.memory_length=64 .* examples=chunks does not have: set model.memory_length=0, or take examples=windows",
     ):
         load("xlnet", ["model.memory_length=64", "examples=chunks"])
     with pytest.raises(UserError, match=r"model\.memory_length=64 needs positions that reach back .*'rotary'"):

@@ -1,4 +1,4 @@
-"""Answers to held-out prompts before and after training, as instruction tuning, reward models, DPO and PPO record them."""
+"""Answers to held-out prompts before and after training, as SFT, reward models, DPO and PPO record them."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def trained(folder: Path, name: str, records: str, *assignments: str) -> tuple[R
     return done, rows
 
 
-def test_instruction_tuning_records_answers_and_references(folder: Path) -> None:
+def test_sft_records_answers_and_references(folder: Path) -> None:
     _, rows = trained(folder, "sft", "chat.jsonl")
     for row in rows:
         assert [answer["name"] for answer in row["answers"]] == ["model", "reference"]

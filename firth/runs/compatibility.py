@@ -13,7 +13,7 @@ firth.types.UserError: objective mlm reads a text from both sides, which a causa
 >>> check_fields(NSP() + MLM(), ChunksConfig())
 Traceback (most recent call last):
 ...
-firth.types.UserError: objective nsp needs first, other and second in an example, and examples=chunks has tokens: take examples=segment_pairs
+firth.types.UserError: objective nsp needs first, other and second, and examples=chunks has tokens: take examples=segment_pairs
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def check_pattern(
         return
     changes = "" if fixed else _settings(objective, config)
     remedy = (
-        f"set {changes}" if changes else f"{'start' if fixed else 'begin'} from the recipe {PATTERN_RECIPES[reads]}"
+        f"set {changes}" if changes else f"{'start from a model of' if fixed else 'use'} the recipe {PATTERN_RECIPES[reads]}"
     )
     others = [one for one in _served(config) if type(one) is not type(objective)]
     served = [one for one in others if examples is None or _has_inputs(one, examples)] or others
@@ -160,7 +160,7 @@ def _fault(objective: Objective, examples: ExamplesConfig) -> str:
                 f"examples={_name_of(examples)} has" if given == examples.fields else "the component before it outputs"
             )
             needed = one.inputs(given) if given == examples.fields else lacking
-            return f"objective {_name(one)} needs {_listed(needed)} in an example, and {giver} {_listed(given) or 'nothing'}"
+            return f"objective {_name(one)} needs {_listed(needed)}, and {giver} {_listed(given) or 'nothing'}"
         own = labels | frozenset(one.labels.values())
         given = one.outputs(given)
         if lost := own - given:
