@@ -108,7 +108,7 @@ def made(place: Path) -> Made:
 
 def validation_loss(place: Path, start: str, kind: str) -> Recipe:
     return recipe(
-        place, start, f"peft={kind}", f"data.validation_path={records_of(place, start)}", "evaluation.max_examples=1000"
+        place, start, f"peft={kind}", f"data.validation_path={metric_rows(place, start)}", "evaluation.max_examples=1000"
     )
 
 

@@ -333,5 +333,5 @@ def test_repairs_and_skipped_tables_are_reported(tmp_path: Path, tokens: Path) -
     recipe = load("gpt", [f"data={folder}"])
     RunData(recipe.data, Tokenizer.load(tokens), tmp_path, echo=said.append).stores()
     assert f"pieces that are not UTF-8, read as U+FFFD: 1; the first is {folder / 'a.txt'}" in said
-    [line] = [line for line in said if "skipped" in line]
+    [line] = [line for line in said if "tables skipped" in line]
     assert "are named: 1;" in line and line.endswith(f"the first is {folder / 'b.csv'}")

@@ -123,7 +123,7 @@ def test_out_that_cannot_be_a_directory(whole: Path, tmp_path: Path) -> None:
         fails_with_one_sentence(lambda name=name: run(plan, tmp_path / name, quiet), cure)
         fails_with_one_sentence(
             lambda name=name: export_model(whole, tmp_path / name, form="hf", dtype="", shard="", echo=quiet),
-            f"{cure}|holds other things",
+            f"{cure}|holds other files",
         )
 
 

@@ -244,8 +244,8 @@ def test_foreign_directories_are_not_overwritten(tmp_path: Path) -> None:
         export_model(tmp_path / "run", tmp_path / name, form="hf", dtype="", shard="", echo=lambda _: None)
 
     for name, says in (
-        ("mine", "holds other things"),
-        ("file", "holds other things"),
+        ("mine", "holds other files"),
+        ("file", "holds other files"),
         ("run", "holds the model to read"),
     ):
         with pytest.raises(UserError, match=says):
@@ -266,7 +266,7 @@ def test_model_card_of_a_run(trained: Path, folder: Path, tmp_path: Path) -> Non
         assert front["license"] == "other" and "base_model" not in front
         assert str(folder) not in text and os.sep + "tmp" not in text
         assert "3 steps" in text and "| bits per byte |" in text and "**The quick**" in text and "`0.txt`" in text
-        assert "licence of these files is not known" in text and "NanoChatForCausalLM.from_pretrained" in text
+        assert "license of these files is not known" in text and "NanoChatForCausalLM.from_pretrained" in text
         listing = yaml.safe_load(text.split("```yaml\n")[1].split("```")[0])
         assert listing["budget"]["max_steps"] == 3 and listing["data"]["path"][0] == "0.txt"
         # Not the speed of a machine: held-out measures alone.
@@ -501,7 +501,7 @@ def test_q4_round_trip(tmp_path: Path) -> None:
     assert said[0].endswith("llama.cpp loads it as llama, Q4_0; output.weight in Q8_0")
     assert said[-1].endswith(f"llama-cli -m {tmp_path / 'out' / 'model.gguf'}")
     card = (tmp_path / "out" / "README.md").read_text()
-    assert "Q4_0; output.weight in Q8_0" in card and "| numbers | Q4_0 |" in card
+    assert "Q4_0; output.weight in Q8_0" in card and "| dtype | Q4_0 |" in card
     import_model(tmp_path / "out", tmp_path / "back", said.append)
     mine, theirs = load_model(tmp_path / "out").state_dict(), load_model(tmp_path / "back").state_dict()
     assert mine.keys() == theirs.keys() and all(torch.equal(mine[name], theirs[name]) for name in mine)

@@ -128,7 +128,7 @@ def test_recipe_without_model_or_init_from_is_rejected(settings: list[str], tmp_
     """Before any text is read."""
     said = error_of("gpt" if settings else "classification", settings, tmp_path / "none")
     assert (
-        "has neither a model config nor init_from: begin from a model with init_from=RUN, or give a whole model config"
+        "has neither a model config nor init_from: start from a model with init_from=RUN, or give a whole model config"
         in said
     )
     assert not (tmp_path / "none").exists()
