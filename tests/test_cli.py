@@ -141,7 +141,7 @@ def test_another_error_of_the_machine_keeps_its_traceback(monkeypatch: pytest.Mo
 
 def test_the_tokenizer_commands(folder: Path, tmp_path: Path) -> None:
     out = tmp_path / "tok"
-    said = firth("tokenizer", "train", str(folder), "--out", str(out), "--algorithm", "bpe", "--size", "300")
+    said = firth("tokenizer", "train", str(folder), "--out", str(out), "--algorithm", "bpe", "--vocab-size", "300")
     assert "12 files" in said and f"firth tokenizer show {out}" in said
     page = firth("tokenizer", "show", str(out), "laern", "--first", "3")
     assert "->" in page and "laern" in page

@@ -25,8 +25,8 @@ COMMANDS = {
     "vectors": ["vectors", "{model}", "--out", "{out}"],
     "predict": ["predict", "{model}", "{text}", "--out", "{out}"],
     "embed": ["embed", "{model}", "{text}", "--out", "{out}"],
-    "tokenizer": ["tokenizer", "train", "{text}", "--size", "300", "--out", "{out}"],
-    "compare": ["compare", "gpt", "data.path={text}", "--flops", "1e6", "--probe", "none", "--out", "{out}"],
+    "tokenizer": ["tokenizer", "train", "{text}", "--vocab-size", "300", "--out", "{out}"],
+    "compare": ["compare", "gpt", "data.path={text}", "--max-flops", "1e6", "--probe", "none", "--out", "{out}"],
     "demo": ["demo", "--text", "{text}", "--size", "tiny", "--out", "{out}"],
 }
 

@@ -24,7 +24,7 @@ from firth.runs.run import run
 from firth.tokenizer.tokenizer import Tokenizer
 from firth.types import UserError
 
-STAGES = ("encoder", "encoder-decoder", "decoder", "classify-pretrained", "classify-scratch", "instruct", "reward",
+STAGES = ("encoder", "encoder-decoder", "decoder", "classification-pretrained", "classification-scratch", "sft", "reward_model",
           "ppo", "dpo")  # fmt: skip
 
 
@@ -74,7 +74,7 @@ def test_transformers_loads_what_it_made(whole: Path) -> None:
 
 def test_its_files_are_read_by_the_next_command(whole: Path, tmp_path: Path) -> None:
     """Its preferences hold texts as every preference does, and the tokens that were sampled beside them."""
-    file, start = whole / "material" / "preferences-train.jsonl", whole / "instruct"
+    file, start = whole / "material" / "preferences-train.jsonl", whole / "sft"
     rows = read_rows(file)
     assert all(isinstance(row[name], str) for row in rows for name in ("prompt", "chosen", "rejected"))
     tokenizer = Tokenizer.load(start)
@@ -91,8 +91,8 @@ def test_its_files_are_read_by_the_next_command(whole: Path, tmp_path: Path) -> 
             if rows[owner]["finished"][side] and ids.tolist() == ours[asked:-1].tolist():
                 assert theirs[: len(ours)].tolist() == ours.tolist()
     settings = [f"init_from={start}", f"data.path={file}", "max_steps=1", "batch.size=4", "evaluation.every=0"]
-    run(load("reward_model", settings), tmp_path / "reward", echo=lambda _: None)
-    assert (tmp_path / "reward" / "model" / "model.safetensors").exists()
+    run(load("reward_model", settings), tmp_path / "reward_model", echo=lambda _: None)
+    assert (tmp_path / "reward_model" / "model" / "model.safetensors").exists()
 
 
 def test_again_it_does_nothing(whole: Path, mine: Path) -> None:
@@ -104,7 +104,7 @@ def test_again_it_does_nothing(whole: Path, mine: Path) -> None:
 def test_killed_half_way_it_ends_with_the_same_bits(whole: Path, mine: Path, tmp_path: Path) -> None:
     out = tmp_path / "killed"
     rng = random.Random(0)
-    for stage in ("encoder", "instruct", "reward"):
+    for stage in ("encoder", "sft", "reward_model"):
         process = subprocess.Popen(walk(mine, out), stdout=subprocess.DEVNULL, start_new_session=True)
         until = time.monotonic() + 240
         while not (out / stage / "metrics.jsonl").exists() and process.poll() is None and time.monotonic() < until:
@@ -139,7 +139,7 @@ def test_one_large_file_is_enough(tmp_path: Path) -> None:
     material = folder.make([str(tmp_path / "book.txt")], tmp_path / "out")
     assert material.labels == ("beginning", "middle", "end")
     labelled = [
-        row["text"] for part in ("train", "valid") for row in read_rows(tmp_path / "out" / f"labelled-{part}.jsonl")
+        row["text"] for part in ("train", "valid") for row in read_rows(tmp_path / "out" / f"labeled-{part}.jsonl")
     ]
     assert len(set(labelled)) > 100
     held = {row["text"] for row in read_rows(tmp_path / "out" / "valid.jsonl")}

@@ -1,7 +1,9 @@
 """House rules that a machine can check. Each rule is a function of a text, and each is shown to find a breach."""
 
 import ast
+import io
 import re
+import tokenize
 from pathlib import Path
 
 import pytest
@@ -73,6 +75,21 @@ def no_docstring(source: str) -> list[str]:
     return [] if not tree.body or ast.get_docstring(tree) else ["no module docstring"]
 
 
+DIALECT = re.compile(r"\b(told|said|asked|apart|stands|beside|learnt|mend|mended|laid|whoever|behold)\b", re.I)
+"""Words that this project once used for many things, and the field for none."""
+
+
+def dialect(source: str) -> list[str]:
+    """Return the words of the old dialect in docstrings, messages, comments and names of functions."""
+    found = []
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        if token.type in (tokenize.STRING, tokenize.COMMENT):
+            found += [f"line {token.start[0]}: {word}" for word in DIALECT.findall(token.string)]
+        elif token.type == tokenize.NAME:
+            found += [f"line {token.start[0]}: {token.string}" for part in token.string.split("_") if DIALECT.fullmatch(part)]
+    return found
+
+
 def machine_paths(text: str) -> list[str]:
     """Places that exist on one machine only."""
     return re.findall(r"(?<![\w.])(?:/home/\w+|/root/|/work/|/Users/\w+|/tmp/\w+|[A-Z]:\\\\Users)[\w/.-]*", text)
@@ -87,6 +104,16 @@ def breaches(rule, paths):
 def test_sources_keep_the_rules(rule):
     assert len(SOURCES) > 20
     assert breaches(rule, SOURCES) == []
+
+
+@pytest.mark.xfail(reason="being renamed", strict=False)
+def test_the_package_speaks_plainly():
+    assert breaches(dialect, SOURCES) == []
+
+
+def test_the_documents_speak_plainly():
+    documents = [*sorted((ROOT / "docs").rglob("*.md")), ROOT / "README.md"]
+    assert [f"{path.relative_to(ROOT)}: {word}" for path in documents for word in DIALECT.findall(path.read_text("utf-8"))] == []
 
 
 def test_no_machine_paths():

@@ -98,9 +98,9 @@ def made(place: Path) -> Made:
     @functools.cache
     def make(start: str, kind: str) -> Path:
         directory = place / f"{start}-{kind}"
-        said: list[str] = []
-        run(validation_loss(place, start, kind), directory, said.append)
-        assert "of which" in next(line for line in said if "parameters" in line)
+        lines: list[str] = []
+        run(validation_loss(place, start, kind), directory, lines.append)
+        assert "of which" in next(line for line in lines if "parameters" in line)
         return directory
 
     return make
@@ -108,7 +108,11 @@ def made(place: Path) -> Made:
 
 def validation_loss(place: Path, start: str, kind: str) -> Recipe:
     return recipe(
-        place, start, f"peft={kind}", f"data.validation_path={metric_rows(place, start)}", "evaluation.max_examples=1000"
+        place,
+        start,
+        f"peft={kind}",
+        f"data.validation_path={metric_rows(place, start)}",
+        "evaluation.max_examples=1000",
     )
 
 
@@ -269,7 +273,7 @@ def test_peft_in_short_and_long_form() -> None:
 
 
 @pytest.mark.parametrize(
-    ("more", "said"),
+    ("more", "message"),
     [
         (
             ["peft=lora", "init_from="],
@@ -285,8 +289,8 @@ def test_peft_in_short_and_long_form() -> None:
         (["peft=frozen", "objective=rtd"], "each runs the model in a way of its own"),
     ],
 )
-def test_unsupported_peft_is_rejected(place: Path, tmp_path: Path, more: list[str], said: str) -> None:
-    with pytest.raises(UserError, match=said):
+def test_unsupported_peft_is_rejected(place: Path, tmp_path: Path, more: list[str], message: str) -> None:
+    with pytest.raises(UserError, match=message):
         run(recipe(place, "decoder", *more), tmp_path, quiet)
 
 

@@ -46,9 +46,9 @@ def reviews(path: Path, labels: list[str]) -> Path:
 
 
 def trained(name: str, out: Path, tokens: Path, *settings: str) -> tuple[RunResult, list[str]]:
-    said: list[str] = []
+    lines: list[str] = []
     recipe = load(name, [*SHAPE, f"tokenizer.path={tokens}", *settings])
-    return run(recipe, out, said.append), said
+    return run(recipe, out, lines.append), lines
 
 
 def test_text_to_text_tokenizer_reads_its_own_fields(tmp_path: Path) -> None:
@@ -60,7 +60,7 @@ def test_text_to_text_tokenizer_reads_its_own_fields(tmp_path: Path) -> None:
         ["a.jsonl"],
         ["b.csv", "examples.prompt_template=to French: {en}", "examples.completion_template={fr}"],
     ):
-        said: list[str] = []
+        lines: list[str] = []
         recipe = load(
             "text_to_text",
             [
@@ -72,9 +72,9 @@ def test_text_to_text_tokenizer_reads_its_own_fields(tmp_path: Path) -> None:
                 *forms,
             ],
         )
-        done = run(recipe, tmp_path / source.replace(".", "-"), said.append)
+        done = run(recipe, tmp_path / source.replace(".", "-"), lines.append)
         assert done.steps == 2
-        assert any("ids from the texts of the records: " in line for line in said)
+        assert any("ids from the texts of the records: " in line for line in lines)
         assert "French" in (done.directory / "tokenizer" / "tokenizer.json").read_text() or not forms
 
 
@@ -84,7 +84,7 @@ def test_only_training_examples_count_for_classes(tmp_path: Path, tokens: Path) 
     texts = [f"a {WORDS[i % 6]} film of {i}" for i in range(60)]
     held = next(i for i in range(60) if content_key(texts[i]) < 0.2 * 2**64)
     file = reviews(tmp_path / "a.csv", [*plain[:held], "odd", *plain[held + 1 :]])
-    done, said = trained(
+    done, lines = trained(
         "classification",
         tmp_path / "run",
         tokens,
@@ -92,9 +92,9 @@ def test_only_training_examples_count_for_classes(tmp_path: Path, tokens: Path) 
         "data.validation_fraction=0.2",
         "objective.class_weights=balanced",
     )
-    [line] = [line for line in said if "classes: " in line]
+    [line] = [line for line in lines if "classes: " in line]
     assert "odd 0 (and 1 held out)" in line
-    assert "classification: the class 'odd' has no training examples and 1 held-out ones, so it is not learned" in said
+    assert "classification: the class 'odd' has no training examples and 1 held-out ones, so it is not learned" in lines
     weights = load(str(done.directory)).objective.class_weights  # type: ignore[attr-defined]
     bad, good = (int(line.split(f"{name} ")[1].split(" ")[0].strip(",")) for name in ("bad", "good"))
     assert weights == pytest.approx([(bad + good) / 3 / bad, (bad + good) / 3 / good, 0.0])
@@ -112,11 +112,11 @@ def test_single_class_is_rejected(tmp_path: Path, tokens: Path) -> None:
 def test_classes_of_a_mixture(tmp_path: Path, tokens: Path) -> None:
     """Ham in one file and spam in the other: each path has one class, and both together have two."""
     files = [reviews(tmp_path / "a.csv", ["ham"] * 40), reviews(tmp_path / "b.csv", ["spam"] * 30)]
-    _, said = trained(
+    _, lines = trained(
         "classification", tmp_path / "run", tokens, f"data.path=[{files[0]}, {files[1]}]", "data.weights=[1, 1]",
         "objective.class_weights=balanced",
     )  # fmt: skip
-    [line] = [line for line in said if "classes: " in line]
+    [line] = [line for line in lines if "classes: " in line]
     counts = [int(line.split(f"{name} ")[1].split(" ")[0].strip(",")) for name in ("ham", "spam")]
     assert 30 < counts[0] <= 40 and 20 < counts[1] <= 30
     weights = load(str(tmp_path / "run")).objective.class_weights  # type: ignore[attr-defined]
@@ -150,16 +150,16 @@ def test_best_metric_without_validation_is_rejected(tmp_path: Path, tokens: Path
 
 def test_missing_validation_is_reported_once(tmp_path: Path, tokens: Path) -> None:
     file = reviews(tmp_path / "a.csv", ["good", "bad"] * 4)
-    done, said = trained("classification", tmp_path / "run", tokens, f"data={file}")
-    assert sum("nothing is held out of 8 examples, fewer than 20" in line for line in said) == 1
+    done, lines = trained("classification", tmp_path / "run", tokens, f"data={file}")
+    assert sum("nothing is held out of 8 examples, fewer than 20" in line for line in lines) == 1
     assert "nothing is held out of 8 examples" in (done.directory / "report.html").read_text()
-    _, said = trained("classification", tmp_path / "quiet", tokens, f"data={file}", "data.validation_fraction=0")
-    assert not any("nothing is held out" in line for line in said)
+    _, lines = trained("classification", tmp_path / "quiet", tokens, f"data={file}", "data.validation_fraction=0")
+    assert not any("nothing is held out" in line for line in lines)
     file = reviews(tmp_path / "b.csv", ["good", "bad"] * 11)
-    _, said = trained("classification", tmp_path / "few", tokens, f"data={file}", "data.validation_fraction=0.0001")
+    _, lines = trained("classification", tmp_path / "few", tokens, f"data={file}", "data.validation_fraction=0.0001")
     assert any(
         "nothing is held out of 22 examples, of which data.validation_fraction=0.0001 comes to none" in line
-        for line in said
+        for line in lines
     )
 
 
@@ -227,10 +227,14 @@ def squad(n: int) -> str:
     for i in range(n):
         word = WORDS[i % 6]
         context = f"a film, and a film. a {word} film and a film, and a film {i}"
-        asked = {"id": f"{i}", "question": "a film", "answers": [{"text": word, "answer_start": context.index(word)}]}
+        question = {
+            "id": f"{i}",
+            "question": "a film",
+            "answers": [{"text": word, "answer_start": context.index(word)}],
+        }
         if i % 4 == 0:
-            asked = {"id": f"{i}", "question": "a film", "answers": [], "is_impossible": True}
-        paragraphs.append({"context": context, "qas": [asked]})
+            question = {"id": f"{i}", "question": "a film", "answers": [], "is_impossible": True}
+        paragraphs.append({"context": context, "qas": [question]})
     return json.dumps({"data": [{"paragraphs": paragraphs}]})
 
 
@@ -269,10 +273,10 @@ def test_no_answer_has_the_probability_of_the_null_span(tmp_path: Path, tokens: 
     n = len(source[0]["tokens"])
     scores = np.zeros((n, 2))
     scores[0] = 3.0
-    [told] = by_question(source, iter([scores]), may_lack=True)
+    [answer] = by_question(source, iter([scores]), may_lack=True)
     share = np.exp(3.0) / (np.exp(3.0) + n - 1)
-    assert (told["answer"], told["start"]) == ("", -1)
-    assert told["probability"] == pytest.approx(share**2)
+    assert (answer["answer"], answer["start"]) == ("", -1)
+    assert answer["probability"] == pytest.approx(share**2)
 
 
 def test_glue_from_its_runs(tmp_path: Path, tokens: Path) -> None:
@@ -283,7 +287,7 @@ def test_glue_from_its_runs(tmp_path: Path, tokens: Path) -> None:
         (tmp_path / f"{name}.tsv").write_text(head + rows)
     (tmp_path / "cola.tsv").write_text("".join(f"gj\t{i % 2}\t\ta {WORDS[i % 6]} film\n" for i in range(40)))
     dev = [str(tmp_path / f"dev_{name}.tsv") for name in ("matched", "mismatched")]
-    mnli, said = trained(
+    mnli, lines = trained(
         "glue:mnli",
         tmp_path / "mnli",
         tokens,
@@ -291,7 +295,7 @@ def test_glue_from_its_runs(tmp_path: Path, tokens: Path) -> None:
         f"data.validation_path=[{dev[0]}, {dev[1]}]",
     )
     assert any(
-        f"10 records have no label and were left out; the first is {tmp_path / 'train.tsv'}:5" in one for one in said
+        f"10 records have no label and were left out; the first is {tmp_path / 'train.tsv'}:5" in one for one in lines
     )
     cola, _ = trained(
         "glue:cola",
@@ -301,8 +305,8 @@ def test_glue_from_its_runs(tmp_path: Path, tokens: Path) -> None:
         f"data.validation_path={tmp_path / 'cola.tsv'}",
     )
     (tmp_path / "test.tsv").write_text("index\tsentence\n0\ta fine film\n1\ta dull film\n")
-    asked = list(predict(cola.directory, str(tmp_path / "test.tsv"), io.StringIO()))
-    assert [row["label"] in ("0", "1") for row in asked] == [True, True]
+    rows = list(predict(cola.directory, str(tmp_path / "test.tsv"), io.StringIO()))
+    assert [row["label"] in ("0", "1") for row in rows] == [True, True]
     found = evaluate(mnli.directory, dev)
     assert found["accuracy"] == found["accuracy_mismatched"] == evaluate(mnli.directory, dev[:1])["accuracy"]
     assert found["items"] == found["items_mismatched"] == 30
@@ -329,9 +333,9 @@ def test_repairs_and_skipped_tables_are_reported(tmp_path: Path, tokens: Path) -
     folder.mkdir()
     (folder / "a.txt").write_bytes(b"a fine film, and a dull film\n\n" * 20 + b"caf\xe9 au lait")
     reviews(folder / "b.csv", ["good", "bad"])
-    said: list[str] = []
+    lines: list[str] = []
     recipe = load("gpt", [f"data={folder}"])
-    RunData(recipe.data, Tokenizer.load(tokens), tmp_path, echo=said.append).stores()
-    assert f"pieces that are not UTF-8, read as U+FFFD: 1; the first is {folder / 'a.txt'}" in said
-    [line] = [line for line in said if "tables skipped" in line]
+    RunData(recipe.data, Tokenizer.load(tokens), tmp_path, echo=lines.append).stores()
+    assert f"pieces that are not UTF-8, read as U+FFFD: 1; the first is {folder / 'a.txt'}" in lines
+    [line] = [line for line in lines if "tables skipped" in line]
     assert "are named: 1;" in line and line.endswith(f"the first is {folder / 'b.csv'}")

@@ -42,12 +42,12 @@ def test_finetuned_model_loads_as_transformers_class(make, name: str, tmp_path: 
     (tmp_path / "mine.jsonl").write_text(
         "".join(json.dumps({"text": t, "label": t.split()[1]}) + "\n" for t in TEXTS), "utf-8"
     )
-    told = [f"init_from={tmp_path / 'start'}", f"data={tmp_path / 'mine.jsonl'}", "objective.head=family",
+    settings = [f"init_from={tmp_path / 'start'}", f"data={tmp_path / 'mine.jsonl'}", "objective.head=family",
             "examples.max_length=24", "max_steps=4", "batch.size=8", "evaluation.max_examples=8"]  # fmt: skip
-    done = run(load("classification", told), tmp_path / "run", echo=lambda _: None)
-    said: list[str] = []
-    export_model(done.directory, tmp_path / "out", form="hf", dtype="", shard="", echo=said.append)
-    assert name in said[0]
+    done = run(load("classification", settings), tmp_path / "run", echo=lambda _: None)
+    lines: list[str] = []
+    export_model(done.directory, tmp_path / "out", form="hf", dtype="", shard="", echo=lines.append)
+    assert name in lines[0]
     theirs, info = getattr(transformers, name).from_pretrained(tmp_path / "out", output_loading_info=True)
     assert not info["missing_keys"] and theirs.config.id2label == {0: "bad", 1: "good"}
     ids = torch.tensor([[tokenizer.vocab.cls, *tokenizer.encode("the good fox").tolist(), tokenizer.vocab.sep]])

@@ -28,7 +28,7 @@ def docstrings(source: str) -> list[str]:
 
 
 def commands(text: str) -> list[str]:
-    """A line that begins with `firth`, up to the two blanks before what is said of it; and what stands in backticks.
+    """A line that begins with `firth`, up to the two blanks before its description; and commands in backticks.
 
     >>> commands("    firth train bert  tiny\\n  and `firth list`, see `firth.data`")
     ['firth train bert', 'firth list']
@@ -76,11 +76,11 @@ def test_text_field_holds_the_typed_text() -> None:
     line = next(line for name, line in FOUND if "text_to_text" in line and name == "finetuning.py")
     examples = check_command(line).examples  # type: ignore[union-attr]
     assert (examples.prompt_template, examples.completion_template) == ("translate to French: {en}", "{fr}")  # type: ignore[attr-defined]
-    for said in ("{a}: {b}", "# {en}", "yes", "3", "a # b", "[{en}]", "{en}"):
-        told = load(
-            "text_to_text", [f"examples.prompt_template={said}", "examples.completion_template='x: y'"]
+    for text in ("{a}: {b}", "# {en}", "yes", "3", "a # b", "[{en}]", "{en}"):
+        typed = load(
+            "text_to_text", [f"examples.prompt_template={text}", "examples.completion_template='x: y'"]
         ).examples
-        assert (told.prompt_template, told.completion_template) == (said, "x: y")  # type: ignore[attr-defined]
+        assert (typed.prompt_template, typed.completion_template) == (text, "x: y")  # type: ignore[attr-defined]
     assert not isinstance(
         check_command("firth train lstm init_embeddings_from=runs/word2vec model.hidden_size=128").objective, Sum
     )  # type: ignore[union-attr]
@@ -98,7 +98,7 @@ def test_invalid_command_is_detected() -> None:
 
 
 def test_negative_length_and_predict_input_help() -> None:
-    error = CliRunner().invoke(app, ["embed", "runs/x", "a.txt", "--length", "-3"]).exception
-    assert isinstance(error, UserError) and "--length=-3 must be at least 0" in str(error)
-    told = CliRunner().invoke(app, ["predict", "--help"]).output
-    assert "CoNLL" in told and "SQuAD" in told
+    error = CliRunner().invoke(app, ["embed", "runs/x", "a.txt", "--max-length", "-3"]).exception
+    assert isinstance(error, UserError) and "--max-length=-3 must be at least 0" in str(error)
+    output = CliRunner().invoke(app, ["predict", "--help"]).output
+    assert "CoNLL" in output and "SQuAD" in output

@@ -69,7 +69,13 @@ def test_electra_generator_shares_the_embeddings() -> None:
     with torch.device("meta"):
         parts = recipe.objective.heads(recipe.model)
     small = parts["generator"].config
-    assert (small.width, small.heads, small.hidden, small.depth, small.embed) == (64, 1, 256, 12, 128)
+    assert (small.hidden_size, small.num_heads, small.intermediate_size, small.num_layers, small.embedding_size) == (
+        64,
+        1,
+        256,
+        12,
+        128,
+    )
     model = LM(
         replace(recipe.model, vocab_size=100, num_layers=1),
         recipe.objective.heads(replace(recipe.model, vocab_size=100, num_layers=1)),

@@ -150,12 +150,12 @@ def test_fp16_overflow_is_rejected_and_leaves_no_files(tmp_path: Path) -> None:
 
 
 def test_minilm_round_trip_is_bit_identical(tmp_path: Path) -> None:
-    said: list[str] = []
-    import_model(minilm(), tmp_path / "in", echo=said.append)
-    text = "\n".join(said)
+    lines: list[str] = []
+    import_model(minilm(), tmp_path / "in", echo=lines.append)
+    text = "\n".join(lines)
     assert "bert (BertModel), an encoder" in text and "22,565,376 parameters in float32; context 512" in text
     assert "30,522 ids; pad [PAD]" in text and "pooler.dense.weight" in text and "chat template: no" in text
-    export_model(tmp_path / "in", tmp_path / "out", form="hf", dtype="", shard="", echo=said.append)
+    export_model(tmp_path / "in", tmp_path / "out", form="hf", dtype="", shard="", echo=lines.append)
     given, out = read_tensors(minilm()), read_tensors(tmp_path / "out")
     names = [name for name in given if not name.startswith(("pooler", "embeddings.position_ids"))]
     assert {name.removeprefix("bert.") for name in out} == set(names)
@@ -177,9 +177,9 @@ def test_bf16_directory_stays_bf16(tmp_path: Path) -> None:
     model, tokenizer = random_model("decoder")
     save_model(model, tokenizer, tmp_path / "given", storage=Storage(torch.bfloat16))
     (tmp_path / "given" / "firth.json").unlink()
-    said: list[str] = []
-    import_model(tmp_path / "given", tmp_path / "in", echo=said.append)
-    assert "parameters in bfloat16" in said[1]
+    lines: list[str] = []
+    import_model(tmp_path / "given", tmp_path / "in", echo=lines.append)
+    assert "parameters in bfloat16" in lines[1]
     given, held = read_tensors(tmp_path / "given"), read_tensors(tmp_path / "in")
     assert given.keys() == held.keys() and all(torch.equal(given[k], held[k]) for k in given)
     assert load_model(tmp_path / "in").tokens.weight.dtype == torch.float32
@@ -219,11 +219,11 @@ def test_tokenizer_larger_or_smaller_than_the_model(tmp_path: Path) -> None:
         small.save_pretrained(tmp_path / name)
         tokenizer().save(tmp_path / name)
     assert tokenizer().vocab.size == 600
-    said: list[str] = []
-    import_model(tmp_path / "fits", tmp_path / "in", echo=said.append)
-    assert "600 ids for 612 vectors: 12 of those are padding" in "\n".join(said)
+    lines: list[str] = []
+    import_model(tmp_path / "fits", tmp_path / "in", echo=lines.append)
+    assert "600 ids for 612 vectors: 12 of those are padding" in "\n".join(lines)
     with pytest.raises(UserError, match="600 ids and the model 590 vectors"):
-        import_model(tmp_path / "short", tmp_path / "no", echo=said.append)
+        import_model(tmp_path / "short", tmp_path / "no", echo=lines.append)
     with pytest.raises(UserError, match="600 ids and the model 590 vectors"):
         run(
             load("gpt", [f"init_from={tmp_path / 'short'}", "model=null", "data.corpus=pydoc"]),
@@ -298,9 +298,9 @@ def test_stop_ids_of_generation_config_end_an_answer(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("said", "framing", "begins"), [(None, False, False), (None, True, True), (False, True, False)]
+    ("add_bos", "framing", "begins"), [(None, False, False), (None, True, True), (False, True, False)]
 )
-def test_tokenizer_config_decides_on_bos(said: bool | None, framing: bool, begins: bool, tmp_path: Path) -> None:
+def test_tokenizer_config_decides_on_bos(add_bos: bool | None, framing: bool, begins: bool, tmp_path: Path) -> None:
     """A decoder of another library gets bos if tokenizer_config.json, or else tokenizer.json, says so."""
     model, tokenizer = random_model("decoder")
     save_model(model, tokenizer, tmp_path)
@@ -308,14 +308,14 @@ def test_tokenizer_config_decides_on_bos(said: bool | None, framing: bool, begin
     (tokenizer.framed("causal") if framing else tokenizer).save(tmp_path)
     config = json.loads((tmp_path / "tokenizer_config.json").read_text())
     (tmp_path / "tokenizer_config.json").write_text(
-        json.dumps(config | ({} if said is None else {"add_bos_token": said}))
+        json.dumps(config | ({} if add_bos is None else {"add_bos_token": add_bos}))
     )
     loaded = Tokenizer.load(tmp_path)
     assert (encode_prompt(loaded, "hello", model)[0] == tokenizer.vocab.bos) == begins
     save_model(model, loaded, tmp_path / "again")
     assert (encode_prompt(Tokenizer.load(tmp_path / "again"), "hello", model)[0] == tokenizer.vocab.bos) == begins
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "again")
-    if said is None:
+    if add_bos is None:
         assert (theirs("hello")["input_ids"][0] == tokenizer.vocab.bos) == begins
 
 
@@ -467,9 +467,9 @@ def test_models_without_a_family_round_trip(tmp_path: Path) -> None:
     )
     model = LM(config, {"lm": LMHead(config)}).eval()
     save_model(model, coder, tmp_path / "run")
-    said: list[str] = []
-    export_model(tmp_path / "run", tmp_path / "out", form="hf", dtype="bf16", shard="20KB", echo=said.append)
-    assert "only firth loads it" in said[0]
+    lines: list[str] = []
+    export_model(tmp_path / "run", tmp_path / "out", form="hf", dtype="bf16", shard="20KB", echo=lines.append)
+    assert "only firth loads it" in lines[0]
     assert load_model(tmp_path / "out").config == config
     for wrong, says in (
         ({"form": "onnx"}, "no format 'onnx'"),
@@ -483,11 +483,11 @@ def test_models_without_a_family_round_trip(tmp_path: Path) -> None:
 
 def test_suggested_command_after_export_fits_the_training(trained: Path, tmp_path: Path) -> None:
     """A run on plain text generates and does not chat, although its tokenizer has chat tokens; a GGUF export is a directory too."""
-    said: list[str] = []
-    export_model(trained, tmp_path / "out", form="hf", dtype="", shard="", echo=said.append)
-    assert said[-1].startswith("Let it write:  firth generate ")
+    lines: list[str] = []
+    export_model(trained, tmp_path / "out", form="hf", dtype="", shard="", echo=lines.append)
+    assert lines[-1].startswith("Let it write:  firth generate ")
     with pytest.raises(UserError, match=f"name it {tmp_path}/mine$"):
-        export_model(trained, tmp_path / "mine.gguf", form="gguf", dtype="", shard="", echo=said.append)
+        export_model(trained, tmp_path / "mine.gguf", form="gguf", dtype="", shard="", echo=lines.append)
     assert not (tmp_path / "mine.gguf").exists()
 
 
@@ -496,17 +496,17 @@ def test_q4_round_trip(tmp_path: Path) -> None:
     torch.manual_seed(0)
     config = llama(coder.vocab.size, 32, 1, 2, 64, max_positions=32)
     save_model(LM(config, {"lm": LMHead(config)}).eval(), coder, tmp_path / "run")
-    said: list[str] = []
-    export_model(tmp_path / "run", tmp_path / "out", form="gguf", dtype="q4_0", shard="", echo=said.append)
-    assert said[0].endswith("llama.cpp loads it as llama, Q4_0; output.weight in Q8_0")
-    assert said[-1].endswith(f"llama-cli -m {tmp_path / 'out' / 'model.gguf'}")
+    lines: list[str] = []
+    export_model(tmp_path / "run", tmp_path / "out", form="gguf", dtype="q4_0", shard="", echo=lines.append)
+    assert lines[0].endswith("llama.cpp loads it as llama, Q4_0; output.weight in Q8_0")
+    assert lines[-1].endswith(f"llama-cli -m {tmp_path / 'out' / 'model.gguf'}")
     card = (tmp_path / "out" / "README.md").read_text()
     assert "Q4_0; output.weight in Q8_0" in card and "| dtype | Q4_0 |" in card
-    import_model(tmp_path / "out", tmp_path / "back", said.append)
+    import_model(tmp_path / "out", tmp_path / "back", lines.append)
     mine, theirs = load_model(tmp_path / "out").state_dict(), load_model(tmp_path / "back").state_dict()
     assert mine.keys() == theirs.keys() and all(torch.equal(mine[name], theirs[name]) for name in mine)
     first = load_model(tmp_path / "run").state_dict()
     assert all(torch.allclose(first[name], mine[name], atol=0.13 * float(first[name].abs().max())) for name in first)
     for form, dtype, says in (("gguf", "q4_1", "'q4_1'; there is .* q8_0, q4_0$"), ("hf", "q4_0", "'q4_0'; there is")):
         with pytest.raises(UserError, match=f"no dtype {says}"):
-            export_model(tmp_path / "run", tmp_path / "no", form=form, dtype=dtype, shard="", echo=said.append)
+            export_model(tmp_path / "run", tmp_path / "no", form=form, dtype=dtype, shard="", echo=lines.append)

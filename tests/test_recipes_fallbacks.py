@@ -100,7 +100,7 @@ def test_unknown_tokens_of_a_store_are_reported(tmp_path: Path) -> None:
     shares = [
         line.split("%")[0] for line in lines if "% of these tokens are unknown to the tokenizer: train one" in line
     ]
-    assert len(shares) == 2 and min(map(float, shares)) > 80  # what is learnt from, and what is held out
+    assert len(shares) == 2 and min(map(float, shares)) > 80  # the training and the held-out store
 
 
 def test_run_prints_and_stores_the_reports(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

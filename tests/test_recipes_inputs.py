@@ -74,9 +74,9 @@ def folder(finished: Path, tmp_path: Path) -> Path:
     return tmp_path / "copy"
 
 
-def again(folder: Path, *settings: str, said: list[str] | None = None) -> RunResult:
+def again(folder: Path, *settings: str, lines: list[str] | None = None) -> RunResult:
     recipe = load("gpt", [*SMALL, f"data.path={folder / 'texts'}", "data.validation_fraction=0.2", *settings])
-    return run(recipe, folder / "run", quiet if said is None else said.append)
+    return run(recipe, folder / "run", quiet if lines is None else lines.append)
 
 
 def edit(folder: Path) -> None:
@@ -122,9 +122,9 @@ def test_moved_text_resumes(finished: Path, folder: Path) -> None:
     assert done.steps == 4 and all(torch.equal(whole[n], t) for n, t in read_tensors(done.model).items())
     recipe = yaml.safe_load((folder / "run" / "recipe.yaml").read_text())
     assert recipe["data"]["path"] == [str(folder / "moved" / "texts")]
-    said: list[str] = []
-    assert again(folder, said=said) == done  # and the finished run at the first path
-    assert said[-1].endswith(f"is finished, after 4 steps; its model is {folder / 'run' / 'model'}")
+    lines: list[str] = []
+    assert again(folder, lines=lines) == done  # and the finished run at the first path
+    assert lines[-1].endswith(f"is finished, after 4 steps; its model is {folder / 'run' / 'model'}")
 
 
 def test_files_are_not_hashed_twice(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -254,16 +254,16 @@ def test_tokenizer_of_a_failed_run_is_rebuilt(finished: Path, tmp_path: Path) ->
         run(failed, tmp_path / "run", quiet)
     left = Tokenizer.load(tmp_path / "run" / "tokenizer")
     settings = [*SMALL, f"data.path={finished / 'texts'}", "tokenizer.algorithm=unigram", "tokenizer.vocab_size=410"]
-    said: list[str] = []
-    run(load("gpt", settings), tmp_path / "run", said.append)
+    lines: list[str] = []
+    run(load("gpt", settings), tmp_path / "run", lines.append)
     made = Tokenizer.load(tmp_path / "run" / "tokenizer")
     assert json.loads(made.definition)["model"]["type"] == "Unigram" and made.digest != left.digest
-    assert any("an earlier run made this tokenizer of another text or with other settings" in line for line in said)
+    assert any("an earlier run made this tokenizer of another text or with other settings" in line for line in lines)
     alone = tokenizer_of(load("gpt", settings), tmp_path / "alone", quiet)
     assert alone.digest == made.digest == Tokenizer.load(tmp_path / "run" / "model").digest
-    said.clear()
-    run(load("gpt", settings), tmp_path / "run", said.append)
-    assert not any("ids from" in line for line in said)
+    lines.clear()
+    run(load("gpt", settings), tmp_path / "run", lines.append)
+    assert not any("ids from" in line for line in lines)
 
 
 @pytest.mark.parametrize("algorithm", ["bpe", "byte-bpe", "wordpiece", "unigram", "word"])
@@ -279,9 +279,9 @@ def test_resolved_vocab_size_repeats_the_tokenizer(algorithm: str, finished: Pat
     assert size < 8192 and resolved == (8192 if algorithm == "unigram" else size)
     again = tokenizer_of(load("gpt", [*settings, f"tokenizer.vocab_size={resolved}"]), tmp_path / "again", quiet)
     assert again.digest == first.digest and resolved_size(tmp_path / "again") == resolved
-    said: list[str] = []
-    tokenizer_of(load("gpt", [*settings, f"tokenizer.vocab_size={resolved}"]), tmp_path / "first", said.append)
-    assert not said
+    lines: list[str] = []
+    tokenizer_of(load("gpt", [*settings, f"tokenizer.vocab_size={resolved}"]), tmp_path / "first", lines.append)
+    assert not lines
 
 
 def firth(*arguments: str, code: int = 0) -> str:

@@ -106,5 +106,7 @@ def test_init_from_keeps_the_attention_pattern(make: Make, folder: Path) -> None
         load_evaluated_model(on.directory).model.config.causal
         and json.loads((on.model / "firth.json").read_text())["family"] is None
     )
-    with pytest.raises(UserError, match=r"a causal decoder cannot: start from a model of the recipe roberta \(an encoder\)"):
+    with pytest.raises(
+        UserError, match=r"a causal decoder cannot: start from a model of the recipe roberta \(an encoder\)"
+    ):
         make("roberta", "model=null", f"init_from={left.directory}")

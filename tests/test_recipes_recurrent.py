@@ -69,10 +69,10 @@ def runs(files: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_language_model_becomes_a_classifier(runs: Path, files: Path, tmp_path: Path) -> None:
     """Dai and Le 2015: `firth train classification init_from=RUN`."""
-    said: list[str] = []
+    lines: list[str] = []
     plan = load("classification", [f"init_from={runs}/lstm", f"data.path={files}/labelled.jsonl", *FEW])
-    done = run(plan, tmp_path / "tuned", echo=said.append)
-    assert "drops lm; adds classes" in "\n".join(said)
+    done = run(plan, tmp_path / "tuned", echo=lines.append)
+    assert "drops lm; adds classes" in "\n".join(lines)
     tuned = load_model(done.model)
     assert tuned.config.rnn_type == "lstm"
     assert {"accuracy"} <= {k.removeprefix("valid/") for k in done.metrics}
@@ -83,7 +83,7 @@ def test_language_model_becomes_a_classifier(runs: Path, files: Path, tmp_path: 
                 [f"init_from={runs}/lstm", "objective.position=first", f"data.path={files}/labelled.jsonl"],
             ),
             tmp_path / "no",
-            said.append,
+            lines.append,
         )
 
 
@@ -99,8 +99,8 @@ def test_cached_generation_matches_uncached(runs: Path) -> None:
             assert token == int(model.heads["lm"](state).argmax())
             row.append(int(token))
     options = [tokenizer.encode(" king"), tokenizer.encode(" dog barked")]
-    apart = engine.score([prompts[0]] * 2, options)
-    assert engine.options(prompts[0], options) == pytest.approx(apart, abs=1e-4)
+    separately = engine.score([prompts[0]] * 2, options)
+    assert engine.options(prompts[0], options) == pytest.approx(separately, abs=1e-4)
 
 
 def test_word_vectors_are_shown_written_and_loaded(runs: Path, files: Path, tmp_path: Path) -> None:
@@ -117,7 +117,7 @@ def test_word_vectors_are_shown_written_and_loaded(runs: Path, files: Path, tmp_
     written = {row.split(" ")[0]: np.array(row.split(" ")[1:], float) for row in rows}
     assert written["king"] == pytest.approx(model.tokens.weight[tokenizer.id("king")].detach().numpy(), abs=1e-5)
 
-    said: list[str] = []
+    printed: list[str] = []
     taken = [
         f"init_embeddings_from={runs}/word2vec",
         f"data.path={files}/*.txt",
@@ -128,25 +128,25 @@ def test_word_vectors_are_shown_written_and_loaded(runs: Path, files: Path, tmp_
     done = run(
         load("lstm", [*taken, "model.hidden_size=16", "optimizer.lr=1e-12", "max_steps=1"]),
         tmp_path / "lstm",
-        said.append,
+        printed.append,
     )
-    assert "everything else is initialized at random" in "\n".join(said)
+    assert "everything else is initialized at random" in "\n".join(printed)
     new = load_model(done.model).tokens.weight.detach()
     alike = torch.nn.functional.cosine_similarity(new, model.tokens.weight, dim=-1)
     assert torch.allclose(alike, torch.ones(()), atol=1e-4)
     assert float(new.square().mean().sqrt()) == pytest.approx(0.02, rel=0.1)
     with pytest.raises(UserError, match=r"set model\.hidden_size=16"):
-        run(load("lstm", [*taken, "model.hidden_size=32"]), tmp_path / "other", said.append)
+        run(load("lstm", [*taken, "model.hidden_size=32"]), tmp_path / "other", printed.append)
     with pytest.raises(UserError, match="spells its tokens"):
         run(
             load("lstm", [*taken[1:], f"init_embeddings_from={runs}/elmo", "model.hidden_size=16"]),
             tmp_path / "third",
-            said.append,
+            printed.append,
         )
     train(["other words " * 90], "byte-bpe", vocab_size=300, num_sentinels=0).save(tmp_path / "stranger")
     stranger = [*taken, "model.hidden_size=16", f"tokenizer.path={tmp_path / 'stranger'}"]
     with pytest.raises(UserError, match="another tokenizer"):
-        run(load("lstm", stranger), tmp_path / "fourth", said.append)
+        run(load("lstm", stranger), tmp_path / "fourth", printed.append)
 
 
 def test_tags_are_learned_from_a_frozen_model(runs: Path, files: Path, tmp_path: Path) -> None:
@@ -185,9 +185,9 @@ def test_tag_label_is_at_the_first_token_of_a_word(algorithm: str, files: Path) 
 
 def test_invalid_tagged_records_are_rejected(tmp_path: Path, files: Path) -> None:
     tokenizer = train([TEXT], "word", 140, num_sentinels=3)
-    for row, said in (({"tokens": ["a", "b"], "tags": ["x"]}, "as many"), ({"text": "a b"}, "as many")):
+    for row, message in (({"tokens": ["a", "b"], "tags": ["x"]}, "as many"), ({"text": "a b"}, "as many")):
         (tmp_path / "bad.jsonl").write_text(json.dumps(row) + "\n")
-        with pytest.raises(UserError, match=f"bad.jsonl.*{said}"):
+        with pytest.raises(UserError, match=f"bad.jsonl.*{message}"):
             TaggedSentences([str(tmp_path / "bad.jsonl")], tokenizer, 20)
     with pytest.raises(UserError, match=r"the tag short is none of the classes \(long\)"):
         TaggedSentences([f"{files}/tagged.jsonl"], tokenizer, 20, classes=("long",))
@@ -206,7 +206,7 @@ def test_word_tokenizer_has_the_most_frequent_words() -> None:
 
 
 @pytest.mark.parametrize(
-    ("changes", "said"),
+    ("changes", "message"),
     [
         (["lstm", "model.causal=false"], "objective causal_lm reads a text from left to right, which an LSTM in two"),
         (["lstm", "objective=mlm"], "objective mlm reads a text from both sides, which a left-to-right LSTM cannot"),
@@ -221,8 +221,8 @@ def test_word_tokenizer_has_the_most_frequent_words() -> None:
         (["elmo", "objective=causal_lm"], "which an LSTM in two directions apart cannot"),
     ],
 )
-def test_incompatible_recipe_is_rejected_when_loaded(changes: list[str], said: str) -> None:
-    with pytest.raises(UserError, match=said):
+def test_incompatible_recipe_is_rejected_when_loaded(changes: list[str], message: str) -> None:
+    with pytest.raises(UserError, match=message):
         load(changes[0], changes[1:])
 
 

@@ -92,9 +92,9 @@ def test_classification_of_a_csv_file(make: Make, folder: Path) -> None:
     done, place = classified(make, folder)
     assert done.metrics["valid/accuracy"] == done.metrics["valid/f1"] == 1.0
     assert {"valid/macro_f1", "valid/matthews"} <= done.metrics.keys()
-    told = json.loads((place / "held_out.json").read_text())
-    assert told["classes"] == ["bad", "good"]
-    assert sum(map(sum, told["confusion"])) == sum(row["examples"] for row in told["per_class"])
+    report = json.loads((place / "held_out.json").read_text())
+    assert report["classes"] == ["bad", "good"]
+    assert sum(map(sum, report["confusion"])) == sum(row["examples"] for row in report["per_class"])
     page = (place / "report.html").read_text()
     assert 'class="matrix"' in page and "Class by class" in page and "firth predict" in page
 
@@ -213,8 +213,8 @@ def test_regression_predictions_have_the_units_of_the_data(make: Make, folder: P
     (folder / "prices.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     done, place = make("regression", f"data={folder}/prices.jsonl", "data.validation_fraction=0.2")
     assert done.metrics["valid/pearson"] > 0.95
-    said = [row["score"] for row in predict(place, str(folder / "prices.jsonl"), io.BytesIO())]
-    assert np.sqrt(np.mean((np.array(said) - [row["label"] for row in rows]) ** 2)) < 30
+    scores = [row["score"] for row in predict(place, str(folder / "prices.jsonl"), io.BytesIO())]
+    assert np.sqrt(np.mean((np.array(scores) - [row["label"] for row in rows]) ** 2)) < 30
     found = evaluate(place, [str(folder / "prices.jsonl")])
     assert found["task"] == "regression" and found["rmse"] < 30 and found["spearman"] > 0.8
 
@@ -228,9 +228,9 @@ def test_multiple_choice(make: Make, folder: Path) -> None:
     (folder / "choices.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     done, place = make("multiple_choice", f"data={folder}/choices.jsonl", "data.validation_fraction=0.2")
     assert load_model(done.model).heads["choice"].weight.shape == (1, 32)
-    said = list(predict(place, str(folder / "choices.jsonl"), io.BytesIO()))
-    assert [row["choice"] for row in said[:4]] == [1, 1, 1, 1]
-    assert [len(row["probabilities"]) for row in said[:2]] == [2, 3]
+    predictions = list(predict(place, str(folder / "choices.jsonl"), io.BytesIO()))
+    assert [row["choice"] for row in predictions[:4]] == [1, 1, 1, 1]
+    assert [len(row["probabilities"]) for row in predictions[:2]] == [2, 3]
     assert evaluate(place, [str(folder / "choices.jsonl")])["accuracy"] > 0.95
 
 
@@ -255,11 +255,11 @@ def test_question_answering(make: Make, folder: Path) -> None:
         word = (*GOOD, *BAD)[i % 6]
         context = f"a film, and a film. a {word} film and a film, and {i}"
         answers = [{"text": word, "answer_start": context.index(word)}]
-        asked = [{"id": f"{i}", "question": "a film", "answers": answers}]
+        questions = [{"id": f"{i}", "question": "a film", "answers": answers}]
         if i % 4 == 0:
             context = f"a film, and a film and a film, and {i}"
-            asked = [{"id": f"{i}", "question": "a film", "answers": [], "is_impossible": True}]
-        paragraphs.append({"context": context, "qas": asked})
+            questions = [{"id": f"{i}", "question": "a film", "answers": [], "is_impossible": True}]
+        paragraphs.append({"context": context, "qas": questions})
     (folder / "squad.json").write_text(json.dumps({"data": [{"paragraphs": paragraphs}]}))
     done, place = make(
         "question_answering", f"data={folder}/squad.json", "examples.max_length=32", "examples.max_question_length=8", "examples.doc_stride=8",
@@ -268,9 +268,9 @@ def test_question_answering(make: Make, folder: Path) -> None:
     assert done.metrics["valid/accuracy"] > 0.9
     found = evaluate(place, [str(folder / "squad.json")])
     assert found["task"] == "spans" and found["exact_match"] > 0.9 and found["f1"] > 0.9 and found["items"] == 160
-    said = list(predict(place, str(folder / "squad.json"), io.BytesIO()))
-    assert (said[0]["answer"], said[0]["start"]) == ("", -1)
-    assert said[1]["answer"] == GOOD[1] and said[1]["id"] == "1"
+    answers = list(predict(place, str(folder / "squad.json"), io.BytesIO()))
+    assert (answers[0]["answer"], message[0]["start"]) == ("", -1)
+    assert answers[1]["answer"] == GOOD[1] and message[1]["id"] == "1"
 
 
 def test_best_checkpoint_is_exported_and_patience_stops(folder: Path, tmp_path: Path) -> None:
@@ -311,8 +311,8 @@ def test_templates_make_text_to_text_of_a_table(folder: Path, tmp_path: Path) ->
     ]  # fmt: skip
     done = run(load("text_to_text", settings), tmp_path / "run", lambda _: None)
     assert done.steps == 2
-    said = CliRunner().invoke(app, ["predict", str(tmp_path / "run"), "-"], input="a warm film\n\na grim film\n")
-    rows = [json.loads(line) for line in said.stdout.splitlines()]
+    result = CliRunner().invoke(app, ["predict", str(tmp_path / "run"), "-"], input="a warm film\n\na grim film\n")
+    rows = [json.loads(line) for line in result.stdout.splitlines()]
     assert [row["row"] for row in rows] == [1, 2, 3] and "answer" in rows[0] and rows[1] == {"row": 2}
     found = evaluate(tmp_path / "run", [str(folder / "reviews.csv")])
     assert (found["task"], found["items"]) == ("answers", 120)

@@ -67,25 +67,25 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def error_of(name: str, settings: list[str], out: Path) -> str:
     with pytest.raises(UserError, match="another tokenizer") as error:
         run(load(name, [*settings, "max_steps=2", "precision=fp32", "batch.size=8", "sample_prompts=[]"]), out, quiet)
-    said = str(error.value)
-    assert "\n" not in said and "checkpoints" not in {path.name for path in out.iterdir()}
-    return said
+    message = str(error.value)
+    assert "\n" not in message and "checkpoints" not in {path.name for path in out.iterdir()}
+    return message
 
 
 def test_reward_model_with_other_tokenizer_is_rejected(place: Path, tmp_path: Path) -> None:
     """It would score the policy's ids as if they were its own (trl#1674, #3595, #6952)."""
     data = [f"data.path={place / 'prompts.jsonl'}", f"init_from={place / 'ours' / 'policy'}", "examples.rollout_size=8"]
     reward = f"examples.reward_model={place / 'theirs' / 'reward'}"
-    said = error_of("ppo", [*data, reward, "examples.num_epochs=1", "examples.max_new_tokens=4"], tmp_path / "run")
-    assert said.startswith("examples.reward_model:")
+    message = error_of("ppo", [*data, reward, "examples.num_epochs=1", "examples.max_new_tokens=4"], tmp_path / "run")
+    assert message.startswith("examples.reward_model:")
 
 
 def test_teacher_with_other_tokenizer_is_rejected(place: Path, tmp_path: Path) -> None:
     data = [f"data.path={place / 'labels.jsonl'}", f"init_from={place / 'ours' / 'encoder'}"]
     of = "base: {kind: partially_labeled, num_labeled: 4}"
     taught = f"examples={{kind: pseudo_labeled, teacher: {place / 'theirs' / 'teacher'}, {of}}}"
-    said = error_of("classification", [*data, taught, "objective=pseudo_labels"], tmp_path / "run")
-    assert said.startswith("examples.teacher:")
+    message = error_of("classification", [*data, taught, "objective=pseudo_labels"], tmp_path / "run")
+    assert message.startswith("examples.teacher:")
 
 
 @pytest.mark.parametrize("field", ["init_from", "init_embeddings_from"])
@@ -120,8 +120,8 @@ def test_adapter_with_other_tokenizer_is_rejected(place: Path, adapted: Path, tm
     """The base has the same config, so every matrix fits."""
     assert load_evaluated_model(adapted).model.config.vocab_size
     data = [f"data.path={place / 'prompts.jsonl'}", f"peft.init_from={adapted}", "peft.kind=lora"]
-    said = error_of("sft", [*data, f"init_from={place / 'theirs' / 'policy'}"], tmp_path / "run")
-    assert said.startswith(f"the adapter {adapted}")
+    message = error_of("sft", [*data, f"init_from={place / 'theirs' / 'policy'}"], tmp_path / "run")
+    assert message.startswith(f"the adapter {adapted}")
     moved = tmp_path / "moved"
     shutil.copytree(adapted, moved)
     config = json.loads((moved / "adapter_config.json").read_text())

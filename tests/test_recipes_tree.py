@@ -33,9 +33,9 @@ def test_published_recipes_round_trip_through_yaml(name: str, tmp_path: Path) ->
 
 def test_a_sum_of_objectives_is_a_list() -> None:
     both = NSP() + MLM(mlm_probability=0.2)
-    told = config_io.to_dict(both)
-    assert [one["kind"] for one in told] == ["nsp", "mlm"]
-    built = config_io.from_dict(Objective, told)
+    plain = config_io.to_dict(both)
+    assert [one["kind"] for one in plain] == ["nsp", "mlm"]
+    built = config_io.from_dict(Objective, plain)
     assert isinstance(built, Sum) and built == both
     assert config_io.from_dict(Objective, ["nsp", {"kind": "mlm", "mlm_probability": 0.2}]) == both
 
@@ -53,7 +53,7 @@ def test_yaml_numbers_that_look_like_text() -> None:
 
 
 @pytest.mark.parametrize(
-    ("yaml", "line", "said"),
+    ("yaml", "line", "message"),
     [
         ("name: x\nobjective: mlm\nexamples: chunks\nbatch:\n  siz: 3\n", 5, "did you mean 'size'"),
         ("name: x\nobjective: mlm\nexamples: chunks\nbatch: {size: many}\n", 4, "'many' does not fit"),
@@ -62,15 +62,15 @@ def test_yaml_numbers_that_look_like_text() -> None:
         ("name: x\nobjective: {kind: mlm, noise: nosuch}\nexamples: chunks\n", 2, "'nosuch' does not fit"),
     ],
 )
-def test_error_names_the_place(yaml: str, line: int, said: str, tmp_path: Path) -> None:
+def test_error_names_the_place(yaml: str, line: int, message: str, tmp_path: Path) -> None:
     path = tmp_path / "mine.yaml"
     path.write_text(yaml)
     with pytest.raises(UserError) as caught:
         load(str(path))
-    # An unknown field is told at the mapping it stands in, whose first line is its own or the one before.
+    # An unknown field is reported at its mapping, whose first line is its own or the one before.
     places = {f"{path}:{line}", f"{path}:{line - 1}", f"{path}:"}
     assert any(str(caught.value).startswith(p) for p in places), str(caught.value)
-    assert said in str(caught.value)
+    assert message in str(caught.value)
 
 
 def test_invalid_yaml_and_missing_file(tmp_path: Path) -> None:
@@ -140,7 +140,7 @@ def test_setting_on_a_sum_goes_to_its_component() -> None:
 
 
 @pytest.mark.parametrize(
-    ("settings", "said"),
+    ("settings", "message"),
     [
         (["objective.follow=0.2"], r"\[nsp, mlm\], and none has a field 'follow'; did you mean 'follows'\?"),
         (
@@ -150,8 +150,8 @@ def test_setting_on_a_sum_goes_to_its_component() -> None:
         (["samples.rate=0.2"], "samples"),
     ],
 )
-def test_ambiguous_setting_on_a_sum_is_rejected(settings: list[str], said: str) -> None:
-    with pytest.raises(UserError, match=said):
+def test_ambiguous_setting_on_a_sum_is_rejected(settings: list[str], message: str) -> None:
+    with pytest.raises(UserError, match=message):
         load("bert", settings)
 
 

@@ -106,7 +106,9 @@ def test_chat_rejects_a_long_line_and_continues(conversation: Path) -> None:
 
 
 def test_chat_rejects_an_answer_as_long_as_the_context(conversation: Path) -> None:
-    with pytest.raises(UserError, match=r"an answer of 128 tokens leaves no room .* choose fewer with --tokens"):
+    with pytest.raises(
+        UserError, match=r"an answer of 128 tokens leaves no room .* choose fewer with --max-new-tokens"
+    ):
         Conversation(conversation, Sampling(max_new_tokens=128))
 
 

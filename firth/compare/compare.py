@@ -1,7 +1,7 @@
 """The arena: recipes that learn from one text, with one tokenizer and equal compute, and are then asked the same.
 
-    firth compare roberta electra gpt t5 --flops 4e12 --seeds 3
-    firth compare gpt lstm data.path=mine/ --seconds 120 --probe none
+    firth compare roberta electra gpt t5 --max-flops 4e12 --seeds 3
+    firth compare gpt lstm data.path=mine/ --max-seconds 120 --probe none
 
 Every recipe is trained from nothing for each share of the compute and each seed. Each is then finetuned on the same labels
 (`Classification`, read where the shape has it read), beside the same shape from random numbers; asked for the same hidden
@@ -325,7 +325,7 @@ def _loaded(names: Sequence[str], settings: Sequence[str]) -> dict[str, Recipe]:
         if loaded[label].init_from:
             raise UserError(f"{name} {GOES_ON}")
     if not loaded:
-        raise UserError("name the recipes to compare, for example: firth compare roberta gpt --seconds 60")
+        raise UserError("name the recipes to compare, for example: firth compare roberta gpt --max-seconds 60")
     first, *rest = loaded
     for other in rest:
         if loaded[other].data != loaded[first].data:

@@ -1,12 +1,11 @@
-"""What the demo learns from: one small set of files, made from Shakespeare's plays or from a user's own folder.
+"""Data of the demo: one small set of files, made from Shakespeare's plays or from a user's own folder.
 
     train.jsonl, valid.jsonl           {"text"}: documents to pretrain on, and documents held out whole
-    labelled-train.jsonl, -valid       {"text", "label"}: a real label of passages; the held-out ones come from held-out documents
+    labeled-train.jsonl, -valid       {"text", "label"}: a real label of passages; the held-out ones come from held-out documents
     dialogues-train.jsonl, -valid      {"prompt", "completion"}: a cue and its answer
-    material.json                      the questions in words, and which true scorer judges an answer
+    material.json                      descriptions of the tasks, and the name of the ground-truth reward
 
-Every stage of the demo reads these files and nothing else, so whatever can be brought into this form walks the
-same path.
+Every stage of the demo reads these files and nothing else.
 """
 
 from __future__ import annotations
@@ -26,10 +25,17 @@ Row = dict[str, str]
 
 @dataclass(frozen=True)
 class DemoText:
-    """The stated questions of one demo. The files lie in `directory`.
+    """Descriptions of the data of one demo, for the terminal and the report.
 
-    held_out: names of the held-out documents, for the report. question: what the label asks. labels: its answers.
-    cue: what a dialogue asks. scorer: name in `firth.demo.scorers.SCORERS`. samples: beginnings to continue.
+    Args:
+        title: Name of the text.
+        held_out: Names of the held-out documents.
+        question: Description of the classification task.
+        labels: Its classes.
+        cue: Description of the dialogues.
+        scorer: Name in `firth.demo.scorers.SCORERS`.
+        samples: Prompts to continue.
+        bytes: UTF-8 bytes of the training text.
     """
 
     title: str
@@ -54,12 +60,12 @@ class DemoText:
 
 @dataclass(frozen=True)
 class DemoFiles:
-    """The rows that a maker of material hands over, before they are written."""
+    """The rows of a demo's files, before they are written."""
 
     train: Sequence[Row]
     valid: Sequence[Row]
-    labelled_train: Sequence[Row]
-    labelled_valid: Sequence[Row]
+    labeled_train: Sequence[Row]
+    labeled_valid: Sequence[Row]
     dialogues_train: Sequence[Row]
     dialogues_valid: Sequence[Row]
 

@@ -1,10 +1,10 @@
-"""The demo: the whole way once, on real text, in about six minutes on two cores.
+"""The demo: every stage once, on real text, in about seven minutes on two cores.
 
     1 subwords   2 three families pretrained   3 a finetuned task   4 instruction tuning
-    5 preferences and a reward model   6 PPO and DPO   7 report, models, what to type next
+    5 preferences and a reward model   6 PPO and DPO   7 report, models, next commands
 
-Every stage is an ordinary recipe in an ordinary run directory, so whatever the demo does a user can do with
-`firth train`, and an interrupted demo goes on where it was: finished stages return at once, a started one resumes.
+Every stage is an ordinary recipe in an ordinary run directory: a user can do the same with `firth train`, and an interrupted demo
+resumes. Finished stages return at once.
 """
 
 from __future__ import annotations
@@ -54,38 +54,56 @@ Facts = dict[str, Any]
 
 
 def run_demo(out: Path, *, text: Sequence[str] = (), size: str = "small", seed: int = 0, echo: Echo = print) -> Path:
-    """Do every stage that is not done yet in `out`; return the report.
+    """Run every stage that is not finished in `out`.
 
-    text: a user's own files or folders in place of the plays. Raises UserError for an unknown size, text that is too
-    small, and a directory that holds another demo.
+    Args:
+        out: Directory of the demo.
+        text: A user's own files or folders instead of the plays.
+        size: A name in SIZES.
+        seed: Seed of all stages.
+        echo: Prints a line.
+
+    Returns:
+        The path of the report.
+
+    Raises:
+        UserError: The size is unknown, the text is too small, or the directory holds another demo.
     """
     if size not in SIZES:
         raise UserError(f"there is no size {size!r} of the demo; there is {', '.join(SIZES)}")
     make_directory(out)
-    _same(out, {"text": [str(Path(t).resolve()) for t in text], "size": size, "seed": seed})
-    return _Walk(out, list(text), SIZES[size], seed, echo).whole()
+    _check_same(out, {"text": [str(Path(t).resolve()) for t in text], "size": size, "seed": seed})
+    return _Demo(out, list(text), SIZES[size], seed, echo).run()
 
 
-def _same(out: Path, asked: Facts) -> None:
+def _check_same(out: Path, settings: Facts) -> None:
+    """Raise a UserError if the directory holds a demo with other settings."""
     path = out / "demo.json"
     if not path.exists():
-        path.write_text(json.dumps(asked), "utf-8")
-    elif json.loads(path.read_text("utf-8")) != asked:
+        path.write_text(json.dumps(settings), "utf-8")
+    elif json.loads(path.read_text("utf-8")) != settings:
         raise UserError(
-            f"{out} holds a demo of other text, size or seed: delete it, or choose another place with --out"
+            f"{out} holds a demo of other text, size or seed: delete it, or choose another directory with --out"
         )
 
 
 def gapped(texts: Sequence[str], gap: str, missing: int, rng: random.Random) -> list[str]:
-    """Four of the texts of 8 to 24 words, or as many as there are, each with a gap where so many words stood; none that
-    spells the gap itself, as a text about models may.
+    """Return up to four texts of 8 to 24 words, with some words replaced by a gap.
+
+    Texts that contain the gap's own spelling are left out.
+
+    Args:
+        texts: Candidates.
+        gap: The mask token.
+        missing: Words to replace.
+        rng: Random numbers.
 
     >>> gapped(["so shaken as we are so wan with care", "a <mask> b c d e f g h"], "<mask>", 2, random.Random(0))
     ['so shaken as we <mask> wan with care']
     """
-    said = [text for text in texts if 8 <= len(text.split()) <= 24 and gap not in text]
+    candidates = [text for text in texts if 8 <= len(text.split()) <= 24 and gap not in text]
     found = []
-    for text in rng.sample(said, min(4, len(said))):
+    for text in rng.sample(candidates, min(4, len(candidates))):
         words = text.split()
         at = rng.randrange(1, len(words) - 2)
         words[at : at + missing] = [gap]
@@ -94,13 +112,13 @@ def gapped(texts: Sequence[str], gap: str, missing: int, rng: random.Random) -> 
 
 
 def text_of(texts: Mapping[bytes, str], prompt: np.ndarray) -> str:
-    """The text that a prompt (n,) was made of, by the bytes of its tokens."""
+    """Return the text of a prompt (n,), by the bytes of its tokens."""
     return texts[prompt.tobytes()]
 
 
 @dataclass
-class _Walk:
-    """One walk: where, on what, how large."""
+class _Demo:
+    """The stages of one demo."""
 
     out: Path
     text: list[str]
@@ -108,22 +126,23 @@ class _Walk:
     seed: int
     echo: Echo
 
-    def whole(self) -> Path:
+    def run(self) -> Path:
+        """Run all stages and return the report."""
         began = time.monotonic()
         self.material = self.material_made()
-        self.say(1, f"subwords from {self.material.title}, {self.material.bytes / 1e6:.1f} MB of text to learn from")
+        self.announce(1, f"subwords from {self.material.title}, {self.material.bytes / 1e6:.1f} MB of training text")
         self.tokenizer = self.subwords()
-        self.say(2, "an encoder, an encoder-decoder and a decoder learn from the raw text")
+        self.announce(2, "pretraining: an encoder, an encoder-decoder and a decoder")
         self.families = self.pretrained()
-        self.say(3, f"a real label: {self.material.question}")
+        self.announce(3, f"finetuning. {self.material.question}")
         self.classified()
-        self.say(4, f"instruction tuning. {self.material.cue}")
+        self.announce(4, f"instruction tuning. {self.material.cue}")
         self.instructed = self.tuned()
-        self.say(5, "pairwise preferences, and a reward model that learns them")
+        self.announce(5, "preferences, and a reward model")
         self.reward = self.rewarded()
-        self.say(6, "PPO and DPO from the same start")
+        self.announce(6, "PPO and DPO from the same start")
         self.aligned()
-        self.say(7, "the report")
+        self.announce(7, "the report")
         path = write(demo_report(self.out, self.material, self.size), self.out / "report.html")
         self.echo(f"\nDone in {time.monotonic() - began:.0f} s. Open {path}\nThen, for example:")
         activate = Path(sys.prefix, "bin", "activate")
@@ -133,7 +152,7 @@ class _Walk:
             self.echo(f"  {command.line}")
         return path
 
-    def say(self, number: int, what: str) -> None:
+    def announce(self, number: int, what: str) -> None:
         self.echo(f"\n[{number}/7] {what}")
 
     def once(self, name: str, make: Callable[[], Facts]) -> Facts:
@@ -166,9 +185,9 @@ class _Walk:
     def subwords(self) -> Tokenizer:
         place = self.out / "tokenizer"
         if not (place / "merges.json").exists():
-            plans = self.size.pretraining(self.size.vocab).values()
+            plans = self.size.pretraining(self.size.vocab_size).values()
             train_tokenizer(
-                [self.file("train")], place, algorithm="byte-bpe", vocab_size=self.size.vocab, seed=self.seed, echo=self.echo,
+                [self.file("train")], place, algorithm="byte-bpe", vocab_size=self.size.vocab_size, seed=self.seed, echo=self.echo,
                 num_sentinels=max(map(sentinels_of, plans)),
             )  # fmt: skip
         self.echo(inspection.report(place, WORDS, first=12))
@@ -205,10 +224,10 @@ class _Walk:
         """Held-out text in the form that the family reads."""
         if name == "decoder":
             return list(self.material.samples)
-        said = [row["completion"] for row in self.rows("dialogues-valid")]
+        completions = [row["completion"] for row in self.rows("dialogues-valid")]
         if name == "encoder":
-            return gapped(said, self.tokenizer.token(self.tokenizer.vocab.mask), 1, random.Random(self.seed))
-        return gapped(said, "<extra_id_0>", 2, random.Random(self.seed))
+            return gapped(completions, self.tokenizer.token(self.tokenizer.vocab.mask), 1, random.Random(self.seed))
+        return gapped(completions, "<extra_id_0>", 2, random.Random(self.seed))
 
     def answers(self, name: str, opened: LoadedModel, prompts: Sequence[str]) -> list[str]:
         if name == "encoder":
@@ -241,13 +260,13 @@ class _Walk:
     # 3
 
     def classified(self) -> None:
-        source = DataConfig(path=(self.file("labelled-train"),), validation_path=(self.file("labelled-valid"),))
-        base = self.size.classify(finetuning.classification())
+        source = DataConfig(path=(self.file("labeled-train"),), validation_path=(self.file("labeled-valid"),))
+        base = self.size.finetune(finetuning.classification())
         config = load_model(self.families["encoder"].model).config
         plan = TokenizerConfig(path=str(self.out / "tokenizer"))
         for name, begins in (
-            ("classify-pretrained", {"init_from": str(self.out / "encoder")}),
-            ("classify-scratch", {"model": config}),
+            ("classification-pretrained", {"init_from": str(self.out / "encoder")}),
+            ("classification-scratch", {"model": config}),
         ):
             recipe = dataclasses.replace(base, name=name, data=source, seed=self.seed, tokenizer=plan, **begins)
             done = run(recipe, self.out / name, echo=self.echo)
@@ -258,35 +277,34 @@ class _Walk:
     def tuned(self) -> Path:
         source = DataConfig(path=(self.file("dialogues-train"),), validation_path=(self.file("dialogues-valid"),))
         recipe = dataclasses.replace(
-            self.size.instruct(post_training.sft()),
-            name="instruct",
+            self.size.sft(post_training.sft()),
+            name="sft",
             data=source,
             init_from=str(self.out / "decoder"),
             seed=self.seed,
         )
-        run(recipe, self.out / "instruct", echo=self.echo)
-        found = self.once("samples-instruct", self.dialogues)
+        run(recipe, self.out / "sft", echo=self.echo)
+        found = self.once("samples-sft", self.dialogues)
         for sample in found["samples"][:2]:
             self.echo(f"  {sample['prompt']!r}\n    before: {sample['before']!r}\n    after:  {sample['after']!r}")
-        return self.out / "instruct"
+        return self.out / "sft"
 
-    def asked(self, part: str, n: int) -> list[dict[str, Any]]:
+    def prompt_rows(self, part: str, n: int) -> list[dict[str, Any]]:
         """The first n rows of dialogues whose prompts leave room for an answer."""
         rows = self.rows(f"dialogues-{part}")
-        room = self.size.context - self.size.answer
+        room = self.size.max_positions - self.size.answer
         return [r for r in rows if len(self.prompt(r["prompt"])) <= room][:n]
 
     def prompt(self, text: str) -> np.ndarray:
         return chat.encode(self.tokenizer, [{"role": "user", "content": text}], open=True)[0]
 
     def dialogues(self) -> Facts:
-        prompts = [row["prompt"] for row in self.asked("valid", 4)]
+        prompts = [row["prompt"] for row in self.prompt_rows("valid", 4)]
         answers = []
-        for name in ("decoder", "instruct"):
+        for name in ("decoder", "sft"):
             opened = open_run(self.out / name)
             read = [
-                self.prompt(p) if name == "instruct" else encode_prompt(self.tokenizer, p, opened.model)
-                for p in prompts
+                self.prompt(p) if name == "sft" else encode_prompt(self.tokenizer, p, opened.model) for p in prompts
             ]
             sampling = self.legible(self.size.answer)
             answers.append([c.text for c in opened.engine.generate(read, sampling)])
@@ -307,21 +325,21 @@ class _Walk:
         source = DataConfig(path=(self.file("preferences-train"),), validation_path=(self.file("preferences-valid"),))
         recipe = dataclasses.replace(
             self.size.reward(post_training.reward_model()),
-            name="reward",
+            name="reward_model",
             data=source,
             init_from=str(self.instructed),
             seed=self.seed,
         )
-        done = run(recipe, self.out / "reward", echo=self.echo)
+        done = run(recipe, self.out / "reward_model", echo=self.echo)
         self.echo(f"  the reward model agrees with {done.metrics['valid/accuracy']:.1%} of the held-out comparisons")
-        return self.out / "reward"
+        return self.out / "reward_model"
 
     def preferences(self) -> Facts:
         """Two answers to each prompt, compared by the true scorer with a stated inconstancy (Bradley-Terry)."""
         model = load_model(self.instructed / "model")
         counts: Facts = {}
         for part, n in (("train", self.size.comparisons), ("valid", self.size.held_comparisons)):
-            requests = [row["prompt"] for row in self.asked(part, n)]
+            requests = [row["prompt"] for row in self.prompt_rows(part, n)]
             prompts = [self.prompt(text) for text in requests]
             texts = {prompt.tobytes(): text for prompt, text in zip(prompts, requests, strict=True)}
             first, second = (self.drawn(model, prompts, self.seed + s) for s in (1, 100_001))
@@ -361,16 +379,16 @@ class _Walk:
             )
 
     def alignment(self) -> Facts:
-        """True reward, learnt reward and KL to the reference of all three, on the same held-out prompts."""
+        """Return true reward, learned reward and KL to the reference of all three, on the same held-out prompts."""
         reference = load_model(self.instructed / "model")
-        held = self.asked("valid", self.size.judged)
+        held = self.prompt_rows("valid", self.size.judged)
         prompts = [self.prompt(row["prompt"]) for row in held]
         judge = RewardModel(load_model(self.reward / "model"))
         judge = judge.normalized(self.drawn(reference, prompts, self.seed + 9))
         phase = RolloutConfig(rollout_size=len(prompts), max_new_tokens=self.size.answer, steps=1)
         models: Facts = {}
         texts: dict[str, list[str]] = {}
-        for name in ("instruct", "ppo", "dpo"):
+        for name in ("sft", "ppo", "dpo"):
             policy = load_model(self.out / name / "model")
             source = RolloutSource(
                 prompts, self.tokenizer, judge, reference, phase=phase, truth=self.truth(), seed=self.seed + 7

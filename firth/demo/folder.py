@@ -1,7 +1,7 @@
-"""A user's own folder of text as material for the demo: the same stages, with questions that any text can answer.
+"""Data of the demo from a user's own folder of text.
 
-The label is the document a passage comes from, where there are several large enough, and else the third of the
-text it stands in. A dialogue is a paragraph and the one that follows it.
+The label is the document that a passage comes from, if several are large enough, else the third of the text it is in. A dialogue is a
+paragraph and the one that follows it.
 """
 
 from __future__ import annotations
@@ -15,32 +15,32 @@ from firth.corpora.readers import documents
 from firth.demo.data import DemoFiles, DemoText, Row, balanced, write
 from firth.types import UserError
 
-SMALLEST = 50_000  # bytes: below this there is nothing to learn in minutes, and no held-out text to measure it on
+MIN_BYTES = 50_000  # with less there is nothing to learn in minutes, and too little held-out text
 
 
 def make(paths: list[str], directory: Path, *, labels: int = 300, held_labels: int = 1500, seed: int = 0) -> DemoText:
     """Write the demo's files from the documents under `paths` into `directory`.
 
-    Raises UserError where the text is smaller than SMALLEST bytes.
+    Raises UserError where the text is smaller than MIN_BYTES bytes.
     """
     rng = random.Random(seed)
     texts = {d.name: d.text for d in documents(paths)}
     size = sum(len(t.encode()) for t in texts.values())
-    if size < SMALLEST:
-        raise UserError(f"{paths[0]}: {size} bytes of text are too little for the demo; give it {SMALLEST} or more")
+    if size < MIN_BYTES:
+        raise UserError(f"{paths[0]}: {size} bytes of text are too little for the demo; give it {MIN_BYTES} or more")
     train, valid = _hold_out(texts, rng)
     names, question = _question(train)
-    labelled = {part: _labelled(rows, names, rng) for part, rows in (("train", train), ("valid", valid))}
+    labeled = {part: _labeled(rows, names, rng) for part, rows in (("train", train), ("valid", valid))}
     if len(names) == 3 and names[0] == "beginning":
         # Thirds of the text: label paragraphs before they are divided, and hold every tenth paragraph out.
         everything = _thirds(texts)
-        labelled = {"train": [r for i, r in enumerate(everything) if i % 10], "valid": everything[::10]}
+        labeled = {"train": [r for i, r in enumerate(everything) if i % 10], "valid": everything[::10]}
     dialogues = [_dialogues(rows) for rows in (train, valid)]
     for rows in dialogues:
         rng.shuffle(rows)
     beginnings = [" ".join(p.split()[:4]) + " " for row in valid for p in _paragraphs(row["text"])][:3]
     files = DemoFiles(
-        train, valid, balanced(labelled["train"], labels, rng), balanced(labelled["valid"], held_labels, rng),
+        train, valid, balanced(labeled["train"], labels, rng), balanced(labeled["valid"], held_labels, rng),
         dialogues[0], dialogues[1][:400],
     )  # fmt: skip
     return write(
@@ -97,7 +97,7 @@ def _passages(text: str) -> list[str]:
     return [" ".join(p.split()) for p in _paragraphs(text) if len(p) >= 80]
 
 
-def _labelled(rows: list[Row], names: list[str], rng: random.Random) -> list[Row]:
+def _labeled(rows: list[Row], names: list[str], rng: random.Random) -> list[Row]:
     found = [{"text": p, "label": r["name"]} for r in rows if r["name"] in names for p in _passages(r["text"])]
     rng.shuffle(found)
     return found

@@ -1,4 +1,4 @@
-"""Shakespeare's plays as material for the demo: whole plays held out, questions and statements, cues with their answers."""
+"""Data of the demo from Shakespeare's plays: whole plays held out, questions and statements, cues with their answers."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ def make(plays: Path, directory: Path, *, labels: int = 300, held_labels: int = 
     valid: list[Row] = []
     for path in sorted(plays.glob("*.txt")):
         (valid if path.stem in HELD_OUT else train).append({"text": path.read_text("utf-8"), "name": path.stem})
-    labelled: dict[bool, list[Row]] = {True: [], False: []}
+    labeled: dict[bool, list[Row]] = {True: [], False: []}
     dialogues: dict[bool, list[Row]] = {True: [], False: []}
     before: dict[str, str] = {}
     for speech in _speeches(plays / "speeches.jsonl"):
         held = speech["play"] in HELD_OUT
         text = speech["text"]
-        labelled[held] += sentences(text)
+        labeled[held] += sentences(text)
         if before.get("play") == speech["play"] and before["speaker"] != speech["speaker"]:
             cue, answer = " ".join(before["text"].split()), " ".join(text.split())
             if 10 <= len(cue) <= 300 and 10 <= len(answer) <= 200:
@@ -36,7 +36,7 @@ def make(plays: Path, directory: Path, *, labels: int = 300, held_labels: int = 
     rng.shuffle(dialogues[False])
     rng.shuffle(dialogues[True])
     files = DemoFiles(
-        train, valid, balanced(labelled[False], labels, rng), balanced(labelled[True], held_labels, rng),
+        train, valid, balanced(labeled[False], labels, rng), balanced(labeled[True], held_labels, rng),
         dialogues[False], dialogues[True][:400],
     )  # fmt: skip
     return write(
@@ -45,9 +45,9 @@ def make(plays: Path, directory: Path, *, labels: int = 300, held_labels: int = 
         DemoText(
             title="Shakespeare's plays",
             held_out=HELD_OUT,
-            question="Is this sentence a question or a statement? (the mark at its end is taken away)",
+            question="Is this sentence a question or a statement? (its last mark is removed)",
             labels=("question", "statement"),
-            cue="A speaker's name and the cue that was given; the answer is what that speaker says next.",
+            cue="A speaker's name and the cue that was given; the answer is the next words of that speaker.",
             scorer="thou",
             samples=("O, what a ", "My lord, the king is ", "Enter "),
             bytes=sum(len(row["text"].encode()) for row in train),

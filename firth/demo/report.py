@@ -30,19 +30,20 @@ FAMILIES = {
 def demo_report(out: Path, material: DemoText, size: DemoSize) -> Report:
     """Everything the walk left in `out`, as one page."""
     held = {
-        name: last(out, name) for name in (*FAMILIES, "classify-pretrained", "classify-scratch", "instruct", "reward")
+        name: last(out, name)
+        for name in (*FAMILIES, "classification-pretrained", "classification-scratch", "sft", "reward_model")
     }
     models = finding(out, "alignment")["models"]
-    pretrained, scratch = held["classify-pretrained"]["accuracy"], held["classify-scratch"]["accuracy"]
+    pretrained, scratch = held["classification-pretrained"]["accuracy"], held["classification-scratch"]["accuracy"]
     seconds = sum(json.loads((out / name / "done.json").read_text("utf-8"))["seconds"] for name in runs(out))
     numbers = [
         StatCell("held-out bits per byte, decoder", held["decoder"]["bits_per_byte"], "8 = no model at all"),
         StatCell("classifier, pretrained", f"{pretrained:.1%}", f"the same model from random weights: {scratch:.1%}"),
-        StatCell("reward model", f"{held['reward']['accuracy']:.1%}", "of the held-out comparisons"),
+        StatCell("reward model", f"{held['reward_model']['accuracy']:.1%}", "of the held-out comparisons"),
         StatCell(
             "true reward, PPO",
             models["ppo"]["truth"],
-            f"before {models['instruct']['truth']:.2f}, DPO {models['dpo']['truth']:.2f}",
+            f"before {models['sft']['truth']:.2f}, DPO {models['dpo']['truth']:.2f}",
         ),
     ]
     return Report(
@@ -64,7 +65,7 @@ def demo_report(out: Path, material: DemoText, size: DemoSize) -> Report:
         commands=commands(out, material),
         facts={
             "text": material.title,
-            "learnt from": f"{material.bytes:,} bytes",
+            "trained on": f"{material.bytes:,} bytes",
             "seconds of training": f"{seconds:.0f}",
         },
     )
@@ -110,7 +111,7 @@ def subwords(out: Path) -> Section:
         f"to {tokenizer.vocab.size} ids. No word is unknown: what was never seen falls into pieces that were. "
         "(␣ is a blank, ⏎ a line break.)",
         tables=[
-            Table("The first merges, in the order they were learnt", ["#", "pair", "piece", "count"], rows),
+            Table("The first merges, in the order they were learned", ["#", "pair", "piece", "count"], rows),
             Table("How unseen words split", ["word", "pieces"], words),
         ],
     )
@@ -134,7 +135,7 @@ def pretraining(out: Path, held: Mapping[str, Mapping[str, float]]) -> Section:
         + f"\n\nThe losses ask different questions and cannot be compared with each other, only with the untrained "
         f"model's {chance:.2f} nats, the logarithm of the vocabulary.",
         figures=[
-            curves(out, [(n, n) for n in FAMILIES], "loss", "Loss on held-out text", "nats per asked token",
+            curves(out, [(n, n) for n in FAMILIES], "loss", "Loss on held-out text", "nats per predicted token",
                    level=Level("untrained", chance)),
         ],
         tables=[Table("Pretraining", ["model", "steps", "tokens", "seconds", "held-out loss"], rows)],
@@ -143,11 +144,14 @@ def pretraining(out: Path, held: Mapping[str, Mapping[str, float]]) -> Section:
 
 
 def finetuning(out: Path, material: DemoText, held: Mapping[str, Mapping[str, float]]) -> Section:
-    labelled = len(read_rows(out / "material" / "labelled-train.jsonl"))
-    tested = len(read_rows(out / "material" / "labelled-valid.jsonl"))
-    names = [("classify-pretrained", "from the pretrained encoder"), ("classify-scratch", "from random weights")]
+    labelled = len(read_rows(out / "material" / "labeled-train.jsonl"))
+    tested = len(read_rows(out / "material" / "labeled-valid.jsonl"))
+    names = [
+        ("classification-pretrained", "from the pretrained encoder"),
+        ("classification-scratch", "from random weights"),
+    ]
     rows: list[list[Cell]] = [[label, held[name]["accuracy"], held[name]["loss"]] for name, label in names]
-    gain = held["classify-pretrained"]["accuracy"] - held["classify-scratch"]["accuracy"]
+    gain = held["classification-pretrained"]["accuracy"] - held["classification-scratch"]["accuracy"]
     verdict = (
         f"The starting point is worth {gain * 100:.0f} points of accuracy." if gain > 0.02
         else "Here the starting point made no clear difference: the pretraining was too short, or the label too easy."
@@ -166,12 +170,12 @@ def finetuning(out: Path, material: DemoText, held: Mapping[str, Mapping[str, fl
 def instruction(out: Path, material: DemoText) -> Section:
     samples = [
         TextSample(s["prompt"], {"before": s["before"], "after": s["after"]})
-        for s in finding(out, "samples-instruct")["samples"]
+        for s in finding(out, "samples-sft")["samples"]
     ]
     return Section(
         "Instruction tuning",
         f"{material.cue} The decoder learns only what the answer says, and the token that ends it.",
-        figures=[curves(out, [("instruct", "instruct")], "loss", "Loss on held-out answers", "nats per token")],
+        figures=[curves(out, [("sft", "sft")], "loss", "Loss on held-out answers", "nats per token")],
         samples=samples,
     )
 
@@ -184,23 +188,22 @@ def preferences(out: Path, held: Mapping[str, Mapping[str, float]], size: DemoSi
         f"stated function of the text (`firth.demo.scorers`); he prefers the first with probability "
         f"sigma((score_1 - score_2) / {size.noise:g}), so he is not always of one mind: {counts['train-agree']:.0%} of his choices "
         f"have the higher score. {counts['train']} comparisons to learn from, {counts['valid']} held out. The reward model agrees with "
-        f"{held['reward']['accuracy']:.1%} of the held-out ones; nobody could agree with many more than {counts['valid-agree']:.0%}.",
+        f"{held['reward_model']['accuracy']:.1%} of the held-out ones; nobody could agree with many more than {counts['valid-agree']:.0%}.",
         figures=[
-            curves(out, [("reward", "reward model")], "accuracy", "Agreement with held-out comparisons", "share",
+            curves(out, [("reward_model", "reward model")], "accuracy", "Agreement with held-out comparisons", "share",
                    level=Level("chance", 0.5)),
         ],
     )  # fmt: skip
 
 
 def alignment(out: Path, models: Facts, material: DemoText) -> Section:
-    names = {"instruct": "before", "dpo": "DPO", "ppo": "PPO"}
+    names = {"sft": "before", "dpo": "DPO", "ppo": "PPO"}
     rows = [
         [names[n], m["truth"], m["reward"], m["kl_per_answer"], m["length"], m["finished"]] for n, m in models.items()
     ]
     found = finding(out, "alignment")
     samples = [
-        TextSample(s["prompt"], {"before": s["instruct"], "DPO": s["dpo"], "PPO": s["ppo"]})
-        for s in found["samples"][:4]
+        TextSample(s["prompt"], {"before": s["sft"], "DPO": s["dpo"], "PPO": s["ppo"]}) for s in found["samples"][:4]
     ]
     phases = metric_rows(out / "ppo" / "metrics.jsonl")
     figures = []

@@ -1,6 +1,6 @@
-"""How large a demo is: the recipes of its stages at two sizes.
+"""Sizes of the demo: the recipes of its stages.
 
-small is meant to be watched: about six minutes on two cores. tiny checks that the path is whole, in a test.
+small takes about seven minutes on two cores. tiny is for tests.
 """
 
 from __future__ import annotations
@@ -23,22 +23,34 @@ from firth.train.schedule import Budget
 
 @dataclass(frozen=True)
 class DemoSize:
-    """vocab, width, depth, context of the models. Steps of each stage. labels, held_labels: labelled passages to learn
-    from and to be tested on, at most.
+    """Size of a demo.
 
-    comparisons, held_comparisons: prompts that two answers are drawn for. noise: the judge's inconstancy, in units of
-    true score. answer, sample: most tokens of an answer and of a printed sample. judged: held-out prompts at the end.
+    Args:
+        vocab_size: Size of the tokenizer.
+        hidden_size: Width of the models.
+        num_layers: Layers of the encoder and the decoder.
+        max_positions: Longest sequence.
+        steps: Pretraining steps of encoder, encoder-decoder and decoder.
+        labels: Labeled passages to train on, at most.
+        held_labels: Labeled passages to evaluate on, at most.
+        finetune_steps: Finetuning steps; the next four likewise for each stage.
+        comparisons: Prompts for which two answers are sampled and compared.
+        held_comparisons: The same, held out.
+        noise: Standard deviation of the noise in the simulated preferences, in units of the true reward.
+        answer: Most tokens of an answer.
+        sample: Most tokens of a printed sample.
+        judged: Held-out prompts for the final comparison.
     """
 
-    vocab: int = 4096
-    width: int = 128
-    depth: int = 3
-    context: int = 256
+    vocab_size: int = 4096
+    hidden_size: int = 128
+    num_layers: int = 3
+    max_positions: int = 256
     steps: tuple[int, int, int] = (1300, 480, 600)
     labels: int = 300
     held_labels: int = 1500
-    classify_steps: int = 60
-    instruct_steps: int = 120
+    finetune_steps: int = 60
+    sft_steps: int = 120
     reward_steps: int = 60
     dpo_steps: int = 80
     ppo_steps: int = 60
@@ -51,7 +63,12 @@ class DemoSize:
 
     def pretraining(self, vocab: int) -> dict[str, Recipe]:
         """The three families, smallest shapes that still show what each learns."""
-        of = {"vocab_size": vocab, "hidden_size": self.width, "num_layers": self.depth, "max_positions": self.context}
+        of = {
+            "vocab_size": vocab,
+            "hidden_size": self.hidden_size,
+            "num_layers": self.num_layers,
+            "max_positions": self.max_positions,
+        }
         mlm, spans, causal = self.steps
         evaluation = EvalConfig(every=max(50, causal // 4), max_examples=128)
         checkpoint = CheckpointConfig(every=100, keep=1)
@@ -62,7 +79,7 @@ class DemoSize:
                 budget=Budget(max_steps=mlm), evaluation=evaluation, checkpoint=checkpoint,
             ),
             "encoder-decoder": dataclasses.replace(
-                t5("small"), model=encoder_decoder_config(**(of | {"num_layers": max(1, self.depth - 1)})),
+                t5("small"), model=encoder_decoder_config(**(of | {"num_layers": max(1, self.num_layers - 1)})),
                 examples=ChunksConfig(max_length=96, add_special_tokens=False), batch=BatchConfig(size=24),
                 budget=Budget(max_steps=spans), evaluation=evaluation, checkpoint=checkpoint,
             ),
@@ -72,17 +89,17 @@ class DemoSize:
             ),
         }  # fmt: skip
 
-    def classify(self, recipe: Recipe) -> Recipe:
+    def finetune(self, recipe: Recipe) -> Recipe:
         return dataclasses.replace(
-            recipe, examples=LabeledConfig(max_length=48), batch=BatchConfig(size=32), budget=Budget(max_steps=self.classify_steps),
+            recipe, examples=LabeledConfig(max_length=48), batch=BatchConfig(size=32), budget=Budget(max_steps=self.finetune_steps),
             optimizer=dataclasses.replace(recipe.optimizer, lr=5e-4),
-            evaluation=EvalConfig(every=max(1, self.classify_steps // 4), max_examples=2000), checkpoint=CheckpointConfig(every=0, keep=1),
+            evaluation=EvalConfig(every=max(1, self.finetune_steps // 4), max_examples=2000), checkpoint=CheckpointConfig(every=0, keep=1),
         )  # fmt: skip
 
-    def instruct(self, recipe: Recipe) -> Recipe:
+    def sft(self, recipe: Recipe) -> Recipe:
         return dataclasses.replace(
-            recipe, examples=DialoguesConfig(max_length=self.context // 2), budget=Budget(max_steps=self.instruct_steps),
-            evaluation=EvalConfig(every=max(1, self.instruct_steps // 4), max_examples=200), checkpoint=CheckpointConfig(every=100, keep=1),
+            recipe, examples=DialoguesConfig(max_length=self.max_positions // 2), budget=Budget(max_steps=self.sft_steps),
+            evaluation=EvalConfig(every=max(1, self.sft_steps // 4), max_examples=200), checkpoint=CheckpointConfig(every=100, keep=1),
         )  # fmt: skip
 
     def reward(self, recipe: Recipe) -> Recipe:
@@ -100,7 +117,7 @@ class DemoSize:
 
     def ppo(self, recipe: Recipe, *, reward: str, scorer: str) -> Recipe:
         examples = RolloutsConfig(rollout_size=64, num_epochs=2, max_new_tokens=self.answer, reward_model=reward, true_reward_function=scorer, kl_coef=0.05,
-                           max_prompt_length=self.context - self.answer)  # fmt: skip
+                           max_prompt_length=self.max_positions - self.answer)  # fmt: skip
         return dataclasses.replace(
             recipe,
             examples=examples,
@@ -112,7 +129,7 @@ class DemoSize:
 SIZES = {
     "small": DemoSize(),
     "tiny": DemoSize(
-        vocab=600, width=32, depth=1, context=128, steps=(4, 4, 4), labels=40, held_labels=60, classify_steps=4, instruct_steps=4,
+        vocab_size=600, hidden_size=32, num_layers=1, max_positions=128, steps=(4, 4, 4), labels=40, held_labels=60, finetune_steps=4, sft_steps=4,
         reward_steps=3, dpo_steps=3, ppo_steps=4, comparisons=24, held_comparisons=12, answer=8, sample=8, judged=8,
     ),
 }  # fmt: skip

@@ -55,7 +55,7 @@ def _refuse_many(runs: int, sentinels: np.ndarray) -> None:
     if runs >= len(sentinels):
         raise UserError(
             f"{runs} dropped spans take {runs + 1} sentinels (<extra_id_0>, ...), and the tokenizer has {len(sentinels)}: "
-            f"train one with `firth tokenizer train --sentinels {max(100, 2 * runs)}` (or leave out tokenizer.path), or "
+            f"train one with `firth tokenizer train --num-sentinels {max(100, 2 * runs)}` (or leave out tokenizer.path), or "
             "give shorter texts (examples.max_length)"
         )
 

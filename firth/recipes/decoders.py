@@ -1,7 +1,7 @@
 """Decoders that predict the next token: GPT, GPT-2, GPT-3 and Llama.
 
 The tiny sizes of gpt2, gpt3 and llama have the layers of their papers, so that four generations of decoders can be compared on
-one's own text: `firth compare gpt gpt2 llama --seconds 120`. Held-out bits per byte are of one seed on an older CPU
+one's own text: `firth compare gpt gpt2 llama --max-seconds 120`. Held-out bits per byte are of one seed on an older CPU
 (docs/results/tiny-recipes.md); 2.92 is the level of word frequencies, 3.86 of an untrained model.
 
 Small data that is read many times overfits. Dropout and weight decay delay that, for about a third more time per step:

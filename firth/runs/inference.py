@@ -424,7 +424,7 @@ class Conversation:
         if self.sampling.max_new_tokens >= context:
             raise UserError(
                 f"an answer of {self.sampling.max_new_tokens} tokens leaves no room for a question in this model's context of "
-                f"{context}: choose fewer with --tokens"
+                f"{context}: choose fewer with --max-new-tokens"
             )
         if self.system:
             self.messages.insert(0, {"role": "system", "content": self.system})
@@ -447,7 +447,7 @@ class Conversation:
                 raise PromptTooLongError(
                     f"this line makes a prompt of {len(prompt)} tokens, which leaves no room for an answer of "
                     f"{self.sampling.max_new_tokens} in a context of {self.opened.model.context}: shorten it, or ask for fewer "
-                    "--tokens"
+                    "--max-new-tokens"
                 )
             del kept[first : first + 2]
             dropped += 1

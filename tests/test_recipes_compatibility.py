@@ -55,13 +55,13 @@ def test_only_incompatible_objectives_are_rejected(name: str, noun: str) -> None
         return
     with pytest.raises(UserError) as refusal:
         check_pattern(objective, config)
-    said = str(refusal.value)
-    assert f"objective {name} " in said
+    message = str(refusal.value)
+    assert f"objective {name} " in message
     if objective.attention_pattern() in config.supported_patterns:
-        assert "cannot be trained with this model: " in said and "set " in said
+        assert "cannot be trained with this model: " in message and "set " in message
         return
-    assert noun in said
-    offered = said.rpartition("serves: ")[2].split(", ")
+    assert noun in message
+    offered = message.rpartition("serves: ")[2].split(", ")
     assert offered and name not in offered
     for other in offered:
         check_pattern(objectives.find(other)(), config)
@@ -107,9 +107,9 @@ def error_of(name: str, settings: list[str]) -> str:
     return ""
 
 
-def with_suggestion(name: str, settings: list[str], said: str) -> tuple[str, list[str]]:
+def with_suggestion(name: str, settings: list[str], message: str) -> tuple[str, list[str]]:
     """Return a recipe with the first suggestion of its error applied."""
-    remedy = said.partition(", or take")[0].rpartition(": ")[2]
+    remedy = message.partition(", or take")[0].rpartition(": ")[2]
     if found := re.search(r"use the recipe (\w+)", remedy):
         return found[1], [settings[0]]
     written = re.findall(r"(?:model|objective)[.\w]*=(?:\[.*\]|[\w.]+)", remedy)
@@ -138,11 +138,11 @@ def test_suggestions_of_errors_work(name: str) -> None:
     for objective in objectives.OBJECTIVES:
         recipe, settings = name, [f"objective={objective}"]
         for _ in range(4):
-            if not (said := error_of(recipe, settings)):
+            if not (message := error_of(recipe, settings)):
                 break
-            assert ": " in said and "\n" not in said
-            recipe, settings = with_suggestion(recipe, settings, said)
-        assert not said or objective == "ranking", (name, objective, said)
+            assert ": " in message and "\n" not in message
+            recipe, settings = with_suggestion(recipe, settings, message)
+        assert not message or objective == "ranking", (name, objective, message)
 
 
 @pytest.mark.parametrize(
@@ -159,9 +159,9 @@ def test_suggestions_of_errors_work(name: str) -> None:
     ],
 )
 def test_suggestions_fit_the_model(name: str, objective: str, remedy: str) -> None:
-    said = error_of(name, [f"objective={objective}"])
-    assert f": {remedy}, or take" in said
-    others = said.rpartition("serves: ")[2].split(", ")
+    message = error_of(name, [f"objective={objective}"])
+    assert f": {remedy}, or take" in message
+    others = message.rpartition("serves: ")[2].split(", ")
     assert others and all(not error_of(name, [f"objective={other}"]) for other in others)
 
 

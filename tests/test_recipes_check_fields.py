@@ -76,8 +76,8 @@ class Place:
         place = self.folder / "cut" / (objectives.name_of(type(objective)) if name == "pseudo_labeled" else "")
         data = RunData(source, self.tokenizer, place, start, batch_size=2, echo=lambda _: None)
         examples = self.segment(name, objective)
-        told = examples.configure_objective(objective, data).for_model(config)
-        return examples.build(data, told), told
+        objective = examples.configure_objective(objective, data).for_model(config)
+        return examples.build(data, objective), objective
 
 
 def random_sentence(rng: np.random.Generator, n: int = 9) -> str:
@@ -108,8 +108,10 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
     ids, ends = {"prompt": [60, 61], "chosen": [50, 51], "rejected": [50, 51]}, {"chosen": True, "rejected": True}
     texts_of = {"prompt": "y", "chosen": "x", "rejected": "x", "margin": 1.0}
     write("sampled_preferences", lambda i: texts_of | {"tokens": ids, "finished": ends})
-    asked = [{"id": str(i), "question": "who?", "answers": {"text": ["otter"], "answer_start": [4]}} for i in range(6)]
-    write("questions", lambda i: asked[i % 6] | {"context": "the otter swims", "title": str(i)})
+    questions = [
+        {"id": str(i), "question": "who?", "answers": {"text": ["otter"], "answer_start": [4]}} for i in range(6)
+    ]
+    write("questions", lambda i: questions[i % 6] | {"context": "the otter swims", "title": str(i)})
     train_tokenizer(
         [str(texts)], folder / "tok", algorithm="byte-bpe", vocab_size=400, num_sentinels=100, echo=lambda _: None
     )
@@ -126,14 +128,14 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
 def trained(place: Place, name: str, objective: Objective) -> dict[str, torch.Tensor]:
     """Train one step in fp32 and one in bf16; return the losses of the latter."""
     config = SHAPES[objective.attention_pattern()]
-    cut, told = place.cut(name, objective, config)
+    cut, objective = place.cut(name, objective, config)
     torch.manual_seed(0)
-    model = LM(config, told.heads(config))
+    model = LM(config, objective.heads(config))
     cut.train.prepare(model, 0)
     vocab = place.tokenizer.vocab.with_decoder_start(config.decoder_start_token)
-    batches = Batches(cut.train, told, vocab, batch_size=2, seed=0).batches(0)
-    step(model, told, batches)
-    return step(model, told, batches, precision=casts("bf16", torch.device("cpu")))
+    batches = Batches(cut.train, objective, vocab, batch_size=2, seed=0).batches(0)
+    step(model, objective, batches)
+    return step(model, objective, batches, precision=casts("bf16", torch.device("cpu")))
 
 
 @pytest.mark.parametrize("name", EXAMPLES)
@@ -150,9 +152,9 @@ def test_ref_logprobs_report_missing_validation(place: Place) -> None:
     assert cut.validation is None and "nothing is held out of 12" in cut.no_validation_reason
 
 
-def suggestions(objective: Objective, segment: str, said: str) -> list[tuple[Objective, str]]:
+def suggestions(objective: Objective, segment: str, message: str) -> list[tuple[Objective, str]]:
     """Return the suggestions of an error: pairs of an objective and a kind of examples."""
-    remedy = said.rpartition(": ")[2]
+    remedy = message.rpartition(": ")[2]
     if found := re.search(r"objective=\[(\w+), (\w+)\]", remedy):
         objective = objectives.find(found[1])() + objectives.find(found[2])()
     segments = re.findall(r"examples=(\w+)", remedy)
@@ -166,9 +168,9 @@ def test_accepted_combinations_train(place: Place, name: str, segment: str) -> N
     try:
         check_fields(objective, place.segment(segment, objective))
     except UserError as refusal:
-        said = str(refusal)
-        assert f"objective {name} " in said and "\n" not in said
-        remedies = suggestions(objective, segment, said)
+        message = str(refusal)
+        assert f"objective {name} " in message and "\n" not in message
+        remedies = suggestions(objective, segment, message)
         assert remedies
         for one, other in remedies:
             check_fields(one, place.segment(other, one))

@@ -28,7 +28,7 @@ def resolved_batch(folder: Path, name: str, *settings: str) -> dict[str, object]
 
 @pytest.fixture(scope="module")
 def classes(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("laid") / "rows.jsonl"
+    path = tmp_path_factory.mktemp("rows") / "rows.jsonl"
     rows = [{"text": "a fine day " * (i % 6 + 1), "label": "good" if i % 2 else "bad"} for i in range(60)]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
@@ -36,7 +36,7 @@ def classes(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def options(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("laid") / "questions.jsonl"
+    path = tmp_path_factory.mktemp("rows") / "questions.jsonl"
     rows = [{"text": "which " * (i % 6 + 1), "options": ["this one", "that"], "label": i % 2} for i in range(60)]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path

@@ -1,0 +1,191 @@
+"""Write the reference pages of the manual from the code: commands, recipes, recipe fields, objectives.
+
+    python docs/write_reference.py            # writes docs/reference/*.md; `make docs` runs it first
+
+A test fails if the pages in the repository are not those that this program writes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import inspect
+import re
+import typing
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import typer.main
+
+from firth import objectives
+from firth.cli import app
+from firth.model.config import ModelConfig
+from firth.runs.compatibility import EXAMPLES
+from firth.runs.peft_options import PEFT_METHODS
+from firth.runs.recipe import Recipe
+from firth.runs.recipe_names import RECIPES
+
+PAGES = Path(__file__).parent / "reference"
+NOTE = "<!-- Written by docs/write_reference.py: change the code, not this page. -->\n\n"
+
+
+def described(kind: type) -> dict[str, str]:
+    """Return the description of each field of a class, from the `Args:` of its docstring and of its bases'."""
+    found: dict[str, str] = {}
+    for cls in reversed(kind.__mro__):
+        text = inspect.cleandoc(cls.__doc__ or "")
+        part = text.partition("\nArgs:\n")[2]
+        part = re.split(r"\n(?=\S)", part)[0]
+        for match in re.finditer(r"^    (\w+): (.*(?:\n {8}.*)*)", part, re.M):
+            found[match[1]] = " ".join(match[2].split())
+    return found
+
+
+def summary(thing: object) -> str:
+    """Return the first sentence of a docstring."""
+    return inspect.getdoc(thing).split("\n\n")[0].replace("\n", " ") if inspect.getdoc(thing) else ""  # type: ignore[union-attr]
+
+
+def default(field: dataclasses.Field[Any]) -> str:
+    """Return a field's default as one writes it in a recipe."""
+    value = field.default
+    if value is dataclasses.MISSING:
+        return "required" if field.default_factory is dataclasses.MISSING else ""
+    if dataclasses.is_dataclass(value):
+        return ""
+    if isinstance(value, tuple):
+        value = list(value)
+    text = (
+        "null" if value is None else str(value).lower() if isinstance(value, bool) else value if value != "" else '""'
+    )
+    return f"`{text}`"
+
+
+def kind_of(hint: Any) -> str:
+    """Return the type of a field in a few words."""
+    if typing.get_origin(hint) is typing.Annotated:
+        inner, *limits = typing.get_args(hint)
+        return ", ".join([kind_of(inner), *(str(limit) for limit in limits)])
+    if typing.get_origin(hint) is typing.Literal:
+        return ", ".join(f"`{value}`" if value != "" else '`""`' for value in typing.get_args(hint))
+    options = [one for one in typing.get_args(hint) if one is not type(None)]
+    if typing.get_origin(hint) is tuple:
+        return f"list of {kind_of(options[0])}"
+    if options and typing.get_origin(hint) is not None:
+        return " or ".join(kind_of(one) for one in options)
+    name = getattr(hint, "__name__", str(hint))
+    return {"str": "text", "int": "integer", "float": "number", "bool": "true or false"}.get(name, name)
+
+
+def table(kind: type, fields: Iterable[dataclasses.Field[Any]] | None = None) -> list[str]:
+    """Return a Markdown table of a dataclass's fields; nothing if it has none."""
+    chosen = [f for f in (dataclasses.fields(kind) if fields is None else fields) if f.init]
+    hints, about = typing.get_type_hints(kind, include_extras=True), described(kind)
+    if not chosen:
+        return []
+    rows = [
+        f"| `{f.name}` | {kind_of(hints[f.name])} | {default(f)} | {about.get(f.name, '')} |".replace("||", "|")
+        for f in chosen
+    ]
+    return ["| field | type | default | |", "|---|---|---|---|", *rows, ""]
+
+
+def commands() -> str:
+    """Return the page of the command line."""
+    lines = ["# Command line", "", "`firth COMMAND --help` prints the same.", ""]
+
+    def write(name: str, command: Any) -> None:
+        if getattr(command, "commands", None):
+            for inner, one in command.commands.items():
+                write(f"{name} {inner}", one)
+            return
+        lines.extend([f"## {name}", "", inspect.cleandoc(command.help or ""), "", f"    {usage(name, command)}", ""])
+        rows = []
+        for param in command.params:
+            if param.name == "help":
+                continue
+            names = (
+                param.name.upper()
+                if param.param_type_name == "argument"
+                else ", ".join([*param.opts, *param.secondary_opts])
+            )
+            value = "" if param.default in (None, "") or callable(param.default) else f"`{param.default}`"
+            rows.append(f"| `{names}` | {' '.join((param.help or '').split())} | {value} |")
+        lines.extend(["| | | default |", "|---|---|---|", *rows, ""] if rows else [])
+
+    for name, command in sorted(typer.main.get_command(app).commands.items()):  # type: ignore[attr-defined]
+        write(f"firth {name}", command)
+    return "\n".join(lines)
+
+
+def usage(name: str, command: Any) -> str:
+    """Return a command's synopsis."""
+    arguments = [p for p in command.params if p.param_type_name == "argument"]
+    written = [p.name.upper() + ("..." if p.nargs == -1 else "") for p in arguments]
+    return " ".join(
+        [name, *(w if p.required else f"[{w}]" for w, p in zip(written, arguments, strict=True)), "[OPTIONS]"]
+    )
+
+
+def recipe_fields() -> str:
+    """Return the page of everything that a recipe may contain."""
+    lines = [
+        "# Recipe fields", "",
+        "A recipe is a tree. `batch.size=64` on the command line and `batch: {size: 64}` in YAML set the same field.",
+        "`max_steps`, `max_seconds` and `max_flops` are short for `budget.max_steps` and so on.", "",
+    ]  # fmt: skip
+    hints = typing.get_type_hints(Recipe, include_extras=True)
+    nested = {f.name: hints[f.name] for f in dataclasses.fields(Recipe) if dataclasses.is_dataclass(hints[f.name])}
+    plain = [f for f in dataclasses.fields(Recipe) if f.name not in (*nested, "model", "objective", "examples", "peft")]
+    lines += ["## Top level", "", *table(Recipe, plain)]
+    for name, kind in {"model": ModelConfig, **nested}.items():
+        lines += [f"## {name}", "", summary(kind), "", *table(kind)]
+    for title, kinds in (("examples", EXAMPLES), ("peft", PEFT_METHODS)):
+        lines += [f"## {title}", "", f"`{title}=KIND`, or `{title}.kind=KIND` with its fields.", ""]
+        for name, kind in kinds.items():
+            lines += [f"### {title}={name}", "", summary(kind), "", *table(kind)]
+    lines += ["## objective", "", "See [Objectives](objectives.md).", ""]
+    return "\n".join(lines)
+
+
+def every_objective() -> str:
+    """Return the page of the objectives."""
+    lines = [
+        "# Objectives", "",
+        "`objective=NAME`, or `objective.kind=NAME` with its fields. A list adds objectives: `objective=[nsp, mlm]`.", "",
+    ]  # fmt: skip
+    for name in objectives.OBJECTIVES:
+        kind = objectives.find(name)
+        lines += [f"## {name}", "", summary(kind), "", f"`{kind.__module__}.{kind.__name__}`", "", *table(kind)]
+    return "\n".join(lines)
+
+
+def recipes() -> str:
+    """Return the page of the published recipes."""
+    lines = [
+        "# Recipes",
+        "",
+        "`firth train NAME` takes the tiny size, `firth train NAME:SIZE` another.",
+        "",
+        "| name | |",
+        "|---|---|",
+    ]
+    for name, place in RECIPES.items():
+        module, function = place.split(":")
+        lines.append(f"| `{name}` | {summary(getattr(importlib.import_module(module), function))} |")
+    return "\n".join([*lines, ""])
+
+
+WRITERS = {"cli.md": commands, "recipe.md": recipe_fields, "objectives.md": every_objective, "recipes.md": recipes}
+"""File in docs/reference -> the function that returns its text."""
+
+
+def main() -> None:
+    """Write all pages."""
+    for name, make in WRITERS.items():
+        (PAGES / name).write_text(NOTE + make().rstrip() + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
