@@ -269,8 +269,8 @@ def test_question_answering(make: Make, folder: Path) -> None:
     found = evaluate(place, [str(folder / "squad.json")])
     assert found["task"] == "spans" and found["exact_match"] > 0.9 and found["f1"] > 0.9 and found["items"] == 160
     answers = list(predict(place, str(folder / "squad.json"), io.BytesIO()))
-    assert (answers[0]["answer"], message[0]["start"]) == ("", -1)
-    assert answers[1]["answer"] == GOOD[1] and message[1]["id"] == "1"
+    assert (answers[0]["answer"], answers[0]["start"]) == ("", -1)
+    assert answers[1]["answer"] == GOOD[1] and answers[1]["id"] == "1"
 
 
 def test_best_checkpoint_is_exported_and_patience_stops(folder: Path, tmp_path: Path) -> None:
