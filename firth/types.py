@@ -7,6 +7,7 @@ and everything in `firth.text` must start without it.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -21,6 +22,9 @@ if TYPE_CHECKING:
 else:
     Batch = dict
     Outputs = dict
+
+LogLine = Callable[[str], None]
+"""A function that prints one line for the user, such as `print`."""
 
 IGNORE = -100
 """The label of a position where nothing is asked (torch's own `ignore_index`)."""

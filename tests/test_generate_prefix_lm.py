@@ -155,7 +155,7 @@ def test_a_run_is_used_as_its_objective_reads(tmp_path: Path) -> None:
     text = tmp_path / "text.txt"
     text.write_text("\n\n".join(TEXTS[:12]), "utf-8")
     given = [f"data.path={text}", *SMALL]
-    run(load("prefix_lm", given), tmp_path / "run", echo=lambda _: None)
+    run(load("prefix_lm", given), tmp_path / "run", log=lambda _: None)
     opened = open_engine(tmp_path / "run")
     assert opened.model.config.prefix_lm
     prompt = encode_prompt(opened.tokenizer, "Thank you for", opened.model)
@@ -167,5 +167,5 @@ def test_a_run_is_used_as_its_objective_reads(tmp_path: Path) -> None:
     found = json.loads(evaluate_run(tmp_path / "run", [str(text)], task=None, limit=400, as_json=True))
     assert found["reads"] == "causal" and not found["bos"]
     again = load("prefix_lm", [*given, "objective=causal_lm", f"init_from={tmp_path / 'run'}"])
-    run(again, tmp_path / "left", echo=lambda _: None)
+    run(again, tmp_path / "left", log=lambda _: None)
     assert not open_engine(tmp_path / "left").model.config.prefix_lm

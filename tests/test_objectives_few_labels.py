@@ -296,7 +296,7 @@ def test_texts_that_nobody_labelled_are_read_beside_all_that_somebody_did(tmp_pa
         tokenizer=tokenizer(),
         directory=tmp_path,
         seed=0,
-        echo=print,
+        log=print,
     )
     examples = PartiallyLabeledConfig(
         base=segments.LabeledConfig(text_field="review", max_length=32),

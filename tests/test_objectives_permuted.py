@@ -690,7 +690,7 @@ def test_an_xlnet_is_finetuned_without_its_memory(tmp_path: Path) -> None:
     (tmp_path / "rows.jsonl").write_text("\n".join(rows))
     small = ["model.hidden_size=32", "model.num_heads=2", "model.num_layers=2", "model.head_dim=0", "model.intermediate_size=48", "model.num_kv_heads=0",
              "tokenizer.vocab_size=400", "max_steps=2", "batch.size=4", "evaluation.every=0"]  # fmt: skip
-    first = run(load("xlnet", [*small, f"data.path={plays}"]), tmp_path / "first", echo=lambda _: None)
+    first = run(load("xlnet", [*small, f"data.path={plays}"]), tmp_path / "first", log=lambda _: None)
     assert load_model(first.model).config.memory_length == 128
     told = [
         f"init_from={tmp_path / 'first'}",
@@ -698,5 +698,5 @@ def test_an_xlnet_is_finetuned_without_its_memory(tmp_path: Path) -> None:
         "max_steps=2",
         "batch.pack_to_length=64",
     ]
-    second = run(load("classification", told), tmp_path / "second", echo=lambda _: None)
+    second = run(load("classification", told), tmp_path / "second", log=lambda _: None)
     assert load_model(second.model).config.memory_length == 0

@@ -198,7 +198,7 @@ def test_a_run_draws_from_its_prior_and_its_report_says_what_the_latent_carries(
         "evaluation.max_examples=8",
     ]
     recipe = load("vae", [*(f"shape.{one}" for one in small), *settings, f"data.path={tmp_path}"])
-    done = run(recipe, tmp_path / "run", echo=lambda _: None)
+    done = run(recipe, tmp_path / "run", log=lambda _: None)
     assert done.metrics["valid/elbo"] == pytest.approx(
         -done.metrics["valid/loss/tokens"] - done.metrics["valid/loss/divergence"], abs=1e-4
     ), "held-out text is scored with the whole KL, though training has hardly begun to charge it"

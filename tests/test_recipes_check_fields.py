@@ -74,7 +74,7 @@ class Place:
         start = str(self.folder / ("causal" if config.causal else "classifier"))
         source = DataConfig(path=(str(file),), split_by="line")
         place = self.folder / "cut" / (objectives.name_of(type(objective)) if name == "pseudo_labeled" else "")
-        data = RunData(source, self.tokenizer, place, start, batch_size=2, echo=lambda _: None)
+        data = RunData(source, self.tokenizer, place, start, batch_size=2, log=lambda _: None)
         examples = self.segment(name, objective)
         objective = examples.configure_objective(objective, data).for_model(config)
         return examples.build(data, objective), objective
@@ -113,7 +113,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
     ]
     write("questions", lambda i: questions[i % 6] | {"context": "the otter swims", "title": str(i)})
     train_tokenizer(
-        [str(texts)], folder / "tok", algorithm="byte-bpe", vocab_size=400, num_sentinels=100, echo=lambda _: None
+        [str(texts)], folder / "tok", algorithm="byte-bpe", vocab_size=400, num_sentinels=100, log=lambda _: None
     )
     tokenizer = Tokenizer.load(folder / "tok")
     for name, config, objective in (

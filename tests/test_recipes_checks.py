@@ -34,7 +34,7 @@ def tokens(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("tokens")
     (folder / "text.txt").write_text("\n\n".join(f"a {w} film, and a {v} film" for w in WORDS for v in WORDS))
     train_tokenizer(
-        [str(folder / "text.txt")], folder / "tok", algorithm="wordpiece", vocab_size=300, echo=lambda _: None
+        [str(folder / "text.txt")], folder / "tok", algorithm="wordpiece", vocab_size=300, log=lambda _: None
     )
     return folder / "tok"
 
@@ -335,7 +335,7 @@ def test_repairs_and_skipped_tables_are_reported(tmp_path: Path, tokens: Path) -
     reviews(folder / "b.csv", ["good", "bad"])
     lines: list[str] = []
     recipe = load("gpt", [f"data={folder}"])
-    RunData(recipe.data, Tokenizer.load(tokens), tmp_path, echo=lines.append).stores()
+    RunData(recipe.data, Tokenizer.load(tokens), tmp_path, log=lines.append).stores()
     assert f"pieces that are not UTF-8, read as U+FFFD: 1; the first is {folder / 'a.txt'}" in lines
     [line] = [line for line in lines if "tables skipped" in line]
     assert "are named: 1;" in line and line.endswith(f"the first is {folder / 'b.csv'}")

@@ -44,9 +44,9 @@ def test_finetuned_model_loads_as_transformers_class(make, name: str, tmp_path: 
     )
     settings = [f"init_from={tmp_path / 'start'}", f"data={tmp_path / 'mine.jsonl'}", "objective.head=family",
             "examples.max_length=24", "max_steps=4", "batch.size=8", "evaluation.max_examples=8"]  # fmt: skip
-    done = run(load("classification", settings), tmp_path / "run", echo=lambda _: None)
+    done = run(load("classification", settings), tmp_path / "run", log=lambda _: None)
     lines: list[str] = []
-    export_model(done.directory, tmp_path / "out", form="hf", dtype="", shard="", echo=lines.append)
+    export_model(done.directory, tmp_path / "out", form="hf", dtype="", shard="", log=lines.append)
     assert name in lines[0]
     theirs, info = getattr(transformers, name).from_pretrained(tmp_path / "out", output_loading_info=True)
     assert not info["missing_keys"] and theirs.config.id2label == {0: "bad", 1: "good"}

@@ -21,12 +21,12 @@ from firth.data.token_store import TokenStore
 from firth.evaluate.evaluate import evaluate
 from firth.io.integrity import read_record
 from firth.runs.labeled_examples import LabeledConfig
-from firth.runs.prepare import DataConfig, Echo, documents_of
+from firth.runs.prepare import DataConfig, documents_of
 from firth.runs.recipe import Recipe, load
 from firth.runs.run import RunResult, run
 from firth.tokenizer.tokenizer import Tokenizer
 from firth.train.schedule import Budget
-from firth.types import UserError
+from firth.types import LogLine, UserError
 
 FLOPS = 5e7
 SMALL = (
@@ -138,7 +138,7 @@ def test_a_finished_comparison_is_not_done_again_and_may_grow(
     out, said = held
     called: list[str] = []
 
-    def stop(recipe: Recipe, directory: Path, echo: Echo) -> RunResult:
+    def stop(recipe: Recipe, directory: Path, log: LogLine) -> RunResult:
         called.append(recipe.name)
         raise KeyboardInterrupt
 
@@ -158,11 +158,11 @@ def test_killed_anywhere_and_run_again_it_comes_to_the_same(
         calls = iter(range(100))
 
         def mortal(
-            recipe: Recipe, directory: Path, echo: Echo, calls: Iterator[int] = calls, killed_at: int = killed_at
+            recipe: Recipe, directory: Path, log: LogLine, calls: Iterator[int] = calls, killed_at: int = killed_at
         ) -> RunResult:
             if next(calls) == killed_at:
                 raise KeyboardInterrupt
-            return run(recipe, directory, echo=echo)
+            return run(recipe, directory, log=log)
 
         monkeypatch.setattr(arena, "run", mortal)
         with pytest.raises(KeyboardInterrupt):
@@ -198,7 +198,7 @@ def test_an_encoder_decoder_is_finetuned_at_its_answer_and_scored_as_training_di
     recipe = load("classification", [
         f"data.path={records}", "tokenizer.vocab_size=400", "objective.position=answer", "max_steps=4", "precision=fp32",
     ])  # fmt: skip
-    ended = run(replace(recipe, model=t5.model), tmp_path / "run", echo=lambda _: None)
+    ended = run(replace(recipe, model=t5.model), tmp_path / "run", log=lambda _: None)
     share = recipe.data.validation_fraction * 2**64
     held_out = [r for r in records.read_text().splitlines() if content_key(json.loads(r)["text"]) < share]
     (tmp_path / "held.jsonl").write_text("\n".join(held_out) + "\n")

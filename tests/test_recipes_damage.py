@@ -69,10 +69,10 @@ def test_damaged_json_of_a_finished_run(text: str, there: Path) -> None:
     )
     if text != CUT[3]:  # that is a note of a run without counts
         fails_with_one_sentence(
-            lambda: evaluate_run(there, [], task=None, limit=None, as_json=False, say=quiet), r"done\.json"
+            lambda: evaluate_run(there, [], task=None, limit=None, as_json=False, log=quiet), r"done\.json"
         )
         fails_with_one_sentence(
-            lambda: export_model(there, there / "out", form="hf", dtype="", shard="", echo=quiet), r"done\.json"
+            lambda: export_model(there, there / "out", form="hf", dtype="", shard="", log=quiet), r"done\.json"
         )
     (there / "done.json").unlink()
     again(there)
@@ -122,7 +122,7 @@ def test_out_that_cannot_be_a_directory(whole: Path, tmp_path: Path) -> None:
     ):
         fails_with_one_sentence(lambda name=name: run(plan, tmp_path / name, quiet), cure)
         fails_with_one_sentence(
-            lambda name=name: export_model(whole, tmp_path / name, form="hf", dtype="", shard="", echo=quiet),
+            lambda name=name: export_model(whole, tmp_path / name, form="hf", dtype="", shard="", log=quiet),
             f"{cure}|holds other files",
         )
 
@@ -141,8 +141,8 @@ def test_full_disk_error_names_the_file(what: str, there: Path, tmp_path: Path) 
     out = there / "model" if what == "train" else tmp_path / "out"
     actions: dict[str, Callable[[], Any]] = {
         "train": lambda: again(there),
-        "export": lambda: export_model(there, out, form="hf", dtype="", shard="", echo=quiet),
-        "gguf": lambda: export_model(there, out, form="gguf", dtype="fp32", shard="", echo=quiet),
+        "export": lambda: export_model(there, out, form="hf", dtype="", shard="", log=quiet),
+        "gguf": lambda: export_model(there, out, form="gguf", dtype="fp32", shard="", log=quiet),
         "import": lambda: import_model(there / "model", out, quiet),
         "vectors": lambda: nearest_words(there, [], 8, out),
     }

@@ -106,10 +106,10 @@ def test_recipe_trains_saves_and_reloads(name: str, more: list[str], tmp_path: P
     for i, words in enumerate(TEXTS[:12]):
         (text / f"{i}.txt").write_text(words[:900], encoding="utf-8")
     recipe = load(name, [*SMALL, *more, f"data.path={text}", "data.validation_fraction=0.3"])
-    done = run(recipe, tmp_path / "run", echo=lambda _: None)
+    done = run(recipe, tmp_path / "run", log=lambda _: None)
     assert done.steps == 3 and any(metric.startswith("valid/") for metric in done.metrics)
     model = load_model(done.model)
     assert model.config == replace(recipe.model, vocab_size=model.config.vocab_size)
     with torch.device("meta"):
         assert set(model.heads) == set(recipe.objective.heads(recipe.model))
-    assert run(recipe, tmp_path / "run", echo=lambda _: None).metrics == done.metrics
+    assert run(recipe, tmp_path / "run", log=lambda _: None).metrics == done.metrics

@@ -68,7 +68,7 @@ def trained(folder: Path) -> Path:
     plan = load(
         "gpt", ["data.corpus=", f"data.path=[{paths}]", *TINY, "model.max_positions=64", 'sample_prompts=["The quick"]']
     )
-    run(plan, folder.parent / "run-card", echo=lambda _: None)
+    run(plan, folder.parent / "run-card", log=lambda _: None)
     return folder.parent / "run-card"
 
 
@@ -89,7 +89,7 @@ def logits(kind: str, model: LM, theirs: torch.nn.Module) -> float:
 def test_export_loads_in_every_dtype_and_in_shards(kind: str, dtype: str, tmp_path: Path) -> None:
     model, tokenizer = random_model(kind)
     save_model(model, tokenizer, tmp_path / "run")
-    export_model(tmp_path / "run", tmp_path / "out", form="hf", dtype=dtype, shard="60KB", echo=lambda _: None)
+    export_model(tmp_path / "run", tmp_path / "out", form="hf", dtype=dtype, shard="60KB", log=lambda _: None)
     index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
     files = sorted({*index["weight_map"].values()})
     assert len(files) > 1 and files[-1] == f"model-{len(files):05d}-of-{len(files):05d}.safetensors"
@@ -151,11 +151,11 @@ def test_fp16_overflow_is_rejected_and_leaves_no_files(tmp_path: Path) -> None:
 
 def test_minilm_round_trip_is_bit_identical(tmp_path: Path) -> None:
     lines: list[str] = []
-    import_model(minilm(), tmp_path / "in", echo=lines.append)
+    import_model(minilm(), tmp_path / "in", log=lines.append)
     text = "\n".join(lines)
     assert "bert (BertModel), an encoder" in text and "22,565,376 parameters in float32; context 512" in text
     assert "30,522 ids; pad [PAD]" in text and "pooler.dense.weight" in text and "chat template: no" in text
-    export_model(tmp_path / "in", tmp_path / "out", form="hf", dtype="", shard="", echo=lines.append)
+    export_model(tmp_path / "in", tmp_path / "out", form="hf", dtype="", shard="", log=lines.append)
     given, out = read_tensors(minilm()), read_tensors(tmp_path / "out")
     names = [name for name in given if not name.startswith(("pooler", "embeddings.position_ids"))]
     assert {name.removeprefix("bert.") for name in out} == set(names)
@@ -178,7 +178,7 @@ def test_bf16_directory_stays_bf16(tmp_path: Path) -> None:
     save_model(model, tokenizer, tmp_path / "given", storage=Storage(torch.bfloat16))
     (tmp_path / "given" / "firth.json").unlink()
     lines: list[str] = []
-    import_model(tmp_path / "given", tmp_path / "in", echo=lines.append)
+    import_model(tmp_path / "given", tmp_path / "in", log=lines.append)
     assert "parameters in bfloat16" in lines[1]
     given, held = read_tensors(tmp_path / "given"), read_tensors(tmp_path / "in")
     assert given.keys() == held.keys() and all(torch.equal(given[k], held[k]) for k in given)
@@ -195,7 +195,7 @@ def test_init_from_a_transformers_directory(folder: Path, tmp_path: Path) -> Non
     theirs.save_pretrained(tmp_path / "bert")
     (tmp_path / "bert" / "vocab.txt").write_bytes((minilm() / "vocab.txt").read_bytes())
     few = [f"init_from={tmp_path / 'bert'}", f"data.path={folder / 'labelled.jsonl'}", "max_steps=2", "batch.size=4"]
-    done = run(load("classification", few), tmp_path / "run", echo=lambda _: None)
+    done = run(load("classification", few), tmp_path / "run", log=lambda _: None)
     config = load_model(done.model).config
     assert (config.vocab_size, config.hidden_size, config.type_vocab_size) == (30522, 16, 2)
     assert Tokenizer.load(done.model).digest == Tokenizer.load(tmp_path / "bert").digest
@@ -204,9 +204,9 @@ def test_init_from_a_transformers_directory(folder: Path, tmp_path: Path) -> Non
     other = [*few, f"tokenizer.path={folder}"]
     tokenizer().save(folder)
     with pytest.raises(UserError, match=r"has another tokenizer than this run.*leave out tokenizer\.path"):
-        run(load("classification", other), tmp_path / "other", echo=lambda _: None)
+        run(load("classification", other), tmp_path / "other", log=lambda _: None)
     mine = Tokenizer.load(tmp_path / "bert").vocab.mask
-    import_model(tmp_path / "bert", tmp_path / "in", echo=lambda _: None)
+    import_model(tmp_path / "bert", tmp_path / "in", log=lambda _: None)
     assert mine == 103 and len(fill_text(tmp_path / "in", "a <mask> text", 2).split("   ")) == 2
 
 
@@ -220,10 +220,10 @@ def test_tokenizer_larger_or_smaller_than_the_model(tmp_path: Path) -> None:
         tokenizer().save(tmp_path / name)
     assert tokenizer().vocab.size == 600
     lines: list[str] = []
-    import_model(tmp_path / "fits", tmp_path / "in", echo=lines.append)
+    import_model(tmp_path / "fits", tmp_path / "in", log=lines.append)
     assert "600 ids for 612 vectors: 12 of those are padding" in "\n".join(lines)
     with pytest.raises(UserError, match="600 ids and the model 590 vectors"):
-        import_model(tmp_path / "short", tmp_path / "no", echo=lines.append)
+        import_model(tmp_path / "short", tmp_path / "no", log=lines.append)
     with pytest.raises(UserError, match="600 ids and the model 590 vectors"):
         run(
             load("gpt", [f"init_from={tmp_path / 'short'}", "model=null", "data.corpus=pydoc"]),
@@ -241,7 +241,7 @@ def test_foreign_directories_are_not_overwritten(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
 
     def out(name: str) -> None:
-        export_model(tmp_path / "run", tmp_path / name, form="hf", dtype="", shard="", echo=lambda _: None)
+        export_model(tmp_path / "run", tmp_path / name, form="hf", dtype="", shard="", log=lambda _: None)
 
     for name, says in (
         ("mine", "holds other files"),
@@ -259,7 +259,7 @@ def test_foreign_directories_are_not_overwritten(tmp_path: Path) -> None:
 
 
 def test_model_card_of_a_run(trained: Path, folder: Path, tmp_path: Path) -> None:
-    export_model(trained, tmp_path / "out", form="hf", dtype="bf16", shard="", echo=lambda _: None)
+    export_model(trained, tmp_path / "out", form="hf", dtype="bf16", shard="", log=lambda _: None)
     for text in ((trained / "model" / "README.md").read_text(), (tmp_path / "out" / "README.md").read_text()):
         front = yaml.safe_load(text.split("---")[1])
         assert front["tags"] == ["firth", "causal_lm"] and front["pipeline_tag"] == "text-generation"
@@ -275,10 +275,10 @@ def test_model_card_of_a_run(trained: Path, folder: Path, tmp_path: Path) -> Non
 
 def test_model_card_names_the_license_of_a_corpus(tmp_path: Path) -> None:
     plan = load("roberta", ["data.corpus=pydoc", *TINY])
-    done = run(plan, tmp_path / "run", echo=lambda _: None)
+    done = run(plan, tmp_path / "run", log=lambda _: None)
     text = (done.model / "README.md").read_text()
     assert "license: PSF" in text and yaml.safe_load(text.split("---")[1])["language"] == "en"
-    export_model(tmp_path / "run", tmp_path / "out", form="hf", dtype="", shard="", echo=lambda _: None)
+    export_model(tmp_path / "run", tmp_path / "out", form="hf", dtype="", shard="", log=lambda _: None)
     listed = json.loads((tmp_path / "out" / "modules.json").read_text())
     assert [m["path"] for m in listed] == ["", "1_Pooling"]
     pooling = json.loads((tmp_path / "out" / "1_Pooling" / "config.json").read_text())
@@ -292,7 +292,7 @@ def test_stop_ids_of_generation_config_end_an_answer(tmp_path: Path) -> None:
     a, b = tokenizer.id("</s>"), int(tokenizer.encode("?")[0])
     (tmp_path / "given" / "generation_config.json").write_text(json.dumps({"eos_token_id": [a, b]}))
     assert {a, b} <= set(chat.stops(Tokenizer.load(tmp_path / "given")))
-    import_model(tmp_path / "given", tmp_path / "in", echo=lambda _: None)
+    import_model(tmp_path / "given", tmp_path / "in", log=lambda _: None)
     assert {a, b} <= set(chat.stops(Tokenizer.load(tmp_path / "in")))
     assert {a, b} <= set(json.loads((tmp_path / "in" / "generation_config.json").read_text())["eos_token_id"])
 
@@ -379,17 +379,17 @@ def test_roles_from_special_tokens_map(tmp_path: Path) -> None:
 
 
 def test_sentence_transformers_config_is_copied(tmp_path: Path) -> None:
-    import_model(minilm(), tmp_path / "in", echo=lambda _: None)
-    export_model(tmp_path / "in", tmp_path / "out", form="hf", dtype="", shard="", echo=lambda _: None)
+    import_model(minilm(), tmp_path / "in", log=lambda _: None)
+    export_model(tmp_path / "in", tmp_path / "out", form="hf", dtype="", shard="", log=lambda _: None)
     listed = json.loads((tmp_path / "out" / "modules.json").read_text())
     assert [module["type"].split(".")[-1] for module in listed] == ["Transformer", "Pooling", "Normalize"]
     limits = json.loads((tmp_path / "out" / "sentence_bert_config.json").read_text())
     assert limits["max_seq_length"] == 256 and limits["model_args"] == {"add_pooling_layer": False}
     (tmp_path / "in" / "modules.json").write_text(json.dumps([{"type": "x.Pooling", "path": "../elsewhere"}]))
     with pytest.raises(UserError, match="a path outside of its directory"):
-        export_model(tmp_path / "in", tmp_path / "out", form="hf", dtype="", shard="", echo=lambda _: None)
+        export_model(tmp_path / "in", tmp_path / "out", form="hf", dtype="", shard="", log=lambda _: None)
     (tmp_path / "in" / "modules.json").write_text(json.dumps([{"type": "x.Dense", "path": "2_Dense"}]))
-    export_model(tmp_path / "in", tmp_path / "out", form="hf", dtype="", shard="", echo=lambda _: None)
+    export_model(tmp_path / "in", tmp_path / "out", form="hf", dtype="", shard="", log=lambda _: None)
     assert (
         len(json.loads((tmp_path / "out" / "modules.json").read_text())) == 2
     )  # the mean, not a map that is not there
@@ -468,7 +468,7 @@ def test_models_without_a_family_round_trip(tmp_path: Path) -> None:
     model = LM(config, {"lm": LMHead(config)}).eval()
     save_model(model, coder, tmp_path / "run")
     lines: list[str] = []
-    export_model(tmp_path / "run", tmp_path / "out", form="hf", dtype="bf16", shard="20KB", echo=lines.append)
+    export_model(tmp_path / "run", tmp_path / "out", form="hf", dtype="bf16", shard="20KB", log=lines.append)
     assert "only firth loads it" in lines[0]
     assert load_model(tmp_path / "out").config == config
     for wrong, says in (
@@ -484,10 +484,10 @@ def test_models_without_a_family_round_trip(tmp_path: Path) -> None:
 def test_suggested_command_after_export_fits_the_training(trained: Path, tmp_path: Path) -> None:
     """A run on plain text generates and does not chat, although its tokenizer has chat tokens; a GGUF export is a directory too."""
     lines: list[str] = []
-    export_model(trained, tmp_path / "out", form="hf", dtype="", shard="", echo=lines.append)
+    export_model(trained, tmp_path / "out", form="hf", dtype="", shard="", log=lines.append)
     assert lines[-1].startswith("Let it write:  firth generate ")
     with pytest.raises(UserError, match=f"name it {tmp_path}/mine$"):
-        export_model(trained, tmp_path / "mine.gguf", form="gguf", dtype="", shard="", echo=lines.append)
+        export_model(trained, tmp_path / "mine.gguf", form="gguf", dtype="", shard="", log=lines.append)
     assert not (tmp_path / "mine.gguf").exists()
 
 
@@ -497,7 +497,7 @@ def test_q4_round_trip(tmp_path: Path) -> None:
     config = llama(coder.vocab.size, 32, 1, 2, 64, max_positions=32)
     save_model(LM(config, {"lm": LMHead(config)}).eval(), coder, tmp_path / "run")
     lines: list[str] = []
-    export_model(tmp_path / "run", tmp_path / "out", form="gguf", dtype="q4_0", shard="", echo=lines.append)
+    export_model(tmp_path / "run", tmp_path / "out", form="gguf", dtype="q4_0", shard="", log=lines.append)
     assert lines[0].endswith("llama.cpp loads it as llama, Q4_0; output.weight in Q8_0")
     assert lines[-1].endswith(f"llama-cli -m {tmp_path / 'out' / 'model.gguf'}")
     card = (tmp_path / "out" / "README.md").read_text()
@@ -509,4 +509,4 @@ def test_q4_round_trip(tmp_path: Path) -> None:
     assert all(torch.allclose(first[name], mine[name], atol=0.13 * float(first[name].abs().max())) for name in first)
     for form, dtype, says in (("gguf", "q4_1", "'q4_1'; there is .* q8_0, q4_0$"), ("hf", "q4_0", "'q4_0'; there is")):
         with pytest.raises(UserError, match=f"no dtype {says}"):
-            export_model(tmp_path / "run", tmp_path / "no", form=form, dtype=dtype, shard="", echo=lines.append)
+            export_model(tmp_path / "run", tmp_path / "no", form=form, dtype=dtype, shard="", log=lines.append)

@@ -96,7 +96,7 @@ def test_unknown_tokens_of_a_store_are_reported(tmp_path: Path) -> None:
     english = train([TEXTS["English"] * 9], "wordpiece", 200)
     (tmp_path / "a.txt").write_text("\n\n".join([TEXTS["Chinese"]] * 40), "utf-8")
     lines: list[str] = []
-    RunData(DataConfig(path=(str(tmp_path / "a.txt"),)), english, tmp_path / "run", echo=lines.append).stores()
+    RunData(DataConfig(path=(str(tmp_path / "a.txt"),)), english, tmp_path / "run", log=lines.append).stores()
     shares = [
         line.split("%")[0] for line in lines if "% of these tokens are unknown to the tokenizer: train one" in line
     ]
@@ -111,7 +111,7 @@ def test_run_prints_and_stores_the_reports(tmp_path: Path, monkeypatch: pytest.M
         "model.hidden_size=16", "model.num_layers=1", "model.num_heads=2", "examples.max_length=32", "max_steps=1", "batch.size=2",
     ]  # fmt: skip
     lines: list[str] = []
-    run(load("roberta", changes), tmp_path / "run", echo=lines.append)
+    run(load("roberta", changes), tmp_path / "run", log=lines.append)
     assert sum(WORDS in line for line in lines) == 1
     assert any(WORDS in line for line in json.loads((tmp_path / "run" / "done.json").read_text())["remarks"])
     assert load(str(tmp_path / "run")).word_segmentation == "uax29"
@@ -120,7 +120,7 @@ def test_run_prints_and_stores_the_reports(tmp_path: Path, monkeypatch: pytest.M
         with pytest.raises(
             UserError, match=r"^word_segmentation=uax29, and this machine finds words by icu, .*: uninstall icu4py"
         ):
-            run(recipe, tmp_path / "run", echo=lines.append)
+            run(recipe, tmp_path / "run", log=lines.append)
 
 
 def test_only_word_objectives_depend_on_segmentation(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -64,7 +64,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
             f"tokenizer.path={place / 'tokenizer'}", "max_steps=2", "batch.size=8", "batch.pack_to_length=0", "evaluation.every=0",
             "precision=fp32", "init_head_from_frequencies=false",
         ]  # fmt: skip
-        run(load(name, [*shared, *settings]), place / name, echo=lambda _: None)
+        run(load(name, [*shared, *settings]), place / name, log=lambda _: None)
     return place
 
 

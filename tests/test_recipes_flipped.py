@@ -67,12 +67,12 @@ def resume(there: Path) -> None:
 
 
 def export(there: Path) -> None:
-    export_model(there, there.parent / "out", form="hf", dtype="", shard="", echo=quiet)
+    export_model(there, there.parent / "out", form="hf", dtype="", shard="", log=quiet)
     shutil.rmtree(there.parent / "out")
 
 
 def evaluate(there: Path) -> None:
-    evaluate_run(there, [], task=None, limit=None, as_json=False, say=quiet)
+    evaluate_run(there, [], task=None, limit=None, as_json=False, log=quiet)
 
 
 Actions = tuple[tuple[Callable[[Path], Any], ...], int]

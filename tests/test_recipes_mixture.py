@@ -29,14 +29,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (folder / letter).mkdir()
         for i in range(files):
             (folder / letter / f"{i}.txt").write_text(f"{WORDS[letter]}{'x' * (i % 7)} " * 40)
-    train_tokenizer([str(folder)], folder / "tok", algorithm="byte-bpe", vocab_size=400, echo=lambda _: None)
+    train_tokenizer([str(folder)], folder / "tok", algorithm="byte-bpe", vocab_size=400, log=lambda _: None)
     return folder
 
 
 def run_data(folder: Path, place: Path, **settings: object) -> RunData:
     paths = (str(folder / "a"), str(folder / "z"))
     source = DataConfig(path=paths, validation_fraction=0.3, **settings)  # type: ignore[arg-type]
-    return RunData(source, Tokenizer.load(folder / "tok"), place, echo=lambda _: None)
+    return RunData(source, Tokenizer.load(folder / "tok"), place, log=lambda _: None)
 
 
 def share_of_a(source: Source, indices: np.ndarray, tokenizer: Tokenizer) -> float:
@@ -73,11 +73,11 @@ def test_recipe_with_weights_runs_and_resumes(folder: Path, tmp_path: Path) -> N
     settings = [f"data.path=[{folder / 'a'}, {folder / 'z'}]", "data.weights=[1, 2]", "tokenizer.vocab_size=400",
                 "model.hidden_size=32", "model.num_layers=1", "model.num_heads=1", "model.max_positions=64", "examples.max_length=32",
                 "batch.size=6", "max_steps=4", "evaluation.every=2", "evaluation.max_examples=20", "sample_prompts=[]"]  # fmt: skip
-    done = run(load("gpt", settings), tmp_path / "run", echo=lambda _: None)
+    done = run(load("gpt", settings), tmp_path / "run", log=lambda _: None)
     assert np.isfinite(done.metrics["valid/bits_per_byte"])
     assert yaml.safe_load((tmp_path / "run" / "recipe.yaml").read_text())["data"]["weights"] == [1.0, 2.0]
     assert json.loads((tmp_path / "run" / "done.json").read_text())["counts"]["documents"] > 40
-    assert run(load(str(tmp_path / "run")), tmp_path / "again", echo=lambda _: None).metrics == done.metrics
+    assert run(load(str(tmp_path / "run")), tmp_path / "again", log=lambda _: None).metrics == done.metrics
 
 
 def test_spread_takes_evenly_spaced_examples() -> None:

@@ -81,7 +81,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         algorithm="byte-bpe",
         vocab_size=400,
         num_sentinels=100,
-        echo=lambda _: None,
+        log=lambda _: None,
     )
 
     def write(name: str, record: Callable[[int, list[str]], object]) -> None:
@@ -117,8 +117,8 @@ def make(folder: Path) -> Make:
             with pytest.MonkeyPatch.context() as patch:
                 patch.setattr(trainer, "interrupt_handler", lambda _: InterruptOnce())
                 with pytest.raises(Interrupted):
-                    run(plan, directory, echo=lambda _: None)
-            made[name, precision] = run(plan, directory, echo=lambda _: None)
+                    run(plan, directory, log=lambda _: None)
+            made[name, precision] = run(plan, directory, log=lambda _: None)
         return made[name, precision]
 
     return one
@@ -167,7 +167,7 @@ def test_run_resumes_bit_identical_and_reloads(
     name: str, precision: str, folder: Path, make: Make, tmp_path: Path
 ) -> None:
     torch.set_num_threads(1)
-    whole = run(small(name, precision, folder, make), tmp_path / "whole", echo=lambda _: None)
+    whole = run(small(name, precision, folder, make), tmp_path / "whole", log=lambda _: None)
     resumed = make(name, precision)
     assert whole.steps == 2 and whole.metrics == resumed.metrics
     first, second = (load_model(x.model).state_dict() for x in (whole, resumed))
@@ -177,6 +177,6 @@ def test_run_resumes_bit_identical_and_reloads(
     facts = json.loads((resumed.model / "firth.json").read_text("utf-8"))["facts"]
     assert facts["steps"] == 2
     with warnings.catch_warnings(action="ignore"):
-        export_model(resumed.directory, tmp_path / "export", form="hf", dtype="", shard="", echo=lambda _: None)
+        export_model(resumed.directory, tmp_path / "export", form="hf", dtype="", shard="", log=lambda _: None)
     exported = load_model(tmp_path / "export").state_dict()
     assert all(torch.equal(exported[k], second[k]) for k in second)

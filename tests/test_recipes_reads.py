@@ -45,7 +45,7 @@ def make(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Make:
         if settings not in made:
             name, *rest = settings
             recipe = load(name, [*SMALL, f"data.path={folder}", *rest])
-            made[settings] = run(recipe, tmp_path_factory.mktemp("run"), echo=lambda _: None)
+            made[settings] = run(recipe, tmp_path_factory.mktemp("run"), log=lambda _: None)
         return made[settings]
 
     return one
@@ -89,7 +89,7 @@ def test_causal_encoder_has_no_bidirectional_family(make: Make, folder: Path) ->
     assert evaluate(left.directory, text)["reads"] == "causal"
     assert evaluate(left.model, text)["reads"] == "causal"
     assert evaluate(both.directory, text, limit=50)["reads"] == "masked"
-    again = run(load(str(left.directory / "recipe.yaml")), left.directory, echo=lambda _: None)
+    again = run(load(str(left.directory / "recipe.yaml")), left.directory, log=lambda _: None)
     assert again.steps == left.steps
 
 

@@ -63,7 +63,7 @@ def runs(files: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         "elmo": ["model.hidden_size=16", "model.char_filters=64", "examples.max_length=16", *bytes_],
     }
     for name, changes in small.items():
-        run(load(name, [*text, *changes]), folder / name, echo=lambda _: None)
+        run(load(name, [*text, *changes]), folder / name, log=lambda _: None)
     return folder
 
 
@@ -71,7 +71,7 @@ def test_language_model_becomes_a_classifier(runs: Path, files: Path, tmp_path: 
     """Dai and Le 2015: `firth train classification init_from=RUN`."""
     lines: list[str] = []
     plan = load("classification", [f"init_from={runs}/lstm", f"data.path={files}/labelled.jsonl", *FEW])
-    done = run(plan, tmp_path / "tuned", echo=lines.append)
+    done = run(plan, tmp_path / "tuned", log=lines.append)
     assert "drops lm; adds classes" in "\n".join(lines)
     tuned = load_model(done.model)
     assert tuned.config.rnn_type == "lstm"
@@ -151,7 +151,7 @@ def test_word_vectors_are_shown_written_and_loaded(runs: Path, files: Path, tmp_
 
 def test_tags_are_learned_from_a_frozen_model(runs: Path, files: Path, tmp_path: Path) -> None:
     plan = load("token_features", [f"init_from={runs}/elmo", f"data.path={files}/tagged.jsonl", *FEW, "max_steps=40"])
-    done = run(plan, tmp_path / "tags", echo=lambda _: None)
+    done = run(plan, tmp_path / "tags", log=lambda _: None)
     assert done.metrics["valid/accuracy"] > 0.6
     before, after = load_model(runs / "elmo" / "model"), load_model(done.model)
     theirs = dict(before.named_parameters())
@@ -251,7 +251,7 @@ def test_word2vec_on_too_little_text_is_rejected(text: str, changes: list[str], 
     (tmp_path / "a.txt").write_text(text)
     plan = ["word2vec", f"data.path={tmp_path}/a.txt", "model.hidden_size=8", "max_steps=1", "batch.size=2"]
     with pytest.raises(UserError, match=message):
-        run(load(plan[0], [*plan[1:], *changes]), tmp_path / "run", echo=lambda _: None)
+        run(load(plan[0], [*plan[1:], *changes]), tmp_path / "run", log=lambda _: None)
 
 
 def test_word2vec_trains_on_a_short_text(tmp_path: Path) -> None:
@@ -263,5 +263,5 @@ def test_word2vec_trains_on_a_short_text(tmp_path: Path) -> None:
         "batch.size=2",
         "examples.subsampling_threshold=0",
     ]
-    finished = run(load("word2vec", changes), tmp_path / "run", echo=lambda _: None)
+    finished = run(load("word2vec", changes), tmp_path / "run", log=lambda _: None)
     assert np.isfinite(list(finished.metrics.values())).all()

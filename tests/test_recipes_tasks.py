@@ -62,7 +62,7 @@ def make(folder: Path) -> Make:
                 [*SHAPE, f"max_steps={steps}", "checkpoint.every=0", *settings, f"tokenizer.path={tokens(folder)}"],
             )
             place = folder / key
-            made[key] = run(recipe, place, echo=lambda _: None), place
+            made[key] = run(recipe, place, log=lambda _: None), place
         return made[key]
 
     return one
@@ -73,7 +73,7 @@ def tokens(folder: Path) -> Path:
 
     if not (folder / "tok").exists():
         train_tokenizer(
-            [str(folder / "text.txt")], folder / "tok", algorithm="wordpiece", vocab_size=300, echo=lambda _: None
+            [str(folder / "text.txt")], folder / "tok", algorithm="wordpiece", vocab_size=300, log=lambda _: None
         )
     return folder / "tok"
 

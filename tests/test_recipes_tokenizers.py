@@ -156,7 +156,7 @@ def test_replaced_tokenizer_of_a_model_is_rejected(place: Path, tmp_path: Path) 
     with pytest.raises(UserError, match="is not the tokenizer that this model was trained with"):
         load_evaluated_model(mixed)
     with pytest.raises(UserError, match="is not the tokenizer that this model was trained with"):
-        export_model(mixed, tmp_path / "out", form="hf", dtype="", shard="", echo=quiet)
+        export_model(mixed, tmp_path / "out", form="hf", dtype="", shard="", log=quiet)
     data = [f"data.path={place / 'prompts.jsonl'}", f"init_from={mixed}", "max_steps=2"]
     with pytest.raises(UserError, match="is not the tokenizer that this model was trained with"):
         run(load("sft", data), tmp_path / "run", quiet)

@@ -31,7 +31,7 @@ def write(file: Path, texts: list[str]) -> str:
 def cut(folder: Path, tokenizer: Tokenizer, others: str, lines: list[str], **source: object) -> DatasetSplits:
     text = DataConfig(path=(write(folder / "labeled.jsonl", TEXTS),), **source)  # type: ignore[arg-type]
     return PartiallyLabeledConfig(unlabeled_path=(others,)).build(
-        RunData(text, tokenizer, folder, echo=lines.append), Consistency(class_names=("a", "b"))
+        RunData(text, tokenizer, folder, log=lines.append), Consistency(class_names=("a", "b"))
     )
 
 

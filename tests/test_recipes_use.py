@@ -140,7 +140,7 @@ def tuned(tmp_path_factory: pytest.TempPathFactory, tokenizer: Tokenizer) -> Pat
     (place / "d.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS * 4))
     settings = [f"init_from={base}", f"data.path={place / 'd.jsonl'}", "data.validation_fraction=0", "max_steps=120", "batch.size=8",
                 "examples.max_length=64", "optimizer.lr=1e-2", "evaluation.every=0", "precision=fp32"]  # fmt: skip
-    run(load("sft", settings), place / "run", echo=lambda _: None)
+    run(load("sft", settings), place / "run", log=lambda _: None)
     return place
 
 

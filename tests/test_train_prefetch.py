@@ -89,10 +89,10 @@ def test_losses_do_not_depend_on_the_thread(
     begun: list[int] = []
     begin = Prefetcher.begin
     monkeypatch.setattr(Prefetcher, "begin", lambda self, step: (begun.append(step), begin(self, step)))
-    run(recipe, tmp_path / "with", echo=lambda _: None)
+    run(recipe, tmp_path / "with", log=lambda _: None)
     assert begun == [1, 2, 3, 4]
     monkeypatch.setattr(Prefetcher, "begin", lambda self, step: None)
-    run(recipe, tmp_path / "without", echo=lambda _: None)
+    run(recipe, tmp_path / "without", log=lambda _: None)
     assert rows(tmp_path / "with") == rows(tmp_path / "without")
     ends = [load_checkpoint(tmp_path / way / "checkpoints" / "step-000005") for way in ("with", "without")]
     assert ends[0].state["random"] == ends[1].state["random"]

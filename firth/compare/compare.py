@@ -45,13 +45,13 @@ from firth.runs import config_io, examples
 from firth.runs import recipe as recipes
 from firth.runs.compatibility import check_pattern
 from firth.runs.labeled_examples import LabeledConfig
-from firth.runs.prepare import DataConfig, Echo, RunData
+from firth.runs.prepare import DataConfig, RunData
 from firth.runs.recipe import CheckpointConfig, EvalConfig, Recipe, TokenizerConfig
 from firth.runs.run import run
 from firth.runs.tokenizer import check_vocab, sentinels_of, tokenizer_of
 from firth.tokenizer.tokenizer import Tokenizer
 from firth.train.schedule import Budget
-from firth.types import UserError
+from firth.types import LogLine, UserError
 from firth.validated import PositiveInt, Ranged, ShareAboveZero
 
 PROBE = "probe."
@@ -135,7 +135,7 @@ class ComparisonRun:
 
 
 def compare(
-    names: Sequence[str], settings: Sequence[str], terms: ComparisonConfig, out: Path, echo: Echo = print
+    names: Sequence[str], settings: Sequence[str], terms: ComparisonConfig, out: Path, echo: LogLine = print
 ) -> str:
     """Do all that is left to do in `out`, write what came of it there, and return it for reading.
 
@@ -193,7 +193,7 @@ def train_once(arena: ComparisonRun, name: str, share: float, seed: int, done: S
 def _pretrained(arena: ComparisonRun, recipe: Recipe, blank: Score) -> Score:
     """Train, ask, finetune."""
     directory = arena.out / "runs" / blank.recipe / f"share-{blank.share:g}" / f"seed-{blank.seed}"
-    ended = run(recipe, directory, echo=_silent)
+    ended = run(recipe, directory, log=_silent)
     shutil.rmtree(directory / "checkpoints", ignore_errors=True)  # the weights are in model/, the moments weigh more
     model = load_model(ended.model)
     answered = cloze.score(model, recipe.objective, arena.hidden, arena.tokenizer.vocab)
@@ -210,12 +210,12 @@ def _finetuned(arena: ComparisonRun, name: str, seed: int, start: str) -> float:
     """Accuracy on the records that are tested on; the run itself is not kept."""
     recipe = arena.finetuning(name, seed, start)
     directory = arena.out / "probes" / recipe.hash()
-    ended = run(recipe, directory, echo=_silent)
+    ended = run(recipe, directory, log=_silent)
     shutil.rmtree(directory)
     return ended.metrics["valid/accuracy"]
 
 
-def once(echo: Echo) -> Echo:
+def once(echo: LogLine) -> LogLine:
     """Says a thing once: several recipes open one corpus."""
     said: set[str] = set()
 
@@ -259,7 +259,7 @@ def facts(arena: ComparisonRun) -> dict[str, str]:
 
 
 def prepare(
-    names: Sequence[str], settings: Sequence[str], terms: ComparisonConfig, out: Path, echo: Echo
+    names: Sequence[str], settings: Sequence[str], terms: ComparisonConfig, out: Path, echo: LogLine
 ) -> ComparisonRun:
     """Read the recipes, refuse what does not fit, make the tokenizer, the token stores and the probe's files."""
     loaded = _loaded(names, [s for s in settings if not s.startswith(PROBE)])
@@ -294,7 +294,7 @@ def prepare(
     contenders = {
         name: _fitted(name, recipe, source, tokenizer, out, echo, drawn is not None) for name, recipe in loaded.items()
     }
-    learnt, held = RunData(source, tokenizer, out, echo=echo).stores()
+    learnt, held = RunData(source, tokenizer, out, log=echo).stores()
     longest = min(LONGEST, *(c.model.max_positions - 2 for c in contenders.values() if c.model is not None))
     hidden = [] if held is None else cloze.items(held, tokenizer.vocab, HIDDEN, longest)
     return ComparisonRun(
@@ -354,7 +354,7 @@ def _same_terms(out: Path, shared: Mapping[str, Any]) -> None:
 
 
 def _fitted(
-    name: str, recipe: Recipe, source: DataConfig, tokenizer: Tokenizer, out: Path, echo: Echo, probed: bool
+    name: str, recipe: Recipe, source: DataConfig, tokenizer: Tokenizer, out: Path, echo: LogLine, probed: bool
 ) -> Recipe:
     """The recipe on the common text with the common tokenizer. What would fail later fails here, under its name: the text
     is cut, one example is shown, and the model is built without memory."""
@@ -370,7 +370,7 @@ def _fitted(
                 ),
                 config,
             )
-        data = RunData(source, tokenizer, out, batch_size=recipe.batch.size, echo=echo)
+        data = RunData(source, tokenizer, out, batch_size=recipe.batch.size, log=echo)
         shown = examples.build_datasets(recipe.examples, data, recipe.objective).train[0]
         recipe.objective.build_example(shown, tokenizer.vocab, np.random.default_rng(0))
         with torch.device("meta"):

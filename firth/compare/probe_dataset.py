@@ -28,8 +28,8 @@ import numpy as np
 from firth.corpora import catalog, readers
 from firth.data.split import place
 from firth.runs.labeled_examples import LabeledConfig
-from firth.runs.prepare import DataConfig, Echo, held_out_of
-from firth.types import UserError
+from firth.runs.prepare import DataConfig, held_out_of
+from firth.types import LogLine, UserError
 
 QUESTIONS, ELSEWHERE = "questions", "sarcasm"
 """The probe of models that read Shakespeare, and of others, where none is named."""
@@ -75,7 +75,7 @@ def draw_probe(
     labels: int,
     seeds: int,
     folder: Path,
-    echo: Echo,
+    echo: LogLine,
 ) -> ProbeDataset:
     """Write the files. probe: files, the name of a corpus, "questions", or "" to choose by the text.
     paths: the files of the text that is learnt from.

@@ -106,7 +106,7 @@ class RankingsConfig(ExamplesConfig):
 
     def configure_objective(self, objective: Objective, data: RunData) -> Objective:
         def known() -> DataStats:
-            paths = [*data.config.paths(data.echo), *data.config.validation_path]
+            paths = [*data.config.paths(data.log), *data.config.validation_path]
             return DataStats(max_options=rankings.RankingRecords(paths, data.tokenizer, self.max_length).most)
 
         return objective.with_stats(known)
@@ -185,7 +185,7 @@ class RolloutsConfig(ExamplesConfig):
                 data.init_from, "init_from", "the model that writes the first answers, which is also the reference"
             )
         )
-        found, keys = self._prompts(data, start, data.config.paths(data.echo))
+        found, keys = self._prompts(data, start, data.config.paths(data.log))
         aside = held_out_keys(keys, 0.0 if data.config.validation_path else data.config.validation_fraction, len(found))
         prompts, held = ([p for p, out in zip(found, aside, strict=True) if out == side] for side in (False, True))
         if data.config.validation_path:
@@ -229,7 +229,7 @@ class RolloutsConfig(ExamplesConfig):
                 if limit < room
                 else f"{start.context} positions less examples.max_new_tokens={self.max_new_tokens}"
             )
-            data.echo(
+            data.log(
                 f"{counts['too_long']:,} of {counts['records']:,} prompts are left out: longer than {limit} tokens ({why})"
             )
         return prompts, keys

@@ -34,8 +34,7 @@ from firth.objectives.objective import PATTERN_DESCRIPTIONS, Objective
 from firth.runs import alignment_examples, config_io, examples, labeled_examples, noisy_label_examples
 from firth.runs.examples import ExamplesConfig
 from firth.runs.peft_options import FullFinetuning, PeftConfig
-from firth.runs.prepare import Echo
-from firth.types import UserError
+from firth.types import LogLine, UserError
 
 EXAMPLES = examples.EXAMPLES | labeled_examples.EXAMPLES | noisy_label_examples.EXAMPLES | alignment_examples.EXAMPLES
 """Name in a recipe -> class."""
@@ -67,7 +66,9 @@ def check_pattern(
         return
     changes = "" if fixed else _settings(objective, config)
     remedy = (
-        f"set {changes}" if changes else f"{'start from a model of' if fixed else 'use'} the recipe {PATTERN_RECIPES[reads]}"
+        f"set {changes}"
+        if changes
+        else f"{'start from a model of' if fixed else 'use'} the recipe {PATTERN_RECIPES[reads]}"
     )
     others = [one for one in _served(config) if type(one) is not type(objective)]
     served = [one for one in others if examples is None or _has_inputs(one, examples)] or others
@@ -251,7 +252,7 @@ def limit_lengths(
     base: LM | None,
     config: ModelConfig,
     added: int,
-    echo: Echo,
+    log: LogLine,
 ) -> ExamplesConfig:
     """Limit the rows to the learned positions of a model, less the virtual tokens of PEFT.
 
@@ -262,7 +263,7 @@ def limit_lengths(
         base: The model that the run starts from.
         config: Its config. Positions that are not learned do not limit a row.
         added: Tokens that the objective adds to a row (`Objective.added_tokens`).
-        echo: Reports what is lowered.
+        log: Reports what is lowered.
 
     Raises:
         UserError: The user's own limit is too high; the error names the one that fits.
@@ -273,17 +274,17 @@ def limit_lengths(
         return examples
     if not own:  # records are cut at the context in any case, and counted
         examples = examples.limit_to(config.max_positions)
-    return _fit_rows(examples, usual, config.max_positions - added, ahead, echo, "examples")
+    return _fit_rows(examples, usual, config.max_positions - added, ahead, log, "examples")
 
 
 def _fit_rows(
-    examples: ExamplesConfig, usual: ExamplesConfig, room: int, ahead: tuple[int, int], echo: Echo, section: str
+    examples: ExamplesConfig, usual: ExamplesConfig, room: int, ahead: tuple[int, int], log: LogLine, section: str
 ) -> ExamplesConfig:
     usual = usual if type(usual) is type(examples) else type(examples)()
     changed: dict[str, Any] = {}
     for name, inner in vars(examples).items():
         if isinstance(inner, ExamplesConfig):
-            changed[name] = _fit_rows(inner, getattr(usual, name), room, ahead, echo, f"{section}.{name}")
+            changed[name] = _fit_rows(inner, getattr(usual, name), room, ahead, log, f"{section}.{name}")
     for name, limit in examples.row_limits(room - ahead[0], room - ahead[1]).items():
         value = getattr(examples, name)
         if value <= limit:
@@ -293,7 +294,7 @@ def _fit_rows(
         if limit < 1 or (value != getattr(usual, name) and not examples.drops_long_records):
             cure = f"set {section}.{name}={limit}" if limit > 0 else "lower peft.num_virtual_tokens"
             raise UserError(f"{section}.{name}={value}: {why}: {cure}")
-        echo(f"{section}.{name} is lowered from {value} to {limit}: {why}")
+        log(f"{section}.{name} is lowered from {value} to {limit}: {why}")
         changed[name] = limit
     return dataclasses.replace(examples, **changed) if changed else examples  # type: ignore[type-var]
 

@@ -410,12 +410,12 @@ def required_model(path: str, field: str, what: str) -> Path:
 
 def split_records(data: RunData, make: Callable[[Sequence[str]], Source]) -> DatasetSplits:
     """Return the training records and those of `data.validation_path`, or else a `data.validation_fraction` of the records."""
-    source = make(data.config.paths(data.echo))
+    source = make(data.config.paths(data.log))
     if data.config.validation_path:
         valid = make(data.config.validation_path)
         shared = np.flatnonzero(np.isin(valid.group_ids, source.group_ids))
         if len(shared):
-            data.echo(
+            data.log(
                 f"{len(shared):,} of {len(valid):,} examples in data.validation_path have a prompt or text that is trained on too: "
                 f"the first is number {shared[0] + 1:,}"
             )

@@ -31,10 +31,9 @@ from firth.pretrained.load_save import check_vocab_fits, left_out, load_model, m
 from firth.runs import model_card
 from firth.runs.examples import model_directory
 from firth.runs.inference import objective_of
-from firth.runs.prepare import Echo
 from firth.tokenizer import chat
 from firth.tokenizer.tokenizer import Tokenizer
-from firth.types import UserError
+from firth.types import LogLine, UserError
 
 METADATA_FILE = "firth.json"
 """File in every model directory that firth writes."""
@@ -63,7 +62,7 @@ class ModelPackage:
     dtype: str
 
 
-def import_model(given: Path, out: Path, echo: Echo = print) -> None:
+def import_model(given: Path, out: Path, log: LogLine = print) -> None:
     """Import a model of another library into a directory that all firth commands accept, and describe it.
 
     Weights keep their dtype; quantized weights become fp32.
@@ -71,7 +70,7 @@ def import_model(given: Path, out: Path, echo: Echo = print) -> None:
     Args:
         given: A model directory or a GGUF file.
         out: The directory to write.
-        echo: Receives the description.
+        log: Receives the description.
 
     Raises:
         UserError: The model cannot be read completely, or `out` holds files that firth did not write.
@@ -88,17 +87,17 @@ def import_model(given: Path, out: Path, echo: Echo = print) -> None:
         summary = save_model(model, tokenizer, place, facts, Storage(types[0] if len(types) == 1 else None))
         copied = given.is_dir() and copy_files(given, place)
         for line in described(given, model, tokenizer, types):
-            echo(line)
+            log(line)
         if copied:
-            echo("  sentence vectors: as its modules.json says")
+            log("  sentence vectors: as its modules.json says")
         card = model_card.of_directory(given, place, model, summary, facts)
         license = "" if file is None else str(read(file).metadata.get("general.license", ""))
         model_card.write(replace(card, license=card.license or license), place / "README.md")
     for line in _uses(out, model, _template(tokenizer).startswith("yes;")):
-        echo(line)
+        log(line)
 
 
-def export_model(run: Path, out: Path, *, form: str, dtype: str, shard: str, echo: Echo = print) -> None:
+def export_model(run: Path, out: Path, *, form: str, dtype: str, shard: str, log: LogLine = print) -> None:
     """Export the model of a run for other libraries, with a model card.
 
     Args:
@@ -107,7 +106,7 @@ def export_model(run: Path, out: Path, *, form: str, dtype: str, shard: str, ech
         form: One of EXPORTERS ("hf", "gguf").
         dtype: fp32, fp16, bf16, or "" for the stored dtype. GGUF also takes q8_0 and q4_0, and "" is fp16.
         shard: The most bytes of a file, such as "2GB"; "" for a single file.
-        echo: Receives the summary.
+        log: Receives the summary.
 
     Raises:
         UserError: An option is unknown, or `out` holds files that firth did not write.
@@ -132,14 +131,14 @@ def export_model(run: Path, out: Path, *, form: str, dtype: str, shard: str, ech
         summary = EXPORTERS[form](package, place, storage)
         model_card.write(model_card.of_run(run, place, model, summary, facts), place / "README.md")
         files = [p for p in place.rglob("*") if p.is_file()]
-        echo(f"{out}: {len(files)} files, {sum(p.stat().st_size for p in files) / 1e6:,.1f} MB; {summary}")
+        log(f"{out}: {len(files)} files, {sum(p.stat().st_size for p in files) / 1e6:,.1f} MB; {summary}")
     # Every tokenizer with chat tokens has a chat template, so for a run the objective decides.
     for line in _uses(
         out, model, package.is_chat_model if objective_of(run) else _template(tokenizer).startswith("yes;")
     ):
-        echo(line)
+        log(line)
     if form == "gguf":
-        echo(f"With llama.cpp:  llama-cli -m {shlex.quote(str(out / FILE))}")
+        log(f"With llama.cpp:  llama-cli -m {shlex.quote(str(out / FILE))}")
 
 
 FILE = "model.gguf"

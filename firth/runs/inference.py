@@ -19,7 +19,7 @@ from firth.evaluate.heads import head_of
 from firth.evaluate.metrics import perplexity
 from firth.evaluate.predict import check_output_path
 from firth.evaluate.prediction_inputs import InputSchema, read_inputs
-from firth.evaluate.task import EvaluatedModel, Say, load_evaluated_model
+from firth.evaluate.task import EvaluatedModel, load_evaluated_model
 from firth.evaluate.text_perplexity import reads_of
 from firth.generate import infill, word_vectors
 from firth.generate.embeddings import embed
@@ -41,7 +41,7 @@ from firth.tokenizer import chat
 from firth.tokenizer.inspection import readable
 from firth.tokenizer.tokenizer import Tokenizer
 from firth.train import precision
-from firth.types import UserError
+from firth.types import LogLine, UserError
 
 
 @dataclass(frozen=True, eq=False)
@@ -189,9 +189,9 @@ def generates_left_to_right(config: ModelConfig) -> bool:
     return config.latent_size > 0 or reads_of(config) != "masked"
 
 
-def open_run(directory: Path, weights: str | None = None, say: Say = lambda _: None) -> LoadedModel:
+def open_run(directory: Path, weights: str | None = None, log: LogLine = lambda _: None) -> LoadedModel:
     """Return `open_model` of a directory; UserError if its model has no LM head."""
-    opened = open_model(directory, weights, say)
+    opened = open_model(directory, weights, log)
     if not opened.model.has_lm_head:
         raise UserError(
             f"{directory}: this model has no LM head, so it cannot generate text; {_suitable_command(directory, opened)}"
@@ -199,14 +199,14 @@ def open_run(directory: Path, weights: str | None = None, say: Say = lambda _: N
     return opened
 
 
-def open_model(directory: Path, weights: str | None = None, say: Say = lambda _: None) -> LoadedModel:
+def open_model(directory: Path, weights: str | None = None, log: LogLine = lambda _: None) -> LoadedModel:
     """Load a model of any kind, with the objective of its run.
 
     Args:
         directory: A run or model directory, or a GGUF file.
         weights: Dtype of the weights in memory (`Engine`); None keeps the stored one; "auto" takes bf16 for fp32 weights where
             this machine also trains in bf16.
-        say: Receives a message on what "auto" chooses.
+        log: Receives a message on what "auto" chooses.
     """
     evaluated = load_evaluated_model(directory)
     if weights == "auto":
@@ -214,7 +214,7 @@ def open_model(directory: Path, weights: str | None = None, say: Say = lambda _:
         quick = stored.dtype == torch.float32 and precision.choose("auto", stored.device) == "bf16"
         weights = "bf16" if quick else None
         if quick:
-            say("weights are held in bf16, which is faster here: use --weights fp32 for full precision")
+            log("weights are held in bf16, which is faster here: use --weights fp32 for full precision")
     engine = Engine(evaluated.model, evaluated.tokenizer, weights=weights)
     return LoadedModel(engine.model, evaluated.tokenizer, engine, objective_in(directory))
 
@@ -258,7 +258,7 @@ def nearest_words(directory: Path, words: Sequence[str], top: int, out: Path | N
 
 def embed_file(
     directory: Path, file: str, stdin: BinaryIO, out: Path, *, field: str, unit: bool, length: int, form: str = "auto",
-    say: Say = lambda _: None,
+    log: LogLine = lambda _: None,
 ) -> str:  # fmt: skip
     """Write one embedding per text, in input order, and return a summary.
 
@@ -271,7 +271,7 @@ def embed_file(
         unit: Whether to normalize the embeddings to length 1.
         length: The most tokens of a text; 0 for the model's own limit.
         form: Input format (`firth.evaluate.prediction_inputs`).
-        say: Receives remarks on what was truncated, repaired or doubtful.
+        log: Receives remarks on what was truncated, repaired or doubtful.
     """
     check_output_path(out)
     if length < 0:
@@ -282,7 +282,7 @@ def embed_file(
         wanted = InputSchema(field, lambda line: {field: line}, lambda record: [record.get(field)])
         got = read_inputs(file, stdin, form, wanted, Path(folder))
         for remark in got.remarks:
-            say(remark)
+            log(remark)
         with got.named():
             records = readers.records([str(got.path)]) if any(got.told) else iter(())
             given = (readers.text_field(record, field, place) for place, record in records)
@@ -290,7 +290,7 @@ def embed_file(
     evaluated = load_evaluated_model(directory)
     found, cut = embed(evaluated.model, evaluated.tokenizer, texts, length=length or _longest(evaluated), unit=unit)
     if cut:
-        say(
+        log(
             f"{got.name}: {many(len(cut), 'text')} longer than the limit, truncated at the end; the first is row {cut[0] + 1}"
         )
     with new_file(out) as partial, partial.open("wb") as bytes_:
@@ -308,9 +308,9 @@ def _longest(evaluated: EvaluatedModel) -> int:
     return int(settings.get("max_seq_length") or evaluated.context)
 
 
-def open_engine(directory: Path, weights: str | None = None, say: Say = lambda _: None) -> LoadedModel:
+def open_engine(directory: Path, weights: str | None = None, log: LogLine = lambda _: None) -> LoadedModel:
     """Load a model that generates from left to right; for another one, raise a UserError with the command that suits it."""
-    opened = open_run(directory, weights, say)
+    opened = open_run(directory, weights, log)
     if not generates_left_to_right(opened.model.config):
         raise UserError(
             f"{directory}: this model is bidirectional, so it cannot continue a text; {_suitable_command(directory, opened)}"
@@ -357,7 +357,7 @@ def fill_text(directory: Path, text: str, top: int) -> str:
 
 def generate_texts(
     directory: Path, text: str, ends: tuple[str, str] | None, count: int, sampling: Sampling, weights: str | None = None,
-    say: Say = lambda _: None,
+    log: LogLine = lambda _: None,
 ) -> Iterator[str]:  # fmt: skip
     """Yield generated text piece by piece.
 
@@ -368,12 +368,12 @@ def generate_texts(
         count: Number of texts from the prior or the interpolation.
         sampling: The sampling settings.
         weights: Dtype of the weights in memory (`open_model`).
-        say: Receives a message on what "auto" chooses.
+        log: Receives a message on what "auto" chooses.
 
     Raises:
         UserError: The model does not generate, or `ends` is given and it has no latent.
     """
-    opened = open_engine(directory, weights, say)
+    opened = open_engine(directory, weights, log)
     if not opened.model.config.latent_size:
         if ends is not None:
             raise UserError(
@@ -400,7 +400,7 @@ class Conversation:
         weights: Dtype of the weights in memory (`open_model`).
         system: A system turn before the first line; it is never dropped.
         capped: Whether to limit `sampling.max_new_tokens` to half the context.
-        say: Receives a message on what "auto" weights choose.
+        log: Receives a message on what "auto" weights choose.
         messages: The system turn and the exchanges that have not been dropped.
         dropped: Number of dropped exchanges.
     """
@@ -410,12 +410,12 @@ class Conversation:
     weights: str | None = None
     system: str = ""
     capped: bool = False
-    say: Say = lambda _: None
+    log: LogLine = lambda _: None
     messages: list[chat.Message] = field(default_factory=list)
     dropped: int = 0
 
     def __post_init__(self) -> None:
-        self.opened = open_engine(self.run, self.weights, self.say)
+        self.opened = open_engine(self.run, self.weights, self.log)
         context = self.opened.model.context
         if self.capped:
             self.sampling = replace(
@@ -466,7 +466,7 @@ def evaluate_run(
     task: str | None,
     limit: int | None,
     as_json: bool,
-    say: Say = lambda _: None,
+    log: LogLine = lambda _: None,
 ) -> str:
     """Evaluate a run on files, or return its last evaluation on held-out text.
 
@@ -476,7 +476,7 @@ def evaluate_run(
         task: The task (`firth.runs.measure.measure`).
         limit: The most tokens or records to evaluate.
         as_json: Whether to return a JSON object instead of readable lines.
-        say: Receives remarks on what was truncated, repaired or dropped.
+        log: Receives remarks on what was truncated, repaired or dropped.
     """
     if limit is not None and not paths and task != "glue":
         raise UserError(
@@ -484,7 +484,7 @@ def evaluate_run(
             f"name files, or leave out --limit"
         )
     found = (
-        measure(directory, list(paths), task=task, limit=limit, say=say)
+        measure(directory, list(paths), task=task, limit=limit, log=log)
         if paths or task == "glue"
         else held_out_measures(directory)
     )

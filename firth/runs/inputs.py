@@ -29,11 +29,11 @@ from firth.io.safetensors import read_json
 from firth.runs import config_io
 from firth.runs.alignment_examples import module_files
 from firth.runs.examples import model_directory
-from firth.runs.prepare import Echo, text_of
+from firth.runs.prepare import text_of
 from firth.runs.recipe import Recipe, load
 from firth.tokenizer import formats
 from firth.tokenizer.tokenizer import Tokenizer
-from firth.types import UserError
+from firth.types import LogLine, UserError
 
 FILE = "inputs.json"
 
@@ -63,22 +63,22 @@ class RunInputs:
     files: dict[str, list[Any]] = field(default_factory=dict)
 
     @staticmethod
-    def read(recipe: Recipe, directory: Path, echo: Echo, first: bool = True) -> RunInputs:
+    def read(recipe: Recipe, directory: Path, log: LogLine, first: bool = True) -> RunInputs:
         """Hash the inputs of a recipe; the hashes of unchanged files are taken from the directory's inputs.json.
 
         Args:
             recipe: The recipe of the run.
             directory: The run directory.
-            echo: Receives progress messages.
+            log: Receives progress messages.
             first: Whether this rank builds the tokenizer and the token stores; the others only hash the text.
         """
         inputs = RunInputs(files=dict(recorded(directory).get("files", {})))
         source = recipe.data
         given = recipe.tokenizer.path or recipe.init_from or recipe.init_embeddings_from
         if first and not (given or source.cache_dir or has_begun(directory)):
-            inputs._read_once(recipe, directory, echo)
+            inputs._read_once(recipe, directory, log)
         if source.corpus:
-            inputs.digests["data.corpus"] = inputs._of_files(catalog.paths(source.corpus, echo), recipe)
+            inputs.digests["data.corpus"] = inputs._of_files(catalog.paths(source.corpus, log), recipe)
         for name, kind, value in config_io.paths(recipe):
             if kind == "files":
                 inputs.digests[name] = inputs._of_files(value, recipe)
@@ -131,13 +131,13 @@ class RunInputs:
         """Return a short hash of a recipe and its inputs, which a checkpoint is checked against."""
         return _hash([recipe, self.digests])[:16]
 
-    def _read_once(self, recipe: Recipe, directory: Path, echo: Echo) -> None:
+    def _read_once(self, recipe: Recipe, directory: Path, log: LogLine) -> None:
         """Hash the text of a run that trains a tokenizer, in the same pass that reads it for that.
 
         Other runs hash the files alone, at disk speed, so errors of the recipe are found before the text is read.
         """
         source = recipe.data
-        paths = source.paths(echo) if source.path or source.corpus else []
+        paths = source.paths(log) if source.path or source.corpus else []
         if not recipe.examples.reads_documents or not paths or any((directory / "data").glob("*/train")):
             return
         parts = [[path] for path in paths] if source.weights else [paths]

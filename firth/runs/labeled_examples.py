@@ -102,7 +102,7 @@ class LabeledConfig(TextRecordsConfig):
 
         @functools.cache
         def known() -> DataStats:
-            found = self._read(data.config.paths(data.echo), data, objective.class_names)
+            found = self._read(data.config.paths(data.log), data, objective.class_names)
             if data.config.weights:  # records are held out path by path
                 parts = [split_records(m, partial(self._read, data=m, classes=found.classes)) for m in data.parts()]
                 counts = [list(class_counts.all_of(part.train).values()) for part in parts]
@@ -130,7 +130,7 @@ class ScoredConfig(TextRecordsConfig):
 
         @functools.cache
         def known() -> DataStats:
-            scores = self._read(data.config.paths(data.echo), data).scores
+            scores = self._read(data.config.paths(data.log), data).scores
             return DataStats(mean=float(scores.mean()), std=float(scores.std()) or 1.0)
 
         return objective.with_stats(known)
@@ -158,7 +158,7 @@ class MultipleChoiceConfig(labeled.OptionFields, RecordsConfig):
 
     def configure_objective(self, objective: Objective, data: RunData) -> Objective:
         """Set the most options of a record, which is the number of rows per example."""
-        paths = [*data.config.paths(data.echo), *data.config.validation_path]
+        paths = [*data.config.paths(data.log), *data.config.validation_path]
         return objective.with_stats(lambda: DataStats(max_options=self._read(paths, data).most))
 
     def build(self, data: RunData, objective: Objective) -> DatasetSplits:
@@ -187,7 +187,7 @@ class TaggedConfig(labeled.TagFields, RecordsConfig):
     def configure_objective(self, objective: Objective, data: RunData) -> Objective:
         """Set the tag names of the training records, unless the recipe names them."""
         return objective.with_stats(
-            lambda: DataStats(class_names=self._read(data.config.paths(data.echo), data).classes)
+            lambda: DataStats(class_names=self._read(data.config.paths(data.log), data).classes)
         )
 
     def build(self, data: RunData, objective: Objective) -> DatasetSplits:
@@ -230,7 +230,7 @@ class QuestionsConfig(RecordsConfig):
 
     def configure_objective(self, objective: Objective, data: RunData) -> Objective:
         """Set whether a question may be unanswerable, from the training records."""
-        paths = data.config.paths(data.echo)
+        paths = data.config.paths(data.log)
         return objective.with_stats(lambda: DataStats(has_unanswerable=self._read(paths, data).unanswerable > 0))
 
     def build(self, data: RunData, objective: Objective) -> DatasetSplits:

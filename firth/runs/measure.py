@@ -19,14 +19,14 @@ from typing import Any
 
 from firth.evaluate import evaluate as tasks
 from firth.evaluate.heads import head_of
-from firth.evaluate.task import EvaluatedModel, Say, load_evaluated_model
+from firth.evaluate.task import EvaluatedModel, load_evaluated_model
 from firth.evaluate.tasks import TASKS, default_for
 from firth.runs import examples
 from firth.runs.prepare import RunData
 from firth.runs.recipe import load
 from firth.runs.validation import Validator
 from firth.train.distributed import Ranks
-from firth.types import UserError
+from firth.types import LogLine, UserError
 
 OBJECTIVE = "objective"
 """Name of the task that evaluates a run's own objective."""
@@ -38,7 +38,7 @@ def measure(
     *,
     task: str | None = None,
     limit: int | None = None,
-    say: Say = lambda _: None,
+    log: LogLine = lambda _: None,
 ) -> dict[str, Any]:
     """Evaluate a run or model directory on files; return metrics by name.
 
@@ -47,24 +47,24 @@ def measure(
         paths: Text or records; runs for the task "glue".
         task: One of `firth.evaluate.tasks.TASKS`, "likelihood", "glue" or "objective"; None chooses the model's own task.
         limit: The most tokens to evaluate, spread over the text; for a task, the number of records, from the first.
-        say: Receives remarks on what was dropped.
+        log: Receives remarks on what was dropped.
 
     Raises:
         UserError: The model does not support the task, or the files hold nothing to evaluate.
     """
     if task == "glue":
-        return tasks.evaluate(directory, paths, task=task, limit=limit, say=say)
+        return tasks.evaluate(directory, paths, task=task, limit=limit, say=log)
     evaluated = load_evaluated_model(directory)
     task = default_for(evaluated, paths) if task is None else task
     if task == "likelihood" and (evaluated.model.config.latent_size or not evaluated.model.has_lm_head):
         task = ""  # only the objective can evaluate a bound (VAE) or two separate directions (ELMo)
     if task in (OBJECTIVE, ""):
         noted = {} if limit is None else {"limit": limit}
-        return {"task": OBJECTIVE} | noted | by_objective(evaluated, paths, limit, say)
-    return tasks.measured(evaluated, paths, task=task, limit=limit, say=say)
+        return {"task": OBJECTIVE} | noted | by_objective(evaluated, paths, limit, log)
+    return tasks.measured(evaluated, paths, task=task, limit=limit, say=log)
 
 
-def by_objective(evaluated: EvaluatedModel, paths: Sequence[str], limit: int | None, say: Say) -> dict[str, Any]:
+def by_objective(evaluated: EvaluatedModel, paths: Sequence[str], limit: int | None, log: LogLine) -> dict[str, Any]:
     """Return the losses and metrics of a run's own objective on files.
 
     Raises:
@@ -90,7 +90,7 @@ def by_objective(evaluated: EvaluatedModel, paths: Sequence[str], limit: int | N
         if cut.validation is None or not len(cut.validation):
             raise UserError(f"{', '.join(paths)}: there is nothing to evaluate in it")
         for remark in cut.validation.notes:
-            say(remark)
+            log(remark)
         count = len(cut.validation)
         if limit is not None:
             some = examples.spread(cut.validation, 64)

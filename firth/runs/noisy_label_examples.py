@@ -84,7 +84,7 @@ class PartiallyLabeledConfig(WrappingConfig):
             raise UserError(
                 f"all {self.num_labeled} records keep their label and none is left without: lower examples.num_labeled"
             )
-        data.echo(
+        data.log(
             f"a trial: {len(known):,} of {len(whole.train):,} records keep their label (examples.num_labeled={self.num_labeled})"
         )
         parts = [SubsetSource(whole.train, known), UnlabeledSource(SubsetSource(whole.train, others))]
@@ -101,7 +101,7 @@ class PartiallyLabeledConfig(WrappingConfig):
                 f"all {len(texts):,} texts of examples.unlabeled_path are held out, so none is left to train on: give other files"
             )
         if held.any():
-            data.echo(
+            data.log(
                 f"{held.sum():,} of {len(texts):,} texts in examples.unlabeled_path are left out: they are held out; the first is number "
                 f"{held.argmax() + 1:,}"
             )
@@ -156,7 +156,7 @@ class SimulatedAnnotatorsConfig(WrappingConfig):
 
     def build(self, data: RunData, objective: Objective) -> DatasetSplits:
         whole = self.base.build(data, objective)
-        data.echo(
+        data.log(
             f"a simulation: the labels of {len(whole.train):,} records are replaced by the votes of {self.num_annotators} annotators, "
             f"each right with probability {self.annotator_accuracy:g} (examples=simulated_annotators)"
         )
@@ -193,7 +193,7 @@ class MultiAnnotatorConfig(RecordsConfig):
 
     def configure_objective(self, objective: Objective, data: RunData) -> Objective:
         return objective.with_stats(
-            lambda: DataStats(class_names=self._read(data.config.paths(data.echo), data).classes)
+            lambda: DataStats(class_names=self._read(data.config.paths(data.log), data).classes)
         )
 
     def build(self, data: RunData, objective: Objective) -> DatasetSplits:

@@ -29,10 +29,8 @@ from firth.runs.config_io import path_field
 from firth.tokenizer.tokenizer import Tokenizer
 from firth.tokenizer.train import train
 from firth.train import precision
-from firth.types import UserError
+from firth.types import LogLine, UserError
 from firth.validated import PositiveFloat, Ranged, ShareBelowOne
-
-Echo = Callable[[str], None]
 
 REPAIR_DESCRIPTIONS = {
     "bad_utf8": "pieces that are not UTF-8, read as U+FFFD",
@@ -78,7 +76,7 @@ class DataConfig(Ranged, section="data"):
         if self.path:  # the model card must not state the language and license of a corpus that is not read
             object.__setattr__(self, "corpus", "")
 
-    def paths(self, echo: Echo) -> list[str]:
+    def paths(self, log: LogLine) -> list[str]:
         """Return the training files.
 
         Raises:
@@ -88,7 +86,7 @@ class DataConfig(Ranged, section="data"):
             return list(self.path)
         if not self.corpus:
             raise UserError("the recipe has no data: set data.path=FILES or data.corpus=NAME (see `firth list`)")
-        return catalog.paths(self.corpus, echo)
+        return catalog.paths(self.corpus, log)
 
 
 @dataclass(frozen=True, eq=False)
@@ -102,7 +100,7 @@ class RunData:
         init_from: The model that the run starts from; empty for none.
         batch_size: Examples per optimizer step.
         seed: Seed of the run.
-        echo: Receives progress messages.
+        log: Receives progress messages.
         memory_length: Tokens before each row that the model attends to (`ModelConfig.memory_length`).
         siblings: All paths of a mixture that this path belongs to. Documents that are held out of one are not trained on in another.
         precision: Precision of the run's forward passes, also for values that are precomputed.
@@ -114,7 +112,7 @@ class RunData:
     init_from: str = ""
     batch_size: int = 1
     seed: int = 0
-    echo: Echo = print
+    log: LogLine = print
     memory_length: int = 0
     siblings: tuple[str, ...] = ()
     precision: Literal["fp32", "bf16"] = "fp32"
@@ -146,7 +144,7 @@ class RunData:
 
     def stores(self) -> tuple[TokenStore, TokenStore | None]:
         """Return the training and the held-out token store (None if nothing is held out). Missing stores are built."""
-        paths = self.config.paths(self.echo)
+        paths = self.config.paths(self.log)
         every = [*paths, *self.siblings]
         folder = Path(self.config.cache_dir or self.directory / "data") / fingerprint(
             self.config, every, self.tokenizer
@@ -166,18 +164,18 @@ class RunData:
                 place.parent.mkdir(parents=True, exist_ok=True)
                 store = TokenStore.build(itertools.chain([first], documents), self.tokenizer, place, stats=counts.rows)
                 kind = "held out" if validation else "training"
-                self.echo(
+                self.log(
                     f"{kind}: {len(store)} documents, {int(store.bytes.sum()):,} bytes, {len(store.tokens):,} tokens"
                 )
                 for line in [] if validation else self._repeated(paths):
-                    self.echo(line)
+                    self.log(line)
                 if share := _unknown_share(store, self.tokenizer):
-                    self.echo(
+                    self.log(
                         f"{share:.2%} of these tokens are unknown to the tokenizer: train one on this text; with byte-bpe, or "
                         "bpe or unigram with byte fallback, nothing is unknown"
                     )
                 for kind, at in ({} if validation else counts.at).items():
-                    self.echo(f"{REPAIR_DESCRIPTIONS[kind]}: {counts.rows()[kind]:,}; the first is {at}")
+                    self.log(f"{REPAIR_DESCRIPTIONS[kind]}: {counts.rows()[kind]:,}; the first is {at}")
             parts.append(TokenStore.open(place, self.tokenizer))
         assert parts[0] is not None
         return parts[0], parts[1]
@@ -298,7 +296,7 @@ def train_tokenizer(
     seed: int = 0,
     num_sentinels: int = 0,
     byte_fallback: bool = True,
-    echo: Echo = print,
+    log: LogLine = print,
     texts: Callable[[ReadStats], Iterator[str]] | None = None,
 ) -> Tokenizer:
     """Train a tokenizer on files and save it with the counts of its merges (`firth tokenizer show`).
@@ -314,14 +312,14 @@ def train_tokenizer(
         seed: Seed of the sample.
         num_sentinels: Number of `<extra_id_n>` tokens.
         byte_fallback: Whether bpe and unigram encode rare characters as bytes.
-        echo: Receives progress messages.
+        log: Receives progress messages.
         texts: Yields the texts to train on in place of the files' documents, and counts them.
     """
     counts = ReadStats()
     plain = (d.text for d in readers.documents(paths, field=text_field, split=split_by, counts=counts))
     tokenizer = train(
         _nonempty(plain if texts is None else texts(counts), paths), algorithm, vocab_size, seed=seed,
-        sample_bytes=sample_bytes, num_sentinels=num_sentinels, byte_fallback=byte_fallback, echo=echo,
+        sample_bytes=sample_bytes, num_sentinels=num_sentinels, byte_fallback=byte_fallback, echo=log,
     )  # fmt: skip
     tokenizer.save(out)
     whole = ("files", "documents", "bytes")
@@ -329,7 +327,7 @@ def train_tokenizer(
         many(n, name.removesuffix("s")) if name in whole else f"{n:,} {name.replace('_', ' ')}"
         for name, n in counts.rows().items()
     )
-    echo(f"{algorithm} tokenizer of {tokenizer.vocab.size:,} ids from {rows or 'the texts of the records'}: {out}")
+    log(f"{algorithm} tokenizer of {tokenizer.vocab.size:,} ids from {rows or 'the texts of the records'}: {out}")
     return tokenizer
 
 

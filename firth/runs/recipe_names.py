@@ -50,4 +50,4 @@ NEEDS = {
     "weak_supervision": "records {text, labels: [of several annotators]}; examples=simulated_annotators simulates "
     "annotators of records {text, label}",
 }
-"""Name -> the input that a recipe needs, where the name does not say it."""
+"""Name -> the input that a recipe needs, where the name does not show it."""

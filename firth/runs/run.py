@@ -51,7 +51,7 @@ from firth.runs.inference import LoadedModel
 from firth.runs.init_head import init_head
 from firth.runs.inputs import RunInputs, content_hash, has_begun, recorded_hash
 from firth.runs.peft_options import FullFinetuning, add_layer_mixture, check_peft
-from firth.runs.prepare import Echo, RunData
+from firth.runs.prepare import RunData
 from firth.runs.recipe import MODEL_CONFIG_HINT, Recipe, load, published
 from firth.runs.recipe_names import RECIPES
 from firth.runs.tokenizer import check_vocab, resolved_size, tokenizer_of
@@ -60,7 +60,7 @@ from firth.tokenizer.tokenizer import Tokenizer
 from firth.train import checkpoint, precision
 from firth.train.distributed import Ranks, join
 from firth.train.trainer import TrainerConfig, train
-from firth.types import UserError
+from firth.types import LogLine, UserError
 
 T = TypeVar("T")
 
@@ -101,13 +101,13 @@ class RunResult:
         return self.directory / "model"
 
 
-def run(recipe: Recipe, directory: Path, echo: Echo = print) -> RunResult:
+def run(recipe: Recipe, directory: Path, log: LogLine = print) -> RunResult:
     """Train a recipe in a directory, or resume or return the run that the directory holds.
 
     Args:
         recipe: The recipe.
         directory: The run directory.
-        echo: Receives progress messages of the first rank.
+        log: Receives progress messages of the first rank.
 
     Raises:
         UserError: The directory holds a run of another recipe, or the recipe is invalid.
@@ -115,27 +115,27 @@ def run(recipe: Recipe, directory: Path, echo: Echo = print) -> RunResult:
     kernels.check_forced()
     ranks = join(best_device())
     with ranks.together():
-        return _run(recipe, directory, echo, ranks)
+        return _run(recipe, directory, log, ranks)
 
 
-def _run(recipe: Recipe, directory: Path, echo: Echo, ranks: Ranks) -> RunResult:
+def _run(recipe: Recipe, directory: Path, log: LogLine, ranks: Ranks) -> RunResult:
     """Execute `run` on one rank."""
-    echo = echo if ranks.first else _silent
+    log = log if ranks.first else _silent
     if recipe.model is None and not recipe.init_from:
         raise UserError(f"the recipe {recipe.name!r} has neither a model config nor init_from: {MODEL_CONFIG_HINT}")
     _check_models(recipe)
     make_directory(directory)
-    inputs = _first_rank_first(ranks, lambda: RunInputs.read(recipe, directory, echo, ranks.first))
+    inputs = _first_rank_first(ranks, lambda: RunInputs.read(recipe, directory, log, ranks.first))
     continued = has_begun(directory)
     if continued:
         inputs.check(directory)
-    tokenizer = _first_rank_first(ranks, lambda: tokenizer_of(recipe, directory, echo, inputs))
+    tokenizer = _first_rank_first(ranks, lambda: tokenizer_of(recipe, directory, log, inputs))
     inputs.digests["tokenizer"] = tokenizer.digest
     if continued:
         inputs.check(directory)
     _check_tokenizer(tokenizer, recipe)
     check_vocab(recipe, tokenizer)
-    data = RunData(recipe.data, tokenizer, directory, recipe.init_from, recipe.batch.size, recipe.seed, echo)
+    data = RunData(recipe.data, tokenizer, directory, recipe.init_from, recipe.batch.size, recipe.seed, log)
     resolved = _first_rank_first(
         ranks, lambda: _resolve(recipe, data)
     )  # it may read class names from a corpus that has to be downloaded first
@@ -158,12 +158,12 @@ def _run(recipe: Recipe, directory: Path, echo: Echo, ranks: Ranks) -> RunResult
     recipe_hash = recorded_hash(directory, resolved) if continued else content_hash(resolved)
     known = inputs.identity(recipe_hash)
     if (directory / DONE).exists() and not (directory / "model" / "firth.json").exists():
-        echo(f"{resolved.name}: {directory / 'model'} is missing, so it is exported again from the last checkpoint")
+        log(f"{resolved.name}: {directory / 'model'} is missing, so it is exported again from the last checkpoint")
     elif (directory / DONE).exists():
         finished = _finished(directory, known)
         if ranks.first and not (directory / REPORT).exists():
             write_report(run_report(directory), directory / REPORT)
-        echo(f"{resolved.name}: {directory} is finished, after {finished.steps:,} steps; its model is {finished.model}")
+        log(f"{resolved.name}: {directory} is finished, after {finished.steps:,} steps; its model is {finished.model}")
         return finished
     chosen = checkpoint.precision(directory) or precision.choose(resolved.precision, best_device())
     data = dataclasses.replace(data, memory_length=resolved.model.memory_length, precision=chosen)
@@ -176,19 +176,19 @@ def _run(recipe: Recipe, directory: Path, echo: Echo, ranks: Ranks) -> RunResult
     )
     fallback_notes = fallbacks(resolved.objective, resolved.examples, splits.train, tokenizer.vocab)
     for line in (*_data_notes(resolved, splits, validator), *fallback_notes):
-        echo(f"{resolved.name}: {line}")
+        log(f"{resolved.name}: {line}")
     torch.manual_seed(resolved.seed)
     model = LM(resolved.model, resolved.objective.heads(resolved.model))
     added: list[str] = []
     if resolved.init_from:
         dropped, added = init_from(model, model_directory(resolved.init_from))
         changed = [f"{what} {', '.join(names)}" for what, names in (("drops", dropped), ("adds", added)) if names]
-        echo(f"{resolved.name} starts from {resolved.init_from}" + (f": {'; '.join(changed)}" if changed else ""))
+        log(f"{resolved.name} starts from {resolved.init_from}" + (f": {'; '.join(changed)}" if changed else ""))
     else:
         model.set_token_characters([tokenizer.token(i) for i in range(tokenizer.vocab.size)])
     if resolved.init_embeddings_from:
         loaded = word_vectors.load_embeddings(model, model_directory(resolved.init_embeddings_from))
-        echo(f"{resolved.name} takes {loaded}; everything else is initialized at random")
+        log(f"{resolved.name} takes {loaded}; everything else is initialized at random")
     model.restrict_vocab(tokenizer.vocab)
     resolved.peft.apply(model, added, tokenizer, resolved.seed)
     for stack in model.stacks():
@@ -197,7 +197,7 @@ def _run(recipe: Recipe, directory: Path, echo: Echo, ranks: Ranks) -> RunResult
     if resolved.compile:
         compile_blocks(model)
     trainable, total = trained(model), sum(p.numel() for p in model.parameters())
-    echo(
+    log(
         f"{resolved.name}: {total:,} parameters"
         + (f", of which {trainable:,} are trained" if trainable < total else "")
     )
@@ -205,7 +205,7 @@ def _run(recipe: Recipe, directory: Path, echo: Echo, ranks: Ranks) -> RunResult
     if resolved.init_head_from_frequencies and not resolved.init_from:
         counted = init_head(model, resolved.objective, batches)
         if counted:
-            echo(f"{resolved.name} starts with an LM head that predicts the frequencies of {counted:,} labels")
+            log(f"{resolved.name} starts with an LM head that predicts the frequencies of {counted:,} labels")
     if ranks.first:
         if not continued:
             for name in ("samples.jsonl", held_out_texts.FILE):  # of a run that ended before its first checkpoint
@@ -255,10 +255,10 @@ def _run(recipe: Recipe, directory: Path, echo: Echo, ranks: Ranks) -> RunResult
             model, directory / "adapter", model_directory(resolved.init_from), added, tokenizer, facts
         )
         if adapter:
-            echo(f"{resolved.name}: {directory / 'adapter'} ({adapter})")
+            log(f"{resolved.name}: {directory / 'adapter'} ({adapter})")
         remarks = [*resolved.objective.notes(ended.metrics), *splits.notes]
         for remark in remarks:
-            echo(f"{resolved.name}: {remark}")
+            log(f"{resolved.name}: {remark}")
         remarks += [
             *fallback_notes,
             *([splits.no_validation_reason] if splits.no_validation_reason else []),
@@ -271,7 +271,7 @@ def _run(recipe: Recipe, directory: Path, echo: Echo, ranks: Ranks) -> RunResult
             model_card.write(model_card.of_run(directory, place, model, summary, facts, done), place / "README.md")
         write_record(directory / DONE, done)
         write_report(run_report(directory), directory / REPORT)
-        echo(f"{resolved.name}: {directory / 'model'} ({summary}); report: {directory / REPORT}")
+        log(f"{resolved.name}: {directory / 'model'} ({summary}); report: {directory / REPORT}")
     ranks.wait()
     return finished
 
@@ -345,7 +345,7 @@ def _resolve(recipe: Recipe, data: RunData) -> Recipe:
     else:
         config = dataclasses.replace(config, vocab_size=data.tokenizer.vocab.size)
     added = max(one.added_tokens for one in recipe.objective.components())
-    examples = limit_lengths(recipe.examples, _published_examples(recipe), recipe.peft, base, config, added, data.echo)
+    examples = limit_lengths(recipe.examples, _published_examples(recipe), recipe.peft, base, config, added, data.log)
     examples = examples.limit_to(config.max_positions)
     objective = recipe.peft.configure_objective(examples.configure_objective(recipe.objective, data).for_model(config))
     with init_empty_weights():

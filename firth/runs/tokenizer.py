@@ -19,11 +19,11 @@ from firth.io.integrity import file_facts, verify_files
 from firth.io.json_files import check_all, read_object
 from firth.runs.examples import model_directory, training_texts
 from firth.runs.inputs import RunInputs, has_begun
-from firth.runs.prepare import Echo, train_tokenizer
+from firth.runs.prepare import train_tokenizer
 from firth.runs.recipe import Recipe
 from firth.tokenizer.tokenizer import Tokenizer
 from firth.tokenizer.train import train
-from firth.types import UserError
+from firth.types import LogLine, UserError
 
 RECORD = "made_from.json"
 FILES = ("tokenizer.json", "tokenizer_config.json")
@@ -31,14 +31,14 @@ FILES = ("tokenizer.json", "tokenizer_config.json")
 
 
 def tokenizer_of(
-    recipe: Recipe, directory: Path, echo: Echo, inputs: RunInputs | None = None, sentinels: int | None = None
+    recipe: Recipe, directory: Path, log: LogLine, inputs: RunInputs | None = None, sentinels: int | None = None
 ) -> Tokenizer:
     """Return the tokenizer of a run: a copy of `tokenizer.path` or the base model's, or one trained on the run's text.
 
     Args:
         recipe: The recipe of the run.
         directory: The run directory, which keeps the tokenizer.
-        echo: Receives progress messages.
+        log: Receives progress messages.
         inputs: The inputs of the run, if they have been read.
         sentinels: Number of `<extra_id_n>` tokens of a trained tokenizer; None for what the objective needs.
 
@@ -46,7 +46,7 @@ def tokenizer_of(
         UserError: The directory holds checkpoints of a run with another tokenizer.
     """
     sentinels = sentinels_of(recipe) if sentinels is None else sentinels
-    inputs = inputs or RunInputs.read(recipe, directory, echo)
+    inputs = inputs or RunInputs.read(recipe, directory, log)
     own, config, source = directory / "tokenizer", recipe.tokenizer, recipe.data
     base = recipe.init_from or recipe.init_embeddings_from
     path = config.path or (str(model_directory(base)) if base else "")
@@ -66,7 +66,7 @@ def tokenizer_of(
             "choose another directory with --out, or delete that one"
         )
     if exists:
-        echo(f"{own}: an earlier run made this tokenizer of another text or with other settings; it is rebuilt")
+        log(f"{own}: an earlier run made this tokenizer of another text or with other settings; it is rebuilt")
     shutil.rmtree(own, ignore_errors=True)
     if given is not None:
         given.save(own)
@@ -74,13 +74,13 @@ def tokenizer_of(
         record["resolved_size"] = made.vocab.size
     else:
         train_tokenizer(
-            source.paths(echo), own, algorithm=config.algorithm, vocab_size=config.vocab_size, text_field=source.text_field,
-            split_by=source.split_by, sample_bytes=config.sample_bytes, seed=recipe.seed, echo=echo, byte_fallback=config.byte_fallback,
+            source.paths(log), own, algorithm=config.algorithm, vocab_size=config.vocab_size, text_field=source.text_field,
+            split_by=source.split_by, sample_bytes=config.sample_bytes, seed=recipe.seed, log=log, byte_fallback=config.byte_fallback,
             num_sentinels=sentinels,
-            texts=lambda counts: training_texts(recipe.examples, source, source.paths(echo), counts),
+            texts=lambda counts: training_texts(recipe.examples, source, source.paths(log), counts),
         )  # fmt: skip
         made = Tokenizer.load(own)
-        record["resolved_size"] = made.vocab.size if _repeats(made, recipe, sentinels, echo) else config.vocab_size
+        record["resolved_size"] = made.vocab.size if _repeats(made, recipe, sentinels, log) else config.vocab_size
     record |= {"digest": made.digest, "files": {name: file_facts(own / name) for name in FILES}}
     write_text(own / RECORD, json.dumps(record, indent=1) + "\n")
     return made
@@ -125,7 +125,7 @@ def _record(own: Path) -> dict[str, Any]:
     return found
 
 
-def _repeats(made: Tokenizer, recipe: Recipe, sentinels: int, echo: Echo) -> bool:
+def _repeats(made: Tokenizer, recipe: Recipe, sentinels: int, log: LogLine) -> bool:
     """Return whether training with the actual number of ids gives the same tokenizer.
 
     It is trained again to find out, which is cheap: a text with fewer ids than requested is small.
@@ -133,7 +133,7 @@ def _repeats(made: Tokenizer, recipe: Recipe, sentinels: int, echo: Echo) -> boo
     config, source, size = recipe.tokenizer, recipe.data, made.vocab.size
     if size == config.vocab_size:
         return True
-    texts = training_texts(recipe.examples, source, source.paths(echo), ReadStats())
+    texts = training_texts(recipe.examples, source, source.paths(log), ReadStats())
     try:
         again = train(
             texts, config.algorithm, size, seed=recipe.seed, sample_bytes=config.sample_bytes, num_sentinels=sentinels,
