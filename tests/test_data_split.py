@@ -195,7 +195,7 @@ def test_a_mixture_does_not_train_on_what_another_path_holds_out(tokenizer: Toke
     texts = [f"the film {i} is good" for i in range(30)]
     paths = [texts_of(tmp_path / "first", texts), texts_of(tmp_path / "second", texts[::-1])]
     source = DataConfig(path=tuple(paths), weights=(1, 1), validation_fraction=0.2)
-    parts = RunData(source, tokenizer, tmp_path / "run", log=lambda _: None).parts()
+    parts = RunData(source, tokenizer, tmp_path / "run", log=lambda _: None).per_path()
     stores = [part.stores() for part in parts]
     learnt = set().union(*(documents(train_store, tokenizer) for train_store, _ in stores))
     held = set().union(*(documents(valid_store, tokenizer) for _, valid_store in stores))

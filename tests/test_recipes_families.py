@@ -197,13 +197,13 @@ def test_vae_interpolates_and_samples_from_the_prior(runs: Path) -> None:
     opened = open_engine(runs / "vae")
     sampling = Sampling(temperature=0, max_new_tokens=8)
     first, second = "The otter paints the boat.", "The clerk sells the boat."
-    lines = opened.between(first, second, 5, sampling)
+    lines = opened.interpolate(first, second, 5, sampling)
     ends = opened.engine.posterior([encode_prompt(opened.tokenizer, text, opened.model) for text in (first, second)])
     middle = opened.engine.decode(ends.mean(0, keepdim=True), sampling)[0].text
     assert [lines[0], lines[4]] == [one.text for one in opened.engine.decode(ends, sampling)] and lines[2] == middle
     more = ["--temperature", "0", "-n", "8", "--count", "3", "--seed", "4", "--weights", "fp32"]
     assert firth("generate", str(runs / "vae"), "--between", first, second, *more) == (
-        "\n".join(opened.between(first, second, 3, sampling)) + "\n"
+        "\n".join(opened.interpolate(first, second, 3, sampling)) + "\n"
     )
     drawn = firth("generate", str(runs / "vae"), *more)
     chance = np.random.default_rng(4).standard_normal((3, 4), np.float32)

@@ -51,7 +51,7 @@ def test_mixture_has_the_stated_weights(folder: Path, tmp_path: Path) -> None:
     assert share_of_a(cut.train, indices, mixed.tokenizer) == 0.75
     assert cut.validation is not None
     assert share_of_a(cut.validation, np.arange(len(cut.validation)), mixed.tokenizer) == pytest.approx(0.75, abs=0.06)
-    parts = [WindowsConfig(max_length=32).build(part, load("gpt").objective) for part in mixed.parts()]
+    parts = [WindowsConfig(max_length=32).build(part, load("gpt").objective) for part in mixed.per_path()]
     assert cut.bytes_per_target == pytest.approx(0.75 * parts[0].bytes_per_target + 0.25 * parts[1].bytes_per_target)
     assert cut.counts["documents"] == sum(p.counts["documents"] for p in parts)
 

@@ -70,11 +70,11 @@ def test_chat_drops_whole_exchanges(conversation: Path, tokenizer: Tokenizer, tm
 def test_chat_keeps_room_for_every_answer(conversation: Path) -> None:
     """-n 60 and short lines in 128 tokens: each answer of a model that never stops has 60 tokens (case 32)."""
     talk = Conversation(conversation, Sampling(temperature=0, max_new_tokens=60))
-    talk.opened.engine.stops = frozenset()
+    talk.loaded.engine.stops = frozenset()
     for i in range(6):
         list(talk.answer(f"Who paints the boat {i}?"))
-        [answer] = talk.opened.engine.generate(
-            [chat.encode(talk.opened.tokenizer, talk.messages[:-1], open=True)[0]], talk.sampling
+        [answer] = talk.loaded.engine.generate(
+            [chat.encode(talk.loaded.tokenizer, talk.messages[:-1], open=True)[0]], talk.sampling
         )
         assert len(answer.tokens) == 60 and answer.finish == "length"
     assert [m["role"] for m in talk.messages] == ["user", "assistant"] * (len(talk.messages) // 2)

@@ -149,7 +149,7 @@ def build_datasets(examples: ExamplesConfig, data: RunData, objective: Objective
 
 
 def _mixed(examples: ExamplesConfig, data: RunData, objective: Objective) -> DatasetSplits:
-    cuts = [examples.build(part, objective) for part in data.parts()]
+    cuts = [examples.build(part, objective) for part in data.per_path()]
     weights = data.config.weights
     train = MixtureSource([c.train for c in cuts], weights)
     read = {name: sum(c.read_stats.get(name, 0) for c in cuts) for c in cuts for name in c.read_stats}

@@ -87,16 +87,16 @@ class LoadedModel:
         if MASK in text:
             return self.fill_gaps(text, 5)
         if PRIOR in text:
-            return "\n".join(self.prior(5, sampling))
+            return "\n".join(self.sample_prior(5, sampling))
         if TO in text:
             first, _, second = text.partition(TO)
-            return "\n".join(self.between(first, second, 5, sampling))
+            return "\n".join(self.interpolate(first, second, 5, sampling))
         if self.model.has_lm_head:
             return self.continue_text([text], sampling)[0]
         # The vocabulary of a user's text may lack the words of a recipe, which must not end a run.
-        return self.near(text, 8) if word_vectors.ids_of(self.tokenizer, text) else "(no word of this text)"
+        return self.nearest(text, 8) if word_vectors.ids_of(self.tokenizer, text) else "(no word of this text)"
 
-    def near(self, word: str, top: int) -> str:
+    def nearest(self, word: str, top: int) -> str:
         """Return the words with the nearest vectors to that of a word, in one line."""
         found = word_vectors.nearest(self.model, self.tokenizer, word, top)
         return "   ".join(f"{readable(piece)} {likeness:.2f}" for piece, likeness in found)
@@ -149,14 +149,14 @@ class LoadedModel:
             return Denoising().build_infill(pieces, vocab)
         return SpanCorruption().build_infill(pieces, vocab) if len(vocab.sentinels) > 1 else None
 
-    def between(self, first: str, second: str, count: int, sampling: Sampling) -> list[str]:
+    def interpolate(self, first: str, second: str, count: int, sampling: Sampling) -> list[str]:
         """Return `count` texts decoded from a linear interpolation of the latents of two texts, endpoints included."""
         ends = [encode_prompt(self.tokenizer, end.strip(), self.model) for end in (first, second)]
         start, stop = self.engine.posterior(ends)
         share = torch.linspace(0, 1, count, device=start.device)[:, None]
         return [written.text for written in self.engine.decode(start * (1 - share) + stop * share, sampling)]
 
-    def prior(self, count: int, sampling: Sampling) -> list[str]:
+    def sample_prior(self, count: int, sampling: Sampling) -> list[str]:
         """Return `count` texts whose latents are sampled from the prior."""
         noise = np.random.default_rng(sampling.seed).standard_normal((count, self.model.config.latent_size), np.float32)
         latents = torch.from_numpy(noise).to(self.engine.device)
@@ -191,12 +191,12 @@ def generates_left_to_right(config: ModelConfig) -> bool:
 
 def open_run(directory: Path, weights: str | None = None, log: LogLine = lambda _: None) -> LoadedModel:
     """Return `open_model` of a directory; UserError if its model has no LM head."""
-    opened = open_model(directory, weights, log)
-    if not opened.model.has_lm_head:
+    loaded = open_model(directory, weights, log)
+    if not loaded.model.has_lm_head:
         raise UserError(
-            f"{directory}: this model has no LM head, so it cannot generate text; {_suitable_command(directory, opened)}"
+            f"{directory}: this model has no LM head, so it cannot generate text; {_suitable_command(directory, loaded)}"
         )
-    return opened
+    return loaded
 
 
 def open_model(directory: Path, weights: str | None = None, log: LogLine = lambda _: None) -> LoadedModel:
@@ -219,14 +219,14 @@ def open_model(directory: Path, weights: str | None = None, log: LogLine = lambd
     return LoadedModel(engine.model, evaluated.tokenizer, engine, objective_in(directory))
 
 
-def _suitable_command(directory: Path, opened: LoadedModel) -> str:
+def _suitable_command(directory: Path, loaded: LoadedModel) -> str:
     """Return the command that suits a model."""
-    model = opened.model
+    model = loaded.model
     if head_of(dict(model.heads)):
         return f"use `firth predict {directory} FILE`"
     if "reward" in model.heads:
         return f"use `firth evaluate {directory} FILE`"
-    if _with_lm_model(opened).can_fill:
+    if _with_lm_model(loaded).can_fill:
         return f"use `firth fill {directory} 'a {MASK} text'`"
     if model.has_lm_head:
         return f"use `firth generate {directory} 'a text'`"
@@ -237,19 +237,19 @@ def _suitable_command(directory: Path, opened: LoadedModel) -> str:
     )
 
 
-def _with_lm_model(opened: LoadedModel) -> LoadedModel:
+def _with_lm_model(loaded: LoadedModel) -> LoadedModel:
     """Return the model with a trained LM head: the generator of ELECTRA, otherwise the model itself."""
-    if opened.objective is None:
-        return opened
-    model = opened.objective.lm_model(opened.model)
-    return opened if model is opened.model else replace(opened, model=model, engine=Engine(model, opened.tokenizer))
+    if loaded.objective is None:
+        return loaded
+    model = loaded.objective.lm_model(loaded.model)
+    return loaded if model is loaded.model else replace(loaded, model=model, engine=Engine(model, loaded.tokenizer))
 
 
 def nearest_words(directory: Path, words: Sequence[str], top: int, out: Path | None) -> list[str]:
     """Return the nearest neighbors of each word, one line each, and write all vectors in word2vec's format to `out`, if given."""
     evaluated = load_evaluated_model(directory)
-    opened = LoadedModel(evaluated.model, evaluated.tokenizer, Engine(evaluated.model, evaluated.tokenizer))
-    lines = [f"{word}: {opened.near(word, top)}" for word in words]
+    loaded = LoadedModel(evaluated.model, evaluated.tokenizer, Engine(evaluated.model, evaluated.tokenizer))
+    lines = [f"{word}: {loaded.nearest(word, top)}" for word in words]
     if out is not None:
         count, width = word_vectors.write(evaluated.model, evaluated.tokenizer, out)
         lines.append(f"{out}: {count:,} vectors of {width} numbers, in word2vec's text format")
@@ -310,12 +310,12 @@ def _longest(evaluated: EvaluatedModel) -> int:
 
 def open_engine(directory: Path, weights: str | None = None, log: LogLine = lambda _: None) -> LoadedModel:
     """Load a model that generates from left to right; for another one, raise a UserError with the command that suits it."""
-    opened = open_run(directory, weights, log)
-    if not generates_left_to_right(opened.model.config):
+    loaded = open_run(directory, weights, log)
+    if not generates_left_to_right(loaded.model.config):
         raise UserError(
-            f"{directory}: this model is bidirectional, so it cannot continue a text; {_suitable_command(directory, opened)}"
+            f"{directory}: this model is bidirectional, so it cannot continue a text; {_suitable_command(directory, loaded)}"
         )
-    return opened
+    return loaded
 
 
 def objective_in(directory: Path) -> Objective | None:
@@ -347,11 +347,11 @@ def fill_text(directory: Path, text: str, top: int) -> str:
     Raises:
         UserError: The model cannot fill masks; the message names the command that suits it.
     """
-    opened = open_model(directory)
-    lm = _with_lm_model(opened)
+    loaded = open_model(directory)
+    lm = _with_lm_model(loaded)
     if not lm.can_fill:
-        causal = "is causal, so it " if opened.model.config.causal else ""
-        raise UserError(f"{directory}: this model {causal}cannot fill masks; {_suitable_command(directory, opened)}")
+        causal = "is causal, so it " if loaded.model.config.causal else ""
+        raise UserError(f"{directory}: this model {causal}cannot fill masks; {_suitable_command(directory, loaded)}")
     return lm.fill_gaps(text, top)
 
 
@@ -373,16 +373,16 @@ def generate_texts(
     Raises:
         UserError: The model does not generate, or `ends` is given and it has no latent.
     """
-    opened = open_engine(directory, weights, log)
-    if not opened.model.config.latent_size:
+    loaded = open_engine(directory, weights, log)
+    if not loaded.model.config.latent_size:
         if ends is not None:
             raise UserError(
                 f"{directory}: this model has no latent, so it cannot interpolate between texts: train one with `firth train vae`"
             )
-        return opened.stream_text(text, sampling)
+        return loaded.stream_text(text, sampling)
     if ends is not None:
-        return iter(["\n".join(opened.between(*ends, count, sampling))])
-    return opened.stream_text(text, sampling) if text else iter(["\n".join(opened.prior(count, sampling))])
+        return iter(["\n".join(loaded.interpolate(*ends, count, sampling))])
+    return loaded.stream_text(text, sampling) if text else iter(["\n".join(loaded.sample_prior(count, sampling))])
 
 
 class PromptTooLongError(UserError):
@@ -415,8 +415,8 @@ class Conversation:
     dropped: int = 0
 
     def __post_init__(self) -> None:
-        self.opened = open_engine(self.run, self.weights, self.log)
-        context = self.opened.model.context
+        self.loaded = open_engine(self.run, self.weights, self.log)
+        context = self.loaded.model.context
         if self.capped:
             self.sampling = replace(
                 self.sampling, max_new_tokens=max(1, min(self.sampling.max_new_tokens, context // 2))
@@ -440,19 +440,19 @@ class Conversation:
         kept, dropped = list(self.messages), 0
         first = sum(message["role"] == "system" for message in kept)
         while True:
-            prompt, _ = chat.encode(self.opened.tokenizer, [*kept, turn], open=True)
-            if self.opened.engine.room(prompt) >= self.sampling.max_new_tokens:
+            prompt, _ = chat.encode(self.loaded.tokenizer, [*kept, turn], open=True)
+            if self.loaded.engine.room(prompt) >= self.sampling.max_new_tokens:
                 break
             if len(kept) == first:
                 raise PromptTooLongError(
                     f"this line makes a prompt of {len(prompt)} tokens, which leaves no room for an answer of "
-                    f"{self.sampling.max_new_tokens} in a context of {self.opened.model.context}: shorten it, or ask for fewer "
+                    f"{self.sampling.max_new_tokens} in a context of {self.loaded.model.context}: shorten it, or ask for fewer "
                     "--max-new-tokens"
                 )
             del kept[first : first + 2]
             dropped += 1
         pieces = []
-        for piece in self.opened.engine.stream(prompt, self.sampling):
+        for piece in self.loaded.engine.stream(prompt, self.sampling):
             pieces.append(piece)
             yield piece
         self.dropped += dropped

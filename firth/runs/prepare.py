@@ -125,7 +125,7 @@ class RunData:
         """Return the autocast context of the run's forward passes."""
         return precision.casts(self.precision, device())()
 
-    def parts(self) -> list[RunData]:
+    def per_path(self) -> list[RunData]:
         """Return the data of each path of a mixture.
 
         Raises:
