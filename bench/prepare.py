@@ -102,7 +102,7 @@ def trained(some: list[Document], algorithm: str) -> Callable[[], str]:
 
     def work() -> str:
         made = train.train((d.text for d in some), algorithm, SIZE, byte_fallback=False)
-        return _hash([(m.left, m.right) for m in made.learnt]) if made.learnt else ""
+        return _hash([(m.left, m.right) for m in made.merges]) if made.merges else ""
 
     return work
 
@@ -123,8 +123,8 @@ def by_library(some: list[Document], algorithm: str) -> Callable[[], str]:
             )
         else:
             learner = Tokenizer(models.BPE())
-            marks = {"bpe": {"end_of_word_suffix": train.END}, "wordpiece": {"continuing_subword_prefix": train.ON}}
-            first = [made.token(i) for i in range(made.vocab.size - len(made.learnt))]
+            marks = {"bpe": {"end_of_word_suffix": train.END}, "wordpiece": {"continuing_subword_prefix": train.CONTINUATION}}
+            first = [made.token(i) for i in range(made.vocab.size - len(made.merges))]
             trainer = trainers.BpeTrainer(
                 vocab_size=SIZE, special_tokens=first, show_progress=False, **marks.get(algorithm, {})
             )

@@ -1,5 +1,5 @@
-"""firth: raw text to a language model that is pretrained, adapted, aligned and evaluated."""
+"""firth: pretrain, adapt, align and evaluate language models."""
 
-from firth import openmp as openmp  # first of all: it sets what OpenMP reads when torch is loaded
+from firth import openmp as openmp  # first import: sets the variables that OpenMP reads when torch is loaded
 
 __version__ = "0.1.0"

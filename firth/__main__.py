@@ -1,4 +1,4 @@
-"""`python -m firth`: the command line, where the script is not on the path (torchrun starts modules)."""
+"""`python -m firth`: the command line, for launchers that start modules (torchrun)."""
 
 from firth.cli import main
 

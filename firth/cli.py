@@ -138,7 +138,7 @@ def doctor() -> None:
 
     table = Table(box=None, pad_edge=False, show_header=False)
     for row in rows():
-        table.add_row(row.name, row.value, ("" if row.well else "[bold]") + row.advice)
+        table.add_row(row.name, row.value, ("" if row.ok else "[bold]") + row.advice)
     Console().print(table)
 
 

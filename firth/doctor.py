@@ -1,7 +1,7 @@
-"""What this machine is, and what to do about it: `firth doctor`.
+"""Describe this machine and what to do about it: `firth doctor`.
 
-Each row is a fact that decides how fast or whether firth runs here. The device is chosen as training chooses it, and
-the precision by the measurement that training makes (`firth.train.precision`), so what is printed will happen.
+Each row is a fact that decides whether and how fast firth runs here. The device is chosen as in training, and the precision by the
+same measurement (`firth.train.precision`), so the output is what training will use.
 
     Python       3.11.2
     fp32         346 GFLOP/s in a matrix product on the CPU
@@ -33,18 +33,25 @@ from firth.types import UserError
 
 @dataclass(frozen=True)
 class DoctorRow:
-    """A fact, and what follows from it; `well` is False where something should be done."""
+    """A fact about this machine.
+
+    Args:
+        name: Its name.
+        value: Its value.
+        advice: What follows from it.
+        ok: False if the user should do something.
+    """
 
     name: str
     value: str
     advice: str = ""
-    well: bool = True
+    ok: bool = True
 
 
 def device() -> torch.device:
-    """Return the device that this process computes on: cuda, mps or cpu.
+    """Return the device of this process: cuda, mps or cpu.
 
-    A rank takes the GPU of its number on the machine (LOCAL_RANK, which torchrun sets), and makes it the current one.
+    A rank takes the GPU of its local number (LOCAL_RANK, which torchrun sets) and makes it the current one.
 
     Raises:
         UserError: There is no GPU of that number.
@@ -55,8 +62,8 @@ def device() -> torch.device:
             count = torch.cuda.device_count()
             if int(local) >= count:
                 raise UserError(
-                    f"process {local} of this machine has no GPU of its own, for torch sees {count} here: start at most {count} "
-                    f"(torchrun --nproc-per-node {count}), or show more with CUDA_VISIBLE_DEVICES"
+                    f"process {local} of this machine has no GPU of its own: torch sees {count}; start at most {count} "
+                    f"(torchrun --nproc-per-node {count}), or make more visible with CUDA_VISIBLE_DEVICES"
                 )
             torch.cuda.set_device(int(local))
         return torch.device("cuda", torch.cuda.current_device())
@@ -64,7 +71,7 @@ def device() -> torch.device:
 
 
 def doctor(directory: Path | None = None) -> list[DoctorRow]:
-    """All rows; disk space is that of `directory` (default: where we are). Takes about three tenths of a second."""
+    """Return all rows, with the disk space of `directory` (default: the working directory). Takes about 0.3 seconds."""
     return [
         _python(), _torch(), _cores(), _load(), _waiting(), *_precision(), *_kernels(), _memory(), _disk(directory or Path.cwd()),
         _device(),
@@ -72,14 +79,14 @@ def doctor(directory: Path | None = None) -> list[DoctorRow]:
 
 
 def _python() -> DoctorRow:
-    fine = sys.version_info >= (3, 11)
-    return DoctorRow("Python", platform.python_version(), "" if fine else "install Python 3.11 or later", fine)
+    ok = sys.version_info >= (3, 11)
+    return DoctorRow("Python", platform.python_version(), "" if ok else "install Python 3.11 or later", ok)
 
 
 def _torch() -> DoctorRow:
     version = tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2])
-    fine = version >= (2, 10)
-    return DoctorRow("torch", torch.__version__, "" if fine else "install torch 2.10 or later", fine)
+    ok = version >= (2, 10)
+    return DoctorRow("torch", torch.__version__, "" if ok else "install torch 2.10 or later", ok)
 
 
 def _cores() -> DoctorRow:
@@ -93,7 +100,7 @@ def _cores() -> DoctorRow:
 
 
 def usable_cores() -> int:
-    """Cores that this process may run on, which in a container are fewer than the machine has."""
+    """Return the number of cores that this process may use, which in a container can be fewer than the machine has."""
     return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
 
 
@@ -101,7 +108,7 @@ BUSY_SHARE = 0.1
 """Share of the usable cores that other processes may use before the machine counts as busy."""
 
 LOAD_SECONDS = 0.2
-"""How long the load is watched."""
+"""Seconds over which the load is measured."""
 
 
 def _load() -> DoctorRow:
@@ -120,17 +127,17 @@ def _load() -> DoctorRow:
 
 
 def other_load(seconds: float = LOAD_SECONDS) -> float:
-    """Return how many of the usable cores other processes use, from a short watch; the load average where it is not Linux."""
+    """Return how many of the usable cores other processes use, measured briefly; the load average on other systems than Linux."""
     if sys.platform != "linux":
         return os.getloadavg()[0]
-    began, before, own = time.perf_counter(), _busy_seconds(), time.process_time()
+    start, before, own = time.perf_counter(), _busy_seconds(), time.process_time()
     time.sleep(seconds)
     busy = _busy_seconds() - before - (time.process_time() - own)
-    return max(0.0, busy / (time.perf_counter() - began))
+    return max(0.0, busy / (time.perf_counter() - start))
 
 
 def _busy_seconds() -> float:
-    """Return the seconds for which the usable cores have been busy since the start of the machine, stolen time included."""
+    """Return the busy seconds of the usable cores since boot, including stolen time."""
     usable = {f"cpu{n}" for n in os.sched_getaffinity(0)}
     rows = [line.split() for line in Path("/proc/stat").read_text().splitlines() if line.startswith("cpu")]
     ticks = 0
@@ -142,7 +149,7 @@ def _busy_seconds() -> float:
 
 
 def cpu_pressure() -> float | None:
-    """Return for what percentage of the last 10 seconds a task of this control group waited for a core; None: not measured."""
+    """Return the percentage of the last 10 seconds in which a task of this control group waited for a core; None: unknown."""
     for path in _PRESSURE:
         if Path(path).exists():
             some = Path(path).read_text().splitlines()[0].split()  # some avg10=1.23 avg60=... total=...
@@ -151,7 +158,7 @@ def cpu_pressure() -> float | None:
 
 
 _PRESSURE = ("/sys/fs/cgroup/cpu.pressure", "/proc/pressure/cpu")
-"""Pressure stall information: of the container's own control group where there is one, else of the machine."""
+"""Pressure stall information, of the container's control group if it exists, else of the machine."""
 
 
 def _waiting() -> DoctorRow:
@@ -162,21 +169,21 @@ def _waiting() -> DoctorRow:
     given = {name: os.environ[name] for name in names if name in os.environ}
     value = f"{library}: " + (", ".join(f"{k}={v}" for k, v in given.items()) or "its default")
     if given == chosen and openmp.EFFECTIVE:
-        return DoctorRow("waiting", value, "firth's choice: a waiting thread spins briefly and then sleeps")
+        return DoctorRow("waiting", value, "set by firth: a waiting thread spins briefly and then sleeps")
     if given:
-        return DoctorRow("waiting", value, "your environment decides how threads wait")
+        return DoctorRow("waiting", value, "set by your environment")
     return DoctorRow(
         "waiting",
         value,
-        "torch was imported before firth, so waiting threads spin, which is slow beside other work: import firth first",
+        "torch was imported before firth, so waiting threads spin, which is slow on a busy machine: import firth first",
         False,
     )
 
 
 def openmp_library() -> str:
-    """Return the file name of the OpenMP library that torch uses: the one loaded, or else the one that it brings.
+    """Return the file name of the OpenMP library that torch uses: the loaded one, or else the one in its package.
 
-    Of several, libgomp is the one that another library was loaded in place of.
+    Of several, libgomp comes last: another library was loaded in its place.
     """
     if sys.platform == "linux":
         paths = [Path(line.split()[-1]) for line in Path("/proc/self/maps").read_text().splitlines() if "omp" in line]
@@ -195,27 +202,28 @@ def _precision() -> list[DoctorRow]:
     elif ratio < 0.9:
         advice = f"{1 / ratio:.1f} times slower than fp32 on this CPU: training on it will use fp32"
     else:
-        advice = "not worth its rounding on this CPU: training on it will use fp32"
-    kept = keep_freed_memory()
+        advice = "not much faster than fp32 on this CPU: training on it will use fp32"
+    keeps_memory = keep_freed_memory()
     return [
         DoctorRow("fp32", f"{short(speed['fp32'])}FLOP/s in a matrix product on the CPU"),
         DoctorRow("bf16", f"{short(speed['bf16'])}FLOP/s in a matrix product on the CPU", advice),
         DoctorRow(
-            "malloc", "glibc keeps freed memory for the next step" if kept else "not glibc: freed memory is returned"
+            "malloc",
+            "glibc keeps freed memory for the next step" if keeps_memory else "not glibc: freed memory is returned",
         ),
         DoctorRow(
             "denormals",
-            "are 0 in training" if flush_denormals() else "are computed with: this processor cannot skip them",
+            "flushed to 0 in training" if flush_denormals() else "not flushed: this processor cannot skip them",
         ),
     ]
 
 
 def _kernels() -> list[DoctorRow]:
-    """Which implementation of each kernel this machine runs, and how much quicker it is than the plain one."""
+    """Return the implementation of each kernel on this machine, and its speedup over the baseline."""
     kernels.check_forced()
     missing = native.why_not()
     compiler = (
-        DoctorRow("compiler", "none of use", f"{missing}: training works without, and is slower") if missing else None
+        DoctorRow("compiler", "not usable", f"{missing}: training works without it, and is slower") if missing else None
     )
     rows = [compiler or DoctorRow("compiler", "native kernels are compiled")]
     tables = (
@@ -240,10 +248,10 @@ def _kernels() -> list[DoctorRow]:
     for kernel in sorted(every, key=lambda kernel: kernel.name):
         choice, took = kernel.choice(), kernels.seconds(kernel)
         plain = next(name for name in kernel.choices if name in took)
-        quicker = choice != plain and choice in took
+        faster = choice != plain and choice in took
         rows.append(
             DoctorRow(
-                kernel.name, choice, f"{took[plain] / took[choice]:.1f} times as fast as {plain}" if quicker else ""
+                kernel.name, choice, f"{took[plain] / took[choice]:.1f} times as fast as {plain}" if faster else ""
             )
         )
     return rows
@@ -254,13 +262,16 @@ def _memory() -> DoctorRow:
     value = f"{free / 1e9:.1f} GB free of {total / 1e9:.1f}"
     if free < 2e9:
         return DoctorRow(
-            "memory", value, "a 14 M model at 16 x 256 tokens wants 2 GB: close something, or lower batch.size", False
+            "memory",
+            value,
+            "a 14 M model at 16 x 256 tokens needs 2 GB: close other programs, or lower batch.size",
+            False,
         )
     return DoctorRow("memory", value, f"AdamW takes 16 bytes a weight: at most about {short(free / 16 / 2)} parameters")
 
 
 def memory() -> tuple[int, int]:
-    """Bytes of main memory: all, and what can be had without swapping (all again, where the system does not say)."""
+    """Return total and available main memory in bytes; both the total if the system does not say."""
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if sys.platform != "linux":
         return total, total
@@ -274,7 +285,7 @@ def memory() -> tuple[int, int]:
 
 
 def _cached(stat: Path) -> int:
-    """Bytes of files that a control group holds in memory, and gives up when it needs room: counted as used, and free."""
+    """Return the bytes of file cache in a control group, which count as used but are released on demand."""
     if not stat.exists():
         return 0
     found = dict(line.split(" ", 1) for line in stat.read_text().splitlines())
@@ -285,23 +296,25 @@ _CGROUPS = (
     ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
     ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
 )
-"""A container's limit on memory and what it has used, in the two versions of Linux control groups."""
+"""Memory limit and usage of a container, in both versions of Linux control groups."""
 
 
 def _disk(directory: Path) -> DoctorRow:
     usage = shutil.disk_usage(directory)
-    fine = usage.free > 5e9
-    advice = "" if fine else "the corpora and a few checkpoints want 5 GB: free some"
-    return DoctorRow("disk", f"{usage.free / 1e9:.0f} GB free of {usage.total / 1e9:.0f}", advice, fine)
+    ok = usage.free > 5e9
+    advice = "" if ok else "the corpora and a few checkpoints need 5 GB: free some"
+    return DoctorRow("disk", f"{usage.free / 1e9:.0f} GB free of {usage.total / 1e9:.0f}", advice, ok)
 
 
 def _device() -> DoctorRow:
     chosen = device()
     if chosen.type == "cuda":
-        facts = torch.cuda.get_device_properties(chosen)
-        use = precision.choose("auto", chosen)
+        properties = torch.cuda.get_device_properties(chosen)
+        chosen_precision = precision.choose("auto", chosen)
         return DoctorRow(
-            "device", f"cuda: {facts.name}, {facts.total_memory / 1e9:.0f} GB", f"training will use it in {use}"
+            "device",
+            f"cuda: {properties.name}, {properties.total_memory / 1e9:.0f} GB",
+            f"training will use it in {chosen_precision}",
         )
     if chosen.type == "mps":
         return DoctorRow("device", "mps", "training will use it in fp32")

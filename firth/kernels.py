@@ -1,14 +1,14 @@
-"""Which of several implementations of one computation this machine runs: measured once, then read from a file.
+"""Choose among several implementations of a computation by measuring them once on this machine.
 
-Whether a kernel is quick depends on the instructions of the CPU and on torch's version, and nothing that either states
-says which one is. So a `Kernel` names its implementations, each with a small typical workload. The first process that needs
-one times them in turns and takes the least time of each. The answer is kept in CACHE/kernels.json under the CPU's model, the
-limits set on its instructions, the number of threads and torch's version; `firth doctor` prints all of them.
+The speed of a kernel depends on the CPU's instructions and on torch's version, and neither states it. So a `Kernel` names its
+implementations, each with a small typical workload. The first process that needs one runs them alternately and takes the minimum
+time of each. The result is stored in CACHE/kernels.json under the CPU's model, the limits set on its instructions, the number of
+threads and torch's version; `firth doctor` prints all of them.
 
     FIRTH_KERNELS=attention-bf16=sdpa,muon=fp32    forces some of them, without a measurement
-    FIRTH_KERNELS=first                            the first implementation of each: the plain one, best where nothing is known
+    FIRTH_KERNELS=first                            the first implementation of each, the baseline
 
-On several ranks the choices of rank 0 hold for all (`table`, `use`): replicas that took different kernels would drift.
+With several ranks the choices of rank 0 hold for all (`table`, `use`): replicas with different kernels would diverge.
 
 >>> Kernel("doctest-sum", {"one": lambda: lambda: 1, "other": lambda: lambda: 2}).name
 'doctest-sum'
@@ -35,35 +35,35 @@ from firth.io.json_files import read_json
 from firth.types import UserError
 
 MARGIN = 1.1
-"""How many times as fast as the first an implementation must be to replace it: less is within the noise."""
+"""Speedup over the first implementation that is needed to replace it; less is within the noise."""
 
-SECONDS, LEAST_TURNS = 0.03, 5
-"""Time spent on each implementation of a kernel, and how often it is run at least: a busy machine slows single turns."""
+MEASURE_SECONDS, MIN_RUNS = 0.03, 5
+"""Seconds spent on each implementation of a kernel, and minimum number of its runs: other load slows single runs."""
 
 FORCE = "FIRTH_KERNELS"
 
 LIMITS = ("ONEDNN_MAX_CPU_ISA", "ATEN_CPU_CAPABILITY", "MKL_ENABLE_INSTRUCTIONS")
 """Environment variables that keep libraries from using some instructions."""
 
-TELLING_FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16")
-"""Instructions that decide which kernel is quick; virtual machines often hide the model's name."""
+CPU_FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16")
+"""Instructions that decide which kernel is fastest; virtual machines often hide the model name."""
 
 Workload = Callable[[], object]
 
 KERNELS: dict[str, Kernel] = {}
-"""Every kernel whose module has been imported, by name."""
+"""Name -> kernel, for all imported modules."""
 
 _chosen: dict[str, str] = {}
 
 
 @dataclass(frozen=True)
 class Kernel:
-    """One computation with several implementations.
+    """A computation with several implementations.
 
     Args:
-        name: What `FIRTH_KERNELS`, the file and `firth doctor` call it.
-        choices: Name of an implementation -> a function that prepares a typical workload and returns it. The first is
-            the plain one, which is taken unless it does not run here or another is MARGIN times as fast.
+        name: Its name in `FIRTH_KERNELS`, the file and `firth doctor`.
+        choices: Name of an implementation -> a function that prepares a typical workload and returns it. The first is the baseline, used
+            unless it does not run here or another is MARGIN times as fast.
     """
 
     name: str
@@ -73,30 +73,30 @@ class Kernel:
         KERNELS[self.name] = self
 
     def choice(self) -> str:
-        """Return the name of the implementation to run; the first call of a process may measure it."""
+        """Return the name of the implementation to run; the first call in a process may measure it."""
         found = _chosen.get(self.name)
         return found if found is not None else _choose(self)
 
     def measure(self) -> dict[str, float]:
-        """Return the seconds that each implementation takes, the least of many turns; of those alone that run here."""
-        # Wherever the caller is: what is made in inference mode could not be trained.
+        """Return the minimum seconds of each implementation, of those that run here."""
+        # Independent of the caller's mode: tensors made in inference mode cannot be trained.
         with torch.inference_mode(False), torch.enable_grad(), torch.autocast("cpu", enabled=False):
             workloads: dict[str, Workload] = {}
             failed = RuntimeError(f"the kernel {self.name} has no implementation")
             for name, prepare in self.choices.items():
                 try:
                     workloads[name] = prepare()
-                    workloads[name]()  # the first call makes primitives and fills caches
+                    workloads[name]()  # warm-up: the first call creates primitives and fills caches
                 except RuntimeError as error:  # no such kernel in this build of torch, or for this CPU
                     workloads.pop(name, None)
                     failed = error
             if not workloads:
                 raise failed
             least = dict.fromkeys(workloads, float("inf"))
-            end = time.perf_counter() + SECONDS * len(workloads)
-            turns = 0
-            while time.perf_counter() < end or turns < LEAST_TURNS:
-                turns += 1
+            end = time.perf_counter() + MEASURE_SECONDS * len(workloads)
+            runs = 0
+            while time.perf_counter() < end or runs < MIN_RUNS:
+                runs += 1
                 for name, work in workloads.items():
                     start = time.perf_counter()
                     work()
@@ -111,9 +111,9 @@ def _choose(kernel: Kernel) -> str:
 
 
 def seconds(kernel: Kernel) -> dict[str, float]:
-    """Return what each implementation takes on this machine: from the file, or measured now and kept there."""
-    kept = _read().get(kernel.name)
-    found: dict[str, float] = kept if isinstance(kept, dict) else {}
+    """Return the seconds of each implementation on this machine, from the file or measured now and stored."""
+    stored = _read().get(kernel.name)
+    found: dict[str, float] = stored if isinstance(stored, dict) else {}
     if not found or not found.keys() <= kernel.choices.keys() or not all(map(_positive, found.values())):
         found = kernel.measure()
         _write(kernel.name, found)
@@ -131,10 +131,10 @@ def _best(seconds: Mapping[str, float]) -> str:
 
 
 def _forced() -> dict[str, str]:
-    """Return what FIRTH_KERNELS forces.
+    """Return the choices that FIRTH_KERNELS forces.
 
     Raises:
-        UserError: It names a kernel or an implementation that does not exist.
+        UserError: It names an unknown implementation.
     """
     text = os.environ.get(FORCE, "").strip()
     if text == "first":
@@ -147,10 +147,10 @@ def _forced() -> dict[str, str]:
 
 
 def check_forced() -> None:
-    """Refuse a FIRTH_KERNELS that names what does not exist; every module with kernels must be imported by now.
+    """Check FIRTH_KERNELS; every module with kernels must be imported before.
 
     Raises:
-        UserError: As above.
+        UserError: It names an unknown kernel or implementation.
     """
     for name in _forced():
         if name not in KERNELS:
@@ -159,14 +159,14 @@ def check_forced() -> None:
 
 @once
 def machine() -> str:
-    """Return what decides which kernel is quick: CPU, limits on its instructions, threads, torch."""
+    """Return what the speed of a kernel depends on: CPU, limits on its instructions, threads, torch."""
     limits = [f"{name}={os.environ[name]}" for name in LIMITS if name in os.environ]
     return "; ".join((cpu(), *limits, f"{torch.get_num_threads()} threads", f"torch {torch.__version__}"))
 
 
 @once
 def cpu() -> str:
-    """Return the CPU's model and its instructions."""
+    """Return the CPU's model and its relevant instructions."""
     model = platform.processor() or platform.machine()
     listing = Path("/proc/cpuinfo")
     if listing.exists():
@@ -174,7 +174,7 @@ def cpu() -> str:
         facts = {name.strip(): value.strip() for name, value in pairs}
         model = facts.get("model name", model)
         flags = facts.get("flags", "").split()
-        model = " ".join((model, *(flag for flag in TELLING_FLAGS if flag in flags)))
+        model = " ".join((model, *(flag for flag in CPU_FLAGS if flag in flags)))
     return model
 
 
@@ -183,7 +183,7 @@ def _file() -> Path:
 
 
 def _read() -> dict[str, Any]:
-    """Return what was measured on this machine; nothing where the file cannot be used, so that it is made again."""
+    """Return the measurements of this machine; empty if the file cannot be used, so that it is written again."""
     try:
         found = read_json(_file()).get(machine())
     except (UserError, OSError):
@@ -192,33 +192,33 @@ def _read() -> dict[str, Any]:
 
 
 def _write(name: str, measured: Mapping[str, float]) -> None:
-    """Keep the seconds of one kernel. A cache that cannot be written is no fault: the next process measures again."""
+    """Store the seconds of one kernel. An unwritable cache is no error: the next process measures again."""
     try:
-        whole = read_json(_file())
+        content = read_json(_file())
     except (UserError, OSError):
-        whole = {}
-    found = whole.get(machine())
-    whole[machine()] = (found if isinstance(found, dict) else {}) | {name: dict(measured)}
+        content = {}
+    found = content.get(machine())
+    content[machine()] = (found if isinstance(found, dict) else {}) | {name: dict(measured)}
     try:
         _file().parent.mkdir(parents=True, exist_ok=True)
-        write_text(_file(), json.dumps(whole, indent=1, sort_keys=True))
+        write_text(_file(), json.dumps(content, indent=1, sort_keys=True))
     except (UserError, OSError):
         return
 
 
 def table() -> dict[str, str]:
-    """Return the choice of every kernel, measuring those that are not known yet."""
+    """Return the choice of every kernel, measuring those that are unknown."""
     return {name: kernel.choice() for name, kernel in sorted(KERNELS.items())}
 
 
 def use(choices: Mapping[str, str]) -> None:
-    """Let these choices hold in this process (another rank's)."""
+    """Use these choices in this process (those of another rank)."""
     _chosen.update(choices)
 
 
 @contextmanager
 def forced(choices: Mapping[str, str]) -> Iterator[None]:
-    """Let these choices hold within the block."""
+    """Use these choices within the block."""
     before = dict(_chosen)
     _chosen.update(choices)
     try:

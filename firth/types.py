@@ -1,8 +1,6 @@
-"""The words every room shares: what an example and a batch are, three constants, and the error a user sees.
+"""Types that all packages share: Example, Batch, constants, and the error for users.
 
-An `Example` is one thing to learn from: NumPy arrays by field name, the last axis is tokens. A `Batch` is
-many of them stacked, packed or padded by field name, as tensors. Nothing here imports torch: `firth --help`
-and everything in `firth.text` must start without it.
+Nothing here imports torch at run time: `firth --help` and `firth.tokenizer` must start without it.
 """
 
 from __future__ import annotations
@@ -14,7 +12,7 @@ if TYPE_CHECKING:
     import torch
 
 Example = dict[str, Any]
-"""One example: NumPy arrays by field name; the last axis is tokens, the others are free."""
+"""One training example: NumPy arrays by field name; the last axis is tokens."""
 
 if TYPE_CHECKING:
     Batch = dict[str, torch.Tensor]
@@ -27,18 +25,18 @@ LogLine = Callable[[str], None]
 """A function that prints one line for the user, such as `print`."""
 
 IGNORE = -100
-"""The label of a position where nothing is asked (torch's own `ignore_index`)."""
+"""Label of a position without a loss (torch's `ignore_index`)."""
 
 NEVER = 1 << 30
-"""The moment that never comes: a token that `key_time` NEVER is seen by no position (padding, query slots)."""
+"""A time after all others: a token with `key_time` NEVER is visible to no position (padding, query slots)."""
 
 
 ALWAYS = 1 - NEVER
-"""The moment before all moments: what stands before a row is there from the start."""
+"""A time before all others: a token with `key_time` ALWAYS is visible from the start of a row."""
 
 
 class UserError(Exception):
-    """A mistake that a user can mend: one sentence with the file, the line, what was wrong and what to do.
+    """An error that the user can fix: one sentence with the file, the line, what was wrong and what to do.
 
-    The command line prints the sentence alone and exits with 2; a library caller catches this one type.
+    The command line prints the sentence alone and exits with 2; a library caller can catch this one type.
     """

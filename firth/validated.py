@@ -1,9 +1,9 @@
-"""Ranges of numbers: part of the type of a field or of a command-line option, and checked where a value enters.
+"""Ranges of numbers, as part of the type of a field or of a command-line option, checked where a value enters.
 
 >>> @dataclass(frozen=True)
 ... class Batch(Ranged, section="batch"):
-...     rows: PositiveInt = 16
->>> Batch(rows=0)
+...     size: PositiveInt = 16
+>>> Batch(size=0)
 Traceback (most recent call last):
 ...
 firth.types.UserError: batch.size=0 must be at least 1
@@ -23,18 +23,18 @@ from typing import Annotated, Any, ClassVar
 from firth.types import NEVER, UserError
 
 MAX_INT = (1 << 63) - 1
-"""The largest whole number that NumPy and torch hold; every range ends there at the latest."""
+"""The largest integer that NumPy and torch can represent; the upper bound of every range."""
 
 
 @dataclass(frozen=True)
 class Range:
-    """The values that a number may take; NaN and infinity are never among them.
+    """The values that a number may take, except NaN and infinity.
 
     Args:
-        ge: The least value.
-        gt: A bound that every value exceeds.
-        le: The greatest value.
-        lt: A bound that every value falls short of.
+        ge: Minimum.
+        gt: Exclusive lower bound.
+        le: Maximum.
+        lt: Exclusive upper bound.
 
     >>> str(Range(ge=1)), str(Range(gt=0, le=1)), str(Range()), Range(gt=0).holds(math.nan)
     ('at least 1', 'above 0 and at most 1', 'finite', False)
@@ -56,12 +56,12 @@ class Range:
         )
 
     def __str__(self) -> str:
-        named = (("at least", self.ge), ("above", self.gt), ("at most", self.le), ("below", self.lt))
-        return " and ".join(f"{words} {bound}" for words, bound in named if bound is not None) or "finite"
+        bounds = (("at least", self.ge), ("above", self.gt), ("at most", self.le), ("below", self.lt))
+        return " and ".join(f"{words} {bound}" for words, bound in bounds if bound is not None) or "finite"
 
 
 MAX_TOKENS = NEVER - 1
-"""Tokens of a row at most: a later position could not be told from padding."""
+"""Maximum tokens of a row: a later position could not be distinguished from padding."""
 
 PositiveInt = Annotated[int, Range(ge=1)]
 NonNegativeInt = Annotated[int, Range(ge=0)]
@@ -71,16 +71,16 @@ PositiveFloat = Annotated[float, Range(gt=0)]
 NonNegativeFloat = Annotated[float, Range(ge=0)]
 FiniteFloat = Annotated[float, Range()]
 Share = Annotated[float, Range(ge=0, le=1)]
-"""A share from none to all."""
+"""A fraction from 0 to 1."""
 ShareBelowOne = Annotated[float, Range(ge=0, lt=1)]
-"""A share from none to nearly all: of dropout, of label smoothing, of held-out documents."""
+"""A fraction of at least 0 and below 1: dropout, label smoothing, held-out documents."""
 ShareAboveZero = Annotated[float, Range(gt=0, le=1)]
 OpenShare = Annotated[float, Range(gt=0, lt=1)]
-"""A share that is neither none nor all: of the tokens that are masked."""
+"""A fraction above 0 and below 1: masked tokens."""
 
 
 def range_of(hint: Any) -> Range | None:
-    """Return the range in an annotation: that of its number, of a tuple's numbers, or of a union's; None without one."""
+    """Return the range in an annotation (of a number, of the numbers of a tuple, or of a union); None without one."""
     if typing.get_origin(hint) is Annotated:
         return next((one for one in hint.__metadata__ if isinstance(one, Range)), None)
     return next((found for inner in typing.get_args(hint) if (found := range_of(inner)) is not None), None)
@@ -98,15 +98,15 @@ def is_numeric(hint: Any) -> bool:
 
 
 def check_range(name: str, value: Any, allowed: Range) -> None:
-    """Check a number, or each number of a tuple; other values are left alone.
+    """Check a number, or each number of a tuple; other values pass.
 
     Args:
-        name: What the message calls the value, with the place it comes from.
+        name: The name of the value in the message.
         value: The value of a field or option.
         allowed: Its range.
 
     Raises:
-        UserError: A number is outside of the range.
+        UserError: A number is out of range.
     """
     for number in _numbers(value):
         if not allowed.holds(number):
@@ -127,27 +127,27 @@ def _numbers(value: Any) -> Iterator[Any]:
 
 
 def _written(value: Any) -> str:
-    """Return a value as a recipe writes it; a number of many digits in short."""
+    """Return a value as a recipe writes it; a long one is shortened."""
     text = str(list(value)) if isinstance(value, tuple | list) else str(value)
     return text if len(text) <= 40 else f"{text[:20]}... ({len(text)} characters)"
 
 
 @functools.cache
 def ranges(kind: type) -> Mapping[str, Range]:
-    """Return the range of each numeric field of a dataclass that has one."""
+    """Return field -> range of the numeric fields of a dataclass."""
     hints = typing.get_type_hints(kind, include_extras=True)
     found = {f.name: range_of(hints[f.name]) for f in dataclasses.fields(kind)}
     return {name: allowed for name, allowed in found.items() if allowed is not None}
 
 
 class Ranged:
-    """Base of dataclasses whose numbers have ranges; an instance with a number outside of its range cannot be made.
+    """Base class of dataclasses whose numbers are checked against their ranges on construction.
 
     Args:
-        section: The field of a recipe that holds such an instance: what messages name the number by.
+        section: The field of a recipe that contains such an instance, used in messages.
 
     Raises:
-        UserError: A number is outside of its range.
+        UserError: A number is out of range.
     """
 
     _section: ClassVar[str] = ""

@@ -1,4 +1,4 @@
-"""A tokenizer small enough to see through: one token per byte, after a few special ones."""
+"""A minimal tokenizer: one token per byte, after a few special ones."""
 
 from collections.abc import Sequence
 

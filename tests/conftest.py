@@ -1,4 +1,4 @@
-"""What all tests share: the kernels that this machine is quickest at, and what a run prints at its end."""
+"""Fixtures of all tests: the fastest kernels of this machine, and a summary of skipped tests."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ os.environ.setdefault(kernels.FORCE, ",".join(f"{name}={choice}" for name, choic
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """Print why tests were skipped: one line for each reason, with how many tests it concerns and what cures it."""
+    """Print why tests were skipped: one line per reason, with the number of tests."""
     skipped = terminalreporter.stats.get("skipped", [])
     reasons = Counter(report.longrepr[2].removeprefix("Skipped: ") for report in skipped)
     if reasons:

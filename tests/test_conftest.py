@@ -1,4 +1,4 @@
-"""The end of a test run says what was skipped and why."""
+"""The end of a test run lists what was skipped and why."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from firth.corpora import catalog
 
 
 class Lines:
-    """A terminal reporter that keeps what it is given."""
+    """A terminal reporter that stores its lines."""
 
     def __init__(self, reasons: list[str]) -> None:
         self.stats = {"skipped": [SimpleNamespace(longrepr=("file", 1, f"Skipped: {reason}")) for reason in reasons]}

@@ -71,7 +71,7 @@ def test_what_is_not_utf_8_is_named_in_every_kind_of_file(tmp_path: Path) -> Non
 
 
 def test_a_record_that_is_too_long_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(readers, "LONGEST", 100)
+    monkeypatch.setattr(readers, "MAX_RECORD_BYTES", 100)
     path = file(tmp_path, "a.jsonl", lines({"text": "x", "label": "a"}, {"text": "x" * 200, "label": "b"}))
     source = LabeledTexts([path], tokenizer(), 32)
     assert source.notes == [f"1 record was longer than 4 MB and was left out; the first is {path}:2"]
@@ -137,7 +137,7 @@ def test_tables_in_a_directory_are_read_for_records_and_named_for_text(tmp_path:
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"answers": 3}, "question q7: 'answers' holds '3', so this is not SQuAD's JSON: mend or remove it"),
+        ({"answers": 3}, "question q7: 'answers' holds '3', so this is not SQuAD's JSON: fix or remove it"),
         ({"answers": None}, "question q7: there is no 'answers'"),
         ({"id": None}, "article 1, paragraph 2, question 1: there is no 'id'"),
         ({"question": None}, "question q7: there is no 'question'"),

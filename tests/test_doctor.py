@@ -1,4 +1,4 @@
-"""The doctor says what training will do."""
+"""`firth doctor` prints what training will use."""
 
 import sys
 
@@ -10,7 +10,7 @@ from firth.train import precision
 from firth.types import UserError
 
 
-def test_rows_are_there_and_agree_with_what_training_chooses() -> None:
+def test_rows_agree_with_the_choices_of_training() -> None:
     rows = {row.name: row for row in doctor.doctor()}
     names = [
         "Python",
@@ -37,21 +37,21 @@ def test_rows_are_there_and_agree_with_what_training_chooses() -> None:
 
 
 def test_the_advice_follows_the_measurement(monkeypatch: pytest.MonkeyPatch) -> None:
-    for bf16, wanted in ((60e9, "4.2 times slower"), (250e9, "not worth its rounding"), (500e9, "2.0 times as fast")):
+    for bf16, wanted in ((60e9, "4.2 times slower"), (250e9, "not much faster"), (500e9, "2.0 times as fast")):
         monkeypatch.setattr(precision, "measured_speed", lambda bf16=bf16: {"fp32": 250e9, "bf16": bf16})
         assert wanted in next(row for row in doctor.doctor() if row.name == "bf16").advice
 
 
-def test_what_is_wrong_is_marked(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_problems_are_marked(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor, "memory", lambda: (4 << 30, 1 << 30))
     monkeypatch.setattr(doctor, "usable_cores", lambda: 0)
-    wrong = {row.name for row in doctor.doctor() if not row.well}
+    wrong = {row.name for row in doctor.doctor() if not row.ok}
     assert {"memory", "cores"} <= wrong
 
 
 @pytest.mark.parametrize(("local", "index"), [(None, 0), ("0", 0), ("1", 1)])
 def test_each_rank_takes_the_gpu_of_its_number(monkeypatch: pytest.MonkeyPatch, local: str | None, index: int) -> None:
-    """Every rank took GPU 0: the number that torchrun gives was never read."""
+    """Regression: every rank took GPU 0, since LOCAL_RANK was not read."""
     current = [0]
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
@@ -64,7 +64,7 @@ def test_each_rank_takes_the_gpu_of_its_number(monkeypatch: pytest.MonkeyPatch, 
     assert current == [index]
 
 
-def test_a_rank_without_a_gpu_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_rank_without_a_gpu_is_rejected(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setenv("LOCAL_RANK", "2")
@@ -72,19 +72,19 @@ def test_a_rank_without_a_gpu_is_refused(monkeypatch: pytest.MonkeyPatch) -> Non
         doctor.device()
 
 
-@pytest.mark.parametrize(("others", "well"), [(0.1, True), (1.0, False)])
-def test_doctor_says_when_the_machine_is_busy(monkeypatch: pytest.MonkeyPatch, others: float, well: bool) -> None:
+@pytest.mark.parametrize(("others", "ok"), [(0.1, True), (1.0, False)])
+def test_doctor_says_when_the_machine_is_busy(monkeypatch: pytest.MonkeyPatch, others: float, ok: bool) -> None:
     monkeypatch.setattr(doctor, "usable_cores", lambda: 2)
     monkeypatch.setattr(doctor, "other_load", lambda: others)
     monkeypatch.setattr(doctor, "cpu_pressure", lambda: 24.58)
     row = next(row for row in doctor.doctor() if row.name == "load")
     assert row.value.startswith(f"{others:.1f} of 2 cores are used by other processes; in the last 10 seconds")
     assert "25% of the time" in row.value
-    assert row.well == well
-    assert ("the machine is busy" in row.advice) != well
+    assert row.ok == ok
+    assert ("the machine is busy" in row.advice) != ok
 
 
-def test_load_counts_other_processes_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_load_excludes_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
     """In 10 seconds the cores were busy for 17, and this process for 5 of them: 1.2 cores are the others'."""
     if sys.platform != "linux":
         pytest.skip("the load average is all there is here")
@@ -98,9 +98,9 @@ def test_load_counts_other_processes_alone(monkeypatch: pytest.MonkeyPatch) -> N
 @pytest.mark.parametrize(
     ("given", "effective", "says"),
     [
-        ({"GOMP_SPINCOUNT": str(openmp.GOMP_SPINS)}, True, "firth's choice"),
-        ({"OMP_WAIT_POLICY": "PASSIVE"}, True, "your environment decides"),
-        ({"GOMP_SPINCOUNT": "7"}, False, "your environment decides"),
+        ({"GOMP_SPINCOUNT": str(openmp.GOMP_SPINS)}, True, "set by firth"),
+        ({"OMP_WAIT_POLICY": "PASSIVE"}, True, "set by your environment"),
+        ({"GOMP_SPINCOUNT": "7"}, False, "set by your environment"),
         ({}, False, "import firth first"),
     ],
 )
@@ -117,4 +117,4 @@ def test_doctor_prints_the_wait_policy(
     row = next(row for row in doctor.doctor() if row.name == "waiting")
     assert row.value == "libgomp.so.1: " + (", ".join(f"{k}={v}" for k, v in given.items()) or "its default")
     assert says in row.advice
-    assert row.well == bool(given)
+    assert row.ok == bool(given)

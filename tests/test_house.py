@@ -1,4 +1,4 @@
-"""House rules that a machine can check. Each rule is a function of a text, and each is shown to find a breach."""
+"""Code rules that a machine can check. Each rule is a function of a text, and each is shown to find a violation."""
 
 import ast
 import io
@@ -23,13 +23,13 @@ MAX_LINES = 600
 
 
 def too_long(source: str) -> list[str]:
-    """A file that no longer fits the head is two files."""
+    """A file has at most MAX_LINES lines."""
     lines = source.count("\n")
     return [f"{lines} lines, of at most {MAX_LINES}"] if lines > MAX_LINES else []
 
 
 def broad_excepts(source: str) -> list[str]:
-    """`except:`, and `except Exception` that does not raise again: faults must not be swallowed."""
+    """`except:`, and `except Exception` that does not raise again: errors must not be swallowed."""
     out = []
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.ExceptHandler):
@@ -41,7 +41,7 @@ def broad_excepts(source: str) -> list[str]:
 
 
 def dispatch(source: str) -> list[str]:
-    """`hasattr` asks what a thing happens to have, and `strict=False` on weights hides what does not fit."""
+    """`hasattr` hides the type of an object, and `strict=False` on weights hides mismatches."""
     out = []
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Call):
@@ -55,8 +55,8 @@ def dispatch(source: str) -> list[str]:
     return out
 
 
-def unread_pickles(source: str) -> list[str]:
-    """Nothing pickled is read, ever: it runs code. (torch.load, numpy's allow_pickle, pickle itself.)"""
+def reads_pickles(source: str) -> list[str]:
+    """Pickles are never read: they run code (torch.load, numpy's allow_pickle, pickle itself)."""
     out = []
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import | ast.ImportFrom):
@@ -70,7 +70,7 @@ def unread_pickles(source: str) -> list[str]:
 
 
 def no_docstring(source: str) -> list[str]:
-    """A module says what it is for."""
+    """Every module has a docstring."""
     tree = ast.parse(source)
     return [] if not tree.body or ast.get_docstring(tree) else ["no module docstring"]
 
@@ -91,19 +91,19 @@ def dialect(source: str) -> list[str]:
 
 
 def machine_paths(text: str) -> list[str]:
-    """Places that exist on one machine only."""
+    """Paths that exist on one machine only."""
     return re.findall(r"(?<![\w.])(?:/home/\w+|/root/|/work/|/Users/\w+|/tmp/\w+|[A-Z]:\\\\Users)[\w/.-]*", text)
 
 
-def breaches(rule, paths):
-    """Every breach of a rule, with its file."""
+def violations(rule, paths):
+    """Every violation of a rule, with its file."""
     return [f"{p.relative_to(ROOT)}: {what}" for p in paths for what in rule(p.read_text(encoding="utf-8"))]
 
 
-@pytest.mark.parametrize("rule", [too_long, broad_excepts, dispatch, unread_pickles, no_docstring])
+@pytest.mark.parametrize("rule", [too_long, broad_excepts, dispatch, reads_pickles, no_docstring])
 def test_sources_keep_the_rules(rule):
     assert len(SOURCES) > 20
-    assert breaches(rule, SOURCES) == []
+    assert violations(rule, SOURCES) == []
 
 
 @pytest.mark.xfail(reason="being renamed", strict=False)
@@ -117,7 +117,7 @@ def test_the_documents_speak_plainly():
 
 
 def test_no_machine_paths():
-    assert breaches(machine_paths, [path for path in TEXTS if path != Path(__file__)]) == []
+    assert violations(machine_paths, [path for path in TEXTS if path != Path(__file__)]) == []
 
 
 @pytest.mark.parametrize(
@@ -129,16 +129,16 @@ def test_no_machine_paths():
         (broad_excepts, "try:\n    f()\nexcept (OSError, BaseException) as e:\n    print(e)"),
         (dispatch, "hasattr(model, 'lm')"),
         (dispatch, "model.load_state_dict(state, strict=False)"),
-        (unread_pickles, "import pickle"),
-        (unread_pickles, "from pickle import load"),
-        (unread_pickles, "import torch\nx = torch.load('a')"),
-        (unread_pickles, "np.load('a', allow_pickle=True)"),
+        (reads_pickles, "import pickle"),
+        (reads_pickles, "from pickle import load"),
+        (reads_pickles, "import torch\nx = torch.load('a')"),
+        (reads_pickles, "np.load('a', allow_pickle=True)"),
         (no_docstring, "x = 1"),
         (machine_paths, "see /home/ann/firth and nothing else"),
         (machine_paths, 'open("/root/x")'),
     ],
 )
-def test_a_breach_is_found(rule, source):
+def test_a_violation_is_found(rule, source):
     assert len(rule(source)) == 1
 
 
@@ -151,15 +151,15 @@ def test_a_breach_is_found(rule, source):
         (no_docstring, ""),
     ],
 )
-def test_what_is_allowed_is_no_breach(rule, source):
+def test_allowed_code_is_no_violation(rule, source):
     assert rule(source) == []
 
 
-def test_every_bench_that_can_be_run_is_in_its_list():
-    said = (ROOT / "bench" / "README.md").read_text("utf-8")
+def test_every_benchmark_is_in_the_bench_readme():
+    readme = (ROOT / "bench" / "README.md").read_text("utf-8")
     runnable = [path.stem for path in (ROOT / "bench").glob("*.py") if "__main__" in path.read_text("utf-8")]
     assert len(runnable) > 20
-    assert not [name for name in runnable if f"bench.{name}" not in said and f"`{name}`" not in said]
+    assert not [name for name in runnable if f"bench.{name}" not in readme and f"`{name}`" not in readme]
 
 
 def test_the_readme_begins_with_make_demo_and_make_test():

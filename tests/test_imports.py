@@ -1,6 +1,6 @@
-"""Imports go down only: the direction in which the rooms may know each other, read from the source with `ast`.
+"""Imports between packages go in one direction; the imports are read from the source with `ast`.
 
-What stands under `if TYPE_CHECKING:` names a type and runs nothing; it is held to the last two rules alone.
+Imports under `if TYPE_CHECKING:` only name types and run nothing; only the last two rules apply to them.
 """
 
 import ast
@@ -46,7 +46,7 @@ BELOW = {
     "report": ("types", "io"),
     "doctor": ("types", "openmp", "kernels", "model", "objectives.word2vec", "train", "generate"),
 }
-"""Room -> what it may import besides itself and `firth.__version__`. Those not named here are ABOVE."""
+"""Package -> what it may import besides itself and `firth.__version__`. The others are in ABOVE."""
 
 ABOVE = {
     "runs": ("recipes", "compare", "demo", "cli"),
@@ -55,7 +55,7 @@ ABOVE = {
     "demo": ("cli",),
     "cli": (),
 }
-"""Rooms that may import everything -> the rooms that they may not."""
+"""Packages that may import everything -> the packages that they may not."""
 
 LEARNERS = ("torch", "safetensors")
 TORCH_FREE = ("types", "tokenizer", "corpora", "cli", "report")
@@ -67,7 +67,14 @@ ORACLES = {
 
 @dataclass(frozen=True)
 class Import:
-    """One name imported: `firth.model.model.LM`. typing: under TYPE_CHECKING. top: when the module itself is imported."""
+    """An imported name: `firth.model.model.LM`.
+
+    Args:
+        name: The name.
+        typing: Whether it is under TYPE_CHECKING.
+        top: Whether it is imported with the module.
+        line: Its line.
+    """
 
     name: str
     typing: bool
@@ -76,7 +83,7 @@ class Import:
 
 
 def imports(source: str) -> list[Import]:
-    """Every import of a module, wherever it stands. `from a import b` is `a.b`."""
+    """Return all imports of a module, at any level. `from a import b` is `a.b`."""
     found: list[Import] = []
 
     def walk(node: ast.AST, typing: bool, top: bool) -> None:
@@ -98,40 +105,40 @@ def imports(source: str) -> list[Import]:
     return found
 
 
-def room_of(module: str) -> str:
-    """The room of a module of firth: `firth.model.model.LM` -> model; what firth itself holds -> firth; its door -> cli."""
+def package_of(module: str) -> str:
+    """Return the package of a module: `firth.model.model.LM` -> model; firth's own names -> firth; `__main__` -> cli."""
     parts = module.replace(".__main__", ".cli").split(".")
-    rooms = {*BELOW, *ABOVE}
-    return parts[1] if len(parts) > 1 and parts[1] in rooms else "firth"
+    packages = {*BELOW, *ABOVE}
+    return parts[1] if len(parts) > 1 and parts[1] in packages else "firth"
 
 
 def faults(module: str, source: str) -> list[str]:
-    """What a module imports and may not."""
+    """Return the forbidden imports of a module."""
     out = []
-    room = room_of(module)
+    package = package_of(module)
     for one in imports(source):
         outer = one.name.split(".")[0]
         where = f"{module}, line {one.line}: imports {one.name}"
         if outer in ORACLES:
             out.append(f"{where}, an oracle: tests and benchmarks only")
         if outer == "firth":
-            target = room_of(one.name)
-            if (target in ABOVE and room not in ABOVE) or (room in ABOVE and target in ABOVE[room]):
-                out.append(f"{where}: {target} is above {room}")
-            elif room in BELOW and not one.typing and target not in (room, "firth"):
+            target = package_of(one.name)
+            if (target in ABOVE and package not in ABOVE) or (package in ABOVE and target in ABOVE[package]):
+                out.append(f"{where}: {target} is above {package}")
+            elif package in BELOW and not one.typing and target not in (package, "firth"):
                 inside = one.name.removeprefix("firth.")
-                if not any(inside == known or inside.startswith(f"{known}.") for known in BELOW[room]):
-                    out.append(f"{where}: {room} may import {', '.join(BELOW[room]) or 'nothing'}")
+                if not any(inside == known or inside.startswith(f"{known}.") for known in BELOW[package]):
+                    out.append(f"{where}: {package} may import {', '.join(BELOW[package]) or 'nothing'}")
         if outer in LEARNERS and not one.typing:
-            if room in TORCH_FREE and (room != "cli" or one.top):
-                out.append(f"{where}: {room} must start without it")
-            if room == "data" and module != "firth.data.collate":
+            if package in TORCH_FREE and (package != "cli" or one.top):
+                out.append(f"{where}: {package} must start without it")
+            if package == "data" and module != "firth.data.collate":
                 out.append(f"{where}: in data only collate.py makes tensors")
     return out
 
 
 def modules() -> dict[str, Path]:
-    """Every module of the package by its dotted name."""
+    """Return dotted name -> path of every module."""
     names = {}
     for path in sorted(PACKAGE.rglob("*.py")):
         parts = path.relative_to(ROOT).with_suffix("").parts
@@ -144,9 +151,9 @@ def test_imports_go_down_only(module):
     assert faults(module, modules()[module].read_text(encoding="utf-8")) == []
 
 
-def test_every_room_has_its_place():
-    there = {path.stem for path in PACKAGE.iterdir() if path.suffix == ".py" or (path / "__init__.py").exists()}
-    assert there - {"__init__", "__main__"} <= {*BELOW, *ABOVE}
+def test_every_package_has_its_place():
+    present = {path.stem for path in PACKAGE.iterdir() if path.suffix == ".py" or (path / "__init__.py").exists()}
+    assert present - {"__init__", "__main__"} <= {*BELOW, *ABOVE}
 
 
 @pytest.mark.parametrize(
@@ -174,7 +181,7 @@ def test_every_room_has_its_place():
         ),
     ],
 )
-def test_a_fault_is_found(module, source):
+def test_a_forbidden_import_is_found(module, source):
     assert len(faults(module, source)) == 1
 
 
@@ -190,24 +197,25 @@ def test_a_fault_is_found(module, source):
         ("firth.report.run_report", "from firth import __version__"),
     ],
 )
-def test_what_is_allowed_is_not_a_fault(module, source):
+def test_allowed_imports_are_accepted(module, source):
     assert faults(module, source) == []
 
 
-def test_relative_imports_are_refused():
+def test_relative_imports_are_rejected():
     with pytest.raises(AssertionError, match="line 1"):
         imports("from . import lm")
 
 
 def loads(statement: str) -> set[str]:
-    """The outermost modules that a fresh interpreter holds after a statement."""
+    """Return the top-level modules in a fresh interpreter after a statement."""
     code = f"{statement}\nimport sys\nprint(*{{name.split('.')[0] for name in sys.modules}})"
-    said = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
-    return set(said.stdout.split())
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    return set(done.stdout.split())
 
 
 @pytest.mark.parametrize(
-    "module", [m for m in modules() if room_of(m) in TORCH_FREE or (room_of(m) == "data" and m != "firth.data.collate")]
+    "module",
+    [m for m in modules() if package_of(m) in TORCH_FREE or (package_of(m) == "data" and m != "firth.data.collate")],
 )
 def test_starts_without_torch(module):
     assert not loads(f"import {module}") & {"torch", *ORACLES}

@@ -1,4 +1,4 @@
-"""Files and directories appear whole or not at all, and what the system refuses is one sentence about the right path."""
+"""Writes are atomic, and errors of the operating system become one line that names the right path."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from firth.types import UserError
 
 @contextmanager
 def full_disk(size: int = 100) -> Iterator[None]:
-    """No file can grow past `size` bytes: a write fails as on a full disk."""
+    """Limit the size of files to `size` bytes: a write fails as on a full disk."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
     try:
@@ -62,11 +62,11 @@ with new_directory(Path(sys.argv[1])) as partial:
 """
 
 
-def test_what_a_killed_writer_left_is_removed(tmp_path: Path) -> None:
+def test_files_of_a_killed_writer_are_removed(tmp_path: Path) -> None:
     place = tmp_path / "out"
     done = subprocess.run([sys.executable, "-c", KILLED, str(place)], check=False)
     assert done.returncode == -signal.SIGKILL and [p.name[:13] for p in tmp_path.iterdir()] == [".out.partial-"]
-    with new_directory(place) as partial, new_directory(place):  # a live writer's is kept: the inner one holds another
+    with new_directory(place) as partial, new_directory(place):  # the directory of a live writer is kept
         assert partial.exists() and len(list(tmp_path.iterdir())) == 2
     assert list(tmp_path.iterdir()) == [place]
 
@@ -74,7 +74,7 @@ def test_what_a_killed_writer_left_is_removed(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "cure"), [("file/run", "a file is where a directory should be"), ("file", "a file is"), ("n" * 300, "choose a shorter name")]
 )  # fmt: skip
-def test_a_directory_that_cannot_be_made(name: str, cure: str, tmp_path: Path) -> None:
+def test_a_directory_that_cannot_be_created(name: str, cure: str, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
     with pytest.raises(UserError, match=cure) as error:
         make_directory(tmp_path / name)
@@ -92,7 +92,7 @@ def test_an_error_on_an_input_names_the_input(tmp_path: Path) -> None:
         (tmp_path / "missing").read_bytes()
 
 
-def test_every_flip_of_a_sealed_directory_is_found(tmp_path: Path) -> None:
+def test_every_bit_flip_is_detected(tmp_path: Path) -> None:
     (tmp_path / "a").write_bytes(os.urandom(64))
     record = sealed({"shape": [1, (2, 3)], "name": "ü"}, tmp_path, ["a"])
     verify(record, tmp_path, tmp_path / "record", "cure")

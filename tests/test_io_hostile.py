@@ -1,4 +1,4 @@
-"""Files and settings made to do harm, other than models: pipes, YAML, forms of prompts, expressions of tokenizers."""
+"""Malicious files and settings other than models: pipes, YAML, prompt templates, regular expressions of tokenizers."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def given(tmp_path: Path) -> Path:
 
 
 def refused(action: Callable[[], Any], says: str) -> None:
-    """A UserError of one sentence that says this, soon."""
+    """The action raises a UserError of one line that contains `says`, within seconds."""
     started = time.process_time()
     with pytest.raises(UserError, match=says) as error:
         action()
@@ -42,7 +42,7 @@ def refused(action: Callable[[], Any], says: str) -> None:
 
 
 def test_a_pipe_for_a_file_is_refused_at_once(given: Path, tmp_path: Path) -> None:
-    """Opening a named pipe waits for somebody who writes into it."""
+    """Opening a named pipe blocks until another process writes to it."""
     for name in ("config.json", "model.safetensors", "firth.json"):
         kept = (given / name).read_bytes() if (given / name).exists() else None
         (given / name).unlink(missing_ok=True)
@@ -63,8 +63,8 @@ def test_a_pipe_for_a_file_is_refused_at_once(given: Path, tmp_path: Path) -> No
 
 
 YAMLS = {
-    "aliases of aliases": ("a0: &a0 [x]\n" + "".join(f"a{i}: &a{i} [" + f"*a{i - 1}," * 9 + "]\n" for i in range(1, 9)), "aliases stand"),
-    "an alias of itself": ("name: &a [*a]\n", "aliases stand for"),
+    "aliases of aliases": ("a0: &a0 [x]\n" + "".join(f"a{i}: &a{i} [" + f"*a{i - 1}," * 9 + "]\n" for i in range(1, 9)), "aliases expand"),
+    "an alias of itself": ("name: &a [*a]\n", "aliases expand to"),
     "deep lists": ("name: " + "[" * 5000 + "]" * 5000, "nested too deeply"),
     "deep, but closed": ("name: " + "[" * 80 + "]" * 80, "nested too deeply"),
     "a date that is none": ("name: 2001-99-99", "not YAML"),
@@ -76,19 +76,19 @@ YAMLS = {
 
 
 @pytest.mark.parametrize("name", YAMLS)
-def test_recipes_that_mean_harm(name: str, tmp_path: Path) -> None:
+def test_malicious_recipes_are_rejected(name: str, tmp_path: Path) -> None:
     text, says = YAMLS[name]
     (tmp_path / "r.yaml").write_text(text)
     refused(lambda: recipe.load(str(tmp_path / "r.yaml")), says)
 
 
-def test_an_anchor_of_a_few_values_is_read(tmp_path: Path) -> None:
+def test_a_small_anchor_is_read(tmp_path: Path) -> None:
     (tmp_path / "r.yaml").write_text("a: &a [1, 2]\nb: [*a, *a]\n")
     assert read_yaml(tmp_path / "r.yaml")[0] == {"a": [1, 2], "b": [[1, 2], [1, 2]]}
 
 
 @pytest.mark.parametrize("form", ["{x:>999999999}", "{x.__class__}", "{x[0]}", "{x!r}", "{}", "{0}", "{y}", "{x", "x}"])
-def test_a_form_holds_names_of_fields_alone(form: str) -> None:
+def test_a_template_contains_only_field_names(form: str) -> None:
     refused(lambda: fill_template(form, {"x": "word"}), "is not the name of a field, which is x|without its other")
     assert fill_template("{x}: {{x}}", {"x": "word"}) == "word: {x}"
 
@@ -105,5 +105,5 @@ PUBLISHED = {
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
-def test_published_expressions_are_within_the_bounds(name: str) -> None:
+def test_published_expressions_are_within_the_limits(name: str) -> None:
     assert fault(PUBLISHED[name]) == ""

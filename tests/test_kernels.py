@@ -1,4 +1,4 @@
-"""Each kernel is chosen by what the machine measures, once; every choice computes the same."""
+"""Kernels are chosen by one measurement on the machine; every implementation computes the same."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from firth.types import UserError
 
 @pytest.fixture(autouse=True)
 def fresh(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Nothing chosen yet, nothing forced, an empty cache."""
+    """No kernel is chosen or forced, and the cache is empty."""
     monkeypatch.delenv(kernels.FORCE, raising=False)
     monkeypatch.setenv("FIRTH_CACHE", str(tmp_path))
     monkeypatch.setattr(kernels, "_chosen", {})
@@ -36,14 +36,14 @@ def fresh(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 
 def measured(name: str, monkeypatch: pytest.MonkeyPatch, **took: float) -> Kernel:
-    """A kernel of which a measurement finds these seconds."""
+    """Return a kernel whose measurement yields these seconds."""
     kernel = Kernel(name, dict.fromkeys(took, lambda: lambda: None))
     monkeypatch.setattr(Kernel, "measure", lambda self: dict(took))
     return kernel
 
 
 @pytest.mark.parametrize(("other", "choice"), [(0.5, "other"), (0.89, "other"), (0.95, "plain"), (2.0, "plain")])
-def test_another_is_chosen_where_it_is_quicker(other: float, choice: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_faster_implementation_is_chosen(other: float, choice: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert measured("k", monkeypatch, plain=1.0, other=other).choice() == choice
 
 
@@ -63,13 +63,13 @@ def test_a_damaged_file_is_measured_again(text: str, monkeypatch: pytest.MonkeyP
     assert json.loads((tmp_path / "kernels.json").read_text())[kernels.machine()]["k"]["other"] == 0.5
 
 
-def test_a_cache_that_cannot_be_written_is_no_fault(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_an_unwritable_cache_is_no_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("FIRTH_CACHE", str(tmp_path / "file" / "below"))
     assert measured("k", monkeypatch, plain=1.0, other=0.5).choice() == "other"
 
 
-def test_what_does_not_run_here_is_not_chosen() -> None:
+def test_an_implementation_that_fails_is_not_chosen() -> None:
     def missing() -> kernels.Workload:
         raise RuntimeError("could not create a primitive")
 
@@ -89,7 +89,7 @@ def test_a_choice_can_be_forced(monkeypatch: pytest.MonkeyPatch) -> None:
         assert kernel.choice() == choice
 
 
-def test_what_does_not_exist_is_not_forced(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_an_unknown_choice_cannot_be_forced(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     kernel = measured("k", monkeypatch, plain=1.0, other=0.5)
     monkeypatch.setenv(kernels.FORCE, "k=quick")
     with pytest.raises(UserError, match="k is one of plain, other, and not 'quick'"):
@@ -102,7 +102,7 @@ def test_what_does_not_exist_is_not_forced(monkeypatch: pytest.MonkeyPatch, tmp_
     assert not (tmp_path / "run").exists()
 
 
-def test_a_measurement_runs_anywhere_and_leaves_the_random_numbers_alone() -> None:
+def test_a_measurement_changes_no_random_state() -> None:
     torch.manual_seed(0)
     before = torch.get_rng_state()
     with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
@@ -112,7 +112,7 @@ def test_a_measurement_runs_anywhere_and_leaves_the_random_numbers_alone() -> No
 
 
 def read(way: str, dtype: torch.dtype, causal: bool, bias: bool) -> list[torch.Tensor]:
-    """An output and its gradients."""
+    """Return the output of attention and its gradients."""
     torch.manual_seed(0)
     leaves = [torch.randn(3, 2, 70, 16).to(dtype).requires_grad_() for _ in range(3)]
     added = torch.randn(1, 2, 70, 70).to(dtype).requires_grad_() if bias else None
@@ -127,14 +127,14 @@ def read(way: str, dtype: torch.dtype, causal: bool, bias: bool) -> list[torch.T
 
 @cache
 def running(dtype: torch.dtype) -> frozenset[str]:
-    """The choices for attention that this CPU has: torch's bf16 kernel wants AVX-512 where oneDNN has bf16 products."""
+    """Return the attention kernels that this CPU supports: torch's bf16 kernel needs AVX-512 where oneDNN has bf16 products."""
     return frozenset(attention.ATTENTION[dtype, False].measure())
 
 
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("way", attention.KERNELS)
-def test_attention_is_its_formula_in_every_choice(way: str, causal: bool, bias: bool) -> None:
+def test_every_attention_kernel_matches_the_formula(way: str, causal: bool, bias: bool) -> None:
     exact = read("sdpa", torch.float64, causal, bias)
     for dtype, near in ((torch.float32, 1e-5), (torch.bfloat16, 0.04)):
         if way not in running(dtype):
@@ -157,7 +157,7 @@ def test_a_large_soft_cap_does_not_overflow() -> None:
 
 
 def trained(function: Callable[..., torch.Tensor], *inputs: torch.Tensor | None) -> list[torch.Tensor]:
-    """The output of a function and the gradients of its inputs, for a slope that is the same each time."""
+    """Return the output of a function and the gradients of its inputs, for a fixed output gradient."""
     leaves = [x if x is None else x.detach().clone().requires_grad_() for x in inputs]
     out = function(*leaves)
     torch.manual_seed(1)
@@ -171,7 +171,8 @@ def same(
 ) -> None:  # fmt: skip
     """Check every choice that runs here, in fp32 and bf16, against a plain formula in float64.
 
-    learned: how many of the inputs, the last ones, are parameters, which stay in fp32.
+    Args:
+        learned: Number of inputs, the last ones, that are parameters, which stay in fp32.
     """
     exact = trained(plain, *inputs)
     for dtype, near in ((torch.float32, 1e-5), (torch.bfloat16, 0.02)):
@@ -195,7 +196,7 @@ def same(
 @pytest.mark.parametrize("offset", [False, True])
 @pytest.mark.parametrize("gain", [False, True])
 @pytest.mark.parametrize("center", [False, True])
-def test_a_norm_is_its_formula_in_every_choice(center: bool, gain: bool, offset: bool, width: int) -> None:
+def test_every_norm_kernel_matches_the_formula(center: bool, gain: bool, offset: bool, width: int) -> None:
     torch.manual_seed(0)
     x = torch.randn(5, 40, width, dtype=torch.float64) * 3 + 1
     learned = [torch.randn(width, dtype=torch.float64) if has else None for has in (gain, offset)]
@@ -213,7 +214,7 @@ def test_a_norm_is_its_formula_in_every_choice(center: bool, gain: bool, offset:
 @pytest.mark.parametrize("width", [10, 64])
 @pytest.mark.parametrize("eps", [-1.0, 1e-3])
 @pytest.mark.parametrize("turned", ["not", "alike", "each"])
-def test_heads_are_their_formula_in_every_choice(turned: str, eps: float, width: int) -> None:
+def test_every_heads_kernel_matches_the_formula(turned: str, eps: float, width: int) -> None:
     torch.manual_seed(0)
     angles = torch.randn(3 if turned == "each" else 1, 7, 1, width // 2).repeat(1, 1, 1, 2)
     turns = None if turned == "not" else (angles.cos(), angles[..., : width // 2].sin())
@@ -234,7 +235,7 @@ def test_heads_are_their_formula_in_every_choice(turned: str, eps: float, width:
 
 
 @pytest.mark.parametrize("alike", [True, False])
-def test_distances_are_gathered_alike_in_every_choice(alike: bool) -> None:
+def test_every_distance_kernel_gathers_alike(alike: bool) -> None:
     torch.manual_seed(0)
     met, index = torch.randn(3, 2, 40, 60, dtype=torch.float64), torch.randint(60, (1 if alike else 3, 40, 75))
 
@@ -244,7 +245,7 @@ def test_distances_are_gathered_alike_in_every_choice(alike: bool) -> None:
     same(relative_distance.COLUMNS, lambda x: relative_distance.gathered(x, index), plain, met)
 
 
-def test_neighbors_are_averaged_alike_in_every_choice() -> None:
+def test_every_neighbor_kernel_averages_alike() -> None:
     torch.manual_seed(0)
     x, at = torch.randn(3, 70, 24, dtype=torch.float64), torch.arange(70)
     left, right = (torch.minimum(torch.randint(6, (3, 70)), room) for room in (at, 69 - at))
@@ -263,7 +264,7 @@ def test_neighbors_are_averaged_alike_in_every_choice() -> None:
 
 
 @pytest.mark.parametrize("name", ["relu", "relu2", "gelu", "gelu_tanh", "silu", "swiglu", "geglu", "geglu_tanh"])
-def test_an_mlp_is_its_formula_in_every_choice(name: str) -> None:
+def test_every_mlp_kernel_matches_the_formula(name: str) -> None:
     torch.manual_seed(0)
     config = ModelConfig(
         vocab_size=9, hidden_size=32, num_layers=1, num_heads=2, intermediate_size=600, activation=name
@@ -282,7 +283,7 @@ def test_an_mlp_is_its_formula_in_every_choice(name: str) -> None:
 
 @pytest.mark.parametrize("cap", [0.0, 3.0])
 @pytest.mark.parametrize("biased", [False, True])
-def test_cross_entropy_is_its_formula_in_every_choice(cap: float, biased: bool) -> None:
+def test_every_cross_entropy_kernel_matches_the_formula(cap: float, biased: bool) -> None:
     torch.manual_seed(0)
     labels, absent = torch.randint(300, (50,)), torch.tensor([301, 340])
     states, weight = torch.randn(50, 16, dtype=torch.float64), torch.randn(350, 16, dtype=torch.float64)
@@ -312,7 +313,7 @@ def test_cross_entropy_is_its_formula_in_every_choice(cap: float, biased: bool) 
 @pytest.mark.skipif(bool(native.why_not()), reason=f"no native kernels: {native.why_not()}")
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_native_kernels_do_not_hide_what_is_no_number(bad: float, dtype: torch.dtype) -> None:
+def test_native_kernels_propagate_nan_and_infinity(bad: float, dtype: torch.dtype) -> None:
     x = torch.linspace(-1, 1, 4 * 512).view(4, 512).to(dtype)
     x[1, 3] = bad
     written = {
@@ -331,7 +332,7 @@ def test_native_kernels_do_not_hide_what_is_no_number(bad: float, dtype: torch.d
 @pytest.mark.parametrize("biased", [False, True])
 @pytest.mark.parametrize(("inner", "outer"), [(512, 300), (33, 7)])
 @torch.no_grad()
-def test_a_row_is_multiplied_alike_in_every_choice(inner: int, outer: int, biased: bool) -> None:
+def test_every_one_row_kernel_multiplies_alike(inner: int, outer: int, biased: bool) -> None:
     torch.manual_seed(0)
     x, weight = torch.randn(1, 1, inner), torch.randn(outer, inner)
     bias = torch.randn(outer) if biased else None
@@ -345,7 +346,7 @@ def test_a_row_is_multiplied_alike_in_every_choice(inner: int, outer: int, biase
             assert (found - right).abs().max() < near * right.abs().max()
 
 
-def test_muon_moves_alike_in_every_choice() -> None:
+def test_every_muon_kernel_steps_alike() -> None:
     torch.manual_seed(0)
     grad, start, weight = torch.randn(3, 50, 77).unbind()
     right = 0.9 * start.double() + 0.1 * grad.double()
@@ -362,7 +363,7 @@ def test_muon_moves_alike_in_every_choice() -> None:
 
 
 def test_results_do_not_depend_on_threads() -> None:
-    """But for the sums of a gain's gradient, which each thread begins anew."""
+    """Except the sums of a gain's gradient, which each thread starts anew."""
     if native.why_not():
         pytest.skip(f"no native kernels: {native.why_not()}")
     before, found = torch.get_num_threads(), []
@@ -378,7 +379,7 @@ def test_results_do_not_depend_on_threads() -> None:
         assert torch.equal(one, two) or (number == 2 and torch.allclose(one, two, rtol=1e-5, atol=1e-4))
 
 
-def test_without_a_compiler_torch_computes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_torch_is_used_without_a_compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("CC", "no-such-compiler")
     native._outcome.cache_clear()
     try:
@@ -394,7 +395,7 @@ def test_without_a_compiler_torch_computes(monkeypatch: pytest.MonkeyPatch, tmp_
 
 
 @pytest.mark.parametrize(("rows", "columns"), itertools.product((24, 96), (24, 96)))
-def test_muon_is_near_the_polar_factor_in_every_choice(rows: int, columns: int) -> None:
+def test_every_muon_kernel_is_near_the_polar_factor(rows: int, columns: int) -> None:
     torch.manual_seed(0)
     stack = torch.randn(3, rows, columns)
     u, _, v = torch.linalg.svd(stack.double(), full_matrices=False)

@@ -76,10 +76,10 @@ HEADERS = {
     "no JSON": (b"\x80 not json", b"", None, "not JSON"),
     "deep JSON": (b'{"a":' * 100_000, b"", None, "not JSON"),
     "deep lists": (b'{"a":' + b"[" * 100_000 + b"]" * 100_000 + b"}", b"", None, "not JSON"),
-    "a list": ([1, 2], b"", None, "no shape and no place"),
+    "a list": ([1, 2], b"", None, "invalid shape or invalid offsets"),
     "NaN": (b'{"a": NaN}', b"", None, "not JSON"),
     "names twice": (b'{"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}, "a": {"dtype": "F32", "shape": [1], '
-                    b'"data_offsets": [0, 4]}}', bytes(4), None, "stands there twice"),
+                    b'"data_offsets": [0, 4]}}', bytes(4), None, "occurs twice"),
     "overlap": ({"a": tensor(0, 8, [2]), "b": tensor(4, 12, [2])}, bytes(12), None, "overlap"),
     "a gap": ({"a": tensor(0, 4, [1]), "b": tensor(8, 12, [1])}, bytes(12), None, "gap"),
     "the same place twice": ({"a": tensor(0, 4, [1]), "b": tensor(0, 4, [1])}, bytes(4), None, "overlap"),
@@ -87,14 +87,14 @@ HEADERS = {
     "bytes left over": ({"a": tensor(0, 4, [1])}, bytes(9), None, "take 4 bytes, and there are 9"),
     "a shape that its bytes do not fit": ({"a": tensor(0, 8, [3])}, bytes(8), None, r"shape \(3,\) and 8 bytes, not 12"),
     "a huge shape": ({"a": tensor(0, 8, [1 << 40, 1 << 40])}, bytes(8), None, "more numbers than any file"),
-    "a negative shape": ({"a": tensor(0, 4, [-1, -1])}, bytes(4), None, "no shape and no place"),
-    "a shape of words": ({"a": tensor(0, 4, ["1"])}, bytes(4), None, "no shape and no place"),
-    "a shape of fractions": ({"a": tensor(0, 4, [1.0])}, bytes(4), None, "no shape and no place"),
-    "a thousand dimensions": ({"a": tensor(0, 4, [1] * 1000)}, bytes(4), None, "no shape and no place"),
-    "backwards": ({"a": tensor(4, 0, [1])}, bytes(4), None, "no shape and no place"),
+    "a negative shape": ({"a": tensor(0, 4, [-1, -1])}, bytes(4), None, "invalid shape or invalid offsets"),
+    "a shape of words": ({"a": tensor(0, 4, ["1"])}, bytes(4), None, "invalid shape or invalid offsets"),
+    "a shape of fractions": ({"a": tensor(0, 4, [1.0])}, bytes(4), None, "invalid shape or invalid offsets"),
+    "a thousand dimensions": ({"a": tensor(0, 4, [1] * 1000)}, bytes(4), None, "invalid shape or invalid offsets"),
+    "backwards": ({"a": tensor(4, 0, [1])}, bytes(4), None, "invalid shape or invalid offsets"),
     "an unknown type": ({"a": tensor(0, 4, [1], "F31")}, bytes(4), None, "unknown type 'F31'"),
     "no type": ({"a": tensor(0, 4, [1], None)}, bytes(4), None, "unknown type None"),
-    "no object": ({"a": 3}, bytes(4), None, "no shape and no place"),
+    "no object": ({"a": 3}, bytes(4), None, "invalid shape or invalid offsets"),
 }  # fmt: skip
 
 
@@ -162,7 +162,7 @@ def mapped(directory: Path, change: Callable[[dict[str, Any]], Any]) -> None:
 )
 def test_an_index_that_leads_elsewhere(name: Any, sharded: Path) -> None:
     mapped(sharded, lambda held: held.update({"transformer.wte.weight": name}))
-    refused(lambda: load_model(sharded), "no safetensors file of its own directory")
+    refused(lambda: load_model(sharded), "not a safetensors file in the same directory")
 
 
 def test_an_index_and_its_files_that_disagree(sharded: Path) -> None:
@@ -214,8 +214,8 @@ CONFIGS = {
     "a family that is no word": ({"model_type": ["gpt2"]}, "firth reads"),
     "no family": ({"model_type": None}, "firth reads"),
     "code": ({"auto_map": {"AutoModel": "modeling.Model"}}, "runs no code of a model directory"),
-    "quantised": ({"quantization_config": {"quant_method": "gptq"}}, "quantised .gptq."),
-    "quantised, said badly": ({"quantization_config": "yes"}, "quantised"),
+    "quantized": ({"quantization_config": {"quant_method": "gptq"}}, "quantized .gptq."),
+    "quantized, said badly": ({"quantization_config": "yes"}, "quantized"),
 }  # fmt: skip
 
 

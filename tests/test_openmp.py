@@ -1,4 +1,4 @@
-"""How OpenMP's threads wait is chosen before torch is loaded, and never against the user's own choice."""
+"""OpenMP's wait policy is set before torch is loaded, and never overrides the user's."""
 
 import os
 import subprocess
@@ -37,7 +37,7 @@ def test_nothing_is_set_once_torch_is_loaded() -> None:
 
 
 def run(path: str, arguments: list[str], **given: str) -> subprocess.CompletedProcess[str]:
-    """Run Python with an environment that holds no choice of how threads wait but the given one."""
+    """Run Python without any variable of the wait policy, except the given ones."""
     names = {*openmp.GNU_VARIABLES, *openmp.LLVM_VARIABLES}
     environment = {k: v for k, v in os.environ.items() if k not in names} | {"PYTHONPATH": path} | given
     return subprocess.run([sys.executable, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True)
@@ -57,7 +57,7 @@ CHILD = "import firth, subprocess, sys; sys.exit(subprocess.run([sys.executable,
     ids=["module", "command", "import", "worker"],
 )
 def test_wait_policy_is_set_before_torch_loads(tmp_path: Path, arguments: list[str]) -> None:
-    """A torch that says what it finds when it is imported, and ends the process."""
+    """A fake torch prints the variable when it is imported, and ends the process."""
     (tmp_path / "torch.py").write_text(
         "import os, sys\nprint(os.environ['GOMP_SPINCOUNT'])\nsys.stdout.flush()\nos._exit(9)\n"
     )
@@ -67,7 +67,7 @@ def test_wait_policy_is_set_before_torch_loads(tmp_path: Path, arguments: list[s
     assert run(path, arguments, GOMP_SPINCOUNT="7").stdout == "7\n"
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="torch brings libgomp on Linux alone")
+@pytest.mark.skipif(sys.platform != "linux", reason="torch includes libgomp only on Linux")
 def test_libgomp_reads_what_is_set() -> None:
     """The library itself prints its settings when it is loaded."""
     found = run(str(ROOT), ["-c", "import firth, torch"], OMP_DISPLAY_ENV="verbose")

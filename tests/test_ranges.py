@@ -21,7 +21,7 @@ from firth.validated import MAX_INT, PositiveInt, Range, Ranged, is_numeric, ran
 
 
 def recipe_classes() -> list[type]:
-    """Every dataclass that can stand in a recipe, and those that the command line fills."""
+    """Every dataclass that a recipe can contain, and those that the command line fills."""
     found: dict[type, None] = {}
 
     def walk(kind: type) -> None:
@@ -47,21 +47,30 @@ def numeric_fields(kind: type) -> dict[str, typing.Any]:
 NUMBERS = [(kind, name) for kind in recipe_classes() for name in numeric_fields(kind)]
 
 
-def test_the_walk_finds_every_class_and_number() -> None:
+def test_all_recipe_classes_and_numbers_are_found() -> None:
     names = {kind.__name__ for kind in recipe_classes()}
     assert {
         "Recipe",
-        "Batch",
+        "BatchConfig",
         "EvalConfig",
         "CheckpointConfig",
-        "Length",
+        "Budget",
         "Schedule",
-        "Optimizer",
-        "Text",
-        "TokenizerPlan",
-        "Shape",
+        "OptimizerConfig",
+        "DataConfig",
+        "TokenizerConfig",
+        "ModelConfig",
     } <= names
-    assert {"Windows", "Rollouts", "MLM", "PPO", "LoRA", "Prefix", "Sampling", "Terms"} <= names
+    assert {
+        "WindowsConfig",
+        "RolloutsConfig",
+        "MLM",
+        "PPO",
+        "LoRA",
+        "PrefixTuning",
+        "Sampling",
+        "ComparisonConfig",
+    } <= names
     assert len(NUMBERS) >= 130
 
 
@@ -93,12 +102,12 @@ def test_a_class_without_a_range_would_be_found() -> None:
 
 
 @pytest.mark.parametrize(
-    ("setting", "told"),
+    ("setting", "message"),
     [
         ("data.validation_fraction=-1", "data.validation_fraction=-1.0 must be at least 0 and below 1"),
         ("tokenizer.sample_bytes=-1", "tokenizer.sample_bytes=-1 must be at least 1"),
-        ("max_flops=nan", "max_flops=nan must be finite, at least 0"),
-        ("max_seconds=.inf", "max_seconds=inf must be finite, at least 0"),
+        ("max_flops=nan", "budget.max_flops=nan must be finite, at least 0"),
+        ("max_seconds=.inf", "budget.max_seconds=inf must be finite, at least 0"),
         ("optimizer.lr=0", "optimizer.lr=0.0 must be above 0"),
         ("examples.max_length=0", "examples.max_length=0 must be at least 1 and at most 1073741823"),
         ("batch.gradient_accumulation_steps=0", "batch.gradient_accumulation_steps=0 must be at least 1"),
@@ -106,31 +115,33 @@ def test_a_class_without_a_range_would_be_found() -> None:
         ("data.weights=[1, -1]", "data.weights=[1.0, -1.0] must be above 0"),
         ("model.num_layers=-1", "model.num_layers=-1 must be at least 0 and at most 10000"),
         ("seed=-1", "seed=-1 must be at least 0"),
-        (f"max_steps={MAX_INT + 1}", f"max_steps={MAX_INT + 1} must be at least 0 and at most {MAX_INT}"),
+        (f"max_steps={MAX_INT + 1}", f"budget.max_steps={MAX_INT + 1} must be at least 0 and at most {MAX_INT}"),
         ("batch.size=true", "batch.size: True does not fit: it should be a number, at least 1"),
         ("data.path=[]", "data.path=[] names no file: name files or directories, or set data.corpus=NAME"),
         ("data.path=", "data.path=[''] has an empty name, which would be the working directory"),
     ],
 )
-def test_a_setting_out_of_range_is_one_sentence(setting: str, told: str) -> None:
+def test_a_setting_out_of_range_is_one_sentence(setting: str, message: str) -> None:
     with pytest.raises(UserError) as caught:
         load("gpt", [setting])
-    assert str(caught.value) == told
+    assert str(caught.value) == message
 
 
 def test_a_file_out_of_range_names_its_line(tmp_path: Path) -> None:
     path = tmp_path / "mine.yaml"
-    path.write_text("name: x\nobjective:\n  - nsp\n  - kind: mlm\n    rate: 1.5\nsegment: pairs\nbatch: {rows: 4}\n")
+    path.write_text(
+        "name: x\nobjective:\n  - nsp\n  - kind: mlm\n    mlm_probability: 1.5\nexamples: segment_pairs\nbatch: {size: 4}\n"
+    )
     with pytest.raises(UserError) as caught:
         load(str(path))
-    assert str(caught.value) == f"{path}:5: objective.1.rate=1.5 must be above 0 and below 1"
+    assert str(caught.value) == f"{path}:5: objective.1.mlm_probability=1.5 must be above 0 and below 1"
     with pytest.raises(UserError) as caught:
         load(str(path), ["objective.mlm_probability=2"])
-    assert str(caught.value) == "objective.1.rate=2.0 must be above 0 and below 1"
+    assert str(caught.value) == "objective.1.mlm_probability=2.0 must be above 0 and below 1"
     with pytest.raises(UserError) as caught:
         load(str(path), ["objective.mlm_probability=0.2", "batch.size=0"])
     assert str(caught.value) == "batch.size=0 must be at least 1"
-    path.write_text("name: x\nobjective: mlm\nsegment: pieces\nbatch: {pack: 4, sort: 4}\n")
+    path.write_text("name: x\nobjective: mlm\nexamples: chunks\nbatch: {pack_to_length: 4, group_by_length: 4}\n")
     with pytest.raises(UserError) as caught:  # fields that do not fit each other have a line, too
         load(str(path))
     assert str(caught.value).startswith(f"{path}:4: batch.pack_to_length and batch.group_by_length")
@@ -147,13 +158,15 @@ def test_a_number_out_of_range_is_refused_in_python() -> None:
     assert config_io.from_dict(tuple[PositiveInt, ...], "3") == (3,)
 
 
-def test_a_part_of_a_shape_names_the_cure() -> None:
-    """One sentence, and not from field to field to a causal model."""
+def test_an_incomplete_model_config_names_the_fix() -> None:
+    """One error for all missing fields; completing them one by one would end in a causal model."""
     with pytest.raises(UserError) as caught:
         load("classification", ["model.hidden_size=64"])
-    said = str(caught.value)
-    assert said.startswith("shape lacks depth, heads, for the recipe 'classify' has no shape of its own")
-    assert "init_from=RUN" in said and "causal: false" in said
+    message = str(caught.value)
+    assert message.startswith(
+        "shape lacks num_layers, num_heads, for the recipe 'classification' has no shape of its own"
+    )
+    assert "init_from=RUN" in message and "causal: false" in message
     assert (
         load(
             "classification", ["model={vocab_size: 100, hidden_size: 32, num_layers: 1, num_heads: 2, causal: false}"]

@@ -136,7 +136,7 @@ def test_exported_tokenizer_adds_the_special_tokens(kind: str, tmp_path: Path) -
     again = Tokenizer.load(tmp_path)
     assert again.digest == tokenizer.digest
     assert again.encode(text).tolist() == tokenizer.encode(text).tolist()
-    assert again.framed("bidirectional").definition == again.definition
+    assert again.with_post_processor("bidirectional").definition == again.definition
 
 
 def test_fp16_overflow_is_rejected_and_leaves_no_files(tmp_path: Path) -> None:
@@ -305,7 +305,7 @@ def test_tokenizer_config_decides_on_bos(add_bos: bool | None, framing: bool, be
     model, tokenizer = random_model("decoder")
     save_model(model, tokenizer, tmp_path)
     (tmp_path / "firth.json").unlink()
-    (tokenizer.framed("causal") if framing else tokenizer).save(tmp_path)
+    (tokenizer.with_post_processor("causal") if framing else tokenizer).save(tmp_path)
     config = json.loads((tmp_path / "tokenizer_config.json").read_text())
     (tmp_path / "tokenizer_config.json").write_text(
         json.dumps(config | ({} if add_bos is None else {"add_bos_token": add_bos}))
@@ -474,7 +474,7 @@ def test_models_without_a_family_round_trip(tmp_path: Path) -> None:
     for wrong, says in (
         ({"form": "onnx"}, "no format 'onnx'"),
         ({"dtype": "int8"}, "no dtype"),
-        ({"shard": "big"}, "no size"),
+        ({"shard": "big"}, "is not a size"),
     ):
         options = {"form": "hf", "dtype": "", "shard": ""} | wrong
         with pytest.raises(UserError, match=says):

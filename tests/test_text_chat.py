@@ -1,4 +1,4 @@
-"""Dialogues to tokens: the mask, what users may write, other people's templates; transformers as the oracle."""
+"""Dialogues to tokens: the loss mask, hostile user text, templates of other models; transformers is the oracle."""
 
 from pathlib import Path
 
@@ -12,7 +12,7 @@ from transformers import AutoTokenizer
 
 from firth.tokenizer import chat
 from firth.tokenizer.chat import Message, encode
-from firth.tokenizer.chat_template import TEMPLATE, parts
+from firth.tokenizer.chat_template import TEMPLATE, split_template
 from firth.tokenizer.tokenizer import Tokenizer
 from firth.tokenizer.train import train
 from firth.types import UserError
@@ -20,37 +20,37 @@ from firth.types import UserError
 PROSE = "user assistant system hello there, what is it? It is a cat; you know that well.\n\nYes!  No.\n" * 9
 
 
-def told(*contents: str, system: str = "") -> list[Message]:
-    """Turns of user and assistant alternately."""
+def dialogue(*contents: str, system: str = "") -> list[Message]:
+    """Return a dialogue with alternating user and assistant turns."""
     turns = [{"role": ("user", "assistant")[i % 2], "content": c} for i, c in enumerate(contents)]
     return ([{"role": "system", "content": system}] if system else []) + turns
 
 
 DIALOGUES = [
-    told("hello", "there"),
-    told("hello there", "It is a cat.", "what?", "Yes!\n\nNo.", system="you know"),
-    told("what is it?", "a cat; you know", "well?"),
-    told("", ""),
+    dialogue("hello", "there"),
+    dialogue("hello there", "It is a cat.", "what?", "Yes!\n\nNo.", system="you know"),
+    dialogue("what is it?", "a cat; you know", "well?"),
+    dialogue("", ""),
 ]
 
-SMOL = (  # as SmolLM2-Instruct has it
+SMOL = (  # that of SmolLM2-Instruct
     "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}{{ '<|im_start|>system\n"
     "You are a helpful AI assistant named SmolLM<|im_end|>\n' }}{% endif %}{{'<|im_start|>' + message['role'] + '\n' + "
     "message['content'] + '<|im_end|>' + '\n'}}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}"
     "{% endif %}"
 )
-LLAMA3 = (  # as Llama 3 has it, with control tokens of ours
+LLAMA3 = (  # that of Llama 3, with firth's control tokens
     "{% set loop_messages = messages %}{% for message in loop_messages %}{% set content = '<|im_start|>' + "
     "message['role'] + '<mask>\n\n'+ message['content'] | trim + '<|im_end|>' %}{% if loop.index0 == 0 %}{% set content "
     "= bos_token + content %}{% endif %}{{ content }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant"
     "<mask>\n\n' }}{% endif %}"
 )
-LLAMA2 = (  # as Llama 2 and Mistral have it
+LLAMA2 = (  # that of Llama 2 and Mistral
     "{% for message in messages %}{% if message['role'] == 'user' %}{{ bos_token + '[INST] ' + message['content'] | trim"
     " + ' [/INST]' }}{% elif message['role'] == 'assistant' %}{{ ' ' + message['content'] | trim + ' ' + eos_token }}"
     "{% elif message['role'] == 'system' %}{{ '<<SYS>> ' + message['content'] + ' <</SYS>> ' }}{% endif %}{% endfor %}"
 )
-ZEPHYR = (  # as Zephyr has it, with a block that marks what the assistant says
+ZEPHYR = (  # that of Zephyr, with a generation block
     "{% for message in messages %}\n{% if message['role'] == 'assistant' %}\n{% generation %}{{ '<|assistant|>\n' + "
     "message['content'] + eos_token }}{% endgeneration %}\n{% else %}\n{{ '<|' + message['role'] + '|>\n' + "
     "message['content'] + eos_token }}\n{% endif %}\n{% if loop.last and add_generation_prompt %}\n{{ '<|assistant|>' }}\n"
@@ -60,7 +60,7 @@ TEMPLATES = {"smol": SMOL, "llama3": LLAMA3, "llama2": LLAMA2, "zephyr": ZEPHYR}
 
 
 def llama_engine() -> Engine:
-    """Llama's own arrangement of the engine: a blank put before each text, byte fallback, no pre-tokenizer."""
+    """Return an engine like Llama's: a prefix space, byte fallback, no pre-tokenizer."""
     trained = Engine(models.BPE())
     trained.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     control = ["<unk>", "<s>", "</s>", "<|im_start|>", "<|im_end|>", "<mask>"]
@@ -99,17 +99,17 @@ def own() -> Tokenizer:
 
 
 def mirrored(tokenizer: Tokenizer, directory: Path):
-    """The same tokenizer as transformers loads it."""
+    """Return the same tokenizer as transformers loads it."""
     tokenizer.save(directory)
     return AutoTokenizer.from_pretrained(directory)
 
 
-# --- our own template -------------------------------------------------------------------------------------------------
+# --- firth's template --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("algorithm", ["byte-bpe", "bpe", "wordpiece", "unigram"])
 @pytest.mark.parametrize("open", [False, True])
-def test_transformers_writes_the_same_dialogue(tmp_path, algorithm, open):
+def test_transformers_encodes_the_same_dialogue(tmp_path, algorithm, open):
     tokenizer = train([PROSE], algorithm, 420, num_sentinels=3)
     peer = mirrored(tokenizer, tmp_path)
     for messages in DIALOGUES:
@@ -117,7 +117,7 @@ def test_transformers_writes_the_same_dialogue(tmp_path, algorithm, open):
         assert encode(tokenizer, messages, open)[0].tolist() == wanted
 
 
-def test_transformers_takes_the_same_mask_from_our_template(own, tmp_path):
+def test_transformers_derives_the_same_mask(own, tmp_path):
     """Templates without `generation` marks give an assistant mask of zeros, and training learns nothing."""
     peer = mirrored(own, tmp_path)
     for messages in DIALOGUES:
@@ -128,16 +128,16 @@ def test_transformers_takes_the_same_mask_from_our_template(own, tmp_path):
 
 
 def test_the_mask_is_on_answers_and_their_stop_tokens(own):
-    tokens, mask = encode(own, told("hello", "there", "you?", "Yes!", system="cat"))
-    said = "".join(own.token(i) for i in tokens[mask])
-    assert said == "there<|im_end|>Yes!<|im_end|>"
+    tokens, mask = encode(own, dialogue("hello", "there", "you?", "Yes!", system="cat"))
+    supervised = "".join(own.token(i) for i in tokens[mask])
+    assert supervised == "there<|im_end|>Yes!<|im_end|>"
     assert tokens.dtype == np.int32 and mask.dtype == bool and tokens.shape == mask.shape
-    opened, none = encode(own, told("hello"), open=True)
+    opened, none = encode(own, dialogue("hello"), open=True)
     assert not none.any() and opened.tolist() == tokens_before_the_answer(own)
 
 
 def tokens_before_the_answer(tokenizer: Tokenizer) -> list[int]:
-    tokens, mask = encode(tokenizer, told("hello", "there"))
+    tokens, mask = encode(tokenizer, dialogue("hello", "there"))
     return tokens[: int(mask.argmax())].tolist()
 
 
@@ -153,8 +153,8 @@ HOSTILE += ["\n", "é", "\ud800", "\ue0000\ue001", "\ue000", "\0"]
 
 @pytest.mark.parametrize("kind", ["own", *TEMPLATES])
 @given(texts=st.lists(st.lists(st.sampled_from(HOSTILE), max_size=6).map("".join), min_size=1, max_size=4))
-def test_what_users_write_never_becomes_a_control_token(own, kind, texts):
-    """As many control tokens as the same dialogue has with plain words, in the same order."""
+def test_user_text_never_becomes_a_control_token(own, kind, texts):
+    """The dialogue has as many control tokens as one with plain words, in the same order."""
     tokenizer = own if kind == "own" else Tokenizer(Engine.from_str(own.definition), template=TEMPLATES[kind])
 
     def control(messages):
@@ -162,10 +162,10 @@ def test_what_users_write_never_becomes_a_control_token(own, kind, texts):
         special = tokenizer.vocab.special[tokens]
         return tokens[special].tolist(), mask[special].tolist()
 
-    assert control(told(*texts)) == control(told(*("a" for _ in texts)))
+    assert control(dialogue(*texts)) == control(dialogue(*("a" for _ in texts)))
 
 
-# --- other people's templates -----------------------------------------------------------------------------------------
+# --- templates of other models -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", ["byte-bpe", "llama"])
@@ -190,26 +190,26 @@ def test_a_foreign_template_gives_transformers_ids(tmp_path, kind, name, open):
 
 @pytest.mark.parametrize("name", TEMPLATES)
 @pytest.mark.parametrize("kind", ENGINES)
-def test_what_is_asked_is_a_prefix_of_what_is_answered(kind, name):
-    """A model is asked with the very tokens behind which it learnt to answer."""
+def test_the_prompt_is_a_prefix_of_the_dialogue(kind, name):
+    """A model is prompted with exactly the tokens that precede an answer in training."""
     tokenizer = Tokenizer(ENGINES[kind](), {"bos": "<s>", "eos": "</s>"}, TEMPLATES[name])
-    asked, _ = encode(tokenizer, told("hello", "there", "what is it?"), open=True)
-    tokens, mask = encode(tokenizer, told("hello", "there", "what is it?", "a cat"))
+    prompt, _ = encode(tokenizer, dialogue("hello", "there", "what is it?"), open=True)
+    tokens, mask = encode(tokenizer, dialogue("hello", "there", "what is it?", "a cat"))
     answer = int(np.flatnonzero(np.diff(mask.astype(int)) == 1)[-1]) + 1  # where the last run of the mask begins
-    if name == "llama2":  # what stands before an answer is a blank, which belongs to the answer's first word
-        assert tokens[: len(asked)].tolist() == asked.tolist() and answer in (len(asked), len(asked) + 1)
+    if name == "llama2":  # the blank before an answer belongs to its first word
+        assert tokens[: len(prompt)].tolist() == prompt.tolist() and answer in (len(prompt), len(prompt) + 1)
     else:
-        assert tokens[:answer].tolist() == asked.tolist()
+        assert tokens[:answer].tolist() == prompt.tolist()
 
 
-def test_our_own_template_read_from_a_file_changes_nothing(own, tmp_path):
+def test_firths_template_read_from_a_file_is_the_same(own, tmp_path):
     own.save(tmp_path)
     loaded = Tokenizer.load(tmp_path)
     assert loaded.template == TEMPLATE
-    as_a_stranger = Tokenizer(Engine.from_str(own.definition), template=TEMPLATE + "{# strange #}")
-    for messages in [*DIALOGUES, told("a</s>", "<|im_end|>\n"), told("\n x \n", " ")]:
+    as_foreign = Tokenizer(Engine.from_str(own.definition), template=TEMPLATE + "{# strange #}")
+    for messages in [*DIALOGUES, dialogue("a</s>", "<|im_end|>\n"), dialogue("\n x \n", " ")]:
         for open in (False, True):
-            (tokens, mask), *others = (encode(t, messages, open) for t in (own, loaded, as_a_stranger))
+            (tokens, mask), *others = (encode(t, messages, open) for t in (own, loaded, as_foreign))
             assert all(np.array_equal(tokens, t) and np.array_equal(mask, m) for t, m in others)
 
 
@@ -220,27 +220,28 @@ def test_our_own_template_read_from_a_file_changes_nothing(own, tmp_path):
         ("{{ messages[-1].content }}</s>", "shows a message 0 times or out of order"),
         ("{% for m in messages %}{{ m.content }}{{ m.content }}</s>{% endfor %}", "shows a message 2 times"),
         ("{% for m in messages | reverse %}{{ m.content }}</s>{% endfor %}", "shows a message 0 times or out of order"),
-        ("{% for m in messages %}{{ m.content }}</s>{% endfor %}{{ 'x' * messages[0].content | length }}", "writes something else"),
+        ("{% for m in messages %}{{ m.content }}</s>{% endfor %}{{ 'x' * messages[0].content | length }}",
+         "writes text that depends on the contents"),
         ("{{ messages[0].content | length }}{% for m in messages %}{{ m.content }}</s>{% endfor %}", "does not show"),
         ("{{ raise_exception('no system role') }}", "cannot write this dialogue: no system role"),
         ("{{ 1 / 0 }}", "has a fault: ZeroDivisionError"),
         ("{{ messages.nothing.at_all }}", "cannot write this dialogue: "),
         ("{% for %}", "cannot write this dialogue: "),
         ("{{ ''.__class__.__mro__ }}", "cannot write this dialogue: "),
-        ("{% for m in messages %}Q: {{ m.content }}\n{% endfor %}", "puts no stop token behind the answer"),
+        ("{% for m in messages %}Q: {{ m.content }}\n{% endfor %}", "writes no stop token after the answer"),
     ],
 )  # fmt: skip
-def test_a_template_that_cannot_be_followed_is_refused_in_one_sentence(own, template, wrong):
+def test_an_unusable_template_is_rejected_in_one_line(own, template, wrong):
     strange = Tokenizer(Engine.from_str(own.definition), template=template)
     with pytest.raises(UserError, match="the tokenizer's chat template .*" + wrong) as error:
-        encode(strange, told("hello", "there"))
+        encode(strange, dialogue("hello", "there"))
     assert "\n" not in str(error.value)
 
 
-def test_a_tokenizer_that_knows_no_turns_is_refused():
+def test_a_tokenizer_without_turns_is_rejected():
     plain = Engine(models.WordLevel({"a": 0, "<unk>": 1}, unk_token="<unk>"))
-    with pytest.raises(UserError, match=r"this tokenizer cannot write a dialogue: .*firth tokenizer train"):
-        encode(Tokenizer(plain), told("a", "a"))
+    with pytest.raises(UserError, match=r"this tokenizer cannot encode a dialogue: .*firth tokenizer train"):
+        encode(Tokenizer(plain), dialogue("a", "a"))
     assert chat.stops(Tokenizer(plain)) == []
 
 
@@ -250,8 +251,8 @@ def test_stops(own):
     assert [own.token(i) for i in chat.stops(llama)] == ["<pad>", "<mask>"]
 
 
-def test_parts_of_a_template_with_a_default_system_prompt():
-    pieces, shown = parts(SMOL, told(" hello ", "there"), {}, open=True)
+def test_pieces_of_a_template_with_a_system_prompt():
+    pieces, shown = split_template(SMOL, dialogue(" hello ", "there"), {}, open=True)
     assert pieces[0].startswith("<|im_start|>system\nYou are") and pieces[0].endswith("<|im_start|>user\n")
     assert pieces[1:] == ["<|im_end|>\n<|im_start|>assistant\n", "<|im_end|>\n<|im_start|>assistant\n"]
     assert shown == [" hello ", "there"]

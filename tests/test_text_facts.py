@@ -1,4 +1,4 @@
-"""The closed book: what the patterns read, that no examined name is taught, and the examination by a model."""
+"""The closed book: the patterns, the split by name, and the evaluation of a model."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from firth.corpora import catalog
-from firth.corpora.closed_book import Fact, book, facts, held_out
+from firth.corpora.closed_book import Fact, facts, held_out, write_closed_book
 from firth.evaluate.evaluate import evaluate
 from firth.model.config import decoder_config, encoder_decoder_config
 from firth.model.heads import LMHead
@@ -41,11 +41,11 @@ from firth.types import UserError
         ("Isle Royal: a national park on an island in Michigan", []),
     ],
 )
-def test_what_the_patterns_read(gloss: str, wanted: list[str]) -> None:
+def test_patterns_extract_facts(gloss: str, wanted: list[str]) -> None:
     assert [fact.answer for fact in facts(gloss)] == wanted
 
 
-def test_a_question_says_none_of_its_answer() -> None:
+def test_a_question_does_not_contain_its_answer() -> None:
     for gloss in ("Tunis: a city in Tunisia", "Mexico City: capital and largest city of Mexico"):
         assert facts(gloss) == []
 
@@ -54,23 +54,23 @@ def rows(path: Path) -> list[dict[str, str]]:
     return [json.loads(line) for line in path.read_text("utf-8").splitlines()]
 
 
-def test_the_book_and_its_questions(tmp_path: Path) -> None:
+def test_glosses_and_their_questions(tmp_path: Path) -> None:
     senses = [f"Town{i}: a town in northern Land{i % 7}" for i in range(200)]
     senses += ["Portland: a city in Oregon", "Portland: a city in Maine", "run: move fast"]
     data = "".join(
         f"{i:08d} 15 n 01 {sense.split(':')[0]} 0 000 | {sense.split(': ')[1]}\n" for i, sense in enumerate(senses)
     )
-    said = book([("data.noun", io.BytesIO(data.encode()))], tmp_path, about="places")
-    text, learnt, examined = (rows(tmp_path / f"{name}.jsonl") for name in ("text", "train", "test"))
-    assert "200 glosses" in said and len(text) == 200  # of Portland two glosses say two things
-    assert len(learnt) + len(examined) == 200 and 30 < len(examined) < 70
+    summary = write_closed_book([("data.noun", io.BytesIO(data.encode()))], tmp_path, about="places")
+    text, trained, examined = (rows(tmp_path / f"{name}.jsonl") for name in ("text", "train", "test"))
+    assert "200 glosses" in summary and len(text) == 200  # Portland has two glosses with different answers
+    assert len(trained) + len(examined) == 200 and 30 < len(examined) < 70
     assert all(held_out(Fact("where", row["prompt"].split(" is ")[0], "", "")) for row in examined)
-    assert not {row["prompt"] for row in learnt} & {row["prompt"] for row in examined}
+    assert not {row["prompt"] for row in trained} & {row["prompt"] for row in examined}
     answer = {row["text"].split(":")[0]: row["text"].split()[-1] for row in text}
-    assert all(answer[row["prompt"].split(" is ")[0]] == row["completion"] for row in learnt + examined)
+    assert all(answer[row["prompt"].split(" is ")[0]] == row["completion"] for row in trained + examined)
 
 
-def test_a_side_file_of_a_corpus_is_named_behind_a_slash(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_of_a_corpus_is_named_after_a_slash(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FIRTH_CACHE", str(tmp_path))
     [file] = catalog.paths("pydoc/assert.txt", lambda _: None)
     assert "assert" in Path(file).read_text("utf-8")
@@ -78,7 +78,7 @@ def test_a_side_file_of_a_corpus_is_named_behind_a_slash(tmp_path: Path, monkeyp
         catalog.paths("pydoc/nosuch.txt", lambda _: None)
 
 
-def test_answers_are_examined_by_exact_match(tmp_path: Path) -> None:
+def test_answers_are_scored_by_exact_match(tmp_path: Path) -> None:
     questions = [{"prompt": f"Where is Town{i}?", "completion": "Texas"} for i in range(4)]
     (tmp_path / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in questions))
     tokenizer = train(["Where is Texas? Town 0 1 2 3"] * 20, "unigram", vocab_size=330, num_sentinels=4)
@@ -93,7 +93,7 @@ def test_answers_are_examined_by_exact_match(tmp_path: Path) -> None:
         "Texas",
         1.0,
     )
-    # Made to say it: position by position the decoder is asked for one piece of the answer.
+    # Train the model to answer: each position predicts one piece of the answer.
     wanted = [*tokenizer.encode("Texas").tolist(), tokenizer.vocab.eos]
     adam = torch.optim.Adam(model.parameters(), 1e-2)
     source = torch.as_tensor([[*tokenizer.encode(row["prompt"]).tolist(), tokenizer.vocab.eos] for row in questions])

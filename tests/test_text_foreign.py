@@ -1,7 +1,7 @@
-"""Other people's tokenizers give their own ids: GPT-2's, BERT's, SentencePiece's.
+"""Tokenizers of other models give their own ids: GPT-2's, BERT's, SentencePiece's.
 
 The golden ids of GPT-2 and BERT are those of llama.cpp's test files (models/ggml-vocab-gpt-2.gguf.out and
-ggml-vocab-bert-bge.gguf.out, made with the original tokenizers); SentencePiece is asked itself.
+ggml-vocab-bert-bge.gguf.out, made with the original tokenizers); SentencePiece itself is the oracle of its own.
 """
 
 import json
@@ -136,7 +136,7 @@ def spiece(*rows: tuple[str, float, int], kind: int = 1, dummy: int = 1) -> byte
     return message(*pieces, (2, message((3, kind))), (3, message((3, dummy))))
 
 
-def test_bytes_stand_in_for_unknown_characters(tmp_path):
+def test_bytes_replace_unknown_characters(tmp_path):
     rows = [("<unk>", 0.0, 2), ("<s>", 0.0, 3), ("</s>", 0.0, 3)]
     rows += [(f"<0x{b:02X}>", 0.0, 6) for b in range(256)]
     rows += [("▁a", -1.0, 1), ("▁", -2.0, 1), ("a", -3.0, 1), ("<user>", 0.0, 4)]
@@ -154,15 +154,15 @@ def test_bytes_stand_in_for_unknown_characters(tmp_path):
     [
         ("tokenizer.json", b"{}", "cannot read this tokenizer"),
         ("tokenizer.json", b"\xff\xfe", "not a tokenizer"),
-        ("vocab.json", b"{}", "merges that belong to it are missing"),
+        ("vocab.json", b"{}", "merges are missing"),
         ("spiece.model", b"\x0a\xff", "not a tokenizer"),
         ("spiece.model", b"\x0f", "wire type 7"),
         ("spiece.model", b"", "Unigram or BPE"),
-        ("spiece.model", spiece(("<unk>", 0.0, 2), ("a", 0.0, 5)), "all in use"),
+        ("spiece.model", spiece(("<unk>", 0.0, 2), ("a", 0.0, 5)), "without unused pieces"),
         ("spiece.model", spiece(("<unk>", 0.0, 2), ("a", 0.0, 1), kind=3), "Unigram or BPE"),
     ],
 )
-def test_what_cannot_be_read_is_one_sentence(tmp_path, name, content, says):
+def test_an_unreadable_file_is_a_one_line_error(tmp_path, name, content, says):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(UserError, match=says) as error:
         Tokenizer.load(tmp_path)
@@ -170,7 +170,7 @@ def test_what_cannot_be_read_is_one_sentence(tmp_path, name, content, says):
     assert "\n" not in str(error.value)
 
 
-def test_nothing_there(tmp_path):
+def test_an_empty_directory(tmp_path):
     with pytest.raises(UserError, match="no tokenizer here"):
         Tokenizer.load(tmp_path)
     with pytest.raises(UserError, match="no tokenizer here"):
@@ -218,7 +218,7 @@ def test_roles_come_from_the_configuration(tmp_path, name):
     assert vocab.ordinary.tolist() == [i for i, token in enumerate(tokens) if token == "a"]
 
 
-def test_a_protobuf_message_by_hand():
+def test_a_handwritten_protobuf_message():
     assert list(formats.fields(message((1, 300), (2, b"hi"), (9, 0)))) == [(1, 300), (2, b"hi"), (9, 0)]
     with pytest.raises(ValueError, match="cut off"):
         list(formats.fields(message((2, b"hi"))[:-1]))

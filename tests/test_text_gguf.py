@@ -1,4 +1,4 @@
-"""Tokenizers in GGUF files: llama.cpp's golden ids, the way there and back, and what is refused."""
+"""Tokenizers in GGUF files: llama.cpp's golden ids, round trips, and what is rejected."""
 
 from __future__ import annotations
 
@@ -67,8 +67,8 @@ def test_golden_ids_are_equal(goldens, name):
         assert tokenizer.encode(text).tolist() == [int(id) for id in line.split()], text
 
 
-def there_and_back(tokenizer, tmp_path, size=0, dialogue=False):
-    """The tokenizer that a file has which was written with this one, and the file's metadata."""
+def round_trip(tokenizer, tmp_path, size=0, dialogue=False):
+    """Write a tokenizer to a file; return the tokenizer and the metadata that are read back."""
     file = tmp_path / "vocabulary.gguf"
     metadata = {
         "general.architecture": "llama",
@@ -83,7 +83,7 @@ def byte_bpe():
 
 
 def smollm():
-    """Byte-level BPE whose digits stand alone, as SmolLM's own tokenizer.json cuts."""
+    """Byte-level BPE with single digits, like SmolLM's tokenizer.json."""
     tokenizer = train(TEXT, "byte-bpe", 500)
     engine = Engine.from_str(tokenizer.definition)
     engine.pre_tokenizer = pre_tokenizers.Sequence(
@@ -93,7 +93,7 @@ def smollm():
 
 
 def sentencepiece():
-    """SentencePiece's BPE with bytes, as transformers writes Llama's."""
+    """SentencePiece BPE with bytes, as transformers writes Llama's."""
     pieces = ["<unk>", "<s>", "</s>", *(f"<0x{i:02X}>" for i in range(256)), "▁", *"theoran", "▁t", "he", "▁the", "or"]
     made = [("▁", "t"), ("h", "e"), ("▁t", "he"), ("o", "r")]
     engine = Engine(
@@ -108,29 +108,29 @@ def sentencepiece():
 
 
 @pytest.mark.parametrize(("make", "pre"), [(byte_bpe, "gpt-2"), (smollm, "smollm"), (sentencepiece, "default")])
-def test_a_tokenizer_survives_the_way_there_and_back(make, pre, tmp_path):
+def test_a_tokenizer_survives_a_round_trip(make, pre, tmp_path):
     tokenizer = make()
-    back, metadata = there_and_back(tokenizer, tmp_path)
+    back, metadata = round_trip(tokenizer, tmp_path)
     assert metadata["tokenizer.ggml.pre"] == pre
     for text in HARD + TEXT:
         assert back.encode(text).tolist() == tokenizer.encode(text).tolist(), text
         assert back.decode(back.encode(text)) == tokenizer.decode(tokenizer.encode(text)), text
     assert np.array_equal(back.vocab.special, tokenizer.vocab.special)
     assert back.vocab.roles == tokenizer.vocab.roles and back.bos is True
-    again, second = there_and_back(back, tmp_path)
+    again, second = round_trip(back, tmp_path)
     assert {k: v for k, v in second.items() if type(v) is not np.ndarray} == {
         k: v for k, v in metadata.items() if type(v) is not np.ndarray
     }
     assert again.definition == back.definition
 
 
-def test_wordpiece_survives_the_way_there_and_back(tmp_path):
+def test_wordpiece_survives_a_round_trip(tmp_path):
     words = tmp_path / "vocab.txt"
     words.write_text(
         "\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "to", "be", "##ing", "[", "]", "##s", "1"])
     )
     tokenizer = Tokenizer.load(words)
-    back, metadata = there_and_back(tokenizer, tmp_path)
+    back, metadata = round_trip(tokenizer, tmp_path)
     assert metadata["tokenizer.ggml.tokens"][4:9] == ["[MASK]", "▁to", "▁be", "ing", "▁["]
     for text in ["To be, being", "[tos] 1", "[MASK] [", "ing"]:
         assert back.encode(text).tolist() == tokenizer.encode(text).tolist()
@@ -138,37 +138,37 @@ def test_wordpiece_survives_the_way_there_and_back(tmp_path):
 
 
 def test_ids_without_a_token_are_named_and_not_used(tmp_path):
-    back, metadata = there_and_back(byte_bpe(), tmp_path, size=512)
+    back, metadata = round_trip(byte_bpe(), tmp_path, size=512)
     assert metadata["tokenizer.ggml.tokens"][-1] == "[PAD511]" and metadata["tokenizer.ggml.token_type"][-1] == 5
     assert back.encode("[PAD511]").tolist() == byte_bpe().encode("[PAD511]").tolist()
 
 
-def test_a_dialogue_is_written_alike(tmp_path):
+def test_a_dialogue_gets_the_same_tokens(tmp_path):
     tokenizer = byte_bpe()
-    base, metadata = there_and_back(tokenizer, tmp_path)
+    base, metadata = round_trip(tokenizer, tmp_path)
     assert base.template is None and "tokenizer.chat_template" not in metadata
-    back, metadata = there_and_back(tokenizer, tmp_path, dialogue=True)
+    back, metadata = round_trip(tokenizer, tmp_path, dialogue=True)
     assert (
         "generation %" not in metadata["tokenizer.chat_template"] and metadata["tokenizer.ggml.add_bos_token"] is False
     )
     assert metadata["tokenizer.ggml.eot_token_id"] == tokenizer.id("<|im_end|>")
-    said = [{"role": "user", "content": "to <|im_end|> be"}, {"role": "assistant", "content": "or not"}]
-    for mine, theirs in zip(chat.encode(tokenizer, said), chat.encode(back, said), strict=True):
+    messages = [{"role": "user", "content": "to <|im_end|> be"}, {"role": "assistant", "content": "or not"}]
+    for mine, theirs in zip(chat.encode(tokenizer, messages), chat.encode(back, messages), strict=True):
         assert mine.tolist() == theirs.tolist()
     assert chat.stops(back) == chat.stops(tokenizer) and back.bos is False
 
 
 @pytest.mark.parametrize("algorithm", ["bpe", "unigram", "wordpiece"])
-def test_what_llama_cpp_does_not_have_is_refused(algorithm):
+def test_an_unsupported_tokenizer_is_rejected(algorithm):
     tokenizer = train(TEXT, algorithm, 400)
     with pytest.raises(UserError, match="train the model with one of `firth tokenizer train --algorithm byte-bpe`"):
         gguf_write.metadata(tokenizer, tokenizer.vocab.size, dialogue=False)
 
 
-def test_merges_that_no_scores_make_are_refused():
+def test_merges_without_scores_are_rejected():
     definition = json.loads(sentencepiece().definition)
-    definition["model"]["merges"] = definition["model"]["merges"][:-1]  # "or" is there, and yet never made
-    with pytest.raises(UserError, match="no tokenizer that cuts"):
+    definition["model"]["merges"] = definition["model"]["merges"][:-1]  # "or" is a piece, but no merge makes it
+    with pytest.raises(UserError, match="no tokenizer that splits"):
         gguf_write._kind(definition)
 
 
@@ -198,31 +198,31 @@ BASE = {
         ({"tokenizer.ggml.tokens": ["a" * 5000]}, "longer than 1000"),
         ({"tokenizer.ggml.merges": ["c d"]}, "cannot be built"),
         ({"tokenizer.ggml.merges": 1.5}, "no list of texts 'tokenizer.ggml.merges'"),
-        ({"tokenizer.ggml.token_type": np.array([1, 1], "<i4")}, "no array of 3 numbers"),
-        ({"tokenizer.ggml.token_type": "111"}, "no array of 3 numbers"),
+        ({"tokenizer.ggml.token_type": np.array([1, 1], "<i4")}, "not an array of 3 numbers"),
+        ({"tokenizer.ggml.token_type": "111"}, "not an array of 3 numbers"),
         ({"tokenizer.ggml.model": "gemma4"}, "of the kind 'gemma4'; firth reads gpt2, llama, t5, bert"),
-        ({"tokenizer.ggml.pre": "tekken"}, "as 'tekken' does"),
-        ({"tokenizer.ggml.pre": "deepseek-llm"}, "as 'deepseek-llm' does, which firth does not know"),
+        ({"tokenizer.ggml.pre": "tekken"}, "pre-tokenizer 'tekken'"),
+        ({"tokenizer.ggml.pre": "deepseek-llm"}, "pre-tokenizer 'deepseek-llm', which firth does not know"),
         ({"tokenizer.ggml.pre": 3}, "no text 'tokenizer.ggml.pre'"),
         ({"tokenizer.chat_template": 3}, "no text 'tokenizer.chat_template'"),
         ({"tokenizer.ggml.model": "bert"}, "\\[UNK\\]"),
-        ({"tokenizer.ggml.model": "t5", "tokenizer.ggml.token_type": np.array([2, 1, 5], "<i4")}, "not in use"),
+        ({"tokenizer.ggml.model": "t5", "tokenizer.ggml.token_type": np.array([2, 1, 5], "<i4")}, "unused pieces"),
     ],
 )  # fmt: skip
-def test_broken_metadata_are_refused_in_a_sentence(changed, why, tmp_path):
+def test_broken_metadata_are_rejected_in_one_line(changed, why, tmp_path):
     container.write(tmp_path / "a.gguf", BASE | changed, [])
-    with pytest.raises(UserError, match=why) as told:
+    with pytest.raises(UserError, match=why) as error:
         Tokenizer.load(tmp_path / "a.gguf")
-    assert "\n" not in str(told.value)
+    assert "\n" not in str(error.value)
 
 
-def test_a_file_must_say_how_text_is_cut(tmp_path):
+def test_a_file_must_name_its_pre_tokenizer(tmp_path):
     container.write(tmp_path / "a.gguf", {k: v for k, v in BASE.items() if k != "tokenizer.ggml.pre"}, [])
-    with pytest.raises(UserError, match="does not say how text is cut"):
+    with pytest.raises(UserError, match="does not name its pre-tokenizer"):
         Tokenizer.load(tmp_path / "a.gguf")
 
 
-def test_no_tokenizer_at_all_is_said(tmp_path):
+def test_a_missing_tokenizer_is_an_error(tmp_path):
     container.write(tmp_path / "a.gguf", {"general.architecture": "llama"}, [])
     with pytest.raises(UserError, match=r"no list of texts 'tokenizer\.ggml\.tokens'"):
         Tokenizer.load(tmp_path)

@@ -1,4 +1,4 @@
-"""Choices, graded likeness and translations, out of packages in their own form."""
+"""Multiple choice, similarity and translation corpora, from packages in their original formats."""
 
 from __future__ import annotations
 
@@ -21,19 +21,21 @@ def given(*texts: str, name: str = "a.jsonl") -> list[tuple[str, io.BytesIO]]:
     return [(name, io.BytesIO("\n".join(texts).encode()))]
 
 
-def asked(text: str, ideal: str) -> str:
+def sample(text: str, ideal: str) -> str:
     return json.dumps({"input": [{"role": "system", "content": "x"}, {"content": text}], "ideal": ideal})
 
 
 def test_quartz(tmp_path: Path) -> None:
-    told = prepare_tasks.quartz(given(asked("It grows\n\n A: up\n B: down", "B"), asked("no options", "A")), tmp_path)
+    summary = prepare_tasks.quartz(
+        given(sample("It grows\n\n A: up\n B: down", "B"), sample("no options", "A")), tmp_path
+    )
     assert rows(tmp_path / "quartz.jsonl") == [{"text": "It grows", "options": ["up", "down"], "label": 1}]
-    assert told == "1 questions in quartz.jsonl (1 of another form left out)"
+    assert summary == "1 questions in quartz.jsonl (1 of another form left out)"
 
 
 def test_logiqa(tmp_path: Path) -> None:
     text = "\nPassage: All men.Question: So?\nA. A.One.\nB. B.Two.\nC. C.Three.\nD. Four.\nAnswer:"
-    prepare_tasks.logiqa(given(asked(text, "C")), tmp_path)
+    prepare_tasks.logiqa(given(sample(text, "C")), tmp_path)
     [row] = rows(tmp_path / "logiqa.jsonl")
     assert row == {"text": "All men. So?", "options": ["One.", "Two.", "Three.", "Four."], "label": 2}
 
@@ -52,11 +54,11 @@ def sentences(language: str, *texts: str, label: str = "neutral") -> tuple[str, 
 
 
 def test_multiemo(tmp_path: Path) -> None:
-    told = prepare_tasks.multiemo([sentences("fr", "Oui. ", "Non."), sentences("en", "Yes.", " ")], tmp_path)
+    summary = prepare_tasks.multiemo([sentences("fr", "Oui. ", "Non."), sentences("en", "Yes.", " ")], tmp_path)
     assert rows(tmp_path / "multiemo.jsonl") == [{"en": "Yes.", "fr": "Oui.", "label": "neutral"}]
-    assert told == "1 sentences in en, fr in multiemo.jsonl (1 with an empty one left out)"
+    assert summary == "1 sentences in en, fr in multiemo.jsonl (1 with an empty one left out)"
 
 
-def test_multiemo_whose_languages_do_not_go_together_is_refused(tmp_path: Path) -> None:
+def test_multiemo_with_different_labels_is_rejected(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="sentence 0"):
         prepare_tasks.multiemo([sentences("fr", "Oui."), sentences("en", "No.", label="positive")], tmp_path)

@@ -1,4 +1,4 @@
-"""Reading, attacked: every stated policy for bad input, on files that are bad in that way."""
+"""Reading bad input: each documented handling, on files with that defect."""
 
 import bz2
 import gzip
@@ -41,7 +41,7 @@ def texts(path: str | Path, **options: str) -> tuple[list[str], dict[str, int]]:
     return found, {k: n for k, n in rows.items() if k not in ("files", "documents", "bytes")}
 
 
-# --- what stands in a text file ---------------------------------------------------------------------------------------
+# --- the content of a text file ---------------------------------------------------------------------------------------
 
 GOOD = ["a", " ", "\n", "\n\n", "é", "€", "🙂", "\ufffd"]
 BAD = [b"\xff", b"\xc3", b"\xe2\x82", b"\xf0\x9f\x99", b"\x80", b"\xc0\xaf", b"\xed\xa0\x80", b"\xf8\x88", b"\x00"]
@@ -51,12 +51,12 @@ PARTS = st.sampled_from([g.encode() for g in GOOD] + BAD)
 @given(
     st.lists(PARTS, max_size=30).map(b"".join), st.sampled_from([1, 2, 3, 5, 8]), st.sampled_from(list(readers.SPLITS))
 )
-def test_block_borders_change_nothing(tmp_path_factory, data, block, split):
-    """Read in blocks of 1 to 8 bytes, a file says what Python's whole-file decoder says, and as much is counted."""
+def test_block_boundaries_change_nothing(tmp_path_factory, data, block, split):
+    """Read in blocks of 1 to 8 bytes, a file gives the text and counts of Python's whole-file decoder."""
     path = write(tmp_path_factory.mktemp("x") / "a.txt", data)
     counts = ReadStats()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(readers, "LONGEST", block)
+        patch.setattr(readers, "MAX_RECORD_BYTES", block)
         pieces = list(readers._chunks(Path(path), split, counts))
     wanted = data.decode("utf-8", "replace")
     assert "".join(pieces) == wanted.replace("\0", "")
@@ -65,16 +65,16 @@ def test_block_borders_change_nothing(tmp_path_factory, data, block, split):
     assert max(map(len, pieces)) <= block + 1  # one more where "\n\n" begins on the border
 
 
-def test_byte_order_mark_and_windows_line_breaks_across_borders(tmp_path, monkeypatch):
+def test_bom_and_windows_line_breaks_across_boundaries(tmp_path, monkeypatch):
     data = b"\xef\xbb\xbfone\r\ntwo\rthree\r\n" * 3
     path = write(tmp_path / "a.txt", data)
     wanted = data.decode().removeprefix("\ufeff").replace("\r\n", "\n")
     for block in (1, 2, 3, 4, 7, 1000):
-        monkeypatch.setattr(readers, "LONGEST", block)
+        monkeypatch.setattr(readers, "MAX_RECORD_BYTES", block)
         assert "".join(readers._chunks(Path(path), "file", ReadStats())) == wanted
 
 
-def test_what_is_mended_is_counted(tmp_path):
+def test_repairs_are_counted(tmp_path):
     assert texts(write(tmp_path / "a.txt", b"good\0 \xff day\n")) == (["good \ufffd day\n"], {"bad_utf8": 1, "nul": 1})
     assert texts(write(tmp_path / "b.txt", b"")) == ([], {"empty": 1})
     assert texts(write(tmp_path / "c.txt", b"\xef\xbb\xbf \n\t\n")) == ([], {"empty": 1})
@@ -87,7 +87,7 @@ def test_what_is_mended_is_counted(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["a.txt", "a.jsonl"])
-def test_utf16_is_refused(tmp_path, name):
+def test_utf16_is_rejected(tmp_path, name):
     path = write(tmp_path / name, '{"text": "hello"}\n'.encode("utf-16"))
     with pytest.raises(UserError, match=rf"{name}: this is UTF-16"):
         list(documents([path]))
@@ -106,23 +106,23 @@ def test_splits(tmp_path):
 
 
 @pytest.mark.parametrize(("split", "end"), [("line", "\n"), ("blank", "\n\n")])
-def test_a_document_is_not_cut_at_a_block_border(tmp_path, monkeypatch, split, end):
-    """The border of a block falls inside some line, and the line must come whole all the same."""
-    monkeypatch.setattr(readers, "LONGEST", 64)
+def test_a_document_is_not_cut_at_a_block_boundary(tmp_path, monkeypatch, split, end):
+    """The boundary of a block is within a line, and the line must come out whole."""
+    monkeypatch.setattr(readers, "MAX_RECORD_BYTES", 64)
     wanted = [f"line number {i} with blanks in it" for i in range(100)]
     path = write(tmp_path / "a.txt", end.join(wanted) + end)
-    found, mended = texts(path, split=split)
+    found, notes = texts(path, split=split)
     assert [t.rstrip("\n") for t in found] == wanted
-    assert mended == {}
+    assert notes == {}
 
 
-def test_a_long_text_is_cut_at_paragraphs_first_and_says_so(tmp_path, monkeypatch):
-    monkeypatch.setattr(readers, "LONGEST", 64)
+def test_a_long_text_is_split_at_paragraphs_first(tmp_path, monkeypatch):
+    monkeypatch.setattr(readers, "MAX_RECORD_BYTES", 64)
     paragraph = "some words that go on\nand on"
     path = write(tmp_path / "a.txt", "\n\n".join([paragraph] * 20))
-    found, mended = texts(path)
+    found, notes = texts(path)
     assert all(t.strip("\n").endswith("and on") and len(t) <= 65 for t in found)
-    assert mended == {"cut": len(found) - 1}
+    assert notes == {"cut": len(found) - 1}
     assert "".join(found) == "\n\n".join([paragraph] * 20)
     names = [d.name for d in documents([path])]
     assert names[:3] == ["a.txt", "a.txt:2", "a.txt:3"] and len(set(names)) == len(names)
@@ -131,19 +131,19 @@ def test_a_long_text_is_cut_at_paragraphs_first_and_says_so(tmp_path, monkeypatc
 # --- records ----------------------------------------------------------------------------------------------------------
 
 
-def test_records_over_the_longest_are_skipped_and_counted(tmp_path, monkeypatch):
-    monkeypatch.setattr(readers, "LONGEST", 100)
+def test_too_long_records_are_skipped_and_counted(tmp_path, monkeypatch):
+    monkeypatch.setattr(readers, "MAX_RECORD_BYTES", 100)
     lines = [json.dumps({"text": "x" * n}) for n in (5, 300, 7, 88, 89, 1000, 3)]  # 88: a line of exactly 100 bytes
     for end in ("\n", ""):
-        found, mended = texts(write(tmp_path / "a.jsonl", "\n".join(lines) + end))
+        found, notes = texts(write(tmp_path / "a.jsonl", "\n".join(lines) + end))
         assert [len(t) for t in found] == [5, 7, 88, 3]
-        assert mended == {"too_long": 3}
-    found, mended = texts(write(tmp_path / "b.jsonl", lines[0] + "\n" + lines[1]))  # the last line, without an end
-    assert ([len(t) for t in found], mended) == ([5], {"too_long": 1})
+        assert notes == {"too_long": 3}
+    found, notes = texts(write(tmp_path / "b.jsonl", lines[0] + "\n" + lines[1]))  # the last line, without an end
+    assert ([len(t) for t in found], notes) == ([5], {"too_long": 1})
     table = pyarrow.table({"text": ["x" * n for n in (5, 300, 7)], "other": [1, 2, 3]})
     pyarrow.parquet.write_table(table, tmp_path / "c.parquet")
-    found, mended = texts(tmp_path / "c.parquet")
-    assert ([len(t) for t in found], mended) == ([5, 7], {"too_long": 1})
+    found, notes = texts(tmp_path / "c.parquet")
+    assert ([len(t) for t in found], notes) == ([5, 7], {"too_long": 1})
     assert [place for place, _ in records([str(tmp_path / "c.parquet")])] == [
         f"{tmp_path / 'c.parquet'}:{n}" for n in (1, 3)
     ]
@@ -162,7 +162,7 @@ def test_records_over_the_longest_are_skipped_and_counted(tmp_path, monkeypatch)
         ('{"text": 5}', "the field 'text' holds int, and text is wanted"),
     ],
 )
-def test_a_wrong_record_is_told_with_file_and_line(tmp_path, line, wrong):
+def test_a_bad_record_is_named_with_file_and_line(tmp_path, line, wrong):
     path = write(tmp_path / "a.jsonl", '{"text": "fine"}\n\n' + line + "\n")
     with pytest.raises(UserError, match=f"^{re.escape(path)}:3: .*{wrong}"):
         list(documents([path]))
@@ -196,7 +196,7 @@ PACK = {".gz": gzip.compress, ".zst": zstandard.ZstdCompressor(write_checksum=Tr
 
 @pytest.mark.parametrize("kind", PACK)
 @pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.JSONL"])
-def test_packed_files_read_as_plain_ones_and_damage_is_told(tmp_path, kind, name):
+def test_compressed_files_are_read_and_damage_is_named(tmp_path, kind, name):
     noise = random.Random(0).randbytes(300_000).hex()
     plain = f"{noise}\n" if name.endswith("txt") else json.dumps({"text": noise}) + "\n"
     packed = PACK[kind](plain.encode())
@@ -229,7 +229,7 @@ PACKED_BYTES = {
 
 @pytest.mark.parametrize("end", [".txt", ".csv", ".tsv", ".jsonl", ".json", ".conll"])
 @pytest.mark.parametrize("what", list(PACKED_BYTES), ids=lambda what: what.partition(":")[0])
-def test_packed_bytes_under_another_name_are_refused(tmp_path, what, end):
+def test_compressed_bytes_under_another_name_are_rejected(tmp_path, what, end):
     path = tmp_path / f"a{end}"
     path.write_bytes(PACKED_BYTES[what])
     with pytest.raises(UserError) as caught:
@@ -244,15 +244,15 @@ def test_packed_bytes_under_another_name_are_refused(tmp_path, what, end):
 LINES_OR_RECORDS = inputs.InputSchema("text", lambda line: {"text": line}, lambda record: [record.get("text")])
 
 
-def test_bytes_packed_twice_are_refused(tmp_path):
+def test_bytes_compressed_twice_are_rejected(tmp_path):
     path = tmp_path / "a.csv.gz"
     path.write_bytes(gzip.compress(gzip.compress(b"text,label\na,b\n")))
     with pytest.raises(UserError) as caught:
         list(records([str(path)]))
-    assert str(caught.value) == f"{path}: what this archive holds is packed again, as gzip's bytes: unpack it"
+    assert str(caught.value) == f"{path}: the content of this archive is compressed again, as gzip's bytes: unpack it"
 
 
-def test_names_are_unique_and_do_not_depend_on_where_a_folder_lies(tmp_path):
+def test_names_are_unique_and_independent_of_location(tmp_path):
     for place in ("here", "far/away"):
         for name in ("one/a.txt", "one/sub/a.txt", "two/a.txt", "two/a.txt~2"):
             write(tmp_path / place / name, name)
@@ -266,7 +266,7 @@ def test_names_are_unique_and_do_not_depend_on_where_a_folder_lies(tmp_path):
     assert next(iter(files([str(tmp_path / "**/a.txt")]).values())) == "far/away/one/a.txt"
 
 
-def test_a_file_is_read_once_however_often_it_is_met(tmp_path, monkeypatch):
+def test_a_file_found_twice_is_read_once(tmp_path, monkeypatch):
     path = Path(write(tmp_path / "a.txt", "hello"))
     (tmp_path / "b.txt").symlink_to(path)
     (tmp_path / "loop.txt").symlink_to(tmp_path / "loop.txt")
@@ -277,7 +277,7 @@ def test_a_file_is_read_once_however_often_it_is_met(tmp_path, monkeypatch):
     assert [d.text for d in documents(given)] == ["hello"]
 
 
-def test_hidden_files_are_not_read_and_order_is_that_of_names(tmp_path):
+def test_hidden_files_are_skipped_and_files_are_sorted(tmp_path):
     for name in ("b.txt", "a/z.md", ".hidden.txt", ".git/x.txt", "c.png", "README", "a.jsonl"):
         write(tmp_path / "d" / name, '{"text": "x"}' if name.endswith("l") else "x")
     names = ["README", "a/z.md", "a.jsonl", "b.txt"]
@@ -290,7 +290,7 @@ def test_a_record_may_name_its_document(tmp_path):
     assert [*documents([path])] == [Document("hamlet", "x"), Document("a.jsonl:2", "y"), Document("7", "z")]
 
 
-def test_what_cannot_be_read_is_told(tmp_path):
+def test_unreadable_paths_are_named(tmp_path):
     write(tmp_path / "d" / "a.png", b"x")
     os.mkfifo(tmp_path / "pipe")
     for given_, wrong in (
@@ -306,8 +306,8 @@ def test_what_cannot_be_read_is_told(tmp_path):
         assert str(error.value).startswith(str(tmp_path / given_)) and "\n" not in str(error.value)
 
 
-def test_rights_that_are_missing_are_told(tmp_path, monkeypatch):
-    """Root may read everything, so the refusal is made by hand."""
+def test_missing_permissions_are_named(tmp_path, monkeypatch):
+    """Root may read everything, so the error is simulated."""
     path = write(tmp_path / "a.txt", "x")
 
     def refuse(path: Path) -> io.BytesIO:
@@ -322,9 +322,11 @@ def test_rights_that_are_missing_are_told(tmp_path, monkeypatch):
         list(documents([str(tmp_path)]))
 
 
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the peak of a process is told by Linux's /proc")
+@pytest.mark.skipif(
+    not Path("/proc/self/status").exists(), reason="the peak memory of a process is read from Linux's /proc"
+)
 def test_fifty_megabytes_in_one_line_take_little_memory(tmp_path):
-    """In a process of its own, whose peak is told: far under 1 GB, most of which is Python and its libraries."""
+    """Measured in a separate process: far under 1 GB, most of which is Python and its libraries."""
     row = b'{"text": "' + b"word " * 10_000_000 + b'"}\n'
     write(tmp_path / "a.txt", b"word " * 10_000_000)
     write(tmp_path / "b.jsonl", row + b'{"text": "short"}\n')
@@ -333,9 +335,9 @@ def test_fifty_megabytes_in_one_line_take_little_memory(tmp_path):
     pyarrow.parquet.write_table(table, tmp_path / "d.parquet")
     code = (
         "import re, sys\n"
-        "from firth.corpora.read_stats import Counts\n"
+        "from firth.corpora.read_stats import ReadStats\n"
         "from firth.corpora.readers import documents\n"
-        "counts = Counts()\n"
+        "counts = ReadStats()\n"
         "lengths = [len(d.text) for d in documents([sys.argv[1]], counts=counts)]\n"
         # Not getrusage: its peak is at least that of the process which started this one.
         "peak = int(re.search(r'VmHWM:\\s+(\\d+)', open('/proc/self/status').read())[1]) // 1024\n"
@@ -344,5 +346,5 @@ def test_fifty_megabytes_in_one_line_take_little_memory(tmp_path):
     done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=True)
     total, longest, too_long, peak = map(int, done.stdout.split())
     assert (total, too_long) == (50_000_000 + 5 + 5, 3)
-    assert longest <= readers.LONGEST + 1
+    assert longest <= readers.MAX_RECORD_BYTES + 1
     assert peak < 500, f"{peak} MB"

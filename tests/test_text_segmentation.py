@@ -1,4 +1,4 @@
-"""Words and sentences of many scripts: UAX #29 as uniseg and ICU have it, and through every tokenizer."""
+"""Words and sentences of many scripts: compared with uniseg and ICU, and through every tokenizer."""
 
 from __future__ import annotations
 
@@ -46,14 +46,14 @@ def no_dictionary(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("language", TEXTS)
-def test_sentences_end_where_a_reader_ends_them(language: str) -> None:
+def test_sentences_end_where_they_should(language: str) -> None:
     found = split("".join(TEXTS[language]), sentence_starts)
     assert [sentence.strip() for sentence in found] == [sentence.strip() for sentence in TEXTS[language]]
 
 
 @pytest.mark.parametrize("language", TEXTS)
 @pytest.mark.parametrize("algorithm", ["byte-bpe", "unigram", "bpe", "wordpiece"])
-def test_tokens_begin_the_same_sentences(language: str, algorithm: str, tokenizers: dict[str, Tokenizer]) -> None:
+def test_tokens_start_the_same_sentences(language: str, algorithm: str, tokenizers: dict[str, Tokenizer]) -> None:
     tokenizer = tokenizers[algorithm]
     ids = tokenizer.encode("".join(TEXTS[language]))
     parts = np.split(ids, np.flatnonzero(tokenizer.vocab.sentences(ids))[1:])
@@ -63,12 +63,12 @@ def test_tokens_begin_the_same_sentences(language: str, algorithm: str, tokenize
 
 
 def plain(text: str) -> str:
-    """A text without blanks and compatibility forms, which not every tokenizer gives back."""
+    """Return a text without blanks and compatibility forms, which not every tokenizer restores."""
     return unicodedata.normalize("NFKC", "".join(text.split()))
 
 
 def test_58_chinese_stops_end_58_sentences(tokenizers: dict[str, Tokenizer]) -> None:
-    """A line break and a Latin full stop are not the only ends of a sentence."""
+    """Line breaks and Latin full stops are not the only ends of a sentence."""
     text = "".join(f"船{n}走了{stop}" for n, stop in zip(range(58), "。！？" * 20, strict=False))
     tokenizer = tokenizers["byte-bpe"]
     assert tokenizer.vocab.sentences(tokenizer.encode(text)).sum() == 58
@@ -76,7 +76,7 @@ def test_58_chinese_stops_end_58_sentences(tokenizers: dict[str, Tokenizer]) -> 
 
 @pytest.mark.parametrize("language", ["Hindi", "Arabic", "Swahili", "Polish"])
 @pytest.mark.parametrize("algorithm", ["byte-bpe", "unigram"])
-def test_words_are_hidden_whole(language: str, algorithm: str, tokenizers: dict[str, Tokenizer]) -> None:
+def test_whole_words_are_masked(language: str, algorithm: str, tokenizers: dict[str, Tokenizer]) -> None:
     tokenizer = tokenizers[algorithm]
     text = "".join(TEXTS[language])
     ids, spans = tokenizer.spans(text)
@@ -114,8 +114,8 @@ SIGNS = [*"aBz9 .,'\":;_-!?()\n\r\t", "\u2029", "\x85", "é", "e\u0301", "\u0301
 
 
 @pytest.mark.parametrize("signs", [SIGNS, [chr(i) for i in range(128)], [*"aB1. ',:;_"]], ids=["all", "ascii", "few"])
-def test_random_texts_are_cut_as_by_uniseg(signs: list[str], no_dictionary: None) -> None:
-    """uniseg's SB8 passes over fewer signs than the rule names, so its sentences are compared without these."""
+def test_random_texts_are_split_as_by_uniseg(signs: list[str], no_dictionary: None) -> None:
+    """uniseg's SB8 skips fewer signs than the rule names, so its sentences are compared without these."""
     from uniseg import sentencebreak, wordbreak
 
     rng = random.Random(0)
@@ -135,8 +135,8 @@ def test_random_texts_have_icu_s_sentences() -> None:
         assert split(text, sentence_starts) == list(breakers.SentenceBreaker(text, "en"))
 
 
-def test_small_letters_alone_still_have_sentences() -> None:
-    """SB8 goes on where a small letter follows a full stop; a text without capitals would be one sentence."""
+def test_lowercase_text_still_has_sentences() -> None:
+    """By SB8 a full stop before a lowercase letter ends nothing; a text without capitals would be one sentence."""
     assert split("the boat came. we left.", sentence_starts) == ["the boat came. ", "we left."]
     assert split("The boat, e.g. the red one, came.", sentence_starts) == ["The boat, e.g. the red one, came."]
 

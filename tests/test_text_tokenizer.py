@@ -1,4 +1,4 @@
-"""The tokenizer's promises: control tokens are out of reach of text, hard text comes back, others read what is saved."""
+"""The tokenizer: text never becomes a control token, hard text is restored, other libraries read what is saved."""
 
 import json
 import pickle
@@ -17,14 +17,14 @@ from tokenizers import models, pre_tokenizers
 
 from firth.tokenizer import inspection
 from firth.tokenizer.merges import Merge
-from firth.tokenizer.normalize import whole
+from firth.tokenizer.normalize import replace_lone_surrogates
 from firth.tokenizer.tokenizer import Tokenizer
 from firth.tokenizer.train import ALGORITHMS, train
 from firth.types import UserError
 
 PROSE = sorted(pydoc_data.topics.topics.values())[:12]
 SPELLED = "<pad> <unk> <s> </s> <mask> <|im_start|> <|im_end|> <extra_id_0> [MASK] [CLS] [SEP] [UNK] [PAD] "
-"""Every control token, so that all of their characters are known and the tokens could be learnt."""
+"""Every control token, so that all of their characters are known and the tokens could be learned."""
 
 HARD = [
     "", " ", "   ", "\n", "\n\n \n", "\t", "\r\n", " lead", "trail ", "a\n  b\n\n\tc", "x" * 3000, "é", "e\u0301", "ﬁ Å ①",
@@ -45,7 +45,7 @@ def tokenizer(request, trained):
 
 
 def controls(tokenizer: Tokenizer, text: str) -> set[str]:
-    """The control tokens in a text's ids, but for the unknown."""
+    """Return the control tokens in the ids of a text, except unk."""
     vocab = tokenizer.vocab
     return {tokenizer.token(i) for i in tokenizer.encode(text) if vocab.special[i] and i != vocab.roles.get("unk")}
 
@@ -60,7 +60,7 @@ def test_text_never_becomes_a_control_token(tokenizer, text):
         assert np.array_equal(tokenizer.encode_batch([shape, "x"])[0], tokenizer.encode(shape))
 
 
-def test_what_is_spelled_is_not_unknown_either(tokenizer):
+def test_spelled_control_tokens_are_not_unknown(tokenizer):
     assert tokenizer.vocab.roles["unk"] not in tokenizer.encode(SPELLED)
 
 
@@ -68,13 +68,13 @@ def test_what_is_spelled_is_not_unknown_either(tokenizer):
     st.lists(st.sampled_from([*SPELLED.split(), "<", ">", "/s", "|", " ", "a", "▁", "\n", "＜", "[", "]"]), max_size=8)
 )
 @settings(max_examples=100, deadline=None)
-def test_no_arrangement_of_them_does(trained, parts):
+def test_no_combination_becomes_a_control_token(trained, parts):
     for tokenizer in trained.values():
         assert controls(tokenizer, "".join(parts)) == set()
 
 
-def test_the_bare_engine_would_have_given_in(trained):
-    """The check above can fail: SentencePiece-like models hold their control symbols among their pieces."""
+def test_the_engine_alone_would_yield_control_tokens(trained):
+    """The test above can fail: SentencePiece models have their control symbols among their pieces."""
     bare = Engine.from_str(trained["unigram"].definition)
     bare.encode_special_tokens = True
     assert "</s>" in bare.encode("a</s>").tokens
@@ -82,7 +82,7 @@ def test_the_bare_engine_would_have_given_in(trained):
 
 
 @pytest.mark.parametrize("ignore_merges", [False, True])
-def test_a_foreign_model_that_could_spell_them_is_barred(tmp_path, ignore_merges):
+def test_foreign_models_yield_no_control_tokens(tmp_path, ignore_merges):
     vocab = {t: i for i, t in enumerate(["</s>", "<", "/", "s", ">", "a", "</", "s>"])}
     merges = [("<", "/"), ("s", ">")] + ([] if ignore_merges else [("</", "s>")])
     engine = Engine(models.BPE(vocab, merges, ignore_merges=ignore_merges))
@@ -99,21 +99,21 @@ def test_a_foreign_model_that_could_spell_them_is_barred(tmp_path, ignore_merges
 
 
 @pytest.mark.parametrize("text", HARD)
-def test_bytes_come_back(trained, text):
+def test_bytes_are_restored(trained, text):
     tokenizer = trained["byte-bpe"]
     assert tokenizer.decode(tokenizer.encode(text)) == text
 
 
 @given(st.text(max_size=60))
 @settings(max_examples=200, deadline=None)
-def test_any_text_comes_back_from_bytes(trained, text):
+def test_byte_bpe_restores_any_text(trained, text):
     tokenizer = trained["byte-bpe"]
-    assert tokenizer.decode(tokenizer.encode(text)) == whole(text)
+    assert tokenizer.decode(tokenizer.encode(text)) == replace_lone_surrogates(text)
 
 
 @given(st.text(st.sampled_from("ab  \n\n\tT.,</s>"), max_size=40))
 @settings(max_examples=200, deadline=None)
-def test_known_characters_blanks_and_lines_come_back_from_unigram(trained, text):
+def test_unigram_restores_characters_blanks_and_lines(trained, text):
     tokenizer = train_tabs() if "\t" in text else trained["unigram"]
     assert tokenizer.decode(tokenizer.encode(text)) == text
 
@@ -128,26 +128,26 @@ TABS: list[Tokenizer] = []
 
 
 @pytest.mark.parametrize("algorithm", ["bpe", "wordpiece"])
-def test_words_and_signs_come_back_with_single_blanks(trained, algorithm):
+def test_words_and_signs_are_restored_with_single_blanks(trained, algorithm):
     tokenizer = trained[algorithm]
     ids = tokenizer.encode("This is,  of course,\nall of the text. No more!")
     assert tokenizer.decode(ids) == "This is, of course, all of the text. No more!"
 
 
-def test_lone_surrogates_are_read_as_one_sign(tokenizer):
+def test_lone_surrogates_become_the_replacement_character(tokenizer):
     for text, read in (
         ("a\ud800b", "a\ufffdb"),
         ("\udc00", "\ufffd"),
         ("\ud83d\ude00", "😀"),
         ("\ude00\ud83d", "\ufffd\ufffd"),
     ):
-        assert whole(text) == read
+        assert replace_lone_surrogates(text) == read
         assert np.array_equal(tokenizer.encode(text), tokenizer.encode(read))
         assert np.array_equal(tokenizer.encode_batch([text])[0], tokenizer.encode(read))
-    assert whole("plain") == "plain"
+    assert replace_lone_surrogates("plain") == "plain"
 
 
-def test_shapes_and_types(tokenizer):
+def test_array_shapes_and_dtypes(tokenizer):
     assert tokenizer.encode("").shape == (0,)
     assert tokenizer.encode("a b").dtype == np.int32
     ids, spans = tokenizer.spans("some words here")
@@ -159,13 +159,13 @@ def test_shapes_and_types(tokenizer):
     assert [tokenizer.id(token) for token in tokenizer.pieces("some words here")] == ids.tolist()
 
 
-def test_control_tokens_are_left_out_of_text(tokenizer):
+def test_control_tokens_are_skipped_in_decoded_text(tokenizer):
     vocab = tokenizer.vocab
     framed = [vocab.bos, *tokenizer.encode("some words"), vocab.mask, vocab.eos, *vocab.sentinels]
     assert tokenizer.decode(np.array(framed)) == "some words"
 
 
-def test_what_is_not_there_is_said(tokenizer):
+def test_unknown_tokens_and_ids_are_errors(tokenizer):
     with pytest.raises(UserError, match="no token 99999: this tokenizer has ids 0 to 999"):
         tokenizer.token(99999)
     with pytest.raises(UserError, match="no token 'nosuchtoken'"):
@@ -176,16 +176,16 @@ def test_what_is_not_there_is_said(tokenizer):
 
 
 WORDS = {
-    "bpe": "He said: unbelievable, X2!",
-    "byte-bpe": "He said: unbelievable,\nnaïve X2!\n\n  indented",
-    "wordpiece": "He said: unbelievable, X2!",
-    "unigram": "He said: unbelievable,\nnaive X2!\n\n  indented",
+    "bpe": "He wrote: unbelievable, X2!",
+    "byte-bpe": "He wrote: unbelievable,\nnaïve X2!\n\n  indented",
+    "wordpiece": "He wrote: unbelievable, X2!",
+    "unigram": "He wrote: unbelievable,\nnaive X2!\n\n  indented",
 }
 
 
 @pytest.mark.parametrize("algorithm", WORDS)
-def test_words_begin_where_they_do(trained, algorithm):
-    """Words as they stand in the text: runs of letters and digits, and each sign alone. Blanks belong to what follows."""
+def test_starts_of_words(trained, algorithm):
+    """Words are runs of letters and digits, and single signs. Blanks belong to the next word."""
     tokenizer, text = trained[algorithm], WORDS[algorithm]
     ids, spans = tokenizer.spans(text)
     begins = np.flatnonzero(tokenizer.vocab.starts(ids))
@@ -196,8 +196,8 @@ def test_words_begin_where_they_do(trained, algorithm):
 
 
 @pytest.mark.parametrize("dictionary", [False, True])
-def test_inside_a_character_no_word_begins(trained, dictionary, monkeypatch):
-    """Without a dictionary each character is a word, with one the three are; a cut character begins none."""
+def test_no_word_starts_inside_a_character(trained, dictionary, monkeypatch):
+    """Without a dictionary each character is a word, with one the three are; a partial character starts none."""
     if dictionary:
         pytest.importorskip("icu4py")
     monkeypatch.setattr("firth.tokenizer.segmentation.has_dictionary", lambda: dictionary)
@@ -208,7 +208,7 @@ def test_inside_a_character_no_word_begins(trained, dictionary, monkeypatch):
     assert tokenizer.vocab.starts(ids).tolist() == words
 
 
-def test_behind_a_control_token_a_word_begins(tokenizer):
+def test_a_word_starts_after_a_control_token(tokenizer):
     ids = tokenizer.encode("unbelievable")
     assert len(ids) > 1
     starts = tokenizer.vocab.starts(np.array([tokenizer.vocab.cls, *ids, tokenizer.vocab.sep]))
@@ -220,12 +220,12 @@ def test_behind_a_control_token_a_word_begins(tokenizer):
 # Files
 
 
-def test_what_is_saved_is_read_again(tokenizer, tmp_path):
+def test_a_saved_tokenizer_is_loaded_again(tokenizer, tmp_path):
     tokenizer.save(tmp_path / "run" / "tokenizer")
     for place in (tmp_path / "run", tmp_path / "run" / "tokenizer", tmp_path / "run" / "tokenizer" / "tokenizer.json"):
         again = Tokenizer.load(place)
         assert again.digest == tokenizer.digest
-        assert again.learnt == tokenizer.learnt
+        assert again.merges == tokenizer.merges
         assert again.vocab.roles == tokenizer.vocab.roles
         assert np.array_equal(again.vocab.special, tokenizer.vocab.special)
         assert np.array_equal(again.encode(PROSE[0]), tokenizer.encode(PROSE[0]))
@@ -235,9 +235,9 @@ def test_what_is_saved_is_read_again(tokenizer, tmp_path):
     assert not list(tmp_path.rglob("*.partial"))
 
 
-def test_a_worker_gets_the_same_one(tokenizer):
+def test_a_pickled_tokenizer_is_the_same(tokenizer):
     again = pickle.loads(pickle.dumps(tokenizer))
-    assert (again.digest, again.template, again.learnt) == (tokenizer.digest, tokenizer.template, tokenizer.learnt)
+    assert (again.digest, again.template, again.merges) == (tokenizer.digest, tokenizer.template, tokenizer.merges)
     assert controls(again, SPELLED) == set()
     assert np.array_equal(again.encode(PROSE[0]), tokenizer.encode(PROSE[0]))
 
@@ -257,7 +257,7 @@ def test_transformers_gives_the_same_ids(tokenizer, tmp_path):
     assert named == (vocab.pad, vocab.bos, vocab.eos, vocab.mask, vocab.roles["unk"])
     assert (theirs.cls_token_id, theirs.sep_token_id, len(theirs)) == (vocab.cls, vocab.sep, vocab.size)
     assert set(theirs.all_special_ids) == set(np.flatnonzero(vocab.special).tolist())
-    # A control token that is written in a template is one there: the file itself does not bar it.
+    # A control token in template text is one: the saved file must allow it.
     end = tokenizer.token(vocab.eos)
     assert theirs(f"a{end}", add_special_tokens=False)["input_ids"][-1] == vocab.eos
 
@@ -266,7 +266,7 @@ def controls_spelled(text: str) -> bool:
     return any(t in unicodedata.normalize("NFKC", text) for t in [*SPELLED.split(), "<extra_id_1>", "<extra_id_2>"])
 
 
-def test_a_template_is_kept_and_firths_own_goes_only_with_its_tokens(tmp_path, trained):
+def test_chat_templates_are_saved(tmp_path, trained):
     engine = Engine(models.WordLevel({"a": 0, "<unk>": 1}, unk_token="<unk>"))
     Tokenizer(engine).save(tmp_path / "none")
     assert not (tmp_path / "none" / "chat_template.jinja").exists()
@@ -281,7 +281,7 @@ def test_a_template_is_kept_and_firths_own_goes_only_with_its_tokens(tmp_path, t
         assert Tokenizer.load(tmp_path / "none").template == read
 
 
-def test_damaged_files_are_one_sentence(tmp_path, trained):
+def test_damaged_files_are_one_line_errors(tmp_path, trained):
     trained["bpe"].save(tmp_path)
     (tmp_path / "tokenizer_config.json").write_text("{")
     with pytest.raises(UserError, match=r"tokenizer_config\.json: this is not JSON"):
@@ -300,7 +300,7 @@ def test_show_prints_merges_in_order_with_their_counts(trained, tmp_path):
     for algorithm in ("bpe", "byte-bpe", "wordpiece"):
         trained[algorithm].save(tmp_path / algorithm)
         seen = inspection.inspect_tokenizer(trained[algorithm], ["laern"], first=5)
-        assert seen.merges == trained[algorithm].learnt[:5]
+        assert seen.merges == trained[algorithm].merges[:5]
         counts = [m.count for m in seen.merges]
         assert counts == sorted(counts, reverse=True)
         assert seen.splits == (("laern", tuple(trained[algorithm].pieces("laern"))),)
@@ -313,7 +313,7 @@ def test_show_prints_merges_in_order_with_their_counts(trained, tmp_path):
     ]  # fmt: skip
 
 
-def test_show_of_unigram_prints_the_likeliest_pieces(trained):
+def test_show_of_unigram_prints_the_most_likely_pieces(trained):
     seen = inspection.inspect_tokenizer(trained["unigram"], [], first=8)
     scores = [score for _, score in seen.scores]
     assert scores == sorted(scores, reverse=True)
@@ -322,11 +322,11 @@ def test_show_of_unigram_prints_the_likeliest_pieces(trained):
     assert "log p" in inspection.render(seen)
 
 
-def test_show_of_a_stranger_says_what_it_knows(tmp_path, trained):
+def test_show_of_a_foreign_tokenizer(tmp_path, trained):
     trained["byte-bpe"].save(tmp_path)
     (tmp_path / "merges.json").unlink()
     seen = inspection.inspect_tokenizer(Tokenizer.load(tmp_path), [], first=3)
-    assert [(m.left, m.right) for m in seen.merges] == [(m.left, m.right) for m in trained["byte-bpe"].learnt[:3]]
+    assert [(m.left, m.right) for m in seen.merges] == [(m.left, m.right) for m in trained["byte-bpe"].merges[:3]]
     assert [m.count for m in seen.merges] == [None] * 3
     trained["wordpiece"].save(tmp_path)
     (tmp_path / "merges.json").unlink()

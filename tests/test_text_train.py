@@ -1,4 +1,4 @@
-"""Training: equal to direct implementations, the same in every process, nothing unknown, within its memory."""
+"""Training: equal to direct implementations, the same in every process, nothing unknown, bounded memory."""
 
 import collections
 import itertools
@@ -19,7 +19,17 @@ from tokenizers import models, pre_tokenizers
 from firth.tokenizer import unigram
 from firth.tokenizer.inspection import report
 from firth.tokenizer.tokenizer import Tokenizer
-from firth.tokenizer.train import ALGORITHMS, BYTES, CONTROL, FALLBACK, PIECE, blank, reservoir, train, unknown_share
+from firth.tokenizer.train import (
+    ALGORITHMS,
+    BYTES,
+    CONTROL,
+    FALLBACK_ALGORITHMS,
+    SAMPLE_CHARACTERS,
+    blank,
+    reservoir,
+    train,
+    unknown_share,
+)
 from firth.tokenizer.word_counts import count as count_words
 from firth.types import UserError
 
@@ -28,13 +38,13 @@ LITTLE = TOPICS[:12]
 
 
 def direct(words: dict[str, int], spell, join, first: list[str], size: int) -> list[tuple[str, str, int]]:
-    """Sennrich, Haddow and Birch 2016, algorithm 1: count all pairs, merge the most frequent one, again and again.
+    """Sennrich, Haddow and Birch 2016, algorithm 1: count all pairs, merge the most frequent one, repeat.
 
-    Of equally frequent pairs the one with the smaller ids goes first; `first` are the ids from 0 on.
+    Of equally frequent pairs the one with the smaller ids comes first; `first` are the ids from 0 on.
     """
     vocab = {token: i for i, token in enumerate(first)}
     spelled = {word: spell(word) for word in words}
-    learnt = []
+    merges = []
     while len(vocab) < size:
         pairs: collections.Counter[tuple[str, str]] = collections.Counter()
         for word, letters in spelled.items():
@@ -43,18 +53,18 @@ def direct(words: dict[str, int], spell, join, first: list[str], size: int) -> l
         if not pairs:
             break
         best = min(pairs, key=lambda pair: (-pairs[pair], vocab[pair[0]], vocab[pair[1]]))
-        learnt.append((*best, pairs[best]))
+        merges.append((*best, pairs[best]))
         made = join(*best)
         vocab.setdefault(made, len(vocab))
         for word, letters in spelled.items():
             merged: list[str] = []
             for letter in letters:
                 if merged and (merged[-1], letter) == best:
-                    merged[-1] = made + "\0"  # a piece just made is not merged on in the same sweep
+                    merged[-1] = made + "\0"  # a new piece is not merged again in the same pass
                 else:
                     merged.append(letter)
             spelled[word] = [piece.removesuffix("\0") for piece in merged]
-    return learnt
+    return merges
 
 
 FORMS = {
@@ -75,7 +85,7 @@ CORPORA = {
 
 @pytest.mark.parametrize("corpus", CORPORA)
 @pytest.mark.parametrize("algorithm", FORMS)
-def test_merges_and_their_counts_are_those_of_a_direct_implementation(algorithm, corpus):
+def test_merges_and_counts_equal_a_direct_implementation(algorithm, corpus):
     spell, join, form = FORMS[algorithm]
     tokenizer = train(
         CORPORA[corpus], algorithm, 700 if corpus == "prose" else 330, num_sentinels=3, byte_fallback=False
@@ -87,7 +97,7 @@ def test_merges_and_their_counts_are_those_of_a_direct_implementation(algorithm,
         assert len(letters) == 256
     first = [tokenizer.token(i) for i in range(len(CONTROL) + 3)] + letters + [form(c) for c in letters if form]
     expected = direct(words, spell, join, first, tokenizer.vocab.size)
-    assert [(m.left, m.right, m.count) for m in tokenizer.learnt] == expected
+    assert [(m.left, m.right, m.count) for m in tokenizer.merges] == expected
     assert len(expected) > (10 if corpus == "repeats" else 60)
     made = list(dict.fromkeys(join(left, right) for left, right, _ in expected))
     assert [tokenizer.token(i) for i in range(tokenizer.vocab.size)] == first + made
@@ -97,7 +107,7 @@ PROGRAM = """
 import pydoc_data.topics, sys
 from firth.tokenizer.train import train
 texts = sorted(pydoc_data.topics.topics.values())[:40]
-print(train(texts, sys.argv[1], 1500, seed=3, sample=int(sys.argv[2])).digest)
+print(train(texts, sys.argv[1], 1500, seed=3, sample_bytes=int(sys.argv[2])).digest)
 """
 
 
@@ -150,7 +160,7 @@ def test_ids_begin_with_the_control_tokens(trained, algorithm):
     names = [tokenizer.token(i) for i in range(107)]
     usual = [*CONTROL, *(f"<extra_id_{i}>" for i in range(100))]
     assert names == (["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *usual[5:]] if algorithm == "wordpiece" else usual)
-    if algorithm in FALLBACK:
+    if algorithm in FALLBACK_ALGORITHMS:
         assert [tokenizer.token(i) for i in range(107, 363)] == BYTES
     assert (vocab.pad, vocab.roles["unk"], vocab.bos, vocab.eos, vocab.mask) == (0, 1, 2, 3, 4)
     assert (vocab.cls, vocab.sep) == (2, 3)
@@ -158,7 +168,7 @@ def test_ids_begin_with_the_control_tokens(trained, algorithm):
     assert vocab.special.nonzero()[0].tolist() == list(range(107))
 
 
-def test_many_characters_leave_room_for_pieces():
+def test_many_characters_leave_ids_for_pieces():
     rng = random.Random(0)
     han = [chr(0x4E00 + i) for i in range(3000)]
     text = "".join(rng.choices(han, weights=[1 / (i + 1) for i in range(3000)], k=60_000)) + " plain words too" * 50
@@ -175,15 +185,15 @@ def test_many_characters_leave_room_for_pieces():
 
 @pytest.fixture(scope="module")
 def chinese() -> str:
-    """3,000 Han characters, a few of them frequent."""
+    """Return 3,000 Han characters, a few of them frequent."""
     rng = random.Random(0)
     han = [chr(0x4E00 + i) for i in range(3000)]
     return "".join(rng.choices(han, weights=[1 / (i + 1) for i in range(3000)], k=40_000)) + " plain words" * 50
 
 
-@pytest.mark.parametrize("algorithm", FALLBACK)
+@pytest.mark.parametrize("algorithm", FALLBACK_ALGORITHMS)
 def test_nothing_is_unknown_with_byte_fallback(algorithm: str, chinese: str, tmp_path) -> None:
-    """3,000 characters in 1,200 ids: written as bytes by default, else the unknown share and the cure are reported."""
+    """3,000 characters in 1,200 ids: bytes by default, else the unknown share and a hint are reported."""
     messages: list[str] = []
     tokenizer = train([chinese], algorithm, 1200, echo=messages.append)
     assert messages == [] and unknown_share(tokenizer, [chinese]) == 0
@@ -208,8 +218,8 @@ def test_wordpiece_reports_the_share_of_unknown_words(chinese: str) -> None:
     assert "[UNK]" in messages[0] and "wordpiece files have no byte fallback; use unigram or byte-bpe" in messages[0]
 
 
-@pytest.mark.parametrize("algorithm", FALLBACK)
-def test_bytes_of_a_character_have_its_place(algorithm: str) -> None:
+@pytest.mark.parametrize("algorithm", FALLBACK_ALGORITHMS)
+def test_bytes_of_a_character_have_its_span(algorithm: str) -> None:
     text = "ab日 語c <0x41> 日"
     ids, spans = train(LITTLE, algorithm, 900).spans(text)
     assert (ids != 1).all() and (np.diff(spans[:, 0]) >= 0).all()
@@ -217,7 +227,7 @@ def test_bytes_of_a_character_have_its_place(algorithm: str) -> None:
     assert spans[-1].tolist() == [len(text) - 1, len(text)]
 
 
-@pytest.mark.parametrize("algorithm", ["byte-bpe", *FALLBACK])
+@pytest.mark.parametrize("algorithm", ["byte-bpe", *FALLBACK_ALGORITHMS])
 def test_the_smallest_size_is_the_same_for_all(algorithm: str) -> None:
     """7 control tokens and 256 bytes: 264 ids are enough."""
     tokenizer = train(LITTLE, algorithm, 264)
@@ -234,7 +244,7 @@ def test_unknown_tokens_are_shown_as_such(tmp_path) -> None:
     assert report(tmp_path, ["ab日"]).splitlines()[-1].split()[-3:] == ["<0xE6>", "<0x97>", "<0xA5>"]
 
 
-def test_what_cannot_be_trained_is_one_sentence():
+def test_impossible_training_is_a_one_line_error():
     with pytest.raises(UserError, match=r"no tokenizer algorithm 'bqe'; use one of bpe, byte-bpe"):
         train(LITTLE, "bqe", 1000)
     with pytest.raises(
@@ -250,13 +260,13 @@ def test_what_cannot_be_trained_is_one_sentence():
             train(nothing, "bpe", 400)
 
 
-def test_scarce_text_gives_fewer_ids():
+def test_a_small_text_gives_fewer_ids():
     tokenizer = train(["a rose is a rose"], "byte-bpe", 5000)
     assert 263 < tokenizer.vocab.size < 300
     assert 263 < train(["a rose is a rose"], "unigram", 5000).vocab.size < 300
 
 
-def test_lone_surrogates_do_no_harm():
+def test_lone_surrogates_are_accepted():
     for algorithm in ALGORITHMS:
         tokenizer = train(["a \ud800 b \ud83d\ude00 " * 20], algorithm, 500)
         assert tokenizer.vocab.size > 10
@@ -268,12 +278,12 @@ def test_the_reservoir_keeps_order_and_its_size():
     assert "".join(reservoir(texts, 10_000_000, 0)) == everything
     for seed in (0, 1):
         kept = list(reservoir(texts, 200_000, seed))
-        assert 200_000 - PIECE < sum(map(len, kept)) <= 200_000
+        assert 200_000 - SAMPLE_CHARACTERS < sum(map(len, kept)) <= 200_000
         numbers = [int(piece.split()[0]) for piece in kept]
         assert numbers == sorted(numbers)
         assert kept == list(reservoir(iter(texts), 200_000, seed))
     assert kept != list(reservoir(texts, 200_000, 0))
-    assert max(map(len, reservoir(["x" * 100_000], 10_000_000, 0))) <= PIECE
+    assert max(map(len, reservoir(["x" * 100_000], 10_000_000, 0))) <= SAMPLE_CHARACTERS
 
 
 def test_the_reservoir_is_uniform():
@@ -290,7 +300,7 @@ def test_the_reservoir_is_uniform():
 
 
 def ways(part: str, p: dict[str, float]) -> list[tuple[list[str], float]]:
-    """Every segmentation of a part and its probability."""
+    """Return every segmentation of a part and its probability."""
     if not part:
         return [([], 1.0)]
     return [
@@ -314,7 +324,7 @@ def small():
     return found, table, pieces, weight, spelled
 
 
-def test_seeds_are_the_substrings_seen_twice(small):
+def test_seeds_are_the_repeated_substrings(small):
     found, _, _, weight, spelled = small
     count: collections.Counter[str] = collections.Counter()
     for part, often in found.items():
@@ -354,7 +364,7 @@ def test_alternatives_are_the_best_other_segmentations(small):
             assert np.isclose(np.prod([q[s] for s in named]), best)
 
 
-def test_digamma_is_the_slope_of_log_gamma():
+def test_digamma_is_the_derivative_of_log_gamma():
     from math import lgamma
 
     x = np.array([0.5, 0.9, 3.3, 17.0, 1e6])
@@ -363,7 +373,7 @@ def test_digamma_is_the_slope_of_log_gamma():
     np.testing.assert_allclose(unigram.digamma(x), slope, rtol=1e-6)
 
 
-def test_pieces_hold_letters_of_one_script_digits_or_signs(trained):
+def test_pieces_have_letters_of_one_script_digits_or_signs(trained):
     model = trained["unigram"]
     for i in model.vocab.ordinary[model.vocab.ordinary >= model.id(BYTES[-1]) + 1]:
         kinds = {unigram.kind_of(c) for c in model.token(i).removeprefix("▁")}

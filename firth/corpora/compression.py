@@ -1,4 +1,4 @@
-"""Opening files, packed or plain, with their damage told in one sentence.
+"""Open files, compressed or plain; damage becomes a one-line error.
 
 >>> import tempfile
 >>> place = Path(tempfile.mkdtemp()) / "a.txt.gz"
@@ -36,11 +36,11 @@ KNOWN_BYTES = {
     b"\x89PNG": "a picture",
     b"\xff\xd8\xff": "a picture",
 }
-"""First bytes of files that hold no text, whatever they are called -> what they are and what to do."""
+"""First bytes of files that contain no text, whatever their name -> what they are and what to do."""
 
 
 def stamp(status: os.stat_result) -> list[int]:
-    """What tells that a file has changed: size, modification time, change time (ns), inode."""
+    """Return what changes with a file: size, modification time, change time (ns), inode."""
     return [status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino]
 
 
@@ -49,7 +49,7 @@ _HASHES: ContextVar[dict[str, list[Any]] | None] = ContextVar("hashes", default=
 
 @contextmanager
 def hashing(found: dict[str, list[Any]]) -> Iterator[None]:
-    """Hash each file that is opened in the block and read to its end: absolute path -> its stamp and SHA-256."""
+    """Hash each file that is opened in the block and read to its end: `found` gets absolute path -> stamp and SHA-256."""
     token = _HASHES.set(found)
     try:
         yield
@@ -73,7 +73,7 @@ class _Hashed(io.RawIOBase):
         return n
 
     def note(self, found: dict[str, list[Any]]) -> None:
-        """Read what is left, and note the hash."""
+        """Read the rest and record the hash."""
         while self.read(1 << 20):
             pass
         found[str(self._path.absolute())] = [*self._stamp, self._hash.hexdigest()]
@@ -84,22 +84,22 @@ class _Hashed(io.RawIOBase):
 
 
 def open_bytes(path: Path) -> BinaryIO:
-    """Open a file as it is; within `hashing` its bytes are hashed."""
+    """Open a file; within `hashing` its bytes are hashed."""
     return path.open("rb") if _HASHES.get() is None else io.BufferedReader(_Hashed(path), 1 << 20)
 
 
 def _unpacked(raw: BinaryIO, path: Path) -> BinaryIO:
-    """The content of a file, unpacked where its name says .gz or .zst."""
-    packed = path.suffix.lower()
-    if packed == ".gz":
+    """Return the content of a file, decompressed if its name ends in .gz or .zst."""
+    suffix = path.suffix.lower()
+    if suffix == ".gz":
         return cast(BinaryIO, gzip.GzipFile(fileobj=raw, mode="rb"))
-    if packed == ".zst":
+    if suffix == ".zst":
         return io.BufferedReader(_Zstd(raw), 1 << 20)
     return raw
 
 
 class _Zstd(io.RawIOBase):
-    """Unpacks frame after frame. zstandard's own reader takes a file that is cut off for one that ends."""
+    """Decompress all frames of a file. zstandard's own reader takes a truncated file for a complete one."""
 
     def __init__(self, file: BinaryIO) -> None:
         import zstandard
@@ -107,28 +107,28 @@ class _Zstd(io.RawIOBase):
         self.file = file
         self.frames = zstandard.ZstdDecompressor()
         self.frame = self.frames.decompressobj()
-        self.within = False  # a frame has begun and not ended
-        self.held = io.BytesIO()
+        self.in_frame = False  # inside of a frame
+        self.buffered = io.BytesIO()
 
     def readable(self) -> bool:
         return True
 
     def readinto(self, buffer: Any) -> int:
-        while not (n := self.held.readinto(buffer)):
+        while not (n := self.buffered.readinto(buffer)):
             raw = self.file.read(1 << 10)  # a kilobyte can unpack to 32 MB
             if not raw:
-                if self.within:
+                if self.in_frame:
                     raise EOFError("the file ends within a zstd frame")
                 return 0
-            self.held = io.BytesIO()
+            self.buffered = io.BytesIO()
             while raw:
-                self.within = True
-                self.held.write(self.frame.decompress(raw))
+                self.in_frame = True
+                self.buffered.write(self.frame.decompress(raw))
                 raw = b""
                 if self.frame.eof:
-                    raw, self.within = self.frame.unused_data, False
+                    raw, self.in_frame = self.frame.unused_data, False
                     self.frame = self.frames.decompressobj()
-            self.held.seek(0)
+            self.buffered.seek(0)
         return n
 
     def close(self) -> None:
@@ -138,10 +138,10 @@ class _Zstd(io.RawIOBase):
 
 @contextmanager
 def guarded(path: Path) -> Iterator[BinaryIO]:
-    """Open a file of text or of records; its damage (a cut-off archive, missing rights) is one sentence.
+    """Open a file of text or records, decompressed.
 
     Raises:
-        UserError: The file cannot be read, or its first bytes are those of another kind of file (`KNOWN_BYTES`).
+        UserError: The file cannot be read, is a damaged archive, or has the first bytes of another format (`KNOWN_BYTES`).
     """
     import zstandard
 
@@ -163,9 +163,15 @@ def guarded(path: Path) -> Iterator[BinaryIO]:
 
 
 def _check_kind(path: Path, first: bytes) -> None:
-    """Raise a UserError for a file of text whose first bytes are those of another kind of file."""
+    """Check the first bytes of a text file.
+
+    Raises:
+        UserError: They are those of another format.
+    """
     what = next((what for start, what in KNOWN_BYTES.items() if first.startswith(start)), "")
     if what and path.suffix.lower() in PACKED:
-        raise UserError(f"{path}: what this archive holds is packed again, as {what.partition(':')[0]}: unpack it")
+        raise UserError(
+            f"{path}: the content of this archive is compressed again, as {what.partition(':')[0]}: unpack it"
+        )
     if what:
         raise UserError(f"{path}: this file holds {what.format(suffix=path.suffix)}")

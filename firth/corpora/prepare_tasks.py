@@ -1,9 +1,8 @@
-"""More labelled corpora in the form that firth reads (`firth.corpora.prepare` has the rest): choices, graded likeness, and
-translations.
+"""Prepare more labeled corpora (`firth.corpora.prepare` has the rest): multiple choice, similarity, and translations.
 
-quartz, logiqa      {"text", "options": [...], "label": the place of the right one}
-lee                 {"text", "other", "label": how alike people found the two, 0 to 1}
-multiemo            {"en", "es", "fr", "pl": one sentence in each language, "label": what it says of its subject}
+quartz, logiqa      {"text", "options": [...], "label": index of the right option}
+lee                 {"text", "other", "label": human rating of similarity, 0 to 1}
+multiemo            {"en", "es", "fr", "pl": one sentence in each language, "label": sentiment toward its subject}
 """
 
 from __future__ import annotations
@@ -20,24 +19,24 @@ LETTERS = "ABCD"
 QUARTZ = re.compile(r"(.*?)\s*\n+ *A: (.*?)\n+ *B: (.*?)\s*", re.S)
 LOGIQA = re.compile(
     r"\s*Passage:(.*?)Question:(.*?)\nA\.(.*?)\nB\.(.*?)\nC\.(.*?)\nD\.(.*?)\nAnswer:\s*", re.S
-)  # each option's letter is told twice
+)  # each option has its letter twice
 
 
 def quartz(members: Members, out: Path) -> str:
-    """Two effects of a cause, one of them right (Tafjord 2019): quartz.jsonl."""
+    """Write quartz.jsonl: two effects of a cause, one of them right (Tafjord 2019)."""
 
-    def read(asked: str) -> tuple[str, list[str]] | None:
-        found = QUARTZ.fullmatch(asked)
+    def read(prompt: str) -> tuple[str, list[str]] | None:
+        found = QUARTZ.fullmatch(prompt)
         return (found[1], [found[2], found[3]]) if found else None
 
     return _choices(members, out / "quartz.jsonl", read)
 
 
 def logiqa(members: Members, out: Path) -> str:
-    """A passage and four conclusions, one of which follows (Liu 2020): logiqa.jsonl."""
+    """Write logiqa.jsonl: a passage and four conclusions, one of which follows (Liu 2020)."""
 
-    def read(asked: str) -> tuple[str, list[str]] | None:
-        found = LOGIQA.fullmatch(asked)
+    def read(prompt: str) -> tuple[str, list[str]] | None:
+        found = LOGIQA.fullmatch(prompt)
         if not found:
             return None
         options = [re.sub(r"^[A-D]\.", "", option.strip()).strip() for option in found.groups()[2:]]
@@ -60,46 +59,48 @@ def _choices(members: Members, path: Path, read: Any) -> str:
 
 
 def lee(members: Members, out: Path) -> str:
-    """Fifty pieces of news and how alike people found each two of them (Lee, Pincombe & Welsh 2005): lee.jsonl."""
+    """Write lee.jsonl: all pairs of fifty news texts with human similarity ratings (Lee, Pincombe & Welsh 2005)."""
     texts: list[str] = []
-    likeness: list[list[float]] = []
+    similarity: list[list[float]] = []
     for name, member in members:
         rows = member.read().decode("cp1252").strip().split("\n")
         if name.endswith(".cor"):
             texts = rows
         else:
-            likeness = [[float(cell) for cell in row.split("\t")] for row in rows]
+            similarity = [[float(cell) for cell in row.split("\t")] for row in rows]
     with (out / "lee.jsonl").open("w", encoding="utf-8", newline="\n") as file:
         for i, text in enumerate(texts):
             for j in range(i):
-                file.write(line({"text": text, "other": texts[j], "label": likeness[j][i]}))
+                file.write(line({"text": text, "other": texts[j], "label": similarity[j][i]}))
     return f"{len(texts) * (len(texts) - 1) // 2} pairs of {len(texts)} texts in lee.jsonl"
 
 
 def multiemo(members: Members, out: Path) -> str:
-    """Sentences of Polish reviews and their machine translations (Kocon 2021): multiemo.jsonl, a field for each language.
+    """Write multiemo.jsonl: sentences of Polish reviews and their machine translations, one field per language (Kocon 2021).
 
-    A sentence may stand there twice, in any of the languages: who holds some out must look for it among the others.
+    A sentence may occur twice, in any of the languages; a split must group such duplicates.
     """
-    told: dict[str, list[tuple[str, str]]] = {}
+    by_language: dict[str, list[tuple[str, str]]] = {}
     for name, member in members:
         examples = json.load(member)["examples"]
         scores = [example["target_scores"] for example in examples]
         labels = [max(score, key=score.__getitem__) for score in scores]
         language = PurePosixPath(name).parent.name.rpartition("_")[2]
-        told[language] = [(example["input"].strip(), label) for example, label in zip(examples, labels, strict=True)]
+        by_language[language] = [
+            (example["input"].strip(), label) for example, label in zip(examples, labels, strict=True)
+        ]
     kept = lost = 0
-    languages = sorted(told)
+    languages = sorted(by_language)
     with (out / "multiemo.jsonl").open("w", encoding="utf-8", newline="\n") as file:
-        for number, said in enumerate(zip(*(told[language] for language in languages), strict=True)):
-            texts, meant = [text for text, _ in said], {label for _, label in said}
-            if len(meant) > 1:
+        for number, row in enumerate(zip(*(by_language[language] for language in languages), strict=True)):
+            texts, row_labels = [text for text, _ in row], {label for _, label in row}
+            if len(row_labels) > 1:
                 raise UserError(
-                    f"sentence {number} of multiemo is not the same in all languages: {', '.join(sorted(meant))}"
+                    f"sentence {number} of multiemo has different labels in its languages: {', '.join(sorted(row_labels))}"
                 )
             if not all(texts):
                 lost += 1
                 continue
             kept += 1
-            file.write(line(dict(zip(languages, texts, strict=True)) | {"label": meant.pop()}))
+            file.write(line(dict(zip(languages, texts, strict=True)) | {"label": row_labels.pop()}))
     return f"{kept} sentences in {', '.join(languages)} in multiemo.jsonl ({lost} with an empty one left out)"

@@ -1,4 +1,4 @@
-"""What a reader read, mended and left out, with the place of the first of each.
+"""Count what a reader read, repaired and skipped, with the first occurrence of each.
 
 >>> counts = ReadStats()
 >>> counts.note("bad_utf8", "a.csv:3"), counts.note("bad_utf8", "a.csv:9"), counts.note("nul", "a.csv:4", 0)
@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 
 
 def many(n: int, what: str) -> str:
-    """So many of something.
+    """Return a number and a noun, in the plural if needed.
 
     >>> many(1, "row"), many(2000, "row")
     ('1 row', '2,000 rows')
@@ -23,7 +23,22 @@ def many(n: int, what: str) -> str:
 
 @dataclass
 class ReadStats:
-    """What was read and what was mended or left out, for the report. at: of each kind that was noted, where the first is."""
+    """Counts of what was read, repaired and skipped, for the report.
+
+    Args:
+        files: Files read.
+        documents: Documents read.
+        bytes: Bytes of text read.
+        bad_utf8: Invalid bytes or lone surrogates, read as U+FFFD.
+        nul: NUL characters removed.
+        empty: Empty files or records skipped.
+        cut: Documents split because of their length.
+        too_long: Records skipped because of their length.
+        mismatched: Table rows skipped because of their number of cells.
+        unnamed_columns: Table columns without a name.
+        skipped: Tables in a directory that were not read as text.
+        at: Kind of count -> its first occurrence (file:line).
+    """
 
     files: int = 0
     documents: int = 0
@@ -39,11 +54,11 @@ class ReadStats:
     at: dict[str, str] = field(default_factory=dict)
 
     def note(self, kind: str, place: str, count: int = 1) -> None:
-        """Count something that was met at a place (file:line); the first place of each kind is kept."""
+        """Add to a count; the first place (file:line) of each kind is kept."""
         if count:
             setattr(self, kind, getattr(self, kind) + count)
             self.at.setdefault(kind, place)
 
     def rows(self) -> dict[str, int]:
-        """The counts that are not zero, by name."""
+        """Return the counts that are not zero, by name."""
         return {name: n for name, n in vars(self).items() if n and name != "at"}

@@ -1,21 +1,21 @@
-"""Reading what users have: text, JSONL, Parquet, CSV, plain or compressed, in files, directories and globs.
+"""Read text, JSONL, Parquet, CSV, plain or compressed, from files, directories and globs.
 
-Everything streams, in an order that does not depend on the file system. What is wrong with a file has a stated
-policy, and each use of it is counted:
+Everything is streamed, in an order that does not depend on the file system. Each defect of a file has a defined handling, and is
+counted:
 
     bad UTF-8, lone surrogates    read as U+FFFD, counted
     NUL characters                removed, counted
     a byte-order mark             dropped
-    line breaks of Windows        read as \\n (in text files; a record says what it says)
-    nothing but white space       skipped, counted (so is a record whose text is null)
-    text over LONGEST             cut at a paragraph, a line or a blank, counted
-    a record over LONGEST         skipped, counted
-    a file met twice              read once (through links too); hidden files and linked directories are not entered
-    a row of too many cells       left out, counted (`firth.corpora.tables`)
-    a table within a directory    read for its records; where text is wanted it is passed over, counted: name it
+    Windows line breaks           read as \\n (in text files; records are unchanged)
+    nothing but white space       skipped, counted (also a record whose text is null)
+    text over MAX_RECORD_BYTES    split at a paragraph, a line or a blank, counted
+    record over MAX_RECORD_BYTES  skipped, counted
+    a file found twice            read once (also through links); hidden files and linked directories are not entered
+    a row of too many cells       skipped, counted (`firth.corpora.tables`)
+    a table within a directory    read as records; skipped if text is wanted, counted: name the file to read it
 
-and a UserError with file and line (and the nearest field) where a line is not JSON, a field is missing or holds no
-text, an archive is damaged or cut off, a file cannot be read, or is UTF-16.
+A UserError with file and line (and the nearest field) is raised if a line is not JSON, a field is missing or not text, an archive
+is damaged or truncated, or a file cannot be read or is UTF-16.
 
 >>> import tempfile, pathlib
 >>> folder = pathlib.Path(tempfile.mkdtemp())
@@ -44,11 +44,11 @@ from typing import Any, NamedTuple, cast
 from firth.corpora import tables
 from firth.corpora.compression import PACKED, guarded
 from firth.corpora.read_stats import ReadStats
-from firth.tokenizer.normalize import whole
+from firth.tokenizer.normalize import replace_lone_surrogates
 from firth.types import UserError
 
-LONGEST = 4 << 20
-"""Bytes: the longest piece of text handed on as one document, and the longest record that is read."""
+MAX_RECORD_BYTES = 4 << 20
+"""Maximum bytes of a document (longer text is split) and of a record (longer ones are skipped)."""
 
 TEXT = (".txt", ".text", ".md", ".rst", ".tex", ".html", ".py", "")
 LINES = (".jsonl", ".ndjson")
@@ -59,53 +59,65 @@ KINDS = (
     | dict.fromkeys(LINES, "lines")
     | dict.fromkeys(TEXT, "text")
 )
-"""The end of a file's name -> how it is read."""
+"""File name suffix -> how it is read."""
 
 SPLITS = {"file": None, "blank": re.compile(r"\n\s*\n"), "line": re.compile(r"\n")}
-READ = "firth reads .txt, .md and such, .jsonl, .parquet, .csv, .tsv, .conll and .json, plain or as .gz and .zst"
+SUPPORTED_FILES = (
+    "firth reads .txt, .md and such, .jsonl, .parquet, .csv, .tsv, .conll and .json, plain or as .gz and .zst"
+)
 
 
 class Document(NamedTuple):
-    """name: its file within what the user named (and its number there), the same on every machine and used once; a
-    record's own `name` where it has one (records that share it are held out together). text: what it says."""
+    """A document.
+
+    Args:
+        name: Its file within the path that was given (and its number there), unique and the same on every machine; a record's own `name`
+            if it has one (records that share it are held out together).
+        text: Its text.
+    """
 
     name: str
     text: str
 
 
 def files(paths: Sequence[str], *, tabled: bool = False, counts: ReadStats | None = None) -> dict[Path, str]:
-    """The readable files under files, directories and globs, each once, sorted within each path that was given.
+    """Return the readable files under files, directories and globs, each once, sorted within each given path.
 
-    tabled: whether tables (`firth.corpora.tables`) are read where they are found in a directory, as records; else only where
-    they are named, and the first that is passed over is noted in `counts`.
+    Args:
+        paths: Files, directories and glob patterns.
+        tabled: Whether tables (`firth.corpora.tables`) in a directory are read, as records; else only those that are named, and the first
+            skipped one is noted in `counts`.
+        counts: Collects what was skipped.
 
-    File -> its name within the directory that was given (or a glob's fixed part), which does not depend on where that
-    lies. Of two files with one name the later is called `name~2`.
+    Returns:
+        File -> its name relative to the given directory (or the fixed part of a glob). Of two files with one name the second is called
+        `name~2`.
 
-    Raises UserError where a path matches nothing, or only files of a kind that is not read.
+    Raises:
+        UserError: A path matches nothing, or only unsupported files.
     """
     found: dict[Path, str] = {}
-    met: set[str] = set()
+    seen: set[str] = set()
     directories: dict[Path, str] = {}
     names: set[str] = set()
     for given in paths:
         for path, root in _under(given, tabled, counts if counts is not None else ReadStats()):
             real = _real(path, directories)
-            if real in met:
+            if real in seen:
                 continue
-            met.add(real)
+            seen.add(real)
             plain = name = path.relative_to(root).as_posix()
-            again = 1
+            number = 1
             while name in names:
-                again += 1
-                name = f"{plain}~{again}"
+                number += 1
+                name = f"{plain}~{number}"
             names.add(name)
             found[path] = name
     return found
 
 
 def _real(path: Path, directories: dict[Path, str]) -> str:
-    """The path of a file without symbolic links. Of a corpus of many files each directory is resolved once, into `directories`."""
+    """Return the path of a file without symbolic links; `directories` caches the resolved directories."""
     if path.is_symlink():
         return os.path.realpath(path)
     parent = path.parent
@@ -115,20 +127,24 @@ def _real(path: Path, directories: dict[Path, str]) -> str:
 
 
 def _under(given: str, tabled: bool, counts: ReadStats) -> list[tuple[Path, Path]]:
-    """The readable files that one given path means, each with the directory that its name starts from."""
+    """Return the readable files of one given path, each with the directory that its name is relative to."""
     path = Path(given).expanduser()
     if path.is_dir():
         some = _inside(path, tabled, counts)
         if not some:
-            over = counts.at.get("passed_over")
-            only = f": {over} and such are records, read as text only where they are named" if over else f"; {READ}"
-            raise UserError(f"{given}: there is no text in this directory{only}")
+            table = counts.at.get("skipped")
+            hint = (
+                f": {table} and such are records, read as text only where they are named"
+                if table
+                else f"; {SUPPORTED_FILES}"
+            )
+            raise UserError(f"{given}: there is no text in this directory{hint}")
         return [(p, path) for p in some]
     if path.exists():
         if not path.is_file():
             raise UserError(f"{given}: this is neither a file nor a directory")
         if _kind(path) is None:
-            raise UserError(f"{given}: files of this kind are not read; {READ}")
+            raise UserError(f"{given}: files of this kind are not read; {SUPPORTED_FILES}")
         return [(path, path.parent)]
     matched = [Path(p) for p in sorted(glob.glob(str(path), recursive=True))]
     if not matched:
@@ -137,7 +153,7 @@ def _under(given: str, tabled: bool, counts: ReadStats) -> list[tuple[Path, Path
     found = [p for m in matched for p in (_inside(m, tabled, counts) if m.is_dir() else [m])]
     some = [p for p in found if p.is_file() and _kind(p) is not None]
     if not some:
-        raise UserError(f"{given}: what matches this pattern is not read; {READ}")
+        raise UserError(f"{given}: what matches this pattern is not read; {SUPPORTED_FILES}")
     return [(p, Path(*fixed)) for p in some]
 
 
@@ -160,9 +176,17 @@ def _inside(root: Path, tabled: bool, counts: ReadStats) -> list[Path]:
 def documents(
     paths: Sequence[str], *, field: str = "text", split: str = "file", counts: ReadStats | None = None
 ) -> Iterator[Document]:
-    """The documents under `paths`. split: a text file is one document ("file"), or one per paragraph or line.
+    """Yield the documents under `paths`.
 
-    field: where a record's text is. A text file over LONGEST comes in several documents.
+    Args:
+        paths: Files, directories and glob patterns.
+        field: The field of a record with its text.
+        split: Whether a text file is one document ("file"), or one per paragraph ("blank") or line ("line"). A text file over
+            MAX_RECORD_BYTES becomes several documents.
+        counts: Collects what was read, repaired and skipped.
+
+    Raises:
+        UserError: A file cannot be read; see the module.
     """
     if split not in SPLITS:
         raise UserError(f"split is {split!r}: use one of {', '.join(SPLITS)}")
@@ -194,16 +218,23 @@ def records(
     columns: Sequence[str] = (),
     text: tables.Reader | None = None,
 ) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(file:line, record) of every record in files of records. Raises UserError for text files, unless `text` reads them.
+    """Yield (file:line, record) of every record. Within `first_records`, only the first ones.
 
-    columns: the names of the columns, of tables without a head. Within `first_records`, only the first ones are given.
+    Args:
+        paths: Files, directories and glob patterns.
+        counts: Collects what was read, repaired and skipped.
+        columns: Names of the columns, for tables without a header.
+        text: Reads text files as records; None rejects them.
+
+    Raises:
+        UserError: A file cannot be read; see the module.
     """
     found = _all_records(paths, counts if counts is not None else ReadStats(), columns, text)
     return itertools.islice(found, _MAX_RECORDS.get())
 
 
 def first_record(paths: Sequence[str]) -> tuple[str, dict[str, Any]] | None:
-    """Return (file:line, record) of the first record of the first file; None where that file is text or has no record."""
+    """Return (file:line, record) of the first record of the first file; None if that file is text or has no record."""
     path = next(iter(files(paths)), None)
     return None if path is None or _kind(path) == "text" else next(_records(path, ReadStats(), (), ()), None)
 
@@ -213,7 +244,7 @@ _MAX_RECORDS: ContextVar[int | None] = ContextVar("max_records", default=None)
 
 @contextmanager
 def first_records(count: int | None) -> Iterator[None]:
-    """Let `records` give at most the first `count` records of its files within the block; None for all."""
+    """Limit `records` to the first `count` records within the block; None for no limit."""
     token = _MAX_RECORDS.set(count)
     try:
         yield
@@ -231,7 +262,11 @@ def _all_records(
 
 
 def text_field(record: dict[str, Any], field: str, place: str) -> str:
-    """The text in a record's field; UserError with the nearest field that exists."""
+    """Return the text in a field of a record.
+
+    Raises:
+        UserError: The field is missing or not text; the message names the nearest field.
+    """
     value = record.get(field)
     if isinstance(value, str):
         return value
@@ -241,7 +276,7 @@ def text_field(record: dict[str, Any], field: str, place: str) -> str:
 
 
 def nearest(field: str, record: Mapping[str, Any]) -> str:
-    """What there is in place of a field that there is not.
+    """Return a hint for a missing field: the most similar one, or all.
 
     >>> nearest("label", {"text": "", "labels": ""}), nearest("label", {"text": ""})
     ("did you mean 'labels'?", 'it has text')
@@ -251,13 +286,13 @@ def nearest(field: str, record: Mapping[str, Any]) -> str:
 
 
 def clean(text: str, counts: ReadStats, place: str) -> str:
-    """Without NUL characters and lone surrogates, both counted."""
+    """Return the text without NUL characters and lone surrogates, both counted."""
     if "\0" in text:
         counts.note("nul", place, text.count("\0"))
         text = text.replace("\0", "")
-    mended = whole(text)
-    counts.note("bad_utf8", place, mended is not text)
-    return mended
+    repaired = replace_lone_surrogates(text)
+    counts.note("bad_utf8", place, repaired is not text)
+    return repaired
 
 
 def _kind(path: Path) -> str | None:
@@ -268,43 +303,43 @@ def _kind(path: Path) -> str | None:
 
 
 def _chunks(path: Path, split: str, counts: ReadStats) -> Iterator[str]:
-    """A text file in pieces of about LONGEST, decoded and cleaned, cut where `split` cuts it, else at white space."""
+    """Yield a text file in chunks of about MAX_RECORD_BYTES, decoded and cleaned, cut where `split` splits, else at white space."""
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
-    held, first = "", True
+    pending, first = "", True
     with guarded(path) as file:
         while True:
-            raw = file.read(LONGEST)
+            raw = file.read(MAX_RECORD_BYTES)
             block = decoder.getstate()[0] + raw
             if first and block[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
                 raise UserError(f"{path}: this is UTF-16 and UTF-8 is read; convert it: iconv -f UTF-16 -t UTF-8")
             piece = decoder.decode(raw, final=not raw)
-            if "\ufffd" in piece:  # those that the file itself has are not damage
+            if "\ufffd" in piece:  # U+FFFD in the file itself is no damage
                 counts.note("bad_utf8", f"{path}", piece.count("\ufffd") - block.count("\ufffd".encode()))
             if first and piece:
                 piece, first = piece.removeprefix("\ufeff"), False
-            held = (held + clean(piece, counts, f"{path}")).replace("\r\n", "\n")
+            pending = (pending + clean(piece, counts, f"{path}")).replace("\r\n", "\n")
             if not raw:
-                yield held
+                yield pending
                 return
-            while len(held) > LONGEST:
-                cut, clean_cut = _cut(held, split)
+            while len(pending) > MAX_RECORD_BYTES:
+                cut, clean_cut = _cut(pending, split)
                 counts.cut += not clean_cut
-                yield held[:cut]
-                held = held[cut:]
+                yield pending[:cut]
+                pending = pending[cut:]
 
 
 def _cut(text: str, split: str) -> tuple[int, bool]:
-    """Where to cut a text longer than LONGEST, and whether a document ends there anyway."""
+    """Return where to cut a text longer than MAX_RECORD_BYTES, and whether a document ends there anyway."""
     if split != "file":
         ends = "\n" if split == "line" else "\n\n"
-        at = text.rfind(ends, 0, LONGEST)
+        at = text.rfind(ends, 0, MAX_RECORD_BYTES)
         if at >= 0:
             return at + len(ends), True
     for sign in ("\n\n", "\n", " "):
-        at = text.rfind(sign, LONGEST // 2, LONGEST)
+        at = text.rfind(sign, MAX_RECORD_BYTES // 2, MAX_RECORD_BYTES)
         if at >= 0:
             return at + len(sign), False
-    return LONGEST - (LONGEST > 1 and text[LONGEST - 1] == "\r"), False
+    return MAX_RECORD_BYTES - (MAX_RECORD_BYTES > 1 and text[MAX_RECORD_BYTES - 1] == "\r"), False
 
 
 def _split(chunks: Iterator[str], split: str, counts: ReadStats) -> Iterator[str]:
@@ -323,7 +358,15 @@ def _split(chunks: Iterator[str], split: str, counts: ReadStats) -> Iterator[str
 def _records(
     path: Path, counts: ReadStats, wanted: Sequence[str], columns: Sequence[str], text: tables.Reader | None = None
 ) -> Iterator[tuple[str, dict[str, Any]]]:
-    """wanted: the columns of a Parquet table, all where none is named. columns, text: as of `records`."""
+    """Yield (file:line, record) of one file.
+
+    Args:
+        path: The file.
+        counts: Collects what was read, repaired and skipped.
+        wanted: Columns to read of a Parquet table; empty for all.
+        columns: As in `records`.
+        text: As in `records`.
+    """
     counts.files += 1
     kind = _kind(path)
     suffix = (path.with_suffix("") if path.suffix.lower() in PACKED else path).suffix.lower()
@@ -335,10 +378,10 @@ def _records(
 
 
 def _has_lines(path: Path) -> bool:
-    """Whether the first line of a .json file that is not blank is a record by itself, as in JSON lines."""
+    """Return whether the first nonblank line of a .json file is a record, as in JSON lines."""
     with guarded(path) as file:
         reader = io.BufferedReader(cast(io.RawIOBase, file), 1 << 20)
-        while (line := reader.readline(LONGEST + 1)) and not line.strip():
+        while (line := reader.readline(MAX_RECORD_BYTES + 1)) and not line.strip():
             pass
     try:
         first = json.loads(line)
@@ -351,11 +394,11 @@ def _lines(path: Path, counts: ReadStats) -> Iterator[tuple[str, dict[str, Any]]
     number = 0
     with guarded(path) as file:
         reader = io.BufferedReader(cast(io.RawIOBase, file), 1 << 20)
-        while line := reader.readline(LONGEST + 1):
+        while line := reader.readline(MAX_RECORD_BYTES + 1):
             number += 1
-            if len(line) > LONGEST and not line.endswith(b"\n"):
+            if len(line) > MAX_RECORD_BYTES and not line.endswith(b"\n"):
                 counts.note("too_long", f"{path}:{number}")
-                while (rest := reader.readline(LONGEST)) and not rest.endswith(b"\n"):
+                while (rest := reader.readline(MAX_RECORD_BYTES)) and not rest.endswith(b"\n"):
                     pass
                 continue
             if number == 1:
@@ -370,7 +413,11 @@ def _lines(path: Path, counts: ReadStats) -> Iterator[tuple[str, dict[str, Any]]
 
 
 def parse(line: bytes, place: str, counts: ReadStats) -> dict[str, Any]:
-    """One JSON line as a record."""
+    """Parse a JSON line as a record.
+
+    Raises:
+        UserError: The line is not a JSON object.
+    """
     try:
         text = line.decode("utf-8")
     except UnicodeDecodeError:
@@ -379,9 +426,9 @@ def parse(line: bytes, place: str, counts: ReadStats) -> dict[str, Any]:
     try:
         record = json.loads(text)
     except RecursionError:
-        raise UserError(f"{place}: this record is nested too deeply; mend or remove it") from None
+        raise UserError(f"{place}: this record is nested too deeply; fix or remove it") from None
     except ValueError as error:
-        raise UserError(f"{place}: this line is not JSON: {error}; mend or remove it") from None
+        raise UserError(f"{place}: this line is not JSON: {error}; fix or remove it") from None
     if not isinstance(record, dict):
         raise UserError(f"{place}: a record is a JSON object with named fields, and this is {text.strip()[:40]!r}")
     return record
@@ -393,13 +440,13 @@ def _table(path: Path, counts: ReadStats, columns: Sequence[str]) -> Iterator[tu
 
     try:
         with pyarrow.parquet.ParquetFile(path) as table:
-            there = table.schema_arrow.names
-            some = [c for c in columns if c in there] if columns and columns[0] in there else None
+            names = table.schema_arrow.names
+            some = [c for c in columns if c in names] if columns and columns[0] in names else None
             row = 0
             for batch in table.iter_batches(batch_size=64, columns=some):
-                many = [batch] if batch.nbytes <= LONGEST else [batch.slice(i, 1) for i in range(len(batch))]
-                for part in many:
-                    if part.nbytes > LONGEST:
+                parts = [batch] if batch.nbytes <= MAX_RECORD_BYTES else [batch.slice(i, 1) for i in range(len(batch))]
+                for part in parts:
+                    if part.nbytes > MAX_RECORD_BYTES:
                         counts.note("too_long", f"{path}:{row + 1}", len(part))
                         row += len(part)
                         continue
@@ -409,6 +456,6 @@ def _table(path: Path, counts: ReadStats, columns: Sequence[str]) -> Iterator[tu
             if not row:
                 counts.empty += 1
     except UnicodeDecodeError as error:
-        raise UserError(f"{path}: a text behind row {row} is not UTF-8: {error.reason}") from None
+        raise UserError(f"{path}: a text after row {row} is not UTF-8: {error.reason}") from None
     except (pyarrow.ArrowException, OSError) as error:
         raise UserError(f"{path}: this is not a Parquet file that can be read: {error}") from None

@@ -1,13 +1,13 @@
-"""Files of records that are no JSON lines: CSV and TSV, CoNLL's columns, SQuAD's JSON. `firth.corpora.readers` opens them.
+"""Read records from CSV and TSV, CoNLL columns and SQuAD's JSON. `firth.corpora.readers` opens the files.
 
-    .csv             a head, quoted cells (RFC 4180); semicolons or tabs where the head has these and no comma
-    .tsv             a head, no quoting: a quotation mark is one (IANA; GLUE's files are so)
-    .conll .bio .iob a word a line with its columns, a blank line behind a sentence, -DOCSTART- lines left out
-    .json            SQuAD 1.1 or 2.0, a list of records, or a record a line (JSON lines)
+    .csv             a header, quoted cells (RFC 4180); semicolons or tabs if the header has these and no comma
+    .tsv             a header, no quoting: a quotation mark is a character (IANA; GLUE's files)
+    .conll .bio .iob a word per line with its columns, a blank line after a sentence, -DOCSTART- lines skipped
+    .json            SQuAD 1.1 or 2.0, a list of records, or a record per line (JSON lines)
 
-A table without a head has its columns named by the reader's `columns`. Columns whose head is empty are called as pandas calls
-them (`Unnamed: 2`), and counted; a row may lack their cells. A row with more or fewer cells than its head is left out, counted
-and named; more than one such row, and more than one in a hundred, is an error, for then the quoting is wrong.
+The columns of a table without a header are named by the reader's `columns`. Columns without a name are called as pandas calls them
+(`Unnamed: 2`), and counted; a row may lack their cells. A row with more or fewer cells than the header is skipped, counted and named;
+more than one such row, and more than one in a hundred, is an error, since the quoting is wrong then.
 
 >>> import io
 >>> rows = delimited(io.BytesIO(b'text,label\\n"good, really",yes\\nbad\\n' + b"a,b\\n" * 200), Path("a.csv"), ReadStats(), ())
@@ -25,29 +25,40 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from firth.corpora.read_stats import ReadStats
-from firth.tokenizer.normalize import whole
+from firth.tokenizer.normalize import replace_lone_surrogates
 from firth.types import UserError
 
 Rows = Iterator[tuple[str, dict[str, Any]]]
 
-LONGEST_CELL = 4 << 20
-"""Characters of one cell."""
+MAX_CELL_CHARACTERS = 4 << 20
+"""Maximum characters of a cell."""
 
-LOST = 0.01
-"""The share of a table's rows that may have another number of cells than the head; one row may in any table."""
+MAX_MISMATCHED_SHARE = 0.01
+"""Maximum share of rows whose number of cells differs from the header; one such row is always allowed."""
 
-NAMELESS = "Unnamed: "
-"""How a column without a name is called, before its place from 0."""
+UNNAMED_PREFIX = "Unnamed: "
+"""Name of a column without a name, before its index from 0."""
 
 
 def delimited(file: BinaryIO, path: Path, counts: ReadStats, columns: Sequence[str], tabs: bool = False) -> Rows:
-    """The rows of a table as records of text. columns: their names, of a table without a head. tabs: a TSV."""
-    csv.field_size_limit(LONGEST_CELL)
+    """Yield the rows of a table as records of text.
+
+    Args:
+        file: The open file.
+        path: Its path, for messages.
+        counts: Collects what was read, repaired and skipped.
+        columns: Names of the columns, for tables without a header.
+        tabs: Whether it is a TSV.
+
+    Raises:
+        UserError: A row cannot be parsed, two columns have one name, or too many rows do not match the header.
+    """
+    csv.field_size_limit(MAX_CELL_CHARACTERS)
     lines = _decoded(file, path, counts)
-    head = next(lines, "")
-    sign = "\t" if tabs else _sign(head)
+    header = next(lines, "")
+    sign = "\t" if tabs else _delimiter(header)
     rows = csv.reader(
-        _again(head, lines), delimiter=sign, strict=not tabs, quoting=csv.QUOTE_NONE if tabs else csv.QUOTE_MINIMAL
+        _chain(header, lines), delimiter=sign, strict=not tabs, quoting=csv.QUOTE_NONE if tabs else csv.QUOTE_MINIMAL
     )
     names, total, lost = list(columns), 0, 0
     while True:
@@ -55,54 +66,54 @@ def delimited(file: BinaryIO, path: Path, counts: ReadStats, columns: Sequence[s
         try:
             row = next(rows, None)
         except csv.Error as error:
-            if "new-line character" in str(error):  # csv's own sentence speaks of how a program opens files
+            if "new-line character" in str(error):  # csv's own message is about how a program opens files
                 raise UserError(
                     f"{place}: a line ends in a carriage return alone, as on old Macs: convert it: tr '\\r' '\\n' < {path.name}"
                 ) from None
-            raise UserError(f"{place}: this row cannot be read: {error}; mend its quotation marks") from None
+            raise UserError(f"{place}: this row cannot be read: {error}; fix its quotation marks") from None
         if row is None:
             break
         if not row or row == [""]:
             continue
         row_names = [name.strip() for name in row]
         if not names or (not total and len(row) != len(names) and {*row_names} & {*names}):
-            # A table that was to have no head may have one (CoLA's test.tsv has); spreadsheets pad one with empty cells.
-            names = [name or f"{NAMELESS}{i}" for i, name in enumerate(row_names)]
+            # A table with given columns may have a header all the same (CoLA's test.tsv); spreadsheets pad it with empty cells.
+            names = [name or f"{UNNAMED_PREFIX}{i}" for i, name in enumerate(row_names)]
             counts.note("unnamed_columns", place, row_names.count(""))
             twice = [name for name in names if names.count(name) > 1]
             if twice:
-                raise UserError(f"{place}: two columns are called {twice[0]!r}: name them apart")
+                raise UserError(f"{place}: two columns are called {twice[0]!r}: give them different names")
             continue
         total += 1
-        if len(row) < len(names) and all(name.startswith(NAMELESS) for name in names[len(row) :]):
+        if len(row) < len(names) and all(name.startswith(UNNAMED_PREFIX) for name in names[len(row) :]):
             row += [""] * (len(names) - len(row))
         if len(row) == len(names):
             yield place, dict(zip(names, row, strict=True))
             continue
         lost += 1
         counts.note("mismatched", f"{place} ({len(row)} cells under {len(names)} columns)")
-    if lost > LOST * total and (lost > 1 or total == 1):
+    if lost > MAX_MISMATCHED_SHARE * total and (lost > 1 or total == 1):
         cure = (
             "a cell of a TSV holds no tab and no line break" if tabs else "quote what holds a separator or a line break"
         )
         raise UserError(
-            f"{counts.at['mismatched']}: so in {lost} of {total} rows: give each row as many cells as the head has names; {cure}"
+            f"{counts.at['mismatched']}: so in {lost} of {total} rows: give each row as many cells as the header has names; {cure}"
         )
 
 
-def _sign(head: str) -> str:
-    """What parts the cells of a CSV: as its head has it."""
-    return max(",;\t", key=lambda sign: (sign in head, -",;\t".index(sign))) if "," not in head else ","
+def _delimiter(header: str) -> str:
+    """Return the delimiter of a CSV, from its header."""
+    return max(",;\t", key=lambda sign: (sign in header, -",;\t".index(sign))) if "," not in header else ","
 
 
-def _again(first: str, rest: Iterator[str]) -> Iterator[str]:
+def _chain(first: str, rest: Iterator[str]) -> Iterator[str]:
     if first:
         yield first
     yield from rest
 
 
 def _decoded(file: BinaryIO, path: Path, counts: ReadStats) -> Iterator[str]:
-    """The lines as text, with their ends; what is not UTF-8 is read as U+FFFD and counted, NUL is removed."""
+    """Yield the lines as text, with their ends; invalid UTF-8 becomes U+FFFD and is counted, NUL is removed."""
     for number, raw in enumerate(file):
         if not number:
             if raw[:2] in (b"\xff\xfe", b"\xfe\xff"):
@@ -118,12 +129,12 @@ def _decoded(file: BinaryIO, path: Path, counts: ReadStats) -> Iterator[str]:
 
 
 def tabbed(file: BinaryIO, path: Path, counts: ReadStats, columns: Sequence[str]) -> Rows:
-    """The rows of a TSV."""
+    """Yield the rows of a TSV."""
     return delimited(file, path, counts, columns, tabs=True)
 
 
 def sentences(file: BinaryIO, path: Path, counts: ReadStats, columns: Sequence[str]) -> Rows:
-    """CoNLL's columns: a record is a sentence, {"tokens": its first column, "tags": its last}, or all by their names.
+    """Yield the sentences of CoNLL columns: {"tokens": first column, "tags": last column}, or all columns by name.
 
     >>> import io
     >>> text = b"-DOCSTART- -X- O\\n\\nEU NNP B-ORG\\nrejects VBZ O\\n"
@@ -131,11 +142,11 @@ def sentences(file: BinaryIO, path: Path, counts: ReadStats, columns: Sequence[s
     ('a.conll:3', {'tokens': ['EU', 'rejects'], 'tags': ['B-ORG', 'O']})
     """
     first, rows, width, total, lost = 1, list[list[str]](), len(columns), 0, 0
-    for number, line in enumerate(_again_blank(_decoded(file, path, counts)), 1):
-        # Blanks and tabs alone part cells: a word may hold a blank that does not break, and a cell may be empty.
-        said = line.rstrip("\r\n")
-        cells = said.split("\t") if "\t" in said else re.split(" +", said.strip(" "))
-        if said.strip(" \t") and cells[0] != "-DOCSTART-":
+    for number, line in enumerate(_add_blank_line(_decoded(file, path, counts)), 1):
+        # Only blanks and tabs separate cells: a word may contain a no-break space, and a cell may be empty.
+        row_text = line.rstrip("\r\n")
+        cells = row_text.split("\t") if "\t" in row_text else re.split(" +", row_text.strip(" "))
+        if row_text.strip(" \t") and cells[0] != "-DOCSTART-":
             first = first if rows else number
             rows.append(cells)
             continue
@@ -153,27 +164,27 @@ def sentences(file: BinaryIO, path: Path, counts: ReadStats, columns: Sequence[s
         else:
             yield f"{path}:{first}", {"tokens": [row[0] for row in rows], "tags": [row[-1] for row in rows]}
         rows = []
-    if lost > LOST * total and (lost > 1 or total == 1):
+    if lost > MAX_MISMATCHED_SHARE * total and (lost > 1 or total == 1):
         raise UserError(f"{counts.at['mismatched']}: so in {lost} of {total} sentences: give every word all columns")
 
 
-def _again_blank(lines: Iterator[str]) -> Iterator[str]:
-    """The lines and a blank one, which ends the last sentence."""
+def _add_blank_line(lines: Iterator[str]) -> Iterator[str]:
+    """Yield the lines and a blank one, which ends the last sentence."""
     yield from lines
     yield ""
 
 
 def lines(file: BinaryIO, path: Path, counts: ReadStats, columns: Sequence[str]) -> Rows:
-    """Plain text with a record a line, {"text": the line}; blank lines are passed over."""
+    """Yield each line of plain text as {"text": line}; blank lines are skipped."""
     for number, line in enumerate(_decoded(file, path, counts), 1):
         if text := line.strip():
             yield f"{path}:{number}", {"text": text}
 
 
 def document(file: BinaryIO, path: Path, counts: ReadStats, columns: Sequence[str]) -> Rows:
-    """A JSON file: SQuAD's articles as {"context", "question", "answers": [{"text", "start"}], "id"}, or a list of records.
+    """Yield the records of a JSON file: SQuAD's as {"context", "question", "answers": [{"text", "start"}], "id"}, or a list of records.
 
-    A question of SQuAD 2.0 that has no answer has no `answers`; of SQuAD 1.1, which has no such questions, they are None.
+    `answers` is [] for an unanswerable question of SQuAD 2.0, and None for a question of SQuAD 1.1 whose answers are missing.
     """
     raw = file.read()
     try:
@@ -197,33 +208,37 @@ def document(file: BinaryIO, path: Path, counts: ReadStats, columns: Sequence[st
     for article, one in enumerate(found["data"], 1):
         for paragraph, part in enumerate(_listed(one, "paragraphs", f"{path}: article {article}"), 1):
             where = f"{path}: article {article}, paragraph {paragraph}"
-            context = whole(_field(part, "context", str, where))
-            for number, asked in enumerate(_listed(part, "qas", where), 1):
-                yield _question(asked, context, f"{path}", f"{where}, question {number}")
+            context = replace_lone_surrogates(_field(part, "context", str, where))
+            for number, question in enumerate(_listed(part, "qas", where), 1):
+                yield _question(question, context, f"{path}", f"{where}, question {number}")
 
 
-def _question(asked: Any, context: str, path: str, where: str) -> tuple[str, dict[str, Any]]:
-    """The place and the record of one of SQuAD's questions. where: its place while its id is not known."""
-    name = _field(asked, "id", (str, int), where)
+def _question(entry: Any, context: str, path: str, where: str) -> tuple[str, dict[str, Any]]:
+    """Return the place and the record of one of SQuAD's questions; `where` is its place until its id is known."""
+    name = _field(entry, "id", (str, int), where)
     place = f"{path}: question {name}"
-    question = _field(asked, "question", str, place)
+    question = _field(entry, "question", str, place)
     answers: list[dict[str, Any]] | None = []
-    if not asked.get("is_impossible", False):
-        given = _listed(asked, "answers", place)
+    if not entry.get("is_impossible", False):
+        given = _listed(entry, "answers", place)
         answers = [
             {"text": _field(a, "text", str, place), "start": _field(a, "answer_start", int, place)} for a in given
         ]
-        if not answers and "is_impossible" not in asked:
-            answers = None  # SQuAD 1.1 has an answer to every question, so this one was lost
+        if not answers and "is_impossible" not in entry:
+            answers = None  # SQuAD 1.1 has an answer to every question, so this one is missing
     return place, {"context": context, "question": question, "answers": answers, "id": str(name)}
 
 
 def _field(holder: Any, name: str, kind: Any, where: str) -> Any:
-    """What stands in a field of SQuAD's JSON; UserError that says where one is missing or is of another kind."""
+    """Return a field of SQuAD's JSON.
+
+    Raises:
+        UserError: The field is missing or of another type; the message has its place.
+    """
     value = holder.get(name) if type(holder) is dict else None
     if not isinstance(value, kind):
         wrong = f"there is no {name!r}" if value is None else f"{name!r} holds {str(value)[:40]!r}"
-        raise UserError(f"{where}: {wrong}, so this is not SQuAD's JSON: mend or remove it")
+        raise UserError(f"{where}: {wrong}, so this is not SQuAD's JSON: fix or remove it")
     return value
 
 
@@ -237,4 +252,4 @@ Reader = Callable[[BinaryIO, Path, ReadStats, Sequence[str]], Rows]
 READERS: dict[str, Reader] = {
     ".csv": delimited, ".tsv": tabbed, ".conll": sentences, ".bio": sentences, ".iob": sentences, ".json": document,
 }  # fmt: skip
-"""The ends of names -> who reads such a file."""
+"""File name suffix -> function that reads it."""

@@ -24,7 +24,7 @@ import numpy as np
 from firth.corpora import readers
 from firth.data import layout
 from firth.data.records import LEFT_OUT, Column, Record, Records
-from firth.tokenizer.normalize import whole
+from firth.tokenizer.normalize import replace_lone_surrogates
 from firth.tokenizer.tokenizer import Tokenizer
 from firth.types import Example, UserError
 
@@ -113,7 +113,7 @@ class QuestionRecords(Records):
         return [readers.text_field(record, "question", place).strip()]
 
     def examples(self, record: Record, encoded: list[np.ndarray]) -> Sequence[Example]:
-        context = whole(readers.text_field(record, self._context, self._place))
+        context = replace_lone_surrogates(readers.text_field(record, self._context, self._place))
         context = (
             self._latest[0] if context == self._latest[0] else context
         )  # one object for all questions of a passage
@@ -213,5 +213,5 @@ def answers_of(record: Record) -> list[tuple[str, int]]:
         if type(start) is not int or not isinstance(one.get("text"), str):
             raise UserError(f"an answer needs a 'text' and the character it starts at, and this is {one!r:.60}")
         if one["text"]:
-            found.append((whole(one["text"]), start))
+            found.append((replace_lone_surrogates(one["text"]), start))
     return found

@@ -22,7 +22,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from firth.corpora.readers import Document
-from firth.tokenizer.normalize import whole
+from firth.tokenizer.normalize import replace_lone_surrogates
 from firth.types import UserError
 
 MIN_RECORDS = 20
@@ -63,7 +63,7 @@ def content_key(text: str) -> int:
     >>> content_key("to be  or\\nnot") == content_key("to be or not") != content_key("to be")
     True
     """
-    return int.from_bytes(hashlib.blake2b(" ".join(whole(text).split()).encode(), digest_size=8).digest())
+    return int.from_bytes(hashlib.blake2b(" ".join(replace_lone_surrogates(text).split()).encode(), digest_size=8).digest())
 
 
 def held_out_keys(keys: np.ndarray, share: float, records: int) -> np.ndarray:

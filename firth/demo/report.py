@@ -99,7 +99,7 @@ def curves(
 
 def subwords(out: Path) -> Section:
     tokenizer = Tokenizer.load(out / "tokenizer")
-    merges = tokenizer.learnt[:24]
+    merges = tokenizer.merges[:24]
     rows = [
         [i, f"{readable(m.left)} + {readable(m.right)}", readable(m.left + m.right), m.count]
         for i, m in enumerate(merges, 1)

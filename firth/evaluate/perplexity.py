@@ -29,7 +29,7 @@ from firth.evaluate import metrics
 from firth.generate.decoding import attention_pattern_of
 from firth.model.model import LM
 from firth.objectives.objective import token_loss
-from firth.tokenizer.normalize import whole
+from firth.tokenizer.normalize import replace_lone_surrogates
 from firth.tokenizer.vocab import Vocab
 from firth.types import IGNORE, NEVER, Batch, Example, UserError
 
@@ -51,7 +51,7 @@ def read(tokenizer: Tokenizer, text: str) -> TokenizedDocument:
     A byte belongs to the first token that reaches it: a blank that the tokenizer drops to the next token, the bytes
     of a character that is spread over several tokens to the first of them, what no token reaches to the last.
     """
-    text = whole(text)
+    text = replace_lone_surrogates(text)
     ids, spans = tokenizer.spans(text)
     tokens = ids.astype(np.int64)
     if not len(tokens):

@@ -105,8 +105,8 @@ def read_inputs(file: str, stdin: BinaryIO, form: str, wanted: InputSchema, fold
         )
     if counts.too_long:
         raise UserError(
-            f"{name}: {many(counts.too_long, 'record')} longer than {readers.LONGEST >> 20} MB, which cannot be read: shorten what "
-            "is so long"
+            f"{name}: {many(counts.too_long, 'record')} longer than {readers.MAX_RECORD_BYTES >> 20} MB, which cannot be read: shorten "
+            "what is so long"
         )
     if not found.rows:
         raise UserError(f"{name}: there is no record in it")
@@ -145,9 +145,9 @@ def _add(found: InputRecords, place: str, record: Record, wanted: InputSchema, o
         line = json.dumps(record, ensure_ascii=False, default=str).encode()
     except UnicodeEncodeError:  # half a character
         line = json.dumps(record, default=str).encode()
-    if len(line) >= readers.LONGEST:
+    if len(line) >= readers.MAX_RECORD_BYTES:
         raise UserError(
-            f"{place}: this record is longer than {readers.LONGEST >> 20} MB and cannot be read: shorten it"
+            f"{place}: this record is longer than {readers.MAX_RECORD_BYTES >> 20} MB and cannot be read: shorten it"
         )
     found.places.append(place)
     out.write(line + b"\n")

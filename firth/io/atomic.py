@@ -1,16 +1,16 @@
-"""Files and directories that appear under their names when they are whole, and not before.
+"""Atomic writes: files and directories appear under their names only when they are complete.
 
     with new_file(Path("out.csv")) as partial:      # a path to write; renamed to out.csv at the end
     with new_directory(Path("model")) as partial:   # likewise, a directory
     write_text(Path("done.json"), text)
 
-The partial file or directory is a neighbor of the final one, so that both are on one disk and the rename is atomic.
-A writer that raises removes it. A writer that is killed leaves `NAME.partial`, which the next write of the file
+The partial file or directory is in the directory of the final one, so that both are on one disk and the rename is
+atomic. A writer that raises removes it. A writer that is killed leaves `NAME.partial`, which the next write of the file
 replaces, or `.NAME.partial-...`, which the next write of the directory removes: its writer held a lock on it, and the
-kernel has released that. A power failure can lose what was written; the hashes of `firth.io.integrity` find that.
+kernel has released that. A power failure can lose what was written; the hashes of `firth.io.integrity` detect that.
 
-What the system refuses (no room, a name too long, a file in the way of a directory, no permission) is a UserError that
-names the path.
+Errors of the operating system (disk full, name too long, a file in the way of a directory, no permission) become a
+UserError that names the path.
 """
 
 from __future__ import annotations
@@ -28,25 +28,29 @@ from pathlib import Path
 from firth.types import UserError
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-"""What a write to a full disk, over a quota or past the limit of a file's size ends with."""
+"""Error numbers of a write to a full disk, over a quota or past the maximum file size."""
 
 CURES = {
     **dict.fromkeys(FULL, "free some room and run the same command again"),
     errno.EACCES: "choose another place, or change its permissions",
     errno.EPERM: "choose another place, or change its permissions",
     errno.EROFS: "choose another place to write to",
-    errno.ENOENT: "check the name, and that its directory is there or can be made",
+    errno.ENOENT: "check the name, and that its directory exists or can be created",
     errno.ENAMETOOLONG: "choose a shorter name",
     errno.ENOTDIR: "a file is where a directory should be: choose another place",
     errno.EEXIST: "a file is where a directory should be: choose another place",
     errno.EISDIR: "this is a directory: name a file",
-    errno.ENOTEMPTY: "another process has written this directory meanwhile: run the same command again",
+    errno.ENOTEMPTY: "another process has written this directory in the meantime: run the same command again",
 }
 """Error number -> what the user can do about it."""
 
 
 def refusal(error: OSError, path: Path | str) -> UserError | None:
-    """Return what the system refused as one sentence about `path`; None for an error that is no user's to cure."""
+    """Convert an OSError to a UserError about `path`.
+
+    Returns:
+        The UserError, or None for an error that the user cannot fix.
+    """
     if error.errno not in CURES:
         return None
     reason = os.strerror(error.errno or 0)
@@ -61,7 +65,7 @@ def _shortened(path: str) -> str:
 
 @contextmanager
 def refusals(path: Path) -> Iterator[None]:
-    """Raise what the system refuses inside the block as a UserError that names `path`."""
+    """Convert each OSError raised inside the block to a UserError that names `path`."""
     try:
         yield
     except OSError as error:
@@ -72,21 +76,21 @@ def refusals(path: Path) -> Iterator[None]:
 
 
 def make_directory(path: Path) -> None:
-    """Create a directory and its parents where they are missing."""
+    """Create a directory and its missing parents."""
     with refusals(path):
         path.mkdir(parents=True, exist_ok=True)
 
 
 @contextmanager
 def new_file(path: Path) -> Iterator[Path]:
-    """Yield the path of a partial file; rename it to `path` if the block succeeds, remove it if not."""
+    """Yield the path of a partial file; rename it to `path` if the block succeeds, remove it otherwise."""
     partial = path.with_name(f"{path.name}.partial")
     with refusals(path):
         try:
             yield partial
             os.replace(partial, path)
         except BaseException:
-            with suppress(OSError):  # it was not made, or its name is what the system refused
+            with suppress(OSError):  # it was not created, or its name is the error
                 partial.unlink()
             raise
 
@@ -99,9 +103,9 @@ def write_text(path: Path, text: str) -> None:
 
 @contextmanager
 def new_directory(path: Path) -> Iterator[Path]:
-    """Yield an empty directory; give it the name `path` if the block succeeds, remove it if not.
+    """Yield an empty directory; rename it to `path` if the block succeeds, remove it otherwise.
 
-    A directory that has the name already is replaced.
+    An existing directory of that name is replaced.
     """
     with refusals(path), scratch_directory(path) as partial:
         yield partial
@@ -116,9 +120,9 @@ def new_directory(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def scratch_directory(path: Path) -> Iterator[Path]:
-    """Yield an empty directory beside `path`, on the same disk; remove it at the end.
+    """Yield an empty directory next to `path`, on the same disk; remove it at the end.
 
-    What killed writers of the same `path` left is removed first.
+    Directories left by killed writers of the same `path` are removed first.
     """
     with refusals(path):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -132,9 +136,9 @@ def scratch_directory(path: Path) -> Iterator[Path]:
 
 
 def _locked_directory(path: Path) -> tuple[Path, int]:
-    """Create a scratch directory and return it with the descriptor that holds its lock.
+    """Create a scratch directory and return it with the file descriptor that holds its lock.
 
-    Until it is locked another process may take it for abandoned and remove it: then the next one is made.
+    Until it is locked, another process may consider it abandoned and remove it; then another one is created.
     """
     while True:
         scratch = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.partial-"))
@@ -149,16 +153,16 @@ def _locked_directory(path: Path) -> tuple[Path, int]:
 
 
 def _remove_abandoned(path: Path) -> None:
-    """Remove the scratch directories of `path` whose writers have ended without removing them."""
+    """Remove the scratch directories of `path` whose writers ended without removing them."""
     prefix = f".{path.name}.partial-"
-    for left in [one for one in path.parent.iterdir() if one.name.startswith(prefix) and one.is_dir()]:
+    for abandoned in [p for p in path.parent.iterdir() if p.name.startswith(prefix) and p.is_dir()]:
         try:
-            lock = os.open(left, os.O_RDONLY)
+            lock = os.open(abandoned, os.O_RDONLY)
         except FileNotFoundError:  # its writer has just finished
             continue
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            shutil.rmtree(left, ignore_errors=True)
+            shutil.rmtree(abandoned, ignore_errors=True)
         except BlockingIOError:  # it is being written
             continue
         finally:
@@ -166,9 +170,12 @@ def _remove_abandoned(path: Path) -> None:
 
 
 def check_regular_file(path: Path) -> None:
-    """Raise a UserError for a named pipe, a socket or a device: reading one can wait forever.
+    """Check that a path is not a named pipe, a socket or a device: reading one can block forever.
 
-    A path that does not exist is left to whoever opens it, and so is a directory.
+    Missing paths and directories pass; the caller's open() reports those.
+
+    Raises:
+        UserError: The path is a pipe, a socket or a device.
     """
     with refusals(path):
         try:
@@ -176,4 +183,4 @@ def check_regular_file(path: Path) -> None:
         except FileNotFoundError:
             return
     if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
-        raise UserError(f"{path} is a pipe or a device, not a file: copy what it gives into a file first")
+        raise UserError(f"{path} is a pipe or a device, not a file: copy its output into a file first")

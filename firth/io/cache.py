@@ -1,4 +1,4 @@
-"""Where files that can be made again are kept between runs."""
+"""Location of the cache directory."""
 
 from __future__ import annotations
 
@@ -7,5 +7,5 @@ from pathlib import Path
 
 
 def cache() -> Path:
-    """Return $FIRTH_CACHE, else ~/.cache/firth; it may not exist yet."""
+    """Return the cache directory: $FIRTH_CACHE, else ~/.cache/firth. It may not exist yet."""
     return Path(os.environ.get("FIRTH_CACHE") or Path.home() / ".cache" / "firth")

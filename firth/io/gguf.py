@@ -1,12 +1,12 @@
-"""The GGUF container: one file with a model's metadata, its vocabulary and its tensors, as llama.cpp has it.
+"""The GGUF container format of llama.cpp: one file with a model's metadata, its vocabulary and its tensors.
 
-    magic "GGUF" | version | tensors: how many | metadata: how many | (key, type, value)... |
+    magic "GGUF" | version | number of tensors | number of metadata keys | (key, type, value)... |
     (name, dimensions, type, offset)... | padding | the tensors, each at a multiple of `general.alignment`
 
-Only the container is here: what its keys mean for a model stands in `firth.pretrained.gguf`, what they mean for a
-tokenizer in `firth.tokenizer.gguf_read`, and what its blocks of numbers mean in `firth.pretrained.gguf_quantize`. The layout is that of the
-GGUF specification (github.com/ggml-org/ggml, docs/gguf.md), versions 2 and 3, in the byte order of this world's
-machines. Unlike llama.cpp, arrays in arrays are refused (nobody writes them), and so are overlapping tensors.
+This module handles the container only. `firth.pretrained.gguf` interprets the keys of a model,
+`firth.tokenizer.gguf_read` those of a tokenizer, and `firth.pretrained.gguf_quantize` the quantization blocks. The layout
+is that of the GGUF specification (github.com/ggml-org/ggml, docs/gguf.md), versions 2 and 3, little-endian. Unlike
+llama.cpp, nested arrays (which nobody writes) and overlapping tensors are rejected.
 
 >>> from pathlib import Path; from tempfile import TemporaryDirectory
 >>> with TemporaryDirectory() as folder:
@@ -16,7 +16,7 @@ machines. Unlike llama.cpp, arrays in arrays are refused (nobody writes them), a
 >>> found.metadata, found.tensors["a"].shape
 ({'general.architecture': 'llama'}, (2, 3))
 
-A file is a stranger's: every count and length is held against what is left of the file before anything is made of it.
+Files are untrusted: every count and length is checked against the rest of the file before anything is allocated.
 """
 
 from __future__ import annotations
@@ -38,16 +38,22 @@ VERSIONS = (2, 3)
 NUMBERS = {
     0: "<u1", 1: "<i1", 2: "<u2", 3: "<i2", 4: "<u4", 5: "<i4", 6: "<f4", 7: "?", 10: "<u8", 11: "<i8", 12: "<f8",
 }  # fmt: skip
-"""The number of a value's type -> NumPy's name of it; 8 is a string and 9 an array."""
+"""Number of a metadata value type -> NumPy dtype; 8 is a string and 9 an array."""
 STRING, ARRAY = 8, 9
-MOST_KEYS, MOST_TENSORS, MOST_STRINGS, LONGEST_KEY = 1 << 16, 1 << 17, 1 << 23, 1 << 16
-"""More than any model has; a file that states more is broken, and a reader of it would be busy for minutes."""
-DIMENSIONS = 4
+MAX_KEYS, MAX_TENSORS, MAX_STRINGS, MAX_KEY_BYTES = 1 << 16, 1 << 17, 1 << 23, 1 << 16
+"""Limits far above any real model: a file that states more is damaged, and parsing it would take minutes."""
+MAX_DIMENSIONS = 4
 
 
 @dataclass(frozen=True)
 class GGUFType:
-    """How a tensor's numbers are stored: `block` of them in `size` bytes."""
+    """Storage type of a tensor.
+
+    Args:
+        number: ggml's number of the type.
+        block: Values of one block.
+        size: Bytes of one block.
+    """
 
     number: int
     block: int
@@ -60,13 +66,19 @@ KINDS = {
     "Q8_0": GGUFType(8, 32, 34), "Q2_K": GGUFType(10, 256, 84), "Q3_K": GGUFType(11, 256, 110), "Q4_K": GGUFType(12, 256, 144),
     "Q5_K": GGUFType(13, 256, 176), "Q6_K": GGUFType(14, 256, 210),
 }  # fmt: skip
-"""What is read, by ggml's names. The others (IQ..., TQ..., MXFP4) are refused by their number."""
+"""The supported types, by ggml's names. Others (IQ..., TQ..., MXFP4) are rejected."""
 BY_NUMBER = {kind.number: name for name, kind in KINDS.items()}
 
 
 @dataclass(frozen=True, eq=False)
 class GGUFTensor:
-    """A tensor in a file. shape: as NumPy counts, the rows first. data: (rows, bytes of a row) uint8, memory-mapped."""
+    """A tensor in a file.
+
+    Args:
+        kind: Name of its type, a key of KINDS.
+        shape: In NumPy's order, rows first.
+        data: (rows, bytes per row) uint8, memory-mapped.
+    """
 
     kind: str
     shape: tuple[int, ...]
@@ -75,40 +87,59 @@ class GGUFTensor:
 
 @dataclass(frozen=True, eq=False)
 class GGUFFile:
-    """What a file holds. metadata: key -> bool, int, float, str, list of str, or a NumPy array of numbers."""
+    """Content of a GGUF file.
+
+    Args:
+        path: The file.
+        metadata: Key -> bool, int, float, str, list of str, or a NumPy array of numbers.
+        tensors: Name -> tensor.
+    """
 
     path: Path
     metadata: Mapping[str, Any]
     tensors: Mapping[str, GGUFTensor]
 
     def text(self, key: str, default: str | None = None) -> str:
-        """A value that must be text; UserError where it is something else, or missing without a default."""
+        """Return a text value.
+
+        Raises:
+            UserError: The value is not text, or missing without a default.
+        """
         value = self.metadata.get(key, default)
         if type(value) is not str:
             raise UserError(f"{self.path}: its metadata has no text {key!r}")
         return value
 
     def list(self, key: str) -> list[str]:
-        """A value that must be a list of texts, not empty."""
+        """Return a list of strings.
+
+        Raises:
+            UserError: The value is not a list of strings, empty or missing.
+        """
         value = self.metadata.get(key)
         if type(value) is not list or not value:
             raise UserError(f"{self.path}: its metadata has no list of texts {key!r}")
         return value
 
     def numbers(self, key: str, count: int) -> np.ndarray | None:
-        """A value that must be an array of `count` numbers; None where there is none."""
+        """Return an array of `count` numbers; None if the key is missing.
+
+        Raises:
+            UserError: The value is not an array of `count` numbers.
+        """
         value = self.metadata.get(key)
         if value is None:
             return None
         if not isinstance(value, np.ndarray) or len(value) != count:
-            raise UserError(f"{self.path}: {key!r} in its metadata is no array of {count} numbers")
+            raise UserError(f"{self.path}: {key!r} in its metadata is not an array of {count} numbers")
         return value
 
 
 def find(path: Path) -> Path | None:
-    """The GGUF file that a path names: itself, or the only one of a directory that holds no other model; else None.
+    """Return the GGUF file that a path names: itself, or the only one of a directory without other models; else None.
 
-    UserError where a directory holds several.
+    Raises:
+        UserError: The file does not exist, or the directory has several GGUF files.
     """
     if path.suffix == ".gguf" and not path.is_dir():
         if not path.is_file():
@@ -119,19 +150,19 @@ def find(path: Path) -> Path | None:
         return None
     files = sorted(path.glob("*.gguf"))
     if len(files) > 1:
-        raise UserError(f"{path} holds {len(files)} GGUF files, {files[0].name} first: name the one you mean")
+        raise UserError(f"{path} holds {len(files)} GGUF files ({files[0].name}, ...): give the path of one of them")
     return files[0] if files else None
 
 
 class _Reader:
-    """The bytes of a header, from front to back, never past the end."""
+    """Sequential reader of the header; checks every length against the end of the file."""
 
     def __init__(self, path: Path, data: np.ndarray) -> None:
-        # Through NumPy each of a vocabulary's strings would cost four times as much.
+        # Slicing a NumPy array would make each string of the vocabulary four times as expensive.
         self.path, self.data, self.at, self.strings = path, data.data, 0, 0
 
     def refused(self, why: str) -> UserError:
-        return UserError(f"{self.path}: this is not a GGUF file that can be read: {why}; fetch or convert it again")
+        return UserError(f"{self.path}: this GGUF file cannot be read: {why}; download or convert it again")
 
     def take(self, size: int, what: str) -> bytes:
         if size > len(self.data) - self.at:
@@ -169,7 +200,7 @@ class _Reader:
 
     def vector(self, kind: int, count: int, key: str) -> np.ndarray:
         form = np.dtype(NUMBERS[kind])
-        if kind == 7:  # any byte but 0 and 1 in a NumPy bool is trouble
+        if kind == 7:  # bytes other than 0 and 1 are undefined in a NumPy bool
             return np.frombuffer(self.take(count, f"the value of {key!r}"), np.uint8) != 0
         return np.frombuffer(self.take(count * form.itemsize, f"the value of {key!r}"), form)
 
@@ -177,7 +208,7 @@ class _Reader:
         kind, count = self.number("<I", f"the value of {key!r}"), self.number("<Q", f"the value of {key!r}")
         if kind == STRING:
             self.strings += count
-            if self.strings > MOST_STRINGS or count * 8 > len(self.data) - self.at:
+            if self.strings > MAX_STRINGS or count * 8 > len(self.data) - self.at:
                 raise self.refused(f"the value of {key!r} is a list of {count} texts")
             return [self.string(f"a text of {key!r}") for _ in range(count)]
         if kind not in NUMBERS:
@@ -186,23 +217,27 @@ class _Reader:
 
 
 def read(path: Path) -> GGUFFile:
-    """What a GGUF file holds; its tensors are mapped, not read. UserError where it is broken or of a kind not known."""
+    """Read a GGUF file; its tensors are memory-mapped.
+
+    Raises:
+        UserError: The file is missing or damaged, or uses an unsupported version or type.
+    """
     if not path.is_file() or path.stat().st_size < 24:
-        raise UserError(f"{path}: this is not a GGUF file: it is too short, or not there")
+        raise UserError(f"{path}: this is not a GGUF file: it is too short or missing")
     data = np.memmap(path, np.uint8, mode="r").view(np.ndarray)
     reader = _Reader(path, data)
     if reader.take(4, "its magic") != MAGIC:
         raise reader.refused("it does not begin with GGUF")
     version = reader.number("<I", "its version")
     if version not in VERSIONS:
-        told = "of the other byte order" if version & 0xFFFF == 0 else f"of version {version}"
-        raise reader.refused(f"it is {told}, and firth reads versions 2 and 3, little-endian")
-    tensors, keys = reader.count("tensors", MOST_TENSORS), reader.count("keys", MOST_KEYS)
+        found = "big-endian" if version & 0xFFFF == 0 else f"of version {version}"
+        raise reader.refused(f"it is {found}, and firth reads versions 2 and 3, little-endian")
+    tensors, keys = reader.count("tensors", MAX_TENSORS), reader.count("keys", MAX_KEYS)
     metadata: dict[str, Any] = {}
     for _ in range(keys):
-        key = reader.string("a key", LONGEST_KEY)
+        key = reader.string("a key", MAX_KEY_BYTES)
         if key in metadata:
-            raise reader.refused(f"the key {key!r} is there twice")
+            raise reader.refused(f"the key {key!r} occurs twice")
         metadata[key] = reader.value(key)
     infos = [_info(reader) for _ in range(tensors)]
     alignment = metadata.get("general.alignment", 32)
@@ -212,10 +247,10 @@ def read(path: Path) -> GGUFFile:
 
 
 def _info(reader: _Reader) -> tuple[str, str, tuple[int, ...], int]:
-    """(name, kind, shape, offset) of one tensor."""
-    name = reader.string("a tensor's name", LONGEST_KEY)
+    """Read (name, kind, shape, offset) of one tensor."""
+    name = reader.string("a tensor's name", MAX_KEY_BYTES)
     dimensions = reader.number("<I", f"the tensor {name!r}")
-    if not 0 < dimensions <= DIMENSIONS:
+    if not 0 < dimensions <= MAX_DIMENSIONS:
         raise reader.refused(f"the tensor {name!r} has {dimensions} dimensions")
     shape = tuple(reader.number("<Q", f"the tensor {name!r}") for _ in range(dimensions))[::-1]
     number, offset = reader.number("<I", f"the tensor {name!r}"), reader.number("<Q", f"the tensor {name!r}")
@@ -230,7 +265,7 @@ def _info(reader: _Reader) -> tuple[str, str, tuple[int, ...], int]:
 def _placed(
     reader: _Reader, data: np.ndarray, infos: Sequence[tuple[str, str, tuple[int, ...], int]], alignment: int
 ) -> dict[str, GGUFTensor]:
-    """The tensors' bytes: inside the file, at multiples of the alignment, none over another."""
+    """Map the tensors; each must be inside the file, aligned, and not overlap another."""
     start = _padded(reader.at, alignment)
     found: dict[str, GGUFTensor] = {}
     ends = 0
@@ -238,24 +273,31 @@ def _placed(
         block, size = KINDS[kind].block, KINDS[kind].size
         row, bytes = math.prod(shape[:-1]), shape[-1] // block * size
         if name in found:
-            raise reader.refused(f"the tensor {name!r} is there twice")
+            raise reader.refused(f"the tensor {name!r} occurs twice")
         if 0 in shape or shape[-1] % block:
-            raise reader.refused(f"the tensor {name!r} of shape {shape} has no whole blocks of {kind}")
+            raise reader.refused(f"the tensor {name!r} of shape {shape} is not a whole number of {kind} blocks")
         if offset % alignment or offset < ends or start + offset + row * bytes > len(data):
-            raise reader.refused(f"the tensor {name!r} lies outside of the file, over another one or out of line")
+            raise reader.refused(f"the tensor {name!r} is outside of the file, overlaps another one or is not aligned")
         ends = offset + row * bytes
         found[name] = GGUFTensor(kind, shape, data[start + offset : start + ends].reshape(row, bytes))
     return {name: found[name] for name, *_ in infos}
 
 
 def _plain(value: Any) -> Any:
-    """A number of NumPy's as Python's own: a float32 as the shortest decimal that names it (1e-05, not 9.99e-06)."""
+    """Convert a NumPy scalar; a float32 becomes the shortest decimal that represents it (1e-05, not 9.99e-06)."""
     return float(str(value)) if value.dtype == np.float32 else value.item()
 
 
 @dataclass(frozen=True, eq=False)
 class GGUFTensorSpec:
-    """A tensor to be written. make: called once, when its turn comes; its numbers stored as `kind` says, any shape."""
+    """A tensor to write.
+
+    Args:
+        name: Its name.
+        kind: Name of its type, a key of KINDS.
+        shape: In NumPy's order, rows first.
+        make: Returns its data in the format of `kind`, in any shape; called once, when the tensor is written.
+    """
 
     name: str
     kind: str
@@ -264,9 +306,13 @@ class GGUFTensorSpec:
 
 
 def write(path: Path, metadata: Mapping[str, Any], tensors: Sequence[GGUFTensorSpec], alignment: int = 32) -> None:
-    """Write a file; one tensor at a time is in memory. Values are as in `File`: an int becomes a uint32, a float a float32.
+    """Write a GGUF file atomically, with one tensor in memory at a time.
 
-    The file appears under its name when it is whole.
+    Args:
+        path: The file.
+        metadata: As in `GGUFFile`; an int is written as uint32, a float as float32.
+        tensors: The tensors, in their order in the file.
+        alignment: Each tensor starts at a multiple of this many bytes.
     """
     with new_file(path) as partial, partial.open("wb") as file:
         file.write(MAGIC + struct.pack("<IQQ", VERSIONS[-1], len(tensors), len(metadata)))
@@ -302,7 +348,7 @@ def _string(text: str) -> bytes:
 
 
 def _value(value: Any) -> bytes:
-    """A value's type and bytes."""
+    """Return the type and the bytes of a value."""
     if isinstance(value, np.ndarray):
         number = next(n for n, form in NUMBERS.items() if np.dtype(form) == value.dtype)
         return struct.pack("<IIQ", ARRAY, number, len(value)) + value.tobytes()

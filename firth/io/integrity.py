@@ -1,13 +1,15 @@
-"""Content hashes: what was written is compared with what is read.
+"""Content hashes that detect damaged files.
 
     record = sealed({"step": 3}, directory, ["model.safetensors"])     # adds "files" and "digest"
     verify(record, directory, directory / "firth.json", "copy it again")
-    write_record(run / "done.json", {"steps": 600})                    # a file of its own: adds "digest"
+    write_record(run / "done.json", {"steps": 600})                    # a JSON file: adds "digest"
     record = read_record(run / "done.json", {"steps": int}, "delete it")
 
-"files" has the size and the SHA-256 of each file, "digest" is the SHA-256 of the record without itself. Both detect
-damage, not forgery. SHA-256 reads 1.5 GB/s on one core of a CPU with instructions for it (0.3 GB/s without): about as
-long as copying the tensors of a model takes.
+"files" has the size and the SHA-256 of each file; "digest" is the SHA-256 of the record without this field. Both detect
+damage, not forgery. SHA-256 reads 1.5 GB/s on one core of a CPU with SHA instructions (0.3 GB/s without): about as long
+as copying the tensors of a model takes.
+
+`cure`, an argument of most functions here, is the end of the error message: what the user can do.
 """
 
 from __future__ import annotations
@@ -24,87 +26,95 @@ from firth.io.json_files import Fields, read_object
 from firth.types import UserError
 
 HASH = re.compile("[0-9a-f]{64}")
-"""A SHA-256 as these files have it."""
+"""A SHA-256 in hexadecimal."""
 
 COPY_AGAIN = 'copy the directory again, or remove "files" and "digest" from firth.json if you changed it on purpose'
-"""What a user can do about a model or an adapter directory that does not verify."""
+"""What the user can do about a damaged model or adapter directory."""
 
 
 def file_facts(path: Path) -> dict[str, Any]:
-    """Return the size and the SHA-256 of a file: {"bytes", "sha256"}."""
+    """Return {"bytes", "sha256"} of a file."""
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
         return {"bytes": file.tell(), "sha256": digest}
 
 
 def digest(record: Mapping[str, Any]) -> str:
-    """Return the SHA-256 of a record of JSON values, whatever the order of its keys and its white space."""
+    """Return the SHA-256 of a record of JSON values, independent of the order of its keys."""
     return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
 
 
 def sealed(record: Mapping[str, Any], directory: Path, names: Iterable[str]) -> dict[str, Any]:
-    """Return the record with the hashes of the named files of a directory, and its own."""
+    """Return the record with the hashes of the named files of a directory and its own digest."""
     return with_digest({**record, "files": {name: file_facts(directory / name) for name in sorted(names)}})
 
 
 def with_digest(record: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the record with its own hash."""
+    """Return the record with its digest."""
     plain: dict[str, Any] = json.loads(json.dumps(record))  # tuples become lists, as in the file
     return plain | {"digest": digest(plain)}
 
 
 def check_digest(record: Mapping[str, Any], file: Path, cure: str) -> None:
-    """Raise a UserError if a record read from `file` is not the one that was written. cure: what the user can do."""
+    """Check that a record read from `file` is the one that was written.
+
+    Raises:
+        UserError: The digest differs.
+    """
     rest = {name: value for name, value in record.items() if name != "digest"}
     if record.get("digest") != digest(rest):
         raise UserError(f"{file} is not as it was written (its digest differs): {cure}")
 
 
 def write_record(file: Path, record: Mapping[str, Any]) -> None:
-    """Write a JSON file with its own hash."""
+    """Write a record as a JSON file with its digest."""
     write_text(file, json.dumps(with_digest(record), indent=1) + "\n")
 
 
 def read_record(file: Path, needs: Fields | None = None, cure: str = "copy it again") -> dict[str, Any]:
-    """Return the object in a JSON file, without its hash; one that has none is of an older version.
+    """Return the object in a JSON file without its digest; files of older versions have none.
 
     Args:
-        file: Where it is.
-        needs: The fields that it must have, with their types.
+        file: The JSON file.
+        needs: Required fields and their types.
         cure: What the user can do about a damaged file.
 
     Raises:
-        UserError: It is damaged, or lacks a field.
+        UserError: The file is damaged, or a field is missing.
     """
     record = read_object(file, needs, cure)
     misnamed = any(isinstance(value, str) and HASH.fullmatch(value) for value in record.values())
-    if "digest" in record or misnamed:  # the name of the field may be what is damaged
+    if "digest" in record or misnamed:  # the damage may be in the name of the field
         check_digest(record, file, cure)
     return {name: value for name, value in record.items() if name != "digest"}
 
 
 def read_done(run: Path) -> dict[str, Any]:
-    """Return what done.json of a run directory holds; empty where the run is not finished."""
+    """Return the content of done.json of a run directory; empty if the run is not finished."""
     file = run / "done.json"
     cure = f"delete {file}, and `firth train {run}` exports the model again"
     return read_record(file, {"steps": int}, cure) if file.exists() else {}
 
 
 def check_recipe(run: Path) -> None:
-    """Raise a UserError if recipe.yaml of a run directory is not the file that its inputs.json has the hash of."""
+    """Check recipe.yaml of a run directory against its hash in inputs.json.
+
+    Raises:
+        UserError: The file was changed.
+    """
     file, inputs = run / "recipe.yaml", run / "inputs.json"
-    began = read_record(inputs).get("recipe_file") if inputs.exists() and file.exists() else None
-    if began not in (None, file_facts(file)["sha256"] if file.exists() else None):
+    recorded = read_record(inputs).get("recipe_file") if inputs.exists() and file.exists() else None
+    if recorded not in (None, file_facts(file)["sha256"] if file.exists() else None):
         raise UserError(f"{file} was changed after the run began: put it back")
 
 
 def verify(record: Mapping[str, Any], directory: Path, file: Path, cure: str) -> None:
-    """Compare a record read from `file`, and the files that it lists, with what was written.
+    """Check a record read from `file`, and the files that it lists, against their hashes.
 
     A record without "files" and "digest" is of another program or of an older version, and passes.
 
     Raises:
-        UserError: The record or a file differs, or a file is missing. `cure` says what the user can do.
+        UserError: The record or a file differs, or a file is missing.
     """
     if "files" not in record and "digest" not in record:
         return
@@ -113,10 +123,15 @@ def verify(record: Mapping[str, Any], directory: Path, file: Path, cure: str) ->
 
 
 def verify_files(files: Mapping[str, Any], directory: Path, cure: str) -> None:
-    """Compare files with their sizes and hashes (`file_facts`), by name.
+    """Check files of a directory against their sizes and hashes.
+
+    Args:
+        files: Name -> `file_facts`.
+        directory: Where they are.
+        cure: What the user can do about a damaged file.
 
     Raises:
-        UserError: One differs or is missing. `cure` says what the user can do.
+        UserError: A file differs or is missing.
     """
     for name, facts in files.items():
         path = directory / name

@@ -1,12 +1,12 @@
-"""Tensors and JSON in files that others have written: read with suspicion, written as transformers lays them out.
+"""Read and write the tensors and JSON files of a model directory, in the layout of transformers.
 
     model.safetensors                                                one file
-    model-00001-of-00002.safetensors  model.safetensors.index.json   several, and which tensor lies in which
+    model-00001-of-00002.safetensors  model.safetensors.index.json   several shards, and the shard of each tensor
 
-A safetensors file is eight bytes that say how long its header is, the header (JSON: name -> dtype, shape, first and last
-byte) and the bytes. What a stranger's file claims is checked against the size of the file before anything of that size
-is made; then the bytes are mapped, not read, so that a model costs its own memory once. Pickles run code and are never
-opened; quantised weights and remote code are refused by name.
+A safetensors file is the length of its header (8 bytes), the header (JSON: name -> dtype, shape, first and last byte) and
+the raw tensors. Files are untrusted: what a header claims is checked against the size of the file before memory is
+allocated. The tensors are memory-mapped, so that a model needs its own memory once. Pickles run code and are never
+opened; quantized weights and remote code are rejected.
 
     state = read_tensors(Path("model"))
     write_tensors(state, Path("copy"), Storage(torch.bfloat16, shard=parse_size("2GB")))
@@ -34,19 +34,19 @@ from firth.io.safetensors_blocks import safetensors_blocks
 from firth.types import UserError
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
-HEADER = 100 << 20
-"""Bytes of the longest header of a safetensors file: the library's own limit."""
+MAX_HEADER_BYTES = 100 << 20
+"""Maximum length of a safetensors header: the library's own limit."""
 
-BYTES = {
+ITEM_BYTES = {
     "BOOL": 1, "U8": 1, "I8": 1, "F8_E5M2": 1, "F8_E4M3": 1, "I16": 2, "U16": 2, "F16": 2, "BF16": 2, "I32": 4, "U32": 4,
     "F32": 4, "F64": 8, "I64": 8, "U64": 8,
 }  # fmt: skip
-"""safetensors' dtype -> bytes of a number."""
+"""safetensors dtype -> bytes of a value."""
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-"""What weights may be written as, by name."""
+"""Name -> dtype that weights can be written in."""
 WEIGHTS = (*DTYPES.values(), torch.float64)
-"""What weights may be read as."""
+"""Dtypes that weights can be read in."""
 
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.pickle")
 OTHERS = ("*.h5", "*.msgpack", "*.onnx", "*.npz")
@@ -54,7 +54,12 @@ OTHERS = ("*.h5", "*.msgpack", "*.onnx", "*.npz")
 
 @dataclass(frozen=True)
 class Storage:
-    """How tensors are written. dtype: None as they are. shard: most bytes in one file, 0 for one file."""
+    """How tensors are written.
+
+    Args:
+        dtype: Cast floating-point tensors to this type; None keeps theirs.
+        shard: Maximum bytes of one file; 0 writes one file.
+    """
 
     dtype: torch.dtype | None = None
     shard: int = 0
@@ -64,7 +69,10 @@ AS_IT_IS = Storage()
 
 
 def parse_size(text: str) -> int:
-    """Bytes of a size as people write it; "" and "0" are no limit. UserError otherwise.
+    """Parse a size such as "2GB" to bytes; "" and "0" mean no limit.
+
+    Raises:
+        UserError: The text is not a size.
 
     >>> parse_size("2GB"), parse_size("500 MB"), parse_size("20kb"), parse_size("")
     (2000000000, 500000000, 20000, 0)
@@ -73,12 +81,16 @@ def parse_size(text: str) -> int:
     if not text.strip():
         return 0
     if found is None:
-        raise UserError(f"{text!r} is no size: write 5GB, 500MB or a number of bytes")
+        raise UserError(f"{text!r} is not a size: write 5GB, 500MB or a number of bytes")
     return int(float(found[1]) * 1000 ** ("kmgt".index(found[2]) + 1 if found[2] else 0))
 
 
 def read_list(file: Path) -> list[dict[str, Any]]:
-    """The objects listed in a JSON file; UserError for anything else."""
+    """Return the list of objects in a JSON file.
+
+    Raises:
+        UserError: The file is not a JSON list of objects.
+    """
     found = parsed(file)
     if type(found) is not list or not all(type(one) is dict for one in found):
         raise UserError(f"{file} is not a JSON list of objects")
@@ -86,82 +98,82 @@ def read_list(file: Path) -> list[dict[str, Any]]:
 
 
 def write_json(file: Path, value: Mapping[str, Any]) -> None:
-    """An object into a file, which is there whole or not at all."""
+    """Write an object to a JSON file atomically."""
     write_text(file, json.dumps(value, indent=2) + "\n")
 
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """What a header says of a tensor."""
+    """Dtype and shape of a tensor, as a header states them."""
 
     dtype: str
     shape: tuple[int, ...]
 
 
 def header(file: Path) -> dict[str, TensorInfo]:
-    """The tensors that a safetensors file claims to hold; UserError where its bytes cannot be those.
+    """Return name -> TensorInfo of the tensors in a safetensors file.
 
-    Raised for a file that is cut off, a header longer than the file, text that is not JSON, names twice, unknown dtypes,
-    sizes that are none, bytes that do not fit a shape, overlap, leave a gap or lie past the end.
+    Raises:
+        UserError: The file is cut off, the header is longer than the file or not JSON, a name occurs twice, a dtype is unknown,
+            a size is invalid, or the bytes of a tensor do not match its shape, overlap, leave a gap or exceed the file.
     """
     check_regular_file(file)
     size = file.stat().st_size
     with file.open("rb") as opened:
-        long = int.from_bytes(opened.read(8), "little")
-        if size < 8 or long > min(size - 8, HEADER):
+        length = int.from_bytes(opened.read(8), "little")
+        if size < 8 or length > min(size - 8, MAX_HEADER_BYTES):
             raise _broken(file, "it is cut off, or its header claims to be longer than the file")
-        text = opened.read(long)
+        text = opened.read(length)
     try:
-        told = json.loads(text, object_pairs_hook=_once, parse_constant=no_number)
+        entries = json.loads(text, object_pairs_hook=_once, parse_constant=no_number)
     except (ValueError, RecursionError) as fault:
-        raise _broken(file, f"its header is not JSON that can be read: {str(fault)[:80]}") from None
+        raise _broken(file, f"its header is not JSON: {str(fault)[:80]}") from None
     found: dict[str, TensorInfo] = {}
-    places: list[tuple[int, int]] = []
-    for name, said in told.items() if type(told) is dict else [("its header", told)]:
+    spans: list[tuple[int, int]] = []
+    for name, entry in entries.items() if type(entries) is dict else [("its header", entries)]:
         if name == "__metadata__":
             continue
-        kept, place = _kept(file, name, said)
-        found[name] = kept
-        places.append(place)
+        found[name], span = _tensor_info(file, name, entry)
+        spans.append(span)
     end = 0
-    for first, last in sorted(places):
+    for first, last in sorted(spans):
         if first != end:
             raise _broken(file, "its tensors overlap, or there is a gap between them")
         end = last
-    if end != size - 8 - long:
-        raise _broken(file, f"its tensors take {end:,} bytes, and there are {size - 8 - long:,}")
+    if end != size - 8 - length:
+        raise _broken(file, f"its tensors take {end:,} bytes, and there are {size - 8 - length:,}")
     return found
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) != len(pairs):
-        raise ValueError("a name stands there twice")
+        raise ValueError("a name occurs twice")
     return found
 
 
-def _kept(file: Path, name: str, said: Any) -> tuple[TensorInfo, tuple[int, int]]:
-    """One line of a header: what it says, and its first and last byte."""
-    said = said if type(said) is dict else {}
-    dtype, shape, place = said.get("dtype"), said.get("shape"), said.get("data_offsets")
-    if not _counts(shape) or not _counts(place) or len(place) != 2 or place[0] > place[1]:
-        raise _broken(file, f"{name!r:.80} has no shape and no place that could be")
-    if type(dtype) is not str or dtype not in BYTES:
+def _tensor_info(file: Path, name: str, entry: Any) -> tuple[TensorInfo, tuple[int, int]]:
+    """Parse one entry of a header: the TensorInfo, and its first and last byte."""
+    entry = entry if type(entry) is dict else {}
+    dtype, shape, offsets = entry.get("dtype"), entry.get("shape"), entry.get("data_offsets")
+    if not _counts(shape) or not _counts(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
+        raise _broken(file, f"{name!r:.80} has an invalid shape or invalid offsets")
+    if type(dtype) is not str or dtype not in ITEM_BYTES:
         raise _broken(file, f"{name!r:.80} is of the unknown type {dtype!r:.20}")
-    wanted = BYTES[dtype]
+    expected = ITEM_BYTES[dtype]
     for count in shape:
-        wanted *= count
-        if wanted > 1 << 62:
-            raise _broken(file, f"{name!r:.80} claims to have more numbers than any file holds")
-    if place[1] - place[0] != wanted:
+        expected *= count
+        if expected > 1 << 62:
+            raise _broken(file, f"{name!r:.80} claims more numbers than any file can hold")
+    if offsets[1] - offsets[0] != expected:
         raise _broken(
-            file, f"{name!r:.80} has the shape {tuple(shape)} and {place[1] - place[0]:,} bytes, not {wanted:,}"
+            file, f"{name!r:.80} has the shape {tuple(shape)} and {offsets[1] - offsets[0]:,} bytes, not {expected:,}"
         )
-    return TensorInfo(dtype, tuple(shape)), (place[0], place[1])
+    return TensorInfo(dtype, tuple(shape)), (offsets[0], offsets[1])
 
 
 def _counts(value: Any) -> bool:
-    """Whether it is a list of numbers that count something."""
+    """Return whether a value is a list of nonnegative integers."""
     return type(value) is list and len(value) <= 16 and all(type(n) is int and 0 <= n < 1 << 62 for n in value)
 
 
@@ -170,53 +182,58 @@ def _broken(file: Path, why: str) -> UserError:
 
 
 def read_tensors(directory: Path) -> dict[str, Tensor]:
-    """All tensors of a model directory, from one file or several: mapped from the files, copied when they are used.
+    """Return all tensors of a model directory, memory-mapped, from one file or several shards.
 
-    UserError where none are there, where only pickles are, where a file is damaged or the index and the files disagree.
+    Raises:
+        UserError: The directory has no safetensors (or only pickles), a file is damaged, or the index and the shards disagree.
     """
     single, index = directory / SINGLE, directory / INDEX
     state: dict[str, Tensor] = {}
     if single.exists():
-        return _opened(single, header(single))
+        return _load(single, header(single))
     if not index.exists():
-        raise _without_weights(directory)
-    for name, wanted in sorted(_shards(index).items()):
+        raise _no_weights(directory)
+    for name, expected in sorted(_shards(index).items()):
         file = directory / name
         if not file.is_file():
             raise UserError(f"{index} names {name}, which is not there: copy it too")
-        there = header(file)
-        for tensor in sorted(wanted ^ there.keys()):
-            where = (index.name, name) if tensor in wanted else (name, index.name)
+        present = header(file)
+        for tensor in sorted(expected ^ present.keys()):
+            where = (index.name, name) if tensor in expected else (name, index.name)
             raise UserError(
-                f"{directory}: {where[0]} has the tensor {tensor!r:.80}, and {where[1]} has not: copy both again"
+                f"{directory}: {where[0]} has the tensor {tensor!r:.80}, and {where[1]} does not: copy both again"
             )
-        state |= _opened(file, there)
+        state |= _load(file, present)
     return state
 
 
 def read_file(file: Path) -> dict[str, Tensor]:
-    """All tensors of one safetensors file; UserError where it is not there or is damaged."""
+    """Return all tensors of one safetensors file.
+
+    Raises:
+        UserError: The file is missing or damaged.
+    """
     if not file.is_file():
-        raise _without_weights(file.parent, file.name)
-    return _opened(file, header(file))
+        raise _no_weights(file.parent, file.name)
+    return _load(file, header(file))
 
 
 def _shards(index: Path) -> dict[str, set[str]]:
-    """File -> the tensors that it should hold, of an index."""
-    told = read_json(index).get("weight_map")
+    """Return file name -> the names of its tensors, from an index."""
+    weight_map = read_json(index).get("weight_map")
     shards: dict[str, set[str]] = {}
-    for tensor, name in told.items() if type(told) is dict else ():
+    for tensor, name in weight_map.items() if type(weight_map) is dict else ():
         if type(name) is not str or not re.fullmatch(r"[\w.-]+\.safetensors", name):
-            raise UserError(f"{index} names {name!r:.80}, which is no safetensors file of its own directory")
+            raise UserError(f"{index} names {name!r:.80}, which is not a safetensors file in the same directory")
         shards.setdefault(name, set()).add(tensor)
     if not shards:
         raise UserError(f"{index} has no weight_map: copy it again")
     return shards
 
 
-def _without_weights(directory: Path, name: str = SINGLE) -> UserError:
+def _no_weights(directory: Path, name: str = SINGLE) -> UserError:
     pickles, others = (
-        next((f.name for p in some for f in sorted(directory.glob(p))), "") for some in (PICKLES, OTHERS)
+        next((f.name for p in patterns for f in sorted(directory.glob(p))), "") for patterns in (PICKLES, OTHERS)
     )
     if pickles:
         return UserError(
@@ -228,32 +245,40 @@ def _without_weights(directory: Path, name: str = SINGLE) -> UserError:
     return UserError(f"{directory} holds no {name}")
 
 
-def _opened(file: Path, there: Iterable[str]) -> dict[str, Tensor]:
+def _load(file: Path, names: Iterable[str]) -> dict[str, Tensor]:
     try:
         with safe_open(file, "pt") as opened:
-            return {name: opened.get_tensor(name) for name in there}
+            return {name: opened.get_tensor(name) for name in names}
     except (SafetensorError, OSError, ValueError, RuntimeError) as fault:
         raise _broken(file, str(fault)[:120]) from None
 
 
 def check_no_foreign_code(config: Mapping[str, Any], file: Path) -> None:
-    """UserError for a config.json whose model is made by code beside it, or whose weights are quantised."""
+    """Check that a config.json needs no custom code (auto_map) and no quantized weights.
+
+    Raises:
+        UserError: It needs one of them.
+    """
     if config.get("auto_map"):
         raise UserError(
-            f"{file} asks for code of its own (auto_map), and firth runs no code of a model directory: take a model whose "
+            f"{file} needs custom code (auto_map), and firth runs no code of a model directory: use a model whose "
             "class is part of transformers"
         )
-    quantised = config.get("quantization_config")
-    if quantised:
-        told = quantised.get("quant_method", "") if type(quantised) is dict else ""
+    quantization = config.get("quantization_config")
+    if quantization:
+        method = quantization.get("quant_method", "") if type(quantization) is dict else ""
         raise UserError(
-            f"{file} says that the weights are quantised ({told or 'quantization_config'}), and firth reads fp32, fp16, bf16 "
-            "and fp64: take the unquantised model"
+            f"{file} states that the weights are quantized ({method or 'quantization_config'}), and firth reads fp32, fp16, bf16 "
+            "and fp64: use the unquantized model"
         )
 
 
 def check_numbers(state: Mapping[str, Tensor], where: Path) -> None:
-    """UserError if a tensor that is a weight is no floating-point number of a usual kind."""
+    """Check that each tensor has a supported floating-point dtype.
+
+    Raises:
+        UserError: One has another dtype.
+    """
     for name, tensor in state.items():
         if tensor.dtype not in WEIGHTS:
             kind = str(tensor.dtype).removeprefix("torch.")
@@ -263,28 +288,33 @@ def check_numbers(state: Mapping[str, Tensor], where: Path) -> None:
 
 
 def check_finite(state: Mapping[str, Tensor], where: Path) -> None:
-    """Raise a UserError if a tensor holds a NaN or an infinity. `aminmax` passes a NaN on, and reads 16 GB/s."""
+    """Check that no tensor contains NaN or infinity. `aminmax` propagates NaN and reads 16 GB/s.
+
+    Raises:
+        UserError: A tensor does.
+    """
     for name, tensor in state.items():
         if tensor.is_floating_point() and tensor.numel() and not torch.stack(torch.aminmax(tensor)).isfinite().all():
             raise UserError(
-                f"{where}: the tensor {name!r} holds a number that is not finite (NaN or infinity), which makes every answer "
-                "of the model NaN: take a whole copy, or an earlier checkpoint of its training"
+                f"{where}: the tensor {name!r} holds a number that is not finite (NaN or infinity), which makes every output "
+                "of the model NaN: copy it again, or use an earlier checkpoint"
             )
 
 
 def write_tensors(state: Mapping[str, Tensor], directory: Path, storage: Storage = AS_IT_IS) -> list[str]:
-    """Write all tensors, and an index where they take several files; what an earlier write left over is removed.
+    """Write tensors as safetensors files, with an index if there are several, and remove the files of an earlier write.
 
-    Returns the names of the files.
+    Returns:
+        The names of the files.
 
     Raises:
-        UserError: A number is not finite, or too large for the type.
+        UserError: A value is not finite, or too large for the dtype.
     """
     check_finite(state, directory)
-    width = {
+    itemsize = {
         name: (tensor.dtype if storage.dtype is None else storage.dtype).itemsize for name, tensor in state.items()
     }
-    shards = _packed({name: tensor.numel() * width[name] for name, tensor in state.items()}, storage.shard)
+    shards = _packed({name: tensor.numel() * itemsize[name] for name, tensor in state.items()}, storage.shard)
     files = (
         [SINGLE]
         if len(shards) == 1
@@ -292,33 +322,33 @@ def write_tensors(state: Mapping[str, Tensor], directory: Path, storage: Storage
     )
     for name, shard in zip(files, shards, strict=True):
         write_file({tensor: _cast(state[tensor], storage.dtype, tensor) for tensor in shard}, directory / name)
-    left = [*directory.glob("model-*-of-*.safetensors"), directory / SINGLE, directory / INDEX]
-    for file in left:
+    previous = [*directory.glob("model-*-of-*.safetensors"), directory / SINGLE, directory / INDEX]
+    for file in previous:
         if file.name not in files:
             file.unlink(missing_ok=True)
     if len(files) > 1:
-        total = sum(tensor.numel() * width[name] for name, tensor in state.items())
-        told = {"total_size": total, "total_parameters": sum(tensor.numel() for tensor in state.values())}
+        total = sum(tensor.numel() * itemsize[name] for name, tensor in state.items())
+        metadata = {"total_size": total, "total_parameters": sum(tensor.numel() for tensor in state.values())}
         where = {tensor: name for name, shard in zip(files, shards, strict=True) for tensor in shard}
-        write_json(directory / INDEX, {"metadata": told, "weight_map": dict(sorted(where.items()))})
+        write_json(directory / INDEX, {"metadata": metadata, "weight_map": dict(sorted(where.items()))})
         files.append(INDEX)
     return files
 
 
 def _packed(sizes: Mapping[str, int], most: int) -> list[list[str]]:
-    """Names in their order, in groups of at most so many bytes; what is larger is alone.
+    """Group names, in their order, by at most `most` bytes; a larger tensor is a group of its own.
 
     >>> _packed({"a": 3, "b": 2, "c": 9, "d": 1}, 5)
     [['a', 'b'], ['c'], ['d']]
     """
     groups: list[list[str]] = [[]]
-    room = most or math.inf
+    remaining = most or math.inf
     for name, size in sizes.items():
-        if size > room and groups[-1]:
+        if size > remaining and groups[-1]:
             groups.append([])
-            room = most or math.inf
+            remaining = most or math.inf
         groups[-1].append(name)
-        room -= size
+        remaining -= size
     return groups
 
 
@@ -328,19 +358,19 @@ def _cast(tensor: Tensor, dtype: torch.dtype | None, name: str) -> Tensor:
     cast = tensor.to(dtype)
     if cast.isinf().any():
         kind, most = next(name for name, one in DTYPES.items() if one == dtype), torch.finfo(dtype).max
-        raise UserError(f"a number in {name} is too large for {kind}, which ends at {most:g}: write fp32")
+        raise UserError(f"a value in {name} is too large for {kind} (at most {most:g}): write fp32")
     return cast
 
 
 def write_file(state: Mapping[str, Tensor], file: Path) -> None:
-    """Tensors into one safetensors file, which is there whole or not at all."""
+    """Write tensors to one safetensors file atomically."""
     with new_file(file) as partial, partial.open("wb") as out:
         for block in safetensors_blocks(state):
             out.write(block)
 
 
 def dtypes(directory: Path) -> list[torch.dtype]:
-    """The types of floating-point numbers in a model directory's files, the commonest first."""
+    """Return the floating-point dtypes in a model directory, the most common first."""
     counts: Counter[torch.dtype] = Counter()
     for tensor in read_tensors(directory).values():
         if tensor.is_floating_point():

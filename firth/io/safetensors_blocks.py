@@ -1,7 +1,7 @@
-"""The safetensors format, written piece by piece.
+"""Write the safetensors format block by block.
 
-The library's own writer reports a full disk as an error of its own kind, and offers no way to hash and flush as it
-writes; reading is the library's (`safetensors.safe_open`).
+The library's own writer reports a full disk as an error of its own type, and cannot hash or flush while it writes.
+Reading uses the library (`safetensors.safe_open`).
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ DTYPES = {
     torch.uint16: "U16", torch.uint32: "U32", torch.uint64: "U64",
     torch.float8_e5m2: "F8_E5M2", torch.float8_e4m3fn: "F8_E4M3",
 }  # fmt: skip
-"""torch's type -> its name in a header."""
+"""torch dtype -> its name in a safetensors header."""
 
 
 def safetensors_blocks(tensors: Mapping[str, Tensor]) -> Iterator[bytes | memoryview]:
-    """Yield the bytes of a safetensors file: the header's length (8 bytes), the header (JSON), then the raw tensors.
+    """Yield the bytes of a safetensors file: the length of the header (8 bytes), the header (JSON), then the raw tensors.
 
-    The widest types come first, so that every tensor lies at a multiple of its own width.
+    The widest dtypes come first, so that every tensor is aligned to its own item size.
     """
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     start = 0

@@ -1,4 +1,7 @@
-"""YAML with bounds: a file of a kilobyte can describe a gigabyte (aliases of aliases), or nest until Python's stack ends."""
+"""Read YAML within limits.
+
+A file of a kilobyte can describe a gigabyte (aliases of aliases), or nest beyond Python's recursion limit.
+"""
 
 from __future__ import annotations
 
@@ -11,18 +14,18 @@ from firth.io.atomic import check_regular_file
 from firth.types import UserError
 
 MAX_BYTES = 1 << 20
-"""Bytes of the longest YAML file that is read; PyYAML takes ten seconds for it, and no recipe has a tenth."""
+"""Maximum size of a YAML file; PyYAML takes ten seconds for it, and no recipe has a tenth of it."""
 MAX_VALUES = 100_000
-"""Values that a document may have, each alias counted as all that it stands for."""
+"""Maximum number of values in a document with all aliases expanded."""
 MAX_DEPTH = 50
-"""How deep values may be nested."""
+"""Maximum nesting depth."""
 
 
 def read_yaml(path: Path) -> tuple[Any, yaml.Node | None]:
-    """Return what a YAML file holds, as plain data and as nodes with their lines.
+    """Return the content of a YAML file, as plain data and as nodes with line numbers.
 
     Raises:
-        UserError: There is no such file, it is not YAML, or it is larger than the bounds.
+        UserError: The file does not exist, is not YAML, or exceeds the limits.
     """
     check_regular_file(path)
     try:
@@ -37,11 +40,19 @@ def read_yaml(path: Path) -> tuple[Any, yaml.Node | None]:
 
 
 def parse_yaml(text: str, name: str) -> tuple[Any, yaml.Node | None]:
-    """`read_yaml` of a text. name: where it is from, for the message."""
+    """Parse YAML text as `read_yaml` does.
+
+    Args:
+        text: The YAML text.
+        name: The source of the text, for error messages.
+
+    Raises:
+        UserError: The text is not YAML, or exceeds the limits.
+    """
     try:
         node = yaml.compose(text, Loader=yaml.SafeLoader)
         if node is not None and _values(node, {}, 0) > MAX_VALUES:
-            raise UserError(f"{name}: its aliases stand for more than {MAX_VALUES:,} values: write them out, or fewer")
+            raise UserError(f"{name}: its aliases expand to more than {MAX_VALUES:,} values: use fewer aliases")
         return yaml.safe_load(text), node
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
@@ -49,17 +60,17 @@ def parse_yaml(text: str, name: str) -> tuple[Any, yaml.Node | None]:
         reason = " ".join(str(getattr(error, "problem", error)).split())
         raise UserError(f"{name}{line}: this is not YAML: {reason}") from None
     except RecursionError:
-        raise UserError(f"{name}: its values are nested too deeply to be read") from None
+        raise UserError(f"{name}: its values are nested too deeply") from None
     except ValueError as error:  # a date that does not exist, a number of too many digits
         raise UserError(f"{name}: this is not YAML: {error}") from None
 
 
 def _values(node: yaml.Node, known: dict[int, int], depth: int) -> int:
-    """Count the values under a node, aliases expanded. An alias of a node around it would have no end: it is refused too."""
+    """Count the values under a node, aliases expanded. An alias of an enclosing node would never end, so it is rejected."""
     if depth > MAX_DEPTH:
         raise RecursionError
     if id(node) not in known:
-        known[id(node)] = MAX_VALUES + 1  # until it is counted: whoever meets it before is inside of it
+        known[id(node)] = MAX_VALUES + 1  # until it is counted: only nodes inside of it meet it before
         children: list[yaml.Node] = []
         if isinstance(node, yaml.MappingNode):
             children = [one for pair in node.value for one in pair]

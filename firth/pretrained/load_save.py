@@ -107,8 +107,8 @@ def save_model(
         reads: Literal["seq2seq", "causal", "bidirectional"] = (
             "causal" if model.config.causal or model.config.prefix_lm else "bidirectional"
         )
-        tokenizer.framed("seq2seq" if model.config.num_encoder_layers else reads).save(
-            directory, segments=model.config.type_vocab_size > 0
+        tokenizer.with_post_processor("seq2seq" if model.config.num_encoder_layers else reads).save(
+            directory, token_type_ids=model.config.type_vocab_size > 0
         )
     # Not of the files that people edit: chat_template.jinja, generation_config.json, tokenizer_config.json. What decides
     # the ids has the tokenizer's digest.

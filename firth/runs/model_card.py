@@ -20,7 +20,7 @@ from typing import Any
 
 import yaml
 
-from firth.corpora.catalog import CATALOGUE
+from firth.corpora.catalog import CATALOG
 from firth.io.atomic import write_text
 from firth.io.gguf import find, read
 from firth.io.integrity import check_recipe, read_done
@@ -99,7 +99,7 @@ def of_run(
     corpus = "" if source.get("path") else str(source.get("corpus") or "").partition("/")[0]
     return ModelCard(
         place, model, summary, facts, run.resolve().name, recipe, read_done(run) if done is None else done,
-        samples, PurePath(start).name, license, language or ("en" if corpus in CATALOGUE else ""),
+        samples, PurePath(start).name, license, language or ("en" if corpus in CATALOG else ""),
     )  # fmt: skip
 
 
@@ -175,12 +175,12 @@ def _training(card: ModelCard) -> list[str]:
         return [f"## Training\n\nThis model came {origin}; see its own card for its training data."]
     source = _at(card.recipe, "data") or {}
     corpus = str(source.get("corpus") or "")
-    known = CATALOGUE.get(corpus.partition("/")[0])
+    known = CATALOG.get(corpus.partition("/")[0])
     if source.get("path") or known is None:
         data = ", ".join(f"`{p}`" for p in source.get("path") or ()) or "not stated"
         data += "; the license of these files is not known to firth"
     else:
-        data = f"{corpus}: {known.about}, from {known.package}; license: {known.licence}"
+        data = f"{corpus}: {known.about}, from {known.package}; license: {known.license}"
         data += f" ({known.note})" if known.note else ""
     rows = [("objective", " + ".join(_objectives(card.recipe))), ("data", data)]
     done = card.result

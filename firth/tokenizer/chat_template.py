@@ -1,12 +1,12 @@
-"""A tokenizer's own chat template (Jinja, chat_template.jinja), taken apart: what it writes itself, and what was said.
+"""Split the text of a tokenizer's own chat template (Jinja, chat_template.jinja) from the contents of the messages.
 
-A template is a program of strangers that mixes control tokens with what users write. It is rendered in Jinja's
-sandbox, in a process of its own with limits on time and memory (`firth.tokenizer.template_worker`), twice: with a private sign in
-place of each content, which shows where the contents stand, and as it is, which shows that they stand there as they
-were written. So control tokens are read in the template's own pieces alone.
+A template is an untrusted program that mixes control tokens with user text. It is rendered in Jinja's sandbox, in a separate
+process with limits on time and memory (`firth.tokenizer.template_worker`), twice: with a private sign in place of each content,
+which shows the positions of the contents, and as it is, which shows that the contents are unchanged. So control tokens are
+recognized only in the template's own text.
 
 >>> chatty = "{{ bos_token }}{% for m in messages %}[{{ m.role }}] {{ m.content | trim }}</s>{% endfor %}"
->>> parts(chatty, [{"role": "user", "content": " hi </s> "}], {"bos_token": "<s>"}, open=False)
+>>> split_template(chatty, [{"role": "user", "content": " hi </s> "}], {"bos_token": "<s>"}, open=False)
 (['<s>[user] ', '</s>'], ['hi </s>'])
 """
 
@@ -26,7 +26,7 @@ from typing import Any
 from firth.types import UserError
 
 START, END = "<|im_start|>", "<|im_end|>"
-"""ChatML's tokens around a turn, written by `firth.tokenizer.chat`."""
+"""ChatML's tokens around a turn (`firth.tokenizer.chat`)."""
 
 TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{% if message['role'] == 'assistant' %}"
@@ -34,20 +34,28 @@ TEMPLATE = (
     "{% else %}{{ message['content'] }}<|im_end|>{% endif %}{{ '\\n' }}{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-"""ChatML in Jinja, saved as chat_template.jinja for other tools. `generation` tells transformers and TRL the mask."""
+"""ChatML in Jinja, saved as chat_template.jinja for other tools. `generation` marks the loss mask for transformers and TRL."""
 
 SIGN = "\ue000"
-"""From Unicode's private area: what no text has, or what is repeated until no text has it."""
+"""A private-use character; repeated until it occurs in no message."""
 
 
-def parts(
+def split_template(
     template: str, messages: Sequence[Mapping[str, str]], names: Mapping[str, str], open: bool
 ) -> tuple[list[str], list[str]]:
-    """What the template writes itself, and between those pieces the contents as it shows them: one piece more.
+    """Split a rendered dialogue into the text of the template and the contents of the messages.
 
-    names: what the template may call bos_token, eos_token and so on. open: ask it to begin the assistant's turn.
-    Contents are shown as they are or without the blanks around them. UserError where the template leaves one out,
-    changes it or its place, refuses the dialogue, or is no template.
+    Args:
+        template: A Jinja chat template.
+        messages: The dialogue.
+        names: Variables of the template: bos_token, eos_token and so on.
+        open: Whether to append the start of an assistant turn (a generation prompt).
+
+    Returns:
+        The pieces of template text, and between them the contents as rendered (one fewer): as written or stripped.
+
+    Raises:
+        UserError: The template leaves a message out, changes it or the order, rejects the dialogue, or is not a template.
     """
     contents = [message["content"] for message in messages]
     sign = SIGN
@@ -66,61 +74,67 @@ def parts(
     at = len(pieces[0])
     follows = whole.startswith(pieces[0])
     for content, piece in zip(contents, pieces[1:], strict=True):
-        for said in (content, content.strip()):
-            if follows and whole.startswith(said + piece, at):
-                shown.append(said)
-                at += len(said) + len(piece)
+        for text in (content, content.strip()):
+            if follows and whole.startswith(text + piece, at):
+                shown.append(text)
+                at += len(text) + len(piece)
                 break
         else:
             raise _refused(f"does not show the message {content[:30]!r} as it was written")
     if at != len(whole) or not follows:
-        raise _refused("writes something else depending on what is said")
+        raise _refused("writes text that depends on the contents of the messages")
     return pieces, shown
 
 
 def _refused(why: str) -> UserError:
-    return UserError(f"the tokenizer's chat template {why}, so what is said cannot be told from what the template adds")
+    return UserError(
+        f"the tokenizer's chat template {why}, so the messages cannot be distinguished from the text of the template"
+    )
 
 
 def _render(
     template: str, dialogues: Sequence[Sequence[Mapping[str, str]]], names: Mapping[str, str], open: bool
 ) -> list[str]:
-    """What the template writes for each dialogue, in a process with limits (`firth.tokenizer.template_worker`); UserError as it says."""
-    asked = {"template": template, "dialogues": [list(d) for d in dialogues], "names": dict(names), "open": open}
+    """Render each dialogue in a process with limits (`firth.tokenizer.template_worker`).
+
+    Raises:
+        UserError: The template fails or takes too long.
+    """
+    request = {"template": template, "dialogues": [list(d) for d in dialogues], "names": dict(names), "open": open}
     with LOCK:
         worker = _worker()
-        said = ""
+        reply = ""
         with contextlib.suppress(OSError):
-            worker.stdin.write(json.dumps(asked) + "\n")  # type: ignore[union-attr]
+            worker.stdin.write(json.dumps(request) + "\n")  # type: ignore[union-attr]
             worker.stdin.flush()  # type: ignore[union-attr]
-            said = worker.stdout.readline()  # type: ignore[union-attr]
-        if not said:
+            reply = worker.stdout.readline()  # type: ignore[union-attr]
+        if not reply:
             _end(worker)
             del WORKERS[os.getpid()]
             raise UserError("the tokenizer's chat template takes more time than any dialogue needs, so it is not used")
-    told: dict[str, Any] = json.loads(said)
-    if "error" in told:
-        raise UserError(f"the tokenizer's chat template {told['error']}")
-    texts: list[str] = told["texts"]
+    result: dict[str, Any] = json.loads(reply)
+    if "error" in result:
+        raise UserError(f"the tokenizer's chat template {result['error']}")
+    texts: list[str] = result["texts"]
     return texts
 
 
 WORKERS: dict[int, subprocess.Popen[str]] = {}
-"""The process that renders, of each process that asks: a fork must not share its parent's pipes."""
+"""Process id -> its rendering process: a fork must not share the pipes of its parent."""
 LOCK = threading.Lock()
 
 
 def _worker() -> subprocess.Popen[str]:
-    """This process' renderer, started when it is first needed."""
-    here = os.getpid()
-    if here not in WORKERS:
+    """Return the rendering process of this process, started when it is first needed."""
+    process = os.getpid()
+    if process not in WORKERS:
         file = Path(__file__).with_name("template_worker.py")
-        WORKERS[here] = subprocess.Popen(
+        WORKERS[process] = subprocess.Popen(
             [sys.executable, "-I", str(file)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
             text=True, encoding="utf-8",
         )  # fmt: skip
-        atexit.register(_end, WORKERS[here])
-    return WORKERS[here]
+        atexit.register(_end, WORKERS[process])
+    return WORKERS[process]
 
 
 def _end(worker: subprocess.Popen[str]) -> None:

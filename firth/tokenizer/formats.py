@@ -1,11 +1,11 @@
-"""Tokenizers in the formats that came before tokenizer.json, as engines of the tokenizers library.
+"""Read tokenizers in formats older than tokenizer.json, as engines of the tokenizers library.
 
     vocab.txt                       BERT: WordPiece, one token per line
     vocab.json + merges.txt         GPT-2, RoBERTa: byte-level BPE (OpenAI's own names: encoder.json + vocab.bpe)
     spiece.model, tokenizer.model   SentencePiece: Unigram (T5, XLNet, ALBERT) and BPE with byte fallback (Llama)
 
-A SentencePiece model is one protobuf message; the dozen fields that matter are read here by hand, so that neither
-sentencepiece nor protobuf is needed.
+A SentencePiece model is one protobuf message; its few relevant fields are parsed here, so that neither sentencepiece nor
+protobuf is needed.
 """
 
 from __future__ import annotations
@@ -26,53 +26,61 @@ NORMAL, UNKNOWN, CONTROL, USER, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 Piece = tuple[str, float, int]
 """(text, score, type)."""
 
-LONGEST = 1000
-"""Characters of the longest piece that is read: the ways to make one are as many as the square of its length."""
+MAX_PIECE_CHARACTERS = 1000
+"""Maximum length of a piece: the number of merges that make it grows with the square of its length."""
 
 
 def find(folder: Path) -> Path | None:
-    """The tokenizer file of a directory, the newest format first; None where there is none."""
+    """Return the tokenizer file of a directory, the newest format first; None if there is none."""
     for name in ("tokenizer.json", *READERS):
         if (folder / name).is_file():
             return folder / name
-    models_there = sorted(folder.glob("*.model"))
-    return models_there[0] if models_there else None
+    model_files = sorted(folder.glob("*.model"))
+    return model_files[0] if model_files else None
 
 
-LARGEST = 1 << 28
-"""Bytes of the largest tokenizer file that is read; the largest in use has a tenth of that."""
+MAX_FILE_BYTES = 1 << 28
+"""Maximum size of a tokenizer file; the largest in use has a tenth of it."""
 
 
 def text_of(file: Path) -> str:
-    """A file's text. UserError where it is not UTF-8 or larger than any such file is."""
-    if file.stat().st_size > LARGEST:
+    """Return the text of a file.
+
+    Raises:
+        UserError: The file is not UTF-8 or larger than MAX_FILE_BYTES.
+    """
+    if file.stat().st_size > MAX_FILE_BYTES:
         raise UserError(f"{file} has {file.stat().st_size:,} bytes, more than any tokenizer needs: it is not read")
     try:
         return file.read_text("utf-8")
     except UnicodeDecodeError as error:
-        raise UserError(f"{file}: this is not a tokenizer's text, for it is not UTF-8 ({error})") from None
+        raise UserError(f"{file}: this is not a tokenizer file: it is not UTF-8 ({error})") from None
 
 
 def read(file: Path) -> Engine:
-    """The engine in a tokenizer's file. Raises UserError where it cannot be read."""
+    """Return the engine in a tokenizer file.
+
+    Raises:
+        UserError: The file cannot be read as a tokenizer.
+    """
     reader = READERS.get(file.name, sentencepiece if file.suffix == ".model" else tokenizer_json)
-    if file.stat().st_size > LARGEST:
+    if file.stat().st_size > MAX_FILE_BYTES:
         raise UserError(f"{file} has {file.stat().st_size:,} bytes, more than any tokenizer needs: it is not read")
     try:
         return reader(file)
     except UserError:
         raise
-    except Exception as error:  # the library raises bare Exception for whatever it cannot make an engine of
+    except Exception as error:  # the library raises bare Exception
         raise UserError(f"{file}: this is not a tokenizer that firth can read ({_line(error)})") from None
 
 
 def _line(error: Exception) -> str:
-    """What an error says, in one line."""
+    """Return an error message in one line."""
     return " ".join(str(error).split())[:120]
 
 
 def tokenizer_json(file: Path) -> Engine:
-    """The tokenizers library's own format."""
+    """Read the tokenizers library's own format."""
     text = text_of(file)
     try:
         definition = json.loads(text)
@@ -83,24 +91,24 @@ def tokenizer_json(file: Path) -> Engine:
     check_bounds(definition, file)
     try:
         return Engine.from_str(text)
-    except Exception as error:  # the library raises bare Exception for whatever it cannot read
+    except Exception as error:  # the library raises bare Exception
         raise UserError(f"{file}: the tokenizers library cannot read this tokenizer: {_line(error)}") from None
 
 
 def bert(file: Path) -> Engine:
-    """BERT's vocab.txt: one token per line; uncased where no capital letter stands in it."""
+    """Read BERT's vocab.txt: one token per line; uncased if no token has a capital letter."""
     tokens = [line.removesuffix("\r") for line in text_of(file).removesuffix("\n").split("\n")]
     if len(set(tokens)) < len(tokens) or "[UNK]" not in tokens:
         twice = (
             next((t for i, t in enumerate(tokens) if t in tokens[:i]), None) if len(set(tokens)) < len(tokens) else None
         )
         why = "has no [UNK]" if twice is None else f"has the token {twice!r:.40} twice"
-        raise UserError(f"{file} {why}: one token on each line is expected, each once; copy it again")
+        raise UserError(f"{file} {why}: one token per line is expected, each once; copy it again")
     return wordpiece({token: i for i, token in enumerate(tokens)})
 
 
 def wordpiece(tokens: dict[str, int]) -> Engine:
-    """BERT's WordPiece of these tokens and their ids."""
+    """Return BERT's WordPiece with these tokens and ids."""
     engine = Engine(models.WordPiece(tokens, unk_token="[UNK]"))
     cased = any(token != token.lower() for token in tokens if not token.startswith("["))
     engine.normalizer = normalizers.BertNormalizer(lowercase=not cased)
@@ -111,12 +119,12 @@ def wordpiece(tokens: dict[str, int]) -> Engine:
 
 
 def gpt2(file: Path) -> Engine:
-    """GPT-2's vocabulary (vocab.json or encoder.json) and the merges beside it (merges.txt or vocab.bpe)."""
-    beside = next((p for name in ("merges.txt", "vocab.bpe") if (p := file.parent / name).is_file()), None)
-    if beside is None:
-        raise UserError(f"{file}: the merges that belong to it are missing: put merges.txt beside it")
+    """Read GPT-2's vocabulary (vocab.json or encoder.json) and merges (merges.txt or vocab.bpe in the same directory)."""
+    merges_file = next((p for name in ("merges.txt", "vocab.bpe") if (p := file.parent / name).is_file()), None)
+    if merges_file is None:
+        raise UserError(f"{file}: its merges are missing: put merges.txt into the same directory")
     vocab = json.loads(text_of(file))
-    lines = [line for line in text_of(beside).split("\n") if line and not line.startswith("#version")]
+    lines = [line for line in text_of(merges_file).split("\n") if line and not line.startswith("#version")]
     pairs = [(left, right) for left, _, right in (line.partition(" ") for line in lines)]
     engine = Engine(models.BPE(vocab, pairs))
     engine.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -126,10 +134,12 @@ def gpt2(file: Path) -> Engine:
 
 
 def sentencepiece(file: Path) -> Engine:
-    """A SentencePiece model: its Unigram or BPE pieces, its normalisation, its control symbols.
+    """Read a SentencePiece model: its Unigram or BPE pieces, its normalization, its control symbols.
 
-    Models with pieces of the type UNUSED, and models of whole words or characters, are refused. The ids are those of
-    sentencepiece but for a text that spells a control token.
+    The ids equal those of sentencepiece, except for a text that contains the spelling of a control token.
+
+    Raises:
+        UserError: The model has unused pieces or is of the type word or char.
     """
     message = list(fields(file.read_bytes()))
     pieces = [_piece(value) for number, value in message if number == 1 and isinstance(value, bytes)]
@@ -137,19 +147,24 @@ def sentencepiece(file: Path) -> Engine:
     normalizer = _last(message, 3)
     kind = trainer.get(3, 1)
     if kind not in (1, 2) or not pieces or any(type == UNUSED for _, _, type in pieces):
-        raise UserError(f"{file}: only SentencePiece models of Unigram or BPE pieces, all in use, can be read")
-    if max(len(text) for text, _, _ in pieces) > LONGEST:
-        raise UserError(f"{file} has a piece of more than {LONGEST} characters: it is not read")
+        raise UserError(f"{file}: only SentencePiece models of type Unigram or BPE without unused pieces can be read")
+    if max(len(text) for text, _, _ in pieces) > MAX_PIECE_CHARACTERS:
+        raise UserError(f"{file} has a piece of more than {MAX_PIECE_CHARACTERS} characters: it is not read")
     if all(type != UNKNOWN for _, _, type in pieces):
-        raise UserError(f"{file} has no piece for what is unknown: copy it again")
+        raise UserError(f"{file} has no unknown piece: copy it again")
     charsmap, dummy, squeeze = normalizer.get(2), bool(normalizer.get(3, 1)), bool(normalizer.get(4, 1))
-    return pieced(pieces, kind == 1, charsmap if isinstance(charsmap, bytes) else b"", dummy, squeeze)
+    return sentencepiece_engine(pieces, kind == 1, charsmap if isinstance(charsmap, bytes) else b"", dummy, squeeze)
 
 
-def pieced(pieces: list[Piece], unigram: bool, charsmap: bytes, dummy: bool, squeeze: bool) -> Engine:
-    """SentencePiece's engine of these pieces: Unigram, else BPE.
+def sentencepiece_engine(pieces: list[Piece], unigram: bool, charsmap: bytes, dummy: bool, squeeze: bool) -> Engine:
+    """Return an engine that tokenizes as SentencePiece does.
 
-    charsmap: its normalisation, compiled, or nothing. dummy: put a blank before a text. squeeze: make many blanks one.
+    Args:
+        pieces: The pieces, in the order of their ids.
+        unigram: Unigram, else BPE.
+        charsmap: Precompiled normalization; may be empty.
+        dummy: Add a prefix space to a text (add_dummy_prefix).
+        squeeze: Collapse runs of blanks (remove_extra_whitespaces).
     """
     unknown = next((i for i, (_, _, type) in enumerate(pieces) if type == UNKNOWN), 0)
     bytewise = any(type == BYTE for _, _, type in pieces)
@@ -163,13 +178,13 @@ def pieced(pieces: list[Piece], unigram: bool, charsmap: bytes, dummy: bool, squ
         steps.append(normalizers.Precompiled(charsmap))
     if squeeze:
         steps += [normalizers.Replace(Regex(r"\A +| +\z"), ""), normalizers.Replace(Regex(" {2,}"), " ")]
-    if dummy:  # Metaspace would do it too, but not where the text begins with a blank of its own
+    if dummy:  # Metaspace would do it too, but not if the text starts with a blank
         steps.append(normalizers.Prepend("▁"))
     engine.normalizer = normalizers.Sequence(steps)
     check_growth(json.loads(engine.normalizer.__getstate__()), "this SentencePiece model")
     engine.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="never", split=unigram)
-    back: list[decoders.Decoder] = [decoders.ByteFallback()] if bytewise else []
-    engine.decoder = decoders.Sequence([*back, decoders.Metaspace(prepend_scheme="always" if dummy else "never")])
+    fallback: list[decoders.Decoder] = [decoders.ByteFallback()] if bytewise else []
+    engine.decoder = decoders.Sequence([*fallback, decoders.Metaspace(prepend_scheme="always" if dummy else "never")])
     control = [AddedToken(t, normalized=False, special=True) for t, _, type in pieces if type in (UNKNOWN, CONTROL)]
     engine.add_special_tokens(control)
     engine.add_tokens([AddedToken(t, normalized=False, special=False) for t, _, type in pieces if type == USER])
@@ -178,11 +193,14 @@ def pieced(pieces: list[Piece], unigram: bool, charsmap: bytes, dummy: bool, squ
 
 def _bpe(pieces: list[Piece], unknown: str, bytewise: bool) -> models.BPE:
     vocab = {text: i for i, (text, _, type) in enumerate(pieces) if type != UNUSED}
-    return models.BPE(vocab, ways(pieces), unk_token=unknown, fuse_unk=True, byte_fallback=bytewise)
+    return models.BPE(vocab, all_merges(pieces), unk_token=unknown, fuse_unk=True, byte_fallback=bytewise)
 
 
-def ways(pieces: list[Piece]) -> list[tuple[str, str]]:
-    """SentencePiece joins whichever neighbours make the best-scored piece: every way to make each piece, best first."""
+def all_merges(pieces: list[Piece]) -> list[tuple[str, str]]:
+    """Return all merges that make the pieces, best first.
+
+    SentencePiece merges the neighbors that form the piece of the highest score, whichever they are.
+    """
     vocab = {text: i for i, (text, _, _) in enumerate(pieces)}
     scores = {text: score for text, score, type in pieces if type in (NORMAL, USER)}
     made = []
@@ -190,11 +208,11 @@ def ways(pieces: list[Piece]) -> list[tuple[str, str]]:
         splits = [(text[:i], text[i:]) for i in range(1, len(text))]
         found = [(a, b) for a, b in splits if a in scores and b in scores]
         made += [(-score, vocab[text], vocab[a], vocab[b], (a, b)) for a, b in found]
-    return [way[-1] for way in sorted(made)]
+    return [merge[-1] for merge in sorted(made)]
 
 
 def fields(data: bytes) -> Iterator[tuple[int, int | bytes]]:
-    """(field number, value) of a protobuf message: numbers as int, all else as bytes.
+    """Yield (field number, value) of a protobuf message: varints as int, all others as bytes.
 
     >>> list(fields(b"\\x08\\x96\\x01\\x12\\x02hi"))
     [(1, 150), (2, b'hi')]
@@ -232,7 +250,7 @@ def _varint(data: bytes, at: int) -> tuple[int, int]:
 
 
 def _piece(data: bytes) -> Piece:
-    """(text, score, type) of one piece."""
+    """Parse (text, score, type) of one piece."""
     text, score, type = "", 0.0, NORMAL
     for number, value in fields(data):
         if number == 1 and isinstance(value, bytes):

@@ -1,8 +1,8 @@
-"""Looking inside a tokenizer: the merges in the order they were learnt, with their counts, and how words split.
+"""Inspect a tokenizer: its merges in the order they were learned, with their counts, and how it splits words.
 
     firth tokenizer show tokenizer/ taaaaasty laern Transformerify
 
-prints, for byte-level BPE learnt from Shakespeare's plays,
+prints, for byte-level BPE trained on Shakespeare's plays,
 
        #      count  merge
        1    101,668  ␣ + t -> ␣t
@@ -27,11 +27,16 @@ SIGNS = {"Ġ": "␣", "▁": "␣", " ": "␣", "Ċ": "⏎", "\n": "⏎", "ĉ": 
 
 @dataclass(frozen=True)
 class TokenizerView:
-    """What there is to see of a tokenizer.
+    """Summary of a tokenizer.
 
-    kind: the model's name. merges: in the order learnt (BPE, and WordPiece trained by firth). scores: the likeliest
-    pieces with their natural log-probability (Unigram). pieces: the first of more than one letter by id (else).
-    splits: each word that was asked for and its pieces.
+    Args:
+        kind: Type of the model, as in tokenizer.json.
+        size: Number of ids.
+        control: Number of control tokens.
+        merges: In the order they were learned (BPE, and WordPiece trained by firth).
+        scores: The most likely pieces with their natural log-probability (Unigram).
+        pieces: The first pieces of more than one letter, by id (other models).
+        splits: Each word that was given, and its pieces.
     """
 
     kind: str
@@ -44,10 +49,10 @@ class TokenizerView:
 
 
 def inspect_tokenizer(tokenizer: Tokenizer, words: Sequence[str], first: int = 20) -> TokenizerView:
-    """The first merges or pieces of a tokenizer, and how it splits some words."""
+    """Return the first merges or pieces of a tokenizer, and how it splits some words."""
     model = json.loads(tokenizer.definition)["model"]
     vocab = tokenizer.vocab
-    merges = tokenizer.learnt[:first]
+    merges = tokenizer.merges[:first]
     scores: tuple[tuple[str, float], ...] = ()
     pieces: tuple[str, ...] = ()
     if model["type"] == "Unigram":
@@ -57,9 +62,9 @@ def inspect_tokenizer(tokenizer: Tokenizer, words: Sequence[str], first: int = 2
         pairs = [pair if isinstance(pair, list) else pair.split(" ", 1) for pair in model["merges"][:first]]
         merges = tuple(Merge(left, right) for left, right in pairs)
     elif not merges:
-        on = model.get("continuing_subword_prefix") or ""
+        prefix = model.get("continuing_subword_prefix") or ""
         ordered = sorted(model["vocab"].items(), key=lambda row: row[1])
-        pieces = tuple(t for t, i in ordered if len(t.removeprefix(on)) > 1 and not vocab.special[i])[:first]
+        pieces = tuple(t for t, i in ordered if len(t.removeprefix(prefix)) > 1 and not vocab.special[i])[:first]
     return TokenizerView(
         kind=model["type"],
         size=vocab.size,
@@ -72,7 +77,7 @@ def inspect_tokenizer(tokenizer: Tokenizer, words: Sequence[str], first: int = 2
 
 
 def readable(piece: str) -> str:
-    """A piece with its blanks, line breaks and tabs drawn, however the vocabulary writes them.
+    """Return a piece with visible signs for its blanks, line breaks and tabs.
 
     >>> readable("Ġthe"), readable("ĊĊ")
     ('␣the', '⏎⏎')
@@ -80,33 +85,37 @@ def readable(piece: str) -> str:
     return "".join(SIGNS.get(character, character) for character in piece)
 
 
-def render(seen: TokenizerView) -> str:
-    """A look as plain text."""
-    lines = [f"{seen.kind} tokenizer: {seen.size} ids, {seen.control} of them control tokens", ""]
-    if seen.merges:
+def render(view: TokenizerView) -> str:
+    """Return a view as plain text."""
+    lines = [f"{view.kind} tokenizer: {view.size} ids, {view.control} of them control tokens", ""]
+    if view.merges:
         lines += [
-            f"the first {len(seen.merges)} merges, in the order they were learnt",
+            f"the first {len(view.merges)} merges, in the order they were learned",
             f"{'#':>6}  {'count':>9}  merge",
         ]
-        for i, merge in enumerate(seen.merges, 1):
-            often = "" if merge.count is None else f"{merge.count:,}"
-            left, right, made = map(readable, (merge.left, merge.right, _joined(merge.left, merge.right)))
-            lines.append(f"{i:>6}  {often:>9}  {left} + {right} -> {made}")
-    if seen.scores:
-        lines += [f"the {len(seen.scores)} likeliest pieces", f"{'#':>6}  {'log p':>9}  piece"]
-        lines += [f"{i:>6}  {score:>9.3f}  {readable(piece)}" for i, (piece, score) in enumerate(seen.scores, 1)]
-    if seen.pieces:
-        lines += [f"the first {len(seen.pieces)} pieces of more than one letter, by id", "  " + "  ".join(seen.pieces)]
+        for i, merge in enumerate(view.merges, 1):
+            count = "" if merge.count is None else f"{merge.count:,}"
+            left, right, merged = map(readable, (merge.left, merge.right, _joined(merge.left, merge.right)))
+            lines.append(f"{i:>6}  {count:>9}  {left} + {right} -> {merged}")
+    if view.scores:
+        lines += [f"the {len(view.scores)} most likely pieces", f"{'#':>6}  {'log p':>9}  piece"]
+        lines += [f"{i:>6}  {score:>9.3f}  {readable(piece)}" for i, (piece, score) in enumerate(view.scores, 1)]
+    if view.pieces:
+        lines += [f"the first {len(view.pieces)} pieces of more than one letter, by id", "  " + "  ".join(view.pieces)]
     lines += ["", "words"]
-    lines += [f"  {word:<16} {'  '.join(readable(piece) for piece in pieces)}" for word, pieces in seen.splits]
+    lines += [f"  {word:<16} {'  '.join(readable(piece) for piece in pieces)}" for word, pieces in view.splits]
     return "\n".join(lines)
 
 
 def report(directory: Path | str, words: Sequence[str], first: int = 20) -> str:
-    """The page that `firth tokenizer show` prints. Raises UserError where there is no tokenizer."""
+    """Return the text that `firth tokenizer show` prints.
+
+    Raises:
+        UserError: The directory has no tokenizer.
+    """
     return render(inspect_tokenizer(Tokenizer.load(directory), words, first))
 
 
 def _joined(left: str, right: str) -> str:
-    """What two pieces make; WordPiece's mark of a continuation is written only at its beginning."""
+    """Join two pieces; the WordPiece prefix of a continuation is kept only at the beginning."""
     return left + (right.removeprefix("##") if right != "##" else right)

@@ -1,16 +1,16 @@
-"""Bounds on what a tokenizer.json can ask for: text that grows, and regular expressions that never end.
+"""Limits on what a tokenizer.json can do: text that grows without bound, and regular expressions that never end.
 
-A normalizer may replace every character by a text, again and again: thirty short steps make gigabytes of one letter. An
-expression such as `(a+)+$` takes time that doubles with each letter. Neither is seen when the file is read, only when
-some text comes, inside of the library, where nothing can stop it. So the file itself is checked, without running it:
+A normalizer may replace every character by a text, repeatedly: thirty short steps make gigabytes of one letter. An
+expression such as `(a+)+$` takes time that doubles with each letter. Neither shows when the file is read, only when text is
+tokenized, inside the library, where it cannot be interrupted. So the file is checked without running it:
 
     growth       the product of what each step can multiply a text by is at most MAX_GROWTH, what it adds MAX_ADDED
-    templates    a post-processor holds each text once and adds at most MAX_ADDED tokens: a second `$A` doubles every text
-    words        WordPiece looks for all beginnings of all rests of a word, each look as long as the word: at most MAX_WORD
-    expressions  nothing that repeats without end, and no choice (a|b, a?), inside of a group that repeats without end; at most
-                 MAX_REPEATS endless repeats in a row; no backreferences. The time is then a small power of the length.
+    templates    a post-processor has each text once and adds at most MAX_ADDED tokens: a second `$A` doubles every text
+    words        WordPiece tries all prefixes of all suffixes of a word, each in time linear in its length: at most MAX_WORD
+    expressions  nothing that repeats without limit, and no choice (a|b, a?), inside a group that repeats without limit; at
+                 most MAX_REPEATS unlimited repeats in a row; no backreferences. The time is then a small power of the length.
 
-All published tokenizers that the tests know (GPT-2, GPT-4's, Llama 3, Qwen, T5, BERT, DeepSeek) are far inside.
+All published tokenizers in the tests (GPT-2, GPT-4, Llama 3, Qwen, T5, BERT, DeepSeek) are far within the limits.
 """
 
 from __future__ import annotations
@@ -25,20 +25,20 @@ from typing import Any
 from firth.types import UserError
 
 MAX_GROWTH = 1000
-"""How many times as long all steps of a normalizer or decoder together may make a text."""
+"""Maximum factor by which all steps of a normalizer or decoder together may lengthen a text."""
 MAX_ADDED = 10_000
-"""Characters that they may add once, and tokens that a post-processor may."""
+"""Maximum number of characters that they may add, and of tokens that a post-processor may add."""
 MAX_WORD = 1000
-"""The largest `max_input_chars_per_word` of WordPiece; BERT's is 100. A word of 1,000 letters takes 0.2 s, one of 10,000 36 s."""
+"""Maximum `max_input_chars_per_word` of WordPiece; BERT's is 100. A word of 1,000 letters takes 0.2 s, one of 10,000 36 s."""
 MAX_STEPS = 100
-"""Steps of a normalizer, pre-tokenizer, post-processor or decoder."""
+"""Maximum number of steps of a normalizer, pre-tokenizer, post-processor or decoder."""
 MAX_REPEATS = 4
-"""Endless repeats (`*`, `+`, `{n,}`) in one alternative of an expression. GPT-4's and Llama's have two."""
+"""Maximum number of unlimited repeats (`*`, `+`, `{n,}`) in one alternative of an expression. GPT-4's and Llama's have two."""
 MAX_COUNT = 1000
-"""The largest counted repeat (`{n}`), and the product of nested ones; from ENDLESS on one counts as endless."""
+"""Maximum counted repeat (`{n}`), and product of nested ones; a count of ENDLESS or more is treated as unlimited."""
 ENDLESS = 100
 MAX_CHOICES = 8
-"""How often a group that holds a choice may be repeated: each repeat multiplies the ways to match."""
+"""Maximum number of repeats of a group with a choice: each repeat multiplies the ways to match."""
 
 STEPS = ("normalizer", "pre_tokenizer", "decoder")
 CLASS = re.compile(r"\\[pP]\{[^{}]*\}|\\x\{[^{}]*\}|\\.", re.S)
@@ -46,7 +46,15 @@ COUNTED = re.compile(r"\{(\d*)(,?)(\d*)\}")
 
 
 def check_bounds(definition: Any, file: Path) -> None:
-    """Raise a UserError if a tokenizer.json asks for more than the bounds allow."""
+    """Check a tokenizer.json against the limits.
+
+    Args:
+        definition: Its content.
+        file: Its path, for error messages.
+
+    Raises:
+        UserError: It exceeds a limit.
+    """
     if not isinstance(definition, dict):
         raise UserError(f"{file}: the tokenizers library cannot read this tokenizer: it is not a JSON object")
     for name in STEPS:
@@ -62,17 +70,17 @@ def check_bounds(definition: Any, file: Path) -> None:
 
 
 def _check_templates(component: Any, what: str) -> None:
-    """Check that a post-processor multiplies no text. The library follows the template even where no tokens are added."""
+    """Check that a post-processor repeats no text. The library follows the template even if no tokens are added."""
     added = 0
     for count, step in enumerate(_steps(component, what), 1):
         for name, texts in (("single", ["A"]), ("pair", ["A", "B"])):
             parts = step.get(name)
             if not isinstance(parts, list):
                 continue
-            held = sorted(id for part in parts if isinstance(id := _part(part, "Sequence"), str))
-            if held != texts and (name == "single" or not set(held) <= set(texts) or len(set(held)) < len(held)):
+            used = sorted(id for part in parts if isinstance(id := _part(part, "Sequence"), str))
+            if used != texts and (name == "single" or not set(used) <= set(texts) or len(set(used)) < len(used)):
                 raise UserError(
-                    f"{what} has a template {name!r} of the texts {', '.join(held) or '(none)':.40}, where "
+                    f"{what} has a template {name!r} of the texts {', '.join(used) or '(none)':.40}, and "
                     f"{' and '.join(texts)} must be there once: it is not read"
                 )
             special = step.get("special_tokens")
@@ -88,22 +96,30 @@ def _check_templates(component: Any, what: str) -> None:
 
 
 def _part(part: Any, kind: str) -> str | None:
-    """Return the name in a part of a template, {"Sequence": {"id": "A"}} or {"SpecialToken": {"id": "[CLS]"}}."""
+    """Return the id in a part of a template, {"Sequence": {"id": "A"}} or {"SpecialToken": {"id": "[CLS]"}}."""
     inner = part.get(kind) if isinstance(part, Mapping) else None
     name = inner.get("id") if isinstance(inner, Mapping) else None
     return name if isinstance(name, str) else None
 
 
 def check_growth(component: Any, what: str) -> None:
-    """Check one component and all that it holds. what: the beginning of the sentence."""
+    """Check a component and all components nested in it.
+
+    Args:
+        component: A normalizer, pre-tokenizer or decoder.
+        what: Its name, for error messages.
+
+    Raises:
+        UserError: It exceeds a limit.
+    """
     growth, added = 1.0, 0.0
     for count, step in enumerate(_steps(component, what), 1):
         times, more = _growth(step)
         growth, added = growth * times, added * times + more
         if growth > MAX_GROWTH or added > MAX_ADDED or count > MAX_STEPS:
             raise UserError(
-                f"{what} can make a text more than {MAX_GROWTH} times as long, or has more than {MAX_STEPS} steps, as no "
-                "tokenizer needs: it is not read"
+                f"{what} can make a text more than {MAX_GROWTH} times as long, or has more than {MAX_STEPS} steps: "
+                "it is not read"
             )
         pattern = step.get("pattern")
         expression = pattern.get("Regex") if isinstance(pattern, Mapping) else None
@@ -114,12 +130,12 @@ def check_growth(component: Any, what: str) -> None:
 
 
 def _steps(component: Any, what: str) -> Iterator[Mapping[str, Any]]:
-    """The steps of a component in their order, those of nested sequences too."""
-    waiting, met = [component], 0
-    while waiting:
-        one = waiting.pop()
-        met += 1
-        if met > 10 * MAX_STEPS:
+    """Yield the steps of a component in order, including those of nested sequences."""
+    pending, visited = [component], 0
+    while pending:
+        one = pending.pop()
+        visited += 1
+        if visited > 10 * MAX_STEPS:
             raise UserError(f"{what} has more steps than any tokenizer needs: it is not read")
         if isinstance(one, Mapping):
             inner = [
@@ -128,13 +144,13 @@ def _steps(component: Any, what: str) -> Iterator[Mapping[str, Any]]:
                 if isinstance(one.get(name), list)
             ]
             if inner:
-                waiting += [step for steps in inner for step in steps][::-1]
+                pending += [step for steps in inner for step in steps][::-1]
             else:
                 yield one
 
 
 def _growth(step: Mapping[str, Any]) -> tuple[float, int]:
-    """How many times as long a step can make a text, and how many characters it adds besides."""
+    """Return the factor by which a step can lengthen a text, and the number of characters that it adds."""
     content = step.get("content")
     if "pattern" in step and isinstance(content, str):
         pattern = step["pattern"]
@@ -150,9 +166,9 @@ def _growth(step: Mapping[str, Any]) -> tuple[float, int]:
 
 
 def _longest(charsmap: str) -> float:
-    """Bytes of the longest text that SentencePiece's compiled normalization puts in a character's place.
+    """Return the length of the longest replacement in SentencePiece's precompiled normalization, in bytes.
 
-    Its size of the table (4 bytes), the table, then the texts, each ended by a zero.
+    The format is the size of the table (4 bytes), the table, then the replacements, each ended by a zero.
     """
     try:
         data = base64.b64decode(charsmap)
@@ -163,7 +179,7 @@ def _longest(charsmap: str) -> float:
 
 
 class _Group:
-    """What is known of an open group: whether it has an endless repeat or a choice inside, and the largest count."""
+    """State of an open group: whether it contains an unlimited repeat or a choice, and its largest count."""
 
     def __init__(self) -> None:
         self.endless = self.choice = False
@@ -171,14 +187,14 @@ class _Group:
 
 
 def fault(expression: str) -> str:
-    """Return what makes a regular expression (Oniguruma's syntax) dangerous, "" where nothing does.
+    """Return why a regular expression (Oniguruma's syntax) is dangerous; "" if it is not.
 
     >>> fault(r"(a+)+$"), fault(r"\\s+(?!\\S)|[^(\\s|[.,])]+")
     ('repeats a group that repeats', '')
     """
     groups = [_Group()]
     atom: _Group | None = None  # the group that has just been closed; None for one character
-    at, repeated = 0, False  # repeated: a quantifier stands before
+    at, repeated = 0, False  # repeated: the previous token is a quantifier
     while at < len(expression):
         letter, group = expression[at], groups[-1]
         found = COUNTED.match(expression, at)
@@ -245,7 +261,7 @@ def fault(expression: str) -> str:
 
 
 def _quantifier(letter: str, found: re.Match[str] | None) -> tuple[int, int, int]:
-    """(least, most, characters) of a quantifier; most is -1 where there is none."""
+    """Return (minimum, maximum, length in characters) of a quantifier; a maximum of -1 means no limit."""
     if letter == "?":
         return 0, 1, 1
     if letter in "*+" or found is None:
@@ -256,7 +272,7 @@ def _quantifier(letter: str, found: re.Match[str] | None) -> tuple[int, int, int
 
 
 def _past_class(expression: str, at: int) -> int:
-    """The place after a character class, which may hold others, and after `[` or `[^` a `]` of its own."""
+    """Return the position after a character class, which may be nested and may start with `]` or `^]`."""
     depth = 0
     while at < len(expression):
         if expression[at] == "\\":

@@ -1,11 +1,11 @@
-"""Learning the merges of a BPE or WordPiece vocabulary from the words of a text (Sennrich 2016), with their counts.
+"""Learn the merges of a BPE or WordPiece vocabulary from word counts (Sennrich 2016).
 
-The two neighbours that occur most often together become one piece, again and again. Of pairs that are equally frequent the one
-with the smaller ids is taken. These are the rules of the tokenizers library's trainer, and its merges; but its trainer takes a
-text, of which it cuts and counts every word, and this one takes words that are counted already. It also returns how often each
-pair occurred when it was merged (`firth tokenizer show` prints it).
+The most frequent pair of neighboring symbols becomes one symbol, repeatedly. Of equally frequent pairs the one with the
+smaller ids comes first. These are the rules of the tokenizers library's trainer, and its merges; but its trainer takes
+texts and splits them itself, and this one takes words that are counted already. It also returns how often each pair
+occurred when it was merged (`firth tokenizer show` prints it).
 
-All words are in one row of symbols. A merge is a few array operations on the places where its pair is.
+All words are in one array of symbols. A merge is a few array operations on the positions of its pair.
 
 >>> ids, learned = learn({"low": 3, "lo": 2, "slow": 1}, ["l", "o", "s", "w"], size=6)
 >>> [(m.left, m.right, m.count) for m in learned], ids["low"]
@@ -21,15 +21,21 @@ from dataclasses import dataclass
 import numpy as np
 
 GAP, GONE = -1, -2
-"""What is between two words, and a symbol that has become part of the one before it."""
+"""Symbols between two words, and of a symbol that was merged into the one before it."""
 
 STEP = 8
-"""Only pairs within this factor of the frequent ones are kept sorted; the others are sorted when their turn comes."""
+"""Only pairs within this factor of the most frequent ones are kept sorted; the others are sorted when they are needed."""
 
 
 @dataclass(frozen=True)
 class Merge:
-    """A learnt piece: the two that were merged, and how often they stood side by side then (None: not counted)."""
+    """A learned merge.
+
+    Args:
+        left: First piece.
+        right: Second piece.
+        count: How often they were neighbors when they were merged; None: unknown.
+    """
 
     left: str
     right: str
@@ -37,7 +43,7 @@ class Merge:
 
 
 def spell(word: str, prefix: str = "", suffix: str = "") -> list[str]:
-    """A word as the characters that merging begins with.
+    """Return the characters of a word, the symbols that merging starts from.
 
     >>> spell("low", suffix="</w>"), spell("low", prefix="##")
     (['l', 'o', 'w</w>'], ['l', '##o', '##w'])
@@ -52,14 +58,14 @@ def learn(
     """Learn merges until there are `size` pieces or nothing is left to merge.
 
     Args:
-        words: Word -> how often it occurs, at least once.
-        first: The pieces with the ids from 0 on, all characters of the words among them, in all their forms.
+        words: Word -> its count, at least 1.
+        first: The pieces with the ids from 0 on, including all characters of the words in all their forms.
         size: Number of pieces.
-        prefix: Mark of a piece that goes on with a word (WordPiece).
-        suffix: Mark of a piece that ends a word (BPE).
+        prefix: Marks a piece that continues a word (WordPiece).
+        suffix: Marks a piece that ends a word (BPE).
 
     Returns:
-        Piece -> id, and the merges, first to last.
+        Piece -> id, and the merges in order.
     """
     ids = {piece: i for i, piece in enumerate(first)}
     pieces, learned = list(first), list[Merge]()
@@ -76,7 +82,7 @@ def learn(
 
 
 class _Row:
-    """The symbols of all words in one row, with the places of every pair."""
+    """The symbols of all words in one array, with the positions of every pair."""
 
     def __init__(self, words: Mapping[str, int], ids: Mapping[str, int], prefix: str, suffix: str) -> None:
         symbols, lengths = [GAP], []
@@ -87,11 +93,11 @@ class _Row:
         self._symbols = np.array(symbols, np.int64)
         n = len(symbols)
         self._next, self._before = np.arange(1, n + 1), np.arange(-1, n - 1)
-        self._often = np.zeros(n, np.int64)
-        self._often[1:] = np.repeat(np.fromiter(words.values(), np.int64, len(words)), lengths)
+        self._frequency = np.zeros(n, np.int64)
+        self._frequency[1:] = np.repeat(np.fromiter(words.values(), np.int64, len(words)), lengths)
         self._counts: dict[int, int] = {}
         self._places: dict[int, list[tuple[np.ndarray, np.ndarray, np.ndarray]]] = {}
-        """Newest symbol of the pairs (-1: the characters) -> sorted pairs, where the places of each begin, places."""
+        """Newest symbol of the pairs (-1: the characters) -> sorted pairs, start of the positions of each, positions."""
         self._heap: list[tuple[int, int]] = []
         self._least = 1 << 62
         self._newest = len(ids)
@@ -99,7 +105,7 @@ class _Row:
         self._add(-1, self._symbols[at] << 32 | self._symbols[at + 1], at)
 
     def most_frequent(self) -> tuple[int, int, int] | None:
-        """The most frequent pair and its count; None where no pair is left."""
+        """Return the most frequent pair and its count; None if no pair is left."""
         while True:
             while self._heap:
                 count, pair = heapq.heappop(self._heap)
@@ -130,27 +136,27 @@ class _Row:
             opens = np.append(True, second[:-1] != at[1:])
             even = (number - np.maximum.accumulate(number * opens)) % 2 == 0
             at, second = at[even], second[even]
-        before, behind = preceding[at], following[second]
+        before, after = preceding[at], following[second]
         symbols[second] = GONE
         opened, closed = (
             symbols[before] >= 0,
-            symbols[behind] >= 0,
-        )  # the left neighbor of a merged pair goes by that pair
+            symbols[after] >= 0,
+        )  # the left neighbor of a merged pair is counted by that pair
         at_left, at_right = before[opened], at[closed]
-        often = np.concatenate((self._often[at_left], self._often[at_right]))
-        lost = np.concatenate((symbols[at_left] << 32 | left, right << 32 | symbols[behind[closed]]))
+        frequency = np.concatenate((self._frequency[at_left], self._frequency[at_right]))
+        removed = np.concatenate((symbols[at_left] << 32 | left, right << 32 | symbols[after[closed]]))
         symbols[at] = new
-        following[at], preceding[behind] = behind, at
-        won = np.concatenate((symbols[at_left] << 32 | new, new << 32 | symbols[behind[closed]]))
-        pairs, inverse = np.unique(lost, return_inverse=True)
+        following[at], preceding[after] = after, at
+        added = np.concatenate((symbols[at_left] << 32 | new, new << 32 | symbols[after[closed]]))
+        pairs, inverse = np.unique(removed, return_inverse=True)
         counts = self._counts
-        for gone, count in zip(pairs.tolist(), np.bincount(inverse, often).astype(np.int64).tolist(), strict=True):
+        for gone, count in zip(pairs.tolist(), np.bincount(inverse, frequency).astype(np.int64).tolist(), strict=True):
             if gone in counts:
                 counts[gone] -= count
-        self._add(new, won, np.concatenate((at_left, at_right)))
+        self._add(new, added, np.concatenate((at_left, at_right)))
 
     def _add(self, newest: int, pairs: np.ndarray, at: np.ndarray) -> None:
-        """Note pairs (n,) at the places (n,)."""
+        """Record pairs (n,) at the positions (n,)."""
         if not len(pairs):
             return
         order = np.argsort(pairs, kind="stable")
@@ -159,13 +165,13 @@ class _Row:
         kinds = pairs[begins]
         self._places.setdefault(newest, []).append((kinds, np.append(begins, len(pairs)), at))
         counts, heap, least = self._counts, self._heap, self._least
-        for pair, count in zip(kinds.tolist(), np.add.reduceat(self._often[at], begins).tolist(), strict=True):
+        for pair, count in zip(kinds.tolist(), np.add.reduceat(self._frequency[at], begins).tolist(), strict=True):
             counts[pair] = count = counts.get(pair, 0) + count
             if count >= least:
                 heapq.heappush(heap, (-count, pair))
 
     def _found(self, pair: int, newest: int) -> np.ndarray:
-        """The places where a pair once was."""
+        """Return the positions at which a pair was recorded."""
         found = []
         for kinds, begins, at in self._places.get(newest if newest >= self._newest else -1, ()):
             i = int(kinds.searchsorted(pair))

@@ -1,11 +1,11 @@
-"""What a model reads around a text, written into tokenizer.json for others; firth itself frames by id, in its layouts.
+"""The post-processor in tokenizer.json: special tokens around a text. firth itself adds them by id, in its layouts.
 
-    both      [CLS] text [SEP]      [CLS] text [SEP] text [SEP]      encoders
-    left      <s> text                                               decoders
-    source    text </s>                                              encoder-decoders
+    bidirectional    [CLS] text [SEP]      [CLS] text [SEP] text [SEP]      encoders
+    causal           <s> text                                               decoders
+    seq2seq          text </s>                                              encoder-decoders
 
-`tokenizer(text)` of transformers, sentence-transformers and vLLM then give what the model met in training. A tokenizer
-that frames its texts already, or whose configuration forbids it (`add_bos_token`), stays as it is.
+With it, `tokenizer(text)` of transformers, sentence-transformers and vLLM returns what the model was trained on. A
+tokenizer that has a post-processor, or whose configuration forbids it (`add_bos_token`), is unchanged.
 """
 
 from __future__ import annotations
@@ -19,22 +19,22 @@ from tokenizers import processors
 
 from firth.types import UserError
 
-Reads = Literal["bidirectional", "causal", "seq2seq"]
+AttentionKind = Literal["bidirectional", "causal", "seq2seq"]
 
 
-def has_no_template(definition: str) -> str:
-    """A tokenizer.json that frames nothing, written as the library writes it; one that frames nothing is as it was."""
+def without_template(definition: str) -> str:
+    """Return a tokenizer.json without its post-processor; unchanged if it has none."""
     if json.loads(definition).get("post_processor") is None:
         return definition
-    told = json.loads(definition) | {"post_processor": None}
-    return str(engine_of(json.dumps(told)).to_str(pretty=True))
+    without = json.loads(definition) | {"post_processor": None}
+    return str(engine_of(json.dumps(without)).to_str(pretty=True))
 
 
 def engine_of(definition: str) -> Engine:
-    """Return the engine of a tokenizer.json as the library wrote it, which reads a few damaged ones once and not again.
+    """Return the engine of a tokenizer.json that the library wrote.
 
     Raises:
-        UserError: The library does not read what it wrote.
+        UserError: The library cannot read what it wrote, as for a few damaged files.
     """
     try:
         return Engine.from_str(definition)
@@ -43,19 +43,23 @@ def engine_of(definition: str) -> Engine:
         raise UserError(f"the definition of this tokenizer is damaged ({reason}): copy tokenizer.json again") from None
 
 
-def frames(engine: Engine) -> list[int]:
-    """The ids that a tokenizer itself puts around a text."""
+def added_ids(engine: Engine) -> list[int]:
+    """Return the ids that a tokenizer adds around a text."""
     return list(engine.encode("", add_special_tokens=True).ids)
 
 
-def framed(definition: str, roles: Mapping[str, str], reads: Reads, bos: bool | None) -> str:
-    """A tokenizer.json that frames its texts as a model of this kind reads them, where its roles have the tokens.
+def with_template(definition: str, roles: Mapping[str, str], attention: AttentionKind, bos: bool | None) -> str:
+    """Return a tokenizer.json that adds the special tokens of a model, if the tokenizer has them.
 
-    roles: role -> token. bos: whether bos stands before a decoder's texts; None: yes, where there is one.
+    Args:
+        definition: The tokenizer.json.
+        roles: Role -> token.
+        attention: Attention of the model.
+        bos: Whether a decoder's texts start with bos; None: if there is one.
     """
     engine = engine_of(definition)
-    first, last = {"bidirectional": ("cls", "sep"), "causal": ("bos", ""), "seq2seq": ("", "eos")}[reads]
-    if frames(engine) or (reads == "causal" and bos is False) or not {first, last} - {""} <= roles.keys():
+    first, last = {"bidirectional": ("cls", "sep"), "causal": ("bos", ""), "seq2seq": ("", "eos")}[attention]
+    if added_ids(engine) or (attention == "causal" and bos is False) or not {first, last} - {""} <= roles.keys():
         return definition
     before, after = roles.get(first, ""), roles.get(last, "")
     pair = [before, "$A", after, "$B:1", after and f"{after}:1"]
@@ -64,12 +68,18 @@ def framed(definition: str, roles: Mapping[str, str], reads: Reads, bos: bool | 
 
 
 def special_tokens_around(engine: Engine, single: list[str], pair: list[str]) -> None:
-    """Let an engine put tokens around its texts. single, pair: the parts, such as ["[CLS]", "$A", "[SEP]"]."""
+    """Add special tokens around the texts of an engine.
+
+    Args:
+        engine: Changed in place.
+        single: Template of a text, such as ["[CLS]", "$A", "[SEP]"].
+        pair: Template of a pair of texts.
+    """
     names = {part.split(":")[0] for part in [*single, *pair] if part and not part.startswith("$")}
-    there: list[Any] = [] if engine.post_processor is None else [engine.post_processor]
+    present: list[Any] = [] if engine.post_processor is None else [engine.post_processor]
     template = processors.TemplateProcessing(
         single=[part for part in single if part],
         pair=pair,
         special_tokens=[(n, engine.token_to_id(n)) for n in sorted(names)],
     )
-    engine.post_processor = processors.Sequence([*there, template]) if there else template
+    engine.post_processor = processors.Sequence([*present, template]) if present else template

@@ -1,15 +1,15 @@
-"""Words and sentences of any script, by Unicode's rules (UAX #29, Unicode 16).
+"""Split text of any script into words and sentences by Unicode's rules (UAX #29, Unicode 16).
 
-    words        letters, digits and what joins them; every other sign is a unit of its own
-    sentences    end behind . ! ? and their like in every script (。 ！ ？ । ؟ ። ...) with their closing quotes and blanks, and
-                 at line breaks; a full stop that a small letter or a digit follows ends none
+    words        letters, digits and what joins them; every other character is a unit of its own
+    sentences    end after . ! ? and their equivalents in every script (。 ！ ？ । ؟ ። ...) with closing quotes and blanks, and
+                 at line breaks; a full stop before a lowercase letter or a digit ends none
 
-The properties of the characters are `uniseg`'s, which follows the rules one character at a time: 47 seconds for a megabyte
-of sentences. Here the rules are a table of pairs (words) and one regular expression over the classes (sentences), on arrays:
-a tenth of a second.
+The properties of the characters come from `uniseg`, whose own segmentation goes one character at a time: 47 seconds for a
+megabyte of sentences. Here the rules are a table of pairs (words) and one regular expression over the classes (sentences),
+on arrays: a tenth of a second.
 
-Chinese, Japanese, Thai, Lao, Khmer and Burmese do not separate words, and UAX #29 leaves them to dictionaries. ICU has some:
-with the extra `firth[icu]` (package icu4py) words are found by them; without it every character is a unit.
+Chinese, Japanese, Thai, Lao, Khmer and Burmese do not separate words, and UAX #29 leaves them to dictionaries. With the extra
+`firth[icu]` (package icu4py) ICU's dictionaries find their words; without it every character is a unit.
 
 >>> texts = ["e.g. 3.5 g. Dr. Who? Yes!", "他來了。我走了！好嗎？"]
 >>> [split(text, sentence_starts) for text in texts]
@@ -31,7 +31,7 @@ import numpy as np
 
 ASCII = 128
 BLOCK = 256
-"""Code points whose classes are looked up at once, when the first of them is met."""
+"""Code points whose classes are looked up at once, when the first of them occurs."""
 
 WORD_CLASSES = (
     "OTHER", "CR", "LF", "NEWLINE", "EXTEND", "ZWJ", "FORMAT", "REGIONAL_INDICATOR", "KATAKANA", "HEBREW_LETTER", "ALETTER",
@@ -41,22 +41,23 @@ OTHER, CR, LF, NEWLINE, EXTEND, ZWJ, FORMAT, RI, KATA, HEBREW, LETTER, SQ, DQ, M
     19
 )
 PICTURE = 64
-"""A bit on top of a word class: Extended_Pictographic."""
+"""Flag added to a word class: Extended_Pictographic."""
 
 SENTENCE_CLASSES = {
     "OTHER": "x", "CR": "C", "LF": "L", "SEP": "S", "EXTEND": "e", "FORMAT": "e", "SP": "p", "LOWER": "l", "UPPER": "U",
     "OLETTER": "O", "NUMERIC": "N", "ATERM": "A", "SCONTINUE": "k", "STERM": "T", "CLOSE": "c",
 }  # fmt: skip
-"""Sentence_Break's values, a letter each."""
+"""Values of Sentence_Break -> one letter each."""
 
 _TAIL, _BREAK = "c*+p*+(?![kAT])", "(?:CL|[CLS])?"
 _END = "[ATCLS](?:(?<=A)(?!N)(?!(?<=[Ul]A)U)" + _TAIL + "{abbreviation}" + _BREAK
 _END += f"|(?<=T){_TAIL}{_BREAK}|(?<=C)L|(?<=[CLS]))"
 SENTENCE = re.compile(_END.format(abbreviation="(?![^OUlCLSAT]*l)").encode())
-"""A sentence's end: rules SB3 to SB11, over the classes' letters."""
+"""The end of a sentence: rules SB3 to SB11, over the letters of the classes."""
 UNCASED_SENTENCE = re.compile(_END.format(abbreviation="").encode())
-"""The same without SB8, by which a small letter behind a full stop goes on with the sentence: in a text without any capital
-(uncased vocabularies) it would leave no sentence."""
+"""The same without SB8, by which a lowercase letter after a full stop continues the sentence: a text without capitals (uncased
+vocabularies) would be one sentence.
+"""
 
 UNSPACED = (
     (0x0E00, 0x0EFF), (0x1000, 0x109F), (0x1780, 0x17FF), (0x1950, 0x19DF), (0x1A20, 0x1AAF), (0x2E80, 0x2FDF),
@@ -67,13 +68,13 @@ UNSPACED = (
 
 
 def split(text: str, starts: Callable[[str], np.ndarray]) -> list[str]:
-    """Cut a text where units begin; `starts` is `word_starts` or `sentence_starts`."""
+    """Split a text at the starts of its units; `starts` is `word_starts` or `sentence_starts`."""
     at = np.flatnonzero(starts(text)).tolist()
     return [text[a:b] for a, b in zip(at, [*at[1:], len(text)], strict=True)]
 
 
 def word_starts(text: str) -> np.ndarray:
-    """Return where a word or another unit begins: (characters,) bool. Blanks are units too."""
+    """Return where a word or another unit starts: (characters,) bool. Blanks are units too."""
     if text.isascii():
         return _ascii_word_starts(text)
     codes = _codes(text)
@@ -87,7 +88,7 @@ def word_starts(text: str) -> np.ndarray:
 
 
 def sentence_starts(text: str) -> np.ndarray:
-    """Return where a sentence begins: (characters,) bool."""
+    """Return where a sentence starts: (characters,) bool."""
     if text.isascii():
         return _sentence_starts(text.encode("ascii").translate(_ascii_sentences()))
     classes = _sentence_table().of(_codes(text))
@@ -100,7 +101,7 @@ def sentence_starts(text: str) -> np.ndarray:
 
 
 def unspaced(codes: np.ndarray) -> np.ndarray:
-    """Return which code points are of a script that does not separate words: (n,) bool."""
+    """Return which code points belong to a script that does not separate words: (n,) bool."""
     edges = np.array(UNSPACED)
     at = edges[:, 0].searchsorted(codes, "right") - 1
     return (at >= 0) & (codes <= edges[at, 1])
@@ -108,7 +109,7 @@ def unspaced(codes: np.ndarray) -> np.ndarray:
 
 @functools.cache
 def has_dictionary() -> bool:
-    """Whether ICU's dictionaries are installed (the extra `firth[icu]`)."""
+    """Return whether ICU's dictionaries are installed (the extra `firth[icu]`)."""
     return importlib.util.find_spec("icu4py") is not None
 
 
@@ -117,7 +118,7 @@ def _codes(text: str) -> np.ndarray:
 
 
 def _bases(ignored: np.ndarray, newline: np.ndarray) -> np.ndarray:
-    """Which characters count: marks and joiners go with what they follow, but for a line break or nothing (WB4, SB5)."""
+    """Return which characters count: marks and joiners belong to the previous character, except after a line break (WB4, SB5)."""
     base = ~ignored
     base[:1] = True
     base[1:] |= newline[:-1]
@@ -133,7 +134,7 @@ def _sentence_starts(classes: bytes) -> np.ndarray:
 
 @functools.cache
 def _pairs() -> np.ndarray:
-    """joined[a, b]: a word goes on from a character of class a to one of class b, whatever is around them."""
+    """Return joined[a, b]: whether a word continues from a character of class a to one of class b, in any context."""
     letters, joined = (HEBREW, LETTER), np.zeros((19, 19), bool)
     for a in letters:
         for b in letters:
@@ -147,7 +148,7 @@ def _pairs() -> np.ndarray:
 
 
 def _word_starts(flagged: np.ndarray) -> np.ndarray:
-    """Rules WB3 to WB16 on classes (n,)."""
+    """Apply the rules WB3 to WB16 to classes (n,)."""
     starts = np.zeros(len(flagged), bool)
     if not len(flagged):
         return starts
@@ -156,7 +157,7 @@ def _word_starts(flagged: np.ndarray) -> np.ndarray:
     at = np.flatnonzero(base)
     d = c[at]
     d[(d >= EXTEND) & (d <= FORMAT)] = OTHER
-    joined = np.zeros(len(d), bool)  # with what stands before
+    joined = np.zeros(len(d), bool)  # with the previous character
     joined[1:] = _pairs()[d[:-1], d[1:]]
     touching = at[1:] == at[:-1] + 1
     joined[1:] |= (d[1:] == BLANK) & (d[:-1] == BLANK) & touching  # WB3d
@@ -176,7 +177,7 @@ def _word_starts(flagged: np.ndarray) -> np.ndarray:
 
 
 def _ascii_word_starts(text: str) -> np.ndarray:
-    """The same where all is ASCII, which has no marks, flags and pictures: a tenth of the time."""
+    """Return the same for ASCII, which has no marks, flags and pictures, in a tenth of the time."""
     table, joined, between = _ascii_words()
     c = np.frombuffer(text.encode("ascii").translate(table), np.uint8)
     starts = np.ones(len(c), bool)
@@ -189,7 +190,7 @@ def _ascii_word_starts(text: str) -> np.ndarray:
 
 @functools.cache
 def _ascii_words() -> tuple[bytes, np.ndarray, np.ndarray]:
-    """Each character's class (for bytes.translate), the pairs that are joined, and signs by what stands before and behind."""
+    """Return the class of each character (for bytes.translate), the joined pairs, and signs by the classes before and after."""
     joined, between = _pairs().copy(), np.zeros((19, 19, 19), bool)
     joined[BLANK, BLANK] = True
     for sign in (ML, MNL, SQ):
@@ -201,7 +202,7 @@ def _ascii_words() -> tuple[bytes, np.ndarray, np.ndarray]:
 
 
 class _Table:
-    """A property of every code point as a small integer, looked up a BLOCK at a time."""
+    """A property of every code point as a small integer, looked up BLOCK code points at a time."""
 
     def __init__(self, look: Callable[[str], int]) -> None:
         self._look = look
@@ -220,10 +221,10 @@ class _Table:
 
 @functools.cache
 def _word_table() -> _Table:
-    from uniseg import emoji, wordbreak  # 8 MB of tables and 0.4 s, which `firth --help` does without
+    from uniseg import emoji, wordbreak  # 8 MB of tables and 0.4 s, which `firth --help` must not pay
 
     def look(character: str) -> int:
-        if "\ud800" <= character <= "\udfff":  # a part of a character counts as a letter: most are
+        if "\ud800" <= character <= "\udfff":  # half of a character counts as a letter: most are
             return LETTER
         name: Any = wordbreak.word_break(character).name
         return WORD_CLASSES.index(name) + PICTURE * bool(emoji.extended_pictographic(character))
@@ -246,5 +247,5 @@ def _sentence_table() -> _Table:
 
 @functools.cache
 def _ascii_sentences() -> bytes:
-    """For bytes.translate: the letter of each ASCII character; none of them is ignored."""
+    """Return the letter of each ASCII character (for bytes.translate); none of them is ignored."""
     return _sentence_table().of(np.arange(ASCII)).tobytes() + bytes(256 - ASCII)

@@ -1,11 +1,11 @@
-"""Renders chat templates of strangers in a process of its own: a template is a program, and may run for ever or fill memory.
+"""Render untrusted chat templates in a separate process: a template is a program, and may never end or fill the memory.
 
-    python -I render.py        one request a line on standard input, one answer a line on standard output
+    python -I template_worker.py        one request per line on standard input, one reply per line on standard output
     {"template": "...", "dialogues": [[{"role": "user", "content": "hi"}]], "names": {"eos_token": "</s>"}, "open": true}
     {"texts": ["..."]}  or  {"error": "..."}
 
-Jinja's sandbox keeps a template from the attributes by which Python is reached; the limits here keep it from the rest of
-the machine. This file imports nothing of firth, so that it starts in a tenth of a second and knows nothing to give away.
+Jinja's sandbox hides the attributes that lead to Python; the limits here protect the rest of the machine. This file
+imports nothing of firth, so that it starts in a tenth of a second.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ import jinja2
 import jinja2.ext
 import jinja2.sandbox
 
-SECONDS, MEMORY, LONGEST = 1, 1 << 30, 1 << 24
-"""Processor time for one request (to the next second), bytes of address space, characters of an answer."""
+MAX_SECONDS, MAX_MEMORY_BYTES, MAX_CHARACTERS = 1, 1 << 30, 1 << 24
+"""CPU seconds of one request (rounded up), bytes of address space, characters of a reply."""
 
 
 class Generation(jinja2.ext.Extension):
-    """`{% generation %}` marks the assistant's words for transformers; here it changes nothing."""
+    """`{% generation %}` marks the loss mask for transformers; it has no effect on the text."""
 
     tags = {"generation"}  # noqa: RUF012 - Jinja reads it from the class
 
@@ -39,7 +39,7 @@ class Generation(jinja2.ext.Extension):
 
 @functools.lru_cache(maxsize=8)
 def compiled(template: str) -> Callable[..., str]:
-    """The template's render function, in the environment that transformers gives to templates."""
+    """Return the render function of a template, in the environment that transformers gives to templates."""
 
     def raise_exception(message: str) -> None:
         raise jinja2.TemplateError(message)
@@ -53,13 +53,13 @@ def compiled(template: str) -> Callable[..., str]:
     return environment.from_string(template).render
 
 
-def answer(asked: dict[str, Any]) -> dict[str, Any]:
-    """The texts of the dialogues, or why there are none."""
+def answer(request: dict[str, Any]) -> dict[str, Any]:
+    """Return the rendered dialogues, or an error."""
     try:
-        render = compiled(asked["template"])
+        render = compiled(request["template"])
         texts = [
-            render(messages=d, add_generation_prompt=asked["open"], tools=None, documents=None, **asked["names"])
-            for d in asked["dialogues"]
+            render(messages=d, add_generation_prompt=request["open"], tools=None, documents=None, **request["names"])
+            for d in request["dialogues"]
         ]
     except jinja2.TemplateError as error:
         return {"error": f"cannot write this dialogue: {str(error)[:500]}"}
@@ -68,17 +68,17 @@ def answer(asked: dict[str, Any]) -> dict[str, Any]:
     except (MemoryError, RecursionError):
         return {"error": "asks for more memory than any dialogue needs"}
     longest = max(map(len, texts), default=0)
-    return {"texts": texts} if longest <= LONGEST else {"error": f"writes {longest:,} characters"}
+    return {"texts": texts} if longest <= MAX_CHARACTERS else {"error": f"writes {longest:,} characters"}
 
 
 def main() -> None:
-    """Answer until standard input ends; the kernel ends the process where a request takes too long."""
+    """Answer requests until standard input ends; the kernel ends the process if a request takes too long."""
     with contextlib.suppress(ValueError, OSError):  # not every system has this limit
-        resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
+        resource.setrlimit(resource.RLIMIT_AS, (MAX_MEMORY_BYTES, MAX_MEMORY_BYTES))
     for line in sys.stdin:
         used = resource.getrusage(resource.RUSAGE_SELF)
         resource.setrlimit(
-            resource.RLIMIT_CPU, (int(used.ru_utime + used.ru_stime) + 1 + SECONDS, resource.RLIM_INFINITY)
+            resource.RLIMIT_CPU, (int(used.ru_utime + used.ru_stime) + 1 + MAX_SECONDS, resource.RLIM_INFINITY)
         )
         print(json.dumps(answer(json.loads(line))), flush=True)
 

@@ -1,12 +1,12 @@
-"""Worker processes that encode texts and count words, one on each core.
+"""Worker processes that encode texts and count words, one per core.
 
     with Workers(Encode(tokenizer), count=2) as workers:
-        for ids in workers.map(lists_of_texts):      # in the order of the lists, whichever worker is done first
+        for ids in workers.map(lists_of_texts):      # in the order of the lists, whichever worker finishes first
 
-Every list is worked on by itself, so the results do not depend on the number of workers. A worker holds one list at a time
-and the results ahead of the one that is due are bounded, so memory is too. Workers are new Python processes and no forks
-(a fork of a process with threads can hang); they import no torch and start in a third of a second. They are in a process
-group of their own, so that Ctrl-C reaches the main process alone; they end when it closes their pipe or dies.
+Each list is processed separately, so the results do not depend on the number of workers. A worker has one list at a time, and
+the number of results waiting for an earlier one is bounded, so memory is too. Workers are new Python processes and not forks
+(a fork of a process with threads can hang); they import no torch and start in a third of a second. They have their own process
+group, so that Ctrl-C reaches the main process only; they end when it closes their pipe or dies.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from typing import Any, Generic, Protocol, TypeVar
 import numpy as np
 from tokenizers import Tokenizer as Engine
 
-from firth.tokenizer.normalize import whole
+from firth.tokenizer.normalize import replace_lone_surrogates
 from firth.tokenizer.post_processor import engine_of
 from firth.tokenizer.tokenizer import Tokenizer
 from firth.tokenizer.word_counts import count
@@ -35,21 +35,21 @@ from firth.types import UserError
 T = TypeVar("T", covariant=True)
 
 WORTH_CHARACTERS = 4 << 20
-"""Characters of text from which on workers are started: as many are encoded by this process while they would start."""
+"""Characters of text from which on workers are started: this process encodes as many while they would start."""
 
 LIST_CHARACTERS = 2 << 20
-"""Characters of text whose words are counted by one worker at once."""
+"""Characters of text that one worker counts at once."""
 
-AHEAD = 2
-"""Results of each worker that may wait for an earlier one."""
+MAX_RESULTS_AHEAD = 2
+"""Results per worker that may wait for an earlier one."""
 
-SINGLE = {
+WORKER_ENVIRONMENT = {
     "TOKENIZERS_PARALLELISM": "false",
     "RAYON_NUM_THREADS": "1",
     "OMP_NUM_THREADS": "1",
     "OPENBLAS_NUM_THREADS": "1",
 }
-"""The environment of a worker: one thread each."""
+"""Environment variables of a worker: one thread each."""
 
 BOOT = "import sys; sys.path.insert(0, sys.argv[2]); from firth.tokenizer.workers import serve; serve(int(sys.argv[1]))"
 
@@ -60,7 +60,7 @@ def cores() -> int:
 
 
 class Task(Protocol[T]):
-    """Work on a list of texts: `setup` describes it to a worker, and `result` reads what the worker sends back."""
+    """Work on a list of texts: `setup` describes it to a worker, and `result` decodes the worker's reply."""
 
     def setup(self) -> dict[str, str]: ...
 
@@ -68,7 +68,7 @@ class Task(Protocol[T]):
 
 
 class Encode:
-    """Encode each text of a list: the result is their ids, as of `Tokenizer.encode_batch`."""
+    """Encode each text of a list, as `Tokenizer.encode_batch`."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._definition = tokenizer.definition
@@ -85,7 +85,7 @@ class Encode:
 
 
 class CountWords:
-    """Count the words of a list of texts: the result maps each word to its number (`firth.tokenizer.word_counts.count`)."""
+    """Count the words of a list of texts (`firth.tokenizer.word_counts.count`)."""
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine.to_str()
@@ -95,17 +95,17 @@ class CountWords:
         return {"count": self._engine}
 
     def result(self, raw: bytes) -> dict[str, int]:
-        """Return word -> how often."""
+        """Return word -> count."""
         counted: dict[str, int] = json.loads(raw)
         return counted
 
 
 class Workers(Generic[T]):
-    """Processes that do one task, as a context: they are ended when it is left.
+    """A pool of processes that do one task; a context manager that ends them.
 
     Args:
         task: What to do with each list of texts.
-        count: Number of processes; None for one on each core.
+        count: Number of processes; None for one per core.
     """
 
     def __init__(self, task: Task[T], count: int | None = None) -> None:
@@ -117,13 +117,13 @@ class Workers(Generic[T]):
         setup = json.dumps(self._task.setup()).encode()
         try:
             for _ in range(self._count):
-                ours, theirs = Pipe()
-                self._lines.append(ours)
-                with theirs:
-                    command = [sys.executable, "-P", "-c", BOOT, str(theirs.fileno()), str(Path(__file__).parents[2])]
+                local, remote = Pipe()
+                self._lines.append(local)
+                with remote:
+                    command = [sys.executable, "-P", "-c", BOOT, str(remote.fileno()), str(Path(__file__).parents[2])]
                     self._processes.append(
                         subprocess.Popen(
-                            command, stdin=subprocess.DEVNULL, env=os.environ | SINGLE, pass_fds=[theirs.fileno()],
+                            command, stdin=subprocess.DEVNULL, env=os.environ | WORKER_ENVIRONMENT, pass_fds=[remote.fileno()],
                             process_group=0,
                         )
                     )  # fmt: skip
@@ -150,7 +150,7 @@ class Workers(Generic[T]):
         ready = next(waiting, None)
         idle = list(self._lines)
         while ready is not None or running or done:
-            while idle and ready is not None and ready[0] < due + (1 + AHEAD) * len(self._lines):
+            while idle and ready is not None and ready[0] < due + (1 + MAX_RESULTS_AHEAD) * len(self._lines):
                 line = idle.pop()
                 running[line] = ready[0]
                 self._send(line, _packed(ready[1]))
@@ -177,11 +177,11 @@ class Workers(Generic[T]):
             raise self._died(line) from None
 
     def _died(self, line: Connection) -> UserError:
-        """The sentence on a worker that is gone."""
+        """Return the error for a worker that ended."""
         code = self._processes[self._lines.index(line)].wait()
         how = f"killed by signal {-code}" if code < 0 else f"ended with exit code {code}"
         return UserError(
-            f"a process that reads text was {how}, most often for want of memory: free some and run the same command again"
+            f"a process that reads text was {how}, most often because memory ran out: free some and run the same command again"
         )
 
     def _end(self) -> None:
@@ -193,26 +193,26 @@ class Workers(Generic[T]):
 
 
 def count_all(engine: Engine, texts: Sequence[str], workers: int | None = None) -> Counter[str]:
-    """`firth.tokenizer.word_counts.count`, by worker processes where there is enough text.
+    """Count words as `firth.tokenizer.word_counts.count`, in worker processes if there is enough text.
 
     Args:
-        engine: As of `count`.
-        texts: What to count the words of.
-        workers: Number of processes; None for one on each core.
+        engine: From `firth.tokenizer.train.blank`.
+        texts: The texts.
+        workers: Number of processes; None for one per core.
     """
     processes = cores() if workers is None else workers
     if processes == 1 or sum(map(len, texts)) < WORTH_CHARACTERS:
         return count(engine, texts)
     words: Counter[str] = Counter()
     with Workers(CountWords(engine), processes) as running:
-        for some in running.map(_lists(texts)):
-            for word, often in some.items():
-                words[word] += often
+        for counts in running.map(_lists(texts)):
+            for word, number in counts.items():
+                words[word] += number
     return words
 
 
 def _lists(texts: Iterable[str]) -> Iterator[list[str]]:
-    """Texts in lists of about LIST_CHARACTERS."""
+    """Yield texts in lists of about LIST_CHARACTERS."""
     some: list[str] = []
     size = 0
     for text in texts:
@@ -226,13 +226,13 @@ def _lists(texts: Iterable[str]) -> Iterator[list[str]]:
 
 
 def _packed(texts: Sequence[str]) -> bytes:
-    """Texts as one message: their number, the bytes of each, and their UTF-8."""
-    raw = [whole(text).encode() for text in texts]
+    """Return texts as one message: their number, the bytes of each, and their UTF-8."""
+    raw = [replace_lone_surrogates(text).encode() for text in texts]
     return np.array([len(raw), *map(len, raw)], np.int64).tobytes() + b"".join(raw)
 
 
 def _unpacked(message: bytes) -> Iterator[str]:
-    """The texts of a message."""
+    """Yield the texts of a message."""
     count = int(np.frombuffer(message, np.int64, 1)[0])
     at = 8 * (count + 1)
     for size in np.frombuffer(message, np.int64, count, 8).tolist():
@@ -241,8 +241,11 @@ def _unpacked(message: bytes) -> Iterator[str]:
 
 
 def serve(descriptor: int) -> None:
-    """Be a worker: do the task that the first message describes on each message that follows, until the pipe is closed."""
-    with Connection(descriptor) as line, contextlib.suppress(EOFError, OSError):  # OSError: it ends within a message
+    """Run a worker: do the task of the first message on each following message, until the pipe is closed."""
+    with (
+        Connection(descriptor) as line,
+        contextlib.suppress(EOFError, OSError),
+    ):  # OSError: the pipe ends within a message
         setup: dict[str, Any] = json.loads(line.recv_bytes())
         if "encode" in setup:
             tokenizer = Tokenizer(engine_of(setup["encode"]))
