@@ -29,10 +29,10 @@ BASES = {
     "gpt": ["model.num_kv_heads=2", "model.intermediate_size=48"], "gpt2": [], "roberta": [], "t5": ["model.num_encoder_layers=2"],
     "bert": ["data.split_by=blank"], "bart": ["model.num_encoder_layers=2"],
 }  # fmt: skip
-"""Recipe -> what else its shape needs. The table of tokens is the vocabulary head's of gpt2 and roberta."""
+"""Recipe -> what else its model needs. The LM heads of gpt2 and roberta are tied to the token embeddings."""
 RATE = ["optimizer.name=adamw", "optimizer.lr=0.05"]
 STILL = ["optimizer.lr=1e-12", "optimizer.embedding_lr=0", "optimizer.scalar_lr=0", "optimizer.weight_decay=0"]
-"""A step that changes nothing: what is measured after it is what was there before."""
+"""A step that changes nothing: metrics after it equal those before it."""
 
 CASES = [
     ("gpt", "gpt", "lora", "['*']"), ("gpt", "gpt", "prompt", ""), ("gpt2", "gpt2", "lora", "[all-linear, places]"),

@@ -195,7 +195,7 @@ def test_accepted_sums_train(place: Place, name: str) -> None:
                 continue
             try:
                 assert trained(place, segment, both).keys() >= both.labels.keys()
-            except UserError as refusal:  # how it is read was open until the shape was known
+            except UserError as refusal:  # the attention pattern was open until the model was known
                 assert str(refusal).startswith(f"cannot add {name}+{other}: one reads")  # noqa: PT017
             trained_with += 1
             break

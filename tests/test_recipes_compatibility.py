@@ -26,7 +26,7 @@ SHAPES = {
     "a causal decoder": decoder_config(vocab_size=10, hidden_size=64, num_layers=1),
     "an encoder": replace(
         encoder_config(vocab_size=10, hidden_size=64, num_layers=1), dropout=0.1
-    ),  # two views differ by it
+    ),  # it makes the two examples differ
     "an encoder-decoder": encoder_decoder_config(vocab_size=10, hidden_size=64, num_layers=1),
     "a Linformer": replace(encoder_config(vocab_size=10, hidden_size=64, num_layers=1), dropout=0.1, linformer_k=8),
     "a variational autoencoder": replace(

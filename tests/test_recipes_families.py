@@ -77,7 +77,7 @@ def firth(*arguments: str, code: int = 0) -> str:
     return done.output
 
 
-# Filling gaps
+# Filling masks
 
 
 def test_t5_fills_each_mask_with_a_span(runs: Path) -> None:
@@ -211,7 +211,7 @@ def test_vae_interpolates_and_samples_from_the_prior(runs: Path) -> None:
     assert drawn == "\n".join(one.text for one in prior) + "\n"
 
 
-# Measuring
+# Evaluation
 
 
 def evaluated(runs: Path, name: str, *more: str) -> dict[str, float | str]:

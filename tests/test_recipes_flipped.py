@@ -76,7 +76,7 @@ def evaluate(there: Path) -> None:
 
 
 Actions = tuple[tuple[Callable[[Path], Any], ...], int]
-"""What reads a file, and the flips of the suite."""
+"""The files that each command reads, and the number of flips in the suite."""
 FILES: dict[str, Actions] = {
     "done.json": ((continue_run, run_report, evaluate, export), 12),
     "metrics.jsonl": ((run_report, evaluate, resume), 9),
@@ -106,7 +106,7 @@ FORGIVING: dict[str, tuple[Any, ...]] = {
     "checkpoints/step-000002/manifest.json": (resume,),
     "checkpoints/step-000002/state.json": (resume,),
 }
-"""What does not read the file, or lets people edit it, or takes an earlier checkpoint in its place. Nothing else may go on."""
+"""Commands that do not read the file, allow users to edit it, or fall back on an earlier checkpoint. No other may succeed."""
 
 
 def parsed_content(file: Path) -> str | None:

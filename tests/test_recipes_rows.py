@@ -31,7 +31,7 @@ SHAPES = {
     "bart": ModelConfig(**BODY, num_encoder_layers=1, decoder_start_token="eos"),
 }
 PARTS = {"gpt2": "causal_lm", "rotary": "causal_lm", "roberta": "mlm", "bart": "denoising"}
-"""Shape -> the objective of its heads."""
+"""Model config -> the objective of its heads."""
 
 
 def quiet(_: str) -> None:

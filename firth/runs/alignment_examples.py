@@ -237,8 +237,8 @@ class RolloutsConfig(ExamplesConfig):
     def _reward_model(self, data: RunData, prompts: Sequence[np.ndarray], start: LM) -> RewardModel:
         """Return the reward model, normalized on answers of the initial model so that `kl_coef` does not depend on its scale."""
         run = model_directory(self.reward_model)
-        cure = "train the reward model from the same start as the policy"
-        check_same_tokenizer(data.tokenizer, run, "examples.reward_model:", cure)
+        hint = "train the reward model from the same start as the policy"
+        check_same_tokenizer(data.tokenizer, run, "examples.reward_model:", hint)
         judge = RewardModel(data.load_frozen(run))
         some = [prompts[i] for i in range(0, len(prompts), max(1, len(prompts) // 64))][:64]
         with data.autocast():

@@ -16,15 +16,15 @@ MAX_LISTED_CLASSES = 12
 """Most classes that the line lists one by one."""
 
 
-def all_of(source: Source) -> Mapping[str, int]:
+def count_classes(source: Source) -> Mapping[str, int]:
     """Return the number of examples of each class in a source; {} without classes."""
     return source.class_counts(np.arange(len(source)))
 
 
 def class_summary(train: Source, valid: Source | None) -> str:
     """Return a line on the classes; empty if there are none."""
-    found = all_of(train)
-    held = all_of(valid) if valid is not None else {}
+    found = count_classes(train)
+    held = count_classes(valid) if valid is not None else {}
     if len(found) > MAX_LISTED_CLASSES:
         least, most = min(found, key=lambda name: found[name]), max(found, key=lambda name: found[name])
         return f"{len(found)} classes, from {found[least]:,} of {least} to {found[most]:,} of {most}"
@@ -36,17 +36,17 @@ def class_summary(train: Source, valid: Source | None) -> str:
 
 def missing_classes(train: Source, valid: Source | None) -> list[str]:
     """Return a sentence for each class that has held-out examples and no training examples."""
-    held = all_of(valid) if valid is not None else {}
+    held = count_classes(valid) if valid is not None else {}
     return [
         f"the class {name!r} has no training examples and {held[name]:,} held-out ones, so it is not learned"
-        for name, n in all_of(train).items()
+        for name, n in count_classes(train).items()
         if not n and held.get(name)
     ]
 
 
 def check_several_classes(train: Source) -> None:
     """Raise a UserError if all training examples are of one class."""
-    found = all_of(train)
+    found = count_classes(train)
     some = [name for name, n in found.items() if n]
     if found and len(some) < 2:
         raise UserError(

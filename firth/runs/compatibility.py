@@ -278,22 +278,22 @@ def limit_lengths(
 
 
 def _fit_rows(
-    examples: ExamplesConfig, usual: ExamplesConfig, room: int, ahead: tuple[int, int], log: LogLine, section: str
+    examples: ExamplesConfig, usual: ExamplesConfig, positions: int, ahead: tuple[int, int], log: LogLine, section: str
 ) -> ExamplesConfig:
     usual = usual if type(usual) is type(examples) else type(examples)()
     changed: dict[str, Any] = {}
     for name, inner in vars(examples).items():
         if isinstance(inner, ExamplesConfig):
-            changed[name] = _fit_rows(inner, getattr(usual, name), room, ahead, log, f"{section}.{name}")
-    for name, limit in examples.row_limits(room - ahead[0], room - ahead[1]).items():
+            changed[name] = _fit_rows(inner, getattr(usual, name), positions, ahead, log, f"{section}.{name}")
+    for name, limit in examples.row_limits(positions - ahead[0], positions - ahead[1]).items():
         value = getattr(examples, name)
         if value <= limit:
             continue
         taken = f", of which {max(ahead)} are before every text" if max(ahead) else ""
-        why = f"the model has learned {room} positions for a row{taken}"
+        why = f"the model has learned {positions} positions for a row{taken}"
         if limit < 1 or (value != getattr(usual, name) and not examples.drops_long_records):
-            cure = f"set {section}.{name}={limit}" if limit > 0 else "lower peft.num_virtual_tokens"
-            raise UserError(f"{section}.{name}={value}: {why}: {cure}")
+            hint = f"set {section}.{name}={limit}" if limit > 0 else "lower peft.num_virtual_tokens"
+            raise UserError(f"{section}.{name}={value}: {why}: {hint}")
         log(f"{section}.{name} is lowered from {value} to {limit}: {why}")
         changed[name] = limit
     return dataclasses.replace(examples, **changed) if changed else examples  # type: ignore[type-var]

@@ -64,9 +64,9 @@ def resolve_segmentation(objective: Objective, wanted: Segmentation) -> Segmenta
         return wanted
     here: Segmentation = "icu" if segmentation.has_dictionary() else "uax29"
     if wanted not in ("auto", here):
-        cure = "install firth[icu]" if wanted == "icu" else "uninstall icu4py"
+        hint = "install firth[icu]" if wanted == "icu" else "uninstall icu4py"
         raise UserError(
-            f"word_segmentation={wanted}, and this machine finds words by {here}, which would hide other words: {cure}, or set "
+            f"word_segmentation={wanted}, and this machine finds words by {here}, which would mask other words: {hint}, or set "
             "word_segmentation=auto for a new run"
         )
     return here

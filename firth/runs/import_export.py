@@ -86,7 +86,7 @@ def import_model(given: Path, out: Path, log: LogLine = print) -> None:
     with _fresh(out, given) as place:
         summary = save_model(model, tokenizer, place, facts, Storage(types[0] if len(types) == 1 else None))
         copied = given.is_dir() and copy_files(given, place)
-        for line in described(given, model, tokenizer, types):
+        for line in describe(given, model, tokenizer, types):
             log(line)
         if copied:
             log("  sentence vectors: as its modules.json says")
@@ -154,7 +154,7 @@ def _hf(package: ModelPackage, place: Path, storage: Storage) -> str:
     if not (place / "config.json").exists() or config.causal or config.num_encoder_layers:
         return summary
     if not copy_files(package.given, place):
-        sentences(package.model, place)
+        write_sentence_config(package.model, place)
     return f"{summary}, sentence-transformers as it is"
 
 
@@ -209,7 +209,7 @@ def _no_pooler(place: Path) -> dict[str, Any]:
     )
 
 
-def sentences(model: LM, place: Path) -> None:
+def write_sentence_config(model: LM, place: Path) -> None:
     """Write the three files with which sentence-transformers mean-pools an encoder's last hidden states."""
     modules = [("0", "", "Transformer"), ("1", "1_Pooling", "Pooling")]
     listed = [
@@ -224,7 +224,7 @@ def sentences(model: LM, place: Path) -> None:
     write_text(place / "modules.json", model_card.pretty(listed))
 
 
-def described(given: Path, model: LM, tokenizer: Tokenizer, types: list[torch.dtype]) -> list[str]:
+def describe(given: Path, model: LM, tokenizer: Tokenizer, types: list[torch.dtype]) -> list[str]:
     """Return lines that describe a model directory or GGUF file."""
     file = find(given)
     config, model_config = read_json(given / "config.json") if file is None else gguf.config(file), model.config

@@ -180,8 +180,8 @@ def encode_prompt(tokenizer: Tokenizer, text: str, model: LM) -> np.ndarray:
     roles = tokenizer.vocab.roles
     if model.config.num_encoder_layers:
         return np.append(ids, roles["eos"]).astype(np.int32) if "eos" in roles else ids
-    begins = "bos" in roles and tokenizer.bos is not False and not (model.config.prefix_lm and len(ids))
-    return np.concatenate(([roles["bos"]], ids)).astype(np.int32) if begins else ids
+    add_bos = "bos" in roles and tokenizer.bos is not False and not (model.config.prefix_lm and len(ids))
+    return np.concatenate(([roles["bos"]], ids)).astype(np.int32) if add_bos else ids
 
 
 def generates_left_to_right(config: ModelConfig) -> bool:

@@ -105,7 +105,7 @@ class LabeledConfig(TextRecordsConfig):
             found = self._read(data.config.paths(data.log), data, objective.class_names)
             if data.config.weights:  # records are held out path by path
                 parts = [split_records(m, partial(self._read, data=m, classes=found.classes)) for m in data.per_path()]
-                counts = [list(class_counts.all_of(part.train).values()) for part in parts]
+                counts = [list(class_counts.count_classes(part.train).values()) for part in parts]
                 return DataStats(class_names=found.classes, class_counts=tuple(np.sum(counts, 0).tolist()))
             counted = found.class_counts(np.flatnonzero(~held_out(found, data)))
             return DataStats(class_names=found.classes, class_counts=tuple(counted.values()))

@@ -124,8 +124,8 @@ class PseudoLabeledConfig(PartiallyLabeledConfig):
     def build(self, data: RunData, objective: Objective) -> DatasetSplits:
         what = "the run of `firth train classification` on the labeled records, which gives the pseudo-labels"
         place = required_model(self.teacher, "examples.teacher", what)
-        cure = "train the teacher and this run from the same start, or with the same tokenizer.path"
-        check_same_tokenizer(data.tokenizer, place, "examples.teacher:", cure)
+        hint = "train the teacher and this run from the same start, or with the same tokenizer.path"
+        check_same_tokenizer(data.tokenizer, place, "examples.teacher:", hint)
         model = data.load_frozen(place)
         plain = super().build(data, objective)
         vocab = data.tokenizer.vocab

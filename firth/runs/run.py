@@ -311,20 +311,20 @@ def _first_rank_first(ranks: Ranks, make: Callable[[], T]) -> T:
 
 def _check_models(recipe: Recipe) -> None:
     """Raise a UserError if a model that the run starts from does not exist or is not finished."""
-    for name, begins in (("init_from", recipe.init_from), ("init_embeddings_from", recipe.init_embeddings_from)):
-        place = Path(begins)
-        if begins and not place.exists():
-            raise UserError(f"{name}={begins}: there is no such run or model directory, nor a GGUF file")
-        if begins and (place / "recipe.yaml").is_file() and not (place / "model").is_dir():
-            raise UserError(f"{name}={begins}: this run has no model yet: finish it with `firth train {begins}`")
+    for name, base in (("init_from", recipe.init_from), ("init_embeddings_from", recipe.init_embeddings_from)):
+        place = Path(base)
+        if base and not place.exists():
+            raise UserError(f"{name}={base}: there is no such run or model directory, nor a GGUF file")
+        if base and (place / "recipe.yaml").is_file() and not (place / "model").is_dir():
+            raise UserError(f"{name}={base}: this run has no model yet: finish it with `firth train {base}`")
 
 
 def _check_tokenizer(tokenizer: Tokenizer, recipe: Recipe) -> None:
     """Raise a UserError if a model that the run starts from has another tokenizer, even one of the same size."""
-    for name, begins in (("init_from", recipe.init_from), ("init_embeddings_from", recipe.init_embeddings_from)):
-        if begins:
-            cure = "leave out tokenizer.path, and the run takes that one"
-            check_same_tokenizer(tokenizer, model_directory(begins), f"{name}:", cure)
+    for name, base in (("init_from", recipe.init_from), ("init_embeddings_from", recipe.init_embeddings_from)):
+        if base:
+            hint = "leave out tokenizer.path, and the run takes that one"
+            check_same_tokenizer(tokenizer, model_directory(base), f"{name}:", hint)
 
 
 def _resolve(recipe: Recipe, data: RunData) -> Recipe:
@@ -395,8 +395,8 @@ def _segmentation(recipe: Recipe, directory: Path, continued: bool) -> Segmentat
 
 def _finished(directory: Path, known: str) -> RunResult:
     """Return the result in done.json; UserError if it belongs to a recipe with another hash."""
-    cure = f"delete {directory / DONE}, and the same command exports the model again"
-    facts = read_record(directory / "model" / "firth.json", {"facts": dict}, cure)["facts"]
+    hint = f"delete {directory / DONE}, and the same command exports the model again"
+    facts = read_record(directory / "model" / "firth.json", {"facts": dict}, hint)["facts"]
     if facts.get("recipe") != known:
         raise UserError(
             f"{directory} holds a finished run of another recipe (its recipe.yaml tells which); "
@@ -404,7 +404,7 @@ def _finished(directory: Path, known: str) -> RunResult:
         )
     number = (int, float)
     needs = {"steps": int, "tokens": int, "seconds": number, "flops": number, "metrics": dict}
-    done = read_record(directory / DONE, needs, cure)
+    done = read_record(directory / DONE, needs, hint)
     exported = done.get("exported_step", done["steps"])  # missing in older runs
     return RunResult(
         directory, done["steps"], exported, done["tokens"], done["seconds"], done["flops"], done["metrics"]

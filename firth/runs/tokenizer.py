@@ -116,12 +116,12 @@ def _record(own: Path) -> dict[str, Any]:
     """Return the record of what the tokenizer in a directory was made from; {} if there is none."""
     if not (own / RECORD).exists():
         return {}
-    cure = f"delete {own}, and it is made again"
-    found = read_object(own / RECORD, {"resolved_size": int, "digest": str}, cure)
+    hint = f"delete {own}, and it is made again"
+    found = read_object(own / RECORD, {"resolved_size": int, "digest": str}, hint)
     files = found.get("files", {})  # older versions keep none
-    check_all([files], {}, f"{own / RECORD}", cure)
-    check_all(files.values(), {"bytes": int, "sha256": str}, f"{own / RECORD}", cure)
-    verify_files(files, own, cure)
+    check_all([files], {}, f"{own / RECORD}", hint)
+    check_all(files.values(), {"bytes": int, "sha256": str}, f"{own / RECORD}", hint)
+    verify_files(files, own, hint)
     return found
 
 
