@@ -157,6 +157,6 @@ def test_adapter_on_a_model_with_a_prefix(place: Path, base: Callable[[str], Pat
     config = json.loads((two / "adapter" / "adapter_config.json").read_text())
     assert config["peft_type"] == "FIRTH_LORA"  # peft's base would read no prefix
     with pytest.raises(
-        UserError, match=r"where the start has a prefix already: go on from it with peft.init_from=RUN too"
+        UserError, match=r"the model of init_from has a prefix already: continue it with peft.init_from=RUN too"
     ):
         run(recipe(place, "gpt2", one, *prefix), tmp_path / "no", quiet)
