@@ -23,9 +23,11 @@ from firth.runs.recipe_names import RECIPES
 from firth.train.schedule import Budget
 
 BODY = (
-    "model.hidden_size=128", "model.num_layers=3", "model.num_heads=2", "model.intermediate_size=256", "gpt.model.intermediate_size=512",
+    "model.hidden_size=128", "model.num_layers=3", "model.num_heads=2", "model.intermediate_size=256",
+    "gpt.model.intermediate_size=512",
     "prefix_lm.model.intermediate_size=512", "data.validation_fraction=0.1",
-    "t5.model.num_layers=2", "t5.model.num_encoder_layers=2", "bart.model.num_layers=2", "bart.model.num_encoder_layers=2", "probe.max_steps=60",
+    "t5.model.num_layers=2", "t5.model.num_encoder_layers=2", "bart.model.num_layers=2", "bart.model.num_encoder_layers=2",
+    "probe.budget.max_steps=60",
 )  # fmt: skip
 """Two blocks on each side weigh what three do; an ungated MLP is twice as wide as a gated one."""
 

@@ -155,7 +155,7 @@ def tags_study(seed: int, steps: Steps) -> dict[str, float]:
     )
     for name, start in (("an untrained ELMo", spelled[:2]), ("word vectors", (f"init_from={words.directory}",)),
                         ("ELMo", (f"init_from={elmo.directory}",))):  # fmt: skip
-        done = stage(f"tags-{name.replace(' ', '_')}", "tag_features", seed, steps(300), [*task, *start])
+        done = stage(f"tags-{name.replace(' ', '_')}", "token_features", seed, steps(300), [*task, *start])
         found[f"tags from {name}, accuracy"] = done.metrics["valid/accuracy"]
     return found
 

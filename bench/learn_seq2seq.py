@@ -129,8 +129,8 @@ def closed_book(name: str, seed: int, results: Path, scale: float) -> dict[str, 
         "asked": tuned["loss"],
     }
     for part in ("train", "test"):
-        score = evaluate(work / "asked", catalog.paths(f"places/{part}.jsonl", quiet), task="answers")
-        found |= {f"{part} {key}": score[key] for key in ("items", "exact_match", "commonest_accuracy")}
+        score = evaluate(work / "asked", catalog.paths(f"places/{part}.jsonl", quiet), task="generation")
+        found |= {f"{part} {key}": score[key] for key in ("items", "exact_match", "majority_accuracy")}
     return found
 
 
@@ -187,7 +187,7 @@ def table(results: Path) -> str:
         some = [run for run in runs if run["name"] == name]
         if some:
             cells = [over_seeds(some, f"{part} exact_match") for part in ("test", "train")]
-            lines.append(f"| {name} | {' | '.join(cells)} | {some[0]['test commonest_accuracy']:.3f} |")
+            lines.append(f"| {name} | {' | '.join(cells)} | {some[0]['test majority_accuracy']:.3f} |")
     return "\n".join([*lines, "", describe(runs[-1]["machine"])])
 
 

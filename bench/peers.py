@@ -86,7 +86,7 @@ def reference(directory: Path) -> dict[str, Any]:
     import torch
 
     from firth.evaluate.task import load_evaluated_model
-    from firth.evaluate.tasks.option_scoring import cut
+    from firth.evaluate.tasks.option_scoring import encode
     from firth.generate.engine import Engine
     from firth.model.latent import average
     from firth.runs.inference import encode_prompt
@@ -124,7 +124,7 @@ def reference(directory: Path) -> dict[str, Any]:
     if kind == "left":
         engine = Engine(model, tokenizer)
         for item in QUESTIONS:
-            pairs = [cut(evaluated, str(item["question"]), str(option)) for option in item["options"]]  # type: ignore[attr-defined]
+            pairs = [encode(evaluated, str(item["question"]), str(option)) for option in item["options"]]  # type: ignore[attr-defined]
             head = [tokenizer.vocab.bos] if "bos" in tokenizer.vocab.roles and tokenizer.bos is not False else []
             prompts = [np.concatenate((head, before)).astype(np.int32) for before, _ in pairs]
             told["scores"].append([float(s) for s in engine.score(prompts, [after for _, after in pairs])])

@@ -1,7 +1,7 @@
 """transformers' Trainer on the tasks of `bench.learn_tasks`: the arm "trainer", one entry of PEERS for each recipe.
 
-    lesson = Lesson(train, test, load("token_classification", settings).segment, classes, steps=80, rows=16, rate=1e-4, seed=0)
-    taught("tag", lesson, "runs/trainer")       {"f1", "accuracy", ..., "seconds", "tokens", "tested"}: a number each
+    lesson = Lesson(train, test, load("token_classification", settings).examples, classes, steps=80, rows=16, rate=1e-4, seed=0)
+    taught("token_classification", lesson, "runs/trainer")       {"f1", "accuracy", ..., "seconds", "tokens", "tested"}: a number each
 
 The records are read by our own readers with MiniLM's tokenizer (whose ids are transformers' own: tests/test_text_foreign), so
 both sides see the same rows: words' first pieces, windows of a passage, [CLS] text [SEP] option [SEP]. A row is what it is in
@@ -39,11 +39,11 @@ Logits = Sequence[np.ndarray]
 
 @dataclass(frozen=True)
 class Lesson:
-    """What both sides are given. segment: how the recipe reads records. classes: the names of labels or tags."""
+    """What both sides are given. examples: how the recipe reads records. classes: the names of labels or tags."""
 
     train: Path
     test: Path
-    segment: Any
+    examples: Any
     classes: tuple[str, ...]
     steps: int
     rows: int
@@ -178,25 +178,31 @@ def chosen(names: Callable[[Any], Sequence[str]]) -> Callable[[Any, Logits], Ans
 
 
 def labelled(path: Path, tokenizer: Tokenizer, lesson: Lesson, asked: bool) -> LabeledTexts:
-    how = lesson.segment
-    return LabeledTexts([str(path)], tokenizer, how.length, how, classes=lesson.classes)
+    how = lesson.examples
+    return LabeledTexts([str(path)], tokenizer, how.max_length, how, classes=lesson.classes)
 
 
 def tagged(path: Path, tokenizer: Tokenizer, lesson: Lesson, asked: bool) -> TaggedSentences:
-    how = lesson.segment
-    return TaggedSentences([str(path)], tokenizer, how.length, how, classes=lesson.classes, keep=asked)
+    how = lesson.examples
+    return TaggedSentences([str(path)], tokenizer, how.max_length, how, classes=lesson.classes, keep=asked)
 
 
 def windows(path: Path, tokenizer: Tokenizer, lesson: Lesson, asked: bool) -> QuestionRecords:
-    how = lesson.segment
+    how = lesson.examples
     return QuestionRecords(
-        [str(path)], tokenizer, how.length, stride=how.stride, question=how.question, context=how.context, keep=asked
+        [str(path)],
+        tokenizer,
+        how.max_length,
+        stride=how.doc_stride,
+        question=how.max_question_length,
+        context=how.context_field,
+        keep=asked,
     )
 
 
 def offered(path: Path, tokenizer: Tokenizer, lesson: Lesson, asked: bool) -> MultipleChoiceRecords:
-    how = lesson.segment
-    return MultipleChoiceRecords([str(path)], tokenizer, how.length, how)
+    how = lesson.examples
+    return MultipleChoiceRecords([str(path)], tokenizer, how.max_length, how)
 
 
 PEERS: Mapping[str, Peer] = {
@@ -205,14 +211,19 @@ PEERS: Mapping[str, Peer] = {
         lambda example: ids(example) | {"labels": int(example["label"])},
         lambda examples, said: list(said), chosen(lambda examples: examples.classes),
     ),
-    "tag": Peer(
-        "AutoModelForTokenClassification", "DataCollatorForTokenClassification", TASKS["tagging"], tagged,
+    "token_classification": Peer(
+        "AutoModelForTokenClassification", "DataCollatorForTokenClassification", TASKS["token_classification"], tagged,
         lambda example: ids(example) | {"labels": example["tags"].tolist()},
-        first_pieces, lambda examples, logits: token_classification.counted(examples, token_classification.by_word(examples, iter(logits))),
+        first_pieces,
+        lambda examples, logits: token_classification.count_correct(
+            examples, token_classification.by_word(examples, iter(logits))
+        ),
     ),
-    "answer": Peer(
-        "AutoModelForQuestionAnswering", "DataCollatorWithPadding", TASKS["spans"], windows, window, both_ends,
-        lambda examples, logits: question_answering.compared(examples, answer_spans.by_question(examples, iter(logits), may_lack=False)),
+    "question_answering": Peer(
+        "AutoModelForQuestionAnswering", "DataCollatorWithPadding", TASKS["question_answering"], windows, window, both_ends,
+        lambda examples, logits: question_answering.score_answers(
+            examples, answer_spans.by_question(examples, iter(logits), has_unanswerable=False)
+        ),
     ),
     "multiple_choice": Peer(
         "AutoModelForMultipleChoice", "DataCollatorForMultipleChoice", TASKS["multiple_choice"], offered, options,

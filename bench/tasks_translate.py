@@ -78,8 +78,8 @@ def pretrained(results: Path, train: Path, quick: bool) -> Path:
 def measured(directory: Path, test: Path, done: RunResult) -> Row:
     """What a run of ours scores."""
     evaluated = load_evaluated_model(directory)
-    items = generation.source(evaluated, [str(test)])
-    right, said = generation.answer(evaluated, items, lambda _: None, LENGTH)
+    items = generation.load(evaluated, [str(test)])
+    right, said = generation.respond(evaluated, items, lambda _: None, LENGTH)
     return scored(right, said) | {"loss": done.metrics["valid/loss"], "items": len(right)}
 
 
@@ -96,7 +96,7 @@ def taught(lesson: Lesson, coder: str, out: str) -> Row:
     tokenizer = Tokenizer.load(coder)
     vocab = tokenizer.vocab
     learnt, asked = (pairs(path, tokenizer, lesson) for path in (lesson.train, lesson.test))
-    config = {key: value for key, value in t5.config(shape(vocab.size)).items() if key != "firth_tied"}
+    config = {key: value for key, value in t5.to_hf_config(shape(vocab.size)).items() if key != "firth_tied"}
     special = {"pad_token_id": vocab.pad, "eos_token_id": vocab.eos, "decoder_start_token_id": vocab.start}
     transformers.set_seed(lesson.seed)
     model = transformers.T5ForConditionalGeneration(transformers.T5Config(**config | special))
@@ -125,8 +125,14 @@ def taught(lesson: Lesson, coder: str, out: str) -> Row:
 
 def pairs(path: Path, tokenizer: Tokenizer, lesson: Lesson) -> Rows:
     """The records as both sides read them."""
-    how = lesson.segment
-    found = Seq2SeqRecords([str(path)], tokenizer, how.length, answer=how.answer, forms=(how.prompt, how.answer_is))
+    how = lesson.examples
+    found = Seq2SeqRecords(
+        [str(path)],
+        tokenizer,
+        how.max_length,
+        answer=how.max_target_length,
+        forms=(how.prompt_template, how.completion_template),
+    )
     return Rows(found, pair)
 
 

@@ -1,4 +1,4 @@
-"""The benchmarks' own arithmetic: turns, ratios, dirty rounds and the time at which a curve crosses a loss."""
+"""Arithmetic of the benchmarks: turns, ratios, noisy rounds and the time at which a curve crosses a loss."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ SECOND = 0.05
 
 
 def quick(turn: Turn) -> None:
-    """100 units in a twentieth of a second."""
+    """Do 100 units in a twentieth of a second."""
     while True:
         time.sleep(SECOND)
         turn(100)
 
 
 def slow(turn: Turn) -> None:
-    """The same in three times the time, after a long set-up that must not be timed."""
+    """Do the same in three times the time, after a long setup that must not be timed."""
     time.sleep(10 * SECOND)
     while True:
         time.sleep(3 * SECOND)
@@ -30,11 +30,11 @@ def slow(turn: Turn) -> None:
 
 def failing(turn: Turn) -> None:
     turn(1)
-    raise ZeroDivisionError("the contender's own fault")
+    raise ZeroDivisionError("an error of the candidate")
 
 
-def test_ratio_of_two_sleepers_and_no_set_up_in_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(harness, "DIRTY", 2.0)  # sleepers do not mind company
+def test_ratio_of_two_sleepers_without_setup(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(harness, "DIRTY", 2.0)  # other load does not slow a sleeper down
     monkeypatch.setattr(harness, "machine", dict)
     report = compare({"slow": slow, "quick": quick}, rounds=3, peer="slow")
     assert len(report.rounds) == 3
@@ -44,13 +44,13 @@ def test_ratio_of_two_sleepers_and_no_set_up_in_it(monkeypatch: pytest.MonkeyPat
     assert all(5 < mb < 20_000 for mb in report.peak_mb.values())
 
 
-def test_a_contender_that_dies_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failing_candidate_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(harness, "machine", dict)
     with pytest.raises(RuntimeError, match="'failing' ended before its turn was over"):
         compare({"failing": failing}, rounds=2, peer="failing")
 
 
-def test_dirty_rounds_are_thrown_away_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_noisy_rounds_are_discarded(monkeypatch: pytest.MonkeyPatch) -> None:
     shares = iter([0.9, 0.9, 0.0, 0.5, 0.0, 0.0])  # warm-up, then a round whose second sample is dirty, a clean round
     monkeypatch.setattr(harness, "others", lambda *_: next(shares))
     monkeypatch.setattr(harness, "machine", dict)
@@ -58,24 +58,24 @@ def test_dirty_rounds_are_thrown_away_whole(monkeypatch: pytest.MonkeyPatch) -> 
     assert (len(report.rounds), report.thrown_away) == (1, 1)
 
 
-def test_the_ratio_is_the_median_over_rounds_not_the_ratio_of_medians() -> None:
+def test_the_ratio_is_the_median_over_rounds() -> None:
     rounds = [(1.0, 2.0), (10.0, 10.0), (3.0, 12.0)]  # (theirs, ours): ratios 2, 1, 4
     report = Report("tokens", "theirs")
     report.rounds = [{"theirs": Sample(a, 1.0, 0.0), "ours": Sample(b, 1.0, 0.0)} for a, b in rounds]
     assert report.ratio("ours") == (2.0, 1.0, 4.0)
 
 
-def test_what_others_used() -> None:
+def test_cpu_share_of_other_processes() -> None:
     cores = harness.os.cpu_count() or 1
     assert others(10.0, 10.0 + cores, own=cores / 2, seconds=1.0) == pytest.approx(0.5)
-    assert others(10.0, 10.9, own=1.0, seconds=1.0) == 0  # the clocks' own coarseness
+    assert others(10.0, 10.9, own=1.0, seconds=1.0) == 0  # clock resolution
     assert others(None, None, own=1.0, seconds=1.0) is None
 
 
-def test_when_a_curve_reaches_a_loss() -> None:
+def test_time_at_which_a_curve_reaches_a_loss() -> None:
     curve = [(10.0, 5, 6.0), (20.0, 10, 5.0), (40.0, 20, 5.5), (60.0, 30, 4.0)]
     result = Result(Run("firth", 60.0, 0, None), curve, parameters=1, others=0.0)
-    assert result.reaches(7.0) == 10.0  # at the first mark or before: said as the mark
+    assert result.reaches(7.0) == 10.0  # at the first mark or before, which is reported as the mark
     assert result.reaches(5.25) == pytest.approx(17.5)
     assert result.reaches(4.75) == pytest.approx(50.0)
     assert result.reaches(3.9) is None

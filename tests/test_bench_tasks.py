@@ -1,4 +1,4 @@
-"""The peers of `bench.learn_tasks`: who knows everything scores everything, and rows are counted as ours are."""
+"""The peers of `bench.learn_tasks`: gold labels have perfect scores, and tokens are counted as in firth."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ from firth.types import IGNORE, Example
 PASSAGE = "The play was written by Anne Lee in the year 1901. " + "It was shown in many towns of the north. " * 6
 RECORDS: dict[str, list[dict[str, Any]]] = {
     "classification": [{"text": "a fine film", "label": "good"}, {"text": "dull", "label": "bad"}] * 2,
-    "tag": [
+    "token_classification": [
         {"tokens": ["Anne", "Lee", "of", "Shropshire", "wrote"], "tags": ["B-PER", "I-PER", "O", "B-LOC", "O"]},
         {"tokens": ["Unbelievably", "so"], "tags": ["O", "O"]},
     ],
-    "answer": [
+    "question_answering": [
         {"context": "Anne Lee wrote it in 1901.", "question": "Who wrote it?", "answers": [{"text": "Anne Lee", "start": 0}]},
         {"context": PASSAGE, "question": "When?", "answers": [{"text": "1901", "start": PASSAGE.index("1901")}]},
     ],
@@ -37,15 +37,17 @@ RECORDS: dict[str, list[dict[str, Any]]] = {
         {"text": "it sinks", "options": ["up", "down"], "label": 1},
     ],
 }  # fmt: skip
-SETTINGS = {"answer": ["examples.max_length=48", "examples.doc_stride=16", "examples.max_question_length=12"]}
+SETTINGS = {
+    "question_answering": ["examples.max_length=48", "examples.doc_stride=16", "examples.max_question_length=12"]
+}
 
 
 @pytest.fixture(scope="module")
-def coder() -> Tokenizer:
+def tokenizer() -> Tokenizer:
     return Tokenizer.load(minilm())
 
 
-def lesson(recipe: str, directory: Path) -> Lesson:
+def make_lesson(recipe: str, directory: Path) -> Lesson:
     path = directory / "some.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in RECORDS[recipe]))
     named = classes(Job("", recipe, (), 0, 0), (path, path))
@@ -54,31 +56,31 @@ def lesson(recipe: str, directory: Path) -> Lesson:
     )
 
 
-def knowing(recipe: str, shown: list[dict[str, Any]], kinds: int) -> Any:
-    """What `predict` would say of rows if a model knew their labels: logits, padded with -100."""
-    if recipe == "answer":
-        longest = max(len(row["input_ids"]) for row in shown)
-        ends = [np.full((len(shown), longest), -100.0), np.full((len(shown), longest), -100.0)]
-        for i, row in enumerate(shown):
+def gold_logits(recipe: str, rows: list[dict[str, Any]], kinds: int) -> Any:
+    """Return the logits of a perfect model for rows, padded with -100."""
+    if recipe == "question_answering":
+        longest = max(len(row["input_ids"]) for row in rows)
+        ends = [np.full((len(rows), longest), -100.0), np.full((len(rows), longest), -100.0)]
+        for i, row in enumerate(rows):
             for end, name in zip(ends, ("start_positions", "end_positions"), strict=True):
                 end[i, : len(row["input_ids"])] = 0
                 end[i, row[name]] = 9
         return ends
-    labels = [np.atleast_1d(row["labels"]) for row in shown]
+    labels = [np.atleast_1d(row["labels"]) for row in rows]
     longest = max(map(len, labels))
-    told = np.full((len(shown), longest, kinds), -100.0)
+    logits = np.full((len(rows), longest, kinds), -100.0)
     for i, row in enumerate(labels):
-        told[i, : len(row)] = np.where(row == IGNORE, 0, row)[:, None] == np.arange(kinds)
-    return told if recipe == "tag" else told[:, 0]
+        logits[i, : len(row)] = np.where(row == IGNORE, 0, row)[:, None] == np.arange(kinds)
+    return logits if recipe == "token_classification" else logits[:, 0]
 
 
 @pytest.mark.parametrize("recipe", list(RECORDS))
-def test_who_knows_the_labels_has_every_score(recipe: str, tokenizer: Tokenizer, tmp_path: Path) -> None:
-    peer, told = PEERS[recipe], lesson(recipe, tmp_path)
-    examples = peer.read(told.test, tokenizer, told, True)
+def test_gold_labels_have_perfect_scores(recipe: str, tokenizer: Tokenizer, tmp_path: Path) -> None:
+    peer, lesson = PEERS[recipe], make_lesson(recipe, tmp_path)
+    examples = peer.read(lesson.test, tokenizer, lesson, True)
     rows = Rows(examples, peer.shown)
-    kinds = len(told.classes) or 2
-    found = scored(peer, examples, knowing(recipe, [rows[i] for i in range(len(rows))], kinds))
+    kinds = len(lesson.classes) or 2
+    found = scored(peer, examples, gold_logits(recipe, [rows[i] for i in range(len(rows))], kinds))
     assert found and set(found.values()) == {1.0}
     wrong = [{**rows[i]} for i in range(len(rows))]
     for row in wrong:  # another class, tag and option everywhere, and another span
@@ -87,20 +89,20 @@ def test_who_knows_the_labels_has_every_score(recipe: str, tokenizer: Tokenizer,
         row["labels"] = np.where(
             np.equal(row.get("labels", 0), IGNORE), IGNORE, (np.array(row.get("labels", 0)) + 1) % kinds
         )
-    assert scored(peer, examples, knowing(recipe, wrong, kinds))[next(iter(found))] < 0.5
+    assert scored(peer, examples, gold_logits(recipe, wrong, kinds))[next(iter(found))] < 0.5
 
 
 @pytest.mark.parametrize("recipe", list(RECORDS))
-def test_rows_are_those_of_ours_and_transformers_ids(recipe: str, tokenizer: Tokenizer, tmp_path: Path) -> None:
-    peer, told = PEERS[recipe], lesson(recipe, tmp_path)
-    examples = peer.read(told.train, tokenizer, told, False)
+def test_rows_have_the_ids_of_transformers(recipe: str, tokenizer: Tokenizer, tmp_path: Path) -> None:
+    peer, lesson = PEERS[recipe], make_lesson(recipe, tmp_path)
+    examples = peer.read(lesson.train, tokenizer, lesson, False)
     theirs = transformers.AutoTokenizer.from_pretrained(minilm())
     rows = [peer.shown(examples[i]) for i in range(len(examples))]
     objective = load(recipe, []).objective
-    if recipe == "answer":
+    if recipe == "question_answering":
         assert len(rows) > len(RECORDS[recipe])  # windows are rows
-        asked, answered = RECORDS[recipe][0]["question"], RECORDS[recipe][0]["context"]
-        assert rows[0]["input_ids"] == theirs(asked, answered)["input_ids"]
+        question, context = RECORDS[recipe][0]["question"], RECORDS[recipe][0]["context"]
+        assert rows[0]["input_ids"] == theirs(question, context)["input_ids"]
         assert (
             theirs.decode(rows[0]["input_ids"][rows[0]["start_positions"] : rows[0]["end_positions"] + 1]) == "anne lee"
         )
@@ -111,7 +113,7 @@ def test_rows_are_those_of_ours_and_transformers_ids(recipe: str, tokenizer: Tok
             both["input_ids"],
             both["token_type_ids"],
         ]
-    if recipe == "tag":
+    if recipe == "token_classification":
         words = theirs(RECORDS[recipe][0]["tokens"], is_split_into_words=True)
         assert rows[0]["input_ids"] == words["input_ids"]
         at = [
@@ -145,7 +147,7 @@ class Firsts(Source):
         return positions // 2, positions % 2
 
 
-def test_a_trainer_counts_what_it_has_read_and_written(tmp_path: Path) -> None:
+def test_the_trainer_counts_source_and_target_tokens(tmp_path: Path) -> None:
     config = transformers.T5Config(
         vocab_size=20, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2, pad_token_id=0, decoder_start_token_id=0
     )
@@ -154,13 +156,15 @@ def test_a_trainer_counts_what_it_has_read_and_written(tmp_path: Path) -> None:
     pairs = [
         {"source": np.arange(3, 3 + n), "target": np.arange(4, 4 + m)} for n, m in ((2, 5), (6, 3), (4, 4), (1, 1))
     ]
-    told = Lesson(tmp_path, tmp_path, None, (), steps=2, rows=2, rate=1e-3, seed=0)
+    lesson = Lesson(tmp_path, tmp_path, None, (), steps=2, rows=2, rate=1e-3, seed=0)
     rows = Rows(pairs, tasks_translate.pair)  # type: ignore[arg-type]
-    _, found = trained(model, rows, transformers.DataCollatorForSeq2Seq(engine, model=model), told, str(tmp_path), True)
+    _, found = trained(
+        model, rows, transformers.DataCollatorForSeq2Seq(engine, model=model), lesson, str(tmp_path), True
+    )
     assert found["tokens"] == 2 + 5 + 6 + 3 + 4 + 4 + 1 + 1
 
 
-def test_no_sentence_that_is_tested_on_is_learnt() -> None:
+def test_no_test_sentence_is_in_the_training_data() -> None:
     rows = [{"en": f"Sentence {i % 300}.", "es": f"Frase  {i % 170}."} for i in range(600)]
     rows += [{"en": "sentence 1.", "es": "x" * 200}]
     train, test = divided(rows, JOBS["translate"])
@@ -169,7 +173,7 @@ def test_no_sentence_that_is_tested_on_is_learnt() -> None:
     assert train and test and max(len(row["es"]) for row in [*train, *test]) < 200
 
 
-def test_tags_that_only_the_test_has_are_named_too(tmp_path: Path) -> None:
+def test_tags_of_the_test_data_alone_are_classes_too(tmp_path: Path) -> None:
     parts = tmp_path / "train.jsonl", tmp_path / "test.jsonl"
     for path, tags in zip(parts, (["nn", "at"], ["fw-dts", "nn"]), strict=True):
         path.write_text(json.dumps({"tokens": ["a", "b"], "tags": tags}) + "\n")

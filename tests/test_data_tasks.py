@@ -263,7 +263,7 @@ def test_an_answer_begins_at_its_word(tmp_path: Path, algorithm: str) -> None:
         assert words == [word.strip() for word in words]
         scores.append(np.zeros((len(offsets), 2)))
         scores[i][example["start"], 0] = scores[i][example["end"], 1] = 5.0
-    found = list(by_question(items, iter(scores), may_lack=False))
+    found = list(by_question(items, iter(scores), has_unanswerable=False))
     assert [(one["answer"], one["start"]) for one in found] == [("baker", 49)] * 3
 
 
@@ -310,8 +310,8 @@ def test_tags_of_other_schemes_are_measured_as_names(tmp_path: Path, scheme: str
     record = {"tokens": [f"word{i}" for i in range(len(tags))], "tags": tags}
     items = TaggedSentences([file(tmp_path, "a.jsonl", json.dumps(record) + "\n")], tokenizer(), 64, keep=True)
     right = to_bio2(tags)
-    columns = token_classification.counted(items, iter([(right, ["O"] * 5 + right[5:], [1.0] * 9)]))
-    found = {name: metric(*columns) for name, metric in token_classification.more(items).items()}
+    columns = token_classification.count_correct(items, iter([(right, ["O"] * 5 + right[5:], [1.0] * 9)]))
+    found = {name: metric(*columns) for name, metric in token_classification.extra_metrics(items).items()}
     assert found == {"precision": 1.0, "recall": pytest.approx(1 / 3), "f1": pytest.approx(0.5)}
 
 

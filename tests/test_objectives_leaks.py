@@ -85,7 +85,7 @@ def related(rng: np.random.Generator) -> Example:
     return layout.pair(some_text(rng, 6), some_text(rng, 5), VOCAB) | {"label": int(rng.integers(2))}
 
 
-EVERY: dict[str, tuple[Objective, Callable[[np.random.Generator], Example]]] = CASES | {
+ALL_DOCUMENTS: dict[str, tuple[Objective, Callable[[np.random.Generator], Example]]] = CASES | {
     "mlm in n-grams": (MLM(noise="ngrams"), framed),
     "mlm in spans": (MLM(noise="geometric"), framed),
     "bilm": (BiLM(), bare),
@@ -261,7 +261,7 @@ def share_shown(name: str, objective: Objective) -> float:
 
 
 TOKENS = [
-    n for n, (o, source) in EVERY.items()
+    n for n, (o, source) in ALL_DOCUMENTS.items()
     if {*ASKED} & o.build_example(source(np.random.default_rng(0)), VOCAB, np.random.default_rng(0)).keys()
 ]  # fmt: skip
 """The cases that ask for tokens."""
@@ -269,7 +269,7 @@ TOKENS = [
 
 @pytest.mark.parametrize("name", TOKENS)
 def test_another_hidden_token_moves_nothing_that_is_seen(name: str) -> None:
-    objective, source = EVERY[name]
+    objective, source = ALL_DOCUMENTS[name]
     count = searched(objective, source)
     assert count.asked > 20
     assert count.shown <= share_shown(name, objective) * count.asked
@@ -287,12 +287,12 @@ CHANGES: dict[str, Callable[[Any], Any]] = {
     "rank": lambda rank: rank[::-1],
 }
 """Answers that stand in an example -> others."""
-WHOLE = [n for n, (_, source) in EVERY.items() if CHANGES.keys() & source(np.random.default_rng(0)).keys()]
+WHOLE = [n for n, (_, source) in ALL_DOCUMENTS.items() if CHANGES.keys() & source(np.random.default_rng(0)).keys()]
 
 
 @pytest.mark.parametrize("name", WHOLE)
 def test_another_answer_moves_nothing_but_the_answer(name: str) -> None:
-    objective, source = EVERY[name]
+    objective, source = ALL_DOCUMENTS[name]
     answers = {*objective.labels.values(), *objective.metrics.values(), *ANSWERS}
     moved = 0
     for seed in range(30):
@@ -329,7 +329,7 @@ def test_the_segment_that_is_not_shown_moves_nothing() -> None:
     """NSP: what would have followed, where a stranger does, and the stranger where it does not."""
     strangers = 0
     for seed in range(40):
-        example = EVERY["nsp + mlm"][1](np.random.default_rng(seed))
+        example = ALL_DOCUMENTS["nsp + mlm"][1](np.random.default_rng(seed))
         shown = drawn(NSP() + MLM(), example, seed)
         stranger = int(shown["next"][0])
         unseen = "second" if stranger else "other"
@@ -371,9 +371,9 @@ def test_leaks_are_found() -> None:
 
 
 def test_every_objective_is_here_or_hides_nothing() -> None:
-    here = {type(one) for objective, _ in EVERY.values() for one in addends(objective)}
+    here = {type(one) for objective, _ in ALL_DOCUMENTS.values() for one in addends(objective)}
     for name in objectives.OBJECTIVES:
         assert (objectives.find(name) in here) or name in NOTHING_IS_HIDDEN, name
-    asked = {type(one) for n in {*TOKENS, *WHOLE} for one in addends(EVERY[n][0])}
+    asked = {type(one) for n in {*TOKENS, *WHOLE} for one in addends(ALL_DOCUMENTS[n][0])}
     assert here - asked == set(), "each case is in a test"
     assert PseudoLabels in asked

@@ -19,7 +19,7 @@ from firth.data import layout
 from firth.data.collate import Batches, collate, pack
 from firth.data.windows import Windows
 from firth.evaluate.perplexity import TokenizedDocument, one_at_a_time
-from firth.evaluate.text_perplexity import reads_of
+from firth.evaluate.text_perplexity import scoring_mode
 from firth.generate.engine import Engine
 from firth.generate.fill_mask import fill
 from firth.generate.sampling import Sampling
@@ -431,7 +431,7 @@ def test_a_cached_text_is_read_as_a_whole_one() -> None:
 def test_shapes_that_mean_nothing_are_refused() -> None:
     with pytest.raises(UserError, match=r"model\.memory_length=4 needs positions that reach back"):
         replace(XLNET, position="rotary", type_vocab_size=0, memory_length=4)
-    with pytest.raises(UserError, match="position xlnet needs"):
+    with pytest.raises(UserError, match="model.position=xlnet needs"):
         replace(XLNET, num_encoder_layers=2)
     for config in (
         XLNET,
@@ -632,7 +632,7 @@ def test_a_gap_is_a_query_that_nobody_sees() -> None:
     seen = collate([layout.permuted({"tokens": words}, np.array([at]), np.array([coder.vocab.mask]))])
     share = model.heads["lm"](model(seen)[0, -1]).softmax(-1)
     assert found[0].probability == pytest.approx(float(share[found[0].token]), rel=1e-4)
-    assert reads_of(model.config) == "masked" and reads_of(replace(model.config, causal=True)) == "causal"
+    assert scoring_mode(model.config) == "masked" and scoring_mode(replace(model.config, causal=True)) == "causal"
     document = TokenizedDocument(words[1:-1], np.ones(len(words) - 2, int))
     asked = list(one_at_a_time(document, 40, coder.vocab, query=True))[at - 1]
     assert loss(model, PLM(), collate([asked])) == pytest.approx(-math.log(found[0].probability), rel=1e-4)

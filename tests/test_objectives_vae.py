@@ -16,7 +16,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from firth.data.collate import collate, pack
-from firth.evaluate.text_perplexity import reads_of
+from firth.evaluate.text_perplexity import scoring_mode
 from firth.generate.engine import Engine
 from firth.generate.sampling import Sampling
 from firth.model.config import encoder_decoder_config
@@ -208,7 +208,7 @@ def test_a_run_draws_from_its_prior_and_its_report_says_what_the_latent_carries(
     assert [row["prompt"] for row in rows if row["step"] == 2] == list(recipe.sample_prompts)
     assert all(row["text"].count("\n") >= 4 for row in rows)
     with pytest.raises(UserError, match="only bounds the likelihood"):
-        reads_of(load_model(done.model).config)
+        scoring_mode(load_model(done.model).config)
 
 
 def test_shapes_and_objectives_that_do_not_fit_are_refused() -> None:
@@ -218,7 +218,7 @@ def test_shapes_and_objectives_that_do_not_fit_are_refused() -> None:
         check_pattern(SpanCorruption(), SHAPE)
     with pytest.raises(UserError, match=r"objective.latent_size=7 numbers and the shape's model.latent_size=4"):
         check_pattern(VAE(latent_size=7), SHAPE)
-    with pytest.raises(UserError, match="stands between an encoder and a decoder"):
+    with pytest.raises(UserError, match="needs an encoder and a decoder"):
         replace(SHAPE, num_encoder_layers=0)
     with pytest.raises(UserError, match=r"objective.word_dropout=1.5 must be"):
         VAE(latent_size=4, word_dropout=1.5)

@@ -282,9 +282,12 @@ def test_peft_in_short_and_long_form() -> None:
         (["peft=lara"], "there is no way to adapt 'lara'; did you mean 'lora'"),
         (
             ["peft=lora", "peft.rank=33"],
-            "rank 33 is larger than the matrix stack.blocks.0.attention.q, which is 32 x 32",
+            "rank 33 is too large for stack.blocks.0.attention.q, whose weight is 32 x 32",
         ),
-        (["peft=lora", "peft.target_modules=query"], "no matrix of this model is called 'query'; there is tokens, "),
+        (
+            ["peft=lora", "peft.target_modules=query"],
+            "no module of this model matches the target 'query'; available targets: tokens, ",
+        ),
         (["peft=prefix", "peft.num_virtual_tokens=64"], "a prefix takes at least 1 of the 64 positions, and not all"),
         (["peft=frozen", "objective=rtd"], "each runs the model in a way of its own"),
     ],

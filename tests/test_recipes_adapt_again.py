@@ -129,11 +129,11 @@ def test_run_reloads_and_initializes_the_next_run(
 @pytest.mark.parametrize(
     ("name", "more", "message"),
     [
-        ("gpt2", ["peft.kind=lora", "peft.target_modules=[norm]"], r"is called 'norm'; there is places, attention.q, "),
-        ("gpt2", ["peft.kind=lora", "peft.target_modules=[bias]"], r"is called 'bias'; there is places, attention.q, "),
+        ("gpt2", ["peft.kind=lora", "peft.target_modules=[norm]"], r"matches the target 'norm'; available targets: places, attention.q, "),
+        ("gpt2", ["peft.kind=lora", "peft.target_modules=[bias]"], r"matches the target 'bias'; available targets: places, attention.q, "),
         ("gpt2", ["peft.kind=lora", "peft.target_modules=[tokens]"],
-         r"tokens shares its matrix with heads.lm, .* out of the adapter's targets; there is places, attention.q, "),
-        ("gpt2", ["peft.kind=lora", "peft.target_modules=[heads.lm]"], r"heads.lm shares its matrix with tokens, "),
+         r"tokens shares its weight with heads.lm, .* from the adapter's targets; available targets: places, attention.q, "),
+        ("gpt2", ["peft.kind=lora", "peft.target_modules=[heads.lm]"], r"heads.lm shares its weight with tokens, "),
         ("gpt", ["peft=frozen"], r"a mixture of all layers, which an LM head does not read"),
     ],
 )  # fmt: skip
@@ -151,7 +151,7 @@ def test_adapter_on_a_model_with_a_prefix(place: Path, base: Callable[[str], Pat
     one = run(recipe(place, "gpt2", base("gpt2"), *prefix), tmp_path / "one", quiet).directory
     two = run(recipe(place, "gpt2", one, "peft=lora"), tmp_path / "two", quiet).directory
     before, after, part = (load_evaluated_model(place).model for place in (one, two, two / "adapter"))
-    assert torch.equal(before.prefix.whole(), after.prefix.whole())  # type: ignore[union-attr]
+    assert torch.equal(before.prefix.weights(), after.prefix.prefix_weights())  # type: ignore[union-attr]
     torch.testing.assert_close(states(part), states(after), atol=1e-5, rtol=0)
     assert (states(before) - states(after)).abs().max() > 1e-3
     config = json.loads((two / "adapter" / "adapter_config.json").read_text())

@@ -213,7 +213,7 @@ def test_report_and_evaluate_show_the_exported_step(tmp_path: Path, tokens: Path
     assert (found["exported_step"], found["last_step"], found["loss"]) == (best, done.steps, held[best])
     assert f"exported_step            {best}" in evaluate_run(done.directory, [], task=None, limit=None, as_json=False)
     page = (done.directory / "report.html").read_text()
-    assert f"The exported model is that of step {best}, the best of {len(held)} checks" in page
+    assert f"The exported model is that of step {best}, the best of {len(held)} evaluations" in page
     assert f"held-out text, exported step {best}" in page and "did not fall" not in page
     assert f"the model of step {best}, the best evaluation" in (done.model / "README.md").read_text()
     again, _ = trained(
@@ -273,7 +273,7 @@ def test_no_answer_has_the_probability_of_the_null_span(tmp_path: Path, tokens: 
     n = len(source[0]["tokens"])
     scores = np.zeros((n, 2))
     scores[0] = 3.0
-    [answer] = by_question(source, iter([scores]), may_lack=True)
+    [answer] = by_question(source, iter([scores]), has_unanswerable=True)
     share = np.exp(3.0) / (np.exp(3.0) + n - 1)
     assert (answer["answer"], answer["start"]) == ("", -1)
     assert answer["probability"] == pytest.approx(share**2)
@@ -315,10 +315,10 @@ def test_glue_from_its_runs(tmp_path: Path, tokens: Path) -> None:
     score = evaluate(mnli.directory, [str(cola.directory)], task="glue")
     matthews = evaluate(cola.directory, [str(tmp_path / "cola.tsv")])["matthews"]
     assert score["score"] == pytest.approx(50 * (found["accuracy"] + matthews))
-    assert score["tasks"] == ["mnli", "cola"] and len(score["lacking"]) == 7
-    with pytest.raises(UserError, match="there is another run of cola"):
+    assert score["tasks"] == ["mnli", "cola"] and len(score["missing_tasks"]) == 7
+    with pytest.raises(UserError, match="another run has the task cola already"):
         glue.board([cola.directory, cola.directory], evaluate)
-    with pytest.raises(UserError, match="this is no run of a GLUE recipe"):
+    with pytest.raises(UserError, match="this is not a run of a GLUE recipe"):
         glue.board([tmp_path], evaluate)
 
 

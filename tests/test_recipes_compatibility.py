@@ -33,11 +33,11 @@ SHAPES = {
         encoder_decoder_config(vocab_size=10, hidden_size=64, num_layers=1), latent_size=32
     ),
     "a left-to-right LSTM": load("lstm").model,
-    "an LSTM in two directions": replace(load("lstm").model, causal=False, dropout=0.1),
-    "a decoder that may read both ways": replace(
+    "a bidirectional LSTM": replace(load("lstm").model, causal=False, dropout=0.1),
+    "a decoder that can attend in both directions": replace(
         decoder_config(vocab_size=10, hidden_size=64, num_layers=1), causal=False, dropout=0.1
     ),
-    "an LSTM in two directions apart": replace(load("elmo").model, dropout=0.1),
+    "a bidirectional LSTM with separate directions": replace(load("elmo").model, dropout=0.1),
     "a table of word vectors": load("word2vec").model,
 }
 

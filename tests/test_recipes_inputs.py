@@ -315,7 +315,7 @@ def test_run_directory_is_complete_and_resumes(finished: Path, tmp_path: Path, m
     kill(Path("run"))
     monkeypatch.chdir(tmp_path / "texts")
     out = firth("train", "../run")
-    assert "going on from step-000002" in out and not (tmp_path / "texts" / "runs").exists()
+    assert "resuming from step-000002" in out and not (tmp_path / "texts" / "runs").exists()
     monkeypatch.chdir(tmp_path)
     assert "would change its recipe: choose another directory with --out" in firth("train", "run", "seed=5", code=2)
     firth("train", "run", "seed=4", "max_steps=1", "--out", "other")

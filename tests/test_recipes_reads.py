@@ -10,7 +10,7 @@ import pytest
 
 from firth.evaluate.evaluate import evaluate
 from firth.evaluate.task import load_evaluated_model
-from firth.evaluate.text_perplexity import reads_of
+from firth.evaluate.text_perplexity import scoring_mode
 from firth.runs.inference import fill_text, open_run
 from firth.runs.recipe import load
 from firth.runs.run import RunResult, run
@@ -74,7 +74,7 @@ def test_bilm_does_not_generate(make: Make, folder: Path) -> None:
     made = make(*BILM)
     with pytest.raises(UserError, match="this model has no LM head, so it cannot generate text"):
         open_run(made.directory)
-    with pytest.raises(UserError, match="no text is likely or unlikely to it"):
+    with pytest.raises(UserError, match="cannot score the likelihood of text"):
         evaluate(made.directory, [str(folder / "0.txt")])
 
 
@@ -86,16 +86,16 @@ def test_causal_encoder_has_no_bidirectional_family(make: Make, folder: Path) ->
     with pytest.raises(UserError, match="is causal, so it cannot fill masks"):
         fill_text(left.directory, "The <mask> swims.", 3)
     text = [str(folder / "0.txt")]
-    assert evaluate(left.directory, text)["reads"] == "causal"
-    assert evaluate(left.model, text)["reads"] == "causal"
-    assert evaluate(both.directory, text, limit=50)["reads"] == "masked"
+    assert evaluate(left.directory, text)["mode"] == "causal"
+    assert evaluate(left.model, text)["mode"] == "causal"
+    assert evaluate(both.directory, text, limit=50)["mode"] == "masked"
     again = run(load(str(left.directory / "recipe.yaml")), left.directory, log=lambda _: None)
     assert again.steps == left.steps
 
 
 def test_bidirectional_model_uses_pseudo_likelihood(make: Make) -> None:
     made = make("lstm", "objective=mlm", "model.causal=false", "model.num_heads=1", "examples=chunks")
-    assert reads_of(load_evaluated_model(made.directory).model.config) == "masked"
+    assert scoring_mode(load_evaluated_model(made.directory).model.config) == "masked"
 
 
 def test_init_from_keeps_the_attention_pattern(make: Make, folder: Path) -> None:

@@ -218,7 +218,7 @@ def test_word_tokenizer_has_the_most_frequent_words() -> None:
         (["gpt", "objective=word2vec"], "reads each token by itself, which a causal decoder cannot"),
         (["word2vec", "objective=causal_lm"], "which a table of word vectors cannot"),
         (["bert", "objective=bilm"], "two readers who do not meet"),
-        (["elmo", "objective=causal_lm"], "which an LSTM in two directions apart cannot"),
+        (["elmo", "objective=causal_lm"], "which a bidirectional LSTM with separate directions cannot"),
     ],
 )
 def test_incompatible_recipe_is_rejected_when_loaded(changes: list[str], message: str) -> None:
@@ -229,7 +229,7 @@ def test_incompatible_recipe_is_rejected_when_loaded(changes: list[str], message
 def test_bidirectional_lstm_supports_encoder_objectives() -> None:
     assert (
         load("lstm", ["model.causal=false", "objective=mlm", "examples=chunks"]).model.description
-        == "an LSTM in two directions"
+        == "a bidirectional LSTM"
     )
     for name in ("word2vec", "lstm", "elmo"):
         assert load(f"{name}:published").data.path == ()

@@ -96,7 +96,7 @@ def test_classification_of_a_csv_file(make: Make, folder: Path) -> None:
     assert report["classes"] == ["bad", "good"]
     assert sum(map(sum, report["confusion"])) == sum(row["examples"] for row in report["per_class"])
     page = (place / "report.html").read_text()
-    assert 'class="matrix"' in page and "Class by class" in page and "firth predict" in page
+    assert 'class="matrix"' in page and "Metrics per class" in page and "firth predict" in page
 
 
 def test_predict_from_files_and_standard_input(make: Make, folder: Path) -> None:
@@ -243,7 +243,7 @@ def test_token_classification(make: Make, folder: Path) -> None:
     done, place = make("token_classification", f"data={folder}/tags.conll", "data.validation_fraction=0.2")
     assert done.metrics["valid/f1"] > 0.95
     found = evaluate(place, [str(folder / "tags.conll")])
-    assert found["task"] == "tagging" and found["f1"] > 0.95 and found["items"] == 120
+    assert found["task"] == "token_classification" and found["f1"] > 0.95 and found["items"] == 120
     [row] = predict(place, "-", io.BytesIO(b"a grim film\n"))
     assert (row["tokens"], row["tags"]) == (["a", "grim", "film"], ["O", "B-BAD", "O"])
     assert json.loads((place / "held_out.json").read_text())["per_class"][0]["class"] == "BAD"
@@ -267,7 +267,12 @@ def test_question_answering(make: Make, folder: Path) -> None:
     )  # fmt: skip
     assert done.metrics["valid/accuracy"] > 0.9
     found = evaluate(place, [str(folder / "squad.json")])
-    assert found["task"] == "spans" and found["exact_match"] > 0.9 and found["f1"] > 0.9 and found["items"] == 160
+    assert (
+        found["task"] == "question_answering"
+        and found["exact_match"] > 0.9
+        and found["f1"] > 0.9
+        and found["items"] == 160
+    )
     answers = list(predict(place, str(folder / "squad.json"), io.BytesIO()))
     assert (answers[0]["answer"], answers[0]["start"]) == ("", -1)
     assert answers[1]["answer"] == GOOD[1] and answers[1]["id"] == "1"
@@ -315,7 +320,7 @@ def test_templates_make_text_to_text_of_a_table(folder: Path, tmp_path: Path) ->
     rows = [json.loads(line) for line in result.stdout.splitlines()]
     assert [row["row"] for row in rows] == [1, 2, 3] and "answer" in rows[0] and rows[1] == {"row": 2}
     found = evaluate(tmp_path / "run", [str(folder / "reviews.csv")])
-    assert (found["task"], found["items"]) == ("answers", 120)
+    assert (found["task"], found["items"]) == ("generation", 120)
     with pytest.raises(
         UserError, match=r"reviews\.csv:2: the form .* does not fit this record: \{rating\} is not the name of a field"
     ):

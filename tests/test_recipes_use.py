@@ -167,9 +167,9 @@ def test_decoder_is_scored_by_its_answers(tuned: Path, where: str) -> None:
     """It was trained to generate these answers: exact match, F1 and BLEU are perfect, and one wrong gold answer lowers them."""
     right = tuned / "right.jsonl"
     right.write_text("".join(json.dumps(row) + "\n" for row in [*ROWS[:3], ROWS[3] | {"completion": "Nobody."}]))
-    found = json.loads(firth("evaluate", str(tuned / where), str(right), "--task", "answers", "--json"))
+    found = json.loads(firth("evaluate", str(tuned / where), str(right), "--task", "generation", "--json"))
     assert found["items"] == 4 and found["exact_match"] == 0.75 and found["f1"] == 0.75
-    assert found["commonest_accuracy"] == 0.25
+    assert found["majority_accuracy"] == 0.25
     if where == "run":
         right.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
         assert json.loads(firth("evaluate", str(tuned / where), str(right), "--task", "translation", "--json"))[
@@ -182,7 +182,7 @@ def test_dialogues_are_answered_without_a_task(tuned: Path, tmp_path: Path) -> N
     rows = tmp_path / "right.jsonl"
     rows.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
     found = json.loads(firth("evaluate", str(tuned / "run"), str(rows), "--json"))
-    assert found["task"] == "answers" and found["exact_match"] == 1
+    assert found["task"] == "generation" and found["exact_match"] == 1
     texts = tmp_path / "t.jsonl"
     texts.write_text(json.dumps({"text": TEXT, "prompt": "a", "completion": "b"}) + "\n")
     assert json.loads(firth("evaluate", str(tuned / "run"), str(texts), "--json"))["task"] == "likelihood"
@@ -191,8 +191,8 @@ def test_dialogues_are_answered_without_a_task(tuned: Path, tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("row", "cure"),
     [
-        (ROWS[0], "choose --task answers to score what the model writes to each prompt"),
-        ({"prompt": "a", "chosen": "b", "rejected": "c"}, "choose --task objective for a run of dpo, or evaluate a run of reward"),
+        (ROWS[0], "use --task generation to score the model's completions of the prompts"),
+        ({"prompt": "a", "chosen": "b", "rejected": "c"}, "use --task objective for a run of dpo, or evaluate a run of reward_model"),
     ],
 )  # fmt: skip
 def test_records_without_text_name_their_task(
@@ -203,7 +203,7 @@ def test_records_without_text_name_their_task(
     rows.write_text(json.dumps(row) + "\n")
     done = CliRunner().invoke(app, ["evaluate", str(conversation), str(rows)])
     assert str(done.exception) == (
-        f"{rows}:1: this record has {', '.join(row)} and no `text`, whose likelihood is measured without --task: {cure}"
+        f"{rows}:1: this record has {', '.join(row)} but no `text`, which the default task (likelihood) needs: {cure}"
     )
 
 
@@ -267,8 +267,8 @@ def test_masked_model_does_not_generate_answers(tokenizer: Tokenizer, tmp_path: 
     save_model(random_model(encoder_config(tokenizer.vocab.size, 32, 1, 2, max_positions=64)), tokenizer, tmp_path)
     (tmp_path / "d.jsonl").write_text(json.dumps(ROWS[0]) + "\n")
     for command, instead in (
-        (["evaluate", str(tmp_path), str(tmp_path / "d.jsonl"), "--task", "answers"], "firth train sft"),
-        (["predict", str(tmp_path), str(tmp_path / "d.jsonl")], "it serves `firth fill`"),
+        (["evaluate", str(tmp_path), str(tmp_path / "d.jsonl"), "--task", "generation"], "firth train sft"),
+        (["predict", str(tmp_path), str(tmp_path / "d.jsonl")], "use `firth fill`"),
     ):
         done = CliRunner().invoke(app, command)
         assert isinstance(done.exception, UserError) and instead in str(done.exception)

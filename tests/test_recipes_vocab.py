@@ -109,15 +109,13 @@ def test_init_from_sets_the_model_config(place: Path, tmp_path: Path) -> None:
     on = [f"data.path={place / 'text.txt'}", *BODY[5:], f"init_from={place / 'given'}"]
     assert run(load("gpt", on), tmp_path / "on", lambda _: None).steps == 1
     message = error_of("gpt", [*on, "model.hidden_size=96"], tmp_path / "a")
-    assert message.endswith("model.hidden_size is 32 there and 96 here; use the same shape, which model=null does")
+    assert message.endswith("model.hidden_size is 32, not 96; use the same model config, as model=null does")
     assert run(load(str(place / "trained" / "recipe.yaml"), on), tmp_path / "b", lambda _: None).steps == 1
     recipe = yaml.safe_load((place / "trained" / "recipe.yaml").read_text())
     mine = tmp_path / "mine.yaml"
     mine.write_text(yaml.safe_dump(recipe | {"model": recipe["model"] | {"intermediate_size": 96}}))
     message = error_of(str(mine), on, tmp_path / "c")
-    assert message.endswith(
-        "model.intermediate_size is 64 there and 96 here; use the same shape, which model=null does"
-    )
+    assert message.endswith("model.intermediate_size is 64, not 96; use the same model config, as model=null does")
     assert run(load(str(mine), [*on, "model=null"]), tmp_path / "c", lambda _: None).steps == 1
     message = error_of("classification", [*on, "model.dropout=0.1"], tmp_path / "d")
     assert message == (

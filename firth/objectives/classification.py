@@ -149,7 +149,7 @@ class Classification(ReadoutObjective):
     def missing_from(self, config: ModelConfig) -> str:
         # XLNet's, T5's and BART's classes read their answer where none of our places is.
         elsewhere = config.num_encoder_layers or config.position == "xlnet"
-        named = any(headed.part == "classes" for family in families_of(config) for headed in family.heads)
+        named = any(headed.head_name == "classes" for family in families_of(config) for headed in family.heads)
         if self.head == "linear" or (named and not elsewhere):
             return ""
         return "no class of transformers reads a text with it as firth does, so set objective.head=linear"

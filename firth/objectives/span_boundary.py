@@ -60,7 +60,7 @@ class SBO(Objective):
 
     def heads(self, config: ModelConfig) -> dict[str, nn.Module]:
         """Two layers with GELU and a norm (the paper's equations 3 and 4), and a vector for each place in a span."""
-        width, read = config.hidden_size, LMHead.reads(config)
+        width, read = config.hidden_size, LMHead.input_size(config)
         place = nn.Embedding(self.max_span_length, width)
         first, second = nn.Linear(3 * width, width), nn.Linear(width, read)
         nn.init.normal_(place.weight, std=config.init_std or 0.02)
@@ -91,9 +91,9 @@ class SBO(Objective):
         before, after = batch["before"].flatten()[at], batch["after"].flatten()[at]
         around = (states[at - before], states[at + after], model.heads["place"](before - 1))
         read = model.heads["boundary"](torch.cat([x.to(states.dtype) for x in around], -1))
-        return {"boundary": lm.matched(read, labels[at])}
+        return {"boundary": lm.nll_of_transformed(read, labels[at])}
 
     def loss_flops(self, model: LM, batch: Batch) -> float:
         count, width = flops.supervised_positions(batch["boundary"]), model.config.hidden_size
-        read = LMHead.reads(model.config)
+        read = LMHead.input_size(model.config)
         return flops.linear(count, 3 * width, width) + flops.linear(count, read, width + model.config.vocab_size)

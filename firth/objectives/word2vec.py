@@ -112,7 +112,7 @@ class Word2Vec(Objective):
 
     def _means(self, x: Tensor, batch: Batch) -> Tensor:
         """The mean of each word's neighbors, zeros where it has none: (B, T, n) -> (B, T, n)."""
-        if x.dtype == torch.float32 and native.reads(x) and NEIGHBORS.choice() == "native":
+        if x.dtype == torch.float32 and native.supports(x) and NEIGHBORS.choice() == "native":
             return native_ops.neighbors(x, batch["left"].long(), batch["right"].long())
         near = self._near(batch)
         mean = near / near.sum(-1, keepdim=True).clamp(min=1)

@@ -29,7 +29,7 @@ from firth.doctor import memory
 from firth.model.config import AttentionPattern, ModelConfig
 from firth.model.empty_weights import init_empty_weights
 from firth.model.model import LM
-from firth.model.parameter_count import LEARNED
+from firth.model.parameter_count import LEARNED_POSITIONS
 from firth.objectives.objective import PATTERN_DESCRIPTIONS, Objective
 from firth.runs import alignment_examples, config_io, examples, labeled_examples, noisy_label_examples
 from firth.runs.examples import ExamplesConfig
@@ -270,7 +270,7 @@ def limit_lengths(
     """
     ahead = adapt.virtual_positions(base)
     own = ahead != FullFinetuning().virtual_positions(base)
-    if config.position not in LEARNED or (examples.drops_long_records and not own):
+    if config.position not in LEARNED_POSITIONS or (examples.drops_long_records and not own):
         return examples
     if not own:  # records are cut at the context in any case, and counted
         examples = examples.limit_to(config.max_positions)

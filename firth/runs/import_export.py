@@ -227,7 +227,7 @@ def write_sentence_config(model: LM, place: Path) -> None:
 def describe(given: Path, model: LM, tokenizer: Tokenizer, types: list[torch.dtype]) -> list[str]:
     """Return lines that describe a model directory or GGUF file."""
     file = find(given)
-    config, model_config = read_json(given / "config.json") if file is None else gguf.config(file), model.config
+    config, model_config = read_json(given / "config.json") if file is None else gguf.read_config(file), model.config
     kinds = config.get("architectures")
     named = f" ({', '.join(map(str, kinds))})" if isinstance(kinds, list) else ""
     family = family_of(model_config)

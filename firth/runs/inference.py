@@ -20,7 +20,7 @@ from firth.evaluate.metrics import perplexity
 from firth.evaluate.predict import check_output_path
 from firth.evaluate.prediction_inputs import InputSchema, read_inputs
 from firth.evaluate.task import EvaluatedModel, load_evaluated_model
-from firth.evaluate.text_perplexity import reads_of
+from firth.evaluate.text_perplexity import scoring_mode
 from firth.generate import infill, word_vectors
 from firth.generate.embeddings import embed
 from firth.generate.engine import Engine
@@ -186,7 +186,7 @@ def encode_prompt(tokenizer: Tokenizer, text: str, model: LM) -> np.ndarray:
 
 def generates_left_to_right(config: ModelConfig) -> bool:
     """Return whether a model can continue a text from left to right."""
-    return config.latent_size > 0 or reads_of(config) != "masked"
+    return config.latent_size > 0 or scoring_mode(config) != "masked"
 
 
 def open_run(directory: Path, weights: str | None = None, log: LogLine = lambda _: None) -> LoadedModel:
@@ -281,12 +281,12 @@ def embed_file(
     with tempfile.TemporaryDirectory() as folder:
         wanted = InputSchema(field, lambda line: {field: line}, lambda record: [record.get(field)])
         got = read_inputs(file, stdin, form, wanted, Path(folder))
-        for remark in got.remarks:
+        for remark in got.notes:
             log(remark)
-        with got.named():
-            records = readers.records([str(got.path)]) if any(got.told) else iter(())
+        with got.user_locations():
+            records = readers.records([str(got.path)]) if any(got.has_text) else iter(())
             given = (readers.text_field(record, field, place) for place, record in records)
-            texts = [next(given) if has_text else "" for has_text in got.told]
+            texts = [next(given) if has_text else "" for has_text in got.has_text]
     evaluated = load_evaluated_model(directory)
     found, cut = embed(evaluated.model, evaluated.tokenizer, texts, length=length or _longest(evaluated), unit=unit)
     if cut:

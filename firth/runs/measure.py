@@ -61,7 +61,7 @@ def measure(
     if task in (OBJECTIVE, ""):
         noted = {} if limit is None else {"limit": limit}
         return {"task": OBJECTIVE} | noted | by_objective(evaluated, paths, limit, log)
-    return tasks.measured(evaluated, paths, task=task, limit=limit, say=log)
+    return tasks.evaluate_model(evaluated, paths, task=task, limit=limit, say=log)
 
 
 def by_objective(evaluated: EvaluatedModel, paths: Sequence[str], limit: int | None, log: LogLine) -> dict[str, Any]:

@@ -27,12 +27,12 @@ from firth.evaluate.tokenizer_match import check_adapter
 from firth.io.atomic import new_directory
 from firth.model.config import ModelConfig
 from firth.model.model import LM
-from firth.model.prefix import PREFIX_HEADS, refuse
+from firth.model.prefix import PREFIX_HEADS, check_prefix_supported
 from firth.objectives.layer_mixture import LayerMixture
 from firth.objectives.objective import Objective
 from firth.peft import adapter_files, lora
 from firth.peft.init import prefix_of, prompt_of
-from firth.pretrained.load_save import added_parts
+from firth.pretrained.load_save import added_heads
 from firth.runs.config_io import path_field
 from firth.tokenizer.tokenizer import Tokenizer
 from firth.types import UserError
@@ -200,7 +200,7 @@ class AdapterConfig(PeftConfig):
         facts: Mapping[str, Any],
     ) -> str:
         if model.prefix is not None:
-            model.heads["prefix"] = model.prefix.settle()
+            model.heads["prefix"] = model.prefix.without_mlp()
         with new_directory(directory) as place:
             summary = adapter_files.write(model, place, base, added, facts=facts, tokenizer=tokenizer.digest)
             tokenizer.save(place)
@@ -236,11 +236,11 @@ class LoRA(AdapterConfig):
 
     def check_model(self, model: LM, base: LM | None) -> None:
         if base is not None and not self.init_from:
-            for place in lora.chosen(model, self.target_modules, but=added_parts(model, base), merges=True):
+            for place in lora.chosen(model, self.target_modules, exclude=added_heads(model, base), merges=True):
                 lora.check_rank(model, place, self.lora_config)
 
     def add(self, model: LM, added: Sequence[str], tokenizer: Tokenizer, seed: int) -> None:
-        lora.add(model, self.target_modules, self.lora_config, but=[*added, *PREFIX_HEADS])
+        lora.add(model, self.target_modules, self.lora_config, exclude=[*added, *PREFIX_HEADS])
 
 
 @dataclass(frozen=True)
@@ -263,7 +263,7 @@ class PrefixTuning(AdapterConfig):
 
     def check_model(self, model: LM, base: LM | None) -> None:
         super().check_model(model, base)
-        refuse(model.config, self.part)
+        check_prefix_supported(model.config, self.part)
         _check_num_virtual_tokens(model.config, self.num_virtual_tokens, self.part)
 
     def virtual_positions(self, base: LM | None) -> tuple[int, int]:
@@ -298,7 +298,7 @@ class PromptTuning(AdapterConfig):
 
     def check_model(self, model: LM, base: LM | None) -> None:
         super().check_model(model, base)
-        refuse(model.config, self.part)
+        check_prefix_supported(model.config, self.part)
         _check_num_virtual_tokens(model.config, self.num_virtual_tokens, self.part)
 
     def virtual_positions(self, base: LM | None) -> tuple[int, int]:

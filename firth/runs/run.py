@@ -32,7 +32,7 @@ from firth.model.empty_weights import init_empty_weights
 from firth.model.model import LM
 from firth.model.prefix import PREFIX_HEADS
 from firth.objectives import name_of
-from firth.peft.lora import trained
+from firth.peft.lora import num_trainable_parameters
 from firth.pretrained.load_save import check_vocab_fits, init_from, load_model, save_model
 from firth.report.page import write as write_report
 from firth.report.run_report import run_report
@@ -196,7 +196,7 @@ def _run(recipe: Recipe, directory: Path, log: LogLine, ranks: Ranks) -> RunResu
     model.to(best_device())
     if resolved.compile:
         compile_blocks(model)
-    trainable, total = trained(model), sum(p.numel() for p in model.parameters())
+    trainable, total = num_trainable_parameters(model), sum(p.numel() for p in model.parameters())
     log(
         f"{resolved.name}: {total:,} parameters"
         + (f", of which {trainable:,} are trained" if trainable < total else "")

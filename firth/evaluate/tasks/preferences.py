@@ -1,4 +1,4 @@
-"""Comparisons: preferences in records; how often a reward model prefers what was chosen. A tie is wrong.
+"""Preferences: how often a reward model scores the chosen answer above the rejected one; a tie is wrong.
 
 Dialogues are read and encoded as in training (`firth.data.records.PreferenceRecords`), up to the last token of the answer.
 """
@@ -19,8 +19,8 @@ from firth.types import Example, UserError
 SIDES = ("chosen", "rejected")
 
 
-def source(evaluated: EvaluatedModel, paths: Sequence[str]) -> PreferenceRecords:
-    """The comparisons of the files, as far as both answers have a place in a row."""
+def load(evaluated: EvaluatedModel, paths: Sequence[str]) -> PreferenceRecords:
+    """Load the preference pairs whose two answers both fit into a row."""
     if "reward" not in evaluated.model.heads:
         raise UserError(
             f"{evaluated.directory}: this model has no reward head: train one with `firth train reward_model`"
@@ -28,10 +28,10 @@ def source(evaluated: EvaluatedModel, paths: Sequence[str]) -> PreferenceRecords
     return PreferenceRecords(paths, evaluated.tokenizer, evaluated.context)
 
 
-def answer(evaluated: EvaluatedModel, items: PreferenceRecords, progress: Progress) -> Answers:
-    """Which of the two has the higher reward, "" for a tie."""
+def respond(evaluated: EvaluatedModel, items: PreferenceRecords, progress: Progress) -> Answers:
+    """Return "chosen" and the side with the higher reward of each pair, "" for a tie."""
 
-    def shown() -> Iterator[Example]:
+    def build_examples() -> Iterator[Example]:
         for i in range(len(items)):
             pair = items[i]
             for side in SIDES:
@@ -39,12 +39,12 @@ def answer(evaluated: EvaluatedModel, items: PreferenceRecords, progress: Progre
 
     scores: list[float] = []
     with attention_pattern_of(evaluated.model):
-        for group in groups(shown(), room=8192):
+        for group in groups(build_examples(), max_tokens=8192):
             batch = {name: x.to(evaluated.device) for name, x in collate(group).items()}
             scores += rewards(evaluated.model, evaluated.model(batch), batch).tolist()
             progress(len(scores) / (2 * len(items)))
-    said = [most_likely(SIDES, pair) for pair in zip(scores[::2], scores[1::2], strict=True)]
-    return ["chosen"] * len(said), said
+    preferred = [most_likely(SIDES, pair) for pair in zip(scores[::2], scores[1::2], strict=True)]
+    return ["chosen"] * len(preferred), preferred
 
 
-PREFERENCES = Task("comparisons", source, answer, {"accuracy": metrics.accuracy})
+PREFERENCES = Task("preferences", load, respond, {"accuracy": metrics.accuracy})
