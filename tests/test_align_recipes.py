@@ -240,7 +240,7 @@ def test_a_reward_that_raises_stops_a_run_that_can_continue(place: Path, rewards
     assert [row["step"] for row in rows if row["split"] == "rollouts"] == [1, 2, 3]
 
 
-@pytest.mark.parametrize("field", ["scorer", "truth"])
+@pytest.mark.parametrize("field", ["reward_function", "true_reward_function"])
 def test_a_changed_reward_function_is_refused(place: Path, rewards: Path, field: str) -> None:
     """Unless it raised, and was corrected; the function that the recipe names is the same each time."""
     rewards.write_text("def brief(text):\n    return -len(text)\n")
@@ -251,11 +251,11 @@ def test_a_changed_reward_function_is_refused(place: Path, rewards: Path, field:
     text = rewards.read_text()
     rewards.write_text(text.replace("-", "+"))
     for _ in ("finished", "killed"):
-        with pytest.raises(UserError, match=rf"began with another content of segment\.{field}: put back what"):
+        with pytest.raises(UserError, match=rf"began with another content of examples\.{field}: put back what"):
             run(recipe, out, lambda line: None)
         (out / "done.json").unlink(missing_ok=True)
     rewards.unlink()
-    with pytest.raises(UserError, match=rf"began with a segment\.{field} that is not there any more"):
+    with pytest.raises(UserError, match=rf"began with a examples\.{field} that is not there any more"):
         run(recipe, out, lambda line: None)
     rewards.write_text(text)
     assert run(recipe, out, lambda line: None).steps == 2

@@ -341,7 +341,7 @@ def test_test_records_are_from_held_out_documents(tmp_path: Path) -> None:
         folder=tmp_path / "out",
         echo=print,
     )
-    held_out = {d.name for d in documents_of(source, source.path, apart=True)}
+    held_out = {d.name for d in documents_of(source, source.path, validation=True)}
     tested = [json.loads(text) for text in (tmp_path / "out" / "test.jsonl").read_text().splitlines()]
     trained = [json.loads(text) for text in (tmp_path / "out" / "train-0.jsonl").read_text().splitlines()]
     assert {row["name"] for row in tested} == held_out != set()
