@@ -193,10 +193,11 @@ class Bases:
             rollout_size=ANSWERS, steps=ANSWERS * arm.epochs // ROWS, max_new_tokens=ANSWER, kl_coef=0.05
         )
         source = RolloutSource(
-            self.prompts, self.tokenizer, self.judge, self.start, phase=phase, truth=FunctionReward(SCORERS["thou"]), seed=seed,
+            self.prompts, self.tokenizer, self.judge, self.start, config=phase, true_reward_function=FunctionReward(SCORERS["thou"]),
+            seed=seed,
             critic=self.judge if arm.start == "reward" else None,
-            credit=Recorder(GAE(value_lam=arm.value_lam), directory, lambda: len(source.history)),
-            rows=ANSWERS,
+            advantage_estimator=Recorder(GAE(value_lam=arm.value_lam), directory, lambda: len(source.history)),
+            batch_size=ANSWERS,
         )  # fmt: skip
         return source
 
@@ -261,8 +262,9 @@ def ceiling(bases: Bases, name: str, seed: int, steps: int, out: Path) -> dict[s
     phase = RolloutConfig(rollout_size=DRAWN, steps=1, max_new_tokens=ANSWER, kl_coef=0.05)
     rows: list[Answered] = []
     source = RolloutSource(
-        bases.prompts, bases.tokenizer, bases.judge, bases.start, phase=phase, seed=1000 + seed, rows=256, critic=bases.judge,
-        credit=Recorder(GAE(), drawn_at, lambda: len(source.history)),
+        bases.prompts, bases.tokenizer, bases.judge, bases.start, config=phase, seed=1000 + seed, batch_size=256,
+        critic=bases.judge,
+        advantage_estimator=Recorder(GAE(), drawn_at, lambda: len(source.history)),
     )  # fmt: skip
     source.number = 0  # the critic is the run's: none is started
     for k in range(1, 1 + -(-11 * answers // DRAWN)):

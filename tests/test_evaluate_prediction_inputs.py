@@ -287,7 +287,7 @@ def test_seq2seq_is_predicted_and_evaluated(writer: Callable[..., Path], tmp_pat
     assert [row["answer"] for row in table] == [row["answer"] for row in rows]
     found = evaluate(run_directory, [str(tmp_path / "t.csv")])
     assert (found["task"], found["items"]) == ("generation", 2) and "exact_match" in found
-    with pytest.raises(UserError, match=r"standard input:2: the form .* does not fit this record"):
+    with pytest.raises(UserError, match=r"standard input:2: the template .* does not fit this record"):
         predicted(run_directory, '{"en": "a"}\n{"de": "b"}\n')
 
 
@@ -374,7 +374,7 @@ def test_a_share_of_the_validation_windows_has_whole_questions(tmp_path: Path) -
     assert 4 <= len(record_ids) <= 8
     for record_id in record_ids:
         assert (chosen.record_ids == record_id).sum() == (whole.record_ids == record_id).sum()
-    assert chosen.metadata(0)["asked"] == whole.asked_of(int(chosen.record_ids[0]))
+    assert chosen.metadata(0)["question"] == whole.question_of(int(chosen.record_ids[0]))
 
 
 def test_training_questions_without_an_answer_give_a_warning(tmp_path: Path) -> None:

@@ -150,7 +150,7 @@ def test_rollouts_use_tokens_only(tokenizer: Tokenizer) -> None:
             model.places.weight.mul_(1.1)
         source = RolloutSource(
             prompts(tokenizer), tokenizer, FunctionReward(lambda text: float(len(text))), reference,
-            phase=RolloutConfig(rollout_size=6, steps=1, max_new_tokens=8),
+            config=RolloutConfig(rollout_size=6, steps=1, max_new_tokens=8),
         )  # fmt: skip
         found.append(source.prepare(model, 0))
         assert max(int(s.tokens.max()) for s in source.samples) < tokenizer.vocab.size

@@ -13,7 +13,7 @@ from firth.generate.decoding import DecodingBatch, attention_pattern_of
 from firth.generate.quantized import quantize
 from firth.generate.sampling import Sampling
 from firth.model.config import ModelConfig, decoder_config, encoder_config, encoder_decoder_config
-from firth.model.fused import FEW
+from firth.model.fused import SMALL_ROW_COUNTS
 from firth.model.heads import LMHead
 from firth.model.model import LM
 from firth.model.presets import bert
@@ -158,7 +158,7 @@ def test_dropout_applies_to_the_adapter_alone() -> None:
     assert torch.equal(logits(model.eval()), logits(model))
 
 
-@pytest.mark.parametrize("rows", [1, FEW.start])
+@pytest.mark.parametrize("rows", [1, SMALL_ROW_COUNTS.start])
 def test_cached_generation_uses_the_adapter(rows: int) -> None:
     """One token at a time, where matrix products take another path (`firth.model.fused.project`)."""
     model = with_random_b(_adapted(random_model(CONFIGS["untied"])))

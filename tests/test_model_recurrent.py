@@ -20,7 +20,7 @@ from firth.model.model import LM
 from firth.model.recurrent import RecurrentStack
 from firth.objectives.causal_lm import CausalLM
 from firth.pretrained.load_save import load_model, save_model
-from firth.recipes.recurrent import bilm
+from firth.recipes.recurrent import elmo_config
 from firth.tokenizer.vocab import Vocab
 from firth.types import UserError
 
@@ -84,7 +84,7 @@ CONFIGS = {
     "causal gru": config_of("gru"),
     "bidirectional": config_of("lstm", causal=False),
     "separate directions": config_of("lstm", causal=False, separate_directions=True, rnn_residual=True),
-    "character CNN": dataclasses.replace(bilm(40, 16, 2, characters=8, filters=64), max_positions=64),
+    "character CNN": dataclasses.replace(elmo_config(40, 16, 2, characters=8, filters=64), max_positions=64),
 }
 
 
@@ -196,7 +196,7 @@ def test_parameters_are_counted_exactly(name: str) -> None:
 
 
 def test_published_elmo_has_93_6_million_parameters() -> None:
-    config = bilm(100, 1024, 2, characters=50, filters=2048, hidden=4096)
+    config = elmo_config(100, 1024, 2, characters=50, filters=2048, hidden=4096)
     head = 100 * (512 + 1)
     assert round((config.num_parameters() - head) / 1e6, 1) == 93.7  # torch has two biases a layer: 65,536 numbers more
     assert round((config.num_parameters() - head - 2 * 2 * 4 * 4096) / 1e6, 1) == 93.6

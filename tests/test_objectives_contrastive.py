@@ -150,7 +150,7 @@ def test_what_cannot_be_is_refused() -> None:
         load("contrastive:published", ["batch.gradient_accumulation_steps=2"])
     with pytest.raises(UserError, match="reads a text from both sides"):
         load("contrastive", ["model.causal=true"])
-    with pytest.raises(UserError, match="cannot be packed: set pack to 0"):
+    with pytest.raises(UserError, match="cannot be packed: set batch.pack_to_length=0"):
         pack(shown(Contrastive(), triple, 3), 64, asked(Contrastive()))
 
 

@@ -307,14 +307,14 @@ def test_texts_that_nobody_labelled_are_read_beside_all_that_somebody_did(tmp_pa
     assert objective.class_names == ("a", "b")
     cut = examples.build(data, objective)
     hidden = [int(cut.train[i]["label"]) == IGNORE for i in range(len(cut.train))]
-    assert sum(hidden) == 30 and cut.train.counts["unlabelled"] == 30
+    assert sum(hidden) == 30 and cut.train.counts["unlabeled"] == 30
     assert len(hidden) - 30 + len(cut.validation or ()) == 60
     _, index = cut.train.order(0, np.arange(300))
     assert abs(sum(hidden[int(i)] for i in index) - 200) <= 1
 
     lines = tmp_path / "more.txt"
     lines.write_text("one\n\n  two \n")
-    plain = UnlabeledTexts([str(lines)], tokenizer(), 32, asked=False)
+    plain = UnlabeledTexts([str(lines)], tokenizer(), 32, labeled=False)
     assert [tokenizer().decode(plain[i]["tokens"]).strip() for i in range(len(plain))] == ["one", "two"]
     with pytest.raises(UserError, match="no field 'review'"):
         PartiallyLabeledConfig(base=segments.LabeledConfig(text_field="review"), unlabeled_path=(str(lines),)).build(

@@ -140,7 +140,7 @@ def test_a_split_batch_has_the_gradient_of_the_whole_and_packing_is_refused() ->
         step(model, objective, [collate(b, ASKED) for b in batches])
         found.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]))
     torch.testing.assert_close(found[1], found[0], rtol=1e-4, atol=1e-6)
-    with pytest.raises(UserError, match="cannot be packed: set pack to 0"):
+    with pytest.raises(UserError, match="cannot be packed: set batch.pack_to_length=0"):
         pack(rows, 64, ASKED)
     with pytest.raises(UserError, match="a variational autoencoder reads one document a row"):
         check_batching(objective, SHAPE, pack=64, accumulate=1)

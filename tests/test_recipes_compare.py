@@ -384,7 +384,7 @@ def test_compute_in_seconds_is_shared(records: Path, tmp_path: Path) -> None:
 
 def test_the_command_checks_compute_and_shares() -> None:
     for compute in ({}, {"seconds": 1.0, "flops": 1e9}):
-        with pytest.raises(UserError, match="--seconds N or --flops N, one of them"):
+        with pytest.raises(UserError, match="--max-seconds N or --max-flops N, one of them"):
             cli.compare(["gpt"], **compute)
     with pytest.raises(UserError, match="--shares is 'half'"):
         cli.compare(["gpt"], seconds=1.0, shares="half")

@@ -322,7 +322,7 @@ def test_templates_make_text_to_text_of_a_table(folder: Path, tmp_path: Path) ->
     found = evaluate(tmp_path / "run", [str(folder / "reviews.csv")])
     assert (found["task"], found["items"]) == ("generation", 120)
     with pytest.raises(
-        UserError, match=r"reviews\.csv:2: the form .* does not fit this record: \{rating\} is not the name of a field"
+        UserError, match=r"reviews\.csv:2: the template .* does not fit this record: \{rating\} is not a field name"
     ):
         run(load("text_to_text", [*settings, "examples.completion_template={rating}"]), tmp_path / "no", lambda _: None)
 
@@ -384,7 +384,7 @@ def test_few_labels_with_a_teacher(make: Make, folder: Path, tmp_path: Path) -> 
         tmp_path / "run", heard.append,
     )  # fmt: skip
     counts = json.loads((done.directory / "done.json").read_text())["counts"]
-    assert (counts["examples"], counts["unlabelled"]) == (120, 60)
+    assert (counts["examples"], counts["unlabeled"]) == (120, 60)
     with pytest.raises(UserError, match=r"set one of examples\.unlabeled_path=.* and examples\.num_labeled="):
         run(load("semi_supervised", [*settings, f"examples.teacher={teacher}"]), tmp_path / "none", lambda _: None)
     with pytest.raises(UserError, match=r"lacks `examples\.teacher`: the run of `firth train classification`"):

@@ -48,7 +48,7 @@ def test_held_out_texts_are_removed_from_unlabeled_texts(tokenizer: Tokenizer, t
             {source[i]["tokens"].tobytes() for i in range(len(source))} for source in (found.train, found.validation)
         ]
         assert not known[0] & known[1] and len(known[0]) == len(texts) - len(found.validation)
-        assert found.counts["unlabelled"] == len(texts) - len(found.validation)
+        assert found.counts["unlabeled"] == len(texts) - len(found.validation)
     assert [line.split(" texts")[0] for line in lines if "examples.unlabeled_path" in line] == [
         f"{len(found.validation)} of 52"
     ] * 2

@@ -112,7 +112,7 @@ def by_question(
     """
     spans = (best_span(scores, items.offsets(i), no_answer_index(scores, position)) for i, scores in enumerate(outputs))
     for number, windows in groupby(zip(items.record_ids.tolist(), spans, strict=True), lambda pair: pair[0]):
-        yield choose_answer([span for _, span in windows], items.asked_of(number).context, has_unanswerable)
+        yield choose_answer([span for _, span in windows], items.question_of(number).context, has_unanswerable)
 
 
 def no_answer_index(scores: np.ndarray, position: str) -> int:
@@ -135,7 +135,7 @@ def squad_metrics(
     questions = {}
     for i, (record_id, scores) in enumerate(zip(source.record_ids.tolist(), outputs, strict=True)):
         metadata = source.metadata(i)
-        questions[record_id] = metadata["asked"]
+        questions[record_id] = metadata["question"]
         span = best_span(scores, metadata["offsets"], no_answer_index(scores, position))
         windows.setdefault(record_id, []).append(span)
     pairs = [

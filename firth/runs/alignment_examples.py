@@ -203,12 +203,13 @@ class RolloutsConfig(ExamplesConfig):
             )
         source = OnPolicy(
             prompts, data.tokenizer, judge, start, seed=data.seed,
-            phase=RolloutConfig(
+            config=RolloutConfig(
                 rollout_size=self.rollout_size, num_generations=self.num_generations, steps=steps,
                 max_new_tokens=self.max_new_tokens, kl_coef=self.kl_coef, unfinished_score=self.unfinished_score,
             ),
-            credit=Baseline() if self.advantages == "group" else GAE(value_lam=1.0),
-            truth=FunctionReward(function(self.true_reward_function)) if self.true_reward_function else None, critic=learned,
+            advantage_estimator=Baseline() if self.advantages == "group" else GAE(value_lam=1.0),
+            true_reward_function=FunctionReward(function(self.true_reward_function)) if self.true_reward_function else None,
+            critic=learned,
         )  # fmt: skip
         shown = [{"tokens": prompt} for prompt in (held or prompts)[: held_out_texts.COUNT]]
         return DatasetSplits(source, None, texts=HeldOutTexts(shown, bool(held), judge, self.max_new_tokens))

@@ -95,7 +95,7 @@ class LabeledConfig(TextRecordsConfig):
 
     def unlabeled(self, paths: Sequence[str], data: RunData) -> Source:
         """Return unlabeled texts with the same fields; plain text files have one per line."""
-        return labeled.UnlabeledTexts(paths, data.tokenizer, self.max_length, self, asked=False)
+        return labeled.UnlabeledTexts(paths, data.tokenizer, self.max_length, self, labeled=False)
 
     def configure_objective(self, objective: Objective, data: RunData) -> Objective:
         """Set the class names of the records, unless the recipe names them, and the training counts of each class."""

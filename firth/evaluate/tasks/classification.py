@@ -33,10 +33,10 @@ def load(evaluated: EvaluatedModel, paths: Sequence[str], labeled: bool = True) 
     if settings.get("kind") == "multi_annotator":  # the majority vote is the label
         fields = TextFields(settings.get("text_field", "text"), settings.get("labels_field", "labels"))
         return ClassifiedAnnotations(
-            paths, evaluated.tokenizer, evaluated.context, fields, classes=classes, asked=labeled
+            paths, evaluated.tokenizer, evaluated.context, fields, classes=classes, labeled=labeled
         )
     return LabeledTexts(
-        paths, evaluated.tokenizer, evaluated.context, TextFields.of(settings), classes=classes, asked=labeled
+        paths, evaluated.tokenizer, evaluated.context, TextFields.of(settings), classes=classes, labeled=labeled
     )
 
 

@@ -21,7 +21,7 @@ def load(evaluated: EvaluatedModel, paths: Sequence[str], labeled: bool = True) 
     """Load questions with the fields and the maximum length of the run's recipe, if it has one."""
     check_head(evaluated, "choice", "choices", "multiple_choice")
     return MultipleChoiceRecords(
-        paths, evaluated.tokenizer, evaluated.context, OptionFields.of(evaluated.examples), asked=labeled
+        paths, evaluated.tokenizer, evaluated.context, OptionFields.of(evaluated.examples), labeled=labeled
     )
 
 

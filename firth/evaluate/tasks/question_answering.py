@@ -22,7 +22,7 @@ def load(evaluated: EvaluatedModel, paths: Sequence[str], labeled: bool = True) 
     settings = evaluated.examples
     return QuestionRecords(
         paths, evaluated.tokenizer, evaluated.context, stride=settings.get("doc_stride", 128),
-        question=settings.get("max_question_length", 64), context=settings.get("context_field", "context"), asked=labeled, keep=True,
+        question=settings.get("max_question_length", 64), context=settings.get("context_field", "context"), labeled=labeled, keep=True,
     )  # fmt: skip
 
 
@@ -44,7 +44,7 @@ def respond(evaluated: EvaluatedModel, items: QuestionRecords, progress: Progres
 
 def score_answers(items: QuestionRecords, answers: Iterator[dict[str, Any]]) -> Answers:
     """Return exact match and F1 of given answers, one per question."""
-    gold = (items.asked_of(number).right for number in range(items.questions))
+    gold = (items.question_of(number).right for number in range(items.questions))
     pairs = [metrics.squad(texts, one["answer"]) for texts, one in zip(gold, answers, strict=True)]
     return [exact for exact, _ in pairs], [f1 for _, f1 in pairs]
 

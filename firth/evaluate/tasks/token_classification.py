@@ -28,7 +28,7 @@ def load(evaluated: EvaluatedModel, paths: Sequence[str], labeled: bool = True) 
     check_head(evaluated, "tags", "tags", "token_classification")
     fields, classes = TagFields.of(evaluated.examples), class_names(evaluated, "tags")
     return TaggedSentences(
-        paths, evaluated.tokenizer, evaluated.context, fields, classes=classes, asked=labeled, keep=True
+        paths, evaluated.tokenizer, evaluated.context, fields, classes=classes, labeled=labeled, keep=True
     )
 
 
