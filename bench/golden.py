@@ -135,7 +135,7 @@ def every_run(out: Path) -> dict[str, Callable[[], dict[str, Any]]]:
 
     def train(name: str, recipe: str, settings: Iterable[str]) -> dict[str, Any]:
         place = out / name
-        run(load(recipe, list(settings)), place, echo=lambda _: None)
+        run(load(recipe, list(settings)), place, log=lambda _: None)
         return digest(place)
 
     runs: dict[str, Callable[[], dict[str, Any]]] = {}

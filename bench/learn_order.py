@@ -216,7 +216,7 @@ def words() -> dict[str, Any]:
 def junction(length: int) -> dict[str, Any]:
     """How often the words that meet tell the order of segments of the running text, cut anywhere."""
     tokenizer = Tokenizer.load(catalog.fetch("minilm", echo=quiet))
-    learnt, held = RunData(Where(corpus=CORPUS), tokenizer, RESULTS / "running", echo=quiet).stores()
+    learnt, held = RunData(Where(corpus=CORPUS), tokenizer, RESULTS / "running", log=quiet).stores()
     assert held is not None
     tokens = np.asarray(learnt.tokens[:], np.int64)
     counts = np.bincount(tokens, minlength=tokenizer.vocab.size)

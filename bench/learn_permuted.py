@@ -111,7 +111,7 @@ def contend(name: str, seed: int, steps: int, results: Path) -> dict[str, object
     torch.manual_seed(seed)
     before = measured(LM(config, made.objective.heads(config)).eval(), name, seed, held, store, tokenizer.vocab)
     busy_before, cpu, clock = busy(), time.process_time(), time.perf_counter()
-    finished = run(made, results / "runs" / f"{name}-{seed}-{steps}", echo=lambda _: None)
+    finished = run(made, results / "runs" / f"{name}-{seed}-{steps}", log=lambda _: None)
     took = time.perf_counter() - clock
     dirty = others(busy_before, busy(), time.process_time() - cpu, took)
     after = measured(load_model(finished.model), name, seed, held, store, tokenizer.vocab)
@@ -159,7 +159,7 @@ def main() -> None:
     if given.run:
         if not (results / "tokenizer").exists():
             train_tokenizer(
-                DATA.paths(print), results / "tokenizer", algorithm="byte-bpe", vocab_size=VOCAB_SIZE, echo=print
+                DATA.paths(print), results / "tokenizer", algorithm="byte-bpe", vocab_size=VOCAB_SIZE, log=print
             )
         left = given.limit
         for seed in SEEDS:

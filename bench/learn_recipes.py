@@ -36,11 +36,11 @@ CLOCK = 80
 def measure(name: str, results: Path, settings: Sequence[str]) -> dict[str, Any]:
     """One recipe to its end and at its beginning: its steps, seconds and last metrics."""
     before, cpu, clock = busy(), time.process_time(), time.perf_counter()
-    done = run(load(name, settings), results / name, echo=print)
+    done = run(load(name, settings), results / name, log=print)
     wall = time.perf_counter() - clock
     dirty = others(before, busy(), time.process_time() - cpu, wall)
     tokenizer = [f"tokenizer.path={done.directory / 'tokenizer'}"]
-    born = run(load(name, [*settings, *tokenizer, *NOTHING]), results / f"{name}-untrained", echo=lambda _: None)
+    born = run(load(name, [*settings, *tokenizer, *NOTHING]), results / f"{name}-untrained", log=lambda _: None)
     return {
         "name": name, "steps": done.steps, "tokens": done.tokens, "seconds": done.seconds, "wall": wall, "others": dirty,
         "parameters": done.metrics.get("parameters"), "metrics": done.metrics, "untrained": born.metrics,
@@ -52,7 +52,7 @@ def clocked(name: str, results: Path) -> dict[str, Any]:
     before, cpu, clock = busy(), time.process_time(), time.perf_counter()
     tokenizer = [f"tokenizer.path={path}" for path in (results / name / "tokenizer",) if path.exists()]
     settings = [f"max_steps={CLOCK}", "evaluation.every=0", "checkpoint.every=0", "sample_prompts=[]", *tokenizer]
-    done = run(load(name, settings), results / "clock" / name, echo=lambda _: None)
+    done = run(load(name, settings), results / "clock" / name, log=lambda _: None)
     dirty = others(before, busy(), time.process_time() - cpu, time.perf_counter() - clock)
     return {"steps": done.steps, "seconds": done.seconds, "others": dirty}
 

@@ -83,7 +83,7 @@ def stage(name: str, recipe: str, seed: int, steps: int, settings: Sequence[str]
         "sample_prompts=[]",
         f"evaluation.every={max(steps // 2, 1)}",
     )
-    return run(load(recipe, [*common, *settings]), RESULTS / f"{name}-{steps}-{seed}", echo=print)
+    return run(load(recipe, [*common, *settings]), RESULTS / f"{name}-{steps}-{seed}", log=print)
 
 
 def data() -> Path:

@@ -60,7 +60,7 @@ def train(recipe: Sequence[str], seed: int, where: Path, settings: Sequence[str]
     from firth.runs.run import run
 
     plan = load(recipe[0], [*recipe[1:], f"seed={seed}", *settings])
-    done = run(plan, where, echo=quiet)
+    done = run(plan, where, log=quiet)
     return {"steps": done.steps, "seconds": done.seconds, "tokens": done.tokens, **done.metrics}
 
 

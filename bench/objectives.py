@@ -67,7 +67,7 @@ def prepared(name: str) -> tuple[Recipe, Objective, Batches]:
         folder,
         batch_size=recipe.batch.size,
         memory_length=recipe.model.memory_length,
-        echo=lambda _: None,
+        log=lambda _: None,
     )
     cut = examples.build_datasets(recipe.examples, data, recipe.objective)
     batches = Batches(

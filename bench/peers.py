@@ -231,7 +231,7 @@ def main() -> None:
                 form="hf",
                 dtype=given.dtype,
                 shard="100KB" if not given.model else "2GB",
-                echo=lambda _: None,
+                log=lambda _: None,
             )
             (Path(folder) / "told.json").write_text(json.dumps(reference(out)))
             print(f"{model.name}:", flush=True)

@@ -86,7 +86,7 @@ def prepare(some: list[Document]) -> Callable[[], str]:
             recipe = load("gpt", [f"data.path={texts}", f"tokenizer.vocab_size={SIZE}"])
             inputs = RunInputs.read(recipe, directory, _silent)
             tokenizer = tokenizer_of(recipe, directory, _silent, inputs)
-            stores = RunData(recipe.data, tokenizer, directory, echo=_silent).stores()
+            stores = RunData(recipe.data, tokenizer, directory, log=_silent).stores()
             times = dict(collections.Counter(opened.values()))
             return f"{[store and store.manifest['content'][:12] for store in stores]}; opened {times}"
 

@@ -64,7 +64,7 @@ def pretrained(results: Path, train: Path, quick: bool) -> Path:
             vocab_size=VOCAB,
             texts=texts,
             num_sentinels=100,
-            echo=lambda _: None,
+            log=lambda _: None,
         )
     steps = 4 if quick else 600
     settings = [

@@ -87,7 +87,7 @@ def tokenizer() -> Tokenizer:
 
 def run_data(tokenizer: Tokenizer, folder: Path, path: str, **source: Any) -> tuple[RunData, list[str]]:
     lines: list[str] = []
-    return RunData(DataConfig(path=(path,), **source), tokenizer, folder / "run", echo=lines.append), lines
+    return RunData(DataConfig(path=(path,), **source), tokenizer, folder / "run", log=lines.append), lines
 
 
 def prompts(source: Source, tokenizer: Tokenizer) -> set[str]:
@@ -199,7 +199,7 @@ def test_a_mixture_holds_out_a_text_from_all_paths(tokenizer: Tokenizer, tmp_pat
     texts = [f"the film {i} is good" for i in range(30)]
     paths = [texts_of(tmp_path / "first", texts), texts_of(tmp_path / "second", texts[::-1])]
     source = DataConfig(path=tuple(paths), weights=(1, 1), validation_fraction=0.2)
-    per_path = RunData(source, tokenizer, tmp_path / "run", echo=lambda _: None).parts()
+    per_path = RunData(source, tokenizer, tmp_path / "run", log=lambda _: None).per_path()
     stores = [data.stores() for data in per_path]
     trained = set().union(*(documents(train_store, tokenizer) for train_store, _ in stores))
     held = set().union(*(documents(valid_store, tokenizer) for _, valid_store in stores))

@@ -136,7 +136,7 @@ def test_truncation_warnings_have_the_users_location(classifier: Path, tmp_path:
     found = command("predict", classifier, tmp_path / "f.txt")
     assert len(found.stdout.splitlines()) == 2 and f"the first is {tmp_path}/f.txt:2" in found.stderr
     found = command("embed", classifier, tmp_path / "f.txt", "--out", tmp_path / "e.npy")
-    assert "1 text longer than is read, cut at the end; the first is row 2" in found.stderr
+    assert "1 text longer than the limit, truncated at the end; the first is row 2" in found.stderr
 
 
 def test_errors_have_the_users_location(classifier: Path, tmp_path: Path) -> None:

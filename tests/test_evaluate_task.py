@@ -334,5 +334,5 @@ def test_a_limit_bounds_the_records_of_a_task(head, row, tmp_path, tokenizer):
 
 
 def test_a_limit_without_files_is_refused(tmp_path):
-    with pytest.raises(UserError, match=r"--limit 5 limits what is read of files.*: name files, or leave out --limit"):
+    with pytest.raises(UserError, match=r"--limit 5 applies to files.*: name files, or leave out --limit"):
         evaluate_run(tmp_path, [], task=None, limit=5, as_json=False)

@@ -157,7 +157,7 @@ def test_a_run_is_used_with_the_attention_of_its_objective(tmp_path: Path) -> No
     text = tmp_path / "text.txt"
     text.write_text("\n\n".join(TEXTS[:12]), "utf-8")
     overrides = [f"data.path={text}", *SMALL]
-    run(load("prefix_lm", overrides), tmp_path / "run", echo=lambda _: None)
+    run(load("prefix_lm", overrides), tmp_path / "run", log=lambda _: None)
     loaded = open_engine(tmp_path / "run")
     assert loaded.model.config.prefix_lm
     prompt = encode_prompt(loaded.tokenizer, "Thank you for", loaded.model)
@@ -169,5 +169,5 @@ def test_a_run_is_used_with_the_attention_of_its_objective(tmp_path: Path) -> No
     found = json.loads(evaluate_run(tmp_path / "run", [str(text)], task=None, limit=400, as_json=True))
     assert found["mode"] == "causal" and not found["bos"]
     again = load("prefix_lm", [*overrides, "objective=causal_lm", f"init_from={tmp_path / 'run'}"])
-    run(again, tmp_path / "left", echo=lambda _: None)
+    run(again, tmp_path / "left", log=lambda _: None)
     assert not open_engine(tmp_path / "left").model.config.prefix_lm

@@ -159,7 +159,7 @@ def test_a_compiled_run_matches_and_resumes_bit_for_bit(tmp_path: Path, monkeypa
             "examples.max_length=32", "batch.size=4", "evaluation.every=0", "evaluation.max_examples=8", "checkpoint.every=3",
             "max_steps=6", "precision=fp32", "sample_prompts=['The ']"]  # fmt: skip
     for name, more in (("plain", []), ("whole", ["compile=true"])):
-        run(load("gpt", [*overrides, *more]), tmp_path / name, echo=lambda _: None)
+        run(load("gpt", [*overrides, *more]), tmp_path / name, log=lambda _: None)
     plain, whole = (
         [json.loads(line)["loss"] for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()[:6]]
         for name in ("plain", "whole")
@@ -170,7 +170,7 @@ def test_a_compiled_run_matches_and_resumes_bit_for_bit(tmp_path: Path, monkeypa
     wanted = load_model(tmp_path / "whole" / "model").state_dict()
     shutil.rmtree(tmp_path / "whole" / "model")
     shutil.rmtree(tmp_path / "whole" / "checkpoints" / "step-000006")
-    again = run(load("gpt", [*overrides, "compile=true"]), tmp_path / "whole", echo=lambda _: None)
+    again = run(load("gpt", [*overrides, "compile=true"]), tmp_path / "whole", log=lambda _: None)
     assert again.steps == 6
     found = load_model(tmp_path / "whole" / "model").state_dict()
     assert all(torch.equal(value, found[name]) for name, value in wanted.items())

@@ -146,7 +146,7 @@ def test_incompatible_recipes_are_rejected() -> None:
     with pytest.raises(UserError, match="train on one rank"):
         check_batching(InfoNCE(), CONFIG, pack=0, accumulate=1, ranks=2)
     check_batching(Contrastive(), CONFIG, pack=0, accumulate=2)
-    with pytest.raises(UserError, match=r"infonce cannot be trained with this shape: .* set model.dropout=0.1"):
+    with pytest.raises(UserError, match=r"infonce cannot be trained with this model: .* set model.dropout=0.1"):
         load("contrastive", ["objective=infonce"])
     with pytest.raises(UserError, match=r"batch\.gradient_accumulation_steps=1"):
         load("contrastive:published", ["batch.gradient_accumulation_steps=2"])

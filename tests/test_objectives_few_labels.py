@@ -296,7 +296,7 @@ def test_unlabeled_texts_join_the_labeled_ones(tmp_path: Path) -> None:
         tokenizer=tokenizer(),
         directory=tmp_path,
         seed=0,
-        echo=print,
+        log=print,
     )
     examples = PartiallyLabeledConfig(
         base=labeled_examples.LabeledConfig(text_field="review", max_length=32),

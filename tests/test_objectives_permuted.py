@@ -545,7 +545,7 @@ def test_recipes_that_cannot_have_memory_are_rejected() -> None:
         load("xlnet", ["model.memory_length=64", "batch.pack_to_length=128"])
     with pytest.raises(
         UserError,
-        match=r"model\.memory_length=64 .* segment chunks does not give: set model.memory_length=0, or take examples=windows",
+        match=r"model\.memory_length=64 .* examples=chunks does not have: set model.memory_length=0, or take examples=windows",
     ):
         load("xlnet", ["model.memory_length=64", "examples=chunks"])
     with pytest.raises(UserError, match=r"model\.memory_length=64 needs positions that reach back .*'rotary'"):
@@ -699,7 +699,7 @@ def test_xlnet_is_finetuned_without_its_memory(tmp_path: Path) -> None:
     small = ["model.hidden_size=32", "model.num_heads=2", "model.num_layers=2", "model.head_dim=0",
     "model.intermediate_size=48", "model.num_kv_heads=0",
              "tokenizer.vocab_size=400", "max_steps=2", "batch.size=4", "evaluation.every=0"]  # fmt: skip
-    first = run(load("xlnet", [*small, f"data.path={plays}"]), tmp_path / "first", echo=lambda _: None)
+    first = run(load("xlnet", [*small, f"data.path={plays}"]), tmp_path / "first", log=lambda _: None)
     assert load_model(first.model).config.memory_length == 128
     settings = [
         f"init_from={tmp_path / 'first'}",
@@ -707,5 +707,5 @@ def test_xlnet_is_finetuned_without_its_memory(tmp_path: Path) -> None:
         "max_steps=2",
         "batch.pack_to_length=64",
     ]
-    second = run(load("classification", settings), tmp_path / "second", echo=lambda _: None)
+    second = run(load("classification", settings), tmp_path / "second", log=lambda _: None)
     assert load_model(second.model).config.memory_length == 0

@@ -206,7 +206,7 @@ def test_a_run_samples_its_prior_and_reports_the_latent(tmp_path: Path) -> None:
         "evaluation.max_examples=8",
     ]
     recipe = load("vae", [*(f"model.{one}" for one in small), *settings, f"data.path={tmp_path}"])
-    done = run(recipe, tmp_path / "run", echo=lambda _: None)
+    done = run(recipe, tmp_path / "run", log=lambda _: None)
     assert done.metrics["valid/elbo"] == pytest.approx(
         -done.metrics["valid/loss/tokens"] - done.metrics["valid/loss/divergence"], abs=1e-4
     ), "held-out text is scored with the full KL weight, though training has just started to anneal it"

@@ -21,12 +21,12 @@ from firth.data.token_store import TokenStore
 from firth.evaluate.evaluate import evaluate
 from firth.io.integrity import read_record
 from firth.runs.labeled_examples import LabeledConfig
-from firth.runs.prepare import DataConfig, Echo, documents_of
+from firth.runs.prepare import DataConfig, documents_of
 from firth.runs.recipe import Recipe, load
 from firth.runs.run import RunResult, run
 from firth.tokenizer.tokenizer import Tokenizer
 from firth.train.schedule import Budget
-from firth.types import UserError
+from firth.types import LogLine, UserError
 
 FLOPS = 5e7
 SMALL = (
@@ -137,7 +137,7 @@ def test_a_finished_comparison_is_reused_and_can_grow(
     out, output = finished
     called: list[str] = []
 
-    def stop(recipe: Recipe, directory: Path, echo: Echo) -> RunResult:
+    def stop(recipe: Recipe, directory: Path, log: LogLine) -> RunResult:
         called.append(recipe.name)
         raise KeyboardInterrupt
 
@@ -157,11 +157,11 @@ def test_an_interrupted_comparison_resumes_to_the_same_scores(
         calls = iter(range(100))
 
         def interrupted(
-            recipe: Recipe, directory: Path, echo: Echo, calls: Iterator[int] = calls, killed_at: int = killed_at
+            recipe: Recipe, directory: Path, log: LogLine, calls: Iterator[int] = calls, killed_at: int = killed_at
         ) -> RunResult:
             if next(calls) == killed_at:
                 raise KeyboardInterrupt
-            return run(recipe, directory, echo=echo)
+            return run(recipe, directory, log=log)
 
         monkeypatch.setattr(compare_module, "run", interrupted)
         with pytest.raises(KeyboardInterrupt):
@@ -195,7 +195,7 @@ def test_a_finetuned_encoder_decoder_is_scored_as_in_training(records: Path, tmp
     recipe = load("classification", [
         f"data.path={records}", "tokenizer.vocab_size=400", "objective.position=answer", "max_steps=4", "precision=fp32",
     ])  # fmt: skip
-    ended = run(replace(recipe, model=t5.model), tmp_path / "run", echo=lambda _: None)
+    ended = run(replace(recipe, model=t5.model), tmp_path / "run", log=lambda _: None)
     share = recipe.data.validation_fraction * 2**64
     held_out = [r for r in records.read_text().splitlines() if content_key(json.loads(r)["text"]) < share]
     (tmp_path / "held.jsonl").write_text("\n".join(held_out) + "\n")
@@ -341,7 +341,7 @@ def test_test_records_are_from_held_out_documents(tmp_path: Path) -> None:
         folder=tmp_path / "out",
         echo=print,
     )
-    held_out = {d.name for d in documents_of(source, source.path, apart=True)}
+    held_out = {d.name for d in documents_of(source, source.path, validation=True)}
     tested = [json.loads(text) for text in (tmp_path / "out" / "test.jsonl").read_text().splitlines()]
     trained = [json.loads(text) for text in (tmp_path / "out" / "train-0.jsonl").read_text().splitlines()]
     assert {row["name"] for row in tested} == held_out != set()

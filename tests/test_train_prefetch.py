@@ -100,10 +100,10 @@ def test_losses_do_not_depend_on_the_thread(
     started: list[int] = []
     begin = Prefetcher.begin
     monkeypatch.setattr(Prefetcher, "begin", lambda self, step: (started.append(step), begin(self, step)))
-    run(recipe, tmp_path / "with", echo=lambda _: None)
+    run(recipe, tmp_path / "with", log=lambda _: None)
     assert started == [1, 2, 3, 4]
     monkeypatch.setattr(Prefetcher, "begin", lambda self, step: None)
-    run(recipe, tmp_path / "without", echo=lambda _: None)
+    run(recipe, tmp_path / "without", log=lambda _: None)
     assert rows(tmp_path / "with") == rows(tmp_path / "without")
     ends = [load_checkpoint(tmp_path / name / "checkpoints" / "step-000005") for name in ("with", "without")]
     assert ends[0].state["random"] == ends[1].state["random"]

@@ -44,14 +44,14 @@ from firth.report.charts import number
 from firth.runs import config_io, examples
 from firth.runs.compatibility import check_pattern
 from firth.runs.labeled_examples import LabeledConfig
-from firth.runs.prepare import DataConfig, Echo, RunData
+from firth.runs.prepare import DataConfig, RunData
 from firth.runs.recipe import CheckpointConfig, EvalConfig, Recipe, TokenizerConfig
 from firth.runs.recipe import load as load_recipe
 from firth.runs.run import run
 from firth.runs.tokenizer import check_vocab, sentinels_of, tokenizer_of
 from firth.tokenizer.tokenizer import Tokenizer
 from firth.train.schedule import Budget
-from firth.types import UserError
+from firth.types import LogLine, UserError
 from firth.validated import PositiveInt, Ranged, ShareAboveZero
 
 PROBE = "probe."
@@ -159,7 +159,7 @@ class ComparisonRun:
 
 
 def compare(
-    names: Sequence[str], settings: Sequence[str], config: ComparisonConfig, out: Path, echo: Echo = print
+    names: Sequence[str], settings: Sequence[str], config: ComparisonConfig, out: Path, echo: LogLine = print
 ) -> str:
     """Run a comparison, or what is left of it, and write its table and report.
 
@@ -233,7 +233,7 @@ def train_once(comparison: ComparisonRun, name: str, share: float, seed: int, do
 def _pretrain(comparison: ComparisonRun, recipe: Recipe, score: Score) -> Score:
     """Pretrain a model, evaluate and finetune it; return the score with its results filled in."""
     directory = comparison.out / "runs" / score.recipe / f"share-{score.share:g}" / f"seed-{score.seed}"
-    ended = run(recipe, directory, echo=_silent)
+    ended = run(recipe, directory, log=_silent)
     shutil.rmtree(
         directory / "checkpoints", ignore_errors=True
     )  # the weights are in model/, optimizer states are larger
@@ -252,12 +252,12 @@ def _finetune(comparison: ComparisonRun, name: str, seed: int, start: str) -> fl
     """Finetune a model and return its accuracy on the test records; the run is deleted."""
     recipe = comparison.finetuning(name, seed, start)
     directory = comparison.out / "probes" / recipe.hash()
-    ended = run(recipe, directory, echo=_silent)
+    ended = run(recipe, directory, log=_silent)
     shutil.rmtree(directory)
     return ended.metrics["valid/accuracy"]
 
 
-def once(echo: Echo) -> Echo:
+def once(echo: LogLine) -> LogLine:
     """Return a function that prints each line once, since several recipes open one corpus."""
     printed: set[str] = set()
 
@@ -305,7 +305,7 @@ def facts(comparison: ComparisonRun) -> dict[str, str]:
 
 
 def prepare(
-    names: Sequence[str], settings: Sequence[str], config: ComparisonConfig, out: Path, echo: Echo
+    names: Sequence[str], settings: Sequence[str], config: ComparisonConfig, out: Path, echo: LogLine
 ) -> ComparisonRun:
     """Load and check the recipes and make the tokenizer, the token stores and the files of the probe."""
     loaded = _load_recipes(names, [s for s in settings if not s.startswith(PROBE)])
@@ -343,7 +343,7 @@ def prepare(
         name: _with_common_data(name, recipe, data, tokenizer, out, echo, probe_data is not None)
         for name, recipe in loaded.items()
     }
-    train, validation = RunData(data, tokenizer, out, echo=echo).stores()
+    train, validation = RunData(data, tokenizer, out, log=echo).stores()
     longest = min(MAX_CLOZE_TOKENS, *(r.model.max_positions - 2 for r in recipes.values() if r.model is not None))
     questions = [] if validation is None else cloze.items(validation, tokenizer.vocab, CLOZE_ITEMS, longest)
     baseline = cloze.most_frequent_baseline(train, questions)
@@ -405,7 +405,7 @@ def _check_same_settings(out: Path, shared: Mapping[str, Any]) -> None:
 
 
 def _with_common_data(
-    name: str, recipe: Recipe, data: DataConfig, tokenizer: Tokenizer, out: Path, echo: Echo, probed: bool
+    name: str, recipe: Recipe, data: DataConfig, tokenizer: Tokenizer, out: Path, echo: LogLine, probed: bool
 ) -> Recipe:
     """Return a recipe with the common text and tokenizer.
 
@@ -424,7 +424,7 @@ def _with_common_data(
                 ),
                 config,
             )
-        run_data = RunData(data, tokenizer, out, batch_size=recipe.batch.size, echo=echo)
+        run_data = RunData(data, tokenizer, out, batch_size=recipe.batch.size, log=echo)
         example = examples.build_datasets(recipe.examples, run_data, recipe.objective).train[0]
         recipe.objective.build_example(example, tokenizer.vocab, np.random.default_rng(0))
         with torch.device("meta"):

@@ -28,8 +28,8 @@ import numpy as np
 from firth.corpora import catalog, readers
 from firth.data.split import place
 from firth.runs.labeled_examples import LabeledConfig
-from firth.runs.prepare import DataConfig, Echo, held_out_of
-from firth.types import UserError
+from firth.runs.prepare import DataConfig, held_out_of
+from firth.types import LogLine, UserError
 
 QUESTIONS, ELSEWHERE = "questions", "sarcasm"
 """Default probes for models of Shakespeare and of other text."""
@@ -83,7 +83,7 @@ def draw_probe(
     labels: int,
     seeds: int,
     folder: Path,
-    echo: Echo,
+    echo: LogLine,
 ) -> ProbeDataset:
     """Draw and write the training and test records of a probe.
 
