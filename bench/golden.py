@@ -44,31 +44,64 @@ MORE = {
 SUPERVISED: dict[str, tuple[str, str, str, tuple[str, ...]]] = {
     "classify": ("classification", "bert", "classes.jsonl", ()),
     "classify-lora": ("classification", "bert", "classes.jsonl", ("peft=lora", "peft.rank=4", "peft.dropout=0.1")),
-    "classify-decoder": ("classification", "llama", "classes.jsonl", ("objective.class_weights=balanced", "objective.label_smoothing=0.1")),
+    "classify-decoder": (
+        "classification",
+        "llama",
+        "classes.jsonl",
+        ("objective.class_weights=balanced", "objective.label_smoothing=0.1"),
+    ),
     "regress": ("regression", "bert", "scores.jsonl", ()),
     "choose": ("multiple_choice", "bert", "options.jsonl", ()),
     "tag": ("token_classification", "bert", "tags.conll", ()),
     "tag_features": ("token_features", "elmo", "tags.conll", ()),
-    "answer": ("question_answering", "bert", "squad.json", ("examples.max_length=64", "examples.max_question_length=16", "examples.doc_stride=16")),
-    "text_to_text": ("text_to_text", "t5", "prompts.jsonl", ("examples.max_length=32", "examples.max_target_length=16")),
+    "answer": (
+        "question_answering",
+        "bert",
+        "squad.json",
+        ("examples.max_length=64", "examples.max_question_length=16", "examples.doc_stride=16"),
+    ),
+    "text_to_text": (
+        "text_to_text",
+        "t5",
+        "prompts.jsonl",
+        ("examples.max_length=32", "examples.max_target_length=16"),
+    ),
     "weak": ("weak_supervision", "bert", "votes.jsonl", ()),
     "closed_book_questions": ("closed_book_questions", "closed_book", "prompts.jsonl", ()),
     "semi_supervised": (
-        "semi_supervised", "bert", "classes.jsonl", ("examples.teacher=@classify", "examples.num_labeled=40", "batch.size=16"),
+        "semi_supervised",
+        "bert",
+        "classes.jsonl",
+        ("examples.teacher=@classify", "examples.num_labeled=40", "batch.size=16"),
     ),
     "consistency": (
-        "semi_supervised", "bert", "classes.jsonl", ("objective=consistency", "examples=partially_labeled", "examples.num_labeled=40"),
+        "semi_supervised",
+        "bert",
+        "classes.jsonl",
+        ("objective=consistency", "examples=partially_labeled", "examples.num_labeled=40"),
     ),
     "instruct": ("sft", "gpt", "prompts.jsonl", ()),
     "reward": ("reward_model", "gpt", "preferences.jsonl", ()),
     "ranking": ("ranking", "gpt", "rankings.jsonl", ()),
     "dpo": ("dpo", "gpt2", "preferences.jsonl", ()),
     "reinforce": (
-        "reinforce", "gpt", "prompts.jsonl",
-        ("examples.reward_function=builtins:len", "examples.rollout_size=8", "examples.num_generations=4", "examples.max_new_tokens=8"),
+        "reinforce",
+        "gpt",
+        "prompts.jsonl",
+        (
+            "examples.reward_function=builtins:len",
+            "examples.rollout_size=8",
+            "examples.num_generations=4",
+            "examples.max_new_tokens=8",
+        ),
     ),
-    "ppo": ("ppo", "gpt", "prompts.jsonl", ("examples.reward_model=@reward", "examples.rollout_size=8", "examples.max_new_tokens=8")),
-}  # fmt: skip
+    "ppo": (
+        "ppo",
+        "gpt",
+        "prompts.jsonl",
+        ("examples.reward_model=@reward", "examples.rollout_size=8", "examples.max_new_tokens=8"),
+    ),
+}
 """Name -> recipe, the run that it starts from, its records, further settings; @NAME is another run's directory."""
 
 

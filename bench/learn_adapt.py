@@ -117,12 +117,20 @@ class Place:
 def ours(place: Place, corpus: str, way: str, seed: int) -> dict[str, float]:
     train, valid = (str(place.file(corpus, seed, part)) for part in ("train", "valid"))
     made = Recipe(
-        name=f"{corpus}-{way}", objective=Classification(), examples=LabeledConfig(max_length=LONGEST), init_from=str(base()),
-        data=DataConfig(path=(train,), validation_path=(valid,)), peft=WAYS[way].adapt, seed=seed, batch=BatchConfig(size=ROWS, pack_to_length=WAYS[way].pack),
+        name=f"{corpus}-{way}",
+        objective=Classification(),
+        examples=LabeledConfig(max_length=LONGEST),
+        init_from=str(base()),
+        data=DataConfig(path=(train,), validation_path=(valid,)),
+        peft=WAYS[way].adapt,
+        seed=seed,
+        batch=BatchConfig(size=ROWS, pack_to_length=WAYS[way].pack),
         optimizer=OptimizerConfig(name="adamw", lr=WAYS[way].rate, weight_decay=0.0, beta2=0.999),
-        schedule=Schedule("linear", warmup_ratio=0.1), budget=Budget(max_steps=place.steps),
-        evaluation=EvalConfig(max_examples=HELD), checkpoint=CheckpointConfig(every=0),
-    )  # fmt: skip
+        schedule=Schedule("linear", warmup_ratio=0.1),
+        budget=Budget(max_steps=place.steps),
+        evaluation=EvalConfig(max_examples=HELD),
+        checkpoint=CheckpointConfig(every=0),
+    )
     said: list[str] = []
     directory = place.results / f"{corpus}-{way}-{seed}"
     done = run(made, directory, said.append)

@@ -42,7 +42,7 @@ from firth.data.collate import Batches, collate
 from firth.data.source import Source, SubsetSource
 from firth.data.token_store import TokenStore
 from firth.data.windows import DocumentChunks, SegmentPairs
-from firth.generate.decoding import attention_pattern_of
+from firth.generate.decoding import inference_mode
 from firth.model.config import encoder_config
 from firth.model.model import LM
 from firth.objectives.masked_lm import MLM
@@ -151,7 +151,7 @@ def span_scores(model: LM, objective: Objective, given: Data) -> Scores:
     hide, rng = MLM(noise="geometric", mask_fraction=1.0, random_fraction=0.0), np.random.default_rng(7)
     source = some(pieces(given.held, given.vocab), 2 * HELD)
     right: dict[str, list[bool]] = {"span_exact": [], "spans_of_1": [], "spans_of_2_or_3": [], "token_exact": []}
-    with attention_pattern_of(model):
+    with inference_mode(model):
         for start in range(0, len(source), ROWS):
             shown = [
                 hide.build_example(source[i], given.vocab, rng) for i in range(start, min(start + ROWS, len(source)))
@@ -178,7 +178,7 @@ def detector_scores(model: LM, objective: Objective, given: Data) -> Scores:
     rng = np.random.default_rng(8)
     own: list[tuple[torch.Tensor, torch.Tensor]] = []
     common: list[tuple[torch.Tensor, torch.Tensor]] = []
-    with attention_pattern_of(model):
+    with inference_mode(model):
         for batch in batches:
             real, at = batch["real"], batch["labels"] != IGNORE
             drawn = torch.from_numpy(rng.choice(len(given.counts), int(at.sum()), p=given.counts))
@@ -243,10 +243,16 @@ def one(name: str, seed: int, scale: float, given: Data) -> dict[str, Any]:
     before, started = arm.scores(model, arm.objective, given), time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         done = train(
-            model, arm.objective, batches, Path(folder), budget=Budget(max_steps=max(2, round(arm.steps * scale))),
+            model,
+            arm.objective,
+            batches,
+            Path(folder),
+            budget=Budget(max_steps=max(2, round(arm.steps * scale))),
             optimizer=OptimizerConfig("adamw", lr=arm.rate) if arm.rate else OptimizerConfig(),
-            schedule=Schedule("linear", warmup_ratio=0.1) if arm.rate else Schedule("wsd"), config=TrainerConfig(save_every=0), reporter=NullReporter(),
-        )  # fmt: skip
+            schedule=Schedule("linear", warmup_ratio=0.1) if arm.rate else Schedule("wsd"),
+            config=TrainerConfig(save_every=0),
+            reporter=NullReporter(),
+        )
     return {
         "arm": name, "seed": seed, "steps": done.step, "seconds": time.perf_counter() - started,
         "epochs": done.step * rows / len(source), "before": before, "after": arm.scores(model, arm.objective, given),

@@ -231,9 +231,18 @@ def linformer(place: Place, seed: int) -> Iterator[tuple[str, dict[str, float]]]
         ("full attention", body, None),
     ):
         made = recipe(
-            place, "linformer", MLM(mlm_probability=0.3), ChunksConfig(max_length=256), source, config, steps=2 if name == "untrained" else 400, rows=16,
-            seed=seed, optimizer=optimizer, tokenizer=tokenizer,
-        )  # fmt: skip
+            place,
+            "linformer",
+            MLM(mlm_probability=0.3),
+            ChunksConfig(max_length=256),
+            source,
+            config,
+            steps=2 if name == "untrained" else 400,
+            rows=16,
+            seed=seed,
+            optimizer=optimizer,
+            tokenizer=tokenizer,
+        )
         directory, m = done(place, f"linformer-{name.replace(', ', '-').replace(' ', '_')}", seed, made)
         tokenizer = tokenizer or str(directory / "tokenizer")
         yield name, {"loss": m["valid/loss"]}

@@ -29,7 +29,7 @@ import numpy as np
 import torch
 
 from firth.corpora import catalog, download
-from firth.generate.decoding import attention_pattern_of, rectangle
+from firth.generate.decoding import inference_mode, rectangle
 from firth.generate.engine import Engine
 from firth.generate.sampling import Sampling
 from firth.model.config import ModelConfig
@@ -149,7 +149,7 @@ def texts(name: str, file: Path, new: int, prompts: Sequence[str] = PROMPTS) -> 
             # Theirs ends with the token that ended it, ours may not hold it.
             right += same >= min(len(ours), len(theirs)) and abs(len(ours) - len(theirs)) <= 1
             told = server.ask("/completion", {"prompt": prompt, "temperature": 0.0, "n_predict": 1, "n_probs": 10})
-            with attention_pattern_of(model):
+            with inference_mode(model):
                 hidden = model(rectangle([shown], torch.device("cpu")))
                 found = model.heads["lm"](hidden[:, -1]).log_softmax(-1)[0]
             said = told.get("completion_probabilities", [])  # none where the text ends at once
@@ -166,7 +166,7 @@ def perplexity(name: str, file: Path, tokens: Sequence[int]) -> Row:
     llama.cpp is asked for the COMMON likeliest tokens behind each prefix, and for all where the right one is not there.
     """
     model = load_model(file)
-    with attention_pattern_of(model):
+    with inference_mode(model):
         hidden = model(rectangle([np.array(tokens)], torch.device("cpu")))
         found = model.heads["lm"](hidden[0, :-1]).log_softmax(-1)
     ours = found.gather(1, torch.tensor(tokens[1:])[:, None])[:, 0].double().numpy()
@@ -254,7 +254,7 @@ def vectors(file: Path, tokenizer: Tokenizer, model: LM) -> Row:
         for text in said:
             theirs = np.array(server.ask("/embedding", {"content": text})[0]["embedding"])  # type: ignore[index]
             framed = tokenizer.vocab.add_special_tokens(tokenizer.encode(text)).astype(np.int64)
-            with attention_pattern_of(model):
+            with inference_mode(model):
                 ours = model(rectangle([framed], torch.device("cpu"), causal=False))[0].numpy()
             worst = max(worst, float(np.abs(ours - theirs).max()) if ours.shape == theirs.shape else np.inf)
             right += ours.shape == theirs.shape and bool(np.allclose(ours, theirs, atol=2e-3))

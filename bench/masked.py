@@ -170,9 +170,19 @@ def firth_parts(bert: bool = False) -> tuple[Any, Any, Any]:
     )
     if bert:
         config = ModelConfig(
-            vocab_size=VOCAB, hidden_size=WIDTH, num_layers=DEPTH, num_heads=HEADS, max_positions=LONGEST, norm_placement="post", norm_eps=1e-12,
-            embedding_norm=True, type_vocab_size=2, activation="gelu", lm_head="transform", lm_head_bias=True,
-        )  # fmt: skip
+            vocab_size=VOCAB,
+            hidden_size=WIDTH,
+            num_layers=DEPTH,
+            num_heads=HEADS,
+            max_positions=LONGEST,
+            norm_placement="post",
+            norm_eps=1e-12,
+            embedding_norm=True,
+            type_vocab_size=2,
+            activation="gelu",
+            lm_head="transform",
+            lm_head_bias=True,
+        )
     roles = {"pad": PAD, "unk": UNK, "cls": CLS, "sep": SEP, "mask": MASK}
     vocab = Vocab(size=VOCAB, roles=roles, special=np.arange(VOCAB) < FIRST)
     model = LM(config, objective.heads(config))

@@ -71,9 +71,13 @@ def prepared(name: str) -> tuple[Recipe, Objective, Batches]:
     )
     cut = examples.build_datasets(recipe.examples, data, recipe.objective)
     batches = Batches(
-        cut.train, recipe.objective, tokenizer.vocab.with_decoder_start(recipe.model.decoder_start_token), batch_size=recipe.batch.size, seed=0,
+        cut.train,
+        recipe.objective,
+        tokenizer.vocab.with_decoder_start(recipe.model.decoder_start_token),
+        batch_size=recipe.batch.size,
+        seed=0,
         pack_to_length=recipe.batch.pack_to_length,
-    )  # fmt: skip
+    )
     return recipe, recipe.objective, batches
 
 
@@ -184,9 +188,16 @@ def causal(kind: str, recipe: Recipe) -> Peer:
         model = t.LlamaForCausalLM(config)
     else:
         config = t.GPT2Config(
-            vocab_size=s.vocab_size, n_embd=s.hidden_size, n_layer=s.num_layers, n_head=s.num_heads, n_inner=s.intermediate_size, n_positions=s.max_positions,
-            resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
-        )  # fmt: skip
+            vocab_size=s.vocab_size,
+            n_embd=s.hidden_size,
+            n_layer=s.num_layers,
+            n_head=s.num_heads,
+            n_inner=s.intermediate_size,
+            n_positions=s.max_positions,
+            resid_pdrop=0.0,
+            embd_pdrop=0.0,
+            attn_pdrop=0.0,
+        )
         model = t.GPT2LMHeadModel(config)
     return model, lambda b: mean(model(input_ids=b["tokens"], attention_mask=there(b)).logits, b["labels"])
 

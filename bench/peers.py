@@ -63,14 +63,25 @@ def made(folder: Path) -> list[Path]:
         "max_positions": 128,
     }
     shapes = {
-        "llama": ModelConfig(**size, norm="rms", norm_bias=False, position="rotary", activation="swiglu", bias=False, num_kv_heads=2),  # type: ignore[arg-type]
+        "llama": ModelConfig(
+            **size, norm="rms", norm_bias=False, position="rotary", activation="swiglu", bias=False, num_kv_heads=2
+        ),  # type: ignore[arg-type]
         "gpt2": ModelConfig(**size),
         "nanochat": decoder_config(**size),
-        "bert": ModelConfig(**size, causal=False, norm_placement="post", norm_eps=1e-12, type_vocab_size=2, embedding_norm=True, activation="gelu",
-                      lm_head="transform", lm_head_bias=True),
+        "bert": ModelConfig(
+            **size,
+            causal=False,
+            norm_placement="post",
+            norm_eps=1e-12,
+            type_vocab_size=2,
+            embedding_norm=True,
+            activation="gelu",
+            lm_head="transform",
+            lm_head_bias=True,
+        ),
         "modernbert": encoder_config(**size),
         "t5": encoder_decoder_config(**size),
-    }  # fmt: skip
+    }
     for name, config in shapes.items():
         torch.manual_seed(0)
         model = LM(config, {"lm": LMHead(config)}).eval()

@@ -123,7 +123,10 @@ def by_library(some: list[Document], algorithm: str) -> Callable[[], str]:
             )
         else:
             learner = Tokenizer(models.BPE())
-            marks = {"bpe": {"end_of_word_suffix": train.END}, "wordpiece": {"continuing_subword_prefix": train.CONTINUATION}}
+            marks = {
+                "bpe": {"end_of_word_suffix": train.END},
+                "wordpiece": {"continuing_subword_prefix": train.CONTINUATION},
+            }
             first = [made.token(i) for i in range(made.vocab.size - len(made.merges))]
             trainer = trainers.BpeTrainer(
                 vocab_size=SIZE, special_tokens=first, show_progress=False, **marks.get(algorithm, {})

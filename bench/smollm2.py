@@ -146,7 +146,7 @@ def contenders(where: str) -> dict[str, Callable[[Turn], None]]:
 
 def check(where: str) -> None:
     """transformers and firth on PROMPTS: ids, logits (largest relative difference) and NEW greedy tokens."""
-    from firth.generate.decoding import attention_pattern_of, rectangle
+    from firth.generate.decoding import inference_mode, rectangle
     from firth.generate.sampling import Sampling
 
     (model, tokenizer), engine = theirs(torch.float32, where), ours("fp32")
@@ -156,7 +156,7 @@ def check(where: str) -> None:
         shown = engine.coder.encode(prompt)
         asked = torch.from_numpy(shown.astype(np.int64))[None]
         ids += tokenizer.encode(prompt, add_special_tokens=False) == shown.tolist()
-        with attention_pattern_of(engine.model):
+        with inference_mode(engine.model):
             mine = engine.model.heads["lm"](engine.model(rectangle([shown], torch.device("cpu"))))
             logits = model(asked).logits
         worst = max(worst, float((mine - logits).abs().max() / logits.abs().max()))

@@ -416,7 +416,10 @@ def plan(seconds: float, contenders: Iterable[str], seeds: Sequence[int]) -> lis
     for seed in seeds:
         runs += [Run(c, seconds, seed, TUNED.get(c), curve=c == "firth") for c in contenders]
         if "firth" in contenders:
-            runs += [Run("firth", round(seconds / part, 3), seed, None) for part in sorted({GOALS[c] for c in contenders if c in GOALS})]
+            runs += [
+                Run("firth", round(seconds / part, 3), seed, None)
+                for part in sorted({GOALS[c] for c in contenders if c in GOALS})
+            ]
     return runs
 
 

@@ -15,7 +15,7 @@ from data_room import TEXTS
 from firth.data.collate import collate
 from firth.evaluate.perplexity import TokenizedDocument, score, strided
 from firth.evaluate.text_perplexity import scoring_mode
-from firth.generate.decoding import DecodingBatch, attention_pattern_of, rectangle
+from firth.generate.decoding import DecodingBatch, inference_mode, rectangle
 from firth.generate.engine import Engine
 from firth.generate.sampling import Sampling
 from firth.model.config import ModelConfig, decoder_config, encoder_config
@@ -78,7 +78,7 @@ def training_log_probs(model: LM, prompt: np.ndarray, target: np.ndarray) -> tor
 @torch.no_grad()
 def test_the_prompt_has_bidirectional_attention(model: LM) -> None:
     [prompt] = prompts(1)
-    with attention_pattern_of(model):
+    with inference_mode(model):
         state = DecodingBatch(model, [prompt], None, Sampling(max_new_tokens=2, temperature=0), [0]).state
     bidirectional = model.heads["lm"](state).log_softmax(-1)
     assert torch.allclose(bidirectional, training_log_probs(model, prompt, np.array([9])), atol=1e-5)
@@ -163,7 +163,7 @@ def test_a_run_is_used_with_the_attention_of_its_objective(tmp_path: Path) -> No
     prompt = encode_prompt(loaded.tokenizer, "Thank you for", loaded.model)
     assert prompt[0] != loaded.tokenizer.vocab.roles["bos"]
     example = PrefixLM()._show(np.append(prompt, 9), len(prompt), loaded.tokenizer.vocab)
-    with attention_pattern_of(loaded.model):
+    with inference_mode(loaded.model):
         state = DecodingBatch(loaded.model, [prompt], None, Sampling(max_new_tokens=1), [0]).state
         assert torch.allclose(state, loaded.model(collate([example]))[:, -1], atol=1e-5)
     found = json.loads(evaluate_run(tmp_path / "run", [str(text)], task=None, limit=400, as_json=True))

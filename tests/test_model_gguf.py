@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from firth.generate.decoding import attention_pattern_of, rectangle
+from firth.generate.decoding import inference_mode, rectangle
 from firth.io import gguf as container
 from firth.io.gguf import GGUFTensorSpec
 from firth.model.config import decoder_config
@@ -78,7 +78,7 @@ def test_an_encoder_is_written_without_its_head(tmp_path):
     model, file = written(tmp_path, bert(tokenizer.vocab.size, 64, 2, 4, max_positions=32), tokenizer=tokenizer)
     back = load_model(file)
     assert not back.heads
-    with attention_pattern_of(model), attention_pattern_of(back):
+    with inference_mode(model), inference_mode(back):
         rows = rectangle([np.array([2, 5, 6, 3])], torch.device("cpu"), causal=False)
         assert torch.equal(model(rows), back(rows))
 
@@ -159,7 +159,7 @@ def test_transformers_reads_the_file(tmp_path):
     model, file = written(tmp_path, CONFIGS["llama, grouped and tied"])
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file=file.name, dtype=torch.float32).eval()
     ids = torch.randint(0, SIZE, (2, 20))
-    with attention_pattern_of(model):
+    with inference_mode(model):
         mine = model.heads["lm"](model(rectangle(list(ids.numpy()), torch.device("cpu"))))
         assert (theirs(ids).logits - mine).abs().max() < 1e-4 * mine.abs().max()
 

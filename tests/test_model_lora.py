@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from firth.generate.decoding import DecodingBatch, attention_pattern_of
+from firth.generate.decoding import DecodingBatch, inference_mode
 from firth.generate.quantized import quantize
 from firth.generate.sampling import Sampling
 from firth.model.config import ModelConfig, decoder_config, encoder_config, encoder_decoder_config
@@ -165,7 +165,7 @@ def test_cached_generation_uses_the_adapter(rows: int) -> None:
     prompts = [torch.randint(0, 50, (5,), generator=torch.Generator().manual_seed(i)).numpy() for i in range(rows)]
 
     def generated(of: LM) -> list[list[int]]:
-        with attention_pattern_of(of):
+        with inference_mode(of):
             decoder = DecodingBatch(of, prompts, None, Sampling(temperature=0, max_new_tokens=6), [0] * rows)
             return [decoder.step()[0] for _ in range(6)]
 

@@ -633,7 +633,9 @@ def test_a_gap_is_a_query_that_no_token_sees() -> None:
     mask = text_tokenizer.token(text_tokenizer.vocab.mask)
     [found] = fill(model, text_tokenizer, f"What is a {mask} in Python?", k=3)
     words = text_tokenizer.vocab.add_special_tokens(
-        np.concatenate((text_tokenizer.encode("What is a"), [text_tokenizer.vocab.mask], text_tokenizer.encode(" in Python?")))
+        np.concatenate(
+            (text_tokenizer.encode("What is a"), [text_tokenizer.vocab.mask], text_tokenizer.encode(" in Python?"))
+        )
     )
     at = int(np.flatnonzero(words == text_tokenizer.vocab.mask)[0])
     words[at] = found[0].token

@@ -54,7 +54,7 @@ def sentence(rng: np.random.Generator) -> Example:
     return running(rng, int(rng.integers(3, 20)))
 
 
-ELMO = bilm(60, 24, 2, characters=8, filters=64)
+ELMO = elmo_config(60, 24, 2, characters=8, filters=64)
 CASES = {
     "skip-gram": (Word2Vec(noise_words=7), words, word_vector_config(60, 16)),
     "cbow": (Word2Vec(algorithm="cbow", noise_words=7), words, word_vector_config(60, 16)),

@@ -42,9 +42,14 @@ WORDS = "the king and the queen of the sea had a ship with no sail and a crown o
     " ", "\n"
 ).splitlines()
 SHAPE = [
-    "model.hidden_size=32", "model.num_layers=2", "model.num_heads=2", "model.num_kv_heads=2", "model.head_dim=0", "model.intermediate_size=48",
+    "model.hidden_size=32",
+    "model.num_layers=2",
+    "model.num_heads=2",
+    "model.num_kv_heads=2",
+    "model.head_dim=0",
+    "model.intermediate_size=48",
     "model.max_positions=64",
-]  # fmt: skip
+]
 SMALL = ["batch.size=8", "precision=fp32", "evaluation.every=0", "evaluation.max_examples=16", "sample_prompts=[]"]
 
 
@@ -169,8 +174,14 @@ def test_ten_steps_lower_the_loss_and_change_trained_weights(place: Path, start:
     adapt.apply(model, added, tokenizer, 0)
     before = {name: p.clone() for name, p in model.named_parameters()}
     rng = np.random.default_rng(0)
-    shown = [objective.build_example({"tokens": rng.integers(120, tokenizer.vocab.size, 9).astype(np.int32), "label": i % 2}, tokenizer.vocab, rng)
-             for i in range(6)]  # fmt: skip
+    shown = [
+        objective.build_example(
+            {"tokens": rng.integers(120, tokenizer.vocab.size, 9).astype(np.int32), "label": i % 2},
+            tokenizer.vocab,
+            rng,
+        )
+        for i in range(6)
+    ]
     batch = collate(shown, set(objective.labels.values()))
     mover = Optimizer(OptimizerConfig(name="adamw", lr=0.02, weight_decay=0.0), model)
     term = next(iter(objective.labels))

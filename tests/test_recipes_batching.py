@@ -13,8 +13,13 @@ from firth.runs.run import run
 from firth.types import UserError
 
 TINY = [
-    "data.validation_fraction=0.2", "max_steps=3", "batch.size=4", "tokenizer.vocab_size=400", "examples.max_length=24", "checkpoint.every=0",
-]  # fmt: skip
+    "data.validation_fraction=0.2",
+    "max_steps=3",
+    "batch.size=4",
+    "tokenizer.vocab_size=400",
+    "examples.max_length=24",
+    "checkpoint.every=0",
+]
 ENCODER = "model={hidden_size: 32, num_layers: 1, num_heads: 2, causal: false, max_positions: 64}"
 
 

@@ -43,11 +43,18 @@ from firth.types import UserError
 WORDS = ["the", "a", "fine", "dull", "otter", "swims", "sleeps", "and", "the", "cold", "river", "runs"]
 SIZES = {"vocab_size": 400, "hidden_size": 32, "num_layers": 1, "num_heads": 2, "max_positions": 160}
 SHAPES: dict[AttentionPattern, ModelConfig] = {
-    "any": encoder_config(**SIZES), "bidirectional": replace(encoder_config(**SIZES), dropout=0.1), "causal": decoder_config(**SIZES),
-    "permuted": encoder_config(**SIZES), "prefix": encoder_config(**SIZES), "seq2seq": encoder_decoder_config(**SIZES),
+    "any": encoder_config(**SIZES),
+    "bidirectional": replace(encoder_config(**SIZES), dropout=0.1),
+    "causal": decoder_config(**SIZES),
+    "permuted": encoder_config(**SIZES),
+    "prefix": encoder_config(**SIZES),
+    "seq2seq": encoder_decoder_config(**SIZES),
     "latent": replace(encoder_decoder_config(**SIZES), latent_size=32),
-    "bidirectional_separate": replace(recurrent_config(400, 32, 1), causal=False, separate_directions=True, tie_embeddings=False, intermediate_size=0), "none": word_vector_config(400, 16),
-}  # fmt: skip
+    "bidirectional_separate": replace(
+        recurrent_config(400, 32, 1), causal=False, separate_directions=True, tie_embeddings=False, intermediate_size=0
+    ),
+    "none": word_vector_config(400, 16),
+}
 
 
 @dataclass(frozen=True)
@@ -62,10 +69,15 @@ class Place:
         grouped = objective is not None and any(isinstance(one, Reinforce) for one in objective.components())
         credit: Literal["gae", "group"] = "group" if grouped else "gae"
         changed = {
-            "windows": WindowsConfig(max_length=16), "chunks": ChunksConfig(max_length=24), "segment_pairs": SegmentPairsConfig(max_length=24),
-            "partially_labeled": PartiallyLabeledConfig(num_labeled=4), "pseudo_labeled": PseudoLabeledConfig(num_labeled=4, teacher=str(self.folder / "classifier")),
-            "rollouts": RolloutsConfig(rollout_size=4, num_epochs=1, max_new_tokens=3, reward_function="builtins:len", advantages=credit),
-        }  # fmt: skip
+            "windows": WindowsConfig(max_length=16),
+            "chunks": ChunksConfig(max_length=24),
+            "segment_pairs": SegmentPairsConfig(max_length=24),
+            "partially_labeled": PartiallyLabeledConfig(num_labeled=4),
+            "pseudo_labeled": PseudoLabeledConfig(num_labeled=4, teacher=str(self.folder / "classifier")),
+            "rollouts": RolloutsConfig(
+                rollout_size=4, num_epochs=1, max_new_tokens=3, reward_function="builtins:len", advantages=credit
+            ),
+        }
         return changed.get(name) or EXAMPLES[name]()
 
     def cut(self, name: str, objective: Objective, config: ModelConfig) -> tuple[DatasetSplits, Objective]:

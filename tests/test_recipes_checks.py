@@ -202,9 +202,19 @@ def test_check_of_best_metric_changes_nothing(tmp_path: Path, tokens: Path) -> N
 def test_report_and_evaluate_show_the_exported_step(tmp_path: Path, tokens: Path) -> None:
     file = reviews(tmp_path / "a.csv", ["good", "bad"] * 30)
     done, _ = trained(
-        "classification", tmp_path / "run", tokens, f"data={file}", "data.validation_fraction=0.3", "evaluation.every=1", "evaluation.best_metric=loss",
-        "evaluation.patience=2", "max_steps=9", "optimizer.lr=1.0", "schedule.kind=constant", "schedule.warmup_ratio=0",
-    )  # fmt: skip
+        "classification",
+        tmp_path / "run",
+        tokens,
+        f"data={file}",
+        "data.validation_fraction=0.3",
+        "evaluation.every=1",
+        "evaluation.best_metric=loss",
+        "evaluation.patience=2",
+        "max_steps=9",
+        "optimizer.lr=1.0",
+        "schedule.kind=constant",
+        "schedule.warmup_ratio=0",
+    )
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     held = {row["step"]: row["loss"] for row in rows if row["split"] == "valid"}
     best = min(held, key=lambda step: held[step])
@@ -243,10 +253,19 @@ def test_question_metrics_are_those_of_squad(tmp_path: Path, tokens: Path) -> No
     (tmp_path / "a.json").write_text(squad(40))
     (tmp_path / "b.json").write_text(squad(16))
     done, _ = trained(
-        "question_answering", tmp_path / "run", tokens, f"data={tmp_path / 'a.json'}", f"data.validation_path={tmp_path / 'b.json'}",
-        "examples.max_length=20", "examples.max_question_length=8", "examples.doc_stride=4", "evaluation.best_metric=exact_match", "max_steps=12",
-        "evaluation.every=6", "schedule.warmup_ratio=0",
-    )  # fmt: skip
+        "question_answering",
+        tmp_path / "run",
+        tokens,
+        f"data={tmp_path / 'a.json'}",
+        f"data.validation_path={tmp_path / 'b.json'}",
+        "examples.max_length=20",
+        "examples.max_question_length=8",
+        "examples.doc_stride=4",
+        "evaluation.best_metric=exact_match",
+        "max_steps=12",
+        "evaluation.every=6",
+        "schedule.warmup_ratio=0",
+    )
     found = evaluate(done.directory, [str(tmp_path / "b.json")])
     for name in ("exact_match", "f1"):
         assert done.metrics[f"valid/{name}"] == pytest.approx(found[name], abs=1e-9)

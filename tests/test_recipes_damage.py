@@ -25,8 +25,18 @@ from firth.tokenizer.train import train
 from firth.train.logging import keep_until
 from firth.types import UserError
 
-TINY = ["model.hidden_size=32", "model.num_layers=1", "model.num_heads=2", "model.max_positions=32", "examples.max_length=16", "batch.size=4", "max_steps=4",
-        "tokenizer.vocab_size=300", "precision=fp32", "sample_prompts=[the cat]"]  # fmt: skip
+TINY = [
+    "model.hidden_size=32",
+    "model.num_layers=1",
+    "model.num_heads=2",
+    "model.max_positions=32",
+    "examples.max_length=16",
+    "batch.size=4",
+    "max_steps=4",
+    "tokenizer.vocab_size=300",
+    "precision=fp32",
+    "sample_prompts=[the cat]",
+]
 
 
 def quiet(_: str) -> None:

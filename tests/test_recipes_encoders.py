@@ -89,9 +89,19 @@ def test_unknown_sizes_are_rejected() -> None:
 
 
 SMALL = [
-    "model.hidden_size=32", "model.num_heads=2", "model.num_layers=2", "model.intermediate_size=48", "max_steps=3", "batch.size=4",
-    "batch.pack_to_length=64", "examples.max_length=48", "tokenizer.vocab_size=400", "evaluation.every=2", "evaluation.max_examples=4", "checkpoint.every=2",
-]  # fmt: skip
+    "model.hidden_size=32",
+    "model.num_heads=2",
+    "model.num_layers=2",
+    "model.intermediate_size=48",
+    "max_steps=3",
+    "batch.size=4",
+    "batch.pack_to_length=64",
+    "examples.max_length=48",
+    "tokenizer.vocab_size=400",
+    "evaluation.every=2",
+    "evaluation.max_examples=4",
+    "checkpoint.every=2",
+]
 
 
 @pytest.mark.parametrize(

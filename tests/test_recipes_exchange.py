@@ -33,8 +33,18 @@ from firth.types import UserError
 transformers = pytest.importorskip("transformers", reason="the oracle; installed with the test extra")
 transformers.logging.set_verbosity_error()
 
-TINY = ["tokenizer.vocab_size=500", "model.hidden_size=32", "model.num_layers=1", "model.num_heads=1", "examples.max_length=32", "batch.size=4",
-        "max_steps=3", "evaluation.every=0", "evaluation.max_examples=8", "sample_prompts=[]"]  # fmt: skip
+TINY = [
+    "tokenizer.vocab_size=500",
+    "model.hidden_size=32",
+    "model.num_layers=1",
+    "model.num_heads=1",
+    "examples.max_length=32",
+    "batch.size=4",
+    "max_steps=3",
+    "evaluation.every=0",
+    "evaluation.max_examples=8",
+    "sample_prompts=[]",
+]
 AUTO = {"decoder": "AutoModelForCausalLM", "encoder": "AutoModelForMaskedLM", "both": "AutoModelForSeq2SeqLM"}
 
 

@@ -32,10 +32,21 @@ from firth.tokenizer.train import train
 from firth.types import UserError
 
 SMALL = [
-    "model.hidden_size=32", "model.num_layers=1", "model.num_heads=2", "model.num_kv_heads=2", "model.head_dim=0", "model.intermediate_size=48",
-    "model.max_positions=64", "examples.max_length=24", "batch.size=4", "max_steps=4", "checkpoint.every=2", "evaluation.every=0", "sample_prompts=[]",
+    "model.hidden_size=32",
+    "model.num_layers=1",
+    "model.num_heads=2",
+    "model.num_kv_heads=2",
+    "model.head_dim=0",
+    "model.intermediate_size=48",
+    "model.max_positions=64",
+    "examples.max_length=24",
+    "batch.size=4",
+    "max_steps=4",
+    "checkpoint.every=2",
+    "evaluation.every=0",
+    "sample_prompts=[]",
     "tokenizer.vocab_size=420",
-]  # fmt: skip
+]
 
 
 NOUNS = ("otter", "boat", "lamp", "river")
@@ -197,13 +208,39 @@ def cases(folder: Path) -> dict[str, tuple[str, list[str], str]]:
     begin = [f"init_from={folder / 'encoder'}", "objective=pseudo_labels", taught]
     return {
         "init_from": ("dpo", [pairs, f"init_from={folder / 'policy'}"], "policy"),
-        "examples.reward_model": ("ppo", [*ppo, f"init_from={folder / 'policy'}", f"examples.reward_model={folder / 'reward'}"], "reward"),
+        "examples.reward_model": (
+            "ppo",
+            [*ppo, f"init_from={folder / 'policy'}", f"examples.reward_model={folder / 'reward'}"],
+            "reward",
+        ),
         "examples.teacher": ("semi_supervised", [labels, *begin], "teacher"),
-        "init_embeddings_from": ("classification", [labels, f"init_embeddings_from={folder / 'encoder'}", "model.hidden_size=32", "model.num_layers=1",
-                                    "model.num_heads=2", "model.causal=false", "model.max_positions=64"], "encoder"),
-        "tokenizer.path": ("classification", [labels, f"tokenizer.path={folder / 'encoder'}", "model.hidden_size=32", "model.num_layers=1",
-                                        "model.num_heads=2", "model.causal=false", "model.max_positions=64"], "encoder"),
-    }  # fmt: skip
+        "init_embeddings_from": (
+            "classification",
+            [
+                labels,
+                f"init_embeddings_from={folder / 'encoder'}",
+                "model.hidden_size=32",
+                "model.num_layers=1",
+                "model.num_heads=2",
+                "model.causal=false",
+                "model.max_positions=64",
+            ],
+            "encoder",
+        ),
+        "tokenizer.path": (
+            "classification",
+            [
+                labels,
+                f"tokenizer.path={folder / 'encoder'}",
+                "model.hidden_size=32",
+                "model.num_layers=1",
+                "model.num_heads=2",
+                "model.causal=false",
+                "model.max_positions=64",
+            ],
+            "encoder",
+        ),
+    }
 
 
 @pytest.mark.parametrize(

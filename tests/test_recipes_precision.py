@@ -27,8 +27,13 @@ FEW = (
 )  # fmt: skip
 
 SMALL = {
-    "model.hidden_size": 32, "model.num_heads": 2, "model.num_layers": 2, "model.head_dim": 0, "model.num_kv_heads": 0, "model.intermediate_size": 48,
-}  # fmt: skip
+    "model.hidden_size": 32,
+    "model.num_heads": 2,
+    "model.num_layers": 2,
+    "model.head_dim": 0,
+    "model.num_kv_heads": 0,
+    "model.intermediate_size": 48,
+}
 
 TUNED: dict[str, tuple[str, str, tuple[str, ...]]] = {
     "classification": ("bert", "labeled.jsonl", ()),

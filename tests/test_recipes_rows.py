@@ -81,8 +81,17 @@ def test_long_rows_are_lowered_or_rejected(
     name: str, recipe: str, adapt: str, fits: dict[str, int], place: Path, base: Callable[[str], Path], tmp_path: Path
 ) -> None:
     data = place / ("rows.jsonl" if recipe in ("classification", "text_to_text") else "text.txt")
-    common = [f"data.path={data}", f"init_from={base(name)}", adapt, "max_steps=1", "batch.size=8", "precision=fp32",
-              "evaluation.max_examples=8", "sample_prompts=[]", *["model=null"] * (recipe not in ("classification", "text_to_text"))]  # fmt: skip
+    common = [
+        f"data.path={data}",
+        f"init_from={base(name)}",
+        adapt,
+        "max_steps=1",
+        "batch.size=8",
+        "precision=fp32",
+        "evaluation.max_examples=8",
+        "sample_prompts=[]",
+        *["model=null"] * (recipe not in ("classification", "text_to_text")),
+    ]
     common += ["examples.prompt_template={prompt}", "examples.completion_template={answer}"] * (
         recipe == "text_to_text"
     )

@@ -262,9 +262,15 @@ def test_question_answering(make: Make, folder: Path) -> None:
         paragraphs.append({"context": context, "qas": questions})
     (folder / "squad.json").write_text(json.dumps({"data": [{"paragraphs": paragraphs}]}))
     done, place = make(
-        "question_answering", f"data={folder}/squad.json", "examples.max_length=32", "examples.max_question_length=8", "examples.doc_stride=8",
-        "data.validation_fraction=0.2", "batch.pack_to_length=64", steps=80,
-    )  # fmt: skip
+        "question_answering",
+        f"data={folder}/squad.json",
+        "examples.max_length=32",
+        "examples.max_question_length=8",
+        "examples.doc_stride=8",
+        "data.validation_fraction=0.2",
+        "batch.pack_to_length=64",
+        steps=80,
+    )
     assert done.metrics["valid/accuracy"] > 0.9
     found = evaluate(place, [str(folder / "squad.json")])
     assert (

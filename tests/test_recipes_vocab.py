@@ -17,8 +17,19 @@ from firth.types import UserError
 TEXT = "\n".join(
     f"The {a} {b} the boat {c}." for a in ("otter", "baker", "pilot") for b in ("paints", "sells") for c in ("at dawn", "in Leeds")
 )  # fmt: skip
-BODY = ["model.hidden_size=32", "model.num_layers=1", "model.num_heads=1", "model.intermediate_size=64", "model.max_positions=32", "examples.max_length=16",
-        "max_steps=1", "batch.size=4", "evaluation.every=0", "data.validation_fraction=0", "precision=fp32"]  # fmt: skip
+BODY = [
+    "model.hidden_size=32",
+    "model.num_layers=1",
+    "model.num_heads=1",
+    "model.intermediate_size=64",
+    "model.max_positions=32",
+    "examples.max_length=16",
+    "max_steps=1",
+    "batch.size=4",
+    "evaluation.every=0",
+    "data.validation_fraction=0",
+    "precision=fp32",
+]
 
 
 @pytest.fixture(scope="module")

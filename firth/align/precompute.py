@@ -23,7 +23,7 @@ from torch import Tensor
 
 from firth.data.collate import collate
 from firth.data.source import Source, WrappedSource
-from firth.generate.decoding import attention_pattern_of
+from firth.generate.decoding import inference_mode
 from firth.io.integrity import read_record, write_record
 from firth.model.model import LM
 from firth.types import Batch, Example, UserError
@@ -81,7 +81,7 @@ def precompute(
             at = order[first : first + batch_size]
             device = model.tokens.weight.device
             batch = {name: field.to(device) for name, field in collate([inputs[i] for i in at]).items()}
-            with attention_pattern_of(model):
+            with inference_mode(model):
                 store.write(index[at], {name: x.cpu().numpy() for name, x in fields(model, batch).items()})
         store.mark_done(stop)
         if progress is not None:

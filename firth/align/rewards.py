@@ -23,7 +23,7 @@ import numpy as np
 
 from firth.data.source import Source
 from firth.data.split import content_key
-from firth.generate.decoding import attention_pattern_of, rectangle
+from firth.generate.decoding import inference_mode, rectangle
 from firth.generate.streaming import Completion
 from firth.model.model import LM
 from firth.objectives.reward_model import rewards
@@ -150,7 +150,7 @@ class RewardModel:
         scores = np.zeros(len(samples), np.float32)
         order = sorted(range(len(samples)), key=lambda i: -len(samples[i].tokens))
         device = self.model.tokens.weight.device
-        with attention_pattern_of(self.model):
+        with inference_mode(self.model):
             for first in range(0, len(order), self.batch_size):
                 index = order[first : first + self.batch_size]
                 batch = rectangle([samples[i].tokens for i in index], device)

@@ -33,7 +33,7 @@ from firth.align.advantages import GAE, AdvantageEstimator, discounted_returns
 from firth.align.rewards import RewardFunction, RewardModel, Rollout, score_rollouts
 from firth.data.shuffle import epoch_permutation
 from firth.data.source import Source
-from firth.generate.decoding import attention_pattern_of, rectangle
+from firth.generate.decoding import inference_mode, rectangle
 from firth.generate.engine import Engine
 from firth.generate.sampling import Sampling
 from firth.generate.streaming import IncrementalDecoder
@@ -252,7 +252,7 @@ class RolloutSource(Source):
         batch = rectangle([s.tokens[:-1] for s in samples], device)
         is_label = rectangle([s.mask[1:] for s in samples], device)["tokens"].bool()
         labels = torch.from_numpy(np.concatenate([s.answer for s in samples]).astype(np.int64)).to(device)
-        with attention_pattern_of(model), attention_pattern_of(self.reference):
+        with inference_mode(model), inference_mode(self.reference):
             hidden, frozen = model(batch), self.reference(batch)[is_label]
             states = hidden[is_label]
             policy_head: LMHead = model.heads["lm"]  # type: ignore[assignment]

@@ -72,7 +72,9 @@ def content_key(text: str) -> int:
     >>> content_key("to be  or\\nnot") == content_key("to be or not") != content_key("to be")
     True
     """
-    return int.from_bytes(hashlib.blake2b(" ".join(replace_lone_surrogates(text).split()).encode(), digest_size=8).digest())
+    return int.from_bytes(
+        hashlib.blake2b(" ".join(replace_lone_surrogates(text).split()).encode(), digest_size=8).digest()
+    )
 
 
 def held_out_keys(keys: np.ndarray, share: float, records: int) -> np.ndarray:

@@ -391,7 +391,13 @@ class _Demo:
         for name in ("sft", "ppo", "dpo"):
             policy = load_model(self.out / name / "model")
             source = RolloutSource(
-                prompts, self.tokenizer, judge, reference, config=phase, true_reward_function=self.truth(), seed=self.seed + 7
+                prompts,
+                self.tokenizer,
+                judge,
+                reference,
+                config=phase,
+                true_reward_function=self.truth(),
+                seed=self.seed + 7,
             )
             models[name] = dict(source.prepare(policy, 0))
             written = Engine(policy, self.tokenizer).generate(prompts[:6], self.legible(self.size.answer))

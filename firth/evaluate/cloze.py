@@ -21,7 +21,7 @@ from firth.data.collate import collate
 from firth.data.token_store import TokenStore
 from firth.data.windows import DocumentChunks
 from firth.evaluate.perplexity import groups
-from firth.generate.decoding import attention_pattern_of
+from firth.generate.decoding import inference_mode
 from firth.model.model import LM
 from firth.objectives.objective import Objective, num_correct, supervised
 from firth.tokenizer.vocab import Vocab
@@ -89,7 +89,7 @@ def score(model: LM, objective: Objective, questions: Sequence[ClozeItem], vocab
         return {}
     device = model.tokens.weight.device
     correct = nats = 0.0
-    with attention_pattern_of(model):
+    with inference_mode(model):
         for group in groups(examples, max_tokens=8192):
             batch = {name: field.to(device) for name, field in collate(group).items()}
             states, labels = supervised(objective.forward(model, batch)["hidden"], batch["labels"])

@@ -20,7 +20,7 @@ from firth.data.source import Source
 from firth.data.tags import has_spans
 from firth.evaluate import answer_spans, entity_metrics, metrics
 from firth.evaluate.perplexity import groups
-from firth.generate.decoding import attention_pattern_of
+from firth.generate.decoding import inference_mode
 from firth.model.model import LM
 from firth.objectives.extractive_qa import QuestionAnswering
 from firth.objectives.layer_mixture import LayerMixture
@@ -147,7 +147,7 @@ def head_outputs(
     rng, device = np.random.default_rng(0), model.tokens.weight.device
     label_fields = {*objective.labels.values(), *objective.metrics.values()}
     built = (objective.build_example(example, vocab, rng) for example in examples)
-    with attention_pattern_of(model):
+    with inference_mode(model):
         for group in groups(built, max_tokens=8192):
             batch = {name: field.to(device) for name, field in collate(group, label_fields).items()}
             yield from HEADS[head].read(model, objective, objective.forward(model, batch), batch)

@@ -26,7 +26,7 @@ import numpy as np
 from firth.data import layout
 from firth.data.collate import collate
 from firth.evaluate import metrics
-from firth.generate.decoding import attention_pattern_of
+from firth.generate.decoding import inference_mode
 from firth.model.model import LM
 from firth.objectives.objective import token_loss
 from firth.tokenizer.normalize import replace_lone_surrogates
@@ -194,7 +194,7 @@ def score(model: LM, examples: Iterable[Example], max_tokens: int = 8192) -> Lik
     """Sum -log p over the labels of examples, without dropout, in batches of at most `max_tokens` padded tokens."""
     device = model.tokens.weight.device
     total = Likelihood()
-    with attention_pattern_of(model):
+    with inference_mode(model):
         for group in groups(examples, max_tokens):
             batch: Batch = {name: field.to(device) for name, field in collate(group).items()}
             scored = batch["labels"] != IGNORE

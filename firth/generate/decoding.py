@@ -18,7 +18,7 @@ from firth.types import NEVER, Batch
 
 
 @contextmanager
-def attention_pattern_of(model: LM) -> Iterator[None]:
+def inference_mode(model: LM) -> Iterator[None]:
     """Disable gradients and dropout in this context; the model's training mode is restored afterwards."""
     training = model.training
     model.eval()

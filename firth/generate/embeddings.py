@@ -15,7 +15,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from firth.generate.decoding import attention_pattern_of, rectangle
+from firth.generate.decoding import inference_mode, rectangle
 from firth.model.latent import average
 from firth.model.model import LM
 from firth.tokenizer.tokenizer import Tokenizer
@@ -48,7 +48,7 @@ def embed(
     truncated = [i for i, (a, b) in enumerate(zip(kept, encoded, strict=True)) if len(a) < len(b)]
     out = np.zeros((len(rows), model.config.hidden_size), np.float32)
     order = sorted(range(len(rows)), key=lambda i: -len(rows[i]))
-    with attention_pattern_of(model):
+    with inference_mode(model):
         while order:
             batch = order[: max(1, MAX_BATCH_TOKENS // len(rows[order[0]]))]
             out[batch] = _mean_states(model, [rows[i] for i in batch], unit)

@@ -25,7 +25,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from firth.generate.decoding import DecodingBatch, attention_pattern_of, pad_right, rectangle
+from firth.generate.decoding import DecodingBatch, inference_mode, pad_right, rectangle
 from firth.generate.fill_mask import Candidate, fill
 from firth.generate.quantized import quantize
 from firth.generate.sampling import Sampling
@@ -98,7 +98,7 @@ class Engine:
     def posterior(self, texts: Sequence[np.ndarray]) -> Tensor:
         """Return the posterior means (texts, units) of a variational autoencoder. Each text ends with its stop token."""
         source = rectangle(texts, self.device, causal=False)
-        with attention_pattern_of(self.model):
+        with inference_mode(self.model):
             return self.model.posterior({f"source_{name}": field for name, field in source.items()})[0]
 
     def decode(self, latents: Tensor, sampling: Sampling) -> list[Completion]:
@@ -110,11 +110,11 @@ class Engine:
     def stream(self, prompt: np.ndarray, sampling: Sampling) -> Iterator[str]:
         """Continue one prompt and yield the text in pieces, which join to the text of `generate`."""
         [answer] = self._answers([prompt], sampling)
-        with attention_pattern_of(self.model):
+        with inference_mode(self.model):
             rows = DecodingBatch(self.model, [prompt], self.start, sampling, [sampling.seed])
         yielded = 0
         while answer.finish is None:
-            with attention_pattern_of(self.model):
+            with inference_mode(self.model):
                 [token], [logprob] = rows.step()
             answer.append(token, logprob)
             text = answer.final_text
@@ -145,7 +145,7 @@ class Engine:
         self, prompts: Sequence[np.ndarray], sampling: Sampling, seeds: Sequence[int], latents: Tensor | None = None
     ) -> list[StreamingOutput]:
         answers = self._answers(prompts, sampling)
-        with attention_pattern_of(self.model):
+        with inference_mode(self.model):
             rows = DecodingBatch(self.model, prompts, self.start, sampling, seeds, latents)
             in_batch = answers  # the answer of each row of the batch, finished or not
             while True:
@@ -168,7 +168,7 @@ class Engine:
             )
         scores = np.zeros(len(pairs))
         order = sorted(range(len(pairs)), key=lambda i: -sum(map(len, pairs[i])))
-        with attention_pattern_of(self.model):
+        with inference_mode(self.model):
             for first in range(0, len(order), self.batch_size):
                 index = order[first : first + self.batch_size]
                 scores[index] = self._log_probs([pairs[i] for i in index])
@@ -180,7 +180,7 @@ class Engine:
             return self.score([prompt] * len(options), options)
         length = len(prompt) + max(map(len, options)) - 1
         self._check_length("the prompt with its longest option", len(prompt), length)
-        with attention_pattern_of(self.model):
+        with inference_mode(self.model):
             cache = self.model.make_cache(1, length)
             batch = rectangle([prompt], self.device, prompts=self._prefix_lengths([prompt]))
             hidden = self.model(batch, cache)[:, -1:].expand(len(options), -1, -1)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from firth.generate.decoding import attention_pattern_of, rectangle
+from firth.generate.decoding import inference_mode, rectangle
 from firth.model.heads import LMHead
 from firth.model.model import LM
 from firth.tokenizer.tokenizer import Tokenizer
@@ -67,7 +67,7 @@ def fill(model: LM, tokenizer: Tokenizer, text: str, k: int = 5) -> list[list[Ca
         raise UserError("this model is causal, so it cannot fill masks: use `firth generate` to continue a text")
     head: LMHead = model.heads["lm"]  # type: ignore[assignment]
     device = model.tokens.weight.device
-    with attention_pattern_of(model):
+    with inference_mode(model):
         batch = rectangle([tokens], device, causal=False)
         if model.config.mask_embedding:  # no position attends to a mask, as in training
             batch["key_time"] = batch["key_time"].masked_fill(batch["tokens"] == tokenizer.vocab.mask, NEVER)

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from firth.data.layout import InfillPrompt
-from firth.generate.decoding import attention_pattern_of, rectangle
+from firth.generate.decoding import inference_mode, rectangle
 from firth.generate.engine import Engine
 from firth.generate.fill_mask import Candidate
 from firth.generate.sampling import Sampling
@@ -123,7 +123,7 @@ def fill_two_way(engine: Engine, pieces: Sequence[np.ndarray], k: int = 5) -> li
     allowed = torch.zeros(model.config.vocab_size, dtype=torch.bool)
     allowed[tokenizer.vocab.ordinary] = True
     candidates = []
-    with attention_pattern_of(model):
+    with inference_mode(model):
         for gap in range(1, len(pieces)):
             left, right = np.concatenate((bos, *pieces[:gap])), np.concatenate(pieces[gap:])
             logits = torch.zeros(model.config.vocab_size)

@@ -54,10 +54,19 @@ def gpt(size: str = "tiny") -> Recipe:
     # An untied table begins at unit variance, so its steps must be of another size than a matrix's.
     ours = OptimizerConfig(embedding_lr=0.3)
     small = Recipe(
-        name="gpt", objective=CausalLM(), examples=WindowsConfig(max_length=256), data=DataConfig(corpus="shakespeare"),
-        model=decoder_config(vocab_size=8192, hidden_size=384, num_layers=6, max_positions=512), batch=BatchConfig(size=8), optimizer=ours,
-        schedule=Schedule("wsd"), budget=Budget(max_steps=1200), evaluation=EvalConfig(every=100, max_examples=256), checkpoint=CheckpointConfig(every=200), sample_prompts=SAMPLES,
-    )  # fmt: skip
+        name="gpt",
+        objective=CausalLM(),
+        examples=WindowsConfig(max_length=256),
+        data=DataConfig(corpus="shakespeare"),
+        model=decoder_config(vocab_size=8192, hidden_size=384, num_layers=6, max_positions=512),
+        batch=BatchConfig(size=8),
+        optimizer=ours,
+        schedule=Schedule("wsd"),
+        budget=Budget(max_steps=1200),
+        evaluation=EvalConfig(every=100, max_examples=256),
+        checkpoint=CheckpointConfig(every=200),
+        sample_prompts=SAMPLES,
+    )
     adam = OptimizerConfig(name="adamw", lr=2.5e-4, weight_decay=0.01, beta2=0.999, max_grad_norm=1.0)
     paper = _published("gpt", presets.PRESETS["gpt"], 64, 512, adam, warmup=2000, steps=3_600_000)
     return recipe_of_size(

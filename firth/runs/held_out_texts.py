@@ -22,7 +22,7 @@ import torch
 from firth.align.rewards import RewardFunction, RewardModel, Rollout, score_rollouts
 from firth.data.collate import collate
 from firth.data.source import Source
-from firth.generate.decoding import attention_pattern_of
+from firth.generate.decoding import inference_mode
 from firth.generate.engine import Engine
 from firth.generate.sampling import Sampling
 from firth.model.model import LM
@@ -109,7 +109,7 @@ class HeldOutTexts:
         elif "reference" in example:
             device = model.tokens.weight.device
             batch = {name: field.to(device) for name, field in collate([build_comparison(example)]).items()}
-            with attention_pattern_of(model):
+            with inference_mode(model):
                 now = ref_logprobs(model, batch)["reference"][0].cpu()
             scores = (now - torch.from_numpy(np.array(example["reference"]))).tolist()
         names = ("preferred", "rejected")

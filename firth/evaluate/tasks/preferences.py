@@ -12,7 +12,7 @@ from firth.data.records import PreferenceRecords
 from firth.evaluate import metrics
 from firth.evaluate.perplexity import groups
 from firth.evaluate.task import Answers, EvaluatedModel, Progress, Task, most_likely
-from firth.generate.decoding import attention_pattern_of
+from firth.generate.decoding import inference_mode
 from firth.objectives.reward_model import answer_row, rewards
 from firth.types import Example, UserError
 
@@ -38,7 +38,7 @@ def respond(evaluated: EvaluatedModel, items: PreferenceRecords, progress: Progr
                 yield answer_row(pair[f"{side}_tokens"], pair[f"{side}_mask"])
 
     scores: list[float] = []
-    with attention_pattern_of(evaluated.model):
+    with inference_mode(evaluated.model):
         for group in groups(build_examples(), max_tokens=8192):
             batch = {name: x.to(evaluated.device) for name, x in collate(group).items()}
             scores += rewards(evaluated.model, evaluated.model(batch), batch).tolist()

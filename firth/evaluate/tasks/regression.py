@@ -19,7 +19,9 @@ from firth.objectives.regression import Regression
 def load(evaluated: EvaluatedModel, paths: Sequence[str], labeled: bool = True) -> ScoredTexts:
     """Load records with the fields and the maximum length of the run's recipe, if it has one."""
     check_head(evaluated, "score", "numbers", "regression")
-    return ScoredTexts(paths, evaluated.tokenizer, evaluated.context, TextFields.of(evaluated.examples), labeled=labeled)
+    return ScoredTexts(
+        paths, evaluated.tokenizer, evaluated.context, TextFields.of(evaluated.examples), labeled=labeled
+    )
 
 
 def read(evaluated: EvaluatedModel, items: ScoredTexts, progress: Progress) -> Iterator[HeadOutput]:
