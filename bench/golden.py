@@ -4,8 +4,8 @@
     python -m bench.golden compare --out runs/golden-new --with runs/golden/golden.json     # after it: equal to the bit
 
 A refactoring changes no draw and no sum, so both must agree in every bit on one machine. Kernels are the plain ones, unless
-FIRTH_KERNELS names others: measured choices may differ between two recordings. Tensors are compared by the names that transformers gives them. Records are made from
-Python's own help pages, so nothing is fetched. Four minutes on two cores.
+FIRTH_KERNELS names others: measured choices may differ between two recordings. Tensors are compared by the names that
+transformers gives them. Records are made from Python's own help pages, so nothing is fetched. Four minutes on two cores.
 """
 
 from __future__ import annotations

@@ -152,7 +152,7 @@ def test_incompatible_recipes_are_rejected() -> None:
         load("contrastive:published", ["batch.gradient_accumulation_steps=2"])
     with pytest.raises(UserError, match="reads a text from both sides"):
         load("contrastive", ["model.causal=true"])
-    with pytest.raises(UserError, match="cannot be packed: set batch.pack_to_length=0"):
+    with pytest.raises(UserError, match=r"cannot be packed: set batch\.pack_to_length=0"):
         pack(build_examples(Contrastive(), triple, 3), 64, label_fields(Contrastive()))
 
 

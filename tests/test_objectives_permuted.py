@@ -433,7 +433,7 @@ def test_cached_and_full_forward_are_equal() -> None:
 def test_invalid_configs_are_rejected() -> None:
     with pytest.raises(UserError, match=r"model\.memory_length=4 needs positions that reach back"):
         replace(XLNET, position="rotary", type_vocab_size=0, memory_length=4)
-    with pytest.raises(UserError, match="model.position=xlnet needs"):
+    with pytest.raises(UserError, match=r"model\.position=xlnet needs"):
         replace(XLNET, num_encoder_layers=2)
     for config in (
         XLNET,

@@ -19,7 +19,7 @@ from firth.objectives.layer_mixture import LayerMixture
 from firth.objectives.objective import Objective
 from firth.objectives.token_classification import TokenClassification
 from firth.objectives.word2vec import Word2Vec
-from firth.recipes.recurrent import bilm
+from firth.recipes.recurrent import elmo_config
 from firth.tokenizer.vocab import Vocab
 from firth.train.optimizer import Optimizer, OptimizerConfig
 from firth.train.step import step

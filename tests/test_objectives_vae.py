@@ -140,7 +140,7 @@ def test_split_batches_have_the_same_gradient() -> None:
         step(model, objective, [collate(b, LABEL_FIELDS) for b in batches])
         found.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]))
     torch.testing.assert_close(found[1], found[0], rtol=1e-4, atol=1e-6)
-    with pytest.raises(UserError, match="cannot be packed: set batch.pack_to_length=0"):
+    with pytest.raises(UserError, match=r"cannot be packed: set batch\.pack_to_length=0"):
         pack(rows, 64, LABEL_FIELDS)
     with pytest.raises(UserError, match="a variational autoencoder reads one document a row"):
         check_batching(objective, CONFIG, pack=64, accumulate=1)

@@ -52,7 +52,10 @@ def error_of(name: str, settings: list[str], out: Path) -> str:
 def test_another_vocab_size_is_rejected(place: Path, tmp_path: Path) -> None:
     """On the command line, in a whole model config, in a user's file; with a trained and a given tokenizer."""
     text, given = f"data.path={place / 'text.txt'}", f"tokenizer.path={place / 'tokenizer'}"
-    message = "model.vocab_size={} is not the number of ids of the tokenizer, which is {}: leave model.vocab_size out, and it is taken from there"
+    message = (
+        "model.vocab_size={} is not the number of ids of the tokenizer, which is {}: "
+        "leave model.vocab_size out, and it is taken from there"
+    )
     assert error_of(
         "gpt", [*BODY, text, "tokenizer.vocab_size=300", "model.vocab_size=10"], tmp_path / "a"
     ) == message.format(10, 300)
@@ -130,7 +133,8 @@ def test_init_from_sets_the_model_config(place: Path, tmp_path: Path) -> None:
     assert run(load(str(mine), [*on, "model=null"]), tmp_path / "c", lambda _: None).steps == 1
     message = error_of("classification", [*on, "model.dropout=0.1"], tmp_path / "d")
     assert message == (
-        f"the model config lacks hidden_size, num_layers, num_heads: a run with init_from has the model config of {place / 'given'}, so leave out model.dropout"
+        "the model config lacks hidden_size, num_layers, num_heads: a run with init_from has the model config of "
+        f"{place / 'given'}, so leave out model.dropout"
     )
 
 

@@ -191,8 +191,8 @@ def albert(size: str = "tiny") -> Recipe:
         firth train albert               6.56 to 5.15 in 500 steps, 134 s; sentence order stays at chance
         firth train albert:published data.path=FILES
 
-    Published (section 4.1): ALBERT-base, 125,000 steps of 4,096 pairs of 512 tokens, masks of n-grams up to three whole words. The paper uses
-    LAMB at 1.76e-3; firth has no LAMB, so AdamW at RoBERTa's rate for large batches replaces it.
+    Published (section 4.1): ALBERT-base, 125,000 steps of 4,096 pairs of 512 tokens, masks of n-grams up to three whole words.
+    The paper uses LAMB at 1.76e-3; firth has no LAMB, so AdamW at RoBERTa's rate for large batches replaces it.
     """
     return recipe_of_size("albert", size, {"tiny": _albert_tiny(), "published": _albert_published()})
 
@@ -416,7 +416,8 @@ def contrastive(size: str = "tiny") -> Recipe:
         firth train contrastive          300 steps, 92 s: the neighbor is nearer than a random piece in 70% (64% untrained)
         firth train contrastive:published init_from=BERT_BASE data.path=mine/sentences.txt data.split_by=line
 
-    Published: unsupervised SimCSE on BERT-base, 10^6 sentences once, 64 per step, two dropout views. `init_from` brings its own model config.
+    Published: unsupervised SimCSE on BERT-base, 10^6 sentences once, 64 per step, two dropout views. `init_from` brings its own
+    model config.
     """
     tiny = tiny_recipe(
         "contrastive",

@@ -104,8 +104,8 @@ def elmo(size: str = "tiny") -> Recipe:
 
         firth train elmo                 nats per token: forward 8.32 to 5.19, backward 8.32 to 5.12, in 500 steps, 116 s
 
-    Published (section 3.4): two layers of 4,096 cells with projections of 512, 2,048 filters over 50 bytes, a billion words for ten epochs, a
-    softmax over whole words.
+    Published (section 3.4): two layers of 4,096 cells with projections of 512, 2,048 filters over 50 bytes, a billion words for
+    ten epochs, a softmax over whole words.
     """
     tiny = tiny_recipe(
         "elmo", BiLM(), WindowsConfig(max_length=64), elmo_config(VOCAB_SIZE, 2 * HIDDEN_SIZE, 2, characters=16, filters=256),

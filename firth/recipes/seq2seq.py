@@ -40,8 +40,8 @@ def t5(size: str = "tiny") -> Recipe:
         firth train t5:small             17 M parameters
         firth train t5:published data.path=C4
 
-    Published: 128 sequences of 512 tokens, 2**19 steps. The paper trains with Adafactor at 0.01 and the inverse square root of the step; here
-    AdamW at 1e-4 with a cosine replaces it, as in T5's successors.
+    Published: 128 sequences of 512 tokens, 2**19 steps. The paper trains with Adafactor at 0.01 and the inverse square root of
+    the step; here AdamW at 1e-4 with a cosine replaces it, as in T5's successors.
     """
     # The relative biases must grow to several units, and the untied head begins near zero.
     ours = OptimizerConfig(scalar_lr=3e-2)
@@ -95,9 +95,10 @@ def bart(size: str = "tiny") -> Recipe:
         firth train bart objective.noises=[deletion]
         firth train bart:published data.path=BOOKS_NEWS_AND_STORIES
 
-    Sentences are permuted, then 30% of the tokens are replaced in spans by one mask each. The second command uses one kind of noise alone, as
-    in the paper's table 1. Published (large): 12 layers on each side, 8,000 sequences, 500,000 steps, GPT-2's byte-level BPE. The paper turns dropout off for the last
-    tenth of the steps (here it stays on) and states no learning rate; RoBERTa's is used, whose batches it takes.
+    Sentences are permuted, then 30% of the tokens are replaced in spans by one mask each. The second command uses one kind of
+    noise alone, as in the paper's table 1. Published (large): 12 layers on each side, 8,000 sequences, 500,000 steps, GPT-2's
+    byte-level BPE. The paper turns dropout off for the last tenth of the steps (here it stays on) and states no learning rate;
+    RoBERTa's is used, whose batches it takes.
     """
     paper = {
         name: Recipe(
@@ -192,8 +193,9 @@ def closed_book(size: str = "tiny") -> Recipe:
 
         firth train closed_book          1,100 glosses of places, 3,000 steps, 138 s: training loss 4.60 to 0.34
 
-    `objective.noise=spans` masks any tokens, the baseline of both papers; `data.corpus=people` has names and dates. The papers continue T5 (set
-    `init_from`) for 100,000 steps of 196,608 tokens at 0.001 on sentences of Wikipedia with Adafactor; AdamW here.
+    `objective.noise=spans` masks any tokens, the baseline of both papers; `data.corpus=people` has names and dates. The papers
+    continue T5 (set `init_from`) for 100,000 steps of 196,608 tokens at 0.001 on sentences of Wikipedia with Adafactor; AdamW
+    here.
     """
     objective, examples = SpanCorruption(noise="salient"), ChunksConfig(max_length=128, add_special_tokens=False)
     paper = Recipe(
@@ -263,9 +265,9 @@ def vae(size: str = "tiny") -> Recipe:
 
         firth train vae                  ELBO -6.30 to -4.90 nats per token in 600 steps, 127 s; the latent carries 0.9 nats per text
 
-    The samples are texts from the prior and texts between two others. The report says how many nats the latent carries and whether the
-    posterior has collapsed. Published has Bowman's numbers where a Transformer has a place for them (13 latent dimensions, 62.5% of the words
-    kept, 20,000 words); his networks are one-layer LSTMs.
+    The samples are texts from the prior and texts between two others. The report says how many nats the latent carries and
+    whether the posterior has collapsed. Published has Bowman's numbers where a Transformer has a place for them (13 latent
+    dimensions, 62.5% of the words kept, 20,000 words); his networks are one-layer LSTMs.
     """
     samples = ("<prior>", "I will go with you. <to> What is the matter?")
     body = encoder_decoder_config(VOCAB_SIZE, HIDDEN_SIZE, NUM_LAYERS // 2, max_positions=MAX_POSITIONS)
