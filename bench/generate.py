@@ -161,7 +161,9 @@ def firth_generate(end_sample: EndSample, work: Workload, make: Callable[[], Any
         end_sample(work.units)
 
 
-def candidates(work: Workload, weights: Sequence[str], directory: Path | None) -> dict[str, Callable[[EndSample], None]]:
+def candidates(
+    work: Workload, weights: Sequence[str], directory: Path | None
+) -> dict[str, Callable[[EndSample], None]]:
     from firth.pretrained.load_save import load_model
 
     theirs = hf_model if directory is None else partial(hf_from, directory)
@@ -194,7 +196,9 @@ def check(directory: Path | None) -> None:
     for batch in (1, 4):
         expected, written = hf_write(theirs, Workload(batch)), firth_write(engine, Workload(batch))
         assert all(len(row) == NEW for row in expected + written), "an answer ended early"
-        assert len({t for row in expected for t in row}) > NEW // 4, "the text has too few distinct tokens to show a difference"
+        assert len({t for row in expected for t in row}) > NEW // 4, (
+            "the text has too few distinct tokens to show a difference"
+        )
         agree = np.mean(np.array(expected) == np.array(written))
         assert agree == 1, f"batch {batch}: only {agree:.1%} of the tokens agree"
     print(f"parameters {sizes}; {5 * NEW} greedy tokens of the same weights agree")

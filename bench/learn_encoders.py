@@ -42,7 +42,7 @@ from firth.data.collate import Batches, collate
 from firth.data.source import Source, SubsetSource
 from firth.data.token_store import TokenStore
 from firth.data.windows import DocumentChunks, SegmentPairs
-from firth.generate.decoding import attention_pattern_of
+from firth.generate.decoding import inference_mode
 from firth.model.config import encoder_config
 from firth.model.model import LM
 from firth.objectives.masked_lm import MLM
@@ -175,7 +175,7 @@ def span_scores(model: LM, objective: Objective, data: Data) -> Scores:
         "spans_of_2_or_3": [],
         "token_exact": [],
     }
-    with attention_pattern_of(model):
+    with inference_mode(model):
         for start in range(0, len(source), ROWS):
             examples = [
                 hide.build_example(source[i], data.vocab, rng) for i in range(start, min(start + ROWS, len(source)))
@@ -202,7 +202,7 @@ def detector_scores(model: LM, objective: Objective, data: Data) -> Scores:
     rng = np.random.default_rng(8)
     own_samples: list[tuple[torch.Tensor, torch.Tensor]] = []
     frequency_samples: list[tuple[torch.Tensor, torch.Tensor]] = []
-    with attention_pattern_of(model):
+    with inference_mode(model):
         for batch in batches:
             real, masked = batch["real"], batch["labels"] != IGNORE
             drawn = torch.from_numpy(rng.choice(len(data.counts), int(masked.sum()), p=data.counts))

@@ -81,7 +81,9 @@ def read_on(arm: str, seed: int, scale: float) -> tuple[Path, dict[str, float]]:
     tokenizer = Tokenizer.load(model)
     train_store, held_out_store = RunData(made.data, tokenizer, directory).stores()
     assert held_out_store is not None
-    scores = span_scores(load_model(model), MLM(), Data(train_store, held_out_store, tokenizer.vocab, np.zeros(tokenizer.vocab.size)))
+    scores = span_scores(
+        load_model(model), MLM(), Data(train_store, held_out_store, tokenizer.vocab, np.zeros(tokenizer.vocab.size))
+    )
     return model, {"filled": scores["span_exact"], "tokens": scores["token_exact"], "masked loss": scores["loss"]}
 
 

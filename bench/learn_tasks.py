@@ -176,7 +176,9 @@ def split_rows(rows: list[Row], job: Job) -> tuple[list[Row], list[Row]]:
     test = [row for row, is_held_out in zip(rows, held_out, strict=True) if is_held_out]
     test_texts = {name: {normalize_text(row[name]) for row in test} for name in job.disjoint_fields}
     train = [row for row, is_held_out in zip(rows, held_out, strict=True) if not is_held_out]
-    return [row for row in train if not any(normalize_text(row[name]) in test_texts[name] for name in job.disjoint_fields)], test
+    return [
+        row for row in train if not any(normalize_text(row[name]) in test_texts[name] for name in job.disjoint_fields)
+    ], test
 
 
 def normalize_text(text: str) -> str:

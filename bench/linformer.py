@@ -113,7 +113,9 @@ def main() -> None:
     parser.add_argument("--check", action="store_true", help="assert that the comparison is fair; no timing")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--longest", type=int, default=max(LENGTHS))
-    parser.add_argument("--save", type=Path, default=Path("runs/linformer.json"), help="existing measurements are not repeated")
+    parser.add_argument(
+        "--save", type=Path, default=Path("runs/linformer.json"), help="existing measurements are not repeated"
+    )
     parser.add_argument("--table", action="store_true", help="print the existing measurements")
     parser.add_argument("--one", nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args()

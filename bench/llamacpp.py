@@ -29,7 +29,7 @@ import numpy as np
 import torch
 
 from firth.corpora import catalog, download
-from firth.generate.decoding import attention_pattern_of, rectangle
+from firth.generate.decoding import inference_mode, rectangle
 from firth.generate.engine import Engine
 from firth.generate.sampling import Sampling
 from firth.model.config import ModelConfig
@@ -162,7 +162,7 @@ def texts(name: str, file: Path, new: int, prompts: Sequence[str] = PROMPTS) -> 
             # llama.cpp returns the stop token, firth may not.
             equal_count += same >= min(len(ours), len(theirs)) and abs(len(ours) - len(theirs)) <= 1
             response = server.ask("/completion", {"prompt": prompt, "temperature": 0.0, "n_predict": 1, "n_probs": 10})
-            with attention_pattern_of(model):
+            with inference_mode(model):
                 hidden = model(rectangle([prompt_ids], torch.device("cpu")))
                 found = model.heads["lm"](hidden[:, -1]).log_softmax(-1)[0]
             top = response.get("completion_probabilities", [])  # missing if the text ends at once
@@ -182,7 +182,7 @@ def perplexity(name: str, file: Path, tokens: Sequence[int]) -> Row:
     The request is for the TOP_TOKENS most likely tokens after each prefix, and for all if the actual token is not among them.
     """
     model = load_model(file)
-    with attention_pattern_of(model):
+    with inference_mode(model):
         hidden = model(rectangle([np.array(tokens)], torch.device("cpu")))
         found = model.heads["lm"](hidden[0, :-1]).log_softmax(-1)
     ours = found.gather(1, torch.tensor(tokens[1:])[:, None])[:, 0].double().numpy()
@@ -272,7 +272,7 @@ def vectors(file: Path, tokenizer: Tokenizer, model: LM) -> Row:
         for text in cases:
             theirs = np.array(server.ask("/embedding", {"content": text})[0]["embedding"])  # type: ignore[index]
             input_ids = tokenizer.vocab.add_special_tokens(tokenizer.encode(text)).astype(np.int64)
-            with attention_pattern_of(model):
+            with inference_mode(model):
                 ours = model(rectangle([input_ids], torch.device("cpu"), causal=False))[0].numpy()
             difference = max(difference, float(np.abs(ours - theirs).max()) if ours.shape == theirs.shape else np.inf)
             equal_count += ours.shape == theirs.shape and bool(np.allclose(ours, theirs, atol=2e-3))

@@ -80,13 +80,19 @@ def main() -> None:
         "causal, windows of 256": (5, make_batches(Windows(store, 256, isolate=False), CausalLM(), 64)),
         "mlm, chunks of 128, padded": (1, make_batches(DocumentChunks(store, 128, vocab), MLM(), 64)),
         "mlm, chunks of 256, padded": (1, make_batches(DocumentChunks(store, 256, vocab), MLM(), 64)),
-        "mlm, sentences packed into 128": (1.5, make_batches(DocumentChunks(short, 128, vocab), MLM(), 512, pack_to_length=128)),
+        "mlm, sentences packed into 128": (
+            1.5,
+            make_batches(DocumentChunks(short, 128, vocab), MLM(), 512, pack_to_length=128),
+        ),
         "mlm by words, sentences packed": (
             0,
             make_batches(DocumentChunks(short, 128, vocab), MLM(noise="words"), 512, pack_to_length=128),
         ),
         "nsp + mlm, pairs of 128, padded": (0, make_batches(SegmentPairs(store, 128), NSP() + MLM(), 64)),
-        "span corruption, 256, packed": (0, make_batches(DocumentChunks(store, 256), SpanCorruption(), 64, pack_to_length=256)),
+        "span corruption, 256, packed": (
+            0,
+            make_batches(DocumentChunks(store, 256), SpanCorruption(), 64, pack_to_length=256),
+        ),
     }
     too_slow = []
     for name, (goal, batches) in cases.items():

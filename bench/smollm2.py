@@ -148,7 +148,7 @@ def candidates(where: str) -> dict[str, Callable[[EndSample], None]]:
 
 def check(where: str) -> None:
     """Compare transformers and firth on PROMPTS: ids, logits (relative difference) and NEW_TOKENS greedy tokens."""
-    from firth.generate.decoding import attention_pattern_of, rectangle
+    from firth.generate.decoding import inference_mode, rectangle
     from firth.generate.sampling import Sampling
 
     (model, tokenizer), engine = load_transformers(torch.float32, where), load_engine("fp32")
@@ -158,7 +158,7 @@ def check(where: str) -> None:
         prompt_ids = engine.tokenizer.encode(prompt)
         input_ids = torch.from_numpy(prompt_ids.astype(np.int64))[None]
         equal_ids += tokenizer.encode(prompt, add_special_tokens=False) == prompt_ids.tolist()
-        with attention_pattern_of(engine.model):
+        with inference_mode(engine.model):
             our_logits = engine.model.heads["lm"](engine.model(rectangle([prompt_ids], torch.device("cpu"))))
             logits = model(input_ids).logits
         difference = max(difference, float((our_logits - logits).abs().max() / logits.abs().max()))

@@ -98,7 +98,7 @@ def train_and_score(lesson: Lesson, tokenizer_dir: str, out: str) -> Row:
     tokenizer = Tokenizer.load(tokenizer_dir)
     vocab = tokenizer.vocab
     train_pairs, test_pairs = (pairs(path, tokenizer, lesson) for path in (lesson.train, lesson.test))
-    config = {key: value for key, value in t5.config(model_config(vocab.size)).items() if key != "firth_tied"}
+    config = {key: value for key, value in t5.to_hf_config(model_config(vocab.size)).items() if key != "firth_tied"}
     special = {"pad_token_id": vocab.pad, "eos_token_id": vocab.eos, "decoder_start_token_id": vocab.start}
     transformers.set_seed(lesson.seed)
     model = transformers.T5ForConditionalGeneration(transformers.T5Config(**config | special))

@@ -203,7 +203,7 @@ def tokenizer_train(
         seed=seed,
         num_sentinels=num_sentinels,
         byte_fallback=byte_fallback,
-        echo=typer.echo,
+        log=typer.echo,
     )
     typer.echo(f"Inspect it:  firth tokenizer show {shlex.quote(str(out))} some words")
 
@@ -238,7 +238,7 @@ def train(
         raise UserError(
             f"{recipe} is a run directory, and {' '.join(settings)} would change its recipe: choose another directory with --out"
         )
-    run(resolved, out or home, echo=typer.echo)
+    run(resolved, out or home, log=typer.echo)
 
 
 @app.command()
@@ -381,7 +381,7 @@ def chat(
     sampling = Sampling(
         temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, max_new_tokens=longest, seed=seed
     )
-    talk = Conversation(run, sampling, weights, system, capped=max_new_tokens is None, say=_warn)
+    talk = Conversation(run, sampling, weights, system, capped=max_new_tokens is None, log=_warn)
     while True:
         try:
             line = input("> " if sys.stdin.isatty() else "")
@@ -422,7 +422,7 @@ def evaluate(
     """Evaluate a run: perplexity, bits per byte, accuracy, or the metrics of its objective."""
     from firth.runs.inference import evaluate_run
 
-    typer.echo(evaluate_run(run, paths or [], task=task, limit=limit, as_json=json, say=_warn))
+    typer.echo(evaluate_run(run, paths or [], task=task, limit=limit, as_json=json, log=_warn))
 
 
 @app.command()
@@ -475,7 +475,7 @@ def embed(
 
     typer.echo(
         embed_file(
-            run, file, sys.stdin.buffer, out, field=text_field, unit=normalize, length=max_length, form=input, say=_warn
+            run, file, sys.stdin.buffer, out, field=text_field, unit=normalize, length=max_length, form=input, log=_warn
         )
     )
 
@@ -488,7 +488,7 @@ def import_(
     """Read a published model and its tokenizer, check them, and write a directory that all commands read."""
     from firth.runs.import_export import import_model
 
-    import_model(directory, out, echo=typer.echo)
+    import_model(directory, out, log=typer.echo)
 
 
 @app.command()
@@ -504,7 +504,7 @@ def export(
     """Write a run's model in a format that other programs load, with a model card."""
     from firth.runs.import_export import export_model
 
-    export_model(run, out, form=form, dtype=dtype, shard=shard_size, echo=typer.echo)
+    export_model(run, out, form=form, dtype=dtype, shard=shard_size, log=typer.echo)
 
 
 if __name__ == "__main__":

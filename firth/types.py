@@ -5,6 +5,7 @@ Nothing here imports torch at run time: `firth --help` and `firth.tokenizer` mus
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -19,6 +20,9 @@ if TYPE_CHECKING:
 else:
     Batch = dict
     Outputs = dict
+
+LogLine = Callable[[str], None]
+"""A function that prints one line for the user, such as `print`."""
 
 IGNORE = -100
 """Label of a position without a loss (torch's `ignore_index`)."""

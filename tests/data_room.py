@@ -1,4 +1,4 @@
-"""What the tests of the data room share: a small tokenizer, documents, a store of them."""
+"""Shared helpers of the data tests: a small tokenizer, documents, and a token store."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ TEXTS = [text for text in topics.values() if len(text) > 400][:40]
 
 @functools.cache
 def tokenizer() -> Tokenizer:
-    """600 byte-level subwords of Python's help, with eight sentinels."""
+    """Return a byte-level tokenizer of 600 tokens, trained on Python's help, with eight sentinels."""
     return train(TEXTS, "byte-bpe", vocab_size=600, seed=0, num_sentinels=8)
 
 
 def documents(n: int = 30, longest: int = 3000) -> list[Document]:
-    """Documents of very different lengths, an empty one among them."""
+    """Return documents of very different lengths, one of them empty."""
     return [Document(f"doc {i}", TEXTS[i % len(TEXTS)][: (i * 97) % longest]) for i in range(n)]
 
 
@@ -34,7 +34,7 @@ def store(folder: Path, n: int = 30) -> TokenStore:
 
 
 class Counting(Source):
-    """Examples of random lengths whose tokens tell which example they are: i, i, i, ..."""
+    """Examples of random lengths whose tokens identify the example: i, i, i, ..."""
 
     def __init__(self, n: int, longest: int = 20) -> None:
         self.token_counts = np.random.default_rng(0).integers(2, longest + 1, n)

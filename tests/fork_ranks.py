@@ -1,11 +1,11 @@
-"""Run `firth` commands as ranks that are forked from one process, so that torch is imported once for all of them.
+"""Run `firth` commands as ranks that are forked from one process, so that torch is imported only once.
 
     python tests/fork_ranks.py JOBS.json
 
 JOBS.json holds a list of jobs that run one after another: {"name", "world", "arguments", "hook", "env", "patience"}. `hook` names
-a function here that each rank calls with its number before the command; `env` is added to the environment. What rank R of a
-job prints goes to NAME-R.txt beside JOBS.json, and outcomes.json holds for each job {"codes": exit codes by rank, "seconds"}.
-Once a rank has failed, the others have `patience` seconds to end as well; then they are killed, and their code is -9.
+a function here that each rank calls with its rank before the command; `env` is added to the environment. The output of rank R
+goes to NAME-R.txt in the directory of JOBS.json, and outcomes.json has {"codes": exit codes by rank, "seconds"} of each job.
+After a rank has failed, the others have `patience` seconds to end; then they are killed, and their code is -9.
 """
 
 from __future__ import annotations
@@ -42,9 +42,9 @@ def slow_first(rank: int) -> None:
     dist.init_process_group("gloo", timeout=timedelta(seconds=3))
     make = run_module.tokenizer_of
 
-    def slowly(*given: Any) -> Any:
+    def slowly(*arguments: Any) -> Any:
         time.sleep(4.5 if rank == 0 else 0)
-        return make(*given)
+        return make(*arguments)
 
     run_module.tokenizer_of = slowly
 
@@ -53,7 +53,7 @@ def failing_first(rank: int) -> None:
     """Rank 0 fails while it prepares its tokenizer."""
 
     def fail(*_: Any) -> Any:
-        raise UserError("this text is no text")
+        raise UserError("this is not a text file")
 
     if rank == 0:
         run_module.tokenizer_of = fail
@@ -63,10 +63,10 @@ def stopped_second(rank: int) -> None:
     """Rank 1 is stopped after its first step, as by SIGSTOP from outside."""
     step = trainer._Run._step
 
-    def stop(run: Any, *given: Any) -> Any:
-        if rank == 1 and run.at.step == 1:
+    def stop(run: Any, *arguments: Any) -> Any:
+        if rank == 1 and run.state.step == 1:
             os.kill(os.getpid(), signal.SIGSTOP)
-        return step(run, *given)
+        return step(run, *arguments)
 
     trainer._Run._step = stop  # type: ignore[method-assign]
 
@@ -75,33 +75,33 @@ def killed_in_save(rank: int) -> None:
     """Rank 0 is killed in the middle of a file of its second checkpoint."""
     write = checkpoint._write
 
-    def half(path: Path, blocks: Any) -> Any:
+    def write_half(path: Path, blocks: Any) -> Any:
         if rank == 0 and path.parent.name == "step-000002.partial" and path.name == "optimizer.safetensors":
             path.write_bytes(b"".join(blocks)[:1000])
             os.kill(os.getpid(), signal.SIGKILL)
         return write(path, blocks)
 
-    checkpoint._write = half
+    checkpoint._write = write_half
 
 
 HOOKS = {hook.__name__: hook for hook in (nothing, slow_first, failing_first, stopped_second, killed_in_save)}
 
 
 def free_port() -> int:
-    """A TCP port that nobody listens on."""
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return int(found.getsockname()[1])
+    """Return an unused TCP port."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
 
 
 def start(job: dict[str, Any], rank: int, port: int, out: Path) -> int:
-    """Fork one rank of a job; its process id. A world of 1 is a plain process that is no rank."""
+    """Fork one rank of a job and return its process id. A world of 1 is a process without a process group."""
     pid = os.fork()
     if pid:
         return pid
     code = 70
     try:
-        os.setsid()  # a shell's group would wake a stopped rank when another one ends
+        os.setsid()  # in a shell's process group, a stopped rank would be continued when another one ends
         handle = os.open(out / f"{job['name']}-{rank}.txt", os.O_WRONLY | os.O_CREAT)
         os.dup2(handle, 1)
         os.dup2(handle, 2)
@@ -113,8 +113,8 @@ def start(job: dict[str, Any], rank: int, port: int, out: Path) -> int:
         sys.argv = ["firth", *job["arguments"]]
         code = 0
         cli.main()
-    except SystemExit as ended:
-        code = ended.code if isinstance(ended.code, int) else 0
+    except SystemExit as exit:
+        code = exit.code if isinstance(exit.code, int) else 0
     except BaseException:
         traceback.print_exc()
         code = 70
@@ -126,8 +126,8 @@ def start(job: dict[str, Any], rank: int, port: int, out: Path) -> int:
 
 
 def run(job: dict[str, Any], out: Path) -> dict[str, Any]:
-    """Run all ranks of a job to their end."""
-    port, began = free_port(), time.monotonic()
+    """Run all ranks of a job until they end."""
+    port, start_time = free_port(), time.monotonic()
     waiting = {start(job, rank, port, out): rank for rank in range(job["world"])}
     codes: dict[int, int] = {}
     failed = float("inf")
@@ -141,7 +141,7 @@ def run(job: dict[str, Any], out: Path) -> dict[str, Any]:
                 failed = min(failed, time.monotonic()) if codes[rank] else failed
                 del waiting[pid]
         time.sleep(0.01)
-    return {"codes": [codes[rank] for rank in range(job["world"])], "seconds": time.monotonic() - began}
+    return {"codes": [codes[rank] for rank in range(job["world"])], "seconds": time.monotonic() - start_time}
 
 
 if __name__ == "__main__":

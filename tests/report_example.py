@@ -1,4 +1,4 @@
-"""A report such as the demo makes: real proportions, real words, and the things that go wrong in real text."""
+"""An example report like the demo's: realistic sizes and words, and hostile text."""
 
 import numpy as np
 
@@ -34,13 +34,13 @@ def example() -> Report:
     shown = (0, 200, 400, 800, 1600)
     finetuned = Figure(
         "Accuracy on held-out speakers",
-        "labelled examples",
-        "share right",
+        "labeled examples",
+        "share correct",
         (
             Curve("pretrained", shown, (0.52, 0.62, 0.68, 0.73, 0.752), points=True),
             Curve("from random weights", shown, (0.51, 0.51, 0.52, 0.55, 0.583), points=True, dashed=True),
         ),
-        levels=(Level("always the commoner", 0.52),),
+        levels=(Level("majority class", 0.52),),
     )
     distance = (0.0, 1.1, 2.2, 3.9, 6.1, 9.4)
     aligned = Figure(
@@ -51,7 +51,7 @@ def example() -> Report:
             Curve("PPO", distance, (0.0, 0.71, 1.22, 1.61, 1.82, 1.55), points=True),
             Curve("DPO", distance[:5], (0.0, 0.66, 1.11, 1.43, 1.31), points=True),
         ),
-        note="Past 6 nats PPO's reward model says more and the truth says less: the reward is being hacked.",
+        note="Beyond 6 nats the learned reward of PPO rises and the true reward falls: the reward model is over-optimized.",
     )
     reached = Table(
         "What each stage reached",
@@ -61,7 +61,7 @@ def example() -> Report:
             ("encoder, masked words", 3_412_224, 61.0, 9.01, 3.42, None),
             ("encoder-decoder, spans", 5_120_512, 74.9, 9.02, 2.71, None),
         ),
-        note="Loss in nats per asked token, on six plays that no stage was shown.",
+        note="Loss in nats per predicted token, on six plays that no stage was trained on.",
         best={"after": "min"},
     )
     split = Table(
@@ -72,8 +72,8 @@ def example() -> Report:
     verse = "O, speak again, bright angel! for thou art\nAs glorious to this night, being o'er my head,\nAs is a winged"
     return Report(
         title="Shakespeare, from raw text to an aligned model",
-        text="In 5 minutes and 12 seconds on two cores, firth learnt subwords from 32 plays, pretrained three models, "
-        "finetuned one and aligned another.\n\nSix plays were held out whole: every score below is on those.",
+        text="In 5 minutes and 12 seconds on two cores, firth trained a tokenizer on 32 plays, pretrained three models, "
+        "finetuned one and aligned another.\n\nSix plays were held out: every score below is on those.",
         numbers=(
             StatCell("bits per byte", 2.314, "held-out plays; gzip reaches 2.98"),
             StatCell("accuracy, pretrained", 0.752, "0.583 from random weights"),
@@ -81,7 +81,7 @@ def example() -> Report:
             StatCell("true reward, DPO", 1.43, "at 3.9 nats from the start"),
         ),
         sections=(
-            Section("Subwords", "The commonest pair is merged, again and again: `t h` first.", tables=(split,)),
+            Section("Subwords", "The most frequent pair is merged repeatedly: `t h` first.", tables=(split,)),
             Section(
                 "Pretraining",
                 "Three families read the same plays.",
@@ -99,8 +99,8 @@ def example() -> Report:
             Section("Alignment"),
         ),
         commands=(
-            Command("Talk with the aligned model", "firth chat demo/dpo"),
-            Command("Walk the same way over a folder of your own", "firth demo --text my-texts/"),
+            Command("Chat with the aligned model", "firth chat demo/dpo"),
+            Command("Run the demo on a folder of your own", "firth demo --text my-texts/"),
         ),
         facts={"made with": "firth 0.1.0, torch 2.13.0", "corpus": "shakespeare (MIT), 5,318,858 bytes"},
     )

@@ -1,4 +1,4 @@
-"""SFT, rankings, REINFORCE and PPO against their formulas written out by hand."""
+"""SFT, rankings, REINFORCE and PPO against explicit formulas."""
 
 import itertools
 import math
@@ -23,11 +23,11 @@ from firth.train.step import step
 from firth.types import IGNORE, Example, UserError
 
 V = ByteCoder.vocab.size
-SHAPE = ModelConfig(vocab_size=V, hidden_size=32, num_layers=2, num_heads=2, max_positions=64)
+CONFIG = ModelConfig(vocab_size=V, hidden_size=32, num_layers=2, num_heads=2, max_positions=64)
 VOCAB = ByteCoder.vocab
 
 
-def model_for(objective: Objective, config: ModelConfig = SHAPE, std: float = 0.3) -> LM:
+def model_for(objective: Objective, config: ModelConfig = CONFIG, std: float = 0.3) -> LM:
     torch.manual_seed(0)
     model = LM(config, objective.heads(config))
     for parameter in model.parameters():
@@ -36,40 +36,40 @@ def model_for(objective: Objective, config: ModelConfig = SHAPE, std: float = 0.
 
 
 def sampled(count: int, seed: int = 0) -> list[Example]:
-    """Answers with made-up numbers per token."""
+    """Return answers with random numbers per token."""
     rng = np.random.default_rng(seed)
     examples = []
     for _ in range(count):
         prompt, answer = rng.integers(1, 6), rng.integers(1, 12)
         n = prompt + answer
-        told = {name: rng.normal(size=n).astype(np.float32) for name in PER_TOKEN}
-        told["old"], told["reference"] = -np.abs(told["old"]) - 5, -np.abs(told["reference"]) - 5
-        examples.append({"tokens": rng.integers(7, V, n), "mask": np.arange(n) >= prompt} | told)
+        numbers = {name: rng.normal(size=n).astype(np.float32) for name in PER_TOKEN}
+        numbers["old"], numbers["reference"] = -np.abs(numbers["old"]) - 5, -np.abs(numbers["reference"]) - 5
+        examples.append({"tokens": rng.integers(7, V, n), "mask": np.arange(n) >= prompt} | numbers)
     return examples
 
 
-def shown(objective: Objective, examples: list[Example]) -> list[Example]:
+def built(objective: Objective, examples: list[Example]) -> list[Example]:
     return [objective.build_example(e, VOCAB, np.random.default_rng(0)) for e in examples]
 
 
-def asked(objective: Objective) -> set[str]:
+def label_fields(objective: Objective) -> set[str]:
     return {*objective.labels.values(), *objective.metrics.values(), "labels"}
 
 
 # ---- SFT
 
 
-def test_sft_asks_for_the_answer_and_its_stop_token_alone() -> None:
+def test_sft_labels_are_the_answer_and_its_stop_token() -> None:
     tokens, mask = np.array([2, 50, 51, 60, 61, 6, 17]), np.array([0, 0, 0, 1, 1, 1, 0], bool)
     seen = SFT().build_example({"tokens": tokens, "mask": mask}, VOCAB, np.random.default_rng(0))
     assert seen["tokens"].tolist() == [2, 50, 51, 60, 61, 6]
     assert seen["labels"].tolist() == [IGNORE, IGNORE, 60, 61, 6, IGNORE]
 
 
-def test_sft_is_the_mean_over_answered_tokens() -> None:
+def test_sft_is_the_mean_over_answer_tokens() -> None:
     model = model_for(SFT())
     rows = sampled(4)
-    batch = collate(shown(SFT(), rows))
+    batch = collate(built(SFT(), rows))
     terms = step(model, SFT(), [batch])
     total, count = 0.0, 0
     for row in rows:
@@ -88,21 +88,19 @@ def causal(n: int) -> dict[str, torch.Tensor]:
     return {"query_time": torch.arange(n)[None], "key_time": torch.arange(n)[None]}
 
 
-def test_text_to_text_learns_from_encoder_to_decoder() -> None:
+def test_seq2seq_learns_from_encoder_to_decoder() -> None:
     config = encoder_decoder_config(vocab_size=V, hidden_size=32, num_layers=1, num_heads=2, max_positions=32)
     torch.manual_seed(0)
     model = LM(config, Seq2SeqSFT().heads(config))
     rows = [{"source": np.array([50 + i, 51]), "target": np.array([70 + i, 3])} for i in range(4)]
-    batch = collate(shown(Seq2SeqSFT(), rows))
+    batch = collate(built(Seq2SeqSFT(), rows))
     optimizer = torch.optim.Adam(model.parameters(), 1e-2)
     losses = []
     for _ in range(60):
         optimizer.zero_grad()
         losses.append(float(step(model, Seq2SeqSFT(), [batch])["tokens"]))
         optimizer.step()
-    assert losses[-1] < 0.1 < 4 < losses[0], (
-        "the target follows from the source alone, so the encoder must have been read"
-    )
+    assert losses[-1] < 0.1 < 4 < losses[0], "only the source determines the target, so the encoder must be used"
 
 
 # ---- rankings
@@ -122,11 +120,11 @@ def scores_of(model: LM, example: Example) -> torch.Tensor:
         ])  # fmt: skip
 
 
-def test_a_ranking_is_the_mean_over_its_pairs() -> None:
+def test_ranking_loss_is_the_mean_over_pairs() -> None:
     objective = Ranking(num_answers=4)
     model = model_for(objective)
     groups = [ranked([2, 0, 1, 3]), ranked([1, 0], 1), ranked([0, 0, 1], 2)]
-    terms = step(model, objective, [collate(shown(objective, groups), asked(objective))])
+    terms = step(model, objective, [collate(built(objective, groups), label_fields(objective))])
     losses, right = [], []
     for group in groups:
         r = scores_of(model, group)
@@ -137,42 +135,42 @@ def test_a_ranking_is_the_mean_over_its_pairs() -> None:
     assert float(terms["accuracy"]) == pytest.approx(np.mean(right), abs=1e-6)
 
 
-def test_a_ranking_of_two_is_a_comparison() -> None:
+def test_a_ranking_of_two_is_a_preference() -> None:
     group = ranked([0, 1], 3)
     (a, b), (m, n) = group["answers"], group["masks"]
     pair = {"chosen_tokens": a, "chosen_mask": m, "rejected_tokens": b, "rejected_mask": n}
     model = model_for(RewardModeling())
-    whole = step(model, RewardModeling(), [collate(shown(RewardModeling(), [pair]), asked(RewardModeling()))])
+    whole = step(model, RewardModeling(), [collate(built(RewardModeling(), [pair]), label_fields(RewardModeling()))])
     for likelihood in ("pairs", "order"):
         objective = Ranking(num_answers=3, likelihood=likelihood)  # type: ignore[arg-type]
-        terms = step(model, objective, [collate(shown(objective, [group]), asked(objective))])
+        terms = step(model, objective, [collate(built(objective, [group]), label_fields(objective))])
         assert float(terms["reward"]) == pytest.approx(float(whole["reward"]), abs=1e-5)
         assert float(terms["margin"]) == pytest.approx(float(whole["margin"]), abs=1e-5)
 
 
-def test_plackett_luce_is_a_probability_over_orders() -> None:
+def test_plackett_luce_sums_to_one_over_orders() -> None:
     objective = Ranking(num_answers=3, likelihood="order")
     model = model_for(objective)
     total = 0.0
     for order in itertools.permutations(range(3)):
         group = ranked(list(order), 4)
-        terms = step(model, objective, [collate(shown(objective, [group]), asked(objective))])
+        terms = step(model, objective, [collate(built(objective, [group]), label_fields(objective))])
         total += math.exp(-float(terms["reward"]))
     assert total == pytest.approx(1.0, abs=1e-4)
 
 
-def test_a_ranking_that_says_nothing_is_not_counted() -> None:
+def test_a_ranking_of_ties_is_not_counted() -> None:
     objective = Ranking(num_answers=3)
     model = model_for(objective)
     ties, real = ranked([1, 1, 1]), ranked([0, 1, 2], 1)
-    both = step(model, objective, [collate(shown(objective, [ties, real]), asked(objective))])
-    one = step(model, objective, [collate(shown(objective, [real]), asked(objective))])
+    both = step(model, objective, [collate(built(objective, [ties, real]), label_fields(objective))])
+    one = step(model, objective, [collate(built(objective, [real]), label_fields(objective))])
     assert float(both["reward"]) == pytest.approx(float(one["reward"]), abs=1e-5)
     with pytest.raises(UserError, match="a ranking of 4 answers"):
         objective.build_example(ranked([0, 1, 2, 3]), VOCAB, np.random.default_rng(0))
 
 
-def test_a_reward_is_read_at_the_last_answered_token_and_not_behind_it() -> None:
+def test_reward_is_read_at_the_last_answer_token() -> None:
     """A chat template writes a line break after the turn; a sampled answer has none."""
     pair = {"chosen_tokens": np.array([9, 20, 6]), "chosen_mask": np.array([False, True, True]),
             "rejected_tokens": np.array([9, 30, 31, 6]), "rejected_mask": np.array([False, True, True, True])}  # fmt: skip
@@ -180,14 +178,14 @@ def test_a_reward_is_read_at_the_last_answered_token_and_not_behind_it() -> None
     for side in ("chosen", "rejected"):
         behind[f"{side}_tokens"] = np.append(pair[f"{side}_tokens"], 17)
         behind[f"{side}_mask"] = np.append(pair[f"{side}_mask"], False)
-    one, two = shown(RewardModeling(), [pair, behind])
+    one, two = built(RewardModeling(), [pair, behind])
     assert all(np.array_equal(one[name], two[name]) for name in one)
 
 
-# ---- credit
+# ---- advantages
 
 
-def test_gae_is_its_definition() -> None:
+def test_gae_matches_its_definition() -> None:
     """A_t is the sum over k of (gamma lam)^k (r + gamma v' - v) at t + k, written as a double loop."""
     rng = np.random.default_rng(0)
     lengths, gamma, lam = [5, 1, 8], 0.97, 0.9
@@ -218,7 +216,7 @@ def test_gae_at_its_limits_is_monte_carlo_and_one_step() -> None:
     assert np.allclose(advantage, rewards + np.c_[values[:, 1:], [0, 0]] - values)
 
 
-def test_a_baseline_is_the_mean_of_the_others() -> None:
+def test_baseline_is_the_mean_of_the_other_answers() -> None:
     real = np.ones((4, 2), bool)
     rewards = np.array([[0, 1.0], [0, 3.0], [0, 5.0], [1.0, 6.0]])
     advantage, _ = Baseline()(rewards, rewards, real, group=2)
@@ -227,7 +225,7 @@ def test_a_baseline_is_the_mean_of_the_others() -> None:
     assert np.allclose(advantage[:, 1], [1 - 5, 3 - 13 / 3, 5 - 11 / 3, 7 - 3])
 
 
-def test_whitened_is_standard() -> None:
+def test_whitened_values_are_standardized() -> None:
     x = np.random.default_rng(0).normal(3, 7, (5, 9))
     real = np.arange(9) < np.array([3, 9, 1, 5, 4])[:, None]
     white = whiten(x, real)
@@ -239,12 +237,12 @@ def test_whitened_is_standard() -> None:
 # ---- PPO
 
 
-def test_ppo_is_its_formulas() -> None:
+def test_ppo_matches_its_formulas() -> None:
     objective = PPO(clip_range=0.2, value_clip_range=0.3, value_coef=0.5)
     model = model_for(objective, std=0.1)
     rows = sampled(6)
-    terms = step(model, objective, [collate(shown(objective, rows), asked(objective))])
-    sums = dict.fromkeys(("policy", "value", "kl_per_token", "moved", "entropy", "clipped", "value_error"), 0.0)
+    terms = step(model, objective, [collate(built(objective, rows), label_fields(objective))])
+    sums = dict.fromkeys(("policy", "value", "kl_per_token", "approx_kl", "entropy", "clipped", "value_error"), 0.0)
     count = 0
     for row in rows:
         n = len(row["tokens"])
@@ -252,19 +250,19 @@ def test_ppo_is_its_formulas() -> None:
             hidden = model({"tokens": torch.tensor(row["tokens"][None]), **causal(n)})[0]
             log_p = model.heads["lm"](hidden).log_softmax(-1)
             critic = model.heads["critic"]
-            values = critic.parts["value"](critic({"tokens": torch.tensor(row["tokens"][None]), **causal(n)})[0])[:, 0]
+            values = critic.heads["value"](critic({"tokens": torch.tensor(row["tokens"][None]), **causal(n)})[0])[:, 0]
         for t in np.flatnonzero(row["mask"]):
             now, value = float(log_p[t - 1, row["tokens"][t]]), float(values[t - 1])
             old, ref, before, adv, ret = (float(row[name][t]) for name in PER_TOKEN)
             ratio = math.exp(now - old)
-            held = min(max(ratio, 0.8), 1.2)
-            near = before + min(max(value - before, -0.3), 0.3)
-            sums["policy"] -= min(ratio * adv, held * adv)
-            sums["value"] += 0.5 * 0.5 * max((value - ret) ** 2, (near - ret) ** 2)
+            clipped_ratio = min(max(ratio, 0.8), 1.2)
+            clipped_value = before + min(max(value - before, -0.3), 0.3)
+            sums["policy"] -= min(ratio * adv, clipped_ratio * adv)
+            sums["value"] += 0.5 * 0.5 * max((value - ret) ** 2, (clipped_value - ret) ** 2)
             sums["kl_per_token"] += ratio * (math.exp(ref - now) - 1 - (ref - now))
-            sums["moved"] += ratio - 1 - (now - old)
+            sums["approx_kl"] += ratio - 1 - (now - old)
             sums["entropy"] -= ratio * now
-            sums["clipped"] += held * adv < ratio * adv
+            sums["clipped"] += clipped_ratio * adv < ratio * adv
             sums["value_error"] += (value - ret) ** 2
             count += 1
     assert 0 < sums["clipped"] < count
@@ -272,8 +270,8 @@ def test_ppo_is_its_formulas() -> None:
         assert float(terms[name]) == pytest.approx(expected / count, rel=1e-4, abs=1e-5), name
 
 
-def test_the_kl_of_ppo_is_that_of_the_policy_as_it_is_now() -> None:
-    """Over every token there is, drawn as often as the old policy would: the exact divergence of the new one."""
+def test_ppo_kl_is_that_of_the_current_policy() -> None:
+    """Weighting every token by the old policy gives the exact divergence of the new one."""
     rng = np.random.default_rng(0)
     old, new, start = (torch.tensor(rng.dirichlet(np.ones(12))).log() for _ in range(3))
     exact = float((new.exp() * (new - start)).sum())
@@ -282,20 +280,20 @@ def test_the_kl_of_ppo_is_that_of_the_policy_as_it_is_now() -> None:
     assert abs(float((old.exp() * kl(new, start)).sum()) - exact) > 0.01
 
 
-def test_a_token_beyond_the_clip_moves_nothing() -> None:
+def test_clipped_tokens_have_no_gradient() -> None:
     objective = PPO(value_coef=0.0)
     model = model_for(objective)
     [row] = sampled(1)
     row["old"] = np.full_like(row["old"], -30.0)  # the ratio is far above 1 + clip
     row["advantage"] = np.ones_like(row["advantage"])
-    step(model, objective, [collate(shown(objective, [row]), asked(objective))])
+    step(model, objective, [collate(built(objective, [row]), label_fields(objective))])
     assert all(p.grad is None or not p.grad.any() for p in model.parameters())
-    row["advantage"] = -np.ones_like(row["advantage"])  # but it may always be made less likely
-    step(model, objective, [collate(shown(objective, [row]), asked(objective))])
+    row["advantage"] = -np.ones_like(row["advantage"])  # but its probability may always decrease
+    step(model, objective, [collate(built(objective, [row]), label_fields(objective))])
     assert any(p.grad is not None and p.grad.any() for p in model.parameters())
 
 
-def test_the_kl_estimate_is_unbiased_and_never_negative() -> None:
+def test_kl_estimate_is_unbiased_and_nonnegative() -> None:
     generator = torch.Generator().manual_seed(0)
     base = torch.randn(50, generator=generator)
     p, q = ((base + 0.3 * torch.randn(50, generator=generator)).log_softmax(0) for _ in range(2))
@@ -314,19 +312,19 @@ def test_the_kl_estimate_is_unbiased_and_never_negative() -> None:
 
 
 @pytest.mark.parametrize("objective", [SFT(), Reinforce(), PPO()], ids=lambda o: type(o).__name__)
-def test_padding_packing_and_splitting_change_nothing(objective: Objective) -> None:
+def test_padding_packing_and_splitting_do_not_change_gradients(objective: Objective) -> None:
     model = model_for(objective, std=0.2)
-    rows = shown(objective, sampled(7))
+    rows = built(objective, sampled(7))
 
     def gradient(batches: list[dict[str, torch.Tensor]]) -> tuple[dict[str, float], torch.Tensor]:
         model.zero_grad()
         terms = step(model, objective, batches)
         return {k: float(v) for k, v in terms.items()}, torch.cat([p.grad.flatten() for p in model.parameters()])
 
-    whole, expected = gradient([collate(rows, asked(objective))])
+    whole, expected = gradient([collate(rows, label_fields(objective))])
     others = {
-        "split": [collate(rows[:2], asked(objective)), collate(rows[2:], asked(objective))],
-        "packed": [pack(rows, 40, asked(objective))],
+        "split": [collate(rows[:2], label_fields(objective)), collate(rows[2:], label_fields(objective))],
+        "packed": [pack(rows, 40, label_fields(objective))],
     }
     for name, batches in others.items():
         terms, found = gradient(batches)
@@ -337,10 +335,10 @@ def test_padding_packing_and_splitting_change_nothing(objective: Objective) -> N
 # ---- the policy gradient
 
 
-def test_reinforce_is_the_mean_over_answers_not_over_tokens() -> None:
+def test_reinforce_is_the_mean_over_answers() -> None:
     model = model_for(Reinforce())
     rows = sampled(5)
-    terms = step(model, Reinforce(), [collate(shown(Reinforce(), rows), asked(Reinforce()))])
+    terms = step(model, Reinforce(), [collate(built(Reinforce(), rows), label_fields(Reinforce()))])
     total = 0.0
     for row in rows:
         n = len(row["tokens"])
@@ -352,8 +350,8 @@ def test_reinforce_is_the_mean_over_answers_not_over_tokens() -> None:
     assert float(terms["policy"]) == pytest.approx(total / 5, rel=1e-4)
 
 
-def test_reinforce_is_the_exact_gradient_within_monte_carlo_error() -> None:
-    """All answers of two tokens out of five can be listed: the exact gradient of E[R] against REINFORCE's average."""
+def test_reinforce_matches_the_exact_gradient() -> None:
+    """All answers of two of five tokens are enumerated: the exact gradient of E[R] against REINFORCE's average."""
     config = ModelConfig(vocab_size=5, hidden_size=8, num_layers=1, num_heads=1, max_positions=4)
     torch.manual_seed(0)
     model = LM(config, {"lm": LMHead(config)})
@@ -396,12 +394,12 @@ def test_reinforce_is_the_exact_gradient_within_monte_carlo_error() -> None:
             }
             for i in range(25)
         ]
-        # n samples through the objective itself: each distinct answer once per micro-batch, as often as it was drawn.
+        # n samples through the objective itself, each answer as often as it was drawn.
         model.zero_grad()
-        seen = shown(Reinforce(), examples)
+        seen = built(Reinforce(), examples)
         drawn = [seen[i] for i in range(25) for _ in range(int(counts[i]))]
         for part in np.array_split(np.arange(n), 4):
-            batch = collate([drawn[i] for i in part], asked(Reinforce()))
+            batch = collate([drawn[i] for i in part], label_fields(Reinforce()))
             terms = Reinforce().loss(model, Reinforce().forward(model, batch), batch)
             (terms["policy"] / n).backward()
         found = -torch.cat([q.grad.flatten() for q in model.parameters()])
@@ -409,4 +407,4 @@ def test_reinforce_is_the_exact_gradient_within_monte_carlo_error() -> None:
         assert ((found - exact).abs() <= 5 * deviation + 1e-5).all(), name
         errors[name] = float(deviation.norm())
     assert errors["mean"] < errors["none"], "a baseline lowers the variance"
-    assert float(exact.norm()) > 20 * errors["mean"], "the gradient is well above the noise that it is compared within"
+    assert float(exact.norm()) > 20 * errors["mean"], "the gradient must be well above the noise of the comparison"

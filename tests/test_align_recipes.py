@@ -1,4 +1,4 @@
-"""Recipes of alignment, run in a process: what is computed once and compared, rewards that fail, prompts that do not fit.
+"""Recipes of alignment, run in the test process: precomputed numbers, failing reward functions, prompts that do not fit.
 
 The policy has dropout 0.1 in every test, and LoRA dropout 0.1 in some; no step changes it by more than rounding.
 """
@@ -36,7 +36,7 @@ from firth.tokenizer.train import train as train_tokenizer
 from firth.types import UserError
 
 WORDS = ["the", "otter", "paints", "a", "boat", "while", "every", "heron", "counts", "red", "stones", "near", "their"]
-SHAPES: dict[str, Callable[[int], ModelConfig]] = {
+MODELS: dict[str, Callable[[int], ModelConfig]] = {
     "gpt": lambda vocab: presets.gpt(vocab, 32, 2, 2, max_positions=64),
     "gpt2": lambda vocab: presets.gpt2(vocab, 32, 2, 2, max_positions=64),
     "bert": lambda vocab: presets.bert(vocab, 32, 2, 2, max_positions=64),
@@ -45,8 +45,12 @@ SHAPES: dict[str, Callable[[int], ModelConfig]] = {
     ),
 }
 ROLLOUTS = (
-    "examples.rollout_size=16", "examples.num_epochs=1", "batch.size=16", "examples.max_new_tokens=6", "examples.reward_function=builtins:len",
-)  # fmt: skip
+    "examples.rollout_size=16",
+    "examples.num_epochs=1",
+    "batch.size=16",
+    "examples.max_new_tokens=6",
+    "examples.reward_function=builtins:len",
+)
 SETTINGS: dict[str, tuple[str, ...]] = {
     "dpo": ("batch.size=16", "evaluation.max_examples=8"),
     "ppo": ROLLOUTS,
@@ -56,41 +60,41 @@ Rows = dict[str, dict[str, float]]
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Untrained models with dropout 0.1 that start recipes, and records."""
+def workdir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Write untrained models with dropout 0.1 to start from, and records."""
     out = tmp_path_factory.mktemp("precomputed")
     rng = np.random.default_rng(0)
-    some = [" ".join(rng.choice(WORDS, 6)) for _ in range(96)]
-    tokenizer = train_tokenizer(iter(some), "byte-bpe", 420)
-    for name, shape in SHAPES.items():
+    texts = [" ".join(rng.choice(WORDS, 6)) for _ in range(96)]
+    tokenizer = train_tokenizer(iter(texts), "byte-bpe", 420)
+    for name, arch in MODELS.items():
         torch.manual_seed(0)
-        made = shape(tokenizer.vocab.size)
-        model = LM(made, {"lm": LMHead(made)})
+        config = arch(tokenizer.vocab.size)
+        model = LM(config, {"lm": LMHead(config)})
         for weight in model.parameters():
             nn.init.normal_(weight, std=0.1)
         save_model(model, tokenizer, out / name)
-    pairs = [{"prompt": some[i], "chosen": some[i + 1], "rejected": some[i + 2]} for i in range(24)]
+    pairs = [{"prompt": texts[i], "chosen": texts[i + 1], "rejected": texts[i + 2]} for i in range(24)]
     (out / "pairs.jsonl").write_text("\n".join(map(json.dumps, pairs)))
-    (out / "prompts.jsonl").write_text("\n".join(json.dumps({"prompt": text}) for text in some[:16]))
+    (out / "prompts.jsonl").write_text("\n".join(json.dumps({"prompt": text}) for text in texts[:16]))
     return out
 
 
-def assignments(place: Path, name: str, *more: str, shape: str = "gpt2") -> list[str]:
-    records = place / ("pairs.jsonl" if name == "dpo" else "prompts.jsonl")
-    plain = (f"init_from={place / shape}", f"data.path={records}", "max_steps=1", "optimizer.lr=1e-9")
+def assignments(workdir: Path, name: str, *more: str, arch: str = "gpt2") -> list[str]:
+    records = workdir / ("pairs.jsonl" if name == "dpo" else "prompts.jsonl")
+    plain = (f"init_from={workdir / arch}", f"data.path={records}", "max_steps=1", "optimizer.lr=1e-9")
     return [*plain, *SETTINGS[name], *more]
 
 
-def first_rows(place: Path, out: Path, name: str, *more: str, shape: str = "gpt2") -> Rows:
-    """The first rows of a recipe by split, of a run of one step."""
-    run(load(name, assignments(place, name, *more, shape=shape)), out, lambda line: None)
+def first_rows(workdir: Path, out: Path, name: str, *more: str, arch: str = "gpt2") -> Rows:
+    """Return the first metrics row of each split, of a run of one step."""
+    run(load(name, assignments(workdir, name, *more, arch=arch)), out, lambda line: None)
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     return {row["split"]: row for row in reversed(rows)}
 
 
 @pytest.fixture
-def old(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """The mean log-probability of the sampled tokens under the policy that drew them, per phase."""
+def old_logprobs(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """Record the mean log-probability of the sampled tokens under the sampling policy, per rollout batch."""
     means: list[float] = []
     store = RolloutSource._store
 
@@ -102,15 +106,15 @@ def old(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     return means
 
 
-def faults(name: str, rows: Rows, old: list[float], tolerance: float) -> dict[str, float]:
-    """What differs from the right values of unchanged weights: first loss ln 2, first ratio 1, KL 0."""
+def deviations(name: str, rows: Rows, old_logprobs: list[float], tolerance: float) -> dict[str, float]:
+    """Return the deviations from the values of unchanged weights: first loss ln 2, first ratio 1, KL 0."""
     train = rows["train"]
     if name == "dpo":  # the sums of an answer's log-ratios, of about eight tokens
         found = {"loss": train["loss"] - log(2), "chosen": train["chosen"] / 8, "rejected": train["rejected"] / 8}
     elif name == "ppo":
-        found = {measure: train[measure] for measure in ("clipped", "moved", "kl_per_token")}
+        found = {measure: train[measure] for measure in ("clipped", "approx_kl", "kl_per_token")}
     else:
-        found = {"log-probability": train["surprise"] + old[0]}
+        found = {"log-probability": train["surprise"] + old_logprobs[0]}
     if "rollouts" in rows:
         found["kl_per_answer"] = rows["rollouts"]["kl_per_answer"]
     return {measure: value for measure, value in found.items() if not abs(value) <= tolerance}
@@ -121,36 +125,36 @@ CASES = [
     for name in SETTINGS
     for precision in ("fp32", "bf16")
     for layout in ("padded", "packed")
-    if (name, layout) != ("dpo", "packed")  # a pair is a group of rows, which cannot be packed
+    if (name, layout) != ("dpo", "packed")  # preference pairs are groups of rows, which cannot be packed
 ]
 TOLERANCE = {"fp32": 1e-5, "bf16": 2e-3}
-"""Rounding errors of two passes over other batches, of a log-probability."""
+"""Rounding errors of a log-probability between two forward passes with different batches."""
 
 
 @pytest.mark.parametrize(("name", "precision", "layout"), CASES, ids=lambda x: x)
 def test_first_ratio_is_one(
-    place: Path, tmp_path: Path, old: list[float], name: str, precision: str, layout: str
+    workdir: Path, tmp_path: Path, old_logprobs: list[float], name: str, precision: str, layout: str
 ) -> None:
     """First loss ln 2, first ratio 1 and no KL, in both precisions, padded with LoRA and packed without."""
     more = ("batch.pack_to_length=48",) if layout == "packed" else ("peft.kind=lora", "peft.dropout=0.1")
-    rows = first_rows(place, tmp_path, name, f"precision={precision}", *more)
-    assert faults(name, rows, old, TOLERANCE[precision]) == {}
+    rows = first_rows(workdir, tmp_path, name, f"precision={precision}", *more)
+    assert deviations(name, rows, old_logprobs, TOLERANCE[precision]) == {}
 
 
-@pytest.mark.parametrize(("name", "shape"), [("dpo", "gpt"), ("dpo", "bert"), ("ppo", "llama"), ("ppo", "bert")])
-def test_first_ratio_is_one_on_other_shapes(
-    place: Path, tmp_path: Path, old: list[float], name: str, shape: str
+@pytest.mark.parametrize(("name", "arch"), [("dpo", "gpt"), ("dpo", "bert"), ("ppo", "llama"), ("ppo", "bert")])
+def test_first_ratio_is_one_on_other_architectures(
+    workdir: Path, tmp_path: Path, old_logprobs: list[float], name: str, arch: str
 ) -> None:
-    assert faults(name, first_rows(place, tmp_path, name, shape=shape), old, TOLERANCE["bf16"]) == {}
+    assert deviations(name, first_rows(workdir, tmp_path, name, arch=arch), old_logprobs, TOLERANCE["bf16"]) == {}
 
 
 @pytest.mark.parametrize("name", SETTINGS)
-def test_dropout_on_is_reported(
-    place: Path, tmp_path: Path, old: list[float], capsys: pytest.CaptureFixture[str], name: str
+def test_enabled_dropout_is_reported(
+    workdir: Path, tmp_path: Path, old_logprobs: list[float], capsys: pytest.CaptureFixture[str], name: str
 ) -> None:
-    """The option turns dropout on: the first numbers differ by more than rounding, and the run reports it."""
-    rows = first_rows(place, tmp_path, name, "objective.dropout=true", "precision=fp32")
-    assert faults(name, rows, old, TOLERANCE["fp32"]) != {}
+    """With dropout, the first numbers differ by more than rounding, and the run reports it."""
+    rows = first_rows(workdir, tmp_path, name, "objective.dropout=true", "precision=fp32")
+    assert deviations(name, rows, old_logprobs, TOLERANCE["fp32"]) != {}
     assert "the first ratios are not 1" in capsys.readouterr().out
 
 
@@ -169,30 +173,30 @@ def test_every_objective_with_precomputed_fields_is_tested() -> None:
     assert all(objectives.find(name)().dropout for name in objectives.OBJECTIVES if name not in found)
 
 
-def test_reference_is_kept_per_precision(place: Path, tmp_path: Path) -> None:
-    """One directory, two precisions: the numbers of one are never taken for those of the other."""
+def test_reference_is_kept_per_precision(workdir: Path, tmp_path: Path) -> None:
+    """One directory, two precisions: their numbers are not mixed."""
     for precision in ("fp32", "bf16"):
         out = tmp_path / "run"
-        first_rows(place, out, "dpo", f"precision={precision}")
+        first_rows(workdir, out, "dpo", f"precision={precision}")
         kept = list((out / "reference" / "train").iterdir())
         for name in ("done.json", "metrics.jsonl", "model", "checkpoints", "recipe.yaml"):
             (out / name).rename(tmp_path / f"{precision}-{name}")
     assert len(kept) == 2
 
 
-# ---- recipes that do not fit
+# ---- invalid recipes
 
 
 @pytest.mark.parametrize(
-    ("name", "setting", "cure"),
+    ("name", "setting", "advice"),
     [
         ("ppo", "examples.advantages=group", "examples.advantages=gae"),
         ("reinforce", "examples.advantages=gae", "examples.advantages=group"),
     ],
 )
-def test_credit_that_does_not_suit_the_objective_is_refused(place: Path, name: str, setting: str, cure: str) -> None:
-    with pytest.raises(UserError, match=f"{setting}.*set {cure}"):
-        load(name, assignments(place, name, setting))
+def test_advantages_must_suit_the_objective(workdir: Path, name: str, setting: str, advice: str) -> None:
+    with pytest.raises(UserError, match=f"{setting}.*set {advice}"):
+        load(name, assignments(workdir, name, setting))
 
 
 # ---- rewards
@@ -200,30 +204,30 @@ def test_credit_that_does_not_suit_the_objective_is_refused(place: Path, name: s
 
 @pytest.fixture
 def rewards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A module of a user's own in the working directory, which is not on the path. Its name is new in every test."""
+    """A user's module in the working directory, which is not on the path. Its name is new in every test."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [entry for entry in sys.path if entry not in ("", str(tmp_path))])
     return tmp_path / f"rewards_{tmp_path.name}.py"
 
 
 @pytest.mark.parametrize("value", ["nan", "inf"])
-def test_a_reward_that_is_not_finite_is_named(place: Path, rewards: Path, value: str) -> None:
+def test_a_reward_that_is_not_finite_is_reported(workdir: Path, rewards: Path, value: str) -> None:
     rewards.write_text(f"def brief(text):\n    return float('{value}')\n")
     with pytest.raises(UserError) as error:
-        first_rows(place, rewards.parent / "run", "ppo", f"examples.reward_function={rewards.stem}:brief")
+        first_rows(workdir, rewards.parent / "run", "ppo", f"examples.reward_function={rewards.stem}:brief")
     assert re.match(rf"the reward returned {value} for the prompt 'user\\n.+' and the answer '", str(error.value))
     assert "rate" not in str(error.value)
 
 
-def test_a_reward_that_raises_stops_a_run_that_can_continue(place: Path, rewards: Path) -> None:
-    """It fails in the second phase, after 8 calls for the report's texts and 16 of the first; fixed, the run continues."""
+def test_a_run_resumes_after_a_reward_that_raises(workdir: Path, rewards: Path) -> None:
+    """The reward fails in the second rollout batch, after 8 calls for the report and 16 of the first; fixed, the run resumes."""
     rewards.write_text(
         "def brief(text):\n    global calls\n    calls += 1\n    return 1 / max(0, 30 - calls)\n\n\ncalls = 0\n"
     )
     recipe = load(
         "reinforce",
         assignments(
-            place, "reinforce", f"examples.reward_function={rewards.stem}:brief", "max_steps=3", "optimizer.lr=1e-3"
+            workdir, "reinforce", f"examples.reward_function={rewards.stem}:brief", "max_steps=3", "optimizer.lr=1e-3"
         ),
     )
     with pytest.raises(
@@ -240,29 +244,29 @@ def test_a_reward_that_raises_stops_a_run_that_can_continue(place: Path, rewards
     assert [row["step"] for row in rows if row["split"] == "rollouts"] == [1, 2, 3]
 
 
-@pytest.mark.parametrize("field", ["scorer", "truth"])
-def test_a_changed_reward_function_is_refused(place: Path, rewards: Path, field: str) -> None:
-    """Unless it raised, and was corrected; the function that the recipe names is the same each time."""
+@pytest.mark.parametrize("field", ["reward_function", "true_reward_function"])
+def test_a_changed_reward_function_is_rejected(workdir: Path, rewards: Path, field: str) -> None:
+    """Unless it raised and was corrected, the reward function must be the same when a run resumes."""
     rewards.write_text("def brief(text):\n    return -len(text)\n")
-    name = f"segment.{field}={rewards.stem}:brief"
-    recipe, out = load("reinforce", assignments(place, "reinforce", name, "max_steps=2")), rewards.parent / "run"
+    name = f"examples.{field}={rewards.stem}:brief"
+    recipe, out = load("reinforce", assignments(workdir, "reinforce", name, "max_steps=2")), rewards.parent / "run"
     run(recipe, out, lambda line: None)
     run(recipe, out, lambda line: None)
     text = rewards.read_text()
     rewards.write_text(text.replace("-", "+"))
     for _ in ("finished", "killed"):
-        with pytest.raises(UserError, match=rf"began with another content of segment\.{field}: put back what"):
+        with pytest.raises(UserError, match=rf"began with another content of examples\.{field}: put back what"):
             run(recipe, out, lambda line: None)
         (out / "done.json").unlink(missing_ok=True)
     rewards.unlink()
-    with pytest.raises(UserError, match=rf"began with a segment\.{field} that is not there any more"):
+    with pytest.raises(UserError, match=rf"began with a examples\.{field} that is not there any more"):
         run(recipe, out, lambda line: None)
     rewards.write_text(text)
     assert run(recipe, out, lambda line: None).steps == 2
 
 
-def test_a_judge_of_comparisons_that_fails_is_named(place: Path) -> None:
-    tokenizer = Tokenizer.load(place / "gpt2")
+def test_a_reward_that_fails_on_a_preference_is_reported(workdir: Path) -> None:
+    tokenizer = Tokenizer.load(workdir / "gpt2")
     sample = Rollout(tokenizer.encode("the heron"), tokenizer.encode("counts"), "counts", True)
     for scorer, fault in ((lambda text: float("nan"), "returned nan"), (lambda text: {}[text], "raised KeyError")):
         with pytest.raises(UserError, match=f"{fault}.* for the prompt 'the heron' and the answer 'counts'"):
@@ -271,7 +275,7 @@ def test_a_judge_of_comparisons_that_fails_is_named(place: Path) -> None:
             )
 
 
-def test_scorers_are_found_in_the_working_directory(rewards: Path) -> None:
+def test_reward_functions_are_found_in_the_working_directory(rewards: Path) -> None:
     rewards.write_text("def brief(text):\n    return 1.0\n\n\nlevel = 3\n")
     assert function(f"{rewards.stem}:brief")("x") == 1.0
     with pytest.raises(UserError, match="write module:function, of an installed module or of a file in"):
@@ -284,54 +288,54 @@ def test_scorers_are_found_in_the_working_directory(rewards: Path) -> None:
         function(f"{broken.stem}:brief")
 
 
-def test_rewards_that_are_all_alike_move_nothing(place: Path, rewards: Path) -> None:
-    """Advantages are 0 and the loss is 0; with beta 0 the weights stay bit for bit."""
+def test_equal_rewards_do_not_change_the_weights(workdir: Path, rewards: Path) -> None:
+    """Advantages and loss are 0; with beta 0 the weights stay bit for bit."""
     rewards.write_text("def constant(text):\n    return 1.0\n")
     out = rewards.parent / "run"
     more = (f"examples.reward_function={rewards.stem}:constant", "examples.kl_coef=0", "optimizer.lr=1e-2")
-    rows = first_rows(place, out, "reinforce", *more)
+    rows = first_rows(workdir, out, "reinforce", *more)
     assert rows["train"]["loss"] == 0
-    before, after = load_model(place / "gpt2").state_dict(), load_model(out / "model").state_dict()
+    before, after = load_model(workdir / "gpt2").state_dict(), load_model(out / "model").state_dict()
     assert all(torch.equal(weight, after[name]) for name, weight in before.items())
 
 
 # ---- prompts
 
 
-def test_prompts_leave_room_for_the_answer(place: Path, tmp_path: Path) -> None:
-    """Of the 64 positions max_new_tokens=40 leaves 24: longer prompts are left out and counted; where none is left, one sentence."""
+def test_prompts_leave_room_for_the_answer(workdir: Path, tmp_path: Path) -> None:
+    """Of the 64 positions max_new_tokens=40 leaves 24: longer prompts are left out and counted; without any left, it is an error."""
     records = tmp_path / "prompts.jsonl"
-    some = [" ".join(WORDS[:2])] * 4 + [" ".join(WORDS * 2)] * 3
-    records.write_text("\n".join(json.dumps({"prompt": text}) for text in some))
+    texts = [" ".join(WORDS[:2])] * 4 + [" ".join(WORDS * 2)] * 3
+    records.write_text("\n".join(json.dumps({"prompt": text}) for text in texts))
     lines: list[str] = []
     more = (f"data.path={records}", "examples.max_new_tokens=40")
-    run(load("ppo", assignments(place, "ppo", *more)), tmp_path / "run", lines.append)
+    run(load("ppo", assignments(workdir, "ppo", *more)), tmp_path / "run", lines.append)
     assert any(
         line == "3 of 7 prompts are left out: longer than 24 tokens (64 positions less examples.max_new_tokens=40)"
         for line in lines
     )
     with pytest.raises(UserError, match="no prompt of at most 2 tokens"):
-        first_rows(place, tmp_path / "none", "ppo", f"data.path={records}", "examples.max_new_tokens=62")
+        first_rows(workdir, tmp_path / "none", "ppo", f"data.path={records}", "examples.max_new_tokens=62")
     with pytest.raises(UserError, match=r"examples\.max_new_tokens=64 leaves no room for a prompt in the 64 positions"):
-        first_rows(place, tmp_path / "room", "ppo", f"data.path={records}", "examples.max_new_tokens=64")
+        first_rows(workdir, tmp_path / "room", "ppo", f"data.path={records}", "examples.max_new_tokens=64")
 
 
 # ---- rankings
 
 
-def test_rankings_train_a_reward_model_in_one_command(place: Path, tmp_path: Path) -> None:
-    """Records of two to four answers; the group is as large as the longest, and PPO takes the reward model."""
+def test_rankings_train_a_reward_model_in_one_command(workdir: Path, tmp_path: Path) -> None:
+    """Records have two to four answers; the group has the size of the longest, and PPO uses the reward model."""
     rng = np.random.default_rng(1)
-    some = [" ".join(rng.choice(WORDS, 5)) for _ in range(60)]
-    rows = [{"prompt": some[i], "answers": some[i + 1 : i + 3 + i % 3]} for i in range(40)]
+    texts = [" ".join(rng.choice(WORDS, 5)) for _ in range(60)]
+    rows = [{"prompt": texts[i], "answers": texts[i + 1 : i + 3 + i % 3]} for i in range(40)]
     (tmp_path / "rankings.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    plain = [f"init_from={place / 'gpt2'}", f"data.path={tmp_path / 'rankings.jsonl'}", "max_steps=3", "batch.size=8"]
+    plain = [f"init_from={workdir / 'gpt2'}", f"data.path={tmp_path / 'rankings.jsonl'}", "max_steps=3", "batch.size=8"]
     out = tmp_path / "ranking"
     done = run(load("ranking", plain), out, lambda line: None)
     assert load(str(out)).objective == Ranking(num_answers=4)
     assert "reward" in load_model(out / "model").heads and np.isfinite(done.metrics["valid/accuracy"])
     short = load("ranking", [*plain, "objective.num_answers=3"])
-    with pytest.raises(UserError, match="a ranking of 4 answers does not fit a group of 2 to 3"):
+    with pytest.raises(UserError, match="a ranking of 4 answers does not fit into a group of 2 to 3"):
         run(short, tmp_path / "short", lambda line: None)
     more = (f"examples.reward_model={out}", "examples.reward_function=")
-    assert np.isfinite(first_rows(place, tmp_path / "ppo", "ppo", *more)["rollouts"]["reward"])
+    assert np.isfinite(first_rows(workdir, tmp_path / "ppo", "ppo", *more)["rollouts"]["reward"])

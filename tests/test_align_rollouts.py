@@ -1,4 +1,4 @@
-"""Rollouts, judges and annotation: they learn, they resume bit for bit, and their numbers are what they say."""
+"""Rollouts, rewards and precomputed fields: training improves the reward, resumes bit for bit, and logs correct numbers."""
 
 import copy
 import json
@@ -38,15 +38,15 @@ from firth.train.step import step
 from firth.types import UserError
 
 VOCAB = ByteCoder.vocab
-SHAPE = decoder_config(vocab_size=VOCAB.size, hidden_size=32, num_layers=1, num_heads=2, max_positions=32)
+CONFIG = decoder_config(vocab_size=VOCAB.size, hidden_size=32, num_layers=1, num_heads=2, max_positions=32)
 truth = FunctionReward(lambda text: sum(c in "aeiou" for c in text) / 8)
-"""The toy's true reward: how many of eight letters are vowels."""
+"""The true reward of the toy task: the number of vowels among eight letters."""
 
 
 def policy(objective: Objective, seed: int = 0) -> LM:
-    """A model that writes only a to p and the end of text, about evenly: enough to learn on, quickly."""
+    """Return a small model whose weights give a nearly uniform distribution."""
     torch.manual_seed(seed)
-    model = LM(SHAPE, objective.heads(SHAPE))
+    model = LM(CONFIG, objective.heads(CONFIG))
     with torch.no_grad():
         for block in model.stack.blocks:
             for linear in (block.attention.o, block.mlp.down):
@@ -56,7 +56,7 @@ def policy(objective: Objective, seed: int = 0) -> LM:
 
 
 def letters_only(model: LM) -> LM:
-    """Teach the model, in a few steps, to write letters from a to p."""
+    """Train the model, for a few steps, to write letters from a to p."""
     optimizer = torch.optim.Adam(model.parameters(), 1e-2)
     rng = np.random.default_rng(0)
     for _ in range(30):
@@ -74,7 +74,7 @@ PROMPTS = [ByteCoder().encode(text) for text in ("a", "bc", "def", "g", "hi", "j
 
 def rollouts(frozen: LM, **changes: object) -> RolloutSource:
     settings = {
-        "phase": RolloutConfig(rollout_size=32, steps=4, max_new_tokens=8, kl_coef=0.02),
+        "config": RolloutConfig(rollout_size=32, steps=4, max_new_tokens=8, kl_coef=0.02),
         "stops": [3],
         "seed": 5,
     } | changes
@@ -97,10 +97,10 @@ def run(model: LM, objective: Objective, source: RolloutSource, steps: int, rate
 # ---- learning
 
 
-def test_ppo_raises_the_true_reward_and_reports_a_kl_that_is_not_negative() -> None:
+def test_ppo_raises_the_true_reward_with_nonnegative_kl() -> None:
     objective = PPO()
     model = letters_only(policy(objective))
-    source = rollouts(copy.deepcopy(model), truth=truth)
+    source = rollouts(copy.deepcopy(model), true_reward_function=truth)
     run(model, objective, source, steps=80, rate=3e-3)
     reward = [row["reward"] for row in source.history]
     assert len(reward) == 20
@@ -111,21 +111,21 @@ def test_ppo_raises_the_true_reward_and_reports_a_kl_that_is_not_negative() -> N
         for row in source.history
     )
     assert source.history[0]["kl_per_answer"] < 1e-3 < source.history[-1]["kl_per_answer"], (
-        "the first phase is drawn from the reference"
+        "the first rollouts are sampled from the reference"
     )
     assert source.history[-1]["entropy"] < source.history[0]["entropy"]
     assert [row["truth"] for row in source.history] == pytest.approx(reward)
-    assert source.prepare(model, 79) == {}, "the phase of this step is there"
+    assert source.prepare(model, 79) == {}, "the rollouts of this step exist"
     assert source.prepare(model, 80) == source.history[-1]
 
 
-def test_a_dear_divergence_keeps_the_policy_near_its_reference() -> None:
+def test_a_large_kl_coef_keeps_the_policy_near_the_reference() -> None:
     final = {}
     for beta in (0.0, 1.0):
         objective = PPO()
         model = letters_only(policy(objective))
-        phase = RolloutConfig(rollout_size=32, steps=4, max_new_tokens=8, kl_coef=beta)
-        source = rollouts(copy.deepcopy(model), phase=phase)
+        config = RolloutConfig(rollout_size=32, steps=4, max_new_tokens=8, kl_coef=beta)
+        source = rollouts(copy.deepcopy(model), config=config)
         run(model, objective, source, steps=40, rate=3e-3)
         final[beta] = source.history[-1]["kl_per_answer"]
     assert final[1.0] < 0.5 * final[0.0]
@@ -135,14 +135,14 @@ def test_a_dear_divergence_keeps_the_policy_near_its_reference() -> None:
 def test_reinforce_raises_the_true_reward(group: int) -> None:
     objective = Reinforce()
     model = letters_only(policy(objective))
-    phase = RolloutConfig(rollout_size=32, num_generations=group, steps=1, max_new_tokens=8, kl_coef=0.0)
-    source = rollouts(copy.deepcopy(model), phase=phase, credit=Baseline())
+    config = RolloutConfig(rollout_size=32, num_generations=group, steps=1, max_new_tokens=8, kl_coef=0.0)
+    source = rollouts(copy.deepcopy(model), config=config, advantage_estimator=Baseline())
     run(model, objective, source, steps=60, rate=3e-3, rows=32)
     reward = [row["reward"] for row in source.history]
     assert np.mean(reward[-3:]) > np.mean(reward[:3]) + 0.3
 
 
-def compared(model: LM, count: int = 64, noise: float = 0.0) -> list[PreferencePair]:
+def sampled_pairs(model: LM, count: int = 64, noise: float = 0.0) -> list[PreferencePair]:
     prompts = [PROMPTS[i % len(PROMPTS)] for i in range(count)]
     engine = Engine(model, ByteCoder(), stops=[3])
     one, two = (
@@ -158,7 +158,7 @@ def compared(model: LM, count: int = 64, noise: float = 0.0) -> list[PreferenceP
 def test_dpo_raises_the_margin_and_the_true_reward() -> None:
     model = letters_only(policy(DPO()))
     frozen = copy.deepcopy(model)
-    source = precompute(PreferencePairs(compared(model)), frozen, build_comparison, ref_logprobs)
+    source = precompute(PreferencePairs(sampled_pairs(model)), frozen, build_comparison, ref_logprobs)
     objective = DPO(beta=0.1)
     batches = Batches(source, objective, VOCAB, batch_size=16, seed=0)
     optimizer = torch.optim.Adam(model.parameters(), 1e-3)
@@ -181,59 +181,59 @@ def test_dpo_raises_the_margin_and_the_true_reward() -> None:
     assert mean_truth(model) > mean_truth(frozen) + 0.15
 
 
-def agreement(judge: RewardModel, comparisons: list[PreferencePair]) -> float:
-    """The share of comparisons that a judge decides as they were."""
-    chosen, rejected = (judge([getattr(c, side) for c in comparisons]) for side in ("chosen", "rejected"))
+def agreement(reward_model: RewardModel, pairs: list[PreferencePair]) -> float:
+    """Return the fraction of pairs that a reward model ranks as they were."""
+    chosen, rejected = (reward_model([getattr(c, side) for c in pairs]) for side in ("chosen", "rejected"))
     return float((chosen > rejected).mean())
 
 
-def test_a_reward_model_agrees_with_held_out_comparisons() -> None:
+def test_a_reward_model_agrees_with_held_out_preferences() -> None:
     writer = letters_only(policy(PPO()))
-    comparisons = compared(writer, 512)
-    held, learnt = comparisons[:120], comparisons[120:]
+    pairs = sampled_pairs(writer, 512)
+    held, trained = pairs[:120], pairs[120:]
     model = policy(RewardModeling() + PPO(), seed=1)
     before = agreement(RewardModel(model), held)
-    batches = Batches(PreferencePairs(learnt), RewardModeling(), VOCAB, batch_size=32, seed=0)
+    batches = Batches(PreferencePairs(trained), RewardModeling(), VOCAB, batch_size=32, seed=0)
     optimizer = torch.optim.Adam(model.parameters(), 1e-2)
     for k in range(100):
         optimizer.zero_grad()
         step(model, RewardModeling(), batches.batches(k))
         optimizer.step()
-    judge = RewardModel(model, rows=7)
+    reward_model = RewardModel(model, batch_size=7)
     assert before < 0.7
-    # Most comparisons are decided by one letter of eight, so a small judge is not always right.
-    assert agreement(judge, held) > 0.8
+    # Most pairs differ by one letter of eight, so a small reward model is not always right.
+    assert agreement(reward_model, held) > 0.8
     sides = [c.chosen for c in held] + [c.rejected for c in held]
-    normal = judge.normalized(sides)
+    normal = reward_model.normalized(sides)
     assert normal(sides).mean() == pytest.approx(0, abs=1e-5)
     assert normal(sides).std() == pytest.approx(1, abs=1e-5)
     assert np.allclose(normal.normalized(sides)(sides), normal(sides), atol=1e-5)
-    [alone] = judge(sides[:1])
-    assert alone == pytest.approx(judge(sides)[0], abs=1e-4), "padding does not move a score"
+    [alone] = reward_model(sides[:1])
+    assert alone == pytest.approx(reward_model(sides)[0], abs=1e-4), "padding must not change a score"
 
 
-# ---- what a phase holds
+# ---- contents of a rollout batch
 
 
-def test_old_log_probabilities_are_those_of_training_so_the_first_ratio_is_one() -> None:
+def test_first_ratio_is_one() -> None:
     objective = PPO()
     model = letters_only(policy(objective))
     source = rollouts(copy.deepcopy(model))
     source.prepare(model, 0)
     terms = step(model, objective, Batches(source, objective, VOCAB, batch_size=32, seed=0).batches(0))
-    assert float(terms["moved"]) == pytest.approx(0, abs=1e-6)
+    assert float(terms["approx_kl"]) == pytest.approx(0, abs=1e-6)
     assert float(terms["clipped"]) == 0
     assert float(terms["kl_per_token"]) == pytest.approx(0, abs=1e-6)
-    assert float(terms["policy"]) == pytest.approx(0, abs=1e-3), "advantages are whitened over the phase"
+    assert float(terms["policy"]) == pytest.approx(0, abs=1e-3), "advantages are whitened over the rollout batch"
 
 
-def test_an_example_holds_the_sampled_tokens_and_what_was_said_of_them() -> None:
+def test_an_example_holds_tokens_and_numbers_per_token() -> None:
     objective = PPO()
     model, frozen = letters_only(policy(objective)), letters_only(policy(objective, seed=3))
-    phase = RolloutConfig(rollout_size=16, steps=4, max_new_tokens=8, kl_coef=0.3)
-    source = rollouts(frozen, phase=phase)
+    config = RolloutConfig(rollout_size=16, steps=4, max_new_tokens=8, kl_coef=0.3)
+    source = rollouts(frozen, config=config)
     source.prepare(model, 0)
-    penalised = []
+    penalized = []
     for i in range(len(source)):
         example, sample = source[i], source.samples[i]
         tokens, mask = example["tokens"], example["mask"]
@@ -251,29 +251,29 @@ def test_an_example_holds_the_sampled_tokens_and_what_was_said_of_them() -> None
             assert np.allclose(example[name][1:][mask[1:]], expected[mask[1:]], atol=1e-4)
         assert all(not example[name][~mask].any() for name in PER_TOKEN)
         away = (example["old"] - example["reference"])[mask].sum()
-        penalised.append(truth.scorer(sample.text) - 0.3 * away)
+        penalized.append(truth.scorer(sample.text) - 0.3 * away)
         # With gamma 1 and a value head that is still zero, the return of the first token under lam = 1 is the whole.
-    assert source.history[-1]["penalised"] == pytest.approx(np.mean(penalised), abs=1e-3)
+    assert source.history[-1]["penalized"] == pytest.approx(np.mean(penalized), abs=1e-3)
     white = np.concatenate([source[i]["advantage"][source[i]["mask"]] for i in range(len(source))])
     assert white.mean() == pytest.approx(0, abs=1e-5)
     assert white.std() == pytest.approx(1, abs=1e-3)
 
 
-def test_an_unfinished_answer_can_be_given_a_score_of_its_own() -> None:
+def test_an_unfinished_answer_gets_the_unfinished_score() -> None:
     model = letters_only(policy(PPO()))
     ends = [7 + ord("e")]
-    phase = RolloutConfig(rollout_size=32, steps=1, max_new_tokens=4, unfinished_score=-2.0, kl_coef=0.0)
-    source = rollouts(copy.deepcopy(model), phase=phase, stops=ends)
+    config = RolloutConfig(rollout_size=32, steps=1, max_new_tokens=4, unfinished_score=-2.0, kl_coef=0.0)
+    source = rollouts(copy.deepcopy(model), config=config, stops=ends)
     source.prepare(model, 0)
     scores = [truth.scorer(s.text) if s.finished else -2.0 for s in source.samples]
     assert 0 < source.history[-1]["finished"] < 1
     assert source.history[-1]["reward"] == pytest.approx(np.mean(scores), abs=1e-6)
 
 
-def test_a_phase_is_drawn_once_and_every_prompt_has_its_turn() -> None:
+def test_rollouts_are_sampled_once_and_use_every_prompt() -> None:
     model = letters_only(policy(PPO()))
     source = rollouts(
-        copy.deepcopy(model), phase=RolloutConfig(rollout_size=4, num_generations=2, steps=3, max_new_tokens=2)
+        copy.deepcopy(model), config=RolloutConfig(rollout_size=4, num_generations=2, steps=3, max_new_tokens=2)
     )
     with pytest.raises(UserError, match="prepare"):
         source[0]
@@ -284,23 +284,23 @@ def test_a_phase_is_drawn_once_and_every_prompt_has_its_turn() -> None:
             assert np.array_equal(source.samples[0].prompt, source.samples[1].prompt)
             seen += [bytes(s.prompt) for s in source.samples[::2]]
     assert [row["phase"] for row in source.history] == [0, 1, 2, 3]
-    assert len(set(seen)) == 8, "eight prompts, two a phase: all asked once in four phases"
-    with pytest.raises(UserError, match="groups of 3"):
+    assert len(set(seen)) == 8, "eight prompts, two per rollout batch: all are used once in four"
+    with pytest.raises(UserError, match=r"must be a positive multiple of examples\.num_generations=3"):
         RolloutConfig(rollout_size=4, num_generations=3)
 
 
 @pytest.mark.parametrize("stop", [5, 6, 8])
-def test_a_run_killed_within_a_phase_goes_on_bit_for_bit(stop: int) -> None:
-    """As a checkpoint does: weights, optimizer and the source's arrays are kept; all else is built anew."""
+def test_a_run_killed_within_a_rollout_batch_resumes_exactly(stop: int) -> None:
+    """As with a checkpoint, weights, optimizer and the source's arrays are kept; everything else is created again."""
     objective = PPO()
     start = letters_only(policy(objective))
     frozen = copy.deepcopy(start)
-    whole, source = copy.deepcopy(start), rollouts(frozen)
-    run(whole, objective, source, steps=10, rate=3e-3)
+    uninterrupted, source = copy.deepcopy(start), rollouts(frozen)
+    run(uninterrupted, objective, source, steps=10, rate=3e-3)
 
-    first, begun = copy.deepcopy(start), rollouts(frozen)
-    optimizer = run(first, objective, begun, steps=stop, rate=3e-3)
-    kept = {name: array.copy() for name, array in begun.state().items()}
+    first, interrupted = copy.deepcopy(start), rollouts(frozen)
+    optimizer = run(first, objective, interrupted, steps=stop, rate=3e-3)
+    kept = {name: array.copy() for name, array in interrupted.state().items()}
     weights, moments = copy.deepcopy(first.state_dict()), copy.deepcopy(optimizer.state_dict())
 
     second, resumed = policy(objective, seed=9), rollouts(frozen)
@@ -309,21 +309,21 @@ def test_a_run_killed_within_a_phase_goes_on_bit_for_bit(stop: int) -> None:
     again.load_state_dict(moments)
     resumed.restore(kept)
     run(second, objective, resumed, steps=10 - stop, rate=3e-3, start=stop, optimizer=again)
-    for name, tensor in whole.state_dict().items():
+    for name, tensor in uninterrupted.state_dict().items():
         assert torch.equal(tensor, second.state_dict()[name]), name
-    # repr, because a truth that nobody measures is nan.
+    # repr, because a reward that is not logged is nan.
     assert repr(resumed.history) == repr(source.history)
     assert [s.text for s in resumed.samples] == [s.text for s in source.samples]
 
 
-# ---- judges and comparisons
+# ---- rewards and preferences
 
 
 def sample(text: str, prompt: str = "q") -> Rollout:
     return Rollout(ByteCoder().encode(prompt), np.append(ByteCoder().encode(text), 3).astype(np.int32), text, True)
 
 
-def test_preference_without_noise_is_the_truth_and_ties_say_nothing() -> None:
+def test_preferences_without_noise_follow_the_reward() -> None:
     first, second = (
         [sample("ab"), sample("xy"), sample("xx"), sample("ab")],
         [sample("ee"), sample("xa"), sample("zz"), sample("ab")],
@@ -337,7 +337,7 @@ def test_preference_without_noise_is_the_truth_and_ties_say_nothing() -> None:
         )
 
 
-def test_noisy_preference_is_bradley_terry() -> None:
+def test_noisy_preferences_follow_bradley_terry() -> None:
     first, second = [sample("aaaa")] * 4000, [sample("axyz")] * 4000
     kept = sample_preference(first, second, truth, tokenizer=ByteCoder(), noise=0.5, rng=np.random.default_rng(0))
     share = np.mean([c.chosen.text == "aaaa" for c in kept])
@@ -346,36 +346,36 @@ def test_noisy_preference_is_bradley_terry() -> None:
     assert all(c.margin == pytest.approx(3 / 8 if c.chosen.text == "aaaa" else -3 / 8) for c in kept)
 
 
-def test_comparisons_come_back_from_their_file(tmp_path: Path) -> None:
+def test_preference_pairs_survive_a_file(tmp_path: Path) -> None:
     kept = sample_preference([sample("é€")], [sample("aa")], truth, tokenizer=ByteCoder(), rng=np.random.default_rng(0))
     write_preference_pairs(kept, tmp_path / "c.jsonl", ByteCoder().decode)
     [back] = read_preference_pairs(tmp_path / "c.jsonl")
     a, b = PreferencePairs(kept)[0], PreferencePairs([back])[0]
     assert all(np.array_equal(a[name], b[name]) for name in a)
     assert (back.chosen.text, back.rejected.text, back.margin) == ("aa", "é€", kept[0].margin)
-    # The texts are those of every other preference.
+    # The texts have the common format of preferences.
     record = json.loads((tmp_path / "c.jsonl").read_text())
     prompt, chosen, rejected = conversations.comparison(record)
     assert prompt == [{"role": "user", "content": ByteCoder().decode(kept[0].chosen.prompt)}]
     assert [chosen[0]["content"], rejected[0]["content"]] == ["aa", "é€"]
     (tmp_path / "c.jsonl").write_text('{"prompt": [1]}\n')
-    with pytest.raises(UserError, match=r"c\.jsonl:1: not a comparison"):
+    with pytest.raises(UserError, match=r"c\.jsonl:1: this is not a pair of answers"):
         read_preference_pairs(tmp_path / "c.jsonl")
 
 
-# ---- annotation
+# ---- precomputed fields
 
 
-def annotated(model: LM, count: int, **where: object) -> tuple[PrecomputedSource, PreferencePairs]:
+def precomputed(model: LM, count: int, **where: object) -> tuple[PrecomputedSource, PreferencePairs]:
     source = PreferencePairs(
         [PreferencePair(sample("ab" * (i % 5 + 1)), sample("x" * (i % 3 + 1)), 0.0) for i in range(count)]
     )
     return precompute(source, model, build_comparison, ref_logprobs, batch_size=2, **where), source  # type: ignore[arg-type]
 
 
-def test_annotation_is_what_the_model_says_of_each_example() -> None:
+def test_precomputed_fields_are_those_of_each_example() -> None:
     model = letters_only(policy(DPO()))
-    found, source = annotated(model, 50)
+    found, source = precomputed(model, 50)
     for i in (0, 13, 31, 32, 49):
         rows = build_comparison(source[i])
         with torch.no_grad():
@@ -384,29 +384,29 @@ def test_annotation_is_what_the_model_says_of_each_example() -> None:
         assert found[i].keys() == source[i].keys() | {"reference"}
 
 
-def test_annotation_goes_on_where_it_was_and_knows_its_model(tmp_path: Path) -> None:
+def test_precompute_resumes_and_detects_another_model(tmp_path: Path) -> None:
     model = letters_only(policy(DPO()))
-    whole, _ = annotated(model, 50)
+    whole, _ = precomputed(model, 50)
 
     def interrupt(done: int) -> None:
         raise KeyboardInterrupt(done)
 
     with pytest.raises(KeyboardInterrupt, match="32"):
-        annotated(model, 50, directory=tmp_path, progress=interrupt)
+        precomputed(model, 50, directory=tmp_path, progress=interrupt)
     [place] = tmp_path.iterdir()
     assert read_record(place / "done.json") == {"done": 32, "fields": ["reference"]}
-    told: list[int] = []
-    resumed, _ = annotated(model, 50, directory=tmp_path, progress=told.append)
-    assert told == [50]
+    finished: list[int] = []
+    resumed, _ = precomputed(model, 50, directory=tmp_path, progress=finished.append)
+    assert finished == [50]
     assert np.array_equal(resumed.fields["reference"], whole.fields["reference"])
-    annotated(model, 50, directory=tmp_path, progress=told.append)
-    assert told == [50], "a finished annotation is only opened"
-    other, _ = annotated(letters_only(policy(DPO(), seed=4)), 50, directory=tmp_path)
+    precomputed(model, 50, directory=tmp_path, progress=finished.append)
+    assert finished == [50], "finished fields are only opened"
+    other, _ = precomputed(letters_only(policy(DPO(), seed=4)), 50, directory=tmp_path)
     assert not np.allclose(other.fields["reference"], whole.fields["reference"])
 
 
-def test_annotation_knows_every_example(tmp_path: Path) -> None:
-    """Half-way, one record is changed: nothing that was said of the old one is taken for it."""
+def test_precompute_detects_changed_examples(tmp_path: Path) -> None:
+    """One record is changed: the numbers of the old one are not reused."""
     model = letters_only(policy(DPO()))
     pairs = [PreferencePair(sample("ab" * (i % 5 + 1)), sample("x" * (i % 3 + 1)), 0.0) for i in range(500)]
     source = PreferencePairs(pairs)

@@ -1,4 +1,4 @@
-"""DPO's and the reward model's loss and gradients against TRL's own trainers, on one Llama with random weights."""
+"""Loss and gradients of DPO and the reward model against TRL's trainers, on one Llama with random weights."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -46,7 +46,7 @@ def tokenizer() -> object:
 
 @pytest.fixture(scope="module")
 def pairs() -> list[dict[str, list[int]]]:
-    """Prompts and two answers each, of very different lengths."""
+    """Return prompts and two answers each, of very different lengths."""
     rng = np.random.default_rng(0)
 
     def row(least: int, most: int) -> list[int]:
@@ -85,59 +85,55 @@ def imported(model: torch.nn.Module, directory: Path) -> LM:
 
 @pytest.fixture(autouse=True)
 def one_kernel() -> Iterator[None]:
-    """One order of additions on every CPU: kernels differ in the last bit of sums of about -60, which beta doubles."""
+    """Fix the order of additions on every CPU: kernels differ in the last bit of sums of about -60, which beta doubles."""
     with kernels.forced({"attention-fp32": "blocks-64"}):
         yield
 
 
 @pytest.mark.parametrize("beta", [0.1, 2.0])
-def test_dpo_is_that_of_trl(
-    beta: float, pairs: list, source: PreferencePairs, tokenizer: object, tmp_path: Path
-) -> None:
+def test_dpo_equals_trl(beta: float, pairs: list, source: PreferencePairs, tokenizer: object, tmp_path: Path) -> None:
     policy, frozen = (llama(seed, transformers.LlamaForCausalLM) for seed in (0, 1))
-    ours, ours_frozen = imported(policy, tmp_path / "a"), imported(frozen, tmp_path / "b")
-    theirs = trainer("DPO", policy, tokenizer, tmp_path / "t", {"beta": beta}, ref_model=frozen)
+    firth_model, firth_frozen = imported(policy, tmp_path / "a"), imported(frozen, tmp_path / "b")
+    trl_trainer = trainer("DPO", policy, tokenizer, tmp_path / "t", {"beta": beta}, ref_model=frozen)
     policy.eval()
-    loss = theirs.compute_loss(policy, theirs.data_collator(pairs))
+    loss = trl_trainer.compute_loss(policy, trl_trainer.data_collator(pairs))
     loss.backward()
 
-    annotated = precompute(source, ours_frozen, build_comparison, ref_logprobs, batch_size=4)
+    precomputed = precompute(source, firth_frozen, build_comparison, ref_logprobs, batch_size=4)
     objective = DPO(beta=beta)
-    # Two micro-batches of unequal content, which must not matter.
+    # Two micro-batches of unequal content, which must not change the result.
     batches = Batches(
-        annotated, objective, ByteCoder.vocab, batch_size=PAIRS, seed=0, gradient_accumulation_steps=2
+        precomputed, objective, ByteCoder.vocab, batch_size=PAIRS, seed=0, gradient_accumulation_steps=2
     ).batches(0)
-    terms = step(ours, objective, batches)
+    terms = step(firth_model, objective, batches)
     assert abs(float(terms["dpo"]) - float(loss)) < 1e-5
-    logged = {name: values[-1] for name, values in theirs._metrics["eval"].items()}
+    logged = {name: values[-1] for name, values in trl_trainer._metrics["eval"].items()}
     assert float(terms["margin"]) == pytest.approx(logged["rewards/margins"], abs=1e-5)
     assert beta * float(terms["chosen"]) == pytest.approx(logged["rewards/chosen"], abs=1e-5)
     assert beta * float(terms["rejected"]) == pytest.approx(logged["rewards/rejected"], abs=1e-5)
     assert float(terms["accuracy"]) == pytest.approx(logged["rewards/accuracies"])
-    assert torch.allclose(ours.tokens.weight.grad, policy.model.embed_tokens.weight.grad, atol=1e-5)
+    assert torch.allclose(firth_model.tokens.weight.grad, policy.model.embed_tokens.weight.grad, atol=1e-5)
 
 
-def test_the_reward_loss_is_that_of_trl(
-    pairs: list, source: PreferencePairs, tokenizer: object, tmp_path: Path
-) -> None:
+def test_reward_loss_equals_trl(pairs: list, source: PreferencePairs, tokenizer: object, tmp_path: Path) -> None:
     scorer = llama(2, transformers.LlamaForSequenceClassification)
-    trunk = llama(3, transformers.LlamaForCausalLM)
-    trunk.model.load_state_dict(scorer.model.state_dict())
+    causal_lm = llama(3, transformers.LlamaForCausalLM)
+    causal_lm.model.load_state_dict(scorer.model.state_dict())
     head = torch.nn.Linear(32, 1, bias=False)
     head.weight.data.copy_(scorer.score.weight)
-    ours = imported(trunk, tmp_path / "a")
-    ours.heads["reward"] = head
-    theirs = trainer("Reward", scorer, tokenizer, tmp_path / "t", {})
+    firth_model = imported(causal_lm, tmp_path / "a")
+    firth_model.heads["reward"] = head
+    trl_trainer = trainer("Reward", scorer, tokenizer, tmp_path / "t", {})
     scorer.eval()
     whole = [{f"{side}_ids": p["prompt_ids"] + p[f"{side}_ids"] for side in ("chosen", "rejected")} for p in pairs]
-    loss = theirs.compute_loss(scorer, theirs.data_collator(whole))
+    loss = trl_trainer.compute_loss(scorer, trl_trainer.data_collator(whole))
     loss.backward()
 
     batches = Batches(source, RewardModeling(), ByteCoder.vocab, batch_size=PAIRS, seed=0).batches(0)
-    terms = step(ours, RewardModeling(), batches)
+    terms = step(firth_model, RewardModeling(), batches)
     assert abs(float(terms["reward"]) - float(loss)) < 1e-5
-    logged = {name: values[-1] for name, values in theirs._metrics["eval"].items()}
+    logged = {name: values[-1] for name, values in trl_trainer._metrics["eval"].items()}
     assert float(terms["accuracy"]) == pytest.approx(logged["accuracy"])
     assert float(terms["margin"]) == pytest.approx(logged["margin"], abs=1e-5)
     assert torch.allclose(head.weight.grad, scorer.score.weight.grad, atol=1e-5)
-    assert torch.allclose(ours.tokens.weight.grad, scorer.model.embed_tokens.weight.grad, atol=1e-5)
+    assert torch.allclose(firth_model.tokens.weight.grad, scorer.model.embed_tokens.weight.grad, atol=1e-5)

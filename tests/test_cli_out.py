@@ -16,8 +16,17 @@ from firth.pretrained.load_save import save_model
 from firth.tokenizer.train import train
 from firth.types import UserError
 
-TINY = ["model.hidden_size=32", "model.num_layers=1", "model.num_heads=1", "model.num_kv_heads=1", "model.head_dim=0", "tokenizer.vocab_size=300",
-        "examples.max_length=16", "max_steps=1", "sample_prompts=[]"]  # fmt: skip
+TINY = [
+    "model.hidden_size=32",
+    "model.num_layers=1",
+    "model.num_heads=1",
+    "model.num_kv_heads=1",
+    "model.head_dim=0",
+    "tokenizer.vocab_size=300",
+    "examples.max_length=16",
+    "max_steps=1",
+    "sample_prompts=[]",
+]
 COMMANDS = {
     "train": ["train", "gpt", *TINY, "data.path={text}", "--out", "{out}"],
     "export": ["export", "{model}", "{out}"],

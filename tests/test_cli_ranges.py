@@ -25,7 +25,9 @@ def number_options() -> list[tuple[tuple[str, ...], str, str]]:
                     continue
                 [option] = hint.__metadata__
                 assert isinstance(option, typer.models.OptionInfo), f"{name}: a number is an option, never an argument"
-                named = isinstance(option.default, str)  # typer.Option("--max-new-tokens", "-n") takes its first name so
+                named = isinstance(
+                    option.default, str
+                )  # typer.Option("--max-new-tokens", "-n") takes its first name so
                 written = option.default if named else f"--{parameter.replace('_', '-')}"
                 found.append(((*path, name), written, "float" if "float" in str(hint.__origin__) else "int"))
     return found

@@ -1,4 +1,4 @@
-"""Steps of examples of like length: nothing is left out or met twice, resume is a number, and the sums stay what they are."""
+"""Length-grouped batches: every example occurs once per epoch, a run resumes exactly, and sums are unchanged."""
 
 from __future__ import annotations
 
@@ -40,48 +40,52 @@ def batches(n: int = 53, *, rows: int = 4, sort: int = 5, seed: int = 3, **more:
 
 
 @pytest.mark.parametrize(("n", "rows", "sort"), [(53, 4, 5), (40, 4, 5), (7, 3, 50), (1, 1, 2)])
-def test_each_example_comes_once_in_each_epoch_and_near_its_place(n: int, rows: int, sort: int) -> None:
+def test_grouping_keeps_epochs_and_moves_examples_little(n: int, rows: int, sort: int) -> None:
     made, steps = batches(n, rows=rows, sort=sort), 6 * sort
-    met = np.stack([made.positions(step) for step in range(steps)])
-    assert np.array_equal(np.sort(met.ravel()), np.arange(steps * rows))
-    home = met // rows  # the step in which it would have come
-    assert (np.abs(home - np.arange(steps)[:, None]) < sort).all()
-    epochs, indices = made.source.order(made.seed, met.ravel())
+    positions = np.stack([made.positions(step) for step in range(steps)])
+    assert np.array_equal(np.sort(positions.ravel()), np.arange(steps * rows))
+    original = positions // rows  # the step without grouping
+    assert (np.abs(original - np.arange(steps)[:, None]) < sort).all()
+    epochs, indices = made.source.order(made.seed, positions.ravel())
     for epoch in range(steps * rows // n):
         assert np.array_equal(np.sort(indices[epochs == epoch]), np.arange(n))
 
 
-def test_resume_is_a_number_and_the_seed_decides() -> None:
-    going, resumed = batches(), batches()
-    whole = [going.batches(step) for step in range(23)]
+def test_batches_depend_only_on_seed_and_step() -> None:
+    first_run, resumed = batches(), batches()
+    whole = [first_run.batches(step) for step in range(23)]
     for step in (22, 7, 13):  # in any order
         [one], [other] = whole[step], resumed.batches(step)
         assert one.keys() == other.keys()
         assert all(torch.equal(one[name], other[name]) for name in one)
     other_seed = batches(seed=4)
-    assert any(not np.array_equal(going.positions(s), other_seed.positions(s)) for s in range(5))
+    assert any(not np.array_equal(first_run.positions(s), other_seed.positions(s)) for s in range(5))
 
 
-def test_ranks_and_micro_batches_share_a_step() -> None:
+def test_ranks_and_micro_batches_split_a_step() -> None:
     """Each reads its part of the same examples."""
     for step in (0, 9):
         [whole] = batches(rows=8).batches(step)
-        parts = [p for rank in range(2) for p in batches(rows=8, rank=rank, world=2, accumulate=2).batches(step)]
-        firsts = [row[0].item() for part in parts for row in part["tokens"]]
+        micro_batches = [
+            p
+            for rank in range(2)
+            for p in batches(rows=8, rank=rank, world=2, gradient_accumulation_steps=2).batches(step)
+        ]
+        firsts = [row[0].item() for batch in micro_batches for row in batch["tokens"]]
         assert firsts == whole["tokens"][:, 0].tolist()
 
 
-def test_lengths_are_alike_and_their_order_is_drawn() -> None:
-    plain, alike = (batches(400, rows=8, sort=sort) for sort in (0, 25))
-    slots = [sum(m.batches(step)[0]["tokens"].numel() for step in range(50)) for m in (plain, alike)]
-    useful = sum(int(alike.source.lengths[i]) for i in alike.source.order(3, np.arange(400))[1])  # type: ignore[index]
+def test_lengths_within_a_step_are_similar_and_steps_shuffled() -> None:
+    plain, grouped = (batches(400, rows=8, sort=sort) for sort in (0, 25))
+    slots = [sum(m.batches(step)[0]["tokens"].numel() for step in range(50)) for m in (plain, grouped)]
+    useful = sum(int(grouped.source.lengths[i]) for i in grouped.source.order(3, np.arange(400))[1])  # type: ignore[index]
     assert slots[1] < 1.08 * useful < slots[0] / 1.3
-    lengths = [alike.batches(step)[0]["tokens"].shape[1] for step in range(25)]
+    lengths = [grouped.batches(step)[0]["tokens"].shape[1] for step in range(25)]
     assert lengths != sorted(lengths)
     assert abs(np.corrcoef(lengths, np.arange(25))[0, 1]) < 0.6
 
 
-def test_deal_is_a_permutation_and_differs_from_window_to_window() -> None:
+def test_grouping_is_a_permutation_that_differs_by_group() -> None:
     sizes = np.random.default_rng(0).integers(1, 9, 60)
     dealt = [length_grouped_batches(sizes, 10, 0, number) for number in range(3)]
     for one in dealt:
@@ -91,7 +95,7 @@ def test_deal_is_a_permutation_and_differs_from_window_to_window() -> None:
     assert not np.array_equal(dealt[0], dealt[1])
 
 
-def test_the_sums_of_a_window_are_those_of_the_order_as_drawn() -> None:
+def test_loss_and_gradient_sums_are_unchanged() -> None:
     config = encoder_config(
         vocab_size=tokenizer().vocab.size, hidden_size=32, num_layers=1, num_heads=2, max_positions=32
     )
@@ -112,7 +116,7 @@ def test_the_sums_of_a_window_are_those_of_the_order_as_drawn() -> None:
     torch.testing.assert_close(total(batches(sort=5)), total(batches(sort=0)), rtol=1e-5, atol=1e-5)
 
 
-def test_sizes_follow_the_examples(tmp_path: Path) -> None:
+def test_source_lengths_follow_token_counts(tmp_path: Path) -> None:
     path = tmp_path / "rows.csv"
     path.write_text("text,label\n" + "".join(f"{'word ' * (i % 7 + 1)},{i % 2}\n" for i in range(30)))
     source = LabeledTexts([str(path)], tokenizer(), 64)
@@ -128,7 +132,7 @@ def test_sizes_follow_the_examples(tmp_path: Path) -> None:
     assert np.all(np.diff(Seq2SeqRecords([str(lines)], tokenizer(), 64).lengths) < 0)
 
 
-def test_lengths_that_are_not_known_are_refused() -> None:
+def test_grouping_needs_known_lengths() -> None:
     class Unknown(Source):
         def __len__(self) -> int:
             return 3

@@ -1,4 +1,4 @@
-"""Batches: nothing about how a step is cut, padded or packed changes what is learnt."""
+"""Batches: training does not depend on how a step is split, padded or packed."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ VOCAB = Vocab(size=50, roles={"pad": 0}, special=np.arange(50) < 1)
 
 
 @dataclass(frozen=True)
-class Stranger:
-    """An objective that this house has never seen: a new target field, a new measure, and a random draw."""
+class UnknownObjective:
+    """An objective that firth does not know: a new label field, a new metric, and random draws."""
 
     labels: ClassVar[dict[str, str]] = {"surprise": "wonder"}
     metrics: ClassVar[dict[str, str]] = {"awe": "astonishment"}
@@ -51,7 +51,7 @@ class Stranger:
 
 
 def rows_of(batch: Batch) -> list[tuple[int, ...]]:
-    """The real tokens of each row."""
+    """Return the real tokens of each row."""
     never = batch["key_time"] == NEVER if "key_time" in batch else torch.zeros_like(batch["tokens"], dtype=torch.bool)
     return [tuple(t[~n].tolist()) for t, n in zip(batch["tokens"], never, strict=True)]
 
@@ -60,25 +60,27 @@ def contents(batches: list[Batch]) -> list[tuple[int, ...]]:
     return [row for batch in batches for row in rows_of(batch)]
 
 
-def test_resume_is_a_number() -> None:
+def test_batches_depend_only_on_the_step() -> None:
     def make() -> Batches:
-        return Batches(Counting(37), Stranger(), VOCAB, batch_size=8, seed=4, gradient_accumulation_steps=2)
+        return Batches(Counting(37), UnknownObjective(), VOCAB, batch_size=8, seed=4, gradient_accumulation_steps=2)
 
-    going = [batch for step in range(12) for batch in make().batches(step)]
+    first_run = [batch for step in range(12) for batch in make().batches(step)]
     resumed = [batch for step in range(7, 12) for batch in make().batches(step)]
-    for one, other in zip(going[14:], resumed, strict=True):
+    for one, other in zip(first_run[14:], resumed, strict=True):
         assert one.keys() == other.keys()
         assert all(torch.equal(one[k], other[k]) for k in one)
 
 
 @pytest.mark.parametrize("rows", [8, 9, 13])
 @pytest.mark.parametrize("packed", [0, 32])
-def test_ranks_and_micro_batches_share_the_step_and_its_draws(rows: int, packed: int) -> None:
-    def told(world: int, accumulate: int) -> dict[tuple[int, ...], float]:
+def test_ranks_and_micro_batches_split_a_step_and_its_draws(rows: int, packed: int) -> None:
+    def draws_of(world: int, accumulate: int) -> dict[tuple[int, ...], float]:
         found: dict[tuple[int, ...], float] = {}
         for rank in range(world):
-            b = Batches(Counting(40), Stranger(), VOCAB, batch_size=rows, seed=1, gradient_accumulation_steps=accumulate, rank=rank, world=world,
-                        pack_to_length=packed)  # fmt: skip
+            b = Batches(
+                Counting(40), UnknownObjective(), VOCAB, batch_size=rows, seed=1, gradient_accumulation_steps=accumulate,
+                rank=rank, world=world, pack_to_length=packed,
+            )  # fmt: skip
             for batch in b.batches(3):
                 for tokens, draw in zip(
                     batch["tokens"].flatten().tolist(), batch["draw"].flatten().tolist(), strict=True
@@ -87,37 +89,40 @@ def test_ranks_and_micro_batches_share_the_step_and_its_draws(rows: int, packed:
                         found[tokens] = found.get(tokens, 0.0) + draw
         return found
 
-    whole = told(1, 1)
+    whole = draws_of(1, 1)
     assert len(whole) == rows
     for world, accumulate in ((1, 4), (2, 1), (2, 3), (4, 2)):
-        cut = told(world, accumulate)
+        cut = draws_of(world, accumulate)
         assert cut == pytest.approx(whole, abs=1e-5)
 
 
-def test_every_epoch_shows_every_example_once() -> None:
-    b = Batches(Counting(30), Stranger(), VOCAB, batch_size=10, seed=0)
+def test_every_epoch_has_every_example_once() -> None:
+    b = Batches(Counting(30), UnknownObjective(), VOCAB, batch_size=10, seed=0)
     for epoch in range(2):
         seen = [row[0] for step in range(3) for row in contents(b.batches(3 * epoch + step))]
         assert sorted(seen) == list(range(1, 31))
 
 
-def test_once_is_the_whole_source_in_order_shared_by_ranks() -> None:
+def test_all_batches_cover_the_source_in_order_over_ranks() -> None:
     everything = [
-        row[0] for row in contents(list(Batches(Counting(30), Stranger(), VOCAB, batch_size=8, seed=0).all_batches()))
+        row[0]
+        for row in contents(list(Batches(Counting(30), UnknownObjective(), VOCAB, batch_size=8, seed=0).all_batches()))
     ]
     assert everything == list(range(1, 31))
     shared = [
         row[0]
         for rank in range(3)
         for row in contents(
-            list(Batches(Counting(30), Stranger(), VOCAB, batch_size=4, seed=0, rank=rank, world=3).all_batches())
+            list(
+                Batches(Counting(30), UnknownObjective(), VOCAB, batch_size=4, seed=0, rank=rank, world=3).all_batches()
+            )
         )
     ]
     assert sorted(shared) == everything
 
 
-def test_padding_asks_nothing_even_in_a_stranger_s_fields() -> None:
-    b = Batches(Counting(40), Stranger(), VOCAB, batch_size=16, seed=0)
+def test_padding_has_no_label_in_unknown_fields() -> None:
+    b = Batches(Counting(40), UnknownObjective(), VOCAB, batch_size=16, seed=0)
     for packed in (0, 25):
         b.pack_to_length = packed
         batch = b.batches(0)[0]
@@ -129,7 +134,7 @@ def test_padding_asks_nothing_even_in_a_stranger_s_fields() -> None:
         assert (batch["wonder"][~padding] != IGNORE).all()
 
 
-def test_what_nobody_needs_is_left_out() -> None:
+def test_unneeded_fields_are_omitted() -> None:
     same = [{"tokens": np.arange(4)}] * 3
     assert set(collate(same)) == {"tokens"}
     assert set(collate([*same, {"tokens": np.arange(3)}])) == {"tokens", "key_time"}
@@ -148,7 +153,7 @@ def test_types_of_fields() -> None:
     }  # fmt: skip
 
 
-def test_examples_may_differ_in_the_fields_of_the_rule_only() -> None:
+def test_examples_may_differ_only_in_attention_fields() -> None:
     plain = {"tokens": np.array([1, 2])}
     several = {"tokens": np.array([3, 4, 5]), "document_ids": np.array([0, 0, 1]), **layout.causal(3)}
     batch = collate([plain, several])
@@ -161,7 +166,7 @@ def test_examples_may_differ_in_the_fields_of_the_rule_only() -> None:
         collate([plain | {"rank": np.zeros(3)}, plain | {"rank": np.zeros(4)}])
 
 
-def test_groups_keep_their_axis() -> None:
+def test_grouped_rows_keep_their_axis() -> None:
     def row(n: int) -> Example:
         return {"tokens": np.arange(1, n + 1), **layout.causal(n)}
 
@@ -176,7 +181,7 @@ def test_groups_keep_their_axis() -> None:
     assert packed["document_ids"].shape == packed["tokens"].shape
 
 
-def test_packing_keeps_every_example_whole_and_apart() -> None:
+def test_packing_keeps_every_example_whole_and_isolated() -> None:
     source = Counting(60)
     examples = [source[i] | {"labels": np.arange(len(source[i]["tokens"]))} for i in range(60)]
     batch = pack(examples, 24)
@@ -195,13 +200,13 @@ def test_packing_keeps_every_example_whole_and_apart() -> None:
     assert found == {1 + i: e["tokens"].tolist() for i, e in enumerate(examples)}
 
 
-def test_packing_numbers_on_behind_an_example_s_own_documents() -> None:
+def test_packing_continues_the_numbers_of_own_documents() -> None:
     a = {"tokens": np.arange(5), "document_ids": np.array([0, 0, 1, 2, 2])}
     b = {"tokens": np.arange(3)}
     assert pack([a, b], 8)["document_ids"].tolist() == [[1, 1, 2, 3, 3, 4, 4, 4]]
 
 
-def test_packing_an_encoder_decoder_packs_both_sides_alike() -> None:
+def test_packing_an_encoder_decoder_packs_both_sides() -> None:
     rng = np.random.default_rng(0)
     examples = [
         layout.seq2seq(np.full(rng.integers(1, 15), i), np.full(rng.integers(1, 9), i), start=0) for i in range(1, 30)
@@ -221,7 +226,7 @@ def test_packing_an_encoder_decoder_packs_both_sides_alike() -> None:
     assert seen == 29
 
 
-def test_packing_refuses_what_it_cannot_hold() -> None:
+def test_packing_rejects_unsupported_examples() -> None:
     with pytest.raises(UserError, match="no token axis"):
         pack([{"tokens": np.arange(3), "preferred": 0}], 8)
     with pytest.raises(UserError, match="9 tokens does not fit"):
@@ -229,7 +234,7 @@ def test_packing_refuses_what_it_cannot_hold() -> None:
 
 
 def test_first_fit_is_first_fit_decreasing() -> None:
-    """Against the definition, written out; and its bound of 11/9 of what is needed at least."""
+    """Compare with the definition, and check the bound of 11/9 of the optimum."""
     rng = np.random.default_rng(0)
     for sides in (1, 2):
         for _ in range(50):
@@ -249,7 +254,7 @@ def test_first_fit_is_first_fit_decreasing() -> None:
 
 
 @pytest.mark.parametrize("encoder", [0, 1])
-def test_padding_and_packing_change_no_answer(encoder: int) -> None:
+def test_padding_and_packing_do_not_change_outputs(encoder: int) -> None:
     torch.manual_seed(0)
     model = LM(
         ModelConfig(
@@ -288,7 +293,7 @@ def test_padding_and_packing_change_no_answer(encoder: int) -> None:
 
 
 def preference(rng: np.random.Generator) -> Example:
-    """A comparison of two answers of their own lengths, with the reference's log-probabilities."""
+    """A preference pair with answers of different lengths and reference log-probabilities."""
     example: Example = {"reference": rng.normal(size=2)}
     for which in ("chosen", "rejected"):
         n = int(rng.integers(4, 20))
@@ -297,13 +302,13 @@ def preference(rng: np.random.Generator) -> Example:
 
 
 @pytest.mark.parametrize("objective", [CausalLM(), SFT(), DPO(), RewardModeling()], ids=lambda o: type(o).__name__)
-def test_causal_rows_padded_at_their_end_take_the_causal_kernel(
+def test_causal_rows_with_end_padding_use_the_causal_kernel(
     objective: Objective, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """And learn what each row alone would teach: the same losses and the same gradients."""
-    lowered: list[AttentionMask] = []
-    lower = AttentionMask.from_times
-    monkeypatch.setattr(AttentionMask, "from_times", lambda *given: lowered.append(lower(*given)) or lowered[-1])
+    """The losses and gradients are those of each row alone."""
+    masks: list[AttentionMask] = []
+    from_times = AttentionMask.from_times
+    monkeypatch.setattr(AttentionMask, "from_times", lambda *given: masks.append(from_times(*given)) or masks[-1])
     torch.manual_seed(0)
     config = ModelConfig(
         vocab_size=50, hidden_size=32, num_layers=2, num_heads=2, intermediate_size=64, max_positions=64
@@ -323,35 +328,33 @@ def test_causal_rows_padded_at_their_end_take_the_causal_kernel(
     batch = collate(shown)
     assert (batch["key_time"] == NEVER).any(), "nothing is padded here"
     together, gradients = learn([batch])
-    last = (
-        [False] if isinstance(objective, RewardModeling) else []
-    )  # of which the last block is run for one token of a row
-    assert [mask.is_causal for mask in lowered] == [True, *last]
-    assert lowered[0].mask is None
-    alone, wanted = learn([collate([one]) for one in shown])
+    last = [False] if isinstance(objective, RewardModeling) else []  # its last block runs for one token of a row
+    assert [mask.is_causal for mask in masks] == [True, *last]
+    assert masks[0].mask is None
+    alone, expected_gradients = learn([collate([one]) for one in shown])
     assert together == pytest.approx(alone, rel=1e-5)
-    assert len(gradients) == len(wanted) > 20
-    for mine, other in zip(gradients, wanted, strict=True):
+    assert len(gradients) == len(expected_gradients) > 20
+    for mine, other in zip(gradients, expected_gradients, strict=True):
         torch.testing.assert_close(mine, other, atol=2e-5, rtol=1e-4)
-    # The same rows with padding that looks: another kernel, the same answers.
-    looking, _ = learn([batch | {"query_time": batch["query_time"].clamp(min=0)}])
-    assert not lowered[-1 - len(last)].is_causal
-    assert looking == pytest.approx(together, rel=1e-5)
+    # The same rows with padded queries that attend: another kernel, the same results.
+    attending, _ = learn([batch | {"query_time": batch["query_time"].clamp(min=0)}])
+    assert not masks[-1 - len(last)].is_causal
+    assert attending == pytest.approx(together, rel=1e-5)
 
 
-def test_batches_refuse_what_cannot_be_shared_or_is_empty() -> None:
+def test_batches_reject_empty_sources_and_small_steps() -> None:
     with pytest.raises(UserError, match="cannot be shared"):
-        Batches(Counting(10), Stranger(), VOCAB, batch_size=3, seed=0, gradient_accumulation_steps=2, world=2)
+        Batches(Counting(10), UnknownObjective(), VOCAB, batch_size=3, seed=0, gradient_accumulation_steps=2, world=2)
     with pytest.raises(UserError, match="nothing to train on"):
-        Batches(Counting(0), Stranger(), VOCAB, batch_size=3, seed=0)
+        Batches(Counting(0), UnknownObjective(), VOCAB, batch_size=3, seed=0)
 
 
 @pytest.mark.parametrize("rate", [0.01, 0.15, 0.9])
-@pytest.mark.parametrize("framed", [False, True])
-def test_many_masked_examples_are_those_of_each(tmp_path: Path, rate: float, framed: bool) -> None:
-    """At a rate of 0.9 more tokens are hidden than there are draws for at once."""
+@pytest.mark.parametrize("with_special_tokens", [False, True])
+def test_masking_many_examples_equals_masking_each(tmp_path: Path, rate: float, with_special_tokens: bool) -> None:
+    """At a rate of 0.9 more tokens are masked than are drawn at once."""
     made, vocab = store(tmp_path), tokenizer().vocab
-    pieces = DocumentChunks(made, 24, vocab if framed else None)
+    pieces = DocumentChunks(made, 24, vocab if with_special_tokens else None)
     indices = np.array([3, 0, len(pieces) - 1, 7, 7])
     streams = [(epoch, int(i)) for epoch, i in enumerate(indices)]
     examples = pieces.many(indices.tolist())

@@ -1,4 +1,4 @@
-"""Every row of docs/reference/data-formats.md is read as the page says, or rejected with the sentence that the page has."""
+"""Every row of docs/reference/data-formats.md is read as documented, or rejected with the documented message."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ PAGE = (Path(__file__).parents[1] / "docs" / "reference" / "data-formats.md").re
 
 
 def rows_of(title: str) -> list[list[str]]:
-    """The cells of the rows of one table of the page."""
+    """Return the cells of the rows of one table of the page."""
     part = PAGE.partition(f"\n## {title}\n")[2].partition("\n## ")[0]
     rows = [[cell.strip() for cell in line.strip("| ").split(" | ")] for line in part.splitlines() if line[:1] == "|"]
     return rows[2:]
@@ -37,15 +37,19 @@ def record_of(cell: str) -> dict[str, Any]:
     return json.loads(cell.strip("`"))
 
 
-def written(messages: list[Message], as_role: str = "") -> list[str]:
-    """Messages as the page writes them."""
+def formatted(messages: list[Message], as_role: str = "") -> list[str]:
+    """Format messages as the page does."""
     return [f"{as_role or m['role']}: {m['content']}".replace("\n", "\\n") for m in messages]
 
 
 READERS = {
-    "classification": LabeledTexts, "regression": ScoredTexts, "multiple_choice": MultipleChoiceRecords, "token_classification": TaggedSentences, "question_answering": partial(QuestionRecords, question=16),
+    "classification": LabeledTexts,
+    "regression": ScoredTexts,
+    "multiple_choice": MultipleChoiceRecords,
+    "token_classification": TaggedSentences,
+    "question_answering": partial(QuestionRecords, question=16),
     "weak_supervision": partial(AnnotatedTexts, fields=TextFields(label_field="labels")),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("row", rows_of("Classes, numbers, choices, tags, spans"), ids=lambda row: row[0])
@@ -57,37 +61,37 @@ def test_a_labeled_record_is_read(tmp_path: Path, row: list[str]) -> None:
 
 
 @pytest.mark.parametrize("row", rows_of("Dialogues"), ids=lambda row: row[0])
-def test_a_dialogue_is_read_as_the_page_says(row: list[str]) -> None:
+def test_a_dialogue_is_read_as_documented(row: list[str]) -> None:
     record = record_of(row[1])
-    assert "; ".join(written(messages_of(record))) == row[2]
-    assert "; ".join(written(prompt_of(record))) == row[2].rpartition("; assistant: ")[0]
+    assert "; ".join(formatted(messages_of(record))) == row[2]
+    assert "; ".join(formatted(prompt_of(record))) == row[2].rpartition("; assistant: ")[0]
 
 
 @pytest.mark.parametrize("row", rows_of("Preferences"), ids=lambda row: row[0])
-def test_a_preference_is_read_as_the_page_says(row: list[str]) -> None:
+def test_a_preference_is_read_as_documented(row: list[str]) -> None:
     prompt, chosen, rejected = comparison(record_of(row[1]))
-    parts = [*written(prompt), *written(chosen, "chosen"), *written(rejected, "rejected")]
+    parts = [*formatted(prompt), *formatted(chosen, "chosen"), *formatted(rejected, "rejected")]
     assert "; ".join(parts) == row[2]
     assert prompt_of(record_of(row[1])) == prompt
 
 
 @pytest.mark.parametrize("row", rows_of("Rankings"), ids=lambda row: row[0])
-def test_a_ranking_is_read_as_the_page_says(row: list[str]) -> None:
+def test_a_ranking_is_read_as_documented(row: list[str]) -> None:
     prompt, answers, rank = ranking(record_of(row[1]))
-    parts = [written(answer, str(place)) for answer, place in zip(answers, rank, strict=True)]
-    assert "; ".join([*written(prompt), *(text for one in parts for text in one)]) == row[2]
+    parts = [formatted(answer, str(place)) for answer, place in zip(answers, rank, strict=True)]
+    assert "; ".join([*formatted(prompt), *(text for one in parts for text in one)]) == row[2]
 
 
 @pytest.mark.parametrize("row", rows_of("Rejected"), ids=lambda row: row[2][:40])
-def test_a_record_is_rejected_as_the_page_says(row: list[str]) -> None:
+def test_a_record_is_rejected_as_documented(row: list[str]) -> None:
     read = {"preference": comparison, "ranking": ranking, "dialogue": messages_of}[row[1]]
     with pytest.raises(UserError, match=re.escape(row[2])) as raised:
         read(record_of(row[0]))
     assert "\n" not in str(raised.value)
 
 
-def test_the_page_has_the_shapes() -> None:
-    """A table that is not found would make the tests above empty."""
+def test_the_page_has_all_tables() -> None:
+    """Without its tables the tests above would be empty."""
     tables = ("Dialogues", "Preferences", "Rankings", "Rejected")
     assert [len(rows_of(title)) for title in tables] == [17, 11, 5, 19]
     assert len(rows_of("Classes, numbers, choices, tags, spans")) == len(READERS)
@@ -98,21 +102,21 @@ def test_the_page_has_the_shapes() -> None:
     [
         ({"text": "x"}, "this record has text"),
         ({}, "this record has nothing"),
-        ({"messages": ["x"]}, "a turn of a dialogue is an object with role and content, not 'x'"),
+        ({"messages": ["x"]}, "a turn of a dialogue must be an object with role and content, not 'x'"),
         ({"messages": [{"role": "user"}]}, "a turn needs a content"),
         ({"messages": [{"role": "user", "content": ["x"]}]}, r"text was expected, not \['x'\]"),
         ({"prompt": "q", "completion": 5}, "text was expected, not 5"),
         ({"instruction": "q", "output": None}, "text was expected, not None"),
     ],
 )
-def test_a_record_of_no_shape_is_rejected(record: dict[str, Any], wrong: str) -> None:
+def test_a_record_of_unknown_format_is_rejected(record: dict[str, Any], wrong: str) -> None:
     with pytest.raises(UserError, match=wrong):
         messages_of(record)
 
 
 def test_system_and_history_are_in_the_tokens(tmp_path: Path) -> None:
-    """Every row with a system turn or a history reaches the model with it, in dialogues and in preferences."""
-    path, met = tmp_path / "rows.jsonl", 0
+    """System turns and histories reach the model, in dialogues and in preferences."""
+    path, count = tmp_path / "rows.jsonl", 0
     for title, source in (("Dialogues", DialogueRecords), ("Preferences", PreferenceRecords)):
         for row in rows_of(title):
             if "Be brief" not in row[1]:
@@ -121,8 +125,8 @@ def test_system_and_history_are_in_the_tokens(tmp_path: Path) -> None:
             example = source([str(path)], tokenizer(), 256)[0]
             tokens = example["tokens" if title == "Dialogues" else "chosen_tokens"]
             assert tokenizer().decode(tokens).count("Be brief") == 1, row[0]
-            met += 1
-    assert met == 8
+            count += 1
+    assert count == 8
 
 
 def test_a_repeated_prompt_is_in_the_tokens_once(tmp_path: Path) -> None:
@@ -140,7 +144,7 @@ def test_a_repeated_prompt_is_in_the_tokens_once(tmp_path: Path) -> None:
 
 
 def test_json_files_hold_a_list_or_lines(tmp_path: Path) -> None:
-    """JSON lines in a .json file are read as in a .jsonl file, with their line in a message."""
+    """JSON lines in a .json file are read as in a .jsonl file, with their line in error messages."""
     rows = [record_of(row[1]) for row in rows_of("Dialogues")]
     path = tmp_path / "rows.json"
     path.write_text(json.dumps(rows, indent=1))
@@ -160,7 +164,7 @@ JUNK: list[Any] = [None, True, 0, 1.5, "", "x\ny", [], {}, [[]], [{}], [["a", "b
 
 
 def damaged(value: Any, rng: np.random.Generator) -> Any:
-    """A copy of a record in which one value, at any depth, is junk."""
+    """Return a copy of a record in which one value, at any depth, is junk."""
     keys = list(value) if isinstance(value, dict) else list(range(len(value))) if isinstance(value, list) else []
     if not keys or rng.random() < 0.2:
         return JUNK[rng.integers(len(JUNK))]
@@ -170,7 +174,7 @@ def damaged(value: Any, rng: np.random.Generator) -> Any:
     return copy
 
 
-def test_damaged_records_are_read_or_rejected_in_a_sentence(tmp_path: Path) -> None:
+def test_damaged_records_are_read_or_rejected_cleanly(tmp_path: Path) -> None:
     rng, path = np.random.default_rng(0), tmp_path / "rows.jsonl"
     good = [record_of(row[1]) for title in ("Dialogues", "Preferences") for row in rows_of(title)]
     made = [damaged(good[i % len(good)], rng) for i in range(5000)]

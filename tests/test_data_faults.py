@@ -1,4 +1,4 @@
-"""What can be wrong with files of tasks: each fault is named with its file and line and counted, none is dropped silently."""
+"""Faults in files of tasks: each is reported with its file and line and counted, none is dropped silently."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def lines(*records: object) -> str:
     return "".join(json.dumps(record) + "\n" for record in records)
 
 
-def test_a_whole_number_is_no_place_where_classes_are_numbers(tmp_path: Path) -> None:
+def test_numbers_are_not_indices_if_class_names_are_numbers(tmp_path: Path) -> None:
     path = file(tmp_path, "a.jsonl", lines({"text": "x", "label": 1}, {"text": "y", "label": 0}))
     with pytest.raises(UserError, match=r"a\.jsonl:2: the label 0 is none of the classes \(1, 2, 3\)"):
         LabeledTexts([path], tokenizer(), 32, classes=("1", "2", "3"))
@@ -36,7 +36,7 @@ def test_a_whole_number_is_no_place_where_classes_are_numbers(tmp_path: Path) ->
     assert ClassNumbering(("-1", "a")).number(0) is None
 
 
-def test_labels_without_their_white_space(tmp_path: Path) -> None:
+def test_white_space_around_labels_is_dropped(tmp_path: Path) -> None:
     path = file(tmp_path, "a.csv", "text, label\nx,bad\ny,bad \nz, good\n")
     source = LabeledTexts([path], tokenizer(), 32)
     assert source.classes == ("bad", "good")
@@ -47,13 +47,13 @@ def test_labels_without_their_white_space(tmp_path: Path) -> None:
 
 def test_empty_texts_are_counted(tmp_path: Path) -> None:
     path = file(tmp_path, "a.csv", "text,label\nx,bad\n,good\n  ,good\n")
-    for asked in (True, False):
-        source = LabeledTexts([path], tokenizer(), 32, asked=asked)
+    for is_labeled in (True, False):
+        source = LabeledTexts([path], tokenizer(), 32, labeled=is_labeled)
         assert len(source) == 3 and source.counts["blank"] == 2
         assert f"2 texts were empty and were read as they are; the first is {path}:3" in source.notes
 
 
-def test_what_is_not_utf_8_is_named_in_every_kind_of_file(tmp_path: Path) -> None:
+def test_invalid_utf_8_is_reported_for_every_file_type(tmp_path: Path) -> None:
     text = "caf\xe9"
     for name, content in {
         "a.csv": f"text,label\nx,a\n{text},b\n", "b.tsv": f"text\tlabel\nx\ta\n{text}\tb\n",
@@ -70,59 +70,60 @@ def test_what_is_not_utf_8_is_named_in_every_kind_of_file(tmp_path: Path) -> Non
     assert LabeledTexts([path], tokenizer(), 32).notes == [f"2 NUL characters were removed; the first is {path}:3"]
 
 
-def test_a_record_that_is_too_long_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_record_that_is_too_long_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(readers, "MAX_RECORD_BYTES", 100)
     path = file(tmp_path, "a.jsonl", lines({"text": "x", "label": "a"}, {"text": "x" * 200, "label": "b"}))
     source = LabeledTexts([path], tokenizer(), 32)
     assert source.notes == [f"1 record was longer than 4 MB and was left out; the first is {path}:2"]
 
 
-def test_a_label_that_says_that_there_is_none(tmp_path: Path) -> None:
+def test_missing_labels_are_left_out(tmp_path: Path) -> None:
     path = file(tmp_path, "a.tsv", "text\tlabel\nx\tneutral\ny\t-\nz\tentailment\n")
     source = LabeledTexts([path], tokenizer(), 32, TextFields(missing_labels=("-",)))
-    assert source.classes == ("entailment", "neutral") and source.counts["unlabelled"] == 1
+    assert source.classes == ("entailment", "neutral") and source.counts["unlabeled"] == 1
     assert source.notes == [f"1 record has no label and was left out; the first is {path}:3"]
-    assert len(LabeledTexts([path], tokenizer(), 32, TextFields(missing_labels=("-",)), asked=False)) == 3
+    assert len(LabeledTexts([path], tokenizer(), 32, TextFields(missing_labels=("-",)), labeled=False)) == 3
     with pytest.raises(UserError, match=r"a\.tsv:3: the label - is none of the classes"):
         LabeledTexts([path], tokenizer(), 32, classes=("neutral", "entailment"))
 
 
-def test_tags_that_are_numbers(tmp_path: Path) -> None:
+def test_numeric_tags_need_class_names(tmp_path: Path) -> None:
     path = file(tmp_path, "a.jsonl", lines({"tokens": ["EU", "rejects"], "ner_tags": [1, 0]}))
     fields = TagFields(tags_field="ner_tags")
-    with pytest.raises(UserError, match=r"a\.jsonl:1: the field 'ner_tags' holds 1, and names of tags are wanted"):
+    with pytest.raises(UserError, match=r"a\.jsonl:1: the field 'ner_tags' holds 1 instead of the name of a tag"):
         TaggedSentences([path], tokenizer(), 32, fields)
     source = TaggedSentences([path], tokenizer(), 32, fields, classes=("O", "B-ORG"))
     assert source.class_counts(np.arange(1)) == {"O": 1, "B-ORG": 1}
-    with pytest.raises(UserError, match=r"a\.jsonl:1: the field 'ner_tags' holds 1, which is none of the 1 tags"):
+    with pytest.raises(UserError, match=r"a\.jsonl:1: the field 'ner_tags' holds 1, which is not one of the 1 tags"):
         TaggedSentences([path], tokenizer(), 32, fields, classes=("O",))
-    with pytest.raises(UserError, match=r"b\.jsonl:1: the field 'tokens' holds words that are no text"):
+    with pytest.raises(UserError, match=r"b\.jsonl:1: the field 'tokens' holds words that are not text"):
         TaggedSentences([file(tmp_path, "b.jsonl", lines({"tokens": [3], "tags": ["O"]}))], tokenizer(), 32)
 
 
-def test_unknown_tags_are_counted_and_empty_ones_named(tmp_path: Path) -> None:
+def test_unknown_tags_are_counted_and_empty_ones_reported(tmp_path: Path) -> None:
     path = file(tmp_path, "a.conll", "EU B-ORG\nx O\n\nAnn B-PER\n\nBen B-PER\n")
     with pytest.raises(
-        UserError, match=r"a\.conll:4: the tag B-PER is none of the classes \(B-ORG, O\), nor is that of 1 more tag;"
+        UserError,
+        match=r"a\.conll:4: the tag B-PER is none of the classes \(B-ORG, O\); 1 more tag has the same problem;",
     ):
         TaggedSentences([path], tokenizer(), 32, classes=("B-ORG", "O"))
     source = TaggedSentences([path], tokenizer(), 32, classes=("B-ORG", "B-PER", "B-TIME", "I-TIME", "O"))
     assert source.notes == [f"no record of {path} has the tags 'B-TIME', 'I-TIME'"]
 
 
-def test_a_word_that_is_missing_is_named_and_blanks_that_do_not_break_are_none(tmp_path: Path) -> None:
+def test_a_missing_word_is_reported_and_nbsp_is_no_separator(tmp_path: Path) -> None:
     good = "EU\tB-ORG\n\n" * 150
     path = file(tmp_path, "a.conll", good + "a\tO\n\tO\nb\tO\n\n" + good)
     source = TaggedSentences([path], tokenizer(), 32)
     assert source.counts["mismatched"] == 1
-    assert any(f"the first is {path}:302 (no word before its columns)" in remark for remark in source.notes)
+    assert any(f"the first is {path}:302 (no word before its columns)" in note for note in source.notes)
     with pytest.raises(UserError, match=r"b\.conll:2 \(no word before its columns\): so in 1 of 1 sentences"):
         TaggedSentences([file(tmp_path, "b.conll", "a\tO\n\tO\nb\tO\n")], tokenizer(), 32)
     [(_, sentence)] = readers.records([file(tmp_path, "c.conll", "10\u00a0000 NUM\nmen  NOUN\n")])
     assert sentence == {"tokens": ["10\u00a0000", "men"], "tags": ["NUM", "NOUN"]}
 
 
-def test_tables_in_a_directory_are_read_for_records_and_named_for_text(tmp_path: Path) -> None:
+def test_tables_in_a_directory_are_records_not_text(tmp_path: Path) -> None:
     file(tmp_path, "a.jsonl", lines({"text": "x", "label": "a"}))
     file(tmp_path, "b.csv", "text,label\ny,b\n")
     assert [record["text"] for _, record in readers.records([str(tmp_path)])] == ["x", "y"]
@@ -135,7 +136,7 @@ def test_tables_in_a_directory_are_read_for_records_and_named_for_text(tmp_path:
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "message"),
     [
         ({"answers": 3}, "question q7: 'answers' holds '3', so this is not SQuAD's JSON: fix or remove it"),
         ({"answers": None}, "question q7: there is no 'answers'"),
@@ -144,19 +145,21 @@ def test_tables_in_a_directory_are_read_for_records_and_named_for_text(tmp_path:
         ({"answers": [{"text": "b"}]}, "question q7: there is no 'answer_start'"),
     ],
 )
-def test_squad_s_json_names_the_question(tmp_path: Path, change: dict[str, object], said: str) -> None:
-    asked = {"id": "q7", "question": "?", "answers": [{"text": "b", "answer_start": 2}]} | change
+def test_squad_errors_name_the_question(tmp_path: Path, change: dict[str, object], message: str) -> None:
+    question = {"id": "q7", "question": "?", "answers": [{"text": "b", "answer_start": 2}]} | change
     good = {"context": "a b", "qas": []}
-    path = file(tmp_path, "a.json", json.dumps({"data": [{"paragraphs": [good, {"context": "a b", "qas": [asked]}]}]}))
+    path = file(
+        tmp_path, "a.json", json.dumps({"data": [{"paragraphs": [good, {"context": "a b", "qas": [question]}]}]})
+    )
     with pytest.raises(UserError) as found:
         list(readers.records([path]))
-    assert said in str(found.value) and str(found.value).startswith(path)
+    assert message in str(found.value) and str(found.value).startswith(path)
 
 
 def test_lost_answers_and_long_questions(tmp_path: Path) -> None:
-    told = [{"text": "b", "answer_start": 2}]
+    answers = [{"text": "b", "answer_start": 2}]
     qas = [
-        {"id": "1", "question": "which? " * 30, "answers": told},
+        {"id": "1", "question": "which? " * 30, "answers": answers},
         {"id": "2", "question": "?", "answers": []},
         {"id": "3", "question": "?", "answers": [], "is_impossible": True},
     ]
@@ -169,28 +172,28 @@ def test_lost_answers_and_long_questions(tmp_path: Path) -> None:
         f"the first is {path}: question 2",
         f"1 question has no answer, so the model may say that there is none; the first is {path}: question 3",
     ]
-    assert source.metadata(1)["asked"].right == ()
+    assert source.metadata(1)["question"].right == ()
 
 
-def test_line_ends_of_old_macs(tmp_path: Path) -> None:
+def test_carriage_returns_alone_are_rejected(tmp_path: Path) -> None:
     with pytest.raises(
         UserError, match=r"a\.csv:1: a line ends in a carriage return alone, as on old Macs: convert it"
     ):
         list(readers.records([file(tmp_path, "a.csv", "text,label\rx,a\ry,b\r")]))
 
 
-def test_a_table_that_was_to_have_no_head_may_have_one(tmp_path: Path) -> None:
+def test_column_names_do_not_hide_a_header(tmp_path: Path) -> None:
     columns = ("source", "label", "mark", "sentence")
     train = file(tmp_path, "train.tsv", "gj04\t1\t\tSo it is.\ngj04\t0\t*\tIs so it.\n")
     test = file(tmp_path, "test.tsv", "index\tsentence\n0\tSo it is.\n1\tIs so it.\n")
     assert len(LabeledTexts([train], tokenizer(), 32, TextFields("sentence", column_names=columns))) == 2
-    asked = LabeledTexts(
-        [test], tokenizer(), 32, TextFields("sentence", column_names=columns), classes=("0", "1"), asked=False
+    unlabeled = LabeledTexts(
+        [test], tokenizer(), 32, TextFields("sentence", column_names=columns), classes=("0", "1"), labeled=False
     )
-    assert len(asked) == 2 and asked.counts == {"examples": 2, "records": 2, "files": 1}
+    assert len(unlabeled) == 2 and unlabeled.counts == {"examples": 2, "records": 2, "files": 1}
 
 
-def test_columns_are_counted_of_some_examples(tmp_path: Path) -> None:
+def test_class_counts_of_some_examples(tmp_path: Path) -> None:
     path = file(tmp_path, "a.conll", "a A\nb B\n\nc A\n\nd A\ne B\nf B\n")
     source = TaggedSentences([path], tokenizer(), 32)
     assert source.class_counts(np.array([2, 0])) == {"A": 2, "B": 3}
@@ -198,8 +201,8 @@ def test_columns_are_counted_of_some_examples(tmp_path: Path) -> None:
     assert source.class_counts(np.zeros(0, np.int64)) == {"A": 0, "B": 0}
 
 
-def test_columns_without_a_name_are_read_as_pandas_names_them(tmp_path: Path) -> None:
-    """Spreadsheets pad a head with empty cells, and pandas writes its index under one."""
+def test_unnamed_columns_get_the_names_of_pandas(tmp_path: Path) -> None:
+    """Spreadsheets pad a header with empty cells, and pandas writes its index under one."""
     path = file(tmp_path, "a.csv", "kind,message,,,\ngood,a film,,,\nbad,a play\nbad,a poem,,see,\n")
     rows = [record for _, record in readers.records([path])]
     empty = {"Unnamed: 2": "", "Unnamed: 3": "", "Unnamed: 4": ""}
@@ -207,8 +210,8 @@ def test_columns_without_a_name_are_read_as_pandas_names_them(tmp_path: Path) ->
     assert rows[2]["Unnamed: 3"] == "see"
     source = LabeledTexts([path], tokenizer(), 32, TextFields("message", "kind"))
     assert source.class_counts(np.arange(3)) == {"bad": 2, "good": 1}
-    remark = f"3 columns have no name and are called 'Unnamed: ' and their place from 0; the first is {path}:1"
-    assert source.notes == [remark]
+    note = f"3 columns have no name and are called 'Unnamed: ' and their place from 0; the first is {path}:1"
+    assert source.notes == [note]
     index = [record for _, record in readers.records([file(tmp_path, "b.csv", ",text,label\n0,x,good\n")])]
     assert index == [{"Unnamed: 0": "0", "text": "x", "label": "good"}]
 
@@ -220,7 +223,7 @@ def test_labels_spelled_null_and_na_are_classes(tmp_path: Path) -> None:
 
 
 def test_one_short_row_does_not_reject_a_small_table(tmp_path: Path) -> None:
-    """A row of a GLUE file that lacks a cell is left out and named; more are rejected with what a TSV may hold."""
+    """One row of a GLUE file without a cell is left out and reported; more are rejected with advice on TSV."""
     head = "sentence\tlabel\n"
     nine = "".join(f"film {i}\t1\n" for i in range(9))
     path = file(tmp_path, "dev.tsv", head + nine + "a play\n")
@@ -236,8 +239,8 @@ def test_one_short_row_does_not_reject_a_small_table(tmp_path: Path) -> None:
     assert "quot" not in str(raised.value)
 
 
-def test_labels_that_are_decimal_numbers(tmp_path: Path) -> None:
-    """pandas writes whole numbers as 1.0 where a column has a gap; any other number is for a regression."""
+def test_labels_written_as_floats(tmp_path: Path) -> None:
+    """pandas writes integers as 1.0 where a column has a gap; other floats are for a regression."""
     path = file(tmp_path, "a.jsonl", lines(*({"text": f"x {label!r}", "label": label} for label in (1.0, 0.0, 1))))
     source = LabeledTexts([path], tokenizer(), 32)
     assert source.classes == ("0", "1")
@@ -250,7 +253,7 @@ def test_labels_that_are_decimal_numbers(tmp_path: Path) -> None:
     )
     assert chosen[0]["label"] == chosen.counts["decimal"] == 1
     path = file(tmp_path, "b.jsonl", lines({"text": "x", "label": 1.5}))
-    with pytest.raises(UserError, match=r"b\.jsonl:1: the label is 1\.5.* train `regress` on numbers"):
+    with pytest.raises(UserError, match=r"b\.jsonl:1: the label is 1\.5.* use the recipe `regression` for numbers"):
         LabeledTexts([path], tokenizer(), 32)
     with pytest.raises(UserError, match=r"c\.csv:2: the label is empty.* remove the record"):
         LabeledTexts([file(tmp_path, "c.csv", "text,label\nx,\n")], tokenizer(), 32)

@@ -1,6 +1,6 @@
-"""Records, tables, recipes and files of every kind, changed at random: each is read, or refused in one sentence.
+"""Records, tables, recipes and files of every kind, changed at random: each is read, or rejected with a one-line error.
 
-The suite runs a few hundred examples, the same ones each time; FIRTH_FUZZ=5000 runs as many as one likes.
+The suite runs a few hundred examples, the same ones each time; FIRTH_FUZZ=5000 runs as many as given.
 """
 
 from __future__ import annotations
@@ -34,15 +34,15 @@ EXAMPLES = int(os.environ.get("FIRTH_FUZZ", "0"))
 
 
 def examples(count: int) -> Any:
-    """Hypothesis's settings: the same examples each time, unless more are asked for."""
+    """Return Hypothesis settings: the same examples each time, and more with FIRTH_FUZZ."""
     quiet = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow, HealthCheck.data_too_large]
     return settings(
         max_examples=EXAMPLES or count, derandomize=True, deadline=None, database=None, suppress_health_check=quiet
     )
 
 
-def served_or_refused(action: Callable[[], Any]) -> bool:
-    """Run it; whether it ended in a UserError, of one sentence. Any other exception is a failure of the test."""
+def is_rejected(action: Callable[[], Any]) -> bool:
+    """Return whether the action ended in a UserError of one line. Any other exception fails the test."""
     try:
         action()
     except UserError as error:
@@ -54,7 +54,7 @@ TURNS = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "th
 SHARED = [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "there"}]
 
 
-def asked(paths: Sequence[str], tokenizer: Tokenizer, length: int) -> Source:
+def question_records(paths: Sequence[str], tokenizer: Tokenizer, length: int) -> Source:
     return QuestionRecords(paths, tokenizer, 2 * length, question=16)
 
 
@@ -73,9 +73,9 @@ GOOD: dict[str, tuple[Callable[..., Source], dict[str, Any]]] = {
     "options": (MultipleChoiceRecords, {"text": "x", "options": ["a", "b"], "label": 1}),
     "tags": (TaggedSentences, {"tokens": ["EU", "x"], "tags": ["B-ORG", "O"]}),
     "votes": (AnnotatedTexts, {"text": "x", "label": ["good", "bad"]}),
-    "answers": (asked, {"context": "a b", "question": "?", "answers": [{"text": "b", "start": 2}], "id": "1"}),
+    "answers": (question_records, {"context": "a b", "question": "?", "answers": [{"text": "b", "start": 2}], "id": "1"}),
 }  # fmt: skip
-"""Shape -> the source that reads it, and a record."""
+"""Format -> the source that reads it, and a record."""
 
 LEAVES = st.one_of(
     st.none(), st.booleans(), st.integers(-(10**20), 10**20), st.floats(allow_subnormal=False), st.text(max_size=6), st.just({}),
@@ -83,18 +83,18 @@ LEAVES = st.one_of(
 )  # fmt: skip
 
 
-def places(value: Any, at: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
-    """The paths of all values inside of a value."""
+def value_paths(value: Any, at: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
+    """Return the paths of all values inside a value."""
     inner = value.items() if isinstance(value, Mapping) else enumerate(value) if isinstance(value, list) else ()
-    return [at, *(path for key, one in inner for path in places(one, (*at, key)))]
+    return [at, *(path for key, one in inner for path in value_paths(one, (*at, key)))]
 
 
 @st.composite
 def changed(draw: st.DrawFn, value: Any) -> Any:
-    """A value with one to three of those inside it replaced, removed or doubled."""
+    """Replace, remove or double one to three of the values inside a value."""
     value = copy.deepcopy(value)
     for _ in range(draw(st.integers(1, 3))):
-        path = draw(st.sampled_from(places(value)))
+        path = draw(st.sampled_from(value_paths(value)))
         if not path:
             continue
         holder = value
@@ -118,14 +118,14 @@ def read_all(kind: Callable[..., Source], path: Path) -> None:
 
 @examples(250)
 @given(st.data())
-def test_records_of_every_shape(tmp_path: Path, data: st.DataObject) -> None:
+def test_records_of_every_format(tmp_path: Path, data: st.DataObject) -> None:
     kind, record = GOOD[data.draw(st.sampled_from(sorted(GOOD)))]
     some = [record, data.draw(changed(record))]
     path = tmp_path / "a.jsonl"
     path.write_text("".join(json.dumps(one) + "\n" for one in some))
-    served_or_refused(lambda: read_all(kind, path))
+    is_rejected(lambda: read_all(kind, path))
     for function in (messages_of, prompt_of, comparison):
-        served_or_refused(lambda function=function: function(some[1]))
+        is_rejected(lambda function=function: function(some[1]))
 
 
 @examples(150)
@@ -142,15 +142,15 @@ def test_files_of_records_with_flipped_bytes(tmp_path: Path, data: st.DataObject
     ):
         raw[at] = byte
     (tmp_path / name).write_bytes(raw[: data.draw(st.integers(0, len(raw)))])
-    served_or_refused(lambda: list(readers.records([str(tmp_path / name)])))
-    served_or_refused(lambda: list(readers.documents([str(tmp_path / name)])))
+    is_rejected(lambda: list(readers.records([str(tmp_path / name)])))
+    is_rejected(lambda: list(readers.documents([str(tmp_path / name)])))
 
 
 @examples(40)
 @given(st.data())
 def test_recipes_with_changed_values(data: st.DataObject) -> None:
     plain = config_io.to_dict(published(data.draw(st.sampled_from(["gpt", "bert", "t5", "dpo"]))))
-    served_or_refused(lambda: config_io.from_dict(Recipe, data.draw(changed(plain))))
+    is_rejected(lambda: config_io.from_dict(Recipe, data.draw(changed(plain))))
 
 
 YAML = [
@@ -178,13 +178,13 @@ YAML = [
 
 @examples(150)
 @given(st.lists(st.sampled_from(YAML), max_size=25))
-def test_yaml_of_every_kind(pieces: Sequence[str]) -> None:
-    served_or_refused(lambda: parse_yaml("".join(pieces), "a.yaml"))
+def test_random_yaml(pieces: Sequence[str]) -> None:
+    is_rejected(lambda: parse_yaml("".join(pieces), "a.yaml"))
 
 
-def test_fuzzed_records_were_readable_at_first(tmp_path: Path) -> None:
+def test_records_are_readable_before_fuzzing(tmp_path: Path) -> None:
     for name, (kind, record) in GOOD.items():
         path = tmp_path / f"{name}.jsonl"
         path.write_text(json.dumps(record) + "\n")
-        refused = served_or_refused(lambda kind=kind, path=path: read_all(kind, path))
-        assert not refused, name
+        rejected = is_rejected(lambda kind=kind, path=path: read_all(kind, path))
+        assert not rejected, name

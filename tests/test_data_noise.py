@@ -1,4 +1,4 @@
-"""What is hidden: its share, its spans and its words are those that the papers state."""
+"""Masking: fractions, spans and words are those that the papers state."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from math import comb
 import numpy as np
 import pytest
 
-from firth.data.noise import NOISES, WORDS
+from firth.data.noise import GEOMETRIC_CDF, NOISES
 from firth.tokenizer.vocab import Vocab
 
 # Ids below 5 are control tokens; an odd id begins a word.
@@ -17,71 +17,71 @@ VOCAB = Vocab(size=105, roles={}, special=np.arange(105) < 5, spelling=SPELLING)
 
 
 def text(n: int, rng: np.random.Generator) -> np.ndarray:
-    """[CLS] n tokens [SEP]."""
+    """Return [CLS] n tokens [SEP]."""
     return np.concatenate(([0], rng.integers(5, 105, n), [1]))
 
 
-def runs(hidden: np.ndarray) -> np.ndarray:
-    """Lengths of the runs of True."""
-    edges = np.flatnonzero(np.diff(hidden.astype(int), prepend=0, append=0))
+def runs(is_masked: np.ndarray) -> np.ndarray:
+    """Return the lengths of the runs of True."""
+    edges = np.flatnonzero(np.diff(is_masked.astype(int), prepend=0, append=0))
     return edges[1::2] - edges[::2]
 
 
-@pytest.mark.parametrize("name", sorted(NOISES.keys() - {"salient"}))  # which hides what there is
+@pytest.mark.parametrize("name", sorted(NOISES.keys() - {"salient"}))  # salient spans have no fixed fraction
 @pytest.mark.parametrize("n", [1, 2, 5, 27, 128])
 @pytest.mark.parametrize("rate", [0.15, 0.5])
-def test_the_share_is_the_rate_and_control_tokens_are_never_hidden(name: str, n: int, rate: float) -> None:
+def test_the_fraction_is_the_rate_and_control_tokens_stay(name: str, n: int, rate: float) -> None:
     rng = np.random.default_rng(0)
     trials = 3000
     counts = np.zeros(trials)
     for k in range(trials):
         tokens = text(n, rng)
-        hidden = NOISES[name](tokens, VOCAB, rate, rng)
-        assert hidden.shape == tokens.shape
-        assert hidden.dtype == bool
-        assert not hidden[[0, -1]].any()
-        counts[k] = hidden.sum()
+        is_masked = NOISES[name](tokens, VOCAB, rate, rng)
+        assert is_masked.shape == tokens.shape
+        assert is_masked.dtype == bool
+        assert not is_masked[[0, -1]].any()
+        counts[k] = is_masked.sum()
     if name == "spans":  # an exact total, rounded, with something left and something dropped
         assert (counts == (0 if n < 2 else min(max(round(n * rate), 1), n - 1))).all()
     else:
-        spread = max(counts.std(), 1e-9) / trials**0.5
-        assert abs(counts.mean() - n * rate) < 4.5 * spread
+        standard_error = max(counts.std(), 1e-9) / trials**0.5
+        assert abs(counts.mean() - n * rate) < 4.5 * standard_error
 
 
 def test_iid_tokens_are_independent() -> None:
     rng = np.random.default_rng(1)
     tokens = text(200, rng)
-    hidden = np.stack([NOISES["iid"](tokens, VOCAB, 0.15, rng)[1:-1] for _ in range(2000)])
-    each, both = hidden.mean(0), (hidden[:, 1:] & hidden[:, :-1]).mean()
+    is_masked = np.stack([NOISES["iid"](tokens, VOCAB, 0.15, rng)[1:-1] for _ in range(2000)])
+    each, both = is_masked.mean(0), (is_masked[:, 1:] & is_masked[:, :-1]).mean()
     assert np.abs(each - 0.15).max() < 5 * (0.15 * 0.85 / 2000) ** 0.5
     assert abs(both - 0.15**2) < 5 * (0.0225 / 400_000) ** 0.5
 
 
 @pytest.mark.parametrize("rate", [0.15, 0.5])
-def test_whole_words_are_hidden_whole(rate: float) -> None:
+def test_words_are_masked_as_a_whole(rate: float) -> None:
     rng = np.random.default_rng(2)
     for _ in range(300):
         tokens = text(60, rng)
         tokens[20] = 2  # a control token inside, as between two segments
-        hidden = NOISES["words"](tokens, VOCAB, rate, rng)
+        is_masked = NOISES["words"](tokens, VOCAB, rate, rng)
         for k in range(2, 61):
             continues = tokens[k] % 2 == 0 and tokens[k] >= 5 and tokens[k - 1] >= 5
             if continues:
-                assert hidden[k] == hidden[k - 1]
+                assert is_masked[k] == is_masked[k - 1]
     unknown = Vocab(size=105, roles={}, special=np.arange(105) < 5)
     assert NOISES["words"](text(50, rng), unknown, 0.5, rng).any()
 
 
 def test_t5_spans() -> None:
-    """15% in spans of 3 on average, every placement equally likely, at both edges of the text too."""
+    """15% in spans of 3 on average, every placement equally likely, including both edges of the text."""
     rng = np.random.default_rng(3)
     lengths, edges = [], []
     for _ in range(2000):
-        hidden = NOISES["spans"](np.full(200, 50), VOCAB, 0.15, rng)
-        edges.append(hidden[[0, -1]])
-        assert hidden.sum() == 30
-        assert len(runs(hidden)) == 10
-        lengths.append(runs(hidden))
+        is_masked = NOISES["spans"](np.full(200, 50), VOCAB, 0.15, rng)
+        edges.append(is_masked[[0, -1]])
+        assert is_masked.sum() == 30
+        assert len(runs(is_masked)) == 10
+        lengths.append(runs(is_masked))
     found = np.bincount(np.concatenate(lengths), minlength=22)[1:] / 20_000
     # 30 items in 10 non-empty parts: P(length = k) = C(29 - k, 8) / C(29, 9).
     expected = np.array([comb(29 - k, 8) / comb(29, 9) for k in range(1, 22)])
@@ -94,7 +94,7 @@ def test_t5_spans() -> None:
 
 @pytest.mark.parametrize("n", [10, 20, 40, 64])
 def test_spans_fall_anywhere_in_a_short_text(n: int) -> None:
-    """Every token is dropped now and then and none always: within a factor of four of 15%."""
+    """Every token is masked with a probability within a factor of four of 15%."""
     share = np.mean(
         [NOISES["spans"](np.arange(5, 5 + n), VOCAB, 0.15, np.random.default_rng(seed)) for seed in range(2000)], 0
     )
@@ -105,31 +105,31 @@ def test_spans_fall_anywhere_in_a_short_text(n: int) -> None:
     assert share[[0, -1]] == pytest.approx(expected, abs=5 * (expected / 2000) ** 0.5)
 
 
-def written_out(tokens: np.ndarray, rate: float, rng: np.random.Generator) -> np.ndarray:
-    """SpanBERT's masking step by step, as its authors' code does it: an anchor, its word, and the words behind it."""
-    total, hidden = int(len(tokens) * rate + rng.random()), np.zeros(len(tokens), bool)
+def spanbert_reference(tokens: np.ndarray, rate: float, rng: np.random.Generator) -> np.ndarray:
+    """SpanBERT's masking step by step, as in its authors' code: an anchor, its word, and the words after it."""
+    total, is_masked = int(len(tokens) * rate + rng.random()), np.zeros(len(tokens), bool)
     begins = tokens % 2 == 1
     lengths = 0.2 * 0.8 ** np.arange(10)
-    while hidden.sum() < total:
+    while is_masked.sum() < total:
         words = rng.choice(np.arange(1, 11), p=lengths / lengths.sum())
         at = rng.integers(len(tokens))
-        if hidden[at]:
+        if is_masked[at]:
             continue
         while at and not begins[at]:
             at -= 1
         for _ in range(words):
             while at < len(tokens):
-                if hidden.sum() < total:
-                    hidden[at] = True
+                if is_masked.sum() < total:
+                    is_masked[at] = True
                 at += 1
                 if at == len(tokens) or begins[at]:
                     break
-    return hidden
+    return is_masked
 
 
 def test_spanbert_spans() -> None:
-    """Geometric(0.2) words, at most 10, 3.8 on average; and the runs that result are those of the algorithm written out."""
-    share = np.diff(WORDS, prepend=0)
+    """Geometric(0.2) words, at most 10, 3.8 on average; the resulting runs are those of the step-by-step algorithm."""
+    share = np.diff(GEOMETRIC_CDF, prepend=0)
     assert share[1:] / share[:-1] == pytest.approx(0.8)
     assert (share * np.arange(1, 11)).sum() == pytest.approx(3.797, abs=1e-3)
     rng = np.random.default_rng(4)
@@ -138,7 +138,7 @@ def test_spanbert_spans() -> None:
         np.bincount(np.concatenate([runs(make(t)) for t in texts]).clip(max=18), minlength=19)[1:]
         for make in (
             lambda t: NOISES["geometric"](t, VOCAB, 0.15, rng),
-            lambda t: written_out(t, 0.15, rng),
+            lambda t: spanbert_reference(t, 0.15, rng),
         )
     )
     assert found.sum() > 3000
@@ -147,8 +147,8 @@ def test_spanbert_spans() -> None:
     n = 1 / (1 / found.sum() + 1 / expected.sum())
     assert (n * (a - b) ** 2 / ((a + b) / 2 + 1e-9)).sum() < 50  # 17 degrees of freedom, p = 4e-5
     for tokens in texts[:200]:
-        hidden = NOISES["geometric"](tokens, VOCAB, 0.15, rng)
+        is_masked = NOISES["geometric"](tokens, VOCAB, 0.15, rng)
         words = np.append(np.flatnonzero((tokens % 2 == 1) | (np.arange(120) == 0)), 120)
-        torn = sum(hidden[a:b].any() and not hidden[a:b].all() for a, b in pairwise(words))
-        assert torn <= 1  # only the last word, which fills the total
-        assert hidden.sum() == 18
+        partial = sum(is_masked[a:b].any() and not is_masked[a:b].all() for a, b in pairwise(words))
+        assert partial <= 1  # only the last word, which fills the total
+        assert is_masked.sum() == 18

@@ -1,4 +1,4 @@
-"""Text that is read once: the files of a run are opened one time, and their hashes are those of their bytes."""
+"""The text cache: the files of a run are opened once, and their hashes are those of their bytes."""
 
 from __future__ import annotations
 
@@ -49,14 +49,14 @@ def _note(event: str, args: tuple[object, ...]) -> None:
 
 
 def opened(folder: Path) -> Counter[int]:
-    """How many files were opened so many times."""
+    """Count files by how often they were opened."""
     found = Counter(path for path in OPENED if path.startswith(str(folder)))
     return Counter(found.values())
 
 
 @pytest.mark.parametrize("given", [False, True])
 def test_a_run_opens_each_file_once(folder: Path, tmp_path: Path, given: bool) -> None:
-    """It opened each five times. With a tokenizer that is there already, the text is hashed before it is read."""
+    """With an existing tokenizer, the text is hashed before it is read."""
     settings = [f"data.path={folder}", "tokenizer.vocab_size=400", "data.validation_fraction=0.2"]
     if given:
         tokenizer_of(load("gpt", settings), tmp_path / "first", lambda _: None)
@@ -65,7 +65,7 @@ def test_a_run_opens_each_file_once(folder: Path, tmp_path: Path, given: bool) -
     recipe, directory = load("gpt", settings), tmp_path / "run"
     directory.mkdir()
     if not OPENED:
-        sys.addaudithook(_note)  # which stays: it costs a list entry for each file
+        sys.addaudithook(_note)  # cannot be removed: it costs a list entry per opened file
     OPENED.clear()
     inputs = RunInputs.read(recipe, directory, lambda _: None)
     tokenizer = tokenizer_of(recipe, directory, lambda _: None, inputs)
@@ -80,22 +80,22 @@ def test_a_run_opens_each_file_once(folder: Path, tmp_path: Path, given: bool) -
     assert not [p for p in directory.rglob("*") if p.is_file() and "tmp" in p.name]  # the copy has no name
 
 
-def test_another_rank_hashes_the_text_and_does_not_read_it(folder: Path, tmp_path: Path) -> None:
+def test_other_ranks_hash_the_text_without_reading_it(folder: Path, tmp_path: Path) -> None:
     recipe = load("gpt", [f"data.path={folder}", "tokenizer.vocab_size=400"])
-    alone = RunInputs.read(recipe, tmp_path, lambda _: None, first=False)
-    assert not text_cache._kept
-    assert alone == RunInputs.read(recipe, tmp_path, lambda _: None)
-    assert len(text_cache._kept) == 1
+    inputs = RunInputs.read(recipe, tmp_path, lambda _: None, first=False)
+    assert not text_cache._cache
+    assert inputs == RunInputs.read(recipe, tmp_path, lambda _: None)
+    assert len(text_cache._cache) == 1
 
 
-def test_copied_documents_are_those_that_are_read(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_copied_documents_equal_the_originals(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     plain = list(readers.documents([str(folder)]))
     for memory in (1 << 20, 100):
         monkeypatch.setattr(text_cache, "MEMORY_BYTES", memory)
         found = ReadOnce([str(folder)], "text", "file", 0.2, folder.parent)
         assert list(found.documents()) == plain
-        learned, held = list(found.documents(False)), list(found.documents(True))
-        assert held and sorted(learned + held) == sorted(plain)
+        train_documents, held = list(found.documents(False)), list(found.documents(True))
+        assert held and sorted(train_documents + held) == sorted(plain)
         assert {d.name for d in held} == found.held.names
 
 
@@ -106,7 +106,7 @@ def test_a_file_that_has_changed_is_read_again(folder: Path) -> None:
     assert next(read_once([str(folder)], field="text", split="file").documents()).text == "other words"
 
 
-def test_files_are_read_again_where_a_copy_has_no_room(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_files_are_read_again_if_the_disk_is_full(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(text_cache, "MEMORY_BYTES", 100)
     plain = list(readers.documents([str(folder)]))
     was = resource.getrlimit(resource.RLIMIT_FSIZE)

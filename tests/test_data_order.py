@@ -1,4 +1,4 @@
-"""The order of a run: every epoch a fair permutation, a mixture always in its shares, resume only a number."""
+"""The order of a run: every epoch is a uniform permutation, mixtures keep their proportions, and resuming needs one number."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def test_epochs_and_seeds_differ() -> None:
             assert (drawn[i] == drawn[j]).sum() < 10
 
 
-def test_any_part_of_the_order_is_that_part() -> None:
+def test_any_range_of_positions_gives_the_same_order() -> None:
     whole = epoch_permutation(97, 5, np.arange(400))
     for start in (0, 1, 96, 97, 300):
         part = epoch_permutation(97, 5, np.arange(start, start + 50))
@@ -36,8 +36,8 @@ def test_any_part_of_the_order_is_that_part() -> None:
         assert np.array_equal(part[1], whole[1][start : start + 50])
 
 
-def test_permutations_are_even() -> None:
-    """All 24 permutations of four examples come equally often (chi-square, 23 degrees of freedom, p = 1e-4 at 55)."""
+def test_permutations_are_uniform() -> None:
+    """All 24 permutations of four examples are equally likely (chi-square, 23 degrees of freedom, p = 1e-4 at 55)."""
     epochs = 24_000
     drawn = epoch_permutation(4, 0, np.arange(4 * epochs))[1].reshape(epochs, 4)
     count = np.unique(drawn @ np.array([64, 16, 4, 1]), return_counts=True)[1]
@@ -45,8 +45,8 @@ def test_permutations_are_even() -> None:
     assert ((count - 1000) ** 2 / 1000).sum() < 55
 
 
-def test_places_and_neighbours_are_even() -> None:
-    """Over many epochs an example is anywhere equally often, and followed by any other equally often."""
+def test_positions_and_successors_are_uniform() -> None:
+    """Over many epochs, positions and successors of an example are uniform."""
     n, epochs = 20, 8000
     drawn = epoch_permutation(n, 1, np.arange(n * epochs))[1].reshape(epochs, n)
     place = np.stack([np.bincount(drawn[:, k], minlength=n) for k in range(n)])
@@ -75,7 +75,7 @@ def test_draws_are_uniform_across_examples() -> None:
 
 
 @pytest.mark.parametrize("weights", [(1, 1), (0.7, 0.2, 0.1), (5, 3, 1, 1, 1, 1), (0.123456789, 3.3, 1e-4), (1, 1, 1)])
-def test_a_mixture_is_always_in_its_shares(weights: tuple[float, ...]) -> None:
+def test_a_mixture_keeps_its_proportions(weights: tuple[float, ...]) -> None:
     sources = [Counting(n) for n in (5, 50, 500, 11, 3, 2)[: len(weights)]]
     mixture = MixtureSource(sources, weights)
     _, index = mixture.order(0, np.arange(70_000))
@@ -87,7 +87,7 @@ def test_a_mixture_is_always_in_its_shares(weights: tuple[float, ...]) -> None:
         assert np.abs(off).max() < 1
 
 
-def test_each_source_of_a_mixture_goes_through_its_own_epochs() -> None:
+def test_each_source_of_a_mixture_has_its_own_epochs() -> None:
     mixture = MixtureSource([Counting(5), Counting(40)], [0.5, 0.5])
     epoch, index = mixture.order(3, np.arange(80))
     small, large = index < 5, index >= 5
@@ -98,7 +98,7 @@ def test_each_source_of_a_mixture_goes_through_its_own_epochs() -> None:
         assert sorted(index[small][epoch[small] == e].tolist()) == list(range(5))
 
 
-def test_a_mixture_is_a_function_of_the_position_and_nests() -> None:
+def test_mixtures_nest_and_depend_on_the_position_only() -> None:
     inner = MixtureSource([Counting(3), Counting(7)], [1, 2])
     outer = MixtureSource([inner, Counting(4)], [3, 1])
     epoch, index = outer.order(0, np.arange(100))
@@ -109,7 +109,7 @@ def test_a_mixture_is_a_function_of_the_position_and_nests() -> None:
     assert len(outer) == 14
 
 
-def test_a_mixture_refuses_what_it_cannot_mean() -> None:
+def test_a_mixture_rejects_invalid_weights() -> None:
     with pytest.raises(UserError, match="one weight per source"):
         MixtureSource([Counting(3)], [1, 2])
     for bad in (0.0, -1.0, float("nan"), float("inf")):
@@ -117,7 +117,7 @@ def test_a_mixture_refuses_what_it_cannot_mean() -> None:
             MixtureSource([Counting(3), Counting(3)], [1, bad])
 
 
-def test_two_uses_of_one_seed_share_no_stream() -> None:
+def test_two_uses_of_one_seed_are_independent() -> None:
     views, pairs = ExampleRNG(0, "view"), ExampleRNG(0, "pairs")
     drawn = np.array([(views.at(0, i).random(), pairs.at(0, i).random()) for i in range(4000)])
     assert abs(np.corrcoef(drawn.T)[0, 1]) < 0.08

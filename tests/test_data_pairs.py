@@ -1,4 +1,4 @@
-"""Pairs of whole sentences: neighbours, a stranger, and nothing but their words to tell them apart by."""
+"""Segment pairs of whole sentences: only the words distinguish the adjacent segment from the random one."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from firth.tokenizer.train import train
 
 
 def texts(count: int, sentences: int) -> list[str]:
-    """Documents of sentences of 3 to 14 words, each beginning with a word that nothing else has."""
+    """Return documents of sentences of 3 to 14 words, each beginning with a word that occurs nowhere else."""
     rng = np.random.default_rng(5)
     words = ["sea", "land", "bird", "stone", "river", "wind", "salt", "reed", "moon", "fire", "boat", "hill"]
     return [
@@ -29,7 +29,7 @@ def texts(count: int, sentences: int) -> list[str]:
 
 
 @pytest.fixture(scope="module", params=["byte-bpe", "wordpiece"])
-def coder(request: pytest.FixtureRequest) -> Tokenizer:
+def tokenizer(request: pytest.FixtureRequest) -> Tokenizer:
     return train(iter(texts(40, 30)), algorithm=request.param, vocab_size=400)
 
 
@@ -55,17 +55,15 @@ def test_all_three_are_whole_sentences(tokenizer: Tokenizer, tmp_path: Path, sen
         whole += all(text.startswith("Then") and text.endswith(".") for text in (first, second, other))
         lengths.append((len(example["second"]), len(example["other"])))
         assert all(np.array_equal(example[name], pairs[i][name]) for name in example)
-    assert whole > 0.9 * sum(body.count(".") > 1 for body in bodies)  # at least one for each document that has a pair
+    assert whole > 0.9 * sum(body.count(".") > 1 for body in bodies)  # at least one per document with a pair
     assert whole > (0.9 if sentences > 5 else 0.6) * len(pairs)
-    # Were lengths to tell, one of the two would mostly be the longer one.
+    # If lengths gave the label away, one of the two would mostly be the longer one.
     second, other = np.array(lengths).T
     assert abs(second.mean() - other.mean()) < 0.1 * second.mean()
     assert 0.3 < np.mean(second[second != other] > other[second != other]) < 0.7
 
 
-def test_without_sentences_nothing_changes_and_a_text_of_one_sentence_is_cut_anywhere(
-    tokenizer: Tokenizer, tmp_path: Path
-) -> None:
+def test_texts_without_sentences_are_split_anywhere(tokenizer: Tokenizer, tmp_path: Path) -> None:
     store = TokenStore.build([Document(str(i), "sea land bird " * 40) for i in range(4)], tokenizer, tmp_path / "store")
     plain, whole = SegmentPairs(store, 48), SegmentPairs(store, 48, tokenizer.vocab)
     for i in range(len(plain)):
@@ -73,6 +71,6 @@ def test_without_sentences_nothing_changes_and_a_text_of_one_sentence_is_cut_any
         assert len(whole[i]["first"]) >= 1 and len(whole[i]["second"]) >= 1
 
 
-def test_recipes_take_whole_sentences() -> None:
+def test_recipes_use_whole_sentences() -> None:
     assert load("bert").examples.whole_sentences and load("albert").examples.whole_sentences
     assert not load("albert", ["examples.whole_sentences=false"]).examples.whole_sentences

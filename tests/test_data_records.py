@@ -1,4 +1,4 @@
-"""Records become examples of every usual shape; what is cut or left out is counted; mistakes name file and line."""
+"""Records of every common format become examples; truncated and omitted ones are counted; errors name file and line."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ Write = Callable[..., str]
 
 @pytest.fixture
 def write(tmp_path: Path) -> Write:
-    """Rows -> the path of a JSONL file that holds them."""
+    """Write rows to a JSONL file and return its path."""
 
     def lines(*rows: Any, name: str = "rows.jsonl") -> str:
         path = tmp_path / name
@@ -43,7 +43,7 @@ def text(ids: np.ndarray) -> str:
     return tokenizer().decode(ids)
 
 
-def test_labelled_texts(write: Write) -> None:
+def test_labeled_texts(write: Write) -> None:
     path = write(*({"text": f"text {i}", "label": ("good", "bad", "odd")[i % 3]} for i in range(9)))
     source = LabeledTexts([path], tokenizer(), 32)
     assert source.classes == ("bad", "good", "odd")
@@ -73,7 +73,7 @@ def test_labels_may_be_numbers(write: Write) -> None:
 
 
 @pytest.mark.parametrize(("first", "second"), [(40, 40), (40, 3), (3, 40), (5, 5), (9, 8), (0, 40)])
-def test_pairs_of_texts_lose_from_the_longer(write: Write, first: int, second: int) -> None:
+def test_pairs_truncate_the_longer_text(write: Write, first: int, second: int) -> None:
     words = [tokenizer().token(i) for i in range(300)]
     assert words
     path = write({"a": "x " * first, "b": "y " * second, "label": "same"})
@@ -91,7 +91,7 @@ def test_pairs_of_texts_lose_from_the_longer(write: Write, first: int, second: i
         assert source.counts["cut"] == 1
 
 
-SHAPES: list[dict[str, Any]] = [
+FORMATS: list[dict[str, Any]] = [
     {"messages": [{"role": "user", "content": "hi there"}, {"role": "assistant", "content": "hello you"}]},
     {"conversations": [{"from": "human", "value": "hi there"}, {"from": "gpt", "value": "hello you"}]},
     {"prompt": "hi there", "completion": "hello you"},
@@ -103,10 +103,10 @@ SHAPES: list[dict[str, Any]] = [
 ]
 
 
-def test_dialogues_of_every_shape_are_one(write: Write) -> None:
-    source = DialogueRecords([write(*SHAPES)], tokenizer(), 64)
-    expected, mask = chat.encode(tokenizer(), SHAPES[0]["messages"])
-    for i in range(len(SHAPES)):
+def test_dialogues_of_every_format_are_equal(write: Write) -> None:
+    source = DialogueRecords([write(*FORMATS)], tokenizer(), 64)
+    expected, mask = chat.encode(tokenizer(), FORMATS[0]["messages"])
+    for i in range(len(FORMATS)):
         assert np.array_equal(source[i]["tokens"], expected)
         assert np.array_equal(source[i]["mask"], mask)
     assert text(expected[mask]) == "hello you"
@@ -114,24 +114,24 @@ def test_dialogues_of_every_shape_are_one(write: Write) -> None:
     assert int((batch["labels"] != IGNORE).sum()) == 4 * mask.sum()
 
 
-def test_what_is_too_long_is_cut_and_what_is_unanswered_left_out(write: Write) -> None:
+def test_long_records_are_truncated_and_unanswered_left_out(write: Write) -> None:
     long = {"prompt": "why " * 200, "completion": "because"}
     half = {"prompt": "why", "completion": "because " * 200}
     unanswered = {"messages": [{"role": "user", "content": "hello?"}]}
-    source = DialogueRecords([write(long, half, unanswered, SHAPES[0])], tokenizer(), 64)
+    source = DialogueRecords([write(long, half, unanswered, FORMATS[0])], tokenizer(), 64)
     assert source.counts == {"examples": 2, "records": 4, "cut": 2, "unanswered": 2, "files": 1}
     assert len(source[0]["tokens"]) == 64
-    assert source[0]["mask"][-1]  # the answer was cut: no stop token is asked
-    with pytest.raises(UserError, match=r"no record that could be used \(.*2 unanswered\)"):
+    assert source[0]["mask"][-1]  # the truncated answer has no stop token
+    with pytest.raises(UserError, match=r"no record can be used \(.*2 unanswered\)"):
         DialogueRecords([write(long, unanswered)], tokenizer(), 64)
 
 
 def test_text_to_text(write: Write) -> None:
     source = Seq2SeqRecords(
-        [write(*SHAPES, {"prompt": "a " * 90, "completion": "b " * 90})], tokenizer(), 32, answer=16
+        [write(*FORMATS, {"prompt": "a " * 90, "completion": "b " * 90})], tokenizer(), 32, answer=16
     )
     eos = tokenizer().vocab.eos
-    for i in range(len(SHAPES)):
+    for i in range(len(FORMATS)):
         assert text(source[i]["source"]) == "hi there"
         assert text(source[i]["target"]) == "hello you"
         assert source[i]["source"][-1] == source[i]["target"][-1] == eos
@@ -140,7 +140,7 @@ def test_text_to_text(write: Write) -> None:
     assert (source.counts["cut"], source.counts["long_answers"]) == (1, 1)
     batch = Batches(source, Seq2SeqSFT(), tokenizer().vocab, batch_size=6, seed=0, pack_to_length=48).batches(0)[0]
     assert batch["source_tokens"].shape[0] == batch["tokens"].shape[0]
-    with pytest.raises(UserError, match=r"rows.jsonl:1: text to text needs a prompt"):
+    with pytest.raises(UserError, match=r"rows.jsonl:1: a text-to-text record needs a prompt"):
         Seq2SeqRecords([write({"messages": [{"role": "user", "content": "hello?"}]})], tokenizer(), 32)
 
 
@@ -172,17 +172,17 @@ def test_preferences(write: Write) -> None:
         comparison({"chosen": "a", "rejected": "b"})
 
 
-def test_prompts_end_with_the_answer_begun(write: Write) -> None:
-    found, keys, counts = prompts([write(*SHAPES, {"prompt": "long " * 99})], tokenizer(), 40)
-    assert len(found) == len(SHAPES) == len(keys)
-    assert counts == {"records": len(SHAPES) + 1, "too_long": 1}
+def test_prompts_end_with_the_start_of_the_answer(write: Write) -> None:
+    found, keys, counts = prompts([write(*FORMATS, {"prompt": "long " * 99})], tokenizer(), 40)
+    assert len(found) == len(FORMATS) == len(keys)
+    assert counts == {"records": len(FORMATS) + 1, "too_long": 1}
     assert len(set(keys.tolist())) == 1
     for prompt in found:
         assert np.array_equal(prompt, found[0])
         assert text(prompt).endswith("assistant\n")
 
 
-def test_files_of_every_kind_give_the_same(write: Write, tmp_path: Path) -> None:
+def test_file_types_give_the_same_examples(write: Write, tmp_path: Path) -> None:
     rows = [{"text": f"text number {i}", "label": i % 2} for i in range(3000)]
     path = write(*rows)
     plain = LabeledTexts([path], tokenizer(), 32)
@@ -199,13 +199,13 @@ def test_files_of_every_kind_give_the_same(write: Write, tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize(
-    ("source", "line", "told"),
+    ("source", "line", "message"),
     [
         (LabeledTexts, '{"text": "x", "label": "a"', "rows.jsonl:2: this line is not JSON"),
         (LabeledTexts, '["x"]', "rows.jsonl:2: a record is a JSON object"),
         (LabeledTexts, '{"txt": "x", "label": "a"}', "rows.jsonl:2: there is no field 'text'; did you mean 'txt'"),
         (LabeledTexts, '{"text": "x"}', "rows.jsonl:2: there is no field 'label'"),
-        (LabeledTexts, '{"text": "x", "label": [1]}', r"rows.jsonl:2: the label is \[1\], and a name"),
+        (LabeledTexts, '{"text": "x", "label": [1]}', r"rows.jsonl:2: the label is \[1\] and must be a name"),
         (LabeledTexts, '{"text": 5, "label": "a"}', "rows.jsonl:2: the field 'text' holds int"),
         (DialogueRecords, '{"text": "x"}', "rows.jsonl:2: a dialogue needs"),
         (DialogueRecords, '{"messages": [{"role": "queen", "content": "x"}]}', "rows.jsonl:2: a turn needs a role"),
@@ -213,15 +213,15 @@ def test_files_of_every_kind_give_the_same(write: Write, tmp_path: Path) -> None
         (PreferenceRecords, '{"prompt": "x", "chosen": ["y"], "rejected": "z"}', "rows.jsonl:2: a turn of a dialogue"),
     ],
 )
-def test_mistakes_name_file_and_line(write: Write, source: type[Records], line: str, told: str) -> None:
+def test_errors_name_file_and_line(write: Write, source: type[Records], line: str, message: str) -> None:
     good = {"text": "x", "label": "a", "prompt": "p", "completion": "c", "chosen": "d", "rejected": "e"}
-    with pytest.raises(UserError, match=told) as raised:
+    with pytest.raises(UserError, match=message) as raised:
         source([write(good, line)], tokenizer(), 32)
     assert str(raised.value).count("rows.jsonl:2") == 1
     assert "\n" not in str(raised.value)
 
 
-def test_a_label_that_is_none_of_the_classes(write: Write) -> None:
+def test_a_label_outside_of_the_classes_is_rejected(write: Write) -> None:
     with pytest.raises(UserError, match=r"rows.jsonl:2: the label maybe is none of the classes \(no, yes\)"):
         LabeledTexts(
             [write({"text": "x", "label": "yes"}, {"text": "x", "label": "maybe"})],
@@ -229,11 +229,11 @@ def test_a_label_that_is_none_of_the_classes(write: Write) -> None:
             32,
             classes=("no", "yes"),
         )
-    with pytest.raises(UserError, match=r"no record that could be used \(1 empty\)"):
+    with pytest.raises(UserError, match=r"no record can be used \(1 empty\)"):
         LabeledTexts([write()], tokenizer(), 32)
 
 
-def test_lone_surrogates_and_nul_are_only_text(write: Write) -> None:
+def test_lone_surrogates_and_nul_are_text(write: Write) -> None:
     source = LabeledTexts([write('{"text": "a \\ud800 b\\u0000", "label": 1}')], tokenizer(), 32)
     assert "a" in text(source[0]["tokens"])
     objective = Classification(class_names=source.classes)
@@ -242,8 +242,8 @@ def test_lone_surrogates_and_nul_are_only_text(write: Write) -> None:
 
 
 def test_a_source_of_records_keeps_no_text_in_memory(write: Write) -> None:
-    """What stays is the map of the file and 8 bytes a record and column."""
-    source = DialogueRecords([write(*SHAPES)], tokenizer(), 64)
+    """Only the memory map and 8 bytes per record and column remain."""
+    source = DialogueRecords([write(*FORMATS)], tokenizer(), 64)
     tokens = source[0]["tokens"]
     assert tokens.base is not None
     assert not tokens.flags.writeable

@@ -1,4 +1,4 @@
-"""The token store and what is cut from it: exact, whole or not there at all, and small in memory."""
+"""The token store and its windows: exact, complete or absent, and small in memory."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from firth.corpora.readers import Document
 from firth.data import token_store
 from firth.data.collate import Batches
 from firth.data.source import MixtureSource, Source
-from firth.data.split import enough, place, split
+from firth.data.split import min_share, place, split
 from firth.data.token_store import TokenStore
 from firth.data.windows import DocumentChunks, SegmentPairs, Windows
 from firth.objectives.causal_lm import CausalLM
@@ -49,19 +49,19 @@ def test_a_store_holds_every_document_exactly(tmp_path: Path) -> None:
     assert not made.tokens[:].flags.writeable and not made.offsets.flags.writeable
 
 
-def test_a_long_document_is_encoded_in_parts_as_if_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_long_document_is_encoded_in_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = store(tmp_path)
-    monkeypatch.setattr(token_store, "PART", 400)
-    monkeypatch.setattr(token_store, "CHUNK", 700)
+    monkeypatch.setattr(token_store, "PART_CHARACTERS", 400)
+    monkeypatch.setattr(token_store, "CHUNK_CHARACTERS", 700)
     (tmp_path / "parts").mkdir()
     assert same(store(tmp_path / "parts"), whole)
 
 
-class Stop(Exception):  # noqa: N818 - not a mistake
-    """The power goes."""
+class Stop(Exception):  # noqa: N818 - not an error
+    """Simulates a power failure."""
 
 
-def cut_short(n: int) -> Iterator[Document]:
+def interrupted_documents(n: int) -> Iterator[Document]:
     for i, document in enumerate(documents()):
         if i == n:
             raise Stop
@@ -69,35 +69,35 @@ def cut_short(n: int) -> Iterator[Document]:
 
 
 @pytest.mark.parametrize("after", [0, 1, 17, 29])
-def test_an_interrupted_build_goes_on(tmp_path: Path, after: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupted_build_resumes(tmp_path: Path, after: int, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "whole").mkdir()
     whole = store(tmp_path / "whole")
-    monkeypatch.setattr(token_store, "CHUNK", 500)
+    monkeypatch.setattr(token_store, "CHUNK_CHARACTERS", 500)
     with pytest.raises(Stop):
-        TokenStore.build(cut_short(after), tokenizer(), tmp_path / "store")
+        TokenStore.build(interrupted_documents(after), tokenizer(), tmp_path / "store")
     assert not (tmp_path / "store").exists()
     kept = (tmp_path / "store.partial" / "bytes.bin").stat().st_size // 8
     assert kept <= after
-    asked: list[str] = []
+    encoded: list[str] = []
     engine = tokenizer()
     encode = engine.encode_batch
-    monkeypatch.setattr(engine, "encode_batch", lambda texts: asked.extend(texts) or encode(texts))
+    monkeypatch.setattr(engine, "encode_batch", lambda texts: encoded.extend(texts) or encode(texts))
     assert same(store(tmp_path), whole)
-    assert len("".join(asked)) == sum(len(d.text) for d in documents()[kept:])  # the kept ones were not encoded again
+    assert len("".join(encoded)) == sum(len(d.text) for d in documents()[kept:])  # the kept ones were not encoded again
     assert sorted(p.name for p in (tmp_path / "store").iterdir()) == sorted([*token_store.FILES, "manifest.json"])
 
 
 @pytest.mark.parametrize("name", [*token_store.FILES, "stamps.bin"])
 @pytest.mark.parametrize("damage", ["cut", "flip", "more"])
-def test_a_build_goes_on_from_damaged_files_too(
+def test_a_build_resumes_from_damaged_files(
     tmp_path: Path, name: str, damage: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A machine that lost power may have kept any part of any file."""
     (tmp_path / "whole").mkdir()
     whole = store(tmp_path / "whole")
-    monkeypatch.setattr(token_store, "CHUNK", 500)
+    monkeypatch.setattr(token_store, "CHUNK_CHARACTERS", 500)
     with pytest.raises(Stop):
-        TokenStore.build(cut_short(25), tokenizer(), tmp_path / "store")
+        TokenStore.build(interrupted_documents(25), tokenizer(), tmp_path / "store")
     path = tmp_path / "store.partial" / name
     raw = bytearray(path.read_bytes())
     assert len(raw) > 40
@@ -111,9 +111,9 @@ def test_a_build_goes_on_from_damaged_files_too(
     assert same(store(tmp_path), whole)
 
 
-def test_a_build_of_other_documents_or_tokens_keeps_only_what_is_right(tmp_path: Path) -> None:
+def test_a_build_of_other_documents_keeps_only_valid_ones(tmp_path: Path) -> None:
     with pytest.raises(Stop):
-        TokenStore.build(cut_short(25), tokenizer(), tmp_path / "store")
+        TokenStore.build(interrupted_documents(25), tokenizer(), tmp_path / "store")
     other = documents()
     other[3] = Document("changed", "other words")
     made = TokenStore.build(other, tokenizer(), tmp_path / "store")
@@ -121,20 +121,20 @@ def test_a_build_of_other_documents_or_tokens_keeps_only_what_is_right(tmp_path:
     assert same(made, TokenStore.build(other, tokenizer(), tmp_path / "fresh" / "store"))
 
     with pytest.raises(Stop):
-        TokenStore.build(cut_short(25), tokenizer(), tmp_path / "again")
+        TokenStore.build(interrupted_documents(25), tokenizer(), tmp_path / "again")
     another = train(TEXTS[:5], "byte-bpe", vocab_size=400, seed=0, num_sentinels=2)
     made = TokenStore.build(documents(), another, tmp_path / "again")
     assert another.decode(body(made, 7)) == documents()[7].text
 
 
-def test_a_full_disk_is_told_in_a_sentence_and_lost_is_little(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_is_reported_and_the_build_resumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "whole").mkdir()
     whole = store(tmp_path / "whole")
-    monkeypatch.setattr(token_store, "CHUNK", 500)
+    monkeypatch.setattr(token_store, "CHUNK_CHARACTERS", 500)
     was = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (whole.tokens.nbytes * 2 // 3, was[1]))
     try:
-        with pytest.raises(UserError, match=r"could not be written .*make room and start again"):
+        with pytest.raises(UserError, match=r"could not be written .*free disk space and start again"):
             store(tmp_path)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, was)
@@ -151,7 +151,7 @@ def test_one_builder_at_a_time(tmp_path: Path) -> None:
         TokenStore.build(twice(), tokenizer(), tmp_path / "store")
 
 
-def test_what_is_refused(tmp_path: Path) -> None:
+def test_invalid_stores_are_rejected(tmp_path: Path) -> None:
     made = store(tmp_path)
     another = train(TEXTS[:5], "byte-bpe", vocab_size=400, seed=0)
     with pytest.raises(UserError, match="another tokenizer"):
@@ -166,12 +166,12 @@ def test_what_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"bytes that were written: delete .*store, and the next run builds it again"):
         TokenStore.open(tmp_path / "store")
     (tmp_path / "store" / "manifest.json").write_text(json.dumps(dict(made.manifest, format=99)))
-    with pytest.raises(UserError, match="not of store format 2"):
+    with pytest.raises(UserError, match="does not have store format 2"):
         TokenStore.open(tmp_path / "store")
 
 
 def test_a_damaged_block_is_found_when_it_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One bit in a fifth of the tokens: every window of a damaged block is refused, and those of whole blocks are served."""
+    """One bit is flipped in a fifth of the blocks: windows of these are rejected, and those of intact blocks are returned."""
     monkeypatch.setattr(token_store, "BLOCK_BYTES", 256)
     made = store(tmp_path)
     path = tmp_path / "store" / "tokens.bin"
@@ -190,7 +190,7 @@ def test_a_damaged_block_is_found_when_it_is_read(tmp_path: Path, monkeypatch: p
         assert np.array_equal(tokens, right["tokens"])
         served += 1
     assert 0 < served < len(windows)
-    with pytest.raises(UserError, match=r"tokens\.bin: block 0 of \d+ is not as it was written .*: delete "):
+    with pytest.raises(UserError, match=r"tokens\.bin: block 0 of \d+ is damaged .*: delete "):
         np.bincount(TokenStore.open(tmp_path / "store").tokens)
 
 
@@ -210,20 +210,23 @@ def test_every_flipped_bit_of_a_store_is_found(name: str, tmp_path: Path) -> Non
             np.asarray(TokenStore.open(tmp_path / "store").tokens)
 
 
-def test_windows_ask_every_token_once(tmp_path: Path) -> None:
-    """Over the windows with their tail, each token but the first of each document is a label exactly once: the bytes
-    of the store over that count are exact."""
+def test_windows_label_every_token_once(tmp_path: Path) -> None:
+    """Over all windows with their tail, each token but the first of each document is a label exactly once, so the store's bytes
+    over that count are exact.
+    """
     made = store(tmp_path)
     for length in (7, 64, 10_000):
         windows = Windows(made, length, tail=True)
         rng = np.random.default_rng(0)
-        asked = [CausalLM().build_example(windows[i], tokenizer().vocab, rng)["labels"] for i in range(len(windows))]
-        labels = np.concatenate(asked)
+        labels_of = [
+            CausalLM().build_example(windows[i], tokenizer().vocab, rng)["labels"] for i in range(len(windows))
+        ]
+        labels = np.concatenate(labels_of)
         expected = np.concatenate(
             [made.tokens[a + 1 : b] for a, b in zip(made.offsets, made.offsets[1:], strict=False)]
         )
         assert np.array_equal(labels[labels != IGNORE], expected)
-        assert all(len(a) == length for a in asked[:-1])
+        assert all(len(a) == length for a in labels_of[:-1])
     assert len(Windows(made, 64)) == (len(made.tokens) - 1) // 64
     plain = Windows(made, 64, ahead=0, isolate=False)
     assert np.array_equal(
@@ -249,9 +252,10 @@ def test_windows_number_their_documents(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("ahead", [0, 1])
-def test_windows_move_in_later_epochs(ahead: int, tmp_path: Path) -> None:
-    """The first epoch reads windows as they are. Each later one reads as many whole windows, side by side from another offset
-    on, which is a function of the seed and the epoch alone; only the last may overlap the one before it."""
+def test_windows_shift_in_later_epochs(ahead: int, tmp_path: Path) -> None:
+    """The first epoch reads unshifted windows. Later ones read as many adjacent windows from an offset that depends on seed and
+    epoch alone; only the last may overlap the one before it.
+    """
     made = store(tmp_path)
     windows = Windows(made, 50, ahead)
     every = np.arange(len(windows))
@@ -272,7 +276,7 @@ def test_windows_move_in_later_epochs(ahead: int, tmp_path: Path) -> None:
             ):
                 break
         else:
-            raise AssertionError(f"the windows of epoch {epoch} do not lie side by side")
+            raise AssertionError(f"the windows of epoch {epoch} are not adjacent")
         for x, a in zip(examples, starts, strict=True):
             own = number[a : a + 50 + ahead]
             assert np.array_equal(x.get("document_ids", np.zeros(len(own))), own - own[0])
@@ -289,9 +293,10 @@ def test_windows_move_in_later_epochs(ahead: int, tmp_path: Path) -> None:
     assert all(np.array_equal(x["tokens"], tailed[i]["tokens"]) for i, x in enumerate(read(0, 3, tailed)))
 
 
-def test_batches_read_moved_windows(tmp_path: Path) -> None:
-    """A batch of any step is the same from a new `Batches`, so a resumed run reads what it would have read; an evaluation
-    reads the windows where they are, and a mixture moves those of each source by that source's epochs."""
+def test_batches_read_shifted_windows(tmp_path: Path) -> None:
+    """Batches of any step are the same from a new `Batches`, so a run resumes exactly. Evaluation reads unshifted windows, and a
+    mixture shifts those of each source by that source's epochs.
+    """
     made, vocab = store(tmp_path), tokenizer().vocab
     windows = Windows(made, 50)
 
@@ -315,17 +320,17 @@ def test_batches_read_moved_windows(tmp_path: Path) -> None:
     assert all(np.array_equal(a["tokens"], b["tokens"]) for a, b in zip(mixed, own, strict=True))
 
 
-@pytest.mark.parametrize("framed", [False, True])
-def test_pieces_are_all_of_every_document(tmp_path: Path, framed: bool) -> None:
+@pytest.mark.parametrize("with_special_tokens", [False, True])
+def test_chunks_cover_every_document(tmp_path: Path, with_special_tokens: bool) -> None:
     made, vocab = store(tmp_path), tokenizer().vocab
-    pieces = DocumentChunks(made, 50, vocab if framed else None)
+    chunks = DocumentChunks(made, 50, vocab if with_special_tokens else None)
     at = 0
     for i in range(len(made)):
         whole, got = body(made, i), []
         while sum(map(len, got)) < len(whole):
-            tokens = pieces[at]["tokens"]
+            tokens = chunks[at]["tokens"]
             assert 0 < len(tokens) <= 50
-            if framed:
+            if with_special_tokens:
                 assert (tokens[0], tokens[-1]) == (vocab.cls, vocab.sep)
                 tokens = tokens[1:-1]
             got.append(tokens)
@@ -333,11 +338,11 @@ def test_pieces_are_all_of_every_document(tmp_path: Path, framed: bool) -> None:
         if got:
             assert np.array_equal(np.concatenate(got), whole)
             assert max(map(len, got)) - min(map(len, got)) <= 1
-            assert len(got) == -(-len(whole) // (48 if framed else 50))
-    assert at == len(pieces)
+            assert len(got) == -(-len(whole) // (48 if with_special_tokens else 50))
+    assert at == len(chunks)
 
 
-def test_pairs_are_neighbours_and_a_stranger_of_the_same_length(tmp_path: Path) -> None:
+def test_pairs_are_adjacent_plus_a_random_segment(tmp_path: Path) -> None:
     made = store(tmp_path)
     pairs = SegmentPairs(made, 64)
     bodies = [body(made, i).tolist() for i in range(len(made))]
@@ -364,8 +369,8 @@ def test_pairs_are_neighbours_and_a_stranger_of_the_same_length(tmp_path: Path) 
         SegmentPairs(TokenStore.build(documents()[5:6], tokenizer(), tmp_path / "one"), 64)
 
 
-def test_a_wordpiece_like_store_without_bos(tmp_path: Path) -> None:
-    """T5 has no bos: documents are text and eos, and pieces are still the bare text."""
+def test_a_store_without_bos(tmp_path: Path) -> None:
+    """T5 has no bos: documents are text and eos, and chunks are still the bare text."""
     t = train(TEXTS[:5], "byte-bpe", vocab_size=400, seed=0)
     vocab = t.vocab
     roles = {role: i for role, i in vocab.roles.items() if role != "bos"}
@@ -387,9 +392,9 @@ def test_held_out_documents_are_a_function_of_their_names() -> None:
         split(some, 1.5, held_out=True)
 
 
-def test_enough_holds_out_one_of_two_at_least() -> None:
+def test_min_share_holds_out_at_least_one_document() -> None:
     for names in (["a", "b"], [f"play {i}" for i in range(38)], [str(i) for i in range(3000)]):
-        share = enough(0.01, names)
+        share = min_share(0.01, names)
         held = [n for n in names if place(n) < share]
         assert 1 <= len(held) < len(names)
         if sum(place(n) < 0.01 for n in names):
@@ -397,18 +402,20 @@ def test_enough_holds_out_one_of_two_at_least() -> None:
 
 
 def test_a_document_of_6_mb_needs_little_memory(tmp_path: Path) -> None:
-    """The peak of the whole process, torch and tokenizer included. What a document costs is its own text, and what the
-    tokenizer makes of it is bounded: by hand, 50 MB on one line peak at 540 MB from a file and at 610 MB as one document,
-    of which 425 MB are torch and the libraries."""
+    """Peak memory of the whole process, including torch and the tokenizer.
+
+    A document costs its own text, and the tokenizer's memory is bounded: measured by hand, 50 MB on one line peak at 540 MB from
+    a file and at 610 MB as one document, of which 425 MB are torch and the libraries.
+    """
     text = " ".join(TEXTS)
     line = (text.replace("\n", " ") * (6_000_000 // len(text) + 1))[:6_000_000]
     (tmp_path / "long.txt").write_text(line)
     tokenizer().save(tmp_path / "tokenizer")
-    told = subprocess.run(
+    output = subprocess.run(
         [sys.executable, "-c", MEASURE, str(tmp_path)],
         capture_output=True, text=True, check=True, env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])},
     ).stdout.split()  # fmt: skip
-    peak, tokens, size = map(int, told)
+    peak, tokens, size = map(int, output)
     assert size == len(line.encode())
     assert tokens > 1_000_000
     assert peak < 700_000_000
@@ -421,21 +428,20 @@ from firth.data.collate import Batches
 from firth.data.windows import Windows
 from firth.data.token_store import TokenStore
 from firth.objectives.causal_lm import CausalLM
-from firth.text import read
-from firth.corpora.read_stats import Counts
+from firth.corpora.readers import Document
 from firth.tokenizer.tokenizer import Tokenizer
 folder = Path(sys.argv[1])
 t = Tokenizer.load(folder / "tokenizer")
-one = read.Document("one", (folder / "long.txt").read_text())
+one = Document("one", (folder / "long.txt").read_text())
 s = TokenStore.build([one], t, folder / "store")
-Batches(Windows(s, 256), CausalLM(), t.vocab, rows=16, seed=0).batches(5)
-# Not ru_maxrss, which in a child begins at its parent's peak.
+Batches(Windows(s, 256), CausalLM(), t.vocab, batch_size=16, seed=0).batches(5)
+# Not ru_maxrss, which starts at the parent's peak in a child.
 peak = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
 print(int(peak.split()[1]) * 1024, len(s.tokens), int(s.bytes.sum()))
 """
 
 
-def test_bad_input_reaches_the_store_by_the_reader_s_policies(tmp_path: Path) -> None:
+def test_bad_input_is_cleaned_by_the_reader(tmp_path: Path) -> None:
     (tmp_path / "bad.txt").write_bytes(b"\xef\xbb\xbfgood \xff\xfe day\x00 all")
     (tmp_path / "empty.txt").write_bytes(b"")
     (tmp_path / "lines.jsonl").write_bytes(b'{"text": "a lone \\ud800 surrogate"}\n{"text": ""}\n')
@@ -450,8 +456,8 @@ def test_bad_input_reaches_the_store_by_the_reader_s_policies(tmp_path: Path) ->
     assert batch["tokens"].shape[0] == 2
 
 
-def test_a_tokenizer_that_puts_no_bos_before_texts_has_none_in_the_store(tmp_path: Path) -> None:
-    """As GPT-2's and SmolLM2's directories say (add_bos_token: false): a run that starts there reads what they read."""
+def test_a_tokenizer_without_bos_leaves_it_out_of_the_store(tmp_path: Path) -> None:
+    """As in the configs of GPT-2 and SmolLM2 (add_bos_token: false): a run that starts from them reads what they read."""
     from firth.tokenizer.tokenizer import Tokenizer
 
     engine = tokenizer().engine

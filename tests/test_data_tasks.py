@@ -1,4 +1,4 @@
-"""Files of tasks become examples: tables, columns, SQuAD's JSON; whatever is wrong with them is named, with its line."""
+"""Files of tasks become examples: tables, CoNLL columns, SQuAD's JSON; faults are reported with their line."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def rows(path: str, **options: object) -> list[dict[str, object]]:
     return [record for _, record in readers.records([path], **options)]  # type: ignore[arg-type]
 
 
-def test_csv_has_quotes_and_lines_within_cells(tmp_path: Path) -> None:
+def test_csv_has_quotes_and_line_breaks_within_cells(tmp_path: Path) -> None:
     text = '\ufefftext,label\r\n"a, ""b""\nc",yes\r\n\r\nd,no\r\n'
     path = file(tmp_path, "a.csv", text)
     assert rows(path) == [{"text": 'a, "b"\nc', "label": "yes"}, {"text": "d", "label": "no"}]
@@ -55,12 +55,12 @@ def test_csv_has_quotes_and_lines_within_cells(tmp_path: Path) -> None:
     assert plain == [{"source": "gj04", "label": "1", "mark": "", "sentence": "So it is."}]
 
 
-def test_rows_of_another_length_are_counted_named_and_few(tmp_path: Path) -> None:
+def test_few_rows_of_another_length_are_counted_and_reported(tmp_path: Path) -> None:
     good = "".join(f"text {i}\ta\n" for i in range(150))
     path = file(tmp_path, "a.tsv", "text\tlabel\n" + good + "too\tmany\tcells\n" + good)
     source = LabeledTexts([path], tokenizer(), 32)
     assert source.counts == {"examples": 300, "records": 300, "files": 1, "mismatched": 1, "duplicates": 150}
-    assert any(f"the first is {path}:152 (3 cells under 2 columns)" in remark for remark in source.notes)
+    assert any(f"the first is {path}:152 (3 cells under 2 columns)" in note for note in source.notes)
     with pytest.raises(UserError, match=r"b\.csv:3 \(1 cells under 2 columns\): so in 2 of 3 rows"):
         rows(file(tmp_path, "b.csv", "text,label\na,b\nc\nd\n"))
     with pytest.raises(UserError, match="two columns are called 'a'"):
@@ -72,17 +72,18 @@ def test_rows_of_another_length_are_counted_named_and_few(tmp_path: Path) -> Non
         rows(str(tmp_path / "e.csv"))
 
 
-def test_a_directory_is_read_for_its_text_and_tables_are_named(tmp_path: Path) -> None:
+def test_tables_in_a_directory_must_be_named(tmp_path: Path) -> None:
     file(tmp_path, "a.txt", "text")
     path = file(tmp_path, "b.csv", "text,label\nx,y\n")
     assert [p.name for p in readers.files([str(tmp_path)])] == ["a.txt"]
     assert [d.text for d in readers.documents([path])] == ["x"]
 
 
-def test_unknown_labels_are_counted_and_the_first_is_named(tmp_path: Path) -> None:
+def test_unknown_labels_are_counted_and_the_first_is_reported(tmp_path: Path) -> None:
     path = file(tmp_path, "a.csv", "text,label\nx,good\ny,odd\nz,odd\nw,bad\n")
     with pytest.raises(
-        UserError, match=r"a\.csv:3: the label odd is none of the classes \(bad, good\), nor is that of 1 more record"
+        UserError,
+        match=r"a\.csv:3: the label odd is none of the classes \(bad, good\); 1 more record has the same problem",
     ):
         LabeledTexts([path], tokenizer(), 32, classes=("bad", "good"))
     with pytest.raises(UserError, match=r"b\.csv:2: the label is empty"):
@@ -90,25 +91,25 @@ def test_unknown_labels_are_counted_and_the_first_is_named(tmp_path: Path) -> No
     source = LabeledTexts([path], tokenizer(), 32, classes=("bad", "good", "odd", "never"))
     assert list(source.class_counts(np.arange(4)).values()) == [1, 1, 2, 0]
     assert source.notes == [f"no record of {path} has the class 'never'"]
-    unasked = LabeledTexts([path], tokenizer(), 32, classes=("bad", "good"), asked=False)
-    assert len(unasked) == 4
+    unlabeled = LabeledTexts([path], tokenizer(), 32, classes=("bad", "good"), labeled=False)
+    assert len(unlabeled) == 4
 
 
-def test_a_text_longer_than_the_row_is_named(tmp_path: Path) -> None:
+def test_truncated_texts_are_reported(tmp_path: Path) -> None:
     path = file(tmp_path, "a.csv", "text,label\nx,good\n" + "long " * 50 + ",bad\n" + "long " * 60 + ",bad\n")
     source = LabeledTexts([path], tokenizer(), 16)
     assert source.counts["cut"] == 2
     assert source.notes == [f"2 texts were longer than 16 tokens and lost their end; the first is {path}:3"]
 
 
-def test_numbers(tmp_path: Path) -> None:
+def test_scores_are_numbers(tmp_path: Path) -> None:
     path = file(tmp_path, "a.tsv", "index\tsentence1\tsentence2\tscore\n0\ta man\ta boy\t2.5\n1\ta\tb\t5\n")
     source = ScoredTexts([path], tokenizer(), 32, TextFields("sentence1", "score", "sentence2"))
     assert source.scores.tolist() == [2.5, 5.0]
     assert source[0]["score"] == 2.5
     assert sorted(source[0]) == ["score", "token_type_ids", "tokens"]
     for bad in ("high", "nan", ""):
-        with pytest.raises(UserError, match=rf"b\.csv:2: the field 'label' holds '{bad}', and a number is wanted"):
+        with pytest.raises(UserError, match=rf"b\.csv:2: the field 'label' is '{bad}' and must be a number"):
             ScoredTexts([file(tmp_path, "b.csv", f"text,label\nx,{bad}\n")], tokenizer(), 32)
 
 
@@ -118,8 +119,8 @@ def test_options_in_a_list_and_in_columns(tmp_path: Path) -> None:
     path = file(tmp_path, "a.jsonl", json.dumps(one) + "\n" + json.dumps(two) + "\n")
     source = MultipleChoiceRecords([path], tokenizer(), 32)
     assert (source.most, source[0]["label"], source[1]["label"]) == (3, 1, 1)
-    told = [tokenizer().decode(row["tokens"]) for row in source[0]["options"]]
-    assert told == ["She opensthe door", "She opensthe sea", "She opensit"]
+    texts = [tokenizer().decode(row["tokens"]) for row in source[0]["options"]]
+    assert texts == ["She opensthe door", "She opensthe sea", "She opensit"]
     assert [int(row["token_type_ids"].sum()) for row in source[1]["options"]] == [
         len(tokenizer().encode(text)) + 1 for text in ("runs", "walks")
     ]
@@ -131,11 +132,11 @@ def test_options_in_a_list_and_in_columns(tmp_path: Path) -> None:
         OptionFields("sent1", option_fields=("ending0", "ending1"), option_prefix_field="sent2"),
     )
     assert tokenizer().decode(from_columns[0]["options"][1]["tokens"]) == "She sits.She flies."
-    for change, said in (
+    for change, message in (
         ({"label": 3}, "neither one of the 3"),
-        ({"options": ["one"]}, "no list of two texts or more"),
+        ({"options": ["one"]}, "must be a list of two texts or more"),
     ):
-        with pytest.raises(UserError, match=rf"c\.jsonl:1: .*{said}"):
+        with pytest.raises(UserError, match=rf"c\.jsonl:1: .*{message}"):
             MultipleChoiceRecords([file(tmp_path, "c.jsonl", json.dumps(one | change) + "\n")], tokenizer(), 32)
 
 
@@ -143,23 +144,23 @@ CONLL = "-DOCSTART- -X- -X- O\n\nEU NNP I-NP I-ORG\nrejects VBZ I-VP O\nGerman J
 
 
 @pytest.mark.parametrize("name", ["a.conll", "a.txt"])
-def test_conll_s_columns(tmp_path: Path, name: str) -> None:
+def test_conll_columns(tmp_path: Path, name: str) -> None:
     path = file(tmp_path, name, CONLL)
     source = TaggedSentences([path], tokenizer(), 32)
     assert source.classes == ("B-MISC", "B-ORG", "B-PER", "O")
     assert source.counts["begun"] == 2
     assert "IOB1" in source.notes[0]
-    asked = [source[0]["tags"][source[0]["tags"] != IGNORE].tolist(), source.words(0).tolist()]
-    assert asked == [[1, 3, 0], [0, 1, 2]]
-    speech = TaggedSentences(
+    labels = [source[0]["tags"][source[0]["tags"] != IGNORE].tolist(), source.words(0).tolist()]
+    assert labels == [[1, 3, 0], [0, 1, 2]]
+    parts_of_speech = TaggedSentences(
         [path], tokenizer(), 32, TagFields(tags_field="pos", column_names=("tokens", "pos", "chunk", "ner"))
     )
-    assert speech.classes == ("JJ", "NNP", "VBZ")
+    assert parts_of_speech.classes == ("JJ", "NNP", "VBZ")
     with pytest.raises(UserError, match=r"b\.conll:2 \(1 columns of 2\): so in 1 of 1 sentences"):
         TaggedSentences([file(tmp_path, "b.conll", "EU B-ORG\nrejects\n")], tokenizer(), 32)
 
 
-def test_only_the_first_subword_of_a_word_is_asked(tmp_path: Path) -> None:
+def test_only_the_first_token_of_a_word_is_labeled(tmp_path: Path) -> None:
     path = file(tmp_path, "a.conll", "unquestionably A\nx B\n")
     source = TaggedSentences([path], tokenizer(), 32)
     pieces, behind = (len(tokenizer().encode(text)) for text in ("unquestionably", " x"))
@@ -178,14 +179,14 @@ SQUAD = {"data": [{"title": "t", "paragraphs": [{"context": "The play was writte
 ]}]}]}  # fmt: skip
 
 
-def test_squad_s_json(tmp_path: Path) -> None:
+def test_squad_json(tmp_path: Path) -> None:
     path = file(tmp_path, "a.json", json.dumps(SQUAD))
     source = QuestionRecords([path], tokenizer(), 96, question=16)
     assert source.counts == {
         "examples": 3, "records": 4, "misplaced": 1, "unanswered": 1, "unanswerable": 1, "files": 1,
     }  # fmt: skip
     assert (
-        f"1 answer does not stand in its passage where it is said to, and was left out; the first is {path}: question c"
+        f"1 answer is not in its passage at the given character, and was left out; the first is {path}: question c"
         in source.notes
     )
     assert (source.unanswerable, source.record_ids.tolist()) == (1, [0, 1, 3])
@@ -195,7 +196,7 @@ def test_squad_s_json(tmp_path: Path) -> None:
     assert (source[1]["start"], source[1]["end"]) == (-1, -1)
     assert example["token_type_ids"][example["start"]] == 1
     kept = QuestionRecords([path], tokenizer(), 96, question=16, keep=True)
-    assert [kept.asked_of(number).right for number in range(kept.questions)] == [
+    assert [kept.question_of(number).right for number in range(kept.questions)] == [
         ("Anne Lee",),
         (),
         ("1902",),
@@ -204,7 +205,7 @@ def test_squad_s_json(tmp_path: Path) -> None:
     assert len(kept) == 4
 
 
-def test_long_passages_are_read_in_windows_that_overlap(tmp_path: Path) -> None:
+def test_long_passages_are_read_in_overlapping_windows(tmp_path: Path) -> None:
     context = " ".join(f"word{i}" for i in range(80))
     at = context.index("word40")
     record = {"context": context, "question": "Which?", "answers": [{"text": "word40 word41", "start": at}], "id": "x"}
@@ -228,7 +229,7 @@ def test_long_passages_are_read_in_windows_that_overlap(tmp_path: Path) -> None:
     assert set(source.record_ids.tolist()) == {0}
 
 
-def test_answers_of_other_shapes(tmp_path: Path) -> None:
+def test_answers_of_other_formats(tmp_path: Path) -> None:
     hub = {"context": "a b", "question": "?", "answers": {"text": ["b"], "answer_start": [2]}}
     assert (
         QuestionRecords([file(tmp_path, "a.jsonl", json.dumps(hub) + "\n")], tokenizer(), 40, question=16)[0]["start"]
@@ -245,7 +246,7 @@ def test_answers_of_other_shapes(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("algorithm", ["byte-bpe", "unigram"])
 def test_an_answer_begins_at_its_word(tmp_path: Path, algorithm: str) -> None:
-    """The characters of these tokens begin at the blank before their word: "baker" is at 49, not " baker" at 48."""
+    """Tokens include the space before their word: "baker" is at 49, not " baker" at 48."""
     context = "In Leeds the otter paints the boat at dawn and a baker sells some bread.  "
     tokenizer = train([context], algorithm, vocab_size=400, num_sentinels=0)
     answers = [("baker", 49), (" baker", 48), ("baker ", 49)]
@@ -263,12 +264,12 @@ def test_an_answer_begins_at_its_word(tmp_path: Path, algorithm: str) -> None:
         assert words == [word.strip() for word in words]
         scores.append(np.zeros((len(offsets), 2)))
         scores[i][example["start"], 0] = scores[i][example["end"], 1] = 5.0
-    found = list(by_question(items, iter(scores), may_lack=False))
+    found = list(by_question(items, iter(scores), has_unanswerable=False))
     assert [(one["answer"], one["start"]) for one in found] == [("baker", 49)] * 3
 
 
 def in_scheme(scheme: str, layout: list[tuple[str, int]]) -> list[str]:
-    """Tags of a sentence. layout: (kind or "", words) of each name and of each stretch outside of names."""
+    """Return the tags of a sentence. layout: (type or "", words) of each entity and of each stretch outside of entities."""
     tags: list[str] = []
     for at, (kind, n) in enumerate(layout):
         touches = at > 0 and layout[at - 1][0] == kind
@@ -284,17 +285,17 @@ def in_scheme(scheme: str, layout: list[tuple[str, int]]) -> list[str]:
 
 
 @pytest.mark.parametrize("scheme", ["IO", "IOB1", "IOB2", "IOE1", "IOE2", "IOBES", "BILOU", "BMES", "BMEWO"])
-def test_names_are_those_of_seqeval_in_every_scheme(scheme: str) -> None:
-    """Random sentences, written in the scheme, have the names that they were written from."""
+def test_entities_are_those_of_seqeval_in_every_scheme(scheme: str) -> None:
+    """Random sentences written in a scheme have the entities that they were written from."""
     oracle = getattr(seqeval.scheme, scheme, None)
-    shortest = 2 if scheme == "IOE1" else 1  # of one word that is marked E, seqeval finds no name
+    shortest = 2 if scheme == "IOE1" else 1  # seqeval finds no entity of one word that is marked E
     rng = np.random.default_rng(0)
     for _ in range(200):
         layout = [(("", "PER", "ORG")[rng.integers(3)], int(rng.integers(shortest, 4))) for _ in range(6)]
         tags = in_scheme(scheme, layout)
         ends = np.cumsum([n for _, n in layout]).tolist()
         wanted = [(kind, end - n, end) for (kind, n), end in zip(layout, ends, strict=True) if kind]
-        if scheme == "IO":  # touching names of one kind are one name
+        if scheme == "IO":  # adjacent entities of one type are one entity
             wanted = [(kind, first, last + 1) for kind, first, last in get_entities(tags)]
         elif oracle is not None:
             [entities] = Entities([tags], oracle).entities
@@ -304,26 +305,26 @@ def test_names_are_those_of_seqeval_in_every_scheme(scheme: str) -> None:
 
 
 @pytest.mark.parametrize("scheme", ["IO", "IOBES", "BILOU"])
-def test_tags_of_other_schemes_are_measured_as_names(tmp_path: Path, scheme: str) -> None:
+def test_tags_of_other_schemes_are_scored_as_entities(tmp_path: Path, scheme: str) -> None:
     layout = [("PER", 2), ("", 1), ("ORG", 1), ("", 2), ("PER", 3)]
     tags = in_scheme(scheme, layout)
     record = {"tokens": [f"word{i}" for i in range(len(tags))], "tags": tags}
     items = TaggedSentences([file(tmp_path, "a.jsonl", json.dumps(record) + "\n")], tokenizer(), 64, keep=True)
     right = to_bio2(tags)
-    columns = token_classification.counted(items, iter([(right, ["O"] * 5 + right[5:], [1.0] * 9)]))
-    found = {name: metric(*columns) for name, metric in token_classification.more(items).items()}
+    columns = token_classification.count_correct(items, iter([(right, ["O"] * 5 + right[5:], [1.0] * 9)]))
+    found = {name: metric(*columns) for name, metric in token_classification.extra_metrics(items).items()}
     assert found == {"precision": 1.0, "recall": pytest.approx(1 / 3), "f1": pytest.approx(0.5)}
 
 
 @pytest.mark.parametrize(
     ("tags", "wrong"),
     [
-        (["PER-B", "PER-I", "O"], "the tags O, PER-B, PER-I mark names in a form that is not read"),
-        (["B_PER", "I_PER", "O"], "the tags B_PER, I_PER, O mark names in a form that is not read"),
-        (["B-PER", "X", "O"], "the tag 'X' marks no name"),
+        (["PER-B", "PER-I", "O"], "the tags O, PER-B, PER-I mark entities in an unsupported format"),
+        (["B_PER", "I_PER", "O"], "the tags B_PER, I_PER, O mark entities in an unsupported format"),
+        (["B-PER", "X", "O"], "the tag 'X' marks no entity"),
     ],
 )
-def test_marks_of_another_form_are_rejected(tmp_path: Path, tags: list[str], wrong: str) -> None:
+def test_tags_of_another_format_are_rejected(tmp_path: Path, tags: list[str], wrong: str) -> None:
     record = {"tokens": ["a", "b", "c"], "tags": tags}
     with pytest.raises(UserError, match=wrong):
         TaggedSentences([file(tmp_path, "a.jsonl", json.dumps(record) + "\n")], tokenizer(), 64)

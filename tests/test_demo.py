@@ -91,7 +91,7 @@ def test_its_files_are_read_by_the_next_command(whole: Path, tmp_path: Path) -> 
             if rows[owner]["finished"][side] and ids.tolist() == ours[asked:-1].tolist():
                 assert theirs[: len(ours)].tolist() == ours.tolist()
     settings = [f"init_from={start}", f"data.path={file}", "max_steps=1", "batch.size=4", "evaluation.every=0"]
-    run(load("reward_model", settings), tmp_path / "reward_model", echo=lambda _: None)
+    run(load("reward_model", settings), tmp_path / "reward_model", log=lambda _: None)
     assert (tmp_path / "reward_model" / "model" / "model.safetensors").exists()
 
 

@@ -1,4 +1,4 @@
-"""Hidden tokens: each objective asks for the same ones, nothing of the answer leaks, and the score is what the logits say."""
+"""Cloze score: every objective predicts the same tokens, the answer does not leak, and the score follows from the logits."""
 
 from pathlib import Path
 
@@ -28,7 +28,7 @@ from firth.types import IGNORE
 ROLES = {"pad": 0, "eos": 1, "mask": 2, "cls": 3, "sep": 4, "bos": 5}
 VOCAB = Vocab(size=60, roles=ROLES, special=np.arange(60) < 12, sentinels=np.arange(6, 12))
 SIZES = {"vocab_size": 60, "hidden_size": 64, "num_layers": 1}
-ASKED: dict[str, tuple[Objective, ModelConfig]] = {
+OBJECTIVES: dict[str, tuple[Objective, ModelConfig]] = {
     "causal": (CausalLM(), decoder_config(**SIZES)),
     "mlm": (MLM(), encoder_config(**SIZES)),
     "nsp + mlm": (NSP() + MLM(), encoder_config(**SIZES)),
@@ -42,26 +42,26 @@ ASKED: dict[str, tuple[Objective, ModelConfig]] = {
 TOKENS = np.arange(20, 32)
 
 
-@pytest.mark.parametrize("name", ASKED)
-def test_one_token_is_asked_and_it_is_nowhere_to_be_seen(name: str) -> None:
-    objective, config = ASKED[name]
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_one_token_is_predicted_and_does_not_leak(name: str) -> None:
+    objective, config = OBJECTIVES[name]
     for at in (1, 5, 11):
-        shown = objective.hide(TOKENS, at, VOCAB)
-        assert shown is not None
-        assert shown["labels"][shown["labels"] != IGNORE].tolist() == [TOKENS[at]]
+        example = objective.hide(TOKENS, at, VOCAB)
+        assert example is not None
+        assert example["labels"][example["labels"] != IGNORE].tolist() == [TOKENS[at]]
         other = TOKENS.copy()
         other[at] = 50
         changed = objective.hide(other, at, VOCAB)
         assert changed is not None
         torch.manual_seed(0)
         model = LM(config, objective.heads(config)).eval()
-        place = int(np.flatnonzero(shown["labels"] != IGNORE)[0])
+        index = int(np.flatnonzero(example["labels"] != IGNORE)[0])
         with torch.no_grad():
-            states = [objective.forward(model, collate([some]))["hidden"][0, place] for some in (shown, changed)]
+            states = [objective.forward(model, collate([one]))["hidden"][0, index] for one in (example, changed)]
         assert torch.equal(*states)
 
 
-def test_what_each_is_shown() -> None:
+def test_inputs_of_each_objective() -> None:
     short = np.array([20, 21, 22, 23])
     assert MLM().hide(short, 2, VOCAB)["tokens"].tolist() == [3, 20, 21, 2, 23, 4]
     assert CausalLM().hide(short, 2, VOCAB)["tokens"].tolist() == [5, 20, 21]
@@ -72,28 +72,29 @@ def test_what_each_is_shown() -> None:
     assert Classification(class_names=("a", "b")).hide(short, 2, VOCAB) is None
 
 
-@pytest.mark.parametrize("name", ASKED)
-def test_the_score_is_that_of_one_item_at_a_time(name: str) -> None:
-    objective, config = ASKED[name]
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_the_score_equals_that_of_single_items(name: str) -> None:
+    objective, config = OBJECTIVES[name]
     rng = np.random.default_rng(0)
     torch.manual_seed(1)
     model = LM(config, objective.heads(config))
-    asked_of = [ClozeItem(rng.integers(12, 60, n), int(rng.integers(1, n))) for n in rng.integers(8, 40, 30)]
+    questions = [ClozeItem(rng.integers(12, 60, n), int(rng.integers(1, n))) for n in rng.integers(8, 40, 30)]
     right, bits = [], []
-    for item in asked_of:
-        shown = objective.hide(item.tokens, item.at, VOCAB)
-        place = int(np.flatnonzero(shown["labels"] != IGNORE)[0])
+    for item in questions:
+        example = objective.hide(item.tokens, item.at, VOCAB)
+        index = int(np.flatnonzero(example["labels"] != IGNORE)[0])
         with torch.no_grad():
-            chances = model.heads["lm"](objective.forward(model, collate([shown]))["hidden"][0, place]).softmax(-1)
-        right.append(int(chances.argmax()) == item.tokens[item.at])
-        bits.append(-float(torch.log2(chances[item.tokens[item.at]])))
-    found = score(model, objective, asked_of, VOCAB)
+            logits = model.heads["lm"](objective.forward(model, collate([example]))["hidden"][0, index])
+            probabilities = logits.softmax(-1)
+        right.append(int(probabilities.argmax()) == item.tokens[item.at])
+        bits.append(-float(torch.log2(probabilities[item.tokens[item.at]])))
+    found = score(model, objective, questions, VOCAB)
     assert found["accuracy"] == pytest.approx(np.mean(right))
     assert found["bits"] == pytest.approx(np.mean(bits), rel=1e-5)
     assert model.training
 
 
-def test_an_objective_that_asks_for_no_token_has_no_score() -> None:
+def test_objectives_without_token_prediction_have_no_score() -> None:
     objective = Classification(class_names=("a", "b"))
     config = encoder_config(**SIZES)
     assert score(LM(config, objective.heads(config)), objective, [ClozeItem(TOKENS, 3)], VOCAB) == {}
@@ -111,8 +112,8 @@ def test_items_are_fixed_and_spread_over_the_store(tmp_path: Path, tokenizer: To
     again = items(store, tokenizer.vocab, count=25, length=32)
     assert [(i.tokens.tolist(), i.at) for i in found] == [(i.tokens.tolist(), i.at) for i in again]
     assert 20 <= len(found) <= 25
-    always = np.bincount(store.tokens).argmax()
-    assert most_frequent_baseline(store, found) == np.mean([i.tokens[i.at] == always for i in found]) > 0
+    most_frequent = np.bincount(store.tokens).argmax()
+    assert most_frequent_baseline(store, found) == np.mean([i.tokens[i.at] == most_frequent for i in found]) > 0
     for item in found:
         assert 8 <= len(item.tokens) <= 32
         assert len(item.tokens) // 4 <= item.at < 3 * len(item.tokens) // 4

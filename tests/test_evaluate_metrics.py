@@ -1,4 +1,4 @@
-"""The metrics against scikit-learn and SciPy, and against what is known by hand."""
+"""Metrics against scikit-learn and SciPy, and against values computed by hand."""
 
 import math
 
@@ -12,37 +12,37 @@ from firth.types import UserError
 
 
 def labels(seed, n=200, classes=4):
-    """Gold labels and answers that are right more often than chance; rare classes, one never answered."""
+    """Return gold labels and predictions better than chance, with rare classes, one of them never predicted."""
     rng = np.random.default_rng(seed)
     gold = rng.choice(classes, n, p=[0.55, 0.3, 0.1, 0.05][:classes])
-    answered = np.where(rng.random(n) < 0.5, gold, rng.integers(classes - 1, size=n))
-    return gold, answered
+    predicted = np.where(rng.random(n) < 0.5, gold, rng.integers(classes - 1, size=n))
+    return gold, predicted
 
 
 @pytest.mark.parametrize("seed", range(5))
 def test_agrees_with_scikit_learn(seed):
-    gold, answered = labels(seed)
-    assert metrics.accuracy(gold, answered) == pytest.approx(oracle.accuracy_score(gold, answered))
-    assert metrics.macro_f1(gold, answered) == pytest.approx(oracle.f1_score(gold, answered, average="macro"))
-    assert metrics.matthews(gold, answered) == pytest.approx(oracle.matthews_corrcoef(gold, answered))
-    assert (metrics.confusion(gold, answered) == oracle.confusion_matrix(gold, answered)).all()
-    assert metrics.macro_f1(gold, answered) != pytest.approx(oracle.f1_score(gold, answered, average="micro"))
+    gold, predicted = labels(seed)
+    assert metrics.accuracy(gold, predicted) == pytest.approx(oracle.accuracy_score(gold, predicted))
+    assert metrics.macro_f1(gold, predicted) == pytest.approx(oracle.f1_score(gold, predicted, average="macro"))
+    assert metrics.matthews(gold, predicted) == pytest.approx(oracle.matthews_corrcoef(gold, predicted))
+    assert (metrics.confusion(gold, predicted) == oracle.confusion_matrix(gold, predicted)).all()
+    assert metrics.macro_f1(gold, predicted) != pytest.approx(oracle.f1_score(gold, predicted, average="micro"))
 
 
 def test_labels_may_be_words():
-    gold, answered = ["verse", "prose", "verse", "verse"], ["verse", "verse", "verse", "song"]
-    assert metrics.accuracy(gold, answered) == 0.5
-    assert metrics.macro_f1(gold, answered) == pytest.approx(
-        oracle.f1_score(gold, answered, average="macro", zero_division=0)
+    gold, predicted = ["verse", "prose", "verse", "verse"], ["verse", "verse", "verse", "song"]
+    assert metrics.accuracy(gold, predicted) == 0.5
+    assert metrics.macro_f1(gold, predicted) == pytest.approx(
+        oracle.f1_score(gold, predicted, average="macro", zero_division=0)
     )
 
 
-@pytest.mark.parametrize(("gold", "answered"), [([0, 1, 0, 1], [1, 1, 1, 1]), ([2, 2, 2], [2, 2, 2])])
-def test_matthews_where_one_side_is_constant(gold, answered):
-    assert metrics.matthews(gold, answered) == 0.0 == oracle.matthews_corrcoef(gold, answered)
+@pytest.mark.parametrize(("gold", "predicted"), [([0, 1, 0, 1], [1, 1, 1, 1]), ([2, 2, 2], [2, 2, 2])])
+def test_matthews_where_one_side_is_constant(gold, predicted):
+    assert metrics.matthews(gold, predicted) == 0.0 == oracle.matthews_corrcoef(gold, predicted)
 
 
-def test_bootstrap_agrees_with_scipy_and_covers_the_truth():
+def test_bootstrap_agrees_with_scipy_and_has_its_coverage():
     values = np.random.default_rng(0).normal(size=80)
     ours = metrics.bootstrap(np.mean, values, draws=4000, seed=0)
     theirs = stats.bootstrap((values,), np.mean, n_resamples=4000, method="percentile", rng=1).confidence_interval
@@ -66,13 +66,13 @@ def test_bits_and_perplexity():
     assert metrics.perplexity(1e6, 10) == math.inf
 
 
-def test_exact_match_normalises_as_squad_does():
+def test_exact_match_normalizes_as_squad_does():
     gold = ["the Denver Broncos", "1,000", "an A-frame", "Theatre"]
-    answered = ["Denver Broncos!", "1000", "Aframe", "the atre"]
-    assert metrics.exact_match(gold, answered) == 0.75
+    predicted = ["Denver Broncos!", "1000", "Aframe", "the atre"]
+    assert metrics.exact_match(gold, predicted) == 0.75
 
 
-def test_nothing_to_score_is_said_in_words():
+def test_empty_and_unequal_columns_are_errors():
     with pytest.raises(UserError, match="holds no item"):
         metrics.accuracy([], [])
     with pytest.raises(ValueError, match="different lengths"):

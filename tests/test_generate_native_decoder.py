@@ -1,4 +1,4 @@
-"""The compiled step of a decoder computes what the model computes, for every architecture that it accepts."""
+"""The compiled decoding step equals the model for every supported architecture."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from firth import kernels
-from firth.generate.decoding import DecodingBatch, attention_pattern_of
+from firth.generate.decoding import DecodingBatch, inference_mode
 from firth.generate.native_decoder import NativeDecoder, few_rows
 from firth.generate.quantized import quantize
 from firth.generate.sampling import Sampling
@@ -24,35 +24,82 @@ pytestmark = pytest.mark.skipif(bool(native.why_not()), reason="no C compiler is
 
 V = 61
 BASE = {"vocab_size": V, "hidden_size": 48, "num_layers": 3, "num_heads": 4, "max_positions": 64}
-SHAPES = {
+CONFIGS = {
     "gpt2": ModelConfig(**BASE),
     "bias in attention": ModelConfig(**BASE, bias_location="attention"),
     "nanochat": ModelConfig(
-        **BASE, norm="rms", norm_weight=False, norm_bias=False, embedding_norm=True, qk_norm=True, activation="relu2",
-        position="rotary", rope_sign=-1, logit_softcap=15, tie_embeddings=False, bias=False,
+        **BASE,
+        norm="rms",
+        norm_weight=False,
+        norm_bias=False,
+        embedding_norm=True,
+        qk_norm=True,
+        activation="relu2",
+        position="rotary",
+        rope_sign=-1,
+        logit_softcap=15,
+        tie_embeddings=False,
+        bias=False,
     ),
-    "llama": ModelConfig(**BASE, num_kv_heads=2, norm="rms", norm_bias=False, position="rotary", activation="swiglu", bias=False, intermediate_size=100),
+    "llama": ModelConfig(
+        **BASE,
+        num_kv_heads=2,
+        norm="rms",
+        norm_bias=False,
+        position="rotary",
+        activation="swiglu",
+        bias=False,
+        intermediate_size=100,
+    ),
     "qwen3": ModelConfig(
-        **BASE, num_kv_heads=1, norm="rms", norm_bias=False, position="rotary", activation="swiglu", bias=False, qk_norm=True,
-        qk_norm_weight=True, head_dim=20,
+        **BASE,
+        num_kv_heads=1,
+        norm="rms",
+        norm_bias=False,
+        position="rotary",
+        activation="swiglu",
+        bias=False,
+        qk_norm=True,
+        qk_norm_weight=True,
+        head_dim=20,
     ),
     "gelu, head bias": ModelConfig(**BASE, activation="gelu", lm_head_bias=True),
     "silu, no norm weights": ModelConfig(**BASE, activation="silu", norm_weight=False, norm_bias=False),
     "post-norm, sinusoidal, grouped": ModelConfig(**BASE, num_kv_heads=2, position="sinusoidal", norm_placement="post"),
     "shared blocks, narrow table": ModelConfig(**BASE, num_layer_groups=1, embedding_size=16, lm_head="transform"),
-    "no position, first norm left out": ModelConfig(**BASE, position="none", first_attention_norm=False, activation="relu"),
+    "no position, first norm left out": ModelConfig(
+        **BASE, position="none", first_attention_norm=False, activation="relu"
+    ),
     "wide heads": ModelConfig(**(BASE | {"hidden_size": 256, "num_heads": 2}), position="rotary"),
     "heads of 32": ModelConfig(**(BASE | {"hidden_size": 64, "num_heads": 2}), position="rotary"),
     "heads of 64": decoder_config(vocab_size=V, hidden_size=128, num_layers=2, num_heads=2, max_positions=64),
     "t5": encoder_decoder_config(vocab_size=V, hidden_size=48, num_layers=2, num_heads=4, max_positions=64),
-    "t5, scaled head": replace(encoder_decoder_config(vocab_size=V, hidden_size=48, num_layers=2, num_heads=4, max_positions=64), lm_head_scale=0.125),
-    "bart": ModelConfig(**BASE, num_encoder_layers=2, norm_placement="post", embedding_norm=True, activation="gelu", lm_head_bias=True, decoder_start_token="eos"),
-    "marian": ModelConfig(**BASE, num_encoder_layers=2, norm_placement="post", position="marian", activation="relu", embedding_scale=48**0.5),
-}  # fmt: skip
+    "t5, scaled head": replace(
+        encoder_decoder_config(vocab_size=V, hidden_size=48, num_layers=2, num_heads=4, max_positions=64),
+        lm_head_scale=0.125,
+    ),
+    "bart": ModelConfig(
+        **BASE,
+        num_encoder_layers=2,
+        norm_placement="post",
+        embedding_norm=True,
+        activation="gelu",
+        lm_head_bias=True,
+        decoder_start_token="eos",
+    ),
+    "marian": ModelConfig(
+        **BASE,
+        num_encoder_layers=2,
+        norm_placement="post",
+        position="marian",
+        activation="relu",
+        embedding_scale=48**0.5,
+    ),
+}
 
 
 def random_model(config: ModelConfig) -> LM:
-    """A model with every weight drawn, none left at its (often zero) start."""
+    """Return a model with random weights everywhere, since many are initialized to zero."""
     torch.manual_seed(0)
     model = LM(config, {"lm": LMHead(config)})
     for parameter in model.parameters():
@@ -66,11 +113,11 @@ def prompts(count: int) -> list[np.ndarray]:
 
 
 def logits_of(model: LM, way: str, count: int = 5, steps: int = 8, kept: tuple[int, ...] = ()) -> list[Tensor]:
-    """Logits of each step, with the same tokens whatever they are: (rows, V) float32 each. kept: rows to go on with half-way."""
+    """Return the logits of each step for given tokens, (rows, V) float32 each; from half-way on, only of the rows `kept`."""
     rng = torch.Generator().manual_seed(3)
     tokens = torch.randint(3, V, (count, steps), generator=rng)
     out = []
-    with kernels.forced({"decode": way}), attention_pattern_of(model):
+    with kernels.forced({"decode": way}), inference_mode(model):
         rows = DecodingBatch(
             model,
             prompts(count),
@@ -95,33 +142,33 @@ def agree(got: list[Tensor], want: list[Tensor], bound: float) -> None:
         assert (a - b).norm() <= bound * b.norm()
 
 
-@pytest.mark.parametrize("name", SHAPES)
+@pytest.mark.parametrize("name", CONFIGS)
 @pytest.mark.parametrize("count", [1, 2, 7])
-def test_logits_are_those_of_the_model(name: str, count: int) -> None:
-    model = random_model(SHAPES[name])
+def test_logits_equal_those_of_the_model(name: str, count: int) -> None:
+    model = random_model(CONFIGS[name])
     agree(logits_of(model, "native", count), logits_of(model, "torch", count), 2e-6)
 
 
 @pytest.mark.parametrize("name", ["nanochat", "llama", "gpt2", "t5"])
-def test_rows_may_be_dropped(name: str) -> None:
-    model = random_model(SHAPES[name])
+def test_rows_can_be_dropped(name: str) -> None:
+    model = random_model(CONFIGS[name])
     agree(logits_of(model, "native", 5, kept=(3, 1)), logits_of(model, "torch", 5, kept=(3, 1)), 2e-6)
 
 
 @pytest.mark.parametrize("tiles", ["vectors", "tiles"])
 @pytest.mark.parametrize("name", ["nanochat", "llama", "gpt2", "t5", "heads of 64"])
-def test_bf16_weights_are_read_exactly(name: str, tiles: str) -> None:
-    """Compared with float32 weights of the same values; only keys and values are rounded, and what torch did to the prompt."""
-    half = quantize(random_model(SHAPES[name]), "bf16")
+def test_bf16_weights_are_used_exactly(name: str, tiles: str) -> None:
+    """Compared with float32 weights of the same values; only keys, values and the prefill of the prompt are rounded."""
+    half = quantize(random_model(CONFIGS[name]), "bf16")
     same = quantize(half, "fp32")
     with kernels.forced({"few-rows": tiles}):
         got = logits_of(half, "native", 6)
     agree(got[1:], logits_of(same, "torch", 6)[1:], 2e-2)
-    theirs = [
+    torch_errors = [
         (a - b).norm() for a, b in zip(logits_of(half, "torch", 6)[1:], logits_of(same, "torch", 6)[1:], strict=True)
     ]
-    ours = [(a - b).norm() for a, b in zip(got[1:], logits_of(same, "torch", 6)[1:], strict=True)]
-    assert sum(ours) < sum(theirs), "fp32 activations are nearer than bf16 ones"
+    native_errors = [(a - b).norm() for a, b in zip(got[1:], logits_of(same, "torch", 6)[1:], strict=True)]
+    assert sum(native_errors) < sum(torch_errors), "fp32 activations have smaller errors than bf16 ones"
 
 
 @pytest.mark.parametrize("tiles", ["vectors", "tiles"])
@@ -129,8 +176,8 @@ def test_bf16_weights_are_read_exactly(name: str, tiles: str) -> None:
     "name",
     ["nanochat", "llama", "gpt2", "heads of 64", "t5", "t5, scaled head", "bart", "shared blocks, narrow table"],
 )
-def test_int8_weights_are_those_of_torch(name: str, tiles: str) -> None:
-    model = quantize(random_model(SHAPES[name]), "int8")
+def test_int8_weights_agree_with_torch(name: str, tiles: str) -> None:
+    model = quantize(random_model(CONFIGS[name]), "int8")
     with kernels.forced({"few-rows": tiles}):
         agree(logits_of(model, "native", 6), logits_of(model, "torch", 6), 1e-3)
 
@@ -140,7 +187,7 @@ def test_int8_weights_are_those_of_torch(name: str, tiles: str) -> None:
     ("rows", "inputs", "outputs"), [(1, 5, 3), (2, 37, 9), (3, 64, 8), (5, 96, 33), (16, 64, 100), (37, 160, 64)]
 )
 @pytest.mark.parametrize("tiles", [False, True])
-def test_products_of_a_few_rows(rows: int, inputs: int, outputs: int, dtype: torch.dtype, tiles: bool) -> None:
+def test_products_of_few_rows(rows: int, inputs: int, outputs: int, dtype: torch.dtype, tiles: bool) -> None:
     if tiles and not native.library().has_tiles():
         pytest.skip("this machine has no matrix instructions")
     torch.manual_seed(0)
@@ -164,15 +211,15 @@ def test_a_row_has_the_same_bits_in_any_batch(dtype: torch.dtype) -> None:
         assert torch.equal(few_rows(x[:count].contiguous(), weight, steps), whole[:count])
 
 
-def test_threads_change_no_bit() -> None:
-    model, before = random_model(SHAPES["heads of 64"]), torch.get_num_threads()
+def test_results_do_not_depend_on_threads() -> None:
+    model, before = random_model(CONFIGS["heads of 64"]), torch.get_num_threads()
     found = []
     try:
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)
-            with attention_pattern_of(model), kernels.forced({"decode": "native"}):
+            with inference_mode(model), kernels.forced({"decode": "native"}):
                 rows = DecodingBatch(model, prompts(3), None, Sampling(max_new_tokens=4), range(3))
-                # The prompt is torch's, whose sums may depend on its threads.
+                # The prompt is computed by torch, whose sums may depend on the number of threads.
                 for cached in (*rows.cache.keys, *rows.cache.values):
                     cached.copy_(torch.linspace(-1, 1, cached.numel()).view(cached.shape))
                 found.append(rows.decoder(torch.tensor([[5], [6], [7]]), rows.next))  # type: ignore[misc]
@@ -182,8 +229,8 @@ def test_threads_change_no_bit() -> None:
     assert torch.equal(found[0], found[2])
 
 
-def test_weights_that_change_in_place_are_seen() -> None:
-    model = random_model(SHAPES["llama"])
+def test_in_place_changes_of_weights_take_effect() -> None:
+    model = random_model(CONFIGS["llama"])
     first = logits_of(model, "native")
     with torch.no_grad():
         for p in model.parameters():
@@ -193,37 +240,37 @@ def test_weights_that_change_in_place_are_seen() -> None:
     agree(second, logits_of(model, "torch"), 2e-6)
 
 
-def test_what_is_not_a_number_stays_visible() -> None:
-    model = random_model(SHAPES["llama"])
+def test_nan_propagates() -> None:
+    model = random_model(CONFIGS["llama"])
     with torch.no_grad():
         model.stack.blocks[1].mlp.up.weight[3, 3] = float("nan")  # type: ignore[union-attr, index]
     assert logits_of(model, "native")[-1].isnan().all()
 
 
-def test_an_adapter_that_is_not_folded_is_left_to_torch() -> None:
-    model = random_model(SHAPES["llama"])
+def test_unmerged_adapters_use_torch() -> None:
+    model = random_model(CONFIGS["llama"])
     lora.add(model, ["attention.q"], lora.LoraConfig(rank=2))
-    with attention_pattern_of(model), kernels.forced({"decode": "native"}):
+    with inference_mode(model), kernels.forced({"decode": "native"}):
         assert DecodingBatch(model, prompts(2), None, Sampling(max_new_tokens=2), [0, 1]).decoder is None
 
 
 @pytest.mark.parametrize(
-    "shape",
+    "config",
     [
         ModelConfig(**BASE, position="xlnet", mask_embedding=True),
         recurrent_config(vocab_size=V, hidden_size=48, num_layers=2),
     ],
 )
-def test_other_architectures_are_left_to_torch(config: ModelConfig) -> None:
+def test_unsupported_architectures_use_torch(config: ModelConfig) -> None:
     model = random_model(config)
-    with attention_pattern_of(model), kernels.forced({"decode": "native"}):
+    with inference_mode(model), kernels.forced({"decode": "native"}):
         assert DecodingBatch(model, prompts(2), None, Sampling(max_new_tokens=2), [0, 1]).decoder is None
 
 
-def test_many_rows_of_a_large_model_are_left_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = random_model(SHAPES["llama"])
+def test_many_rows_of_a_large_model_use_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = random_model(CONFIGS["llama"])
     monkeypatch.setattr("firth.generate.native_decoder.MAX_PRODUCT", 1000)
-    with attention_pattern_of(model), kernels.forced({"decode": "native", "few-rows": "vectors"}):
+    with inference_mode(model), kernels.forced({"decode": "native", "few-rows": "vectors"}):
         rows = DecodingBatch(model, prompts(2), None, Sampling(max_new_tokens=2), [0, 1])
         assert rows.decoder is None
         assert NativeDecoder.of(model, rows.cache) is None

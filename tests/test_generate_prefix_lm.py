@@ -1,4 +1,4 @@
-"""A prefix language model reads its prompt both ways when it is used, as it did when it was trained."""
+"""A prefix language model has bidirectional attention over its prompt in inference, as in training."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from data_room import TEXTS
 
 from firth.data.collate import collate
 from firth.evaluate.perplexity import TokenizedDocument, score, strided
-from firth.evaluate.text_perplexity import reads_of
-from firth.generate.decoding import DecodingBatch, attention_pattern_of, rectangle
+from firth.evaluate.text_perplexity import scoring_mode
+from firth.generate.decoding import DecodingBatch, inference_mode, rectangle
 from firth.generate.engine import Engine
 from firth.generate.sampling import Sampling
 from firth.model.config import ModelConfig, decoder_config, encoder_config
@@ -29,7 +29,7 @@ from firth.runs.run import run
 from firth.types import IGNORE, UserError
 
 V = ByteCoder.vocab.size
-SHAPES = {
+CONFIGS = {
     "rotary": replace(
         decoder_config(vocab_size=V, hidden_size=32, num_layers=2, num_heads=2, max_positions=64),
         causal=False,
@@ -52,10 +52,10 @@ SHAPES = {
 CPU = torch.device("cpu")
 
 
-@pytest.fixture(params=SHAPES)
+@pytest.fixture(params=CONFIGS)
 def model(request: pytest.FixtureRequest) -> LM:
     torch.manual_seed(0)
-    model = LM(SHAPES[request.param], {"lm": LMHead(SHAPES[request.param])})
+    model = LM(CONFIGS[request.param], {"lm": LMHead(CONFIGS[request.param])})
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
     return model.eval()
@@ -67,30 +67,30 @@ def prompts(count: int, seed: int = 0) -> list[np.ndarray]:
 
 
 @torch.no_grad()
-def trained_reading(model: LM, prompt: np.ndarray, written: np.ndarray) -> torch.Tensor:
-    """Log-probabilities at every written position as the objective lays the row out: (n, V)."""
-    shown = PrefixLM()._show(np.concatenate((prompt, written)), len(prompt), ByteCoder.vocab)
-    batch = collate([shown])
-    assert (batch["labels"][0] != IGNORE).sum() == len(written)
+def training_log_probs(model: LM, prompt: np.ndarray, target: np.ndarray) -> torch.Tensor:
+    """Return the log-probabilities at every target position with the layout of the objective: (n, V)."""
+    example = PrefixLM()._show(np.concatenate((prompt, target)), len(prompt), ByteCoder.vocab)
+    batch = collate([example])
+    assert (batch["labels"][0] != IGNORE).sum() == len(target)
     return model.heads["lm"](model(batch)[0][batch["labels"][0] != IGNORE]).log_softmax(-1)
 
 
 @torch.no_grad()
-def test_the_prompt_is_read_as_in_training_and_not_from_left_to_right(model: LM) -> None:
+def test_the_prompt_has_bidirectional_attention(model: LM) -> None:
     [prompt] = prompts(1)
-    with attention_pattern_of(model):
+    with inference_mode(model):
         state = DecodingBatch(model, [prompt], None, Sampling(max_new_tokens=2, temperature=0), [0]).state
-    trained = model.heads["lm"](state).log_softmax(-1)
-    assert torch.allclose(trained, trained_reading(model, prompt, np.array([9])), atol=1e-5)
-    left = model.heads["lm"](model(rectangle([prompt], CPU))[:, -1]).log_softmax(-1)
-    assert not torch.allclose(trained, left, atol=1e-2)
+    bidirectional = model.heads["lm"](state).log_softmax(-1)
+    assert torch.allclose(bidirectional, training_log_probs(model, prompt, np.array([9])), atol=1e-5)
+    causal = model.heads["lm"](model(rectangle([prompt], CPU))[:, -1]).log_softmax(-1)
+    assert not torch.allclose(bidirectional, causal, atol=1e-2)
 
 
-def test_cached_is_uncached_and_batched_is_alone(model: LM) -> None:
+def test_cached_and_batched_equal_uncached_and_single(model: LM) -> None:
     rows = prompts(6)
     engine = Engine(model, ByteCoder(), stops=())
     for prompt, answer in zip(rows, engine.generate(rows, Sampling(max_new_tokens=20, temperature=0)), strict=True):
-        expected = trained_reading(model, prompt, answer.tokens)
+        expected = training_log_probs(model, prompt, answer.tokens)
         assert np.array_equal(expected.argmax(-1).numpy(), answer.tokens)
         at = torch.as_tensor(answer.tokens, dtype=torch.int64)[:, None]
         assert np.allclose(answer.logprobs, expected.gather(-1, at)[:, 0].numpy(), atol=1e-4)
@@ -99,38 +99,40 @@ def test_cached_is_uncached_and_batched_is_alone(model: LM) -> None:
         assert "".join(engine.stream(prompt, Sampling(max_new_tokens=20, temperature=0))) == alone.text
 
 
-def test_scores_and_options_are_the_trained_reading_too(model: LM) -> None:
+def test_scores_and_options_match_training(model: LM) -> None:
     engine, [prompt] = Engine(model, ByteCoder(), stops=()), prompts(1)
     options = [*prompts(4, seed=5), np.array([9])]
-    expected = [float(trained_reading(model, prompt, o).gather(-1, torch.as_tensor(o)[:, None]).sum()) for o in options]
+    expected = [
+        float(training_log_probs(model, prompt, o).gather(-1, torch.as_tensor(o)[:, None]).sum()) for o in options
+    ]
     assert np.allclose(engine.score([prompt] * 5, options), expected, atol=1e-3)
     assert np.allclose(engine.options(prompt, options), expected, atol=1e-3)
     assert np.allclose(engine.options(prompt, options[4:]), expected[4:], atol=1e-3)
 
 
-def test_what_stands_before_the_asked_tokens_of_a_window_is_a_prompt(model: LM) -> None:
+def test_the_unscored_tokens_of_a_window_are_its_prompt(model: LM) -> None:
     document = TokenizedDocument(np.concatenate(prompts(6)), np.ones(sum(map(len, prompts(6))), np.int64))
-    assert reads_of(model.config) == "causal"
+    assert scoring_mode(model.config) == "causal"
     nll = 0.0
-    for shown in strided(document, context=16):
-        asked = shown["labels"] != IGNORE
-        cut = int(asked.argmax()) + 1
-        row = np.append(shown["tokens"], shown["labels"][-1])
-        found = trained_reading(model, row[:cut], row[cut:])
-        nll -= float(found.gather(-1, torch.as_tensor(row[cut:])[:, None]).sum())
+    for window in strided(document, context=16):
+        scored = window["labels"] != IGNORE
+        start = int(scored.argmax()) + 1
+        row = np.append(window["tokens"], window["labels"][-1])
+        found = training_log_probs(model, row[:start], row[start:])
+        nll -= float(found.gather(-1, torch.as_tensor(row[start:])[:, None]).sum())
     assert score(model, strided(document, 16, prefix_lm=True)).nll == pytest.approx(nll, rel=1e-5)
     assert abs(score(model, strided(document, 16)).nll - nll) > 0.05  # nats, where equality is to 0.004
 
 
-def test_a_saved_model_knows_how_it_was_trained(model: LM, tmp_path: Path) -> None:
-    said = save_model(model, None, tmp_path)
-    assert said == "no family of transformers expresses this shape, so only firth loads it"
+def test_a_saved_model_keeps_prefix_lm(model: LM, tmp_path: Path) -> None:
+    message = save_model(model, None, tmp_path)
+    assert message == "transformers has no family for this model config, so only firth loads it"
     assert load_model(tmp_path).config == model.config
 
 
-def test_a_shape_that_cannot_do_it_is_refused() -> None:
+def test_unsupported_model_configs_are_rejected() -> None:
     for wrong in ({"causal": True}, {"num_encoder_layers": 1}, {"linformer_k": 8, "position": "none"}):
-        with pytest.raises(UserError, match=r"model\.prefix_lm reads a text both ways"):
+        with pytest.raises(UserError, match=r"model\.prefix_lm reads a prompt in both directions"):
             ModelConfig(
                 **{
                     "vocab_size": 9,
@@ -150,22 +152,22 @@ SMALL = [
 ]  # fmt: skip
 
 
-def test_a_run_is_used_as_its_objective_reads(tmp_path: Path) -> None:
-    """From the recipe to the commands: the run says it in the shape of what it exports, and a later run unsays it."""
+def test_a_run_is_used_with_the_attention_of_its_objective(tmp_path: Path) -> None:
+    """A run sets prefix_lm in the config of the model it exports, and a later causal run resets it."""
     text = tmp_path / "text.txt"
     text.write_text("\n\n".join(TEXTS[:12]), "utf-8")
-    given = [f"data.path={text}", *SMALL]
-    run(load("prefix_lm", given), tmp_path / "run", echo=lambda _: None)
-    opened = open_engine(tmp_path / "run")
-    assert opened.model.config.prefix_lm
-    prompt = encode_prompt(opened.tokenizer, "Thank you for", opened.model)
-    assert prompt[0] != opened.tokenizer.vocab.roles["bos"]
-    shown = PrefixLM()._show(np.append(prompt, 9), len(prompt), opened.tokenizer.vocab)
-    with attention_pattern_of(opened.model):
-        state = DecodingBatch(opened.model, [prompt], None, Sampling(max_new_tokens=1), [0]).state
-        assert torch.allclose(state, opened.model(collate([shown]))[:, -1], atol=1e-5)
+    overrides = [f"data.path={text}", *SMALL]
+    run(load("prefix_lm", overrides), tmp_path / "run", log=lambda _: None)
+    loaded = open_engine(tmp_path / "run")
+    assert loaded.model.config.prefix_lm
+    prompt = encode_prompt(loaded.tokenizer, "Thank you for", loaded.model)
+    assert prompt[0] != loaded.tokenizer.vocab.roles["bos"]
+    example = PrefixLM()._show(np.append(prompt, 9), len(prompt), loaded.tokenizer.vocab)
+    with inference_mode(loaded.model):
+        state = DecodingBatch(loaded.model, [prompt], None, Sampling(max_new_tokens=1), [0]).state
+        assert torch.allclose(state, loaded.model(collate([example]))[:, -1], atol=1e-5)
     found = json.loads(evaluate_run(tmp_path / "run", [str(text)], task=None, limit=400, as_json=True))
-    assert found["reads"] == "causal" and not found["bos"]
-    again = load("prefix_lm", [*given, "objective=causal_lm", f"init_from={tmp_path / 'run'}"])
-    run(again, tmp_path / "left", echo=lambda _: None)
+    assert found["mode"] == "causal" and not found["bos"]
+    again = load("prefix_lm", [*overrides, "objective=causal_lm", f"init_from={tmp_path / 'run'}"])
+    run(again, tmp_path / "left", log=lambda _: None)
     assert not open_engine(tmp_path / "left").model.config.prefix_lm

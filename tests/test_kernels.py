@@ -242,7 +242,7 @@ def test_every_distance_kernel_gathers_alike(alike: bool) -> None:
     def plain(met: torch.Tensor) -> torch.Tensor:
         return met.gather(-1, index[:, None].expand(3, 2, -1, -1))
 
-    same(relative_distance.COLUMNS, lambda x: relative_distance.gathered(x, index), plain, met)
+    same(relative_distance.COLUMNS, lambda x: relative_distance.gather_distances(x, index), plain, met)
 
 
 def test_every_neighbor_kernel_averages_alike() -> None:

@@ -1,4 +1,4 @@
-"""Adapters against peft: the same outputs from its files and from ours, on the families; what is refused in a file."""
+"""Parity of adapters with peft, in both directions and for several families; errors for invalid files."""
 
 from __future__ import annotations
 
@@ -34,24 +34,25 @@ SIZES = {
     "intermediate_size": 48,
 }
 BERT = ModelConfig(
-    **SIZES, causal=False, norm_placement="post", norm_eps=1e-12, type_vocab_size=2, embedding_norm=True, activation="gelu", lm_head="transform",
-    lm_head_bias=True,
+    **SIZES, causal=False, norm_placement="post", norm_eps=1e-12, type_vocab_size=2, embedding_norm=True, activation="gelu",
+    lm_head="transform", lm_head_bias=True,
 )  # fmt: skip
 LLAMA = ModelConfig(
-    **SIZES, num_kv_heads=2, norm="rms", norm_bias=False, norm_eps=1e-6, position="rotary", activation="swiglu", bias=False, tie_embeddings=False
+    **SIZES, num_kv_heads=2, norm="rms", norm_bias=False, norm_eps=1e-6, position="rotary", activation="swiglu", bias=False,
+    tie_embeddings=False,
 )  # fmt: skip
 T5 = ModelConfig(
     **SIZES | {"max_positions": 512}, num_encoder_layers=2, head_dim=6, norm="rms", norm_bias=False, norm_eps=1e-6, position="t5",
     activation="relu", bias=False, scale_attention=False, lm_head_scale=32**-0.5, relative_max_distance=16, relative_buckets=8,
 )  # fmt: skip
-SHAPES = {"bert": BERT, "gpt2": ModelConfig(**SIZES), "llama": LLAMA, "t5": T5, "t5-odd": replace(T5, num_layers=3)}
+CONFIGS = {"bert": BERT, "gpt2": ModelConfig(**SIZES), "llama": LLAMA, "t5": T5, "t5-odd": replace(T5, num_layers=3)}
 AUTO = {"bert": "AutoModel", "gpt2": "AutoModelForCausalLM", "llama": "AutoModelForCausalLM"}
 TASK = {"bert": "FEATURE_EXTRACTION", "gpt2": "CAUSAL_LM", "llama": "CAUSAL_LM"}
-THEIRS = {
+HF_TARGETS = {
     "bert": ["query", "value", "word_embeddings", "position_embeddings"], "gpt2": ["c_attn", "c_proj"],
     "llama": ["q_proj", "v_proj", "down_proj", "embed_tokens", "lm_head"], "t5": ["q", "v", "wo"], "t5-odd": ["k"],
 }  # fmt: skip
-OURS = {
+TARGETS = {
     "bert": ["q", "mlp.up", "tokens"], "gpt2": ["attention.o", "mlp.*"], "llama": ["blocks.*", "tokens", "heads.lm"],
     "t5": ["cross.q", "mlp.*"], "t5-odd": ["q", "v"],
 }  # fmt: skip
@@ -59,9 +60,9 @@ IDS = torch.randint(0, 61, (2, 9), generator=torch.Generator().manual_seed(0))
 
 
 def base(name: str, folder: Path) -> LM:
-    """A model of random weights in a directory, as both libraries load it."""
+    """Save a model of random weights in a directory that both libraries load."""
     torch.manual_seed(0)
-    config = SHAPES[name]
+    config = CONFIGS[name]
     model = LM(config, {} if name == "bert" else {"lm": LMHead(config)}).eval()
     for p in model.parameters():
         p.data += 0.1 * torch.randn_like(p)
@@ -69,7 +70,7 @@ def base(name: str, folder: Path) -> LM:
     return model
 
 
-def theirs_of(name: str, folder: Path) -> Any:
+def hf_model(name: str, folder: Path) -> Any:
     auto = AUTO.get(name, "AutoModelForSeq2SeqLM")
     return getattr(transformers, auto).from_pretrained(folder / "base", attn_implementation="eager").eval()
 
@@ -84,109 +85,109 @@ def ours(model: LM) -> Tensor:
 
 @torch.no_grad()
 def theirs(model: Any) -> Tensor:
-    shown = {"input_ids": IDS, "attention_mask": torch.ones_like(IDS)}
+    inputs = {"input_ids": IDS, "attention_mask": torch.ones_like(IDS)}
     if model.config.is_encoder_decoder:
-        shown = {"input_ids": IDS.flip(1), "attention_mask": torch.ones_like(IDS), "decoder_input_ids": IDS}
-    said = model(**shown)
-    out: Tensor = said["logits"] if "logits" in said else said["last_hidden_state"]
-    return out[:, -9:]  # without what a prompt was answered
+        inputs = {"input_ids": IDS.flip(1), "attention_mask": torch.ones_like(IDS), "decoder_input_ids": IDS}
+    outputs = model(**inputs)
+    out: Tensor = outputs["logits"] if "logits" in outputs else outputs["last_hidden_state"]
+    return out[:, -9:]  # without the outputs at the virtual tokens
 
 
-def plan_of(name: str, kind: str) -> Any:
+def peft_config(name: str, kind: str) -> Any:
     task = TASK.get(name, "SEQ_2_SEQ_LM")
     if kind == "lora":
         return peft.LoraConfig(
-            r=4, lora_alpha=7, use_rslora=True, target_modules=THEIRS[name], task_type=task, init_lora_weights=False,
+            r=4, lora_alpha=7, use_rslora=True, target_modules=HF_TARGETS[name], task_type=task, init_lora_weights=False,
             fan_in_fan_out=name == "gpt2",
         )  # fmt: skip
     if kind == "prompt":
         return peft.PromptTuningConfig(num_virtual_tokens=3, task_type=task)
-    plan = peft.PrefixTuningConfig(
+    config = peft.PrefixTuningConfig(
         num_virtual_tokens=3, task_type=task, prefix_projection=kind == "mlp", encoder_hidden_size=10
     )
-    if name.startswith("t5"):  # whose heads are narrower than their share of the width
-        plan.token_dim, plan.num_attention_heads, plan.num_layers = 24, 4, SHAPES[name].num_layers
-    return plan
+    if name.startswith("t5"):  # head_dim is smaller than hidden_size / num_heads
+        config.token_dim, config.num_attention_heads, config.num_layers = 24, 4, CONFIGS[name].num_layers
+    return config
 
 
 @pytest.mark.parametrize("kind", ["lora", "prefix", "mlp", "prompt"])
-@pytest.mark.parametrize("name", SHAPES)
-def test_their_files_give_their_outputs_and_ours_again(name: str, kind: str, tmp_path: Path) -> None:
-    plain = ours(base(name, tmp_path))
+@pytest.mark.parametrize("name", CONFIGS)
+def test_peft_files_give_the_same_outputs_both_ways(name: str, kind: str, tmp_path: Path) -> None:
+    unadapted = ours(base(name, tmp_path))
     torch.manual_seed(1)
-    there = peft.get_peft_model(theirs_of(name, tmp_path), plan_of(name, kind)).eval()
-    wanted = theirs(there)
-    there.save_pretrained(tmp_path / "theirs")
+    peft_model = peft.get_peft_model(hf_model(name, tmp_path), peft_config(name, kind)).eval()
+    wanted = theirs(peft_model)
+    peft_model.save_pretrained(tmp_path / "theirs")
     model = load_model(tmp_path / "base")
     assert adapter_files.read(model, tmp_path / "theirs") == ("prefix" if kind == "mlp" else kind)
-    assert (wanted - plain).abs().max() > 0.05
+    assert (wanted - unadapted).abs().max() > 0.05
     torch.testing.assert_close(ours(model), wanted, atol=1e-5, rtol=0)
     assert "peft loads it" in adapter_files.write(model, tmp_path / "ours", tmp_path / "base")
-    again = peft.PeftModel.from_pretrained(theirs_of(name, tmp_path), tmp_path / "ours").eval()
+    again = peft.PeftModel.from_pretrained(hf_model(name, tmp_path), tmp_path / "ours").eval()
     torch.testing.assert_close(theirs(again), wanted, atol=1e-5, rtol=0)
     torch.testing.assert_close(ours(adapter_files.load(tmp_path / "ours")), wanted, atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("name", SHAPES)
-def test_our_lora_is_theirs(name: str, tmp_path: Path) -> None:
-    """Made here, on whatever can be named: the file, and the model it was merged into, say the same there."""
+@pytest.mark.parametrize("name", CONFIGS)
+def test_lora_files_load_in_peft(name: str, tmp_path: Path) -> None:
+    """The adapter's file in peft and the merged model in transformers give firth's outputs."""
     model = base(name, tmp_path)
-    lora.add(model, OURS[name], LoraConfig(rank=3, alpha=5.0))
+    lora.add(model, TARGETS[name], LoraConfig(rank=3, alpha=5.0))
     for low in lora.lora_layers(model).values():
         low.B.data.normal_(std=0.2)
     adapter_files.write(model, tmp_path / "ours", tmp_path / "base")
-    there = peft.PeftModel.from_pretrained(theirs_of(name, tmp_path), tmp_path / "ours").eval()
-    torch.testing.assert_close(theirs(there), ours(model), atol=1e-5, rtol=0)
-    count = sum(p.numel() for n, p in there.named_parameters() if "lora_" in n)
+    peft_model = peft.PeftModel.from_pretrained(hf_model(name, tmp_path), tmp_path / "ours").eval()
+    torch.testing.assert_close(theirs(peft_model), ours(model), atol=1e-5, rtol=0)
+    count = sum(p.numel() for n, p in peft_model.named_parameters() if "lora_" in n)
     lora.freeze(model)
-    assert count == lora.trained(model)
+    assert count == lora.num_trainable_parameters(model)
     wanted = ours(model)
     save_model(lora.merge_and_unload(model), None, tmp_path / "base")
-    torch.testing.assert_close(theirs(theirs_of(name, tmp_path)), wanted, atol=1e-5, rtol=0)
+    torch.testing.assert_close(theirs(hf_model(name, tmp_path)), wanted, atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("name", ["gpt2", "llama", "t5", "t5-odd"])
-def test_our_prefix_is_theirs(name: str, tmp_path: Path) -> None:
-    """With layers that all differ, which peft's own layout for T5 cannot say without a turn."""
+def test_prefix_files_load_in_peft(name: str, tmp_path: Path) -> None:
+    """All layers differ, which peft's layout for T5 can only express with padding."""
     model = base(name, tmp_path)
     model.heads["prefix"] = prefix_of(model, [5, 6, 7, 8])
     adapter_files.write(model, tmp_path / "ours", tmp_path / "base")
-    there = peft.PeftModel.from_pretrained(theirs_of(name, tmp_path), tmp_path / "ours").eval()
-    torch.testing.assert_close(theirs(there), ours(model), atol=1e-5, rtol=0)
+    peft_model = peft.PeftModel.from_pretrained(hf_model(name, tmp_path), tmp_path / "ours").eval()
+    torch.testing.assert_close(theirs(peft_model), ours(model), atol=1e-5, rtol=0)
 
 
-def test_writing_with_a_prefix_is_their_generation(tmp_path: Path) -> None:
+def test_generation_with_a_prefix_matches_peft(tmp_path: Path) -> None:
     model = base("llama", tmp_path)
     model.heads["prefix"] = prefix_of(model, [5, 6, 7, 8])
     adapter_files.write(model, tmp_path / "ours", tmp_path / "base")
-    there = peft.PeftModel.from_pretrained(theirs_of("llama", tmp_path), tmp_path / "ours").eval()
+    peft_model = peft.PeftModel.from_pretrained(hf_model("llama", tmp_path), tmp_path / "ours").eval()
     tokens = IDS[:1, :4]
     with torch.no_grad():
         for _ in range(5):
             when = torch.arange(tokens.shape[1])[None]
             logits = model.heads["lm"](model({"tokens": tokens, "query_time": when, "key_time": when}))
             tokens = torch.cat((tokens, logits[:, -1:].argmax(-1)), 1)
-        shown = {"input_ids": IDS[:1, :4], "attention_mask": torch.ones(1, 4, dtype=torch.long)}
-        said = there.generate(**shown, max_new_tokens=5, do_sample=False, pad_token_id=0, eos_token_id=None)
-    assert said.tolist() == tokens.tolist()
+        inputs = {"input_ids": IDS[:1, :4], "attention_mask": torch.ones(1, 4, dtype=torch.long)}
+        generated = peft_model.generate(**inputs, max_new_tokens=5, do_sample=False, pad_token_id=0, eos_token_id=None)
+    assert generated.tolist() == tokens.tolist()
 
 
 @pytest.mark.parametrize("targets", [["attention.q", "attention.v"], ["attention.k", "mlp.up"], ["q", "k", "v", "o"]])
-def test_separate_adapters_lie_side_by_side_in_one_matrix_of_theirs(targets: list[str], tmp_path: Path) -> None:
-    """GPT-2's queries, keys and values are one matrix there, and have a rank and a scale each here."""
+def test_separate_adapters_are_stacked_in_one_matrix(targets: list[str], tmp_path: Path) -> None:
+    """GPT-2's queries, keys and values are one matrix in peft and have separate ranks and scales here."""
     model = base("gpt2", tmp_path)
     for i, target in enumerate(targets):
         lora.add(model, [target], LoraConfig(rank=2 + i, alpha=3.0 + i))
     for low in lora.lora_layers(model).values():
         low.B.data.normal_(std=0.2)
     adapter_files.write(model, tmp_path / "ours", tmp_path / "base")
-    there = peft.PeftModel.from_pretrained(theirs_of("gpt2", tmp_path), tmp_path / "ours").eval()
-    torch.testing.assert_close(theirs(there), ours(model), atol=1e-5, rtol=0)
+    peft_model = peft.PeftModel.from_pretrained(hf_model("gpt2", tmp_path), tmp_path / "ours").eval()
+    torch.testing.assert_close(theirs(peft_model), ours(model), atol=1e-5, rtol=0)
     torch.testing.assert_close(ours(adapter_files.load(tmp_path / "ours")), ours(model), atol=1e-5, rtol=0)
 
 
-def test_a_matrix_without_a_name_there_is_written_with_ours(tmp_path: Path) -> None:
-    model = base("gpt2", tmp_path)  # whose head is its table
+def test_a_module_unknown_to_transformers_keeps_its_name(tmp_path: Path) -> None:
+    model = base("gpt2", tmp_path)  # its LM head is tied to the embeddings
     lora.add(model, ["heads.lm", "q"], LoraConfig(rank=2))
     for low in lora.lora_layers(model).values():
         low.B.data.normal_(std=0.2)
@@ -196,7 +197,7 @@ def test_a_matrix_without_a_name_there_is_written_with_ours(tmp_path: Path) -> N
     torch.testing.assert_close(ours(again), ours(model), atol=1e-5, rtol=0)
 
 
-def test_a_base_of_no_family_is_written_for_firth(tmp_path: Path) -> None:
+def test_an_adapter_of_an_unsupported_base_is_for_firth(tmp_path: Path) -> None:
     config = replace(LLAMA, position="sinusoidal")
     model = LM(config, {"lm": LMHead(config)}).eval()
     save_model(model, None, tmp_path / "base")
@@ -211,67 +212,69 @@ def written(tmp_path: Path, **changes: Any) -> Path:
     model = base("llama", tmp_path)
     lora.add(model, ["q"], LoraConfig(rank=2))
     adapter_files.write(model, tmp_path / "ours", tmp_path / "base")
-    file = tmp_path / "ours" / adapter_files.FILE
+    file = tmp_path / "ours" / adapter_files.CONFIG_FILE
     file.write_text(json.dumps(json.loads(file.read_text()) | changes))
-    (tmp_path / "ours" / adapter_files.OWN).unlink()  # peft's own has none, and its content hashes would differ
+    (tmp_path / "ours" / adapter_files.FIRTH_FILE).unlink()  # peft's own has none, and its content hashes would differ
     return tmp_path / "ours"
 
 
 @pytest.mark.parametrize(
-    ("changes", "said"),
+    ("changes", "message"),
     [
         (
             {"base_model_name_or_path": "meta-llama/Llama"},
             "names the base 'meta-llama/Llama', which is no directory here",
         ),
-        ({"peft_type": "IA3"}, "of peft's type 'IA3'; firth reads LORA, PREFIX_TUNING, PROMPT_TUNING"),
-        ({"use_dora": True}, "asks for DoRA"),
-        ({"bias": "all"}, "trained biases too"),
+        ({"peft_type": "IA3"}, "has peft_type 'IA3'; firth reads LORA, PREFIX_TUNING, PROMPT_TUNING"),
+        ({"use_dora": True}, "uses DoRA"),
+        ({"bias": "all"}, "has trained biases"),
         ({"r": None}, "lacks the number 'r'"),
         ({"lora_alpha": "big"}, "lacks the number 'lora_alpha'"),
-        ({"alpha_pattern": {"(": 2}}, "no regular expression"),
+        ({"alpha_pattern": {"(": 2}}, "invalid regular expression"),
         ({"peft_type": "PREFIX_TUNING"}, "lacks the matrix 'prompt_embeddings'"),
     ],
 )
-def test_what_cannot_be_read_is_said(tmp_path: Path, changes: dict[str, Any], said: str) -> None:
-    with pytest.raises(UserError, match=said):
+def test_unsupported_files_are_rejected(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
         adapter_files.load(written(tmp_path, **changes))
 
 
-def test_a_head_that_was_trained_with_it_comes_back_with_it(tmp_path: Path) -> None:
+def test_a_trained_head_is_saved_with_the_adapter(tmp_path: Path) -> None:
     model = base("bert", tmp_path)
     model.heads["classes"] = torch.nn.Linear(32, 3)
     lora.add(model, ["q"], LoraConfig(rank=2))
-    said = adapter_files.write(
+    summary = adapter_files.write(
         model, tmp_path / "ours", tmp_path / "base", ["classes"], facts={"classes": ["a", "b", "c"]}
     )
     again = adapter_files.load(tmp_path / "ours")
-    assert torch.equal(again.heads["classes"].weight, model.heads["classes"].weight) and "firth's own" in said
-    there = peft.PeftModel.from_pretrained(theirs_of("bert", tmp_path), tmp_path / "ours").eval()
-    torch.testing.assert_close(theirs(there), ours(model), atol=1e-5, rtol=0)
-    (tmp_path / "ours" / adapter_files.OWN).write_text(  # as an older version would have, without content hashes
-        '{"parts": {"classes": {"kind": "linear", "in": 32, "out": 4, "bias": true}}}'
+    assert torch.equal(again.heads["classes"].weight, model.heads["classes"].weight) and "firth's own" in summary
+    peft_model = peft.PeftModel.from_pretrained(hf_model("bert", tmp_path), tmp_path / "ours").eval()
+    torch.testing.assert_close(theirs(peft_model), ours(model), atol=1e-5, rtol=0)
+    (tmp_path / "ours" / adapter_files.FIRTH_FILE).write_text(  # as an older version would have, without content hashes
+        '{"heads": {"classes": {"kind": "linear", "in": 32, "out": 4, "bias": true}}}'
     )
-    with pytest.raises(UserError, match="does not hold the part 'classes'"):
+    with pytest.raises(UserError, match="does not have the head 'classes'"):
         adapter_files.load(tmp_path / "ours")
 
 
-def test_an_adapter_is_no_model_to_start_from(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"holds an adapter and no model: start from its base, with peft.init_from="):
+def test_an_adapter_cannot_be_loaded_as_a_model(tmp_path: Path) -> None:
+    with pytest.raises(
+        UserError, match=r"contains an adapter and no model: set init_from to its base, and peft.init_from="
+    ):
         load_model(written(tmp_path))
 
 
-def test_an_adapter_of_another_model_is_said(tmp_path: Path) -> None:
-    place = written(tmp_path)
-    for config, said in (
-        (SHAPES["gpt2"], "which is no matrix of the base"),
-        (replace(LLAMA, hidden_size=64), "another matrix"),
+def test_an_adapter_of_another_model_is_rejected(tmp_path: Path) -> None:
+    directory = written(tmp_path)
+    for config, message in (
+        (CONFIGS["gpt2"], "which is no module of the base"),
+        (replace(LLAMA, hidden_size=64), "does not fit the weight of"),
     ):
-        with pytest.raises(UserError, match=said):
-            adapter_files.read(LM(config, {}), place)
-    (place / adapter_files.TENSORS).write_bytes(b"not tensors")
+        with pytest.raises(UserError, match=message):
+            adapter_files.read(LM(config, {}), directory)
+    (directory / adapter_files.WEIGHTS_FILE).write_bytes(b"not tensors")
     with pytest.raises(UserError, match="cannot be read as safetensors"):
-        adapter_files.load(place)
-    (place / adapter_files.TENSORS).unlink()
+        adapter_files.load(directory)
+    (directory / adapter_files.WEIGHTS_FILE).unlink()
     with pytest.raises(UserError, match=r"holds no adapter_model\.safetensors"):
-        adapter_files.load(place)
+        adapter_files.load(directory)

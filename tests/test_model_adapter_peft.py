@@ -1,4 +1,4 @@
-"""Every adapter that firth writes, loaded with peft onto every family: the same outputs, or no promise that peft loads it."""
+"""Adapters of every family, loaded with peft: the same outputs, or a statement that peft does not load them."""
 
 from __future__ import annotations
 
@@ -65,12 +65,12 @@ BASES: dict[str, tuple[str, dict[str, Any]]] = {
     "MarianMTModel": ("Marian", SEQ2SEQ),
 }  # fmt: skip
 NO_PREFIX = ("Albert", "DistilBert", "ModernBert", "MPNet", "OpenAIGPT")
-"""Families whose classes take no keys and values before a text."""
+"""Families whose classes take no past keys and values."""
 
 
 @pytest.fixture(scope="module", params=BASES)
 def base(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A directory of transformers' with a model of random weights."""
+    """A directory with a model of random weights, saved by transformers."""
     family, fields = BASES[request.param]
     directory = tmp_path_factory.mktemp(request.param)
     torch.manual_seed(0)
@@ -83,20 +83,20 @@ def base(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     return directory
 
 
-def theirs_of(base: Path) -> Any:
+def hf_model(base: Path) -> Any:
     kind = getattr(transformers, json.loads((base / "config.json").read_text())["architectures"][0])
     return kind.from_pretrained(base, attn_implementation="eager").eval()
 
 
 @torch.no_grad()
 def theirs(model: Any) -> Tensor:
-    shown = {"input_ids": IDS, "attention_mask": torch.ones_like(IDS)}
+    inputs = {"input_ids": IDS, "attention_mask": torch.ones_like(IDS)}
     if model.config.is_encoder_decoder:
-        shown = {"input_ids": IDS.flip(1), "attention_mask": torch.ones_like(IDS), "decoder_input_ids": IDS}
-    said = model(**shown)
-    name = next(name for name in ("logits", "start_logits", "last_hidden_state") if name in said)
-    out: Tensor = said[name]
-    return out[:, -9:] if out.ndim == 3 or name == "start_logits" else out  # without what a prompt was answered
+        inputs = {"input_ids": IDS.flip(1), "attention_mask": torch.ones_like(IDS), "decoder_input_ids": IDS}
+    outputs = model(**inputs)
+    name = next(name for name in ("logits", "start_logits", "last_hidden_state") if name in outputs)
+    out: Tensor = outputs[name]
+    return out[:, -9:] if out.ndim == 3 or name == "start_logits" else out  # without the outputs at the virtual tokens
 
 
 @torch.no_grad()
@@ -108,12 +108,12 @@ def ours(model: LM) -> Tensor:
         return model.heads["span"](hidden)[..., 0]
     if "classes" in model.heads:
         return model.heads["classes"](hidden[:, -1 if model.config.causal else 0])
-    part = next((part for part in ("tags", "lm") if part in model.heads), "")
-    return model.heads[part](hidden) if part else hidden
+    head = next((head for head in ("tags", "lm") if head in model.heads), "")
+    return model.heads[head](hidden) if head else hidden
 
 
 def adapted(base: Path, kind: str) -> LM:
-    """The base with an adapter, and its head changed as if trained with it."""
+    """The base with an adapter, and with its head changed as training would."""
     model = load_model(base)
     torch.manual_seed(1)
     if kind == "lora":
@@ -121,38 +121,40 @@ def adapted(base: Path, kind: str) -> LM:
         for low in lora.lora_layers(model).values():
             low.B.data.normal_(std=0.2)
     else:
-        part = (prefix_of if kind == "prefix" else prompt_of)(model, [5, 6, 7])
-        part.table.weight.data.add_(0.3 * torch.randn_like(part.table.weight))
-        model.heads[kind] = part
-    for part in heads(model):
-        for p in model.heads[part].parameters():
+        module = (prefix_of if kind == "prefix" else prompt_of)(model, [5, 6, 7])
+        module.table.weight.data.add_(0.3 * torch.randn_like(module.table.weight))
+        model.heads[kind] = module
+    for head in heads(model):
+        for p in model.heads[head].parameters():
             p.data.add_(0.2 * torch.randn_like(p))
     return model
 
 
 def heads(model: LM) -> list[str]:
-    return [part for part in ("classes", "tags", "span") if part in model.heads]
+    return [head for head in ("classes", "tags", "span") if head in model.heads]
 
 
 @pytest.mark.parametrize("kind", ["lora", "prefix", "prompt"])
-def test_an_adapter_works_in_peft_or_is_not_promised(base: Path, kind: str, tmp_path: Path) -> None:
-    model, plain = adapted(base, kind), ours(load_model(base))
+def test_an_adapter_works_in_peft_or_is_rejected(base: Path, kind: str, tmp_path: Path) -> None:
+    model, unadapted = adapted(base, kind), ours(load_model(base))
     wanted = ours(model)
-    assert (wanted - plain).abs().max() > 0.05
-    said = adapter_files.write(model, tmp_path / "ours", base, heads(model))
+    assert (wanted - unadapted).abs().max() > 0.05
+    summary = adapter_files.write(model, tmp_path / "ours", base, heads(model))
     again = load_model(base)
     adapter_files.read(again, tmp_path / "ours")
     torch.testing.assert_close(ours(again), wanted, atol=1e-5, rtol=0)
     name = json.loads((base / "config.json").read_text())["architectures"][0]
-    served = not (
+    supported = not (
         (kind == "prefix" and BASES[name][0] in NO_PREFIX)
-        or (kind != "lora" and name == "BertForSequenceClassification")  # its pooler was trained, and peft keeps none
+        or (
+            kind != "lora" and name == "BertForSequenceClassification"
+        )  # its pooler was trained, and peft does not save it
     )
-    assert ("peft loads it" in said) == served, said
-    if served:
-        there = peft.PeftModel.from_pretrained(theirs_of(base), tmp_path / "ours").eval()
-        torch.testing.assert_close(theirs(there), wanted, atol=2e-5, rtol=0)
+    assert ("peft loads it" in summary) == supported, summary
+    if supported:
+        peft_model = peft.PeftModel.from_pretrained(hf_model(base), tmp_path / "ours").eval()
+        torch.testing.assert_close(theirs(peft_model), wanted, atol=2e-5, rtol=0)
     else:
-        assert said.startswith("only firth loads it, for ")
+        assert summary.startswith("only firth loads it, because ")
         with pytest.raises((KeyError, ValueError)):  # an error, and not the base's own output
-            peft.PeftModel.from_pretrained(theirs_of(base), tmp_path / "ours")
+            peft.PeftModel.from_pretrained(hf_model(base), tmp_path / "ours")

@@ -1,4 +1,4 @@
-"""Adapters of transformers' classes for tasks, and of the families that share another's layout, against peft."""
+"""Parity with peft for adapters of task classes, and for families that share another's layout."""
 
 from __future__ import annotations
 
@@ -40,10 +40,10 @@ FAMILIES: dict[str, tuple[str, dict[str, Any], list[str]]] = {
 }  # fmt: skip
 
 
-def theirs_of(name: str, suffix: str, **more: Any) -> Any:
-    word, fields, _ = FAMILIES[name]
+def hf_model(name: str, suffix: str, **more: Any) -> Any:
+    prefix, fields, _ = FAMILIES[name]
     torch.manual_seed(3)
-    model = getattr(transformers, word + suffix)(getattr(transformers, f"{word}Config")(**fields, **more))
+    model = getattr(transformers, prefix + suffix)(getattr(transformers, f"{prefix}Config")(**fields, **more))
     with torch.no_grad():
         for p in model.parameters():
             p.add_(torch.randn_like(p) * 0.15)
@@ -57,41 +57,41 @@ def hidden(model: LM) -> Tensor:
 
 
 @torch.no_grad()
-def said(model: Any) -> Tensor:
+def hf_outputs(model: Any) -> Tensor:
     out = model(input_ids=IDS, attention_mask=torch.ones_like(IDS))
     found: Tensor = out["logits"] if "logits" in out else out["last_hidden_state"]
     return found
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_a_classifier_s_adapter_brings_its_head(name: str, tmp_path: Path) -> None:
-    """Theirs onto our model of their class, and ours onto theirs: LoRA and the head that was trained whole."""
-    base = theirs_of(name, "ForSequenceClassification", num_labels=3)
+def test_an_adapter_of_a_classifier_includes_its_head(name: str, tmp_path: Path) -> None:
+    """LoRA with a head that was trained in full, from peft to firth and back."""
+    base = hf_model(name, "ForSequenceClassification", num_labels=3)
     base.save_pretrained(tmp_path / "base")
     torch.manual_seed(1)
-    plan = peft.LoraConfig(
+    config = peft.LoraConfig(
         r=3, lora_alpha=5, target_modules=FAMILIES[name][2], task_type="SEQ_CLS", init_lora_weights=False
     )
-    there = peft.get_peft_model(base, plan).eval()
+    peft_model = peft.get_peft_model(base, config).eval()
     with torch.no_grad():
-        for n, p in there.named_parameters():
+        for n, p in peft_model.named_parameters():
             if "modules_to_save" in n:
                 p.add_(torch.randn_like(p) * 0.3)
-    wanted = said(there)
-    there.save_pretrained(tmp_path / "theirs")
+    wanted = hf_outputs(peft_model)
+    peft_model.save_pretrained(tmp_path / "theirs")
     model = load_model(tmp_path / "base")
-    before = answers(model)
+    before = class_logits(model)
     assert adapter_files.read(model, tmp_path / "theirs") == "lora"
-    torch.testing.assert_close(answers(model), wanted, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(class_logits(model), wanted, atol=1e-5, rtol=1e-5)
     assert (wanted - before).abs().max() > 0.1
     adapter_files.write(model, tmp_path / "ours", tmp_path / "base", ["classes"])
-    assert not (tmp_path / "ours" / adapter_files.OWN_TENSORS).exists()
-    again = theirs_of(name, "ForSequenceClassification", num_labels=3)
+    assert not (tmp_path / "ours" / adapter_files.HEADS_FILE).exists()
+    again = hf_model(name, "ForSequenceClassification", num_labels=3)
     again = peft.PeftModel.from_pretrained(again, tmp_path / "ours").eval()
-    torch.testing.assert_close(said(again), wanted, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(hf_outputs(again), wanted, atol=1e-5, rtol=1e-5)
 
 
-def answers(model: LM) -> Tensor:
+def class_logits(model: LM) -> Tensor:
     states = hidden(model)
     with torch.no_grad():
         out: Tensor = model.heads["classes"](states[:, -1 if model.config.causal else 0])
@@ -100,23 +100,23 @@ def answers(model: LM) -> Tensor:
 
 @pytest.mark.parametrize("kind", ["lora", "prefix", "prompt"])
 @pytest.mark.parametrize("name", ["roberta", "qwen3"])
-def test_bare_models_too(name: str, kind: str, tmp_path: Path) -> None:
-    """RoBERTa's positions begin at 2; Qwen3 makes its keys unit RMS, which a prefix's are not."""
-    base = theirs_of(name, "Model")
+def test_adapters_of_headless_models(name: str, kind: str, tmp_path: Path) -> None:
+    """RoBERTa's positions start at 2; Qwen3 normalizes its keys, but not those of a prefix."""
+    base = hf_model(name, "Model")
     base.save_pretrained(tmp_path / "base")
     torch.manual_seed(1)
     task = {"task_type": "FEATURE_EXTRACTION"}
-    plans = {
+    configs = {
         "lora": lambda: peft.LoraConfig(r=3, target_modules=FAMILIES[name][2], init_lora_weights=False, **task),
         "prefix": lambda: peft.PrefixTuningConfig(num_virtual_tokens=4, **task),
         "prompt": lambda: peft.PromptTuningConfig(num_virtual_tokens=4, **task),
     }
-    there = peft.get_peft_model(base, plans[kind]()).eval()
-    wanted = said(there)[:, -9:]
-    there.save_pretrained(tmp_path / "theirs")
+    peft_model = peft.get_peft_model(base, configs[kind]()).eval()
+    wanted = hf_outputs(peft_model)[:, -9:]
+    peft_model.save_pretrained(tmp_path / "theirs")
     model = load_model(tmp_path / "base")
     assert adapter_files.read(model, tmp_path / "theirs") == kind
     torch.testing.assert_close(hidden(model), wanted, atol=1e-5, rtol=1e-5)
     adapter_files.write(model, tmp_path / "ours", tmp_path / "base")
-    again = peft.PeftModel.from_pretrained(theirs_of(name, "Model"), tmp_path / "ours").eval()
-    torch.testing.assert_close(said(again)[:, -9:], wanted, atol=1e-5, rtol=1e-5)
+    again = peft.PeftModel.from_pretrained(hf_model(name, "Model"), tmp_path / "ours").eval()
+    torch.testing.assert_close(hf_outputs(again)[:, -9:], wanted, atol=1e-5, rtol=1e-5)

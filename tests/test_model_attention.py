@@ -1,4 +1,4 @@
-"""Who sees whom: every lowering of the rule against the rule written out in loops; the cache against no cache."""
+"""Attention masks: every form against the rule in plain loops; decoding with a cache against without."""
 
 from __future__ import annotations
 
@@ -20,19 +20,21 @@ B, T, H, D = 3, 9, 4, 8
 STEPS = torch.arange(T).expand(B, T)
 
 
-def written_out(
+def reference_attention(
     q: Tensor, k: Tensor, v: Tensor, fields: dict[str, Tensor], scale: float, bias: Tensor | None
 ) -> Tensor:
-    """The rule and attention in plain loops: one query, one key at a time."""
+    """Return attention under the rule in plain loops: one query, one key at a time."""
     groups = q.shape[1] // k.shape[1]
     rows = []
     for b in range(q.shape[0]):
         for h in range(q.shape[1]):
             for i in range(q.shape[2]):
                 seen = [
-                    j for j in range(k.shape[2])
-                    if fields["document_ids"][b, i] == fields["key_document"][b, j] and fields["key_time"][b, j] <= fields["query_time"][b, i]
-                ]  # fmt: skip
+                    j
+                    for j in range(k.shape[2])
+                    if fields["document_ids"][b, i] == fields["key_document"][b, j]
+                    and fields["key_time"][b, j] <= fields["query_time"][b, i]
+                ]
                 if not seen:
                     rows.append(q[b, h, i] * 0)
                     continue
@@ -43,9 +45,9 @@ def written_out(
     return torch.stack(rows).view(q.shape)
 
 
-def padded(lengths: list[int], looks: Tensor, appears: Tensor, fill: int) -> dict[str, Tensor]:
-    real = torch.arange(looks.shape[1]) < torch.tensor(lengths)[:, None]
-    return {"query_time": torch.where(real, looks, fill), "key_time": torch.where(real, appears, NEVER)}
+def padded(lengths: list[int], query_time: Tensor, key_time: Tensor, fill: int) -> dict[str, Tensor]:
+    real = torch.arange(query_time.shape[1]) < torch.tensor(lengths)[:, None]
+    return {"query_time": torch.where(real, query_time, fill), "key_time": torch.where(real, key_time, NEVER)}
 
 
 ORDER = torch.stack([torch.randperm(T, generator=torch.Generator().manual_seed(s)) for s in range(B)])
@@ -65,14 +67,14 @@ CASES = {
     "causal, absent": (padded([9, 5, 1], STEPS, STEPS, -NEVER), "causal"),
     "causal, padded on the left": ({"query_time": STEPS - 2, "key_time": torch.where(STEPS < 2, NEVER, STEPS - 2)}, "mask"),
     "packed": ({"query_time": ZERO, "key_time": ZERO, "document_ids": PACKED}, "mask"),
-    "packed causal": ({"query_time": STEPS, "key_time": STEPS, "document_ids": PACKED}, "below"),
-    "nobody sees anything": ({"query_time": ZERO - 1, "key_time": ZERO}, "mask"),
+    "packed causal": ({"query_time": STEPS, "key_time": STEPS, "document_ids": PACKED}, "lower"),
+    "nothing visible": ({"query_time": ZERO - 1, "key_time": ZERO}, "mask"),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("way", ["train", "read", "flex", "bias", "groups"])
-def test_every_lowering_is_the_rule(name: str, way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_mask_form_matches_the_rule(name: str, way: str, monkeypatch: pytest.MonkeyPatch) -> None:
     fields, kind = CASES[name]
     document = fields.get("document_ids")
     monkeypatch.setattr(blocked_attention, "ROWS", 4)  # several blocks, the last one short
@@ -87,19 +89,17 @@ def test_every_lowering_is_the_rule(name: str, way: str, monkeypatch: pytest.Mon
             fields["query_time"], fields["key_time"], document, document, flex=way == "flex"
         )
         found = attend(q, k, v, mask, 0.3, bias)
-    lowered = (
-        "causal" if mask.is_causal else "none" if mask.mask is None else "below" if mask.lower_triangular else "mask"
-    )
-    lowered = "keys" if mask.mask is not None and mask.mask.shape[-2] == 1 else lowered
-    assert mask.block_mask is not None if way == "flex" and kind in ("mask", "below") else lowered in (kind, "below")
+    form = "causal" if mask.is_causal else "none" if mask.mask is None else "lower" if mask.lower_triangular else "mask"
+    form = "keys" if mask.mask is not None and mask.mask.shape[-2] == 1 else form
+    assert mask.block_mask is not None if way == "flex" and kind in ("mask", "lower") else form in (kind, "lower")
     owned = ZERO if document is None else document
-    want = written_out(q, k, v, fields | {"document_ids": owned, "key_document": owned}, 0.3, bias)
-    there = (fields["query_time"] > -NEVER)[:, None, :, None]
+    want = reference_attention(q, k, v, fields | {"document_ids": owned, "key_document": owned}, 0.3, bias)
+    real = (fields["query_time"] > -NEVER)[:, None, :, None]
     assert found.isfinite().all()
-    assert torch.allclose(found * there, want * there, atol=1e-6 if way == "flex" else 1e-12)
+    assert torch.allclose(found * real, want * real, atol=1e-6 if way == "flex" else 1e-12)
     if q.requires_grad:
         inputs = [x for x in (q, k, v, bias) if x is not None]
-        weight = torch.randn_like(want) * there
+        weight = torch.randn_like(want) * real
         ours = torch.autograd.grad((found * weight).sum(), inputs)
         theirs = torch.autograd.grad((want * weight).sum(), inputs, allow_unused=True, materialize_grads=True)
         for mine, other in zip(ours, theirs, strict=True):
@@ -107,43 +107,43 @@ def test_every_lowering_is_the_rule(name: str, way: str, monkeypatch: pytest.Mon
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_keys_that_nobody_sees_are_left_out(dtype: torch.dtype) -> None:
-    """Queries at the end of the rows of a permuted order."""
+def test_invisible_keys_are_left_out(dtype: torch.dtype) -> None:
+    """The query stream of a permuted order is at the end of the rows."""
     torch.manual_seed(0)
     order = torch.stack([torch.randperm(20) for _ in range(B)])
-    looks = torch.cat((order, order - 1, order - 1), 1)
-    appears = torch.cat((order, torch.full((B, 40), NEVER)), 1)
+    query_time = torch.cat((order, order - 1, order - 1), 1)
+    key_time = torch.cat((order, torch.full((B, 40), NEVER)), 1)
     q, k, v = (torch.randn(B, H, 60, D, dtype=dtype, requires_grad=True) for _ in range(3))
     bias = torch.randn(B, H, 60, 60, dtype=dtype, requires_grad=True)
-    mask = AttentionMask.from_times(looks, appears)
+    mask = AttentionMask.from_times(query_time, key_time)
     assert mask.num_keys == 32 and mask.mask is not None and mask.mask.shape[-1] == 32
     nothing = torch.zeros(B, 60)
-    fields = {"query_time": looks, "key_time": appears, "document_ids": nothing, "key_document": nothing}
+    fields = {"query_time": query_time, "key_time": key_time, "document_ids": nothing, "key_document": nothing}
     slope, found = torch.randn(B, H, 60, D, dtype=dtype), []
-    for out in (attend(q, k, v, mask, 0.3, bias), written_out(q, k, v, fields, 0.3, bias)):
+    for out in (attend(q, k, v, mask, 0.3, bias), reference_attention(q, k, v, fields, 0.3, bias)):
         found.append([out, *torch.autograd.grad((out * slope).sum(), (q, k, v, bias))])
     for mine, other in zip(*found, strict=True):
         torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-5)
 
 
-def test_across_the_rule_is_the_same() -> None:
-    """Cross-attention of packed rows: other lengths, other documents, padding."""
+def test_cross_attention_matches_the_rule() -> None:
+    """Packed rows: other lengths, other documents, padding."""
     torch.manual_seed(0)
     source = torch.tensor([[0, 0, 1, 1, 2, 2, 2], [0] * 7, [0, 1, 1, 2, 2, 3, 3]])
-    appears = torch.where(torch.arange(7) < torch.tensor([7, 4, 6])[:, None], 0, NEVER)
-    looks = torch.full((B, T), NEVER - 1)
+    key_time = torch.where(torch.arange(7) < torch.tensor([7, 4, 6])[:, None], 0, NEVER)
+    query_time = torch.full((B, T), NEVER - 1)
     q, k, v = (torch.randn(B, H, n, D, dtype=torch.float64, requires_grad=True) for n in (T, 7, 7))
-    mask = AttentionMask.from_times(looks, appears, PACKED, source)
-    fields = {"query_time": looks, "key_time": appears, "document_ids": PACKED, "key_document": source}
-    assert torch.allclose(attend(q, k, v, mask, 0.3), written_out(q, k, v, fields, 0.3, None), atol=1e-12)
-    keys = AttentionMask.from_times(looks, appears)
+    mask = AttentionMask.from_times(query_time, key_time, PACKED, source)
+    fields = {"query_time": query_time, "key_time": key_time, "document_ids": PACKED, "key_document": source}
+    assert torch.allclose(attend(q, k, v, mask, 0.3), reference_attention(q, k, v, fields, 0.3, None), atol=1e-12)
+    keys = AttentionMask.from_times(query_time, key_time)
     assert keys.mask is not None and keys.mask.shape == (B, 1, 1, 7)
 
 
 POSITIONS = ["learned", "sinusoidal", "rotary", "t5", "none"]
 
 
-def made(config: ModelConfig) -> LM:
+def build(config: ModelConfig) -> LM:
     torch.manual_seed(0)
     model = LM(config, {"lm": LMHead(config)})
     with torch.no_grad():
@@ -158,7 +158,7 @@ def made(config: ModelConfig) -> LM:
 def test_cached_equals_uncached(position: str, source: bool) -> None:
     """Prompts of three lengths padded on the right, then four tokens each, with gaps in the slots."""
     make = encoder_decoder_config if source else decoder_config
-    model = made(
+    model = build(
         replace(make(50, 32, 2, num_heads=4, max_positions=64), position=position, num_kv_heads=2, zero_init=False)
     )
     lengths, more = [6, 3, 1], 4
@@ -189,8 +189,8 @@ def test_cached_equals_uncached(position: str, source: bool) -> None:
 
 
 @torch.inference_mode()
-def test_cache_keeps_chosen_rows() -> None:
-    model = made(replace(encoder_decoder_config(50, 32, 2, num_heads=4), zero_init=False))
+def test_cache_selects_rows() -> None:
+    model = build(replace(encoder_decoder_config(50, 32, 2, num_heads=4), zero_init=False))
     when = torch.arange(5).expand(3, 5)
     batch = {
         "tokens": torch.randint(50, (3, 5)),
@@ -210,9 +210,9 @@ def test_cache_keeps_chosen_rows() -> None:
 
 @pytest.mark.parametrize("make", [decoder_config, encoder_config, encoder_decoder_config])
 def test_packing_padding_and_groups_change_nothing(make: object) -> None:
-    """Two texts alone, padded side by side, packed into one row, and as a group (1, 2, T): the same states."""
-    shape = replace(make(50, 32, 2, heads=4), zero_init=False)  # type: ignore[operator]
-    model = made(shape).train()
+    """Two texts alone, padded, packed into one row, and as a group (1, 2, T) have the same states."""
+    config = replace(make(50, 32, 2, num_heads=4), zero_init=False)  # type: ignore[operator]
+    model = build(config).train()
     a, b, s, t = (torch.randint(50, (n,)) for n in (5, 3, 4, 6))
     causal = make is not encoder_config
 
@@ -239,12 +239,12 @@ def test_packing_padding_and_groups_change_nothing(make: object) -> None:
     assert torch.allclose(model({n: x[None] for n, x in rows.items()})[0], got, atol=1e-6)
 
 
-@pytest.mark.parametrize("score_scale", [True, False])
-def test_an_untrained_attention_looks_around_evenly(score_scale: bool) -> None:
-    """Scores of unit variance at first: T5 has no 1 / sqrt(d) in the product, so it is in the first queries."""
+@pytest.mark.parametrize("scale_attention", [True, False])
+def test_initial_scores_have_unit_variance(scale_attention: bool) -> None:
+    """T5 has no 1 / sqrt(d) in the product, so the factor is in the initial query weights."""
     torch.manual_seed(0)
     config = ModelConfig(
-        vocab_size=50, hidden_size=256, num_layers=1, num_heads=4, scale_attention=score_scale, init_std=0.0
+        vocab_size=50, hidden_size=256, num_layers=1, num_heads=4, scale_attention=scale_attention, init_std=0.0
     )
     attention = Attention(config)
     initialize(attention, config)

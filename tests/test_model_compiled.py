@@ -1,4 +1,4 @@
-"""compile=true: the blocks alone, while they learn, with the gradients of the plain ones; or a sentence why not."""
+"""compile=true: compiles blocks in training only, with the gradients of plain blocks, or raises a clear error."""
 
 from __future__ import annotations
 
@@ -47,17 +47,17 @@ CASES: dict[str, tuple[ModelConfig, Objective]] = {
     "encoder-decoder": (encoder_decoder_config(**SIZE), SpanCorruption()),
     "electra": (encoder_config(**SIZE), RTD()),
 }
-COMPILER = pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile on a CPU takes a compiler of C++")
+COMPILER = pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile on a CPU needs a C++ compiler")
 
 
 def batches(objective: Objective) -> list[Batch]:
-    """Two of unequal width and unequal rows."""
+    """Return two batches of different lengths and numbers of rows."""
     rng = np.random.default_rng(0)
-    seen = [objective.build_example({"tokens": rng.integers(14, 60, n)}, VOCAB, rng) for n in (9, 17, 5, 23, 12)]
-    return [collate(seen[:2], set()), collate(seen[2:], set())]
+    examples = [objective.build_example({"tokens": rng.integers(14, 60, n)}, VOCAB, rng) for n in (9, 17, 5, 23, 12)]
+    return [collate(examples[:2], set()), collate(examples[2:], set())]
 
 
-def learnt(model: LM, objective: Objective, rows: list[Batch]) -> dict[str, Tensor]:
+def gradients(model: LM, objective: Objective, rows: list[Batch]) -> dict[str, Tensor]:
     model.zero_grad()
     means = step(model.train(), objective, rows)
     return means | {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
@@ -65,7 +65,7 @@ def learnt(model: LM, objective: Objective, rows: list[Batch]) -> dict[str, Tens
 
 @pytest.fixture
 def graphs(monkeypatch: pytest.MonkeyPatch) -> list[torch.fx.GraphModule]:
-    """Every graph that torch makes of a block; run as they are, so that no compiler takes its time."""
+    """Record every graph that torch makes of a block and run it uncompiled, which is faster."""
     made: list[torch.fx.GraphModule] = []
 
     def keep(graph: torch.fx.GraphModule, _: object) -> Callable[..., Any]:
@@ -73,42 +73,42 @@ def graphs(monkeypatch: pytest.MonkeyPatch) -> list[torch.fx.GraphModule]:
         return graph.forward
 
     torch._dynamo.reset()
-    torch.compiler.config.recompile_limit = compilation.KINDS
+    torch.compiler.config.recompile_limit = compilation.MAX_RECOMPILES
     whole = torch.compile(compilation._pass, backend=keep, fullgraph=True)
     monkeypatch.setattr(compilation, "_compiled", lambda: whole)
     monkeypatch.setattr(compilation, "_try", lambda device: None)
-    # What is compiled runs on torch's operators: plain blocks do too, so that they agree in the last bits.
+    # Compiled blocks use torch's operators; plain blocks do so too here, so that they agree to the last bits.
     monkeypatch.setattr(kernels, "_chosen", {name: next(iter(k.choices)) for name, k in kernels.KERNELS.items()})
     return made
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_the_gradients_are_those_of_plain_blocks(case: str, graphs: list[torch.fx.GraphModule]) -> None:
+def test_gradients_match_plain_blocks(case: str, graphs: list[torch.fx.GraphModule]) -> None:
     config, objective = CASES[case]
     torch.manual_seed(0)
     model = LM(config, objective.heads(config))
-    for p in model.parameters():  # projections that begin at zero would hide what a block does
+    for p in model.parameters():  # zero_init would hide what a block does
         if p.ndim > 1:
             torch.nn.init.normal_(p, std=0.2)
     rows = batches(objective)
-    plain = learnt(model, objective, rows)
+    plain = gradients(model, objective, rows)
     assert not graphs
     compilation.compile_blocks(model)
-    found = learnt(model, objective, rows)
+    found = gradients(model, objective, rows)
     assert plain.keys() == found.keys()
     for name, value in plain.items():
         torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-5, msg=name)
     made = len(graphs)
     assert made, "nothing was compiled"
-    learnt(model, objective, rows)
-    assert len(graphs) == made, "compiled again for what it has seen"
+    gradients(model, objective, rows)
+    assert len(graphs) == made, "recompiled for known shapes"
     with torch.no_grad():
         model.eval()(rows[0])
         model({name: value[:1, :3] for name, value in rows[0].items()})
-    assert len(graphs) == made, "compiled for what is only looked at"
+    assert len(graphs) == made, "compiled without gradients"
 
 
-def test_a_graph_serves_all_layers_of_its_kind(graphs: list[torch.fx.GraphModule]) -> None:
+def test_one_graph_serves_all_equal_layers(graphs: list[torch.fx.GraphModule]) -> None:
     made = []
     for depth in (2, 6):
         config, objective = replace(CASES["encoder"][0], num_layers=depth), CASES["encoder"][1]
@@ -116,61 +116,61 @@ def test_a_graph_serves_all_layers_of_its_kind(graphs: list[torch.fx.GraphModule
         compilation.compile_blocks(model)
         torch._dynamo.reset()
         graphs.clear()
-        learnt(model, objective, batches(objective)[:1])
+        gradients(model, objective, batches(objective)[:1])
         made.append(len(graphs))
-    # The first block has no norm of its own, the last may be narrow, and those between are all alike.
+    # The first block may have no norm, the last may run at a subset, and those between are all equal.
     assert made[1] <= made[0] + 1 <= 4
 
 
-def test_blocks_that_are_run_again_on_the_way_back(graphs: list[torch.fx.GraphModule]) -> None:
+def test_compiled_blocks_with_gradient_checkpointing(graphs: list[torch.fx.GraphModule]) -> None:
     config, objective = CASES["decoder"]
     model, rows = LM(config, objective.heads(config)), batches(objective)
-    plain = learnt(model, objective, rows)
+    plain = gradients(model, objective, rows)
     model.stack.gradient_checkpointing = True
     compilation.compile_blocks(model)
-    found = learnt(model, objective, rows)
+    found = gradients(model, objective, rows)
     assert graphs and all(torch.allclose(plain[name], found[name], atol=1e-6) for name in plain)
 
 
-def test_a_model_without_blocks_is_refused() -> None:
+def test_a_model_without_blocks_is_rejected() -> None:
     with pytest.raises(UserError, match="this model has none: set compile=false"):
         compilation.compile_blocks(LM(word_vector_config(60, 16), {}))
 
 
-def test_a_machine_that_cannot_is_told_in_a_sentence(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_missing_compiler_gives_a_clear_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
     torch._dynamo.reset()
     model = LM(CASES["decoder"][0], {})
     with (
         torch._inductor.config.patch({"cpp.cxx": ("no-such-compiler",), "force_disable_caches": True}),
-        pytest.raises(UserError, match=r"^torch.compile does not work here \(.+\): set compile=false$") as told,
+        pytest.raises(UserError, match=r"^torch.compile does not work here \(.+\): set compile=false$") as error,
     ):
         compilation.compile_blocks(model)
-    assert "compiler" in str(told.value)
+    assert "compiler" in str(error.value)
 
 
 @COMPILER
-def test_a_run_learns_the_same_and_goes_on_bit_for_bit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_compiled_run_matches_and_resumes_bit_for_bit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
     torch._dynamo.reset()
     text = tmp_path / "a.txt"
     text.write_text("The king saw the queen . The queen saw a dog .\n" * 200)
-    told = [f"data.path={text}", "tokenizer.vocab_size=400", "model.hidden_size=32", "model.num_layers=2", "model.num_heads=2",
+    overrides = [f"data.path={text}", "tokenizer.vocab_size=400", "model.hidden_size=32", "model.num_layers=2", "model.num_heads=2",
             "examples.max_length=32", "batch.size=4", "evaluation.every=0", "evaluation.max_examples=8", "checkpoint.every=3",
             "max_steps=6", "precision=fp32", "sample_prompts=['The ']"]  # fmt: skip
     for name, more in (("plain", []), ("whole", ["compile=true"])):
-        run(load("gpt", [*told, *more]), tmp_path / name, echo=lambda _: None)
+        run(load("gpt", [*overrides, *more]), tmp_path / name, log=lambda _: None)
     plain, whole = (
         [json.loads(line)["loss"] for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()[:6]]
         for name in ("plain", "whole")
     )
     assert whole == pytest.approx(plain, rel=1e-4) and whole[0] != whole[-1]
-    # As if it had been killed after its third step.
+    # As if the run had been killed after its third step.
     (tmp_path / "whole" / "done.json").unlink()
     wanted = load_model(tmp_path / "whole" / "model").state_dict()
     shutil.rmtree(tmp_path / "whole" / "model")
     shutil.rmtree(tmp_path / "whole" / "checkpoints" / "step-000006")
-    again = run(load("gpt", [*told, "compile=true"]), tmp_path / "whole", echo=lambda _: None)
+    again = run(load("gpt", [*overrides, "compile=true"]), tmp_path / "whole", log=lambda _: None)
     assert again.steps == 6
     found = load_model(tmp_path / "whole" / "model").state_dict()
     assert all(torch.equal(value, found[name]) for name, value in wanted.items())

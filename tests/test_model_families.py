@@ -42,19 +42,21 @@ BERT = ModelConfig(
     lm_head_bias=True,
 )
 LLAMA = ModelConfig(
-    **SIZES, num_kv_heads=2, norm="rms", norm_bias=False, norm_eps=1e-6, position="rotary", activation="swiglu", bias=False, tie_embeddings=False
+    **SIZES, num_kv_heads=2, norm="rms", norm_bias=False, norm_eps=1e-6, position="rotary", activation="swiglu", bias=False,
+    tie_embeddings=False,
 )  # fmt: skip
 T5 = ModelConfig(
     **SIZES | {"max_positions": 512}, num_encoder_layers=3, head_dim=6, norm="rms", norm_bias=False, norm_eps=1e-6, position="t5",
     activation="relu", bias=False, scale_attention=False, lm_head_scale=32**-0.5, relative_max_distance=16, relative_buckets=8,
 )  # fmt: skip
 BART = ModelConfig(
-    **SIZES, num_encoder_layers=3, decoder_start_token="eos", norm_placement="post", embedding_norm=True, activation="gelu", lm_head_bias=True
+    **SIZES, num_encoder_layers=3, decoder_start_token="eos", norm_placement="post", embedding_norm=True, activation="gelu",
+    lm_head_bias=True,
 )  # fmt: skip
 MARIAN = replace(BART, position="marian", embedding_norm=False, embedding_scale=32**0.5, decoder_start_token="pad")
 XLNET = ModelConfig(
-    **SIZES, causal=False, norm_placement="post", norm_eps=1e-12, position="xlnet", mask_embedding=True, type_vocab_size=2, activation="gelu",
-    lm_head_bias=True,
+    **SIZES, causal=False, norm_placement="post", norm_eps=1e-12, position="xlnet", mask_embedding=True, type_vocab_size=2,
+    activation="gelu", lm_head_bias=True,
 )  # fmt: skip
 MPNET = replace(BERT, type_vocab_size=0, position="mpnet")
 SHAPES = {
@@ -91,7 +93,7 @@ AUTO = {
 
 
 def built(config: ModelConfig, seed: int = 0) -> LM:
-    """A model whose every parameter is random, norms and offsets too, so that a swapped tensor shows."""
+    """A model whose parameters are all random, norms and biases too, so that swapped tensors are detected."""
     torch.manual_seed(seed)
     model = LM(config, {"lm": LMHead(config)})
     with torch.no_grad():
@@ -101,7 +103,7 @@ def built(config: ModelConfig, seed: int = 0) -> LM:
 
 
 def batches(family: str) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor], torch.Tensor]:
-    """The same right-padded rows for us and for transformers, and the mask of real tokens."""
+    """The same right-padded rows for firth and for transformers, and the mask of real tokens."""
     torch.manual_seed(1)
     tokens = torch.randint(1, 61, (3, 20))
     real = torch.arange(20) < torch.tensor([20, 13, 7])[:, None]
@@ -146,13 +148,13 @@ def agree(model: LM, theirs: torch.nn.Module, family: str) -> float:
 
 
 @pytest.mark.parametrize("name", SHAPES)
-def test_transformers_loads_what_we_save(name: str, tmp_path: Path) -> None:
+def test_transformers_loads_saved_models(name: str, tmp_path: Path) -> None:
     config, family = SHAPES[name], name.split("-")[0]
     model = built(config)
     found = family_of(config)
     assert found is not None and found.name == family
-    said = save_model(model, None, tmp_path)
-    assert said.endswith(found.classes[0])
+    summary = save_model(model, None, tmp_path)
+    assert summary.endswith(found.classes[0])
     auto = getattr(transformers, AUTO[family])
     theirs, info = auto.from_pretrained(tmp_path, output_loading_info=True, dtype=torch.float32)
     assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
@@ -209,9 +211,9 @@ def random_theirs(name: str) -> torch.nn.Module:
     model = configs[name]()
     with torch.no_grad():
         for parameter in model.parameters():
-            if parameter.requires_grad:  # Marian's sinusoids do not, and no file holds them
+            if parameter.requires_grad:  # Marian's sinusoidal positions do not, and no file has them
                 parameter.add_(torch.randn_like(parameter) * 0.15)
-        if name in ("bart", "marian"):  # a constant of zeros there: other numbers show that they are read
+        if name in ("bart", "marian"):  # a buffer of zeros: other values show that it is read
             model.final_logits_bias.normal_()
     return model.eval()
 
@@ -236,7 +238,7 @@ def random_theirs(name: str) -> torch.nn.Module:
     ],
 )
 @pytest.mark.parametrize("shards", ["50GB", "20KB"])
-def test_we_load_what_transformers_saves(name: str, shards: str, tmp_path: Path) -> None:
+def test_models_saved_by_transformers_load(name: str, shards: str, tmp_path: Path) -> None:
     theirs = random_theirs(name)
     theirs.save_pretrained(tmp_path, max_shard_size=shards)
     assert (tmp_path / "model.safetensors.index.json").exists() == (shards == "20KB")
@@ -246,7 +248,7 @@ def test_we_load_what_transformers_saves(name: str, shards: str, tmp_path: Path)
 
 
 def test_a_gated_t5_is_exact_in_float64(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What separates the two in fp32 is rounding alone. Their norm takes its variance in fp32 whatever the weights are."""
+    """The difference in fp32 is rounding alone. T5LayerNorm computes its variance in fp32 for any dtype, so it is patched."""
 
     def norm(self: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
         return self.weight * (x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.variance_epsilon))
@@ -261,7 +263,7 @@ def test_a_gated_t5_is_exact_in_float64(tmp_path: Path, monkeypatch: pytest.Monk
     assert found[real].abs().max() < 1e-10
 
 
-def test_a_bare_model_has_no_head(tmp_path: Path) -> None:
+def test_a_headless_model_has_no_head(tmp_path: Path) -> None:
     theirs = random_theirs("bert")
     theirs.bert.save_pretrained(tmp_path)
     model = load_model(tmp_path)
@@ -271,7 +273,7 @@ def test_a_bare_model_has_no_head(tmp_path: Path) -> None:
         assert (model(ours_in) - theirs.bert(**theirs_in).last_hidden_state)[real].abs().max() < 1e-4
 
 
-def test_config_is_read_by_both_versions(tmp_path: Path) -> None:
+def test_config_suits_both_transformers_versions(tmp_path: Path) -> None:
     save_model(built(SHAPES["llama-tied"]), None, tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     assert config["dtype"] == config["torch_dtype"] == "float32"
@@ -283,17 +285,17 @@ def test_config_is_read_by_both_versions(tmp_path: Path) -> None:
         assert "lm_head.weight" not in set(file.keys())
 
 
-def test_parts_survive(tmp_path: Path) -> None:
+def test_all_heads_are_saved(tmp_path: Path) -> None:
     config = SHAPES["bert"]
     inner = replace(config, num_layers=1)
     torch.manual_seed(0)
-    parts = {
+    heads = {
         "lm": LMHead(config),
         "classes": torch.nn.Linear(32, 3),
         "pair": torch.nn.Sequential(torch.nn.Linear(32, 32), torch.nn.Tanh(), torch.nn.Linear(32, 2)),
         "generator": LM(inner, {"lm": LMHead(inner)}),
     }
-    model = LM(config, parts).eval()
+    model = LM(config, heads).eval()
     save_model(model, None, tmp_path, {"steps": 7})
     again = load_model(tmp_path)
     assert again.state_dict().keys() == model.state_dict().keys()
@@ -304,7 +306,7 @@ def test_parts_survive(tmp_path: Path) -> None:
     assert agree(again, theirs.eval(), "bert") < 1e-4
 
 
-def test_start_from_is_strict_on_the_trunk(tmp_path: Path) -> None:
+def test_init_from_is_strict_on_the_stack(tmp_path: Path) -> None:
     config = SHAPES["bert"]
     old = built(config)
     save_model(old, None, tmp_path)
@@ -312,11 +314,11 @@ def test_start_from_is_strict_on_the_trunk(tmp_path: Path) -> None:
     new = LM(config, {"classes": torch.nn.Linear(32, 3)})
     assert init_from(new, tmp_path) == (["lm"], ["classes"])
     assert torch.equal(new.stack.blocks[1].mlp.up.weight, old.stack.blocks[1].mlp.up.weight)
-    with pytest.raises(UserError, match=r"model\.intermediate_size is 48 there and 64 here"):
+    with pytest.raises(UserError, match=r"model\.intermediate_size is 48, not 64"):
         init_from(LM(replace(config, intermediate_size=64), {}), tmp_path)
 
 
-def test_a_shape_of_no_family_is_saved_all_the_same(tmp_path: Path) -> None:
+def test_a_config_without_a_family_is_saved(tmp_path: Path) -> None:
     config = ModelConfig(**SIZES, position="sinusoidal", activation="relu2")
     assert family_of(config) is None
     model = built(config)
@@ -325,8 +327,8 @@ def test_a_shape_of_no_family_is_saved_all_the_same(tmp_path: Path) -> None:
     assert all(torch.equal(t, again.state_dict()[k]) for k, t in model.state_dict().items())
 
 
-def test_what_cannot_be_loaded_is_said(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="holds no model"):
+def test_invalid_directories_are_rejected(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="contains no model"):
         load_model(tmp_path)
     (tmp_path / "config.json").write_text('{"model_type": "gpt2", "vocab_size": 5}')
     (tmp_path / "pytorch_model.bin").write_bytes(b"x")
@@ -346,33 +348,33 @@ def test_what_cannot_be_loaded_is_said(tmp_path: Path) -> None:
     from safetensors.torch import save_file
 
     save_file({"x": torch.zeros(1)}, save)
-    with pytest.raises(UserError, match="family 'rwkv'"):
+    with pytest.raises(UserError, match="model_type 'rwkv'"):
         load_model(tmp_path)
 
 
-def test_every_family_has_its_place() -> None:
+def test_every_default_config_has_a_family() -> None:
     assert {n.split("-")[0] for n in SHAPES} <= set(FAMILIES)  # the others: test_model_family_heads
     for config in (decoder_config(61, 64, 2), encoder_config(61, 64, 2), encoder_decoder_config(61, 64, 2)):
         assert family_of(config) is not None
 
 
 @pytest.mark.parametrize("end", ["</s>", "<|im_end|>"])
-def test_transformers_ends_an_answer_where_we_do(end: str, tmp_path: Path) -> None:
-    """At the end of a text and at the end of a turn: the model is made to say it, and says it first on its n-th word."""
-    coder = tokenizer()
-    model = built(replace(decoder_config(coder.vocab.size, 32, 2, num_heads=4, max_positions=64), zero_init=False))
-    prompt, greedy = coder.encode("What is a module?"), Sampling(max_new_tokens=12, temperature=0)
-    [unending] = Engine(model, coder, stops=()).generate([prompt], greedy)
-    words = unending.tokens.tolist()
-    n = max(i for i in range(12) if words[i] not in words[:i])
+def test_generation_ends_where_transformers_does(end: str, tmp_path: Path) -> None:
+    """Generation ends at the end of a text and of a turn: the model is changed to emit it first as its n-th token."""
+    tok = tokenizer()
+    model = built(replace(decoder_config(tok.vocab.size, 32, 2, num_heads=4, max_positions=64), zero_init=False))
+    prompt, greedy = tok.encode("What is a module?"), Sampling(max_new_tokens=12, temperature=0)
+    [unending] = Engine(model, tok, stops=()).generate([prompt], greedy)
+    tokens = unending.tokens.tolist()
+    n = max(i for i in range(12) if tokens[i] not in tokens[:i])
     assert n > 1
     head = model.heads["lm"].weight.data
-    swap = [words[n], coder.id(end)]
+    swap = [tokens[n], tok.id(end)]
     head[swap] = head[swap[::-1]].clone()
-    save_model(model, coder, tmp_path)
+    save_model(model, tok, tmp_path)
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
-    assert theirs.generation_config.eos_token_id == [coder.id("</s>"), coder.id("<|im_end|>")]
+    assert theirs.generation_config.eos_token_id == [tok.id("</s>"), tok.id("<|im_end|>")]
     ids = torch.as_tensor(prompt, dtype=torch.int64)[None]
     out = theirs.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=12, do_sample=False)
-    [ours] = Engine(model, coder).generate([prompt], greedy)
-    assert out[0, len(prompt) :].tolist() == ours.tokens.tolist() == [*words[:n], coder.id(end)]
+    [ours] = Engine(model, tok).generate([prompt], greedy)
+    assert out[0, len(prompt) :].tolist() == ours.tokens.tolist() == [*tokens[:n], tok.id(end)]

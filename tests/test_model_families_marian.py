@@ -1,4 +1,4 @@
-"""Marian beside transformers: what a translator of theirs says, scores and writes, and what is not read."""
+"""Parity of Marian with transformers: loss, logits, generation; and unsupported configs."""
 
 from __future__ import annotations
 
@@ -26,25 +26,25 @@ from firth.types import UserError
 transformers = pytest.importorskip("transformers", reason="the oracle; installed with the test extra")
 
 
-def test_their_loss_of_a_translation_is_ours(tmp_path: Path) -> None:
-    """Sources and targets of different lengths, their labels and their own shift to the right."""
+def test_the_loss_matches_transformers(tmp_path: Path) -> None:
+    """Sources and targets of different lengths; transformers shifts the labels itself."""
     theirs = random_theirs("marian")
     theirs.save_pretrained(tmp_path)
     model, rng = load_model(tmp_path), np.random.default_rng(0)
     pairs = [(rng.integers(3, 61, n), np.append(rng.integers(3, 61, m), 2)) for n, m in ((9, 12), (15, 4), (3, 8))]
     objective = Seq2SeqSFT()
-    shown = [seq2seq(source, target, start=0) for source, target in pairs]
-    ours = float(step(model, objective, [collate(shown)])["tokens"])
+    examples = [seq2seq(source, target, start=0) for source, target in pairs]
+    ours = float(step(model, objective, [collate(examples)])["tokens"])
     width = [max(map(len, side)) for side in zip(*pairs, strict=True)]
     sources, labels = (
         torch.tensor([np.pad(row, (0, n - len(row)), constant_values=fill).tolist() for row in rows])
         for rows, n, fill in zip(zip(*pairs, strict=True), width, (0, -100), strict=True)
     )
-    said = theirs(input_ids=sources, attention_mask=(sources != 0).long(), labels=labels)
-    assert ours == pytest.approx(said.loss.item(), abs=1e-5)
+    outputs = theirs(input_ids=sources, attention_mask=(sources != 0).long(), labels=labels)
+    assert ours == pytest.approx(outputs.loss.item(), abs=1e-5)
 
 
-def test_an_offset_of_the_logits_and_a_scaled_table_are_read(tmp_path: Path) -> None:
+def test_logit_bias_and_embedding_scale_are_read(tmp_path: Path) -> None:
     theirs = random_theirs("marian")
     theirs.save_pretrained(tmp_path)
     model = load_model(tmp_path)
@@ -56,7 +56,7 @@ def test_an_offset_of_the_logits_and_a_scaled_table_are_read(tmp_path: Path) -> 
     torch.testing.assert_close(sinusoidal(torch.arange(40), 32, interleaved=False), places, rtol=1e-5, atol=1e-5)
 
 
-def test_what_is_written_is_what_transformers_writes(tmp_path: Path) -> None:
+def test_generation_matches_transformers(tmp_path: Path) -> None:
     model = built(MARIAN)
     save_model(model, None, tmp_path)
     theirs = transformers.MarianMTModel.from_pretrained(tmp_path).eval()
@@ -70,29 +70,29 @@ def test_what_is_written_is_what_transformers_writes(tmp_path: Path) -> None:
     assert out[0, 1:].tolist() == ours.tokens.tolist()
 
 
-def test_a_bare_model_of_theirs_is_read(tmp_path: Path) -> None:
+def test_a_headless_model_is_read(tmp_path: Path) -> None:
     theirs = random_theirs("marian")
     theirs.model.save_pretrained(tmp_path)
     assert not len(load_model(tmp_path).heads)
 
 
-def test_a_count_of_its_parameters_is_exact() -> None:
+def test_the_parameter_count_is_exact() -> None:
     model = LM(MARIAN, {"lm": LMHead(MARIAN)})
     assert sum(p.numel() for p in model.parameters()) == MARIAN.num_parameters()
 
 
 @pytest.mark.parametrize(
-    ("field", "sentence"),
+    ("field", "message"),
     [
         ({"normalize_before": True}, "normalize_before=True"),
         ({"share_encoder_decoder_embeddings": False}, "share_encoder_decoder_embeddings=False"),
-        ({"decoder_vocab_size": 70}, "another vocabulary in its decoder"),
+        ({"decoder_vocab_size": 70}, "a different vocabulary in its decoder"),
     ],
 )
-def test_another_kind_of_marian_is_refused(field: dict[str, object], sentence: str, tmp_path: Path) -> None:
+def test_unsupported_marian_configs_are_rejected(field: dict[str, object], message: str, tmp_path: Path) -> None:
     random_theirs("marian").save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text("utf-8"))
     assert {name: config[name] for name in MARIAN_IDS} == MARIAN_IDS
     (tmp_path / "config.json").write_text(json.dumps(config | field), "utf-8")
-    with pytest.raises(UserError, match=sentence):
+    with pytest.raises(UserError, match=message):
         load_model(tmp_path)

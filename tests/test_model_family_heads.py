@@ -1,7 +1,7 @@
-"""Parity with transformers' classes for tasks, family by family, and with the families that share another's layout.
+"""Parity with the task classes of transformers, by family, and with families that share another's layout.
 
-One test for each class: a model of random weights that transformers saved is loaded, gives the same logits, and is saved
-again with the same tensors to the bit; what we saved is loaded by transformers, saved by it, and loaded once more.
+One test per class: a model of random weights saved by transformers is loaded, gives the same logits, and is saved again
+with bit-identical tensors; transformers loads that directory, saves it, and firth loads it again.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ transformers.logging.set_verbosity_error()
 
 Fields = dict[str, Any]
 IDS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
-SEVEN = {"vocab_size": 61, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
-TABLE = SEVEN | {"max_position_embeddings": 40}
+SIZES = {"vocab_size": 61, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
+TABLE = SIZES | {"max_position_embeddings": 40}
 GPT = {"vocab_size": 61, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 40}
 T5 = {"vocab_size": 61, "d_model": 32, "d_kv": 6, "d_ff": 48, "num_layers": 2, "num_decoder_layers": 3, "num_heads": 4}
 GATED = {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False, "decoder_start_token_id": 0}
@@ -38,11 +38,11 @@ STRETCHED = {
 }  # fmt: skip
 FAMILIES: dict[str, tuple[str, Fields, str, str]] = {
     "bert": ("Bert", TABLE, "first", "snotq"),
-    "roberta": ("Roberta", SEVEN | {"max_position_embeddings": 42, "type_vocab_size": 1, "pad_token_id": 1}, "first", "msotq"),
-    "xlm-roberta": ("XLMRoberta", SEVEN | {"max_position_embeddings": 42, "type_vocab_size": 1, "pad_token_id": 1}, "first", "m"),
+    "roberta": ("Roberta", SIZES | {"max_position_embeddings": 42, "type_vocab_size": 1, "pad_token_id": 1}, "first", "msotq"),
+    "xlm-roberta": ("XLMRoberta", SIZES | {"max_position_embeddings": 42, "type_vocab_size": 1, "pad_token_id": 1}, "first", "m"),
     "roberta-untied": (
         "Roberta",
-        SEVEN | {"max_position_embeddings": 42, "type_vocab_size": 1, "pad_token_id": 1, "tie_word_embeddings": False}, "first", "m",
+        SIZES | {"max_position_embeddings": 42, "type_vocab_size": 1, "pad_token_id": 1, "tie_word_embeddings": False}, "first", "m",
     ),
     "distilbert": (
         "DistilBert",
@@ -51,7 +51,7 @@ FAMILIES: dict[str, tuple[str, Fields, str, str]] = {
     ),
     "albert": ("Albert", TABLE | {"embedding_size": 12, "num_hidden_groups": 2}, "first", "sotq"),
     "electra": ("Electra", TABLE | {"embedding_size": 12}, "first", "sotq"),
-    "mpnet": ("MPNet", SEVEN | {"max_position_embeddings": 42, "pad_token_id": 1}, "first", "sotq"),
+    "mpnet": ("MPNet", SIZES | {"max_position_embeddings": 42, "pad_token_id": 1}, "first", "sotq"),
     "modernbert": ("ModernBert", TABLE | IDS | {"layer_types": ["full_attention"] * 2, "norm_bias": True}, "first", "sotq"),
     "modernbert-silu": (
         "ModernBert",
@@ -81,7 +81,7 @@ FAMILIES: dict[str, tuple[str, Fields, str, str]] = {
     "flan-t5": ("T5", T5 | IDS | GATED, "again", "gsq"),
     "mt5": ("MT5", T5 | IDS | GATED, "again", "gsq"),
 }  # fmt: skip
-"""Case -> transformers' word for the family, its config, where a class is read, and which classes it is tried in."""
+"""Case -> prefix of the class names, config, position that a classifier reads, and keys of the tested `CLASSES`."""
 CLASSES: dict[str, tuple[str, str, int]] = {
     "m": ("ForMaskedLM", "lm", 0), "c": ("ForCausalLM", "lm", 0), "l": ("LMHeadModel", "lm", 0),
     "g": ("ForConditionalGeneration", "lm", 0), "s": ("ForSequenceClassification", "classes", 3),
@@ -90,10 +90,10 @@ CLASSES: dict[str, tuple[str, str, int]] = {
     "q": ("ForQuestionAnswering", "span", 2), "S": ("ForQuestionAnsweringSimple", "span", 2),
 }  # fmt: skip
 CASES = [(case, kind) for case, (*_, kinds) in FAMILIES.items() for kind in kinds]
-UNREAD = ("embed_positions.weight", "position_embeddings.weight")
-"""Tables whose first rows nobody reads: those come back as zeros (RoBERTa, MPNet, BART)."""
-WRITTEN = {"xlm-roberta": "roberta", "mistral": "llama", "mt5": "t5"}
-"""Families that are written under the name of the one whose layout and shape they have."""
+UNUSED_ROW_TABLES = ("embed_positions.weight", "position_embeddings.weight")
+"""Tables with unused leading rows, which are saved as zeros (RoBERTa, MPNet, BART)."""
+SAVED_AS = {"xlm-roberta": "roberta", "mistral": "llama", "mt5": "t5"}
+"""Families that are saved as another one with the same layout and config."""
 
 
 def theirs(case: str, kind: str) -> torch.nn.Module:
@@ -109,7 +109,7 @@ def theirs(case: str, kind: str) -> torch.nn.Module:
 
 
 def rows(case: str) -> tuple[Fields, Fields, torch.Tensor]:
-    """The same rows, padded on the right, for us and for transformers; and how long each is."""
+    """The same right-padded rows for firth and for transformers, and their lengths."""
     _, fields, place, _ = FAMILIES[case]
     torch.manual_seed(1)
     pad, eos = fields.get("pad_token_id", 0), 2
@@ -131,48 +131,52 @@ def rows(case: str) -> tuple[Fields, Fields, torch.Tensor]:
 
 
 @torch.no_grad()
-def far(model: torch.nn.Module, other: torch.nn.Module, case: str, kind: str) -> float:
-    """The largest difference between our logits and theirs where a token is real."""
-    (ours, mask, lengths), (_, part, _) = rows(case), CLASSES[kind]
+def max_difference(model: torch.nn.Module, other: torch.nn.Module, case: str, kind: str) -> float:
+    """The largest difference from transformers' logits at real tokens."""
+    (ours, mask, lengths), (_, head, _) = rows(case), CLASSES[kind]
     hidden = model(ours)
     real = torch.arange(17) < lengths[:, None]
     if kind == "g":
         mask |= {"decoder_input_ids": ours["tokens"]}
-    if part == "choice":
-        said = other(**{name: field[None] for name, field in mask.items()})
+    if head == "choice":
+        outputs = other(**{name: field[None] for name, field in mask.items()})
         return float(
-            (model.heads[part](hidden[:, -1 if FAMILIES[case][2] == "end" else 0])[:, 0] - said.logits[0]).abs().max()
+            (model.heads[head](hidden[:, -1 if FAMILIES[case][2] == "end" else 0])[:, 0] - outputs.logits[0])
+            .abs()
+            .max()
         )
-    said = other(**mask)
-    if part in ("classes", "reward", "score"):
+    outputs = other(**mask)
+    if head in ("classes", "reward", "score"):
         at = torch.zeros(3, dtype=torch.int64) if FAMILIES[case][2] == "first" else lengths - 1
-        mine, want = model.heads[part](hidden[torch.arange(3), at]), said.logits
-    elif part == "span":
-        mine, want = model.heads[part](hidden)[real], torch.stack((said.start_logits, said.end_logits), -1)[real]
+        mine, want = model.heads[head](hidden[torch.arange(3), at]), outputs.logits
+    elif head == "span":
+        mine, want = model.heads[head](hidden)[real], torch.stack((outputs.start_logits, outputs.end_logits), -1)[real]
     else:
-        mine, want = model.heads[part](hidden)[real], said.logits[real]
+        mine, want = model.heads[head](hidden)[real], outputs.logits[real]
     assert mine.shape == want.shape and want.std() > 0.03
     return float((mine - want).abs().max())
 
 
 @pytest.mark.parametrize(("case", "kind"), CASES, ids=[f"{case}-{CLASSES[kind][1]}" for case, kind in CASES])
-def test_a_class_of_theirs_comes_in_and_goes_out(case: str, kind: str, tmp_path: Path) -> None:
-    model, (suffix, part, _) = theirs(case, kind), CLASSES[kind]
+def test_task_classes_round_trip(case: str, kind: str, tmp_path: Path) -> None:
+    model, (suffix, head, _) = theirs(case, kind), CLASSES[kind]
     model.save_pretrained(tmp_path / "theirs")
     ours = load_model(tmp_path / "theirs")
-    assert set(ours.heads) == {part} and left_out(tmp_path / "theirs") == []
-    assert far(ours, model, case, kind) < 1e-4
+    assert set(ours.heads) == {head} and left_out(tmp_path / "theirs") == []
+    assert max_difference(ours, model, case, kind) < 1e-4
 
-    family = WRITTEN.get(case.split("-window")[0], "")
+    family = SAVED_AS.get(case.split("-window")[0], "")
     name = {"roberta": "Roberta", "llama": "Llama", "t5": "T5"}.get(family, FAMILIES[case][0]) + suffix
     assert save_model(ours, None, tmp_path / "ours") == f"transformers loads it as {name}"
     before, after = (load_file(tmp_path / side / "model.safetensors") for side in ("theirs", "ours"))
-    if (case, kind) == ("mistral", "q"):  # which has the trunk elsewhere than Llama's class does
+    if (case, kind) == ("mistral", "q"):  # whose prefix differs from that of Llama's class
         after = {key.replace("transformer.", "model."): tensor for key, tensor in after.items()}
     assert before.keys() == after.keys() - ({"lm_head.weight"} if kind == "g" else set())
     for key, tensor in before.items():
-        skip = 2 if key.endswith(UNREAD) and case.startswith(("roberta", "xlm-roberta", "mpnet", "bart")) else 0
-        if (case, key) != ("roberta-untied", "lm_head.bias"):  # untied, their decoder has another, and reads that
+        skip = (
+            2 if key.endswith(UNUSED_ROW_TABLES) and case.startswith(("roberta", "xlm-roberta", "mpnet", "bart")) else 0
+        )
+        if (case, key) != ("roberta-untied", "lm_head.bias"):  # an untied decoder has a bias of its own
             assert torch.equal(tensor[skip:], after[key][skip:]), key
     config = json.loads((tmp_path / "ours" / "config.json").read_text())
     config["pad_token_id"] = FAMILIES[case][1].get("pad_token_id", 0)
@@ -185,7 +189,7 @@ def test_a_class_of_theirs_comes_in_and_goes_out(case: str, kind: str, tmp_path:
     kind_of = getattr(transformers, name)
     again, info = kind_of.from_pretrained(tmp_path / "ours", output_loading_info=True, dtype=torch.float32)
     assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
-    assert far(ours, again.eval(), case, kind) < 1e-4
+    assert max_difference(ours, again.eval(), case, kind) < 1e-4
     if kind != FAMILIES[case][3][0]:  # once for each case
         return
     again.save_pretrained(tmp_path / "again")
@@ -194,17 +198,17 @@ def test_a_class_of_theirs_comes_in_and_goes_out(case: str, kind: str, tmp_path:
     assert all(torch.equal(tensor, back[key]) for key, tensor in ours.state_dict().items())
 
 
-def test_all_of_a_family_s_classes_are_tried() -> None:
-    tried = {case: {FAMILIES[case][0] + CLASSES[kind][0] for kind in FAMILIES[case][3]} for case in FAMILIES}
+def test_all_classes_of_the_families_are_tested() -> None:
+    tested = {case: {FAMILIES[case][0] + CLASSES[kind][0] for kind in FAMILIES[case][3]} for case in FAMILIES}
     elsewhere = {"BertForPreTraining", "BertForNextSentencePrediction", "AlbertForPreTraining", "ElectraForPreTraining"}
     for name, family in OURS.items():
         classes = {headed.name for headed in family.heads}
         if name != "xlm-roberta":  # which differs from RoBERTa by names alone
-            assert classes - elsewhere <= tried.get(name, set()), name
+            assert classes - elsewhere <= tested.get(name, set()), name
 
 
 @pytest.mark.parametrize(("case", "kind"), [("bert", "s"), ("gpt2", "t")])
-def test_the_names_of_the_classes_go_along(case: str, kind: str, tmp_path: Path) -> None:
+def test_label_names_are_saved(case: str, kind: str, tmp_path: Path) -> None:
     model = theirs(case, kind)
     names = ("B-person", "I-person", "O", "place", "time")[: CLASSES[kind][2]]
     model.save_pretrained(tmp_path / "plain")
@@ -220,8 +224,8 @@ def test_the_names_of_the_classes_go_along(case: str, kind: str, tmp_path: Path)
     assert config.label2id == {name: i for i, name in enumerate(names)}
 
 
-def test_two_families_cannot_be_mistaken_for_each_other(tmp_path: Path) -> None:
-    """A gain that is not used, a bias that is left out: each would still load as a plain Llama."""
+def test_similar_families_are_distinguished(tmp_path: Path) -> None:
+    """Without a gain or a bias that is ignored, each would load as a plain Llama."""
     change: dict[str, Callable[[Any], Any]] = {
         "qwen2": lambda m: m.model.layers[1].self_attn.k_proj.bias,
         "qwen3": lambda m: m.model.layers[1].self_attn.q_norm.weight,
@@ -233,4 +237,4 @@ def test_two_families_cannot_be_mistaken_for_each_other(tmp_path: Path) -> None:
         ours = load_model(tmp_path / case)
         with torch.no_grad():
             which(model).mul_(1.5)
-        assert far(ours, model, case, "c") > 1e-3, case
+        assert max_difference(ours, model, case, "c") > 1e-3, case

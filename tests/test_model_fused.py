@@ -1,4 +1,4 @@
-"""The hand-written gradients against plain formulas: gradcheck in float64, and against autograd of the definition."""
+"""Hand-written gradients against plain formulas: gradcheck in float64, and autograd of the definition."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ def numbers(*size: int) -> Tensor:
 
 def test_unit() -> None:
     x = numbers(3, 5, 8)
-    assert torch.allclose(fused._Unit.apply(x, 1e-3, x.dtype), F.rms_norm(x, (8,), eps=1e-3))
-    assert gradcheck(lambda x: fused._Unit.apply(x, 1e-3, x.dtype), x)
+    assert torch.allclose(fused._UnitRMS.apply(x, 1e-3, x.dtype), F.rms_norm(x, (8,), eps=1e-3))
+    assert gradcheck(lambda x: fused._UnitRMS.apply(x, 1e-3, x.dtype), x)
     large = torch.randn(64, 512)
     with torch.no_grad():
         assert torch.allclose(fused.unit_rms(large, 1e-6), F.rms_norm(large, (512,), eps=1e-6), atol=1e-6)
@@ -41,33 +41,33 @@ def test_relu2() -> None:
 
 
 @pytest.mark.parametrize("eps", [-1.0, 1e-3])
-def test_turn(eps: float) -> None:
+def test_rotate(eps: float) -> None:
     x = numbers(2, 3, 4, 6)
     config = ModelConfig(vocab_size=2, hidden_size=24, num_layers=1, num_heads=4, position="rotary", rope_sign=-1)
     cos, sin = (angle.double() for angle in rope_angles(torch.tensor([[0, 3, 9], [5, 1, 2]]), config))
     a, b = x.chunk(2, -1)
-    turned = torch.complex(a, b) * torch.complex(cos[..., :3], sin)
-    plain = torch.cat((turned.real, turned.imag), -1)
+    rotated = torch.complex(a, b) * torch.complex(cos[..., :3], sin)
+    plain = torch.cat((rotated.real, rotated.imag), -1)
     if eps > 0:
         plain = F.rms_norm(plain, (6,), eps=eps)
-    assert torch.allclose(fused.turn(x, cos, sin, eps), plain)
+    assert torch.allclose(fused.rotate(x, cos, sin, eps), plain)
     with torch.no_grad():
-        assert torch.allclose(fused.turn(x, cos, sin, eps), plain)
-    assert gradcheck(lambda x: fused.turn(x, cos, sin, eps), x)
+        assert torch.allclose(fused.rotate(x, cos, sin, eps), plain)
+    assert gradcheck(lambda x: fused.rotate(x, cos, sin, eps), x)
 
 
 @pytest.mark.parametrize("eps", [-1.0, 1e-3])
 @pytest.mark.parametrize("sign", [1, -1])
 @pytest.mark.parametrize("rows", [1, 5])
 @torch.no_grad()
-def test_a_turn_is_a_product(eps: float, sign: int, rows: int) -> None:
+def test_rotation_as_a_matrix_product(eps: float, sign: int, rows: int) -> None:
     config = ModelConfig(vocab_size=2, hidden_size=24, num_layers=1, num_heads=4, position="rotary", rope_sign=sign)
     angles = rope_angles(torch.tensor([[3], [0], [9], [1], [200]])[:rows], config)
     for dtype, near in ((torch.float64, 1e-6), (torch.float32, 1e-6), (torch.bfloat16, 1e-2)):
         x = torch.randn(5, 1, 4, 6).to(dtype)
-        found = fused.rotated(x, rotation(*angles), eps)
+        found = fused.rotate_by_matrix(x, rotation(*angles), eps)
         assert found.dtype == dtype
-        assert torch.allclose(found, fused.turn(x, *angles, eps), atol=near)
+        assert torch.allclose(found, fused.rotate(x, *angles, eps), atol=near)
 
 
 @pytest.mark.parametrize("rows", [1, 8, 16, 48, 49])
@@ -75,10 +75,10 @@ def test_a_turn_is_a_product(eps: float, sign: int, rows: int) -> None:
 def test_project_is_linear(rows: int, biased: bool) -> None:
     x, weight, bias = torch.randn(2, rows, 12), torch.randn(20, 12), torch.randn(20) if biased else None
     with torch.no_grad():
-        for given in (x, x[:1], x[0], x[0].t().contiguous().t(), x[:, : rows // 2 + 1]):
-            found = fused.project(given, weight, bias)
-            assert found.shape == (*given.shape[:-1], 20)
-            assert torch.allclose(found, F.linear(given, weight, bias), atol=1e-5)
+        for part in (x, x[:1], x[0], x[0].t().contiguous().t(), x[:, : rows // 2 + 1]):
+            found = fused.project(part, weight, bias)
+            assert found.shape == (*part.shape[:-1], 20)
+            assert torch.allclose(found, F.linear(part, weight, bias), atol=1e-5)
     assert torch.equal(fused.project(x, weight.requires_grad_(), bias), F.linear(x, weight, bias))
 
 
@@ -94,7 +94,7 @@ def test_blocked_attention(causal: bool, monkeypatch: pytest.MonkeyPatch) -> Non
 @pytest.mark.parametrize("biased", [False, True])
 def test_cross_entropy(cap: float, biased: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cross_entropy, "CHUNK_BYTES", 7 * 4 * 8)  # chunks of four rows, the last one short
-    monkeypatch.setattr(cross_entropy, "PART", 7 * 3)  # scored three rows at a time
+    monkeypatch.setattr(cross_entropy, "PART_LOGITS", 7 * 3)  # scored three rows at a time
     torch.manual_seed(0)
     states, weight = (torch.randn(n, 5, dtype=torch.float64, requires_grad=True) for n in (10, 7))
     bias = torch.randn(7, dtype=torch.float64, requires_grad=True) if biased else None
@@ -113,9 +113,9 @@ def test_cross_entropy(cap: float, biased: bool, monkeypatch: pytest.MonkeyPatch
         assert torch.allclose(mine, other)
     each = cross_entropy.LogProbs.apply(states, weight, bias, labels, cap)
     assert torch.allclose(each, -plain())
-    towards = torch.randn(10, dtype=torch.float64)
+    direction = torch.randn(10, dtype=torch.float64)
     for mine, other in zip(
-        torch.autograd.grad(each, inputs, towards), torch.autograd.grad(-plain(), inputs, towards), strict=True
+        torch.autograd.grad(each, inputs, direction), torch.autograd.grad(-plain(), inputs, direction), strict=True
     ):
         assert torch.allclose(mine, other)
     frozen = weight.detach()
@@ -128,7 +128,7 @@ def test_cross_entropy(cap: float, biased: bool, monkeypatch: pytest.MonkeyPatch
     assert none == 0 and torch.autograd.grad(none, weight)[0].abs().sum() == 0
 
 
-def test_confident_and_hopeless_labels_stay_finite() -> None:
+def test_extreme_logits_stay_finite() -> None:
     states, weight = (
         torch.tensor([[200.0], [-200.0]], requires_grad=True),
         torch.tensor([[1.0], [-1.0]], requires_grad=True),
@@ -140,9 +140,9 @@ def test_confident_and_hopeless_labels_stay_finite() -> None:
 
 @pytest.mark.parametrize("make", [decoder_config, encoder_config])
 def test_head_under_autocast_and_without_gradients(make: object) -> None:
-    shape = make(vocab=60, width=32, depth=1, heads=2)  # type: ignore[operator]
+    config = make(vocab_size=60, hidden_size=32, num_layers=1, num_heads=2)  # type: ignore[operator]
     torch.manual_seed(0)
-    model = LM(shape, {"lm": LMHead(shape)})
+    model = LM(config, {"lm": LMHead(config)})
     head = model.heads["lm"]
     torch.nn.init.normal_(head.weight, std=0.3)
     states, labels = torch.randn(50, 32, requires_grad=True), torch.randint(60, (50,))
@@ -187,21 +187,45 @@ def test_a_tied_matrix_gets_both_gradients() -> None:
         return model.heads["lm"].nll(model(batch)[0], labels)
 
     loss().backward()
-    weight, towards = model.tokens.weight, torch.randn(20, 16, dtype=torch.float64)
+    weight, direction = model.tokens.weight, torch.randn(20, 16, dtype=torch.float64)
     with torch.no_grad():
-        weight += 1e-5 * towards
+        weight += 1e-5 * direction
         up = loss()
-        weight -= 2e-5 * towards
+        weight -= 2e-5 * direction
         down = loss()
-    assert torch.allclose((up - down) / 2e-5, (weight.grad * towards).sum(), rtol=1e-6)
+    assert torch.allclose((up - down) / 2e-5, (weight.grad * direction).sum(), rtol=1e-6)
 
 
-def test_shape_counts_its_parameters_and_the_seed_decides() -> None:
+def test_parameter_count_and_seed_of_a_config() -> None:
     for config in (
-        decoder_config(50, 32, 2, num_heads=2), encoder_config(50, 32, 2, num_heads=2), ModelConfig(50, 32, 2, 4),
-        ModelConfig(50, 32, 2, 4, num_kv_heads=2, num_encoder_layers=3, position="t5", activation="swiglu", tie_embeddings=False, lm_head_bias=True),
-        ModelConfig(50, 32, 2, 4, norm_placement="post", embedding_norm=True, type_vocab_size=2, lm_head="transform", lm_head_bias=True, first_attention_norm=False),
-    ):  # fmt: skip
+        decoder_config(50, 32, 2, num_heads=2),
+        encoder_config(50, 32, 2, num_heads=2),
+        ModelConfig(50, 32, 2, 4),
+        ModelConfig(
+            50,
+            32,
+            2,
+            4,
+            num_kv_heads=2,
+            num_encoder_layers=3,
+            position="t5",
+            activation="swiglu",
+            tie_embeddings=False,
+            lm_head_bias=True,
+        ),
+        ModelConfig(
+            50,
+            32,
+            2,
+            4,
+            norm_placement="post",
+            embedding_norm=True,
+            type_vocab_size=2,
+            lm_head="transform",
+            lm_head_bias=True,
+            first_attention_norm=False,
+        ),
+    ):
         torch.manual_seed(5)
         model = LM(config, {"lm": LMHead(config)})
         assert sum(p.numel() for p in model.parameters()) == config.num_parameters(), config
@@ -211,11 +235,11 @@ def test_shape_counts_its_parameters_and_the_seed_decides() -> None:
 
 
 @pytest.mark.parametrize("make", [decoder_config, encoder_config, encoder_decoder_config])
-def test_a_whole_model_trains_under_autocast_and_in_half(make: object) -> None:
-    """bf16 loss and gradient near those of fp32; the weights in bf16 read the same too."""
-    shape = replace(make(vocab=50, width=32, depth=2, heads=2), zero_init=False)  # type: ignore[operator]
+def test_a_model_trains_under_autocast_and_in_bf16(make: object) -> None:
+    """bf16 loss and gradient are near those of fp32; with bf16 weights the loss is too."""
+    config = replace(make(vocab_size=50, hidden_size=32, num_layers=2, num_heads=2), zero_init=False)  # type: ignore[operator]
     torch.manual_seed(0)
-    model = LM(shape, {"lm": LMHead(shape)})
+    model = LM(config, {"lm": LMHead(config)})
     torch.nn.init.normal_(model.heads["lm"].weight, std=0.2)
     when = torch.arange(10).expand(4, 10) * (make is not encoder_config)
     tokens = torch.randint(50, (4, 10))

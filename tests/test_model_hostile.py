@@ -1,4 +1,4 @@
-"""Directories that were damaged or made to do harm: each ends in one sentence, in bounded memory and time, and runs no code."""
+"""Damaged and malicious directories: each gives a one-sentence error in bounded memory and time and runs no code."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def gpt2() -> LM:
 
 @pytest.fixture
 def given(tmp_path: Path) -> Path:
-    """A directory of a GPT-2, as transformers would have written it."""
+    """A directory of a GPT-2, as transformers would write it."""
     save_model(gpt2(), tokenizer(), tmp_path)
     (tmp_path / "firth.json").unlink()
     load_model(tmp_path)
@@ -46,12 +46,12 @@ def given(tmp_path: Path) -> Path:
 
 
 def unsealed(file: Path) -> dict[str, Any]:
-    """A firth.json without content hashes, as whoever means harm would write it."""
+    """Return a firth.json without content hashes, as an attacker would write it."""
     return {name: value for name, value in json.loads(file.read_text()).items() if name not in ("files", "digest")}
 
 
 def refused(action: Callable[[], Any], says: str) -> None:
-    """A UserError of one sentence that says this, soon."""
+    """Expect a UserError of one sentence that matches `says`, within 5 seconds."""
     started = time.process_time()
     with pytest.raises(UserError, match=says) as error:
         action()
@@ -60,7 +60,7 @@ def refused(action: Callable[[], Any], says: str) -> None:
 
 
 def written(file: Path, head: Any, data: bytes = b"", long: int | None = None) -> None:
-    """A safetensors file with this header (text, or what JSON says of it) and these bytes."""
+    """Write a safetensors file with a header (bytes, or an object for JSON) and data."""
     text = head if isinstance(head, bytes) else json.dumps(head).encode()
     file.write_bytes(struct.pack("<Q", len(text) if long is None else long) + text + data)
 
@@ -99,13 +99,13 @@ HEADERS = {
 
 
 @pytest.mark.parametrize("name", HEADERS)
-def test_a_safetensors_file_that_lies(name: str, given: Path) -> None:
+def test_invalid_safetensors_headers(name: str, given: Path) -> None:
     head, data, long, says = HEADERS[name]
     written(given / "model.safetensors", head, data, long)
     refused(lambda: load_model(given), says)
 
 
-def test_a_file_cut_at_any_place(given: Path) -> None:
+def test_a_truncated_file(given: Path) -> None:
     file = given / "model.safetensors"
     whole = file.read_bytes()
     for at in (0, 3, 8, 9, 200, len(whole) // 2, len(whole) - 1):
@@ -116,7 +116,7 @@ def test_a_file_cut_at_any_place(given: Path) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.int8, torch.int64, torch.bool, torch.float8_e4m3fn])
-def test_weights_that_are_no_usual_numbers(dtype: torch.dtype, given: Path) -> None:
+def test_unsupported_dtypes(dtype: torch.dtype, given: Path) -> None:
     state = load_file(given / "model.safetensors")
     state["transformer.wte.weight"] = state["transformer.wte.weight"].to(dtype)
     save_file(state, given / "model.safetensors")
@@ -152,29 +152,29 @@ def sharded(given: Path) -> Path:
 
 def mapped(directory: Path, change: Callable[[dict[str, Any]], Any]) -> None:
     file = directory / "model.safetensors.index.json"
-    told = json.loads(file.read_text())
-    change(told["weight_map"])
-    file.write_text(json.dumps(told))
+    index = json.loads(file.read_text())
+    change(index["weight_map"])
+    file.write_text(json.dumps(index))
 
 
 @pytest.mark.parametrize(
     "name", ["../x.safetensors", "/etc/passwd", "/x.safetensors", "a/b.safetensors", "..", "", 3, None, ["a"], "a.bin"]
 )
-def test_an_index_that_leads_elsewhere(name: Any, sharded: Path) -> None:
-    mapped(sharded, lambda held: held.update({"transformer.wte.weight": name}))
+def test_an_index_with_other_paths(name: Any, sharded: Path) -> None:
+    mapped(sharded, lambda files: files.update({"transformer.wte.weight": name}))
     refused(lambda: load_model(sharded), "not a safetensors file in the same directory")
 
 
-def test_an_index_and_its_files_that_disagree(sharded: Path) -> None:
+def test_an_index_that_disagrees_with_its_files(sharded: Path) -> None:
     file = sharded / "model.safetensors.index.json"
     whole = file.read_text()
-    mapped(sharded, lambda held: held.pop("transformer.ln_f.weight"))
+    mapped(sharded, lambda files: files.pop("transformer.ln_f.weight"))
     refused(
         lambda: load_model(sharded),
         r"model-0000\d-of-0000\d.safetensors has the tensor 'transformer.ln_f.weight', and .*index",
     )
     file.write_text(whole)
-    mapped(sharded, lambda held: held.update({"more": held["transformer.wte.weight"]}))
+    mapped(sharded, lambda files: files.update({"more": files["transformer.wte.weight"]}))
     refused(lambda: load_model(sharded), "index.json has the tensor 'more', and model-")
     file.write_text(whole)
     for text, says in (
@@ -202,25 +202,25 @@ CONFIGS = {
     "numbers of a thousand digits": ({"n_embd": 10**1000}, "1001 characters"),
     "no layers": ({"n_layer": -1}, "must be at least 0"),
     "no heads": ({"n_head": 0}, "at least 1"),
-    "words for numbers": ({"n_embd": "16"}, "describes no model"),
-    "a fraction": ({"n_layer": 1.5}, "describes no model"),
-    "yes for a number": ({"n_layer": True}, "describes no model"),
-    "nothing for a number": ({"n_embd": None}, "describes no model"),
-    "a list for a name": ({"activation_function": ["gelu"]}, "describes no model"),
-    "an object for a number": ({"n_positions": {}}, "describes no model"),
-    "words for a rate": ({"resid_pdrop": "0"}, "describes no model"),
+    "words for numbers": ({"n_embd": "16"}, "describes no valid model"),
+    "a fraction": ({"n_layer": 1.5}, "describes no valid model"),
+    "yes for a number": ({"n_layer": True}, "describes no valid model"),
+    "nothing for a number": ({"n_embd": None}, "describes no valid model"),
+    "a list for a name": ({"activation_function": ["gelu"]}, "describes no valid model"),
+    "an object for a number": ({"n_positions": {}}, "describes no valid model"),
+    "words for a rate": ({"resid_pdrop": "0"}, "describes no valid model"),
     "a rate of 7": ({"resid_pdrop": 7.0}, "must be at least 0 and below 1"),
-    "no such family": ({"model_type": "rwkv"}, "family 'rwkv'; firth reads .*gpt2"),
+    "no such family": ({"model_type": "rwkv"}, "model_type 'rwkv'; firth reads .*gpt2"),
     "a family that is no word": ({"model_type": ["gpt2"]}, "firth reads"),
     "no family": ({"model_type": None}, "firth reads"),
     "code": ({"auto_map": {"AutoModel": "modeling.Model"}}, "runs no code of a model directory"),
     "quantized": ({"quantization_config": {"quant_method": "gptq"}}, "quantized .gptq."),
-    "quantized, said badly": ({"quantization_config": "yes"}, "quantized"),
+    "quantized, invalid": ({"quantization_config": "yes"}, "quantized"),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_a_config_that_asks_for_too_much(name: str, given: Path) -> None:
+def test_invalid_configs(name: str, given: Path) -> None:
     change, says = CONFIGS[name]
     file = given / "config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | change))
@@ -233,30 +233,32 @@ def test_a_config_that_asks_for_too_much(name: str, given: Path) -> None:
      ('{"a": Infinity}', "Infinity"), ('{"a": ' + "9" * 10_000 + "}", "not JSON"), ('{"model_type": "gpt2"}', "lacks the field"),
      ("\ufeff{}", "not JSON"), ('{"a": "' + "x" * (33 << 20) + '"}', "not read")],
 )  # fmt: skip
-def test_a_config_that_is_none(text: str, says: str, given: Path) -> None:
+def test_config_files_that_are_no_config(text: str, says: str, given: Path) -> None:
     (given / "config.json").write_text(text)
     refused(lambda: load_model(given), says)
 
 
 FACTS = {
-    "an absurd part": ({"heads": {"x": {"kind": "linear", "in": 10**9, "out": 10**9, "bias": True}}}, "lacks|unexpected"),
-    "a part of words": ({"heads": {"x": {"kind": "linear", "in": "a", "out": 1, "bias": True}}}, "cannot be rebuilt"),
-    "a part that is none": ({"heads": {"x": 3}}, "cannot be rebuilt"),
-    "an unknown part": ({"heads": {"x": {"kind": "eval", "of": "import os"}}}, "cannot be rebuilt"),
-    "parts that are none": ({"heads": []}, "describes no model"),
+    "a huge head": ({"heads": {"x": {"kind": "linear", "in": 10**9, "out": 10**9, "bias": True}}}, "lacks|unexpected"),
+    "a head of words": ({"heads": {"x": {"kind": "linear", "in": "a", "out": 1, "bias": True}}}, "cannot be rebuilt"),
+    "a head that is a number": ({"heads": {"x": 3}}, "cannot be rebuilt"),
+    "an unknown head": ({"heads": {"x": {"kind": "eval", "of": "import os"}}}, "cannot be rebuilt"),
+    "heads that are a list": ({"heads": []}, "describes no valid model"),
     "a deep chain": ('{"family": "gpt2", "config": {}, "heads": {"x": ' + '{"kind": "chain", "of": [' * 5000 + "]}" * 5000 + "}}",
                      "cannot be rebuilt|not JSON"),
-    "a shape of words": ({"config": {"vocab_size": "many", "hidden_size": 1, "num_layers": 1, "num_heads": 1}}, "describes no model"),
-    "a shape that lacks a field": ({"config": {}}, "describes no model"),
-    "no shape": ({"config": None}, "describes no model"),
-    "a field of tomorrow": ({"config": {"colour": 1}}, "newer version"),
-    "a deep guest": ({"heads": {"x": {"kind": "guest", "heads": {}, "config": {"vocab_size": 9, "hidden_size": 8, "num_layers": 10**8, "num_heads": 1}}}},
+    "a config of words": ({"config": {"vocab_size": "many", "hidden_size": 1, "num_layers": 1, "num_heads": 1}},
+                          "describes no valid model"),
+    "a config that lacks a field": ({"config": {}}, "describes no valid model"),
+    "no config": ({"config": None}, "describes no valid model"),
+    "a field of a newer version": ({"config": {"color": 1}}, "newer version"),
+    "a deep submodel": ({"heads": {"x": {"kind": "guest", "heads": {}, "config": {"vocab_size": 9, "hidden_size": 8,
+                      "num_layers": 10**8, "num_heads": 1}}}},
                      "cannot be rebuilt"),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("name", FACTS)
-def test_a_firth_json_that_asks_for_too_much(name: str, tmp_path: Path) -> None:
+def test_invalid_firth_json(name: str, tmp_path: Path) -> None:
     save_model(gpt2(), None, tmp_path)
     change, says = FACTS[name]
     file = tmp_path / "firth.json"
@@ -293,46 +295,46 @@ for name in sys.argv[1:]:
 
 
 def test_memory_is_bounded(tmp_path: Path) -> None:
-    """Each case in a process that may take 400 MB more than it has, and is seen to take less than 100."""
+    """Each case may allocate 400 MB more in its process and must use less than 100 MB."""
     names = []
     for name in ("a width of 10^9", "a depth of 10^7", "a vocabulary of 10^9", "a header", "a guest", "tokenizer"):
-        place = tmp_path / name
-        save_model(gpt2(), tokenizer(), place)
-        file = place / "config.json"
+        directory = tmp_path / name
+        save_model(gpt2(), tokenizer(), directory)
+        file = directory / "config.json"
         if name in CONFIGS:
-            (place / "firth.json").unlink()
+            (directory / "firth.json").unlink()
             file.write_text(json.dumps(json.loads(file.read_text()) | CONFIGS[name][0]))
         elif name == "a header":
-            (place / "firth.json").unlink()
-            written(place / "model.safetensors", b"{}", b"", 1 << 60)
+            (directory / "firth.json").unlink()
+            written(directory / "model.safetensors", b"{}", b"", 1 << 60)
         elif name == "a guest":
-            told = unsealed(place / "firth.json")
-            told["parts"]["x"] = {"kind": "linear", "in": 10**6, "out": 10**6, "bias": True}
-            (place / "firth.json").write_text(json.dumps(told))
+            content = unsealed(directory / "firth.json")
+            content["heads"]["x"] = {"kind": "linear", "in": 10**6, "out": 10**6, "bias": True}
+            (directory / "firth.json").write_text(json.dumps(content))
         else:
-            told = json.loads((place / "tokenizer.json").read_text())
-            told["model"]["vocab"]["far"] = 4_000_000_000
-            (place / "tokenizer.json").write_text(json.dumps(told))
-        names.append(str(place))
+            content = json.loads((directory / "tokenizer.json").read_text())
+            content["model"]["vocab"]["far"] = 4_000_000_000
+            (directory / "tokenizer.json").write_text(json.dumps(content))
+        names.append(str(directory))
     done = subprocess.run([sys.executable, "-c", BOMB, *names], capture_output=True, text=True, timeout=200)
     lines = [line.split() for line in done.stdout.splitlines()]
     assert [line[0] for line in lines] == ["refused"] * len(names), done.stdout + done.stderr
     assert all(int(line[1]) < 100 for line in lines), lines
 
 
-def test_reading_costs_a_models_memory_once(tmp_path: Path) -> None:
-    """Weights are mapped and copied one by one: the process never holds them twice. GPT-2's are turned around on the way."""
+def test_loading_needs_a_models_memory_once(tmp_path: Path) -> None:
+    """Weights are mapped and copied one by one, never held twice. GPT-2's are transposed."""
     config = ModelConfig(vocab_size=64, hidden_size=1024, num_layers=4, num_heads=8, max_positions=16)
     model = LM(config, {"lm": LMHead(config)})
     size = sum(p.numel() for p in model.parameters()) * 4
     save_model(model, None, tmp_path)
     code = (
         "import sys\nfrom pathlib import Path\nfrom firth.pretrained.load_save import load_model\n"
-        "def held(): return sum(int(l.split()[1]) for l in open('/proc/self/status') if l.startswith('RssAnon')) * 1024\n"
-        "import torch, threading, time\nload_model(Path(sys.argv[2]))\nbefore = held(); most = [0]; go = [True]\n"
-        "def watch():\n while go[0]:\n  most[0] = max(most[0], held()); time.sleep(0.001)\n"
+        "def used(): return sum(int(l.split()[1]) for l in open('/proc/self/status') if l.startswith('RssAnon')) * 1024\n"
+        "import torch, threading, time\nload_model(Path(sys.argv[2]))\nbefore = used(); most = [0]; go = [True]\n"
+        "def watch():\n while go[0]:\n  most[0] = max(most[0], used()); time.sleep(0.001)\n"
         "t = threading.Thread(target=watch); t.start(); m = load_model(Path(sys.argv[1])); go[0] = False; t.join()\n"
-        "print(max(most[0], held()) - before)"
+        "print(max(most[0], used()) - before)"
     )
     save_model(gpt2(), None, tmp_path / "small")
     run = subprocess.run(
@@ -428,7 +430,7 @@ TOKENIZERS |= {
 
 
 @pytest.mark.parametrize("name", TOKENIZERS)
-def test_tokenizers_that_are_none(name: str, tmp_path: Path) -> None:
+def test_invalid_tokenizers(name: str, tmp_path: Path) -> None:
     files, says = TOKENIZERS[name]
     for file, text in files.items():
         (tmp_path / file).write_text(text)
@@ -467,7 +469,7 @@ TEMPLATES = {
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
-def test_templates_that_mean_harm(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_malicious_templates(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     source, says = TEMPLATES[name]
     tokenizer().save(tmp_path)
@@ -481,7 +483,7 @@ def test_templates_that_mean_harm(name: str, tmp_path: Path, monkeypatch: pytest
 
 
 def flips(directory: Path, names: Sequence[str], count: int) -> list[tuple[Path, bytes]]:
-    """(file, its bytes with one bit flipped), the bits drawn over all bytes of the files."""
+    """Return (file, its content with one bit flipped), for bits drawn uniformly over all files."""
     rng = random.Random(0)
     files = [directory / name for name in names]
     found = []
@@ -505,7 +507,7 @@ def refuses_every_flip(directory: Path, names: Sequence[str], load: Callable[[Pa
 
 
 def test_every_flipped_bit_of_a_model_is_found(tmp_path: Path) -> None:
-    """200 flips of 200; without content hashes 1 was found."""
+    """All of 200 flips are found; without content hashes it was 1."""
     save_model(gpt2(), tokenizer(), tmp_path)
     refuses_every_flip(tmp_path, ["model.safetensors", "config.json", "firth.json"], load_model, 200)
     refuses_every_flip(tmp_path, ["firth.json"], load_model, 100)
@@ -539,7 +541,7 @@ def test_weights_that_are_not_finite(number: float, given: Path, tmp_path: Path)
     assert not list((tmp_path / "out").glob("*.safetensors*"))
 
 
-def test_numbers_that_the_written_type_cannot_hold(tmp_path: Path) -> None:
+def test_numbers_too_large_for_the_saved_dtype(tmp_path: Path) -> None:
     model = gpt2()
     with torch.no_grad():
         model.tokens.weight[7, 7] = 3.4e38  # bf16 ends at 3.39e38

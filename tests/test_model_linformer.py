@@ -1,4 +1,4 @@
-"""Linformer: it is full attention under identity projections, padding is nothing to it, and it refuses what it cannot read."""
+"""Linformer: full attention with identity projections, padding, FLOPs, and errors for unsupported inputs."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_identity_projections_are_full_attention(sharing: str, body: ModelConfig
 
 
 @pytest.mark.parametrize("sharing", SHARINGS)
-def test_as_many_slots_as_tokens_begin_as_full_attention_and_fewer_as_means_of_neighbours(sharing: str) -> None:
+def test_initial_slots_are_means_of_neighboring_tokens(sharing: str) -> None:
     short = replace(FULL, linformer_k=12, linformer_sharing=sharing)
     assert torch.equal(LM(short, {}).stack.linformer.weight, torch.eye(12).expand(*short.linformer_projections, 12, 12))
     slots = LM(replace(short, linformer_k=4), {}).stack.linformer.at(12, AttentionMask()).of(1)
@@ -61,8 +61,8 @@ def test_as_many_slots_as_tokens_begin_as_full_attention_and_fewer_as_means_of_n
     torch.testing.assert_close(slots.mix(x, 1), x.unflatten(2, (4, 3)).mean(3) * 3**0.5)
 
 
-def test_the_slots_of_a_short_row_vary_as_those_of_a_long_one() -> None:
-    """Over all slots, the empty ones too: as much in all as a full row has."""
+def test_slot_variance_does_not_depend_on_row_length() -> None:
+    """Over all slots, including empty ones."""
     stack = LM(replace(FULL, max_positions=4096, linformer_k=512), {}).stack
     x = torch.randn(1, 2, 4096, 8, generator=torch.Generator().manual_seed(0))
     whole, part = (stack.linformer.at(n, AttentionMask()).of(0).mix(x[:, :, :n], 0) for n in (4096, 256))
@@ -71,7 +71,7 @@ def test_the_slots_of_a_short_row_vary_as_those_of_a_long_one() -> None:
 
 
 @pytest.mark.parametrize("sharing", SHARINGS)
-def test_parameters_are_exact_and_shared_as_said(sharing: str) -> None:
+def test_parameter_count_and_sharing(sharing: str) -> None:
     config = replace(encoder_config(60, 32, 3, num_heads=2, max_positions=12), linformer_k=4, linformer_sharing=sharing)
     model = LM(config, MLM().heads(config))
     assert sum(p.numel() for p in model.parameters()) == config.num_parameters()
@@ -82,7 +82,7 @@ def test_parameters_are_exact_and_shared_as_said(sharing: str) -> None:
     assert describe_head(model) == describe_head(rebuild_head(describe_head(model), "model"))
 
 
-def test_headwise_tells_keys_from_values_and_layers_apart() -> None:
+def test_headwise_has_separate_projections() -> None:
     torch.manual_seed(0)
     model = LM(replace(FULL, linformer_k=4, linformer_sharing="headwise"), {})
     batch = {"tokens": tokens(2, 9)}
@@ -101,18 +101,18 @@ def test_padding_adds_nothing() -> None:
     torch.manual_seed(0)
     model = LM(replace(FULL, linformer_k=4), {})
     own = tokens(2, 7)
-    alone = model({"tokens": own})
+    unpadded = model({"tokens": own})
     padded = torch.cat((own, tokens(2, 4, seed=1)), 1)
-    appears = torch.zeros_like(padded).masked_fill(torch.arange(11) >= 7, NEVER)
-    torch.testing.assert_close(model({"tokens": padded, "key_time": appears})[:, :7], alone, rtol=0, atol=1e-5)
-    assert (model({"tokens": padded})[:, :7] - alone).abs().max() > 1e-3
+    key_time = torch.zeros_like(padded).masked_fill(torch.arange(11) >= 7, NEVER)
+    torch.testing.assert_close(model({"tokens": padded, "key_time": key_time})[:, :7], unpadded, rtol=0, atol=1e-5)
+    assert (model({"tokens": padded})[:, :7] - unpadded).abs().max() > 1e-3
 
 
-def test_what_it_cannot_read_is_refused() -> None:
+def test_unsupported_inputs_are_rejected() -> None:
     model = LM(replace(FULL, linformer_k=4), {})
     when = torch.arange(6)[None]
     for fields in ({"query_time": when, "key_time": when}, {"document_ids": torch.tensor([[1, 1, 1, 2, 2, 2]])}):
-        with pytest.raises(UserError, match="every position must see the whole row"):
+        with pytest.raises(UserError, match="every position must attend to the whole row"):
             model({"tokens": tokens(1, 6), **fields})
     with pytest.raises(UserError, match=r"13 tokens is longer than model.max_positions=12"):
         LM(replace(FULL, linformer_k=4, position="rotary"), {})({"tokens": tokens(1, 13)})
@@ -123,14 +123,14 @@ def test_what_it_cannot_read_is_refused() -> None:
             replace(FULL, **{"linformer_k": 4} | bad)
 
 
-def test_recipes_that_ask_for_it_are_refused_when_read() -> None:
+def test_unsupported_recipes_are_rejected_on_load() -> None:
     with pytest.raises(UserError, match="which a Linformer cannot"):
         load("linformer", ["objective=causal_lm"])
     with pytest.raises(UserError, match=r"a Linformer reads one document a row, and batch.pack_to_length=256"):
         load("linformer", ["batch.pack_to_length=256"])
 
 
-def test_it_costs_what_torch_counts() -> None:
+def test_flops_match_torch() -> None:
     config = replace(FULL, linformer_k=4, linformer_sharing="headwise")
     model = LM(config, {})
     batch = {"tokens": tokens(3, 10)}

@@ -1,4 +1,4 @@
-"""Real weights: MiniLM's sentence vectors are those of transformers, with its own tokenizer, read and written again."""
+"""Released weights: MiniLM's sentence embeddings match transformers, with its tokenizer, after loading and after saving."""
 
 from __future__ import annotations
 
@@ -40,13 +40,16 @@ def vectors(model: LM, tokenizer: Tokenizer) -> Tensor:
 
 
 @torch.no_grad()
-def test_sentence_vectors_are_those_of_transformers(tmp_path: Path) -> None:
+def test_sentence_embeddings_match_transformers(tmp_path: Path) -> None:
     transformers = pytest.importorskip("transformers", reason="the oracle; installed with the test extra")
-    place = minilm()
-    model, tokenizer = load_model(place), Tokenizer.load(place)
-    assert left_out(place) == ["pooler.dense.bias", "pooler.dense.weight"]
-    body, coder = transformers.BertModel.from_pretrained(place), transformers.AutoTokenizer.from_pretrained(place)
-    fields = coder(SENTENCES, padding=True, return_tensors="pt")
+    directory = minilm()
+    model, tokenizer = load_model(directory), Tokenizer.load(directory)
+    assert left_out(directory) == ["pooler.dense.bias", "pooler.dense.weight"]
+    body, hf_tokenizer = (
+        transformers.BertModel.from_pretrained(directory),
+        transformers.AutoTokenizer.from_pretrained(directory),
+    )
+    fields = hf_tokenizer(SENTENCES, padding=True, return_tensors="pt")
     want = means(body(**fields).last_hidden_state, fields["attention_mask"] == 1)
     mine = vectors(model, tokenizer)
     assert (mine - want).abs().max() < 1e-5

@@ -1,4 +1,4 @@
-"""The last block where a state is wanted alone: the same loss and gradients as the whole block, and less work."""
+"""The last block at needed positions only: the same loss and gradients as the whole block, and fewer FLOPs. Dropout."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from firth.data.collate import collate, pack
 from firth.model import blocked_attention, flops, transformer
 from firth.model.config import ModelConfig, decoder_config, encoder_config, encoder_decoder_config
-from firth.model.fused import Dropout, survivors
+from firth.model.fused import Dropout, dropout_mask
 from firth.model.model import LM
 from firth.objectives.classification import Classification
 from firth.objectives.dpo import DPO
@@ -36,10 +36,18 @@ from firth.types import IGNORE, Batch, Example
 
 VOCAB = Vocab(size=40, roles={"pad": 0, "cls": 1, "sep": 2, "mask": 3}, special=np.arange(40) < 4)
 BERT = ModelConfig(
-    vocab_size=40, hidden_size=32, num_layers=2, num_heads=2, max_positions=32, norm_placement="post", embedding_norm=True, type_vocab_size=2, activation="gelu",
+    vocab_size=40,
+    hidden_size=32,
+    num_layers=2,
+    num_heads=2,
+    max_positions=32,
+    norm_placement="post",
+    embedding_norm=True,
+    type_vocab_size=2,
+    activation="gelu",
     causal=False,
-)  # fmt: skip
-SHAPES = {
+)
+CONFIGS = {
     "bert": BERT,
     "encoder": encoder_config(vocab_size=40, hidden_size=64, num_layers=2, num_heads=2, max_positions=32),
     "decoder": decoder_config(vocab_size=40, hidden_size=64, num_layers=2, num_heads=2, max_positions=32),
@@ -54,21 +62,21 @@ def texts(n: int = 7) -> list[Example]:
     return [{"tokens": rng.integers(4, 40, rng.integers(2, 12)), "label": i % 3} for i in range(n)]
 
 
-def laid(objective: Objective, how: str, n: int = 7) -> Batch:
+def batch_of(objective: Objective, how: str, n: int = 7) -> Batch:
     seen = [objective.build_example(text, VOCAB, np.random.default_rng(0)) for text in texts(n)]
     return (
         collate(seen, {"class", "score", "labels"}) if how == "padded" else pack(seen, 24, {"class", "score", "labels"})
     )
 
 
-def learnt(model: LM, objective: Objective, batch: Batch, wanted: torch.Tensor | None) -> dict[str, torch.Tensor]:
+def gradients(model: LM, objective: Objective, batch: Batch, needed: torch.Tensor | None) -> dict[str, torch.Tensor]:
     model.zero_grad()
-    terms = objective.loss(model, {"hidden": model(batch, needed=wanted)}, batch)
+    terms = objective.loss(model, {"hidden": model(batch, needed=needed)}, batch)
     sum(terms[t] for t in objective.labels).backward()  # type: ignore[union-attr]
     return terms | {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
-def made(config: ModelConfig, objective: Objective) -> LM:
+def build(config: ModelConfig, objective: Objective) -> LM:
     torch.manual_seed(0)
     model = LM(config, objective.heads(config))
     for p in model.parameters():  # zero_init would hide what a block does
@@ -80,36 +88,36 @@ def made(config: ModelConfig, objective: Objective) -> LM:
 @pytest.mark.parametrize("how", ["padded", "packed"])
 @pytest.mark.parametrize(
     ("name", "front"),
-    [(n, f) for n in SHAPES for f in ("", "prefix", "prompt") if n != "xlnet" or not f],  # it has no place for them
+    [(n, f) for n in CONFIGS for f in ("", "prefix", "prompt") if n != "xlnet" or not f],  # it has no trained positions
 )
-def test_loss_and_gradients_are_those_of_the_whole_block(name: str, how: str, front: str) -> None:
-    config = SHAPES[name]
+def test_loss_and_gradients_match_the_whole_block(name: str, how: str, front: str) -> None:
+    config = CONFIGS[name]
     objective = Classification(class_names=("a", "b", "c")).for_model(config)
-    model = made(config, objective)
+    model = build(config, objective)
     if front:
         begin = np.array([5, 6])
         model.heads[front] = prefix_of(model, begin, 0) if front == "prefix" else prompt_of(model, begin)
-    batch = laid(objective, how)
-    wanted = objective.needed_positions(batch)
-    assert wanted is not None
-    assert wanted.sum() == 7
-    plain, narrow = (learnt(model, objective, batch, w) for w in (None, wanted))
-    assert plain.keys() == narrow.keys()
+    batch = batch_of(objective, how)
+    needed = objective.needed_positions(batch)
+    assert needed is not None
+    assert needed.sum() == 7
+    plain, subset = (gradients(model, objective, batch, w) for w in (None, needed))
+    assert plain.keys() == subset.keys()
     for term in plain:
-        torch.testing.assert_close(narrow[term], plain[term], rtol=1e-5, atol=1e-5, msg=term)
-    hidden = model(batch, needed=wanted)
-    torch.testing.assert_close(hidden[wanted], model(batch)[wanted], rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(subset[term], plain[term], rtol=1e-5, atol=1e-5, msg=term)
+    hidden = model(batch, needed=needed)
+    torch.testing.assert_close(hidden[needed], model(batch)[needed], rtol=1e-5, atol=1e-5)
     if config.supports_subset and how == "padded":
-        assert not hidden[~wanted].any(), "what no one wanted was made"
+        assert not hidden[~needed].any(), "unneeded states were computed"
 
 
-def test_recomputed_blocks_too() -> None:
+def test_subset_with_gradient_checkpointing() -> None:
     objective = Classification(class_names=("a", "b", "c"))
-    model, batch = made(BERT, objective), laid(objective, "packed")
-    wanted = objective.needed_positions(batch)
-    plain = learnt(model, objective, batch, wanted)
+    model, batch = build(BERT, objective), batch_of(objective, "packed")
+    needed = objective.needed_positions(batch)
+    plain = gradients(model, objective, batch, needed)
     model.stack.gradient_checkpointing = True  # type: ignore[assignment]
-    again = learnt(model, objective, batch, wanted)
+    again = gradients(model, objective, batch, needed)
     assert all(torch.allclose(plain[name], again[name], atol=1e-6) for name in plain)
 
 
@@ -119,22 +127,22 @@ def choice(n: int) -> list[Example]:
     return [{"options": rows[3 * i : 3 * i + 3], "label": i % 3} for i in range(n)]
 
 
-def test_options_are_read_at_their_first_tokens() -> None:
+def test_multiple_choice_at_first_tokens() -> None:
     objective = MultipleChoice(max_options=3, position="first")
-    model = made(BERT, objective)
+    model = build(BERT, objective)
     batch = collate([objective.build_example(e, VOCAB, np.random.default_rng(0)) for e in choice(4)], set())
-    plain, narrow = (learnt(model, objective, batch, w) for w in (None, objective.needed_positions(batch)))
+    plain, subset = (gradients(model, objective, batch, w) for w in (None, objective.needed_positions(batch)))
     for term in plain:
-        torch.testing.assert_close(narrow[term], plain[term], rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(subset[term], plain[term], rtol=1e-5, atol=1e-5)
 
 
-def test_a_sum_wants_what_either_does_and_all_where_one_may_read_anywhere() -> None:
+def test_a_sum_of_objectives_needs_the_union_of_positions() -> None:
     one, other = Classification(class_names=("a", "b")), Regression(mean=0.0, std=1.0)
     batch = {"tokens": torch.zeros(1, 3), "class": torch.tensor([[1, IGNORE, IGNORE]]),
              "score": torch.tensor([[IGNORE, IGNORE, 2.0]])}  # fmt: skip
-    wanted = (one + other).needed_positions(batch)
-    assert wanted is not None
-    assert wanted.tolist() == [[True, False, True]]
+    needed = (one + other).needed_positions(batch)
+    assert needed is not None
+    assert needed.tolist() == [[True, False, True]]
     assert (one + SBO()).needed_positions(batch) is None
     both = batch | {"relation": torch.tensor([[IGNORE, 0, IGNORE]])}
     pseudo = PseudoLabels(class_names=("a", "b")).needed_positions(both)
@@ -143,13 +151,13 @@ def test_a_sum_wants_what_either_does_and_all_where_one_may_read_anywhere() -> N
 
 
 PAIRS = [{"first": t["tokens"], "second": t["tokens"][::-1], "other": t["tokens"] + 0} for t in texts()]
-ANSWERED = [{"tokens": t["tokens"], "mask": np.arange(len(t["tokens"])) >= len(t["tokens"]) // 2} for t in texts()]
-COMPARED = [
+PROMPTED = [{"tokens": t["tokens"], "mask": np.arange(len(t["tokens"])) >= len(t["tokens"]) // 2} for t in texts()]
+PREFERENCES = [
     {"chosen_tokens": a["tokens"], "chosen_mask": a["mask"], "rejected_tokens": b["tokens"], "rejected_mask": b["mask"],
      "reference": np.array([-3.0, -4.0])}
-    for a, b in zip(ANSWERED[:3], ANSWERED[3:6], strict=True)
+    for a, b in zip(PROMPTED[:3], PROMPTED[3:6], strict=True)
 ]  # fmt: skip
-ASKING: dict[str, tuple[Objective, str, list[Example], set[str]]] = {
+OBJECTIVES: dict[str, tuple[Objective, str, list[Example], set[str]]] = {
     "mlm": (MLM(mlm_probability=0.3), "bert", texts(), {"labels"}),
     "nsp and mlm": (NSP() + MLM(), "bert", PAIRS, {"labels", "next"}),
     "rtd": (RTD(mlm_probability=0.3), "bert", texts(), {"labels", "real"}),
@@ -161,58 +169,58 @@ ASKING: dict[str, tuple[Objective, str, list[Example], set[str]]] = {
         {"labels"},
     ),
     "prefix_lm": (PrefixLM(min_prefix=0.5, max_prefix=0.5), "decoder", texts(), {"labels"}),
-    "sft": (SFT(), "decoder", ANSWERED, {"labels"}),
-    "dpo": (DPO(), "decoder", COMPARED, {"labels"}),
-    "reward": (RewardModeling(), "decoder", COMPARED, set()),
+    "sft": (SFT(), "decoder", PROMPTED, {"labels"}),
+    "dpo": (DPO(), "decoder", PREFERENCES, {"labels"}),
+    "reward": (RewardModeling(), "decoder", PREFERENCES, set()),
 }
 
 
-@pytest.mark.parametrize("name", ASKING)
-def test_whoever_asks_of_some_tokens_has_the_last_block_run_there(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The same loss and gradients, and in fewer FLOPs: torch's own count of what is run falls by what ours says."""
-    objective, shape, examples, labels = ASKING[name]
-    model = made(SHAPES[shape], objective)
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_subset_saves_flops_for_each_objective(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same loss and gradients with fewer FLOPs, by torch's counter; our count is never above it."""
+    objective, config, examples, labels = OBJECTIVES[name]
+    model = build(CONFIGS[config], objective)
     batch = collate(
         [objective.build_example(e, VOCAB, np.random.default_rng(i)) for i, e in enumerate(examples)], labels
     )
     found: dict[float, dict[str, torch.Tensor]] = {}
     ran: dict[float, float] = {}
-    for worth in (0.0, transformer.MAX_SUBSET_SHARE):
-        monkeypatch.setattr(transformer, "MAX_SUBSET_SHARE", worth)
+    for share in (0.0, transformer.MAX_SUBSET_SHARE):
+        monkeypatch.setattr(transformer, "MAX_SUBSET_SHARE", share)
         model.zero_grad()
         with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
             terms = objective.loss(model, objective.forward(model, batch), batch)
             sum(terms[t] for t in objective.labels).backward()  # type: ignore[union-attr]
-        found[worth] = terms | {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
-        ran[worth] = counter.get_total_flops()
-        # Padding is run and not counted, nor are heads of a few rows; what is run is never less than what is counted.
-        assert 0 < objective.forward_flops(model, batch) <= ran[worth]
-    whole, narrow = found.values()
-    assert whole.keys() == narrow.keys()
+        found[share] = terms | {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+        ran[share] = counter.get_total_flops()
+        # Padding and heads of a few rows are run but not counted: our count is at most what is run.
+        assert 0 < objective.forward_flops(model, batch) <= ran[share]
+    whole, subset = found.values()
+    assert whole.keys() == subset.keys()
     for term in whole:
-        torch.testing.assert_close(narrow[term], whole[term], rtol=1e-4, atol=1e-5, msg=term)
+        torch.testing.assert_close(subset[term], whole[term], rtol=1e-4, atol=1e-5, msg=term)
     assert ran[transformer.MAX_SUBSET_SHARE] < ran[0.0]
 
 
 @pytest.mark.parametrize("how", ["padded", "packed"])
-def test_flops_are_counted_as_they_are_done(how: str) -> None:
-    """By hand: of the last block, keys and values of every token, the rest where a class is read; a row with fewer texts
-    than another has as many of its other tokens run."""
+def test_flops_of_the_subset(how: str) -> None:
+    """By hand: keys and values of every token in the last block, the rest where a class is read. Rows with fewer texts than
+    others run as many other tokens."""
     objective = Classification(class_names=("a", "b", "c"))
-    batch, n = laid(objective, how), [len(text["tokens"]) for text in texts()]
+    batch, n = batch_of(objective, how), [len(text["tokens"]) for text in texts()]
     width, hidden = BERT.hidden_size, BERT.intermediate_size
     whole = 4 * width**2 + 2 * width * hidden
-    run = list(n)  # of each token that the last block is run at: how many it sees
+    run = list(n)  # for each position of the last block: visible keys
     if how == "packed":
         rows = [[int((row == d).sum()) for d in row.unique() if d] for row in batch["document_ids"]]
         most = max(map(len, rows))
-        assert {len(row) for row in rows} != {most}, "every row is as full as another: nothing is tried"
+        assert {len(row) for row in rows} != {most}, "all rows have equally many texts: nothing is tested"
         run += [row[0] for row in rows for _ in range(most - len(row))]  # the first text's second token, its third, ...
     last = sum(n) * 2 * width**2 + len(run) * (2 * width**2 + 2 * width * hidden) + sum(run) * 2 * width
     first = sum(n) * whole + sum(k * k for k in n) * 2 * width
-    assert objective.forward_flops(made(BERT, objective), batch) == 6 * (first + last)
-    model = made(SHAPES["t5"], Classification(class_names=("a", "b", "c")).for_model(SHAPES["t5"]))
-    seen = laid(Classification(class_names=("a", "b", "c"), position="answer"), how)
+    assert objective.forward_flops(build(BERT, objective), batch) == 6 * (first + last)
+    model = build(CONFIGS["t5"], Classification(class_names=("a", "b", "c")).for_model(CONFIGS["t5"]))
+    seen = batch_of(Classification(class_names=("a", "b", "c"), position="answer"), how)
     assert Classification(position="answer").forward_flops(model, seen) == flops.stack_flops(
         model.config, flops.work(seen)
     )
@@ -223,11 +231,11 @@ def test_dropout_keeps_the_mean_and_the_share() -> None:
     drop, x = Dropout(0.1), torch.ones(333, 1001)
     y = drop(x)
     gone = (y == 0).float().mean().item()
-    assert abs(gone - 0.1) < 6 * (0.09 / x.numel()) ** 0.5, "the share of zeros is six deviations off"
+    assert abs(gone - 0.1) < 6 * (0.09 / x.numel()) ** 0.5, "the share of zeros is six standard deviations off"
     assert abs(y.mean().item() - 1) < 4e-3
     kept = 65536 / (65536 - round(0.1 * 65536))
     assert y.unique().tolist() == pytest.approx([0, kept])
-    # Neighbours come out of one drawn number: they must not know of each other.
+    # Neighbors share one random number: they must not be correlated.
     lost = (y.flatten()[: 4 * 80_000] == 0).float().view(-1, 4)
     assert torch.corrcoef(lost.T).sub(torch.eye(4)).abs().max() < 0.02
     torch.manual_seed(0)
@@ -236,18 +244,18 @@ def test_dropout_keeps_the_mean_and_the_share() -> None:
 
 
 @pytest.mark.parametrize("length", [5, 130])
-def test_attention_drops_weights_and_their_gradients(length: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Against the formula, with the same weights dropped: in blocks of rows, with a mask."""
+def test_attention_dropout_and_its_gradient(length: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Against the formula with the same dropout mask: in blocks of rows, with an attention mask."""
     q, k, v = (torch.randn(2, 3, length, 8, dtype=torch.float64, requires_grad=True) for _ in range(3))
     mask = torch.rand(2, 1, length, length) < 0.7
     mask |= torch.eye(length, dtype=torch.bool)
     drawn: list[torch.Tensor] = []
 
-    def noted(like: torch.Tensor, chance: float) -> torch.Tensor:
-        drawn.append(survivors(like, chance))
+    def recorded(like: torch.Tensor, p: float) -> torch.Tensor:
+        drawn.append(dropout_mask(like, p))
         return drawn[-1]
 
-    monkeypatch.setattr(blocked_attention, "survivors", noted)
+    monkeypatch.setattr(blocked_attention, "dropout_mask", recorded)
     out = blocked_attention.attend(q, k, v, 0.3, False, False, mask, None, 0.4)
     dropped = torch.cat([d.view(2, 3, -1, length) for d in drawn], 2)
     weights = (q @ k.mT * 0.3).masked_fill(~mask, float("-inf")).softmax(-1) * dropped

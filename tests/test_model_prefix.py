@@ -1,4 +1,4 @@
-"""Trained positions before every text: packing and padding, the cache, checkpointing, what they begin as, refusals."""
+"""Prefix and prompt tuning: packing and padding, the cache, checkpointing, initial values, errors."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from firth.data.layout import causal
 from firth.generate.engine import Engine
 from firth.generate.quantized import quantize
 from firth.generate.sampling import Sampling
-from firth.model.attention import EVERY, AttentionMask, attend
+from firth.model.attention import ALL_DOCUMENTS, AttentionMask, attend
 from firth.model.config import ModelConfig, decoder_config, encoder_config, encoder_decoder_config, recurrent_config
 from firth.model.heads import LMHead
 from firth.model.model import LM
@@ -22,7 +22,7 @@ from firth.peft.init import prefix_of, prompt_of
 from firth.types import ALWAYS, NEVER, Example, UserError
 
 LEARNED = ModelConfig(vocab_size=50, hidden_size=32, num_layers=2, num_heads=4, max_positions=40, tie_embeddings=False)
-SHAPES: dict[str, ModelConfig] = {
+CONFIGS: dict[str, ModelConfig] = {
     "rotary": decoder_config(50, 64, 2, num_heads=2, max_positions=40),
     "learned": LEARNED,
     "relative": replace(LEARNED, position="t5", relative_buckets=8, relative_max_distance=16),
@@ -34,7 +34,7 @@ KINDS = {"prefix": prefix_of, "prompt": prompt_of}
 IDS = [7, 3, 9]
 
 
-def made(config: ModelConfig, kind: str = "prefix", seed: int = 0) -> LM:
+def build(config: ModelConfig, kind: str = "prefix", seed: int = 0) -> LM:
     torch.manual_seed(seed)
     model = LM(config, {"lm": LMHead(config)}).eval()
     for p in model.parameters():
@@ -55,15 +55,15 @@ def examples(config: ModelConfig, n: int = 5) -> list[Example]:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("name", SHAPES)
-def test_padded_and_packed_rows_read_as_each_text_alone(name: str, kind: str) -> None:
-    config = SHAPES[name]
-    model, texts = made(config, kind).double(), examples(config)
+@pytest.mark.parametrize("name", CONFIGS)
+def test_padded_and_packed_rows_match_single_texts(name: str, kind: str) -> None:
+    config = CONFIGS[name]
+    model, texts = build(config, kind).double(), examples(config)
     with torch.no_grad():
         alone = [model(collate([text], set()))[0] for text in texts]
-        bare = LM(config, {"lm": model.heads["lm"]}).eval().double()
-        bare.load_state_dict({n: x for n, x in model.state_dict().items() if kind not in n})
-        assert (bare(collate([texts[0]], set()))[0] - alone[0]).abs().max() > 0.01
+        plain_model = LM(config, {"lm": model.heads["lm"]}).eval().double()
+        plain_model.load_state_dict({n: x for n, x in model.state_dict().items() if kind not in n})
+        assert (plain_model(collate([texts[0]], set()))[0] - alone[0]).abs().max() > 0.01
         padded = model(collate(texts, set()))
         for row, own in zip(padded, alone, strict=True):
             torch.testing.assert_close(row[: len(own)], own, atol=1e-10, rtol=0)
@@ -71,22 +71,22 @@ def test_padded_and_packed_rows_read_as_each_text_alone(name: str, kind: str) ->
         assert int(rows["document_ids"].amax()) > 1
         hidden = model(rows)
     found = [_texts(hidden[i], rows["document_ids"][i], rows["tokens"][i]) for i in range(len(hidden))]
-    there = {key: states for row in found for key, states in row.items()}
+    by_tokens = {key: states for row in found for key, states in row.items()}
     for text, own in zip(texts, alone, strict=True):
-        torch.testing.assert_close(there[tuple(text["tokens"].tolist())], own, atol=1e-10, rtol=0)
+        torch.testing.assert_close(by_tokens[tuple(text["tokens"].tolist())], own, atol=1e-10, rtol=0)
 
 
 def _texts(hidden: Tensor, document: Tensor, tokens: Tensor) -> dict[tuple[int, ...], Tensor]:
-    """The states of each text of a packed row, by its tokens."""
+    """Return the states of each text of a packed row by its tokens."""
     numbers = [int(n) for n in document.unique() if n]
     return {tuple(tokens[document == n].tolist()): hidden[document == n] for n in numbers}
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("name", SHAPES)
-def test_padded_and_packed_rows_give_one_gradient(name: str, kind: str) -> None:
-    config = SHAPES[name]
-    model, texts = made(config, kind).train().double(), examples(config)
+@pytest.mark.parametrize("name", CONFIGS)
+def test_padded_and_packed_rows_have_equal_gradients(name: str, kind: str) -> None:
+    config = CONFIGS[name]
+    model, texts = build(config, kind).train().double(), examples(config)
     found = []
     for rows in (collate(texts, set()), pack(texts, 16, set())):
         real = rows["document_ids"] > 0 if "document_ids" in rows else rows["key_time"] < NEVER
@@ -98,15 +98,15 @@ def test_padded_and_packed_rows_give_one_gradient(name: str, kind: str) -> None:
         torch.testing.assert_close(found[1][n], g, atol=1e-10, rtol=1e-9, msg=n)
 
 
-@pytest.mark.parametrize("lowering", ["mask", "block"])
-def test_every_lowering_shows_a_prefix_to_every_document(lowering: str) -> None:
+@pytest.mark.parametrize("form", ["mask", "block"])
+def test_every_document_attends_to_a_prefix(form: str) -> None:
     torch.manual_seed(0)
     document = torch.tensor([[1, 1, 2, 2, 2, 0]])
     when = torch.tensor([[0, 1, 0, 1, 2, 0]])
-    appears = torch.cat((torch.full((1, 2), ALWAYS), when), 1)
-    keys = torch.cat((torch.full((1, 2), EVERY), document), 1)
+    key_time = torch.cat((torch.full((1, 2), ALWAYS), when), 1)
+    keys = torch.cat((torch.full((1, 2), ALL_DOCUMENTS), document), 1)
     q, k, v = torch.randn(1, 2, 6, 16), torch.randn(1, 2, 8, 16), torch.randn(1, 2, 8, 16)
-    mask = AttentionMask.from_times(when, appears, document, keys, flex=lowering == "block")
+    mask = AttentionMask.from_times(when, key_time, document, keys, flex=form == "block")
     wanted = torch.zeros(6, 8, dtype=torch.bool)
     for i in range(6):
         for j in range(8):
@@ -117,18 +117,18 @@ def test_every_lowering_shows_a_prefix_to_every_document(lowering: str) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("name", [name for name in SHAPES if SHAPES[name].causal])
-def test_writing_with_a_cache_is_writing_without(name: str, kind: str) -> None:
-    model = made(SHAPES[name], kind)
+@pytest.mark.parametrize("name", [name for name in CONFIGS if CONFIGS[name].causal])
+def test_decoding_with_a_cache_matches_without(name: str, kind: str) -> None:
+    model = build(CONFIGS[name], kind)
     prompts = [np.array([4, 8, 15, 16]), np.array([23, 42])]
-    engine = Engine(model, _Coder(), stops=[])
+    engine = Engine(model, _Tokenizer(), stops=[])
     sampling = Sampling(temperature=0, max_new_tokens=7)
-    together = [tuple(answer.tokens) for answer in engine.generate(prompts, sampling)]
-    for prompt, said in zip(prompts, together, strict=True):
+    together = [tuple(output.tokens) for output in engine.generate(prompts, sampling)]
+    for prompt, answer in zip(prompts, together, strict=True):
         tokens = list(prompt)
-        for token in said:
+        for token in answer:
             shown = {"tokens": torch.tensor([tokens])}
-            if SHAPES[name].num_encoder_layers:
+            if CONFIGS[name].num_encoder_layers:
                 written = [engine.start, *tokens[len(prompt) :]]
                 shown = {"source_tokens": torch.tensor([list(prompt)]), "tokens": torch.tensor([written])}
             when = torch.arange(shown["tokens"].shape[1])[None]
@@ -142,17 +142,17 @@ def test_writing_with_a_cache_is_writing_without(name: str, kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_small_weights_read_behind_them(kind: str) -> None:
-    model = made(SHAPES["rotary"], kind)
-    rows = collate(examples(SHAPES["rotary"]), set())
+def test_quantized_models_with_trained_positions(kind: str) -> None:
+    model = build(CONFIGS["rotary"], kind)
+    rows = collate(examples(CONFIGS["rotary"]), set())
     real = (rows["key_time"] < NEVER)[..., None]
     with torch.no_grad():
         wanted, found = model(rows) * real, quantize(model, "int8")(rows) * real
     assert (found - wanted).abs().mean() < 0.02 * wanted.abs().mean()
 
 
-class _Coder:
-    """A tokenizer of numbers."""
+class _Tokenizer:
+    """A tokenizer stub."""
 
     def __init__(self) -> None:
         from firth.tokenizer.vocab import Vocab
@@ -164,10 +164,10 @@ class _Coder:
 
 
 @pytest.mark.parametrize("kind", ["prefix", "prompt", "mlp"])
-@pytest.mark.parametrize("name", SHAPES)
-def test_recomputing_blocks_leaves_the_gradient_as_it_is(name: str, kind: str) -> None:
-    config = SHAPES[name]
-    model = made(config, "prompt" if kind == "prompt" else "prefix").train()
+@pytest.mark.parametrize("name", CONFIGS)
+def test_gradient_checkpointing_keeps_the_gradient(name: str, kind: str) -> None:
+    config = CONFIGS[name]
+    model = build(config, "prompt" if kind == "prompt" else "prefix").train()
     if kind == "mlp":
         model.heads["prefix"] = prefix_of(model, IDS, hidden=5)
     rows = collate(examples(config), set())
@@ -185,8 +185,8 @@ def test_recomputing_blocks_leaves_the_gradient_as_it_is(name: str, kind: str) -
         torch.testing.assert_close(recomputed[n], g, atol=1e-6, rtol=1e-5, msg=n)
 
 
-def test_recomputing_keeps_less() -> None:
-    config = replace(SHAPES["rotary"], num_layers=4)
+def test_gradient_checkpointing_saves_memory() -> None:
+    config = replace(CONFIGS["rotary"], num_layers=4)
     model = LM(config, {}).train()
     rows = collate(examples(config), set())
     sizes = []
@@ -206,9 +206,9 @@ def test_recomputing_keeps_less() -> None:
 
 
 @pytest.mark.parametrize("name", ["rotary", "learned", "relative"])
-def test_a_prefix_in_a_decoder_begins_as_the_text_that_it_is_made_of(name: str) -> None:
+def test_an_initial_prefix_matches_its_text(name: str) -> None:
     torch.manual_seed(0)
-    model = LM(SHAPES[name], {}).eval()
+    model = LM(CONFIGS[name], {}).eval()
     own, both = torch.tensor([[11, 12, 13, 14]]), torch.tensor([[*IDS, 11, 12, 13, 14]])
     when = torch.arange(7)[None]
     with torch.no_grad():
@@ -218,7 +218,7 @@ def test_a_prefix_in_a_decoder_begins_as_the_text_that_it_is_made_of(name: str) 
     torch.testing.assert_close(got, wanted, atol=1e-5, rtol=0)
 
 
-def test_a_prompt_in_a_decoder_is_the_text_that_it_is_made_of() -> None:
+def test_an_initial_prompt_matches_its_text() -> None:
     model = LM(LEARNED, {}).eval()
     own, both = torch.tensor([[11, 12]]), torch.tensor([[*IDS, 11, 12]])
     when = torch.arange(5)[None]
@@ -230,29 +230,29 @@ def test_a_prompt_in_a_decoder_is_the_text_that_it_is_made_of() -> None:
         assert model.all_hidden_states({"tokens": own}).shape == (3, 1, 2, 32)
 
 
-def test_the_mlp_is_left_off_without_a_difference() -> None:
+def test_prefix_without_its_mlp_is_unchanged() -> None:
     model = LM(LEARNED, {}).eval()
     model.heads["prefix"] = prefix_of(model, IDS, hidden=6)
     rows = collate(examples(LEARNED), set())
     with torch.no_grad():
         before = model(rows)
-        model.heads["prefix"] = model.prefix.settle()
+        model.heads["prefix"] = model.prefix.without_mlp()
         assert torch.equal(model(rows), before) and model.prefix.hidden == 0
 
 
 @pytest.mark.parametrize("name", ["bert", "learned"])
-def test_no_prompt_tells_what_comes_later(name: str) -> None:
-    """Change a token: whoever may not see it does not move, through a prompt either, in whatever order a model reads."""
-    model = made(SHAPES[name], "prompt")
+def test_a_prompt_leaks_no_later_tokens(name: str) -> None:
+    """A changed token changes no state that may not depend on it, not even through a prompt, in any order."""
+    model = build(CONFIGS[name], "prompt")
     tokens, when = torch.tensor([[4, 5, 6, 7]]), torch.tensor([[0, 1, 2, 3]])
     other = torch.tensor([[4, 5, 8, 7]])
     with torch.no_grad():
-        moved = [model({"tokens": shown, "query_time": when - 1, "key_time": when})[0] for shown in (tokens, other)]
-    change = (moved[1] - moved[0]).abs().amax(-1)
+        states = [model({"tokens": shown, "query_time": when - 1, "key_time": when})[0] for shown in (tokens, other)]
+    change = (states[1] - states[0]).abs().amax(-1)
     assert change[:2].max() == 0 and change[2:].min() > 1e-3
 
 
-def test_what_is_refused() -> None:
+def test_unsupported_models_are_rejected() -> None:
     small = ModelConfig(vocab_size=50, hidden_size=32, num_layers=1, num_heads=4, causal=False)
     for config in (
         recurrent_config(50, 32, 1),
@@ -265,7 +265,7 @@ def test_what_is_refused() -> None:
                 UserError, match=f"peft={kind} puts trained positions before a text, which .* cannot read"
             ):
                 make(model, IDS)
-    model = made(LEARNED)
+    model = build(LEARNED)
     assert model.context == 37
     with pytest.raises(UserError, match=r"longer than model.max_positions=40"):
         model({"tokens": torch.zeros(1, 38, dtype=torch.long)})

@@ -1,4 +1,4 @@
-"""Parity with transformers' classes of pretraining: BERT (MLM + NSP), ALBERT (MLM + SOP), ELECTRA (both models)."""
+"""Parity with transformers' pretraining classes: BERT (MLM + NSP), ALBERT (MLM + SOP), ELECTRA (both models)."""
 
 from __future__ import annotations
 
@@ -30,15 +30,16 @@ transformers.logging.set_verbosity_error()
 
 VOCAB = Vocab(size=60, roles={"pad": 0, "cls": 2, "sep": 3, "mask": 4}, special=np.arange(60) < 5)
 BERT = ModelConfig(
-    vocab_size=60, hidden_size=32, num_layers=3, num_heads=4, max_positions=64, intermediate_size=48, causal=False, norm_placement="post", norm_eps=1e-12, type_vocab_size=2,
-    embedding_norm=True, activation="gelu", lm_head="transform", lm_head_bias=True,
+    vocab_size=60, hidden_size=32, num_layers=3, num_heads=4, max_positions=64, intermediate_size=48, causal=False,
+    norm_placement="post", norm_eps=1e-12, type_vocab_size=2, embedding_norm=True, activation="gelu", lm_head="transform",
+    lm_head_bias=True,
 )  # fmt: skip
 ALBERT = replace(BERT, embedding_size=12, num_layer_groups=1, activation="gelu_tanh")
 ELECTRA = replace(BERT, embedding_size=12)
 
 
 def built(objective: Objective, config: ModelConfig) -> LM:
-    """Every parameter random, so that a swapped tensor shows."""
+    """A model whose parameters are all random, so that swapped tensors are detected."""
     torch.manual_seed(0)
     model = LM(config, objective.heads(config))
     with torch.no_grad():
@@ -48,11 +49,11 @@ def built(objective: Objective, config: ModelConfig) -> LM:
 
 
 def batch_of(objective: Objective) -> Batch:
-    rng, seen = np.random.default_rng(0), []
+    rng, examples = np.random.default_rng(0), []
     for _ in range(6):
         first, second, other = (rng.integers(5, 60, rng.integers(5, 15)) for _ in range(3))
-        seen.append(objective.build_example({"first": first, "second": second, "other": other}, VOCAB, rng))
-    return collate(seen, {*objective.labels.values(), *objective.metrics.values()})
+        examples.append(objective.build_example({"first": first, "second": second, "other": other}, VOCAB, rng))
+    return collate(examples, {*objective.labels.values(), *objective.metrics.values()})
 
 
 def inputs(batch: Batch) -> dict[str, torch.Tensor]:
@@ -61,7 +62,7 @@ def inputs(batch: Batch) -> dict[str, torch.Tensor]:
 
 
 def loaded(model: LM, directory: Path, kind: str) -> torch.nn.Module:
-    """What transformers makes of it, nothing missing and nothing left over but what is ours alone."""
+    """Load a saved model with transformers; only heads of firth's own may be unexpected."""
     assert save_model(model, None, directory) == f"transformers loads it as {kind}"
     assert json.loads((directory / "config.json").read_text())["architectures"] == [kind]
     theirs, info = getattr(transformers, kind).from_pretrained(directory, output_loading_info=True, dtype=torch.float32)
@@ -78,30 +79,30 @@ CASES = {
 
 @pytest.mark.parametrize("name", CASES)
 @torch.no_grad()
-def test_masked_tokens_and_a_pair_are_theirs(name: str, tmp_path: Path) -> None:
+def test_mlm_and_pair_losses_match_transformers(name: str, tmp_path: Path) -> None:
     objective, config, kind, term, (label, logits) = CASES[name]
     model, batch = built(objective, config), batch_of(objective)
     theirs = loaded(model, tmp_path, kind)
-    said = theirs(**inputs(batch), labels=batch["labels"], **{label: batch[term][:, 0]})
+    hf = theirs(**inputs(batch), labels=batch["labels"], **{label: batch[term][:, 0]})
     hidden, real = model(batch), batch["key_time"] < NEVER
-    assert (model.heads["lm"](hidden) - said.prediction_logits)[real].abs().max() < 1e-4
-    assert (model.heads[term](hidden[:, 0]) - said[logits]).abs().max() < 1e-4
+    assert (model.heads["lm"](hidden) - hf.prediction_logits)[real].abs().max() < 1e-4
+    assert (model.heads[term](hidden[:, 0]) - hf[logits]).abs().max() < 1e-4
     terms = objective.loss(model, objective.forward(model, batch), batch)
     pairs, tokens = len(batch["tokens"]), int((batch["labels"] != IGNORE).sum())
-    assert tokens > 10 and said.prediction_logits[real].std() > 0.05
-    assert abs(terms["tokens"] / tokens + terms[term] / pairs - said.loss) < 1e-5
+    assert tokens > 10 and hf.prediction_logits[real].std() > 0.05
+    assert abs(terms["tokens"] / tokens + terms[term] / pairs - hf.loss) < 1e-5
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_the_step_takes_their_loss(name: str, tmp_path: Path) -> None:
-    """Through the one training step, gradients included."""
+def test_a_training_step_matches_transformers(name: str, tmp_path: Path) -> None:
+    """Losses and gradients of a training step."""
     objective, config, kind, term, (label, _) = CASES[name]
     model, batch = built(objective, config), batch_of(objective)
     theirs = loaded(model, tmp_path, kind)
     found = step(model, objective, [batch])
-    said = theirs(**inputs(batch), labels=batch["labels"], **{label: batch[term][:, 0]})
-    said.loss.backward()
-    assert abs(found["tokens"] + found[term] - said.loss) < 1e-5
+    hf = theirs(**inputs(batch), labels=batch["labels"], **{label: batch[term][:, 0]})
+    hf.loss.backward()
+    assert abs(found["tokens"] + found[term] - hf.loss) < 1e-5
     body = theirs.base_model
     torch.testing.assert_close(
         model.tokens.weight.grad, body.embeddings.word_embeddings.weight.grad, rtol=1e-3, atol=1e-6
@@ -110,7 +111,7 @@ def test_the_step_takes_their_loss(name: str, tmp_path: Path) -> None:
 
 
 def pooler(body: torch.nn.Module) -> torch.nn.Module:
-    """BERT's stands in a module of its own, ALBERT's does not."""
+    """BERT's is in a module of its own, ALBERT's is not."""
     return next(
         module
         for name, module in body.named_modules()
@@ -118,27 +119,27 @@ def pooler(body: torch.nn.Module) -> torch.nn.Module:
     )
 
 
-@pytest.mark.parametrize("shape", [ELECTRA, BERT], ids=["narrow tables", "wide tables"])
+@pytest.mark.parametrize("config", [ELECTRA, BERT], ids=["small embeddings", "full embeddings"])
 @torch.no_grad()
-def test_electra_s_two_models_are_theirs(config: ModelConfig, tmp_path: Path) -> None:
+def test_both_electra_models_match_transformers(config: ModelConfig, tmp_path: Path) -> None:
     objective = SOP() + RTD(mlm_probability=0.3, generator_size=0.5)
     model, batch = built(objective, config), batch_of(objective)
     outputs = objective.forward(model, batch)
     terms = objective.loss(model, outputs, batch)
-    real, asked = batch["key_time"] < NEVER, batch["labels"] != IGNORE
+    real, labeled = batch["key_time"] < NEVER, batch["labels"] != IGNORE
     replaced = outputs["shown"] != batch["real"]
 
     discriminator = loaded(model, tmp_path / "discriminator", "ElectraForPreTraining")
-    there = inputs(batch | {"tokens": outputs["shown"]})
-    said = discriminator(**there, labels=(replaced & real).long())
-    assert (model.heads["replaced"](outputs["hidden"])[..., 0] - said.logits)[real].abs().max() < 1e-4
-    assert abs(terms["replaced"] / 50 / real.sum() - said.loss) < 1e-5
-    assert 0.05 < float((replaced & real).sum() / real.sum()) < 0.4 and said.logits[real].std() > 0.05
+    fields = inputs(batch | {"tokens": outputs["shown"]})
+    hf = discriminator(**fields, labels=(replaced & real).long())
+    assert (model.heads["replaced"](outputs["hidden"])[..., 0] - hf.logits)[real].abs().max() < 1e-4
+    assert abs(terms["replaced"] / 50 / real.sum() - hf.loss) < 1e-5
+    assert 0.05 < float((replaced & real).sum() / real.sum()) < 0.4 and hf.logits[real].std() > 0.05
 
     generator = loaded(model.heads["generator"], tmp_path / "generator", "ElectraForMaskedLM")
-    said = generator(**inputs(batch), labels=batch["labels"])
-    assert (outputs["guesses"] - said.logits[asked]).abs().max() < 1e-4
-    assert abs(terms["generator"] / asked.sum() - said.loss) < 1e-5
+    hf = generator(**inputs(batch), labels=batch["labels"])
+    assert (outputs["logits"] - hf.logits[labeled]).abs().max() < 1e-4
+    assert abs(terms["generator"] / labeled.sum() - hf.loss) < 1e-5
     ours, theirs = (m.heads["generator"].tokens.weight for m in (model, load_model(tmp_path / "discriminator")))
     assert torch.equal(ours, theirs)
 
@@ -163,7 +164,7 @@ def theirs(kind: str) -> torch.nn.Module:
 
 
 @pytest.mark.parametrize(
-    ("kind", "parts"),
+    ("kind", "heads"),
     [
         ("BertForPreTraining", {"lm", "next"}),
         ("BertForNextSentencePrediction", {"next"}),
@@ -174,24 +175,24 @@ def theirs(kind: str) -> torch.nn.Module:
     ],
 )
 @torch.no_grad()
-def test_we_load_their_classes_with_their_heads(kind: str, parts: set[str], tmp_path: Path) -> None:
+def test_pretraining_classes_load_with_their_heads(kind: str, heads: set[str], tmp_path: Path) -> None:
     model = theirs(kind)
     model.save_pretrained(tmp_path)
     ours = load_model(tmp_path)
-    assert set(ours.heads) == parts
+    assert set(ours.heads) == heads
     batch = batch_of(NSP() + MLM())
-    said, hidden, real = model(**inputs(batch)), ours(batch), batch["key_time"] < NEVER
-    answers = {"lm": ("prediction_logits", "logits"), "next": ("seq_relationship_logits", "logits"),
+    hf, hidden, real = model(**inputs(batch)), ours(batch), batch["key_time"] < NEVER
+    outputs = {"lm": ("prediction_logits", "logits"), "next": ("seq_relationship_logits", "logits"),
                "order": ("sop_logits",), "replaced": ("logits",)}  # fmt: skip
-    for part in parts:
-        wanted = next(said[name] for name in answers[part] if name in said)
-        if part in ("next", "order"):
-            assert (ours.heads[part](hidden[:, 0]) - wanted).abs().max() < 1e-4
+    for head in heads:
+        wanted = next(hf[name] for name in outputs[head] if name in hf)
+        if head in ("next", "order"):
+            assert (ours.heads[head](hidden[:, 0]) - wanted).abs().max() < 1e-4
         else:
-            assert (ours.heads[part](hidden).squeeze(-1) - wanted)[real].abs().max() < 1e-4
+            assert (ours.heads[head](hidden).squeeze(-1) - wanted)[real].abs().max() < 1e-4
 
 
-def test_a_model_saved_before_its_heads_had_their_names_still_loads(tmp_path: Path) -> None:
+def test_models_with_old_head_names_still_load(tmp_path: Path) -> None:
     model = built(NSP() + MLM(), BERT)
     save_model(model, None, tmp_path)
     old = {"bert.pooler.dense": "heads.next.0", "cls.seq_relationship": "heads.next.2"}
@@ -207,7 +208,7 @@ def test_a_model_saved_before_its_heads_had_their_names_still_loads(tmp_path: Pa
     assert all(torch.equal(again.state_dict()[name], tensor) for name, tensor in model.state_dict().items())
 
 
-def test_a_head_of_another_form_is_ours_alone(tmp_path: Path) -> None:
+def test_other_heads_are_saved_under_firth_names(tmp_path: Path) -> None:
     model = LM(BERT, {"lm": LMHead(BERT), "next": torch.nn.Linear(32, 2)})
     assert save_model(model, None, tmp_path).endswith("BertForMaskedLM")
     assert set(load_model(tmp_path).heads) == {"lm", "next"}

@@ -1,4 +1,4 @@
-"""Recurrent trunks against torch.nn's own modules; what they read, remember and refuse."""
+"""Recurrent stacks against the modules of torch.nn: states, caches, counts and errors."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from firth.model.model import LM
 from firth.model.recurrent import RecurrentStack
 from firth.objectives.causal_lm import CausalLM
 from firth.pretrained.load_save import load_model, save_model
-from firth.recipes.recurrent import bilm
+from firth.recipes.recurrent import elmo_config
 from firth.tokenizer.vocab import Vocab
 from firth.types import UserError
 
@@ -28,12 +28,12 @@ KINDS = {"rnn": nn.RNN, "gru": nn.GRU, "lstm": nn.LSTM}
 VOCAB = Vocab(size=40, roles={"pad": 0}, special=np.arange(40) < 1)
 
 
-def shape_of(kind: str, **changes: Any) -> ModelConfig:
+def config_of(kind: str, **changes: Any) -> ModelConfig:
     return dataclasses.replace(recurrent_config(40, 16, 2, kind), **{"intermediate_size": 0} | changes)  # type: ignore[arg-type]
 
 
-def with_our_weights(theirs: nn.RNNBase, ours: RecurrentStack) -> nn.RNNBase:
-    """A module of torch.nn whose weights are those of our trunk."""
+def with_weights(theirs: nn.RNNBase, ours: RecurrentStack) -> nn.RNNBase:
+    """Return a module of torch.nn with the weights of our stack."""
     with torch.no_grad():
         for i, layer in enumerate(ours.stack()):
             for suffix, one in (("", layer.ahead), ("_reverse", layer.back)):
@@ -44,61 +44,61 @@ def with_our_weights(theirs: nn.RNNBase, ours: RecurrentStack) -> nn.RNNBase:
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("causal", [True, False])
-def test_the_states_and_gradients_are_those_of_torch(kind: str, causal: bool) -> None:
+def test_states_and_gradients_match_torch(kind: str, causal: bool) -> None:
     torch.manual_seed(0)
-    ours = LM(shape_of(kind, causal=causal), {})
-    theirs = with_our_weights(
+    ours = LM(config_of(kind, causal=causal), {})
+    theirs = with_weights(
         KINDS[kind](16, 16 if causal else 8, 2, batch_first=True, bidirectional=not causal), ours.stack
     )
     tokens = torch.randint(40, (3, 11))
     want, _ = theirs(ours.tokens(tokens))
     got = ours({"tokens": tokens})
     torch.testing.assert_close(got, want, rtol=0, atol=1e-6)
-    weigh = torch.randn_like(want)
-    (want * weigh).sum().backward()
-    (got * weigh).sum().backward()
+    grad = torch.randn_like(want)
+    (want * grad).sum().backward()
+    (got * grad).sum().backward()
     layer = ours.stack.stack()[1]
     torch.testing.assert_close(layer.ahead.weight_hh_l0.grad, theirs.weight_hh_l1.grad, rtol=1e-4, atol=1e-5)
     if layer.back is not None:
         torch.testing.assert_close(layer.back.weight_ih_l0.grad, theirs.weight_ih_l1_reverse.grad, rtol=1e-4, atol=1e-5)
 
 
-def test_an_lstm_with_a_projection_and_dropout_is_torch_s() -> None:
+def test_lstm_with_projection_and_dropout_matches_torch() -> None:
     torch.manual_seed(0)
-    ours = LM(shape_of("lstm", hidden=24, depth=2), {})
-    theirs = with_our_weights(nn.LSTM(16, 24, 2, batch_first=True, proj_size=16), ours.stack)
+    ours = LM(config_of("lstm", intermediate_size=24, num_layers=2), {})
+    theirs = with_weights(nn.LSTM(16, 24, 2, batch_first=True, proj_size=16), ours.stack)
     tokens = torch.randint(40, (2, 9))
     torch.testing.assert_close(ours({"tokens": tokens}), theirs(ours.tokens(tokens))[0], rtol=0, atol=1e-6)
-    dropping = LM(shape_of("lstm", dropout=0.5), {})
+    dropping = LM(config_of("lstm", dropout=0.5), {})
     batch = {"tokens": tokens}
     torch.manual_seed(1)
     once = dropping(batch)
     assert not torch.equal(once, dropping(batch))
-    assert (once == 0).float().mean() > 0.3  # what the last layer hands on is dropped too
+    assert (once == 0).float().mean() > 0.3  # dropout applies to the output of the last layer too
     dropping.eval()
     assert torch.equal(dropping(batch), dropping(batch))
 
 
-ALL = {
-    "one direction": shape_of("lstm"),
-    "one direction, gru": shape_of("gru"),
-    "two directions": shape_of("lstm", causal=False),
-    "two directions apart": shape_of("lstm", causal=False, apart=True, skip=True),
-    "spelled": dataclasses.replace(bilm(40, 16, 2, characters=8, filters=64), max_positions=64),
+CONFIGS = {
+    "causal": config_of("lstm"),
+    "causal gru": config_of("gru"),
+    "bidirectional": config_of("lstm", causal=False),
+    "separate directions": config_of("lstm", causal=False, separate_directions=True, rnn_residual=True),
+    "character CNN": dataclasses.replace(elmo_config(40, 16, 2, characters=8, filters=64), max_positions=64),
 }
 
 
-@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("name", CONFIGS)
 def test_padding_and_packing_change_nothing(name: str) -> None:
     torch.manual_seed(0)
-    model = LM(ALL[name], {})
+    model = LM(CONFIGS[name], {})
     model.set_token_characters([f"piece{i}" for i in range(40)])
     rng = np.random.default_rng(0)
     rows = [{"tokens": rng.integers(1, 40, n)} for n in (7, 3, 12, 1, 5)]
-    alone = [model({"tokens": torch.from_numpy(r["tokens"])[None]})[0] for r in rows]
+    single = [model({"tokens": torch.from_numpy(r["tokens"])[None]})[0] for r in rows]
     padded = collate(rows)
     found = model(padded)
-    for row, state in zip(found, alone, strict=True):
+    for row, state in zip(found, single, strict=True):
         torch.testing.assert_close(row[: len(state)], state, rtol=0, atol=1e-6)
     packed = pack(rows, 16)
     found = model(packed)
@@ -111,38 +111,38 @@ def test_padding_and_packing_change_nothing(name: str) -> None:
     ]
     assert sorted(map(len, states)) == [1, 3, 5, 7, 12]
     for state in states:
-        like = next(a for a in alone if len(a) == len(state))
+        like = next(a for a in single if len(a) == len(state))
         torch.testing.assert_close(state, like, rtol=0, atol=1e-6)
-    left = {"tokens": padded["tokens"].flip(1), "key_time": padded["key_time"].flip(1)}  # as prompts are padded
+    left = {"tokens": padded["tokens"].flip(1), "key_time": padded["key_time"].flip(1)}  # left-padded, like prompts
     found = model(left)
     for row, example in zip(found, rows, strict=True):
         state = model({"tokens": torch.from_numpy(example["tokens"][::-1].copy())[None]})[0]
         torch.testing.assert_close(row[-len(state) :], state, rtol=0, atol=1e-6)
 
 
-def test_one_direction_sees_nothing_behind_and_two_see_all() -> None:
+def test_causal_reads_the_past_and_bidirectional_reads_all() -> None:
     tokens = torch.randint(40, (1, 10))
     changed = tokens.clone()
     changed[0, 6] = (changed[0, 6] + 1) % 40
-    for name, config in ALL.items():
+    for name, config in CONFIGS.items():
         torch.manual_seed(0)
         model = LM(config, {})
         model.set_token_characters([f"{i} piece" for i in range(40)])
-        moved = (model({"tokens": tokens}) - model({"tokens": changed})).abs() > 0  # (1, T, width)
+        changed_states = (model({"tokens": tokens}) - model({"tokens": changed})).abs() > 0  # (1, T, width)
         if config.causal:
-            assert not moved[0, :6].any() and moved[0, 6:].any(-1).all(), name
+            assert not changed_states[0, :6].any() and changed_states[0, 6:].any(-1).all(), name
         elif config.separate_directions:
-            ahead, back = moved[0].chunk(2, -1)
+            ahead, back = changed_states[0].chunk(2, -1)
             assert not ahead[:6].any() and ahead[6:].any(-1).all(), name
             assert not back[7:].any() and back[:7].any(-1).all(), name
         else:
-            assert moved[0].any(-1).all(), name
+            assert changed_states[0].any(-1).all(), name
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_written_step_by_step_it_says_what_it_says_at_once(kind: str) -> None:
+def test_decoding_matches_the_forward_pass(kind: str) -> None:
     torch.manual_seed(0)
-    model = LM(shape_of(kind), {}).eval()
+    model = LM(config_of(kind), {}).eval()
     rng = np.random.default_rng(1)
     rows = [rng.integers(1, 40, n) for n in (6, 2, 9)]
     whole = [np.concatenate((row, rng.integers(1, 40, 4))) for row in rows]
@@ -164,20 +164,22 @@ def test_written_step_by_step_it_says_what_it_says_at_once(kind: str) -> None:
     torch.testing.assert_close(again[0], want, rtol=0, atol=1e-6)
 
 
-def test_rows_that_go_on_hold_one_document() -> None:
-    model = LM(shape_of("lstm"), {})
+def test_cache_needs_one_document_per_row() -> None:
+    model = LM(config_of("lstm"), {})
     batch = {"tokens": torch.ones(1, 4, dtype=torch.int64), "document_ids": torch.tensor([[1, 1, 2, 2]])}
     with pytest.raises(UserError, match="one document each"):
         model(batch, model.make_cache(1, 8))
 
 
 COUNTED = {
-    **ALL,
-    "rnn": shape_of("rnn"),
-    "projected": shape_of("lstm", hidden=24),
-    "places, segments, untied": shape_of("gru", position="learned", context=9, segments=2, tied=False),
-    "spelled attention": dataclasses.replace(decoder_config(40, 64, 1), max_characters=8, char_filters=64),
-    "vectors": ModelConfig(
+    **CONFIGS,
+    "rnn": config_of("rnn"),
+    "projected": config_of("lstm", intermediate_size=24),
+    "positions, token types, untied": config_of(
+        "gru", position="learned", max_positions=9, type_vocab_size=2, tie_embeddings=False
+    ),
+    "character CNN and attention": dataclasses.replace(decoder_config(40, 64, 1), max_characters=8, char_filters=64),
+    "word vectors": ModelConfig(
         vocab_size=40, hidden_size=8, num_layers=0, num_heads=1, norm_placement="post", position="none"
     ),
 }
@@ -193,16 +195,16 @@ def test_parameters_are_counted_exactly(name: str) -> None:
     assert config.num_parameters() == sum(p.numel() for p in model.parameters())
 
 
-def test_elmo_as_published_has_93_6_million_parameters() -> None:
-    config = bilm(100, 1024, 2, characters=50, filters=2048, hidden=4096)
+def test_published_elmo_has_93_6_million_parameters() -> None:
+    config = elmo_config(100, 1024, 2, characters=50, filters=2048, hidden=4096)
     head = 100 * (512 + 1)
     assert round((config.num_parameters() - head) / 1e6, 1) == 93.7  # torch has two biases a layer: 65,536 numbers more
     assert round((config.num_parameters() - head - 2 * 2 * 4 * 4096) / 1e6, 1) == 93.6
 
 
-@pytest.mark.parametrize("name", ["one direction", "two directions", "two directions apart", "projected"])
-def test_a_step_costs_what_is_counted(name: str) -> None:
-    """The products of one token: torch's counter does not look into its recurrent kernels, so cells are written out."""
+@pytest.mark.parametrize("name", ["causal", "bidirectional", "separate directions", "projected"])
+def test_flops_of_a_step(name: str) -> None:
+    """The products of one token; torch's counter does not see into its recurrent kernels, so cells are written out."""
     config = COUNTED[name]
     batch = {"tokens": torch.randint(40, (3, 8))}
     counted = 0
@@ -216,52 +218,52 @@ def test_a_step_costs_what_is_counted(name: str) -> None:
     assert flops.stack_flops(config, flops.work(batch)) == counted
 
 
-@pytest.mark.parametrize("name", ["one direction", "two directions", "spelled"])
-def test_a_saved_model_comes_back(name: str, tmp_path) -> None:
+@pytest.mark.parametrize("name", ["causal", "bidirectional", "character CNN"])
+def test_a_saved_model_is_loaded_unchanged(name: str, tmp_path) -> None:
     torch.manual_seed(0)
-    model = LM(ALL[name], {})
+    model = LM(CONFIGS[name], {})
     model.set_token_characters([f"piece{i}" for i in range(40)])
     assert "only firth" in save_model(model, None, tmp_path)
     again = load_model(tmp_path)
     tokens = {"tokens": torch.randint(40, (2, 6))}
     assert torch.equal(model.eval()(tokens), again(tokens))
-    kept = rebuild_head(describe_head(model), "model")
-    assert kept.shape == model.config
+    rebuilt = rebuild_head(describe_head(model), "model")
+    assert rebuilt.config == model.config
 
 
 @pytest.mark.parametrize(
-    ("changes", "said"),
+    ("changes", "message"),
     [
-        ({"qk_norm": True}, "model.qk_norm=True means nothing to recurrent layers"),
+        ({"qk_norm": True}, "model.qk_norm=True has no effect on recurrent layers"),
         ({"norm_placement": "pre"}, "model.norm_placement='?pre'?"),
         ({"num_encoder_layers": 2}, "model.num_encoder_layers=2"),
-        ({"position": "rotary"}, "rotary positions are for attention"),
+        ({"position": "rotary"}, "model.position=rotary is for attention"),
         ({"separate_directions": True}, "model.causal=false"),
         ({"causal": False, "hidden_size": 17, "head_dim": 17, "intermediate_size": 0}, "make it even"),
         ({"intermediate_size": 12}, "leave model.intermediate_size out"),
         ({"rnn_type": "gru", "intermediate_size": 24}, "only an LSTM"),
         ({"rnn_type": "", "rnn_residual": True}, "recurrent layers"),
-        ({"max_characters": 8}, "tied=false"),
+        ({"max_characters": 8}, "tie_embeddings=false"),
         ({"max_characters": 8, "tie_embeddings": False, "char_filters": 100}, "64, 128"),
         ({"rnn_type": "elman"}, "not one of"),
     ],
 )
-def test_what_recurrent_layers_cannot_do_is_refused(changes: dict[str, Any], said: str) -> None:
-    with pytest.raises(UserError, match=said):
+def test_unsupported_options_are_rejected(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
         dataclasses.replace(recurrent_config(40, 16, 2), **changes)
 
 
-def test_depth_zero_is_the_embeddings() -> None:
-    model = LM(COUNTED["vectors"], {})
+def test_zero_layers_return_the_embeddings() -> None:
+    model = LM(COUNTED["word vectors"], {})
     tokens = torch.randint(40, (2, 5))
     assert torch.equal(model({"tokens": tokens}), model.tokens(tokens))
     assert len(model.all_hidden_states({"tokens": tokens})) == 1
     with pytest.raises(UserError, match=r"model\.num_layers=0"):
-        dataclasses.replace(COUNTED["vectors"], num_encoder_layers=2)
+        dataclasses.replace(COUNTED["word vectors"], num_encoder_layers=2)
 
 
-@pytest.mark.parametrize("shape", [ALL["two directions apart"], ALL["one direction"], ModelConfig(40, 16, 2, 2)])
-def test_the_layers_of_a_model_are_shown(config: ModelConfig) -> None:
+@pytest.mark.parametrize("config", [CONFIGS["separate directions"], CONFIGS["causal"], ModelConfig(40, 16, 2, 2)])
+def test_all_hidden_states(config: ModelConfig) -> None:
     torch.manual_seed(0)
     model = LM(config, {}).eval()
     batch = CausalLM().build_example({"tokens": np.arange(1, 9)}, VOCAB, np.random.default_rng(0))

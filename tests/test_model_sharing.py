@@ -1,4 +1,4 @@
-"""Shared blocks, narrow tables and guests: counted once, moved once, saved once."""
+"""Shared blocks, small embeddings and submodels: shared weights are counted, trained and saved once."""
 
 from __future__ import annotations
 
@@ -13,17 +13,28 @@ from firth.model.block import Block
 from firth.model.config import ModelConfig, decoder_config, encoder_config, encoder_decoder_config
 from firth.model.heads import LMHead
 from firth.model.model import LM, TiedSubmodel
-from firth.objectives.replaced_tokens import RTD, thinner
+from firth.objectives.replaced_tokens import RTD, generator_config
 from firth.pretrained.load_save import init_from, load_model, save_model
 from firth.train.optimizer import Optimizer, OptimizerConfig, param_groups
 from firth.types import UserError
 
 ALBERT = ModelConfig(
-    vocab_size=61, hidden_size=32, num_layers=6, num_heads=4, max_positions=40, embedding_size=12, num_layer_groups=1, causal=False, norm_placement="post", type_vocab_size=2,
-    embedding_norm=True, lm_head="transform", lm_head_bias=True,
-)  # fmt: skip
+    vocab_size=61,
+    hidden_size=32,
+    num_layers=6,
+    num_heads=4,
+    max_positions=40,
+    embedding_size=12,
+    num_layer_groups=1,
+    causal=False,
+    norm_placement="post",
+    type_vocab_size=2,
+    embedding_norm=True,
+    lm_head="transform",
+    lm_head_bias=True,
+)
 ENCODER = replace(encoder_config(61, 64, 3, max_positions=40), zero_init=False)
-SHAPES = {
+CONFIGS = {
     "albert": ALBERT,
     "two groups": replace(ALBERT, num_layer_groups=2, norm_placement="pre", norm="rms", bias=False),
     "untied": replace(ALBERT, tie_embeddings=False, lm_head="linear"),
@@ -36,27 +47,27 @@ SHAPES = {
 }
 
 
-def built(config: ModelConfig) -> LM:
+def build(config: ModelConfig) -> LM:
     torch.manual_seed(0)
     return LM(config, {"lm": LMHead(config)})
 
 
-@pytest.mark.parametrize("name", SHAPES)
+@pytest.mark.parametrize("name", CONFIGS)
 def test_parameters_are_counted_exactly(name: str) -> None:
-    model = built(SHAPES[name])
-    assert SHAPES[name].num_parameters() == sum(p.numel() for p in model.parameters())
+    model = build(CONFIGS[name])
+    assert CONFIGS[name].num_parameters() == sum(p.numel() for p in model.parameters())
 
 
-def test_a_shared_block_is_the_same_block_again_and_again() -> None:
-    """Six layers of one block are an unshared model whose six blocks are copies; its gradient is the sum of theirs."""
-    config = SHAPES["two groups"]
-    shared, plain = built(config), built(replace(config, num_layer_groups=0))
+def test_shared_blocks_match_copies() -> None:
+    """Layers that share a block match an unshared model with copies of it; the gradient is the sum of theirs."""
+    config = CONFIGS["two groups"]
+    shared, plain = build(config), build(replace(config, num_layer_groups=0))
     state = shared.state_dict()
     for name in plain.state_dict():
-        parts = name.split(".")
-        if parts[:2] == ["stack", "blocks"]:
-            parts[2] = str(int(parts[2]) // 3)
-        plain.state_dict()[name].copy_(state[".".join(parts)])
+        names = name.split(".")
+        if names[:2] == ["stack", "blocks"]:
+            names[2] = str(int(names[2]) // 3)
+        plain.state_dict()[name].copy_(state[".".join(names)])
     tokens = torch.randint(0, 61, (3, 17))
     a, b = shared({"tokens": tokens}), plain({"tokens": tokens})
     torch.testing.assert_close(a, b, rtol=0, atol=0)
@@ -69,9 +80,9 @@ def test_a_shared_block_is_the_same_block_again_and_again() -> None:
 
 @pytest.mark.parametrize("name", ["shared decoder", "encoder-decoder"])
 @torch.no_grad()
-def test_shared_layers_have_keys_of_their_own_in_a_cache(name: str) -> None:
-    config = replace(SHAPES[name], zero_init=False)
-    model = built(config).eval()
+def test_shared_layers_have_their_own_keys_in_a_cache(name: str) -> None:
+    config = replace(CONFIGS[name], zero_init=False)
+    model = build(config).eval()
     tokens, when = torch.randint(0, 61, (2, 9)), torch.arange(9)[None].expand(2, 9)
     batch = {"tokens": tokens, "query_time": when, "key_time": when}
     if config.num_encoder_layers:
@@ -87,17 +98,17 @@ def test_shared_layers_have_keys_of_their_own_in_a_cache(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("changes", "said"),
+    ("changes", "message"),
     [
-        ({"head": "linear"}, "cannot be tied to tables of model.embedding_size=12"),
-        ({"num_layer_groups": 7}, "model.num_layer_groups=7 is more than there are layers"),
+        ({"lm_head": "linear"}, "cannot be tied to tables of model.embedding_size=12"),
+        ({"num_layer_groups": 7}, "model.num_layer_groups=7 is more than the number of layers"),
         ({"first_attention_norm": False}, "cannot differ in their first norm"),
         ({"embedding_size": -1}, "model.embedding_size=-1 must be at least 0"),
-        ({"embedding_size": 13, "position": "sinusoidal"}, "a width of 13 is odd"),
+        ({"embedding_size": 13, "position": "sinusoidal"}, "an embedding width of 13 is odd"),
     ],
 )
-def test_what_does_not_fit_is_refused(changes: dict[str, object], said: str) -> None:
-    with pytest.raises(UserError, match=said):
+def test_bad_combinations_are_rejected(changes: dict[str, object], message: str) -> None:
+    with pytest.raises(UserError, match=message):
         replace(ALBERT, **changes)
 
 
@@ -106,12 +117,12 @@ def electra(config: ModelConfig = ENCODER) -> LM:
     return LM(config, RTD().heads(config))
 
 
-def test_every_parameter_has_one_place() -> None:
+def test_every_parameter_is_in_one_group() -> None:
     config = replace(ENCODER, embedding_size=24, num_layer_groups=1, first_attention_norm=True)
     model = electra(config)
-    placed = param_groups(OptimizerConfig(), model)
-    assert len({id(p.parameter) for p in placed}) == len(placed) == len(list(model.parameters()))
-    kinds = {p.name: (p.muon, p.weight_decay > 0) for p in placed}
+    groups = param_groups(OptimizerConfig(), model)
+    assert len({id(p.parameter) for p in groups}) == len(groups) == len(list(model.parameters()))
+    kinds = {p.name: (p.muon, p.weight_decay > 0) for p in groups}
     assert kinds["stack.project.weight"] == kinds["heads.generator.stack.project.weight"] == (True, True)
     assert (
         kinds["stack.blocks.0.mlp.up.weight"] == kinds["heads.generator.stack.blocks.0.mlp.up.weight"] == (True, True)
@@ -122,40 +133,40 @@ def test_every_parameter_has_one_place() -> None:
     assert not any(name.startswith("stack.blocks.1") for name in kinds)
 
 
-def test_a_guest_reads_with_its_hosts_tables() -> None:
+def test_a_submodel_shares_the_embeddings_of_its_host() -> None:
     for config in (ENCODER, ALBERT):
         model = electra(config)
-        guest = model.heads["generator"]
+        submodel = model.heads["generator"]
         for name, table in model.embedding_tables().items():
-            own = guest.tables()[name]
+            own = submodel.embedding_tables()[name]
             assert (own is None) == (table is None)
             assert table is None or own.weight is table.weight
-        assert guest.parts["lm"].weight is model.tokens.weight
-        apart = LM(guest.shape, {"lm": LMHead(guest.shape)})
+        assert submodel.heads["lm"].weight is model.tokens.weight
+        generator = LM(submodel.config, {"lm": LMHead(submodel.config)})
         host = LM(config, {"replaced": torch.nn.Identity()})
         head = sum(p.numel() for p in model.heads["replaced"].parameters())
         tables = sum(t.weight.numel() for t in host.embedding_tables().values() if t is not None)
-        both = sum(p.numel() for m in (apart, host) for p in m.parameters())
+        both = sum(p.numel() for m in (generator, host) for p in m.parameters())
         assert sum(p.numel() for p in model.parameters()) == both - tables + head
 
 
-def test_a_guest_of_other_tables_is_refused() -> None:
-    small = thinner(ENCODER, 0.25)
-    for other, said in (
+def test_a_submodel_with_other_embeddings_is_rejected() -> None:
+    small = generator_config(ENCODER, 0.25)
+    for other, message in (
         (replace(small, vocab_size=60), "tokens"),
-        (replace(small, type_vocab_size=2), "token_type_ids"),
+        (replace(small, type_vocab_size=2), "token_types"),
     ):
-        with pytest.raises(UserError, match=said):
+        with pytest.raises(UserError, match=message):
             LM(ENCODER, {"generator": TiedSubmodel(other, {"lm": LMHead(other)})})
 
 
 @pytest.mark.parametrize(
-    "shape", [ENCODER, replace(ALBERT, num_layer_groups=0, activation="gelu")], ids=["modern", "electra"]
+    "config", [ENCODER, replace(ALBERT, num_layer_groups=0, activation="gelu")], ids=["modern", "electra"]
 )
-def test_what_is_shared_is_saved_once_and_comes_back_shared(config: ModelConfig, tmp_path: Path) -> None:
+def test_shared_weights_are_saved_once_and_loaded_shared(config: ModelConfig, tmp_path: Path) -> None:
     model = electra(config)
-    said = save_model(model, None, tmp_path)
-    assert ("ElectraForPreTraining" in said) == (config is not ENCODER)
+    note = save_model(model, None, tmp_path)
+    assert ("ElectraForPreTraining" in note) == (config is not ENCODER)
     stored = load_file(tmp_path / "model.safetensors")
     assert sum(t.numel() for t in stored.values()) == sum(p.numel() for p in model.parameters())
     again = load_model(tmp_path)
@@ -168,29 +179,29 @@ def test_what_is_shared_is_saved_once_and_comes_back_shared(config: ModelConfig,
             parameter.zero_()
     assert init_from(new, tmp_path) == ([], [])
     assert all(torch.equal(a, b) for a, b in zip(new.parameters(), model.parameters(), strict=True))
-    guest = tmp_path / "generator"
-    save_model(model.heads["generator"], None, guest)
-    assert torch.equal(load_model(guest).tokens.weight, model.tokens.weight)
+    directory = tmp_path / "generator"
+    save_model(model.heads["generator"], None, directory)
+    assert torch.equal(load_model(directory).tokens.weight, model.tokens.weight)
 
 
-def test_what_the_mover_remembers_of_shared_weights_comes_back() -> None:
+def test_optimizer_state_of_shared_weights_is_restored() -> None:
     config = replace(ALBERT, num_layer_groups=2)
     tokens = torch.randint(0, 61, (2, 9))
 
-    def stepped(model: LM, mover: Optimizer) -> None:
+    def train_step(model: LM, optimizer: Optimizer) -> None:
         torch.manual_seed(1)
         model({"tokens": tokens}).square().sum().backward()
-        mover.step(1.0)
+        optimizer.step(1.0)
 
     whole, part = electra(config), electra(config)
-    movers = [Optimizer(OptimizerConfig(), m) for m in (whole, part)]
-    stepped(whole, movers[0])
-    stepped(part, movers[1])
+    optimizers = [Optimizer(OptimizerConfig(), m) for m in (whole, part)]
+    train_step(whole, optimizers[0])
+    train_step(part, optimizers[1])
     resumed = electra(config)
     resumed.load_state_dict(part.state_dict())
-    mover = Optimizer(OptimizerConfig(), resumed)
-    mover.restore(movers[1].state())
-    stepped(whole, movers[0])
-    stepped(resumed, mover)
+    optimizer = Optimizer(OptimizerConfig(), resumed)
+    optimizer.restore(optimizers[1].state())
+    train_step(whole, optimizers[0])
+    train_step(resumed, optimizer)
     assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), resumed.parameters(), strict=True))
     assert sum(type(m) is Block for m in whole.stack.modules()) == 2

@@ -1,4 +1,4 @@
-"""A foreign file is read whole or not at all: what is missing, unknown or of another size is named, what is left is told."""
+"""Strict loading of files from transformers: missing, unknown and misfitting tensors are named, skipped ones are reported."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from data_room import tokenizer as coder
+from data_room import tokenizer as make_tokenizer
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -30,7 +30,7 @@ LLAMA = presets.llama(61, 32, 1, 4, 48, max_positions=40, num_kv_heads=2)
 QWEN3 = replace(LLAMA, head_dim=10, qk_norm=True, qk_norm_weight=True)
 QWEN2 = replace(LLAMA, bias=True, bias_location="qkv")
 T5 = presets.t5(61, 32, 1, 4, 8, 48)
-SHAPES = {
+CONFIGS = {
     "bert": BERT, "gpt2": GPT2, "llama": LLAMA, "qwen2": QWEN2, "qwen3": QWEN3, "t5": T5,
     "roberta": replace(BERT, type_vocab_size=1), "distilbert": replace(BERT, type_vocab_size=0),
     "openai-gpt": presets.gpt(61, 32, 1, 4, max_positions=40), "bart": presets.bart(61, 32, 1, 4, max_positions=40),
@@ -40,10 +40,10 @@ SHAPES = {
 }  # fmt: skip
 
 
-def foreign(config: ModelConfig, directory: Path, parts: dict[str, nn.Module] | None = None) -> dict[str, Tensor]:
-    """A directory as transformers would have written it; returns its tensors."""
+def save_hf(config: ModelConfig, directory: Path, heads: dict[str, nn.Module] | None = None) -> dict[str, Tensor]:
+    """Save a directory as transformers would and return its tensors."""
     torch.manual_seed(0)
-    save_model(LM(config, {"lm": LMHead(config)} if parts is None else parts), None, directory)
+    save_model(LM(config, {"lm": LMHead(config)} if heads is None else heads), None, directory)
     (directory / "firth.json").unlink()
     return load_file(directory / "model.safetensors")
 
@@ -53,10 +53,10 @@ def changed(directory: Path, state: dict[str, Tensor]) -> Path:
     return directory
 
 
-@pytest.mark.parametrize("name", SHAPES)
-def test_whatever_is_missing_unknown_or_of_another_size_is_named(name: str, tmp_path: Path) -> None:
-    assert families_of(SHAPES[name])[0].name == name
-    state = foreign(SHAPES[name], tmp_path)
+@pytest.mark.parametrize("name", CONFIGS)
+def test_tensors_that_do_not_fit_are_named(name: str, tmp_path: Path) -> None:
+    assert families_of(CONFIGS[name])[0].name == name
+    state = save_hf(CONFIGS[name], tmp_path)
     for i, key in enumerate(state):
         rest = {other: tensor for other, tensor in state.items() if other != key}
         with pytest.raises(UserError, match=f"lacks tensor '{re.escape(key)}' of a "):
@@ -71,9 +71,9 @@ def test_whatever_is_missing_unknown_or_of_another_size_is_named(name: str, tmp_
     assert left_out(changed(tmp_path, state)) == []
 
 
-def test_a_head_that_is_not_whole_is_not_passed_over(tmp_path: Path) -> None:
-    """Without the name of a class too: some of a head's tensors say that there is one."""
-    state = foreign(BERT, tmp_path)
+def test_an_incomplete_head_is_an_error(tmp_path: Path) -> None:
+    """Also without a named class: some tensors of a head imply that the file should have all."""
+    state = save_hf(BERT, tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps({k: v for k, v in config.items() if k != "architectures"}))
     assert set(load_model(tmp_path).heads) == {"lm"}
@@ -85,19 +85,19 @@ def test_a_head_that_is_not_whole_is_not_passed_over(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["mpnet", "roberta", "llama"])
-def test_a_trunk_saved_alone_may_name_its_ancestor_s_class(name: str, tmp_path: Path) -> None:
-    """Published encoders of sentences do. With its prefix in front, the same file lacks something."""
-    state = foreign(SHAPES[name], tmp_path)
+def test_a_headless_model_may_name_another_class(name: str, tmp_path: Path) -> None:
+    """As published sentence encoders do. With its prefix, the same file lacks the head."""
+    state = save_hf(CONFIGS[name], tmp_path)
     prefix = FAMILIES[name].prefix
-    trunk = {key: tensor for key, tensor in state.items() if key.startswith(prefix)}
-    changed(tmp_path, {key.removeprefix(prefix): tensor for key, tensor in trunk.items()})
+    stack = {key: tensor for key, tensor in state.items() if key.startswith(prefix)}
+    changed(tmp_path, {key.removeprefix(prefix): tensor for key, tensor in stack.items()})
     assert set(load_model(tmp_path).heads) == set() and left_out(tmp_path) == []
     with pytest.raises(UserError, match="lacks tensor 'lm_head"):
-        load_model(changed(tmp_path, trunk))
+        load_model(changed(tmp_path, stack))
 
 
-def test_heads_without_a_place_are_told(tmp_path: Path) -> None:
-    state = foreign(BERT, tmp_path, {"lm": LMHead(BERT), "next": pooled(32, 2)})
+def test_skipped_heads_are_reported(tmp_path: Path) -> None:
+    state = save_hf(BERT, tmp_path, {"lm": LMHead(BERT), "next": pooled(32, 2)})
     assert left_out(tmp_path) == []
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config | {"architectures": ["BertForMaskedLM"]}))
@@ -113,17 +113,17 @@ def test_heads_without_a_place_are_told(tmp_path: Path) -> None:
     assert set(load_model(tmp_path).heads) == set()
 
 
-def test_a_released_bert_that_names_one_head_keeps_both(tmp_path: Path) -> None:
-    foreign(BERT, tmp_path, {"lm": LMHead(BERT), "next": pooled(32, 2)})
+def test_a_bert_that_names_one_head_keeps_both(tmp_path: Path) -> None:
+    save_hf(BERT, tmp_path, {"lm": LMHead(BERT), "next": pooled(32, 2)})
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config | {"architectures": ["BertForMaskedLM"]}))
     assert set(load_model(tmp_path).heads) == {"lm", "next"} and left_out(tmp_path) == []
 
 
 @pytest.mark.parametrize("name", ["bert", "gpt2", "t5"])
-def test_a_head_of_its_own_is_not_tied_whatever_the_config_says(name: str, tmp_path: Path) -> None:
-    """As version 5 of transformers has it, which says of an untied T5 that it is tied."""
-    state = foreign(SHAPES[name], tmp_path)
+def test_a_separate_lm_head_is_not_tied(name: str, tmp_path: Path) -> None:
+    """transformers 5 writes tie_word_embeddings=true for an untied T5."""
+    state = save_hf(CONFIGS[name], tmp_path)
     key = {"bert": "cls.predictions.decoder.weight"}.get(name, "lm_head.weight")
     table = next(t for n, t in state.items() if n.endswith(("word_embeddings.weight", "wte.weight", "shared.weight")))
     assert load_model(changed(tmp_path, state | {key: table})).config.tie_embeddings and left_out(tmp_path) == []
@@ -131,36 +131,36 @@ def test_a_head_of_its_own_is_not_tied_whatever_the_config_says(name: str, tmp_p
     assert not model.config.tie_embeddings and torch.equal(model.heads["lm"].weight, table + 1)
 
 
-REFUSED: dict[str, tuple[str, dict[str, object], str]] = {
-    "a window": ("mistral", {"sliding_window": 16}, "a sliding window of 16 tokens in rows of 40"),
+UNSUPPORTED: dict[str, tuple[str, dict[str, object], str]] = {
+    "a window": ("mistral", {"sliding_window": 16}, "a sliding window of 16 tokens and max_position_embeddings=40"),
     "a window of some layers": ("qwen2", {"use_sliding_window": True, "sliding_window": 16}, "a sliding window of 16"),
     "positions": ("llama", {"rope_parameters": {"rope_type": "yarn", "factor": 2.0}}, "rotary positions of type 'yarn'"),
     "a decoder": ("bert", {"is_decoder": True}, "is_decoder=True"),
     "relative positions": ("bert", {"position_embedding_type": "relative_key"}, "position_embedding_type='relative_key'"),
-    "another pad": ("roberta", {"pad_token_id": 0}, "pad_token_id=0; firth has pad_token_id=1 only"),
-    "biases in the MLP": ("llama", {"mlp_bias": True}, "biases in the MLP alone"),
+    "another pad": ("roberta", {"pad_token_id": 0}, "pad_token_id=0; firth supports pad_token_id=1 only"),
+    "biases in the MLP": ("llama", {"mlp_bias": True}, "mlp_bias without attention_bias"),
     "blocks in a group": ("albert", {"inner_group_num": 2}, "inner_group_num above 1"),
     "no scale": ("gpt2", {"scale_attn_weights": False}, "scale_attn_weights=False"),
-    "a summary": ("xlnet", {"summary_type": "mean"}, "summary_type='mean'; firth has 'last' only"),
-    "a mean": ("modernbert", {"classifier_pooling": "mean"}, "classifier_pooling='mean'; firth has 'cls' only"),
+    "a summary": ("xlnet", {"summary_type": "mean"}, "summary_type='mean'; firth supports 'last' only"),
+    "a mean": ("modernbert", {"classifier_pooling": "mean"}, "classifier_pooling='mean'; firth supports 'cls' only"),
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("why", REFUSED)
-def test_what_a_config_asks_for_and_we_lack_is_said(why: str, tmp_path: Path) -> None:
-    kind, fields, said = REFUSED[why]
-    model_config = SHAPES.get(kind, LLAMA)
+@pytest.mark.parametrize("why", UNSUPPORTED)
+def test_unsupported_settings_are_rejected(why: str, tmp_path: Path) -> None:
+    kind, fields, message = UNSUPPORTED[why]
+    model_config = CONFIGS.get(kind, LLAMA)
     family = FAMILIES[kind]
-    head = next((h for h in family.heads if h.hf_labels), None)
-    foreign(model_config, tmp_path, {"classes": head.make(model_config, 3)} if head else None)
+    head = next((h for h in family.heads if h.required_config), None)
+    save_hf(model_config, tmp_path, {"classes": head.make(model_config, 3)} if head else None)
     config = json.loads((tmp_path / "config.json").read_text()) | {"model_type": kind} | fields
     (tmp_path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(UserError, match=re.escape(said)):
+    with pytest.raises(UserError, match=re.escape(message)):
         load_model(tmp_path)
 
 
-def test_a_window_as_long_as_a_row_changes_nothing(tmp_path: Path) -> None:
-    foreign(LLAMA, tmp_path)
+def test_a_window_as_long_as_a_row_is_accepted(tmp_path: Path) -> None:
+    save_hf(LLAMA, tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     config |= {"model_type": "mistral", "architectures": ["MistralForCausalLM"], "sliding_window": 40}
     (tmp_path / "config.json").write_text(json.dumps(config))
@@ -172,10 +172,10 @@ def test_a_window_as_long_as_a_row_changes_nothing(tmp_path: Path) -> None:
     [(44, 512, 8, 8, 64), (251, 1024, 16, 16, 64), (664, 1408, 24, 11, 128), (1609, 2176, 25, 17, 128),
      (4516, 3072, 36, 24, 128), (9293, 4096, 42, 32, 128), (11452, 4352, 47, 32, 128), (16183, 5120, 47, 40, 128)],
 )  # fmt: skip
-def test_chinchilla_s_sizes_are_counted_as_in_its_paper(
+def test_chinchilla_parameter_counts_match_its_paper(
     millions: int, width: int, depth: int, heads: int, head_width: int
 ) -> None:
-    """Rows of Hoffmann 2022, table A9: the width of the MLP is four times the model's throughout."""
+    """Rows of Hoffmann 2022, table A9: intermediate_size is four times hidden_size."""
     config = presets.transformer_xl(width, depth, heads, head_width)
     assert abs(config.num_parameters() - millions * 1e6) < 0.7e6
     tiny = presets.transformer_xl(32, 2, 4, 10, vocab_size=61)
@@ -191,14 +191,14 @@ def test_chinchilla_s_sizes_are_counted_as_in_its_paper(
         ("distilbert-base", 66_985_530),
     ],
 )
-def test_released_encoders_are_counted(name: str, count: int) -> None:
-    """As transformers counts their classes with the vocabulary head, less the two rows of positions that nobody reads."""
+def test_released_encoder_parameter_counts(name: str, count: int) -> None:
+    """As transformers counts the classes with the LM head, less the two unused position rows."""
     assert presets.PRESETS[name].num_parameters() == count
     assert family_of(presets.PRESETS[name]) is FAMILIES[name.partition("-")[0]]
 
 
-def test_modernbert_s_rotary_base_is_read_as_either_version_says_it(tmp_path: Path) -> None:
-    foreign(SHAPES["modernbert"], tmp_path)
+def test_modernbert_rope_theta_of_both_versions(tmp_path: Path) -> None:
+    save_hf(CONFIGS["modernbert"], tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     assert config["rope_parameters"]["full_attention"]["rope_theta"] == 10000.0
     del config["rope_parameters"]
@@ -206,8 +206,8 @@ def test_modernbert_s_rotary_base_is_read_as_either_version_says_it(tmp_path: Pa
     assert load_model(tmp_path).config.rope_theta == 777.0
 
 
-def test_two_names_for_one_tensor_are_refused(tmp_path: Path) -> None:
-    state = foreign(LLAMA, tmp_path)
+def test_two_names_for_one_tensor_are_rejected(tmp_path: Path) -> None:
+    state = save_hf(LLAMA, tmp_path)
     twice = state | {"transformer.norm.weight": state["model.norm.weight"]}
     with pytest.raises(UserError, match="two names for one tensor"):
         load_model(changed(tmp_path, twice))
@@ -221,8 +221,8 @@ def test_spanbert_is_a_bert(tmp_path: Path) -> None:
     assert all(torch.equal(tensor, again.state_dict()[name]) for name, tensor in model.state_dict().items())
 
 
-def test_a_pad_that_roberta_cannot_count_by_makes_a_bert(tmp_path: Path) -> None:
-    tokenizer = coder()
+def test_another_pad_id_makes_a_roberta_a_bert(tmp_path: Path) -> None:
+    tokenizer = make_tokenizer()
     config = replace(BERT, type_vocab_size=1, vocab_size=tokenizer.vocab.size)
     assert tokenizer.vocab.roles["pad"] != 1
     assert save_model(LM(config, {}), tokenizer, tmp_path).endswith("BertModel")
@@ -245,28 +245,28 @@ HEADS: dict[str, tuple[ModelConfig, str, Callable[[], nn.Module], str]] = {
 
 
 @pytest.mark.parametrize("what", HEADS)
-def test_a_head_is_written_as_theirs_only_where_it_is(what: str, tmp_path: Path) -> None:
-    config, part, make, name = HEADS[what]
-    model = LM(config, {part: make()})
+def test_only_equal_heads_use_transformers_names(what: str, tmp_path: Path) -> None:
+    config, head, make, name = HEADS[what]
+    model = LM(config, {head: make()})
     assert save_model(model, None, tmp_path) == f"transformers loads it as {name}"
     stored = load_file(tmp_path / "model.safetensors")
-    assert any(key.startswith(f"heads.{part}") for key in stored) == ("For" not in name)
+    assert any(key.startswith(f"heads.{head}") for key in stored) == ("For" not in name)
     for _ in range(2):
         again = load_model(tmp_path)
         assert all(torch.equal(tensor, again.state_dict()[key]) for key, tensor in model.state_dict().items())
         if "For" not in name:
             break
-        (tmp_path / "firth.json").unlink(missing_ok=True)  # and as a file of theirs
-    assert init_from(LM(config, {"other": nn.Linear(2, 2)}), tmp_path) == ([part], ["other"])
+        (tmp_path / "firth.json").unlink(missing_ok=True)  # then as a file from transformers
+    assert init_from(LM(config, {"other": nn.Linear(2, 2)}), tmp_path) == ([head], ["other"])
 
 
 @pytest.mark.parametrize(
-    "shape",
+    "config",
     [QWEN3, QWEN2, replace(LLAMA, rope_scaling="llama3", rope_factor=4.0, rope_original_max_positions=8),
      replace(LLAMA, bias=True, bias_location="attention", rope_scaling="linear", rope_factor=2.0)],
 )  # fmt: skip
-def test_a_cache_changes_nothing_and_parameters_are_counted(config: ModelConfig) -> None:
-    tokenizer = coder()
+def test_generation_with_a_cache_and_parameter_count(config: ModelConfig) -> None:
+    tokenizer = make_tokenizer()
     torch.manual_seed(0)
     config = replace(config, vocab_size=tokenizer.vocab.size)
     model = LM(config, {"lm": LMHead(config)}).eval()
@@ -275,8 +275,8 @@ def test_a_cache_changes_nothing_and_parameters_are_counted(config: ModelConfig)
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.15)
         start = [5, 9, 17, 30, 8]
-        [said] = Engine(model, tokenizer, stops=()).generate([start], Sampling(max_new_tokens=12, temperature=0))
-        row = torch.tensor([start + said.tokens.tolist()])
+        [output] = Engine(model, tokenizer, stops=()).generate([start], Sampling(max_new_tokens=12, temperature=0))
+        row = torch.tensor([start + output.tokens.tolist()])
         steps = torch.arange(row.shape[1])[None]
         logits = model.heads["lm"](model({"tokens": row, "query_time": steps, "key_time": steps}))
-    assert logits[0, 4:-1].argmax(-1).tolist() == said.tokens.tolist()
+    assert logits[0, 4:-1].argmax(-1).tolist() == output.tokens.tolist()

@@ -1,4 +1,4 @@
-"""The margin loss and InfoNCE against their formulas, and what they refuse."""
+"""The margin loss and InfoNCE against their formulas, and the recipes they reject."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from firth.train.step import step
 from firth.types import Example, UserError
 
 VOCAB = Vocab(size=60, roles={"pad": 0, "cls": 2, "sep": 3}, special=np.arange(60) < 5)
-SHAPE = ModelConfig(
+CONFIG = ModelConfig(
     vocab_size=60, hidden_size=32, num_layers=1, num_heads=2, max_positions=32, causal=False, dropout=0.1, init_std=0.3
 )
 
@@ -34,43 +34,43 @@ def triple(rng: np.random.Generator) -> Example:
     return {"first": text(rng), "second": text(rng), "other": text(rng)}
 
 
-def labelled(rng: np.random.Generator) -> Example:
+def labeled(rng: np.random.Generator) -> Example:
     first, second = text(rng), text(rng)
-    segments = np.repeat([0, 1], (len(first) + 2, len(second) + 1))
+    token_type_ids = np.repeat([0, 1], (len(first) + 2, len(second) + 1))
     tokens = np.concatenate(([2], first, [3], second, [3]))
-    return {"tokens": tokens, "token_type_ids": segments, "label": int(rng.integers(2))}
+    return {"tokens": tokens, "token_type_ids": token_type_ids, "label": int(rng.integers(2))}
 
 
-def shown(objective: Objective, make, count: int) -> list[Example]:
+def build_examples(objective: Objective, make, count: int) -> list[Example]:
     rng = np.random.default_rng(0)
     return [objective.build_example(make(rng), VOCAB, rng) for _ in range(count)]
 
 
-def asked(objective: Objective) -> set[str]:
+def label_fields(objective: Objective) -> set[str]:
     return {*objective.labels.values(), *objective.metrics.values()}
 
 
-def built(objective: Objective) -> LM:
+def build_model(objective: Objective) -> LM:
     torch.manual_seed(0)
-    return LM(SHAPE, objective.heads(SHAPE)).eval()
+    return LM(CONFIG, objective.heads(CONFIG)).eval()
 
 
 def vectors(model: LM, row: Example, at: str) -> list[torch.Tensor]:
-    """Each text of a group read alone, without padding."""
+    """Representations of the texts of a group, each encoded by itself, without padding."""
     out = []
-    for tokens, appears in zip(row["tokens"], row["key_time"], strict=True):
-        states = model({"tokens": torch.tensor(tokens[appears == 0])[None]})[0]
+    for tokens, key_time in zip(row["tokens"], row["key_time"], strict=True):
+        states = model({"tokens": torch.tensor(tokens[key_time == 0])[None]})[0]
         out.append(F.normalize(states[0] if at == "first" else states.mean(0), dim=0))
     return out
 
 
 @pytest.mark.parametrize("at", ["mean", "first"])
-@pytest.mark.parametrize("make", [triple, labelled])
+@pytest.mark.parametrize("make", [triple, labeled])
 def test_the_margin_loss_is_its_formula(at: str, make) -> None:
     objective = Contrastive(position=at, margin=1.2)  # type: ignore[arg-type]
-    model = built(objective)
-    rows = shown(objective, make, 6)
-    terms = step(model, objective, [collate(rows, asked(objective))])
+    model = build_model(objective)
+    rows = build_examples(objective, make, 6)
+    terms = step(model, objective, [collate(rows, label_fields(objective))])
     losses, near, nearer = [], [], []
     with torch.no_grad():
         for row in rows:
@@ -86,10 +86,10 @@ def test_the_margin_loss_is_its_formula(at: str, make) -> None:
 
 
 def test_infonce_is_its_formula() -> None:
-    objective = InfoNCE(num_views="neighbours", temperature=0.1)
-    model = built(objective)
-    rows = shown(objective, triple, 5)
-    terms = step(model, objective, [collate(rows, asked(objective))])
+    objective = InfoNCE(positives="neighbors", temperature=0.1)
+    model = build_model(objective)
+    rows = build_examples(objective, triple, 5)
+    terms = step(model, objective, [collate(rows, label_fields(objective))])
     with torch.no_grad():
         h = [vectors(model, row, "mean") for row in rows]
     scores = torch.stack([torch.stack([a @ b for _, b in h]) for a, _ in h]) / 0.1
@@ -98,20 +98,20 @@ def test_infonce_is_its_formula() -> None:
     assert float(terms["accuracy"]) == pytest.approx(float((scores.argmax(1) == torch.arange(5)).float().mean()))
 
 
-def test_two_dropout_views_differ_in_training_alone() -> None:
+def test_dropout_positives_differ_only_in_training() -> None:
     objective = InfoNCE()
-    rows = shown(objective, lambda rng: {"tokens": VOCAB.add_special_tokens(text(rng))}, 4)
-    batch, model = collate(rows, asked(objective)), built(objective)
+    rows = build_examples(objective, lambda rng: {"tokens": VOCAB.add_special_tokens(text(rng))}, 4)
+    batch, model = collate(rows, label_fields(objective)), build_model(objective)
     one, other = model(batch).unbind(1)
     assert torch.allclose(one, other, atol=1e-5)  # two rows of one batch: some kernels add in another order
     one, other = model.train()(batch).unbind(1)
     assert (one - other).abs().max() > 1e-2
 
 
-@pytest.mark.parametrize("objective", [Contrastive(), Contrastive(position="first"), InfoNCE(num_views="neighbours")])
-def test_ten_steps_on_one_batch_lower_the_loss(objective: Objective) -> None:
-    model = built(objective).train()
-    batch = collate(shown(objective, triple, 8), asked(objective))
+@pytest.mark.parametrize("objective", [Contrastive(), Contrastive(position="first"), InfoNCE(positives="neighbors")])
+def test_ten_steps_lower_the_loss(objective: Objective) -> None:
+    model = build_model(objective).train()
+    batch = collate(build_examples(objective, triple, 8), label_fields(objective))
     optimizer = torch.optim.Adam(model.parameters(), 3e-3)
     found = []
     for _ in range(10):
@@ -127,38 +127,40 @@ def gradient(model: LM, objective: Objective, batches: list) -> torch.Tensor:
     return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
 
 
-def test_a_split_batch_has_the_gradient_of_the_whole_for_pairs_and_not_for_infonce() -> None:
-    for objective, same in ((Contrastive(), True), (InfoNCE(num_views="neighbours"), False)):
-        model, rows = built(objective), shown(objective, triple, 6)
-        whole = gradient(model, objective, [collate(rows, asked(objective))])
-        parts = gradient(model, objective, [collate(rows[:2], asked(objective)), collate(rows[2:], asked(objective))])
-        assert torch.allclose(whole, parts, rtol=1e-4, atol=1e-6) == same
+def test_only_pairs_allow_split_batches() -> None:
+    for objective, same in ((Contrastive(), True), (InfoNCE(positives="neighbors"), False)):
+        model, rows = build_model(objective), build_examples(objective, triple, 6)
+        full = gradient(model, objective, [collate(rows, label_fields(objective))])
+        split = gradient(
+            model, objective, [collate(rows[:2], label_fields(objective)), collate(rows[2:], label_fields(objective))]
+        )
+        assert torch.allclose(full, split, rtol=1e-4, atol=1e-6) == same
         assert objective.needs_full_batch != same
 
 
-def test_what_cannot_be_is_refused() -> None:
+def test_incompatible_recipes_are_rejected() -> None:
     with pytest.raises(
         UserError, match=r"2 micro-batches would compare only their own: set batch.gradient_accumulation_steps=1"
     ):
-        check_batching(InfoNCE(), SHAPE, pack=0, accumulate=2)
+        check_batching(InfoNCE(), CONFIG, pack=0, accumulate=2)
     with pytest.raises(UserError, match="train on one rank"):
-        check_batching(InfoNCE(), SHAPE, pack=0, accumulate=1, ranks=2)
-    check_batching(Contrastive(), SHAPE, pack=0, accumulate=2)
-    with pytest.raises(UserError, match=r"infonce cannot be trained with this shape: .* set model.dropout=0.1"):
+        check_batching(InfoNCE(), CONFIG, pack=0, accumulate=1, ranks=2)
+    check_batching(Contrastive(), CONFIG, pack=0, accumulate=2)
+    with pytest.raises(UserError, match=r"infonce cannot be trained with this model: .* set model.dropout=0.1"):
         load("contrastive", ["objective=infonce"])
     with pytest.raises(UserError, match=r"batch\.gradient_accumulation_steps=1"):
         load("contrastive:published", ["batch.gradient_accumulation_steps=2"])
     with pytest.raises(UserError, match="reads a text from both sides"):
         load("contrastive", ["model.causal=true"])
-    with pytest.raises(UserError, match="cannot be packed: set pack to 0"):
-        pack(shown(Contrastive(), triple, 3), 64, asked(Contrastive()))
+    with pytest.raises(UserError, match=r"cannot be packed: set batch\.pack_to_length=0"):
+        pack(build_examples(Contrastive(), triple, 3), 64, label_fields(Contrastive()))
 
 
 def test_no_text_of_a_group_leaks_into_another() -> None:
     objective = Contrastive()
     example = triple(np.random.default_rng(3))
     changed = example | {"other": 5 + (example["other"] - 5 + 3) % 55}
-    model = built(objective)
+    model = build_model(objective)
     rows = [objective.build_example(e, VOCAB, np.random.default_rng(0)) for e in (example, changed)]
-    one, two = (model(collate([row], asked(objective)))[0] for row in rows)
+    one, two = (model(collate([row], label_fields(objective)))[0] for row in rows)
     assert torch.equal(one[:2], two[:2]) and not torch.equal(one[2], two[2])

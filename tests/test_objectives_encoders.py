@@ -1,4 +1,4 @@
-"""SOP, SBO, RTD and its adversarial sibling: what they show and ask, and that their parts and losses are the papers'."""
+"""SOP, SBO, RTD and adversarial RTD: inputs and labels, and heads and losses against the papers' formulas."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from firth.model.model import LM
 from firth.objectives.masked_lm import MLM
 from firth.objectives.next_sentence import NSP
 from firth.objectives.objective import Objective
-from firth.objectives.replaced_tokens import RTD, AdversarialRTD, draw
+from firth.objectives.replaced_tokens import RTD, AdversarialRTD, sample_tokens
 from firth.objectives.sentence_order import SOP
 from firth.objectives.span_boundary import SBO
 from firth.pretrained.load_save import load_model, save_model
@@ -40,8 +40,9 @@ VOCAB = Vocab(
     special=np.arange(60) < 5,
     spelling=tuple(b"\n" if i < 5 else b"a" if i % 3 else b" a" for i in range(60)),
 )
-SHAPE = ModelConfig(
-    vocab_size=60, hidden_size=32, num_layers=2, num_heads=4, intermediate_size=48, max_positions=64, causal=False, norm_placement="post", type_vocab_size=2,
+CONFIG = ModelConfig(
+    vocab_size=60, hidden_size=32, num_layers=2, num_heads=4, intermediate_size=48, max_positions=64,
+    causal=False, norm_placement="post", type_vocab_size=2,
     embedding_norm=True, embedding_size=20, activation="gelu", lm_head="transform", lm_head_bias=True,
 )  # fmt: skip
 SPANBERT = MLM(noise="geometric", whole_span_replacement=True) + SBO()
@@ -60,7 +61,7 @@ class Chains(Source):
 
 
 class Pairs(Chains):
-    """The same as two segments, and a stranger."""
+    """The same as two text segments, and a random one."""
 
     def __getitem__(self, index: int) -> Example:
         text = super().__getitem__(index)["tokens"][1:-1]
@@ -68,24 +69,24 @@ class Pairs(Chains):
         return {"first": text[:half], "second": text[half:], "other": other}
 
 
-def source(objective: Objective) -> Source:
+def source_of(objective: Objective) -> Source:
     return Pairs() if {"next", "order"} & objective.labels.keys() else Chains()
 
 
-def shown(objective: Objective, count: int = 8, seed: int = 0) -> list[Example]:
+def build_examples(objective: Objective, count: int = 8, seed: int = 0) -> list[Example]:
     rng = np.random.default_rng(seed)
-    return [objective.build_example(source(objective)[i], VOCAB, rng) for i in range(count)]
+    return [objective.build_example(source_of(objective)[i], VOCAB, rng) for i in range(count)]
 
 
-def asked_fields(objective: Objective) -> set[str]:
+def label_fields(objective: Objective) -> set[str]:
     return {*objective.labels.values(), *objective.metrics.values()}
 
 
 def batch_of(objective: Objective, count: int = 8, seed: int = 0) -> Batch:
-    return collate(shown(objective, count, seed), asked_fields(objective))
+    return collate(build_examples(objective, count, seed), label_fields(objective))
 
 
-def model_of(objective: Objective, config: ModelConfig = SHAPE, spread: float = 0.1) -> LM:
+def model_of(objective: Objective, config: ModelConfig = CONFIG, spread: float = 0.1) -> LM:
     torch.manual_seed(0)
     model = LM(config, objective.heads(config))
     with torch.no_grad():
@@ -97,7 +98,7 @@ def model_of(objective: Objective, config: ModelConfig = SHAPE, spread: float = 
 # SOP
 
 
-def test_the_order_is_asked_at_cls_alone_and_fairly() -> None:
+def test_order_label_is_at_cls_and_balanced() -> None:
     rng, swaps = np.random.default_rng(0), 0
     for i in range(1600):
         example = Pairs()[i % 40]
@@ -116,7 +117,7 @@ def test_the_order_is_asked_at_cls_alone_and_fairly() -> None:
 # Noise
 
 
-def test_ngrams_have_albert_s_lengths() -> None:
+def test_ngrams_have_the_lengths_of_albert() -> None:
     """Words of one token each, long rows and little noise: spans hardly ever touch."""
     vocab = Vocab(size=60, roles={}, special=np.arange(60) < 5, spelling=(b"\n",) * 5 + (b" a",) * 55)
     rng, counts = np.random.default_rng(0), np.zeros(7, int)
@@ -135,8 +136,8 @@ def test_ngrams_have_albert_s_lengths() -> None:
 
 
 @pytest.mark.parametrize("noise", ["iid", "geometric", "spans"])
-def test_boundaries_stand_outside_and_next_to_their_span(noise: str) -> None:
-    rng, asked, deep = np.random.default_rng(0), 0, 0
+def test_boundaries_are_next_to_their_span(noise: str) -> None:
+    rng, supervised, deep = np.random.default_rng(0), 0, 0
     for i in range(400):
         seen = (MLM(noise=noise, mlm_probability=0.4) + SBO(max_span_length=6)).build_example(
             Chains()[i % 40], VOCAB, rng
@@ -147,15 +148,15 @@ def test_boundaries_stand_outside_and_next_to_their_span(noise: str) -> None:
             assert not hidden[left] and not hidden[right] and hidden[left + 1 : right].all()
             assert left < at < right and at - left <= 6
             assert seen["boundary"][at] == seen["labels"][at]
-            asked += 1
+            supervised += 1
         left_out = np.flatnonzero(hidden & (seen["boundary"] == IGNORE))
-        assert all(hidden[at - 6 : at].all() for at in left_out)  # [CLS] and [SEP] stand at the ends
+        assert all(hidden[at - 6 : at].all() for at in left_out)  # [CLS] and [SEP] are at the ends
         deep += len(left_out)
-    assert asked > 1000 and deep > 0
+    assert supervised > 1000 and deep > 0
 
 
 def test_sbo_is_its_formula() -> None:
-    """Equations 3 and 4 written out, token by token; the vocabulary matrix is the model's own."""
+    """Equations 3 and 4 token by token, with the model's vocabulary matrix."""
     model, batch = model_of(SPANBERT), batch_of(SPANBERT)
     outputs = SPANBERT.forward(model, batch)
     one, two, place = model.heads["boundary"][0], model.heads["boundary"][3], model.heads["place"].weight
@@ -179,14 +180,14 @@ def test_sbo_is_its_formula() -> None:
     torch.testing.assert_close(found, total, rtol=1e-5, atol=0)
 
 
-def test_spanbert_comes_back_from_disk(tmp_path: Path) -> None:
+def test_spanbert_is_saved_and_loaded(tmp_path: Path) -> None:
     model, batch = model_of(SPANBERT).eval(), batch_of(SPANBERT)
     assert save_model(model, None, tmp_path).endswith("ElectraForMaskedLM")
     found, again = (SPANBERT.loss(m, SPANBERT.forward(m, batch), batch) for m in (model, load_model(tmp_path)))
     assert found == again and set(found) == {"tokens", "boundary"}
 
 
-def test_sbo_alone_is_refused() -> None:
+def test_sbo_alone_is_rejected() -> None:
     with pytest.raises(UserError, match=r"MLM\(\) \+ SBO\(\)"):
         SBO().build_example({"tokens": np.arange(5, 9)}, VOCAB, np.random.default_rng(0))
 
@@ -194,44 +195,49 @@ def test_sbo_alone_is_refused() -> None:
 # RTD
 
 
-def test_a_draw_has_the_distribution_it_is_drawn_from() -> None:
+def test_samples_have_the_distribution_of_the_logits() -> None:
     torch.manual_seed(0)
     logits = torch.randn(9) * 2
     logits[4] = float("-inf")
     chance = torch.from_numpy(np.random.default_rng(0).random(40000, dtype=np.float32))
-    counts = torch.bincount(draw(logits.expand(40000, -1), chance), minlength=9)
+    counts = torch.bincount(sample_tokens(logits.expand(40000, -1), chance), minlength=9)
     wanted = logits.softmax(-1) * 40000
     assert counts[4] == 0
     assert float(((counts - wanted) ** 2 / wanted.clamp(min=1e-9)).sum()) < 30  # 7 degrees of freedom, p = 1e-4
-    ends = draw(torch.tensor([[0.0, 0.0, float("-inf")]] * 2), torch.tensor([0.0, np.nextafter(np.float32(1), 0)]))
+    ends = sample_tokens(
+        torch.tensor([[0.0, 0.0, float("-inf")]] * 2), torch.tensor([0.0, np.nextafter(np.float32(1), 0)])
+    )
     assert ends.tolist() == [0, 1]
 
 
-def knows(model: LM, batch: Batch) -> None:
-    """Make the generator say one token always: the one that the first masked place holds."""
+def bias_generator(model: LM, batch: Batch) -> None:
+    """Make the generator predict one token everywhere: the label of the first masked position."""
     generator = model.heads["generator"]
     with torch.no_grad():
         generator.heads["lm"].bias[batch["labels"][batch["labels"] != IGNORE][0]] += 1000
 
 
 @pytest.mark.parametrize("objective", [RTD(), AdversarialRTD()], ids=["likelihood", "adversarial"])
-def test_a_right_guess_counts_as_original(objective: RTD) -> None:
+def test_correct_samples_count_as_original(objective: RTD) -> None:
     model, batch = model_of(objective), batch_of(objective)
-    knows(model, batch)
-    asked = batch["labels"] != IGNORE
-    token = int(batch["labels"][asked][0])
+    bias_generator(model, batch)
+    supervised = batch["labels"] != IGNORE
+    token = int(batch["labels"][supervised][0])
     outputs = objective.forward(model, batch)
-    assert (outputs["drew"] == token).all()
-    assert torch.equal(outputs["shown"], torch.where(asked, token, batch["tokens"]))
+    assert (outputs["sampled"] == token).all()
+    assert torch.equal(outputs["shown"], torch.where(supervised, token, batch["tokens"]))
     real = batch["real"] != IGNORE
-    assert torch.equal(real, batch["tokens"] != 0)  # every token is asked, [CLS] and [SEP] too, and no padding
-    replaced = (asked & (batch["labels"] != token)).float()
+    assert torch.equal(real, batch["tokens"] != 0)  # every token has a label, [CLS] and [SEP] too, and no padding
+    replaced = (supervised & (batch["labels"] != token)).float()
     scores = model.heads["replaced"](model(batch | {"tokens": outputs["shown"]}))[..., 0]
     wanted = F.binary_cross_entropy_with_logits(scores[real], replaced[real], reduction="sum")
     terms = objective.loss(model, outputs, batch)
     torch.testing.assert_close(terms["replaced"], 50 * wanted, rtol=1e-5, atol=0)
     right = (scores > 0) == (replaced > 0)
-    assert terms["replaced_share"] == replaced.sum() and terms["guessed"] == (batch["labels"][asked] == token).sum() > 0
+    assert (
+        terms["replaced_share"] == replaced.sum()
+        and terms["guessed"] == (batch["labels"][supervised] == token).sum() > 0
+    )
     assert terms["original_share"] == real.sum() - replaced.sum()
     assert (
         terms["caught"] == (right & (replaced > 0)).sum() and terms["passed"] == (right & (replaced == 0) & real).sum()
@@ -248,23 +254,23 @@ def gradients(model: LM, loss: torch.Tensor) -> dict[str, float]:
 
 
 @pytest.mark.parametrize("objective", [RTD(), AdversarialRTD()], ids=["likelihood", "adversarial"])
-def test_neither_model_has_a_gradient_from_the_other(objective: RTD) -> None:
+def test_gradients_stay_within_each_model(objective: RTD) -> None:
     model, batch = model_of(objective), batch_of(objective)
-    tables = {"tokens.weight", "places.weight", "segments.weight"}
+    embeddings = {"tokens.weight", "places.weight", "token_types.weight"}
 
-    def moved(term: str) -> set[str]:
+    def changed(term: str) -> set[str]:
         return set(gradients(model, objective.loss(model, objective.forward(model, batch), batch)[term]))
 
-    assert not any(name.startswith(("heads.generator", "heads.baseline")) for name in moved("replaced"))
-    assert {"stack.project.weight", "heads.replaced.2.weight"} <= moved("replaced")
-    own = moved("generator")
-    assert tables <= own
-    assert all(name.startswith("heads.generator") for name in own - tables)
+    assert not any(name.startswith(("heads.generator", "heads.baseline")) for name in changed("replaced"))
+    assert {"stack.project.weight", "heads.replaced.2.weight"} <= changed("replaced")
+    own = changed("generator")
+    assert embeddings <= own
+    assert all(name.startswith("heads.generator") for name in own - embeddings)
     if "baseline" in objective.labels:
-        assert moved("baseline") == {"heads.baseline.weight", "heads.baseline.bias"}
+        assert changed("baseline") == {"heads.baseline.weight", "heads.baseline.bias"}
 
 
-def test_the_generator_is_a_masked_language_model() -> None:
+def test_generator_is_a_masked_language_model() -> None:
     objective = RTD()
     model, batch = model_of(objective), batch_of(objective)
     generator = model.heads["generator"]
@@ -275,8 +281,8 @@ def test_the_generator_is_a_masked_language_model() -> None:
     assert (batch["tokens"][batch["labels"] != IGNORE] == VOCAB.mask).all()
 
 
-def test_reinforce_s_gradient_is_that_of_the_expected_reward() -> None:
-    """At one masked place, for a discriminator's answers held fixed: the mean over draws is the exact gradient."""
+def test_reinforce_gradient_is_that_of_the_expected_reward() -> None:
+    """At one masked position, with the discriminator fixed: the mean over samples is the exact gradient."""
     objective = AdversarialRTD(noise="iid")
     model = model_of(objective)
     example = {"tokens": VOCAB.add_special_tokens(np.arange(20, 28))}
@@ -288,16 +294,16 @@ def test_reinforce_s_gradient_is_that_of_the_expected_reward() -> None:
         model.heads["baseline"].bias.fill_(0.3)
     count = 5000
     each = []
-    for i in range(count):  # an even grid of chances: what is left is the error of the grid
+    for i in range(count):  # an even grid of random numbers: only the error of the grid remains
         each.append(seen | {"chance": np.full(len(seen["tokens"]), (i + 0.5) / count, np.float32)})
-    batch = collate(each, asked_fields(objective))
+    batch = collate(each, label_fields(objective))
     outputs = objective.forward(model, batch)
-    outputs["guesses"].retain_grad()
+    outputs["logits"].retain_grad()
     terms = objective.loss(model, outputs, batch)
     terms["generator"].backward()
-    found = outputs["guesses"].grad.sum(0) / count
+    found = outputs["logits"].grad.sum(0) / count
     # Exactly: -d/dlogits of the sum over tokens of p(token) * reward(token).
-    logits = outputs["guesses"][0].detach().requires_grad_()
+    logits = outputs["logits"][0].detach().requires_grad_()
     with torch.no_grad():
         at = int((batch["labels"][0] != IGNORE).nonzero())
         tokens = batch["real"][0].repeat(60, 1)
@@ -311,19 +317,19 @@ def test_reinforce_s_gradient_is_that_of_the_expected_reward() -> None:
     torch.testing.assert_close(terms["reward"] / count, (logits.softmax(-1) * reward).sum().detach(), rtol=1e-2, atol=0)
 
 
-def test_the_baseline_learns_what_to_expect() -> None:
+def test_baseline_learns_the_expected_reward() -> None:
     objective = AdversarialRTD()
     model, batch = model_of(objective, spread=0.3), batch_of(objective)
     with torch.no_grad():
         model.heads["baseline"].bias.fill_(3.0)
         outputs = objective.forward(model, batch)
-    mover = Optimizer(OptimizerConfig(name="adamw", lr=0.03, weight_decay=0.0), model.heads["baseline"])
+    optimizer = Optimizer(OptimizerConfig(name="adamw", lr=0.03, weight_decay=0.0), model.heads["baseline"])
     errors = []
     for _ in range(300):
         terms = objective.loss(model, outputs, batch)
         terms["baseline"].backward()
         errors.append(float(terms["baseline"].detach()))
-        mover.step(1.0)
+        optimizer.step(1.0)
     count = int((batch["labels"] != IGNORE).sum())
     reward = float(terms["reward"]) / count
     assert errors[-1] < 0.5 * errors[0] and 0.1 < reward < 10
@@ -333,42 +339,42 @@ def test_the_baseline_learns_what_to_expect() -> None:
 
 def run(directory: Path, steps: int) -> LM:
     objective = RTD()
-    model = model_of(objective, replace(SHAPE, dropout=0.1), spread=0.0)
+    model = model_of(objective, replace(CONFIG, dropout=0.1), spread=0.0)
     batches = Batches(Chains(), objective, VOCAB, batch_size=6, seed=3, gradient_accumulation_steps=2)
     held = Batches(Chains(), objective, VOCAB, batch_size=9, seed=4)
-    told = train(
+    result = train(
         model, objective, batches, directory, budget=Budget(max_steps=steps), optimizer=OptimizerConfig(lr=0.01), recipe="r",
         config=TrainerConfig(save_every=2, eval_every=3, precision="fp32"), reporter=NullReporter(),
         evaluate=lambda m, _: validate(m, objective, held.all_batches()),
     )  # fmt: skip
-    assert {"valid/replaced_accuracy", "original_accuracy", "guessed"} <= told.metrics.keys()
+    assert {"valid/replaced_accuracy", "original_accuracy", "guessed"} <= result.metrics.keys()
     return model
 
 
-def test_electra_goes_on_bit_for_bit(tmp_path: Path) -> None:
+def test_electra_resumes_bit_for_bit(tmp_path: Path) -> None:
     torch.set_num_threads(1)
-    whole = run(tmp_path / "whole", 6)
+    full = run(tmp_path / "full", 6)
     run(tmp_path / "parts", 6)
     saved = tmp_path / "parts" / "checkpoints"
     shutil.rmtree(saved / "step-000006")
     assert [path.name for path in saved.iterdir()] == ["step-000004"]
     resumed = run(tmp_path / "parts", 6)
-    assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), resumed.parameters(), strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(full.parameters(), resumed.parameters(), strict=True))
     assert resumed.heads["generator"].tokens.weight is resumed.tokens.weight
 
 
-def test_a_generator_begins_with_the_frequencies_of_the_text() -> None:
+def test_generator_head_starts_with_token_frequencies() -> None:
     objective = RTD(mlm_probability=0.5)
     model = LM(config := encoder_config(60, 64, 2, max_positions=64), objective.heads(config))
     batches = Batches(Chains(), objective, VOCAB, batch_size=20, seed=3)
     assert init_head(model, objective, batches) > 10_000
     labels = torch.cat([b["labels"].flatten() for s in range(200) for b in batches.batches(s)])
     found = torch.bincount(labels[labels != IGNORE], minlength=60).double()
-    said = model.heads["generator"].parts["lm"].bias.softmax(-1)
-    assert float((said - found / found.sum()).abs().max().detach()) < 2e-3
+    initial = model.heads["generator"].heads["lm"].bias.softmax(-1)
+    assert float((initial - found / found.sum()).abs().max().detach()) < 2e-3
 
 
-def test_held_out_text_is_scored_alike_whatever_the_random_state() -> None:
+def test_validation_does_not_depend_on_the_random_state() -> None:
     objective = RTD()
     model = model_of(objective).eval()
     found = []
@@ -379,7 +385,7 @@ def test_held_out_text_is_scored_alike_whatever_the_random_state() -> None:
     assert found[0] == found[1] and found[0]["replaced_share"] > 0.05
 
 
-# All of them
+# All objectives
 
 ALL = {
     "sop + mlm": SOP() + MLM(noise="ngrams"),
@@ -392,28 +398,28 @@ ALL = {
 
 
 @pytest.mark.parametrize("name", ALL)
-def test_ten_steps_on_one_batch_lower_every_term(name: str) -> None:
-    """But for the generator that is paid for what it draws, which has a reward and no loss, and for what it expects."""
+def test_ten_steps_lower_every_term(name: str) -> None:
+    """Except those of the adversarial generator, which has a reward and no loss, and of its baseline."""
     objective = ALL[name]
     model, batch = model_of(objective, spread=0.0), batch_of(objective)
-    mover = Optimizer(OptimizerConfig(name="adamw", lr=3e-3), model)
+    optimizer = Optimizer(OptimizerConfig(name="adamw", lr=3e-3), model)
     first = step(model, objective, [batch])
     for _ in range(10):
-        mover.step(1.0)
+        optimizer.step(1.0)
         last = step(model, objective, [batch])
     for term in objective.labels.keys() - ({"generator", "baseline"} if name == "adversarial rtd" else set()):
         assert last[term] < first[term], term
 
 
 @pytest.mark.parametrize("name", ALL)
-def test_split_batches_have_the_gradient_of_whole_ones(name: str) -> None:
+def test_split_batches_have_the_same_gradient(name: str) -> None:
     objective = ALL[name]
-    model, rows = model_of(objective, spread=0.05), shown(objective, 9)
+    model, rows = model_of(objective, spread=0.05), build_examples(objective, 9)
     found = []
-    fields = asked_fields(objective)
-    for cut in ([rows], [rows[:2], rows[2:3], rows[3:]]):
+    fields = label_fields(objective)
+    for parts in ([rows], [rows[:2], rows[2:3], rows[3:]]):
         model.zero_grad()
-        step(model, objective, [collate(some, fields) for some in cut])
+        step(model, objective, [collate(some, fields) for some in parts])
         found.append({n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None})
     assert found[0].keys() == found[1].keys()
     for key, grad in found[0].items():
@@ -421,8 +427,8 @@ def test_split_batches_have_the_gradient_of_whole_ones(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ALL)
-def test_what_was_hidden_moves_nothing_that_is_shown(name: str) -> None:
-    """Another token in a hidden place: all states are what they were, those of a discriminator too if the same is drawn."""
+def test_masked_tokens_do_not_change_the_states(name: str) -> None:
+    """Another token at a masked position: all states are the same, those of a discriminator too for the same samples."""
     changed, moved = 0, 0
     objective = ALL[name]
     if "tokens" in objective.labels:
@@ -434,7 +440,7 @@ def test_what_was_hidden_moves_nothing_that_is_shown(name: str) -> None:
         )
     model = model_of(objective).eval()
     for index in range(10):
-        example = source(objective)[index]
+        example = source_of(objective)[index]
         seen = objective.build_example(example, VOCAB, np.random.default_rng(index))
         at = np.flatnonzero(seen["labels"] != IGNORE)
         if not len(at):
@@ -450,12 +456,12 @@ def test_what_was_hidden_moves_nothing_that_is_shown(name: str) -> None:
         for field, value in outputs[0].items():
             assert torch.equal(value, outputs[1][field]), field
         changed += 1
-        lost = [objective.loss(model, o, b) for o, b in zip(outputs, batches, strict=True)]
-        moved += any(lost[0][term] != lost[1][term] for term in lost[0])
+        losses = [objective.loss(model, o, b) for o, b in zip(outputs, batches, strict=True)]
+        moved += any(losses[0][term] != losses[1][term] for term in losses[0])
     assert changed > 5 and moved == changed
 
 
-def test_a_decoder_is_refused() -> None:
+def test_a_decoder_is_rejected() -> None:
     from firth.model.config import decoder_config
 
     for objective in ALL.values():
@@ -464,7 +470,7 @@ def test_a_decoder_is_refused() -> None:
         check_pattern(objective, encoder_config(60, 64, 2))
 
 
-def test_settings_of_rtd_that_mean_nothing_are_refused() -> None:
+def test_invalid_settings_are_rejected() -> None:
     for bad in (0.0, 1.5):
         with pytest.raises(UserError, match=r"objective.generator_size=.* must be above 0 and at most 1"):
             RTD(generator_size=bad)

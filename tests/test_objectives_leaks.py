@@ -1,12 +1,11 @@
-"""What is asked is hidden: of every objective's view, for every way of hiding.
+"""No leaks: what an objective predicts is hidden from the model, for every objective and every way of hiding.
 
-A token is changed in the example, and the view drawn again from the same random numbers. Whatever is asked for that token
-must find nothing moved of all that it can see: not the tokens, not where the holes are, not what can be seen. What it can
-see is followed through as many layers as there may be, over what the seen tokens see. Where a token is shown on purpose
-(MLM's tenth, a damaged text that still holds it) that is counted, and is as often as it should be at most.
+A token is changed in the example, and the training example built again with the same random numbers. At a position that
+predicts this token nothing may change of all that it can see: not the tokens, not where the gaps are, not the attention
+mask. Visibility is followed through any number of layers, over what the visible tokens see. Where a token is shown on
+purpose (a tenth of MLM's, a corrupted text that still holds it) it is counted, and at most the expected share may be.
 
-What is asked of a whole text (its class, its score) stands in a field of the example: another answer there moves nothing
-but the answer.
+The label of a whole text (its class, its score) is a field of the example: another label changes only the label fields.
 """
 
 from __future__ import annotations
@@ -18,7 +17,16 @@ from typing import Any
 
 import numpy as np
 import pytest
-from test_objectives_views import CASES, VOCAB, bare, framed, labelled, partly, some_text, tagged
+from test_objectives_views import (
+    CASES,
+    VOCAB,
+    labeled,
+    partially_labeled,
+    plain_text,
+    some_text,
+    special_tokens_text,
+    tagged,
+)
 
 from firth import objectives
 from firth.data import layout
@@ -72,8 +80,8 @@ def ranked(rng: np.random.Generator) -> Example:
     return {"answers": answers, "masks": [np.arange(len(a)) > 2 for a in answers], "rank": rng.permutation(3)}
 
 
-def voted(rng: np.random.Generator) -> Example:
-    return labelled(rng) | {"votes": rng.integers(0, 3, 4)}
+def annotated(rng: np.random.Generator) -> Example:
+    return labeled(rng) | {"votes": rng.integers(0, 3, 4)}
 
 
 def question(rng: np.random.Generator) -> Example:
@@ -81,45 +89,57 @@ def question(rng: np.random.Generator) -> Example:
     return {"options": options, "label": int(rng.integers(3))}
 
 
-def related(rng: np.random.Generator) -> Example:
+def similar_pair(rng: np.random.Generator) -> Example:
     return layout.pair(some_text(rng, 6), some_text(rng, 5), VOCAB) | {"label": int(rng.integers(2))}
 
 
-EVERY: dict[str, tuple[Objective, Callable[[np.random.Generator], Example]]] = CASES | {
-    "mlm in n-grams": (MLM(noise="ngrams"), framed),
-    "mlm in spans": (MLM(noise="geometric"), framed),
-    "bilm": (BiLM(), bare),
-    "vae": (VAE(latent_size=3, word_dropout=0.3), bare),
+ALL_CASES: dict[str, tuple[Objective, Callable[[np.random.Generator], Example]]] = CASES | {
+    "mlm in n-grams": (MLM(noise="ngrams"), special_tokens_text),
+    "mlm in spans": (MLM(noise="geometric"), special_tokens_text),
+    "bilm": (BiLM(), plain_text),
+    "vae": (VAE(latent_size=3, word_dropout=0.3), plain_text),
     "sft": (SFT(), dialogue),
-    "text to text": (Seq2SeqSFT(), paired),
+    "seq2seq": (Seq2SeqSFT(), paired),
     "reinforce": (Reinforce(), dialogue),
     "ppo": (PPO(), dialogue),
     "dpo": (DPO(), compared),
     "ranking": (Ranking(num_answers=4), ranked),
-    "weak": (MultiAnnotator(class_names=("a", "b", "c")), voted),
+    "multi annotator": (MultiAnnotator(class_names=("a", "b", "c")), annotated),
     "multiple choice": (MultipleChoice(), question),
-    "mixed + tagging": (LayerMixture() + TokenClassification(class_names=("a", "b", "c")), tagged),
-    "contrastive, labelled": (Contrastive(), related),
-    "rtd in spans": (RTD(noise="geometric"), framed),
-    "mpnet by words": (MPNet(noise="words"), framed),
-    "consistency in spans": (Consistency(class_names=("a", "b", "c"), noise="spans"), partly),
+    "layer mixture + tagging": (LayerMixture() + TokenClassification(class_names=("a", "b", "c")), tagged),
+    "contrastive, labeled": (Contrastive(), similar_pair),
+    "rtd in spans": (RTD(noise="geometric"), special_tokens_text),
+    "mpnet by words": (MPNet(noise="words"), special_tokens_text),
+    "consistency in spans": (Consistency(class_names=("a", "b", "c"), noise="spans"), partially_labeled),
 }  # fmt: skip
 NOTHING_IS_HIDDEN = {
-    "word2vec": "each word is read by itself, and its neighbours are the answer: no state sees another token",
-    "infonce": "the text is its own answer, read twice and whole",
-    "reward": "both answers are read whole, each in a row of its own, and the better one always comes first",
-    "penalty": "it asks nothing of a text; with MLM it is among the cases",
+    "word2vec": "each word is encoded by itself and predicts its neighbors: no state sees another token",
+    "infonce": "a text is its own positive, encoded twice and in full",
+    "reward_model": "both answers are shown in full, each in a row of its own, and the better one always comes first",
+    "weight_penalty": "it predicts nothing; with MLM it is among the cases",
 }
-"""Objectives that are not among the cases, and why they need not be."""
-TEXTS = ("tokens", "first", "second", "other", "source", "target", "chosen_tokens", "rejected_tokens")
-"""Fields of an example that hold tokens which are asked for."""
-ASKED = ("labels", "boundary", "next", "previous")
-"""Fields of a view that hold tokens where they are asked for."""
-ANSWERS = ("sure", "clean", "votes", "similar", "alike", "compared", "starts", "ends", "choice", "rank", "preferred")
-"""Fields of a view that no trunk reads as a text to be judged, beside those that are named as targets and measures. (`clean`:
-what a consistency's target is made from.)"""
-OPEN = {"denoise by permutation", "denoise by rotation", "vae"}
-"""What hides no token from its encoder: only the order, or nothing (an autoencoder)."""
+"""Objectives that are not among the cases -> the reason."""
+TOKEN_FIELDS = ("tokens", "first", "second", "other", "source", "target", "chosen_tokens", "rejected_tokens")
+"""Fields of an example that hold tokens to predict."""
+TOKEN_LABELS = ("labels", "boundary", "next", "previous")
+"""Fields of a training example that hold token labels."""
+HIDDEN_FIELDS = (
+    "sure",
+    "clean",
+    "votes",
+    "similar",
+    "alike",
+    "compared",
+    "starts",
+    "ends",
+    "choice",
+    "rank",
+    "preferred",
+)
+"""Fields of a training example that are not model inputs, besides those named in labels and metrics. (`clean` is the input of
+a consistency target.)"""
+NOT_HIDDEN = {"denoising by permutation", "denoising by rotation", "vae"}
+"""Cases that hide no token from the encoder: only the order, or nothing (an autoencoder)."""
 
 
 class One(Source):
@@ -135,17 +155,17 @@ class One(Source):
         return self.example
 
 
-def drawn(objective: Objective, example: Example, seed: int) -> Example:
-    """The view as a run draws it."""
+def build_example(objective: Objective, example: Example, seed: int) -> Example:
+    """Build the training example as a run does."""
     [shown] = Batches(One(example), objective, VOCAB, batch_size=1, seed=seed).shown(np.array([3]), np.array([0]))
     return shown
 
 
-def distinct(example: Example, rng: np.random.Generator) -> Example:
-    """The example with no token twice, so that each can be told apart; control tokens stay."""
+def with_distinct_tokens(example: Example, rng: np.random.Generator) -> Example:
+    """Return the example with no ordinary token twice, so that each can be identified."""
     fresh = rng.permutation(VOCAB.ordinary)
     out = dict(example)
-    for name in TEXTS:
+    for name in TOKEN_FIELDS:
         if name in out:
             text = np.array(out[name])
             at = np.flatnonzero(text >= FIRST)
@@ -154,36 +174,34 @@ def distinct(example: Example, rng: np.random.Generator) -> Example:
     return out
 
 
-def stand_in(token: int, example: Example) -> int | None:
-    """Another token that the example has not, and that words, sentences, names and numbers are no different for."""
+def substitute(token: int, example: Example) -> int | None:
+    """Return a token missing from the example with the same spelling, so that words and sentences stay the same."""
     assert VOCAB.spelling is not None
     spelled = VOCAB.spelling[token]
-    there = np.concatenate([np.ravel(example[name]) for name in TEXTS if name in example])
-    like = [t for t in VOCAB.ordinary.tolist() if VOCAB.spelling[t] == spelled and t not in there]
+    present = np.concatenate([np.ravel(example[name]) for name in TOKEN_FIELDS if name in example])
+    like = [t for t in VOCAB.ordinary.tolist() if VOCAB.spelling[t] == spelled and t not in present]
     return like[0] if like else None
 
 
-def changed(example: Example, token: int, other: int) -> Example:
-    return example | {n: np.where(example[n] == token, other, example[n]) for n in TEXTS if n in example}
+def with_token(example: Example, token: int, other: int) -> Example:
+    return example | {n: np.where(example[n] == token, other, example[n]) for n in TOKEN_FIELDS if n in example}
 
 
-def reached(shown: Example, term: str) -> np.ndarray:
-    """Whether what stands at j can come to be known at i: (rows, T, T), through any number of layers."""
+def visibility(shown: Example, term: str) -> np.ndarray:
+    """Return whether position i can depend on position j, through any number of layers: (rows, T, T)."""
     tokens = np.atleast_2d(shown["tokens"])
     rows, n = tokens.shape
-    if (
-        term in ("next", "previous") and "query_time" not in shown and "previous" in shown
-    ):  # two readers who do not meet
+    if term in ("next", "previous") and "query_time" not in shown and "previous" in shown:  # two separate directions
         ahead = np.tri(n, dtype=bool)
         return (ahead if term == "next" else ahead.T)[None]
 
     def field(name: str, fill: int) -> np.ndarray:
         return np.broadcast_to(np.atleast_2d(shown.get(name, np.full(n, fill))), (rows, n))
 
-    looks, document = field("query_time", 0)[:, :, None], field("document_ids", 0)
-    sees = (field("key_time", 0)[:, None] <= looks) & (looks < field("key_expiry", NEVER)[:, None])
+    query_time, document = field("query_time", 0)[:, :, None], field("document_ids", 0)
+    sees = (field("key_time", 0)[:, None] <= query_time) & (query_time < field("key_expiry", NEVER)[:, None])
     sees &= document[:, None] == document[:, :, None]
-    sees |= np.eye(n, dtype=bool)  # its own place it reads, seen by others or not
+    sees |= np.eye(n, dtype=bool)  # a position always sees itself
     for _ in range(n.bit_length()):
         sees = (sees.astype(np.float32) @ sees.astype(np.float32)) > 0
     return sees
@@ -191,89 +209,101 @@ def reached(shown: Example, term: str) -> np.ndarray:
 
 @dataclass
 class Count:
-    """asked: tokens that were asked for. shown: of those, the ones that stood where the asking place sees. hidden: those that
-    could be changed and were seen nowhere."""
+    """Counts of predicted tokens.
 
-    asked: int = 0
+    Args:
+        supervised: Tokens with a label.
+        shown: Those visible where they are predicted.
+        hidden: Those that could be changed and were visible nowhere.
+    """
+
+    supervised: int = 0
     shown: int = 0
     hidden: int = 0
 
 
-def refuse_leaks(objective: Objective, example: Example, seed: int, count: Count, source_is_text: bool = False) -> None:
-    """AssertionError if another hidden token would have been noticed. Adds to `count`."""
-    shown = drawn(objective, example, seed)
-    answers = {*objective.labels.values(), *objective.metrics.values(), *ANSWERS, *ASKED}
+def check_no_leaks(
+    objective: Objective, example: Example, seed: int, count: Count, source_is_text: bool = False
+) -> None:
+    """Raise an AssertionError if changing a hidden token changes what is visible. Adds to `count`."""
+    shown = build_example(objective, example, seed)
+    hidden_fields = {*objective.labels.values(), *objective.metrics.values(), *HIDDEN_FIELDS, *TOKEN_LABELS}
     source = {name for name in shown if name.startswith("source_")}
-    row = sorted(n for n in shown.keys() - answers - source if np.shape(shown[n])[-1:] == shown["tokens"].shape[-1:])
-    rest = shown.keys() - answers - source - set(row)
+    row = sorted(
+        n for n in shown.keys() - hidden_fields - source if np.shape(shown[n])[-1:] == shown["tokens"].shape[-1:]
+    )
+    rest = shown.keys() - hidden_fields - source - set(row)
     texts = [n for n in row if n in ("tokens", "gaps")]
-    mine = {t for name in TEXTS if name in example for t in np.ravel(example[name]).tolist() if t >= FIRST}
-    for term in set(ASKED) & shown.keys():
-        sees = reached(shown, term)
+    own_tokens = {t for name in TOKEN_FIELDS if name in example for t in np.ravel(example[name]).tolist() if t >= FIRST}
+    for term in set(TOKEN_LABELS) & shown.keys():
+        sees = visibility(shown, term)
         for r, p in np.argwhere(np.atleast_2d(shown[term]) != IGNORE):
             token = int(np.atleast_2d(shown[term])[r, p])
-            if token not in mine:
+            if token not in own_tokens:
                 continue
-            count.asked += 1
+            count.supervised += 1
             if any(token in np.atleast_2d(shown[n])[r, sees[r, p]] for n in texts):
                 count.shown += 1
                 continue
-            other = stand_in(token, example)
+            other = substitute(token, example)
             if other is None:
                 continue
-            again = drawn(objective, changed(example, token, other), seed)
+            again = build_example(objective, with_token(example, token, other), seed)
             assert again.keys() == shown.keys()
             assert np.shape(again[term]) == np.shape(shown[term])
-            assert np.atleast_2d(again[term])[r, p] == other, "what is asked for, and nothing else, is another token"
-            assert np.array_equal(reached(again, term)[r, p], sees[r, p])
+            assert np.atleast_2d(again[term])[r, p] == other, "only the label changes to the other token"
+            assert np.array_equal(visibility(again, term)[r, p], sees[r, p])
             for name in row:
                 was, now = (
-                    np.atleast_2d(view[name])[r % len(np.atleast_2d(view[name])), sees[r, p]] for view in (shown, again)
+                    np.atleast_2d(built[name])[r % len(np.atleast_2d(built[name])), sees[r, p]]
+                    for built in (shown, again)
                 )
-                assert np.array_equal(was, now), f"{name} tells of a token that is hidden"
+                assert np.array_equal(was, now), f"{name} depends on a hidden token"
             assert all(np.array_equal(shown[n], again[n]) for n in rest)
             if not source_is_text and "source_tokens" in shown and token not in shown["source_tokens"]:
-                assert all(np.array_equal(shown[n], again[n]) for n in source), "the source tells of a hidden token"
+                assert all(np.array_equal(shown[n], again[n]) for n in source), "the source depends on a hidden token"
             count.hidden += token not in shown.get("source_tokens", ())
 
 
-def searched(objective: Objective, source: Callable[[np.random.Generator], Example]) -> Count:
+def count_leaks(objective: Objective, source: Callable[[np.random.Generator], Example]) -> Count:
     count = Count()
     for seed in range(16):
         rng = np.random.default_rng(seed)
-        refuse_leaks(objective, distinct(source(rng), rng), seed, count, source_is_text=isinstance(objective, VAE))
+        check_no_leaks(
+            objective, with_distinct_tokens(source(rng), rng), seed, count, source_is_text=isinstance(objective, VAE)
+        )
     return count
 
 
-def addends(objective: Objective) -> Iterator[Objective]:
+def components(objective: Objective) -> Iterator[Objective]:
     if isinstance(objective, Sum):
-        yield from (*addends(objective.first), *addends(objective.second))
+        yield from (*components(objective.first), *components(objective.second))
     else:
         yield objective
 
 
-def share_shown(name: str, objective: Objective) -> float:
-    """At most so much of what is asked for may be seen: a tenth of what MLM asks for is shown as it is, and some tokens
-    come back by chance; a damaged text in the same row holds most of what it was."""
-    if name == "denoise in one row":
+def max_shown_share(name: str, objective: Objective) -> float:
+    """Return the largest share of labels that may be visible: a tenth of MLM's are shown unchanged and some tokens recur by
+    chance; a corrupted text in the same row holds most of the original."""
+    if name == "denoising in one row":
         return 1.0
-    return 0.25 if any(isinstance(one, MLM | MPNet) for one in addends(objective)) else 0.0
+    return 0.25 if any(isinstance(one, MLM | MPNet) for one in components(objective)) else 0.0
 
 
-TOKENS = [
-    n for n, (o, source) in EVERY.items()
-    if {*ASKED} & o.build_example(source(np.random.default_rng(0)), VOCAB, np.random.default_rng(0)).keys()
+TOKEN_CASES = [
+    n for n, (o, source) in ALL_CASES.items()
+    if {*TOKEN_LABELS} & o.build_example(source(np.random.default_rng(0)), VOCAB, np.random.default_rng(0)).keys()
 ]  # fmt: skip
-"""The cases that ask for tokens."""
+"""The cases that predict tokens."""
 
 
-@pytest.mark.parametrize("name", TOKENS)
-def test_another_hidden_token_moves_nothing_that_is_seen(name: str) -> None:
-    objective, source = EVERY[name]
-    count = searched(objective, source)
-    assert count.asked > 20
-    assert count.shown <= share_shown(name, objective) * count.asked
-    assert (count.hidden > 10) != (name in OPEN)
+@pytest.mark.parametrize("name", TOKEN_CASES)
+def test_hidden_tokens_change_nothing_visible(name: str) -> None:
+    objective, source = ALL_CASES[name]
+    count = count_leaks(objective, source)
+    assert count.supervised > 20
+    assert count.shown <= max_shown_share(name, objective) * count.supervised
+    assert (count.hidden > 10) != (name in NOT_HIDDEN)
 
 
 CHANGES: dict[str, Callable[[Any], Any]] = {
@@ -286,76 +316,76 @@ CHANGES: dict[str, Callable[[Any], Any]] = {
     "end": lambda end: end + 1 if end >= 0 else end,
     "rank": lambda rank: rank[::-1],
 }
-"""Answers that stand in an example -> others."""
-WHOLE = [n for n, (_, source) in EVERY.items() if CHANGES.keys() & source(np.random.default_rng(0)).keys()]
+"""Label field of an example -> a function that changes the label."""
+LABELED = [n for n, (_, source) in ALL_CASES.items() if CHANGES.keys() & source(np.random.default_rng(0)).keys()]
 
 
-@pytest.mark.parametrize("name", WHOLE)
-def test_another_answer_moves_nothing_but_the_answer(name: str) -> None:
-    objective, source = EVERY[name]
-    answers = {*objective.labels.values(), *objective.metrics.values(), *ANSWERS}
+@pytest.mark.parametrize("name", LABELED)
+def test_labels_change_only_label_fields(name: str) -> None:
+    objective, source = ALL_CASES[name]
+    hidden_fields = {*objective.labels.values(), *objective.metrics.values(), *HIDDEN_FIELDS}
     moved = 0
     for seed in range(30):
         example = source(np.random.default_rng(seed))
         if "end" in example and example["end"] + 1 >= len(example["tokens"]):
             continue
         other = example | {n: change(example[n]) for n, change in CHANGES.items() if n in example}
-        shown, again = (drawn(objective, one, seed) for one in (example, other))
-        for field in shown.keys() - answers:
-            assert np.array_equal(shown[field], again[field]), f"{field} tells the answer"
-        moved += any(not np.array_equal(shown[field], again[field]) for field in shown.keys() & answers)
+        shown, again = (build_example(objective, one, seed) for one in (example, other))
+        for field in shown.keys() - hidden_fields:
+            assert np.array_equal(shown[field], again[field]), f"{field} depends on the label"
+        moved += any(not np.array_equal(shown[field], again[field]) for field in shown.keys() & hidden_fields)
     assert moved > 10
 
 
 @pytest.mark.parametrize("noise", ["iid", "spans"])
-def test_a_text_that_is_to_be_read_alike_does_not_tell_what_was_masked(noise: Any) -> None:
-    """Consistency: the learner's text, where the teacher's is whole."""
+def test_consistency_hides_the_masked_tokens(noise: Any) -> None:
+    """The masked copy does not depend on the masked tokens, though the clean copy holds them."""
     objective, hidden = Consistency(class_names=("a", "b", "c"), noise=noise, mlm_probability=0.3), 0
     for seed in range(20):
         rng = np.random.default_rng(seed)
-        example = distinct(partly(rng), rng) | {"label": IGNORE}
-        shown = drawn(objective, example, seed)
+        example = with_distinct_tokens(partially_labeled(rng), rng) | {"label": IGNORE}
+        shown = build_example(objective, example, seed)
         for token in example["tokens"][shown["tokens"] == VOCAB.mask].tolist():
-            other = stand_in(token, example)
+            other = substitute(token, example)
             if other is not None:
-                again = drawn(objective, changed(example, token, other), seed)
+                again = build_example(objective, with_token(example, token, other), seed)
                 assert np.array_equal(again["tokens"], shown["tokens"])
                 assert other in again["clean"]
                 hidden += 1
     assert hidden > 50
 
 
-def test_the_segment_that_is_not_shown_moves_nothing() -> None:
-    """NSP: what would have followed, where a stranger does, and the stranger where it does not."""
-    strangers = 0
+def test_the_unused_segment_changes_nothing() -> None:
+    """NSP: the true continuation where a random segment is shown, and the random segment where it is not."""
+    num_random = 0
     for seed in range(40):
-        example = EVERY["nsp + mlm"][1](np.random.default_rng(seed))
-        shown = drawn(NSP() + MLM(), example, seed)
-        stranger = int(shown["next"][0])
-        unseen = "second" if stranger else "other"
-        again = drawn(NSP() + MLM(), example | {unseen: example[unseen][::-1]}, seed)
+        example = ALL_CASES["nsp + mlm"][1](np.random.default_rng(seed))
+        shown = build_example(NSP() + MLM(), example, seed)
+        is_random = int(shown["next"][0])
+        unseen = "second" if is_random else "other"
+        again = build_example(NSP() + MLM(), example | {unseen: example[unseen][::-1]}, seed)
         assert all(np.array_equal(shown[name], again[name]) for name in shown)
-        strangers += stranger
-    assert 5 < strangers < 35
+        num_random += is_random
+    assert 5 < num_random < 35
 
 
-class Telling(MLM):
-    """The masks lie where all tokens say, the hidden ones too, as ours once did."""
+class LeakyMasks(MLM):
+    """MLM whose masks depend on all tokens, the masked ones too (a former bug)."""
 
     def build_example(self, example: Example, vocab: Vocab, rng: np.random.Generator) -> Example:
         return super().build_example(example, vocab, np.random.default_rng(zlib.crc32(example["tokens"].tobytes())))
 
 
-class Ahead(CausalLM):
-    """The moments of a text, of which one is off by one."""
+class LeakyCausalMask(CausalLM):
+    """Causal LM with one query time off by one."""
 
     def build_example(self, example: Example, vocab: Vocab, rng: np.random.Generator) -> Example:
         seen = super().build_example(example, vocab, rng)
         return seen | {"query_time": seen["query_time"] + (np.arange(len(seen["query_time"])) == 2)}
 
 
-class Told(TokenObjective):
-    """A source that is as long as the answer's greatest token says."""
+class LeakySource(TokenObjective):
+    """A source whose length depends on the last token of the target."""
 
     def build_example(self, example: Example, vocab: Vocab, rng: np.random.Generator) -> Example:
         source = np.full(3 + int(example["tokens"][-1]) % 2, vocab.mask)
@@ -364,16 +394,16 @@ class Told(TokenObjective):
 
 def test_leaks_are_found() -> None:
     with pytest.raises(AssertionError):
-        searched(Telling(), framed)
-    with pytest.raises(AssertionError, match="the source tells of a hidden token"):
-        searched(Told(), bare)
-    assert searched(Ahead(), bare).shown, "a token that is seen where it is asked for is counted, and none may be"
+        count_leaks(LeakyMasks(), special_tokens_text)
+    with pytest.raises(AssertionError, match="the source depends on a hidden token"):
+        count_leaks(LeakySource(), plain_text)
+    assert count_leaks(LeakyCausalMask(), plain_text).shown, "tokens visible where they are predicted are counted"
 
 
-def test_every_objective_is_here_or_hides_nothing() -> None:
-    here = {type(one) for objective, _ in EVERY.values() for one in addends(objective)}
+def test_every_objective_is_a_case_or_hides_nothing() -> None:
+    here = {type(one) for objective, _ in ALL_CASES.values() for one in components(objective)}
     for name in objectives.OBJECTIVES:
         assert (objectives.find(name) in here) or name in NOTHING_IS_HIDDEN, name
-    asked = {type(one) for n in {*TOKENS, *WHOLE} for one in addends(EVERY[n][0])}
-    assert here - asked == set(), "each case is in a test"
-    assert PseudoLabels in asked
+    tested = {type(one) for n in {*TOKEN_CASES, *LABELED} for one in components(ALL_CASES[n][0])}
+    assert here - tested == set(), "each case is in a test"
+    assert PseudoLabels in tested

@@ -1,4 +1,4 @@
-"""word2vec against its definition written out; the two language models of ELMo; mixtures of layers; tagging."""
+"""word2vec against its definition; the bidirectional language model of ELMo; layer mixtures; token classification."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from firth.objectives.layer_mixture import LayerMixture
 from firth.objectives.objective import Objective
 from firth.objectives.token_classification import TokenClassification
 from firth.objectives.word2vec import Word2Vec
-from firth.recipes.recurrent import bilm
+from firth.recipes.recurrent import elmo_config
 from firth.tokenizer.vocab import Vocab
 from firth.train.optimizer import Optimizer, OptimizerConfig
 from firth.train.step import step
@@ -54,7 +54,7 @@ def sentence(rng: np.random.Generator) -> Example:
     return running(rng, int(rng.integers(3, 20)))
 
 
-ELMO = bilm(60, 24, 2, characters=8, filters=64)
+ELMO = elmo_config(60, 24, 2, characters=8, filters=64)
 CASES = {
     "skip-gram": (Word2Vec(noise_words=7), words, word_vector_config(60, 16)),
     "cbow": (Word2Vec(algorithm="cbow", noise_words=7), words, word_vector_config(60, 16)),
@@ -67,8 +67,8 @@ CASES = {
         ),
     ),
     "tagging": (TokenClassification(class_names=("a", "b", "c", "d")), tagged, recurrent_config(60, 16, 2, "gru")),
-    "mixed + tagging": (LayerMixture() + TokenClassification(class_names=("a", "b", "c", "d")), tagged, ELMO),
-    "mixed, learning": (
+    "layer mixture + tagging": (LayerMixture() + TokenClassification(class_names=("a", "b", "c", "d")), tagged, ELMO),
+    "layer mixture, trained": (
         LayerMixture(frozen=False) + TokenClassification(class_names=("a", "b", "c", "d")),
         tagged,
         ModelConfig(60, 16, 2, 2, causal=False, max_positions=64),
@@ -76,46 +76,46 @@ CASES = {
 }
 
 
-def made(name: str) -> tuple[Objective, LM, list[Example]]:
+def build_case(name: str) -> tuple[Objective, LM, list[Example]]:
     objective, source, config = CASES[name]
     torch.manual_seed(0)
     model = LM(config, objective.heads(config))
     model.set_token_characters([f"{i} piece" for i in range(60)])
-    if "context" in model.heads:  # zeros, at first, hide mistakes
+    if "context" in model.heads:  # the initial zeros would hide mistakes
         torch.nn.init.normal_(model.heads["context"].weight, std=0.5)
         torch.nn.init.normal_(model.tokens.weight, std=0.5)
     rng = np.random.default_rng(0)
     return objective, model, [objective.build_example(source(rng), VOCAB, rng) for _ in range(6)]
 
 
-def asked(objective: Objective) -> set[str]:
+def label_fields(objective: Objective) -> set[str]:
     return {*objective.labels.values(), *objective.metrics.values()}
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_a_view_is_a_pure_function_of_example_and_seed(name: str) -> None:
+def test_build_example_is_a_pure_function(name: str) -> None:
     objective, source, _ = CASES[name]
     for seed in range(30):
         example = source(np.random.default_rng(seed))
         before = {k: np.copy(v) for k, v in example.items()}
         shown, again = (objective.build_example(example, VOCAB, np.random.default_rng(seed)) for _ in range(2))
-        assert shown.keys() == again.keys() >= asked(objective)
+        assert shown.keys() == again.keys() >= label_fields(objective)
         assert all(np.array_equal(shown[k], again[k]) for k in shown)
         assert all(np.array_equal(example[k], before[k]) for k in before)
-        assert all(shown[field].shape == shown["tokens"].shape for field in asked(objective))
+        assert all(shown[field].shape == shown["tokens"].shape for field in label_fields(objective))
 
 
-def found(objective: Objective, model: LM, batches: list) -> tuple[dict[str, float], torch.Tensor]:
+def terms_and_gradient(objective: Objective, model: LM, batches: list) -> tuple[dict[str, float], torch.Tensor]:
     model.zero_grad()
     terms = {k: float(v) for k, v in step(model, objective, batches).items()}
     return terms, torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_split_padded_and_packed_batches_have_one_loss_and_gradient(name: str) -> None:
-    objective, model, shown = made(name)
-    fields = asked(objective)
-    whole, gradient = found(objective, model, [collate(shown, fields)])
+def test_split_and_packed_batches_have_the_same_gradient(name: str) -> None:
+    objective, model, shown = build_case(name)
+    fields = label_fields(objective)
+    full, gradient = terms_and_gradient(objective, model, [collate(shown, fields)])
     others = [[collate(shown[:2], fields), collate(shown[2:], fields)]]
     if "noise" in shown[0]:
         with pytest.raises(UserError, match="cannot be packed"):
@@ -123,27 +123,27 @@ def test_split_padded_and_packed_batches_have_one_loss_and_gradient(name: str) -
     else:
         others.append([pack(shown, 64, fields)])
     for batches in others:
-        terms, other = found(objective, model, batches)
-        assert terms == pytest.approx(whole, rel=1e-5)
+        terms, other = terms_and_gradient(objective, model, batches)
+        assert terms == pytest.approx(full, rel=1e-5)
         torch.testing.assert_close(other, gradient, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_ten_steps_on_one_batch_lower_every_term(name: str) -> None:
-    objective, model, shown = made(name)
-    batch = collate(shown, asked(objective))
-    mover = Optimizer(OptimizerConfig(name="adamw", lr=1e-2, weight_decay=0.0), model)
+def test_ten_steps_lower_every_term(name: str) -> None:
+    objective, model, shown = build_case(name)
+    batch = collate(shown, label_fields(objective))
+    optimizer = Optimizer(OptimizerConfig(name="adamw", lr=1e-2, weight_decay=0.0), model)
     first = step(model, objective, [batch])
     for _ in range(10):
-        mover.step(1.0)
+        optimizer.step(1.0)
         last = step(model, objective, [batch])
     assert all(last[term] < first[term] for term in objective.labels)
 
 
 @pytest.mark.parametrize("algorithm", ["skipgram", "cbow"])
-def test_word2vec_is_its_definition_written_out(algorithm: str) -> None:
-    """Pair by pair, and for the noise: k times the mean over the row's noise words, for each pair."""
-    objective, model, shown = made("skip-gram" if algorithm == "skipgram" else "cbow")
+def test_word2vec_is_its_definition(algorithm: str) -> None:
+    """Pair by pair; noise: k times the mean over the row's noise words, for each pair."""
+    objective, model, shown = build_case("skip-gram" if algorithm == "skipgram" else "cbow")
     x, c = model.tokens.weight, model.heads["context"].weight
     wanted = torch.zeros(())
     for row in shown:
@@ -164,7 +164,7 @@ def test_word2vec_is_its_definition_written_out(algorithm: str) -> None:
         torch.testing.assert_close(b, a, rtol=1e-4, atol=1e-5)
 
 
-def test_windows_are_drawn_alike_and_stay_in_their_document() -> None:
+def test_windows_are_uniform_and_stay_in_their_document() -> None:
     rng = np.random.default_rng(0)
     reach = np.zeros(6, int)
     for _ in range(200):
@@ -181,7 +181,7 @@ def test_windows_are_drawn_alike_and_stay_in_their_document() -> None:
     assert np.abs(reach[1:] / reach.sum() - 0.2).max() < 0.02
 
 
-def test_frequent_words_are_left_out_and_noise_is_drawn_by_the_power() -> None:
+def test_subsampling_and_noise_distribution() -> None:
     class Text(Source):
         def __len__(self) -> int:
             return 1
@@ -197,7 +197,7 @@ def test_frequent_words_are_left_out_and_noise_is_drawn_by_the_power() -> None:
         seen += np.bincount(shown["tokens"], minlength=60)
         drawn += np.bincount(shown["noise"], minlength=60)
     share = COUNTS / COUNTS.sum()
-    chance = np.minimum(1, np.sqrt(0.01 / share[2:]) + 0.01 / share[2:])  # word2vec.c, with numbers of one text
+    chance = np.minimum(1, np.sqrt(0.01 / share[2:]) + 0.01 / share[2:])  # word2vec.c's formula
     assert seen[2:] / (50 * COUNTS[2:]) == pytest.approx(chance, abs=0.05)
     assert seen[:2].sum() == drawn[:2].sum() == 0
     assert drawn / drawn.sum() == pytest.approx(COUNTS**0.75 / (COUNTS**0.75).sum(), abs=0.006)
@@ -205,8 +205,8 @@ def test_frequent_words_are_left_out_and_noise_is_drawn_by_the_power() -> None:
         WordWindows(Text(), np.zeros(60), 0.01, 0.75)
 
 
-def test_related_words_come_nearer_than_others() -> None:
-    """Two halves of a vocabulary that never meet: after training, a word's neighbours are of its own half."""
+def test_related_words_are_nearer_than_others() -> None:
+    """Two halves of a vocabulary that never occur together: after training, a word's neighbors are in its own half."""
 
     class Halves(Source):
         def __len__(self) -> int:
@@ -221,29 +221,31 @@ def test_related_words_come_nearer_than_others() -> None:
         objective = Word2Vec(algorithm=algorithm)
         torch.manual_seed(0)
         model = LM(word_vector_config(60, 16), objective.heads(word_vector_config(60, 16)))
-        mover = Optimizer(OptimizerConfig(name="adamw", lr=5e-2, weight_decay=0.0), model)
+        optimizer = Optimizer(OptimizerConfig(name="adamw", lr=5e-2, weight_decay=0.0), model)
         batches = Batches(Halves(), objective, VOCAB, batch_size=16, seed=0)
         for i in range(100):
             step(model, objective, batches.batches(i))
-            mover.step(1.0)
+            optimizer.step(1.0)
         x = F.normalize(model.tokens.weight[2:].detach(), dim=-1)
         like = x @ x.t()
         assert like[:29, :29].mean() > like[:29, 29:].mean() + 0.3
 
 
-def test_neither_reader_of_elmo_has_seen_what_it_is_asked() -> None:
-    objective, model, _ = made("bilm")
+def test_elmo_directions_do_not_see_their_labels() -> None:
+    objective, model, _ = build_case("bilm")
     model.eval()
     rng = np.random.default_rng(3)
     tokens = rng.integers(2, 60, 12)
     example = {"tokens": tokens, "document_ids": np.repeat([0, 1], (5, 7))}
     shown = objective.build_example(example, VOCAB, rng)
-    states = model(collate([shown], asked(objective)))[0]
+    states = model(collate([shown], label_fields(objective)))[0]
     for i in range(12):
         other = tokens.copy()
         other[i] = 2 + (other[i] - 2 + 5) % 58
         moved = (
-            model(collate([objective.build_example(example | {"tokens": other}, VOCAB, rng)], asked(objective)))[0]
+            model(collate([objective.build_example(example | {"tokens": other}, VOCAB, rng)], label_fields(objective)))[
+                0
+            ]
             - states
         ) != 0
         ahead, back = (side.any(-1) for side in moved.chunk(2, -1))
@@ -254,7 +256,7 @@ def test_neither_reader_of_elmo_has_seen_what_it_is_asked() -> None:
     assert shown["previous"].tolist() == [IGNORE, *tokens[:4], IGNORE, *tokens[5:-1]]
 
 
-def test_frozen_features_stay_and_do_not_drop() -> None:
+def test_frozen_features_stay_unchanged_without_dropout() -> None:
     config = dataclasses.replace(ELMO, dropout=0.5)
     objective = LayerMixture() + TokenClassification(class_names=("a", "b", "c", "d"))
     torch.manual_seed(0)
@@ -265,17 +267,17 @@ def test_frozen_features_stay_and_do_not_drop() -> None:
     assert torch.equal(objective.forward(model, batch)["hidden"], objective.forward(model, batch)["hidden"])
     assert model.training
     for name in ("adamw", "muon"):
-        mover = Optimizer(OptimizerConfig(name=name, lr=1e-2), model)
+        optimizer = Optimizer(OptimizerConfig(name=name, lr=1e-2), model)
         for _ in range(2):
             step(model, objective, [batch])
-            mover.step(1.0)
+            optimizer.step(1.0)
     still = {n for n, p in model.named_parameters() if torch.equal(p, before[n])}
     assert still == {n for n in before if not n.startswith("heads.")}
     assert objective.forward_flops(model, batch) * 3 == pytest.approx(TokenClassification().forward_flops(model, batch))
 
 
-def test_the_mixture_is_that_of_the_paper() -> None:
-    objective, model, shown = made("mixed + tagging")
+def test_layer_mixture_is_that_of_the_paper() -> None:
+    objective, model, shown = build_case("layer mixture + tagging")
     model.eval()
     with torch.no_grad():
         model.heads["mixture"].weights.copy_(torch.tensor([0.5, -1.0, 2.0]))
@@ -290,14 +292,14 @@ def test_the_mixture_is_that_of_the_paper() -> None:
     torch.testing.assert_close(layers[0][real], torch.cat((e, e), -1)[real])
 
 
-def test_settings_that_mean_nothing_are_refused() -> None:
-    for bad in ({"window": 0}, {"negatives": 0}, {"noise": 0}, {"window": 33}):
+def test_invalid_settings_are_rejected() -> None:
+    for bad in ({"window": 0}, {"num_negatives": 0}, {"noise_words": 0}, {"window": 33}):
         with pytest.raises(
-            UserError, match=r"objective.(window|negatives|noise)=\d+ must be at least 1( and at most 32)?"
+            UserError, match=r"objective.(window|num_negatives|noise_words)=\d+ must be at least 1( and at most 32)?"
         ):
             Word2Vec(**bad)
-    apart = CASES["bilm, tied"][2]
+    separate = CASES["bilm, tied"][2]
     from firth.objectives.masked_lm import MLM
 
     with pytest.raises(UserError, match=r"model\.tie_embeddings=false"):
-        LM(apart, MLM().heads(apart))
+        LM(separate, MLM().heads(separate))

@@ -1,4 +1,4 @@
-"""Prefix LM, BART's noises and denoising, and salient spans: what they show, against transformers, and what they learn."""
+"""Prefix LM, BART denoising and salient spans: inputs, losses against transformers, and learning."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from data_room import tokenizer
-from test_objectives_views import VOCAB, bare, some_text
+from test_objectives_views import VOCAB, plain_text, some_text
 
 from firth.data.collate import collate
 from firth.data.corruptions import CORRUPTIONS, Damage, infilling, permutation
@@ -33,13 +33,13 @@ from firth.tokenizer.vocab import Vocab
 from firth.train.step import step
 from firth.types import IGNORE, NEVER, Example, UserError
 
-ROW = ModelConfig(
+ONE_ROW = ModelConfig(
     vocab_size=100, hidden_size=32, num_layers=2, num_heads=2, intermediate_size=48, max_positions=128, causal=False
 )
-SIDES = replace(ROW, causal=True, num_encoder_layers=2)
+ENCODER_DECODER = replace(ONE_ROW, causal=True, num_encoder_layers=2)
 
 
-def built(objective: Objective, config: ModelConfig, seed: int = 0) -> LM:
+def build_model(objective: Objective, config: ModelConfig, seed: int = 0) -> LM:
     torch.manual_seed(seed)
     return LM(config, objective.heads(config))
 
@@ -54,17 +54,17 @@ def loss_of(objective: Objective, model: LM, examples: list[Example]) -> float:
 def test_prefix_one_is_causal_lm() -> None:
     rng = np.random.default_rng(0)
     first, causal = PrefixLM(min_prefix=0, max_prefix=0), CausalLM()
-    model = built(first, ROW)
-    texts = [bare(rng) for _ in range(6)]
+    model = build_model(first, ONE_ROW)
+    texts = [plain_text(rng) for _ in range(6)]
     ours, theirs = ([o.build_example(t, VOCAB, np.random.default_rng(1)) for t in texts] for o in (first, causal))
     assert loss_of(first, model, ours) == pytest.approx(loss_of(causal, model, theirs), abs=1e-6)
 
 
-def test_every_cut_is_as_likely() -> None:
+def test_every_prefix_length_is_equally_likely() -> None:
     rng = np.random.default_rng(0)
     text = {"tokens": some_text(rng, 11)}
-    asked = [int((PrefixLM().build_example(text, VOCAB, rng)["labels"] != IGNORE).sum()) for _ in range(4000)]
-    counts = np.bincount(asked, minlength=11)[1:]
+    target_lengths = [int((PrefixLM().build_example(text, VOCAB, rng)["labels"] != IGNORE).sum()) for _ in range(4000)]
+    counts = np.bincount(target_lengths, minlength=11)[1:]
     assert counts.sum() == 4000 and ((counts - 400) ** 2 / 400).sum() < 34  # 9 degrees of freedom, p = 1e-4
     half = PrefixLM(min_prefix=0.5, max_prefix=0.5, layout="seq2seq")
     for n in (2, 3, 10):
@@ -82,12 +82,12 @@ def hidden_states(model: LM, seen: Example) -> torch.Tensor:
 
 @pytest.mark.parametrize("layout", ["prefix", "seq2seq"])
 @pytest.mark.parametrize("make", [PrefixLM, Denoising])
-def test_no_answer_is_seen_before_it_is_given(make: type, layout: str) -> None:
-    """Change one token of the answer: nothing moves up to the position where it is asked; after it, all may."""
+def test_targets_are_not_visible_before_they_are_predicted(make: type, layout: str) -> None:
+    """Change one token of the target: nothing changes up to the position that predicts it; after it, everything may."""
     objective = make(layout=layout)
     rng = np.random.default_rng(3)
     seen = objective.build_example({"tokens": some_text(rng, 24)}, VOCAB, np.random.default_rng(8))
-    model = built(objective, SIDES if layout == "seq2seq" else ROW)
+    model = build_model(objective, ENCODER_DECODER if layout == "seq2seq" else ONE_ROW)
     before = hidden_states(model, seen)
     for at in np.flatnonzero(seen["labels"] != IGNORE)[:-1]:
         tokens = seen["tokens"].copy()
@@ -99,8 +99,8 @@ def test_no_answer_is_seen_before_it_is_given(make: type, layout: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["masking", "deletion", "infilling"])
-def test_what_was_damaged_is_not_shown(name: Damage) -> None:
-    """Another token where one was hidden: the source is the same, the answer is not."""
+def test_corrupted_tokens_are_not_shown(name: Damage) -> None:
+    """Another token where one was hidden: the source is the same, the target is not."""
     for seed in range(20):
         tokens = np.random.default_rng(seed).permutation(np.arange(25, 100))[:40].astype(np.int32)
         objective = Denoising(noises=(name,))
@@ -116,45 +116,45 @@ def test_what_was_damaged_is_not_shown(name: Damage) -> None:
 
 @pytest.mark.parametrize("name", get_args(Damage))
 @pytest.mark.parametrize("n", [0, 1, 2, 50])
-def test_damage_at_every_length(name: Damage, n: int) -> None:
+def test_corruptions_at_every_length(name: Damage, n: int) -> None:
     rng = np.random.default_rng(0)
     for _ in range(50):
         tokens = some_text(rng, n)
-        damaged = CORRUPTIONS[name](tokens, VOCAB, 0.3, rng)
-        kept = damaged[damaged != VOCAB.mask]
+        corrupted = CORRUPTIONS[name](tokens, VOCAB, 0.3, rng)
+        kept = corrupted[corrupted != VOCAB.mask]
         if name in ("permutation", "rotation"):
             assert np.array_equal(np.sort(kept), np.sort(tokens)) and len(kept) == n
-        else:  # what is kept stands in its order
+        else:  # kept tokens stay in order
             left = iter(tokens.tolist())
             assert all(any(k == t for t in left) for k in kept.tolist())
-        assert len(damaged) == n or name in ("deletion", "infilling")
+        assert len(corrupted) == n or name in ("deletion", "infilling")
 
 
-def test_infilling_hides_the_rate_in_spans_of_three() -> None:
+def test_infilling_hides_the_density_in_spans_of_three() -> None:
     rng = np.random.default_rng(0)
     hidden = spans = inserted = 0
     for _ in range(3000):
-        damaged = infilling(np.arange(25, 85), VOCAB, 0.3, rng)
-        masks = int((damaged == VOCAB.mask).sum())
-        hidden += 60 - (len(damaged) - masks)
+        corrupted = infilling(np.arange(25, 85), VOCAB, 0.3, rng)
+        masks = int((corrupted == VOCAB.mask).sum())
+        hidden += 60 - (len(corrupted) - masks)
         spans += masks
-        # Where neighbours of a lone mask are neighbours in the text, nothing was hidden.
-        at = np.flatnonzero(damaged == VOCAB.mask)
-        at = at[(at > 0) & (at < len(damaged) - 1)]
-        inserted += int((damaged[at + 1] - damaged[at - 1] == 1).sum())
+        # Where the neighbors of a single mask are neighbors in the text, nothing was hidden.
+        at = np.flatnonzero(corrupted == VOCAB.mask)
+        at = at[(at > 0) & (at < len(corrupted) - 1)]
+        inserted += int((corrupted[at + 1] - corrupted[at - 1] == 1).sum())
     assert hidden == pytest.approx(3000 * 18, rel=1e-9)  # 0.3 * 60 exactly
-    # 18 tokens in lengths of mean 3, the last of them cut: a renewal process, 18 / 3 + (1 + 1 / 3) / 2 spans on average.
+    # 18 tokens in lengths of mean 3, the last of them truncated: a renewal process, 18 / 3 + (1 + 1 / 3) / 2 spans on average.
     assert spans / 3000 == pytest.approx(6 + 2 / 3, rel=0.03)
     assert inserted / spans == pytest.approx(np.exp(-3), rel=0.25)
 
 
-def test_sentences_move_as_a_whole() -> None:
+def test_sentences_are_permuted_as_units() -> None:
     vocab = tokenizer().vocab
-    text = "The cat sat. It saw two dogs! Nothing more\nwas said by men? No."
+    text = "The cat sat. It saw two dogs! Nothing more\nwas made by men? No."
     tokens = tokenizer().encode(text)
     begins = np.flatnonzero(vocab.sentences(tokens))
     pieces = [tokenizer().decode(part).strip() for part in np.split(tokens, begins[1:])]
-    assert pieces == ["The cat sat.", "It saw two dogs!", "Nothing more", "was said by men?", "No."]
+    assert pieces == ["The cat sat.", "It saw two dogs!", "Nothing more", "was made by men?", "No."]
     moved = tokenizer().decode(permutation(tokens, vocab, 1.0, np.random.default_rng(0)))
     assert all(piece in moved for piece in pieces) and moved != text
     with pytest.raises(UserError, match="where a sentence ends"):
@@ -175,7 +175,7 @@ def test_facts_are_names_and_dates(algorithm: str) -> None:
     assert found == ["Darwin", "Emma", "London", "12 February 1839", "London"]
 
 
-def test_salient_spans_are_hidden_whole_and_nothing_else() -> None:
+def test_only_salient_spans_are_hidden_as_units() -> None:
     tokenizer = train([CASED] * 30, "unigram", vocab_size=400, num_sentinels=20)
     vocab, tokens = tokenizer.vocab, tokenizer.encode(CASED)
     runs = facts(tokens, vocab)
@@ -183,15 +183,15 @@ def test_salient_spans_are_hidden_whole_and_nothing_else() -> None:
     for rate in (0.01, 0.3, 0.99):
         for _ in range(30):
             hidden = salient(tokens, vocab, rate, rng)
-            whole = np.isin(runs, np.unique(runs[hidden]))
-            assert hidden.any() and not (hidden & (runs == 0)).any() and np.array_equal(hidden, whole & (runs > 0))
+            whole_runs = np.isin(runs, np.unique(runs[hidden]))
+            assert hidden.any() and not (hidden & (runs == 0)).any() and np.array_equal(hidden, whole_runs & (runs > 0))
     assert np.array_equal(hidden, runs > 0)
     plain = tokenizer.encode("they went home and then they met on")
     assert 0 < salient(plain, vocab, 0.3, rng).sum() < len(plain)
     seen = SpanCorruption(noise="salient").build_example({"tokens": tokens}, vocab, rng)
     assert set(seen["labels"]) - set(vocab.sentinels) - {vocab.eos} <= set(tokens[runs > 0])
-    framed = MLM(noise="salient").build_example({"tokens": vocab.add_special_tokens(tokens)}, vocab, rng)
-    assert (framed["labels"] != IGNORE).any()
+    masked = MLM(noise="salient").build_example({"tokens": vocab.add_special_tokens(tokens)}, vocab, rng)
+    assert (masked["labels"] != IGNORE).any()
     with pytest.raises(UserError, match="capitals and digits"):
         salient(np.arange(3), Vocab(4, {}, np.zeros(4, bool)), 0.3, rng)
 
@@ -201,10 +201,10 @@ def test_salient_spans_are_hidden_whole_and_nothing_else() -> None:
     [PrefixLM(), PrefixLM(layout="seq2seq"), Denoising(), Denoising(layout="prefix"), SpanCorruption(noise="salient")]
     + [Denoising(noises=(name,)) for name in get_args(Damage)],
 )  # fmt: skip
-def test_ten_steps_on_one_batch_lower_the_loss(objective: Objective) -> None:
+def test_ten_steps_lower_the_loss(objective: Objective) -> None:
     rng = np.random.default_rng(0)
-    batch = collate([objective.build_example(bare(rng), VOCAB, rng) for _ in range(8)])
-    model = built(objective, SIDES if "source_tokens" in batch else ROW)
+    batch = collate([objective.build_example(plain_text(rng), VOCAB, rng) for _ in range(8)])
+    model = build_model(objective, ENCODER_DECODER if "source_tokens" in batch else ONE_ROW)
     adam = torch.optim.Adam(model.parameters(), 1e-2)
     found = []
     for _ in range(10):
@@ -214,9 +214,9 @@ def test_ten_steps_on_one_batch_lower_the_loss(objective: Objective) -> None:
     assert found[-1] < 0.85 * found[0]
 
 
-def same_loss_as(theirs_class: str, objective: Objective, model: LM, vocab: Vocab, folder: Path) -> None:
-    """transformers, given the source and the labels alone, shifts them and sums up to what we have."""
-    transformers = pytest.importorskip("transformers", reason="the oracle; installed with the test extra")
+def check_same_loss(theirs_class: str, objective: Objective, model: LM, vocab: Vocab, folder: Path) -> None:
+    """transformers shifts the labels itself and has the same loss."""
+    transformers = pytest.importorskip("transformers", reason="the reference; installed with the test extra")
     rng = np.random.default_rng(0)
     batch = collate([objective.build_example({"tokens": some_text(rng, n)}, vocab, rng) for n in (40, 23, 55)])
     save_model(model, None, folder)
@@ -232,32 +232,33 @@ def same_loss_as(theirs_class: str, objective: Objective, model: LM, vocab: Voca
 
 
 @pytest.mark.parametrize("noise", ["spans", "salient"])
-def test_t5_has_our_loss_on_the_same_corrupted_text(noise: Kind, tmp_path: Path) -> None:
+def test_t5_has_the_same_loss_in_transformers(noise: Kind, tmp_path: Path) -> None:
     config = ModelConfig(
-        vocab_size=100, hidden_size=32, num_layers=2, num_encoder_layers=2, num_heads=4, head_dim=8, intermediate_size=48, max_positions=512, norm="rms", norm_bias=False,
+        vocab_size=100, hidden_size=32, num_layers=2, num_encoder_layers=2, num_heads=4, head_dim=8,
+        intermediate_size=48, max_positions=512, norm="rms", norm_bias=False,
         norm_eps=1e-6, position="t5", activation="relu", bias=False, scale_attention=False, lm_head_scale=32**-0.5,
     )  # fmt: skip
     objective = SpanCorruption(noise=noise)
-    same_loss_as("T5ForConditionalGeneration", objective, built(objective, config).eval(), VOCAB, tmp_path)
+    check_same_loss("T5ForConditionalGeneration", objective, build_model(objective, config).eval(), VOCAB, tmp_path)
 
 
-def a_bart() -> LM:
-    """Every parameter random, so that an exchanged table shows."""
-    model = built(Denoising(), bart(100, 32, 2, 4, max_positions=64))
+def random_bart() -> LM:
+    """BART with random parameters, so that exchanged embeddings are noticed."""
+    model = build_model(Denoising(), bart(100, 32, 2, 4, max_positions=64))
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.1)
     return model.eval()
 
 
-def test_bart_has_our_loss_on_the_same_damaged_text(tmp_path: Path) -> None:
-    vocab = VOCAB.starting("eos")
+def test_bart_has_the_same_loss_in_transformers(tmp_path: Path) -> None:
+    vocab = VOCAB.with_decoder_start("eos")
     assert vocab.start == VOCAB.eos
-    same_loss_as("BartForConditionalGeneration", Denoising(), a_bart(), vocab, tmp_path)
+    check_same_loss("BartForConditionalGeneration", Denoising(), random_bart(), vocab, tmp_path)
 
 
-class Ids:
-    """A coder of ids alone."""
+class IdTokenizer:
+    """A tokenizer that decodes to ids."""
 
     vocab = replace(VOCAB)
 
@@ -265,12 +266,12 @@ class Ids:
         return " ".join(map(str, ids))
 
 
-def test_bart_writes_the_same_with_a_cache_and_without_and_as_transformers(tmp_path: Path) -> None:
-    transformers = pytest.importorskip("transformers", reason="the oracle; installed with the test extra")
-    model = a_bart()
+def test_bart_generates_with_and_without_cache(tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers", reason="the reference; installed with the test extra")
+    model = random_bart()
     rng = np.random.default_rng(1)
     prompts = [some_text(rng, n) for n in (9, 14, 5)]
-    cached = Engine(model, Ids(), stops=()).generate(prompts, Sampling(temperature=0, max_new_tokens=12))
+    cached = Engine(model, IdTokenizer(), stops=()).generate(prompts, Sampling(temperature=0, max_new_tokens=12))
     save_model(model, None, tmp_path)
     theirs = transformers.BartForConditionalGeneration.from_pretrained(tmp_path)
     for prompt, answer in zip(prompts, cached, strict=True):
@@ -289,16 +290,16 @@ def test_bart_writes_the_same_with_a_cache_and_without_and_as_transformers(tmp_p
         assert out[0, 1:].tolist() == written[1:]
 
 
-def test_an_answer_begins_where_the_shape_says() -> None:
+def test_targets_start_with_the_decoder_start_token() -> None:
     pair = {"source": np.array([30, 31]), "target": np.array([40, VOCAB.eos])}
     rng = np.random.default_rng(0)
     assert Seq2SeqSFT().build_example(pair, VOCAB, rng)["tokens"][0] == VOCAB.pad
-    assert Seq2SeqSFT().build_example(pair, VOCAB.starting("eos"), rng)["tokens"][0] == VOCAB.eos
+    assert Seq2SeqSFT().build_example(pair, VOCAB.with_decoder_start("eos"), rng)["tokens"][0] == VOCAB.eos
 
 
 @pytest.mark.parametrize("name", ["bart-base", "bart-large"])
-def test_bart_has_the_parameters_of_the_released_checkpoint(name: str) -> None:
-    """Those of transformers, less two unread rows in each position table, and the offset of the logits, a constant there."""
+def test_bart_parameter_count_equals_the_release(name: str) -> None:
+    """Equal to transformers except two unused rows of each position embedding and the bias of the logits, a constant there."""
     config = PRESETS[name]
     released = {"bart-base": 139_420_416, "bart-large": 406_291_456}[name]
     with torch.device("meta"):

@@ -1,4 +1,4 @@
-"""The text VAE: its ELBO written out, all that the decoder knows is z, and what happens when that is nothing."""
+"""Text VAE: its ELBO, the decoder sees the source through z only, and posterior collapse."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from firth.data.collate import collate, pack
-from firth.evaluate.text_perplexity import reads_of
+from firth.evaluate.text_perplexity import scoring_mode
 from firth.generate.engine import Engine
 from firth.generate.sampling import Sampling
 from firth.model.config import encoder_decoder_config
@@ -32,13 +32,13 @@ from firth.train.step import step
 from firth.types import Example, UserError
 
 VOCAB = ByteCoder.vocab
-SHAPE = replace(
+CONFIG = replace(
     encoder_decoder_config(VOCAB.size, 32, 1, num_heads=2, max_positions=32), latent_size=4, zero_init=False
 )
-ASKED = {"labels", "text"}
+LABEL_FIELDS = {"labels", "text"}
 
 
-def shown(objective: VAE, count: int = 8) -> list[Example]:
+def build_examples(objective: VAE, count: int = 8) -> list[Example]:
     out = []
     for seed in range(count):
         rng = np.random.default_rng(seed)
@@ -48,32 +48,32 @@ def shown(objective: VAE, count: int = 8) -> list[Example]:
     return out
 
 
-def built(objective: VAE) -> LM:
+def build_model(objective: VAE) -> LM:
     torch.manual_seed(0)
-    model = LM(SHAPE, objective.heads(SHAPE))
+    model = LM(CONFIG, objective.heads(CONFIG))
     torch.nn.init.normal_(model.latent.posterior.weight, std=0.2)
     torch.nn.init.normal_(model.heads["lm"].weight, std=0.2)
     return model
 
 
-def test_parameters_are_exact_and_flops_those_of_torch() -> None:
+def test_parameter_count_and_flops_equal_torch() -> None:
     objective = VAE(latent_size=4)
-    model = built(objective)
-    assert sum(p.numel() for p in model.parameters()) == SHAPE.num_parameters()
-    batch = collate([row for row in shown(objective, 40) if len(row["labels"]) == 6], ASKED)
+    model = build_model(objective)
+    assert sum(p.numel() for p in model.parameters()) == CONFIG.num_parameters()
+    batch = collate([row for row in build_examples(objective, 40) if len(row["labels"]) == 6], LABEL_FIELDS)
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         objective.forward(model, batch)["hidden"].sum().backward()
     done = work(batch)
-    assert objective.forward_flops(model, batch) == stack_flops(SHAPE, done)
-    # Torch's plain kernel computes what a causal row hides, too.
-    assert counter.get_total_flops() == stack_flops(SHAPE, replace(done, pairs=done.source_pairs))
+    assert objective.forward_flops(model, batch) == stack_flops(CONFIG, done)
+    # Torch's plain kernel also computes what the causal mask hides.
+    assert counter.get_total_flops() == stack_flops(CONFIG, replace(done, pairs=done.source_pairs))
 
 
 def test_the_elbo_is_the_formula() -> None:
     objective = VAE(latent_size=4, kl_weight=0.3)
-    model = built(objective).eval()
-    rows = shown(objective)
-    terms = {name: float(value) for name, value in step(model, objective, [collate(rows, ASKED)]).items()}
+    model = build_model(objective).eval()
+    rows = build_examples(objective)
+    terms = {name: float(value) for name, value in step(model, objective, [collate(rows, LABEL_FIELDS)]).items()}
     nll = kl = 0.0
     with torch.no_grad():
         for row in rows:
@@ -90,14 +90,14 @@ def test_the_elbo_is_the_formula() -> None:
     assert terms["divergence"] == pytest.approx(0.3 * kl / tokens, abs=1e-5)
     assert terms["kl"] == pytest.approx(kl / len(rows), abs=1e-4)
     assert terms["elbo"] == pytest.approx(-(nll + kl) / tokens, abs=1e-4)
-    free = step(model, VAE(latent_size=4, free_bits=99.0), [collate(rows, ASKED)])
+    free = step(model, VAE(latent_size=4, free_bits=99.0), [collate(rows, LABEL_FIELDS)])
     assert float(free["divergence"]) == pytest.approx(99.0 * len(rows) / tokens)
 
 
-def test_the_decoder_knows_the_source_through_z_alone() -> None:
+def test_decoder_sees_the_source_through_z_only() -> None:
     objective = VAE(latent_size=4)
-    model = built(objective).eval()
-    one, two = (collate([row], ASKED) for row in shown(objective, 2))
+    model = build_model(objective).eval()
+    one, two = (collate([row], LABEL_FIELDS) for row in build_examples(objective, 2))
     z = torch.randn(1, 4)
     target = {name: one[name] for name in ("tokens", "query_time", "key_time") if name in one}
     source = [{n: f for n, f in batch.items() if n.startswith("source_")} for batch in (one, two)]
@@ -109,8 +109,8 @@ def test_the_decoder_knows_the_source_through_z_alone() -> None:
 
 def test_no_later_token_leaks_into_an_earlier_one() -> None:
     objective = VAE(latent_size=4)
-    model = built(objective).eval()
-    batch = collate(shown(objective, 1), ASKED)
+    model = build_model(objective).eval()
+    batch = collate(build_examples(objective, 1), LABEL_FIELDS)
     changed = {name: field.clone() for name, field in batch.items()}
     changed["tokens"][0, -1] = 11 if int(batch["tokens"][0, -1]) != 11 else 12
     z = torch.randn(1, 4)
@@ -118,11 +118,11 @@ def test_no_later_token_leaks_into_an_earlier_one() -> None:
     assert torch.equal(one[:, :-1], two[:, :-1]) and not torch.equal(one[:, -1], two[:, -1])
 
 
-def test_hidden_words_are_hidden_in_training_alone() -> None:
+def test_word_dropout_applies_in_training_only() -> None:
     objective = VAE(latent_size=4, word_dropout=1.0)
-    rows = shown(objective)
-    model = built(objective)
-    batch = collate(rows, ASKED)
+    rows = build_examples(objective)
+    model = build_model(objective)
+    batch = collate(rows, LABEL_FIELDS)
     assert all((row["gaps"][1:] == VOCAB.mask).all() and row["gaps"][0] == VOCAB.pad for row in rows)
     inside = batch["tokens"].clone()
     inside[:, 1:] = 11
@@ -131,24 +131,24 @@ def test_hidden_words_are_hidden_in_training_alone() -> None:
     assert not torch.equal(trained, objective.forward(model.eval(), batch)["hidden"])
 
 
-def test_a_split_batch_has_the_gradient_of_the_whole_and_packing_is_refused() -> None:
+def test_split_batches_have_the_same_gradient() -> None:
     objective = VAE(latent_size=4, kl_weight=0.5, word_dropout=0.3, free_bits=0.5)
-    model, rows = built(objective), shown(objective)
+    model, rows = build_model(objective), build_examples(objective)
     found = []
     for batches in ([rows], [rows[:3], rows[3:]]):
         model.zero_grad()
-        step(model, objective, [collate(b, ASKED) for b in batches])
+        step(model, objective, [collate(b, LABEL_FIELDS) for b in batches])
         found.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]))
     torch.testing.assert_close(found[1], found[0], rtol=1e-4, atol=1e-6)
-    with pytest.raises(UserError, match="cannot be packed: set pack to 0"):
-        pack(rows, 64, ASKED)
+    with pytest.raises(UserError, match=r"cannot be packed: set batch\.pack_to_length=0"):
+        pack(rows, 64, LABEL_FIELDS)
     with pytest.raises(UserError, match="a variational autoencoder reads one document a row"):
-        check_batching(objective, SHAPE, pack=64, accumulate=1)
+        check_batching(objective, CONFIG, pack=64, accumulate=1)
 
 
-def test_ten_steps_on_one_batch_lower_both_terms() -> None:
+def test_ten_steps_lower_both_terms() -> None:
     objective = VAE(latent_size=4)
-    model, batch = built(objective), collate(shown(objective), ASKED)
+    model, batch = build_model(objective), collate(build_examples(objective), LABEL_FIELDS)
     optimizer = torch.optim.Adam(model.parameters(), 3e-3)
     found = []
     for _ in range(10):
@@ -158,38 +158,46 @@ def test_ten_steps_on_one_batch_lower_both_terms() -> None:
     assert all(float(found[-1][term]) < float(found[0][term]) for term in objective.labels)
 
 
-def test_a_view_is_pure_and_the_weight_is_a_function_of_the_step() -> None:
+def test_kl_weight_is_a_function_of_the_step() -> None:
     objective = VAE(latent_size=4, word_dropout=0.5, kl_anneal_steps=8)
     rows = [objective.build_example({"tokens": np.arange(20, 30)}, VOCAB, np.random.default_rng(3)) for _ in range(2)]
     assert all(np.array_equal(rows[0][name], rows[1][name]) for name in rows[0])
     assert [objective.at_step(step).kl_weight for step in (0, 2, 8, 100)] == [0.0, 0.25, 1.0, 1.0]
 
 
-def test_a_collapse_is_told() -> None:
+def test_a_collapse_is_reported() -> None:
     assert "has collapsed" in VAE().notes({"valid/kl": 0.01, "valid/active": 3.0})[0]
     assert "has collapsed" in VAE().notes({"valid/kl": 3.0, "valid/active": 0.0})[0]
     assert VAE().notes({"valid/kl": 3.2, "valid/active": 5.0, "kl": 0.0}) == [
-        "The latent carries 3.2 nats of a text, in 5 of its 32 units."
+        "The latent carries 3.2 nats per text, in 5 of its 32 units."
     ]
 
 
-def test_texts_are_written_from_a_latent() -> None:
-    model = built(VAE(latent_size=4)).eval()
+def test_texts_are_generated_from_a_latent() -> None:
+    model = build_model(VAE(latent_size=4)).eval()
     engine = Engine(model, ByteCoder(), stops=[VOCAB.eos])
     ends = [np.append(ByteCoder().encode(text), VOCAB.eos) for text in ("one text", "and two")]
     latents = engine.posterior(ends)
     alone = model.posterior({"source_tokens": torch.tensor(ends[1])[None]})[0][0]
     torch.testing.assert_close(latents[1], alone, rtol=0, atol=1e-5)
     sampling = Sampling(temperature=0, max_new_tokens=6)
-    told, read = engine.decode(latents, sampling), engine.generate(ends, sampling)
-    assert [one.text for one in told] == [one.text for one in read]
+    decoded, generated = engine.decode(latents, sampling), engine.generate(ends, sampling)
+    assert [one.text for one in decoded] == [one.text for one in generated]
 
 
-def test_a_run_draws_from_its_prior_and_its_report_says_what_the_latent_carries(tmp_path: Path) -> None:
+def test_a_run_samples_its_prior_and_reports_the_latent(tmp_path: Path) -> None:
     for number in range(24):
         words = [f"word{(number * i) % 17}" for i in range(1, 60)]
         (tmp_path / f"{number}.txt").write_text(" ".join(words))
-    small = ["width=32", "heads=2", "depth=1", "encoder=1", "head_width=0", "kv_heads=0", "hidden=48"]
+    small = [
+        "hidden_size=32",
+        "num_heads=2",
+        "num_layers=1",
+        "num_encoder_layers=1",
+        "head_dim=0",
+        "num_kv_heads=0",
+        "intermediate_size=48",
+    ]
     settings = [
         "tokenizer.vocab_size=400",
         "max_steps=2",
@@ -197,29 +205,29 @@ def test_a_run_draws_from_its_prior_and_its_report_says_what_the_latent_carries(
         "evaluation.every=0",
         "evaluation.max_examples=8",
     ]
-    recipe = load("vae", [*(f"shape.{one}" for one in small), *settings, f"data.path={tmp_path}"])
-    done = run(recipe, tmp_path / "run", echo=lambda _: None)
+    recipe = load("vae", [*(f"model.{one}" for one in small), *settings, f"data.path={tmp_path}"])
+    done = run(recipe, tmp_path / "run", log=lambda _: None)
     assert done.metrics["valid/elbo"] == pytest.approx(
         -done.metrics["valid/loss/tokens"] - done.metrics["valid/loss/divergence"], abs=1e-4
-    ), "held-out text is scored with the whole KL, though training has hardly begun to charge it"
-    [remark] = json.loads((done.directory / "done.json").read_text())["remarks"]
-    assert "latent carries" in remark and remark in html.unescape((done.directory / "report.html").read_text())
+    ), "held-out text is scored with the full KL weight, though training has just started to anneal it"
+    [note] = json.loads((done.directory / "done.json").read_text())["remarks"]
+    assert "latent carries" in note and note in html.unescape((done.directory / "report.html").read_text())
     rows = [json.loads(line) for line in (done.directory / "samples.jsonl").read_text().splitlines()]
     assert [row["prompt"] for row in rows if row["step"] == 2] == list(recipe.sample_prompts)
     assert all(row["text"].count("\n") >= 4 for row in rows)
     with pytest.raises(UserError, match="only bounds the likelihood"):
-        reads_of(load_model(done.model).config)
+        scoring_mode(load_model(done.model).config)
 
 
-def test_shapes_and_objectives_that_do_not_fit_are_refused() -> None:
-    with pytest.raises(UserError, match="squeezes a text through a latent, which an encoder-decoder cannot"):
-        check_pattern(VAE(latent_size=4), replace(SHAPE, latent_size=0))
+def test_incompatible_models_and_objectives_are_rejected() -> None:
+    with pytest.raises(UserError, match="encodes a text into a latent vector, which an encoder-decoder cannot"):
+        check_pattern(VAE(latent_size=4), replace(CONFIG, latent_size=0))
     with pytest.raises(UserError, match="which a variational autoencoder cannot"):
-        check_pattern(SpanCorruption(), SHAPE)
-    with pytest.raises(UserError, match=r"objective.latent_size=7 numbers and the shape's model.latent_size=4"):
-        check_pattern(VAE(latent_size=7), SHAPE)
-    with pytest.raises(UserError, match="stands between an encoder and a decoder"):
-        replace(SHAPE, num_encoder_layers=0)
+        check_pattern(SpanCorruption(), CONFIG)
+    with pytest.raises(UserError, match=r"objective.latent_size=7 and model.latent_size=4 differ"):
+        check_pattern(VAE(latent_size=7), CONFIG)
+    with pytest.raises(UserError, match="needs an encoder and a decoder"):
+        replace(CONFIG, num_encoder_layers=0)
     with pytest.raises(UserError, match=r"objective.word_dropout=1.5 must be"):
         VAE(latent_size=4, word_dropout=1.5)
     with pytest.raises(UserError, match="make them equal"):

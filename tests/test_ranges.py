@@ -164,7 +164,7 @@ def test_an_incomplete_model_config_names_the_fix() -> None:
         load("classification", ["model.hidden_size=64"])
     message = str(caught.value)
     assert message.startswith(
-        "shape lacks num_layers, num_heads, for the recipe 'classification' has no shape of its own"
+        "the model config lacks num_layers, num_heads, and the recipe 'classification' has none of its own"
     )
     assert "init_from=RUN" in message and "causal: false" in message
     assert (

@@ -1,4 +1,4 @@
-"""How much a run trains: each way learns, resumes to the bit, leaves what others load, and is refused in a sentence."""
+"""PEFT methods: training, exact resumption, files that other libraries load, and error messages."""
 
 from __future__ import annotations
 
@@ -42,19 +42,24 @@ WORDS = "the king and the queen of the sea had a ship with no sail and a crown o
     " ", "\n"
 ).splitlines()
 SHAPE = [
-    "model.hidden_size=32", "model.num_layers=2", "model.num_heads=2", "model.num_kv_heads=2", "model.head_dim=0", "model.intermediate_size=48",
+    "model.hidden_size=32",
+    "model.num_layers=2",
+    "model.num_heads=2",
+    "model.num_kv_heads=2",
+    "model.head_dim=0",
+    "model.intermediate_size=48",
     "model.max_positions=64",
-]  # fmt: skip
+]
 SMALL = ["batch.size=8", "precision=fp32", "evaluation.every=0", "evaluation.max_examples=16", "sample_prompts=[]"]
 
 
 def quiet(_: str) -> None:
-    """What a run says."""
+    """Ignore a message."""
 
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Text, labelled records, and two models that know a little of the text: a decoder and an encoder."""
+    """Text, labeled records, and two models that are trained a little on the text: a decoder and an encoder."""
     folder = tmp_path_factory.mktemp("adapt")
     lines = [" ".join(WORDS[(i * j + j) % len(WORDS)] for j in range(40)) for i in range(1, 200)]
     (folder / "text.txt").write_text("\n\n".join(lines))
@@ -93,39 +98,43 @@ Made = Callable[[str, str], Path]
 
 @pytest.fixture(scope="module")
 def made(place: Path) -> Made:
-    """The directory of a finished run of each kind, made once."""
+    """Return the directory of a finished run of each kind, trained once."""
 
     @functools.cache
     def make(start: str, kind: str) -> Path:
         directory = place / f"{start}-{kind}"
-        said: list[str] = []
-        run(measured(place, start, kind), directory, said.append)
-        assert "of which" in next(line for line in said if "parameters" in line)
+        lines: list[str] = []
+        run(validation_loss(place, start, kind), directory, lines.append)
+        assert "of which" in next(line for line in lines if "parameters" in line)
         return directory
 
     return make
 
 
-def measured(place: Path, start: str, kind: str) -> Recipe:
+def validation_loss(place: Path, start: str, kind: str) -> Recipe:
     return recipe(
-        place, start, f"peft={kind}", f"data.validation_path={records_of(place, start)}", "evaluation.max_examples=1000"
+        place,
+        start,
+        f"peft={kind}",
+        f"data.validation_path={metric_rows(place, start)}",
+        "evaluation.max_examples=1000",
     )
 
 
-def records_of(place: Path, start: str) -> str:
+def metric_rows(place: Path, start: str) -> str:
     return str(place / ("records.jsonl" if start == "encoder" else "text.txt"))
 
 
 @pytest.mark.parametrize(("start", "kind"), CASES)
-def test_it_resumes_to_the_bit(place: Path, made: Made, tmp_path: Path, start: str, kind: str) -> None:
-    """Killed behind its third step, it goes on from there, from a checkpoint of what is trained alone."""
+def test_resumed_run_is_bit_identical(place: Path, made: Made, tmp_path: Path, start: str, kind: str) -> None:
+    """A run that is killed after its third step resumes from a checkpoint of the trained weights alone."""
     directory = made(start, kind)
     saved = checkpoint.load(directory / "checkpoints" / "step-000003")
     assert not any(name.startswith("stack.") and ".low." not in name for name in saved.files["model"])
     shutil.copytree(saved.path, tmp_path / "checkpoints" / saved.path.name)
     for name in ("recipe.yaml", "inputs.json"):
         shutil.copy(directory / name, tmp_path)
-    run(measured(place, start, kind), tmp_path, quiet)
+    run(validation_loss(place, start, kind), tmp_path, quiet)
     whole, killed = load_model(directory / "model"), load_model(tmp_path / "model")
     assert whole.state_dict().keys() == killed.state_dict().keys() and not lora.adapted(whole)
     assert all(torch.equal(x, killed.state_dict()[n]) for n, x in whole.state_dict().items())
@@ -137,8 +146,8 @@ def test_it_resumes_to_the_bit(place: Path, made: Made, tmp_path: Path, start: s
 
 
 @pytest.mark.parametrize(("start", "kind"), CASES)
-def test_the_score_is_that_of_the_run_wherever_it_is_read(place: Path, made: Made, start: str, kind: str) -> None:
-    directory, valid = made(start, kind), records_of(place, start)
+def test_exported_model_has_the_score_of_the_run(place: Path, made: Made, start: str, kind: str) -> None:
+    directory, valid = made(start, kind), metric_rows(place, start)
     places = [directory / "model", *([directory / "adapter"] if (directory / "adapter").is_dir() else [])]
     if start == "encoder":
         logged = json.loads((directory / "done.json").read_text())["metrics"]["valid/accuracy"]
@@ -154,7 +163,7 @@ def test_the_score_is_that_of_the_run_wherever_it_is_read(place: Path, made: Mad
 
 
 @pytest.mark.parametrize(("start", "kind"), CASES)
-def test_ten_steps_on_one_batch_lower_the_loss_and_move_what_is_trained(place: Path, start: str, kind: str) -> None:
+def test_ten_steps_lower_the_loss_and_change_trained_weights(place: Path, start: str, kind: str) -> None:
     trunk = load_model(place / start / "model")
     objective: Objective = CausalLM() if start == "decoder" else Classification(class_names=("a", "b"))
     adapt = PEFT_METHODS[kind]()
@@ -165,8 +174,14 @@ def test_ten_steps_on_one_batch_lower_the_loss_and_move_what_is_trained(place: P
     adapt.apply(model, added, tokenizer, 0)
     before = {name: p.clone() for name, p in model.named_parameters()}
     rng = np.random.default_rng(0)
-    shown = [objective.build_example({"tokens": rng.integers(120, tokenizer.vocab.size, 9).astype(np.int32), "label": i % 2}, tokenizer.vocab, rng)
-             for i in range(6)]  # fmt: skip
+    shown = [
+        objective.build_example(
+            {"tokens": rng.integers(120, tokenizer.vocab.size, 9).astype(np.int32), "label": i % 2},
+            tokenizer.vocab,
+            rng,
+        )
+        for i in range(6)
+    ]
     batch = collate(shown, set(objective.labels.values()))
     mover = Optimizer(OptimizerConfig(name="adamw", lr=0.02, weight_decay=0.0), model)
     term = next(iter(objective.labels))
@@ -187,7 +202,7 @@ def states(model: LM) -> torch.Tensor:
         return model({"tokens": tokens, "query_time": when, "key_time": when})
 
 
-def test_peft_loads_what_a_run_left(place: Path, tmp_path: Path) -> None:
+def test_peft_loads_the_adapter_of_a_run(place: Path, tmp_path: Path) -> None:
     transformers, peft = pytest.importorskip("transformers"), pytest.importorskip("peft")
     transformers.logging.set_verbosity_error()
     for kind in ("lora", "prefix", "prompt"):
@@ -209,8 +224,8 @@ def test_peft_loads_what_a_run_left(place: Path, tmp_path: Path) -> None:
             assert (plain - ours).abs().max() > 0.01
 
 
-def test_a_run_goes_on_from_an_adapter(place: Path, tmp_path: Path) -> None:
-    """Its first loss is that of the merged model on the same batch, and what it starts from predicts better than the base.
+def test_run_continues_from_an_adapter(place: Path, tmp_path: Path) -> None:
+    """The first loss is that of the merged model on the same batch, and the adapter predicts better than the base.
 
     (On one batch of 8 rows the loss may rise while that of the held-out text falls.)
     """
@@ -232,14 +247,14 @@ def test_a_run_goes_on_from_an_adapter(place: Path, tmp_path: Path) -> None:
         run(recipe(place, "decoder", "peft=prefix", f"peft.init_from={tmp_path / 'one'}"), tmp_path / "three", quiet)
 
 
-def test_recomputing_changes_no_bit(place: Path, made: Made, tmp_path: Path) -> None:
-    """(It is what keeps a long row's memory small; that it does, test_model_prefix shows.)"""
-    run(dataclasses.replace(measured(place, "decoder", "prefix"), gradient_checkpointing=True), tmp_path, quiet)
+def test_gradient_checkpointing_is_bit_identical(place: Path, made: Made, tmp_path: Path) -> None:
+    """(test_model_prefix shows that it saves memory.)"""
+    run(dataclasses.replace(validation_loss(place, "decoder", "prefix"), gradient_checkpointing=True), tmp_path, quiet)
     plain, again = (load_model(one / "model").state_dict() for one in (made("decoder", "prefix"), tmp_path))
     assert all(torch.equal(x, again[n]) for n, x in plain.items())
 
 
-def test_another_base_is_no_ground_to_go_on_from(place: Path, tmp_path: Path) -> None:
+def test_adapter_with_another_base_is_rejected(place: Path, tmp_path: Path) -> None:
     plan = recipe(place, "decoder", "peft=lora")
     run(plan, tmp_path, quiet)
     (tmp_path / "done.json").unlink()
@@ -259,7 +274,7 @@ def test_another_base_is_no_ground_to_go_on_from(place: Path, tmp_path: Path) ->
         record.write_text(hashes)
 
 
-def test_a_recipe_says_it_in_a_word_or_in_full() -> None:
+def test_peft_in_short_and_long_form() -> None:
     plain = load("gpt")
     assert plain.peft == FullFinetuning()
     assert load("classification", ["init_from=x", "peft=lora"]).peft == LoRA()
@@ -269,28 +284,31 @@ def test_a_recipe_says_it_in_a_word_or_in_full() -> None:
 
 
 @pytest.mark.parametrize(
-    ("more", "said"),
+    ("more", "message"),
     [
         (
             ["peft=lora", "init_from="],
-            "peft=lora trains a little beside a model that is there: say which with init_from=RUN",
+            "peft=lora needs a pretrained model: set init_from=RUN",
         ),
         (["peft=lara"], "there is no way to adapt 'lara'; did you mean 'lora'"),
         (
             ["peft=lora", "peft.rank=33"],
-            "rank 33 is larger than the matrix stack.blocks.0.attention.q, which is 32 x 32",
+            "rank 33 is too large for stack.blocks.0.attention.q, whose weight is 32 x 32",
         ),
-        (["peft=lora", "peft.target_modules=query"], "no matrix of this model is called 'query'; there is tokens, "),
+        (
+            ["peft=lora", "peft.target_modules=query"],
+            "no module of this model matches the target 'query'; available targets: tokens, ",
+        ),
         (["peft=prefix", "peft.num_virtual_tokens=64"], "a prefix takes at least 1 of the 64 positions, and not all"),
-        (["peft=frozen", "objective=rtd"], "each runs the model in a way of its own"),
+        (["peft=frozen", "objective=rtd"], "each has its own forward pass"),
     ],
 )
-def test_what_cannot_be_adapted_is_refused(place: Path, tmp_path: Path, more: list[str], said: str) -> None:
-    with pytest.raises(UserError, match=said):
+def test_unsupported_peft_is_rejected(place: Path, tmp_path: Path, more: list[str], message: str) -> None:
+    with pytest.raises(UserError, match=message):
         run(recipe(place, "decoder", *more), tmp_path, quiet)
 
 
-def test_a_prefix_before_a_recurrent_model_is_refused(place: Path, tmp_path: Path) -> None:
+def test_prefix_on_a_recurrent_model_is_rejected(place: Path, tmp_path: Path) -> None:
     small = [
         "model.hidden_size=32",
         "model.num_layers=1",
@@ -305,7 +323,7 @@ def test_a_prefix_before_a_recurrent_model_is_refused(place: Path, tmp_path: Pat
             tmp_path / "no", quiet)  # fmt: skip
 
 
-def test_frozen_weights_cost_no_gradient_of_their_own(place: Path) -> None:
+def test_frozen_weights_add_no_gradient_flops(place: Path) -> None:
     model = load_model(place / "decoder" / "model")
     assert flops.trained_share(model) == 1
     maps = sum(p.numel() for n, p in model.named_parameters() if p.ndim == 2 and n.startswith("stack."))
@@ -317,8 +335,8 @@ def test_frozen_weights_cost_no_gradient_of_their_own(place: Path) -> None:
     assert flops.trained_share(model) == pytest.approx(1 / 3)
 
 
-def test_trained_positions_are_counted() -> None:
-    """A prompt costs what as many more tokens in front cost; a prefix only the looking at it."""
+def test_virtual_tokens_are_counted_in_flops() -> None:
+    """A prompt costs as many FLOPs as that many more tokens; a prefix only costs attention to it."""
     for make in (decoder_config, encoder_config):
         config = make(50, 64, 2, num_heads=2)
         model, objective = LM(config, {"lm": LMHead(config)}), CausalLM()

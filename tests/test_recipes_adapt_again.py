@@ -1,4 +1,4 @@
-"""What a run with an adapter writes opens again on its base and starts a next run, whatever the adapter's targets."""
+"""A run with an adapter reloads on its base and initializes a next run, for all target modules."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ BASES = {
     "gpt": ["model.num_kv_heads=2", "model.intermediate_size=48"], "gpt2": [], "roberta": [], "t5": ["model.num_encoder_layers=2"],
     "bert": ["data.split_by=blank"], "bart": ["model.num_encoder_layers=2"],
 }  # fmt: skip
-"""Recipe -> what else its shape needs. The table of tokens is the vocabulary head's of gpt2 and roberta."""
+"""Recipe -> what else its model needs. The LM heads of gpt2 and roberta are tied to the token embeddings."""
 RATE = ["optimizer.name=adamw", "optimizer.lr=0.05"]
 STILL = ["optimizer.lr=1e-12", "optimizer.embedding_lr=0", "optimizer.scalar_lr=0", "optimizer.weight_decay=0"]
-"""A step that changes nothing: what is measured after it is what was there before."""
+"""A step that changes nothing: metrics after it equal those before it."""
 
 CASES = [
     ("gpt", "gpt", "lora", "['*']"), ("gpt", "gpt", "prompt", ""), ("gpt2", "gpt2", "lora", "[all-linear, places]"),
@@ -46,7 +46,7 @@ CASES = [
 
 
 def quiet(_: str) -> None:
-    """Report nothing."""
+    """Ignore a message."""
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +63,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def base(place: Path) -> Callable[[str], Path]:
-    """Return the directory of a base, made once; `foreign` is one that transformers could have written."""
+    """Return the directory of a base model, made once; `foreign` is one that transformers could have written."""
 
     @cache
     def make(name: str) -> Path:
@@ -93,7 +93,7 @@ def states(model: LM) -> torch.Tensor:
 
 
 def answer(directory: Path, task: str, place: Path) -> object:
-    """Return what the command for a directory's task answers."""
+    """Return the output of the command for a directory's task."""
     if task == "classification":
         valid = [str(place / "records.jsonl")]
         return json.loads(evaluate_run(directory, valid, task=None, limit=20, as_json=True))["accuracy"]
@@ -106,7 +106,7 @@ def answer(directory: Path, task: str, place: Path) -> object:
 
 
 @pytest.mark.parametrize(("name", "task", "kind", "targets"), CASES)
-def test_a_run_opens_again_and_starts_the_next(
+def test_run_reloads_and_initializes_the_next_run(
     place: Path, base: Callable[[str], Path], tmp_path: Path, name: str, task: str, kind: str, targets: str
 ) -> None:
     adapt = [f"peft.kind={kind}", *[f"peft.target_modules={targets}"] * bool(targets)]
@@ -129,15 +129,15 @@ def test_a_run_opens_again_and_starts_the_next(
 @pytest.mark.parametrize(
     ("name", "more", "message"),
     [
-        ("gpt2", ["peft.kind=lora", "peft.target_modules=[norm]"], r"is called 'norm'; there is places, attention.q, "),
-        ("gpt2", ["peft.kind=lora", "peft.target_modules=[bias]"], r"is called 'bias'; there is places, attention.q, "),
+        ("gpt2", ["peft.kind=lora", "peft.target_modules=[norm]"], r"matches the target 'norm'; available targets: places, attention.q, "),
+        ("gpt2", ["peft.kind=lora", "peft.target_modules=[bias]"], r"matches the target 'bias'; available targets: places, attention.q, "),
         ("gpt2", ["peft.kind=lora", "peft.target_modules=[tokens]"],
-         r"tokens shares its matrix with heads.lm, .* out of the adapter's targets; there is places, attention.q, "),
-        ("gpt2", ["peft.kind=lora", "peft.target_modules=[heads.lm]"], r"heads.lm shares its matrix with tokens, "),
-        ("gpt", ["peft=frozen"], r"a mixture of all layers, which a vocabulary head does not read"),
+         r"tokens shares its weight with heads.lm, .* from the adapter's targets; available targets: places, attention.q, "),
+        ("gpt2", ["peft.kind=lora", "peft.target_modules=[heads.lm]"], r"heads.lm shares its weight with tokens, "),
+        ("gpt", ["peft=frozen"], r"a mixture of all layers, which an LM head does not read"),
     ],
 )  # fmt: skip
-def test_what_cannot_be_written_is_refused_before_data_is_read(
+def test_unwritable_adapter_is_rejected_before_reading_data(
     place: Path, base: Callable[[str], Path], tmp_path: Path, name: str, more: list[str], message: str
 ) -> None:
     with pytest.raises(UserError, match=message):
@@ -145,18 +145,18 @@ def test_what_cannot_be_written_is_refused_before_data_is_read(
     assert not (tmp_path / "inputs.json").exists() and not (tmp_path / "metrics.jsonl").exists()
 
 
-def test_an_adapter_on_a_model_with_a_prefix(place: Path, base: Callable[[str], Path], tmp_path: Path) -> None:
-    """LoRA leaves the prefix of its start as it is, and a second prefix is refused."""
+def test_adapter_on_a_model_with_a_prefix(place: Path, base: Callable[[str], Path], tmp_path: Path) -> None:
+    """LoRA keeps the prefix of its base, and a second prefix is rejected."""
     prefix = ["peft.kind=prefix", "peft.num_virtual_tokens=3"]
     one = run(recipe(place, "gpt2", base("gpt2"), *prefix), tmp_path / "one", quiet).directory
     two = run(recipe(place, "gpt2", one, "peft=lora"), tmp_path / "two", quiet).directory
     before, after, part = (load_evaluated_model(place).model for place in (one, two, two / "adapter"))
-    assert torch.equal(before.prefix.whole(), after.prefix.whole())  # type: ignore[union-attr]
+    assert torch.equal(before.prefix.weights(), after.prefix.weights())  # type: ignore[union-attr]
     torch.testing.assert_close(states(part), states(after), atol=1e-5, rtol=0)
     assert (states(before) - states(after)).abs().max() > 1e-3
     config = json.loads((two / "adapter" / "adapter_config.json").read_text())
     assert config["peft_type"] == "FIRTH_LORA"  # peft's base would read no prefix
     with pytest.raises(
-        UserError, match=r"where the start has a prefix already: go on from it with peft.init_from=RUN too"
+        UserError, match=r"the model of init_from has a prefix already: continue it with peft.init_from=RUN too"
     ):
         run(recipe(place, "gpt2", one, *prefix), tmp_path / "no", quiet)

@@ -1,4 +1,4 @@
-"""A classifier finetuned with its family's own head leaves the house whole: transformers loads the class, head and all."""
+"""A classifier that is fine-tuned with its family's own head loads as the class of transformers, head included."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ TEXTS = [f"the {word} fox number {i}" for i in range(20) for word in ("good", "b
         (lambda v: encoder_config(v, 32, 1, num_heads=2, max_positions=32), "ModernBertForSequenceClassification"),
     ],
 )
-def test_what_is_finetuned_is_the_class_of_transformers(make, name: str, tmp_path: Path) -> None:
+def test_finetuned_model_loads_as_transformers_class(make, name: str, tmp_path: Path) -> None:
     tokenizer = train(TEXTS, "wordpiece", 220)
     torch.manual_seed(0)
     config: ModelConfig = make(tokenizer.vocab.size)
@@ -42,12 +42,12 @@ def test_what_is_finetuned_is_the_class_of_transformers(make, name: str, tmp_pat
     (tmp_path / "mine.jsonl").write_text(
         "".join(json.dumps({"text": t, "label": t.split()[1]}) + "\n" for t in TEXTS), "utf-8"
     )
-    told = [f"init_from={tmp_path / 'start'}", f"data={tmp_path / 'mine.jsonl'}", "objective.head=family",
+    settings = [f"init_from={tmp_path / 'start'}", f"data={tmp_path / 'mine.jsonl'}", "objective.head=family",
             "examples.max_length=24", "max_steps=4", "batch.size=8", "evaluation.max_examples=8"]  # fmt: skip
-    done = run(load("classification", told), tmp_path / "run", echo=lambda _: None)
-    said: list[str] = []
-    export_model(done.directory, tmp_path / "out", form="hf", dtype="", shard="", echo=said.append)
-    assert name in said[0]
+    done = run(load("classification", settings), tmp_path / "run", log=lambda _: None)
+    lines: list[str] = []
+    export_model(done.directory, tmp_path / "out", form="hf", dtype="", shard="", log=lines.append)
+    assert name in lines[0]
     theirs, info = getattr(transformers, name).from_pretrained(tmp_path / "out", output_loading_info=True)
     assert not info["missing_keys"] and theirs.config.id2label == {0: "bad", 1: "good"}
     ids = torch.tensor([[tokenizer.vocab.cls, *tokenizer.encode("the good fox").tolist(), tokenizer.vocab.sep]])
@@ -58,8 +58,8 @@ def test_what_is_finetuned_is_the_class_of_transformers(make, name: str, tmp_pat
     assert (found - expected).abs().max() < 1e-5
 
 
-def test_a_family_that_reads_elsewhere_is_refused() -> None:
-    """And a shape of no family, whose linear head stays."""
+def test_family_with_another_pooling_is_rejected() -> None:
+    """A model without a family keeps its linear head."""
     family = Classification(class_names=("a", "b"), head="family")
     assert "set objective.head=linear" in family.missing_from(encoder_decoder_config(64, 32, 1, num_heads=2))
     assert "set objective.head=linear" in family.missing_from(

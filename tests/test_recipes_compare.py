@@ -1,4 +1,4 @@
-"""The arena at a very small size: equal FLOPs, one tokenizer, no test text read, resumption, refusals, figures that agree."""
+"""Comparisons at a tiny size: equal FLOPs, one tokenizer, held-out test records, resumption, errors, consistent outputs."""
 
 import json
 import re
@@ -12,27 +12,28 @@ import scipy.stats
 import torch
 
 from firth import cli
-from firth.compare import compare as arena
+from firth.compare import compare as compare_module
 from firth.compare.compare import ComparisonConfig, compare
 from firth.compare.probe_dataset import draw_probe, questions
-from firth.compare.statistics import MEASURES, Interval, Score, differences, gains, markdown, paired, result_row
+from firth.compare.statistics import METRICS, Interval, Score, differences, gains, markdown, paired, result_row
 from firth.data.split import content_key
 from firth.data.token_store import TokenStore
 from firth.evaluate.evaluate import evaluate
 from firth.io.integrity import read_record
 from firth.runs.labeled_examples import LabeledConfig
-from firth.runs.prepare import DataConfig, Echo, documents_of
+from firth.runs.prepare import DataConfig, documents_of
 from firth.runs.recipe import Recipe, load
 from firth.runs.run import RunResult, run
 from firth.tokenizer.tokenizer import Tokenizer
 from firth.train.schedule import Budget
-from firth.types import UserError
+from firth.types import LogLine, UserError
 
 FLOPS = 5e7
 SMALL = (
-    "model.hidden_size=16", "model.num_heads=1", "model.head_dim=16", "model.intermediate_size=32", "model.num_layers=1", "examples.max_length=24", "batch.size=2",
+    "model.hidden_size=16", "model.num_heads=1", "model.head_dim=16", "model.intermediate_size=32",
+    "model.num_layers=1", "examples.max_length=24", "batch.size=2",
     "batch.pack_to_length=0", "tokenizer.vocab_size=400", "precision=fp32", "data.validation_fraction=0.2",
-    "probe.precision=fp32", "probe.max_steps=3", "probe.batch.size=4",
+    "probe.precision=fp32", "probe.budget.max_steps=3", "probe.batch.size=4",
 )  # fmt: skip
 WORDS = ["king", "queen", "war", "fool", "lord", "sea", "dead", "speak", "laugh", "again", "every", "while"]
 
@@ -44,9 +45,9 @@ def _one_thread() -> None:
 
 @pytest.fixture(scope="module")
 def records(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Sentences of two kinds, told apart by a word."""
+    """Sentences of two classes that differ in one word."""
     rng = np.random.default_rng(0)
-    path = tmp_path_factory.mktemp("records") / "labelled.jsonl"
+    path = tmp_path_factory.mktemp("records") / "labeled.jsonl"
     rows = [
         {"text": " ".join([*rng.choice(WORDS, 12), ("gladly", "sadly")[i % 2], *rng.choice(WORDS, 4)]), "label": "+-"[i % 2]}
         for i in range(150)
@@ -55,20 +56,20 @@ def records(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def terms(records: Path | str, **changes: object) -> ComparisonConfig:
+def config(records: Path | str, **changes: object) -> ComparisonConfig:
     fields = {"compute": Budget(max_flops=FLOPS), "shares": (0.5, 1.0), "seeds": 2, "probe": str(records), "labels": 20}
     return ComparisonConfig(**(fields | changes))
 
 
 def contest(out: Path, records: Path, names: tuple[str, ...] = ("roberta", "t5"), **changes: object) -> str:
     settings = [*SMALL, f"data.path={records}"]
-    return compare(names, settings, terms(records, **changes), out, echo=lambda _: None)
+    return compare(names, settings, config(records, **changes), out, echo=lambda _: None)
 
 
 @pytest.fixture(scope="module")
-def held(tmp_path_factory: pytest.TempPathFactory, records: Path) -> tuple[Path, str]:
-    """A whole comparison, and what it said."""
-    out = tmp_path_factory.mktemp("arena")
+def finished(tmp_path_factory: pytest.TempPathFactory, records: Path) -> tuple[Path, str]:
+    """A finished comparison and its output."""
+    out = tmp_path_factory.mktemp("comparison")
     return out, contest(out, records)
 
 
@@ -77,8 +78,8 @@ def rows(directory: Path) -> list[dict[str, float]]:
     return [row for row in found if row["split"] == "train"]
 
 
-def test_every_run_ends_with_the_step_that_reaches_its_share_of_the_flops(held: tuple[Path, str]) -> None:
-    out, _ = held
+def test_runs_end_with_the_step_that_reaches_their_flops(finished: tuple[Path, str]) -> None:
+    out, _ = finished
     runs = sorted((out / "runs").glob("*/share-*/seed-*"))
     assert len(runs) == 2 * 2 * 2
     for directory in runs:
@@ -88,10 +89,8 @@ def test_every_run_ends_with_the_step_that_reaches_its_share_of_the_flops(held: 
         assert json.loads((directory / "done.json").read_text())["flops"] == last
 
 
-def test_all_read_one_text_with_one_tokenizer_and_none_reads_what_it_is_tested_on(
-    held: tuple[Path, str], records: Path
-) -> None:
-    out, _ = held
+def test_one_text_one_tokenizer_and_held_out_test_records(finished: tuple[Path, str], records: Path) -> None:
+    out, _ = finished
     own = (out / "tokenizer" / "tokenizer.json").read_bytes()
     for file in (out / "runs").rglob("tokenizer/tokenizer.json"):
         assert file.read_bytes() == own
@@ -100,15 +99,15 @@ def test_all_read_one_text_with_one_tokenizer_and_none_reads_what_it_is_tested_o
     store = TokenStore.open(next((out / "data").glob("*/train")), tokenizer)
     read = tokenizer.decode(np.array(store.tokens))
     tested = [json.loads(text)["text"] for text in (out / "probe" / "test.jsonl").read_text().splitlines()]
-    learnt = [json.loads(text)["text"] for text in (out / "probe" / "train-0.jsonl").read_text().splitlines()]
-    assert len(tested) > 10 and len(learnt) == 20
+    trained = [json.loads(text)["text"] for text in (out / "probe" / "train-0.jsonl").read_text().splitlines()]
+    assert len(tested) > 10 and len(trained) == 20
     assert not any(text in read for text in tested)
-    assert all(text in read for text in learnt)
-    assert learnt != [json.loads(text)["text"] for text in (out / "probe" / "train-1.jsonl").read_text().splitlines()]
+    assert all(text in read for text in trained)
+    assert trained != [json.loads(text)["text"] for text in (out / "probe" / "train-1.jsonl").read_text().splitlines()]
 
 
-def test_the_table_says_what_the_results_say(held: tuple[Path, str]) -> None:
-    out, said = held
+def test_the_table_agrees_with_the_results(finished: tuple[Path, str]) -> None:
+    out, output = finished
     results = json.loads((out / "results.json").read_text())
     scores = [Score(**s) for s in results["scores"]]
     on_disk = [Score(**read_record(f)) for f in (out / "scores").rglob("*.json")]
@@ -123,51 +122,51 @@ def test_the_table_says_what_the_results_say(held: tuple[Path, str]) -> None:
         scratch = {s.seed: s.accuracy for s in scores if s.recipe == row["recipe"] and s.share == 0.0}
         assert row["probe accuracy"].startswith(f"{np.mean([s.accuracy for s in own]):.3f} (")
         assert row["gain"].startswith(f"{np.mean([s.accuracy - scratch[s.seed] for s in own]):.3f} (")
-        assert row["hidden tokens"].startswith(f"{np.mean([s.hidden for s in own]):.3f} (")
+        assert row["cloze accuracy"].startswith(f"{np.mean([s.cloze_accuracy for s in own]):.3f} (")
         assert row["parameters"] == f"{own[0].parameters:,}" and own[0].parameters > 1000
-    assert said.startswith(markdown([result_row(scores, cells[0], 1.0) for cells in body]))
+    assert output.startswith(markdown([result_row(scores, cells[0], 1.0) for cells in body]))
     page = (out / "report.html").read_text()
-    assert page.count('<svg class="plot wide"') == 2  # the probe and the hidden tokens; none of bits per byte
+    assert page.count('<svg class="plot wide"') == 2  # the probe and the cloze accuracy; none of bits per byte
     assert page.count("whisker") > 8
-    assert all(word in page for word in results["words"])
+    assert all(word in page for word in results["conclusions"])
 
 
-def test_a_finished_comparison_is_not_done_again_and_may_grow(
-    held: tuple[Path, str], records: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_finished_comparison_is_reused_and_can_grow(
+    finished: tuple[Path, str], records: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    out, said = held
+    out, output = finished
     called: list[str] = []
 
-    def stop(recipe: Recipe, directory: Path, echo: Echo) -> RunResult:
+    def stop(recipe: Recipe, directory: Path, log: LogLine) -> RunResult:
         called.append(recipe.name)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(arena, "run", stop)
-    assert contest(out, records) == said
+    monkeypatch.setattr(compare_module, "run", stop)
+    assert contest(out, records) == output
     assert called == []
     with pytest.raises(KeyboardInterrupt):
         contest(out, records, seeds=3)
     assert called == ["probe"]
 
 
-def test_killed_anywhere_and_run_again_it_comes_to_the_same(
-    held: tuple[Path, str], records: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_an_interrupted_comparison_resumes_to_the_same_scores(
+    finished: tuple[Path, str], records: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole, _ = held
+    whole, _ = finished
     for killed_at in (0, 3, 5):
         calls = iter(range(100))
 
-        def mortal(
-            recipe: Recipe, directory: Path, echo: Echo, calls: Iterator[int] = calls, killed_at: int = killed_at
+        def interrupted(
+            recipe: Recipe, directory: Path, log: LogLine, calls: Iterator[int] = calls, killed_at: int = killed_at
         ) -> RunResult:
             if next(calls) == killed_at:
                 raise KeyboardInterrupt
-            return run(recipe, directory, echo=echo)
+            return run(recipe, directory, log=log)
 
-        monkeypatch.setattr(arena, "run", mortal)
+        monkeypatch.setattr(compare_module, "run", interrupted)
         with pytest.raises(KeyboardInterrupt):
             contest(tmp_path, records, seeds=1)
-    monkeypatch.setattr(arena, "run", run)
+    monkeypatch.setattr(compare_module, "run", run)
     contest(tmp_path, records, seeds=1)
     for file in (tmp_path / "scores").rglob("*.json"):
         ours, theirs = (
@@ -177,8 +176,8 @@ def test_killed_anywhere_and_run_again_it_comes_to_the_same(
         assert ours | {"seconds": 0, "key": ""} == theirs | {"seconds": 0, "key": ""}
 
 
-def test_causal_models_are_compared_by_bits_per_byte_without_a_probe(records: Path, tmp_path: Path) -> None:
-    said = contest(tmp_path, records, ("gpt", "roberta"), probe="none", shares=(1.0,), seeds=1)
+def test_causal_models_are_compared_by_bits_per_byte(records: Path, tmp_path: Path) -> None:
+    output = contest(tmp_path, records, ("gpt", "roberta"), probe="none", shares=(1.0,), seeds=1)
     results = json.loads((tmp_path / "results.json").read_text())
     by_name = {score["recipe"]: score for score in results["scores"]}
     held_out = [
@@ -186,19 +185,17 @@ def test_causal_models_are_compared_by_bits_per_byte_without_a_probe(records: Pa
     ]
     assert by_name["gpt"]["bits_per_byte"] == held_out[-1]["bits_per_byte"]
     assert by_name["roberta"]["bits_per_byte"] is None and by_name["gpt"]["accuracy"] is None
-    assert "probe" not in said and "bits per byte" in said
-    assert "One seed does not distinguish it from" in said
+    assert "probe" not in output and "bits per byte" in output
+    assert "One seed does not distinguish it from" in output
 
 
-def test_an_encoder_decoder_is_finetuned_at_its_answer_and_scored_as_training_did(
-    records: Path, tmp_path: Path
-) -> None:
-    shape = [setting for setting in SMALL if setting.startswith("shape.")]
-    t5 = load("t5", [*shape, "model.num_encoder_layers=1", "tokenizer.vocab_size=400"])
+def test_a_finetuned_encoder_decoder_is_scored_as_in_training(records: Path, tmp_path: Path) -> None:
+    model = [setting for setting in SMALL if setting.startswith("model.")]
+    t5 = load("t5", [*model, "model.num_encoder_layers=1", "tokenizer.vocab_size=400"])
     recipe = load("classification", [
         f"data.path={records}", "tokenizer.vocab_size=400", "objective.position=answer", "max_steps=4", "precision=fp32",
     ])  # fmt: skip
-    ended = run(replace(recipe, model=t5.model), tmp_path / "run", echo=lambda _: None)
+    ended = run(replace(recipe, model=t5.model), tmp_path / "run", log=lambda _: None)
     share = recipe.data.validation_fraction * 2**64
     held_out = [r for r in records.read_text().splitlines() if content_key(json.loads(r)["text"]) < share]
     (tmp_path / "held.jsonl").write_text("\n".join(held_out) + "\n")
@@ -207,44 +204,44 @@ def test_an_encoder_decoder_is_finetuned_at_its_answer_and_scored_as_training_di
     assert found["accuracy"] == pytest.approx(ended.metrics["valid/accuracy"])
 
 
-@pytest.mark.parametrize(("names", "settings", "changes", "said"), [
+@pytest.mark.parametrize(("names", "settings", "changes", "message"), [
     (("roberta", "nobody"), (), {}, "there is no recipe 'nobody'"),
-    (("roberta", "classification"), (), {}, "classify goes on from another run, and what is compared begins from nothing"),
+    (("roberta", "classification"), (), {}, "classification starts from another run, but a comparison trains from scratch"),
     (("roberta", "roberta"), (), {}, "roberta is named twice"),
     ((), (), {}, "name the recipes to compare"),
     (("gpt", "roberta"), ("objective=mlm",), {}, "gpt: objective mlm reads a text from both sides, which a causal decoder cannot"),
     (("roberta",), ("data.path=nowhere.txt",), {}, "nowhere.txt: there is no such file"),
     (("roberta",), (), {"probe": "nowhere.jsonl"}, "nowhere.jsonl: there is no such file"),
-    (("roberta",), (), {"labels": 10_000}, "10000 labels are asked: give more records, or fewer --labels"),
+    (("roberta",), (), {"labels": 10_000}, "but --labels is 10000: give more records, or fewer --labels"),
     (("roberta",), ("probe.examples.label_field=tone",), {}, "the field 'tone' should hold a class; the record has text, label"),
     (("roberta",), ("probe.batch.row=4",), {}, "there is no field 'row' in Batch"),
     (("roberta", "gpt"), ("examples.max_length=100000",), {}, "gpt: .*too few for one window"),
 ])  # fmt: skip
-def test_what_does_not_fit_is_refused_before_anything_is_trained(
+def test_errors_are_raised_before_anything_is_trained(
     records: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
-    names: tuple[str, ...], settings: tuple[str, ...], changes: dict[str, object], said: str,
+    names: tuple[str, ...], settings: tuple[str, ...], changes: dict[str, object], message: str,
 ) -> None:  # fmt: skip
-    monkeypatch.setattr(arena, "run", lambda *_, **__: pytest.fail("something was trained"))
-    before = [*SMALL, f"data.path={records}", *settings]
-    with pytest.raises(UserError, match=said):
-        compare(names, before, terms(records, **changes), tmp_path / "out", echo=lambda _: None)
+    monkeypatch.setattr(compare_module, "run", lambda *_, **__: pytest.fail("something was trained"))
+    all_settings = [*SMALL, f"data.path={records}", *settings]
+    with pytest.raises(UserError, match=message):
+        compare(names, all_settings, config(records, **changes), tmp_path / "out", echo=lambda _: None)
 
 
-def test_other_terms_in_the_same_place_are_refused(held: tuple[Path, str], records: Path) -> None:
-    with pytest.raises(UserError, match=r"holds a comparison on other terms \(another number of labels\)"):
-        contest(held[0], records, labels=21)
+def test_other_settings_in_the_same_directory_are_an_error(finished: tuple[Path, str], records: Path) -> None:
+    with pytest.raises(UserError, match=r"holds a comparison with other settings \(another number of labels\)"):
+        contest(finished[0], records, labels=21)
     with pytest.raises(UserError, match=r"another compute"):
-        contest(held[0], records, compute=Budget(max_seconds=1))
+        contest(finished[0], records, compute=Budget(max_seconds=1))
 
 
-def test_what_was_refused_may_be_mended_in_the_same_place_and_no_other_directory_is_taken(
+def test_settings_can_be_fixed_in_the_same_directory(
     records: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with pytest.raises(UserError, match="too few for one window"):
         compare(
             ("gpt",),
             [*SMALL, f"data.path={records}", "examples.max_length=100000"],
-            terms(records),
+            config(records),
             tmp_path / "out",
             print,
         )
@@ -252,34 +249,34 @@ def test_what_was_refused_may_be_mended_in_the_same_place_and_no_other_directory
     before = made.read_bytes()
     other = tmp_path / "other.jsonl"
     other.write_text(records.read_text().replace("king", "emperor"))
-    monkeypatch.setattr(arena, "train_once", lambda *_: pytest.fail("mended"))
-    with pytest.raises(pytest.fail.Exception, match="mended"):
+    monkeypatch.setattr(compare_module, "train_once", lambda *_: pytest.fail("accepted"))
+    with pytest.raises(pytest.fail.Exception, match="accepted"):
         contest(tmp_path / "out", other, labels=30)
     assert made.read_bytes() != before
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("all my work")
-    with pytest.raises(UserError, match="is there already and holds no comparison"):
+    with pytest.raises(UserError, match="already exists and holds no comparison"):
         contest(tmp_path / "mine", records)
 
 
-@pytest.mark.parametrize(("changes", "said"), [
-    ({"compute": Budget(max_steps=3)}, "not equally dear"),
+@pytest.mark.parametrize(("changes", "message"), [
+    ({"compute": Budget(max_steps=3)}, "do not cost the same"),
     ({"shares": (0.0, 1.0)}, "above 0 and at most 1"),
     ({"shares": ()}, "shares is empty"),
     ({"seeds": 0}, "at least 1"),
 ])  # fmt: skip
-def test_terms_that_mean_nothing_are_refused(changes: dict[str, object], said: str) -> None:
-    with pytest.raises(UserError, match=said):
-        terms("none", **changes)
+def test_invalid_configurations_are_errors(changes: dict[str, object], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        config("none", **changes)
 
 
-def invented(name: str, values: list[float], share: float = 1.0) -> list[Score]:
+def scores_of(name: str, values: list[float], share: float = 1.0) -> list[Score]:
     return [Score(name, share, seed, "", accuracy=value) for seed, value in enumerate(values)]
 
 
 def test_intervals_are_students_and_paired() -> None:
     first, second = [0.71, 0.74, 0.78, 0.80], [0.70, 0.72, 0.75, 0.79]
-    ours = paired(invented("a", first), invented("b", second), MEASURES[0])
+    ours = paired(scores_of("a", first), scores_of("b", second), METRICS[0])
     theirs = scipy.stats.ttest_rel(first, second).confidence_interval(0.95)
     assert ours is not None
     assert (ours.low, ours.high) == pytest.approx((theirs.low, theirs.high), rel=1e-4)
@@ -292,39 +289,41 @@ def test_intervals_are_students_and_paired() -> None:
     assert Interval.of([0.5]) == Interval(0.5)
 
 
-def test_intervals_end_where_a_score_cannot_go() -> None:
-    row = result_row(invented("a", [0.67, 1.0]) + invented("a", [0.5, 0.9], 0.0), "a", 1.0)
+def test_intervals_are_clipped_to_possible_values() -> None:
+    row = result_row(scores_of("a", [0.67, 1.0]) + scores_of("a", [0.5, 0.9], 0.0), "a", 1.0)
     assert str(row.accuracy) == "0.835 (0.000 to 1.000)"
     assert row.gain is not None and (row.gain.low, row.gain.high) == (
         pytest.approx(-0.3097, abs=1e-3),
         pytest.approx(0.5797, abs=1e-3),
     )
-    [sentence] = differences(invented("a", [0.9, 0.1]) + invented("b", [0.1, 0.85]), MEASURES[0])
+    [sentence] = differences(scores_of("a", [0.9, 0.1]) + scores_of("b", [0.1, 0.85]), METRICS[0])
     assert sentence.endswith("2 seeds do not distinguish it from b by 0.025 (-1.000 to 1.000).")
 
 
-def test_best_is_written_only_where_the_interval_excludes_zero() -> None:
-    scores = invented("a", [0.80, 0.82, 0.84]) + invented("b", [0.70, 0.71, 0.745]) + invented("c", [0.90, 0.70, 0.80])
-    [sentence] = differences(scores, MEASURES[0])
+def test_best_is_reported_only_if_the_interval_excludes_zero() -> None:
+    scores = (
+        scores_of("a", [0.80, 0.82, 0.84]) + scores_of("b", [0.70, 0.71, 0.745]) + scores_of("c", [0.90, 0.70, 0.80])
+    )
+    [sentence] = differences(scores, METRICS[0])
     assert re.fullmatch(
         r"Accuracy of the probe: a has the highest mean\. It is above b by 0\.102 \(0\.0\d+ to 0\.1\d+\)\. "
         r"3 seeds do not distinguish it from c by 0\.020 \(-0\.\d+ to 0\.\d+\)\.",
         sentence,
     )
-    [single] = differences(invented("a", [0.8]) + invented("b", [0.7]), MEASURES[0])
+    [single] = differences(scores_of("a", [0.8]) + scores_of("b", [0.7]), METRICS[0])
     assert single == "Accuracy of the probe: a has the highest mean. One seed does not distinguish it from b by 0.100."
     rows = [
-        result_row(scores + invented("a", [0.5, 0.51, 0.52], 0.0) + invented("c", [0.5, 0.9, 0.7], 0.0), n, 1.0)
+        result_row(scores + scores_of("a", [0.5, 0.51, 0.52], 0.0) + scores_of("c", [0.5, 0.9, 0.7], 0.0), n, 1.0)
         for n in "ac"
     ]
     helps, unsure = gains(rows)
     assert helps.startswith("Pretraining helps a: +0.310 (")
     assert unsure.startswith("These seeds cannot say whether pretraining helps c: +0.100 (")
     less = [Score(n, 1.0, s, "", bits_per_byte=v + s / 100) for n, v in (("x", 2.0), ("y", 1.5)) for s in range(3)]
-    assert differences(less, MEASURES[1]) == ["Held-out text: y is best. It is below x by 0.500 (0.500 to 0.500)."]
+    assert differences(less, METRICS[1]) == ["Held-out text: y is best. It is below x by 0.500 (0.500 to 0.500)."]
 
 
-def test_records_that_name_their_document_are_tested_where_it_was_held_out(tmp_path: Path) -> None:
+def test_test_records_are_from_held_out_documents(tmp_path: Path) -> None:
     plays = [tmp_path / "text" / f"play-{i}.txt" for i in range(8)]
     plays[0].parent.mkdir()
     for play in plays:
@@ -342,17 +341,17 @@ def test_records_that_name_their_document_are_tested_where_it_was_held_out(tmp_p
         folder=tmp_path / "out",
         echo=print,
     )
-    held = {d.name for d in documents_of(source, source.path, apart=True)}
+    held_out = {d.name for d in documents_of(source, source.path, validation=True)}
     tested = [json.loads(text) for text in (tmp_path / "out" / "test.jsonl").read_text().splitlines()]
-    learnt = [json.loads(text) for text in (tmp_path / "out" / "train-0.jsonl").read_text().splitlines()]
-    assert {row["name"] for row in tested} == held != set()
-    assert len(tested) == drawn.tested == 6 * len(held)
-    assert held.isdisjoint(row["name"] for row in learnt)
+    trained = [json.loads(text) for text in (tmp_path / "out" / "train-0.jsonl").read_text().splitlines()]
+    assert {row["name"] for row in tested} == held_out != set()
+    assert len(tested) == drawn.num_tested == 6 * len(held_out)
+    assert held_out.isdisjoint(row["name"] for row in trained)
 
 
-def test_the_sentences_of_plays_are_as_many_questions_as_statements(tmp_path: Path) -> None:
-    said = "Who goes there in the night? It is the king of all these lands. He is not well today, they say. Go!"
-    (tmp_path / "speeches.jsonl").write_text(json.dumps({"play": "hamlet", "text": said}) + "\n")
+def test_plays_give_as_many_questions_as_statements(tmp_path: Path) -> None:
+    speech = "Who goes there in the night? It is the king of all these lands. He is not well today, they say. Go!"
+    (tmp_path / "speeches.jsonl").write_text(json.dumps({"play": "hamlet", "text": speech}) + "\n")
     rows = [
         json.loads(text)
         for text in questions(tmp_path / "speeches.jsonl", tmp_path / "q.jsonl").read_text().splitlines()
@@ -363,29 +362,29 @@ def test_the_sentences_of_plays_are_as_many_questions_as_statements(tmp_path: Pa
     ]
 
 
-def test_settings_are_for_all_or_for_one(records: Path, tmp_path: Path) -> None:
+def test_settings_apply_to_all_recipes_or_to_one(records: Path, tmp_path: Path) -> None:
     settings = [*SMALL, f"data.path={records}", "gpt.model.intermediate_size=48", "probe.optimizer.lr=1e-3"]
-    ready = arena.prepare(("roberta", "gpt"), settings, terms(records), tmp_path, lambda _: None)
-    shapes = {name: recipe.model for name, recipe in ready.contenders.items()}
-    assert (shapes["roberta"].intermediate_size, shapes["gpt"].intermediate_size) == (32, 48)
-    assert shapes["roberta"].vocab_size == shapes["gpt"].vocab_size == ready.tokenizer.vocab.size
-    assert ready.probe.optimizer.lr == 1e-3
+    ready = compare_module.prepare(("roberta", "gpt"), settings, config(records), tmp_path, lambda _: None)
+    configs = {name: recipe.model for name, recipe in ready.recipes.items()}
+    assert (configs["roberta"].intermediate_size, configs["gpt"].intermediate_size) == (32, 48)
+    assert configs["roberta"].vocab_size == configs["gpt"].vocab_size == ready.tokenizer.vocab.size
+    assert ready.probe_recipe.optimizer.lr == 1e-3
     assert [ready.finetuning(name, 0).objective.position for name in ("roberta", "gpt")] == ["first", "last"]
     assert ready.finetuning("gpt", 0) == ready.finetuning("gpt", 0) != ready.finetuning("gpt", 1)
 
 
-def test_seconds_are_shared_out_too(records: Path, tmp_path: Path) -> None:
-    said = contest(
+def test_compute_in_seconds_is_shared(records: Path, tmp_path: Path) -> None:
+    output = contest(
         tmp_path, records, ("gpt",), compute=Budget(max_seconds=0.4), shares=(0.5, 1.0), seeds=1, probe="none"
     )
     half, whole = (json.loads((tmp_path / f"runs/gpt/share-{s}/seed-0/done.json").read_text()) for s in ("0.5", "1"))
     assert 0.2 <= half["seconds"] < 0.4 <= whole["seconds"]
-    assert "gpt" in said and "FLOPs" in said
+    assert "gpt" in output and "FLOPs" in output
 
 
-def test_the_command_wants_one_kind_of_compute_and_numbers_for_shares() -> None:
-    for compute in ({}, {"seconds": 1.0, "flops": 1e9}):
-        with pytest.raises(UserError, match="--seconds N or --flops N, one of them"):
+def test_the_command_checks_compute_and_shares() -> None:
+    for compute in ({}, {"max_seconds": 1.0, "max_flops": 1e9}):
+        with pytest.raises(UserError, match="--max-seconds N or --max-flops N, one of them"):
             cli.compare(["gpt"], **compute)
     with pytest.raises(UserError, match="--shares is 'half'"):
-        cli.compare(["gpt"], seconds=1.0, shares="half")
+        cli.compare(["gpt"], max_seconds=1.0, shares="half")

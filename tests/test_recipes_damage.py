@@ -1,4 +1,4 @@
-"""Damaged, missing and stray files of a run: each command ends in one sentence that names the file, or does without it."""
+"""Damaged, missing and stray files of a run: each command fails with one sentence that names the file, or works without it."""
 
 from __future__ import annotations
 
@@ -25,8 +25,18 @@ from firth.tokenizer.train import train
 from firth.train.logging import keep_until
 from firth.types import UserError
 
-TINY = ["model.hidden_size=32", "model.num_layers=1", "model.num_heads=2", "model.max_positions=32", "examples.max_length=16", "batch.size=4", "max_steps=4",
-        "tokenizer.vocab_size=300", "precision=fp32", "sample_prompts=[the cat]"]  # fmt: skip
+TINY = [
+    "model.hidden_size=32",
+    "model.num_layers=1",
+    "model.num_heads=2",
+    "model.max_positions=32",
+    "examples.max_length=16",
+    "batch.size=4",
+    "max_steps=4",
+    "tokenizer.vocab_size=300",
+    "precision=fp32",
+    "sample_prompts=[the cat]",
+]
 
 
 def quiet(_: str) -> None:
@@ -52,7 +62,7 @@ def again(there: Path) -> None:
     run(load(str(there)), there, quiet)
 
 
-def ends_in_a_sentence(action: Callable[[], Any], says: str) -> None:
+def fails_with_one_sentence(action: Callable[[], Any], says: str) -> None:
     with pytest.raises(UserError, match=says) as error:
         action()
     assert "\n" not in str(error.value) and len(str(error.value)) < 500
@@ -62,17 +72,17 @@ CUT = ('{"step": 3, "x', "[]\n", "3\n", '{"a": 1}\n', "\x00\x01\n")
 
 
 @pytest.mark.parametrize("text", CUT)
-def test_a_damaged_note_of_a_finished_run(text: str, there: Path) -> None:
+def test_damaged_json_of_a_finished_run(text: str, there: Path) -> None:
     (there / "done.json").write_text(text)
-    ends_in_a_sentence(
+    fails_with_one_sentence(
         lambda: again(there), r"done\.json.*: delete .*done\.json, and the same command exports the model again$"
     )
     if text != CUT[3]:  # that is a note of a run without counts
-        ends_in_a_sentence(
-            lambda: evaluate_run(there, [], task=None, limit=None, as_json=False, say=quiet), r"done\.json"
+        fails_with_one_sentence(
+            lambda: evaluate_run(there, [], task=None, limit=None, as_json=False, log=quiet), r"done\.json"
         )
-        ends_in_a_sentence(
-            lambda: export_model(there, there / "out", form="hf", dtype="", shard="", echo=quiet), r"done\.json"
+        fails_with_one_sentence(
+            lambda: export_model(there, there / "out", form="hf", dtype="", shard="", log=quiet), r"done\.json"
         )
     (there / "done.json").unlink()
     again(there)
@@ -80,21 +90,21 @@ def test_a_damaged_note_of_a_finished_run(text: str, there: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["samples.jsonl", "metrics.jsonl"])
-def test_a_damaged_table_of_a_run(name: str, there: Path) -> None:
+def test_damaged_jsonl_of_a_run(name: str, there: Path) -> None:
     (there / "done.json").unlink()
     before = (there / name).read_text()
     for text in (*CUT[1:], CUT[0] + "\n" + before):
         (there / name).write_text(text)
         (there / "done.json").unlink(missing_ok=True)
-        ends_in_a_sentence(lambda: again(there), rf"{name}, line 1: .*(delete|remove)")
-        ends_in_a_sentence(lambda: run_report(there), rf"{name}, line 1: .*(delete|remove)")
+        fails_with_one_sentence(lambda: again(there), rf"{name}, line 1: .*(delete|remove)")
+        fails_with_one_sentence(lambda: run_report(there), rf"{name}, line 1: .*(delete|remove)")
     if name == "metrics.jsonl":
-        ends_in_a_sentence(lambda: keep_until(there / name, 3), r"metrics\.jsonl, line 1: .*remove")
+        fails_with_one_sentence(lambda: keep_until(there / name, 3), r"metrics\.jsonl, line 1: .*remove")
     (there / name).write_text(before)
     again(there)
 
 
-def test_a_model_that_is_missing_is_exported_again(there: Path) -> None:
+def test_missing_model_is_exported_again(there: Path) -> None:
     before = (there / "model" / "model.safetensors").read_bytes()
     shutil.rmtree(there / "model")
     lines: list[str] = []
@@ -103,7 +113,7 @@ def test_a_model_that_is_missing_is_exported_again(there: Path) -> None:
     assert (there / "model" / "model.safetensors").read_bytes() == before
 
 
-def test_stray_files_among_the_checkpoints(there: Path) -> None:
+def test_stray_files_in_the_checkpoints(there: Path) -> None:
     (there / "done.json").unlink()
     for name in ("step-000051", "step-²", "step-000004.txt", "notes"):
         (there / "checkpoints" / name).write_text("x")
@@ -112,7 +122,7 @@ def test_stray_files_among_the_checkpoints(there: Path) -> None:
     assert read_object(there / "done.json")["steps"] == 4 and (there / "checkpoints" / "step-000051").read_text() == "x"
 
 
-def test_an_out_that_cannot_be_a_directory(whole: Path, tmp_path: Path) -> None:
+def test_out_that_cannot_be_a_directory(whole: Path, tmp_path: Path) -> None:
     plan = load(str(whole))
     (tmp_path / "file").write_text("x")
     for name, cure in (
@@ -120,29 +130,29 @@ def test_an_out_that_cannot_be_a_directory(whole: Path, tmp_path: Path) -> None:
         ("file/run", "a file is where"),
         ("n" * 300, "choose a shorter name"),
     ):
-        ends_in_a_sentence(lambda name=name: run(plan, tmp_path / name, quiet), cure)
-        ends_in_a_sentence(
-            lambda name=name: export_model(whole, tmp_path / name, form="hf", dtype="", shard="", echo=quiet),
-            f"{cure}|holds other things",
+        fails_with_one_sentence(lambda name=name: run(plan, tmp_path / name, quiet), cure)
+        fails_with_one_sentence(
+            lambda name=name: export_model(whole, tmp_path / name, form="hf", dtype="", shard="", log=quiet),
+            f"{cure}|holds other files",
         )
 
 
-def test_numbers_of_nothing_are_refused(whole: Path) -> None:
+def test_empty_arrays_are_rejected(whole: Path) -> None:
     for setting in ("examples.max_length=0", "batch.gradient_accumulation_steps=0"):
-        ends_in_a_sentence(lambda setting=setting: load(str(whole), [setting]), f"{setting} must be at least 1")
+        fails_with_one_sentence(lambda setting=setting: load(str(whole), [setting]), f"{setting} must be at least 1")
 
 
 @pytest.mark.parametrize("what", ["train", "export", "gguf", "import", "vectors"])
-def test_a_full_disk_names_what_could_not_be_written(what: str, there: Path, tmp_path: Path) -> None:
-    """Nothing half-written stands under a final name, and what was there before is kept."""
+def test_full_disk_error_names_the_file(what: str, there: Path, tmp_path: Path) -> None:
+    """No partial file has a final name, and existing files are kept."""
     if what == "train":
         (there / "done.json").unlink()
         shutil.rmtree(there / "model")
     out = there / "model" if what == "train" else tmp_path / "out"
     actions: dict[str, Callable[[], Any]] = {
         "train": lambda: again(there),
-        "export": lambda: export_model(there, out, form="hf", dtype="", shard="", echo=quiet),
-        "gguf": lambda: export_model(there, out, form="gguf", dtype="fp32", shard="", echo=quiet),
+        "export": lambda: export_model(there, out, form="hf", dtype="", shard="", log=quiet),
+        "gguf": lambda: export_model(there, out, form="gguf", dtype="fp32", shard="", log=quiet),
         "import": lambda: import_model(there / "model", out, quiet),
         "vectors": lambda: nearest_words(there, [], 8, out),
     }
@@ -150,7 +160,7 @@ def test_a_full_disk_names_what_could_not_be_written(what: str, there: Path, tmp
     size = (there / "metrics.jsonl").stat().st_size + 30_000  # the tables fit, the weights do not
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
     try:
-        ends_in_a_sentence(actions[what], rf"{out.name}.*; free some room and run the same command again$")
+        fails_with_one_sentence(actions[what], rf"{out.name}.*; free some room and run the same command again$")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert (
@@ -162,7 +172,7 @@ def test_a_full_disk_names_what_could_not_be_written(what: str, there: Path, tmp
     assert out.exists()
 
 
-def test_recipes_that_are_damaged(there: Path) -> None:
+def test_damaged_recipes(there: Path) -> None:
     file = there / "recipe.yaml"
     text = file.read_text()
     for at in range(0, len(text), max(1, len(text) // 60)):
@@ -171,8 +181,8 @@ def test_recipes_that_are_damaged(there: Path) -> None:
             load(str(there))
 
 
-def test_a_model_larger_than_memory_is_refused_before_it_is_made(whole: Path, tmp_path: Path) -> None:
-    """0.4 terabytes of weights, with gradients and Muon's momentum 1.2: no such memory is taken."""
+def test_model_larger_than_memory_is_rejected(whole: Path, tmp_path: Path) -> None:
+    """0.4 TB of weights, 1.2 TB with gradients and Muon's momentum; nothing is allocated."""
     settings = [
         "model.hidden_size=32768",
         "model.num_heads=64",
@@ -180,24 +190,24 @@ def test_a_model_larger_than_memory_is_refused_before_it_is_made(whole: Path, tm
         "model.intermediate_size=131072",
     ]
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    ends_in_a_sentence(
+    fails_with_one_sentence(
         lambda: run(load(str(whole), settings), tmp_path / "run", quiet),
         r"parameters, which take [\d,.]+ GB with gradients and optimizer, and [\d.,]+ GB of main memory are free: lower model",
     )
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200_000
 
 
-def test_empty_turns_and_blank_prompts_are_refused(whole: Path, tmp_path: Path) -> None:
+def test_empty_turns_and_blank_prompts_are_rejected(whole: Path, tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text('{"prompt": [], "completion": []}\n' * 3)
     data = [f"data.path={tmp_path / 'a.jsonl'}", f"init_from={whole}", "max_steps=1"]
-    ends_in_a_sentence(lambda: run(load("sft", data), tmp_path / "run", quiet), r"a\.jsonl")
+    fails_with_one_sentence(lambda: run(load("sft", data), tmp_path / "run", quiet), r"a\.jsonl")
     words = train(["low lower lowest " * 20], "wordpiece", vocab_size=300, seed=0)
     config = ModelConfig(
         vocab_size=words.vocab.size, hidden_size=16, num_layers=1, num_heads=2, max_positions=16, causal=True
     )
     for kind in (PromptTuning, PrefixTuning):
         model = LM(config, {"lm": LMHead(config)})
-        ends_in_a_sentence(
+        fails_with_one_sentence(
             lambda kind=kind, model=model: kind(num_virtual_tokens=2, init_text=" \n ").apply(model, [], words, 0),
-            "has no tokens to begin with",
+            "has no tokens",
         )

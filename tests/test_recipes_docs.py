@@ -28,7 +28,7 @@ def docstrings(source: str) -> list[str]:
 
 
 def commands(text: str) -> list[str]:
-    """A line that begins with `firth`, up to the two blanks before what is said of it; and what stands in backticks.
+    """A line that begins with `firth`, up to the two blanks before its description; and commands in backticks.
 
     >>> commands("    firth train bert  tiny\\n  and `firth list`, see `firth.data`")
     ['firth train bert', 'firth list']
@@ -43,8 +43,8 @@ FOUND = sorted(
 )
 
 
-def understood(line: str) -> Recipe | None:
-    """The recipe of a command to train, built and not run; of the others, click reads what they are given."""
+def check_command(line: str) -> Recipe | None:
+    """Build the recipe of a train command without running it; let click parse the other commands."""
     _, verb, *rest = shlex.split(line)
     context = VERBS[verb].make_context(verb, rest, resilient_parsing=not rest)
     if verb == "compare":
@@ -55,16 +55,16 @@ def understood(line: str) -> Recipe | None:
     return load(context.params["recipe"], context.params["settings"] or [])
 
 
-def test_there_are_commands() -> None:
+def test_docstrings_contain_commands() -> None:
     assert len(FOUND) > 60
 
 
 @pytest.mark.parametrize(("name", "line"), FOUND)
-def test_a_documented_command_is_one(name: str, line: str) -> None:
-    understood(line)
+def test_documented_command_is_valid(name: str, line: str) -> None:
+    check_command(line)
 
 
-def test_the_settings_of_tasks_are_settings() -> None:
+def test_settings_of_tasks_are_valid() -> None:
     text = docstrings((ROOM / "recipes" / "finetuning.py").read_text())[0]
     lines = [re.split(" {2,}", line.strip())[0] for line in text.splitlines() if re.match(r" +\w+\.\w+=", line)]
     assert len(lines) == 2
@@ -72,21 +72,21 @@ def test_the_settings_of_tasks_are_settings() -> None:
         load("classification", shlex.split(line))
 
 
-def test_a_field_of_text_holds_what_was_typed() -> None:
+def test_text_field_holds_the_typed_text() -> None:
     line = next(line for name, line in FOUND if "text_to_text" in line and name == "finetuning.py")
-    examples = understood(line).examples  # type: ignore[union-attr]
+    examples = check_command(line).examples  # type: ignore[union-attr]
     assert (examples.prompt_template, examples.completion_template) == ("translate to French: {en}", "{fr}")  # type: ignore[attr-defined]
-    for said in ("{a}: {b}", "# {en}", "yes", "3", "a # b", "[{en}]", "{en}"):
-        told = load(
-            "text_to_text", [f"examples.prompt_template={said}", "examples.completion_template='x: y'"]
+    for text in ("{a}: {b}", "# {en}", "yes", "3", "a # b", "[{en}]", "{en}"):
+        typed = load(
+            "text_to_text", [f"examples.prompt_template={text}", "examples.completion_template='x: y'"]
         ).examples
-        assert (told.prompt_template, told.completion_template) == (said, "x: y")  # type: ignore[attr-defined]
+        assert (typed.prompt_template, typed.completion_template) == (text, "x: y")  # type: ignore[attr-defined]
     assert not isinstance(
-        understood("firth train lstm init_embeddings_from=runs/word2vec model.hidden_size=128").objective, Sum
+        check_command("firth train lstm init_embeddings_from=runs/word2vec model.hidden_size=128").objective, Sum
     )  # type: ignore[union-attr]
 
 
-def test_a_command_that_is_none_is_found() -> None:
+def test_invalid_command_is_detected() -> None:
     for line in (
         "firth train brt",
         "firth train bert batch.siz=3",
@@ -94,11 +94,11 @@ def test_a_command_that_is_none_is_found() -> None:
         "firth trian bert",
     ):
         with pytest.raises((Exception, SystemExit)):
-            understood(line)
+            check_command(line)
 
 
-def test_a_length_below_none_is_refused_and_predict_names_what_it_reads() -> None:
+def test_negative_length_and_predict_input_help() -> None:
     error = CliRunner().invoke(app, ["embed", "runs/x", "a.txt", "--max-length", "-3"]).exception
     assert isinstance(error, UserError) and "--max-length=-3 must be at least 0" in str(error)
-    told = CliRunner().invoke(app, ["predict", "--help"]).output
-    assert "CoNLL" in told and "SQuAD" in told
+    output = CliRunner().invoke(app, ["predict", "--help"]).output
+    assert "CoNLL" in output and "SQuAD" in output

@@ -1,4 +1,4 @@
-"""SpanBERT, ALBERT and ELECTRA: the published shapes have the published sizes, and the tiny ones train, save and reload."""
+"""SpanBERT, ALBERT and ELECTRA: the published models have the published sizes, and the tiny ones train, save and reload."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ MILLIONS = {
 
 @pytest.mark.parametrize("name", MILLIONS)
 def test_published_sizes(name: str) -> None:
-    """The papers round, and count BERT's pooler (and BERT-large, whose 335 M they call 340 M, with 30,522 tokens)."""
+    """The papers round, and count BERT's pooler (BERT-large's "340 M" are 335 M with 30,522 tokens)."""
     config, millions = PRESETS[name], MILLIONS[name]
     body = count(config) + (config.hidden_size + 1) * config.hidden_size
     assert abs(body / (millions * 1e6) - 1) < 0.04
@@ -45,7 +45,7 @@ def test_published_sizes(name: str) -> None:
         assert count(config, {"lm": LMHead(config)}) == config.num_parameters()
 
 
-def test_bodies_have_as_many_parameters_as_theirs() -> None:
+def test_parameter_counts_match_the_released_models() -> None:
     t = pytest.importorskip("transformers", reason="the oracle; installed with the test extra")
     albert = {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "intermediate_size": 3072}
     with torch.device("meta"):
@@ -63,13 +63,19 @@ def test_bodies_have_as_many_parameters_as_theirs() -> None:
         assert count(config) == sum(p.numel() for p in model.parameters()), name
 
 
-def test_electra_s_generator_is_a_quarter_and_has_no_tables_of_its_own() -> None:
+def test_electra_generator_shares_the_embeddings() -> None:
     recipe = published("electra:published")
     assert recipe.model is not None
     with torch.device("meta"):
         parts = recipe.objective.heads(recipe.model)
     small = parts["generator"].config
-    assert (small.hidden_size, small.num_heads, small.intermediate_size, small.num_layers, small.embedding_size) == (64, 1, 256, 12, 128)
+    assert (small.hidden_size, small.num_heads, small.intermediate_size, small.num_layers, small.embedding_size) == (
+        64,
+        1,
+        256,
+        12,
+        128,
+    )
     model = LM(
         replace(recipe.model, vocab_size=100, num_layers=1),
         recipe.objective.heads(replace(recipe.model, vocab_size=100, num_layers=1)),
@@ -77,15 +83,25 @@ def test_electra_s_generator_is_a_quarter_and_has_no_tables_of_its_own() -> None
     assert sum(t.numel() for n, t in model.named_parameters() if t.shape[0] == 100 and t.ndim == 2) == 100 * 128
 
 
-def test_sizes_that_do_not_exist_are_told() -> None:
+def test_unknown_sizes_are_rejected() -> None:
     with pytest.raises(UserError, match="no size 'huge'; there is tiny, published, base"):
         published("electra:huge")
 
 
 SMALL = [
-    "model.hidden_size=32", "model.num_heads=2", "model.num_layers=2", "model.intermediate_size=48", "max_steps=3", "batch.size=4",
-    "batch.pack_to_length=64", "examples.max_length=48", "tokenizer.vocab_size=400", "evaluation.every=2", "evaluation.max_examples=4", "checkpoint.every=2",
-]  # fmt: skip
+    "model.hidden_size=32",
+    "model.num_heads=2",
+    "model.num_layers=2",
+    "model.intermediate_size=48",
+    "max_steps=3",
+    "batch.size=4",
+    "batch.pack_to_length=64",
+    "examples.max_length=48",
+    "tokenizer.vocab_size=400",
+    "evaluation.every=2",
+    "evaluation.max_examples=4",
+    "checkpoint.every=2",
+]
 
 
 @pytest.mark.parametrize(
@@ -94,16 +110,16 @@ SMALL = [
      ("electra", ["objective.kind=adversarial_rtd"])],
     ids=["spanbert", "albert", "electra", "adversarial"],
 )  # fmt: skip
-def test_a_recipe_trains_saves_and_reloads(name: str, more: list[str], tmp_path: Path) -> None:
+def test_recipe_trains_saves_and_reloads(name: str, more: list[str], tmp_path: Path) -> None:
     text = tmp_path / "text"
     text.mkdir()
     for i, words in enumerate(TEXTS[:12]):
         (text / f"{i}.txt").write_text(words[:900], encoding="utf-8")
     recipe = load(name, [*SMALL, *more, f"data.path={text}", "data.validation_fraction=0.3"])
-    done = run(recipe, tmp_path / "run", echo=lambda _: None)
+    done = run(recipe, tmp_path / "run", log=lambda _: None)
     assert done.steps == 3 and any(metric.startswith("valid/") for metric in done.metrics)
     model = load_model(done.model)
     assert model.config == replace(recipe.model, vocab_size=model.config.vocab_size)
     with torch.device("meta"):
         assert set(model.heads) == set(recipe.objective.heads(recipe.model))
-    assert run(recipe, tmp_path / "run", echo=lambda _: None).metrics == done.metrics
+    assert run(recipe, tmp_path / "run", log=lambda _: None).metrics == done.metrics

@@ -1,4 +1,4 @@
-"""Directories in and out: what strangers wrote is taken in whole, what firth trained is given away whole, with its card."""
+"""Import and export: models of other libraries are read completely, and trained models are exported with a model card."""
 
 from __future__ import annotations
 
@@ -33,13 +33,23 @@ from firth.types import UserError
 transformers = pytest.importorskip("transformers", reason="the oracle; installed with the test extra")
 transformers.logging.set_verbosity_error()
 
-TINY = ["tokenizer.vocab_size=500", "model.hidden_size=32", "model.num_layers=1", "model.num_heads=1", "examples.max_length=32", "batch.size=4",
-        "max_steps=3", "evaluation.every=0", "evaluation.max_examples=8", "sample_prompts=[]"]  # fmt: skip
+TINY = [
+    "tokenizer.vocab_size=500",
+    "model.hidden_size=32",
+    "model.num_layers=1",
+    "model.num_heads=1",
+    "examples.max_length=32",
+    "batch.size=4",
+    "max_steps=3",
+    "evaluation.every=0",
+    "evaluation.max_examples=8",
+    "sample_prompts=[]",
+]
 AUTO = {"decoder": "AutoModelForCausalLM", "encoder": "AutoModelForMaskedLM", "both": "AutoModelForSeq2SeqLM"}
 
 
-def built(kind: str) -> tuple[LM, Tokenizer]:
-    """A model of random weights with firth's own defaults, and a tokenizer for it."""
+def random_model(kind: str) -> tuple[LM, Tokenizer]:
+    """Return a model with random weights and firth's defaults, and a tokenizer for it."""
     coder = tokenizer()
     make = {"decoder": decoder_config, "encoder": encoder_config, "both": encoder_decoder_config}[kind]
     torch.manual_seed(0)
@@ -68,13 +78,13 @@ def trained(folder: Path) -> Path:
     plan = load(
         "gpt", ["data.corpus=", f"data.path=[{paths}]", *TINY, "model.max_positions=64", 'sample_prompts=["The quick"]']
     )
-    run(plan, folder.parent / "run-card", echo=lambda _: None)
+    run(plan, folder.parent / "run-card", log=lambda _: None)
     return folder.parent / "run-card"
 
 
 @torch.no_grad()
 def logits(kind: str, model: LM, theirs: torch.nn.Module) -> float:
-    """The largest difference on one row."""
+    """Return the logits of one row."""
     row = torch.randint(5, 500, (1, 20), generator=torch.Generator().manual_seed(0))
     steps = torch.arange(20)[None]
     order = {} if kind == "encoder" else {"query_time": steps, "key_time": steps}
@@ -86,10 +96,10 @@ def logits(kind: str, model: LM, theirs: torch.nn.Module) -> float:
 
 @pytest.mark.parametrize("kind", AUTO)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_an_export_loads_in_every_type_and_in_shards(kind: str, dtype: str, tmp_path: Path) -> None:
-    model, tokenizer = built(kind)
+def test_export_loads_in_every_dtype_and_in_shards(kind: str, dtype: str, tmp_path: Path) -> None:
+    model, tokenizer = random_model(kind)
     save_model(model, tokenizer, tmp_path / "run")
-    export_model(tmp_path / "run", tmp_path / "out", form="hf", dtype=dtype, shard="60KB", echo=lambda _: None)
+    export_model(tmp_path / "run", tmp_path / "out", form="hf", dtype=dtype, shard="60KB", log=lambda _: None)
     index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
     files = sorted({*index["weight_map"].values()})
     assert len(files) > 1 and files[-1] == f"model-{len(files):05d}-of-{len(files):05d}.safetensors"
@@ -114,8 +124,8 @@ def test_an_export_loads_in_every_type_and_in_shards(kind: str, dtype: str, tmp_
 
 
 @pytest.mark.parametrize("kind", AUTO)
-def test_the_exported_tokenizer_frames_a_text_as_the_model_reads_it(kind: str, tmp_path: Path) -> None:
-    model, tokenizer = built(kind)
+def test_exported_tokenizer_adds_the_special_tokens(kind: str, tmp_path: Path) -> None:
+    model, tokenizer = random_model(kind)
     save_model(model, tokenizer, tmp_path)
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
     text = "What is a module?"
@@ -139,8 +149,8 @@ def test_the_exported_tokenizer_frames_a_text_as_the_model_reads_it(kind: str, t
     assert again.with_post_processor("bidirectional").definition == again.definition
 
 
-def test_numbers_too_large_for_fp16_are_refused_and_nothing_is_left(tmp_path: Path) -> None:
-    model, tokenizer = built("decoder")
+def test_fp16_overflow_is_rejected_and_leaves_no_files(tmp_path: Path) -> None:
+    model, tokenizer = random_model("decoder")
     with torch.no_grad():
         model.tokens.weight[0, 0] = 1e5
     save_model(model, tokenizer, tmp_path / "run")
@@ -149,13 +159,13 @@ def test_numbers_too_large_for_fp16_are_refused_and_nothing_is_left(tmp_path: Pa
     assert [p.name for p in tmp_path.iterdir()] == ["run"]
 
 
-def test_minilm_comes_in_and_goes_out_bit_for_bit(tmp_path: Path) -> None:
-    said: list[str] = []
-    import_model(minilm(), tmp_path / "in", echo=said.append)
-    text = "\n".join(said)
+def test_minilm_round_trip_is_bit_identical(tmp_path: Path) -> None:
+    lines: list[str] = []
+    import_model(minilm(), tmp_path / "in", log=lines.append)
+    text = "\n".join(lines)
     assert "bert (BertModel), an encoder" in text and "22,565,376 parameters in float32; context 512" in text
     assert "30,522 ids; pad [PAD]" in text and "pooler.dense.weight" in text and "chat template: no" in text
-    export_model(tmp_path / "in", tmp_path / "out", form="hf", dtype="", shard="", echo=said.append)
+    export_model(tmp_path / "in", tmp_path / "out", form="hf", dtype="", shard="", log=lines.append)
     given, out = read_tensors(minilm()), read_tensors(tmp_path / "out")
     names = [name for name in given if not name.startswith(("pooler", "embeddings.position_ids"))]
     assert {name.removeprefix("bert.") for name in out} == set(names)
@@ -173,20 +183,20 @@ def test_minilm_comes_in_and_goes_out_bit_for_bit(tmp_path: Path) -> None:
     assert (front["license"], front["language"]) == ("apache-2.0", "en")
 
 
-def test_a_bf16_directory_stays_bf16(tmp_path: Path) -> None:
-    model, tokenizer = built("decoder")
+def test_bf16_directory_stays_bf16(tmp_path: Path) -> None:
+    model, tokenizer = random_model("decoder")
     save_model(model, tokenizer, tmp_path / "given", storage=Storage(torch.bfloat16))
     (tmp_path / "given" / "firth.json").unlink()
-    said: list[str] = []
-    import_model(tmp_path / "given", tmp_path / "in", echo=said.append)
-    assert "parameters in bfloat16" in said[1]
+    lines: list[str] = []
+    import_model(tmp_path / "given", tmp_path / "in", log=lines.append)
+    assert "parameters in bfloat16" in lines[1]
     given, held = read_tensors(tmp_path / "given"), read_tensors(tmp_path / "in")
     assert given.keys() == held.keys() and all(torch.equal(given[k], held[k]) for k in given)
     assert load_model(tmp_path / "in").tokens.weight.dtype == torch.float32
 
 
-def test_start_takes_a_directory_of_transformers(folder: Path, tmp_path: Path) -> None:
-    """Its shape and its tokenizer; another tokenizer is refused."""
+def test_init_from_a_transformers_directory(folder: Path, tmp_path: Path) -> None:
+    """The run takes its model config and tokenizer; another tokenizer is rejected."""
     theirs = transformers.BertForMaskedLM(
         transformers.BertConfig(
             vocab_size=30522, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32
@@ -195,7 +205,7 @@ def test_start_takes_a_directory_of_transformers(folder: Path, tmp_path: Path) -
     theirs.save_pretrained(tmp_path / "bert")
     (tmp_path / "bert" / "vocab.txt").write_bytes((minilm() / "vocab.txt").read_bytes())
     few = [f"init_from={tmp_path / 'bert'}", f"data.path={folder / 'labelled.jsonl'}", "max_steps=2", "batch.size=4"]
-    done = run(load("classification", few), tmp_path / "run", echo=lambda _: None)
+    done = run(load("classification", few), tmp_path / "run", log=lambda _: None)
     config = load_model(done.model).config
     assert (config.vocab_size, config.hidden_size, config.type_vocab_size) == (30522, 16, 2)
     assert Tokenizer.load(done.model).digest == Tokenizer.load(tmp_path / "bert").digest
@@ -204,13 +214,13 @@ def test_start_takes_a_directory_of_transformers(folder: Path, tmp_path: Path) -
     other = [*few, f"tokenizer.path={folder}"]
     tokenizer().save(folder)
     with pytest.raises(UserError, match=r"has another tokenizer than this run.*leave out tokenizer\.path"):
-        run(load("classification", other), tmp_path / "other", echo=lambda _: None)
+        run(load("classification", other), tmp_path / "other", log=lambda _: None)
     mine = Tokenizer.load(tmp_path / "bert").vocab.mask
-    import_model(tmp_path / "bert", tmp_path / "in", echo=lambda _: None)
+    import_model(tmp_path / "bert", tmp_path / "in", log=lambda _: None)
     assert mine == 103 and len(fill_text(tmp_path / "in", "a <mask> text", 2).split("   ")) == 2
 
 
-def test_a_tokenizer_larger_than_the_model_is_refused_and_a_smaller_one_is_told(tmp_path: Path) -> None:
+def test_tokenizer_larger_or_smaller_than_the_model(tmp_path: Path) -> None:
     small = transformers.GPT2LMHeadModel(
         transformers.GPT2Config(vocab_size=600, n_embd=16, n_layer=1, n_head=2, n_positions=32)
     )
@@ -219,11 +229,11 @@ def test_a_tokenizer_larger_than_the_model_is_refused_and_a_smaller_one_is_told(
         small.save_pretrained(tmp_path / name)
         tokenizer().save(tmp_path / name)
     assert tokenizer().vocab.size == 600
-    said: list[str] = []
-    import_model(tmp_path / "fits", tmp_path / "in", echo=said.append)
-    assert "600 ids for 612 vectors: 12 of those are padding" in "\n".join(said)
+    lines: list[str] = []
+    import_model(tmp_path / "fits", tmp_path / "in", log=lines.append)
+    assert "600 ids for 612 vectors: 12 of those are padding" in "\n".join(lines)
     with pytest.raises(UserError, match="600 ids and the model 590 vectors"):
-        import_model(tmp_path / "short", tmp_path / "no", echo=said.append)
+        import_model(tmp_path / "short", tmp_path / "no", log=lines.append)
     with pytest.raises(UserError, match="600 ids and the model 590 vectors"):
         run(
             load("gpt", [f"init_from={tmp_path / 'short'}", "model=null", "data.corpus=pydoc"]),
@@ -233,20 +243,20 @@ def test_a_tokenizer_larger_than_the_model_is_refused_and_a_smaller_one_is_told(
     assert not (tmp_path / "no").exists()
 
 
-def test_nothing_of_others_is_overwritten(tmp_path: Path) -> None:
-    model, tokenizer = built("decoder")
+def test_foreign_directories_are_not_overwritten(tmp_path: Path) -> None:
+    model, tokenizer = random_model("decoder")
     save_model(model, tokenizer, tmp_path / "run")
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "letter.txt").write_text("dear")
     (tmp_path / "file").write_text("x")
 
     def out(name: str) -> None:
-        export_model(tmp_path / "run", tmp_path / name, form="hf", dtype="", shard="", echo=lambda _: None)
+        export_model(tmp_path / "run", tmp_path / name, form="hf", dtype="", shard="", log=lambda _: None)
 
     for name, says in (
-        ("mine", "holds other things"),
-        ("file", "holds other things"),
-        ("run", "holds what is to be read"),
+        ("mine", "holds other files"),
+        ("file", "holds other files"),
+        ("run", "holds the model to read"),
     ):
         with pytest.raises(UserError, match=says):
             out(name)
@@ -258,69 +268,69 @@ def test_nothing_of_others_is_overwritten(tmp_path: Path) -> None:
     assert {p.name for p in tmp_path.iterdir()} == {"run", "mine", "file", "empty"}
 
 
-def test_the_card_of_a_run(trained: Path, folder: Path, tmp_path: Path) -> None:
-    export_model(trained, tmp_path / "out", form="hf", dtype="bf16", shard="", echo=lambda _: None)
+def test_model_card_of_a_run(trained: Path, folder: Path, tmp_path: Path) -> None:
+    export_model(trained, tmp_path / "out", form="hf", dtype="bf16", shard="", log=lambda _: None)
     for text in ((trained / "model" / "README.md").read_text(), (tmp_path / "out" / "README.md").read_text()):
         front = yaml.safe_load(text.split("---")[1])
         assert front["tags"] == ["firth", "causal_lm"] and front["pipeline_tag"] == "text-generation"
         assert front["license"] == "other" and "base_model" not in front
         assert str(folder) not in text and os.sep + "tmp" not in text
         assert "3 steps" in text and "| bits per byte |" in text and "**The quick**" in text and "`0.txt`" in text
-        assert "licence of these files is not known" in text and "NanoChatForCausalLM.from_pretrained" in text
+        assert "license of these files is not known" in text and "NanoChatForCausalLM.from_pretrained" in text
         listing = yaml.safe_load(text.split("```yaml\n")[1].split("```")[0])
         assert listing["budget"]["max_steps"] == 3 and listing["data"]["path"][0] == "0.txt"
         # Not the speed of a machine: held-out measures alone.
         assert "per second" not in text
 
 
-def test_the_card_names_the_licence_of_a_corpus(tmp_path: Path) -> None:
+def test_model_card_names_the_license_of_a_corpus(tmp_path: Path) -> None:
     plan = load("roberta", ["data.corpus=pydoc", *TINY])
-    done = run(plan, tmp_path / "run", echo=lambda _: None)
+    done = run(plan, tmp_path / "run", log=lambda _: None)
     text = (done.model / "README.md").read_text()
-    assert "licence: PSF" in text and yaml.safe_load(text.split("---")[1])["language"] == "en"
-    export_model(tmp_path / "run", tmp_path / "out", form="hf", dtype="", shard="", echo=lambda _: None)
+    assert "license: PSF" in text and yaml.safe_load(text.split("---")[1])["language"] == "en"
+    export_model(tmp_path / "run", tmp_path / "out", form="hf", dtype="", shard="", log=lambda _: None)
     listed = json.loads((tmp_path / "out" / "modules.json").read_text())
     assert [m["path"] for m in listed] == ["", "1_Pooling"]
     pooling = json.loads((tmp_path / "out" / "1_Pooling" / "config.json").read_text())
     assert pooling["word_embedding_dimension"] == 32 and pooling["pooling_mode_mean_tokens"] is True
 
 
-def test_stop_ids_of_generation_config_end_an_answer_here_and_after_an_export(tmp_path: Path) -> None:
-    model, tokenizer = built("decoder")
+def test_stop_ids_of_generation_config_end_an_answer(tmp_path: Path) -> None:
+    model, tokenizer = random_model("decoder")
     save_model(model, tokenizer, tmp_path / "given")
     (tmp_path / "given" / "firth.json").unlink()
     a, b = tokenizer.id("</s>"), int(tokenizer.encode("?")[0])
     (tmp_path / "given" / "generation_config.json").write_text(json.dumps({"eos_token_id": [a, b]}))
     assert {a, b} <= set(chat.stops(Tokenizer.load(tmp_path / "given")))
-    import_model(tmp_path / "given", tmp_path / "in", echo=lambda _: None)
+    import_model(tmp_path / "given", tmp_path / "in", log=lambda _: None)
     assert {a, b} <= set(chat.stops(Tokenizer.load(tmp_path / "in")))
     assert {a, b} <= set(json.loads((tmp_path / "in" / "generation_config.json").read_text())["eos_token_id"])
 
 
 @pytest.mark.parametrize(
-    ("said", "framing", "begins"), [(None, False, False), (None, True, True), (False, True, False)]
+    ("add_bos", "framing", "begins"), [(None, False, False), (None, True, True), (False, True, False)]
 )
-def test_who_puts_bos_before_a_text(said: bool | None, framing: bool, begins: bool, tmp_path: Path) -> None:
-    """A stranger's decoder reads bos where its tokenizer says so: in tokenizer_config.json, else in tokenizer.json."""
-    model, tokenizer = built("decoder")
+def test_tokenizer_config_decides_on_bos(add_bos: bool | None, framing: bool, begins: bool, tmp_path: Path) -> None:
+    """A decoder of another library gets bos if tokenizer_config.json, or else tokenizer.json, says so."""
+    model, tokenizer = random_model("decoder")
     save_model(model, tokenizer, tmp_path)
     (tmp_path / "firth.json").unlink()
     (tokenizer.with_post_processor("causal") if framing else tokenizer).save(tmp_path)
     config = json.loads((tmp_path / "tokenizer_config.json").read_text())
     (tmp_path / "tokenizer_config.json").write_text(
-        json.dumps(config | ({} if said is None else {"add_bos_token": said}))
+        json.dumps(config | ({} if add_bos is None else {"add_bos_token": add_bos}))
     )
     loaded = Tokenizer.load(tmp_path)
     assert (encode_prompt(loaded, "hello", model)[0] == tokenizer.vocab.bos) == begins
     save_model(model, loaded, tmp_path / "again")
     assert (encode_prompt(Tokenizer.load(tmp_path / "again"), "hello", model)[0] == tokenizer.vocab.bos) == begins
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "again")
-    if said is None:
+    if add_bos is None:
         assert (theirs("hello")["input_ids"][0] == tokenizer.vocab.bos) == begins
 
 
 def gpt2(folder: Path) -> Engine:
-    """A tokenizer of GPT-2's files."""
+    """Return a tokenizer from GPT-2's files."""
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocab = {
         token: i
@@ -333,7 +343,7 @@ def gpt2(folder: Path) -> Engine:
 
 
 @pytest.mark.parametrize("kind", ["GPT2Tokenizer", "RobertaTokenizer"])
-def test_older_files_are_framed_as_their_class_frames_them(kind: str, tmp_path: Path) -> None:
+def test_older_tokenizers_use_the_template_of_their_class(kind: str, tmp_path: Path) -> None:
     gpt2(tmp_path)
     marks = {
         "GPT2Tokenizer": {"bos_token": "<|endoftext|>", "eos_token": "<|endoftext|>", "unk_token": "<|endoftext|>"}
@@ -367,7 +377,7 @@ def test_vocab_txt_follows_its_configuration(tmp_path: Path) -> None:
         Tokenizer.load(tmp_path)
 
 
-def test_roles_come_from_special_tokens_map_where_nothing_else_says_them(tmp_path: Path) -> None:
+def test_roles_from_special_tokens_map(tmp_path: Path) -> None:
     words = ["<p>", "[UNK]", "<c>", "<e>", "<m>", "a"]
     (tmp_path / "vocab.txt").write_text("\n".join(words))
     named = {"pad_token": "<p>", "cls_token": {"content": "<c>"}, "sep_token": "<e>", "mask_token": "<m>"}
@@ -378,29 +388,29 @@ def test_roles_come_from_special_tokens_map_where_nothing_else_says_them(tmp_pat
     }  # fmt: skip
 
 
-def test_how_sentence_vectors_are_made_is_taken_over(tmp_path: Path) -> None:
-    import_model(minilm(), tmp_path / "in", echo=lambda _: None)
-    export_model(tmp_path / "in", tmp_path / "out", form="hf", dtype="", shard="", echo=lambda _: None)
+def test_sentence_transformers_config_is_copied(tmp_path: Path) -> None:
+    import_model(minilm(), tmp_path / "in", log=lambda _: None)
+    export_model(tmp_path / "in", tmp_path / "out", form="hf", dtype="", shard="", log=lambda _: None)
     listed = json.loads((tmp_path / "out" / "modules.json").read_text())
     assert [module["type"].split(".")[-1] for module in listed] == ["Transformer", "Pooling", "Normalize"]
     limits = json.loads((tmp_path / "out" / "sentence_bert_config.json").read_text())
     assert limits["max_seq_length"] == 256 and limits["model_args"] == {"add_pooling_layer": False}
     (tmp_path / "in" / "modules.json").write_text(json.dumps([{"type": "x.Pooling", "path": "../elsewhere"}]))
-    with pytest.raises(UserError, match="a place outside of its directory"):
-        export_model(tmp_path / "in", tmp_path / "out", form="hf", dtype="", shard="", echo=lambda _: None)
+    with pytest.raises(UserError, match="a path outside of its directory"):
+        export_model(tmp_path / "in", tmp_path / "out", form="hf", dtype="", shard="", log=lambda _: None)
     (tmp_path / "in" / "modules.json").write_text(json.dumps([{"type": "x.Dense", "path": "2_Dense"}]))
-    export_model(tmp_path / "in", tmp_path / "out", form="hf", dtype="", shard="", echo=lambda _: None)
+    export_model(tmp_path / "in", tmp_path / "out", form="hf", dtype="", shard="", log=lambda _: None)
     assert (
         len(json.loads((tmp_path / "out" / "modules.json").read_text())) == 2
     )  # the mean, not a map that is not there
 
 
-def test_the_commands(tmp_path: Path) -> None:
+def test_import_and_export_commands(tmp_path: Path) -> None:
     from typer.testing import CliRunner
 
     from firth.cli import app
 
-    model, tokenizer = built("encoder")
+    model, tokenizer = random_model("encoder")
     save_model(model, tokenizer, tmp_path / "run")
     out, back = str(tmp_path / "out"), str(tmp_path / "back")
     done = CliRunner().invoke(app, ["export", str(tmp_path / "run"), out, "--dtype", "bf16", "--shard-size", "50KB"])
@@ -411,7 +421,7 @@ def test_the_commands(tmp_path: Path) -> None:
     assert done.exit_code == 0 and len(done.output.split("   ")) == 2
 
 
-def test_sentencepiece_files_are_dressed_as_their_class_says(tmp_path: Path) -> None:
+def test_sentencepiece_files_follow_their_class(tmp_path: Path) -> None:
     from text_packages import SENTENCEPIECE, unpacked
 
     given = unpacked(SENTENCEPIECE, ("*/test/*.model",), tmp_path) / "botchan_en_unigram_1000.model"
@@ -436,7 +446,7 @@ def test_sentencepiece_files_are_dressed_as_their_class_says(tmp_path: Path) -> 
     ("kind", "more"),
     [("Albert", {}), ("Albert", {"do_lower_case": False}), ("Albert", {"keep_accents": True}), ("XLNet", {})],
 )
-def test_albert_and_xlnet_mend_a_text_as_theirs_do(kind: str, more: dict[str, bool], tmp_path: Path) -> None:
+def test_albert_and_xlnet_normalize_like_transformers(kind: str, more: dict[str, bool], tmp_path: Path) -> None:
     from text_packages import SENTENCEPIECE, unpacked
 
     given = (
@@ -454,7 +464,7 @@ def test_albert_and_xlnet_mend_a_text_as_theirs_do(kind: str, more: dict[str, bo
         assert ours.encode(text).tolist() == known, text
 
 
-def test_shapes_without_a_family_travel_too(tmp_path: Path) -> None:
+def test_models_without_a_family_round_trip(tmp_path: Path) -> None:
     coder = tokenizer()
     config = ModelConfig(
         vocab_size=coder.vocab.size,
@@ -467,9 +477,9 @@ def test_shapes_without_a_family_travel_too(tmp_path: Path) -> None:
     )
     model = LM(config, {"lm": LMHead(config)}).eval()
     save_model(model, coder, tmp_path / "run")
-    said: list[str] = []
-    export_model(tmp_path / "run", tmp_path / "out", form="hf", dtype="bf16", shard="20KB", echo=said.append)
-    assert "only firth loads it" in said[0]
+    lines: list[str] = []
+    export_model(tmp_path / "run", tmp_path / "out", form="hf", dtype="bf16", shard="20KB", log=lines.append)
+    assert "only firth loads it" in lines[0]
     assert load_model(tmp_path / "out").config == config
     for wrong, says in (
         ({"form": "onnx"}, "no format 'onnx'"),
@@ -481,32 +491,32 @@ def test_shapes_without_a_family_travel_too(tmp_path: Path) -> None:
             export_model(tmp_path / "run", tmp_path / "out", **options)
 
 
-def test_what_to_do_with_an_export_is_what_its_run_has_learnt(trained: Path, tmp_path: Path) -> None:
-    """A run of plain text writes, it does not answer, though its tokenizer has the tokens of turns; GGUF is a directory too."""
-    said: list[str] = []
-    export_model(trained, tmp_path / "out", form="hf", dtype="", shard="", echo=said.append)
-    assert said[-1].startswith("Let it write:  firth generate ")
+def test_suggested_command_after_export_fits_the_training(trained: Path, tmp_path: Path) -> None:
+    """A run on plain text generates and does not chat, although its tokenizer has chat tokens; a GGUF export is a directory too."""
+    lines: list[str] = []
+    export_model(trained, tmp_path / "out", form="hf", dtype="", shard="", log=lines.append)
+    assert lines[-1].startswith("Let it write:  firth generate ")
     with pytest.raises(UserError, match=f"name it {tmp_path}/mine$"):
-        export_model(trained, tmp_path / "mine.gguf", form="gguf", dtype="", shard="", echo=said.append)
+        export_model(trained, tmp_path / "mine.gguf", form="gguf", dtype="", shard="", log=lines.append)
     assert not (tmp_path / "mine.gguf").exists()
 
 
-def test_four_bits_go_out_and_come_back(tmp_path: Path) -> None:
+def test_q4_round_trip(tmp_path: Path) -> None:
     coder = tokenizer()
     torch.manual_seed(0)
     config = llama(coder.vocab.size, 32, 1, 2, 64, max_positions=32)
     save_model(LM(config, {"lm": LMHead(config)}).eval(), coder, tmp_path / "run")
-    said: list[str] = []
-    export_model(tmp_path / "run", tmp_path / "out", form="gguf", dtype="q4_0", shard="", echo=said.append)
-    assert said[0].endswith("llama.cpp loads it as llama, Q4_0; output.weight in Q8_0")
-    assert said[-1].endswith(f"llama-cli -m {tmp_path / 'out' / 'model.gguf'}")
+    lines: list[str] = []
+    export_model(tmp_path / "run", tmp_path / "out", form="gguf", dtype="q4_0", shard="", log=lines.append)
+    assert lines[0].endswith("llama.cpp loads it as llama, Q4_0; output.weight in Q8_0")
+    assert lines[-1].endswith(f"llama-cli -m {tmp_path / 'out' / 'model.gguf'}")
     card = (tmp_path / "out" / "README.md").read_text()
-    assert "Q4_0; output.weight in Q8_0" in card and "| numbers | Q4_0 |" in card
-    import_model(tmp_path / "out", tmp_path / "back", said.append)
+    assert "Q4_0; output.weight in Q8_0" in card and "| dtype | Q4_0 |" in card
+    import_model(tmp_path / "out", tmp_path / "back", lines.append)
     mine, theirs = load_model(tmp_path / "out").state_dict(), load_model(tmp_path / "back").state_dict()
     assert mine.keys() == theirs.keys() and all(torch.equal(mine[name], theirs[name]) for name in mine)
     first = load_model(tmp_path / "run").state_dict()
     assert all(torch.allclose(first[name], mine[name], atol=0.13 * float(first[name].abs().max())) for name in first)
     for form, dtype, says in (("gguf", "q4_1", "'q4_1'; there is .* q8_0, q4_0$"), ("hf", "q4_0", "'q4_0'; there is")):
         with pytest.raises(UserError, match=f"no dtype {says}"):
-            export_model(tmp_path / "run", tmp_path / "no", form=form, dtype=dtype, shard="", echo=said.append)
+            export_model(tmp_path / "run", tmp_path / "no", form=form, dtype=dtype, shard="", log=lines.append)

@@ -1,4 +1,4 @@
-"""A run reports where whole words, names or sentences are not found and what is done instead."""
+"""A run reports where whole words, names or sentences are not found and what it does instead."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def stores(tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> di
         (Denoising(noises=("infilling",)), "Hindi without stops", ""),
     ],
 )
-def test_what_is_not_found_is_reported(
+def test_missing_units_are_reported(
     objective: Objective, language: str, expected: str, stores: dict[str, TokenStore], tokenizer: Tokenizer,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
@@ -76,7 +76,7 @@ def test_what_is_not_found_is_reported(
     assert [expected in line for line in found] == [True] * bool(expected), found
 
 
-def test_a_dictionary_has_words_to_hide(stores: dict[str, TokenStore], tokenizer: Tokenizer) -> None:
+def test_dictionary_finds_words_to_mask(stores: dict[str, TokenStore], tokenizer: Tokenizer) -> None:
     pytest.importorskip("icu4py")
     source = windows.DocumentChunks(stores["Chinese"], 64, None)
     assert fallbacks(MLM(noise="words"), ChunksConfig(64), source, tokenizer.vocab) == []
@@ -92,18 +92,18 @@ def test_pairs_without_sentences_are_reported(
 
 
 def test_unknown_tokens_of_a_store_are_reported(tmp_path: Path) -> None:
-    """A tokenizer of another text: nearly all of this one is unknown to it."""
+    """With a tokenizer of another text nearly all tokens of this one are unknown."""
     english = train([TEXTS["English"] * 9], "wordpiece", 200)
     (tmp_path / "a.txt").write_text("\n\n".join([TEXTS["Chinese"]] * 40), "utf-8")
     lines: list[str] = []
-    RunData(DataConfig(path=(str(tmp_path / "a.txt"),)), english, tmp_path / "run", echo=lines.append).stores()
+    RunData(DataConfig(path=(str(tmp_path / "a.txt"),)), english, tmp_path / "run", log=lines.append).stores()
     shares = [
         line.split("%")[0] for line in lines if "% of these tokens are unknown to the tokenizer: train one" in line
     ]
-    assert len(shares) == 2 and min(map(float, shares)) > 80  # what is learnt from, and what is held out
+    assert len(shares) == 2 and min(map(float, shares)) > 80  # the training and the held-out store
 
 
-def test_a_run_prints_and_keeps_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_run_prints_and_stores_the_reports(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(segmentation, "has_dictionary", lambda: False)
     (tmp_path / "a.txt").write_text("\n\n".join(f"船{n}走了。" * 30 for n in range(30)), "utf-8")
     changes = [
@@ -111,7 +111,7 @@ def test_a_run_prints_and_keeps_it(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         "model.hidden_size=16", "model.num_layers=1", "model.num_heads=2", "examples.max_length=32", "max_steps=1", "batch.size=2",
     ]  # fmt: skip
     lines: list[str] = []
-    run(load("roberta", changes), tmp_path / "run", echo=lines.append)
+    run(load("roberta", changes), tmp_path / "run", log=lines.append)
     assert sum(WORDS in line for line in lines) == 1
     assert any(WORDS in line for line in json.loads((tmp_path / "run" / "done.json").read_text())["remarks"])
     assert load(str(tmp_path / "run")).word_segmentation == "uax29"
@@ -120,10 +120,10 @@ def test_a_run_prints_and_keeps_it(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         with pytest.raises(
             UserError, match=r"^word_segmentation=uax29, and this machine finds words by icu, .*: uninstall icu4py"
         ):
-            run(recipe, tmp_path / "run", echo=lines.append)
+            run(recipe, tmp_path / "run", log=lines.append)
 
 
-def test_only_an_objective_of_words_depends_on_the_segmentation(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_word_objectives_depend_on_segmentation(monkeypatch: pytest.MonkeyPatch) -> None:
     for dictionary, here in ((True, "icu"), (False, "uax29")):
         monkeypatch.setattr(segmentation, "has_dictionary", lambda dictionary=dictionary: dictionary)
         assert resolve_segmentation(MLM(noise="words"), "auto") == here

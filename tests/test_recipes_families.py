@@ -1,4 +1,4 @@
-"""Every family is served by some command: gaps filled, latents decoded, objectives measured; the others name that command."""
+"""Every model family has commands that support it (fill, decode, evaluate); the others name that command."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
             f"tokenizer.path={place / 'tokenizer'}", "max_steps=2", "batch.size=8", "batch.pack_to_length=0", "evaluation.every=0",
             "precision=fp32", "init_head_from_frequencies=false",
         ]  # fmt: skip
-        run(load(name, [*shared, *settings]), place / name, echo=lambda _: None)
+        run(load(name, [*shared, *settings]), place / name, log=lambda _: None)
     return place
 
 
@@ -77,7 +77,7 @@ def firth(*arguments: str, code: int = 0) -> str:
     return done.output
 
 
-# Filling gaps
+# Filling masks
 
 
 def test_t5_fills_each_mask_with_a_span(runs: Path) -> None:
@@ -93,8 +93,8 @@ def test_t5_fills_each_mask_with_a_span(runs: Path) -> None:
     assert "mask" not in opened.tokenizer.vocab.roles or opened.tokenizer.vocab.mask not in shown.prompt
 
 
-def test_a_span_has_the_probability_of_its_tokens(runs: Path) -> None:
-    """That of what fills the gap and of the mark that ends it, behind the mark that begins it."""
+def test_span_probability_is_that_of_its_tokens(runs: Path) -> None:
+    """The span and the sentinel after it, given the sentinel before it."""
     opened = open_run(runs / "t5")
     vocab = opened.tokenizer.vocab
     marks = vocab.sentinels[:2]
@@ -115,7 +115,7 @@ def test_a_span_has_the_probability_of_its_tokens(runs: Path) -> None:
         pytest.fail("no empty span among the candidates")
 
 
-def test_bart_writes_the_text_anew(runs: Path) -> None:
+def test_bart_rewrites_the_text(runs: Path) -> None:
     opened = open_run(runs / "bart")
     text = "The <mask> sells the boat."
     pieces = split_gaps(opened.tokenizer, text, "<mask>")
@@ -125,14 +125,14 @@ def test_bart_writes_the_text_anew(runs: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["t5", "bart", "electra"])
-def test_a_bare_model_directory_fills_as_its_run(runs: Path, name: str) -> None:
-    """firth.json says what it was trained on, where its tokenizer has sentinels and a mask."""
+def test_model_directory_fills_like_its_run(runs: Path, name: str) -> None:
+    """firth.json names the objective where the tokenizer has both sentinels and a mask."""
     text = "The <mask> sells the boat."
     assert fill_text(runs / name / "model", text, 2) == fill_text(runs / name, text, 2)
 
 
-def test_a_foreign_bart_with_sentinels_fills_as_bart(runs: Path, tmp_path: Path) -> None:
-    """What nobody says is read from the shape: BART's answers begin behind eos."""
+def test_transformers_bart_with_sentinels_fills_as_bart(runs: Path, tmp_path: Path) -> None:
+    """Without metadata the model config decides: BART's answers start with eos."""
     tokenizer = open_run(runs / "bart").tokenizer
     config = bart_shape(tokenizer.vocab.size, 32, 1, 2, max_positions=64)
     save_model(LM(config, {"lm": LMHead(config)}), tokenizer, tmp_path)
@@ -146,8 +146,8 @@ def test_a_foreign_bart_with_sentinels_fills_as_bart(runs: Path, tmp_path: Path)
     assert fill_text(tmp_path, text, 5) == expected.text
 
 
-def test_elmo_fills_from_both_ends(runs: Path) -> None:
-    """The product of what the forward model says behind the left and the backward model before the right."""
+def test_elmo_fills_from_both_directions(runs: Path) -> None:
+    """The product of the forward model's probability given the left and the backward model's given the right."""
     opened = open_model(runs / "elmo")
     pieces = split_gaps(opened.tokenizer, "The otter <mask> the boat.", "<mask>")
     [found] = fill_two_way(opened.engine, pieces, 3)
@@ -165,7 +165,7 @@ def test_elmo_fills_from_both_ends(runs: Path) -> None:
     assert len(firth("fill", str(runs / "elmo"), "<mask> otter <mask> the boat <mask>").splitlines()) == 3
 
 
-def test_electra_fills_by_its_generator(runs: Path) -> None:
+def test_electra_fills_with_its_generator(runs: Path) -> None:
     opened = open_model(runs / "electra")
     own = opened.tokenizer.token(opened.tokenizer.vocab.mask)
     [gap] = fill(opened.model.heads["generator"], opened.tokenizer, f"The otter {own} the boat.", 1)
@@ -185,9 +185,7 @@ def test_electra_fills_by_its_generator(runs: Path) -> None:
         (["fill", "RUN", "no gap"], "t5", "write <mask> where a token is missing"),
     ],
 )
-def test_a_command_that_does_not_serve_names_one_that_does(
-    runs: Path, command: list[str], name: str, instead: str
-) -> None:
+def test_unsuitable_command_names_a_suitable_one(runs: Path, command: list[str], name: str, instead: str) -> None:
     sentence = firth(*(str(runs / name) if word == "RUN" else word for word in command), code=2)
     assert instead in sentence and "\n" not in sentence
 
@@ -195,17 +193,17 @@ def test_a_command_that_does_not_serve_names_one_that_does(
 # Variational autoencoders
 
 
-def test_vae_writes_between_two_texts_and_from_its_prior(runs: Path) -> None:
+def test_vae_interpolates_and_samples_from_the_prior(runs: Path) -> None:
     opened = open_engine(runs / "vae")
     sampling = Sampling(temperature=0, max_new_tokens=8)
     first, second = "The otter paints the boat.", "The clerk sells the boat."
-    lines = opened.between(first, second, 5, sampling)
+    lines = opened.interpolate(first, second, 5, sampling)
     ends = opened.engine.posterior([encode_prompt(opened.tokenizer, text, opened.model) for text in (first, second)])
     middle = opened.engine.decode(ends.mean(0, keepdim=True), sampling)[0].text
     assert [lines[0], lines[4]] == [one.text for one in opened.engine.decode(ends, sampling)] and lines[2] == middle
     more = ["--temperature", "0", "-n", "8", "--count", "3", "--seed", "4", "--weights", "fp32"]
     assert firth("generate", str(runs / "vae"), "--between", first, second, *more) == (
-        "\n".join(opened.between(first, second, 3, sampling)) + "\n"
+        "\n".join(opened.interpolate(first, second, 3, sampling)) + "\n"
     )
     drawn = firth("generate", str(runs / "vae"), *more)
     chance = np.random.default_rng(4).standard_normal((3, 4), np.float32)
@@ -213,10 +211,10 @@ def test_vae_writes_between_two_texts_and_from_its_prior(runs: Path) -> None:
     assert drawn == "\n".join(one.text for one in prior) + "\n"
 
 
-# Measuring
+# Evaluation
 
 
-def measured(runs: Path, name: str, *more: str) -> dict[str, float | str]:
+def evaluated(runs: Path, name: str, *more: str) -> dict[str, float | str]:
     found: dict[str, float | str] = json.loads(
         firth("evaluate", str(runs / name), str(runs / "held.txt"), "--json", *more)
     )
@@ -232,22 +230,22 @@ def measured(runs: Path, name: str, *more: str) -> dict[str, float | str]:
         ("word2vec", {"loss"}),
     ],
 )
-def test_evaluate_measures_the_objective_as_training_does(runs: Path, name: str, keys: set[str]) -> None:
-    """On the run's held-out file: the numbers that training itself measured there at its last step."""
-    found = measured(runs, name)
+def test_evaluate_matches_the_metrics_of_training(runs: Path, name: str, keys: set[str]) -> None:
+    """On the run's held-out file the metrics equal those of the last step of training."""
+    found = evaluated(runs, name)
     held: dict[str, float] = json.loads(firth("evaluate", str(runs / name), "--json"))
     assert found["task"] == "objective" and found["share"] == 1
     for key in keys:
         assert found[key] == pytest.approx(held[key], rel=1e-4, abs=1e-6), key
 
 
-def test_an_objective_is_measured_where_it_is_named(runs: Path) -> None:
+def test_task_objective_evaluates_the_objective(runs: Path) -> None:
     whole, some = (
-        measured(runs, "t5", "--task", "objective"),
-        measured(runs, "t5", "--task", "objective", "--limit", "40"),
+        evaluated(runs, "t5", "--task", "objective"),
+        evaluated(runs, "t5", "--task", "objective", "--limit", "40"),
     )
     assert whole["examples"] == 9 and whole["share"] == 1
     assert 1 <= float(some["examples"]) < 9
     # A bare model directory does not say how it was trained.
     sentence = firth("evaluate", str(runs / "electra" / "model"), str(runs / "held.txt"), code=2)
-    assert "no recipe says how it was trained: name its run directory" in sentence
+    assert "no recipe of its training: name its run directory" in sentence

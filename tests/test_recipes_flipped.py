@@ -40,7 +40,7 @@ def quiet(_: str) -> None:
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A finished run of DPO that trains an adapter, and so keeps files of every kind."""
+    """A finished DPO run that trains an adapter, and so has files of every kind."""
     place = tmp_path_factory.mktemp("flipped")
     tokenizer = train(["the otter paints a red boat " * 9], "byte-bpe", 300)
     config = ModelConfig(vocab_size=tokenizer.vocab.size, hidden_size=16, num_layers=1, num_heads=2, max_positions=64)
@@ -56,39 +56,39 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return place / "run"
 
 
-def go_on(there: Path) -> None:
+def continue_run(there: Path) -> None:
     run(load(str(there)), there, quiet)
 
 
 def resume(there: Path) -> None:
-    """Go on from the last checkpoint."""
+    """Resume from the last checkpoint."""
     (there / "done.json").unlink(missing_ok=True)
-    go_on(there)
+    continue_run(there)
 
 
 def export(there: Path) -> None:
-    export_model(there, there.parent / "out", form="hf", dtype="", shard="", echo=quiet)
+    export_model(there, there.parent / "out", form="hf", dtype="", shard="", log=quiet)
     shutil.rmtree(there.parent / "out")
 
 
 def evaluate(there: Path) -> None:
-    evaluate_run(there, [], task=None, limit=None, as_json=False, say=quiet)
+    evaluate_run(there, [], task=None, limit=None, as_json=False, log=quiet)
 
 
 Actions = tuple[tuple[Callable[[Path], Any], ...], int]
-"""What reads a file, and the flips of the suite."""
+"""The files that each command reads, and the number of flips in the suite."""
 FILES: dict[str, Actions] = {
-    "done.json": ((go_on, run_report, evaluate, export), 12),
+    "done.json": ((continue_run, run_report, evaluate, export), 12),
     "metrics.jsonl": ((run_report, evaluate, resume), 9),
     "samples.jsonl": ((run_report, resume), 6),
     "held_out_texts.jsonl": ((run_report, resume), 8),
     "held_out.json": ((run_report,), 30),
-    "recipe.yaml": ((go_on, run_report, evaluate, export, load_evaluated_model), 10),
-    "inputs.json": ((go_on,), 12),
-    "tokenizer/tokenizer.json": ((go_on,), 10),
-    "tokenizer/tokenizer_config.json": ((go_on,), 10),
-    "tokenizer/made_from.json": ((go_on,), 20),
-    "model/firth.json": ((load_evaluated_model, go_on, run_report, export), 20),
+    "recipe.yaml": ((continue_run, run_report, evaluate, export, load_evaluated_model), 10),
+    "inputs.json": ((continue_run,), 12),
+    "tokenizer/tokenizer.json": ((continue_run,), 10),
+    "tokenizer/tokenizer_config.json": ((continue_run,), 10),
+    "tokenizer/made_from.json": ((continue_run,), 20),
+    "model/firth.json": ((load_evaluated_model, continue_run, run_report, export), 20),
     "model/config.json": ((load_evaluated_model, run_report, export), 20),
     "model/tokenizer.json": ((load_evaluated_model, export), 20),
     "model/tokenizer_config.json": ((load_evaluated_model, export), 20),
@@ -106,11 +106,11 @@ FORGIVING: dict[str, tuple[Any, ...]] = {
     "checkpoints/step-000002/manifest.json": (resume,),
     "checkpoints/step-000002/state.json": (resume,),
 }
-"""What does not read the file, or lets people edit it, or takes an earlier checkpoint in its place. Nothing else may go on."""
+"""Commands that do not read the file, allow users to edit it, or fall back on an earlier checkpoint. No other may succeed."""
 
 
-def meaning(file: Path) -> str | None:
-    """Return what a file holds, whatever its white space, or which ids a tokenizer gives; None where it cannot be read."""
+def parsed_content(file: Path) -> str | None:
+    """Return the content of a file without whitespace, or the ids of a tokenizer; None if it cannot be read."""
     try:
         if file.name == "tokenizer.json":
             return Tokenizer.load(file).digest
@@ -124,7 +124,7 @@ def meaning(file: Path) -> str | None:
 
 
 def flipped(raw: bytes, draw: random.Random) -> bytes:
-    """The bytes with one to three of them replaced, or one bit of one changed, and now and then cut."""
+    """Return the bytes with one to three bytes replaced or one bit flipped, sometimes truncated."""
     found = bytearray(raw)
     for _ in range(draw.choice((1, 1, 3))):
         at = draw.randrange(len(found))
@@ -133,12 +133,12 @@ def flipped(raw: bytes, draw: random.Random) -> bytes:
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_flipped_bytes_end_in_a_sentence(name: str, whole: Path, tmp_path: Path) -> None:
+def test_flipped_bytes_fail_with_one_sentence(name: str, whole: Path, tmp_path: Path) -> None:
     there, draw = tmp_path / "run", random.Random(name)
     shutil.copytree(whole, there)
     relative = next(whole.glob(name)).relative_to(whole)
     raw = (whole / relative).read_bytes()
-    held = meaning(whole / relative)
+    held = parsed_content(whole / relative)
     actions, count = FILES[name]
     refused = 0
     for number in range(FLIPS or count):
@@ -151,7 +151,7 @@ def test_flipped_bytes_end_in_a_sentence(name: str, whole: Path, tmp_path: Path)
             (there / relative).write_bytes(damaged)
             try:
                 action(there)
-                if action not in FORGIVING.get(name, ()) and meaning(there / relative) != held:
+                if action not in FORGIVING.get(name, ()) and parsed_content(there / relative) != held:
                     at = next(i for i, (a, b) in enumerate(zip(raw, damaged + b"\0", strict=False)) if a != b)
                     pytest.fail(f"{action} goes on with {damaged[max(0, at - 40) : at + 40]!r}")
             except UserError as error:

@@ -1,4 +1,4 @@
-"""Answers to held-out prompts before and after training, as instruction tuning, reward models, DPO and PPO record them."""
+"""Answers to held-out prompts before and after training, as SFT, reward models, DPO and PPO record them."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "examples.max_length=32",
     ]
     base = ["data.corpus=", f"data.path={folder / 'text.txt'}", "data.split_by=blank", *small, *SMALL]
-    run(load("gpt", base), folder / "gpt", echo=silent)
+    run(load("gpt", base), folder / "gpt", log=silent)
     return folder
 
 
@@ -61,7 +61,7 @@ def trained(folder: Path, name: str, records: str, *assignments: str) -> tuple[R
             *assignments,
         ],
     )
-    done = run(recipe, folder / name, echo=silent)
+    done = run(recipe, folder / name, log=silent)
     rows = [json.loads(line) for line in (done.directory / "held_out_texts.jsonl").read_text("utf-8").splitlines()]
     assert {row["step"] for row in rows} == {0, done.steps}
     assert len(rows) == 16
@@ -71,7 +71,7 @@ def trained(folder: Path, name: str, records: str, *assignments: str) -> tuple[R
     return done, rows
 
 
-def test_instruction_tuning_records_answers_and_references(folder: Path) -> None:
+def test_sft_records_answers_and_references(folder: Path) -> None:
     _, rows = trained(folder, "sft", "chat.jsonl")
     for row in rows:
         assert [answer["name"] for answer in row["answers"]] == ["model", "reference"]

@@ -1,4 +1,4 @@
-"""A run knows its inputs: what it reads may move and may not change, and its directory says all that it depends on."""
+"""A run records its inputs: files may move but not change, and the run directory holds everything that the run depends on."""
 
 from __future__ import annotations
 
@@ -32,17 +32,28 @@ from firth.tokenizer.train import train
 from firth.types import UserError
 
 SMALL = [
-    "model.hidden_size=32", "model.num_layers=1", "model.num_heads=2", "model.num_kv_heads=2", "model.head_dim=0", "model.intermediate_size=48",
-    "model.max_positions=64", "examples.max_length=24", "batch.size=4", "max_steps=4", "checkpoint.every=2", "evaluation.every=0", "sample_prompts=[]",
+    "model.hidden_size=32",
+    "model.num_layers=1",
+    "model.num_heads=2",
+    "model.num_kv_heads=2",
+    "model.head_dim=0",
+    "model.intermediate_size=48",
+    "model.max_positions=64",
+    "examples.max_length=24",
+    "batch.size=4",
+    "max_steps=4",
+    "checkpoint.every=2",
+    "evaluation.every=0",
+    "sample_prompts=[]",
     "tokenizer.vocab_size=420",
-]  # fmt: skip
+]
 
 
 NOUNS = ("otter", "boat", "lamp", "river")
 
 
 def quiet(_: str) -> None:
-    """Progress that no test reads."""
+    """Ignore a message."""
 
 
 def words(seed: int, count: int = 60) -> str:
@@ -51,7 +62,7 @@ def words(seed: int, count: int = 60) -> str:
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with texts and a finished run on them."""
+    """A directory with texts and a finished run on them."""
     folder = tmp_path_factory.mktemp("inputs")
     (folder / "texts").mkdir()
     for i in range(6):
@@ -61,7 +72,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def kill(directory: Path) -> None:
-    """Leave what a run leaves that was killed after its second step."""
+    """Leave the files of a run that was killed after its second step."""
     for name in ("done.json", "report.html"):
         (directory / name).unlink()
     for name in ("model", "checkpoints/step-000004"):
@@ -74,9 +85,9 @@ def folder(finished: Path, tmp_path: Path) -> Path:
     return tmp_path / "copy"
 
 
-def again(folder: Path, *settings: str, said: list[str] | None = None) -> RunResult:
+def again(folder: Path, *settings: str, lines: list[str] | None = None) -> RunResult:
     recipe = load("gpt", [*SMALL, f"data.path={folder / 'texts'}", "data.validation_fraction=0.2", *settings])
-    return run(recipe, folder / "run", quiet if said is None else said.append)
+    return run(recipe, folder / "run", quiet if lines is None else lines.append)
 
 
 def edit(folder: Path) -> None:
@@ -96,8 +107,8 @@ def add(folder: Path) -> None:
 
 @pytest.mark.parametrize("state", ["killed", "finished"])
 @pytest.mark.parametrize("change", [edit, edit_and_set_the_time_back, add])
-def test_other_text_is_refused(folder: Path, change: Callable[[Path], None], state: str) -> None:
-    """Replaced between a kill and the resume, it trained on without a word; a finished run said that it was this one."""
+def test_changed_text_is_rejected(folder: Path, change: Callable[[Path], None], state: str) -> None:
+    """The text is replaced between a kill and the resumption, or after the run is finished."""
     if state == "killed":
         kill(folder / "run")
     again_first = {p: p.read_bytes() for p in (folder / "run" / "tokenizer").iterdir()}
@@ -110,7 +121,7 @@ def test_other_text_is_refused(folder: Path, change: Callable[[Path], None], sta
         again(folder, f"data.validation_path={folder / 'texts'}")
 
 
-def test_the_same_text_elsewhere_and_at_another_time_resumes(finished: Path, folder: Path) -> None:
+def test_moved_text_resumes(finished: Path, folder: Path) -> None:
     whole = read_tensors(finished / "run" / "model")
     kill(folder / "run")
     shutil.copytree(folder / "texts", folder / "moved" / "texts")
@@ -122,9 +133,9 @@ def test_the_same_text_elsewhere_and_at_another_time_resumes(finished: Path, fol
     assert done.steps == 4 and all(torch.equal(whole[n], t) for n, t in read_tensors(done.model).items())
     recipe = yaml.safe_load((folder / "run" / "recipe.yaml").read_text())
     assert recipe["data"]["path"] == [str(folder / "moved" / "texts")]
-    said: list[str] = []
-    assert again(folder, said=said) == done  # and the finished run at the first path
-    assert said[-1].endswith(f"is finished, after 4 steps; its model is {folder / 'run' / 'model'}")
+    lines: list[str] = []
+    assert again(folder, lines=lines) == done  # and the finished run at the first path
+    assert lines[-1].endswith(f"is finished, after 4 steps; its model is {folder / 'run' / 'model'}")
 
 
 def test_files_are_not_hashed_twice(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -136,20 +147,20 @@ def test_files_are_not_hashed_twice(folder: Path, monkeypatch: pytest.MonkeyPatc
     assert RunInputs.read(recipe, folder / "run", quiet).digests == first.digests
 
 
-def test_a_run_without_a_record_of_its_inputs_is_refused(folder: Path) -> None:
+def test_run_without_a_record_of_inputs_is_rejected(folder: Path) -> None:
     (folder / "run" / "inputs.json").unlink()
     with pytest.raises(UserError, match="older version of firth, which kept no record of its inputs"):
         again(folder)
 
 
-def test_other_settings_are_refused_by_name(folder: Path) -> None:
+def test_other_settings_are_rejected_by_name(folder: Path) -> None:
     with pytest.raises(UserError, match=r"a run of another recipe: batch\.size is 4 there and 8 here; choose another"):
         again(folder, "batch.size=8")
     with pytest.raises(UserError, match=r"began without data\.validation_path, which this recipe sets"):
         again(folder, f"data.validation_path={folder / 'texts' / '0.txt'}")
 
 
-def test_a_recipe_edited_in_the_run_is_refused(folder: Path) -> None:
+def test_edited_recipe_of_a_run_is_rejected(folder: Path) -> None:
     file = folder / "run" / "recipe.yaml"
     text = file.read_text()
     assert text.count("weight_decay: 0.1") == 1
@@ -165,7 +176,7 @@ def test_a_recipe_edited_in_the_run_is_refused(folder: Path) -> None:
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Models of one tokenizer and shape, two of each kind, and records."""
+    """Models with one tokenizer and config, two of each kind, and records."""
     folder = tmp_path_factory.mktemp("models")
     tokenizer = train([words(i) for i in range(1, 9)], "byte-bpe", vocab_size=400)
     left, both = (
@@ -190,27 +201,53 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def cases(folder: Path) -> dict[str, tuple[str, list[str], str]]:
-    """Field -> recipe, settings, the model that it names."""
+    """Field -> recipe, settings, and the model that it names."""
     pairs, labels = f"data.path={folder / 'pairs.jsonl'}", f"data.path={folder / 'labels.jsonl'}"
     ppo = [pairs, "examples.rollout_size=4", "examples.num_epochs=1", "examples.max_new_tokens=2"]
     taught = f"examples={{kind: pseudo_labeled, teacher: {folder / 'teacher'}, num_labeled: 4}}"
     begin = [f"init_from={folder / 'encoder'}", "objective=pseudo_labels", taught]
     return {
         "init_from": ("dpo", [pairs, f"init_from={folder / 'policy'}"], "policy"),
-        "examples.reward_model": ("ppo", [*ppo, f"init_from={folder / 'policy'}", f"examples.reward_model={folder / 'reward'}"], "reward"),
+        "examples.reward_model": (
+            "ppo",
+            [*ppo, f"init_from={folder / 'policy'}", f"examples.reward_model={folder / 'reward'}"],
+            "reward",
+        ),
         "examples.teacher": ("semi_supervised", [labels, *begin], "teacher"),
-        "init_embeddings_from": ("classification", [labels, f"init_embeddings_from={folder / 'encoder'}", "model.hidden_size=32", "model.num_layers=1",
-                                    "model.num_heads=2", "model.causal=false", "model.max_positions=64"], "encoder"),
-        "tokenizer.path": ("classification", [labels, f"tokenizer.path={folder / 'encoder'}", "model.hidden_size=32", "model.num_layers=1",
-                                        "model.num_heads=2", "model.causal=false", "model.max_positions=64"], "encoder"),
-    }  # fmt: skip
+        "init_embeddings_from": (
+            "classification",
+            [
+                labels,
+                f"init_embeddings_from={folder / 'encoder'}",
+                "model.hidden_size=32",
+                "model.num_layers=1",
+                "model.num_heads=2",
+                "model.causal=false",
+                "model.max_positions=64",
+            ],
+            "encoder",
+        ),
+        "tokenizer.path": (
+            "classification",
+            [
+                labels,
+                f"tokenizer.path={folder / 'encoder'}",
+                "model.hidden_size=32",
+                "model.num_layers=1",
+                "model.num_heads=2",
+                "model.causal=false",
+                "model.max_positions=64",
+            ],
+            "encoder",
+        ),
+    }
 
 
 @pytest.mark.parametrize(
     "field", ["init_from", "examples.reward_model", "examples.teacher", "init_embeddings_from", "tokenizer.path"]
 )
-def test_another_model_is_refused(models: Path, tmp_path: Path, field: str) -> None:
-    """Between two starts of one run the weights are replaced by others of the same shape and tokenizer."""
+def test_another_model_is_rejected(models: Path, tmp_path: Path, field: str) -> None:
+    """Between two starts of a run the weights are replaced by others with the same config and tokenizer."""
     for kind in ("policy", "reward", "encoder", "teacher"):
         shutil.copytree(models / f"{kind}-0", tmp_path / kind)
     for name in ("pairs", "labels"):
@@ -246,31 +283,31 @@ def test_another_model_is_refused(models: Path, tmp_path: Path, field: str) -> N
             run(recipe, tmp_path / "run", quiet)
 
 
-def test_a_tokenizer_that_a_failed_run_left_is_made_again(finished: Path, tmp_path: Path) -> None:
-    """Its text and its settings were others: recipe.yaml said unigram of 450 ids, and the file was BPE of 366."""
+def test_tokenizer_of_a_failed_run_is_rebuilt(finished: Path, tmp_path: Path) -> None:
+    """It was trained on another text with other settings: the recipe sets unigram with 450 ids, and the file was BPE with 366."""
     (tmp_path / "text.txt").write_text(words(5, 400))
     failed = load("gpt", [*SMALL, f"data.path={tmp_path / 'text.txt'}", "examples.max_length=999"])
     with pytest.raises(UserError):
         run(failed, tmp_path / "run", quiet)
     left = Tokenizer.load(tmp_path / "run" / "tokenizer")
     settings = [*SMALL, f"data.path={finished / 'texts'}", "tokenizer.algorithm=unigram", "tokenizer.vocab_size=410"]
-    said: list[str] = []
-    run(load("gpt", settings), tmp_path / "run", said.append)
+    lines: list[str] = []
+    run(load("gpt", settings), tmp_path / "run", lines.append)
     made = Tokenizer.load(tmp_path / "run" / "tokenizer")
     assert json.loads(made.definition)["model"]["type"] == "Unigram" and made.digest != left.digest
-    assert any("an earlier run made this tokenizer of another text or with other settings" in line for line in said)
+    assert any("an earlier run made this tokenizer of another text or with other settings" in line for line in lines)
     alone = tokenizer_of(load("gpt", settings), tmp_path / "alone", quiet)
     assert alone.digest == made.digest == Tokenizer.load(tmp_path / "run" / "model").digest
-    said.clear()
-    run(load("gpt", settings), tmp_path / "run", said.append)
-    assert not any("ids from" in line for line in said)
+    lines.clear()
+    run(load("gpt", settings), tmp_path / "run", lines.append)
+    assert not any("ids from" in line for line in lines)
 
 
 @pytest.mark.parametrize("algorithm", ["bpe", "byte-bpe", "wordpiece", "unigram", "word"])
-def test_a_tokenizer_of_the_ids_there_are_is_the_same(algorithm: str, finished: Path, tmp_path: Path) -> None:
-    """A text that has no 8,192 ids: the resolved size makes the same tokenizer, with every algorithm.
+def test_resolved_vocab_size_repeats_the_tokenizer(algorithm: str, finished: Path, tmp_path: Path) -> None:
+    """For a text with fewer than 8,192 ids the resolved size gives the same tokenizer, with every algorithm.
 
-    Unigram is asked for 286 ids here and finds 284, so its recipe keeps the 8,192.
+    Unigram with 286 requested ids finds 284 here, so its recipe keeps 8,192.
     """
     settings = [f"data.path={finished / 'texts'}", f"tokenizer.algorithm={algorithm}"]
     first = tokenizer_of(load("gpt", [*settings, "tokenizer.vocab_size=8192"]), tmp_path / "first", quiet)
@@ -279,13 +316,13 @@ def test_a_tokenizer_of_the_ids_there_are_is_the_same(algorithm: str, finished: 
     assert size < 8192 and resolved == (8192 if algorithm == "unigram" else size)
     again = tokenizer_of(load("gpt", [*settings, f"tokenizer.vocab_size={resolved}"]), tmp_path / "again", quiet)
     assert again.digest == first.digest and resolved_size(tmp_path / "again") == resolved
-    said: list[str] = []
-    tokenizer_of(load("gpt", [*settings, f"tokenizer.vocab_size={resolved}"]), tmp_path / "first", said.append)
-    assert not said
+    lines: list[str] = []
+    tokenizer_of(load("gpt", [*settings, f"tokenizer.vocab_size={resolved}"]), tmp_path / "first", lines.append)
+    assert not lines
 
 
 def firth(*arguments: str, code: int = 0) -> str:
-    """What the command prints, or the sentence that it is refused with."""
+    """Return the output of the command, or its error message."""
     result = CliRunner().invoke(app, arguments)
     if code:
         assert isinstance(result.exception, UserError), result.output
@@ -294,8 +331,8 @@ def firth(*arguments: str, code: int = 0) -> str:
     return result.output
 
 
-def test_a_run_directory_says_all_and_goes_on(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """recipe.yaml leaves nothing open; the directory continues itself; the file repeats the run bit for bit elsewhere."""
+def test_run_directory_is_complete_and_resumes(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """recipe.yaml has no open settings, the directory resumes, and the file repeats the run bit by bit elsewhere."""
     shutil.copytree(finished / "texts", tmp_path / "texts")
     monkeypatch.chdir(tmp_path)
     settings = [
@@ -315,7 +352,7 @@ def test_a_run_directory_says_all_and_goes_on(finished: Path, tmp_path: Path, mo
     kill(Path("run"))
     monkeypatch.chdir(tmp_path / "texts")
     out = firth("train", "../run")
-    assert "going on from step-000002" in out and not (tmp_path / "texts" / "runs").exists()
+    assert "resuming from step-000002" in out and not (tmp_path / "texts" / "runs").exists()
     monkeypatch.chdir(tmp_path)
     assert "would change its recipe: choose another directory with --out" in firth("train", "run", "seed=5", code=2)
     firth("train", "run", "seed=4", "max_steps=1", "--out", "other")

@@ -1,4 +1,4 @@
-"""A mixture of paths in a recipe: the stated shares in training and in the held-out text, and what is refused."""
+"""A mixture of paths in a recipe: the stated weights in training and validation, and errors."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (folder / letter).mkdir()
         for i in range(files):
             (folder / letter / f"{i}.txt").write_text(f"{WORDS[letter]}{'x' * (i % 7)} " * 40)
-    train_tokenizer([str(folder)], folder / "tok", algorithm="byte-bpe", vocab_size=400, echo=lambda _: None)
+    train_tokenizer([str(folder)], folder / "tok", algorithm="byte-bpe", vocab_size=400, log=lambda _: None)
     return folder
 
 
-def material(folder: Path, place: Path, **settings: object) -> RunData:
+def run_data(folder: Path, place: Path, **settings: object) -> RunData:
     paths = (str(folder / "a"), str(folder / "z"))
     source = DataConfig(path=paths, validation_fraction=0.3, **settings)  # type: ignore[arg-type]
-    return RunData(source, Tokenizer.load(folder / "tok"), place, echo=lambda _: None)
+    return RunData(source, Tokenizer.load(folder / "tok"), place, log=lambda _: None)
 
 
 def share_of_a(source: Source, indices: np.ndarray, tokenizer: Tokenizer) -> float:
@@ -44,43 +44,43 @@ def share_of_a(source: Source, indices: np.ndarray, tokenizer: Tokenizer) -> flo
     return float(np.mean([t.count("a") + t.count("b") > t.count("z") + t.count("y") for t in texts]))
 
 
-def test_the_shares_are_the_stated_ones_in_training_and_in_held_out_text(folder: Path, tmp_path: Path) -> None:
-    mixed = material(folder, tmp_path, weights=(3.0, 1.0))
+def test_mixture_has_the_stated_weights(folder: Path, tmp_path: Path) -> None:
+    mixed = run_data(folder, tmp_path, weights=(3.0, 1.0))
     cut = examples.build_datasets(WindowsConfig(max_length=32), mixed, load("gpt").objective)
     _, indices = cut.train.order(seed=0, positions=np.arange(64))
     assert share_of_a(cut.train, indices, mixed.tokenizer) == 0.75
     assert cut.validation is not None
     assert share_of_a(cut.validation, np.arange(len(cut.validation)), mixed.tokenizer) == pytest.approx(0.75, abs=0.06)
-    parts = [WindowsConfig(max_length=32).build(part, load("gpt").objective) for part in mixed.parts()]
+    parts = [WindowsConfig(max_length=32).build(part, load("gpt").objective) for part in mixed.per_path()]
     assert cut.bytes_per_target == pytest.approx(0.75 * parts[0].bytes_per_target + 0.25 * parts[1].bytes_per_target)
     assert cut.counts["documents"] == sum(p.counts["documents"] for p in parts)
 
 
-def test_without_weights_each_path_gives_what_it_holds(folder: Path, tmp_path: Path) -> None:
-    plain = material(folder, tmp_path)
+def test_without_weights_paths_are_concatenated(folder: Path, tmp_path: Path) -> None:
+    plain = run_data(folder, tmp_path)
     cut = examples.build_datasets(WindowsConfig(max_length=32), plain, load("gpt").objective)
     assert share_of_a(cut.train, np.arange(len(cut.train)), plain.tokenizer) == pytest.approx(0.25, abs=0.1)
 
 
-def test_one_weight_too_few_is_refused(folder: Path, tmp_path: Path) -> None:
+def test_missing_weight_is_rejected(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"data.weights has 1 numbers for the 2 paths"):
         examples.build_datasets(
-            WindowsConfig(max_length=32), material(folder, tmp_path, weights=(1.0,)), load("gpt").objective
+            WindowsConfig(max_length=32), run_data(folder, tmp_path, weights=(1.0,)), load("gpt").objective
         )
 
 
-def test_a_recipe_with_weights_runs_and_goes_on(folder: Path, tmp_path: Path) -> None:
+def test_recipe_with_weights_runs_and_resumes(folder: Path, tmp_path: Path) -> None:
     settings = [f"data.path=[{folder / 'a'}, {folder / 'z'}]", "data.weights=[1, 2]", "tokenizer.vocab_size=400",
                 "model.hidden_size=32", "model.num_layers=1", "model.num_heads=1", "model.max_positions=64", "examples.max_length=32",
                 "batch.size=6", "max_steps=4", "evaluation.every=2", "evaluation.max_examples=20", "sample_prompts=[]"]  # fmt: skip
-    done = run(load("gpt", settings), tmp_path / "run", echo=lambda _: None)
+    done = run(load("gpt", settings), tmp_path / "run", log=lambda _: None)
     assert np.isfinite(done.metrics["valid/bits_per_byte"])
     assert yaml.safe_load((tmp_path / "run" / "recipe.yaml").read_text())["data"]["weights"] == [1.0, 2.0]
     assert json.loads((tmp_path / "run" / "done.json").read_text())["counts"]["documents"] > 40
-    assert run(load(str(tmp_path / "run")), tmp_path / "again", echo=lambda _: None).metrics == done.metrics
+    assert run(load(str(tmp_path / "run")), tmp_path / "again", log=lambda _: None).metrics == done.metrics
 
 
-def test_what_is_looked_at_is_spread_over_all() -> None:
+def test_spread_takes_evenly_spaced_examples() -> None:
     class Numbers(Source):
         def __len__(self) -> int:
             return 100

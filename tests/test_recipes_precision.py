@@ -1,4 +1,4 @@
-"""Every recipe in fp32 and in bf16: two small steps, stopped and resumed to the bit, reloaded, exported."""
+"""Every recipe in fp32 and bf16: two small steps, stopped and resumed bit by bit, reloaded, exported."""
 
 from __future__ import annotations
 
@@ -27,8 +27,13 @@ FEW = (
 )  # fmt: skip
 
 SMALL = {
-    "model.hidden_size": 32, "model.num_heads": 2, "model.num_layers": 2, "model.head_dim": 0, "model.num_kv_heads": 0, "model.intermediate_size": 48,
-}  # fmt: skip
+    "model.hidden_size": 32,
+    "model.num_heads": 2,
+    "model.num_layers": 2,
+    "model.head_dim": 0,
+    "model.num_kv_heads": 0,
+    "model.intermediate_size": 48,
+}
 
 TUNED: dict[str, tuple[str, str, tuple[str, ...]]] = {
     "classification": ("bert", "labeled.jsonl", ()),
@@ -81,7 +86,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         algorithm="byte-bpe",
         vocab_size=400,
         num_sentinels=100,
-        echo=lambda _: None,
+        log=lambda _: None,
     )
 
     def write(name: str, record: Callable[[int, list[str]], object]) -> None:
@@ -108,35 +113,35 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def make(folder: Path) -> Make:
-    """A recipe's name and a precision -> its run, stopped after the first step and resumed."""
+    """Return the run of a recipe in a precision, stopped after the first step and resumed."""
     made: dict[tuple[str, str], RunResult] = {}
 
     def one(name: str, precision: str) -> RunResult:
         if (name, precision) not in made:
             plan, directory = small(name, precision, folder, one), folder / f"{name}-{precision}"
             with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(trainer, "interrupt_handler", lambda _: Once())
+                patch.setattr(trainer, "interrupt_handler", lambda _: InterruptOnce())
                 with pytest.raises(Interrupted):
-                    run(plan, directory, echo=lambda _: None)
-            made[name, precision] = run(plan, directory, echo=lambda _: None)
+                    run(plan, directory, log=lambda _: None)
+            made[name, precision] = run(plan, directory, log=lambda _: None)
         return made[name, precision]
 
     return one
 
 
-class Once:
+class InterruptOnce:
     """Ctrl-C in the middle of the first step."""
 
     requested = True
 
-    def __enter__(self) -> Once:
+    def __enter__(self) -> InterruptOnce:
         return self
 
     def __exit__(self, *_: object) -> None: ...
 
 
 def small(name: str, precision: str, folder: Path, make: Make) -> Recipe:
-    """The recipe, made smaller: nothing but sizes differs."""
+    """Return the recipe with smaller sizes."""
     if name in TUNED:
         start, records, more = TUNED[name]
         runs = {
@@ -163,11 +168,11 @@ def small(name: str, precision: str, folder: Path, make: Make) -> Recipe:
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("name", RECIPES)
-def test_a_run_resumes_to_the_bit_and_reloads(
+def test_run_resumes_bit_identical_and_reloads(
     name: str, precision: str, folder: Path, make: Make, tmp_path: Path
 ) -> None:
     torch.set_num_threads(1)
-    whole = run(small(name, precision, folder, make), tmp_path / "whole", echo=lambda _: None)
+    whole = run(small(name, precision, folder, make), tmp_path / "whole", log=lambda _: None)
     resumed = make(name, precision)
     assert whole.steps == 2 and whole.metrics == resumed.metrics
     first, second = (load_model(x.model).state_dict() for x in (whole, resumed))
@@ -177,6 +182,6 @@ def test_a_run_resumes_to_the_bit_and_reloads(
     facts = json.loads((resumed.model / "firth.json").read_text("utf-8"))["facts"]
     assert facts["steps"] == 2
     with warnings.catch_warnings(action="ignore"):
-        export_model(resumed.directory, tmp_path / "export", form="hf", dtype="", shard="", echo=lambda _: None)
+        export_model(resumed.directory, tmp_path / "export", form="hf", dtype="", shard="", log=lambda _: None)
     exported = load_model(tmp_path / "export").state_dict()
     assert all(torch.equal(exported[k], second[k]) for k in second)

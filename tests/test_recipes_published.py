@@ -1,4 +1,4 @@
-"""The published recipes: their sizes, their parameters on the meta device, and a whole small run of each."""
+"""The published recipes: their sizes and their parameter counts on the meta device."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ ABOUT = {"gpt3": 175e9, "bert-base": 110e6, "bert-large": 340e6}  # as the paper
 
 
 def on_meta(name: str, pooler: bool = False) -> int:
-    """Parameters of a published shape with its head, built where nothing is stored."""
+    """Return the parameter count of a published model with its head, on the meta device."""
     config = PRESETS[name]
     with torch.device("meta"):
         parts = {"lm": LMHead(config)} | ({"next": pooled(config.hidden_size, 2)} if pooler else {})
@@ -42,40 +42,40 @@ def on_meta(name: str, pooler: bool = False) -> int:
 
 
 @pytest.mark.parametrize("name", COUNTS)
-def test_parameters_are_those_of_the_released_checkpoint(name: str) -> None:
+def test_parameters_match_the_released_checkpoint(name: str) -> None:
     assert on_meta(name) == PRESETS[name].num_parameters() == COUNTS[name]
 
 
 @pytest.mark.parametrize("name", ABOUT)
-def test_parameters_are_those_the_paper_says(name: str) -> None:
+def test_parameters_match_the_paper(name: str) -> None:
     count = on_meta(name, pooler=name.startswith("bert"))
     assert count == pytest.approx(ABOUT[name], rel=0.015)
 
 
-def test_bert_is_counted_to_the_last_weight() -> None:
+def test_bert_parameter_count_is_exact() -> None:
     """BertForPreTraining of bert-base-uncased has 110,106,428 (transformers 5.23)."""
     assert on_meta("bert-base", pooler=True) == 110_106_428
 
 
 def sizes_of(name: str) -> list[str]:
-    """The sizes that a recipe says it has, from its own refusal."""
+    """Return the sizes of a recipe, from its error message."""
     with pytest.raises(UserError, match="there is") as refusal:
         published(f"{name}:no-such-size")
     return str(refusal.value).rpartition("there is ")[2].split(", ")
 
 
-def sized(name: str) -> bool:
-    """Whether a recipe comes in sizes; what is done to a trained model does not."""
+def has_sizes(name: str) -> bool:
+    """Return whether a recipe comes in sizes; post-training recipes do not."""
     module, function = RECIPES[name].split(":")
     size = inspect.signature(getattr(importlib.import_module(module), function)).parameters.get("size")
     return size is not None and size.default == "tiny"
 
 
-PRETRAINED = [name for name in RECIPES if sized(name)]
+PRETRAINED = [name for name in RECIPES if has_sizes(name)]
 
 
 @pytest.mark.parametrize("name", PRETRAINED)
-def test_every_size_is_a_recipe_that_its_shape_serves(name: str) -> None:
+def test_every_size_is_a_valid_recipe(name: str) -> None:
     sizes = sizes_of(name)
     assert {"tiny", "published"} <= set(sizes)
     assert published(name) == published(f"{name}:tiny")
@@ -87,6 +87,6 @@ def test_every_size_is_a_recipe_that_its_shape_serves(name: str) -> None:
         assert again == recipe
 
 
-def test_a_recipe_of_one_size_says_so() -> None:
+def test_size_of_a_recipe_with_one_size_is_rejected() -> None:
     with pytest.raises(UserError, match="one size"):
         published("classification:tiny")

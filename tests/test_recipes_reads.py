@@ -1,4 +1,4 @@
-"""What a run is trained for decides what is asked of it: its samples, its export, and how its likelihood is read."""
+"""The training objective of a run decides its samples, its export and how its likelihood is computed."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 
 from firth.evaluate.evaluate import evaluate
 from firth.evaluate.task import load_evaluated_model
-from firth.evaluate.text_perplexity import reads_of
+from firth.evaluate.text_perplexity import scoring_mode
 from firth.runs.inference import fill_text, open_run
 from firth.runs.recipe import load
 from firth.runs.run import RunResult, run
@@ -45,7 +45,7 @@ def make(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Make:
         if settings not in made:
             name, *rest = settings
             recipe = load(name, [*SMALL, f"data.path={folder}", *rest])
-            made[settings] = run(recipe, tmp_path_factory.mktemp("run"), echo=lambda _: None)
+            made[settings] = run(recipe, tmp_path_factory.mktemp("run"), log=lambda _: None)
         return made[settings]
 
     return one
@@ -62,49 +62,51 @@ BILM = ("lstm", "objective=bilm", "model.causal=false", "model.separate_directio
         BILM,
     ],
 )
-def test_samples_that_a_model_cannot_answer_are_left_out(make: Make, settings: tuple[str, ...]) -> None:
-    """Without a head, without a latent, with the head of two readers: the run ends, and its report has no such samples."""
+def test_unsupported_sample_prompts_are_skipped(make: Make, settings: tuple[str, ...]) -> None:
+    """Without an LM head, without a latent, with two directions: the run ends, and its report has no such samples."""
     made = make(*settings)
     assert (made.directory / "report.html").exists()
     rows = (made.directory / "samples.jsonl").read_text("utf-8")
     assert not {"<mask>", "<to>", "<prior>"} & {mark for mark in ("<mask>", "<to>", "<prior>") if mark in rows}
 
 
-def test_a_bilm_is_told_apart_from_a_model_that_writes(make: Make, folder: Path) -> None:
+def test_bilm_does_not_generate(make: Make, folder: Path) -> None:
     made = make(*BILM)
-    with pytest.raises(UserError, match="no vocabulary head reads this model's states, so it cannot write"):
+    with pytest.raises(UserError, match="this model has no LM head, so it cannot generate text"):
         open_run(made.directory)
-    with pytest.raises(UserError, match="no text is likely or unlikely to it"):
+    with pytest.raises(UserError, match="cannot score the likelihood of text"):
         evaluate(made.directory, [str(folder / "0.txt")])
 
 
-def test_an_encoder_trained_from_left_to_right_is_no_family_that_reads_both_ways(make: Make, folder: Path) -> None:
+def test_causal_encoder_has_no_bidirectional_family(make: Make, folder: Path) -> None:
     left, both = make("roberta", "objective=causal_lm"), make("roberta")
     assert json.loads((both.model / "config.json").read_text())["architectures"] == ["ModernBertForMaskedLM"]
     assert json.loads((left.model / "firth.json").read_text())["family"] is None
     assert not (left.model / "config.json").exists()
-    with pytest.raises(UserError, match="reads from left to right, so it fills no gaps"):
+    with pytest.raises(UserError, match="is causal, so it cannot fill masks"):
         fill_text(left.directory, "The <mask> swims.", 3)
     text = [str(folder / "0.txt")]
-    assert evaluate(left.directory, text)["reads"] == "causal"
-    assert evaluate(left.model, text)["reads"] == "causal"
-    assert evaluate(both.directory, text, limit=50)["reads"] == "masked"
-    again = run(load(str(left.directory / "recipe.yaml")), left.directory, echo=lambda _: None)
+    assert evaluate(left.directory, text)["mode"] == "causal"
+    assert evaluate(left.model, text)["mode"] == "causal"
+    assert evaluate(both.directory, text, limit=50)["mode"] == "masked"
+    again = run(load(str(left.directory / "recipe.yaml")), left.directory, log=lambda _: None)
     assert again.steps == left.steps
 
 
-def test_what_reads_from_both_ends_is_asked_one_token_at_a_time(make: Make) -> None:
+def test_bidirectional_model_uses_pseudo_likelihood(make: Make) -> None:
     made = make("lstm", "objective=mlm", "model.causal=false", "model.num_heads=1", "examples=chunks")
-    assert reads_of(load_evaluated_model(made.directory).model.config) == "masked"
+    assert scoring_mode(load_evaluated_model(made.directory).model.config) == "masked"
 
 
-def test_what_starts_from_it_reads_as_it_does(make: Make, folder: Path) -> None:
-    """And one that reads both ways may be made to read to the left, but not the other way about."""
+def test_init_from_keeps_the_attention_pattern(make: Make, folder: Path) -> None:
+    """A bidirectional model can be made causal, but not the reverse."""
     left, both = make("roberta", "objective=causal_lm"), make("roberta")
     on = make("roberta", "objective=causal_lm", "model=null", f"init_from={both.directory}")
     assert (
         load_evaluated_model(on.directory).model.config.causal
         and json.loads((on.model / "firth.json").read_text())["family"] is None
     )
-    with pytest.raises(UserError, match=r"a causal decoder cannot: start from the recipe roberta \(an encoder\)"):
+    with pytest.raises(
+        UserError, match=r"a causal decoder cannot: start from a model of the recipe roberta \(an encoder\)"
+    ):
         make("roberta", "model=null", f"init_from={left.directory}")

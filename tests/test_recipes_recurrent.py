@@ -1,4 +1,4 @@
-"""The recurrent recipes from end to end: trained, tuned, taken from, refused; whole words and tags read from records."""
+"""The recurrent recipes end to end: trained, fine-tuned, loaded, rejected; whole words and tags read from records."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def runs(files: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of each recipe, two steps long."""
+    """A run of two steps of each recipe."""
     folder = tmp_path_factory.mktemp("runs")
     text = [f"data.path={files}/*.txt", *FEW]
     bytes_ = ["tokenizer.vocab_size=400"]
@@ -63,16 +63,16 @@ def runs(files: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         "elmo": ["model.hidden_size=16", "model.char_filters=64", "examples.max_length=16", *bytes_],
     }
     for name, changes in small.items():
-        run(load(name, [*text, *changes]), folder / name, echo=lambda _: None)
+        run(load(name, [*text, *changes]), folder / name, log=lambda _: None)
     return folder
 
 
-def test_a_language_model_becomes_a_classifier(runs: Path, files: Path, tmp_path: Path) -> None:
+def test_language_model_becomes_a_classifier(runs: Path, files: Path, tmp_path: Path) -> None:
     """Dai and Le 2015: `firth train classification init_from=RUN`."""
-    said: list[str] = []
+    lines: list[str] = []
     plan = load("classification", [f"init_from={runs}/lstm", f"data.path={files}/labelled.jsonl", *FEW])
-    done = run(plan, tmp_path / "tuned", echo=said.append)
-    assert "drops lm; adds classes" in "\n".join(said)
+    done = run(plan, tmp_path / "tuned", log=lines.append)
+    assert "drops lm; adds classes" in "\n".join(lines)
     tuned = load_model(done.model)
     assert tuned.config.rnn_type == "lstm"
     assert {"accuracy"} <= {k.removeprefix("valid/") for k in done.metrics}
@@ -83,11 +83,11 @@ def test_a_language_model_becomes_a_classifier(runs: Path, files: Path, tmp_path
                 [f"init_from={runs}/lstm", "objective.position=first", f"data.path={files}/labelled.jsonl"],
             ),
             tmp_path / "no",
-            said.append,
+            lines.append,
         )
 
 
-def test_a_run_writes_as_its_engine_does_without_a_cache(runs: Path) -> None:
+def test_cached_generation_matches_uncached(runs: Path) -> None:
     model, tokenizer = load_model(runs / "lstm" / "model"), Tokenizer.load(runs / "lstm")
     engine = Engine(model, tokenizer, stops=())
     prompts = [tokenizer.encode(text) for text in ("The king", "A dog barked at")]
@@ -99,11 +99,11 @@ def test_a_run_writes_as_its_engine_does_without_a_cache(runs: Path) -> None:
             assert token == int(model.heads["lm"](state).argmax())
             row.append(int(token))
     options = [tokenizer.encode(" king"), tokenizer.encode(" dog barked")]
-    apart = engine.score([prompts[0]] * 2, options)
-    assert engine.options(prompts[0], options) == pytest.approx(apart, abs=1e-4)
+    separately = engine.score([prompts[0]] * 2, options)
+    assert engine.options(prompts[0], options) == pytest.approx(separately, abs=1e-4)
 
 
-def test_word_vectors_are_shown_written_and_taken(runs: Path, files: Path, tmp_path: Path) -> None:
+def test_word_vectors_are_shown_written_and_loaded(runs: Path, files: Path, tmp_path: Path) -> None:
     samples = [json.loads(line) for line in (runs / "word2vec" / "samples.jsonl").read_text().splitlines()]
     assert [row["step"] for row in samples] == [0, 2]
     out = tmp_path / "vectors.txt"
@@ -117,7 +117,7 @@ def test_word_vectors_are_shown_written_and_taken(runs: Path, files: Path, tmp_p
     written = {row.split(" ")[0]: np.array(row.split(" ")[1:], float) for row in rows}
     assert written["king"] == pytest.approx(model.tokens.weight[tokenizer.id("king")].detach().numpy(), abs=1e-5)
 
-    said: list[str] = []
+    printed: list[str] = []
     taken = [
         f"init_embeddings_from={runs}/word2vec",
         f"data.path={files}/*.txt",
@@ -128,30 +128,30 @@ def test_word_vectors_are_shown_written_and_taken(runs: Path, files: Path, tmp_p
     done = run(
         load("lstm", [*taken, "model.hidden_size=16", "optimizer.lr=1e-12", "max_steps=1"]),
         tmp_path / "lstm",
-        said.append,
+        printed.append,
     )
-    assert "everything else begins at random" in "\n".join(said)
+    assert "everything else is initialized at random" in "\n".join(printed)
     new = load_model(done.model).tokens.weight.detach()
     alike = torch.nn.functional.cosine_similarity(new, model.tokens.weight, dim=-1)
     assert torch.allclose(alike, torch.ones(()), atol=1e-4)
     assert float(new.square().mean().sqrt()) == pytest.approx(0.02, rel=0.1)
     with pytest.raises(UserError, match=r"set model\.hidden_size=16"):
-        run(load("lstm", [*taken, "model.hidden_size=32"]), tmp_path / "other", said.append)
+        run(load("lstm", [*taken, "model.hidden_size=32"]), tmp_path / "other", printed.append)
     with pytest.raises(UserError, match="spells its tokens"):
         run(
             load("lstm", [*taken[1:], f"init_embeddings_from={runs}/elmo", "model.hidden_size=16"]),
             tmp_path / "third",
-            said.append,
+            printed.append,
         )
     train(["other words " * 90], "byte-bpe", vocab_size=300, num_sentinels=0).save(tmp_path / "stranger")
     stranger = [*taken, "model.hidden_size=16", f"tokenizer.path={tmp_path / 'stranger'}"]
     with pytest.raises(UserError, match="another tokenizer"):
-        run(load("lstm", stranger), tmp_path / "fourth", said.append)
+        run(load("lstm", stranger), tmp_path / "fourth", printed.append)
 
 
-def test_tags_are_learnt_from_a_frozen_model(runs: Path, files: Path, tmp_path: Path) -> None:
+def test_tags_are_learned_from_a_frozen_model(runs: Path, files: Path, tmp_path: Path) -> None:
     plan = load("token_features", [f"init_from={runs}/elmo", f"data.path={files}/tagged.jsonl", *FEW, "max_steps=40"])
-    done = run(plan, tmp_path / "tags", echo=lambda _: None)
+    done = run(plan, tmp_path / "tags", log=lambda _: None)
     assert done.metrics["valid/accuracy"] > 0.6
     before, after = load_model(runs / "elmo" / "model"), load_model(done.model)
     theirs = dict(before.named_parameters())
@@ -160,7 +160,7 @@ def test_tags_are_learnt_from_a_frozen_model(runs: Path, files: Path, tmp_path: 
     assert facts["classes"] == ["long", "short", "sign"]
 
 
-def test_elmo_spells_with_its_tokenizer(runs: Path) -> None:
+def test_elmo_reads_the_characters_of_its_tokenizer(runs: Path) -> None:
     model, tokenizer = load_model(runs / "elmo" / "model"), Tokenizer.load(runs / "elmo")
     queen = tokenizer.encode(" queen")[-1]
     letters = [257, *(b + 1 for b in tokenizer.token(queen).encode()), 258]
@@ -168,7 +168,7 @@ def test_elmo_spells_with_its_tokenizer(runs: Path) -> None:
 
 
 @pytest.mark.parametrize("algorithm", ["byte-bpe", "bpe", "wordpiece", "unigram", "word"])
-def test_a_word_s_tag_stands_at_its_first_token(algorithm: str, files: Path) -> None:
+def test_tag_label_is_at_the_first_token_of_a_word(algorithm: str, files: Path) -> None:
     tokenizer = train([TEXT * 5], algorithm, 400 if algorithm != "word" else 140, num_sentinels=3)
     source = TaggedSentences([f"{files}/tagged.jsonl"], tokenizer, 200)
     example = source[0]
@@ -183,17 +183,17 @@ def test_a_word_s_tag_stands_at_its_first_token(algorithm: str, files: Path) -> 
         assert text.lower() == word.lower()
 
 
-def test_records_that_are_not_tagged_sentences_are_refused(tmp_path: Path, files: Path) -> None:
+def test_invalid_tagged_records_are_rejected(tmp_path: Path, files: Path) -> None:
     tokenizer = train([TEXT], "word", 140, num_sentinels=3)
-    for row, said in (({"tokens": ["a", "b"], "tags": ["x"]}, "as many"), ({"text": "a b"}, "as many")):
+    for row, message in (({"tokens": ["a", "b"], "tags": ["x"]}, "as many"), ({"text": "a b"}, "as many")):
         (tmp_path / "bad.jsonl").write_text(json.dumps(row) + "\n")
-        with pytest.raises(UserError, match=f"bad.jsonl.*{said}"):
+        with pytest.raises(UserError, match=f"bad.jsonl.*{message}"):
             TaggedSentences([str(tmp_path / "bad.jsonl")], tokenizer, 20)
     with pytest.raises(UserError, match=r"the tag short is none of the classes \(long\)"):
         TaggedSentences([f"{files}/tagged.jsonl"], tokenizer, 20, classes=("long",))
 
 
-def test_whole_words_are_the_most_frequent_ones_in_small_letters() -> None:
+def test_word_tokenizer_has_the_most_frequent_words() -> None:
     tokenizer = train(["the The cat , cat zebra THE"], "word", 112, num_sentinels=100)
     assert tokenizer.pieces("The cat, a zebra") == ["the", "cat", ",", "<unk>", "zebra"]
     assert tokenizer.vocab.size == 111
@@ -206,30 +206,30 @@ def test_whole_words_are_the_most_frequent_ones_in_small_letters() -> None:
 
 
 @pytest.mark.parametrize(
-    ("changes", "said"),
+    ("changes", "message"),
     [
         (["lstm", "model.causal=false"], "objective causal_lm reads a text from left to right, which an LSTM in two"),
         (["lstm", "objective=mlm"], "objective mlm reads a text from both sides, which a left-to-right LSTM cannot"),
         (["lstm", "objective=span_corruption"], "an encoder-decoder"),
         (
             ["lstm", "objective={kind: span_corruption, layout: prefix}", "model.causal=false"],
-            "reads a prompt both ways and writes on in one row",
+            "reads a prompt in both directions and continues it in the same row",
         ),
         (["gpt", "objective=word2vec"], "reads each token by itself, which a causal decoder cannot"),
         (["word2vec", "objective=causal_lm"], "which a table of word vectors cannot"),
         (["bert", "objective=bilm"], "two readers who do not meet"),
-        (["elmo", "objective=causal_lm"], "which an LSTM in two directions apart cannot"),
+        (["elmo", "objective=causal_lm"], "which a bidirectional LSTM with separate directions cannot"),
     ],
 )
-def test_what_does_not_fit_is_refused_when_the_recipe_is_read(changes: list[str], said: str) -> None:
-    with pytest.raises(UserError, match=said):
+def test_incompatible_recipe_is_rejected_when_loaded(changes: list[str], message: str) -> None:
+    with pytest.raises(UserError, match=message):
         load(changes[0], changes[1:])
 
 
-def test_two_directions_take_what_an_encoder_takes() -> None:
+def test_bidirectional_lstm_supports_encoder_objectives() -> None:
     assert (
         load("lstm", ["model.causal=false", "objective=mlm", "examples=chunks"]).model.description
-        == "an LSTM in two directions"
+        == "a bidirectional LSTM"
     )
     for name in ("word2vec", "lstm", "elmo"):
         assert load(f"{name}:published").data.path == ()
@@ -247,16 +247,14 @@ def test_two_directions_take_what_an_encoder_takes() -> None:
         ("heron\nrain\nboat\nmill\n" * 9, ["data.split_by=line"], "single word, so no word has a neighbor"),
     ],
 )
-def test_word2vec_on_too_little_text_names_the_cause(
-    text: str, changes: list[str], message: str, tmp_path: Path
-) -> None:
+def test_word2vec_on_too_little_text_is_rejected(text: str, changes: list[str], message: str, tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text(text)
     plan = ["word2vec", f"data.path={tmp_path}/a.txt", "model.hidden_size=8", "max_steps=1", "batch.size=2"]
     with pytest.raises(UserError, match=message):
-        run(load(plan[0], [*plan[1:], *changes]), tmp_path / "run", echo=lambda _: None)
+        run(load(plan[0], [*plan[1:], *changes]), tmp_path / "run", log=lambda _: None)
 
 
-def test_word2vec_trains_on_a_short_text_with_every_word(tmp_path: Path) -> None:
+def test_word2vec_trains_on_a_short_text(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("A heron counts the rain. " * 3)
     changes = [
         f"data.path={tmp_path}/a.txt",
@@ -265,5 +263,5 @@ def test_word2vec_trains_on_a_short_text_with_every_word(tmp_path: Path) -> None
         "batch.size=2",
         "examples.subsampling_threshold=0",
     ]
-    finished = run(load("word2vec", changes), tmp_path / "run", echo=lambda _: None)
+    finished = run(load("word2vec", changes), tmp_path / "run", log=lambda _: None)
     assert np.isfinite(list(finished.metrics.values())).all()

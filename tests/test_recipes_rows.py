@@ -1,4 +1,4 @@
-"""Rows fit into the positions that a model has learned, less those of a prefix or a prompt, before a run begins."""
+"""Rows are limited to the learned positions of a model, less those of a prefix or a prompt, before a run starts."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ SHAPES = {
     "bart": ModelConfig(**BODY, num_encoder_layers=1, decoder_start_token="eos"),
 }
 PARTS = {"gpt2": "causal_lm", "rotary": "causal_lm", "roberta": "mlm", "bart": "denoising"}
-"""Shape -> the objective of its heads."""
+"""Model config -> the objective of its heads."""
 
 
 def quiet(_: str) -> None:
-    """Report nothing."""
+    """Ignore a message."""
 
 
 @pytest.fixture(scope="module")
@@ -77,12 +77,21 @@ CASES = [
 
 
 @pytest.mark.parametrize(("name", "recipe", "adapt", "fits"), CASES)
-def test_rows_are_shortened_or_refused_with_the_number_that_fits(
+def test_long_rows_are_lowered_or_rejected(
     name: str, recipe: str, adapt: str, fits: dict[str, int], place: Path, base: Callable[[str], Path], tmp_path: Path
 ) -> None:
     data = place / ("rows.jsonl" if recipe in ("classification", "text_to_text") else "text.txt")
-    common = [f"data.path={data}", f"init_from={base(name)}", adapt, "max_steps=1", "batch.size=8", "precision=fp32",
-              "evaluation.max_examples=8", "sample_prompts=[]", *["model=null"] * (recipe not in ("classification", "text_to_text"))]  # fmt: skip
+    common = [
+        f"data.path={data}",
+        f"init_from={base(name)}",
+        adapt,
+        "max_steps=1",
+        "batch.size=8",
+        "precision=fp32",
+        "evaluation.max_examples=8",
+        "sample_prompts=[]",
+        *["model=null"] * (recipe not in ("classification", "text_to_text")),
+    ]
     common += ["examples.prompt_template={prompt}", "examples.completion_template={answer}"] * (
         recipe == "text_to_text"
     )
@@ -104,7 +113,7 @@ def test_rows_are_shortened_or_refused_with_the_number_that_fits(
     assert not (tmp_path / "no" / "inputs.json").exists()
 
 
-def test_prompts_leave_room_for_a_prefix_and_an_answer() -> None:
+def test_prompts_leave_room_for_prefix_and_answer() -> None:
     model, lines = LM(SHAPES["gpt2"], {}), list[str]()
     found = limit_lengths(
         RolloutsConfig(max_new_tokens=20), RolloutsConfig(), PrefixTuning(), model, model.config, 0, lines.append
@@ -119,15 +128,17 @@ def test_prompts_leave_room_for_a_prefix_and_an_answer() -> None:
 
 
 @pytest.mark.parametrize("adapt", ["peft=prefix", "peft=prompt"])
-def test_rotary_positions_bound_no_row(adapt: str, place: Path, base: Callable[[str], Path], tmp_path: Path) -> None:
+def test_rotary_positions_do_not_limit_rows(
+    adapt: str, place: Path, base: Callable[[str], Path], tmp_path: Path
+) -> None:
     settings = [f"data.path={place / 'text.txt'}", f"init_from={base('rotary')}", adapt, "max_steps=1", "batch.size=8",
                 "precision=fp32", "evaluation.max_examples=8", "sample_prompts=[]", "model=null", "examples.max_length=80"]  # fmt: skip
     done = run(load("gpt2", settings), tmp_path, quiet)
     assert load(str(done.directory)).examples.max_length == 80  # type: ignore[attr-defined]
 
 
-def test_a_prefix_that_is_there_takes_its_positions(place: Path, base: Callable[[str], Path], tmp_path: Path) -> None:
-    """A run that goes on from an adapter counts that one's positions, and a LoRA on it too."""
+def test_existing_prefix_takes_positions(place: Path, base: Callable[[str], Path], tmp_path: Path) -> None:
+    """A run that continues an adapter counts its positions, and so does a LoRA on its model."""
     common = [f"data.path={place / 'text.txt'}", "max_steps=1", "batch.size=8", "precision=fp32", "sample_prompts=[]",
               "evaluation.max_examples=8", "model=null"]  # fmt: skip
     first = [f"init_from={base('gpt2')}", "peft.kind=prefix", "peft.num_virtual_tokens=10"]

@@ -1,4 +1,4 @@
-"""Tasks from a file to a run, and what the run says of other files: every recipe once, small and from nothing."""
+"""Tasks from a file to a run, and the results of the run on other files: every recipe once, small and without a base model."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def make(folder: Path) -> Make:
-    """A recipe with settings -> the run, made from nothing with a tokenizer of the folder's text."""
+    """Return the run of a recipe with settings, trained from scratch with a tokenizer of the folder's text."""
     made: dict[str, tuple[RunResult, Path]] = {}
 
     def one(name: str, *settings: str, steps: int = 40, key: str = "") -> tuple[RunResult, Path]:
@@ -62,7 +62,7 @@ def make(folder: Path) -> Make:
                 [*SHAPE, f"max_steps={steps}", "checkpoint.every=0", *settings, f"tokenizer.path={tokens(folder)}"],
             )
             place = folder / key
-            made[key] = run(recipe, place, echo=lambda _: None), place
+            made[key] = run(recipe, place, log=lambda _: None), place
         return made[key]
 
     return one
@@ -73,7 +73,7 @@ def tokens(folder: Path) -> Path:
 
     if not (folder / "tok").exists():
         train_tokenizer(
-            [str(folder / "text.txt")], folder / "tok", algorithm="wordpiece", vocab_size=300, echo=lambda _: None
+            [str(folder / "text.txt")], folder / "tok", algorithm="wordpiece", vocab_size=300, log=lambda _: None
         )
     return folder / "tok"
 
@@ -88,15 +88,15 @@ def classified(make: Make, folder: Path) -> tuple[RunResult, Path]:
     )
 
 
-def test_a_csv_in_one_line(make: Make, folder: Path) -> None:
+def test_classification_of_a_csv_file(make: Make, folder: Path) -> None:
     done, place = classified(make, folder)
     assert done.metrics["valid/accuracy"] == done.metrics["valid/f1"] == 1.0
     assert {"valid/macro_f1", "valid/matthews"} <= done.metrics.keys()
-    told = json.loads((place / "held_out.json").read_text())
-    assert told["classes"] == ["bad", "good"]
-    assert sum(map(sum, told["confusion"])) == sum(row["examples"] for row in told["per_class"])
+    report = json.loads((place / "held_out.json").read_text())
+    assert report["classes"] == ["bad", "good"]
+    assert sum(map(sum, report["confusion"])) == sum(row["examples"] for row in report["per_class"])
     page = (place / "report.html").read_text()
-    assert 'class="matrix"' in page and "Class by class" in page and "firth predict" in page
+    assert 'class="matrix"' in page and "Metrics per class" in page and "firth predict" in page
 
 
 def test_predict_from_files_and_standard_input(make: Make, folder: Path) -> None:
@@ -125,14 +125,14 @@ def test_predict_from_files_and_standard_input(make: Make, folder: Path) -> None
         list(predict(place, str(folder / "bad.csv"), io.BytesIO()))
 
 
-def test_evaluate_agrees_with_what_training_measured(make: Make, folder: Path) -> None:
+def test_evaluate_matches_validation_of_training(make: Make, folder: Path) -> None:
     _, place = classified(make, folder)
     found = evaluate(place, [str(folder / "reviews.csv")])
     assert (found["task"], found["accuracy"], found["items"]) == ("classification", 1.0, 120)
 
 
-def test_the_order_of_the_rows_changes_no_prediction(make: Make, folder: Path) -> None:
-    """Classes are numbered by their names, so a file that begins with another class is scored alike."""
+def test_row_order_does_not_change_predictions(make: Make, folder: Path) -> None:
+    """Classes are numbered by name, so a file that starts with another class is scored alike."""
     _, place = classified(make, folder)
     head, *rows = (folder / "reviews.csv").read_text().splitlines()
     (folder / "reversed.csv").write_text("\n".join([head, *reversed(rows)]) + "\n")
@@ -142,7 +142,7 @@ def test_the_order_of_the_rows_changes_no_prediction(make: Make, folder: Path) -
     assert one == other[::-1]
 
 
-def test_an_empty_cell_has_a_row_of_predictions(make: Make, folder: Path) -> None:
+def test_empty_cell_has_a_prediction(make: Make, folder: Path) -> None:
     _, place = classified(make, folder)
     texts = [text for text, _ in reviews(12)]
     texts[3] = ""
@@ -152,7 +152,7 @@ def test_an_empty_cell_has_a_row_of_predictions(make: Make, folder: Path) -> Non
     assert rows[3] == {"row": 4} and "nan" not in json.dumps(rows).lower()
 
 
-def test_a_missing_column_is_named_before_training(folder: Path, tmp_path: Path) -> None:
+def test_missing_column_is_named_before_training(folder: Path, tmp_path: Path) -> None:
     path = folder / "reviews.csv"
     settings = ["model={hidden_size: 32, num_layers: 1, num_heads: 2, max_positions: 96, causal: false}", "max_steps=1"]
     recipe = load(
@@ -170,7 +170,7 @@ def test_one_document_has_no_pairs(folder: Path, tmp_path: Path) -> None:
         run(load("bert", settings), tmp_path / "run", lambda _: None)
 
 
-def test_from_nothing_the_tokenizer_is_of_the_fields_that_are_read(folder: Path, tmp_path: Path) -> None:
+def test_tokenizer_is_trained_on_the_fields_that_are_read(folder: Path, tmp_path: Path) -> None:
     shape = "model={hidden_size: 32, num_layers: 1, num_heads: 2, max_positions: 96, causal: false}"
     settings = [shape, f"data={folder}/reviews.csv", "tokenizer.vocab_size=400", "max_steps=1", "checkpoint.every=0"]
     done = run(
@@ -183,7 +183,7 @@ def test_from_nothing_the_tokenizer_is_of_the_fields_that_are_read(folder: Path,
     assert "fine" in vocabulary.read_text()
 
 
-def test_a_text_longer_than_the_model_is_cut_and_named(folder: Path, tmp_path: Path) -> None:
+def test_long_text_is_truncated_and_reported(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "long.csv").write_text(
         "text,label\n"
         + "".join(f"a fine film {i},good\na dull film {i},bad\n" for i in range(10))
@@ -208,18 +208,18 @@ def test_a_text_longer_than_the_model_is_cut_and_named(folder: Path, tmp_path: P
         load("classification", ["evaluation.patience=2"])
 
 
-def test_numbers_are_told_in_their_own_units(make: Make, folder: Path) -> None:
+def test_regression_predictions_have_the_units_of_the_data(make: Make, folder: Path) -> None:
     rows = [{"text": text, "label": 900.0 if label == "good" else 700.0} for text, label in reviews(120)]
     (folder / "prices.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     done, place = make("regression", f"data={folder}/prices.jsonl", "data.validation_fraction=0.2")
     assert done.metrics["valid/pearson"] > 0.95
-    said = [row["score"] for row in predict(place, str(folder / "prices.jsonl"), io.BytesIO())]
-    assert np.sqrt(np.mean((np.array(said) - [row["label"] for row in rows]) ** 2)) < 30
+    scores = [row["score"] for row in predict(place, str(folder / "prices.jsonl"), io.BytesIO())]
+    assert np.sqrt(np.mean((np.array(scores) - [row["label"] for row in rows]) ** 2)) < 30
     found = evaluate(place, [str(folder / "prices.jsonl")])
     assert found["task"] == "regression" and found["rmse"] < 30 and found["spearman"] > 0.8
 
 
-def test_choices(make: Make, folder: Path) -> None:
+def test_multiple_choice(make: Make, folder: Path) -> None:
     rows = []
     for i in range(120):
         good = GOOD[i % 3]
@@ -228,13 +228,13 @@ def test_choices(make: Make, folder: Path) -> None:
     (folder / "choices.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     done, place = make("multiple_choice", f"data={folder}/choices.jsonl", "data.validation_fraction=0.2")
     assert load_model(done.model).heads["choice"].weight.shape == (1, 32)
-    said = list(predict(place, str(folder / "choices.jsonl"), io.BytesIO()))
-    assert [row["choice"] for row in said[:4]] == [1, 1, 1, 1]
-    assert [len(row["probabilities"]) for row in said[:2]] == [2, 3]
+    predictions = list(predict(place, str(folder / "choices.jsonl"), io.BytesIO()))
+    assert [row["choice"] for row in predictions[:4]] == [1, 1, 1, 1]
+    assert [len(row["probabilities"]) for row in predictions[:2]] == [2, 3]
     assert evaluate(place, [str(folder / "choices.jsonl")])["accuracy"] > 0.95
 
 
-def test_tags(make: Make, folder: Path) -> None:
+def test_token_classification(make: Make, folder: Path) -> None:
     sentences = []
     for text, _ in reviews(120):
         words = text.replace(",", " ,").split()
@@ -243,38 +243,49 @@ def test_tags(make: Make, folder: Path) -> None:
     done, place = make("token_classification", f"data={folder}/tags.conll", "data.validation_fraction=0.2")
     assert done.metrics["valid/f1"] > 0.95
     found = evaluate(place, [str(folder / "tags.conll")])
-    assert found["task"] == "tagging" and found["f1"] > 0.95 and found["items"] == 120
+    assert found["task"] == "token_classification" and found["f1"] > 0.95 and found["items"] == 120
     [row] = predict(place, "-", io.BytesIO(b"a grim film\n"))
     assert (row["tokens"], row["tags"]) == (["a", "grim", "film"], ["O", "B-BAD", "O"])
     assert json.loads((place / "held_out.json").read_text())["per_class"][0]["class"] == "BAD"
 
 
-def test_answers(make: Make, folder: Path) -> None:
+def test_question_answering(make: Make, folder: Path) -> None:
     paragraphs = []
     for i in range(160):
         word = (*GOOD, *BAD)[i % 6]
         context = f"a film, and a film. a {word} film and a film, and {i}"
         answers = [{"text": word, "answer_start": context.index(word)}]
-        asked = [{"id": f"{i}", "question": "a film", "answers": answers}]
+        questions = [{"id": f"{i}", "question": "a film", "answers": answers}]
         if i % 4 == 0:
             context = f"a film, and a film and a film, and {i}"
-            asked = [{"id": f"{i}", "question": "a film", "answers": [], "is_impossible": True}]
-        paragraphs.append({"context": context, "qas": asked})
+            questions = [{"id": f"{i}", "question": "a film", "answers": [], "is_impossible": True}]
+        paragraphs.append({"context": context, "qas": questions})
     (folder / "squad.json").write_text(json.dumps({"data": [{"paragraphs": paragraphs}]}))
     done, place = make(
-        "question_answering", f"data={folder}/squad.json", "examples.max_length=32", "examples.max_question_length=8", "examples.doc_stride=8",
-        "data.validation_fraction=0.2", "batch.pack_to_length=64", steps=80,
-    )  # fmt: skip
+        "question_answering",
+        f"data={folder}/squad.json",
+        "examples.max_length=32",
+        "examples.max_question_length=8",
+        "examples.doc_stride=8",
+        "data.validation_fraction=0.2",
+        "batch.pack_to_length=64",
+        steps=80,
+    )
     assert done.metrics["valid/accuracy"] > 0.9
     found = evaluate(place, [str(folder / "squad.json")])
-    assert found["task"] == "spans" and found["exact_match"] > 0.9 and found["f1"] > 0.9 and found["items"] == 160
-    said = list(predict(place, str(folder / "squad.json"), io.BytesIO()))
-    assert (said[0]["answer"], said[0]["start"]) == ("", -1)
-    assert said[1]["answer"] == GOOD[1] and said[1]["id"] == "1"
+    assert (
+        found["task"] == "question_answering"
+        and found["exact_match"] > 0.9
+        and found["f1"] > 0.9
+        and found["items"] == 160
+    )
+    answers = list(predict(place, str(folder / "squad.json"), io.BytesIO()))
+    assert (answers[0]["answer"], answers[0]["start"]) == ("", -1)
+    assert answers[1]["answer"] == GOOD[1] and answers[1]["id"] == "1"
 
 
-def test_the_best_check_is_what_is_exported_and_patience_ends_a_run(folder: Path, tmp_path: Path) -> None:
-    """A rate that ruins what was learnt: the last model is worse than the best one."""
+def test_best_checkpoint_is_exported_and_patience_stops(folder: Path, tmp_path: Path) -> None:
+    """A learning rate that ruins the model: the last model is worse than the best one."""
     settings = [
         *SHAPE, f"data={folder}/reviews.csv", "examples.text_field=review", "examples.label_field=stars", "data.validation_fraction=0.2",
         f"tokenizer.path={tokens(folder)}", "evaluation.every=5", "checkpoint.every=0", "max_steps=400", "optimizer.lr=2e-2",
@@ -298,12 +309,12 @@ def test_the_best_check_is_what_is_exported_and_patience_ends_a_run(folder: Path
     )
     assert again == done
     with pytest.raises(
-        UserError, match=r"evaluation\.best_metric=recall is not among the held-out measurements: there is loss"
+        UserError, match=r"evaluation\.best_metric=recall is not among the held-out metrics: choose one of loss"
     ):
         run(load("classification", [*settings, "evaluation.best_metric=recall"]), tmp_path / "no", lambda _: None)
 
 
-def test_forms_make_text_to_text_of_a_table(folder: Path, tmp_path: Path) -> None:
+def test_templates_make_text_to_text_of_a_table(folder: Path, tmp_path: Path) -> None:
     settings = [
         f"data={folder}/reviews.csv", "examples.prompt_template=is it good? {review}", "examples.completion_template={stars}",
         f"tokenizer.path={tokens(folder)}", *SHAPE[:3], "model.num_encoder_layers=1", "model.max_positions=96",
@@ -311,13 +322,13 @@ def test_forms_make_text_to_text_of_a_table(folder: Path, tmp_path: Path) -> Non
     ]  # fmt: skip
     done = run(load("text_to_text", settings), tmp_path / "run", lambda _: None)
     assert done.steps == 2
-    said = CliRunner().invoke(app, ["predict", str(tmp_path / "run"), "-"], input="a warm film\n\na grim film\n")
-    rows = [json.loads(line) for line in said.stdout.splitlines()]
+    result = CliRunner().invoke(app, ["predict", str(tmp_path / "run"), "-"], input="a warm film\n\na grim film\n")
+    rows = [json.loads(line) for line in result.stdout.splitlines()]
     assert [row["row"] for row in rows] == [1, 2, 3] and "answer" in rows[0] and rows[1] == {"row": 2}
     found = evaluate(tmp_path / "run", [str(folder / "reviews.csv")])
-    assert (found["task"], found["items"]) == ("answers", 120)
+    assert (found["task"], found["items"]) == ("generation", 120)
     with pytest.raises(
-        UserError, match=r"reviews\.csv:2: the form .* does not fit this record: \{rating\} is not the name of a field"
+        UserError, match=r"reviews\.csv:2: the template .* does not fit this record: \{rating\} is not a field name"
     ):
         run(load("text_to_text", [*settings, "examples.completion_template={rating}"]), tmp_path / "no", lambda _: None)
 
@@ -335,7 +346,7 @@ def test_decoders_and_encoder_decoders_classify_pairs(folder: Path, tmp_path: Pa
     assert evaluate(tmp_path / "run", [str(tmp_path / "pairs.jsonl")])["accuracy"] > 0.9
 
 
-def test_glue_s_files(folder: Path, tmp_path: Path) -> None:
+def test_glue_files(folder: Path, tmp_path: Path) -> None:
     heads = {
         "sst2": "sentence\tlabel", "mrpc": "Quality\t#1 ID\t#2 ID\t#1 String\t#2 String",
         "qqp": "id\tqid1\tqid2\tquestion1\tquestion2\tis_duplicate", "qnli": "index\tquestion\tsentence\tlabel",
@@ -361,8 +372,8 @@ def test_glue_s_files(folder: Path, tmp_path: Path) -> None:
         assert ("token_type_ids" in cut.train[0]) == (task not in ("sst2", "cola"))
 
 
-def test_few_labels_are_taught_by_a_classifier(make: Make, folder: Path, tmp_path: Path) -> None:
-    """The commands of the docs: every label is kept, the texts without one are others, and nothing is simulated."""
+def test_few_labels_with_a_teacher(make: Make, folder: Path, tmp_path: Path) -> None:
+    """The commands of the docs: every label is kept, the unlabeled texts are others, and nothing is simulated."""
     _, teacher = classified(make, folder)
     others = folder / "more.csv"
     others.write_text("review\n" + "".join(f'"{text}"\n' for text, _ in reviews(60, 2)))
@@ -379,7 +390,7 @@ def test_few_labels_are_taught_by_a_classifier(make: Make, folder: Path, tmp_pat
         tmp_path / "run", heard.append,
     )  # fmt: skip
     counts = json.loads((done.directory / "done.json").read_text())["counts"]
-    assert (counts["examples"], counts["unlabelled"]) == (120, 60)
+    assert (counts["examples"], counts["unlabeled"]) == (120, 60)
     with pytest.raises(UserError, match=r"set one of examples\.unlabeled_path=.* and examples\.num_labeled="):
         run(load("semi_supervised", [*settings, f"examples.teacher={teacher}"]), tmp_path / "none", lambda _: None)
     with pytest.raises(UserError, match=r"lacks `examples\.teacher`: the run of `firth train classification`"):
@@ -393,7 +404,7 @@ def test_few_labels_are_taught_by_a_classifier(make: Make, folder: Path, tmp_pat
     assert "a trial: 40 of 120 records keep their label (examples.num_labeled=40)" in heard
 
 
-def test_annotators_are_simulated_only_where_a_recipe_says_so(folder: Path, tmp_path: Path) -> None:
+def test_annotators_are_simulated_only_on_request(folder: Path, tmp_path: Path) -> None:
     settings = [*SHAPE, "max_steps=2", "batch.size=8", f"tokenizer.path={tokens(folder)}"]
     clean = [f"data={folder}/reviews.csv", "data.validation_fraction=0"]
     with pytest.raises(

@@ -1,4 +1,4 @@
-"""Models that exchange ids must share a tokenizer: as many tokens are not the same tokens."""
+"""Models that exchange token ids must share a tokenizer; the same vocabulary size is not enough."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ SIZE = 300
 
 
 def quiet(_: str) -> None:
-    """Progress that no test reads."""
+    """Ignore a message."""
 
 
 def save(directory: Path, tokenizer: Tokenizer, config: ModelConfig, objective: Objective, name: str = "") -> Path:
@@ -42,7 +42,7 @@ def save(directory: Path, tokenizer: Tokenizer, config: ModelConfig, objective: 
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Models of one shape and two tokenizers of one size, `ours` and `theirs`, and records."""
+    """Models of one config and two tokenizers of one size, `ours` and `theirs`, and records."""
     folder = tmp_path_factory.mktemp("tokenizers")
     texts = {
         "ours": "the otter paints the red door of a boat",
@@ -64,32 +64,32 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def refused(name: str, settings: list[str], out: Path) -> str:
+def error_of(name: str, settings: list[str], out: Path) -> str:
     with pytest.raises(UserError, match="another tokenizer") as error:
         run(load(name, [*settings, "max_steps=2", "precision=fp32", "batch.size=8", "sample_prompts=[]"]), out, quiet)
-    said = str(error.value)
-    assert "\n" not in said and "checkpoints" not in {path.name for path in out.iterdir()}
-    return said
+    message = str(error.value)
+    assert "\n" not in message and "checkpoints" not in {path.name for path in out.iterdir()}
+    return message
 
 
-def test_reward_model_with_other_tokenizer_is_refused(place: Path, tmp_path: Path) -> None:
+def test_reward_model_with_other_tokenizer_is_rejected(place: Path, tmp_path: Path) -> None:
     """It would score the policy's ids as if they were its own (trl#1674, #3595, #6952)."""
     data = [f"data.path={place / 'prompts.jsonl'}", f"init_from={place / 'ours' / 'policy'}", "examples.rollout_size=8"]
     reward = f"examples.reward_model={place / 'theirs' / 'reward'}"
-    said = refused("ppo", [*data, reward, "examples.num_epochs=1", "examples.max_new_tokens=4"], tmp_path / "run")
-    assert said.startswith("examples.reward_model:")
+    message = error_of("ppo", [*data, reward, "examples.num_epochs=1", "examples.max_new_tokens=4"], tmp_path / "run")
+    assert message.startswith("examples.reward_model:")
 
 
-def test_teacher_with_other_tokenizer_is_refused(place: Path, tmp_path: Path) -> None:
+def test_teacher_with_other_tokenizer_is_rejected(place: Path, tmp_path: Path) -> None:
     data = [f"data.path={place / 'labels.jsonl'}", f"init_from={place / 'ours' / 'encoder'}"]
     of = "base: {kind: partially_labeled, num_labeled: 4}"
     taught = f"examples={{kind: pseudo_labeled, teacher: {place / 'theirs' / 'teacher'}, {of}}}"
-    said = refused("classification", [*data, taught, "objective=pseudo_labels"], tmp_path / "run")
-    assert said.startswith("examples.teacher:")
+    message = error_of("classification", [*data, taught, "objective=pseudo_labels"], tmp_path / "run")
+    assert message.startswith("examples.teacher:")
 
 
 @pytest.mark.parametrize("field", ["init_from", "init_embeddings_from"])
-def test_start_with_other_tokenizer_is_refused(place: Path, tmp_path: Path, field: str) -> None:
+def test_init_from_with_other_tokenizer_is_rejected(place: Path, tmp_path: Path, field: str) -> None:
     settings = [f"data.path={place / 'labels.jsonl'}", f"tokenizer.path={place / 'theirs' / 'tokenizer'}"]
     shape = (
         [
@@ -103,12 +103,12 @@ def test_start_with_other_tokenizer_is_refused(place: Path, tmp_path: Path, fiel
         else []
     )
     begin = f"{field}={place / 'ours' / 'encoder'}"
-    assert refused("classification", [*settings, *shape, begin], tmp_path / "run").startswith(f"{field}:")
+    assert error_of("classification", [*settings, *shape, begin], tmp_path / "run").startswith(f"{field}:")
 
 
 @pytest.fixture(scope="module")
 def adapted(place: Path) -> Path:
-    """A LoRA on our policy, with its tokenizer's digest."""
+    """Return a LoRA on our policy, with its tokenizer's digest."""
     model = load_model(place / "ours" / "policy")
     lora.add(model, ("attention.q",), lora.LoraConfig(2, 4.0))
     digest = Tokenizer.load(place / "ours" / "policy").digest
@@ -116,12 +116,12 @@ def adapted(place: Path) -> Path:
     return place / "adapter"
 
 
-def test_adapter_on_base_with_other_tokenizer_is_refused(place: Path, adapted: Path, tmp_path: Path) -> None:
-    """The base has the same shape, so every matrix fits."""
+def test_adapter_with_other_tokenizer_is_rejected(place: Path, adapted: Path, tmp_path: Path) -> None:
+    """The base has the same config, so every matrix fits."""
     assert load_evaluated_model(adapted).model.config.vocab_size
     data = [f"data.path={place / 'prompts.jsonl'}", f"peft.init_from={adapted}", "peft.kind=lora"]
-    said = refused("sft", [*data, f"init_from={place / 'theirs' / 'policy'}"], tmp_path / "run")
-    assert said.startswith(f"the adapter {adapted}")
+    message = error_of("sft", [*data, f"init_from={place / 'theirs' / 'policy'}"], tmp_path / "run")
+    assert message.startswith(f"the adapter {adapted}")
     moved = tmp_path / "moved"
     shutil.copytree(adapted, moved)
     config = json.loads((moved / "adapter_config.json").read_text())
@@ -134,7 +134,7 @@ def test_adapter_on_base_with_other_tokenizer_is_refused(place: Path, adapted: P
 
 
 def test_adapter_of_peft_is_compared_by_its_tokens(place: Path, adapted: Path, tmp_path: Path) -> None:
-    """Without a digest of ours, a tokenizer with the same ids or more of them passes."""
+    """Without a digest, a tokenizer with the same ids or more is accepted."""
     theirs = tmp_path / "theirs"
     shutil.copytree(adapted, theirs)
     (theirs / "firth.json").unlink()
@@ -147,8 +147,8 @@ def test_adapter_of_peft_is_compared_by_its_tokens(place: Path, adapted: Path, t
         load_evaluated_model(theirs)
 
 
-def test_tokenizer_replaced_in_a_model_directory_is_refused(place: Path, tmp_path: Path) -> None:
-    """Two tokenizers of as many ids: only the digest tells them from each other."""
+def test_replaced_tokenizer_of_a_model_is_rejected(place: Path, tmp_path: Path) -> None:
+    """Two tokenizers with the same number of ids: only the digest distinguishes them."""
     mixed = tmp_path / "mixed"
     shutil.copytree(place / "ours" / "policy", mixed)
     Tokenizer.load(place / "theirs" / "policy").save(mixed)
@@ -156,7 +156,7 @@ def test_tokenizer_replaced_in_a_model_directory_is_refused(place: Path, tmp_pat
     with pytest.raises(UserError, match="is not the tokenizer that this model was trained with"):
         load_evaluated_model(mixed)
     with pytest.raises(UserError, match="is not the tokenizer that this model was trained with"):
-        export_model(mixed, tmp_path / "out", form="hf", dtype="", shard="", echo=quiet)
+        export_model(mixed, tmp_path / "out", form="hf", dtype="", shard="", log=quiet)
     data = [f"data.path={place / 'prompts.jsonl'}", f"init_from={mixed}", "max_steps=2"]
     with pytest.raises(UserError, match="is not the tokenizer that this model was trained with"):
         run(load("sft", data), tmp_path / "run", quiet)

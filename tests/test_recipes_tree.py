@@ -1,4 +1,4 @@
-"""A recipe's grammar: what is written comes back, and what does not fit is told with its field, line and nearest name."""
+"""Recipes as YAML: round trips, and errors that name the field, its line and the nearest name."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from firth.types import UserError
 
 
 @pytest.mark.parametrize("name", RECIPES)
-def test_every_published_recipe_survives_yaml(name: str, tmp_path: Path) -> None:
+def test_published_recipes_round_trip_through_yaml(name: str, tmp_path: Path) -> None:
     recipe = published(name)
     path = tmp_path / "recipe.yaml"
     path.write_text(config_io.write_yaml(recipe))
@@ -33,9 +33,9 @@ def test_every_published_recipe_survives_yaml(name: str, tmp_path: Path) -> None
 
 def test_a_sum_of_objectives_is_a_list() -> None:
     both = NSP() + MLM(mlm_probability=0.2)
-    told = config_io.to_dict(both)
-    assert [one["kind"] for one in told] == ["nsp", "mlm"]
-    built = config_io.from_dict(Objective, told)
+    plain = config_io.to_dict(both)
+    assert [one["kind"] for one in plain] == ["nsp", "mlm"]
+    built = config_io.from_dict(Objective, plain)
     assert isinstance(built, Sum) and built == both
     assert config_io.from_dict(Objective, ["nsp", {"kind": "mlm", "mlm_probability": 0.2}]) == both
 
@@ -53,7 +53,7 @@ def test_yaml_numbers_that_look_like_text() -> None:
 
 
 @pytest.mark.parametrize(
-    ("yaml", "line", "said"),
+    ("yaml", "line", "message"),
     [
         ("name: x\nobjective: mlm\nexamples: chunks\nbatch:\n  siz: 3\n", 5, "did you mean 'size'"),
         ("name: x\nobjective: mlm\nexamples: chunks\nbatch: {size: many}\n", 4, "'many' does not fit"),
@@ -62,18 +62,18 @@ def test_yaml_numbers_that_look_like_text() -> None:
         ("name: x\nobjective: {kind: mlm, noise: nosuch}\nexamples: chunks\n", 2, "'nosuch' does not fit"),
     ],
 )
-def test_a_mistake_is_told_with_its_place(yaml: str, line: int, said: str, tmp_path: Path) -> None:
+def test_error_names_the_place(yaml: str, line: int, message: str, tmp_path: Path) -> None:
     path = tmp_path / "mine.yaml"
     path.write_text(yaml)
     with pytest.raises(UserError) as caught:
         load(str(path))
-    # An unknown field is told at the mapping it stands in, whose first line is its own or the one before.
+    # An unknown field is reported at its mapping, whose first line is its own or the one before.
     places = {f"{path}:{line}", f"{path}:{line - 1}", f"{path}:"}
     assert any(str(caught.value).startswith(p) for p in places), str(caught.value)
-    assert said in str(caught.value)
+    assert message in str(caught.value)
 
 
-def test_not_yaml_and_not_there(tmp_path: Path) -> None:
+def test_invalid_yaml_and_missing_file(tmp_path: Path) -> None:
     path = tmp_path / "mine.yaml"
     path.write_text("name: [x\n")
     with pytest.raises(UserError, match="not YAML"):
@@ -84,7 +84,7 @@ def test_not_yaml_and_not_there(tmp_path: Path) -> None:
         load(str(tmp_path / "other.yaml"))
 
 
-def test_a_missing_field_and_a_bad_setting() -> None:
+def test_missing_field_and_invalid_assignment() -> None:
     with pytest.raises(UserError, match="needs the field 'objective'"):
         config_io.from_dict(Recipe, {"name": "x"})
     with pytest.raises(UserError, match="field=value"):
@@ -99,7 +99,7 @@ def test_recipes_are_values() -> None:
         recipe.seed = 3  # type: ignore[misc]
 
 
-def test_paths_are_listed_made_absolute_and_left_out(tmp_path: Path) -> None:
+def test_paths_are_listed_made_absolute_and_removed(tmp_path: Path) -> None:
     recipe = load("ppo", ["init_from=runs/a", "examples.reward_model=/b", "data.path=[x/*.txt, ~/y]", "peft=lora"])
     found = {name: (kind, value) for name, kind, value in config_io.paths(recipe)}
     assert found == {
@@ -114,8 +114,8 @@ def test_paths_are_listed_made_absolute_and_left_out(tmp_path: Path) -> None:
     assert content_hash(whole) == content_hash(recipe) != content_hash(load("ppo", ["init_from=runs/a", "seed=3"]))
 
 
-def test_a_run_of_an_older_firth_is_known_by_the_hash_it_had(tmp_path: Path) -> None:
-    """Fields that came later, at their defaults, change nothing."""
+def test_run_of_an_older_version_keeps_its_hash(tmp_path: Path) -> None:
+    """Fields that were added later, at their defaults, change nothing."""
     recipe = load("gpt", ["batch.size=4"])
     older = yaml.safe_load(config_io.write_yaml(recipe))
     del older["batch"]["group_by_length"], older["gradient_checkpointing"]
@@ -127,7 +127,7 @@ def test_a_run_of_an_older_firth_is_known_by_the_hash_it_had(tmp_path: Path) -> 
             recorded_hash(tmp_path, load("gpt", ["batch.size=4", changed]))
 
 
-def test_a_setting_on_a_sum_goes_to_the_addend_that_has_it() -> None:
+def test_setting_on_a_sum_goes_to_its_component() -> None:
     plain = load("bert")
     assert load("bert", ["objective.mlm_probability=0.2"]).objective == NSP() + MLM(
         mlm_probability=0.2, num_maskings=10
@@ -140,7 +140,7 @@ def test_a_setting_on_a_sum_goes_to_the_addend_that_has_it() -> None:
 
 
 @pytest.mark.parametrize(
-    ("settings", "said"),
+    ("settings", "message"),
     [
         (["objective.follow=0.2"], r"\[nsp, mlm\], and none has a field 'follow'; did you mean 'follows'\?"),
         (
@@ -150,28 +150,28 @@ def test_a_setting_on_a_sum_goes_to_the_addend_that_has_it() -> None:
         (["samples.rate=0.2"], "samples"),
     ],
 )
-def test_a_setting_that_no_addend_has_or_several_is_refused_by_name(settings: list[str], said: str) -> None:
-    with pytest.raises(UserError, match=said):
+def test_ambiguous_setting_on_a_sum_is_rejected(settings: list[str], message: str) -> None:
+    with pytest.raises(UserError, match=message):
         load("bert", settings)
 
 
 @pytest.mark.parametrize("field", ["steps", "seconds", "flops"])
-def test_a_length_on_the_command_line_replaces_the_recipes(field: str) -> None:
+def test_budget_on_the_command_line_replaces_the_recipes(field: str) -> None:
     length = load("gpt", [f"max_{field}=70"]).budget
     assert {
         name: getattr(length, name) for name in ("max_steps", "max_seconds", "max_flops") if getattr(length, name)
     } == {f"max_{field}": 70}
 
 
-def test_two_lengths_on_the_command_line_are_refused() -> None:
+def test_two_budgets_on_the_command_line_are_rejected() -> None:
     with pytest.raises(UserError, match=r"budget\.max_steps and budget\.max_seconds are set together"):
         load("gpt", ["max_seconds=70", "max_steps=6"])
     with pytest.raises(UserError, match="exactly one of them"):
         load("gpt", ["max_steps=0"])
 
 
-def test_a_path_replaces_the_corpus_and_a_corpus_the_path(tmp_path: Path) -> None:
-    """The corpus of the recipe would name the language in the card of a model that never read it."""
+def test_path_and_corpus_replace_each_other(tmp_path: Path) -> None:
+    """Otherwise the model card would state the language of a corpus that was not read."""
     recipe = load("gpt", ["data.path=mine.txt"])
     assert (recipe.data.path, recipe.data.corpus) == (("mine.txt",), "")
     assert load("gpt", ["data=mine.txt"]).data == recipe.data
@@ -183,7 +183,7 @@ def test_a_path_replaces_the_corpus_and_a_corpus_the_path(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("written", ["data: {path: [mine.txt], corpus: shakespeare}", "data: {path: [mine.txt]}"])
-def test_the_card_of_ones_own_text_names_no_language(written: str, tmp_path: Path) -> None:
+def test_model_card_of_own_text_names_no_language(written: str, tmp_path: Path) -> None:
     (tmp_path / "recipe.yaml").write_text(f"name: gpt\nobjective: causal_lm\nexamples: windows\n{written}\n")
     config = decoder_config(50, 32, 1)
     model = LM(config, CausalLM().heads(config))
@@ -192,7 +192,7 @@ def test_the_card_of_ones_own_text_names_no_language(written: str, tmp_path: Pat
     assert "language" not in front and "`mine.txt`" in text and "shakespeare:" not in text
 
 
-def test_a_field_of_a_class_without_fields_is_refused() -> None:
+def test_field_of_a_class_without_fields_is_rejected() -> None:
     with pytest.raises(UserError, match=r"there is no field 'zzz' in CausalLM, which has no fields$"):
         load("gpt", ["objective.zzz=1"])
     with pytest.raises(UserError, match=r"there is no field 'zzz' in MLM; there is mlm_probability, "):

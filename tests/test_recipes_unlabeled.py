@@ -1,4 +1,4 @@
-"""Texts without a label bring in nothing that is held out."""
+"""Unlabeled texts never include held-out texts."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ def write(file: Path, texts: list[str]) -> str:
 def cut(folder: Path, tokenizer: Tokenizer, others: str, lines: list[str], **source: object) -> DatasetSplits:
     text = DataConfig(path=(write(folder / "labeled.jsonl", TEXTS),), **source)  # type: ignore[arg-type]
     return PartiallyLabeledConfig(unlabeled_path=(others,)).build(
-        RunData(text, tokenizer, folder, echo=lines.append), Consistency(class_names=("a", "b"))
+        RunData(text, tokenizer, folder, log=lines.append), Consistency(class_names=("a", "b"))
     )
 
 
-def test_held_out_texts_are_left_out_of_the_unlabeled_ones(tokenizer: Tokenizer, tmp_path: Path) -> None:
+def test_held_out_texts_are_removed_from_unlabeled_texts(tokenizer: Tokenizer, tmp_path: Path) -> None:
     more = [f"a new text of number {n}" for n in range(12)]
     lines: list[str] = []
     for name, texts in (("more.jsonl", [*TEXTS, *more]), ("more.txt", [*TEXTS, *more])):
@@ -48,13 +48,13 @@ def test_held_out_texts_are_left_out_of_the_unlabeled_ones(tokenizer: Tokenizer,
             {source[i]["tokens"].tobytes() for i in range(len(source))} for source in (found.train, found.validation)
         ]
         assert not known[0] & known[1] and len(known[0]) == len(texts) - len(found.validation)
-        assert found.counts["unlabelled"] == len(texts) - len(found.validation)
+        assert found.counts["unlabeled"] == len(texts) - len(found.validation)
     assert [line.split(" texts")[0] for line in lines if "examples.unlabeled_path" in line] == [
         f"{len(found.validation)} of 52"
     ] * 2
 
 
-def test_unlabeled_texts_that_are_all_held_out_are_refused(tokenizer: Tokenizer, tmp_path: Path) -> None:
+def test_unlabeled_texts_all_held_out_are_rejected(tokenizer: Tokenizer, tmp_path: Path) -> None:
     valid = write(tmp_path / "valid.jsonl", TEXTS[:30])
     with pytest.raises(UserError, match=r"^all 30 texts of examples\.unlabeled_path are held out"):
         cut(tmp_path, tokenizer, valid, [], validation_path=(valid,))

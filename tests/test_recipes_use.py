@@ -36,7 +36,7 @@ STRICT = (
 
 
 def random_model(config: ModelConfig, **parts: torch.nn.Module) -> LM:
-    """A model with drawn weights."""
+    """Return a model with random weights."""
     torch.manual_seed(0)
     model = LM(config, parts or {"lm": LMHead(config)})
     for parameter in model.parameters():
@@ -50,15 +50,15 @@ def tokenizer() -> Tokenizer:
 
 
 @pytest.fixture(scope="module")
-def talker(tmp_path_factory: pytest.TempPathFactory, tokenizer: Tokenizer) -> Path:
-    """A decoder with a context of 128."""
+def conversation(tmp_path_factory: pytest.TempPathFactory, tokenizer: Tokenizer) -> Path:
+    """Return a chat with a decoder that has a context of 128."""
     place = tmp_path_factory.mktemp("talker")
     save_model(random_model(decoder_config(tokenizer.vocab.size, 32, 1, 2, max_positions=128)), tokenizer, place)
     return place
 
 
-def test_chat_outgrows_context_in_whole_exchanges(talker: Path, tokenizer: Tokenizer, tmp_path: Path) -> None:
-    """Six turns in 128 tokens behind a template that wants user and assistant in turn (case 25)."""
+def test_chat_drops_whole_exchanges(conversation: Path, tokenizer: Tokenizer, tmp_path: Path) -> None:
+    """Six turns in 128 tokens with a template that requires alternating user and assistant turns (case 25)."""
     save_model(random_model(decoder_config(tokenizer.vocab.size, 32, 1, 2, max_positions=128)), tokenizer, tmp_path)
     (tmp_path / "chat_template.jinja").write_text(STRICT)
     lines = "".join(f"Who paints the boat at dawn number {i}, and who holds the map?\n" for i in range(6))
@@ -67,22 +67,22 @@ def test_chat_outgrows_context_in_whole_exchanges(talker: Path, tokenizer: Token
     assert done.output.count("the oldest exchanges are dropped") == 1
 
 
-def test_chat_keeps_room_for_every_answer(talker: Path) -> None:
+def test_chat_keeps_room_for_every_answer(conversation: Path) -> None:
     """-n 60 and short lines in 128 tokens: each answer of a model that never stops has 60 tokens (case 32)."""
-    talk = Conversation(talker, Sampling(temperature=0, max_new_tokens=60))
-    talk.opened.engine.stops = frozenset()
+    talk = Conversation(conversation, Sampling(temperature=0, max_new_tokens=60))
+    talk.loaded.engine.stops = frozenset()
     for i in range(6):
         list(talk.answer(f"Who paints the boat {i}?"))
-        [answer] = talk.opened.engine.generate(
-            [chat.encode(talk.opened.tokenizer, talk.messages[:-1], open=True)[0]], talk.sampling
+        [answer] = talk.loaded.engine.generate(
+            [chat.encode(talk.loaded.tokenizer, talk.messages[:-1], open=True)[0]], talk.sampling
         )
         assert len(answer.tokens) == 60 and answer.finish == "length"
     assert [m["role"] for m in talk.messages] == ["user", "assistant"] * (len(talk.messages) // 2)
     assert talk.dropped == 6 - len(talk.messages) // 2 > 0
 
 
-def test_chat_keeps_its_system_turn(talker: Path) -> None:
-    talk = Conversation(talker, Sampling(temperature=0, max_new_tokens=40), system="Be kind.")
+def test_chat_keeps_its_system_turn(conversation: Path) -> None:
+    talk = Conversation(conversation, Sampling(temperature=0, max_new_tokens=40), system="Be kind.")
     for _ in range(5):
         list(talk.answer("Who paints the boat at dawn?"))
     assert talk.dropped > 0
@@ -90,8 +90,8 @@ def test_chat_keeps_its_system_turn(talker: Path) -> None:
     assert talk.messages[0]["content"] == "Be kind."
 
 
-def test_chat_refuses_a_long_line_and_goes_on(talker: Path) -> None:
-    talk = Conversation(talker, Sampling(temperature=0, max_new_tokens=20))
+def test_chat_rejects_a_long_line_and_continues(conversation: Path) -> None:
+    talk = Conversation(conversation, Sampling(temperature=0, max_new_tokens=20))
     list(talk.answer("Who paints?"))
     before = list(talk.messages)
     with pytest.raises(
@@ -99,15 +99,17 @@ def test_chat_refuses_a_long_line_and_goes_on(talker: Path) -> None:
     ):
         list(talk.answer("Who paints the boat at dawn? " * 40))
     assert talk.messages == before
-    done = CliRunner().invoke(app, ["chat", str(talker)], input="hello\n" + "the boat " * 400 + "\nhello again\n")
+    done = CliRunner().invoke(app, ["chat", str(conversation)], input="hello\n" + "the boat " * 400 + "\nhello again\n")
     assert done.exit_code == 0 and done.output.count("shorten it") == 1
     # By default half of the context is kept for an answer.
     assert "an answer of 64 in a context of 128" in done.output
 
 
-def test_chat_refuses_an_answer_as_long_as_the_context(talker: Path) -> None:
-    with pytest.raises(UserError, match=r"an answer of 128 tokens leaves no room .* choose fewer with --max-new-tokens"):
-        Conversation(talker, Sampling(max_new_tokens=128))
+def test_chat_rejects_an_answer_as_long_as_the_context(conversation: Path) -> None:
+    with pytest.raises(
+        UserError, match=r"an answer of 128 tokens leaves no room .* choose fewer with --max-new-tokens"
+    ):
+        Conversation(conversation, Sampling(max_new_tokens=128))
 
 
 # A decoder that is tuned on dialogues, and scored by what it writes
@@ -121,7 +123,7 @@ ROWS = [
 
 @pytest.fixture(scope="module")
 def tuned(tmp_path_factory: pytest.TempPathFactory, tokenizer: Tokenizer) -> Path:
-    """A run of `instruct` on ROWS, from a model of others whose pad is its eos, with a chat template of its own."""
+    """An SFT run on ROWS from a model of another library whose pad is its eos, with its own chat template."""
     place = tmp_path_factory.mktemp("tuned")
     base = place / "base"
     save_model(random_model(decoder_config(tokenizer.vocab.size, 32, 1, 2, max_positions=64)), tokenizer, base)
@@ -138,7 +140,7 @@ def tuned(tmp_path_factory: pytest.TempPathFactory, tokenizer: Tokenizer) -> Pat
     (place / "d.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS * 4))
     settings = [f"init_from={base}", f"data.path={place / 'd.jsonl'}", "data.validation_fraction=0", "max_steps=120", "batch.size=8",
                 "examples.max_length=64", "optimizer.lr=1e-2", "evaluation.every=0", "precision=fp32"]  # fmt: skip
-    run(load("sft", settings), place / "run", echo=lambda _: None)
+    run(load("sft", settings), place / "run", log=lambda _: None)
     return place
 
 
@@ -161,13 +163,13 @@ def firth(*arguments: str) -> str:
 
 
 @pytest.mark.parametrize("where", ["run", "run/model"])
-def test_a_decoder_is_scored_by_what_it_writes(tuned: Path, where: str) -> None:
-    """It was trained to write these answers: exact match, F1 and BLEU are perfect, and one wrong gold answer costs its share."""
+def test_decoder_is_scored_by_its_answers(tuned: Path, where: str) -> None:
+    """It was trained to generate these answers: exact match, F1 and BLEU are perfect, and one wrong gold answer lowers them."""
     right = tuned / "right.jsonl"
     right.write_text("".join(json.dumps(row) + "\n" for row in [*ROWS[:3], ROWS[3] | {"completion": "Nobody."}]))
-    found = json.loads(firth("evaluate", str(tuned / where), str(right), "--task", "answers", "--json"))
+    found = json.loads(firth("evaluate", str(tuned / where), str(right), "--task", "generation", "--json"))
     assert found["items"] == 4 and found["exact_match"] == 0.75 and found["f1"] == 0.75
-    assert found["commonest_accuracy"] == 0.25
+    assert found["majority_accuracy"] == 0.25
     if where == "run":
         right.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
         assert json.loads(firth("evaluate", str(tuned / where), str(right), "--task", "translation", "--json"))[
@@ -176,11 +178,11 @@ def test_a_decoder_is_scored_by_what_it_writes(tuned: Path, where: str) -> None:
 
 
 def test_dialogues_are_answered_without_a_task(tuned: Path, tmp_path: Path) -> None:
-    """A run trained on dialogues answers them; other records and text are scored as before."""
+    """A run that is trained on dialogues answers them; other records and text are scored as before."""
     rows = tmp_path / "right.jsonl"
     rows.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
     found = json.loads(firth("evaluate", str(tuned / "run"), str(rows), "--json"))
-    assert found["task"] == "answers" and found["exact_match"] == 1
+    assert found["task"] == "generation" and found["exact_match"] == 1
     texts = tmp_path / "t.jsonl"
     texts.write_text(json.dumps({"text": TEXT, "prompt": "a", "completion": "b"}) + "\n")
     assert json.loads(firth("evaluate", str(tuned / "run"), str(texts), "--json"))["task"] == "likelihood"
@@ -189,22 +191,24 @@ def test_dialogues_are_answered_without_a_task(tuned: Path, tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("row", "cure"),
     [
-        (ROWS[0], "choose --task answers to score what the model writes to each prompt"),
-        ({"prompt": "a", "chosen": "b", "rejected": "c"}, "choose --task objective for a run of dpo, or evaluate a run of reward"),
+        (ROWS[0], "use --task generation to score the model's completions of the prompts"),
+        ({"prompt": "a", "chosen": "b", "rejected": "c"}, "use --task objective for a run of dpo, or evaluate a run of reward_model"),
     ],
 )  # fmt: skip
-def test_records_without_text_name_their_task(talker: Path, tmp_path: Path, row: dict[str, str], cure: str) -> None:
+def test_records_without_text_name_their_task(
+    conversation: Path, tmp_path: Path, row: dict[str, str], cure: str
+) -> None:
     """A model that was trained on running text."""
     rows = tmp_path / "a.jsonl"
     rows.write_text(json.dumps(row) + "\n")
-    done = CliRunner().invoke(app, ["evaluate", str(talker), str(rows)])
+    done = CliRunner().invoke(app, ["evaluate", str(conversation), str(rows)])
     assert str(done.exception) == (
-        f"{rows}:1: this record has {', '.join(row)} and no `text`, whose likelihood is measured without --task: {cure}"
+        f"{rows}:1: this record has {', '.join(row)} but no `text`, which the default task (likelihood) needs: {cure}"
     )
 
 
-def test_a_decoder_predicts_a_numbered_row_for_each_record(tuned: Path) -> None:
-    """Prompts of every shape, blank lines, and a prompt that leaves no room for an answer."""
+def test_decoder_predicts_one_row_per_record(tuned: Path) -> None:
+    """Prompts in every format, blank lines, and a prompt that leaves no room for an answer."""
     opened = open_engine(tuned / "run")
     prompts = tuned / "p.txt"
     prompts.write_text(f"{ROWS[0]['prompt']}\n\n{ROWS[2]['prompt']}\n{'the boat ' * 80}\n")
@@ -223,12 +227,12 @@ def test_a_decoder_predicts_a_numbered_row_for_each_record(tuned: Path) -> None:
     assert lines[0] == "row,id,answer,probability,finish" and lines[4].startswith("4,3,The heron paints the dawn.,")
 
 
-def test_a_plain_decoder_reads_running_text_and_answers_a_line(talker: Path, tokenizer: Tokenizer) -> None:
-    """No chat template: it was never trained on one."""
-    prompts = talker / "p.jsonl"
+def test_plain_decoder_continues_a_line(conversation: Path, tokenizer: Tokenizer) -> None:
+    """It was never trained with a chat template."""
+    prompts = conversation / "p.jsonl"
     prompts.write_text(json.dumps({"prompt": "Who paints the boat?"}) + "\n")
-    [row] = [json.loads(line) for line in firth("predict", str(talker), str(prompts)).splitlines()]
-    opened = open_engine(talker)
+    [row] = [json.loads(line) for line in firth("predict", str(conversation), str(prompts)).splitlines()]
+    opened = open_engine(conversation)
     [answer] = opened.engine.generate(
         [encode_prompt(tokenizer, "Who paints the boat?", opened.model)],
         Sampling(temperature=0, max_new_tokens=256, stop_strings=("\n",)),
@@ -248,10 +252,10 @@ def test_a_plain_decoder_reads_running_text_and_answers_a_line(talker: Path, tok
         ([[7]], False),
     ],
 )
-def test_whether_a_model_was_trained_on_dialogues(
+def test_metadata_says_whether_trained_on_dialogues(
     tokenizer: Tokenizer, tmp_path: Path, objective: object, talks: bool
 ) -> None:
-    """As firth.json says, which may say anything."""
+    """The objective in firth.json decides; the file may hold anything."""
     facts = {} if objective is None else {"objective": objective}
     save_model(
         random_model(decoder_config(tokenizer.vocab.size, 32, 1, 2, max_positions=64)), tokenizer, tmp_path, facts
@@ -259,12 +263,12 @@ def test_whether_a_model_was_trained_on_dialogues(
     assert load_evaluated_model(tmp_path).is_chat_model is talks
 
 
-def test_a_masked_model_is_not_asked_for_answers(tokenizer: Tokenizer, tmp_path: Path) -> None:
+def test_masked_model_does_not_generate_answers(tokenizer: Tokenizer, tmp_path: Path) -> None:
     save_model(random_model(encoder_config(tokenizer.vocab.size, 32, 1, 2, max_positions=64)), tokenizer, tmp_path)
     (tmp_path / "d.jsonl").write_text(json.dumps(ROWS[0]) + "\n")
     for command, instead in (
-        (["evaluate", str(tmp_path), str(tmp_path / "d.jsonl"), "--task", "answers"], "firth train sft"),
-        (["predict", str(tmp_path), str(tmp_path / "d.jsonl")], "it serves `firth fill`"),
+        (["evaluate", str(tmp_path), str(tmp_path / "d.jsonl"), "--task", "generation"], "firth train sft"),
+        (["predict", str(tmp_path), str(tmp_path / "d.jsonl")], "use `firth fill`"),
     ):
         done = CliRunner().invoke(app, command)
         assert isinstance(done.exception, UserError) and instead in str(done.exception)

@@ -1,4 +1,4 @@
-"""The number of ids in a recipe is the tokenizer's, and a run with a start takes the shape of its start."""
+"""`model.vocab_size` is that of the tokenizer, and a run with `init_from` takes the model config of its base."""
 
 from __future__ import annotations
 
@@ -17,13 +17,24 @@ from firth.types import UserError
 TEXT = "\n".join(
     f"The {a} {b} the boat {c}." for a in ("otter", "baker", "pilot") for b in ("paints", "sells") for c in ("at dawn", "in Leeds")
 )  # fmt: skip
-BODY = ["model.hidden_size=32", "model.num_layers=1", "model.num_heads=1", "model.intermediate_size=64", "model.max_positions=32", "examples.max_length=16",
-        "max_steps=1", "batch.size=4", "evaluation.every=0", "data.validation_fraction=0", "precision=fp32"]  # fmt: skip
+BODY = [
+    "model.hidden_size=32",
+    "model.num_layers=1",
+    "model.num_heads=1",
+    "model.intermediate_size=64",
+    "model.max_positions=32",
+    "examples.max_length=16",
+    "max_steps=1",
+    "batch.size=4",
+    "evaluation.every=0",
+    "data.validation_fraction=0",
+    "precision=fp32",
+]
 
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A text, a tokenizer of 290 ids, and runs: `trained` of a size of 300, `given` of that tokenizer."""
+    """A text, a tokenizer of 290 ids, and runs: `trained` with a size of 300, `given` with that tokenizer."""
     folder = tmp_path_factory.mktemp("vocab")
     (folder / "text.txt").write_text(TEXT)
     train([TEXT], "byte-bpe", 290).save(folder / "tokenizer")
@@ -32,26 +43,29 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def refused(name: str, settings: list[str], out: Path) -> str:
+def error_of(name: str, settings: list[str], out: Path) -> str:
     with pytest.raises(UserError) as caught:
         run(load(name, settings), out, lambda _: None)
     return str(caught.value)
 
 
-def test_another_number_of_ids_is_refused(place: Path, tmp_path: Path) -> None:
-    """On the command line, in a whole shape, in a user's file; of a trained and of a given tokenizer."""
+def test_another_vocab_size_is_rejected(place: Path, tmp_path: Path) -> None:
+    """On the command line, in a whole model config, in a user's file; with a trained and a given tokenizer."""
     text, given = f"data.path={place / 'text.txt'}", f"tokenizer.path={place / 'tokenizer'}"
-    said = "model.vocab_size={} is not the number of ids of the tokenizer, which is {}: leave model.vocab_size out, and it is taken from there"
-    assert refused(
+    message = (
+        "model.vocab_size={} is not the number of ids of the tokenizer, which is {}: "
+        "leave model.vocab_size out, and it is taken from there"
+    )
+    assert error_of(
         "gpt", [*BODY, text, "tokenizer.vocab_size=300", "model.vocab_size=10"], tmp_path / "a"
-    ) == said.format(10, 300)
-    assert refused("gpt", [*BODY, text, given, "model.vocab_size=4096"], tmp_path / "b") == said.format(4096, 290)
+    ) == message.format(10, 300)
+    assert error_of("gpt", [*BODY, text, given, "model.vocab_size=4096"], tmp_path / "b") == message.format(4096, 290)
     whole = "model={vocab_size: 10, hidden_size: 32, num_layers: 1, num_heads: 1, max_positions: 32}"
-    assert refused("gpt", [*BODY[5:], text, given, whole], tmp_path / "c") == said.format(10, 290)
+    assert error_of("gpt", [*BODY[5:], text, given, whole], tmp_path / "c") == message.format(10, 290)
     recipe = yaml.safe_load((place / "given" / "recipe.yaml").read_text())
     mine = tmp_path / "mine.yaml"
     mine.write_text(yaml.safe_dump(recipe | {"model": recipe["model"] | {"vocab_size": 8192}}))
-    assert refused(str(mine), [], tmp_path / "d") == said.format(8192, 290)
+    assert error_of(str(mine), [], tmp_path / "d") == message.format(8192, 290)
     settings = [*BODY[:6], text, "data.split_by=line", "tokenizer.vocab_size=300", "gpt.model.vocab_size=10"]
     with pytest.raises(
         UserError, match=r"^gpt: model.vocab_size=10 is not the number of ids of the tokenizer, which is 300"
@@ -65,8 +79,8 @@ def test_another_number_of_ids_is_refused(place: Path, tmp_path: Path) -> None:
         )
 
 
-def test_a_finished_run_repeats(place: Path, tmp_path: Path) -> None:
-    """Its recipe has the real number of ids, and so has one with another tokenizer or another size."""
+def test_finished_run_repeats(place: Path, tmp_path: Path) -> None:
+    """Its recipe has the actual number of ids; a recipe with another tokenizer or size differs."""
     for name, count in (("trained", 300), ("given", 290)):
         file = place / name / "recipe.yaml"
         assert yaml.safe_load(file.read_text())["model"]["vocab_size"] == count
@@ -85,7 +99,7 @@ def test_a_finished_run_repeats(place: Path, tmp_path: Path) -> None:
         assert config is not None and config.vocab_size == count, (name, setting)
 
 
-def test_the_number_of_ids_may_be_left_out(place: Path, tmp_path: Path) -> None:
+def test_vocab_size_may_be_omitted(place: Path, tmp_path: Path) -> None:
     for shape in (
         "{hidden_size: 32, num_layers: 1, num_heads: 1}",
         "{vocab_size: null, hidden_size: 32, num_layers: 1, num_heads: 1}",
@@ -103,49 +117,50 @@ def test_the_number_of_ids_may_be_left_out(place: Path, tmp_path: Path) -> None:
     assert ids < 4000  # a text with fewer than the recipe and its tokenizer have
 
 
-def test_a_start_brings_its_shape(place: Path, tmp_path: Path) -> None:
-    """A published recipe gives way to the start; what a user wrote does not, and the sentence names the cure."""
+def test_init_from_sets_the_model_config(place: Path, tmp_path: Path) -> None:
+    """A published model config is replaced by that of the base; one that the user set is an error that names the fix."""
     assert load("gpt", [f"init_from={place / 'given'}"]).model is None
     on = [f"data.path={place / 'text.txt'}", *BODY[5:], f"init_from={place / 'given'}"]
     assert run(load("gpt", on), tmp_path / "on", lambda _: None).steps == 1
-    said = refused("gpt", [*on, "model.hidden_size=96"], tmp_path / "a")
-    assert said.endswith("model.hidden_size is 32 there and 96 here; use the same shape, which model=null does")
+    message = error_of("gpt", [*on, "model.hidden_size=96"], tmp_path / "a")
+    assert message.endswith("model.hidden_size is 32, not 96; use the same model config, as model=null does")
     assert run(load(str(place / "trained" / "recipe.yaml"), on), tmp_path / "b", lambda _: None).steps == 1
     recipe = yaml.safe_load((place / "trained" / "recipe.yaml").read_text())
     mine = tmp_path / "mine.yaml"
     mine.write_text(yaml.safe_dump(recipe | {"model": recipe["model"] | {"intermediate_size": 96}}))
-    said = refused(str(mine), on, tmp_path / "c")
-    assert said.endswith("model.intermediate_size is 64 there and 96 here; use the same shape, which model=null does")
+    message = error_of(str(mine), on, tmp_path / "c")
+    assert message.endswith("model.intermediate_size is 64, not 96; use the same model config, as model=null does")
     assert run(load(str(mine), [*on, "model=null"]), tmp_path / "c", lambda _: None).steps == 1
-    said = refused("classification", [*on, "model.dropout=0.1"], tmp_path / "d")
-    assert said == (
-        f"the model config lacks hidden_size, num_layers, num_heads: a run with init_from has the model config of {place / 'given'}, so leave out model.dropout"
+    message = error_of("classification", [*on, "model.dropout=0.1"], tmp_path / "d")
+    assert message == (
+        "the model config lacks hidden_size, num_layers, num_heads: a run with init_from has the model config of "
+        f"{place / 'given'}, so leave out model.dropout"
     )
 
 
 @pytest.mark.parametrize("settings", [["model=null"], []])
-def test_neither_a_shape_nor_a_start_is_refused_first(settings: list[str], tmp_path: Path) -> None:
+def test_recipe_without_model_or_init_from_is_rejected(settings: list[str], tmp_path: Path) -> None:
     """Before any text is read."""
-    said = refused("gpt" if settings else "classification", settings, tmp_path / "none")
+    message = error_of("gpt" if settings else "classification", settings, tmp_path / "none")
     assert (
-        "has neither a model config nor init_from: begin from a model with init_from=RUN, or give a whole model config"
-        in said
+        "has neither a model config nor init_from: start from a model with init_from=RUN, or give a whole model config"
+        in message
     )
     assert not (tmp_path / "none").exists()
 
 
-def test_a_start_without_a_model_names_the_cure(place: Path, tmp_path: Path) -> None:
+def test_init_from_an_unfinished_run_is_rejected(place: Path, tmp_path: Path) -> None:
     (tmp_path / "begun").mkdir()
     (tmp_path / "begun" / "recipe.yaml").write_text((place / "given" / "recipe.yaml").read_text())
     for field in ("init_from", "init_embeddings_from"):
-        said = refused("gpt", [f"{field}={tmp_path / 'none'}"], tmp_path / "out")
-        assert said == f"{field}={tmp_path / 'none'}: there is no such run or model directory, nor a GGUF file"
-        said = refused("gpt", [f"{field}={tmp_path / 'begun'}"], tmp_path / "out")
+        message = error_of("gpt", [f"{field}={tmp_path / 'none'}"], tmp_path / "out")
+        assert message == f"{field}={tmp_path / 'none'}: there is no such run or model directory, nor a GGUF file"
+        message = error_of("gpt", [f"{field}={tmp_path / 'begun'}"], tmp_path / "out")
         cure = f"finish it with `firth train {tmp_path / 'begun'}`"
-        assert said == f"{field}={tmp_path / 'begun'}: this run has no model yet: {cure}"
+        assert message == f"{field}={tmp_path / 'begun'}: this run has no model yet: {cure}"
 
 
-def test_an_empty_file_is_named(tmp_path: Path) -> None:
+def test_empty_file_is_named(tmp_path: Path) -> None:
     (tmp_path / "empty.txt").write_text("")
-    said = refused("gpt", [*BODY, f"data.path={tmp_path / 'empty.txt'}"], tmp_path / "out")
-    assert said == f"{tmp_path / 'empty.txt'}: there is no text here: every document is empty"
+    message = error_of("gpt", [*BODY, f"data.path={tmp_path / 'empty.txt'}"], tmp_path / "out")
+    assert message == f"{tmp_path / 'empty.txt'}: there is no text in it: every document is empty"

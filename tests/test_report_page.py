@@ -1,4 +1,4 @@
-"""report.html: whole, self-contained, safe, small, and legible to eyes that see few colours and in the dark."""
+"""report.html is complete, self-contained, safe, small, and legible for color-blind readers and in dark mode."""
 
 import itertools
 import math
@@ -19,7 +19,7 @@ ALLOWED = {*f"{STRUCTURE} code pre table thead tbody tr th td svg text line poly
 
 
 class Reader(HTMLParser):
-    """Checks that every tag is closed in order; keeps tags, attributes and the text outside of <style>."""
+    """Check that every tag is closed in order; keep tags, attributes and the text outside of <style>."""
 
     def __init__(self, page):
         super().__init__()
@@ -47,14 +47,14 @@ class Reader(HTMLParser):
             self.words.append(data)
 
 
-def test_every_tag_is_closed_and_none_is_a_strangers():
+def test_every_tag_is_closed_and_allowed():
     reader = Reader(render(example()))
     assert set(reader.tags) <= ALLOWED
     assert reader.tags.count("svg") == 2 * 5  # each figure for wide and for narrow screens
     assert reader.tags.count("tr") == 4 + 4
 
 
-def test_the_check_itself_can_fail():
+def test_the_parser_detects_unclosed_tags():
     with pytest.raises(AssertionError):
         Reader("<div><p>never closed</div>")
 
@@ -73,7 +73,7 @@ def test_nothing_is_loaded_and_nothing_runs():
     assert "default-src 'none'" in page
 
 
-def test_hostile_text_is_shown_as_it_is():
+def test_hostile_text_is_escaped():
     reader = Reader(render(example()))
     assert "".join(reader.words).count("<script>alert('x')</script>") == 4
     assert "<b>not bold</b>" in "".join(reader.words)
@@ -87,7 +87,7 @@ def test_hostile_text_is_shown_as_it_is():
     assert set(Reader(render(everywhere)).tags) <= ALLOWED
 
 
-def test_contents_lead_to_their_sections():
+def test_contents_link_to_their_sections():
     reader = Reader(render(example()))
     links = [value[1:] for name, value in reader.attributes if name == "href"]
     ids = [value for name, value in reader.attributes if name == "id"]
@@ -96,7 +96,7 @@ def test_contents_lead_to_their_sections():
     assert links[3:5] == ["alignment", "alignment-4"]
 
 
-def test_small_and_written_whole(tmp_path):
+def test_the_file_is_small_and_complete(tmp_path):
     path = write(example(), tmp_path / "report.html")
     assert 20_000 < path.stat().st_size < 2_000_000
     assert [p.name for p in tmp_path.iterdir()] == ["report.html"]
@@ -108,18 +108,18 @@ def test_an_empty_report_is_a_page():
     Reader(render(Report("One", (Section("Part", samples=(TextSample("p", {}),), tables=(Table("t", ["a"], []),)),))))
 
 
-def test_cells_line_up():
+def test_cells_are_aligned():
     table = Table("t", ["who", "n", "loss", "gap"], [["a", 12345, 12.5, None], ["b", -7, 3.14159, math.inf]])
     assert [[c.text for c in row] for row in cells(table)] == [["a", "12,345", "12.50", "–"], ["b", "−7", "3.14", "∞"]]
     assert [c.numeric for c in cells(table)[0]] == [False, True, True, True]
 
 
-def test_the_best_is_bold_ties_too():
+def test_the_best_cells_are_bold_including_ties():
     rows = cells(Table("t", ["x", "y"], [[1, 0.5], [3, 0.2], [3, None]], best={"x": "max", "y": "min"}))
     assert [[c.best for c in row] for row in rows] == [[False, False], [True, True], [True, False]]
 
 
-def test_a_table_that_does_not_fit_says_so():
+def test_inconsistent_tables_are_errors():
     with pytest.raises(ValueError, match="a row of 1 cells under 2"):
         Table("t", ["a", "b"], [["only one"]])
     with pytest.raises(ValueError, match="no column 'c'"):
@@ -131,13 +131,13 @@ def test_prose_marks_code_and_nothing_else():
     assert str(prose("")) == ""
 
 
-# ---------------------------------------------------------------- colours
+# ---------------------------------------------------------------- colors
 
 TEMPLATE = (Path(__file__).parents[1] / "firth/report/template.html.j2").read_text(encoding="utf-8")
 
 
 def palette(dark):
-    """Name -> linear RGB, of the light or the dark theme."""
+    """Return name -> linear RGB of the light or the dark theme."""
     blocks = re.findall(r":root \{(.*?)\}", TEMPLATE, re.S)
     found = dict(re.findall(r"--(\w+): #(\w{6});", blocks[1 if dark else 0]))
     rgb = {name: np.array([int(h[i : i + 2], 16) for i in (0, 2, 4)]) / 255 for name, h in found.items()}
@@ -145,7 +145,7 @@ def palette(dark):
 
 
 def contrast(a, b):
-    """WCAG 2 contrast ratio of two linear colours."""
+    """Return the WCAG 2 contrast ratio of two linear colors."""
     light = sorted(float(c @ (0.2126, 0.7152, 0.0722)) + 0.05 for c in (a, b))
     return light[1] / light[0]
 
@@ -160,7 +160,7 @@ SIGHT = {
 
 
 def oklab(linear):
-    """Ottosson's perceptual space; a distance of 0.02 is about just noticeable."""
+    """Convert to Ottosson's perceptual color space, where a distance of 0.02 is just noticeable."""
     to_lms = np.array(
         [[0.4122214708, 0.5363325363, 0.0514459929], [0.2119034982, 0.6806995451, 0.1073969566],
          [0.0883024619, 0.2817188376, 0.6299787005]]
@@ -173,18 +173,18 @@ def oklab(linear):
 
 
 @pytest.mark.parametrize("dark", [False, True])
-def test_colours_stand_out_from_the_paper(dark):
-    colours = palette(dark)
+def test_colors_contrast_with_the_background(dark):
+    colors = palette(dark)
     for name in ("ink", "quiet", "c0", "c1", "c2", "c3", "c4", "c5"):
-        assert contrast(colours[name], colours["paper"]) >= 4.5, name
-    assert contrast(colours["ink"], colours["wash"]) >= 7
+        assert contrast(colors[name], colors["paper"]) >= 4.5, name
+    assert contrast(colors["ink"], colors["wash"]) >= 7
 
 
 @pytest.mark.parametrize("dark", [False, True])
 @pytest.mark.parametrize("sight", SIGHT)
-def test_the_first_four_colours_differ_to_every_eye(dark, sight):
+def test_first_four_colors_differ_for_all_color_vision(dark, sight):
     assert charts.DISTINCT == 4
-    colours = palette(dark)
-    seen = {n: oklab(np.asarray(SIGHT[sight]) @ colours[n]) for n in ("c0", "c1", "c2", "c3")}
+    colors = palette(dark)
+    seen = {n: oklab(np.asarray(SIGHT[sight]) @ colors[n]) for n in ("c0", "c1", "c2", "c3")}
     for a, b in itertools.combinations(seen, 2):
         assert np.linalg.norm(seen[a] - seen[b]) > 0.1, (a, b)

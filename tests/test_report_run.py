@@ -1,4 +1,4 @@
-"""The report of a run directory: what happened, from the files that a run leaves."""
+"""Reports of run directories from the files that a run writes."""
 
 import json
 import math
@@ -12,18 +12,18 @@ from firth.types import UserError
 
 
 def rows(valid=lambda s: 2 + 6 * math.exp(-s / 100), steps=600, **more):
-    """Rows as firth.train.logging writes them."""
+    """Return rows as firth.train.logging writes them."""
     out = []
     for s in range(10, steps + 1, 10):
-        place = {"step": s, "seconds": s * 0.15, "tokens": s * 4096}
+        common = {"step": s, "seconds": s * 0.15, "tokens": s * 4096}
         measured = {"loss": 1.9 + 6 * math.exp(-s / 100), "norm": 1.0, "rate": 1e-3, "tokens_per_second": 27_000.0}
-        out.append({"split": "train"} | place | measured | {"flops_per_second": 2.4e11, "skipped": 0} | more)
+        out.append({"split": "train"} | common | measured | {"flops_per_second": 2.4e11, "skipped": 0} | more)
         if s % 100 == 0:
-            out.append({"split": "valid"} | place | {"loss": valid(s), "bits_per_byte": valid(s) / 2.2})
+            out.append({"split": "valid"} | common | {"loss": valid(s), "bits_per_byte": valid(s) / 2.2})
     return out
 
 
-def directory(path, metrics, recipe="name: gpt\nobjective: causal\n"):
+def directory(path, metrics, recipe="name: gpt\nobjective: causal_lm\n"):
     path.mkdir(parents=True, exist_ok=True)
     (path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in metrics))
     if recipe:
@@ -34,22 +34,22 @@ def directory(path, metrics, recipe="name: gpt\nobjective: causal\n"):
 def test_a_whole_run(tmp_path):
     run = directory(tmp_path / "my run", rows())
     (run / "done.json").write_text('{"steps": 600, "counts": {"documents": 1000, "bad_utf8": 2}}')
-    said = [{"step": s, "prompt": "ROMEO:", "text": f"<b>{s}</b>"} for s in (0, 300, 600)]
-    (run / "samples.jsonl").write_text("".join(json.dumps(s) + "\n" for s in said))
+    samples = [{"step": s, "prompt": "ROMEO:", "text": f"<b>{s}</b>"} for s in (0, 300, 600)]
+    (run / "samples.jsonl").write_text("".join(json.dumps(s) + "\n" for s in samples))
     (run / "model").mkdir()
     (run / "model" / "config.json").write_text('{"architectures": ["NanoChatForCausalLM"]}')
     report = run_report(run)
     assert [section.title for section in report.sections] == [
-        "What it learnt",
+        "Metrics",
         "Samples",
-        "How it ran",
+        "Training",
         "Data",
         "Recipe",
     ]
     assert [figure.title for figure in report.sections[0].figures] == ["Loss", "Bits per byte"]
     assert [figure.title for figure in report.sections[2].figures] == [
         "Learning rate",
-        "Gradient before clipping",
+        "Gradient norm before clipping",
         "Speed",
     ]
     assert dict(report.sections[1].samples[0].answers) == {"step 0": "<b>0</b>", "step 600": "<b>600</b>"}
@@ -64,7 +64,7 @@ def test_a_whole_run(tmp_path):
     assert write(report, run / "report.html").stat().st_size < 300_000
 
 
-def test_the_summary_tells_what_happened():
+def test_summary():
     assert summary(rows()) == (
         "600 steps over 2.46M tokens in 1 min 30 s. The loss on held-out text fell from 4.21 to 2.01."
     )
@@ -75,14 +75,14 @@ def test_the_summary_tells_what_happened():
     assert "on the training text fell from 7.33 to 1.91" in summary(untested)
 
 
-def test_the_numbers_that_matter_come_first():
+def test_key_numbers():
     found = {n.label: (n.value, n.note) for n in numbers(rows())}
     assert list(found) == ["bits per byte", "loss", "training loss", "tokens per second"]
-    assert found["loss"] == (2.015, "held-out text, 4.21 at the first check")
+    assert found["loss"] == (2.015, "held-out text, 4.21 at the first evaluation")
     assert found["tokens per second"] == (27000.0, "median over the run, 240GFLOP/s")
 
 
-def test_terms_of_a_sum_share_a_figure_and_unknown_measures_get_one(tmp_path):
+def test_loss_terms_share_a_figure_and_unknown_metrics_get_one(tmp_path):
     more = {"loss/pair": 0.7, "loss/tokens": 3.0, "true_reward": 1.5}
     report = run_report(directory(tmp_path, rows(**more), "objective: [nsp, {kind: mlm}]\n"))
     assert report.title.startswith("nsp + mlm: ")
@@ -93,10 +93,10 @@ def test_terms_of_a_sum_share_a_figure_and_unknown_measures_get_one(tmp_path):
 
 
 def phases(count=20, **changes):
-    """Rows of phases as `firth.align.rollouts` gives them."""
-    place = {"split": "rollouts", "seconds": 1.0, "tokens": 0}
+    """Return rows of rollout phases as `firth.align.rollouts` writes them."""
+    common = {"split": "rollouts", "seconds": 1.0, "tokens": 0}
     return [
-        place
+        common
         | {
             "step": 2 * s + 1,
             "reward": s / 10,
@@ -110,17 +110,17 @@ def phases(count=20, **changes):
     ]
 
 
-def test_a_page_of_reinforcement_learning_leads_with_reward(tmp_path):
+def test_reinforcement_learning_pages_start_with_reward(tmp_path):
     drawn = phases(truth=None)
     report = run_report(directory(tmp_path, drawn[:1] + rows(steps=20, kl_per_token=0.02) + drawn[1:]))
-    assert [section.title for section in report.sections[:2]] == ["The answers it wrote", "What it learnt"]
-    assert [f.title for f in report.sections[1].figures] == ["Loss", "Distance from the reference"]
+    assert [section.title for section in report.sections[:2]] == ["Rollouts", "Metrics"]
+    assert [f.title for f in report.sections[1].figures] == ["Loss", "KL to the reference model"]
     figures = {f.title: f for f in report.sections[0].figures}
-    assert "True score, not learnt from" not in figures
-    assert list(figures["Judge's score"].curves[0].y)[:3] == [0.0, 0.1, 0.2]
-    assert list(figures["Distance from the start"].curves[0].x)[:3] == [1, 3, 5]
+    assert "True score (not used in training)" not in figures
+    assert list(figures["Reward"].curves[0].y)[:3] == [0.0, 0.1, 0.2]
+    assert list(figures["KL to the initial policy"].curves[0].x)[:3] == [1, 3, 5]
     assert [(n.label, n.value) for n in report.numbers] == [
-        ("reward", 1.85), ("KL, nats an answer", 4.62), ("answers that end", 0.75), ("tokens per second", 27000.0),
+        ("reward", 1.85), ("KL, nats per answer", 4.62), ("answers that end", 0.75), ("tokens per second", 27000.0),
     ]  # fmt: skip
     assert "The reward rose from 0.05 to 1.85." in report.text
     assert "diverge from the starting model by 4.62 nats each. 75% of them end" in report.text
@@ -128,11 +128,11 @@ def test_a_page_of_reinforcement_learning_leads_with_reward(tmp_path):
     Reader(render(report))
 
 
-def test_reward_and_truth_are_drawn_over_divergence(tmp_path):
+def test_reward_and_true_score_are_drawn_over_kl(tmp_path):
     report = run_report(directory(tmp_path, rows(steps=20) + phases()))
-    over = report.sections[0].figures[0]
-    assert over.title == "Reward over divergence"
-    reward, truth = over.curves
+    figure = report.sections[0].figures[0]
+    assert figure.title == "Reward over KL"
+    reward, truth = figure.curves
     assert not reward.line and len(reward.x) == 20 and list(reward.x[:3]) == list(truth.x[:3]) == [0.0, 0.25, 0.5]
     assert (reward.y[-1], truth.y[-1]) == (1.9, 0.525)
     assert "The true score fell from 0.988 to 0.538." in report.text
@@ -162,7 +162,7 @@ def test_held_out_texts_are_shown_before_and_after(tmp_path):
     }  # fmt: skip
 
 
-def test_steps_that_moved_nothing_are_told(tmp_path):
+def test_skipped_steps_are_reported(tmp_path):
     report = run_report(directory(tmp_path, rows(skipped=3, loss=None)))
     assert "3 steps had no finite gradient" in report.sections[1].text
     Reader(render(report))
@@ -172,7 +172,7 @@ def test_one_row_is_a_report(tmp_path):
     Reader(render(run_report(directory(tmp_path, rows(steps=10), recipe=""))))
 
 
-def test_a_line_cut_by_a_kill_is_left_out_and_any_other_is_named(tmp_path):
+def test_truncated_last_line_is_skipped_and_others_are_errors(tmp_path):
     run = directory(tmp_path, rows())
     whole = (run / "metrics.jsonl").read_text()
     (run / "metrics.jsonl").write_text(whole + '{"split": "tr')
@@ -182,7 +182,7 @@ def test_a_line_cut_by_a_kill_is_left_out_and_any_other_is_named(tmp_path):
         run_report(run)
 
 
-def test_what_is_no_run_is_said_in_words(tmp_path):
+def test_directories_without_a_run_are_errors(tmp_path):
     with pytest.raises(UserError, match="give a run directory"):
         run_report(tmp_path)
     (tmp_path / "metrics.jsonl").write_text("")
@@ -190,8 +190,8 @@ def test_what_is_no_run_is_said_in_words(tmp_path):
         run_report(tmp_path)
 
 
-def test_what_was_measured_once_is_a_number_and_no_curve(tmp_path):
-    """A measure of a single held-out row stands in a table; with a second row it is drawn."""
+def test_metrics_measured_once_are_numbers(tmp_path):
+    """A metric of a single held-out row is in a table; with a second row it is drawn."""
     end = {"step": 600, "seconds": 90.0, "tokens": 600 * 4096, "split": "valid", "matthews": 0.5}
     section = run_report(directory(tmp_path / "once", [*rows(), end])).sections[0]
     assert [(table.title, table.rows) for table in section.tables] == [

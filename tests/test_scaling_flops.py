@@ -1,4 +1,4 @@
-"""Counted FLOPs against torch's own counter on the real model, and pairs against the mask written out."""
+"""FLOPs against torch's counter on the real model, and pairs against a dense mask."""
 
 import pytest
 import torch
@@ -20,22 +20,22 @@ def random_batch(vocab: int, sides: tuple[str, ...]) -> Batch:
         shape = (3, length)
         batch[side + "tokens"] = torch.randint(1, vocab, shape, generator=generator)
         batch[side + "query_time"] = torch.randint(0, 9, shape, generator=generator, dtype=torch.int32)
-        appears = torch.randint(0, 9, shape, generator=generator, dtype=torch.int32)
-        appears[:, -3:] = NEVER  # padding, which nobody sees and which looks nowhere
+        key_time = torch.randint(0, 9, shape, generator=generator, dtype=torch.int32)
+        key_time[:, -3:] = NEVER  # padding
         batch[side + "query_time"][:, -3:] = -NEVER
-        batch[side + "key_time"] = appears
+        batch[side + "key_time"] = key_time
         batch[side + "document_ids"] = torch.randint(1, 4, shape, generator=generator, dtype=torch.int32)
     return batch
 
 
 @pytest.mark.parametrize("sides", [("",), ("", "source_")])
-def test_pairs_are_those_of_the_rule(sides: tuple[str, ...]) -> None:
+def test_pairs_match_the_dense_mask(sides: tuple[str, ...]) -> None:
     batch = random_batch(30, sides)
 
-    def pairs(query: str, key: str, looks: torch.Tensor) -> int:
+    def pairs(query: str, key: str, query_time: torch.Tensor) -> int:
         real = (batch[query + "key_time"] != NEVER)[..., None]
         same = batch[query + "document_ids"][..., None] == batch[key + "document_ids"][:, None]
-        return int((real & same & (batch[key + "key_time"][:, None] <= looks[..., None])).sum())
+        return int((real & same & (batch[key + "key_time"][:, None] <= query_time[..., None])).sum())
 
     found = work(batch)
     assert real_tokens(batch) == found.positions + found.source_positions
@@ -48,7 +48,7 @@ def test_pairs_are_those_of_the_rule(sides: tuple[str, ...]) -> None:
 
 
 @pytest.mark.parametrize(
-    "shape",
+    "config",
     [
         decoder_config(vocab_size=70, hidden_size=32, num_layers=2, num_heads=2),
         encoder_config(vocab_size=70, hidden_size=32, num_layers=2, num_heads=2),
@@ -65,18 +65,18 @@ def test_pairs_are_those_of_the_rule(sides: tuple[str, ...]) -> None:
         ),
     ],
 )
-def test_a_step_costs_what_torch_counts(config: ModelConfig) -> None:
+def test_flops_of_a_step_match_torch(config: ModelConfig) -> None:
     torch.manual_seed(0)
     objective = CausalLM()
     model = LM(config, objective.heads(config))
     batch: Batch = {"tokens": torch.randint(1, 70, (2, 12)), "labels": torch.randint(1, 70, (2, 12))}
-    batch["labels"][:, :5] = IGNORE  # where it narrows, the last block is run for 7 of 12
+    batch["labels"][:, :5] = IGNORE  # with subsets, the last block runs at 7 of 12 positions
     if config.num_encoder_layers:
         batch["source_tokens"] = torch.randint(1, 70, (2, 9))
     counted = work(batch)
-    assert (counted.positions, counted.pairs) == (24, 2 * 12 * 12)  # no fields: all see all
+    assert (counted.positions, counted.pairs) == (24, 2 * 12 * 12)  # no fields: all attend to all
     assert supervised_positions(batch["labels"]) == 14
-    # The counter knows plain products only: no fused attention kernel on the CPU, no head that works in chunks.
+    # The counter sees plain products only: no fused attention kernel on the CPU, no chunked head.
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         model.heads["lm"](supervised(objective.forward(model, batch)["hidden"], batch["labels"])[0]).sum().backward()
     assert counter.get_total_flops() == objective.forward_flops(model, batch) + objective.loss_flops(model, batch)

@@ -1,4 +1,4 @@
-"""Counted work of shared blocks, narrow tables, span boundaries and of two models at once: what torch counts."""
+"""FLOPs of shared blocks, small embeddings, span boundaries and two models at once, against torch's counter."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ PLAIN = replace(bert(70, 32, 3, 4, max_positions=40), intermediate_size=48)
 def case(objective: Objective, config: ModelConfig) -> tuple[LM, Batch]:
     torch.manual_seed(0)
     rng = np.random.default_rng(0)
-    shown = [
+    examples = [
         objective.build_example({"tokens": VOCAB.add_special_tokens(rng.integers(5, 70, 20))}, VOCAB, rng)
         for _ in range(4)
     ]
     return LM(config, objective.heads(config)), collate(
-        shown, {*objective.labels.values(), *objective.metrics.values()}
+        examples, {*objective.labels.values(), *objective.metrics.values()}
     )
 
 
@@ -42,11 +42,11 @@ def counter() -> FlopCounterMode:
 
 
 @pytest.mark.parametrize(
-    "shape",
+    "config",
     [replace(PLAIN, embedding_size=12), replace(PLAIN, embedding_size=12, num_layer_groups=1)],
-    ids=["narrow", "shared"],
+    ids=["small", "shared"],
 )
-def test_narrow_tables_and_shared_blocks(config: ModelConfig) -> None:
+def test_small_embeddings_and_shared_blocks(config: ModelConfig) -> None:
     objective = MLM()
     model, batch = case(objective, config)
     with counter() as count, sdpa_kernel(SDPBackend.MATH):
@@ -54,7 +54,7 @@ def test_narrow_tables_and_shared_blocks(config: ModelConfig) -> None:
     assert count.get_total_flops() == objective.forward_flops(model, batch) + objective.loss_flops(model, batch)
 
 
-@pytest.mark.parametrize("shape", [PLAIN, replace(PLAIN, embedding_size=12)], ids=["wide", "narrow"])
+@pytest.mark.parametrize("config", [PLAIN, replace(PLAIN, embedding_size=12)], ids=["full", "small"])
 def test_both_models_of_electra(config: ModelConfig) -> None:
     objective = RTD(generator_size=0.5)
     model, batch = case(objective, config)
@@ -66,8 +66,8 @@ def test_both_models_of_electra(config: ModelConfig) -> None:
     assert found > 1.2 * MLM().forward_flops(model, batch)
 
 
-def test_the_span_boundary_head() -> None:
-    """The vocabulary's product is counted by hand: it is made in chunks, which the counter does not see through."""
+def test_span_boundary_head() -> None:
+    """The product with the vocabulary is written out: the counter does not see into the chunked one."""
     objective = SBO()
     model, batch = case(MLM(noise="geometric") + objective, replace(PLAIN, embedding_size=12))
     count = int((batch["boundary"] >= 0).sum())

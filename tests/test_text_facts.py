@@ -86,8 +86,8 @@ def test_answers_are_scored_by_exact_match(tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = LM(config, {"lm": LMHead(config)})
     save_model(model, tokenizer, tmp_path / "model")
-    found = evaluate(tmp_path / "model", [str(tmp_path / "test.jsonl")], task="answers")
-    assert (found["items"], found["exact_match"], found["commonest"], found["commonest_accuracy"]) == (
+    found = evaluate(tmp_path / "model", [str(tmp_path / "test.jsonl")], task="generation")
+    assert (found["items"], found["exact_match"], found["majority_label"], found["majority_accuracy"]) == (
         4,
         0.0,
         "Texas",
@@ -106,10 +106,10 @@ def test_answers_are_scored_by_exact_match(tmp_path: Path) -> None:
         torch.nn.functional.cross_entropy(logits.flatten(0, 1), torch.tensor(wanted * 4)).backward()
         adam.step()
     save_model(model, tokenizer, tmp_path / "model")
-    assert evaluate(tmp_path / "model", [str(tmp_path / "test.jsonl")], task="answers")["exact_match"] == 1.0
+    assert evaluate(tmp_path / "model", [str(tmp_path / "test.jsonl")], task="generation")["exact_match"] == 1.0
     causal = LM(
         decoder_config(tokenizer.vocab.size, 32, 1), {"lm": LMHead(decoder_config(tokenizer.vocab.size, 32, 1))}
     )
     save_model(causal, tokenizer, tmp_path / "causal")
-    found = evaluate(tmp_path / "causal", [str(tmp_path / "test.jsonl")], task="answers")
+    found = evaluate(tmp_path / "causal", [str(tmp_path / "test.jsonl")], task="generation")
     assert (found["items"], found["exact_match"]) == (4, 0.0)

@@ -1,6 +1,6 @@
-"""Faults that users of other toolkits reported about text and tokens, and what is right here.
+"""Bugs in text processing and tokenization that users of other toolkits reported, and the correct behavior.
 
-Each test names the report: a public issue of that toolkit.
+Each test names the public issue of the toolkit.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ SUBJECTS = [
     "the clerk",
     "that fox",
 ]
-VERBS = ["watches", "paints", "mends", "carries", "finds", "sells", "hides", "counts", "washes", "forgets"]
+VERBS = ["watches", "paints", "repairs", "carries", "finds", "sells", "hides", "counts", "washes", "forgets"]
 THINGS = [
     "the boat",
     "a lamp",
@@ -65,7 +65,7 @@ def tokenizers() -> dict[str, Tokenizer]:
 
 
 def test_a_text_shorter_than_a_window_is_refused(tokenizers: dict[str, Tokenizer], tmp_path: Path) -> None:
-    """RWKV-PEFT#52, lit-llama#378: the sentence names both numbers."""
+    """RWKV-PEFT#52, lit-llama#378: the error names both numbers."""
     store = TokenStore.build([Document("a", "A heron counts the rain.")], tokenizers["byte-bpe"], tmp_path / "store")
     with pytest.raises(UserError, match=rf"{len(store.tokens)} tokens.* too few for one window of 64"):
         Windows(store, 64)
@@ -74,20 +74,20 @@ def test_a_text_shorter_than_a_window_is_refused(tokenizers: dict[str, Tokenizer
 @pytest.mark.parametrize(
     "text", ["hello !", "a , b . c", "do n't", "   three blanks", "tab\tand\n\n  lines ", "don 't ' s"]
 )
-def test_blanks_before_marks_come_back(text: str, tokenizers: dict[str, Tokenizer]) -> None:
+def test_blanks_before_punctuation_are_decoded(text: str, tokenizers: dict[str, Tokenizer]) -> None:
     """tokenizers#1543: "hello !" came back as "hello!"."""
     for name in ("byte-bpe", "unigram"):
         assert tokenizers[name].decode(tokenizers[name].encode(text)) == text
 
 
 @pytest.mark.parametrize("algorithm", ["byte-bpe", "unigram", "wordpiece"])
-def test_no_cleaning_up_is_saved(algorithm: str, tokenizers: dict[str, Tokenizer], tmp_path: Path) -> None:
+def test_saved_tokenizers_disable_clean_up(algorithm: str, tokenizers: dict[str, Tokenizer], tmp_path: Path) -> None:
     tokenizers[algorithm].save(tmp_path)
     config = json.loads((tmp_path / "tokenizer_config.json").read_text())
     assert config["clean_up_tokenization_spaces"] is False
 
 
-def test_a_text_that_spells_control_tokens_is_prepared(tokenizers: dict[str, Tokenizer], tmp_path: Path) -> None:
+def test_text_with_control_token_names_is_encoded_as_text(tokenizers: dict[str, Tokenizer], tmp_path: Path) -> None:
     """LlamaFactory#370: `<|endoftext|>` in a text stopped preparation, or became the control token."""
     text = "stop </s> here <|im_end|> a<s>b<mask><pad> <|endoftext|> <extra_id_0> end"
     for name in ("byte-bpe", "unigram"):
@@ -99,10 +99,10 @@ def test_a_text_that_spells_control_tokens_is_prepared(tokenizers: dict[str, Tok
 
 
 @pytest.mark.parametrize("algorithm", ["byte-bpe", "wordpiece", "unigram"])
-def test_whole_words_of_any_tokenizer(algorithm: str, tokenizers: dict[str, Tokenizer]) -> None:
+def test_whole_word_masking_with_any_tokenizer(algorithm: str, tokenizers: dict[str, Tokenizer]) -> None:
     """transformers#11768: whole-word masking knew `##` alone."""
     text = (
-        "The otterly paintings watchword uncled forgetfulness mended the boathouse near Osloan bakerware without "
+        "The otterly paintings watchword uncled forgetfulness repaired the boathouse near Osloan bakerware without "
         "sellings at lampdawn. "
     ) * 3
     tokenizer = tokenizers[algorithm]
@@ -112,16 +112,16 @@ def test_whole_words_of_any_tokenizer(algorithm: str, tokenizers: dict[str, Toke
     hidden = np.stack([NOISES["words"](ids, tokenizer.vocab, 0.15, np.random.default_rng(s)) for s in range(200)])
     several = 0
     for number in set(word.tolist()):
-        part = hidden[:, (word == number) & letters]
-        several += part.shape[1] > 1
-        assert (part.any(1) == part.all(1)).all()
+        of_word = hidden[:, (word == number) & letters]
+        several += of_word.shape[1] > 1
+        assert (of_word.any(1) == of_word.all(1)).all()
     assert several > 20
     assert 0.11 < hidden[:, ~tokenizer.vocab.special[ids]].mean() < 0.19
 
 
 @pytest.mark.parametrize("algorithm", ["word", "byte-bpe", "unigram"])
-def test_a_vectors_file_has_one_field_for_a_word(algorithm: str, tmp_path: Path) -> None:
-    """gensim#2795, #2881: a word with a blank in it, or that is one, made a file that cannot be loaded."""
+def test_a_vectors_file_has_one_field_per_word(algorithm: str, tmp_path: Path) -> None:
+    """gensim#2795, #2881: a word that contains or is a blank made a file that cannot be loaded."""
     words = ["otter", "baker", "pilot\u00a0boat", "tailor\u2009coat", "river", "drum\u3000map", "caf\u00e9"]
     rng = random.Random(0)
     tokenizer = train([" ".join(rng.choice(words) for _ in range(900))], algorithm, 420)
@@ -148,7 +148,7 @@ def test_sentinels_are_named_in_order(tokenizers: dict[str, Tokenizer]) -> None:
     assert source == target[:-1] and len(source) > 5
 
 
-def test_more_spans_than_sentinels_name_the_cure(tokenizers: dict[str, Tokenizer]) -> None:
+def test_too_few_sentinels_are_an_error_with_a_fix(tokenizers: dict[str, Tokenizer]) -> None:
     tokenizer = tokenizers["byte-bpe"]
     ids = np.resize(tokenizer.encode(sentences(60)), 2048)
     with pytest.raises(UserError, match=r"102 dropped spans take 103 sentinels .* has 100: .*--num-sentinels 204"):

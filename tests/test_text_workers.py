@@ -80,8 +80,8 @@ def test_merges_are_those_of_the_library(counts: dict[str, int]) -> None:
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Use workers for a text of a few kilobytes."""
     monkeypatch.setattr(token_store, "WORTH_CHARACTERS", 900)
-    monkeypatch.setattr(token_store, "CHUNK", 500)
-    monkeypatch.setattr(token_store, "WORKER_CHUNK", 300)
+    monkeypatch.setattr(token_store, "CHUNK_CHARACTERS", 500)
+    monkeypatch.setattr(token_store, "WORKER_CHUNK_CHARACTERS", 300)
     monkeypatch.setattr(workers, "WORTH_CHARACTERS", 900)
     monkeypatch.setattr(workers, "LIST_CHARACTERS", 700)
 
@@ -133,7 +133,7 @@ def test_a_full_disk_is_a_one_line_error(tmp_path: Path, small: None) -> None:
     was = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (2000, was[1]))
     try:
-        with pytest.raises(UserError, match=r"could not be written .*make room and start again"):
+        with pytest.raises(UserError, match=r"could not be written .*free disk space and start again"):
             TokenStore.build(documents(), tokenizer(), tmp_path / "store", workers=2)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, was)

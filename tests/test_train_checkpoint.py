@@ -1,4 +1,4 @@
-"""Checkpoints: whole or not there, every byte accounted for, and nothing lost when the disk is full."""
+"""Checkpoints are atomic, every byte is verified, and a full disk loses nothing."""
 
 import errno
 import json
@@ -32,7 +32,7 @@ def save(run: Path, step: int, score: float | None = None, seed: int = 0) -> Pat
     return checkpoint.save(run, step, FILES, {"step": step, "x": seed}, layout=layout, recipe="abc", score=score)
 
 
-def test_what_is_saved_is_read_and_is_plain_safetensors(tmp_path: Path) -> None:
+def test_saved_tensors_are_plain_safetensors_and_load_again(tmp_path: Path) -> None:
     path = save(tmp_path, 12)
     assert path == tmp_path / "checkpoints" / "step-000012"
     assert sorted(p.name for p in path.iterdir()) == [
@@ -75,24 +75,24 @@ def test_every_flipped_byte_is_caught(tmp_path: Path) -> None:
     checkpoint.load(path)
 
 
-def test_the_newest_whole_one_is_taken_and_the_others_named(tmp_path: Path) -> None:
+def test_newest_loads_the_last_valid_one_and_names_the_others(tmp_path: Path) -> None:
     for step in (1, 2, 10):
         save(tmp_path, step)
     (tmp_path / "checkpoints" / "step-000020").mkdir()
     state = tmp_path / "checkpoints" / "step-000010" / "state.json"
     state.write_text(state.read_text().replace("0", "1"))
-    said: list[str] = []
-    found = checkpoint.newest(tmp_path, said.append)
+    messages: list[str] = []
+    found = checkpoint.newest(tmp_path, messages.append)
     assert found is not None
     assert found.path.name == "step-000002"
-    assert len(said) == 2
-    assert "step-000020" in said[0]
-    assert "there is no manifest" in said[0]
-    assert "step-000010/state.json" in said[1]
-    assert checkpoint.newest(tmp_path / "nothing", said.append) is None
+    assert len(messages) == 2
+    assert "step-000020" in messages[0]
+    assert "the manifest is missing" in messages[0]
+    assert "step-000010/state.json" in messages[1]
+    assert checkpoint.newest(tmp_path / "nothing", messages.append) is None
 
 
-def test_a_damaged_one_is_replaced(tmp_path: Path) -> None:
+def test_a_damaged_checkpoint_is_replaced(tmp_path: Path) -> None:
     path = save(tmp_path, 5, seed=1)
     (path / "manifest.json").unlink()
     save(tmp_path, 5, seed=2)
@@ -100,7 +100,7 @@ def test_a_damaged_one_is_replaced(tmp_path: Path) -> None:
     assert [p.name for p in path.parent.iterdir()] == ["step-000005"]
 
 
-def test_the_last_and_the_best_are_kept(tmp_path: Path) -> None:
+def test_prune_keeps_the_last_and_the_best(tmp_path: Path) -> None:
     for step, score in enumerate((3.0, 1.0, 2.0, None, 2.5), start=1):
         save(tmp_path, step, score)
         checkpoint.prune(tmp_path, keep=2)
@@ -108,12 +108,12 @@ def test_the_last_and_the_best_are_kept(tmp_path: Path) -> None:
 
 
 def fails_after(calls: int, number: int) -> Callable[[int], None]:
-    """An fsync that reports `number` from the given call on."""
-    real, left = os.fsync, [calls]
+    """Return an fsync that raises the error `number` after so many calls."""
+    real, remaining = os.fsync, [calls]
 
     def fsync(handle: int) -> None:
-        left[0] -= 1
-        if left[0] < 0:
+        remaining[0] -= 1
+        if remaining[0] < 0:
             raise OSError(number, os.strerror(number))
         real(handle)
 
@@ -121,36 +121,36 @@ def fails_after(calls: int, number: int) -> Callable[[int], None]:
 
 
 @pytest.mark.parametrize("calls", range(5))
-def test_a_full_disk_leaves_the_old_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, calls: int) -> None:
+def test_a_full_disk_leaves_the_old_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, calls: int) -> None:
     save(tmp_path, 1)
     monkeypatch.setattr(checkpoint.os, "fsync", fails_after(calls, errno.ENOSPC))
-    with pytest.raises(UserError, match=r"step-000002: no room on this disk .* it goes on from step-000001") as error:
+    with pytest.raises(UserError, match=r"step-000002: not enough disk space .* it resumes from step-000001") as error:
         save(tmp_path, 2)
     assert "\n" not in str(error.value)
     assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["step-000001"]
     checkpoint.load(tmp_path / "checkpoints" / "step-000001")
 
 
-def test_a_write_that_the_kernel_refuses_half_way(tmp_path: Path) -> None:
+def test_a_write_that_fails_half_way_leaves_nothing(tmp_path: Path) -> None:
     save(tmp_path, 1)
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (200, before[1]))  # the kernel cuts the file there
     try:
-        with pytest.raises(UserError, match="no room on this disk"):
+        with pytest.raises(UserError, match="not enough disk space"):
             save(tmp_path, 2)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["step-000001"]
 
 
-def test_other_errors_are_not_called_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_write_errors_are_not_reported_as_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(checkpoint.os, "fsync", fails_after(1, errno.EIO))
     with pytest.raises(OSError, match="Input/output"):
         save(tmp_path, 2)
     assert list((tmp_path / "checkpoints").iterdir()) == []
 
 
-def test_half_written_ones_are_removed(tmp_path: Path) -> None:
+def test_partial_checkpoints_are_removed(tmp_path: Path) -> None:
     save(tmp_path, 1)
     (tmp_path / "checkpoints" / "step-000002.partial").mkdir()
     (tmp_path / "checkpoints" / "step-000002.partial" / "model.safetensors").write_bytes(b"half")
@@ -158,7 +158,7 @@ def test_half_written_ones_are_removed(tmp_path: Path) -> None:
     assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["step-000001"]
 
 
-def test_a_newer_format_is_not_guessed_at(tmp_path: Path) -> None:
+def test_a_newer_format_is_rejected(tmp_path: Path) -> None:
     path = save(tmp_path, 1)
     body = json.loads((path / "manifest.json").read_text()) | {"format": 2}
     del body["manifest"]

@@ -1,4 +1,4 @@
-"""Muon against the singular value decomposition, AdamW against its formula, and who gets which."""
+"""Muon against the singular value decomposition, AdamW against its formula, and the parameter groups."""
 
 import math
 from dataclasses import replace
@@ -11,7 +11,7 @@ from firth import kernels
 from firth.model.config import decoder_config, encoder_decoder_config
 from firth.model.model import LM
 from firth.objectives.causal_lm import CausalLM
-from firth.train.muon import BAND, REACH, orthogonalize
+from firth.train.muon import BAND, MIN_RELATIVE_VALUE, orthogonalize
 from firth.train.optimizer import Optimizer, OptimizerConfig, param_groups
 from firth.types import UserError
 
@@ -22,7 +22,7 @@ def tiny() -> LM:
     return LM(config, CausalLM().heads(config))
 
 
-def with_spectrum(rows: int, columns: int, values: torch.Tensor) -> torch.Tensor:
+def with_singular_values(rows: int, columns: int, values: torch.Tensor) -> torch.Tensor:
     s = len(values)
     u = torch.linalg.qr(torch.randn(rows, s, dtype=torch.float64)).Q
     v = torch.linalg.qr(torch.randn(columns, s, dtype=torch.float64)).Q
@@ -33,13 +33,13 @@ def with_spectrum(rows: int, columns: int, values: torch.Tensor) -> torch.Tensor
 def test_singular_values_end_in_the_band(rows: int, columns: int) -> None:
     torch.manual_seed(1)
     s = min(rows, columns)
-    # From the smallest share of the Schatten-4 norm that is promised up to the largest; three matrices at three scales.
-    values = torch.logspace(math.log10(2 * REACH), 0, s)
-    exact = torch.stack([with_spectrum(rows, columns, values * scale) for scale in (1e-6, 1.0, 1e4)])
+    # From about the smallest supported fraction of the Schatten-4 norm to the largest; three matrices at three scales.
+    values = torch.logspace(math.log10(2 * MIN_RELATIVE_VALUE), 0, s)
+    exact = torch.stack([with_singular_values(rows, columns, values * scale) for scale in (1e-6, 1.0, 1e4)])
     found = orthogonalize(exact.float())
-    got = torch.linalg.svdvals(found.double())
-    assert got.min() > BAND[0] - 1e-3, got.min()
-    assert got.max() < BAND[1] + 1e-3, got.max()
+    values = torch.linalg.svdvals(found.double())
+    assert values.min() > BAND[0] - 1e-3, values.min()
+    assert values.max() < BAND[1] + 1e-3, values.max()
     # The same directions: U^T found V is diagonal and positive.
     for m, f in zip(exact, found.double(), strict=True):
         u, _, v = torch.linalg.svd(m, full_matrices=False)
@@ -48,48 +48,48 @@ def test_singular_values_end_in_the_band(rows: int, columns: int) -> None:
         assert core.diag().min() > 0
 
 
-def test_both_forms_agree_and_bf16_stays_near_the_band() -> None:
+def test_both_algorithms_agree_and_bf16_is_near_the_band() -> None:
     torch.manual_seed(2)
     wide = torch.randn(3, 32, 128)
-    exact = orthogonalize(wide.double())  # the plain form
-    assert (orthogonalize(wide).double() - exact).abs().max() < 1e-4  # the Gram form
+    exact = orthogonalize(wide.double())  # without the Gram matrix
+    assert (orthogonalize(wide).double() - exact).abs().max() < 1e-4  # with the Gram matrix
     assert (orthogonalize(wide.mT.contiguous()).mT.double() - exact).abs().max() < 1e-4
-    rough = torch.linalg.svdvals(orthogonalize(wide.bfloat16()).float())
-    assert rough.min() > BAND[0] - 0.05
-    assert rough.max() < BAND[1] + 0.05
+    in_bf16 = torch.linalg.svdvals(orthogonalize(wide.bfloat16()).float())
+    assert in_bf16.min() > BAND[0] - 0.05
+    assert in_bf16.max() < BAND[1] + 0.05
 
 
 def test_small_singular_values_grow_and_zeros_stay() -> None:
     torch.manual_seed(3)
     values = torch.cat([torch.ones(8), torch.full((24,), 1e-4)])
-    got = torch.linalg.svdvals(orthogonalize(with_spectrum(32, 128, values).float()[None])[0])
-    assert got[8:].min() > 1e-4 * 100  # multiplied by hundreds, still short of the band
+    got = torch.linalg.svdvals(orthogonalize(with_singular_values(32, 128, values).float()[None])[0])
+    assert got[8:].min() > 1e-4 * 100  # multiplied by hundreds, still below the band
     assert torch.equal(orthogonalize(torch.zeros(2, 8, 8)), torch.zeros(2, 8, 8))
     assert torch.equal(orthogonalize(torch.zeros(2, 8, 32)), torch.zeros(2, 8, 32))
 
 
 @pytest.mark.parametrize("size", [1e-33, 1e-20, 1e-14, 1e-12, 1e15, 1e30])
 @pytest.mark.parametrize("columns", [24, 96])
-def test_the_size_of_a_gradient_does_not_matter(size: float, columns: int) -> None:
-    """Keys whose queries have not moved yet have gradients of 1e-14: their fourth powers are nothing, and they are."""
+def test_the_scale_of_a_gradient_does_not_matter(size: float, columns: int) -> None:
+    """Key weights have gradients of 1e-14 while query weights are near zero: their fourth powers underflow."""
     stack = torch.randn(2, 24, columns, generator=torch.Generator().manual_seed(3))
     assert torch.allclose(orthogonalize(size * stack), orthogonalize(stack), atol=2e-5)
 
 
-def test_muon_moves_along_the_polar_factor_by_a_fifth_of_the_rate() -> None:
+def test_muon_steps_along_the_polar_factor_by_0_2_lr() -> None:
     torch.manual_seed(4)
     layers = nn.ModuleList([nn.Linear(64, 64, bias=False) for _ in range(3)])
     before = [m.weight.detach().clone() for m in layers]
-    mover = Optimizer(OptimizerConfig(lr=0.01, weight_decay=0.5, momentum=0.9), layers)
+    optimizer = Optimizer(OptimizerConfig(lr=0.01, weight_decay=0.5, momentum=0.9), layers)
     grads = [torch.randn(64, 64) for _ in layers]
     for m, g in zip(layers, grads, strict=True):
         m.weight.grad = g.clone()
-    mover.step(0.5)
+    optimizer.step(0.5)
     for m, w, g in zip(layers, before, grads, strict=True):
-        moved = w * (1 - 0.01 * 0.5 * 0.5) - m.weight.detach()
-        assert moved.square().mean().sqrt().item() == pytest.approx(0.2 * 0.01 * 0.5, rel=0.15)
+        change = w * (1 - 0.01 * 0.5 * 0.5) - m.weight.detach()
+        assert change.square().mean().sqrt().item() == pytest.approx(0.2 * 0.01 * 0.5, rel=0.15)
         u, _, v = torch.linalg.svd(g)
-        cosine = (moved * (u @ v)).sum() / moved.norm() / (u @ v).norm()
+        cosine = (change * (u @ v)).sum() / change.norm() / (u @ v).norm()
         assert cosine > 0.97
         assert m.weight.grad is None
 
@@ -98,25 +98,25 @@ def test_momentum_is_nesterov() -> None:
     layer = nn.ModuleList([nn.Linear(8, 8, bias=False)])
     first, second = torch.randn(8, 8), torch.randn(8, 8)
     with kernels.forced({"muon": "fp32"}):
-        mover = Optimizer(OptimizerConfig(lr=0.1, weight_decay=0.0, momentum=0.9), layer)
+        optimizer = Optimizer(OptimizerConfig(lr=0.1, weight_decay=0.0, momentum=0.9), layer)
     for g in (first, second):
         before = layer[0].weight.detach().clone()
         layer[0].weight.grad = g.clone()
-        mover.step(1.0)
-    kept = 0.9 * (0.1 * first) + 0.1 * second
-    expected = orthogonalize((0.1 * second + 0.9 * kept)[None])[0] * 0.1 * 0.2 * math.sqrt(8)
+        optimizer.step(1.0)
+    momentum = 0.9 * (0.1 * first) + 0.1 * second
+    expected = orthogonalize((0.1 * second + 0.9 * momentum)[None])[0] * 0.1 * 0.2 * math.sqrt(8)
     assert torch.allclose(before - layer[0].weight.detach(), expected, atol=1e-6)
 
 
-def test_adamw_is_its_formula() -> None:
+def test_adamw_follows_its_formula() -> None:
     torch.manual_seed(5)
     model = tiny()
-    mover = Optimizer(OptimizerConfig("adamw", lr=0.01, weight_decay=0.3, beta1=0.8, beta2=0.9, eps=1e-6), model)
-    mean = {p.name: torch.zeros_like(p.parameter) for p in mover.placed}
-    square = {p.name: torch.zeros_like(p.parameter) for p in mover.placed}
+    optimizer = Optimizer(OptimizerConfig("adamw", lr=0.01, weight_decay=0.3, beta1=0.8, beta2=0.9, eps=1e-6), model)
+    mean = {p.name: torch.zeros_like(p.parameter) for p in optimizer.groups}
+    square = {p.name: torch.zeros_like(p.parameter) for p in optimizer.groups}
     for t in (1, 2, 3):
         expected = {}
-        for p in mover.placed:
+        for p in optimizer.groups:
             w = p.parameter.detach().clone()
             g = torch.randn_like(w)
             p.parameter.grad = g.clone()
@@ -124,12 +124,12 @@ def test_adamw_is_its_formula() -> None:
             square[p.name] = 0.9 * square[p.name] + 0.1 * g * g
             step = (mean[p.name] / (1 - 0.8**t)) / ((square[p.name] / (1 - 0.9**t)).sqrt() + 1e-6)
             expected[p.name] = w * (1 - 0.005 * p.weight_decay) - 0.005 * step
-        mover.step(0.5)
-        for p in mover.placed:
+        optimizer.step(0.5)
+        for p in optimizer.groups:
             assert torch.allclose(p.parameter, expected[p.name], atol=1e-6), p.name
 
 
-def test_who_gets_what() -> None:
+def test_parameter_groups() -> None:
     spec = OptimizerConfig(lr=0.02, embedding_lr=0.3, scalar_lr=0.004, weight_decay=0.1)
     by_name = {p.name: p for p in param_groups(spec, tiny())}
     q, table, head = (by_name[n] for n in ("stack.blocks.0.attention.q.weight", "tokens.weight", "heads.lm.weight"))
@@ -145,49 +145,49 @@ def test_who_gets_what() -> None:
     assert not any(p.muon for p in param_groups(OptimizerConfig("adamw"), tiny()))
 
 
-def test_a_tied_head_is_a_table() -> None:
+def test_a_tied_head_is_an_embedding_table() -> None:
     torch.manual_seed(0)
     config = replace(decoder_config(vocab_size=40, hidden_size=32, num_layers=1), tie_embeddings=True)
     tied = LM(config, CausalLM().heads(config))
-    placed = param_groups(OptimizerConfig(embedding_lr=0.5), tied)
-    assert [p.name for p in placed if p.parameter.shape == (40, 32)] == ["tokens.weight"]
-    assert next(p for p in placed if p.name == "tokens.weight").weight_decay == 0
+    groups = param_groups(OptimizerConfig(embedding_lr=0.5), tied)
+    assert [p.name for p in groups if p.parameter.shape == (40, 32)] == ["tokens.weight"]
+    assert next(p for p in groups if p.name == "tokens.weight").weight_decay == 0
 
 
 def test_clipping_scales_all_gradients_together() -> None:
     model = tiny()
-    mover = Optimizer(OptimizerConfig(max_grad_norm=1.0), model)
-    for p in mover.parameters:
+    optimizer = Optimizer(OptimizerConfig(max_grad_norm=1.0), model)
+    for p in optimizer.parameters:
         p.grad = torch.randn_like(p)
-    whole = torch.cat([p.grad.flatten() for p in mover.parameters])
-    assert mover.clip_grad_norm().item() == pytest.approx(whole.norm().item(), rel=1e-5)
-    clipped = torch.cat([p.grad.flatten() for p in mover.parameters])
+    whole = torch.cat([p.grad.flatten() for p in optimizer.parameters])
+    assert optimizer.clip_grad_norm().item() == pytest.approx(whole.norm().item(), rel=1e-5)
+    clipped = torch.cat([p.grad.flatten() for p in optimizer.parameters])
     assert torch.allclose(clipped, whole / whole.norm(), atol=1e-7)
     before = clipped.clone()
-    mover.clip_grad_norm()  # at the limit already: nothing to do but rounding
-    assert torch.allclose(torch.cat([p.grad.flatten() for p in mover.parameters]), before, rtol=1e-5)
+    optimizer.clip_grad_norm()  # at the limit already: only rounding
+    assert torch.allclose(torch.cat([p.grad.flatten() for p in optimizer.parameters]), before, rtol=1e-5)
 
 
 def test_state_and_restore_are_inverse() -> None:
     one, other = tiny(), tiny()
-    movers = [Optimizer(OptimizerConfig(), m) for m in (one, other)]
+    optimizers = [Optimizer(OptimizerConfig(), m) for m in (one, other)]
 
-    def both(mover: Optimizer, seed: int) -> None:
+    def take_step(optimizer: Optimizer, seed: int) -> None:
         generator = torch.Generator().manual_seed(seed)
-        for p in mover.parameters:
+        for p in optimizer.parameters:
             p.grad = torch.randn(p.shape, generator=generator)
-        mover.step(1.0)
+        optimizer.step(1.0)
 
-    both(movers[0], 1)
+    take_step(optimizers[0], 1)
     other.load_state_dict(one.state_dict())
-    movers[1].restore(movers[0].state())
-    for mover in movers:
-        both(mover, 2)
+    optimizers[1].restore(optimizers[0].state())
+    for optimizer in optimizers:
+        take_step(optimizer, 2)
     for a, b in zip(one.parameters(), other.parameters(), strict=True):
         assert torch.equal(a, b)
 
 
-def test_mistakes_are_named() -> None:
+def test_invalid_values_are_rejected_by_name() -> None:
     with pytest.raises(UserError, match=r"optimizer.beta2=1.0 must be at least 0 and below 1"):
         OptimizerConfig(beta2=1.0)
     with pytest.raises(UserError, match=r"optimizer\.lr=nan must be finite, above 0"):

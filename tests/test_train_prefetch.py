@@ -1,4 +1,4 @@
-"""Batches are made a step ahead in a thread: no bit changes, no error is lost, and no thread is left."""
+"""Batches are built one step ahead in a thread: results are bitwise equal, errors are raised, and the thread ends."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from data_room import TEXTS
-from train_room import Chains, OnPolicy, small_batches, small_model
+from train_helpers import Chains, OnPolicy, small_batches, small_model
 
 from firth.align.rollouts import RolloutSource
 from firth.data.shuffle import ExampleRNG
@@ -38,12 +38,12 @@ def rows(directory: Path) -> list[dict[str, object]]:
     return [{k: v for k, v in json.loads(line).items() if k not in TIMED} for line in lines]
 
 
-def running() -> set[str]:
+def thread_names() -> set[str]:
     return {thread.name for thread in threading.enumerate()}
 
 
 class Recorded(Chains):
-    """Notes which thread reads; what `then` does happens where the fifteenth example, the first of step 2, is read."""
+    """Records which thread reads; calls `then` when the fifteenth example, the first of step 2, is read."""
 
     def __init__(self, then: Callable[[], None] = lambda: None) -> None:
         self.threads: list[str] = []
@@ -59,10 +59,10 @@ class Recorded(Chains):
 def small_run(
     directory: Path, source: Source, evaluate: Callable[[LM, int], dict[str, float]] | None = None
 ) -> TrainingResult:
-    """Six steps of seven examples, each with a checkpoint."""
-    plan = TrainerConfig(save_every=1, eval_every=1 if evaluate else 0, precision="fp32")
+    """Train six steps of seven examples with a checkpoint at each."""
+    config = TrainerConfig(save_every=1, eval_every=1 if evaluate else 0, precision="fp32")
     return train(small_model(), small_batches().objective, small_batches(source), directory, budget=Budget(max_steps=6),
-                 config=plan, reporter=NullReporter(), evaluate=evaluate)  # type: ignore[arg-type]  # fmt: skip
+                 config=config, reporter=NullReporter(), evaluate=evaluate)  # type: ignore[arg-type]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -74,45 +74,56 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 SMALL = [
-    "model.hidden_size=32", "model.num_heads=2", "model.num_layers=1", "model.intermediate_size=48", "max_steps=5", "batch.size=4", "sample_prompts=[]",
-    "examples.max_length=48", "tokenizer.vocab_size=400", "evaluation.every=1", "evaluation.max_examples=8", "checkpoint.every=5", "precision=fp32",
-]  # fmt: skip
+    "model.hidden_size=32",
+    "model.num_heads=2",
+    "model.num_layers=1",
+    "model.intermediate_size=48",
+    "max_steps=5",
+    "batch.size=4",
+    "sample_prompts=[]",
+    "examples.max_length=48",
+    "tokenizer.vocab_size=400",
+    "evaluation.every=1",
+    "evaluation.max_examples=8",
+    "checkpoint.every=5",
+    "precision=fp32",
+]
 
 
 @pytest.mark.parametrize("name", ["gpt", "bert", "electra", "t5", "xlnet"])
 def test_losses_do_not_depend_on_the_thread(
     name: str, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """BERT's pairs draw in the thread while held-out pairs are drawn by the main thread."""
-    more = ["model.embedding_size=16"] if name == "electra" else []
-    recipe = load(name, [*SMALL, *more, f"data.path={text}", "data.validation_fraction=0.3"])
-    begun: list[int] = []
+    """BERT's sentence pairs are sampled in the thread while the main thread samples validation pairs."""
+    overrides = ["model.embedding_size=16"] if name == "electra" else []
+    recipe = load(name, [*SMALL, *overrides, f"data.path={text}", "data.validation_fraction=0.3"])
+    started: list[int] = []
     begin = Prefetcher.begin
-    monkeypatch.setattr(Prefetcher, "begin", lambda self, step: (begun.append(step), begin(self, step)))
-    run(recipe, tmp_path / "with", echo=lambda _: None)
-    assert begun == [1, 2, 3, 4]
+    monkeypatch.setattr(Prefetcher, "begin", lambda self, step: (started.append(step), begin(self, step)))
+    run(recipe, tmp_path / "with", log=lambda _: None)
+    assert started == [1, 2, 3, 4]
     monkeypatch.setattr(Prefetcher, "begin", lambda self, step: None)
-    run(recipe, tmp_path / "without", echo=lambda _: None)
+    run(recipe, tmp_path / "without", log=lambda _: None)
     assert rows(tmp_path / "with") == rows(tmp_path / "without")
-    ends = [load_checkpoint(tmp_path / way / "checkpoints" / "step-000005") for way in ("with", "without")]
+    ends = [load_checkpoint(tmp_path / name / "checkpoints" / "step-000005") for name in ("with", "without")]
     assert ends[0].state["random"] == ends[1].state["random"]
     for key, x in ends[0].files["model"].items():
         assert torch.equal(x, ends[1].files["model"][key]), key
 
 
-def test_only_batches_of_later_steps_are_made_ahead(tmp_path: Path) -> None:
+def test_only_batches_of_later_steps_are_built_ahead(tmp_path: Path) -> None:
     source = Recorded()
     small_run(tmp_path, source)
     assert source.threads == [MAIN] * 7 + [AHEAD] * 35
-    assert AHEAD not in running()
+    assert AHEAD not in thread_names()
 
 
 def test_on_policy_sources_are_read_by_the_main_thread(tmp_path: Path) -> None:
-    class Read(Recorded):
+    class OnPolicyRecorded(Recorded):
         def prepare(self, model: LM, step: int) -> dict[str, float]:
             return {}
 
-    source = Read()
+    source = OnPolicyRecorded()
     small_run(tmp_path, source)
     assert source.threads == [MAIN] * 42
 
@@ -128,8 +139,8 @@ def test_sources_know_whether_they_are_on_policy() -> None:
     assert RolloutSource.on_policy.fget(object.__new__(RolloutSource))  # type: ignore[attr-defined]
 
 
-def test_a_batch_made_and_not_trained_on_is_made_again(tmp_path: Path) -> None:
-    """The run is stopped in the evaluation of step 3, with the batch of step 4 made and no checkpoint of step 3."""
+def test_a_batch_that_was_not_trained_on_is_built_again(tmp_path: Path) -> None:
+    """The run stops in the validation of step 3, after the batch of step 4 was built and before step 3 is saved."""
     stopped = False
 
     def evaluate(_model: LM, step: int) -> dict[str, float]:
@@ -142,7 +153,7 @@ def test_a_batch_made_and_not_trained_on_is_made_again(tmp_path: Path) -> None:
     small_run(tmp_path / "whole", Chains(), lambda _model, _step: {"loss": 1.0})
     with pytest.raises(KeyboardInterrupt):
         small_run(tmp_path / "cut", Chains(), evaluate)
-    assert AHEAD not in running()
+    assert AHEAD not in thread_names()
     small_run(tmp_path / "cut", Chains(), evaluate)
     assert rows(tmp_path / "whole") == rows(tmp_path / "cut")
     ends = [load_checkpoint(tmp_path / way / "checkpoints" / "step-000006") for way in ("whole", "cut")]
@@ -160,36 +171,36 @@ def test_an_error_of_the_thread_is_raised_at_its_step(tmp_path: Path) -> None:
         small_run(tmp_path, Recorded(fail))
     assert [row["step"] for row in rows(tmp_path)] == [1, 2]
     assert (tmp_path / "checkpoints" / "step-000002").exists()
-    assert AHEAD not in running()
+    assert AHEAD not in thread_names()
 
 
 def test_a_second_ctrl_c_ends_the_wait_for_a_batch(tmp_path: Path) -> None:
-    """Both come while the thread makes the batch of step 2 and the main thread waits for it."""
+    """Both arrive while the thread builds the batch of step 2 and the main thread waits for it."""
 
     def interrupt() -> None:
-        time.sleep(0.3)  # meanwhile step 1 is trained
+        time.sleep(0.3)  # step 1 is trained meanwhile
         for _ in range(2):
             os.kill(os.getpid(), signal.SIGINT)
             time.sleep(0.1)
 
     with pytest.raises(KeyboardInterrupt):
         small_run(tmp_path, Recorded(interrupt))
-    assert AHEAD not in running()
+    assert AHEAD not in thread_names()
     assert small_run(tmp_path, Chains()).step == 6
 
 
-def test_each_thread_has_its_own_draws() -> None:
-    """What one thread draws does not move the stream of another."""
+def test_each_thread_has_its_own_random_state() -> None:
+    """Draws of one thread do not advance the stream of another."""
     draws = ExampleRNG(0, "view")
     first = draws.at(0, 7)
-    wanted = ExampleRNG(0, "view").at(0, 7).random(4)
+    expected = ExampleRNG(0, "view").at(0, 7).random(4)
     other: list[np.ndarray] = []
     thread = threading.Thread(target=lambda: other.append(draws.at(0, 7).random(4)))
     first.random(2)
     thread.start()
     thread.join()
-    assert np.array_equal(other[0], wanted)
-    assert np.array_equal(first.random(2), wanted[2:])
+    assert np.array_equal(other[0], expected)
+    assert np.array_equal(first.random(2), expected[2:])
 
 
 def test_torch_uses_one_thread_in_the_batch_thread() -> None:

@@ -1,4 +1,4 @@
-"""`firth train` on two ranks: what it reads before its first step, and how it waits and ends."""
+"""`firth train` on two ranks: preparation, waiting, failures and resuming."""
 
 from __future__ import annotations
 
@@ -29,27 +29,27 @@ SMALL = [
 
 
 def write_text(folder: Path) -> Path:
-    """Two dozen documents whose words differ, so that every share of a step has other frequencies."""
+    """Write two dozen documents with different words, so that every part of a step has other frequencies."""
     folder.mkdir()
     words = WORDS.split()
     for number in range(24):
-        turned = [words[(i * (number % 7 + 1) + number * number) % len(words)] for i in range(200)]
-        (folder / f"{number}.txt").write_text(" ".join(turned))
+        permuted = [words[(i * (number % 7 + 1) + number * number) % len(words)] for i in range(200)]
+        (folder / f"{number}.txt").write_text(" ".join(permuted))
     return folder
 
 
 @pytest.fixture(scope="module")
 def outcomes(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
-    """All jobs in one process that imports torch once: the folder of the runs, and how each job ended."""
+    """Run all jobs in one process that imports torch once; return the folder of the runs and the outcomes by job."""
     folder = tmp_path_factory.mktemp("ranks")
     text = write_text(folder / "text")
 
-    def job(name: str, world: int, *more: str, **how: Any) -> dict[str, Any]:
+    def job(name: str, world: int, *overrides: str, **options: Any) -> dict[str, Any]:
         return {
             "name": name,
             "world": world,
-            "arguments": [*SMALL, f"data.path={text}", "--out", str(folder / name), *more],
-        } | how
+            "arguments": [*SMALL, f"data.path={text}", "--out", str(folder / name), *overrides],
+        } | options
 
     jobs = [
         job("one", 1), job("accumulate", 1, "batch.gradient_accumulation_steps=2"), job("two", 2, hook="slow_first"),
@@ -71,11 +71,11 @@ def first_loss(folder: Path, name: str) -> float:
     return next(row["loss"] for row in rows if row["split"] == "train" and row["step"] == 1)
 
 
-def test_the_first_loss_is_the_same_on_any_ranks(outcomes: tuple[Path, dict[str, Any]]) -> None:
-    """The starting frequencies are those of whole steps: 3e-3 off when each rank counted its own share.
+def test_the_first_loss_does_not_depend_on_the_ranks(outcomes: tuple[Path, dict[str, Any]]) -> None:
+    """The initial label frequencies are those of whole steps: 3e-3 off when each rank counted its own share.
 
-    Two ranks compute what one rank computes in two micro-batches, so that difference is 0. A single batch adds the same
-    numbers in another order, which costs a last bit of fp32 (2.4e-7 at a loss of 3.7).
+    Two ranks compute what one rank computes in two micro-batches, so the difference is 0. A single batch adds the same
+    numbers in another order, which changes the last bit of fp32 (2.4e-7 at a loss of 3.7).
     """
     folder, ends = outcomes
     assert [ends[name]["codes"] for name in ("one", "two", "accumulate")] == [[0], [0, 0], [0]]
@@ -84,7 +84,7 @@ def test_the_first_loss_is_the_same_on_any_ranks(outcomes: tuple[Path, dict[str,
     assert abs(one - two) < 1e-6
 
 
-def test_the_first_loss_is_the_same_with_micro_batches(outcomes: tuple[Path, dict[str, Any]]) -> None:
+def test_the_first_loss_does_not_depend_on_micro_batches(outcomes: tuple[Path, dict[str, Any]]) -> None:
     """8e-4 off when the frequencies were those of the first micro-batch."""
     folder, _ = outcomes
     assert abs(first_loss(folder, "one") - first_loss(folder, "accumulate")) < 1e-5
@@ -94,8 +94,8 @@ def printed(folder: Path, name: str, rank: int) -> str:
     return (folder / f"{name}-{rank}.txt").read_text()
 
 
-def test_ranks_wait_longer_than_a_collective_may(outcomes: tuple[Path, dict[str, Any]]) -> None:
-    """Rank 0 prepares for 4.5 s, and collectives end after 3."""
+def test_ranks_wait_longer_than_the_collective_timeout(outcomes: tuple[Path, dict[str, Any]]) -> None:
+    """Rank 0 prepares for 4.5 s, and collectives time out after 3 s."""
     _, ends = outcomes
     assert ends["two"]["codes"] == [0, 0] and ends["two"]["seconds"] > 4.5
 
@@ -103,45 +103,45 @@ def test_ranks_wait_longer_than_a_collective_may(outcomes: tuple[Path, dict[str,
 def test_a_failure_of_rank_0_ends_the_others(outcomes: tuple[Path, dict[str, Any]]) -> None:
     folder, ends = outcomes
     assert ends["fails"]["codes"] == [2, 2]
-    assert printed(folder, "fails", 0) == "firth: this text is no text\n"
-    assert printed(folder, "fails", 1) == "firth: rank 0 failed: this text is no text\n"
+    assert printed(folder, "fails", 0) == "firth: this is not a text file\n"
+    assert printed(folder, "fails", 1) == "firth: rank 0 failed: this is not a text file\n"
 
 
 def test_a_stopped_rank_is_named_in_time(outcomes: tuple[Path, dict[str, Any]]) -> None:
-    """The stopped rank is still there when the other one has ended, and is killed by the test (-9)."""
+    """The stopped rank still exists when the other one has ended, and is killed by the test (-9)."""
     folder, ends = outcomes
     assert ends["stopped"]["codes"] == [2, -9]
     last = printed(folder, "stopped", 0).splitlines()[-1]
-    assert last.startswith("firth: rank 1 has given no sign of life for 1 s: it is stopped or out of reach; start all")
+    assert last.startswith("firth: rank 1 has sent no heartbeat for 1 s: it is stopped or cannot be reached; start all")
     assert (folder / "stopped" / "checkpoints" / "step-000001" / "manifest.json").exists()
 
 
-def test_a_rank_killed_in_a_save_leaves_whole_checkpoints(outcomes: tuple[Path, dict[str, Any]]) -> None:
-    """The next start takes the last whole checkpoint, and ends with the bits of a run that was not killed."""
+def test_a_rank_killed_in_a_save_leaves_valid_checkpoints(outcomes: tuple[Path, dict[str, Any]]) -> None:
+    """The next start resumes from the last valid checkpoint, bitwise equal to a run that was not killed."""
     folder, ends = outcomes
     assert ends["killed"]["codes"] == [-9, 2]
-    last = printed(folder, "killed", 1).splitlines()[-1]  # torch's own log comes before it
-    assert last.startswith("firth: rank 0, which holds the store of the ranks, has ended")
+    last = printed(folder, "killed", 1).splitlines()[-1]  # after torch's own log
+    assert last.startswith("firth: rank 0, which hosts the store of the ranks, has ended")
     assert ends["killed again"]["codes"] == [0, 0]
-    assert "going on from step-000001" in printed(folder, "killed again", 0)
+    assert "resuming from step-000001" in printed(folder, "killed again", 0)
     whole, again = (load(folder / name / "checkpoints" / "step-000002") for name in ("two", "killed"))
     assert whole.files.keys() == again.files.keys()
     for kind, tensors in whole.files.items():
         assert all(torch.equal(x, again.files[kind][name]) for name, x in tensors.items()), kind
 
 
-def test_a_failed_collective_names_the_rank_that_is_gone(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_collective_names_the_lost_rank(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(peer_watch, "GRACE_SECONDS", 0.1)
     store = TCPStore("127.0.0.1", 0, 1, True)
-    here = peer_watch.PeerWatch(store, 0, 2, silence=1)
-    assert "rank 1 has ended without an error of its own (killed?)" in str(here.explain(RuntimeError("closed")))
+    watch = peer_watch.PeerWatch(store, 0, 2, silence=1)
+    assert "rank 1 has ended without an error of its own (killed?)" in str(watch.explain(RuntimeError("closed")))
     store.set("firth/failed", "1 rank 1 failed: the file ends early")
-    assert str(here.explain(RuntimeError("closed"))) == "rank 1 failed: the file ends early"
-    here.close()
+    assert str(watch.explain(RuntimeError("closed"))) == "rank 1 failed: the file ends early"
+    watch.close()
 
 
 @pytest.mark.parametrize("text", ["soon", "0", "-1", "nan", "inf"])
-def test_the_timeout_of_ranks_is_a_number_of_seconds(monkeypatch: pytest.MonkeyPatch, text: str) -> None:
+def test_the_rank_timeout_must_be_a_positive_number(monkeypatch: pytest.MonkeyPatch, text: str) -> None:
     monkeypatch.setenv("FIRTH_RANK_TIMEOUT", text)
-    with pytest.raises(UserError, match=f"FIRTH_RANK_TIMEOUT={text}: give a number of seconds above 0"):
+    with pytest.raises(UserError, match=f"FIRTH_RANK_TIMEOUT={text} must be a number of seconds above 0"):
         peer_watch.silence_seconds()

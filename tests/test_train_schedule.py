@@ -1,4 +1,4 @@
-"""Shapes of the rate over a run, and lengths in steps, seconds and FLOPs."""
+"""Learning rate schedules, and budgets in steps, seconds and FLOPs."""
 
 import itertools
 import math
@@ -10,7 +10,7 @@ from firth.types import UserError
 
 
 @pytest.mark.parametrize("kind", ["cosine", "linear", "wsd", "constant"])
-def test_every_kind_warms_up_and_ends_at_its_floor(kind: str) -> None:
+def test_every_kind_warms_up_and_ends_at_the_minimum(kind: str) -> None:
     schedule = Schedule(kind, warmup_ratio=0.1, decay_ratio=0.3, min_lr_ratio=0.1)
     assert schedule.factor(0.0) == 0
     assert schedule.factor(0.05) == pytest.approx(0.5)
@@ -20,24 +20,24 @@ def test_every_kind_warms_up_and_ends_at_its_floor(kind: str) -> None:
     assert all(a >= b for a, b in itertools.pairwise(after))
 
 
-def test_the_middle_of_each_fall() -> None:
+def test_the_middle_of_each_decay() -> None:
     assert Schedule("cosine", warmup_ratio=0.0).factor(0.25) == pytest.approx((1 + math.cos(math.pi / 4)) / 2)
     assert Schedule("linear", warmup_ratio=0.2).factor(0.6) == pytest.approx(0.5)
     assert Schedule("wsd", warmup_ratio=0.0, decay_ratio=0.4).factor(0.6) == 1
     assert Schedule("wsd", warmup_ratio=0.0, decay_ratio=0.4).factor(0.9) == pytest.approx(0.25)
 
 
-def test_a_length_is_steps_seconds_or_flops() -> None:
+def test_a_budget_is_in_steps_seconds_or_flops() -> None:
     assert Budget(max_steps=200).passed(50, 1e9) == 0.25
     assert Budget(max_seconds=60).passed(10**9, 15) == 0.25
     assert Budget(max_seconds=60).passed(0, 61) == 1
     assert Budget(max_flops=1e12).passed(10**9, 1e9, 2.5e11) == 0.25
-    for wrong in ({}, {"steps": 1, "seconds": 1.0}, {"seconds": 1.0, "flops": 1e9}):
+    for wrong in ({}, {"max_steps": 1, "max_seconds": 1.0}, {"max_seconds": 1.0, "max_flops": 1e9}):
         with pytest.raises(UserError, match="exactly one"):
             Budget(**wrong)
 
 
-def test_mistakes_are_named() -> None:
+def test_invalid_values_are_rejected_by_name() -> None:
     with pytest.raises(UserError, match=r"schedule.kind is 'cosin'"):
         Schedule("cosin")
     with pytest.raises(UserError, match=r"schedule.warmup_ratio=100 must be at least 0 and at most 1"):

@@ -1,7 +1,7 @@
-"""Which token deserves what: from rewards to advantages and returns.
+"""Advantage estimation: from per-token rewards to advantages and returns.
 
-Numbers are laid out as `(N, T)`, one row per sampled answer, with `real` (N, T) True on its tokens (a prefix of the
-row). An answer ends the episode, also where it was cut off at its greatest length, as in InstructGPT.
+Arrays have shape (N, T), one row per sampled answer, with `real` (N, T) True on its tokens (a prefix of the row). An answer ends
+the episode, also where it was truncated at the maximum length, as in InstructGPT.
 
 >>> real = np.array([[True, True, True]])
 >>> rewards, values = np.array([[0.0, 0.0, 1.0]]), np.array([[0.5, 0.5, 0.5]])
@@ -20,29 +20,42 @@ from firth.types import UserError
 
 
 class AdvantageEstimator(Protocol):
-    """Assigns credit."""
+    """Computes advantages and returns from rewards."""
 
     def __call__(
         self, rewards: np.ndarray, values: np.ndarray, real: np.ndarray, group: int
     ) -> tuple[np.ndarray, np.ndarray]:
-        """rewards, values, real (N, T), answers to one prompt in runs of `group` rows -> advantages, returns (N, T)."""
+        """Compute advantages and returns.
+
+        Args:
+            rewards: Reward of each token, (N, T).
+            values: Value estimate of each token, (N, T).
+            real: True on the tokens of the answers, (N, T).
+            group: Number of consecutive rows that answer one prompt.
+
+        Returns:
+            Advantages and returns, (N, T) each.
+        """
 
 
 def whiten(x: np.ndarray, real: np.ndarray) -> np.ndarray:
-    """Mean 0 and standard deviation 1 over the real entries, 0 elsewhere."""
-    there = x[real]
-    return np.where(real, (x - there.mean()) / (there.std() + 1e-8), 0.0)
+    """Normalize to mean 0 and standard deviation 1 over the real entries; 0 elsewhere."""
+    entries = x[real]
+    return np.where(real, (x - entries.mean()) / (entries.std() + 1e-8), 0.0)
 
 
 @dataclass(frozen=True)
 class GAE:
-    """Generalised advantage estimation (Schulman 2016, equation 16): for PPO, with a value estimate per token.
+    """Generalized advantage estimation (Schulman 2016, equation 16), for PPO with a value estimate per token.
 
     d_t = r_t + gamma v_{t+1} - v_t,  A_t = d_t + gamma lam A_{t+1},  return_t = A_t + v_t; nothing follows the end.
-    gamma: how much a reward one token later is worth. lam: 0 trusts the value estimate, 1 the sampled rewards.
-    value_lam: the same for the returns that the value estimate learns; None means `lam`. (Yuan 2025, "What's behind PPO's
-    collapse in long-CoT?": 1 gives targets that do not depend on the estimate itself.)
-    whiten: advantages of mean 0 and standard deviation 1 over all tokens of the phase.
+
+    Args:
+        gamma: Discount of a reward one token later.
+        lam: 0 relies on the value estimate, 1 on the sampled rewards.
+        whiten: Whether to normalize the advantages over all tokens of the rollout batch.
+        value_lam: `lam` for the returns that the value estimate is trained on; None: `lam`. With 1 these targets do not depend on
+            the estimate itself (Yuan 2025, "What's behind PPO's collapse in long-CoT?").
     """
 
     gamma: float = 1.0
@@ -55,14 +68,16 @@ class GAE:
     ) -> tuple[np.ndarray, np.ndarray]:
         values = np.where(real, values, 0.0)
         after = np.concatenate((values[:, 1:], np.zeros_like(values[:, :1])), 1)
-        surprise = np.where(real, rewards + self.gamma * after - values, 0.0)
-        advantage = discounted_returns(surprise, self.gamma * self.lam)
-        far = advantage if self.value_lam is None else discounted_returns(surprise, self.gamma * self.value_lam)
-        return (whiten(advantage, real) if self.whiten else advantage), far + values
+        td_error = np.where(real, rewards + self.gamma * after - values, 0.0)
+        advantage = discounted_returns(td_error, self.gamma * self.lam)
+        return_advantage = (
+            advantage if self.value_lam is None else discounted_returns(td_error, self.gamma * self.value_lam)
+        )
+        return (whiten(advantage, real) if self.whiten else advantage), return_advantage + values
 
 
 def discounted_returns(x: np.ndarray, discount: float = 1.0) -> np.ndarray:
-    """The discounted sum of each entry and those behind it in its row: (N, T).
+    """Return the discounted sum of each entry and the later ones in its row: (N, T).
 
     >>> discounted_returns(np.array([[1.0, 2.0, 4.0]]), 0.5).tolist()
     [[3.0, 4.0, 4.0]]
@@ -75,11 +90,13 @@ def discounted_returns(x: np.ndarray, discount: float = 1.0) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Baseline:
-    """The whole reward of an answer less what the others got: for REINFORCE, without a value estimate.
+    """Reward of a whole answer minus a leave-one-out baseline (Kool 2019, RLOO), for REINFORCE without a value estimate.
 
-    The baseline is the mean of the *other* answers to the same prompt, or of the other answers of the phase if each
-    prompt has one (leave one out; Kool 2019, RLOO): it does not depend on the answer itself, so the gradient stays
-    unbiased. whiten: divide by the standard deviation over the phase, a mere change of the step's length.
+    The baseline is the mean reward of the *other* answers to the same prompt, or of all other answers of the rollout batch if
+    each prompt has one. It does not depend on the answer itself, so the gradient stays unbiased.
+
+    Args:
+        whiten: Whether to divide by the standard deviation over the rollout batch, which only scales the step.
     """
 
     whiten: bool = False
@@ -87,12 +104,14 @@ class Baseline:
     def __call__(
         self, rewards: np.ndarray, values: np.ndarray, real: np.ndarray, group: int
     ) -> tuple[np.ndarray, np.ndarray]:
-        whole = np.where(real, rewards, 0.0).sum(1)
-        together = whole.reshape(-1, group if group > 1 else len(whole))
-        n = together.shape[1]
+        total = np.where(real, rewards, 0.0).sum(1)
+        by_group = total.reshape(-1, group if group > 1 else len(total))
+        n = by_group.shape[1]
         if n < 2:
-            raise UserError("a baseline needs at least two answers in a phase: raise `answers` or `group`")
-        gain = (together - (together.sum(1, keepdims=True) - together) / (n - 1)).ravel()
+            raise UserError(
+                "a baseline needs at least two answers: raise examples.rollout_size or examples.num_generations"
+            )
+        advantage = (by_group - (by_group.sum(1, keepdims=True) - by_group) / (n - 1)).ravel()
         if self.whiten:
-            gain = gain / (gain.std() + 1e-8)
-        return np.where(real, gain[:, None], 0.0), np.where(real, whole[:, None], 0.0)
+            advantage = advantage / (advantage.std() + 1e-8)
+        return np.where(real, advantage[:, None], 0.0), np.where(real, total[:, None], 0.0)

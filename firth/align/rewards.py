@@ -1,13 +1,12 @@
-"""Who says what is good: a stated scorer, a reward model, and comparisons made from either.
+"""Rewards of sampled answers (functions and reward models), and preference pairs sampled from them.
 
-A `Judge` gives one number to each sampled answer. `Truth` reads the number off the text with a function that everybody
-can see (in life there is none: it stands in for people, so that a method can be held to what was really wanted);
-`RewardModel` has learnt it from comparisons (`firth.objectives.reward_model`). `prefer` asks a judge to compare, with a
-stated amount of human inconstancy.
+A `RewardFunction` gives one number to each sampled answer. `FunctionReward` computes it from the text with a given function (a
+ground truth for experiments, in place of human judgment); `RewardModel` is trained on preferences
+(`firth.objectives.reward_model`). `sample_preference` compares answers by their rewards, with a given amount of noise.
 
-    truth = Truth(lambda text: float(text.endswith(".")))
-    comparisons = prefer(first, second, truth, tokenizer=tokenizer, noise=1.0, rng=rng)      # Bradley-Terry
-    source = Comparisons(comparisons)          # {"chosen_tokens", "chosen_mask", "rejected_tokens", "rejected_mask"}
+    truth = FunctionReward(lambda text: float(text.endswith(".")))
+    pairs = sample_preference(first, second, truth, tokenizer=tokenizer, noise=1.0, rng=rng)      # Bradley-Terry
+    source = PreferencePairs(pairs)          # {"chosen_tokens", "chosen_mask", "rejected_tokens", "rejected_mask"}
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ import numpy as np
 
 from firth.data.source import Source
 from firth.data.split import content_key
-from firth.generate.decoding import attention_pattern_of, rectangle
+from firth.generate.decoding import inference_mode, rectangle
 from firth.generate.streaming import Completion
 from firth.model.model import LM
 from firth.objectives.reward_model import rewards
@@ -37,7 +36,14 @@ Scorer = Callable[[str], float]
 
 @dataclass(frozen=True, eq=False)
 class Rollout:
-    """An answer as a judge sees it: prompt (m,) and answer (n,) token ids, the stop token included where `finished`."""
+    """A sampled answer.
+
+    Args:
+        prompt: Token ids of the prompt, (m,).
+        answer: Token ids of the answer, (n,), including the stop token if `finished`.
+        text: Text of the answer.
+        finished: Whether the answer ended with a stop token.
+    """
 
     prompt: np.ndarray
     answer: np.ndarray
@@ -45,9 +51,9 @@ class Rollout:
     finished: bool
 
     @staticmethod
-    def of(prompt: np.ndarray, written: Completion) -> Rollout:
-        """A prompt and what the engine wrote after it."""
-        return Rollout(np.asarray(prompt, np.int32), written.tokens, written.text, written.finish == "stop")
+    def of(prompt: np.ndarray, completion: Completion) -> Rollout:
+        """Build a rollout from a prompt and the engine's completion of it."""
+        return Rollout(np.asarray(prompt, np.int32), completion.tokens, completion.text, completion.finish == "stop")
 
     @property
     def tokens(self) -> np.ndarray:
@@ -61,51 +67,51 @@ class Rollout:
 
 
 class RewardError(UserError):
-    """A judge that raised, or that returned no finite number, for one sample."""
+    """A reward function raised an error, or returned a number that is not finite, for one sample."""
 
-    def __init__(self, sample: Rollout, fault: str) -> None:
-        super().__init__(f"the reward {fault} for the answer {_quoted(sample.text)}; correct the reward")
-        self.sample, self.fault = sample, fault
+    def __init__(self, sample: Rollout, problem: str) -> None:
+        super().__init__(f"the reward {problem} for the answer {_quoted(sample.text)}; correct the reward function")
+        self.sample, self.problem = sample, problem
 
 
-QUOTED_CHARACTERS = 200
-"""The most characters of a prompt or an answer in an error."""
+MAX_QUOTED_CHARACTERS = 200
+"""Maximum number of characters of a prompt or an answer in an error message."""
 
 
 def _quoted(text: str) -> str:
-    return repr(text if len(text) <= QUOTED_CHARACTERS else text[:QUOTED_CHARACTERS] + "...")
+    return repr(text if len(text) <= MAX_QUOTED_CHARACTERS else text[:MAX_QUOTED_CHARACTERS] + "...")
 
 
 class RewardFunction(Protocol):
     """Scores answers."""
 
     def __call__(self, samples: Sequence[Rollout]) -> np.ndarray:
-        """One number per sample: (N,) float32. Raises RewardError for a sample that it cannot score."""
+        """Return one number per sample, (N,) float32. Raises RewardError for a sample that it cannot score."""
 
 
-def score_rollouts(judge: RewardFunction, samples: Sequence[Rollout], tokenizer: Tokenizer) -> np.ndarray:
-    """The judge's scores: (N,) float64.
+def score_rollouts(reward_function: RewardFunction, samples: Sequence[Rollout], tokenizer: Tokenizer) -> np.ndarray:
+    """Return the rewards of some answers: (N,) float64.
 
     Raises:
-        UserError: The judge raised RewardError, or a score is not finite; it names the prompt and the answer.
+        UserError: The reward function raised RewardError, or a reward is not finite; the error names the prompt and the answer.
     """
     try:
-        scores = np.asarray(judge(samples), np.float64)
+        scores = np.asarray(reward_function(samples), np.float64)
         for score, sample in zip(scores.tolist(), samples, strict=True):
             if not math.isfinite(score):
                 raise RewardError(sample, f"returned {score}")
     except RewardError as error:
         prompt = tokenizer.decode(error.sample.prompt.tolist())
         raise UserError(
-            f"the reward {error.fault} for the prompt {_quoted(prompt)} and the answer {_quoted(error.sample.text)}; correct "
-            "the reward and run the same command again"
+            f"the reward {error.problem} for the prompt {_quoted(prompt)} and the answer {_quoted(error.sample.text)}; correct "
+            "the reward function and run the same command again"
         ) from error
     return scores
 
 
 @dataclass(frozen=True)
 class FunctionReward:
-    """A judge that reads the score off the text."""
+    """A reward that is computed from the text by a function."""
 
     scorer: Scorer
 
@@ -123,14 +129,20 @@ class FunctionReward:
 
 @dataclass(frozen=True, eq=False)
 class RewardModel:
-    """A judge that has learnt from comparisons: (score - mean) / scale.
+    """A reward model trained on preferences: (score - mean) / scale.
 
-    A reward model knows differences only; its zero and its unit are whatever training left. `normalised` sets them by
-    reference answers, so that a KL penalty means the same whichever reward model stands beside it.
+    Preferences determine only differences of scores. `normalized` sets zero and unit by reference answers, so that a KL penalty has
+    the same weight with any reward model.
+
+    Args:
+        model: The model, with a reward head.
+        batch_size: Answers per forward pass.
+        mean: Score that maps to 0.
+        scale: Difference of scores that maps to 1.
     """
 
     model: LM
-    rows: int = 32
+    batch_size: int = 32
     mean: float = 0.0
     scale: float = 1.0
 
@@ -138,23 +150,28 @@ class RewardModel:
         scores = np.zeros(len(samples), np.float32)
         order = sorted(range(len(samples)), key=lambda i: -len(samples[i].tokens))
         device = self.model.tokens.weight.device
-        with attention_pattern_of(self.model):
-            for first in range(0, len(order), self.rows):
-                index = order[first : first + self.rows]
+        with inference_mode(self.model):
+            for first in range(0, len(order), self.batch_size):
+                index = order[first : first + self.batch_size]
                 batch = rectangle([samples[i].tokens for i in index], device)
                 scores[index] = rewards(self.model, self.model(batch), batch).cpu().numpy()
         return (scores - np.float32(self.mean)) / np.float32(self.scale)
 
     def normalized(self, samples: Sequence[Rollout]) -> RewardModel:
-        """The same judge with mean 0 and standard deviation 1 on these samples."""
+        """Return the reward model scaled to mean 0 and standard deviation 1 on some answers."""
         scores = self(samples) * self.scale + self.mean
         return replace(self, mean=float(scores.mean()), scale=float(scores.std()) or 1.0)
 
 
 @dataclass(frozen=True, eq=False)
 class PreferencePair:
-    """Two answers to one prompt, one of them preferred. margin: the judge's score of the chosen less the rejected's;
-    below zero where noise has turned the preference round."""
+    """Two answers to one prompt, one of them preferred.
+
+    Args:
+        chosen: The preferred answer.
+        rejected: The other answer.
+        margin: Reward of `chosen` minus that of `rejected`; negative where noise has reversed the preference.
+    """
 
     chosen: Rollout
     rejected: Rollout
@@ -164,70 +181,76 @@ class PreferencePair:
 def sample_preference(
     first: Sequence[Rollout],
     second: Sequence[Rollout],
-    judge: RewardFunction,
+    reward_function: RewardFunction,
     *,
     tokenizer: Tokenizer,
     noise: float = 0.0,
     rng: np.random.Generator,
 ) -> list[PreferencePair]:
-    """Compare answers pairwise. noise 0 prefers the higher score, and leaves ties out; above it, the first is preferred
-    with probability sigma((score_1 - score_2) / noise) (Bradley & Terry 1952). Equal answers are left out.
+    """Sample preferences between pairs of answers. Equal answers are left out.
+
+    Args:
+        first: Answers, N.
+        second: Answers to the same prompts, N.
+        reward_function: Scores the answers.
+        tokenizer: Decodes them for error messages.
+        noise: 0 prefers the higher reward, and leaves ties out; above 0, the first answer is preferred with probability
+            sigma((reward_1 - reward_2) / noise) (Bradley & Terry 1952).
+        rng: Random generator.
 
     Raises:
-        UserError: The judge cannot score an answer, or two answers have different prompts.
+        UserError: An answer cannot be scored, or two answers have different prompts.
     """
     drawn = rng.random(len(first))
     kept = []
-    scores = zip(*(score_rollouts(judge, side, tokenizer) for side in (first, second)), strict=True)
+    scores = zip(*(score_rollouts(reward_function, side, tokenizer) for side in (first, second)), strict=True)
     for a, b, (x, y), u in zip(first, second, scores, drawn, strict=True):
         if not np.array_equal(a.prompt, b.prompt):
-            raise UserError("only answers to the same prompt can be compared")
-        apart = float(x) - float(y)
-        if np.array_equal(a.answer, b.answer) or (noise == 0 and apart == 0):
+            raise UserError("the two answers of a preference must have the same prompt")
+        margin = float(x) - float(y)
+        if np.array_equal(a.answer, b.answer) or (noise == 0 and margin == 0):
             continue
-        wins = apart > 0 if noise == 0 else bool(u < 1 / (1 + np.exp(-apart / noise)))
-        kept.append(PreferencePair(a, b, apart) if wins else PreferencePair(b, a, -apart))
+        wins = margin > 0 if noise == 0 else bool(u < 1 / (1 + np.exp(-margin / noise)))
+        kept.append(PreferencePair(a, b, margin) if wins else PreferencePair(b, a, -margin))
     return kept
 
 
 class PreferencePairs(Source):
-    """Comparisons as examples of reward models and DPO: chosen and rejected rows of tokens with their masks."""
+    """Preference pairs as examples for reward models and DPO: chosen and rejected rows of tokens with their masks."""
 
-    def __init__(self, comparisons: Sequence[PreferencePair]) -> None:
-        self.comparisons = list(comparisons)
+    def __init__(self, pairs: Sequence[PreferencePair]) -> None:
+        self.pairs = list(pairs)
 
     @property
     def group_ids(self) -> np.ndarray:
-        keys = [content_key(" ".join(map(str, one.chosen.prompt.tolist()))) for one in self.comparisons]
+        keys = [content_key(" ".join(map(str, one.chosen.prompt.tolist()))) for one in self.pairs]
         return np.array(keys, np.uint64)
 
     def __len__(self) -> int:
-        return len(self.comparisons)
+        return len(self.pairs)
 
     def __getitem__(self, index: int) -> Example:
-        sides = {"chosen": self.comparisons[index].chosen, "rejected": self.comparisons[index].rejected}
+        sides = {"chosen": self.pairs[index].chosen, "rejected": self.pairs[index].rejected}
         tokens = {f"{side}_tokens": sample.tokens for side, sample in sides.items()}
         return tokens | {f"{side}_mask": sample.mask for side, sample in sides.items()}
 
 
-def write_preference_pairs(
-    comparisons: Iterable[PreferencePair], path: Path, request: Callable[[np.ndarray], str]
-) -> None:
-    """Write preferences as every reader of preferences has them, one JSON record a line.
+def write_preference_pairs(pairs: Iterable[PreferencePair], path: Path, request: Callable[[np.ndarray], str]) -> None:
+    """Write preference pairs in the common format for preferences, one JSON record per line.
 
     {"prompt": "Who paints?", "chosen": "The otter.", "rejected": "Who?", "margin": 0.7, "tokens": {"prompt": [...], "chosen":
     [...], "rejected": [...]}, "finished": {"chosen": true, "rejected": false}}
 
-    `firth train reward_model` and `dpo` encode the three texts anew, with the stop token behind both answers. The segment "sampled"
-    reads the tokens (`read_comparisons`), which are exactly what was sampled.
+    The recipes `reward_model` and `dpo` encode the three texts again, with the stop token after both answers. With
+    examples=sampled_preferences they read the tokens (`read_preference_pairs`), which are exactly those that were sampled.
 
     Args:
-        comparisons: What to write.
-        path: A file of JSON lines.
-        request: The text of a prompt, from its tokens (n,): what the user said, without the chat template.
+        pairs: The pairs.
+        path: The JSONL file to write.
+        request: Decodes a prompt (n,) to the user's text, without the chat template.
     """
     with path.open("w", encoding="utf-8") as file:
-        for one in comparisons:
+        for one in pairs:
             sides = {"chosen": one.chosen, "rejected": one.rejected}
             record: dict[str, Any] = {"prompt": request(one.chosen.prompt)} | {
                 side: sample.text for side, sample in sides.items()
@@ -242,7 +265,11 @@ def write_preference_pairs(
 
 
 def read_preference_pairs(path: Path) -> list[PreferencePair]:
-    """The comparisons that `write_comparisons` wrote, by their tokens; UserError with file and line for another record."""
+    """Read the tokens of the pairs that `write_preference_pairs` wrote.
+
+    Raises:
+        UserError: A line is not such a record; the error names file and line.
+    """
     found = []
     for n, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
         if not line:
@@ -257,7 +284,7 @@ def read_preference_pairs(path: Path) -> list[PreferencePair]:
             found.append(PreferencePair(chosen, rejected, record["margin"]))
         except (json.JSONDecodeError, KeyError, TypeError) as error:
             raise UserError(
-                f"{path}:{n}: not a comparison of answers that firth sampled, with their tokens ({error}): delete the file to "
-                "make it anew, or read its texts with examples=preferences"
+                f"{path}:{n}: this is not a pair of answers that firth sampled, with their tokens ({error}): delete the file to "
+                "create it again, or read its texts with examples=preferences"
             ) from error
     return found

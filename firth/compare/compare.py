@@ -1,20 +1,20 @@
-"""The arena: recipes that learn from one text, with one tokenizer and equal compute, and are then asked the same.
+"""Compare pretraining recipes on one text with one tokenizer and equal compute.
 
     firth compare roberta electra gpt t5 --max-flops 4e12 --seeds 3
     firth compare gpt lstm data.path=mine/ --max-seconds 120 --probe none
 
-Every recipe is trained from nothing for each share of the compute and each seed. Each is then finetuned on the same labels
-(`Classification`, read where the shape has it read), beside the same shape from random numbers; asked for the same hidden
-tokens (`firth.evaluate.cloze`); and, where its objective asks every token from the left, scored in bits per byte of held-out
-text. This is figure 1 of ELECTRA (Clark 2020) on one's own text. Each point is a run of its own and no checkpoint of a
-longer one: the rate falls towards the end of a run, and what it had in the middle looks poorer than the same compute can do.
+Every recipe is trained from scratch for each share of the compute and each seed. Each model is then finetuned on the same
+labeled records (`Classification`), as is a randomly initialized model of the same config; evaluated on the same hidden
+tokens (`firth.evaluate.cloze`); and, if its objective is causal, scored in bits per byte of held-out text. This is figure 1
+of ELECTRA (Clark 2020) on your own text. Each point is a run of its own, not a checkpoint of a longer run: the learning
+rate decays over a run, so a checkpoint from its middle is worse than a run with the same compute.
 
-    OUT/runs/NAME/share-0.25/seed-0/      a run directory; its checkpoints go when it has ended
-    OUT/scores/NAME/...json               what came of it; what is there is not done again
+    OUT/runs/NAME/share-0.25/seed-0/      a run directory; its checkpoints are deleted when it has ended
+    OUT/scores/NAME/...json               its scores; existing scores are not computed again
     OUT/table.md  results.json  report.html
 
-What would not fit is refused before anything is trained. Labels drawn anew for each seed are the same for all recipes,
-so differences between two recipes are taken seed by seed (`firth.compare.statistics`).
+Incompatible recipes are rejected before anything is trained. The labeled records are drawn for each seed and are the same
+for all recipes, so two recipes are compared by their differences per seed (`firth.compare.statistics`).
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from firth.compare.probe_dataset import MOST, ProbeDataset, draw_probe
+from firth.compare.probe_dataset import MAX_TEST_RECORDS, ProbeDataset, draw_probe
 from firth.compare.report import write_comparison
 from firth.compare.statistics import Score
 from firth.evaluate import cloze
@@ -42,34 +42,38 @@ from firth.objectives.classification import Classification, readout_of
 from firth.pretrained.load_save import load_model
 from firth.report.charts import number
 from firth.runs import config_io, examples
-from firth.runs import recipe as recipes
 from firth.runs.compatibility import check_pattern
 from firth.runs.labeled_examples import LabeledConfig
-from firth.runs.prepare import DataConfig, Echo, RunData
+from firth.runs.prepare import DataConfig, RunData
 from firth.runs.recipe import CheckpointConfig, EvalConfig, Recipe, TokenizerConfig
+from firth.runs.recipe import load as load_recipe
 from firth.runs.run import run
 from firth.runs.tokenizer import check_vocab, sentinels_of, tokenizer_of
 from firth.tokenizer.tokenizer import Tokenizer
 from firth.train.schedule import Budget
-from firth.types import UserError
+from firth.types import LogLine, UserError
 from firth.validated import PositiveInt, Ranged, ShareAboveZero
 
 PROBE = "probe."
-"""How the settings of the finetuning begin on the command line."""
+"""Prefix of the finetuning settings on the command line."""
 
 NONE = "none"
-"""The probe that is none."""
+"""Value of `probe` for no finetuning."""
 
-HIDDEN, LONGEST = 512, 64
-"""Hidden tokens that are asked, and the tokens of the text that each stands in, at most."""
+CLOZE_ITEMS, MAX_CLOZE_TOKENS = 512, 64
+"""Most hidden tokens, and most tokens of the text around each."""
 
 
 @dataclass(frozen=True)
 class ComparisonConfig(Ranged):
-    """On what terms the recipes meet.
+    """Configuration of a comparison.
 
-    compute: what each run gets, seconds or FLOPs. shares: of it, each a run of its own. seeds: how many.
-    probe: records with a class, by file or name (`firth.compare.probe_dataset`); "none" for no finetuning. labels: to learn from.
+    Args:
+        compute: Budget of each run, in seconds or FLOPs.
+        shares: Shares of the compute, each a run of its own.
+        seeds: Number of seeds.
+        probe: Labeled records, by file or name (`firth.compare.probe_dataset`); "none" for no finetuning.
+        labels: Number of labeled records to finetune on.
     """
 
     compute: Budget
@@ -81,17 +85,18 @@ class ComparisonConfig(Ranged):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.compute.max_steps:
-            raise UserError("steps of two recipes are not equally dear: compare them by --seconds or --flops")
+            raise UserError("steps of two recipes do not cost the same: compare them by --seconds or --flops")
         if not self.shares:
             raise UserError("--shares is empty: give at least one share of the compute, as in 0.25,0.5,1")
 
-    def length(self, share: float) -> Budget:
-        """A share of the compute."""
+    def budget(self, share: float) -> Budget:
+        """Return the budget of a run at a share of the compute."""
         return Budget(max_seconds=self.compute.max_seconds * share, max_flops=self.compute.max_flops * share)
 
 
 def parse_shares(text: str) -> tuple[float, ...]:
-    """
+    """Parse comma-separated shares of the compute.
+
     >>> parse_shares("0.25, 1")
     (0.25, 1.0)
     """
@@ -105,259 +110,308 @@ def parse_shares(text: str) -> tuple[float, ...]:
 
 @dataclass(frozen=True)
 class ComparisonRun:
-    """Everything settled: what each contender runs, the hidden tokens that they are asked (`floor`: what the commonest token
-    gets), and by what they are finetuned (`drawn` None: by nothing)."""
+    """Comparison with all recipes and data resolved.
 
-    terms: ComparisonConfig
+    Args:
+        config: The configuration.
+        out: Output directory.
+        tokenizer: The common tokenizer.
+        recipes: The pretraining recipes by name.
+        cloze_items: The hidden tokens.
+        cloze_baseline: Accuracy of always predicting the most frequent token.
+        probe_recipe: The finetuning recipe.
+        probe_data: The finetuning data; None for no finetuning.
+    """
+
+    config: ComparisonConfig
     out: Path
     tokenizer: Tokenizer
-    contenders: Mapping[str, Recipe]
-    hidden: Sequence[ClozeItem]
-    floor: float
-    probe: Recipe
-    drawn: ProbeDataset | None
+    recipes: Mapping[str, Recipe]
+    cloze_items: Sequence[ClozeItem]
+    cloze_baseline: float
+    probe_recipe: Recipe
+    probe_data: ProbeDataset | None
 
     def pretraining(self, name: str, share: float, seed: int) -> Recipe:
-        """A contender's run."""
-        return dataclasses.replace(self.contenders[name], name=name, budget=self.terms.length(share), seed=seed)
+        """Return the recipe of a pretraining run."""
+        return dataclasses.replace(self.recipes[name], name=name, budget=self.config.budget(share), seed=seed)
 
     def finetuning(self, name: str, seed: int, start: str = "") -> Recipe:
-        """Its finetuning from a run, or from random weights; the answer is read where its objective has it read."""
-        contender = self.contenders[name]
-        assert contender.model is not None and self.drawn is not None
-        at = readout_of(contender.model, contender.objective.attention_pattern())
+        """Return the recipe of a finetuning run.
+
+        The head reads the position that suits the attention pattern of the pretraining objective.
+
+        Args:
+            name: The pretraining recipe.
+            seed: The seed.
+            start: The pretraining run; empty for random weights.
+        """
+        pretraining, probe = self.recipes[name], self.probe_data
+        assert pretraining.model is not None and probe is not None
+        position = readout_of(pretraining.model, pretraining.objective.attention_pattern())
+        max_length = min(probe.examples.max_length, pretraining.model.max_positions)
         return dataclasses.replace(
-            self.probe, objective=Classification(class_names=self.drawn.classes, position=at), data=self.drawn.source(seed), init_from=start,
-            examples=dataclasses.replace(self.drawn.cut, max_length=min(self.drawn.cut.max_length, contender.model.max_positions)),
-            model=None if start else dataclasses.replace(contender.model, memory_length=0),
-            tokenizer=contender.tokenizer, seed=seed,
+            self.probe_recipe, objective=Classification(class_names=probe.classes, position=position),
+            data=probe.data(seed), init_from=start, examples=dataclasses.replace(probe.examples, max_length=max_length),
+            model=None if start else dataclasses.replace(pretraining.model, memory_length=0),
+            tokenizer=pretraining.tokenizer, seed=seed,
         )  # fmt: skip
 
 
 def compare(
-    names: Sequence[str], settings: Sequence[str], terms: ComparisonConfig, out: Path, echo: Echo = print
+    names: Sequence[str], settings: Sequence[str], config: ComparisonConfig, out: Path, echo: LogLine = print
 ) -> str:
-    """Do all that is left to do in `out`, write what came of it there, and return it for reading.
+    """Run a comparison, or what is left of it, and write its table and report.
 
-    settings: field=value for every recipe, NAME.field=value for one of them, probe.field=value for the finetuning.
-    Raises UserError for what does not fit, before anything is trained.
+    Args:
+        names: The recipes.
+        settings: field=value for every recipe, NAME.field=value for one of them, probe.field=value for the finetuning.
+        config: Configuration of the comparison.
+        out: Output directory.
+        echo: Prints a line of progress.
+
+    Returns:
+        The table and the conclusions as text.
+
+    Raises:
+        UserError: The recipes, settings or data do not fit; nothing has been trained then.
     """
-    arena = prepare(names, settings, terms, out, once(echo))
-    plan = list(units(arena))
-    echo(
-        f"{sum(share > 0 for _, share, _ in plan)} runs, each then asked and finetuned"
-        + (
-            f": {sum(share for _, share, _ in plan) * terms.compute.max_seconds / 60:.0f} minutes of pretraining"
-            if terms.compute.max_seconds
-            else f": {number(sum(share for _, share, _ in plan) * terms.compute.max_flops, 3)} FLOPs of pretraining"
-        )
-    )
+    comparison = prepare(names, settings, config, out, once(echo))
+    plan = list(units(comparison))
+    total, num_runs = sum(share for _, share, _ in plan), sum(share > 0 for _, share, _ in plan)
+    if config.compute.max_seconds:
+        cost = f"{total * config.compute.max_seconds / 60:.0f} minutes"
+    else:
+        cost = f"{number(total * config.compute.max_flops, 3)} FLOPs"
+    echo(f"{num_runs} runs, each followed by its evaluation: {cost} of pretraining")
     done: list[Score] = []
     for i, (name, share, seed) in enumerate(plan):
         what = f"{name}, {share:.0%} of the compute" if share else f"{name} from scratch"
         echo(f"[{i + 1}/{len(plan)}] {what}, seed {seed}")
-        done.append(train_once(arena, name, share, seed, done))
-    return write_comparison(done, list(arena.contenders), facts(arena), out, seconds=terms.compute.max_seconds > 0)
+        done.append(train_once(comparison, name, share, seed, done))
+    by_time = config.compute.max_seconds > 0
+    return write_comparison(done, list(comparison.recipes), facts(comparison), out, seconds=by_time)
 
 
-def train_once(arena: ComparisonRun, name: str, share: float, seed: int, done: Sequence[Score]) -> Score:
-    """The score of one contender at one share of the compute with one seed; what lies on disk is not done again.
+def train_once(comparison: ComparisonRun, name: str, share: float, seed: int, done: Sequence[Score]) -> Score:
+    """Return the score of one recipe at one share of the compute with one seed; a score on disk is reused.
 
-    Two contenders of one shape are the same from scratch: what `done` holds of the one serves the other.
+    Two recipes with one model config have the same score from scratch, which is taken from `done`.
+
+    Args:
+        comparison: The comparison.
+        name: The recipe.
+        share: Share of the compute; 0 for finetuning from scratch.
+        seed: The seed.
+        done: Scores so far.
     """
-    file = arena.out / "scores" / name / f"share-{share:g}-seed-{seed}.json"
-    recipe = arena.pretraining(name, share, seed) if share else arena.finetuning(name, seed)
+    file = comparison.out / "scores" / name / f"share-{share:g}-seed-{seed}.json"
+    recipe = comparison.pretraining(name, share, seed) if share else comparison.finetuning(name, seed)
     key = recipe.hash()
     if file.exists():
-        cure = "delete it, and this score is measured again"
+        cure = "delete it to compute this score again"
         needs = {field.name: object for field in fields(Score)}
-        kept = read_record(file, needs, cure)
-        found = Score(**{name: kept[name] for name in needs})
+        record = read_record(file, needs, cure)
+        found = Score(**{name: record[name] for name in needs})
         if found.key != key:
             raise UserError(
-                f"{file} is a score of {name} with other settings: choose another --out, or delete {arena.out}"
+                f"{file} is a score of {name} with other settings: choose another --out, or delete {comparison.out}"
             )
         return found
-    twin = [s for s in done if (s.key, s.seed, s.share) == (key, seed, 0.0)]
-    if twin:
-        score = dataclasses.replace(twin[0], recipe=name)
+    same = [s for s in done if (s.key, s.seed, s.share) == (key, seed, 0.0)]
+    if same:
+        score = dataclasses.replace(same[0], recipe=name)
     elif share:
-        score = _pretrained(arena, recipe, Score(name, share, seed, key))
+        score = _pretrain(comparison, recipe, Score(name, share, seed, key))
     else:
-        score = Score(name, share, seed, key, accuracy=_finetuned(arena, name, seed, ""))
+        score = Score(name, share, seed, key, accuracy=_finetune(comparison, name, seed, ""))
     file.parent.mkdir(parents=True, exist_ok=True)
     write_record(file, asdict(score))
     return score
 
 
-def _pretrained(arena: ComparisonRun, recipe: Recipe, blank: Score) -> Score:
-    """Train, ask, finetune."""
-    directory = arena.out / "runs" / blank.recipe / f"share-{blank.share:g}" / f"seed-{blank.seed}"
-    ended = run(recipe, directory, echo=_silent)
-    shutil.rmtree(directory / "checkpoints", ignore_errors=True)  # the weights are in model/, the moments weigh more
+def _pretrain(comparison: ComparisonRun, recipe: Recipe, score: Score) -> Score:
+    """Pretrain a model, evaluate and finetune it; return the score with its results filled in."""
+    directory = comparison.out / "runs" / score.recipe / f"share-{score.share:g}" / f"seed-{score.seed}"
+    ended = run(recipe, directory, log=_silent)
+    shutil.rmtree(
+        directory / "checkpoints", ignore_errors=True
+    )  # the weights are in model/, optimizer states are larger
     model = load_model(ended.model)
-    answered = cloze.score(model, recipe.objective, arena.hidden, arena.tokenizer.vocab)
+    found = cloze.score(model, recipe.objective, comparison.cloze_items, comparison.tokenizer.vocab)
     return dataclasses.replace(
-        blank, flops=ended.flops, seconds=ended.seconds, steps=ended.steps, tokens=ended.tokens,
+        score, flops=ended.flops, seconds=ended.seconds, steps=ended.steps, tokens=ended.tokens,
         parameters=sum(p.numel() for p in model.parameters()),
-        accuracy=_finetuned(arena, blank.recipe, blank.seed, str(directory)) if arena.drawn else None,
-        hidden=answered.get("accuracy"), hidden_bits=answered.get("bits"),
+        accuracy=_finetune(comparison, score.recipe, score.seed, str(directory)) if comparison.probe_data else None,
+        cloze_accuracy=found.get("accuracy"), cloze_bits=found.get("bits"),
         bits_per_byte=ended.metrics.get("valid/bits_per_byte"),
     )  # fmt: skip
 
 
-def _finetuned(arena: ComparisonRun, name: str, seed: int, start: str) -> float:
-    """Accuracy on the records that are tested on; the run itself is not kept."""
-    recipe = arena.finetuning(name, seed, start)
-    directory = arena.out / "probes" / recipe.hash()
-    ended = run(recipe, directory, echo=_silent)
+def _finetune(comparison: ComparisonRun, name: str, seed: int, start: str) -> float:
+    """Finetune a model and return its accuracy on the test records; the run is deleted."""
+    recipe = comparison.finetuning(name, seed, start)
+    directory = comparison.out / "probes" / recipe.hash()
+    ended = run(recipe, directory, log=_silent)
     shutil.rmtree(directory)
     return ended.metrics["valid/accuracy"]
 
 
-def once(echo: Echo) -> Echo:
-    """Says a thing once: several recipes open one corpus."""
-    said: set[str] = set()
+def once(echo: LogLine) -> LogLine:
+    """Return a function that prints each line once, since several recipes open one corpus."""
+    printed: set[str] = set()
 
-    def tell(text: str) -> None:
-        if text not in said:
-            said.add(text)
+    def echo_once(text: str) -> None:
+        if text not in printed:
+            printed.add(text)
             echo(text)
 
-    return tell
+    return echo_once
 
 
 def _silent(_: str) -> None:
-    """What a run says beside its progress."""
+    """Print nothing."""
 
 
-def units(arena: ComparisonRun) -> Iterator[tuple[str, float, int]]:
-    """(contender, share, seed) in the order they are done; share 0 is the probe from random weights."""
-    shares = ([0.0] if arena.drawn else []) + sorted(arena.terms.shares)
-    return ((name, share, seed) for seed in range(arena.terms.seeds) for share in shares for name in arena.contenders)
+def units(comparison: ComparisonRun) -> Iterator[tuple[str, float, int]]:
+    """Yield recipe, share and seed in the order of the runs; share 0 is finetuning from random weights."""
+    config = comparison.config
+    shares = ([0.0] if comparison.probe_data else []) + sorted(config.shares)
+    return ((name, share, seed) for seed in range(config.seeds) for share in shares for name in comparison.recipes)
 
 
-def facts(arena: ComparisonRun) -> dict[str, str]:
-    """What they had in common, for the report."""
-    source, compute = next(iter(arena.contenders.values())).data, arena.terms.compute
-    told = {
-        "text": ", ".join(source.path) or source.corpus,
-        "tokenizer": f"{arena.tokenizer.vocab.size:,} ids, trained once for all",
+def facts(comparison: ComparisonRun) -> dict[str, str]:
+    """Return the common settings of all runs for the report."""
+    data, config = next(iter(comparison.recipes.values())).data, comparison.config
+    compute = config.compute
+    found = {
+        "text": ", ".join(data.path) or data.corpus,
+        "tokenizer": f"{comparison.tokenizer.vocab.size:,} ids, the same for all recipes",
         "compute": f"{number(compute.max_flops)} FLOPs"
         if compute.max_flops
         else f"{compute.max_seconds:g} seconds of training",
-        "seeds": str(arena.terms.seeds),
-        "hidden tokens": f"{len(arena.hidden)}, in held-out text; the commonest token alone gets {arena.floor:.3f}",
+        "seeds": str(config.seeds),
+        "hidden tokens": f"{len(comparison.cloze_items)}, in held-out text; always predicting the most frequent token gives "
+        f"{comparison.cloze_baseline:.3f}",
     }
-    if arena.drawn:
-        told["probe"] = (
-            f"{arena.drawn.name}, {len(arena.drawn.classes)} classes: {arena.terms.labels} labels drawn for each seed, "
-            f"{arena.drawn.tested} records tested, {arena.probe.budget.max_steps} steps of finetuning; the commonest class alone "
-            f"gets {arena.drawn.commonest:.3f}"
+    probe = comparison.probe_data
+    if probe:
+        found["probe"] = (
+            f"{probe.name}, {len(probe.classes)} classes: {config.labels} labeled records drawn for each seed, "
+            f"{probe.num_tested} test records, {comparison.probe_recipe.budget.max_steps} steps of finetuning; always "
+            f"predicting the majority class gives {probe.majority_share:.3f}"
         )
-    return told
+    return found
 
 
 def prepare(
-    names: Sequence[str], settings: Sequence[str], terms: ComparisonConfig, out: Path, echo: Echo
+    names: Sequence[str], settings: Sequence[str], config: ComparisonConfig, out: Path, echo: LogLine
 ) -> ComparisonRun:
-    """Read the recipes, refuse what does not fit, make the tokenizer, the token stores and the probe's files."""
-    loaded = _loaded(names, [s for s in settings if not s.startswith(PROBE)])
-    probe = recipes.load("classification", [s.removeprefix(PROBE) for s in settings if s.startswith(PROBE)])
+    """Load and check the recipes and make the tokenizer, the token stores and the files of the probe."""
+    loaded = _load_recipes(names, [s for s in settings if not s.startswith(PROBE)])
+    probe = load_recipe("classification", [s.removeprefix(PROBE) for s in settings if s.startswith(PROBE)])
     probe = dataclasses.replace(
         probe,
         name="probe",
-        evaluation=EvalConfig(every=0, max_examples=MOST),
+        evaluation=EvalConfig(every=0, max_examples=MAX_TEST_RECORDS),
         checkpoint=CheckpointConfig(every=0, keep=1),
     )
     first, *others = loaded
-    plan, source = loaded[first].tokenizer, loaded[first].data
+    tokenizer_config, data = loaded[first].tokenizer, loaded[first].data
     shared = {
-        "text": config_io.to_dict(source), "tokenizer": config_io.to_dict(plan), "finetuning": config_io.to_dict(probe),
-        "probe": terms.probe, "number of labels": terms.labels, "compute": asdict(terms.compute),
+        "text": config_io.to_dict(data), "tokenizer": config_io.to_dict(tokenizer_config),
+        "finetuning": config_io.to_dict(probe), "probe": config.probe, "number of labels": config.labels,
+        "compute": asdict(config.compute),
     }  # fmt: skip
-    _same_terms(out, shared)
+    _check_same_settings(out, shared)
     for name in others:
-        if loaded[name].tokenizer != plan:
-            echo(f"{name} takes the tokenizer of {first}: {plan.algorithm} of {plan.vocab_size:,} ids")
-    paths = source.paths(echo)
-    drawn = None
-    if terms.probe != NONE:
+        if loaded[name].tokenizer != tokenizer_config:
+            algorithm, size = tokenizer_config.algorithm, tokenizer_config.vocab_size
+            echo(f"{name} uses the tokenizer of {first}: {algorithm} of {size:,} ids")
+    paths = data.paths(echo)
+    probe_data = None
+    if config.probe != NONE:
         if not isinstance(probe.examples, LabeledConfig):
-            raise UserError("the probe reads records with a class: probe.segment must be labelled")
-        drawn = draw_probe(
-            terms.probe, probe.examples, source, paths, labels=terms.labels, seeds=terms.seeds, folder=out / "probe",
+            raise UserError("the probe reads records with a class: probe.examples must be labeled")
+        probe_data = draw_probe(
+            config.probe, probe.examples, data, paths, labels=config.labels, seeds=config.seeds, folder=out / "probe",
             echo=echo,
         )  # fmt: skip
     tokenizer = tokenizer_of(loaded[first], out, echo, sentinels=max(map(sentinels_of, loaded.values())))
-    source = dataclasses.replace(source, cache_dir=str(out / "data"))
-    contenders = {
-        name: _fitted(name, recipe, source, tokenizer, out, echo, drawn is not None) for name, recipe in loaded.items()
+    data = dataclasses.replace(data, cache_dir=str(out / "data"))
+    recipes = {
+        name: _with_common_data(name, recipe, data, tokenizer, out, echo, probe_data is not None)
+        for name, recipe in loaded.items()
     }
-    learnt, held = RunData(source, tokenizer, out, echo=echo).stores()
-    longest = min(LONGEST, *(c.model.max_positions - 2 for c in contenders.values() if c.model is not None))
-    hidden = [] if held is None else cloze.items(held, tokenizer.vocab, HIDDEN, longest)
-    return ComparisonRun(
-        terms, out, tokenizer, contenders, hidden, cloze.most_frequent_baseline(learnt, hidden), probe, drawn
-    )
+    train, validation = RunData(data, tokenizer, out, log=echo).stores()
+    longest = min(MAX_CLOZE_TOKENS, *(r.model.max_positions - 2 for r in recipes.values() if r.model is not None))
+    questions = [] if validation is None else cloze.items(validation, tokenizer.vocab, CLOZE_ITEMS, longest)
+    baseline = cloze.most_frequent_baseline(train, questions)
+    return ComparisonRun(config, out, tokenizer, recipes, questions, baseline, probe, probe_data)
 
 
-GOES_ON = "goes on from another run, and what is compared begins from nothing: take recipes that pretrain"
+NOT_FROM_SCRATCH = "starts from another run, but a comparison trains from scratch: use recipes that pretrain"
 
 
-def _loaded(names: Sequence[str], settings: Sequence[str]) -> dict[str, Recipe]:
-    """The recipes by the names they have in tables; refused where they cannot stand side by side."""
+def _load_recipes(names: Sequence[str], settings: Sequence[str]) -> dict[str, Recipe]:
+    """Return the recipes by their names in tables; UserError if they cannot be compared."""
     loaded: dict[str, Recipe] = {}
     labels = {name: Path(name).name.removesuffix(".yaml").removesuffix(".yml").replace(":", "-") for name in names}
     common = [s for s in settings if not s.startswith(tuple(f"{label}." for label in labels.values()))]
     for name in names:
         label = labels[name]
-        bare = recipes.load(name)
-        if bare.model is None or bare.init_from:
-            raise UserError(f"{name} {GOES_ON}")
+        unchanged = load_recipe(name)
+        if unchanged.model is None or unchanged.init_from:
+            raise UserError(f"{name} {NOT_FROM_SCRATCH}")
         if label in loaded:
             raise UserError(f"{label} is named twice: compare different recipes")
         own = [s.removeprefix(f"{label}.") for s in settings if s.startswith(f"{label}.")]
         try:
-            loaded[label] = recipes.load(name, [*common, *own])
+            loaded[label] = load_recipe(name, [*common, *own])
         except UserError as error:
             raise UserError(f"{label}: {error}") from None
         if loaded[label].init_from:
-            raise UserError(f"{name} {GOES_ON}")
+            raise UserError(f"{name} {NOT_FROM_SCRATCH}")
     if not loaded:
         raise UserError("name the recipes to compare, for example: firth compare roberta gpt --max-seconds 60")
     first, *rest = loaded
     for other in rest:
         if loaded[other].data != loaded[first].data:
             raise UserError(
-                f"{first} and {other} read different texts: give both one with data.path=FILES or data.corpus=NAME"
+                f"{first} and {other} read different texts: set the same for both with data.path=FILES or data.corpus=NAME"
             )
     return loaded
 
 
-def _same_terms(out: Path, shared: Mapping[str, Any]) -> None:
-    """More recipes, shares and seeds may join a comparison; what they have in common may not change once one has run."""
-    file, told = out / "compare.json", json.loads(json.dumps(shared))
+def _check_same_settings(out: Path, shared: Mapping[str, Any]) -> None:
+    """Write the common settings of a comparison, or check them against those of an earlier call.
+
+    Recipes, shares and seeds may be added to a comparison; the common settings may not change once a run has started.
+    """
+    file, settings = out / "compare.json", json.loads(json.dumps(shared))
     if not file.exists() and out.exists() and any(out.iterdir()):
-        raise UserError(f"{out} is there already and holds no comparison: choose another --out")
-    before = read_record(file) if file.exists() else told
-    changed = [name for name in told if before.get(name) != told[name]]
-    if changed and any((out / room).exists() for room in ("runs", "probes", "scores")):
+        raise UserError(f"{out} already exists and holds no comparison: choose another --out")
+    before = read_record(file) if file.exists() else settings
+    changed = [name for name in settings if before.get(name) != settings[name]]
+    if changed and any((out / folder).exists() for folder in ("runs", "probes", "scores")):
         raise UserError(
-            f"{out} holds a comparison on other terms (another {' and '.join(changed)}): choose another --out, or "
+            f"{out} holds a comparison with other settings (another {' and '.join(changed)}): choose another --out, or "
             "delete that one"
         )
-    if changed:  # it was refused before anything ran: what was made of another text goes
+    if changed:  # nothing was trained yet, and the tokenizer is of another text
         shutil.rmtree(out / "tokenizer", ignore_errors=True)
     make_directory(out)
-    write_record(file, told)
+    write_record(file, settings)
 
 
-def _fitted(
-    name: str, recipe: Recipe, source: DataConfig, tokenizer: Tokenizer, out: Path, echo: Echo, probed: bool
+def _with_common_data(
+    name: str, recipe: Recipe, data: DataConfig, tokenizer: Tokenizer, out: Path, echo: LogLine, probed: bool
 ) -> Recipe:
-    """The recipe on the common text with the common tokenizer. What would fail later fails here, under its name: the text
-    is cut, one example is shown, and the model is built without memory."""
+    """Return a recipe with the common text and tokenizer.
+
+    Errors of later steps are raised here with the name of the recipe: datasets and one example are built, and the model is
+    built on the meta device.
+    """
     assert recipe.model is not None
     config = dataclasses.replace(recipe.model, vocab_size=tokenizer.vocab.size)
     try:
@@ -370,16 +424,16 @@ def _fitted(
                 ),
                 config,
             )
-        data = RunData(source, tokenizer, out, batch_size=recipe.batch.size, echo=echo)
-        shown = examples.build_datasets(recipe.examples, data, recipe.objective).train[0]
-        recipe.objective.build_example(shown, tokenizer.vocab, np.random.default_rng(0))
+        run_data = RunData(data, tokenizer, out, batch_size=recipe.batch.size, log=echo)
+        example = examples.build_datasets(recipe.examples, run_data, recipe.objective).train[0]
+        recipe.objective.build_example(example, tokenizer.vocab, np.random.default_rng(0))
         with torch.device("meta"):
             model = LM(config, recipe.objective.heads(config))
     except UserError as error:
         raise UserError(f"{name}: {error}") from None
     echo(f"{name}: {sum(p.numel() for p in model.parameters()):,} parameters")
     return dataclasses.replace(
-        recipe, model=config, data=source, tokenizer=TokenizerConfig(path=str(out / "tokenizer")), sample_prompts=(),
+        recipe, model=config, data=data, tokenizer=TokenizerConfig(path=str(out / "tokenizer")), sample_prompts=(),
         evaluation=dataclasses.replace(recipe.evaluation, every=0),
         checkpoint=dataclasses.replace(recipe.checkpoint, keep=1),
     )  # fmt: skip

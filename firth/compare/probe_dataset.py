@@ -1,15 +1,15 @@
-"""The labelled records that every contender of a comparison is finetuned and tested on.
+"""Labeled records on which every model of a comparison is finetuned and tested.
 
-A record is tested on if the document of its name was held out: of records that are themselves the text (the headlines of
-`sarcasm`, unlabelled), or that name the document they are from (`questions`, the play), no model has read what it is
-tested on. Records from elsewhere are divided by their own names. The labels that are learnt from are drawn anew for each
-seed, the same for every contender, so that intervals over seeds hold their luck too.
+If the records are the pretraining text (the headlines of `sarcasm`) or name the document they are from (the play, in
+`questions`), the test records are those of held-out documents, so no model was pretrained on its test records. Other
+records are split by their own names. The training records are drawn for each seed, the same for every recipe, so intervals
+over seeds include the variance of the draw.
 
-    drawn = draw("questions", Labelled(), source, paths, labels=500, seeds=3, folder=Path("runs/compare/probe"))
-    drawn.classes, drawn.tested          ('question', 'statement'), 1210
+    probe = draw_probe("questions", LabeledConfig(), data, paths, labels=500, seeds=3, folder=Path("runs/compare/probe"), echo=print)
+    probe.classes, probe.num_tested          ('question', 'statement'), 1210
 
-Pretraining shows in a probe of the same kind of text, so `questions` is asked of models that read Shakespeare: whether a
-sentence of a play was a question, its mark taken away.
+Pretraining helps a probe on the same kind of text, so `questions` is the default for models of Shakespeare: whether a
+sentence of a play was a question, with its punctuation removed.
 """
 
 from __future__ import annotations
@@ -28,39 +28,47 @@ import numpy as np
 from firth.corpora import catalog, readers
 from firth.data.split import place
 from firth.runs.labeled_examples import LabeledConfig
-from firth.runs.prepare import DataConfig, Echo, held_out_of
-from firth.types import UserError
+from firth.runs.prepare import DataConfig, held_out_of
+from firth.types import LogLine, UserError
 
 QUESTIONS, ELSEWHERE = "questions", "sarcasm"
-"""The probe of models that read Shakespeare, and of others, where none is named."""
+"""Default probes for models of Shakespeare and of other text."""
 
-WORDS = range(5, 26)  # of a sentence: shorter ones say too little, longer ones are cut by the model's length
+WORDS = range(5, 26)  # of a sentence: shorter ones are ambiguous, longer ones would be truncated
 MARKS = {"?": "question", ".": "statement"}
 
-MOST = 2000
-"""Records that are tested on, at most."""
+MAX_TEST_RECORDS = 2000
+"""Most test records."""
 
-APART = 0.2
-"""Share of the records that is tested on, where they are not from the text."""
+TEST_SHARE = 0.2
+"""Share of test records where they are not from the pretraining text."""
 
-DRAW = 0x70726F6265
-"""Sets the draw of the labels apart from others of the same seed."""
+DRAW_STREAM = 0x70726F6265
+"""Random stream of the draw, distinct from other streams of the same seed."""
 
 
 @dataclass(frozen=True)
 class ProbeDataset:
-    """name: of the probe. cut: how its records are read. classes: their names. tested: how many records are tested on, of
-    which the commonest class has the share `commonest`. folder: where test.jsonl and train-SEED.jsonl lie."""
+    """Finetuning data of a comparison.
+
+    Args:
+        name: Name of the probe.
+        examples: How the records are read.
+        classes: Names of the classes.
+        num_tested: Number of test records.
+        majority_share: Share of the most frequent class in the test records.
+        folder: Folder of test.jsonl and train-SEED.jsonl.
+    """
 
     name: str
-    cut: LabeledConfig
+    examples: LabeledConfig
     classes: tuple[str, ...]
-    tested: int
-    commonest: float
+    num_tested: int
+    majority_share: float
     folder: Path
 
-    def source(self, seed: int) -> DataConfig:
-        """What a seed learns from and is tested on."""
+    def data(self, seed: int) -> DataConfig:
+        """Return the training and validation files of a seed."""
         return DataConfig(
             path=(str(self.folder / f"train-{seed}.jsonl"),), validation_path=(str(self.folder / "test.jsonl"),)
         )
@@ -68,51 +76,61 @@ class ProbeDataset:
 
 def draw_probe(
     probe: str,
-    cut: LabeledConfig,
-    source: DataConfig,
+    examples: LabeledConfig,
+    data: DataConfig,
     paths: Sequence[str],
     *,
     labels: int,
     seeds: int,
     folder: Path,
-    echo: Echo,
+    echo: LogLine,
 ) -> ProbeDataset:
-    """Write the files. probe: files, the name of a corpus, "questions", or "" to choose by the text.
-    paths: the files of the text that is learnt from.
+    """Draw and write the training and test records of a probe.
 
-    Raises UserError for a record without a text or a class, too few records, or a single class.
+    Args:
+        probe: Files, the name of a corpus, "questions", or "" to choose by the text.
+        examples: How the records are read.
+        data: The pretraining data.
+        paths: Files of the pretraining text.
+        labels: Number of training records of a seed.
+        seeds: Number of seeds.
+        folder: Output folder.
+        echo: Prints progress.
+
+    Raises:
+        UserError: A record has no text or class, or there are too few records or only one class.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    probe = probe or (QUESTIONS if source.corpus == "shakespeare" and not source.path else ELSEWHERE)
+    probe = probe or (QUESTIONS if data.corpus == "shakespeare" and not data.path else ELSEWHERE)
     if probe == QUESTIONS:
         named = [str(questions(catalog.fetch("shakespeare", echo) / "speeches.jsonl", folder / "questions.jsonl"))]
     else:
         named = catalog.paths(probe, echo) if probe in catalog.CATALOG else [probe]
-    records = _records(named, cut)
-    documents = {d.name for d in readers.documents(paths, field=source.text_field, split=source.split_by)}
-    own = not source.validation_path and not documents.isdisjoint(name for name, _ in records)
+    records = _records(named, examples)
+    documents = {d.name for d in readers.documents(paths, field=data.text_field, split=data.split_by)}
+    own = not data.validation_path and not documents.isdisjoint(name for name, _ in records)
     names = {name for name, _ in records}
-    held = held_out_of(source, paths).names if own else {name for name in names if place(name) < APART}
-    known = [row for name, row in records if name not in held]
-    apart = [row for name, row in records if name in held][:MOST]
-    if not apart or len(known) < labels:
+    held = held_out_of(data, paths).names if own else {name for name in names if place(name) < TEST_SHARE}
+    train = [row for name, row in records if name not in held]
+    test = [row for name, row in records if name in held][:MAX_TEST_RECORDS]
+    if not test or len(train) < labels:
         raise UserError(
-            f"{probe}: of {len(records)} records, {len(apart)} are to be tested on and {len(known)} to be learnt from, and "
-            f"{labels} labels are asked: give more records, or fewer --labels"
+            f"{probe}: of {len(records)} records, {len(test)} are for testing and {len(train)} for training, but --labels "
+            f"is {labels}: give more records, or fewer --labels"
         )
-    classes = tuple(sorted({_class(row[cut.label_field]) for _, row in records}))
+    classes = tuple(sorted({_class(row[examples.label_field]) for _, row in records}))
     if len(classes) < 2:
-        raise UserError(f"{probe}: every record has the class {classes[0]!r}: there is nothing to tell apart")
-    _write(folder / "test.jsonl", apart)
+        raise UserError(f"{probe}: every record has the class {classes[0]!r}: give records of two classes or more")
+    _write(folder / "test.jsonl", test)
     for seed in range(seeds):
-        some = np.random.default_rng((seed, DRAW)).permutation(len(known))[:labels]
-        _write(folder / f"train-{seed}.jsonl", [known[i] for i in some])
-    commonest = Counter(_class(row[cut.label_field]) for row in apart).most_common(1)[0][1] / len(apart)
-    return ProbeDataset(probe, cut, classes, len(apart), commonest, folder)
+        drawn = np.random.default_rng((seed, DRAW_STREAM)).permutation(len(train))[:labels]
+        _write(folder / f"train-{seed}.jsonl", [train[i] for i in drawn])
+    majority = Counter(_class(row[examples.label_field]) for row in test).most_common(1)[0][1] / len(test)
+    return ProbeDataset(probe, examples, classes, len(test), majority, folder)
 
 
 def sentences(text: str) -> list[dict[str, str]]:
-    """The questions and statements of a speech, without the mark that ends them: what is asked must be read off the words.
+    """Return the questions and statements of a speech without their final punctuation, which would reveal the label.
 
     >>> sentences("Who's there, my lord, at this hour? I know not, for the night is dark. Nay!")[0]
     {'text': "Who's there, my lord, at this hour", 'label': 'question'}
@@ -125,7 +143,7 @@ def sentences(text: str) -> list[dict[str, str]]:
 
 
 def questions(speeches: Path, file: Path) -> Path:
-    """Write the sentences of the plays with the names of their plays, of each play as many statements as questions."""
+    """Write labeled sentences with the names of their plays, as many statements as questions of each play."""
     by_play: dict[str, dict[str, list[dict[str, str]]]] = {}
     with speeches.open(encoding="utf-8") as lines:
         for speech in map(json.loads, lines):
@@ -135,23 +153,23 @@ def questions(speeches: Path, file: Path) -> Path:
     rows = []
     for name, labels in by_play.items():
         few = min(map(len, labels.values()))
-        for some in labels.values():  # spread over the whole play
+        for some in labels.values():  # evenly spaced over the play
             rows += [some[i * len(some) // few] | {"name": name} for i in range(few)]
     _write(file, rows)
     return file
 
 
-def _records(paths: Sequence[str], cut: LabeledConfig) -> list[tuple[str, dict[str, Any]]]:
-    """Every record, with the name that it has as a document (`firth.corpora.readers`)."""
+def _records(paths: Sequence[str], examples: LabeledConfig) -> list[tuple[str, dict[str, Any]]]:
+    """Return every record with its document name (`firth.corpora.readers`)."""
     found = []
     for file, name in readers.files(paths).items():
-        for where, record in readers.records([glob.escape(str(file))]):
-            readers.text_field(record, cut.text_field, where)
-            if not isinstance(record.get(cut.label_field), str | int):
+        for location, record in readers.records([glob.escape(str(file))]):
+            readers.text_field(record, examples.text_field, location)
+            if not isinstance(record.get(examples.label_field), str | int):
                 raise UserError(
-                    f"{where}: the field {cut.label_field!r} should hold a class; the record has {', '.join(record)}"
+                    f"{location}: the field {examples.label_field!r} should hold a class; the record has {', '.join(record)}"
                 )
-            found.append((str(record.get("name") or name + where.removeprefix(str(file))), record))
+            found.append((str(record.get("name") or name + location.removeprefix(str(file))), record))
     return found
 
 

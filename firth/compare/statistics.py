@@ -1,14 +1,14 @@
-"""What a comparison came to: its table, and what may be said of the differences.
+"""Statistics of a comparison: its table, and which differences are significant.
 
-Every mean is over seeds, with a 95% interval by Student's t, cut to the values that the measure can take. Two recipes
-are compared seed by seed (each seed has its own draw of labels and its own order of the text, the same for both), which
-takes the luck they share out of the difference; a difference whose interval holds 0 is not called one. With few seeds
-intervals are wide: that is what few seeds can say. No correction is made for how many recipes are compared, nor for the
-best being picked after the fact: of twenty recipes that are equal, one will look better.
+Every mean is over seeds, with a 95% Student's t interval clipped to the range of the metric. Two recipes are compared by
+their differences per seed: a seed fixes the draw of labeled records and the order of the text for both, which removes this
+shared variance. A difference is reported as one only if its interval excludes 0. With few seeds the intervals are wide.
+There is no correction for multiple comparisons or for selecting the best afterwards: of 20 equal recipes, one will look
+better.
 
 >>> scores = [Score("a", 1.0, seed, "", accuracy=0.7 + seed / 100) for seed in range(3)]
 >>> scores += [Score("b", 1.0, seed, "", accuracy=0.75 + seed / 100 + seed % 2 / 100) for seed in range(3)]
->>> for sentence in differences(scores, MEASURES[0]): print(sentence)
+>>> for sentence in differences(scores, METRICS[0]): print(sentence)
 Accuracy of the probe: b is best. It is above a by 0.053 (0.039 to 0.068).
 """
 
@@ -24,10 +24,22 @@ from firth.evaluate.metrics import over_seeds
 
 @dataclass(frozen=True)
 class Score:
-    """What one run came to; None where it was not asked. share: of the compute, 0 for the probe from random weights.
+    """Result of one run; metrics that were not measured are None.
 
-    accuracy: of the finetuned model on the records tested. hidden, hidden_bits: of the hidden tokens (`firth.evaluate.cloze`).
-    bits_per_byte: of held-out text, where every token is asked from the left. key: of the recipe that was run.
+    Args:
+        recipe: Name of the recipe.
+        share: Share of the compute; 0 for finetuning from random weights.
+        seed: The seed.
+        key: Hash of the recipe that was run.
+        flops: Counted FLOPs of pretraining.
+        seconds: Seconds of pretraining.
+        steps: Steps of pretraining.
+        tokens: Tokens read in pretraining.
+        parameters: Number of parameters.
+        accuracy: Accuracy of the finetuned model on the test records.
+        cloze_accuracy: Cloze accuracy (`firth.evaluate.cloze`).
+        cloze_bits: Cloze bits.
+        bits_per_byte: Bits per byte of held-out text, for causal objectives.
     """
 
     recipe: str
@@ -40,38 +52,48 @@ class Score:
     tokens: int = 0
     parameters: int = 0
     accuracy: float | None = None
-    hidden: float | None = None
-    hidden_bits: float | None = None
+    cloze_accuracy: float | None = None
+    cloze_bits: float | None = None
     bits_per_byte: float | None = None
 
 
 @dataclass(frozen=True)
-class Measure:
-    """A score by its field; up: whether more is better; low, high: the least and the greatest possible value."""
+class Metric:
+    """Metric of a score.
+
+    Args:
+        field: Field of `Score` and `ResultRow`.
+        name: Name in sentences and titles.
+        axis: Label of the axis.
+        higher_is_better: Whether a higher value is better.
+        low: Least possible value.
+        high: Greatest possible value.
+    """
 
     field: str
     name: str
     axis: str
-    up: bool = True
+    higher_is_better: bool = True
     low: float = 0.0
     high: float = 1.0
 
     def of(self, score: Score) -> float | None:
+        """Return the value of a score; None if it was not measured."""
         value: float | None = getattr(score, self.field)
         return value
 
 
-MEASURES = (
-    Measure("accuracy", "Accuracy of the probe", "share right, after finetuning"),
-    Measure("bits_per_byte", "Held-out text", "bits per byte", up=False, high=math.inf),
-    Measure("hidden", "Hidden tokens guessed", "share right, without finetuning"),
+METRICS = (
+    Metric("accuracy", "Accuracy of the probe", "share correct, after finetuning"),
+    Metric("bits_per_byte", "Held-out text", "bits per byte", higher_is_better=False, high=math.inf),
+    Metric("cloze_accuracy", "Cloze accuracy", "share correct, without finetuning"),
 )
-"""What is compared; the first that all contenders have puts them in order."""
+"""Compared metrics; the first that all recipes have orders the table."""
 
 
 @dataclass(frozen=True)
 class Interval:
-    """A mean over seeds and its 95% interval; low and high are None for a single seed.
+    """Mean over seeds and its 95% interval; low and high are None for a single seed.
 
     >>> str(Interval.of([0.7, 0.97], 0.0, 1.0)), str(Interval.of([0.7])), str(Interval.of([0.70, 0.72, 0.74]))
     ('0.835 (0.000 to 1.000)', '0.700', '0.720 (0.670 to 0.770)')
@@ -103,14 +125,22 @@ class Interval:
         return "" if self.low is None or self.high is None else f" ({self.low:{form}} to {self.high:{form}})"
 
     @property
-    def clear(self) -> bool:
+    def excludes_zero(self) -> bool:
         """Whether 0 is outside the interval."""
         return self.low is not None and self.high is not None and not self.low <= 0 <= self.high
 
 
 @dataclass(frozen=True)
 class ResultRow:
-    """A recipe at one share of the compute. gain: accuracy above the same shape from scratch, seed by seed."""
+    """Means of a recipe at one share of the compute.
+
+    The fields are those of `Score` over seeds, and:
+
+    Args:
+        seeds: Number of seeds.
+        scratch: Accuracy of the same config finetuned from random weights.
+        gain: Accuracy minus that from scratch, paired by seed.
+    """
 
     recipe: str
     share: float
@@ -123,103 +153,103 @@ class ResultRow:
     accuracy: Interval | None
     scratch: Interval | None
     gain: Interval | None
-    hidden: Interval | None
-    hidden_bits: Interval | None
+    cloze_accuracy: Interval | None
+    cloze_bits: Interval | None
     bits_per_byte: Interval | None
 
-    def measured(self, measure: Measure) -> Interval | None:
-        """What it reached by a measure."""
-        found: Interval | None = getattr(self, measure.field)
+    def value(self, metric: Metric) -> Interval | None:
+        """Return the mean and interval of a metric."""
+        found: Interval | None = getattr(self, metric.field)
         return found
 
 
 def result_row(scores: Sequence[Score], recipe: str, share: float) -> ResultRow:
-    """The means of a recipe at a share."""
+    """Return the means of a recipe at a share of the compute."""
     own = [s for s in scores if (s.recipe, s.share) == (recipe, share)]
     scratch = [s for s in scores if (s.recipe, s.share) == (recipe, 0.0)]
 
-    def over(field: str, some: Sequence[Score], most: float = math.inf) -> Interval | None:
+    def interval(field: str, some: Sequence[Score], most: float = math.inf) -> Interval | None:
         return Interval.of([value for s in some if (value := getattr(s, field)) is not None], 0.0, most)
 
     return ResultRow(
         recipe, share, len(own), own[0].parameters, fmean(s.flops for s in own), fmean(s.seconds for s in own),
-        fmean(s.steps for s in own), fmean(s.tokens for s in own), over("accuracy", own, 1.0), over("accuracy", scratch, 1.0),
-        paired(own, scratch, MEASURES[0]), over("hidden", own, 1.0), over("hidden_bits", own), over("bits_per_byte", own),
+        fmean(s.steps for s in own), fmean(s.tokens for s in own), interval("accuracy", own, 1.0), interval("accuracy", scratch, 1.0),
+        paired(own, scratch, METRICS[0]), interval("cloze_accuracy", own, 1.0), interval("cloze_bits", own), interval("bits_per_byte", own),
     )  # fmt: skip
 
 
-def paired(first: Sequence[Score], second: Sequence[Score], measure: Measure) -> Interval | None:
-    """How far the first is above the second, over the seeds that both have."""
-    by_seed = {s.seed: measure.of(s) for s in second}
-    there = [(measure.of(s), by_seed.get(s.seed)) for s in first]
-    span = measure.high - measure.low
-    return Interval.of([a - b for a, b in there if a is not None and b is not None], -span, span)
+def paired(first: Sequence[Score], second: Sequence[Score], metric: Metric) -> Interval | None:
+    """Return the mean difference of first minus second over the seeds that both have."""
+    by_seed = {s.seed: metric.of(s) for s in second}
+    pairs = [(metric.of(s), by_seed.get(s.seed)) for s in first]
+    span = metric.high - metric.low
+    return Interval.of([a - b for a, b in pairs if a is not None and b is not None], -span, span)
 
 
-def differences(scores: Sequence[Score], measure: Measure) -> list[str]:
-    """Return one sentence that ranks the recipes at the whole compute; none where fewer than two are scored.
+def differences(scores: Sequence[Score], metric: Metric) -> list[str]:
+    """Return one sentence that ranks the recipes at the full compute; none where fewer than two have scores.
 
     A recipe is called best only where its interval of differences excludes 0 against every other.
     """
     share = max(s.share for s in scores)
     by_name: dict[str, list[Score]] = {}
     for score in scores:
-        if score.share == share and measure.of(score) is not None:
+        if score.share == share and metric.of(score) is not None:
             by_name.setdefault(score.recipe, []).append(score)
     if len(by_name) < 2:
         return []
-    sign = 1.0 if measure.up else -1.0
+    sign = 1.0 if metric.higher_is_better else -1.0
     means = {
-        name: sign * fmean(value for s in own if (value := measure.of(s)) is not None) for name, own in by_name.items()
+        name: sign * fmean(value for s in own if (value := metric.of(s)) is not None) for name, own in by_name.items()
     }
     best, *others = sorted(means, key=lambda name: -means[name])
-    clear: list[str] = []
-    unclear: list[str] = []
+    significant: list[str] = []
+    undecided: list[str] = []
     for name in others:
-        ahead = (by_name[best], by_name[name]) if measure.up else (by_name[name], by_name[best])
-        gap = paired(*ahead, measure)
+        ahead = (by_name[best], by_name[name]) if metric.higher_is_better else (by_name[name], by_name[best])
+        gap = paired(*ahead, metric)
         if gap is not None:
-            (clear if gap.clear else unclear).append(f"{name} by {gap.mean:.3f}{gap.limits('.3f')}")
-    verdict = f"{best} {'has the ' + ('highest' if measure.up else 'lowest') + ' mean' if unclear else 'is best'}."
-    sentences = [f"{measure.name}: {verdict}"]
-    if clear:
-        sentences.append(f"It is {'above' if measure.up else 'below'} {', '.join(clear)}.")
-    if unclear:
+            (significant if gap.excludes_zero else undecided).append(f"{name} by {gap.mean:.3f}{gap.limits('.3f')}")
+    verdict = f"{best} {'has the ' + ('highest' if metric.higher_is_better else 'lowest') + ' mean' if undecided else 'is best'}."
+    sentences = [f"{metric.name}: {verdict}"]
+    if significant:
+        sentences.append(f"It is {'above' if metric.higher_is_better else 'below'} {', '.join(significant)}.")
+    if undecided:
         seeds = len(by_name[best])
         doubt = f"{seeds} seeds do not distinguish" if seeds > 1 else "One seed does not distinguish"
-        sentences.append(f"{doubt} it from {', '.join(unclear)}.")
+        sentences.append(f"{doubt} it from {', '.join(undecided)}.")
     return [" ".join(sentences)]
 
 
-def gains(lines: Sequence[ResultRow]) -> list[str]:
-    """What pretraining was worth to each, beside the same shape from scratch."""
-    said = []
-    for row in lines:
+def gains(rows: Sequence[ResultRow]) -> list[str]:
+    """Return one sentence per recipe on the gain of pretraining over the same config from scratch."""
+    sentences = []
+    for row in rows:
         if row.gain is None or row.scratch is None:
             continue
         gain = f"{row.gain.mean:+.3f}{row.gain.limits('+.3f')}"
         verdict = f"Pretraining {'helps' if row.gain.mean > 0 else 'harms'} {row.recipe}"
-        if not row.gain.clear:
+        if not row.gain.excludes_zero:
             verdict = f"These seeds cannot say whether pretraining helps {row.recipe}"
-        said.append(f"{verdict}: {gain} over {row.scratch.mean:.3f} from scratch.")
-    return said
+        sentences.append(f"{verdict}: {gain} over {row.scratch.mean:.3f} from scratch.")
+    return sentences
 
 
 COLUMNS: dict[str, str] = {
-    "accuracy": "probe accuracy", "scratch": "from scratch", "gain": "gain", "hidden": "hidden tokens",
-    "hidden_bits": "their bits", "bits_per_byte": "bits per byte",
+    "accuracy": "probe accuracy", "scratch": "from scratch", "gain": "gain", "cloze_accuracy": "cloze accuracy",
+    "cloze_bits": "cloze bits", "bits_per_byte": "bits per byte",
 }  # fmt: skip
-"""Fields of a line that are intervals -> what the table calls them."""
+"""Interval fields of a result row -> their column names."""
 
 
-def markdown(lines: Sequence[ResultRow]) -> str:
-    """A table that reads as text, too; columns that no recipe has are left out."""
-    shown = [field for field in COLUMNS if any(getattr(row, field) is not None for row in lines)]
+def markdown(results: Sequence[ResultRow]) -> str:
+    """Return results as an aligned Markdown table, without columns that no recipe has."""
+    shown = [field for field in COLUMNS if any(getattr(row, field) is not None for row in results)]
     head = ["recipe", "parameters", "FLOPs", "seconds", "steps", "tokens", *(COLUMNS[field] for field in shown)]
     rows = [
         [row.recipe, f"{row.parameters:,}", f"{row.flops:.3g}", f"{row.seconds:.1f}", f"{row.steps:,.0f}", f"{row.tokens:,.0f}"]
         + ["–" if getattr(row, field) is None else str(getattr(row, field)) for field in shown]
-        for row in lines
+        for row in results
     ]  # fmt: skip
     widths = [max(len(row[k]) for row in [head, *rows]) for k in range(len(head))]
     padded = [[cell.ljust(w) if k == 0 else cell.rjust(w) for k, (cell, w) in enumerate(zip(row, widths, strict=True))]
@@ -228,12 +258,12 @@ def markdown(lines: Sequence[ResultRow]) -> str:
     return "\n".join("| " + " | ".join(cells) + " |" for cells in [padded[0], rule, *padded[1:]])
 
 
-def ranked(lines: Sequence[ResultRow]) -> list[ResultRow]:
-    """Best first, by the first measure that all of them have; in their order if there is none."""
-    for measure in MEASURES:
-        found = [interval for row in lines if (interval := row.measured(measure)) is not None]
-        if len(found) == len(lines):
-            sign = -1.0 if measure.up else 1.0
-            order = sorted(range(len(lines)), key=lambda i: sign * found[i].mean)
-            return [lines[i] for i in order]
-    return list(lines)
+def ranked(results: Sequence[ResultRow]) -> list[ResultRow]:
+    """Return results with the best first, by the first metric that all of them have; unchanged if there is none."""
+    for metric in METRICS:
+        found = [interval for row in results if (interval := row.value(metric)) is not None]
+        if len(found) == len(results):
+            sign = -1.0 if metric.higher_is_better else 1.0
+            order = sorted(range(len(results)), key=lambda i: sign * found[i].mean)
+            return [results[i] for i in order]
+    return list(results)

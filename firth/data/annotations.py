@@ -1,8 +1,8 @@
-"""Several labels per example, some of them wrong: records that hold a list, and annotators that are simulated.
+"""Examples with several labels each, by real or simulated annotators.
 
     {"text": "...", "labels": ["good", "bad", "good"]}          ->  {"tokens", "votes": [1, 0, 1], "label": 1}
 
-`label` is the majority's, so that every objective that reads one label is the baseline of the one that reads them all.
+`label` is the majority label, so any objective that reads one label is a baseline for the objective that reads all of them.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from firth.types import IGNORE, Example, UserError
 
 
 def majority(votes: np.ndarray) -> int:
-    """The class with the most votes; among equals, the one that was voted for first. IGNORE is no vote.
+    """Return the class with the most votes; ties go to the class that was voted for first. IGNORE is not a vote.
 
     >>> majority(np.array([2, 0, 0, 2, IGNORE]))
     2
@@ -31,30 +31,31 @@ def majority(votes: np.ndarray) -> int:
 
 
 class AnnotatedTexts(LabeledTexts):
-    """Texts with a list of labels each; lists of fewer than the longest are filled with IGNORE."""
+    """Texts with a list of labels each. Shorter lists are padded with IGNORE to the longest one."""
 
     @cached_property
-    def _most(self) -> int:
+    def _max_votes(self) -> int:
         return max(len(self._columns["label"][i]) for i in range(len(self)))
 
     def __getitem__(self, index: int) -> Example:
         example = {name: column[index] for name, column in self._columns.items()}
         votes = self._number[example["label"]]
-        padded = np.pad(votes, (0, self._most - len(votes)), constant_values=IGNORE)
+        padded = np.pad(votes, (0, self._max_votes - len(votes)), constant_values=IGNORE)
         return {"tokens": example["tokens"], "votes": padded, "label": majority(votes)}
 
     def labels(self, record: Record) -> Sequence[int]:
         given = record.get(self._label)
         if type(given) is not list or not given:
             raise UserError(
-                f"the field {self._label!r} must be a list of one label or more, by several annotators, and is {given!r}: train "
-                "`classify` on records with one label, or set examples=simulated_annotators to simulate annotators of them"
+                f"the field {self._label!r} must be a list of one or more labels by different annotators, and it is {given!r}: "
+                "use the recipe `classification` for records with one label, or set examples=simulated_annotators to simulate "
+                "annotators"
             )
         return [self.number(value) for value in given]
 
 
 class ClassifiedAnnotations(AnnotatedTexts):
-    """Votes to be measured by: the label of a record without any is its `label`, which counts as one."""
+    """Annotated texts for evaluation: a record without a list of votes counts its `label` as one vote."""
 
     def labels(self, record: Record) -> Sequence[int]:
         votes = self._label in record or "label" not in record
@@ -62,9 +63,19 @@ class ClassifiedAnnotations(AnnotatedTexts):
 
 
 class SimulatedAnnotators(WrappedSource):
-    """A source with `count` simulated annotators: each is right with probability `accuracy`, and else says any other class.
+    """A source with simulated annotators, each of which is right with a given probability and otherwise picks a random other class.
 
-    What annotator k says of example i is fixed by (seed, i) alone, so it is the same in every epoch.
+    The label of annotator k for example i depends on (seed, i) alone, so it is the same in every epoch.
+
+    Args:
+        source: The labeled examples.
+        classes: Number of classes.
+        count: Number of annotators.
+        accuracy: Probability that an annotator is right, 0 to 1.
+        seed: Random seed.
+
+    Raises:
+        UserError: A number is out of range.
 
     >>> class One(Source):
     ...     def __len__(self): return 9
@@ -77,7 +88,7 @@ class SimulatedAnnotators(WrappedSource):
         if not (count >= 1 and 0 <= accuracy <= 1 and classes >= 2):
             raise UserError(
                 f"{count} annotators of accuracy {accuracy} for {classes} classes: there must be one annotator or more, "
-                "two classes or more, and the accuracy is a share from 0 to 1"
+                "two classes or more, and the accuracy is between 0 and 1"
             )
         super().__init__(source)
         self.classes, self.count, self.accuracy = classes, count, accuracy

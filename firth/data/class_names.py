@@ -1,13 +1,13 @@
-"""The classes that labels name: those that are told, or those that are found on the way.
+"""Map class names to numbers, for given class names or for names collected from the data.
 
->>> found, told = ClassNumbering(()), ClassNumbering(("bad", "good"))
+>>> found, given = ClassNumbering(()), ClassNumbering(("bad", "good"))
 >>> [found.number(label) for label in ("good", "bad", "good")], found.names
 ([0, 1, 0], ('bad', 'good'))
->>> [told.number(label) for label in ("good", 0, "odd", 2)]
+>>> [given.number(label) for label in ("good", 0, "odd", 2)]
 [1, 0, None, None]
 
-Names found on the way are numbered as they come, and `final` gives the numbers they have in the end: in the order of the
-alphabet (numbers by size), whatever the file's order.
+Collected names are numbered in the order in which they occur. `final` maps these numbers to the final ones, which follow the
+sorted names (numbers by value) and so do not depend on the order of the file.
 """
 
 from __future__ import annotations
@@ -18,35 +18,42 @@ import numpy as np
 
 
 class ClassNumbering:
-    """told: the names, in the order that labels count; empty: all that come are taken in."""
+    """Numbering of class names.
 
-    def __init__(self, told: Sequence[str]) -> None:
-        self.open = not told
-        self._told = tuple(told)
-        self._known = {name: i for i, name in enumerate(told)}
-        self._numbered = any(_is_number(name) for name in told)
+    Args:
+        names: The class names, in the order of their numbers. Empty: names are collected from the labels.
+    """
+
+    def __init__(self, names: Sequence[str]) -> None:
+        self.open = not names
+        self._given = tuple(names)
+        self._known = {name: i for i, name in enumerate(names)}
+        self._has_numeric_names = any(_is_number(name) for name in names)
 
     def number(self, label: str | int) -> int | None:
-        """The number of a name, as it came; None if it is none of those told. A whole number is a place among those told,
-        unless some of them are numbers themselves: then 0 may be a class that was never met."""
+        """Return the number of a label, or None if it is not one of the given names.
+
+        A whole number is an index into the given names, unless some of these are numbers themselves: then 0 may be a class that
+        does not occur.
+        """
         name = label if isinstance(label, str) else str(label)
         if name in self._known:
             return self._known[name]
         if self.open:
             return self._known.setdefault(name, len(self._known))
-        place = isinstance(label, int) and not self._numbered and 0 <= label < len(self._known)
-        return int(label) if place else None
+        is_index = isinstance(label, int) and not self._has_numeric_names and 0 <= label < len(self._known)
+        return int(label) if is_index else None
 
     @property
     def names(self) -> tuple[str, ...]:
-        """All of them, in the order of their final numbers."""
-        return tuple(sorted(self._known, key=_natural)) if self.open else self._told
+        """All class names, in the order of their final numbers."""
+        return tuple(sorted(self._known, key=_natural)) if self.open else self._given
 
     @property
     def final(self) -> np.ndarray:
-        """Number as it came -> number in the end."""
-        place = {name: i for i, name in enumerate(self.names)}
-        return np.array([place[name] for name in self._known], np.int64)
+        """Map from the number in order of occurrence to the final number: (classes,) int64."""
+        index = {name: i for i, name in enumerate(self.names)}
+        return np.array([index[name] for name in self._known], np.int64)
 
 
 def _is_number(name: str) -> bool:
@@ -54,6 +61,6 @@ def _is_number(name: str) -> bool:
 
 
 def _natural(name: str) -> tuple[bool, int, str]:
-    """Whole numbers by size, then names by alphabet."""
+    """Sort key: whole numbers by value, then names alphabetically."""
     number = _is_number(name)
     return (not number, int(name) if number else 0, name)

@@ -1,4 +1,4 @@
-"""From examples to tensors: stack and pad by field name, or pack several examples into a row.
+"""Collate examples into batches: stack and pad each field, or pack several examples into a row.
 
 >>> a = {"tokens": np.array([5, 6]), "labels": np.array([6, 7])}
 >>> b = {"tokens": np.array([9]), "labels": np.array([4])}
@@ -7,10 +7,9 @@
 >>> {name: field.tolist() for name, field in pack([a, b], length=4).items()}
 {'tokens': [[5, 6, 9]], 'labels': [[6, 7, 4]], 'document_ids': [[1, 1, 2]], 'positions': [[0, 1, 0]]}
 
-Padding must not change an answer, so it is seen by nobody (`key_time` NEVER) and asks nothing (IGNORE in every field
-that an objective names as a target). Nor is it anybody who looks (`query_time` -NEVER): what it reads is nobody's concern,
-so rows that are causal and padded at their end still take the causal kernel. What nobody needs is left out: a batch
-without `key_time` has no padding.
+Padding must not change a result. Padded tokens are masked as keys (`key_time` NEVER) and have no label (IGNORE in every label
+field of the objective). As queries they are masked too (`query_time` -NEVER), so causal rows with padding at the end can still
+use the causal kernel. Fields that carry no information are omitted: a batch without `key_time` has no padding.
 """
 
 from __future__ import annotations
@@ -29,12 +28,17 @@ from firth.tokenizer.vocab import Vocab
 from firth.types import IGNORE, NEVER, Batch, Example, UserError
 
 LABEL_FIELDS = frozenset({"labels"})
-SOURCE, MEMORY = "source_", "memory_"
+SOURCE_PREFIX, MEMORY_PREFIX = "source_", "memory_"
 
 
 class BuildsExamples(Protocol):
-    """What a batch needs of an objective: its view, the names of the fields that hold answers, and how many views of an
-    example epochs take turns with (0: each has its own)."""
+    """What `Batches` needs of an objective.
+
+    Attributes:
+        labels: Loss term -> name of its label field.
+        metrics: Metric -> name of its label field.
+        num_copies: Number of versions of an example that epochs alternate between; 0: every epoch draws its own.
+    """
 
     @property
     def labels(self) -> Mapping[str, str]: ...
@@ -53,12 +57,25 @@ class BuildsExamples(Protocol):
 class Batches:
     """The batches of every step of a run, as a pure function of the step.
 
-    Example k of step s is number s * rows + k of the run; ranks, and the `accumulate` micro-batches within them, take
-    contiguous shares of the `rows`. So the same run on two ranks, or cut into other micro-batches, reads the same
-    examples with the same random draws. pack: 0 pads each micro-batch; n packs it into rows of at most n tokens.
-    sort: the examples of so many steps are sorted by length and dealt to these steps (`firth.data.shuffle.length_grouped_batches`), so that
-    the rows of a step are about as long and little of them is padding; 0 leaves them as they are drawn. An example is met
-    at most so many steps sooner or later than it would have been, once in every epoch all the same.
+    Example k of step s is number s * batch_size + k of the run. Ranks, and the micro-batches within them, take contiguous slices
+    of a step, so a run reads the same examples with the same random draws on any number of ranks and micro-batches.
+
+    Args:
+        source: The examples.
+        objective: Builds the model inputs and labels.
+        vocab: The vocabulary.
+        batch_size: Examples per step, over all ranks.
+        seed: Seed of the order and of all draws.
+        gradient_accumulation_steps: Micro-batches per step and rank.
+        pack_to_length: 0 pads each micro-batch; n packs it into rows of at most n tokens.
+        group_by_length: Number of steps whose examples are sorted by length and redistributed among these steps
+            (`firth.data.shuffle.length_grouped_batches`), so that a step needs little padding; 0 keeps the order. An example
+            moves by fewer steps than that, and still occurs once in every epoch.
+        rank: Index of this process.
+        world: Number of processes.
+
+    Raises:
+        UserError: The source is empty, a step cannot be split, or the lengths are unknown.
     """
 
     def __init__(
@@ -76,62 +93,64 @@ class Batches:
         world: int = 1,
     ) -> None:
         if not len(source):
-            raise UserError(f"there is nothing to train on: {dict(source.counts)}")
+            raise UserError(f"there is nothing to train on: the counts of the data are {dict(source.counts)}")
         if batch_size < gradient_accumulation_steps * world:
             raise UserError(
-                f"{batch_size} rows a step cannot be shared by {world} ranks of {gradient_accumulation_steps} micro-batches each"
+                f"{batch_size} examples a step cannot be shared by {world} ranks of {gradient_accumulation_steps} micro-batches "
+                "each"
             )
         sizes = source.lengths if group_by_length else None
         if group_by_length and sizes is None:
             raise UserError(
-                "the lengths of these examples are not known before they are read: set batch.group_by_length=0"
+                "the lengths of these examples are unknown before they are read: set batch.group_by_length=0"
             )
         self.sizes, self.group_by_length = sizes, group_by_length
-        self._dealt = (-1, np.zeros((0, 0), np.int64))
+        self._group = (-1, np.zeros((0, 0), np.int64))
         self.source, self.objective, self.vocab = source, objective, vocab
-        self.batch_size, self.seed, self.gradient_accumulation_steps, self.pack_to_length = (
-            batch_size,
-            seed,
-            gradient_accumulation_steps,
-            pack_to_length,
-        )
+        self.batch_size, self.seed, self.pack_to_length = batch_size, seed, pack_to_length
+        self.gradient_accumulation_steps = gradient_accumulation_steps
         self.rank, self.world = rank, world
         self._draws = ExampleRNG(seed, "view")
-        self._asked = frozenset({*objective.labels.values(), *objective.metrics.values()}) | LABEL_FIELDS
+        self._label_fields = frozenset({*objective.labels.values(), *objective.metrics.values()}) | LABEL_FIELDS
 
     def batches(self, step: int) -> list[Batch]:
-        """This rank's micro-batches of a step, `accumulate` of them."""
+        """Return this rank's micro-batches of a step."""
         cells = self.world * self.gradient_accumulation_steps
         cuts = [self.batch_size * c // cells for c in range(cells + 1)]
         first = self.rank * self.gradient_accumulation_steps
         return [self.batch(step, cuts[c], cuts[c + 1]) for c in range(first, first + self.gradient_accumulation_steps)]
 
     def batch(self, step: int, start: int, stop: int) -> Batch:
-        """Examples start..stop of a step as one batch."""
+        """Return examples start..stop of a step as one batch."""
         return self._assemble(*self.source.order(self.seed, self.positions(step)[start:stop]))
 
     def positions(self, step: int) -> np.ndarray:
-        """Which examples of the run a step reads, by their position in it: (rows,)."""
+        """Return the positions in the run of the examples of a step: (batch_size,)."""
         if not self.group_by_length or self.sizes is None:
             return np.arange(self.batch_size) + step * self.batch_size
-        number, within = divmod(step, self.group_by_length)
-        if number != self._dealt[0]:
+        number, index = divmod(step, self.group_by_length)
+        if number != self._group[0]:
             span = np.arange(self.group_by_length * self.batch_size) + number * self.group_by_length * self.batch_size
             sizes = self.sizes[self.source.order(self.seed, span)[1]]
-            self._dealt = number, span[length_grouped_batches(sizes, self.group_by_length, self.seed, number)]
-        return self._dealt[1][within]
+            self._group = number, span[length_grouped_batches(sizes, self.group_by_length, self.seed, number)]
+        return self._group[1][index]
 
     def all_batches(self) -> Iterator[Batch]:
-        """Every example of the source once, in the source's own order, `rows` at a time: what an evaluation reads.
+        """Yield every example of the source once, in the source's order, for evaluation.
 
-        Each rank takes every `world`-th batch; draws and windows are those of epoch 0.
+        Each rank takes every `world`-th batch. Draws and windows are those of epoch 0.
         """
         for start in range(self.rank * self.batch_size, len(self.source), self.world * self.batch_size):
             index = np.arange(start, min(start + self.batch_size, len(self.source)))
             yield self._assemble(np.zeros_like(index), index)
 
     def shown(self, epochs: np.ndarray, indices: np.ndarray) -> list[Example]:
-        """What the objective makes of these examples in these epochs, as yet in no batch."""
+        """Build the model inputs and labels of some examples, without collating them.
+
+        Args:
+            epochs: Epoch of each example, (n,).
+            indices: Index of each example in the source, (n,).
+        """
         copies = self.objective.num_copies
         drawn = (epochs % copies if copies else epochs).tolist()
         examples = self.source.in_epochs(self.seed, epochs, indices)
@@ -140,69 +159,96 @@ class Batches:
 
     def _assemble(self, epochs: np.ndarray, indices: np.ndarray) -> Batch:
         shown = self.shown(epochs, indices)
-        return pack(shown, self.pack_to_length, self._asked) if self.pack_to_length else collate(shown, self._asked)
+        return (
+            pack(shown, self.pack_to_length, self._label_fields)
+            if self.pack_to_length
+            else collate(shown, self._label_fields)
+        )
 
 
-def collate(examples: Sequence[Example], asked: Collection[str] = LABEL_FIELDS) -> Batch:
-    """One row per example, padded at the end of the token axis: (B, ..., T).
+def collate(examples: Sequence[Example], label_fields: Collection[str] = LABEL_FIELDS) -> Batch:
+    """Collate examples into one row each, padded at the end of the token axis.
 
-    asked: the fields that hold answers, padded with IGNORE. Examples may differ in which of looks, appears, leaves,
-    document and positions they have, but in no other field. A field without a token axis is stacked as it is.
+    Args:
+        examples: The examples. They may differ in which of query_time, key_time, key_expiry, document_ids and positions they
+            have, but in no other field. A field without a token axis is stacked.
+        label_fields: Names of the fields that hold labels, which are padded with IGNORE.
+
+    Returns:
+        Field -> (B, ..., T).
+
+    Raises:
+        ValueError: A field is missing from some examples, or its shapes differ.
     """
     rows, starts = np.arange(len(examples)), np.zeros(len(examples), np.int64)
-    laid: dict[str, np.ndarray] = {}
+    fields: dict[str, np.ndarray] = {}
     for side in _sides(examples):
-        laid |= _lay(examples, side, PackedLayout(rows, starts, _lengths(examples, side)), asked)
-    if MEMORY + "tokens" in examples[0]:
-        laid |= _lay(examples, MEMORY, PackedLayout(rows, starts, _lengths(examples, MEMORY)), asked)
-    for name in examples[0].keys() - laid.keys():
+        fields |= _collate_side(examples, side, PackedLayout(rows, starts, _lengths(examples, side)), label_fields)
+    if MEMORY_PREFIX + "tokens" in examples[0]:
+        fields |= _collate_side(
+            examples, MEMORY_PREFIX, PackedLayout(rows, starts, _lengths(examples, MEMORY_PREFIX)), label_fields
+        )
+    for name in examples[0].keys() - fields.keys():
         values = [np.asarray(e[name]) for e in examples]
         if any(v.shape != values[0].shape for v in values):
             raise ValueError(f"the field {name!r} is neither as long as the tokens nor of one shape in all examples")
-        laid[name] = np.stack(values).astype(_dtype(name, values[0]))
-    return {name: torch.from_numpy(field) for name, field in laid.items()}
+        fields[name] = np.stack(values).astype(_dtype(name, values[0]))
+    return {name: torch.from_numpy(field) for name, field in fields.items()}
 
 
-def pack(examples: Sequence[Example], length: int, asked: Collection[str] = LABEL_FIELDS) -> Batch:
-    """Several examples in a row of at most `length` tokens, kept apart by `document` (1, 2, ...; 0 is padding).
+def pack(examples: Sequence[Example], length: int, label_fields: Collection[str] = LABEL_FIELDS) -> Batch:
+    """Pack several examples into each row, separated by `document_ids` (1, 2, ...; 0 is padding).
 
-    First-fit decreasing: the longest examples first, each into the first row with room. `positions` count from 0 in
-    every example. An encoder-decoder's source rows hold the same examples as its target rows. Raises UserError for an
-    example longer than a row, and for a field without a token axis, which a row of several examples cannot hold.
+    Uses first-fit decreasing: the longest example first, each into the first row with room. `positions` count from 0 in
+    every example. For an encoder-decoder, source and target rows hold the same examples.
+
+    Args:
+        examples: The examples.
+        length: Maximum number of tokens of a row.
+        label_fields: Names of the fields that hold labels, which are padded with IGNORE.
+
+    Returns:
+        Field -> (rows, ..., T).
+
+    Raises:
+        UserError: An example is longer than a row, or has a field without a token axis.
     """
     sides = _sides(examples)
     lengths = np.stack([_lengths(examples, side) for side in sides])
     rows, starts = first_fit(lengths, length)
     first = _first_documents(examples, sides, rows, starts[0])
-    laid: dict[str, np.ndarray] = {}
+    fields: dict[str, np.ndarray] = {}
     for side, start, n in zip(sides, starts, lengths, strict=True):
-        places = PackedLayout(rows, start, n)
+        placement = PackedLayout(rows, start, n)
         lead = examples[0][side + "tokens"].shape[:-1]
-        laid |= _lay(examples, side, places, asked)
-        own = laid.get(side + "document_ids")
-        number = places.spread(np.repeat(first, n), lead, 0, np.int32)
-        laid[side + "document_ids"] = number if own is None else number + own
-        if side + "positions" not in laid:
-            laid[side + "positions"] = places.spread(places.within, lead, 0, np.int32)
-    if MEMORY + "tokens" in examples[0]:
+        fields |= _collate_side(examples, side, placement, label_fields)
+        own = fields.get(side + "document_ids")
+        number = placement.scatter_per_token(np.repeat(first, n), lead, 0, np.int32)
+        fields[side + "document_ids"] = number if own is None else number + own
+        if side + "positions" not in fields:
+            fields[side + "positions"] = placement.scatter_per_token(placement.token_index, lead, 0, np.int32)
+    if MEMORY_PREFIX + "tokens" in examples[0]:
         raise UserError(
-            "rows with memory cannot be packed, for each has one text before it: set batch.pack_to_length=0 or model.memory_length=0"
+            "rows with memory cannot be packed, because the memory belongs to one text: set batch.pack_to_length=0 or "
+            "model.memory_length=0"
         )
-    for name in examples[0].keys() - laid.keys():
-        raise UserError(f"the field {name!r} has no token axis, so these examples cannot be packed: set pack to 0")
-    return {name: torch.from_numpy(field) for name, field in laid.items()}
+    for name in examples[0].keys() - fields.keys():
+        raise UserError(
+            f"the field {name!r} has no token axis, so these examples cannot be packed: set batch.pack_to_length=0"
+        )
+    return {name: torch.from_numpy(field) for name, field in fields.items()}
 
 
 def _first_documents(
     examples: Sequence[Example], sides: Sequence[str], rows: np.ndarray, starts: np.ndarray
 ) -> np.ndarray:
-    """The number that each example's document 0 gets in its row: (N,). Both sides of an example share it."""
-    fields = [side + "document_ids" for side in sides]
+    """Return the number that document 0 of each example gets in its row: (N,). Both sides of an example share it."""
+    names = [side + "document_ids" for side in sides]
     spans = np.ones(len(examples), np.int64)
     for i, example in enumerate(examples):
-        for field in fields:
-            if field in example:
-                spans[i] = max(spans[i], 1 + int(example[field].max()))
+        for name in names:
+            if name in example:
+                spans[i] = max(spans[i], 1 + int(example[name].max()))
     along = np.lexsort((starts, rows))
     before = np.cumsum(spans[along]) - spans[along]
     opens = np.flatnonzero(np.diff(rows[along], prepend=-1))  # the first example of each row
@@ -211,28 +257,32 @@ def _first_documents(
     return first
 
 
-def _lay(examples: Sequence[Example], side: str, places: PackedLayout, asked: Collection[str]) -> dict[str, np.ndarray]:
-    """All token fields of one side ("" or "source_"): those whose last axis is as long as the side's tokens."""
+def _collate_side(
+    examples: Sequence[Example], side: str, placement: PackedLayout, label_fields: Collection[str]
+) -> dict[str, np.ndarray]:
+    """Collate all token fields of one side ("" or "source_"): those whose last axis is as long as the side's tokens."""
     lead = examples[0][side + "tokens"].shape[:-1]
-    laid: dict[str, np.ndarray] = {}
+    fields: dict[str, np.ndarray] = {}
     for name in {name: None for example in examples for name in example}:
-        if side != next((s for s in (SOURCE, MEMORY) if name.startswith(s)), ""):
+        if side != next((s for s in (SOURCE_PREFIX, MEMORY_PREFIX) if name.startswith(s)), ""):
             continue
-        bare = name.removeprefix(side)
+        base_name = name.removeprefix(side)
         given = [e[name] for e in examples if name in e]
         if np.ndim(given[0]) <= len(lead):
             continue
         if len(given) < len(examples):
-            if bare not in DEFAULTS:
+            if base_name not in DEFAULTS:
                 raise ValueError(f"the field {name!r} is in {len(given)} of {len(examples)} examples")
             shapes = (e[side + "tokens"].shape for e in examples)
-            given = [e[name] if name in e else DEFAULTS[bare](s) for e, s in zip(examples, shapes, strict=True)]
-        if np.array_equal([a.shape[-1] for a in given], places.lengths):
-            fill = PADDING.get(bare, IGNORE if name in asked else 0)
-            laid[name] = places.lay(given, fill, _dtype(bare, given[0]))
-    if side + "key_time" not in laid and not places.full:
-        laid[side + "key_time"] = places.spread(np.zeros_like(places.within), lead, NEVER, np.int32)
-    return laid
+            given = [e[name] if name in e else DEFAULTS[base_name](s) for e, s in zip(examples, shapes, strict=True)]
+        if np.array_equal([a.shape[-1] for a in given], placement.lengths):
+            fill = PADDING.get(base_name, IGNORE if name in label_fields else 0)
+            fields[name] = placement.scatter(given, fill, _dtype(base_name, given[0]))
+    if side + "key_time" not in fields and not placement.full:
+        fields[side + "key_time"] = placement.scatter_per_token(
+            np.zeros_like(placement.token_index), lead, NEVER, np.int32
+        )
+    return fields
 
 
 DEFAULTS: dict[str, Callable[[tuple[int, ...]], np.ndarray]] = {
@@ -242,12 +292,12 @@ DEFAULTS: dict[str, Callable[[tuple[int, ...]], np.ndarray]] = {
     "document_ids": lambda shape: np.zeros(shape, np.int32),
     "positions": lambda shape: np.broadcast_to(np.arange(shape[-1], dtype=np.int32), shape),
 }
-"""What a missing field of the visibility rule stands for."""
+"""Attention field -> its values where an example does not have it."""
 
 
 def _sides(examples: Sequence[Example]) -> tuple[str, ...]:
-    """The token axes that the examples have: the one the model writes, and the source it reads."""
-    return ("", SOURCE) if SOURCE + "tokens" in examples[0] else ("",)
+    """Return the token axes of the examples: that of the decoder or only stack, and that of the encoder's source."""
+    return ("", SOURCE_PREFIX) if SOURCE_PREFIX + "tokens" in examples[0] else ("",)
 
 
 def _lengths(examples: Sequence[Example], side: str) -> np.ndarray:
@@ -255,7 +305,7 @@ def _lengths(examples: Sequence[Example], side: str) -> np.ndarray:
 
 
 def _dtype(name: str, value: np.ndarray) -> type:
-    """int32 for the fields of the visibility rule, int64 for ids, float32 for real numbers."""
+    """Return int32 for attention fields, int64 for ids, float32 for real numbers."""
     if name in DEFAULTS:
         return np.int32
     return {"f": np.float32, "b": np.bool_}.get(value.dtype.kind, np.int64)

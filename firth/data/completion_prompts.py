@@ -1,10 +1,10 @@
-"""Prompts of text to text without their answers, for a model to write these: {"source", "target": its end alone}.
+"""Prompts without their completions, for generation with a text-to-text model: {"source", "target": eos alone}.
 
-    {"prompt": "translate to French: otter"}        as they stand
-    {"en": "otter"}                                 with the form "translate to French: {en}"
-    {"messages": [...]}                             all before the last answer, if there is one
+    {"prompt": "translate to French: otter"}        used as it is
+    {"en": "otter"}                                 with the template "translate to French: {en}"
+    {"messages": [...]}                             all messages before the last answer, if there is one
 
-Of `Prompted` all but the answer: what a model was trained to read is read alike. A record without an answer is none here.
+The source is that of `Seq2SeqRecords`, so a prompt is encoded as in training. Records without an answer are not left out.
 """
 
 from __future__ import annotations
@@ -18,20 +18,20 @@ from firth.types import Example, UserError
 
 
 class CompletionPrompts(Seq2SeqRecords):
-    """Text to text of which only the source is read; an example for every record."""
+    """Text-to-text records of which only the source is used. Every record gives one example."""
 
     def group(self, record: Record) -> str:
         return first_prompt(self._before(record))
 
-    def texts(self, record: Record, place: str) -> list[str]:
+    def texts(self, record: Record, location: str) -> list[str]:
         return ["\n\n".join(message["content"] for message in self._before(record))]
 
     def _before(self, record: Record) -> list[Message]:
-        """The messages before the last answer."""
+        """Return the messages before the last answer."""
         prompt, _ = self.forms
         before = prompt_of({"prompt": fill_templates(record, (prompt, prompt))["prompt"]} if prompt else record)
         if not before:
-            raise UserError("text to text needs a prompt, and there is none")
+            raise UserError("a text-to-text record needs a prompt, and this record has none")
         return before
 
     def example(self, record: Record, encoded: list[np.ndarray]) -> Example | None:

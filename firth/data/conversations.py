@@ -1,7 +1,8 @@
-r"""Read a record of any usual shape as a dialogue, a prompt, or a preference. `docs/reference/data-formats.md` has the table of the shapes.
+r"""Read a record of any common format as a dialogue, a prompt, or a preference.
 
-Every field that carries text to the model in a known format is read with the meaning that the format gives it, or the record
-is rejected with a sentence that names the field. Nothing is dropped. `firth.tokenizer.chat` encodes the messages.
+`docs/reference/data-formats.md` lists the formats. A field that carries text to the model in a known format is either read with
+the meaning that the format gives it, or the record is rejected with a message that names the field. No text is dropped
+silently. `firth.tokenizer.chat` encodes the messages.
 
 >>> messages_of({"system": "Be brief.", "conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"}]})
 ... # doctest: +NORMALIZE_WHITESPACE
@@ -32,16 +33,16 @@ ROLES = {
     "system": "system", "developer": "system",
     "tool": "tool", "function": "tool", "observation": "tool",
 }  # fmt: skip
-"""Role in a record -> role in the dialogue. A `function_call` is what the assistant writes, an `observation` is its result."""
+"""Role in a record -> role in the dialogue. A `function_call` is text of the assistant, an `observation` is its result."""
 
 TURNS = ("messages", "conversations", "conversation")
 """Fields that hold a whole dialogue, as a list of turns."""
 
 PROMPTS = ("prompt", "instruction")
-"""Fields that hold what is answered."""
+"""Fields that hold a prompt."""
 
 INPUTS = ("input", "context")
-"""Fields that belong to an `instruction`: Alpaca's and Dolly's."""
+"""Fields that belong to an `instruction`: those of Alpaca and Dolly."""
 
 ANSWERS = ("completion", "response", "output")
 """Fields that hold one answer."""
@@ -50,32 +51,32 @@ SYSTEMS = ("system", "system_prompt")
 """Fields that hold the system turn."""
 
 LABELS = ("label", "kto_tag")
-"""Fields of KTO's records: whether the answer is desirable."""
+"""Fields of KTO records: whether the answer is desirable."""
 
 TEXT_FIELDS = frozenset({
     *SYSTEMS, *INPUTS, "query", "history", "tools", "functions", "documents", "image", "images", "video", "videos", "audio",
     "audios", "chat_template_kwargs",
 })  # fmt: skip
-"""Fields that reach the model in some known format: a record that has one which is not read is rejected."""
+"""Fields that reach the model in some known format: a record is rejected if it has one that is not read."""
 
 TURN_FIELDS = frozenset({
     "tool_calls", "function_call", "tools", "reasoning", "reasoning_content", "thinking", "image", "images", "video", "videos",
     "audio", "audios",
 })  # fmt: skip
-"""Fields of a turn that reach the model in some known format, and are not read."""
+"""Fields of a turn that reach the model in some known format and are not supported here."""
 
 TURN_WEIGHTS = ("weight", "train", "training")
-"""Fields of a turn that say whether it is trained on: OpenAI's and axolotl's."""
+"""Fields of a turn that switch training on it on or off: those of OpenAI and axolotl."""
 
 HH_TURN = re.compile(r"\n\n(Human|Assistant):")
-"""What begins a turn in the strings of HH-RLHF (Bai 2022)."""
+"""Start of a turn in the strings of HH-RLHF (Bai 2022)."""
 
 
 def messages_of(record: Record) -> list[Message]:
-    """Return the dialogue in a record, with its answers.
+    """Return the dialogue of a record, including its answers.
 
     Raises:
-        UserError: The record has no known shape, or a field that is not read. The reader of the file adds the place.
+        UserError: The format is unknown, or a field is not supported. The caller adds file and line.
     """
     _check_desirable(record)
     turns = _first(record, TURNS)
@@ -86,7 +87,7 @@ def messages_of(record: Record) -> list[Message]:
         if isinstance(record[answer], list) and any(isinstance(one, str) for one in record[answer]):
             raise UserError(
                 f"`{answer}` holds {len(record[answer])} answers, which is a preference and not a dialogue: name them "
-                "`chosen` and `rejected`, and train `reward` or `dpo` on them"
+                "`chosen` and `rejected`, and use the recipe `reward_model` or `dpo`"
             )
         context, read = _prompt_side(record)
         return _completed(record, [*context, *_answers(record, answer)], read)
@@ -97,10 +98,10 @@ def messages_of(record: Record) -> list[Message]:
 
 
 def prompt_of(record: Record) -> list[Message]:
-    """Return what there is to answer in a record: its dialogue up to the last answer, or its prompt.
+    """Return the prompt of a record: its dialogue up to the last answer.
 
     Raises:
-        UserError: As of `messages_of`.
+        UserError: As in `messages_of`.
     """
     if "chosen" in record and "rejected" in record:
         return comparison(record)[0]
@@ -118,8 +119,11 @@ def prompt_of(record: Record) -> list[Message]:
 def comparison(record: Record) -> tuple[list[Message], list[Message], list[Message]]:
     """Return (prompt, chosen, rejected) of a preference, each as messages.
 
-    Both answers may be whole dialogues (UltraFeedback, HH-RLHF): what they begin with in common is then the prompt, and a
-    `prompt` that repeats it is read once.
+    Both answers may be whole dialogues (UltraFeedback, HH-RLHF). Their common beginning is then the prompt, and a
+    `prompt` field that repeats it is read once.
+
+    Raises:
+        UserError: The record is not a preference, or a field is not supported.
 
     >>> hello = {"role": "user", "content": "hello"}
     >>> good, bad = ({"role": "assistant", "content": c} for c in ("hi", "go away"))
@@ -127,9 +131,6 @@ def comparison(record: Record) -> tuple[list[Message], list[Message], list[Messa
     True
     >>> comparison({"prompt": "hello", "chosen": [hello, good], "rejected": [hello, bad]}) == ([hello], [good], [bad])
     True
-
-    Raises:
-        UserError: The record is no preference, or has a field that is not read.
     """
     record = _pair_named(record)
     chosen, rejected = _answers(record, "chosen"), _answers(record, "rejected")
@@ -139,7 +140,7 @@ def comparison(record: Record) -> tuple[list[Message], list[Message], list[Messa
     if not _is_answer(chosen) or not _is_answer(rejected):
         if _is_answer(chosen) != _is_answer(rejected):
             raise UserError(
-                "one of `chosen` and `rejected` is a whole dialogue and the other an answer: write both alike"
+                "one of `chosen` and `rejected` is a whole dialogue and the other is an answer: use one format for both"
             )
         same = len(list(takewhile(lambda two: two[0] == two[1], zip(chosen, rejected, strict=False))))
         common, chosen, rejected = chosen[:same], chosen[same:], rejected[same:]
@@ -154,7 +155,7 @@ def comparison(record: Record) -> tuple[list[Message], list[Message], list[Messa
 
 
 def _pair_named(record: Record) -> Record:
-    """A preference with its answers in `chosen` and `rejected`."""
+    """Return a preference record with its answers in `chosen` and `rejected`."""
     missing = [name for name in ("chosen", "rejected") if name not in record]
     if not missing:
         return record
@@ -165,30 +166,30 @@ def _pair_named(record: Record) -> Record:
     label = _first(record, LABELS, filled=False)
     if label and len(missing) == 2:
         raise UserError(
-            f"this is KTO's record: `{label}` says whether one answer is desirable, and a preference needs two answers to one "
+            f"this is a KTO record: `{label}` marks one answer as desirable or not, and a preference needs two answers to one "
             "prompt: pair them as `chosen` and `rejected`"
         )
     raise UserError(f"a preference needs `chosen` and `rejected`; this record has {', '.join(record) or 'nothing'}")
 
 
 def _merged(context: Sequence[Message], common: Sequence[Message], chosen: Sequence[Message]) -> list[Message]:
-    """The prompt of two whole dialogues, which begin with `common`, and of a record that may repeat it in `context`."""
+    """Return the prompt of two whole dialogues that begin with `common`, where the record may repeat it in `context`."""
     system, own = list(takewhile(_is_system, context)), list(takewhile(_is_system, common))
     if system and own and system != own:
         raise UserError("the system turn of the prompt differs from that of `chosen` and `rejected`: keep one of them")
-    begun, turns = _stripped(context[len(system) :]), _stripped(common[len(own) :])
-    if begun == [*turns, *_stripped(chosen)][: len(begun)]:
+    prompt_turns, turns = _stripped(context[len(system) :]), _stripped(common[len(own) :])
+    if prompt_turns == [*turns, *_stripped(chosen)][: len(prompt_turns)]:
         return [*(own or system), *common[len(own) :]]
-    if begun[-len(turns) :] == turns:  # the last turns of a longer prompt are repeated
+    if prompt_turns[-len(turns) :] == turns:  # the last turns of a longer prompt are repeated
         return [*own, *context] if not system else list(context)
     raise UserError(
-        "`chosen` and `rejected` are whole dialogues that do not begin with the prompt: remove the prompt, or keep the answers "
-        "alone"
+        "`chosen` and `rejected` are whole dialogues that do not begin with the prompt: remove the prompt, or keep only the "
+        "answers"
     )
 
 
 def _prompt_side(record: Record) -> tuple[list[Message], set[str]]:
-    """What is answered, by `prompt`, `instruction` or the turns before the answer; and the fields that were read."""
+    """Return the prompt from `prompt`, `instruction` or the turns before the answer; and the names of the fields that were read."""
     if "prompt" in record:
         prompt = record["prompt"]
         if isinstance(prompt, list):
@@ -199,12 +200,12 @@ def _prompt_side(record: Record) -> tuple[list[Message], set[str]]:
         turns = _turns(record[name], name)
         if _is_answer(_answers(record, "chosen")) and turns and turns[-1]["role"] == "assistant":
             raise UserError(
-                f"`{name}` ends with an answer, and `chosen` and `rejected` are two more: remove one of the two"
+                f"`{name}` ends with an answer, and `chosen` and `rejected` are two more: remove the answer from `{name}`"
             )
         return turns, {name}
     pairs = record.get("history") or []
     if not isinstance(pairs, list) or not all(isinstance(pair, (list, tuple)) and len(pair) == 2 for pair in pairs):
-        raise UserError(f"`history` is a list of [instruction, answer], not {pairs!r:.60}")
+        raise UserError(f"`history` must be a list of [instruction, answer], not {pairs!r:.60}")
     turns = [_turn(role, text) for pair in pairs for role, text in zip(("user", "assistant"), pair, strict=True)]
     name = _first(record, INPUTS)
     parts = [_text(record["instruction"]), *([_text(record[name])] if name else [])]
@@ -212,19 +213,19 @@ def _prompt_side(record: Record) -> tuple[list[Message], set[str]]:
 
 
 def _answers(record: Record, name: str) -> list[Message]:
-    """The answer in a field: text, a turn, a list of turns, or a dialogue of HH-RLHF."""
+    """Return the answer in a field: text, a turn, a list of turns, or a dialogue of HH-RLHF."""
     value = record[name]
     if isinstance(value, (list, Mapping)) and not _is_parts(value):
         return _turns(value if isinstance(value, list) else [value], name)
     text = _text(value)
     prompt = record.get("prompt")
     if isinstance(prompt, str) and _transcript(prompt, open=True):
-        text = text.strip()  # HH-RLHF's answers begin with the blank behind "Assistant:"
+        text = text.strip()  # answers of HH-RLHF begin with the space after "Assistant:"
     return (_transcript(text) if name in ("chosen", "rejected") else []) or [_turn("assistant", text)]
 
 
 def _transcript(text: str, open: bool = False) -> list[Message]:
-    """The turns of a dialogue of HH-RLHF, none where a text is not one. open: it is a prompt, which ends with "Assistant:"."""
+    """Return the turns of an HH-RLHF dialogue, [] if the text is not one. With `open`, the text is a prompt that ends with "Assistant:"."""
     pieces = HH_TURN.split("\n\n" + text.lstrip())
     if pieces[0] or pieces[1:2] != ["Human"] or "Assistant" not in pieces[1::2]:
         return []
@@ -238,13 +239,13 @@ def _transcript(text: str, open: bool = False) -> list[Message]:
 
 
 def _completed(record: Record, messages: list[Message], read: Iterable[str]) -> list[Message]:
-    """The messages with the system turn of the record in front; UserError for a field of text that is not read."""
+    """Return the messages with the record's system turn in front. Raise UserError for a text field that is not read."""
     known = {*read, *SYSTEMS}
     for name in record:
         if name in TEXT_FIELDS - known and _filled(record[name]):
             raise UserError(
-                f"the field `{name}` is not read in a record of this shape ({', '.join(record)}): write it into a turn, or "
-                "remove it"
+                f"the field `{name}` is not supported in a record of this format ({', '.join(record)}): write it into a turn, "
+                "or remove it"
             )
     turns = next((name for name in TURNS if name in known), "")
     for name in PROMPTS if turns else ():
@@ -263,18 +264,18 @@ def _completed(record: Record, messages: list[Message], read: Iterable[str]) -> 
 
 
 def _check_desirable(record: Record) -> None:
-    """UserError for an answer that KTO's label calls undesirable: it would be trained on as a good one."""
+    """Raise UserError for an answer with a negative KTO label, which would be trained on as a good one."""
     for name in LABELS:
         if str(record.get(name)).strip().lower() == "false":
             raise UserError(
-                f"`{name}` is false, so the answer is undesirable (KTO), and a dialogue is trained on as it is: keep the records "
+                f"`{name}` is false, so the answer is undesirable (KTO), but this recipe trains on every answer: keep the records "
                 "whose label is true, or pair the answers as `chosen` and `rejected`"
             )
 
 
 def _turns(value: Any, name: str) -> list[Message]:
     if not isinstance(value, list):
-        raise UserError(f"`{name}` is a list of turns, not {value!r:.60}")
+        raise UserError(f"`{name}` must be a list of turns, not {value!r:.60}")
     if not value:
         raise UserError(f"`{name}` has no turn: write one, or remove the record")
     return [_message(turn) for turn in value]
@@ -282,22 +283,22 @@ def _turns(value: Any, name: str) -> list[Message]:
 
 def _message(turn: Any) -> Message:
     if not isinstance(turn, Mapping):
-        raise UserError(f"a turn of a dialogue is an object with role and content, not {turn!r:.60}")
+        raise UserError(f"a turn of a dialogue must be an object with role and content, not {turn!r:.60}")
     role = str(turn.get("role", turn.get("from", "")))
     content = turn.get("content", turn.get("value"))
     of = role if role in ROLES else "a dialogue"
     for name in turn:
         if name in TURN_FIELDS and _filled(turn[name]):
-            raise UserError(f"a turn of {of} has `{name}`, which is not read: write it as text in its content")
+            raise UserError(f"a turn of {of} has `{name}`, which is not supported: write it as text in the content")
         if name in TURN_WEIGHTS and turn[name] in (0, False) and turn[name] is not None:
             raise UserError(
-                f"a turn of {of} has `{name}`: {turn[name]!r}, and every answer is trained on: move what is not "
+                f"a turn of {of} has `{name}`: {turn[name]!r}, but every answer is trained on: move turns without training "
                 "into the prompt of a record with `prompt` and `completion`"
             )
     if role not in ROLES:
-        raise UserError(f"a turn needs a role ({', '.join(ROLES)}), and this has {dict(turn)!r:.80}")
+        raise UserError(f"a turn needs a role ({', '.join(ROLES)}), and this turn is {dict(turn)!r:.80}")
     if content is None:
-        raise UserError(f"a turn needs a content, and this has {dict(turn)!r:.80}")
+        raise UserError(f"a turn needs a content, and this turn is {dict(turn)!r:.80}")
     return _turn(ROLES[role], content)
 
 
@@ -310,19 +311,19 @@ def _turn(role: str, content: Any) -> Message:
 
 
 def _text(value: Any) -> str:
-    """A text, or the text of content parts."""
+    """Return a text, or the text of content parts."""
     if not _is_parts(value):
         if not isinstance(value, str):
             raise UserError(f"text was expected, not {value!r:.60}")
         return value
     other = next((part for part in value if part.get("type") != "text"), None)
     if other is not None:
-        raise UserError(f"a content has a part of type {other.get('type')!r}, and only parts of type 'text' are read")
+        raise UserError(f"a content has a part of type {other.get('type')!r}, and only the type 'text' is supported")
     return "".join(_text(part.get("text")) for part in value)
 
 
 def _is_parts(value: Any) -> bool:
-    """Whether a value is a list of content parts, and not of turns."""
+    """Return whether a value is a list of content parts rather than turns."""
     parts = value if isinstance(value, list) else []
     return bool(parts) and all(
         isinstance(p, Mapping) and "type" in p and not {"role", "from"} & p.keys() for p in parts
@@ -338,7 +339,7 @@ def _is_system(message: Message) -> bool:
 
 
 def _first(record: Record, names: Sequence[str], filled: bool = True) -> str:
-    """The first of some fields that a record has, or has something in; empty: none."""
+    """Return the first of some fields that the record has (with a value if `filled`), or ""."""
     return next((name for name in names if name in record and (not filled or _filled(record[name]))), "")
 
 

@@ -1,15 +1,15 @@
-"""BART's five ways to damage a text (Lewis 2019, section 2.2); the model is to write the text as it was.
+"""The five text corruptions of BART (Lewis 2019, section 2.2); the model learns to reconstruct the original text.
 
-`CORRUPTIONS[name](tokens, vocab, rate, rng)` returns the damaged tokens of a bare text; `rate` is the share of tokens
-that masking, deletion and infilling hit. Where nothing can be damaged the text is what it was.
+`CORRUPTIONS[name](tokens, vocab, rate, rng)` returns the corrupted tokens of a text without special tokens. `rate` is the
+fraction of tokens that masking, deletion and infilling affect. A text that cannot be corrupted is returned as it is.
 
-    masking       tokens at random become a mask each                     length is kept
-    deletion      tokens at random are gone                               which ones is to be found out
-    infilling     spans of Poisson(3) tokens become one mask each         a span of none puts a mask between two tokens
+    masking       random tokens become one mask each                      the length is kept
+    deletion      random tokens are removed                               the model must find where
+    infilling     spans of Poisson(3) tokens become one mask each         an empty span inserts a mask between two tokens
     permutation   the sentences are shuffled                              by UAX #29 (`firth.tokenizer.segmentation`)
-    rotation      the text begins at a random token, and goes round       its beginning is to be found out
+    rotation      the text starts at a random token and wraps around      the model must find its beginning
 
-Spans are of tokens, as in the paper; BART's code draws them over words. `damage` does several, one after the other.
+Spans are of tokens, as in the paper; BART's code draws them over words. `corrupt` applies several, one after the other.
 
 >>> letters = "?_abcdefghi.jkl."
 >>> vocab = Vocab(16, {"mask": 1}, np.arange(16) < 2, spelling=tuple(f" {c}".replace(" .", ".").encode() for c in letters))
@@ -36,12 +36,12 @@ from firth.tokenizer.vocab import Vocab
 Corruption = Callable[[np.ndarray, Vocab, float, np.random.Generator], np.ndarray]
 Damage = Literal["masking", "deletion", "infilling", "permutation", "rotation"]
 
-MEAN = 3
-"""Tokens in a span of `infilling`, on average."""
+MEAN_SPAN_TOKENS = 3
+"""Mean number of tokens in a span of `infilling`."""
 
 
 def masking(tokens: np.ndarray, vocab: Vocab, rate: float, rng: np.random.Generator) -> np.ndarray:
-    """Each token becomes a mask with probability `rate`: (n,) -> (n,).
+    """Replace each token with a mask with probability `rate`: (n,) -> (n,).
 
     >>> vocab = Vocab(9, {"mask": 1}, np.arange(9) < 2)
     >>> masking(np.arange(2, 9), vocab, 0.3, np.random.default_rng(1)).tolist()
@@ -51,7 +51,7 @@ def masking(tokens: np.ndarray, vocab: Vocab, rate: float, rng: np.random.Genera
 
 
 def deletion(tokens: np.ndarray, vocab: Vocab, rate: float, rng: np.random.Generator) -> np.ndarray:
-    """Each token is left out with probability `rate`.
+    """Remove each token with probability `rate`.
 
     >>> vocab = Vocab(9, {"mask": 1}, np.arange(9) < 2)
     >>> deletion(np.arange(2, 9), vocab, 0.3, np.random.default_rng(1)).tolist()
@@ -61,28 +61,28 @@ def deletion(tokens: np.ndarray, vocab: Vocab, rate: float, rng: np.random.Gener
 
 
 def infilling(tokens: np.ndarray, vocab: Vocab, rate: float, rng: np.random.Generator) -> np.ndarray:
-    """rate * n tokens, in spans of Poisson(3) tokens anywhere (the last is cut to that), become one mask a span.
+    """Replace rate * n tokens, in spans of Poisson(3) tokens at random places, with one mask a span. The last span is truncated.
 
     >>> vocab = Vocab(9, {"mask": 1}, np.arange(9) < 2)
     >>> infilling(np.arange(2, 9), vocab, 0.5, np.random.default_rng(2)).tolist()
     [2, 3, 1, 6, 1, 8]
     """
-    hidden = min(stochastic_round(len(tokens) * rate, rng), len(tokens))
-    if not hidden:
+    num_masked = min(stochastic_round(len(tokens) * rate, rng), len(tokens))
+    if not num_masked:
         return tokens
-    # Lengths until they hide enough. 4 * hidden / 3 of mean 3 are too few about never, and then less is hidden.
-    lengths = rng.poisson(MEAN, 8 + 4 * hidden // MEAN)
+    # Draw lengths until they cover enough. 4 * masked / 3 lengths of mean 3 almost always suffice; else less is masked.
+    lengths = rng.poisson(MEAN_SPAN_TOKENS, 8 + 4 * num_masked // MEAN_SPAN_TOKENS)
     ends = lengths.cumsum()
-    count = int(ends.searchsorted(hidden)) + 1
-    lengths, ends = lengths[:count], ends[:count].clip(max=hidden)
+    count = int(ends.searchsorted(num_masked)) + 1
+    lengths, ends = lengths[:count], ends[:count].clip(max=num_masked)
     lengths[-1:] = ends[-1:] - (ends[-2] if count > 1 else 0)
     kept_before = np.sort(rng.integers(0, len(tokens) - ends[-1] + 1, len(lengths)))
-    gone = np.repeat(kept_before, lengths) + np.arange(ends[-1])
-    return np.insert(np.delete(tokens, gone), kept_before, vocab.mask)
+    removed = np.repeat(kept_before, lengths) + np.arange(ends[-1])
+    return np.insert(np.delete(tokens, removed), kept_before, vocab.mask)
 
 
 def permutation(tokens: np.ndarray, vocab: Vocab, rate: float, rng: np.random.Generator) -> np.ndarray:
-    """The sentences in a random order; what stands behind the last full stop counts as one. rate says nothing here.
+    """Shuffle the sentences; text after the last full stop counts as one. `rate` is ignored.
 
     >>> vocab = Vocab(9, {}, np.arange(9) < 2, spelling=tuple(b" a" if i != 5 else b"!" for i in range(9)))
     >>> permutation(np.array([2, 5, 3, 4, 5, 6]), vocab, 1.0, np.random.default_rng(0)).tolist()
@@ -93,7 +93,7 @@ def permutation(tokens: np.ndarray, vocab: Vocab, rate: float, rng: np.random.Ge
 
 
 def rotation(tokens: np.ndarray, vocab: Vocab, rate: float, rng: np.random.Generator) -> np.ndarray:
-    """The text from a token drawn uniformly to its end, and then from its beginning. rate says nothing here.
+    """Rotate the text to start at a token drawn uniformly. `rate` is ignored.
 
     >>> vocab = Vocab(9, {}, np.arange(9) < 2)
     >>> rotation(np.arange(2, 9), vocab, 1.0, np.random.default_rng(0)).tolist()
@@ -114,7 +114,7 @@ CORRUPTIONS: dict[str, Corruption] = {
 def corrupt(
     names: Sequence[Damage], tokens: np.ndarray, vocab: Vocab, rate: float, rng: np.random.Generator
 ) -> np.ndarray:
-    """Several corruptions, one after the other in the order that they are named in.
+    """Apply several corruptions in the given order.
 
     >>> vocab = Vocab(9, {"mask": 1}, np.arange(9) < 2)
     >>> corrupt(("rotation", "deletion"), np.arange(2, 9), vocab, 0.3, np.random.default_rng(0)).tolist()

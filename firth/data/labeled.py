@@ -1,13 +1,13 @@
-"""Examples from records that have a label: a class, a number, a tag for each word, the right one of several options.
+"""Examples from labeled records: a class, a number, a tag per word, or the right one of several options.
 
-    {"text": "a fine film", "label": "good"}                                Labelled    {"tokens", "label"}
-    {"text": "a man sings", "other": "a man is singing", "label": 4.6}      Scored      {"tokens", "token_type_ids", "score"}
-    {"text": "She opens", "options": ["the door", "the sea"], "label": 0}   Chosen      {"options", "label"}
-    {"tokens": ["EU", "rejects"], "tags": ["B-ORG", "O"]}                   Tagged      {"tokens", "tags"}
+    {"text": "a fine film", "label": "good"}                                LabeledTexts            {"tokens", "label"}
+    {"text": "a man sings", "other": "a man is singing", "label": 4.6}      ScoredTexts             {"tokens", "token_type_ids",
+                                                                                                     "score"}
+    {"text": "She opens", "options": ["the door", "the sea"], "label": 0}   MultipleChoiceRecords   {"options", "label"}
+    {"tokens": ["EU", "rejects"], "tags": ["B-ORG", "O"]}                   TaggedSentences         {"tokens", "tags"}
 
-All of them read JSONL, Parquet and tables (`firth.corpora.tables`), and are framed as [CLS] text [SEP] or [CLS] text [SEP]
-other [SEP], which for a decoder are its own beginning and end. `asked=False` reads records without their labels, for a
-model to tell them.
+All of them read JSONL, Parquet and tables (`firth.corpora.tables`). Texts are encoded as [CLS] text [SEP] or [CLS] text [SEP]
+other [SEP], for a decoder with its own special tokens. `labeled=False` reads records without labels, for prediction.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ import numpy as np
 from firth.corpora import readers, tables
 from firth.data import layout
 from firth.data.class_names import ClassNumbering
-from firth.data.records import LEFT_OUT, Record, Records
+from firth.data.records import OMITTED, Record, Records
 from firth.data.tags import check_scheme, has_spans, to_bio2
 from firth.tokenizer.tokenizer import Tokenizer
 from firth.types import IGNORE, Example, UserError
@@ -32,18 +32,26 @@ from firth.types import IGNORE, Example, UserError
 
 @dataclass(frozen=True)
 class RecordFields:
-    """What the fields of the records are called. columns: names of all of them, for a table without a head."""
+    """Base class of the names of record fields."""
 
     @classmethod
-    def of(cls, told: Mapping[str, Any]) -> Self:
-        """As a run's recipe calls them; the usual names where it says nothing."""
-        return cls(*(told.get(field.name, field.default) for field in dataclasses.fields(cls)))
+    def of(cls, examples: Mapping[str, Any]) -> Self:
+        """Return the names in the examples section of a recipe, with defaults for missing ones."""
+        return cls(*(examples.get(field.name, field.default) for field in dataclasses.fields(cls)))
 
 
 @dataclass(frozen=True)
 class TextFields(RecordFields):
-    """text: of the text; label: of what is told of it; pair: of a second text, if there is one. absent: labels which say
-    that there is none ("-" where the annotators of SNLI and MNLI do not agree): such records are left out, and counted."""
+    """Names of the fields of texts.
+
+    Args:
+        text_field: The text.
+        label_field: The label.
+        text_pair_field: The second text; empty: there is none.
+        column_names: All columns, for a table without a header.
+        missing_labels: Labels that mean that there is none ("-" in SNLI and MNLI, where the annotators disagree): such records
+            are left out and counted.
+    """
 
     text_field: str = "text"
     label_field: str = "label"
@@ -54,8 +62,15 @@ class TextFields(RecordFields):
 
 @dataclass(frozen=True)
 class OptionFields(RecordFields):
-    """options: of their list, or a field for each. begin: of a text that every option begins with (SWAG's sent2). label: of
-    the right option's place, or of the option itself."""
+    """Names of the fields of questions with options.
+
+    Args:
+        text_field: The question.
+        label_field: The index of the right option, or the option itself.
+        option_fields: The list of options, or one field per option.
+        option_prefix_field: A text that every option begins with (SWAG's sent2).
+        column_names: All columns, for a table without a header.
+    """
 
     text_field: str = "text"
     label_field: str = "label"
@@ -66,7 +81,13 @@ class OptionFields(RecordFields):
 
 @dataclass(frozen=True)
 class TagFields(RecordFields):
-    """words, tags: of their lists, or two of CoNLL's `columns`."""
+    """Names of the fields of tagged sentences.
+
+    Args:
+        words_field: The list of words.
+        tags_field: The list of tags.
+        column_names: The columns of a CoNLL file, two of which are the above.
+    """
 
     words_field: str = "tokens"
     tags_field: str = "tags"
@@ -74,20 +95,25 @@ class TagFields(RecordFields):
 
 
 class TextRecords(Records):
-    """Texts, or pairs of them, with something to be told of each. Of two texts that are too long together, the longer one
-    is cut."""
+    """Labeled texts or pairs of texts. If a pair is too long, the longer text is truncated.
+
+    Args:
+        paths: Files, directories or globs.
+        tokenizer: The tokenizer.
+        length: Maximum number of tokens.
+        fields: Names of the fields.
+        labeled: Whether the records have labels.
+    """
 
     columns: ClassVar[dict[str, type]] = {"tokens": np.int32, "token_type_ids": np.uint8, "label": np.int32}
 
     def __init__(
         self, paths: Sequence[str], tokenizer: Tokenizer, length: int, fields: TextFields = TextFields(), *,
-        asked: bool = True,
+        labeled: bool = True,
     ) -> None:  # fmt: skip
-        self._fields, self._label = (
-            [fields.text_field, fields.text_pair_field] if fields.text_pair_field else [fields.text_field],
-            fields.label_field,
-        )
-        self.asked, self._absent = asked, fields.missing_labels
+        self._fields = [fields.text_field, fields.text_pair_field] if fields.text_pair_field else [fields.text_field]
+        self._label = fields.label_field
+        self.labeled, self._missing_labels = labeled, fields.missing_labels
         super().__init__(paths, tokenizer, length, names=fields.column_names)
 
     def __getitem__(self, index: int) -> Example:
@@ -97,23 +123,23 @@ class TextRecords(Records):
     def group(self, record: Record) -> str:
         return str(record[self._fields[0]])
 
-    def texts(self, record: Record, place: str) -> list[str]:
-        return [readers.text_field(record, field, place) for field in self._fields]
+    def texts(self, record: Record, location: str) -> list[str]:
+        return [readers.text_field(record, field, location) for field in self._fields]
 
     def examples(self, record: Record, encoded: list[np.ndarray]) -> Sequence[Example]:
-        if self.asked and self._absent and str(record.get(self._label)).strip() in self._absent:
-            self.note("unlabelled")
-            return LEFT_OUT
+        if self.labeled and self._missing_labels and str(record.get(self._label)).strip() in self._missing_labels:
+            self.note("unlabeled")
+            return OMITTED
         for _ in range(sum(not record[field].strip() for field in self._fields)):
             self.note("blank")
         return super().examples(record, encoded)
 
     def example(self, record: Record, encoded: list[np.ndarray]) -> Example | None:
-        told = np.array(self.labels(record)) if self.asked else np.zeros(1)
-        return self.framed(encoded) | {"label": told}
+        labels = np.array(self.labels(record)) if self.labeled else np.zeros(1)
+        return self.with_special_tokens(encoded) | {"label": labels}
 
-    def framed(self, encoded: Sequence[np.ndarray]) -> Example:
-        """One text or two as a model reads them: {"tokens", "token_type_ids"}."""
+    def with_special_tokens(self, encoded: Sequence[np.ndarray]) -> Example:
+        """Add special tokens to one text or two: {"tokens", "token_type_ids"}."""
         vocab = self.tokenizer.vocab
         if len(encoded) == 2:
             room = self.length - 3
@@ -129,65 +155,71 @@ class TextRecords(Records):
         return {"tokens": tokens, "token_type_ids": np.zeros(len(tokens), np.uint8)}
 
     def labels(self, record: Record) -> Sequence[float]:
-        """What a record says is to be told: one number here."""
+        """Return the labels of a record; here one number."""
         if self._label not in record:
             raise UserError(f"there is no field {self._label!r} for the label; {readers.nearest(self._label, record)}")
         return [self.number(record[self._label])]
 
     def without_decimals(self, value: Any) -> Any:
-        """A label as a whole number where it is one written as 1.0, which is noted; else as it is."""
+        """Return an integral float label such as 1.0 as an int, and note it; any other label as it is."""
         if not isinstance(value, float) or not value.is_integer():
             return value
         self.note("decimal")
         return int(value)
 
     def number(self, value: Any) -> float:
-        """A label as a number."""
+        """Return a label as a number."""
         raise NotImplementedError(type(self).__name__)
 
 
 class LabeledTexts(TextRecords):
     """Texts with a class: {"tokens", "label"}, and "token_type_ids" of a pair.
 
-    classes: their names, in the order that the labels count; those found in the records if empty. A record's label is a
-    class's name or its number. Labels that are none of the classes are counted, and then a UserError names the first.
+    A record's label is the name of a class or its number.
+
+    Args:
+        paths: Files, directories or globs.
+        tokenizer: The tokenizer.
+        length: Maximum number of tokens.
+        fields: Names of the fields.
+        classes: Class names in the order of their numbers; empty: those found in the records.
+        labeled: Whether the records have labels.
+
+    Raises:
+        UserError: A label is not one of the classes.
     """
 
     def __init__(
         self, paths: Sequence[str], tokenizer: Tokenizer, length: int, fields: TextFields = TextFields(), *,
-        classes: Sequence[str] = (), asked: bool = True,
+        classes: Sequence[str] = (), labeled: bool = True,
     ) -> None:  # fmt: skip
         self._known = ClassNumbering(classes)
         self._unknown = ""
-        super().__init__(paths, tokenizer, length, fields, asked=asked)
-        check_known_classes("label", "record", self._unknown, self._tally["unknown"], self._first, classes)
+        super().__init__(paths, tokenizer, length, fields, labeled=labeled)
+        check_known_classes("label", "record", self._unknown, self._counts["unknown"], self._first, classes)
         self.classes, self._number = self._known.names, self._known.final
 
     def class_counts(self, indices: np.ndarray) -> Mapping[str, int]:
-        return counted(self.classes, self._number[self._columns["label"].some(indices)]) if self.asked else {}
+        return count_per_class(self.classes, self._number[self._columns["label"].some(indices)]) if self.labeled else {}
 
     @property
     def notes(self) -> Sequence[str]:
-        return [*super().notes, *empty("class", self.paths, self.class_counts(np.arange(len(self))))]
+        return [*super().notes, *empty_class_notes("class", self.paths, self.class_counts(np.arange(len(self))))]
 
     def __getitem__(self, index: int) -> Example:
         example = super().__getitem__(index)
         label = example.pop("label")[0]
-        return {"label": self._number[label] if self.asked else label} | example
+        return {"label": self._number[label] if self.labeled else label} | example
 
     def number(self, value: Any) -> int:
-        """The number of a label, as it stands in the columns (names found on the way are numbered as they come)."""
+        """Return the number of a label, as stored in the columns (collected names are numbered in order of occurrence)."""
         value = self.without_decimals(value)
         name = value.strip() if isinstance(value, str) else json.dumps(value)
         if not isinstance(value, (str, int)):
-            cure = "train `regress` on numbers" if isinstance(value, float) else "write one"
-            raise UserError(
-                f"the label is {name}, and a name or a whole number is wanted: {cure}, or remove the record"
-            )
+            advice = "use the recipe `regression` for numbers" if isinstance(value, float) else "write one"
+            raise UserError(f"the label is {name} and must be a name or a whole number: {advice}, or remove the record")
         if not name:
-            raise UserError(
-                "the label is empty, and a name or a whole number is wanted: write one, or remove the record"
-            )
+            raise UserError("the label is empty and must be a name or a whole number: write one, or remove the record")
         if isinstance(value, str) and name != value:
             self.note("trimmed")
         found = self._known.number(value if type(value) is int else name)
@@ -198,7 +230,7 @@ class LabeledTexts(TextRecords):
 
 
 class UnlabeledTexts(LabeledTexts):
-    """Texts whose class nobody told: {"tokens", "label": IGNORE}. Plain text has one a line."""
+    """Texts without a class: {"tokens", "label": IGNORE}. Plain text files have one text per line."""
 
     reader: ClassVar[tables.Reader | None] = staticmethod(tables.lines)
 
@@ -207,7 +239,7 @@ class UnlabeledTexts(LabeledTexts):
 
     @property
     def counts(self) -> Mapping[str, int]:
-        return {"unlabelled" if name == "examples" else name: n for name, n in super().counts.items()}
+        return {"unlabeled" if name == "examples" else name: n for name, n in super().counts.items()}
 
     def __getitem__(self, index: int) -> Example:
         return super().__getitem__(index) | {"label": np.int64(IGNORE)}
@@ -224,7 +256,7 @@ class ScoredTexts(TextRecords):
 
     @property
     def scores(self) -> np.ndarray:
-        """All the numbers: (n,)."""
+        """All scores: (n,)."""
         return self._columns["label"].whole
 
     def number(self, value: Any) -> float:
@@ -233,14 +265,24 @@ class ScoredTexts(TextRecords):
         except (TypeError, ValueError):
             found = math.nan
         if not math.isfinite(found):
-            raise UserError(f"the field {self._label!r} holds {value!r}, and a number is wanted")
+            raise UserError(f"the field {self._label!r} is {value!r} and must be a number")
         return found
 
 
 class MultipleChoiceRecords(TextRecords):
-    """Questions with options, one of them right: {"options": rows of {"tokens", "token_type_ids"}, "label": its place}.
+    """Questions with options, one of them right: {"options": rows of {"tokens", "token_type_ids"}, "label": index of the right one}.
 
-    A record's label is an option's place from 0, or the option itself.
+    A record's label is the index of an option from 0, or the option itself.
+
+    Args:
+        paths: Files, directories or globs.
+        tokenizer: The tokenizer.
+        length: Maximum number of tokens of question and option.
+        fields: Names of the fields.
+        labeled: Whether the records have labels.
+
+    Attributes:
+        most: Maximum number of options of a record.
     """
 
     columns: ClassVar[dict[str, type]] = {
@@ -249,11 +291,11 @@ class MultipleChoiceRecords(TextRecords):
 
     def __init__(
         self, paths: Sequence[str], tokenizer: Tokenizer, length: int, fields: OptionFields = OptionFields(), *,
-        asked: bool = True,
+        labeled: bool = True,
     ) -> None:  # fmt: skip
-        self._options, self._begin = fields.option_fields, fields.option_prefix_field
+        self._options, self._option_prefix = fields.option_fields, fields.option_prefix_field
         texts = TextFields(fields.text_field, fields.label_field, column_names=fields.column_names)
-        super().__init__(paths, tokenizer, length, texts, asked=asked)
+        super().__init__(paths, tokenizer, length, texts, labeled=labeled)
         self.most = max(len(self._columns["lengths"][i]) for i in range(len(self)))
 
     def __getitem__(self, index: int) -> Example:
@@ -261,51 +303,62 @@ class MultipleChoiceRecords(TextRecords):
         cuts = np.cumsum(example["lengths"])[:-1]
         rows = zip(np.split(example["tokens"], cuts), np.split(example["token_type_ids"], cuts), strict=True)
         return {
-            "options": [{"tokens": tokens, "token_type_ids": segments} for tokens, segments in rows],
+            "options": [{"tokens": tokens, "token_type_ids": token_types} for tokens, token_types in rows],
             "label": int(example["label"][0]),
         }
 
-    def offered(self, record: Record) -> list[str]:
-        """The options of a record, as they are written."""
+    def options_of(self, record: Record) -> list[str]:
+        """Return the options of a record as written."""
         found = [record.get(name) for name in self._options]
-        listed = found[0] if len(found) == 1 else found
-        if not isinstance(listed, list) or len(listed) < 2 or not all(isinstance(option, str) for option in listed):
-            raise UserError(f"the options ({', '.join(self._options)}) are no list of two texts or more")
-        return listed
+        options = found[0] if len(found) == 1 else found
+        if not isinstance(options, list) or len(options) < 2 or not all(isinstance(option, str) for option in options):
+            raise UserError(f"the options ({', '.join(self._options)}) must be a list of two texts or more")
+        return options
 
-    def texts(self, record: Record, place: str) -> list[str]:
-        begin = readers.text_field(record, self._begin, place) + " " if self._begin else ""
-        return [*super().texts(record, place), *(begin + option for option in self.offered(record))]
+    def texts(self, record: Record, location: str) -> list[str]:
+        prefix = readers.text_field(record, self._option_prefix, location) + " " if self._option_prefix else ""
+        return [*super().texts(record, location), *(prefix + option for option in self.options_of(record))]
 
     def example(self, record: Record, encoded: list[np.ndarray]) -> Example | None:
         text, *options = encoded
-        rows = [self.framed([text, option]) for option in options]
-        told = self.right(record, self.offered(record)) if self.asked else 0
+        rows = [self.with_special_tokens([text, option]) for option in options]
+        label = self.right_index(record, self.options_of(record)) if self.labeled else 0
         return {
             "tokens": np.concatenate([row["tokens"] for row in rows]),
             "token_type_ids": np.concatenate([row["token_type_ids"] for row in rows]),
             "lengths": np.array([len(row["tokens"]) for row in rows]),
-            "label": np.array([told]),
+            "label": np.array([label]),
         }
 
-    def right(self, record: Record, options: list[str]) -> int:
-        """The place of the right option."""
+    def right_index(self, record: Record, options: list[str]) -> int:
+        """Return the index of the right option."""
         value = self.without_decimals(record.get(self._label))
         if isinstance(value, str) and value in options:
             return options.index(value)
-        place = int(str(value)) if str(value).isdecimal() else -1
-        if not 0 <= place < len(options):
-            raise UserError(f"the label {value!r} is neither one of the {len(options)} options nor the place of one")
-        return place
+        option_index = int(str(value)) if str(value).isdecimal() else -1
+        if not 0 <= option_index < len(options):
+            raise UserError(f"the label {value!r} is neither one of the {len(options)} options nor the index of one")
+        return option_index
 
 
 class TaggedSentences(Records):
-    """Sentences with a tag for each word: {"tokens", "tags"}, a tag's number at the first token of its word, IGNORE elsewhere.
+    """Sentences with a tag per word: {"tokens", "tags"}, with a tag's number at the first token of its word, IGNORE elsewhere.
 
-    classes: the names of the tags, as of `Labelled`. The words are joined by blanks and framed by [CLS] and [SEP] where the
-    tokenizer has these; a word of which no token is left is not asked. Text files are read as CoNLL's columns. Names may be
-    marked in any scheme of `firth.data.tags`, and those that begin with I are read as beginning with B.
-    keep: remember the words and tags as they are written.
+    The words are joined by spaces and enclosed in [CLS] and [SEP] where the tokenizer has them. A word that is truncated has no
+    label. Text files are read as CoNLL columns. Entities may be tagged in any scheme of `firth.data.tags`; those that begin with I
+    are read as beginning with B.
+
+    Args:
+        paths: Files, directories or globs.
+        tokenizer: The tokenizer.
+        length: Maximum number of tokens.
+        fields: Names of the fields.
+        classes: Names of the tags in the order of their numbers; empty: those found in the records.
+        labeled: Whether the records have tags.
+        keep: Whether to keep the words and tags as written.
+
+    Raises:
+        UserError: A tag is not one of the classes, or the scheme is not supported.
     """
 
     columns: ClassVar[dict[str, type]] = {"tokens": np.int32, "tags": np.int32, "words": np.int32}
@@ -313,49 +366,51 @@ class TaggedSentences(Records):
 
     def __init__(
         self, paths: Sequence[str], tokenizer: Tokenizer, length: int, fields: TagFields = TagFields(), *,
-        classes: Sequence[str] = (), asked: bool = True, keep: bool = False,
+        classes: Sequence[str] = (), labeled: bool = True, keep: bool = False,
     ) -> None:  # fmt: skip
-        self._words, self._tags = fields.words_field, fields.tags_field
-        self._known, self._unknown, self.asked = ClassNumbering(classes), "", asked
+        self._words_field, self._tags_field = fields.words_field, fields.tags_field
+        self._known, self._unknown, self.labeled = ClassNumbering(classes), "", labeled
         self.written: list[tuple[list[str], list[str]]] | None = [] if keep else None
         super().__init__(paths, tokenizer, length, names=fields.column_names)
-        check_known_classes("tag", "tag", self._unknown, self._tally["unknown"], self._first, classes)
+        check_known_classes("tag", "tag", self._unknown, self._counts["unknown"], self._first, classes)
         self.classes, self._number = self._known.names, self._known.final
-        if asked and not classes:
+        if labeled and not classes:
             check_scheme(self.classes)
 
     def class_counts(self, indices: np.ndarray) -> Mapping[str, int]:
         tags = self._columns["tags"].some(indices)
-        return counted(self.classes, self._number[tags[tags != IGNORE]]) if self.asked else {}
+        return count_per_class(self.classes, self._number[tags[tags != IGNORE]]) if self.labeled else {}
 
     @property
     def notes(self) -> Sequence[str]:
-        return [*super().notes, *empty("tag", self.paths, self.class_counts(np.arange(len(self))))]
+        return [*super().notes, *empty_class_notes("tag", self.paths, self.class_counts(np.arange(len(self))))]
 
     def __getitem__(self, index: int) -> Example:
         example = super().__getitem__(index)
-        asked = example["tags"] != IGNORE
-        tags = np.full(len(asked), IGNORE)
-        tags[asked] = self._number[example["tags"][asked]] if self.asked else 0
+        has_label = example["tags"] != IGNORE
+        tags = np.full(len(has_label), IGNORE)
+        tags[has_label] = self._number[example["tags"][has_label]] if self.labeled else 0
         return {"tokens": example["tokens"], "tags": tags}
 
     def group(self, record: Record) -> str:
-        return " ".join(record[self._words])
+        return " ".join(record[self._words_field])
 
     def example(self, record: Record, encoded: list[np.ndarray]) -> Example | None:
-        words = record.get(self._words)
-        names = record.get(self._tags) if self.asked else words
+        words = record.get(self._words_field)
+        names = record.get(self._tags_field) if self.labeled else words
         if not isinstance(words, list) or not isinstance(names, list) or len(words) != len(names):
-            raise UserError(f"a tagged sentence needs as many {self._words!r} as {self._tags!r}, in two lists")
+            raise UserError(
+                f"a tagged sentence needs lists {self._words_field!r} and {self._tags_field!r} of the same length"
+            )
         if not all(isinstance(word, str) for word in words):
-            raise UserError(f"the field {self._words!r} holds words that are no text")
-        names = self._named(names) if self.asked else []
-        numbers = self._numbers(names) if self.asked else np.zeros(len(words), np.int64)
+            raise UserError(f"the field {self._words_field!r} holds words that are not text")
+        names = self._tag_names(names) if self.labeled else []
+        numbers = self._tag_numbers(names) if self.labeled else np.zeros(len(words), np.int64)
         if self.written is not None:
             self.written.append((words, names))
         tokens, spans = self.tokenizer.spans(" ".join(words))
         ends = np.cumsum([len(word) + 1 for word in words]) - 1
-        word = ends.searchsorted(spans[:, 1])  # a token may begin with the blank before its word, never with one behind
+        word = ends.searchsorted(spans[:, 1])  # a token may begin with the space before its word, never end with one
         first = np.flatnonzero(np.diff(word, prepend=-1))
         tags = np.full(len(tokens), IGNORE)
         tags[first] = numbers[word[first]]
@@ -364,37 +419,37 @@ class TaggedSentences(Records):
             tokens = vocab.add_special_tokens(self.fit(tokens, self.length - 2))
             tags = np.concatenate(([IGNORE], tags[: self.length - 2], [IGNORE]))
         tokens, tags = self.fit(tokens, self.length), tags[: self.length]
-        asked = int((tags != IGNORE).sum())
-        return {"tokens": tokens, "tags": tags, "words": word[first][:asked]} if asked else None
+        num_labels = int((tags != IGNORE).sum())
+        return {"tokens": tokens, "tags": tags, "words": word[first][:num_labels]} if num_labels else None
 
     def words(self, index: int) -> np.ndarray:
-        """Which word of its sentence each tag that is asked belongs to."""
+        """Return the index of the word of each labeled token, within its sentence."""
         return self._columns["words"][index]
 
-    def _named(self, tags: list[Any]) -> list[str]:
-        """A sentence's tags by their names, where they are numbers of the classes that are told."""
+    def _tag_names(self, tags: list[Any]) -> list[str]:
+        """Return a sentence's tags as names, where they may be numbers of given classes."""
         if all(isinstance(tag, str) for tag in tags):
             return tags
         bad = next(tag for tag in tags if not isinstance(tag, str))
         if self._known.open:
             raise UserError(
-                f"the field {self._tags!r} holds {bad!r}, and names of tags are wanted: write them, or say what the numbers "
-                "mean by objective.class_names=[O, B-..., I-...]"
+                f"the field {self._tags_field!r} holds {bad!r} instead of the name of a tag: write names, or name the numbers with "
+                "objective.class_names=[O, B-..., I-...]"
             )
         numbers = [self._known.number(tag) if type(tag) is int else None for tag in tags]
         if None in numbers:
             raise UserError(
-                f"the field {self._tags!r} holds {bad!r}, which is none of the {len(self._known.names)} tags"
+                f"the field {self._tags_field!r} holds {bad!r}, which is not one of the {len(self._known.names)} tags"
             )
         return [self._known.names[number or 0] for number in numbers]
 
-    def _numbers(self, names: list[str]) -> np.ndarray:
-        """The numbers of a sentence's tags; those that are unknown are noted."""
-        told = to_bio2(names) if has_spans(names) else names
-        if told != names:
+    def _tag_numbers(self, names: list[str]) -> np.ndarray:
+        """Return the numbers of a sentence's tags, and note unknown ones."""
+        converted = to_bio2(names) if has_spans(names) else names
+        if converted != names:
             self.note("begun")
-        numbers = [self._known.number(name) for name in told]
-        for name in (name for name, number in zip(told, numbers, strict=True) if number is None):
+        numbers = [self._known.number(name) for name in converted]
+        for name in (name for name, number in zip(converted, numbers, strict=True) if number is None):
             self._unknown = self._unknown or name
             self.note("unknown")
         return np.array([number or 0 for number in numbers], np.int64)
@@ -403,22 +458,23 @@ class TaggedSentences(Records):
 def check_known_classes(
     what: str, of: str, name: str, count: int, first: Mapping[str, str], classes: Sequence[str]
 ) -> None:
-    """Raise a UserError if a name is none of the classes: it names the first, and says how many more there are."""
+    """Raise UserError for labels that are not one of the classes: it names the first and counts the others."""
     if count:
-        more = f", nor {'is that' if count == 2 else 'are those'} of {count - 1:,} more {of}{'s' if count > 2 else ''}"
+        rest = count - 1
+        others = f"; {rest:,} more {of}{'s have' if rest > 1 else ' has'} the same problem" if rest else ""
         raise UserError(
-            f"{first['unknown']}: the {what} {name} is none of the classes ({', '.join(classes)}){more if count > 1 else ''}; "
-            "mend or remove it, or train with objective.class_names that name it"
+            f"{first['unknown']}: the {what} {name} is none of the classes ({', '.join(classes)}){others}; correct or remove it, "
+            "or add it to objective.class_names"
         )
 
 
-def counted(classes: Sequence[str], labels: np.ndarray) -> Mapping[str, int]:
-    """How many labels of each class there are."""
+def count_per_class(classes: Sequence[str], labels: np.ndarray) -> Mapping[str, int]:
+    """Return the number of labels of each class."""
     return dict(zip(classes, np.bincount(labels, minlength=len(classes)).tolist(), strict=True))
 
 
-def empty(what: str, paths: Sequence[str], found: Mapping[str, int]) -> list[str]:
-    """A sentence on the classes of which there is nothing; none if there is something of each."""
-    none = [repr(name) for name, n in found.items() if not n]
-    noun = {"class": "classes", "tag": "tags"}[what] if len(none) > 1 else what
-    return [f"no record of {', '.join(paths)} has the {noun} {', '.join(none)}"] if none else []
+def empty_class_notes(what: str, paths: Sequence[str], found: Mapping[str, int]) -> list[str]:
+    """Return a sentence on the classes without a record, [] if there are none."""
+    empty_names = [repr(name) for name, n in found.items() if not n]
+    plural = {"class": "classes", "tag": "tags"}[what] if len(empty_names) > 1 else what
+    return [f"no record of {', '.join(paths)} has the {plural} {', '.join(empty_names)}"] if empty_names else []

@@ -1,7 +1,7 @@
-"""How tokens are laid out for a model to read: who sees whom, and what is asked where.
+"""Attention fields and label positions of an example: which positions attend to which, and where a label is predicted.
 
-Position i may attend to token j iff they share a `document` and `appears[j] <= looks[i] < leaves[j]` (where nothing
-leaves, there is no such row). These few functions fill the integer rows; nothing else in firth writes an attention mask.
+Position i may attend to token j iff they share a `document_ids` value and `key_time[j] <= query_time[i] < key_expiry[j]` (without
+`key_expiry`, keys never expire). The functions here fill these integer fields; nothing else in firth writes an attention mask.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from firth.tokenizer.vocab import Vocab
 from firth.types import IGNORE, NEVER, Example
 
 PADDING = {"key_time": NEVER, "query_time": -NEVER, "key_expiry": NEVER}
-"""What padding says: it is seen by nobody, and nobody looks from there."""
+"""Values of the attention fields on padding: no position attends to it, and it attends to nothing."""
 
 
 def causal(n: int) -> Example:
-    """Every position sees itself and what came before it.
+    """Return causal attention: every position attends to itself and earlier ones.
 
     >>> {k: v.tolist() for k, v in causal(3).items()}
     {'query_time': [0, 1, 2], 'key_time': [0, 1, 2]}
@@ -30,7 +30,7 @@ def causal(n: int) -> Example:
 
 
 def causal_after_prompt(n: int, prompt: int) -> Example:
-    """The first `prompt` positions of n see each other, and each one behind them what came before it.
+    """Return prefix-LM attention: the first `prompt` positions of n attend to each other, each later one to all before it.
 
     >>> {k: v.tolist() for k, v in causal_after_prompt(5, prompt=3).items()}
     {'query_time': [0, 0, 0, 1, 2], 'key_time': [0, 0, 0, 1, 2]}
@@ -39,40 +39,47 @@ def causal_after_prompt(n: int, prompt: int) -> Example:
     return {"query_time": when, "key_time": when}
 
 
-def permuted(example: Example, order: np.ndarray, stands: np.ndarray, compensated: bool = False) -> Example:
-    """Predict the tokens at the places `order` (k,), one after the other, in one row of two streams.
+def permuted(example: Example, order: np.ndarray, query_tokens: np.ndarray, compensated: bool = False) -> Example:
+    """Build a two-stream example that predicts the tokens at given positions one after the other.
 
-    The text comes first: what is not predicted is there from the start, what is predicted appears when its turn is over.
-    Then one query each, shown as `stands` (k,), that looks one moment earlier and is seen by nobody: XLNet's second
-    stream (Yang 2019, section 2.3). compensated: before the queries a stand-in for each, shown alike, which is
-    there from the start and leaves when its token appears, so that everything sees each place of the text once (MPNet,
-    Song 2020, section 2.2). Fields that say something of each token (document, segments) are carried to the new ones.
+    The text comes first: tokens that are not predicted are visible from the start, predicted ones once they have been predicted.
+    Then follows one query for each prediction, which attends to everything predicted before it and which no position attends to:
+    the second stream of XLNet (Yang 2019, section 2.3). Fields with one value per token (document_ids, token_type_ids) are copied
+    to the queries.
 
-    >>> seen = permuted({"tokens": np.array([5, 6, 7, 8])}, np.array([3, 1]), stands=np.array([0, 0]))
+    Args:
+        example: The text.
+        order: Positions to predict, in order, (k,).
+        query_tokens: Input tokens of the queries, (k,).
+        compensated: Whether to add a placeholder for each query, with the same input token, that is visible from the start and
+            expires when its token becomes visible. Every query then attends to each position of the text exactly once (MPNet,
+            Song 2020, section 2.2).
+
+    >>> seen = permuted({"tokens": np.array([5, 6, 7, 8])}, np.array([3, 1]), query_tokens=np.array([0, 0]))
     >>> for name, row in seen.items(): print(f"{name:10}", *(f"{'never' if x == NEVER else x:>5}" for x in row.tolist()))
     tokens         5     6     7     8     0     0
     positions      0     1     2     3     3     1
-    looks          0     2     0     1     0     1
-    appears        0     2     0     1 never never
+    query_time     0     2     0     1     0     1
+    key_time       0     2     0     1 never never
     labels      -100  -100  -100  -100     8     6
     """
     tokens = example["tokens"]
     n, k = len(tokens), len(order)
-    turn = np.arange(1, k + 1, dtype=np.int32)
+    turns = np.arange(1, k + 1, dtype=np.int32)
     when = np.zeros(n, np.int32)
-    when[order] = turn
+    when[order] = turns
     times = 2 if compensated else 1
     extra = np.tile(order, times)
     start = np.zeros(len(extra) - k, np.int32)
     shown = {
-        "tokens": np.concatenate((tokens, np.tile(stands, times))),
+        "tokens": np.concatenate((tokens, np.tile(query_tokens, times))),
         "positions": np.concatenate((np.arange(n, dtype=np.int32), extra.astype(np.int32))),
-        "query_time": np.concatenate((when, start, turn - 1)),
+        "query_time": np.concatenate((when, start, turns - 1)),
         "key_time": np.concatenate((when, start, np.full(k, NEVER, np.int32))),
         "labels": np.concatenate((np.full(n + len(start), IGNORE), tokens[order])),
     }
     if compensated:
-        shown["key_expiry"] = np.concatenate((np.full(n, NEVER, np.int32), turn, np.full(k, NEVER, np.int32)))
+        shown["key_expiry"] = np.concatenate((np.full(n, NEVER, np.int32), turns, np.full(k, NEVER, np.int32)))
     for name in ("document_ids", "token_type_ids"):
         if name in example:
             shown[name] = np.concatenate((example[name], example[name][extra]))
@@ -80,14 +87,14 @@ def permuted(example: Example, order: np.ndarray, stands: np.ndarray, compensate
 
 
 def memory_fields(example: Example) -> Example:
-    """What the example says of the tokens that stand before it (`firth.data.windows.Windows`)."""
+    """Return the fields of an example that describe the text before it (`firth.data.windows.Windows`)."""
     return {name: field for name, field in example.items() if name.startswith("memory_")}
 
 
 def seq2seq(source: np.ndarray, target: np.ndarray, start: int) -> Example:
-    """Source to the encoder; the decoder is shown the target moved right behind `start` (T5: the pad token).
+    """Build an encoder-decoder example: the decoder input is the target shifted right behind `start` (T5: the pad token).
 
-    >>> seen = seq2seq(np.array([7, 8]), np.array([5, 6]), init_from=0)
+    >>> seen = seq2seq(np.array([7, 8]), np.array([5, 6]), start=0)
     >>> seen["source_tokens"].tolist(), seen["tokens"].tolist(), seen["labels"].tolist()
     ([7, 8], [0, 5], [5, 6])
     """
@@ -96,7 +103,7 @@ def seq2seq(source: np.ndarray, target: np.ndarray, start: int) -> Example:
 
 
 def prefix(source: np.ndarray, target: np.ndarray) -> Example:
-    """Read the source both ways, write the target left to right, in one row.
+    """Build a prefix-LM example: bidirectional attention on the source, causal attention on the target, in one row.
 
     >>> seen = prefix(np.array([7, 8]), np.array([5, 6]))
     >>> seen["tokens"].tolist(), seen["labels"].tolist(), seen["query_time"].tolist()
@@ -108,21 +115,21 @@ def prefix(source: np.ndarray, target: np.ndarray) -> Example:
 
 
 Seq2SeqLayout = Literal["seq2seq", "prefix"]
-"""How a source and an answer to it are laid out: for an encoder and a decoder, or in one row."""
+"""Layout of a source and its target: for an encoder and a decoder, or in one row."""
 
 
 def layout_of(kind: Seq2SeqLayout, source: np.ndarray, target: np.ndarray, vocab: Vocab) -> Example:
-    """A source and an answer to it, laid out in either way."""
+    """Build an example from a source and its target in the given layout."""
     return prefix(source, target) if kind == "prefix" else seq2seq(source, target, vocab.start)
 
 
 @dataclass(frozen=True, eq=False)
 class InfillPrompt:
-    """A text with gaps, as a model that writes is shown it.
+    """A text with gaps, as the input of a generating model.
 
     Attributes:
-        prompt: Token ids (n,).
-        marks: The tokens (gaps + 1,) that the answer has before what fills each gap, and behind the last one. Empty where the
+        prompt: Token ids, (n,).
+        marks: Tokens that the answer has before the text of each gap, and after the last one, (gaps + 1,). Empty where the
             answer is the whole text.
     """
 
@@ -131,31 +138,31 @@ class InfillPrompt:
 
 
 def pair(first: np.ndarray, second: np.ndarray, vocab: Vocab) -> Example:
-    """[CLS] first [SEP] second [SEP], with segments 0 and 1 (BERT, section 3).
+    """Build [CLS] first [SEP] second [SEP] with token types 0 and 1 (BERT, section 3).
 
     >>> vocab = Vocab(size=9, roles={"cls": 1, "sep": 2}, special=np.arange(9) < 3)
     >>> {k: v.tolist() for k, v in pair(np.array([5]), np.array([6, 7]), vocab).items()}
     {'tokens': [1, 5, 2, 6, 7, 2], 'token_type_ids': [0, 0, 0, 1, 1, 1]}
     """
     tokens = np.concatenate(([vocab.cls], first, [vocab.sep], second, [vocab.sep]))
-    segments = np.repeat(np.array([0, 1]), (len(first) + 2, len(second) + 1))
-    return {"tokens": tokens, "token_type_ids": segments}
+    token_types = np.repeat(np.array([0, 1]), (len(first) + 2, len(second) + 1))
+    return {"tokens": tokens, "token_type_ids": token_types}
 
 
 def group(rows: Sequence[Example]) -> Example:
-    """Rows of different lengths on one new axis, the shorter ones padded on the right: fields (n,) -> (K, T).
+    """Stack rows of different lengths on a new axis, padded on the right: fields (n,) -> (K, T).
 
     >>> seen = group([{"tokens": np.array([5, 6, 7])} | causal(3), {"tokens": np.array([5, 8])} | causal(2)])
     >>> seen["tokens"].tolist(), seen["key_time"].tolist()
     ([[5, 6, 7], [5, 8, 0]], [[0, 1, 2], [0, 1, 1073741824]])
     """
     fill = {"labels": IGNORE} | PADDING
-    most = max(len(row["tokens"]) for row in rows)
-    # Without `key_time` every token is seen by all: what is padded must say that it is not.
+    longest = max(len(row["tokens"]) for row in rows)
+    # Without `key_time` every token is visible, so padded rows need it.
     rows = [{"key_time": np.zeros(len(row["tokens"]), np.int32)} | row for row in rows]
     return {
         name: np.stack(
-            [np.pad(row[name], (0, most - len(row[name])), constant_values=fill.get(name, 0)) for row in rows]
+            [np.pad(row[name], (0, longest - len(row[name])), constant_values=fill.get(name, 0)) for row in rows]
         )
         for name in rows[0]
     }

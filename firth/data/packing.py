@@ -1,7 +1,7 @@
-"""Where tokens go: rows and columns for many examples at once, and the arrays filled accordingly (NumPy only).
+"""Placement of examples in rows, and arrays filled accordingly (NumPy only).
 
->>> places = PackedLayout(rows=np.array([0, 1]), starts=np.array([0, 0]), lengths=np.array([3, 1]))
->>> places.lay([np.array([5, 6, 7]), np.array([9])], fill=0, dtype=np.int64).tolist()
+>>> placement = PackedLayout(rows=np.array([0, 1]), starts=np.array([0, 0]), lengths=np.array([3, 1]))
+>>> placement.scatter([np.array([5, 6, 7]), np.array([9])], fill=0, dtype=np.int64).tolist()
 [[5, 6, 7], [9, 0, 0]]
 """
 
@@ -18,10 +18,17 @@ from firth.types import UserError
 
 
 def first_fit(lengths: np.ndarray, room: int) -> tuple[np.ndarray, np.ndarray]:
-    """First-fit decreasing: the longest first, each into the first row with room (at most 11/9 of the fewest rows).
+    """Assign examples to rows by first-fit decreasing: longest first, each into the first row with room (at most 11/9 of the optimum).
 
-    lengths (sides, N) -> the row of each example (N,) and its first column there (sides, N). An encoder-decoder has
-    two sides, and an example goes where both have room.
+    Args:
+        lengths: (sides, N) int. An encoder-decoder has two sides, and an example goes where both have room.
+        room: Capacity of a row in tokens.
+
+    Returns:
+        The row of each example, (N,), and its first column on each side, (sides, N).
+
+    Raises:
+        UserError: An example is longer than a row.
 
     >>> rows, starts = first_fit(np.array([[3, 5, 2, 1]]), room=6)
     >>> rows.tolist(), starts.tolist()
@@ -31,14 +38,14 @@ def first_fit(lengths: np.ndarray, room: int) -> tuple[np.ndarray, np.ndarray]:
     if longest.max() > room:
         raise UserError(
             f"an example of {longest.max()} tokens does not fit into packed rows of {room}: "
-            "make the examples shorter or the rows longer"
+            "shorten the examples or lengthen the rows"
         )
     along = np.lexsort((*lengths, -longest))
     rows, starts = np.empty_like(longest), np.empty_like(lengths)
     used = np.zeros((len(lengths), len(longest)), np.int64)  # there are never more rows than examples
     opened = 0
-    # Examples of one size go one after the other, so that each row in turn takes as many as it has room for: all of
-    # them at once, which is what makes this cost 2 microseconds an example and not 10.
+    # Examples of one length are consecutive, so each row takes as many of them at once as it has room for. This costs
+    # 2 microseconds an example instead of 10.
     for same in np.split(along, np.flatnonzero(np.diff(lengths[:, along]).any(0)) + 1):
         need = lengths[:, same[0], None]
         filled = used[:, : opened + len(same)]
@@ -55,7 +62,13 @@ def first_fit(lengths: np.ndarray, room: int) -> tuple[np.ndarray, np.ndarray]:
 
 @dataclass(frozen=True)
 class PackedLayout:
-    """The places of N examples: their rows, first columns and lengths, each (N,)."""
+    """Placement of N examples.
+
+    Args:
+        rows: Row of each example, (N,).
+        starts: First column of each example, (N,).
+        lengths: Number of tokens of each example, (N,).
+    """
 
     rows: np.ndarray
     starts: np.ndarray
@@ -63,29 +76,29 @@ class PackedLayout:
 
     @cached_property
     def shape(self) -> tuple[int, int]:
-        """(rows, columns): no wider than the fullest row."""
+        """(rows, columns): as wide as the fullest row."""
         return int(self.rows.max()) + 1, int((self.starts + self.lengths).max())
 
     @cached_property
     def full(self) -> bool:
-        """Nothing is padded."""
+        """Whether there is no padding."""
         return int(self.lengths.sum()) == self.shape[0] * self.shape[1]
 
     @cached_property
-    def within(self) -> np.ndarray:
-        """The number of each token in its example: (tokens,)."""
+    def token_index(self) -> np.ndarray:
+        """Index of each token within its example: (tokens,)."""
         ends = np.cumsum(self.lengths)
         numbers: np.ndarray = np.arange(ends[-1]) - np.repeat(ends - self.lengths, self.lengths)
         return numbers
 
     @cached_property
     def _flat(self) -> np.ndarray:
-        """The place of each token in the flattened (rows, columns): (tokens,)."""
-        flat: np.ndarray = np.repeat(self.rows * self.shape[1] + self.starts, self.lengths) + self.within
+        """Index of each token in the flattened (rows, columns): (tokens,)."""
+        flat: np.ndarray = np.repeat(self.rows * self.shape[1] + self.starts, self.lengths) + self.token_index
         return flat
 
-    def lay(self, arrays: Sequence[np.ndarray], fill: int, dtype: type) -> np.ndarray:
-        """One array (..., n) per example -> (rows, ..., columns)."""
+    def scatter(self, arrays: Sequence[np.ndarray], fill: int, dtype: type) -> np.ndarray:
+        """Place one array (..., n) per example into (rows, ..., columns)."""
         lead = arrays[0].shape[:-1]
         if self.full and len(self.rows) == self.shape[0] and not self.starts.any():
             stacked: np.ndarray = np.concatenate(arrays, dtype=dtype, casting="unsafe").reshape(len(arrays), *lead, -1)
@@ -96,8 +109,8 @@ class PackedLayout:
         out = out.reshape(*self.shape, *lead)
         return np.ascontiguousarray(np.moveaxis(out, 1, -1)) if lead else out
 
-    def spread(self, values: np.ndarray, lead: tuple[int, ...], fill: int, dtype: type) -> np.ndarray:
-        """One value per token (tokens,) -> (rows, *lead, columns), the same along the free axes."""
+    def scatter_per_token(self, values: np.ndarray, lead: tuple[int, ...], fill: int, dtype: type) -> np.ndarray:
+        """Place one value per token, (tokens,), into (rows, *lead, columns), repeated along the leading axes."""
         out: np.ndarray = np.full(self.shape[0] * self.shape[1], fill, dtype)
         out[self._flat] = values
         return np.repeat(out.reshape(self.shape[0], 1, self.shape[1]), math.prod(lead), 1).reshape(

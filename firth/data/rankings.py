@@ -1,4 +1,6 @@
-"""Several answers to one prompt in the order of preference, for a reward model. `docs/reference/data-formats.md` has the shapes.
+"""Several answers to one prompt in order of preference, for a reward model.
+
+`docs/reference/data-formats.md` lists the record formats.
 
 >>> prompt, answers, rank = ranking({"prompt": "Hi", "answers": ["No", "Hello", "Hey"], "ranks": [2, 1, 1]})
 >>> [answer[0]["content"] for answer in answers], rank
@@ -24,17 +26,17 @@ LISTS = ("answers", "responses", "completions")
 """Fields that hold the answers."""
 
 TEXTS = ("answer", "response", "text", "completion")
-"""Fields of an answer that is an object, one of which holds its text."""
+"""Fields of an answer object that may hold its text."""
 
 RANKS, SCORES = ("rank", "ranks"), ("score", "overall_score", "scores")
-"""Fields of a record or of an answer: of ranks the lowest is the best, of scores the highest."""
+"""Fields of a record or of an answer. The lowest rank and the highest score are the best."""
 
 
 def ranking(record: Record) -> tuple[list[Message], list[list[Message]], list[int]]:
-    """Return the prompt, the answers and the rank of each, from 0, the best; equal ranks are ties.
+    """Return the prompt, the answers, and the rank of each answer from 0, the best; equal ranks are ties.
 
     Raises:
-        UserError: The record is no ranking, or has a field that is not read.
+        UserError: The record is not a ranking, or a field is not supported.
     """
     name = next((name for name in LISTS if isinstance(record.get(name), list)), "")
     if not name or len(record[name]) < 2:
@@ -54,22 +56,24 @@ def ranking(record: Record) -> tuple[list[Message], list[list[Message]], list[in
 
 
 def _text(answer: Any) -> Any:
-    """What a member of the list says: itself, or the text in one of its fields."""
+    """Return the text of an answer in the list: the answer itself, or one of its fields."""
     if not isinstance(answer, Mapping) or "role" in answer or "from" in answer:
         return answer
     name = next((name for name in TEXTS if name in answer), "")
     if not name:
-        raise UserError(f"an answer of a ranking has none of the fields {', '.join(TEXTS)}: it has {', '.join(answer)}")
+        raise UserError(
+            f"an answer of a ranking has none of the fields {', '.join(TEXTS)}: its fields are {', '.join(answer)}"
+        )
     return answer[name]
 
 
 def _order(record: Record, listed: Sequence[Any]) -> list[int]:
-    """The ranks from 0, by the numbers of the record or of its answers, by their order where there are none."""
+    """Return ranks from 0, by the ranks or scores of the record or of its answers, else by the order of the answers."""
     for names, sign in ((RANKS, 1.0), (SCORES, -1.0)):
         for name in names:
             numbers = record.get(name)
-            if numbers is None and any(isinstance(one, Mapping) and name in one for one in listed):
-                numbers = [one.get(name) if isinstance(one, Mapping) else None for one in listed]
+            if numbers is None and any(isinstance(answer, Mapping) and name in answer for answer in listed):
+                numbers = [answer.get(name) if isinstance(answer, Mapping) else None for answer in listed]
             if numbers is None:
                 continue
             if not isinstance(numbers, list) or len(numbers) != len(listed) or not all(map(_finite, numbers)):
@@ -85,8 +89,16 @@ def _finite(number: Any) -> bool:
 class RankingRecords(Records):
     """Answers to one prompt with their ranks: {"answers": K rows of tokens, "masks": K, "rank": (K,)}.
 
-    The masks are True on the answers and their stop tokens alone. A ranking of which an answer has no place within
-    `length`, or whose answers are all tied, is left out as unanswered. most: the most answers of a record.
+    The masks are True on the answers and their stop tokens only. A ranking is left out as unanswered if `length` leaves no
+    room for one of its answers, or if all answers are tied.
+
+    Args:
+        paths: Files, directories or globs.
+        tokenizer: The tokenizer.
+        length: Maximum number of tokens of prompt and answer.
+
+    Attributes:
+        most: Number of answers of the longest ranking.
     """
 
     columns: ClassVar[dict[str, type]] = {
@@ -103,11 +115,11 @@ class RankingRecords(Records):
 
     def example(self, record: Record, encoded: list[np.ndarray]) -> Example | None:
         prompt, answers, rank = ranking(record)
-        begin = len(chat.encode(self.tokenizer, prompt)[0])
+        prompt_length = len(chat.encode(self.tokenizer, prompt)[0])
         rows, masks = [], []
         for answer in answers:
             tokens, mask = chat.encode(self.tokenizer, [*prompt, *answer])
-            mask &= np.arange(len(tokens)) >= begin
+            mask &= np.arange(len(tokens)) >= prompt_length
             rows.append(self.fit(tokens, self.length))
             masks.append(mask[: self.length])
         if not all(mask.any() for mask in masks) or len(set(rank)) < 2:
@@ -119,8 +131,8 @@ class RankingRecords(Records):
         }  # fmt: skip
 
     def __getitem__(self, index: int) -> Example:
-        kept = super().__getitem__(index)
-        ends = np.cumsum(kept["lengths"])[:-1]
+        fields = super().__getitem__(index)
+        ends = np.cumsum(fields["lengths"])[:-1]
         return {
-            "answers": np.split(kept["tokens"], ends), "masks": np.split(kept["mask"], ends), "rank": kept["rank"],
+            "answers": np.split(fields["tokens"], ends), "masks": np.split(fields["mask"], ends), "rank": fields["rank"],
         }  # fmt: skip

@@ -1,4 +1,4 @@
-"""Where examples come from: a source is a sequence of examples and the order in which a run meets them.
+"""Sources of examples: a source is a sequence of examples and the order in which a run reads them.
 
 >>> class Letters(Source):
 ...     def __len__(self): return 3
@@ -27,39 +27,39 @@ if TYPE_CHECKING:
 
 
 class Source:
-    """`source[i]` is a pure function of i; everything that a run must remember is in `state`."""
+    """A sequence of examples. `source[i]` is a pure function of i; everything that a run must save is in `state`."""
 
     @property
     def counts(self) -> Mapping[str, int]:
-        """What was read, cut and skipped, for the report."""
+        """Numbers of examples read, truncated and omitted, for the report."""
         return {"examples": len(self)}
 
     @property
     def notes(self) -> Sequence[str]:
-        """Whole sentences on what was cut, left out or missing, with the place of the first."""
+        """Sentences on what was truncated, omitted or missing, each with the place of the first."""
         return ()
 
     @property
     def group_ids(self) -> np.ndarray:
-        """Which examples belong together, (n,) uint64: those of one `content_key` are held out together, or not at all."""
+        """Group of each example, (n,) uint64: those with one `content_key` are held out together, or not at all."""
         return np.array([content_key(str(i)) for i in range(len(self))], np.uint64)
 
     @property
     def record_ids(self) -> np.ndarray:
-        """Which record, from 0, each example is of: (n,)."""
+        """Number of the record of each example, from 0: (n,)."""
         return np.arange(len(self))
 
     def metadata(self, index: int) -> Mapping[str, Any]:
-        """What an example's tokens do not say and a measure needs: the passage of a window, and where its tokens stand."""
+        """Return what a metric needs of an example and its tokens do not contain, such as the passage of a window."""
         return {}
 
     @property
     def lengths(self) -> np.ndarray | None:
-        """How long each example is (n,), in a unit of the source's own; None where that is not known before it is read."""
+        """Length of each example, (n,), in a unit of the source's own; None if it is unknown before reading."""
         return None
 
     def class_counts(self, indices: np.ndarray) -> Mapping[str, int]:
-        """How many answers of each class some examples have, the classes with none among them; {} without classes."""
+        """Return the number of labels of each class in some examples, including classes with none; {} without classes."""
         return {}
 
     def __len__(self) -> int:
@@ -69,54 +69,62 @@ class Source:
         raise NotImplementedError(type(self).__name__)
 
     def many(self, indices: Sequence[int]) -> list[Example]:
-        """The examples of some indices: those of `source[i]`, all at once where that is faster."""
+        """Return the examples of some indices, as `source[i]` does, together where that is faster."""
         return [self[i] for i in indices]
 
     def in_epochs(self, seed: int, epochs: np.ndarray, indices: np.ndarray) -> list[Example]:
-        """Return the examples that a run with this seed reads as `indices` in `epochs`: a pure function of the three.
+        """Return the examples that a run with this seed reads: a pure function of the three arguments.
 
         Args:
-            seed: The seed that the run gives to `order`.
-            epochs: (n,) int; in epoch 0 the examples are those of `source[i]`, in later ones a source may cut its text elsewhere.
+            seed: The seed that the run passes to `order`.
+            epochs: (n,) int. In epoch 0 the examples are those of `source[i]`; in later ones a source may split its text elsewhere.
             indices: (n,) int.
         """
         return self.many(indices.tolist())
 
     def order(self, seed: int, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """The (epoch, index) of each position of an endless run: every epoch is a permutation."""
+        """Return (epoch, index) of positions in an endless run: every epoch is a permutation."""
         return epoch_permutation(len(self), seed, positions)
 
     @property
     def on_policy(self) -> bool:
-        """Whether examples depend on the model in training, or on the steps before.
+        """Whether examples depend on the model in training, or on earlier steps.
 
-        Batches of such a source are made when the step before has ended; those of others in a thread while it runs. A source
-        that has `prepare` or `state` is taken for one, unless it overrides this.
+        Batches of such a source are built after the previous step has ended; those of others in a thread while it runs. A source
+        that overrides `prepare` or `state` counts as one, unless it overrides this.
         """
         return type(self).prepare is not Source.prepare or type(self).state is not Source.state
 
     def prepare(self, model: LM, step: int) -> Mapping[str, float]:
-        """Called before the batches of a step are made: an on-policy source asks the model for its text here.
+        """Prepare the batches of a step; called before they are built. An on-policy source generates text here.
 
-        Returns what it measured of the examples that it drew, for the log; nothing where none were drawn.
+        Returns:
+            Metrics of newly generated examples, for the log; {} without any.
         """
         return {}
 
     def state(self) -> dict[str, np.ndarray]:
-        """What a checkpoint must hold so that the run can go on: nothing, for a source that only reads."""
+        """Return what a checkpoint must store to resume; {} for a source that only reads."""
         return {}
 
     def restore(self, state: Mapping[str, np.ndarray]) -> None:
-        """The inverse of `state`."""
+        """Restore a `state`."""
 
 
 class MixtureSource(Source):
-    """Several sources in fixed shares: after any m examples each has had its share of m to within one example.
+    """Several sources in fixed proportions: after any m examples each source has had its share of m to within one example.
 
-    Position k of the run is a draw from one source, by a schedule that is a pure function of k; the draws from a
-    source go through its own permuted epochs. So a small source with a large weight is repeated, a large one with
-    a small weight is read once in part, and resume is still a number. weights need not sum to one; they are kept
-    exactly when they are a ratio of integers with a sum of at most 65536, else to the nearest 1/65536.
+    Position k of the run reads from one source, by a schedule that is a pure function of k; each source goes through its own
+    permuted epochs. So a small source with a large weight is repeated, a large one with a small weight is read once in part,
+    and resuming still needs one number.
+
+    Args:
+        sources: The sources.
+        weights: Positive weights, which need not sum to one. They are exact if they are a ratio of integers with a sum of at
+            most 65536, else rounded to 1/65536.
+
+    Raises:
+        UserError: A weight is missing or not positive.
     """
 
     def __init__(self, sources: Sequence[Source], weights: Sequence[float]) -> None:
@@ -144,19 +152,19 @@ class MixtureSource(Source):
 
     @property
     def notes(self) -> Sequence[str]:
-        return list(dict.fromkeys(remark for source in self.sources for remark in source.notes))
+        return list(dict.fromkeys(note for source in self.sources for note in source.notes))
 
     @property
     def lengths(self) -> np.ndarray | None:
-        parts = [source.lengths for source in self.sources]
-        known = [sizes for sizes in parts if sizes is not None]
-        return np.concatenate(known) if len(known) == len(parts) else None
+        per_source = [source.lengths for source in self.sources]
+        known = [sizes for sizes in per_source if sizes is not None]
+        return np.concatenate(known) if len(known) == len(per_source) else None
 
     @property
     def record_ids(self) -> np.ndarray:
-        parts = [source.record_ids for source in self.sources]
-        first = np.cumsum([0, *(int(part.max(initial=-1)) + 1 for part in parts)])
-        return np.concatenate([part + start for part, start in zip(parts, first[:-1], strict=True)])
+        per_source = [source.record_ids for source in self.sources]
+        first = np.cumsum([0, *(int(ids.max(initial=-1)) + 1 for ids in per_source)])
+        return np.concatenate([ids + start for ids, start in zip(per_source, first[:-1], strict=True)])
 
     @property
     def group_ids(self) -> np.ndarray:
@@ -165,8 +173,8 @@ class MixtureSource(Source):
     def class_counts(self, indices: np.ndarray) -> Mapping[str, int]:
         total: dict[str, int] = {}
         for source, start in zip(self.sources, self._starts[:-1], strict=True):
-            mine = indices[(indices >= start) & (indices < start + len(source))] - start
-            for name, n in source.class_counts(mine).items():
+            selected = indices[(indices >= start) & (indices < start + len(source))] - start
+            for name, n in source.class_counts(selected).items():
                 total[name] = total.get(name, 0) + n
         return total
 
@@ -182,7 +190,7 @@ class MixtureSource(Source):
         return self.sources[which].metadata(within)
 
     def _at(self, index: int) -> tuple[int, int]:
-        """The source of an example, and its number there."""
+        """Return the source of an example, and its index there."""
         which = int(np.searchsorted(self._starts, index, side="right")) - 1
         return which, index - int(self._starts[which])
 
@@ -191,10 +199,10 @@ class MixtureSource(Source):
         which = self._which[at]
         epoch, index = np.empty_like(at), np.empty_like(at)
         for i, source in enumerate(self.sources):
-            mine = which == i
-            draws = period[mine] * self.quotas[i] + self._rank[at[mine]]
-            epoch[mine], local = source.order(seed + i, draws)
-            index[mine] = local + self._starts[i]
+            selected = which == i
+            draws = period[selected] * self.quotas[i] + self._rank[at[selected]]
+            epoch[selected], local = source.order(seed + i, draws)
+            index[selected] = local + self._starts[i]
         return epoch, index
 
     def in_epochs(self, seed: int, epochs: np.ndarray, indices: np.ndarray) -> list[Example]:
@@ -202,7 +210,7 @@ class MixtureSource(Source):
         found: dict[int, Example] = {}
         for i in np.unique(which).tolist():
             at = np.flatnonzero(which == i)
-            # The seed of a source is the one by which `order` permutes it.
+            # `order` permutes source i with this seed.
             examples = self.sources[i].in_epochs(seed + i, epochs[at], indices[at] - self._starts[i])
             found |= zip(at.tolist(), examples, strict=True)
         return [found[k] for k in range(len(indices))]
@@ -219,12 +227,12 @@ class MixtureSource(Source):
 
     def restore(self, state: Mapping[str, np.ndarray]) -> None:
         for i, source in enumerate(self.sources):
-            mine = f"{i}."
-            source.restore({k[len(mine) :]: v for k, v in state.items() if k.startswith(mine)})
+            prefix = f"{i}."
+            source.restore({k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)})
 
 
 class WrappedSource(Source):
-    """The examples of another source, seen otherwise: whatever is not the example itself is that source's."""
+    """Base class of sources that change the examples of another source and delegate everything else to it."""
 
     def __init__(self, source: Source) -> None:
         self.source = source
@@ -275,11 +283,11 @@ class WrappedSource(Source):
         self.source.restore(state)
 
 
-LONGEST_PERIOD = 65536
+MAX_PERIOD = 65536
 
 
 def _quotas(weights: Sequence[float]) -> list[int]:
-    """Integers in the ratio of the weights: how many of each source in one period.
+    """Return integers in the ratio of the weights: the number of draws from each source in one period.
 
     >>> _quotas([0.7, 0.2, 0.1]), _quotas([2, 2])
     ([7, 2, 1], [1, 1])
@@ -288,11 +296,11 @@ def _quotas(weights: Sequence[float]) -> list[int]:
     scale = math.lcm(*(f.denominator for f in exact))
     whole = [int(f * scale) for f in exact]
     whole = [n // math.gcd(*whole) for n in whole]
-    if sum(whole) <= LONGEST_PERIOD:
+    if sum(whole) <= MAX_PERIOD:
         return whole
-    share = [Fraction(n, sum(whole)) * LONGEST_PERIOD for n in whole]
+    share = [Fraction(n, sum(whole)) * MAX_PERIOD for n in whole]
     floors = [max(1, int(s)) for s in share]
-    spare = LONGEST_PERIOD - sum(floors)
+    spare = MAX_PERIOD - sum(floors)
     largest = sorted(range(len(share)), key=lambda i: floors[i] - share[i])
     for i in largest[: max(spare, 0)]:
         floors[i] += 1
@@ -300,7 +308,7 @@ def _quotas(weights: Sequence[float]) -> list[int]:
 
 
 def _schedule(quotas: Sequence[int]) -> np.ndarray:
-    """Source of each position of one period, so that every prefix is within one example of its shares.
+    """Return the source of each position of one period, such that every prefix is within one example of its shares.
 
     The j-th draw of a source with share w belongs into the window [floor((j-1)/w), ceil(j/w)); taking the earliest
     deadline among the open windows never misses one (proportionate fairness, Baruah et al. 1996).

@@ -1,10 +1,10 @@
-"""Which documents and records are held out, decided here for every shape of data.
+"""Choice of held-out documents and records, for every data format.
 
 Two rules. Examples that share a prompt, and examples of the same content, are held out together or not at all: an answer to a
-prompt that was trained on measures memory. And the decision is a pure function of names (documents) or contents (records), so
-it is the same on every machine, in every order, and for every run that reads the same prompts.
+prompt that was trained on measures memorization. And the choice is a pure function of names (documents) or contents (records),
+so it is the same on every machine, in every order, and for every run that reads the same prompts.
 
-Validation text is whole documents, never lines: the lines of one play know each other.
+Validation text is whole documents, never lines, because the lines of one document are not independent.
 
 >>> plays = [Document("hamlet", "To be"), Document("macbeth", "Out, out"), Document("othello", "Put out")]
 >>> [d.name for d in split(plays, ["macbeth"], held_out=True)]
@@ -26,27 +26,36 @@ from firth.tokenizer.normalize import replace_lone_surrogates
 from firth.types import UserError
 
 MIN_RECORDS = 20
-"""Records: of fewer, none is held out."""
+"""Number of records below which none is held out."""
 
 
 def split(documents: Iterable[Document], share: float | Collection[str], *, held_out: bool) -> Iterator[Document]:
-    """The documents that are held out, or the others. share: a fraction of the documents, or the names themselves."""
+    """Return the documents that are held out, or the others.
+
+    Args:
+        documents: All documents.
+        share: Fraction of the documents to hold out, or their names.
+        held_out: Which of the two to return.
+
+    Raises:
+        UserError: The fraction is not in [0, 1).
+    """
     if isinstance(share, (int, float)):
         if not 0 <= share < 1:
-            raise UserError(f"the held-out share of the documents is {share}: use a number from 0 up to, not with, 1")
+            raise UserError(f"the held-out share of the documents is {share}: use a number from 0 to below 1")
         return (d for d in documents if (place(d.name) < share) == held_out)
     return (d for d in documents if (d.name in share) == held_out)
 
 
 def place(name: str) -> float:
-    """Where a name falls in [0, 1): evenly, by hash."""
+    """Map a name to [0, 1) by its hash, uniformly."""
     return int.from_bytes(hashlib.blake2b(name.encode("utf-8", "replace"), digest_size=6).digest()) / 2**48
 
 
-def enough(share: float, names: Iterable[str]) -> float:
-    """The least share from `share` on that holds out at least one of the documents; 0 if there is but one document.
+def min_share(share: float, names: Iterable[str]) -> float:
+    """Return the smallest fraction, at least `share`, that holds out one document or more; 0 for a single document.
 
-    >>> enough(0.5, ["a", "b", "c", "d"]), enough(0.05, ["only"])
+    >>> min_share(0.5, ["a", "b", "c", "d"]), min_share(0.05, ["only"])
     (0.5, 0.0)
     """
     if not share:
@@ -58,24 +67,26 @@ def enough(share: float, names: Iterable[str]) -> float:
 
 
 def content_key(text: str) -> int:
-    """Hash a text to 64 bits, white space collapsed. Two of ten million texts collide with a probability of 3e-6.
+    """Hash a text to 64 bits, ignoring differences in white space. Two of ten million texts collide with a probability of 3e-6.
 
     >>> content_key("to be  or\\nnot") == content_key("to be or not") != content_key("to be")
     True
     """
-    return int.from_bytes(hashlib.blake2b(" ".join(replace_lone_surrogates(text).split()).encode(), digest_size=8).digest())
+    return int.from_bytes(
+        hashlib.blake2b(" ".join(replace_lone_surrogates(text).split()).encode(), digest_size=8).digest()
+    )
 
 
 def held_out_keys(keys: np.ndarray, share: float, records: int) -> np.ndarray:
-    """Which examples of records are held out.
+    """Return which examples of records are held out.
 
     Args:
         keys: `content_key` of the prompt of each example, (n,) uint64.
-        share: the fraction of the prompts to hold out.
-        records: how many records the examples are of.
+        share: Fraction of the prompts to hold out.
+        records: Number of records.
 
     Returns:
-        (n,) bool; all False for fewer than MIN_RECORDS records, and where the share would take all of them.
+        (n,) bool; all False for fewer than MIN_RECORDS records, and where the fraction would take all of them.
     """
     held = keys / 2.0**64 < share
     return held if records >= MIN_RECORDS and not held.all() else np.zeros(len(keys), bool)
@@ -86,12 +97,12 @@ class HeldOut:
     """Held-out documents.
 
     Attributes:
-        names: their names.
-        keys: the `content_key` of each.
-        documents: how many documents there are in all.
-        duplicates: how many of them repeat an earlier one.
-        first: the name of the first that does, "" where none does.
-        contents: the `content_key` of every document, (documents,).
+        names: Their names.
+        keys: The `content_key` of each.
+        documents: Number of all documents.
+        duplicates: Number of documents that repeat an earlier one.
+        first: Name of the first duplicate, "" without any.
+        contents: The `content_key` of every document, (documents,).
     """
 
     names: frozenset[str] = frozenset()
@@ -103,20 +114,20 @@ class HeldOut:
 
 
 def hold_out(documents: Iterable[Document], share: float) -> HeldOut:
-    """Choose documents: those of one name or of one content together, by the first of their names in the alphabet.
+    """Choose the documents to hold out: those of one name or of one content together, by the alphabetically first name.
 
     Args:
-        documents: all of them; they are read once and not kept.
-        share: the fraction of the documents; at least one group is held out of two or more.
+        documents: All documents; they are read once and not kept.
+        share: Fraction of the documents; of two groups or more, at least one is held out.
 
     Returns:
         The choice, which `split` and the tokenizer follow.
 
     Raises:
-        UserError: the share is not in [0, 1).
+        UserError: The fraction is not in [0, 1).
     """
     if not 0 <= share < 1:
-        raise UserError(f"the held-out share of the documents is {share}: use a number from 0 up to, not with, 1")
+        raise UserError(f"the held-out share of the documents is {share}: use a number from 0 to below 1")
     names: list[str] = []
     contents: list[int] = []
     seen: set[int] = set()
@@ -130,11 +141,11 @@ def hold_out(documents: Iterable[Document], share: float) -> HeldOut:
     if not names:
         return HeldOut()
     group = groups(np.unique(names, return_inverse=True)[1], np.array(contents, np.uint64))
-    spokesman: dict[int, str] = {}
+    first_name: dict[int, str] = {}
     for number, name in zip(group.tolist(), names, strict=True):
-        spokesman[number] = min(name, spokesman.get(number, name))
-    least = enough(share, spokesman.values())
-    chosen = {number for number, name in spokesman.items() if place(name) < least}
+        first_name[number] = min(name, first_name.get(number, name))
+    threshold = min_share(share, first_name.values())
+    chosen = {number for number, name in first_name.items() if place(name) < threshold}
     held = [i for i, number in enumerate(group.tolist()) if number in chosen]
     return HeldOut(
         frozenset(names[i] for i in held),
@@ -147,7 +158,7 @@ def hold_out(documents: Iterable[Document], share: float) -> HeldOut:
 
 
 def groups(*keys: np.ndarray) -> np.ndarray:
-    """Number the groups of rows: rows that share any of their keys are of one group, directly or through others.
+    """Number the connected groups of rows: rows that share any of their keys are in one group, directly or through others.
 
     >>> groups(np.array([1, 1, 2, 3]), np.array([7, 8, 8, 9])).tolist()
     [0, 0, 0, 3]
@@ -157,8 +168,8 @@ def groups(*keys: np.ndarray) -> np.ndarray:
     while True:
         before = group
         for column in columns:
-            least = np.full(len(group), len(group))
-            np.minimum.at(least, column, group)
-            group = least[column]
+            lowest_group = np.full(len(group), len(group))
+            np.minimum.at(lowest_group, column, group)
+            group = lowest_group[column]
         if np.array_equal(group, before):
             return group

@@ -1,10 +1,10 @@
-"""Prompts that a decoder goes on from, with the right answer where there is one: {"source", "target"}.
+"""Prompts for a decoder, with the right answer where there is one: {"source", "target"}.
 
-    {"prompt": "Who paints the boat?", "completion": "The otter."}      and every other record of a dialogue
-    {"en": "otter", "fr": "loutre"}                                     with the forms of the run's recipe
+    {"prompt": "Who paints the boat?", "completion": "The otter."}      and every other dialogue record
+    {"en": "otter", "fr": "loutre"}                                     with the templates of the run's recipe
 
-To a model that was trained on dialogues the prompt is written by the tokenizer's chat template, the assistant's turn begun. To
-any other it is running text. It is never cut: without its end it would be another question.
+For a chat model the prompt is formatted by the tokenizer's chat template, up to the start of the assistant's turn. For any other
+model it is plain text. A prompt is never truncated, because without its end it would be another question.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import numpy as np
 
 from firth.data.completion_prompts import CompletionPrompts
 from firth.data.conversations import messages_of
-from firth.data.records import REMARKS, Record, fill_templates
+from firth.data.records import NOTE_TEMPLATES, Record, fill_templates
 from firth.tokenizer import chat
 from firth.tokenizer.chat import Message
 from firth.tokenizer.tokenizer import Tokenizer
@@ -23,13 +23,15 @@ from firth.types import Example, UserError
 
 
 class TextPrompts(CompletionPrompts):
-    """An example for every record, its source as a decoder reads it and its target the tokens of the right answer.
+    """One example per record: the source is the prompt as the decoder reads it, the target the tokens of the right answer.
 
     Args:
-        length: The context of the model. Longer prompts are noted, since they leave no room for an answer.
-        forms: How prompt and answer are made of a record's fields (`firth.data.records.fill_templates`).
-        dialogue: Whether the prompt is written by the chat template.
-        begin: Tokens before a prompt that is running text.
+        paths: Files, directories or globs.
+        tokenizer: The tokenizer.
+        length: Maximum number of positions of the model. Longer prompts are noted, since they leave no room for an answer.
+        forms: Templates of prompt and completion (`firth.data.records.fill_templates`).
+        dialogue: Whether to format the prompt with the chat template.
+        begin: Tokens before a plain-text prompt.
         answered: Whether the records have answers; else the target is empty.
     """
 
@@ -48,30 +50,32 @@ class TextPrompts(CompletionPrompts):
         super().__init__(paths, tokenizer, length, forms=forms)
 
     @property
-    def said(self) -> Mapping[str, str]:
-        return REMARKS | {"no_room": "prompt{s} left no room in {limit} tokens for an answer, so {they} {have} none"}
+    def note_templates(self) -> Mapping[str, str]:
+        return NOTE_TEMPLATES | {
+            "no_room": "prompt{s} left no room in {limit} tokens for an answer, so {they} {have} none"
+        }
 
-    def texts(self, record: Record, place: str) -> list[str]:
-        before, answer = self._parted(record)
+    def texts(self, record: Record, location: str) -> list[str]:
+        before, answer = self._split_answer(record)
         return [answer] if self.dialogue else [answer, "\n\n".join(message["content"] for message in before)]
 
     def example(self, record: Record, encoded: list[np.ndarray]) -> Example | None:
         if self.dialogue:
-            before, _ = self._parted(record)
+            before, _ = self._split_answer(record)
             source, _ = chat.encode(self.tokenizer, before, open=True)
         else:
             source = np.concatenate((np.array(self.begin, np.int32), encoded[1]))
         if not len(source):
-            raise UserError("the prompt is empty, and this tokenizer has no token that begins a text")
+            raise UserError("the prompt is empty, and this tokenizer has no token for the beginning of a text")
         if len(source) > self.length:
             self.note("no_room")
         return {"source": source, "target": encoded[0]}
 
-    def _parted(self, record: Record) -> tuple[list[Message], str]:
-        """The messages before the last answer, and that answer."""
+    def _split_answer(self, record: Record) -> tuple[list[Message], str]:
+        """Return the messages before the last answer, and that answer."""
         if not self.answered:
             return self._before(record), ""
         *before, last = messages_of(fill_templates(record, self.forms))
         if last["role"] != "assistant" or not before:
-            raise UserError("a prompt and an answer behind it are needed, and this record has only one of them")
+            raise UserError("this record needs a prompt and an answer after it, and it has only one of them")
         return before, last["content"]

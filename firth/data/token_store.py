@@ -1,13 +1,12 @@
-"""The token store: a corpus as one long memory-mapped row of token ids, with the documents' places in it.
+"""The token store: a corpus as one memory-mapped array of token ids, with the offsets of its documents.
 
     store/tokens.bin       uint16 (uint32 from 65537 ids on), every document as [bos] text [eos]
     store/offsets.bin      int64 (documents + 1,): document i is tokens[offsets[i]:offsets[i+1]]
     store/bytes.bin        int64 (documents,): UTF-8 bytes of its text, so that bits per byte are exact
-    store/manifest.json    tokenizer, dtype, counts, content hashes, and the digest of itself; written last
+    store/manifest.json    tokenizer, dtype, counts, content hashes, and its own digest; written last
 
-A store is built in `store.partial` and renamed when it is whole, so a directory that exists is complete. An interrupted
-build keeps what it has and goes on (see `_Build`). bos is left out where the tokenizer has none, as T5's, or says
-that none stands before a text, as GPT-2's.
+A store is built in `store.partial` and renamed when it is complete, so a directory that exists is complete. An interrupted
+build resumes (see `_Build`). bos is left out if the tokenizer has none, as T5's, or is configured not to add it, as GPT-2's.
 """
 
 from __future__ import annotations
@@ -34,31 +33,37 @@ from firth.types import UserError
 
 FORMAT = 2
 FILES = ("tokens.bin", "offsets.bin", "bytes.bin")
-STAMPS = "stamps.bin"
-STAMP = 16
-PART = 1 << 18
-"""Characters encoded as one text. A longer document is cut before a space, so a 50 MB line costs what a short one does;
-byte-level tokenizers split there anyway, others may split one word in a quarter of a million differently."""
-CHUNK = 1 << 21
-"""Characters encoded at once: enough to keep all cores busy, and what the engine makes of them stays within 200 MB."""
-WORKER_CHUNK = 1 << 19
-"""Characters that a worker process encodes at once: a tenth of a second, so that all of them end at about the same time."""
+STAMPS_FILE = "stamps.bin"
+STAMP_BYTES = 16
+PART_CHARACTERS = 1 << 18
+"""Characters encoded as one text. A longer document is split before a space, so a 50 MB line costs what a short one does;
+byte-level tokenizers split there anyway, others may split one word in a quarter of a million differently.
+"""
+CHUNK_CHARACTERS = 1 << 21
+"""Characters encoded at once: enough to keep all cores busy, while the tokenizer's memory stays within 200 MB."""
+WORKER_CHUNK_CHARACTERS = 1 << 19
+"""Characters that a worker process encodes at once: a tenth of a second, so that all workers end at about the same time."""
 
 Chunk = list[tuple[str, bool]]
-"""Texts that are encoded at once: part of a document, whether it is its last part."""
+"""Texts that are encoded at once: (part of a document, whether it is the last part)."""
 
 
 BLOCK_BYTES = 1 << 20
-"""Bytes of tokens that have one hash: a first read hashes up to two blocks, 1 ms each, and 100 GB have 4 MB of hashes."""
+"""Bytes of tokens per hash: a first read hashes up to two blocks, 1 ms each, and 100 GB have 4 MB of hashes."""
 
 REBUILD = "delete {}, and the next run builds it again"
-"""What to do about a damaged store."""
+"""Advice in errors about a damaged store."""
 
 
 class VerifiedTokens:
-    """The token ids of a store, memory-mapped and read only. A block of them is compared with its hash when it is first read.
+    """The read-only, memory-mapped token ids of a store. A block of them is compared with its hash when it is first read.
 
-    It behaves as an array (n,) that can be sliced, indexed and given to NumPy.
+    It behaves like an array (n,) that can be sliced, indexed and converted to NumPy.
+
+    Args:
+        file: The file of token ids.
+        dtype: Their type.
+        hashes: Content hash of each block.
     """
 
     def __init__(self, file: Path, dtype: np.dtype, hashes: Sequence[str]) -> None:
@@ -73,12 +78,12 @@ class VerifiedTokens:
     def __getitem__(self, index: slice | int | np.integer) -> Any:
         start, stop, _ = index.indices(len(self)) if isinstance(index, slice) else (int(index), int(index) + 1, 1)
         if start < 0:
-            raise IndexError(f"token {start}: a store is read from its beginning")
+            raise IndexError(f"token {start}: negative indices are not supported")
         self._verify(start, stop)
         return self._array[index]
 
     def take(self, places: np.ndarray) -> np.ndarray:
-        """The tokens at some places (n,)."""
+        """Return the tokens at some positions: (n,) -> (n,)."""
         for block in np.unique(places * self.dtype.itemsize // BLOCK_BYTES).tolist():
             if not self._checked[block]:
                 self._verify(
@@ -102,14 +107,14 @@ class VerifiedTokens:
             if not self._checked[i]:
                 if _hash(raw[i * BLOCK_BYTES : (i + 1) * BLOCK_BYTES].data) != self._hashes[i]:
                     raise UserError(
-                        f"{self._file}: block {i} of {len(self._hashes)} is not as it was written (its content hash "
-                        f"differs): {REBUILD.format(self._file.parent)}"
+                        f"{self._file}: block {i} of {len(self._hashes)} is damaged (its content hash differs): "
+                        f"{REBUILD.format(self._file.parent)}"
                     )
                 self._checked[i] = 1
 
 
 class TokenStore:
-    """An open store. tokens (n,), offsets (documents + 1,) and bytes (documents,) are memory-mapped, read only."""
+    """An open store. tokens (n,), offsets (documents + 1,) and bytes (documents,) are read-only."""
 
     def __init__(self, directory: Path, manifest: Mapping[str, Any]) -> None:
         self.directory, self.manifest = directory, manifest
@@ -120,37 +125,45 @@ class TokenStore:
         )
 
     def __len__(self) -> int:
-        """Documents."""
+        """Number of documents."""
         return len(self.bytes)
 
     @property
     def opened(self) -> bool:
-        """Every document begins with bos."""
+        """Whether every document begins with bos."""
         return bool(self.manifest["opened"])
 
     @classmethod
     def open(cls, directory: Path | str, tokenizer: Tokenizer | None = None) -> TokenStore:
-        """Open a finished store; with a tokenizer, refuse one whose tokens were made by another."""
+        """Open a complete store.
+
+        Args:
+            directory: The store.
+            tokenizer: If given, the tokenizer that the store must have been built with.
+
+        Raises:
+            UserError: The store is missing, damaged, or built with another tokenizer.
+        """
         directory = Path(directory)
         path = directory / "manifest.json"
         if not path.exists():
-            raise UserError(f"{directory}: no token store here (it has no manifest.json): build it first")
-        cure = REBUILD.format(directory)
+            raise UserError(f"{directory} is not a token store (it has no manifest.json): build it first")
+        advice = REBUILD.format(directory)
         try:
             manifest = json.loads(path.read_text("utf-8"))
         except ValueError:
-            raise UserError(f"{path} is cut off or damaged: {cure}") from None
+            raise UserError(f"{path} is truncated or damaged: {advice}") from None
         if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
-            raise UserError(f"{path} is not of store format {FORMAT}, which this firth reads: {cure}")
-        check_digest(manifest, path, cure)
+            raise UserError(f"{path} does not have store format {FORMAT}, which this version of firth reads: {advice}")
+        check_digest(manifest, path, advice)
         if tokenizer is not None and manifest["tokenizer"] != tokenizer.digest:
             raise UserError(
-                f"{directory}: its tokens were made by another tokenizer ({manifest['tokenizer'][:12]}, not "
+                f"{directory}: the store was built with another tokenizer ({manifest['tokenizer'][:12]}, not "
                 f"{tokenizer.digest[:12]}): build the store again, or use the tokenizer it was built with"
             )
         for name, size in manifest["sizes"].items():
             if not (directory / name).exists() or (directory / name).stat().st_size != size:
-                raise UserError(f"{directory / name}: not the {size} bytes that were written: {cure}")
+                raise UserError(f"{directory / name} does not have the {size} bytes that were written: {advice}")
         return cls(directory, manifest)
 
     @classmethod
@@ -167,17 +180,20 @@ class TokenStore:
         """Encode all documents into `directory`, which must not exist yet.
 
         Args:
-            documents: What to encode; they are read once, in order.
+            documents: Documents to encode; they are read once, in order.
             tokenizer: The tokenizer.
-            directory: Where the store will be.
-            counts: Returns the reader's own counts when everything is read.
+            directory: Directory of the store.
+            stats: Returns the reader's counts after everything has been read.
             progress: Receives the number of bytes so far.
-            workers: Number of processes that encode, None for one on each core. The files are the same for any number; a
-                text of less than WORTH_CHARACTERS is encoded by this process.
+            workers: Number of worker processes, None: one per core. The files are the same for any number; a text of less than
+                WORTH_CHARACTERS is encoded by this process.
+
+        Raises:
+            UserError: The directory exists, another process builds the store, the disk is full, or there are no documents.
         """
         directory = Path(directory)
         if directory.exists():
-            raise UserError(f"{directory}: exists already: open it, or delete it to build it again")
+            raise UserError(f"{directory} exists already: open it, or delete it to build it again")
         try:
             with _Build(directory, tokenizer, cores() if workers is None else workers) as build:
                 build.extend(documents, progress or _silent)
@@ -186,17 +202,17 @@ class TokenStore:
             if error.errno not in FULL:
                 raise
             raise UserError(
-                f"{directory}: the store could not be written ({error.strerror}): make room and start again, "
-                "it goes on from where it was"
+                f"{directory}: the store could not be written ({error.strerror}): free disk space and start again; "
+                "the build will resume"
             ) from None
         return cls.open(directory, tokenizer)
 
 
 class _Build:
-    """The files of a store while they grow. Each document also has a stamp: 8 bytes of hash of its text and of its ids.
+    """The files of a store that is being built. Each document also has a stamp: 8 bytes of hash of its text and of its ids.
 
-    So an interrupted build needs no journal: the leading documents whose text comes again, and whose ids on disk are
-    those of their stamps, are kept; the files are cut behind them and the rest is encoded.
+    So an interrupted build needs no journal: the leading documents whose text is unchanged, and whose ids on disk match their
+    stamps, are kept; the files are truncated after them and the rest is encoded.
     """
 
     def __init__(self, directory: Path, tokenizer: Tokenizer, workers: int = 1) -> None:
@@ -223,10 +239,10 @@ class _Build:
         self._lock.close()
 
     def extend(self, documents: Iterable[Document], progress: Callable[[int], None]) -> None:
-        """Append the documents, less those that an earlier build has left."""
-        rest = self._kept(iter(documents))
+        """Append the documents, except those that an earlier build has left."""
+        rest = self._resume(iter(documents))
         progress(self.bytes)
-        files = {name: (self.partial / name).open("ab") for name in (*FILES, STAMPS)}
+        files = {name: (self.partial / name).open("ab") for name in (*FILES, STAMPS_FILE)}
         try:
             ids, raw = [self.before], bytearray()
             with closing(self._encoded(rest)) as encoded:
@@ -240,7 +256,7 @@ class _Build:
                             files["tokens.bin"].write(row.tobytes())
                             files["offsets.bin"].write(np.int64(self.tokens).tobytes())
                             files["bytes.bin"].write(np.int64(len(raw)).tobytes())
-                            files[STAMPS].write(_stamp(raw) + _stamp(row.tobytes()))
+                            files[STAMPS_FILE].write(_stamp(raw) + _stamp(row.tobytes()))
                             ids, raw = [self.before], bytearray()
                     progress(self.bytes)
         finally:
@@ -248,15 +264,17 @@ class _Build:
                 file.close()
 
     def _encoded(self, documents: Iterator[Document]) -> Generator[tuple[Chunk, list[np.ndarray]]]:
-        """Chunks of the documents' texts with their ids, in order. What comes behind the first WORTH_CHARACTERS is encoded by
-        worker processes."""
+        """Yield chunks of the documents' texts with their ids, in order.
+
+        Text after the first WORTH_CHARACTERS is encoded by worker processes.
+        """
         parts = (part for document in documents for part in _parts(document.text))
-        alone = 0
-        while chunk := _chunk(parts, CHUNK):
-            if self.workers > 1 and alone >= WORTH_CHARACTERS:
+        encoded_here = 0
+        while chunk := _chunk(parts, CHUNK_CHARACTERS):
+            if self.workers > 1 and encoded_here >= WORTH_CHARACTERS:
                 break
             yield chunk, self.tokenizer.encode_batch([text for text, _ in chunk])
-            alone += sum(len(text) for text, _ in chunk)
+            encoded_here += sum(len(text) for text, _ in chunk)
         else:
             return
         sent: deque[Chunk] = deque()
@@ -266,7 +284,7 @@ class _Build:
             while more:
                 sent.append(more)
                 yield [text for text, _ in more]
-                more = _chunk(parts, WORKER_CHUNK)
+                more = _chunk(parts, WORKER_CHUNK_CHARACTERS)
 
         with Workers(Encode(self.tokenizer), self.workers) as workers:
             for found in workers.map(texts()):
@@ -277,37 +295,44 @@ class _Build:
         self.tokens += tokens
         self.bytes += size
 
-    def _kept(self, documents: Iterator[Document]) -> Iterator[Document]:
-        """Cut the files to what is still right of an earlier build; return the documents that are left to encode."""
-        made_by, paths = self.partial / "tokenizer", [self.partial / name for name in (*FILES, STAMPS)]
-        if not (made_by.exists() and made_by.read_text("utf-8") == self.tokenizer.digest):
+    def _resume(self, documents: Iterator[Document]) -> Iterator[Document]:
+        """Truncate the files to what is valid of an earlier build; return the documents that remain to be encoded."""
+        tokenizer_file, paths = self.partial / "tokenizer", [self.partial / name for name in (*FILES, STAMPS_FILE)]
+        if not (tokenizer_file.exists() and tokenizer_file.read_text("utf-8") == self.tokenizer.digest):
             for path in paths:
                 path.write_bytes(np.int64(0).tobytes() if path.name == "offsets.bin" else b"")
-            made_by.write_text(self.tokenizer.digest, "utf-8")  # last: without it all the rest is begun anew
+            tokenizer_file.write_text(self.tokenizer.digest, "utf-8")  # last: without it the build starts over
         offsets, sizes = (
             np.frombuffer(path.read_bytes()[: path.stat().st_size // 8 * 8], np.int64) for path in paths[1:3]
         )
         stamps = paths[3].read_bytes()
-        there = min(len(offsets) - 1, len(sizes), len(stamps) // STAMP)
+        existing = min(len(offsets) - 1, len(sizes), len(stamps) // STAMP_BYTES)
         with paths[0].open("rb") as tokens:
             for document in documents:
                 i, raw = self.documents, document.text.encode()
                 row = b""
-                if i < there and sizes[i] == len(raw) and offsets[i] == self.tokens:
+                if i < existing and sizes[i] == len(raw) and offsets[i] == self.tokens:
                     row = tokens.read(max(int(offsets[i + 1] - offsets[i]), 0) * self.dtype.itemsize)
-                if not row or stamps[STAMP * i :][:STAMP] != _stamp(raw) + _stamp(row):
+                if not row or stamps[STAMP_BYTES * i :][:STAMP_BYTES] != _stamp(raw) + _stamp(row):
                     documents = chain([document], documents)
                     break
                 self._count(len(row) // self.dtype.itemsize, len(raw))
-        item = (self.dtype.itemsize * self.tokens, 8 * (self.documents + 1), 8 * self.documents, STAMP * self.documents)
+        item = (
+            self.dtype.itemsize * self.tokens,
+            8 * (self.documents + 1),
+            8 * self.documents,
+            STAMP_BYTES * self.documents,
+        )
         for path, size in zip(paths, item, strict=True):
             os.truncate(path, size)
         return documents
 
     def finish(self, counts: Mapping[str, int]) -> None:
-        """Write the manifest and give the store its name."""
+        """Write the manifest and rename the store."""
         if not self.documents:
-            raise UserError(f"{self.directory}: no documents to build a store from; the reader counted {dict(counts)}")
+            raise UserError(
+                f"{self.directory}: there are no documents to build a store from; the counts are {dict(counts)}"
+            )
         blocks = {name: _block_hashes(self.partial / name) for name in FILES}
         manifest = {
             "format": FORMAT,
@@ -326,19 +351,19 @@ class _Build:
         for name in (*FILES, "manifest.json"):
             with (self.partial / name).open("rb") as file:
                 os.fsync(file.fileno())
-        for name in (STAMPS, "tokenizer", "lock"):
+        for name in (STAMPS_FILE, "tokenizer", "lock"):
             (self.partial / name).unlink()
         if self.directory.exists():
-            raise UserError(f"{self.directory}: another process has built this store in the meantime: open it")
+            raise UserError(f"{self.directory}: another process has built this store meanwhile: open it")
         os.replace(self.partial, self.directory)
 
 
 def _silent(read: int) -> None:
-    """Progress that nobody asked for."""
+    """Progress callback that does nothing."""
 
 
 def _chunk(parts: Iterator[tuple[str, bool]], characters: int) -> Chunk:
-    """The next parts, of about so many characters together; none at the end."""
+    """Return the next parts, of about `characters` characters together; [] at the end."""
     chunk: Chunk = []
     size = 0
     while size < characters and (part := next(parts, None)) is not None:
@@ -348,12 +373,12 @@ def _chunk(parts: Iterator[tuple[str, bool]], characters: int) -> Chunk:
 
 
 def _parts(text: str) -> Iterator[tuple[str, bool]]:
-    """A text in parts of at most PART characters, cut before white space where there is any in the second half."""
+    """Split a text into parts of at most PART_CHARACTERS, before white space if there is any in the second half."""
     start = 0
-    while len(text) - start > PART:
-        lowest, highest = start + PART // 2, start + PART
+    while len(text) - start > PART_CHARACTERS:
+        lowest, highest = start + PART_CHARACTERS // 2, start + PART_CHARACTERS
         cut = max(text.rfind(" ", lowest, highest), text.rfind("\n", lowest, highest))
-        while cut > lowest and text[cut - 1].isspace():  # not inside a run of white space, which is split as a whole
+        while cut > lowest and text[cut - 1].isspace():  # a run of white space is tokenized as a whole
             cut -= 1
         cut = cut if cut > lowest else highest
         yield text[start:cut], False
@@ -366,7 +391,7 @@ def _stamp(raw: bytes | bytearray) -> bytes:
 
 
 def _hash(raw: bytes | memoryview) -> str:
-    """The content hash of a block: BLAKE2b, about 1 GB/s on any CPU (SHA-256 needs instructions for that)."""
+    """Return the content hash of a block: BLAKE2b, about 1 GB/s on any CPU (SHA-256 needs special instructions for that)."""
     return hashlib.blake2b(raw, digest_size=16).hexdigest()
 
 

@@ -1,4 +1,4 @@
-"""Few labels and many texts without one: what semi-supervised learning reads (`firth.objectives.semi_supervised`)."""
+"""Few labeled and many unlabeled texts, for semi-supervised learning (`firth.objectives.semi_supervised`)."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from firth.types import IGNORE, Example, UserError
 
 
 class UnlabeledSource(WrappedSource):
-    """The examples of a source as if nobody knew their class: label IGNORE."""
+    """The examples of a source with their labels replaced by IGNORE."""
 
     @property
     def counts(self) -> Mapping[str, int]:
-        return {"unlabelled": len(self)}
+        return {"unlabeled": len(self)}
 
     def class_counts(self, indices: np.ndarray) -> Mapping[str, int]:
         return {}
@@ -25,21 +25,24 @@ class UnlabeledSource(WrappedSource):
         return self.source[index] | {"label": np.int64(IGNORE)}
 
 
-def choose_labeled(source: Source, few: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """The indices of `few` labelled examples, as many of each class as can be, and of all the others; both ascending.
+def choose_labeled(source: Source, num_labeled: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return the indices of `num_labeled` labeled examples, balanced over the classes, and those of all others; both ascending.
 
-    Which they are is drawn by the seed. UserError if a class has fewer than its share.
+    The choice depends on the seed.
+
+    Raises:
+        UserError: A class has fewer examples than its share.
     """
     labels = np.array([int(source[i]["label"]) for i in range(len(source))])
     _, drawn = epoch_permutation(len(source), seed, np.arange(len(source)))
     classes = np.unique(labels)
     chosen = np.zeros(len(source), bool)
-    for place, label in enumerate(classes):
-        share = few // len(classes) + (place < few % len(classes))
-        these = drawn[labels[drawn] == label][:share]
-        if len(these) < share:
+    for class_index, label in enumerate(classes):
+        share = num_labeled // len(classes) + (class_index < num_labeled % len(classes))
+        of_class = drawn[labels[drawn] == label][:share]
+        if len(of_class) < share:
             raise UserError(
-                f"{few} labelled examples were asked for, and class {label} has {len(these)} of its {share}"
+                f"{num_labeled} labeled examples are required, and class {label} has only {len(of_class)} of its {share}"
             )
-        chosen[these] = True
+        chosen[of_class] = True
     return np.flatnonzero(chosen), np.flatnonzero(~chosen)

@@ -1,11 +1,11 @@
-"""From a store's documents to examples: windows of the running text, pieces of one document, neighbouring pairs.
+"""Examples from the documents of a token store: windows of the running text, chunks of one document, pairs of segments.
 
-    `Windows`    tokens of the whole store, in rows of one length     (causal language modelling)
-    `Pieces`     parts of single documents, of varied length          (masked language modelling, span corruption)
-    `Pairs`      two neighbours, and a stranger                       (next sentence and sentence order prediction)
+    `Windows`          windows of the whole store, of one length         (causal language modeling)
+    `DocumentChunks`   parts of single documents, of varied length       (masked language modeling, span corruption)
+    `SegmentPairs`     two adjacent segments and a random one            (next sentence and sentence order prediction)
 
-Each is a `Source`: indices are fixed by the store, and the order of a run is drawn elsewhere (`firth.data.shuffle`). Only
-windows move: a run that reads its text several times cuts them at another offset in each epoch (`Windows.in_epochs`).
+Each is a `Source`: the store determines the indices, and the order of a run is drawn elsewhere (`firth.data.shuffle`). Only
+windows change between epochs: they start at another offset in each (`Windows.in_epochs`).
 """
 
 from __future__ import annotations
@@ -27,11 +27,18 @@ from firth.types import Example, UserError
 class Windows(Source):
     """Non-overlapping windows of the running text: {"tokens" (length + ahead,)}.
 
-    ahead: tokens shown beyond `length`, which are the first of the next window: 1 where the next token is asked, so
-    that each token is asked exactly once; 0 where the answers are in the window. isolate: in a window with several
-    documents, "document_ids" numbers them from 0 and they do not see each other. tail: the last, shorter window too, so
-    that every token of a held-out store is scored. memory: "memory_tokens" too, at most so many tokens that stand before
-    the window in the document that it begins in (in the text, where documents are not kept apart).
+    Args:
+        store: The token store.
+        length: Number of predicted tokens of a window.
+        ahead: Tokens beyond `length`, which are the first of the next window: 1 for next-token prediction, so that each token
+            is a label exactly once; 0 if the labels are in the window.
+        isolate: Whether windows with several documents have "document_ids" from 0, so that these do not attend to each other.
+        tail: Whether to include the last, shorter window, so that every token of a held-out store is scored.
+        memory: Maximum number of "memory_tokens", which precede the window in its first document (in the text, if documents
+            are not isolated).
+
+    Raises:
+        UserError: The store is shorter than one window.
     """
 
     store: TokenStore
@@ -45,7 +52,7 @@ class Windows(Source):
         if not len(self):
             raise UserError(
                 f"{self.store.directory}: {len(self.store.tokens)} tokens are too few for one window of {self.length}: "
-                "use more text or shorter windows"
+                "use a longer text or shorter windows"
             )
 
     def __len__(self) -> int:
@@ -56,11 +63,10 @@ class Windows(Source):
         return self._from(index * self.length)
 
     def in_epochs(self, seed: int, epochs: np.ndarray, indices: np.ndarray) -> list[Example]:
-        """Return windows that begin at an offset drawn from (seed, epoch) in each epoch but the first, where it is 0.
+        """Return windows that start at an offset drawn from (seed, epoch) in each epoch but the first, where it is 0.
 
-        A model that reads the same text many times then sees a token after a new stretch of text, and at another position,
-        in every epoch. There are as many windows in each; the last one may overlap the one before it. Windows with a tail
-        do not move.
+        A model that reads the same text repeatedly then sees a token with a new context, at another position, in every epoch. The
+        number of windows is the same; the last one may overlap the one before it. Windows with a tail do not move.
         """
         if self.tail:
             return self.many(indices.tolist())
@@ -71,7 +77,7 @@ class Windows(Source):
         return [self._from(min(offsets[epoch] + index * self.length, last)) for epoch, index in places]
 
     def _from(self, start: int) -> Example:
-        """The window from the store's token `start` on."""
+        """Return the window that starts at the store's token `start`."""
         tokens = self.store.tokens[start : start + self.length + self.ahead].astype(np.int32)
         example = {"tokens": tokens} | ({"memory_tokens": self._before(start)} if self.memory else {})
         if not self.isolate:
@@ -85,10 +91,10 @@ class Windows(Source):
         return example | {"document_ids": document.cumsum(dtype=np.int32)}
 
     def _before(self, start: int) -> np.ndarray:
-        """What stands before the token `start`, as far as memory and its document reach: (at most memory,)."""
+        """Return up to `memory` tokens before the token `start`, within its document: (at most memory,)."""
         offsets = self.store.offsets
-        opens = int(offsets[offsets.searchsorted(start, "right") - 1]) if self.isolate else 0
-        before: np.ndarray = self.store.tokens[max(opens, start - self.memory) : start].astype(np.int32)
+        document_start = int(offsets[offsets.searchsorted(start, "right") - 1]) if self.isolate else 0
+        before: np.ndarray = self.store.tokens[max(document_start, start - self.memory) : start].astype(np.int32)
         return before
 
 
@@ -96,27 +102,34 @@ class Windows(Source):
 class DocumentChunks(Source):
     """Parts of single documents, at most `length` tokens long: {"tokens"}.
 
-    A document that is too long is cut into as few parts as it takes, of nearly equal length. frame: the vocabulary
-    whose [CLS] and [SEP] go around each (a text as an encoder reads it); None leaves the bare text. shortest: documents
-    of fewer tokens are left out.
+    A document that is too long is split into as few parts as possible, of nearly equal length.
+
+    Args:
+        store: The token store.
+        length: Maximum number of tokens, including special ones.
+        special_vocab: Vocabulary whose [CLS] and [SEP] are added; None: add none.
+        min_length: Minimum number of tokens of a document; shorter ones are left out.
+
+    Raises:
+        UserError: `length` leaves no room for text.
     """
 
     store: TokenStore
     length: int
-    frame: Vocab | None = None
-    shortest: int = 1
+    special_vocab: Vocab | None = None
+    min_length: int = 1
 
     def __post_init__(self) -> None:
         if self._room < 1:
-            raise UserError(f"pieces of {self.length} tokens have no room for text: make them longer")
+            raise UserError(f"chunks of {self.length} tokens have no room for text: raise examples.max_length")
 
     @property
     def _room(self) -> int:
-        return self.length - (2 if self.frame else 0)
+        return self.length - (2 if self.special_vocab else 0)
 
     @cached_property
-    def _parts(self) -> _Parts:
-        return _Parts(self.store, self._room, self.shortest)
+    def _parts(self) -> _DocumentParts:
+        return _DocumentParts(self.store, self._room, self.min_length)
 
     def __len__(self) -> int:
         return len(self._parts)
@@ -124,51 +137,64 @@ class DocumentChunks(Source):
     def __getitem__(self, index: int) -> Example:
         start, stop = self._parts.bounds(index)
         tokens = self.store.tokens[start:stop]
-        return {"tokens": self.frame.add_special_tokens(tokens, np.int32) if self.frame else tokens.astype(np.int32)}
+        return {
+            "tokens": self.special_vocab.add_special_tokens(tokens, np.int32)
+            if self.special_vocab
+            else tokens.astype(np.int32)
+        }
 
     def many(self, indices: Sequence[int]) -> list[Example]:
         starts, stops = self._parts.bounds_of(np.asarray(indices, np.int64))
-        around = 1 if self.frame else 0
+        num_special = 1 if self.special_vocab else 0
         lengths = stops - starts
-        ends = np.cumsum(lengths + 2 * around)
-        begins = ends - lengths - 2 * around
+        ends = np.cumsum(lengths + 2 * num_special)
+        begins = ends - lengths - 2 * num_special
         flat = np.empty(int(ends[-1]), np.int32)
         places = np.repeat(starts - np.cumsum(lengths) + lengths, lengths) + np.arange(int(lengths.sum()))
-        inside = np.repeat(begins + around - starts, lengths) + places
+        inside = np.repeat(begins + num_special - starts, lengths) + places
         flat[inside] = self.store.tokens.take(places)
-        if self.frame:
-            flat[begins], flat[ends - 1] = self.frame.cls, self.frame.sep
+        if self.special_vocab:
+            flat[begins], flat[ends - 1] = self.special_vocab.cls, self.special_vocab.sep
         return [{"tokens": flat[a:b]} for a, b in zip(begins.tolist(), ends.tolist(), strict=True)]
 
 
 @dataclass(frozen=True, eq=False)
 class SegmentPairs(Source):
-    """Two neighbouring segments and one from another document: {"first", "second", "other"}, which fit into `length`
-    as [CLS] first [SEP] second [SEP].
+    """Two adjacent segments and one from another document: {"first", "second", "other"}.
 
-    first and second are a part of a document, cut at a random place; other begins at a random place of another document
-    and is as long as second, so that lengths do not give the answer away. The draws are fixed by the index.
+    They fit into `length` as [CLS] first [SEP] second [SEP]. first and second are a part of a document, split at a random place.
+    other starts at a random place of another document and is as long as second, so that the length does not give the label away.
+    The draws depend on the index alone.
 
-    sentences: the vocabulary that knows where a sentence begins. All three are then whole sentences, as BERT's and ALBERT's
-    are, and the stranger ends with the sentence that brings it nearest to second's length; a part with fewer than two is cut
-    anywhere. None: all are cut anywhere; then only how two words fit tells an order, which small models do not find.
+    Args:
+        store: The token store.
+        length: Maximum number of tokens of a pair.
+        sentence_vocab: Vocabulary that detects sentence boundaries. All three segments are then whole sentences, as in BERT and
+            ALBERT, and other ends with the sentence that brings it nearest to second's length; a part with fewer than two
+            sentences is split anywhere. None: all are split anywhere; then only adjacent words reveal an order, which
+            small models do not find.
+
+    Raises:
+        UserError: The length is too small, or the store has too few documents or tokens.
     """
 
     store: TokenStore
     length: int
-    sentences: Vocab | None = None
+    sentence_vocab: Vocab | None = None
 
     def __post_init__(self) -> None:
         if self.length < 5:
-            raise UserError(f"pairs of {self.length} tokens have no room for two segments: make them longer")
+            raise UserError(f"pairs of {self.length} tokens have no room for two segments: raise examples.max_length")
         if len(self.store) < 2:
-            raise UserError(f"{self.store.directory}: pairs need two documents or more, one to take a stranger from")
+            raise UserError(
+                f"{self.store.directory}: segment pairs need two documents or more, one for a random segment"
+            )
         if not len(self):
-            raise UserError(f"{self.store.directory}: no document has two tokens or more to make a pair from")
+            raise UserError(f"{self.store.directory}: no document has the two tokens that a pair needs")
 
     @cached_property
-    def _parts(self) -> _Parts:
-        return _Parts(self.store, self.length - 3, shortest=2)
+    def _parts(self) -> _DocumentParts:
+        return _DocumentParts(self.store, self.length - 3, min_length=2)
 
     @cached_property
     def _draws(self) -> ExampleRNG:
@@ -183,10 +209,10 @@ class SegmentPairs(Source):
         bounds = self._bounds(start, stop)
         if len(bounds) > 2:
             start, cut, stop = bounds[0], bounds[1 + int(rng.random() * (len(bounds) - 2))], bounds[-1]
-            low, high = self._stranger(start, stop - cut, rng, room=self.length - 3 - (cut - start))
+            low, high = self._random_segment(start, stop - cut, rng, room=self.length - 3 - (cut - start))
         else:
             cut = start + 1 + int(rng.random() * (stop - start - 1))
-            low, high = self._stranger(start, stop - cut, rng)
+            low, high = self._random_segment(start, stop - cut, rng)
             stop = cut + high - low
         first, second, other = (
             self.store.tokens[a:b].astype(np.int32) for a, b in ((start, cut), (cut, stop), (low, high))
@@ -194,20 +220,24 @@ class SegmentPairs(Source):
         return {"first": first, "second": second, "other": other}
 
     def _bounds(self, low: int, high: int) -> list[int]:
-        """Where between the store's tokens low and high, both among them, a sentence begins or the text ends."""
-        if self.sentences is None:
+        """Return the sentence boundaries and text ends from token low to high of the store, inclusive."""
+        if self.sentence_vocab is None:
             return []
-        opens, ends = self._parts.document(low)
+        document_start, ends = self._parts.document(low)
         before = max(low - 1, 0)
         begins = (
-            np.flatnonzero(self.sentences.sentences(self.store.tokens[before : high + 1].astype(np.int32))) + before
+            np.flatnonzero(self.sentence_vocab.sentences(self.store.tokens[before : high + 1].astype(np.int32)))
+            + before
         )
-        inside: list[int] = begins[(begins >= low) & (begins > opens) & (begins < ends)].tolist()
-        return [low] * (low == opens) + inside + [high] * (high == ends)
+        inside: list[int] = begins[(begins >= low) & (begins > document_start) & (begins < ends)].tolist()
+        return [low] * (low == document_start) + inside + [high] * (high == ends)
 
-    def _stranger(self, start: int, need: int, rng: np.random.Generator, room: int = 0) -> tuple[int, int]:
-        """Bounds of `need` tokens of a document other than the one at `start`; fewer if ten had not enough. room: of whole
-        sentences, as near to `need` tokens as they come, and at most so many."""
+    def _random_segment(self, start: int, need: int, rng: np.random.Generator, room: int = 0) -> tuple[int, int]:
+        """Return the bounds of about `need` tokens of a document other than that at `start`.
+
+        With `room`, the bounds are of whole sentences with at most `room` tokens. Fewer than `need` tokens are returned if ten
+        drawn documents are too short.
+        """
         best = (0, 0)
         tried = 0
         while tried < 10 or best[1] == best[0]:
@@ -229,22 +259,22 @@ class SegmentPairs(Source):
         return best
 
 
-class _Parts:
-    """Every document's text in as few parts of at most `room` tokens as it takes, of nearly equal length.
+class _DocumentParts:
+    """Every document's text in as few parts of at most `room` tokens as possible, of nearly equal length.
 
-    Costs 8 bytes a document and two binary searches a look-up. Documents of fewer than `shortest` tokens have none.
+    Costs 8 bytes per document and two binary searches per look-up. Documents of fewer than `min_length` tokens have no part.
     """
 
-    def __init__(self, store: TokenStore, room: int, shortest: int) -> None:
+    def __init__(self, store: TokenStore, room: int, min_length: int) -> None:
         self._offsets, self._opened = store.offsets, int(store.opened)
         lengths = np.diff(store.offsets) - store.opened - 1
-        self._ends = np.cumsum(np.where(lengths < shortest, 0, -(-lengths // room)))
+        self._ends = np.cumsum(np.where(lengths < min_length, 0, -(-lengths // room)))
 
     def __len__(self) -> int:
         return int(self._ends[-1])
 
     def bounds(self, index: int) -> tuple[int, int]:
-        """Where part `index` is in the store's tokens."""
+        """Return the bounds of part `index` in the store's tokens."""
         document = int(self._ends.searchsorted(index, "right"))
         before = self._ends.item(document - 1) if document else 0
         parts = self._ends.item(document) - before
@@ -253,7 +283,7 @@ class _Parts:
         return low + n * at // parts, low + n * (at + 1) // parts
 
     def bounds_of(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """`bounds` of many parts: (n,) -> (n,) and (n,)."""
+        """Return `bounds` of many parts: (n,) -> (n,) and (n,)."""
         document = self._ends.searchsorted(indices, "right")
         before = np.append(0, self._ends)[document]
         parts, at = self._ends[document] - before, indices - before
@@ -262,7 +292,7 @@ class _Parts:
         return low + n * at // parts, low + n * (at + 1) // parts
 
     def document(self, at: int) -> tuple[int, int]:
-        """The bounds of the text of the document that holds the store's token `at`."""
+        """Return the bounds of the text of the document that holds the store's token `at`."""
         return self._text(int(self._offsets.searchsorted(at, "right")) - 1)
 
     def _text(self, document: int) -> tuple[int, int]:

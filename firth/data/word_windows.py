@@ -1,10 +1,10 @@
-"""Running text with how often each word occurs in it: what word2vec draws its words by (Mikolov 2013, section 2).
+"""Word frequencies of a text for word2vec's subsampling and negative sampling (Mikolov 2013, section 2).
 
-    kept    a word that makes up the share f of the text stays with probability sqrt(t / f) + t / f, 1 at most: the
-            frequent ones are seen less often, and their neighbours come nearer    (word2vec.c's; the paper's is 1 - sqrt(t / f))
-    noise   words to tell the true ones from are drawn in proportion to their count ** 0.75
+    kept    a word with relative frequency f is kept with probability min(1, sqrt(t / f) + t / f): frequent words are seen less
+            often, and their neighbors come closer    (as in word2vec.c; the paper has 1 - sqrt(t / f))
+    noise   negative samples are drawn in proportion to count ** 0.75
 
-Both are facts about a text, one number for each id, and go with every example of it.
+Both are properties of the text, one number for each id, and are added to every example.
 """
 
 from __future__ import annotations
@@ -19,7 +19,11 @@ from firth.types import Example, UserError
 
 
 def keep_probabilities(counts: np.ndarray, sample: float) -> np.ndarray:
-    """The probability of each id to stay: counts (V,) -> (V,). sample: t above; 0 keeps everything.
+    """Return the probability to keep each id: (V,) -> (V,).
+
+    Args:
+        counts: Count of each id, (V,).
+        sample: The threshold t; 0 keeps everything.
 
     >>> keep_probabilities(np.array([0, 1, 100]), sample=0.01).round(2).tolist()
     [0.0, 1.0, 0.11]
@@ -32,7 +36,7 @@ def keep_probabilities(counts: np.ndarray, sample: float) -> np.ndarray:
 
 
 def noise_distribution(counts: np.ndarray, power: float) -> np.ndarray:
-    """Cumulative probabilities of the ids as noise: counts (V,) -> (V,).
+    """Return the cumulative probabilities of the ids as negative samples: counts (V,) -> (V,).
 
     >>> noise_distribution(np.array([0, 1, 16]), power=0.75).round(2).tolist()
     [0.0, 0.11, 1.0]
@@ -43,13 +47,22 @@ def noise_distribution(counts: np.ndarray, power: float) -> np.ndarray:
 
 
 MIN_KEPT_WORDS = 8
-"""Words: a text of which subsampling keeps fewer on average often has no two neighbors left in a step."""
+"""Number of words: with fewer words kept on average, a step often has no two neighbors."""
 
 
 @dataclass(frozen=True, eq=False)
 class WordWindows(Source):
-    """The examples of `text`, each with {"kept" (V,), "noise" (V,)}. counts_of: how often each id occurs; control tokens
-    and the unknown word do not count, and so are neither kept nor drawn."""
+    """The examples of a text, each with {"kept" (V,), "noise" (V,)}.
+
+    Args:
+        text: The examples.
+        counts_of: Count of each id, (V,). Control tokens and the unknown word have count 0, so they are neither kept nor drawn.
+        sample: The subsampling threshold.
+        power: Exponent of the counts for negative sampling.
+
+    Raises:
+        UserError: The text has too few known words.
+    """
 
     text: Source
     counts_of: np.ndarray
@@ -66,21 +79,23 @@ class WordWindows(Source):
             cause = (
                 "" if rare else f", of which examples.subsampling_threshold={self.sample:g} keeps about {expected:.2g}"
             )
-            cure = "" if rare else ", or set examples.subsampling_threshold=0, which keeps every word"
+            advice = "" if rare else ", or set examples.subsampling_threshold=0, which keeps every word"
             raise UserError(
                 f"the text has too few words for word2vec: {known:,} that the tokenizer knows{cause}; word2vec needs "
-                f"{MIN_KEPT_WORDS} or more to find neighbors in, so train on a longer text{cure}"
+                f"{MIN_KEPT_WORDS} or more to find neighbors in, so train on a longer text{advice}"
             )
-        object.__setattr__(self, "_facts", {"kept": chances, "noise": noise_distribution(self.counts_of, self.power)})
+        object.__setattr__(
+            self, "_word_stats", {"kept": chances, "noise": noise_distribution(self.counts_of, self.power)}
+        )
 
     @staticmethod
     def count(tokens: np.ndarray, vocab: Vocab) -> np.ndarray:
-        """How often each id occurs in the running text; control tokens count as nothing."""
+        """Return the count of each id in a text; control tokens count 0."""
         return np.where(vocab.special, 0, np.bincount(tokens, minlength=vocab.size))
 
     def __len__(self) -> int:
         return len(self.text)
 
     def __getitem__(self, index: int) -> Example:
-        facts: Example = self.__dict__["_facts"]
-        return self.text[index] | facts
+        word_stats: Example = self.__dict__["_word_stats"]
+        return self.text[index] | word_stats

@@ -41,19 +41,19 @@ from firth.pretrained.load_save import load_model
 from firth.recipes import finetuning, post_training
 from firth.report.page import write
 from firth.runs.inference import LoadedModel, encode_prompt, open_run
-from firth.runs.prepare import DataConfig, Echo, train_tokenizer
+from firth.runs.prepare import DataConfig, train_tokenizer
 from firth.runs.recipe import Recipe, TokenizerConfig
 from firth.runs.run import RunResult, run
 from firth.runs.tokenizer import sentinels_of
 from firth.tokenizer import chat, inspection
 from firth.tokenizer.inspection import readable
 from firth.tokenizer.tokenizer import Tokenizer
-from firth.types import UserError
+from firth.types import LogLine, UserError
 
 Facts = dict[str, Any]
 
 
-def run_demo(out: Path, *, text: Sequence[str] = (), size: str = "small", seed: int = 0, echo: Echo = print) -> Path:
+def run_demo(out: Path, *, text: Sequence[str] = (), size: str = "small", seed: int = 0, echo: LogLine = print) -> Path:
     """Run every stage that is not finished in `out`.
 
     Args:
@@ -124,7 +124,7 @@ class _Demo:
     text: list[str]
     size: DemoSize
     seed: int
-    echo: Echo
+    echo: LogLine
 
     def run(self) -> Path:
         """Run all stages and return the report."""
@@ -187,7 +187,7 @@ class _Demo:
         if not (place / "merges.json").exists():
             plans = self.size.pretraining(self.size.vocab_size).values()
             train_tokenizer(
-                [self.file("train")], place, algorithm="byte-bpe", vocab_size=self.size.vocab_size, seed=self.seed, echo=self.echo,
+                [self.file("train")], place, algorithm="byte-bpe", vocab_size=self.size.vocab_size, seed=self.seed, log=self.echo,
                 num_sentinels=max(map(sentinels_of, plans)),
             )  # fmt: skip
         self.echo(inspection.report(place, WORDS, first=12))
@@ -203,7 +203,7 @@ class _Demo:
         done = {}
         for name, recipe in self.size.pretraining(self.tokenizer.vocab.size).items():
             here = dataclasses.replace(recipe, name=name, data=source, tokenizer=plan, seed=self.seed)
-            done[name] = run(here, self.out / name, echo=self.echo)
+            done[name] = run(here, self.out / name, log=self.echo)
             found = self.once(f"samples-{name}", functools.partial(self.before_and_after, name, here))
             for sample in found["samples"][:1]:
                 self.echo(f"  {sample['prompt']!r}\n    before: {sample['before']!r}\n    after:  {sample['after']!r}")
@@ -269,7 +269,7 @@ class _Demo:
             ("classification-scratch", {"model": config}),
         ):
             recipe = dataclasses.replace(base, name=name, data=source, seed=self.seed, tokenizer=plan, **begins)
-            done = run(recipe, self.out / name, echo=self.echo)
+            done = run(recipe, self.out / name, log=self.echo)
             self.echo(f"  {name}: {done.metrics['valid/accuracy']:.1%} of the held-out passages right")
 
     # 4
@@ -283,7 +283,7 @@ class _Demo:
             init_from=str(self.out / "decoder"),
             seed=self.seed,
         )
-        run(recipe, self.out / "sft", echo=self.echo)
+        run(recipe, self.out / "sft", log=self.echo)
         found = self.once("samples-sft", self.dialogues)
         for sample in found["samples"][:2]:
             self.echo(f"  {sample['prompt']!r}\n    before: {sample['before']!r}\n    after:  {sample['after']!r}")
@@ -330,7 +330,7 @@ class _Demo:
             init_from=str(self.instructed),
             seed=self.seed,
         )
-        done = run(recipe, self.out / "reward_model", echo=self.echo)
+        done = run(recipe, self.out / "reward_model", log=self.echo)
         self.echo(f"  the reward model agrees with {done.metrics['valid/accuracy']:.1%} of the held-out comparisons")
         return self.out / "reward_model"
 
@@ -370,7 +370,7 @@ class _Demo:
             self.size.dpo(post_training.dpo()), name="dpo", data=pairs, init_from=start, seed=self.seed
         )
         for recipe in (ppo, dpo):
-            run(recipe, self.out / recipe.name, echo=self.echo)
+            run(recipe, self.out / recipe.name, log=self.echo)
         found = self.once("alignment", self.alignment)
         for name, row in found["models"].items():
             self.echo(
@@ -391,7 +391,13 @@ class _Demo:
         for name in ("sft", "ppo", "dpo"):
             policy = load_model(self.out / name / "model")
             source = RolloutSource(
-                prompts, self.tokenizer, judge, reference, phase=phase, truth=self.truth(), seed=self.seed + 7
+                prompts,
+                self.tokenizer,
+                judge,
+                reference,
+                config=phase,
+                true_reward_function=self.truth(),
+                seed=self.seed + 7,
             )
             models[name] = dict(source.prepare(policy, 0))
             written = Engine(policy, self.tokenizer).generate(prompts[:6], self.legible(self.size.answer))

@@ -116,8 +116,15 @@ class DemoSize:
         )  # fmt: skip
 
     def ppo(self, recipe: Recipe, *, reward: str, scorer: str) -> Recipe:
-        examples = RolloutsConfig(rollout_size=64, num_epochs=2, max_new_tokens=self.answer, reward_model=reward, true_reward_function=scorer, kl_coef=0.05,
-                           max_prompt_length=self.max_positions - self.answer)  # fmt: skip
+        examples = RolloutsConfig(
+            rollout_size=64,
+            num_epochs=2,
+            max_new_tokens=self.answer,
+            reward_model=reward,
+            true_reward_function=scorer,
+            kl_coef=0.05,
+            max_prompt_length=self.max_positions - self.answer,
+        )
         return dataclasses.replace(
             recipe,
             examples=examples,
@@ -129,7 +136,22 @@ class DemoSize:
 SIZES = {
     "small": DemoSize(),
     "tiny": DemoSize(
-        vocab_size=600, hidden_size=32, num_layers=1, max_positions=128, steps=(4, 4, 4), labels=40, held_labels=60, finetune_steps=4, sft_steps=4,
-        reward_steps=3, dpo_steps=3, ppo_steps=4, comparisons=24, held_comparisons=12, answer=8, sample=8, judged=8,
+        vocab_size=600,
+        hidden_size=32,
+        num_layers=1,
+        max_positions=128,
+        steps=(4, 4, 4),
+        labels=40,
+        held_labels=60,
+        finetune_steps=4,
+        sft_steps=4,
+        reward_steps=3,
+        dpo_steps=3,
+        ppo_steps=4,
+        comparisons=24,
+        held_comparisons=12,
+        answer=8,
+        sample=8,
+        judged=8,
     ),
-}  # fmt: skip
+}

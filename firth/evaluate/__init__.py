@@ -1,1 +1,1 @@
-"""evaluate: how well a trained model does, as numbers that can be compared and that say how much of them is luck."""
+"""Evaluation of trained models: tasks, metrics with bootstrap intervals, perplexity and predictions."""

@@ -1,8 +1,9 @@
-"""How well names are found: precision, recall and F1 of whole names with their kind, as conlleval counts them
-(Tjong Kim Sang & De Meulder 2003). A name counts if both ends and the kind are right.
+"""Precision, recall and F1 of named entities, counted as conlleval does (Tjong Kim Sang & De Meulder 2003).
 
->>> right, said = ["B-PER", "I-PER", "O", "B-LOC"], ["B-PER", "I-PER", "O", "B-ORG"]
->>> counts(right, said), scores(*np.array([counts(right, said)]).T)["f1"]
+An entity is correct if its start, end and type are.
+
+>>> gold, predicted = ["B-PER", "I-PER", "O", "B-LOC"], ["B-PER", "I-PER", "O", "B-ORG"]
+>>> counts(gold, predicted), scores(*np.array([counts(gold, predicted)]).T)["f1"]
 ((2, 2, 1), 0.5)
 """
 
@@ -17,37 +18,47 @@ import numpy as np
 from firth.data.tags import names
 
 
-def counts(right: Sequence[str], said: Sequence[str]) -> tuple[int, int, int]:
-    """Of one sentence: the names that are there, those that are said, those that are both."""
-    there, found = names(right), names(said)
-    return len(there), len(found), len({*there} & {*found})
+def counts(gold: Sequence[str], predicted: Sequence[str]) -> tuple[int, int, int]:
+    """Return the number of gold, of predicted and of correct entities in one sentence."""
+    expected, found = names(gold), names(predicted)
+    return len(expected), len(found), len({*expected} & {*found})
 
 
-def scores(there: np.ndarray, said: np.ndarray, both: np.ndarray) -> dict[str, float]:
-    """Precision, recall and F1 over sentences, each (n,) of `counts`; 0 where nothing is there or said."""
-    right = float(both.sum())
+def scores(gold: np.ndarray, predicted: np.ndarray, correct: np.ndarray) -> dict[str, float]:
+    """Return precision, recall and F1 over sentences; 0 where there is no entity.
+
+    Args:
+        gold: Gold entities of each sentence (n,), as `counts` has them.
+        predicted: Predicted entities (n,).
+        correct: Correct entities (n,).
+    """
+    right = float(correct.sum())
     return {
-        "precision": right / max(1, int(said.sum())),
-        "recall": right / max(1, int(there.sum())),
-        "f1": f1(there, said, both),
+        "precision": right / max(1, int(predicted.sum())),
+        "recall": right / max(1, int(gold.sum())),
+        "f1": f1(gold, predicted, correct),
     }
 
 
-def f1(there: np.ndarray, said: np.ndarray, both: np.ndarray) -> float:
-    """The harmonic mean of both."""
-    return 2 * float(both.sum()) / max(1, int(there.sum() + said.sum()))
+def f1(gold: np.ndarray, predicted: np.ndarray, correct: np.ndarray) -> float:
+    """Return the harmonic mean of precision and recall."""
+    return 2 * float(correct.sum()) / max(1, int(gold.sum() + predicted.sum()))
 
 
 def by_kind(sentences: Sequence[tuple[Sequence[str], Sequence[str]]]) -> list[dict[str, Any]]:
-    """A row for each kind of name, over (right, said) sentences: how many there are, precision, recall, F1."""
-    there, found, both = Counter[str](), Counter[str](), Counter[str]()
-    for right, said in sentences:
-        a, b = names(right), names(said)
-        there.update(kind for kind, *_ in a)
+    """Return a row for each entity type: number of gold entities, precision, recall and F1.
+
+    Args:
+        sentences: Gold and predicted tags of each sentence.
+    """
+    expected, found, correct = Counter[str](), Counter[str](), Counter[str]()
+    for gold, predicted in sentences:
+        a, b = names(gold), names(predicted)
+        expected.update(kind for kind, *_ in a)
         found.update(kind for kind, *_ in b)
-        both.update(kind for kind, *_ in {*a} & {*b})
+        correct.update(kind for kind, *_ in {*a} & {*b})
     return [
-        {"class": kind, "examples": there[kind]}
-        | scores(np.array([there[kind]]), np.array([found[kind]]), np.array([both[kind]]))
-        for kind in sorted({*there, *found})
+        {"class": kind, "examples": expected[kind]}
+        | scores(np.array([expected[kind]]), np.array([found[kind]]), np.array([correct[kind]]))
+        for kind in sorted({*expected, *found})
     ]

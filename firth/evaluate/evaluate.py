@@ -1,11 +1,11 @@
-"""Measure any run or model directory by a task.
+"""Evaluate a run or a model directory on a task.
 
     evaluate(Path("runs/gpt"), ["held-out/"])               {"task": "likelihood", "bits_per_byte": 2.31, ...}
     evaluate(Path("runs/verse"), ["held-out.jsonl"])        {"task": "classification", "accuracy": 0.75, ...}
 
-What is asked follows from what the model was trained for: a head for classes answers "classification", a reward head
-"comparisons", text to text "answers", another vocabulary head "likelihood", or "answers" where it was trained on dialogues and
-the files hold some; `task` chooses another one.
+The default task follows from the heads of the model: a classification head has "classification", a reward head
+"preferences", an LM head trained as seq2seq "generation", any other LM head "likelihood", or "generation" where it was
+trained on dialogues and the files hold dialogues. `task` overrides the default.
 """
 
 from __future__ import annotations
@@ -31,22 +31,29 @@ def evaluate(
     progress: Progress = lambda _: None,
     say: Say = lambda _: None,
 ) -> dict[str, Any]:
-    """Measure the model of a run or model directory on files; plain numbers by name.
+    """Evaluate the model of a run or model directory on files.
 
-    task: a name of `firth.evaluate.tasks.TASKS`, "likelihood", or "glue", of which the paths are runs as well; None chooses by
-    what the model was trained for.
-    limit: at most so many tokens are scored by "likelihood", spread over the text; other tasks read at most so many records, the
-    first ones. progress: told the share done. say: told
-    what was cut, mended or left out.
-    Raises UserError where the directory holds no model, the files no item, or the model cannot do the task.
+    Args:
+        directory: A run or model directory.
+        paths: Files or directories of text or records; run directories for the task "glue".
+        task: A name of `firth.evaluate.tasks.TASKS`, "likelihood" or "glue"; None for the default of the model.
+        limit: Most tokens that "likelihood" scores, spread over the text; most records, the first ones, for other tasks.
+        progress: Called with the share done, 0 to 1.
+        say: Called with each warning about truncated, repaired or skipped data.
+
+    Returns:
+        Metrics by name.
+
+    Raises:
+        UserError: The directory holds no model, the files hold no item, or the model does not support the task.
     """
-    if task == "glue":  # the other paths are runs too
+    if task == "glue":  # the other paths are runs as well
         limited = functools.partial(evaluate, limit=limit)
-        return {"task": task} | _noted(limit) | glue.board([directory, *map(Path, paths)], limited)
-    return measured(load_evaluated_model(directory), paths, task=task, limit=limit, progress=progress, say=say)
+        return {"task": task} | _limit_entry(limit) | glue.board([directory, *map(Path, paths)], limited)
+    return evaluate_model(load_evaluated_model(directory), paths, task=task, limit=limit, progress=progress, say=say)
 
 
-def measured(
+def evaluate_model(
     evaluated: EvaluatedModel,
     paths: Sequence[str],
     *,
@@ -55,21 +62,24 @@ def measured(
     progress: Progress = lambda _: None,
     say: Say = lambda _: None,
 ) -> dict[str, Any]:
-    """`evaluate`, of a model that is open already and for all tasks but "glue"."""
+    """Evaluate a loaded model on any task but "glue"; arguments and result are those of `evaluate`."""
     task = default_for(evaluated, paths) if task is None else task
     if not task:
-        parts = ", ".join(evaluated.model.heads) or "no part"
-        raise UserError(f"{evaluated.directory}: this model has {parts} and so nothing to measure: name a task")
+        heads = ", ".join(evaluated.model.heads) or "none"
+        raise UserError(
+            f"{evaluated.directory}: this model has no head that a task reads (heads: {heads}): give --task"
+        )
     if task == "likelihood":
         found = likelihood(evaluated, paths, limit, progress, say)
     elif task in TASKS:
-        here, other = glue.sets(evaluated.recipe, paths)
-        found = TASKS[task].run(evaluated, here, progress, say, limit) if here else {}
-        found |= glue.renamed(TASKS[task].run(evaluated, other, progress, say, limit)) if other else {}
+        matched, mismatched = glue.split_mnli(evaluated.recipe, paths)
+        found = TASKS[task].run(evaluated, matched, progress, say, limit) if matched else {}
+        if mismatched:
+            found |= glue.with_mismatched_names(TASKS[task].run(evaluated, mismatched, progress, say, limit))
     else:
-        raise UserError(f"there is no task {task!r}; there is likelihood, {', '.join(TASKS)}, glue, objective")
-    return {"task": task} | _noted(limit) | found
+        raise UserError(f"there is no task {task!r}; the tasks are likelihood, {', '.join(TASKS)}, glue, objective")
+    return {"task": task} | _limit_entry(limit) | found
 
 
-def _noted(limit: int | None) -> dict[str, Any]:
+def _limit_entry(limit: int | None) -> dict[str, Any]:
     return {} if limit is None else {"limit": limit}

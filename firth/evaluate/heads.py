@@ -1,9 +1,10 @@
-"""What a task's head says of each example: the one way in which training's checks, `evaluate` and `predict` ask it.
+"""Outputs of task heads per example, shared by validation during training, `evaluate` and `predict`.
 
     classes   a score for each class        score   one number              choice   a score for each option
-    tags      a score for each tag, of each word that is asked              span     two scores for each token
+    tags      a score for each tag, of each labeled word                    span     two scores for each token
 
-`measures` are numbers over all answers, which no sum over batches can give: F1, Matthews' and rank correlation, SQuAD's.
+`HeadReader.metrics` are computed over all outputs, because sums over batches cannot give them: F1, Matthews' and rank
+correlation, SQuAD's metrics.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from firth.data.source import Source
 from firth.data.tags import has_spans
 from firth.evaluate import answer_spans, entity_metrics, metrics
 from firth.evaluate.perplexity import groups
-from firth.generate.decoding import attention_pattern_of
+from firth.generate.decoding import inference_mode
 from firth.model.model import LM
 from firth.objectives.extractive_qa import QuestionAnswering
 from firth.objectives.layer_mixture import LayerMixture
@@ -29,118 +30,131 @@ from firth.tokenizer.vocab import Vocab
 from firth.types import IGNORE, NEVER, Batch, Example, Outputs
 
 HeadOutput = tuple[np.ndarray, np.ndarray]
-"""Of one example: what is right, as the batch has it, and the scores."""
+"""Label of one example, as in the batch, and its scores."""
 
 Kind = TypeVar("Kind", bound=Objective)
 
 
-def addend(objective: Objective, kind: type[Kind]) -> Kind:
-    """The addend of a kind, of an objective that has it."""
+def component(objective: Objective, kind: type[Kind]) -> Kind:
+    """Return the component of class `kind` of an objective that has one."""
     if isinstance(objective, Sum):
         found = [one for one in (objective.first, objective.second) if isinstance(one, (kind, Sum))]
-        return addend(found[-1], kind)
+        return component(found[-1], kind)
     assert isinstance(objective, kind)
     return objective
 
 
-def _one(field: str, part: str) -> Callable[[LM, Objective, Outputs, Batch], list[HeadOutput]]:
-    """Of a head that is asked once per text, where the batch's field has the answer."""
+def _one(field: str, head: str) -> Callable[[LM, Objective, Outputs, Batch], list[HeadOutput]]:
+    """Return the reader of a head with one output per text, whose labels are in `field` of the batch."""
 
     def read(model: LM, objective: Objective, outputs: Outputs, batch: Batch) -> list[HeadOutput]:
-        states, right = supervised(outputs["hidden"], batch[field])
-        scores = model.heads[part](states).float().cpu().numpy()
-        return list(zip(right.cpu().numpy(), scores, strict=True))
+        states, labels = supervised(outputs["hidden"], batch[field])
+        scores = model.heads[head](states).float().cpu().numpy()
+        return list(zip(labels.cpu().numpy(), scores, strict=True))
 
     return read
 
 
 def _choice(model: LM, objective: Objective, outputs: Outputs, batch: Batch) -> list[HeadOutput]:
-    scores = addend(objective, MultipleChoice).scores(model, outputs, batch)
+    scores = component(objective, MultipleChoice).scores(model, outputs, batch)
     return list(zip(batch["choice"].cpu().numpy(), scores.cpu().numpy(), strict=True))
 
 
 def _tags(model: LM, objective: Objective, outputs: Outputs, batch: Batch) -> list[HeadOutput]:
-    states, right = supervised(outputs["hidden"], batch["tags"])
+    states, labels = supervised(outputs["hidden"], batch["tags"])
     ends = np.cumsum((batch["tags"] != IGNORE).sum(-1).cpu().numpy())[:-1]
     scores = model.heads["tags"](states).float().cpu().numpy()
-    return list(zip(np.split(right.cpu().numpy(), ends), np.split(scores, ends), strict=True))
+    return list(zip(np.split(labels.cpu().numpy(), ends), np.split(scores, ends), strict=True))
 
 
 def _span(model: LM, objective: Objective, outputs: Outputs, batch: Batch) -> list[HeadOutput]:
     scores = model.heads["span"](outputs["hidden"]).float().cpu().numpy()  # (B, T, 2)
-    right = np.stack([(batch[field] != IGNORE).int().argmax(-1).cpu().numpy() for field in ("starts", "ends")], -1)
+    labels = np.stack([(batch[field] != IGNORE).int().argmax(-1).cpu().numpy() for field in ("starts", "ends")], -1)
     lengths = [scores.shape[1]] * len(scores)
     if "key_time" in batch:
         lengths = (batch["key_time"] != NEVER).sum(-1).tolist()
-    return [(r, s[:n]) for r, s, n in zip(right, scores, lengths, strict=True)]
+    return [(label, s[:n]) for label, s, n in zip(labels, scores, lengths, strict=True)]
 
 
-def _classified(found: Sequence[HeadOutput], objective: Objective, source: Source) -> dict[str, float]:
-    right, said = np.array([r for r, _ in found]), np.array([s.argmax() for _, s in found])
-    out = {"macro_f1": metrics.macro_f1(right, said), "matthews": metrics.matthews(right, said)}
-    return out | ({"f1": metrics.f1(right == 1, said == 1)} if len(objective.class_names) == 2 else {})
+def _class_metrics(found: Sequence[HeadOutput], objective: Objective, source: Source) -> dict[str, float]:
+    gold, predicted = np.array([label for label, _ in found]), np.array([s.argmax() for _, s in found])
+    out = {"macro_f1": metrics.macro_f1(gold, predicted), "matthews": metrics.matthews(gold, predicted)}
+    return out | ({"f1": metrics.f1(gold == 1, predicted == 1)} if len(objective.class_names) == 2 else {})
 
 
-def _scored(found: Sequence[HeadOutput], objective: Objective, source: Source) -> dict[str, float]:
-    right, said = np.array([r for r, _ in found]), np.array([s[0] for _, s in found])
-    return {"pearson": metrics.pearson(right, said), "spearman": metrics.spearman(right, said)}
+def _score_metrics(found: Sequence[HeadOutput], objective: Objective, source: Source) -> dict[str, float]:
+    gold, predicted = np.array([label for label, _ in found]), np.array([s[0] for _, s in found])
+    return {"pearson": metrics.pearson(gold, predicted), "spearman": metrics.spearman(gold, predicted)}
 
 
-def _tagged(found: Sequence[HeadOutput], objective: Objective, source: Source) -> dict[str, float]:
+def _tag_metrics(found: Sequence[HeadOutput], objective: Objective, source: Source) -> dict[str, float]:
     classes = objective.class_names
     if not has_spans(classes):
         return {}
-    told = [([classes[i] for i in r], [classes[i] for i in s.argmax(-1)]) for r, s in found]
-    return entity_metrics.scores(*np.array([entity_metrics.counts(*pair) for pair in told]).T)
+    pairs = [([classes[i] for i in labels], [classes[i] for i in s.argmax(-1)]) for labels, s in found]
+    return entity_metrics.scores(*np.array([entity_metrics.counts(*pair) for pair in pairs]).T)
 
 
-def _spanned(found: Sequence[HeadOutput], objective: Objective, source: Source) -> dict[str, float]:
-    """By the text, over all windows of a question, as `firth evaluate` has it."""
-    spans = addend(objective, QuestionAnswering)
-    return answer_spans.measured(source, [scores for _, scores in found], bool(spans.has_unanswerable), spans.position)
+def _span_metrics(found: Sequence[HeadOutput], objective: Objective, source: Source) -> dict[str, float]:
+    """Return exact match and F1 of the answer texts over all windows of a question, as `firth evaluate` does."""
+    qa = component(objective, QuestionAnswering)
+    outputs = [scores for _, scores in found]
+    return answer_spans.squad_metrics(source, outputs, bool(qa.has_unanswerable), qa.position)
 
 
 @dataclass(frozen=True)
 class HeadReader:
-    """read: what it says of a batch that is not packed, example by example. measures: (answers, objective, the source of the
-    examples, in their order) -> numbers."""
+    """How to read a task head.
+
+    Args:
+        read: Returns the outputs of a batch that is not packed, one per example.
+        metrics: Computes metrics from all outputs, the objective and the source of the examples in the same order.
+    """
 
     read: Callable[[LM, Objective, Outputs, Batch], list[HeadOutput]]
     metrics: Callable[[Sequence[HeadOutput], Objective, Source], dict[str, float]]
 
 
 HEADS: dict[str, HeadReader] = {
-    "classes": HeadReader(_one("class", "classes"), _classified),
-    "score": HeadReader(_one("score", "score"), _scored),
+    "classes": HeadReader(_one("class", "classes"), _class_metrics),
+    "score": HeadReader(_one("score", "score"), _score_metrics),
     "choice": HeadReader(_choice, lambda found, objective, source: {}),
-    "tags": HeadReader(_tags, _tagged),
-    "span": HeadReader(_span, _spanned),
+    "tags": HeadReader(_tags, _tag_metrics),
+    "span": HeadReader(_span, _span_metrics),
 }
-"""Part of a model -> how it is read."""
+"""Name of a head -> how it is read."""
 
 
-def head_of(parts: Mapping[str, object]) -> str:
-    """The part that is a task's head; empty where there is none."""
-    return next((name for name in HEADS if name in parts), "")
+def head_of(heads: Mapping[str, object]) -> str:
+    """Return the name of the task head among a model's heads; empty if there is none."""
+    return next((name for name in HEADS if name in heads), "")
 
 
-def readings(
-    model: LM, objective: Objective, part: str, examples: Iterable[Example], vocab: Vocab
+def head_outputs(
+    model: LM, objective: Objective, head: str, examples: Iterable[Example], vocab: Vocab
 ) -> Iterator[HeadOutput]:
-    """What the head says of examples, in their order; their views must draw nothing."""
+    """Yield the outputs of a head for examples in their order.
+
+    Args:
+        model: The model.
+        objective: Its objective, whose `build_example` must draw no random numbers.
+        head: Name of the head.
+        examples: The examples.
+        vocab: The vocabulary of the model.
+    """
     if "mixture" in model.heads:
         objective = LayerMixture() + objective
     rng, device = np.random.default_rng(0), model.tokens.weight.device
-    answers = {*objective.labels.values(), *objective.metrics.values()}
-    shown = (objective.build_example(example, vocab, rng) for example in examples)
-    with attention_pattern_of(model):
-        for group in groups(shown, room=8192):
-            batch = {name: field.to(device) for name, field in collate(group, answers).items()}
-            yield from HEADS[part].read(model, objective, objective.forward(model, batch), batch)
+    label_fields = {*objective.labels.values(), *objective.metrics.values()}
+    built = (objective.build_example(example, vocab, rng) for example in examples)
+    with inference_mode(model):
+        for group in groups(built, max_tokens=8192):
+            batch = {name: field.to(device) for name, field in collate(group, label_fields).items()}
+            yield from HEADS[head].read(model, objective, objective.forward(model, batch), batch)
 
 
 def softmax(scores: np.ndarray) -> np.ndarray:
-    """Over the last axis.
+    """Return the softmax over the last axis.
 
     >>> softmax(np.array([0.0, 0.0, -np.inf])).tolist()
     [0.5, 0.5, 0.0]

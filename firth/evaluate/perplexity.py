@@ -1,17 +1,17 @@
-"""How probable a text is to a model: for causal, masked and encoder-decoder models alike, per token and per byte.
+"""Likelihood of text under causal, masked and encoder-decoder models, per token and per byte.
 
-Scoring is the training sentence again, show, run, score: each family has a way to *show* a document so that every
-token is asked once (`strided`, `one_at_a_time`, `halves`), and `score` runs and sums.
+Each model family has a function that turns a document into examples that score every token once (`strided`,
+`one_at_a_time`, `halves`); `score` runs the model and sums.
 
-    document = read(tokenizer, "To be, or not to be")        # ids, and the bytes of text that each stands for
+    document = tokenize(tokenizer, "To be, or not to be")        # ids, and the bytes of text of each
     result = score(model, strided(document, context=1024))   # Likelihood(nll=..., tokens=..., size=...)
     result.perplexity, result.bits_per_byte
 
-Bits per byte divides by the UTF-8 bytes of exactly the tokens that were asked, so it compares models with other
-tokenizers; perplexity does not. A masked model's figure is a pseudo-likelihood (each token given all the others),
-and an encoder-decoder's is of second halves given first halves: compare like with like. Probabilities add up to 1 over the
-tokenizer's ids alone, where a table is wider (`LM.restrict`); transformers leaves the others their share, which is next to
-nothing in a trained model.
+Bits per byte divides by the UTF-8 bytes of exactly the scored tokens, so it compares models with different tokenizers;
+perplexity does not. The score of a masked model is a pseudo-likelihood (each token given all others), that of an
+encoder-decoder is of second halves given first halves: compare only models of one kind. Where an embedding table is larger
+than the tokenizer, probabilities sum to 1 over the tokenizer's ids (`LM.restrict_vocab`); transformers includes the other
+ids, whose share is close to 0 in a trained model.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ import numpy as np
 from firth.data import layout
 from firth.data.collate import collate
 from firth.evaluate import metrics
-from firth.generate.decoding import attention_pattern_of
+from firth.generate.decoding import inference_mode
 from firth.model.model import LM
 from firth.objectives.objective import token_loss
 from firth.tokenizer.normalize import replace_lone_surrogates
@@ -39,17 +39,22 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False)
 class TokenizedDocument:
-    """tokens: (n,) ids without any special token. sizes: (n,) the UTF-8 bytes of the text that each stands for."""
+    """Tokens of a document.
+
+    Args:
+        tokens: Ids (n,) without special tokens.
+        sizes: UTF-8 bytes of text of each token (n,).
+    """
 
     tokens: np.ndarray
     sizes: np.ndarray
 
 
-def read(tokenizer: Tokenizer, text: str) -> TokenizedDocument:
-    """The document of a text. Its sizes add up to the text's bytes, whatever the tokenizer folds, drops or splits.
+def tokenize(tokenizer: Tokenizer, text: str) -> TokenizedDocument:
+    """Tokenize a text. The sizes add up to the bytes of the text, whatever the tokenizer normalizes, drops or splits.
 
-    A byte belongs to the first token that reaches it: a blank that the tokenizer drops to the next token, the bytes
-    of a character that is spread over several tokens to the first of them, what no token reaches to the last.
+    A byte belongs to the first token that ends at or after it: a dropped blank to the next token, the bytes of a character
+    split over several tokens to the first of them, bytes after the last token to the last.
     """
     text = replace_lone_surrogates(text)
     ids, spans = tokenizer.spans(text)
@@ -66,7 +71,13 @@ def read(tokenizer: Tokenizer, text: str) -> TokenizedDocument:
 
 @dataclass(frozen=True)
 class Likelihood:
-    """What was asked and how improbable it was. nll: nats. size: UTF-8 bytes. Results of parts add up."""
+    """Likelihood of scored tokens; results of parts of a text can be added.
+
+    Args:
+        nll: Negative log-likelihood in nats.
+        tokens: Number of scored tokens.
+        size: UTF-8 bytes of the scored tokens.
+    """
 
     nll: float = 0.0
     tokens: int = 0
@@ -77,24 +88,30 @@ class Likelihood:
 
     @property
     def perplexity(self) -> float:
-        """exp of the mean nats per asked token."""
+        """exp of the mean nats per scored token."""
         return metrics.perplexity(self.nll, self.tokens)
 
     @property
     def bits_per_byte(self) -> float:
-        """Bits per byte of the asked tokens' text."""
+        """Bits per byte of the text of the scored tokens."""
         return metrics.bits_per_byte(self.nll, self.size)
 
 
 def strided(
     document: TokenizedDocument, context: int, bos: int | None = None, every: bool = True, prefix_lm: bool = False
 ) -> Iterator[Example]:
-    """For causal models: windows of `context` inputs that overlap by half, each token asked once.
+    """Yield windows for a causal model that overlap by half and score each token once.
 
-    Every token but those of the first window is asked with at least half a context before it. bos: what the model was
-    trained to read before a document, and if `every`, at the head of every row; without one the document's first
-    token is not asked, since nothing precedes it (and its bytes are not counted). prefix_lm: what stands in a window
-    before the first token that is asked is read both ways, as a prefix language model's prompt is.
+    Every token after the first window is scored with at least half a context before it.
+
+    Args:
+        document: The document.
+        context: Inputs of a window.
+        bos: Token before the document. Without it the first token of the document is not scored, since nothing precedes
+            it, and its bytes are not counted.
+        every: Whether every window starts with bos.
+        prefix_lm: Whether the tokens of a window before its first scored token are read bidirectionally, like the prompt
+            of a prefix language model.
 
     >>> five = TokenizedDocument(np.array([5, 6, 7, 8, 9]), np.array([1, 1, 1, 1, 1]))
     >>> [(x["tokens"].tolist(), x["labels"].tolist()) for x in strided(five, context=2)]
@@ -103,28 +120,33 @@ def strided(
     [([1, 5, 6, 7], [5, 6, 7, 8]), ([1, 6, 7, 8], [-100, -100, -100, 9])]
     """
     if context < 2:
-        raise UserError(f"a context of {context} leaves nothing to condition on: use at least 2")
+        raise UserError(f"a context of {context} leaves no token to condition on: use at least 2")
     tokens, sizes = document.tokens, document.sizes
     if bos is not None:
         tokens, sizes = np.concatenate(([bos], tokens)), np.concatenate(([0], sizes))
-    total, asked = len(tokens) - 1, 0  # prediction k is tokens[k + 1] from what stands at or before k
-    while asked < total:
-        stop = min(total, asked + (context // 2 if asked else context))
+    total, scored = len(tokens) - 1, 0  # prediction k is tokens[k + 1] given tokens[: k + 1]
+    while scored < total:
+        stop = min(total, scored + (context // 2 if scored else context))
         start = max(0, stop - context)
-        shown, labels = tokens[start:stop].copy(), tokens[start + 1 : stop + 1].copy()
-        labels[: asked - start] = IGNORE
+        inputs, labels = tokens[start:stop].copy(), tokens[start + 1 : stop + 1].copy()
+        labels[: scored - start] = IGNORE
         if bos is not None and every:
-            shown[0] = bos
-        order = layout.causal_after_prompt(len(shown), asked - start + 1 if prefix_lm else 1)
-        yield {"tokens": shown, "labels": labels, "sizes": sizes[start + 1 : stop + 1]} | order
-        asked = stop
+            inputs[0] = bos
+        order = layout.causal_after_prompt(len(inputs), scored - start + 1 if prefix_lm else 1)
+        yield {"tokens": inputs, "labels": labels, "sizes": sizes[start + 1 : stop + 1]} | order
+        scored = stop
 
 
 def one_at_a_time(document: TokenizedDocument, context: int, vocab: Vocab, query: bool = False) -> Iterator[Example]:
-    """For masked models: each token masked alone and asked, given all the others (Salazar 2020, section 2).
+    """Yield an example per token for a masked model: the token masked, all others visible (Salazar 2020, section 2).
 
-    query: the mask asks and is seen by nobody, which is what a model was trained on that has a vector for it (XLNet).
-    A document longer than the context is cut into even pieces. n tokens cost n rows of their piece's length.
+    n tokens cost n rows of the length of their piece.
+
+    Args:
+        document: The document; one longer than the context is split into even pieces.
+        context: Most tokens of a row, special tokens included.
+        vocab: The vocabulary.
+        query: Whether the mask is a query that no position attends to, as in a model with a mask embedding (XLNet).
 
     >>> vocab = Vocab(size=9, roles={"cls": 1, "sep": 2, "mask": 3}, special=np.arange(9) < 4)
     >>> two = TokenizedDocument(np.array([5, 6]), np.array([1, 1]))
@@ -136,14 +158,14 @@ def one_at_a_time(document: TokenizedDocument, context: int, vocab: Vocab, query
         sizes = np.concatenate(([0], piece.sizes, [0]))
         zeros = np.zeros(len(framed), np.int32)
         for at in range(1, len(framed) - 1):
-            shown, labels = framed.copy(), np.full(len(framed), IGNORE)
-            shown[at], labels[at] = vocab.mask, framed[at]
-            appears = np.where(shown == vocab.mask, NEVER, 0) if query else zeros
-            yield {"tokens": shown, "labels": labels, "sizes": sizes, "query_time": zeros, "key_time": appears}
+            inputs, labels = framed.copy(), np.full(len(framed), IGNORE)
+            inputs[at], labels[at] = vocab.mask, framed[at]
+            key_time = np.where(inputs == vocab.mask, NEVER, 0) if query else zeros
+            yield {"tokens": inputs, "labels": labels, "sizes": sizes, "query_time": zeros, "key_time": key_time}
 
 
 def halves(document: TokenizedDocument, context: int, vocab: Vocab) -> Iterator[Example]:
-    """For encoder-decoders: the second half of each piece given the first, which ends with eos as in training.
+    """Yield examples for an encoder-decoder: the second half of each piece given the first, which ends with eos.
 
     >>> vocab = Vocab(size=9, roles={"pad": 0, "eos": 2}, special=np.arange(9) < 4)
     >>> four = TokenizedDocument(np.array([5, 6, 7, 8]), np.array([1, 1, 1, 1]))
@@ -152,42 +174,42 @@ def halves(document: TokenizedDocument, context: int, vocab: Vocab) -> Iterator[
     ([5, 6, 2], [0, 7], [7, 8])
     """
     for piece in pieces(document, 2 * context - 2):
-        cut = len(piece.tokens) // 2
-        source = np.concatenate((piece.tokens[:cut], [vocab.eos]))
-        shown = layout.seq2seq(source, piece.tokens[cut:], start=vocab.start)
-        yield shown | {"sizes": piece.sizes[cut:]}
+        middle = len(piece.tokens) // 2
+        source = np.concatenate((piece.tokens[:middle], [vocab.eos]))
+        example = layout.seq2seq(source, piece.tokens[middle:], start=vocab.start)
+        yield example | {"sizes": piece.sizes[middle:]}
 
 
-def pieces(document: TokenizedDocument, most: int) -> Iterator[TokenizedDocument]:
-    """The document in as few pieces of at most `most` tokens as will do, of equal length to within one."""
-    if most < 1:
-        raise UserError("the context is too short to hold a token between its frame: use at least 4")
-    count = -(-len(document.tokens) // most)
+def pieces(document: TokenizedDocument, max_tokens: int) -> Iterator[TokenizedDocument]:
+    """Split a document into the fewest pieces of at most `max_tokens` tokens, whose lengths differ by at most one."""
+    if max_tokens < 1:
+        raise UserError("the context is too short for a token between special tokens: use at least 4")
+    count = -(-len(document.tokens) // max_tokens)
     cuts = [len(document.tokens) * i // max(1, count) for i in range(count + 1)]
     for start, stop in pairwise(cuts):
         yield TokenizedDocument(document.tokens[start:stop], document.sizes[start:stop])
 
 
-def score(model: LM, examples: Iterable[Example], room: int = 8192) -> Likelihood:
-    """Sum of -log p over what the examples ask, in batches of at most `room` padded tokens. Dropout is off."""
+def score(model: LM, examples: Iterable[Example], max_tokens: int = 8192) -> Likelihood:
+    """Sum -log p over the labels of examples, without dropout, in batches of at most `max_tokens` padded tokens."""
     device = model.tokens.weight.device
     total = Likelihood()
-    with attention_pattern_of(model):
-        for group in groups(examples, room):
+    with inference_mode(model):
+        for group in groups(examples, max_tokens):
             batch: Batch = {name: field.to(device) for name, field in collate(group).items()}
-            asked = batch["labels"] != IGNORE
+            scored = batch["labels"] != IGNORE
             nll = token_loss(model, model(batch), batch["labels"])
-            total += Likelihood(float(nll), int(asked.sum()), int(batch["sizes"][asked].sum()))
+            total += Likelihood(float(nll), int(scored.sum()), int(batch["sizes"][scored].sum()))
     return total
 
 
-def groups(examples: Iterable[Example], room: int) -> Iterator[list[Example]]:
-    """Consecutive examples, as many as fit into `room` tokens once padded to the longest of them."""
+def groups(examples: Iterable[Example], max_tokens: int) -> Iterator[list[Example]]:
+    """Group consecutive examples into batches of at most `max_tokens` tokens after padding to the longest of them."""
     group: list[Example] = []
     widest = 0
     for example in examples:
         width = example["tokens"].size + len(example.get("source_tokens", ()))
-        if group and max(widest, width) * (len(group) + 1) > room:
+        if group and max(widest, width) * (len(group) + 1) > max_tokens:
             yield group
             group, widest = [], 0
         group.append(example)

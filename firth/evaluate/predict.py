@@ -1,15 +1,15 @@
-"""Predict: what a finetuned run says of records without answers, one row for each record, in their order.
+"""Predictions of a finetuned run for unlabeled records: one row per record, in their order.
 
     firth predict runs/classify reviews.csv              {"row": 1, "label": "good", "probability": 0.97, ...} a line
     echo "a fine film" | firth predict runs/classify -             one text a line
     firth predict runs/answer questions.json --out answers.csv
     firth predict runs/t5 pairs.csv                      {"row": 1, "answer": "une loutre", "probability": 0.61, "finish": "stop"}
-    firth predict runs/chat questions.jsonl              as a decoder answers, behind its chat template
+    firth predict runs/chat questions.jsonl              answers of a decoder, with its chat template
 
-Records are read as in training (JSONL, CSV, TSV, Parquet; CoNLL's columns; SQuAD's JSON), with the fields of the run's recipe;
-plain text has one text a line, for a tagger its words parted by blanks. Each row has its record's number and its `id`, if it
-has one; a record without text has a row of nothing else, and one that cannot be read is an error (`firth.evaluate.prediction_inputs`).
-What was cut or mended is told on the side.
+Records are read as in training (JSONL, CSV, TSV, Parquet, CoNLL columns, SQuAD JSON), with the fields of the run's recipe.
+Plain text has one text per line; for token classification its words are separated by blanks. Each row has the number of
+its record and its `id`, if it has one. A record without text has a row of nothing else, and a record that cannot be read
+is an error (`firth.evaluate.prediction_inputs`). Warnings name what was truncated or repaired.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from typing import Any, BinaryIO, TextIO
 
 from firth.evaluate.prediction_inputs import read_inputs
 from firth.evaluate.task import EvaluatedModel, Progress, Say, Task, load_evaluated_model
-from firth.evaluate.tasks import TASKS, default
+from firth.evaluate.tasks import TASKS, default_task
 from firth.evaluate.tasks.generation import GENERATION
-from firth.evaluate.text_perplexity import reads_of
+from firth.evaluate.text_perplexity import scoring_mode
 from firth.io.atomic import new_file
 from firth.types import UserError
 
@@ -39,60 +39,81 @@ def predict(
     form: str = "auto",
     say: Say = lambda _: None,
 ) -> Iterator[dict[str, Any]]:
-    """The rows. file: a file of records, of text by lines, or - for what `stdin` holds; form: of `firth.evaluate.prediction_inputs.FORMS`.
+    """Yield a row of predictions for each record.
 
-    say: told what was cut, mended or doubtful. Raises UserError where the model has no head of a task, and for records that do
-    not fit it.
+    Args:
+        directory: A run or model directory.
+        file: A file of records or of lines of text; "-" reads `stdin`.
+        stdin: Standard input.
+        progress: Called with the share done, 0 to 1.
+        form: Format of the file, of `firth.evaluate.prediction_inputs.FORMS`, or "auto".
+        say: Called with each warning about truncated, repaired or ambiguous input.
+
+    Raises:
+        UserError: The model has no task head, or a record does not fit the task.
     """
     evaluated = load_evaluated_model(directory)
-    task = served(evaluated)
+    task = prediction_task(evaluated)
     assert task.predict is not None and task.input_schema is not None
     with tempfile.TemporaryDirectory() as folder:
-        found = read_inputs(file, stdin, form, task.input_schema(evaluated), Path(folder))
-        for remark in found.remarks:
-            say(remark)
-        with found.named():
-            told: Iterator[dict[str, Any]] = iter(())
-            if any(found.told):
-                items = task.load(evaluated, [str(found.path)], asked=False)
-                for remark in task.notes(items):
-                    say(found.shown(remark))
-                told = task.predict(evaluated, items, progress)
-            for row, there in zip(found.rows, found.told, strict=True):
-                yield row | (next(told) if there else {})
-            next(told, None)  # the model is left in the mode it was in
+        records = read_inputs(file, stdin, form, task.input_schema(evaluated), Path(folder))
+        for note in records.notes:
+            say(note)
+        with records.user_locations():
+            predictions: Iterator[dict[str, Any]] = iter(())
+            if any(records.has_text):
+                items = task.load(evaluated, [str(records.path)], labeled=False)
+                for note in task.notes(items):
+                    say(records.with_user_locations(note))
+                predictions = task.predict(evaluated, items, progress)
+            for row, has_text in zip(records.rows, records.has_text, strict=True):
+                yield row | (next(predictions) if has_text else {})
+            next(predictions, None)  # exhaust the generator, which restores the mode of the model
 
 
-def served(evaluated: EvaluatedModel) -> Task:
-    """The task that a model is asked; UserError where it is none that gives a row for each record."""
-    name, config = default(evaluated), evaluated.model.config
-    written = name == "likelihood" and evaluated.model.has_lm_head and not config.latent_size
-    # A decoder goes on from whatever stands before; of encoder-decoders those of others, and not what a run has pretrained.
-    if written and (not evaluated.recipe if config.num_encoder_layers else reads_of(config) == "causal"):
+def prediction_task(evaluated: EvaluatedModel) -> Task:
+    """Return the task by which a model predicts.
+
+    Raises:
+        UserError: The model has no task with one row per record.
+    """
+    name, config = default_task(evaluated), evaluated.model.config
+    generates = name == "likelihood" and evaluated.model.has_lm_head and not config.latent_size
+    # Any causal decoder can continue a prompt. A foreign encoder-decoder is finetuned, one pretrained by a run is not.
+    if generates and (not evaluated.recipe if config.num_encoder_layers else scoring_mode(config) == "causal"):
         name = GENERATION.name
     if name not in TASKS or TASKS[name].predict is None:
-        there = ", ".join(evaluated.model.heads) or "no part"
+        heads = ", ".join(evaluated.model.heads) or "none"
         other = "generate" if config.latent_size else "fill" if "lm" in evaluated.model.heads else "embed"
         raise UserError(
-            f"{evaluated.directory}: this model has {there} and no task's head: finetune it (firth train classification, regress, "
-            f"choose, tag, answer, instruct or text_to_text); as it is, it serves `firth {other}`"
+            f"{evaluated.directory}: this model has no task head (heads: {heads}): finetune it (firth train classification, "
+            "regression, multiple_choice, token_classification, question_answering, sft or text_to_text); without "
+            f"finetuning, use `firth {other}`"
         )
     return TASKS[name]
 
 
 def check_output_path(out: Path) -> None:
-    """UserError, before anything is computed, for a file that cannot be written; its directory is made."""
+    """Create the directory of an output file; UserError, before anything is computed, if it cannot be written."""
     if out.is_dir():
         raise UserError(f"{out}: this is a directory: name a file in it")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError):
-        raise UserError(f"{out}: {out.parent} is no directory: name another file") from None
+        raise UserError(f"{out}: {out.parent} is not a directory: name another file") from None
 
 
 def write(rows: Iterator[dict[str, Any]], out: Path | None, say: Callable[[str], None]) -> int:
-    """Write the rows as JSON lines, or as CSV where `out` ends so; to `say` a line at a time where it is None. Returns how
-    many there were."""
+    """Write rows as JSON lines, or as CSV if `out` ends in .csv.
+
+    Args:
+        rows: The rows.
+        out: The output file; None prints each line with `say`.
+        say: Prints a line.
+
+    Returns:
+        Number of rows.
+    """
     count = 0
     if out is None:
         for row in rows:
@@ -110,8 +131,11 @@ def write(rows: Iterator[dict[str, Any]], out: Path | None, say: Callable[[str],
 
 
 def _table(rows: Iterator[dict[str, Any]], file: TextIO) -> int:
-    """Rows as CSV. The columns are those of the first row that says something, and of those before it; a row that has others
-    is a UserError."""
+    """Write rows as CSV with the columns of the first row that has predictions and of the rows before it.
+
+    Raises:
+        UserError: A later row has another column.
+    """
     count, waiting = 0, list[dict[str, Any]]()
     writer: Any = None
     for row in rows:
@@ -126,7 +150,7 @@ def _table(rows: Iterator[dict[str, Any]], file: TextIO) -> int:
         for one in waiting:
             if more := one.keys() - {*writer.fieldnames}:
                 raise UserError(
-                    f"row {one['row']} has a column {min(more)!r} that the first has not, as a table cannot: write JSON lines"
+                    f"row {one['row']} has a column {min(more)!r} that the first row does not have: write JSON lines, not CSV"
                 )
             writer.writerow(one)
         waiting = []
@@ -138,7 +162,7 @@ def _table(rows: Iterator[dict[str, Any]], file: TextIO) -> int:
 
 
 def flattened(row: dict[str, Any]) -> dict[str, Any]:
-    """A row with a column for each class; lists as text.
+    """Return a row with a column for each class and lists joined as text.
 
     >>> flattened({"label": "good", "probabilities": {"bad": 0.1, "good": 0.9}, "tags": ["B", "O"]})
     {'label': 'good', 'probability_bad': 0.1, 'probability_good': 0.9, 'tags': 'B O'}

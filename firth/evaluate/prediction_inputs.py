@@ -1,12 +1,12 @@
-r"""What a user hands over to be told of: records of any file, or of standard input, each with its number and its place.
+r"""Input records of `predict` and `embed`, from a file or standard input, with row numbers and locations.
 
     a fine film                       lines     {"text": "a fine film"}                           row 1
-                                                nothing to tell of: an empty row                   row 2
+                                                no text: an empty row                              row 2
     a dull one                                  {"text": "a dull one"}                             row 3
 
-A row goes out for each that comes in, in their order: what cannot be read is an error with its file and line, and what says
-nothing has a row of its own. The records are laid as JSON lines into a folder, where every reader of records finds them; what
-is then said of a line there is said of the place that the user knows.
+Each input record has one output row, in order. A record that cannot be read is an error with its file and line; a record
+without text has an empty row. The records are written as JSON lines to a temporary folder, where every reader of records
+can read them; messages about a line of that file are translated to the user's file and line.
 """
 
 from __future__ import annotations
@@ -29,24 +29,31 @@ Form = Literal["auto", "lines", "csv", "tsv", "jsonl", "conll", "squad"]
 FORMS: dict[str, str] = {
     "lines": ".txt", "csv": ".csv", "tsv": ".tsv", "jsonl": ".jsonl", "conll": ".conll", "squad": ".json",
 }  # fmt: skip
-"""How a user calls a form -> the end of the name by which `firth.corpora.readers` knows it."""
+"""Format -> the file name suffix by which `firth.corpora.readers` recognizes it."""
 
 INPUT = "standard input"
-HEAD = 50
-"""Lines by which a form is told from another."""
+SNIFFED_LINES = 50
+"""First lines of a file from which its format is guessed."""
 
 Record = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class InputSchema:
-    """What a task reads. field: of its text, by which a table is known. line: a line of text as a record. columns: of a table
-    without a head. tags: those by which columns of words are known from lines. passages: whether it reads SQuAD's JSON.
-    says: the texts of a record, of which one at least must not be blank."""
+    """Input that a task reads.
+
+    Args:
+        field: Name of the text field, by which a table is recognized.
+        line: Turns a line of text into a record.
+        texts: Returns the texts of a record, of which at least one must not be blank.
+        columns: Columns of a table without a header.
+        tags: Tags by which CoNLL columns are distinguished from lines of text.
+        passages: Whether SQuAD JSON is read.
+    """
 
     field: str
     line: Callable[[str], Record]
-    says: Callable[[Record], Sequence[Any]]
+    texts: Callable[[Record], Sequence[Any]]
     columns: Sequence[str] = ()
     tags: Sequence[str] = ()
     passages: bool = False
@@ -54,76 +61,91 @@ class InputSchema:
 
 @dataclass
 class InputRecords:
-    """What was handed over. name: as the user calls it; path: of the records that say something, as JSON lines; places: of
-    these. rows: of every record its number and its `id`, if it has one; told: which of them say something."""
+    """Records read from the user's input.
+
+    Args:
+        name: Name of the input, as the user gave it.
+        path: JSON lines of the records with text.
+        locations: File and line of each record with text.
+        rows: Number and `id`, if it has one, of every record.
+        has_text: Whether each record has text.
+        notes: Warnings about the input.
+    """
 
     name: str
     path: Path
-    places: list[str] = field(default_factory=list)
+    locations: list[str] = field(default_factory=list)
     rows: list[Record] = field(default_factory=list)
-    told: list[bool] = field(default_factory=list)
-    remarks: list[str] = field(default_factory=list)
+    has_text: list[bool] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
 
-    def shown(self, message: str) -> str:
-        """A message, with the user's places in it."""
+    def with_user_locations(self, message: str) -> str:
+        """Return a message with locations in the temporary file replaced by those in the user's input."""
 
-        def place(found: re.Match[str]) -> str:
-            return self.places[int(found[1]) - 1] if found[1] else self.name
+        def location(found: re.Match[str]) -> str:
+            return self.locations[int(found[1]) - 1] if found[1] else self.name
 
-        return re.sub(re.escape(str(self.path)) + r"(?::(\d+))?", place, message)
+        return re.sub(re.escape(str(self.path)) + r"(?::(\d+))?", location, message)
 
     @contextmanager
-    def named(self) -> Iterator[None]:
-        """Whatever is wrong within is said of the user's places."""
+    def user_locations(self) -> Iterator[None]:
+        """Translate the locations in a UserError raised inside the context."""
         try:
             yield
         except UserError as error:
-            raise UserError(self.shown(str(error))) from None
+            raise UserError(self.with_user_locations(str(error))) from None
 
 
-def read_inputs(file: str, stdin: BinaryIO, form: str, wanted: InputSchema, folder: Path) -> InputRecords:
-    """The records of a file, or of what comes in where it is -; form: one of `FORMS`, or "auto" for what it looks like.
+def read_inputs(file: str, stdin: BinaryIO, form: str, schema: InputSchema, folder: Path) -> InputRecords:
+    """Read the records of a file or of standard input.
 
-    Raises UserError for a file that is not there or holds nothing, and for a record that cannot be read, with its place.
+    Args:
+        file: The file; "-" reads `stdin`.
+        stdin: Standard input.
+        form: Format, one of `FORMS`, or "auto" to guess it.
+        schema: Input of the task.
+        folder: Temporary folder for the records.
+
+    Raises:
+        UserError: The file does not exist or holds no record, or a record cannot be read; the error has its location.
     """
     if form != "auto" and form not in FORMS:
-        raise UserError(f"--input {form}: there is auto, {', '.join(FORMS)}")
+        raise UserError(f"--input {form}: the formats are auto, {', '.join(FORMS)}")
     name = INPUT if file == "-" else file
     found = InputRecords(name, folder / "records.jsonl")
     source = _source(file, stdin, folder)
     if form == "auto":
-        form, remark = _form(file, source, wanted)
-        found.remarks += [f"{name}: {remark}"] if remark else []
+        form, note = _form(file, source, schema)
+        found.notes += [f"{name}: {note}"] if note else []
     counts = ReadStats()
     with found.path.open("wb") as out:
-        for place, record in _records(source, form, wanted, counts, folder, name):
-            _add(found, place, record, wanted, out)
+        for location, record in _records(source, form, schema, counts, folder, name):
+            _add(found, location, record, schema, out)
     if counts.mismatched:
         raise UserError(
-            f"{counts.at['mismatched']}: a row that cannot be read would have none in the answer ({counts.mismatched:,} in "
-            "all): mend or remove it"
+            f"{counts.at['mismatched']}: this row cannot be read, so it would have no prediction ({counts.mismatched:,} such "
+            "rows): fix or remove it"
         )
     if counts.too_long:
         raise UserError(
-            f"{name}: {many(counts.too_long, 'record')} longer than {readers.MAX_RECORD_BYTES >> 20} MB, which cannot be read: shorten "
-            "what is so long"
+            f"{name}: {many(counts.too_long, 'record')} longer than {readers.MAX_RECORD_BYTES >> 20} MB, the most that is read: shorten it"
         )
     if not found.rows:
-        raise UserError(f"{name}: there is no record in it")
+        raise UserError(f"{name}: the input holds no record")
     if counts.bad_utf8:
-        found.remarks.append(f"{name}: {many(counts.bad_utf8, 'line')} not in UTF-8, read with U+FFFD in place")
+        found.notes.append(f"{name}: {many(counts.bad_utf8, 'line')} not in UTF-8, read with U+FFFD for bad bytes")
     if counts.nul:
-        found.remarks.append(f"{name}: {many(counts.nul, 'line')} with NUL characters, read without them")
-    if not all(found.told):
-        empty = [row["row"] for row, told in zip(found.rows, found.told, strict=True) if not told]
-        found.remarks.append(
+        found.notes.append(f"{name}: {many(counts.nul, 'line')} with NUL characters, read without them")
+    if not all(found.has_text):
+        empty = [row["row"] for row, has_text in zip(found.rows, found.has_text, strict=True) if not has_text]
+        found.notes.append(
             f"{name}: {many(len(empty), 'row')} of {len(found.rows):,} without text; the first is row {empty[0]}"
         )
     return found
 
 
 def _source(file: str, stdin: BinaryIO, folder: Path) -> Path:
-    """Where the bytes are."""
+    """Return the file to read; standard input is copied to one."""
     if file != "-":
         if not Path(file).is_file():
             raise UserError(f"{file}: there is no such file; - reads standard input")
@@ -133,56 +155,55 @@ def _source(file: str, stdin: BinaryIO, folder: Path) -> Path:
     return path
 
 
-def _add(found: InputRecords, place: str, record: Record, wanted: InputSchema, out: BinaryIO) -> None:
+def _add(found: InputRecords, location: str, record: Record, schema: InputSchema, out: BinaryIO) -> None:
     own = {"id": record["id"]} if isinstance(record.get("id"), (str, int)) else {}
     found.rows.append({"row": len(found.rows) + 1} | own)
-    says = wanted.says(record)
-    # A text that is missing or is none is not an empty one: its reader says so.
-    found.told.append(any(not isinstance(text, str) or text.strip() for text in says))
-    if not found.told[-1]:
+    # A missing field or one that is not text is not an empty text: the reader raises an error for it.
+    found.has_text.append(any(not isinstance(text, str) or text.strip() for text in schema.texts(record)))
+    if not found.has_text[-1]:
         return
     try:
         line = json.dumps(record, ensure_ascii=False, default=str).encode()
-    except UnicodeEncodeError:  # half a character
+    except UnicodeEncodeError:  # a lone surrogate
         line = json.dumps(record, default=str).encode()
     if len(line) >= readers.MAX_RECORD_BYTES:
         raise UserError(
-            f"{place}: this record is longer than {readers.MAX_RECORD_BYTES >> 20} MB and cannot be read: shorten it"
+            f"{location}: this record is longer than {readers.MAX_RECORD_BYTES >> 20} MB and cannot be read: shorten it"
         )
-    found.places.append(place)
+    found.locations.append(location)
     out.write(line + b"\n")
 
 
 def _records(
-    source: Path, form: str, wanted: InputSchema, counts: ReadStats, folder: Path, name: str
+    source: Path, form: str, schema: InputSchema, counts: ReadStats, folder: Path, name: str
 ) -> Iterator[tuple[str, Record]]:
-    """(place, record) of every record, blank lines of a text among them."""
+    """Yield the location and the record of every record, blank lines of text included."""
     if form == "lines":
-        yield from ((f"{name}:{i}", wanted.line(text)) for i, text in enumerate(_lines(source, counts, name), 1))
+        yield from ((f"{name}:{i}", schema.line(text)) for i, text in enumerate(_lines(source, counts, name), 1))
         return
     packed = source.suffix.lower() if source.suffix.lower() in compression.PACKED else ""
     end, path = FORMS.get(form, ""), source
     if end and not source.name.removesuffix(packed).lower().endswith(end):
-        path = folder / f"given{end}{packed}"  # readers go by the end of a name
+        path = folder / f"given{end}{packed}"  # readers recognize a format by the suffix
         path.symlink_to(source.resolve())
     try:
-        for place, record in readers.records([str(path)], counts=counts, columns=wanted.columns):
-            yield place.replace(str(path), name), record
+        for location, record in readers.records([str(path)], counts=counts, columns=schema.columns):
+            yield location.replace(str(path), name), record
     except UserError as error:
         raise UserError(str(error).replace(str(path), name)) from None
     finally:
-        counts.at |= {kind: place.replace(str(path), name) for kind, place in counts.at.items()}
+        counts.at |= {kind: location.replace(str(path), name) for kind, location in counts.at.items()}
 
 
 def _lines(path: Path, counts: ReadStats, name: str) -> Iterator[str]:
-    """The lines of a text, parted by line feeds alone, without their ends."""
+    """Yield the lines of a text, separated by line feeds only, without their line ends."""
     try:
         with compression.guarded(path) as file:
             for number, raw in enumerate(file):
                 if not number:
                     if raw[:2] in (b"\xff\xfe", b"\xfe\xff"):
                         raise UserError(
-                            f"{name}: this is UTF-16 and UTF-8 is read; convert it: iconv -f UTF-16 -t UTF-8"
+                            f"{name}: this is UTF-16, but UTF-8 is needed; convert it: iconv -f UTF-16 -t UTF-8"
                         )
                     raw = raw.removeprefix(b"\xef\xbb\xbf")
                 text = raw.removesuffix(b"\n").removesuffix(b"\r").decode("utf-8", "replace")
@@ -193,62 +214,65 @@ def _lines(path: Path, counts: ReadStats, name: str) -> Iterator[str]:
         raise UserError(str(error).replace(str(path), name)) from None
 
 
-def _form(file: str, source: Path, wanted: InputSchema) -> tuple[str, str]:
-    """What a file is by its name, or by its first lines; and a remark where that can be doubted."""
+def _form(file: str, source: Path, schema: InputSchema) -> tuple[str, str]:
+    """Return the format of a file by its name or its first lines, and a note if it is ambiguous."""
     packed = Path(file).suffix.lower() in compression.PACKED
     end = (Path(file).with_suffix("") if packed else Path(file)).suffix.lower()
     if file != "-" and end not in (".txt", ".text", ""):
         known = (*readers.LINES, *readers.TABLES, *tables.READERS)
-        return ("conll" if wanted.tags and end not in known else "", "")  # CoNLL-2003's own are eng.train, eng.testa
-    head = list(islice(_lines(source, ReadStats(), INPUT if file == "-" else file), HEAD))
-    return guess_form(head, wanted)
+        return (
+            "conll" if schema.tags and end not in known else "",
+            "",
+        )  # the files of CoNLL-2003 are eng.train, eng.testa
+    head = list(islice(_lines(source, ReadStats(), INPUT if file == "-" else file), SNIFFED_LINES))
+    return guess_form(head, schema)
 
 
-def guess_form(head: Sequence[str], wanted: InputSchema) -> tuple[str, str]:
-    """The form that the first lines of a text have, and a remark where that can be doubted.
+def guess_form(head: Sequence[str], schema: InputSchema) -> tuple[str, str]:
+    """Return the format of a text by its first lines, and a note if it is ambiguous.
 
-    >>> wanted = InputSchema("review", lambda line: {"review": line}, lambda record: [record["review"]])
-    >>> [guess_form(lines, wanted)[0] for lines in (["id,review"], ["a fine review, and long"], ['{"review": "a"}'], ["{a} film"])]
+    >>> schema = InputSchema("review", lambda line: {"review": line}, lambda record: [record["review"]])
+    >>> [guess_form(lines, schema)[0] for lines in (["id,review"], ["a fine review, and long"], ['{"review": "a"}'], ["{a} film"])]
     ['csv', 'lines', 'jsonl', 'lines']
     """
     some = [line for line in head if line.strip()]
     first = some[0].strip() if some else ""
-    if re.match(r"\[\s*(\{|$)", first) or (first.startswith("{") and wanted.passages and _one(first)):
+    if re.match(r"\[\s*(\{|$)", first) or (first.startswith("{") and schema.passages and _is_document(first)):
         return "squad", ""
     if first.startswith("{"):
         if _object(first) is not None or re.match(r'\{\s*"', first):
             return "jsonl", ""
         return (
             "lines",
-            "its first line begins with { and is no JSON: it is read as lines of text (--input says otherwise)",
+            "its first line begins with { but is not JSON: it is read as lines of text (--input overrides this)",
         )
-    if wanted.tags:
-        width, tagged = _columns(some, wanted.tags)
+    if schema.tags:
+        width, tagged = _columns(some, schema.tags)
         if width > 1 and tagged:
             return "conll", ""
         if width > 1 and len(some) > 1:
             return "lines", (
-                "this may be a word a line with its columns, and other tags: it is read as a sentence a line (--input lines "
-                "or --input conll says which)"
+                "this may have one word per line with columns and unknown tags: it is read as one sentence per line (--input "
+                "lines or --input conll selects)"
             )
         return "lines", ""
     cells = {sign: [cell.strip('" \r\ufeff') for cell in first.split(sign)] for sign in "\t,;"}
     for sign, names in cells.items():
-        if len(names) > 1 and wanted.field in names:
+        if len(names) > 1 and schema.field in names:
             return ("tsv" if sign == "\t" else "csv"), ""
     for sign in cells:
         widths = {len(row) for row in csv.reader(some, delimiter=sign)} if len(some) > 1 else {1}
         if len(widths) == 1 and widths != {1}:
             kind = "tsv" if sign == "\t" else "csv"
             return "lines", (
-                f"this may be a table, without a column {wanted.field!r}: it is read as lines of text, the first line too "
-                f"(--input lines or --input {kind} says which)"
+                f"this may be a table without a column {schema.field!r}: it is read as lines of text, including the first line "
+                f"(--input lines or --input {kind} selects)"
             )
     return "lines", ""
 
 
 def _object(line: str) -> Record | None:
-    """A line that is a JSON object."""
+    """Return the JSON object of a line; None if it is not one."""
     try:
         found = json.loads(line)
     except (ValueError, RecursionError):
@@ -256,14 +280,14 @@ def _object(line: str) -> Record | None:
     return found if isinstance(found, dict) else None
 
 
-def _one(first: str) -> bool:
-    """Whether a line begins one JSON document, as SQuAD's, and is not a record of many."""
+def _is_document(first: str) -> bool:
+    """Return whether a line begins a single JSON document like SQuAD's, not a JSON line."""
     found = _object(first)
     return found is None or isinstance(found.get("data"), list)
 
 
 def _columns(some: Sequence[str], tags: Sequence[str]) -> tuple[int, bool]:
-    """How many cells all lines have (0: not as many), and whether the last of them is a tag in at least half.
+    """Return the number of cells of all lines (0 if they differ), and whether at least half of them end in a tag.
 
     >>> _columns(["Paris NNP I-NP B-LOC", "sleeps VBZ I-VP O"], ["B-LOC", "O"]), _columns(["a grim film"], ["O"])
     ((4, True), (3, False))

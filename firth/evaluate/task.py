@@ -1,6 +1,6 @@
-"""A task is a source, a prompt and a metric; the subject is the model that is asked. The tasks are in `firth.evaluate.tasks`.
+"""Evaluation task: how to load items, predict them and score the predictions. The tasks are in `firth.evaluate.tasks`.
 
-Every score of items comes with a 95% bootstrap interval, and with what the commonest answer alone would get.
+Every metric over items has a 95% bootstrap interval; a task can also report the majority baseline.
 """
 
 from __future__ import annotations
@@ -32,12 +32,19 @@ Metric = Callable[..., float]
 Progress = Callable[[float], None]
 Say = Callable[[str], None]
 Answers = tuple[Any, ...]
-"""Columns of one value per item, as the task's metrics take them: what is right, and what was answered."""
+"""Columns of one value per item, as the task's metrics take them: gold answers first, then predictions."""
 
 
 @dataclass(frozen=True, eq=False)
 class EvaluatedModel:
-    """What is measured: a model and its tokenizer. directory: what the user named; place: where the model is."""
+    """Model and tokenizer under evaluation.
+
+    Args:
+        model: The model.
+        tokenizer: Its tokenizer.
+        directory: The run or model directory that the user gave.
+        model_directory: The directory of the weights.
+    """
 
     model: LM
     tokenizer: Tokenizer
@@ -46,27 +53,29 @@ class EvaluatedModel:
 
     @property
     def vocab(self) -> Vocab:
-        """The tokenizer's ids and roles, as the model reads them."""
+        """Vocabulary of the tokenizer with the model's decoder start token."""
         return self.tokenizer.vocab.with_decoder_start(self.model.config.decoder_start_token)
 
     @cached_property
     def recipe(self) -> Mapping[str, Any]:
-        """The recipe that a run kept, as plain data; empty for a bare model directory."""
+        """Recipe of the run as plain data; empty for a bare model directory."""
         file = self.directory / "recipe.yaml"
         found = read_yaml(file)[0] if file.exists() else None
         return found if isinstance(found, dict) else {}
 
     @property
     def examples(self) -> Mapping[str, Any]:
-        """How the recipe cuts text: its settings, empty where it says none."""
+        """`examples` section of the recipe; empty where there is none."""
         found = self.recipe.get("examples")
-        while isinstance(found, dict) and isinstance(found.get("base"), dict):  # partly labelled, voted on
+        while isinstance(found, dict) and isinstance(
+            found.get("base"), dict
+        ):  # partially labeled, simulated annotators
             found = found["base"]
         return found if isinstance(found, dict) else {}
 
     @property
     def objective(self) -> Mapping[str, Any]:
-        """The settings of the recipe's objective, of all addends together; empty where it says none."""
+        """`objective` section of the recipe, merged over the components of a sum; empty where there is none."""
         found = self.recipe.get("objective")
         settings: dict[str, Any] = {}
         for one in found if isinstance(found, list) else [found]:
@@ -75,8 +84,11 @@ class EvaluatedModel:
 
     @cached_property
     def is_chat_model(self) -> bool:
-        """Whether prompts are written to it by the chat template: its run was trained on the answers in dialogues. A model of
-        others, whose run is not known, brings a template of its own."""
+        """Whether prompts are rendered with the chat template.
+
+        True if its run was trained on the answers in dialogues, or, for a model not trained by firth, if its tokenizer has
+        a chat template of its own.
+        """
         found = self.recipe.get("objective", metadata_of(self.model_directory).get("objective"))
         names = [
             str(one.get("kind") if isinstance(one, dict) else one)
@@ -84,38 +96,39 @@ class EvaluatedModel:
         ]
         if found is None:
             return self.tokenizer.template not in (None, TEMPLATE)
-        known = [find(name)() for name in names if name in OBJECTIVES]  # a stranger's file may name anything
+        known = [find(name)() for name in names if name in OBJECTIVES]  # files not written by firth may name anything
         return any("mask" in field for objective in known for field in objective.inputs())
 
     @property
     def context(self) -> int:
-        """The longest row to read: what training read, which may be shorter than what the shape is meant for."""
+        """Most tokens of a row: the length used in training, which may be below the model's maximum."""
         longest: int = self.model.context
         return min(longest, int(self.examples.get("max_length", longest)))
 
     @property
     def device(self) -> torch.device:
-        """Where the model is."""
+        """Device of the model."""
         return self.model.tokens.weight.device
 
 
 def load_evaluated_model(directory: Path) -> EvaluatedModel:
-    """The model and tokenizer of a run directory (its `model/`), of a model directory, or of an adapter's and its base's."""
-    place = directory / "model" if (directory / "model").is_dir() else directory
-    if adapter_files.present(place):
-        check_adapter_base(place, adapter_files.base_of(place))
-        model = adapter_files.load(place)
-        place = place if (place / "tokenizer.json").is_file() else adapter_files.base_of(place)
+    """Load the model and tokenizer of a run directory (its `model/`), a model directory, or an adapter and its base."""
+    location = directory / "model" if (directory / "model").is_dir() else directory
+    if adapter_files.present(location):
+        base = adapter_files.base_of(location)
+        check_adapter_base(location, base)
+        model = adapter_files.load(location)
+        location = location if (location / "tokenizer.json").is_file() else base
     else:
-        model = load_model(place)
-    tokenizer = load_tokenizer(place)
-    check_vocab_fits(tokenizer, model.config, f"{place}")
+        model = load_model(location)
+    tokenizer = load_tokenizer(location)
+    check_vocab_fits(tokenizer, model.config, f"{location}")
     model.restrict_vocab(tokenizer.vocab)
-    return EvaluatedModel(model, tokenizer, directory, place)
+    return EvaluatedModel(model, tokenizer, directory, location)
 
 
 def most_likely(options: Sequence[str], scores: Sequence[float]) -> str:
-    """The option with the highest score; "" where two share it, since whoever cannot tell them apart does not know.
+    """Return the option with the highest score; "" for a tie, which counts as wrong.
 
     >>> most_likely(["a", "b"], [0.1, 0.3]), most_likely(["a", "b"], [0.3, 0.3])
     ('b', '')
@@ -127,13 +140,18 @@ def most_likely(options: Sequence[str], scores: Sequence[float]) -> str:
 
 @dataclass(frozen=True)
 class Task:
-    """source: the items of the files, as this subject reads them; with `asked=False`, of records without answers, for tasks
-    that `predict` serves. remarks: whole sentences on items that were cut or left out.
+    """Evaluation task.
 
-    answer: puts each item before the subject and returns columns, a value per item, the right answers first (`Answers`).
-    metrics: name -> function of these columns; more: those that depend on the items (F1, of two classes).
-    commonest: whether the commonest right answer is worth knowing.
-    tell: what the subject says of each item, one row each in their order; wanted: what it reads of a file: for `predict`.
+    Args:
+        name: Name on the command line.
+        load: Loads the items of files for a model. With `labeled=False` the records need no labels (tasks with `predict`).
+        respond: Runs the model on the items and returns columns, one value per item, gold answers first (`Answers`).
+        metrics: Name -> function of these columns.
+        majority_baseline: Whether to report the accuracy of always predicting the most frequent gold answer.
+        predict: Yields a row of predictions for each item, in order.
+        input_schema: Returns the input that `predict` reads.
+        notes: Returns sentences about truncated or skipped items.
+        extra_metrics: Returns the metrics that depend on the items, such as F1 for two classes.
     """
 
     name: str
@@ -149,21 +167,31 @@ class Task:
     def run(
         self, evaluated: EvaluatedModel, paths: Sequence[str], progress: Progress, say: Say, limit: int | None = None
     ) -> dict[str, Any]:
-        """The number of items, all metrics, and the interval of each as `NAME_interval`. say: is told the remarks. limit: only
-        the first so many records of the files are read."""
+        """Evaluate a model on files.
+
+        Args:
+            evaluated: The model.
+            paths: The files.
+            progress: Called with the share done, 0 to 1.
+            say: Called with each note about truncated or skipped items.
+            limit: Most records to read.
+
+        Returns:
+            "items" (their number), each metric, and its interval as NAME_interval.
+        """
         with first_records(limit):
             items = self.load(evaluated, paths)
-        for remark in self.notes(items):
-            say(remark)
+        for note in self.notes(items):
+            say(note)
         if not len(items):
             raise UserError(f"{', '.join(paths)}: there is no record to score")
         columns = self.respond(evaluated, items, progress)
-        right: Sequence[Any] = columns[0]
-        out: dict[str, Any] = {"items": len(right)}
+        gold: Sequence[Any] = columns[0]
+        out: dict[str, Any] = {"items": len(gold)}
         for name, metric in {**self.metrics, **self.extra_metrics(items)}.items():
             out[name] = metric(*columns)
             out[f"{name}_interval"] = metrics.bootstrap(metric, *columns)
         if self.majority_baseline:
-            label, count = Counter(right).most_common(1)[0]
-            out |= {"commonest": label, "commonest_accuracy": count / len(right)}
+            label, count = Counter(gold).most_common(1)[0]
+            out |= {"majority_label": label, "majority_accuracy": count / len(gold)}
         return out

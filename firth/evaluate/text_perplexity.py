@@ -1,4 +1,4 @@
-"""Likelihood of the text in files: documents in, one result out, read as the model was trained to read."""
+"""Perplexity and bits per byte of the text in files, scored as the model was trained."""
 
 from __future__ import annotations
 
@@ -12,7 +12,16 @@ import numpy as np
 from firth.corpora.read_stats import ReadStats
 from firth.corpora.readers import documents
 from firth.evaluate import metrics
-from firth.evaluate.perplexity import Likelihood, TokenizedDocument, halves, one_at_a_time, pieces, read, score, strided
+from firth.evaluate.perplexity import (
+    Likelihood,
+    TokenizedDocument,
+    halves,
+    one_at_a_time,
+    pieces,
+    score,
+    strided,
+    tokenize,
+)
 from firth.model.config import ModelConfig
 from firth.pretrained.load_save import metadata_of
 from firth.tokenizer.tokenizer import Tokenizer
@@ -23,21 +32,26 @@ if TYPE_CHECKING:
 
 ScoringMode = Literal["causal", "masked", "halves"]
 
-BLOCK = 2048
-"""Asked tokens scored together; the interval is over blocks of whole pieces."""
+BLOCK_TOKENS = 2048
+"""Scored tokens of a block of whole pieces; the interval is bootstrapped over blocks."""
 
 MASKED_LIMIT = 16384
-"""Tokens that a masked model is asked unless told otherwise: each costs a row of its own."""
+"""Default number of tokens scored by a masked model, which needs a row of its own for each."""
 
 
-def reads_of(config: ModelConfig) -> ScoringMode:
-    """As its objective had it read, which a run writes into its shape: an encoder-decoder reads halves, what is causal reads
-    so; of the others those read masked whose head transforms first, as BERT's line does, which have a vector of their own
-    for what they are asked, as XLNet, or which read from both ends. UserError for a model that gives a text no likelihood."""
+def scoring_mode(config: ModelConfig) -> ScoringMode:
+    """Return how a model scores text, from its config.
+
+    "halves" for an encoder-decoder; "masked" for a model that is neither causal nor a prefix LM and has a transform in its
+    LM head (BERT), a mask embedding (XLNet) or a bidirectional RNN; "causal" for all others.
+
+    Raises:
+        UserError: The model gives text no likelihood.
+    """
     if config.latent_size:
         raise UserError(
-            "a variational autoencoder only bounds the likelihood of a text: its ELBO is among its run's held-out measures "
-            "(`firth evaluate RUN` without files)"
+            "a variational autoencoder only bounds the likelihood of a text: its ELBO is one of the validation metrics of "
+            "its run (`firth evaluate RUN` without files)"
         )
     if config.num_encoder_layers:
         return "halves"
@@ -45,89 +59,101 @@ def reads_of(config: ModelConfig) -> ScoringMode:
     return "masked" if masked and not (config.causal or config.prefix_lm) else "causal"
 
 
-def leading(directory: Path, tokenizer: Tokenizer) -> tuple[int | None, bool]:
-    """(bos, whether at the head of every row): what a causal model was trained to read before a text; None for nothing.
+def leading_bos(directory: Path, tokenizer: Tokenizer) -> tuple[int | None, bool]:
+    """Return the bos token that a causal model was trained with before a text, and whether every row starts with it.
 
-    A tokenizer that frames its texts (`add_bos_token`, or in tokenizer.json itself, as Llama's and Gemma's) begins
-    every row so. firth's own runs read [bos] where a document begins, and windows that begin anywhere.
+    A tokenizer that adds bos (`add_bos_token`, or in tokenizer.json itself, as Llama's and Gemma's) starts every row
+    with it. Runs of firth have bos only before a document, and windows that start anywhere.
+
+    Args:
+        directory: The model directory.
+        tokenizer: Its tokenizer.
+
+    Returns:
+        The id, or None for no bos; whether every row starts with it.
     """
     bos = tokenizer.vocab.roles.get("bos")
     file, ours = directory / "tokenizer_config.json", directory / "firth.json"
-    said = json.loads(file.read_text("utf-8")).get("add_bos_token") if file.exists() else tokenizer.bos
-    if bos is None or said is False:
+    add_bos = json.loads(file.read_text("utf-8")).get("add_bos_token") if file.exists() else tokenizer.bos
+    if bos is None or add_bos is False:
         return None, False
-    if not said and ours.exists() and "recipe" in metadata_of(directory):
+    if not add_bos and ours.exists() and "recipe" in metadata_of(directory):
         return bos, False
-    if said or tokenizer.engine.encode("a", add_special_tokens=True).ids[:1] == [bos]:
+    if add_bos or tokenizer.engine.encode("a", add_special_tokens=True).ids[:1] == [bos]:
         return bos, True
     return (bos, False) if ours.exists() else (None, False)
 
 
-MENDED = {
-    "bad_utf8": "places were not UTF-8 and were read as U+FFFD", "nul": "NUL characters were left out",
+READ_NOTES = {
+    "bad_utf8": "byte sequences were not UTF-8 and were read as U+FFFD", "nul": "NUL characters were left out",
     "too_long": "records were too long to be read and were left out", "empty": "documents had no text",
 }  # fmt: skip
-"""What is counted of a text -> the end of a sentence that says how many."""
+"""Field of the read statistics -> end of a warning after the count."""
 
 
 def likelihood(
     evaluated: EvaluatedModel, paths: Sequence[str], limit: int | None, progress: Progress, say: Say = lambda _: None
 ) -> dict[str, Any]:
-    """Perplexity and bits per byte of the files' documents, with an interval where there are enough blocks.
+    """Return perplexity and bits per byte of the documents in files, with an interval where there are enough blocks.
 
-    With a limit, no more tokens are asked, in pieces evenly spread over the text; "share" says how much of it that is. say: told what was
-    mended or left out of the files.
+    Args:
+        evaluated: The model.
+        paths: Files or directories of text.
+        limit: Most tokens to score, in pieces spread evenly over the text; the result has their "share".
+        progress: Called with the share done, 0 to 1.
+        say: Called with each warning about repaired or skipped text.
+
+    Raises:
+        UserError: The model has no LM head, or the files hold no text.
     """
     model, tokenizer = evaluated.model, evaluated.tokenizer
     if not model.has_lm_head:
-        raise UserError(
-            f"{evaluated.directory}: no vocabulary head reads this model's states, so no text is likely or unlikely to it"
-        )
-    reads = reads_of(model.config)
-    opens = reads == "causal" and not model.config.prefix_lm  # whose texts are bare
-    bos, every = leading(evaluated.model_directory, tokenizer) if opens else (None, False)
+        raise UserError(f"{evaluated.directory}: this model has no LM head, so it cannot score the likelihood of text")
+    mode = scoring_mode(model.config)
+    with_bos = mode == "causal" and not model.config.prefix_lm  # texts of a prefix LM have no special tokens
+    bos, every = leading_bos(evaluated.model_directory, tokenizer) if with_bos else (None, False)
     context = evaluated.context
     counts = ReadStats()
-    whole = [read(tokenizer, d.text) for d in documents(paths, counts=counts)]
+    whole = [tokenize(tokenizer, d.text) for d in documents(paths, counts=counts)]
     for name, n in counts.rows().items():
-        if name in MENDED:
-            say(f"{', '.join(paths)}: {n:,} {MENDED[name]}")
-    room = {"causal": 8 * context, "masked": context - 2, "halves": 2 * context - 2}[reads]
-    cut = [piece for document in whole for piece in (pieces(document, room) if reads != "causal" else [document])]
-    total = sum(len(d.tokens) for d in cut)
-    limit = MASKED_LIMIT if limit is None and reads == "masked" else limit
-    chosen = cut if limit is None else spread(cut, limit)
+        if name in READ_NOTES:
+            say(f"{', '.join(paths)}: {n:,} {READ_NOTES[name]}")
+    longest = {"causal": 8 * context, "masked": context - 2, "halves": 2 * context - 2}[mode]
+    split = [piece for document in whole for piece in (pieces(document, longest) if mode != "causal" else [document])]
+    total = sum(len(d.tokens) for d in split)
+    limit = MASKED_LIMIT if limit is None and mode == "masked" else limit
+    chosen = split if limit is None else spread(split, limit)
     if not total:
         raise UserError(f"{', '.join(paths)}: there is no text to score")
 
-    def show(document: TokenizedDocument) -> Iterator[Example]:
-        if reads == "causal":
+    def build_examples(document: TokenizedDocument) -> Iterator[Example]:
+        if mode == "causal":
             return strided(document, context, bos, every, model.config.prefix_lm)
-        if reads == "masked":
+        if mode == "masked":
             return one_at_a_time(document, context, tokenizer.vocab, model.config.mask_embedding)
         return halves(document, context, tokenizer.vocab.with_decoder_start(model.config.decoder_start_token))
 
-    asked = sum(len(d.tokens) for d in chosen)
+    num_tokens = sum(len(d.tokens) for d in chosen)
     done, results, left = 0, [], limit
     for block in blocks(chosen):
-        examples = (example for document in block for example in show(document))
+        examples = (example for document in block for example in build_examples(document))
         results.append(score(model, examples if left is None else at_most(examples, left)))
         left = None if left is None else left - results[-1].tokens
         done += sum(len(d.tokens) for d in block)
-        progress(done / asked)
+        progress(done / num_tokens)
         if left is not None and left <= 0:
             break
     return summary(results) | {
-        "reads": reads,
+        "mode": mode,
         "context": context,
         "documents": len(whole),
-        "share": (asked if limit is None else sum(result.tokens for result in results)) / total,
+        "share": (num_tokens if limit is None else sum(result.tokens for result in results)) / total,
         "bos": bos is not None,
     }
 
 
 def at_most(examples: Iterable[Example], count: int) -> Iterator[Example]:
-    """Return the examples until `count` tokens are asked; what the last one asks beyond that is not asked.
+    """Yield examples with `count` labels in total; further labels are set to IGNORE.
 
     >>> three = {"tokens": np.array([4, 5, 6]), "labels": np.array([5, 6, 7])}
     >>> [example["labels"].tolist() for example in at_most([three, three, three], 4)]
@@ -136,19 +162,19 @@ def at_most(examples: Iterable[Example], count: int) -> Iterator[Example]:
     for example in examples:
         if count <= 0:
             return
-        asked = np.flatnonzero(example["labels"] != IGNORE)
+        labeled = np.flatnonzero(example["labels"] != IGNORE)
         labels = example["labels"].copy()
-        labels[asked[count:]] = IGNORE
+        labels[labeled[count:]] = IGNORE
         yield example | {"labels": labels}
-        count -= len(asked)
+        count -= len(labeled)
 
 
 def blocks(documents: Sequence[TokenizedDocument]) -> Iterator[list[TokenizedDocument]]:
-    """Consecutive documents, as many as hold BLOCK tokens."""
+    """Group consecutive documents into blocks of at least BLOCK_TOKENS tokens."""
     block: list[TokenizedDocument] = []
     for document in documents:
         block.append(document)
-        if sum(len(d.tokens) for d in block) >= BLOCK:
+        if sum(len(d.tokens) for d in block) >= BLOCK_TOKENS:
             yield block
             block = []
     if block:
@@ -156,7 +182,7 @@ def blocks(documents: Sequence[TokenizedDocument]) -> Iterator[list[TokenizedDoc
 
 
 def spread(documents: Sequence[TokenizedDocument], limit: int) -> list[TokenizedDocument]:
-    """Documents evenly spaced over all of them that hold about `limit` tokens, at least one.
+    """Return evenly spaced documents of about `limit` tokens in total, at least one document.
 
     >>> ten = [TokenizedDocument(np.array([i, i]), np.array([1, 1])) for i in range(10)]
     >>> [int(d.tokens[0]) for d in spread(ten, limit=8)]
@@ -170,11 +196,11 @@ def spread(documents: Sequence[TokenizedDocument], limit: int) -> list[Tokenized
 
 
 def summary(results: Sequence[Likelihood]) -> dict[str, Any]:
-    """The numbers of all blocks together."""
+    """Return the metrics over all blocks."""
     total = sum(results, Likelihood())
     if not total.tokens:
         raise UserError(
-            "the text is too short to score: a model without bos is not asked the first token of a document"
+            "the text is too short to score: a model without bos does not score the first token of a document"
         )
     out: dict[str, Any] = {
         "perplexity": total.perplexity,

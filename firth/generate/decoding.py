@@ -1,4 +1,4 @@
-"""Rows of tokens as a model reads them to write or to score: rectangles, and a batch that grows by a token a step."""
+"""Batches for inference: padded rectangles of token ids, and a batch that grows by one token per decoding step."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from firth.types import NEVER, Batch
 
 
 @contextmanager
-def attention_pattern_of(model: LM) -> Iterator[None]:
-    """Without gradients and without dropout; the model is left in the mode it was in."""
+def inference_mode(model: LM) -> Iterator[None]:
+    """Disable gradients and dropout in this context; the model's training mode is restored afterwards."""
     training = model.training
     model.eval()
     try:
@@ -29,34 +29,50 @@ def attention_pattern_of(model: LM) -> Iterator[None]:
         model.train(training)
 
 
-def stacked(rows: Sequence[np.ndarray], fill: int, device: torch.device) -> Tensor:
-    """Rows on the left of a rectangle: (rows, T) int64."""
-    most = max(map(len, rows))
-    full = np.stack([np.pad(np.asarray(r, np.int64), (0, most - len(r)), constant_values=fill) for r in rows])
-    return torch.from_numpy(full).to(device)
+def pad_right(rows: Sequence[np.ndarray], fill: int, device: torch.device) -> Tensor:
+    """Return rows padded on the right with `fill`: (rows, T) int64."""
+    longest = max(map(len, rows))
+    padded = np.stack([np.pad(np.asarray(r, np.int64), (0, longest - len(r)), constant_values=fill) for r in rows])
+    return torch.from_numpy(padded).to(device)
 
 
 def rectangle(
     rows: Sequence[np.ndarray], device: torch.device, causal: bool = True, prompts: Sequence[int] | None = None
 ) -> Batch:
-    """Rows as a model is trained on them, padded on the right: tokens, looks, appears, each (rows, T) int64.
+    """Return rows as in training, padded on the right.
 
-    prompts: how many tokens at the beginning of each row are read both ways, for a prefix language model.
+    Args:
+        rows: Token ids (n,) each.
+        device: Where the batch is put.
+        causal: Whether a token attends only to itself and earlier ones.
+        prompts: The number of tokens at the start of each row with bidirectional attention, for a prefix language model.
+
+    Returns:
+        `tokens`, `query_time` and `key_time`, each (rows, T) int64.
     """
-    when = [np.arange(len(r)) * causal for r in rows]
+    times = [np.arange(len(r)) * causal for r in rows]
     if prompts is not None:
-        when = [causal_after_prompt(len(r), n)["query_time"] for r, n in zip(rows, prompts, strict=True)]
-    looks, appears = stacked(when, -NEVER, device), stacked(when, NEVER, device)
-    return {"tokens": stacked(rows, 0, device), "query_time": looks, "key_time": appears}
+        times = [causal_after_prompt(len(r), n)["query_time"] for r, n in zip(rows, prompts, strict=True)]
+    return {
+        "tokens": pad_right(rows, 0, device),
+        "query_time": pad_right(times, -NEVER, device),
+        "key_time": pad_right(times, NEVER, device),
+    }
 
 
 class DecodingBatch:
-    """A batch of rows being written: the cache, and the newest token of each row.
+    """Rows during decoding: the KV cache and the last token of each row.
 
-    Prompts are padded on the left, so that all rows write into the same slot; padding appears NEVER. Positions are
-    each row's own, so that a row reads as it would alone. prompts: (n,) ids each. start: None, or the token that the
-    decoder begins with while the prompt goes to the encoder. seeds: one per row. latents (rows, units): what a variational
-    autoencoder's decoder is told in place of the prompts.
+    Prompts are padded on the left, so that all rows write into the same cache slot; the key time of padding is NEVER.
+    Positions are counted per row, so that a row has the same logits as it would alone.
+
+    Args:
+        model: A model with an LM head.
+        prompts: Token ids (n,) each.
+        start: The decoder start token if the prompt goes to the encoder; None for a decoder-only model.
+        sampling: How tokens are drawn.
+        seeds: One per row.
+        latents: (rows, units), the latent codes that a variational autoencoder decodes in place of the prompts.
     """
 
     def __init__(
@@ -71,51 +87,51 @@ class DecodingBatch:
             source = rectangle(prompts, self.device, causal=False)
             batch = {f"source_{name}": field for name, field in source.items()}
             prompts = [np.array([start])] * len(prompts)
-        batch |= self._aligned(prompts)
+        batch |= self._pad_left(prompts)
         self.seen = batch["tokens"]
         self.next = batch["positions"][:, -1:] + 1
         self.written = 0
-        # Every number that this batch will draw with: (rows, max_new).
+        # All uniform numbers that this batch draws with: (rows, max_new_tokens).
         self.uniform = torch.from_numpy(uniforms(seeds, 0 if sampling.greedy else sampling.max_new_tokens)).to(
             self.device
         )
         self.cache = model.make_cache(len(prompts), self.seen.shape[1] + sampling.max_new_tokens)
-        newest = torch.zeros_like(self.seen, dtype=torch.bool)
-        newest[:, -1] = True
-        self.state = model(batch, self.cache, latent=latents, needed=newest)[:, -1]  # (rows, width)
+        last = torch.zeros_like(self.seen, dtype=torch.bool)
+        last[:, -1] = True
+        self.state = model(batch, self.cache, latent=latents, needed=last)[:, -1]  # (rows, hidden_size)
         self.cache.start_decoding()
         self.decoder = NativeDecoder.of(model, self.cache)
-        """The compiled step; None: torch's operators are used."""
+        """The compiled step, or None if torch's operators are used."""
 
-    def _aligned(self, rows: Sequence[np.ndarray]) -> Batch:
-        """Rows on the right of a rectangle: tokens, positions, looks, appears, each (rows, T) int64."""
-        most = max(map(len, rows))
-        # Padding repeats the row's first token: nobody sees it, and a penalty on tokens seen falls on no other.
-        tokens = np.stack([np.concatenate((np.full(most - len(r), r[0]), r)) for r in rows]).astype(np.int64)
-        when = np.stack([np.arange(most) - (most - len(r)) for r in rows])
-        place = torch.from_numpy(when.clip(0)).to(self.device)
-        moment = place * (not self.model.config.prefix_lm)  # a prefix language model reads its prompt both ways
-        appears = moment.masked_fill(torch.from_numpy(when < 0).to(self.device), NEVER)
-        shown = torch.from_numpy(tokens).to(self.device)
-        return {"tokens": shown, "positions": place, "query_time": moment, "key_time": appears}
+    def _pad_left(self, rows: Sequence[np.ndarray]) -> Batch:
+        """Return rows padded on the left: tokens, positions, query_time and key_time, each (rows, T) int64."""
+        longest = max(map(len, rows))
+        # Padding repeats the row's first token, so that the repetition penalty applies to no other token.
+        tokens = np.stack([np.concatenate((np.full(longest - len(r), r[0]), r)) for r in rows]).astype(np.int64)
+        offsets = np.stack([np.arange(longest) - (longest - len(r)) for r in rows])
+        positions = torch.from_numpy(offsets.clip(0)).to(self.device)
+        query_time = positions * (not self.model.config.prefix_lm)  # a prefix LM reads its prompt bidirectionally
+        key_time = query_time.masked_fill(torch.from_numpy(offsets < 0).to(self.device), NEVER)
+        ids = torch.from_numpy(tokens).to(self.device)
+        return {"tokens": ids, "positions": positions, "query_time": query_time, "key_time": key_time}
 
     def step(self) -> tuple[list[int], list[float]]:
-        """Write one token in every row; return the tokens and their log-probabilities."""
+        """Append one token to every row and return the tokens and their log-probabilities."""
         logits = self._logits().float()
-        options = logits
+        scores = logits
         if self.sampling.repetition_penalty != 1:
-            options = repetition_penalty(options, self.seen, self.sampling.repetition_penalty)
+            scores = repetition_penalty(scores, self.seen, self.sampling.repetition_penalty)
         if self.sampling.greedy:
-            token = options.max(-1, keepdim=True).indices  # argmax takes half as long again
+            token = scores.max(-1, keepdim=True).indices  # argmax takes half as long again
         else:
-            token = draw(filtered(options, self.sampling), self.uniform[:, self.written])[:, None]
+            token = draw(filtered(scores, self.sampling), self.uniform[:, self.written])[:, None]
         logprob = logits.gather(-1, token)[:, 0] - logits.logsumexp(-1)
         self.seen = torch.cat((self.seen, token), 1) if self.sampling.repetition_penalty != 1 else token
         self.written += 1
         return token[:, 0].tolist(), logprob.tolist()
 
     def _logits(self) -> Tensor:
-        """Read the newest token of each row; return the logits of the next: (rows, vocab)."""
+        """Run the model on the last token of each row and return the next token's logits: (rows, vocab)."""
         if self.written:
             token, self.next = self.seen[:, -1:], self.next + 1
             if self.decoder is not None:
@@ -124,7 +140,7 @@ class DecodingBatch:
         return self.head(self.state)
 
     def keep(self, rows: Sequence[int]) -> None:
-        """Go on with these rows alone."""
+        """Drop all rows but these."""
         index = torch.tensor(rows, device=self.device)
         self.cache.select(index)
         self.seen, self.next, self.uniform = self.seen[index], self.next[index], self.uniform[index]

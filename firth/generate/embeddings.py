@@ -1,10 +1,10 @@
-"""A vector for a text: the mean of its states, as sentence-transformers has it (Reimers & Gurevych 2019, section 3).
+"""Sentence embeddings by mean pooling, as in sentence-transformers (Reimers & Gurevych 2019, section 3).
 
-    embed(model, tokenizer, ["A man sings.", "Somebody is singing."])      (2, width) float32
+    embed(model, tokenizer, ["A man sings.", "Somebody is singing."])      (2, hidden_size) float32
 
-The text is read as it was in training ([CLS] text [SEP]), and the mean is over all of its tokens, these two among them; an
-encoder-decoder's is over its encoder's states, a decoder's over states that have each seen what stands before them. Vectors
-of unit length (`unit`) have their cosine as their product.
+The text is encoded as in training ([CLS] text [SEP]), and the mean is over all tokens, special ones included. It is over the
+encoder's states for an encoder-decoder, and over causal states for a decoder. The dot product of vectors of unit length
+(`unit`) is their cosine.
 """
 
 from __future__ import annotations
@@ -15,37 +15,48 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from firth.generate.decoding import attention_pattern_of, rectangle
+from firth.generate.decoding import inference_mode, rectangle
 from firth.model.latent import average
 from firth.model.model import LM
 from firth.tokenizer.tokenizer import Tokenizer
 
-AT_ONCE = 8192
-"""Tokens of a batch, padded."""
+MAX_BATCH_TOKENS = 8192
+"""Most tokens of a batch, padding included."""
 
 
 def embed(
     model: LM, tokenizer: Tokenizer, texts: Sequence[str], *, length: int = 0, unit: bool = True
 ) -> tuple[np.ndarray, list[int]]:
-    """The vectors (n, width) float32, and which texts were cut to `length` tokens (0: the model's context)."""
+    """Embed texts.
+
+    Args:
+        model: An encoder, a decoder or an encoder-decoder.
+        tokenizer: Its tokenizer.
+        texts: The texts.
+        length: Longer texts are truncated to this many tokens; 0 takes the model's context.
+        unit: Whether vectors are normalized to unit length.
+
+    Returns:
+        The vectors (n, hidden_size) float32, and the indices of the texts that were truncated.
+    """
     length = min(length or model.context, model.context)
     vocab = tokenizer.vocab
-    framed = "cls" in vocab.roles and "sep" in vocab.roles
-    found = tokenizer.encode_batch(texts)
-    kept = [tokens[: length - 1 - framed] for tokens in found]
-    rows = [vocab.add_special_tokens(tokens) if framed else np.append(tokens, vocab.eos) for tokens in kept]
-    cut = [i for i, (a, b) in enumerate(zip(kept, found, strict=True)) if len(a) < len(b)]
+    has_cls_sep = "cls" in vocab.roles and "sep" in vocab.roles
+    encoded = tokenizer.encode_batch(texts)
+    kept = [tokens[: length - 1 - has_cls_sep] for tokens in encoded]
+    rows = [vocab.add_special_tokens(tokens) if has_cls_sep else np.append(tokens, vocab.eos) for tokens in kept]
+    truncated = [i for i, (a, b) in enumerate(zip(kept, encoded, strict=True)) if len(a) < len(b)]
     out = np.zeros((len(rows), model.config.hidden_size), np.float32)
     order = sorted(range(len(rows)), key=lambda i: -len(rows[i]))
-    with attention_pattern_of(model):
+    with inference_mode(model):
         while order:
-            some = order[: max(1, AT_ONCE // len(rows[order[0]]))]
-            out[some] = _means(model, [rows[i] for i in some], unit)
-            order = order[len(some) :]
-    return out, cut
+            batch = order[: max(1, MAX_BATCH_TOKENS // len(rows[order[0]]))]
+            out[batch] = _mean_states(model, [rows[i] for i in batch], unit)
+            order = order[len(batch) :]
+    return out, truncated
 
 
-def _means(model: LM, rows: Sequence[np.ndarray], unit: bool) -> np.ndarray:
+def _mean_states(model: LM, rows: Sequence[np.ndarray], unit: bool) -> np.ndarray:
     device = model.tokens.weight.device
     batch = rectangle(rows, device, causal=model.config.causal and not model.config.num_encoder_layers)
     if model.config.num_encoder_layers:
@@ -53,5 +64,5 @@ def _means(model: LM, rows: Sequence[np.ndarray], unit: bool) -> np.ndarray:
     else:
         hidden = model(batch)
     means = average(hidden.float(), batch["key_time"])
-    found: torch.Tensor = F.normalize(means, dim=-1) if unit else means
-    return np.asarray(found.cpu().numpy())
+    vectors: torch.Tensor = F.normalize(means, dim=-1) if unit else means
+    return np.asarray(vectors.cpu().numpy())

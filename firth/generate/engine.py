@@ -1,21 +1,20 @@
-"""Using a trained model: write a continuation, score one, choose among several, fill a gap.
+"""Inference with a trained model: generation, scoring, multiple choice and mask filling.
 
-`Engine` runs one model with one tokenizer. `generate` prefills the prompts of a batch together, then writes one token
-per row and step against the key-value cache; a row that has finished is dropped as soon as half of the rows have.
-`score` is the sum of log p(completion | prompt), `choose` the likeliest of several options, `fill` a masked model's
-candidates for each mask. With `generate` and `stream`, these are the verbs that evaluation and alignment use.
+`Engine` runs one model with one tokenizer. `generate` prefills the prompts of a batch together, then decodes one token
+per row and step with a KV cache; finished rows are dropped once half of the rows have finished. `stream` yields text as it
+is decoded. `score` is the sum of log p(completion | prompt), `choose` the most likely of several options, and `fill` returns
+a masked language model's candidates for each mask. Evaluation and alignment use these methods.
 
     engine = Engine(model, tokenizer)
-    [answer] = engine.generate([tokenizer.encode("To be, or not")], Sampling(temperature=0, max_new=8))
+    [answer] = engine.generate([tokenizer.encode("To be, or not")], Sampling(temperature=0, max_new_tokens=8))
     answer.text          # " to be, that is the"
     answer.finish        # "length"
 
-Decoders and encoder-decoders write alike: the prompt of an encoder-decoder goes to its encoder, and its decoder
-begins at the token that `Shape.decoder_start` says (T5: pad; BART: the stop token). A model that was trained as a prefix
-language model (`Shape.prefix_lm`) reads the whole prompt both ways, here as there. What a model can read is
-`model.max_positions`: a longer prompt is refused, and an answer that reaches the end of the context finishes there
-("context"). Nothing slides out of sight unasked. Ids that the tokenizer does not have are never written nor scored, however
-wide the model's table (`LM.restrict`).
+Decoders and encoder-decoders have the same interface: the prompt of an encoder-decoder goes to its encoder, and its decoder
+starts with `ModelConfig.decoder_start_token` (T5: pad; BART: eos). A prefix language model (`ModelConfig.prefix_lm`) reads
+the whole prompt bidirectionally, as in training. A prompt longer than the context (`model.max_positions`) is an error, and
+an answer that reaches the end of the context finishes there ("context"); there is no sliding window. Ids that the tokenizer
+does not have are never generated or scored, however large the embedding table is (`LM.restrict_vocab`).
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from firth.generate.decoding import DecodingBatch, attention_pattern_of, rectangle, stacked
+from firth.generate.decoding import DecodingBatch, inference_mode, pad_right, rectangle
 from firth.generate.fill_mask import Candidate, fill
 from firth.generate.quantized import quantize
 from firth.generate.sampling import Sampling
@@ -39,17 +38,21 @@ from firth.types import IGNORE, NEVER, UserError
 
 
 class Engine:
-    """One model, one tokenizer, and the verbs.
+    """Generation and scoring with one model and one tokenizer.
 
-    stops: ids that end an answer; default the tokenizer's. rows: most rows in one batch. weights: what the weights are
-    held in, "fp32", "bf16", "int8" or "int8-dynamic" (`firth.generate.quantized`); default as they are.
+    Args:
+        model: A model with an LM head.
+        tokenizer: Its tokenizer.
+        stops: Token ids that end an answer; by default the tokenizer's.
+        batch_size: Most rows in a batch.
+        weights: Weight format, "fp32", "bf16", "int8" or "int8-dynamic" (`firth.generate.quantized`); by default unchanged.
     """
 
     def __init__(
         self, model: LM, tokenizer: Tokenizer, stops: Sequence[int] | None = None, batch_size: int = 64,
         weights: str | None = None,
     ):  # fmt: skip
-        self.model, self.tokenizer, self.rows = (
+        self.model, self.tokenizer, self.batch_size = (
             model if weights is None else quantize(model, weights),
             tokenizer,
             batch_size,
@@ -67,161 +70,173 @@ class Engine:
     def generate(
         self, prompts: Sequence[np.ndarray], sampling: Sampling, progress: Callable[[int], None] | None = None
     ) -> list[Completion]:
-        """Continue each prompt. prompts: token ids (n,) each; progress is told how many prompts are done.
+        """Continue each prompt.
 
-        Raises UserError for an empty prompt or one longer than the model's context.
+        Args:
+            prompts: Token ids (n,) each.
+            sampling: How tokens are drawn; the seed of prompt i is `sampling.seed + i`.
+            progress: Called with the number of finished prompts after each batch.
+
+        Returns:
+            One completion per prompt, in order.
+
+        Raises:
+            UserError: A prompt is empty or longer than the model's context.
         """
         done: list[Completion | None] = [None] * len(prompts)
-        # Rows of like length together: less padding. A row draws from seed + its own index, wherever it is computed.
+        # Rows of similar length share a batch, for less padding. A row's seed depends on its index, not on its batch.
         order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
-        for first in range(0, len(order), self.rows):
-            index = order[first : first + self.rows]
+        for first in range(0, len(order), self.batch_size):
+            index = order[first : first + self.batch_size]
             seeds = [sampling.seed + i for i in index]
-            for i, answer in zip(index, self._write([prompts[i] for i in index], sampling, seeds), strict=True):
+            for i, answer in zip(index, self._decode([prompts[i] for i in index], sampling, seeds), strict=True):
                 done[i] = answer.done()
             if progress is not None:
                 progress(first + len(index))
         return [answer for answer in done if answer is not None]
 
     def posterior(self, texts: Sequence[np.ndarray]) -> Tensor:
-        """Where a variational autoencoder puts texts: (texts, units), the means. Each text ends with its stop token."""
+        """Return the posterior means (texts, units) of a variational autoencoder. Each text ends with its stop token."""
         source = rectangle(texts, self.device, causal=False)
-        with attention_pattern_of(self.model):
+        with inference_mode(self.model):
             return self.model.posterior({f"source_{name}": field for name, field in source.items()})[0]
 
     def decode(self, latents: Tensor, sampling: Sampling) -> list[Completion]:
-        """The texts that a variational autoencoder's decoder writes for latents (texts, units)."""
-        nothing = [np.zeros(1, np.int64)] * len(latents)
+        """Decode latents (texts, units) of a variational autoencoder."""
+        prompts = [np.zeros(1, np.int64)] * len(latents)
         seeds = [sampling.seed + i for i in range(len(latents))]
-        return [answer.done() for answer in self._write(nothing, sampling, seeds, latents)]
+        return [answer.done() for answer in self._decode(prompts, sampling, seeds, latents)]
 
     def stream(self, prompt: np.ndarray, sampling: Sampling) -> Iterator[str]:
-        """Continue one prompt, a piece of text at a time; joined, the pieces are the text of `generate`."""
+        """Continue one prompt and yield the text in pieces, which join to the text of `generate`."""
         [answer] = self._answers([prompt], sampling)
-        with attention_pattern_of(self.model):
+        with inference_mode(self.model):
             rows = DecodingBatch(self.model, [prompt], self.start, sampling, [sampling.seed])
-        shown = 0
+        yielded = 0
         while answer.finish is None:
-            with attention_pattern_of(self.model):
+            with inference_mode(self.model):
                 [token], [logprob] = rows.step()
             answer.append(token, logprob)
-            settled = answer.final_text
-            if len(settled) > shown:
-                yield settled[shown:]
-                shown = len(settled)
+            text = answer.final_text
+            if len(text) > yielded:
+                yield text[yielded:]
+                yielded = len(text)
 
     def room(self, prompt: np.ndarray) -> int:
-        """Return the most tokens that can be written after a prompt (n,); 0 where it is longer than the context.
+        """Return the most tokens that can be generated after a prompt (n,); 0 if it is longer than the context.
 
-        An encoder-decoder's answer has the whole context to itself.
+        The answer of an encoder-decoder can fill the whole context.
         """
         context = self.model.context
         if len(prompt) > context:
             return 0
-        # The last token written is never read, so there is room for one more than the context leaves.
+        # The last generated token is never an input, so there is room for one more than the context leaves.
         return context - (len(prompt) if self.start is None else 1) + 1
 
     def _answers(self, prompts: Sequence[np.ndarray], sampling: Sampling) -> list[StreamingOutput]:
         answers = []
         for i, prompt in enumerate(prompts):
-            self._fits(f"prompt {i}", len(prompt), len(prompt))
-            shown = prompt if self.start is None else prompt[:0]
-            answers.append(StreamingOutput(self.tokenizer, shown, sampling, self.stops, self.room(prompt)))
+            self._check_length(f"prompt {i}", len(prompt), len(prompt))
+            context = prompt if self.start is None else prompt[:0]
+            answers.append(StreamingOutput(self.tokenizer, context, sampling, self.stops, self.room(prompt)))
         return answers
 
-    def _write(
+    def _decode(
         self, prompts: Sequence[np.ndarray], sampling: Sampling, seeds: Sequence[int], latents: Tensor | None = None
     ) -> list[StreamingOutput]:
         answers = self._answers(prompts, sampling)
-        with attention_pattern_of(self.model):
+        with inference_mode(self.model):
             rows = DecodingBatch(self.model, prompts, self.start, sampling, seeds, latents)
-            there = answers  # the answer of each row of the batch, finished or not
+            in_batch = answers  # the answer of each row of the batch, finished or not
             while True:
-                for answer, token, logprob in zip(there, *rows.step(), strict=True):
+                for answer, token, logprob in zip(in_batch, *rows.step(), strict=True):
                     if answer.finish is None:
                         answer.append(token, logprob)
-                open_rows = [i for i, answer in enumerate(there) if answer.finish is None]
-                if not open_rows:
+                unfinished = [i for i, answer in enumerate(in_batch) if answer.finish is None]
+                if not unfinished:
                     return answers
-                if 2 * len(open_rows) <= len(there):
-                    rows.keep(open_rows)
-                    there = [there[i] for i in open_rows]
+                if 2 * len(unfinished) <= len(in_batch):
+                    rows.keep(unfinished)
+                    in_batch = [in_batch[i] for i in unfinished]
 
     def score(self, prompts: Sequence[np.ndarray], completions: Sequence[np.ndarray]) -> list[float]:
-        """log p(completion | prompt) of each pair, summed over the completion's tokens, in nats."""
+        """Return log p(completion | prompt) of each pair, summed over the completion's tokens, in nats."""
         pairs = [(np.asarray(p), np.asarray(c)) for p, c in zip(prompts, completions, strict=True)]
         for i, (p, c) in enumerate(pairs):
-            self._fits(f"pair {i}", len(p), max(len(p), len(c)) if self.start is not None else len(p) + len(c) - 1)
+            self._check_length(
+                f"pair {i}", len(p), max(len(p), len(c)) if self.start is not None else len(p) + len(c) - 1
+            )
         scores = np.zeros(len(pairs))
         order = sorted(range(len(pairs)), key=lambda i: -sum(map(len, pairs[i])))
-        with attention_pattern_of(self.model):
-            for first in range(0, len(order), self.rows):
-                index = order[first : first + self.rows]
+        with inference_mode(self.model):
+            for first in range(0, len(order), self.batch_size):
+                index = order[first : first + self.batch_size]
                 scores[index] = self._log_probs([pairs[i] for i in index])
         return [float(x) for x in scores]
 
     def options(self, prompt: np.ndarray, options: Sequence[np.ndarray]) -> list[float]:
-        """log p(option | prompt) of each option, as `score` has it; a decoder reads the prompt only once."""
+        """Return log p(option | prompt) of each option, as `score` does; a decoder computes the prompt only once."""
         if self.start is not None:
             return self.score([prompt] * len(options), options)
-        read = len(prompt) + max(map(len, options)) - 1
-        self._fits("the prompt with its longest option", len(prompt), read)
-        with attention_pattern_of(self.model):
-            cache = self.model.make_cache(1, read)
-            whole = rectangle([prompt], self.device, prompts=self._both([prompt]))
-            hidden = self.model(whole, cache)[:, -1:].expand(len(options), -1, -1)
-            if read > len(prompt):
+        length = len(prompt) + max(map(len, options)) - 1
+        self._check_length("the prompt with its longest option", len(prompt), length)
+        with inference_mode(self.model):
+            cache = self.model.make_cache(1, length)
+            batch = rectangle([prompt], self.device, prompts=self._prefix_lengths([prompt]))
+            hidden = self.model(batch, cache)[:, -1:].expand(len(options), -1, -1)
+            if length > len(prompt):
                 cache.select(torch.zeros(len(options), dtype=torch.int64, device=self.device))
-                # Of a token alone nothing is read on; a row of nothing would be no row to a recurrent model.
+                # The last token of an option is not an input; an option of one token keeps it, since a recurrent model
+                # takes no empty row.
                 batch = rectangle([o[: max(1, len(o) - 1)] for o in options], self.device)
-                place = torch.arange(len(prompt), read, device=self.device)[None]
-                when = {
-                    name: torch.where(batch["key_time"] == NEVER, batch[name], place)
+                positions = torch.arange(len(prompt), length, device=self.device)[None]
+                times = {
+                    name: torch.where(batch["key_time"] == NEVER, batch[name], positions)
                     for name in ("query_time", "key_time")
                 }
-                hidden = torch.cat((hidden, self.model(batch | when | {"positions": place}, cache)), 1)
-            return [float(x) for x in self._read(hidden, stacked(options, IGNORE, self.device))]
+                hidden = torch.cat((hidden, self.model(batch | times | {"positions": positions}, cache)), 1)
+            return [float(x) for x in self._label_log_probs(hidden, pad_right(options, IGNORE, self.device))]
 
     def choose(self, prompt: np.ndarray, options: Sequence[np.ndarray]) -> int:
-        """The index of the likeliest option; the first of equals."""
+        """Return the index of the most likely option; of equals, the first."""
         return int(np.argmax(self.options(prompt, options)))
 
     def fill(self, text: str, k: int = 5) -> list[list[Candidate]]:
-        """The k likeliest tokens for each mask written in the text: a masked model's verb (`firth.generate.fill_mask`)."""
+        """Return the k most likely tokens for each mask in the text, for masked language models (`firth.generate.fill_mask`)."""
         return fill(self.model, self.tokenizer, text, k)
 
-    def _both(self, prompts: Sequence[np.ndarray]) -> list[int] | None:
-        """How many tokens of each prompt are read both ways, if the model is one that does."""
+    def _prefix_lengths(self, prompts: Sequence[np.ndarray]) -> list[int] | None:
+        """Return the prompt lengths if the model is a prefix language model, else None."""
         return [len(prompt) for prompt in prompts] if self.model.config.prefix_lm else None
 
-    def _fits(self, what: str, prompt: int, read: int) -> None:
-        """Refuse what the model cannot read."""
+    def _check_length(self, what: str, prompt: int, length: int) -> None:
+        """Raise a UserError if the prompt is empty or the input of `length` tokens is longer than the context."""
         context = self.model.context
         if not prompt:
-            raise UserError(f"{what} has an empty prompt: begin with a token at least")
-        if read > context:
+            raise UserError(f"{what} has an empty prompt: give at least one token")
+        if length > context:
             raise UserError(
-                f"{what} has {read} tokens and this model reads at most {context}: shorten it, "
+                f"{what} has {length} tokens and this model reads at most {context}: shorten it, "
                 "or use a model with a longer model.max_positions"
             )
 
     def _log_probs(self, pairs: Sequence[tuple[np.ndarray, np.ndarray]]) -> np.ndarray:
-        """Summed log-probabilities of the second of each pair: (rows,)."""
+        """Return the summed log-probability of each completion: (rows,)."""
         if self.start is None:
             rows = [np.concatenate((p, c))[:-1] for p, c in pairs]
-            batch = rectangle(rows, self.device, prompts=self._both([p for p, _ in pairs]))
+            batch = rectangle(rows, self.device, prompts=self._prefix_lengths([p for p, _ in pairs]))
             labels = [np.concatenate((np.full(len(p) - 1, IGNORE), c)) for p, c in pairs]
         else:
             source = rectangle([p for p, _ in pairs], self.device, causal=False)
             batch = {f"source_{name}": field for name, field in source.items()}
             batch |= rectangle([np.concatenate(([self.start], c[:-1])) for _, c in pairs], self.device)
             labels = [c for _, c in pairs]
-        return self._read(self.model(batch), stacked(labels, IGNORE, self.device))
+        return self._label_log_probs(self.model(batch), pad_right(labels, IGNORE, self.device))
 
-    def _read(self, hidden: Tensor, labels: Tensor) -> np.ndarray:
-        """Summed log p(labels) per row of hidden (rows, T, width): (rows,), IGNORE adding nothing."""
+    def _label_log_probs(self, hidden: Tensor, labels: Tensor) -> np.ndarray:
+        """Return the summed log p(labels) of each row of hidden (rows, T, hidden_size): (rows,). IGNORE counts as 0."""
         head: LMHead = self.model.heads["lm"]  # type: ignore[assignment]
-        at = labels != IGNORE
+        labeled = labels != IGNORE
         out = torch.zeros(labels.shape, dtype=torch.float32, device=labels.device)
-        out[at] = head.log_probs(hidden[at], labels[at])
+        out[labeled] = head.log_probs(hidden[labeled], labels[labeled])
         return out.sum(-1).cpu().numpy()

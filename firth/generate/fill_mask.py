@@ -1,7 +1,7 @@
-"""What a masked model answers: candidates for the masks of a text.
+"""Mask filling with a masked language model.
 
-`fill` reads "The <mask> sat on the mat." and returns the likeliest tokens for each mask, each mask given all that is
-written and none of the other masks' answers. (What a masked model says of a whole text is `firth.evaluate.perplexity`.)
+`fill` takes "The <mask> sat on the mat." and returns the most likely tokens for each mask. Each mask is predicted from the
+text alone, independently of the other masks' answers. (`firth.evaluate.perplexity` scores whole texts.)
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from firth.generate.decoding import attention_pattern_of, rectangle
+from firth.generate.decoding import inference_mode, rectangle
 from firth.model.heads import LMHead
 from firth.model.model import LM
 from firth.tokenizer.tokenizer import Tokenizer
@@ -20,7 +20,13 @@ from firth.types import NEVER, UserError
 
 @dataclass(frozen=True)
 class Candidate:
-    """One way to fill a mask: the token, its piece as the tokenizer spells it, and its probability."""
+    """One way to fill a mask.
+
+    Args:
+        token: The token id.
+        piece: The token as the vocabulary spells it.
+        probability: Its probability.
+    """
 
     token: int
     piece: str
@@ -28,49 +34,48 @@ class Candidate:
 
 
 def masked(tokenizer: Tokenizer, text: str) -> np.ndarray:
-    """Token ids of a text in which the mask token is written out: (n,), framed as an encoder reads them.
+    """Return the token ids (n,) of a text that contains mask tokens, with special tokens added.
 
-    The space before a mask belongs to the word that the mask hides, for a tokenizer whose pieces begin with it.
-    Raises UserError where there is no mask in the text.
+    A space before a mask is dropped: in many tokenizers it is part of the masked word.
+
+    Raises:
+        UserError: The text has no mask.
     """
     vocab = tokenizer.vocab
-    mark = tokenizer.token(vocab.mask)
-    parts = text.split(mark)
-    if len(parts) == 1:
-        raise UserError(f"there is nothing to fill: write {mark} where a token is missing")
-    row = [tokenizer.encode(parts[-1])]
-    for part in reversed(parts[:-1]):
-        row = [tokenizer.encode(part.removesuffix(" ")), np.array([vocab.mask]), *row]
+    mask = tokenizer.token(vocab.mask)
+    pieces = text.split(mask)
+    if len(pieces) == 1:
+        raise UserError(f"there is nothing to fill: write {mask} where a token is missing")
+    row = [tokenizer.encode(pieces[-1])]
+    for piece in reversed(pieces[:-1]):
+        row = [tokenizer.encode(piece.removesuffix(" ")), np.array([vocab.mask]), *row]
     return vocab.add_special_tokens(np.concatenate(row).astype(np.int64))
 
 
 def fill(model: LM, tokenizer: Tokenizer, text: str, k: int = 5) -> list[list[Candidate]]:
-    """The k likeliest tokens for each mask of a text, likeliest first; no special token is offered.
+    """Return the k most likely tokens for each mask of a text, most likely first, special tokens excluded.
 
-    Raises UserError for a text without a mask, or longer than the model's context, and for a model without words.
+    Raises:
+        UserError: The text has no mask or is longer than the context, or the model is causal or has no LM head.
     """
     if not model.has_lm_head:
-        raise UserError(
-            f"no vocabulary head reads this model's states, so it fills no gaps; it has {list(model.heads)}"
-        )
+        raise UserError(f"this model has no LM head, so it cannot fill masks; its heads are {list(model.heads)}")
     tokens = masked(tokenizer, text)
     if len(tokens) > model.context:
         raise UserError(f"the text has {len(tokens)} tokens and this model reads at most {model.context}: shorten it")
     if model.config.causal:
-        raise UserError(
-            "this model reads from left to right, so it fills no gaps: have it go on from a text (generate)"
-        )
+        raise UserError("this model is causal, so it cannot fill masks: use `firth generate` to continue a text")
     head: LMHead = model.heads["lm"]  # type: ignore[assignment]
     device = model.tokens.weight.device
-    with attention_pattern_of(model):
+    with inference_mode(model):
         batch = rectangle([tokens], device, causal=False)
-        if model.config.mask_embedding:  # what is asked is seen by nobody, as in training
+        if model.config.mask_embedding:  # no position attends to a mask, as in training
             batch["key_time"] = batch["key_time"].masked_fill(batch["tokens"] == tokenizer.vocab.mask, NEVER)
         hidden = model(batch)[0]
-        at = torch.from_numpy(np.flatnonzero(tokens == tokenizer.vocab.mask)).to(device)
-        share = head(hidden[at]).float().softmax(-1)  # (masks, V)
-        share[:, np.flatnonzero(tokenizer.vocab.special)] = 0.0
-        best = share.topk(min(k, len(tokenizer.vocab.ordinary)), -1)
+        masks = torch.from_numpy(np.flatnonzero(tokens == tokenizer.vocab.mask)).to(device)
+        probabilities = head(hidden[masks]).float().softmax(-1)  # (masks, vocab)
+        probabilities[:, np.flatnonzero(tokenizer.vocab.special)] = 0.0
+        best = probabilities.topk(min(k, len(tokenizer.vocab.ordinary)), -1)
     return [
         [Candidate(i, tokenizer.token(i), p) for i, p in zip(index, probability, strict=True)]
         for index, probability in zip(best.indices.tolist(), best.values.tolist(), strict=True)

@@ -1,11 +1,11 @@
-"""Fill the gaps of a text with a model that has no mask: one that writes what is missing, or two that read from both ends.
+"""Infilling with models that have no mask token: sequence-to-sequence models and bidirectional LSTM language models.
 
-    encoder-decoders, prefix language models     the objective says how a text with gaps is shown (`Objective.show_gaps`)
-        marks (T5)     the answer holds what fills each gap behind a mark: `fill_spans`, candidates of any length
-        none (BART)    the answer is the whole text, written anew: `rewrite`
-    two-way language models (ELMo)               `fill_two_way`, one token for each gap
+    encoder-decoders, prefix language models     the objective builds the prompt of a text with gaps (`Objective.show_gaps`)
+        sentinels (T5) the answer has each span after its sentinel: `fill_spans`, candidates of any length
+        none (BART)    the answer is the whole text: `rewrite`
+    forward and backward language models (ELMo)  `fill_two_way`, one token for each gap
 
-Candidates for a span are what the model writes in SAMPLES draws and greedily; their probability is the model's own.
+Candidates for a span are what the model generates greedily and in NUM_SAMPLES samples; their probability is the model's own.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from firth.data.layout import InfillPrompt
-from firth.generate.decoding import attention_pattern_of, rectangle
+from firth.generate.decoding import inference_mode, rectangle
 from firth.generate.engine import Engine
 from firth.generate.fill_mask import Candidate
 from firth.generate.sampling import Sampling
@@ -25,116 +25,117 @@ from firth.model.heads import LMHead
 from firth.tokenizer.tokenizer import Tokenizer
 from firth.types import UserError
 
-SAMPLES = 32
-"""Answers that are drawn for the candidates of a text's gaps."""
+NUM_SAMPLES = 32
+"""Answers that are sampled for the candidates of a text."""
 MAX_SPAN_TOKENS = 12
-"""Tokens of what fills a gap: span corruption drops 3 on average."""
+"""Most tokens of a span: span corruption drops 3 on average."""
 
 
 def split_gaps(tokenizer: Tokenizer, text: str, mark: str) -> list[np.ndarray]:
     """Return the token ids of the pieces of a text between its gaps: one piece more than there are gaps.
 
-    The blank before a gap belongs to the word that is missing, for a tokenizer whose pieces begin with it.
+    A space before a gap is dropped: in many tokenizers it is part of the missing word.
 
     Raises:
-        UserError: There is no gap in the text.
+        UserError: The text has no gap.
     """
-    parts = text.split(mark)
-    if len(parts) == 1:
+    pieces = text.split(mark)
+    if len(pieces) == 1:
         raise UserError(f"there is nothing to fill: write {mark} where a token is missing")
-    return [tokenizer.encode(part.removesuffix(" ")) for part in parts[:-1]] + [tokenizer.encode(parts[-1])]
+    return [tokenizer.encode(piece.removesuffix(" ")) for piece in pieces[:-1]] + [tokenizer.encode(pieces[-1])]
 
 
 def fill_spans(engine: Engine, shown: InfillPrompt, k: int = 5, seed: int = 0) -> list[list[Candidate]]:
-    """Return the k likeliest spans for each gap, among those that the model writes; the likeliest first.
+    """Return the k most likely spans for each gap among those that the model generates, most likely first.
 
-    The probability of a span is that of its tokens and of the mark behind it, given what the same answer has in the gaps
-    before. `Candidate.token` is the first token of a span, -1 for an empty one.
+    The probability of a span is that of its tokens and of the next sentinel, given the same answer's earlier spans.
+    `Candidate.token` is the first token of a span, -1 for an empty one.
 
     Args:
-        engine: A model that writes; the answer ends with the last mark.
-        shown: What is shown of the text, with one mark for each gap and one more.
-        k: How many candidates to return for each gap.
-        seed: Of the draws.
+        engine: A sequence-to-sequence model; the answer ends with the last sentinel.
+        shown: The prompt, with one sentinel for each gap and one more.
+        k: Candidates per gap.
+        seed: The seed of the samples.
     """
     gaps = len(shown.marks) - 1
     stops = [*engine.stops, int(shown.marks[-1])]
-    writer = Engine(engine.model, engine.tokenizer, stops=stops, batch_size=engine.rows)
-    room = (MAX_SPAN_TOKENS + 1) * gaps + 1
-    greedy = writer.generate([shown.prompt], Sampling(temperature=0, max_new_tokens=room))
-    drawn = writer.generate([shown.prompt] * SAMPLES, Sampling(max_new_tokens=room, seed=seed))
-    found: list[dict[str, Candidate]] = [{} for _ in range(gaps)]
-    for answer in (*greedy, *drawn):
+    writer = Engine(engine.model, engine.tokenizer, stops=stops, batch_size=engine.batch_size)
+    max_tokens = (MAX_SPAN_TOKENS + 1) * gaps + 1
+    greedy = writer.generate([shown.prompt], Sampling(temperature=0, max_new_tokens=max_tokens))
+    sampled = writer.generate([shown.prompt] * NUM_SAMPLES, Sampling(max_new_tokens=max_tokens, seed=seed))
+    by_text: list[dict[str, Candidate]] = [{} for _ in range(gaps)]
+    for answer in (*greedy, *sampled):
         for gap, (start, stop) in enumerate(_spans(answer.tokens, shown.marks, answer.finish == "stop")):
             tokens = answer.tokens[start:stop].tolist()
-            chance = float(np.exp(answer.logprobs[start : stop + 1].sum(dtype=np.float64)))
+            probability = float(np.exp(answer.logprobs[start : stop + 1].sum(dtype=np.float64)))
             text = engine.tokenizer.decode(tokens).strip()
-            one = Candidate(tokens[0] if tokens else -1, text, chance)
-            found[gap][text] = max(found[gap].get(text, one), one, key=lambda c: c.probability)
-    return [sorted(some.values(), key=lambda c: -c.probability)[:k] for some in found]
+            candidate = Candidate(tokens[0] if tokens else -1, text, probability)
+            by_text[gap][text] = max(by_text[gap].get(text, candidate), candidate, key=lambda c: c.probability)
+    return [sorted(candidates.values(), key=lambda c: -c.probability)[:k] for candidates in by_text]
 
 
 def _spans(tokens: np.ndarray, marks: np.ndarray, ended: bool) -> list[tuple[int, int]]:
-    """Where in an answer (n,) each gap is filled: behind its own mark, up to the next one or the end, if it has `ended`.
+    """Return the (start, stop) of each gap's span in an answer (n,): from its sentinel to the next one.
 
-    Gaps whose mark the answer lacks are left out, and so are those behind them.
+    If the answer has `ended`, the last span may also extend to its end. A gap whose sentinel is missing is left out, and so are
+    all later gaps.
 
     >>> _spans(np.array([90, 7, 8, 91, 9, 92]), np.array([90, 91, 92]), True)
     [(1, 3), (4, 5)]
     >>> _spans(np.array([90, 7, 2]), np.array([90, 91, 92]), True)
     [(1, 2)]
     """
-    found: list[tuple[int, int]] = []
+    spans: list[tuple[int, int]] = []
     at = 0
     for gap, mark in enumerate(marks[:-1]):
-        here = np.flatnonzero(tokens[at:] == mark)
-        if not len(here):
+        hits = np.flatnonzero(tokens[at:] == mark)
+        if not len(hits):
             break
-        start = at + int(here[0]) + 1
+        start = at + int(hits[0]) + 1
         ends = np.flatnonzero(np.isin(tokens[start:], marks[gap + 1 :]))
         if not len(ends):
-            return [*found, (start, len(tokens) - 1)] if ended else found
+            return [*spans, (start, len(tokens) - 1)] if ended else spans
         at = start + int(ends[0])
-        found.append((start, at))
-    return found
+        spans.append((start, at))
+    return spans
 
 
 def rewrite(engine: Engine, shown: InfillPrompt) -> Completion:
-    """Return the whole text as a denoising model writes it, greedily."""
-    longest = 2 * len(shown.prompt) + MAX_SPAN_TOKENS
-    return engine.generate([shown.prompt], Sampling(temperature=0, max_new_tokens=longest))[0]
+    """Return the whole text as a denoising model generates it, greedily."""
+    max_tokens = 2 * len(shown.prompt) + MAX_SPAN_TOKENS
+    return engine.generate([shown.prompt], Sampling(temperature=0, max_new_tokens=max_tokens))[0]
 
 
 def fill_two_way(engine: Engine, pieces: Sequence[np.ndarray], k: int = 5) -> list[list[Candidate]]:
-    """Return the k likeliest tokens for each gap to two language models that read from both ends (ELMo).
+    """Return the k most likely tokens for each gap under a forward and a backward language model (ELMo).
 
-    The probability is proportional to the product of what the forward model says behind the text on the left and the
-    backward model before the text on the right. Other gaps are left out of both.
+    The probability is proportional to the product of the forward model's, given the text on the left, and the backward
+    model's, given the text on the right. Other gaps are removed from both texts.
 
     Args:
-        engine: A model with `Shape.apart`.
+        engine: A model with `ModelConfig.separate_directions`.
         pieces: Token ids of the text between its gaps.
-        k: How many candidates to return for each gap.
+        k: Candidates per gap.
     """
     model, tokenizer = engine.model, engine.tokenizer
     head: LMHead = model.heads["lm"]  # type: ignore[assignment]
-    begin = np.array([tokenizer.vocab.bos] if "bos" in tokenizer.vocab.roles else [], np.int32)
+    bos = np.array([tokenizer.vocab.bos] if "bos" in tokenizer.vocab.roles else [], np.int32)
     allowed = torch.zeros(model.config.vocab_size, dtype=torch.bool)
     allowed[tokenizer.vocab.ordinary] = True
-    found = []
-    with attention_pattern_of(model):
+    candidates = []
+    with inference_mode(model):
         for gap in range(1, len(pieces)):
-            left, right = np.concatenate((begin, *pieces[:gap])), np.concatenate(pieces[gap:])
+            left, right = np.concatenate((bos, *pieces[:gap])), np.concatenate(pieces[gap:])
             logits = torch.zeros(model.config.vocab_size)
             for row, at, side in ((left, -1, 0), (right, 0, 1)):
                 if len(row):
                     states = model(rectangle([row], engine.device))[0, at].chunk(2)[side]
                     logits = logits + head(states).float().log_softmax(-1).cpu()
             best = logits.masked_fill(~allowed, float("-inf")).softmax(-1).topk(min(k, len(tokenizer.vocab.ordinary)))
-            found.append(
+            candidates.append(
                 [
                     Candidate(i, tokenizer.token(i), p)
                     for i, p in zip(best.indices.tolist(), best.values.tolist(), strict=True)
                 ]
             )
-    return found
+    return candidates

@@ -1,14 +1,14 @@
-"""The step of a decoder that writes token by token, as one compiled call (`firth/model/decode.c`).
+"""One decoding step as a single compiled call (`firth/model/decode.c`), for CPUs.
 
     decoder = NativeDecoder.of(model, cache)       # None where torch's operators are used
-    logits = decoder(tokens, positions)            # what the model and its head give for the new token of each row
+    logits = decoder(tokens, positions)            # logits of the model for the last token of each row
 
-Prompts are read by torch's operators. After that a token costs the reading of the weights and of the cache, and little else.
-Weights may be fp32, bf16 or int8; activations and sums are fp32 throughout, so that int8 weights multiply what has not been
-rounded. The sum of a row is added in one order, whatever rows are in the batch.
+Prompts are prefilled with torch's operators. After that, the cost of a token is reading the weights and the KV cache once.
+Weights may be fp32, bf16 or int8; activations and sums are fp32, so int8 weights multiply unrounded activations. The sums of a
+row are added in the same order whatever other rows are in the batch.
 
-Computed here: attention with grouped keys, rotary, learned, sinusoidal and T5's positions, both norms before or after a branch,
-every activation, cross-attention. Adapters that have not been folded, recurrent layers, XLNet's and MPNet's positions are not.
+Supported: grouped-query attention, rotary, learned, sinusoidal and T5 positions, LayerNorm and RMSNorm in pre-norm or post-norm
+blocks, every activation, cross-attention. Not supported: unmerged adapters, recurrent layers, XLNet's and MPNet's positions.
 """
 
 from __future__ import annotations
@@ -25,26 +25,26 @@ from firth.generate.quantized import Int8Linear, Int8LMHead
 from firth.model import native
 from firth.model.attention import KVCache
 from firth.model.block import Attention, Block, Linear
-from firth.model.config import decoder_config as decoder_shape
+from firth.model.config import decoder_config
 from firth.model.heads import LMHead
 from firth.model.model import LM
 from firth.model.native_ops import ACTIVATIONS
 from firth.model.norm import LayerNorm, RMSNorm
 from firth.model.positions import rope_angles
-from firth.model.row_fields import prefixed_fields as fields_of
+from firth.model.row_fields import prefixed_fields
 from firth.model.transformer import TransformerStack
 from firth.types import NEVER
 
 POSITIONS = ("learned", "sinusoidal", "marian", "rotary", "t5", "none")
-"""Values of `Shape.position` that are computed here."""
+"""Supported values of `ModelConfig.position`."""
 
-KINDS = {torch.float32: 0, torch.bfloat16: 1}
-"""dtype of weights, keys and values -> number in decode.c; int8 is 2."""
+DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1}
+"""dtype of weights, keys and values -> its number in decode.c; int8 is 2."""
 
 INT8 = 2
 
 MAX_PRODUCT = 1 << 31
-"""Most multiplications of a step: many rows of a large model are quicker by matrix instructions, which torch's products use."""
+"""Most multiplications of a step: many rows of a large model are faster with the matrix instructions that torch uses."""
 
 MAX_ROWS = 1024
 """Most rows of a step: each thread keeps a few sums of every row on its stack."""
@@ -98,18 +98,18 @@ class _Step(ctypes.Structure):
 
 
 class UnsupportedError(Exception):
-    """A model, or the state of a cache, that is not computed here."""
+    """The model, or the state of its cache, is not supported by the compiled step."""
 
 
 class NativeDecoder:
-    """The compiled step of one model over one cache; made again whenever the cache has other rows.
+    """The compiled step of one model with one cache; a new one is needed when rows of the cache change.
 
     Args:
-        model: Any; its weights are read where they are, so that changes in place are seen.
-        cache: Holds the prompt, and has been set to grow by one token a pass (`Cache.write_on`).
+        model: The model; its weights are not copied, so in-place changes take effect.
+        cache: Holds the prompt, after `KVCache.start_decoding`.
 
     Raises:
-        UnsupportedError: This model is not computed here.
+        UnsupportedError: The model is not supported.
         NoCompilerError: There are no compiled kernels on this machine.
     """
 
@@ -117,41 +117,42 @@ class NativeDecoder:
         self.library = native.library()
         config = model.config
         head: Any = model.heads["lm"] if "lm" in model.heads else None  # noqa: SIM401
-        _need(type(model.stack) is TransformerStack and not config.linformer_k, "its blocks are not attention")
+        _need(type(model.stack) is TransformerStack and not config.linformer_k, "the blocks are not attention")
         _need(config.position in POSITIONS, f"position {config.position}")
-        _need(type(head) in (LMHead, Int8LMHead), "its head is another")
-        _need(cache.decoding_mask is not None and bool(cache.keys), "nothing has been read yet")
-        _need("document_ids" not in cache.source, "the source has several documents")
+        _need(type(head) in (LMHead, Int8LMHead), "another type of head")
+        _need(cache.decoding_mask is not None and bool(cache.keys), "the cache is empty")
+        _need("document_ids" not in cache.source, "the source is packed")
         self.model, self.cache, self.head = model, cache, head
         self.stack: TransformerStack = model.stack  # type: ignore[assignment]
-        self.held: list[Any] = []
-        """What the structures point to."""
+        self.referenced: list[Any] = []
+        """Objects that the C structures point to."""
         dtypes = {x.dtype for pair in (cache.keys, cache.values) for x in pair}
         dtypes |= {x.dtype for pair in cache.cross for x in pair}
-        _need(len(dtypes) == 1 and dtypes <= KINDS.keys(), "its keys and values are of several kinds")
+        _need(len(dtypes) == 1 and dtypes <= DTYPE_CODES.keys(), "keys and values of several dtypes")
         self.layers = (_Layer * self.stack.depth)()
         for i, block in enumerate(self.stack.layers()):
-            self._layer(self.layers[i], block, i)
-        self.direct = self._head_is_a_map(head)
-        """Whether the vocabulary head is a product alone, which is computed here as well."""
+            self._fill_layer(self.layers[i], block, i)
+        self.head_is_linear = self._is_linear(head)
+        """Whether the LM head is a single linear layer, which the compiled step then includes."""
         tiles = FEW_ROWS.choice() == "tiles" and bool(self.library.has_tiles())
         cosine, sine = self._angles()
+        first = self.stack.layers()[0]
         self.structure = _Model(
             ctypes.addressof(self.layers), self.stack.depth, config.hidden_size, config.num_heads, config.num_kv_heads, config.head_dim,
-            config.intermediate_size, config.norm_placement == "post", ACTIVATIONS[self.stack.layers()[0].mlp.activation], KINDS[dtypes.pop()],
-            tiles, self.stack.layers()[0].attention.scale, config.norm_eps if config.qk_norm else -1.0, cosine, sine,
-            self._norm(self.stack.norm), self._map(head.matrix, head) if self.direct else _Map(),
+            config.intermediate_size, config.norm_placement == "post", ACTIVATIONS[first.mlp.activation], DTYPE_CODES[dtypes.pop()],
+            tiles, first.attention.scale, config.norm_eps if config.qk_norm else -1.0, cosine, sine,
+            self._norm(self.stack.norm), self._map(head.matrix, head) if self.head_is_linear else _Map(),
         )  # fmt: skip
         _need(cache.rows <= MAX_ROWS, "too many rows")
         weights = sum(p.numel() for p in model.stack.parameters()) + sum(b.numel() for b in model.stack.buffers())
-        _need(tiles or weights * cache.rows <= MAX_PRODUCT, "so many rows are quicker by matrix instructions")
+        _need(tiles or weights * cache.rows <= MAX_PRODUCT, "so many rows are faster with matrix instructions")
         source = cache.source.get("key_time")
         self.source = None if source is None else (source < NEVER).expand(cache.rows, -1).contiguous()
         self.source_length = 0 if self.source is None else self.source.shape[1]
 
     @staticmethod
     def of(model: LM, cache: Any) -> NativeDecoder | None:
-        """Return the compiled step, or None where this model or this machine is better served by torch's operators."""
+        """Return the compiled step, or None if it is not supported or torch's operators are faster here."""
         if model.tokens.weight.device.type != "cpu" or type(cache) is not KVCache or DECODE.choice() != "native":
             return None
         try:
@@ -162,16 +163,20 @@ class NativeDecoder:
     def __call__(self, tokens: Tensor, positions: Tensor) -> Tensor:
         """Return the logits (rows, vocab) float32 of the new tokens (rows, 1) at their positions (rows, 1)."""
         cache, model = self.cache, self.model
-        fields = fields_of({"tokens": tokens, "positions": positions}, "", cache.length, model.num_virtual_tokens())
-        places = fields["positions"].long().expand(cache.rows, -1).contiguous()
-        x = self.stack.enter(model.embed(fields)).float().reshape(cache.rows, -1).contiguous()
-        logits = x.new_empty(cache.rows, self.structure.head.output) if self.direct else None
+        fields = prefixed_fields(
+            {"tokens": tokens, "positions": positions}, "", cache.length, model.num_virtual_tokens()
+        )
+        positions = fields["positions"].long().expand(cache.rows, -1).contiguous()
+        x = self.stack.project_embeddings(model.embed(fields)).float().reshape(cache.rows, -1).contiguous()
+        logits = x.new_empty(cache.rows, self.structure.head.output) if self.head_is_linear else None
         bias = None
         if self.stack.relative is not None:
-            bias = self.stack.relative(places, cache.append_field("positions", places))[:, :, 0].float().contiguous()
-        shown = cache.decoding_mask if cache.gaps else None
+            bias = (
+                self.stack.relative(positions, cache.append_field("positions", positions))[:, :, 0].float().contiguous()
+            )
+        mask = cache.decoding_mask if cache.has_padding else None
         step = _Step(
-            x.data_ptr(), native.address(logits), places.data_ptr(), native.address(shown), native.address(bias),
+            x.data_ptr(), native.address(logits), positions.data_ptr(), native.address(mask), native.address(bias),
             0 if bias is None or len(bias) == 1 else bias[0].numel(), native.address(self.source), cache.rows, cache.length,
             self.source_length,
         )  # fmt: skip
@@ -183,15 +188,15 @@ class NativeDecoder:
         return self.head(x.to(weight.dtype) if weight.is_floating_point() else x).float()
 
     def _pointer(self, x: Tensor | None) -> int | None:
-        """Where a float32 copy of a parameter is, or the parameter itself where it is one."""
+        """Return the address of a parameter, or of its float32 copy if it has another dtype."""
         if x is None:
             return None
         x = x.detach().float().contiguous()
-        self.held.append(x)
+        self.referenced.append(x)
         return x.data_ptr()
 
     def _map(self, module: Any, head: Any = None) -> _Map:
-        """A linear map: a module, or the matrix of a vocabulary head (whose bias is the head's)."""
+        """Return the C structure of a linear layer, or of the weight matrix of an LM head (with the head's bias)."""
         weight: Any
         steps, bias = None, None
         if type(module) is Int8Linear:
@@ -199,12 +204,12 @@ class NativeDecoder:
         elif type(module) is Linear or isinstance(module, Tensor):
             weight = module.weight if type(module) is Linear else module
             bias = module.bias if type(module) is Linear else head.bias
-            _need(weight.dtype in KINDS, f"weights of {weight.dtype}")
-            kind = KINDS[weight.dtype]
+            _need(weight.dtype in DTYPE_CODES, f"weights of {weight.dtype}")
+            kind = DTYPE_CODES[weight.dtype]
         else:
-            raise UnsupportedError(f"a map of {type(module).__name__}")
+            raise UnsupportedError(f"a linear layer of {type(module).__name__}")
         _need(weight.is_contiguous(), "weights that are not contiguous")
-        self.held.append(weight)
+        self.referenced.append(weight)
         return _Map(
             weight.data_ptr(), self._pointer(steps), self._pointer(bias), weight.shape[1], weight.shape[0], kind
         )
@@ -217,54 +222,55 @@ class NativeDecoder:
         norm: Any = module
         return _Norm(self._pointer(norm.weight), self._pointer(norm.bias), 2 if norm.center else 1, norm.eps)
 
-    def _layer(self, to: Any, block: Block, layer: int) -> None:
+    def _fill_layer(self, to: Any, block: Block, layer: int) -> None:
         cache = self.cache
         to.attention_norm, to.mlp_norm = self._norm(block.attention_norm), self._norm(block.mlp_norm)
-        self._attention(to.attention, block.attention, cache.keys[layer], cache.values[layer])
+        self._fill_attention(to.attention, block.attention, cache.keys[layer], cache.values[layer])
         if block.cross is not None:
-            _need(layer < len(cache.cross), "the source has not been read")
+            _need(layer < len(cache.cross), "the source has not been encoded")
             to.cross_norm = self._norm(block.cross_norm)
             keys, values = cache.cross[layer] = tuple(x.contiguous() for x in cache.cross[layer])  # type: ignore[assignment]
-            self._attention(to.cross, block.cross, keys, values)
+            self._fill_attention(to.cross, block.cross, keys, values)
             to.cross.k = to.cross.v = _Map()
         mlp = block.mlp
         to.gate = _Map() if mlp.gate is None else self._map(mlp.gate)
         to.up, to.down = self._map(mlp.up), self._map(mlp.down)
 
-    def _attention(self, to: Any, module: Attention, keys: Tensor, values: Tensor) -> None:
-        _need(module.distance is None, "XLNet's distances")
+    def _fill_attention(self, to: Any, module: Attention, keys: Tensor, values: Tensor) -> None:
+        _need(module.distance is None, "XLNet's relative distances")
         for name in ("q", "k", "v", "o"):
             setattr(to, name, self._map(getattr(module, name)))
         to.q_gain, to.k_gain = self._pointer(module.q_gain), self._pointer(module.k_gain)
-        self.held += (keys, values)
+        self.referenced += (keys, values)
         to.keys, to.values, to.capacity = keys.data_ptr(), values.data_ptr(), keys.shape[2]
 
     def _angles(self) -> tuple[int | None, int | None]:
-        """Where the cosines and sines of all positions that this cache can reach are."""
+        """Return the addresses of the cosines and sines of all positions of the cache."""
         if self.model.config.position != "rotary":
             return None, None
-        reach = torch.arange(self.cache.capacity + self.model.num_virtual_tokens() + 1)[None]
-        cos, sin = rope_angles(reach, self.model.config)
+        positions = torch.arange(self.cache.capacity + self.model.num_virtual_tokens() + 1)[None]
+        cos, sin = rope_angles(positions, self.model.config)
         return self._pointer(cos[0, :, 0]), self._pointer(sin[0, :, 0])
 
-    def _head_is_a_map(self, head: Any) -> bool:
+    def _is_linear(self, head: Any) -> bool:
         inner = head.head if type(head) is Int8LMHead else head
         return inner.dense is None and inner.scale == 1
 
 
-def _need(holds: bool, why: str) -> None:
-    if not holds:
-        raise UnsupportedError(why)
+def _need(condition: bool, reason: str) -> None:
+    """Raise an UnsupportedError unless the condition holds."""
+    if not condition:
+        raise UnsupportedError(reason)
 
 
 def few_rows(x: Tensor, weight: Tensor, steps: Tensor | None = None, tiles: bool = False) -> Tensor:
-    """Return x @ weight' of a few rows: x (rows, in) float32, weight (out, in) -> (rows, out) float32.
+    """Return x @ weight.T for a few rows: (rows, out) float32.
 
     Args:
-        x: Contiguous.
-        weight: float32, bfloat16 or int8, contiguous.
-        steps: (out,) float32, of int8 weights.
-        tiles: Whether to use matrix instructions (AMX); activations keep 16 bits then.
+        x: (rows, in) float32, contiguous.
+        weight: (out, in) float32, bfloat16 or int8, contiguous.
+        steps: (out,) float32, the scales of int8 weights.
+        tiles: Whether to use matrix instructions (AMX), which round activations to 16 bits.
 
     Raises:
         NoCompilerError: There are no compiled kernels, or none with matrix instructions.
@@ -273,13 +279,15 @@ def few_rows(x: Tensor, weight: Tensor, steps: Tensor | None = None, tiles: bool
     if tiles and not library.has_tiles():
         raise native.NoCompilerError("this machine has no matrix instructions")
     y = x.new_empty(len(x), len(weight))
-    given = _Map(weight.data_ptr(), native.address(steps), None, x.shape[1], len(weight), KINDS.get(weight.dtype, INT8))
-    library.few_rows(ctypes.addressof(given), x.data_ptr(), y.data_ptr(), len(x), tiles, native.threads())
+    linear = _Map(
+        weight.data_ptr(), native.address(steps), None, x.shape[1], len(weight), DTYPE_CODES.get(weight.dtype, INT8)
+    )
+    library.few_rows(ctypes.addressof(linear), x.data_ptr(), y.data_ptr(), len(x), tiles, native.threads())
     return y
 
 
 def _rows_workload(way: str) -> kernels.Workload:
-    """Sixteen rows by 8 maps of 512 x 2048 in bf16."""
+    """Sixteen rows times 8 matrices of 512 x 2048 in bf16."""
     x, weights = torch.ones(16, 512), torch.ones(8, 2048, 512, dtype=torch.bfloat16).unbind()
 
     def work() -> None:
@@ -290,12 +298,12 @@ def _rows_workload(way: str) -> kernels.Workload:
 
 
 FEW_ROWS = kernels.Kernel("few-rows", {way: partial(_rows_workload, way) for way in ("vectors", "tiles")})
-"""How a compiled step multiplies five rows or more by bf16 and int8 weights."""
+"""How the compiled step multiplies five or more rows by bf16 and int8 weights."""
 
 
 def _workload(way: str) -> kernels.Workload:
-    """A token of 4 rows by a decoder of 4 layers, 256 wide."""
-    config = decoder_shape(vocab_size=1024, hidden_size=256, num_layers=4, num_heads=4)
+    """One decoding step of 4 rows with a decoder of 4 layers and hidden size 256."""
+    config = decoder_config(vocab_size=1024, hidden_size=256, num_layers=4, num_heads=4)
     with torch.random.fork_rng(devices=[]):
         model = LM(config, {"lm": LMHead(config)}).eval()
     tokens, positions = torch.ones(4, 1, dtype=torch.int64), torch.full((4, 1), 16)
@@ -317,4 +325,4 @@ def _workload(way: str) -> kernels.Workload:
 
 
 DECODE = kernels.Kernel("decode", {way: partial(_workload, way) for way in ("torch", "native")})
-"""How a decoder's next token is computed on a CPU."""
+"""How a decoding step is computed on a CPU."""

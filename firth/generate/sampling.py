@@ -1,9 +1,9 @@
-"""From logits to a token: pure functions on `(..., V)`, and `Sampling`, the values that choose among them.
+"""Sampling from logits: pure functions on (..., V), and their configuration `Sampling`.
 
-Filters set what they exclude to -inf and leave the rest alone. Each may be left out, but their order matters: `filtered`
-applies temperature, top-k, top-p, min-p, after `firth.generate.decoding` has applied the repetition penalty. A token is then
-drawn by inverting the distribution at one uniform number. Row r of a call draws its numbers from a generator of its own, seeded by
-(seed + r): what a row becomes does not depend on which rows stand beside it.
+Filters set the logits that they exclude to -inf and leave the others unchanged. Their order matters: `filtered` applies
+temperature, top-k, top-p and min-p, after `firth.generate.decoding` has applied the repetition penalty. A token is then drawn
+by inverting the cumulative distribution at a uniform random number. Row r of a call has a generator of its own, seeded with
+seed + r, so its tokens do not depend on the other rows of the batch.
 
 >>> logits = torch.tensor([2.0, 1.0, 0.0, -1.0])
 >>> top_k(logits, 2).tolist(), top_p(logits, 0.8).tolist()
@@ -12,7 +12,7 @@ drawn by inverting the distribution at one uniform number. Row r of a call draws
 (0, 2)
 
 Top-k: Fan 2018 (arXiv:1805.04833). Top-p: Holtzman 2020 (arXiv:1904.09751). Min-p: Nguyen 2024 (arXiv:2407.01082).
-Repetition: Keskar 2019 (arXiv:1909.05858).
+Repetition penalty: Keskar 2019 (arXiv:1909.05858).
 """
 
 from __future__ import annotations
@@ -27,18 +27,22 @@ from torch import Tensor
 from firth.types import UserError
 from firth.validated import NonNegativeFloat, NonNegativeInt, PositiveFloat, Ranged, Share, ShareAboveZero, TokenCount
 
-MINUS = float("-inf")
+NEGATIVE_INFINITY = float("-inf")
 
 
 @dataclass(frozen=True)
 class Sampling(Ranged, section="sampling"):
-    """How to write.
+    """Configuration of sampling.
 
-    max_new: most tokens to write. temperature: logits are divided by it; 0 is greedy. top_k: only the k likeliest
-    tokens (0: all). top_p: only the likeliest tokens that together reach this probability (1: all). min_p: only tokens
-    at least this many times as likely as the likeliest (0: all). repetition: above 1, tokens already in the row are
-    made less likely. stop: texts that end an answer; they are not part of it. seed: row r of a call draws from
-    seed + r.
+    Args:
+        max_new_tokens: Most tokens to generate.
+        temperature: The logits are divided by it; 0 is greedy decoding.
+        top_k: Keep only the k most likely tokens; 0 keeps all.
+        top_p: Keep only the most likely tokens whose probabilities add up to this; 1 keeps all.
+        min_p: Keep only tokens at least this many times as likely as the most likely one; 0 keeps all.
+        repetition_penalty: Above 1, tokens already in the row become less likely.
+        stop_strings: Strings that end an answer and are not part of it.
+        seed: Row r of a call draws with seed + r.
     """
 
     max_new_tokens: TokenCount = 128
@@ -53,47 +57,50 @@ class Sampling(Ranged, section="sampling"):
     def __post_init__(self) -> None:
         super().__post_init__()
         if not all(self.stop_strings):
-            raise UserError(f"sampling.stop={list(self.stop_strings)} must be texts that are not empty")
+            raise UserError(f"sampling.stop_strings={list(self.stop_strings)} must be strings that are not empty")
 
     @property
     def greedy(self) -> bool:
-        """Whether the likeliest token is taken, with no chance in it."""
+        """Whether decoding always takes the most likely token."""
         return self.temperature == 0
 
 
 def top_k(logits: Tensor, k: int) -> Tensor:
-    """Only the k largest logits of each row, and those equal to the k-th: (..., V) -> (..., V)."""
+    """Keep the k largest logits of each row and those equal to the k-th: (..., V) -> (..., V)."""
     least = logits.topk(min(k, logits.shape[-1]), -1).values[..., -1:]
-    return logits.masked_fill(logits < least, MINUS)
+    return logits.masked_fill(logits < least, NEGATIVE_INFINITY)
 
 
 def top_p(logits: Tensor, p: float) -> Tensor:
-    """Only the likeliest tokens, until their probabilities reach p; the one that reaches it is the last kept."""
+    """Keep the most likely tokens until their probabilities reach p, including the one that reaches it."""
     ordered, index = logits.sort(-1, descending=True)
     mass = ordered.softmax(-1)
     before = mass.cumsum(-1) - mass
     beyond = before >= p
     beyond[..., 0] = False
-    return logits.masked_fill(torch.zeros_like(beyond).scatter(-1, index, beyond), MINUS)
+    return logits.masked_fill(torch.zeros_like(beyond).scatter(-1, index, beyond), NEGATIVE_INFINITY)
 
 
 def min_p(logits: Tensor, p: float) -> Tensor:
-    """Only tokens whose probability is at least p times that of the likeliest."""
+    """Keep tokens whose probability is at least p times that of the most likely token."""
     most = logits.amax(-1, keepdim=True)
-    return logits.masked_fill((logits - most).exp() < p, MINUS)
+    return logits.masked_fill((logits - most).exp() < p, NEGATIVE_INFINITY)
 
 
 def repetition_penalty(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
-    """Make tokens already seen less likely: positive logits are divided by the penalty, negative ones multiplied.
+    """Make tokens already seen less likely: divide positive logits by the penalty, multiply negative ones.
 
-    logits (B, V); seen (B, T) token ids, repeats allowed.
+    Args:
+        logits: (B, V).
+        seen: (B, T) token ids, repeats allowed.
+        penalty: The factor.
     """
     chosen = logits.gather(-1, seen)
     return logits.scatter(-1, seen, torch.where(chosen < 0, chosen * penalty, chosen / penalty))
 
 
 def filtered(logits: Tensor, sampling: Sampling) -> Tensor:
-    """The logits to draw from: temperature and filters applied, (..., V) float32. Not for greedy sampling."""
+    """Apply temperature and filters: (..., V) -> (..., V) float32. Not for greedy decoding."""
     logits = logits.float()
     if sampling.temperature != 1:
         logits = logits / sampling.temperature
@@ -107,13 +114,13 @@ def filtered(logits: Tensor, sampling: Sampling) -> Tensor:
 
 
 def draw(logits: Tensor, uniform: Tensor) -> Tensor:
-    """One token per row by inverting its distribution at a number in [0, 1): (..., V), (...) -> (...) int64."""
+    """Draw a token per row by inverting its distribution at a number in [0, 1): (..., V), (...) -> (...) int64."""
     mass = logits.softmax(-1).cumsum(-1)
     return torch.searchsorted(mass, (uniform[..., None] * mass[..., -1:]), right=True)[..., 0]
 
 
 def uniforms(seeds: Sequence[int], count: int) -> np.ndarray:
-    """The numbers that rows draw with: (len(seeds), count) float32 in [0, 1 - 2^-20], a stream per seed.
+    """Return uniform numbers for each row: (len(seeds), count) float32 in [0, 1 - 2^-20], one stream per seed.
 
     The gap below 1 keeps `uniform * total` under the total in float32, so that no token of probability 0 is drawn.
     """

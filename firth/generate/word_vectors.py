@@ -1,13 +1,13 @@
-"""The token vectors of a model on their own: neighbours, word2vec's text format, and a start for another model.
+"""Token embeddings as word vectors: nearest neighbors, word2vec's text format, and initialization of another model.
 
-    nearest(model, tokenizer, "king")           [("prince", 0.71), ("queen", 0.68), ...]
+    nearest(model, tokenizer, "king", 10)       [("prince", 0.71), ("queen", 0.68), ...]
     write(model, tokenizer, Path("v.txt"))      20000 100
                                                 the 0.013 -0.201 ...        (gensim: KeyedVectors.load_word2vec_format)
-    take(model, tokenizer, Path("runs/word2vec/model"))
+    load_embeddings(model, Path("runs/word2vec/model"))
 
-Pretrained word vectors under a model that knows nothing else (Collobert 2011; Dai and Le 2015, section 2) are `take`:
-same tokenizer, same width, or a UserError. What is taken is their directions and relative lengths: the whole table is
-scaled to the root mean square that the model's own would have begun with, which the rest of it is made for.
+`load_embeddings` initializes a model with pretrained word vectors (Collobert 2011; Dai and Le 2015, section 2); tokenizer and
+embedding size must be the same. The whole table is scaled to the root mean square of the model's own initialization, which
+the other weights are initialized for; directions and relative lengths are kept.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from firth.types import UserError
 
 
 class WordTokenizer(Protocol):
-    """What is needed of a tokenizer."""
+    """The part of a tokenizer that this module uses."""
 
     @property
     def vocab(self) -> Vocab: ...
@@ -40,36 +40,43 @@ class WordTokenizer(Protocol):
 
 @torch.no_grad()
 def table(model: LM) -> Tensor:
-    """The vector of every token: (vocab, table width) float32."""
+    """Return the embedding of every token: (vocab_size, embedding_dim) float32."""
     ids = torch.arange(model.config.vocab_size, device=model.tokens.weight.device)
-    found: Tensor = model.tokens(ids).float()
-    return found
+    vectors: Tensor = model.tokens(ids).float()
+    return vectors
 
 
 def ids_of(words: WordTokenizer, word: str) -> list[int]:
-    """The tokens that are the whole of a word, alone and behind a blank (a byte-level piece holds it); none if unknown."""
+    """Return the ids of the single tokens that spell a word, with and without a space before it; empty if there are none."""
     ids = [words.encode(text) for text in (word, f" {word}")]
     return [int(i[0]) for i in ids if len(i) == 1 and i[0] != words.vocab.roles.get("unk")]
 
 
 def nearest(model: LM, words: WordTokenizer, word: str, top: int) -> list[tuple[str, float]]:
-    """The tokens whose vectors have the greatest cosine with a word's, as the vocabulary writes them; UserError where
-    the word is unknown or of several pieces."""
-    known = ids_of(words, word)
-    if not known:
-        raise UserError(f"{word!r} is no single token of this model, so it has no vector: try another word")
+    """Return the `top` tokens with the highest cosine similarity to a word, and the similarities.
+
+    Raises:
+        UserError: The word is not a single token.
+    """
+    ids = ids_of(words, word)
+    if not ids:
+        raise UserError(f"{word!r} is not a single token of this model, so it has no vector: try another word")
     vectors = F.normalize(table(model), dim=-1)
-    likeness = vectors @ vectors[known[-1]]
-    others = np.ones(len(likeness), bool)
-    others[words.vocab.ordinary] = False
-    likeness[torch.from_numpy(others)] = -2.0
-    likeness[known] = -2.0
-    best = likeness.topk(min(top, len(words.vocab.ordinary) - len({*known})))
+    similarity = vectors @ vectors[ids[-1]]
+    excluded = np.ones(len(similarity), bool)
+    excluded[words.vocab.ordinary] = False
+    similarity[torch.from_numpy(excluded)] = -2.0
+    similarity[ids] = -2.0
+    best = similarity.topk(min(top, len(words.vocab.ordinary) - len({*ids})))
     return [(words.token(i), x) for i, x in zip(best.indices.tolist(), best.values.tolist(), strict=True)]
 
 
 def write(model: LM, words: WordTokenizer, path: Path) -> tuple[int, int]:
-    """All ordinary tokens in word2vec's text format; returns how many, and their width. Blanks in a token become _."""
+    """Write all ordinary tokens in word2vec's text format; spaces in a token become _.
+
+    Returns:
+        The number of tokens and the size of their vectors.
+    """
     vectors, ids = table(model).cpu().numpy(), words.vocab.ordinary
     with new_file(path) as partial, partial.open("w", encoding="utf-8") as file:
         file.write(f"{len(ids)} {vectors.shape[1]}\n")
@@ -81,20 +88,27 @@ def write(model: LM, words: WordTokenizer, path: Path) -> tuple[int, int]:
 
 @torch.no_grad()
 def load_embeddings(model: LM, directory: Path) -> str:
-    """Copy the token vectors of another model into this one, scaled (see above); returns what was taken, in words.
+    """Copy the token embeddings of a saved model into this one, scaled (see the module docstring).
 
-    Raises UserError where widths or vocabularies differ, or either model spells its tokens.
+    Returns:
+        A summary for the user.
+
+    Raises:
+        UserError: Vocabulary or embedding sizes differ, or one of the models builds its embeddings from characters.
     """
-    theirs = load_model(directory)
-    here, there = model.config, theirs.config
-    if here.max_characters or there.max_characters:
-        raise UserError(f"cannot take embeddings from {directory}: a model that spells its tokens has no table of them")
-    if (here.vocab_size, here.embedding_dim) != (there.vocab_size, there.embedding_dim):
+    saved = load_model(directory)
+    ours, theirs = model.config, saved.config
+    if ours.max_characters or theirs.max_characters:
         raise UserError(
-            f"cannot take embeddings from {directory}: they are {there.vocab_size} vectors of {there.embedding_dim} numbers, and "
-            f"this model has {here.vocab_size} of {here.embedding_dim}: set model.hidden_size={there.embedding_dim} and leave the tokenizer theirs"
+            f"cannot load embeddings from {directory}: a model that builds its embeddings from characters has no table"
         )
-    mine, given = model.tokens.weight, theirs.tokens.weight
-    scale = float(mine.square().mean().sqrt() / given.square().mean().sqrt().clamp(min=1e-12))
-    mine.copy_(given * scale)
-    return f"{there.vocab_size:,} token vectors from {directory}, scaled by {scale:.3g}"
+    if (ours.vocab_size, ours.embedding_dim) != (theirs.vocab_size, theirs.embedding_dim):
+        raise UserError(
+            f"cannot load embeddings from {directory}: they are {theirs.vocab_size} vectors of {theirs.embedding_dim} numbers, "
+            f"and this model has {ours.vocab_size} of {ours.embedding_dim}: set model.hidden_size={theirs.embedding_dim} and "
+            "use the same tokenizer"
+        )
+    target, source = model.tokens.weight, saved.tokens.weight
+    scale = float(target.square().mean().sqrt() / source.square().mean().sqrt().clamp(min=1e-12))
+    target.copy_(source * scale)
+    return f"{theirs.vocab_size:,} token vectors from {directory}, scaled by {scale:.3g}"

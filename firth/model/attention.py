@@ -1,20 +1,22 @@
-"""The one attention, and the one rule of who sees whom.
+"""Attention masks from integer times, scaled dot-product attention, and the key/value cache.
 
-    position i may attend to token j   iff   document[i] == document[j] and appears[j] <= looks[i] < leaves[j]
-                                             (what is of EVERY document is of that of i)
+One rule describes every mask:
 
-Full attention: zeros. Causal: 0..n-1. Prefix: the prefix at 0, then counting. Permutation: the drawn order.
-Padding: appears NEVER. What stands in for another until that is known (MPNet) leaves when it is; where nothing leaves,
-there is no such field. A position that sees nothing reads zeros. One whose looks is -NEVER is not there at all: what
-it reads is finite and meant for nobody, so a right-padded causal batch is still simply causal.
+    query i attends to key j   iff   document_ids[i] == document_ids[j] and key_time[j] <= query_time[i] < key_expiry[j]
+                                     (keys of ALL_DOCUMENTS belong to every document)
 
-`Visibility.lower` turns the rule, once per batch, into the cheapest form that says the same:
+Bidirectional: zeros. Causal: 0..n-1. Prefix: the prefix at 0, then counting. Permuted: the sampled order. Padding:
+key_time NEVER. A placeholder that later tokens replace (MPNet) expires when they appear; without placeholders there is no
+key_expiry. A query that attends to nothing outputs zeros. A query at -NEVER is padding: its output is finite and unused,
+so a right-padded causal batch is still simply causal.
 
-    nothing at all                   every position sees every token
-    causal                           position i sees slots 0..i: no mask, half of the work
-    mask (B, 1, 1, S)                the same tokens for all positions of a row: padding
-    block                            FlexAttention's block mask (He 2024): long rows on CUDA
-    mask (B, 1, T, S)                the rule itself; `below` says that nothing after i is seen, as in packed causal rows
+`AttentionMask.from_times` turns the rule, once per batch, into the cheapest equivalent form:
+
+    no mask                          every query attends to every key
+    is_causal                        query i attends to keys 0..i: no mask, half of the work
+    mask (B, 1, 1, S)                the same keys for all queries of a row: padding
+    block_mask                       FlexAttention (He 2024): long rows on CUDA
+    mask (B, 1, T, S)                the rule itself; `lower_triangular` if no key after i is visible (packed causal rows)
 
 >>> import torch
 >>> when = torch.arange(3)[None]
@@ -36,19 +38,25 @@ from firth import kernels
 from firth.model import blocked_attention, native
 from firth.types import NEVER
 
-EVERY = -1
-"""The document of a key that belongs to all documents of its row: a trained prefix (`firth.model.prefix`)."""
+ALL_DOCUMENTS = -1
+"""Document id of a key that all documents of its row attend to: a trained prefix (`firth.model.prefix`)."""
 
-FLEX = 256
-"""Rows from this length on are worth a block mask on CUDA; shorter ones fit in two tiles."""
+MIN_FLEX_LENGTH = 256
+"""Queries of a row from which on a block mask is faster on CUDA; shorter rows fit in two tiles."""
 
 
 @dataclass(frozen=True)
 class AttentionMask:
-    """Who sees whom, lowered (see above). `blind` (B, 1, T or 1, 1): positions that see nothing; in `mask` they see all.
+    """Attention mask in its cheapest form (see the module).
 
-    keys: how many keys stay when those at the end of the rows that nobody sees (queries of a permuted order) are left out, as
-    `mask` leaves them out; 0 where all stay.
+    Args:
+        is_causal: Query i attends to keys 0..i, without a mask.
+        mask: (B, 1, T or 1, S) bool, True where a query attends to a key.
+        lower_triangular: No query attends to a key after it.
+        empty_rows: (B, 1, T or 1, 1) bool, queries that attend to nothing; in `mask` they attend to everything.
+        block_mask: FlexAttention's mask, in place of `mask`.
+        num_keys: Keys left when those at the end of the rows that no query attends to (XLNet's query stream) are left
+            out, as in `mask`; 0: all.
     """
 
     is_causal: bool = False
@@ -67,42 +75,52 @@ class AttentionMask:
         flex: bool | None = None,
         key_expiry: Tensor | None = None,
     ) -> AttentionMask:
-        """looks (B, T) of the queries, appears (B, S) of the keys; documents (B, T) and (B, S), None for one each;
-        leaves (B, S) of the keys, None where none does.
+        """Return the mask of the rule in its cheapest form.
 
-        flex: whether to make a block mask where a mask is needed; None: on CUDA, for long rows. A block mask can
-        carry neither a bias nor dropout.
+        Args:
+            query_time: (B, T) integers.
+            key_time: (B, S) integers.
+            query_document: (B, T) document ids; None: one document.
+            key_document: (B, S) document ids; None: one document.
+            flex: Whether to make a block mask where a mask is needed; None: on CUDA, for long rows. A block mask supports
+                neither a bias nor dropout.
+            key_expiry: (B, S) integers; None: no key expires.
         """
         queries, keys = query_time.shape[-1], key_time.shape[-1]
         absent = query_time <= -NEVER
         low, high = query_time.masked_fill(absent, NEVER - 1), query_time.masked_fill(absent, -NEVER)
         one = torch.ones((), dtype=torch.bool, device=query_time.device)
         if query_document is not None and key_document is not None:
-            one = _together(key_document, query_document[:, :1]).all() & (query_document == query_document[:, :1]).all()
+            one = (
+                _same_document(key_document, query_document[:, :1]).all()
+                & (query_document == query_document[:, :1]).all()
+            )
         if key_expiry is not None:
             one = one & (key_expiry == NEVER).all()
         ever = key_time < NEVER
         last = key_time.masked_fill(~ever, -NEVER).amax(-1)
-        alike = one & (last <= low.amin(-1)).all() & (high.amax() < NEVER)
-        stairs = torch.zeros_like(one)
+        same_keys = one & (last <= low.amin(-1)).all() & (high.amax() < NEVER)
+        causal_order = torch.zeros_like(one)
         if queries == keys and queries > 1:
             after = key_time.flip(-1).cummin(-1).values.flip(-1)[:, 1:]
-            stairs = one & (key_time.cummax(-1).values <= low).logical_or(absent).all() & (after > high[:, :-1]).all()
-        # All questions in one go: each answer read alone would make an accelerator wait.
-        everything, same, causal = torch.stack((alike & ever.all(), alike, stairs)).tolist()
-        if everything:
+            causal_order = (
+                one & (key_time.cummax(-1).values <= low).logical_or(absent).all() & (after > high[:, :-1]).all()
+            )
+        # Read together: each value read on its own would make an accelerator wait.
+        full, same, causal = torch.stack((same_keys & ever.all(), same_keys, causal_order)).tolist()
+        if full:
             return AttentionMask()
         if causal:
             return AttentionMask(is_causal=True)
         if same:
             return _masked(ever[:, None, None, :])
         if flex is None:
-            flex = query_time.device.type == "cuda" and queries >= FLEX
+            flex = query_time.device.type == "cuda" and queries >= MIN_FLEX_LENGTH
         seen = mask_from_times(query_time, key_time, query_document, key_document, key_expiry)[:, None]
         if not flex:
             on_cpu = query_time.device.type == "cpu"
-            below = on_cpu and queries == keys and not bool(seen.triu(1).any())
-            return _masked(seen, below, 0 if below or not on_cpu else _reach(ever))
+            lower = on_cpu and queries == keys and not bool(seen.triu(1).any())
+            return _masked(seen, lower, 0 if lower or not on_cpu else _num_visible_keys(ever))
 
         def visible(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
             return seen[batch, 0, query, key]
@@ -111,25 +129,25 @@ class AttentionMask:
         return AttentionMask(block_mask=block, empty_rows=~seen.any(-1, keepdim=True))
 
 
-EVEN_KEYS = 16
-"""Rows of scores are a multiple of so many keys: products of odd rows are slower, and copy them first."""
+KEY_MULTIPLE = 16
+"""Rows of scores have a multiple of so many keys: products of odd rows are slower, and copy them first."""
 
 
-def _reach(ever: Tensor) -> int:
-    """How many keys (B, S) there are up to the last one that somebody may see, evened out; 0 for all."""
+def _num_visible_keys(ever: Tensor) -> int:
+    """Return the number of keys up to the last visible one of `ever` (B, S), rounded up to KEY_MULTIPLE; 0 for all."""
     seen = ever.any(0).nonzero()
     last = int(seen.amax()) + 1 if len(seen) else 0
-    last = -(-last // EVEN_KEYS) * EVEN_KEYS
+    last = -(-last // KEY_MULTIPLE) * KEY_MULTIPLE
     return 0 if last >= ever.shape[-1] else last
 
 
-def _masked(seen: Tensor, below: bool = False, keys: int = 0) -> AttentionMask:
-    """A mask in which no row is empty, since kernels disagree on those, and which rows those were."""
-    blind = ~seen.any(-1, keepdim=True)
-    seen = seen[..., :keys].contiguous() if keys else seen
-    if blind.device.type == "cpu" and not bool(blind.any()):
-        return AttentionMask(mask=seen, lower_triangular=below, num_keys=keys)
-    return AttentionMask(mask=seen | blind, empty_rows=blind, num_keys=keys)
+def _masked(seen: Tensor, lower_triangular: bool = False, num_keys: int = 0) -> AttentionMask:
+    """Return a mask without empty rows, on which kernels disagree, and record which rows were empty."""
+    empty = ~seen.any(-1, keepdim=True)
+    seen = seen[..., :num_keys].contiguous() if num_keys else seen
+    if empty.device.type == "cpu" and not bool(empty.any()):
+        return AttentionMask(mask=seen, lower_triangular=lower_triangular, num_keys=num_keys)
+    return AttentionMask(mask=seen | empty, empty_rows=empty, num_keys=num_keys)
 
 
 def mask_from_times(
@@ -139,17 +157,17 @@ def mask_from_times(
     key_document: Tensor | None,
     key_expiry: Tensor | None = None,
 ) -> Tensor:
-    """The rule written out: (B, T, S) bool."""
+    """Return the rule as a dense mask (B, T, S) bool; arguments as for `AttentionMask.from_times`."""
     seen = key_time[:, None, :] <= query_time[:, :, None]
     if key_expiry is not None:
         seen &= query_time[:, :, None] < key_expiry[:, None, :]
     if query_document is not None and key_document is not None:
-        seen &= _together(key_document[:, None, :], query_document[:, :, None])
+        seen &= _same_document(key_document[:, None, :], query_document[:, :, None])
     return seen
 
 
-def _together(key_document: Tensor, document: Tensor) -> Tensor:
-    return (key_document == document) | (key_document == EVERY)
+def _same_document(key_document: Tensor, document: Tensor) -> Tensor:
+    return (key_document == document) | (key_document == ALL_DOCUMENTS)
 
 
 @cache
@@ -159,8 +177,12 @@ def _compiled_flex() -> object:
 
 @dataclass(frozen=True)
 class AttentionKernel:
-    """How attention is trained on a CPU: query rows of a block of `firth.model.blocked_attention` (0: torch's flash kernel), and whether
-    what is between its products is compiled (`firth.model.native`)."""
+    """An implementation of attention for training on a CPU.
+
+    Args:
+        rows: Query rows of a block of `firth.model.blocked_attention`; 0: torch's flash kernel.
+        compiled: Whether the operations between its products are compiled (`firth.model.native`).
+    """
 
     rows: int = 0
     compiled: bool = False
@@ -174,19 +196,19 @@ KERNELS = {
     "native-128": AttentionKernel(128, compiled=True),
     "native-256": AttentionKernel(256, compiled=True),
 }
-"""Name of an implementation -> what it is."""
+"""Name -> implementation."""
 
 
-def _workload(length: int, dtype: torch.dtype, way: AttentionKernel) -> kernels.Workload:
-    """Causal attention of 1024 tokens, 4 heads of 64, forward and backward."""
+def _workload(length: int, dtype: torch.dtype, kernel: AttentionKernel) -> kernels.Workload:
+    """Return causal attention of 1024 tokens, 4 heads of 64, forward and backward."""
     q, k, v = (torch.linspace(-1, 1, 1024 * 256).view(-1, 4, length, 64).to(dtype).requires_grad_() for _ in range(3))
-    if way.compiled:
+    if kernel.compiled:
         native.library()
 
     def work() -> None:
-        if way.rows:
+        if kernel.rows:
             out = blocked_attention.attend(
-                q, k, v, 0.125, True, False, None, None, rows=way.rows, compiled=way.compiled
+                q, k, v, 0.125, True, False, None, None, rows=kernel.rows, compiled=kernel.compiled
             )
         else:
             out = F.scaled_dot_product_attention(q, k, v, is_causal=True)
@@ -195,23 +217,23 @@ def _workload(length: int, dtype: torch.dtype, way: AttentionKernel) -> kernels.
     return work
 
 
-LONG_ROW = 512
-"""Keys of a row from which on a kernel is chosen by what it does on rows of 1,024, and not of 256."""
+MIN_LONG_KEYS = 512
+"""Keys of a row above which a kernel is chosen by its speed on rows of 1,024 tokens, and not of 256."""
 
 ATTENTION = {
     (dtype, long): kernels.Kernel(
         f"attention{'-long' if long else ''}-{name}",
-        {label: partial(_workload, 1024 if long else 256, dtype, way) for label, way in KERNELS.items()},
+        {label: partial(_workload, 1024 if long else 256, dtype, kernel) for label, kernel in KERNELS.items()},
     )
     for dtype, name in ((torch.float32, "fp32"), (torch.bfloat16, "bf16"))
     for long in (False, True)
 }
-"""(dtype, whether rows are long) -> how attention is trained on a CPU."""
+"""(dtype, whether rows are long) -> measured choice among KERNELS for training on a CPU."""
 
 
 @cache
 def _flash_runs(dtype: torch.dtype) -> bool:
-    """Whether torch's flash kernel runs on this CPU: in bf16 it wants AVX-512 where oneDNN has bf16 products."""
+    """Return whether torch's flash kernel runs on this CPU: in bf16 it needs AVX-512 where oneDNN has bf16 products."""
     x = torch.zeros(1, 1, 256, 64, dtype=dtype)
     try:
         F.scaled_dot_product_attention(x, x, x, is_causal=True)
@@ -220,17 +242,19 @@ def _flash_runs(dtype: torch.dtype) -> bool:
     return True
 
 
-def _way(q: Tensor, k: Tensor) -> AttentionKernel:
-    """Return how this attention is computed: in blocks in training on a CPU that is quicker at it, else by torch's kernel."""
+def _kernel(q: Tensor, k: Tensor) -> AttentionKernel:
+    """Return the implementation to use: blocks where a CPU trains faster with them, else torch's kernel."""
     if q.device.type != "cpu":
         return KERNELS["sdpa"]
-    kernel = ATTENTION.get((q.dtype, k.shape[2] > LONG_ROW))
+    kernel = ATTENTION.get((q.dtype, k.shape[2] > MIN_LONG_KEYS))
     chosen = KERNELS["blocks-64"] if kernel is None else KERNELS[kernel.choice()]
     if q.dtype == torch.bfloat16 and q.shape[2] > 1 and not _flash_runs(q.dtype):
         return chosen if chosen.rows else KERNELS["blocks-64"]
-    learns = torch.is_grad_enabled() and q.requires_grad
+    training = torch.is_grad_enabled() and q.requires_grad
     return (
-        chosen if learns and blocked_attention.kept_bytes(q, k) <= blocked_attention.MAX_KEPT_BYTES else KERNELS["sdpa"]
+        chosen
+        if training and blocked_attention.kept_bytes(q, k) <= blocked_attention.MAX_KEPT_BYTES
+        else KERNELS["sdpa"]
     )
 
 
@@ -243,17 +267,24 @@ def attend(
     bias: Tensor | None = None,
     dropout: float = 0.0,
 ) -> Tensor:
-    """softmax(scale q k' + bias) v over what is seen: q (B, H, T, D), k and v (B, KV, S, D) -> (B, H, T, D).
+    """Return softmax(scale q k' + bias) v over the visible keys: (B, H, T, D).
 
-    bias: (B or 1, H, T, S), added to the scores and given a gradient.
+    Args:
+        q: (B, H, T, D).
+        k: (B, KV, S, D).
+        v: (B, KV, S, D).
+        attention_mask: Which keys each query attends to.
+        scale: Factor on the scores.
+        bias: (B or 1, H, T, S), added to the scores; differentiable.
+        dropout: Probability of dropping an attention weight.
     """
     groups = q.shape[1] // k.shape[1]
     if attention_mask.num_keys:
         bias = None if bias is None else bias[..., : attention_mask.num_keys]
-    if torch.is_autocast_enabled(q.device.type):  # rotary positions and XLNet's offsets leave fp32 here and there
+    if torch.is_autocast_enabled(q.device.type):  # rotary positions and XLNet's offsets give fp32
         q, k, v = (x.to(torch.get_autocast_dtype(q.device.type)) for x in (q, k, v))
-    way = _way(q, k) if attention_mask.block_mask is None else KERNELS["sdpa"]
-    if way.rows:
+    kernel = _kernel(q, k) if attention_mask.block_mask is None else KERNELS["sdpa"]
+    if kernel.rows:
         if groups > 1:
             k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
         out = blocked_attention.attend(
@@ -266,8 +297,8 @@ def attend(
             attention_mask.mask,
             bias,
             dropout,
-            way.rows,
-            way.compiled,
+            kernel.rows,
+            kernel.compiled,
         )
     elif attention_mask.block_mask is not None:
         flex = _compiled_flex() if q.device.type == "cuda" else flex_attention
@@ -287,10 +318,14 @@ def attend(
 
 
 class KVCache:
-    """Keys and values of the tokens read so far, in preallocated slots, and what is needed to see them.
+    """Keys and values of earlier tokens, in preallocated slots, and the batch fields that their mask needs.
 
-    rows: batch size. capacity: most slots a row may fill; one that has been filled keeps its place, padding too, which
-    nobody sees. For an encoder-decoder also the keys and values of the source, made once.
+    Padding keeps its slot, to which no query attends. For an encoder-decoder also the keys and values of the source,
+    computed once.
+
+    Args:
+        rows: Batch size.
+        capacity: Slots of a row.
     """
 
     def __init__(self, rows: int, capacity: int):
@@ -302,26 +337,26 @@ class KVCache:
         self.source: dict[str, Tensor] = {}
         self.cross_mask: AttentionMask | None = None
         self.decoding_mask: Tensor | None = None
-        self.gaps = False
+        self.has_padding = False
 
     def start_decoding(self) -> None:
-        """From here on each row grows by one token a pass, which sees all of its row that is not padding.
+        """Switch to decoding: each row grows by one token a pass, which attends to all of its row but padding.
 
-        Nothing about the new tokens need be noted or lowered any more, which would take longer than a block.
+        Fields of new tokens are then no longer stored, nor masks computed, which would take longer than a block.
         """
         self.decoding_mask = torch.ones(
             self.rows, 1, 1, self.capacity, dtype=torch.bool, device=self.fields["key_time"].device
         )
         self.decoding_mask[:, 0, 0, : self.length] = self.fields["key_time"][:, : self.length] < NEVER
-        self.gaps = not bool(self.decoding_mask.all())
+        self.has_padding = not bool(self.decoding_mask.all())
 
     def next_mask(self) -> AttentionMask:
-        """What the next token of each row sees, after `write_on`: all slots, itself too, but those of padding."""
+        """Return the mask of the next token after `start_decoding`: all slots and itself, but not padding."""
         assert self.decoding_mask is not None
-        return AttentionMask(mask=self.decoding_mask[..., : self.length + 1] if self.gaps else None)
+        return AttentionMask(mask=self.decoding_mask[..., : self.length + 1] if self.has_padding else None)
 
     def append_field(self, name: str, value: Tensor) -> Tensor:
-        """Store a field (B or 1, T) of the new tokens; return that field of all tokens: (B, length + T)."""
+        """Store a field (B or 1, T) of the new tokens; return the field of all tokens, (B, length + T)."""
         end = self.length + value.shape[-1]
         if end > self.capacity:
             raise ValueError(f"a cache of {self.capacity} slots cannot hold {end} tokens")
@@ -331,7 +366,7 @@ class KVCache:
         return self.fields[name][:, :end]
 
     def extend(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Store the new keys and values (B, KV, T, D) of the next layer of this pass; return those of all tokens."""
+        """Store keys and values (B, KV, T, D) of the new tokens for the next layer; return those of all tokens."""
         layer = self.layer
         self.layer += 1
         if layer == len(self.keys):
@@ -345,11 +380,11 @@ class KVCache:
         return keys.narrow(2, 0, end), values.narrow(2, 0, end)
 
     def advance(self, count: int) -> None:
-        """A pass over `count` new tokens is done."""
+        """End a pass over `count` new tokens."""
         self.length, self.layer = self.length + count, 0
 
     def select(self, rows: Tensor) -> None:
-        """Keep these rows (indices, repeats allowed), in this order."""
+        """Keep these rows (indices, repeats allowed) in this order."""
         self.rows = len(rows)
         self.keys = [x.index_select(0, rows) for x in self.keys]
         self.values = [x.index_select(0, rows) for x in self.values]

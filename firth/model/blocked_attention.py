@@ -1,11 +1,11 @@
-"""Attention for training on a CPU, in blocks of query rows: what a flash kernel does for memory, done for speed.
+"""Attention for training on a CPU, in blocks of query rows.
 
-torch's CPU flash kernel runs far below the machine's product rate at 256 tokens. Batched products of a block of query rows
-against the keys before them run near that rate, and what is above the diagonal is hardly computed. How large a block is best,
-and whether this is quicker at all, is measured (`firth.model.attention.ATTENTION`): 64 rows in fp32 with AVX-512, 256 in
-bf16 with AMX, whose products are so quick that the elementwise passes between them are what costs. The weights are kept for
-the backward pass (half of T x T a head). Scores are rounded to the dtype of the queries before the softmax, which computes in fp32.
-With a C compiler, scale, bias, mask and softmax are one pass (`firth.model.native`), and so is the softmax's gradient.
+torch's CPU flash kernel runs far below the machine's matrix product rate at 256 tokens. Batched products of a block of query
+rows with the keys before them run near that rate, and compute little above the diagonal. The best block size, and whether
+this is faster at all, is measured (`firth.model.attention.ATTENTION`): 64 rows in fp32 with AVX-512, 256 in bf16 with AMX,
+whose products are so fast that the elementwise passes between them dominate. The attention weights are kept for the backward
+pass (half of T x T a head). Scores are rounded to the dtype of the queries before the softmax, which computes in fp32. With
+a C compiler, scale, bias, mask and softmax are one pass (`firth.model.native`), and so is the gradient of the softmax.
 """
 
 from __future__ import annotations
@@ -19,50 +19,49 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from firth.model import native
-from firth.model.fused import survivors
+from firth.model.fused import dropout_mask
 from firth.model.native import address, half
 
 ROWS = 64
-"""Query rows of a block, where `attend` is not given another number: larger ones waste work above the diagonal, smaller ones
-starve the products."""
+"""Default query rows of a block: larger blocks compute more above the diagonal, smaller ones have slower products."""
 
 MAX_KEPT_BYTES = 128 << 20
-"""Bytes of attention weights that one layer may keep: a batch with more takes the flash kernel, which keeps none."""
+"""Most bytes of attention weights kept by one layer; larger batches use the flash kernel, which keeps none."""
 
 
 def _flat(x: Tensor) -> Tensor:
-    """(B, H, T, D) of any layout -> (B * H, T, D), contiguous."""
+    """Return (B, H, T, D) of any layout as (B * H, T, D), contiguous."""
     return x.reshape(-1, *x.shape[2:]).contiguous()
 
 
 def _product(left: Tensor, right: Tensor, scale: float) -> Tensor:
-    """scale * left @ right, batched: one call, no pass of its own for the scale."""
+    """Return scale * left @ right, batched, in one call without a separate pass for the scale."""
     if scale == 1:
         return torch.bmm(left, right)
     return torch.baddbmm(left.new_empty(1), left, right, beta=0, alpha=scale)
 
 
 @dataclass(frozen=True)
-class _Rule:
-    """How scores become weights. mask (B or 1, 1, T or 1, S) bool; bias (B or 1, H, T, S); see `attend`."""
+class _Softmax:
+    """How scores become attention weights; the fields are the arguments of `attend`."""
 
     scale: float
     causal: bool
-    below: bool
+    lower_triangular: bool
     mask: Tensor | None
     bias: Tensor | None
     native: bool
 
     def keys(self, count: int) -> int:
-        """How many of so many keys are read: the mask may end before those that nobody sees."""
+        """Return the number of visible keys among `count`: the mask may end before keys that no query attends to."""
         return count if self.mask is None else self.mask.shape[-1]
 
     @property
     def in_product(self) -> float:
-        """What scores are multiplied with in the product that makes them: the native softmax has a scale of its own."""
+        """Factor in the product that computes the scores; the native softmax applies the scale itself."""
         return 1.0 if self.native else self.scale
 
-    def weigh(self, scores: Tensor, heads: int, start: int) -> Tensor:
+    def forward(self, scores: Tensor, heads: int, start: int) -> Tensor:
         """Turn scores (B * heads, rows, keys) of the query rows from `start` on into weights, in place."""
         rows, keys = scores.shape[1:]
         by_head = scores.view(-1, heads, rows, keys)
@@ -79,8 +78,8 @@ class _Rule:
             by_head += bias
         return torch.softmax(scores, -1, out=scores)
 
-    def slope(self, grad: Tensor, weights: Tensor) -> Tensor:
-        """Turn the gradient of weights into that of the scores, in place; the native one has the scale in it."""
+    def backward(self, grad: Tensor, weights: Tensor) -> Tensor:
+        """Turn the gradient of weights into that of the scores, in place; the native one includes the scale."""
         if self.native:
             native.library().softmax_backward(
                 grad.data_ptr(), weights.data_ptr(), half(grad), self.scale, weights[..., 0].numel(), weights.shape[-1],
@@ -91,14 +90,14 @@ class _Rule:
 
 
 def _block(x: Tensor, start: int, rows: int, keys: int) -> Tensor:
-    """The part of a mask or bias (B or 1, H or 1, T or 1, S) that some query rows read."""
+    """Return the part of a mask or bias (B or 1, H or 1, T or 1, S) for some query rows."""
     return x[:, :, start : start + rows, :keys] if x.shape[2] > 1 else x[..., :keys]
 
 
 def _softmax_forward(
     scores: Tensor, mask: Tensor | None, bias: Tensor | None, scale: float, causal: bool, start: int
 ) -> None:
-    """softmax(scale * scores + bias) where the mask shows, in place: scores (B, H, rows, keys)."""
+    """Compute softmax(scale * scores + bias) under the mask, in place: scores (B, H, rows, keys)."""
     shape = scores.shape
     mask, bias = (None if x is None else x.expand(shape) for x in (mask, bias))
     mask, bias = (x if x is None or x.stride(-1) == 1 else x.contiguous() for x in (mask, bias))
@@ -116,76 +115,79 @@ class _Blocked(torch.autograd.Function):
         q: Tensor,
         k: Tensor,
         v: Tensor,
-        bias: Tensor | None,  # noqa: ARG004 (that of the rule; here so that autograd asks for its gradient)
-        rule: _Rule,
+        bias: Tensor | None,  # noqa: ARG004 (that of the rule; an argument so that autograd requests its gradient)
+        rule: _Softmax,
         dropout: float,
         rows: int,
     ) -> Tensor:
         batch, heads, length, width = q.shape
-        kept, survive, blocks = [], [], []
+        kept, masks, blocks = [], [], []
         queries, keys, values = _flat(q), _flat(k), _flat(v)
         for start in range(0, length, rows):
             end = min(start + rows, length)
-            reach = end if rule.causal or rule.below else rule.keys(keys.shape[1])
+            reach = end if rule.causal or rule.lower_triangular else rule.keys(keys.shape[1])
             scores = _product(queries[:, start:end], keys[:, :reach].mT, rule.in_product)
-            kept.append(rule.weigh(scores, heads, start))
+            kept.append(rule.forward(scores, heads, start))
             if dropout:
-                survive.append(survivors(scores, dropout))
-                scores = scores * survive[-1]
+                masks.append(dropout_mask(scores, dropout))
+                scores = scores * masks[-1]
             blocks.append(torch.bmm(scores, values[:, :reach]))
-        ctx.save_for_backward(queries, keys, values, *kept, *survive)
+        ctx.save_for_backward(queries, keys, values, *kept, *masks)
         ctx.rule, ctx.rows, ctx.drops, ctx.heads = rule, rows, bool(dropout), heads
-        done = blocks[0] if len(blocks) == 1 else torch.cat(blocks, 1)
-        # Memory is laid out as (B, T, H, D), which is what the next product reads.
-        return done.view(batch, heads, length, width).transpose(1, 2).contiguous().transpose(1, 2)
+        out = blocks[0] if len(blocks) == 1 else torch.cat(blocks, 1)
+        # In memory (B, T, H, D), the layout that the next product reads.
+        return out.view(batch, heads, length, width).transpose(1, 2).contiguous().transpose(1, 2)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         queries, keys, values, *saved = ctx.saved_tensors
-        kept, survive = (saved[: len(saved) // 2], saved[len(saved) // 2 :]) if ctx.drops else (saved, [])
+        kept, masks = (saved[: len(saved) // 2], saved[len(saved) // 2 :]) if ctx.drops else (saved, [])
         rule, heads, rows = ctx.rule, ctx.heads, ctx.rows
         grad = _flat(grad)
-        learns = rule.bias is not None and ctx.needs_input_grad[3]
-        # One block that is the whole of a bias of its own is its gradient as it is; others are added in.
-        alone = learns and len(kept) == 1 and rule.bias.numel() == kept[0].numel()
-        dbias = torch.zeros_like(rule.bias) if learns and not alone else None
-        # Batched products are fast only into contiguous results: whole tensors first, then earlier blocks added in.
-        slopes: list[Tensor] = []
+        needs_bias = rule.bias is not None and ctx.needs_input_grad[3]
+        # With one block and one bias per row, the gradient of the scores is that of the bias; otherwise it is summed.
+        direct = needs_bias and len(kept) == 1 and rule.bias.numel() == kept[0].numel()
+        dbias = torch.zeros_like(rule.bias) if needs_bias and not direct else None
+        # Batched products are fast only into contiguous results: the last block gives whole tensors, earlier ones are added.
+        score_grads: list[Tensor] = []
         dk: Tensor | None = None
         dv: Tensor | None = None
         for block in reversed(range(len(kept))):
             weights, start = kept[block], block * rows
             end, reach = start + weights.shape[1], weights.shape[2]
-            here = grad[:, start:end]
-            slope = torch.bmm(here, values[:, :reach].mT)
+            block_grad = grad[:, start:end]
+            score_grad = torch.bmm(block_grad, values[:, :reach].mT)
             used = weights
-            if survive:
-                slope, used = slope.mul_(survive[block]), weights * survive[block]
-            slope = rule.slope(slope, weights)
-            slopes.insert(0, _product(slope, keys[:, :reach], rule.in_product))
-            more_k, more_v = _product(slope.mT, queries[:, start:end], rule.in_product), torch.bmm(used.mT, here)
+            if masks:
+                score_grad, used = score_grad.mul_(masks[block]), weights * masks[block]
+            score_grad = rule.backward(score_grad, weights)
+            score_grads.insert(0, _product(score_grad, keys[:, :reach], rule.in_product))
+            more_k, more_v = (
+                _product(score_grad.mT, queries[:, start:end], rule.in_product),
+                torch.bmm(used.mT, block_grad),
+            )
             if dk is None or dv is None:
                 dk, dv = more_k, more_v
             else:
                 dk[:, :reach] += more_k
                 dv[:, :reach] += more_v
             if dbias is not None:
-                by_head = slope.view(-1, heads, end - start, reach)
+                by_head = score_grad.view(-1, heads, end - start, reach)
                 by_head = by_head.sum(0, keepdim=True) if len(dbias) == 1 else by_head
                 dbias[:, :, start:end, :reach].add_(by_head, alpha=rule.in_product / rule.scale)
         assert dk is not None and dv is not None
         if unseen := keys.shape[1] - dk.shape[1]:
             dk, dv = (F.pad(x, (0, 0, 0, unseen)) for x in (dk, dv))
-        if alone:
-            dbias = slope.view(rule.bias.shape).to(rule.bias.dtype) * (rule.in_product / rule.scale)
-        dq = slopes[0] if len(slopes) == 1 else torch.cat(slopes, 1)
+        if direct:
+            dbias = score_grad.view(rule.bias.shape).to(rule.bias.dtype) * (rule.in_product / rule.scale)
+        dq = score_grads[0] if len(score_grads) == 1 else torch.cat(score_grads, 1)
         dq, dk, dv = (x.view(-1, heads, *x.shape[1:]) for x in (dq, dk, dv))
         return dq, dk, dv, dbias, None, None, None
 
 
 def kept_bytes(q: Tensor, k: Tensor) -> int:
-    """Return the bytes of attention weights that are kept for the backward pass, at most (causal ones are half)."""
+    """Return the most bytes of attention weights kept for the backward pass (half of it if causal)."""
     return q[..., 0].numel() * k.shape[2] * q.element_size()
 
 
@@ -195,23 +197,35 @@ def attend(
     v: Tensor,
     scale: float,
     causal: bool,
-    below: bool,
+    lower_triangular: bool,
     mask: Tensor | None,
     bias: Tensor | None,
     dropout: float = 0.0,
     rows: int = 0,
     compiled: bool = False,
 ) -> Tensor:
-    """softmax(scale q k' + bias) v: q (B, H, T, D), k and v (B, H, S, D) -> (B, H, T, D).
+    """Return softmax(scale q k' + bias) v: (B, H, T, D).
 
-    causal: position i sees slots 0..i. below: the mask shows nothing after i, which need not be computed.
-    mask (B, 1, T or 1, S) bool without an empty row; it may end before the last keys, which nobody sees then, as the bias does.
-    bias (B or 1, H, T, S), given a gradient.
-    dropout: the chance of a weight to be left out. rows: query rows of a block, ROWS where it is 0.
-    compiled: whether what is not a product is done by `native.c`.
+    Args:
+        q: (B, H, T, D).
+        k: (B, H, S, D).
+        v: (B, H, S, D).
+        scale: Factor on the scores.
+        causal: Query i attends to keys 0..i.
+        lower_triangular: The mask hides all keys after i, which are then not computed.
+        mask: (B, 1, T or 1, S) bool without an empty row. It may end, as the bias, before keys that no query attends to.
+        bias: (B or 1, H, T, S), differentiable.
+        dropout: Probability of dropping an attention weight.
+        rows: Query rows of a block; 0: ROWS.
+        compiled: Whether all but the products is computed by `native.c`.
     """
-    rule = _Rule(
-        scale, causal, below, mask, None if bias is None else bias.detach(), compiled and native.reads(q, bias)
+    rule = _Softmax(
+        scale,
+        causal,
+        lower_triangular,
+        mask,
+        None if bias is None else bias.detach(),
+        compiled and native.supports(q, bias),
     )
     with torch.autocast("cpu", enabled=False):
         return _Blocked.apply(q, k, v, bias, rule, dropout, rows or ROWS)

@@ -1,20 +1,20 @@
-"""An embedding that spells: a convolution over the bytes of a token, in the place of a table of tokens.
+"""Character CNN: token embeddings from a convolution over the bytes of each token, in place of a table.
 
-Kim 2016 (arXiv:1508.06615), as ELMo has it (Peters 2018, section 3.4): each byte of a token is a vector of 16 numbers,
-filters of 1 to 7 bytes are laid over them and the greatest answer of each is taken; two highway layers (Srivastava
-2015) and a linear map follow. Words that end alike so begin alike, before anything is learnt of either.
+Kim 2016 (arXiv:1508.06615) as in ELMo (Peters 2018, section 3.4): each byte of a token is a vector of 16 numbers, filters
+of 1 to 7 bytes are applied and max-pooled; two highway layers (Srivastava 2015) and a linear map follow. Words with a
+common ending have similar embeddings even before training.
 
 >>> from firth.model.config import ModelConfig
->>> shape = ModelConfig(vocab_size=2, hidden_size=8, num_layers=1, num_heads=1, max_characters=7, char_filters=64, tie_embeddings=False)
->>> embedding = CharacterCNN(shape)
+>>> sizes = dict(vocab_size=2, hidden_size=8, num_layers=1, num_heads=1, max_characters=7, char_filters=64)
+>>> embedding = CharacterCNN(ModelConfig(**sizes, tie_embeddings=False))
 >>> embedding.set_token_characters(["un", "fair"])
 >>> embedding.spelling[0].tolist()
 [257, 118, 111, 258, 0, 0, 0]
 >>> embedding(torch.tensor([[0, 1, 0]])).shape
 torch.Size([1, 3, 8])
 
-Where we differ: bytes, and pieces of words where the tokenizer has such (a piece with its blank, if it has one); each
-token of a batch is read once, however often it stands there.
+Differences from ELMo: bytes, and subwords where the tokenizer has them (with their space, if any); each distinct token of a
+batch is computed once.
 """
 
 from __future__ import annotations
@@ -26,49 +26,55 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from firth.model.config import ModelConfig
-from firth.model.parameter_count import LETTER, LETTERS, WINDOWS
+from firth.model.parameter_count import CHARACTER_DIM, FILTER_SHARES, NUM_CHARACTERS
 
-FIRST, LAST = 257, 258
-"""The letters before and behind a token; 0 is none, a byte b is b + 1."""
+TOKEN_START, TOKEN_END = 257, 258
+"""Symbols before and after a token; 0 is padding, a byte b is b + 1."""
 
 
 class CharacterCNN(nn.Module):
-    """Token ids (..., T) -> vectors (..., T, table width). spelling (vocab, characters): the letters of each id, in the file too.
+    """Token ids (..., T) -> embeddings (..., T, embedding_dim).
 
-    weight: the vectors of the letters.
+    Attributes:
+        spelling: (vocab_size, max_characters), the symbols of each token id; saved with the weights.
+        weight: The embeddings of the symbols.
     """
 
     spelling: Tensor
 
     def __init__(self, config: ModelConfig):
         super().__init__()
-        self.longest = config.max_characters
+        self.max_characters = config.max_characters
         self.register_buffer("spelling", torch.zeros(config.vocab_size, config.max_characters, dtype=torch.int16))
-        self.weight = nn.Parameter(torch.empty(LETTERS, LETTER))
+        self.weight = nn.Parameter(torch.empty(NUM_CHARACTERS, CHARACTER_DIM))
         nn.init.uniform_(self.weight, -1, 1)
-        self.filters = nn.ModuleList(nn.Conv1d(LETTER, config.char_filters * n // 64, size) for size, n in WINDOWS)
+        self.filters = nn.ModuleList(
+            nn.Conv1d(CHARACTER_DIM, config.char_filters * n // 64, size) for size, n in FILTER_SHARES
+        )
         self.highways = nn.ModuleList(nn.Linear(config.char_filters, 2 * config.char_filters) for _ in range(2))
         self.down = nn.Linear(config.char_filters, config.embedding_dim)
         for layer in (*self.highways, self.down):
             nn.init.normal_(layer.weight, std=config.char_filters**-0.5)
             nn.init.zeros_(layer.bias)
-        for highway in self.highways:  # begin by carrying, not by changing (ELMo)
+        for highway in self.highways:  # start by carrying the input (ELMo)
             nn.init.constant_(highway.bias.data[config.char_filters :], -2.0)  # type: ignore[index]
 
     def set_token_characters(self, pieces: Sequence[str]) -> None:
-        """Learn how each id is written; of a long piece the first bytes are kept."""
+        """Set the text of each token id; of a long one the first bytes are used."""
         rows = []
         for piece in pieces:
-            letters = [FIRST, *(b + 1 for b in piece.encode()[: self.longest - 2]), LAST]
-            rows.append(letters + [0] * (self.longest - len(letters)))
+            symbols = [TOKEN_START, *(b + 1 for b in piece.encode()[: self.max_characters - 2]), TOKEN_END]
+            rows.append(symbols + [0] * (self.max_characters - len(symbols)))
         self.spelling.copy_(torch.tensor(rows, dtype=torch.int16))
 
     def forward(self, tokens: Tensor) -> Tensor:
-        known, at = tokens.unique(return_inverse=True)
-        letters = F.embedding(self.spelling[known].int(), self.weight, padding_idx=None).transpose(1, 2)  # (U, 16, L)
-        x = torch.cat([F.relu(convolve(letters).amax(-1)) for convolve in self.filters], -1)  # (U, filters)
+        distinct, inverse = tokens.unique(return_inverse=True)
+        symbols = F.embedding(self.spelling[distinct].int(), self.weight, padding_idx=None).transpose(
+            1, 2
+        )  # (U, 16, L)
+        x = torch.cat([F.relu(convolve(symbols).amax(-1)) for convolve in self.filters], -1)  # (U, filters)
         for highway in self.highways:
             new, gate = highway(x).chunk(2, -1)
             gate = gate.sigmoid()
             x = gate * F.relu(new) + (1 - gate) * x
-        return F.embedding(at, self.down(x))
+        return F.embedding(inverse, self.down(x))

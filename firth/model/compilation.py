@@ -1,7 +1,7 @@
-"""torch.compile, where a recipe asks for it: of a model's blocks, and only where gradients are wanted.
+"""torch.compile of the blocks of a model in training (`compile=true`).
 
-A block is compiled once for all layers of its kind; the whole model would take longer, and break where a batch's visibility
-is lowered. Evaluation and generation stay as they are: their lengths change with every call.
+A block is compiled once for all layers of its kind; the whole model would take longer, and break the graph where attention
+masks are computed. Evaluation and generation are not compiled: their lengths change with every call.
 """
 
 from __future__ import annotations
@@ -22,36 +22,37 @@ if TYPE_CHECKING:
     from firth.model.model import LM
 
 
-KINDS = 32
-"""Most versions of a block that are compiled: a first one has no norm, a last one may be narrow, and widths of rows differ."""
+MAX_RECOMPILES = 32
+"""Most versions of a block: the first may have no norm, the last may run at a subset, and row lengths differ."""
 
 
-def _pass(block: Block, *read: Any) -> Tensor:
-    return block(*read)
+def _pass(block: Block, *inputs: Any) -> Tensor:
+    return block(*inputs)
 
 
 @cache
 def _compiled() -> Callable[..., Tensor]:
-    torch.compiler.config.recompile_limit = max(torch.compiler.config.recompile_limit, KINDS)
+    torch.compiler.config.recompile_limit = max(torch.compiler.config.recompile_limit, MAX_RECOMPILES)
     return torch.compile(_pass)
 
 
 def _try(device: torch.device) -> None:
     try:
         torch.compile(torch.square)(torch.ones(2, device=device))
-    except Exception as error:  # of many private kinds
-        said = str(error).strip().partition("\n")[0]
-        raise UserError(f"torch.compile does not work here ({said}): set compile=false") from error
+    except Exception as error:  # of many private types
+        reason = str(error).strip().partition("\n")[0]
+        raise UserError(f"torch.compile does not work here ({reason}): set compile=false") from error
 
 
 def compile_blocks(model: LM) -> None:
-    """Let every block of every trunk be compiled when it is first trained.
+    """Compile every block of every transformer stack when it is first trained.
 
-    Raises UserError where there is nothing to compile, or torch cannot (no compiler, no headers of Python).
+    Raises:
+        UserError: There is nothing to compile, or torch.compile fails (no compiler, no Python headers).
     """
-    trunks = [module for module in model.modules() if isinstance(module, TransformerStack) and module.blocks]
-    if not trunks:
-        raise UserError("compile=true compiles blocks of attention, and this model has none: set compile=false")
+    stacks = [module for module in model.modules() if isinstance(module, TransformerStack) and module.blocks]
+    if not stacks:
+        raise UserError("compile=true compiles transformer blocks, and this model has none: set compile=false")
     _try(next(model.parameters()).device)
-    for stack in trunks:
-        stack.through = _compiled()
+    for stack in stacks:
+        stack.block_runner = _compiled()

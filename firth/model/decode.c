@@ -1,9 +1,9 @@
-/* One step of a decoder that writes token by token: the new token of each row through all blocks, in one call.
+/* One decoding step: the new token of each row through all blocks, in one call.
 
-   With torch's operators a token is 1,000 to 2,000 calls, which take longer than reading the weights does. Here one parallel
-   region runs the whole stack. Activations and sums are fp32. Weights are fp32, bf16, or int8 with a step per output; keys and
-   values are fp32 or bf16. A sum adds in one fixed order, so a row gets the same bits in any batch and with any number of
-   threads. `firth.generate.native_decoder` says which models are computed here. */
+   With torch's operators a token takes 1,000 to 2,000 calls, which take longer than reading the weights. Here one parallel
+   region runs the whole stack. Activations and sums are fp32. Weights are fp32, bf16, or int8 with a scale per output; keys
+   and values are fp32 or bf16. Sums have a fixed order, so a row gives the same bits in any batch and with any number of
+   threads. `firth.generate.native_decoder` lists the supported models. */
 
 #include "native.h"
 #if defined(__AVX2__) || defined(__AVX512F__)
@@ -19,8 +19,8 @@ enum { FP32, BF16, INT8 };
 enum { NO_NORM, RMS_NORM, LAYER_NORM };
 
 typedef struct {
-    const void *weight; /* (out, in); null: there is no such map */
-    const float *steps; /* (out,) of INT8, else null */
+    const void *weight; /* (out, in); null: no such map */
+    const float *steps; /* (out,), the scales of int8 weights, else null */
     const float *bias;  /* (out,) or null */
     int64_t in, out, kind;
 } Map;
@@ -32,7 +32,7 @@ typedef struct {
 } Norm;
 
 typedef struct {
-    Map q, k, v, o; /* k and v have no weight in cross-attention: its keys and values are made once, from the source */
+    Map q, k, v, o; /* k and v have no weight in cross-attention: its keys and values are computed once from the source */
     const float *q_gain, *k_gain; /* (head_dim,) or null */
     void *keys, *values; /* (rows, kv_heads, capacity, head_dim) */
     int64_t capacity;
@@ -40,14 +40,14 @@ typedef struct {
 
 typedef struct {
     Norm attention_norm, cross_norm, mlp_norm;
-    Attention attention, cross; /* cross.o has no weight where there is no encoder */
+    Attention attention, cross; /* cross.o has no weight without an encoder */
     Map gate, up, down;
 } Layer;
 
 typedef struct {
     const Layer *layers;
     int64_t depth, width, heads, kv_heads, head_dim, hidden, post_norm, activation, cache_kind, tiles;
-    double scale, qk_eps; /* qk_eps: negative where queries and keys are not made unit RMS */
+    double scale, qk_eps; /* qk_eps: negative: no norm of queries and keys */
     const float *cosine, *sine; /* (positions, head_dim) and (positions, head_dim / 2), or null */
     Norm norm;
     Map head;
@@ -55,13 +55,13 @@ typedef struct {
 
 typedef struct {
     float *x;                 /* (rows, width): embeddings in, final states out */
-    float *logits;            /* (rows, head.out), where the head has a weight */
+    float *logits;            /* (rows, head.out), if the head has a weight */
     const int64_t *positions; /* (rows,) */
-    const uint8_t *shown;     /* (rows, capacity): which slots a row may see; null: all */
+    const uint8_t *shown;     /* (rows, capacity): slots that a row attends to; null: all */
     const float *bias;        /* (1 or rows, heads, length + 1) added to the scores of self-attention, or null */
     int64_t bias_stride;      /* 0: the same for all rows */
-    const uint8_t *source;    /* (rows, source length): which tokens of the source a row may see; null: all */
-    int64_t rows, length, source_length; /* length: slots that are filled; the new token goes to the next */
+    const uint8_t *source;    /* (rows, source length): source tokens that a row attends to; null: all */
+    int64_t rows, length, source_length; /* length: filled slots; the new token goes to the next */
 } Step;
 
 /* ------------------------------------------------------------------------------------------ products */
@@ -83,7 +83,7 @@ typedef int8_t B __attribute__((vector_size(LANES), aligned(1), may_alias));
 #else
 #define PICK(p, q, ...) __builtin_shuffle(p, q, (I){__VA_ARGS__})
 #endif
-/* Two vectors of sums that are spread over g lanes each -> one in which they are spread over g / 2. */
+/* Two vectors of sums spread over g lanes each -> one in which they are spread over g / 2. */
 #if LANES == 16
 INLINE V fold16(V p, V q) {
     return PICK(p, q, 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23) +
@@ -124,7 +124,7 @@ INLINE V fold(V *v, const int n) {
 
 INLINE V weights_at(const void *w, int64_t at, const int kind) {
     if (kind == FP32) return *(const V *)((const float *)w + at);
-#if defined(__AVX512F__) /* compilers make poor code of the general form below */
+#if defined(__AVX512F__) /* compilers generate poor code for the general form below */
     if (kind == BF16) return (V)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const void *)((const uint16_t *)w + at))), 16);
     return (V)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const void *)((const int8_t *)w + at))));
 #elif defined(__AVX2__)
@@ -160,14 +160,26 @@ INLINE void tile(const float *x, int64_t ldx, const void *w, int64_t at, int64_t
             for (int o = 0; o < O; o++) a[r * O + o] += value * ws[o];
         }
     }
+    if (i < in) { /* the rest of the row, padded with zeros: the same instructions for any R, so the same bits in any batch */
+        const size_t size = kind == FP32 ? 4 : kind == BF16 ? 2 : 1, left = in - i;
+        V ws[O];
+        for (int o = 0; o < O; o++) {
+            float raw[LANES] = {0};
+            memcpy(raw, (const char *)w + (at + o * in + i) * size, left * size);
+            ws[o] = weights_at(raw, 0, kind);
+        }
+        for (int r = 0; r < R; r++) {
+            float values[LANES] = {0};
+            memcpy(values, x + r * ldx + i, left * sizeof(float));
+            V value = *(const V *)values;
+            for (int o = 0; o < O; o++) a[r * O + o] += value * ws[o];
+        }
+    }
     V total = fold(a, R * O);
     for (int j = 0; j < R * O; j++) sums[j] = total[j];
-    for (; i < in; i++) /* what is left of the row */
-        for (int r = 0; r < R; r++)
-            for (int o = 0; o < O; o++) sums[r * O + o] += x[r * ldx + i] * weight_at(w, at + o * in + i, kind);
 }
 
-#define BLOCK 8 /* outputs that are computed together */
+#define BLOCK 8 /* outputs computed together */
 
 /* y[r, o] for o from `first` to `last`, at most BLOCK of them: sums of R rows, O outputs at a time. */
 INLINE void some_rows(const float *x, int64_t ldx, const void *w, int64_t in, int64_t first, int64_t last, const int kind,
@@ -201,17 +213,17 @@ static void dots(const float *x, int64_t ldx, int64_t rows, const void *w, int64
     else all_rows(x, ldx, rows, w, in, first, last, INT8, y, ldy);
 }
 
-#define MIN_TILE_ROWS 5 /* fewer rows are as quick as their weights are read, by vectors too */
+#define MIN_TILE_ROWS 5 /* with fewer rows, vectors too are as fast as reading the weights */
 
-/* Put the sums of an output into y: times its step, with its bias, on top of what is there where `add`. */
+/* Write the sums of an output to y: times its scale, plus its bias, added to y with `add`. */
 INLINE void put(const Map *map, int64_t o, float sum, float *y, int add) {
     sum = sum * (map->steps ? map->steps[o] : 1) + (map->bias ? map->bias[o] : 0);
     *y = add ? *y + sum : sum;
 }
 
 #ifdef TILES
-/* Matrix instructions (AMX): 16 outputs by 16 rows by 32 inputs at once, in bf16. An activation is the sum of two bf16 numbers, so
-   that it keeps 16 bits; int8 weights are exact in bf16. */
+/* Matrix instructions (AMX): 16 outputs by 16 rows by 32 inputs at once, in bf16. An activation is split into two bf16 numbers,
+   which keeps 16 bits; int8 weights are exact in bf16. */
 
 static void configure_tiles(void) {
     struct { uint8_t palette, start, unused[14]; uint16_t bytes[16]; uint8_t rows[16]; } config = {.palette = 1};
@@ -219,7 +231,7 @@ static void configure_tiles(void) {
     _tile_loadconfig(&config);
 }
 
-/* 16 rows of x (zeros from `rows` on) as tiles: pairs of inputs, for each of them all rows; the large parts, then the small. */
+/* 16 rows of x (zeros from `rows` on) as tiles: pairs of inputs, for each pair all rows; high parts, then low parts. */
 static void pack(const float *x, int64_t ldx, int64_t rows, int64_t in, uint16_t *packed) {
     memset(packed, 0, in * 64);
     for (int64_t r = 0; r < rows; r++)
@@ -242,7 +254,7 @@ static void widen(const int8_t *w, int64_t in, uint16_t *to) {
     }
 }
 
-/* `product` for outputs in 32s: what is left of them is for `dots`. */
+/* `product` for multiples of 32 outputs; the rest is for `dots`. */
 static void tile_product(const Map *map, const float *x, int64_t ldx, int64_t rows, float *y, int64_t ldy, int add) {
     int64_t in = map->in, groups = (rows + 15) / 16, whole = map->out / 32 * 32;
     uint16_t *packed = (uint16_t *)scratch(groups * in * 16), wide[2][512];
@@ -288,7 +300,7 @@ static void tile_product(const Map *map, const float *x, int64_t ldx, int64_t ro
 }
 #endif
 
-/* Whether this library and this system have the matrix instructions; asks the system to let the process use them. */
+/* Whether library and system support the matrix instructions; requests permission for the process. */
 EXPORT int has_tiles(void) {
 #ifdef TILES
     return syscall(SYS_arch_prctl, 0x1023 /* ARCH_REQ_XCOMP_PERM */, 18 /* XFEATURE_XTILEDATA */) == 0;
@@ -297,7 +309,7 @@ EXPORT int has_tiles(void) {
 #endif
 }
 
-/* y = x w' + bias, or y += that where `add`. All threads call it, and none waits at its end. */
+/* y = x w' + bias, or y += that with `add`. All threads call it; there is no barrier at its end. */
 static void product(const Map *map, const float *x, int64_t ldx, int64_t rows, float *y, int64_t ldy, int add, int tiles) {
     int64_t start = 0;
     if (!map->weight) return;
@@ -319,7 +331,7 @@ static void product(const Map *map, const float *x, int64_t ldx, int64_t rows, f
     }
 }
 
-/* The product alone: x (rows, in) -> y (rows, out). */
+/* The product only: x (rows, in) -> y (rows, out). */
 EXPORT void few_rows(const Map *map, const float *x, float *y, int64_t rows, int tiles, int threads) {
     #pragma omp parallel num_threads(threads)
     {
@@ -358,7 +370,7 @@ static void normalize(const Norm *norm, const float *x, float *y, int64_t rows, 
     }
 }
 
-/* A head of a query or a key in place: unit RMS, its gain, turned to its position. */
+/* A head of a query or a key, in place: unit RMS, gain, rotary position. */
 static void place_head(float *x, const float *gain, const Model *model, const Step *step, int64_t row) {
     int64_t width = model->head_dim;
     float turned[width], eps = model->qk_eps;
@@ -430,7 +442,7 @@ static void attend(const Model *model, const Attention *at, const float *q, floa
 
 /* ------------------------------------------------------------------------------------------ the step */
 
-/* Self-attention of the new tokens: x += o(attend(q, keys, values)), their keys and values kept in the next slot. */
+/* Self-attention of the new tokens: x += o(attend(q, keys, values)); their keys and values are stored in the next slot. */
 static void self_attention(const Model *model, const Attention *at, const Step *step, const float *from, float *joined,
                            float *mixed) {
     int64_t width = model->head_dim, queries = model->heads * width, keys = model->kv_heads * width;
@@ -458,7 +470,7 @@ static void self_attention(const Model *model, const Attention *at, const Step *
     #pragma omp barrier
 }
 
-/* Attention to the source: queries have no position, as in `firth.model.block`. */
+/* Cross-attention: queries have no position, as in `firth.model.block`. */
 static void cross_attention(const Model *model, const Attention *at, const Step *step, const float *from, float *q,
                             float *mixed) {
     int64_t queries = model->heads * model->head_dim, rows = step->rows;

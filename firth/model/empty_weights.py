@@ -1,4 +1,4 @@
-"""Modules that hold nothing, to know their tensors' names and sizes, or to be filled from a file.
+"""Modules on the meta device, to know the names and sizes of their tensors or to be filled from a file.
 
 >>> from torch import nn
 >>> with init_empty_weights():
@@ -20,7 +20,7 @@ FILLS = ("normal_", "uniform_", "kaiming_uniform_", "zeros_", "ones_", "zero_", 
 
 
 class _Unfilled(TorchFunctionMode):
-    """Leaves out what fills a tensor: of no use here, and 1.5 ms for each matrix that is normally distributed."""
+    """Skips functions that initialize a tensor, which take 1.5 ms for each normally distributed matrix."""
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -32,6 +32,6 @@ class _Unfilled(TorchFunctionMode):
 
 @contextmanager
 def init_empty_weights() -> Iterator[None]:
-    """Make modules on the meta device, unfilled."""
+    """Create modules on the meta device, without initialization."""
     with torch.device("meta"), _Unfilled():
         yield

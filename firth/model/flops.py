@@ -1,18 +1,18 @@
-"""What a batch costs to train on: the multiplications and additions of its matrix products, counted and not estimated.
+"""Exact FLOPs of a training step: the multiplications and additions of its matrix products.
 
-Forward, a linear map of m to n numbers costs 2 m n per position; scores and weighted values cost 4 * head_width * heads
-per pair of positions of which one sees the other (a dense kernel computes masked pairs too; they are not counted); the
-vocabulary head costs 2 width vocab at the positions where something is asked. Backward costs twice the forward. Norms,
-activations and softmax are not matrix products and are left out; so is XLNet's map of the distances, made once a batch
-and block. 6 N D (Kaplan et al. 2020) is this without attention.
+Forward, a linear map of m to n numbers costs 2 m n per position; scores and weighted values cost 4 * head_dim * num_heads
+per visible (query, key) pair (a dense kernel computes masked pairs too; they are not counted); the LM head costs
+2 * hidden_size * vocab_size per supervised position. Backward costs twice the forward. Norms, activations and softmax are
+not matrix products and are left out; so is XLNet's projection of the distances, once a batch and block. 6 N D (Kaplan et
+al. 2020) is this without attention.
 
-What a batch costs is asked of the objective (`Objective.run_flops`, `loss_flops`), which knows how often it runs the model
-and on what; it adds up what stands here: `trunk` for a forward and backward pass of a model of a shape, `head` for its
-vocabulary head, `linear` for a map of its own.
+The cost of a batch comes from the objective (`Objective.forward_flops`, `loss_flops`), which knows how often it runs the
+model and on what. It adds up the functions here: `stack_flops` for a forward and backward pass of a model, `head_flops`
+for its LM head, `linear` for other maps.
 
 >>> from firth.model.config import decoder_config
->>> shape = decoder_config(vocab_size=8192, hidden_size=384, num_layers=6)
->>> f"{stack_flops(shape, Work(positions=4096, pairs=4096 * 128)) + head_flops(shape, 4096):.3g}"
+>>> config = decoder_config(vocab_size=8192, hidden_size=384, num_layers=6)
+>>> f"{stack_flops(config, Work(positions=4096, pairs=4096 * 128)) + head_flops(config, 4096):.3g}"
 '3.53e+11'
 """
 
@@ -25,30 +25,54 @@ import torch
 from torch import Tensor, nn
 
 from firth.model.config import ModelConfig
-from firth.model.parameter_count import VECTORS, recurrent_products
+from firth.model.parameter_count import LATENT_VECTORS, recurrent_products
 from firth.types import IGNORE, NEVER, Batch
 
 
 @dataclass(frozen=True)
 class MemoryWork:
-    """What there is to read before the rows: tokens, pairs of them, and how often a token of a row sees one."""
+    """Counts of a memory before rows.
+
+    Args:
+        positions: Tokens of the memory.
+        pairs: Visible (query, key) pairs within it.
+        crossing_pairs: Visible pairs of a query in a row and a key in the memory.
+    """
 
     positions: int = 0
     pairs: int = 0
     crossing_pairs: int = 0
 
     def cost(self, depth: int, position: int, keys: int, pair: int) -> float:
-        """In multiplications of a pass forward of which the backward one is twice: position, keys (a position's keys and
-        values) and pair are such costs. All blocks but the last read the memory, without gradient; every block makes keys and
-        values of it, with one."""
-        read = (depth - 1) * (self.positions * position + self.pairs * pair) / 3
-        return read + depth * (self.positions * keys + self.crossing_pairs * pair)
+        """Return the cost of the memory in forward multiplications, with a backward pass of twice as many.
+
+        All blocks but the last run on the memory without gradient; every block computes its keys and values with one.
+
+        Args:
+            depth: Number of blocks.
+            position: Cost of a block per position.
+            keys: Cost of the keys and values of a position.
+            pair: Cost of a visible pair.
+        """
+        forward_only = (depth - 1) * (self.positions * position + self.pairs * pair) / 3
+        return forward_only + depth * (self.positions * keys + self.crossing_pairs * pair)
 
 
 @dataclass(frozen=True)
 class Work:
-    """What there is to read in a batch: positions and visible pairs; an encoder-decoder's source, in so many rows; what
-    stands before rows. spared, spared_pairs: positions whose last state no one wants, and pairs in which they are who looks."""
+    """Counts of a batch, without padding.
+
+    Args:
+        positions: Tokens, and queries without a key.
+        pairs: Visible (query, key) pairs.
+        source_positions: Tokens of an encoder-decoder's source.
+        source_pairs: Visible pairs within the source.
+        crossing_pairs: Visible pairs of a query in the target and a key in the source.
+        rows: Rows of an encoder-decoder's batch.
+        skipped_positions: Positions whose last state is not needed.
+        skipped_pairs: Visible pairs whose query is such a position.
+        memory: Of the tokens before rows.
+    """
 
     positions: int
     pairs: int
@@ -56,129 +80,146 @@ class Work:
     source_pairs: int = 0
     crossing_pairs: int = 0
     rows: int = 0
-    spared: int = 0
-    spared_pairs: int = 0
+    skipped_positions: int = 0
+    skipped_pairs: int = 0
     memory: MemoryWork = dataclasses.field(default_factory=lambda: MemoryWork())
 
 
-BOTH = 3.0 * 2.0
-"""A multiplication is added up: 2; the backward pass computes two products for each of the forward one: 3 in all."""
+FLOPS_PER_PRODUCT = 3.0 * 2.0
+"""2 for a multiplication and an addition, times 3 for the forward product and the two of the backward pass."""
 
 
 def linear(rows: int, inputs: int, outputs: int) -> float:
-    """A linear map of so many rows, forward and backward."""
-    return BOTH * rows * inputs * outputs
+    """Return the FLOPs of a linear map of `rows` rows, forward and backward."""
+    return FLOPS_PER_PRODUCT * rows * inputs * outputs
 
 
 def stack_flops(config: ModelConfig, work: Work) -> float:
-    """FLOPs of the model without its head, forward and backward: the one place that knows what an architecture costs."""
+    """Return the FLOPs of the model without its head, forward and backward."""
     if config.rnn_type:
-        return BOTH * work.positions * recurrent_products(config)
+        return FLOPS_PER_PRODUCT * work.positions * recurrent_products(config)
     queries, keys = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
     ends, both = 2 * config.hidden_size * queries, 2 * config.hidden_size * keys  # q and o; k and v
     mlp = config.hidden_size * config.intermediate_size * (3 if config.gated else 2)
-    # Scores, and the values weighed by them; XLNet scores the distance too.
-    seen = (3 if config.position == "xlnet" else 2) * queries
-    mixed = work.positions * config.linformer_k * (seen + 2 * keys)
-    total: float = config.num_layers * (work.positions * (ends + both + mlp) + (mixed or work.pairs * seen))
-    total -= work.spared * (ends + mlp) + work.spared_pairs * seen  # in the last block
+    # Scores and weighted values; XLNet scores the distance too.
+    pair = (3 if config.position == "xlnet" else 2) * queries
+    slots = work.positions * config.linformer_k * (pair + 2 * keys)
+    total: float = config.num_layers * (work.positions * (ends + both + mlp) + (slots or work.pairs * pair))
+    total -= work.skipped_positions * (ends + mlp) + work.skipped_pairs * pair  # in the last block
     total += (work.positions + work.source_positions) * config.embedding_size * config.hidden_size
     if config.num_encoder_layers:
-        total += config.num_encoder_layers * (work.source_positions * (ends + both + mlp) + work.source_pairs * seen)
-        told, seeing = work.source_positions, work.crossing_pairs
+        total += config.num_encoder_layers * (work.source_positions * (ends + both + mlp) + work.source_pairs * pair)
+        sources, cross_pairs = work.source_positions, work.crossing_pairs
         if config.latent_size:
-            told, seeing = work.rows * VECTORS, work.positions * VECTORS
-            total += work.rows * config.latent_size * config.hidden_size * (2 + VECTORS)
-        total += config.num_layers * (work.positions * ends + told * both + seeing * seen)
-    total += work.memory.cost(config.num_layers, ends + both + mlp, both, seen)
-    return BOTH * total
+            sources, cross_pairs = work.rows * LATENT_VECTORS, work.positions * LATENT_VECTORS
+            total += work.rows * config.latent_size * config.hidden_size * (2 + LATENT_VECTORS)
+        total += config.num_layers * (work.positions * ends + sources * both + cross_pairs * pair)
+    total += work.memory.cost(config.num_layers, ends + both + mlp, both, pair)
+    return FLOPS_PER_PRODUCT * total
 
 
 def with_prefix(work: Work, batch: Batch, config: ModelConfig, prefix: int, prompt: int) -> Work:
-    """The work with trained positions before every text (`firth.model.prefix`): so many keys that every token sees, and so
-    many tokens more, which see one another and, in an encoder, their text."""
+    """Return the work with trained positions before every text (`firth.model.prefix`).
+
+    Args:
+        work: Without them.
+        batch: What `work` was counted on.
+        config: The architecture.
+        prefix: Keys that every token attends to.
+        prompt: Tokens before each text, which attend to each other and, in an encoder, to their text.
+    """
     side = "source_" if config.num_encoder_layers else ""
     _, _, document = _rows(batch, side)
     texts = int((document.amax(-1).clamp(min=1) if f"{side}document_ids" in batch else torch.ones(len(document))).sum())
-    read = work.source_positions if config.num_encoder_layers else work.positions
+    tokens = work.source_positions if config.num_encoder_layers else work.positions
     causal = config.causal and not config.num_encoder_layers
-    more = prompt * read + texts * prompt * (prompt + 1) // 2 if causal else 2 * prompt * read + texts * prompt**2
-    seen = work.pairs + prefix * work.positions
+    more = prompt * tokens + texts * prompt * (prompt + 1) // 2 if causal else 2 * prompt * tokens + texts * prompt**2
+    pairs = work.pairs + prefix * work.positions
     if config.num_encoder_layers:
         return dataclasses.replace(
-            work, pairs=seen, source_positions=read + texts * prompt, source_pairs=work.source_pairs + more,
+            work, pairs=pairs, source_positions=tokens + texts * prompt, source_pairs=work.source_pairs + more,
             crossing_pairs=work.crossing_pairs + prompt * work.positions,
         )  # fmt: skip
-    return dataclasses.replace(work, pairs=seen + more, positions=read + texts * prompt)
+    return dataclasses.replace(work, pairs=pairs + more, positions=tokens + texts * prompt)
 
 
 def trained_share(model: nn.Module) -> float:
-    """What of `trunk`'s work is done where weights are frozen: 1 where all are trained.
+    """Return the FLOPs of a step as a share of `stack_flops`, which assumes that all weights are trained.
 
-    A matrix costs a product forward, one back to what came before it, and one for its own gradient, which a frozen one is
-    spared: 4 N D and not 6. Where nothing that is trained lies in the trunk or before it, nothing goes back: 2 N D.
-    Adapters (`firth.peft.lora`) come on top with all three. The scores of attention go by the same share.
+    A matrix costs a forward product, one for the gradient of its input, and one for its own gradient, which a frozen matrix
+    does not need: 4 N D and not 6. If nothing in or before the stack is trained, there is no backward pass: 2 N D. LoRA
+    adapters (`firth.peft.lora`) add all three. The scores of attention are counted with the same share.
     """
-    own = frozen = low = 0
-    back = False
+    trained = frozen = lora = 0
+    backward = False
     for name, p in model.named_parameters():
-        room, _, rest = name.partition(".")
-        back |= p.requires_grad and (room != "heads" or rest.startswith(("prefix.", "prompt.")))
-        if p.ndim < 2 or room not in ("stack", "encoder", "latent"):
+        module, _, rest = name.partition(".")
+        backward |= p.requires_grad and (module != "heads" or rest.startswith(("prefix.", "prompt.")))
+        if p.ndim < 2 or module not in ("stack", "encoder", "latent"):
             continue
         if ".low." in rest:
-            low += p.numel()
+            lora += p.numel()
         elif p.requires_grad:
-            own += p.numel()
+            trained += p.numel()
         else:
             frozen += p.numel()
-    whole = own + frozen
-    return (3 * (own + low) + (1 + back) * frozen) / (3 * whole) if whole else 1.0
+    total = trained + frozen
+    return (3 * (trained + lora) + (1 + backward) * frozen) / (3 * total) if total else 1.0
 
 
-def head_flops(config: ModelConfig, asked: int) -> float:
-    """FLOPs of the vocabulary head, forward and backward, where it runs at so many positions."""
+def head_flops(config: ModelConfig, positions: int) -> float:
+    """Return the FLOPs of the LM head at `positions` positions, forward and backward."""
     if config.lm_head == "transform":
-        return linear(asked, config.embedding_dim, config.vocab_size + config.hidden_size)
-    return linear(asked, config.hidden_size, config.vocab_size)
+        return linear(positions, config.embedding_dim, config.vocab_size + config.hidden_size)
+    return linear(positions, config.hidden_size, config.vocab_size)
 
 
-def work(batch: Batch, wanted: Tensor | None = None) -> Work:
-    """Count a batch. Padding (`key_time` NEVER) counts as nothing. wanted (..., T) bool: where the last states are read."""
-    looks, appears, document = _rows(batch, "")
-    real = appears != NEVER
-    if "query_time" in batch:  # a query is seen by nobody, but it looks
-        real |= looks > -NEVER
-    own, idle = int(real.sum()), torch.zeros_like(real) if wanted is None else real & ~wanted.flatten(0, -2)
-    pairs, spared = (_pairs(looks, appears, document, some, document) for some in (real, idle))
-    if "key_expiry" in batch:  # what has left has appeared
-        leaves = batch["key_expiry"].flatten(0, -2).long()
-        pairs, spared = (
-            n - _pairs(looks, leaves, document, some, document) for n, some in ((pairs, real), (spared, idle))
+def work(batch: Batch, needed: Tensor | None = None) -> Work:
+    """Count a batch.
+
+    Args:
+        batch: Fields (..., T); padding (`key_time` NEVER) is not counted.
+        needed: (..., T) bool, where the last states are read; None: everywhere.
+    """
+    query_time, key_time, document = _rows(batch, "")
+    real = key_time != NEVER
+    if "query_time" in batch:  # a query without a key is computed too
+        real |= query_time > -NEVER
+    positions, unneeded = int(real.sum()), torch.zeros_like(real) if needed is None else real & ~needed.flatten(0, -2)
+    pairs, skipped = (_pairs(query_time, key_time, document, some, document) for some in (real, unneeded))
+    if "key_expiry" in batch:  # an expired key was visible from its key_time on: subtract its pairs
+        key_expiry = batch["key_expiry"].flatten(0, -2).long()
+        pairs, skipped = (
+            n - _pairs(query_time, key_expiry, document, some, document)
+            for n, some in ((pairs, real), (skipped, unneeded))
         )
     if "memory_tokens" in batch:
-        memory = _memory(batch, looks, document, real)
-        spared += _memory(batch, looks, document, idle).crossing_pairs
-        return Work(own, pairs, spared=int(idle.sum()), spared_pairs=spared, memory=memory)
+        memory = _memory(batch, query_time, document, real)
+        skipped += _memory(batch, query_time, document, unneeded).crossing_pairs
+        return Work(positions, pairs, skipped_positions=int(unneeded.sum()), skipped_pairs=skipped, memory=memory)
     if "source_tokens" not in batch:
-        return Work(own, pairs, spared=int(idle.sum()), spared_pairs=spared)
-    source_looks, source_appears, source_document = _rows(batch, "source_")
-    there = source_appears != NEVER
-    within = _pairs(source_looks, source_appears, source_document, there, source_document)
-    across = _pairs(torch.full_like(looks, NEVER - 1), source_appears, source_document, appears != NEVER, document)
-    return Work(own, pairs, int(there.sum()), within, across, len(looks))
+        return Work(positions, pairs, skipped_positions=int(unneeded.sum()), skipped_pairs=skipped)
+    source_query_time, source_key_time, source_document = _rows(batch, "source_")
+    source_real = source_key_time != NEVER
+    within = _pairs(source_query_time, source_key_time, source_document, source_real, source_document)
+    across = _pairs(
+        torch.full_like(query_time, NEVER - 1), source_key_time, source_document, key_time != NEVER, document
+    )
+    return Work(positions, pairs, int(source_real.sum()), within, across, len(query_time))
 
 
-def _memory(batch: Batch, looks: Tensor, document: Tensor, real: Tensor) -> MemoryWork:
-    """What stands before the rows, which all of its own document see."""
-    _, appears, key_document = _rows(batch, "memory_")
-    there = appears != NEVER
-    within = _pairs(torch.zeros_like(appears), appears, key_document, there, key_document)
-    return MemoryWork(int(there.sum()), within, _pairs(torch.zeros_like(looks), appears, key_document, real, document))
+def _memory(batch: Batch, query_time: Tensor, document: Tensor, real: Tensor) -> MemoryWork:
+    """Count the memory before the rows, which all queries of its document attend to."""
+    _, key_time, key_document = _rows(batch, "memory_")
+    memory_real = key_time != NEVER
+    within = _pairs(torch.zeros_like(key_time), key_time, key_document, memory_real, key_document)
+    return MemoryWork(
+        int(memory_real.sum()), within, _pairs(torch.zeros_like(query_time), key_time, key_document, real, document)
+    )
 
 
 def real_tokens(batch: Batch) -> int:
-    """How many tokens the batch holds, its source's with them; without padding, queries and what only stands in for a token."""
+    """Return the number of tokens of a batch and its source, without padding, query slots and placeholders."""
     own = _rows(batch, "")[1] != NEVER
     if "key_expiry" in batch:
         own &= batch["key_expiry"].flatten(0, -2) == NEVER
@@ -187,12 +228,12 @@ def real_tokens(batch: Batch) -> int:
 
 
 def supervised_positions(labels: Tensor) -> int:
-    """How many positions hold a label."""
+    """Return the number of positions with a label."""
     return int((labels != IGNORE).sum())
 
 
 def _rows(batch: Batch, prefix: str) -> tuple[Tensor, Tensor, Tensor]:
-    """looks, appears and document as (B, T) int64, zeros where the batch has none."""
+    """Return query_time, key_time and document_ids as (B, T) int64, zeros where the batch has none."""
     tokens = batch[prefix + "tokens"]
     zeros = torch.zeros_like(tokens)
     fields = [
@@ -201,9 +242,9 @@ def _rows(batch: Batch, prefix: str) -> tuple[Tensor, Tensor, Tensor]:
     return fields[0], fields[1], fields[2]
 
 
-def _pairs(looks: Tensor, appears: Tensor, key_document: Tensor, real: Tensor, document: Tensor) -> int:
-    """How many (i, j) share a document with appears[j] <= looks[i], i real: by sorting, without a mask."""
-    keys = (key_document * (NEVER + 1) + appears).sort(-1).values
+def _pairs(query_time: Tensor, key_time: Tensor, key_document: Tensor, real: Tensor, document: Tensor) -> int:
+    """Count (i, j) of one document with key_time[j] <= query_time[i] and real[i]: by sorting, without a mask."""
+    keys = (key_document * (NEVER + 1) + key_time).sort(-1).values
     start = document * (NEVER + 1)
-    seen = torch.searchsorted(keys, start + looks, right=True) - torch.searchsorted(keys, start)
+    seen = torch.searchsorted(keys, start + query_time, right=True) - torch.searchsorted(keys, start)
     return int((seen * real).sum())

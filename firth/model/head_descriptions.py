@@ -1,6 +1,6 @@
-"""What an objective adds to a model, described in JSON and rebuilt from it, so that a saved model is whole.
+"""JSON descriptions of model heads, from which a saved model is rebuilt.
 
-A description names the kind and its sizes; no code is ever read from a file.
+A description names the kind of a module and its sizes; no code is ever read from a file.
 
 >>> describe_head(nn.Linear(8, 2))
 {'kind': 'linear', 'in': 8, 'out': 2, 'bias': True}
@@ -30,24 +30,32 @@ from firth.types import UserError
 Description = dict[str, Any]
 
 
-def describe_head(part: nn.Module) -> Description:
-    """A part in plain numbers; kind "other" if firth cannot rebuild it by itself."""
-    describe = DESCRIBE.get(type(part))
-    return {"kind": "other"} if describe is None else describe(part)
+def describe_head(head: nn.Module) -> Description:
+    """Return the JSON description of a head; kind "other" if firth cannot rebuild it."""
+    describe = DESCRIBE.get(type(head))
+    return {"kind": "other"} if describe is None else describe(head)
 
 
 def rebuild_head(description: Description, name: str) -> nn.Module:
-    """The module a description speaks of. UserError if it is of no known kind."""
+    """Return the module that a description names.
+
+    Args:
+        description: As from `describe_head`.
+        name: Name of the head, for the error message.
+
+    Raises:
+        UserError: The kind is unknown.
+    """
     kind = description.get("kind", "other")
     if kind not in REBUILD:
         raise UserError(
-            f"firth.json describes part {name!r} as {kind!r}, which cannot be rebuilt: give it to load_model"
+            f"firth.json describes head {name!r} as {kind!r}, which cannot be rebuilt: pass the module to load_model"
         )
     return REBUILD[kind](description)
 
 
 def num_outputs(description: Description) -> int:
-    """How many numbers a described part gives for a state: the rows of its last linear map; 0 where there is none.
+    """Return the number of outputs of a described head, which is that of its last linear map; 0 if there is none.
 
     >>> num_outputs({'kind': 'chain', 'of': [{'kind': 'tanh'}, {'kind': 'linear', 'in': 8, 'out': 2, 'bias': True}]})
     2

@@ -1,4 +1,4 @@
-"""A mixture of the layers of a model, learnt by the task that reads it (Peters 2018, ELMo, equation 1).
+"""Learned mixture of the layers of a model (ELMo: Peters 2018, equation 1).
 
     scale * sum over layers of softmax(weights)[layer] * states[layer]
 
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 
 class ScalarMix(nn.Module):
-    """States of all layers (layers, ..., width) -> (..., width): their mean at first, one weight for each layer later."""
+    """Weighted mean of the states of all layers: (layers, ..., width) -> (..., width); initially their plain mean."""
 
     def __init__(self, layers: int):
         super().__init__()
@@ -24,5 +24,5 @@ class ScalarMix(nn.Module):
 
     def forward(self, states: Tensor) -> Tensor:
         weights = self.weights.softmax(0)
-        # Under autocast the states are bf16 and the weights fp32, and tensordot takes no two dtypes.
+        # Under autocast the states are bf16 and the weights fp32; tensordot needs one dtype.
         return self.scale * torch.tensordot(weights, states.to(weights.dtype), 1)

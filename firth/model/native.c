@@ -1,13 +1,13 @@
-/* Elementwise pieces of a training step, each in one pass over memory: what `firth.model.native` compiles and calls.
+/* Elementwise operations of a training step, each in one pass over memory; compiled and called by `firth.model.native`.
 
-   A row is read into a buffer of floats, worked on there, and written once. Numbers in memory are fp32, or bf16 where the
-   flag `half` of a pointer is 1; all arithmetic is fp32. Rows are shared out among `threads` OpenMP threads, and no sum
-   crosses rows but those of gains and offsets: nothing else depends on how many there are, and nothing on which is first.
-   Formulas and their gradients stand in `firth/model/fused.py`, which computes the same without a compiler. */
+   A row is read into a buffer of floats, processed there, and written once. Numbers in memory are fp32, or bf16 if the flag
+   `half` of a pointer is 1; all arithmetic is fp32. Rows are divided among `threads` OpenMP threads. Only the gradients of
+   gains and offsets are sums over rows: nothing else depends on the number of threads, and nothing on their order.
+   `firth/model/fused.py` has the formulas and their gradients, and computes the same without a compiler. */
 
 #include "native.h"
 
-#define LARGE_CAP 80 /* e to a soft cap above this overflows: the largest logit of the row is taken off, as without one */
+#define LARGE_CAP 80 /* exp of a soft cap above this overflows: the largest logit of the row is subtracted, as without a cap */
 
 /* ------------------------------------------------------------------------------------------ norms
 
@@ -50,12 +50,12 @@ EXPORT void norm_forward(const void *x, int xhalf, void *y, int yhalf, const flo
     }
 }
 
-/* of: x, or where `normal_form`, (x - mean) * inverse. The gradients of gain and offset are added to those given. */
+/* of: x, or with `normal_form` (x - mean) * inverse. The gradients of gain and offset are added to the arguments. */
 EXPORT void norm_backward(const void *grad, int ghalf, const void *of, int ohalf, int normal_form, const float *gain,
                           const float *mean, const float *inverse, void *dx, int dhalf, float *dgain, float *doffset,
                           int64_t rows, int64_t width, int center, int threads) {
     int64_t kept = (dgain || doffset) ? 2 * width : 0;
-    float *sums = scratch(threads * kept + 1); /* of each thread its own, added up in order: the same every time */
+    float *sums = scratch(threads * kept + 1); /* one per thread, added up in order: deterministic */
     memset(sums, 0, threads * kept * sizeof(float));
     #pragma omp parallel num_threads(threads) if (rows * width >= SMALL)
     {
@@ -102,11 +102,11 @@ EXPORT void norm_backward(const void *grad, int ghalf, const void *of, int ohalf
 
 /* ------------------------------------------------------------------------------------------ heads
 
-   A row of joined queries, keys and values, heads of `width` numbers, to three tensors (batch, heads, length, width). Queries
-   and keys are made unit RMS where eps >= 0, and turned where there are cosines (1 or batch, length, width) and sines
-   (half as wide): (a, b) -> (a cos - b sin, b cos + a sin). `inverse` (batch, length, queries + keys) is for the way back. */
+   Rows of concatenated queries, keys and values, heads of `width` numbers -> three tensors (batch, heads, length, width).
+   Queries and keys get unit RMS if eps >= 0, and rotary positions if there are cosines (1 or batch, length, width) and sines
+   (half as wide): (a, b) -> (a cos - b sin, b cos + a sin). `inverse` (batch, length, queries + keys): for the backward pass. */
 
-/* The gradient of a head of a token before it was placed, from that after it; x: the head before. */
+/* The gradient of a head before `place`, from that after it; x: the head before. */
 static inline void unplace(const float *restrict grad, const float *restrict x, float *restrict out, const float *restrict c,
                            const float *restrict s, float factor, int unit, int64_t width) {
     int64_t side = width / 2;
@@ -167,7 +167,7 @@ EXPORT void heads_forward(const void *joined, int half, void *q, void *k, void *
     }
 }
 
-/* grads: of q, k and v, whose numbers lie at batch, head and token times the three strides of each. */
+/* grads: of q, k and v, each with three strides: batch, head and token. */
 EXPORT void heads_backward(const void *dq, const void *dk, const void *dv, const int64_t *strides, const void *joined,
                            int half, void *djoined, const float *cosine, const float *sine, int each, float eps,
                            const float *inverse, int64_t batch, int64_t length, int64_t queries, int64_t keys, int64_t width,
@@ -214,7 +214,7 @@ static inline float slope_of(int kind, float x) {
     }
 }
 
-/* Both at once, of what they share: the gradient of a gated activation needs both. */
+/* Value and derivative at once: the gradient of a gated activation needs both. */
 static inline float value_and_slope(int kind, float x, float *slope) {
     float density, below, t;
     switch (kind) {
@@ -239,7 +239,7 @@ static void values_and_slopes(int kind, const float *restrict x, float *restrict
 
 #define PART 512
 
-/* y = act(x) of rows of `width` numbers; `gated`: rows of 2 width, y = act(first half) * second half. */
+/* y = act(x) for rows of `width` numbers; `gated`: rows of 2 width, y = act(first half) * second half. */
 EXPORT void activation_forward(int kind, const void *x, void *y, int half, int gated, int64_t rows, int64_t width, int threads) {
     int64_t parts = (width + PART - 1) / PART;
     #pragma omp parallel for num_threads(threads) schedule(static) if (rows * width >= SMALL)
@@ -286,8 +286,8 @@ EXPORT void activation_backward(int kind, const void *grad, const void *x, void 
 
 /* ------------------------------------------------------------------------------------------ attention weights
 
-   scores (groups, heads, rows, keys) -> softmax(scale * scores + bias) in place. Row t of a block that begins at `start` sees
-   keys 0..start + t if `causal`, and those where `mask` is 1; strides of mask and bias are those of group, head, row. */
+   scores (groups, heads, rows, keys) -> softmax(scale * scores + bias) in place. Row t of a block that starts at `start`
+   attends to keys 0..start + t if `causal`, and to those where `mask` is 1; mask and bias have strides of group, head, row. */
 
 EXPORT void softmax_forward(void *scores, int half, const uint8_t *mask, const int64_t *mask_strides, const void *bias,
                             int bhalf, const int64_t *bias_strides, float scale, int causal, int64_t start, int64_t groups,
@@ -328,7 +328,7 @@ EXPORT void softmax_forward(void *scores, int half, const uint8_t *mask, const i
     }
 }
 
-/* slope: the gradient of the weights -> scale times that of the softmax's input, in place. */
+/* slope: gradient of the weights -> scale times the gradient of the softmax's input, in place. */
 EXPORT void softmax_backward(void *slope, const void *weights, int half, float scale, int64_t rows, int64_t keys, int threads) {
     #pragma omp parallel num_threads(threads) if (rows * keys >= SMALL)
     {
@@ -350,8 +350,8 @@ EXPORT void softmax_backward(void *slope, const void *weights, int half, float s
 
 /* ------------------------------------------------------------------------------------------ cross-entropy
 
-   products (rows, vocab): logits before offset and soft cap. With e = exp(logit - shift): right = log p(label) and total = sum
-   of e of each row; where `learn`, products become total times the gradient of -log p(label) by themselves. */
+   products (rows, vocab): logits before bias and soft cap. With e = exp(logit - shift): right = log p(label), total = sum of e
+   of each row; with `learn`, products are replaced by total times the gradient of -log p(label) by them. */
 
 EXPORT void cross_entropy(void *products, int half, const int64_t *labels, const float *offset, const int64_t *absent,
                           int64_t absents, float missing, float cap, int learn, float *right, float *total, int64_t rows,
@@ -433,9 +433,9 @@ EXPORT void apply(float *weight, const void *update, int half, float keep, float
 
 /* ------------------------------------------------------------------------------------------ a linear map of a few rows
 
-   y (rows, out) = x (rows, in) w' + bias, w (out, in): a product as quick as its weights are read. */
+   y (rows, out) = x (rows, in) w' + bias, w (out, in): as fast as reading the weights. */
 
-#define SHARED_WEIGHTS 131072 /* weights from which on a second thread is worth waking */
+#define SHARED_WEIGHTS 131072 /* weights from which on a second thread pays */
 
 /* The sums over `in` of one row of x with four rows of w, or with one. */
 static inline void four(const float *restrict x, const void *w, int half, int64_t at, int64_t in, float *restrict sums) {
@@ -495,8 +495,8 @@ EXPORT void linear(const void *x, const void *w, const void *bias, void *y, int 
 
 /* ------------------------------------------------------------------------------------------ columns by distance
 
-   from (batch, heads, rows, columns), index (batch or 1, rows, keys) -> to (batch, heads, rows, keys): row t of each head, at
-   index[b, t, j] (`firth.model.distance`). `step`: how far the index of the next batch is, 0 where all have one. */
+   from (batch, heads, rows, columns), index (batch or 1, rows, keys) -> to (batch, heads, rows, keys): row t of each head at
+   index[b, t, j] (`firth.model.relative_distance`). `step`: stride of the index between batches, 0 if all share one. */
 
 EXPORT void columns_forward(const void *from, int half, const int64_t *index, int64_t step, void *to, int64_t batch,
                             int64_t heads, int64_t rows, int64_t columns, int64_t keys, int threads) {
@@ -518,7 +518,7 @@ EXPORT void columns_forward(const void *from, int half, const int64_t *index, in
     }
 }
 
-/* The sums of grad (batch, heads, rows, keys) over the keys that took each column. */
+/* The sums of grad (batch, heads, rows, keys) over the keys of each column. */
 EXPORT void columns_backward(const void *grad, int half, const int64_t *index, int64_t step, void *dfrom, int64_t batch,
                              int64_t heads, int64_t rows, int64_t columns, int64_t keys, int threads) {
     #pragma omp parallel num_threads(threads) if (batch * heads * rows * keys >= SMALL)
@@ -542,8 +542,8 @@ EXPORT void columns_backward(const void *grad, int half, const int64_t *index, i
 
 /* ------------------------------------------------------------------------------------------ rows of a table
 
-   AdamW without decay on the `count` rows of a table that are named by `seen`; `from`: which row of `grads` is the gradient of
-   each, less than 0 where it is zero. `factor`: the square root of the second moment's bias correction. */
+   AdamW without weight decay on the `count` rows of a table given by `seen`; `from`: the row of `grads` with the gradient of
+   each, negative if it is zero. `factor`: the square root of the second moment's bias correction. */
 
 EXPORT void adamw_rows(float *table, const int64_t *seen, const int64_t *from, const float *grads, float *mean, float *square,
                        float beta1, float beta2, float rate, float factor, float eps, int64_t count, int64_t width,
@@ -571,8 +571,8 @@ EXPORT void adamw_rows(float *table, const int64_t *seen, const int64_t *from, c
     }
 }
 
-/* Add up the values (count, width) that have one index: `rows` takes each index once, in rising order, `sums` what belongs to it,
-   and `unique` how many there are. `size`: rows of the table, more than any index. */
+/* Sum the values (count, width) of each index: `rows` receives the distinct indices in ascending order, `sums` their sums, and
+   `unique` their number. `size`: rows of the table, above every index. */
 EXPORT void sum_rows(const int64_t *index, const float *values, int64_t *rows, float *sums, int64_t *unique, int64_t count,
                      int64_t width, int64_t size, int threads) {
     int64_t *slot = calloc(size, sizeof(int64_t)), met = 0;
@@ -585,7 +585,7 @@ EXPORT void sum_rows(const int64_t *index, const float *values, int64_t *rows, f
     *unique = met;
     int64_t parts = count * width >= SMALL ? threads : 1;
     #pragma omp parallel for num_threads(threads) schedule(static) if (parts > 1)
-    for (int64_t part = 0; part < parts; part++) { /* each has rows of its own, and adds in the order of the values */
+    for (int64_t part = 0; part < parts; part++) { /* each part has its own rows, and adds in the order of the values */
         int64_t first = met * part / parts, end = met * (part + 1) / parts;
         memset(sums + first * width, 0, (end - first) * width * sizeof(float));
         for (int64_t i = 0; i < count; i++) {
@@ -600,8 +600,8 @@ EXPORT void sum_rows(const int64_t *index, const float *values, int64_t *rows, f
     free(slot);
 }
 
-/* The mean of the neighbors of each word, x (rows, length, width): those up to `left` before and `right` behind it, without
-   itself; zeros where there are none. */
+/* The mean of the neighbors of each word, x (rows, length, width): up to `left` before and `right` after it, without the word
+   itself; zeros if there are none. */
 EXPORT void neighbors_forward(const float *x, const int64_t *left, const int64_t *right, float *y, int64_t rows,
                               int64_t length, int64_t width, int threads) {
     #pragma omp parallel for num_threads(threads) schedule(static) if (rows * length * width >= SMALL)

@@ -1,4 +1,4 @@
-/* What the kernels of native.c and decode.c share: numbers in memory, exp and tanh, the heads of a token, activations. */
+/* Shared by native.c and decode.c: loads and stores, exp and tanh, attention heads, activations. */
 
 #ifndef FIRTH_NATIVE_H
 #define FIRTH_NATIVE_H
@@ -12,13 +12,13 @@
 #include <immintrin.h>
 #endif
 
-#define SMALL 32768 /* numbers from which on a second thread is worth waking */
+#define SMALL 32768 /* numbers from which on a second thread pays */
 #define EXPORT __attribute__((visibility("default")))
 
 static inline float from_bits(uint32_t bits) { float x; memcpy(&x, &bits, 4); return x; }
 static inline uint32_t to_bits(float x) { uint32_t bits; memcpy(&bits, &x, 4); return bits; }
 
-/* n numbers from `from` + `at`, as floats. */
+/* Load n numbers from `from` + `at` as floats. */
 static inline void load(float *restrict to, const void *from, int64_t at, int64_t n, int half) {
     if (half) {
         const uint16_t *restrict x = (const uint16_t *)from + at;
@@ -27,7 +27,7 @@ static inline void load(float *restrict to, const void *from, int64_t at, int64_
     } else memcpy(to, (const float *)from + at, n * sizeof(float));
 }
 
-/* Round to nearest, ties to even; what is not a number stays one that is not. */
+/* Round to nearest, ties to even; NaN stays NaN. */
 static inline uint16_t rounded(float x) {
     uint32_t bits = to_bits(x);
     uint32_t near = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
@@ -47,7 +47,7 @@ static inline void store(void *to, int64_t at, const float *restrict from, int64
     } else memcpy((float *)to + at, from, n * sizeof(float));
 }
 
-/* exp(x) for x <= 88, within 2e-7 of it: 2^k e^r by a polynomial (Cephes). Below -87 it is 0. */
+/* exp(x) for x <= 88, relative error 2e-7: 2^k e^r by a polynomial (Cephes). Below -87 it is 0. */
 static inline float exponential(float x) {
     float at = x < -87.0f ? -87.0f : x > 88.0f ? 88.0f : x;
     float k = (at * 1.44269504f + 12582912.0f) - 12582912.0f;
@@ -62,7 +62,7 @@ static inline float exponential(float x) {
     return x < -87.0f ? 0.0f : y;
 }
 
-/* tanh(x), within 3e-7 of it for small x too (Cephes). */
+/* tanh(x), relative error 3e-7, for small x too (Cephes). */
 static inline float hyperbolic(float x) {
     float z = x * x, size = fabsf(x);
     float p = -5.70498872745e-3f;
@@ -75,7 +75,7 @@ static inline float hyperbolic(float x) {
     return size < 0.625f || x != x ? small : copysignf(large, x);
 }
 
-/* The normal distribution up to x, within 2e-7 (Abramowitz and Stegun 7.1.26), and its density. */
+/* The normal distribution function at x, error 2e-7 (Abramowitz and Stegun 7.1.26), and its density. */
 static inline float normal(float x, float *density) {
     float size = fabsf(x) * 0.70710678f, t = 1.0f / (1.0f + 0.3275911f * size);
     float e = exponential(-0.5f * x * x);
@@ -91,7 +91,7 @@ static inline float normal(float x, float *density) {
 
 static inline float *scratch(int64_t n) { return aligned_alloc(64, ((n * sizeof(float) + 63) / 64) * 64); }
 
-/* One head of a token: unit RMS, turned. Written for a constant width, which the compiler then makes straight code of. */
+/* One head of a token: unit RMS and rotary position. With a constant width the compiler unrolls the loops. */
 static inline float place(float *restrict x, float *restrict turned, const float *restrict c, const float *restrict s,
                           float eps, int64_t width) {
     int64_t side = width / 2;
@@ -132,7 +132,7 @@ static inline float value_of(int kind, float x) {
     }
 }
 
-/* The same for n numbers; the kind is a constant in each loop, which the compiler then makes vectors of. */
+/* The same for n numbers; the kind is a constant in each loop, so that the compiler can vectorize it. */
 #define FOR_EACH(kind, function, to, x, n) \
     switch (kind) { \
     case RELU: LOOP(function(RELU, x[j]), to, n) break; \

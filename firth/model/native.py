@@ -1,11 +1,11 @@
-"""The kernels of `native.c` and `decode.c`: compiled once with the C compiler that a machine has, called through ctypes.
+"""Native CPU kernels (`native.c`, `decode.c`): compiled once with the C compiler of the machine, called through ctypes.
 
-What a training step does between its matrix products moves memory: written with torch's operators, a norm or a squared ReLU
-reads and writes its input three to ten times. `native.c` does each in one pass. Nothing depends on it: where no compiler is
-found, or the compiler fails, the same formulas run on torch's operators (`firth.model.fused`), and `firth doctor` says so.
+Between its matrix products, a training step is bound by memory: with torch's operators, a norm or a squared ReLU reads and
+writes its input three to ten times. `native.c` does each in one pass. It is optional: without a compiler, or if it fails,
+the same formulas run with torch's operators (`firth.model.fused`), and `firth doctor` reports it.
 
-The library is kept in CACHE/native, named by its source, the compiler and the CPU. It shares torch's OpenMP threads: torch has
-loaded a libgomp by now, and the linker takes the one that is there.
+The library is cached in CACHE/native under a hash of its source, the compiler and the CPU. It shares torch's OpenMP threads:
+torch has loaded a libgomp before, and the linker uses the loaded one.
 """
 
 from __future__ import annotations
@@ -42,16 +42,16 @@ FLAGS = (
     "-shared",
     "-fPIC",
 )
-"""No -ffast-math: what is not a number must stay visible."""
+"""No -ffast-math: NaN must stay visible."""
 
 TUNINGS = (("-march=native", "-mprefer-vector-width=512"), ("-march=native",), ("-mcpu=native",), ())
-"""Options for this CPU, the first that the compiler accepts; those of x86 come first."""
+"""Compiler options for the CPU; the first that the compiler accepts are used. Those of x86 come first."""
 
-SECONDS = 120
-"""How long a compiler may take; it takes two."""
+COMPILE_TIMEOUT_SECONDS = 120
+"""Time limit for the compiler, which takes about 2 seconds."""
 
 DTYPES = (torch.float32, torch.bfloat16)
-"""What the kernels read and write."""
+"""dtypes of the kernels."""
 
 POINTER, INT, LONG, FLOAT = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64, ctypes.c_float
 
@@ -92,11 +92,11 @@ ARGUMENTS = {
     "neighbors_backward": (*4 * (POINTER,), *3 * (LONG,), INT),
     "cross_entropy": (POINTER, INT, *3 * (POINTER,), LONG, FLOAT, FLOAT, INT, POINTER, POINTER, LONG, LONG, INT),
 }
-"""Function of native.c or decode.c -> the types of its arguments."""
+"""Function of native.c or decode.c -> types of its arguments."""
 
 
 class NoCompilerError(UserError, RuntimeError):
-    """There are no native kernels on this machine; the message says why. `kernels.Kernel` leaves what raises it out."""
+    """Native kernels are not available; the message says why. `kernels.Kernel` skips choices that raise it."""
 
 
 @once
@@ -112,21 +112,19 @@ def _outcome() -> ctypes.CDLL | str:
 
 
 def library() -> ctypes.CDLL:
-    """Return the compiled kernels, compiling them where that has not been done yet.
+    """Return the compiled kernels, compiling them if necessary.
 
     Raises:
         NoCompilerError: There is no compiler, or it fails.
     """
     found = _outcome()
     if isinstance(found, str):
-        raise NoCompilerError(
-            f"no native kernels: {found}: install gcc or clang, or do not ask for them in {kernels.FORCE}"
-        )
+        raise NoCompilerError(f"no native kernels: {found}: install gcc or clang, or remove them from {kernels.FORCE}")
     return found
 
 
 def why_not() -> str:
-    """Return why there are no native kernels; empty where there are."""
+    """Return why native kernels are not available; empty if they are."""
     found = _outcome()
     return found if isinstance(found, str) else ""
 
@@ -141,7 +139,7 @@ def build() -> Path:
     compiler = shutil.which(os.environ.get("CC") or "cc")
     if compiler is None or sys.platform == "win32":
         raise NoCompilerError("no C compiler is found")
-    known = "\n".join(
+    key = "\n".join(
         (
             *(path.read_text("utf-8") for path in (HEADER, *SOURCES)),
             *FLAGS,
@@ -150,23 +148,23 @@ def build() -> Path:
             _instructions(),
         )
     )
-    path = cache() / "native" / f"{hashlib.sha256(known.encode()).hexdigest()[:16]}.so"
+    path = cache() / "native" / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.so"
     if path.exists():
         return path
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=".partial-") as directory:
-        made = Path(directory) / "native.so"
+        output = Path(directory) / "native.so"
         for tuning in TUNINGS:
-            done = _run(compiler, *FLAGS, *tuning, "-o", str(made), *map(str, SOURCES), "-lm")
-            if done.returncode == 0:
-                os.replace(made, path)
+            result = _run(compiler, *FLAGS, *tuning, "-o", str(output), *map(str, SOURCES), "-lm")
+            if result.returncode == 0:
+                os.replace(output, path)
                 return path
-    lines = done.stderr.strip().splitlines() or [f"it ended with {done.returncode}"]
+    lines = result.stderr.strip().splitlines() or [f"exit status {result.returncode}"]
     raise NoCompilerError(f"{compiler} fails: {lines[0]}")
 
 
 def _instructions() -> str:
-    """Return every instruction set that the CPU lists: a library compiled for one more would kill the process."""
+    """Return the CPU model and its instruction sets: a library compiled for another one would crash the process."""
     listing = Path("/proc/cpuinfo")
     lines = listing.read_text("utf-8", "replace").splitlines() if listing.exists() else []
     found = {line for line in lines if line.startswith(("flags", "Features", "CPU part"))}
@@ -175,22 +173,24 @@ def _instructions() -> str:
 
 def _run(*command: str) -> subprocess.CompletedProcess[str]:
     try:
-        return subprocess.run(command, capture_output=True, text=True, timeout=SECONDS, check=False, errors="replace")
+        return subprocess.run(
+            command, capture_output=True, text=True, timeout=COMPILE_TIMEOUT_SECONDS, check=False, errors="replace"
+        )
     except subprocess.TimeoutExpired as error:
-        raise NoCompilerError(f"{command[0]} takes more than {SECONDS} seconds") from error
+        raise NoCompilerError(f"{command[0]} takes more than {COMPILE_TIMEOUT_SECONDS} seconds") from error
 
 
-def reads(*tensors: Tensor | None) -> bool:
-    """Whether the kernels can read these tensors now: on a CPU, in one of DTYPES, outside of torch.compile."""
+def supports(*tensors: Tensor | None) -> bool:
+    """Return whether the kernels can run on these tensors: on a CPU, in one of DTYPES, outside of torch.compile."""
     return not torch.compiler.is_compiling() and all(
         x is None or (x.device.type == "cpu" and x.dtype in DTYPES) for x in tensors
     )
 
 
-def worth(x: Tensor) -> bool:
-    """Whether a kernel is called for a tensor: always, but for a single row of fp32 without gradients (a token being written).
+def worthwhile(x: Tensor) -> bool:
+    """Return whether to call a kernel for x: always, except for one fp32 row without gradients (decoding).
 
-    With gradients and without, the same text goes through the same kernel: a policy and its reference are compared.
+    With and without gradients the same kernel runs, since a policy and its reference model are compared.
     """
     return torch.is_grad_enabled() or x.numel() > x.shape[-1] or x.dtype == torch.bfloat16
 
@@ -201,15 +201,15 @@ def half(x: Tensor) -> int:
 
 
 def address(x: Tensor | None) -> int | None:
-    """Return where a tensor's numbers are; nothing for None."""
+    """Return the data pointer of a tensor; None for None."""
     return None if x is None else x.data_ptr()
 
 
 def longs(numbers: Sequence[int]) -> ctypes.Array[ctypes.c_int64]:
-    """Return numbers as an array of C, which must be kept until the call is over."""
+    """Return numbers as a C array, which must be kept alive until the call returns."""
     return (LONG * len(numbers))(*numbers)
 
 
 def threads() -> int:
-    """Return how many threads a kernel uses: as many as torch."""
+    """Return the number of threads of a kernel: that of torch."""
     return torch.get_num_threads()

@@ -1,7 +1,7 @@
-"""Norms, heads and activations by the kernels of `native.c`, as functions that autograd can go back through.
+"""Differentiable norms, heads and activations with the kernels of `native.c`.
 
-Each is one pass over memory forward and one back. `firth.model.fused` says when they are called, and has the same formulas
-in torch's operators. All read fp32 or bf16 on a CPU, and compute in fp32.
+Each is one pass over memory forward and one backward. `firth.model.fused` decides when they run, and has the same formulas
+with torch's operators. All take fp32 or bf16 on a CPU, and compute in fp32.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class _Norm(torch.autograd.Function):
             inverse.data_ptr(), count, width, eps, center, native.threads(),
         )  # fmt: skip
         ctx.normal_form = gain is None and offset is None
-        # Without a gain the gradient needs the output alone, which the next linear map keeps in any case.
+        # Without a gain the gradient needs only the output, which the next linear map keeps anyway.
         ctx.save_for_backward(y if ctx.normal_form else rows, gain, mean, inverse)
         ctx.center, ctx.dtype, ctx.has_offset = center, x.dtype, offset is not None
         return y.view(x.shape)
@@ -43,14 +43,14 @@ class _Norm(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        of, gain, mean, inverse = ctx.saved_tensors
-        rows = grad.reshape(of.shape).contiguous()
-        count, width = of.shape
-        dx = torch.empty(of.shape, dtype=ctx.dtype)
+        saved, gain, mean, inverse = ctx.saved_tensors
+        rows = grad.reshape(saved.shape).contiguous()
+        count, width = saved.shape
+        dx = torch.empty(saved.shape, dtype=ctx.dtype)
         dgain = torch.zeros(width) if gain is not None and ctx.needs_input_grad[1] else None
         doffset = torch.zeros(width) if ctx.has_offset and ctx.needs_input_grad[2] else None
         native.library().norm_backward(
-            rows.data_ptr(), half(rows), of.data_ptr(), half(of), ctx.normal_form, address(gain), address(mean),
+            rows.data_ptr(), half(rows), saved.data_ptr(), half(saved), ctx.normal_form, address(gain), address(mean),
             inverse.data_ptr(), dx.data_ptr(), half(dx), address(dgain), address(doffset), count, width, ctx.center,
             native.threads(),
         )  # fmt: skip
@@ -60,14 +60,14 @@ class _Norm(torch.autograd.Function):
 def norm(
     x: Tensor, gain: Tensor | None, offset: Tensor | None, eps: float, center: bool, dtype: torch.dtype | None = None
 ) -> Tensor:
-    """Return x scaled to unit RMS (`center`: to zero mean first), then gain and offset: (..., width) -> (..., width).
+    """Return the RMS norm of x, or its layer norm with `center`: (..., width) -> (..., width).
 
     Args:
         x: fp32 or bf16.
         gain: (width,) fp32 or None.
         offset: (width,) fp32 or None.
         eps: Added to the mean square.
-        center: Whether this is a layer norm.
+        center: Whether the mean is subtracted (layer norm).
         dtype: Of the result; None: that of x.
     """
     y: Tensor = _Norm.apply(x, gain, offset, eps, center, dtype or x.dtype)
@@ -105,33 +105,33 @@ class _Heads(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         joined, cos, sin, inverse = ctx.saved_tensors
         batch, length, queries, keys, width = ctx.sizes
-        given = [g if g.stride(-1) == 1 else g.contiguous() for g in (x.to(ctx.dtype) for x in grads)]
+        inputs = [g if g.stride(-1) == 1 else g.contiguous() for g in (x.to(ctx.dtype) for x in grads)]
         out = torch.empty(batch, length, (queries + 2 * keys) * width, dtype=ctx.dtype)
-        strides = native.longs([n for g in given for n in g.stride()[:3]])
+        strides = native.longs([n for g in inputs for n in g.stride()[:3]])
         native.library().heads_backward(
-            *(g.data_ptr() for g in given), ctypes.addressof(strides), address(joined), half(out), out.data_ptr(),
+            *(g.data_ptr() for g in inputs), ctypes.addressof(strides), address(joined), half(out), out.data_ptr(),
             address(cos), address(sin), ctx.each, ctx.eps, address(inverse), *ctx.sizes, native.threads(),
         )  # fmt: skip
         return out, None, None, None, None, None, None
 
 
 def heads(
-    joined: Tensor, turns: tuple[Tensor, Tensor] | None, eps: float, queries: int, keys: int, width: int
+    joined: Tensor, rope: tuple[Tensor, Tensor] | None, eps: float, queries: int, keys: int, width: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Split joined queries, keys and values into heads; make queries and keys unit RMS and turn them to their positions.
+    """Split concatenated queries, keys and values into heads, with unit RMS and rotary positions.
 
     Args:
         joined: (B, T, (queries + 2 keys) width), fp32 or bf16.
-        turns: Cosines (B or 1, T, 1, width) and sines (B or 1, T, 1, width / 2), fp32; None: queries and keys are not turned.
-        eps: Of the norm; negative: queries and keys are not made unit RMS.
-        queries: Heads of the queries.
-        keys: Heads of the keys, and of the values.
-        width: Numbers of a head.
+        rope: Cosines (B or 1, T, 1, width) and sines (B or 1, T, 1, width / 2), fp32; None: no rotation.
+        eps: Of the norm of queries and keys; negative: no norm.
+        queries: Number of query heads.
+        keys: Number of key heads, and of value heads.
+        width: Width of a head.
 
     Returns:
         (B, queries, T, width) and two of (B, keys, T, width), contiguous.
     """
-    cos, sin = (None, None) if turns is None else (x.contiguous() for x in turns)
+    cos, sin = (None, None) if rope is None else (x.contiguous() for x in rope)
     q, k, v = _Heads.apply(joined, cos, sin, eps, queries, keys, width)
     return q, k, v
 
@@ -167,7 +167,7 @@ def activation(name: str, x: Tensor, gated: bool = False) -> Tensor:
     Args:
         name: One of ACTIVATIONS.
         x: fp32 or bf16.
-        gated: Whether x has gate and up side by side.
+        gated: Whether x is the concatenation of gate and up.
     """
     y: Tensor = _Activation.apply(x, ACTIVATIONS[name], gated)
     return y
@@ -219,7 +219,7 @@ class _Columns(torch.autograd.Function):
 
 
 def columns(x: Tensor, index: Tensor) -> Tensor:
-    """Return, of each row of x, the columns that the index names: x.gather(-1, index) for all heads alike.
+    """Return x.gather(-1, index), with the same index for all heads.
 
     Args:
         x: (B, H, T, columns), fp32 or bf16.
@@ -256,12 +256,12 @@ class _Neighbors(torch.autograd.Function):
 
 
 def neighbors(x: Tensor, left: Tensor, right: Tensor) -> Tensor:
-    """Return the mean of each word's neighbors, itself not among them; zeros where it has none.
+    """Return the mean of each word's neighbors without the word itself; zeros if it has none.
 
     Args:
         x: (B, T, width) fp32.
-        left: How many neighbors are before each word, (B, T) int64, within its row.
-        right: How many are after it.
+        left: Number of neighbors before each word, (B, T) int64, within its row.
+        right: Number of neighbors after it, (B, T) int64.
 
     Returns:
         (B, T, width).

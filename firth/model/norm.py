@@ -1,4 +1,4 @@
-"""The two norms: LayerNorm (Ba 2016) and RMSNorm (Zhang and Sennrich 2019), each with or without gain and offset.
+"""Norms: LayerNorm (Ba 2016) and RMSNorm (Zhang and Sennrich 2019), each with or without gain and offset.
 
 >>> import torch
 >>> RMSNorm(4, weight=False, bias=False, eps=0.0)(torch.tensor([1.0, -1.0, 1.0, -1.0]) * 3).tolist()
@@ -15,9 +15,14 @@ from firth.model.fused import normalized
 
 
 class _Norm(nn.Module):
-    """A norm of (..., width), with a gain and an offset where there are any.
+    """A norm over the last axis, (..., width) -> (..., width).
 
-    to_maps: its output goes to linear maps alone, so that autocast would round it in any case: it is written rounded.
+    Args:
+        width: Size of the last axis.
+        weight: Whether there is a gain.
+        bias: Whether there is an offset.
+        eps: Added to the variance.
+        to_maps: Whether the output goes to linear maps only. Autocast rounds it there, so it is written rounded.
     """
 
     center: bool
@@ -35,19 +40,19 @@ class _Norm(nn.Module):
 
 
 class LayerNorm(_Norm):
-    """(..., width) -> (..., width): zero mean, unit variance, then gain and offset where there are any."""
+    """Layer norm: zero mean and unit variance, then gain and offset if there are any (see `_Norm`)."""
 
     center = True
 
 
 class RMSNorm(_Norm):
-    """(..., width) -> (..., width): unit root mean square, then gain where there is one."""
+    """RMS norm: unit root mean square, then gain if there is one (see `_Norm`)."""
 
     center = False
 
 
 def make_norm(config: ModelConfig, width: int = 0, to_maps: bool = False) -> nn.Module:
-    """The norm that a shape asks for, over `width` numbers (0: its own width). to_maps: as in `RMSNorm`."""
+    """Return the configured norm over `width` numbers (0: hidden_size); `to_maps` as in `_Norm`."""
     width = width or config.hidden_size
     if config.norm == "layer":
         return LayerNorm(width, config.norm_weight, config.norm_bias, config.norm_eps, to_maps)

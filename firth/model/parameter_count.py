@@ -1,4 +1,4 @@
-"""How many parameters a shape has, exactly, and the numbers and names that this rests on.
+"""Exact parameter count of a `ModelConfig`, and the constants that it depends on.
 
 >>> from firth.model.config import decoder_config
 >>> num_parameters(decoder_config(vocab_size=8192, hidden_size=384, num_layers=6))
@@ -16,25 +16,28 @@ if TYPE_CHECKING:
 GATED = {"swiglu": "silu", "geglu": "gelu", "geglu_tanh": "gelu_tanh"}
 """Activations with a gate -> the function applied to the gate (Shazeer 2020, arXiv:2002.05202)."""
 
-VECTORS = 4
-"""Vectors that a latent becomes, for a decoder to attend to."""
+LATENT_VECTORS = 4
+"""Vectors that a latent is projected to, which the decoder attends to."""
 
-LEARNED, BIASED, SINUSOIDAL = ("learned", "mpnet"), ("t5", "mpnet"), ("sinusoidal", "marian")
-"""Positions with a learned vector for each, those with a learned number for each bucket of distances, and those with a vector
-that is computed."""
-LETTERS, LETTER = 259, 16
-"""What a token is spelled with (256 bytes, its beginning, its end, nothing), and the width of the vector of each."""
-WINDOWS = ((1, 1), (2, 1), (3, 2), (4, 4), (5, 8), (6, 16), (7, 32))
-"""Bytes that a filter sees -> 64ths of the filters that see so many, as in ELMo."""
+LEARNED_POSITIONS, BIAS_POSITIONS, SINUSOIDAL_POSITIONS = (
+    ("learned", "mpnet"),
+    ("t5", "mpnet"),
+    ("sinusoidal", "marian"),
+)
+"""Position encodings with learned vectors, with a learned bias for each distance bucket, and with computed vectors."""
+NUM_CHARACTERS, CHARACTER_DIM = 259, 16
+"""Symbols of the character CNN (256 bytes, start, end and padding), and the width of their embedding."""
+FILTER_SHARES = ((1, 1), (2, 1), (3, 2), (4, 4), (5, 8), (6, 16), (7, 32))
+"""Width in bytes of a filter, and 64ths of all filters that have this width, as in ELMo."""
 
-GATES = {"rnn": 1, "gru": 3, "lstm": 4}
-"""Recurrent cells -> the linear maps in one."""
+NUM_GATES = {"rnn": 1, "gru": 3, "lstm": 4}
+"""Recurrent layer type -> linear maps in a cell."""
 
 
 def num_parameters(config: ModelConfig) -> int:
-    """Number of parameters of the model with its vocabulary head, exactly; a tied head counts once."""
-    table, each = config.embedding_dim, config.norm_weight + (config.norm_bias and config.norm == "layer")
-    norm = each * config.hidden_size
+    """Return the exact number of parameters with the LM head; a tied head counts once."""
+    table, norm_vectors = config.embedding_dim, config.norm_weight + (config.norm_bias and config.norm == "layer")
+    norm = norm_vectors * config.hidden_size
     queries, keys = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
     offsets = (queries + 2 * keys + config.hidden_size * (config.bias_location != "qkv")) * config.bias
     attention = config.hidden_size * (2 * queries + 2 * keys) + offsets + 2 * config.head_dim * config.qk_norm_weight
@@ -46,47 +49,49 @@ def num_parameters(config: ModelConfig) -> int:
         config.bias and config.bias_location == "all"
     )
     block = attention + mlp + 2 * norm
-    trunks = [config.num_layers] + ([config.num_encoder_layers] if config.num_encoder_layers else [])
-    total = spelling_parameters(config) if config.max_characters else config.vocab_size * table
+    depths = [config.num_layers] + ([config.num_encoder_layers] if config.num_encoder_layers else [])
+    total = character_cnn_parameters(config) if config.max_characters else config.vocab_size * table
     if config.rnn_type:
-        total += recurrent_products(config) + 2 * config.num_layers * (2 - config.causal) * cells(config)
-    for depth in () if config.rnn_type else trunks:
+        total += recurrent_products(config) + 2 * config.num_layers * (2 - config.causal) * gate_rows(config)
+    for depth in () if config.rnn_type else depths:
         total += (config.num_layer_groups or depth) * block
         total += (
             norm * ((config.norm_placement == "pre") - (not config.first_attention_norm))
-            + each * table * config.embedding_norm
+            + norm_vectors * table * config.embedding_norm
         )
         total += config.hidden_size * (table + config.bias) * (config.embedding_size > 0)
-        total += config.num_heads * config.relative_buckets * (config.position in BIASED)
+        total += config.num_heads * config.relative_buckets * (config.position in BIAS_POSITIONS)
     total += (config.num_layer_groups or config.num_layers) * (attention + norm) * (config.num_encoder_layers > 0)
-    total += table * (config.max_positions * (config.position in LEARNED) * len(trunks) + config.mask_embedding)
+    total += table * (
+        config.max_positions * (config.position in LEARNED_POSITIONS) * len(depths) + config.mask_embedding
+    )
     total += table * config.type_vocab_size * (config.position != "xlnet")
     total += math.prod(config.linformer_projections) * config.max_positions * config.linformer_k
     if config.latent_size:
-        total += 2 * config.latent_size * (config.hidden_size + 1) + VECTORS * config.hidden_size * (
+        total += 2 * config.latent_size * (config.hidden_size + 1) + LATENT_VECTORS * config.hidden_size * (
             config.latent_size + 1
         )
     transform = config.lm_head == "transform"
-    read = table if config.separate_directions else config.hidden_size
-    total += config.vocab_size * (config.lm_head_bias + (table if transform else read) * (not config.tie_embeddings))
-    return total + (read + config.bias + each) * table * transform
+    width = table if config.separate_directions else config.hidden_size
+    total += config.vocab_size * (config.lm_head_bias + (table if transform else width) * (not config.tie_embeddings))
+    return total + (width + config.bias + norm_vectors) * table * transform
 
 
-def cells(config: ModelConfig) -> int:
-    """Rows of a recurrent layer's matrices: its cells, times the linear maps in one."""
-    return GATES[config.rnn_type] * config.intermediate_size
+def gate_rows(config: ModelConfig) -> int:
+    """Return the rows of a recurrent layer's matrices: its cells times the linear maps in each."""
+    return NUM_GATES[config.rnn_type] * config.intermediate_size
 
 
 def recurrent_products(config: ModelConfig) -> int:
-    """Numbers in the matrices of all recurrent layers, which is also their multiplications per token."""
-    one = cells(config) * (
+    """Return the matrix weights of all recurrent layers, which is also their multiplications per token."""
+    layer = gate_rows(config) * (
         config.embedding_dim + config.direction_size
     ) + config.direction_size * config.intermediate_size * (config.intermediate_size > config.direction_size)
-    return config.num_layers * (2 - config.causal) * one
+    return config.num_layers * (2 - config.causal) * layer
 
 
-def spelling_parameters(config: ModelConfig) -> int:
-    """Parameters of the embedding that reads the bytes of a token (`firth.model.characters`)."""
-    convolved = sum((size * LETTER + 1) * config.char_filters * share // 64 for size, share in WINDOWS)
+def character_cnn_parameters(config: ModelConfig) -> int:
+    """Return the number of parameters of the character CNN (`firth.model.characters`)."""
+    convolved = sum((size * CHARACTER_DIM + 1) * config.char_filters * share // 64 for size, share in FILTER_SHARES)
     highways = 2 * 2 * (config.char_filters + 1) * config.char_filters
-    return LETTERS * LETTER + convolved + highways + (config.char_filters + 1) * config.embedding_dim
+    return NUM_CHARACTERS * CHARACTER_DIM + convolved + highways + (config.char_filters + 1) * config.embedding_dim

@@ -1,12 +1,12 @@
-"""The shapes of published models, as their papers and released checkpoints have them.
+"""Configurations of published models, as in their papers and released checkpoints.
 
-    shape                   parameters        from
+    preset                  parameters        from
     gpt                     117 M             Radford 2018, section 4.1
     gpt2 ... gpt2-xl        124 M to 1.56 B   Radford 2019, table 2 (its 117 M and 345 M are miscounts: 124 M and 355 M)
-    chinchilla              70 B              Hoffmann 2022, table 4: Gopher's form (see `transformer_xl`)
-    gpt3                    175 B             Brown 2020, table 2.1 (all attention dense here; theirs alternates with sparse)
+    chinchilla              70 B              Hoffmann 2022, table 4: Gopher's architecture (see `transformer_xl`)
+    gpt3                    175 B             Brown 2020, table 2.1 (dense attention in all layers; theirs alternates with sparse)
     bert-base, bert-large   110 M, 340 M      Devlin 2019, section 3, with the pooler
-    roberta-base, -large    125 M, 355 M      Liu 2019, section 2 and 5, with one segment, as released
+    roberta-base, -large    125 M, 355 M      Liu 2019, section 2 and 5, with one token type, as released
     distilbert-base         66 M              Sanh 2019, table 3, without the head
     xlnet-base, xlnet-large 117 M, 361 M      Yang 2019, appendix A.4, and the released base
     mpnet-base              110 M             Song 2020, section 3.1 (BERT-base with relative positions)
@@ -29,7 +29,7 @@ from firth.model.config import ModelConfig
 
 
 def gpt(vocab_size: int, hidden_size: int, num_layers: int, num_heads: int, max_positions: int = 512) -> ModelConfig:
-    """GPT: a decoder with the norm after each branch, learned positions, a tied head (Radford 2018)."""
+    """Return GPT: a decoder with the norm after each branch, learned positions, a tied head (Radford 2018)."""
     return ModelConfig(
         vocab_size=vocab_size,
         hidden_size=hidden_size,
@@ -42,7 +42,7 @@ def gpt(vocab_size: int, hidden_size: int, num_layers: int, num_heads: int, max_
 
 
 def gpt2(vocab_size: int, hidden_size: int, num_layers: int, num_heads: int, max_positions: int = 1024) -> ModelConfig:
-    """GPT-2: the norm before each branch and one more at the end (Radford 2019, section 2.3)."""
+    """Return GPT-2: the norm before each branch and a final norm (Radford 2019, section 2.3)."""
     return ModelConfig(
         vocab_size=vocab_size,
         hidden_size=hidden_size,
@@ -56,18 +56,27 @@ def gpt2(vocab_size: int, hidden_size: int, num_layers: int, num_heads: int, max
 def transformer_xl(
     hidden_size: int, num_layers: int, num_heads: int, head_dim: int, vocab_size: int = 32000, max_positions: int = 2048
 ) -> ModelConfig:
-    """Gopher's form: RMSNorm before each branch, relative positions as in Transformer-XL, a tied table of 32,000
-    (Rae 2021, section 2.1; Hoffmann 2022, section 4.1).
+    """Return Gopher's architecture: RMSNorm before each branch, relative positions as in Transformer-XL, a tied embedding
+    of 32,000 tokens (Rae 2021, section 2.1; Hoffmann 2022, section 4.1).
 
-    The paper says no more, and no weights were released. Its counts agree with this reading: with a matrix of distances in
-    each layer, offsets in the MLP and the two of the scores, this function gives 46 of the 50 sizes of its table A9 to the
-    million, and the others to 0.7 million (16,183 M for 47 layers of 5,120; without those matrices 14,951 M). The activation
-    is not told.
+    The paper states no more, and no weights were released. Its parameter counts agree with this interpretation: with a
+    distance projection in each layer, biases in the MLP and the two of the scores, this function gives 46 of the 50 sizes of
+    its table A9 to the million, and the others to 0.7 million (16,183 M for 47 layers of 5,120; without the projections
+    14,951 M). The activation is not stated.
     """
     return ModelConfig(
-        vocab_size=vocab_size, hidden_size=hidden_size, num_layers=num_layers, num_heads=num_heads, head_dim=head_dim, max_positions=max_positions, norm="rms",
-        norm_bias=False, norm_eps=1e-6, position="xlnet", activation="gelu",
-    )  # fmt: skip
+        vocab_size=vocab_size,
+        hidden_size=hidden_size,
+        num_layers=num_layers,
+        num_heads=num_heads,
+        head_dim=head_dim,
+        max_positions=max_positions,
+        norm="rms",
+        norm_bias=False,
+        norm_eps=1e-6,
+        position="xlnet",
+        activation="gelu",
+    )
 
 
 def llama(
@@ -79,11 +88,23 @@ def llama(
     max_positions: int = 2048,
     num_kv_heads: int = 0,
 ) -> ModelConfig:
-    """Llama: RMSNorm, SwiGLU, rotary positions, no biases, a head of its own (Touvron 2023, section 2.2)."""
+    """Return Llama: RMSNorm, SwiGLU, rotary positions, no biases, an untied head (Touvron 2023, section 2.2)."""
     return ModelConfig(
-        vocab_size=vocab_size, hidden_size=hidden_size, num_layers=num_layers, num_heads=num_heads, num_kv_heads=num_kv_heads, intermediate_size=intermediate_size, max_positions=max_positions, norm="rms",
-        norm_bias=False, norm_eps=1e-6, position="rotary", activation="swiglu", bias=False, tie_embeddings=False,
-    )  # fmt: skip
+        vocab_size=vocab_size,
+        hidden_size=hidden_size,
+        num_layers=num_layers,
+        num_heads=num_heads,
+        num_kv_heads=num_kv_heads,
+        intermediate_size=intermediate_size,
+        max_positions=max_positions,
+        norm="rms",
+        norm_bias=False,
+        norm_eps=1e-6,
+        position="rotary",
+        activation="swiglu",
+        bias=False,
+        tie_embeddings=False,
+    )
 
 
 def bert(
@@ -94,11 +115,23 @@ def bert(
     max_positions: int = 512,
     type_vocab_size: int = 2,
 ) -> ModelConfig:
-    """BERT: an encoder with the norm after each branch, learned positions and segments (Devlin 2019, section 3)."""
+    """Return BERT: an encoder with the norm after each branch, learned positions and token types (Devlin 2019, section 3)."""
     return ModelConfig(
-        vocab_size=vocab_size, hidden_size=hidden_size, num_layers=num_layers, num_heads=num_heads, max_positions=max_positions, causal=False, type_vocab_size=type_vocab_size,
-        norm_placement="post", norm_eps=1e-12, embedding_norm=True, activation="gelu", dropout=0.1, lm_head="transform", lm_head_bias=True,
-    )  # fmt: skip
+        vocab_size=vocab_size,
+        hidden_size=hidden_size,
+        num_layers=num_layers,
+        num_heads=num_heads,
+        max_positions=max_positions,
+        causal=False,
+        type_vocab_size=type_vocab_size,
+        norm_placement="post",
+        norm_eps=1e-12,
+        embedding_norm=True,
+        activation="gelu",
+        dropout=0.1,
+        lm_head="transform",
+        lm_head_bias=True,
+    )
 
 
 def xlnet(
@@ -109,48 +142,86 @@ def xlnet(
     max_positions: int = 512,
     memory_length: int = 384,
 ) -> ModelConfig:
-    """XLNet: post-norm, relative positions and segments, a memory, a vector of its own for queries (Yang 2019, section 2)."""
+    """Return XLNet: post-norm, relative positions and token types, a memory, a learned query vector (Yang 2019, section 2)."""
     return ModelConfig(
-        vocab_size=vocab_size, hidden_size=hidden_size, num_layers=num_layers, num_heads=num_heads, max_positions=max_positions, causal=False, norm_placement="post", norm_eps=1e-12,
-        position="xlnet", mask_embedding=True, type_vocab_size=2, memory_length=memory_length, activation="gelu", dropout=0.1, lm_head_bias=True,
-    )  # fmt: skip
+        vocab_size=vocab_size,
+        hidden_size=hidden_size,
+        num_layers=num_layers,
+        num_heads=num_heads,
+        max_positions=max_positions,
+        causal=False,
+        norm_placement="post",
+        norm_eps=1e-12,
+        position="xlnet",
+        mask_embedding=True,
+        type_vocab_size=2,
+        memory_length=memory_length,
+        activation="gelu",
+        dropout=0.1,
+        lm_head_bias=True,
+    )
 
 
 def mpnet(vocab_size: int, hidden_size: int, num_layers: int, num_heads: int, max_positions: int = 512) -> ModelConfig:
-    """MPNet: BERT without segments, with T5's relative bias on top of its positions (Song 2020, section 3.1)."""
+    """Return MPNet: BERT without token types, with T5's relative bias on top of its positions (Song 2020, section 3.1)."""
     return replace(
         bert(vocab_size, hidden_size, num_layers, num_heads, max_positions, type_vocab_size=0), position="mpnet"
     )
 
 
 def albert(hidden_size: int, num_layers: int, num_heads: int, vocab_size: int = 30000) -> ModelConfig:
-    """ALBERT: BERT with one block for all layers, tables of width 128 and GELU in its tanh form (Lan 2020, section 3.1)."""
-    like = bert(vocab_size, hidden_size, num_layers, num_heads)
-    return replace(like, embedding_size=128, num_layer_groups=1, activation="gelu_tanh")
+    """Return ALBERT: BERT with one block for all layers, embeddings of width 128 and GELU in its tanh form (Lan 2020, section 3.1)."""
+    config = bert(vocab_size, hidden_size, num_layers, num_heads)
+    return replace(config, embedding_size=128, num_layer_groups=1, activation="gelu_tanh")
 
 
 def electra(hidden_size: int, num_heads: int, embedding_size: int = 0) -> ModelConfig:
-    """ELECTRA: BERT's twelve blocks, behind narrower tables if `embed` says so (Clark 2020, table 6)."""
+    """Return ELECTRA: BERT with twelve blocks, and embeddings of `embedding_size` if it is not 0 (Clark 2020, table 6)."""
     return replace(bert(30522, hidden_size, 12, num_heads), embedding_size=embedding_size)
 
 
 def t5(
     vocab_size: int, hidden_size: int, num_layers: int, num_heads: int, head_dim: int, intermediate_size: int
 ) -> ModelConfig:
-    """T5 1.0: an encoder-decoder with relative positions, ReLU and a tied, scaled head (Raffel 2020, section 2.1)."""
+    """Return T5 1.0: an encoder-decoder with relative positions, ReLU and a tied, scaled head (Raffel 2020, section 2.1)."""
     return ModelConfig(
-        vocab_size=vocab_size, hidden_size=hidden_size, num_layers=num_layers, num_encoder_layers=num_layers, num_heads=num_heads, head_dim=head_dim, intermediate_size=intermediate_size,
-        max_positions=512, norm="rms", norm_bias=False, norm_eps=1e-6, position="t5", activation="relu", bias=False,
-        scale_attention=False, lm_head_scale=hidden_size**-0.5, dropout=0.1, init_std=0.0,
-    )  # fmt: skip
+        vocab_size=vocab_size,
+        hidden_size=hidden_size,
+        num_layers=num_layers,
+        num_encoder_layers=num_layers,
+        num_heads=num_heads,
+        head_dim=head_dim,
+        intermediate_size=intermediate_size,
+        max_positions=512,
+        norm="rms",
+        norm_bias=False,
+        norm_eps=1e-6,
+        position="t5",
+        activation="relu",
+        bias=False,
+        scale_attention=False,
+        lm_head_scale=hidden_size**-0.5,
+        dropout=0.1,
+        init_std=0.0,
+    )
 
 
 def bart(vocab_size: int, hidden_size: int, num_layers: int, num_heads: int, max_positions: int = 1024) -> ModelConfig:
-    """BART: an encoder-decoder with the norm after each branch and learned positions (Lewis 2019, section 2.1)."""
+    """Return BART: an encoder-decoder with the norm after each branch and learned positions (Lewis 2019, section 2.1)."""
     return ModelConfig(
-        vocab_size=vocab_size, hidden_size=hidden_size, num_layers=num_layers, num_encoder_layers=num_layers, num_heads=num_heads, max_positions=max_positions, decoder_start_token="eos",
-        norm_placement="post", embedding_norm=True, activation="gelu", dropout=0.1, lm_head_bias=True,
-    )  # fmt: skip
+        vocab_size=vocab_size,
+        hidden_size=hidden_size,
+        num_layers=num_layers,
+        num_encoder_layers=num_layers,
+        num_heads=num_heads,
+        max_positions=max_positions,
+        decoder_start_token="eos",
+        norm_placement="post",
+        embedding_norm=True,
+        activation="gelu",
+        dropout=0.1,
+        lm_head_bias=True,
+    )
 
 
 PRESETS: dict[str, ModelConfig] = {
@@ -185,4 +256,4 @@ PRESETS: dict[str, ModelConfig] = {
     "bart-large": bart(50265, 1024, 12, 16),
     "llama-7b": llama(32000, 4096, 32, 32, 11008),
 }
-"""Name -> shape, with the vocabulary that the released tokenizer has (T5's rounded up to 32,128)."""
+"""Name -> configuration, with the vocabulary size of the released tokenizer (T5's rounded up to 32,128)."""

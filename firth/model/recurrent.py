@@ -1,24 +1,23 @@
-"""Recurrent layers in the place of attention: RNN (Elman 1990), GRU (Cho 2014), LSTM (Hochreiter 1997), by torch.nn.
+"""Recurrent layers in place of attention: RNN (Elman 1990), GRU (Cho 2014), LSTM (Hochreiter 1997), by torch.nn.
 
-    causal                 one direction: a language model (Dai and Le 2015)         what lies behind is the state
-    two directions         each layer reads both ways, the halves side by side       (Graves 2005)
-    two directions apart   two stacks that never meet: two language models (Peters 2018, ELMo)
+    causal                 one direction: a language model (Dai and Le 2015)
+    bidirectional          each layer reads both directions and concatenates them (Graves 2005)
+    separate directions    two stacks that share no state: two language models (ELMo: Peters 2018)
 
-A document is read from an empty state, wherever in a row it lies, and padding is not read at all. To that end the texts
-of a batch are laid out one to a row first (`Runs`), from their beginning, and from their end for the other direction;
-a batch of whole rows is read as it lies. So packed and padded batches give the same states, and torch's own kernels
-read plain rectangles.
+Each document starts from an empty state, wherever in a row it is, and padding is not read. For this the texts of a batch
+are first rearranged to one per row (`RowRuns`), reversed for the second direction; a batch of one text per row is read as
+it is. So packed and padded batches give the same states, and torch's kernels get plain rectangles.
 
 >>> import torch
 >>> from firth.model.config import recurrent_config
->>> trunk = RecurrentStack(recurrent_config(vocab_size=9, hidden_size=8, num_layers=2))
+>>> stack = RecurrentStack(recurrent_config(vocab_size=9, hidden_size=8, num_layers=2))
 >>> x, fields = torch.randn(1, 5, 8), {"document_ids": torch.tensor([[1, 1, 2, 2, 2]])}
->>> alone = trunk(x[:, 2:], {"document_ids": torch.ones(1, 3)})
->>> torch.allclose(trunk(x, fields)[:, 2:], alone, atol=1e-6)
+>>> second = stack(x[:, 2:], {"document_ids": torch.ones(1, 3)})
+>>> torch.allclose(stack(x, fields)[:, 2:], second, atol=1e-6)
 True
 
-Where we differ from torch.nn.LSTM(bidirectional=True), whose numbers these are: padding, and the biases begin at zero, an
-LSTM's forget gate at one (Jozefowicz 2015).
+Differences from torch.nn.LSTM(bidirectional=True), which otherwise gives the same states: padding, and initial biases of
+zero, one for an LSTM's forget gate (Jozefowicz 2015).
 """
 
 from __future__ import annotations
@@ -39,7 +38,7 @@ from firth.types import NEVER, Batch, UserError
 
 @cache
 def lstm_runs_in_bf16() -> bool:
-    """Return whether an LSTM runs under autocast on this CPU: oneDNN has no bf16 kernel of it without AVX-512."""
+    """Return whether an LSTM runs under autocast on this CPU: oneDNN has no bf16 kernel for it without AVX-512."""
     with torch.random.fork_rng([]), torch.autocast("cpu", torch.bfloat16), torch.no_grad():
         try:
             nn.LSTM(2, 2)(torch.zeros(1, 1, 2))
@@ -49,7 +48,7 @@ def lstm_runs_in_bf16() -> bool:
 
 
 def run_layer(layer: nn.RNNBase, x: Any, state: Any = None) -> tuple[Any, Any]:
-    """Return layer(x, state), computed in fp32 where bf16 is asked of a CPU that has no kernel for it."""
+    """Return layer(x, state), in fp32 where autocast wants bf16 on a CPU without a kernel for it."""
     device = layer.weight_ih_l0.device.type
     if device == "cpu" and isinstance(layer, nn.LSTM) and torch.is_autocast_enabled("cpu") and not lstm_runs_in_bf16():
         with torch.autocast("cpu", enabled=False):
@@ -60,8 +59,8 @@ def run_layer(layer: nn.RNNBase, x: Any, state: Any = None) -> tuple[Any, Any]:
 CELLS: dict[str, Callable[..., nn.RNNBase]] = {"rnn": nn.RNN, "gru": nn.GRU, "lstm": nn.LSTM}
 
 
-def cells(config: ModelConfig) -> nn.RNNBase:
-    """One layer in one direction: (B, T, table width) -> (B, T, stream)."""
+def make_cell(config: ModelConfig) -> nn.RNNBase:
+    """Return one layer in one direction: (B, T, embedding_dim) -> (B, T, direction_size)."""
     projected = {"proj_size": config.direction_size} if config.intermediate_size > config.direction_size else {}
     layer = CELLS[config.rnn_type](config.embedding_dim, config.intermediate_size, batch_first=True, **projected)
     for name, p in layer.named_parameters():
@@ -76,72 +75,84 @@ def cells(config: ModelConfig) -> nn.RNNBase:
 
 @dataclass(frozen=True)
 class RowRuns:
-    """Where the texts of a batch lie. at (S, L): the slot of each token among B * T, one text to a row, filled up at its
-    end; None where every row is one text already. home (B, T): the way back. turn (S, L): each text from its end."""
+    """The texts of a batch, rearranged to one per row.
 
-    at: Tensor | None
-    home: Tensor
-    turn: Tensor
+    Args:
+        slots: (S, L), the slot among B * T of each token of each text, right-padded; None: each row is one text already.
+        inverse: (B, T), the slot among S * L of each token of the batch.
+        reversal: (S, L), the index that reverses each text.
+        lengths: (S,), tokens of each text.
+    """
+
+    slots: Tensor | None
+    inverse: Tensor
+    reversal: Tensor
     lengths: Tensor
 
     @staticmethod
     def of(fields: Batch, like: Tensor, exact: bool) -> RowRuns:
-        """fields: `document` and `key_time` (B, T) where the batch has them; like (B, T, ...). exact: padding at the end
-        of a row matters too, because the row is read from there, or because its last state is kept."""
+        """Find the texts of a batch.
+
+        Args:
+            fields: `document_ids` and `key_time` (B, T), if the batch has them.
+            like: (B, T, ...), for its shape and device.
+            exact: Whether padding at the end of a row matters too: the row is read from its end, or its last state is
+                needed.
+        """
         rows, length = like.shape[:2]
-        place = torch.arange(rows * length, device=like.device).view(rows, length)
-        real = torch.ones_like(place, dtype=torch.bool)
+        slot_ids = torch.arange(rows * length, device=like.device).view(rows, length)
+        real = torch.ones_like(slot_ids, dtype=torch.bool)
         if "key_time" in fields:
             real = fields["key_time"] != NEVER
-        begins = real.clone()
-        begins[:, 1:] &= ~real[:, :-1]
+        starts = real.clone()
+        starts[:, 1:] &= ~real[:, :-1]
         if "document_ids" in fields:
             document = fields["document_ids"]
-            begins[:, 1:] |= (document[:, 1:] != document[:, :-1]) & real[:, 1:]
-        if bool(begins[:, 0].all()) and int(begins.sum()) == rows and (not exact or bool(real.all())):
-            turn = torch.arange(length - 1, -1, -1, device=like.device).expand(rows, length)
-            return RowRuns(None, place, turn, torch.full((rows,), length))
-        run = begins.flatten().cumsum(0)[real.flatten()] - 1  # of each real token
-        slot = place[real]
+            starts[:, 1:] |= (document[:, 1:] != document[:, :-1]) & real[:, 1:]
+        if bool(starts[:, 0].all()) and int(starts.sum()) == rows and (not exact or bool(real.all())):
+            reversal = torch.arange(length - 1, -1, -1, device=like.device).expand(rows, length)
+            return RowRuns(None, slot_ids, reversal, torch.full((rows,), length))
+        run = starts.flatten().cumsum(0)[real.flatten()] - 1  # the text of each real token
+        slot = slot_ids[real]
         lengths = run.bincount()
-        within = slot - slot[begins[real]][run]
+        within = slot - slot[starts[real]][run]
         longest = int(lengths.max())
-        at = torch.zeros(len(lengths), longest, dtype=torch.int64, device=like.device)
-        at[run, within] = slot
-        home = torch.zeros_like(place)
-        home[real] = run * longest + within
+        slots = torch.zeros(len(lengths), longest, dtype=torch.int64, device=like.device)
+        slots[run, within] = slot
+        inverse = torch.zeros_like(slot_ids)
+        inverse[real] = run * longest + within
         back = lengths[:, None] - 1 - torch.arange(longest, device=like.device)
-        turn = torch.where(back < 0, torch.arange(longest, device=like.device), back)
-        return RowRuns(at, home, turn, lengths)
+        reversal = torch.where(back < 0, torch.arange(longest, device=like.device), back)
+        return RowRuns(slots, inverse, reversal, lengths)
 
-    def enter(self, x: Tensor) -> Tensor:
-        """(B, T, width) -> (S, L, width)."""
-        return x if self.at is None else x.flatten(0, 1)[self.at]
+    def to_runs(self, x: Tensor) -> Tensor:
+        """Return a batch as one text per row: (B, T, width) -> (S, L, width)."""
+        return x if self.slots is None else x.flatten(0, 1)[self.slots]
 
-    def leave(self, x: Tensor) -> Tensor:
-        """(S, L, width) -> (B, T, width). Where padding was, some state that is nobody's concern."""
-        return x if self.at is None else x.flatten(0, 1)[self.home]
+    def from_runs(self, x: Tensor) -> Tensor:
+        """Return texts in their places in the batch: (S, L, width) -> (B, T, width); padding gets arbitrary states."""
+        return x if self.slots is None else x.flatten(0, 1)[self.inverse]
 
     def reverse(self, x: Tensor) -> Tensor:
-        """Each text from its end: (S, L, width) -> the same."""
-        if self.at is None:
+        """Reverse each text: (S, L, width) -> the same."""
+        if self.slots is None:
             return x.flip(1)
-        return x.gather(1, self.turn[..., None].expand_as(x))
+        return x.gather(1, self.reversal[..., None].expand_as(x))
 
 
 class RecurrentCache(KVCache):
-    """What a left-to-right recurrent model remembers of each row: the states of its layers, however long the row is."""
+    """Cache of a left-to-right recurrent model: the state of each layer, whose size does not depend on the row length."""
 
     def __init__(self, rows: int, capacity: int):
         super().__init__(rows, capacity)
         self.layers: dict[int, tuple[Tensor, ...]] = {}
 
     def start_decoding(self) -> None:
-        """Nothing needs be noted: the states are all there is."""
+        """Do nothing: the states are the whole cache."""
 
     def select(self, rows: Tensor) -> None:
         self.rows = len(rows)
-        self.layers = {i: tuple(s.index_select(1, rows) for s in held) for i, held in self.layers.items()}
+        self.layers = {i: tuple(s.index_select(1, rows) for s in states) for i, states in self.layers.items()}
 
 
 class RecurrentLayer(nn.Module):
@@ -149,13 +160,15 @@ class RecurrentLayer(nn.Module):
 
     def __init__(self, config: ModelConfig):
         super().__init__()
-        self.ahead: nn.RNNBase = cells(config)
-        self.back: nn.RNNBase | None = None if config.causal else cells(config)
+        self.ahead: nn.RNNBase = make_cell(config)
+        self.back: nn.RNNBase | None = None if config.causal else make_cell(config)
 
 
 class RecurrentStack(nn.Module):
-    """`depth` recurrent layers: the trunk of a Shape with `recurrent`. Dropout as in Zaremba 2014: on what goes into the
-    first layer and on what comes out of each."""
+    """The recurrent layers of a model with `rnn_type`.
+
+    Dropout as in Zaremba 2014: on the input of the first layer and on the output of each.
+    """
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -164,56 +177,63 @@ class RecurrentStack(nn.Module):
         self.drop = nn.Dropout(config.dropout) if config.dropout else nn.Identity()
 
     def stack(self) -> list[RecurrentLayer]:
-        """The layers, typed."""
+        """Return the layers, typed."""
         return list(self.layers)  # type: ignore[arg-type]
 
     def forward(
-        self, x: Tensor, fields: Batch, cache: RecurrentCache | None = None, kept: list[Tensor] | None = None
+        self, x: Tensor, fields: Batch, cache: RecurrentCache | None = None, hidden_states: list[Tensor] | None = None
     ) -> Tensor:
-        """x: embeddings (B, T, table width) -> (B, T, width). kept: takes what went in and what each layer handed on."""
+        """Return hidden states (B, T, hidden_size).
+
+        Args:
+            x: Embeddings (B, T, embedding_dim).
+            fields: Batch fields, (B, T) each.
+            cache: The states after earlier tokens; updated.
+            hidden_states: Receives the input of the layers and the output of each, (B, T, hidden_size).
+        """
         runs = RowRuns.of(fields, x, exact=cache is not None or not self.config.causal)
         if cache is not None and len(runs.lengths) != len(x):
-            raise UserError("rows that a recurrent model goes on with hold one document each: leave out `document`")
-        x = runs.enter(self.drop(x))
+            raise UserError("a recurrent model can only continue rows of one document each: leave out document_ids")
+        x = runs.to_runs(self.drop(x))
         ahead, back = x, runs.reverse(x) if self.config.separate_directions else x
-        whole = torch.cat((x, x), -1) if self.config.separate_directions else x
+        both = torch.cat((x, x), -1) if self.config.separate_directions else x
         for i, layer in enumerate(self.stack()):
-            if kept is not None:
-                kept.append(runs.leave(whole))
-            forward = self._read(layer.ahead, ahead, i, runs, cache)
+            if hidden_states is not None:
+                hidden_states.append(runs.from_runs(both))
+            forward = self._run(layer.ahead, ahead, i, runs, cache)
             if layer.back is None:
-                ahead = whole = self._handed(i, forward, ahead)
+                ahead = both = self._output(i, forward, ahead)
                 continue
             if self.config.separate_directions:
-                ahead, back = self._handed(i, forward, ahead), self._handed(i, run_layer(layer.back, back)[0], back)
-                whole = torch.cat((ahead, runs.reverse(back)), -1)
+                ahead, back = self._output(i, forward, ahead), self._output(i, run_layer(layer.back, back)[0], back)
+                both = torch.cat((ahead, runs.reverse(back)), -1)
             else:
                 backward = runs.reverse(run_layer(layer.back, runs.reverse(ahead))[0])
-                ahead = whole = self._handed(i, torch.cat((forward, backward), -1), ahead)
+                ahead = both = self._output(i, torch.cat((forward, backward), -1), ahead)
         if cache is not None:
-            cache.advance(runs.home.shape[-1])
-        whole = runs.leave(whole)
-        if kept is not None:
-            kept.append(whole)
-        return whole
+            cache.advance(runs.inverse.shape[-1])
+        both = runs.from_runs(both)
+        if hidden_states is not None:
+            hidden_states.append(both)
+        return both
 
-    def _handed(self, i: int, out: Tensor, into: Tensor) -> Tensor:
-        """What a layer hands on: with `skip`, what it was given too."""
+    def _output(self, i: int, out: Tensor, inputs: Tensor) -> Tensor:
+        """Return the output of layer i with dropout and, from the second layer on, the residual connection."""
         out = self.drop(out)
-        return out + into if self.config.rnn_residual and i else out
+        return out + inputs if self.config.rnn_residual and i else out
 
-    def _read(self, layer: nn.RNNBase, x: Tensor, i: int, runs: RowRuns, cache: RecurrentCache | None) -> Tensor:
-        """One direction of a layer; with a cache, from the states it left behind and to those it leaves."""
+    def _run(self, layer: nn.RNNBase, x: Tensor, i: int, runs: RowRuns, cache: RecurrentCache | None) -> Tensor:
+        """Run one direction of layer i; with a cache, from its stored state, which is updated."""
         out: Tensor
         if cache is None:
             out = run_layer(layer, x)[0]
             return out
-        held = cache.layers.get(i)
-        given = None if held is None else held if self.config.rnn_type == "lstm" else held[0]
-        if runs.at is None:
-            out, state = run_layer(layer, x, given)
-        else:  # the last state of each row is wanted, which is not that of its last slot
-            packed, state = run_layer(layer, pack_padded_sequence(x, runs.lengths.cpu(), True, False), given)
+        stored = cache.layers.get(i)
+        initial = None if stored is None else stored if self.config.rnn_type == "lstm" else stored[0]
+        if runs.slots is None:
+            out, state = run_layer(layer, x, initial)
+        else:  # the last state of each row is needed, which is not that of its last slot
+            packed, state = run_layer(layer, pack_padded_sequence(x, runs.lengths.cpu(), True, False), initial)
             out = pad_packed_sequence(packed, True)[0]
         cache.layers[i] = state if self.config.rnn_type == "lstm" else (state,)
         return out

@@ -1,4 +1,4 @@
-"""Every objective by the name that a recipe gives it. To add one: write its file, and a line here."""
+"""Registry of objectives by their recipe name. To add one, write its file and add a line here."""
 
 from __future__ import annotations
 
@@ -40,17 +40,17 @@ OBJECTIVES = {
     "reinforce": "firth.objectives.reinforce:Reinforce",
     "ppo": "firth.objectives.ppo:PPO",
 }
-"""Name -> where its class is; imported only when asked for, so that listing them needs no torch."""
+"""Name -> "module:class"; imported on demand, so that listing them needs no torch."""
 
 
 def find(name: str) -> type:
-    """The class of the objective called `name`."""
+    """Return the objective class of a recipe name."""
     module, cls = OBJECTIVES[name].split(":")
     found: type = getattr(importlib.import_module(module), cls)
     return found
 
 
 def name_of(kind: type) -> str:
-    """What a recipe calls the objective of this class; the class's own name where it has none there."""
-    place = f"{kind.__module__}:{kind.__qualname__}"
-    return next((name for name, where in OBJECTIVES.items() if where == place), kind.__qualname__)
+    """Return the recipe name of an objective class, or the class's own name where it has none."""
+    path = f"{kind.__module__}:{kind.__qualname__}"
+    return next((name for name, known in OBJECTIVES.items() if known == path), kind.__qualname__)

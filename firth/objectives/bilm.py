@@ -1,12 +1,12 @@
-"""The two language models of ELMo, one from left to right and one from right to left (Peters 2018, section 3.1).
+"""Bidirectional language model of ELMo: one left to right, one right to left (Peters 2018, section 3.1).
 
-They share the embedding and the softmax and nothing else: what one of them says of a token has seen only the tokens
-before it, what the other says only those behind it. (One bidirectional network could not be trained so: its second
-layer sees, through the other direction, the token that it is asked for.)
+The two share the embedding and the softmax and nothing else: the state of one has seen only the tokens before a token, that
+of the other only those after it. (One bidirectional network could not be trained so: its second layer would see the token
+to predict through the other direction.)
 
-    the  cat  sat        forward asked   cat  sat   -         backward asked   -  the  cat
+    the  cat  sat        forward labels   cat  sat   -         backward labels   -  the  cat
 
-Where we differ: a full softmax in the place of a sampled one.
+Difference from the original: a full softmax instead of a sampled one.
 """
 
 from __future__ import annotations
@@ -28,7 +28,10 @@ from firth.types import IGNORE, Batch, Example, Outputs
 
 @dataclass(frozen=True)
 class BiLM(Objective):
-    """Predict the next token from the left and the previous one from the right: {"tokens"}, and "document_ids" where several.
+    """Predict the next token from those before it and the previous token from those after it.
+
+    Shown: the whole text. Predicted: the next token ("next") by one half of the state, the previous one ("previous") by the
+    other. Loss: sum of -log p(w_t | w_<t) and -log p(w_t | w_>t). Example: {"tokens"}, and "document_ids" for several texts.
 
     >>> vocab = Vocab(size=10, roles={}, special=np.zeros(10, bool))
     >>> seen = BiLM().build_example({"tokens": np.array([5, 6, 7])}, vocab, np.random.default_rng(0))
@@ -43,7 +46,7 @@ class BiLM(Objective):
         return "bidirectional_separate"
 
     def heads(self, config: ModelConfig) -> dict[str, nn.Module]:
-        return {"lm": LMHead(one_reader(config))}
+        return {"lm": LMHead(direction_config(config))}
 
     def build_example(self, example: Example, vocab: Vocab, rng: np.random.Generator) -> Example:
         tokens = example["tokens"]
@@ -55,17 +58,17 @@ class BiLM(Objective):
         return example | {"next": after, "previous": before}
 
     def loss(self, model: LM, outputs: Outputs, batch: Batch) -> dict[str, Tensor]:
-        ahead, back = outputs["hidden"].chunk(2, -1)  # (..., T, width / 2) each
+        ahead, back = outputs["hidden"].chunk(2, -1)  # (..., T, hidden_size / 2) each
         return {
             "forward": token_loss(model, ahead, batch["next"]),
             "backward": token_loss(model, back, batch["previous"]),
         }
 
     def loss_flops(self, model: LM, batch: Batch) -> float:
-        asked = flops.supervised_positions(batch["next"]) + flops.supervised_positions(batch["previous"])
-        return flops.head_flops(one_reader(model.config), asked)
+        count = flops.supervised_positions(batch["next"]) + flops.supervised_positions(batch["previous"])
+        return flops.head_flops(direction_config(model.config), count)
 
 
-def one_reader(config: ModelConfig) -> ModelConfig:
-    """The shape of one of the two language models, whose head this is."""
+def direction_config(config: ModelConfig) -> ModelConfig:
+    """Return the config of one of the two directions, for the shared LM head."""
     return replace(config, hidden_size=config.embedding_dim, head_dim=0, separate_directions=False, causal=True)

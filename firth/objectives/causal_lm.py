@@ -1,4 +1,4 @@
-"""Causal language modelling: p(w_t | w_<t), the objective of GPT (Radford 2018, section 3.1)."""
+"""Causal language modeling: p(w_t | w_<t), the objective of GPT (Radford 2018, section 3.1)."""
 
 from __future__ import annotations
 
@@ -15,7 +15,10 @@ from firth.types import IGNORE, Example
 
 @dataclass(frozen=True)
 class CausalLM(TokenObjective):
-    """Read left to right, predict the next token everywhere.
+    """Predict every next token from those before it.
+
+    Shown: all tokens but the last. Predicted: the next token, at every position; not across documents of a row.
+    Loss: -sum over t of log p(w_t | w_<t).
 
     >>> from firth.tokenizer.vocab import Vocab
     >>> vocab = Vocab(size=10, roles={"pad": 0}, special=np.arange(10) < 1)
@@ -36,15 +39,15 @@ class CausalLM(TokenObjective):
         )
         if "document_ids" in example:
             document = example["document_ids"]
-            # The last token of a document is not asked to predict the first of the next one.
+            # The last token of a document does not predict the first of the next one.
             labels = np.where(document[1:] == document[:-1], shown["labels"], IGNORE)
             shown |= {"document_ids": document[:-1], "labels": labels}
         return shown
 
     def hide(self, tokens: np.ndarray, at: int, vocab: Vocab) -> Example:
-        """What stands behind the token cannot be shown."""
-        begin = [vocab.roles["bos"]] if "bos" in vocab.roles else []
-        shown = np.concatenate((begin, tokens[:at])).astype(tokens.dtype)
+        """The tokens after it cannot be shown."""
+        bos = [vocab.roles["bos"]] if "bos" in vocab.roles else []
+        shown = np.concatenate((bos, tokens[:at])).astype(tokens.dtype)
         labels = np.full(len(shown), IGNORE)
         labels[-1] = tokens[at]
         return {"tokens": shown, "labels": labels} | layout.causal(len(shown))

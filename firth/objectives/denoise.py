@@ -1,12 +1,12 @@
-"""Denoising: the text is damaged, the model writes it as it was (BART, Lewis 2019, section 2.2).
+"""Denoising: corrupt a text and reconstruct all of it (BART, Lewis 2019, section 2.2).
 
-The whole text is asked, not what was damaged alone: about seven times the targets of span corruption, and the model
-learns to go on writing. The five ways to damage are in `firth.data.corruptions`; BART itself shuffles the sentences and
-then hides 30% of the tokens by infilling. Both rows end with the stop token; BART's begin with one too, ours do not.
+The whole text is predicted, not only what was corrupted: about seven times the labels of span corruption, and the model also
+learns to continue a text. The five corruptions are in `firth.data.corruptions`; BART itself shuffles the sentences and then
+masks 30% of the tokens by infilling. Both rows end with the stop token; BART's also begin with one, ours do not.
 
     I came. I saw the sea. I won.
     shown    I won. I came. I _ sea.                  permutation, then infilling
-    asked    I came. I saw the sea. I won.
+    target   I came. I saw the sea. I won.
 """
 
 from __future__ import annotations
@@ -29,11 +29,15 @@ from firth.validated import OpenShare
 
 @dataclass(frozen=True)
 class Denoising(TokenObjective):
-    """Write {"tokens"}, a bare text, as it was.
+    """Reconstruct a corrupted text: {"tokens"}, without special tokens.
 
-    noises: how it is damaged (`firth.data.corruptions`), in the order in which that is done. rate: share of the tokens that
-    masking, deletion and infilling each hit. layout: "seq2seq" shows the damaged text to an encoder; "prefix" does both
-    in one row, read both ways up to the end of the damaged text.
+    Shown: the corrupted text. Predicted: the original text. Loss: -sum over t of log p(w_t | w_<t, corrupted text).
+
+    Args:
+        noises: The corruptions (`firth.data.corruptions`), in the order in which they are applied.
+        noise_density: Share of the tokens that masking, deletion and infilling each hit.
+        layout: "seq2seq" gives the corrupted text to an encoder; "prefix" puts both in one row, with bidirectional
+            attention up to the end of the corrupted text.
 
     >>> vocab = Vocab(size=10, roles={"pad": 0, "eos": 1, "mask": 2}, special=np.arange(10) < 3,
     ...               spelling=tuple(b" a" if i != 5 else b"!" for i in range(10)))
@@ -53,7 +57,7 @@ class Denoising(TokenObjective):
     def __post_init__(self) -> None:
         super().__post_init__()
         if not self.noises:
-            raise UserError("denoise: noises names no way to damage the text, so there would be nothing to mend")
+            raise UserError("denoising: noises is empty, so nothing is corrupted: name at least one corruption")
 
     @property
     def text_units(self) -> frozenset[str]:
@@ -64,21 +68,21 @@ class Denoising(TokenObjective):
 
     def build_example(self, example: Example, vocab: Vocab, rng: np.random.Generator) -> Example:
         tokens = example["tokens"]
-        damaged = corrupt(self.noises, tokens, vocab, self.noise_density, rng)
-        return layout.layout_of(self.layout, np.append(damaged, vocab.eos), np.append(tokens, vocab.eos), vocab)
+        corrupted = corrupt(self.noises, tokens, vocab, self.noise_density, rng)
+        return layout.layout_of(self.layout, np.append(corrupted, vocab.eos), np.append(tokens, vocab.eos), vocab)
 
     def build_infill(self, pieces: Sequence[np.ndarray], vocab: Vocab) -> InfillPrompt:
-        """Each gap is one mask, as infilling leaves one for a span of any length; nothing where tokens are deleted. The answer
+        """Each gap is one mask, as infilling leaves one for a span of any length; nothing where tokens are deleted. The target
         is the whole text."""
-        behind = pieces[1:]
+        rest = pieces[1:]
         if self.noises != ("deletion",):
-            behind = [np.insert(piece, 0, vocab.mask) for piece in behind]
-        return InfillPrompt(np.concatenate((pieces[0], *behind, [vocab.eos])).astype(np.int32), np.zeros(0, np.int64))
+            rest = [np.insert(piece, 0, vocab.mask) for piece in rest]
+        return InfillPrompt(np.concatenate((pieces[0], *rest, [vocab.eos])).astype(np.int32), np.zeros(0, np.int64))
 
     def hide(self, tokens: np.ndarray, at: int, vocab: Vocab) -> Example:
-        """The token is masked, or gone where that is the damage; asked when the answer has come to its place."""
-        gone = np.arange(len(tokens)) == at
-        shown = tokens[~gone] if self.noises == ("deletion",) else np.where(gone, vocab.mask, tokens)
+        """The token is masked, or deleted where that is the corruption; its label is at its position in the target."""
+        hidden = np.arange(len(tokens)) == at
+        shown = tokens[~hidden] if self.noises == ("deletion",) else np.where(hidden, vocab.mask, tokens)
         seen = layout.layout_of(self.layout, np.append(shown, vocab.eos), tokens[: at + 1], vocab)
         labels = np.full(len(seen["labels"]), IGNORE)
         labels[-1] = tokens[at]

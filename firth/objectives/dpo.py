@@ -1,13 +1,13 @@
-"""Direct preference optimisation: the language model is the reward model (Rafailov 2023, equation 7).
+"""Direct preference optimization: the language model is the reward model (Rafailov 2023, equation 7).
 
 The best policy under a KL penalty beta satisfies r(x, y) = beta log p(y|x) / p_ref(y|x) + beta log Z(x), and Z cancels in a
-comparison. So the Bradley-Terry loss needs no reward model, no sampling and no value: a pair of rows and two numbers,
-the reference's log-probabilities, which are data (`firth.align.precompute`).
+comparison. So the Bradley-Terry loss needs no reward model, no sampling and no value: only a pair of rows and the
+reference's two log-probabilities, which are precomputed (`firth.align.precompute`).
 
-    loss = -log sigma(beta (log p/p_ref (chosen) - log p/p_ref (rejected)))  =  a two-way softmax over the gains
+    loss = -log sigma(beta (log p/p_ref (chosen) - log p/p_ref (rejected)))  =  a two-way softmax over the log-ratios
 
-The loss sees only the difference, and may lower the probability of both answers: the log-ratios of the chosen and of
-the rejected are measured apart, so that the log shows it.
+The loss depends only on the difference and may lower the probability of both answers, so the log-ratios of chosen and
+rejected are logged separately.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ from firth.model.config import AttentionPattern, ModelConfig
 from firth.model.heads import LMHead
 from firth.model.model import LM
 from firth.objectives.objective import Objective, choice_loss, log_probs, num_correct, vocabulary_flops
-from firth.objectives.sft import answer
+from firth.objectives.sft import causal_example
 from firth.tokenizer.vocab import Vocab
 from firth.types import IGNORE, Batch, Example, Outputs
 from firth.validated import PositiveFloat, Range
 
 
 def build_comparison(example: Example) -> Example:
-    """Chosen and rejected as two causal rows, asked is every answered token. Fields (2, T).
+    """Return chosen and rejected as two causal rows, labels on the tokens of the answers. Fields (2, T).
 
     >>> on = np.array([False, True, True])
     >>> pair = {"chosen_tokens": np.array([5, 6, 7]), "chosen_mask": on,
@@ -40,22 +40,28 @@ def build_comparison(example: Example) -> Example:
     >>> build_comparison(pair)["labels"].tolist()
     [[6, 7], [8, -100]]
     """
-    return layout.group([answer(example[f"{k}_tokens"], example[f"{k}_mask"]) for k in ("chosen", "rejected")])
+    return layout.group([causal_example(example[f"{k}_tokens"], example[f"{k}_mask"]) for k in ("chosen", "rejected")])
 
 
 @torch.no_grad()
 def ref_logprobs(model: LM, batch: Batch) -> dict[str, Tensor]:
-    """What DPO needs of its frozen reference: the summed log-probability of each answer, {"reference": (B, 2)}."""
+    """Return the summed log-probability of each answer under the reference model: {"reference": (B, 2)}."""
     hidden = model(batch, needed=batch["labels"] != IGNORE)
     return {"reference": log_probs(model, hidden, batch["labels"]).sum(-1)}
 
 
 @dataclass(frozen=True)
 class DPO(Objective):
-    """A comparison with its reference log-probabilities: `comparison` | {"reference": (2,)}.
+    """Prefer the chosen answer over the rejected one, relative to a reference model.
 
-    beta: how dear it is to leave the reference. smoothing: the share of comparisons believed to be the wrong way
-    round (conservative DPO, Mitchell 2023). dropout: apply the model's dropout; the first loss is then not ln 2.
+    Shown: both answers after their prompt, two rows (2, T), and "reference", their log-probabilities under the reference (2,).
+    Predicted: the tokens of both answers. Loss: -log sigma(beta (log p/p_ref (chosen) - log p/p_ref (rejected))). Metrics:
+    "accuracy", "margin" (beta times the difference of the log-ratios), "chosen" and "rejected" (the log-ratios, in nats).
+
+    Args:
+        beta: Strength of the penalty for leaving the reference.
+        label_smoothing: Share of the comparisons assumed to be labeled the wrong way round (conservative DPO, Mitchell 2023).
+        dropout: Apply the model's dropout; the first loss is then not ln 2.
     """
 
     beta: PositiveFloat = 0.1
@@ -82,7 +88,7 @@ class DPO(Objective):
         return {"lm": LMHead(config)}
 
     def notes(self, metrics: Mapping[str, float]) -> list[str]:
-        """Say it where both answers became less likely than under the reference (Pal 2024; Rafailov 2024)."""
+        """Warn where both answers became less likely than under the reference (Pal 2024; Rafailov 2024)."""
         split = "valid/" if "valid/chosen" in metrics else ""
         chosen, rejected = (metrics.get(f"{split}{name}", 0.0) for name in ("chosen", "rejected"))
         if chosen >= 0 or rejected >= 0:
@@ -95,22 +101,22 @@ class DPO(Objective):
         ]
 
     def build_example(self, example: Example, vocab: Vocab, rng: np.random.Generator) -> Example:
-        frozen = {"reference": np.asarray(example["reference"], np.float32), "preferred": np.int64(0)}
-        return build_comparison(example) | frozen
+        fields = {"reference": np.asarray(example["reference"], np.float32), "preferred": np.int64(0)}
+        return build_comparison(example) | fields
 
     def needed_positions(self, batch: Batch) -> Tensor | None:
         return batch["labels"] != IGNORE
 
     def loss(self, model: LM, outputs: Outputs, batch: Batch) -> dict[str, Tensor]:
-        now = log_probs(model, outputs["hidden"], batch["labels"]).sum(-1)  # (B, 2)
-        gain = now - batch["reference"]
+        logprobs = log_probs(model, outputs["hidden"], batch["labels"]).sum(-1)  # (B, 2)
+        log_ratio = logprobs - batch["reference"]
         preferred = batch["preferred"]
-        right = choice_loss(self.beta * gain, preferred)
-        wrong = choice_loss(-self.beta * gain, preferred)
-        chosen, rejected = gain.detach().sum(0)
+        loss = choice_loss(self.beta * log_ratio, preferred)
+        flipped = choice_loss(-self.beta * log_ratio, preferred)
+        chosen, rejected = log_ratio.detach().sum(0)
         return {
-            "dpo": (1 - self.label_smoothing) * right + self.label_smoothing * wrong,
-            "accuracy": num_correct(gain.detach(), preferred),
+            "dpo": (1 - self.label_smoothing) * loss + self.label_smoothing * flipped,
+            "accuracy": num_correct(log_ratio.detach(), preferred),
             "margin": self.beta * (chosen - rejected),
             "chosen": chosen,
             "rejected": rejected,

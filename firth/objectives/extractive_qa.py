@@ -1,11 +1,11 @@
-"""Extractive question answering: the first and the last token of the answer, in a passage (BERT, Devlin 2019, 4.2, 4.3).
+"""Extractive question answering: predict the first and last token of the answer in a passage (BERT, Devlin 2019, 4.2, 4.3).
 
     [CLS] who wrote it ? [SEP] the play was written by Anne Lee in 1901 . [SEP]
                                                       start end
 
-Each token has a chance of being the first and one of being the last, a softmax over the row each; the loss is the mean of
-the two. A passage without the answer (SQuAD 2.0, or a window of a long one) has both at [CLS], at a decoder's last token.
-The softmax is over the tokens of one document, so rows may be packed.
+Start and end are each a softmax over the tokens of the row; the loss is the mean of the two. A passage without the answer
+(SQuAD 2.0, or a window of a long one) has both at [CLS], or at the last token for a decoder. The softmax is over the tokens
+of one document, so rows may be packed.
 """
 
 from __future__ import annotations
@@ -27,16 +27,20 @@ from firth.objectives.objective import DataStats, Objective
 from firth.tokenizer.vocab import Vocab
 from firth.types import IGNORE, NEVER, Batch, Example, Outputs
 
-UNSEEN = -1e30
-"""The score of padding: finite, so that rows of nothing else give no NaN."""
+PADDING_SCORE = -1e30
+"""The score of padding: finite, so that rows of padding alone give no NaN."""
 
 
 @dataclass(frozen=True)
 class QuestionAnswering(Objective):
-    """Where the answer begins and ends: {"tokens", "token_type_ids", "start", "end"}, places of tokens; -1 where it is not.
+    """Predict where the answer starts and ends: {"tokens", "token_type_ids", "start", "end"}, token indices, -1 without answer.
 
-    at: which token says that the answer is not there: the "first" of an encoder, the "last" of a decoder. unanswerable:
-    whether a question may have no answer at all, so that a reader of the scores may say so (None: as in the data).
+    Shown: question and passage. Predicted: the first token s and the last token e of the answer. Loss:
+    -(log softmax(start scores)[s] + log softmax(end scores)[e]) / 2.
+
+    Args:
+        position: The token that means "no answer": "first" for an encoder, "last" for a decoder; "auto" fits the model.
+        has_unanswerable: Whether questions may have no answer, so that predictions may be empty (None: as in the data).
 
     >>> vocab = Vocab(size=9, roles={"pad": 0}, special=np.arange(9) < 1)
     >>> example = {"tokens": np.array([1, 5, 2, 6, 7, 2]), "start": 3, "end": 4}
@@ -63,8 +67,8 @@ class QuestionAnswering(Objective):
         return READOUTS[self.position]
 
     @property
-    def place(self) -> Literal["first", "last"]:
-        """Which token says so; the first while no shape is known."""
+    def readout(self) -> Literal["first", "last"]:
+        """The token that means "no answer"; the first while no model config is known."""
         return "last" if self.position == "last" else "first"
 
     def for_model(self, config: ModelConfig) -> Objective:
@@ -78,39 +82,41 @@ class QuestionAnswering(Objective):
     def build_example(self, example: Example, vocab: Vocab, rng: np.random.Generator) -> Example:
         shown = {name: example[name] for name in ("tokens", "token_type_ids") if name in example}
         n = len(shown["tokens"])
-        nowhere = n - 1 if self.position == "last" else 0
+        no_answer = n - 1 if self.position == "last" else 0
         order = layout.causal(n) if self.position == "last" else {}
-        return shown | {f"{end}s": _told(n, example[end], nowhere) for end in ("start", "end")} | order
+        return shown | {f"{end}s": _one_hot_label(n, example[end], no_answer) for end in ("start", "end")} | order
 
     def loss(self, model: LM, outputs: Outputs, batch: Batch) -> dict[str, Tensor]:
         scores = model.heads["span"](outputs["hidden"]).float()  # (B, T, 2)
-        text = texts(batch)
-        loss, right = torch.zeros((), device=scores.device), torch.ones((), dtype=torch.bool, device=scores.device)
+        text = text_ids(batch)
+        loss, correct = torch.zeros((), device=scores.device), torch.ones((), dtype=torch.bool, device=scores.device)
         for side, field in enumerate(("starts", "ends")):
-            each = scores[..., side].flatten().masked_fill(text < 0, UNSEEN)
-            whole = torch.where(text < 0, 0, text)
-            most = (
-                each.detach().new_full((int(whole.max()) + 1,), UNSEEN).scatter_reduce(0, whole, each.detach(), "amax")
+            token_scores = scores[..., side].flatten().masked_fill(text < 0, PADDING_SCORE)
+            row_of = torch.where(text < 0, 0, text)
+            highest = (
+                token_scores.detach()
+                .new_full((int(row_of.max()) + 1,), PADDING_SCORE)
+                .scatter_reduce(0, row_of, token_scores.detach(), "amax")
             )
-            total = torch.zeros_like(most).index_add(0, whole, (each - most[whole]).exp() * (text >= 0))
+            total = torch.zeros_like(highest).index_add(0, row_of, (token_scores - highest[row_of]).exp() * (text >= 0))
             at = (batch[field].flatten() != IGNORE).nonzero()[:, 0]
-            loss = loss + (most[whole[at]] + total[whole[at]].log() - each[at]).sum()
-            right = right & (each[at] >= most[whole[at]])
-        return {"span": loss / 2, "accuracy": right.sum().float()}
+            loss = loss + (highest[row_of[at]] + total[row_of[at]].log() - token_scores[at]).sum()
+            correct = correct & (token_scores[at] >= highest[row_of[at]])
+        return {"span": loss / 2, "accuracy": correct.sum().float()}
 
 
-def _told(n: int, place: int, nowhere: int) -> np.ndarray:
-    """1 at a place, or nowhere: (n,), IGNORE elsewhere."""
+def _one_hot_label(n: int, index: int, no_answer: int) -> np.ndarray:
+    """Return (n,) labels: 1 at an index, or at `no_answer` for a negative one; IGNORE elsewhere."""
     out = np.full(n, IGNORE)
-    out[nowhere if place < 0 else place] = 1
+    out[no_answer if index < 0 else index] = 1
     return out
 
 
-def texts(batch: Batch) -> Tensor:
-    """Which text each token is of, as one number over all rows: (B * T,) int64; -1 for padding."""
+def text_ids(batch: Batch) -> Tensor:
+    """Return the text of each token, numbered over all rows: (B * T,) int64; -1 for padding."""
     tokens = batch["tokens"]
     row = torch.arange(tokens.shape[0], device=tokens.device)[:, None].expand_as(tokens)
     document = batch.get("document_ids")
     number = row if document is None else row * (int(document.max()) + 1) + document
-    appears = batch.get("key_time")
-    return (number if appears is None else number.masked_fill(appears == NEVER, -1)).flatten()
+    key_time = batch.get("key_time")
+    return (number if key_time is None else number.masked_fill(key_time == NEVER, -1)).flatten()

@@ -1,8 +1,7 @@
-"""A task that reads a mixture of all layers of a model, frozen or not: how ELMo is used (Peters 2018, section 3.2).
+"""Layer mixture: a task head on a weighted sum of all layers, frozen or not, as ELMo is used (Peters 2018, section 3.2).
 
-`Mixed() + Tagging()` tags from the frozen states of a pretrained model: the task learns its head, one weight for each
-layer and a scale, and the model learns nothing. Lower layers know more of grammar and upper ones more of meaning; the
-task finds what it needs.
+`LayerMixture() + TokenClassification()` tags from the frozen states of a pretrained model: the task learns its head, one
+weight for each layer and a scale, and the model stays unchanged. Lower layers represent more syntax, upper ones more meaning.
 
 >>> from firth.objectives.token_classification import TokenClassification
 >>> (LayerMixture() + TokenClassification()).labels
@@ -27,9 +26,12 @@ from firth.types import Batch, Outputs
 
 @dataclass(frozen=True)
 class LayerMixture(Objective):
-    """Gives the objective that it is added to a learnt mixture of all layers for its hidden states; asks nothing itself.
+    """Give the objective that it is added to a mixture of all layers as hidden state: h = gamma * sum of s_l h_l, s a softmax.
 
-    frozen: the model is read without gradient and without dropout, so that it stays what it was.
+    It predicts nothing itself and has no loss.
+
+    Args:
+        frozen: Run the model without gradient and without dropout, so that it stays unchanged.
     """
 
     keeps_fields: ClassVar[bool] = True
@@ -44,18 +46,18 @@ class LayerMixture(Objective):
         return {"mixture": ScalarMix(config.num_layers + 1)}
 
     def forward(self, model: LM, batch: Batch) -> Outputs:
-        learning = model.training
-        model.train(learning and not self.frozen)
+        training = model.training
+        model.train(training and not self.frozen)
         with torch.no_grad() if self.frozen else nullcontext():
-            states = model.all_hidden_states(batch)  # (depth + 1, ..., T, width)
-        model.train(learning)
+            states = model.all_hidden_states(batch)  # (num_layers + 1, ..., T, hidden_size)
+        model.train(training)
         return {"hidden": model.heads["mixture"](states)}
 
     def loss(self, model: LM, outputs: Outputs, batch: Batch) -> dict[str, Tensor]:
         return {}
 
     def forward_flops(self, model: LM, batch: Batch) -> float:
-        whole = super().forward_flops(model, batch)
-        # A model whose weights are frozen themselves is counted so by the loop (`firth.model.flops.trained_share`).
-        learns = any(p.requires_grad for p in model.stack.parameters())
-        return whole / 3 if self.frozen and learns else whole
+        total = super().forward_flops(model, batch)
+        # For a model whose weights are frozen, the trainer subtracts the backward (`firth.model.flops.trained_share`).
+        trainable = any(p.requires_grad for p in model.stack.parameters())
+        return total / 3 if self.frozen and trainable else total

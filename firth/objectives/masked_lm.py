@@ -1,12 +1,12 @@
-"""Masked language modelling: hide some tokens, guess them from both sides (BERT, Devlin 2019, section 3.1).
+"""Masked language modeling: hide some tokens and predict them from both sides (BERT, Devlin 2019, section 3.1).
 
-15% of the tokens are asked. Of those 80% are shown as [MASK], 10% as a random token and 10% as they are, so that
-the model cannot know which words it may trust. BERT drew the masks once for each of ten copies of the text;
-RoBERTa (Liu 2019) draws them anew at each visit, which is the default here. Which copy an example is shown in goes by the
-epoch, and what is drawn for it by its number: neither tells of what is hidden.
+15% of the tokens are selected. Of those 80% are shown as [MASK], 10% as a random token and 10% unchanged, so that the model
+cannot know which tokens to trust. BERT drew the masks once for each of ten copies of the text; RoBERTa (Liu 2019) draws
+them anew at every visit, which is the default here. The copy goes by the epoch and its random numbers by the example's
+index, so neither depends on what is masked.
 
-    the quick brown fox jumps over     shown    the [MASK] brown fox tree over
-                                       asked     -   quick   -    -  jumps  -
+    the quick brown fox jumps over     shown     the [MASK] brown fox tree over
+                                       labels     -   quick   -    -  jumps  -
 """
 
 from __future__ import annotations
@@ -28,12 +28,20 @@ from firth.validated import NonNegativeInt, OpenShare, Share
 
 @dataclass(frozen=True)
 class MLM(TokenObjective):
-    """Guess the hidden tokens. Control tokens are never hidden; other fields of the example (segments) pass through.
+    """Predict masked tokens from both sides.
 
-    rate: share of the tokens that is asked. noise: which (`firth.data.noise`). masked, random: shares of the asked
-    that are shown as [MASK] and as a random token; the rest is shown as it is. alike: one such draw for each run of
-    hidden tokens (SpanBERT), not for each token. masks: 0 draws anew at every visit; n takes turns with n copies of each
-    example, drawn once (BERT: 10); what else is drawn for a copy (whether its pair belongs together) is fixed with it.
+    Shown: the text with the selected tokens masked. Predicted: the original of each selected token ("labels"). Loss: -sum of
+    log p(token | shown text) over the selected tokens. Special tokens are never selected; other fields of the example
+    (token_type_ids) pass through.
+
+    Args:
+        mlm_probability: Share of the tokens that is selected.
+        noise: How they are selected (`firth.data.noise`).
+        mask_fraction: Share of the selected tokens that is shown as [MASK].
+        random_fraction: Share of the selected tokens that is shown as a random token; the rest is shown unchanged.
+        whole_span_replacement: Replace each run of selected tokens in one way (SpanBERT) instead of each token by itself.
+        num_maskings: 0 draws anew at every visit; n rotates through n fixed maskings of each example (BERT: 10). Whatever
+            else is drawn for an example (whether its pair belongs together) is fixed with them.
 
     >>> vocab = Vocab(size=10, roles={"mask": 1, "cls": 2, "sep": 3}, special=np.arange(10) < 4)
     >>> seen = MLM(mlm_probability=0.5, mask_fraction=1.0, random_fraction=0.0).build_example(
@@ -55,7 +63,8 @@ class MLM(TokenObjective):
         super().__post_init__()
         if self.mask_fraction + self.random_fraction > 1:
             raise UserError(
-                f"mlm: masked={self.mask_fraction} and random={self.random_fraction} are shares of the same tokens: make them at most 1 together"
+                f"mlm: mask_fraction={self.mask_fraction} and random_fraction={self.random_fraction} add up to more than 1: "
+                "they are shares of the same tokens"
             )
 
     @property
@@ -84,38 +93,43 @@ class MLM(TokenObjective):
     def build_examples(
         self, examples: Sequence[Example], vocab: Vocab, draws: ExampleRNG, streams: Sequence[tuple[int, int]]
     ) -> list[Example]:
-        """Return `view` of many examples: the same numbers are drawn for each, and all else is done to all of them at once."""
+        """Return `build_example` of many examples: the same random numbers for each, one vectorized pass over all."""
         if self.noise != "iid" or self.whole_span_replacement or type(self).build_example is not MLM.build_example:
             return super().build_examples(examples, vocab, draws, streams)
         tokens = np.concatenate([example["tokens"] for example in examples])
         lengths = np.array([len(example["tokens"]) for example in examples])
-        ends, room = np.cumsum(lengths), lengths // 2 + 8  # draws for hidden tokens: six times as many as they are
+        # Random numbers for masked tokens: about six times as many as needed.
+        ends, room = np.cumsum(lengths), lengths // 2 + 8
         stops = np.cumsum(lengths + room)
         starts = stops - lengths - room
         drawn = np.empty(int(stops[-1]))
         for stream, low, high in zip(streams, starts.tolist(), stops.tolist(), strict=True):
             draws.at(*stream).random(out=drawn[low:high])
-        for_each = np.repeat(starts - ends + lengths, lengths) + np.arange(len(tokens))
-        at = np.flatnonzero((drawn[for_each] < self.mlm_probability) > vocab.special[tokens])
-        owner = ends.searchsorted(at, "right")
-        hidden = np.bincount(owner, minlength=len(examples))
-        first = np.cumsum(hidden) - hidden
-        place = np.arange(len(at)) - first[owner] + (starts + lengths)[owner]
-        kind = drawn[np.minimum(place, stops[owner] - 1)]
+        token_slot = np.repeat(starts - ends + lengths, lengths) + np.arange(len(tokens))
+        at = np.flatnonzero((drawn[token_slot] < self.mlm_probability) > vocab.special[tokens])
+        example_of = ends.searchsorted(at, "right")
+        num_masked = np.bincount(example_of, minlength=len(examples))
+        first_masked = np.cumsum(num_masked) - num_masked
+        slot = np.arange(len(at)) - first_masked[example_of] + (starts + lengths)[example_of]
+        kind = drawn[np.minimum(slot, stops[example_of] - 1)]
         masked = kind < self.mask_fraction
-        others = np.flatnonzero((kind < self.mask_fraction + self.random_fraction) > masked)
-        owners = owner[others]
-        random = np.bincount(owners, minlength=len(examples))
-        place = np.arange(len(others)) - (np.cumsum(random) - random)[owners] + (starts + lengths + hidden)[owners]
+        replaced = np.flatnonzero((kind < self.mask_fraction + self.random_fraction) > masked)
+        replaced_example = example_of[replaced]
+        num_random = np.bincount(replaced_example, minlength=len(examples))
+        slot = (
+            np.arange(len(replaced))
+            - (np.cumsum(num_random) - num_random)[replaced_example]
+            + (starts + lengths + num_masked)[replaced_example]
+        )
         labels, shown = np.full_like(tokens, IGNORE), tokens.copy()
         labels[at] = tokens[at]
         shown[at[masked]] = vocab.mask
-        shown[at[others]] = vocab.drawn(drawn[np.minimum(place, stops[owners] - 1)])
+        shown[at[replaced]] = vocab.drawn(drawn[np.minimum(slot, stops[replaced_example] - 1)])
         made = [
             example | {"tokens": shown[low:high], "labels": labels[low:high]}
             for example, low, high in zip(examples, (ends - lengths).tolist(), ends.tolist(), strict=True)
         ]
-        for i in np.flatnonzero(hidden + random > room).tolist():
+        for i in np.flatnonzero(num_masked + num_random > room).tolist():
             made[i] = self.build_example(examples[i], vocab, draws.at(*streams[i]))
         return made
 

@@ -1,18 +1,18 @@
-"""Masked and permuted language modelling: predict in a random order, and know where every token stands (MPNet, Song 2020).
+"""Masked and permuted language modeling: predict in a random order, with the position of every token known (MPNet, Song 2020).
 
-A masked model predicts each hidden token as if it did not know the others; a permuted one does not know how long the text
-is, nor where its holes are. MPNet predicts one after the other, and shows a [MASK] at each place not yet predicted:
+A masked LM predicts each masked token as if it did not know the others; a permuted LM does not know how long the text is,
+nor where its gaps are. MPNet predicts one token after the other and shows a [MASK] at each position not yet predicted:
 
     the quick brown fox jumps    order: quick, jumps
     MLM     quick | the [M] brown fox [M]     jumps | the [M]   brown fox [M]
     PLM     quick | the  _  brown fox  _      jumps | the quick brown fox  _
     MPNet   quick | the [M] brown fox [M]     jumps | the quick brown fox [M]
 
-So everything sees each place once ("position compensation", section 2.2). In one row: the text, a stand-in for each hidden
-token that leaves when the token appears, and the queries (`firth.data.layout.permuted`). The first token of every order is
-predicted exactly as by MLM, and without the stand-ins all of it is PLM. As in MPNet's code, a stand-in and its query are
-shown alike, and in BERT's three shares: 80% [MASK], 10% some other token, 10% the token itself. Of the paper's choices,
-whole words are `noise="words"`; its code draws an exact number of words, which "words" does on average.
+So every query sees each position once ("position compensation", section 2.2). In one row: the text, a placeholder for each
+masked token that disappears when the token appears, and the queries (`firth.data.layout.permuted`). The first token of every
+order is predicted exactly as by MLM; without the placeholders the objective is PLM. As in MPNet's code, a placeholder and
+its query are shown alike, in BERT's three shares: 80% [MASK], 10% a random token, 10% the token itself. Of the paper's
+choices, whole words are `noise="words"`; its code draws an exact number of words, which "words" does on average.
 """
 
 from __future__ import annotations
@@ -32,9 +32,17 @@ from firth.validated import OpenShare, Share
 
 @dataclass(frozen=True)
 class MPNet(TokenObjective):
-    """Predict `rate` of the tokens, which `noise` chooses, in a random order. Control tokens are context.
+    """Predict masked tokens in a random order, each with all positions of the text known.
 
-    masked, random: shares of the stand-ins that are [MASK] and some other token; the rest is the token itself.
+    Shown: the unmasked tokens, the masked ones already predicted, and a placeholder at each position not yet predicted.
+    Predicted: the masked tokens z_1 .. z_m. Loss: -sum over t of log p(x[z_t] | x[z_<t], placeholders at z_>=t).
+    Special tokens are context.
+
+    Args:
+        mlm_probability: Share of the tokens that is predicted.
+        noise: How they are selected (`firth.data.noise`).
+        mask_fraction: Share of the placeholders that is [MASK].
+        random_fraction: Share of the placeholders that is a random token; the rest is the token itself.
 
     >>> vocab = Vocab(size=10, roles={"mask": 1}, special=np.arange(10) < 2)
     >>> objective = MPNet(mlm_probability=0.5, mask_fraction=1.0, random_fraction=0.0)
@@ -54,7 +62,8 @@ class MPNet(TokenObjective):
         super().__post_init__()
         if self.mask_fraction + self.random_fraction > 1:
             raise UserError(
-                f"mpnet: masked={self.mask_fraction} and random={self.random_fraction} are shares of the same tokens: make them at most 1 together"
+                f"mpnet: mask_fraction={self.mask_fraction} and random_fraction={self.random_fraction} add up to more than 1: "
+                "they are shares of the same tokens"
             )
 
     @property
@@ -67,11 +76,11 @@ class MPNet(TokenObjective):
     def build_example(self, example: Example, vocab: Vocab, rng: np.random.Generator) -> Example:
         tokens = example["tokens"]
         order = rng.permutation(np.flatnonzero(NOISES[self.noise](tokens, vocab, self.mlm_probability, rng)))
-        stands = apply_mask_tokens(
+        placeholders = apply_mask_tokens(
             tokens[order], vocab, self.mask_fraction, self.random_fraction, rng.random(len(order)), rng
         )
-        return layout.permuted(example, order, stands, compensated=True)
+        return layout.permuted(example, order, placeholders, compensated=True)
 
     def hide(self, tokens: np.ndarray, at: int, vocab: Vocab) -> Example:
-        framed, mask = {"tokens": vocab.add_special_tokens(tokens)}, np.array([vocab.mask], tokens.dtype)
-        return layout.permuted(framed, np.array([at + 1]), mask, compensated=True)
+        text, mask = {"tokens": vocab.add_special_tokens(tokens)}, np.array([vocab.mask], tokens.dtype)
+        return layout.permuted(text, np.array([at + 1]), mask, compensated=True)

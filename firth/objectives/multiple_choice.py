@@ -1,10 +1,10 @@
-"""Multiple choice: one number for each option, and the likeliest is chosen (GPT, Radford 2018, figure 1; BERT on SWAG,
+"""Multiple choice: one score for each option, and a softmax over them (GPT, Radford 2018, figure 1; BERT on SWAG,
 Devlin 2019, section 4.4).
 
     [CLS] She opens the door [SEP] and walks in. [SEP]          1.9   <-
     [CLS] She opens the door [SEP] of the sea. [SEP]           -0.4
 
-Every option is a row with the context in front of it, a question a group of them, and the loss a softmax over the group.
+Every option is a row that starts with the context, and a question is a group of them.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from firth.model.config import AttentionPattern, ModelConfig
 from firth.model.model import LM
 from firth.objectives.classification import READOUTS, classification_head, readout_of
 from firth.objectives.objective import DataStats, Objective, choice_loss, num_correct
-from firth.objectives.reward_model import last, last_state
+from firth.objectives.reward_model import last_state, last_token_mask
 from firth.tokenizer.vocab import Vocab
 from firth.types import Batch, Example, Outputs, UserError
 from firth.validated import NonNegativeInt
@@ -31,10 +31,15 @@ from firth.validated import NonNegativeInt
 
 @dataclass(frozen=True)
 class MultipleChoice(Objective):
-    """Which of the options is right: {"options": rows of {"tokens", "token_type_ids"}, "label": its place}.
+    """Predict which option is correct: {"options": rows of {"tokens", "token_type_ids"}, "label": its index}.
 
-    options: rows of a group (0: as many as the data's longest list); a shorter list repeats its first row, which cannot be
-    chosen twice. at: where a row is read, "first" by an encoder, "last" by a decoder; "auto" as suits the shape.
+    Shown: one row for each option. Predicted: the index y of the correct one. Loss: -log softmax(r)[y], r_k the score of
+    option k.
+
+    Args:
+        max_options: Rows of a group (0: the data's largest number of options). A question with fewer repeats its first row,
+            which is masked out of the softmax.
+        position: Where a row is read: "first" for an encoder, "last" for a decoder; "auto" is the one that fits the model.
 
     >>> vocab = Vocab(size=9, roles={"pad": 0}, special=np.arange(9) < 1)
     >>> example = {"options": [{"tokens": np.array([5, 6, 7])}, {"tokens": np.array([5, 8])}], "label": 1}
@@ -72,26 +77,28 @@ class MultipleChoice(Objective):
         rows = [
             row | (layout.causal(len(row["tokens"])) if self.position == "last" else {}) for row in example["options"]
         ]
-        most = self.max_options or len(rows)
-        if not 2 <= len(rows) <= most:
-            raise UserError(f"a question of {len(rows)} options does not fit a group of 2 to {most}: set `options`")
-        absent = np.arange(most) >= len(rows)
-        shown = layout.group(rows + rows[:1] * (most - len(rows)))
+        size = self.max_options or len(rows)
+        if not 2 <= len(rows) <= size:
+            raise UserError(
+                f"a question with {len(rows)} options does not fit into a group of 2 to {size}: set `max_options`"
+            )
+        absent = np.arange(size) >= len(rows)
+        shown = layout.group(rows + rows[:1] * (size - len(rows)))
         return shown | {"absent": absent, "choice": np.int64(example["label"])}
 
     def needed_positions(self, batch: Batch) -> Tensor | None:
         if self.position == "last":
-            return last(batch)
+            return last_token_mask(batch)
         first = torch.zeros_like(batch["tokens"], dtype=torch.bool)
         first[..., 0] = True
         return first
 
     def scores(self, model: LM, outputs: Outputs, batch: Batch) -> Tensor:
-        """One number for each option, (B, K) float32; minus infinity for one that is not there."""
+        """Return the score of each option, (B, K) float32; minus infinity for padding options."""
         hidden = outputs["hidden"]
-        states = last_state(hidden, batch) if self.position == "last" else hidden[..., 0, :]  # (B, K, width)
-        found: Tensor = model.heads["choice"](states)[..., 0].float()
-        return found.masked_fill(batch["absent"], float("-inf"))
+        states = last_state(hidden, batch) if self.position == "last" else hidden[..., 0, :]  # (B, K, hidden_size)
+        scores: Tensor = model.heads["choice"](states)[..., 0].float()
+        return scores.masked_fill(batch["absent"], float("-inf"))
 
     def loss(self, model: LM, outputs: Outputs, batch: Batch) -> dict[str, Tensor]:
         scores = self.scores(model, outputs, batch)

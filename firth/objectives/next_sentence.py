@@ -1,9 +1,9 @@
-"""Next sentence prediction: does the second segment follow the first? (BERT, Devlin 2019, section 3.1)
+"""Next sentence prediction: does the second text segment follow the first? (BERT, Devlin 2019, section 3.1)
 
     [CLS] the man went to the store [SEP] he bought milk [SEP]            follows (0)
     [CLS] the man went to the store [SEP] penguins cannot fly [SEP]       from another document (1)
 
-BERT is `NSP() + MLM()`: the pair is laid out first, and the masks are then drawn on what was laid out.
+BERT is `NSP() + MLM()`: the pair is built first, then masked.
 """
 
 from __future__ import annotations
@@ -21,7 +21,13 @@ from firth.validated import Share
 
 @dataclass(frozen=True)
 class NSP(SentencePairObjective):
-    """From {"first", "second", "other"}: half the time second follows first, half the time other stands there.
+    """Predict whether the second segment follows the first: {"first", "second", "other"}.
+
+    Shown: first and second, or first and other. Predicted: 0 if it follows, 1 if it is from another document, at [CLS].
+    Loss: -log softmax(A h + b)[label].
+
+    Args:
+        follows: Probability that the pair is first and second.
 
     >>> vocab = Vocab(size=9, roles={"cls": 1, "sep": 2}, special=np.arange(9) < 3)
     >>> example = {"first": np.array([5]), "second": np.array([6, 7]), "other": np.array([8])}
@@ -32,7 +38,7 @@ class NSP(SentencePairObjective):
 
     labels: ClassVar[dict[str, str]] = {"next": "next"}
     metrics: ClassVar[dict[str, str]] = {"next_accuracy": "next"}
-    asks: ClassVar[str] = "next"
+    label_field: ClassVar[str] = "next"
 
     follows: Share = 0.5
 
@@ -40,5 +46,6 @@ class NSP(SentencePairObjective):
         return frozenset({"first", "second", "other"})
 
     def build_example(self, example: Example, vocab: Vocab, rng: np.random.Generator) -> Example:
-        stranger = bool(rng.random() >= self.follows)
-        return self.laid(example["first"], example["other" if stranger else "second"], stranger, vocab)
+        random_segment = bool(rng.random() >= self.follows)
+        second = example["other" if random_segment else "second"]
+        return self.build_pair(example["first"], second, random_segment, vocab)

@@ -1,15 +1,15 @@
-"""What an objective is: show an example, run the model, score what it answers.
+"""Training objectives: build a training example, run the model, compute the loss.
 
-Every way of training a language model in firth is one subclass: `view`, `loss`, where it needs them `run` and `parts`,
-and a few words on what it reads. They meet the trainer in one place, `firth.train.step`, which knows none of them:
+Every way of training a language model in firth is a subclass of `Objective`: `build_example`, `loss`, where needed
+`forward` and `heads`, and a description of its inputs. The trainer calls them in `firth.train.step` only:
 
-    terms = objective.loss(model, objective.run(model, batch), batch)     # one SUM per term
-    sum(terms[t] / count[t] for t in objective.targets).backward()        # counts are over all micro-batches and ranks
+    terms = objective.loss(model, objective.forward(model, batch), batch)  # one SUM per term
+    sum(terms[t] / count[t] for t in objective.labels).backward()          # counts are over all micro-batches and ranks
 
-A question is asked *at a token*: the field named in `targets` holds a label there and IGNORE elsewhere. So the
-same counting, gathering, padding and packing serve a masked word, the next token, a sentence's class at [CLS]
-and a value estimate. (Whole-row answers, such as which of two responses is preferred, are fields without a token
-axis.) Objectives compose with `+`: BERT is `NSP() + MLM()`.
+Labels sit at token positions: a field named in `labels` holds a label where there is one and IGNORE elsewhere. Counting,
+gathering, padding and packing are therefore the same for a masked word, the next token, a sentence's class at [CLS] and a
+value estimate. (Labels of a whole row, such as which of two responses is preferred, are fields without a token axis.)
+Objectives are added with `+`: BERT is `NSP() + MLM()`.
 """
 
 from __future__ import annotations
@@ -39,21 +39,28 @@ from firth.validated import Ranged
 PATTERN_DESCRIPTIONS: dict[AttentionPattern, str] = {
     "causal": "reads a text from left to right",
     "bidirectional": "reads a text from both sides",
-    "permuted": "reads a text in an order of its own",
-    "prefix": "reads a prompt both ways and writes on in one row",
-    "seq2seq": "reads a source and writes an answer",
-    "bidirectional_separate": "reads a text from left to right and from right to left, by two readers who do not meet",
+    "permuted": "predicts a text in a random order",
+    "prefix": "reads a prompt in both directions and continues it in the same row",
+    "seq2seq": "reads a source and writes a target",
+    "bidirectional_separate": "reads a text with two separate models, left to right and right to left",
     "none": "reads each token by itself",
-    "latent": "squeezes a text through a latent",
+    "latent": "encodes a text into a latent vector",
 }
-"""A way of reading -> what an objective does that asks for it."""
+"""Attention pattern -> what an objective that needs it does, for error messages."""
 
 
 @dataclass(frozen=True)
 class DataStats:
-    """What only the data knows. classes: the names of the answers; counts: how many examples each has. mean, spread: mean
-    and standard deviation of the numbers to be told. options: the most that a question has. unanswerable: whether some
-    question has no answer."""
+    """Statistics of the training data that configure an objective.
+
+    Args:
+        class_names: Names of the classes.
+        class_counts: Number of examples of each class.
+        mean: Mean of the numeric labels.
+        std: Standard deviation of the numeric labels.
+        max_options: Largest number of options of a question, or of answers in a ranking.
+        has_unanswerable: Whether some question has no answer.
+    """
 
     class_names: tuple[str, ...] = ()
     class_counts: tuple[int, ...] = ()
@@ -64,25 +71,28 @@ class DataStats:
 
 
 class Objective(Ranged, section="objective"):
-    """The whole interface. Subclasses are frozen dataclasses; their fields are the objective's settings.
+    """Interface of a training objective. Subclasses are frozen dataclasses; their fields are the objective's settings.
 
-    targets: loss term -> the batch field that supervises it.
-    measures: further sums that `loss` returns for the log alone (accuracy, KL) -> the field that counts them.
-    ratios: what the log shows of two measures with one count, one over the other: (over, under). Exact however a step is cut.
-    classes: the names of the answers, for objectives that choose among some.
-    whole: whether the examples of a step answer each other (in-batch negatives): then a step cannot be cut into
-    micro-batches or shared by ranks, and is refused where it would be.
-    packs: whether several examples can share a row; those with an answer for the whole row cannot.
-    lays: the fields besides the answers that `view` lays out, on which another objective may be added; empty for groups of
-    rows, to which nothing can be added. keeps: whether `view` also passes on fields that it does not know.
-    sentinels: how many `<extra_id_n>` a tokenizer that is trained for it has.
-    alone: False for what only adds to another's loss (a penalty). borrows: names of the parts that its loss uses and another
-    addend must bring.
-    precomputed: the fields of an example that a model computed once and that the loss compares with the numbers of the model in
-    training (log-probabilities under a reference, or under the policy that sampled).
-    added_tokens: how many tokens the longest row that `view` makes of an example has beyond the example's.
-    dropout: whether training applies the model's dropout, LoRA's included. Objectives with precomputed fields set it to False:
-    those are computed without dropout, and two passes of the same weights must agree.
+    Attributes:
+        labels: Loss term -> the batch field that holds its labels.
+        metrics: Further sums that `loss` returns for the log only (accuracy, KL) -> the batch field that counts them.
+        metric_ratios: Logged name -> (numerator, denominator), two metrics with the same count. Exact for any split of a
+            step into micro-batches.
+        needs_full_batch: Whether the loss of an example depends on the others of the step (in-batch negatives). Such a step
+            cannot be split into micro-batches or over ranks; recipes that would do so are rejected.
+        packable: Whether several examples may share a row. False for labels of a whole row.
+        output_fields: The fields besides the labels that `build_example` returns, on which an added objective may rely.
+            Empty for groups of rows, to which no objective can be added.
+        keeps_fields: Whether `build_example` passes on fields that it does not know.
+        num_sentinels: Number of `<extra_id_n>` tokens of a tokenizer that is trained for it.
+        standalone: False for objectives that only add to another's loss (a penalty).
+        required_heads: Names of the heads that its loss uses and another component must bring.
+        precomputed_fields: The fields of an example that a model computed once and that the loss compares with the model in
+            training (log-probabilities under a reference, or under the policy that sampled).
+        added_tokens: How many tokens the longest row that `build_example` returns has beyond the example's.
+        dropout: Whether training applies the model's dropout, LoRA's included. Objectives with precomputed fields set it to
+            False: those are computed without dropout, and two passes of the same weights must agree.
+        class_names: Names of the classes, for objectives that predict one.
     """
 
     labels: ClassVar[dict[str, str]] = {}
@@ -101,106 +111,116 @@ class Objective(Ranged, section="objective"):
     class_names: tuple[str, ...] = ()
 
     def with_stats(self, stats: Callable[[], DataStats]) -> Objective:
-        """The objective with what its data knows, which is read only if it is asked for; most ask nothing."""
+        """Return a copy configured with dataset statistics. `stats` is called only where an objective needs them."""
         return self
 
     def for_model(self, config: ModelConfig) -> Objective:
-        """The objective as it suits a shape, where it leaves that open (where an answer is read)."""
+        """Return a copy that fits a model config, where a setting is "auto" (the position of a readout)."""
         return self
 
     @property
     def num_copies(self) -> int:
-        """How many views each example has, which epochs take turns with; 0: a new one at every visit."""
+        """Number of fixed versions of each example, which epochs rotate through; 0: a new one at every visit."""
         return 0
 
     @property
     def text_units(self) -> frozenset[str]:
-        """What `view` looks for in a text: "words", "names", "sentences"; a run reports where it does not find them."""
+        """The units that `build_example` finds in a text: "words", "names", "sentences". A run warns where there are none."""
         return frozenset()
 
     def components(self) -> tuple[Objective, ...]:
-        """The objectives that it is the sum of, in the order of their views."""
+        """Return the objectives that this one is the sum of, in the order in which they build an example."""
         return (self,)
 
     def inputs(self, given: frozenset[str] = frozenset()) -> frozenset[str]:
-        """The fields that `view` reads of an example with the fields `given`; a recipe whose segment gives fewer is refused."""
+        """Return the fields that `build_example` reads of an example with the fields `given`.
+
+        A recipe whose examples have fewer is rejected.
+        """
         return frozenset({"tokens"})
 
     def outputs(self, given: frozenset[str]) -> frozenset[str]:
-        """The fields of what `view` makes of such an example, as far as another objective may count on them."""
+        """Return the fields of the example that `build_example` makes of one with the fields `given`."""
         own = self.output_fields.union(self.labels.values(), self.metrics.values())
         return own | given if self.keeps_fields else own
 
     def attention_pattern(self) -> AttentionPattern:
-        """What it asks of a trunk; a recipe whose shape does not honour it is refused."""
+        """Return the attention pattern it needs; a recipe whose model does not support it is rejected."""
         return "any"
 
     def missing_from(self, config: ModelConfig) -> str:
-        """What else a shape lacks to be trained so, and the setting that mends it; empty where nothing."""
+        """Return what else a model config lacks and the setting that fixes it; empty if nothing."""
         return ""
 
     def at_step(self, step: int) -> Objective:
-        """The objective as it stands at a step of training: a weight that ramps up is a function of the step alone.
+        """Return the objective at a training step: a weight that ramps up is a function of the step alone.
 
-        Training alone asks; held-out text is always scored by the objective as the recipe states it.
+        Used in training only; held-out text is always scored with the recipe's objective.
         """
         return self
 
     def finalize(self, model: LM) -> None:
-        """What is done to a trained model before it is exported: a head that learnt in units of its own is put into the
-        data's."""
+        """Change a trained model before its export, in place: a head trained on normalized labels is put into their units."""
 
     def notes(self, metrics: Mapping[str, float]) -> list[str]:
-        """What a reader of a run's last metrics should be told (a collapse), in whole sentences."""
+        """Return notes on the last metrics of a run (a collapse), as full sentences."""
         return []
 
     def heads(self, config: ModelConfig) -> dict[str, nn.Module]:
-        """What it adds to the model: a head, a generator, a value head."""
+        """Return the modules it adds to the model: an LM head, a generator, a value head."""
         return {}
 
     def build_example(self, example: Example, vocab: Vocab, rng: np.random.Generator) -> Example:
-        """What is shown and what is asked: a pure function of (example, rng), NumPy only, on the CPU."""
+        """Return the model's inputs and the labels of an example: a pure function of (example, rng), NumPy only, on the CPU."""
         return example
 
     def build_examples(
         self, examples: Sequence[Example], vocab: Vocab, draws: ExampleRNG, streams: Sequence[tuple[int, int]]
     ) -> list[Example]:
-        """Return `view` of many examples, all at once where that is faster.
+        """Return `build_example` of many examples, all at once where that is faster.
 
         Args:
-            examples: What is shown.
+            examples: The examples.
             vocab: The vocabulary.
-            draws: Gives the generator of each example.
-            streams: The epoch and the index of each example, which its generator goes by.
+            draws: Creates the random generator of each example.
+            streams: (epoch, index) of each example, the key of its generator.
         """
         return [self.build_example(x, vocab, draws.at(*stream)) for x, stream in zip(examples, streams, strict=True)]
 
     def needed_positions(self, batch: Batch) -> Tensor | None:
-        """Where the loss reads a state, (..., T) bool: others need not be made. None: it may be anywhere."""
+        """Return where the loss reads a hidden state, (..., T) bool, so that others can be skipped; None: anywhere."""
         return None
 
     def forward(self, model: LM, batch: Batch) -> Outputs:
-        """How the model reads the batch; hidden: (..., T, width)."""
+        """Run the model. Returns "hidden": (..., T, hidden_size), and what else `loss` needs."""
         return {"hidden": model(batch, needed=self.needed_positions(batch))}
 
     def loss(self, model: LM, outputs: Outputs, batch: Batch) -> dict[str, Tensor]:
-        """One SUM (not mean) per term of `targets` and `measures`."""
+        """Return one SUM (not mean) per term of `labels` and `metrics`."""
         raise NotImplementedError(type(self).__name__)
 
     def lm_model(self, model: LM) -> LM:
-        """The model whose vocabulary head answers `labels`, if one does: this one, or one among its parts."""
+        """Return the model whose LM head predicts `labels`: `model` itself, or one among its heads (RTD's generator)."""
         return model
 
     def hide(self, tokens: np.ndarray, at: int, vocab: Vocab) -> Example | None:
-        """How one hidden token of a bare text (n,) is asked: `labels` hold tokens[at] alone, and what is shown is all that
-        the objective lets a model see of the rest. None for an objective that asks for no token."""
+        """Return an example in which one token is predicted from as much of the rest as the objective lets a model see.
+
+        Args:
+            tokens: A text without special tokens, (n,).
+            at: The index of the token to predict: `labels` holds tokens[at] and nothing else.
+            vocab: The vocabulary.
+
+        Returns:
+            The example, or None for an objective that predicts no tokens.
+        """
         return None
 
     def build_infill(self, pieces: Sequence[np.ndarray], vocab: Vocab) -> InfillPrompt | None:
-        """Return how a text with gaps is shown to a model that writes what is missing; None: it does not learn to.
+        """Return the prompt for filling the gaps of a text; None for objectives that do not learn to.
 
         Args:
-            pieces: Token ids of the text between the gaps: one piece more than there are gaps.
+            pieces: Token ids of the text around the gaps: one piece more than there are gaps.
             vocab: The ids of sentinels, masks and the stop token.
 
         Raises:
@@ -209,15 +229,15 @@ class Objective(Ranged, section="objective"):
         return None
 
     def forward_flops(self, model: LM, batch: Batch) -> float:
-        """What `run` costs, forward and backward (`firth.model.flops`). To be said anew where it is not one pass."""
+        """Return the FLOPs of `forward` and its backward (`firth.model.flops`). Override where it is not one pass."""
         work, prefix, prompt = forward_work(model, batch, self.needed_positions(batch)), model.prefix, model.prompt
         if prefix is not None or prompt is not None:
-            counts = (0 if part is None else part.tokens for part in (prefix, prompt))
+            counts = (0 if module is None else module.tokens for module in (prefix, prompt))
             work = flops.with_prefix(work, batch, model.config, *counts)
         return flops.stack_flops(model.config, work)
 
     def loss_flops(self, model: LM, batch: Batch) -> float:
-        """What `loss` costs beside that: the heads it runs. Those of a few rows are nothing; a vocabulary's counts."""
+        """Return the FLOPs of `loss`, forward and backward. Small heads count as zero; an LM head does not."""
         return 0.0
 
     def __add__(self, other: Objective) -> Objective:
@@ -226,7 +246,12 @@ class Objective(Ranged, section="objective"):
 
 @dataclass(frozen=True)
 class Sum(Objective):
-    """Two objectives on one forward pass: `first` lays the example out, `second` works on what it laid out."""
+    """Two objectives on one forward pass.
+
+    Args:
+        first: Builds the example.
+        second: Builds on the example that `first` returns.
+    """
 
     first: Objective
     second: Objective
@@ -234,16 +259,17 @@ class Sum(Objective):
     def __post_init__(self) -> None:
         super().__post_init__()
         names = "+".join(name_of(type(one)) for one in self.components())
-        apart = "train with one of them, or with one after the other (init_from=RUN)"
+        remedy = "train with one of them, or with one after the other (init_from=RUN)"
         shared = self.first.labels.keys() & self.second.labels.keys()
         if shared:
-            raise UserError(f"cannot add {names}: two of them have the loss term {sorted(shared)[0]!r}; {apart}")
-        readers = [o for o in (self.first, self.second) if type(o).forward is not Objective.forward]
-        if len(readers) == 2 and not any(isinstance(o, Sum) for o in readers):
-            raise UserError(f"cannot add {names}: each runs the model in a way of its own; {apart}")
-        if len({self.first.attention_pattern(), self.second.attention_pattern()} - {"any"}) == 2:
-            ways = f"{PATTERN_DESCRIPTIONS[self.first.attention_pattern()]}, the other {PATTERN_DESCRIPTIONS[self.second.attention_pattern()]}"
-            raise UserError(f"cannot add {names}: one {ways}; {apart}")
+            raise UserError(f"cannot add {names}: two of them have the loss term {sorted(shared)[0]!r}; {remedy}")
+        custom = [o for o in (self.first, self.second) if type(o).forward is not Objective.forward]
+        if len(custom) == 2 and not any(isinstance(o, Sum) for o in custom):
+            raise UserError(f"cannot add {names}: each has its own forward pass; {remedy}")
+        first, second = self.first.attention_pattern(), self.second.attention_pattern()
+        if len({first, second} - {"any"}) == 2:
+            patterns = f"{PATTERN_DESCRIPTIONS[first]}, the other {PATTERN_DESCRIPTIONS[second]}"
+            raise UserError(f"cannot add {names}: one {patterns}; {remedy}")
         object.__setattr__(self, "labels", self.first.labels | self.second.labels)
         object.__setattr__(self, "metrics", self.first.metrics | self.second.metrics)
         object.__setattr__(self, "standalone", self.first.standalone or self.second.standalone)
@@ -269,8 +295,8 @@ class Sum(Objective):
         return max(self.first.num_copies, self.second.num_copies)
 
     def inputs(self, given: frozenset[str] = frozenset()) -> frozenset[str]:
-        laid = self.first.outputs(given)
-        return self.first.inputs(given) | (self.second.inputs(laid) - laid)
+        built = self.first.outputs(given)
+        return self.first.inputs(given) | (self.second.inputs(built) - built)
 
     def outputs(self, given: frozenset[str]) -> frozenset[str]:
         return self.second.outputs(self.first.outputs(given))
@@ -299,8 +325,8 @@ class Sum(Objective):
         return self.second.build_example(self.first.build_example(example, vocab, rng), vocab, rng)
 
     @property
-    def _reader(self) -> Objective:
-        """The one of the two that runs the model."""
+    def _forward_objective(self) -> Objective:
+        """The one of the two whose `forward` runs the model."""
         return self.first if type(self.second).forward is Objective.forward else self.second
 
     def needed_positions(self, batch: Batch) -> Tensor | None:
@@ -308,36 +334,36 @@ class Sum(Objective):
         return None if first is None or second is None else first | second
 
     def forward(self, model: LM, batch: Batch) -> Outputs:
-        reader = self._reader
+        runner = self._forward_objective
         return (
-            super().forward(model, batch) if type(reader).forward is Objective.forward else reader.forward(model, batch)
+            super().forward(model, batch) if type(runner).forward is Objective.forward else runner.forward(model, batch)
         )
 
     def lm_model(self, model: LM) -> LM:
-        return self._reader.lm_model(model)
+        return self._forward_objective.lm_model(model)
 
     def loss(self, model: LM, outputs: Outputs, batch: Batch) -> dict[str, Tensor]:
         return self.first.loss(model, outputs, batch) | self.second.loss(model, outputs, batch)
 
     def hide(self, tokens: np.ndarray, at: int, vocab: Vocab) -> Example | None:
-        asked_ = self.second.hide(tokens, at, vocab)
-        return self.first.hide(tokens, at, vocab) if asked_ is None else asked_
+        hidden = self.second.hide(tokens, at, vocab)
+        return self.first.hide(tokens, at, vocab) if hidden is None else hidden
 
     def build_infill(self, pieces: Sequence[np.ndarray], vocab: Vocab) -> InfillPrompt | None:
         shown = self.second.build_infill(pieces, vocab)
         return self.first.build_infill(pieces, vocab) if shown is None else shown
 
     def forward_flops(self, model: LM, batch: Batch) -> float:
-        reader = self._reader
-        own = type(reader).forward is Objective.forward
-        return super().forward_flops(model, batch) if own else reader.forward_flops(model, batch)
+        runner = self._forward_objective
+        default = type(runner).forward is Objective.forward
+        return super().forward_flops(model, batch) if default else runner.forward_flops(model, batch)
 
     def loss_flops(self, model: LM, batch: Batch) -> float:
         return self.first.loss_flops(model, batch) + self.second.loss_flops(model, batch)
 
 
 class TokenObjective(Objective):
-    """Cross-entropy on `labels`: the loss of MLM, causal and prefix LM, span corruption, denoising and SFT alike."""
+    """Token cross-entropy on `labels`: the loss of MLM, causal and prefix LM, span corruption, denoising and SFT."""
 
     labels: ClassVar[dict[str, str]] = {"tokens": "labels"}
 
@@ -354,32 +380,38 @@ class TokenObjective(Objective):
         return vocabulary_flops(model, batch["labels"])
 
 
-def forward_work(model: LM, batch: Batch, wanted: Tensor | None) -> flops.Work:
-    """What one pass over a batch is to the model, whose last block is run for the wanted (..., T) alone where that pays."""
-    index = None if wanted is None or not model.config.supports_subset else subset_positions(wanted.flatten(0, -2))
-    if wanted is None or index is None:
+def forward_work(model: LM, batch: Batch, needed: Tensor | None) -> flops.Work:
+    """Return the work of one pass over a batch, whose last block runs only at the needed (..., T) where that is faster."""
+    index = None if needed is None or not model.config.supports_subset else subset_positions(needed.flatten(0, -2))
+    if needed is None or index is None:
         return flops.work(batch)
-    run = torch.zeros_like(wanted.flatten(0, -2)).scatter(-1, index, True)
-    return flops.work(batch, run.view_as(wanted))
+    run = torch.zeros_like(needed.flatten(0, -2)).scatter(-1, index, True)
+    return flops.work(batch, run.view_as(needed))
 
 
 def token_loss(model: LM, hidden: Tensor, labels: Tensor) -> Tensor:
-    """Sum of -log p(label) over the positions that are asked; the head runs nowhere else.
+    """Return the sum of -log p(label) over the supervised positions; the head runs only there.
 
-    hidden (..., T, width), labels (..., T) with IGNORE where nothing is asked. Returns a scalar.
+    Args:
+        model: A model with an LM head.
+        hidden: Hidden states, (..., T, hidden_size).
+        labels: Labels, (..., T), IGNORE where there is none.
+
+    Returns:
+        A scalar.
     """
     head: LMHead = model.heads["lm"]  # type: ignore[assignment]
     return head.nll(*supervised(hidden, labels))
 
 
 def vocabulary_flops(model: LM, labels: Tensor) -> float:
-    """What the vocabulary head costs at the positions that are asked, in `token_loss` or `log_probs`."""
+    """Return the FLOPs of the LM head at the supervised positions, in `token_loss` or `log_probs`."""
     whole = flops.head_flops(model.config, flops.supervised_positions(labels))
     return whole if model.heads["lm"].weight.requires_grad else whole * 2 / 3
 
 
 def supervised(hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """The states and labels of the asked positions alone: (N, width), (N,), in row order."""
+    """Return the states and labels of the supervised positions: (N, hidden_size), (N,), in row order."""
     at = (labels.flatten() != IGNORE).nonzero()[:, 0]
     flat = hidden.flatten(0, -2)
     if len(at) == len(flat):
@@ -388,18 +420,21 @@ def supervised(hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def log_probs(model: LM, hidden: Tensor, labels: Tensor) -> Tensor:
-    """log p(label) at every asked position, 0 elsewhere: (..., T) float32. Keeps the graph."""
+    """Return log p(label) at every supervised position, 0 elsewhere: (..., T) float32, with gradient."""
     head: LMHead = model.heads["lm"]  # type: ignore[assignment]
-    states, wanted = supervised(hidden, labels)
+    states, targets = supervised(hidden, labels)
     out = torch.zeros(labels.shape, dtype=torch.float32, device=labels.device)
-    return out.masked_scatter(labels != IGNORE, head.log_probs(states, wanted))
+    return out.masked_scatter(labels != IGNORE, head.log_probs(states, targets))
 
 
 def choice_loss(scores: Tensor, choice: Tensor, smoothing: float = 0.0, weights: Tensor | None = None) -> Tensor:
-    """Sum of -log softmax(scores)[choice]: classification, NSP, multiple choice, Bradley-Terry and DPO alike.
+    """Return the sum of -log softmax(scores)[choice]: classification, NSP, multiple choice, Bradley-Terry and DPO.
 
-    scores (..., K), choice (...) with IGNORE where nothing is asked. A sigmoid of a difference is K = 2. smoothing: the
-    share of the target that is spread over all K evenly (Szegedy 2016, section 7). weights (K,): what each choice counts.
+    Args:
+        scores: Logits, (..., K). The sigmoid of a difference is K = 2.
+        choice: Labels, (...), IGNORE where there is none.
+        smoothing: Label smoothing: the share of the target that is spread evenly over all K (Szegedy 2016, section 7).
+        weights: Weight of each class, (K,).
     """
     return F.cross_entropy(
         scores.flatten(0, -2).float(), choice.flatten(), weights, ignore_index=IGNORE, reduction="sum",
@@ -408,7 +443,7 @@ def choice_loss(scores: Tensor, choice: Tensor, smoothing: float = 0.0, weights:
 
 
 def num_correct(scores: Tensor, choice: Tensor) -> Tensor:
-    """How many choices the scores get right; a tie for the best is wrong (what a constant scorer would get for free)."""
+    """Count the correct predictions. A tie for the best is wrong, or a constant scorer would be right for free."""
     best = scores.max(-1, keepdim=True).values
     unique = (scores == best).sum(-1) == 1
     return ((scores.argmax(-1) == choice) & unique & (choice != IGNORE)).sum().float()

@@ -1,19 +1,20 @@
-"""Permuted language modelling: predict a text's tokens in an order drawn at random (XLNet, Yang 2019, section 2).
+"""Permuted language modeling: predict a text's tokens in a random order (XLNet, Yang 2019, section 2).
 
-Over all orders z of a text, maximise E[sum over t of log p(x[z_t] | x[z_<t])]: every token learns from both sides, and
-still each is predicted given those before it, as in a plain language model. Only the last 1 / K of an order is asked
-(section 2.3); what comes before is context, which sees all of itself, as in XLNet's code.
+Over all orders z of a text, maximize E[sum over t of log p(x[z_t] | x[z_<t])]: every token learns from both sides, and each is
+still predicted from those before it in the order, as in a causal LM. Only the last 1 / K of an order is predicted
+(section 2.3); the rest is context, which sees all of itself, as in XLNet's code.
 
     the quick brown fox jumps    order: quick, jumps last
-    asked   quick | the _ brown fox _        jumps | the quick brown fox _
+    predicted   quick | the _ brown fox _        jumps | the quick brown fox _
 
-Two streams: a token's own state may know the token, the state that predicts it must not. Both are one row here: the text,
-and behind it one query for each token asked, at that token's position, seen by nobody (`firth.data.layout.permuted`). A
-query is shown as [MASK], or as a vector of its own where `Shape.query` says so (the paper's w).
+Two streams: a token's own state may know the token, the state that predicts it must not. Both are in one row here: the text,
+and after it one query for each predicted token, at that token's position, which no other token sees
+(`firth.data.layout.permuted`). A query is shown as [MASK], or as a learned vector with
+`model.mask_embedding` (the paper's w).
 
-With the order of the text and K = 1 this is causal language modelling: the same factors, and the text's own states
-are those of `CausalLM` to the bit. What remains is the query: CausalLM asks the token before, which here knows not
-where it is asked for.
+With the order of the text and K = 1 this is causal language modeling: the same factors, and the text's own states are those
+of `CausalLM` to the bit. The query remains: CausalLM predicts from the previous token's state, which in this objective would
+not know the position of the target.
 """
 
 from __future__ import annotations
@@ -34,10 +35,16 @@ from firth.validated import PositiveInt
 
 @dataclass(frozen=True)
 class PLM(TokenObjective):
-    """Predict one of `k` tokens, each given the context and those predicted before it. Control tokens are context.
+    """Predict one token in `k`, in a random order, each from the context and those predicted before it.
 
-    k: the paper's K. noise: which are asked (`firth.data.noise`): "count" is the last 1 / K of a random order, "contexts"
-    XLNet's span-based choice. order: in which order, at "random" or that of the text ("identity").
+    Shown: the context, and one query per predicted token at its position. Predicted: the last 1 / k tokens of the order z.
+    Loss: -sum over those t of log p(x[z_t] | x[z_<t]). Special tokens are context.
+
+    Args:
+        k: The paper's K.
+        noise: Which tokens are predicted (`firth.data.noise`): "count" is the last 1 / K of a random order, "contexts"
+            XLNet's span-based choice.
+        order: "random", or "identity" for the order of the text.
 
     >>> vocab = Vocab(size=10, roles={"mask": 1}, special=np.arange(10) < 2)
     >>> seen = PLM(k=3).build_example({"tokens": np.array([4, 5, 6, 7, 8, 9])}, vocab, np.random.default_rng(0))
@@ -60,8 +67,8 @@ class PLM(TokenObjective):
 
     def build_example(self, example: Example, vocab: Vocab, rng: np.random.Generator) -> Example:
         tokens = example["tokens"]
-        asked = np.flatnonzero(NOISES[self.noise](tokens, vocab, 1 / self.k, rng))
-        order = rng.permutation(asked) if self.order == "random" else asked
+        predicted = np.flatnonzero(NOISES[self.noise](tokens, vocab, 1 / self.k, rng))
+        order = rng.permutation(predicted) if self.order == "random" else predicted
         return layout.permuted(example, order, np.full(len(order), vocab.mask, tokens.dtype))
 
     def hide(self, tokens: np.ndarray, at: int, vocab: Vocab) -> Example:

@@ -1,11 +1,11 @@
-"""Prefix language modelling: read the first part both ways, write the rest (Liu 2018; Raffel 2020, section 3.2.1).
+"""Prefix language modeling: bidirectional attention in a prefix, predict the rest (Liu 2018; Raffel 2020, section 3.2.1).
 
     Thank you for inviting me to your party last week .
-    shown    Thank you for inviting                           every token of it sees every other
-    asked    me to your party last week .                     each word from all that stands before it
+    shown       Thank you for inviting                        every token of it sees every other
+    predicted   me to your party last week .                  each word from all before it
 
-With a prefix of one token this is causal language modelling. A decoder of which all may be read (`causal` off) does it
-in one row; an encoder-decoder gets the first part for its encoder, ended by the stop token, as T5's sources are.
+With a prefix of one token this is causal language modeling. A decoder with `causal` off does it in one row; an
+encoder-decoder gets the prefix as the encoder's input, ended by the stop token, as T5's inputs are.
 """
 
 from __future__ import annotations
@@ -25,11 +25,16 @@ from firth.validated import Share
 
 @dataclass(frozen=True)
 class PrefixLM(TokenObjective):
-    """Write the rest of {"tokens"}, a bare text of two tokens or more.
+    """Predict the rest of a text from its prefix: {"tokens"}, two or more, without special tokens.
 
-    least, most: the prefix is a share of the text drawn uniformly between these, one token at least and all but one at
-    most. 0 and 1: any cut is as likely as any other; 0 and 0: one token; 0.5 and 0.5: the first half. layout: "prefix" is
-    one row; "seq2seq" gives the prefix to an encoder.
+    Shown: the prefix w_<=c, all of it visible to itself. Predicted: the tokens after it. Loss: -sum over t > c of
+    log p(w_t | w_<t). The length of the prefix is a share of the text, drawn uniformly from [min_prefix, max_prefix], with at
+    least one token on either side: 0 and 1 make every split equally likely, 0 and 0 a prefix of one token.
+
+    Args:
+        min_prefix: Smallest share of the text.
+        max_prefix: Largest share of the text.
+        layout: "prefix" is one row; "seq2seq" gives the prefix to an encoder.
 
     >>> vocab = Vocab(size=10, roles={"pad": 0, "eos": 1}, special=np.arange(10) < 2)
     >>> text, rng = {"tokens": np.array([5, 6, 7, 8, 9])}, np.random.default_rng(1)
@@ -37,7 +42,7 @@ class PrefixLM(TokenObjective):
     >>> for name in ("tokens", "labels", "query_time"): print(name, seen[name].tolist())
     tokens [5, 6, 7, 8]
     labels [-100, -100, 8, 9]
-    looks [0, 0, 0, 1]
+    query_time [0, 0, 0, 1]
     >>> seen = PrefixLM(min_prefix=0.5, max_prefix=0.5, layout="seq2seq").build_example(text, vocab, rng)
     >>> for name in ("source_tokens", "tokens", "labels"): print(name, seen[name].tolist())
     source_tokens [5, 6, 7, 1]
@@ -53,7 +58,7 @@ class PrefixLM(TokenObjective):
         super().__post_init__()
         if self.min_prefix > self.max_prefix:
             raise UserError(
-                f"prefix_lm: least={self.min_prefix} is more than most={self.max_prefix}: make it at most that"
+                f"prefix_lm: min_prefix={self.min_prefix} is larger than max_prefix={self.max_prefix}: lower min_prefix"
             )
 
     def attention_pattern(self) -> AttentionPattern:
@@ -64,12 +69,12 @@ class PrefixLM(TokenObjective):
         if len(tokens) < 2:
             raise UserError("prefix_lm needs texts of two tokens or more: set examples.min_length=2")
         share = self.min_prefix + (self.max_prefix - self.min_prefix) * rng.random()
-        return self._show(tokens, min(1 + int(share * (len(tokens) - 1)), len(tokens) - 1), vocab)
+        return self._split(tokens, min(1 + int(share * (len(tokens) - 1)), len(tokens) - 1), vocab)
 
     def hide(self, tokens: np.ndarray, at: int, vocab: Vocab) -> Example:
-        """The prefix ends where the token begins: what stands behind it cannot be shown."""
-        return self._show(tokens[: at + 1], at, vocab)
+        """The prefix ends before the token; the tokens after it cannot be shown."""
+        return self._split(tokens[: at + 1], at, vocab)
 
-    def _show(self, tokens: np.ndarray, cut: int, vocab: Vocab) -> Example:
-        source = tokens[:cut] if self.layout == "prefix" else np.append(tokens[:cut], vocab.eos)
-        return layout.layout_of(self.layout, source, tokens[cut:], vocab)
+    def _split(self, tokens: np.ndarray, at: int, vocab: Vocab) -> Example:
+        source = tokens[:at] if self.layout == "prefix" else np.append(tokens[:at], vocab.eos)
+        return layout.layout_of(self.layout, source, tokens[at:], vocab)

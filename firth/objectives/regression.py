@@ -1,9 +1,9 @@
-"""Regression: a number for a text, read off one state, with the squared error (BERT on STS-B, Devlin 2019, section 4.1).
+"""Regression: predict a number from one hidden state, with the squared error (BERT on STS-B, Devlin 2019, section 4.1).
 
     a man plays a guitar / a man is playing music         3.2 of 5
 
-The numbers are learnt in units of their own spread around their mean, so that prices and ratings are learnt at one rate;
-the head of the exported model is put into the units of the data. (The original learns STS-B's 0 to 5 as they are: `mean=0 spread=1`.)
+The labels are standardized, so that prices and ratings are learned with the same learning rate; the head of the exported
+model is converted to the units of the data. (The original learns STS-B's 0 to 5 as they are: `mean=0 std=1`.)
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from firth.model.config import ModelConfig
 from firth.model.model import LM
-from firth.objectives.classification import ReadoutObjective, ask_at_position, classification_head
+from firth.objectives.classification import ReadoutObjective, classification_head, label_at_position
 from firth.objectives.objective import DataStats, Objective, supervised
 from firth.tokenizer.vocab import Vocab
 from firth.types import Batch, Example, Outputs
@@ -28,10 +28,15 @@ from firth.validated import FiniteFloat, PositiveFloat
 
 @dataclass(frozen=True)
 class Regression(ReadoutObjective):
-    """The number that a text has: {"tokens", "score"} (and "token_type_ids", of a pair).
+    """Predict the number of a text: {"tokens", "score"} (and "token_type_ids" of a pair).
 
-    mean, spread: what is subtracted from the numbers and what they are divided by; None takes those of the data (0 and 1,
-    while there are none). The measure "squared_error" is in the units of the data.
+    Shown: the whole text. Predicted: z = (score - mean) / std, at the readout position. Loss: (a h + b - z)^2. The metric
+    "squared_error" is in the units of the data.
+
+    Args:
+        position: See `ReadoutObjective`.
+        mean: Subtracted from the scores; None: the mean of the data.
+        std: The scores are divided by it; None: the standard deviation of the data.
 
     >>> vocab = Vocab(size=9, roles={"cls": 1, "sep": 2}, special=np.arange(9) < 3)
     >>> example = {"tokens": np.array([1, 5, 2]), "score": 4.0}
@@ -41,7 +46,7 @@ class Regression(ReadoutObjective):
 
     labels: ClassVar[dict[str, str]] = {"score": "score"}
     metrics: ClassVar[dict[str, str]] = {"squared_error": "score"}
-    asks: ClassVar[tuple[str, ...]] = ("score",)
+    label_fields: ClassVar[tuple[str, ...]] = ("score",)
 
     mean: FiniteFloat | None = None
     std: PositiveFloat | None = None
@@ -58,7 +63,7 @@ class Regression(ReadoutObjective):
 
     def build_example(self, example: Example, vocab: Vocab, rng: np.random.Generator) -> Example:
         score = (float(example["score"]) - (self.mean or 0.0)) / (self.std or 1.0)
-        return ask_at_position("score", score, example, self.place, vocab)
+        return label_at_position("score", score, example, self.readout, vocab)
 
     @torch.no_grad()
     def finalize(self, model: LM) -> None:
@@ -67,6 +72,6 @@ class Regression(ReadoutObjective):
         head.bias.mul_(self.std or 1.0).add_(self.mean or 0.0)
 
     def loss(self, model: LM, outputs: Outputs, batch: Batch) -> dict[str, Tensor]:
-        states, wanted = supervised(outputs["hidden"], batch["score"])
-        error = (model.heads["score"](states)[:, 0].float() - wanted).square().sum()
+        states, targets = supervised(outputs["hidden"], batch["score"])
+        error = (model.heads["score"](states)[:, 0].float() - targets).square().sum()
         return {"score": error, "squared_error": error.detach() * (self.std or 1.0) ** 2}

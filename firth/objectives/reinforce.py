@@ -1,10 +1,10 @@
-"""The policy gradient: make what was rewarded more likely (Williams 1992).
+"""REINFORCE, the policy gradient: make rewarded answers more likely (Williams 1992).
 
-    grad E[R(s)] = E[(R(s) - b) grad log p(s)]          for s drawn from p itself, b any number that s does not move
+    grad E[R(s)] = E[(R(s) - b) grad log p(s)]          for s drawn from p itself, b any number that does not depend on s
 
-A row is one sampled answer with its advantage R - b, written by the source that drew it (`firth.align.rollouts`).
-The loss is -advantage * log p(s), summed over the answer's tokens and averaged over *answers*, not tokens: dividing
-by tokens would weigh an answer by the others' lengths and is no longer the gradient of the expected reward.
+A row is one sampled answer with its advantage R - b, which the rollout computes (`firth.align.rollouts`). The loss is
+-advantage * log p(s), summed over the answer's tokens and averaged over *answers*, not tokens: dividing by tokens would
+weight an answer by the others' lengths and would no longer be the gradient of the expected reward.
 """
 
 from __future__ import annotations
@@ -19,17 +19,21 @@ from firth.model.config import AttentionPattern, ModelConfig
 from firth.model.heads import LMHead
 from firth.model.model import LM
 from firth.objectives.objective import Objective, log_probs, vocabulary_flops
-from firth.objectives.sft import answer
+from firth.objectives.sft import causal_example
 from firth.tokenizer.vocab import Vocab
 from firth.types import IGNORE, Batch, Example, Outputs
 
 
 @dataclass(frozen=True)
 class Reinforce(Objective):
-    """An answer, the mask of its sampled tokens and their advantage: {"tokens", "mask", "advantage"}, each (n,).
+    """Make sampled answers more or less likely by their advantage: {"tokens", "mask", "advantage"}, each (n,).
 
-    `answer_labels` holds a 0 at the last asked position: it counts answers, in packed rows too. dropout: apply the model's
-    dropout; the gradient is then no longer that of the policy that sampled.
+    Shown: prompt and answer. Predicted: the sampled tokens, which the mask covers. Loss: -advantage * log p(answer).
+    `answer_labels` holds a 0 at the last supervised position, so that it counts answers, in packed rows too. Metric:
+    "surprise", -log p of the sampled tokens.
+
+    Args:
+        dropout: Apply the model's dropout; the gradient is then no longer that of the policy that sampled.
 
     >>> vocab = Vocab(size=10, roles={"pad": 0}, special=np.arange(10) < 1)
     >>> drawn = {"tokens": np.array([5, 6, 7]), "mask": np.array([False, True, True]),
@@ -55,14 +59,14 @@ class Reinforce(Objective):
         return {"lm": LMHead(config)}
 
     def build_example(self, example: Example, vocab: Vocab, rng: np.random.Generator) -> Example:
-        seen = answer(example["tokens"], example["mask"])
-        once = np.full(len(seen["labels"]), IGNORE)
-        once[np.flatnonzero(example["mask"][1:])[-1]] = 0
-        return seen | {"advantage": example["advantage"][1:], "answer_labels": once}
+        seen = causal_example(example["tokens"], example["mask"])
+        answer_labels = np.full(len(seen["labels"]), IGNORE)
+        answer_labels[np.flatnonzero(example["mask"][1:])[-1]] = 0
+        return seen | {"advantage": example["advantage"][1:], "answer_labels": answer_labels}
 
     def loss(self, model: LM, outputs: Outputs, batch: Batch) -> dict[str, Tensor]:
-        now = log_probs(model, outputs["hidden"], batch["labels"])  # (B, T), 0 where nothing is asked
-        return {"policy": -(now * batch["advantage"]).sum(), "surprise": -now.detach().sum()}
+        logprobs = log_probs(model, outputs["hidden"], batch["labels"])  # (B, T), 0 where there is no label
+        return {"policy": -(logprobs * batch["advantage"]).sum(), "surprise": -logprobs.detach().sum()}
 
     def loss_flops(self, model: LM, batch: Batch) -> float:
         return vocabulary_flops(model, batch["labels"])

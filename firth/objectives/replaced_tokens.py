@@ -1,18 +1,18 @@
-"""Replaced token detection: which tokens has a small generator put there? (ELECTRA, Clark 2020, section 2)
+"""Replaced token detection: which tokens did a small generator replace? (ELECTRA, Clark 2020, section 2)
 
     the chef cooked the meal
-    [MASK] chef [MASK] the meal            what the generator is shown; it is asked "the" and "cooked"
-    the chef ate the meal                  what it draws, one token for each mask: what the discriminator is shown
-     0    0   1   0   0                    what that is asked, at every token: a right guess counts as original
+    [MASK] chef [MASK] the meal            input of the generator; its labels are "the" and "cooked"
+    the chef ate the meal                  its samples, one token for each mask: input of the discriminator
+     0    0   1   0   0                    labels of the discriminator, at every token: a correct sample is original
 
-The generator learns by maximum likelihood, the discriminator by binary cross-entropy with weight 50; drawing a token has no
-gradient, so none flows from one to the other. The generator is thinner, not shallower, and reads with the discriminator's
-tables (`firth.model.model.TiedSubmodel`; its norm and projection are its own). After training the discriminator is what one keeps.
+The generator learns by maximum likelihood, the discriminator by binary cross-entropy with weight 50; sampling a token has no
+gradient, so none flows from one to the other. The generator is narrower, not shallower, and shares the discriminator's
+embeddings (`firth.model.model.TiedSubmodel`; its norm and projection are its own). The discriminator is what is kept.
 
-A difference in kind: the number that decides each draw is a field of the example, so that what happens is a function of
-weights and batch alone: the same resumed, packed or in other micro-batches, and the same whenever held-out text is scored.
+Difference from the original: the random number that decides each sample is a field of the example, so that a step is a
+function of weights and batch alone: the same when resumed, packed or split, and for every evaluation of held-out text.
 
-`AdversarialRTD` is the paper's appendix F: the generator is paid for fooling the discriminator and never told the text.
+`AdversarialRTD` is the paper's appendix F: the generator is rewarded for fooling the discriminator and never trained on the text.
 """
 
 from __future__ import annotations
@@ -39,13 +39,20 @@ from firth.validated import NonNegativeFloat, OpenShare, ShareAboveZero
 
 @dataclass(frozen=True)
 class RTD(Objective):
-    """Tell the generator's tokens from the text's.
+    """Predict which tokens a generator replaced.
 
-    rate, noise: share of the tokens that the generator is asked, and which (`firth.data.noise`). size: the generator's
-    width, MLP and heads as a share of the discriminator's. weight: of the discriminator's loss.
+    Shown: the masked text to the generator, its samples in the text to the discriminator. Predicted: the masked tokens by the
+    generator, and by the discriminator whether each token is replaced. Loss, x the text, x' with the samples:
+    -sum over masked i of log p_G(x_i) - weight * sum over all i of log p_D(x'_i is original or replaced).
 
-    The log shows the share of tokens that were replaced, how often the generator guessed right, and the discriminator's
-    accuracy on replaced and on original tokens.
+    Metrics: the share of replaced tokens, how often the generator is right, and the discriminator's accuracy on replaced
+    and on original tokens.
+
+    Args:
+        mlm_probability: Share of the tokens that the generator predicts.
+        noise: How they are selected (`firth.data.noise`).
+        generator_size: The generator's hidden size, MLP and heads as a share of the discriminator's.
+        discriminator_weight: Weight of the discriminator's loss.
 
     >>> vocab = Vocab(size=10, roles={"mask": 1, "cls": 2, "sep": 3}, special=np.arange(10) < 4)
     >>> seen = RTD(mlm_probability=0.5).build_example({"tokens": np.array([2, 5, 6, 7, 8, 3])}, vocab, np.random.default_rng(2))
@@ -83,11 +90,14 @@ class RTD(Objective):
     def missing_from(self, config: ModelConfig) -> str:
         if not config.rnn_type or (self.generator_size == 1 and not config.separate_directions):
             return ""
-        apart = "model.separate_directions=false and " if config.separate_directions else ""
-        return f"recurrent layers are as wide as their tables, which its generator shares: set {apart}objective.generator_size=1"
+        also = "model.separate_directions=false and " if config.separate_directions else ""
+        return (
+            "recurrent layers are as wide as their embeddings, which the generator shares: "
+            f"set {also}objective.generator_size=1"
+        )
 
     def heads(self, config: ModelConfig) -> dict[str, nn.Module]:
-        small = thinner(config, self.generator_size)
+        small = generator_config(config, self.generator_size)
         return {
             "generator": TiedSubmodel(small, {"lm": LMHead(small)}),
             "replaced": replaced_token_head(config.hidden_size),
@@ -100,48 +110,55 @@ class RTD(Objective):
         return shown | {"real": example["tokens"], "chance": rng.random(len(example["tokens"]), dtype=np.float32)}
 
     def lm_model(self, model: LM) -> LM:
-        """The generator."""
+        """Return the generator."""
         generator: LM = model.heads["generator"]  # type: ignore[assignment]
         return generator
 
     def forward(self, model: LM, batch: Batch) -> Outputs:
-        """draft: the generator's states where it is asked (N, its width); guesses: its logits there (N, vocab), and what it
-        drew (N,); shown, hidden: what the discriminator is shown (..., T), and its states (..., T, width)."""
+        """Run both models.
+
+        Returns:
+            draft: The generator's states at the masked positions, (N, its hidden_size).
+            logits: Its logits there, (N, vocab_size).
+            sampled: The tokens it sampled there, (N,).
+            shown: The discriminator's input, (..., T).
+            hidden: The discriminator's states, (..., T, hidden_size).
+        """
         generator, at = self.lm_model(model), batch["labels"] != IGNORE
         draft, _ = supervised(generator(batch, needed=at), batch["labels"])
-        guesses = generator.heads["lm"](draft).float()
-        drew = draw(guesses.detach(), batch["chance"][at])
-        shown = batch["tokens"].masked_scatter(at, drew)
+        logits = generator.heads["lm"](draft).float()
+        sampled = sample_tokens(logits.detach(), batch["chance"][at])
+        shown = batch["tokens"].masked_scatter(at, sampled)
         hidden = model(batch | {"tokens": shown})
-        return {"draft": draft, "guesses": guesses, "drew": drew, "shown": shown, "hidden": hidden}
+        return {"draft": draft, "logits": logits, "sampled": sampled, "shown": shown, "hidden": hidden}
 
     def loss(self, model: LM, outputs: Outputs, batch: Batch) -> dict[str, Tensor]:
-        _, terms = self._judged(model, outputs, batch)
-        wanted = batch["labels"][batch["labels"] != IGNORE]
-        return terms | {"generator": F.cross_entropy(outputs["guesses"], wanted, reduction="sum")}
+        _, terms = self._discriminator_loss(model, outputs, batch)
+        targets = batch["labels"][batch["labels"] != IGNORE]
+        return terms | {"generator": F.cross_entropy(outputs["logits"], targets, reduction="sum")}
 
-    def _judged(self, model: LM, outputs: Outputs, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        """The discriminator's cross-entropy at every asked token of the generator's (N,), and its terms."""
+    def _discriminator_loss(self, model: LM, outputs: Outputs, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the discriminator's cross-entropy at every token the generator sampled, (N,), and its terms."""
         here, at = batch["real"] != IGNORE, batch["labels"] != IGNORE
         states, real = supervised(outputs["hidden"], batch["real"])
         scores = model.heads["replaced"](states)[:, 0].float()
         replaced = outputs["shown"][here] != real
         errors = F.binary_cross_entropy_with_logits(scores, replaced.float(), reduction="none")
-        said = scores > 0
+        predicted = scores > 0
         return errors[at[here]], {
             "replaced": self.discriminator_weight * errors.sum(),
-            "guessed": (outputs["drew"] == batch["labels"][at]).sum().float(),
+            "guessed": (outputs["sampled"] == batch["labels"][at]).sum().float(),
             "replaced_share": replaced.sum().float(),
             "original_share": (~replaced).sum().float(),
-            "caught": (replaced & said).sum().float(),
-            "passed": (~replaced & ~said).sum().float(),
+            "caught": (replaced & predicted).sum().float(),
+            "passed": (~replaced & ~predicted).sum().float(),
         }
 
     def forward_flops(self, model: LM, batch: Batch) -> float:
         generator = self.lm_model(model)
-        drafting = flops.stack_flops(generator.config, forward_work(generator, batch, batch["labels"] != IGNORE))
-        whole = flops.stack_flops(model.config, flops.work(batch)) + drafting
-        return whole + flops.head_flops(generator.config, flops.supervised_positions(batch["labels"]))
+        generator_flops = flops.stack_flops(generator.config, forward_work(generator, batch, batch["labels"] != IGNORE))
+        both = flops.stack_flops(model.config, flops.work(batch)) + generator_flops
+        return both + flops.head_flops(generator.config, flops.supervised_positions(batch["labels"]))
 
     def loss_flops(self, model: LM, batch: Batch) -> float:
         return flops.linear(
@@ -151,41 +168,46 @@ class RTD(Objective):
 
 @dataclass(frozen=True)
 class AdversarialRTD(RTD):
-    """The generator learns by REINFORCE to be taken for the text (appendix F): its reward for a token that it drew is the
-    discriminator's cross-entropy there, less a baseline that is learnt from the generator's own states.
+    """RTD with a generator trained by REINFORCE to fool the discriminator (appendix F).
 
-    The baseline is the softplus of a linear map, as in the paper; its error is squared here. `surprise` is the
-    cross-entropy of the text under the generator, which it is not told: what RTD logs as its loss.
+    Shown and predicted: as by `RTD`. Loss of the generator: -(R - b) log p_G(sampled token), R the discriminator's
+    cross-entropy there and b a baseline learned from the generator's states: the softplus of a linear map, as in the paper;
+    its loss is the squared error here. Metric: "surprise", the generator's cross-entropy on the text, which is not trained:
+    what RTD logs as its loss.
+
+    Args:
+        mlm_probability: See `RTD`, as the other fields.
     """
 
     labels: ClassVar[dict[str, str]] = RTD.labels | {"baseline": "labels"}
     metrics: ClassVar[dict[str, str]] = RTD.metrics | {"reward": "labels", "surprise": "labels"}
 
     def heads(self, config: ModelConfig) -> dict[str, nn.Module]:
-        baseline = nn.Linear(thinner(config, self.generator_size).hidden_size, 1)
+        baseline = nn.Linear(generator_config(config, self.generator_size).hidden_size, 1)
         nn.init.zeros_(baseline.weight)
         nn.init.zeros_(baseline.bias)
         return super().heads(config) | {"baseline": baseline}
 
     def loss(self, model: LM, outputs: Outputs, batch: Batch) -> dict[str, Tensor]:
-        errors, terms = self._judged(model, outputs, batch)
+        errors, terms = self._discriminator_loss(model, outputs, batch)
         reward = errors.detach()
         expected = F.softplus(model.heads["baseline"](outputs["draft"].detach())[:, 0].float())
-        said = outputs["guesses"].log_softmax(-1)
-        chosen = said.gather(-1, outputs["drew"][:, None])[:, 0]
-        wanted = batch["labels"][batch["labels"] != IGNORE]
+        logprobs = outputs["logits"].log_softmax(-1)
+        chosen = logprobs.gather(-1, outputs["sampled"][:, None])[:, 0]
+        targets = batch["labels"][batch["labels"] != IGNORE]
         return terms | {
             "generator": -((reward - expected.detach()) * chosen).sum(),
             "baseline": (expected - reward).square().sum(),
             "reward": reward.sum(),
-            "surprise": -said.detach().gather(-1, wanted[:, None]).sum(),
+            "surprise": -logprobs.detach().gather(-1, targets[:, None]).sum(),
         }
 
 
-def thinner(config: ModelConfig, size: float) -> ModelConfig:
-    """The same architecture with a share of the width, the MLP and the heads, on tables of the same width.
+def generator_config(config: ModelConfig, size: float) -> ModelConfig:
+    """Return the config with a share of the hidden size, the MLP and the heads, and the same embedding size.
 
-    >>> small = thinner(ModelConfig(vocab_size=30522, hidden_size=256, num_layers=12, num_heads=4, embedding_size=128, lm_head="transform"), 0.25)
+    >>> large = ModelConfig(30522, hidden_size=256, num_layers=12, num_heads=4, embedding_size=128, lm_head="transform")
+    >>> small = generator_config(large, 0.25)
     >>> small.hidden_size, small.num_heads, small.intermediate_size, small.embedding_size
     (64, 1, 256, 128)
     """
@@ -193,19 +215,20 @@ def thinner(config: ModelConfig, size: float) -> ModelConfig:
     width = 2 * heads * max(1, round(config.hidden_size * size / (2 * heads)))  # even heads, for rotary positions
     embed = 0 if width == config.embedding_dim else config.embedding_dim
     return replace(
-        config, hidden_size=width, num_heads=heads, num_kv_heads=0, head_dim=0, intermediate_size=max(1, round(config.intermediate_size * size)),
+        config, hidden_size=width, num_heads=heads, num_kv_heads=0, head_dim=0,
+        intermediate_size=max(1, round(config.intermediate_size * size)),
         embedding_size=embed, lm_head="transform" if embed else config.lm_head,
     )  # fmt: skip
 
 
-def draw(logits: Tensor, chance: Tensor) -> Tensor:
-    """The token at which the cumulative probability passes `chance`: (N, vocab), (N,) in [0, 1) -> (N,).
+def sample_tokens(logits: Tensor, chance: Tensor) -> Tensor:
+    """Return the token at which the cumulative probability exceeds `chance`: (N, vocab_size), (N,) in [0, 1) -> (N,).
 
-    >>> draw(torch.tensor([[0.0, 0.0], [0.0, 0.0]]), torch.tensor([0.4, 0.6])).tolist()
+    >>> sample_tokens(torch.tensor([[0.0, 0.0], [0.0, 0.0]]), torch.tensor([0.4, 0.6])).tolist()
     [0, 1]
     """
-    passed = logits.softmax(-1).cumsum(-1)
-    # The gap below 1 keeps the product under the total in float32: a token of probability 0 is never drawn.
-    at = chance.clamp(max=1 - 2**-20) * passed[:, -1]
-    found = torch.searchsorted(passed, at[:, None], right=True)[:, 0]
+    cumulative = logits.softmax(-1).cumsum(-1)
+    # The gap below 1 keeps the product under the total in float32: a token of probability 0 is never sampled.
+    at = chance.clamp(max=1 - 2**-20) * cumulative[:, -1]
+    found = torch.searchsorted(cumulative, at[:, None], right=True)[:, 0]
     return found.clamp(max=logits.shape[-1] - 1)

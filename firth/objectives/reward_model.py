@@ -1,10 +1,9 @@
-"""The reward model: one number for a whole answer, learnt from which of several answers people preferred.
+"""Reward model: one score for an answer, learned from which of several answers people preferred.
 
-The number is a linear reading of the hidden state at the answer's last token. A comparison is a row group `(2, T)`
-and its loss -log sigma(r_chosen - r_rejected) is a two-way softmax (Bradley & Terry 1952; Christiano 2017). A ranking
-of K answers is a group `(K, T)`: the mean over all its pairs, one group counting as one example, so that K answers to
-one prompt do not weigh as K(K-1)/2 independent ones (Ouyang 2022, section 3.5); or Plackett-Luce, the likelihood of
-the whole order.
+The score is a linear map of the hidden state at the answer's last token. A comparison is a group of rows `(2, T)` and its loss
+-log sigma(r_chosen - r_rejected) is a two-way softmax (Bradley & Terry 1952; Christiano 2017). A ranking of K answers is a
+group `(K, T)`: the mean over all its pairs, one group counting as one example, so that K answers to one prompt do not weigh
+as K(K-1)/2 independent ones (Ouyang 2022, section 3.5); or Plackett-Luce, the likelihood of the whole order.
 
     chosen   <s> how are you <e> well , thanks <e>      r = +1.2
     rejected <s> how are you <e> no <e>                 r = -0.3      loss = log(1 + exp(-1.5)) = 0.20
@@ -31,41 +30,46 @@ from firth.validated import NonNegativeInt
 
 
 def reward_head(width: int) -> nn.Linear:
-    """A scalar reading that starts at about unit scale (Stiennon 2020). No bias: only differences are ever learnt."""
+    """Return a scalar head initialized at about unit scale (Stiennon 2020), without bias: only differences are learned."""
     head = nn.Linear(width, 1, bias=False)
     nn.init.normal_(head.weight, std=(width + 1) ** -0.5)
     return head
 
 
-def whole(tokens: np.ndarray, mask: np.ndarray) -> Example:
-    """The row up to its last answered token, which is where a reward is read: what follows it (a template's line
-    break) is not there when a sampled answer is scored."""
+def answer_row(tokens: np.ndarray, mask: np.ndarray) -> Example:
+    """Return the row up to the last token of the answer, where the reward is read.
+
+    What follows it (a line break of the chat template) is missing when a sampled answer is scored.
+    """
     end = int(np.flatnonzero(mask)[-1]) + 1
     return {"tokens": tokens[:end]} | layout.causal(end)
 
 
-def last(batch: Batch) -> Tensor:
-    """The last token of each row that is not padding, (..., T) bool."""
+def last_token_mask(batch: Batch) -> Tensor:
+    """Return a mask of the last token of each row that is not padding, (..., T) bool."""
     real = batch["key_time"] != NEVER
     at = real.shape[-1] - 1 - real.flip(-1).int().argmax(-1, keepdim=True)
     return torch.zeros_like(real).scatter(-1, at, True)
 
 
 def last_state(hidden: Tensor, batch: Batch) -> Tensor:
-    """The hidden state at the last token that is not padding: (..., T, width) -> (..., width)."""
-    at = last(batch).byte().argmax(-1)[..., None, None]
+    """Return the hidden state at the last token that is not padding: (..., T, hidden_size) -> (..., hidden_size)."""
+    at = last_token_mask(batch).byte().argmax(-1)[..., None, None]
     return hidden.gather(-2, at.expand(*at.shape[:-1], hidden.shape[-1])).squeeze(-2)
 
 
 def rewards(model: LM, hidden: Tensor, batch: Batch) -> Tensor:
-    """One reward per row: (..., T, width) -> (...) float32."""
+    """Return one reward per row: (..., T, hidden_size) -> (...) float32."""
     scores: Tensor = model.heads["reward"](last_state(hidden, batch))
     return scores[..., 0].float()
 
 
 @dataclass(frozen=True)
 class RewardModeling(Objective):
-    """Score both answers of a comparison; the preferred one shall have more.
+    """Learn a reward from comparisons.
+
+    Shown: both answers after their prompt, a group of two rows. Predicted: which one is preferred. Loss:
+    -log sigma(r_chosen - r_rejected). Metric: "margin", r_chosen - r_rejected.
 
     >>> vocab = Vocab(size=10, roles={"pad": 0}, special=np.arange(10) < 1)
     >>> on = np.ones(3, bool)
@@ -90,11 +94,11 @@ class RewardModeling(Objective):
         return {"reward": reward_head(config.hidden_size)}
 
     def build_example(self, example: Example, vocab: Vocab, rng: np.random.Generator) -> Example:
-        rows = [whole(example[f"{k}_tokens"], example[f"{k}_mask"]) for k in ("chosen", "rejected")]
+        rows = [answer_row(example[f"{k}_tokens"], example[f"{k}_mask"]) for k in ("chosen", "rejected")]
         return layout.group(rows) | {"preferred": np.int64(0)}
 
     def needed_positions(self, batch: Batch) -> Tensor | None:
-        return last(batch)
+        return last_token_mask(batch)
 
     def loss(self, model: LM, outputs: Outputs, batch: Batch) -> dict[str, Tensor]:
         scores = rewards(model, outputs["hidden"], batch)  # (B, 2)
@@ -107,13 +111,17 @@ class RewardModeling(Objective):
 
 @dataclass(frozen=True)
 class Ranking(RewardModeling):
-    """Score K answers to one prompt: {"answers": K rows of tokens, "masks", "rank" (K,)}, rank 0 the best.
+    """Learn a reward from rankings of K answers to one prompt: {"answers": K rows of tokens, "masks", "rank" (K,)}, rank 0 the best.
 
-    Equal ranks are ties, and ask nothing of each other. answers: rows of a group, in a recipe at least as many as the longest
-    ranking of the records has (0: as many); a group of fewer repeats its first
-    row, which is then compared with nothing. likelihood "pairs" is the mean of -log sigma(r_i - r_j) over the pairs
-    with rank_i < rank_j, so that K = 2 is `Reward`; "order" is Plackett-Luce: the best is chosen among all, the next
-    among the rest (a tied answer stands beside its equals until they are worse).
+    Shown: all answers after their prompt, a group of K rows. Predicted: their order; equal ranks are ties and are not compared.
+    Loss for "pairs": the mean of -log sigma(r_i - r_j) over the pairs with rank_i < rank_j, so that K = 2 is
+    `RewardModeling`; for "order": the negative log-likelihood of Plackett-Luce, which chooses the best among all, the next
+    among the rest (answers of equal rank are not compared).
+
+    Args:
+        num_answers: Rows of a group, at least the longest ranking of the data (0: as many). A shorter ranking repeats its
+            first row, which is then compared with nothing.
+        likelihood: "pairs" or "order".
     """
 
     num_answers: NonNegativeInt = 0
@@ -129,11 +137,11 @@ class Ranking(RewardModeling):
         rank = np.asarray(example["rank"], np.int64)
         if not 2 <= len(rank) <= self.num_answers:
             raise UserError(
-                f"a ranking of {len(rank)} answers does not fit a group of 2 to {self.num_answers}: set `answers`"
+                f"a ranking of {len(rank)} answers does not fit into a group of 2 to {self.num_answers}: set `num_answers`"
             )
         absent = self.num_answers - len(rank)
-        rows = [whole(t, m) for t, m in zip(example["answers"], example["masks"], strict=True)]
-        # An answer that no other is better or worse than leaves nothing to learn: such a group is not counted.
+        rows = [answer_row(t, m) for t, m in zip(example["answers"], example["masks"], strict=True)]
+        # All answers tied: nothing to learn, and the group is not counted.
         preferred = int(rank.argmin()) if len(set(rank.tolist())) > 1 else IGNORE
         ranked = np.concatenate((rank, np.full(absent, IGNORE)))
         return layout.group(rows + rows[:1] * absent) | {"rank": ranked, "preferred": np.int64(preferred)}
@@ -142,16 +150,16 @@ class Ranking(RewardModeling):
         scores, rank = rewards(model, outputs["hidden"], batch), batch["rank"]  # (B, K)
         real = rank != IGNORE
         better = (rank[:, :, None] < rank[:, None, :]) & real[:, :, None] & real[:, None, :]  # (B, K, K)
-        ahead = scores[:, :, None] - scores[:, None, :]
+        difference = scores[:, :, None] - scores[:, None, :]
         pairs = better.sum((1, 2)).clamp(min=1)
         if self.likelihood == "pairs":
-            loss = -(F.logsigmoid(ahead) * better).sum((1, 2)) / pairs
+            loss = -(F.logsigmoid(difference) * better).sum((1, 2)) / pairs
         else:
             # -log p(order) = sum over answers i of logsumexp(r_i and every worse r_j) - r_i; the worst adds nothing.
             rest = better | torch.eye(scores.shape[1], dtype=torch.bool, device=scores.device)
-            loss = ((-ahead).masked_fill(~rest, float("-inf")).logsumexp(-1) * real).sum(-1)
+            loss = ((-difference).masked_fill(~rest, float("-inf")).logsumexp(-1) * real).sum(-1)
         return {
             "reward": loss.sum(),
-            "accuracy": (((ahead > 0) & better).sum((1, 2)) / pairs).sum(),
-            "margin": ((ahead.detach() * better).sum((1, 2)) / pairs).sum(),
+            "accuracy": (((difference > 0) & better).sum((1, 2)) / pairs).sum(),
+            "margin": ((difference.detach() * better).sum((1, 2)) / pairs).sum(),
         }

@@ -1,14 +1,14 @@
-"""Semi-supervised classification: a few labelled texts, many without a label, one loss.
+"""Semi-supervised classification: a few labeled texts, many unlabeled ones, one loss.
 
-    (1/n) sum over labelled of loss(f(x), y)  +  w (1/m) sum over unlabelled of loss(f(x), r(x))  +  lambda Omega(theta)
+    (1/n) sum over labeled of loss(f(x), y)  +  w (1/m) sum over unlabeled of loss(f(x), r(x))  +  lambda Omega(theta)
 
-r is the relation that gives an unlabelled text its target. `PseudoLabels` takes what a teacher says where it is sure (Lee
-2013): a frozen teacher is data, so its answers are a field of the example. `Consistency` takes what the model itself says
-of the untouched text, without gradient, for a text with masks in it (UDA, Xie 2019; the Pi-model, Laine 2017). The third
-term is an addend, `Consistency() + Penalty()`. An unlabelled text is one whose label is IGNORE.
+r gives an unlabeled text its target. `PseudoLabels` uses a teacher's prediction where it is confident (Lee 2013); the teacher
+is frozen, so its predictions are a field of the example. `Consistency` uses the model's own prediction for the clean text,
+without gradient, as target for the masked text (UDA, Xie 2019; the Pi-model, Laine 2017). The third term is a component,
+`Consistency() + WeightPenalty()`. An unlabeled text is one whose label is IGNORE.
 
-w grows from nothing as exp(-5 (1 - t)^2), t the share of the `ramp` steps that are behind (Laine 2017, section 2): a
-model that knows nothing should not be consistent with itself. Held-out text is scored with the whole w.
+w grows from zero as exp(-5 (1 - t)^2), t the completed share of `ramp_steps` (Laine 2017, section 2): an untrained model
+should not be consistent with itself. Held-out text is scored with the full w.
 """
 
 from __future__ import annotations
@@ -35,10 +35,16 @@ from firth.validated import NonNegativeFloat, NonNegativeInt, OpenShare, Positiv
 
 @dataclass(frozen=True)
 class SemiSupervised(Classification):
-    """What both relations share. weight: w at its full size. ramp: steps until it is (0: at once)."""
+    """Base of the semi-supervised objectives.
+
+    Args:
+        position: See `Classification`, as `class_names`, `label_smoothing`, `class_weights` and `head`.
+        unlabeled_weight: w after the ramp.
+        ramp_steps: Steps until w has its full size (0: from the start).
+    """
 
     labels: ClassVar[dict[str, str]] = {"class": "class", "relation": "relation"}
-    asks: ClassVar[tuple[str, ...]] = ("class", "relation")
+    label_fields: ClassVar[tuple[str, ...]] = ("class", "relation")
 
     unlabeled_weight: NonNegativeFloat = 1.0
     ramp_steps: NonNegativeInt = 0
@@ -50,18 +56,25 @@ class SemiSupervised(Classification):
             self, unlabeled_weight=self.unlabeled_weight * math.exp(-5 * (1 - step / self.ramp_steps) ** 2)
         )
 
-    def question(self, example: Example, seen: Example, target: int) -> np.ndarray:
-        """The field "relation": the target at the place where a class is asked, of an unlabelled text alone."""
-        asks = np.full(len(seen["tokens"]), IGNORE)
+    def relation_labels(self, example: Example, seen: Example, target: int) -> np.ndarray:
+        """Return the field "relation": the target of an unlabeled text at the readout position, IGNORE elsewhere."""
+        labels = np.full(len(seen["tokens"]), IGNORE)
         if example["label"] == IGNORE:
-            asks[0 if self.place == "first" else -1] = target
-        return asks
+            labels[0 if self.readout == "first" else -1] = target
+        return labels
 
 
 @dataclass(frozen=True)
 class PseudoLabels(SemiSupervised):
-    """The targets are a teacher's classes, {"taught": its probabilities}; one of which it is less than `confidence` sure
-    costs nothing, and counts among the m (FixMatch, Sohn 2020, equation 4).
+    """Classification with a teacher's predictions as labels of the unlabeled texts, {"taught": its probabilities}.
+
+    Shown: the whole text. Predicted: its class, or the teacher's most likely class r(x). Loss: cross-entropy, for an unlabeled
+    text times w where the teacher's probability is at least `confidence`; less confident ones cost nothing and count among
+    the m (FixMatch, Sohn 2020, equation 4).
+
+    Args:
+        position: See `SemiSupervised`, as the other fields.
+        confidence: Smallest probability of a pseudo-label that is trained on.
 
     >>> vocab = Vocab(size=9, roles={"cls": 1, "sep": 2}, special=np.arange(9) < 3)
     >>> example = {"tokens": np.array([1, 5, 2]), "label": IGNORE, "taught": np.array([0.02, 0.98])}
@@ -77,9 +90,9 @@ class PseudoLabels(SemiSupervised):
 
     def build_example(self, example: Example, vocab: Vocab, rng: np.random.Generator) -> Example:
         seen = super().build_example(example, vocab, rng)
-        said = example.get("taught", np.zeros(1))  # held-out records have a label and no teacher
-        sure = np.full(len(seen["tokens"]), said.max() >= self.confidence)
-        return seen | {"relation": self.question(example, seen, int(said.argmax())), "sure": sure}
+        probabilities = example.get("taught", np.zeros(1))  # held-out records have a label and no teacher
+        sure = np.full(len(seen["tokens"]), probabilities.max() >= self.confidence)
+        return seen | {"relation": self.relation_labels(example, seen, int(probabilities.argmax())), "sure": sure}
 
     def loss(self, model: LM, outputs: Outputs, batch: Batch) -> dict[str, Tensor]:
         states, targets = supervised(outputs["hidden"], batch["relation"].masked_fill(~batch["sure"], IGNORE))
@@ -88,7 +101,7 @@ class PseudoLabels(SemiSupervised):
 
 
 def unlabeled_example(objective: Objective, example: Example, vocab: Vocab) -> Example:
-    """A text as a teacher is asked about it, whether it has a label or not: `labels` is 0 where a class is asked.
+    """Return a text as an input of the teacher, labeled or not: `labels` is 0 at the readout position.
 
     >>> vocab = Vocab(size=9, roles={"cls": 1, "sep": 2}, special=np.arange(9) < 3)
     >>> example = {"tokens": np.array([1, 5, 2]), "label": IGNORE}
@@ -106,16 +119,26 @@ def unlabeled_example(objective: Objective, example: Example, vocab: Vocab) -> E
 
 @torch.no_grad()
 def teacher_probabilities(model: LM, batch: Batch) -> dict[str, Tensor]:
-    """What `PseudoLabels` needs of its teacher, a classifier: its probabilities, {"taught": (B, classes)}."""
+    """Return the class probabilities of a teacher, a classifier, for `PseudoLabels`: {"taught": (B, classes)}."""
     states, _ = supervised(model(batch, needed=batch["labels"] != IGNORE), batch["labels"])
     return {"taught": model.heads["classes"](states).float().softmax(-1)}
 
 
 @dataclass(frozen=True)
 class Consistency(SemiSupervised):
-    """The target is the model's own answer to the untouched text, sharpened by `temperature` (1: as it is), where it is
-    `confidence` sure or more (0: everywhere). An unlabelled text is read twice: untouched, without gradient and without
-    dropout; and as it is learnt from, with `rate` of its tokens masked (and with dropout, where the shape has any).
+    """Classification with the model's own prediction for the clean text as target for the masked text.
+
+    Shown: a labeled text as it is; an unlabeled text twice: clean, without gradient and without dropout, and masked (with the
+    model's dropout). Predicted: the class, and for an unlabeled text q, the softmax of the clean logits / temperature.
+    Loss: cross-entropy with the label; for an unlabeled text w * -sum over c of q_c log p_c(masked text), where
+    max q >= confidence.
+
+    Args:
+        position: See `SemiSupervised`, as the other fields.
+        mlm_probability: Share of the tokens of an unlabeled text that is masked.
+        noise: How they are selected (`firth.data.noise`).
+        temperature: Sharpens the target; 1 leaves it as it is.
+        confidence: Smallest probability of a target that is trained on; 0: all.
 
     >>> vocab = Vocab(size=9, roles={"cls": 1, "sep": 2, "mask": 3}, special=np.arange(9) < 4)
     >>> example = {"tokens": np.array([1, 5, 6, 7, 2]), "label": IGNORE}
@@ -133,7 +156,7 @@ class Consistency(SemiSupervised):
         super().__post_init__()
         if self.position == "answer":
             raise UserError(
-                "consistency reads a text twice, once with masks in it: it needs an encoder or a decoder alone"
+                "consistency runs the model on a clean and a masked text: use an encoder or a decoder, not an encoder-decoder"
             )
 
     @property
@@ -143,29 +166,29 @@ class Consistency(SemiSupervised):
     def build_example(self, example: Example, vocab: Vocab, rng: np.random.Generator) -> Example:
         seen = super().build_example(example, vocab, rng)
         clean = seen["tokens"]
-        relation = self.question(example, seen, 0)
+        relation = self.relation_labels(example, seen, 0)
         if (relation != IGNORE).any():
             seen |= {"tokens": np.where(NOISES[self.noise](clean, vocab, self.mlm_probability, rng), vocab.mask, clean)}
         return seen | {"clean": clean, "relation": relation}
 
     def forward(self, model: LM, batch: Batch) -> Outputs:
-        learning = model.training
+        training = model.training
         model.eval()
         with torch.no_grad():
             clean = model(batch | {"tokens": batch["clean"]}, needed=batch["relation"] != IGNORE)
             states, _ = supervised(clean, batch["relation"])
-            own = (model.heads["classes"](states).float() / self.temperature).softmax(-1)
-        model.train(learning)
-        return {"hidden": model(batch, needed=self.needed_positions(batch)), "own": own}
+            target = (model.heads["classes"](states).float() / self.temperature).softmax(-1)
+        model.train(training)
+        return {"hidden": model(batch, needed=self.needed_positions(batch)), "target": target}
 
     def loss(self, model: LM, outputs: Outputs, batch: Batch) -> dict[str, Tensor]:
         states, _ = supervised(outputs["hidden"], batch["relation"])
-        each = F.cross_entropy(model.heads["classes"](states).float(), outputs["own"], reduction="none")
-        sure = outputs["own"].amax(-1) >= self.confidence
-        return super().loss(model, outputs, batch) | {"relation": self.unlabeled_weight * (each * sure).sum()}
+        losses = F.cross_entropy(model.heads["classes"](states).float(), outputs["target"], reduction="none")
+        sure = outputs["target"].amax(-1) >= self.confidence
+        return super().loss(model, outputs, batch) | {"relation": self.unlabeled_weight * (losses * sure).sum()}
 
     def forward_flops(self, model: LM, batch: Batch) -> float:
-        # The pass without gradient is a third of one with.
-        read = (self.needed_positions(batch), batch["relation"] != IGNORE)
-        learning, looking = (flops.stack_flops(model.config, forward_work(model, batch, wanted)) for wanted in read)
-        return learning + looking / 3
+        # A pass without gradient costs a third of one with.
+        positions = (self.needed_positions(batch), batch["relation"] != IGNORE)
+        masked, clean = (flops.stack_flops(model.config, forward_work(model, batch, needed)) for needed in positions)
+        return masked + clean / 3

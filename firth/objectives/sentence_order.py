@@ -1,9 +1,9 @@
-"""Sentence order prediction: which of two neighbouring segments comes first? (ALBERT, Lan 2020, section 3.1)
+"""Sentence order prediction: are two neighboring text segments swapped? (ALBERT, Lan 2020, section 3.1)
 
     [CLS] the man went to the store [SEP] he bought milk [SEP]            as written (0)
     [CLS] he bought milk [SEP] the man went to the store [SEP]            swapped (1)
 
-Both segments are always of one text, so the topic, which gives away most of NSP's answers, says nothing here.
+Both segments are always from one text, so the topic, which is enough for most of NSP, does not help here.
 ALBERT is `SOP() + MLM(noise="ngrams")`.
 """
 
@@ -22,7 +22,12 @@ from firth.validated import Share
 
 @dataclass(frozen=True)
 class SOP(SentencePairObjective):
-    """From {"first", "second"}: half the time they change places.
+    """Predict whether two segments are swapped: {"first", "second"}.
+
+    Shown: the two segments, in either order. Predicted: 0 as written, 1 swapped, at [CLS]. Loss: -log softmax(A h + b)[label].
+
+    Args:
+        swapped: Probability that they are swapped.
 
     >>> vocab = Vocab(size=9, roles={"cls": 1, "sep": 2}, special=np.arange(9) < 3)
     >>> example = {"first": np.array([5]), "second": np.array([6, 7])}
@@ -33,7 +38,7 @@ class SOP(SentencePairObjective):
 
     labels: ClassVar[dict[str, str]] = {"order": "order"}
     metrics: ClassVar[dict[str, str]] = {"order_accuracy": "order"}
-    asks: ClassVar[str] = "order"
+    label_field: ClassVar[str] = "order"
 
     swapped: Share = 0.5
 
@@ -43,4 +48,4 @@ class SOP(SentencePairObjective):
     def build_example(self, example: Example, vocab: Vocab, rng: np.random.Generator) -> Example:
         first, second = example["first"], example["second"]
         swap = bool(rng.random() < self.swapped)
-        return self.laid(second, first, swap, vocab) if swap else self.laid(first, second, swap, vocab)
+        return self.build_pair(second, first, swap, vocab) if swap else self.build_pair(first, second, swap, vocab)

@@ -1,8 +1,8 @@
-"""Two segments in one row, and a question about the two: what NSP and SOP share.
+"""Base of the sentence pair objectives, NSP and SOP: two text segments in one row and a binary label.
 
-    [CLS] first [SEP] second [SEP]      segments 0 0 .. 1 1
+    [CLS] first [SEP] second [SEP]      token types 0 0 .. 1 1
 
-The question has two answers and is asked at [CLS], through BERT's pooler (Devlin 2019, section 3.1).
+The label is predicted at [CLS], through BERT's pooler (Devlin 2019, section 3.1).
 """
 
 from __future__ import annotations
@@ -22,28 +22,35 @@ from firth.types import IGNORE, Batch, Example, Outputs
 
 
 class SentencePairObjective(Objective):
-    """A subclass names its term (`asks`: of the loss, the field, the part) and says what stands there in `view`."""
+    """Base of objectives that predict a binary label of two text segments.
 
-    asks: ClassVar[str]
+    Attributes:
+        label_field: The name of the loss term, the batch field and the head.
+    """
+
+    label_field: ClassVar[str]
 
     def attention_pattern(self) -> AttentionPattern:
         return "bidirectional"
 
     def heads(self, config: ModelConfig) -> dict[str, nn.Module]:
-        return {self.asks: pooled(config.hidden_size, 2)}
+        return {self.label_field: pooled(config.hidden_size, 2)}
 
-    def laid(self, first: np.ndarray, second: np.ndarray, answer: bool, vocab: Vocab) -> Example:
-        """Both segments in a row, and the answer at [CLS]."""
+    def build_pair(self, first: np.ndarray, second: np.ndarray, label: bool, vocab: Vocab) -> Example:
+        """Return both segments in one row, with the label at [CLS]."""
         shown = layout.pair(first, second, vocab)
-        answers = np.full(len(shown["tokens"]), IGNORE)
-        answers[0] = answer
-        return shown | {self.asks: answers}
+        labels = np.full(len(shown["tokens"]), IGNORE)
+        labels[0] = label
+        return shown | {self.label_field: labels}
 
     def needed_positions(self, batch: Batch) -> Tensor | None:
-        answers = batch.get(self.asks)  # a cloze test does not ask this
-        return None if answers is None else answers != IGNORE
+        labels = batch.get(self.label_field)  # missing from the example of `hide`
+        return None if labels is None else labels != IGNORE
 
     def loss(self, model: LM, outputs: Outputs, batch: Batch) -> dict[str, Tensor]:
-        states, answers = supervised(outputs["hidden"], batch[self.asks])
-        scores = model.heads[self.asks](states)  # (N, 2)
-        return {self.asks: choice_loss(scores, answers), f"{self.asks}_accuracy": num_correct(scores, answers)}
+        states, labels = supervised(outputs["hidden"], batch[self.label_field])
+        scores = model.heads[self.label_field](states)  # (N, 2)
+        return {
+            self.label_field: choice_loss(scores, labels),
+            f"{self.label_field}_accuracy": num_correct(scores, labels),
+        }

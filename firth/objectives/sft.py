@@ -1,8 +1,8 @@
-"""Supervised finetuning: learn to write the answer, not the question.
+"""Supervised finetuning: predict the answer, not the prompt.
 
-A dialogue is one row of tokens and a mask that is True on what the assistant says *and on the token that ends its
-turn* (`firth.tokenizer.chat`): a model that is never asked for the stop token never learns to stop. InstructGPT (Ouyang
-2022) and FLAN (Wei 2022) train so; T5 (Raffel 2020, section 2.4) does the same with an encoder for the question.
+A dialogue is one row of tokens and a mask that is True on the assistant's tokens *and on the token that ends its turn*
+(`firth.tokenizer.chat`): a model that is not trained on the stop token never learns to stop. InstructGPT (Ouyang 2022) and
+FLAN (Wei 2022) train so; T5 (Raffel 2020, section 2.4) does the same with an encoder for the prompt.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from firth.tokenizer.vocab import Vocab
 from firth.types import IGNORE, Example
 
 
-def answer(tokens: np.ndarray, mask: np.ndarray) -> Example:
-    """Read a row left to right; asked is every next token that the mask covers. tokens, mask: (n,) -> fields (n - 1,).
+def causal_example(tokens: np.ndarray, mask: np.ndarray) -> Example:
+    """Return a causal LM example whose labels are the masked tokens: tokens, mask (n,) -> fields (n - 1,).
 
-    >>> seen = answer(np.array([5, 6, 7, 8]), np.array([False, False, True, True]))
+    >>> seen = causal_example(np.array([5, 6, 7, 8]), np.array([False, False, True, True]))
     >>> seen["tokens"].tolist(), seen["labels"].tolist()
     ([5, 6, 7], [-100, 7, 8])
     """
@@ -31,7 +31,10 @@ def answer(tokens: np.ndarray, mask: np.ndarray) -> Example:
 
 @dataclass(frozen=True)
 class SFT(TokenObjective):
-    """Read the whole dialogue left to right, predict the assistant's tokens: {"tokens", "mask"} of a dialogue.
+    """Predict the assistant's tokens of a dialogue: {"tokens", "mask"}.
+
+    Shown: the whole dialogue, left to right. Predicted: the tokens that the mask covers. Loss: -sum over them of
+    log p(w_t | w_<t).
 
     >>> vocab = Vocab(size=10, roles={"pad": 0}, special=np.arange(10) < 1)
     >>> dialogue = {"tokens": np.array([5, 6, 7, 2]), "mask": np.array([False, False, True, True])}
@@ -46,12 +49,14 @@ class SFT(TokenObjective):
         return "causal"
 
     def build_example(self, example: Example, vocab: Vocab, rng: np.random.Generator) -> Example:
-        return answer(example["tokens"], example["mask"])
+        return causal_example(example["tokens"], example["mask"])
 
 
 @dataclass(frozen=True)
 class Seq2SeqSFT(TokenObjective):
-    """The source to the encoder, the target from the decoder: {"source", "target"}, the target with its stop token.
+    """Predict a target from a source: {"source", "target"}, the target with its stop token.
+
+    Shown: the source, to the encoder. Predicted: the target, by the decoder. Loss: -sum over t of log p(y_t | y_<t, source).
 
     >>> vocab = Vocab(size=10, roles={"pad": 0}, special=np.arange(10) < 1)
     >>> pair = {"source": np.array([7, 8]), "target": np.array([5, 2])}

@@ -1,14 +1,14 @@
-"""The span boundary objective: guess a hidden token from what stands around its span (SpanBERT, Joshi 2020, section 3.2).
+"""Span boundary objective: predict a masked token from the tokens around its span (SpanBERT, Joshi 2020, section 3.2).
 
-A span's two neighbours must come to hold what is in it, which a task that picks spans (question answering, coreference)
-can then read from its ends. Token i of a hidden span s..e is asked of the states at s - 1 and e + 1 and of its place:
+The two neighbors of a span learn to represent its content, which a task that selects spans (question answering, coreference)
+can then read from them. Token i of a masked span s..e is predicted from the states at s - 1 and e + 1 and its offset:
 
-    shown    Super Bowl 50 was [MASK] [MASK] [MASK] [MASK] to determine the champion
-    asked               an American football game         "football": 3rd after "was", which "to" follows
+    shown       Super Bowl 50 was [MASK] [MASK] [MASK] [MASK] to determine the champion
+    predicted                  an American football game         "football": 3rd after "was", before "to"
 
-SpanBERT is `MLM(noise="geometric", alike=True) + SBO()`, on single segments and without NSP. A boundary is a token that
-is not hidden: two spans that touch are one span here. What a text begins or ends with has one neighbour only and is not
-asked, nor is what lies deeper in a span than `longest` (in SpanBERT's own code: 20).
+SpanBERT is `MLM(noise="geometric", whole_span_replacement=True) + SBO()`, on single text segments without NSP. A boundary is a
+token that is not masked: two spans that touch are one span here. A span at the start or end of a text has one neighbor only
+and is not predicted, nor are tokens deeper in a span than `max_span_length` (in SpanBERT's own code: 20).
 """
 
 from __future__ import annotations
@@ -32,10 +32,14 @@ from firth.validated import TokenCount
 
 @dataclass(frozen=True)
 class SBO(Objective):
-    """Asks again, of the boundaries, what MLM has hidden; scored with the vocabulary matrix of MLM's head.
+    """Predict the tokens that MLM masked from the boundaries of their span.
 
-    before, after: how far off the two boundaries of an asked token are (0 elsewhere): distances and not places in the
-    row, so that a packed row says the same.
+    Shown: what MLM shows. Predicted: the masked tokens, with the vocabulary matrix of MLM's head. Loss: -sum over i of
+    log p(x_i | h[s - 1], h[e + 1], offset i - s + 1). `before` and `after` are the distances to the two boundaries (0
+    elsewhere): distances and not positions, so that they hold in a packed row.
+
+    Args:
+        max_span_length: The largest distance from the left boundary that is predicted.
 
     >>> example = {"tokens": np.array([2, 1, 1, 8, 1]), "labels": np.array([-100, 5, 6, -100, 9])}
     >>> seen = SBO().build_example(example, Vocab(size=10, roles={}, special=np.arange(10) < 4), np.random.default_rng(0))
@@ -59,8 +63,8 @@ class SBO(Objective):
         return "bidirectional"
 
     def heads(self, config: ModelConfig) -> dict[str, nn.Module]:
-        """Two layers with GELU and a norm (the paper's equations 3 and 4), and a vector for each place in a span."""
-        width, read = config.hidden_size, LMHead.reads(config)
+        """Two layers with GELU and a norm (the paper's equations 3 and 4), and an embedding of the offset in a span."""
+        width, read = config.hidden_size, LMHead.input_size(config)
         place = nn.Embedding(self.max_span_length, width)
         first, second = nn.Linear(3 * width, width), nn.Linear(width, read)
         nn.init.normal_(place.weight, std=config.init_std or 0.02)
@@ -72,16 +76,18 @@ class SBO(Objective):
 
     def build_example(self, example: Example, vocab: Vocab, rng: np.random.Generator) -> Example:
         if "labels" not in example:
-            raise UserError("sbo asks what another objective has hidden: write objective=[mlm, sbo], or MLM() + SBO()")
+            raise UserError(
+                "sbo predicts what another objective has masked: set objective=[mlm, sbo], or write MLM() + SBO()"
+            )
         labels = example["labels"]
-        hidden, at = labels != IGNORE, np.arange(len(labels))
-        left = np.maximum.accumulate(np.where(hidden, -1, at))
-        right = np.minimum.accumulate(np.where(hidden, len(at), at)[::-1])[::-1]
-        fair = hidden & (left >= 0) & (right < len(at)) & (at - left <= self.max_span_length)
+        masked, at = labels != IGNORE, np.arange(len(labels))
+        left = np.maximum.accumulate(np.where(masked, -1, at))
+        right = np.minimum.accumulate(np.where(masked, len(at), at)[::-1])[::-1]
+        valid = masked & (left >= 0) & (right < len(at)) & (at - left <= self.max_span_length)
         return example | {
-            "boundary": np.where(fair, labels, IGNORE),
-            "before": np.where(fair, at - left, 0),
-            "after": np.where(fair, right - at, 0),
+            "boundary": np.where(valid, labels, IGNORE),
+            "before": np.where(valid, at - left, 0),
+            "after": np.where(valid, right - at, 0),
         }
 
     def loss(self, model: LM, outputs: Outputs, batch: Batch) -> dict[str, Tensor]:
@@ -91,9 +97,9 @@ class SBO(Objective):
         before, after = batch["before"].flatten()[at], batch["after"].flatten()[at]
         around = (states[at - before], states[at + after], model.heads["place"](before - 1))
         read = model.heads["boundary"](torch.cat([x.to(states.dtype) for x in around], -1))
-        return {"boundary": lm.matched(read, labels[at])}
+        return {"boundary": lm.nll_of_transformed(read, labels[at])}
 
     def loss_flops(self, model: LM, batch: Batch) -> float:
         count, width = flops.supervised_positions(batch["boundary"]), model.config.hidden_size
-        read = LMHead.reads(model.config)
+        read = LMHead.input_size(model.config)
         return flops.linear(count, 3 * width, width) + flops.linear(count, read, width + model.config.vocab_size)

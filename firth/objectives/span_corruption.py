@@ -1,13 +1,13 @@
-"""Span corruption: drop spans of the text and write only what was dropped (T5, Raffel 2020, section 3.1.4).
+"""Span corruption: drop spans of a text and predict only what was dropped (T5, Raffel 2020, section 3.1.4).
 
-15% of the tokens go, in spans of 3 on average; each span leaves one sentinel behind:
+15% of the tokens are dropped, in spans of 3 on average; each span leaves one sentinel:
 
     Thank you for inviting me to your party last week.
     shown    Thank you <X> me to your party <Y> week.
-    asked    <X> for inviting <Y> last <Z>
+    target   <X> for inviting <Y> last <Z>
 
-Both rows end with the stop token, as T5's do. The final sentinel is always there, as in the paper's figure (T5's own
-code leaves it out when the text ends in a dropped span, where nothing follows it but the stop token).
+Both rows end with the stop token, as T5's do. The final sentinel is always present, as in the paper's figure (T5's own
+code leaves it out when the text ends in a dropped span, where only the stop token follows it).
 """
 
 from __future__ import annotations
@@ -29,43 +29,58 @@ from firth.validated import OpenShare
 
 
 def corrupt(tokens: np.ndarray, dropped: np.ndarray, sentinels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(what is shown, what is asked): every run of `dropped` becomes one sentinel, in order. tokens, dropped: (n,).
+    """Return (input, target): every run of `dropped` becomes one sentinel, in order.
+
+    Args:
+        tokens: The text, (n,).
+        dropped: Which tokens are dropped, (n,) bool.
+        sentinels: Ids of the sentinels.
+
+    Raises:
+        UserError: There are too few sentinels.
+
 
     >>> words = np.array("Thank you for inviting me to your party last week.".split())
     >>> gone = np.isin(words, ["for", "inviting", "last"])
-    >>> shown, wanted = corrupt(words, gone, np.array(["<X>", "<Y>", "<Z>"]))
-    >>> print(*shown); print(*wanted)
+    >>> shown, target = corrupt(words, gone, np.array(["<X>", "<Y>", "<Z>"]))
+    >>> print(*shown); print(*target)
     Thank you <X> me to your party <Y> week.
     <X> for inviting <Y> last <Z>
     """
-    begins = dropped & ~np.append(False, dropped[:-1])
-    runs = int(begins.sum())
-    _refuse_many(runs, sentinels)
-    places = np.flatnonzero(begins)
+    starts_run = dropped & ~np.append(False, dropped[:-1])
+    runs = int(starts_run.sum())
+    _check_sentinels(runs, sentinels)
+    starts = np.flatnonzero(starts_run)
     shown = tokens.copy()
-    shown[places] = sentinels[:runs]
-    shown = shown[begins | ~dropped]
-    # The sentinel of a run goes in front of its first token, and one more behind all of them.
-    wanted = np.insert(tokens[dropped], np.append(dropped.cumsum()[places] - 1, dropped.sum()), sentinels[: runs + 1])
-    return shown, wanted
+    shown[starts] = sentinels[:runs]
+    shown = shown[starts_run | ~dropped]
+    # The sentinel of a run goes before its first token, and one more after all of them.
+    target = np.insert(tokens[dropped], np.append(dropped.cumsum()[starts] - 1, dropped.sum()), sentinels[: runs + 1])
+    return shown, target
 
 
-def _refuse_many(runs: int, sentinels: np.ndarray) -> None:
+def _check_sentinels(runs: int, sentinels: np.ndarray) -> None:
     """Raise a UserError if there are more spans than sentinels to mark them with."""
     if runs >= len(sentinels):
         raise UserError(
-            f"{runs} dropped spans take {runs + 1} sentinels (<extra_id_0>, ...), and the tokenizer has {len(sentinels)}: "
+            f"{runs} dropped spans need {runs + 1} sentinels (<extra_id_0>, ...), and the tokenizer has {len(sentinels)}: "
             f"train one with `firth tokenizer train --num-sentinels {max(100, 2 * runs)}` (or leave out tokenizer.path), or "
-            "give shorter texts (examples.max_length)"
+            "shorten the texts (examples.max_length)"
         )
 
 
 @dataclass(frozen=True)
 class SpanCorruption(TokenObjective):
-    """Write what was dropped from {"tokens"}, a bare text.
+    """Predict the spans that were dropped from {"tokens"}, a text without special tokens.
 
-    rate: share of the tokens that is dropped. noise: which (`firth.data.noise`). layout: "seq2seq" shows the text to an
-    encoder and asks the decoder; "prefix" does both in one row, read both ways up to the end of the text.
+    Shown: the text with one sentinel for each dropped span. Predicted: y, each sentinel followed by its span.
+    Loss: -sum over t of log p(y_t | y_<t, shown text).
+
+    Args:
+        noise_density: Share of the tokens that is dropped.
+        noise: How they are selected (`firth.data.noise`).
+        layout: "seq2seq" gives the text to an encoder and the target to the decoder; "prefix" puts both in one row, with
+            bidirectional attention up to the end of the text.
 
     >>> vocab = Vocab(size=20, roles={"pad": 0, "eos": 1}, special=np.arange(20) < 5, sentinels=np.array([2, 3, 4]))
     >>> seen = SpanCorruption(noise_density=0.3).build_example({"tokens": np.arange(10, 20)}, vocab, np.random.default_rng(0))
@@ -93,11 +108,11 @@ class SpanCorruption(TokenObjective):
         return self._show(tokens, NOISES[self.noise](tokens, vocab, self.noise_density, rng), vocab)
 
     def hide(self, tokens: np.ndarray, at: int, vocab: Vocab) -> Example:
-        """One token is dropped, and asked behind its sentinel."""
+        """One token is dropped, and predicted after its sentinel."""
         shown = self._show(tokens, np.arange(len(tokens)) == at, vocab)
-        asked = np.flatnonzero(shown["labels"] != IGNORE)[1]
+        after_sentinel = np.flatnonzero(shown["labels"] != IGNORE)[1]
         labels = np.full(len(shown["labels"]), IGNORE)
-        labels[asked] = tokens[at]
+        labels[after_sentinel] = tokens[at]
         return shown | {"labels": labels}
 
     def build_infill(self, pieces: Sequence[np.ndarray], vocab: Vocab) -> InfillPrompt:
@@ -109,10 +124,10 @@ class SpanCorruption(TokenObjective):
         ([10, 11, 2, 12, 1], [2, 3])
         """
         gaps = len(pieces) - 1
-        _refuse_many(gaps, vocab.sentinels)
-        behind = [np.insert(piece, 0, mark) for mark, piece in zip(vocab.sentinels[:gaps], pieces[1:], strict=True)]
+        _check_sentinels(gaps, vocab.sentinels)
+        rest = [np.insert(piece, 0, mark) for mark, piece in zip(vocab.sentinels[:gaps], pieces[1:], strict=True)]
         return InfillPrompt(
-            np.concatenate((pieces[0], *behind, [vocab.eos])).astype(np.int32), vocab.sentinels[: gaps + 1]
+            np.concatenate((pieces[0], *rest, [vocab.eos])).astype(np.int32), vocab.sentinels[: gaps + 1]
         )
 
     def _show(self, tokens: np.ndarray, dropped: np.ndarray, vocab: Vocab) -> Example:

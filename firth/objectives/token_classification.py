@@ -1,4 +1,4 @@
-"""Tagging: a class for each word, read at its first token (BERT, Devlin 2019, section 5.3; Collobert 2011 before it).
+"""Token classification: predict a class for each word at its first token (BERT, Devlin 2019, section 5.3; Collobert 2011).
 
 tokens   [CLS]  the  fir  ##th  of  [SEP]
 tags       -    DT   NN     -   IN    -
@@ -25,10 +25,15 @@ from firth.types import Batch, Example, Outputs
 
 @dataclass(frozen=True)
 class TokenClassification(Objective):
-    """Which tag each word has: {"tokens", "tags"}, the tag's number at the first token of a word and IGNORE elsewhere.
+    """Predict the tag of each word: {"tokens", "tags"}, a tag at the first token of a word and IGNORE elsewhere.
 
-    classes: the names of the tags. left: whether the text is read from left to right, as a decoder must (None: as the shape
-    does); a word's tag is then read from what stands before it and its own first token.
+    Shown: the whole text. Predicted: the tag of each word, at its first token. Loss: -sum over words of
+    log softmax(A h + b)[tag].
+
+    Args:
+        class_names: Names of the tags.
+        causal: Whether the text is read from left to right, as by a decoder (None: as the model does). A tag is then
+            predicted from the words before it and its own first token.
 
     >>> vocab = Vocab(size=9, roles={}, special=np.zeros(9, bool))
     >>> example = {"tokens": np.array([5, 6, 7]), "tags": np.array([1, -100, 0]), "record": 4}
@@ -40,19 +45,19 @@ class TokenClassification(Objective):
     metrics: ClassVar[dict[str, str]] = {"accuracy": "tags"}
 
     class_names: tuple[str, ...] = ()
-    left: bool | None = None
+    causal: bool | None = None
 
     def inputs(self, given: frozenset[str] = frozenset()) -> frozenset[str]:
         return frozenset({"tokens", "tags"})
 
     def attention_pattern(self) -> AttentionPattern:
-        return "causal" if self.left else "any"
+        return "causal" if self.causal else "any"
 
     def for_model(self, config: ModelConfig) -> Objective:
         return (
             self
-            if self.left is not None
-            else dataclasses.replace(self, left="bidirectional" not in config.supported_patterns)
+            if self.causal is not None
+            else dataclasses.replace(self, causal="bidirectional" not in config.supported_patterns)
         )
 
     def with_stats(self, stats: Callable[[], DataStats]) -> Objective:
@@ -62,10 +67,10 @@ class TokenClassification(Objective):
         return {"tags": classification_head(config.hidden_size, len(self.class_names))}
 
     def build_example(self, example: Example, vocab: Vocab, rng: np.random.Generator) -> Example:
-        order = layout.causal(len(example["tokens"])) if self.left else {}
+        order = layout.causal(len(example["tokens"])) if self.causal else {}
         return {"tokens": example["tokens"], "tags": example["tags"]} | order
 
     def loss(self, model: LM, outputs: Outputs, batch: Batch) -> dict[str, Tensor]:
-        states, wanted = supervised(outputs["hidden"], batch["tags"])
+        states, targets = supervised(outputs["hidden"], batch["tags"])
         scores = model.heads["tags"](states)  # (N, classes)
-        return {"tags": choice_loss(scores, wanted), "accuracy": num_correct(scores, wanted)}
+        return {"tags": choice_loss(scores, targets), "accuracy": num_correct(scores, targets)}

@@ -1,15 +1,15 @@
-"""A text VAE: squeeze a text through a Gaussian latent and write it again (Bowman 2016, sections 2 and 3; Kingma 2014).
+"""Text VAE: encode a text into a Gaussian latent and reconstruct it (Bowman 2016, sections 2 and 3; Kingma 2014).
 
     loss = -E_q(z|x) log p(x|z)  +  w KL(q(z|x) || N(0, 1))        at w = 1 the negative ELBO, here in nats per token
 
-A decoder that reads what it has written can do without z; then KL falls to nothing and the latent is dead ("posterior
-collapse"). Three remedies, each a setting. `anneal`: w grows from 0 to 1 over the first steps. `free`: a text's KL is
-charged as so many nats at least, so that nothing is won by making it smaller (Kingma 2016, for groups of units and a
-minibatch's mean; ours is per text, which needs no other text). `drop`: a share of the words that the decoder reads in
-training is hidden ("word dropout"). The decoder learns of the source through z and nothing else
-(`firth.model.latent`): the shape is an encoder-decoder with `latent` above 0.
+A decoder that sees its previous tokens can do without z; then KL falls to zero and the latent is unused ("posterior
+collapse"). Three remedies, each a setting. `kl_anneal_steps`: w grows from 0 to 1 over the first steps. `free_bits`: the KL of
+a text costs at least so many nats, so that reducing it further gains nothing (Kingma 2016, for groups of units and the mean of
+a minibatch; ours is per text, which needs no other text). `word_dropout`: a share of the decoder's input words is masked in
+training. The decoder sees the source through z only (`firth.model.latent`): the model is an encoder-decoder with
+`latent_size` above 0.
 
-The noise of z is drawn in the view, so it is data: the same example and seed have the same ELBO in any batch.
+The noise of z is drawn in `build_example`, so it is data: the same example and seed have the same ELBO in any batch.
 """
 
 from __future__ import annotations
@@ -30,20 +30,27 @@ from firth.tokenizer.vocab import Vocab
 from firth.types import Batch, Example, Outputs
 from firth.validated import NonNegativeFloat, NonNegativeInt, PositiveInt, Share
 
-ACTIVE = 0.01
+ACTIVE_VARIANCE = 0.01
 """Variance of a unit's mean over texts above which it is active (Burda 2016, section 5.2)."""
-DEAD = 0.1
-"""KL in nats per text below which a latent says nothing."""
+COLLAPSED_KL_NATS = 0.1
+"""KL in nats per text below which the posterior counts as collapsed."""
 
 
 @dataclass(frozen=True)
 class VAE(TokenObjective):
-    """From {"tokens"}, a bare text: it goes to the encoder, and comes from the decoder with its stop token.
+    """Reconstruct a text from its latent: {"tokens"}, without special tokens.
 
-    units: numbers in the latent; the shape's `latent`. anneal: steps until w is 1 (0: from the first). free: nats
-    that each text's KL costs at least. drop: share of the words that the decoder is not shown, in training.
-    Measures: "kl" as it is, in nats per text; "active", units whose mean differs between the texts of a batch;
-    "elbo", nats per token, with neither w nor free nats.
+    Shown: the text, to the encoder; the latent z, and the previous tokens with `word_dropout` of them masked, to the decoder.
+    Predicted: the text and its stop token. Loss: -sum over t of log p(w_t | w_<t, z) + w max(KL(q(z|x) || N(0, 1)), free_bits).
+    Metrics: "kl" in nats per text, as it is; "active", units whose mean differs between the texts of a batch; "elbo" in nats
+    per token, without w and free bits.
+
+    Args:
+        latent_size: Size of the latent; equal to the model's.
+        kl_anneal_steps: Steps until w has its full size (0: from the start).
+        free_bits: Smallest KL of a text that is counted, in nats.
+        word_dropout: Share of the decoder's input words that is masked in training.
+        kl_weight: w after annealing.
 
     >>> vocab = Vocab(size=9, roles={"pad": 0, "eos": 1, "mask": 2}, special=np.arange(9) < 3)
     >>> seen = VAE(latent_size=2, word_dropout=0.5).build_example({"tokens": np.array([5, 6, 7])}, vocab, np.random.default_rng(1))
@@ -69,7 +76,7 @@ class VAE(TokenObjective):
     def missing_from(self, config: ModelConfig) -> str:
         if config.latent_size == self.latent_size:
             return ""
-        return f"its latent has objective.latent_size={self.latent_size} numbers and the shape's model.latent_size={config.latent_size}: make them equal"
+        return f"objective.latent_size={self.latent_size} and model.latent_size={config.latent_size} differ: make them equal"
 
     def at_step(self, step: int) -> Self:
         return (
@@ -80,11 +87,12 @@ class VAE(TokenObjective):
 
     def notes(self, metrics: Mapping[str, float]) -> list[str]:
         kl, active = (metrics.get(f"valid/{name}", metrics.get(name, 0.0)) for name in ("kl", "active"))
-        if kl >= DEAD and active >= 1:
-            return [f"The latent carries {kl:.3g} nats of a text, in {active:.3g} of its {self.latent_size} units."]
+        if kl >= COLLAPSED_KL_NATS and active >= 1:
+            return [f"The latent carries {kl:.3g} nats per text, in {active:.3g} of its {self.latent_size} units."]
         return [
-            f"The posterior has collapsed: the latent carries {kl:.2g} nats of a text, in {active:.2g} of its {self.latent_size} "
-            "units, so the decoder writes without it; lengthen objective.kl_anneal_steps, or set objective.free_bits or objective.word_dropout."
+            f"The posterior has collapsed: the latent carries {kl:.2g} nats per text, in {active:.2g} of its "
+            f"{self.latent_size} units, so the decoder does not use it. Increase objective.kl_anneal_steps, or set "
+            "objective.free_bits or objective.word_dropout."
         ]
 
     def build_example(self, example: Example, vocab: Vocab, rng: np.random.Generator) -> Example:
@@ -97,7 +105,7 @@ class VAE(TokenObjective):
         return seen | {"gaps": gaps, "noise": noise, "text": np.int64(0)}
 
     def forward(self, model: LM, batch: Batch) -> Outputs:
-        mean, log_variance = model.posterior(batch)  # (B, units) each
+        mean, log_variance = model.posterior(batch)  # (B, latent_size) each
         z = mean + (log_variance / 2).exp() * batch["noise"]
         shown = batch["gaps"] if model.training else batch["tokens"]
         return {"hidden": model(batch | {"tokens": shown}, latent=z), "mean": mean, "log_variance": log_variance}
@@ -106,11 +114,11 @@ class VAE(TokenObjective):
         tokens = super().loss(model, outputs, batch)["tokens"]
         mean, log_variance = outputs["mean"], outputs["log_variance"]
         kl = (mean.square() + log_variance.exp() - 1 - log_variance).sum(-1) / 2  # (B,)
-        alive = mean.detach().var(0, correction=0) > ACTIVE
+        is_active = mean.detach().var(0, correction=0) > ACTIVE_VARIANCE
         return {
             "tokens": tokens,
             "divergence": self.kl_weight * kl.clamp(min=self.free_bits).sum(),
             "kl": kl.detach().sum(),
-            "active": alive.sum().float() * len(mean),
+            "active": is_active.sum().float() * len(mean),
             "elbo": -(tokens + kl.sum()).detach(),
         }

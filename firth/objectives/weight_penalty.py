@@ -1,10 +1,10 @@
-"""A price on the weights, lambda Omega(theta) with Omega the sum of their squares: an addend for any objective.
+"""L2 weight penalty, lambda * (sum of squared weights), to be added to any objective.
 
-    MLM() + Penalty(weight=1e-4)            mean loss + 1e-4 * sum of theta^2
+    MLM() + WeightPenalty(weight=1e-4)            mean loss + 1e-4 * sum of theta^2
 
-Every term of firth is a sum over targets divided by their number. A penalty has no targets, so it is charged once per
-token and counted by tokens: whatever the batch and however it is cut, it comes to lambda Omega(theta). AdamW's decoupled
-decay (`optimizer.weight_decay`) is usually the better tool; this is the one that formulas of semi-supervised losses speak of.
+Every loss term is a sum over labels divided by their number. A penalty has no labels, so it is added once per token and
+counted by tokens: for any batch and any micro-batches it equals lambda * sum of theta^2. AdamW's decoupled decay
+(`optimizer.weight_decay`) is usually the better choice; this is the term of the formulas of semi-supervised losses.
 """
 
 from __future__ import annotations
@@ -25,7 +25,12 @@ from firth.validated import PositiveFloat
 
 @dataclass(frozen=True)
 class WeightPenalty(Objective):
-    """weight: lambda. Biases and the gains of norms are not charged.
+    """Penalize the sum of the squared weights, without biases and norm gains.
+
+    It shows and predicts nothing itself. Loss: weight * sum of theta^2.
+
+    Args:
+        weight: lambda.
 
     >>> vocab = Vocab(size=9, roles={}, special=np.arange(9) < 3)
     >>> WeightPenalty().build_example({"tokens": np.array([5, 6])}, vocab, np.random.default_rng(0))["penalty"].tolist()

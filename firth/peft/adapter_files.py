@@ -1,21 +1,21 @@
-"""Adapters on disk, as peft writes and reads them: LoRA, prefixes, prompts.
+"""Read and write adapters in peft's format: LoRA, prefix tuning, prompt tuning.
 
-    adapter_config.json           what it is, of which base
-    adapter_model.safetensors     base_model.model.NAME.lora_A.weight ...; or prompt_embeddings, (V, ...), alone
-    firth.json, heads.safetensors the heads that were trained with it and have no name there (peft reads neither), the facts,
-                                  the content hashes of these files,
-                                  the digest of the base's tokenizer
+    adapter_config.json             type and settings of the adapter, path of the base
+    adapter_model.safetensors       base_model.model.NAME.lora_A.weight, ...; or prompt_embeddings alone, (V, ...)
+    firth.json, heads.safetensors   ignored by peft: trained heads that transformers has no name for, metadata, content
+                                    hashes of these files, digest of the base's tokenizer
 
-NAME is a module's in the family's own words (`model.layers.0.self_attn.q_proj`). Where theirs is several of ours (GPT-2's
-`c_attn`, ModernBERT's `Wqkv`), its one A is read into each of them and its B is cut by rows; adapters that were made on
-the pieces are written side by side, with a rank that is the sum of theirs and zeros between them, which is the same map:
+NAME is the name of a module in transformers (`model.layers.0.self_attn.q_proj`). If that module is several of firth's
+(GPT-2's `c_attn`, ModernBERT's `Wqkv`), its A is read into each of them and its B is split by rows. Separate adapters on
+the pieces are written as one block matrix, whose rank is the sum of theirs:
 
     [B_q 0; 0 0; 0 B_v] [A_q; A_v]
 
-A model that no family expresses, or a matrix that it has no name for, is written with our names, for firth alone.
+An adapter of a model that no family supports, or of a weight without a name in transformers, is written with firth's
+names and can be loaded by firth only.
 
-    load(Path("runs/mine/adapter"))        the base that it names, with it
-    read(model, Path("theirs"))            onto a model that is there; returns what it was
+    load(Path("runs/mine/adapter"))        # the base that the adapter names, with the adapter merged
+    read(model, Path("theirs"))            # onto an existing model; returns the type of the adapter
     write(model, Path("adapter"), base)
 """
 
@@ -37,310 +37,348 @@ from firth.io.integrity import COPY_AGAIN, sealed, verify
 from firth.io.safetensors import check_finite, read_file, read_json, write_file, write_json
 from firth.model.head_descriptions import describe_head, rebuild_head
 from firth.model.model import LM
-from firth.model.prefix import PREFIX_HEADS, PrefixEncoder, PromptEmbedding, refuse
+from firth.model.prefix import PREFIX_HEADS, PrefixEncoder, PromptEmbedding, check_prefix_supported
 from firth.peft import lora
-from firth.peft.adapter_heads import TASKS, bring
+from firth.peft.adapter_heads import TASKS, add_task_head
 from firth.peft.adapter_names import AdapterNames, modules
 from firth.peft.lora import LoraConfig, LoraLayer
 from firth.pretrained.load_save import load_model
 from firth.types import UserError
 
-FILE, TENSORS = "adapter_config.json", "adapter_model.safetensors"
-OWN, OWN_TENSORS = "firth.json", "heads.safetensors"
-PARTS = "model_parts"
-"""The field of firth.json with the names of all parts of the model that the adapter was trained on."""
-FRONT = "base_model.model."
-PLAIN = "base_model."
-"""What peft writes before the names of LoRA's tensors, and before those of a head with a prefix or a prompt."""
-TABLES = ("tokens", "places", "token_types", "source_places")
-"""Modules of ours that are tables and not maps."""
+CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
+FIRTH_FILE, HEADS_FILE = "firth.json", "heads.safetensors"
+MODEL_HEADS = "model_heads"
+"""The field of firth.json with the names of all heads of the model that the adapter was trained on."""
+LORA_PREFIX = "base_model.model."
+PEFT_PREFIX = "base_model."
+"""peft's prefixes of tensor names: with LoRA, and of a head saved with a prefix or a prompt."""
+EMBEDDINGS = ("tokens", "places", "token_types", "source_places")
+"""Names of firth's embedding modules."""
 
-OWN_TYPE = "FIRTH_"
-"""What stands before peft's name of a kind where peft would load the file and silently leave out what it holds."""
-WITHOUT_PREFIX = ("albert", "distilbert", "modernbert", "mpnet", "openai-gpt")
-"""Families whose classes in transformers ignore or refuse `past_key_values` for a text that is read at once."""
+UNSUPPORTED_PREFIX = "FIRTH_"
+"""Prefix of `peft_type` if peft would load the file but silently ignore some of its contents."""
+NO_PREFIX_FAMILIES = ("albert", "distilbert", "modernbert", "mpnet", "openai-gpt")
+"""Families whose transformers classes ignore or reject `past_key_values` in a full forward pass."""
 PEFT_HEADS = ("classifier", "score", "qa_outputs")
-"""Ends of the names of the modules that peft keeps whole with a prefix or a prompt."""
+"""Suffixes of the modules that peft saves in full with a prefix or a prompt."""
 
-REFUSED = {
+UNSUPPORTED = {
     "use_dora": "DoRA",
     "use_qalora": "QALoRA",
     "layer_replication": "replicated layers",
     "arrow_config": "Arrow",
 }
-"""Settings of peft's that change what its tensors mean and that firth has not."""
+"""peft settings that change the meaning of its tensors and that firth does not support -> what they are."""
 
 
 def present(directory: Path) -> bool:
-    """Whether a directory holds an adapter and not a model."""
-    return (directory / FILE).is_file() and not (directory / "config.json").is_file()
+    """Return whether a directory contains an adapter and no model."""
+    return (directory / CONFIG_FILE).is_file() and not (directory / "config.json").is_file()
 
 
 def base_of(directory: Path) -> Path:
-    """The model directory that an adapter says it lies on. UserError where that is none of this machine's."""
-    said = _config(directory).get("base_model_name_or_path") or ""
-    for base in (Path(said), directory / said):
-        if said and base.is_dir():
+    """Return the directory of an adapter's base model; raise a UserError if it is not on this machine."""
+    name = _config(directory).get("base_model_name_or_path") or ""
+    for base in (Path(name), directory / name):
+        if name and base.is_dir():
             return base / "model" if (base / "model").is_dir() else base
     raise UserError(
-        f"{directory / FILE} names the base {said!r}, which is no directory here: give the model's directory as start= "
-        "and the adapter as peft.init_from="
+        f"{directory / CONFIG_FILE} names the base {name!r}, which is no directory here: set init_from to the directory of the "
+        "model and peft.init_from to the adapter"
     )
 
 
 def load(directory: Path) -> LM:
-    """The base that an adapter names with the adapter: LoRA merged into it, a prefix or a prompt among its parts.
+    """Load the base of an adapter with the adapter: LoRA is merged, a prefix or a prompt becomes one of its heads.
 
-    A base without the head that the adapter was trained with gets it (`firth.peft.adapter_heads`), and loses its other parts,
-    as it loses those that a run of firth's left out: a head that is tied to the table of tokens would forbid to merge what
-    was learned on that table.
+    If the base lacks the head that the adapter was trained with, the head is added and the base's other heads are removed
+    (`firth.peft.adapter_heads`). Heads that the training run did not have are removed too: an LM head tied to the
+    embedding table would rule out merging an adapter of that table.
     """
     base = base_of(directory)
-    model, state = load_model(base), read_file(directory / TENSORS)
-    known = read_json(directory / OWN).get(PARTS)
-    for part in [part for part in model.heads if known is not None and part not in known]:
-        del model.heads[part]
-    bring(model, _config(directory), _whole(state), base, directory / TENSORS)
+    model, state = load_model(base), read_file(directory / WEIGHTS_FILE)
+    known = read_json(directory / FIRTH_FILE).get(MODEL_HEADS)
+    for head in [head for head in model.heads if known is not None and head not in known]:
+        del model.heads[head]
+    add_task_head(model, _config(directory), _full_tensors(state), base, directory / WEIGHTS_FILE)
     read(model, directory)
     return lora.merge_and_unload(model).eval()
 
 
-def _whole(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors that were trained whole (`modules_to_save`), by their names in the base's class. peft writes tables and heads
-    along with what lies on them."""
-    rest = {name: tensor for name, tensor in state.items() if ".lora_" not in name and name != "prompt_embeddings"}
-    front = FRONT if any(name.startswith(FRONT) for name in rest) else PLAIN
-    return {name.removeprefix(front).replace(".base_layer.", "."): tensor for name, tensor in rest.items()}
+def _full_tensors(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the tensors that were trained in full (`modules_to_save`) by their names in the base's class.
+
+    peft saves embeddings and heads with their adapters.
+    """
+    full = {name: tensor for name, tensor in state.items() if ".lora_" not in name and name != "prompt_embeddings"}
+    prefix = LORA_PREFIX if any(name.startswith(LORA_PREFIX) for name in full) else PEFT_PREFIX
+    return {name.removeprefix(prefix).replace(".base_layer.", "."): tensor for name, tensor in full.items()}
 
 
 def virtual_tokens(directory: Path) -> int:
-    """Return how many trained positions the prefix or the prompt in a directory has; 0 for a LoRA."""
+    """Return the number of virtual tokens of the prefix or prompt in a directory; 0 for LoRA."""
     config = _config(directory)
     return 0 if str(config.get("peft_type")).endswith("LORA") else int(_number(config, "num_virtual_tokens", directory))
 
 
 def read(model: LM, directory: Path, name: str = "default") -> str:
-    """Put an adapter of peft's files onto the base it was made for, and say in a word what it was: lora, prefix, prompt.
+    """Read an adapter onto its base and return its type: "lora", "prefix" or "prompt".
 
-    Heads that were trained with it are put in the place of the model's. UserError for what does not fit.
+    Heads that were trained with it replace the model's.
+
+    Args:
+        model: The base, changed in place.
+        directory: Directory of the adapter.
+        name: Name of a LoRA adapter in the model.
+
+    Raises:
+        UserError: If the adapter is damaged, not supported, or does not fit the model.
     """
     config = _config(directory)
-    kind = str(config.get("peft_type")).removeprefix(OWN_TYPE)
-    state = read_file(directory / TENSORS)
+    kind = str(config.get("peft_type")).removeprefix(UNSUPPORTED_PREFIX)
+    state = read_file(directory / WEIGHTS_FILE)
     check_finite(state, directory)
     readers = {"LORA": _read_lora, "PREFIX_TUNING": _read_prefix, "PROMPT_TUNING": _read_prompt}
     if kind not in readers:
-        raise UserError(f"{directory / FILE} is of peft's type {kind!r}; firth reads {', '.join(readers)}")
-    _read_parts(model, directory)
-    _put_whole(model, _whole(state), directory)
+        raise UserError(f"{directory / CONFIG_FILE} has peft_type {kind!r}; firth reads {', '.join(readers)}")
+    _read_heads(model, directory)
+    _copy_full_tensors(model, _full_tensors(state), directory)
     readers[kind](model, config, state, directory, name)
     return {"LORA": "lora", "PREFIX_TUNING": "prefix", "PROMPT_TUNING": "prompt"}[kind]
 
 
 def write(
-    model: LM, directory: Path, base: Path, parts: Sequence[str] = (), name: str = "default",
+    model: LM, directory: Path, base: Path, heads: Sequence[str] = (), name: str = "default",
     facts: Mapping[str, Any] | None = None, tokenizer: str = "",
 ) -> str:  # fmt: skip
-    """Write the adapter that lies on a model; return one sentence about who can load it.
+    """Write the adapter of a model and return one sentence about what can load it.
 
-    base: the directory of the model that it was made for. parts: the heads that were trained with it. facts: anything
-    worth keeping beside it, as JSON. tokenizer: the digest of the base's tokenizer.
+    Args:
+        model: The model with the adapter.
+        directory: Directory to write.
+        base: Directory of the base model.
+        heads: Names of the heads that were trained with the adapter.
+        name: Name of the LoRA adapter to write.
+        facts: Metadata to save, as JSON.
+        tokenizer: Digest of the base's tokenizer.
+
+    Raises:
+        UserError: If the model has no adapter.
     """
     make_directory(directory)
-    low = lora.lora_layers(model, name)
-    names = AdapterNames.of(model, base, low)
-    heads = tuple(f"heads.{part}." for part in parts)
-    state = {n: t for n, t in model.state_dict().items() if n.startswith(heads)} if heads else {}
+    layers = lora.lora_layers(model, name)
+    names = AdapterNames.of(model, base, layers)
+    prefixes = tuple(f"heads.{head}." for head in heads)
+    state = {n: t for n, t in model.state_dict().items() if n.startswith(prefixes)} if heads else {}
     theirs = {n: names.tensors[n] for n in state if n in names.tensors}
-    if theirs:  # whoever has the head has the class with the head
-        names = names.headed()
-    if low:
-        config, tensors = _lora(names, low)
-        config["modules_to_save"] = sorted({_saved(names.outside(new)) for new in theirs.values()}) or None
+    if theirs:  # the head's names are those of the class with the head
+        names = names.with_head()
+    if layers:
+        config, tensors = _lora(names, layers)
+        config["modules_to_save"] = sorted({_module_to_save(names.to_file(new)) for new in theirs.values()}) or None
     elif model.prefix is not None:
         config, tensors = _prefix(model, model.prefix)
     elif model.prompt is not None:
         config, tensors = _prompt(model, model.prompt)
     else:
-        raise UserError("there is no adapter on this model to be written")
-    front = FRONT if low else PLAIN
-    tensors |= {front + names.outside(new): state[n] for n, new in theirs.items()}
+        raise UserError("this model has no adapter to write")
+    prefix = LORA_PREFIX if layers else PEFT_PREFIX
+    tensors |= {prefix + names.to_file(new): state[n] for n, new in theirs.items()}
     task = _task(model, names)
-    lacking = _unserved(model, names, task, theirs.values(), bool(low))
-    if lacking:
-        config["peft_type"] = OWN_TYPE + config["peft_type"]
-    told = {"base_model_name_or_path": str(base.resolve()), "task_type": task, "inference_mode": True}
-    write_json(directory / FILE, config | told)
-    _save(tensors, directory / TENSORS)
+    reason = _why_unsupported(model, names, task, theirs.values(), bool(layers))
+    if reason:
+        config["peft_type"] = UNSUPPORTED_PREFIX + config["peft_type"]
+    base_config = {"base_model_name_or_path": str(base.resolve()), "task_type": task, "inference_mode": True}
+    write_json(directory / CONFIG_FILE, config | base_config)
+    _save(tensors, directory / WEIGHTS_FILE)
     rest = {n: t for n, t in state.items() if n not in theirs}
-    own = [part for part in parts if any(n.startswith(f"heads.{part}.") for n in rest)]
-    (directory / OWN_TENSORS).unlink(missing_ok=True)
+    own = [head for head in heads if any(n.startswith(f"heads.{head}.") for n in rest)]
+    (directory / HEADS_FILE).unlink(missing_ok=True)
     if rest:
-        _save(rest, directory / OWN_TENSORS)
+        _save(rest, directory / HEADS_FILE)
     record: dict[str, Any] = {
-        "heads": {part: describe_head(model.heads[part]) for part in own},
+        "heads": {head: describe_head(model.heads[head]) for head in own},
         "facts": dict(facts or {}),
     }
-    record |= {PARTS: sorted(model.heads)} | ({"tokenizer": tokenizer} if tokenizer else {})
-    write_json(directory / OWN, sealed(record, directory, [FILE, TENSORS, *[OWN_TENSORS] * bool(rest)]))
+    record |= {MODEL_HEADS: sorted(model.heads)} | ({"tokenizer": tokenizer} if tokenizer else {})
+    write_json(
+        directory / FIRTH_FILE, sealed(record, directory, [CONFIG_FILE, WEIGHTS_FILE, *[HEADS_FILE] * bool(rest)])
+    )
     if names.form is None:
-        return "no family of transformers has names for it, so only firth loads it"
-    if lacking:
-        return f"only firth loads it, for {lacking}"
-    return f"peft loads it onto {base}" + ("; the heads trained with it are firth's own" if rest else "")
+        return "transformers has no names for it, so only firth loads it"
+    if reason:
+        return f"only firth loads it, because {reason}"
+    return f"peft loads it onto {base}" + (
+        "; peft ignores the heads trained with it, which are firth's own" if rest else ""
+    )
 
 
-def _unserved(model: LM, names: AdapterNames, task: str | None, head: Iterable[str], low: bool) -> str:
-    """Return why peft cannot serve an adapter on a model, checked with peft 0.21; empty where it can.
+def _why_unsupported(model: LM, names: AdapterNames, task: str | None, head: Iterable[str], is_lora: bool) -> str:
+    """Return why peft cannot load an adapter, empty if it can; checked with peft 0.21.
 
     Args:
         model: The model with the adapter.
-        names: What its modules are called in transformers.
-        task: peft's word for the task.
-        head: The tensors of the head that was trained with it, by their names there.
-        low: Whether the adapter is LoRA.
+        names: Names of its modules in transformers.
+        task: peft's task type.
+        head: Names in transformers of the tensors of the head that was trained with it.
+        is_lora: Whether the adapter is LoRA.
     """
     if names.form is None:
         return ""
-    if low:
-        ahead = " and a ".join(sorted(PREFIX_HEADS & {*model.heads}))
-        return f"its base has a {ahead}, which transformers does not read" if ahead else ""
+    if is_lora:
+        present = " and a ".join(sorted(PREFIX_HEADS & {*model.heads}))
+        return f"its base has a {present}, which transformers does not read" if present else ""
     family = names.form.family.name
-    if model.prefix is not None and family in WITHOUT_PREFIX:
-        return f"transformers' {family} takes no keys and values before a text"
+    if model.prefix is not None and family in NO_PREFIX_FAMILIES:
+        return f"{family} in transformers takes no past keys and values"
     if model.prompt is not None and task == "SEQ_CLS" and not model.config.causal:
-        return "peft reads the class of a text at the first vector of its prompt"
+        return "peft classifies at the first vector of the prompt"
     lost = [name for name in head if not any(module.endswith(PEFT_HEADS) for module in name.split("."))]
-    return f"peft keeps no {lost[0]} with a {'prefix' if model.prefix is not None else 'prompt'}" if lost else ""
+    return f"peft does not save {lost[0]} with a {'prefix' if model.prefix is not None else 'prompt'}" if lost else ""
 
 
-def _saved(tensor: str) -> str:
-    """The module that peft is told to keep a tensor with: its own, or the head that peft keeps whole unasked."""
+def _module_to_save(tensor: str) -> str:
+    """Return the `modules_to_save` entry of a tensor: its module, or the head that peft saves in full by default."""
     first = tensor.partition(".")[0]
     return first if first in ("classifier", "score") else tensor.rpartition(".")[0]
 
 
-def _lora(names: AdapterNames, low: Mapping[str, LoraLayer]) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """A config and tensors of LoRA's."""
+def _lora(names: AdapterNames, layers: Mapping[str, LoraLayer]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Return the peft config and tensors of a LoRA adapter."""
     tensors: dict[str, Tensor] = {}
-    at: dict[str, tuple[int, float]] = {}  # their module -> rank and alpha
-    first = next(iter(low.values())).plan
+    ranks: dict[str, tuple[int, float]] = {}  # module in transformers -> rank and alpha
+    first = next(iter(layers.values())).config
     for theirs, entry in names.entries.items():
-        places = modules(entry)
-        pieces = [low.get(place) for place in places]
-        there = [one for one in pieces if one is not None]
-        if not there:
+        module_names = modules(entry)
+        pieces = [layers.get(module_name) for module_name in module_names]
+        present = [piece for piece in pieces if piece is not None]
+        if not present:
             continue
-        name, (a, b) = names.outside(theirs), _together(pieces, entry.sizes)
-        if entry.ignored:
-            b = torch.cat((b.new_zeros(entry.ignored, b.shape[1]), b))
-        if places[0] in TABLES:  # theirs are turned: rows are columns
-            tensors |= {f"{FRONT}{name}.lora_embedding_A": b.t(), f"{FRONT}{name}.lora_embedding_B": a.t()}
+        name, (a, b) = names.to_file(theirs), _stack_adapters(pieces, entry.sizes)
+        if entry.unused_rows:
+            b = torch.cat((b.new_zeros(entry.unused_rows, b.shape[1]), b))
+        if module_names[0] in EMBEDDINGS:  # peft transposes adapters of embeddings
+            tensors |= {f"{LORA_PREFIX}{name}.lora_embedding_A": b.t(), f"{LORA_PREFIX}{name}.lora_embedding_B": a.t()}
         else:
-            tensors |= {f"{FRONT}{name}.lora_A.weight": a, f"{FRONT}{name}.lora_B.weight": b}
+            tensors |= {f"{LORA_PREFIX}{name}.lora_A.weight": a, f"{LORA_PREFIX}{name}.lora_B.weight": b}
         rank = len(a)
-        at[theirs] = rank, there[0].plan.scaling * (math.sqrt(rank) if first.use_rslora else rank)
-    (rank, alpha), _ = Counter(at.values()).most_common(1)[0]
-    ends = {theirs.rpartition(".")[2] for theirs in at}
-    whole = {theirs for theirs in names.entries if theirs.rpartition(".")[2] in ends} == set(at)
+        ranks[theirs] = rank, present[0].config.scaling * (math.sqrt(rank) if first.use_rslora else rank)
+    (rank, alpha), _ = Counter(ranks.values()).most_common(1)[0]
+    suffixes = {theirs.rpartition(".")[2] for theirs in ranks}
+    all_matched = {theirs for theirs in names.entries if theirs.rpartition(".")[2] in suffixes} == set(ranks)
     return {
         "peft_type": "LORA", "r": rank, "lora_alpha": alpha, "lora_dropout": first.dropout, "use_rslora": first.use_rslora,
-        "target_modules": sorted(ends if whole else map(names.outside, at)), "bias": "none", "init_lora_weights": True,
-        "rank_pattern": {names.outside(theirs): r for theirs, (r, _) in at.items() if r != rank},
-        "alpha_pattern": {names.outside(theirs): x for theirs, (_, x) in at.items() if x != alpha},
-        "fan_in_fan_out": any(names.entries[theirs].transposed for theirs in at),
+        "target_modules": sorted(suffixes if all_matched else map(names.to_file, ranks)), "bias": "none", "init_lora_weights": True,
+        "rank_pattern": {names.to_file(theirs): r for theirs, (r, _) in ranks.items() if r != rank},
+        "alpha_pattern": {names.to_file(theirs): x for theirs, (_, x) in ranks.items() if x != alpha},
+        "fan_in_fan_out": any(names.entries[theirs].transposed for theirs in ranks),
     }, tensors  # fmt: skip
 
 
-def _together(pieces: Sequence[LoraLayer | None], sizes: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """A and B of a matrix whose rows are those of several, of which some have no adapter. One scale serves them: that of the
-    first, the others' B makes up for theirs."""
-    there = [one for one in pieces if one is not None]
-    if len(there) == len(pieces) and all(torch.equal(one.A, there[0].A) for one in there):
-        return there[0].A, torch.cat([one.B * (one.plan.scaling / there[0].plan.scaling) for one in there])
-    a = torch.cat([one.A for one in there])
+def _stack_adapters(pieces: Sequence[LoraLayer | None], sizes: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """Return A and B of a matrix that stacks several by rows, some of which may lack an adapter.
+
+    All use the scale of the first; the others' B is rescaled.
+    """
+    present = [piece for piece in pieces if piece is not None]
+    if len(present) == len(pieces) and all(torch.equal(piece.A, present[0].A) for piece in present):
+        return present[0].A, torch.cat(
+            [piece.B * (piece.config.scaling / present[0].config.scaling) for piece in present]
+        )
+    a = torch.cat([piece.A for piece in present])
     b, row, column = a.new_zeros(sum(sizes), len(a)), 0, 0
-    for one, size in zip(pieces, sizes, strict=True):
-        if one is not None:
-            b[row : row + size, column : column + len(one.A)] = one.B * (one.plan.scaling / there[0].plan.scaling)
-            column += len(one.A)
+    for piece, size in zip(pieces, sizes, strict=True):
+        if piece is not None:
+            b[row : row + size, column : column + len(piece.A)] = piece.B * (
+                piece.config.scaling / present[0].config.scaling
+            )
+            column += len(piece.A)
         row += size
     return a, b
 
 
 def _read_lora(model: LM, config: Mapping[str, Any], state: dict[str, Tensor], where: Path, name: str) -> None:
-    for setting, what in REFUSED.items():
+    for setting, what in UNSUPPORTED.items():
         if config.get(setting):
-            raise UserError(f"{where / FILE} asks for {what} ({setting}), which firth has not")
+            raise UserError(f"{where / CONFIG_FILE} uses {what} ({setting}), which firth does not support")
     if config.get("bias", "none") != "none":
-        raise UserError(f"{where / FILE} trained biases too (bias={config['bias']!r}), which firth does not read")
-    names, own_names = AdapterNames.of(model), AdapterNames.own(model)
+        raise UserError(
+            f"{where / CONFIG_FILE} has trained biases (bias={config['bias']!r}), which firth does not support"
+        )
+    names, firth_names = AdapterNames.of(model), AdapterNames.firth(model)
     rank, alpha = _number(config, "r", where), _number(config, "lora_alpha", where)
-    plan = LoraConfig(int(rank), alpha, bool(config.get("use_rslora")), config.get("lora_dropout") or 0.0)
+    lora_config = LoraConfig(int(rank), alpha, bool(config.get("use_rslora")), config.get("lora_dropout") or 0.0)
     pairs: dict[str, dict[str, Tensor]] = {}
     for key, tensor in state.items():
-        module, found, which = key.removeprefix(FRONT).rpartition(".lora_")
+        module, found, which = key.removeprefix(LORA_PREFIX).rpartition(".lora_")
         if found:
             pairs.setdefault(module, {})["A" if "A" in which else "B"] = tensor.t() if "embedding" in which else tensor
-    spelling = names.inside(pairs)
+    known = names.from_file(pairs)
     for module, pair in pairs.items():
-        entry = names.entries.get(spelling[module]) or own_names.entries.get(module)
+        entry = names.entries.get(known[module]) or firth_names.entries.get(module)
         if entry is None or pair.keys() != {"A", "B"}:
-            raise UserError(f"{where / TENSORS} adapts {module!r}, which is no matrix of the base")
-        turned = any(f"{FRONT}{module}.lora_embedding_A" == key for key in state)
-        a, b = (pair["B"], pair["A"]) if turned else (pair["A"], pair["B"])
-        own = replace(plan, rank=len(a), alpha=_patterned(config.get("alpha_pattern") or {}, module, plan.alpha, where))
-        for place, rows in zip(modules(entry), b[entry.ignored :].split(list(entry.sizes) or len(b)), strict=True):
-            low = lora.put(model, place, own, name)
-            for mine, theirs in ((low.A, a), (low.B, rows)):
+            raise UserError(f"{where / WEIGHTS_FILE} has an adapter of {module!r}, which is no module of the base")
+        is_embedding = any(f"{LORA_PREFIX}{module}.lora_embedding_A" == key for key in state)
+        a, b = (pair["B"], pair["A"]) if is_embedding else (pair["A"], pair["B"])
+        module_config = replace(
+            lora_config,
+            rank=len(a),
+            alpha=_patterned(config.get("alpha_pattern") or {}, module, lora_config.alpha, where),
+        )
+        for module_name, rows in zip(
+            modules(entry), b[entry.unused_rows :].split(list(entry.sizes) or len(b)), strict=True
+        ):
+            layer = lora.add_to_module(model, module_name, module_config, name)
+            for mine, theirs in ((layer.A, a), (layer.B, rows)):
                 if mine.shape != theirs.shape:
-                    raise UserError(f"{where / TENSORS}: {module!r} is made for another matrix than {place}")
+                    raise UserError(
+                        f"{where / WEIGHTS_FILE}: the adapter of {module!r} does not fit the weight of {module_name}"
+                    )
                 mine.data.copy_(theirs)
 
 
 def _patterned(patterns: Mapping[str, float], module: str, default: float, where: Path) -> float:
-    """peft's exceptions by module: a name's end, or an expression for it."""
+    """Look up a module in peft's patterns, whose keys are name suffixes or regular expressions."""
     try:
         return next((v for k, v in patterns.items() if re.match(rf"(.*\.)?({k})$", module)), default)
     except re.error as fault:
-        raise UserError(f"{where / FILE} has a pattern that is no regular expression ({fault})") from None
+        raise UserError(f"{where / CONFIG_FILE} has an invalid regular expression in a pattern ({fault})") from None
 
 
 def _number(config: Mapping[str, Any], name: str, where: Path) -> float:
     if type(config.get(name)) not in (int, float):
-        raise UserError(f"{where / FILE} lacks the number {name!r}, or it is none")
+        raise UserError(f"{where / CONFIG_FILE} lacks the number {name!r}, or it is not a number")
     return float(config[name])
 
 
 def _vectors(state: Mapping[str, Tensor], where: Path) -> Tensor:
     if "prompt_embeddings" not in state or state["prompt_embeddings"].ndim != 2:
-        raise UserError(f"{where / TENSORS} lacks the matrix 'prompt_embeddings'")
+        raise UserError(f"{where / WEIGHTS_FILE} lacks the matrix 'prompt_embeddings'")
     return state["prompt_embeddings"]
 
 
 @torch.no_grad()
-def _put_whole(model: LM, whole: Mapping[str, Tensor], where: Path) -> None:
-    """Put the tensors that were trained whole in the place of the model's."""
+def _copy_full_tensors(model: LM, full: Mapping[str, Tensor], where: Path) -> None:
+    """Copy the tensors that were trained in full into the model."""
     names = AdapterNames.of(model)
-    ours, state, spelling = (
+    ours, state, known = (
         {theirs: mine for mine, theirs in names.tensors.items()},
         model.state_dict(),
-        names.inside(whole),
+        names.from_file(full),
     )
-    for stored, tensor in whole.items():
-        name = spelling[stored]
+    for stored, tensor in full.items():
+        name = known[stored]
         if name not in ours or state[ours[name]].shape != tensor.shape:
             raise UserError(
-                f"{where / TENSORS} holds {stored!r}, which is no tensor of the base: this head is not the model's"
+                f"{where / WEIGHTS_FILE} has {stored!r}, which is no tensor of the base: its head is not the model's"
             )
         state[ours[name]].copy_(tensor)
 
 
 def _prefix(model: LM, prefix: PrefixEncoder) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    tensor, layers, modules = prefix.whole(), prefix.layers, 1
+    tensor, layers, modules = prefix.weights(), prefix.layers, 1
     if model.config.num_encoder_layers:
-        # peft lays its layers out twice, four to a layer, and reads the first two: a tensor of twice the layers, every
-        # second pair unread, then says what is meant.
+        # peft duplicates the layers and uses the first two of every four tensors: every second pair here is unused.
         modules, layers = 2, 2 * prefix.layers
         pairs = tensor.view(prefix.tokens, prefix.layers, 1, -1)
         tensor = torch.cat((pairs, torch.zeros_like(pairs)), 2).flatten(1)
@@ -353,16 +391,17 @@ def _prefix(model: LM, prefix: PrefixEncoder) -> tuple[dict[str, Any], dict[str,
 
 
 def _read_prefix(model: LM, config: Mapping[str, Any], state: dict[str, Tensor], where: Path, name: str) -> None:
-    refuse(model.config, "prefix")
+    check_prefix_supported(model.config, "prefix")
     model_config, tensor = model.config, _vectors(state, where)
     each = 2 * model_config.num_kv_heads * model_config.head_dim
     if model_config.num_encoder_layers:
-        # The first two of every four, of the layers laid out twice.
+        # peft uses the first two of every four tensors of the duplicated layers.
         twice = torch.cat((tensor, tensor), 1)[:, : 2 * model_config.num_layers * each]
         tensor = twice.view(len(tensor), -1, each)[:, ::2].flatten(1)
     if tensor.shape[1] != model_config.num_layers * each:
         raise UserError(
-            f"{where / TENSORS}: a prefix of {tensor.shape[1]} numbers, and this model needs {model_config.num_layers * each}"
+            f"{where / WEIGHTS_FILE}: the prefix has {tensor.shape[1]} numbers per token, and this model needs "
+            f"{model_config.num_layers * each}"
         )
     prefix = PrefixEncoder(len(tensor), model_config.num_layers, model_config.num_kv_heads, model_config.head_dim)
     prefix.table.weight.data.copy_(tensor)
@@ -378,61 +417,62 @@ def _prompt(model: LM, prompt: PromptEmbedding) -> tuple[dict[str, Any], dict[st
 
 
 def _read_prompt(model: LM, config: Mapping[str, Any], state: dict[str, Tensor], where: Path, name: str) -> None:
-    refuse(model.config, "prompt")
-    theirs = not str(config["peft_type"]).startswith(OWN_TYPE)
-    if theirs and _whole(state) and not model.config.causal and {"classes", "score"} & {*model.heads}:
+    check_prefix_supported(model.config, "prompt")
+    from_peft = not str(config["peft_type"]).startswith(UNSUPPORTED_PREFIX)
+    if from_peft and _full_tensors(state) and not model.config.causal and {"classes", "score"} & {*model.heads}:
         raise UserError(
-            f"{where / TENSORS}: peft reads the class of a text at the first vector of its prompt there, and firth at the text's "
-            "first token: train it here (peft=prompt), or take a prefix"
+            f"{where / WEIGHTS_FILE}: peft classifies at the first vector of the prompt, and firth at the first token of the text: "
+            "train it here (peft=prompt), or use a prefix"
         )
     vectors = _vectors(state, where)[
         : int(_number(config, "num_virtual_tokens", where))
-    ]  # peft stores a decoder's too, and uses none
+    ]  # peft stores unused vectors of the decoder too
     if vectors.shape[1] != model.config.embedding_dim:
         raise UserError(
-            f"{where / TENSORS}: vectors of {vectors.shape[1]} numbers, and this model reads {model.config.embedding_dim}"
+            f"{where / WEIGHTS_FILE}: the prompt has vectors of {vectors.shape[1]} numbers, and this model needs "
+            f"{model.config.embedding_dim}"
         )
     prompt = PromptEmbedding(*vectors.shape)
     prompt.table.weight.data.copy_(vectors)
     model.heads["prompt"] = prompt
 
 
-def _read_parts(model: LM, directory: Path) -> None:
-    """The heads that an adapter of firth's was trained with."""
-    told = read_json(directory / OWN).get("heads", {})
-    state = read_file(directory / OWN_TENSORS) if told else {}
+def _read_heads(model: LM, directory: Path) -> None:
+    """Read the heads that an adapter of firth's was trained with."""
+    descriptions = read_json(directory / FIRTH_FILE).get("heads", {})
+    state = read_file(directory / HEADS_FILE) if descriptions else {}
     check_finite(state, directory)
-    for part, description in told.items():
-        front = f"heads.{part}."
-        module = rebuild_head(description, part)
+    for head, description in descriptions.items():
+        prefix = f"heads.{head}."
+        module = rebuild_head(description, head)
         try:
-            module.load_state_dict({n.removeprefix(front): t for n, t in state.items() if n.startswith(front)})
-        except RuntimeError as fault:  # torch names every tensor that does not fit
+            module.load_state_dict({n.removeprefix(prefix): t for n, t in state.items() if n.startswith(prefix)})
+        except RuntimeError as fault:  # torch lists every tensor that does not fit
             raise UserError(
-                f"{directory / OWN_TENSORS} does not hold the part {part!r} that {OWN} describes"
+                f"{directory / HEADS_FILE} does not have the head {head!r} that {FIRTH_FILE} describes"
             ) from fault
-        model.heads[part] = module
+        model.heads[head] = module
 
 
 def _task(model: LM, names: AdapterNames) -> str | None:
-    """peft's word for what the base is, which is the class that it wraps it in."""
+    """Return peft's task type, which selects the class that it wraps the base in."""
     form = names.form
-    bare = form is not None and bool(form.family.prefix) and not names.front
-    if form is not None and not bare and (named := TASKS.get(form.name.rpartition("For")[2])):
-        return named
+    headless = form is not None and bool(form.family.prefix) and not names.prefix
+    if form is not None and not headless and (task := TASKS.get(form.name.rpartition("For")[2])):
+        return task
     if model.config.num_encoder_layers and "lm" in model.heads:
         return "SEQ_2_SEQ_LM"
-    if model.config.causal and "lm" in model.heads and not bare:
+    if model.config.causal and "lm" in model.heads and not headless:
         return "CAUSAL_LM"
-    # Without a word for its task, peft would load a prefix or a prompt and never show it to the model.
-    return "FEATURE_EXTRACTION" if bare or model.prefix is not None or model.prompt is not None else None
+    # Without a task type, peft would load a prefix or a prompt and never pass it to the model.
+    return "FEATURE_EXTRACTION" if headless or model.prefix is not None or model.prompt is not None else None
 
 
 def _config(directory: Path) -> dict[str, Any]:
-    if not (directory / FILE).is_file():
-        raise UserError(f"{directory} holds no adapter: {FILE} is not there")
-    verify(read_json(directory / OWN), directory, directory / OWN, COPY_AGAIN)
-    return read_json(directory / FILE)
+    if not (directory / CONFIG_FILE).is_file():
+        raise UserError(f"{directory} contains no adapter: it has no {CONFIG_FILE}")
+    verify(read_json(directory / FIRTH_FILE), directory, directory / FIRTH_FILE, COPY_AGAIN)
+    return read_json(directory / CONFIG_FILE)
 
 
 def _save(state: Mapping[str, Tensor], file: Path) -> None:

@@ -1,10 +1,10 @@
-"""The head of a task that an adapter of peft's brings along, for a base that has none.
+"""Load the task head that peft saves with an adapter onto a base that has none.
 
-Who finetunes with peft takes a class with a head that is new (`AutoModelForSequenceClassification` of a bare BERT), and peft
-saves what of it was trained (`modules_to_save`) beside the adapter. The class is the one that the adapter's task, or its
-`auto_mapping`, names in the base's family; what of its head the adapter has not (BERT's pooler) is the base's own.
+Fine-tuning with peft often starts from a class with a new head (`AutoModelForSequenceClassification` of a headless BERT),
+and peft saves its trained modules (`modules_to_save`) with the adapter. The adapter's task type or its `auto_mapping` names
+the class; tensors of the head that the adapter lacks (BERT's pooler) are taken from the base.
 
-    {"classifier.weight": (3, 384), "classifier.bias": (3,)} on MiniLM  ->  parts {"classes": pooler, tanh, linear map}
+    {"classifier.weight": (3, 384), "classifier.bias": (3,)} on MiniLM  ->  heads {"classes": pooler, tanh, linear layer}
 """
 
 from __future__ import annotations
@@ -21,82 +21,90 @@ from firth.model.model import LM
 from firth.model.prefix import PREFIX_HEADS
 from firth.pretrained.families import FAMILIES
 from firth.pretrained.families.family import Family, HeadSpec, WeightMapping, from_hf, resolve_names
-from firth.pretrained.families.heads import known
+from firth.pretrained.families.heads import known_names
 from firth.types import UserError
 
 TASKS = {"SequenceClassification": "SEQ_CLS", "TokenClassification": "TOKEN_CLS", "QuestionAnswering": "QUESTION_ANS"}
-"""The end of a class's name -> peft's word for its task."""
+"""Suffix of a class name -> peft's task type."""
 
 
-def bring(model: LM, config: Mapping[str, Any], whole: Mapping[str, Tensor], base: Path, where: Path) -> None:
-    """Put an adapter's head in the place of the model's parts, where the base has not that very head.
+def add_task_head(model: LM, config: Mapping[str, Any], full: Mapping[str, Tensor], base: Path, where: Path) -> None:
+    """Replace the heads of a model by an adapter's task head, unless the model already has that head.
 
-    config: adapter_config.json. whole: the tensors that the adapter holds whole, by their names in the class. base: the
-    directory of the model. Raises UserError for a head of which neither the adapter nor the base has a tensor.
+    Args:
+        model: The base, changed in place.
+        config: adapter_config.json.
+        full: Tensors that were trained in full, by their names in the class.
+        base: Directory of the base.
+        where: File of the adapter, for messages.
+
+    Raises:
+        UserError: If a tensor of the head is in neither the adapter nor the base.
     """
-    said = read_json(base / "config.json")
-    family = FAMILIES.get(str(said.get("model_type")))
-    if family is None or not whole:
+    base_config = read_json(base / "config.json")
+    family = FAMILIES.get(str(base_config.get("model_type")))
+    if family is None or not full:
         return
-    names = resolve_names(family, whole, known(family, model.config))
-    theirs = {name: whole[stored] for name, stored in names.items()}
-    found = _class(family, model, config, theirs)
-    if found is None or _there(model, found[0], found[1]):
+    names = resolve_names(family, full, known_names(family, model.config))
+    theirs = {name: full[stored] for name, stored in names.items()}
+    found = _find_class(family, model, config, theirs)
+    if found is None or _has_head(model, found[0], found[1]):
         return
-    headed, answers = found
-    for setting, value in headed.hf_labels:
-        if said.get(setting, value) != value:
-            raise UserError(f"{base}/config.json asks for {setting}={said[setting]!r}; firth has {value!r} only")
+    spec, num_outputs = found
+    for setting, value in spec.required_config:
+        if base_config.get(setting, value) != value:
+            raise UserError(f"{base}/config.json has {setting}={base_config[setting]!r}; firth supports {value!r} only")
     stored = read_tensors(base)
     own = {
-        name: stored[name_there]
-        for name, name_there in resolve_names(family, stored, known(family, model.config)).items()
+        name: stored[stored_name]
+        for name, stored_name in resolve_names(family, stored, known_names(family, model.config)).items()
     }
-    entries = headed.entries(model.config, answers)
-    there = own | theirs
+    entries = spec.weight_mappings(model.config, num_outputs)
+    state = own | theirs
     for entry in entries:
-        if entry.hf_name not in there:
+        if entry.hf_name not in state:
             raise UserError(
-                f"{where}: its head is that of a {headed.name}, of which neither it nor its base {base} has "
-                f"{entry.hf_name!r}: that began at random and is lost; name it in peft's modules_to_save and train again"
+                f"{where}: its head is that of a {spec.name}, but neither the adapter nor its base {base} has "
+                f"{entry.hf_name!r}, which was initialized at random and not saved: add it to peft's modules_to_save and "
+                "train again"
             )
     for name in [name for name in model.heads if name not in PREFIX_HEADS]:
-        del model.heads[name]  # that class has its own head and no other
-    model.heads[headed.part] = _filled(headed.make(model.config, answers), headed, entries, there, where)
+        del model.heads[name]  # the class has its task head only
+    model.heads[spec.head_name] = _load_head(spec.make(model.config, num_outputs), spec, entries, state, where)
 
 
-def _class(
-    family: Family, model: LM, config: Mapping[str, Any], whole: Mapping[str, Tensor]
+def _find_class(
+    family: Family, model: LM, config: Mapping[str, Any], full: Mapping[str, Tensor]
 ) -> tuple[HeadSpec, int] | None:
-    """The class that the adapter was trained in, and how many numbers its head gives; None where it names none of ours."""
+    """Return the class that the adapter was trained in and its number of outputs, or None for an unsupported class."""
     named = (config.get("auto_mapping") or {}).get("base_model_class")
     ends = [end for end, task in TASKS.items() if task == config.get("task_type")]
-    for headed in family.heads:
-        if headed.name != named and headed.name.rpartition("For")[2] not in ends:
+    for spec in family.heads:
+        if spec.name != named and spec.name.rpartition("For")[2] not in ends:
             continue
-        last = headed.entries(model.config, 1)[-1].hf_name
-        if last in whole and headed.num_outputs in (0, len(whole[last])):
-            return headed, len(whole[last])
+        last = spec.weight_mappings(model.config, 1)[-1].hf_name
+        if last in full and spec.num_outputs in (0, len(full[last])):
+            return spec, len(full[last])
     return None
 
 
-def _there(model: LM, headed: HeadSpec, answers: int) -> bool:
-    """Whether the model has that head, of those sizes."""
-    if headed.part not in model.heads:
+def _has_head(model: LM, spec: HeadSpec, num_outputs: int) -> bool:
+    """Return whether the model has a class's head with this number of outputs."""
+    if spec.head_name not in model.heads:
         return False
     with init_empty_weights():
-        wanted = headed.make(model.config, answers).state_dict()
-    mine = model.heads[headed.part].state_dict()
-    return {n: t.shape for n, t in mine.items()} == {n: t.shape for n, t in wanted.items()}
+        expected = spec.make(model.config, num_outputs).state_dict()
+    mine = model.heads[spec.head_name].state_dict()
+    return {n: t.shape for n, t in mine.items()} == {n: t.shape for n, t in expected.items()}
 
 
-def _filled(
-    module: nn.Module, headed: HeadSpec, entries: list[WeightMapping], there: Mapping[str, Tensor], where: Path
+def _load_head(
+    module: nn.Module, spec: HeadSpec, entries: list[WeightMapping], tensors: Mapping[str, Tensor], where: Path
 ) -> nn.Module:
-    front = f"heads.{headed.part}."
-    state = {name.removeprefix(front): tensor for name, tensor in from_hf(there, entries).items()}
+    prefix = f"heads.{spec.head_name}."
+    state = {name.removeprefix(prefix): tensor for name, tensor in from_hf(tensors, entries).items()}
     try:
         module.load_state_dict(state)
-    except RuntimeError as fault:  # torch names every tensor that does not fit
-        raise UserError(f"{where}: the head of a {headed.name} in it is of another size than its base") from fault
+    except RuntimeError as fault:  # torch lists every tensor that does not fit
+        raise UserError(f"{where}: its head of a {spec.name} does not fit the base") from fault
     return module

@@ -1,4 +1,4 @@
-"""What trained positions begin as: the states of given tokens in the model (Li & Liang 2021, section 7.4; Lester 2021, 3.2).
+"""Initialize prefixes and prompts from tokens of a text (Li & Liang 2021, section 7.4; Lester 2021, section 3.2).
 
 >>> from firth.model.config import decoder_config
 >>> model = LM(decoder_config(vocab_size=9, hidden_size=64, num_layers=1), {})
@@ -13,24 +13,27 @@ from collections.abc import Sequence
 import torch
 
 from firth.model.model import LM
-from firth.model.prefix import PrefixEncoder, PromptEmbedding, refuse
+from firth.model.prefix import PrefixEncoder, PromptEmbedding, check_prefix_supported
 
 
 def prefix_of(model: LM, ids: Sequence[int], hidden: int = 0) -> PrefixEncoder:
-    """A prefix for a model that begins as what these tokens leave in its cache: as if they had been read before the text.
+    """Return a prefix initialized with the keys and values that the model computes for some tokens.
 
-    hidden: of an MLP; a prefix that is trained through one begins at random.
+    Args:
+        model: The model.
+        ids: Token ids; their number is the length of the prefix.
+        hidden: Hidden size of an MLP that the prefix is trained through; the prefix is then initialized at random.
     """
     config = model.config
-    refuse(config, "prefix")
+    check_prefix_supported(config, "prefix")
     prefix = PrefixEncoder(len(ids), config.num_layers, config.num_kv_heads, config.head_dim, hidden)
     if not hidden:
         with torch.no_grad():
             cache, training = model.make_cache(1, len(ids)), model.training
             tokens = torch.tensor(list(ids), device=model.tokens.weight.device)[None]
-            at = torch.arange(len(ids), device=tokens.device)[None] * config.causal
+            time = torch.arange(len(ids), device=tokens.device)[None] * config.causal
             source = {"source_tokens": tokens} if config.num_encoder_layers else {}
-            model.eval()({"tokens": tokens, "query_time": at, "key_time": at} | source, cache)
+            model.eval()({"tokens": tokens, "query_time": time, "key_time": time} | source, cache)
             model.train(training)
             pairs = torch.stack([torch.stack((k[0], v[0])) for k, v in zip(cache.keys, cache.values, strict=True)])
             prefix.table.weight.copy_(pairs.permute(3, 0, 1, 2, 4).flatten(1))
@@ -38,8 +41,8 @@ def prefix_of(model: LM, ids: Sequence[int], hidden: int = 0) -> PrefixEncoder:
 
 
 def prompt_of(model: LM, ids: Sequence[int]) -> PromptEmbedding:
-    """A prompt for a model that begins as the vectors of these tokens (Lester 2021, section 3.2)."""
-    refuse(model.config, "prompt")
+    """Return a prompt initialized with the embeddings of some tokens (Lester 2021, section 3.2)."""
+    check_prefix_supported(model.config, "prompt")
     prompt = PromptEmbedding(len(ids), model.config.embedding_dim)
     with torch.no_grad():
         prompt.table.weight.copy_(model.tokens(torch.tensor(list(ids), device=model.tokens.weight.device)))

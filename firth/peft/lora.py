@@ -1,17 +1,17 @@
-"""LoRA: a frozen matrix W learns by a product of two thin ones (Hu 2021, section 4.1).
+"""LoRA: a low-rank update of a frozen weight matrix W (Hu 2021, section 4.1).
 
-    W x   becomes   W x + scale B A x         A: (rank, in), random; B: (out, rank), zeros: at first nothing changes
+    W x   becomes   W x + scale B A x         A: (rank, in), random; B: (out, rank), zeros: no change at first
 
-scale is alpha / rank, or alpha / sqrt(rank) (Kalajdzievski 2023), with which a higher rank does not learn more slowly.
-`add` puts an adapter on the matrices that are named: linear maps, tables of embeddings, the vocabulary head. Several
-may lie on one model, each with a share (`use`); `merge` adds them to the weights, and `unmerge` puts back the very bits
-that were there, from a copy that it kept; `fold` merges for good and leaves a plain model.
+scale is alpha / rank, or alpha / sqrt(rank) (rsLoRA, Kalajdzievski 2023), with which a higher rank does not train more
+slowly. `add` puts an adapter on the named modules: linear layers, embeddings, the LM head. A model can have several
+adapters, each with a weight (`set_adapters`). `merge` adds them to the weights and `unmerge` restores the original bits
+from a copy; `merge_and_unload` merges permanently and returns plain modules.
 
 >>> from firth.model.config import decoder_config
 >>> model = LM(decoder_config(vocab_size=50, hidden_size=64, num_layers=2), {})
 >>> add(model, ["attention.q", "v"], LoraConfig(rank=4))
 ['stack.blocks.0.attention.q', 'stack.blocks.0.attention.v', 'stack.blocks.1.attention.q', 'stack.blocks.1.attention.v']
->>> freeze(model), trained(model)
+>>> freeze(model), num_trainable_parameters(model)
 (None, 2048)
 """
 
@@ -35,7 +35,14 @@ from firth.types import UserError
 
 @dataclass(frozen=True)
 class LoraConfig:
-    """How an adapter is made. dropout: on what goes into A, of linear maps alone (as in peft)."""
+    """Configuration of a LoRA adapter.
+
+    Args:
+        rank: Rank of the update.
+        alpha: Numerator of the scale.
+        use_rslora: Whether to divide alpha by sqrt(rank) instead of rank.
+        dropout: Dropout on the input of A, for linear layers only (as in peft).
+    """
 
     rank: int = 8
     alpha: float = 16.0
@@ -44,94 +51,98 @@ class LoraConfig:
 
     def __post_init__(self) -> None:
         if self.rank < 1:
-            raise UserError(f"rank is {self.rank}: it must be at least 1")
+            raise UserError(f"rank={self.rank} must be at least 1")
         if not 0 <= self.dropout < 1:
-            raise UserError(f"dropout is {self.dropout:g}: it must lie in [0, 1)")
+            raise UserError(f"dropout={self.dropout:g} must be at least 0 and below 1")
 
     @property
     def scaling(self) -> float:
-        """What B A is multiplied by."""
+        """The factor of B A."""
         return self.alpha / (math.sqrt(self.rank) if self.use_rslora else self.rank)
 
 
 class LoraLayer(nn.Module):
-    """B A of one matrix (rows, columns). share: how much of it is added; 0 switches it off."""
+    """The adapter B A of one weight matrix (rows, columns); `adapter_weight` scales it, and 0 disables it."""
 
-    def __init__(self, like: Tensor, plan: LoraConfig):
+    def __init__(self, weight: Tensor, config: LoraConfig):
         super().__init__()
-        self.plan, self.share = plan, 1.0
-        self.A = nn.Parameter(like.new_empty(plan.rank, like.shape[1]))
-        self.B = nn.Parameter(like.new_zeros(like.shape[0], plan.rank))
+        self.config, self.adapter_weight = config, 1.0
+        self.A = nn.Parameter(weight.new_empty(config.rank, weight.shape[1]))
+        self.B = nn.Parameter(weight.new_zeros(weight.shape[0], config.rank))
         nn.init.kaiming_uniform_(self.A, a=math.sqrt(5))
-        self.drop = nn.Dropout(plan.dropout) if plan.dropout else nn.Identity()
+        self.drop = nn.Dropout(config.dropout) if config.dropout else nn.Identity()
 
     @property
     def scaling(self) -> float:
-        return self.plan.scaling * self.share
+        """The factor of B A, with the adapter's weight."""
+        return self.config.scaling * self.adapter_weight
 
     def delta(self) -> Tensor:
-        """What is added to the matrix: (rows, columns)."""
+        """Return the update of the weight matrix: (rows, columns)."""
         return (self.B @ self.A) * self.scaling
 
 
 class AdaptedModule(nn.Module):
-    """A module with a matrix `weight` (rows, columns) and adapters on it, in the place of the plain one.
+    """A module with a weight matrix `weight` (rows, columns) and adapters.
 
-    kept: what the weight was, while the adapters are merged into it. origin: what the plain module is.
+    Attributes:
+        low: The adapters by name.
+        unmerged_weight: A copy of the original weight while the adapters are merged.
+        original_type: Type of the wrapped module.
     """
 
-    kept: Tensor | None
-    origin: type[nn.Module]
+    unmerged_weight: Tensor | None
+    original_type: type[nn.Module]
 
-    def take(self, plain: nn.Module) -> None:
-        """Stand in the place of a module: its parameters and its parts are this one's, the tied ones too."""
+    def wrap(self, plain: nn.Module) -> None:
+        """Take over the parameters and submodules of a module, including tied ones."""
         for name, p in plain.named_parameters(recurse=False):
             setattr(self, name, p)
         for name, child in plain.named_children():
             setattr(self, name, child)
-        self.low, self.kept, self.origin = nn.ModuleDict(), None, type(plain)
+        self.low, self.unmerged_weight, self.original_type = nn.ModuleDict(), None, type(plain)
         self.train(plain.training)
 
-    def adding(self) -> list[LoraLayer]:
-        """The adapters that count now: none while they are merged."""
-        if self.kept is not None:
+    def active_adapters(self) -> list[LoraLayer]:
+        """Return the adapters to apply: those with a weight other than 0, and none while they are merged."""
+        if self.unmerged_weight is not None:
             return []
-        return [one for one in self.low.values() if one.share]  # type: ignore[misc]
+        return [layer for layer in self.low.values() if layer.adapter_weight]  # type: ignore[misc]
 
-    def summed(self) -> Tensor:
-        """All that the adapters add to the matrix."""
+    def total_delta(self) -> Tensor:
+        """Return the sum of the adapters' updates of the weight matrix."""
         total = torch.zeros_like(self.weight)  # type: ignore[arg-type]
-        for one in self.adding():
-            total = total + one.delta()
+        for layer in self.active_adapters():
+            total = total + layer.delta()
         return total
 
 
 class AdaptedLinear(AdaptedModule, Linear):
-    """A linear map with adapters: nn.Linear's or a block's."""
+    """A linear layer with adapters."""
 
     def forward(self, x: Tensor) -> Tensor:
         out = super().forward(x)
-        for one in self.adding():
-            out = out + F.linear(F.linear(one.drop(x), one.A), one.B) * one.scaling
+        for layer in self.active_adapters():
+            out = out + F.linear(F.linear(layer.drop(x), layer.A), layer.B) * layer.scaling
         return out
 
 
 class AdaptedEmbedding(AdaptedModule, nn.Embedding):
-    """A table of embeddings with adapters."""
+    """An embedding table with adapters."""
 
     def forward(self, ids: Tensor) -> Tensor:
         out = super().forward(ids)
-        for one in self.adding():
-            out = out + (F.embedding(ids, one.B) @ one.A) * one.scaling
+        for layer in self.active_adapters():
+            out = out + (F.embedding(ids, layer.B) @ layer.A) * layer.scaling
         return out
 
 
 class AdaptedLMHead(AdaptedModule, LMHead):
-    """The vocabulary head with adapters: its losses read the whole matrix, so that is what is put together for them."""
+    """The LM head with adapters. Its losses read the whole matrix, so the matrix includes the update."""
 
     @property
     def matrix(self) -> Tensor:
-        return self.weight + self.summed() if self.adding() else self.weight
+        return self.weight + self.total_delta() if self.active_adapters() else self.weight
 
 
 def _linear(plain: Any) -> AdaptedModule:
@@ -156,195 +167,216 @@ def _plain_head(found: Any) -> nn.Module:
         return LMHead(found.config)
 
 
-ADAPTED: dict[type[nn.Module], Callable[[Any], AdaptedModule]] = {
+ADAPTED_MODULES: dict[type[nn.Module], Callable[[Any], AdaptedModule]] = {
     Linear: _linear,
     nn.Linear: _linear,
     nn.Embedding: _table,
     LMHead: _head,
 }
-"""What can be adapted -> what stands in its place."""
-PLAIN: dict[type[nn.Module], Callable[[Any], nn.Module]] = {
+"""Module type -> function that makes its adapted counterpart."""
+PLAIN_MODULES: dict[type[nn.Module], Callable[[Any], nn.Module]] = {
     Linear: lambda m: _plain(m, Linear),
     nn.Linear: lambda m: _plain(m, nn.Linear),
     nn.Embedding: lambda m: nn.Embedding(m.num_embeddings, m.embedding_dim, device="meta"),
     LMHead: _plain_head,
 }
-"""The way back."""
+"""Module type -> function that makes the plain module of an adapted layer."""
 
 
 ALL_LINEAR = "all-linear"
-"""The target that means every linear map of the blocks, as in peft."""
+"""The target that selects every linear layer of the blocks, as in peft."""
 
 
-def adaptable(model: LM, but: Collection[str] = ()) -> list[str]:
-    """The names of the modules that can be adapted. but: parts that are trained whole."""
+def adaptable_modules(model: LM, exclude: Collection[str] = ()) -> list[str]:
+    """Return the names of the modules that can have adapters. `exclude` names heads that are trained in full."""
     return [
         name
         for name, module in model.named_modules()
-        if (type(module) in ADAPTED or isinstance(module, AdaptedModule))
-        and not any(name == f"heads.{part}" or name.startswith(f"heads.{part}.") for part in but)
+        if (type(module) in ADAPTED_MODULES or isinstance(module, AdaptedModule))
+        and not any(name == f"heads.{head}" or name.startswith(f"heads.{head}.") for head in exclude)
     ]
 
 
-def chosen(model: LM, targets: Sequence[str], but: Collection[str] = (), merges: bool = False) -> list[str]:
-    """The modules that targets speak of: the ends of their names, `*` and `[01]` as in file names; `all-linear` (peft's word)
-    is every linear map of the blocks.
+def chosen(model: LM, targets: Sequence[str], exclude: Collection[str] = (), merges: bool = False) -> list[str]:
+    """Return the names of the modules that targets select.
 
-    UserError for a target that matches nothing, with what there is. merges: and for a matrix that two modules share, for the
-    adapter is to be merged.
+    Args:
+        model: The model.
+        targets: Ends of module names, with `*` and `[01]` as in file names, or `all-linear`.
+        exclude: Heads that are trained in full.
+        merges: Whether the adapter will be merged, which weights shared by two modules rule out.
+
+    Raises:
+        UserError: If a target matches nothing, or selects a shared weight although `merges` is set.
     """
-    there = adaptable(model, but)
-    offered = _own(model, there) if merges else there
+    names = adaptable_modules(model, exclude)
+    available = _without_shared(model, names) if merges else names
     found: list[str] = []
     for target in targets:
-        here = [name for name in there if fnmatchcase(f".{name}", f"*.{target}")]
+        matches = [name for name in names if fnmatchcase(f".{name}", f"*.{target}")]
         if target == ALL_LINEAR:
-            here = [name for name in there if ".blocks." in name and isinstance(model.get_submodule(name), nn.Linear)]
-        if not here:
-            raise UserError(f"no matrix of this model is called {target!r}; {_listed(offered)}")
-        found += here
-    ordered = [name for name in there if name in found]
+            matches = [
+                name for name in names if ".blocks." in name and isinstance(model.get_submodule(name), nn.Linear)
+            ]
+        if not matches:
+            raise UserError(f"no module of this model matches the target {target!r}; {_available(available)}")
+        found += matches
+    ordered = [name for name in names if name in found]
     if merges:
         check_not_shared(model, ordered)
     return ordered
 
 
-def _own(model: LM, names: Iterable[str]) -> list[str]:
-    """The modules whose matrix is no other's too."""
+def _without_shared(model: LM, names: Iterable[str]) -> list[str]:
+    """Return the modules whose weight is not shared."""
     shared = {name for pair in model.shared_parameters().items() for name in pair}
     return [name for name in names if f"{name}.weight" not in shared]
 
 
-def _listed(names: Iterable[str]) -> str:
-    """What targets can name, for a message."""
+def _available(names: Iterable[str]) -> str:
+    """Return what targets can select, for a message."""
     ends = dict.fromkeys(name.partition("blocks.")[2].partition(".")[2] or name for name in names)
-    return f"there is {', '.join(ends)}" if ends else "there is none"
+    return f"available targets: {', '.join(ends) or 'none'}"
 
 
-def check_not_shared(model: LM, places: Iterable[str]) -> None:
-    """Raise a UserError for a module whose matrix another module has too: merging would change both."""
+def check_not_shared(model: LM, module_names: Iterable[str]) -> None:
+    """Raise a UserError for a module whose weight another module shares: merging would change both."""
     shared = model.shared_parameters()
     other = {first: name for name, first in shared.items()} | shared
-    for place in places:
-        if f"{place}.weight" in other:
-            with_ = other[f"{place}.weight"].removesuffix(".weight")
+    for module_name in module_names:
+        if f"{module_name}.weight" in other:
+            with_ = other[f"{module_name}.weight"].removesuffix(".weight")
             raise UserError(
-                f"{place} shares its matrix with {with_}, which merging would change too: leave it out of the adapter's "
-                f"targets; {_listed(_own(model, adaptable(model)))}"
+                f"{module_name} shares its weight with {with_}, which merging would change too: remove it from the adapter's "
+                f"targets; {_available(_without_shared(model, adaptable_modules(model)))}"
             )
 
 
 def add(
-    model: LM, targets: Sequence[str], plan: LoraConfig, name: str = "default", but: Collection[str] = ()
+    model: LM, targets: Sequence[str], config: LoraConfig, name: str = "default", exclude: Collection[str] = ()
 ) -> list[str]:
-    """Put an adapter on every matrix that is named; returns their names. UserError where it does not fit."""
-    found = chosen(model, targets, but)
-    for place in found:
-        put(model, place, plan, name)
+    """Add an adapter to the modules that targets select.
+
+    Args:
+        model: The model, changed in place.
+        targets: As in `chosen`.
+        config: Configuration of the adapter.
+        name: Name of the adapter.
+        exclude: Heads that are trained in full.
+
+    Returns:
+        The names of the modules.
+
+    Raises:
+        UserError: If a target matches nothing or a rank is larger than a matrix.
+    """
+    found = chosen(model, targets, exclude)
+    for module_name in found:
+        add_to_module(model, module_name, config, name)
     return found
 
 
-def check_rank(model: LM, place: str, plan: LoraConfig) -> None:
-    """Raise a UserError for a rank that is larger than a matrix."""
-    module: Any = model.get_submodule(place)
+def check_rank(model: LM, module_name: str, config: LoraConfig) -> None:
+    """Raise a UserError if the rank is larger than a module's weight matrix."""
+    module: Any = model.get_submodule(module_name)
     rows, columns = module.weight.shape
-    if plan.rank > min(rows, columns):
+    if config.rank > min(rows, columns):
         raise UserError(
-            f"rank {plan.rank} is larger than the matrix {place}, which is {rows} x {columns}: lower the rank"
+            f"rank {config.rank} is too large for {module_name}, whose weight is {rows} x {columns}: lower the rank"
         )
 
 
-def put(model: LM, place: str, plan: LoraConfig, name: str = "default") -> LoraLayer:
-    """Put an adapter on one matrix."""
-    module: Any = model.get_submodule(place)
-    check_rank(model, place, plan)
-    if type(module) in ADAPTED:
-        adapted = ADAPTED[type(module)](module)
-        adapted.take(module)
-        _replace(model, place, adapted)
+def add_to_module(model: LM, module_name: str, config: LoraConfig, name: str = "default") -> LoraLayer:
+    """Add an adapter to one module and return it."""
+    module: Any = model.get_submodule(module_name)
+    check_rank(model, module_name, config)
+    if type(module) in ADAPTED_MODULES:
+        adapted = ADAPTED_MODULES[type(module)](module)
+        adapted.wrap(module)
+        _replace(model, module_name, adapted)
         module = adapted
     if name in module.low:
-        raise UserError(f"there already is an adapter {name!r} on {place}: give this one another name")
-    low = LoraLayer(module.weight, plan)
-    module.low[name] = low
-    low.train(module.training)
-    return low
+        raise UserError(f"{module_name} already has an adapter {name!r}: choose another name")
+    layer = LoraLayer(module.weight, config)
+    module.low[name] = layer
+    layer.train(module.training)
+    return layer
 
 
-def _replace(model: LM, place: str, module: nn.Module) -> None:
-    parent, _, last = place.rpartition(".")
+def _replace(model: LM, module_name: str, module: nn.Module) -> None:
+    parent, _, last = module_name.rpartition(".")
     setattr(model.get_submodule(parent), last, module)
 
 
 def adapted(model: LM) -> dict[str, AdaptedModule]:
-    """The modules with adapters, by name."""
+    """Return the modules with adapters, by name."""
     return {name: module for name, module in model.named_modules() if isinstance(module, AdaptedModule)}
 
 
 def lora_layers(model: LM, name: str = "default") -> dict[str, LoraLayer]:
-    """One adapter, by the names of the modules it lies on."""
-    return {place: m.low[name] for place, m in adapted(model).items() if name in m.low}  # type: ignore[misc]
+    """Return the layers of one adapter, by module name."""
+    return {module_name: m.low[name] for module_name, m in adapted(model).items() if name in m.low}  # type: ignore[misc]
 
 
-def use(model: LM, shares: Mapping[str, float]) -> None:
-    """Which adapters count, and how much; those not named do not. UserError for one that is not there."""
+def set_adapters(model: LM, weights: Mapping[str, float]) -> None:
+    """Set the weights of the adapters; those not named get 0. Raise a UserError for an unknown name."""
     known = {name for module in adapted(model).values() for name in module.low}
-    for name in shares:
+    for name in weights:
         if name not in known:
-            raise UserError(
-                f"there is no adapter {name!r} on this model; there is {', '.join(sorted(known)) or 'none'}"
-            )
+            raise UserError(f"this model has no adapter {name!r}; its adapters: {', '.join(sorted(known)) or 'none'}")
     for module in adapted(model).values():
-        if module.kept is not None:
-            raise UserError("the adapters are merged into the weights: unmerge them before others are chosen")
-        for name, low in module.low.items():
-            low.share = shares.get(name, 0.0)  # type: ignore[assignment]
+        if module.unmerged_weight is not None:
+            raise UserError(
+                "the adapters are merged into the weights: unmerge them before changing the adapter weights"
+            )
+        for name, layer in module.low.items():
+            layer.adapter_weight = weights.get(name, 0.0)  # type: ignore[assignment]
 
 
 @torch.no_grad()
 def merge(model: LM) -> None:
-    """Add what the adapters say to the weights, and keep a copy of what these were."""
-    check_not_shared(model, [place for place, module in adapted(model).items() if module.adding()])
+    """Add the adapters to the weights and keep a copy of the original weights."""
+    check_not_shared(model, [module_name for module_name, module in adapted(model).items() if module.active_adapters()])
     for module in adapted(model).values():
-        if module.kept is None and module.adding():
+        if module.unmerged_weight is None and module.active_adapters():
             weight: Tensor = module.weight  # type: ignore[assignment]
-            change, module.kept = module.summed(), weight.detach().clone()
+            change, module.unmerged_weight = module.total_delta(), weight.detach().clone()
             weight += change
 
 
 @torch.no_grad()
 def unmerge(model: LM) -> None:
-    """Put the weights back, bit for bit."""
+    """Restore the original weights exactly."""
     for module in adapted(model).values():
-        if module.kept is not None:
-            module.weight.copy_(module.kept)  # type: ignore[operator]
-            module.kept = None
+        if module.unmerged_weight is not None:
+            module.weight.copy_(module.unmerged_weight)  # type: ignore[operator]
+            module.unmerged_weight = None
 
 
 def merge_and_unload(model: LM) -> LM:
-    """Merge for good: the model is again made of plain modules, and the adapters are gone."""
+    """Merge permanently: replace the adapted modules by plain ones and remove the adapters."""
     merge(model)
-    for place, module in adapted(model).items():
-        plain = PLAIN[module.origin](module)
+    for module_name, module in adapted(model).items():
+        plain = PLAIN_MODULES[module.original_type](module)
         for name, p in module.named_parameters(recurse=False):
             setattr(plain, name, p)
         for name, child in module.named_children():
             if name != "low":
                 setattr(plain, name, child)
-        _replace(model, place, plain.train(module.training))
+        _replace(model, module_name, plain.train(module.training))
     return model
 
 
-def freeze(model: LM, but: Iterable[str] = ()) -> None:
-    """Leave everything as it is but the adapters, and the parts that are named."""
+def freeze(model: LM, trainable_heads: Iterable[str] = ()) -> None:
+    """Make only the adapters and the named heads trainable."""
     model.requires_grad_(False)
     for module in model.modules():
         if isinstance(module, LoraLayer):
             module.requires_grad_(True)
-    for part in but:
-        model.heads[part].requires_grad_(True)
+    for head in trainable_heads:
+        model.heads[head].requires_grad_(True)
 
 
-def trained(model: nn.Module) -> int:
-    """How many numbers are learnt."""
+def num_trainable_parameters(model: nn.Module) -> int:
+    """Return the number of trainable parameters."""
     return sum(p.numel() for p in model.parameters() if p.requires_grad)

@@ -25,8 +25,8 @@ VOCAB_SIZE, HIDDEN_SIZE, NUM_LAYERS, MAX_POSITIONS = 4096, 192, 4, 256
 
 MLM_PROBABILITY = 0.3
 """Share of tokens that tiny masked models predict. More predictions per step get a short run past word frequencies sooner than BERT's 15%
-(`roberta`, 800 steps: held-out loss 4.42 against 4.85, though fewer masks are easier; docs/results/encoders.md). Large models profit from more
-than 15% too (Wettig 2023)."""
+(`roberta`, 800 steps: held-out loss 4.42 against 4.85, though fewer masks are easier; docs/results/encoders.md). Large models
+profit from more than 15% too (Wettig 2023)."""
 
 DATA = DataConfig(corpus="shakespeare")
 

@@ -8,9 +8,10 @@ Small data that is read many times overfits. Dropout and weight decay delay that
 
     firth train gpt data.path=BOOK max_steps=800 model.dropout=0.1 optimizer.weight_decay=1 evaluation.best_metric=loss
 
-Two plays read 9.2 times: held-out loss 5.48 at the end with both and 5.85 without (three seeds), but 5.33 with or without after a third of
-the run: `evaluation.best_metric` keeps the better model. Five plays read 7.9 times: 4.76 against 5.08 (three seeds), and 4.76 against 4.79 at
-the best evaluation. An encoder learns more slowly with them (`roberta`, 9.0 times, two seeds: 5.77 against 5.54).
+Two plays read 9.2 times: held-out loss 5.48 at the end with both and 5.85 without (three seeds), but 5.33 with or without after
+a third of the run: `evaluation.best_metric` keeps the better model. Five plays read 7.9 times: 4.76 against 5.08 (three seeds),
+and 4.76 against 4.79 at the best evaluation. An encoder learns more slowly with them (`roberta`, 9.0 times, two seeds: 5.77
+against 5.54).
 """
 
 from __future__ import annotations
@@ -48,16 +49,25 @@ def gpt(size: str = "tiny") -> Recipe:
         firth train gpt:small            17 M parameters, the model of the benchmarks
         firth train gpt:published data.path=BOOKS
 
-    Published: 64 sequences of 512 tokens, Adam at 2.5e-4 after 2,000 warmup steps, a cosine to 0, 40,000 merges, dropout 0.1. Its 100 epochs of
-    BooksCorpus are about 3.6 M steps by the compute that the paper states (0.96 petaflop/s-days).
+    Published: 64 sequences of 512 tokens, Adam at 2.5e-4 after 2,000 warmup steps, a cosine to 0, 40,000 merges, dropout 0.1.
+    Its 100 epochs of BooksCorpus are about 3.6 M steps by the compute that the paper states (0.96 petaflop/s-days).
     """
     # An untied table begins at unit variance, so its steps must be of another size than a matrix's.
     ours = OptimizerConfig(embedding_lr=0.3)
     small = Recipe(
-        name="gpt", objective=CausalLM(), examples=WindowsConfig(max_length=256), data=DataConfig(corpus="shakespeare"),
-        model=decoder_config(vocab_size=8192, hidden_size=384, num_layers=6, max_positions=512), batch=BatchConfig(size=8), optimizer=ours,
-        schedule=Schedule("wsd"), budget=Budget(max_steps=1200), evaluation=EvalConfig(every=100, max_examples=256), checkpoint=CheckpointConfig(every=200), sample_prompts=SAMPLES,
-    )  # fmt: skip
+        name="gpt",
+        objective=CausalLM(),
+        examples=WindowsConfig(max_length=256),
+        data=DataConfig(corpus="shakespeare"),
+        model=decoder_config(vocab_size=8192, hidden_size=384, num_layers=6, max_positions=512),
+        batch=BatchConfig(size=8),
+        optimizer=ours,
+        schedule=Schedule("wsd"),
+        budget=Budget(max_steps=1200),
+        evaluation=EvalConfig(every=100, max_examples=256),
+        checkpoint=CheckpointConfig(every=200),
+        sample_prompts=SAMPLES,
+    )
     adam = OptimizerConfig(name="adamw", lr=2.5e-4, weight_decay=0.01, beta2=0.999, max_grad_norm=1.0)
     paper = _published("gpt", presets.PRESETS["gpt"], 64, 512, adam, warmup=2000, steps=3_600_000)
     return recipe_of_size(
@@ -78,8 +88,8 @@ def gpt2(size: str = "tiny") -> Recipe:
 
         firth train gpt2                 3.86 to 2.43 bits per byte in 600 steps, 117 s
 
-    The paper gives 512 sequences of 1,024 tokens and no learning rate; rate, warmup and length are GPT-3's for its sizes (Brown 2020, table 2.1 and
-    appendix B).
+    The paper gives 512 sequences of 1,024 tokens and no learning rate; rate, warmup and length are GPT-3's for its sizes (Brown
+    2020, table 2.1 and appendix B).
     """
     steps = {"small": ("gpt2", 6e-4), "medium": ("gpt2-medium", 3e-4), "large": ("gpt2-large", 2.5e-4),
              "published": ("gpt2-xl", 2e-4)}  # fmt: skip

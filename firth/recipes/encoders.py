@@ -53,11 +53,19 @@ def bert(size: str = "tiny") -> Recipe:
     examples.max_length=128 for theirs). "large" is BERT-large.
     """
     paper = Recipe(
-        name="bert", objective=NSP() + MLM(num_maskings=10), examples=SegmentPairsConfig(max_length=512), model=presets.PRESETS["bert-base"],
-        tokenizer=TokenizerConfig(algorithm="wordpiece", vocab_size=30522), batch=BatchConfig(size=256),
-        optimizer=OptimizerConfig(name="adamw", lr=1e-4, weight_decay=0.01, beta2=0.999), sample_prompts=SAMPLES,
-        schedule=Schedule("linear", warmup_ratio=0.01), budget=Budget(max_steps=1_000_000), evaluation=EvalConfig(every=1000), checkpoint=CheckpointConfig(every=1000),
-    )  # fmt: skip
+        name="bert",
+        objective=NSP() + MLM(num_maskings=10),
+        examples=SegmentPairsConfig(max_length=512),
+        model=presets.PRESETS["bert-base"],
+        tokenizer=TokenizerConfig(algorithm="wordpiece", vocab_size=30522),
+        batch=BatchConfig(size=256),
+        optimizer=OptimizerConfig(name="adamw", lr=1e-4, weight_decay=0.01, beta2=0.999),
+        sample_prompts=SAMPLES,
+        schedule=Schedule("linear", warmup_ratio=0.01),
+        budget=Budget(max_steps=1_000_000),
+        evaluation=EvalConfig(every=1000),
+        checkpoint=CheckpointConfig(every=1000),
+    )
     body = replace(encoder_config(VOCAB_SIZE, HIDDEN_SIZE, NUM_LAYERS, max_positions=MAX_POSITIONS), type_vocab_size=2)
     return recipe_of_size(
         "bert",
@@ -87,16 +95,32 @@ def roberta(size: str = "tiny") -> Recipe:
     Published (large): 8,192 sequences of 512 tokens, 500,000 steps, Adam at 4e-4 after 30,000 warmup steps, byte-level BPE of 50,265.
     """
     small = Recipe(
-        name="roberta", objective=MLM(mlm_probability=MLM_PROBABILITY), examples=ChunksConfig(max_length=128), data=DataConfig(corpus="shakespeare"),
-        model=encoder_config(vocab_size=8192, hidden_size=384, num_layers=6, max_positions=512), batch=BatchConfig(size=32, pack_to_length=128), sample_prompts=SAMPLES,
-        schedule=Schedule("wsd"), budget=Budget(max_steps=1000), evaluation=EvalConfig(every=100, max_examples=256), checkpoint=CheckpointConfig(every=200),
-    )  # fmt: skip
+        name="roberta",
+        objective=MLM(mlm_probability=MLM_PROBABILITY),
+        examples=ChunksConfig(max_length=128),
+        data=DataConfig(corpus="shakespeare"),
+        model=encoder_config(vocab_size=8192, hidden_size=384, num_layers=6, max_positions=512),
+        batch=BatchConfig(size=32, pack_to_length=128),
+        sample_prompts=SAMPLES,
+        schedule=Schedule("wsd"),
+        budget=Budget(max_steps=1000),
+        evaluation=EvalConfig(every=100, max_examples=256),
+        checkpoint=CheckpointConfig(every=200),
+    )
     paper = Recipe(
-        name="roberta", objective=MLM(), examples=ChunksConfig(max_length=512), model=presets.PRESETS["roberta-large"],
-        tokenizer=TokenizerConfig(vocab_size=50265), batch=BatchConfig(size=8192, pack_to_length=512), sample_prompts=SAMPLES,
+        name="roberta",
+        objective=MLM(),
+        examples=ChunksConfig(max_length=512),
+        model=presets.PRESETS["roberta-large"],
+        tokenizer=TokenizerConfig(vocab_size=50265),
+        batch=BatchConfig(size=8192, pack_to_length=512),
+        sample_prompts=SAMPLES,
         optimizer=OptimizerConfig(name="adamw", lr=4e-4, weight_decay=0.01, beta2=0.98, eps=1e-6, max_grad_norm=0.0),
-        schedule=Schedule("linear", warmup_ratio=0.06), budget=Budget(max_steps=500_000), evaluation=EvalConfig(every=1000), checkpoint=CheckpointConfig(every=1000),
-    )  # fmt: skip
+        schedule=Schedule("linear", warmup_ratio=0.06),
+        budget=Budget(max_steps=500_000),
+        evaluation=EvalConfig(every=1000),
+        checkpoint=CheckpointConfig(every=1000),
+    )
     body = encoder_config(VOCAB_SIZE, HIDDEN_SIZE, NUM_LAYERS, max_positions=MAX_POSITIONS)
     return recipe_of_size(
         "roberta",
@@ -167,8 +191,8 @@ def albert(size: str = "tiny") -> Recipe:
         firth train albert               6.56 to 5.15 in 500 steps, 134 s; sentence order stays at chance
         firth train albert:published data.path=FILES
 
-    Published (section 4.1): ALBERT-base, 125,000 steps of 4,096 pairs of 512 tokens, masks of n-grams up to three whole words. The paper uses
-    LAMB at 1.76e-3; firth has no LAMB, so AdamW at RoBERTa's rate for large batches replaces it.
+    Published (section 4.1): ALBERT-base, 125,000 steps of 4,096 pairs of 512 tokens, masks of n-grams up to three whole words.
+    The paper uses LAMB at 1.76e-3; firth has no LAMB, so AdamW at RoBERTa's rate for large batches replaces it.
     """
     return recipe_of_size("albert", size, {"tiny": _albert_tiny(), "published": _albert_published()})
 
@@ -272,11 +296,19 @@ def xlnet(size: str = "tiny") -> Recipe:
     a third of the tokens, one by one.
     """
     paper = Recipe(
-        name="xlnet", objective=PLM(noise="contexts"), examples=WindowsConfig(max_length=512), model=presets.PRESETS["xlnet-large"],
-        tokenizer=TokenizerConfig(algorithm="unigram", vocab_size=32000), batch=BatchConfig(size=8192), sample_prompts=SAMPLES,
+        name="xlnet",
+        objective=PLM(noise="contexts"),
+        examples=WindowsConfig(max_length=512),
+        model=presets.PRESETS["xlnet-large"],
+        tokenizer=TokenizerConfig(algorithm="unigram", vocab_size=32000),
+        batch=BatchConfig(size=8192),
+        sample_prompts=SAMPLES,
         optimizer=OptimizerConfig(name="adamw", lr=4e-4, weight_decay=0.01, beta2=0.999, eps=1e-6),
-        schedule=Schedule("linear", warmup_ratio=0.08), budget=Budget(max_steps=500_000), evaluation=EvalConfig(every=1000), checkpoint=CheckpointConfig(every=1000),
-    )  # fmt: skip
+        schedule=Schedule("linear", warmup_ratio=0.08),
+        budget=Budget(max_steps=500_000),
+        evaluation=EvalConfig(every=1000),
+        checkpoint=CheckpointConfig(every=1000),
+    )
     body = replace(
         encoder_config(VOCAB_SIZE, HIDDEN_SIZE, NUM_LAYERS, max_positions=MAX_POSITIONS),
         position="xlnet",
@@ -313,11 +345,19 @@ def mpnet(size: str = "tiny") -> Recipe:
     """
     objective = MPNet(noise="words")
     paper = Recipe(
-        name="mpnet", objective=objective, examples=ChunksConfig(max_length=512), model=presets.PRESETS["mpnet-base"],
-        tokenizer=TokenizerConfig(algorithm="wordpiece", vocab_size=30527), batch=BatchConfig(size=8192), sample_prompts=SAMPLES,
+        name="mpnet",
+        objective=objective,
+        examples=ChunksConfig(max_length=512),
+        model=presets.PRESETS["mpnet-base"],
+        tokenizer=TokenizerConfig(algorithm="wordpiece", vocab_size=30527),
+        batch=BatchConfig(size=8192),
+        sample_prompts=SAMPLES,
         optimizer=OptimizerConfig(name="adamw", lr=6e-4, weight_decay=0.01, beta2=0.98, eps=1e-6, max_grad_norm=0.0),
-        schedule=Schedule("linear", warmup_ratio=0.048), budget=Budget(max_steps=500_000), evaluation=EvalConfig(every=1000), checkpoint=CheckpointConfig(every=1000),
-    )  # fmt: skip
+        schedule=Schedule("linear", warmup_ratio=0.048),
+        budget=Budget(max_steps=500_000),
+        evaluation=EvalConfig(every=1000),
+        checkpoint=CheckpointConfig(every=1000),
+    )
     body = encoder_config(VOCAB_SIZE, HIDDEN_SIZE, NUM_LAYERS, max_positions=MAX_POSITIONS)
     return recipe_of_size(
         "mpnet",
@@ -376,7 +416,8 @@ def contrastive(size: str = "tiny") -> Recipe:
         firth train contrastive          300 steps, 92 s: the neighbor is nearer than a random piece in 70% (64% untrained)
         firth train contrastive:published init_from=BERT_BASE data.path=mine/sentences.txt data.split_by=line
 
-    Published: unsupervised SimCSE on BERT-base, 10^6 sentences once, 64 per step, two dropout views. `init_from` brings its own model config.
+    Published: unsupervised SimCSE on BERT-base, 10^6 sentences once, 64 per step, two dropout views. `init_from` brings its own
+    model config.
     """
     tiny = tiny_recipe(
         "contrastive",

@@ -2,42 +2,43 @@
 
     firth train classification init_from=runs/bert data=reviews.csv examples.text_field=review examples.label_field=stars
     firth train classification init_from=MODEL data=pairs.csv examples.text_field=premise examples.text_pair_field=hypothesis
-    firth train regression init_from=MODEL data=pairs.tsv examples.text_field=sentence1 examples.text_pair_field=sentence2 examples.label_field=score
+    firth train regression init_from=MODEL data=pairs.tsv examples.text_field=a examples.text_pair_field=b examples.label_field=score
     firth train multiple_choice init_from=MODEL data=questions.jsonl
     firth train token_classification init_from=MODEL data=train.conll data.validation_path=dev.conll
     firth train question_answering init_from=MODEL data=train-v1.1.json data.validation_path=dev-v1.1.json
-    firth train text_to_text init_from=runs/t5 data=pairs.csv "examples.prompt_template=translate to French: {en}" "examples.completion_template={fr}"
+    firth train text_to_text init_from=MODEL data=pairs.csv "examples.prompt_template=in French: {en}" "examples.completion_template={fr}"
     firth train glue:mrpc init_from=MODEL data=MRPC/train.tsv data.validation_path=MRPC/dev.tsv
     firth evaluate runs/glue-mrpc runs/glue-cola --task glue
 
 Errors in a file name its line. Labels that mean "no label" (SNLI's "-") are left out with "examples.missing_labels=['-']".
 
-Without init_from the model starts from random weights: model={hidden_size: 192, num_layers: 4, num_heads: 3, causal: false}. An encoder reads
-the class at [CLS], a decoder at its last token, an encoder-decoder at the first token of its output.
+Without init_from the model starts from random weights: model={hidden_size: 192, num_layers: 4, num_heads: 3, causal: false}. An
+encoder reads the class at [CLS], a decoder at its last token, an encoder-decoder at the first token of its output.
 
 Several examples share one row of the batch and do not attend to each other. Where that is impossible (the options of a question, prompt
 tuning), batches are made of examples of similar length (`batch.pack_to_length`, `batch.group_by_length`).
 
-    evaluation.every=50 evaluation.best_metric=f1 evaluation.patience=3     export the best checkpoint, stop after three evaluations without a new best
-    objective.class_weights=balanced objective.label_smoothing=0.1   weight the classes equally; spread a tenth of each label over all classes
+    evaluation.every=50 evaluation.best_metric=f1 evaluation.patience=3     the best checkpoint; stop after three evaluations without a new best
+    objective.class_weights=balanced objective.label_smoothing=0.1          classes of equal weight; a tenth of each label spread over all
 
 Few labels and many texts without one: a classifier of the labeled records is the teacher, and its confident predictions are labels.
 
     firth train classification init_from=runs/bert data=labeled.csv --out runs/teacher
     firth train semi_supervised init_from=runs/bert data=labeled.csv examples.teacher=runs/teacher examples.unlabeled_path=[more.txt]
 
-more.txt has one text per line; a table or JSON lines work too. `examples.num_labeled=100` replaces `examples.unlabeled_path` for a simulation on records that all
-have a label. `objective=consistency examples=partially_labeled` needs no teacher: predictions must agree when words are masked. It was worse than the labeled
-records alone with every seed.
+more.txt has one text per line; a table or JSON lines work too. `examples.num_labeled=100` replaces `examples.unlabeled_path`
+for a simulation on records that all have a label. `objective=consistency examples=partially_labeled` needs no teacher:
+predictions must agree when words are masked. It was worse than the labeled records alone with every seed.
 
 Several labels per record, some of them wrong: all votes are trained on.
 
     firth train weak_supervision init_from=runs/bert data.path=voted.jsonl
     firth train weak_supervision init_from=runs/bert data=labeled.csv examples=simulated_annotators
 
-The second command replaces the labels by votes of `examples.num_annotators=5` annotators who are right with probability `examples.annotator_accuracy=0.7`.
-Baselines: `classification` on the labeled records alone, and `firth train weak_supervision objective=classification`, which trains on the majority of the
-same votes. Results: docs/results/tasks.md and docs/results/few-labels.md.
+The second command replaces the labels by votes of `examples.num_annotators=5` annotators who are right with probability
+`examples.annotator_accuracy=0.7`. Baselines: `classification` on the labeled records alone, and `firth train weak_supervision
+objective=classification`, which trains on the majority of the same votes. Results: docs/results/tasks.md and
+docs/results/few-labels.md.
 """
 
 from __future__ import annotations
@@ -67,8 +68,9 @@ from firth.train.schedule import Budget, Schedule
 def classification() -> Recipe:
     """Return classification of a text or a pair of texts.
 
-    The learning rate suits a small published encoder. MiniLM, 80 steps, headlines and reviews: accuracy 0.852 and 0.807 at 1e-4, 0.856 and 0.823 at 2e-4,
-    0.857 and 0.811 at 5e-4. BERT-base needs a fifth of it, a tiny encoder of one's own up to ten times as much.
+    The learning rate suits a small published encoder. MiniLM, 80 steps, headlines and reviews: accuracy 0.852 and 0.807 at
+    1e-4, 0.856 and 0.823 at 2e-4, 0.857 and 0.811 at 5e-4. BERT-base needs a fifth of it, a tiny encoder of one's own up to ten
+    times as much.
     """
     return Recipe(
         name="classification",
@@ -157,7 +159,9 @@ these are left out. STS-B is a regression."""
 
 
 def glue(size: str = "sst2") -> Recipe:
-    """Return a GLUE task by its name: `firth train glue:cola`; for MNLI data.validation_path is either of its two development sets, or both.
+    """Return a GLUE task by its name: `firth train glue:cola`.
+
+    For MNLI data.validation_path is either of its two development sets, or both.
 
     `firth evaluate runs/glue-cola runs/glue-sst2 --task glue` gives the score of several (`firth.evaluate.glue`).
     """

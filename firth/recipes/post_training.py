@@ -7,8 +7,9 @@
     firth train ppo init_from=runs/sft examples.reward_model=runs/reward_model data.path=dialogues.jsonl
     firth train reinforce init_from=runs/sft examples.reward_function=my.module:score data.path=dialogues.jsonl
 
-Records: dialogues {"messages"} or {"prompt", "completion"}; preferences {"prompt", "chosen", "rejected"}; rankings {"prompt", "answers"}, the
-best first. All use AdamW at a small learning rate: Muon's updates of equal size help a model that starts from random weights and damage a pretrained one.
+Records: dialogues {"messages"} or {"prompt", "completion"}; preferences {"prompt", "chosen", "rejected"}; rankings {"prompt",
+"answers"}, the best first. All use AdamW at a small learning rate: Muon's updates of equal size help a model that starts from
+random weights and damage a pretrained one.
 """
 
 from __future__ import annotations

@@ -50,13 +50,21 @@ def word2vec(size: str = "tiny") -> Recipe:
     Published: 1.6 billion words, windows of 5, 300 dimensions for each of 692,000 words (Mikolov 2013b, section 3).
     """
     tiny = Recipe(
-        name="word2vec", objective=Word2Vec(), examples=WordWindowsConfig(), data=DATA, tokenizer=WORDS,
-        model=word_vector_config(WORDS.vocab_size, 128), batch=BatchConfig(size=16),
+        name="word2vec",
+        objective=Word2Vec(),
+        examples=WordWindowsConfig(),
+        data=DATA,
+        tokenizer=WORDS,
+        model=word_vector_config(WORDS.vocab_size, 128),
+        batch=BatchConfig(size=16),
         optimizer=OptimizerConfig(name="adamw", lr=1e-2, weight_decay=0.0, beta2=0.99, max_grad_norm=0.0),
-        schedule=Schedule("linear", warmup_ratio=0.02), budget=Budget(max_steps=1500),
-        evaluation=EvalConfig(every=500, max_examples=256), checkpoint=CheckpointConfig(every=500), sample_prompts=("king", "good", "went", "blood"),
+        schedule=Schedule("linear", warmup_ratio=0.02),
+        budget=Budget(max_steps=1500),
+        evaluation=EvalConfig(every=500, max_examples=256),
+        checkpoint=CheckpointConfig(every=500),
+        sample_prompts=("king", "good", "went", "blood"),
         precision="fp32",
-    )  # fmt: skip
+    )
     published = replace(
         tiny, data=DataConfig(), tokenizer=TokenizerConfig(algorithm="word", vocab_size=692_000), model=word_vector_config(692_000, 300),
         examples=WordWindowsConfig(subsampling_threshold=1e-5), batch=BatchConfig(size=256), budget=Budget(max_steps=12_000),
@@ -77,10 +85,17 @@ def lstm(size: str = "tiny") -> Recipe:
         steps=600, batch=BatchConfig(size=16), optimizer=OptimizerConfig(lr=6e-3), samples=("The ", "I think that ", "What is "),
     )  # fmt: skip
     published = replace(
-        tiny, data=DataConfig(), tokenizer=TokenizerConfig(algorithm="word", vocab_size=30_000), sample_prompts=(),
-        model=replace(recurrent_config(30_000, 1024, 1, max_positions=400), dropout=0.25), examples=WindowsConfig(max_length=400),
-        batch=BatchConfig(size=128), budget=Budget(max_steps=100_000), evaluation=EvalConfig(every=2000), checkpoint=CheckpointConfig(every=2000),
-    )  # fmt: skip
+        tiny,
+        data=DataConfig(),
+        tokenizer=TokenizerConfig(algorithm="word", vocab_size=30_000),
+        sample_prompts=(),
+        model=replace(recurrent_config(30_000, 1024, 1, max_positions=400), dropout=0.25),
+        examples=WindowsConfig(max_length=400),
+        batch=BatchConfig(size=128),
+        budget=Budget(max_steps=100_000),
+        evaluation=EvalConfig(every=2000),
+        checkpoint=CheckpointConfig(every=2000),
+    )
     return recipe_of_size("lstm", size, {"tiny": tiny, "published": published})
 
 
@@ -89,8 +104,8 @@ def elmo(size: str = "tiny") -> Recipe:
 
         firth train elmo                 nats per token: forward 8.32 to 5.19, backward 8.32 to 5.12, in 500 steps, 116 s
 
-    Published (section 3.4): two layers of 4,096 cells with projections of 512, 2,048 filters over 50 bytes, a billion words for ten epochs, a
-    softmax over whole words.
+    Published (section 3.4): two layers of 4,096 cells with projections of 512, 2,048 filters over 50 bytes, a billion words for
+    ten epochs, a softmax over whole words.
     """
     tiny = tiny_recipe(
         "elmo", BiLM(), WindowsConfig(max_length=64), elmo_config(VOCAB_SIZE, 2 * HIDDEN_SIZE, 2, characters=16, filters=256),

@@ -40,27 +40,42 @@ def t5(size: str = "tiny") -> Recipe:
         firth train t5:small             17 M parameters
         firth train t5:published data.path=C4
 
-    Published: 128 sequences of 512 tokens, 2**19 steps. The paper trains with Adafactor at 0.01 and the inverse square root of the step; here
-    AdamW at 1e-4 with a cosine replaces it, as in T5's successors.
+    Published: 128 sequences of 512 tokens, 2**19 steps. The paper trains with Adafactor at 0.01 and the inverse square root of
+    the step; here AdamW at 1e-4 with a cosine replaces it, as in T5's successors.
     """
     # The relative biases must grow to several units, and the untied head begins near zero.
     ours = OptimizerConfig(scalar_lr=3e-2)
     small = Recipe(
-        name="t5", objective=SpanCorruption(), examples=ChunksConfig(max_length=256, add_special_tokens=False), data=DataConfig(corpus="shakespeare"),
-        model=encoder_decoder_config(vocab_size=8192, hidden_size=384, num_layers=4, max_positions=512), batch=BatchConfig(size=16), optimizer=ours,
-        schedule=Schedule("wsd"), budget=Budget(max_steps=1000), evaluation=EvalConfig(every=100, max_examples=256), checkpoint=CheckpointConfig(every=200),
-    )  # fmt: skip
+        name="t5",
+        objective=SpanCorruption(),
+        examples=ChunksConfig(max_length=256, add_special_tokens=False),
+        data=DataConfig(corpus="shakespeare"),
+        model=encoder_decoder_config(vocab_size=8192, hidden_size=384, num_layers=4, max_positions=512),
+        batch=BatchConfig(size=16),
+        optimizer=ours,
+        schedule=Schedule("wsd"),
+        budget=Budget(max_steps=1000),
+        evaluation=EvalConfig(every=100, max_examples=256),
+        checkpoint=CheckpointConfig(every=200),
+    )
     # Half of the blocks on each side: as many parameters as the other tiny bodies.
     body = encoder_decoder_config(VOCAB_SIZE, HIDDEN_SIZE, NUM_LAYERS // 2, max_positions=MAX_POSITIONS)
     sizes = {
         name: Recipe(
-            name="t5", objective=SpanCorruption(), examples=ChunksConfig(max_length=512, add_special_tokens=False), model=presets.PRESETS[shape],
-            tokenizer=TokenizerConfig(algorithm="unigram", vocab_size=32100), batch=BatchConfig(size=128),
+            name="t5",
+            objective=SpanCorruption(),
+            examples=ChunksConfig(max_length=512, add_special_tokens=False),
+            model=presets.PRESETS[shape],
+            tokenizer=TokenizerConfig(algorithm="unigram", vocab_size=32100),
+            batch=BatchConfig(size=128),
             optimizer=OptimizerConfig(name="adamw", lr=1e-4, weight_decay=0.0, beta2=0.999),
-            schedule=Schedule("cosine", warmup_ratio=10_000 / 2**19), budget=Budget(max_steps=2**19), evaluation=EvalConfig(every=1000), checkpoint=CheckpointConfig(every=1000),
+            schedule=Schedule("cosine", warmup_ratio=10_000 / 2**19),
+            budget=Budget(max_steps=2**19),
+            evaluation=EvalConfig(every=1000),
+            checkpoint=CheckpointConfig(every=1000),
         )
         for name, shape in (("base", "t5-base"), ("large", "t5-large"), ("3b", "t5-3b"), ("published", "t5-11b"))
-    }  # fmt: skip
+    }
     plan = tiny_recipe(
         "t5",
         SpanCorruption(),
@@ -80,19 +95,29 @@ def bart(size: str = "tiny") -> Recipe:
         firth train bart objective.noises=[deletion]
         firth train bart:published data.path=BOOKS_NEWS_AND_STORIES
 
-    Sentences are permuted, then 30% of the tokens are replaced in spans by one mask each. The second command uses one kind of noise alone, as
-    in the paper's table 1. Published (large): 12 layers on each side, 8,000 sequences, 500,000 steps, GPT-2's byte-level BPE. The paper turns dropout off for the last
-    tenth of the steps (here it stays on) and states no learning rate; RoBERTa's is used, whose batches it takes.
+    Sentences are permuted, then 30% of the tokens are replaced in spans by one mask each. The second command uses one kind of
+    noise alone, as in the paper's table 1. Published (large): 12 layers on each side, 8,000 sequences, 500,000 steps, GPT-2's
+    byte-level BPE. The paper turns dropout off for the last tenth of the steps (here it stays on) and states no learning rate;
+    RoBERTa's is used, whose batches it takes.
     """
     paper = {
         name: Recipe(
-            name="bart", objective=Denoising(), examples=ChunksConfig(max_length=512, add_special_tokens=False), model=presets.PRESETS[shape],
-            tokenizer=TokenizerConfig(vocab_size=50265), batch=BatchConfig(size=8000, pack_to_length=512),
-            optimizer=OptimizerConfig(name="adamw", lr=4e-4, weight_decay=0.01, beta2=0.98, eps=1e-6, max_grad_norm=0.0),
-            schedule=Schedule("linear", warmup_ratio=0.06), budget=Budget(max_steps=500_000), evaluation=EvalConfig(every=1000), checkpoint=CheckpointConfig(every=1000),
+            name="bart",
+            objective=Denoising(),
+            examples=ChunksConfig(max_length=512, add_special_tokens=False),
+            model=presets.PRESETS[shape],
+            tokenizer=TokenizerConfig(vocab_size=50265),
+            batch=BatchConfig(size=8000, pack_to_length=512),
+            optimizer=OptimizerConfig(
+                name="adamw", lr=4e-4, weight_decay=0.01, beta2=0.98, eps=1e-6, max_grad_norm=0.0
+            ),
+            schedule=Schedule("linear", warmup_ratio=0.06),
+            budget=Budget(max_steps=500_000),
+            evaluation=EvalConfig(every=1000),
+            checkpoint=CheckpointConfig(every=1000),
         )
         for name, shape in (("base", "bart-base"), ("published", "bart-large"))
-    }  # fmt: skip
+    }
     # Half of the blocks on each side: as many parameters as the other tiny bodies.
     body = encoder_decoder_config(VOCAB_SIZE, HIDDEN_SIZE, NUM_LAYERS // 2, max_positions=MAX_POSITIONS)
     # The relative biases must grow to several units, and the untied head begins near zero.
@@ -120,12 +145,18 @@ def prefix_lm(size: str = "tiny") -> Recipe:
     """
     examples = ChunksConfig(max_length=128, add_special_tokens=False, min_length=2)
     paper = Recipe(
-        name="prefix_lm", objective=PrefixLM(), examples=replace(examples, max_length=512),
+        name="prefix_lm",
+        objective=PrefixLM(),
+        examples=replace(examples, max_length=512),
         model=replace(presets.PRESETS["t5-base"], num_encoder_layers=0, causal=False),
-        tokenizer=TokenizerConfig(algorithm="unigram", vocab_size=32100), batch=BatchConfig(size=128),
+        tokenizer=TokenizerConfig(algorithm="unigram", vocab_size=32100),
+        batch=BatchConfig(size=128),
         optimizer=OptimizerConfig(name="adamw", lr=1e-4, weight_decay=0.0, beta2=0.999),
-        schedule=Schedule("cosine", warmup_ratio=10_000 / 2**19), budget=Budget(max_steps=2**19), evaluation=EvalConfig(every=1000), checkpoint=CheckpointConfig(every=1000),
-    )  # fmt: skip
+        schedule=Schedule("cosine", warmup_ratio=10_000 / 2**19),
+        budget=Budget(max_steps=2**19),
+        evaluation=EvalConfig(every=1000),
+        checkpoint=CheckpointConfig(every=1000),
+    )
     # What reads both ways is no causal decoder to others: only firth loads it.
     body = replace(decoder_config(VOCAB_SIZE, HIDDEN_SIZE, NUM_LAYERS, max_positions=MAX_POSITIONS), causal=False)
     sides = encoder_decoder_config(VOCAB_SIZE, HIDDEN_SIZE, NUM_LAYERS // 2, max_positions=MAX_POSITIONS)
@@ -162,16 +193,24 @@ def closed_book(size: str = "tiny") -> Recipe:
 
         firth train closed_book          1,100 glosses of places, 3,000 steps, 138 s: training loss 4.60 to 0.34
 
-    `objective.noise=spans` masks any tokens, the baseline of both papers; `data.corpus=people` has names and dates. The papers continue T5 (set
-    `init_from`) for 100,000 steps of 196,608 tokens at 0.001 on sentences of Wikipedia with Adafactor; AdamW here.
+    `objective.noise=spans` masks any tokens, the baseline of both papers; `data.corpus=people` has names and dates. The papers
+    continue T5 (set `init_from`) for 100,000 steps of 196,608 tokens at 0.001 on sentences of Wikipedia with Adafactor; AdamW
+    here.
     """
     objective, examples = SpanCorruption(noise="salient"), ChunksConfig(max_length=128, add_special_tokens=False)
     paper = Recipe(
-        name="closed_book", objective=objective, examples=replace(examples, max_length=512), model=presets.PRESETS["t5-11b"],
-        tokenizer=TokenizerConfig(algorithm="unigram", vocab_size=32100), batch=BatchConfig(size=384),
+        name="closed_book",
+        objective=objective,
+        examples=replace(examples, max_length=512),
+        model=presets.PRESETS["t5-11b"],
+        tokenizer=TokenizerConfig(algorithm="unigram", vocab_size=32100),
+        batch=BatchConfig(size=384),
         optimizer=OptimizerConfig(name="adamw", lr=1e-4, weight_decay=0.0, beta2=0.999),
-        schedule=Schedule("constant", warmup_ratio=0.01), budget=Budget(max_steps=100_000), evaluation=EvalConfig(every=1000), checkpoint=CheckpointConfig(every=1000),
-    )  # fmt: skip
+        schedule=Schedule("constant", warmup_ratio=0.01),
+        budget=Budget(max_steps=100_000),
+        evaluation=EvalConfig(every=1000),
+        checkpoint=CheckpointConfig(every=1000),
+    )
     # Nearly every name is one token of 8,192, and the body is small: each gloss is read some eighty times in two minutes.
     body = encoder_decoder_config(8192, 128, 1, max_positions=MAX_POSITIONS)
     plan = tiny_recipe(
@@ -226,9 +265,9 @@ def vae(size: str = "tiny") -> Recipe:
 
         firth train vae                  ELBO -6.30 to -4.90 nats per token in 600 steps, 127 s; the latent carries 0.9 nats per text
 
-    The samples are texts from the prior and texts between two others. The report says how many nats the latent carries and whether the
-    posterior has collapsed. Published has Bowman's numbers where a Transformer has a place for them (13 latent dimensions, 62.5% of the words
-    kept, 20,000 words); his networks are one-layer LSTMs.
+    The samples are texts from the prior and texts between two others. The report says how many nats the latent carries and
+    whether the posterior has collapsed. Published has Bowman's numbers where a Transformer has a place for them (13 latent
+    dimensions, 62.5% of the words kept, 20,000 words); his networks are one-layer LSTMs.
     """
     samples = ("<prior>", "I will go with you. <to> What is the matter?")
     body = encoder_decoder_config(VOCAB_SIZE, HIDDEN_SIZE, NUM_LAYERS // 2, max_positions=MAX_POSITIONS)

@@ -1,1 +1,1 @@
-"""report: one self-contained page with every curve, table and sample of a run."""
+"""Self-contained HTML reports of runs: charts, tables and samples."""

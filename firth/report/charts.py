@@ -1,9 +1,8 @@
-"""Curves as inline SVG, written by hand so that the page's own style colours them in light and in dark.
+"""Line charts as inline SVG, colored by the page's style sheet in light and dark themes.
 
-A plotting library writes its colours into the picture; here every stroke is a class of the page's style sheet
-(`c0`..`c5`, a colour-blind-safe palette with a light and a dark set), so one picture serves both themes and weighs
-a few kilobytes. Curves carry their names at their ends, not in a legend; the value under the pointer is a plain
-`<title>`, which needs no script.
+A plotting library would write fixed colors into the picture. Here every stroke is a class of the style sheet (`c0`..`c5`,
+a color-blind-safe palette with a light and a dark set), so one picture of a few kilobytes serves both themes. Curves are
+labeled at their ends, not in a legend; the value under the pointer is a plain `<title>`, which needs no script.
 
 >>> figure = Figure("Loss", "step", "nats per token", (Curve("train", (0, 1, 2), (3.0, 2.0, 1.5)),))
 >>> picture = svg(figure)
@@ -22,28 +21,34 @@ import numpy as np
 from markupsafe import Markup, escape
 
 COLORS = 6
-"""How many colours the style sheet names; a figure with more curves repeats them."""
+"""Number of colors in the style sheet; a figure with more curves repeats them."""
 
 DISTINCT = 4
-"""How many of them every eye tells apart (tests/test_report_page.py); a curve of a later colour is dashed as well."""
+"""Number of colors that color-blind readers can distinguish (tests/test_report_page.py); later curves are also dashed."""
 
-_GLYPH = 6.5  # px: a generous mean width of one digit at the 12 px of the style sheet
-_BOLD = 7.3  # px: the same for a letter of a curve's name
-_LINE = 15.0  # px between two end labels
-_DRAWN = 320  # points of a polyline: about two per pixel column
-_APART = 4.0  # px between the points of two curves with intervals at one x
-_HOVER = 48  # points of a curve that answer the pointer
+_DIGIT_PX = 6.5  # a generous mean width of one digit at the 12 px of the style sheet
+_BOLD_PX = 7.3  # the same for a letter of a curve's name
+_LINE_PX = 15.0  # between two end labels
+_MAX_POINTS = 320  # of a polyline: about two per pixel column
+_DODGE_PX = 4.0  # between the points of two curves with intervals at one x
+_HOVER_POINTS = 48  # points of a curve with a value under the pointer
 
 
 @dataclass(frozen=True)
 class Curve:
-    """One line: x and y of equal length; points that are not finite break it.
+    """One curve.
 
-    smooth: half-width in points of the moving average to draw over the raw line, which is then thin; 0 draws it raw.
-    colour: which colour of the palette; -1 takes the next one. dashed: for what is a comparison, not a result.
-    points: mark every point, for a curve of few measurements. line: join the points; False draws dots only. intervals: the
-    low and the high end in y of an interval about each point (NaN where unknown); curves with intervals are drawn a few
-    pixels from each other, so that all can be read at one x.
+    Args:
+        label: Name, drawn at the end of the curve.
+        x: Values of x.
+        y: Values of y, as many as x; points that are not finite break the curve.
+        smooth: Half-width in points of the moving average drawn over the raw line; 0 draws the raw line only.
+        color: Index in the palette; -1 takes the next color.
+        dashed: Whether the line is dashed, for baselines.
+        points: Whether every point is marked, for a curve of few measurements.
+        line: Whether the points are joined.
+        intervals: Low and high end in y of an interval around each point (NaN where unknown). Curves with intervals are
+            drawn a few pixels from each other, so that all can be read at one x.
     """
 
     label: str
@@ -65,7 +70,7 @@ class Curve:
 
 @dataclass(frozen=True)
 class Level:
-    """A horizontal line to compare with: chance, a reference, what was reached elsewhere."""
+    """Horizontal reference line, such as chance or a baseline."""
 
     label: str
     y: float
@@ -73,7 +78,19 @@ class Level:
 
 @dataclass(frozen=True)
 class Figure:
-    """Curves on one pair of axes. x, y: axis labels with their units. zero: the y axis begins at 0."""
+    """Curves on one pair of axes.
+
+    Args:
+        title: Title above the figure.
+        x: Label of the x axis with its unit.
+        y: Label of the y axis with its unit.
+        curves: The curves.
+        note: Text below the figure.
+        levels: Horizontal reference lines.
+        log_x: Whether x is logarithmic.
+        log_y: Whether y is logarithmic.
+        zero: Whether the y axis includes 0.
+    """
 
     title: str
     x: str
@@ -87,7 +104,7 @@ class Figure:
 
 
 def number(value: float, digits: int = 4) -> str:
-    """A number for reading: `digits` significant figures, thousands as k, M, G from 10,000 on.
+    """Format a number with `digits` significant figures, and with k, M, G, T from 10,000.
 
     >>> [number(v) for v in (0, 3, 2.5, 0.000125, 9999, 12000, 3_250_000, -0.5)]
     ['0', '3', '2.5', '0.000125', '9,999', '12k', '3.25M', '−0.5']
@@ -108,7 +125,7 @@ def number(value: float, digits: int = 4) -> str:
 
 @dataclass(frozen=True)
 class _Axis:
-    """A scale from values to pixels, and the values that get a tick."""
+    """Scale from values to pixels, with the values of its ticks."""
 
     low: float
     high: float
@@ -125,7 +142,7 @@ class _Axis:
 
 
 def labels(ticks: Sequence[float]) -> list[str]:
-    """What stands at the ticks: equal decimals, so that they read as one column.
+    """Return tick labels with equal decimals.
 
     >>> labels((0.0, 0.25, 0.5)), labels((0.0, 1e6, 2e6)), labels((0.1, 1.0, 10.0))
     (['0.00', '0.25', '0.50'], ['0', '1M', '2M'], ['0.1', '1', '10'])
@@ -139,7 +156,7 @@ def labels(ticks: Sequence[float]) -> list[str]:
 
 
 def linear_ticks(low: float, high: float, wanted: int) -> tuple[float, ...]:
-    """Round values that enclose or meet [low, high], about `wanted` of them.
+    """Return about `wanted` round values that enclose [low, high].
 
     >>> linear_ticks(0.13, 0.92, 5)
     (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
@@ -153,12 +170,12 @@ def linear_ticks(low: float, high: float, wanted: int) -> tuple[float, ...]:
     unit = 10.0 ** math.floor(math.log10(rough))
     step = unit * min((m for m in (1, 2, 2.5, 5, 10) if m * unit >= rough * (1 - 1e-9)), default=10)
     first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
-    digits = 12 - min(0, math.floor(math.log10(step)))  # below the step, so that rates of 1e-12 have ticks, too
+    digits = 12 - min(0, math.floor(math.log10(step)))  # below the step, so that learning rates of 1e-12 have ticks
     return tuple(round(k * step, digits) for k in range(first, last + 1))
 
 
 def log_ticks(low: float, high: float) -> tuple[float, ...]:
-    """Powers of ten within a factor of the range; 1, 2, 5 of each where it spans under two decades.
+    """Return the powers of ten in the range; times 1, 2 and 5 if it spans less than two decades.
 
     >>> log_ticks(0.5, 3000), log_ticks(2, 30)
     ((1.0, 10.0, 100.0, 1000.0), (2.0, 5.0, 10.0, 20.0))
@@ -174,7 +191,7 @@ def log_ticks(low: float, high: float) -> tuple[float, ...]:
 
 
 def _finite(curve: Curve, figure: Figure) -> np.ndarray:
-    """The curve's points as (n, 2), NaN where it breaks; what a log axis cannot show is a break too."""
+    """Return the points of a curve (n, 2), NaN where it breaks; values that a log axis cannot show are breaks."""
     points = np.stack([np.asarray(curve.x, np.float64), np.asarray(curve.y, np.float64)], -1).reshape(-1, 2)
     bad = ~np.isfinite(points).all(-1)
     bad |= (figure.log_x & (points[:, 0] <= 0)) | (figure.log_y & (points[:, 1] <= 0))
@@ -182,9 +199,9 @@ def _finite(curve: Curve, figure: Figure) -> np.ndarray:
 
 
 def average(y: np.ndarray, half: int) -> np.ndarray:
-    """Moving mean over 2*half+1 points; breaks stay breaks.
+    """Return the moving average over 2*half+1 points; breaks remain.
 
-    It stays centred at the left end, where a loss is steep, and looks back at the right end, where it is noisy.
+    The window shrinks symmetrically at the left end, where a loss is steep, and is cut off at the right end.
 
     >>> average(np.array([0.0, 3.0, 6.0, 3.0]), 1).tolist()
     [0.0, 3.0, 4.0, 4.5]
@@ -201,21 +218,21 @@ def average(y: np.ndarray, half: int) -> np.ndarray:
 
 
 def thin(points: np.ndarray, most: int) -> np.ndarray:
-    """At most about `most` of the points, keeping the lowest and highest of every bin so that no spike is lost."""
+    """Return about `most` of the points, with the lowest and highest of every bin so that no spike is lost."""
     if len(points) <= most:
         return points
     kept = [0, len(points) - 1]
-    for part in np.array_split(np.arange(len(points)), most // 2):
-        y = points[part, 1]
+    for indices in np.array_split(np.arange(len(points)), most // 2):
+        y = points[indices, 1]
         if np.isfinite(y).any():
-            kept += [int(part[np.nanargmin(y)]), int(part[np.nanargmax(y)])]
+            kept += [int(indices[np.nanargmin(y)]), int(indices[np.nanargmax(y)])]
         if not np.isfinite(y).all():
-            kept.append(int(part[np.flatnonzero(~np.isfinite(y))[0]]))
+            kept.append(int(indices[np.flatnonzero(~np.isfinite(y))[0]]))
     return points[sorted(set(kept))]
 
 
 def spread(wanted: Sequence[float], gap: float, low: float, high: float) -> list[float]:
-    """Places as near as possible to the wanted ones, in their order, `gap` apart and within [low, high].
+    """Return positions close to the wanted ones, in their order, at least `gap` from each other and within [low, high].
 
     >>> spread([10, 12, 50], 10, 0, 55)
     [10, 20, 50]
@@ -223,18 +240,18 @@ def spread(wanted: Sequence[float], gap: float, low: float, high: float) -> list
     [45, 55]
     """
     order = sorted(range(len(wanted)), key=lambda i: wanted[i])
-    place = [min(max(wanted[i], low), high) for i in order]
-    for k in range(1, len(place)):
-        place[k] = max(place[k], place[k - 1] + gap)
-    for k in reversed(range(len(place))):
-        place[k] = min(place[k], high if k == len(place) - 1 else place[k + 1] - gap)
-    back = dict(zip(order, place, strict=True))
-    return [back[i] for i in range(len(wanted))]
+    placed = [min(max(wanted[i], low), high) for i in order]
+    for k in range(1, len(placed)):
+        placed[k] = max(placed[k], placed[k - 1] + gap)
+    for k in reversed(range(len(placed))):
+        placed[k] = min(placed[k], high if k == len(placed) - 1 else placed[k + 1] - gap)
+    by_index = dict(zip(order, placed, strict=True))
+    return [by_index[i] for i in range(len(wanted))]
 
 
 @dataclass(frozen=True)
 class _Box:
-    """The picture's size and what its names take of it: a right margin, or a key above the axes."""
+    """Size of the picture and room for the curve names: a right margin, or a key above the axes."""
 
     width: float
     height: float
@@ -244,28 +261,31 @@ class _Box:
 
 
 def _box(width: float, height: float, names: Sequence[tuple[str, str]]) -> _Box:
-    """Names stand at the ends of their lines if those leave three quarters of the width, else in a key above.
+    """Return the layout: names at the ends of the curves if that leaves three quarters of the width, else in a key above.
 
-    names: (label, style) in the order drawn.
+    Args:
+        width: Width in pixels.
+        height: Height in pixels without the key.
+        names: Label and style of each name, in the order drawn.
     """
-    widest = max(len(label) for label, _ in names) * _BOLD + 12
+    widest = max(len(label) for label, _ in names) * _BOLD_PX + 12
     if widest <= 0.27 * width:
         return _Box(width, height, 26, widest, "")
     out, x, y = [], 0.0, 12.0
     for label, style in names:
-        long = len(label) * _BOLD + 14
+        long = len(label) * _BOLD_PX + 14
         if x and x + long > width:
-            x, y = 0.0, y + _LINE + 1
+            x, y = 0.0, y + _LINE_PX + 1
         out.append(f'<text class="{style}" x="{x:.0f}" y="{y:.0f}">{escape(label)}</text>')
         x += long
     return _Box(width, height + y + 8, y + 34, 8, "".join(out))
 
 
 def _axes(figure: Figure, lines: Sequence[np.ndarray], box: _Box) -> tuple[_Axis, _Axis]:
-    """The two scales, with room on the left for the ticks and on the right for the curves' names."""
+    """Return both scales, with room on the left for tick labels and on the right for curve names."""
     known = np.concatenate([line[np.isfinite(line[:, 0])] for line in lines])
-    spreads = [end for curve in figure.curves for pair in curve.intervals for end in pair if math.isfinite(end)]
-    values = np.concatenate([known[:, 1], spreads, [level.y for level in figure.levels], [0.0] * figure.zero])
+    interval_ends = [end for curve in figure.curves for pair in curve.intervals for end in pair if math.isfinite(end)]
+    values = np.concatenate([known[:, 1], interval_ends, [level.y for level in figure.levels], [0.0] * figure.zero])
     x_low, x_high = float(known[:, 0].min()), float(known[:, 0].max())
     y_low, y_high = float(values.min()), float(values.max())
     if figure.log_y:
@@ -274,14 +294,14 @@ def _axes(figure: Figure, lines: Sequence[np.ndarray], box: _Box) -> tuple[_Axis
     else:
         y_ticks = linear_ticks(y_low, y_high, 5 if box.height > 240 else 4)
         y_low, y_high = y_ticks[0], y_ticks[-1]
-    left = max((len(t) for t in labels(y_ticks)), default=1) * _GLYPH + 8
+    left = max((len(t) for t in labels(y_ticks)), default=1) * _DIGIT_PX + 8
     if not figure.log_x and 0 < 0.8 * x_high < x_low:
-        x_low = 0.0  # points that are all but level would stand far apart
+        x_low = 0.0  # nearly equal x would otherwise be drawn far from each other
     if x_high <= x_low:
         x_low, x_high = (x_low / 2, x_high * 2) if figure.log_x else (x_low - 0.5, x_high + 0.5)
-    elif any(curve.intervals for curve in figure.curves) and not figure.log_x:  # room for points that stand apart
-        aside = _APART * len(lines) / 2 * (x_high - x_low) / (box.width - left - box.right)
-        x_low, x_high = x_low - aside, x_high + aside
+    elif any(curve.intervals for curve in figure.curves) and not figure.log_x:  # room for points moved sideways
+        margin = _DODGE_PX * len(lines) / 2 * (x_high - x_low) / (box.width - left - box.right)
+        x_low, x_high = x_low - margin, x_high + margin
     wanted = max(3, int((box.width - left - box.right) / 75))
     x_ticks = log_ticks(x_low, x_high) if figure.log_x else linear_ticks(x_low, x_high, wanted)
     shown = tuple(t for t in x_ticks if x_low <= t <= x_high)
@@ -289,19 +309,19 @@ def _axes(figure: Figure, lines: Sequence[np.ndarray], box: _Box) -> tuple[_Axis
     return across, _Axis(y_low, y_high, box.height - 40, box.top, figure.log_y, y_ticks)
 
 
-def _whiskers(curve: Curve, colour: str, across: _Axis, up: _Axis) -> list[str]:
-    """An upright line through each point that has an interval."""
+def _whiskers(curve: Curve, color: str, across: _Axis, up: _Axis) -> list[str]:
+    """Return a vertical line through each point that has an interval."""
     return [
-        f'<polyline class="whisker {colour}" points="{across(x):.1f},{up(low):.1f} {across(x):.1f},{up(high):.1f}"/>'
+        f'<polyline class="whisker {color}" points="{across(x):.1f},{up(low):.1f} {across(x):.1f},{up(high):.1f}"/>'
         for x, (low, high) in zip(curve.x, curve.intervals, strict=False)
         if math.isfinite(low)
     ]
 
 
 def _path(line: np.ndarray, across: _Axis, up: _Axis, style: str) -> str:
-    """One polyline per unbroken stretch."""
+    """Return one polyline per unbroken stretch."""
     stretches: list[list[str]] = [[]]
-    for x, y in thin(line, _DRAWN):
+    for x, y in thin(line, _MAX_POINTS):
         if math.isfinite(x):
             stretches[-1].append(f"{across(x):.1f},{up(y):.1f}")
         elif stretches[-1]:
@@ -310,9 +330,13 @@ def _path(line: np.ndarray, across: _Axis, up: _Axis, style: str) -> str:
 
 
 def svg(figure: Figure, width: int = 704, height: int = 310, style: str = "wide") -> Markup:
-    """The figure as one `<svg>` of that size in CSS pixels; colours and type are the page's style sheet.
+    """Draw a figure as an `<svg>`; colors and fonts come from the page's style sheet.
 
-    style: the page draws each figure "wide" and "narrow" and shows the one that fits the screen.
+    Args:
+        figure: The figure.
+        width: Width in CSS pixels.
+        height: Height in CSS pixels, without a key.
+        style: Class of the picture. The page draws each figure "wide" and "narrow" and shows the one that fits.
     """
     lines = [_finite(curve, figure) for curve in figure.curves]
     if not any(np.isfinite(line).any() for line in lines):
@@ -346,17 +370,17 @@ def svg(figure: Figure, width: int = 704, height: int = 310, style: str = "wide"
     for i, (curve, line) in enumerate(zip(figure.curves, lines, strict=True)):
         if np.isfinite(line).any():
             drawn = _smooth(line, curve)
-            aside = _APART * (i - (len(lines) - 1) / 2) * bool(curve.intervals)
-            at = replace(across, start=across.start + aside, end=across.end + aside)
-            out += _whiskers(curve, _style(i, curve), at, up)
-            colour = _style(i, curve)
+            shift = _DODGE_PX * (i - (len(lines) - 1) / 2) * bool(curve.intervals)
+            at = replace(across, start=across.start + shift, end=across.end + shift)
+            color = _style(i, curve)
+            out += _whiskers(curve, color, at, up)
             if curve.smooth:
-                out.append(_path(line, across, up, f"raw {colour}"))
+                out.append(_path(line, across, up, f"raw {color}"))
             if curve.line:
-                out.append(_path(drawn, at, up, f"curve {colour}" + " dashed" * (curve.dashed or i >= DISTINCT)))
-            out += _points(curve, drawn, colour, figure.x, at, up)
+                out.append(_path(drawn, at, up, f"curve {color}" + " dashed" * (curve.dashed or i >= DISTINCT)))
+            out += _points(curve, drawn, color, figure.x, at, up)
             x, y = drawn[np.isfinite(drawn[:, 0])][-1]
-            ends.append((curve.label, f"name {colour}", across(x), up(y)))
+            ends.append((curve.label, f"name {color}", across(x), up(y)))
     if not box.key:
         out += _names(ends, across, up)
     return Markup("".join(out) + "</svg>")
@@ -376,27 +400,27 @@ def _smooth(line: np.ndarray, curve: Curve) -> np.ndarray:
     return np.stack([line[:, 0], average(line[:, 1], curve.smooth)], -1) if curve.smooth else line
 
 
-def _points(curve: Curve, line: np.ndarray, colour: str, unit: str, across: _Axis, up: _Axis) -> list[str]:
-    """Circles that say their value under the pointer: seen if the curve asks for it, else only when pointed at."""
+def _points(curve: Curve, line: np.ndarray, color: str, unit: str, across: _Axis, up: _Axis) -> list[str]:
+    """Return circles with their value as title; visible for a curve with points, else only under the pointer."""
     known = line[np.isfinite(line[:, 0])]
-    seen = curve.points or not curve.line or len(known) == 1
-    most = _HOVER if curve.line else _DRAWN
+    visible = curve.points or not curve.line or len(known) == 1
+    most = _HOVER_POINTS if curve.line else _MAX_POINTS
     shown = known[np.unique(np.linspace(0, len(known) - 1, most).round().astype(int))]
-    mark, radius = ("dot", 3) if seen else ("hit", 6)
+    mark, radius = ("dot", 3) if visible else ("hit", 6)
     return [
-        f'<circle class="{mark} {colour}" cx="{across(x):.1f}" cy="{up(y):.1f}" r="{radius}">'
+        f'<circle class="{mark} {color}" cx="{across(x):.1f}" cy="{up(y):.1f}" r="{radius}">'
         f"<title>{escape(f'{curve.label}, {unit} {number(x)}: {number(y)}')}</title></circle>"
         for x, y in shown
     ]
 
 
 def _names(ends: Sequence[tuple[str, str, float, float]], across: _Axis, up: _Axis) -> list[str]:
-    """Each name beside the end of its line, moved apart where they would touch, with a thin leader if moved."""
+    """Return the name at the end of each line, moved where names would overlap, with a thin leader line if moved."""
     out = []
-    places = spread([y for *_, y in ends], _LINE, up.end, up.start)
-    for (label, style, x, y), place in zip(ends, places, strict=True):
-        if abs(place - y) > 5 or across.end - x > 5:
+    label_ys = spread([y for *_, y in ends], _LINE_PX, up.end, up.start)
+    for (label, style, x, y), label_y in zip(ends, label_ys, strict=True):
+        if abs(label_y - y) > 5 or across.end - x > 5:
             x1, x2 = f"{x + 3:.1f}", f"{across.end + 7:.1f}"
-            out.append(f'<line class="leader" x1="{x1}" y1="{y:.1f}" x2="{x2}" y2="{place:.1f}"/>')
-        out.append(f'<text class="{style}" x="{across.end + 9:.1f}" y="{place + 4:.1f}">{escape(label)}</text>')
+            out.append(f'<line class="leader" x1="{x1}" y1="{y:.1f}" x2="{x2}" y2="{label_y:.1f}"/>')
+        out.append(f'<text class="{style}" x="{across.end + 9:.1f}" y="{label_y + 4:.1f}">{escape(label)}</text>')
     return out

@@ -1,8 +1,9 @@
-"""A table of confusions as inline SVG: what was right by row, what was said by column, a cell darker the larger its share of
-its row. Coloured by the page's style sheet, like the curves.
+"""Confusion matrix as inline SVG: gold classes by row, predictions by column.
 
->>> picture = svg_matrix(Matrix("Said for right", ("ham", "spam"), ((90, 10), (5, 45))))
->>> picture.count("<rect"), "<title>ham, said to be spam: 10 of 100</title>" in picture
+A cell is darker the larger its share of its row. The page's style sheet colors it, like the charts.
+
+>>> picture = svg_matrix(Matrix("Confusion matrix", ("ham", "spam"), ((90, 10), (5, 45))))
+>>> picture.count("<rect"), "<title>ham, predicted as spam: 10 of 100</title>" in picture
 (4, True)
 """
 
@@ -13,12 +14,19 @@ from dataclasses import dataclass
 
 from markupsafe import Markup, escape
 
-CELL, LETTER, GAP = 46, 8.5, 6
+CELL, LETTER, GAP = 46, 8.5, 6  # pixels
 
 
 @dataclass(frozen=True)
 class Matrix:
-    """counts: how often each class (row) was said to be each (column)."""
+    """Confusion matrix.
+
+    Args:
+        title: Title above it.
+        classes: Names of the classes.
+        counts: How often each class (row) was predicted as each class (column).
+        note: Text below it.
+    """
 
     title: str
     classes: Sequence[str]
@@ -31,7 +39,7 @@ class Matrix:
 
 
 def svg_matrix(matrix: Matrix) -> Markup:
-    """The picture, as wide as its classes need."""
+    """Draw a confusion matrix, as wide as its class names need."""
     names = [name if len(name) <= 14 else name[:13] + "…" for name in matrix.classes]
     left = max(len(name) for name in names) * LETTER + GAP
     wide = max(CELL, max(len(name) for name in names) * LETTER + GAP)
@@ -49,11 +57,11 @@ def svg_matrix(matrix: Matrix) -> Markup:
         out.append(f'<text x="{left - GAP:.0f}" y="{middle:.0f}" text-anchor="end">{escape(name)}</text>')
         for column, count in enumerate(counts):
             x = left + wide * column
-            told = f"{matrix.classes[row]}, said to be {matrix.classes[column]}: {count} of {total}"
+            tooltip = f"{matrix.classes[row]}, predicted as {matrix.classes[column]}: {count} of {total}"
             share = count / total if total else 0.0
             out.append(
                 f'<rect class="cell" x="{x:.0f}" y="{y}" width="{wide - 2:.0f}" height="{CELL - 2}" '
-                f'fill-opacity="{0.06 + 0.5 * share:.2f}"><title>{escape(told)}</title></rect>'
+                f'fill-opacity="{0.06 + 0.5 * share:.2f}"><title>{escape(tooltip)}</title></rect>'
                 f'<text x="{x + wide / 2:.0f}" y="{middle:.0f}" text-anchor="middle">{count}</text>'
             )
     return Markup("".join(out) + "</svg>")

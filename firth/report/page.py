@@ -1,8 +1,8 @@
-"""One self-contained report.html: what a new user sees first.
+"""Self-contained report.html from plain data.
 
-A report is plain data: a title, the numbers that matter, sections of prose, figures, tables and samples, and the
-commands to type next. `render` turns it into one page that loads nothing: no script, no font, no picture from
-elsewhere (its own content policy forbids all of them, so text from a corpus cannot smuggle one in).
+A report has a title, key numbers, sections of prose, figures, tables and samples, and commands to run next. `render`
+turns it into one page that loads nothing: no script, font or picture (its content security policy forbids them, so text
+from a corpus cannot inject one).
 
 >>> report = Report("A run", numbers=(StatCell("bits per byte", 2.31, "held-out plays"),),
 ...                 sections=(Section("Samples", samples=(TextSample("ROMEO:", {"after": "<b>Good morrow.</b>"}),)),))
@@ -30,7 +30,13 @@ Cell = str | int | float | None
 
 @dataclass(frozen=True)
 class StatCell:
-    """A number that matters, for the head of the page. note: on what, against what."""
+    """Key number at the top of the page.
+
+    Args:
+        label: What it measures.
+        value: The number.
+        note: Data it was measured on, or a baseline.
+    """
 
     label: str
     value: Cell
@@ -39,9 +45,14 @@ class StatCell:
 
 @dataclass(frozen=True)
 class Table:
-    """Rows under a head. A column is set right with aligned decimals if all its cells are numbers (or None).
+    """Table. A column whose cells are all numbers (or None) is right-aligned with equal decimals.
 
-    best: column name -> "max" or "min": that column's best cells are set in bold.
+    Args:
+        title: Title above it.
+        head: Column names.
+        rows: Cells of each row.
+        note: Text below it.
+        best: Column name -> "max" or "min"; the best cells of that column are bold.
     """
 
     title: str
@@ -61,7 +72,13 @@ class Table:
 
 @dataclass(frozen=True)
 class TextSample:
-    """A prompt and what one or more models made of it: {"before training": ..., "after": ...}, in that order."""
+    """Prompt and completions.
+
+    Args:
+        prompt: The prompt.
+        answers: Label -> completion, in the order shown, such as {"before training": ..., "after": ...}.
+        note: Text below it.
+    """
 
     prompt: str
     answers: Mapping[str, str]
@@ -70,7 +87,12 @@ class TextSample:
 
 @dataclass(frozen=True)
 class Command:
-    """Something to type next. what: the reason, in a few words; line: the exact command, one or more lines."""
+    """Command to run next.
+
+    Args:
+        what: What it does, in a few words.
+        line: The exact command, one or more lines.
+    """
 
     what: str
     line: str
@@ -78,7 +100,17 @@ class Command:
 
 @dataclass(frozen=True)
 class Section:
-    """Prose (blank lines part paragraphs, `backticks` set code), then figures, tables of confusions, tables, samples and a listing."""
+    """Section of a report; its contents are shown in the order of the arguments.
+
+    Args:
+        title: Heading.
+        text: Prose; blank lines separate paragraphs, `backticks` mark code.
+        figures: Charts.
+        matrices: Confusion matrices.
+        tables: Tables.
+        samples: Prompts and completions.
+        listing: Preformatted text.
+    """
 
     title: str
     text: str = ""
@@ -91,7 +123,16 @@ class Section:
 
 @dataclass(frozen=True)
 class Report:
-    """The whole page. text: what happened, in a few sentences. facts: what it ran on, with what, for how long."""
+    """Report page.
+
+    Args:
+        title: Title of the page.
+        sections: The sections.
+        text: Summary, in a few sentences.
+        numbers: Key numbers.
+        commands: Commands to run next.
+        facts: Versions, durations and the like, at the bottom.
+    """
 
     title: str
     sections: Sequence[Section] = ()
@@ -102,19 +143,19 @@ class Report:
 
 
 def render(report: Report) -> str:
-    """The page as HTML. Every word of the report is escaped; only the figures' own SVG is not."""
+    """Render a report as HTML. All text is escaped; only the SVG of figures is not."""
     template = _ENVIRONMENT.get_template("template.html.j2")
-    return template.render(report=report, anchors=_anchors(report.sections), colours=COLORS)
+    return template.render(report=report, anchors=_anchors(report.sections), num_colors=COLORS)
 
 
 def write(report: Report, path: Path) -> Path:
-    """Render to `path`, replacing it whole: a reader never finds half a page."""
+    """Write a report to `path` atomically; return the path."""
     write_text(path, render(report))
     return path
 
 
 def prose(text: str) -> Markup:
-    """Paragraphs and `code`, everything else escaped.
+    """Return HTML with paragraphs and `code`; everything else is escaped.
 
     >>> str(prose("Type `make`.\\n\\n1 < 2"))
     '<p>Type <code>make</code>.</p>\\n<p>1 &lt; 2</p>'
@@ -125,7 +166,7 @@ def prose(text: str) -> Markup:
 
 
 def figure_value(value: Cell) -> str:
-    """One number (or word) for the head of the page."""
+    """Format a key number or word."""
     if value is None:
         return "–"
     return value if isinstance(value, str) else number(value)
@@ -133,7 +174,7 @@ def figure_value(value: Cell) -> str:
 
 @dataclass(frozen=True)
 class Column:
-    """A cell ready to print."""
+    """Formatted cell."""
 
     text: str
     numeric: bool
@@ -141,7 +182,7 @@ class Column:
 
 
 def cells(table: Table) -> list[list[Column]]:
-    """The rows of a table, formatted column by column: equal decimals, minus signs, thousands, the best marked.
+    """Format the rows of a table column by column: equal decimals, minus signs, thousands separators, best cells.
 
     >>> [[c.text for c in row] for row in cells(Table("t", ["model", "loss"], [["a", 12.5], ["b", 3.14159]]))]
     [['a', '12.50'], ['b', '3.14']]
@@ -159,7 +200,7 @@ def _column(values: Sequence[Cell], best: str | None) -> list[Column]:
 
 
 def _aligned(value: Cell, column: Sequence[float]) -> str:
-    """A number with the decimals of its column: three figures of its smallest, at most four of its largest."""
+    """Format a number with the decimals of its column: three digits of its smallest number, at most four of its largest."""
     if value is None or isinstance(value, str):
         return "–"
     if not math.isfinite(value):
@@ -175,7 +216,7 @@ def _magnitude(size: float) -> int:
 
 
 def _anchors(sections: Sequence[Section]) -> list[str]:
-    """A distinct id for every section."""
+    """Return a distinct id for every section."""
     out: list[str] = []
     for section in sections:
         slug = re.sub(r"[^a-z0-9]+", "-", section.title.lower()).strip("-") or "section"

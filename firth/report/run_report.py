@@ -1,18 +1,18 @@
-"""The report of any run directory, read from what the run wrote.
+"""Report of a run directory from the files that the run wrote.
 
     metrics.jsonl   one row per logged step, as `firth.train.logging` writes it:
                     {"split": "train", "step": 40, "seconds": 12.5, "tokens": 163840, "loss": 4.1, "rate": 0.003, ...}
                     {"split": "valid", "step": 40, "seconds": 12.5, "tokens": 163840, "loss": 4.3, "bits_per_byte": 2.2}
-    recipe.yaml     optional: the resolved recipe, shown whole; running it again repeats the run
-    done.json       optional: "counts" in it says what was read, cut and skipped: {"documents": 1000, "bad_utf8": 2}; "remarks"
-                    are sentences about how the run ended; "exported_step" is the step whose model it left, the last one or the best
-    held_out.json   optional: what the model told of each class: {"classes", "confusion", "per_class"}
-    samples.jsonl   optional: {"step": 40, "prompt": "ROMEO:", "text": "..."}; a prompt's first and last are shown
+    recipe.yaml     optional: the resolved recipe, shown in full; running it again repeats the run
+    done.json       optional: "counts" are the read statistics, {"documents": 1000, "bad_utf8": 2}; "remarks" are sentences
+                    about the end of the run; "exported_step" is the step of the exported model, the last or the best
+    held_out.json   optional: class report of the exported model: {"classes", "confusion", "per_class"}
+    samples.jsonl   optional: {"step": 40, "prompt": "ROMEO:", "text": "..."}; the first and last of a prompt are shown
     held_out_texts.jsonl  optional: answers to held-out prompts before and after training (`firth.runs.held_out_texts`)
 
-A run of reinforcement learning has rows of the split "rollouts": its page begins with reward, divergence and answers.
+A run of reinforcement learning has rows of the split "rollouts"; its page starts with reward, divergence and answers.
 
-A term that this file does not know gets a figure of its own, so a new objective's measures need no change here.
+An unknown metric gets a figure of its own, so the metrics of a new objective need no change here.
 
     write(run_report(Path("runs/gpt")), Path("runs/gpt/report.html"))
 """
@@ -45,7 +45,15 @@ Row = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class MetricStyle:
-    """How a measured thing is called and drawn. unit: the label of its axis; noisy: a long curve is smoothed."""
+    """How a metric is named and drawn.
+
+    Args:
+        title: Title of its figure.
+        unit: Label of its axis.
+        log: Whether its axis is logarithmic.
+        zero: Whether its axis includes 0.
+        noisy: Whether a long curve is smoothed.
+    """
 
     title: str
     unit: str
@@ -57,56 +65,56 @@ class MetricStyle:
 TERMS = {
     "loss": MetricStyle("Loss", "nats"),
     "bits_per_byte": MetricStyle("Bits per byte", "bits per byte of text"),
-    "accuracy": MetricStyle("Accuracy", "share right"),
+    "accuracy": MetricStyle("Accuracy", "share correct"),
     "exact_match": MetricStyle("Exact match", "share of questions"),
-    "kl": MetricStyle("Latent from its prior", "KL, nats a text"),
-    "kl_per_token": MetricStyle("Distance from the reference", "KL, nats a token"),
+    "kl": MetricStyle("KL of the latent to its prior", "KL, nats per text"),
+    "kl_per_token": MetricStyle("KL to the reference model", "KL, nats per token"),
     "f1": MetricStyle("F1", "F1"),
     "macro_f1": MetricStyle("F1, mean over classes", "F1"),
     "matthews": MetricStyle("Matthews' correlation", "correlation"),
     "rate": MetricStyle("Learning rate", "learning rate", noisy=False),
-    "norm": MetricStyle("Gradient before clipping", "norm", log=True),
+    "norm": MetricStyle("Gradient norm before clipping", "norm", log=True),
     "tokens_per_second": MetricStyle("Speed", "tokens per second", zero=True),
 }
 
-DRAWN = {
-    "reward": MetricStyle("Judge's score", "score"),
-    "truth": MetricStyle("True score, not learnt from", "score"),
-    "kl_per_answer": MetricStyle("Distance from the start", "KL, nats an answer"),
-    "explained_variance": MetricStyle("What the critic foresees", "explained variance"),
-    "entropy": MetricStyle("Entropy", "nats a token"),
-    "length": MetricStyle("Length", "tokens an answer"),
-    "finished": MetricStyle("Answers that end by themselves", "share"),
+ROLLOUT_TERMS = {
+    "reward": MetricStyle("Reward", "score"),
+    "truth": MetricStyle("True score (not used in training)", "score"),
+    "kl_per_answer": MetricStyle("KL to the initial policy", "KL, nats per answer"),
+    "explained_variance": MetricStyle("Explained variance of the critic", "explained variance"),
+    "entropy": MetricStyle("Entropy", "nats per token"),
+    "length": MetricStyle("Length", "tokens per answer"),
+    "finished": MetricStyle("Answers that end with a stop token", "share"),
 }
-"""Measures of the phases of answers, and how they are drawn."""
+"""Metrics of rollouts and their styles."""
 
-TOGETHER = {"Log-probability above the reference": ("nats an answer", {"chosen": "preferred", "rejected": "rejected"})}
-"""Title of a figure -> its unit, and the terms that are drawn in it: term -> label."""
+TOGETHER = {"Log-probability above the reference": ("nats per answer", {"chosen": "preferred", "rejected": "rejected"})}
+"""Title of a shared figure -> its unit and its metrics: metric -> label."""
 
-MACHINERY = ("rate", "norm", "tokens_per_second")
-"""Terms that say how the run went, not what it learnt."""
+TRAINING_TERMS = ("rate", "norm", "tokens_per_second")
+"""Metrics of the training process, drawn in a section of their own."""
 
-_ASIDE = ("split", "step", "seconds", "tokens", "skipped", "flops", "flops_per_second")
-"""Fields of a row that are told in words, not drawn."""
+_NOT_DRAWN = ("split", "step", "seconds", "tokens", "skipped", "flops", "flops_per_second")
+"""Fields of a row without a figure."""
 
 _NEXT = (
     {
-        "causal": ("generate", "Let it write", '"Once"'),
-        "span_corruption": ("generate", "Let it fill in what a sentinel stands for", '"To be, or <extra_id_0> to be"'),
-        "text_to_text": ("generate", "Give it an input", '"..."'),
+        "causal_lm": ("generate", "Generate text", '"Once"'),
+        "span_corruption": ("generate", "Generate the text of a sentinel", '"To be, or <extra_id_0> to be"'),
+        "seq2seq": ("generate", "Generate the output for an input", '"..."'),
     }
     | dict.fromkeys(
-        ("classification", "regression", "multiple_choice", "tagging", "spans"),
-        ("predict", "Let it answer for a file of yours", "my-records.jsonl"),
+        ("classification", "regression", "multiple_choice", "token_classification", "question_answering"),
+        ("predict", "Predict labels for your own records", "my-records.jsonl"),
     )
-    | dict.fromkeys(("mlm", "mpnet", "plm"), ("fill", "Let it fill a gap", '"To be, or not to <mask>."'))
-    | dict.fromkeys(("sft", "dpo", "reinforce", "ppo"), ("chat", "Talk with it", ""))
+    | dict.fromkeys(("mlm", "mpnet", "plm"), ("fill", "Fill a masked position", '"To be, or not to <mask>."'))
+    | dict.fromkeys(("sft", "dpo", "reinforce", "ppo"), ("chat", "Chat with the model", ""))
 )
-"""Objective -> the command that shows it at work, why, and an argument."""
+"""Objective -> command that uses its model, description and argument."""
 
 
 def run_report(directory: Path) -> Report:
-    """The report of a run directory. Raises UserError if it holds no metrics, or a row that is not JSON."""
+    """Return the report of a run directory; UserError if it has no metrics, or a file of the run is damaged."""
     rows = read_rows(directory / "metrics.jsonl")
     if not rows:
         raise UserError(f"{directory / 'metrics.jsonl'} holds no row yet: train a few more steps")
@@ -117,39 +125,39 @@ def run_report(directory: Path) -> Report:
         raise UserError(f"{recipe_file} is not UTF-8 ({error}): copy it again") from None
     check_recipe(directory)
     kinds = objectives(recipe)
-    learnt, ran = figures(rows)
-    once = _once(rows)
-    tables = [Table("Measured once", ("what", "held out"), [(_term(n).title, value) for n, value in once.items()])]
-    sections = [Section("What it learnt", figures=learnt, tables=tables * bool(once))]
-    drawn = rollouts(rows)
-    if drawn:
-        note = "Means over the answers of each phase, which the model wrote and then trained on."
-        sections.insert(0, Section("The answers it wrote", note, figures=reward_figures(drawn)))
+    metric_figures, training_figures = figures(rows)
+    once = _measured_once(rows)
+    tables = [Table("Measured once", ("metric", "held out"), [(_style(n).title, value) for n, value in once.items()])]
+    sections = [Section("Metrics", figures=metric_figures, tables=tables * bool(once))]
+    phases = rollouts(rows)
+    if phases:
+        note = "Means over the answers of each rollout phase, which the model generated and was then trained on."
+        sections.insert(0, Section("Rollouts", note, figures=reward_figures(phases)))
     texts = held_out_texts(directory / "held_out_texts.jsonl")
     sections[1:1] = [texts] if texts is not None else []
-    answers = _answers(directory / "held_out.json")
-    sections += [answers] if answers is not None else []
+    by_class = _class_section(directory / "held_out.json")
+    sections += [by_class] if by_class is not None else []
     samples = read_samples(directory / "samples.jsonl")
     if samples:
-        text = "The same prompts and the same random numbers, at the first and at the last of the logged samples."
+        text = "The first and the last logged sample of each prompt, with the same random numbers."
         sections.append(Section("Samples", text, samples=samples))
-    sections.append(Section("How it ran", _trouble(rows), figures=ran))
-    told_at_end = read_done(directory)
-    if told_at_end and told_at_end["steps"] > rows[-1]["step"]:
+    sections.append(Section("Training", _skipped_steps(rows), figures=training_figures))
+    done = read_done(directory)
+    if done and done["steps"] > rows[-1]["step"]:
         raise UserError(
-            f"{directory / 'metrics.jsonl'} ends at step {rows[-1]['step']:,} of {told_at_end['steps']:,}: its last lines are "
+            f"{directory / 'metrics.jsonl'} ends at step {rows[-1]['step']:,} of {done['steps']:,}: its last lines are "
             "missing, so copy it again or train again"
         )
-    counts, exported = told_at_end.get("counts"), told_at_end.get("exported_step", rows[-1]["step"])
+    counts, exported = done.get("counts"), done.get("exported_step", rows[-1]["step"])
     if counts:
-        counted = [(name.replace("_", " "), count) for name, count in counts.items()]
-        sections.append(Section("Data", tables=(Table("What was read, and what was not", ("what", "count"), counted),)))
+        cells = [(name.replace("_", " "), count) for name, count in counts.items()]
+        sections.append(Section("Data", tables=(Table("Read statistics", ("what", "count"), cells),)))
     if recipe:
-        told = f"Everything the run depends on. `firth train {_quoted(recipe_file)}` repeats it."
-        sections.append(Section("Recipe", told, listing=recipe))
+        text = f"All settings of the run. `firth train {_quoted(recipe_file)}` repeats it."
+        sections.append(Section("Recipe", text, listing=recipe))
     return Report(
         title=" + ".join(kinds) + f": {directory.name}" if kinds else directory.name,
-        text=" ".join([summary(rows, exported), *told_at_end.get("remarks", [])]),
+        text=" ".join([summary(rows, exported), *done.get("remarks", [])]),
         numbers=numbers(rows, exported),
         sections=sections,
         commands=commands(directory, kinds),
@@ -162,27 +170,24 @@ def run_report(directory: Path) -> Report:
 
 
 def rollouts(rows: Sequence[Row]) -> list[Row]:
-    """Return the rows of phases of sampled answers; empty for a run without reinforcement learning."""
+    """Return the rows of rollout phases; empty for a run without reinforcement learning."""
     return [row for row in rows if row["split"] == "rollouts"]
 
 
-def reward_figures(drawn: Sequence[Row]) -> list[Figure]:
-    """Return the figures of phases: rewards over divergence first, a dot for each phase, then each measure over steps."""
-    known = [name for name in DRAWN if any(row.get(name) is not None for row in drawn)]
-    over = []
+def reward_figures(phases: Sequence[Row]) -> list[Figure]:
+    """Return the figures of rollout phases: reward over KL, a dot per phase, then each metric over steps."""
+    known = [name for name in ROLLOUT_TERMS if any(row.get(name) is not None for row in phases)]
+    curves = []
     if "kl_per_answer" in known:
-        for colour, name in enumerate(("reward", "truth")):
+        for color, name in enumerate(("reward", "truth")):
             if name in known:
-                both = [row for row in drawn if None not in (row["kl_per_answer"], row[name])]
+                both = [row for row in phases if None not in (row["kl_per_answer"], row[name])]
                 x, y = [row["kl_per_answer"] for row in both], [row[name] for row in both]
-                over.append(Curve(DRAWN[name].title, x, y, line=False, color=colour))
-    note = (
-        "A dot for each phase. Reward that rises while the true score falls is over-optimization of the reward model."
-    )
-    first = Figure(
-        "Reward over divergence", DRAWN["kl_per_answer"].unit, "score", tuple(over), note=note if len(over) > 1 else ""
-    )
-    return [first] * bool(over) + [_drawn(drawn, name) for name in known]
+                curves.append(Curve(ROLLOUT_TERMS[name].title, x, y, line=False, color=color))
+    note = "One dot per phase. Rising reward with a falling true score is over-optimization of the reward model."
+    unit = ROLLOUT_TERMS["kl_per_answer"].unit
+    first = Figure("Reward over KL", unit, "score", tuple(curves), note=note if len(curves) > 1 else "")
+    return [first] * bool(curves) + [_rollout_figure(phases, name) for name in known]
 
 
 def held_out_texts(path: Path) -> Section | None:
@@ -227,151 +232,159 @@ def _scored(score: float | None) -> str:
     return "" if score is None else f" ({number(score, 3)})"
 
 
-def _answers(path: Path) -> Section | None:
-    """What the model told of each class of the held-out examples; None where it has no classes."""
-    cure = "delete the file: it is for the report alone"
-    told = read_record(path, cure=cure) if path.exists() else {}
-    if not told:
+def _class_section(path: Path) -> Section | None:
+    """Return the class report of the held-out examples; None for a run without classes."""
+    cure = "delete the file: only the report uses it"
+    record = read_record(path, cure=cure) if path.exists() else {}
+    if not record:
         return None
-    check_all([told], {"per_class": list}, f"{path}", cure)
-    check_all(told["per_class"], CLASS, f"{path}, a class", cure)
-    names, table = told.get("classes", []), told.get("confusion", [])
+    check_all([record], {"per_class": list}, f"{path}", cure)
+    check_all(record["per_class"], CLASS, f"{path}, a class", cure)
+    names, table = record.get("classes", []), record.get("confusion", [])
     square = type(names) is list and type(table) is list and len(table) == len(names)
     if not square or any(
         type(row) is not list or len(row) != len(names) or any(type(n) is not int or n < 0 for n in row)
         for row in table
     ):
         raise UserError(
-            f"{path}: the field 'confusion' is no table of counts with a row and a column for each class: {cure}"
+            f"{path}: the field 'confusion' is not a table of counts with a row and a column for each class: {cure}"
         )
-    rows = [[row["class"], row["examples"], row["precision"], row["recall"], row["f1"]] for row in told["per_class"]]
-    table = Table("Class by class", ("class", "examples", "precision", "recall", "F1"), rows)
+    rows = [[row["class"], row["examples"], row["precision"], row["recall"], row["f1"]] for row in record["per_class"]]
+    table = Table("Metrics per class", ("class", "examples", "precision", "recall", "F1"), rows)
     matrices = []
-    if "confusion" in told:
-        note = "A row is what is right, a column what the model says; a cell is darker the larger its share of its row."
-        matrices.append(Matrix("What is taken for what", told["classes"], told["confusion"], note))
-    return Section("Held-out answers", "Of the exported model.", matrices=matrices, tables=(table,))
+    if "confusion" in record:
+        note = "Rows are gold classes, columns are predictions; a cell is darker the larger its share of its row."
+        matrices.append(Matrix("Confusion matrix", record["classes"], record["confusion"], note))
+    text = "Predictions of the exported model for the held-out examples."
+    return Section("Classes", text, matrices=matrices, tables=(table,))
 
 
 def read_rows(path: Path) -> list[Row]:
-    """The rows of metrics.jsonl; a last line that a kill has cut is left out."""
+    """Return the rows of metrics.jsonl, without a last line that was truncated by a kill."""
     if not path.exists():
-        raise UserError(f"{path} does not exist: a report needs the metrics of a run, give a run directory")
+        raise UserError(f"{path} does not exist: a report needs the metrics of a run; give a run directory")
     needs = {"split": str, "step": int, "seconds": NUMBER, "tokens": NUMBER}
     cure = "remove the line, or train again"
     rows: list[Row] = [*rows_of(path, needs, cure, cut=True)]
     for number_, row in enumerate(rows, 1):
         for name, value in row.items():
             if name != "split" and value is not None and not (isinstance(value, NUMBER) and math.isfinite(value)):
-                raise UserError(f"{path}, row {number_}: the field {name!r} is no finite number: {cure}")
+                raise UserError(f"{path}, row {number_}: the field {name!r} is not a finite number: {cure}")
     return rows
 
 
 def read_samples(path: Path) -> list[TextSample]:
-    """The first and the last text of each prompt."""
+    """Return the first and the last text of each prompt."""
     if not path.exists():
         return []
     by_prompt: dict[str, list[Row]] = {}
     for row in rows_of(path, {"step": int, "prompt": str, "text": str}, "delete the file"):
         by_prompt.setdefault(row["prompt"], []).append(row)
     return [
-        TextSample(prompt, {f"step {row['step']:,}": row["text"] for row in (said[0], said[-1])})
-        for prompt, said in by_prompt.items()
+        TextSample(prompt, {f"step {row['step']:,}": row["text"] for row in (found[0], found[-1])})
+        for prompt, found in by_prompt.items()
     ]
 
 
 def objectives(recipe: str) -> list[str]:
-    """Names of the objectives in a recipe's YAML.
+    """Return the names of the objectives in a recipe's YAML.
 
-    >>> objectives("objective: [nsp, {kind: mlm, rate: 0.2}]"), objectives("objective: causal_lm"), objectives("")
-    (['nsp', 'mlm'], ['causal'], [])
+    >>> objectives("objective: [nsp, {kind: mlm, mlm_probability: 0.2}]"), objectives("objective: causal_lm"), objectives("")
+    (['nsp', 'mlm'], ['causal_lm'], [])
     """
     found = parse_yaml(recipe, "recipe.yaml")[0]
-    said = found.get("objective", []) if type(found) is dict else []
-    listed = said if type(said) is list else [said]
+    objective = found.get("objective", []) if type(found) is dict else []
+    listed = objective if type(objective) is list else [objective]
     return [str(one.get("kind") if type(one) is dict else one) for one in listed]
 
 
 def series(rows: Sequence[Row], split: str, name: str, x: str) -> tuple[list[float], list[float]]:
-    """x and y of a term on one split; null is a break."""
+    """Return x and y of a metric on one split; null breaks the curve."""
     found = [(row[x], row[name]) for row in rows if row["split"] == split and name in row]
     return [float(a) for a, _ in found], [math.nan if b is None else float(b) for _, b in found]
 
 
 def figures(rows: Sequence[Row]) -> tuple[list[Figure], list[Figure]]:
-    """What was learnt, and how the run went: one figure per term, with the loss's own terms in one."""
-    learning = [row for row in rows if row["split"] != "rollouts"]
-    names = list(dict.fromkeys(name for row in learning for name in row if name not in _ASIDE))
+    """Return the figures of metrics and of the training process: one per metric, and one for the terms of the loss."""
+    measured = [row for row in rows if row["split"] != "rollouts"]
+    names = list(dict.fromkeys(name for row in measured for name in row if name not in _NOT_DRAWN))
     x, unit = ("tokens", "tokens read") if rows[-1]["tokens"] else ("step", "steps")
-    parts = [name for name in names if name.startswith("loss/")]
-    once = _once(rows)
+    loss_terms = [name for name in names if name.startswith("loss/")]
+    once = _measured_once(rows)
     shared = {title: pair for title, pair in TOGETHER.items() if pair[1].keys() <= set(names)}
     drawn = {name for _, pair in shared.values() for name in pair}
-    single = [name for name in names if not (name in parts or name in MACHINERY or name in once or name in drawn)]
-    learnt = [_figure(rows, name, x, unit) for name in single]
+    elsewhere = {*loss_terms, *TRAINING_TERMS, *once, *drawn}
+    metric_figures = [_figure(rows, name, x, unit) for name in names if name not in elsewhere]
     for title, (y, pair) in shared.items():
-        learnt.insert(1, Figure(title, unit, y, tuple(_both_splits(rows, pair, x)), levels=(Level("reference", 0.0),)))
-    if parts:
-        labels = {name: name.removeprefix("loss/") for name in parts}
-        learnt.append(Figure("Loss by term", unit, "nats", tuple(_both_splits(rows, labels, x))))
-    return learnt, [_figure(rows, name, x, unit) for name in MACHINERY if name in names]
+        metric_figures.insert(
+            1, Figure(title, unit, y, tuple(_both_splits(rows, pair, x)), levels=(Level("reference", 0.0),))
+        )
+    if loss_terms:
+        labels = {name: name.removeprefix("loss/") for name in loss_terms}
+        metric_figures.append(Figure("Loss by term", unit, "nats", tuple(_both_splits(rows, labels, x))))
+    return metric_figures, [_figure(rows, name, x, unit) for name in TRAINING_TERMS if name in names]
 
 
 def _both_splits(rows: Sequence[Row], labels: Mapping[str, str], x: str) -> list[Curve]:
-    """Return a solid training curve and a dashed held-out curve for each term, in one color a term."""
+    """Return a solid training curve and a dashed held-out curve for each metric, in one color per metric."""
     curves = []
     for i, (name, label) in enumerate(labels.items()):
         for split, dashed in (("train", False), ("valid", True)):
             xs, ys = series(rows, split, name, x)
             if xs:
-                curves.append(_curve(label + ", held out" * dashed, xs, ys, split, colour=i, dashed=dashed))
+                curves.append(_curve(label + ", held out" * dashed, xs, ys, split, color=i, dashed=dashed))
     return curves
 
 
-def _once(rows: Sequence[Row]) -> dict[str, float]:
-    """What a single row knows, and that one of held-out text: a number, of which there is no curve to draw."""
+def _measured_once(rows: Sequence[Row]) -> dict[str, float]:
+    """Return the held-out metrics that only a single row has, which are shown as numbers, not as curves."""
     counts = Counter(name for row in rows for name in row)
-    lone = [(name, row[name]) for row in rows if row["split"] == "valid" for name in row if name not in _ASIDE]
+    lone = [(name, row[name]) for row in rows if row["split"] == "valid" for name in row if name not in _NOT_DRAWN]
     return {name: value for name, value in lone if counts[name] == 1 and value is not None}
 
 
-def _term(name: str) -> MetricStyle:
+def _style(name: str) -> MetricStyle:
     plain = name.replace("_", " ")
     return TERMS.get(name, MetricStyle(plain[:1].upper() + plain[1:], plain))
 
 
 def _figure(rows: Sequence[Row], name: str, x: str, unit: str) -> Figure:
-    term = _term(name)
+    style = _style(name)
     curves = []
-    for colour, (split, label) in enumerate((("train", "train"), ("valid", "held out"))):
+    for color, (split, label) in enumerate((("train", "train"), ("valid", "held out"))):
         xs, ys = series(rows, split, name, x)
         if xs:
-            curves.append(_curve(label, xs, ys, split, colour, noisy=term.noisy))
+            curves.append(_curve(label, xs, ys, split, color, noisy=style.noisy))
     smooth = max((curve.smooth for curve in curves), default=0)
     note = f"Thin: every logged step. Thick: the mean over {2 * smooth + 1} of them." if smooth else ""
-    return Figure(term.title, unit, term.unit, tuple(curves), note=note, log_y=term.log, zero=term.zero)
+    return Figure(style.title, unit, style.unit, tuple(curves), note=note, log_y=style.log, zero=style.zero)
 
 
-def _drawn(rows: Sequence[Row], name: str) -> Figure:
+def _rollout_figure(rows: Sequence[Row], name: str) -> Figure:
     xs, ys = series(rows, "rollouts", name, "step")
-    return Figure(DRAWN[name].title, "steps", DRAWN[name].unit, (Curve("answers", xs, ys, points=len(xs) < 40),))
+    style = ROLLOUT_TERMS[name]
+    return Figure(style.title, "steps", style.unit, (Curve("answers", xs, ys, points=len(xs) < 40),))
 
 
 def _curve(
-    label: str, xs: list[float], ys: list[float], split: str, colour: int, dashed: bool = False, noisy: bool = True
+    label: str, xs: list[float], ys: list[float], split: str, color: int, dashed: bool = False, noisy: bool = True
 ) -> Curve:
-    """A long noisy curve of the train split is smoothed over a sixtieth of the run each way."""
+    """Return a curve; a long noisy one of the train split is smoothed over a sixtieth of the run each way."""
     smooth = len(xs) // 60 if noisy and split == "train" else 0
-    return Curve(label, xs, ys, smooth=smooth, color=colour, dashed=dashed, points=split == "valid" and len(xs) < 40)
+    return Curve(label, xs, ys, smooth=smooth, color=color, dashed=dashed, points=split == "valid" and len(xs) < 40)
 
 
 def numbers(rows: Sequence[Row], exported: int | None = None) -> list[StatCell]:
-    """The few figures that matter: what the exported model (of a step; the last if not told) gets on held-out text, what the
-    run read, how fast."""
+    """Return the key numbers: metrics of the exported model on held-out text, training loss and speed.
+
+    Args:
+        rows: Rows of metrics.jsonl.
+        exported: Step of the exported model; None for the last.
+    """
     out = []
     last = rows[-1]["step"]
     phases = rollouts(rows)
-    for name, label in LEAD.items():
+    for name, label in ROLLOUT_NUMBERS.items():
         ends = _ends(phases, name)
         if ends is not None:
             note = "" if len(phases) == 1 else f", {number(ends[0], 3)} in the first phases"
@@ -381,11 +394,11 @@ def numbers(rows: Sequence[Row], exported: int | None = None) -> list[StatCell]:
     for name, label in (("bits_per_byte", "bits per byte"), ("accuracy", "accuracy"), ("loss", "loss")):
         steps, known = _known(rows, "valid", name)
         if known:
-            first = f", {number(known[0], 3)} at the first check" if len(known) > 1 else ""
+            first = f", {number(known[0], 3)} at the first evaluation" if len(known) > 1 else ""
             value, of = known[-1], "held-out text"
             if exported not in (None, last) and exported in steps:
                 value, of = known[steps.index(exported)], f"held-out text, exported step {exported:,}"
-                first = f", {number(known[-1], 3)} at the last check"
+                first = f", {number(known[-1], 3)} at the last evaluation"
             out.append(StatCell(label, float(f"{value:.4g}"), f"{of}{first}"))
     steps, known = _known(rows, "train", "loss")
     if known:
@@ -404,62 +417,70 @@ def _speed(rows: Sequence[Row]) -> list[StatCell]:
     return []
 
 
-LEAD = {
+ROLLOUT_NUMBERS = {
     "reward": "reward",
     "truth": "true score",
-    "kl_per_answer": "KL, nats an answer",
+    "kl_per_answer": "KL, nats per answer",
     "finished": "answers that end",
 }
-"""Measures of phases that head the page of a run of reinforcement learning -> their labels."""
+"""Metrics of rollouts that are key numbers of a run of reinforcement learning -> their labels."""
 
 
 def _ends(phases: Sequence[Row], name: str) -> tuple[float, float] | None:
-    """Return the mean of a measure over the first and over the last tenth of the phases, at least one; None if unknown."""
+    """Return the mean of a metric over the first and the last tenth of the phases, at least one; None if unknown."""
     known = [float(row[name]) for row in phases if row.get(name) is not None]
     some = max(1, len(known) // 10)
     return (fmean(known[:some]), fmean(known[-some:])) if known else None
 
 
 def summary(rows: Sequence[Row], exported: int | None = None) -> str:
-    """What happened, in two or three sentences. exported: the step whose model the run left; the last if not told."""
+    """Return a summary of a run in two or three sentences.
+
+    Args:
+        rows: Rows of metrics.jsonl.
+        exported: Step of the exported model; None for the last.
+    """
     last = rows[-1]
-    said = [f"{last['step']:,} steps over {number(last['tokens'], 3)} tokens in {_clock(last['seconds'])}."]
+    sentences = [f"{last['step']:,} steps over {number(last['tokens'], 3)} tokens in {_clock(last['seconds'])}."]
     phases = rollouts(rows)
     if phases:
-        said += [_moved(label, ends) for name, label in (("reward", "reward"), ("truth", "true score"))
-                 if (ends := _ends(phases, name)) is not None]  # fmt: skip
+        for name, label in (("reward", "reward"), ("truth", "true score")):
+            ends = _ends(phases, name)
+            sentences += [_change(label, ends)] if ends is not None else []
         divergence, finished = _ends(phases, "kl_per_answer"), _ends(phases, "finished")
         if divergence is not None:
-            said.append(f"The answers diverge from the starting model by {number(divergence[1], 3)} nats each.")
+            sentences.append(f"The answers diverge from the starting model by {number(divergence[1], 3)} nats each.")
         if finished is not None:
-            said.append(f"{finished[1]:.0%} of them end with a stop token.")
-        return " ".join(said)
+            sentences.append(f"{finished[1]:.0%} of them end with a stop token.")
+        return " ".join(sentences)
     steps, known = _known(rows, "valid", "loss")
     where = "held-out text" if known else "the training text"
     if not known:
         steps, known = _known(rows, "train", "loss")
     if where == "held-out text" and exported not in (None, last["step"]) and exported in steps:
-        said.append(
-            f"The exported model is that of step {exported:,}, the best of {len(known)} checks: its loss on held-out text is "
+        sentences.append(
+            f"The exported model is that of step {exported:,}, the best of {len(known)} evaluations: its loss on held-out text is "
             f"{number(known[steps.index(exported)], 3)}; it was {number(known[0], 3)} at the first and {number(known[-1], 3)} at "
             "the last."
         )
     elif len(known) > 1:
         first, best = number(known[0], 3), min(known)
         if known[-1] < known[0]:
-            said.append(f"The loss on {where} fell from {first} to {number(known[-1], 3)}.")
+            sentences.append(f"The loss on {where} fell from {first} to {number(known[-1], 3)}.")
         else:
-            said.append(f"The loss on {where} did not fall: it was {first} and is {number(known[-1], 3)}.")
+            sentences.append(f"The loss on {where} did not fall: it was {first} and is {number(known[-1], 3)}.")
         if where == "held-out text" and known[-1] > 1.01 * best and best < known[0]:
             at = steps[known.index(best)]
-            said.append(f"Its best was {number(best, 3)} at step {at:,.0f}; since then the model has been overfitting.")
-    return " ".join(said)
+            sentences.append(
+                f"Its best was {number(best, 3)} at step {at:,.0f}; since then the model has been overfitting."
+            )
+    return " ".join(sentences)
 
 
-def _moved(label: str, ends: tuple[float, float]) -> str:
-    """Return a sentence on how a measure changed from the first phases to the last.
+def _change(label: str, ends: tuple[float, float]) -> str:
+    """Return a sentence on how a metric changed from the first phases to the last.
 
-    >>> _moved("reward", (0.5, 1.25)), _moved("reward", (1.0, 1.0))
+    >>> _change("reward", (0.5, 1.25)), _change("reward", (1.0, 1.0))
     ('The reward rose from 0.5 to 1.25.', 'The reward stayed at 1.')
     """
     first, last = (number(value, 3) for value in ends)
@@ -473,21 +494,22 @@ def _known(rows: Sequence[Row], split: str, name: str) -> tuple[list[float], lis
     return [a for a, _ in pairs], [b for _, b in pairs]
 
 
-def _trouble(rows: Sequence[Row]) -> str:
+def _skipped_steps(rows: Sequence[Row]) -> str:
+    """Return a sentence about skipped optimizer steps; empty if there were none."""
     skipped = max((row.get("skipped") or 0 for row in rows), default=0)
     one = skipped == 1
-    return f"{skipped:,} step{'' if one else 's'} had no finite gradient and moved nothing." if skipped else ""
+    return f"{skipped:,} step{'' if one else 's'} had no finite gradient and changed no weights." if skipped else ""
 
 
 def commands(directory: Path, kinds: Sequence[str]) -> list[Command]:
-    """What to type next with this run, exactly."""
-    place = _quoted(directory)
+    """Return the commands to run next with a run."""
+    quoted = _quoted(directory)
     out = []
     for kind in kinds:
         if kind in _NEXT:
             verb, why, argument = _NEXT[kind]
-            out.append(Command(why, f"firth {verb} {place} {argument}".rstrip()))
-    out.append(Command("Measure it on text or records of your own", f"firth evaluate {place} my-text.txt"))
+            out.append(Command(why, f"firth {verb} {quoted} {argument}".rstrip()))
+    out.append(Command("Evaluate on your own text or records", f"firth evaluate {quoted} my-text.txt"))
     config = directory / "model" / "config.json"
     if config.exists():
         own = config.with_name("firth.json")
@@ -497,7 +519,7 @@ def commands(directory: Path, kinds: Sequence[str]) -> list[Command]:
         )
         [name] = read_object(config, {"architectures": list})["architectures"]
         code = f"from transformers import {name} as M; print(M.from_pretrained({json.dumps(str(config.parent))}))"
-        out.append(Command("Load it with transformers", f"python -c {shlex.quote(code)}"))
+        out.append(Command("Load with transformers", f"python -c {shlex.quote(code)}"))
     return out
 
 

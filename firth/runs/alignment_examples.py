@@ -1,6 +1,4 @@
-"""Segments of the last stages: comparisons that a judge makes, what a frozen reference says of them, and answers that the
-model itself writes and is paid for.
-"""
+"""Examples for alignment: preferences, reference log-probabilities, rankings, and rollouts scored by a reward function."""
 
 from __future__ import annotations
 
@@ -40,7 +38,7 @@ from firth.objectives.ppo import PER_TOKEN
 from firth.runs import held_out_texts
 from firth.runs.config_io import path_field
 from firth.runs.examples import (
-    COMPARED,
+    PREFERENCE_FIELDS,
     DatasetSplits,
     ExamplesConfig,
     PreferencesConfig,
@@ -56,9 +54,9 @@ from firth.validated import FiniteFloat, NonNegativeFloat, PositiveInt, TokenCou
 
 @dataclass(frozen=True)
 class SampledPreferencesConfig(ExamplesConfig):
-    """Comparisons of answers that a model of ours has sampled, with the very tokens it wrote (`firth.align.rewards`)."""
+    """Preferences between answers that a model sampled, stored as the sampled token ids (`firth.align.rewards`)."""
 
-    base_fields: ClassVar[frozenset[str]] = COMPARED
+    base_fields: ClassVar[frozenset[str]] = PREFERENCE_FIELDS
 
     def build(self, data: RunData, objective: Objective) -> DatasetSplits:
         def read(paths: Sequence[str]) -> Source:
@@ -69,7 +67,7 @@ class SampledPreferencesConfig(ExamplesConfig):
 
 @dataclass(frozen=True)
 class RefLogprobsConfig(ExamplesConfig):
-    """Comparisons with the log-probabilities that the model they start from gives to both answers: what DPO reads."""
+    """Preferences with the log-probabilities of both answers under the reference model (`init_from`), for DPO."""
 
     base: ExamplesConfig = PreferencesConfig()
 
@@ -82,7 +80,7 @@ class RefLogprobsConfig(ExamplesConfig):
 
     def build(self, data: RunData, objective: Objective) -> DatasetSplits:
         model = data.load_frozen(
-            required_model(data.init_from, "init_from", "the model that DPO starts from and is held to")
+            required_model(data.init_from, "init_from", "the model that DPO starts from, which is also its reference")
         )
         plain = self.base.build(data, objective)
         with data.autocast():
@@ -97,7 +95,7 @@ class RefLogprobsConfig(ExamplesConfig):
 
 @dataclass(frozen=True)
 class RankingsConfig(ExamplesConfig):
-    """Records with a prompt and several answers in the order of preference (`firth.data.rankings`)."""
+    """Records with a prompt and several answers in order of preference (`firth.data.rankings`)."""
 
     base_fields: ClassVar[frozenset[str]] = frozenset({"answers", "masks", "rank"})
 
@@ -108,7 +106,7 @@ class RankingsConfig(ExamplesConfig):
 
     def configure_objective(self, objective: Objective, data: RunData) -> Objective:
         def known() -> DataStats:
-            paths = [*data.config.paths(data.echo), *data.config.validation_path]
+            paths = [*data.config.paths(data.log), *data.config.validation_path]
             return DataStats(max_options=rankings.RankingRecords(paths, data.tokenizer, self.max_length).most)
 
         return objective.with_stats(known)
@@ -119,15 +117,23 @@ class RankingsConfig(ExamplesConfig):
 
 @dataclass(frozen=True)
 class RolloutsConfig(ExamplesConfig):
-    """Answers that the model itself writes to the prompts of the records, judged, and learnt from for `epochs`.
+    """Rollouts: answers that the policy samples to the prompts of the records, scored by a reward.
 
-    answers: drawn per phase, `group` to each prompt.
-    max_new: most tokens of an answer. max_prompt_length: most tokens of a prompt. beta: the price of a nat of divergence from
-    the start. reward: the run of a reward model; or scorer: a function of the answer's text as `module:function`.
-    truth: a second such function that is measured and not learnt from. Both are looked for in the working directory too.
-    unfinished: the score of an answer that ran to max_new without a stop token; not set, the judge gives it. credit: "gae"
-    for PPO, which has a critic, "group" for REINFORCE, which has none. Prompts of more than `max_prompt_length` tokens are left out and
-    counted, and those that leave no room for max_new in the model's context.
+    Prompts that are too long are dropped and counted.
+
+    Args:
+        rollout_size: Answers per rollout phase.
+        num_generations: Answers to each prompt.
+        num_epochs: Epochs of training on each rollout.
+        max_new_tokens: The most tokens of an answer.
+        max_prompt_length: The most tokens of a prompt; it must also fit into the context with `max_new_tokens`.
+        kl_coef: Penalty per nat of divergence from the initial model.
+        reward_model: The run of a reward model.
+        reward_function: In place of `reward_model`, a function of the answer's text as `module:function`, which may be in
+            the working directory.
+        true_reward_function: A second such function that is logged and not trained on.
+        unfinished_score: The score of an answer that reached `max_new_tokens` without a stop token; None uses the reward.
+        advantages: "gae" for PPO, which has a critic; "group" for REINFORCE, which has none.
     """
 
     base_fields: ClassVar[frozenset[str]] = frozenset({"tokens", "mask", *PER_TOKEN})
@@ -175,16 +181,18 @@ class RolloutsConfig(ExamplesConfig):
 
     def build(self, data: RunData, objective: Objective) -> DatasetSplits:
         start = data.load_frozen(
-            required_model(data.init_from, "init_from", "the model that writes the first answers and is held to")
+            required_model(
+                data.init_from, "init_from", "the model that writes the first answers, which is also the reference"
+            )
         )
-        found, keys = self._prompts(data, start, data.config.paths(data.echo))
+        found, keys = self._prompts(data, start, data.config.paths(data.log))
         aside = held_out_keys(keys, 0.0 if data.config.validation_path else data.config.validation_fraction, len(found))
         prompts, held = ([p for p, out in zip(found, aside, strict=True) if out == side] for side in (False, True))
         if data.config.validation_path:
             held, _ = self._prompts(data, start, data.config.validation_path)
         if bool(self.reward_model) == bool(self.reward_function):
             raise UserError(
-                "rollouts need one judge: set examples.reward_model=RUN or examples.reward_function=module:function"
+                "rollouts need one reward: set examples.reward_model=RUN or examples.reward_function=module:function"
             )
         learned = self._reward_model(data, prompts, start) if self.reward_model else None
         judge: RewardFunction = learned or FunctionReward(function(self.reward_function))
@@ -195,19 +203,19 @@ class RolloutsConfig(ExamplesConfig):
             )
         source = OnPolicy(
             prompts, data.tokenizer, judge, start, seed=data.seed,
-            phase=RolloutConfig(
-                rollout_size=self.rollout_size, num_generations=self.num_generations, steps=steps, max_new_tokens=self.max_new_tokens, kl_coef=self.kl_coef,
-                unfinished_score=self.unfinished_score,
+            config=RolloutConfig(
+                rollout_size=self.rollout_size, num_generations=self.num_generations, steps=steps,
+                max_new_tokens=self.max_new_tokens, kl_coef=self.kl_coef, unfinished_score=self.unfinished_score,
             ),
-            credit=Baseline() if self.advantages == "group" else GAE(value_lam=1.0),
-            truth=FunctionReward(function(self.true_reward_function)) if self.true_reward_function else None, critic=learned,
+            advantage_estimator=Baseline() if self.advantages == "group" else GAE(value_lam=1.0),
+            true_reward_function=FunctionReward(function(self.true_reward_function)) if self.true_reward_function else None,
+            critic=learned,
         )  # fmt: skip
         shown = [{"tokens": prompt} for prompt in (held or prompts)[: held_out_texts.COUNT]]
         return DatasetSplits(source, None, texts=HeldOutTexts(shown, bool(held), judge, self.max_new_tokens))
 
     def _prompts(self, data: RunData, start: LM, paths: Sequence[str]) -> tuple[list[np.ndarray], np.ndarray]:
-        """The prompts that fit, with an answer of max_new tokens, into the context, and their keys; how many do not is
-        reported."""
+        """Return the prompts that fit into the context with `max_new_tokens`, and their keys; report how many do not."""
         room = start.context - self.max_new_tokens
         if room < 1:
             raise UserError(
@@ -222,16 +230,16 @@ class RolloutsConfig(ExamplesConfig):
                 if limit < room
                 else f"{start.context} positions less examples.max_new_tokens={self.max_new_tokens}"
             )
-            data.echo(
+            data.log(
                 f"{counts['too_long']:,} of {counts['records']:,} prompts are left out: longer than {limit} tokens ({why})"
             )
         return prompts, keys
 
     def _reward_model(self, data: RunData, prompts: Sequence[np.ndarray], start: LM) -> RewardModel:
-        """Its zero and unit are those of the start's own answers, so that beta means the same beside every judge."""
+        """Return the reward model, normalized on answers of the initial model so that `kl_coef` does not depend on its scale."""
         run = model_directory(self.reward_model)
-        cure = "train the reward model from the same start as the policy"
-        check_same_tokenizer(data.tokenizer, run, "examples.reward_model:", cure)
+        hint = "train the reward model from the same start as the policy"
+        check_same_tokenizer(data.tokenizer, run, "examples.reward_model:", hint)
         judge = RewardModel(data.load_frozen(run))
         some = [prompts[i] for i in range(0, len(prompts), max(1, len(prompts) // 64))][:64]
         with data.autocast():
@@ -241,7 +249,7 @@ class RolloutsConfig(ExamplesConfig):
 
 
 def function(name: str) -> Callable[[str], float]:
-    """The scorer that `module:function` names, of an installed module or of a file in the working directory.
+    """Return the reward function that `module:function` names, in an installed module or a file in the working directory.
 
     Raises:
         UserError: There is no such module or function, or the module fails when it is imported.
@@ -262,7 +270,7 @@ def function(name: str) -> Callable[[str], float]:
 
 
 def module_files(name: str) -> list[Path]:
-    """Return the files of the module in `module:function`, all of a package; none where there is no such module."""
+    """Return the files of the module in `module:function` (all files of a package); none if there is no such module."""
     _search_working_directory()
     try:
         found = importlib.util.find_spec(name.partition(":")[0])
@@ -278,7 +286,7 @@ def _search_working_directory() -> str:
     """Let imports find files in the working directory, and return it."""
     here = str(Path.cwd())
     if here not in sys.path:
-        sys.path.append(here)  # behind all others: a file of one's own never hides an installed module
+        sys.path.append(here)  # last, so that a user's file never hides an installed module
     importlib.invalidate_caches()
     return here
 
@@ -289,4 +297,4 @@ EXAMPLES: dict[str, type[ExamplesConfig]] = {
     "rankings": RankingsConfig,
     "rollouts": RolloutsConfig,
 }
-"""Name in a recipe -> class, beside those of `firth.runs.examples`."""
+"""Name in a recipe -> class."""

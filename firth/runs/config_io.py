@@ -1,9 +1,9 @@
-"""A typed tree of frozen dataclasses, read from YAML and written back: the grammar of a recipe.
+"""Read and write trees of frozen dataclasses as YAML or plain dicts: the format of recipes.
 
-A dataclass is its own schema: a field's annotation says what may stand there. Where one of several classes may
-stand, the annotation is a base class and the YAML says which by `kind` (`objective: {kind: mlm, mlm_probability: 0.15}`, or
-`objective: mlm` when nothing else is set, or a list for a sum: `[nsp, mlm]`). A value that does not fit, or a
-field that does not exist, is a UserError with the field, the file and line, and the nearest name that does exist.
+A dataclass is its own schema: the annotation of a field is its type. Where a field takes one of several classes, the
+annotation is a base class and the YAML names the class by `kind` (`objective: {kind: mlm, mlm_probability: 0.15}`, or
+`objective: mlm` where nothing else is set, or a list for a sum: `[nsp, mlm]`). An invalid value or an unknown field raises a
+UserError with the field, the file and line, and the nearest existing name.
 
 >>> @dataclass(frozen=True)
 ... class Batch:
@@ -36,8 +36,15 @@ from firth.validated import check_range, range_of
 
 @dataclass(frozen=True)
 class Registry:
-    """The classes that may stand in one place, by name; `join` makes one value of a list (objectives: a sum), `part`
-    is its inverse."""
+    """The classes that a field may hold, by name.
+
+    Args:
+        name: What such a class is, for messages: "objective".
+        names: Returns the names.
+        find: Returns the class of a name.
+        join: Makes one value of two list items (objectives: a sum).
+        split: The inverse of `join`.
+    """
 
     name: str
     names: Callable[[], Sequence[str]]
@@ -47,23 +54,23 @@ class Registry:
 
 
 REGISTRIES: dict[type, Registry] = {}
-"""Base class -> the kinds that may stand for it; filled by `firth.runs.recipe`."""
+"""Base class -> the registry of its subclasses; filled by `firth.runs.recipe`."""
 
 SHORT_FORMS: dict[type, str] = {}
-"""Class -> the field that a word in its place means: `source: mine.csv`."""
+"""Class -> the field that a bare value sets: `data: mine.csv` is `data: {path: mine.csv}`."""
 
 
 PathKind = Literal["files", "model", "tokenizer", "place"]
-"""What a path in a recipe names: files that are read, a model's or an adapter's directory, a tokenizer, a place to write."""
+"""What a path in a recipe names: input files, a model or adapter directory, a tokenizer, or an output directory ("place")."""
 
 
 def path_field(kind: PathKind, default: Any) -> Any:
-    """Declare a field of a recipe that holds a path, or several (see `paths`)."""
+    """Declare a dataclass field that holds one or several paths (see `paths`)."""
     return dataclasses.field(default=default, metadata={"path": kind})
 
 
 def paths(value: Any, where: str = "") -> Iterator[tuple[str, PathKind, Any]]:
-    """Yield the paths in a recipe that are set: (dotted name, what it names, value)."""
+    """Yield the paths that are set in a recipe: (dotted name, kind, value)."""
     for field in dataclasses.fields(value) if _is_data(value) else ():
         one, name = getattr(value, field.name), f"{where}{field.name}"
         if "path" in field.metadata:
@@ -74,12 +81,12 @@ def paths(value: Any, where: str = "") -> Iterator[tuple[str, PathKind, Any]]:
 
 
 def without_paths(value: Any) -> Any:
-    """Return a recipe with every path at its default: what is left does not depend on where files are."""
+    """Return a copy of a recipe with every path at its default, so that it does not depend on where files are."""
     return _with_paths(value, lambda field, _: field.default)
 
 
 def absolute_paths(value: Any) -> Any:
-    """Return a recipe whose paths do not depend on the working directory; patterns stay patterns."""
+    """Return a copy of a recipe with absolute paths; globs stay globs."""
 
     def whole(path: str) -> str:
         return str(Path(path).expanduser().absolute()) if path else path
@@ -88,7 +95,7 @@ def absolute_paths(value: Any) -> Any:
 
 
 def _with_paths(value: Any, change: Callable[[dataclasses.Field[Any], Any], Any]) -> Any:
-    """A copy in which every path is changed."""
+    """Return a copy in which `change` is applied to every path."""
     if not _is_data(value):
         return value
     changed = {}
@@ -105,7 +112,7 @@ def _is_data(value: Any) -> bool:
 
 
 def difference(first: Any, second: Any, where: str = "") -> str:
-    """Name the first field in which two trees of plain data differ: "batch.size is 16 there and 8 here"; "" where none does."""
+    """Return the first difference of two plain trees, such as "batch.size is 16 there and 8 here"; "" if they are equal."""
     if first == second:
         return ""
     if not isinstance(first, Mapping) or not isinstance(second, Mapping):
@@ -122,8 +129,13 @@ def _short(value: Any) -> str:
 
 @dataclass(frozen=True)
 class SourceLocation:
-    """A place in a recipe: the dotted field, and the line it came from if it came from a file. said: of fields that were set on
-    the command line, the text itself. A number in the path is the place of one of several kinds in a list."""
+    """Where a value of a recipe comes from.
+
+    Args:
+        path: The names of the field and its parents; a number is an index into a list.
+        lines: Path -> `file:line`, for a recipe from a file.
+        command_line: Path -> text, for fields that are set on the command line.
+    """
 
     path: tuple[str, ...] = ()
     lines: Mapping[tuple[str, ...], str] = dataclasses.field(default_factory=dict)
@@ -133,7 +145,7 @@ class SourceLocation:
         return SourceLocation((*self.path, name), self.lines, self.command_line)
 
     def line(self) -> str:
-        """Return `file:line` of the field or of the nearest one around it; empty where the command line sets the field."""
+        """Return `file:line` of the field or its nearest parent; empty where the command line sets the field."""
         for n in range(len(self.path), -1, -1):
             if tuple(name for name in self.path[:n] if not name.isdigit()) in self.command_line:
                 break
@@ -146,7 +158,16 @@ class SourceLocation:
 
 
 def from_dict(kind: type, value: Any, where: SourceLocation | None = None) -> Any:
-    """A `kind` from plain data (what YAML gives): a dataclass, one of KINDS, or a leaf that pydantic can coerce."""
+    """Build a value from plain data.
+
+    Args:
+        kind: The type: a dataclass, a base class in `REGISTRIES`, or a type that pydantic can coerce to.
+        value: Dicts, lists and scalars, as YAML has them.
+        where: Where the value comes from, for error messages.
+
+    Raises:
+        UserError: The value does not fit the type; the message names the field and its line.
+    """
     where = where or SourceLocation()
     if kind in REGISTRIES:
         return _choose(REGISTRIES[kind], value, where)
@@ -173,18 +194,20 @@ def from_dict(kind: type, value: Any, where: SourceLocation | None = None) -> An
         raise UserError(f"{where}: {value!r} does not fit: it should be {reason}") from None
 
 
-def _text(value: Any, said: str | None) -> Any:
-    """What a field of text holds: what was typed, whatever YAML makes of its colons and braces, unless quotation marks were.
+def _text(value: Any, given: str | None) -> Any:
+    """Return the value of a text field: the text as given on the command line, unless it is quoted or null.
+
+    YAML would turn the colons and braces of a text into a mapping.
 
     >>> _text({"translate to French": {"en": None}}, "translate to French: {en}"), _text("a: b", "'a: b'"), _text(None, "null")
     ('translate to French: {en}', 'a: b', None)
     """
-    kept = said is None or said.strip() in ("null", "~", "") or said.lstrip()[0] in "'\""
-    return value if kept else said
+    is_yaml = given is None or given.strip() in ("null", "~", "") or given.lstrip()[0] in "'\""
+    return value if is_yaml else given
 
 
 def _tuple(kind: Any, value: Any) -> Any:
-    """One string where several may stand means a list of one: `path: mine/` (a string is also a sequence of letters)."""
+    """Return a scalar for a tuple field as a list of one: `path: mine/` (pydantic would split the string into letters)."""
     return [value] if typing.get_origin(kind) is tuple and not isinstance(value, (list, tuple)) else value
 
 
@@ -195,7 +218,7 @@ def _dataclass(kind: type, value: Any, where: SourceLocation) -> Any:
         value = {}
     if kind in SHORT_FORMS and not isinstance(value, Mapping):
         value = {SHORT_FORMS[kind]: value}
-    elif kind in SHORT_FORMS and "kind" in value:  # a word to which `override` has added fields
+    elif kind in SHORT_FORMS and "kind" in value:  # a bare value to which `override` has added fields
         value = {SHORT_FORMS[kind] if name == "kind" else name: one for name, one in value.items()}
     if not isinstance(value, Mapping):
         raise UserError(f"{where}: {value!r} does not fit: it should be the fields of {kind.__name__}")
@@ -211,7 +234,7 @@ def _dataclass(kind: type, value: Any, where: SourceLocation) -> Any:
     found = {}
     for name, one in value.items():
         if hints[name] in REGISTRIES and isinstance(one, Mapping) and "kind" not in one and name in defaults:
-            one = {**to_dict(defaults[name]), **one}  # fields of what is there unless another kind is named
+            one = {**to_dict(defaults[name]), **one}  # fields of the default, unless another kind is named
         found[name] = from_dict(hints[name], one, where / name)
     try:
         return kind(**found)
@@ -252,7 +275,7 @@ def _nearest(name: str, names: Sequence[str]) -> str:
 
 
 def to_dict(value: Any) -> Any:
-    """The inverse of `build`: dicts, lists and scalars that YAML and JSON hold. Fields at their default are kept."""
+    """Return a value as dicts, lists and scalars; the inverse of `from_dict`. Fields at their defaults are kept."""
     for base, kinds in REGISTRIES.items():
         if isinstance(value, base):
             return _plain_kind(kinds, value)
@@ -266,7 +289,7 @@ def to_dict(value: Any) -> Any:
 
 
 def _derived(value: Any, field: dataclasses.Field[Any]) -> bool:
-    """Whether the field was worked out from others (an MLP's 4 x width): then an override of those must move it too."""
+    """Return whether a field was computed from others (an MLP's 4 * hidden_size); an override of those must change it too."""
     now, default = getattr(value, field.name), field.default
     if not field.init:
         return True
@@ -284,16 +307,16 @@ def _plain_kind(kinds: Registry, value: Any) -> Any:
         if cls is type(value):
             fields = dataclasses.fields(cls)
             return {"kind": name} | {f.name: to_dict(getattr(value, f.name)) for f in fields if not _derived(value, f)}
-    # Not a kind of its own: the sum that `join` makes, written as the list of its addends.
-    addends = [to_dict(addend) for addend in (kinds.split(value) if kinds.split else ())]
-    return [one for a in addends for one in (a if isinstance(a, list) else [a])]
+    # Not in the registry: the result of `join`, written as the list of its components.
+    components = [to_dict(one) for one in (kinds.split(value) if kinds.split else ())]
+    return [one for c in components for one in (c if isinstance(c, list) else [c])]
 
 
 def read_yaml(path: Path) -> tuple[dict[str, Any], dict[tuple[str, ...], str]]:
-    """The mapping in a YAML file, and for each field the `file:line` it stands on."""
+    """Return the mapping in a YAML file, and the `file:line` of each field by its path."""
     data, node = yaml_files.read_yaml(path)
     if not isinstance(data, dict):
-        raise UserError(f"{path}: a recipe is a mapping of fields (name, objective, source, ...), and this is not one")
+        raise UserError(f"{path}: a recipe is a mapping of fields (name, objective, data, ...), and this is not one")
     lines: dict[tuple[str, ...], str] = {(): str(path)}
 
     def walk(node: yaml.Node, at: tuple[str, ...]) -> None:
@@ -312,16 +335,21 @@ def read_yaml(path: Path) -> tuple[dict[str, Any], dict[tuple[str, ...], str]]:
 
 
 def write_yaml(value: Any) -> str:
-    """The tree as YAML that `read_yaml` and `build` turn into an equal one."""
+    """Return a tree as YAML, which `read_yaml` and `from_dict` turn into an equal tree."""
     text: str = yaml.safe_dump(to_dict(value), sort_keys=False, allow_unicode=True, default_flow_style=None, width=110)
     return text
 
 
 def override(data: dict[str, Any], assignments: Sequence[str]) -> dict[str, Any]:
-    """`batch.size=64` laid over plain data; values are read as YAML, so `path=[a, b]` and `init_from=null` work.
+    """Return a copy of plain data with assignments such as `batch.size=64` applied.
 
-    >>> override({"batch": {"rows": 16, "pack": 0}}, ["batch.size=64"])
-    {'batch': {'rows': 64, 'pack': 0}}
+    Values are parsed as YAML, so `path=[a, b]` and `init_from=null` work.
+
+    >>> override({"batch": {"size": 16, "group_by_length": 0}}, ["batch.size=64"])
+    {'batch': {'size': 64, 'group_by_length': 0}}
+
+    Raises:
+        UserError: An assignment has no "=", or sets a field that none or several of the kinds in a list have.
     """
     result: dict[str, Any] = _copy(data)
     for assignment in assignments:
@@ -332,8 +360,8 @@ def override(data: dict[str, Any], assignments: Sequence[str]) -> dict[str, Any]
         place = result
         for parent in parents:
             inner = place.get(parent)
-            if isinstance(inner, list) and last != "kind" and (addend := _addend(inner, last, name)) is not None:
-                place = addend
+            if isinstance(inner, list) and last != "kind" and (component := _component(inner, last, name)) is not None:
+                place = component
                 continue
             if isinstance(inner, str):
                 inner = {"kind": inner}
@@ -349,27 +377,28 @@ def override(data: dict[str, Any], assignments: Sequence[str]) -> dict[str, Any]
     return result
 
 
-def _addend(addends: list[Any], field: str, name: str) -> Any:
-    """The one of several kinds in a list that has a field: it takes the setting. UserError where none has it, or several.
+def _component(components: list[Any], field: str, name: str) -> Any:
+    """Return the component of a list of kinds that has a field; None for another list, which `from_dict` reports.
 
-    What is no list of kinds is no place for a setting, and `build` will say so: None.
+    Raises:
+        UserError: None or several of the components have the field.
     """
     kinds = next((kinds for kinds in REGISTRIES.values() if kinds.join), None)
-    told = [{"kind": one} if isinstance(one, str) else one for one in addends]
-    if kinds is None or not all(isinstance(one, dict) and one.get("kind") in kinds.names() for one in told):
+    mappings = [{"kind": one} if isinstance(one, str) else one for one in components]
+    if kinds is None or not all(isinstance(one, dict) and one.get("kind") in kinds.names() for one in mappings):
         return None
-    addends[:] = told
-    fields = {one["kind"]: [f.name for f in dataclasses.fields(kinds.find(one["kind"])) if f.init] for one in told}
-    having = [one for one in told if field in fields[one["kind"]]]
-    if len(having) == 1:
-        return having[0]
-    told_of = f"{name}: the {kinds.name} is the list [{', '.join(fields)}]"
-    if not having:
+    components[:] = mappings
+    fields = {one["kind"]: [f.name for f in dataclasses.fields(kinds.find(one["kind"])) if f.init] for one in mappings}
+    matching = [one for one in mappings if field in fields[one["kind"]]]
+    if len(matching) == 1:
+        return matching[0]
+    listing = f"{name}: the {kinds.name} is the list [{', '.join(fields)}]"
+    if not matching:
         raise UserError(
-            f"{told_of}, and none has a field {field!r}{_nearest(field, sorted({f for of in fields.values() for f in of}))}"
+            f"{listing}, and none has a field {field!r}{_nearest(field, sorted({f for of in fields.values() for f in of}))}"
         )
     raise UserError(
-        f"{told_of}, and {' and '.join(one['kind'] for one in having)} have a field {field!r}: write {name.rpartition('.')[0]}=[...]"
+        f"{listing}, and {' and '.join(one['kind'] for one in matching)} have a field {field!r}: write {name.rpartition('.')[0]}=[...]"
     )
 
 

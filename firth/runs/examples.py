@@ -1,8 +1,8 @@
-"""How a run's text or records are cut into examples: the `segment` of a recipe.
+"""Build training and validation examples from text or records: the `examples` section of a recipe.
 
-A segment turns the material into two `Source`s, one to learn from and one held out. Each kind is one small class, so a
-recipe names the kind and its settings and nothing else: windows, pieces and pairs cut running text; dialogues, prompted,
-and preferences read records, as do those of `firth.runs.labeled_examples` and `labels`; those of `aligned` ask a model or a judge, too.
+Each kind of examples is one class that returns two `Source`s, for training and validation. windows, chunks, segment_pairs and
+word_windows split running text; dialogues, seq2seq and preferences read records. Further kinds are in
+`firth.runs.labeled_examples`, `firth.runs.noisy_label_examples` and `firth.runs.alignment_examples`.
 """
 
 from __future__ import annotations
@@ -29,10 +29,17 @@ from firth.validated import NonNegativeFloat, Ranged, TokenCount
 
 @dataclass(frozen=True)
 class DatasetSplits:
-    """train: to learn from. valid: held out, None where there is nothing. bytes_per_target: UTF-8 bytes of held-out text
-    per token asked, where every token is asked; 0 elsewhere. read: what the reader counted when a store was built. unheld:
-    why nothing is held out though a share should be, in a sentence. texts: what the report shows of held-out prompts, where it
-    is not read off the sources (`firth.runs.held_out_texts.choose`)."""
+    """The training and validation examples of a run.
+
+    Args:
+        train: Training examples.
+        validation: Held-out examples; None if there are none.
+        bytes_per_target: UTF-8 bytes of held-out text per label, where every token is a label; else 0.
+        read_stats: Counts of the reader when the token store was built.
+        no_validation_reason: Why nothing is held out although a fraction should be; a sentence.
+        texts: Held-out prompts for the report, where they are not taken from the sources
+            (`firth.runs.held_out_texts.choose`).
+    """
 
     train: Source
     validation: Source | None
@@ -43,12 +50,12 @@ class DatasetSplits:
 
     @property
     def counts(self) -> dict[str, int]:
-        """What was read, mended, cut and left out, for the report."""
+        """Counts of what was read, repaired, truncated and dropped, for the report."""
         return {**{name: n for name, n in self.read_stats.items() if n}, **self.train.counts}
 
     @property
     def notes(self) -> list[str]:
-        """What was cut, left out or missing, with the place of the first of each, in whole sentences."""
+        """Sentences on what was truncated, dropped or missing, with the place of the first of each."""
         held = self.validation.notes if self.validation is not None else ()
         return list(
             dict.fromkeys((*self.train.notes, *held, *class_counts.missing_classes(self.train, self.validation)))
@@ -56,12 +63,14 @@ class DatasetSplits:
 
 
 class ExamplesConfig(Ranged, section="examples"):
-    """One way to cut the material. Subclasses are frozen dataclasses.
+    """Base class of the kinds of examples. Subclasses are frozen dataclasses.
 
-    remembers: whether it gives the tokens before each row, which a model with memory reads. reads_documents: whether it cuts
-    documents, which are held out by their names, and no records. gives: the fields that every
-    example to learn from holds. wants: those of them that an objective has to read for the segment to be of use.
-    leaves_out: whether records that are longer than its limits (`row_limits`) are left out and counted, not cut.
+    Attributes:
+        gives_memory: Whether examples include the tokens before each row, for a model with memory.
+        reads_documents: Whether it reads documents, which are held out by name, and not records.
+        base_fields: The fields of every training example.
+        required_fields: The fields that an objective must read for this kind to make sense.
+        drops_long_records: Whether records over the limits (`row_limits`) are dropped and counted instead of truncated.
     """
 
     gives_memory: ClassVar[bool] = False
@@ -72,81 +81,79 @@ class ExamplesConfig(Ranged, section="examples"):
 
     @property
     def fields(self) -> frozenset[str]:
-        """What it gives as it is set."""
+        """The fields of a training example with these settings."""
         return self.base_fields
 
     @property
     def text_units(self) -> frozenset[str]:
-        """What it looks for in a text ("pairs": sentences to pair); a run reports where it does not find them."""
+        """Units that it looks for in a text ("pairs": sentences to pair); a run reports where they are missing."""
         return frozenset()
 
     @property
     def max_tokens(self) -> int:
-        """The most tokens of an example, of records whose lengths vary and are known before the run; 0 elsewhere."""
+        """The most tokens of an example, for records whose lengths vary and are known before the run; else 0."""
         return 0
 
     def build(self, data: RunData, objective: Objective) -> DatasetSplits:
-        """The training source and the held-out one."""
+        """Return the training and validation sources."""
         raise NotImplementedError(type(self).__name__)
 
     def tokenizer_texts(self, paths: Sequence[str]) -> Iterator[tuple[str, list[str]]] | None:
-        """Yield the texts of each record, with the group that it is held out with (`Records.group`), to train a tokenizer.
-
-        None where the segment reads documents and no records.
-        """
+        """Yield the group (`Records.group`) and the texts of each record, to train a tokenizer; None for documents."""
         return None
 
     @property
     def tokenizer_settings(self) -> tuple[Any, ...]:
-        """The settings that `grouped_texts` depends on."""
+        """The settings that `tokenizer_texts` depends on."""
         return ()
 
     def limit_to(self, context: int) -> ExamplesConfig:
-        """The segment for a model that reads at most so many tokens: records that are longer are then cut, and counted."""
+        """Return a copy for a model with `context` positions; longer records are truncated and counted."""
         return self
 
     @property
     def functions(self) -> dict[str, str]:
-        """The functions of the user's that it calls: field -> `module:function`."""
+        """The user's functions that it calls: field -> `module:function`."""
         return {}
 
     def row_limits(self, text: int, source: int) -> dict[str, int]:
-        """Return the most tokens that each field which bounds a row may allow.
+        """Return the largest value of each field that limits the length of a row.
 
         Args:
-            text: The most tokens of a row of the model, of an encoder-decoder's decoder.
-            source: The most tokens of a row of its encoder; as `text` where it has none.
+            text: The most tokens in a row of the model, or of the decoder of an encoder-decoder.
+            source: The most tokens in a row of the encoder; equal to `text` without an encoder.
         """
         return {field.name: min(text, source) for field in fields(self) if field.name == "max_length"}  # type: ignore[arg-type]
 
     def configure_objective(self, objective: Objective, data: RunData) -> Objective:
-        """Fill in what only the data knows (the names of the classes); the settled recipe is what a run keeps."""
+        """Return the objective configured with dataset statistics, such as class names; the resolved recipe holds them."""
         return objective
 
     def check_objective(self, objective: Objective) -> None:
-        """Raise a UserError for an objective that the segment's settings do not suit, though its fields would."""
+        """Raise a UserError for an objective that the settings do not suit although the fields do."""
 
     def unlabeled(self, paths: Sequence[str], data: RunData) -> Source:
-        """Records with the same fields and no label, for what learns from these too."""
-        raise UserError(
-            f"texts without a label are read beside records with a class, and {type(self).__name__} has none"
-        )
+        """Return unlabeled records with the same fields, for semi-supervised training."""
+        raise UserError(f"unlabeled texts need labeled records with a class, and {type(self).__name__} has no class")
 
 
 def build_datasets(examples: ExamplesConfig, data: RunData, objective: Objective) -> DatasetSplits:
-    """What a run learns from and is measured on: a mixture of the paths where the source has weights. UserError where all
-    that is learnt is of one class."""
+    """Return the training and validation examples of a run; a mixture of the paths where the data has weights.
+
+    Raises:
+        UserError: All training examples are of one class.
+    """
     found = _mixed(examples, data, objective) if data.config.weights else examples.build(data, objective)
     class_counts.check_several_classes(found.train)
     return found
 
 
 def _mixed(examples: ExamplesConfig, data: RunData, objective: Objective) -> DatasetSplits:
-    cuts = [examples.build(part, objective) for part in data.parts()]
+    cuts = [examples.build(part, objective) for part in data.per_path()]
     weights = data.config.weights
     train = MixtureSource([c.train for c in cuts], weights)
     read = {name: sum(c.read_stats.get(name, 0) for c in cuts) for c in cuts for name in c.read_stats}
-    if data.config.validation_path:  # every part has these files
+    if data.config.validation_path:  # the same files for every path
         return DatasetSplits(train, cuts[0].validation, cuts[0].bytes_per_target, read)
     held = [
         (c.validation, c.bytes_per_target, w) for c, w in zip(cuts, weights, strict=True) if c.validation is not None
@@ -158,7 +165,7 @@ def _mixed(examples: ExamplesConfig, data: RunData, objective: Objective) -> Dat
             read_stats=read,
             no_validation_reason=next((c.no_validation_reason for c in cuts if c.no_validation_reason), ""),
         )
-    # Held-out text in the same shares, as much of it as the scarcest part allows.
+    # Held-out text with the same weights, as much of it as the smallest path allows.
     unit = min(len(valid) / w for valid, _, w in held)
     shown = [spread(valid, max(1, int(unit * w))) for valid, _, w in held]
     ratio = sum(bytes_ * w for _, bytes_, w in held) / sum(w for _, _, w in held)
@@ -166,8 +173,10 @@ def _mixed(examples: ExamplesConfig, data: RunData, objective: Objective) -> Dat
 
 
 def spread(source: Source, count: int) -> Source:
-    """About `count` examples of a source at most, evenly spaced: the first ones alone would be those of one document. Those
-    of one record (the windows of a question) stay together."""
+    """Return at most about `count` evenly spaced examples of a source.
+
+    The first `count` could all come from one document. Examples of one record (the windows of a question) stay together.
+    """
     if len(source) <= count:
         return source
     whole = np.unique(source.record_ids)
@@ -177,7 +186,7 @@ def spread(source: Source, count: int) -> Source:
 
 @dataclass(frozen=True)
 class WindowsConfig(ExamplesConfig):
-    """Windows of `length` tokens of the running text; the documents in one do not see each other."""
+    """Windows of `max_length` tokens over the concatenated documents; attention does not cross documents."""
 
     reads_documents: ClassVar[bool] = True
     gives_memory: ClassVar[bool] = True
@@ -187,8 +196,7 @@ class WindowsConfig(ExamplesConfig):
     def build(self, data: RunData, objective: Objective) -> DatasetSplits:
         train, valid = data.stores()
         held = windows.Windows(valid, self.max_length, tail=True, memory=data.memory_length) if valid else None
-        # Who reads to the left is asked every token of the held-out store but the first, which nothing stands before;
-        # once, if it has one question.
+        # A causal objective with one label field predicts every held-out token once, except the first of each document.
         once = valid if objective.attention_pattern() == "causal" and len(objective.labels) == 1 else None
         ratio = int(once.bytes.sum()) / max(1, len(once.tokens) - len(once)) if once else 0.0
         return DatasetSplits(
@@ -198,8 +206,13 @@ class WindowsConfig(ExamplesConfig):
 
 @dataclass(frozen=True)
 class ChunksConfig(ExamplesConfig):
-    """Parts of single documents of at most `length` tokens; frame: [CLS] and [SEP] around each; shortest: documents of
-    fewer tokens are left out."""
+    """Chunks of single documents.
+
+    Args:
+        max_length: The most tokens of a chunk.
+        add_special_tokens: Whether each chunk is enclosed in [CLS] and [SEP].
+        min_length: Documents with fewer tokens are dropped.
+    """
 
     reads_documents: ClassVar[bool] = True
 
@@ -220,7 +233,12 @@ class ChunksConfig(ExamplesConfig):
 
 @dataclass(frozen=True)
 class SegmentPairsConfig(ExamplesConfig):
-    """Two neighbouring segments and a stranger, together at most `length` tokens: whole sentences, or cut anywhere."""
+    """Two neighboring segments and a random one from another document.
+
+    Args:
+        max_length: The most tokens of a pair.
+        whole_sentences: Whether segments consist of whole sentences; else they are split anywhere.
+    """
 
     reads_documents: ClassVar[bool] = True
     base_fields: ClassVar[frozenset[str]] = frozenset({"first", "second", "other"})
@@ -248,7 +266,13 @@ class SegmentPairsConfig(ExamplesConfig):
 
 @dataclass(frozen=True)
 class WordWindowsConfig(ExamplesConfig):
-    """Windows of running text with how often each word stays and is drawn as noise (`firth.data.word_windows`): word2vec."""
+    """Windows with word2vec's subsampling and noise probabilities (`firth.data.word_windows`).
+
+    Args:
+        max_length: Tokens of a window.
+        subsampling_threshold: Words that are more frequent than this are dropped at random.
+        noise_exponent: Power of the word frequencies in the noise distribution.
+    """
 
     reads_documents: ClassVar[bool] = True
     base_fields: ClassVar[frozenset[str]] = frozenset({"tokens", "kept", "noise"})
@@ -279,9 +303,12 @@ class WordWindowsConfig(ExamplesConfig):
 
 @dataclass(frozen=True)
 class DialoguesConfig(ExamplesConfig):
-    """Dialogues, asked on what the assistant says; the beginning is kept where one is longer than `length` tokens.
+    """Dialogues whose assistant turns are the labels.
 
-    prompt, answer_is: how a question and its answer are made of a record's fields; empty: as the record has them.
+    Args:
+        max_length: The most tokens of a dialogue; longer ones are truncated at the end.
+        prompt_template: How a prompt is made of a record's fields; empty takes the record's prompt.
+        completion_template: How an answer is made of a record's fields; empty takes the record's answer.
     """
 
     base_fields: ClassVar[frozenset[str]] = frozenset({"tokens", "mask"})
@@ -306,9 +333,13 @@ class DialoguesConfig(ExamplesConfig):
 
 @dataclass(frozen=True)
 class Seq2SeqConfig(ExamplesConfig):
-    """Prompts for an encoder and answers from a decoder, at most `length` and `answer` tokens.
+    """Prompts for an encoder and answers from a decoder.
 
-    prompt, answer_is: how both are made of a record's fields, "translate to French: {en}"; empty: as the record has them.
+    Args:
+        max_length: The most tokens of a prompt.
+        max_target_length: The most tokens of an answer.
+        prompt_template: How a prompt is made of a record's fields, "translate to French: {en}"; empty takes the record's prompt.
+        completion_template: How an answer is made of a record's fields; empty takes the record's answer.
     """
 
     base_fields: ClassVar[frozenset[str]] = frozenset({"source", "target"})
@@ -345,15 +376,15 @@ class Seq2SeqConfig(ExamplesConfig):
         return split_records(data, read)
 
 
-COMPARED = frozenset({"chosen_tokens", "chosen_mask", "rejected_tokens", "rejected_mask"})
-"""The fields of two answers to one prompt."""
+PREFERENCE_FIELDS = frozenset({"chosen_tokens", "chosen_mask", "rejected_tokens", "rejected_mask"})
+"""The fields of a chosen and a rejected answer to one prompt."""
 
 
 @dataclass(frozen=True)
 class PreferencesConfig(ExamplesConfig):
     """Records with a prompt, a chosen and a rejected answer."""
 
-    base_fields: ClassVar[frozenset[str]] = COMPARED
+    base_fields: ClassVar[frozenset[str]] = PREFERENCE_FIELDS
 
     max_length: TokenCount = 256
 
@@ -365,43 +396,44 @@ class PreferencesConfig(ExamplesConfig):
 
 
 def model_directory(path: str | Path) -> Path:
-    """The model in a run directory, or the directory itself where it is one."""
+    """Return the model directory of a run directory, or the path itself if it is no run directory."""
     path = Path(path)
     return path / "model" if (path / "model").is_dir() else path
 
 
 def required_model(path: str, field: str, what: str) -> Path:
+    """Return the model directory of a path; UserError with the field and what it is for if the path is empty."""
     if not path:
         raise UserError(f"the recipe lacks `{field}`: {what}")
     return model_directory(path)
 
 
 def split_records(data: RunData, make: Callable[[Sequence[str]], Source]) -> DatasetSplits:
-    """The records to learn from, and the held-out files; without those, the share `data.validation_fraction` of the records."""
-    source = make(data.config.paths(data.echo))
+    """Return the training records and those of `data.validation_path`, or else a `data.validation_fraction` of the records."""
+    source = make(data.config.paths(data.log))
     if data.config.validation_path:
         valid = make(data.config.validation_path)
         shared = np.flatnonzero(np.isin(valid.group_ids, source.group_ids))
         if len(shared):
-            data.echo(
+            data.log(
                 f"{len(shared):,} of {len(valid):,} examples in data.validation_path have a prompt or text that is trained on too: "
                 f"the first is number {shared[0] + 1:,}"
             )
         return DatasetSplits(source, valid)
-    apart = held_out(source, data)
-    if apart.any():
-        return DatasetSplits(SubsetSource(source, np.flatnonzero(~apart)), SubsetSource(source, np.flatnonzero(apart)))
+    held = held_out(source, data)
+    if held.any():
+        return DatasetSplits(SubsetSource(source, np.flatnonzero(~held)), SubsetSource(source, np.flatnonzero(held)))
     share = data.config.validation_fraction
     many = len(np.unique(source.record_ids)) >= MIN_RECORDS
     why = f"of which data.validation_fraction={share:g} comes to none or all" if many else f"fewer than {MIN_RECORDS}"
     if many and (count := len(np.unique(source.group_ids))) < len(source):
         why += f" (they have {count:,} different prompts or texts, and all examples of one stay together)"
-    unheld = f"nothing is held out of {len(source):,} examples, {why}, so what is learnt is measured on nothing else"
-    return DatasetSplits(source, None, no_validation_reason=unheld if share else "")
+    reason = f"nothing is held out of {len(source):,} examples, {why}, so there are no validation metrics"
+    return DatasetSplits(source, None, no_validation_reason=reason if share else "")
 
 
 def held_out(source: Source, data: RunData) -> np.ndarray:
-    """Which examples of a source are held out (n,): none where others are named, or where there are too few of them."""
+    """Return which examples of a source are held out: (n,) bool. None are with validation files or too few records."""
     share = 0.0 if data.config.validation_path else data.config.validation_fraction
     return held_out_keys(source.group_ids, share, len(np.unique(source.record_ids)))
 
@@ -409,13 +441,13 @@ def held_out(source: Source, data: RunData) -> np.ndarray:
 def training_texts(
     examples: ExamplesConfig, source: DataConfig, paths: Sequence[str], counts: ReadStats
 ) -> Iterator[str]:
-    """Yield the texts that a run's tokenizer is trained on: those that the run trains on, and nothing that it holds out.
+    """Yield the texts that a run's tokenizer is trained on: its training texts without the held-out ones.
 
     Args:
-        segment: the segment that names the fields of records.
-        source: what is held out.
-        paths: the training files.
-        counts: counts the documents and bytes that are yielded.
+        examples: Names the fields of records.
+        source: Where the data is and what is held out.
+        paths: The training files.
+        counts: Counts the documents and bytes that are yielded.
     """
     share = 0.0 if source.validation_path else source.validation_fraction
     for part in [[path] for path in paths] if source.weights else [list(paths)]:

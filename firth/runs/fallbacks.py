@@ -1,7 +1,7 @@
-"""Where an objective cannot find what it looks for in a text and does something else: a sentence on each, before the run.
+"""Report, before a run, where an objective does not find the words, names or sentences that it looks for and falls back.
 
 Words, names and sentences are found by Unicode's rules (`firth.tokenizer.segmentation`). Some scripts do not separate words, some
-have no capitals, and some texts no full stop; the objective then hides subwords or random spans, or cuts anywhere.
+have no capitals, and some texts have no full stop; the objective then masks subwords or random spans, or splits anywhere.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from firth.types import Example, UserError
 Segmentation = Literal["auto", "icu", "uax29"]
 
 SAMPLED_EXAMPLES = 64
-"""Examples that are looked at, evenly spaced."""
+"""Examples to inspect, evenly spaced."""
 MIN_SHARE = 0.05
-"""Of the examples or letters: what happens less often is not reported."""
+"""Smallest fraction of the examples or letters that is reported."""
 
 REPORTS = {
     "words": "{share:.0%} of the letters are of scripts that do not separate words (Chinese, Japanese, Thai, Khmer, ...), so "
@@ -33,14 +33,17 @@ REPORTS = {
     "sentences": "{share:.0%} of the texts are a single sentence, so there is no order of sentences to change there",
     "pairs": "{share:.0%} of the texts have no end of a sentence, so their pairs fall back on cuts anywhere",
 }
-"""Unit that is looked for -> what is reported where it is not found."""
+"""Unit -> what is reported where it is not found."""
 
 
 def fallbacks(objective: Objective, examples: ExamplesConfig, source: Source, vocab: Vocab) -> list[str]:
-    """Return a sentence for each unit that an objective or a segment looks for and often does not find.
+    """Return a sentence for each unit that the objective or the examples look for and often do not find.
 
     Args:
-        source: The examples to learn from, of which SAMPLED_EXAMPLES are looked at.
+        objective: The objective.
+        examples: The kind of examples.
+        source: The training examples, of which SAMPLED_EXAMPLES are inspected.
+        vocab: The vocabulary.
     """
     units = frozenset[str]().union(examples.text_units, *(one.text_units for one in objective.components()))
     if not units or vocab.spelling is None or not len(source):
@@ -52,18 +55,18 @@ def fallbacks(objective: Objective, examples: ExamplesConfig, source: Source, vo
 
 
 def resolve_segmentation(objective: Objective, wanted: Segmentation) -> Segmentation:
-    """Return how an objective finds whole words on this machine; `wanted` where it looks for none.
+    """Return how an objective finds whole words on this machine; `wanted` if it does not look for words.
 
     Raises:
-        UserError: A run began with, or a recipe asks for, another segmentation than this machine has.
+        UserError: This machine does not have the segmentation that the run started with or the recipe sets.
     """
     if not any("words" in one.text_units for one in objective.components()):
         return wanted
     here: Segmentation = "icu" if segmentation.has_dictionary() else "uax29"
     if wanted not in ("auto", here):
-        cure = "install firth[icu]" if wanted == "icu" else "uninstall icu4py"
+        hint = "install firth[icu]" if wanted == "icu" else "uninstall icu4py"
         raise UserError(
-            f"word_segmentation={wanted}, and this machine finds words by {here}, which would hide other words: {cure}, or set "
+            f"word_segmentation={wanted}, and this machine finds words by {here}, which would mask other words: {hint}, or set "
             "word_segmentation=auto for a new run"
         )
     return here
@@ -75,7 +78,7 @@ def _tokens(example: Example) -> np.ndarray:
 
 
 def _missing(unit: str, texts: list[np.ndarray], vocab: Vocab) -> float:
-    """The share in which a unit is not found: of the letters for words, of the texts for the others."""
+    """Return the fraction of the letters (for words) or texts (for other units) where a unit is not found."""
     if unit == "words":
         if segmentation.has_dictionary():
             return 0.0

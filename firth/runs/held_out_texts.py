@@ -1,4 +1,4 @@
-"""Texts of a run's report: what the model makes of eight held-out prompts before and after training, with rewards.
+"""Texts for a run's report: answers to eight held-out prompts before and after training, with rewards.
 
 A run that trains on answers to prompts (instruction tuning, text to text, reward models, DPO, REINFORCE, PPO) writes
 `held_out_texts.jsonl`, one row for each prompt and step:
@@ -7,7 +7,7 @@ A run that trains on answers to prompts (instruction tuning, text to text, rewar
      "answers": [{"name": "model", "text": "The otter.", "score": 0.7}]}
 
 `score` names what the numbers are: a reward, or nats of log-probability above the reference model. Answers that the
-records give (reference, preferred, rejected) have their own rows in `answers`.
+records contain (reference, preferred, rejected) are also in `answers`.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import torch
 from firth.align.rewards import RewardFunction, RewardModel, Rollout, score_rollouts
 from firth.data.collate import collate
 from firth.data.source import Source
-from firth.generate.decoding import attention_pattern_of
+from firth.generate.decoding import inference_mode
 from firth.generate.engine import Engine
 from firth.generate.sampling import Sampling
 from firth.model.model import LM
@@ -32,7 +32,7 @@ from firth.types import Example
 
 FILE = "held_out_texts.jsonl"
 COUNT = 8
-"""Prompts that are shown."""
+"""Number of prompts."""
 
 MAX_NEW_TOKENS = 64
 
@@ -44,10 +44,10 @@ class HeldOutTexts:
     """Prompts and given answers whose texts and scores are recorded before and after training.
 
     Args:
-        examples: One for each prompt, with the fields of the segment: `tokens` and `mask`; `source` and `target`;
-            `chosen_*` and `rejected_*`, for DPO also `reference`; or `tokens` alone, a bare prompt.
-        held_out: Whether the run does not train on them.
-        judge: What scores the answers that the model writes; None where nothing does.
+        examples: One example for each prompt, with the fields `tokens` and `mask`; `source` and `target`; `chosen_*` and
+            `rejected_*`, for DPO also `reference`; or only `tokens`, a prompt without an answer.
+        held_out: Whether the prompts are not trained on.
+        judge: Scores the sampled answers; None for no scores.
         max_new: The most tokens of an answer.
     """
 
@@ -109,7 +109,7 @@ class HeldOutTexts:
         elif "reference" in example:
             device = model.tokens.weight.device
             batch = {name: field.to(device) for name, field in collate([build_comparison(example)]).items()}
-            with attention_pattern_of(model):
+            with inference_mode(model):
                 now = ref_logprobs(model, batch)["reference"][0].cpu()
             scores = (now - torch.from_numpy(np.array(example["reference"]))).tolist()
         names = ("preferred", "rejected")
@@ -122,10 +122,10 @@ def choose(train: Source, valid: Source | None, fields: frozenset[str]) -> HeldO
     Args:
         train: The training source.
         valid: The held-out source; None where nothing is held out.
-        fields: What the examples hold.
+        fields: The fields of the examples.
 
     Returns:
-        None where examples are not prompts with answers.
+        None if the examples are not prompts with answers.
     """
     if not any(needed <= fields for needed in ({"tokens", "mask"}, {"source", "target"}, {"chosen_tokens"})):
         return None
@@ -144,7 +144,7 @@ def _prompt(example: Example) -> np.ndarray:
 
 
 def _first(mask: np.ndarray) -> int:
-    """Return the index of the first answered token."""
+    """Return the index of the first answer token."""
     return int(np.flatnonzero(mask)[0])
 
 

@@ -1,11 +1,11 @@
-"""Models in and out: a directory of strangers becomes one of firth's, a run becomes a directory for others.
+"""Import and export models: transformers directories and GGUF files.
 
-    firth import DIR OUT                                       what generate, chat, fill, evaluate and start= take
-    firth export RUN DIR --dtype bf16 --shard-size 2GB         what transformers, vLLM and sentence-transformers take
-    firth export RUN DIR --format gguf --dtype q4_0            what llama.cpp takes: DIR/model.gguf
+    firth import DIR OUT                                       for generate, chat, fill, evaluate and init_from
+    firth export RUN DIR --dtype bf16 --shard-size 2GB         for transformers, vLLM and sentence-transformers
+    firth export RUN DIR --format gguf --dtype q4_0            for llama.cpp: DIR/model.gguf
 
-Both read all of a model, check it against its tokenizer and write into a neighbour of the target that is renamed at the
-end: a directory is there whole or not at all. Neither writes into a directory that another has filled.
+Both load the whole model, check it against its tokenizer and write to a temporary directory that is renamed at the end, so an
+incomplete directory never appears. Neither overwrites a directory that firth did not write.
 """
 
 from __future__ import annotations
@@ -31,20 +31,26 @@ from firth.pretrained.load_save import check_vocab_fits, left_out, load_model, m
 from firth.runs import model_card
 from firth.runs.examples import model_directory
 from firth.runs.inference import objective_of
-from firth.runs.prepare import Echo
 from firth.tokenizer import chat
 from firth.tokenizer.tokenizer import Tokenizer
-from firth.types import UserError
+from firth.types import LogLine, UserError
 
-MADE = "firth.json"
-"""What lies in every model directory that is written here."""
+METADATA_FILE = "firth.json"
+"""File in every model directory that firth writes."""
 
 
 @dataclass(frozen=True, eq=False)
 class ModelPackage:
-    """A model on its way out. facts: what firth.json keeps of its training. talks: whether it was trained on dialogues.
+    """A model to export.
 
-    given: the directory it comes from. name: what the user called it. dtype: as the user wrote it, "" for nothing.
+    Args:
+        model: The model.
+        tokenizer: Its tokenizer.
+        metadata: The training metadata in firth.json.
+        is_chat_model: Whether it was trained on dialogues.
+        given: The model directory that it comes from.
+        name: The name of the run directory.
+        dtype: The dtype option of the user; "" if not given.
     """
 
     model: LM
@@ -56,43 +62,58 @@ class ModelPackage:
     dtype: str
 
 
-def import_model(given: Path, out: Path, echo: Echo = print) -> None:
-    """Read a model that others wrote, say what it is, and write a directory that all of firth's commands take.
+def import_model(given: Path, out: Path, log: LogLine = print) -> None:
+    """Import a model of another library into a directory that all firth commands accept, and describe it.
 
-    given: a directory or a GGUF file. The numbers keep their type, and those of few bits become fp32. UserError for
-    whatever cannot be read whole, and for an `out` that is not firth's.
+    Weights keep their dtype; quantized weights become fp32.
+
+    Args:
+        given: A model directory or a GGUF file.
+        out: The directory to write.
+        log: Receives the description.
+
+    Raises:
+        UserError: The model cannot be read completely, or `out` holds files that firth did not write.
     """
     given = model_directory(given)
     if not given.exists():
-        raise UserError(f"{given} is not there: give a directory with config.json, model.safetensors and a tokenizer")
+        raise UserError(f"{given} does not exist: give a directory with config.json, model.safetensors and a tokenizer")
     model, tokenizer = load_model(given), load_tokenizer(given)
     check_vocab_fits(tokenizer, model.config, f"{given}")
     file = find(given)
     types = dtypes(given) if file is None else gguf.dtypes(file)
     facts = metadata_of(given)
     with _fresh(out, given) as place:
-        said = save_model(model, tokenizer, place, facts, Storage(types[0] if len(types) == 1 else None))
-        carried = given.is_dir() and copy_files(given, place)
-        for line in described(given, model, tokenizer, types):
-            echo(line)
-        if carried:
-            echo("  sentence vectors: as its modules.json says")
-        told = model_card.of_directory(given, place, model, said, facts)
-        licence = "" if file is None else str(read(file).metadata.get("general.license", ""))
-        model_card.write(replace(told, licence=told.licence or licence), place / "README.md")
+        summary = save_model(model, tokenizer, place, facts, Storage(types[0] if len(types) == 1 else None))
+        copied = given.is_dir() and copy_files(given, place)
+        for line in describe(given, model, tokenizer, types):
+            log(line)
+        if copied:
+            log("  sentence vectors: as its modules.json says")
+        card = model_card.of_directory(given, place, model, summary, facts)
+        license = "" if file is None else str(read(file).metadata.get("general.license", ""))
+        model_card.write(replace(card, license=card.license or license), place / "README.md")
     for line in _uses(out, model, _template(tokenizer).startswith("yes;")):
-        echo(line)
+        log(line)
 
 
-def export_model(run: Path, out: Path, *, form: str, dtype: str, shard: str, echo: Echo = print) -> None:
-    """Write the model of a run into a directory for others, with its card.
+def export_model(run: Path, out: Path, *, form: str, dtype: str, shard: str, log: LogLine = print) -> None:
+    """Export the model of a run for other libraries, with a model card.
 
-    form: one of FORMS. dtype: fp32, fp16 or bf16; "" as it is. For gguf q8_0 and q4_0 too, and "" is fp16. shard: most bytes in
-    one file, such as "2GB"; "" for one.
+    Args:
+        run: The run directory.
+        out: The directory to write.
+        form: One of EXPORTERS ("hf", "gguf").
+        dtype: fp32, fp16, bf16, or "" for the stored dtype. GGUF also takes q8_0 and q4_0, and "" is fp16.
+        shard: The most bytes of a file, such as "2GB"; "" for a single file.
+        log: Receives the summary.
+
+    Raises:
+        UserError: An option is unknown, or `out` holds files that firth did not write.
     """
-    if form not in FORMS:
-        raise UserError(f"there is no format {form!r}; there is {', '.join(FORMS)}")
-    known = KINDS if form == "gguf" else DTYPES
+    if form not in EXPORTERS:
+        raise UserError(f"there is no format {form!r}; there is {', '.join(EXPORTERS)}")
+    known = GGUF_DTYPES if form == "gguf" else DTYPES
     if dtype and dtype not in known:
         raise UserError(f"there is no dtype {dtype!r}; there is {', '.join(known)}")
     if out.suffix == ".gguf":
@@ -103,91 +124,93 @@ def export_model(run: Path, out: Path, *, form: str, dtype: str, shard: str, ech
     types = dtypes(given) if find(given) is None else [torch.float32]
     storage = Storage(DTYPES.get(dtype) if dtype else types[0] if len(types) == 1 else None, size)
     facts = metadata_of(given)
-    parcel = ModelPackage(
-        model, tokenizer, facts, bool(TALKING & {*objective_of(run)}), given, run.resolve().name, dtype
+    package = ModelPackage(
+        model, tokenizer, facts, bool(CHAT_OBJECTIVES & {*objective_of(run)}), given, run.resolve().name, dtype
     )
     with _fresh(out, given) as place:
-        said = FORMS[form](parcel, place, storage)
-        model_card.write(model_card.of_run(run, place, model, said, facts), place / "README.md")
+        summary = EXPORTERS[form](package, place, storage)
+        model_card.write(model_card.of_run(run, place, model, summary, facts), place / "README.md")
         files = [p for p in place.rglob("*") if p.is_file()]
-        echo(f"{out}: {len(files)} files, {sum(p.stat().st_size for p in files) / 1e6:,.1f} MB; {said}")
-    # firth writes a template beside every tokenizer that has the tokens of turns: of a run, the objective tells.
+        log(f"{out}: {len(files)} files, {sum(p.stat().st_size for p in files) / 1e6:,.1f} MB; {summary}")
+    # Every tokenizer with chat tokens has a chat template, so for a run the objective decides.
     for line in _uses(
-        out, model, parcel.is_chat_model if objective_of(run) else _template(tokenizer).startswith("yes;")
+        out, model, package.is_chat_model if objective_of(run) else _template(tokenizer).startswith("yes;")
     ):
-        echo(line)
+        log(line)
     if form == "gguf":
-        echo(f"With llama.cpp:  llama-cli -m {shlex.quote(str(out / FILE))}")
+        log(f"With llama.cpp:  llama-cli -m {shlex.quote(str(out / FILE))}")
 
 
 FILE = "model.gguf"
-"""What a GGUF export calls its one file."""
-TALKING = {"sft", "dpo", "reinforce", "ppo"}
-"""Objectives of dialogues."""
+"""File name of a GGUF export."""
+CHAT_OBJECTIVES = {"sft", "dpo", "reinforce", "ppo"}
+"""Objectives that train on dialogues."""
 
 
-def _hf(parcel: ModelPackage, place: Path, storage: Storage) -> str:
-    """A directory for transformers, and for sentence-transformers where the model is an encoder."""
-    said = save_model(parcel.model, parcel.tokenizer, place, parcel.metadata, storage)
-    config = parcel.model.config
+def _hf(package: ModelPackage, place: Path, storage: Storage) -> str:
+    """Write a directory for transformers, and for sentence-transformers if the model is an encoder."""
+    summary = save_model(package.model, package.tokenizer, place, package.metadata, storage)
+    config = package.model.config
     if not (place / "config.json").exists() or config.causal or config.num_encoder_layers:
-        return said
-    if not copy_files(parcel.given, place):
-        sentences(parcel.model, place)
-    return f"{said}, sentence-transformers as it is"
+        return summary
+    if not copy_files(package.given, place):
+        write_sentence_config(package.model, place)
+    return f"{summary}, sentence-transformers as it is"
 
 
-def _gguf(parcel: ModelPackage, place: Path, storage: Storage) -> str:
-    """One file for llama.cpp, with the tokenizer inside."""
+def _gguf(package: ModelPackage, place: Path, storage: Storage) -> str:
+    """Write one file for llama.cpp, which includes the tokenizer."""
     if storage.shard:
         raise UserError("a GGUF file is one file here: leave out --shard-size")
-    kind, told = KINDS[parcel.dtype or "fp16"], {"general.name": parcel.name}
-    said = gguf.write(parcel.model, parcel.tokenizer, place / FILE, kind, dialogue=parcel.is_chat_model, facts=told)
-    write_json(place / MADE, sealed({"facts": parcel.metadata}, place, [FILE]))
-    return said
+    kind, facts = GGUF_DTYPES[package.dtype or "fp16"], {"general.name": package.name}
+    summary = gguf.write(
+        package.model, package.tokenizer, place / FILE, kind, dialogue=package.is_chat_model, facts=facts
+    )
+    write_json(place / METADATA_FILE, sealed({"facts": package.metadata}, place, [FILE]))
+    return summary
 
 
-KINDS = {"fp32": "F32", "fp16": "F16", "bf16": "BF16", "q8_0": "Q8_0", "q4_0": "Q4_0"}
-"""--dtype -> how a GGUF file calls it."""
-FORMS: dict[str, Callable[[ModelPackage, Path, Storage], str]] = {"hf": _hf, "gguf": _gguf}
-"""Name of a format -> what writes it into a directory and says what others load it as."""
+GGUF_DTYPES = {"fp32": "F32", "fp16": "F16", "bf16": "BF16", "q8_0": "Q8_0", "q4_0": "Q4_0"}
+"""--dtype -> its name in a GGUF file."""
+EXPORTERS: dict[str, Callable[[ModelPackage, Path, Storage], str]] = {"hf": _hf, "gguf": _gguf}
+"""Name of a format -> the function that writes it into a directory and returns a summary for the user."""
 
-SENTENCE = "sentence_bert_config.json"
-POOLED = ("bert", "roberta", "albert", "mpnet")
-"""Families whose bare class makes a pooler at random where the files have none, unless it is told not to."""
-PLAIN = ("Transformer", "Pooling", "Normalize")
-"""Modules of sentence-transformers that have no weights of their own besides the model's."""
+SENTENCE_CONFIG = "sentence_bert_config.json"
+FAMILIES_WITH_POOLER = ("bert", "roberta", "albert", "mpnet")
+"""Families whose base class adds a randomly initialized pooler if the files have none and it is not disabled."""
+WEIGHTLESS_MODULES = ("Transformer", "Pooling", "Normalize")
+"""Modules of sentence-transformers without weights besides the model's."""
 
 
 def copy_files(given: Path, place: Path) -> bool:
-    """Take over how a directory makes sentence vectors, if it says so and needs no further weights for it."""
+    """Copy the sentence-transformers configuration of a directory; return False if there is none or it needs more weights."""
     if not (given / "modules.json").is_file():
         return False
     listed = read_list(given / "modules.json")
     paths = [str(module.get("path", "")) for module in listed]
-    if not all(str(module.get("type", "")).endswith(PLAIN) for module in listed):
+    if not all(str(module.get("type", "")).endswith(WEIGHTLESS_MODULES) for module in listed):
         return False
     if any(Path(path).name != path for path in paths):
-        raise UserError(f"{given / 'modules.json'} names a place outside of its directory")
-    for file in (SENTENCE, *(f"{path}/config.json" for path in paths if path)):
+        raise UserError(f"{given / 'modules.json'} names a path outside of its directory")
+    for file in (SENTENCE_CONFIG, *(f"{path}/config.json" for path in paths if path)):
         if (given / file).is_file():
             (place / file).parent.mkdir(exist_ok=True)
-            write_json(place / file, read_json(given / file) | (_unpooled(place) if file == SENTENCE else {}))
+            write_json(place / file, read_json(given / file) | (_no_pooler(place) if file == SENTENCE_CONFIG else {}))
     write_text(place / "modules.json", model_card.pretty(listed))
     return True
 
 
-def _unpooled(place: Path) -> dict[str, Any]:
-    """What sentence-transformers tells the class of a model without a pooler."""
+def _no_pooler(place: Path) -> dict[str, Any]:
+    """Return the sentence-transformers option that disables the pooler."""
     return (
         {"model_args": {"add_pooling_layer": False}}
-        if read_json(place / "config.json").get("model_type") in POOLED
+        if read_json(place / "config.json").get("model_type") in FAMILIES_WITH_POOLER
         else {}
     )
 
 
-def sentences(model: LM, place: Path) -> None:
-    """The three files by which sentence-transformers takes the mean of an encoder's last states for a text's vector."""
+def write_sentence_config(model: LM, place: Path) -> None:
+    """Write the three files with which sentence-transformers mean-pools an encoder's last hidden states."""
     modules = [("0", "", "Transformer"), ("1", "1_Pooling", "Pooling")]
     listed = [
         {"idx": i, "name": name, "path": path, "type": f"sentence_transformers.models.{kind}"}
@@ -195,16 +218,16 @@ def sentences(model: LM, place: Path) -> None:
     ]
     (place / "1_Pooling").mkdir(exist_ok=True)
     limits = {"max_seq_length": model.config.max_positions, "do_lower_case": False}
-    write_json(place / SENTENCE, limits | _unpooled(place))
-    pooling = {f"pooling_mode_{way}": way == "mean_tokens" for way in ("cls_token", "mean_tokens", "max_tokens")}
+    write_json(place / SENTENCE_CONFIG, limits | _no_pooler(place))
+    pooling = {f"pooling_mode_{mode}": mode == "mean_tokens" for mode in ("cls_token", "mean_tokens", "max_tokens")}
     write_json(place / "1_Pooling" / "config.json", {"word_embedding_dimension": model.config.hidden_size} | pooling)
     write_text(place / "modules.json", model_card.pretty(listed))
 
 
-def described(given: Path, model: LM, tokenizer: Tokenizer, types: list[torch.dtype]) -> list[str]:
-    """What a directory holds, a line each."""
+def describe(given: Path, model: LM, tokenizer: Tokenizer, types: list[torch.dtype]) -> list[str]:
+    """Return lines that describe a model directory or GGUF file."""
     file = find(given)
-    config, model_config = read_json(given / "config.json") if file is None else gguf.config(file), model.config
+    config, model_config = read_json(given / "config.json") if file is None else gguf.read_config(file), model.config
     kinds = config.get("architectures")
     named = f" ({', '.join(map(str, kinds))})" if isinstance(kinds, list) else ""
     family = family_of(model_config)
@@ -232,7 +255,7 @@ def described(given: Path, model: LM, tokenizer: Tokenizer, types: list[torch.dt
 
 
 def _template(tokenizer: Tokenizer) -> str:
-    """Whether a dialogue can be written, and how an answer ends."""
+    """Return "yes; ..." with the stop tokens, "yes, but ..." with an error, or "no"."""
     if tokenizer.template is None:
         return "no"
     try:
@@ -243,10 +266,10 @@ def _template(tokenizer: Tokenizer) -> str:
 
 
 def _uses(out: Path, model: LM, talks: bool) -> list[str]:
-    """What to type next. talks: whether it has learnt to answer."""
+    """Return suggested next commands. talks: Whether it is a chat model."""
     place, config = shlex.quote(str(out)), model.config
     if "lm" not in model.heads:
-        return [f"Finetune it:  firth train classification init_from={place} data.path=labelled.jsonl"]
+        return [f"Fine-tune it:  firth train classification init_from={place} data.path=labeled.jsonl"]
     if not (config.causal or config.prefix_lm or config.num_encoder_layers):
         return [f'Fill a gap:  firth fill {place} "a word is <mask> here"']
     return (
@@ -258,21 +281,21 @@ def _uses(out: Path, model: LM, talks: bool) -> list[str]:
 
 @contextmanager
 def _fresh(out: Path, given: Path) -> Iterator[Path]:
-    """A new directory beside `out` that takes its place when all went well; else nothing is changed."""
+    """Yield a temporary directory that replaces `out` on success; on an error nothing changes."""
     with refusals(out):
         whole = out.resolve()
         if whole == given.resolve() or whole in given.resolve().parents:
-            raise UserError(f"{out} holds what is to be read: choose another directory")
-        if out.exists() and (not out.is_dir() or (any(out.iterdir()) and not _ours(out))):
-            raise UserError(f"{out} is there already and holds other things: choose another directory, or remove it")
+            raise UserError(f"{out} holds the model to read: choose another directory")
+        if out.exists() and (not out.is_dir() or (any(out.iterdir()) and not _written_by_firth(out))):
+            raise UserError(f"{out} already exists and holds other files: choose another directory, or remove it")
     with new_directory(whole) as partial:
         yield partial
 
 
-def _ours(out: Path) -> bool:
-    """Whether all that a directory holds was written here: an import or an export, and no run."""
+def _written_by_firth(out: Path) -> bool:
+    """Return whether a directory is a firth import or export, and not a run."""
     readme = out / "README.md"
-    made = (out / MADE).is_file() or (
+    written = (out / METADATA_FILE).is_file() or (
         readme.is_file() and model_card.MARK in readme.read_text("utf-8", errors="replace")
     )
-    return made and not (out / "recipe.yaml").exists() and not (out / "model").exists()
+    return written and not (out / "recipe.yaml").exists() and not (out / "model").exists()

@@ -1,4 +1,4 @@
-"""What a model that begins from nothing is given before its first step: the frequencies of the answers it will be asked."""
+"""Initialize the LM head so that an untrained model predicts the label frequencies."""
 
 from __future__ import annotations
 
@@ -11,40 +11,39 @@ from firth.objectives.objective import Objective, supervised
 from firth.train.validate import to
 from firth.types import IGNORE
 
-ANSWERS, STEPS = 500_000, 256
-"""Answers that are counted, and the most steps that are looked at for them."""
+MAX_LABELS, MAX_STEPS = 500_000, 256
+"""Labels to count, and the most steps to read for them."""
 
 EXAMPLES = 64
-"""Most examples of the first step on which the hidden states are read: as many as one CPU pass holds."""
+"""Most examples of the first step whose hidden states are computed: as many as one CPU pass holds."""
 
 LABELS = "labels"
-"""The field of answers that are tokens."""
+"""The batch field of token labels."""
 
 
 def init_head(model: LM, objective: Objective, batches: Batches) -> int:
     """Initialize the LM head so that an untrained model predicts the label frequencies of the first steps.
 
-    Whole steps are counted, not the share of this rank or its first micro-batch, so the result is a function of the recipe
-    and the data: it is the same on any number of ranks and for any `accumulate`. Every rank builds the same examples,
-    which takes as long as on one rank.
+    Labels of whole steps are counted, not only those of this rank or its first micro-batch, so the result is the same for any
+    number of ranks and of gradient accumulation steps. Every rank builds the same examples, which takes as long as on one rank.
 
     Args:
         model: The model, with random weights.
-        objective: What it is trained on.
+        objective: The training objective.
         batches: The batches of the run.
 
     Returns:
-        How many answers were counted; 0 where nothing is done: an objective without token labels, or a head that has no
-        place for the frequencies (`firth.model.init`).
+        The number of labels counted; 0 if nothing was initialized, because the objective has no token labels or the head has
+        no place for an offset (`firth.model.init`).
     """
     writer = objective.lm_model(model)
     if LABELS not in objective.labels.values() or "lm" not in writer.heads:
         return 0
     counts = torch.zeros(model.config.vocab_size)
-    for step in range(STEPS):
+    for step in range(MAX_STEPS):
         labels = batches.batch(step, 0, batches.batch_size)[LABELS]
         counts += torch.bincount(labels[labels != IGNORE], minlength=len(counts))
-        if counts.sum() >= ANSWERS:
+        if counts.sum() >= MAX_LABELS:
             break
     example = to(batches.batch(0, 0, min(batches.batch_size, EXAMPLES)), next(model.parameters()).device)
 

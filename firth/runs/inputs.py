@@ -1,14 +1,14 @@
-"""What a run reads from outside of its recipe, by content: text, records, the models that it begins from or asks, the
-modules of scorers.
+"""Content hashes of a run's inputs: text, records, models, and the modules of reward functions.
 
-A path says where something is, and not what it holds. So a run directory keeps `inputs.json` with a digest of each input:
+A path does not determine the content of a file, so a run directory keeps `inputs.json` with a digest of each input:
 
-    {"recipe": "9f2c...", "recipe_file": "sha256...", "inputs": {"data.path": "51ab...", "start": "0c77...", "tokenizer": "e01d..."},
+    {"recipe": "9f2c...", "recipe_file": "sha256...",
+     "inputs": {"data.path": "51ab...", "init_from": "0c77...", "tokenizer": "e01d..."},
      "files": {"/data/plays/hamlet.txt": [size, mtime, ctime, inode, "sha256..."]}, "digest": "of the rest"}
 
-A directory with checkpoints or a finished run goes on only if all of them are as they were; the recipe is compared without
-its paths, so a copy of the same files elsewhere is the same run. A file is hashed again only if its size, a time or its inode
-has changed: whoever replaces a file and sets its time back still changes `ctime`.
+A run is resumed only if all inputs are unchanged. The recipe is compared without its paths, so a copy of the same files
+elsewhere is the same run. A file is hashed again only if its size, a time or its inode has changed; replacing a file and
+resetting its modification time still changes `ctime`.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ from firth.io.safetensors import read_json
 from firth.runs import config_io
 from firth.runs.alignment_examples import module_files
 from firth.runs.examples import model_directory
-from firth.runs.prepare import Echo, text_of
+from firth.runs.prepare import text_of
 from firth.runs.recipe import Recipe, load
 from firth.tokenizer import formats
 from firth.tokenizer.tokenizer import Tokenizer
-from firth.types import UserError
+from firth.types import LogLine, UserError
 
 FILE = "inputs.json"
 
@@ -42,20 +42,20 @@ MODEL_FILES = ("config.json", "adapter_config.json", "model.safetensors.index.js
 
 
 def has_begun(directory: Path) -> bool:
-    """Whether a run directory holds a checkpoint or a finished run, which other inputs would make untrue."""
+    """Return whether a run directory holds a checkpoint or a finished run."""
     saved = (path for path in (directory / "checkpoints").glob("step-*") if path.name.removeprefix("step-").isdigit())
     return (directory / "done.json").exists() or any(path.is_dir() for path in saved)
 
 
 @dataclass
 class RunInputs:
-    """The inputs of a run.
+    """Digests of the inputs of a run.
 
-    Attributes:
-        digests: name of the field -> digest of what it names, "" where nothing is there.
-        functions: the same for functions of the user's, of the files of their modules. No checkpoint depends on them, for a
-            reward that raised may be corrected.
-        files: path -> size, modification time, change time (ns), inode and SHA-256 of each file that was hashed.
+    Args:
+        digests: Name of the recipe field -> digest of what it names; "" if it is missing.
+        functions: Name of the field -> digest of the module of a user's function. Checkpoints do not depend on it, because
+            a reward function that raised may be corrected.
+        files: Path -> size, modification time, change time (ns), inode and SHA-256 of each hashed file.
     """
 
     digests: dict[str, str] = field(default_factory=dict)
@@ -63,22 +63,22 @@ class RunInputs:
     files: dict[str, list[Any]] = field(default_factory=dict)
 
     @staticmethod
-    def read(recipe: Recipe, directory: Path, echo: Echo, first: bool = True) -> RunInputs:
-        """Hash the inputs of a recipe; files that are as they were are taken from the directory's inputs.json.
+    def read(recipe: Recipe, directory: Path, log: LogLine, first: bool = True) -> RunInputs:
+        """Hash the inputs of a recipe; the hashes of unchanged files are taken from the directory's inputs.json.
 
         Args:
             recipe: The recipe of the run.
-            directory: Its directory.
-            echo: Progress.
-            first: Whether this process makes the tokenizer and the token stores; the other ranks only hash the text.
+            directory: The run directory.
+            log: Receives progress messages.
+            first: Whether this rank builds the tokenizer and the token stores; the others only hash the text.
         """
         inputs = RunInputs(files=dict(recorded(directory).get("files", {})))
         source = recipe.data
         given = recipe.tokenizer.path or recipe.init_from or recipe.init_embeddings_from
         if first and not (given or source.cache_dir or has_begun(directory)):
-            inputs._read_once(recipe, directory, echo)
+            inputs._read_once(recipe, directory, log)
         if source.corpus:
-            inputs.digests["data.corpus"] = inputs._of_files(catalog.paths(source.corpus, echo), recipe)
+            inputs.digests["data.corpus"] = inputs._of_files(catalog.paths(source.corpus, log), recipe)
         for name, kind, value in config_io.paths(recipe):
             if kind == "files":
                 inputs.digests[name] = inputs._of_files(value, recipe)
@@ -88,14 +88,14 @@ class RunInputs:
                 inputs.digests[name] = Tokenizer.load(value).digest
         for name, function in recipe.examples.functions.items():
             files = [(file.name, inputs._sha256(file)) for file in module_files(function)]
-            inputs.functions[f"segment.{name}"] = _hash(files) if files else ""
+            inputs.functions[f"examples.{name}"] = _hash(files) if files else ""
         return inputs
 
     def check(self, directory: Path) -> None:
-        """Compare with what the run in a directory began with.
+        """Compare with the inputs of the run in a directory.
 
         Raises:
-            UserError: an input has changed, or the directory has no record of its inputs.
+            UserError: An input has changed, or the directory has no record of its inputs.
         """
         before = recorded(directory).get("inputs")
         if not isinstance(before, dict):
@@ -103,7 +103,7 @@ class RunInputs:
                 f"{directory} holds a run of an older version of firth, which kept no record of its inputs: choose another "
                 "directory with --out, or delete that one"
             )
-        if "tokenizer" not in self.digests:  # it is made after the others have been compared
+        if "tokenizer" not in self.digests:  # it is built after the others have been compared
             before = {name: digest for name, digest in before.items() if name != "tokenizer"}
         now = self.digests | {name: digest for name, digest in self.functions.items() if name in before}
         for name in [*now, *before]:
@@ -122,40 +122,39 @@ class RunInputs:
             )
 
     def write(self, directory: Path, recipe: str) -> None:
-        """Keep them in the directory, with the hashes of the recipe that they belong to and of recipe.yaml."""
+        """Write inputs.json with the hashes of the recipe and of recipe.yaml."""
         file = _file_hash(directory / "recipe.yaml")
         record = {"recipe": recipe, "recipe_file": file, "inputs": self.digests | self.functions, "files": self.files}
         write_text(directory / FILE, json.dumps(with_digest(record), indent=1) + "\n")
 
     def identity(self, recipe: str) -> str:
-        """A short hash of a recipe and its inputs: what a checkpoint is checked against."""
+        """Return a short hash of a recipe and its inputs, which a checkpoint is checked against."""
         return _hash([recipe, self.digests])[:16]
 
-    def _read_once(self, recipe: Recipe, directory: Path, echo: Echo) -> None:
-        """Hash the text of a run that trains a tokenizer on it, in the pass that reads it for that.
+    def _read_once(self, recipe: Recipe, directory: Path, log: LogLine) -> None:
+        """Hash the text of a run that trains a tokenizer, in the same pass that reads it for that.
 
-        Elsewhere the text is hashed alone, at the speed of the disk: what is wrong with the recipe is found before the text is
-        read.
+        Other runs hash the files alone, at disk speed, so errors of the recipe are found before the text is read.
         """
         source = recipe.data
-        paths = source.paths(echo) if source.path or source.corpus else []
+        paths = source.paths(log) if source.path or source.corpus else []
         if not recipe.examples.reads_documents or not paths or any((directory / "data").glob("*/train")):
             return
         parts = [[path] for path in paths] if source.weights else [paths]
         for part in parts:
             alone = replace(source, path=tuple(part), weights=())
-            for apart in (False, True) if source.validation_path else (False,):
-                self.files |= text_of(alone, part, apart, directory).hashes
+            for validation in (False, True) if source.validation_path else (False,):
+                self.files |= text_of(alone, part, validation, directory).hashes
 
     def _of_files(self, paths: Sequence[str], recipe: Recipe) -> str:
-        """Of files in the order in which they are read, and of their names where these decide what is held out."""
+        """Return the digest of files in reading order, and of their names where these determine what is held out."""
         documents = recipe.examples.reads_documents
         found = readers.files(paths, tabled=not documents)
         named = documents and (len(found) > 1 or recipe.data.split_by != "file")
         return _hash([(name if named else "", self._sha256(path)) for path, name in found.items()])
 
     def _of_model(self, path: Path) -> str:
-        """Of tensors, shape and tokenizer; "" where there is no such file or directory."""
+        """Return the digest of a model's tensors, config and tokenizer; "" if the path does not exist."""
         place = (
             path / "adapter" if (path / "adapter").is_dir() and not (path / "model").is_dir() else model_directory(path)
         )
@@ -167,9 +166,9 @@ class RunInputs:
         files = [*sorted(place.glob("*.safetensors")), *(place / name for name in MODEL_FILES)]
         tokens = formats.find(place)
         files += [tokens] if tokens is not None else []
-        ours = read_json(place / "firth.json")
-        shape = {name: ours.get(name) for name in ("config", "heads", "family")}
-        return _hash([[(file.name, self._sha256(file)) for file in files if file.is_file()], shape])
+        metadata = read_json(place / "firth.json")
+        config = {name: metadata.get(name) for name in ("config", "heads", "family")}
+        return _hash([[(file.name, self._sha256(file)) for file in files if file.is_file()], config])
 
     def _sha256(self, file: Path) -> str:
         status, key = file.stat(), str(file.absolute())
@@ -181,7 +180,7 @@ class RunInputs:
 
 
 def recorded(directory: Path) -> dict[str, Any]:
-    """What inputs.json of a run directory holds; nothing where it is not there."""
+    """Return the content of a run directory's inputs.json; {} if it is missing."""
     found = read_json(directory / FILE)
     if found:
         check_digest(found, directory / FILE, "put it back, or choose another directory with --out")
@@ -189,23 +188,23 @@ def recorded(directory: Path) -> dict[str, Any]:
 
 
 def content_hash(recipe: Recipe) -> str:
-    """A hash of a recipe without the paths in it."""
+    """Return a short hash of a recipe without its paths."""
     return _hash(config_io.to_dict(config_io.without_paths(recipe)))[:16]
 
 
 def recorded_hash(directory: Path, resolved: Recipe) -> str:
-    """The hash of the recipe of a run that has begun, if this recipe is the same but for its paths.
+    """Return the recorded hash of a started run's recipe, after checking that the recipe is equal except for paths.
 
-    A later version of firth may have more fields: at their defaults they change nothing, so the hash is not made again.
+    The hash is not recomputed: a later version of firth may have more fields, which at their defaults change nothing.
 
     Raises:
-        UserError: the recipes differ; it names the first field that does. Or recipe.yaml was changed after the run began.
+        UserError: The recipes differ (the message names the first field), or recipe.yaml was changed after the run started.
     """
     began, record = load(str(directory)), recorded(directory)
-    theirs, ours = (config_io.to_dict(config_io.without_paths(one)) for one in (began, resolved))
-    if theirs != ours:
+    before, now = (config_io.to_dict(config_io.without_paths(one)) for one in (began, resolved))
+    if before != now:
         raise UserError(
-            f"{directory} holds a run of another recipe: {config_io.difference(theirs, ours)}; choose another directory with "
+            f"{directory} holds a run of another recipe: {config_io.difference(before, now)}; choose another directory with "
             "--out, or delete that one"
         )
     file = directory / "recipe.yaml"

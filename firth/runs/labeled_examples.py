@@ -1,10 +1,10 @@
-"""Segments of records with a label: labelled, scored, chosen, tagged, questions.
+"""Examples of labeled records: labeled, scored, multiple_choice, tagged, questions.
 
     firth train classification init_from=runs/bert data=mine.csv examples.text_field=review examples.label_field=stars
 
-Each reads JSONL, Parquet, CSV and TSV (tagged: CoNLL's columns too, questions: SQuAD's JSON), with the fields that it is
-told; `columns` names those of a table without a head. What only the data knows (the classes, how many examples each has,
-the mean and spread of numbers, the most options) goes into the settled recipe.
+Each kind reads JSONL, Parquet, CSV and TSV (tagged: also CoNLL columns; questions: also SQuAD's JSON). The recipe names the
+fields; `column_names` names the columns of a table without a header. Dataset statistics (class names and counts, mean and
+standard deviation, the most options) are stored in the resolved recipe.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from firth.validated import TokenCount
 
 @dataclass(frozen=True)
 class RecordsConfig(ExamplesConfig):
-    """Records that are read in rows of at most `length` tokens, and of no more than the model can."""
+    """Base class of examples from records, truncated to `max_length` tokens or the model's context."""
 
     reader: ClassVar[tables.Reader | None] = None
 
@@ -42,7 +42,7 @@ class RecordsConfig(ExamplesConfig):
 
     @property
     def read_fields(self) -> tuple[str, ...]:
-        """The fields of a record that hold text, or lists of it."""
+        """The fields of a record that hold a text or a list of texts."""
         raise NotImplementedError(type(self).__name__)
 
     def tokenizer_texts(self, paths: Sequence[str]) -> Iterator[tuple[str, list[str]]]:
@@ -60,7 +60,7 @@ class RecordsConfig(ExamplesConfig):
 
     @property
     def table_columns(self) -> tuple[str, ...]:
-        """The columns of a table without a head."""
+        """The column names of a table without a header."""
         return ()
 
     def limit_to(self, context: int) -> ExamplesConfig:
@@ -69,7 +69,7 @@ class RecordsConfig(ExamplesConfig):
 
 @dataclass(frozen=True)
 class TextRecordsConfig(labeled.TextFields, RecordsConfig):
-    """Records with something told of a text."""
+    """Base class of records with an annotated text or pair of texts."""
 
     @property
     def fields(self) -> frozenset[str]:
@@ -86,7 +86,7 @@ class TextRecordsConfig(labeled.TextFields, RecordsConfig):
 
 @dataclass(frozen=True)
 class LabeledConfig(TextRecordsConfig):
-    """Records with a class, in the field `label`."""
+    """Records with a class label, in the field `label_field`."""
 
     base_fields: ClassVar[frozenset[str]] = frozenset({"tokens", "label"})
 
@@ -94,21 +94,21 @@ class LabeledConfig(TextRecordsConfig):
         return labeled.LabeledTexts(paths, data.tokenizer, self.max_length, self, classes=classes)
 
     def unlabeled(self, paths: Sequence[str], data: RunData) -> Source:
-        """Texts of the same fields that nobody labelled; plain text has one a line."""
-        return labeled.UnlabeledTexts(paths, data.tokenizer, self.max_length, self, asked=False)
+        """Return unlabeled texts with the same fields; plain text files have one per line."""
+        return labeled.UnlabeledTexts(paths, data.tokenizer, self.max_length, self, labeled=False)
 
     def configure_objective(self, objective: Objective, data: RunData) -> Objective:
-        """The classes are named by the records, unless the recipe names them, and those to learn from are counted."""
+        """Set the class names of the records, unless the recipe names them, and the training counts of each class."""
 
         @functools.cache
         def known() -> DataStats:
-            found = self._read(data.config.paths(data.echo), data, objective.class_names)
-            if data.config.weights:  # what is held out is drawn path by path
-                parts = [split_records(m, partial(self._read, data=m, classes=found.classes)) for m in data.parts()]
-                counts = [list(class_counts.all_of(part.train).values()) for part in parts]
+            found = self._read(data.config.paths(data.log), data, objective.class_names)
+            if data.config.weights:  # records are held out path by path
+                parts = [split_records(m, partial(self._read, data=m, classes=found.classes)) for m in data.per_path()]
+                counts = [list(class_counts.count_classes(part.train).values()) for part in parts]
                 return DataStats(class_names=found.classes, class_counts=tuple(np.sum(counts, 0).tolist()))
-            learnt = found.class_counts(np.flatnonzero(~held_out(found, data)))
-            return DataStats(class_names=found.classes, class_counts=tuple(learnt.values()))
+            counted = found.class_counts(np.flatnonzero(~held_out(found, data)))
+            return DataStats(class_names=found.classes, class_counts=tuple(counted.values()))
 
         return objective.with_stats(known)
 
@@ -118,7 +118,7 @@ class LabeledConfig(TextRecordsConfig):
 
 @dataclass(frozen=True)
 class ScoredConfig(TextRecordsConfig):
-    """Records with a number, in the field `label`; the others as of `labelled`."""
+    """Records with a number, in the field `label_field`."""
 
     base_fields: ClassVar[frozenset[str]] = frozenset({"tokens", "score"})
 
@@ -126,11 +126,11 @@ class ScoredConfig(TextRecordsConfig):
         return labeled.ScoredTexts(paths, data.tokenizer, self.max_length, self)
 
     def configure_objective(self, objective: Objective, data: RunData) -> Objective:
-        """Numbers are learnt in units of their own spread, unless the recipe says which."""
+        """Set the mean and standard deviation that normalize the numbers, unless the recipe sets them."""
 
         @functools.cache
         def known() -> DataStats:
-            scores = self._read(data.config.paths(data.echo), data).scores
+            scores = self._read(data.config.paths(data.log), data).scores
             return DataStats(mean=float(scores.mean()), std=float(scores.std()) or 1.0)
 
         return objective.with_stats(known)
@@ -141,7 +141,7 @@ class ScoredConfig(TextRecordsConfig):
 
 @dataclass(frozen=True)
 class MultipleChoiceConfig(labeled.OptionFields, RecordsConfig):
-    """Records with options, one of them right."""
+    """Records with several options, of which one is correct."""
 
     base_fields: ClassVar[frozenset[str]] = frozenset({"options", "label"})
 
@@ -157,8 +157,8 @@ class MultipleChoiceConfig(labeled.OptionFields, RecordsConfig):
         return labeled.MultipleChoiceRecords(paths, data.tokenizer, self.max_length, self)
 
     def configure_objective(self, objective: Objective, data: RunData) -> Objective:
-        """A group has as many rows as the longest list of options."""
-        paths = [*data.config.paths(data.echo), *data.config.validation_path]
+        """Set the most options of a record, which is the number of rows per example."""
+        paths = [*data.config.paths(data.log), *data.config.validation_path]
         return objective.with_stats(lambda: DataStats(max_options=self._read(paths, data).most))
 
     def build(self, data: RunData, objective: Objective) -> DatasetSplits:
@@ -167,7 +167,7 @@ class MultipleChoiceConfig(labeled.OptionFields, RecordsConfig):
 
 @dataclass(frozen=True)
 class TaggedConfig(labeled.TagFields, RecordsConfig):
-    """Records with a tag for each word."""
+    """Records of words with one tag each."""
 
     base_fields: ClassVar[frozenset[str]] = frozenset({"tokens", "tags"})
 
@@ -185,9 +185,9 @@ class TaggedConfig(labeled.TagFields, RecordsConfig):
         return labeled.TaggedSentences(paths, data.tokenizer, self.max_length, self, classes=classes)
 
     def configure_objective(self, objective: Objective, data: RunData) -> Objective:
-        """The tags are named by the records to learn from, unless the recipe names them."""
+        """Set the tag names of the training records, unless the recipe names them."""
         return objective.with_stats(
-            lambda: DataStats(class_names=self._read(data.config.paths(data.echo), data).classes)
+            lambda: DataStats(class_names=self._read(data.config.paths(data.log), data).classes)
         )
 
     def build(self, data: RunData, objective: Objective) -> DatasetSplits:
@@ -196,8 +196,16 @@ class TaggedConfig(labeled.TagFields, RecordsConfig):
 
 @dataclass(frozen=True)
 class QuestionsConfig(RecordsConfig):
-    """Questions about a passage, answered by a span of it. stride: tokens from one window of a long passage to the next.
-    question: its most tokens. context: the field of the passage. Where no files are held out, whole passages are."""
+    """Questions about a passage, answered by a span of it (extractive question answering).
+
+    Without validation files, whole passages are held out.
+
+    Args:
+        max_length: The most tokens of a window with the question.
+        doc_stride: Tokens from one window of a long passage to the next.
+        max_question_length: The most tokens of a question.
+        context_field: The field of the passage.
+    """
 
     base_fields: ClassVar[frozenset[str]] = frozenset({"tokens", "token_type_ids", "start", "end"})
 
@@ -221,8 +229,8 @@ class QuestionsConfig(RecordsConfig):
         )
 
     def configure_objective(self, objective: Objective, data: RunData) -> Objective:
-        """Whether a question may have no answer at all is what the questions to learn from say."""
-        paths = data.config.paths(data.echo)
+        """Set whether a question may be unanswerable, from the training records."""
+        paths = data.config.paths(data.log)
         return objective.with_stats(lambda: DataStats(has_unanswerable=self._read(paths, data).unanswerable > 0))
 
     def build(self, data: RunData, objective: Objective) -> DatasetSplits:
@@ -230,6 +238,10 @@ class QuestionsConfig(RecordsConfig):
 
 
 EXAMPLES: dict[str, type[ExamplesConfig]] = {
-    "labeled": LabeledConfig, "scored": ScoredConfig, "multiple_choice": MultipleChoiceConfig, "tagged": TaggedConfig, "questions": QuestionsConfig,
-}  # fmt: skip
+    "labeled": LabeledConfig,
+    "scored": ScoredConfig,
+    "multiple_choice": MultipleChoiceConfig,
+    "tagged": TaggedConfig,
+    "questions": QuestionsConfig,
+}
 """Name in a recipe -> class."""

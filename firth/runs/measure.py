@@ -1,12 +1,12 @@
-"""Measure a run on files: by the task that it was trained for, or by its own objective where that is no task.
+"""Evaluate a run on files, with the metrics of its task, or with its own objective if that is not a task.
 
     firth evaluate runs/electra held-out.txt         loss/generator, loss/replaced, replaced_accuracy, original_accuracy
     firth evaluate runs/vae held-out.txt             elbo, kl, active
     firth evaluate runs/elmo held-out.txt            loss/forward, loss/backward
-    firth evaluate runs/bert held-out.txt --task objective       NSP's accuracy beside the masked loss
+    firth evaluate runs/bert held-out.txt --task objective       the accuracy of NSP and the masked loss
 
-The files are cut and shown as the run's recipe does it, and the objective's terms and measures are those of training's own
-checks (`firth.runs.validation`), in fp32.
+Examples are built as in the run's recipe. The objective's losses and metrics are those of the evaluation during training
+(`firth.runs.validation`), in fp32.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ from typing import Any
 
 from firth.evaluate import evaluate as tasks
 from firth.evaluate.heads import head_of
-from firth.evaluate.task import EvaluatedModel, Say, load_evaluated_model
+from firth.evaluate.task import EvaluatedModel, load_evaluated_model
 from firth.evaluate.tasks import TASKS, default_for
 from firth.runs import examples
 from firth.runs.prepare import RunData
 from firth.runs.recipe import load
 from firth.runs.validation import Validator
 from firth.train.distributed import Ranks
-from firth.types import UserError
+from firth.types import LogLine, UserError
 
 OBJECTIVE = "objective"
-"""What a run's own objective is called among the tasks."""
+"""Name of the task that evaluates a run's own objective."""
 
 
 def measure(
@@ -38,46 +38,46 @@ def measure(
     *,
     task: str | None = None,
     limit: int | None = None,
-    say: Say = lambda _: None,
+    log: LogLine = lambda _: None,
 ) -> dict[str, Any]:
-    """Return what is measured of a run or model directory on files, plain numbers by name.
+    """Evaluate a run or model directory on files; return metrics by name.
 
     Args:
         directory: A run or model directory.
         paths: Text or records; runs for the task "glue".
-        task: One of `firth.evaluate.tasks.TASKS`, "likelihood", "glue" or "objective"; None for what the model is there for.
-        limit: Most tokens that are measured, spread over the text; of a task's records, the first so many.
-        say: Is called with remarks on what was left out.
+        task: One of `firth.evaluate.tasks.TASKS`, "likelihood", "glue" or "objective"; None chooses the model's own task.
+        limit: The most tokens to evaluate, spread over the text; for a task, the number of records, from the first.
+        log: Receives remarks on what was dropped.
 
     Raises:
-        UserError: The model does not serve the task, or the files hold nothing to measure.
+        UserError: The model does not support the task, or the files hold nothing to evaluate.
     """
     if task == "glue":
-        return tasks.evaluate(directory, paths, task=task, limit=limit, say=say)
+        return tasks.evaluate(directory, paths, task=task, limit=limit, say=log)
     evaluated = load_evaluated_model(directory)
     task = default_for(evaluated, paths) if task is None else task
     if task == "likelihood" and (evaluated.model.config.latent_size or not evaluated.model.has_lm_head):
-        task = ""  # a bound, or two models' halves: the objective says what they are worth
+        task = ""  # only the objective can evaluate a bound (VAE) or two separate directions (ELMo)
     if task in (OBJECTIVE, ""):
         noted = {} if limit is None else {"limit": limit}
-        return {"task": OBJECTIVE} | noted | by_objective(evaluated, paths, limit, say)
-    return tasks.measured(evaluated, paths, task=task, limit=limit, say=say)
+        return {"task": OBJECTIVE} | noted | by_objective(evaluated, paths, limit, log)
+    return tasks.evaluate_model(evaluated, paths, task=task, limit=limit, say=log)
 
 
-def by_objective(evaluated: EvaluatedModel, paths: Sequence[str], limit: int | None, say: Say) -> dict[str, Any]:
-    """Return the terms and measures of a run's own objective on files.
+def by_objective(evaluated: EvaluatedModel, paths: Sequence[str], limit: int | None, log: LogLine) -> dict[str, Any]:
+    """Return the losses and metrics of a run's own objective on files.
 
     Raises:
-        UserError: The directory keeps no recipe, or its model has a task's head, which `firth evaluate` reads without this.
+        UserError: The directory has no recipe, or its model has a task head, which is evaluated by its task.
     """
     where = evaluated.directory
     if not (where / "recipe.yaml").is_file():
         raise UserError(
-            f"{where}: this model has {', '.join(evaluated.model.heads) or 'no part'}, and no recipe says how it was trained: "
-            f"name its run directory, or a task that it serves (--task {', '.join(TASKS)})"
+            f"{where}: this model has {', '.join(evaluated.model.heads) or 'no head'}, and no recipe of its training: "
+            f"name its run directory, or a task that it supports (--task {', '.join(TASKS)})"
         )
-    if part := head_of(dict(evaluated.model.heads)):
-        raise UserError(f"{where}: this model has a head for {part}: leave out --task, and its answers are measured")
+    if head := head_of(dict(evaluated.model.heads)):
+        raise UserError(f"{where}: this model has a head for {head}: leave out --task to evaluate it")
     recipe = load(str(where))
     assert recipe.model is not None
     source = replace(recipe.data, path=tuple(paths), validation_path=tuple(paths), corpus="", weights=(), cache_dir="")
@@ -88,9 +88,9 @@ def by_objective(evaluated: EvaluatedModel, paths: Sequence[str], limit: int | N
         )  # fmt: skip
         cut = examples.build_datasets(recipe.examples, data, recipe.objective)
         if cut.validation is None or not len(cut.validation):
-            raise UserError(f"{', '.join(paths)}: there is nothing to measure in it")
+            raise UserError(f"{', '.join(paths)}: there is nothing to evaluate in it")
         for remark in cut.validation.notes:
-            say(remark)
+            log(remark)
         count = len(cut.validation)
         if limit is not None:
             some = examples.spread(cut.validation, 64)

@@ -1,10 +1,10 @@
-"""The model card: README.md beside every exported model, with what it was made of and what it scored.
+"""Model cards: the README.md of every exported model, with its training and its scores.
 
-    of_run(run, place, model, said, facts)           from a run's recipe.yaml, done.json and samples.jsonl
-    of_directory(given, place, model, said, facts)   of a model that came from elsewhere
+    of_run(run, place, model, summary, facts)           from a run's recipe.yaml, done.json and samples.jsonl
+    of_directory(given, place, model, summary, facts)   for a model from elsewhere
 
-The front matter is what model hubs read (licence, language, tags, base_model). A licence is stated where one is known:
-that of the model it began from; what a new model's is, is for its owner to say. Files are called by their names alone.
+The front matter holds the metadata of model hubs (license, language, tags, base_model). The license is that of the base
+model, where one is known; the owner of a new model has to choose one. Paths are reduced to file names.
 """
 
 from __future__ import annotations
@@ -30,25 +30,34 @@ from firth.model.model import LM
 from firth.runs import config_io
 from firth.runs.recipe import load
 
-KINDS = {
+PIPELINE_TAGS = {
     "causal": "text-generation",
     "bidirectional": "fill-mask",
     "seq2seq": "text2text-generation",
     "": "feature-extraction",
 }
-"""How a model with a vocabulary head reads, or that it has none -> what model hubs call its task."""
+"""Architecture of a model with an LM head, or "" without one -> the task name on model hubs."""
 MARK = "Made with firth"
-HEAD = 4096
-"""Characters of another's README.md in which its licence is looked for."""
+MAX_FRONT_MATTER_CHARS = 4096
+"""Characters of a README.md in which the license is searched."""
 
 
 @dataclass(frozen=True)
 class ModelCard:
-    """What a card says. place: the directory it lies in, as written so far. said: what others load the model as.
+    """The content of a model card.
 
-    facts: what was kept of its training (`firth.json`). recipe: the settled recipe in plain data, paths by their names;
-    empty for a model from elsewhere. done: what the run came to. samples: rows of samples.jsonl. base, licence,
-    language: of what it began from, "" where nothing is known.
+    Args:
+        directory: The model directory, with the files written so far.
+        model: The model.
+        summary: A sentence on the format: which classes load it.
+        metadata: The training metadata (`firth.json`).
+        name: The name of the model.
+        recipe: The resolved recipe as plain data, with paths reduced to names; empty for a model from elsewhere.
+        result: The result of the run (done.json).
+        samples: Rows of samples.jsonl.
+        base: Name of the base model; "" for none.
+        license: License of the base model; "" if unknown.
+        language: Language of the model; "" if unknown.
     """
 
     directory: Path
@@ -60,52 +69,61 @@ class ModelCard:
     result: Mapping[str, Any] = field(default_factory=dict)
     samples: Sequence[Mapping[str, Any]] = ()
     base: str = ""
-    licence: str = ""
+    license: str = ""
     language: str = ""
 
 
 def of_run(
-    run: Path, place: Path, model: LM, said: str, facts: Mapping[str, Any], done: Mapping[str, Any] | None = None
+    run: Path, place: Path, model: LM, summary: str, facts: Mapping[str, Any], done: Mapping[str, Any] | None = None
 ) -> ModelCard:
-    """The card of a run's model, or of a model directory that has no recipe. done: in place of the run's done.json."""
+    """Return the card of a run's model, or of a model directory without a recipe.
+
+    Args:
+        run: The run or model directory.
+        place: The directory to write to, with the files written so far.
+        model: The model.
+        summary: A sentence on the format.
+        facts: The training metadata.
+        done: The result of the run; None reads done.json.
+    """
     file = run / "recipe.yaml"
     if not file.exists():
-        return of_directory(run, place, model, said, facts)
+        return of_directory(run, place, model, summary, facts)
     check_recipe(run)
-    given = config_io.to_dict(load(str(run)))  # with short forms written out; a damaged recipe ends in a sentence
-    recipe, start = nameless(given), given.get("init_from") or ""
+    given = config_io.to_dict(load(str(run)))  # with short forms written out; a damaged recipe is a UserError
+    recipe, start = strip_directories(given), given.get("init_from") or ""
     rows = run / "samples.jsonl"
     samples = read_rows(rows, {"prompt": str, "text": str}, "delete the file: it is for the report alone")
-    licence, language = _stated(Path(start)) if start else ("", "")
+    license, language = _license_and_language(Path(start)) if start else ("", "")
     source = _at(recipe, "data") or {}
     corpus = "" if source.get("path") else str(source.get("corpus") or "").partition("/")[0]
     return ModelCard(
-        place, model, said, facts, run.resolve().name, recipe, read_done(run) if done is None else done,
-        samples, PurePath(start).name, licence, language or ("en" if corpus in CATALOG else ""),
+        place, model, summary, facts, run.resolve().name, recipe, read_done(run) if done is None else done,
+        samples, PurePath(start).name, license, language or ("en" if corpus in CATALOG else ""),
     )  # fmt: skip
 
 
-def of_directory(given: Path, place: Path, model: LM, said: str, facts: Mapping[str, Any]) -> ModelCard:
-    """The card of a model that came from another directory, and has no recipe."""
-    licence, language = _stated(given)
+def of_directory(given: Path, place: Path, model: LM, summary: str, facts: Mapping[str, Any]) -> ModelCard:
+    """Return the card of a model from another directory, without a recipe."""
+    license, language = _license_and_language(given)
     name = given.resolve().name
-    return ModelCard(place, model, said, facts, name, base=name, licence=licence, language=language)
+    return ModelCard(place, model, summary, facts, name, base=name, license=license, language=language)
 
 
 def write(card: ModelCard, file: Path) -> None:
-    """Write it, whole or not at all."""
+    """Write a card atomically."""
     write_text(file, text(card))
 
 
 def pretty(value: Any) -> str:
-    """JSON as people read it."""
+    """Return indented JSON with a final newline."""
     return json.dumps(value, indent=2, ensure_ascii=False) + "\n"
 
 
 def text(card: ModelCard) -> str:
-    """The card in Markdown, its front matter in YAML."""
+    """Return the card in Markdown with YAML front matter."""
     config, model_config = read_json(card.directory / "config.json"), card.model.config
-    task = KINDS[
+    task = PIPELINE_TAGS[
         (
             "seq2seq"
             if model_config.num_encoder_layers
@@ -116,8 +134,8 @@ def text(card: ModelCard) -> str:
         if "lm" in card.model.heads
         else ""
     ]
-    front: dict[str, Any] = {"license": card.licence or "other"}
-    if not card.licence:
+    front: dict[str, Any] = {"license": card.license or "other"}
+    if not card.license:
         front["license_name"] = "not-stated"
     front |= {"language": card.language} if card.language else {}
     front |= {"base_model": card.base} if card.base else {}
@@ -126,7 +144,7 @@ def text(card: ModelCard) -> str:
     blocks = [
         f"---\n{yaml.safe_dump(front, sort_keys=False, allow_unicode=True)}---",
         f"# {card.name}",
-        _what(card, config),
+        _summary(card, config),
         *_training(card),
         *_scores(card),
         *_samples(card),
@@ -136,30 +154,33 @@ def text(card: ModelCard) -> str:
     return "\n\n".join(blocks) + "\n"
 
 
-def _what(card: ModelCard, config: Mapping[str, Any]) -> str:
+def _summary(card: ModelCard, config: Mapping[str, Any]) -> str:
     model_config = card.model.config
+    layers = f"{model_config.num_layers}"
+    if model_config.num_encoder_layers:
+        layers = f"{model_config.num_encoder_layers} + {layers}"
     rows = [
         ("parameters", f"{sum(p.numel() for p in card.model.parameters()):,}"),
-        ("layers", f"{model_config.num_encoder_layers} + {model_config.num_layers}" if model_config.num_encoder_layers else f"{model_config.num_layers}"),
-        ("width", f"{model_config.hidden_size:,}"), ("context", f"{model_config.max_positions:,} tokens"), ("vocabulary", f"{model_config.vocab_size:,}"),
-        ("heads besides the trunk", ", ".join(card.model.heads) or "none"), ("numbers", _numbers(card.directory, config)),
+        ("layers", layers), ("hidden size", f"{model_config.hidden_size:,}"),
+        ("context", f"{model_config.max_positions:,} tokens"), ("vocabulary", f"{model_config.vocab_size:,}"),
+        ("heads", ", ".join(card.model.heads) or "none"), ("dtype", _dtype(card.directory, config)),
     ]  # fmt: skip
-    began = f" It began from {card.base}." if card.base and card.recipe else ""
-    return f"{MARK}; {card.summary}.{began}\n\n" + _table(("", ""), rows)
+    base = f" It was trained from {card.base}." if card.base and card.recipe else ""
+    return f"{MARK}; {card.summary}.{base}\n\n" + _table(("", ""), rows)
 
 
 def _training(card: ModelCard) -> list[str]:
     if not card.recipe:
-        came = f"from `{card.base}`" if card.base else "from elsewhere"
-        return [f"## Training\n\nThis model came {came}; what it was trained on is for its own card to say."]
+        origin = f"from `{card.base}`" if card.base else "from elsewhere"
+        return [f"## Training\n\nThis model came {origin}; see its own card for its training data."]
     source = _at(card.recipe, "data") or {}
     corpus = str(source.get("corpus") or "")
     known = CATALOG.get(corpus.partition("/")[0])
     if source.get("path") or known is None:
         data = ", ".join(f"`{p}`" for p in source.get("path") or ()) or "not stated"
-        data += "; the licence of these files is not known to firth"
+        data += "; the license of these files is not known to firth"
     else:
-        data = f"{corpus}: {known.about}, from {known.package}; licence: {known.license}"
+        data = f"{corpus}: {known.about}, from {known.package}; license: {known.license}"
         data += f" ({known.note})" if known.note else ""
     rows = [("objective", " + ".join(_objectives(card.recipe))), ("data", data)]
     done = card.result
@@ -167,7 +188,7 @@ def _training(card: ModelCard) -> list[str]:
         took = f"{done['steps']:,} steps, {done['tokens']:,} tokens, {done['flops']:.3g} counted FLOPs, {done['seconds']:,.0f} s"
         rows.append(("length", took))
         if done.get("exported_step", done["steps"]) != done["steps"]:
-            rows.append(("exported", f"the model of step {done['exported_step']:,}, the best check"))
+            rows.append(("exported", f"the model of step {done['exported_step']:,}, the best evaluation"))
     command = "Save the recipe below as recipe.yaml; then `firth train recipe.yaml` repeats the training."
     listing = yaml.safe_dump(card.recipe, sort_keys=False, allow_unicode=True)
     return [f"## Training\n\n{_table(('', ''), rows)}\n\n{command}\n\n```yaml\n{listing}```"]
@@ -180,7 +201,7 @@ def _scores(card: ModelCard) -> list[str]:
     rows = [(name.replace("_", " "), f"{value:.4g}") for name, value in held.items() if type(value) in (int, float)]
     if not rows:
         return []
-    return [f"## Scores\n\nOn text that was held out from the same source.\n\n{_table(('measure', 'held out'), rows)}"]
+    return [f"## Scores\n\nOn text that was held out from the same source.\n\n{_table(('metric', 'held out'), rows)}"]
 
 
 def _samples(card: ModelCard) -> list[str]:
@@ -190,12 +211,12 @@ def _samples(card: ModelCard) -> list[str]:
 
 
 def _quoted(text: str) -> str:
-    """Text as Markdown shows it: line breaks kept, no signs of its own."""
+    """Escape text for Markdown, keeping line breaks."""
     return re.sub(r"([\\`*_<>#|\[\]])", r"\\\1", text).replace("\n", "  \n> ")
 
 
-def _numbers(place: Path, config: Mapping[str, Any]) -> str:
-    """What most of the weights are stored as."""
+def _dtype(place: Path, config: Mapping[str, Any]) -> str:
+    """Return the dtype of most weights."""
     file = find(place)
     if file is None:
         return str(config.get("dtype", "float32"))
@@ -228,9 +249,9 @@ def _limits(card: ModelCard) -> str:
     read = card.result.get("tokens")
     how = f"{read:,} tokens" if read else "its training text"
     return (
-        f"## Limits\n\nThe model knows {how} and nothing else. It repeats what stands there, its errors and prejudices too, "
-        "and says false things in the same voice as true ones. The scores are those of the text and the records named above "
-        "and say little about others. It has not been tested for any use in which a wrong answer does harm."
+        f"## Limits\n\nThe model was trained on {how} and knows nothing else. It repeats their errors and prejudices, and it "
+        "states false things as confidently as true ones. The scores hold for the text and the records named above and say "
+        "little about others. The model has not been tested for any use in which a wrong answer does harm."
     )
 
 
@@ -246,31 +267,31 @@ def _at(data: Any, *keys: str) -> Any:
 
 
 def _objectives(recipe: Mapping[str, Any]) -> list[str]:
-    said = recipe.get("objective") or []
-    listed = said if isinstance(said, list) else [said]
+    given = recipe.get("objective") or []
+    listed = given if isinstance(given, list) else [given]
     return [str(one["kind"] if isinstance(one, Mapping) else one) for one in listed]
 
 
-def nameless(data: Any) -> Any:
-    """Plain data in which a path that holds on one machine alone is called by its name.
+def strip_directories(data: Any) -> Any:
+    """Return plain data with absolute paths reduced to their file names.
 
-    >>> nameless({"path": ["mine/a.txt", "/" + "data/b.txt"], "rate": 0.1})
-    {'path': ['mine/a.txt', 'b.txt'], 'rate': 0.1}
+    >>> strip_directories({"path": ["mine/a.txt", "/" + "data/b.txt"], "lr": 0.1})
+    {'path': ['mine/a.txt', 'b.txt'], 'lr': 0.1}
     """
     if isinstance(data, Mapping):
-        return {key: nameless(value) for key, value in data.items()}
+        return {key: strip_directories(value) for key, value in data.items()}
     if isinstance(data, list):
-        return [nameless(value) for value in data]
+        return [strip_directories(value) for value in data]
     return PurePath(data).name if isinstance(data, str) and PurePath(data).is_absolute() else data
 
 
-def _stated(directory: Path) -> tuple[str, str]:
-    """The licence and the language in the card of what a model begins from; "" where it says none."""
+def _license_and_language(directory: Path) -> tuple[str, str]:
+    """Return the license and the language in the model card of a directory; "" where not stated."""
     for file in (directory / "README.md", directory / "model" / "README.md"):
         if file.is_file():
             with file.open(encoding="utf-8", errors="replace") as opened:
-                front = opened.read(HEAD).split("\n---")[0]
+                front = opened.read(MAX_FRONT_MATTER_CHARS).split("\n---")[0]
             found = [re.search(rf"^{key}:\s*([\w.-]+)\s*$", front, re.M) for key in ("license", "language")]
-            licence, language = ("" if match is None else match[1] for match in found)
-            return "" if licence == "other" else licence, language
+            license, language = ("" if match is None else match[1] for match in found)
+            return "" if license == "other" else license, language
     return "", ""

@@ -1,4 +1,4 @@
-"""Segments of records whose labels are few, or many and noisy: partly, taught, voted, votes."""
+"""Examples with few or noisy labels: partially_labeled, pseudo_labeled, simulated_annotators, multi_annotator."""
 
 from __future__ import annotations
 
@@ -9,8 +9,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from firth.align.precompute import precompute
-from firth.data.annotations import AnnotatedTexts as Voting
-from firth.data.annotations import SimulatedAnnotators
+from firth.data.annotations import AnnotatedTexts, SimulatedAnnotators
 from firth.data.labeled import TextFields
 from firth.data.source import MixtureSource, Source, SubsetSource
 from firth.data.unlabeled import UnlabeledSource, choose_labeled
@@ -27,7 +26,7 @@ from firth.validated import NonNegativeInt, PositiveFloat, PositiveInt, Share
 
 @dataclass(frozen=True)
 class WrappingConfig(ExamplesConfig):
-    """What another segment reads, seen otherwise, and what is said of it beside."""
+    """Base class of examples that wrap another kind (`base`) and change or add fields."""
 
     base_fields: ClassVar[frozenset[str]] = frozenset()
 
@@ -57,12 +56,13 @@ class WrappingConfig(ExamplesConfig):
 
 @dataclass(frozen=True)
 class PartiallyLabeledConfig(WrappingConfig):
-    """Records with a label, and texts without one. One of the two says which texts have none.
+    """Labeled records and unlabeled texts. Set one of `num_labeled` and `unlabeled_path`.
 
     Args:
-        few: For a trial: this many records keep their label, as many of each class, and the others are read without it.
-        unlabelled: Texts without a label for each one with a label, in every batch.
-        others: Files of texts without a label. Texts that are held out are left out of them.
+        base: The labeled examples.
+        num_labeled: For an experiment: this many records keep their label, balanced over the classes; the others lose it.
+        unlabeled_ratio: Unlabeled texts per labeled text in every batch.
+        unlabeled_path: Files of unlabeled texts. Held-out texts are removed from them.
     """
 
     num_labeled: NonNegativeInt = 0
@@ -72,26 +72,26 @@ class PartiallyLabeledConfig(WrappingConfig):
     def build(self, data: RunData, objective: Objective) -> DatasetSplits:
         if bool(self.num_labeled) == bool(self.unlabeled_path):
             raise UserError(
-                "set one of examples.unlabeled_path=[FILE], files of texts without a label, and examples.num_labeled=N, a trial in which N records "
-                "keep their label and the others are read without it"
+                "set one of examples.unlabeled_path=[FILE], files of texts without a label, and examples.num_labeled=N, a trial "
+                "in which N records keep their label and the others are read without it"
             )
         whole = self.base.build(data, objective)
         if self.unlabeled_path:
-            parts: list[Source] = [whole.train, self._unlabelled(whole.validation, data)]
+            parts: list[Source] = [whole.train, self._unlabeled(whole.validation, data)]
             return replace(whole, train=MixtureSource(parts, [1.0, self.unlabeled_ratio]))
         known, others = choose_labeled(whole.train, self.num_labeled, data.seed)
         if not len(others):
             raise UserError(
                 f"all {self.num_labeled} records keep their label and none is left without: lower examples.num_labeled"
             )
-        data.echo(
+        data.log(
             f"a trial: {len(known):,} of {len(whole.train):,} records keep their label (examples.num_labeled={self.num_labeled})"
         )
         parts = [SubsetSource(whole.train, known), UnlabeledSource(SubsetSource(whole.train, others))]
         return replace(whole, train=MixtureSource(parts, [1.0, self.unlabeled_ratio]))
 
-    def _unlabelled(self, valid: Source | None, data: RunData) -> Source:
-        """The texts of `others`, less those whose prompt or text is held out."""
+    def _unlabeled(self, valid: Source | None, data: RunData) -> Source:
+        """Return the texts of `unlabeled_path` without those that are held out."""
         texts = self.base.unlabeled(self.unlabeled_path, data)
         if valid is None:
             return texts
@@ -101,7 +101,7 @@ class PartiallyLabeledConfig(WrappingConfig):
                 f"all {len(texts):,} texts of examples.unlabeled_path are held out, so none is left to train on: give other files"
             )
         if held.any():
-            data.echo(
+            data.log(
                 f"{held.sum():,} of {len(texts):,} texts in examples.unlabeled_path are left out: they are held out; the first is number "
                 f"{held.argmax() + 1:,}"
             )
@@ -110,10 +110,10 @@ class PartiallyLabeledConfig(WrappingConfig):
 
 @dataclass(frozen=True)
 class PseudoLabeledConfig(PartiallyLabeledConfig):
-    """Partly labelled records, with the classes that a teacher predicts for each text.
+    """Partially labeled records with the class probabilities of a teacher for each text.
 
     Args:
-        teacher: The run of a classifier that was trained on the labelled records alone.
+        teacher: The run of a classifier that was trained on the labeled records alone.
     """
 
     base_fields: ClassVar[frozenset[str]] = frozenset({"taught"})
@@ -122,10 +122,10 @@ class PseudoLabeledConfig(PartiallyLabeledConfig):
     teacher: str = path_field("model", "")
 
     def build(self, data: RunData, objective: Objective) -> DatasetSplits:
-        what = "the run of `firth train classification` on the labelled records, which gives the pseudo-labels"
+        what = "the run of `firth train classification` on the labeled records, which gives the pseudo-labels"
         place = required_model(self.teacher, "examples.teacher", what)
-        cure = "train the teacher and this run from the same start, or with the same tokenizer.path"
-        check_same_tokenizer(data.tokenizer, place, "examples.teacher:", cure)
+        hint = "train the teacher and this run from the same start, or with the same tokenizer.path"
+        check_same_tokenizer(data.tokenizer, place, "examples.teacher:", hint)
         model = data.load_frozen(place)
         plain = super().build(data, objective)
         vocab = data.tokenizer.vocab
@@ -140,8 +140,13 @@ class PseudoLabeledConfig(PartiallyLabeledConfig):
 
 @dataclass(frozen=True)
 class SimulatedAnnotatorsConfig(WrappingConfig):
-    """A simulation: records with one true label each, which `annotators` simulated ones replace by votes that are right with
-    probability `accuracy`; held-out records keep the truth."""
+    """Records whose true label is replaced by the votes of simulated annotators; held-out records keep the true label.
+
+    Args:
+        base: The labeled examples.
+        num_annotators: Number of simulated annotators.
+        annotator_accuracy: Probability that a vote is correct.
+    """
 
     base_fields: ClassVar[frozenset[str]] = frozenset({"votes"})
     required_fields: ClassVar[frozenset[str]] = frozenset({"label"})
@@ -151,7 +156,7 @@ class SimulatedAnnotatorsConfig(WrappingConfig):
 
     def build(self, data: RunData, objective: Objective) -> DatasetSplits:
         whole = self.base.build(data, objective)
-        data.echo(
+        data.log(
             f"a simulation: the labels of {len(whole.train):,} records are replaced by the votes of {self.num_annotators} annotators, "
             f"each right with probability {self.annotator_accuracy:g} (examples=simulated_annotators)"
         )
@@ -164,7 +169,13 @@ class SimulatedAnnotatorsConfig(WrappingConfig):
 
 @dataclass(frozen=True)
 class MultiAnnotatorConfig(RecordsConfig):
-    """Records with a list of labels in the field `votes`, by as many annotators as there are."""
+    """Records with the labels of several annotators.
+
+    Args:
+        max_length: The most tokens of a text.
+        text_field: The field of the text.
+        labels_field: The field with the list of labels.
+    """
 
     base_fields: ClassVar[frozenset[str]] = frozenset({"tokens", "label", "votes"})
 
@@ -175,14 +186,14 @@ class MultiAnnotatorConfig(RecordsConfig):
     def read_fields(self) -> tuple[str, ...]:
         return (self.text_field,)
 
-    def _read(self, paths: Sequence[str], data: RunData, classes: Sequence[str] = ()) -> Voting:
-        return Voting(
+    def _read(self, paths: Sequence[str], data: RunData, classes: Sequence[str] = ()) -> AnnotatedTexts:
+        return AnnotatedTexts(
             paths, data.tokenizer, self.max_length, TextFields(self.text_field, self.labels_field), classes=classes
         )
 
     def configure_objective(self, objective: Objective, data: RunData) -> Objective:
         return objective.with_stats(
-            lambda: DataStats(class_names=self._read(data.config.paths(data.echo), data).classes)
+            lambda: DataStats(class_names=self._read(data.config.paths(data.log), data).classes)
         )
 
     def build(self, data: RunData, objective: Objective) -> DatasetSplits:

@@ -1,17 +1,17 @@
-"""How much of a pretrained model a run trains: the `adapt` of a recipe.
+"""Fine-tuning methods: the `peft` section of a recipe, which chooses the weights to train.
 
-    full      everything (the default)
-    head      the task's head alone, on the last layer (`peft=head`)
-    frozen    the same on a learnt mixture of all layers (Peters 2018, ELMo)
-    lora      thin products added to chosen matrices (Hu 2021), and the heads that the start has not
-    prefix    keys and values before every text (Li & Liang 2021), and those heads
-    prompt    vectors before every text (Lester 2021), and those heads
+    full      all weights (the default)
+    head      the task head alone, on the last layer (`peft=head`)
+    frozen    the task head on a learned mixture of all layers (Peters 2018, ELMo)
+    lora      low-rank updates of chosen matrices (Hu 2021), and new heads
+    prefix    keys and values before every text (Li & Liang 2021), and new heads
+    prompt    embeddings before every text (Lester 2021), and new heads
 
-    firth train classification init_from=runs/bert data.path=labelled.jsonl peft=lora
+    firth train classification init_from=runs/bert data.path=labeled.jsonl peft=lora
     firth train sft init_from=runs/gpt data.path=dialogues.jsonl peft.kind=lora peft.rank=16 peft.target_modules='[blocks.*]'
 
-The last three leave `adapter/` in the run directory, in peft's format, beside `model/`, which holds a LoRA's weights merged,
-and a prefix or a prompt as a part of the model (which transformers alone does not read: it takes peft and `adapter/`).
+lora, prefix and prompt also write `adapter/` in peft's format to the run directory. `model/` holds the merged LoRA weights, or
+the prefix or prompt as a head of the model, which transformers alone cannot load: use peft and `adapter/`.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ from firth.evaluate.tokenizer_match import check_adapter
 from firth.io.atomic import new_directory
 from firth.model.config import ModelConfig
 from firth.model.model import LM
-from firth.model.prefix import PREFIX_HEADS, refuse
+from firth.model.prefix import PREFIX_HEADS, check_prefix_supported
 from firth.objectives.layer_mixture import LayerMixture
 from firth.objectives.objective import Objective
 from firth.peft import adapter_files, lora
 from firth.peft.init import prefix_of, prompt_of
-from firth.pretrained.load_save import added_parts
+from firth.pretrained.load_save import added_heads
 from firth.runs.config_io import path_field
 from firth.tokenizer.tokenizer import Tokenizer
 from firth.types import UserError
@@ -40,29 +40,41 @@ from firth.validated import PositiveFloat, Range, Ranged, ShareBelowOne, TokenCo
 
 
 class PeftConfig(Ranged, section="peft"):
-    """How much is trained. needs: whether it needs a model to begin from. packs: whether it suits rows of several texts."""
+    """Base class of the fine-tuning methods.
+
+    Attributes:
+        needs_base: Whether it needs a pretrained model.
+        packable: Whether it supports packed rows.
+    """
 
     needs_base: ClassVar[bool] = True
     packable: ClassVar[bool] = True
 
     def configure_objective(self, objective: Objective) -> Objective:
-        """The objective as it reads a model that is adapted so."""
+        """Return the objective for a model with this method."""
         return objective
 
     def check_model(self, model: LM, base: LM | None) -> None:
-        """Raise a UserError for a model that cannot be adapted so.
+        """Raise a UserError if the model does not support this method.
 
         Args:
-            model: The model that is trained, without its weights and without what its base has before every text.
-            base: The model that it begins from.
+            model: The model to train, with empty weights and without the base's prefix or prompt.
+            base: The model that the run starts from.
         """
 
     def virtual_positions(self, base: LM | None) -> tuple[int, int]:
-        """Return how many trained positions are before every text, and before every source of an encoder."""
+        """Return the number of virtual tokens before every text, and before every input of an encoder."""
         return (base.num_virtual_tokens(), base.num_virtual_tokens(source=True)) if base is not None else (0, 0)
 
     def apply(self, model: LM, added: Sequence[str], tokenizer: Tokenizer, seed: int) -> None:
-        """Put on the model what is trained, and freeze the rest. added: the parts that its start had not."""
+        """Add the trainable weights to the model and freeze the others.
+
+        Args:
+            model: The model.
+            added: The heads that the base model does not have.
+            tokenizer: The tokenizer.
+            seed: Seed of the initialization.
+        """
 
     def export(
         self,
@@ -73,33 +85,45 @@ class PeftConfig(Ranged, section="peft"):
         tokenizer: Tokenizer,
         facts: Mapping[str, Any],
     ) -> str:
-        """Write the adapter that was trained, if there is one, and leave a plain model; one sentence for the user."""
+        """Write the trained adapter, if any, and merge or keep it in the model.
+
+        Args:
+            model: The trained model; a LoRA is merged into it.
+            directory: The directory to write.
+            base: The directory of the base model.
+            added: The heads that the base model does not have.
+            tokenizer: The tokenizer, saved with the adapter.
+            facts: The training metadata.
+
+        Returns:
+            A sentence for the user; empty if there is no adapter.
+        """
         return ""
 
 
 @dataclass(frozen=True)
 class FullFinetuning(PeftConfig):
-    """Everything is trained."""
+    """Train all weights."""
 
     needs_base: ClassVar[bool] = False
 
 
 @dataclass(frozen=True)
 class HeadOnly(PeftConfig):
-    """The parts of the objective alone are trained; the trunk is not run back through."""
+    """Train only the heads of the objective, without a backward pass through the transformer stack."""
 
     def apply(self, model: LM, added: Sequence[str], tokenizer: Tokenizer, seed: int) -> None:
-        parts = _heads(model)
-        if not parts:
+        heads = _heads(model)
+        if not heads:
             raise UserError(
-                "peft=head trains the parts that the objective adds, and here that is only a vocabulary head which is one "
-                "with the table of tokens: take peft=lora or peft=prompt"
+                "peft=head trains the heads of the objective, and the only one is an LM head that is tied to the token "
+                "embeddings: take peft=lora or peft=prompt"
             )
-        lora.freeze(model, parts)
+        lora.freeze(model, heads)
 
 
 def _heads(model: LM) -> list[str]:
-    """The parts that a head alone can be: neither one with the table of tokens nor before every text."""
+    """Return the heads that can be trained alone: no prefix or prompt, and no LM head tied to the token embeddings."""
     return [
         name for name in model.heads if name not in PREFIX_HEADS and (name != "lm" or not model.config.tie_embeddings)
     ]
@@ -107,45 +131,49 @@ def _heads(model: LM) -> list[str]:
 
 @dataclass(frozen=True)
 class FrozenFeatures(HeadOnly):
-    """The objective's parts on a mixture of all layers: one weight for each of them and a scale are learnt with them."""
+    """Train the heads on a mixture of all layers, with one learned weight per layer and a scale."""
 
     def configure_objective(self, objective: Objective) -> Objective:
         return add_layer_mixture(objective)
 
     def check_model(self, model: LM, base: LM | None) -> None:
-        # Whoever writes or scores with a vocabulary head reads the last layer, not the mixture that it was trained on.
+        # Generation and scoring feed the LM head with the last layer, not with the mixture that it was trained on.
         if "lm" in model.heads:
             raise UserError(
-                "peft=frozen trains a head on a mixture of all layers, which a vocabulary head does not read when it writes: "
+                "peft=frozen trains a head on a mixture of all layers, which an LM head does not read during generation: "
                 "take peft=lora, or an objective with a head of its own, such as classification"
             )
 
 
 def add_layer_mixture(objective: Objective, frozen: bool = True) -> Objective:
-    """Return the objective on a mixture of all layers. frozen: whether the layers stay as they are (`Mixed.frozen`)."""
+    """Return the objective on a mixture of all layers. frozen: Whether the layers are frozen (`LayerMixture.frozen`)."""
     mixed = any(isinstance(one, LayerMixture) for one in objective.components())
     return objective if mixed else LayerMixture(frozen=frozen) + objective
 
 
 class AdapterConfig(PeftConfig):
-    """What lies beside the weights and can be kept apart from them. part: the model's part that it is, if it is one. start: an
-    adapter to go on from."""
+    """Base class of the methods whose weights are saved as an adapter.
+
+    Attributes:
+        part: Name of the head that holds the adapter; empty for LoRA.
+        init_from: An adapter to continue training.
+    """
 
     part: ClassVar[str] = ""
 
     init_from: str
 
     def check_model(self, model: LM, base: LM | None) -> None:
-        there = sorted(PREFIX_HEADS & {*base.heads}) if base is not None and self.part else []
-        if there and (there != [self.part] or not self.init_from):
-            onward = "go on from it with peft.init_from=RUN too, or " if there == [self.part] else ""
+        existing = sorted(PREFIX_HEADS & {*base.heads}) if base is not None and self.part else []
+        if existing and (existing != [self.part] or not self.init_from):
+            hint = "continue it with peft.init_from=RUN too, or " if existing == [self.part] else ""
             raise UserError(
-                f"peft={self.part} puts a {self.part} before every text, where the start has a {there[0]} already: {onward}"
-                "begin from the start's own base"
+                f"peft={self.part} adds a {self.part}, and the model of init_from has a {existing[0]} already: {hint}"
+                "start from its own base model"
             )
 
-    def put(self, model: LM, added: Sequence[str], tokenizer: Tokenizer, seed: int) -> None:
-        """Put a new adapter on the model."""
+    def add(self, model: LM, added: Sequence[str], tokenizer: Tokenizer, seed: int) -> None:
+        """Add a new adapter to the model."""
         raise NotImplementedError(type(self).__name__)
 
     def apply(self, model: LM, added: Sequence[str], tokenizer: Tokenizer, seed: int) -> None:
@@ -159,7 +187,7 @@ class AdapterConfig(PeftConfig):
                 )
             lora.check_not_shared(model, lora.adapted(model))
         else:
-            self.put(model, added, tokenizer, seed)
+            self.add(model, added, tokenizer, seed)
         lora.freeze(model, [*added, *[self.part] * bool(self.part)])
 
     def export(
@@ -172,18 +200,27 @@ class AdapterConfig(PeftConfig):
         facts: Mapping[str, Any],
     ) -> str:
         if model.prefix is not None:
-            model.heads["prefix"] = model.prefix.settle()
+            model.heads["prefix"] = model.prefix.without_mlp()
         with new_directory(directory) as place:
-            said = adapter_files.write(model, place, base, added, facts=facts, tokenizer=tokenizer.digest)
+            summary = adapter_files.write(model, place, base, added, facts=facts, tokenizer=tokenizer.digest)
             tokenizer.save(place)
         lora.merge_and_unload(model)
-        return said
+        return summary
 
 
 @dataclass(frozen=True)
 class LoRA(AdapterConfig):
-    """rank, alpha, stabilised, dropout: `firth.peft.lora.LoraConfig`. targets: ends of names, as in `q`, `attention.*`, `blocks.*`
-    (all maps of all blocks, also `all-linear`), `tokens`, `heads.lm`."""
+    """Configuration of LoRA.
+
+    Args:
+        rank: Rank of the updates.
+        alpha: Numerator of the scaling (`firth.peft.lora.LoraConfig`).
+        use_rslora: Whether the scaling is alpha / sqrt(rank) instead of alpha / rank.
+        dropout: Dropout before the updates.
+        target_modules: Suffixes of module names, as in `q`, `attention.*`, `blocks.*` (all linear maps of all blocks, also
+            `all-linear`), `tokens`, `heads.lm`.
+        init_from: An adapter to continue training.
+    """
 
     rank: Annotated[int, Range(ge=1, le=65536)] = 8
     alpha: PositiveFloat = 16.0
@@ -194,22 +231,28 @@ class LoRA(AdapterConfig):
 
     @property
     def lora_config(self) -> lora.LoraConfig:
-        """How each adapter is made."""
+        """The configuration of each LoRA layer."""
         return lora.LoraConfig(self.rank, self.alpha, self.use_rslora, self.dropout)
 
     def check_model(self, model: LM, base: LM | None) -> None:
         if base is not None and not self.init_from:
-            for place in lora.chosen(model, self.target_modules, but=added_parts(model, base), merges=True):
+            for place in lora.chosen(model, self.target_modules, exclude=added_heads(model, base), merges=True):
                 lora.check_rank(model, place, self.lora_config)
 
-    def put(self, model: LM, added: Sequence[str], tokenizer: Tokenizer, seed: int) -> None:
-        lora.add(model, self.target_modules, self.lora_config, but=[*added, *PREFIX_HEADS])
+    def add(self, model: LM, added: Sequence[str], tokenizer: Tokenizer, seed: int) -> None:
+        lora.add(model, self.target_modules, self.lora_config, exclude=[*added, *PREFIX_HEADS])
 
 
 @dataclass(frozen=True)
 class PrefixTuning(AdapterConfig):
-    """tokens: how many stand before every text. hidden: units of the MLP that they are trained through (0: none). text:
-    what they begin as; drawn tokens where it is empty."""
+    """Configuration of prefix tuning.
+
+    Args:
+        num_virtual_tokens: Prefix positions before every text.
+        encoder_hidden_size: Units of the MLP that reparameterizes the prefix during training; 0 for none.
+        init_text: Text to initialize the prefix from; empty uses random tokens.
+        init_from: A prefix to continue training.
+    """
 
     part: ClassVar[str] = "prefix"
 
@@ -220,22 +263,30 @@ class PrefixTuning(AdapterConfig):
 
     def check_model(self, model: LM, base: LM | None) -> None:
         super().check_model(model, base)
-        refuse(model.config, self.part)
-        _refuse_room(model.config, self.num_virtual_tokens, self.part)
+        check_prefix_supported(model.config, self.part)
+        _check_num_virtual_tokens(model.config, self.num_virtual_tokens, self.part)
 
     def virtual_positions(self, base: LM | None) -> tuple[int, int]:
-        return _positions(self.init_from, self.num_virtual_tokens), 0
+        return _num_virtual_tokens(self.init_from, self.num_virtual_tokens), 0
 
-    def put(self, model: LM, added: Sequence[str], tokenizer: Tokenizer, seed: int) -> None:
+    def add(self, model: LM, added: Sequence[str], tokenizer: Tokenizer, seed: int) -> None:
         model.heads["prefix"] = prefix_of(
-            model, _begin(tokenizer, self.init_text, self.num_virtual_tokens, seed), self.encoder_hidden_size
+            model, _initial_ids(tokenizer, self.init_text, self.num_virtual_tokens, seed), self.encoder_hidden_size
         )
 
 
 @dataclass(frozen=True)
 class PromptTuning(AdapterConfig):
-    """tokens: how many stand before every text. begin: as the vectors of `text`, or of drawn tokens where it is empty; or
-    at random. Each text of a packed row would need its own, and every row as many as the fullest: they are sorted instead."""
+    """Configuration of prompt tuning.
+
+    Rows are not packed: each text of a row would need its own prompt, and every row as many prompts as the fullest one.
+
+    Args:
+        num_virtual_tokens: Prompt embeddings before every text.
+        init: "tokens" initializes them with token embeddings, "random" at random.
+        init_text: The text for "tokens"; empty uses random tokens.
+        init_from: A prompt to continue training.
+    """
 
     part: ClassVar[str] = "prompt"
     packable: ClassVar[bool] = False
@@ -247,15 +298,15 @@ class PromptTuning(AdapterConfig):
 
     def check_model(self, model: LM, base: LM | None) -> None:
         super().check_model(model, base)
-        refuse(model.config, self.part)
-        _refuse_room(model.config, self.num_virtual_tokens, self.part)
+        check_prefix_supported(model.config, self.part)
+        _check_num_virtual_tokens(model.config, self.num_virtual_tokens, self.part)
 
     def virtual_positions(self, base: LM | None) -> tuple[int, int]:
-        count = _positions(self.init_from, self.num_virtual_tokens)
+        count = _num_virtual_tokens(self.init_from, self.num_virtual_tokens)
         return (0, count) if base is not None and base.encoder is not None else (count, 0)
 
-    def put(self, model: LM, added: Sequence[str], tokenizer: Tokenizer, seed: int) -> None:
-        prompt = prompt_of(model, _begin(tokenizer, self.init_text, self.num_virtual_tokens, seed))
+    def add(self, model: LM, added: Sequence[str], tokenizer: Tokenizer, seed: int) -> None:
+        prompt = prompt_of(model, _initial_ids(tokenizer, self.init_text, self.num_virtual_tokens, seed))
         if self.init == "random":
             prompt.table.reset_parameters()
             prompt.table.weight.data *= model.tokens.weight.data.std()
@@ -263,31 +314,29 @@ class PromptTuning(AdapterConfig):
 
 
 def _adapter_of(start: str) -> Path:
-    """The directory of an adapter: that of a run, or one of its own."""
+    """Return the adapter directory of a run, or the path itself if it is no run directory."""
     place = Path(start)
     return place / "adapter" if (place / "adapter").is_dir() else place
 
 
-def _positions(start: str, tokens: int) -> int:
-    """The trained positions of an adapter to go on from, or of a new one."""
+def _num_virtual_tokens(start: str, tokens: int) -> int:
+    """Return the number of virtual tokens of the adapter to continue, or of a new one."""
     return adapter_files.virtual_tokens(_adapter_of(start)) if start else tokens
 
 
-def _refuse_room(config: ModelConfig, tokens: int, what: str) -> None:
+def _check_num_virtual_tokens(config: ModelConfig, tokens: int, what: str) -> None:
     if not 0 < tokens < config.max_positions:
         raise UserError(
             f"peft.num_virtual_tokens={tokens}: a {what} takes at least 1 of the {config.max_positions} positions, and not all"
         )
 
 
-def _begin(tokenizer: Tokenizer, text: str, count: int, seed: int) -> list[int]:
-    """So many ids: of a text, again and again, or drawn from the vocabulary's ordinary tokens."""
+def _initial_ids(tokenizer: Tokenizer, text: str, count: int, seed: int) -> list[int]:
+    """Return `count` token ids: of a text, repeated, or random ones that are not special."""
     if text:
         ids = [int(i) for i in tokenizer.encode(text)]
         if not ids:
-            raise UserError(
-                f"peft.init_text={text!r} has no tokens to begin with: give words, or leave it out for drawn tokens"
-            )
+            raise UserError(f"peft.init_text={text!r} has no tokens: give words, or leave it out for random tokens")
         return (ids * (count // len(ids) + 1))[:count]
     ordinary = np.flatnonzero(~tokenizer.vocab.special)
     return [int(i) for i in np.random.default_rng(seed).choice(ordinary, count)]
@@ -300,9 +349,7 @@ PEFT_METHODS: dict[str, type[PeftConfig]] = {
 
 
 def check_peft(adapt: PeftConfig, start: str) -> None:
-    """Raise a UserError if there is nothing to adapt."""
+    """Raise a UserError if the method needs a pretrained model and there is none."""
     if adapt.needs_base and not start:
         name = next(name for name, kind in PEFT_METHODS.items() if kind is type(adapt))
-        raise UserError(
-            f"peft={name} trains a little beside a model that is there: say which with init_from=RUN, or peft=full"
-        )
+        raise UserError(f"peft={name} needs a pretrained model: set init_from=RUN, or peft=full")

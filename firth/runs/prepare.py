@@ -1,7 +1,6 @@
-"""From a recipe's source to files on disk: the tokenizer, the held-out split and the token stores of a run.
+"""Data preparation: train a tokenizer, hold out documents and build the token stores of a run.
 
-All of it is made once per run directory and found again by a fingerprint of what it was made from, so a second
-start of a run reads no text.
+Results are cached in the run directory under a fingerprint of their inputs, so a resumed run reads no text.
 """
 
 from __future__ import annotations
@@ -30,34 +29,34 @@ from firth.runs.config_io import path_field
 from firth.tokenizer.tokenizer import Tokenizer
 from firth.tokenizer.train import train
 from firth.train import precision
-from firth.types import UserError
+from firth.types import LogLine, UserError
 from firth.validated import PositiveFloat, Ranged, ShareBelowOne
 
-Echo = Callable[[str], None]
-
-MENDED = {
+REPAIR_DESCRIPTIONS = {
     "bad_utf8": "pieces that are not UTF-8, read as U+FFFD",
     "nul": "NUL characters, removed",
-    "too_long": "records over 4 MB, left out",
-    "mismatched": "rows with another number of cells than their head, left out",
-    "unnamed_columns": "columns of tables without a name, called Unnamed and their place",
-    "skipped": "tables passed over, which are read as text only where they are named",
+    "too_long": "records over 4 MB, dropped",
+    "mismatched": "rows with another number of cells than their header, dropped",
+    "unnamed_columns": "table columns without a name, called Unnamed and their index",
+    "skipped": "tables skipped, which are read as text only if they are named",
 }
-"""What is told of the text that a store is built of."""
+"""Kind of repair in `ReadStats` -> its description in the log."""
 
 
 @dataclass(frozen=True)
 class DataConfig(Ranged, section="data"):
-    """Where a run's text or records are.
+    """Configuration of the data: files or a corpus, and what is held out.
 
-    path: files, directories or globs (text, JSONL, Parquet; .gz, .zst). corpus: a name of `firth fetch` in its place, or
-    NAME/FILE for one of its side files.
-    weights: the share of the examples that each path gives, in any unit; without them each gives what it holds.
-    field: the field of records that holds the text. split: a text file is one document ("file"), or one per "blank"
-    line or "line". valid: files held out; where there are none, the share `held_out` of the documents is, drawn by
-    the names of the documents, never by lines; of records, drawn by their prompts. Documents of one content and records of one
-    prompt are held out together (`firth.data.split`).
-    store: a directory in which token stores are kept and shared with other runs; the run's own if empty.
+    Args:
+        path: Files, directories or globs (text, JSONL, Parquet; .gz, .zst).
+        corpus: A corpus of `firth fetch` in place of `path`, or NAME/FILE for one of its side files.
+        weights: Sampling weight of each path, in any unit; without weights each path contributes all it holds.
+        text_field: The field of a record that holds the text.
+        split_by: A text file is one document ("file"), or one document per "blank" line or "line".
+        validation_path: Files to validate on. Without them `validation_fraction` of the documents is held out.
+        validation_fraction: Fraction of documents (by name, never single lines) or records (by prompt) to hold out. Documents
+            with the same content and records with the same prompt are held out together (`firth.data.split`).
+        cache_dir: Directory of token stores that several runs share; empty uses the run directory.
     """
 
     path: tuple[str, ...] = path_field("files", ())
@@ -74,25 +73,37 @@ class DataConfig(Ranged, section="data"):
         for name, paths in (("path", self.path), ("validation_path", self.validation_path)):
             if not all(paths):
                 raise UserError(f"data.{name}={list(paths)} has an empty name, which would be the working directory")
-        if self.path:  # a corpus that is not read must not name the language and the license of the model
+        if self.path:  # the model card must not state the language and license of a corpus that is not read
             object.__setattr__(self, "corpus", "")
 
-    def paths(self, echo: Echo) -> list[str]:
-        """The training files. Raises UserError where neither path nor corpus is set."""
+    def paths(self, log: LogLine) -> list[str]:
+        """Return the training files.
+
+        Raises:
+            UserError: Neither `path` nor `corpus` is set.
+        """
         if self.path:
             return list(self.path)
         if not self.corpus:
-            raise UserError("the recipe says no text: set data.path=FILES or data.corpus=NAME (see `firth list`)")
-        return catalog.paths(self.corpus, echo)
+            raise UserError("the recipe has no data: set data.path=FILES or data.corpus=NAME (see `firth list`)")
+        return catalog.paths(self.corpus, log)
 
 
 @dataclass(frozen=True, eq=False)
 class RunData:
-    """What a segment is cut from: the source, the tokenizer, the run's directory, what it begins from, rows of a step.
+    """The data of a run and the settings that building examples from it needs.
 
-    memory: how many tokens before each row the model reads (`Shape.memory`). siblings: all paths of a mixture, of which this is
-    one: what is held out of another is not trained on here. precision: of the run's steps, in which everything that is
-    computed once is computed too.
+    Args:
+        config: Where the data is and what is held out.
+        tokenizer: The tokenizer of the run.
+        directory: The run directory.
+        init_from: The model that the run starts from; empty for none.
+        batch_size: Examples per optimizer step.
+        seed: Seed of the run.
+        log: Receives progress messages.
+        memory_length: Tokens before each row that the model attends to (`ModelConfig.memory_length`).
+        siblings: All paths of a mixture that this path belongs to. Documents that are held out of one are not trained on in another.
+        precision: Precision of the run's forward passes, also for values that are precomputed.
     """
 
     config: DataConfig
@@ -101,21 +112,25 @@ class RunData:
     init_from: str = ""
     batch_size: int = 1
     seed: int = 0
-    echo: Echo = print
+    log: LogLine = print
     memory_length: int = 0
     siblings: tuple[str, ...] = ()
     precision: Literal["fp32", "bf16"] = "fp32"
 
     def load_frozen(self, directory: Path) -> LM:
-        """The model of a directory, on the device that the run trains on."""
+        """Return the model of a directory, on the device that the run trains on."""
         return load_model(directory).to(device())
 
     def autocast(self) -> AbstractContextManager[object]:
-        """The context in which the run's forward passes run."""
+        """Return the autocast context of the run's forward passes."""
         return precision.casts(self.precision, device())()
 
-    def parts(self) -> list[RunData]:
-        """One material for each path, for a mixture. Raises UserError where paths and weights are not equally many."""
+    def per_path(self) -> list[RunData]:
+        """Return the data of each path of a mixture.
+
+        Raises:
+            UserError: The numbers of paths and weights differ.
+        """
         source = self.config
         if len(source.weights) != len(source.path):
             raise UserError(
@@ -128,50 +143,50 @@ class RunData:
         ]
 
     def stores(self) -> tuple[TokenStore, TokenStore | None]:
-        """The training and the held-out token store, built where they are not there yet."""
-        paths = self.config.paths(self.echo)
+        """Return the training and the held-out token store (None if nothing is held out). Missing stores are built."""
+        paths = self.config.paths(self.log)
         every = [*paths, *self.siblings]
         folder = Path(self.config.cache_dir or self.directory / "data") / fingerprint(
             self.config, every, self.tokenizer
         )
         parts: list[TokenStore | None] = []
-        for apart in (False, True):
-            place = folder / ("valid" if apart else "train")
+        for validation in (False, True):
+            place = folder / ("valid" if validation else "train")
             if not place.exists():
-                counts = text_of(self.config, paths, apart, self.directory).counts
-                documents = documents_of(self.config, paths, apart, self._held_elsewhere(), self.directory)
+                counts = text_of(self.config, paths, validation, self.directory).counts
+                documents = documents_of(self.config, paths, validation, self._held_elsewhere(), self.directory)
                 first = next(documents, None)
                 if first is None:
-                    if not apart:
+                    if not validation:
                         raise UserError(f"{', '.join(paths)}: there is no text to train on")
                     parts.append(None)
                     continue
                 place.parent.mkdir(parents=True, exist_ok=True)
                 store = TokenStore.build(itertools.chain([first], documents), self.tokenizer, place, stats=counts.rows)
-                kind = "held out" if apart else "to learn from"
-                self.echo(
+                kind = "held out" if validation else "training"
+                self.log(
                     f"{kind}: {len(store)} documents, {int(store.bytes.sum()):,} bytes, {len(store.tokens):,} tokens"
                 )
-                for line in [] if apart else self._repeated(paths):
-                    self.echo(line)
+                for line in [] if validation else self._repeated(paths):
+                    self.log(line)
                 if share := _unknown_share(store, self.tokenizer):
-                    self.echo(
+                    self.log(
                         f"{share:.2%} of these tokens are unknown to the tokenizer: train one on this text; with byte-bpe, or "
                         "bpe or unigram with byte fallback, nothing is unknown"
                     )
-                for kind, at in ({} if apart else counts.at).items():
-                    self.echo(f"{MENDED[kind]}: {counts.rows()[kind]:,}; the first is {at}")
+                for kind, at in ({} if validation else counts.at).items():
+                    self.log(f"{REPAIR_DESCRIPTIONS[kind]}: {counts.rows()[kind]:,}; the first is {at}")
             parts.append(TokenStore.open(place, self.tokenizer))
         assert parts[0] is not None
         return parts[0], parts[1]
 
     def _held_elsewhere(self) -> frozenset[int]:
-        """The documents that are held out of the other paths of a mixture, by their content."""
+        """Return the content keys of the documents that are held out of the other paths of a mixture."""
         found = [held_out_of(replace(self.config, path=(path,)), [path], self.directory).keys for path in self.siblings]
         return frozenset().union(*found)
 
     def _repeated(self, paths: Sequence[str]) -> list[str]:
-        """A sentence on duplicates among the documents, and one on those that are in the held-out files too."""
+        """Return warnings about duplicate documents and about documents that are also in the validation files."""
         lines = []
         chosen = held_out_of(self.config, paths, self.directory)
         if chosen.duplicates:
@@ -180,27 +195,35 @@ class RunData:
                 f"and are held out with it or not at all; the first is {chosen.first}"
             )
         if self.config.validation_path:
-            learned, measured = (text_of(self.config, paths, apart, self.directory) for apart in (False, True))
+            learned, measured = (
+                text_of(self.config, paths, validation, self.directory) for validation in (False, True)
+            )
             held = {content_key(d.text) for d in measured.documents()}
             both = [d.name for d in learned.documents() if content_key(d.text) in held]
             if both:
                 lines.append(
                     f"{len(both):,} documents in data.path have the content of a document in data.validation_path, so they are "
-                    f"trained on and measured; the first is {both[0]}"
+                    f"trained on and evaluated; the first is {both[0]}"
                 )
         return lines
 
 
-def text_of(source: DataConfig, paths: Sequence[str], apart: bool, directory: Path | None = None) -> ReadOnce:
-    """Return the documents that a run trains on and holds some out of, or (apart) is measured on, if other files are named
-    for that. directory: of the run, which the temporary copy goes to."""
+def text_of(source: DataConfig, paths: Sequence[str], validation: bool, directory: Path | None = None) -> ReadOnce:
+    """Return the documents of the training files, or of the validation files.
+
+    Args:
+        source: Where the data is and what is held out.
+        paths: The training files.
+        validation: Whether to return the documents of `validation_path`, where it is set.
+        directory: The run directory, which holds the temporary copy.
+    """
     share = None if source.validation_path or not source.validation_fraction else source.validation_fraction
-    chosen = source.validation_path if apart and source.validation_path else paths
+    chosen = source.validation_path if validation and source.validation_path else paths
     return read_once(chosen, field=source.text_field, split=source.split_by, share=share, directory=directory)
 
 
 def held_out_of(source: DataConfig, paths: Sequence[str], directory: Path | None = None) -> HeldOut:
-    """Choose the documents that a run holds out of these files; nothing where files for it are named, or no share is."""
+    """Return the documents that are held out of the training files; none with validation files or a fraction of 0."""
     return (
         HeldOut()
         if source.validation_path or not source.validation_fraction
@@ -211,44 +234,51 @@ def held_out_of(source: DataConfig, paths: Sequence[str], directory: Path | None
 def documents_of(
     source: DataConfig,
     paths: Sequence[str],
-    apart: bool,
+    validation: bool,
     elsewhere: frozenset[int] = frozenset(),
     directory: Path | None = None,
 ) -> Iterator[Document]:
-    """Yield the documents that are trained on, or (apart) those held out.
+    """Yield the training documents, or the held-out ones.
 
-    Which are held out is decided by their names, and those of one content are held out together (`firth.data.split`). Of a
-    single document that is its last share, cut between paragraphs. elsewhere: the content of others that are held out too.
+    Documents are held out by their names, and all documents of one content together (`firth.data.split`). Of a single document
+    the last part is held out, split between paragraphs.
+
+    Args:
+        source: Where the data is and what is held out.
+        paths: The training files.
+        validation: Whether to yield the held-out documents.
+        elsewhere: Content keys of documents that are held out of other paths.
+        directory: The run directory, which holds the temporary copy.
     """
-    found = text_of(source, paths, apart, directory)
+    found = text_of(source, paths, validation, directory)
     if source.validation_path:
         yield from found.documents()
     elif found.held.documents == 1:
-        yield from _share(next(found.documents()), source.validation_fraction, apart)
+        yield from _share(next(found.documents()), source.validation_fraction, validation)
     else:
-        yield from found.documents(apart, elsewhere)
+        yield from found.documents(validation, elsewhere)
 
 
-def _share(document: Document, share: float, apart: bool) -> Iterator[Document]:
-    """The last share of the only document there is, or what stands before it."""
+def _share(document: Document, share: float, validation: bool) -> Iterator[Document]:
+    """Yield the last part of a single document (validation), or the text before it."""
     cut = int(len(document.text) * (1 - share))
     at = document.text.find("\n\n", cut)
     cut = at if at >= 0 else cut
-    text = document.text[cut:] if apart else document.text[:cut]
+    text = document.text[cut:] if validation else document.text[:cut]
     if text.strip():
         yield Document(document.name, text)
 
 
 def fingerprint(source: DataConfig, paths: Sequence[str], tokenizer: Tokenizer) -> str:
-    """A short name for these files (paths, sizes, times of change), read in this way, by this tokenizer."""
+    """Return a short hash of the files (paths, sizes, modification times), the reading options and the tokenizer."""
     stats = [(str(f), f.stat().st_size, f.stat().st_mtime_ns) for f in readers.files([*paths, *source.validation_path])]
     how = {k: v for k, v in asdict(source).items() if k not in ("path", "corpus", "cache_dir", "weights")}
-    told = json.dumps([stats, how, tokenizer.digest], sort_keys=True, default=str)
-    return hashlib.sha256(told.encode()).hexdigest()[:16]
+    text = json.dumps([stats, how, tokenizer.digest], sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def _unknown_share(store: TokenStore, tokenizer: Tokenizer) -> float:
-    """The share of a store's tokens that are unknown, a stretch at a time."""
+    """Return the fraction of a store's tokens that are unknown; reads 1 Mi tokens at a time."""
     unk, stretch = tokenizer.vocab.roles.get("unk", -1), 1 << 20
     stretches = (store.tokens[at : at + stretch] for at in range(0, len(store.tokens), stretch))
     return sum(int(np.count_nonzero(tokens == unk)) for tokens in stretches) / max(1, len(store.tokens))
@@ -266,16 +296,30 @@ def train_tokenizer(
     seed: int = 0,
     num_sentinels: int = 0,
     byte_fallback: bool = True,
-    echo: Echo = print,
+    log: LogLine = print,
     texts: Callable[[ReadStats], Iterator[str]] | None = None,
 ) -> Tokenizer:
-    """Train on files and save into `out`, with the merges' counts beside it (`firth tokenizer show`). texts: what to train
-    on in place of the files' documents; it counts them."""
+    """Train a tokenizer on files and save it with the counts of its merges (`firth tokenizer show`).
+
+    Args:
+        paths: Training files.
+        out: The directory to save to.
+        algorithm: Training algorithm (`firth.tokenizer.train`).
+        vocab_size: Number of ids.
+        text_field: The field of a record that holds the text.
+        split_by: What a document of a text file is ("file", "blank", "line").
+        sample_bytes: Bytes of text to train on.
+        seed: Seed of the sample.
+        num_sentinels: Number of `<extra_id_n>` tokens.
+        byte_fallback: Whether bpe and unigram encode rare characters as bytes.
+        log: Receives progress messages.
+        texts: Yields the texts to train on in place of the files' documents, and counts them.
+    """
     counts = ReadStats()
     plain = (d.text for d in readers.documents(paths, field=text_field, split=split_by, counts=counts))
     tokenizer = train(
-        _nonempty(plain if texts is None else texts(counts), paths), algorithm, vocab_size, seed=seed, sample_bytes=sample_bytes, num_sentinels=num_sentinels,
-        byte_fallback=byte_fallback, echo=echo,
+        _nonempty(plain if texts is None else texts(counts), paths), algorithm, vocab_size, seed=seed,
+        sample_bytes=sample_bytes, num_sentinels=num_sentinels, byte_fallback=byte_fallback, echo=log,
     )  # fmt: skip
     tokenizer.save(out)
     whole = ("files", "documents", "bytes")
@@ -283,15 +327,15 @@ def train_tokenizer(
         many(n, name.removesuffix("s")) if name in whole else f"{n:,} {name.replace('_', ' ')}"
         for name, n in counts.rows().items()
     )
-    echo(f"{algorithm} tokenizer of {tokenizer.vocab.size:,} ids from {rows or 'the texts of the records'}: {out}")
+    log(f"{algorithm} tokenizer of {tokenizer.vocab.size:,} ids from {rows or 'the texts of the records'}: {out}")
     return tokenizer
 
 
 def _nonempty(texts: Iterable[str], paths: Sequence[str]) -> Iterator[str]:
-    """Yield the texts; UserError with the files behind the last one if all of them are empty."""
+    """Yield the texts; raise a UserError that names the files at the end if all texts are empty."""
     found = False
     for text in texts:
         found = found or bool(text.strip())
         yield text
     if not found:
-        raise UserError(f"{', '.join(paths)}: there is no text here: every document is empty")
+        raise UserError(f"{', '.join(paths)}: there is no text in it: every document is empty")

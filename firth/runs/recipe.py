@@ -1,10 +1,10 @@
-"""A run is one expression: a frozen, typed tree that says everything the run depends on.
+"""The configuration of a training run (`Recipe`), and how it is loaded from YAML, a run directory or a published name.
 
     Recipe(name="gpt", objective=CausalLM(), examples=Windows(length=256), data=Text(corpus="shakespeare"), ...)
 
-The same tree in YAML is what `firth train mine.yaml` reads and what every run directory keeps as `recipe.yaml`;
-running that file again repeats the run. `firth train gpt batch.size=64 data.path=mine/` starts from a published
-recipe (a function in this room, see `RECIPES`) and changes fields.
+A recipe is a tree of frozen dataclasses that holds everything the run depends on. `firth train mine.yaml` reads it as YAML,
+and every run directory keeps it as `recipe.yaml`; training from that file repeats the run.
+`firth train gpt batch.size=64 data.path=mine/` takes a published recipe (`RECIPES`) and sets fields.
 """
 
 from __future__ import annotations
@@ -38,10 +38,14 @@ from firth.validated import NonNegativeInt, OptionalTokenCount, PositiveInt, Ran
 
 @dataclass(frozen=True)
 class TokenizerConfig(Ranged, section="tokenizer"):
-    """Where the tokenizer comes from: `path` (a tokenizer.json, a model or a run), else trained on the source's text.
+    """Configuration of the tokenizer: an existing one, or one that is trained on the run's text.
 
-    algorithm: see `firth.tokenizer.train`. size: number of ids. byte_fallback: whether bpe and unigram write rare characters as
-    bytes, so that nothing is unknown. sample: bytes of text that training looks at, drawn over the whole corpus.
+    Args:
+        path: A tokenizer.json, a model directory or a run directory; empty trains a tokenizer.
+        algorithm: Training algorithm (`firth.tokenizer.train`).
+        vocab_size: Number of ids.
+        byte_fallback: Whether bpe and unigram encode rare characters as bytes, so that no token is unknown.
+        sample_bytes: Bytes of text to train on, sampled over the whole corpus.
     """
 
     path: str = config_io.path_field("tokenizer", "")
@@ -51,19 +55,26 @@ class TokenizerConfig(Ranged, section="tokenizer"):
     sample_bytes: PositiveInt = 200_000_000
 
 
-DEFAULT_SIZE = TokenizerConfig().vocab_size
+DEFAULT_VOCAB_SIZE = TokenizerConfig().vocab_size
 
 GROUPED_STEPS = 50
-"""Steps that share their examples out by length, where a recipe leaves it open."""
+"""Steps whose examples are grouped by length where the recipe sets neither packing nor grouping."""
 
 
 @dataclass(frozen=True)
 class BatchConfig(Ranged, section="batch"):
-    """How many examples a step holds over all ranks and micro-batches, and how they are laid into rows.
+    """Configuration of the batches.
 
-    pack: several to a row of this many tokens, kept apart; 0: one to a row, padded to the longest of its step. "auto": rows as
-    long as the segment's longest example, or like lengths (`sort`) where no row can hold two. sort: the examples of so many
-    steps are sorted by length and dealt to these steps, so that little is padding (`firth.data.shuffle.length_grouped_batches`).
+    Args:
+        size: Examples per optimizer step, over all ranks and micro-batches.
+        gradient_accumulation_steps: Micro-batches per optimizer step.
+        pack_to_length: Tokens per packed row, with attention limited to each example; 0 pads every example to the longest of
+            its step. "auto" packs to the longest example, or groups by length where rows cannot be packed.
+        group_by_length: Steps whose examples are sorted by length together, which saves padding
+            (`firth.data.shuffle.length_grouped_batches`); 0 does not group.
+
+    Raises:
+        UserError: Both `pack_to_length` and `group_by_length` are set.
     """
 
     size: PositiveInt = 16
@@ -78,12 +89,16 @@ class BatchConfig(Ranged, section="batch"):
 
     @property
     def packed_length(self) -> int:
-        """Tokens of a packed row; 0 where rows are not packed, or where that is still open."""
+        """Tokens per packed row; 0 where rows are not packed or `pack_to_length` is unresolved ("auto")."""
         return 0 if self.pack_to_length == "auto" else self.pack_to_length
 
     def resolve(self, longest: int, packs: bool) -> BatchConfig:
-        """With nothing left open. longest: tokens of an example at most, 0 if that is unknown; packs: whether rows can hold
-        several."""
+        """Return a copy with "auto" replaced by numbers.
+
+        Args:
+            longest: The most tokens of an example; 0 if unknown.
+            packs: Whether rows can be packed.
+        """
         if self.pack_to_length != "auto":
             return self
         pack = longest if packs and not self.group_by_length else 0
@@ -135,18 +150,34 @@ class CheckpointConfig(Ranged, section="checkpoint"):
 
 @dataclass(frozen=True)
 class Recipe(Ranged):
-    """Everything a run depends on.
+    """Configuration of a training run.
 
-    start: a run or model directory whose weights to begin from. adapt: how much of them is trained
-    (`firth.runs.peft_options`). embeddings: one of the same tokenizer whose token vectors alone are taken over, into a model
-    that knows nothing else (`firth.generate.word_vectors`). shape: None takes the shape of `start`; its `vocab` may be left out, and
-    is then the tokenizer's number of ids. samples: texts that the model continues before training and after, for the report; it
-    fills those with a <mask> in them, and word vectors name a word's neighbours. unigram: a model that starts from nothing begins with the
-    frequencies of the answers (`firth.model.init`). precision: "auto" is what this machine is measured to be fast at.
-    segmentation: how an objective of whole words finds them (`firth.tokenizer.segmentation`); "auto" is by ICU's dictionaries where
-    they are installed. A run goes on only where words are found as they were when it began.
-    compile: torch.compile the blocks; on a CPU that takes a compiler of C++ and half a minute, and gains a twentieth.
-    recompute: keep no activations inside of attention blocks, and run these again on the way back.
+    Args:
+        name: Name of the recipe, shown in logs and reports.
+        objective: The training objective, or a sum of objectives.
+        examples: How text or records become examples.
+        data: Where the text or the records are.
+        tokenizer: The tokenizer.
+        model: The architecture; None takes that of `init_from`. `vocab_size` may be left out; it is then the tokenizer's.
+        init_from: A run or model directory to initialize the weights from.
+        peft: Which weights are trained (`firth.runs.peft_options`).
+        init_embeddings_from: A run or model directory with the same tokenizer, of which only the token embeddings are
+            loaded (`firth.generate.word_vectors`).
+        init_head_from_frequencies: Whether an untrained LM head is initialized from the label frequencies (`firth.model.init`).
+        batch: Batch size, packing and gradient accumulation.
+        optimizer: The optimizer.
+        schedule: The learning-rate schedule.
+        budget: When training ends.
+        evaluation: Evaluation during training.
+        checkpoint: When checkpoints are written.
+        sample_prompts: Texts for the report, sampled before and after training: the model continues a text, fills each <mask>
+            in it, or, for word vectors, lists a word's nearest neighbors.
+        precision: "auto" chooses the faster one, as measured on this machine.
+        word_segmentation: How whole-word objectives find words (`firth.tokenizer.segmentation`); "auto" uses ICU's dictionaries
+            where they are installed. A run can only be resumed with the segmentation that it started with.
+        compile: Apply torch.compile to the blocks. On a CPU this needs a C++ compiler, takes half a minute and gains 5 %.
+        gradient_checkpointing: Recompute the activations of attention blocks in the backward pass instead of storing them.
+        seed: Seed of initialization, shuffling and sampling.
     """
 
     name: str
@@ -173,7 +204,7 @@ class Recipe(Ranged):
     seed: NonNegativeInt = 0
 
     def hash(self) -> str:
-        """A short name of the recipe's content, paths included."""
+        """Return a short hash of the recipe, paths included."""
         return _hash(config_io.to_dict(self))
 
 
@@ -198,7 +229,11 @@ config_io.REGISTRIES[ExamplesConfig] = config_io.Registry(
 
 
 def published(name: str) -> Recipe:
-    """The recipe of this name, among RECIPES; NAME:SIZE for one that comes in several sizes."""
+    """Return the published recipe of a name in `RECIPES`, or NAME:SIZE for a recipe with several sizes.
+
+    Raises:
+        UserError: There is no such recipe, or it has one size only.
+    """
     name, colon, size = name.partition(":")
     if name not in RECIPES:
         close = difflib.get_close_matches(name, RECIPES, n=1)
@@ -214,18 +249,18 @@ def published(name: str) -> Recipe:
 
 
 def _of_tokenizer(recipe: Recipe) -> Recipe:
-    """Return a recipe whose model has as many ids as its tokenizer: published tables may be padded (T5's 32,128 rows)."""
+    """Return a copy whose `model.vocab_size` is that of the tokenizer: published tables may be padded (T5's 32,128 rows)."""
     if recipe.model is None:
         return recipe
     return replace(recipe, model=replace(recipe.model, vocab_size=recipe.tokenizer.vocab_size))
 
 
-ONE_OF = (("budget", ("max_steps", "max_seconds", "max_flops")), ("data", ("path", "corpus")))
-"""Fields of which one is set: the one that the user sets replaces what the recipe has of the others."""
+EXCLUSIVE_FIELDS = (("budget", ("max_steps", "max_seconds", "max_flops")), ("data", ("path", "corpus")))
+"""Mutually exclusive fields: the one that the user sets replaces the others of the recipe."""
 
 
 SHORT_KEYS = ("max_steps", "max_seconds", "max_flops")
-"""Fields of `budget` that may be written without it: `max_steps=500` is `budget.max_steps=500`."""
+"""Fields of `budget` that may be written without the prefix: `max_steps=500` is `budget.max_steps=500`."""
 
 
 def _expand_assignment(assignment: str) -> str:
@@ -243,10 +278,10 @@ def _expand_keys(data: dict[str, Any], lines: dict[tuple[str, ...], str]) -> dic
     return rest | {"budget": {**_mapping(rest.get("budget")), **short}}
 
 
-def _one_of_each(data: dict[str, Any], assignments: Sequence[str]) -> dict[str, Any]:
-    """Remove the fields that an assignment replaces: `max_seconds=70` in a recipe of 600 steps leaves the seconds."""
+def _drop_replaced(data: dict[str, Any], assignments: Sequence[str]) -> dict[str, Any]:
+    """Remove the fields that an assignment replaces: `max_seconds=70` removes the `max_steps` of a recipe."""
     names = {one.partition("=")[0] for one in assignments}
-    for parent, fields in ONE_OF:
+    for parent, fields in EXCLUSIVE_FIELDS:
         inner = data.get(parent)
         if not isinstance(inner, dict):
             continue
@@ -260,44 +295,44 @@ def _one_of_each(data: dict[str, Any], assignments: Sequence[str]) -> dict[str, 
     return data
 
 
-WHOLE = (
-    "begin from a model with init_from=RUN, or give a whole model config, for an encoder "
+MODEL_CONFIG_HINT = (
+    "start from a model with init_from=RUN, or give a whole model config, for an encoder "
     "model='{hidden_size: 128, num_layers: 2, num_heads: 2, causal: false}'"
 )
-"""What cures a recipe without a shape."""
+"""Advice for a recipe without a model config."""
 
 
 def _fill_vocab(changed: dict[str, Any], data: Mapping[str, Any], names: Collection[str]) -> None:
-    """Set the shape's number of ids where the user leaves it open: to that of a given tokenizer, else to `tokenizer.vocab_size`.
+    """Set a missing `model.vocab_size` to the vocabulary of the given tokenizer, else to `tokenizer.vocab_size`.
 
-    It is open where it is not there or null, and where the recipe had the size of its own tokenizer and assignments choose
-    another tokenizer. Any other number is checked against the tokenizer when the run begins (`check_vocab`).
+    It counts as missing if it is absent or null, and if the recipe had the size of its own tokenizer and the assignments choose
+    another tokenizer. Any other number is checked against the tokenizer when the run starts (`check_vocab`).
 
     Args:
-        changed: The recipe with its assignments, as plain data.
+        changed: The recipe with its assignments, as plain data; changed in place.
         data: The recipe without them.
         names: The fields that the assignments set.
     """
-    model, plan = changed.get("model"), _mapping(changed.get("tokenizer"))
+    model, tokenizer = changed.get("model"), _mapping(changed.get("tokenizer"))
     if not isinstance(model, dict):
         return
     before, size = (
         _mapping(data.get("model")).get("vocab_size"),
-        _mapping(data.get("tokenizer")).get("vocab_size", DEFAULT_SIZE),
+        _mapping(data.get("tokenizer")).get("vocab_size", DEFAULT_VOCAB_SIZE),
     )
     follows = before == size and "model.vocab_size" not in names and "model" not in names
     chosen = any(one.split(".")[0] in ("tokenizer", "init_embeddings_from", "init_from") for one in names)
     if model.get("vocab_size") is not None and not (follows and chosen):
         return
-    path, begins = plan.get("path"), changed.get("init_from") or changed.get("init_embeddings_from")
-    given = Path(path) if path else model_directory(begins) if begins else None
-    size = plan.get("vocab_size", DEFAULT_SIZE)
+    path, base = tokenizer.get("path"), changed.get("init_from") or changed.get("init_embeddings_from")
+    given = Path(path) if path else model_directory(base) if base else None
+    size = tokenizer.get("vocab_size", DEFAULT_VOCAB_SIZE)
     if given is not None:
-        with suppress(UserError):  # a tokenizer that is not there is refused when the run begins
+        with suppress(UserError):  # a missing tokenizer is an error when the run starts
             size = Tokenizer.load(given).vocab.size
     model["vocab_size"] = (
-        size if isinstance(size, int) and size > 0 else DEFAULT_SIZE
-    )  # a wrong size has its own sentence
+        size if isinstance(size, int) and size > 0 else DEFAULT_VOCAB_SIZE
+    )  # a wrong size is reported elsewhere
 
 
 def _mapping(value: Any) -> Mapping[str, Any]:
@@ -305,9 +340,14 @@ def _mapping(value: Any) -> Mapping[str, Any]:
 
 
 def load(name: str, assignments: Sequence[str] = ()) -> Recipe:
-    """A recipe from a YAML file, a run directory or a published name, with `field=value` assignments laid over it.
+    """Load a recipe and apply `field=value` assignments.
 
-    Raises UserError naming the field, the file and line and the nearest existing name where something does not fit.
+    Args:
+        name: A YAML file, a run directory or a published name.
+        assignments: Settings from the command line, such as "batch.size=64".
+
+    Raises:
+        UserError: A field or value is invalid. The message names the field, its file and line, and the nearest existing name.
     """
     path = Path(name)
     if path.is_dir():
@@ -320,7 +360,7 @@ def load(name: str, assignments: Sequence[str] = ()) -> Recipe:
     else:
         data, file = config_io.to_dict(published(name)), False
     assignments = [_expand_assignment(one) for one in assignments]
-    changed: dict[str, Any] = _one_of_each(config_io.override(data, assignments), assignments)
+    changed: dict[str, Any] = _drop_replaced(config_io.override(data, assignments), assignments)
     names = {one.partition("=")[0] for one in assignments}
     if (
         "init_from" in names
@@ -328,22 +368,22 @@ def load(name: str, assignments: Sequence[str] = ()) -> Recipe:
         and not file
         and not any(n.split(".")[0] == "model" for n in names)
     ):
-        changed["model"] = None  # the model to begin from has one; the published one is nobody's wish
+        changed["model"] = None  # the base model has its own config, and nobody set the published one
     if data.get("model") is None and isinstance(changed.get("model"), dict):
         missing = [one for one in ("hidden_size", "num_layers", "num_heads") if one not in changed["model"]]
         if missing and changed.get("init_from"):
             raise UserError(
-                f"the model config lacks {', '.join(missing)}: a run with init_from has the model config of {changed['init_from']}, so leave out "
-                f"{', '.join(sorted(n for n in names if n.startswith('model')))}"
+                f"the model config lacks {', '.join(missing)}: a run with init_from has the model config of "
+                f"{changed['init_from']}, so leave out {', '.join(sorted(n for n in names if n.startswith('model')))}"
             )
         if missing:
             raise UserError(
-                f"the model config lacks {', '.join(missing)}, and the recipe {name!r} has none of its own: {WHOLE}"
+                f"the model config lacks {', '.join(missing)}, and the recipe {name!r} has none of its own: {MODEL_CONFIG_HINT}"
             )
     _fill_vocab(changed, data, names)
-    said = {tuple(name.split(".")): text for name, _, text in (one.partition("=") for one in assignments)}
-    recipe: Recipe = config_io.from_dict(Recipe, changed, config_io.SourceLocation((), lines, said))
-    if not recipe.data.path and {("data",), ("data", "path")} & said.keys():
+    typed = {tuple(name.split(".")): text for name, _, text in (one.partition("=") for one in assignments)}
+    recipe: Recipe = config_io.from_dict(Recipe, changed, config_io.SourceLocation((), lines, typed))
+    if not recipe.data.path and {("data",), ("data", "path")} & typed.keys():
         raise UserError("data.path=[] names no file: name files or directories, or set data.corpus=NAME")
     check_peft(recipe.peft, recipe.init_from)
     if recipe.model is not None:

@@ -1,4 +1,4 @@
-"""The published recipes by name, readable without torch: `firth list` needs no more than this."""
+"""Names of the published recipes. Importing this module does not import torch, so `firth list` is fast."""
 
 from __future__ import annotations
 
@@ -42,10 +42,12 @@ RECIPES = {
     "reinforce": "firth.recipes.post_training:reinforce",
     "ppo": "firth.recipes.post_training:ppo",
 }
-"""Name on the command line -> the function that returns the recipe."""
+"""Name on the command line -> module:function that returns the recipe."""
 
 NEEDS = {
-    "semi_supervised": "records {text, label}; examples.unlabeled_path=[FILE] of texts without a label; examples.teacher=RUN of classification",
-    "weak_supervision": "records {text, labels: [of several annotators]}; examples=simulated_annotators simulates annotators of records {text, label}",
+    "semi_supervised": "records {text, label}; examples.unlabeled_path=[FILE] of texts without a label; "
+    "examples.teacher=RUN of classification",
+    "weak_supervision": "records {text, labels: [of several annotators]}; examples=simulated_annotators simulates "
+    "annotators of records {text, label}",
 }
-"""Name -> what a recipe reads that its name does not say."""
+"""Name -> the input that a recipe needs, where the name does not show it."""

@@ -1,8 +1,8 @@
-"""From a recipe to a run directory: tokenizer, data, model, training, export, report.
+"""Run a recipe: prepare the tokenizer and the data, train, export the model and write the report.
 
     recipe.yaml  inputs.json  metrics.jsonl  events...  checkpoints/step-N/  tokenizer/  model/  report.html
 
-The same call on the same directory goes on where an earlier one stopped, and returns at once when it had finished.
+The same call on the same directory resumes an unfinished run, and returns at once if the run is finished.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from firth.model.empty_weights import init_empty_weights
 from firth.model.model import LM
 from firth.model.prefix import PREFIX_HEADS
 from firth.objectives import name_of
-from firth.peft.lora import trained
+from firth.peft.lora import num_trainable_parameters
 from firth.pretrained.load_save import check_vocab_fits, init_from, load_model, save_model
 from firth.report.page import write as write_report
 from firth.report.run_report import run_report
@@ -51,8 +51,8 @@ from firth.runs.inference import LoadedModel
 from firth.runs.init_head import init_head
 from firth.runs.inputs import RunInputs, content_hash, has_begun, recorded_hash
 from firth.runs.peft_options import FullFinetuning, add_layer_mixture, check_peft
-from firth.runs.prepare import Echo, RunData
-from firth.runs.recipe import WHOLE, Recipe, load, published
+from firth.runs.prepare import RunData
+from firth.runs.recipe import MODEL_CONFIG_HINT, Recipe, load, published
 from firth.runs.recipe_names import RECIPES
 from firth.runs.tokenizer import check_vocab, resolved_size, tokenizer_of
 from firth.runs.validation import Validator, vocab
@@ -60,23 +60,32 @@ from firth.tokenizer.tokenizer import Tokenizer
 from firth.train import checkpoint, precision
 from firth.train.distributed import Ranks, join
 from firth.train.trainer import TrainerConfig, train
-from firth.types import UserError
+from firth.types import LogLine, UserError
 
 T = TypeVar("T")
 
-TOLD = "held_out.json"
-"""What the exported model told of the held-out examples, for the report."""
+CLASS_REPORT = "held_out.json"
+"""Per-class results of the exported model on the held-out examples, for the report."""
 
 REPORT = "report.html"
 
 DONE = "done.json"
-"""Steps, seconds, metrics, remarks: its presence means that the run is whole, but for the report that is made of it."""
+"""Steps, seconds, metrics, remarks. The file exists if the run is finished; only the report is written after it."""
 
 
 @dataclass(frozen=True)
 class RunResult:
-    """A finished run. flops: counted. exported: the step whose model it is, the last one or the best. metrics: of that step,
-    held-out ones as `valid/NAME`."""
+    """Result of a training run.
+
+    Args:
+        directory: The run directory.
+        steps: Optimizer steps.
+        exported_step: The step of the exported model: the last or the best one.
+        tokens: Training tokens.
+        seconds: Training time.
+        flops: Counted FLOPs.
+        metrics: Metrics of the exported step; held-out ones are named `valid/NAME`.
+    """
 
     directory: Path
     steps: int
@@ -88,42 +97,48 @@ class RunResult:
 
     @property
     def model(self) -> Path:
-        """The exported model."""
+        """The directory of the exported model."""
         return self.directory / "model"
 
 
-def run(recipe: Recipe, directory: Path, echo: Echo = print) -> RunResult:
-    """Do what the recipe says in `directory`, or what is left of it.
+def run(recipe: Recipe, directory: Path, log: LogLine = print) -> RunResult:
+    """Train a recipe in a directory, or resume or return the run that the directory holds.
 
-    Raises UserError where the directory holds a run of another recipe, and for everything a recipe can get wrong.
+    Args:
+        recipe: The recipe.
+        directory: The run directory.
+        log: Receives progress messages of the first rank.
+
+    Raises:
+        UserError: The directory holds a run of another recipe, or the recipe is invalid.
     """
     kernels.check_forced()
     ranks = join(best_device())
     with ranks.together():
-        return _run(recipe, directory, echo, ranks)
+        return _run(recipe, directory, log, ranks)
 
 
-def _run(recipe: Recipe, directory: Path, echo: Echo, ranks: Ranks) -> RunResult:
-    """`run` on one rank."""
-    tell = echo if ranks.first else _silent
+def _run(recipe: Recipe, directory: Path, log: LogLine, ranks: Ranks) -> RunResult:
+    """Execute `run` on one rank."""
+    log = log if ranks.first else _silent
     if recipe.model is None and not recipe.init_from:
-        raise UserError(f"the recipe {recipe.name!r} has neither a model config nor init_from: {WHOLE}")
+        raise UserError(f"the recipe {recipe.name!r} has neither a model config nor init_from: {MODEL_CONFIG_HINT}")
     _check_models(recipe)
     make_directory(directory)
-    inputs = _first_alone(ranks, lambda: RunInputs.read(recipe, directory, tell, ranks.first))
+    inputs = _first_rank_first(ranks, lambda: RunInputs.read(recipe, directory, log, ranks.first))
     continued = has_begun(directory)
     if continued:
         inputs.check(directory)
-    tokenizer = _first_alone(ranks, lambda: tokenizer_of(recipe, directory, tell, inputs))
+    tokenizer = _first_rank_first(ranks, lambda: tokenizer_of(recipe, directory, log, inputs))
     inputs.digests["tokenizer"] = tokenizer.digest
     if continued:
         inputs.check(directory)
-    _refuse_strangers(tokenizer, recipe)
+    _check_tokenizer(tokenizer, recipe)
     check_vocab(recipe, tokenizer)
-    data = RunData(recipe.data, tokenizer, directory, recipe.init_from, recipe.batch.size, recipe.seed, tell)
-    resolved = _first_alone(
-        ranks, lambda: _settled(recipe, data)
-    )  # classes are read from a corpus that may not be here yet
+    data = RunData(recipe.data, tokenizer, directory, recipe.init_from, recipe.batch.size, recipe.seed, log)
+    resolved = _first_rank_first(
+        ranks, lambda: _resolve(recipe, data)
+    )  # it may read class names from a corpus that has to be downloaded first
     resolved = dataclasses.replace(
         resolved,
         precision=_precision(recipe, directory, continued, ranks),
@@ -143,37 +158,37 @@ def _run(recipe: Recipe, directory: Path, echo: Echo, ranks: Ranks) -> RunResult
     recipe_hash = recorded_hash(directory, resolved) if continued else content_hash(resolved)
     known = inputs.identity(recipe_hash)
     if (directory / DONE).exists() and not (directory / "model" / "firth.json").exists():
-        tell(f"{resolved.name}: {directory / 'model'} is missing, so it is exported again from the last checkpoint")
+        log(f"{resolved.name}: {directory / 'model'} is missing, so it is exported again from the last checkpoint")
     elif (directory / DONE).exists():
         finished = _finished(directory, known)
         if ranks.first and not (directory / REPORT).exists():
             write_report(run_report(directory), directory / REPORT)
-        tell(f"{resolved.name}: {directory} is finished, after {finished.steps:,} steps; its model is {finished.model}")
+        log(f"{resolved.name}: {directory} is finished, after {finished.steps:,} steps; its model is {finished.model}")
         return finished
     chosen = checkpoint.precision(directory) or precision.choose(resolved.precision, best_device())
     data = dataclasses.replace(data, memory_length=resolved.model.memory_length, precision=chosen)
-    cut = _first_alone(ranks, lambda: examples.build_datasets(resolved.examples, data, resolved.objective))
+    splits = _first_rank_first(ranks, lambda: examples.build_datasets(resolved.examples, data, resolved.objective))
     text_cache.forget()
-    shown = (
-        Validator(resolved, cut.validation, cut.bytes_per_target, tokenizer, ranks)
-        if cut.validation and len(cut.validation)
+    validator = (
+        Validator(resolved, splits.validation, splits.bytes_per_target, tokenizer, ranks)
+        if splits.validation and len(splits.validation)
         else None
     )
-    fallen_back = fallbacks(resolved.objective, resolved.examples, cut.train, tokenizer.vocab)
-    for line in (*_begins(resolved, cut, shown), *fallen_back):
-        tell(f"{resolved.name}: {line}")
+    fallback_notes = fallbacks(resolved.objective, resolved.examples, splits.train, tokenizer.vocab)
+    for line in (*_data_notes(resolved, splits, validator), *fallback_notes):
+        log(f"{resolved.name}: {line}")
     torch.manual_seed(resolved.seed)
     model = LM(resolved.model, resolved.objective.heads(resolved.model))
     added: list[str] = []
     if resolved.init_from:
         dropped, added = init_from(model, model_directory(resolved.init_from))
         changed = [f"{what} {', '.join(names)}" for what, names in (("drops", dropped), ("adds", added)) if names]
-        tell(f"{resolved.name} starts from {resolved.init_from}" + (f": {'; '.join(changed)}" if changed else ""))
+        log(f"{resolved.name} starts from {resolved.init_from}" + (f": {'; '.join(changed)}" if changed else ""))
     else:
         model.set_token_characters([tokenizer.token(i) for i in range(tokenizer.vocab.size)])
     if resolved.init_embeddings_from:
-        said = word_vectors.load_embeddings(model, model_directory(resolved.init_embeddings_from))
-        tell(f"{resolved.name} takes {said}; everything else begins at random")
+        loaded = word_vectors.load_embeddings(model, model_directory(resolved.init_embeddings_from))
+        log(f"{resolved.name} takes {loaded}; everything else is initialized at random")
     model.restrict_vocab(tokenizer.vocab)
     resolved.peft.apply(model, added, tokenizer, resolved.seed)
     for stack in model.stacks():
@@ -181,13 +196,16 @@ def _run(recipe: Recipe, directory: Path, echo: Echo, ranks: Ranks) -> RunResult
     model.to(best_device())
     if resolved.compile:
         compile_blocks(model)
-    learnt, whole = trained(model), sum(p.numel() for p in model.parameters())
-    tell(f"{resolved.name}: {whole:,} parameters" + (f", of which {learnt:,} are trained" if learnt < whole else ""))
-    batches = _batches(resolved, cut, tokenizer, ranks)
+    trainable, total = num_trainable_parameters(model), sum(p.numel() for p in model.parameters())
+    log(
+        f"{resolved.name}: {total:,} parameters"
+        + (f", of which {trainable:,} are trained" if trainable < total else "")
+    )
+    batches = _batches(resolved, splits, tokenizer, ranks)
     if resolved.init_head_from_frequencies and not resolved.init_from:
         counted = init_head(model, resolved.objective, batches)
         if counted:
-            tell(f"{resolved.name} begins with the frequencies of {counted:,} answers")
+            log(f"{resolved.name} starts with an LM head that predicts the frequencies of {counted:,} labels")
     if ranks.first:
         if not continued:
             for name in ("samples.jsonl", held_out_texts.FILE):  # of a run that ended before its first checkpoint
@@ -195,10 +213,10 @@ def _run(recipe: Recipe, directory: Path, echo: Echo, ranks: Ranks) -> RunResult
         if not continued or load(str(directory)) != resolved:  # the same inputs at another path
             write_text(directory / "recipe.yaml", config_io.write_yaml(resolved))
         inputs.write(directory, recipe_hash)
-        _samples(resolved, model, tokenizer, directory, 0)
-        _held_out_texts(resolved, cut, model, data, 0)
-    if shown is not None:
-        shown.check_best_metric(model)
+        _write_samples(resolved, model, tokenizer, directory, 0)
+        _write_held_out_texts(resolved, splits, model, data, 0)
+    if validator is not None:
+        validator.check_best_metric(model)
     evaluation = resolved.evaluation
     try:
         ended = train(
@@ -208,18 +226,18 @@ def _run(recipe: Recipe, directory: Path, echo: Echo, ranks: Ranks) -> RunResult
                       best_metric=evaluation.best_metric or "loss",
                       load_best_at_end=bool(evaluation.best_metric or evaluation.patience),
                       patience=evaluation.patience, precision=chosen),
-            evaluate=shown.measure if shown is not None else None, ranks=ranks, recipe=known, name=resolved.name,
+            evaluate=validator.measure if validator is not None else None, ranks=ranks, recipe=known, name=resolved.name,
         )  # fmt: skip
     except UserError as error:
-        if ranks.first and isinstance(error.__cause__, RewardError):  # it may be corrected, and the run goes on
+        if ranks.first and isinstance(error.__cause__, RewardError):  # the user may fix the function and resume the run
             dataclasses.replace(inputs, functions={}).write(directory, recipe_hash)
         raise
     finished = RunResult(
         directory, ended.step, ended.exported_step, ended.tokens, ended.seconds, ended.flops, ended.metrics
     )
     if ranks.first:
-        _samples(resolved, model, tokenizer, directory, ended.step)
-        _held_out_texts(resolved, cut, model, data, ended.step)
+        _write_samples(resolved, model, tokenizer, directory, ended.step)
+        _write_held_out_texts(resolved, splits, model, data, ended.step)
         facts: dict[str, Any] = {
             "recipe": known,
             "objective": [name_of(type(one)) for one in resolved.objective.components()],
@@ -230,54 +248,59 @@ def _run(recipe: Recipe, directory: Path, echo: Echo, ranks: Ranks) -> RunResult
         }
         if resolved.objective.class_names:
             facts["classes"] = resolved.objective.class_names
-        if shown is not None:
-            write_record(directory / TOLD, shown.class_report(model))
+        if validator is not None:
+            write_record(directory / CLASS_REPORT, validator.class_report(model))
         resolved.objective.finalize(model)
-        kept = resolved.peft.export(
+        adapter = resolved.peft.export(
             model, directory / "adapter", model_directory(resolved.init_from), added, tokenizer, facts
         )
-        if kept:
-            tell(f"{resolved.name}: {directory / 'adapter'} ({kept})")
-        remarks = [*resolved.objective.notes(ended.metrics), *cut.notes]
+        if adapter:
+            log(f"{resolved.name}: {directory / 'adapter'} ({adapter})")
+        remarks = [*resolved.objective.notes(ended.metrics), *splits.notes]
         for remark in remarks:
-            tell(f"{resolved.name}: {remark}")
+            log(f"{resolved.name}: {remark}")
         remarks += [
-            *fallen_back,
-            *([cut.no_validation_reason] if cut.no_validation_reason else []),
-        ]  # which are printed when it begins
-        told = dataclasses.asdict(finished) | {"directory": str(directory), "counts": cut.counts, "remarks": remarks}
+            *fallback_notes,
+            *([splits.no_validation_reason] if splits.no_validation_reason else []),
+        ]  # these were printed at the start
+        done = dataclasses.asdict(finished) | {
+            "directory": str(directory), "counts": splits.counts, "remarks": remarks,
+        }  # fmt: skip
         with new_directory(directory / "model") as place:
-            said = save_model(model, tokenizer, place, facts)
-            model_card.write(model_card.of_run(directory, place, model, said, facts, told), place / "README.md")
-        write_record(directory / DONE, told)
+            summary = save_model(model, tokenizer, place, facts)
+            model_card.write(model_card.of_run(directory, place, model, summary, facts, done), place / "README.md")
+        write_record(directory / DONE, done)
         write_report(run_report(directory), directory / REPORT)
-        tell(f"{resolved.name}: {directory / 'model'} ({said}); report: {directory / REPORT}")
+        log(f"{resolved.name}: {directory / 'model'} ({summary}); report: {directory / REPORT}")
     ranks.wait()
     return finished
 
 
-def _begins(recipe: Recipe, cut: DatasetSplits, shown: Validator | None) -> list[str]:
-    """What is said of the data before a run: its classes, and that nothing is held out. UserError if the best check was asked
-    for and there is none."""
+def _data_notes(recipe: Recipe, splits: DatasetSplits, validator: Validator | None) -> list[str]:
+    """Return remarks on the data before a run: its classes, and why nothing is held out.
+
+    Raises:
+        UserError: `evaluation.best_metric` or `evaluation.patience` is set and nothing is held out.
+    """
     evaluation = recipe.evaluation
     best, patience = evaluation.best_metric, evaluation.patience
-    if shown is None and (best or patience):
-        asked = f"evaluation.best_metric={best}" if best else f"evaluation.patience={patience}"
-        why = f" ({cut.no_validation_reason})" if cut.no_validation_reason else ""
+    if validator is None and (best or patience):
+        setting = f"evaluation.best_metric={best}" if best else f"evaluation.patience={patience}"
+        why = f" ({splits.no_validation_reason})" if splits.no_validation_reason else ""
         raise UserError(
-            f"{asked} goes by held-out measurements, and nothing is held out{why}: name data.validation_path=FILES, or raise "
+            f"{setting} needs held-out examples, and nothing is held out{why}: name data.validation_path=FILES, or raise "
             "data.validation_fraction"
         )
-    line = class_counts.class_summary(cut.train, cut.validation)
-    return [line] * bool(line) + [cut.no_validation_reason] * bool(cut.no_validation_reason)
+    line = class_counts.class_summary(splits.train, splits.validation)
+    return [line] * bool(line) + [splits.no_validation_reason] * bool(splits.no_validation_reason)
 
 
 def _silent(_: str) -> None:
-    """What the other ranks say."""
+    """Ignore a message: only the first rank prints."""
 
 
-def _first_alone(ranks: Ranks, make: Callable[[], T]) -> T:
-    """Let the first rank write files before the others find them written."""
+def _first_rank_first(ranks: Ranks, make: Callable[[], T]) -> T:
+    """Call `make` on the first rank, which writes the files, and then on the others, which find them."""
     if not ranks.first:
         ranks.wait()
         return make()
@@ -287,53 +310,52 @@ def _first_alone(ranks: Ranks, make: Callable[[], T]) -> T:
 
 
 def _check_models(recipe: Recipe) -> None:
-    """Raise a UserError if a model that a run begins from is not there, or not yet."""
-    for name, begins in (("init_from", recipe.init_from), ("init_embeddings_from", recipe.init_embeddings_from)):
-        place = Path(begins)
-        if begins and not place.exists():
-            raise UserError(f"{name}={begins}: there is no such run or model directory, nor a GGUF file")
-        if begins and (place / "recipe.yaml").is_file() and not (place / "model").is_dir():
-            raise UserError(f"{name}={begins}: this run has no model yet: finish it with `firth train {begins}`")
+    """Raise a UserError if a model that the run starts from does not exist or is not finished."""
+    for name, base in (("init_from", recipe.init_from), ("init_embeddings_from", recipe.init_embeddings_from)):
+        place = Path(base)
+        if base and not place.exists():
+            raise UserError(f"{name}={base}: there is no such run or model directory, nor a GGUF file")
+        if base and (place / "recipe.yaml").is_file() and not (place / "model").is_dir():
+            raise UserError(f"{name}={base}: this run has no model yet: finish it with `firth train {base}`")
 
 
-def _refuse_strangers(tokenizer: Tokenizer, recipe: Recipe) -> None:
-    """Raise a UserError if the vectors of what a run begins from are of other tokens: as many need not be the same ones."""
-    for name, begins in (("init_from", recipe.init_from), ("init_embeddings_from", recipe.init_embeddings_from)):
-        if begins:
-            cure = "leave out tokenizer.path, and the run takes that one"
-            check_same_tokenizer(tokenizer, model_directory(begins), f"{name}:", cure)
+def _check_tokenizer(tokenizer: Tokenizer, recipe: Recipe) -> None:
+    """Raise a UserError if a model that the run starts from has another tokenizer, even one of the same size."""
+    for name, base in (("init_from", recipe.init_from), ("init_embeddings_from", recipe.init_embeddings_from)):
+        if base:
+            hint = "leave out tokenizer.path, and the run takes that one"
+            check_same_tokenizer(tokenizer, model_directory(base), f"{name}:", hint)
 
 
-def _settled(recipe: Recipe, data: RunData) -> Recipe:
-    """The recipe with nothing left open: the shape with its vocabulary and how prompts are read, the classes with their
-    names."""
+def _resolve(recipe: Recipe, data: RunData) -> Recipe:
+    """Return the resolved recipe: every open setting filled in (model config, vocabulary size, classes, batching, paths)."""
     check_peft(recipe.peft, recipe.init_from)
     config, base = recipe.model, None
     if recipe.init_from:
         base = load_model(model_directory(recipe.init_from))
-        theirs = base.config
+        base_config = base.config
         if (
             not recipe.examples.gives_memory or recipe.batch.packed_length
-        ):  # records have nothing before them: finetuned without memory
-            theirs = dataclasses.replace(theirs, memory_length=0)
-        config = theirs if config is None else config
+        ):  # records have no preceding text: fine-tune without memory
+            base_config = dataclasses.replace(base_config, memory_length=0)
+        config = base_config if config is None else config
     assert config is not None
     if recipe.init_from:
         check_vocab_fits(data.tokenizer, config, recipe.init_from)
     else:
         config = dataclasses.replace(config, vocab_size=data.tokenizer.vocab.size)
     added = max(one.added_tokens for one in recipe.objective.components())
-    examples = limit_lengths(recipe.examples, _usual(recipe), recipe.peft, base, config, added, data.echo)
+    examples = limit_lengths(recipe.examples, _published_examples(recipe), recipe.peft, base, config, added, data.log)
     examples = examples.limit_to(config.max_positions)
     objective = recipe.peft.configure_objective(examples.configure_objective(recipe.objective, data).for_model(config))
     with init_empty_weights():
         kept = objective.heads(config).keys() & (base.heads.keys() - PREFIX_HEADS if base is not None else ())
     if kept and base is not None and "mixture" in base.heads:
-        objective = add_layer_mixture(objective, frozen=False)  # the start's head reads it
+        objective = add_layer_mixture(objective, frozen=False)  # the head of the base model reads it
     check_pattern(objective, config, examples, fixed=bool(recipe.init_from))
     check_fields(objective, examples, config)
     if (reads := objective.attention_pattern()) != "any":
-        # What was trained from left to right is for that, and is no longer what a family that reads both ways takes it for.
+        # Record how the model was trained: its model family may define another attention pattern.
         config = dataclasses.replace(config, causal=config.causal or reads == "causal", prefix_lm=reads == "prefix")
     packs = config.packable and not config.memory_length and objective.packable and recipe.peft.packable
     packs = packs and (base is None or base.prompt is None)  # each text of a packed row would need its own
@@ -342,28 +364,29 @@ def _settled(recipe: Recipe, data: RunData) -> Recipe:
     with init_empty_weights():
         model = LM(config, objective.heads(config))
     recipe.peft.check_model(model, base)
-    plan = dataclasses.replace(recipe.tokenizer, vocab_size=resolved_size(data.directory))
-    resolved = dataclasses.replace(
-        recipe, model=config, objective=objective, examples=examples, batch=batch, tokenizer=plan
+    tokenizer = dataclasses.replace(recipe.tokenizer, vocab_size=resolved_size(data.directory))
+    resolved: Recipe = config_io.absolute_paths(
+        dataclasses.replace(
+            recipe, model=config, objective=objective, examples=examples, batch=batch, tokenizer=tokenizer
+        )
     )
-    whole: Recipe = config_io.absolute_paths(resolved)
-    return whole
+    return resolved
 
 
-def _usual(recipe: Recipe) -> ExamplesConfig:
-    """The segment of the published recipe of this name; the defaults of its kind where there is none."""
+def _published_examples(recipe: Recipe) -> ExamplesConfig:
+    """Return the examples config of the published recipe with this name, or else the defaults of its kind."""
     return published(recipe.name).examples if recipe.name in RECIPES else type(recipe.examples)()
 
 
 def _precision(recipe: Recipe, directory: Path, continued: bool, ranks: Ranks) -> Literal["fp32", "bf16"]:
-    """What `precision` comes to: a continued run keeps what it began with, and all ranks take that of the first."""
+    """Resolve `precision`: a resumed run keeps its precision, and all ranks take that of the first."""
     before = load(str(directory)).precision if continued and recipe.precision == "auto" else recipe.precision
     device = best_device()
     return "bf16" if ranks.from_first(precision.choose(before, device)) == "bf16" else "fp32"
 
 
 def _segmentation(recipe: Recipe, directory: Path, continued: bool) -> Segmentation:
-    """What `segmentation` comes to: a continued run keeps what it began with, also "auto" where an older version wrote it."""
+    """Resolve `word_segmentation`: a resumed run keeps its own, also an "auto" that an older version wrote."""
     if not continued or recipe.word_segmentation != "auto":
         return resolve_segmentation(recipe.objective, recipe.word_segmentation)
     before = load(str(directory)).word_segmentation
@@ -371,9 +394,9 @@ def _segmentation(recipe: Recipe, directory: Path, continued: bool) -> Segmentat
 
 
 def _finished(directory: Path, known: str) -> RunResult:
-    """What done.json says, if it is of the recipe with this hash."""
-    cure = f"delete {directory / DONE}, and the same command exports the model again"
-    facts = read_record(directory / "model" / "firth.json", {"facts": dict}, cure)["facts"]
+    """Return the result in done.json; UserError if it belongs to a recipe with another hash."""
+    hint = f"delete {directory / DONE}, and the same command exports the model again"
+    facts = read_record(directory / "model" / "firth.json", {"facts": dict}, hint)["facts"]
     if facts.get("recipe") != known:
         raise UserError(
             f"{directory} holds a finished run of another recipe (its recipe.yaml tells which); "
@@ -381,33 +404,33 @@ def _finished(directory: Path, known: str) -> RunResult:
         )
     number = (int, float)
     needs = {"steps": int, "tokens": int, "seconds": number, "flops": number, "metrics": dict}
-    told = read_record(directory / DONE, needs, cure)
-    exported = told.get("exported_step", told["steps"])  # older runs do not say
+    done = read_record(directory / DONE, needs, hint)
+    exported = done.get("exported_step", done["steps"])  # missing in older runs
     return RunResult(
-        directory, told["steps"], exported, told["tokens"], told["seconds"], told["flops"], told["metrics"]
+        directory, done["steps"], exported, done["tokens"], done["seconds"], done["flops"], done["metrics"]
     )
 
 
-def _batches(recipe: Recipe, cut: DatasetSplits, tokenizer: Tokenizer, ranks: Ranks) -> Batches:
+def _batches(recipe: Recipe, splits: DatasetSplits, tokenizer: Tokenizer, ranks: Ranks) -> Batches:
     return Batches(
-        cut.train, recipe.objective, vocab(recipe, tokenizer), batch_size=recipe.batch.size, seed=recipe.seed,
-        gradient_accumulation_steps=recipe.batch.gradient_accumulation_steps, pack_to_length=recipe.batch.packed_length, group_by_length=recipe.batch.group_by_length, rank=ranks.rank,
-        world=ranks.world,
+        splits.train, recipe.objective, vocab(recipe, tokenizer), batch_size=recipe.batch.size, seed=recipe.seed,
+        gradient_accumulation_steps=recipe.batch.gradient_accumulation_steps, pack_to_length=recipe.batch.packed_length,
+        group_by_length=recipe.batch.group_by_length, rank=ranks.rank, world=ranks.world,
     )  # fmt: skip
 
 
-def _samples(recipe: Recipe, model: LM, tokenizer: Tokenizer, directory: Path, step: int) -> None:
-    """What the model makes of the recipe's sample texts at a step: rows of samples.jsonl, each step once."""
-    opened = LoadedModel(model, tokenizer, Engine(model, tokenizer), recipe.objective)
+def _write_samples(recipe: Recipe, model: LM, tokenizer: Tokenizer, directory: Path, step: int) -> None:
+    """Write the model's samples for the recipe's prompts at a step to samples.jsonl, once per step."""
+    loaded = LoadedModel(model, tokenizer, Engine(model, tokenizer), recipe.objective)
     sampling = Sampling(max_new_tokens=64, temperature=0.8, seed=recipe.seed)
 
     def rows() -> Iterator[dict[str, Any]]:
         for prompt in recipe.sample_prompts:
-            if not opened.supports(prompt):  # a recipe's own samples need not suit what a user trains it for
+            if not loaded.supports(prompt):  # the prompts of a recipe may not suit the objective that the user sets
                 continue
             try:
-                text = opened.sample(prompt, sampling)
-            except UserError as error:  # nor a user's words: no reason to stop a run
+                text = loaded.sample(prompt, sampling)
+            except UserError as error:  # a failed sample must not stop a run
                 text = f"({error})"
             yield {"step": step, "prompt": prompt, "text": text}
 
@@ -415,9 +438,9 @@ def _samples(recipe: Recipe, model: LM, tokenizer: Tokenizer, directory: Path, s
         _add_rows(directory / "samples.jsonl", step, rows)
 
 
-def _held_out_texts(recipe: Recipe, cut: DatasetSplits, model: LM, data: RunData, step: int) -> None:
-    """Write what the model makes of held-out prompts at a step, for the report, where it trains on answers to prompts."""
-    texts = cut.texts or held_out_texts.choose(cut.train, cut.validation, recipe.examples.fields)
+def _write_held_out_texts(recipe: Recipe, splits: DatasetSplits, model: LM, data: RunData, step: int) -> None:
+    """Write the model's answers to held-out prompts at a step, for the report, if the run trains on answers to prompts."""
+    texts = splits.texts or held_out_texts.choose(splits.train, splits.validation, recipe.examples.fields)
     if texts is not None:
 
         def rows() -> Iterable[dict[str, Any]]:
@@ -428,7 +451,7 @@ def _held_out_texts(recipe: Recipe, cut: DatasetSplits, model: LM, data: RunData
 
 
 def _add_rows(path: Path, step: int, make: Callable[[], Iterable[dict[str, Any]]]) -> None:
-    """Add the rows of a step to a JSONL file, once; the random state of training is left as it was."""
+    """Add the rows of a step to a JSONL file, once per step; the random state of training is unchanged."""
     rows = read_rows(path, {"step": int, "prompt": str}, "delete the file: it is for the report alone")
     if not any(row["step"] == step for row in rows):
         with torch.random.fork_rng():

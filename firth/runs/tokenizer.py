@@ -1,7 +1,7 @@
-"""The tokenizer that a run directory keeps, bound to what it was made of.
+"""The tokenizer of a run directory, with a record of what it was made from.
 
-`tokenizer/made_from.json` holds a hash of the text and the settings of its training, or the digest of the tokenizer that it
-is a copy of, and the hashes of its files. A tokenizer that a failed run left there serves the next one only if that agrees.
+`tokenizer/made_from.json` holds a hash of the training text and settings, or the digest of the tokenizer that it is a copy of,
+and the hashes of its files. A tokenizer that a failed run left is reused only if the record matches.
 """
 
 from __future__ import annotations
@@ -19,42 +19,42 @@ from firth.io.integrity import file_facts, verify_files
 from firth.io.json_files import check_all, read_object
 from firth.runs.examples import model_directory, training_texts
 from firth.runs.inputs import RunInputs, has_begun
-from firth.runs.prepare import Echo, train_tokenizer
+from firth.runs.prepare import train_tokenizer
 from firth.runs.recipe import Recipe
 from firth.tokenizer.tokenizer import Tokenizer
 from firth.tokenizer.train import train
-from firth.types import UserError
+from firth.types import LogLine, UserError
 
 RECORD = "made_from.json"
 FILES = ("tokenizer.json", "tokenizer_config.json")
-"""Files of a tokenizer whose hashes the record keeps."""
+"""Files of a tokenizer whose hashes are recorded."""
 
 
 def tokenizer_of(
-    recipe: Recipe, directory: Path, echo: Echo, inputs: RunInputs | None = None, sentinels: int | None = None
+    recipe: Recipe, directory: Path, log: LogLine, inputs: RunInputs | None = None, sentinels: int | None = None
 ) -> Tokenizer:
-    """Return the run's own tokenizer: a copy from a path or from the model it starts from, or trained on its text.
+    """Return the tokenizer of a run: a copy of `tokenizer.path` or the base model's, or one trained on the run's text.
 
     Args:
-        recipe: the recipe of the run.
-        directory: its directory, which keeps the tokenizer.
-        echo: progress.
-        inputs: its inputs, if they are read already.
-        sentinels: how many `<extra_id_n>` one that is trained has; None for what the recipe's objective needs.
+        recipe: The recipe of the run.
+        directory: The run directory, which keeps the tokenizer.
+        log: Receives progress messages.
+        inputs: The inputs of the run, if they have been read.
+        sentinels: Number of `<extra_id_n>` tokens of a trained tokenizer; None for what the objective needs.
 
     Raises:
-        UserError: the directory holds checkpoints of a run with another tokenizer.
+        UserError: The directory holds checkpoints of a run with another tokenizer.
     """
     sentinels = sentinels_of(recipe) if sentinels is None else sentinels
-    inputs = inputs or RunInputs.read(recipe, directory, echo)
-    own, plan, source = directory / "tokenizer", recipe.tokenizer, recipe.data
-    begins = recipe.init_from or recipe.init_embeddings_from
-    path = plan.path or (str(model_directory(begins)) if begins else "")
+    inputs = inputs or RunInputs.read(recipe, directory, log)
+    own, config, source = directory / "tokenizer", recipe.tokenizer, recipe.data
+    base = recipe.init_from or recipe.init_embeddings_from
+    path = config.path or (str(model_directory(base)) if base else "")
     given = load_tokenizer(Path(path)) if path else None
     record: dict[str, Any] = (
         {"digest": given.digest}
         if given is not None
-        else {"text": _text_hash(recipe, inputs, sentinels), "size": plan.vocab_size}
+        else {"text": _text_hash(recipe, inputs, sentinels), "size": config.vocab_size}
     )
     kept = _kept(own, record)
     if kept is not None:
@@ -66,7 +66,7 @@ def tokenizer_of(
             "choose another directory with --out, or delete that one"
         )
     if exists:
-        echo(f"{own}: an earlier run made this tokenizer of another text or with other settings; it is made again")
+        log(f"{own}: an earlier run made this tokenizer of another text or with other settings; it is rebuilt")
     shutil.rmtree(own, ignore_errors=True)
     if given is not None:
         given.save(own)
@@ -74,31 +74,29 @@ def tokenizer_of(
         record["resolved_size"] = made.vocab.size
     else:
         train_tokenizer(
-            source.paths(echo), own, algorithm=plan.algorithm, vocab_size=plan.vocab_size, text_field=source.text_field,
-            split_by=source.split_by, sample_bytes=plan.sample_bytes, seed=recipe.seed, echo=echo, byte_fallback=plan.byte_fallback,
+            source.paths(log), own, algorithm=config.algorithm, vocab_size=config.vocab_size, text_field=source.text_field,
+            split_by=source.split_by, sample_bytes=config.sample_bytes, seed=recipe.seed, log=log, byte_fallback=config.byte_fallback,
             num_sentinels=sentinels,
-            texts=lambda counts: training_texts(recipe.examples, source, source.paths(echo), counts),
+            texts=lambda counts: training_texts(recipe.examples, source, source.paths(log), counts),
         )  # fmt: skip
         made = Tokenizer.load(own)
-        record["resolved_size"] = made.vocab.size if _repeats(made, recipe, sentinels, echo) else plan.vocab_size
+        record["resolved_size"] = made.vocab.size if _repeats(made, recipe, sentinels, log) else config.vocab_size
     record |= {"digest": made.digest, "files": {name: file_facts(own / name) for name in FILES}}
     write_text(own / RECORD, json.dumps(record, indent=1) + "\n")
     return made
 
 
 def check_vocab(recipe: Recipe, tokenizer: Tokenizer) -> None:
-    """Refuse a number of ids in a recipe that is not its tokenizer's.
+    """Raise a UserError if `model.vocab_size` differs from the tokenizer's number of ids.
 
-    A tokenizer that is trained may have fewer ids than `tokenizer.vocab_size`, where the text is small: a shape of that size follows.
-
-    Raises:
-        UserError: `model.vocab_size` is another number. Of a run with a start the weights decide.
+    A tokenizer that is trained on a small text may have fewer ids than `tokenizer.vocab_size`; a model config of that size
+    is then changed. In a run with `init_from` the weights determine the size.
     """
     if recipe.model is None or recipe.init_from:
         return
-    stated, plan, count = recipe.model.vocab_size, recipe.tokenizer, tokenizer.vocab.size
-    trained = not plan.path and not recipe.init_embeddings_from
-    if stated != count and not (trained and stated == plan.vocab_size):
+    stated, config, count = recipe.model.vocab_size, recipe.tokenizer, tokenizer.vocab.size
+    trained = not config.path and not recipe.init_embeddings_from
+    if stated != count and not (trained and stated == config.vocab_size):
         raise UserError(
             f"model.vocab_size={stated} is not the number of ids of the tokenizer, which is {count}: leave model.vocab_size out, and it "
             "is taken from there"
@@ -106,40 +104,40 @@ def check_vocab(recipe: Recipe, tokenizer: Tokenizer) -> None:
 
 
 def resolved_size(directory: Path) -> int:
-    """Return `tokenizer.vocab_size` as the resolved recipe of a run has it: the ids that there are.
+    """Return `tokenizer.vocab_size` of a run's resolved recipe: the actual number of ids.
 
-    Where the algorithm makes another tokenizer when it is asked for these (the characters it knows depend on the size), it is
-    the size that was asked for, so that the recipe repeats the run.
+    If training with that number would give another tokenizer (the characters it knows depend on the size), it is the requested
+    size, so that the recipe repeats the run.
     """
     return int(_record(directory / "tokenizer")["resolved_size"])
 
 
 def _record(own: Path) -> dict[str, Any]:
-    """What the tokenizer in a directory was made of; empty where nothing says it."""
+    """Return the record of what the tokenizer in a directory was made from; {} if there is none."""
     if not (own / RECORD).exists():
         return {}
-    cure = f"delete {own}, and it is made again"
-    found = read_object(own / RECORD, {"resolved_size": int, "digest": str}, cure)
+    hint = f"delete {own}, and it is made again"
+    found = read_object(own / RECORD, {"resolved_size": int, "digest": str}, hint)
     files = found.get("files", {})  # older versions keep none
-    check_all([files], {}, f"{own / RECORD}", cure)
-    check_all(files.values(), {"bytes": int, "sha256": str}, f"{own / RECORD}", cure)
-    verify_files(files, own, cure)
+    check_all([files], {}, f"{own / RECORD}", hint)
+    check_all(files.values(), {"bytes": int, "sha256": str}, f"{own / RECORD}", hint)
+    verify_files(files, own, hint)
     return found
 
 
-def _repeats(made: Tokenizer, recipe: Recipe, sentinels: int, echo: Echo) -> bool:
-    """Whether training with the number of ids that there are makes the same tokenizer.
+def _repeats(made: Tokenizer, recipe: Recipe, sentinels: int, log: LogLine) -> bool:
+    """Return whether training with the actual number of ids gives the same tokenizer.
 
-    It is trained once more to know, which costs little: a text with fewer ids than are asked for is small.
+    It is trained again to find out, which is cheap: a text with fewer ids than requested is small.
     """
-    plan, source, size = recipe.tokenizer, recipe.data, made.vocab.size
-    if size == plan.vocab_size:
+    config, source, size = recipe.tokenizer, recipe.data, made.vocab.size
+    if size == config.vocab_size:
         return True
-    texts = training_texts(recipe.examples, source, source.paths(echo), ReadStats())
+    texts = training_texts(recipe.examples, source, source.paths(log), ReadStats())
     try:
         again = train(
-            texts, plan.algorithm, size, seed=recipe.seed, sample_bytes=plan.sample_bytes, num_sentinels=sentinels,
-            byte_fallback=plan.byte_fallback,
+            texts, config.algorithm, size, seed=recipe.seed, sample_bytes=config.sample_bytes, num_sentinels=sentinels,
+            byte_fallback=config.byte_fallback,
         )  # fmt: skip
     except UserError:  # too few for what it needs at least
         return False
@@ -147,7 +145,7 @@ def _repeats(made: Tokenizer, recipe: Recipe, sentinels: int, echo: Echo) -> boo
 
 
 def _kept(own: Path, record: dict[str, Any]) -> Tokenizer | None:
-    """The tokenizer in a directory, if it was made of this. A resolved recipe asks for the ids that there are."""
+    """Return the tokenizer in a directory if its record matches; a resolved recipe has the actual number of ids."""
     made = _record(own)
     if not made or not (own / "tokenizer.json").exists():
         return None
@@ -160,17 +158,17 @@ def _kept(own: Path, record: dict[str, Any]) -> Tokenizer | None:
 
 
 def sentinels_of(recipe: Recipe) -> int:
-    """Return how many `<extra_id_n>` the recipe's objective needs in a tokenizer."""
+    """Return the number of `<extra_id_n>` tokens that the recipe's objective needs."""
     return max(one.num_sentinels for one in recipe.objective.components())
 
 
 def _text_hash(recipe: Recipe, inputs: RunInputs, sentinels: int) -> str:
-    """A hash of the training text of a tokenizer, and of the settings by which it is read, but for the number of ids."""
-    source, plan = recipe.data, recipe.tokenizer
-    told = [
+    """Return a hash of the training text and the settings of a tokenizer, except the number of ids."""
+    source, config = recipe.data, recipe.tokenizer
+    settings = [
         {name: digest for name, digest in inputs.digests.items() if name in ("data.path", "data.corpus")},
         [source.text_field, source.split_by, source.validation_fraction, bool(source.validation_path), source.weights],
-        [plan.algorithm, plan.sample_bytes, plan.byte_fallback, sentinels, recipe.seed],
+        [config.algorithm, config.sample_bytes, config.byte_fallback, sentinels, recipe.seed],
         recipe.examples.tokenizer_settings,
     ]
-    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()

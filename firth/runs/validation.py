@@ -1,7 +1,7 @@
-"""A run's held-out examples: what is measured of them on the way, and what the exported model tells of each class.
+"""Validation during training, and per-class results of the exported model.
 
-Losses and accuracies are sums over batches. A task's head is asked for each answer too, and then there is F1, Matthews'
-correlation, rank correlation, whatever the part has (`firth.evaluate.heads`): all of them may choose the best checkpoint.
+Losses and accuracies are summed over batches. A task head is also evaluated per example, which adds its metrics (F1, Matthews
+correlation, rank correlation; see `firth.evaluate.heads`). Each metric can choose the best checkpoint.
 """
 
 from __future__ import annotations
@@ -30,16 +30,24 @@ from firth.train.step import no_reduce
 from firth.train.validate import validate
 from firth.types import Batch, Outputs, UserError
 
-FEW = 8
-"""Examples that tell which measurements there are."""
+PROBE_EXAMPLES = 8
+"""Examples that are evaluated to find the names of the metrics."""
 
-MOST = 12
-"""Classes that a table of confusions has room for."""
+MAX_CONFUSION_CLASSES = 12
+"""Most classes of a confusion matrix."""
 
 
 @dataclass(frozen=True, eq=False)
 class Validator:
-    """`evaluation.max_examples` held-out examples, spread over all; the same each time, and always shown alike."""
+    """Evaluates a model on `evaluation.max_examples` evenly spaced held-out examples, the same ones each time.
+
+    Args:
+        recipe: The resolved recipe.
+        source: The held-out examples.
+        bytes_per_target: UTF-8 bytes per label, for bits per byte; 0 if not defined.
+        tokenizer: The tokenizer.
+        ranks: The ranks of the run.
+    """
 
     recipe: Recipe
     source: Source
@@ -49,20 +57,20 @@ class Validator:
 
     @cached_property
     def head(self) -> str:
-        """The head whose answers are looked at one by one; empty for most objectives."""
+        """The task head that is evaluated per example; empty for most objectives."""
         config = self.recipe.model
         assert config is not None
-        with torch.device("meta"):  # only their names are wanted
+        with torch.device("meta"):  # only the names are needed
             return head_of(self.recipe.objective.heads(config))
 
     @cached_property
     def examples(self) -> Source:
-        """The examples that are measured."""
+        """The examples to evaluate."""
         return spread(self.source, self.recipe.evaluation.max_examples)
 
     @cached_property
     def batches(self) -> Batches:
-        """Of a head's answers each rank reads all, in their order; else the ranks share the work."""
+        """The batches: all examples in order on every rank for a task head, else divided among the ranks."""
         recipe, shared = self.recipe, not self.head
         return Batches(
             self.examples, recipe.objective, vocab(recipe, self.tokenizer),
@@ -71,25 +79,25 @@ class Validator:
         )  # fmt: skip
 
     def measure(self, model: LM, step: int) -> dict[str, float]:
-        """Everything that is measured, by name."""
+        """Return the metrics of a model by name; `step` is unused."""
         found, readings = self._read(model)
         return found | (HEADS[self.head].metrics(readings, self.recipe.objective, self.examples) if self.head else {})
 
     def check_best_metric(self, model: LM) -> None:
-        """Raise a UserError if `evaluation.best_metric` is none of the measurements: it is asked of a few examples, before a run begins."""
+        """Raise a UserError if `evaluation.best_metric` is not a metric; evaluates a few examples before a run to find out."""
         best = self.recipe.evaluation.best_metric
         if best:
-            evaluation = replace(self.recipe.evaluation, max_examples=FEW)
+            evaluation = replace(self.recipe.evaluation, max_examples=PROBE_EXAMPLES)
             few = replace(self, recipe=replace(self.recipe, evaluation=evaluation))
             with torch.random.fork_rng(), warnings.catch_warnings(action="ignore"):  # a correlation of two numbers
                 found = few.measure(model, 0)
             if best not in found:
                 raise UserError(
-                    f"evaluation.best_metric={best} is not among the held-out measurements: there is {', '.join(found)}"
+                    f"evaluation.best_metric={best} is not among the held-out metrics: choose one of {', '.join(found)}"
                 )
 
     def class_report(self, model: LM) -> dict[str, Any]:
-        """{"classes", "confusion": rows of what is right, "per_class"}, as far as the head has classes."""
+        """Return {"classes", "confusion": rows are labels, "per_class"}; {} if the head has no classes."""
         classes = self.recipe.objective.class_names
         if self.head not in ("classes", "tags") or len(classes) < 2:
             return {}
@@ -98,16 +106,16 @@ class Validator:
             sentences = [([classes[i] for i in r], [classes[i] for i in s.argmax(-1)]) for r, s in readings]
             return {"per_class": entity_metrics.by_kind(sentences)}
         right = np.concatenate([np.atleast_1d(r) for r, _ in readings])
-        said = np.concatenate([np.atleast_1d(s.argmax(-1)) for _, s in readings])
-        rows = metrics.per_class(right, said, range(len(classes)))
+        predicted = np.concatenate([np.atleast_1d(s.argmax(-1)) for _, s in readings])
+        rows = metrics.per_class(right, predicted, range(len(classes)))
         per_class = [{"class": name} | row for name, row in zip(classes, rows, strict=True)]
-        if len(classes) > MOST:
+        if len(classes) > MAX_CONFUSION_CLASSES:
             return {"per_class": per_class}
-        table = np.bincount(right * len(classes) + said, minlength=len(classes) ** 2)
+        table = np.bincount(right * len(classes) + predicted, minlength=len(classes) ** 2)
         return {"classes": classes, "confusion": table.reshape(len(classes), -1).tolist(), "per_class": per_class}
 
     def _read(self, model: LM) -> tuple[dict[str, float], Sequence[HeadOutput]]:
-        """The means over all, and the head's answers one by one."""
+        """Return the means over all examples, and the outputs of the task head for each."""
         readings: list[HeadOutput] = []
 
         def watch(outputs: Outputs, batch: Batch) -> None:
@@ -121,7 +129,7 @@ class Validator:
 
 
 def vocab(recipe: Recipe, tokenizer: Tokenizer) -> Vocab:
-    """What views know of the tokenizer and of the model."""
+    """Return the vocabulary that examples are built with: the tokenizer's, with the model's decoder start token."""
     return (
         tokenizer.vocab
         if recipe.model is None

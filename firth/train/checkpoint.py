@@ -1,19 +1,19 @@
-"""Checkpoints that are whole or not there: everything a run needs to go on bit for bit.
+"""Atomic, checksummed checkpoints with everything that a run needs to resume bit for bit.
 
     checkpoints/step-000400/
-        model.safetensors      the weights that are trained, by name
-        frozen.safetensors     a hash of the others (only if there are others)
+        model.safetensors      the trained weights, by name
+        frozen.safetensors     a hash of the frozen weights (only if there are any)
         optimizer.safetensors  momenta and second moments, by the weight's name
-        data.safetensors     what an on-policy source remembers (only if it remembers something)
+        source.safetensors     the state of an on-policy data source (only if it has one)
         state.json             step, tokens, seconds, random states
-        manifest.json          size and SHA-256 of each file, layout, recipe, and the digest of itself
+        manifest.json          size and SHA-256 of each file, layout, recipe, and its own digest
 
-They are written into `step-000400.partial/`; each file is flushed to the disk, the manifest last; then the directory is
-renamed. A run that is killed at any moment leaves whole checkpoints and at most one `.partial`, which the next start
-removes. `newest` takes the last checkpoint whose every byte agrees with its manifest, and says which it passed over
-and why. (Distributed Checkpoint, overwritten in place and killed half-way, loads a mixture of two steps silently.)
+Files are written into `step-000400.partial/` and flushed to disk, the manifest last; then the directory is renamed. A run that
+is killed at any moment leaves complete checkpoints and at most one `.partial`, which the next start removes. `newest` loads
+the last checkpoint whose every byte matches its manifest, and reports which ones it skipped and why. (Distributed Checkpoint,
+overwritten in place and killed half-way, silently loads a mixture of two steps.)
 
-Nothing here reads or writes a pickle.
+No pickle is read or written.
 """
 
 from __future__ import annotations
@@ -35,14 +35,22 @@ from firth.io.safetensors_blocks import safetensors_blocks
 from firth.types import UserError
 
 FORMAT = 1
-"""The format's number; a newer one is passed over, not guessed at."""
+"""Version of the format; a checkpoint of another version is rejected."""
 
 Tensors = Mapping[str, Tensor]
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A verified checkpoint. files: name -> tensors (CPU); state, layout: as they were saved; recipe: its hash."""
+    """A verified checkpoint.
+
+    Args:
+        path: Its directory.
+        files: File name without suffix -> tensors on the CPU.
+        state: The training state as it was saved.
+        layout: The layout as it was saved.
+        recipe: The hash of the recipe.
+    """
 
     path: Path
     files: dict[str, dict[str, Tensor]]
@@ -61,9 +69,19 @@ def save(
     recipe: str,
     score: float | None = None,
 ) -> Path:
-    """Write `checkpoints/step-N` of the run directory. score: lower is better, for `prune`. Returns its path.
+    """Write `checkpoints/step-N` into a run directory and return its path.
 
-    Raises UserError when the disk is full; older checkpoints are untouched and nothing of this one remains.
+    Args:
+        run: The run directory.
+        step: The step.
+        files: File name without suffix -> tensors; empty ones are left out.
+        state: Values for state.json.
+        layout: What must be the same for a bitwise resume.
+        recipe: The hash of the recipe.
+        score: Validation score for `best` and `prune`; lower is better.
+
+    Raises:
+        UserError: The disk is full; older checkpoints are untouched and nothing of this one remains.
     """
     home = run / "checkpoints"
     home.mkdir(parents=True, exist_ok=True)
@@ -75,11 +93,11 @@ def save(
         written = {f"{name}.safetensors": _write(partial / f"{name}.safetensors", safetensors_blocks(tensors))
                    for name, tensors in files.items() if tensors}  # fmt: skip
         written["state.json"] = _write(partial / "state.json", [_json(state)])
-        facts = {"step": step, "recipe": recipe, "layout": dict(layout), "score": score}
-        body = {"format": FORMAT, "files": written} | facts
+        metadata = {"step": step, "recipe": recipe, "layout": dict(layout), "score": score}
+        body = {"format": FORMAT, "files": written} | metadata
         _write(partial / "manifest.json", [_json(body | {"manifest": _digest(body)})])
         _flush_directory(partial)
-        if final.exists():  # a checkpoint that was passed over as damaged
+        if final.exists():  # a damaged checkpoint that `newest` skipped
             final.rename(home / f"{final.name}.old.partial")
         partial.rename(final)
         _flush_directory(home)
@@ -89,29 +107,33 @@ def save(
             raise
         need = sum(t.nbytes for tensors in files.values() for t in tensors.values()) / 1e6
         raise UserError(
-            f"{final}: no room on this disk for a checkpoint of {need:.0f} MB; free some and run the same command "
-            f"again, it goes on from {_last_name(home)}"
+            f"{final}: not enough disk space for a checkpoint of {need:.0f} MB; free some and run the same command "
+            f"again: it resumes from {_last_name(home)}"
         ) from error
     shutil.rmtree(home / f"{final.name}.old.partial", ignore_errors=True)
     return final
 
 
 def newest(run: Path, say: Callable[[str], None]) -> Checkpoint | None:
-    """The last checkpoint of the run directory that verifies; tells `say` which ones it passed over and why."""
+    """Return the last valid checkpoint of a run directory; `say` is called with each skipped one and the reason."""
     for path in reversed(_saved(run)):
         try:
             return load(path)
         except UserError as error:
-            say(f"passing over a damaged checkpoint: {error}")
+            say(f"skipping a damaged checkpoint: {error}")
     return None
 
 
 def load(path: Path) -> Checkpoint:
-    """Read a checkpoint after every byte of it has been verified. Raises UserError that names the first wrong file."""
+    """Read a checkpoint after verifying every byte.
+
+    Raises:
+        UserError: A file is missing or damaged; the message names the first one.
+    """
     body = _manifest(path)
-    for name, facts in body["files"].items():
-        if _read_digest(path / name) != facts:
-            raise UserError(f"{path / name}: its bytes are not those that the manifest promises; delete {path}")
+    for name, expected in body["files"].items():
+        if _read_digest(path / name) != expected:
+            raise UserError(f"{path / name}: its bytes do not match the manifest; delete {path}")
     files = {name.removesuffix(".safetensors"): load_file(path / name)
              for name in body["files"] if name.endswith(".safetensors")}  # fmt: skip
     state = json.loads((path / "state.json").read_text())
@@ -119,18 +141,18 @@ def load(path: Path) -> Checkpoint:
 
 
 def precision(run: Path) -> Literal["fp32", "bf16"] | None:
-    """The precision of the run's last checkpoint; None where none can be read."""
+    """Return the precision of the last readable checkpoint of a run directory, or None."""
     for path in reversed(_saved(run)):
         try:
-            found: Literal["fp32", "bf16"] = json.loads((path / "state.json").read_text())["precision"]
+            precision: Literal["fp32", "bf16"] = json.loads((path / "state.json").read_text())["precision"]
         except (OSError, ValueError, KeyError):
             continue
-        return found
+        return precision
     return None
 
 
 def best(run: Path) -> Path | None:
-    """The checkpoint with the best score, the first of equals; None where none has one."""
+    """Return the checkpoint with the best score, of equals the first; None if no checkpoint has a score."""
     scores: list[tuple[float, Path]] = []
     for path in _saved(run):
         try:
@@ -144,23 +166,23 @@ def best(run: Path) -> Path | None:
 
 def prune(run: Path, keep: int) -> None:
     """Delete all but the last `keep` checkpoints and the one with the best score."""
-    saved, dear = _saved(run), best(run)
+    saved, best_path = _saved(run), best(run)
     for path in saved[: max(0, len(saved) - keep)]:
-        if path != dear:
-            doomed = path.rename(path.with_name(f"{path.name}.partial"))  # so that a kill leaves no half of it
-            shutil.rmtree(doomed)
+        if path != best_path:
+            removed = path.rename(path.with_name(f"{path.name}.partial"))  # a kill now leaves no incomplete checkpoint
+            shutil.rmtree(removed)
 
 
 def remove_partial(run: Path) -> None:
-    """Delete what a killed run left half-written. Only for the holder of the run directory."""
+    """Delete incomplete checkpoints of a killed run. The caller must hold the run lock."""
     for path in (run / "checkpoints").glob("*.partial"):
         shutil.rmtree(path)
 
 
 def _saved(run: Path) -> list[Path]:
-    """Checkpoint directories, oldest first."""
-    found = [p for p in (run / "checkpoints").glob("step-*") if p.name.removeprefix("step-").isdecimal() and p.is_dir()]
-    return sorted(found, key=lambda p: int(p.name.removeprefix("step-")))
+    """Return the checkpoint directories, oldest first."""
+    paths = [p for p in (run / "checkpoints").glob("step-*") if p.name.removeprefix("step-").isdecimal() and p.is_dir()]
+    return sorted(paths, key=lambda p: int(p.name.removeprefix("step-")))
 
 
 def _last_name(home: Path) -> str:
@@ -169,7 +191,7 @@ def _last_name(home: Path) -> str:
 
 
 def _json(value: Mapping[str, Any]) -> bytes:
-    """The one way that a value is written, so that a manifest can be compared byte by byte with what it says."""
+    """Serialize canonically, so that a manifest can be compared byte by byte with its content."""
     return (json.dumps(value, indent=1, sort_keys=True) + "\n").encode()
 
 
@@ -178,14 +200,14 @@ def _digest(body: Mapping[str, Any]) -> str:
 
 
 def _manifest(path: Path) -> dict[str, Any]:
-    """The manifest without its digest, which has been verified."""
+    """Return the manifest without its digest, which has been verified."""
     name = path / "manifest.json"
     try:
         raw = name.read_bytes()
         body: dict[str, Any] = json.loads(raw)
         digest = body.pop("manifest")
     except (FileNotFoundError, IsADirectoryError) as error:
-        raise UserError(f"{name}: there is no manifest; delete {path}") from error
+        raise UserError(f"{name}: the manifest is missing; delete {path}") from error
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{name}: this is not a manifest; delete {path}") from error
     if digest != _digest(body) or raw != _json(body | {"manifest": digest}):
@@ -196,7 +218,7 @@ def _manifest(path: Path) -> dict[str, Any]:
 
 
 def _write(path: Path, blocks: Sequence[bytes | memoryview] | Iterator[bytes | memoryview]) -> dict[str, Any]:
-    """Write, flush to the disk, and return what the manifest says of the file; hashed on the way, not read again."""
+    """Write and flush a file, and return its entry in the manifest, hashed while it is written."""
     digest, size = hashlib.sha256(), 0
     with open(path, "wb") as file:
         for block in blocks:
@@ -218,7 +240,7 @@ def _read_digest(path: Path) -> dict[str, Any]:
 
 
 def _flush_directory(path: Path) -> None:
-    """Make renames and new names in a directory durable."""
+    """Flush a directory, so that renames and new names in it are durable."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

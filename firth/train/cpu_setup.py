@@ -1,6 +1,6 @@
-"""What the operating system and the processor do by default that costs a training step on a CPU a good part of its time.
+"""Process-wide CPU settings that speed up training: malloc keeps freed memory, and denormals are flushed to zero.
 
-Both are asked for by `train`, for the rest of the process.
+`train` applies both for the rest of the process.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ _GLIBC = platform.libc_ver()[0] == "glibc"
 
 
 def keep_freed_memory() -> bool:
-    """Let malloc keep what it frees instead of handing it back to the kernel; True where it could be asked (glibc).
+    """Let malloc keep freed memory instead of returning it to the kernel. Returns True on success (glibc only).
 
-    glibc serves blocks over 128 kB by `mmap` and returns them when they are freed. A training step allocates the same
-    activations again and again, and each time every page is faulted in and zeroed anew. Told not to, malloc reuses them.
+    glibc allocates blocks over 128 kB with `mmap` and returns them to the kernel when they are freed. A training step allocates
+    the same activations again and again, and each time every page is faulted in and zeroed. With this setting they are reused.
     """
     if not _GLIBC:
         return False
@@ -28,21 +28,21 @@ def keep_freed_memory() -> bool:
 
 
 def flush_denormals(on: bool = True) -> bool:
-    """Let numbers below 1.2e-38 be 0, on each of torch's threads; True where the processor can.
+    """Flush numbers below 1.2e-38 to 0 on every thread of torch. Returns True if the processor can.
 
-    x86 computes with such numbers in microcode, some hundred cycles each. A model that has learnt to be sure makes them in
-    its backward pass, where a tiny probability meets a tiny gradient: a T5 slows down to half of its speed within 200
-    steps, and nothing shows why. GPUs and vendors' fast modes treat them as 0 too.
+    x86 computes with such numbers in microcode, about a hundred cycles each. A confident model produces them in its backward
+    pass, as products of tiny probabilities and tiny gradients: a T5 drops to half of its speed within 200 steps. GPUs and
+    vendors' fast modes flush them too.
 
-    `torch.set_flush_denormal` speaks for the thread that calls it, and those that it starts later. OpenMP's threads may be
-    there already, so each is asked, through the entry point that gcc's and Intel's libraries share.
+    `torch.set_flush_denormal` applies to the calling thread and threads that it starts later. OpenMP's threads may exist
+    already, so it is called in each, through the entry point that the libraries of gcc and Intel share.
     """
-    able: bool = torch.set_flush_denormal(on)
-    everyone = getattr(ctypes.CDLL(None), "GOMP_parallel", None) if _GLIBC else None
-    if able and everyone is not None:
+    supported: bool = torch.set_flush_denormal(on)
+    parallel = getattr(ctypes.CDLL(None), "GOMP_parallel", None) if _GLIBC else None
+    if supported and parallel is not None:
 
-        def each(_: object) -> None:
+        def in_each_thread(_: object) -> None:
             torch.set_flush_denormal(on)
 
-        everyone(ctypes.CFUNCTYPE(None, ctypes.c_void_p)(each), None, torch.get_num_threads(), 0)
-    return able
+        parallel(ctypes.CFUNCTYPE(None, ctypes.c_void_p)(in_each_thread), None, torch.get_num_threads(), 0)
+    return supported

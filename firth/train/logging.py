@@ -1,4 +1,4 @@
-"""What a run says while it trains: a file that others read, TensorBoard, and a line on the terminal.
+"""Metrics of a run: metrics.jsonl, TensorBoard event files, and progress on the terminal.
 
 metrics.jsonl has one JSON object per line:
 
@@ -7,14 +7,19 @@ metrics.jsonl has one JSON object per line:
     {"split": "valid", "step": 40, "seconds": 12.5, "tokens": 163840, "loss": 4.3, "bits_per_byte": 2.2}
     {"split": "rollouts", "step": 41, "seconds": 12.5, "tokens": 163840, "reward": 0.4, "kl_per_answer": 1.2}
 
-step: optimizer steps behind, this one included. seconds: of training, without evaluation and checkpoints. tokens: real
-ones read so far. flops: counted work so far (`firth.model.flops`). loss: the sum of the objective's terms, each a mean
-over what it asked in this step (not smoothed). With several terms each is there as `loss/TERM`; measures stand under
-their own names. norm: of the gradient before clipping. rate: `optimizer.lr` times the schedule's factor. skipped: steps
-without a finite gradient so far. A number that is not finite is null. A row of the split rollouts tells of the answers
-that the model wrote just before that step.
-crc: a checksum of the row (`firth.io.json_files.row_line`), by which a damaged row is refused; every row has one.
-A resumed run drops the rows after its checkpoint and goes on, so the file reads as one run.
+    step        optimizer steps so far, this one included
+    seconds     training time, without evaluation and checkpoints
+    tokens      tokens read so far, without padding
+    flops       counted work so far (`firth.model.flops`)
+    loss        sum of the objective's loss terms, each a mean over its labels in this step, not smoothed. With several terms,
+                each one is also logged as `loss/TERM`; other metrics have their own names
+    norm        gradient norm before clipping
+    rate        `optimizer.lr` times the schedule's factor
+    skipped     steps without a finite gradient so far
+    crc         checksum of the row (`firth.io.json_files.row_line`), by which a damaged row is detected
+
+A number that is not finite is null. A row of the split "rollouts" describes the answers that the model generated just before
+that step. A resumed run removes the rows after its checkpoint and appends, so the file reads as one run.
 """
 
 from __future__ import annotations
@@ -32,7 +37,12 @@ from firth.train.tensorboard import TensorBoardWriter
 
 
 class MetricsLog:
-    """metrics.jsonl and an event file in a run directory, from the step after `step` on."""
+    """Writes metrics.jsonl and an event file into a run directory.
+
+    Args:
+        directory: The run directory.
+        step: The last step that is kept; rows after it are removed.
+    """
 
     def __init__(self, directory: Path, step: int):
         path = directory / "metrics.jsonl"
@@ -41,10 +51,18 @@ class MetricsLog:
         self._events = TensorBoardWriter(directory, step + 1)
 
     def row(self, split: str, step: int, seconds: float, tokens: int, values: Mapping[str, float]) -> None:
-        """One line, in the hands of the kernel when this returns."""
-        said = {name: value if math.isfinite(value) else None for name, value in values.items()}
-        place: dict[str, Any] = {"split": split, "step": step, "seconds": round(seconds, 3), "tokens": tokens}
-        self._file.write(row_line(place | said))
+        """Append a row; it is flushed to the kernel on return.
+
+        Args:
+            split: "train", "valid" or "rollouts".
+            step: Optimizer steps so far.
+            seconds: Training time so far.
+            tokens: Tokens read so far.
+            values: The metrics.
+        """
+        finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
+        position: dict[str, Any] = {"split": split, "step": step, "seconds": round(seconds, 3), "tokens": tokens}
+        self._file.write(row_line(position | finite))
         self._file.flush()
         self._events.scalars(step, {f"{split}/{name}": value for name, value in values.items()})
 
@@ -54,29 +72,29 @@ class MetricsLog:
 
 
 def keep_until(path: Path, step: int) -> None:
-    """Drop the rows of metrics.jsonl after `step`, and a last line that a kill has cut."""
+    """Remove the rows of metrics.jsonl after `step`, and an incomplete last line of a killed run."""
     if not path.exists():
         return
     rows = read_rows(
-        path, {"split": str, "step": int}, "remove the line, or delete the file: it is for reports alone", cut=True
+        path, {"split": str, "step": int}, "remove the line, or delete the file: only reports need it", cut=True
     )
     write_text(path, "".join(row_line(row) for row in rows if row["step"] <= step))
 
 
 class ProgressReporter(Protocol):
-    """Where progress is told."""
+    """Receives the progress of a run."""
 
     def progress(self, passed: float, text: str) -> None:
-        """`passed`: the fraction of the run behind."""
+        """Update the progress line; `passed` is the fraction of the run that is done."""
 
     def say(self, text: str) -> None:
-        """A line that stays."""
+        """Print a permanent line."""
 
     def close(self) -> None: ...
 
 
 class NullReporter:
-    """For ranks above 0, and for callers with a display of their own."""
+    """Reports nothing: for ranks above 0, and for callers that report progress themselves."""
 
     def progress(self, passed: float, text: str) -> None: ...
 
@@ -86,15 +104,20 @@ class NullReporter:
 
 
 class LineReporter:
-    """Plain lines for a file or a pipe: the first progress, the last, and one every `every` seconds."""
+    """Prints plain lines, for a file or a pipe: the first progress, the last, and at most one in `every` seconds.
+
+    Args:
+        name: The start of every line.
+        every: Seconds between progress lines.
+    """
 
     def __init__(self, name: str, every: float = 10.0):
-        self.name, self.every, self.told = name, every, -math.inf
+        self.name, self.every, self.printed_at = name, every, -math.inf
 
     def progress(self, passed: float, text: str) -> None:
         now = time.monotonic()
-        if now - self.told >= self.every or passed >= 1:
-            self.told = now
+        if now - self.printed_at >= self.every or passed >= 1:
+            self.printed_at = now
             print(f"{self.name} {100 * passed:3.0f}%  {text}", flush=True)
 
     def say(self, text: str) -> None:
@@ -104,7 +127,7 @@ class LineReporter:
 
 
 class BarReporter:
-    """One moving line on a terminal, drawn by rich (imported here: its import takes a twentieth of a second)."""
+    """Draws a progress bar on a terminal with rich, which is imported here because its import takes 0.05 s."""
 
     def __init__(self, name: str):
         from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
@@ -126,12 +149,12 @@ class BarReporter:
 
 
 def make_reporter(name: str) -> ProgressReporter:
-    """A bar on a terminal, lines elsewhere."""
+    """Return a progress bar on a terminal, plain lines elsewhere."""
     return BarReporter(name) if sys.stdout.isatty() else LineReporter(name)
 
 
 def short(n: float) -> str:
-    """A number in three digits and a unit's letter.
+    """Format a number with three digits and a unit prefix.
 
     >>> short(4310), short(2.96e11), short(87)
     ('4.31k', '296G', '87')
@@ -144,7 +167,8 @@ def short(n: float) -> str:
 
 
 def clock(seconds: float) -> str:
-    """
+    """Format seconds as a clock.
+
     >>> clock(75), clock(3675)
     ('1:15', '1:01:15')
     """

@@ -1,25 +1,25 @@
 """Muon: momentum, then the nearest orthogonal matrix (Jordan et al. 2024, "Muon: an optimizer for hidden layers").
 
-A gradient's few large directions drown its many small ones; Muon gives all of them the same length. The polar factor
-U V^T of M = U S V^T comes from matrix products alone: an odd polynomial p(x) = x (a + b x^2 + c x^4) acts on
-every singular value at once, and a few of them, each the best for the interval the last one left, bring all to about 1.
+The few large singular values of a gradient dominate its many small ones; Muon sets all of them to about 1. The polar factor
+U V^T of M = U S V^T is computed with matrix products only: an odd polynomial p(x) = x (a + b x^2 + c x^4) acts on every
+singular value, and a few of them in a row, each optimal for the interval that the previous one leaves, bring all to about 1.
 
 >>> torch.manual_seed(0) is not None
 True
 >>> torch.linalg.svdvals(orthogonalize(torch.randn(1, 32, 96))[0]).sub(1).abs().max().item() < 0.23
 True
 
-Where we differ from the original, and what each is worth for the 36 matrices of 6 layers of width 384 (101 GFLOP
-a step in the original; 61 here, at the speed of any matrix product):
-- Coefficients. Five rounds of one polynomial take singular values to [0.68, 1.13]; four rounds of minimax
-  polynomials (Amsel et al. 2025, "The Polar Express", theorem 3.1) take [0.003, 1] to [0.78, 1.22].
-- Size. Values are divided by an upper bound of the largest. The Frobenius norm overestimates it up to sqrt(s) times;
-  the Schatten-4 norm, which the Gram matrix that is computed anyway gives for nothing, at most s^(1/4) times.
-  Momenta of a small model start 1.1 to 2.2 times nearer to 1 by it: they have few large directions.
-- The smaller side. For an s x n matrix with n > 1.5 s all rounds act on the s x s Gram matrix, and their product meets the
-  matrix once, at the end: 26 + 4 n/s times s^3 flops where the plain way takes 4 (2 + 4 n/s) times s^3. Half
-  precision takes the plain way, for a Gram matrix has the squares of the singular values.
-- All matrices of one shape are one batched product.
+Differences from the original, for the 36 matrices of 6 layers of hidden size 384 (101 GFLOP per step in the original, 61
+here, at the speed of any matrix product):
+- Coefficients. Five rounds of one polynomial bring singular values to [0.68, 1.13]; four rounds of minimax
+  polynomials (Amsel et al. 2025, "The Polar Express", theorem 3.1) bring [0.003, 1] to [0.78, 1.22].
+- Normalization. Values are divided by an upper bound of the largest. The Frobenius norm overestimates it by up to sqrt(s);
+  the Schatten-4 norm, a by-product of the Gram matrix that is computed anyway, by at most s^(1/4).
+  Momenta of a small model start 1.1 to 2.2 times closer to 1 with it: they have few large singular values.
+- The smaller side. For an s x n matrix with n > 1.5 s all rounds act on the s x s Gram matrix, and their product is applied to
+  the matrix once, at the end: 26 + 4 n/s times s^3 FLOPs instead of 4 (2 + 4 n/s) times s^3. Half precision does not do
+  this, because a Gram matrix has the squares of the singular values.
+- All matrices of the same shape are one batched product.
 """
 
 from __future__ import annotations
@@ -40,33 +40,37 @@ COEFFICIENTS = (
     (3.4735, -2.5057, 0.4810),
     (2.5044, -1.7907, 0.4071),
 )
-"""(a, b, c) of each round, by linear programming on a grid: each is the best for the interval that the last one
-left with 2% more at its upper end. Without that, values which bf16 rounds past the end are thrown out to 7 and stay."""
+"""(a, b, c) of each round, by linear programming on a grid: each is optimal for the interval that the previous one leaves,
+extended by 2% at its upper end. Without the extension, values that bf16 rounds past the end grow to 7 and stay there."""
 
-REACH = 0.003
-"""Singular values over this share of the Schatten-4 norm end inside BAND; smaller ones grow up to 284 times."""
+MIN_RELATIVE_VALUE = 0.003
+"""Singular values above this fraction of the Schatten-4 norm end inside BAND; smaller ones grow up to 284 times."""
 
 BAND = (0.778, 1.222)
-"""Where orthogonalise puts singular values."""
+"""The interval of the singular values after `orthogonalize`."""
 
 
 def orthogonalize(stack: Tensor) -> Tensor:
-    """Return the polar factor of each matrix: (K, rows, columns) -> the same. Zeros stay zeros.
+    """Return the approximate polar factor of each matrix, with singular values in BAND.
 
-    Singular values end within BAND. Computes in the dtype that it is given.
+    Args:
+        stack: (K, rows, columns), in the dtype to compute in. Zeros stay zeros.
+
+    Returns:
+        (K, rows, columns).
     """
-    x = stack * _near_one(stack)
+    x = stack * _normalizing_power(stack)
     tall = x.shape[-2] > x.shape[-1]
     small, large = sorted(x.shape[-2:])
     gram = _gram(x, tall)  # eigenvalues: squared singular values
     square = torch.linalg.vector_norm(gram, dim=(-2, -1), keepdim=True).clamp(min=1e-30)  # Schatten-4 norm, squared
     x, gram = x / square.sqrt(), gram / square
     # All rounds on one Gram matrix cost less there; half precision loses the squares of small singular values.
-    at_once = len(COEFFICIENTS) if x.dtype == torch.float32 and large > 1.5 * small else 1
-    for start in range(0, len(COEFFICIENTS), at_once):
+    rounds_per_gram = len(COEFFICIENTS) if x.dtype == torch.float32 and large > 1.5 * small else 1
+    for start in range(0, len(COEFFICIENTS), rounds_per_gram):
         if start:
             gram = _gram(x, tall)
-        rounds = COEFFICIENTS[start : start + at_once]
+        rounds = COEFFICIENTS[start : start + rounds_per_gram]
         if len(rounds) == 1:
             (a, b, c) = rounds[0]
             factor = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
@@ -78,15 +82,15 @@ def orthogonalize(stack: Tensor) -> Tensor:
 
 
 def _gram(x: Tensor, tall: bool) -> Tensor:
-    """Products of the shorter rows or columns: (K, rows, columns) -> (K, s, s) with s the smaller of the two."""
+    """Return the Gram matrix of the smaller side: (K, rows, columns) -> (K, s, s) with s = min(rows, columns)."""
     return x.mT @ x if tall else x @ x.mT
 
 
-def _near_one(stack: Tensor) -> Tensor:
-    """The power of two that brings the largest number of each matrix to [0.5, 1): (K, 1, 1), of the dtype of the stack.
+def _normalizing_power(stack: Tensor) -> Tensor:
+    """Return the power of two that brings the largest number of each matrix to [0.5, 1): (K, 1, 1), same dtype.
 
-    Fourth powers of the numbers are added up, and those of 1e-10 are no number in fp32: a norm of 0 then divided what
-    was not 0. Powers of two change no bit of the rest.
+    Fourth powers of the numbers are summed, and that of 1e-10 underflows in fp32: a norm of 0 would then divide numbers that
+    are not 0. Powers of two change no mantissa bit.
     """
     largest = stack.abs().amax((-2, -1), keepdim=True).float()  # a norm of infinite order takes five times as long
     exponent = torch.frexp(largest).exponent.clamp(-126, 126)
@@ -94,7 +98,7 @@ def _near_one(stack: Tensor) -> Tensor:
 
 
 def _product_of_rounds(gram: Tensor, rounds: Sequence[tuple[float, float, float]]) -> Tensor:
-    """Several rounds as one matrix to multiply by, (K, s, s): all here are polynomials of `gram`, so they commute."""
+    """Return several rounds as one factor (K, s, s); all are polynomials of `gram`, so they commute."""
     product: Tensor | None = None
     for i, (a, b, c) in enumerate(rounds):
         factor = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
@@ -106,39 +110,39 @@ def _product_of_rounds(gram: Tensor, rounds: Sequence[tuple[float, float, float]
     return product
 
 
-def nesterov(grad: Tensor, momentum: Tensor, direction: Tensor, share: float) -> None:
-    """Move the momentum of a matrix on, and write where it looks: share * momentum + (1 - share) * grad.
+def nesterov(grad: Tensor, momentum: Tensor, direction: Tensor, beta: float) -> None:
+    """Update the momentum of a matrix, and write the Nesterov direction beta * momentum + (1 - beta) * grad.
 
     Args:
         grad: (rows, columns) fp32.
-        momentum: The same; becomes share * momentum + (1 - share) * grad.
-        direction: What is written, in fp32 or bf16.
-        share: Of the past, twice.
+        momentum: The same shape and dtype; becomes beta * momentum + (1 - beta) * grad.
+        direction: The output, in fp32 or bf16.
+        beta: The decay of the momentum, used twice.
     """
-    if _one_pass(grad, momentum, direction):
+    if _use_native(grad, momentum, direction):
         native.library().momentum(
-            grad.data_ptr(), momentum.data_ptr(), direction.data_ptr(), half(direction), share, grad.numel(),
+            grad.data_ptr(), momentum.data_ptr(), direction.data_ptr(), half(direction), beta, grad.numel(),
             native.threads(),
         )  # fmt: skip
         return
-    momentum.lerp_(grad, 1 - share)
-    direction.copy_(torch.lerp(grad, momentum, share))
+    momentum.lerp_(grad, 1 - beta)
+    direction.copy_(torch.lerp(grad, momentum, beta))
 
 
-def apply(weight: Tensor, update: Tensor, keep: float, rate: float) -> None:
-    """Change a matrix to keep * weight - rate * update, in place."""
-    if _one_pass(weight, update):
+def apply(weight: Tensor, update: Tensor, keep: float, lr: float) -> None:
+    """Set a matrix to keep * weight - lr * update, in place."""
+    if _use_native(weight, update):
         native.library().apply(
-            weight.data_ptr(), update.data_ptr(), half(update), keep, rate, weight.numel(), native.threads()
+            weight.data_ptr(), update.data_ptr(), half(update), keep, lr, weight.numel(), native.threads()
         )
         return
-    weight.mul_(keep).add_(update, alpha=-rate)
+    weight.mul_(keep).add_(update, alpha=-lr)
 
 
-def _one_pass(first: Tensor, *others: Tensor) -> bool:
-    """Whether the compiled pass reads these: contiguous, the first in fp32."""
-    plain = native.reads(first, *others) and first.dtype == torch.float32
-    return plain and all(x.is_contiguous() for x in (first, *others)) and MOMENTUM.choice() == "native"
+def _use_native(first: Tensor, *others: Tensor) -> bool:
+    """Whether the compiled pass supports these tensors: contiguous, the first in fp32."""
+    supported = native.supports(first, *others) and first.dtype == torch.float32
+    return supported and all(x.is_contiguous() for x in (first, *others)) and MOMENTUM.choice() == "native"
 
 
 def _momentum_workload(way: str) -> kernels.Workload:
@@ -158,7 +162,7 @@ def _momentum_workload(way: str) -> kernels.Workload:
 
 
 MOMENTUM = kernels.Kernel("momentum", {way: partial(_momentum_workload, way) for way in ("torch", "native")})
-"""How a CPU moves the momentum of Muon and the weights on."""
+"""How a CPU updates the momentum of Muon and the weights."""
 
 
 def _workload(dtype: torch.dtype) -> kernels.Workload:
@@ -173,12 +177,12 @@ def _workload(dtype: torch.dtype) -> kernels.Workload:
     return work
 
 
-PRODUCTS = {"fp32": torch.float32, "bf16": torch.bfloat16}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
-KERNEL = kernels.Kernel("muon", {name: partial(_workload, dtype) for name, dtype in PRODUCTS.items()})
-"""What a CPU orthogonalizes in: the rounds bear bf16's error (Jordan et al. 2024)."""
+KERNEL = kernels.Kernel("muon", {name: partial(_workload, dtype) for name, dtype in DTYPES.items()})
+"""The dtype in which a CPU orthogonalizes: the rounds tolerate the error of bf16 (Jordan et al. 2024)."""
 
 
 def product_dtype(device: torch.device) -> torch.dtype:
-    """Return the dtype in which this device is quickest at `orthogonalise`."""
-    return torch.bfloat16 if device.type == "cuda" else PRODUCTS[KERNEL.choice()]
+    """Return the dtype in which `orthogonalize` is fastest on this device."""
+    return torch.bfloat16 if device.type == "cuda" else DTYPES[KERNEL.choice()]

@@ -1,17 +1,16 @@
-"""Contact between the ranks of a run outside of collectives: waiting, failures, and signs of life.
+"""Barriers, failure propagation and heartbeats between the ranks of a run, without collectives.
 
-A collective is the wrong way to wait. It ends at the timeout of its process group (10 minutes for nccl, 30 for gloo), and a
-rank in it cannot learn that another one has failed. Here the ranks use the key-value store that the process group was
-started with:
+A collective is not suitable for long waits. It ends at the timeout of its process group (10 minutes for nccl, 30 for gloo),
+and a rank inside it does not notice that another one has failed. Here the ranks use the key-value store of the process group:
 
-    wait       every rank counts itself in and looks at the count, for as long as it takes
-    failures   a rank that raises writes its error into the store; the others end with one sentence that repeats it
-    life       a thread of each rank counts up a number of its own once a second. Rank 0 watches those of all ranks, the others
-               watch rank 0: a rank whose number stays the same for SILENCE_SECONDS has been stopped (SIGSTOP), has been
-               killed, or cannot be reached
+    barrier    every rank increments a counter and polls it, for as long as it takes
+    failures   a rank that raises writes its error into the store; the others end with the same error message
+    heartbeat  a thread of each rank increments a counter of its own once a second. Rank 0 watches the counters of all ranks, the
+               others watch rank 0: a rank whose counter does not change for SILENCE_SECONDS is stopped (SIGSTOP), killed or
+               unreachable
 
-The thread ends its process, for the main thread may be inside a collective that never returns. A checkpoint is not harmed by
-that: one that is being written does not have its final name yet (`firth.train.checkpoint`).
+The thread ends its process, because the main thread may be inside a collective that never returns. That is safe for
+checkpoints: one that is being written does not have its final name yet (`firth.train.checkpoint`).
 """
 
 from __future__ import annotations
@@ -32,21 +31,21 @@ from firth.types import UserError
 T = TypeVar("T")
 
 SILENCE_SECONDS = 120.0
-"""A rank without a sign of life for so long is taken for stopped. Preparing data may hold Python's lock for a while, so it is
-not shorter; the environment variable FIRTH_RANK_TIMEOUT sets another number."""
+"""A rank without a heartbeat for this long counts as stopped. It is this long because data preparation may hold the GIL;
+the environment variable FIRTH_RANK_TIMEOUT overrides it."""
 
 BEAT_SECONDS = 1.0
-"""From one sign of life to the next, at most; a tenth of the silence that is allowed, where that is less."""
+"""Most seconds between heartbeats; a tenth of the allowed silence if that is less."""
 
 GRACE_SECONDS = 5.0
-"""How long a failure of one rank waits for the main thread of another to end by itself."""
+"""How long a rank's main thread has to end by itself after another rank has failed."""
 
 POLL_SECONDS = 0.02
-"""From one look at the store to the next while a rank waits."""
+"""Seconds between two polls of the store while a rank waits."""
 
 
 def silence_seconds() -> float:
-    """Return after how many seconds without a sign of life a rank is taken for stopped.
+    """Return the seconds without a heartbeat after which a rank counts as stopped.
 
     Raises:
         UserError: FIRTH_RANK_TIMEOUT is not a positive number.
@@ -57,7 +56,7 @@ def silence_seconds() -> float:
     except ValueError:
         seconds = 0.0
     if not 0 < seconds < float("inf"):
-        raise UserError(f"FIRTH_RANK_TIMEOUT={text}: give a number of seconds above 0")
+        raise UserError(f"FIRTH_RANK_TIMEOUT={text} must be a number of seconds above 0")
     return seconds
 
 
@@ -66,45 +65,47 @@ class PeerWatch:
 
     Args:
         store: The store of the process group.
-        rank: The number of this rank.
-        world: How many ranks there are.
-        silence: Seconds without a sign of life after which a rank is taken for stopped.
+        rank: This rank.
+        world: The number of ranks.
+        silence: Seconds without a heartbeat after which a rank counts as stopped.
     """
 
     def __init__(self, store: Store, rank: int, world: int, silence: float) -> None:
         self.rank, self.world, self.silence = rank, world, silence
-        self.holder = "torchrun" if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" else "rank 0"
-        self.beat = min(BEAT_SECONDS, silence / 10)
-        # A client answers one call at a time, and the process group's own may block: each thread has one for itself.
+        self.host = "torchrun" if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" else "rank 0"
+        self.interval = min(BEAT_SECONDS, silence / 10)
+        # A client handles one call at a time, and that of the process group may block: each thread has its own.
         self._store, self._others = (PrefixStore("firth", store.clone()) for _ in range(2))  # type: ignore[attr-defined]
         self._waits = 0
         self._depth = 0
-        self._heard = time.monotonic()
+        self._last_reply = time.monotonic()
         self._closed = threading.Event()
-        self._threads = [threading.Thread(target=work, daemon=True) for work in (self._signal, self._watch_store)]
+        self._threads = [
+            threading.Thread(target=work, daemon=True) for work in (self._send_heartbeats, self._watch_store)
+        ]
         for thread in self._threads:
             thread.start()
         atexit.register(self.close)
 
     def close(self) -> None:
-        """End the threads: one that is inside of a call to the store when Python ends would abort the process."""
+        """End the threads: a thread inside a call to the store at interpreter exit would abort the process."""
         self._closed.set()
         for thread in self._threads:
             thread.join(GRACE_SECONDS)
 
     def wait(self) -> None:
-        """Return when every rank has come here, however long that takes.
+        """Wait until every rank calls this, however long that takes.
 
         Raises:
             UserError: Another rank has failed.
         """
         self._waits += 1
         self._count_in(f"wait/{self._waits}", wait=True)
-        # Rank 0, whose process may hold the store, leaves last: the others have then seen that all are here.
+        # Rank 0, whose process may host the store, leaves last: by then the others have seen that all ranks are here.
         self._count_in(f"seen/{self._waits}", wait=self.rank == 0)
 
     def _count_in(self, key: str, wait: bool) -> None:
-        """Count this rank in, and wait until all ranks are."""
+        """Increment a counter, and optionally wait until all ranks have."""
         self._reach(lambda: self._store.add(key, 1))
         while wait and self._reach(lambda: self._store.add(key, 0)) < self.world:
             failure = self._reach(lambda: self._failure(self._store))
@@ -118,12 +119,12 @@ class PeerWatch:
         if self.rank == 0:
             self._reach(lambda: self._store.set(key, value))
         self.wait()
-        found: bytes = self._reach(lambda: self._store.get(key))
-        return found.decode()
+        stored: bytes = self._reach(lambda: self._store.get(key))
+        return stored.decode()
 
     @contextmanager
     def together(self) -> Iterator[None]:
-        """Watch the others, and let them know if this rank raises."""
+        """Watch the other ranks in this context, and report an exception of this rank to them."""
         self._depth += 1
         try:
             yield
@@ -135,9 +136,9 @@ class PeerWatch:
             self._depth -= 1
 
     def explain(self, error: RuntimeError) -> UserError:
-        """Return why a collective has failed: another rank's error, or the rank that gives no sign of life any more."""
+        """Return why a collective has failed: another rank's error, or the rank whose heartbeat has stopped."""
         before = self._counts()
-        end = time.monotonic() + max(GRACE_SECONDS, 3 * self.beat)
+        end = time.monotonic() + max(GRACE_SECONDS, 3 * self.interval)
         while time.monotonic() < end:
             try:
                 failure = self._failure(self._store)
@@ -145,50 +146,50 @@ class PeerWatch:
                 return UserError(self._lost())
             if failure:
                 return UserError(failure)
-            time.sleep(self.beat)
+            time.sleep(self.interval)
         after = self._counts()
         silent = [rank for rank in range(self.world) if rank != self.rank and before.get(rank) == after.get(rank)]
         if silent:
-            return UserError(f"rank {silent[0]} has ended without an error of its own (killed?); {AGAIN}")
-        return UserError(f"the ranks lost contact ({str(error).splitlines()[0]}); {AGAIN}")
+            return UserError(f"rank {silent[0]} has ended without an error of its own (killed?); {RESTART_HINT}")
+        return UserError(f"the ranks lost contact ({str(error).splitlines()[0]}); {RESTART_HINT}")
 
     def _counts(self) -> dict[int, int]:
-        """The signs of life of all ranks; none where the store cannot be reached."""
+        """Return the heartbeat counters of all ranks; empty if the store cannot be reached."""
         try:
             return {rank: self._store.add(f"alive/{rank}", 0) for rank in range(self.world)}
         except RuntimeError:
             return {}
 
     def _reach(self, call: Callable[[], T]) -> T:
-        """Call the store."""
+        """Call the store; raise a UserError if it cannot be reached."""
         try:
             return call()
         except RuntimeError as error:
             raise UserError(self._lost()) from error
 
     def _lost(self) -> str:
-        return f"{self.holder}, which holds the store of the ranks, has ended or cannot be reached; {AGAIN}"
+        return f"{self.host}, which hosts the store of the ranks, has ended or cannot be reached; {RESTART_HINT}"
 
     def _failure(self, store: Store) -> str:
-        """Which other rank has failed and why, as a sentence; empty where none has."""
+        """Return the error message of another rank that has failed; empty if none has."""
         if not store.check(["failed"]):
             return ""
         number, _, message = store.get("failed").decode().partition(" ")
         return "" if int(number) == self.rank else message
 
     def _fail(self, message: str) -> None:
-        """Write this rank's error for the others, and let them read it: the store may end with this process."""
+        """Report this rank's error, and wait until the others have read it: the store may end with this process."""
         try:
             self._store.compare_set("failed", "", f"{self.rank} rank {self.rank} failed: {message}")
             self._store.set(f"known/{self.rank}", "")
             end = time.monotonic() + GRACE_SECONDS
             while not self._store.check([f"known/{rank}" for rank in range(self.world)]) and time.monotonic() < end:
                 time.sleep(POLL_SECONDS)
-        except RuntimeError:  # the store has ended, so the others learn of it from that
+        except RuntimeError:  # the store has ended, which tells the others
             return
 
-    def _signal(self) -> None:
-        """Give signs of life, and look for those of others and for failures. Runs in a thread."""
+    def _send_heartbeats(self) -> None:
+        """Send heartbeats, and watch those of other ranks and failures. Runs in a thread."""
         store = self._others
         watched = range(1, self.world) if self.rank == 0 else range(1)
         seen = {rank: (-1, time.monotonic()) for rank in watched}
@@ -196,7 +197,7 @@ class PeerWatch:
             began = time.monotonic()
             try:
                 store.add(f"alive/{self.rank}", 1)
-                self._heard = time.monotonic()
+                self._last_reply = time.monotonic()
                 failure = self._failure(store)
                 for rank in watched:
                     count = store.add(f"alive/{rank}", 0)
@@ -213,27 +214,27 @@ class PeerWatch:
                 return
             if failure and self._depth:
                 self._end(failure)
-            if self._closed.wait(self.beat):
+            if self._closed.wait(self.interval):
                 return
             if time.monotonic() - began > self.silence / 2:  # this process itself has been stopped
                 seen = {rank: (count, time.monotonic()) for rank, (count, _) in seen.items()}
 
     def _watch_store(self) -> None:
-        """End this process when the store does not answer: its holder may be the rank that is stopped. Runs in a thread."""
+        """End this process when the store does not reply: its host may be the stopped rank. Runs in a thread."""
         before = time.monotonic()
-        while not self._closed.wait(self.beat):
+        while not self._closed.wait(self.interval):
             now = time.monotonic()
             if now - before > self.silence / 2 or not self._depth:  # this process itself has been stopped
-                self._heard = now
+                self._last_reply = now
             before = now
-            if now - self._heard > self.silence + 2 * self.beat:
-                self._end(self._stopped(self.holder))
+            if now - self._last_reply > self.silence + 2 * self.interval:
+                self._end(self._stopped(self.host))
 
     def _stopped(self, who: str) -> str:
-        return f"{who} has given no sign of life for {self.silence:g} s: it is stopped or out of reach; {AGAIN}"
+        return f"{who} has sent no heartbeat for {self.silence:g} s: it is stopped or cannot be reached; {RESTART_HINT}"
 
     def _end(self, failure: str) -> None:
-        """End this process, unless its main thread does so in time."""
+        """End this process unless its main thread does so in time."""
         end = time.monotonic() + min(GRACE_SECONDS, self.silence)
         while time.monotonic() < end:
             if not self._depth:
@@ -244,5 +245,5 @@ class PeerWatch:
         os._exit(2)
 
 
-AGAIN = "start all ranks again, and the run goes on from its last checkpoint"
-"""What to do when a rank is gone."""
+RESTART_HINT = "start all ranks again, and the run resumes from its last checkpoint"
+"""What to do when a rank is lost."""

@@ -1,7 +1,7 @@
-"""bf16 or fp32, by what the hardware is fast at.
+"""Choice of bf16 or fp32 by the speed of the hardware.
 
-That a CPU supports bf16 says nothing of its speed: without avx512_bf16 or amx it is emulated, and a matrix product
-takes four times as long as in fp32. So a small product is timed in both, once per process (about 50 ms).
+That a CPU supports bf16 does not mean that it is fast: without avx512_bf16 or amx it is emulated, and a matrix product takes
+four times as long as in fp32. So a small product is timed in both, once per process (about 50 ms).
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ import torch
 
 Precision = Literal["auto", "fp32", "bf16"]
 
-WORTH = 1.2
-"""bf16 must be this many times as fast as fp32 to be chosen: around the products there are casts to pay for."""
+MIN_SPEEDUP = 1.2
+"""bf16 must be this many times as fast as fp32 to be chosen, because of the cost of casts around the products."""
 
 
 def choose(wanted: Precision, device: torch.device) -> Literal["fp32", "bf16"]:
-    """What to train in: `wanted`, or what `device` is fast at."""
+    """Return the precision to train in: `wanted`, or for "auto" the faster one on `device`."""
     if wanted != "auto":
         return wanted
     if device.type == "cuda":
@@ -29,12 +29,17 @@ def choose(wanted: Precision, device: torch.device) -> Literal["fp32", "bf16"]:
     if device.type == "mps":
         return "fp32"
     speed = measured_speed()
-    return "bf16" if speed["bf16"] > WORTH * speed["fp32"] else "fp32"
+    return "bf16" if speed["bf16"] > MIN_SPEEDUP * speed["fp32"] else "fp32"
 
 
 @cache
 def measured_speed(size: int = 512, seconds: float = 0.02) -> dict[str, float]:
-    """FLOP/s of a (size, size, size) matrix product on the CPU, fp32 and bf16: the best that `seconds` each show."""
+    """Return the best FLOP/s of a matrix product on the CPU in fp32 and bf16.
+
+    Args:
+        size: Rows and columns of the matrices.
+        seconds: Time to measure each precision.
+    """
     return {"fp32": _speed(torch.float32, size, seconds), "bf16": _speed(torch.bfloat16, size, seconds)}
 
 
@@ -50,7 +55,7 @@ def _speed(dtype: torch.dtype, size: int, seconds: float) -> float:
 
 
 def casts(precision: Literal["fp32", "bf16"], device: torch.device) -> Callable[[], AbstractContextManager[object]]:
-    """The context that a forward pass runs in: nothing, or autocast over fp32 master weights."""
+    """Return the context of a forward pass: no-op for fp32, autocast over fp32 master weights for bf16."""
     if precision == "fp32":
         return nullcontext
     return lambda: torch.autocast(device.type, torch.bfloat16)

@@ -1,8 +1,7 @@
-"""Make the batches of the next step in a thread while the present step runs.
+"""Build the batches of the next step in a thread while the current step runs.
 
-Batches are a function of the step alone, so it does not matter who makes them, and when: losses are the same bit for bit, and
-a batch that was made and not trained on is made again after a resume. Sources that depend on the model in training
-(`Source.on_policy`) are read when the step before has ended.
+Batches are a function of the step, so losses are the same bit for bit, and a batch that was built but not trained on is built
+again after a resume. Sources that depend on the current model (`Source.on_policy`) are read after the previous step instead.
 """
 
 from __future__ import annotations
@@ -18,13 +17,13 @@ from firth.types import Batch
 
 
 class Prefetcher:
-    """The batches of each step, made ahead.
+    """Builds the batches of a step ahead of time.
 
-    Used as a context manager: the thread ends with it, after the batch that it is at.
+    A context manager: its thread ends on exit, after the batch that it is building.
 
     Args:
-        make: Step -> its batches. A function of the step alone that no other thread calls meanwhile.
-        enabled: Whether batches are made ahead; False makes them when they are taken.
+        make: Step -> its batches; a function of the step only that no other thread calls at the same time.
+        enabled: Whether batches are built ahead; if False, `take` builds them.
     """
 
     def __init__(self, make: Callable[[int], list[Batch]], enabled: bool = True) -> None:
@@ -41,24 +40,24 @@ class Prefetcher:
         self._thread.shutdown(cancel_futures=True)
 
     def take(self, step: int) -> list[Batch]:
-        """Return the batches of a step; what making them raised is raised here."""
+        """Return the batches of a step, or raise the exception of the thread that built them."""
         if self._next is None or self._next[0] != step:
             return self._make(step)
         future, self._next = self._next[1], None
         return future.result()
 
     def begin(self, step: int) -> None:
-        """Begin to make the batches of a step."""
+        """Start to build the batches of a step."""
         if self._enabled:
             self._next = step, self._thread.submit(self._make, step)
 
 
 def use_one_thread() -> None:
-    """Let torch use one thread for the operations of the thread that calls this, and leave all other threads as they are.
+    """Let torch use one thread for operations of the calling thread only.
 
-    `torch.set_num_threads` changes what MKL and later threads use too; OpenMP's own setting is each thread's own.
+    `torch.set_num_threads` would also affect MKL and later threads; OpenMP's own setting is per thread.
     """
-    torch.get_num_threads()  # torch applies its number to a thread at its first call there, and not again
+    torch.get_num_threads()  # torch sets the number of a thread at its first call there, and only then
     set_threads = getattr(ctypes.CDLL(None), "omp_set_num_threads", None)
     if set_threads is not None:
         set_threads(1)

@@ -1,4 +1,4 @@
-"""One run per directory, and a Ctrl-C that loses nothing."""
+"""The lock of a run directory, and the handler that saves a checkpoint on Ctrl-C."""
 
 from __future__ import annotations
 
@@ -15,14 +15,15 @@ from firth.types import UserError
 
 
 class Interrupted(KeyboardInterrupt):
-    """A run was asked to stop and has saved; its text says how to go on. Unwinds like the Ctrl-C that it answers."""
+    """The run was interrupted and has saved a checkpoint; the message explains how to resume. Unwinds like Ctrl-C."""
 
 
 @contextmanager
 def run_lock(directory: Path) -> Iterator[None]:
-    """Hold a directory against other processes; the kernel lets go of it however this one ends.
+    """Lock a directory against other processes; the kernel releases the lock however this process ends.
 
-    Raises UserError with the holder's process id when another run has it.
+    Raises:
+        UserError: Another process holds the lock; the message has its process id.
     """
     directory.mkdir(parents=True, exist_ok=True)
     with open(directory / "lock", "a+") as file:
@@ -41,29 +42,29 @@ def run_lock(directory: Path) -> Iterator[None]:
 
 
 class StopRequest:
-    """Whether someone has asked the run to stop."""
+    """Whether a stop of the run was requested."""
 
     requested = False
 
 
 @contextmanager
 def interrupt_handler(say: Callable[[str], None]) -> Iterator[StopRequest]:
-    """The first SIGINT or SIGTERM asks for a stop after this step, the second ends the process at once.
+    """Request a stop after the current step on the first SIGINT or SIGTERM, and end the process on the second.
 
-    Ending at once harms no checkpoint: one that is being written is not yet named as one.
+    Ending at once is safe for checkpoints: one that is being written does not have its final name yet.
     """
     stop = StopRequest()
     if threading.current_thread() is not threading.main_thread():  # Python delivers signals to the main thread only
         yield stop
         return
 
-    def ask(_number: int, _frame: FrameType | None) -> None:
+    def request_stop(_number: int, _frame: FrameType | None) -> None:
         stop.requested = True
         for n in before:
             signal.signal(n, signal.default_int_handler)
-        say("stopping: this step is finished and saved first; press Ctrl-C again to stop at once")
+        say("stopping after this step and saving a checkpoint; press Ctrl-C again to stop at once")
 
-    before = {n: signal.signal(n, ask) for n in (signal.SIGINT, signal.SIGTERM)}
+    before = {n: signal.signal(n, request_stop) for n in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield stop
     finally:

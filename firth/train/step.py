@@ -1,9 +1,8 @@
-"""The only training step there is.
+"""The training step: loss, backward pass and gradient accumulation, for every objective.
 
-Every loss term is a SUM; it is divided by the number of targets it has in the *whole* step: over all
-micro-batches and all ranks, known before the first backward pass. So the gradient does not depend on how the
-step was cut up (the mean-of-means fault of gradient accumulation cannot arise), and adding terms needs no weights
-beyond those the objective states.
+Every loss term is a SUM; it is divided by the number of its labels in the *whole* step, over all micro-batches and all ranks,
+which is known before the first backward pass. So the gradient does not depend on how the step is split (no mean of means
+in gradient accumulation), and terms are added without weights other than those of the objective.
 """
 
 from __future__ import annotations
@@ -26,12 +25,12 @@ Reduce = Callable[[Tensor], Tensor]
 
 
 def no_reduce(x: Tensor) -> Tensor:
-    """The sum over one rank."""
+    """Return `x`: the sum over a single rank."""
     return x
 
 
 def count_targets(objective: Objective, batches: Sequence[Batch], reduce: Reduce = no_reduce) -> dict[str, Tensor]:
-    """Supervised targets per term over all micro-batches and ranks: scalars, float32."""
+    """Return the number of labels of each term over all micro-batches and ranks: scalars, float32."""
     terms = objective.labels | objective.metrics
     fields = sorted(set(terms.values()))
     local = torch.stack([sum(((b[f] != IGNORE).sum() for b in batches), torch.zeros(())) for f in fields])
@@ -46,9 +45,19 @@ def step(
     reduce: Reduce = no_reduce,
     precision: Callable[[], AbstractContextManager[object]] = nullcontext,
 ) -> dict[str, Tensor]:
-    """Leave the step's gradient in the parameters; return each term's mean over the whole step.
+    """Compute the gradients of a step into the parameters and return the mean of each term over the whole step.
 
-    On several ranks each holds the gradient of its own share: the caller sums them.
+    On several ranks, each has the gradient of its own share: the caller sums them.
+
+    Args:
+        model: The model.
+        objective: Its loss and metrics.
+        batches: The micro-batches of this rank.
+        reduce: Sums a tensor over all ranks.
+        precision: The context of the forward pass.
+
+    Returns:
+        Term -> mean, a scalar float32.
     """
     count = count_targets(objective, batches, reduce)
     share = {t: 1 / n.clamp(min=1) for t, n in count.items()}
@@ -66,5 +75,5 @@ def step(
 
 
 def share_device(share: dict[str, Tensor]) -> torch.device:
-    """Where the counts live, which is where the loss is summed."""
+    """Return the device of the counts, on which the loss is summed."""
     return next(iter(share.values())).device

@@ -1,6 +1,6 @@
-"""TensorBoard's event files, written by hand: importing its own writer costs a second and a dependency; this, nothing.
+"""Writer of TensorBoard event files without the tensorboard package, whose import takes a second.
 
-A file is a sequence of records (length, masked CRC, data, masked CRC); a record's data is one `Event`, a protocol
+A file is a sequence of records (length, masked CRC, data, masked CRC); the data of a record is one `Event`, a protocol
 buffer of which four fields are needed. Formats: tensorflow/core/lib/io/record_writer.h and core/util/event.proto.
 """
 
@@ -13,10 +13,14 @@ from pathlib import Path
 
 
 class TensorBoardWriter:
-    """An event file in a directory: `Events(directory, first=1).scalars(1, {"loss": 2.5})`."""
+    """Writes an event file: `TensorBoardWriter(directory, first=1).scalars(1, {"loss": 2.5})`.
+
+    Args:
+        directory: Where the file is created.
+        first: The first step; a viewer ignores events of this and later steps in earlier files.
+    """
 
     def __init__(self, directory: Path, first: int):
-        """first: the first step to come; a viewer forgets what earlier files say of this step and later ones."""
         self._file = open(directory / f"events.out.tfevents.{time.time_ns()}.firth", "wb")  # noqa: SIM115
         self._record(_double(1, time.time()) + _bytes(3, b"brain.Event:2"))
         self._record(_double(1, time.time()) + _integer(2, first) + _bytes(7, _integer(1, 1)))  # SessionLog.START
@@ -25,7 +29,7 @@ class TensorBoardWriter:
         self._file.close()
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
-        """One event with all the values of a step."""
+        """Write an event with all values of a step."""
         summary = b"".join(_bytes(1, _bytes(1, tag.encode()) + _float(2, value)) for tag, value in values.items())
         self._record(_double(1, time.time()) + _integer(2, step) + _bytes(5, summary))
         self._file.flush()
@@ -61,7 +65,7 @@ def _bytes(field: int, value: bytes) -> bytes:
 
 
 def _table() -> tuple[int, ...]:
-    """CRC-32C (Castagnoli, reflected polynomial 0x82F63B78), one entry per byte."""
+    """Return the table of CRC-32C (Castagnoli, reflected polynomial 0x82F63B78), one entry per byte."""
     rows = []
     for byte in range(256):
         for _ in range(8):
@@ -74,7 +78,7 @@ _TABLE = _table()
 
 
 def masked_crc(data: bytes) -> int:
-    """CRC-32C, rotated and shifted as TFRecord does, so that a CRC of data that holds CRCs stays good.
+    """Return the CRC-32C, rotated and shifted as in TFRecord, so that a CRC over data with CRCs stays useful.
 
     >>> hex(masked_crc(b"123456789"))
     '0xc78ab0e5'

@@ -1,16 +1,16 @@
-"""The loop: the one step, again and again, until the run is long enough.
+"""The training loop, for every objective.
 
-    prepare    the source may refresh itself from the model (on-policy data)
-    step       gradients of the terms' sums over counts known for the whole step and all ranks (`firth.train.step`)
-    clip, move a step without a finite gradient is left out, on all ranks together
-    then       a row in metrics.jsonl, a measurement on held-out text, a checkpoint
+    prepare    the data source may generate new data with the model (on-policy data)
+    step       gradients of the sums of the loss terms over the label counts of the whole step (`firth.train.step`)
+    update     clip and take the optimizer step; a step without a finite gradient is skipped, on all ranks together
+    after      a row in metrics.jsonl, validation, a checkpoint
 
-It knows no objective: pretraining, finetuning, reward models, DPO and PPO differ in what they pass in.
+Pretraining, finetuning, reward models, DPO and PPO differ only in the arguments.
 
-    train(model, MLM(), batches, Path("runs/bert"), length=Length(steps=1000))
+    train(model, MLM(), batches, Path("runs/bert"), budget=Budget(max_steps=1000))
 
-Killed, interrupted or finished, the same call goes on from the last whole checkpoint, with the bits that an
-uninterrupted run would have (same layout and thread count; a length in seconds cannot promise that).
+After a kill, an interrupt or the end of a run, the same call resumes from the last valid checkpoint, bitwise equal to an
+uninterrupted run (with the same layout and number of threads, and not with a budget in seconds).
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from firth.train.schedule import Budget, Schedule
 from firth.train.step import count_targets
 from firth.train.step import step as gradients
 from firth.train.training_state import TrainingState
-from firth.train.validate import named, to
+from firth.train.validate import named_metrics, to
 from firth.types import Batch, UserError
 
 if TYPE_CHECKING:
@@ -49,23 +49,27 @@ if TYPE_CHECKING:
     from firth.model.model import LM
     from firth.objectives.objective import Objective
 
-LESS_IS_BETTER = ("loss", "bits", "squared_error", "perplexity")
-"""How the names of measurements begin of which less is better."""
+LOWER_IS_BETTER = ("loss", "bits", "squared_error", "perplexity")
+"""Prefixes of the names of metrics for which lower is better."""
 
 Evaluate = Callable[["LM", int], dict[str, float]]
-"""Measures the model after a step: name -> number. Called in eval mode, without gradients; every rank calls it."""
+"""(model, step) -> validation metrics. Called in eval mode, without gradients, on every rank."""
 
 
 @dataclass(frozen=True)
 class TrainerConfig:
-    """When to look, when to save, what to run in.
+    """Configuration of logging, validation, checkpoints and precision.
 
-    log_every, evaluate_every, save_every: in steps; 0 means only at the end. keep: checkpoints kept besides the best.
-    best: the held-out metric whose best value makes a checkpoint the best: the lowest of a loss or an error, the highest of
-    others. best_last: a checkpoint is saved at every new best, and its weights are what the run ends with.
-    patience: the run ends when so many measurements in a row are no new best; 0: never.
-    precision: "auto" takes what this machine is fast at; a resumed run keeps what it had.
-    bad_steps: how many steps in a row may lack a finite gradient before the run gives up.
+    Args:
+        log_every: Steps between rows in the log; 0 logs only at the end.
+        eval_every: Steps between validations; 0 validates only at the end.
+        save_every: Steps between checkpoints; 0 saves only at the end.
+        keep: Recent checkpoints to keep, in addition to the best.
+        best_metric: The validation metric that selects the best checkpoint: the lowest loss or error, the highest of others.
+        load_best_at_end: Save a checkpoint at every new best, and load the best one at the end.
+        patience: Stop after this many validations in a row without a new best; 0 disables early stopping.
+        precision: "fp32", "bf16" or "auto", the faster one on this machine; a resumed run keeps its precision.
+        max_bad_steps: Stop after this many steps in a row without a finite gradient.
     """
 
     log_every: int = 1
@@ -87,8 +91,17 @@ class TrainerConfig:
 
 @dataclass(frozen=True)
 class TrainingResult:
-    """What a run came to. metrics: the last row of each split, held-out ones as `valid/NAME`; of the step whose weights it
-    ends with (`taken`), which may be the best one and not the last."""
+    """Result of a training run.
+
+    Args:
+        step: Optimizer steps.
+        exported_step: The step of the final weights, which may be the best and not the last.
+        tokens: Tokens read, without padding.
+        seconds: Training time.
+        flops: Counted work.
+        skipped: Steps without a finite gradient.
+        metrics: The last metrics at `exported_step`; those of validation are named_metrics `valid/NAME`.
+    """
 
     step: int
     exported_step: int
@@ -115,11 +128,26 @@ def train(
     name: str = "",
     reporter: ProgressReporter | None = None,
 ) -> TrainingResult:
-    """Train `model` in place, or go on where the directory's last checkpoint is. Leaves the model in eval mode.
+    """Train a model in place, or resume from the last checkpoint of the directory. Leaves the model in eval mode.
 
-    recipe: a hash of everything the run depends on; a directory with another's checkpoints is refused.
-    name: how progress lines begin; the directory's name if empty. told: where progress goes instead of the terminal.
-    Raises UserError (nothing to learn from, directory taken, disk full, gradients not finite) and Stopped (Ctrl-C).
+    Args:
+        model: The model.
+        objective: Its loss and metrics.
+        batches: The training batches.
+        directory: The run directory, for metrics and checkpoints.
+        budget: How long to train.
+        optimizer: The optimizer.
+        schedule: The learning rate schedule.
+        config: When to log, validate and save.
+        evaluate: Computes the validation metrics.
+        ranks: The process group; a single process by default.
+        recipe: A hash of everything that the run depends on; checkpoints with another hash are an error.
+        name: The start of progress lines; by default the directory's name.
+        reporter: Receives the progress; by default it is printed.
+
+    Raises:
+        UserError: No labels, directory locked, disk full, or gradients not finite.
+        Interrupted: Ctrl-C; a checkpoint has been saved.
     """
     ranks = ranks or Ranks()
     keep_freed_memory()
@@ -129,310 +157,320 @@ def train(
         run = _Run(model, objective, batches, directory, budget, optimizer or OptimizerConfig(), schedule or Schedule(),
                    config or TrainerConfig(), evaluate, ranks, recipe, reporter)  # fmt: skip
         try:
-            return run.whole()
+            return run.train()
         except OSError as error:
             if error.errno != errno.ENOSPC:
                 raise
-            raise UserError(f"{directory}: the disk is full; free some room and run the same command again") from error
+            raise UserError(f"{directory}: the disk is full; free some space and run the same command again") from error
         finally:
             reporter.close()
 
 
 class _Run:
-    """One call of `train`: what it was given, and how far it is."""
+    """One call of `train`: its arguments and its progress."""
 
     def __init__(
-        self, model: LM, objective: Objective, batches: Batches, directory: Path, length: Budget, optimizer: OptimizerConfig,
-        schedule: Schedule, plan: TrainerConfig, evaluate: Evaluate | None, ranks: Ranks, recipe: str, told: ProgressReporter,
+        self, model: LM, objective: Objective, batches: Batches, directory: Path, budget: Budget, optimizer: OptimizerConfig,
+        schedule: Schedule, config: TrainerConfig, evaluate: Evaluate | None, ranks: Ranks, recipe: str, reporter: ProgressReporter,
     ):  # fmt: skip
         self.model, self.objective, self.batches, self.directory = model, objective, batches, directory
-        self.length, self.schedule, self.plan, self.evaluate = length, schedule, plan, evaluate
-        self.ranks, self.recipe, self.told = ranks, recipe, told
-        self.rate = optimizer.lr
+        self.budget, self.schedule, self.config, self.evaluate = budget, schedule, config, evaluate
+        self.ranks, self.recipe, self.reporter = ranks, recipe, reporter
+        self.lr = optimizer.lr
         self.device = next(model.parameters()).device
-        if ranks.world > 1:  # replicas that took different kernels would drift
+        if ranks.world > 1:  # replicas with different kernels would diverge
             kernels.use(json.loads(ranks.from_first(json.dumps(kernels.table() if ranks.first else {}))))
-        self.mover = Optimizer(optimizer, model, sparse=ranks.world == 1)
-        self.learning = flops.trained_share(model)
-        self.at = self._begin()
-        self.casts = precision.casts(self.at.precision, self.device)
-        self.marked = (self.at.seconds, self.at.tokens, self.at.flops)  # at the last row
-        self.took = 0.0
+        self.optimizer = Optimizer(optimizer, model, sparse=ranks.world == 1)
+        self.trained_share = flops.trained_share(model)
+        self.state = self._start_or_resume()
+        self.casts = precision.casts(self.state.precision, self.device)
+        self.last_logged = (self.state.seconds, self.state.tokens, self.state.flops)  # at the last row of the log
+        self.step_seconds = 0.0
         self.score: float | None = None
 
-    def _begin(self) -> TrainingState:
-        """Go on from the last whole checkpoint, or begin."""
-        self.ranks.wait()  # rank 0 may have written samples before, which takes longer than a collective waits
+    def _start_or_resume(self) -> TrainingState:
+        """Return the initial state, or restore the last valid checkpoint."""
+        self.ranks.wait()  # rank 0 may have generated samples before, which can take longer than a collective's timeout
         self.ranks.copy_from_first([p.data for p in self.model.parameters()])
         if self.ranks.first:
             checkpoint.remove_partial(self.directory)
         self.ranks.wait()
-        saved = checkpoint.newest(self.directory, self.told.say)
+        saved = checkpoint.newest(self.directory, self.reporter.say)
         if saved is None:
-            if self.ranks.rank:  # the same dropout on every rank would be a poorer estimate
+            if self.ranks.rank:  # independent dropout on every rank gives a better estimate
                 torch.manual_seed(torch.initial_seed() + self.ranks.rank)
-            chosen = precision.choose(self.plan.precision, self.device)
+            chosen = precision.choose(self.config.precision, self.device)
             return TrainingState("bf16" if self.ranks.from_first(chosen) == "bf16" else "fp32")
         if saved.recipe != self.recipe:
             raise UserError(
                 f"{self.directory} holds a run of another recipe ({saved.recipe or 'unnamed'}, this one is "
-                f"{self.recipe or 'unnamed'}); choose another directory, or delete that one to begin anew"
+                f"{self.recipe or 'unnamed'}); choose another directory, or delete that one to start a new run"
             )
-        at = training_state.restore(saved, self.model, self.mover, self.batches.source, self.ranks)
-        self.told.say(f"going on from {saved.path.name}")
-        here = training_state.layout(self.ranks, self.device)
-        changed = [f"{k} {saved.layout.get(k)} -> {v}" for k, v in here.items() if saved.layout.get(k) != v]
+        state = training_state.restore(saved, self.model, self.optimizer, self.batches.source, self.ranks)
+        self.reporter.say(f"resuming from {saved.path.name}")
+        layout = training_state.layout(self.ranks, self.device)
+        changed = [f"{k} {saved.layout.get(k)} -> {v}" for k, v in layout.items() if saved.layout.get(k) != v]
         if changed:
-            self.told.say(f"not bit for bit, for the layout has changed: {', '.join(changed)}")
-        return at
+            self.reporter.say(
+                f"the run is not bitwise reproducible, because the layout has changed: {', '.join(changed)}"
+            )
+        return state
 
     @property
     def _passed(self) -> float:
-        """The fraction of the run that is behind."""
-        return self.length.passed(self.at.step, self.at.seconds, self.at.flops)
+        """The fraction of the run that is done."""
+        return self.budget.passed(self.state.step, self.state.seconds, self.state.flops)
 
     @property
-    def _over(self) -> bool:
-        """Whether the run is long enough, or has been no better for too long."""
-        return self._passed >= 1 or 0 < self.plan.patience <= self.at.stale
+    def _finished(self) -> bool:
+        """Whether the budget is used up, or early stopping applies."""
+        return self._passed >= 1 or 0 < self.config.patience <= self.state.stale
 
-    def whole(self) -> TrainingResult:
-        """Every step that is left."""
-        at = self.at
-        if not self._over:
-            log = MetricsLog(self.directory, at.step) if self.ranks.first else None
+    def train(self) -> TrainingResult:
+        """Run the remaining steps and return the result."""
+        state = self.state
+        if not self._finished:
+            log = MetricsLog(self.directory, state.step) if self.ranks.first else None
             self.model.train(self.objective.dropout)
             if self.objective.precomputed_fields and self.objective.dropout and uses_dropout(self.model):
                 fields = ", ".join(sorted(self.objective.precomputed_fields))
-                self.told.say(
-                    f"dropout is on here and off where {fields} were computed: the first ratios are not 1 "
-                    "(objective.dropout=false turns it off)"
+                self.reporter.say(
+                    f"dropout is enabled, but {fields} were computed without it: the first ratios are not 1 "
+                    "(objective.dropout=false disables it)"
                 )
             try:
-                self._go_on(log)
+                self._run_steps(log)
             finally:
                 if log is not None:
                     log.close()
         self.model.eval()
-        taken = self._take_best() if self.plan.load_best_at_end else at.step
-        return TrainingResult(at.step, taken, at.tokens, at.seconds, at.flops, at.skipped, at.metrics)
+        exported = self._load_best() if self.config.load_best_at_end else state.step
+        return TrainingResult(
+            state.step, exported, state.tokens, state.seconds, state.flops, state.skipped, state.metrics
+        )
 
-    def _take_best(self) -> int:
-        """The weights of the best checkpoint, and what was measured of it; every rank reads them. Returns its step."""
+    def _load_best(self) -> int:
+        """Load weights and metrics of the best checkpoint, on every rank, and return its step."""
         path = checkpoint.best(self.directory)
         if path is None:
-            return self.at.step
+            return self.state.step
         saved = checkpoint.load(path)
-        training_state.take(saved, self.model)
-        self.at.metrics = saved.state["metrics"]
+        training_state.load_weights(saved, self.model)
+        self.state.metrics = saved.state["metrics"]
         step = int(saved.state["step"])
-        self.told.say(f"ends with the model of step {step}, the best by held-out {self.plan.best_metric}")
+        self.reporter.say(f"loaded the model of step {step}, the best by validation {self.config.best_metric}")
         return step
 
-    def _go_on(self, log: MetricsLog | None) -> None:
-        at, checked = self.at, False
-        ahead = not self.batches.source.on_policy
-        with interrupt_handler(self.told.say) as stop, Prefetcher(self.batches.batches, enabled=ahead) as prefetcher:
-            while not self._over:
+    def _run_steps(self, log: MetricsLog | None) -> None:
+        state, checked = self.state, False
+        prefetch = not self.batches.source.on_policy
+        with (
+            interrupt_handler(self.reporter.say) as stop,
+            Prefetcher(self.batches.batches, enabled=prefetch) as prefetcher,
+        ):
+            while not self._finished:
                 start = time.perf_counter()
-                drawn = self._prepared()
-                if drawn:
-                    self._tell_drawn(log, drawn)
-                here = prefetcher.take(at.step)
+                rollout_metrics = self._prepare_source()
+                if rollout_metrics:
+                    self._log_rollouts(log, rollout_metrics)
+                batches = prefetcher.take(state.step)
                 if not checked:
-                    self._refuse_silence(here)
+                    self._check_labels(batches)
                     checked = True
-                if at.step + 1 != self.length.max_steps:
-                    prefetcher.begin(at.step + 1)
-                stopping = self._step(here, start, stop.requested)
+                if state.step + 1 != self.budget.max_steps:
+                    prefetcher.begin(state.step + 1)
+                stopping = self._step(batches, start, stop.requested)
                 self._after(log, stopping)
 
-    def _prepared(self) -> Mapping[str, float]:
-        """What the source drew for this step. A source that fails (a user's reward) costs no step: it is saved first."""
+    def _prepare_source(self) -> Mapping[str, float]:
+        """Let the source prepare this step and return its metrics. If it fails (a user's reward), save a checkpoint first."""
         try:
             with self.casts():
-                return self.batches.source.prepare(self.model, self.at.step)
+                return self.batches.source.prepare(self.model, self.state.step)
         except UserError:
-            if self.at.step:
+            if self.state.step:
                 self._save()
-                self.told.say(f"step {self.at.step} is saved in {self.directory}")
+                self.reporter.say(f"saved step {self.state.step} in {self.directory}")
             raise
 
-    def _refuse_silence(self, here: list[Batch]) -> None:
-        """Training on nothing looks like training: the loss is 0 and no weight moves."""
-        counts = count_targets(self.objective, [to(b, self.device) for b in here], self.ranks.sum)
-        for term, target in self.objective.labels.items():
+    def _check_labels(self, batches: list[Batch]) -> None:
+        """Raise a UserError if a loss term has no labels: its loss would be 0, without any other sign."""
+        counts = count_targets(self.objective, [to(b, self.device) for b in batches], self.ranks.sum)
+        for term, field in self.objective.labels.items():
             if not counts[term]:
                 raise UserError(
-                    f"the first step asks nothing: no row of it holds a target in the field {target!r} (loss term "
-                    f"{term!r}); check that the data has answers there, and that rows are not cut off before them"
+                    f"the first step has no labels in the field {field!r} (loss term {term!r}): check that the data has labels, "
+                    "and that examples are not truncated before them"
                 )
 
-    def _step(self, here: list[Batch], start: float, asked: bool) -> bool:
-        """One optimizer step; returns whether any rank was asked to stop."""
-        at, ranks = self.at, self.ranks
+    def _step(self, batches: list[Batch], start: float, stop: bool) -> bool:
+        """Take an optimizer step; return whether a stop was requested on any rank."""
+        state, ranks = self.state, self.ranks
         tokens, work = 0, 0.0
-        for batch in here:
+        for batch in batches:
             tokens += flops.real_tokens(batch)
-            work += self.learning * self.objective.forward_flops(self.model, batch)
+            work += self.trained_share * self.objective.forward_flops(self.model, batch)
             work += self.objective.loss_flops(self.model, batch)
-        on_device = [to(batch, self.device) for batch in here]
-        means = gradients(self.model, self.objective.at_step(at.step), on_device, ranks.sum, self.casts)
-        ranks.sum_gradients(self.mover.parameters)
-        norm = self.mover.clip_grad_norm()
+        on_device = [to(batch, self.device) for batch in batches]
+        means = gradients(self.model, self.objective.at_step(state.step), on_device, ranks.sum, self.casts)
+        ranks.sum_gradients(self.optimizer.parameters)
+        norm = self.optimizer.clip_grad_norm()
         values = torch.stack([*(means[t] for t in self.objective.labels), norm])
-        fine = bool(torch.isfinite(values).all())
+        finite = bool(torch.isfinite(values).all())
         took = time.perf_counter() - start
-        if ranks.world > 1:  # one clock, one verdict, one will
-            agreed = torch.tensor([took / ranks.world, not fine, asked, tokens, work], device=self.device)
-            took, bad, stops, tokens_, work = ranks.sum(agreed.double()).tolist()
-            fine, asked, tokens = not bad, stops > 0, round(tokens_)
-        middle = self.length.passed(at.step + 0.5, at.seconds + 0.5 * self.took, at.flops + 0.5 * work)
+        if ranks.world > 1:  # all ranks use the same time and take the same decisions
+            local = torch.tensor([took / ranks.world, not finite, stop, tokens, work], device=self.device)
+            took, bad, stops, tokens_, work = ranks.sum(local.double()).tolist()
+            finite, stop, tokens = not bad, stops > 0, round(tokens_)
+        middle = self.budget.passed(state.step + 0.5, state.seconds + 0.5 * self.step_seconds, state.flops + 0.5 * work)
         factor = self.schedule.factor(middle)
         before = time.perf_counter()
-        if fine:
-            self.mover.step(factor)
-            at.in_a_row = 0
+        if finite:
+            self.optimizer.step(factor)
+            state.in_a_row = 0
         else:
-            self._refuse_not_finite()
-            self.mover.zero_grad()
-            at.skipped += 1
-            at.in_a_row += 1
-        self.took = took + time.perf_counter() - before
-        at.step += 1
-        at.tokens += tokens
-        at.seconds += self.took
-        at.flops += work
-        at.metrics = {k: v for k, v in at.metrics.items() if k.startswith("valid/")} | named(
+            self._check_finite_weights()
+            self.optimizer.zero_grad()
+            state.skipped += 1
+            state.in_a_row += 1
+        self.step_seconds = took + time.perf_counter() - before
+        state.step += 1
+        state.tokens += tokens
+        state.seconds += self.step_seconds
+        state.flops += work
+        state.metrics = {k: v for k, v in state.metrics.items() if k.startswith("valid/")} | named_metrics(
             self.objective, dict(zip(means, torch.stack(list(means.values())).tolist(), strict=True))
         )
-        at.metrics |= {"norm": float(norm), "rate": self.rate * factor}
-        if at.in_a_row >= self.plan.max_bad_steps:
+        state.metrics |= {"norm": float(norm), "rate": self.lr * factor}
+        if state.in_a_row >= self.config.max_bad_steps:
             raise UserError(
-                f"{at.in_a_row} steps in a row, the last of them step {at.step}, gave a loss or a gradient that is not "
-                f"finite; lower optimizer.lr (now {self.rate:g}) or lengthen schedule.warmup_ratio, and begin anew"
+                f"{state.in_a_row} steps in a row, the last of them step {state.step}, gave a loss or a gradient that is not "
+                f"finite; lower optimizer.lr (now {self.lr:g}) or increase schedule.warmup_ratio, and start a new run"
             )
-        return asked
+        return stop
 
     def _after(self, log: MetricsLog | None, stopping: bool) -> None:
-        """Rows, measurements, checkpoints."""
-        at, plan = self.at, self.plan
+        """Log, validate and save after a step."""
+        state, config = self.state, self.config
         last = self._passed >= 1
-        self._tell(log, last or stopping)
-        if last or stopping or _due(at.step, plan.eval_every) or _due(at.step, plan.save_every):
-            self._refuse_not_finite()
+        self._log_step(log, last or stopping)
+        if last or stopping or _due(state.step, config.eval_every) or _due(state.step, config.save_every):
+            self._check_finite_weights()
         self.score, better = None, False
-        if self.evaluate is not None and (last or _due(at.step, plan.eval_every)):
-            found = self._measure(self.evaluate)
-            self._refuse_not_finite_measure(found)
-            better = self._judge(found)
-            at.metrics = {k: v for k, v in at.metrics.items() if not k.startswith("valid/")}
-            at.metrics |= {f"valid/{name}": value for name, value in found.items()}
+        if self.evaluate is not None and (last or _due(state.step, config.eval_every)):
+            metrics = self._validate(self.evaluate)
+            self._check_finite_metrics(metrics)
+            better = self._update_best(metrics)
+            state.metrics = {k: v for k, v in state.metrics.items() if not k.startswith("valid/")}
+            state.metrics |= {f"valid/{name}": value for name, value in metrics.items()}
             if log is not None:
-                log.row("valid", at.step, at.seconds, at.tokens, found)
-            self.told.say(f"step {at.step}  held out: " + "  ".join(f"{k} {v:.4g}" for k, v in found.items()))
-        last = self._over
-        if last or stopping or _due(at.step, plan.save_every) or (better and plan.load_best_at_end):
+                log.row("valid", state.step, state.seconds, state.tokens, metrics)
+            self.reporter.say(
+                f"step {state.step}  validation: " + "  ".join(f"{k} {v:.4g}" for k, v in metrics.items())
+            )
+        last = self._finished
+        if last or stopping or _due(state.step, config.save_every) or (better and config.load_best_at_end):
             self._save()
         if stopping and not last:
             raise Interrupted(
-                f"stopped at step {at.step} and saved in {self.directory}; run the same command again to go on"
+                f"stopped at step {state.step} and saved in {self.directory}; run the same command again to resume"
             )
 
-    def _refuse_not_finite(self) -> None:
-        """Raise a UserError where the weights are not finite, or the run ends on a loss that is not: neither is saved.
+    def _check_finite_weights(self) -> None:
+        """Raise a UserError if the weights are not finite, or if the run ends on a loss that is not, before they are saved.
 
-        The weights are the same on all ranks, and so is the verdict. It reads 16 GB/s, at saves, measurements and bad steps.
+        The weights are the same on all ranks, and so is the result. The check reads 16 GB/s, at saves, validations and bad steps.
         """
-        at = self.at
+        state = self.state
         name = training_state.not_finite(self.model)
-        advice = f"lower optimizer.lr (now {self.rate:g}) or lengthen schedule.warmup_ratio, and begin anew"
+        advice = f"lower optimizer.lr (now {self.lr:g}) or increase schedule.warmup_ratio, and start a new run"
         if name:
             raise UserError(
-                f"step {at.step}: the optimizer has made the weight {name!r} infinite or NaN, so this model is not saved; "
+                f"step {state.step}: the optimizer has made the weight {name!r} infinite or NaN, so the model is not saved; "
                 f"{advice}"
             )
-        if at.in_a_row and self._passed >= 1:
+        if state.in_a_row and self._passed >= 1:
             raise UserError(
-                f"the run ends at step {at.step} on a loss or a gradient that is not finite ({at.in_a_row} in a row), so this "
+                f"the run ends at step {state.step} on a loss or a gradient that is not finite ({state.in_a_row} in a row), so this "
                 f"model is not saved; {advice}"
             )
 
-    def _refuse_not_finite_measure(self, found: Mapping[str, float]) -> None:
-        """Raise a UserError where a held-out measurement is NaN or a loss infinite, though the weights are finite.
+    def _check_finite_metrics(self, metrics: Mapping[str, float]) -> None:
+        """Raise a UserError if a validation metric is NaN or a validation loss infinite, though the weights are finite.
 
-        Another measure may be infinite: the exponential of a large finite loss is.
+        Other metrics may be infinite: the exponential of a large finite loss is.
         """
         losses = ("loss", "bits_per_byte")
-        names = [k for k, v in found.items() if math.isnan(v) or (k.startswith(losses) and math.isinf(v))]
+        names = [k for k, v in metrics.items() if math.isnan(v) or (k.startswith(losses) and math.isinf(v))]
         if names:
             raise UserError(
-                f"step {self.at.step}: the held-out {names[0]} is {found[names[0]]}, while all weights are finite, so "
-                "this model is not saved: check the held-out records for numbers too large for the model, set "
-                f"precision=fp32 if it is bf16, or lower optimizer.lr (now {self.rate:g}) and begin anew"
+                f"step {self.state.step}: the validation {names[0]} is {metrics[names[0]]}, while all weights are finite, so "
+                "the model is not saved: check the validation records for numbers too large for the model, set "
+                f"precision=fp32 if it is bf16, or lower optimizer.lr (now {self.lr:g}) and start a new run"
             )
 
-    def _judge(self, found: Mapping[str, float]) -> bool:
-        """Whether a measurement is a new best; its score, of which less is better."""
-        if self.plan.best_metric not in found:
-            if self.plan.load_best_at_end:
+    def _update_best(self, metrics: Mapping[str, float]) -> bool:
+        """Update the best score, and return whether these metrics are a new best."""
+        if self.config.best_metric not in metrics:
+            if self.config.load_best_at_end:
                 raise UserError(
-                    f"evaluation.best_metric={self.plan.best_metric} is not among the held-out measurements: there is {', '.join(found)}"
+                    f"evaluation.best_metric={self.config.best_metric} is not among the validation metrics: {', '.join(metrics)}"
                 )
             return False
-        value = found[self.plan.best_metric]
-        self.score = value if self.plan.best_metric.startswith(LESS_IS_BETTER) else -value
-        better = self.at.best is None or self.score < self.at.best
-        self.at.best = self.score if better else self.at.best
-        self.at.stale = 0 if better else self.at.stale + 1
+        value = metrics[self.config.best_metric]
+        self.score = value if self.config.best_metric.startswith(LOWER_IS_BETTER) else -value
+        better = self.state.best is None or self.score < self.state.best
+        self.state.best = self.score if better else self.state.best
+        self.state.stale = 0 if better else self.state.stale + 1
         return better
 
-    def _tell_drawn(self, log: MetricsLog | None, drawn: Mapping[str, float]) -> None:
-        """A row of what the model wrote, under the step that first learns from it: a resumed run writes it once.
+    def _log_rollouts(self, log: MetricsLog | None, metrics: Mapping[str, float]) -> None:
+        """Log the metrics of rollouts under the step that first trains on them, so that a resumed run logs them once.
 
-        A source names first what matters most, and that much is said aloud.
+        A source lists the most important metrics first; the first five are reported.
         """
-        at = self.at
+        state = self.state
         if log is not None:
-            log.row("rollouts", at.step + 1, at.seconds, at.tokens, drawn)
-        known = [f"{name} {value:.4g}" for name, value in drawn.items() if math.isfinite(value)]
-        self.told.say(f"step {at.step}  drawn: " + "  ".join(known[:5]))
+            log.row("rollouts", state.step + 1, state.seconds, state.tokens, metrics)
+        finite = [f"{name} {value:.4g}" for name, value in metrics.items() if math.isfinite(value)]
+        self.reporter.say(f"step {state.step}  rollouts: " + "  ".join(finite[:5]))
 
-    def _tell(self, log: MetricsLog | None, now: bool) -> None:
-        at = self.at
-        if not now and not _due(at.step, self.plan.log_every):
+    def _log_step(self, log: MetricsLog | None, force: bool) -> None:
+        """Log the metrics of a step and report progress, if it is due or forced."""
+        state = self.state
+        if not force and not _due(state.step, self.config.log_every):
             return
-        seconds, tokens, flops_ = self.marked
-        spent = max(at.seconds - seconds, 1e-9)
-        speed, work = (at.tokens - tokens) / spent, (at.flops - flops_) / spent
-        self.marked = (at.seconds, at.tokens, at.flops)
-        own = {k: v for k, v in at.metrics.items() if not k.startswith("valid/")}
-        own |= {"tokens_per_second": round(speed, 1), "flops_per_second": round(work)}
-        own |= {"flops": at.flops, "skipped": at.skipped}
+        seconds, tokens, flops_ = self.last_logged
+        elapsed = max(state.seconds - seconds, 1e-9)
+        speed, work = (state.tokens - tokens) / elapsed, (state.flops - flops_) / elapsed
+        self.last_logged = (state.seconds, state.tokens, state.flops)
+        row = {k: v for k, v in state.metrics.items() if not k.startswith("valid/")}
+        row |= {"tokens_per_second": round(speed, 1), "flops_per_second": round(work)}
+        row |= {"flops": state.flops, "skipped": state.skipped}
         if log is not None:
-            log.row("train", at.step, at.seconds, at.tokens, own)
+            log.row("train", state.step, state.seconds, state.tokens, row)
         passed = self._passed
-        steps = f"/{self.length.max_steps}" if self.length.max_steps else ""
-        left = clock(at.seconds * (1 - passed) / passed)
-        self.told.progress(
+        steps = f"/{self.budget.max_steps}" if self.budget.max_steps else ""
+        left = clock(state.seconds * (1 - passed) / passed)
+        self.reporter.progress(
             passed,
-            f"step {at.step}{steps}  loss {own['loss']:.4f}  {short(speed)} tokens/s  {short(work)}FLOP/s  {left} left"
-            + (f"  {at.skipped} skipped" if at.skipped else ""),
+            f"step {state.step}{steps}  loss {row['loss']:.4f}  {short(speed)} tokens/s  {short(work)}FLOP/s  {left} left"
+            + (f"  {state.skipped} skipped" if state.skipped else ""),
         )
 
-    def _measure(self, evaluate: Evaluate) -> dict[str, float]:
-        """Looking must not change what is looked at: mode and random state are put back. Same precision."""
+    def _validate(self, evaluate: Evaluate) -> dict[str, float]:
+        """Return the validation metrics, in the same precision; mode and random state are restored."""
         self.model.eval()
         devices = [self.device] if self.device.type == "cuda" else []
         with torch.no_grad(), torch.random.fork_rng(devices), self.casts():
-            found = evaluate(self.model, self.at.step)
+            metrics = evaluate(self.model, self.state.step)
         self.model.train(self.objective.dropout)
-        return found
+        return metrics
 
     def _save(self) -> None:
         training_state.save(
-            self.directory, self.at, self.model, self.mover, self.batches.source, self.ranks,
-            recipe=self.recipe, keep=self.plan.keep, score=self.score,
+            self.directory, self.state, self.model, self.optimizer, self.batches.source, self.ranks,
+            recipe=self.recipe, keep=self.config.keep, score=self.score,
         )  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""What a run remembers between two steps: all of it, so that going on equals never having stopped."""
+"""The complete state of a run between two steps, so that a resumed run equals an uninterrupted one."""
 
 from __future__ import annotations
 
@@ -24,8 +24,20 @@ if TYPE_CHECKING:
 
 @dataclass
 class TrainingState:
-    """How far a run is. flops: counted work behind. skipped: steps without a finite gradient, `in_a_row` just now. best: the
-    best held-out score so far, less being better; stale: how many measurements ago it was."""
+    """Progress of a run.
+
+    Args:
+        precision: Precision of the forward and backward pass.
+        step: Optimizer steps so far.
+        tokens: Tokens read so far, without padding.
+        seconds: Training time so far.
+        flops: Counted work so far.
+        skipped: Steps without a finite gradient so far.
+        in_a_row: The number of such steps in a row just now.
+        best: The best validation score so far, lower being better.
+        stale: Validations since then.
+        metrics: The last metrics.
+    """
 
     precision: Literal["fp32", "bf16"]
     step: int = 0
@@ -40,14 +52,14 @@ class TrainingState:
 
 
 def weights(model: nn.Module) -> dict[str, Tensor]:
-    """What training changes: trained parameters and lasting buffers by name, a tied one once."""
-    lasting = model.state_dict()
-    named = {name: p for name, p in model.named_parameters() if p.requires_grad} | dict(model.named_buffers())
-    return {name: x for name, x in named.items() if name in lasting}
+    """Return what training changes: trained parameters and persistent buffers by name, a tied parameter once."""
+    persistent = model.state_dict()
+    tensors = {name: p for name, p in model.named_parameters() if p.requires_grad} | dict(model.named_buffers())
+    return {name: x for name, x in tensors.items() if name in persistent}
 
 
 def not_finite(model: nn.Module) -> str:
-    """Return the name of the first trained weight or buffer that holds a NaN or an infinity, "" where there is none."""
+    """Return the name of the first trained weight or buffer that holds a NaN or an infinity, or ""."""
     for name, x in weights(model).items():
         if x.is_floating_point() and x.numel() and not torch.stack(torch.aminmax(x.detach())).isfinite().all():
             return name
@@ -55,7 +67,7 @@ def not_finite(model: nn.Module) -> str:
 
 
 def frozen(model: nn.Module) -> dict[str, Tensor]:
-    """The SHA-256 of all weights that training leaves as they are, as 32 bytes; nothing where there are none."""
+    """Return the SHA-256 of all frozen weights as 32 bytes; empty without frozen weights."""
     digest, count = hashlib.sha256(), 0
     for name, p in model.named_parameters():
         if not p.requires_grad:
@@ -66,7 +78,7 @@ def frozen(model: nn.Module) -> dict[str, Tensor]:
 
 
 def layout(ranks: Ranks, device: torch.device) -> dict[str, Any]:
-    """What must be the same for two runs to agree bit for bit."""
+    """Return what must be the same for two runs to be bitwise equal."""
     return {
         "world": ranks.world, "device": device.type, "threads": torch.get_num_threads(),
         "torch": torch.__version__, "machine": platform.machine(),
@@ -74,16 +86,28 @@ def layout(ranks: Ranks, device: torch.device) -> dict[str, Any]:
 
 
 def save(
-    run: Path, progress: TrainingState, model: nn.Module, mover: Optimizer, source: Source, ranks: Ranks, *,
+    run: Path, progress: TrainingState, model: nn.Module, optimizer: Optimizer, source: Source, ranks: Ranks, *,
     recipe: str, keep: int, score: float | None,
 ) -> None:  # fmt: skip
-    """Write a checkpoint on rank 0; every rank calls it, for the random states are each rank's own."""
+    """Write a checkpoint on rank 0. Every rank calls this, since each has its own random states.
+
+    Args:
+        run: The run directory.
+        progress: The progress of the run.
+        model: The model.
+        optimizer: The optimizer.
+        source: The data source.
+        ranks: The process group.
+        recipe: The hash of the recipe.
+        keep: Recent checkpoints to keep.
+        score: Validation score at this step; lower is better.
+    """
     device = next(model.parameters()).device
     random = {name: [base64.b64encode(bytes(row.tolist())).decode() for row in ranks.gather(x.to(device)).cpu()]
               for name, x in _random_states(device).items()}  # fmt: skip
     if ranks.first:
         files = {
-            "model": weights(model), "optimizer": mover.state(),
+            "model": weights(model), "optimizer": optimizer.state(),
             "source": {name: torch.as_tensor(x) for name, x in source.state().items()}, "frozen": frozen(model),
         }  # fmt: skip
         state = asdict(progress) | {"random": random}
@@ -92,39 +116,50 @@ def save(
     ranks.wait()
 
 
-def restore(saved: Checkpoint, model: nn.Module, mover: Optimizer, source: Source, ranks: Ranks) -> TrainingState:
-    """Put everything back where it was. Raises UserError when the checkpoint belongs to another model."""
-    take(saved, model)
-    mover.restore(saved.files.get("optimizer", {}))
+def restore(saved: Checkpoint, model: nn.Module, optimizer: Optimizer, source: Source, ranks: Ranks) -> TrainingState:
+    """Restore model, optimizer, source and random states from a checkpoint and return the progress.
+
+    Raises:
+        UserError: The checkpoint belongs to another model.
+    """
+    load_weights(saved, model)
+    optimizer.restore(saved.files.get("optimizer", {}))
     source.restore({name: x.clone().numpy() for name, x in saved.files.get("source", {}).items()})
     state = dict(saved.state)
     random = state.pop("random")
     device = next(model.parameters()).device
     if len(random["cpu"]) == ranks.world:
-        mine = {name: list(base64.b64decode(rows[ranks.rank])) for name, rows in random.items()}
-        _restore_random({name: torch.tensor(row, dtype=torch.uint8) for name, row in mine.items()}, device)
+        states = {name: list(base64.b64decode(rows[ranks.rank])) for name, rows in random.items()}
+        _restore_random({name: torch.tensor(row, dtype=torch.uint8) for name, row in states.items()}, device)
     return TrainingState(**state)
 
 
-def take(saved: Checkpoint, model: nn.Module) -> None:
-    """Put the weights back alone. Raises UserError when the checkpoint belongs to another model."""
-    ours, theirs = weights(model), saved.files["model"]
-    for name in sorted(ours.keys() ^ theirs.keys()):
-        raise UserError(f"{saved.path}: the weight {name!r} is on one side only; this is a checkpoint of another model")
-    here, there = frozen(model), saved.files.get("frozen", {})
-    if here.keys() != there.keys() or any(not torch.equal(x, there[name]) for name, x in here.items()):
+def load_weights(saved: Checkpoint, model: nn.Module) -> None:
+    """Load only the weights of a checkpoint.
+
+    Raises:
+        UserError: The checkpoint belongs to another model.
+    """
+    current, stored = weights(model), saved.files["model"]
+    for name in sorted(current.keys() ^ stored.keys()):
+        where = "model" if name in current else "checkpoint"
         raise UserError(
-            f"{saved.path}: it holds what was trained and not the frozen weights, and those that the run starts from now are "
-            "others: put the same start back, or begin anew in another directory"
+            f"{saved.path}: the weight {name!r} is only in the {where}; this is a checkpoint of another model"
+        )
+    digest, stored_digest = frozen(model), saved.files.get("frozen", {})
+    if digest.keys() != stored_digest.keys() or any(not torch.equal(x, stored_digest[k]) for k, x in digest.items()):
+        raise UserError(
+            f"{saved.path}: the checkpoint has no frozen weights, and those of this run (init_from) are not the ones that it "
+            "was trained with: restore the same init_from, or start a new run in another directory"
         )
     with torch.no_grad():
-        for name, x in ours.items():
-            if x.shape != theirs[name].shape:
+        for name, x in current.items():
+            if x.shape != stored[name].shape:
                 raise UserError(
-                    f"{saved.path}: the weight {name!r} has shape {list(theirs[name].shape)} there and "
-                    f"{list(x.shape)} here; this is a checkpoint of another model"
+                    f"{saved.path}: the weight {name!r} has shape {list(stored[name].shape)} in the checkpoint and "
+                    f"{list(x.shape)} in the model; this is a checkpoint of another model"
                 )
-            x.copy_(theirs[name])
+            x.copy_(stored[name])
 
 
 def _random_states(device: torch.device) -> dict[str, Tensor]:

@@ -1,4 +1,4 @@
-"""The loss on text that is not trained on: each term's mean over everything asked, and bits per byte of text.
+"""Validation: the mean of each loss term and metric over all labels, and bits per byte of text.
 
 Bits per byte do not depend on the tokenizer, so runs with different vocabularies can be compared:
 
@@ -31,14 +31,22 @@ def validate(
     reduce: Reduce = no_reduce,
     watch: Callable[[Outputs, Batch], None] | None = None,
 ) -> dict[str, float]:
-    """Score `batches` without learning: `Batches.once()` for every held-out example, always seen in the same way.
+    """Compute validation metrics.
 
-    bytes_per_target: bytes of text for each token that the objective asks (the store's bytes / its tokens, if every
-    token is asked); adds "bits_per_byte". watch: is shown the outputs of every batch.
-    Returns "loss", "loss/TERM" if there are several, and the measures.
+    Args:
+        model: The model; its training mode is restored.
+        objective: Its loss and metrics.
+        batches: `Batches.all_batches()` has every example once, with the same randomness in every call.
+        bytes_per_target: Bytes of text per label (bytes / tokens of the token store if every token is a label); if it is not
+            0, "bits_per_byte" is added.
+        reduce: Sums a tensor over all ranks.
+        watch: Called with the outputs of every batch.
+
+    Returns:
+        "loss", "loss/TERM" if there are several terms, and the metrics.
     """
     device = next(model.parameters()).device
-    was = model.training
+    training = model.training
     sums: dict[str, float] = {}
     counts: dict[str, float] = {}
     model.eval()
@@ -51,26 +59,26 @@ def validate(
             watch(outputs, batch)
         for term, value in terms.items():
             sums[term] = sums.get(term, 0.0) + float(value)
-    model.train(was)
+    model.train(training)
     names = sorted(objective.labels | objective.metrics)
-    own = torch.tensor([[d.get(t, 0.0) for t in names] for d in (sums, counts)], dtype=torch.float64)
-    total = reduce(own.to(device) if device.type == "cuda" else own).tolist()
+    local = torch.tensor([[d.get(t, 0.0) for t in names] for d in (sums, counts)], dtype=torch.float64)
+    total = reduce(local.to(device) if device.type == "cuda" else local).tolist()
     means = {t: s / max(n, 1.0) for t, s, n in zip(names, *total, strict=True)}
-    found = named(objective, means)
+    metrics = named_metrics(objective, means)
     if bytes_per_target:
-        found["bits_per_byte"] = found["loss"] / math.log(2) / bytes_per_target
-    return found
+        metrics["bits_per_byte"] = metrics["loss"] / math.log(2) / bytes_per_target
+    return metrics
 
 
-def named(objective: Objective, means: Mapping[str, float]) -> dict[str, float]:
-    """As metrics.jsonl names them: the terms' sum as "loss", each as "loss/TERM" if there are several, measures, ratios."""
-    targets = [t for t in means if t in objective.labels]
-    parts = {f"loss/{t}": means[t] for t in targets} if len(targets) > 1 else {}
+def named_metrics(objective: Objective, means: Mapping[str, float]) -> dict[str, float]:
+    """Return means by their name in metrics.jsonl: "loss", the sum of the terms, "loss/TERM" if there are several, metrics, ratios."""
+    terms = [t for t in means if t in objective.labels]
+    by_term = {f"loss/{t}": means[t] for t in terms} if len(terms) > 1 else {}
     rest = {t: v for t, v in means.items() if t not in objective.labels}
-    rest |= {t: means[over] / means[under] for t, (over, under) in objective.metric_ratios.items() if means[under]}
-    return {"loss": sum(means[t] for t in targets)} | parts | rest
+    rest |= {t: means[top] / means[bottom] for t, (top, bottom) in objective.metric_ratios.items() if means[bottom]}
+    return {"loss": sum(means[t] for t in terms)} | by_term | rest
 
 
 def to(batch: Batch, device: torch.device) -> Batch:
-    """The batch on a device."""
+    """Move a batch to a device."""
     return {name: x.to(device, non_blocking=True) for name, x in batch.items()}

@@ -1,4 +1,4 @@
-"""The tasks that `evaluate` knows by name, and which of them a model answers unasked."""
+"""Evaluation tasks by name, and the default task of a model."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from firth.corpora.readers import first_record
 from firth.data.conversations import comparison, messages_of
 from firth.evaluate.task import EvaluatedModel, Task
 from firth.evaluate.tasks.classification import CLASSIFICATION
-from firth.evaluate.tasks.comparisons import PREFERENCES
-from firth.evaluate.tasks.generation import GENERATION, writes_answers
+from firth.evaluate.tasks.generation import GENERATION, can_generate
 from firth.evaluate.tasks.multiple_choice import MULTIPLE_CHOICE
 from firth.evaluate.tasks.option_scoring import OPTION_SCORING
+from firth.evaluate.tasks.preferences import PREFERENCES
 from firth.evaluate.tasks.question_answering import QUESTION_ANSWERING
 from firth.evaluate.tasks.regression import REGRESSION
 from firth.evaluate.tasks.text_generation import SUMMARIZATION, TRANSLATION
@@ -39,46 +39,46 @@ DEFAULTS = {
     "classes": CLASSIFICATION.name, "score": REGRESSION.name, "choice": MULTIPLE_CHOICE.name, "tags": TOKEN_CLASSIFICATION.name,
     "span": QUESTION_ANSWERING.name, "reward": PREFERENCES.name, "lm": "likelihood",
 }  # fmt: skip
-"""Part of a model -> the task that it is there for, in the order in which they are looked for."""
+"""Head of a model -> its default task, in order of precedence."""
 
-WRITTEN = "seq2seq"
-"""The objective of a run that writes answers."""
+GENERATIVE_OBJECTIVE = "seq2seq"
+"""Objective of a run whose default task is generation."""
 
 
-def default(evaluated: EvaluatedModel) -> str:
-    """The task that a model was trained for, by its run's objective and by its parts; empty where there is none."""
-    if "lm" in evaluated.model.heads and evaluated.objective.get("kind") == WRITTEN:
+def default_task(evaluated: EvaluatedModel) -> str:
+    """Return the task that a model was trained for, by the objective of its run and by its heads; empty if there is none."""
+    if "lm" in evaluated.model.heads and evaluated.objective.get("kind") == GENERATIVE_OBJECTIVE:
         return GENERATION.name
-    return next((name for part, name in DEFAULTS.items() if part in evaluated.model.heads), "")
+    return next((name for head, name in DEFAULTS.items() if head in evaluated.model.heads), "")
 
 
 def default_for(evaluated: EvaluatedModel, paths: Sequence[str]) -> str:
-    """Return the default task of a model for files: "answers" in place of "likelihood" where they hold dialogues.
+    """Return the default task of a model for files: "generation" in place of "likelihood" if they hold dialogues.
 
     Args:
-        subject: The model.
+        evaluated: The model.
         paths: Files or directories, of text or of records.
 
     Raises:
         UserError: The files hold dialogues and the model was not trained on any, or they hold preferences.
     """
-    name = default(evaluated)
-    found = first_record(paths) if name == "likelihood" and writes_answers(evaluated) else None
+    name = default_task(evaluated)
+    found = first_record(paths) if name == "likelihood" and can_generate(evaluated) else None
     if found is None or "text" in found[1]:
         return name
-    place, record = found
-    fields = f"{place}: this record has {', '.join(record)} and no `text`, whose likelihood is measured without --task"
-    if _is_shaped(comparison, record):
-        raise UserError(f"{fields}: choose --task objective for a run of dpo, or evaluate a run of reward")
-    if not _is_shaped(messages_of, record):
+    location, record = found
+    fields = f"{location}: this record has {', '.join(record)} but no `text`, which the default task (likelihood) needs"
+    if _is_readable(comparison, record):
+        raise UserError(f"{fields}: use --task objective for a run of dpo, or evaluate a run of reward_model")
+    if not _is_readable(messages_of, record):
         return name
     if not evaluated.is_chat_model:
-        raise UserError(f"{fields}: choose --task answers to score what the model writes to each prompt")
+        raise UserError(f"{fields}: use --task generation to score the model's completions of the prompts")
     return GENERATION.name
 
 
-def _is_shaped(reader: Callable[[Mapping[str, Any]], object], record: Mapping[str, Any]) -> bool:
-    """Whether a record has the shape that a reader wants."""
+def _is_readable(reader: Callable[[Mapping[str, Any]], object], record: Mapping[str, Any]) -> bool:
+    """Return whether a reader accepts a record."""
     try:
         reader(record)
     except UserError:

@@ -1,13 +1,13 @@
-"""Answers: the model writes, greedily, and what it wrote is compared with what is right (closed-book questions, SQuAD).
+"""Generation: greedy completions of prompts, compared with the gold answers (closed-book question answering).
 
-Records are those of dialogues and of text to text ({"prompt", "completion"}, {"messages"}, ...), read as in finetuning, with the
-forms of the run's recipe; a line of text is a prompt, or the one field of which the recipe's form makes one.
+Records are those of dialogues and seq2seq ({"prompt", "completion"}, {"messages"}, ...), read as in finetuning with the
+templates of the run's recipe. A line of text is a prompt, or the only field of the recipe's prompt template.
 
-    encoder-decoders               the prompt goes to the encoder
-    decoders, tuned on dialogues   the tokenizer's chat template writes the prompt, and the answer ends with its turn
-    other decoders                 the prompt is running text, and the answer ends with its line
+    encoder-decoders               the prompt is the input of the encoder
+    decoders tuned on dialogues    the chat template renders the prompt, and the answer ends with its turn
+    other decoders                 the prompt is plain text, and the answer ends with its line
 
-Exact match and F1 are SQuAD's, after its normalization, as is the score of the commonest right answer alone.
+Exact match and F1 are SQuAD's, after its normalization, as is the score of the majority baseline.
 """
 
 from __future__ import annotations
@@ -24,85 +24,94 @@ from firth.data.text_prompts import TextPrompts
 from firth.evaluate import metrics
 from firth.evaluate.prediction_inputs import InputSchema
 from firth.evaluate.task import Answers, EvaluatedModel, Progress, Task
-from firth.evaluate.text_perplexity import leading, reads_of
+from firth.evaluate.text_perplexity import leading_bos, scoring_mode
 from firth.generate.engine import Engine
 from firth.generate.sampling import Sampling
 from firth.generate.streaming import Completion
 from firth.types import UserError
 
-AT_ONCE = 256
-LONGEST = 64
-"""Tokens: how long an answer is waited for, at least; a longer right answer is given its own length."""
-LONGEST_TURN = 256
-"""Tokens: how long the answer of a decoder is waited for where no right answer is known."""
+PROMPTS_PER_CALL = 256
+MIN_NEW_TOKENS = 64
+"""Token limit of a completion; a longer gold answer raises it to its own length."""
+MAX_CHAT_TOKENS = 256
+"""Token limit of a decoder's completion where no gold answer is known."""
 
 
-def source(evaluated: EvaluatedModel, paths: Sequence[str], asked: bool = True) -> Seq2SeqRecords:
-    """The questions of the files, as the model reads them; UserError for a model that does not write."""
+def load(evaluated: EvaluatedModel, paths: Sequence[str], labeled: bool = True) -> Seq2SeqRecords:
+    """Load prompts as the model reads them; UserError for a model that does not generate text."""
     config = evaluated.model.config
-    if not writes_answers(evaluated):
+    if not can_generate(evaluated):
         raise UserError(
-            f"{evaluated.directory}: this model does not write answers: finetune one that does (firth train sft, or "
+            f"{evaluated.directory}: this model does not generate text: finetune one that does (firth train sft or "
             "text_to_text)"
         )
     if config.num_encoder_layers:
-        kind = Seq2SeqRecords if asked else CompletionPrompts
-        return kind(paths, evaluated.tokenizer, evaluated.context, forms=forms(evaluated))
-    bos, _ = (None, False) if config.prefix_lm else leading(evaluated.model_directory, evaluated.tokenizer)
+        kind = Seq2SeqRecords if labeled else CompletionPrompts
+        return kind(paths, evaluated.tokenizer, evaluated.context, forms=templates(evaluated))
+    bos, _ = (None, False) if config.prefix_lm else leading_bos(evaluated.model_directory, evaluated.tokenizer)
     return TextPrompts(
-        paths, evaluated.tokenizer, evaluated.model.context, forms=forms(evaluated), dialogue=evaluated.is_chat_model,
-        begin=() if bos is None else (bos,), answered=asked,
+        paths, evaluated.tokenizer, evaluated.model.context, forms=templates(evaluated), dialogue=evaluated.is_chat_model,
+        begin=() if bos is None else (bos,), answered=labeled,
     )  # fmt: skip
 
 
-def writes_answers(evaluated: EvaluatedModel) -> bool:
-    """Whether a model writes from left to right, behind a prompt."""
+def can_generate(evaluated: EvaluatedModel) -> bool:
+    """Return whether a model generates text from left to right after a prompt."""
     config = evaluated.model.config
-    return evaluated.model.has_lm_head and not config.latent_size and reads_of(config) != "masked"
+    return evaluated.model.has_lm_head and not config.latent_size and scoring_mode(config) != "masked"
 
 
-def forms(evaluated: EvaluatedModel) -> tuple[str, str]:
-    """How a prompt and an answer are made of a record's fields, as the run's recipe says."""
+def templates(evaluated: EvaluatedModel) -> tuple[str, str]:
+    """Return the prompt and completion templates of the run's recipe; empty where it has none."""
     return evaluated.examples.get("prompt_template", ""), evaluated.examples.get("completion_template", "")
 
 
 def completions(
-    evaluated: EvaluatedModel, items: Seq2SeqRecords, longest: int, progress: Progress
+    evaluated: EvaluatedModel, items: Seq2SeqRecords, max_tokens: int, progress: Progress
 ) -> Iterator[Completion]:
-    """What the model writes to each prompt, greedily and of at most `longest` tokens; nothing where there is no room."""
+    """Yield the greedy completion of each prompt.
+
+    Args:
+        evaluated: The model.
+        items: The prompts.
+        max_tokens: Most tokens of a completion.
+        progress: Called with the share done, 0 to 1.
+    """
     engine = Engine(evaluated.model, evaluated.tokenizer)
-    running = not evaluated.model.config.num_encoder_layers and not evaluated.is_chat_model
+    plain = not evaluated.model.config.num_encoder_layers and not evaluated.is_chat_model
     greedy = Sampling(
-        temperature=0, max_new_tokens=min(longest, evaluated.model.context), stop_strings=("\n",) if running else ()
+        temperature=0, max_new_tokens=min(max_tokens, evaluated.model.context), stop_strings=("\n",) if plain else ()
     )
-    for first in range(0, len(items), AT_ONCE):
-        some = [items[i]["source"] for i in range(first, min(first + AT_ONCE, len(items)))]
-        written = iter(engine.generate([prompt for prompt in some if engine.room(prompt)], greedy))
-        yield from (next(written) if engine.room(prompt) else NOTHING for prompt in some)
-        progress(min(first + AT_ONCE, len(items)) / len(items))
+    for first in range(0, len(items), PROMPTS_PER_CALL):
+        prompts = [items[i]["source"] for i in range(first, min(first + PROMPTS_PER_CALL, len(items)))]
+        generated = iter(engine.generate([prompt for prompt in prompts if engine.room(prompt)], greedy))
+        yield from (next(generated) if engine.room(prompt) else NO_ROOM for prompt in prompts)
+        progress(min(first + PROMPTS_PER_CALL, len(items)) / len(items))
 
 
-NOTHING = Completion(np.zeros(0, np.int32), np.zeros(0, np.float32), "", "context")
-"""The answer to a prompt that leaves no room for one."""
+NO_ROOM = Completion(np.zeros(0, np.int32), np.zeros(0, np.float32), "", "context")
+"""Completion of a prompt that fills the context."""
 
 
-def answer(evaluated: EvaluatedModel, items: Seq2SeqRecords, progress: Progress, longest: int = LONGEST) -> Answers:
-    """What is right and what the model writes, as text."""
+def respond(
+    evaluated: EvaluatedModel, items: Seq2SeqRecords, progress: Progress, max_tokens: int = MIN_NEW_TOKENS
+) -> Answers:
+    """Return the gold answers and the completions as text."""
     targets = [items[i]["target"] for i in range(len(items))]
-    longest = max(longest, *(len(target) + 1 for target in targets))
-    right = [evaluated.tokenizer.decode(target) for target in targets]
-    return right, [written.text.strip() for written in completions(evaluated, items, longest, progress)]
+    max_tokens = max(max_tokens, *(len(target) + 1 for target in targets))
+    gold = [evaluated.tokenizer.decode(target) for target in targets]
+    return gold, [completion.text.strip() for completion in completions(evaluated, items, max_tokens, progress)]
 
 
-def wanted(evaluated: EvaluatedModel) -> InputSchema:
-    """A prompt, or the fields of which the form of one is made."""
-    form, _ = forms(evaluated)
-    fields = field_names(form) if form else ["prompt"]
+def input_schema(evaluated: EvaluatedModel) -> InputSchema:
+    """Return the schema of a prompt, or of the fields of the prompt template."""
+    template, _ = templates(evaluated)
+    fields = field_names(template) if template else ["prompt"]
 
     def line(text: str) -> dict[str, Any]:
         if len(fields) != 1:
             raise UserError(
-                f"a prompt is made of {', '.join(fields) or 'no field'} here, so lines of text do not say which: give JSON lines"
+                f"the prompt template has the fields {', '.join(fields) or '(none)'}, which lines of text cannot give: give JSON lines"
             )
         return {fields[0]: text}
 
@@ -111,25 +120,28 @@ def wanted(evaluated: EvaluatedModel) -> InputSchema:
     )
 
 
-def tell(evaluated: EvaluatedModel, items: Seq2SeqRecords, progress: Progress) -> Iterator[dict[str, Any]]:
-    """{"answer", "probability": of its tokens together, "finish": "stop", or "length" or "context" where it was not at its end}."""
-    longest = LONGEST if evaluated.model.config.num_encoder_layers else LONGEST_TURN
-    for found in completions(evaluated, items, int(evaluated.examples.get("max_target_length", longest)), progress):
-        chance = round(float(np.exp(found.logprobs.sum(dtype=np.float64))), 6) if len(found.tokens) else 0.0
-        yield {"answer": found.text.strip(), "probability": chance, "finish": found.finish}
+def predict(evaluated: EvaluatedModel, items: Seq2SeqRecords, progress: Progress) -> Iterator[dict[str, Any]]:
+    """Yield {"answer", "probability", "finish"} for each prompt.
+
+    "probability" is the product over the tokens; "finish" is "stop", or "length" or "context" for a truncated answer.
+    """
+    default = MIN_NEW_TOKENS if evaluated.model.config.num_encoder_layers else MAX_CHAT_TOKENS
+    for found in completions(evaluated, items, int(evaluated.examples.get("max_target_length", default)), progress):
+        probability = round(float(np.exp(found.logprobs.sum(dtype=np.float64))), 6) if len(found.tokens) else 0.0
+        yield {"answer": found.text.strip(), "probability": probability, "finish": found.finish}
 
 
-def f1(right: Sequence[str], written: Sequence[str]) -> float:
-    """The mean of SQuAD's F1 over the words of each answer."""
-    return metrics.mean([metrics.squad([text], one)[1] for text, one in zip(right, written, strict=True)])
+def f1(gold: Sequence[str], texts: Sequence[str]) -> float:
+    """Return the mean of SQuAD's word F1 over the answers."""
+    return metrics.mean([metrics.squad([answer], text)[1] for answer, text in zip(gold, texts, strict=True)])
 
 
 GENERATION = Task(
-    "answers",
-    source,
-    answer,
+    "generation",
+    load,
+    respond,
     {"exact_match": metrics.exact_match, "f1": f1},
     majority_baseline=True,
-    predict=tell,
-    input_schema=wanted,
+    predict=predict,
+    input_schema=input_schema,
 )

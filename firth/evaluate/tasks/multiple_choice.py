@@ -1,4 +1,4 @@
-"""Multiple choice through the head that a finetuned run has for it (`choices` asks a model that writes, by likelihood)."""
+"""Multiple choice with the head of a finetuned run; `option_scoring` is the task for a generative model without one."""
 
 from __future__ import annotations
 
@@ -9,52 +9,53 @@ import numpy as np
 
 from firth.data.labeled import MultipleChoiceRecords, OptionFields
 from firth.evaluate import metrics
-from firth.evaluate.heads import HeadOutput, readings, softmax
+from firth.evaluate.heads import HeadOutput, head_outputs, softmax
 from firth.evaluate.prediction_inputs import InputSchema
 from firth.evaluate.task import Answers, EvaluatedModel, Progress, Task, most_likely
-from firth.evaluate.tasks.classification import examples, needs, where
+from firth.evaluate.tasks.classification import check_head, examples, readout_position
 from firth.objectives.multiple_choice import MultipleChoice
 from firth.types import UserError
 
 
-def source(evaluated: EvaluatedModel, paths: Sequence[str], asked: bool = True) -> MultipleChoiceRecords:
-    """The questions of the files, read with the fields and the length of the run's recipe if it has one."""
-    needs(evaluated, "choice", "choices", "multiple_choice")
+def load(evaluated: EvaluatedModel, paths: Sequence[str], labeled: bool = True) -> MultipleChoiceRecords:
+    """Load questions with the fields and the maximum length of the run's recipe, if it has one."""
+    check_head(evaluated, "choice", "choices", "multiple_choice")
     return MultipleChoiceRecords(
-        paths, evaluated.tokenizer, evaluated.context, OptionFields.of(evaluated.examples), asked=asked
+        paths, evaluated.tokenizer, evaluated.context, OptionFields.of(evaluated.examples), labeled=labeled
     )
 
 
 def read(evaluated: EvaluatedModel, items: MultipleChoiceRecords, progress: Progress) -> Iterator[HeadOutput]:
-    """What the head says of each question's options."""
-    objective = MultipleChoice(max_options=items.most, position="last" if where(evaluated) == "last" else "first")
-    return readings(evaluated.model, objective, "choice", examples(items, progress), evaluated.vocab)
+    """Yield the label and the option scores of each question."""
+    last = readout_position(evaluated) == "last"
+    objective = MultipleChoice(max_options=items.most, position="last" if last else "first")
+    return head_outputs(evaluated.model, objective, "choice", examples(items, progress), evaluated.vocab)
 
 
-def answer(evaluated: EvaluatedModel, items: MultipleChoiceRecords, progress: Progress) -> Answers:
-    """The place of the right option and of the one with the highest score, as text; "" for a tie."""
-    places = [str(place) for place in range(items.most)]
+def respond(evaluated: EvaluatedModel, items: MultipleChoiceRecords, progress: Progress) -> Answers:
+    """Return the index of the gold option and of the one with the highest score, as text; "" for a tie."""
+    indices = [str(index) for index in range(items.most)]
     found = list(read(evaluated, items, progress))
-    return [str(int(right)) for right, _ in found], [most_likely(places, scores.tolist()) for _, scores in found]
+    return [str(int(label)) for label, _ in found], [most_likely(indices, scores.tolist()) for _, scores in found]
 
 
-def wanted(evaluated: EvaluatedModel) -> InputSchema:
-    """A text and its options: more than a line holds."""
-    told = OptionFields.of(evaluated.examples)
+def input_schema(evaluated: EvaluatedModel) -> InputSchema:
+    """Return the schema of a text and its options; a line of text cannot hold both."""
+    fields = OptionFields.of(evaluated.examples)
 
     def line(text: str) -> dict[str, Any]:
-        raise UserError("this task reads a text and its options, so lines of text are not enough: give JSON lines")
+        raise UserError("this task reads a text and its options, which lines of text cannot give: give JSON lines")
 
     return InputSchema(
-        told.text_field,
+        fields.text_field,
         line,
-        lambda record: [record.get(name) for name in (told.text_field, *told.option_fields)],
-        told.column_names,
+        lambda record: [record.get(name) for name in (fields.text_field, *fields.option_fields)],
+        fields.column_names,
     )
 
 
-def tell(evaluated: EvaluatedModel, items: MultipleChoiceRecords, progress: Progress) -> Iterator[dict[str, Any]]:
-    """{"choice": the place from 0, "probability", "probabilities": one for each option}."""
+def predict(evaluated: EvaluatedModel, items: MultipleChoiceRecords, progress: Progress) -> Iterator[dict[str, Any]]:
+    """Yield {"choice": index from 0, "probability", "probabilities": one per option} for each question."""
     for i, (_, scores) in enumerate(read(evaluated, items, progress)):
         shares = [round(float(share), 6) for share in softmax(scores)][: len(items[i]["options"])]
         best = int(np.argmax(shares))
@@ -63,10 +64,10 @@ def tell(evaluated: EvaluatedModel, items: MultipleChoiceRecords, progress: Prog
 
 MULTIPLE_CHOICE = Task(
     "multiple_choice",
-    source,
-    answer,
+    load,
+    respond,
     {"accuracy": metrics.accuracy},
     majority_baseline=True,
-    predict=tell,
-    input_schema=wanted,
+    predict=predict,
+    input_schema=input_schema,
 )

@@ -8,70 +8,70 @@ from typing import Any, Literal
 from firth.data.question_answering import QuestionRecords
 from firth.evaluate import metrics
 from firth.evaluate.answer_spans import by_question
-from firth.evaluate.heads import readings
+from firth.evaluate.heads import head_outputs
 from firth.evaluate.prediction_inputs import InputSchema
 from firth.evaluate.task import Answers, EvaluatedModel, Progress, Task
-from firth.evaluate.tasks.classification import examples, needs, where
+from firth.evaluate.tasks.classification import check_head, examples, readout_position
 from firth.objectives.extractive_qa import QuestionAnswering
 from firth.types import UserError
 
 
-def source(evaluated: EvaluatedModel, paths: Sequence[str], asked: bool = True) -> QuestionRecords:
-    """The questions of the files, read in the windows of the run's recipe if it has one."""
-    needs(evaluated, "span", "spans", "answer")
-    told = evaluated.examples
+def load(evaluated: EvaluatedModel, paths: Sequence[str], labeled: bool = True) -> QuestionRecords:
+    """Load questions in the windows of the run's recipe, if it has one."""
+    check_head(evaluated, "span", "spans", "question_answering")
+    settings = evaluated.examples
     return QuestionRecords(
-        paths, evaluated.tokenizer, evaluated.context, stride=told.get("doc_stride", 128), question=told.get("max_question_length", 64),
-        context=told.get("context_field", "context"), asked=asked, keep=True,
+        paths, evaluated.tokenizer, evaluated.context, stride=settings.get("doc_stride", 128),
+        question=settings.get("max_question_length", 64), context=settings.get("context_field", "context"), labeled=labeled, keep=True,
     )  # fmt: skip
 
 
 def read(evaluated: EvaluatedModel, items: QuestionRecords, progress: Progress) -> Iterator[dict[str, Any]]:
-    """The answer to each question: its text (empty: there is none), its place and how probable it is."""
-    at: Literal["first", "last"] = "last" if where(evaluated) == "last" else "first"
-    may_lack = evaluated.objective.get("has_unanswerable")
-    may_lack = items.unanswerable > 0 if may_lack is None else may_lack
-    found = readings(
-        evaluated.model, QuestionAnswering(position=at), "span", examples(items, progress), evaluated.vocab
+    """Yield the answer to each question: its text (empty for no answer), start and probability."""
+    position: Literal["first", "last"] = "last" if readout_position(evaluated) == "last" else "first"
+    has_unanswerable = evaluated.objective.get("has_unanswerable")
+    has_unanswerable = items.unanswerable > 0 if has_unanswerable is None else has_unanswerable
+    outputs = head_outputs(
+        evaluated.model, QuestionAnswering(position=position), "span", examples(items, progress), evaluated.vocab
     )
-    return by_question(items, (scores for _, scores in found), may_lack, at)
+    return by_question(items, (scores for _, scores in outputs), has_unanswerable, position)
 
 
-def answer(evaluated: EvaluatedModel, items: QuestionRecords, progress: Progress) -> Answers:
-    """Exact match and F1 of each question."""
-    return compared(items, read(evaluated, items, progress))
+def respond(evaluated: EvaluatedModel, items: QuestionRecords, progress: Progress) -> Answers:
+    """Return exact match and F1 of each question."""
+    return score_answers(items, read(evaluated, items, progress))
 
 
-def compared(items: QuestionRecords, told: Iterator[dict[str, Any]]) -> Answers:
-    """`answer`, of what was told of each question."""
-    right = (items.asked_of(number).right for number in range(items.questions))
-    pairs = [metrics.squad(texts, one["answer"]) for texts, one in zip(right, told, strict=True)]
+def score_answers(items: QuestionRecords, answers: Iterator[dict[str, Any]]) -> Answers:
+    """Return exact match and F1 of given answers, one per question."""
+    gold = (items.question_of(number).right for number in range(items.questions))
+    pairs = [metrics.squad(texts, one["answer"]) for texts, one in zip(gold, answers, strict=True)]
     return [exact for exact, _ in pairs], [f1 for _, f1 in pairs]
 
 
-def wanted(evaluated: EvaluatedModel) -> InputSchema:
-    """A question and its passage: more than a line holds."""
+def input_schema(evaluated: EvaluatedModel) -> InputSchema:
+    """Return the schema of a question and its passage; a line of text cannot hold both."""
     context = evaluated.examples.get("context_field", "context")
 
     def line(text: str) -> dict[str, Any]:
         raise UserError(
-            "this task reads a question and its passage, so lines of text are not enough: give JSON lines, or SQuAD's JSON"
+            "this task reads a question and its passage, which lines of text cannot give: give JSON lines or SQuAD's JSON"
         )
 
-    def says(record: dict[str, Any]) -> Sequence[Any]:
+    def texts(record: dict[str, Any]) -> Sequence[Any]:
         return [record.get(context), record.get("question")]
 
-    return InputSchema("question", line, says, passages=True)
+    return InputSchema("question", line, texts, passages=True)
 
 
-def tell(evaluated: EvaluatedModel, items: QuestionRecords, progress: Progress) -> Iterator[dict[str, Any]]:
-    """{"answer": empty where there is none, "start": its character, "probability": of its two ends in their window}."""
-    for told in read(evaluated, items, progress):
-        yield told | {"probability": round(told["probability"], 6)}
+def predict(evaluated: EvaluatedModel, items: QuestionRecords, progress: Progress) -> Iterator[dict[str, Any]]:
+    """Yield {"answer": empty for no answer, "start": character, "probability": in its window} for each question."""
+    for answer in read(evaluated, items, progress):
+        yield answer | {"probability": round(answer["probability"], 6)}
 
 
 QUESTION_ANSWERING = Task(
-    "spans", source, answer,
-    {"exact_match": lambda exact, f1: metrics.mean(exact), "f1": lambda exact, f1: metrics.mean(f1)}, predict=tell,
-    input_schema=wanted,
+    "question_answering", load, respond,
+    {"exact_match": lambda exact, f1: metrics.mean(exact), "f1": lambda exact, f1: metrics.mean(f1)}, predict=predict,
+    input_schema=input_schema,
 )  # fmt: skip

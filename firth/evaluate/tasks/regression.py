@@ -1,6 +1,6 @@
-"""Regression: records with a number through the head that a finetuned run has for it; STS-B's two correlations.
+"""Regression of labeled records with the head of a finetuned run, scored by the two correlations of STS-B.
 
-The head of an exported model tells numbers in the units of the data, so nothing is to be undone here.
+The head of an exported model predicts in the units of the data, so its outputs need no rescaling.
 """
 
 from __future__ import annotations
@@ -10,38 +10,40 @@ from typing import Any
 
 from firth.data.labeled import ScoredTexts, TextFields
 from firth.evaluate import metrics
-from firth.evaluate.heads import HeadOutput, readings
+from firth.evaluate.heads import HeadOutput, head_outputs
 from firth.evaluate.task import Answers, EvaluatedModel, Progress, Task
-from firth.evaluate.tasks.classification import examples, needs, texts, where
+from firth.evaluate.tasks.classification import check_head, examples, input_schema, readout_position
 from firth.objectives.regression import Regression
 
 
-def source(evaluated: EvaluatedModel, paths: Sequence[str], asked: bool = True) -> ScoredTexts:
-    """The records of the files, read with the fields and the length of the run's recipe if it has one."""
-    needs(evaluated, "score", "numbers", "regression")
-    return ScoredTexts(paths, evaluated.tokenizer, evaluated.context, TextFields.of(evaluated.examples), asked=asked)
+def load(evaluated: EvaluatedModel, paths: Sequence[str], labeled: bool = True) -> ScoredTexts:
+    """Load records with the fields and the maximum length of the run's recipe, if it has one."""
+    check_head(evaluated, "score", "numbers", "regression")
+    return ScoredTexts(
+        paths, evaluated.tokenizer, evaluated.context, TextFields.of(evaluated.examples), labeled=labeled
+    )
 
 
 def read(evaluated: EvaluatedModel, items: ScoredTexts, progress: Progress) -> Iterator[HeadOutput]:
-    """What the head says of each text."""
-    objective = Regression(position=where(evaluated), mean=0.0, std=1.0)
-    return readings(evaluated.model, objective, "score", examples(items, progress), evaluated.vocab)
+    """Yield the label and the prediction of each text."""
+    objective = Regression(position=readout_position(evaluated), mean=0.0, std=1.0)
+    return head_outputs(evaluated.model, objective, "score", examples(items, progress), evaluated.vocab)
 
 
-def answer(evaluated: EvaluatedModel, items: ScoredTexts, progress: Progress) -> Answers:
-    """The number that the records have and the one that the head tells."""
+def respond(evaluated: EvaluatedModel, items: ScoredTexts, progress: Progress) -> Answers:
+    """Return the labels and the predictions."""
     found = list(read(evaluated, items, progress))
     return items.scores.tolist(), [float(scores[0]) for _, scores in found]
 
 
-def tell(evaluated: EvaluatedModel, items: ScoredTexts, progress: Progress) -> Iterator[dict[str, Any]]:
-    """{"score"}."""
+def predict(evaluated: EvaluatedModel, items: ScoredTexts, progress: Progress) -> Iterator[dict[str, Any]]:
+    """Yield {"score"} for each text."""
     for _, scores in read(evaluated, items, progress):
         yield {"score": round(float(scores[0]), 6)}
 
 
 REGRESSION = Task(
-    "regression", source, answer,
-    {"pearson": metrics.pearson, "spearman": metrics.spearman, "rmse": metrics.root_mean_square}, predict=tell,
-    input_schema=texts,
+    "regression", load, respond,
+    {"pearson": metrics.pearson, "spearman": metrics.spearman, "rmse": metrics.root_mean_square}, predict=predict,
+    input_schema=input_schema,
 )  # fmt: skip

@@ -1,6 +1,6 @@
-"""Translations and summaries: the model writes, greedily, and what it wrote is laid beside what is right.
+"""Translation and summarization: greedy completions scored against references by BLEU and ROUGE.
 
-Records are read and asked as `answers` does, with the forms of the run's recipe ("translate to French: {en}").
+Records are read and prompted as in the task `generation`, with the templates of the run's recipe ("translate to French: {en}").
 """
 
 from __future__ import annotations
@@ -8,27 +8,29 @@ from __future__ import annotations
 from firth.data.records import Seq2SeqRecords
 from firth.evaluate import metrics, overlap_metrics
 from firth.evaluate.task import Answers, EvaluatedModel, Progress, Task
-from firth.evaluate.tasks.generation import answer, source, tell, wanted
+from firth.evaluate.tasks.generation import input_schema, load, predict, respond
 
-LONGEST = 200
-"""Tokens: the longest text that is waited for."""
-
-
-def translated(evaluated: EvaluatedModel, items: Seq2SeqRecords, progress: Progress) -> Answers:
-    """Counts of n-grams, text by text."""
-    overlap_metrics.library("sacrebleu", "sacrebleu")  # before an hour of writing
-    return tuple(overlap_metrics.bleu_counts(*answer(evaluated, items, progress, LONGEST)))
+MAX_NEW_TOKENS = 200
+"""Token limit of a completion; a longer reference raises it to its own length."""
 
 
-def summarised(evaluated: EvaluatedModel, items: Seq2SeqRecords, progress: Progress) -> Answers:
-    """ROUGE, text by text."""
+def translate(evaluated: EvaluatedModel, items: Seq2SeqRecords, progress: Progress) -> Answers:
+    """Return the n-gram counts of each text for BLEU."""
+    overlap_metrics.library("sacrebleu", "sacrebleu")  # fail before a long generation
+    return tuple(overlap_metrics.bleu_counts(*respond(evaluated, items, progress, MAX_NEW_TOKENS)))
+
+
+def summarize(evaluated: EvaluatedModel, items: Seq2SeqRecords, progress: Progress) -> Answers:
+    """Return the ROUGE scores of each text."""
     overlap_metrics.library("rouge_score.rouge_scorer", "rouge-score")
-    return tuple(overlap_metrics.rouge_scores(*answer(evaluated, items, progress, LONGEST)))
+    return tuple(overlap_metrics.rouge_scores(*respond(evaluated, items, progress, MAX_NEW_TOKENS)))
 
 
-TRANSLATION = Task("translation", source, translated, {"bleu": overlap_metrics.bleu}, predict=tell, input_schema=wanted)
+TRANSLATION = Task(
+    "translation", load, translate, {"bleu": overlap_metrics.bleu}, predict=predict, input_schema=input_schema
+)
 SUMMARIZATION = Task(
-    "summaries", source, summarised,
+    "summarization", load, summarize,
     {name: lambda *columns, at=at: metrics.mean(columns[at]) for at, name in enumerate(overlap_metrics.ROUGE)},
-    predict=tell, input_schema=wanted,
+    predict=predict, input_schema=input_schema,
 )  # fmt: skip

@@ -1,4 +1,4 @@
-"""Published families of models: their config files and tensor names, to ours and back."""
+"""Published model families: conversion of their config files and tensor names to firth's and back."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ FAMILIES: dict[str, Family] = {
         nanochat.FAMILY, modernbert.FAMILY, xlnet.FAMILY, mpnet.FAMILY, marian.FAMILY,
     )
 }  # fmt: skip
-"""`model_type` of a config.json -> the family."""
+"""`model_type` in config.json -> family."""
 
 
 def families_of(config: ModelConfig) -> list[Family]:
-    """The families that express a shape exactly: a body of BERT's is also one of ELECTRA's."""
+    """Return the families that support a config exactly; there may be several, such as BERT and ELECTRA."""
     return [family for family in FAMILIES.values() if family.supports(config)]
 
 
 def family_of(config: ModelConfig) -> Family | None:
-    """The first of them, or None."""
+    """Return the first family that supports a config, or None."""
     return next(iter(families_of(config)), None)

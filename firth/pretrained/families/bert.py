@@ -1,7 +1,7 @@
-"""BERT (Devlin 2018): post-norm, learned positions, two segments, GELU, a transform before the tied head.
+"""BERT (Devlin 2018): post-norm, learned positions, two token types, GELU, a transform before the tied LM head.
 
-SpanBERT (Joshi 2020) is published in this format too, with segments of one kind only; its span boundary objective has
-no place there and stays a part of ours. MiniLM and most encoders of sentences are BERTs of other sizes.
+SpanBERT (Joshi 2020) is published in this format too; transformers has no class for the head of its span boundary
+objective, which is saved under firth's names. MiniLM and most sentence encoders are BERTs of other sizes.
 """
 
 from __future__ import annotations
@@ -13,90 +13,120 @@ from torch import nn
 
 from firth.model.config import ModelConfig
 from firth.model.heads import linear, pooled
-from firth.pretrained.families.family import Family, HeadSpec, WeightMapping, activation, both, check_supported
+from firth.pretrained.families.family import (
+    Family,
+    HeadSpec,
+    WeightMapping,
+    activation,
+    check_supported,
+    module_mappings,
+)
 from firth.types import UserError
 
 ACTIVATIONS = {"gelu": "gelu", "gelu_new": "gelu_tanh", "relu": "relu", "silu": "silu"}
 
 
-def config(model_config: ModelConfig) -> dict[str, Any]:
+def to_hf_config(config: ModelConfig) -> dict[str, Any]:
     theirs = {ours: name for name, ours in ACTIVATIONS.items()}
     return {
-        "vocab_size": model_config.vocab_size, "hidden_size": model_config.hidden_size, "num_hidden_layers": model_config.num_layers,
-        "num_attention_heads": model_config.num_heads, "intermediate_size": model_config.intermediate_size,
-        "hidden_act": theirs.get(model_config.activation, model_config.activation), "hidden_dropout_prob": model_config.dropout,
-        "attention_probs_dropout_prob": model_config.dropout, "max_position_embeddings": model_config.max_positions,
-        "type_vocab_size": model_config.type_vocab_size, "layer_norm_eps": model_config.norm_eps, "initializer_range": 0.02,
-        "tie_word_embeddings": model_config.tie_embeddings,
+        "vocab_size": config.vocab_size, "hidden_size": config.hidden_size, "num_hidden_layers": config.num_layers,
+        "num_attention_heads": config.num_heads, "intermediate_size": config.intermediate_size,
+        "hidden_act": theirs.get(config.activation, config.activation), "hidden_dropout_prob": config.dropout,
+        "attention_probs_dropout_prob": config.dropout, "max_position_embeddings": config.max_positions,
+        "type_vocab_size": config.type_vocab_size, "layer_norm_eps": config.norm_eps, "initializer_range": 0.02,
+        "tie_word_embeddings": config.tie_embeddings,
     }  # fmt: skip
 
 
-def shape(config: dict[str, Any]) -> ModelConfig:
-    check_supported(config, {"is_decoder": False, "add_cross_attention": False, "position_embedding_type": "absolute"})
-    if not config["type_vocab_size"]:
-        raise UserError("config.json has type_vocab_size=0, and the code of its family adds the vector of a segment")
+def to_config(hf: dict[str, Any]) -> ModelConfig:
+    check_supported(hf, {"is_decoder": False, "add_cross_attention": False, "position_embedding_type": "absolute"})
+    if not hf["type_vocab_size"]:
+        raise UserError("config.json has type_vocab_size=0, but the code of its family adds token type embeddings")
     return ModelConfig(
-        vocab_size=config["vocab_size"], hidden_size=config["hidden_size"], num_layers=config["num_hidden_layers"],
-        num_heads=config["num_attention_heads"], intermediate_size=config["intermediate_size"],
+        vocab_size=hf["vocab_size"], hidden_size=hf["hidden_size"], num_layers=hf["num_hidden_layers"],
+        num_heads=hf["num_attention_heads"], intermediate_size=hf["intermediate_size"],
         causal=False,
-        max_positions=config["max_position_embeddings"], type_vocab_size=config["type_vocab_size"], norm_placement="post",
-        norm_eps=config.get("layer_norm_eps", 1e-12), embedding_norm=True,
-        activation=activation(config.get("hidden_act", "gelu"), ACTIVATIONS, "hidden_act"),  # type: ignore[arg-type]
-        dropout=config.get("hidden_dropout_prob", 0.1), lm_head="transform", lm_head_bias=True,
-        tie_embeddings=config.get("tie_word_embeddings", True),
+        max_positions=hf["max_position_embeddings"], type_vocab_size=hf["type_vocab_size"], norm_placement="post",
+        norm_eps=hf.get("layer_norm_eps", 1e-12), embedding_norm=True,
+        activation=activation(hf.get("hidden_act", "gelu"), ACTIVATIONS, "hidden_act"),  # type: ignore[arg-type]
+        dropout=hf.get("hidden_dropout_prob", 0.1), lm_head="transform", lm_head_bias=True,
+        tie_embeddings=hf.get("tie_word_embeddings", True),
     )  # fmt: skip
 
 
-def tables(prefix: str, unread: int = 0) -> list[WeightMapping]:
-    """The three tables and the norm behind them, as BERT's descendants name them too. unread: rows before position 0."""
+def embedding_mappings(prefix: str, unused_rows: int = 0) -> list[WeightMapping]:
+    """Return the mappings of the three embedding tables and their norm.
+
+    Args:
+        prefix: Prefix of the tensor names.
+        unused_rows: Rows before position 0 in the position table.
+    """
     embeddings = {"tokens": "word_embeddings", "token_types": "token_type_embeddings"}
-    out = both(embeddings, "", f"{prefix}embeddings.", bias=False)
-    out.append(WeightMapping(f"{prefix}embeddings.position_embeddings.weight", ("places.weight",), ignored=unread))
-    return out + both({"stack.embed_norm": "LayerNorm"}, "", f"{prefix}embeddings.", bias=True)
+    out = module_mappings(embeddings, "", f"{prefix}embeddings.", bias=False)
+    out.append(
+        WeightMapping(f"{prefix}embeddings.position_embeddings.weight", ("places.weight",), unused_rows=unused_rows)
+    )
+    return out + module_mappings({"stack.embed_norm": "LayerNorm"}, "", f"{prefix}embeddings.", bias=True)
 
 
-def layers(config: ModelConfig, prefix: str) -> list[WeightMapping]:
-    """The blocks."""
+def block_mappings(config: ModelConfig, prefix: str) -> list[WeightMapping]:
+    """Return the mappings of the blocks."""
     block = {
         "attention.q": "attention.self.query", "attention.k": "attention.self.key", "attention.v": "attention.self.value",
         "attention.o": "attention.output.dense", "attention_norm": "attention.output.LayerNorm",
         "mlp.up": "intermediate.dense", "mlp.down": "output.dense", "mlp_norm": "output.LayerNorm",
     }  # fmt: skip
     layer = f"{prefix}encoder.layer."
-    return [e for i in range(config.num_layers) for e in both(block, f"stack.blocks.{i}.", f"{layer}{i}.", bias=True)]
+    return [
+        e
+        for i in range(config.num_layers)
+        for e in module_mappings(block, f"stack.blocks.{i}.", f"{layer}{i}.", bias=True)
+    ]
 
 
-def entries(config: ModelConfig, head: bool) -> list[WeightMapping]:
-    out = tables("bert.") + layers(config, "bert.")
+def weight_mappings(config: ModelConfig, head: bool) -> list[WeightMapping]:
+    out = embedding_mappings("bert.") + block_mappings(config, "bert.")
     if head:
         transform = {"dense": "transform.dense", "norm": "transform.LayerNorm"}
-        out += both(transform, "heads.lm.", "cls.predictions.", bias=True)
+        out += module_mappings(transform, "heads.lm.", "cls.predictions.", bias=True)
         out.append(WeightMapping("cls.predictions.bias", ("heads.lm.bias",)))
-        # Untied, their decoder has an offset of its own too, and that is the one which is used: it comes last.
-        out += both({"": "decoder"}, "heads.lm", "cls.predictions.", bias=True) * (not config.tie_embeddings)
+        # An untied decoder has a bias of its own, which is the one that is used: it comes last.
+        out += module_mappings({"": "decoder"}, "heads.lm", "cls.predictions.", bias=True) * (not config.tie_embeddings)
     return out
 
 
-def pooler(config: ModelConfig, answers: int) -> nn.Module:
-    return pooled(config.hidden_size, answers)
+def pooled_head(config: ModelConfig, num_outputs: int) -> nn.Module:
+    """Return BERT's pooler (dense layer, tanh) with a linear layer."""
+    return pooled(config.hidden_size, num_outputs)
 
 
-def plain(config: ModelConfig, answers: int) -> nn.Module:
-    return linear(config.hidden_size, answers)
+def linear_head(config: ModelConfig, num_outputs: int) -> nn.Module:
+    """Return a linear layer."""
+    return linear(config.hidden_size, num_outputs)
 
 
-def tasks(
-    name: str, text: dict[str, str], option: dict[str, str], make: Callable[[ModelConfig, int], nn.Module] = pooler
+def task_heads(
+    name: str,
+    classification: dict[str, str],
+    choice: dict[str, str],
+    make: Callable[[ModelConfig, int], nn.Module] = pooled_head,
 ) -> tuple[HeadSpec, ...]:
-    """The classes for tasks that a family of encoders has. text, option: modules of the head that reads a text, or an option
-    of several -> theirs. With a single label theirs is a regression."""
-    reader = f"{name}ForSequenceClassification"
+    """Return the task classes of an encoder family.
+
+    Args:
+        name: Prefix of the class names.
+        classification: Modules of the sequence classification head -> modules of the class. With a single label the
+            class is a regression.
+        choice: The same for the multiple choice head.
+        make: Function (ModelConfig, number of outputs) -> either head.
+    """
+    class_name = f"{name}ForSequenceClassification"
     return (
-        HeadSpec(reader, "score", make, text, num_outputs=1),
-        HeadSpec(reader, "classes", make, text),
-        HeadSpec(f"{name}ForMultipleChoice", "choice", make, option, num_outputs=1),
-        HeadSpec(f"{name}ForTokenClassification", "tags", plain, {"": "classifier"}),
-        HeadSpec(f"{name}ForQuestionAnswering", "span", plain, {"": "qa_outputs"}, num_outputs=2),
+        HeadSpec(class_name, "score", make, classification, num_outputs=1),
+        HeadSpec(class_name, "classes", make, classification),
+        HeadSpec(f"{name}ForMultipleChoice", "choice", make, choice, num_outputs=1),
+        HeadSpec(f"{name}ForTokenClassification", "tags", linear_head, {"": "classifier"}),
+        HeadSpec(f"{name}ForQuestionAnswering", "span", linear_head, {"": "qa_outputs"}, num_outputs=2),
     )
 
 
@@ -104,13 +134,13 @@ POOLED = {"0": "bert.pooler.dense", "2": "classifier"}
 NEXT = {"0": "bert.pooler.dense", "2": "cls.seq_relationship"}
 
 FAMILY = Family(
-    "bert", ("BertForMaskedLM", "BertModel"), config, shape, entries, "bert.",
-    spare=r"position_ids$", tied=r"^cls\.predictions\.decoder\.",
-    unused=r"^bert\.pooler\.|^cls\.|^classifier\.|^qa_outputs\.",
+    "bert", ("BertForMaskedLM", "BertModel"), to_hf_config, to_config, weight_mappings, "bert.",
+    ignored_names=r"position_ids$", tied_names=r"^cls\.predictions\.decoder\.",
+    unused_heads=r"^bert\.pooler\.|^cls\.|^classifier\.|^qa_outputs\.",
     renames=(("LayerNorm.gamma", "LayerNorm.weight"), ("LayerNorm.beta", "LayerNorm.bias")),
     heads=(
-        HeadSpec("BertForPreTraining", "next", pooler, NEXT, num_outputs=2, lm=True),
-        HeadSpec("BertForNextSentencePrediction", "next", pooler, NEXT, num_outputs=2),
-        *tasks("Bert", POOLED, POOLED),
+        HeadSpec("BertForPreTraining", "next", pooled_head, NEXT, num_outputs=2, lm=True),
+        HeadSpec("BertForNextSentencePrediction", "next", pooled_head, NEXT, num_outputs=2),
+        *task_heads("Bert", POOLED, POOLED),
     ),
 )  # fmt: skip

@@ -1,8 +1,8 @@
-"""What a published family is: its `config.json` to a `Shape` and back, and its tensor names to ours and back.
+"""Conversion between a published model family and firth: config fields and tensor names, in both directions.
 
-A family expresses a shape exactly when the shape survives the way there and back, so no second list of conditions
-can drift from the first. Tensors: each of theirs is one of ours, or several of ours stacked by rows (GPT-2's
-`c_attn`, ModernBERT's `Wqkv` and `Wi`), perhaps transposed (GPT-2's Conv1D).
+A family supports a `ModelConfig` exactly when the config survives the round trip through the family's `config.json`, so
+there is no second list of conditions to keep in sync. A tensor of the family is one firth tensor, or several stacked by
+rows (GPT-2's `c_attn`, ModernBERT's `Wqkv` and `Wi`), possibly transposed (GPT-2's Conv1D).
 """
 
 from __future__ import annotations
@@ -23,61 +23,79 @@ Scaling = Literal["none", "linear", "llama3"]
 
 @dataclass(frozen=True)
 class WeightMapping:
-    """theirs = cat(ours, dim 0), transposed if so. `sizes`: rows of each of ours, needed only where several are stacked.
+    """One tensor of a family and the firth tensors it is made of: hf = cat(ours, dim 0), optionally transposed.
 
-    unread: rows in front of theirs that their model never reads (BART's and MPNet's positions): written as zeros, left out
-    when read. folded: the shape that the result has with us, and the one it has with them, where those differ.
+    Args:
+        hf_name: Name of the tensor in transformers.
+        names: Names of the firth tensors, in the order of the rows.
+        sizes: Rows of each firth tensor; needed only if there are several.
+        transposed: Whether the family stores the transpose.
+        unused_rows: Leading rows that the family's model never reads (position tables of BART and MPNet). They are
+            written as zeros and dropped on load.
+        shapes: Shape of the tensor in firth and in the family, where those differ.
     """
 
     hf_name: str
-    name: tuple[str, ...]
+    names: tuple[str, ...]
     sizes: tuple[int, ...] = ()
     transposed: bool = False
-    ignored: int = 0
-    merged: tuple[tuple[int, ...], tuple[int, ...]] = ((), ())
+    unused_rows: int = 0
+    shapes: tuple[tuple[int, ...], tuple[int, ...]] = ((), ())
 
 
 @dataclass(frozen=True, eq=False)
 class HeadSpec:
-    """One of transformers' classes with a head besides, or in place of, the vocabulary's: BertForPreTraining.
+    """A transformers class with a task head, with or without the LM head, such as BertForPreTraining.
 
-    name: of the class. part: the name that our objectives give the head. make: (Shape, answers) -> the head.
-    maps: modules of the head -> theirs; "" is a head that is one module. answers: how many numbers it gives, 0 for one
-    per label. lm: whether the class has the vocabulary head too. prefix: what stands in front of the trunk's names in
-    this class, where that is not the family's prefix. says: what its config must say, field by field.
+    Args:
+        name: Name of the class.
+        head_name: Name that firth's objectives give the head.
+        make: Function (ModelConfig, number of outputs) -> the head.
+        module_names: Modules of the head -> modules of the class; "" if the head is a single module.
+        num_outputs: Output size of the head; 0 for one output per label.
+        lm: Whether the class has the LM head too.
+        prefix: Prefix of the transformer stack's tensors in this class, if it is not the family's.
+        required_config: Config fields with the only value that firth supports.
     """
 
     name: str
-    part: str
+    head_name: str
     make: Callable[[ModelConfig, int], nn.Module]
-    weights: dict[str, str]
+    module_names: dict[str, str]
     num_outputs: int = 0
     lm: bool = False
     prefix: str | None = None
-    hf_labels: tuple[tuple[str, Any], ...] = ()
+    required_config: tuple[tuple[str, Any], ...] = ()
 
-    def entries(self, config: ModelConfig, answers: int) -> list[WeightMapping]:
-        """The head's tensors; the last has a row for each answer."""
+    def weight_mappings(self, config: ModelConfig, num_outputs: int) -> list[WeightMapping]:
+        """Return the mappings of the head's tensors; the last tensor has one row per output."""
         with init_empty_weights():
-            names = list(self.make(config, answers).state_dict())
+            names = list(self.make(config, num_outputs).state_dict())
         out = []
         for name in names:
             module, _, kind = name.rpartition(".")
-            out.append(WeightMapping(f"{self.weights[module]}.{kind}", (f"heads.{self.part}.{name}",)))
+            out.append(WeightMapping(f"{self.module_names[module]}.{kind}", (f"heads.{self.head_name}.{name}",)))
         return out
 
 
 @dataclass(frozen=True, eq=False)
 class Family:
-    """name: `model_type` of the config. classes: transformers' class with and without the vocabulary head.
+    """A published model family.
 
-    config: Shape -> config.json without token ids. shape: config.json -> Shape (UserError if it asks for what a Shape
-    cannot say). entries: every tensor of the model. prefix: what files saved from the bare model leave out.
-    spare: pattern of names that a file may hold and that say nothing (buffers). tied: those of a tied matrix's second name.
-    unused: pattern of names of heads that a file may hold and that are left out, and told, where no class of ours has them
-    (BERT's pooler without the question it was trained for).
-    renames: old spelling -> new, applied to a file's names. headed: its classes that have further heads.
-    pad: the id that a tokenizer's padding must have, because their model counts positions by it (RoBERTa).
+    Args:
+        name: `model_type` in config.json.
+        classes: The transformers classes with and without the LM head.
+        to_hf_config: ModelConfig -> config.json, without token ids.
+        to_config: config.json -> ModelConfig. Raises UserError for settings that firth does not support.
+        weight_mappings: Function (ModelConfig, with LM head) -> mappings of every tensor of the model.
+        prefix: Prefix of the tensor names that files saved from the headless model lack.
+        ignored_names: Pattern of tensor names without information, such as buffers.
+        tied_names: Pattern of the second names of tied matrices.
+        unused_heads: Pattern of head tensors that are skipped and reported if none of the family's classes here has
+            them (BERT's pooler without next-sentence prediction).
+        renames: Old spelling -> new spelling, applied to the names in a file.
+        heads: The classes with task heads.
+        pad_token_id: The id that the tokenizer's padding must have because the model derives positions from it (RoBERTa).
     """
 
     name: str
@@ -86,15 +104,15 @@ class Family:
     to_config: Callable[[dict[str, Any]], ModelConfig]
     weight_mappings: Callable[[ModelConfig, bool], list[WeightMapping]]
     prefix: str
-    spare: str = r"$^"
-    tied: str = r"$^"
-    unused: str = r"$^"
+    ignored_names: str = r"$^"
+    tied_names: str = r"$^"
+    unused_heads: str = r"$^"
     renames: tuple[tuple[str, str], ...] = ()
     heads: tuple[HeadSpec, ...] = ()
-    pad: int | None = None
+    pad_token_id: int | None = None
 
     def supports(self, config: ModelConfig) -> bool:
-        """Whether this family's config says all that the shape says (how weights are initialised aside)."""
+        """Return whether the family's config.json can express a config, ignoring weight initialization."""
         try:
             back = self.to_config(self.to_hf_config(config))
         except UserError:
@@ -103,33 +121,41 @@ class Family:
 
 
 def to_hf(state: dict[str, Tensor], entries: Iterable[WeightMapping]) -> dict[str, Tensor]:
-    """Our tensors under the family's names."""
+    """Convert a firth state dict to the family's tensor names and layouts."""
     out = {}
     for entry in entries:
-        parts = [state[name] for name in entry.name]
-        whole = parts[0] if len(parts) == 1 else torch.cat(parts)
+        pieces = [state[name] for name in entry.names]
+        whole = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
         whole = whole.t() if entry.transposed else whole
-        if entry.ignored:
-            whole = torch.cat((whole.new_zeros(entry.ignored, *whole.shape[1:]), whole))
-        out[entry.hf_name] = (whole.reshape(entry.merged[1]) if entry.merged[1] else whole).contiguous()
+        if entry.unused_rows:
+            whole = torch.cat((whole.new_zeros(entry.unused_rows, *whole.shape[1:]), whole))
+        out[entry.hf_name] = (whole.reshape(entry.shapes[1]) if entry.shapes[1] else whole).contiguous()
     return out
 
 
 def without_prefix(family: Family, names: Iterable[str]) -> bool:
-    """Whether a file was saved from the trunk alone, without what its classes put in front of its names."""
-    prefixes = (family.prefix, *(headed.prefix for headed in family.heads if headed.prefix is not None))
+    """Return whether a file was saved from the headless model, whose tensor names lack the class's prefix."""
+    prefixes = (family.prefix, *(spec.prefix for spec in family.heads if spec.prefix is not None))
     return not any(name.startswith(prefixes) for name in names)
 
 
 def resolve_names(family: Family, names: Iterable[str], known: Container[str]) -> dict[str, str]:
-    """A file's names as the family's entries spell them -> as they stand in the file. known: all that entries speak of.
+    """Map the names in the family's weight mappings to the names in a file.
 
-    Mends old spellings, puts the family's prefix where a class has another, and in front of all where a file has none:
-    but not where that would hide what stands outside of it, such as a head.
+    Normalizes old spellings and the prefixes of other classes, and adds the family's prefix if the file has none, except
+    to names outside of it, such as a head's.
+
+    Args:
+        family: The family of the file.
+        names: Tensor names in the file.
+        known: All names in the family's weight mappings.
+
+    Raises:
+        UserError: If two names in the file mean the same tensor.
     """
     found = list(names)
-    others = [headed.prefix for headed in family.heads if headed.prefix is not None]
-    alone = without_prefix(family, found)
+    others = [spec.prefix for spec in family.heads if spec.prefix is not None]
+    headless = without_prefix(family, found)
     out: dict[str, str] = {}
     for name in found:
         new = name
@@ -138,7 +164,7 @@ def resolve_names(family: Family, names: Iterable[str], known: Container[str]) -
         for other in others:
             if new.startswith(other):
                 new = family.prefix + new.removeprefix(other)
-        new = family.prefix + new if alone and (family.prefix + new in known or new not in known) else new
+        new = family.prefix + new if headless and (family.prefix + new in known or new not in known) else new
         if new in out:
             raise UserError(f"a file holds {out[new]!r} and {name!r}, which are two names for one tensor")
         out[new] = name
@@ -146,89 +172,108 @@ def resolve_names(family: Family, names: Iterable[str], known: Container[str]) -
 
 
 def from_hf(state: Mapping[str, Tensor], entries: Iterable[WeightMapping]) -> dict[str, Tensor]:
-    """Tensors by their names, as the entries spell them, under our names. Those that are not there are left out.
+    """Convert the family's tensors to firth names and layouts, as views of the same memory.
 
-    They must be of the sizes that the entries expect, and are views of the file's own memory.
+    Tensors that are missing from `state` are skipped; the others must have the expected sizes.
     """
     out: dict[str, Tensor] = {}
     for entry in entries:
         if entry.hf_name not in state:
             continue
-        whole = state[entry.hf_name][entry.ignored :]
-        whole = whole.reshape(entry.merged[0]) if entry.merged[0] else whole
+        whole = state[entry.hf_name][entry.unused_rows :]
+        whole = whole.reshape(entry.shapes[0]) if entry.shapes[0] else whole
         whole = whole.t() if entry.transposed else whole
-        pieces = [whole] if len(entry.name) == 1 else whole.split(list(entry.sizes))
-        out |= dict(zip(entry.name, pieces, strict=True))
+        pieces = [whole] if len(entry.names) == 1 else whole.split(list(entry.sizes))
+        out |= dict(zip(entry.names, pieces, strict=True))
     return out
 
 
 def activation(given: str, names: dict[str, str], where: str) -> str:
-    """Our name of an activation of theirs."""
+    """Return firth's name of an activation; raise a UserError if there is none."""
     if given not in names:
-        raise UserError(f"config.json asks for {where}={given!r}; firth has {', '.join(names)}")
+        raise UserError(f"config.json has {where}={given!r}; firth supports {', '.join(names)}")
     return names[given]
 
 
-def check_supported(config: dict[str, Any], plain: dict[str, Any]) -> None:
-    """Raise a UserError for a field of a config that asks for what ours does not compute; null says nothing."""
-    for field, value in plain.items():
+def check_supported(config: dict[str, Any], supported: dict[str, Any]) -> None:
+    """Raise a UserError if a config field has a value other than the only one supported; null is accepted."""
+    for field, value in supported.items():
         if config.get(field, value) != value and config[field] is not None:
-            raise UserError(f"config.json asks for {field}={config[field]!r}; firth has {field}={value!r} only")
+            raise UserError(f"config.json has {field}={config[field]!r}; firth supports {field}={value!r} only")
 
 
 @dataclass(frozen=True)
 class RopeConfig:
-    """The rotary fields of a `Shape`, as a config says them."""
+    """Rotary position settings from a config.json; the fields of `ModelConfig` without `rope_`."""
 
     theta: float
     scaling: Scaling = "none"
     factor: float = 1.0
-    low: float = 1.0
-    high: float = 4.0
-    original: int = 8192
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_max_positions: int = 8192
 
 
 def rope(config: dict[str, Any], default: float, layers: str = "") -> RopeConfig:
-    """The rotary fields, as version 5 writes them (`rope_parameters`, perhaps by kind of layer) or version 4 did."""
-    said = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    said = said.get(layers) or said
-    kind = said.get("rope_type", said.get("type", "default"))
-    theta = float(said.get("rope_theta", config.get("rope_theta", default)))
+    """Read the rotary settings of a config.json.
+
+    Args:
+        config: The config, as transformers 5 writes it (`rope_parameters`, possibly by layer type) or transformers 4 did.
+        default: `rope_theta` where the config has none.
+        layers: Layer type to look up in `rope_parameters`.
+
+    Raises:
+        UserError: If the scaling type is not supported.
+    """
+    fields = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    fields = fields.get(layers) or fields
+    kind = fields.get("rope_type", fields.get("type", "default"))
+    theta = float(fields.get("rope_theta", config.get("rope_theta", default)))
     if kind == "default":
         return RopeConfig(theta)
     if kind == "linear":
-        return RopeConfig(theta, "linear", float(said["factor"]))
+        return RopeConfig(theta, "linear", float(fields["factor"]))
     if kind == "llama3":
-        low, high = float(said["low_freq_factor"]), float(said["high_freq_factor"])
-        return RopeConfig(theta, "llama3", float(said["factor"]), low, high, said["original_max_position_embeddings"])
+        low, high = float(fields["low_freq_factor"]), float(fields["high_freq_factor"])
+        return RopeConfig(
+            theta, "llama3", float(fields["factor"]), low, high, fields["original_max_position_embeddings"]
+        )
     raise UserError(
-        f"config.json asks for rotary positions of type {kind!r}; firth has the types default, linear and llama3"
+        f"config.json has rotary positions of type {kind!r}; firth supports the types default, linear and llama3"
     )
 
 
 def theta(config: dict[str, Any], default: float, layers: str = "") -> float:
-    """The rotary base, in families whose positions are not stretched."""
+    """Read the rotary base for a family without RoPE scaling."""
     found = rope(config, default, layers)
     if found.scaling != "none":
-        raise UserError(
-            f"config.json asks for rotary positions of type {found.scaling!r}; this family has default only"
-        )
+        raise UserError(f"config.json has rotary positions of type {found.scaling!r}; this family has default only")
     return found.theta
 
 
-def ropes(config: ModelConfig) -> dict[str, Any]:
-    """The rotary fields for versions 5 and 4."""
-    said: dict[str, Any] = {"rope_type": "default" if config.rope_scaling == "none" else config.rope_scaling}
+def rope_fields(config: ModelConfig) -> dict[str, Any]:
+    """Return the rotary fields of config.json, for both transformers 5 and 4."""
+    fields: dict[str, Any] = {"rope_type": "default" if config.rope_scaling == "none" else config.rope_scaling}
     if config.rope_scaling != "none":
-        said["factor"] = config.rope_factor
+        fields["factor"] = config.rope_factor
     if config.rope_scaling == "llama3":
-        said |= {"low_freq_factor": config.rope_low_freq_factor, "high_freq_factor": config.rope_high_freq_factor}
-        said["original_max_position_embeddings"] = config.rope_original_max_positions
-    old = {"rope_scaling": said} if config.rope_scaling != "none" else {}
-    return {"rope_parameters": said | {"rope_theta": config.rope_theta}, "rope_theta": config.rope_theta} | old
+        fields |= {"low_freq_factor": config.rope_low_freq_factor, "high_freq_factor": config.rope_high_freq_factor}
+        fields["original_max_position_embeddings"] = config.rope_original_max_positions
+    old = {"rope_scaling": fields} if config.rope_scaling != "none" else {}
+    return {"rope_parameters": fields | {"rope_theta": config.rope_theta}, "rope_theta": config.rope_theta} | old
 
 
-def both(pairs: dict[str, str], ours: str, theirs: str, bias: bool, weight: bool = True) -> list[WeightMapping]:
-    """Entries for modules that correspond one to one: their weight, and their bias where there is one."""
+def module_mappings(
+    pairs: dict[str, str], ours: str, theirs: str, bias: bool, weight: bool = True
+) -> list[WeightMapping]:
+    """Return the mappings of modules that correspond one to one.
+
+    Args:
+        pairs: Module names in firth -> in the family.
+        ours: Prefix of the firth names.
+        theirs: Prefix of the family's names.
+        bias: Whether the modules have a bias.
+        weight: Whether to include the weight.
+    """
     kinds = ["weight"] * weight + ["bias"] * bias
     return [WeightMapping(f"{theirs}{b}.{kind}", (f"{ours}{a}.{kind}",)) for a, b in pairs.items() for kind in kinds]

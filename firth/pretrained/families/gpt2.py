@@ -1,4 +1,4 @@
-"""GPT-2 (Radford 2019): pre-norm, learned positions, GELU (tanh form), a tied head."""
+"""GPT-2 (Radford 2019): pre-norm, learned positions, GELU (tanh approximation), a tied LM head."""
 
 from __future__ import annotations
 
@@ -9,79 +9,87 @@ from torch import nn
 from firth.model.config import ModelConfig
 from firth.model.heads import linear
 from firth.pretrained.families import bert
-from firth.pretrained.families.family import Family, HeadSpec, WeightMapping, activation, both, check_supported
+from firth.pretrained.families.family import (
+    Family,
+    HeadSpec,
+    WeightMapping,
+    activation,
+    check_supported,
+    module_mappings,
+)
 
 ACTIVATIONS = {"gelu_new": "gelu_tanh", "gelu": "gelu", "relu": "relu", "silu": "silu"}
 
 
-def config(model_config: ModelConfig) -> dict[str, Any]:
+def to_hf_config(config: ModelConfig) -> dict[str, Any]:
     theirs = {ours: name for name, ours in ACTIVATIONS.items()}
     return {
-        "vocab_size": model_config.vocab_size, "n_embd": model_config.hidden_size, "n_layer": model_config.num_layers, "n_head": model_config.num_heads,
-        "n_inner": model_config.intermediate_size, "n_positions": model_config.max_positions, "n_ctx": model_config.max_positions,
-        "activation_function": theirs.get(model_config.activation, model_config.activation), "resid_pdrop": model_config.dropout,
-        "embd_pdrop": model_config.dropout, "attn_pdrop": model_config.dropout, "layer_norm_epsilon": model_config.norm_eps,
-        "initializer_range": 0.02, "tie_word_embeddings": model_config.tie_embeddings,
+        "vocab_size": config.vocab_size, "n_embd": config.hidden_size, "n_layer": config.num_layers, "n_head": config.num_heads,
+        "n_inner": config.intermediate_size, "n_positions": config.max_positions, "n_ctx": config.max_positions,
+        "activation_function": theirs.get(config.activation, config.activation), "resid_pdrop": config.dropout,
+        "embd_pdrop": config.dropout, "attn_pdrop": config.dropout, "layer_norm_epsilon": config.norm_eps,
+        "initializer_range": 0.02, "tie_word_embeddings": config.tie_embeddings,
     }  # fmt: skip
 
 
-def shape(config: dict[str, Any]) -> ModelConfig:
-    plain = {"scale_attn_by_inverse_layer_idx": False, "add_cross_attention": False, "scale_attn_weights": True}
-    check_supported(config, plain)
-    act = activation(config.get("activation_function", "gelu_new"), ACTIVATIONS, "activation_function")
+def to_config(hf: dict[str, Any]) -> ModelConfig:
+    supported = {"scale_attn_by_inverse_layer_idx": False, "add_cross_attention": False, "scale_attn_weights": True}
+    check_supported(hf, supported)
+    act = activation(hf.get("activation_function", "gelu_new"), ACTIVATIONS, "activation_function")
     return ModelConfig(
-        vocab_size=config["vocab_size"], hidden_size=config["n_embd"], num_layers=config["n_layer"], num_heads=config["n_head"],
-        intermediate_size=config.get("n_inner") or 0, max_positions=config["n_positions"], activation=act,  # type: ignore[arg-type]
-        norm_eps=config.get("layer_norm_epsilon", 1e-5), dropout=config.get("resid_pdrop", 0.1),
-        tie_embeddings=config.get("tie_word_embeddings", True),
+        vocab_size=hf["vocab_size"], hidden_size=hf["n_embd"], num_layers=hf["n_layer"], num_heads=hf["n_head"],
+        intermediate_size=hf.get("n_inner") or 0, max_positions=hf["n_positions"], activation=act,  # type: ignore[arg-type]
+        norm_eps=hf.get("layer_norm_epsilon", 1e-5), dropout=hf.get("resid_pdrop", 0.1),
+        tie_embeddings=hf.get("tie_word_embeddings", True),
     )  # fmt: skip
 
 
-def entries(config: ModelConfig, head: bool) -> list[WeightMapping]:
-    out = both({"tokens": "wte", "places": "wpe"}, "", "transformer.", bias=False)
-    out += both({"stack.norm": "ln_f"}, "", "transformer.", bias=True)
+def weight_mappings(config: ModelConfig, head: bool) -> list[WeightMapping]:
+    out = module_mappings({"tokens": "wte", "places": "wpe"}, "", "transformer.", bias=False)
+    out += module_mappings({"stack.norm": "ln_f"}, "", "transformer.", bias=True)
     return (
         out
-        + blocks(config)
+        + block_mappings(config)
         + [WeightMapping("lm_head.weight", ("heads.lm.weight",))] * (head and not config.tie_embeddings)
     )
 
 
-def blocks(config: ModelConfig) -> list[WeightMapping]:
-    """The blocks, as GPT names them too."""
+def block_mappings(config: ModelConfig) -> list[WeightMapping]:
+    """Return the mappings of the blocks, which GPT shares."""
     out: list[WeightMapping] = []
     for i in range(config.num_layers):
         ours, theirs = f"stack.blocks.{i}.", f"transformer.h.{i}."
-        out += both({"attention_norm": "ln_1", "mlp_norm": "ln_2"}, ours, theirs, bias=True)
+        out += module_mappings({"attention_norm": "ln_1", "mlp_norm": "ln_2"}, ours, theirs, bias=True)
         for kind in ("weight", "bias"):
-            turned = kind == "weight"  # Conv1D stores (in, out)
+            transposed = kind == "weight"  # Conv1D stores (in, out)
             stacked = tuple(f"{ours}attention.{x}.{kind}" for x in "qkv")
-            out.append(WeightMapping(f"{theirs}attn.c_attn.{kind}", stacked, (config.hidden_size,) * 3, turned))
+            out.append(WeightMapping(f"{theirs}attn.c_attn.{kind}", stacked, (config.hidden_size,) * 3, transposed))
             for a, b in (("attention.o", "attn.c_proj"), ("mlp.up", "mlp.c_fc"), ("mlp.down", "mlp.c_proj")):
-                out.append(WeightMapping(f"{theirs}{b}.{kind}", (f"{ours}{a}.{kind}",), transposed=turned))
+                out.append(WeightMapping(f"{theirs}{b}.{kind}", (f"{ours}{a}.{kind}",), transposed=transposed))
     return out
 
 
-def score(config: ModelConfig, answers: int) -> nn.Module:
-    return linear(config.hidden_size, answers, bias=False)
+def score_head(config: ModelConfig, num_outputs: int) -> nn.Module:
+    """Return a linear layer without bias."""
+    return linear(config.hidden_size, num_outputs, bias=False)
 
 
-def scored(name: str) -> tuple[HeadSpec, ...]:
-    """The class of a decoder that judges a text at its last token: by one number a reward, by several the classes."""
-    judge = f"{name}ForSequenceClassification"
+def sequence_heads(name: str) -> tuple[HeadSpec, ...]:
+    """Return a decoder's sequence classification class, which reads the last token: a reward (one output) or classes."""
+    class_name = f"{name}ForSequenceClassification"
     return (
-        HeadSpec(judge, "reward", score, {"": "score"}, num_outputs=1),
-        HeadSpec(judge, "classes", score, {"": "score"}),
+        HeadSpec(class_name, "reward", score_head, {"": "score"}, num_outputs=1),
+        HeadSpec(class_name, "classes", score_head, {"": "score"}),
     )
 
 
 FAMILY = Family(
-    "gpt2", ("GPT2LMHeadModel", "GPT2Model"), config, shape, entries, "transformer.",
-    spare=r"attn\.bias$|attn\.masked_bias$", tied=r"^lm_head\.weight$",
-    unused=r"^lm_head\.|^score\.|^classifier\.|^qa_outputs\.|^multiple_choice_head\.",
+    "gpt2", ("GPT2LMHeadModel", "GPT2Model"), to_hf_config, to_config, weight_mappings, "transformer.",
+    ignored_names=r"attn\.bias$|attn\.masked_bias$", tied_names=r"^lm_head\.weight$",
+    unused_heads=r"^lm_head\.|^score\.|^classifier\.|^qa_outputs\.|^multiple_choice_head\.",
     heads=(
-        *scored("GPT2"),
-        HeadSpec("GPT2ForTokenClassification", "tags", bert.plain, {"": "classifier"}),
-        HeadSpec("GPT2ForQuestionAnswering", "span", bert.plain, {"": "qa_outputs"}, num_outputs=2),
+        *sequence_heads("GPT2"),
+        HeadSpec("GPT2ForTokenClassification", "tags", bert.linear_head, {"": "classifier"}),
+        HeadSpec("GPT2ForQuestionAnswering", "span", bert.linear_head, {"": "qa_outputs"}, num_outputs=2),
     ),
 )  # fmt: skip

@@ -1,18 +1,18 @@
-"""Which of transformers' classes a model or a file is of: its trunk, with the vocabulary head, with a task's head.
+"""Match models and files to transformers classes by their heads.
 
-    BertModel                         the trunk
-    BertForMaskedLM                   and parts {"lm"}
-    BertForPreTraining                and parts {"lm", "next"}
-    BertForSequenceClassification     and parts {"classes"}, of BERT's own form: a pooler, tanh, a linear map
+    BertModel                         the transformer stack
+    BertForMaskedLM                   with heads {"lm"}
+    BertForPreTraining                with heads {"lm", "next"}
+    BertForSequenceClassification     with heads {"classes"}, if it is BERT's: a pooler, tanh, a linear layer
 
-A model is of the class that says most of its parts; what that leaves is saved as `heads.*`, which others ignore. A file
-is of the class that its config names, or of one with more parts whose tensors are all there (released BERTs call
-themselves BertForMaskedLM and hold the other head too). A file that names no class is judged by its tensors.
+A model is exported as the class that covers most of its heads; the remaining heads are saved as `heads.*`, which other
+libraries ignore. A file has the class that its config names, or one with more heads if all of their tensors are present
+(released BERTs name BertForMaskedLM and contain the other head too). Without a named class, the tensors decide.
 
 >>> from firth.pretrained.families.bert import FAMILY
 >>> from firth.model.presets import PRESETS
 >>> linear = {"kind": "linear", "in": 768, "out": 9, "bias": True}
->>> of_model([FAMILY], PRESETS["bert-base"], {"tags": linear}).name
+>>> form_of_model([FAMILY], PRESETS["bert-base"], {"tags": linear}).name
 'BertForTokenClassification'
 """
 
@@ -32,164 +32,205 @@ from firth.pretrained.families.family import Family, HeadSpec, WeightMapping
 from firth.types import UserError
 
 
-def head_of(families: Iterable[Family], part: str, config: ModelConfig, answers: int) -> nn.Module | None:
-    """The head by which transformers' class for a task reads a trunk of this shape; None where no family has such a class."""
-    found = (headed for family in families for headed in family.heads if headed.part == part)
-    headed = next(found, None)
-    return None if headed is None else headed.make(config, headed.num_outputs or answers)
+def head_of(families: Iterable[Family], head_name: str, config: ModelConfig, num_outputs: int) -> nn.Module | None:
+    """Return the head of the transformers class for a task, or None if no family has such a class.
+
+    Args:
+        families: The families that support the config.
+        head_name: firth's name of the head.
+        config: Config of the model.
+        num_outputs: Number of outputs, unless the class fixes it.
+    """
+    found = (spec for family in families for spec in family.heads if spec.head_name == head_name)
+    spec = next(found, None)
+    return None if spec is None else spec.make(config, spec.num_outputs or num_outputs)
 
 
 @dataclass(frozen=True)
 class ExportForm:
-    """A class of a family: with the vocabulary head or without, with another head that gives so many answers or without."""
+    """A transformers class of a family, with the size of its head.
+
+    Args:
+        family: The family.
+        lm: Whether the class has the LM head.
+        head_spec: Its task head, if any.
+        num_outputs: Output size of the task head.
+    """
 
     family: Family
     lm: bool
-    headed: HeadSpec | None = None
-    answers: int = 0
+    head_spec: HeadSpec | None = None
+    num_outputs: int = 0
 
     @property
     def name(self) -> str:
-        return self.headed.name if self.headed else self.family.classes[0 if self.lm else 1]
+        """Name of the class."""
+        return self.head_spec.name if self.head_spec else self.family.classes[0 if self.lm else 1]
 
-    def parts(self, config: ModelConfig) -> dict[str, nn.Module]:
-        """Its heads by our names, as modules that hold nothing."""
+    def heads(self, config: ModelConfig) -> dict[str, nn.Module]:
+        """Return its heads by firth's names, as modules on the meta device."""
         with init_empty_weights():
-            parts: dict[str, nn.Module] = {"lm": LMHead(config)} if self.lm else {}
-            return parts | ({self.headed.part: self.headed.make(config, self.answers)} if self.headed else {})
+            heads: dict[str, nn.Module] = {"lm": LMHead(config)} if self.lm else {}
+            return heads | (
+                {self.head_spec.head_name: self.head_spec.make(config, self.num_outputs)} if self.head_spec else {}
+            )
 
     @property
-    def named(self) -> set[str]:
-        """Its heads, by our names."""
-        return ({"lm"} if self.lm else set()) | ({self.headed.part} if self.headed else set())
+    def head_names(self) -> set[str]:
+        """firth's names of its heads."""
+        return ({"lm"} if self.lm else set()) | ({self.head_spec.head_name} if self.head_spec else set())
 
-    def own(self, config: ModelConfig) -> list[WeightMapping]:
-        """The tensors of its heads; a tied matrix is none."""
-        trunk = {entry.hf_name for entry in self.family.weight_mappings(config, False)}
+    def head_mappings(self, config: ModelConfig) -> list[WeightMapping]:
+        """Return the mappings of its heads' tensors, without tied ones."""
+        stack = {entry.hf_name for entry in self.family.weight_mappings(config, False)}
         lm = [
-            e for e in self.family.weight_mappings(config, self.lm) if e.hf_name not in trunk and not copied(e, config)
+            e
+            for e in self.family.weight_mappings(config, self.lm)
+            if e.hf_name not in stack and not is_tied_copy(e, config)
         ]
-        return lm + (self.headed.entries(config, self.answers) if self.headed else [])
+        return lm + (self.head_spec.weight_mappings(config, self.num_outputs) if self.head_spec else [])
 
-    def entries(self, config: ModelConfig) -> list[WeightMapping]:
-        """All of its tensors, with the family's prefix."""
+    def weight_mappings(self, config: ModelConfig) -> list[WeightMapping]:
+        """Return the mappings of all tensors, with the family's prefix."""
         return self.family.weight_mappings(config, self.lm) + (
-            self.headed.entries(config, self.answers) if self.headed else []
+            self.head_spec.weight_mappings(config, self.num_outputs) if self.head_spec else []
         )
 
-    def written(self, config: ModelConfig) -> list[WeightMapping]:
-        """All of its tensors as this class spells them."""
-        if self.headed is None or self.headed.prefix is None:
-            return self.entries(config)
-        ours, theirs = self.family.prefix, self.headed.prefix
-        trunk = [e for e in self.family.weight_mappings(config, self.lm) if e.hf_name.startswith(ours)]
-        turned = {e: replace(e, hf_name=theirs + e.hf_name.removeprefix(ours)) for e in trunk}
-        return [turned.get(entry, entry) for entry in self.entries(config)]
+    def export_mappings(self, config: ModelConfig) -> list[WeightMapping]:
+        """Return the mappings of all tensors, with this class's own prefix."""
+        if self.head_spec is None or self.head_spec.prefix is None:
+            return self.weight_mappings(config)
+        ours, theirs = self.family.prefix, self.head_spec.prefix
+        stack = [e for e in self.family.weight_mappings(config, self.lm) if e.hf_name.startswith(ours)]
+        renamed = {e: replace(e, hf_name=theirs + e.hf_name.removeprefix(ours)) for e in stack}
+        return [renamed.get(entry, entry) for entry in self.weight_mappings(config)]
 
-    def config(self, names: Sequence[str]) -> dict[str, Any]:
-        """What its config says besides the family's. names: of the classes, as many as there are answers, or none."""
-        if self.headed is None:
+    def config_fields(self, names: Sequence[str]) -> dict[str, Any]:
+        """Return the config.json fields of this class in addition to the family's.
+
+        Args:
+            names: Names of the labels; ignored if their number is not `num_outputs`.
+        """
+        if self.head_spec is None:
             return {}
-        said = dict(self.headed.hf_labels)
-        if not self.headed.num_outputs or self.answers == 1:
-            known = names if len(names) == self.answers else [f"{UNNAMED}{i}" for i in range(self.answers)]
-            said["id2label"] = {str(i): name for i, name in enumerate(known)}
-            said["label2id"] = {name: i for i, name in enumerate(known)}
-        return said
+        fields = dict(self.head_spec.required_config)
+        if not self.head_spec.num_outputs or self.num_outputs == 1:
+            labels = names if len(names) == self.num_outputs else [f"{UNNAMED}{i}" for i in range(self.num_outputs)]
+            fields["id2label"] = {str(i): name for i, name in enumerate(labels)}
+            fields["label2id"] = {name: i for i, name in enumerate(labels)}
+        return fields
 
 
 UNNAMED = "LABEL_"
-"""What transformers calls a class that has no name, before its number."""
+"""Prefix of the label names that transformers makes up, before the number."""
 
 
-def labels(config: Mapping[str, Any]) -> tuple[str, ...]:
-    """The names of the classes in a config.json, in the order of the head's rows; none where they are only numbered."""
-    said = config.get("id2label")
-    if type(said) is not dict or not all(str(key).isdigit() for key in said):
+def label_names(config: Mapping[str, Any]) -> tuple[str, ...]:
+    """Return the label names in a config.json in the order of the head's rows; empty if the labels are only numbered."""
+    labels = config.get("id2label")
+    if type(labels) is not dict or not all(str(key).isdigit() for key in labels):
         return ()
-    names = tuple(str(said[key]) for key in sorted(said, key=int))
+    names = tuple(str(labels[key]) for key in sorted(labels, key=int))
     return () if all(name == f"{UNNAMED}{i}" for i, name in enumerate(names)) else names
 
 
-def of_model(families: Iterable[Family], config: ModelConfig, parts: Mapping[str, Description]) -> ExportForm | None:
-    """The class that says the most of a model's parts; the first of those that say as much. None where no family is."""
+def form_of_model(
+    families: Iterable[Family], config: ModelConfig, heads: Mapping[str, Description]
+) -> ExportForm | None:
+    """Return the class that covers most of a model's heads, the first of equals; None without families.
+
+    Args:
+        families: The families that support the config.
+        config: Config of the model.
+        heads: Descriptions of the model's heads by name.
+    """
     best: ExportForm | None = None
-    lm = "lm" in parts
+    lm = "lm" in heads
     for family in families:
-        for form in (ExportForm(family, lm), *_headed(family, config, parts)):
-            if best is None or (form.headed is not None) > (best.headed is not None):
+        for form in (ExportForm(family, lm), *_head_forms(family, config, heads)):
+            if best is None or (form.head_spec is not None) > (best.head_spec is not None):
                 best = form
     return best
 
 
-def _headed(family: Family, config: ModelConfig, parts: Mapping[str, Description]) -> list[ExportForm]:
+def _head_forms(family: Family, config: ModelConfig, heads: Mapping[str, Description]) -> list[ExportForm]:
     out = []
-    for headed in family.heads:
-        answers = num_outputs(parts.get(headed.part, {}))
-        form = ExportForm(family, headed.lm, headed, answers)
-        fits = headed.lm == ("lm" in parts) and answers and headed.num_outputs in (0, answers)
-        if fits and describe_head(form.parts(config)[headed.part]) == parts[headed.part]:
+    for spec in family.heads:
+        outputs = num_outputs(heads.get(spec.head_name, {}))
+        form = ExportForm(family, spec.lm, spec, outputs)
+        fits = spec.lm == ("lm" in heads) and outputs and spec.num_outputs in (0, outputs)
+        if fits and describe_head(form.heads(config)[spec.head_name]) == heads[spec.head_name]:
             out.append(form)
     return out
 
 
-def copied(entry: WeightMapping, config: ModelConfig) -> bool:
-    """Whether a tensor is the tied matrix by its second name, which a file may hold or not (T5 v1.1's head)."""
-    return config.tie_embeddings and entry.name == (HEAD,)
+def is_tied_copy(entry: WeightMapping, config: ModelConfig) -> bool:
+    """Return whether a tensor is the second name of a tied matrix, which a file may omit (T5 v1.1's LM head)."""
+    return config.tie_embeddings and entry.names == (LM_HEAD_WEIGHT,)
 
 
-def untied(family: Family, config: ModelConfig, names: Iterable[str]) -> str | None:
-    """The tensor by which a file says that its head is not tied after all: it differs from the table. None without one."""
+def untied_head(family: Family, config: ModelConfig, names: Iterable[str]) -> str | None:
+    """Return the name of a separate LM head in a file whose config ties it, or None if the file has none."""
     entries = family.weight_mappings(replace(config, tie_embeddings=False), True) if config.tie_embeddings else []
-    return next((entry.hf_name for entry in entries if entry.name == (HEAD,) and entry.hf_name in names), None)
+    return next(
+        (entry.hf_name for entry in entries if entry.names == (LM_HEAD_WEIGHT,) and entry.hf_name in names), None
+    )
 
 
-HEAD = "heads.lm.weight"
+LM_HEAD_WEIGHT = "heads.lm.weight"
 
 
-def known(family: Family, config: ModelConfig) -> set[str]:
-    """Every name that a class of this family has."""
+def known_names(family: Family, config: ModelConfig) -> set[str]:
+    """Return the tensor names of all classes of a family."""
     forms = [ExportForm(family, True), *(ExportForm(family, h.lm, h, h.num_outputs or 1) for h in family.heads)]
-    return {entry.hf_name for form in forms for entry in form.entries(config)}
+    return {entry.hf_name for form in forms for entry in form.weight_mappings(config)}
 
 
-def of_file(
+def form_of_file(
     family: Family,
     model_config: ModelConfig,
     sizes: Mapping[str, Sequence[int]],
     config: Mapping[str, Any],
-    alone: bool,
+    headless: bool,
     where: str,
 ) -> ExportForm:
-    """The class of a file. sizes: its tensors, by their names as the family spells them. alone: saved from the trunk alone,
-    and then a head that the config names may be missing as a whole (encoders of sentences name their ancestor's class).
+    """Return the class of a file. An incomplete file gets the class that its config names.
 
-    Raises UserError where the config asks for a head that ours does not compute. That all of a class's tensors are there is
-    not looked after here: a file that is not whole is of the class that it says, and lacks something.
+    Args:
+        family: The family of the file.
+        model_config: Config of the model.
+        sizes: Shapes of its tensors, by the names in the family's weight mappings.
+        config: Its config.json.
+        headless: Whether it was saved from the headless model. The head that the config names may then be missing
+            (sentence encoders name the class they were made from).
+        where: Directory, for messages.
+
+    Raises:
+        UserError: If the config has a setting of the head that firth does not support.
     """
     forms = [ExportForm(family, True), ExportForm(family, False)]
-    for headed in family.heads:
-        rows = next(iter(sizes.get(headed.entries(model_config, 1)[-1].hf_name, ())), headed.num_outputs or 2)
-        if headed.num_outputs in (0, rows):
-            forms.append(ExportForm(family, headed.lm, headed, rows))
-    own = {form: {entry.hf_name for entry in form.own(model_config)} for form in forms}
-    there = {form: len(own[form] & sizes.keys()) for form in forms}
-    said = config.get("architectures")
-    said = said if type(said) is list else []
-    named = [form for form in forms if form.name in said]
-    if alone and named and own[named[0]] and not there[named[0]]:
+    for spec in family.heads:
+        rows = next(iter(sizes.get(spec.weight_mappings(model_config, 1)[-1].hf_name, ())), spec.num_outputs or 2)
+        if spec.num_outputs in (0, rows):
+            forms.append(ExportForm(family, spec.lm, spec, rows))
+    own = {form: {entry.hf_name for entry in form.head_mappings(model_config)} for form in forms}
+    present = {form: len(own[form] & sizes.keys()) for form in forms}
+    classes = config.get("architectures")
+    classes = classes if type(classes) is list else []
+    named = [form for form in forms if form.name in classes]
+    if headless and named and own[named[0]] and not present[named[0]]:
         named = forms[1:2]
-    elif said and not named:
-        forms = forms[:2]  # a class that we do not have: its trunk, and what else it holds is told
+    elif classes and not named:
+        forms = forms[:2]  # an unsupported class: its heads are skipped and reported
     if named:
-        forms = named[:1] + [form for form in forms if form.named > named[0].named]
-    whole = [form for form in forms if there[form] == len(own[form])]
-    if forms[0] not in whole and (named or (there[forms[0]] and not any(there[form] for form in whole))):
-        # Named, or a vocabulary head of which some is there and which no other explains: what it lacks is to be told.
+        forms = named[:1] + [form for form in forms if form.head_names > named[0].head_names]
+    complete = [form for form in forms if present[form] == len(own[form])]
+    if forms[0] not in complete and (named or (present[forms[0]] and not any(present[form] for form in complete))):
+        # Named, or an LM head that is incomplete and fits no other class: the caller reports the missing tensors.
         form = forms[0]
     else:
-        form = max(whole, key=lambda form: there[form])
-    for field, value in () if form.headed is None else form.headed.hf_labels:
+        form = max(complete, key=lambda form: present[form])
+    for field, value in () if form.head_spec is None else form.head_spec.required_config:
         if config.get(field, value) != value:
-            raise UserError(f"{where}/config.json asks for {field}={config[field]!r}; firth has {value!r} only")
+            raise UserError(f"{where}/config.json has {field}={config[field]!r}; firth supports {value!r} only")
     return form

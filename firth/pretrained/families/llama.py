@@ -1,6 +1,6 @@
-"""Llama (Touvron 2023): RMSNorm, rotary positions, SwiGLU, grouped keys, no biases. SmolLM2 is a Llama.
+"""Llama (Touvron 2023): RMSNorm, rotary positions, SwiGLU, grouped-query attention, no biases. SmolLM2 is a Llama.
 
-Mistral, Qwen2 and Qwen3 have its layout, and their files say only in which fields they differ (`llama.kin`).
+Mistral, Qwen2 and Qwen3 share its layout; their modules define only the differing config fields (`llama_like`).
 """
 
 from __future__ import annotations
@@ -10,89 +10,108 @@ from typing import Any
 
 from firth.model.config import ModelConfig
 from firth.pretrained.families import bert
-from firth.pretrained.families.family import Family, HeadSpec, WeightMapping, activation, both, rope, ropes
-from firth.pretrained.families.gpt2 import scored
+from firth.pretrained.families.family import (
+    Family,
+    HeadSpec,
+    WeightMapping,
+    activation,
+    module_mappings,
+    rope,
+    rope_fields,
+)
+from firth.pretrained.families.gpt2 import sequence_heads
 from firth.types import UserError
 
 ACTIVATIONS = {"silu": "swiglu", "gelu": "geglu", "gelu_new": "geglu_tanh", "gelu_pytorch_tanh": "geglu_tanh"}
 
 
-def config(model_config: ModelConfig) -> dict[str, Any]:
+def to_hf_config(config: ModelConfig) -> dict[str, Any]:
     theirs = {ours: name for name, ours in reversed(ACTIVATIONS.items())}
     return {
-        "vocab_size": model_config.vocab_size, "hidden_size": model_config.hidden_size, "num_hidden_layers": model_config.num_layers,
-        "num_attention_heads": model_config.num_heads, "num_key_value_heads": model_config.num_kv_heads, "head_dim": model_config.head_dim,
-        "intermediate_size": model_config.intermediate_size, "hidden_act": theirs.get(model_config.activation, model_config.activation),
-        "max_position_embeddings": model_config.max_positions, "rms_norm_eps": model_config.norm_eps, "attention_bias": model_config.bias,
-        "mlp_bias": model_config.bias and model_config.bias_location == "all", "attention_dropout": model_config.dropout, "initializer_range": 0.02,
-        "tie_word_embeddings": model_config.tie_embeddings,
-    } | ropes(model_config)  # fmt: skip
+        "vocab_size": config.vocab_size, "hidden_size": config.hidden_size, "num_hidden_layers": config.num_layers,
+        "num_attention_heads": config.num_heads, "num_key_value_heads": config.num_kv_heads, "head_dim": config.head_dim,
+        "intermediate_size": config.intermediate_size, "hidden_act": theirs.get(config.activation, config.activation),
+        "max_position_embeddings": config.max_positions, "rms_norm_eps": config.norm_eps, "attention_bias": config.bias,
+        "mlp_bias": config.bias and config.bias_location == "all", "attention_dropout": config.dropout, "initializer_range": 0.02,
+        "tie_word_embeddings": config.tie_embeddings,
+    } | rope_fields(config)  # fmt: skip
 
 
-def shape(config: dict[str, Any]) -> ModelConfig:
-    heads, bias = config["num_attention_heads"], config.get("attention_bias", False)
-    if config.get("mlp_bias", False) and not bias:
-        raise UserError("config.json asks for biases in the MLP alone; firth has them everywhere or in attention")
-    rotary, everywhere = rope(config, 10000.0), config.get("mlp_bias", False) or not bias
+def to_config(hf: dict[str, Any]) -> ModelConfig:
+    heads, bias = hf["num_attention_heads"], hf.get("attention_bias", False)
+    if hf.get("mlp_bias", False) and not bias:
+        raise UserError(
+            "config.json has mlp_bias without attention_bias; firth supports biases everywhere or in attention alone"
+        )
+    rotary, everywhere = rope(hf, 10000.0), hf.get("mlp_bias", False) or not bias
     return ModelConfig(
-        vocab_size=config["vocab_size"], hidden_size=config["hidden_size"], num_layers=config["num_hidden_layers"], num_heads=heads,
-        num_kv_heads=config.get("num_key_value_heads") or heads, head_dim=config.get("head_dim") or 0,
-        intermediate_size=config["intermediate_size"], max_positions=config["max_position_embeddings"], norm="rms", norm_bias=False,
-        norm_eps=config.get("rms_norm_eps", 1e-6), position="rotary", rope_theta=rotary.theta,
-        rope_scaling=rotary.scaling, rope_factor=rotary.factor, rope_low_freq_factor=rotary.low, rope_high_freq_factor=rotary.high,
-        rope_original_max_positions=rotary.original,
-        activation=activation(config.get("hidden_act", "silu"), ACTIVATIONS, "hidden_act"),  # type: ignore[arg-type]
-        bias=bias, bias_location="all" if everywhere else "attention", dropout=config.get("attention_dropout", 0.0),
-        tie_embeddings=config.get("tie_word_embeddings", False),
+        vocab_size=hf["vocab_size"], hidden_size=hf["hidden_size"], num_layers=hf["num_hidden_layers"], num_heads=heads,
+        num_kv_heads=hf.get("num_key_value_heads") or heads, head_dim=hf.get("head_dim") or 0,
+        intermediate_size=hf["intermediate_size"], max_positions=hf["max_position_embeddings"], norm="rms", norm_bias=False,
+        norm_eps=hf.get("rms_norm_eps", 1e-6), position="rotary", rope_theta=rotary.theta,
+        rope_scaling=rotary.scaling, rope_factor=rotary.factor, rope_low_freq_factor=rotary.low_freq_factor,
+        rope_high_freq_factor=rotary.high_freq_factor, rope_original_max_positions=rotary.original_max_positions,
+        activation=activation(hf.get("hidden_act", "silu"), ACTIVATIONS, "hidden_act"),  # type: ignore[arg-type]
+        bias=bias, bias_location="all" if everywhere else "attention", dropout=hf.get("attention_dropout", 0.0),
+        tie_embeddings=hf.get("tie_word_embeddings", False),
     )  # fmt: skip
 
 
-def entries(config: ModelConfig, head: bool) -> list[WeightMapping]:
-    out = both({"tokens": "embed_tokens", "stack.norm": "norm"}, "", "model.", bias=False)
+def weight_mappings(config: ModelConfig, head: bool) -> list[WeightMapping]:
+    out = module_mappings({"tokens": "embed_tokens", "stack.norm": "norm"}, "", "model.", bias=False)
     maps = {
         "attention.q": "self_attn.q_proj", "attention.k": "self_attn.k_proj", "attention.v": "self_attn.v_proj",
         "attention.o": "self_attn.o_proj", "mlp.gate": "mlp.gate_proj", "mlp.up": "mlp.up_proj",
         "mlp.down": "mlp.down_proj",
     }  # fmt: skip
     norms = {"attention_norm": "input_layernorm", "mlp_norm": "post_attention_layernorm"}
-    biased = {"all": (*"qkvo", "gate", "up", "down"), "attention": "qkvo", "qkv": "qkv"}[config.bias_location]
+    bias_locations = {"all": (*"qkvo", "gate", "up", "down"), "attention": "qkvo", "qkv": "qkv"}[config.bias_location]
     gains = {"attention.q_gain": "q_norm", "attention.k_gain": "k_norm"} if config.qk_norm_weight else {}
     for i in range(config.num_layers):
         for ours, theirs in maps.items():
-            bias = config.bias and ours.rpartition(".")[2] in biased
-            out += both({ours: theirs}, f"stack.blocks.{i}.", f"model.layers.{i}.", bias=bias)
+            bias = config.bias and ours.rpartition(".")[2] in bias_locations
+            out += module_mappings({ours: theirs}, f"stack.blocks.{i}.", f"model.layers.{i}.", bias=bias)
         for ours, theirs in gains.items():
             out.append(WeightMapping(f"model.layers.{i}.self_attn.{theirs}.weight", (f"stack.blocks.{i}.{ours}",)))
-        out += both(norms, f"stack.blocks.{i}.", f"model.layers.{i}.", bias=False)
+        out += module_mappings(norms, f"stack.blocks.{i}.", f"model.layers.{i}.", bias=False)
     return out + [WeightMapping("lm_head.weight", ("heads.lm.weight",))] * (head and not config.tie_embeddings)
 
 
-def kin(
-    kind: str,
+def llama_like(
+    model_type: str,
     name: str,
-    config: Callable[[ModelConfig], dict[str, Any]],
-    shape: Callable[[dict[str, Any]], ModelConfig],
-    within: str | None = "transformer.",
+    to_hf_config: Callable[[ModelConfig], dict[str, Any]],
+    to_config: Callable[[dict[str, Any]], ModelConfig],
+    qa_prefix: str | None = "transformer.",
 ) -> Family:
-    """A family of Llama's layout. within: what stands before the trunk's names in its class for questions."""
+    """Return a family with Llama's layout.
+
+    Args:
+        model_type: `model_type` in config.json.
+        name: Prefix of the transformers class names.
+        to_hf_config: ModelConfig -> config.json.
+        to_config: config.json -> ModelConfig.
+        qa_prefix: Prefix of the transformer stack's tensors in the question-answering class; None for the family's.
+    """
     return Family(
-        kind, (f"{name}ForCausalLM", f"{name}Model"), config, shape, entries, "model.",
-        spare=r"rotary_emb\.inv_freq$", tied=r"^lm_head\.weight$", unused=r"^lm_head\.|^score\.|^qa_outputs\.",
+        model_type, (f"{name}ForCausalLM", f"{name}Model"), to_hf_config, to_config, weight_mappings, "model.",
+        ignored_names=r"rotary_emb\.inv_freq$", tied_names=r"^lm_head\.weight$", unused_heads=r"^lm_head\.|^score\.|^qa_outputs\.",
         heads=(
-            *scored(name),
-            HeadSpec(f"{name}ForTokenClassification", "tags", bert.plain, {"": "score"}),
-            HeadSpec(f"{name}ForQuestionAnswering", "span", bert.plain, {"": "qa_outputs"}, num_outputs=2, prefix=within),
+            *sequence_heads(name),
+            HeadSpec(f"{name}ForTokenClassification", "tags", bert.linear_head, {"": "score"}),
+            HeadSpec(f"{name}ForQuestionAnswering", "span", bert.linear_head, {"": "qa_outputs"}, num_outputs=2, prefix=qa_prefix),
         ),
     )  # fmt: skip
 
 
-def whole(config: dict[str, Any], window: int | None) -> None:
-    """Raise a UserError where a row may be longer than what each of its tokens sees."""
+def check_sliding_window(config: dict[str, Any], window: int | None) -> None:
+    """Raise a UserError if a sliding window is shorter than `max_position_embeddings`."""
     if window and window < config["max_position_embeddings"]:
         raise UserError(
-            f"config.json asks for a sliding window of {window} tokens in rows of {config['max_position_embeddings']}, which "
-            f"firth's models do not have: up to {window} tokens it changes nothing, so set max_position_embeddings to that"
+            f"config.json has a sliding window of {window} tokens and max_position_embeddings={config['max_position_embeddings']}; "
+            f"firth does not support sliding windows. Up to {window} tokens the window has no effect: set "
+            f"max_position_embeddings={window}"
         )
 
 
-FAMILY = kin("llama", "Llama", config, shape)
+FAMILY = llama_like("llama", "Llama", to_hf_config, to_config)

@@ -1,6 +1,6 @@
-"""Mistral (Jiang 2023): Llama's layout, whose first version let each token see a window of 4,096 tokens only.
+"""Mistral (Jiang 2023): Llama's layout. The first version has a sliding window of 4,096 tokens.
 
-Later versions have no window and are Llamas, under whose name they are written; one with a window is refused.
+Later versions have no window and are written as Llamas; a config with an effective window is rejected.
 """
 
 from __future__ import annotations
@@ -13,14 +13,14 @@ from firth.pretrained.families import llama
 DEFAULTS = {"num_key_value_heads": 8, "sliding_window": 4096}
 
 
-def config(model_config: ModelConfig) -> dict[str, Any]:
-    return {**llama.config(model_config), "sliding_window": None}
+def to_hf_config(config: ModelConfig) -> dict[str, Any]:
+    return {**llama.to_hf_config(config), "sliding_window": None}
 
 
-def shape(config: dict[str, Any]) -> ModelConfig:
-    said = DEFAULTS | config
-    llama.whole(said, said["sliding_window"])
-    return llama.shape(said | {"attention_bias": False, "mlp_bias": False})
+def to_config(hf: dict[str, Any]) -> ModelConfig:
+    hf = DEFAULTS | hf
+    llama.check_sliding_window(hf, hf["sliding_window"])
+    return llama.to_config(hf | {"attention_bias": False, "mlp_bias": False})
 
 
-FAMILY = llama.kin("mistral", "Mistral", config, shape, within=None)
+FAMILY = llama.llama_like("mistral", "Mistral", to_hf_config, to_config, qa_prefix=None)

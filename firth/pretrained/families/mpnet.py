@@ -1,8 +1,8 @@
-"""MPNet (Song 2020): BERT without segments, with T5's relative bias on top of the learned positions, one for all blocks.
+"""MPNet (Song 2020): BERT without token types, with learned positions and T5's relative bias, shared by all blocks.
 
-Their table of positions begins at 2; the two rows in front belong to padding, and nobody reads them. Theirs counts
-positions over the tokens whose id is not 1 (its pad), whatever the config says: give `position_ids`, or a tokenizer
-whose id 1 is a pad, where that matters.
+The first two rows of its position table belong to padding and are unused. In transformers it counts positions over the
+tokens whose id is not 1 (its pad), whatever the config says: pass `position_ids` there, or use a tokenizer that pads
+with id 1.
 """
 
 from __future__ import annotations
@@ -11,63 +11,65 @@ from typing import Any
 
 from firth.model.config import ModelConfig
 from firth.pretrained.families import bert
-from firth.pretrained.families.family import Family, WeightMapping, activation, both
+from firth.pretrained.families.family import Family, WeightMapping, activation, module_mappings
 from firth.types import UserError
 
-PADDED = 2
-"""Rows of their table of positions that belong to padding."""
+UNUSED_ROWS = 2
+"""Unused leading rows of the position table."""
 BUCKETS = 32
-"""Theirs looks into 32 buckets whatever the config says."""
+"""transformers uses 32 buckets whatever the config says."""
 
 
-def config(model_config: ModelConfig) -> dict[str, Any]:
+def to_hf_config(config: ModelConfig) -> dict[str, Any]:
     return {
-        "vocab_size": model_config.vocab_size, "hidden_size": model_config.hidden_size, "num_hidden_layers": model_config.num_layers,
-        "num_attention_heads": model_config.num_heads, "intermediate_size": model_config.intermediate_size, "hidden_act": model_config.activation,
-        "hidden_dropout_prob": model_config.dropout, "attention_probs_dropout_prob": model_config.dropout,
-        "max_position_embeddings": model_config.max_positions + PADDED, "relative_attention_num_buckets": model_config.relative_buckets,
-        "layer_norm_eps": model_config.norm_eps, "initializer_range": 0.02, "tie_word_embeddings": model_config.tie_embeddings,
+        "vocab_size": config.vocab_size, "hidden_size": config.hidden_size, "num_hidden_layers": config.num_layers,
+        "num_attention_heads": config.num_heads, "intermediate_size": config.intermediate_size, "hidden_act": config.activation,
+        "hidden_dropout_prob": config.dropout, "attention_probs_dropout_prob": config.dropout,
+        "max_position_embeddings": config.max_positions + UNUSED_ROWS, "relative_attention_num_buckets": config.relative_buckets,
+        "layer_norm_eps": config.norm_eps, "initializer_range": 0.02, "tie_word_embeddings": config.tie_embeddings,
     }  # fmt: skip
 
 
-def shape(config: dict[str, Any]) -> ModelConfig:
-    buckets = config.get("relative_attention_num_buckets", BUCKETS)
+def to_config(hf: dict[str, Any]) -> ModelConfig:
+    buckets = hf.get("relative_attention_num_buckets", BUCKETS)
     if buckets != BUCKETS:
-        raise UserError(f"config.json asks for relative_attention_num_buckets={buckets}; MPNet's code reads {BUCKETS}")
+        raise UserError(f"config.json has relative_attention_num_buckets={buckets}; the code of MPNet uses {BUCKETS}")
     return ModelConfig(
-        vocab_size=config["vocab_size"], hidden_size=config["hidden_size"], num_layers=config["num_hidden_layers"],
-        num_heads=config["num_attention_heads"], intermediate_size=config["intermediate_size"], causal=False,
-        max_positions=config["max_position_embeddings"] - PADDED, norm_placement="post", norm_eps=config.get("layer_norm_eps", 1e-12),
-        embedding_norm=True, position="mpnet", relative_buckets=buckets, dropout=config.get("hidden_dropout_prob", 0.1),
-        activation=activation(config.get("hidden_act", "gelu"), {"gelu": "gelu"}, "hidden_act"),  # type: ignore[arg-type]
-        lm_head="transform", lm_head_bias=True, tie_embeddings=config.get("tie_word_embeddings", True),
+        vocab_size=hf["vocab_size"], hidden_size=hf["hidden_size"], num_layers=hf["num_hidden_layers"],
+        num_heads=hf["num_attention_heads"], intermediate_size=hf["intermediate_size"], causal=False,
+        max_positions=hf["max_position_embeddings"] - UNUSED_ROWS, norm_placement="post", norm_eps=hf.get("layer_norm_eps", 1e-12),
+        embedding_norm=True, position="mpnet", relative_buckets=buckets, dropout=hf.get("hidden_dropout_prob", 0.1),
+        activation=activation(hf.get("hidden_act", "gelu"), {"gelu": "gelu"}, "hidden_act"),  # type: ignore[arg-type]
+        lm_head="transform", lm_head_bias=True, tie_embeddings=hf.get("tie_word_embeddings", True),
     )  # fmt: skip
 
 
-def entries(config: ModelConfig, head: bool) -> list[WeightMapping]:
-    out = both({"tokens": "word_embeddings"}, "", "mpnet.embeddings.", bias=False)
-    out.append(WeightMapping("mpnet.embeddings.position_embeddings.weight", ("places.weight",), ignored=PADDED))
-    out += both({"stack.embed_norm": "LayerNorm"}, "", "mpnet.embeddings.", bias=True)
+def weight_mappings(config: ModelConfig, head: bool) -> list[WeightMapping]:
+    out = module_mappings({"tokens": "word_embeddings"}, "", "mpnet.embeddings.", bias=False)
+    out.append(
+        WeightMapping("mpnet.embeddings.position_embeddings.weight", ("places.weight",), unused_rows=UNUSED_ROWS)
+    )
+    out += module_mappings({"stack.embed_norm": "LayerNorm"}, "", "mpnet.embeddings.", bias=True)
     out.append(WeightMapping("mpnet.encoder.relative_attention_bias.weight", ("stack.relative.weight",)))
     block = {f"attention.{x}": f"attention.attn.{x}" for x in "qkvo"} | {
         "attention_norm": "attention.LayerNorm", "mlp.up": "intermediate.dense", "mlp.down": "output.dense",
         "mlp_norm": "output.LayerNorm",
     }  # fmt: skip
     for i in range(config.num_layers):
-        out += both(block, f"stack.blocks.{i}.", f"mpnet.encoder.layer.{i}.", bias=True)
+        out += module_mappings(block, f"stack.blocks.{i}.", f"mpnet.encoder.layer.{i}.", bias=True)
     if head:
-        out += both({"dense": "dense", "norm": "layer_norm"}, "heads.lm.", "lm_head.", bias=True)
+        out += module_mappings({"dense": "dense", "norm": "layer_norm"}, "heads.lm.", "lm_head.", bias=True)
         out.append(WeightMapping("lm_head.bias", ("heads.lm.bias",)))
-        if not config.tie_embeddings:  # then theirs takes its offset for another one too, and looks for it
-            out += both({"": "decoder"}, "heads.lm", "lm_head.", bias=True)
+        if not config.tie_embeddings:  # its decoder then has a bias of its own
+            out += module_mappings({"": "decoder"}, "heads.lm", "lm_head.", bias=True)
     return out
 
 
 FAMILY = Family(
-    "mpnet", ("MPNetForMaskedLM", "MPNetModel"), config, shape, entries, "mpnet.",
-    spare=r"position_ids$", tied=r"^lm_head\.decoder\.",
-    unused=r"^mpnet\.pooler\.|^lm_head\.|^classifier\.|^qa_outputs\.",
-    heads=bert.tasks(
+    "mpnet", ("MPNetForMaskedLM", "MPNetModel"), to_hf_config, to_config, weight_mappings, "mpnet.",
+    ignored_names=r"position_ids$", tied_names=r"^lm_head\.decoder\.",
+    unused_heads=r"^mpnet\.pooler\.|^lm_head\.|^classifier\.|^qa_outputs\.",
+    heads=bert.task_heads(
         "MPNet", {"0": "classifier.dense", "2": "classifier.out_proj"}, {"0": "mpnet.pooler.dense", "2": "classifier"}
     ),
 )  # fmt: skip

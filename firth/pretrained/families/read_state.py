@@ -1,10 +1,10 @@
-"""The tensors of a file, under our names: all of them or an error that names the first that is amiss.
+"""Convert the tensors of a file to firth's names, strictly: an error names the first tensor that does not fit.
 
-    {"bert.pooler.dense.weight": ..., ...}   ->   Found(shape, {"tokens.weight": ...}, {"lm": ...}, ["bert.pooler.dense.weight"])
+    {"bert.pooler.dense.weight": ..., ...}   ->   LoadedState(config, {"tokens.weight": ...}, {"lm": ...}, ["bert.pooler.dense.weight"])
 
-Every tensor of the file's class must be there, of the size that its config says, and every tensor of the file must be
-one of them. What a family knows and our class has no place for is left out and told (`Family.unused`); what says nothing
-is left out (`Family.spare`, `Family.tied`).
+Every tensor of the file's class must be present with the size that its config implies, and every tensor of the file must
+be one of them. Tensors of heads that the class lacks are skipped and reported (`Family.unused_heads`); tensors without
+information are skipped (`Family.ignored_names`, `Family.tied_names`).
 """
 
 from __future__ import annotations
@@ -22,51 +22,71 @@ from firth.model.empty_weights import init_empty_weights
 from firth.model.head_descriptions import Description, describe_head
 from firth.model.model import LM
 from firth.pretrained.families.family import Family, from_hf, resolve_names, to_hf, without_prefix
-from firth.pretrained.families.heads import ExportForm, copied, known, of_file, of_model, untied
+from firth.pretrained.families.heads import (
+    ExportForm,
+    form_of_file,
+    form_of_model,
+    is_tied_copy,
+    known_names,
+    untied_head,
+)
 from firth.types import UserError
 
 
 @dataclass(frozen=True, eq=False)
 class LoadedState:
-    """A model in a file: its shape, its tensors by our names, its parts described, and the file's tensors left out."""
+    """The model in a file.
+
+    Args:
+        config: Config of the model.
+        state: Its tensors by firth's names.
+        heads: Descriptions of its heads by name.
+        left_out: Names of the tensors in the file that were skipped.
+    """
 
     config: ModelConfig
     state: dict[str, Tensor]
-    parts: dict[str, Description]
+    heads: dict[str, Description]
     left_out: list[str]
 
 
 def read_own(
-    family: Family, config: ModelConfig, state: Mapping[str, Tensor], parts: dict[str, Description], where: str
+    family: Family, config: ModelConfig, state: Mapping[str, Tensor], heads: dict[str, Description], where: str
 ) -> LoadedState:
-    """What we wrote as a class of a family: what that has no name for stands under ours, `heads.*`."""
+    """Convert a state that firth wrote as a class of a family; heads that the class lacks are named `heads.*`."""
     ours = {name: tensor for name, tensor in state.items() if name.startswith("heads.")}
-    names = resolve_names(family, state.keys() - ours.keys(), known(family, config))
-    form = of_model([family], config, parts)
+    names = resolve_names(family, state.keys() - ours.keys(), known_names(family, config))
+    form = form_of_model([family], config, heads)
     if form is None:
-        raise UserError(f"{where}/firth.json says {family.name}, which its shape is not: copy the directory again")
+        raise UserError(
+            f"{where}/firth.json has the family {family.name}, which does not support its config: copy the directory again"
+        )
     found, left = _mapped(form, config, {name: state[stored] for name, stored in names.items()}, names, ours, where)
-    return LoadedState(config, found | ours, parts, left)
+    return LoadedState(config, found | ours, heads, left)
 
 
 def read_hf(
     family: Family, model_config: ModelConfig, state: Mapping[str, Tensor], config: Mapping[str, Any], where: str
 ) -> LoadedState:
-    """What others wrote. Raises UserError for what is missing, unknown or of another size than its config says."""
-    names = resolve_names(family, state, known(family, model_config))
+    """Convert a state that transformers wrote.
+
+    Raises:
+        UserError: If a tensor is missing, unknown, or of another size than the config implies.
+    """
+    names = resolve_names(family, state, known_names(family, model_config))
     theirs = {name: state[stored] for name, stored in names.items()}
     table = next(
-        entry.hf_name for entry in family.weight_mappings(model_config, False) if "tokens.weight" in entry.name
+        entry.hf_name for entry in family.weight_mappings(model_config, False) if "tokens.weight" in entry.names
     )
-    head = untied(family, model_config, theirs)
+    head = untied_head(family, model_config, theirs)
     if head is not None and table in theirs and not torch.equal(theirs[head], theirs[table]):
-        # Version 5 of transformers says of an untied T5 that it is tied, and goes by what the file holds.
+        # transformers 5 writes tie_word_embeddings=true for an untied T5 and goes by the tensors in the file.
         model_config = replace(model_config, tie_embeddings=False)
     sizes = {name: tensor.shape for name, tensor in theirs.items()}
-    form = of_file(family, model_config, sizes, config, without_prefix(family, state), where)
+    form = form_of_file(family, model_config, sizes, config, without_prefix(family, state), where)
     found, left = _mapped(form, model_config, theirs, names, {}, where)
     return LoadedState(
-        model_config, found, {name: describe_head(part) for name, part in form.parts(model_config).items()}, left
+        model_config, found, {name: describe_head(head) for name, head in form.heads(model_config).items()}, left
     )
 
 
@@ -78,25 +98,34 @@ def _mapped(
     ours: Mapping[str, Tensor],
     where: str,
 ) -> tuple[dict[str, Tensor], list[str]]:
-    """Tensors under our names, and the names of those left out. names: as the family spells them -> as the file does."""
-    family, entries = form.family, form.entries(config)
+    """Return the tensors by firth's names, and the names of those skipped.
+
+    Args:
+        form: The class of the file.
+        config: Config of the model.
+        theirs: Tensors by the names in the family's weight mappings.
+        names: Those names -> names in the file.
+        ours: Tensors in the file under firth's names.
+        where: Directory, for messages.
+    """
+    family, entries = form.family, form.weight_mappings(config)
     unread = theirs.keys() - {entry.hf_name for entry in entries}
     for name in sorted(unread):
-        if not re.search(f"{family.spare}|{family.tied}|{family.unused}", name):
-            raise UserError(f"{where} holds {names[name]!r}, which is no tensor of a {form.name} of this shape")
+        if not re.search(f"{family.ignored_names}|{family.tied_names}|{family.unused_heads}", name):
+            raise UserError(f"{where} holds {names[name]!r}, which is no tensor of a {form.name} with this config")
     with init_empty_weights():
-        wanted = to_hf(LM(config, form.parts(config)).state_dict(), entries)
+        expected = to_hf(LM(config, form.heads(config)).state_dict(), entries)
     for entry in entries:
-        have, want = theirs.get(entry.hf_name), tuple(wanted[entry.hf_name].shape)
+        have, want = theirs.get(entry.hf_name), tuple(expected[entry.hf_name].shape)
         if have is not None and tuple(have.shape) != want:
             size, stored = tuple(have.shape), names[entry.hf_name]
             raise UserError(f"{where}: tensor {stored!r} is {size}, and its config expects {want}")
     found = from_hf(theirs, entries)
     for entry in entries:
-        # Old versions saved some parts under our names; a second name of what is there already may be left out.
-        if not found.keys() | ours.keys() >= set(entry.name) and not copied(entry, config):
+        # Old versions saved some heads under firth's names; the second name of a tied matrix may be absent.
+        if not found.keys() | ours.keys() >= set(entry.names) and not is_tied_copy(entry, config):
             raise UserError(f"{where} lacks tensor {entry.hf_name!r} of a {form.name}")
     if config.tie_embeddings and form.lm:
         found["heads.lm.weight"] = found["tokens.weight"]
-    nothing = f"{family.spare}|{family.tied}" if config.tie_embeddings else family.spare
-    return found, sorted(names[name] for name in unread if not re.search(nothing, name))
+    silent = f"{family.ignored_names}|{family.tied_names}" if config.tie_embeddings else family.ignored_names
+    return found, sorted(names[name] for name in unread if not re.search(silent, name))

@@ -1,9 +1,9 @@
-"""RoBERTa (Liu 2019): BERT's layers with one segment, a head named otherwise, and positions that begin at 2.
+"""RoBERTa (Liu 2019): BERT's layers with one token type, other names for the head, and positions that start at 2.
 
-Their table of positions has two rows in front that belong to padding, and nobody reads them. Positions are counted over
-the tokens whose id is not the pad's, and begin behind it: 2 with their pad, 1, which is the only one that we read. A
-model of this shape whose tokenizer pads with another id is written as a BERT with one segment, which computes the same.
-XLM-RoBERTa (Conneau 2020) differs by its name and its tokenizer.
+The first two rows of its position table belong to padding and are unused. Positions are counted over the tokens that are
+not padding and start at pad_token_id + 1, which is 2; no other pad_token_id is supported. A model of this config whose
+tokenizer pads with another id is written as a BERT with one token type, which computes the same. XLM-RoBERTa (Conneau
+2020) differs by its name and its tokenizer.
 """
 
 from __future__ import annotations
@@ -13,50 +13,50 @@ from typing import Any
 
 from firth.model.config import ModelConfig
 from firth.pretrained.families import bert
-from firth.pretrained.families.family import Family, WeightMapping, activation, both, check_supported
+from firth.pretrained.families.family import Family, WeightMapping, activation, check_supported, module_mappings
 from firth.types import UserError
 
 PAD = 1
 
 
-def config(model_config: ModelConfig) -> dict[str, Any]:
+def to_hf_config(config: ModelConfig) -> dict[str, Any]:
     return {
-        **bert.config(model_config),
-        "max_position_embeddings": model_config.max_positions + PAD + 1,
+        **bert.to_hf_config(config),
+        "max_position_embeddings": config.max_positions + PAD + 1,
         "pad_token_id": PAD,
     }
 
 
-def shape(config: dict[str, Any]) -> ModelConfig:
-    check_supported(config, {"pad_token_id": PAD})
-    found = bert.shape(config)
-    activation(config.get("hidden_act", "gelu"), {"gelu": "gelu"}, "hidden_act")  # their head has GELU whatever it says
+def to_config(hf: dict[str, Any]) -> ModelConfig:
+    check_supported(hf, {"pad_token_id": PAD})
+    found = bert.to_config(hf)
+    activation(hf.get("hidden_act", "gelu"), {"gelu": "gelu"}, "hidden_act")  # its head always has GELU
     if found.type_vocab_size != 1:
-        raise UserError(f"a RoBERTa has one segment, and config.json has type_vocab_size={found.type_vocab_size}")
+        raise UserError(f"config.json has type_vocab_size={found.type_vocab_size}; a RoBERTa must have 1")
     return replace(found, max_positions=found.max_positions - PAD - 1)
 
 
-def entries(config: ModelConfig, head: bool) -> list[WeightMapping]:
-    out = bert.tables("roberta.", PAD + 1) + bert.layers(config, "roberta.")
+def weight_mappings(config: ModelConfig, head: bool) -> list[WeightMapping]:
+    out = bert.embedding_mappings("roberta.", PAD + 1) + bert.block_mappings(config, "roberta.")
     if head:
-        out += both({"dense": "dense", "norm": "layer_norm"}, "heads.lm.", "lm_head.", bias=True)
+        out += module_mappings({"dense": "dense", "norm": "layer_norm"}, "heads.lm.", "lm_head.", bias=True)
         out.append(WeightMapping("lm_head.bias", ("heads.lm.bias",)))
-        # Untied, their decoder has an offset of its own too, and that is the one which is used: it comes last.
-        out += both({"": "decoder"}, "heads.lm", "lm_head.", bias=True) * (not config.tie_embeddings)
+        # An untied decoder has a bias of its own, which is the one that is used: it comes last.
+        out += module_mappings({"": "decoder"}, "heads.lm", "lm_head.", bias=True) * (not config.tie_embeddings)
     return out
 
 
 FAMILY = Family(
-    "roberta", ("RobertaForMaskedLM", "RobertaModel"), config, shape, entries, "roberta.",
-    spare=r"position_ids$", tied=r"^lm_head\.decoder\.",
-    unused=r"^roberta\.pooler\.|^lm_head\.|^classifier\.|^qa_outputs\.",
-    heads=bert.tasks(
+    "roberta", ("RobertaForMaskedLM", "RobertaModel"), to_hf_config, to_config, weight_mappings, "roberta.",
+    ignored_names=r"position_ids$", tied_names=r"^lm_head\.decoder\.",
+    unused_heads=r"^roberta\.pooler\.|^lm_head\.|^classifier\.|^qa_outputs\.",
+    heads=bert.task_heads(
         "Roberta", {"0": "classifier.dense", "2": "classifier.out_proj"},
         {"0": "roberta.pooler.dense", "2": "classifier"},
     ),
-    pad=PAD,
+    pad_token_id=PAD,
 )  # fmt: skip
 
 XLM = replace(FAMILY, name="xlm-roberta", classes=("XLMRobertaForMaskedLM", "XLMRobertaModel"), heads=tuple(
-    replace(headed, name=f"XLM{headed.name}") for headed in FAMILY.heads
+    replace(spec, name=f"XLM{spec.name}") for spec in FAMILY.heads
 ))  # fmt: skip

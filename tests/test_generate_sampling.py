@@ -1,4 +1,4 @@
-"""The functions on logits, against transformers' own and against the distributions that they promise."""
+"""Sampling functions, compared with those of transformers and with the distributions that they should have."""
 
 import numpy as np
 import pytest
@@ -21,39 +21,39 @@ def logits() -> torch.Tensor:
 
 
 @pytest.mark.parametrize("k", [1, 7, 500, 501, 9000])
-def test_top_k_is_that_of_transformers(logits: torch.Tensor, k: int) -> None:
+def test_top_k_matches_transformers(logits: torch.Tensor, k: int) -> None:
     assert torch.equal(top_k(logits, k), TopKLogitsWarper(k)(None, logits))
 
 
 @pytest.mark.parametrize("p", [1e-6, 0.1, 0.5, 0.9, 0.999])
-def test_top_p_is_that_of_transformers(logits: torch.Tensor, p: float) -> None:
+def test_top_p_matches_transformers(logits: torch.Tensor, p: float) -> None:
     assert torch.equal(top_p(logits, p), TopPLogitsWarper(p)(None, logits))
 
 
 @pytest.mark.parametrize("p", [0.01, 0.1, 0.7, 1.0])
-def test_min_p_is_that_of_transformers(logits: torch.Tensor, p: float) -> None:
+def test_min_p_matches_transformers(logits: torch.Tensor, p: float) -> None:
     assert torch.equal(min_p(logits, p), MinPLogitsWarper(p)(None, logits))
 
 
-def test_repetition_is_that_of_transformers(logits: torch.Tensor) -> None:
+def test_repetition_penalty_matches_transformers(logits: torch.Tensor) -> None:
     seen = torch.randint(501, (64, 30), generator=torch.Generator().manual_seed(1))
     assert torch.equal(repetition_penalty(logits, seen, 1.3), RepetitionPenaltyLogitsProcessor(1.3)(seen, logits))
 
 
-def test_all_filters_together_are_those_of_transformers(logits: torch.Tensor) -> None:
-    theirs = logits
+def test_all_filters_together_match_transformers(logits: torch.Tensor) -> None:
+    expected = logits
     for warper in (TemperatureLogitsWarper(0.7), TopKLogitsWarper(50), TopPLogitsWarper(0.95), MinPLogitsWarper(0.02)):
-        theirs = warper(None, theirs)
-    assert torch.equal(filtered(logits, Sampling(temperature=0.7, top_k=50, top_p=0.95, min_p=0.02)), theirs)
+        expected = warper(None, expected)
+    assert torch.equal(filtered(logits, Sampling(temperature=0.7, top_k=50, top_p=0.95, min_p=0.02)), expected)
 
 
-def test_what_is_drawn_has_the_distribution_of_the_logits() -> None:
+def test_draws_have_the_distribution_of_the_logits() -> None:
     logits = torch.randn(12, generator=torch.Generator().manual_seed(2)) * 2
     n = 200_000
     drawn = draw(logits.expand(n, 12), torch.from_numpy(uniforms([3], n)[0]))
-    share = torch.bincount(drawn, minlength=12) / n
+    frequency = torch.bincount(drawn, minlength=12) / n
     p = logits.softmax(-1)
-    assert ((share - p).abs() < 5 * (p * (1 - p) / n).sqrt() + 1e-9).all()
+    assert ((frequency - p).abs() < 5 * (p * (1 - p) / n).sqrt() + 1e-9).all()
 
 
 def test_a_token_of_probability_zero_is_never_drawn(logits: torch.Tensor) -> None:
@@ -63,11 +63,11 @@ def test_a_token_of_probability_zero_is_never_drawn(logits: torch.Tensor) -> Non
         assert torch.isfinite(kept.gather(-1, drawn[:, None])).all()
 
 
-def test_each_seed_is_a_stream_of_its_own() -> None:
-    together = uniforms([5, 6, 7], 10)
-    assert np.array_equal(together[1], uniforms([6], 10)[0])
-    assert np.array_equal(together[1, :4], uniforms([6], 4)[0])
-    assert not np.array_equal(together[0], together[1])
+def test_each_seed_has_its_own_stream() -> None:
+    streams = uniforms([5, 6, 7], 10)
+    assert np.array_equal(streams[1], uniforms([6], 10)[0])
+    assert np.array_equal(streams[1, :4], uniforms([6], 4)[0])
+    assert not np.array_equal(streams[0], streams[1])
 
 
 @pytest.mark.parametrize(
@@ -78,10 +78,10 @@ def test_each_seed_is_a_stream_of_its_own() -> None:
         {"top_p": 1.5},
         {"min_p": 2.0},
         {"top_k": -1},
-        {"max_new": 0},
-        {"stop": ("",)},
+        {"max_new_tokens": 0},
+        {"stop_strings": ("",)},
     ],
 )
-def test_values_that_make_no_sense_are_refused_by_name(wrong: dict) -> None:
+def test_invalid_values_are_rejected_by_name(wrong: dict) -> None:
     with pytest.raises(UserError, match=f"sampling.{next(iter(wrong))}="):
         Sampling(**wrong)

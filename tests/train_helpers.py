@@ -1,4 +1,4 @@
-"""Small runs that the tests of the train room share; a fork server imports them, so that a process starts at once."""
+"""Small runs that the tests of firth.train share; a fork server imports this module, so that processes start quickly."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ VOCAB = Vocab(size=40, roles={"pad": 0}, special=np.arange(40) < 4)
 
 
 class Chains(Source):
-    """Rows of varied length in which each token is the last one plus 3."""
+    """Rows of varied length in which each token is the previous one plus 3."""
 
     def __len__(self) -> int:
         return 50
@@ -43,82 +43,89 @@ class Chains(Source):
 
 
 class OnPolicy(Chains):
-    """Every third step it asks the model for text, with torch's random numbers, and appends that to every row."""
+    """Every third step, samples tokens from the model with torch's random state and appends them to every row."""
 
     def __init__(self) -> None:
-        self.said = np.full(4, 5)
+        self.sampled = np.full(4, 5)
 
     def prepare(self, model: LM, step: int) -> Mapping[str, float]:
         if step % 3:
             return {}
         with torch.no_grad():
-            logits = model.heads["lm"](model({"tokens": torch.as_tensor(self.said)[None]}))[0]
-        self.said = torch.multinomial(logits.softmax(-1), 1)[:, 0].numpy()
-        return {"sum": float(self.said.sum())}
+            logits = model.heads["lm"](model({"tokens": torch.as_tensor(self.sampled)[None]}))[0]
+        self.sampled = torch.multinomial(logits.softmax(-1), 1)[:, 0].numpy()
+        return {"sum": float(self.sampled.sum())}
 
     def state(self) -> dict[str, np.ndarray]:
-        return {"said": self.said}
+        return {"sampled": self.sampled}
 
     def restore(self, state: Mapping[str, np.ndarray]) -> None:
-        self.said = state["said"].copy()
+        self.sampled = state["sampled"].copy()
 
     def __getitem__(self, index: int) -> Example:
-        return {"tokens": np.concatenate((super().__getitem__(index)["tokens"], self.said))}
+        return {"tokens": np.concatenate((super().__getitem__(index)["tokens"], self.sampled))}
 
 
-class Scored(CausalLM):
-    """With a measure beside the loss."""
+class WithAccuracy(CausalLM):
+    """Causal language modeling with accuracy as a metric."""
 
     metrics = {"accuracy": "labels"}  # noqa: RUF012
 
     def loss(self, model: LM, outputs: Outputs, batch: Batch) -> dict[str, Tensor]:
         states, labels = supervised(outputs["hidden"], batch["labels"])
         with torch.no_grad():
-            right = num_correct(model.heads["lm"](states), labels)
-        return super().loss(model, outputs, batch) | {"accuracy": right}
+            correct = num_correct(model.heads["lm"](states), labels)
+        return super().loss(model, outputs, batch) | {"accuracy": correct}
 
 
 def small_model(dropout: float = 0.1, seed: int = 0) -> LM:
     torch.manual_seed(seed)
     config = replace(decoder_config(vocab_size=40, hidden_size=32, num_layers=2, num_heads=2), dropout=dropout)
-    return LM(config, Scored().heads(config))
+    return LM(config, WithAccuracy().heads(config))
 
 
 def small_batches(source: Source | None = None, accumulate: int = 2, rank: int = 0, world: int = 1) -> Batches:
     source = source or OnPolicy()
     return Batches(
-        source, Scored(), VOCAB, batch_size=7, seed=3, gradient_accumulation_steps=accumulate, rank=rank, world=world
+        source,
+        WithAccuracy(),
+        VOCAB,
+        batch_size=7,
+        seed=3,
+        gradient_accumulation_steps=accumulate,
+        rank=rank,
+        world=world,
     )
 
 
 def small_run(
-    directory: Path, steps: int, plan: TrainerConfig | None = None, recipe: str = "r", model: LM | None = None
+    directory: Path, steps: int, config: TrainerConfig | None = None, recipe: str = "r", model: LM | None = None
 ) -> TrainingResult:
-    """A whole run: dropout, an on-policy source, uneven micro-batches, Muon and AdamW, held-out measurements."""
+    """Train with dropout, an on-policy source, uneven micro-batches, Muon and AdamW, and validation."""
     torch.set_num_threads(1)
-    held_out = Batches(Chains(), Scored(), VOCAB, batch_size=9, seed=4)
+    validation = Batches(Chains(), WithAccuracy(), VOCAB, batch_size=9, seed=4)
     return train(
-        small_model() if model is None else model, Scored(), small_batches(), directory,
+        small_model() if model is None else model, WithAccuracy(), small_batches(), directory,
         budget=Budget(max_steps=steps), optimizer=OptimizerConfig(lr=0.01), schedule=Schedule(warmup_ratio=0.1),
-        config=plan or TrainerConfig(save_every=3, eval_every=10, keep=2, precision="fp32"), recipe=recipe, reporter=NullReporter(),
-        evaluate=lambda model, _: validate(model, Scored(), held_out.all_batches(), bytes_per_target=2.0),
+        config=config or TrainerConfig(save_every=3, eval_every=10, keep=2, precision="fp32"), recipe=recipe, reporter=NullReporter(),
+        evaluate=lambda model, _: validate(model, WithAccuracy(), validation.all_batches(), bytes_per_target=2.0),
     )  # fmt: skip
 
 
 def run_in_process(directory: str, steps: int) -> None:
-    """What a child process does; how it ended is left in `ended`."""
+    """Run in a child process and write how it ended to the file `ended`."""
     os.environ["OMP_NUM_THREADS"] = "1"
     with contextlib.suppress(KeyboardInterrupt):
         try:
             small_run(Path(directory), steps)
             ended = "finished"
-        except Interrupted as stopped:
-            ended = str(stopped)
+        except Interrupted as interrupted:
+            ended = str(interrupted)
         Path(directory, "ended").write_text(ended)
 
 
 class Stuck(Chains):
-    """Its third step takes a minute to prepare."""
+    """Takes a minute to prepare the third step."""
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
@@ -133,6 +140,6 @@ class Stuck(Chains):
 def stuck_in_process(directory: str) -> None:
     torch.set_num_threads(1)
     train(
-        small_model(), Scored(), small_batches(Stuck(Path(directory))), Path(directory),
+        small_model(), WithAccuracy(), small_batches(Stuck(Path(directory))), Path(directory),
         budget=Budget(max_steps=9), config=TrainerConfig(save_every=1, keep=5, precision="fp32"), reporter=NullReporter(),
     )  # fmt: skip

@@ -1,4 +1,4 @@
-"""What cannot be trained is refused when the recipe is read, in one sentence that names both and what would fit."""
+"""Incompatible objectives and models are rejected when the recipe is loaded; the error names both and suggests a fix."""
 
 from __future__ import annotations
 
@@ -26,67 +26,67 @@ SHAPES = {
     "a causal decoder": decoder_config(vocab_size=10, hidden_size=64, num_layers=1),
     "an encoder": replace(
         encoder_config(vocab_size=10, hidden_size=64, num_layers=1), dropout=0.1
-    ),  # two views differ by it
+    ),  # it makes the two examples differ
     "an encoder-decoder": encoder_decoder_config(vocab_size=10, hidden_size=64, num_layers=1),
     "a Linformer": replace(encoder_config(vocab_size=10, hidden_size=64, num_layers=1), dropout=0.1, linformer_k=8),
     "a variational autoencoder": replace(
         encoder_decoder_config(vocab_size=10, hidden_size=64, num_layers=1), latent_size=32
     ),
     "a left-to-right LSTM": load("lstm").model,
-    "an LSTM in two directions": replace(load("lstm").model, causal=False, dropout=0.1),
-    "a decoder that may read both ways": replace(
+    "a bidirectional LSTM": replace(load("lstm").model, causal=False, dropout=0.1),
+    "a decoder that can attend in both directions": replace(
         decoder_config(vocab_size=10, hidden_size=64, num_layers=1), causal=False, dropout=0.1
     ),
-    "an LSTM in two directions apart": replace(load("elmo").model, dropout=0.1),
+    "a bidirectional LSTM with separate directions": replace(load("elmo").model, dropout=0.1),
     "a table of word vectors": load("word2vec").model,
 }
 
 
-def test_the_shapes_are_called_what_they_are() -> None:
+def test_model_descriptions() -> None:
     assert {noun: config.description for noun, config in SHAPES.items()} == {noun: noun for noun in SHAPES}
 
 
 @pytest.mark.parametrize("name", objectives.OBJECTIVES)
 @pytest.mark.parametrize("noun", SHAPES)
-def test_a_misfit_is_refused_and_nothing_else(name: str, noun: str) -> None:
+def test_only_incompatible_objectives_are_rejected(name: str, noun: str) -> None:
     objective, config = objectives.find(name)(), SHAPES[noun]
     if objective.attention_pattern() in config.supported_patterns and not objective.missing_from(config):
         check_pattern(objective, config)
         return
     with pytest.raises(UserError) as refusal:
         check_pattern(objective, config)
-    said = str(refusal.value)
-    assert f"objective {name} " in said
+    message = str(refusal.value)
+    assert f"objective {name} " in message
     if objective.attention_pattern() in config.supported_patterns:
-        assert "cannot be trained with this shape: " in said and "set " in said
+        assert "cannot be trained with this model: " in message and "set " in message
         return
-    assert noun in said
-    offered = said.rpartition("serves: ")[2].split(", ")
+    assert noun in message
+    offered = message.rpartition("serves: ")[2].split(", ")
     assert offered and name not in offered
     for other in offered:
         check_pattern(objectives.find(other)(), config)
 
 
-def test_every_objective_has_a_shape_that_serves_it() -> None:
+def test_every_objective_has_a_compatible_model() -> None:
     for name in objectives.OBJECTIVES:
         assert any(
             objectives.find(name)().attention_pattern() in config.supported_patterns for config in SHAPES.values()
         ), name
 
 
-def test_a_sum_is_refused_for_its_demanding_addend() -> None:
+def test_error_names_the_incompatible_component_of_a_sum() -> None:
     with pytest.raises(UserError, match="objective nsp reads a text from both sides"):
         check_pattern(NSP() + MLM(), SHAPES["a causal decoder"])
     with pytest.raises(UserError, match=r"cannot add causal_lm\+nsp"):
         CausalLM() + NSP()
 
 
-def test_a_sum_needs_what_its_first_view_reads_and_its_second_is_not_given() -> None:
+def test_inputs_of_a_sum() -> None:
     assert (NSP() + MLM()).inputs() == {"first", "second", "other"}
     assert {"labels", "next"} <= (NSP() + MLM()).outputs(frozenset({"first", "second", "other"}))
 
 
-def test_settings_decide_what_an_objective_needs() -> None:
+def test_settings_determine_the_attention_pattern() -> None:
     check_pattern(SpanCorruption(layout="prefix"), SHAPES["an encoder"])
     with pytest.raises(UserError, match="source"):
         check_pattern(SpanCorruption(), SHAPES["an encoder"])
@@ -95,8 +95,8 @@ def test_settings_decide_what_an_objective_needs() -> None:
         check_pattern(Classification(position="first"), SHAPES["a causal decoder"])
 
 
-def refused(name: str, settings: list[str]) -> str:
-    """What the refusal of a recipe says; empty where it is taken and the model can be built."""
+def error_of(name: str, settings: list[str]) -> str:
+    """Return the error message of a recipe; empty if it loads and the model can be built."""
     try:
         recipe = load(name, settings)
         with init_empty_weights():
@@ -107,10 +107,10 @@ def refused(name: str, settings: list[str]) -> str:
     return ""
 
 
-def mended(name: str, settings: list[str], said: str) -> tuple[str, list[str]]:
-    """A recipe with the remedy of its refusal applied: the first, where there are several."""
-    remedy = said.partition(", or take")[0].rpartition(": ")[2]
-    if found := re.search(r"begin from the recipe (\w+)", remedy):
+def with_suggestion(name: str, settings: list[str], message: str) -> tuple[str, list[str]]:
+    """Return a recipe with the first suggestion of its error applied."""
+    remedy = message.partition(", or take")[0].rpartition(": ")[2]
+    if found := re.search(r"use the recipe (\w+)", remedy):
         return found[1], [settings[0]]
     written = re.findall(r"(?:model|objective)[.\w]*=(?:\[.*\]|[\w.]+)", remedy)
     return name, settings + written + re.findall(r"examples(?:\.\w+)?=\w+", remedy)[:1]
@@ -133,16 +133,16 @@ RECIPES = (
 
 
 @pytest.mark.parametrize("name", RECIPES)
-def test_what_a_refusal_says_to_do_can_be_done(name: str) -> None:
-    """At most three times: another shape, then another segment, and then a setting of that."""
+def test_suggestions_of_errors_work(name: str) -> None:
+    """At most three times: another model, then other examples, then a setting of those."""
     for objective in objectives.OBJECTIVES:
         recipe, settings = name, [f"objective={objective}"]
         for _ in range(4):
-            if not (said := refused(recipe, settings)):
+            if not (message := error_of(recipe, settings)):
                 break
-            assert ": " in said and "\n" not in said
-            recipe, settings = mended(recipe, settings, said)
-        assert not said or objective == "ranking", (name, objective, said)
+            assert ": " in message and "\n" not in message
+            recipe, settings = with_suggestion(recipe, settings, message)
+        assert not message or objective == "ranking", (name, objective, message)
 
 
 @pytest.mark.parametrize(
@@ -154,33 +154,33 @@ def test_what_a_refusal_says_to_do_can_be_done(name: str) -> None:
         ("elmo", "causal_lm", "set model.causal=true and model.separate_directions=false"),
         ("vae", "denoising", "set model.latent_size=0"),
         ("lstm", "bilm", "set model.causal=false and model.separate_directions=true"),
-        ("word2vec", "mlm", "begin from the recipe roberta (an encoder)"),
-        ("gpt", "word2vec", "begin from the recipe word2vec (a table of vectors)"),
+        ("word2vec", "mlm", "use the recipe roberta (an encoder)"),
+        ("gpt", "word2vec", "use the recipe word2vec (a table of vectors)"),
     ],
 )
-def test_a_remedy_is_made_for_the_shape_at_hand(name: str, objective: str, remedy: str) -> None:
-    said = refused(name, [f"objective={objective}"])
-    assert f": {remedy}, or take" in said
-    others = said.rpartition("serves: ")[2].split(", ")
-    assert others and all(not refused(name, [f"objective={other}"]) for other in others)
+def test_suggestions_fit_the_model(name: str, objective: str, remedy: str) -> None:
+    message = error_of(name, [f"objective={objective}"])
+    assert f": {remedy}, or take" in message
+    others = message.rpartition("serves: ")[2].split(", ")
+    assert others and all(not error_of(name, [f"objective={other}"]) for other in others)
 
 
-def test_a_generator_of_recurrent_layers_is_as_wide_as_these() -> None:
+def test_recurrent_generator_has_the_hidden_size_of_the_model() -> None:
     both = ["objective=rtd", "model.causal=false"]
-    assert "cannot be trained with this shape" in refused("lstm", both)
-    assert "set objective.generator_size=1" in refused("lstm", both)
-    assert not refused("lstm", [*both, "objective.generator_size=1"])
-    assert "set model.separate_directions=false and objective.generator_size=1" in refused("elmo", ["objective=rtd"])
+    assert "cannot be trained with this model" in error_of("lstm", both)
+    assert "set objective.generator_size=1" in error_of("lstm", both)
+    assert not error_of("lstm", [*both, "objective.generator_size=1"])
+    assert "set model.separate_directions=false and objective.generator_size=1" in error_of("elmo", ["objective=rtd"])
 
 
-def test_a_refusal_of_what_a_run_starts_from_offers_another_start() -> None:
+def test_error_for_pretrained_model_suggests_another() -> None:
     with pytest.raises(
-        UserError, match=r"a causal decoder cannot: start from the recipe roberta \(an encoder\), or take"
+        UserError, match=r"a causal decoder cannot: start from a model of the recipe roberta \(an encoder\), or take"
     ):
         check_pattern(MLM(), SHAPES["a causal decoder"], fixed=True)
 
 
-def test_a_sum_that_cannot_be_says_of_which_and_why() -> None:
+def test_invalid_sums_are_rejected() -> None:
     with pytest.raises(
         UserError, match=r"cannot add causal_lm\+nsp: one reads a text from left to right, the other .* both sides"
     ):
@@ -193,7 +193,7 @@ def test_a_sum_that_cannot_be_says_of_which_and_why() -> None:
         LayerMixture() + Consistency()
 
 
-def test_it_happens_when_the_recipe_is_read() -> None:
+def test_check_happens_when_the_recipe_is_loaded() -> None:
     with pytest.raises(UserError, match=r"objective mlm .* a causal decoder cannot: set model\.causal=false"):
         load("gpt", ["objective=mlm"])
     assert load("gpt", ["objective=mlm", "model.causal=false"]).model == replace(load("gpt").model, causal=False)

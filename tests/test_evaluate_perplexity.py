@@ -1,4 +1,4 @@
-"""Likelihood of text against transformers' own loss on the same exported model, and against what must always hold."""
+"""Likelihood of text against transformers' loss on the same exported model, and general properties."""
 
 import math
 
@@ -7,7 +7,7 @@ import pytest
 import torch
 from test_model_families import AUTO, SHAPES, built
 
-from firth.evaluate.perplexity import Likelihood, TokenizedDocument, halves, one_at_a_time, read, score, strided
+from firth.evaluate.perplexity import Likelihood, TokenizedDocument, halves, one_at_a_time, score, strided, tokenize
 from firth.model.config import decoder_config
 from firth.model.heads import LMHead
 from firth.model.model import LM
@@ -28,14 +28,14 @@ def document(n, seed=0):
 
 
 def exported(name, tmp_path):
-    """Our model, and transformers' reading of what we saved."""
+    """Return a model of firth, and the model that transformers loads from its files."""
     model = built(SHAPES[name])
     save_model(model, None, tmp_path)
     return model, getattr(transformers, AUTO[name.split("-")[0]]).from_pretrained(tmp_path).eval()
 
 
 def their_nll(theirs, tokens, labels, **fields):
-    """transformers' own loss, a mean, times what it is the mean of."""
+    """Return the mean loss of transformers."""
     labels = torch.as_tensor(labels)[None]
     with torch.no_grad():
         loss = theirs(input_ids=torch.as_tensor(tokens)[None], labels=labels, **fields).loss
@@ -43,7 +43,7 @@ def their_nll(theirs, tokens, labels, **fields):
 
 
 @pytest.mark.parametrize("name", ["gpt2", "llama", "nanochat"])
-def test_causal_in_one_window_is_their_loss(name, tmp_path):
+def test_causal_in_one_window_equals_transformers(name, tmp_path):
     ours, theirs = exported(name, tmp_path)
     text = document(30)
     result = score(ours, strided(text, context=40))
@@ -54,7 +54,7 @@ def test_causal_in_one_window_is_their_loss(name, tmp_path):
     assert result.bits_per_byte == pytest.approx(29 * mean / math.log(2) / text.sizes[1:].sum(), rel=1e-5)
 
 
-def test_causal_in_strides_is_their_published_recipe(tmp_path):
+def test_causal_in_strides_equals_transformers(tmp_path):
     """The loop of transformers' page on perplexity of fixed-length models, with windows of 25 and a stride of 12."""
     ours, theirs = exported("gpt2", tmp_path)
     text = document(25 + 12 * 6)
@@ -63,9 +63,9 @@ def test_causal_in_strides_is_their_published_recipe(tmp_path):
         end = min(begin + 25, len(text.tokens))
         target = text.tokens[begin:end].copy()
         target[: -(end - before)] = IGNORE
-        asked = int((target[1:] != IGNORE).sum())
-        total += asked * their_nll(theirs, text.tokens[begin:end], target)
-        count, before = count + asked, end
+        scored = int((target[1:] != IGNORE).sum())
+        total += scored * their_nll(theirs, text.tokens[begin:end], target)
+        count, before = count + scored, end
         if end == len(text.tokens):
             break
     result = score(ours, strided(text, context=24))
@@ -73,7 +73,7 @@ def test_causal_in_strides_is_their_published_recipe(tmp_path):
     assert result.nll == pytest.approx(total, rel=1e-5)
 
 
-def test_causal_with_bos_asks_the_first_token_too(tmp_path):
+def test_causal_with_bos_scores_the_first_token_too(tmp_path):
     ours, theirs = exported("llama", tmp_path)
     text = document(30)
     with_bos = np.concatenate(([VOCAB.bos], text.tokens))
@@ -86,20 +86,20 @@ def test_causal_with_bos_asks_the_first_token_too(tmp_path):
 @pytest.mark.parametrize(("bos", "every"), [(None, True), (1, True), (1, False)])
 @pytest.mark.parametrize("context", [2, 3, 8, 9, 64])
 @pytest.mark.parametrize("n", [1, 2, 7, 8, 9, 30, 65])
-def test_every_token_is_asked_once_with_half_a_context_before_it(n, context, bos, every):
+def test_every_token_is_scored_once_with_half_a_context(n, context, bos, every):
     text = TokenizedDocument(np.arange(100, 100 + n), np.ones(n, np.int64))
-    asked = []
+    scored = []
     for x in strided(text, context, bos, every):
         assert len(x["tokens"]) <= context
         for i in np.flatnonzero(x["labels"] != IGNORE):
-            asked.append(int(x["labels"][i]))
+            scored.append(int(x["labels"][i]))
             seen = x["tokens"][: i + 1].tolist()
-            place = asked[-1] - 100
-            assert len(seen) >= min(place + (bos is not None), context - context // 2)
-            real = [bos] * (bos is not None) + list(range(100, 100 + place))
+            index = scored[-1] - 100
+            assert len(seen) >= min(index + (bos is not None), context - context // 2)
+            real = [bos] * (bos is not None) + list(range(100, 100 + index))
             assert seen[1:] == real[len(real) - len(seen) + 1 :]
             assert seen[0] == (bos if bos is not None and every else real[len(real) - len(seen)])
-    assert asked == list(range(101 if bos is None else 100, 100 + n))
+    assert scored == list(range(101 if bos is None else 100, 100 + n))
 
 
 @pytest.mark.parametrize("name", ["bert", "modernbert"])
@@ -109,15 +109,15 @@ def test_masked_is_the_sum_over_single_masks(name, tmp_path):
     framed = np.concatenate(([VOCAB.cls], text.tokens, [VOCAB.sep]))
     total = 0.0
     for at in range(1, 18):
-        shown, labels = framed.copy(), np.full(19, IGNORE)
-        shown[at], labels[at] = VOCAB.mask, framed[at]
-        total += their_nll(theirs, shown, labels)
+        inputs, labels = framed.copy(), np.full(19, IGNORE)
+        inputs[at], labels[at] = VOCAB.mask, framed[at]
+        total += their_nll(theirs, inputs, labels)
     result = score(ours, one_at_a_time(text, 40, VOCAB))
     assert (result.tokens, result.size) == (17, int(text.sizes.sum()))
     assert result.nll == pytest.approx(total, rel=1e-5)
 
 
-def test_masked_cuts_what_is_too_long_into_even_pieces():
+def test_masked_splits_long_documents_into_even_pieces():
     rows = list(one_at_a_time(document(50), 20, VOCAB))
     assert sorted({len(x["tokens"]) for x in rows}) == [18, 19]
     assert len(rows) == 50
@@ -125,7 +125,7 @@ def test_masked_cuts_what_is_too_long_into_even_pieces():
 
 
 @pytest.mark.parametrize("name", ["t5-v1.0", "t5-v1.1"])
-def test_encoder_decoders_write_the_second_half(name, tmp_path):
+def test_encoder_decoders_score_the_second_half(name, tmp_path):
     ours, theirs = exported(name, tmp_path)
     text = document(21)
     source = np.concatenate((text.tokens[:10], [VOCAB.eos]))
@@ -134,24 +134,24 @@ def test_encoder_decoders_write_the_second_half(name, tmp_path):
     assert result.nll == pytest.approx(11 * their_nll(theirs, source, text.tokens[10:]), rel=1e-5)
 
 
-@pytest.mark.parametrize(("name", "show"), [
+@pytest.mark.parametrize(("name", "build_examples"), [
     ("gpt2", lambda d: strided(d, 24)),
     ("bert", lambda d: one_at_a_time(d, 24, VOCAB)),
     ("t5-v1.1", lambda d: halves(d, 13, VOCAB)),
 ])  # fmt: skip
-def test_how_it_is_batched_changes_nothing(name, show):
+def test_batching_changes_nothing(name, build_examples):
     model = built(SHAPES[name])
     model.train()
     texts = [document(n, seed=n) for n in (61, 5, 33, 2)]
-    alone = [score(model, show(text), room=1) for text in texts]
-    together = score(model, (x for text in texts for x in show(text)), room=100_000)
+    alone = [score(model, build_examples(text), max_tokens=1) for text in texts]
+    together = score(model, (x for text in texts for x in build_examples(text)), max_tokens=100_000)
     summed = sum(alone, Likelihood())
     assert (summed.tokens, summed.size) == (together.tokens, together.size)
     assert summed.nll == pytest.approx(together.nll, rel=1e-5)
     assert model.training
 
 
-def test_nothing_to_say_about_an_empty_text():
+def test_empty_text_gives_no_examples():
     assert (
         list(strided(document(0), 8))
         == list(one_at_a_time(document(0), 8, VOCAB))
@@ -177,7 +177,7 @@ def test_sizes_add_up_to_the_bytes_of_the_text(algorithm):
         ["the quick brown fox jumps over the lazy dog, plain words " * 20], algorithm, 300, num_sentinels=2
     )
     for text in HARD:
-        found = read(tokenizer, text)
+        found = tokenize(tokenizer, text)
         assert found.tokens.tolist() == tokenizer.encode(text).tolist()
         assert len(found.sizes) == len(found.tokens)
         assert (found.sizes >= 0).all()
@@ -185,9 +185,9 @@ def test_sizes_add_up_to_the_bytes_of_the_text(algorithm):
             assert found.sizes.sum() == len(replace_lone_surrogates(text).encode())
 
 
-def test_sizes_say_where_the_bytes_are():
+def test_sizes_are_the_bytes_of_each_token():
     tokenizer = train(["ab ab ab"], "byte-bpe", 400, num_sentinels=0)
-    found = read(tokenizer, "ab é ab")
+    found = tokenize(tokenizer, "ab é ab")
     words = [(tokenizer.decode([t]), int(n)) for t, n in zip(found.tokens, found.sizes, strict=True)]
     assert words[0] == ("ab", 2)
     assert words[-1] == (" ab", 3)
@@ -195,14 +195,14 @@ def test_sizes_say_where_the_bytes_are():
 
 
 def test_bits_per_byte_do_not_depend_on_the_tokenizer():
-    """A model that knows nothing pays log2(vocab) per token, so its bits per byte follow from the counts alone."""
+    """A uniform model costs log2(vocab) bits per token, so its bits per byte follow from the counts alone."""
     text = "the quick brown fox jumps over the lazy dog " * 10
     for size in (300, 340):
         tokenizer = train([text], "byte-bpe", size, num_sentinels=0)
         config = decoder_config(tokenizer.vocab.size, 64, 1, max_positions=32)
         model = LM(config, {"lm": LMHead(config)})
         torch.nn.init.zeros_(model.heads["lm"].weight)
-        found = read(tokenizer, text)
+        found = tokenize(tokenizer, text)
         result = score(model, strided(found, 32))
         assert result.tokens == len(found.tokens) - 1
         wanted = (len(found.tokens) - 1) * math.log2(tokenizer.vocab.size) / (len(text) - found.sizes[0])

@@ -1,4 +1,4 @@
-"""The figures: what is drawn is what was measured, whatever was measured."""
+"""Charts: what is drawn equals the data, for any data."""
 
 import itertools
 import math
@@ -17,7 +17,7 @@ def one(y, x=None, **settings):
 
 
 def points(picture):
-    """The vertices of each polyline, in pixels."""
+    """Return the vertices of each polyline in pixels."""
     lines = re.findall(r'<polyline class="[^"]*" points="([^"]*)"', picture)
     return [np.array([[float(v) for v in p.split(",")] for p in line.split()]) for line in lines]
 
@@ -35,7 +35,7 @@ def test_a_logarithmic_axis_makes_a_power_law_straight():
     assert np.allclose(steps, steps[0], atol=0.11)
 
 
-def test_what_is_not_finite_breaks_the_line():
+def test_values_that_are_not_finite_break_the_line():
     assert len(points(svg(one([1.0, 2.0, math.nan, 2.0, 1.0])))) == 2
     assert len(points(svg(one([1.0, 2.0, -1.0, 2.0, 1.0], log_y=True)))) == 2
     assert "no values" in svg(one([math.nan, math.inf]))
@@ -78,7 +78,7 @@ def test_smoothing_keeps_the_raw_line():
     assert abs(smooth[:, 1].mean() - raw[:, 1].mean()) < 3
 
 
-def test_names_do_not_touch():
+def test_names_do_not_overlap():
     ends = np.random.default_rng(0).uniform(20, 60, 9).tolist()
     placed = sorted(spread(ends, 15, 0, 300))
     assert min(b - a for a, b in itertools.pairwise(placed)) >= 15 - 1e-9
@@ -90,20 +90,20 @@ def test_names_do_not_touch():
 
 
 def test_long_names_go_into_a_key_above():
-    long = Curve("a name that is too long to stand beside its line", [0, 1], [0, 1])
+    long = Curve("a name that is too long for the end of its line", [0, 1], [0, 1])
     figure = Figure("t", "x", "y", (long, Curve("short", [0, 1], [1, 0])))
     picture = svg(figure, 340, 240)
-    assert picture.count("a name that is too long") == 1 + 2  # the key, and what each of two points says
+    assert picture.count("a name that is too long") == 1 + 2  # the key, and the titles of two points
     assert float(re.search(r'viewBox="0 0 340 (\d+)"', picture)[1]) > 240
 
 
-def test_values_answer_the_pointer():
+def test_points_have_their_value_as_title():
     picture = svg(one([1.0, 0.25], points=True))
     assert "<title>a curve, step 1: 0.25</title>" in picture
     assert "untrained" in svg(one([1.0, 2.0], levels=(Level("untrained", 9.0),)))
 
 
-def test_zero_is_on_the_axis_if_asked():
+def test_zero_is_on_the_axis_if_requested():
     assert ">0</text>" in svg(one([26_000.0, 27_000.0], zero=True))
     assert ">0</text>" not in svg(one([26_000.0, 27_000.0], x=[1.0, 2.0]))
 
@@ -117,14 +117,14 @@ def test_ticks_enclose_the_range_in_round_steps(low, high):
     assert log_ticks(1, 1e9)[::3] == (1.0, 1e3, 1e6, 1e9)
 
 
-def test_numbers_read_well():
+def test_numbers_are_formatted():
     assert [number(v) for v in (1e4, 999_999, 1.5e9, 0.1 + 0.2, -1e-7, 123.456)] == [
         "10k", "1M", "1.5G", "0.3", "−1e-7", "123.5"
     ]  # fmt: skip
     assert number(math.nan) == "not a number"
 
 
-def test_a_curve_of_unequal_lengths_says_so():
+def test_a_curve_of_unequal_lengths_is_an_error():
     with pytest.raises(ValueError, match="2 x and 1 y"):
         Curve("c", [1, 2], [1])
 
@@ -135,14 +135,14 @@ def test_the_example_has_no_empty_figure():
             assert "no values" not in svg(figure)
 
 
-def test_intervals_are_upright_lines_within_the_axes_and_stand_apart() -> None:
+def test_intervals_are_vertical_lines_that_do_not_overlap() -> None:
     low, high = (
         Curve("low", (0.0, 1.0), (0.5, 0.6), points=True, intervals=((0.4, 0.6), (0.4, 0.8))),
         Curve("high", (0.0, 1.0), (0.7, 0.8), intervals=((math.nan, math.nan), (0.5, 1.1))),
     )
     picture = svg(Figure("Score", "FLOPs", "share", (low, high)))
     found = re.findall(r'<polyline class="whisker (c\d)" points="([\d.]+),([\d.]+) ([\d.]+),([\d.]+)"/>', picture)
-    assert [colour for colour, *_ in found] == ["c0", "c0", "c1"]
+    assert [color for color, *_ in found] == ["c0", "c0", "c1"]
     for _, x, y, x2, y2 in found:
         assert x == x2
         assert 0 < float(y2) < float(y) < 310 - 40 + 1e-6  # within the axes: 1.1 is the highest end
@@ -158,8 +158,8 @@ def test_dots_without_a_line_are_all_drawn() -> None:
     assert "<polyline" not in picture
 
 
-def test_points_that_are_all_but_level_do_not_stand_far_apart() -> None:
-    """Runs of 6.00e12 and 6.02e12 FLOPs are of one compute."""
+def test_points_of_nearly_equal_x_are_drawn_close() -> None:
+    """Runs of 6.00e12 and 6.02e12 FLOPs have practically equal compute."""
     curves = tuple(
         Curve(str(x), np.array([x]), np.array([y]), points=True) for x, y in ((6.00e12, 0.2), (6.02e12, 0.3))
     )

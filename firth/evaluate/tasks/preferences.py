@@ -1,4 +1,4 @@
-"""Comparisons: preferences in records; how often a reward model prefers what was chosen. A tie is wrong.
+"""Preferences: how often a reward model scores the chosen answer above the rejected one; a tie is wrong.
 
 Dialogues are read and encoded as in training (`firth.data.records.PreferenceRecords`), up to the last token of the answer.
 """
@@ -12,15 +12,15 @@ from firth.data.records import PreferenceRecords
 from firth.evaluate import metrics
 from firth.evaluate.perplexity import groups
 from firth.evaluate.task import Answers, EvaluatedModel, Progress, Task, most_likely
-from firth.generate.decoding import attention_pattern_of
-from firth.objectives.reward_model import rewards, whole
+from firth.generate.decoding import inference_mode
+from firth.objectives.reward_model import answer_row, rewards
 from firth.types import Example, UserError
 
 SIDES = ("chosen", "rejected")
 
 
-def source(evaluated: EvaluatedModel, paths: Sequence[str]) -> PreferenceRecords:
-    """The comparisons of the files, as far as both answers have a place in a row."""
+def load(evaluated: EvaluatedModel, paths: Sequence[str]) -> PreferenceRecords:
+    """Load the preference pairs whose two answers both fit into a row."""
     if "reward" not in evaluated.model.heads:
         raise UserError(
             f"{evaluated.directory}: this model has no reward head: train one with `firth train reward_model`"
@@ -28,23 +28,23 @@ def source(evaluated: EvaluatedModel, paths: Sequence[str]) -> PreferenceRecords
     return PreferenceRecords(paths, evaluated.tokenizer, evaluated.context)
 
 
-def answer(evaluated: EvaluatedModel, items: PreferenceRecords, progress: Progress) -> Answers:
-    """Which of the two has the higher reward, "" for a tie."""
+def respond(evaluated: EvaluatedModel, items: PreferenceRecords, progress: Progress) -> Answers:
+    """Return "chosen" and the side with the higher reward of each pair, "" for a tie."""
 
-    def shown() -> Iterator[Example]:
+    def build_examples() -> Iterator[Example]:
         for i in range(len(items)):
             pair = items[i]
             for side in SIDES:
-                yield whole(pair[f"{side}_tokens"], pair[f"{side}_mask"])
+                yield answer_row(pair[f"{side}_tokens"], pair[f"{side}_mask"])
 
     scores: list[float] = []
-    with attention_pattern_of(evaluated.model):
-        for group in groups(shown(), room=8192):
+    with inference_mode(evaluated.model):
+        for group in groups(build_examples(), max_tokens=8192):
             batch = {name: x.to(evaluated.device) for name, x in collate(group).items()}
             scores += rewards(evaluated.model, evaluated.model(batch), batch).tolist()
             progress(len(scores) / (2 * len(items)))
-    said = [most_likely(SIDES, pair) for pair in zip(scores[::2], scores[1::2], strict=True)]
-    return ["chosen"] * len(said), said
+    preferred = [most_likely(SIDES, pair) for pair in zip(scores[::2], scores[1::2], strict=True)]
+    return ["chosen"] * len(preferred), preferred
 
 
-PREFERENCES = Task("comparisons", source, answer, {"accuracy": metrics.accuracy})
+PREFERENCES = Task("preferences", load, respond, {"accuracy": metrics.accuracy})

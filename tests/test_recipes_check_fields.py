@@ -1,4 +1,4 @@
-"""Every objective with every segment: refused in one sentence that mends it, or trained, from real files."""
+"""Every objective with every kind of examples: rejected with one sentence that suggests a fix, or trained from real files."""
 
 from __future__ import annotations
 
@@ -43,51 +43,63 @@ from firth.types import UserError
 WORDS = ["the", "a", "fine", "dull", "otter", "swims", "sleeps", "and", "the", "cold", "river", "runs"]
 SIZES = {"vocab_size": 400, "hidden_size": 32, "num_layers": 1, "num_heads": 2, "max_positions": 160}
 SHAPES: dict[AttentionPattern, ModelConfig] = {
-    "any": encoder_config(**SIZES), "bidirectional": replace(encoder_config(**SIZES), dropout=0.1), "causal": decoder_config(**SIZES),
-    "permuted": encoder_config(**SIZES), "prefix": encoder_config(**SIZES), "seq2seq": encoder_decoder_config(**SIZES),
+    "any": encoder_config(**SIZES),
+    "bidirectional": replace(encoder_config(**SIZES), dropout=0.1),
+    "causal": decoder_config(**SIZES),
+    "permuted": encoder_config(**SIZES),
+    "prefix": encoder_config(**SIZES),
+    "seq2seq": encoder_decoder_config(**SIZES),
     "latent": replace(encoder_decoder_config(**SIZES), latent_size=32),
-    "bidirectional_separate": replace(recurrent_config(400, 32, 1), causal=False, separate_directions=True, tie_embeddings=False, intermediate_size=0), "none": word_vector_config(400, 16),
-}  # fmt: skip
+    "bidirectional_separate": replace(
+        recurrent_config(400, 32, 1), causal=False, separate_directions=True, tie_embeddings=False, intermediate_size=0
+    ),
+    "none": word_vector_config(400, 16),
+}
 
 
 @dataclass(frozen=True)
 class Place:
-    """A folder with records of every kind, a tokenizer, and two models to begin from."""
+    """A directory with records of every kind, a tokenizer, and two base models."""
 
     folder: Path
     tokenizer: Tokenizer
 
     def segment(self, name: str, objective: Objective | None = None) -> ExamplesConfig:
-        """A segment of this name, as small as it comes, with the credit that the objective learns from."""
+        """Return small examples of a kind, with the advantages that the objective is trained with."""
         grouped = objective is not None and any(isinstance(one, Reinforce) for one in objective.components())
         credit: Literal["gae", "group"] = "group" if grouped else "gae"
         changed = {
-            "windows": WindowsConfig(max_length=16), "chunks": ChunksConfig(max_length=24), "segment_pairs": SegmentPairsConfig(max_length=24),
-            "partially_labeled": PartiallyLabeledConfig(num_labeled=4), "pseudo_labeled": PseudoLabeledConfig(num_labeled=4, teacher=str(self.folder / "classifier")),
-            "rollouts": RolloutsConfig(rollout_size=4, num_epochs=1, max_new_tokens=3, reward_function="builtins:len", advantages=credit),
-        }  # fmt: skip
+            "windows": WindowsConfig(max_length=16),
+            "chunks": ChunksConfig(max_length=24),
+            "segment_pairs": SegmentPairsConfig(max_length=24),
+            "partially_labeled": PartiallyLabeledConfig(num_labeled=4),
+            "pseudo_labeled": PseudoLabeledConfig(num_labeled=4, teacher=str(self.folder / "classifier")),
+            "rollouts": RolloutsConfig(
+                rollout_size=4, num_epochs=1, max_new_tokens=3, reward_function="builtins:len", advantages=credit
+            ),
+        }
         return changed.get(name) or EXAMPLES[name]()
 
     def cut(self, name: str, objective: Objective, config: ModelConfig) -> tuple[DatasetSplits, Objective]:
-        """Its examples, as a run cuts them, and the objective that knows them."""
+        """Return the datasets as a run builds them, and the configured objective."""
         file = next(path for path in sorted(self.folder.glob("*.*")) if name in path.stem.split("-"))
         start = str(self.folder / ("causal" if config.causal else "classifier"))
         source = DataConfig(path=(str(file),), split_by="line")
         place = self.folder / "cut" / (objectives.name_of(type(objective)) if name == "pseudo_labeled" else "")
-        data = RunData(source, self.tokenizer, place, start, batch_size=2, echo=lambda _: None)
+        data = RunData(source, self.tokenizer, place, start, batch_size=2, log=lambda _: None)
         examples = self.segment(name, objective)
-        told = examples.configure_objective(objective, data).for_model(config)
-        return examples.build(data, told), told
+        objective = examples.configure_objective(objective, data).for_model(config)
+        return examples.build(data, objective), objective
 
 
-def sentence(rng: np.random.Generator, n: int = 9) -> str:
+def random_sentence(rng: np.random.Generator, n: int = 9) -> str:
     return " ".join(rng.choice(WORDS, n))
 
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
     folder, rng = tmp_path_factory.mktemp("fed"), np.random.default_rng(0)
-    some = [sentence(rng) for _ in range(24)]
+    some = [random_sentence(rng) for _ in range(24)]
     texts = folder / "windows-chunks-segment_pairs-word_windows.txt"
     texts.write_text("\n".join(f"{one}. {two}." for one in some for two in some[:4]))
 
@@ -108,10 +120,12 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
     ids, ends = {"prompt": [60, 61], "chosen": [50, 51], "rejected": [50, 51]}, {"chosen": True, "rejected": True}
     texts_of = {"prompt": "y", "chosen": "x", "rejected": "x", "margin": 1.0}
     write("sampled_preferences", lambda i: texts_of | {"tokens": ids, "finished": ends})
-    asked = [{"id": str(i), "question": "who?", "answers": {"text": ["otter"], "answer_start": [4]}} for i in range(6)]
-    write("questions", lambda i: asked[i % 6] | {"context": "the otter swims", "title": str(i)})
+    questions = [
+        {"id": str(i), "question": "who?", "answers": {"text": ["otter"], "answer_start": [4]}} for i in range(6)
+    ]
+    write("questions", lambda i: questions[i % 6] | {"context": "the otter swims", "title": str(i)})
     train_tokenizer(
-        [str(texts)], folder / "tok", algorithm="byte-bpe", vocab_size=400, num_sentinels=100, echo=lambda _: None
+        [str(texts)], folder / "tok", algorithm="byte-bpe", vocab_size=400, num_sentinels=100, log=lambda _: None
     )
     tokenizer = Tokenizer.load(folder / "tok")
     for name, config, objective in (
@@ -124,20 +138,20 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
 
 
 def trained(place: Place, name: str, objective: Objective) -> dict[str, torch.Tensor]:
-    """One step of training on what a segment gives, in fp32 and then in bf16; the terms of the latter."""
+    """Train one step in fp32 and one in bf16; return the losses of the latter."""
     config = SHAPES[objective.attention_pattern()]
-    cut, told = place.cut(name, objective, config)
+    cut, objective = place.cut(name, objective, config)
     torch.manual_seed(0)
-    model = LM(config, told.heads(config))
+    model = LM(config, objective.heads(config))
     cut.train.prepare(model, 0)
     vocab = place.tokenizer.vocab.with_decoder_start(config.decoder_start_token)
-    batches = Batches(cut.train, told, vocab, batch_size=2, seed=0).batches(0)
-    step(model, told, batches)
-    return step(model, told, batches, precision=casts("bf16", torch.device("cpu")))
+    batches = Batches(cut.train, objective, vocab, batch_size=2, seed=0).batches(0)
+    step(model, objective, batches)
+    return step(model, objective, batches, precision=casts("bf16", torch.device("cpu")))
 
 
 @pytest.mark.parametrize("name", EXAMPLES)
-def test_a_segment_gives_what_it_says(place: Place, name: str) -> None:
+def test_examples_have_their_fields(place: Place, name: str) -> None:
     cut, _ = place.cut(name, Classification(class_names=("a", "b")), SHAPES["causal"])
     cut.train.prepare(LM(SHAPES["causal"], objectives.find("ppo")().heads(SHAPES["causal"])), 0)
     for i in range(len(cut.train)):
@@ -145,14 +159,14 @@ def test_a_segment_gives_what_it_says(place: Place, name: str) -> None:
         assert missing <= {"taught"} and not missing, (name, i, missing)
 
 
-def test_comparisons_with_a_reference_say_that_nothing_is_held_out(place: Place) -> None:
+def test_ref_logprobs_report_missing_validation(place: Place) -> None:
     cut, _ = place.cut("ref_logprobs", objectives.find("dpo")(), SHAPES["causal"])
     assert cut.validation is None and "nothing is held out of 12" in cut.no_validation_reason
 
 
-def mended(objective: Objective, segment: str, said: str) -> list[tuple[Objective, str]]:
-    """What a refusal offers: an objective and a segment each."""
-    remedy = said.rpartition(": ")[2]
+def suggestions(objective: Objective, segment: str, message: str) -> list[tuple[Objective, str]]:
+    """Return the suggestions of an error: pairs of an objective and a kind of examples."""
+    remedy = message.rpartition(": ")[2]
     if found := re.search(r"objective=\[(\w+), (\w+)\]", remedy):
         objective = objectives.find(found[1])() + objectives.find(found[2])()
     segments = re.findall(r"examples=(\w+)", remedy)
@@ -161,14 +175,14 @@ def mended(objective: Objective, segment: str, said: str) -> list[tuple[Objectiv
 
 @pytest.mark.parametrize("segment", EXAMPLES)
 @pytest.mark.parametrize("name", objectives.OBJECTIVES)
-def test_what_is_not_refused_trains(place: Place, name: str, segment: str) -> None:
+def test_accepted_combinations_train(place: Place, name: str, segment: str) -> None:
     objective = objectives.find(name)()
     try:
         check_fields(objective, place.segment(segment, objective))
     except UserError as refusal:
-        said = str(refusal)
-        assert f"objective {name} " in said and "\n" not in said
-        remedies = mended(objective, segment, said)
+        message = str(refusal)
+        assert f"objective {name} " in message and "\n" not in message
+        remedies = suggestions(objective, segment, message)
         assert remedies
         for one, other in remedies:
             check_fields(one, place.segment(other, one))
@@ -178,8 +192,8 @@ def test_what_is_not_refused_trains(place: Place, name: str, segment: str) -> No
 
 
 @pytest.mark.parametrize("name", objectives.OBJECTIVES)
-def test_sums_that_are_not_refused_train(place: Place, name: str) -> None:
-    """In the order in which they are written, on the first segment that feeds both."""
+def test_accepted_sums_train(place: Place, name: str) -> None:
+    """Components in the written order, on the first kind of examples with the inputs of both."""
     trained_with = 0
     for other in objectives.OBJECTIVES:
         try:
@@ -193,7 +207,7 @@ def test_sums_that_are_not_refused_train(place: Place, name: str) -> None:
                 continue
             try:
                 assert trained(place, segment, both).keys() >= both.labels.keys()
-            except UserError as refusal:  # how it is read was open until the shape was known
+            except UserError as refusal:  # the attention pattern was open until the model was known
                 assert str(refusal).startswith(f"cannot add {name}+{other}: one reads")  # noqa: PT017
             trained_with += 1
             break

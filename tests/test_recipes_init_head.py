@@ -1,4 +1,4 @@
-"""A model that starts from nothing begins with the frequencies of the answers, where its head has a place for them."""
+"""An untrained LM head predicts the label frequencies, if it can represent an offset."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ VOCAB = Vocab(
 
 
 class Zipf(Source):
-    """Tokens drawn alone, the k-th with a probability like 1 / k."""
+    """Independent tokens, the k-th with a probability proportional to 1 / k."""
 
     def __len__(self) -> int:
         return 400
@@ -52,7 +52,7 @@ CASES: dict[str, tuple[Objective, ModelConfig]] = {
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_the_untrained_loss_is_the_entropy_of_single_tokens(name: str) -> None:
+def test_untrained_loss_is_the_unigram_entropy(name: str) -> None:
     objective, config = CASES[name]
     torch.manual_seed(0)
     model = LM(config, objective.heads(config)).eval()
@@ -64,7 +64,7 @@ def test_the_untrained_loss_is_the_entropy_of_single_tokens(name: str) -> None:
     assert ENTROPY - 0.05 < after < ENTROPY + 0.1
 
 
-def test_what_an_encoder_decoder_is_asked_is_counted_with_its_sentinels() -> None:
+def test_encoder_decoder_labels_include_sentinels() -> None:
     objective, config = SpanCorruption(), encoder_decoder_config(SIZE, 64, 2)
     model = LM(config, objective.heads(config)).eval()
     batches = Batches(Zipf(), objective, VOCAB, batch_size=16, seed=0)
@@ -74,7 +74,7 @@ def test_what_an_encoder_decoder_is_asked_is_counted_with_its_sentinels() -> Non
     assert validate(model, objective, batches.all_batches())["loss"] < 4.5
 
 
-def test_nothing_is_done_where_there_is_no_place_for_it() -> None:
+def test_head_without_an_offset_is_unchanged() -> None:
     config = ModelConfig(vocab_size=SIZE, hidden_size=64, num_layers=2, num_heads=2)
     model = LM(config, CausalLM().heads(config))
     before = {k: v.clone() for k, v in model.state_dict().items()}
@@ -82,7 +82,7 @@ def test_nothing_is_done_where_there_is_no_place_for_it() -> None:
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
 
 
-def test_a_trunk_that_does_not_carry_the_constant_is_left_as_it_was() -> None:
+def test_stack_that_loses_the_constant_is_unchanged() -> None:
     config = replace(decoder_config(SIZE, 64, 4), zero_init=False, init_std=0.5)
     torch.manual_seed(0)
     model = LM(config, CausalLM().heads(config))
@@ -91,11 +91,11 @@ def test_a_trunk_that_does_not_carry_the_constant_is_left_as_it_was() -> None:
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
 
 
-def test_an_objective_without_token_answers_is_left_alone() -> None:
-    class Labelled(Zipf):
+def test_objective_without_token_labels_is_unchanged() -> None:
+    class Labeled(Zipf):
         def __getitem__(self, index: int) -> Example:
             return super().__getitem__(index) | {"label": index % 2}
 
     objective, config = Classification(class_names=("a", "b")), encoder_config(SIZE, 64, 1)
     model = LM(config, objective.heads(config))
-    assert init_head(model, objective, Batches(Labelled(), objective, VOCAB, batch_size=16, seed=0)) == 0
+    assert init_head(model, objective, Batches(Labeled(), objective, VOCAB, batch_size=16, seed=0)) == 0

@@ -1,4 +1,4 @@
-"""The loop: goes on bit for bit, splits change nothing, bad steps are left out, nothing is looked at that changes."""
+"""The training loop: bitwise resume, gradient accumulation, skipped steps, and validation without side effects."""
 
 import json
 import multiprocessing
@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 import torch
-import train_room
+import train_helpers
 from torch import Tensor
-from train_room import Chains, Scored, small_batches, small_model, small_run
+from train_helpers import Chains, WithAccuracy, small_batches, small_model, small_run
 
 from firth.model.model import LM
 from firth.train import trainer
@@ -32,7 +32,7 @@ from firth.train.validate import validate
 from firth.types import IGNORE, Batch, Outputs, UserError
 
 TIMED = {"seconds", "tokens_per_second", "flops_per_second", "crc"}
-"""What differs between two equal runs; the checksum is of the times too."""
+"""Fields that differ between two equal runs; the checksum includes the times."""
 
 
 def rows(directory: Path) -> list[dict[str, object]]:
@@ -41,7 +41,7 @@ def rows(directory: Path) -> list[dict[str, object]]:
 
 
 def assert_same_run(one: Path, other: Path, step: int) -> None:
-    """Weights, momenta, source and random states agree to the last bit, and so do the metrics."""
+    """Assert that weights, optimizer, source, random states and metrics are bitwise equal."""
     assert rows(one) == rows(other)
     a, b = (load(p / "checkpoints" / f"step-{step:06d}") for p in (one, other))
     assert a.files.keys() == b.files.keys() == {"model", "optimizer", "source"}
@@ -54,7 +54,7 @@ def assert_same_run(one: Path, other: Path, step: int) -> None:
 
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """120 steps without a stop."""
+    """Return the directory of a run of 120 steps without interruption."""
     directory = tmp_path_factory.mktemp("whole")
     small_run(directory, 120)
     return directory
@@ -62,14 +62,14 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def children() -> multiprocessing.context.ForkServerContext:
-    """Starts processes that have torch imported already."""
+    """Return a context that starts processes with torch already imported."""
     before = os.environ.get("OMP_NUM_THREADS")
     os.environ["OMP_NUM_THREADS"] = "1"
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["train_room"])
-    warm = context.Process(target=time.sleep, args=(0,))
-    warm.start()
-    warm.join()
+    context.set_forkserver_preload(["train_helpers"])
+    warmup = context.Process(target=time.sleep, args=(0,))
+    warmup.start()
+    warmup.join()
     if before is None:
         del os.environ["OMP_NUM_THREADS"]
     else:
@@ -77,37 +77,36 @@ def children() -> multiprocessing.context.ForkServerContext:
     return context
 
 
-def until(happened: Callable[[], bool], seconds: float = 60) -> None:
+def wait_until(condition: Callable[[], bool], seconds: float = 60) -> None:
     end = time.monotonic() + seconds
-    while not happened():
-        assert time.monotonic() < end, "it did not happen"
+    while not condition():
+        assert time.monotonic() < end, "the condition did not become true"
         time.sleep(0.005)
 
 
-def test_every_drawing_of_an_on_policy_source_is_one_row_under_the_step_that_first_learns_from_it(
+def test_rollouts_are_logged_once_under_their_first_step(
     uninterrupted: Path,
 ) -> None:
-    drawn = [row for row in rows(uninterrupted) if row["split"] == "rollouts"]
-    assert [row["step"] for row in drawn] == list(range(1, 121, 3))
-    assert len({row["sum"] for row in drawn}) > 1
+    rollouts = [row for row in rows(uninterrupted) if row["split"] == "rollouts"]
+    assert [row["step"] for row in rollouts] == list(range(1, 121, 3))
+    assert len({row["sum"] for row in rollouts}) > 1
 
 
-def test_killed_twenty_times_it_equals_the_uninterrupted_run(
+def test_a_run_killed_twenty_times_equals_an_uninterrupted_one(
     tmp_path: Path, uninterrupted: Path, children: multiprocessing.context.ForkServerContext
 ) -> None:
-    chance = random.Random(0)
-    kills, finished = 0, 0
+    rng = random.Random(0)
+    kills = 0
     directory = tmp_path / "run"
     while kills < 20 or not (directory / "ended").exists():
-        if (directory / "ended").exists():  # done before the twentieth kill: compare, and begin another
+        if (directory / "ended").exists():  # finished before the twentieth kill: compare, and start another run
             assert_same_run(uninterrupted, directory, 120)
-            finished += 1
             shutil.rmtree(directory)
-        child = children.Process(target=train_room.run_in_process, args=(str(directory), 120))
+        child = children.Process(target=train_helpers.run_in_process, args=(str(directory), 120))
         child.start()
-        until(lambda child=child: (directory / "lock").exists() or not child.is_alive())
+        wait_until(lambda child=child: (directory / "lock").exists() or not child.is_alive())
         if kills < 20:
-            child.join(chance.uniform(0.02, 0.5))
+            child.join(rng.uniform(0.02, 0.5))
             if child.is_alive():
                 os.kill(child.pid, signal.SIGKILL)
                 kills += 1
@@ -117,31 +116,31 @@ def test_killed_twenty_times_it_equals_the_uninterrupted_run(
     assert_same_run(uninterrupted, directory, 120)
 
 
-def test_ctrl_c_saves_and_says_how_to_go_on(
+def test_ctrl_c_saves_and_explains_how_to_resume(
     tmp_path: Path, uninterrupted: Path, children: multiprocessing.context.ForkServerContext
 ) -> None:
-    child = children.Process(target=train_room.run_in_process, args=(str(tmp_path), 120))
+    child = children.Process(target=train_helpers.run_in_process, args=(str(tmp_path), 120))
     child.start()
     log = tmp_path / "metrics.jsonl"
-    until(lambda: log.exists() and log.read_text().count('"train"') >= 5)
+    wait_until(lambda: log.exists() and log.read_text().count('"train"') >= 5)
     os.kill(child.pid, signal.SIGINT)
     child.join()
     ended = (tmp_path / "ended").read_text()
     assert ended.startswith("stopped at step ")
-    assert "run the same command again to go on" in ended
-    at = int(ended.split()[3])
-    assert 5 <= at < 120
-    assert load(tmp_path / "checkpoints" / f"step-{at:06d}").state["step"] == at
+    assert "run the same command again to resume" in ended
+    step = int(ended.split()[3])
+    assert 5 <= step < 120
+    assert load(tmp_path / "checkpoints" / f"step-{step:06d}").state["step"] == step
     small_run(tmp_path, 120)
     assert_same_run(uninterrupted, tmp_path, 120)
 
 
-def test_a_second_ctrl_c_ends_at_once_and_harms_nothing(
+def test_a_second_ctrl_c_ends_at_once_with_valid_checkpoints(
     tmp_path: Path, children: multiprocessing.context.ForkServerContext
 ) -> None:
-    child = children.Process(target=train_room.stuck_in_process, args=(str(tmp_path),))
+    child = children.Process(target=train_helpers.stuck_in_process, args=(str(tmp_path),))
     child.start()
-    until((tmp_path / "stuck").exists)  # in the middle of a step that takes a minute
+    wait_until((tmp_path / "stuck").exists)  # in the middle of a step that takes a minute
     os.kill(child.pid, signal.SIGINT)
     time.sleep(0.2)
     assert child.is_alive()
@@ -156,10 +155,10 @@ def test_a_second_ctrl_c_ends_at_once_and_harms_nothing(
 def test_two_runs_cannot_share_a_directory(tmp_path: Path) -> None:
     with run_lock(tmp_path), pytest.raises(UserError, match=f"process {os.getpid()} is training in this directory"):
         small_run(tmp_path, 2)
-    small_run(tmp_path, 2)  # and afterwards it is free
+    small_run(tmp_path, 2)  # afterwards the lock is free
 
 
-def test_a_finished_run_is_finished(tmp_path: Path) -> None:
+def test_a_finished_run_is_not_repeated(tmp_path: Path) -> None:
     first = small_run(tmp_path, 4)
     files = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*") if p.is_file() and p.name != "lock"}
     again = small_run(tmp_path, 4)
@@ -167,17 +166,17 @@ def test_a_finished_run_is_finished(tmp_path: Path) -> None:
     assert files == {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*") if p.is_file() and p.name != "lock"}
 
 
-def test_another_recipe_or_model_is_refused(tmp_path: Path) -> None:
+def test_another_recipe_or_model_is_rejected(tmp_path: Path) -> None:
     small_run(tmp_path, 2)
     with pytest.raises(UserError, match=r"another recipe \(r, this one is other\)"):
         small_run(tmp_path, 4, recipe="other")
     model = small_model()
     model.heads["extra"] = torch.nn.Linear(2, 2)
-    with pytest.raises(UserError, match=r"'heads.extra.bias' is on one side only"):
+    with pytest.raises(UserError, match=r"'heads.extra.bias' is only in the model"):
         small_run(tmp_path, 4, model=model)
 
 
-def test_a_damaged_checkpoint_is_passed_over_and_the_run_is_the_same(tmp_path: Path, uninterrupted: Path) -> None:
+def test_a_damaged_checkpoint_is_skipped_on_resume(tmp_path: Path, uninterrupted: Path) -> None:
     shutil.copytree(uninterrupted, tmp_path, dirs_exist_ok=True)
     last = tmp_path / "checkpoints" / "step-000120" / "optimizer.safetensors"
     last.write_bytes(last.read_bytes()[:-1] + b"!")
@@ -185,7 +184,7 @@ def test_a_damaged_checkpoint_is_passed_over_and_the_run_is_the_same(tmp_path: P
     assert_same_run(uninterrupted, tmp_path, 120)
 
 
-def test_looking_more_often_changes_no_weight(tmp_path: Path) -> None:
+def test_frequent_validation_changes_no_weight(tmp_path: Path) -> None:
     often = TrainerConfig(eval_every=1, save_every=1, log_every=5, precision="fp32")
     never = TrainerConfig(eval_every=0, save_every=0, precision="fp32")
     small_run(tmp_path / "often", 6, often)
@@ -199,7 +198,7 @@ def test_accumulation_does_not_change_the_gradient() -> None:
     grads = []
     for accumulate in (1, 3, 7):
         model = small_model(dropout=0.0)
-        means = step(model, Scored(), small_batches(Chains(), accumulate).batches(0))
+        means = step(model, WithAccuracy(), small_batches(Chains(), accumulate).batches(0))
         grads.append((means, {n: p.grad.clone() for n, p in model.named_parameters()}))
     for means, found in grads[1:]:
         for term, value in grads[0][0].items():
@@ -208,8 +207,8 @@ def test_accumulation_does_not_change_the_gradient() -> None:
             assert torch.allclose(g, found[name], atol=1e-6, rtol=1e-4), name
 
 
-class Sometimes(Scored):
-    """Its loss is not a number in the given calls."""
+class SometimesNan(WithAccuracy):
+    """The loss is NaN in the given calls."""
 
     bad: frozenset[int] = frozenset()
     calls: list[int]
@@ -222,19 +221,19 @@ class Sometimes(Scored):
         return terms
 
 
-def run_badly(directory: Path, bad: frozenset[int], steps: int, limit: int = 10) -> trainer.TrainingResult:
-    objective = Sometimes()
+def run_with_nan(directory: Path, bad: frozenset[int], steps: int, limit: int = 10) -> trainer.TrainingResult:
+    objective = SometimesNan()
     object.__setattr__(objective, "bad", bad)
     object.__setattr__(objective, "calls", [])
-    plan = TrainerConfig(save_every=0, max_bad_steps=limit, precision="fp32")
+    config = TrainerConfig(save_every=0, max_bad_steps=limit, precision="fp32")
     return train(
         small_model(dropout=0.0), objective, small_batches(Chains(), accumulate=1), directory,
-        budget=Budget(max_steps=steps), schedule=Schedule("constant", warmup_ratio=0.0), config=plan, reporter=NullReporter(),
+        budget=Budget(max_steps=steps), schedule=Schedule("constant", warmup_ratio=0.0), config=config, reporter=NullReporter(),
     )  # fmt: skip
 
 
-def test_a_step_that_is_not_finite_is_left_out_and_counted(tmp_path: Path) -> None:
-    found = run_badly(tmp_path, frozenset({1, 2}), steps=4)
+def test_a_step_that_is_not_finite_is_skipped_and_counted(tmp_path: Path) -> None:
+    found = run_with_nan(tmp_path, frozenset({1, 2}), steps=4)
     assert found.skipped == 2
     log = rows(tmp_path)
     assert [row["loss"] is None for row in log] == [False, True, True, False]
@@ -244,25 +243,25 @@ def test_a_step_that_is_not_finite_is_left_out_and_counted(tmp_path: Path) -> No
     assert {x.item() for k, x in saved.files["optimizer"].items() if k.startswith("step/")} == {2}
 
 
-def test_too_many_in_a_row_end_the_run(tmp_path: Path) -> None:
+def test_too_many_bad_steps_in_a_row_end_the_run(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"3 steps in a row, the last of them step 5, .* lower optimizer.lr"):
-        run_badly(tmp_path, frozenset({0, 2, 3, 4}), steps=9, limit=3)
+        run_with_nan(tmp_path, frozenset({0, 2, 3, 4}), steps=9, limit=3)
 
 
-def test_a_run_that_asks_nothing_does_not_start(tmp_path: Path) -> None:
-    class Silent(Scored):
+def test_a_run_without_labels_is_rejected(tmp_path: Path) -> None:
+    class NoLabels(WithAccuracy):
         def build_example(self, example, vocab, rng):  # type: ignore[no-untyped-def]
-            shown = super().build_example(example, vocab, rng)
-            return shown | {"labels": shown["labels"] * 0 + IGNORE}
+            built = super().build_example(example, vocab, rng)
+            return built | {"labels": built["labels"] * 0 + IGNORE}
 
     batches = small_batches(Chains())
-    batches.objective = Silent()
-    with pytest.raises(UserError, match=r"asks nothing.*field 'labels' \(loss term 'tokens'\)"):
-        train(small_model(), Silent(), batches, tmp_path, budget=Budget(max_steps=2), reporter=NullReporter())
+    batches.objective = NoLabels()
+    with pytest.raises(UserError, match=r"no labels in the field 'labels' \(loss term 'tokens'\)"):
+        train(small_model(), NoLabels(), batches, tmp_path, budget=Budget(max_steps=2), reporter=NullReporter())
 
 
-def test_a_length_in_seconds_counts_only_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A clock that moves 0.01 s at each look, and 100 s while the model is measured."""
+def test_a_budget_in_seconds_counts_only_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The clock advances by 0.01 s per call, and by 100 s during validation."""
     now = [0.0]
 
     def clock() -> float:
@@ -275,19 +274,19 @@ def test_a_length_in_seconds_counts_only_training(tmp_path: Path, monkeypatch: p
 
     monkeypatch.setattr("firth.train.trainer.time.perf_counter", clock)
     found = train(
-        small_model(), Scored(), small_batches(), tmp_path, budget=Budget(max_seconds=0.3), evaluate=slow,
+        small_model(), WithAccuracy(), small_batches(), tmp_path, budget=Budget(max_seconds=0.3), evaluate=slow,
         config=TrainerConfig(eval_every=5), reporter=NullReporter(),
     )  # fmt: skip
     assert 0.3 <= found.seconds < 0.35
-    assert 14 <= found.step <= 16  # two looks at the clock in a step
-    assert found.metrics["rate"] < 0.2 * OptimizerConfig().lr  # the schedule has come to its end
+    assert 14 <= found.step <= 16  # two calls of the clock in a step
+    assert found.metrics["rate"] < 0.2 * OptimizerConfig().lr  # the end of the schedule
 
 
-def test_training_learns_and_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_training_learns_and_reports_progress(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     found = train(
-        small_model(dropout=0.0), Scored(), small_batches(Chains()), tmp_path, name="chains",
+        small_model(dropout=0.0), WithAccuracy(), small_batches(Chains()), tmp_path, name="chains",
         budget=Budget(max_steps=60), optimizer=OptimizerConfig(lr=0.01), reporter=LineReporter("chains", every=0.0),
-        evaluate=lambda model, _: validate(model, Scored(), small_batches(Chains()).all_batches(), bytes_per_target=2.0),
+        evaluate=lambda model, _: validate(model, WithAccuracy(), small_batches(Chains()).all_batches(), bytes_per_target=2.0),
     )  # fmt: skip
     log = rows(tmp_path)
     assert log[0]["loss"] > 3
@@ -299,17 +298,17 @@ def test_training_learns_and_says_so(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert all(word in out[-2] for word in ("step 60/60", "tokens/s", "FLOP/s", "left"))
 
 
-def test_tensorboard_reads_the_events(tmp_path: Path) -> None:
+def test_tensorboard_reads_the_event_file(tmp_path: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     small_run(tmp_path, 3)
     events = EventAccumulator(str(tmp_path)).Reload()
-    wanted = [(row["step"], row["loss"]) for row in rows(tmp_path) if row["split"] == "train"]
-    assert [(e.step, pytest.approx(e.value)) for e in events.Scalars("train/loss")] == wanted
+    expected = [(row["step"], row["loss"]) for row in rows(tmp_path) if row["split"] == "train"]
+    assert [(e.step, pytest.approx(e.value)) for e in events.Scalars("train/loss")] == expected
     assert len(events.Scalars("valid/bits_per_byte")) == 1
 
 
-def test_rows_after_the_checkpoint_and_half_rows_are_dropped(tmp_path: Path) -> None:
+def test_rows_after_the_checkpoint_are_removed(tmp_path: Path) -> None:
     log = MetricsLog(tmp_path, 0)
     for n in range(1, 5):
         log.row("train", n, 0.5 * n, n, {"loss": float("inf") if n == 2 else 1.0})
@@ -320,58 +319,60 @@ def test_rows_after_the_checkpoint_and_half_rows_are_dropped(tmp_path: Path) -> 
     assert [(row["step"], row["loss"]) for row in rows(tmp_path)] == [(1, 1.0), (2, None), (3, 1.0)]
 
 
-def test_validation_is_the_mean_over_all_that_is_asked() -> None:
+def test_validation_is_the_mean_over_all_labels() -> None:
     model = small_model(dropout=0.5)
     model.train()
-    whole = validate(model, Scored(), [*small_batches(Chains()).all_batches()])
+    whole = validate(model, WithAccuracy(), [*small_batches(Chains()).all_batches()])
     assert model.training
     one_by_one = validate(
-        model, Scored(), train_room.Batches(Chains(), Scored(), train_room.VOCAB, batch_size=1, seed=0).all_batches()
+        model,
+        WithAccuracy(),
+        train_helpers.Batches(Chains(), WithAccuracy(), train_helpers.VOCAB, batch_size=1, seed=0).all_batches(),
     )
     assert whole["loss"] == pytest.approx(one_by_one["loss"], rel=1e-5)
     assert whole["accuracy"] == pytest.approx(one_by_one["accuracy"], rel=1e-5)
 
 
-def test_denormals_are_zero_on_every_thread_once_something_is_trained(tmp_path: Path) -> None:
-    """The threads of torch's pool are there before: each has to be asked."""
+def test_denormals_are_flushed_on_every_thread(tmp_path: Path) -> None:
+    """The threads of torch's pool exist before, so the setting has to reach each of them."""
     flush_denormals(False)
     small = torch.full((1 << 22,), 100, dtype=torch.int32).view(torch.float32)  # 1.4e-43 each
 
-    def left() -> int:
+    def num_nonzero() -> int:
         return int((small * 1).view(torch.int32).count_nonzero())
 
-    assert left() == small.numel()
-    able = flush_denormals()
+    assert num_nonzero() == small.numel()
+    supported = flush_denormals()
     flush_denormals(False)
-    assert left() == small.numel()
+    assert num_nonzero() == small.numel()
     small_run(tmp_path, 1)
-    assert left() == (0 if able else small.numel())
+    assert num_nonzero() == (0 if supported else small.numel())
 
 
-def test_precision_is_what_was_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_precision_follows_the_measured_speed(monkeypatch: pytest.MonkeyPatch) -> None:
     cpu = torch.device("cpu")
     assert choose("bf16", cpu) == "bf16"
-    for speed, wanted in (({"fp32": 1.0, "bf16": 2.0}, "bf16"), ({"fp32": 1.0, "bf16": 1.1}, "fp32")):
+    for speed, expected in (({"fp32": 1.0, "bf16": 2.0}, "bf16"), ({"fp32": 1.0, "bf16": 1.1}, "fp32")):
         monkeypatch.setattr("firth.train.precision.measured_speed", lambda speed=speed: speed)
-        assert choose("auto", cpu) == wanted
+        assert choose("auto", cpu) == expected
     assert min(measured_speed(size=64, seconds=0.001).values()) > 0
 
 
-def test_alone_the_sums_are_the_identity() -> None:
+def test_sums_over_a_single_rank_are_the_identity() -> None:
     x = torch.randn(3)
     assert torch.equal(Ranks().sum(x.clone()), x)
     assert Ranks().gather(x).shape == (1, 3)
 
 
-def test_weights_made_infinite_are_no_success(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The loss and the gradient of the last step are finite, and its update is not: the run ends with the cause."""
+def test_infinite_weights_are_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The loss and gradient of the last step are finite, but its update is not: the run fails with the cause."""
 
-    def update(mover: trainer.Optimizer, factor: float) -> None:
-        move(mover, factor)
+    def update(optimizer: trainer.Optimizer, factor: float) -> None:
+        original(optimizer, factor)
         with torch.no_grad():
-            mover.parameters[0].view(-1)[3] *= float("inf")
+            optimizer.parameters[0].view(-1)[3] *= float("inf")
 
-    move = trainer.Optimizer.step
+    original = trainer.Optimizer.step
     monkeypatch.setattr(trainer.Optimizer, "step", update)
     for steps in (1, 4):
         with pytest.raises(
@@ -379,7 +380,7 @@ def test_weights_made_infinite_are_no_success(tmp_path: Path, monkeypatch: pytes
         ):
             train(
                 small_model(),
-                Scored(),
+                WithAccuracy(),
                 small_batches(Chains()),
                 tmp_path,
                 budget=Budget(max_steps=steps),
@@ -388,36 +389,36 @@ def test_weights_made_infinite_are_no_success(tmp_path: Path, monkeypatch: pytes
     assert not list((tmp_path / "checkpoints").glob("*"))
 
 
-def test_a_rate_that_ruins_the_model_is_no_success(tmp_path: Path) -> None:
+def test_divergence_at_a_huge_learning_rate_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"ends at step 4 on a loss .* not finite \(\d in a row\)|has made the weight"):
-        train(small_model(), Scored(), small_batches(Chains()), tmp_path, budget=Budget(max_steps=4),
+        train(small_model(), WithAccuracy(), small_batches(Chains()), tmp_path, budget=Budget(max_steps=4),
               optimizer=OptimizerConfig(lr=1e30), schedule=Schedule("constant", warmup_ratio=0.0), reporter=NullReporter())  # fmt: skip
     assert not list((tmp_path / "checkpoints").glob("*"))
 
 
 @pytest.mark.parametrize("bad", [{0, 1, 2}, {2}])
-def test_a_run_that_ends_without_a_finite_loss_is_no_success(bad: set[int], tmp_path: Path) -> None:
+def test_a_final_loss_that_is_not_finite_is_an_error(bad: set[int], tmp_path: Path) -> None:
     with pytest.raises(UserError, match=rf"ends at step 3 on a loss .* not finite \({len(bad)} in a row\)"):
-        run_badly(tmp_path, frozenset(bad), steps=3, limit=9)
+        run_with_nan(tmp_path, frozenset(bad), steps=3, limit=9)
     assert not list((tmp_path / "checkpoints").glob("*"))
 
 
 @pytest.mark.parametrize(("name", "value"), [("loss", "nan"), ("loss/answers", "inf"), ("accuracy", "nan")])
-def test_a_measurement_that_is_not_finite_is_no_success(name: str, value: str, tmp_path: Path) -> None:
-    """The weights are finite, and the second measurement is not: the checkpoint of before may stay."""
-    measured = iter([0.5, float(value)])
-    says = rf"step 4: the held-out {name} is {value}, while all weights are finite, so this model is not saved"
-    with pytest.raises(UserError, match=says):
+def test_a_validation_metric_that_is_not_finite_is_an_error(name: str, value: str, tmp_path: Path) -> None:
+    """The weights are finite, the second validation is not: the earlier checkpoint stays."""
+    values = iter([0.5, float(value)])
+    message = rf"step 4: the validation {name} is {value}, while all weights are finite, so the model is not saved"
+    with pytest.raises(UserError, match=message):
         train(
-            small_model(), Scored(), small_batches(Chains()), tmp_path, budget=Budget(max_steps=6), reporter=NullReporter(),
-            config=TrainerConfig(eval_every=2, save_every=2), evaluate=lambda model, step: {name: next(measured)},
+            small_model(), WithAccuracy(), small_batches(Chains()), tmp_path, budget=Budget(max_steps=6), reporter=NullReporter(),
+            config=TrainerConfig(eval_every=2, save_every=2), evaluate=lambda model, step: {name: next(values)},
         )  # fmt: skip
     assert [path.name for path in (tmp_path / "checkpoints").glob("*")] == ["step-000002"]
 
 
-def test_an_infinite_perplexity_of_a_finite_loss_is_kept(tmp_path: Path) -> None:
+def test_an_infinite_perplexity_with_a_finite_loss_is_valid(tmp_path: Path) -> None:
     found = train(
-        small_model(), Scored(), small_batches(Chains()), tmp_path, budget=Budget(max_steps=1), reporter=NullReporter(),
+        small_model(), WithAccuracy(), small_batches(Chains()), tmp_path, budget=Budget(max_steps=1), reporter=NullReporter(),
         evaluate=lambda model, step: {"loss": 1000.0, "perplexity": float("inf")},
     )  # fmt: skip
     assert found.metrics["valid/loss"] == 1000.0
