@@ -278,8 +278,8 @@ def check() -> None:
     print(
         f"parameters {sizes} (firth does not tie its head to its embedding: same work, {VOCAB * WIDTH:,} more parameters)"
     )
-    shown = ", ".join(f"{name} {loss:.3f}" for name, loss in first.items())
-    print(f"first losses: {shown}; ln {VOCAB} = {math.log(VOCAB):.3f}")
+    losses = ", ".join(f"{name} {loss:.3f}" for name, loss in first.items())
+    print(f"first losses: {losses}; ln {VOCAB} = {math.log(VOCAB):.3f}")
 
 
 def main() -> None:

@@ -246,9 +246,11 @@ def check(name: str) -> None:
     encoded = []
     for batches in (packed, padded):
         model.zero_grad()
-        made = batches.batches(0)
-        assert count_targets(objective, made)["class"] == TASKS[name].rows
-        encoded.append((step(model, objective, made)["class"], model.stack.blocks[0].attention.q.weight.grad.clone()))
+        step_batches = batches.batches(0)
+        assert count_targets(objective, step_batches)["class"] == TASKS[name].rows
+        encoded.append(
+            (step(model, objective, step_batches)["class"], model.stack.blocks[0].attention.q.weight.grad.clone())
+        )
     (loss, grad), (other, same) = encoded
     torch.testing.assert_close(loss, other, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(grad, same, rtol=1e-4, atol=1e-5)

@@ -149,9 +149,9 @@ def every_run(out: Path) -> dict[str, Callable[[], dict[str, Any]]]:
     for name, (recipe, settings) in MORE.items():
         runs[name] = lambda name=name, recipe=recipe, settings=settings: train(name, recipe, [*TEXT, *settings])  # type: ignore[misc]
     for name, (recipe, start, file, settings) in SUPERVISED.items():
-        given = [s.replace("@", f"{out}/") if "=@" in s else s for s in settings]
-        whole = [*RECORDS, f"init_from={out / start}", f"data.path={records / file}", *given]
-        runs[name] = lambda name=name, recipe=recipe, whole=whole: train(name, recipe, whole)  # type: ignore[misc]
+        own_settings = [s.replace("@", f"{out}/") if "=@" in s else s for s in settings]
+        all_settings = [*RECORDS, f"init_from={out / start}", f"data.path={records / file}", *own_settings]
+        runs[name] = lambda name=name, recipe=recipe, all_settings=all_settings: train(name, recipe, all_settings)  # type: ignore[misc]
     missing = set(RECIPES) - {*PRETRAINING, *(recipe for recipe, *_ in SUPERVISED.values()), "glue"}
     assert not missing, f"recipes without a golden run: {sorted(missing)}"
     return runs

@@ -65,7 +65,7 @@ def main() -> None:
     parser.add_argument("comparison", choices=COMPARISONS)
     parser.add_argument("--out", type=Path, default=None)
     parser.add_argument("--table", action="store_true", help="print the table of a finished comparison")
-    parser.add_argument("--quick", action="store_true", help="one seed, 2% of the compute")
+    parser.add_argument("--quick", action="store_true", help="one seed, 2%% of the compute")
     args = parser.parse_args()
     comparison = COMPARISONS[args.comparison]
     out = args.out or Path("runs") / f"learn_compare-{args.comparison}{'-quick' if args.quick else ''}"

@@ -99,7 +99,7 @@ class Paragraphs(Source):
     """The random segment is drawn from so many second segments of nearly the same length."""
 
     def __init__(self, texts: Iterator[tuple[str, str]], tokenizer: Tokenizer, length: int) -> None:
-        """`texts` yields the name of a document and a paragraph of it."""
+        """Read the paragraphs; `texts` yields the name of a document and a paragraph of it."""
         self.pairs: list[tuple[np.ndarray, np.ndarray]] = []
         self.documents: list[str] = []
         rng = ExampleRNG(0, "sentences")

@@ -76,10 +76,10 @@ def read_on(arm: str, seed: int, scale: float) -> tuple[Path, dict[str, float]]:
         f"batch={{size: {ROWS}, pack_to_length: {LENGTH}}}", f"seed={seed}",
         f"max_steps={max(2, round(STEPS * scale))}", *TUNED,
     )  # fmt: skip
-    made = load("spanbert", settings)
-    model = run(made, directory, silent).model
+    recipe = load("spanbert", settings)
+    model = run(recipe, directory, silent).model
     tokenizer = Tokenizer.load(model)
-    train_store, held_out_store = RunData(made.data, tokenizer, directory).stores()
+    train_store, held_out_store = RunData(recipe.data, tokenizer, directory).stores()
     assert held_out_store is not None
     scores = span_scores(
         load_model(model), MLM(), Data(train_store, held_out_store, tokenizer.vocab, np.zeros(tokenizer.vocab.size))

@@ -276,7 +276,7 @@ def lee(quick: bool) -> dict[str, float]:
 
 
 def table() -> str:
-    """Mean and half the spread over seeds, seconds and useful tokens per second."""
+    """Return a Markdown table: mean and half the range over seeds, seconds and useful tokens per second."""
     lines = ["| task | arm | score | seconds | tokens/s | tested |", "|---|---|---|---|---|---|"]
     for name, job in JOBS.items():
         for arm in ARMS:

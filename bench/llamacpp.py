@@ -296,8 +296,8 @@ def checks(arguments: argparse.Namespace, folder: Path) -> Iterator[Row]:
         ("qwen2", {"bias": True, "bias_location": "qkv"}),
         ("qwen3", {"qk_norm": True, "qk_norm_weight": True}),
     ):
-        made: dict[str, Any] = more
-        gguf.write(random_model(replace(config, **made)), tokenizer, file, "F32")
+        changes: dict[str, Any] = more
+        gguf.write(random_model(replace(config, **changes)), tokenizer, file, "F32")
         yield texts(f"{name}, random, F32", file, arguments.new)
     gguf.write(random_model(replace(gpt2(size, 128, 3, 4), max_positions=512)), tokenizer, file, "F32")
     yield texts("gpt2, random, F32", file, arguments.new)

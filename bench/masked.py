@@ -144,7 +144,7 @@ def trainer_bf16_grouped(end_sample: EndSample) -> None:
 
 
 def firth_setup(bert: bool = False) -> tuple[Any, Any, Any]:
-    """(model, objective, batches): the default encoder, or the peer's own BERT, on these sentences in packed rows."""
+    """Return (model, objective, batches) of the default encoder, or of the peer's BERT, on packed sentences."""
     from firth.data.collate import Batches
     from firth.data.source import Source
     from firth.model.config import ModelConfig, encoder_config
@@ -252,8 +252,8 @@ def check() -> None:
         [lengths[i : i + ROWS].max() * ROWS / lengths[i : i + ROWS].sum() for i in range(0, NUM_SENTENCES, ROWS)]
     )
     print(f"parameters {sizes}")
-    shown = ", ".join(f"{name} {loss:.3f}" for name, loss in first.items())
-    print(f"first losses: {shown}; ln {VOCAB} = {math.log(VOCAB):.3f}")
+    losses = ", ".join(f"{name} {loss:.3f}" for name, loss in first.items())
+    print(f"first losses: {losses}; ln {VOCAB} = {math.log(VOCAB):.3f}")
     print(f"mean length {lengths.mean():.1f}; slots per useful token: {padded:.2f} padded, {slots / useful:.2f} packed")
 
 

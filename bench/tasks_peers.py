@@ -253,7 +253,7 @@ PEERS: Mapping[str, Peer] = {
     ),
     "multiple_choice": Peer(
         "AutoModelForMultipleChoice", "DataCollatorForMultipleChoice", TASKS["multiple_choice"], multiple_choice_records, options,
-        lambda examples, predictions: list(predictions), compare_labels(lambda examples: [str(place) for place in range(examples.most)]),
+        lambda examples, predictions: list(predictions), compare_labels(lambda examples: [str(index) for index in range(examples.most)]),
     ),
 }  # fmt: skip
 """Recipe -> peer."""
