@@ -110,17 +110,17 @@ def main() -> None:
         for name in names:
             with environment(POLICIES[name]):
                 workers[name] = Worker(name, partial(candidate, recipe=args.recipe))
-            workers[name].share()
+            workers[name].measure()
         for number in range(args.rounds):
             order = names[number % len(names) :] + names[: number % len(names)]
-            samples: dict[str, Sample] = {name: workers[name].share() for name in order}
+            samples: dict[str, Sample] = {name: workers[name].measure() for name in order}
             for name, sample in samples.items():
                 noisy += sample.noisy
                 if not sample.noisy:
                     quiet[name].append(sample.rate)
             progress(f"round {number + 1}/{args.rounds}, quiet", samples)
             with background_load():
-                samples = {name: workers[name].share() for name in order}
+                samples = {name: workers[name].measure() for name in order}
             for name, sample in samples.items():
                 loaded[name].append(sample.rate)
             progress(f"round {number + 1}/{args.rounds}, busy", samples)

@@ -243,15 +243,15 @@ def check(name: str) -> None:
         difference = (model(batch) - theirs(**inputs).last_hidden_state).abs()[real].max().item()
     assert difference < 1e-4, f"the hidden states differ by {difference:.2g}"
     sizes = sum(p.numel() for p in model.parameters()), sum(p.numel() for p in hf_model(3).parameters())
-    encoded = []
+    results = []
     for batches in (packed, padded):
         model.zero_grad()
         step_batches = batches.batches(0)
         assert count_targets(objective, step_batches)["class"] == TASKS[name].rows
-        encoded.append(
+        results.append(
             (step(model, objective, step_batches)["class"], model.stack.blocks[0].attention.q.weight.grad.clone())
         )
-    (loss, grad), (other, same) = encoded
+    (loss, grad), (other, same) = results
     torch.testing.assert_close(loss, other, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(grad, same, rtol=1e-4, atol=1e-5)
     print(

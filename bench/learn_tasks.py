@@ -187,7 +187,7 @@ def normalize_text(text: str) -> str:
 
 
 def conll(folder: Path) -> None:
-    """Write the training and test records of CoNLL-2003 from its two files, which firth does not fetch (Reuters license)."""
+    """Write the training and test records of CoNLL-2003 from its two files, which firth does not fetch."""
     (RESULTS / "data" / "conll").mkdir(parents=True, exist_ok=True)
     for name, most in (("train", 10**6), ("test", TESTED)):
         rows = [row for _, row in text.records([str(folder / f"{name}.txt")], text=tables.sentences)]
