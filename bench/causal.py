@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from bench.harness import EndSample, arguments, command
 
-VOCAB, WIDTH, DEPTH, HEADS, ROWS, LENGTH = 8192, 384, 6, 6, 16, 256
+VOCAB_SIZE, HIDDEN_SIZE, NUM_LAYERS, NUM_HEADS, ROWS, LENGTH = 8192, 384, 6, 6, 16, 256
 STEPS_PER_SAMPLE = 3
 """Steps per sample."""
 STORE = 2048
@@ -34,8 +34,8 @@ STORE = 2048
 def windows(seed: int = 0) -> np.ndarray:
     """Return (STORE, LENGTH + 1) int64 token ids by Zipf's law, none below 200 (where the control ids are)."""
     rng = np.random.default_rng(seed)
-    probabilities = 1 / np.arange(1, VOCAB - 199)
-    return rng.choice(np.arange(200, VOCAB), size=(STORE, LENGTH + 1), p=probabilities / probabilities.sum())
+    probabilities = 1 / np.arange(1, VOCAB_SIZE - 199)
+    return rng.choice(np.arange(200, VOCAB_SIZE), size=(STORE, LENGTH + 1), p=probabilities / probabilities.sum())
 
 
 # ------------------------------------------------------------------------------- transformers' Trainer
@@ -47,7 +47,7 @@ def hf_model() -> nn.Module:
     torch.manual_seed(0)
     model: nn.Module = GPT2LMHeadModel(
         GPT2Config(
-            vocab_size=VOCAB, n_positions=LENGTH, n_embd=WIDTH, n_layer=DEPTH, n_head=HEADS,
+            vocab_size=VOCAB_SIZE, n_positions=LENGTH, n_embd=HIDDEN_SIZE, n_layer=NUM_LAYERS, n_head=NUM_HEADS,
             resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, bos_token_id=0, eos_token_id=0,
         )
     )  # fmt: skip
@@ -98,12 +98,12 @@ def trainer_bf16(end_sample: EndSample) -> None:
 class PlainBlock(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.n1, self.n2 = nn.LayerNorm(WIDTH), nn.LayerNorm(WIDTH)
-        self.qkv, self.out = nn.Linear(WIDTH, 3 * WIDTH), nn.Linear(WIDTH, WIDTH)
-        self.up, self.down = nn.Linear(WIDTH, 4 * WIDTH), nn.Linear(4 * WIDTH, WIDTH)
+        self.n1, self.n2 = nn.LayerNorm(HIDDEN_SIZE), nn.LayerNorm(HIDDEN_SIZE)
+        self.qkv, self.out = nn.Linear(HIDDEN_SIZE, 3 * HIDDEN_SIZE), nn.Linear(HIDDEN_SIZE, HIDDEN_SIZE)
+        self.up, self.down = nn.Linear(HIDDEN_SIZE, 4 * HIDDEN_SIZE), nn.Linear(4 * HIDDEN_SIZE, HIDDEN_SIZE)
 
     def forward(self, x: Tensor) -> Tensor:
-        q, k, v = (t.unflatten(-1, (HEADS, -1)).transpose(1, 2) for t in self.qkv(self.n1(x)).chunk(3, -1))
+        q, k, v = (t.unflatten(-1, (NUM_HEADS, -1)).transpose(1, 2) for t in self.qkv(self.n1(x)).chunk(3, -1))
         x = x + self.out(F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2))
         out: Tensor = x + self.down(F.gelu(self.up(self.n2(x))))
         return out
@@ -114,12 +114,12 @@ class Plain(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.tokens, self.positions = nn.Embedding(VOCAB, WIDTH), nn.Embedding(LENGTH, WIDTH)
-        self.blocks, self.norm = nn.ModuleList(PlainBlock() for _ in range(DEPTH)), nn.LayerNorm(WIDTH)
+        self.tokens, self.positions = nn.Embedding(VOCAB_SIZE, HIDDEN_SIZE), nn.Embedding(LENGTH, HIDDEN_SIZE)
+        self.blocks, self.norm = nn.ModuleList(PlainBlock() for _ in range(NUM_LAYERS)), nn.LayerNorm(HIDDEN_SIZE)
         for name, p in self.named_parameters():
             if p.ndim == 2:
                 residual = name.endswith(("out.weight", "down.weight"))
-                nn.init.normal_(p, std=0.02 / (math.sqrt(2 * DEPTH) if residual else 1))
+                nn.init.normal_(p, std=0.02 / (math.sqrt(2 * NUM_LAYERS) if residual else 1))
             elif name.endswith("bias"):
                 nn.init.zeros_(p)
 
@@ -188,9 +188,9 @@ def firth_setup(seed: int = 0) -> tuple[Any, Any, Any]:
     torch.manual_seed(seed)
     objective = CausalLM()
     config = decoder_config(
-        vocab_size=VOCAB, hidden_size=WIDTH, num_layers=DEPTH, num_heads=HEADS, max_positions=LENGTH
+        vocab_size=VOCAB_SIZE, hidden_size=HIDDEN_SIZE, num_layers=NUM_LAYERS, num_heads=NUM_HEADS, max_positions=LENGTH
     )
-    vocab = Vocab(size=VOCAB, roles={"pad": 0, "bos": 2, "eos": 3}, special=np.arange(VOCAB) < 107)
+    vocab = Vocab(size=VOCAB_SIZE, roles={"pad": 0, "bos": 2, "eos": 3}, special=np.arange(VOCAB_SIZE) < 107)
     return (
         LM(config, objective.heads(config)),
         objective,
@@ -272,14 +272,14 @@ def check() -> None:
         known = {tuple(r) for r in windows()[:, :LENGTH].tolist()}
         assert all(tuple(r) in known for r in batch["tokens"].tolist()), "firth read other windows"
     for name, loss in first.items():
-        assert abs(loss - math.log(VOCAB)) < 0.2, f"{name} starts at {loss:.3f}, not at ln {VOCAB}"
+        assert abs(loss - math.log(VOCAB_SIZE)) < 0.2, f"{name} starts at {loss:.3f}, not at ln {VOCAB_SIZE}"
     matrices = sum(p.numel() for n, p in model.named_parameters() if "blocks" in n and p.ndim == 2)
-    assert matrices == 12 * DEPTH * WIDTH**2, "firth's blocks do different work"
+    assert matrices == 12 * NUM_LAYERS * HIDDEN_SIZE**2, "firth's blocks do different work"
     print(
-        f"parameters {sizes} (firth does not tie its head to its embedding: same work, {VOCAB * WIDTH:,} more parameters)"
+        f"parameters {sizes} (firth does not tie its head to its embedding: same work, {VOCAB_SIZE * HIDDEN_SIZE:,} more parameters)"
     )
     losses = ", ".join(f"{name} {loss:.3f}" for name, loss in first.items())
-    print(f"first losses: {losses}; ln {VOCAB} = {math.log(VOCAB):.3f}")
+    print(f"first losses: {losses}; ln {VOCAB_SIZE} = {math.log(VOCAB_SIZE):.3f}")
 
 
 def main() -> None:

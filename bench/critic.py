@@ -105,12 +105,12 @@ ARMS = {
 def make_base(results: Path) -> Path:
     """Prepare data, tokenizer, decoder, SFT model, comparisons and reward model as the demo does; return the directory."""
     out = results / "base"
-    material, tokenizer_at = out / "material", out / "tokenizer"
-    if not (material / "material.json").exists():
+    data_dir, tokenizer_at = out / "material", out / "tokenizer"
+    if not (data_dir / "material.json").exists():
         plays.make(
-            catalog.fetch("shakespeare", echo=print), material, labels=SIZE.labels, held_labels=SIZE.held_labels, seed=0
+            catalog.fetch("shakespeare", echo=print), data_dir, labels=SIZE.labels, held_labels=SIZE.held_labels, seed=0
         )
-    file = {name: str(material / f"{name}.jsonl") for name in
+    file = {name: str(data_dir / f"{name}.jsonl") for name in
             ("train", "valid", "dialogues-train", "dialogues-valid", "preferences-train", "preferences-valid")}  # fmt: skip
     if not (tokenizer_at / "merges.json").exists():
         train_tokenizer([file["train"]], tokenizer_at, algorithm="byte-bpe", vocab_size=SIZE.vocab_size)
@@ -193,18 +193,18 @@ class BaseModels:
         return load_model(self.directory / "sft" / "model")
 
     @cached_property
-    def judge(self) -> RewardModel:
-        plain = RewardModel(load_model(self.directory / "reward" / "model"))
-        return plain.normalized(sample_answers(self.start, self.tokenizer, self.prompts[:64], 0, ANSWER))
+    def reward_model(self) -> RewardModel:
+        unnormalized = RewardModel(load_model(self.directory / "reward" / "model"))
+        return unnormalized.normalized(sample_answers(self.start, self.tokenizer, self.prompts[:64], 0, ANSWER))
 
     def source(self, arm: Arm, seed: int, directory: Path) -> RolloutSource:
         phase = RolloutConfig(
             rollout_size=ANSWERS, steps=ANSWERS * arm.epochs // ROWS, max_new_tokens=ANSWER, kl_coef=0.05
         )
         source = RolloutSource(
-            self.prompts, self.tokenizer, self.judge, self.start, config=phase, true_reward_function=FunctionReward(SCORERS["thou"]),
+            self.prompts, self.tokenizer, self.reward_model, self.start, config=phase, true_reward_function=FunctionReward(SCORERS["thou"]),
             seed=seed,
-            critic=self.judge if arm.start == "reward" else None,
+            critic=self.reward_model if arm.start == "reward" else None,
             advantage_estimator=RecordingEstimator(GAE(value_lam=arm.value_lam), directory, lambda: len(source.history)),
             batch_size=ANSWERS,
         )  # fmt: skip
@@ -271,8 +271,8 @@ def ceiling(bases: BaseModels, name: str, seed: int, steps: int, out: Path) -> d
     phase = RolloutConfig(rollout_size=OFFLINE_BATCH, steps=1, max_new_tokens=ANSWER, kl_coef=0.05)
     rows: list[ValueRow] = []
     source = RolloutSource(
-        bases.prompts, bases.tokenizer, bases.judge, bases.start, config=phase, seed=1000 + seed, batch_size=256,
-        critic=bases.judge, advantage_estimator=RecordingEstimator(GAE(), drawn_at, lambda: len(source.history)),
+        bases.prompts, bases.tokenizer, bases.reward_model, bases.start, config=phase, seed=1000 + seed, batch_size=256,
+        critic=bases.reward_model, advantage_estimator=RecordingEstimator(GAE(), drawn_at, lambda: len(source.history)),
     )  # fmt: skip
     source.number = 0  # the critic of the run is used: none is initialized
     for k in range(1, 1 + -(-11 * answers // OFFLINE_BATCH)):
@@ -285,7 +285,7 @@ def ceiling(bases: BaseModels, name: str, seed: int, steps: int, out: Path) -> d
     test_rows, train_rows = rows[:answers], rows[answers : 11 * answers]
     critic = PPO().heads(bases.start.config)["critic"]
     critic_model = LM(bases.start.config, {"critic": critic})
-    init_critic(critic_model, bases.judge.model, bases.judge.mean, bases.judge.scale)
+    init_critic(critic_model, bases.reward_model.model, bases.reward_model.mean, bases.reward_model.scale)
     targets = np.concatenate([returns for _, returns, _ in test_rows])
     positions = np.concatenate([np.arange(len(returns)) for _, returns, _ in train_rows])
     all_returns = np.concatenate([returns for _, returns, _ in train_rows])

@@ -29,7 +29,7 @@ import torch
 
 from bench.harness import EndSample, arguments, command
 
-VOCAB, WIDTH, DEPTH, HEADS, CONTEXT = 8192, 512, 8, 8, 1024
+VOCAB_SIZE, HIDDEN_SIZE, NUM_LAYERS, NUM_HEADS, CONTEXT = 8192, 512, 8, 8, 1024
 PROMPT, NEW = 32, 128
 
 
@@ -54,7 +54,7 @@ class Workload:
 
     def prompts(self) -> np.ndarray:
         """Return (batch, prompt) int64 ids of ordinary tokens."""
-        return np.random.default_rng(0).integers(200, VOCAB, size=(self.batch, self.prompt))
+        return np.random.default_rng(0).integers(200, VOCAB_SIZE, size=(self.batch, self.prompt))
 
 
 # ------------------------------------------------------------------------------- transformers
@@ -67,7 +67,7 @@ def hf_model() -> Any:
     torch.manual_seed(0)
     model: Any = GPT2LMHeadModel(
         GPT2Config(
-            vocab_size=VOCAB, n_positions=CONTEXT, n_embd=WIDTH, n_layer=DEPTH, n_head=HEADS, initializer_range=0.05,
+            vocab_size=VOCAB_SIZE, n_positions=CONTEXT, n_embd=HIDDEN_SIZE, n_layer=NUM_LAYERS, n_head=NUM_HEADS, initializer_range=0.05,
             bos_token_id=None, eos_token_id=None, pad_token_id=None,
         )
     )  # fmt: skip
@@ -105,7 +105,7 @@ class IdTokenizer:
     def __init__(self) -> None:
         from firth.tokenizer.vocab import Vocab
 
-        self.vocab = Vocab(size=VOCAB, roles={"pad": 0}, special=np.arange(VOCAB) < 1)
+        self.vocab = Vocab(size=VOCAB_SIZE, roles={"pad": 0}, special=np.arange(VOCAB_SIZE) < 1)
 
     def encode(self, text: str) -> np.ndarray:
         return np.array([int(piece) for piece in text.split()], np.int32)
@@ -137,7 +137,11 @@ def own_decoder() -> Any:
 
     torch.manual_seed(0)
     config = decoder_config(
-        vocab_size=VOCAB, hidden_size=WIDTH, num_layers=DEPTH, num_heads=HEADS, max_positions=CONTEXT
+        vocab_size=VOCAB_SIZE,
+        hidden_size=HIDDEN_SIZE,
+        num_layers=NUM_LAYERS,
+        num_heads=NUM_HEADS,
+        max_positions=CONTEXT,
     )
     model = LM(config, {"lm": LMHead(config)}).eval()
     for p in model.parameters():

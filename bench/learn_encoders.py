@@ -65,7 +65,7 @@ from firth.train.validate import validate
 from firth.types import IGNORE
 
 RESULTS = Path("runs/learn_encoders")
-VOCAB, WIDTH, DEPTH, LENGTH, ROWS = 2048, 128, 4, 64, 32
+VOCAB_SIZE, HIDDEN_SIZE, NUM_LAYERS, LENGTH, ROWS = 2048, 128, 4, 64, 32
 PAIR_LENGTH, PAIR_ROWS, PAIR_DEPTH = 128, 16, 2
 """Tokens of a pair, pairs per step, and blocks of the model for pairs."""
 SEEDS = (0, 1, 2)
@@ -127,7 +127,7 @@ def load_data(corpus: str, base_model: str) -> Data:
         Tokenizer.load(catalog.fetch(base_model, echo=print)).save(folder / "tokenizer")
     elif not (folder / "tokenizer").exists():
         texts = (d.text for d in documents_of(config, config.paths(print), apart=False))
-        train_tokenizer(texts, "byte-bpe", VOCAB).save(folder / "tokenizer")
+        train_tokenizer(texts, "byte-bpe", VOCAB_SIZE).save(folder / "tokenizer")
     tokenizer = Tokenizer.load(folder / "tokenizer")
     train_store, held_out_store = RunData(config, tokenizer, folder).stores()
     assert held_out_store is not None
@@ -254,10 +254,12 @@ def train_once(name: str, seed: int, scale: float, data: Data) -> dict[str, Any]
     """Train an arm; return its scores before and after."""
     arm = ARMS[name]
     source: Source = SegmentPairs(data.train, PAIR_LENGTH, data.vocab) if arm.pairs else chunks(data.train, data.vocab)
-    length, rows, depth = (PAIR_LENGTH, PAIR_ROWS, PAIR_DEPTH) if arm.pairs else (LENGTH, ROWS, DEPTH)
+    length, rows, depth = (PAIR_LENGTH, PAIR_ROWS, PAIR_DEPTH) if arm.pairs else (LENGTH, ROWS, NUM_LAYERS)
     if arm.small:
         source = spread_subset(source, SMALL_CHUNKS)
-    config = replace(encoder_config(VOCAB, WIDTH, depth, max_positions=length), type_vocab_size=2 * arm.pairs)
+    config = replace(
+        encoder_config(VOCAB_SIZE, HIDDEN_SIZE, depth, max_positions=length), type_vocab_size=2 * arm.pairs
+    )
     base_model = catalog.fetch("minilm", echo=print) if arm.lr else None
     torch.manual_seed(seed)
     if base_model is not None:

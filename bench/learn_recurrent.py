@@ -38,15 +38,15 @@ from firth.runs.run import RunResult, run
 from firth.tokenizer.tokenizer import Tokenizer
 
 RESULTS = Path("runs/learn_recurrent")
-WIDTH = 128
+HIDDEN_SIZE = 128
 NUM_LABELS, NUM_TEST = 500, 2000
 TOKENIZER = ("tokenizer.algorithm=word", "tokenizer.vocab_size=10000")
 LSTM_CONFIG = (
-    f"{{hidden_size: {WIDTH}, num_layers: 1, num_heads: 1, norm_placement: post, position: none, rnn_type: lstm, "
+    f"{{hidden_size: {HIDDEN_SIZE}, num_layers: 1, num_heads: 1, norm_placement: post, position: none, rnn_type: lstm, "
     "dropout: 0.1}"
 )
 ELMO_CONFIG = (
-    f"{{hidden_size: {2 * WIDTH}, num_layers: 2, num_heads: 1, norm_placement: post, position: none, rnn_type: lstm, "
+    f"{{hidden_size: {2 * HIDDEN_SIZE}, num_layers: 2, num_heads: 1, norm_placement: post, position: none, rnn_type: lstm, "
     "causal: false, separate_directions: true, rnn_residual: true, tie_embeddings: false, lm_head_bias: true, "
     "max_characters: 16, char_filters: 256}"
 )
@@ -112,7 +112,7 @@ def headlines_study(seed: int, steps: Steps) -> dict[str, float]:
         "word2vec",
         seed,
         steps(600),
-        [*text_settings, *TOKENIZER, f"model.hidden_size={WIDTH}", "examples.max_length=256"],
+        [*text_settings, *TOKENIZER, f"model.hidden_size={HIDDEN_SIZE}", "examples.max_length=256"],
     )
     model_settings = (f"model={LSTM_CONFIG}", f"tokenizer.path={word_vectors_run.directory}")
     lm_run = run_stage(
@@ -142,7 +142,7 @@ def brown_vectors(seed: int, steps: Steps, algorithm: str = "skipgram") -> RunRe
     settings = (
         f"data.path={prepare_data()}/text",
         *TOKENIZER,
-        f"model.hidden_size={WIDTH}",
+        f"model.hidden_size={HIDDEN_SIZE}",
         f"objective.algorithm={algorithm}",
     )
     return run_stage(f"brown-{algorithm}", "word2vec", seed, steps(1200), settings)
@@ -221,9 +221,9 @@ class Words:
         rows = [
             [str(w) for w in row[a : a + 1000] if not special[w]] for row in self.rows for a in range(0, len(row), 1000)
         ]
-        model = Word2Vec(rows, vector_size=WIDTH, window=5, negative=5, sample=1e-3, min_count=1, sg=int(algorithm == "skipgram"),
+        model = Word2Vec(rows, vector_size=HIDDEN_SIZE, window=5, negative=5, sample=1e-3, min_count=1, sg=int(algorithm == "skipgram"),
                         workers=2, seed=seed + 1, epochs=epochs)  # fmt: skip
-        table = np.zeros((len(special), WIDTH), np.float32)
+        table = np.zeros((len(special), HIDDEN_SIZE), np.float32)
         for word in model.wv.index_to_key:
             table[int(word)] = model.wv[word]
         return table

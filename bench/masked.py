@@ -26,7 +26,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bench.causal import DEPTH, HEADS, VOCAB, WIDTH, firth_run
+from bench.causal import HIDDEN_SIZE, NUM_HEADS, NUM_LAYERS, VOCAB_SIZE, firth_run
 from bench.harness import EndSample, arguments, command
 
 MAX_LENGTH, ROWS, STEPS_PER_SAMPLE, NUM_SENTENCES = 128, 64, 6, 16384
@@ -41,8 +41,8 @@ def sentences(n: int = NUM_SENTENCES, seed: int = 0) -> list[np.ndarray]:
     """Return sentences with [CLS] and [SEP], int64 ids: lengths log-normal, tokens Zipf over the ordinary ids."""
     rng = np.random.default_rng(seed)
     lengths = np.clip(rng.lognormal(math.log(20), 0.65, n).round().astype(int), 2, MAX_LENGTH - 2)
-    probabilities = 1 / np.arange(1, VOCAB - FIRST + 1)
-    text = rng.choice(np.arange(FIRST, VOCAB), size=lengths.sum(), p=probabilities / probabilities.sum())
+    probabilities = 1 / np.arange(1, VOCAB_SIZE - FIRST + 1)
+    text = rng.choice(np.arange(FIRST, VOCAB_SIZE), size=lengths.sum(), p=probabilities / probabilities.sum())
     return [np.concatenate(([CLS], part, [SEP])) for part in np.split(text, np.cumsum(lengths)[:-1])]
 
 
@@ -54,10 +54,10 @@ def hf_tokenizer(directory: Path) -> Any:
     from transformers import BertTokenizer
 
     names = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
-    words = names + [f"w{i}" for i in range(len(names), VOCAB)]
+    words = names + [f"w{i}" for i in range(len(names), VOCAB_SIZE)]
     (directory / "vocab.txt").write_text("\n".join(words) + "\n")
     tokenizer = BertTokenizer.from_pretrained(directory)
-    assert (tokenizer.pad_token_id, tokenizer.mask_token_id, len(tokenizer)) == (PAD, MASK, VOCAB)
+    assert (tokenizer.pad_token_id, tokenizer.mask_token_id, len(tokenizer)) == (PAD, MASK, VOCAB_SIZE)
     return tokenizer
 
 
@@ -67,8 +67,8 @@ def hf_model() -> Any:
     torch.manual_seed(0)
     return BertForMaskedLM(
         BertConfig(
-            vocab_size=VOCAB, hidden_size=WIDTH, num_hidden_layers=DEPTH, num_attention_heads=HEADS,
-            intermediate_size=4 * WIDTH, max_position_embeddings=MAX_LENGTH, hidden_dropout_prob=0.0,
+            vocab_size=VOCAB_SIZE, hidden_size=HIDDEN_SIZE, num_hidden_layers=NUM_LAYERS, num_attention_heads=NUM_HEADS,
+            intermediate_size=4 * HIDDEN_SIZE, max_position_embeddings=MAX_LENGTH, hidden_dropout_prob=0.0,
             attention_probs_dropout_prob=0.0, pad_token_id=PAD,
         )
     )  # fmt: skip
@@ -165,20 +165,30 @@ def firth_setup(bert: bool = False) -> tuple[Any, Any, Any]:
     torch.manual_seed(0)
     objective = MLM()
     config = encoder_config(
-        vocab_size=VOCAB,
-        hidden_size=WIDTH,
-        num_layers=DEPTH,
-        num_heads=HEADS,
+        vocab_size=VOCAB_SIZE,
+        hidden_size=HIDDEN_SIZE,
+        num_layers=NUM_LAYERS,
+        num_heads=NUM_HEADS,
         max_positions=MAX_LENGTH,
-        intermediate_size=8 * WIDTH // 3,
+        intermediate_size=8 * HIDDEN_SIZE // 3,
     )
     if bert:
         config = ModelConfig(
-            vocab_size=VOCAB, hidden_size=WIDTH, num_layers=DEPTH, num_heads=HEADS, max_positions=MAX_LENGTH, norm_placement="post",
-            norm_eps=1e-12, embedding_norm=True, type_vocab_size=2, activation="gelu", lm_head="transform", lm_head_bias=True,
-        )  # fmt: skip
+            vocab_size=VOCAB_SIZE,
+            hidden_size=HIDDEN_SIZE,
+            num_layers=NUM_LAYERS,
+            num_heads=NUM_HEADS,
+            max_positions=MAX_LENGTH,
+            norm_placement="post",
+            norm_eps=1e-12,
+            embedding_norm=True,
+            type_vocab_size=2,
+            activation="gelu",
+            lm_head="transform",
+            lm_head_bias=True,
+        )
     roles = {"pad": PAD, "unk": UNK, "cls": CLS, "sep": SEP, "mask": MASK}
-    vocab = Vocab(size=VOCAB, roles=roles, special=np.arange(VOCAB) < FIRST)
+    vocab = Vocab(size=VOCAB_SIZE, roles=roles, special=np.arange(VOCAB_SIZE) < FIRST)
     model = LM(config, objective.heads(config))
     return (
         model,
@@ -247,13 +257,13 @@ def check() -> None:
             first[name] = objective.loss(model, objective.forward(model, batch), batch)["tokens"].item() / n
     assert sizes["transformers"] == sizes["firth, the same BERT"], sizes
     for name, loss in first.items():
-        assert abs(loss - math.log(VOCAB)) < 0.3, f"{name} starts at {loss:.3f}, not at ln {VOCAB}"
+        assert abs(loss - math.log(VOCAB_SIZE)) < 0.3, f"{name} starts at {loss:.3f}, not at ln {VOCAB_SIZE}"
     padded = np.mean(
         [lengths[i : i + ROWS].max() * ROWS / lengths[i : i + ROWS].sum() for i in range(0, NUM_SENTENCES, ROWS)]
     )
     print(f"parameters {sizes}")
     losses = ", ".join(f"{name} {loss:.3f}" for name, loss in first.items())
-    print(f"first losses: {losses}; ln {VOCAB} = {math.log(VOCAB):.3f}")
+    print(f"first losses: {losses}; ln {VOCAB_SIZE} = {math.log(VOCAB_SIZE):.3f}")
     print(f"mean length {lengths.mean():.1f}; slots per useful token: {padded:.2f} padded, {slots / useful:.2f} packed")
 
 

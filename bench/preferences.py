@@ -26,7 +26,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from bench.causal import DEPTH, HEADS, VOCAB, WIDTH, firth_run
+from bench.causal import HIDDEN_SIZE, NUM_HEADS, NUM_LAYERS, VOCAB_SIZE, firth_run
 from bench.harness import Candidate, EndSample, arguments, command
 
 Task = Literal["reward", "dpo"]
@@ -39,12 +39,12 @@ MAX_LENGTH = 128
 def comparisons() -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
     """Return triples of prompt, preferred and rejected answer; an answer ends with EOS."""
     rng = np.random.default_rng(0)
-    probabilities = 1 / np.arange(1, VOCAB - FIRST + 1)
+    probabilities = 1 / np.arange(1, VOCAB_SIZE - FIRST + 1)
     probabilities /= probabilities.sum()
 
     def sample(median: int) -> np.ndarray:
         length = int(np.clip(rng.lognormal(math.log(median), 0.6), 2, MAX_LENGTH - 1))
-        return rng.choice(np.arange(FIRST, VOCAB), length, p=probabilities)
+        return rng.choice(np.arange(FIRST, VOCAB_SIZE), length, p=probabilities)
 
     return [(sample(30), *(np.append(sample(40), EOS) for _ in range(2))) for _ in range(COMPARISONS)]  # type: ignore[misc]
 
@@ -55,7 +55,7 @@ def llama(task: Task) -> Any:
 
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=VOCAB, hidden_size=WIDTH, intermediate_size=1024, num_hidden_layers=DEPTH, num_attention_heads=HEADS,
+        vocab_size=VOCAB_SIZE, hidden_size=HIDDEN_SIZE, intermediate_size=1024, num_hidden_layers=NUM_LAYERS, num_attention_heads=NUM_HEADS,
         max_position_embeddings=2 * MAX_LENGTH, tie_word_embeddings=False, pad_token_id=PAD, bos_token_id=None,
         eos_token_id=EOS, num_labels=1,
     )  # fmt: skip
@@ -73,7 +73,7 @@ def trainer(task: Task, end_sample: EndSample | None, **options: Any) -> Iterato
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast, TrainerCallback
 
-    names = ["<pad>", "<unk>", "</s>", *(f"w{i}" for i in range(FIRST, VOCAB))]
+    names = ["<pad>", "<unk>", "</s>", *(f"w{i}" for i in range(FIRST, VOCAB_SIZE))]
     engine = Tokenizer(models.WordLevel({name: i for i, name in enumerate(names)}, unk_token="<unk>"))
     engine.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=engine, pad_token="<pad>", eos_token="</s>", unk_token="<unk>")
@@ -153,7 +153,7 @@ def firth_setup(task: Task) -> tuple[Any, Any, Any]:
     return (
         model,
         objective,
-        Batches(source, objective, Vocab(VOCAB, roles, np.arange(VOCAB) < FIRST), batch_size=ROWS, seed=0),
+        Batches(source, objective, Vocab(VOCAB_SIZE, roles, np.arange(VOCAB_SIZE) < FIRST), batch_size=ROWS, seed=0),
     )
 
 

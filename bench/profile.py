@@ -23,11 +23,11 @@ from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
 from bench.causal import (
-    DEPTH,
+    HIDDEN_SIZE,
     LENGTH,
+    NUM_LAYERS,
     ROWS,
-    VOCAB,
-    WIDTH,
+    VOCAB_SIZE,
     Plain,
     endless_batches,
     firth_setup,
@@ -59,9 +59,9 @@ def flops() -> dict[str, float]:
     """Return the FLOPs of the matrix products of one step, forward and backward (three products per linear map)."""
     tokens = ROWS * LENGTH
     return {
-        "blocks' linear maps": 6 * tokens * 12 * DEPTH * WIDTH**2,
-        "vocabulary head": 6 * tokens * VOCAB * WIDTH,
-        "attention, the causal half": 3 * DEPTH * ROWS * 2 * 2 * LENGTH**2 * WIDTH / 2,
+        "blocks' linear maps": 6 * tokens * 12 * NUM_LAYERS * HIDDEN_SIZE**2,
+        "vocabulary head": 6 * tokens * VOCAB_SIZE * HIDDEN_SIZE,
+        "attention, the causal half": 3 * NUM_LAYERS * ROWS * 2 * 2 * LENGTH**2 * HIDDEN_SIZE / 2,
     }
 
 

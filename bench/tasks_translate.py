@@ -38,7 +38,7 @@ from firth.tokenizer.tokenizer import Tokenizer
 from firth.types import IGNORE, Example
 
 LANGUAGES = ("en", "es")
-LENGTH, WIDTH, VOCAB = 64, 192, 4096
+LENGTH, HIDDEN_SIZE, VOCAB_SIZE = 64, 192, 4096
 MAX_CHARACTERS = 160
 """Pairs with a longer sentence are left out, so that none is truncated."""
 GENERATION_BATCH = 50
@@ -51,7 +51,7 @@ def short(row: Row) -> bool:
 
 def model_config(vocab: int) -> ModelConfig:
     """Return the model config of both sides."""
-    return encoder_decoder_config(vocab, WIDTH, 2, max_positions=2 * LENGTH)
+    return encoder_decoder_config(vocab, HIDDEN_SIZE, 2, max_positions=2 * LENGTH)
 
 
 def pretrained(results: Path, train: Path, quick: bool) -> Path:
@@ -63,14 +63,14 @@ def pretrained(results: Path, train: Path, quick: bool) -> Path:
             [str(train)],
             tokenizer_dir,
             algorithm="unigram",
-            vocab_size=VOCAB,
+            vocab_size=VOCAB_SIZE,
             texts=lambda _: (row[language] for row in rows for language in LANGUAGES),
             num_sentinels=100,
             log=lambda _: None,
         )
     steps = 4 if quick else 600
     settings = [
-        "data.corpus=brown", f"tokenizer.path={tokenizer_dir}", f"model={json.dumps(to_dict(model_config(VOCAB)))}",
+        "data.corpus=brown", f"tokenizer.path={tokenizer_dir}", f"model={json.dumps(to_dict(model_config(VOCAB_SIZE)))}",
         f"examples.max_length={LENGTH}", "batch.size=64", f"max_steps={steps}", "evaluation.every=0", f"checkpoint.every={steps}",
         "sample_prompts=[]",
     ]  # fmt: skip

@@ -44,7 +44,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
-from bench.causal import LENGTH, VOCAB, Plain, Rows, endless_batches, hf_model, plain_optimizer
+from bench.causal import LENGTH, VOCAB_SIZE, Plain, Rows, endless_batches, hf_model, plain_optimizer
 from bench.harness import MAX_OTHER_LOAD, busy_seconds, describe, machine, other_load
 
 MARKS = (1 / 16, 1 / 8, 1 / 5, 1 / 4, 1 / 3, 2 / 5, 1 / 2, 3 / 4, 1)
@@ -123,9 +123,9 @@ def prepare_text(corpus: str, results: Path) -> TextData:
     folder = results / corpus
     if not (folder / "tokenizer").exists():
         texts = (d.text for d in documents_of(config, config.paths(print), apart=False))
-        train(texts, "byte-bpe", VOCAB).save(folder / "tokenizer")
+        train(texts, "byte-bpe", VOCAB_SIZE).save(folder / "tokenizer")
     tokenizer = Tokenizer.load(folder / "tokenizer")
-    assert tokenizer.vocab.size == VOCAB, tokenizer.vocab.size
+    assert tokenizer.vocab.size == VOCAB_SIZE, tokenizer.vocab.size
     train_store, held_out_store = RunData(config, tokenizer, folder).stores()
     assert held_out_store is not None
     rows, scored = (Windows(store, LENGTH, isolate=False) for store in (train_store, held_out_store))
@@ -274,13 +274,13 @@ def run_firth(clock: Clock, data: TextData, seed: int, settings: Settings | None
     optimizer, schedule, config, rows = recipe.optimizer, recipe.schedule, recipe.model, recipe.batch.size
     if adamw:
         assert settings is not None
-        config = ModelConfig(vocab_size=VOCAB, hidden_size=384, num_layers=6, num_heads=6, max_positions=LENGTH)
+        config = ModelConfig(vocab_size=VOCAB_SIZE, hidden_size=384, num_layers=6, num_heads=6, max_positions=LENGTH)
         optimizer, schedule = OptimizerConfig(name="adamw"), Schedule("linear")
     if settings is not None:
         optimizer, rows = replace(optimizer, lr=settings.lr), settings.rows
         schedule = replace(schedule, warmup_ratio=settings.warmup)
     assert config is not None
-    assert config.vocab_size == VOCAB
+    assert config.vocab_size == VOCAB_SIZE
     torch.manual_seed(seed)
     objective = recipe.objective
     model = LM(config, objective.heads(config))
@@ -477,8 +477,10 @@ def table(seconds: float, results: Path) -> str:
             if at is not None:
                 parts.setdefault(name, []).append(seconds / at)
             time_steps = ["not reached", ""] if at is None else [f"{at:.1f} s", f"1/{seconds / at:.1f}"]
-            verdict = "" if full_run is None else f"{full_run.final:.4f} {'yes' if full_run.final <= r.final else 'no'}"
-            cells = [*time_steps, f"1/{goal:g}", verdict]
+            final_loss_cell = (
+                "" if full_run is None else f"{full_run.final:.4f} {'yes' if full_run.final <= r.final else 'no'}"
+            )
+            cells = [*time_steps, f"1/{goal:g}", final_loss_cell]
         row = [name, str(seed), f"{r.final:.4f}", str(r.curve[-1][1]), f"{r.parameters:,}", other_load_cell(r), *cells]
         lines.append(f"| {' | '.join(row)} |")
     lines.append("")

@@ -21,15 +21,15 @@ import numpy as np
 
 from bench.harness import EndSample, arguments, command
 
-VOCAB, WIDTH, ROWS, LENGTH = 20_000, 100, 16, 512
+VOCAB_SIZE, HIDDEN_SIZE, ROWS, LENGTH = 20_000, 100, 16, 512
 STEPS_PER_SAMPLE = 64
 TEXT = STEPS_PER_SAMPLE * ROWS * LENGTH
 
 
 def text() -> np.ndarray:
     """Return the words of a random text, (TEXT,): ids from 0 on by frequency."""
-    probabilities = 1 / np.arange(1, VOCAB + 1)
-    return np.random.default_rng(0).choice(VOCAB, TEXT, p=probabilities / probabilities.sum())
+    probabilities = 1 / np.arange(1, VOCAB_SIZE + 1)
+    return np.random.default_rng(0).choice(VOCAB_SIZE, TEXT, p=probabilities / probabilities.sum())
 
 
 def gensim(end_sample: EndSample, skipgram: bool) -> None:
@@ -37,7 +37,13 @@ def gensim(end_sample: EndSample, skipgram: bool) -> None:
 
     rows = [[str(word) for word in row] for row in text().reshape(-1, LENGTH)]
     model = Word2Vec(
-        vector_size=WIDTH, window=5, negative=5, sample=1e-3, min_count=1, sg=int(skipgram), workers=os.cpu_count() or 1
+        vector_size=HIDDEN_SIZE,
+        window=5,
+        negative=5,
+        sample=1e-3,
+        min_count=1,
+        sg=int(skipgram),
+        workers=os.cpu_count() or 1,
     )
     model.build_vocab(rows)
     while True:
@@ -68,8 +74,8 @@ def setup(algorithm: Literal["skipgram", "cbow"]) -> tuple[Any, Any, Any]:
             return {"tokens": self.rows[i]}
 
     torch.manual_seed(0)
-    vocab = Vocab(VOCAB, {}, np.zeros(VOCAB, bool))
-    objective, config = Word2Vec(algorithm=algorithm), word_vector_config(VOCAB, WIDTH)
+    vocab = Vocab(VOCAB_SIZE, {}, np.zeros(VOCAB_SIZE, bool))
+    objective, config = Word2Vec(algorithm=algorithm), word_vector_config(VOCAB_SIZE, HIDDEN_SIZE)
     source = WordWindows(Drawn(), WordWindows.count(Drawn.rows.ravel(), vocab), sample=1e-3, power=0.75)
     return LM(config, objective.heads(config)), objective, Batches(source, objective, vocab, batch_size=ROWS, seed=0)
 
@@ -117,7 +123,7 @@ def check() -> None:
     batch = batches.batches(0)[0]
     pairs = float((batch["left"] + batch["right"]).sum()) / float((batch["words"] >= 0).sum())
     assert 5.8 < pairs < 6.1, pairs  # twice the mean of 1 to 5, less the rows' ends
-    print(f"fair: equal subsampling, {pairs:.2f} pairs per word, vectors of size {WIDTH}")
+    print(f"fair: equal subsampling, {pairs:.2f} pairs per word, vectors of size {HIDDEN_SIZE}")
 
 
 def main() -> None:
