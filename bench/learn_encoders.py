@@ -126,7 +126,7 @@ def load_data(corpus: str, base_model: str) -> Data:
     if base_model:
         Tokenizer.load(catalog.fetch(base_model, echo=print)).save(folder / "tokenizer")
     elif not (folder / "tokenizer").exists():
-        texts = (d.text for d in documents_of(config, config.paths(print), apart=False))
+        texts = (d.text for d in documents_of(config, config.paths(print), validation=False))
         train_tokenizer(texts, "byte-bpe", VOCAB_SIZE).save(folder / "tokenizer")
     tokenizer = Tokenizer.load(folder / "tokenizer")
     train_store, held_out_store = RunData(config, tokenizer, folder).stores()

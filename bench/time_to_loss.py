@@ -122,7 +122,7 @@ def prepare_text(corpus: str, results: Path) -> TextData:
     config = DataConfig(path=(str(fetch(corpus) / "*.txt"),))
     folder = results / corpus
     if not (folder / "tokenizer").exists():
-        texts = (d.text for d in documents_of(config, config.paths(print), apart=False))
+        texts = (d.text for d in documents_of(config, config.paths(print), validation=False))
         train(texts, "byte-bpe", VOCAB_SIZE).save(folder / "tokenizer")
     tokenizer = Tokenizer.load(folder / "tokenizer")
     assert tokenizer.vocab.size == VOCAB_SIZE, tokenizer.vocab.size
