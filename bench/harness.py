@@ -342,8 +342,8 @@ def cpu_name() -> str:
         return platform.processor() or platform.machine()
     facts = {k.strip(): v.strip() for k, _, v in (line.partition(":") for line in lines)}
     flags = facts.get("flags", "").split()
-    wanted = [f for f in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if f in flags]
-    return f"{facts.get('model name', platform.machine())} ({' '.join(wanted)})"
+    instructions = [f for f in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if f in flags]
+    return f"{facts.get('model name', platform.machine())} ({' '.join(instructions)})"
 
 
 def gemm_rate(dtype: object, repeats: int = 7) -> float:

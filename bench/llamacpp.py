@@ -258,8 +258,8 @@ def reference_vocabularies(directory: Path) -> Iterator[tuple[str, Tokenizer]]:
     """Yield llama.cpp's own vocabularies if their package is in the cache."""
     archives = catalog.cache() / "archives" / "pypi-sdist-llama-cpp-python-0.3.36"
     for archive in sorted(archives.glob("*.tar.gz")):
-        wanted = [f"*/llama.cpp/models/ggml-vocab-{name}.gguf" for name in VOCABULARIES]
-        for path, file in download.members(archive, wanted):
+        patterns = [f"*/llama.cpp/models/ggml-vocab-{name}.gguf" for name in VOCABULARIES]
+        for path, file in download.members(archive, patterns):
             (directory / Path(path).name).write_bytes(file.read())
             yield Path(path).stem.removeprefix("ggml-vocab-"), Tokenizer.load(directory / Path(path).name)
 

@@ -194,7 +194,7 @@ class Clock:
         return total / self.valid[:, 1:].numel()
 
 
-# ------------------------------------------------------------------------------- contenders
+# ------------------------------------------------------------------------------- candidates
 
 
 def run_trainer(clock: Clock, data: TextData, seed: int, _: Settings | None, bf16: bool = False) -> nn.Module:
