@@ -98,35 +98,49 @@ def base(results: Path) -> Path:
     out = results / "base"
     material, tokenizer_at = out / "material", out / "tokenizer"
     if not (material / "material.json").exists():
-        plays.make(
-            catalog.fetch("shakespeare", echo=print), material, labels=SIZE.labels, held_labels=SIZE.held_labels, seed=0
+        plays.make_data(
+            catalog.fetch("shakespeare", echo=print),
+            material,
+            max_labeled_train=SIZE.max_labeled_train,
+            max_labeled_valid=SIZE.max_labeled_valid,
+            seed=0,
         )
     file = {name: str(material / f"{name}.jsonl") for name in
             ("train", "valid", "dialogues-train", "dialogues-valid", "preferences-train", "preferences-valid")}  # fmt: skip
     if not (tokenizer_at / "merges.json").exists():
-        train_tokenizer([file["train"]], tokenizer_at, algorithm="byte-bpe", vocab_size=SIZE.vocab)
+        train_tokenizer([file["train"]], tokenizer_at, algorithm="byte-bpe", vocab_size=SIZE.vocab_size)
     tokenizer = Tokenizer.load(tokenizer_at)
-    made = SIZE.pretraining(tokenizer.vocab.size)["decoder"]
+    made = SIZE.pretraining_recipes(tokenizer.vocab.size)["decoder"]
     text = DataConfig(path=(file["train"],), validation_path=(file["valid"],), cache_dir=str(out / "stores"))
     run(replace(made, name="decoder", data=text, tokenizer=TokenizerConfig(path=str(tokenizer_at))), out / "decoder")
     talk = DataConfig(path=(file["dialogues-train"],), validation_path=(file["dialogues-valid"],))
     run(
-        replace(SIZE.instruct(post_training.sft()), name="sft", data=talk, init_from=str(out / "decoder")),
+        replace(SIZE.sft_recipe(post_training.sft()), name="sft", data=talk, init_from=str(out / "decoder")),
         out / "sft",
     )
     if not Path(file["preferences-valid"]).exists():
         model = load_model(out / "sft" / "model")
-        for part, count in (("train", SIZE.comparisons), ("valid", SIZE.held_comparisons)):
+        for part, count in (("train", SIZE.num_train_comparisons), ("valid", SIZE.num_valid_comparisons)):
             prompts = asked(tokenizer, Path(file[f"dialogues-{part}"]))[:count]
             first, second = (drawn(model, tokenizer, prompts, seed) for seed in (1, 100_001))
             rng = np.random.default_rng((0, len(part)))
             found = sample_preference(
-                first, second, FunctionReward(SCORERS["thou"]), tokenizer=tokenizer, noise=SIZE.noise, rng=rng
+                first,
+                second,
+                FunctionReward(SCORERS["thou"]),
+                tokenizer=tokenizer,
+                noise=SIZE.preference_noise,
+                rng=rng,
             )
             write_preference_pairs(found, Path(file[f"preferences-{part}"]), tokenizer.decode)
     pairs = DataConfig(path=(file["preferences-train"],), validation_path=(file["preferences-valid"],))
     run(
-        replace(SIZE.reward(post_training.reward_model()), name="reward", data=pairs, init_from=str(out / "sft")),
+        replace(
+            SIZE.reward_model_recipe(post_training.reward_model()),
+            name="reward",
+            data=pairs,
+            init_from=str(out / "sft"),
+        ),
         out / "reward",
     )
     return out
@@ -136,11 +150,11 @@ def asked(tokenizer: Tokenizer, path: Path) -> list[np.ndarray]:
     """The prompts of a file that leave room for an answer."""
     turns = ([{"role": "user", "content": row["prompt"]}] for row in read_rows(path))
     prompts = (chat.encode(tokenizer, turn, open=True)[0] for turn in turns)
-    return [prompt for prompt in prompts if len(prompt) <= SIZE.context - SIZE.answer]
+    return [prompt for prompt in prompts if len(prompt) <= SIZE.max_positions - SIZE.max_answer_tokens]
 
 
 def drawn(
-    model: LM, tokenizer: Tokenizer, prompts: Sequence[np.ndarray], seed: int, answer: int = SIZE.answer
+    model: LM, tokenizer: Tokenizer, prompts: Sequence[np.ndarray], seed: int, answer: int = SIZE.max_answer_tokens
 ) -> list[Rollout]:
     written = Engine(model, tokenizer).generate(prompts, Sampling(max_new_tokens=answer, seed=seed))
     return [Rollout.of(p, w) for p, w in zip(prompts, written, strict=True)]
