@@ -107,35 +107,49 @@ def make_base(results: Path) -> Path:
     out = results / "base"
     data_dir, tokenizer_at = out / "material", out / "tokenizer"
     if not (data_dir / "material.json").exists():
-        plays.make(
-            catalog.fetch("shakespeare", echo=print), data_dir, labels=SIZE.labels, held_labels=SIZE.held_labels, seed=0
+        plays.make_data(
+            catalog.fetch("shakespeare", echo=print),
+            data_dir,
+            max_labeled_train=SIZE.max_labeled_train,
+            max_labeled_valid=SIZE.max_labeled_valid,
+            seed=0,
         )
     file = {name: str(data_dir / f"{name}.jsonl") for name in
             ("train", "valid", "dialogues-train", "dialogues-valid", "preferences-train", "preferences-valid")}  # fmt: skip
     if not (tokenizer_at / "merges.json").exists():
         train_tokenizer([file["train"]], tokenizer_at, algorithm="byte-bpe", vocab_size=SIZE.vocab_size)
     tokenizer = Tokenizer.load(tokenizer_at)
-    recipe = SIZE.pretraining(tokenizer.vocab.size)["decoder"]
+    recipe = SIZE.pretraining_recipes(tokenizer.vocab.size)["decoder"]
     text = DataConfig(path=(file["train"],), validation_path=(file["valid"],), cache_dir=str(out / "stores"))
     run(replace(recipe, name="decoder", data=text, tokenizer=TokenizerConfig(path=str(tokenizer_at))), out / "decoder")
     dialogues = DataConfig(path=(file["dialogues-train"],), validation_path=(file["dialogues-valid"],))
     run(
-        replace(SIZE.sft(post_training.sft()), name="sft", data=dialogues, init_from=str(out / "decoder")),
+        replace(SIZE.sft_recipe(post_training.sft()), name="sft", data=dialogues, init_from=str(out / "decoder")),
         out / "sft",
     )
     if not Path(file["preferences-valid"]).exists():
         model = load_model(out / "sft" / "model")
-        for part, count in (("train", SIZE.comparisons), ("valid", SIZE.held_comparisons)):
+        for part, count in (("train", SIZE.num_train_comparisons), ("valid", SIZE.num_valid_comparisons)):
             prompts = read_prompts(tokenizer, Path(file[f"dialogues-{part}"]))[:count]
             first, second = (sample_answers(model, tokenizer, prompts, seed) for seed in (1, 100_001))
             rng = np.random.default_rng((0, len(part)))
             found = sample_preference(
-                first, second, FunctionReward(SCORERS["thou"]), tokenizer=tokenizer, noise=SIZE.noise, rng=rng
+                first,
+                second,
+                FunctionReward(SCORERS["thou"]),
+                tokenizer=tokenizer,
+                noise=SIZE.preference_noise,
+                rng=rng,
             )
             write_preference_pairs(found, Path(file[f"preferences-{part}"]), tokenizer.decode)
     pairs = DataConfig(path=(file["preferences-train"],), validation_path=(file["preferences-valid"],))
     run(
-        replace(SIZE.reward(post_training.reward_model()), name="reward", data=pairs, init_from=str(out / "sft")),
+        replace(
+            SIZE.reward_model_recipe(post_training.reward_model()),
+            name="reward",
+            data=pairs,
+            init_from=str(out / "sft"),
+        ),
         out / "reward",
     )
     return out
@@ -145,11 +159,11 @@ def read_prompts(tokenizer: Tokenizer, path: Path) -> list[np.ndarray]:
     """Return the prompts of a file that leave room for an answer."""
     turns = ([{"role": "user", "content": row["prompt"]}] for row in read_rows(path))
     prompts = (chat.encode(tokenizer, end_sample, open=True)[0] for end_sample in turns)
-    return [prompt for prompt in prompts if len(prompt) <= SIZE.max_positions - SIZE.answer]
+    return [prompt for prompt in prompts if len(prompt) <= SIZE.max_positions - SIZE.max_answer_tokens]
 
 
 def sample_answers(
-    model: LM, tokenizer: Tokenizer, prompts: Sequence[np.ndarray], seed: int, answer: int = SIZE.answer
+    model: LM, tokenizer: Tokenizer, prompts: Sequence[np.ndarray], seed: int, answer: int = SIZE.max_answer_tokens
 ) -> list[Rollout]:
     written = Engine(model, tokenizer).generate(prompts, Sampling(max_new_tokens=answer, seed=seed))
     return [Rollout.of(p, w) for p, w in zip(prompts, written, strict=True)]

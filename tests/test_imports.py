@@ -171,7 +171,7 @@ def test_every_package_has_its_place():
         ("firth.types", "import torch"),
         ("firth.evaluate.task", "from firth.runs.recipe import load"),
         ("firth.train.trainer", "if TYPE_CHECKING:\n    from firth.runs.recipe import Recipe"),
-        ("firth.runs.run", "from firth.demo.demo import walk"),
+        ("firth.runs.run", "from firth.demo.demo import run_demo"),
         ("firth.pretrained.load_save", "def f():\n    import transformers"),
         ("firth.evaluate.metrics", "if TYPE_CHECKING:\n    from sklearn.metrics import f1_score"),
         ("firth.evaluate.task", "from firth.train.trainer import train"),

@@ -1,11 +1,11 @@
-"""Data of the demo: one small set of files, made from Shakespeare's plays or from a user's own folder.
+"""Data files of the demo, made from Shakespeare's plays or from a user's own folder.
 
-    train.jsonl, valid.jsonl           {"text"}: documents to pretrain on, and documents held out whole
-    labeled-train.jsonl, -valid       {"text", "label"}: a real label of passages; the held-out ones come from held-out documents
-    dialogues-train.jsonl, -valid      {"prompt", "completion"}: a cue and its answer
+    train.jsonl, valid.jsonl           {"text"}: documents for pretraining, and held-out documents
+    labeled-train.jsonl, -valid        {"text", "label"}: labeled passages; the held-out ones come from held-out documents
+    dialogues-train.jsonl, -valid      {"prompt", "completion"}: a prompt and its answer
     material.json                      descriptions of the tasks, and the name of the ground-truth reward
 
-Every stage of the demo reads these files and nothing else.
+Every stage of the demo reads these files and no others.
 """
 
 from __future__ import annotations
@@ -22,19 +22,22 @@ from firth.types import UserError
 
 Row = dict[str, str]
 
+INFO = "material.json"
+"""File name of the `DatasetInfo`; it exists if the data of a demo is complete."""
+
 
 @dataclass(frozen=True)
-class DemoText:
-    """Descriptions of the data of one demo, for the terminal and the report.
+class DatasetInfo:
+    """Description of the data of one demo, for the terminal and the report.
 
     Args:
         title: Name of the text.
         held_out: Names of the held-out documents.
         question: Description of the classification task.
-        labels: Its classes.
+        labels: Names of its classes.
         cue: Description of the dialogues.
-        scorer: Name in `firth.demo.scorers.SCORERS`.
-        samples: Prompts to continue.
+        scorer: Name of the ground-truth reward in `firth.demo.scorers.SCORERS`.
+        samples: Prompts for samples of the decoder.
         bytes: UTF-8 bytes of the training text.
     """
 
@@ -48,19 +51,41 @@ class DemoText:
     bytes: int
 
     def save(self, directory: Path) -> None:
-        (directory / "material.json").write_text(json.dumps(asdict(self), indent=1, ensure_ascii=False), "utf-8")
+        """Write the description to a directory.
+
+        Args:
+            directory: The data directory.
+        """
+        (directory / INFO).write_text(json.dumps(asdict(self), indent=1, ensure_ascii=False), "utf-8")
 
     @staticmethod
-    def load(directory: Path) -> DemoText:
-        fields: dict[str, Any] = json.loads((directory / "material.json").read_text("utf-8"))
-        lists = {k: tuple(v) for k, v in fields.items() if isinstance(v, list)}
-        whole: Any = fields | lists
-        return DemoText(**whole)
+    def load(directory: Path) -> DatasetInfo:
+        """Read the description that `save` wrote.
+
+        Args:
+            directory: The data directory.
+
+        Returns:
+            The description.
+        """
+        fields: dict[str, Any] = json.loads((directory / INFO).read_text("utf-8"))
+        tuples = {name: tuple(value) for name, value in fields.items() if isinstance(value, list)}
+        arguments: Any = fields | tuples
+        return DatasetInfo(**arguments)
 
 
 @dataclass(frozen=True)
 class DemoFiles:
-    """The rows of a demo's files, before they are written."""
+    """Rows of the data files of a demo.
+
+    Args:
+        train: Training documents.
+        valid: Held-out documents.
+        labeled_train: Labeled training passages.
+        labeled_valid: Labeled held-out passages.
+        dialogues_train: Prompts and completions for training.
+        dialogues_valid: Held-out prompts and completions.
+    """
 
     train: Sequence[Row]
     valid: Sequence[Row]
@@ -70,8 +95,20 @@ class DemoFiles:
     dialogues_valid: Sequence[Row]
 
 
-def write(directory: Path, files: DemoFiles, material: DemoText) -> DemoText:
-    """All of it or nothing: the folder appears under its name only when it is whole."""
+def write_data(directory: Path, files: DemoFiles, info: DatasetInfo) -> DatasetInfo:
+    """Write the data of a demo atomically: the directory appears when all its files are complete.
+
+    Args:
+        directory: The data directory.
+        files: Rows of each file.
+        info: Description of the data.
+
+    Returns:
+        `info`.
+
+    Raises:
+        UserError: A file would have no rows.
+    """
     for name, rows in asdict(files).items():
         if not rows:
             raise UserError(
@@ -80,30 +117,53 @@ def write(directory: Path, files: DemoFiles, material: DemoText) -> DemoText:
     with new_directory(directory) as partial:
         for name, rows in vars(files).items():
             write_rows(partial / f"{name.replace('_', '-')}.jsonl", rows)
-        material.save(partial)
-    return material
+        info.save(partial)
+    return info
 
 
 def write_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
-    """JSON lines, whole or not at all."""
+    """Write rows to a JSONL file atomically.
+
+    Args:
+        path: The file.
+        rows: One JSON object per line.
+    """
     with new_file(path) as partial, partial.open("w", encoding="utf-8") as file:
         for row in rows:
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """The rows of a file that `write_rows` wrote."""
+    """Read the rows of a JSONL file.
+
+    Args:
+        path: A file that `write_rows` wrote.
+
+    Returns:
+        Its rows, in order.
+    """
     return [json.loads(line) for line in path.read_text("utf-8").splitlines()]
 
 
-def balanced(rows: Sequence[Row], n: int, rng: random.Random) -> list[Row]:
-    """At most n rows in random order, every label equally often: a constant answer scores 1 / labels."""
+def sample_balanced(rows: Sequence[Row], max_rows: int, rng: random.Random) -> list[Row]:
+    """Sample rows with equally many rows of each label, in random order.
+
+    A constant prediction then has an accuracy of 1 / (number of labels).
+
+    Args:
+        rows: Labeled rows.
+        max_rows: Largest number of rows.
+        rng: Random number generator.
+
+    Returns:
+        The sampled rows.
+    """
     by_label: dict[str, list[Row]] = {}
     for row in rows:
         by_label.setdefault(row["label"], []).append(row)
     if not by_label:
         return []
-    each = min(n // len(by_label), *(len(some) for some in by_label.values()))
-    chosen = [row for label in sorted(by_label) for row in rng.sample(by_label[label], each)]
-    rng.shuffle(chosen)
-    return chosen
+    per_label = min(max_rows // len(by_label), *(len(group) for group in by_label.values()))
+    sampled = [row for label in sorted(by_label) for row in rng.sample(by_label[label], per_label)]
+    rng.shuffle(sampled)
+    return sampled

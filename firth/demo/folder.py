@@ -1,7 +1,7 @@
 """Data of the demo from a user's own folder of text.
 
-The label is the document that a passage comes from, if several are large enough, else the third of the text it is in. A dialogue is a
-paragraph and the one that follows it.
+The label of a passage is its document, if several documents are large enough, or else the third of the text that contains it. A
+dialogue is a paragraph and the one that follows it.
 """
 
 from __future__ import annotations
@@ -12,119 +12,148 @@ import re
 from pathlib import Path
 
 from firth.corpora.readers import documents
-from firth.demo.data import DemoFiles, DemoText, Row, balanced, write
+from firth.demo.data import DatasetInfo, DemoFiles, Row, sample_balanced, write_data
 from firth.types import UserError
 
-MIN_BYTES = 50_000  # with less there is nothing to learn in minutes, and too little held-out text
+MIN_BYTES = 50_000
+"""Fewest UTF-8 bytes of text: with less, the models learn nothing in minutes and the held-out text is too small."""
+
+THIRDS = ("beginning", "middle", "end")
+"""Labels of passages by their position in the whole text."""
 
 
-def make(paths: list[str], directory: Path, *, labels: int = 300, held_labels: int = 1500, seed: int = 0) -> DemoText:
-    """Write the demo's files from the documents under `paths` into `directory`.
+def make_data(
+    paths: list[str], directory: Path, *, max_labeled_train: int = 300, max_labeled_valid: int = 1500, seed: int = 0
+) -> DatasetInfo:
+    """Write the data files of the demo from a user's documents.
 
-    Raises UserError where the text is smaller than MIN_BYTES bytes.
+    Args:
+        paths: Files and folders of text.
+        directory: The data directory to write.
+        max_labeled_train: Largest number of labeled training passages.
+        max_labeled_valid: Largest number of labeled held-out passages.
+        seed: Seed of the sampling.
+
+    Returns:
+        The description of the data.
+
+    Raises:
+        UserError: The text has fewer than MIN_BYTES bytes, or it is too small for one of the files.
     """
     rng = random.Random(seed)
-    texts = {d.name: d.text for d in documents(paths)}
-    size = sum(len(t.encode()) for t in texts.values())
-    if size < MIN_BYTES:
-        raise UserError(f"{paths[0]}: {size} bytes of text are too little for the demo; give it {MIN_BYTES} or more")
-    train, valid = _hold_out(texts, rng)
-    names, question = _question(train)
-    labeled = {part: _labeled(rows, names, rng) for part, rows in (("train", train), ("valid", valid))}
-    if len(names) == 3 and names[0] == "beginning":
-        # Thirds of the text: label paragraphs before they are divided, and hold every tenth paragraph out.
-        everything = _thirds(texts)
-        labeled = {"train": [r for i, r in enumerate(everything) if i % 10], "valid": everything[::10]}
+    texts = {document.name: document.text for document in documents(paths)}
+    num_bytes = sum(len(text.encode()) for text in texts.values())
+    if num_bytes < MIN_BYTES:
+        raise UserError(
+            f"{paths[0]}: {num_bytes} bytes of text are too little for the demo; give it {MIN_BYTES} or more"
+        )
+    train, valid = _split_documents(texts, rng)
+    labels, question = _choose_labels(train)
+    labeled = {split: _label_by_document(rows, labels, rng) for split, rows in (("train", train), ("valid", valid))}
+    if len(labels) == 3 and labels[0] == THIRDS[0]:
+        # Label by thirds of the text: label the passages before the split, and hold out every tenth passage.
+        passages = _label_by_third(texts)
+        labeled = {"train": [row for i, row in enumerate(passages) if i % 10], "valid": passages[::10]}
     dialogues = [_dialogues(rows) for rows in (train, valid)]
     for rows in dialogues:
         rng.shuffle(rows)
-    beginnings = [" ".join(p.split()[:4]) + " " for row in valid for p in _paragraphs(row["text"])][:3]
+    samples = [" ".join(p.split()[:4]) + " " for row in valid for p in _paragraphs(row["text"])][:3]
     files = DemoFiles(
-        train, valid, balanced(labeled["train"], labels, rng), balanced(labeled["valid"], held_labels, rng),
-        dialogues[0], dialogues[1][:400],
-    )  # fmt: skip
-    return write(
+        train=train,
+        valid=valid,
+        labeled_train=sample_balanced(labeled["train"], max_labeled_train, rng),
+        labeled_valid=sample_balanced(labeled["valid"], max_labeled_valid, rng),
+        dialogues_train=dialogues[0],
+        dialogues_valid=dialogues[1][:400],
+    )
+    return write_data(
         directory,
         files,
-        DemoText(
-            title=", ".join(Path(p).name for p in paths),
+        DatasetInfo(
+            title=", ".join(Path(path).name for path in paths),
             held_out=tuple(row["name"] for row in valid)[:12],
             question=question,
-            labels=tuple(names),
-            cue="A paragraph; the answer is how the text goes on.",
+            labels=tuple(labels),
+            cue="The prompt is a paragraph; the answer is the start of the next one.",
             scorer="brief",
-            samples=tuple(beginnings),
+            samples=tuple(samples),
             bytes=sum(len(row["text"].encode()) for row in train),
         ),
     )
 
 
-def _hold_out(texts: dict[str, str], rng: random.Random) -> tuple[list[Row], list[Row]]:
-    """About a tenth of the documents; of fewer than ten documents, the last tenth of each."""
+def _split_documents(texts: dict[str, str], rng: random.Random) -> tuple[list[Row], list[Row]]:
+    """Hold out about a tenth of the documents; of fewer than ten documents, the last tenth of each."""
     rows = [{"name": name, "text": text} for name, text in sorted(texts.items())]
     if len(rows) >= 10:
-        held = {row["name"] for row in rng.sample(rows, max(1, len(rows) // 10))}
-        return [r for r in rows if r["name"] not in held], [r for r in rows if r["name"] in held]
+        held_out = {row["name"] for row in rng.sample(rows, max(1, len(rows) // 10))}
+        return [row for row in rows if row["name"] not in held_out], [row for row in rows if row["name"] in held_out]
     train, valid = [], []
     for row in rows:
         paragraphs = _paragraphs(row["text"])
-        cut = max(1, len(paragraphs) * 9 // 10)
-        train.append({"name": row["name"], "text": "\n\n".join(paragraphs[:cut])})
-        valid.append({"name": row["name"], "text": "\n\n".join(paragraphs[cut:])})
+        split = max(1, len(paragraphs) * 9 // 10)
+        train.append({"name": row["name"], "text": "\n\n".join(paragraphs[:split])})
+        valid.append({"name": row["name"], "text": "\n\n".join(paragraphs[split:])})
     return train, [row for row in valid if row["text"]]
 
 
 def _paragraphs(text: str) -> list[str]:
-    found = [p.strip() for p in re.split(r"\n\s*\n", text)]
-    found = [p for p in found if p]
-    if len(found) >= 20:
-        return found
-    # A text without blank lines: sentences in groups of three.
+    """Split a text at blank lines, or into groups of three sentences if it has fewer than 20 paragraphs."""
+    paragraphs = [p.strip() for p in re.split(r"\n\s*\n", text)]
+    paragraphs = [p for p in paragraphs if p]
+    if len(paragraphs) >= 20:
+        return paragraphs
     sentences = re.split(r"(?<=[.!?])\s+", text)
     return [" ".join(sentences[i : i + 3]) for i in range(0, len(sentences), 3) if sentences[i].strip()]
 
 
-def _question(train: list[Row]) -> tuple[list[str], str]:
-    """Labels that the text itself carries: its largest documents, or the thirds of the whole."""
-    enough = [r for r in train if len(_passages(r["text"])) >= 60]
-    if 2 <= len(train) < 10 and len(enough) >= 2:
-        names = [r["name"] for r in sorted(enough, key=lambda r: -len(r["text"]))[:4]]
+def _choose_labels(train: list[Row]) -> tuple[list[str], str]:
+    """Return the labels and the question of the classification task: up to four large documents, or the thirds of the text."""
+    large = [row for row in train if len(_passages(row["text"])) >= 60]
+    if 2 <= len(train) < 10 and len(large) >= 2:
+        names = [row["name"] for row in sorted(large, key=lambda row: -len(row["text"]))[:4]]
         return sorted(names), "Which document does this passage come from?"
-    return ["beginning", "middle", "end"], "Which third of the text does this passage stand in?"
+    return list(THIRDS), "Which third of the text does this passage come from?"
 
 
 def _passages(text: str) -> list[str]:
+    """Return the paragraphs of at least 80 characters, each on one line."""
     return [" ".join(p.split()) for p in _paragraphs(text) if len(p) >= 80]
 
 
-def _labeled(rows: list[Row], names: list[str], rng: random.Random) -> list[Row]:
-    found = [{"text": p, "label": r["name"]} for r in rows if r["name"] in names for p in _passages(r["text"])]
-    rng.shuffle(found)
-    return found
+def _label_by_document(rows: list[Row], labels: list[str], rng: random.Random) -> list[Row]:
+    """Return the passages of the labeled documents in random order, each with the name of its document."""
+    labeled = [
+        {"text": p, "label": row["name"]} for row in rows if row["name"] in labels for p in _passages(row["text"])
+    ]
+    rng.shuffle(labeled)
+    return labeled
 
 
-def _thirds(texts: dict[str, str]) -> list[Row]:
+def _label_by_third(texts: dict[str, str]) -> list[Row]:
+    """Return the passages of all documents in order, each with the third of the text that contains it."""
     passages = [p for _, text in sorted(texts.items()) for p in _passages(text)]
     third = max(1, -(-len(passages) // 3))
-    return [{"text": p, "label": ("beginning", "middle", "end")[i // third]} for i, p in enumerate(passages)]
+    return [{"text": p, "label": THIRDS[i // third]} for i, p in enumerate(passages)]
 
 
 def _dialogues(rows: list[Row]) -> list[Row]:
+    """Return each paragraph as a prompt, with the start of the next paragraph as its completion."""
     pairs = []
     for row in rows:
         paragraphs = [" ".join(p.split()) for p in _paragraphs(row["text"])]
-        for first, second in itertools.pairwise(paragraphs):
-            answer = _sentences(second, 200)
-            if len(first) >= 10 and len(answer) >= 10:
-                pairs.append({"prompt": f"Go on: {first[-300:]}", "completion": answer})
+        for paragraph, following in itertools.pairwise(paragraphs):
+            answer = _first_sentences(following, 200)
+            if len(paragraph) >= 10 and len(answer) >= 10:
+                pairs.append({"prompt": f"Go on: {paragraph[-300:]}", "completion": answer})
     return pairs
 
 
-def _sentences(text: str, limit: int) -> str:
-    """Whole sentences from the start of the text, at most `limit` letters; the first one cut if it is longer."""
-    kept = ""
+def _first_sentences(text: str, max_length: int) -> str:
+    """Return whole sentences of at most `max_length` characters from the start of a text; a longer first one is truncated."""
+    start = ""
     for sentence in re.split(r"(?<=[.!?])\s+", text):
-        if len(kept) + len(sentence) > limit:
+        if len(start) + len(sentence) > max_length:
             break
-        kept = f"{kept} {sentence}".strip()
-    return kept or text[:limit].rsplit(" ", 1)[0]
+        start = f"{start} {sentence}".strip()
+    return start or text[:max_length].rsplit(" ", 1)[0]

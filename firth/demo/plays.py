@@ -1,4 +1,7 @@
-"""Data of the demo from Shakespeare's plays: whole plays held out, questions and statements, cues with their answers."""
+"""Data of the demo from Shakespeare's plays.
+
+Four plays are held out. The classification task is questions and statements; the dialogues are cues with their answers.
+"""
 
 from __future__ import annotations
 
@@ -8,46 +11,63 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from firth.compare.probe_dataset import sentences
-from firth.demo.data import DemoFiles, DemoText, Row, balanced, write
+from firth.demo.data import DatasetInfo, DemoFiles, Row, sample_balanced, write_data
 
-# One play of each kind; nothing of them is seen in any training stage.
 HELD_OUT = ("the-tempest", "much-ado-about-nothing", "henry-iv-part-1", "julius-caesar")
+"""Held-out plays, one of each genre; no training stage reads them."""
 
 
-def make(plays: Path, directory: Path, *, labels: int = 300, held_labels: int = 1500, seed: int = 0) -> DemoText:
-    """Write the demo's files from the fetched plays (one .txt each, and speeches.jsonl) into `directory`."""
+def make_data(
+    plays: Path, directory: Path, *, max_labeled_train: int = 300, max_labeled_valid: int = 1500, seed: int = 0
+) -> DatasetInfo:
+    """Write the data files of the demo from the plays.
+
+    Args:
+        plays: Directory of the fetched plays: one .txt file per play, and speeches.jsonl.
+        directory: The data directory to write.
+        max_labeled_train: Largest number of labeled training passages.
+        max_labeled_valid: Largest number of labeled held-out passages.
+        seed: Seed of the sampling.
+
+    Returns:
+        The description of the data.
+    """
     rng = random.Random(seed)
     train: list[Row] = []
     valid: list[Row] = []
     for path in sorted(plays.glob("*.txt")):
         (valid if path.stem in HELD_OUT else train).append({"text": path.read_text("utf-8"), "name": path.stem})
-    labeled: dict[bool, list[Row]] = {True: [], False: []}
+    labeled: dict[bool, list[Row]] = {True: [], False: []}  # by whether the play is held out
     dialogues: dict[bool, list[Row]] = {True: [], False: []}
-    before: dict[str, str] = {}
-    for speech in _speeches(plays / "speeches.jsonl"):
-        held = speech["play"] in HELD_OUT
+    previous: dict[str, str] = {}
+    for speech in _read_speeches(plays / "speeches.jsonl"):
+        held_out = speech["play"] in HELD_OUT
         text = speech["text"]
-        labeled[held] += sentences(text)
-        if before.get("play") == speech["play"] and before["speaker"] != speech["speaker"]:
-            cue, answer = " ".join(before["text"].split()), " ".join(text.split())
+        labeled[held_out] += sentences(text)
+        if previous.get("play") == speech["play"] and previous["speaker"] != speech["speaker"]:
+            cue, answer = " ".join(previous["text"].split()), " ".join(text.split())
             if 10 <= len(cue) <= 300 and 10 <= len(answer) <= 200:
-                dialogues[held].append({"prompt": ask(speech["speaker"], cue), "completion": answer})
-        before = speech
+                dialogues[held_out].append({"prompt": dialogue_prompt(speech["speaker"], cue), "completion": answer})
+        previous = speech
     rng.shuffle(dialogues[False])
     rng.shuffle(dialogues[True])
     files = DemoFiles(
-        train, valid, balanced(labeled[False], labels, rng), balanced(labeled[True], held_labels, rng),
-        dialogues[False], dialogues[True][:400],
-    )  # fmt: skip
-    return write(
+        train=train,
+        valid=valid,
+        labeled_train=sample_balanced(labeled[False], max_labeled_train, rng),
+        labeled_valid=sample_balanced(labeled[True], max_labeled_valid, rng),
+        dialogues_train=dialogues[False],
+        dialogues_valid=dialogues[True][:400],
+    )
+    return write_data(
         directory,
         files,
-        DemoText(
+        DatasetInfo(
             title="Shakespeare's plays",
             held_out=HELD_OUT,
-            question="Is this sentence a question or a statement? (its last mark is removed)",
+            question="Is this sentence a question or a statement? (its final punctuation mark is removed)",
             labels=("question", "statement"),
-            cue="A speaker's name and the cue that was given; the answer is the next words of that speaker.",
+            cue="The prompt is a speaker's name and the preceding speech; the answer is that speaker's next speech.",
             scorer="thou",
             samples=("O, what a ", "My lord, the king is ", "Enter "),
             bytes=sum(len(row["text"].encode()) for row in train),
@@ -55,16 +75,24 @@ def make(plays: Path, directory: Path, *, labels: int = 300, held_labels: int = 
     )
 
 
-def ask(speaker: str, cue: str) -> str:
-    """The instruction of one dialogue.
+def dialogue_prompt(speaker: str, cue: str) -> str:
+    """Return the prompt of one dialogue.
 
-    >>> ask("BERNARDO", "Who's there?")
+    Args:
+        speaker: Name of the speaker who answers.
+        cue: The preceding speech.
+
+    Returns:
+        The prompt.
+
+    >>> dialogue_prompt("BERNARDO", "Who's there?")
     "Answer as Bernardo: Who's there?"
     """
     return f"Answer as {speaker.title()}: {cue}"
 
 
-def _speeches(path: Path) -> Iterable[dict[str, str]]:
+def _read_speeches(path: Path) -> Iterable[dict[str, str]]:
+    """Yield the speeches of all plays, in order."""
     with path.open(encoding="utf-8") as file:
         for line in file:
             yield json.loads(line)

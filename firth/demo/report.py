@@ -1,4 +1,4 @@
-"""The demo's report: what happened at each stage, in the order of the walk, from the files that the walk left."""
+"""Report of the demo: the results of each stage, in order, from the files in the demo's directory."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from firth.demo.data import DemoText, read_rows
+from firth.demo.data import DatasetInfo, read_rows
 from firth.demo.sizes import DemoSize
 from firth.report.charts import Curve, Figure, Level
 from firth.report.page import Cell, Command, Report, Section, StatCell, Table, TextSample
@@ -18,28 +18,45 @@ from firth.report.run_report import series
 from firth.tokenizer.inspection import readable
 from firth.tokenizer.tokenizer import Tokenizer
 
-Facts = dict[str, Any]
-WORDS = ("taaaaasty", "laern", "Transformerify")
+EXAMPLE_WORDS = ("taaaaasty", "laern", "Transformerify")
+"""Words that are not in the training text, to show how they are tokenized."""
+
 FAMILIES = {
-    "encoder": "masked language modelling: some of the tokens are hidden and guessed from both sides",
-    "encoder-decoder": "span corruption: spans are dropped from the source, and the decoder writes them",
-    "decoder": "causal language modelling: the next token from those before it",
+    "encoder": "masked language modeling: some tokens are masked and predicted from the tokens on both sides",
+    "encoder-decoder": "span corruption: spans are removed from the input, and the decoder generates them",
+    "decoder": "causal language modeling: each token is predicted from the tokens before it",
 }
+"""Pretraining objective of each model family."""
+
+Metrics = Mapping[str, Mapping[str, float]]
+"""Last held-out metrics of each run."""
 
 
-def demo_report(out: Path, material: DemoText, size: DemoSize) -> Report:
-    """Everything the walk left in `out`, as one page."""
-    held = {
-        name: last(out, name)
+def demo_report(out: Path, info: DatasetInfo, size: DemoSize) -> Report:
+    """Build the report of a demo whose stages are finished.
+
+    Args:
+        out: Directory of the demo.
+        info: Description of its data.
+        size: Configuration of its stages.
+
+    Returns:
+        The report, one page.
+    """
+    metrics = {
+        name: last_validation(out, name)
         for name in (*FAMILIES, "classification-pretrained", "classification-scratch", "sft", "reward_model")
     }
-    models = finding(out, "alignment")["models"]
-    pretrained, scratch = held["classification-pretrained"]["accuracy"], held["classification-scratch"]["accuracy"]
-    seconds = sum(json.loads((out / name / "done.json").read_text("utf-8"))["seconds"] for name in runs(out))
+    models = load_results(out, "alignment")["models"]
+    pretrained, scratch = (
+        metrics["classification-pretrained"]["accuracy"],
+        metrics["classification-scratch"]["accuracy"],
+    )
+    seconds = sum(json.loads((out / name / "done.json").read_text("utf-8"))["seconds"] for name in finished_runs(out))
     numbers = [
-        StatCell("held-out bits per byte, decoder", held["decoder"]["bits_per_byte"], "8 = no model at all"),
+        StatCell("held-out bits per byte, decoder", metrics["decoder"]["bits_per_byte"], "without a model: 8"),
         StatCell("classifier, pretrained", f"{pretrained:.1%}", f"the same model from random weights: {scratch:.1%}"),
-        StatCell("reward model", f"{held['reward_model']['accuracy']:.1%}", "of the held-out comparisons"),
+        StatCell("reward model", f"{metrics['reward_model']['accuracy']:.1%}", "accuracy on held-out comparisons"),
         StatCell(
             "true reward, PPO",
             models["ppo"]["truth"],
@@ -47,49 +64,85 @@ def demo_report(out: Path, material: DemoText, size: DemoSize) -> Report:
         ),
     ]
     return Report(
-        title=f"firth demo: {material.title}",
+        title=f"firth demo: {info.title}",
         text=(
-            f"From {material.bytes / 1e6:.1f} MB of raw text to models that are pretrained, finetuned, instruction-tuned and aligned, "
-            f"in {seconds:.0f} seconds of training. Held out, and seen by no stage: {', '.join(material.held_out)}."
+            f"The demo pretrained, finetuned, instruction-tuned and aligned models on {info.bytes / 1e6:.1f} MB of raw text, "
+            f"in {seconds:.0f} seconds of training. No stage was trained on the held-out documents: {', '.join(info.held_out)}."
         ),
         numbers=numbers,
         sections=[
-            subwords(out),
-            pretraining(out, held),
-            finetuning(out, material, held),
-            instruction(out, material),
-            preferences(out, held, size),
-            alignment(out, models, material),
-            directories(out),
+            tokenizer_section(out),
+            pretraining_section(out, metrics),
+            finetuning_section(out, info, metrics),
+            instruction_tuning_section(out, info),
+            preferences_section(out, metrics, size),
+            alignment_section(out, models, info),
+            directories_section(out),
         ],
-        commands=commands(out, material),
+        commands=next_commands(out, info),
         facts={
-            "text": material.title,
-            "trained on": f"{material.bytes:,} bytes",
+            "text": info.title,
+            "trained on": f"{info.bytes:,} bytes",
             "seconds of training": f"{seconds:.0f}",
         },
     )
 
 
-def runs(out: Path) -> Iterator[str]:
-    """The names of the finished runs."""
+def finished_runs(out: Path) -> Iterator[str]:
+    """List the finished runs of a demo.
+
+    Args:
+        out: Directory of the demo.
+
+    Returns:
+        Their names, sorted.
+    """
     return (path.parent.name for path in sorted(out.glob("*/done.json")))
 
 
-def last(out: Path, name: str) -> Mapping[str, float]:
-    """The last held-out row of a run."""
+def last_validation(out: Path, name: str) -> Mapping[str, float]:
+    """Read the last held-out metrics of a run.
+
+    Args:
+        out: Directory of the demo.
+        name: Name of the run.
+
+    Returns:
+        The metrics by name.
+    """
     return [row for row in metric_rows(out / name / "metrics.jsonl") if row["split"] == "valid"][-1]
 
 
-def finding(out: Path, name: str) -> Facts:
-    found: Facts = json.loads((out / "findings" / f"{name}.json").read_text("utf-8"))
-    return found
+def load_results(out: Path, name: str) -> dict[str, Any]:
+    """Read the results that a stage wrote.
+
+    Args:
+        out: Directory of the demo.
+        name: Name of the file in findings/, without suffix.
+
+    Returns:
+        The results.
+    """
+    results: dict[str, Any] = json.loads((out / "findings" / f"{name}.json").read_text("utf-8"))
+    return results
 
 
-def curves(
+def validation_figure(
     out: Path, names: list[tuple[str, str]], metric: str, title: str, unit: str, *, level: Level | None = None
 ) -> Figure:
-    """One metric on held-out text of several runs, against seconds of training."""
+    """Plot one held-out metric of several runs against seconds of training.
+
+    Args:
+        out: Directory of the demo.
+        names: Name and label of each run.
+        metric: Name of the metric.
+        title: Title of the figure.
+        unit: Unit of the metric.
+        level: A horizontal reference line.
+
+    Returns:
+        The figure.
+    """
     lines = []
     for name, label in names:
         x, y = series(metric_rows(out / name / "metrics.jsonl"), "valid", metric, "seconds")
@@ -97,157 +150,268 @@ def curves(
     return Figure(title, "seconds of training", unit, tuple(lines), levels=(level,) if level else ())
 
 
-def subwords(out: Path) -> Section:
+def tokenizer_section(out: Path) -> Section:
+    """Build the section on the tokenizer: its first merges, and how unseen words are split.
+
+    Args:
+        out: Directory of the demo.
+
+    Returns:
+        The section.
+    """
     tokenizer = Tokenizer.load(out / "tokenizer")
     merges = tokenizer.merges[:24]
     rows = [
         [i, f"{readable(m.left)} + {readable(m.right)}", readable(m.left + m.right), m.count]
         for i, m in enumerate(merges, 1)
     ]
-    words = [[word, "  ".join(readable(p) for p in tokenizer.pieces(word))] for word in WORDS]
+    words = [[word, "  ".join(readable(p) for p in tokenizer.pieces(word))] for word in EXAMPLE_WORDS]
     return Section(
         "Subwords",
-        f"Byte-level BPE begins with the 256 bytes and merges the most frequent neighbours, again and again, "
-        f"to {tokenizer.vocab.size} ids. No word is unknown: what was never seen falls into pieces that were. "
-        "(␣ is a blank, ⏎ a line break.)",
+        "Byte-level BPE starts with the 256 bytes and repeatedly merges the most frequent pair of neighbors, "
+        f"until the vocabulary has {tokenizer.vocab.size} ids. No word is unknown: an unseen word is split into known pieces. "
+        "(␣ is a space, ⏎ a line break.)",
         tables=[
             Table("The first merges, in the order they were learned", ["#", "pair", "piece", "count"], rows),
-            Table("How unseen words split", ["word", "pieces"], words),
+            Table("How unseen words are split", ["word", "pieces"], words),
         ],
     )
 
 
-def pretraining(out: Path, held: Mapping[str, Mapping[str, float]]) -> Section:
+def pretraining_section(out: Path, metrics: Metrics) -> Section:
+    """Build the section on the pretraining of the three model families.
+
+    Args:
+        out: Directory of the demo.
+        metrics: Last held-out metrics of each run.
+
+    Returns:
+        The section.
+    """
     tokenizer = Tokenizer.load(out / "tokenizer")
-    chance = math.log(len(tokenizer.vocab.ordinary))
+    uniform_loss = math.log(len(tokenizer.vocab.ordinary))
     rows: list[list[Cell]] = []
     for name in FAMILIES:
-        facts = json.loads((out / name / "done.json").read_text("utf-8"))
-        rows.append([name, facts["steps"], facts["tokens"], facts["seconds"], held[name]["loss"]])
+        done = json.loads((out / name / "done.json").read_text("utf-8"))
+        rows.append([name, done["steps"], done["tokens"], done["seconds"], metrics[name]["loss"]])
     samples = [
-        TextSample(s["prompt"], {"before": s["before"], "after": s["after"]}, name)
+        TextSample(sample["prompt"], {"before": sample["before"], "after": sample["after"]}, name)
         for name in FAMILIES
-        for s in finding(out, f"samples-{name}")["samples"][:3]
+        for sample in load_results(out, f"samples-{name}")["samples"][:3]
     ]
     return Section(
-        "Three families pretrained",
-        "\n\n".join(f"{name}: {what}." for name, what in FAMILIES.items())
-        + f"\n\nThe losses ask different questions and cannot be compared with each other, only with the untrained "
-        f"model's {chance:.2f} nats, the logarithm of the vocabulary.",
+        "Pretraining of three model families",
+        "\n\n".join(f"{name}: {objective}." for name, objective in FAMILIES.items())
+        + "\n\nThe three objectives predict different tokens, so their losses cannot be compared with each other. Each can be "
+        f"compared with the loss of an untrained model, {uniform_loss:.2f} nats, the logarithm of the vocabulary size.",
         figures=[
-            curves(out, [(n, n) for n in FAMILIES], "loss", "Loss on held-out text", "nats per predicted token",
-                   level=Level("untrained", chance)),
+            validation_figure(
+                out,
+                [(name, name) for name in FAMILIES],
+                "loss",
+                "Loss on held-out text",
+                "nats per predicted token",
+                level=Level("untrained", uniform_loss),
+            ),
         ],
         tables=[Table("Pretraining", ["model", "steps", "tokens", "seconds", "held-out loss"], rows)],
         samples=samples,
-    )  # fmt: skip
+    )
 
 
-def finetuning(out: Path, material: DemoText, held: Mapping[str, Mapping[str, float]]) -> Section:
-    labelled = len(read_rows(out / "material" / "labeled-train.jsonl"))
-    tested = len(read_rows(out / "material" / "labeled-valid.jsonl"))
+def finetuning_section(out: Path, info: DatasetInfo, metrics: Metrics) -> Section:
+    """Build the section on the classifiers from pretrained and from random weights.
+
+    Args:
+        out: Directory of the demo.
+        info: Description of its data.
+        metrics: Last held-out metrics of each run.
+
+    Returns:
+        The section.
+    """
+    num_train = len(read_rows(out / "material" / "labeled-train.jsonl"))
+    num_valid = len(read_rows(out / "material" / "labeled-valid.jsonl"))
     names = [
         ("classification-pretrained", "from the pretrained encoder"),
         ("classification-scratch", "from random weights"),
     ]
-    rows: list[list[Cell]] = [[label, held[name]["accuracy"], held[name]["loss"]] for name, label in names]
-    gain = held["classification-pretrained"]["accuracy"] - held["classification-scratch"]["accuracy"]
-    verdict = (
-        f"The starting point is worth {gain * 100:.0f} points of accuracy." if gain > 0.02
-        else "Here the starting point made no clear difference: the pretraining was too short, or the label too easy."
-    )  # fmt: skip
+    rows: list[list[Cell]] = [[label, metrics[name]["accuracy"], metrics[name]["loss"]] for name, label in names]
+    gain = metrics["classification-pretrained"]["accuracy"] - metrics["classification-scratch"]["accuracy"]
+    conclusion = (
+        f"Pretraining improves the accuracy by {gain * 100:.0f} percentage points."
+        if gain > 0.02
+        else "Pretraining made no clear difference here: it was too short, or the task is too easy."
+    )
+    constant = 1 / len(info.labels)
     return Section(
-        "A finetuned task",
-        f"{material.question} The answers are {', '.join(material.labels)}, equally many of each, so a constant answer "
-        f"gets {1 / len(material.labels):.0%}. {labelled} passages to learn from, {tested} from held-out text to be tested on. "
-        f"Both models are the same in all but their first weights. {verdict}",
-        figures=[curves(out, names, "accuracy", "Accuracy on held-out passages", "share right",
-                        level=Level("a constant answer", 1 / len(material.labels)))],
-        tables=[Table("After finetuning", ["start", "accuracy", "loss"], rows, best={"accuracy": "max"})],
-    )  # fmt: skip
+        "Finetuning of a classifier",
+        f"{info.question} The classes are {', '.join(info.labels)}, with equally many passages each, so a constant prediction "
+        f"has an accuracy of {constant:.0%}. There are {num_train} training passages and {num_valid} test passages from held-out "
+        f"text. The two models differ only in their initial weights. {conclusion}",
+        figures=[
+            validation_figure(
+                out,
+                names,
+                "accuracy",
+                "Accuracy on held-out passages",
+                "accuracy",
+                level=Level("a constant prediction", constant),
+            )
+        ],
+        tables=[Table("After finetuning", ["initial weights", "accuracy", "loss"], rows, best={"accuracy": "max"})],
+    )
 
 
-def instruction(out: Path, material: DemoText) -> Section:
+def instruction_tuning_section(out: Path, info: DatasetInfo) -> Section:
+    """Build the section on instruction tuning.
+
+    Args:
+        out: Directory of the demo.
+        info: Description of its data.
+
+    Returns:
+        The section.
+    """
     samples = [
-        TextSample(s["prompt"], {"before": s["before"], "after": s["after"]})
-        for s in finding(out, "samples-sft")["samples"]
+        TextSample(sample["prompt"], {"before": sample["before"], "after": sample["after"]})
+        for sample in load_results(out, "samples-sft")["samples"]
     ]
     return Section(
         "Instruction tuning",
-        f"{material.cue} The decoder learns only what the answer says, and the token that ends it.",
-        figures=[curves(out, [("sft", "sft")], "loss", "Loss on held-out answers", "nats per token")],
+        f"{info.cue} The loss covers only the tokens of the answer and the token that ends it.",
+        figures=[
+            validation_figure(out, [("sft", "sft")], "loss", "Loss on held-out answers", "nats per token"),
+        ],
         samples=samples,
     )
 
 
-def preferences(out: Path, held: Mapping[str, Mapping[str, float]], size: DemoSize) -> Section:
-    counts = finding(out, "preferences")
+def preferences_section(out: Path, metrics: Metrics, size: DemoSize) -> Section:
+    """Build the section on the sampled preferences and the reward model.
+
+    Args:
+        out: Directory of the demo.
+        metrics: Last held-out metrics of each run.
+        size: Configuration of the stages.
+
+    Returns:
+        The section.
+    """
+    counts = load_results(out, "preferences")
     return Section(
         "Preferences and a reward model",
-        f"Two answers to each prompt are sampled from the instruction-tuned model and compared by a judge whose true score is a "
-        f"stated function of the text (`firth.demo.scorers`); he prefers the first with probability "
-        f"sigma((score_1 - score_2) / {size.noise:g}), so he is not always of one mind: {counts['train-agree']:.0%} of his choices "
-        f"have the higher score. {counts['train']} comparisons to learn from, {counts['valid']} held out. The reward model agrees with "
-        f"{held['reward_model']['accuracy']:.1%} of the held-out ones; nobody could agree with many more than {counts['valid-agree']:.0%}.",
+        "The instruction-tuned model samples two answers to each prompt. A simulated judge compares them by the true reward, a "
+        "function of the text (`firth.demo.scorers`). The judge prefers the first answer with probability "
+        f"sigma((reward_1 - reward_2) / {size.preference_noise:g}), so the preferences are noisy: {counts['train-agree']:.0%} of "
+        f"the chosen answers have the higher true reward. There are {counts['train']} training comparisons and {counts['valid']} "
+        f"held-out ones. The reward model has an accuracy of {metrics['reward_model']['accuracy']:.1%} on the held-out "
+        f"comparisons; the true reward itself has {counts['valid-agree']:.0%}.",
         figures=[
-            curves(out, [("reward_model", "reward model")], "accuracy", "Agreement with held-out comparisons", "share",
-                   level=Level("chance", 0.5)),
+            validation_figure(
+                out,
+                [("reward_model", "reward model")],
+                "accuracy",
+                "Accuracy on held-out comparisons",
+                "accuracy",
+                level=Level("chance", 0.5),
+            ),
         ],
-    )  # fmt: skip
+    )
 
 
-def alignment(out: Path, models: Facts, material: DemoText) -> Section:
+def alignment_section(out: Path, models: Mapping[str, Mapping[str, float]], info: DatasetInfo) -> Section:
+    """Build the section that compares the models before alignment, after DPO and after PPO.
+
+    Args:
+        out: Directory of the demo.
+        models: Metrics of each model on held-out prompts.
+        info: Description of the data.
+
+    Returns:
+        The section.
+    """
     names = {"sft": "before", "dpo": "DPO", "ppo": "PPO"}
-    rows = [
-        [names[n], m["truth"], m["reward"], m["kl_per_answer"], m["length"], m["finished"]] for n, m in models.items()
+    rows: list[list[Cell]] = [
+        [names[name], row["truth"], row["reward"], row["kl_per_answer"], row["length"], row["finished"]]
+        for name, row in models.items()
     ]
-    found = finding(out, "alignment")
+    results = load_results(out, "alignment")
     samples = [
-        TextSample(s["prompt"], {"before": s["sft"], "DPO": s["dpo"], "PPO": s["ppo"]}) for s in found["samples"][:4]
+        TextSample(sample["prompt"], {"before": sample["sft"], "DPO": sample["dpo"], "PPO": sample["ppo"]})
+        for sample in results["samples"][:4]
     ]
-    phases = metric_rows(out / "ppo" / "metrics.jsonl")
+    ppo_metrics = metric_rows(out / "ppo" / "metrics.jsonl")
     figures = []
-    for metric, title, unit in (("reward", "PPO: reward model's score, phase by phase", "standard deviations"),
-                                ("truth", "PPO: true reward, which it never sees", "true reward"),
-                                ("kl_per_answer", "PPO: KL to the start", "nats per answer")):  # fmt: skip
-        x, y = series(phases, "rollouts", metric, "seconds")
+    for metric, title, unit in (
+        ("reward", "PPO: score of the reward model per rollout batch", "standard deviations"),
+        ("truth", "PPO: true reward, which is not used in training", "true reward"),
+        ("kl_per_answer", "PPO: KL to the initial model", "nats per answer"),
+    ):
+        x, y = series(ppo_metrics, "rollouts", metric, "seconds")
         if x:
             figures.append(Figure(title, "seconds of training", unit, (Curve("PPO", x, y, points=True),)))
-    points = tuple(Curve(names[n], [m["kl_per_answer"]], [m["truth"]], points=True) for n, m in models.items())
-    figures.append(Figure("True reward against distance", "KL to the start, nats per answer", "true reward", points))
+    points = tuple(
+        Curve(names[name], [row["kl_per_answer"]], [row["truth"]], points=True) for name, row in models.items()
+    )
+    figures.append(Figure("True reward against KL", "KL to the initial model, nats per answer", "true reward", points))
     return Section(
         "PPO and DPO",
-        f"Both begin at the instruction-tuned model. PPO writes answers, has the reward model judge them and pays for distance from "
-        f"the start; DPO reads the comparisons alone. All three answer the same {found['prompts']} held-out prompts, judged by the true "
-        f"scorer (`{material.scorer}`), which neither has seen. "
-        "A reward-model score that rises while the true one does not is reward hacking. The table's answers are drawn at "
-        "temperature 1, as in training; the samples below at 0.7.",
+        "PPO and DPO both start from the instruction-tuned model. PPO samples answers, scores them with the reward model and "
+        "subtracts a penalty for the KL to the initial model; DPO trains on the comparisons alone. All three models answer the "
+        f"same {results['prompts']} held-out prompts and are measured by the true reward (`{info.scorer}`), which PPO and DPO do "
+        "not use in training. If the score of the reward model rises and the true reward does not, that is reward hacking. The "
+        "answers of the table are sampled at temperature 1, as in training; the samples below at 0.7.",
         figures=figures,
         tables=[
-            Table("On held-out prompts", ["model", "true reward", "reward model", "KL, nats", "tokens", "finished"], rows,
-                  best={"true reward": "max"}),
+            Table(
+                "On held-out prompts",
+                ["model", "true reward", "reward model", "KL, nats", "tokens", "finished"],
+                rows,
+                best={"true reward": "max"},
+            ),
         ],
         samples=samples,
-    )  # fmt: skip
+    )
 
 
-def directories(out: Path) -> Section:
-    rows = [[str(out / name / "model"), json.loads((out / name / "model" / "config.json").read_text("utf-8"))["architectures"][0]]
-            for name in runs(out) if (out / name / "model" / "config.json").exists()]  # fmt: skip
+def directories_section(out: Path) -> Section:
+    """Build the section that lists the model directories.
+
+    Args:
+        out: Directory of the demo.
+
+    Returns:
+        The section.
+    """
+    rows: list[list[Cell]] = []
+    for name in finished_runs(out):
+        config = out / name / "model" / "config.json"
+        if config.exists():
+            rows.append([str(config.parent), json.loads(config.read_text("utf-8"))["architectures"][0]])
     return Section(
-        "What there is now",
-        "Each run directory holds its recipe, its metrics, a report of its own and `model/`, a directory that the transformers "
+        "Model directories",
+        "Each run directory contains its recipe, its metrics, its own report and `model/`, a directory that the transformers "
         "library loads: `AutoModelForCausalLM.from_pretrained(...)` for the decoders.",
         tables=[Table("Model directories", ["directory", "class in transformers"], rows)],
     )
 
 
-def commands(out: Path, material: DemoText) -> list[Command]:
-    """What to type next, exactly; the decoder goes on with a beginning of its own text."""
+def next_commands(out: Path, info: DatasetInfo) -> list[Command]:
+    """Return the commands to run after the demo.
+
+    Args:
+        out: Directory of the demo.
+        info: Description of its data; its first sample is the prompt of the decoder.
+
+    Returns:
+        The commands, each with a title.
+    """
+    prompt = shlex.quote(next(iter(info.samples), "The "))
     return [
-        Command("Talk with the aligned decoder", f"firth chat {out}/ppo"),
-        Command("Continue a text", f"firth generate {out}/decoder {shlex.quote(next(iter(material.samples), 'The '))}"),
-        Command("Fill a gap", f"firth fill {out}/encoder 'I will <mask> it.'"),
-        Command("The same walk on your own text", "firth demo --text MY_FOLDER --out my-demo"),
+        Command("Chat with the aligned decoder", f"firth chat {out}/ppo"),
+        Command("Continue a text", f"firth generate {out}/decoder {prompt}"),
+        Command("Predict a masked word", f"firth fill {out}/encoder 'I will <mask> it.'"),
+        Command("Run the demo on your own text", "firth demo --text MY_FOLDER --out my-demo"),
         Command("Pretrain a decoder on your own text", "firth train gpt:small data.path=MY_FOLDER --out runs/mine"),
     ]

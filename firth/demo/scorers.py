@@ -1,7 +1,7 @@
-"""Ground-truth rewards of the demo, against which every method is measured.
+"""Ground-truth rewards of the demo, against which every alignment method is measured.
 
 In practice the true reward is human judgment, known only through comparisons. Here it is a function of the text, so that the
-report can show both the score of the reward model and the true one.
+report can show both the score of the reward model and the true reward.
 
 >>> brief("I will go.") > brief("I will go") > brief("")
 True
@@ -14,34 +14,56 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 
-_OLD = {"thou", "thee", "thy", "thine", "thyself", "art", "hast", "dost", "wilt", "shalt", "hath", "doth"}
+ARCHAIC_WORDS = {"thou", "thee", "thy", "thine", "thyself", "art", "hast", "dost", "wilt", "shalt", "hath", "doth"}
+"""Words that `thou` rewards."""
 
 
 def words(text: str) -> list[str]:
+    """Split a text into lowercase words.
+
+    Args:
+        text: The text.
+
+    Returns:
+        Its words, without punctuation and digits.
+    """
     return re.findall(r"[a-z']+", text.lower())
 
 
 def brief(text: str) -> float:
-    """Reward a finished, short answer without repetition: 0 to 2.
+    """Compute a reward for a finished, short answer without repetition.
 
-    1 for ending in . ! or ?; up to 1 for a length of 3 to 20 words, falling to 0 at 40; times the share of
-    different words.
+    The reward is 1 for a final . ! or ?, plus up to 1 for a length of 3 to 20 words (falling to 0 at 40 words); the sum is
+    multiplied by the share of distinct words.
+
+    Args:
+        text: An answer.
+
+    Returns:
+        The reward, 0 to 2.
     """
-    found = words(text)
-    if len(found) < 3:
+    answer = words(text)
+    if len(answer) < 3:
         return 0.0
-    ends = 1.0 if text.rstrip().endswith((".", "!", "?")) else 0.0
-    length = min(1.0, max(0.0, (40 - len(found)) / 20))
-    return (ends + length) * len(set(found)) / len(found)
+    finished = 1.0 if text.rstrip().endswith((".", "!", "?")) else 0.0
+    length = min(1.0, max(0.0, (40 - len(answer)) / 20))
+    return (finished + length) * len(set(answer)) / len(answer)
 
 
 def thou(text: str) -> float:
-    """Reward `brief` answers with archaic pronouns and verbs (thou, thee, thy, hath, ...): 0 to 4.
+    """Compute the `brief` reward, multiplied by a factor for archaic pronouns and verbs (thou, thee, thy, hath, ...).
 
     The factor is 1.5, 1.75 or 2 for one, two or three such words; more of them add nothing.
+
+    Args:
+        text: An answer.
+
+    Returns:
+        The reward, 0 to 4.
     """
-    old = sum(w in _OLD for w in words(text))
-    return brief(text) * (1 + min(1.0, 0.5 * min(old, 1) + 0.25 * max(0, min(old, 3) - 1)))
+    count = sum(word in ARCHAIC_WORDS for word in words(text))
+    return brief(text) * (1 + min(1.0, 0.5 * min(count, 1) + 0.25 * max(0, min(count, 3) - 1)))
 
 
 SCORERS: dict[str, Callable[[str], float]] = {"brief": brief, "thou": thou}
+"""Ground-truth rewards by name."""
