@@ -27,7 +27,7 @@ BELOW = {
     "model": ("types", "io", "kernels", "validated"),
     "pretrained": ("types", "io", "tokenizer", "model"),
     "peft": ("types", "io", "model", "pretrained"),
-    "objectives": ("types", "kernels", "validated", "tokenizer", "data", "model", "pretrained"),
+    "objectives": ("types", "io", "kernels", "validated", "tokenizer", "data", "model", "pretrained"),
     "train": ("types", "io", "kernels", "validated", "data", "model", "peft", "objectives.objective"),
     "generate": ("types", "io", "kernels", "validated", "tokenizer", "data", "model", "pretrained", "peft"),
     "align": ("types", "io", "tokenizer", "data", "model", "objectives", "generate"),

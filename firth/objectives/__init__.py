@@ -1,8 +1,16 @@
-"""Registry of objectives by their recipe name. To add one, write its file and add a line here."""
+"""Registry of objectives by their recipe name. To add one, write its file and add a line here.
+
+An objective outside the package needs no line: a recipe names it `objective=my_module:MyObjective`
+(docs/how-to/add-an-objective.md).
+"""
 
 from __future__ import annotations
 
 import importlib
+from typing import Any
+
+from firth.io import user_code
+from firth.types import UserError
 
 OBJECTIVES = {
     "causal_lm": "firth.objectives.causal_lm:CausalLM",
@@ -43,14 +51,32 @@ OBJECTIVES = {
 """Name -> "module:class"; imported on demand, so that listing them needs no torch."""
 
 
+def exists(name: str) -> bool:
+    """Return whether a name is in the registry or has the form `module:class` of a user's objective."""
+    return name in OBJECTIVES or ":" in name
+
+
 def find(name: str) -> type:
-    """Return the objective class of a recipe name."""
-    module, cls = OBJECTIVES[name].split(":")
-    found: type = getattr(importlib.import_module(module), cls)
-    return found
+    """Return the objective class of a recipe name, or of `module:class` in a user's module.
+
+    Raises:
+        UserError: A user's module cannot be imported, or what it names is not a frozen dataclass derived from Objective.
+    """
+    if name in OBJECTIVES:
+        module, cls = OBJECTIVES[name].split(":")
+        found: type = getattr(importlib.import_module(module), cls)
+        return found
+    from firth.objectives.objective import Objective
+
+    external: Any = user_code.find(name, "class")
+    if isinstance(external, type) and issubclass(external, Objective) and "__dataclass_fields__" in vars(external):
+        return external
+    raise UserError(
+        f"{name!r} is no objective: derive a @dataclass(frozen=True) from firth.objectives.objective.Objective"
+    )
 
 
 def name_of(kind: type) -> str:
-    """Return the recipe name of an objective class, or the class's own name where it has none."""
+    """Return the recipe name of an objective class; `module:class` for a user's class."""
     path = f"{kind.__module__}:{kind.__qualname__}"
-    return next((name for name, known in OBJECTIVES.items() if known == path), kind.__qualname__)
+    return next((name for name, known in OBJECTIVES.items() if known == path), path)

@@ -18,8 +18,8 @@ encoder reads the class at [CLS], a decoder at its last token, an encoder-decode
 Several examples share one row of the batch and do not attend to each other. Where that is impossible (the options of a question, prompt
 tuning), batches are made of examples of similar length (`batch.pack_to_length`, `batch.group_by_length`).
 
-    evaluation.every=50 evaluation.best_metric=f1 evaluation.patience=3     the best checkpoint; stop after three evaluations without a new best
-    objective.class_weights=balanced objective.label_smoothing=0.1          classes of equal weight; a tenth of each label spread over all
+    evaluation.every=50 evaluation.best_metric=f1 evaluation.patience=3   the best checkpoint; stop after three without a better one
+    objective.class_weights=balanced objective.label_smoothing=0.1        classes of equal weight; a tenth of each label on the others
 
 Few labels and many texts without one: a classifier of the labeled records is the teacher, and its confident predictions are labels.
 

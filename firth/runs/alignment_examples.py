@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib
-import importlib.util
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +28,7 @@ from firth.data.split import held_out_keys
 from firth.evaluate.tokenizer_match import check_same_tokenizer
 from firth.generate.engine import Engine
 from firth.generate.sampling import Sampling
+from firth.io import user_code
 from firth.model.model import LM
 from firth.objectives.dpo import build_comparison, ref_logprobs
 from firth.objectives.objective import DataStats, Objective
@@ -249,46 +247,15 @@ class RolloutsConfig(ExamplesConfig):
 
 
 def function(name: str) -> Callable[[str], float]:
-    """Return the reward function that `module:function` names, in an installed module or a file in the working directory.
+    """Return the reward function that `module:function` names.
 
     Raises:
         UserError: There is no such module or function, or the module fails when it is imported.
     """
-    module, _, attribute = name.partition(":")
-    here = _search_working_directory()
-    try:
-        found: Callable[[str], float] = getattr(importlib.import_module(module), attribute)
-    except (ModuleNotFoundError, AttributeError, ValueError) as error:
-        raise UserError(
-            f"{name!r} names no function: write module:function, of an installed module or of a file in {here} ({error})"
-        ) from None
-    except Exception as error:
-        raise UserError(f"{name!r} cannot be imported: {type(error).__name__} ({error})") from error
+    found: Callable[[str], float] = user_code.find(name, "function")
     if not callable(found):
         raise UserError(f"{name!r} is of type {type(found).__name__}: name a function of the answer's text")
     return found
-
-
-def module_files(name: str) -> list[Path]:
-    """Return the files of the module in `module:function` (all files of a package); none if there is no such module."""
-    _search_working_directory()
-    try:
-        found = importlib.util.find_spec(name.partition(":")[0])
-    except (ImportError, ValueError):  # no such package, or no name
-        return []
-    if found is None or found.origin is None:
-        return []
-    origin = Path(found.origin)
-    return sorted(origin.parent.rglob("*.py")) if found.submodule_search_locations else [origin] * origin.is_file()
-
-
-def _search_working_directory() -> str:
-    """Let imports find files in the working directory, and return it."""
-    here = str(Path.cwd())
-    if here not in sys.path:
-        sys.path.append(here)  # last, so that a user's file never hides an installed module
-    importlib.invalidate_caches()
-    return here
 
 
 EXAMPLES: dict[str, type[ExamplesConfig]] = {

@@ -42,15 +42,25 @@ class Registry:
         name: What such a class is, for messages: "objective".
         names: Returns the names.
         find: Returns the class of a name.
+        name_of: The inverse of `find`.
+        exists: Whether there is a class of a name, which may be a user's `module:class` that `names` does not list.
         join: Makes one value of two list items (objectives: a sum).
-        split: The inverse of `join`.
+        split: The inverse of `join`; empty for a value that is not the result of one.
     """
 
     name: str
     names: Callable[[], Sequence[str]]
     find: Callable[[str], type]
+    name_of: Callable[[type], str]
+    exists: Callable[[str], bool]
     join: Callable[[Any, Any], Any] | None = None
     split: Callable[[Any], Sequence[Any]] | None = None
+
+
+def registry_of(name: str, classes: Mapping[str, type]) -> Registry:
+    """Return the registry of a dict of classes by name."""
+    names = {one: key for key, one in classes.items()}
+    return Registry(name, lambda: list(classes), classes.__getitem__, names.__getitem__, classes.__contains__)
 
 
 REGISTRIES: dict[type, Registry] = {}
@@ -262,9 +272,13 @@ def _choose(kinds: Registry, value: Any, where: SourceLocation) -> Any:
             return value
         raise UserError(f"{where}: {value!r} does not fit: it should be the name of a kind of {kinds.name}")
     name = value.get("kind")
-    if name not in names:
+    if not kinds.exists(str(name)):
         raise UserError(f"{where}: there is no {kinds.name} {name!r}{_nearest(str(name), names)}")
-    return _dataclass(kinds.find(str(name)), {k: v for k, v in value.items() if k != "kind"}, where)
+    try:
+        found = kinds.find(str(name))
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from None
+    return _dataclass(found, {k: v for k, v in value.items() if k != "kind"}, where)
 
 
 def _nearest(name: str, names: Sequence[str]) -> str:
@@ -302,14 +316,11 @@ def _derived(value: Any, field: dataclasses.Field[Any]) -> bool:
 
 
 def _plain_kind(kinds: Registry, value: Any) -> Any:
-    for name in kinds.names():
-        cls = kinds.find(name)
-        if cls is type(value):
-            fields = dataclasses.fields(cls)
-            return {"kind": name} | {f.name: to_dict(getattr(value, f.name)) for f in fields if not _derived(value, f)}
-    # Not in the registry: the result of `join`, written as the list of its components.
     components = [to_dict(one) for one in (kinds.split(value) if kinds.split else ())]
-    return [one for c in components for one in (c if isinstance(c, list) else [c])]
+    if components:
+        return [one for c in components for one in (c if isinstance(c, list) else [c])]
+    fields = {f.name: to_dict(getattr(value, f.name)) for f in dataclasses.fields(value) if not _derived(value, f)}
+    return {"kind": kinds.name_of(type(value))} | fields
 
 
 def read_yaml(path: Path) -> tuple[dict[str, Any], dict[tuple[str, ...], str]]:
@@ -385,7 +396,7 @@ def _component(components: list[Any], field: str, name: str) -> Any:
     """
     kinds = next((kinds for kinds in REGISTRIES.values() if kinds.join), None)
     mappings = [{"kind": one} if isinstance(one, str) else one for one in components]
-    if kinds is None or not all(isinstance(one, dict) and one.get("kind") in kinds.names() for one in mappings):
+    if kinds is None or not all(isinstance(one, dict) and kinds.exists(str(one.get("kind"))) for one in mappings):
         return None
     components[:] = mappings
     fields = {one["kind"]: [f.name for f in dataclasses.fields(kinds.find(one["kind"])) if f.init] for one in mappings}

@@ -20,14 +20,15 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from firth import objectives
 from firth.corpora import catalog, readers
 from firth.corpora.compression import stamp
+from firth.io import user_code
 from firth.io.atomic import write_text
 from firth.io.gguf import find
 from firth.io.integrity import check_digest, with_digest
 from firth.io.safetensors import read_json
 from firth.runs import config_io
-from firth.runs.alignment_examples import module_files
 from firth.runs.examples import model_directory
 from firth.runs.prepare import text_of
 from firth.runs.recipe import Recipe, load
@@ -53,8 +54,8 @@ class RunInputs:
 
     Args:
         digests: Name of the recipe field -> digest of what it names; "" if it is missing.
-        functions: Name of the field -> digest of the module of a user's function. Checkpoints do not depend on it, because
-            a reward function that raised may be corrected.
+        functions: Name of the field -> digest of the module of a user's function or objective. Checkpoints do not depend
+            on it, because a function that raised may be corrected.
         files: Path -> size, modification time, change time (ns), inode and SHA-256 of each hashed file.
     """
 
@@ -87,8 +88,10 @@ class RunInputs:
             elif kind == "tokenizer":
                 inputs.digests[name] = Tokenizer.load(value).digest
         for name, function in recipe.examples.functions.items():
-            files = [(file.name, inputs._sha256(file)) for file in module_files(function)]
-            inputs.functions[f"examples.{name}"] = _hash(files) if files else ""
+            inputs.functions[f"examples.{name}"] = inputs._of_module(function)
+        for name in map(objectives.name_of, map(type, recipe.objective.components())):
+            if name not in objectives.OBJECTIVES:
+                inputs.functions[f"objective {name}"] = inputs._of_module(name)
         return inputs
 
     def check(self, directory: Path) -> None:
@@ -169,6 +172,11 @@ class RunInputs:
         metadata = read_json(place / "firth.json")
         config = {name: metadata.get(name) for name in ("config", "heads", "family")}
         return _hash([[(file.name, self._sha256(file)) for file in files if file.is_file()], config])
+
+    def _of_module(self, name: str) -> str:
+        """Return the digest of the files of the module in `module:name`; "" if there are none."""
+        files = [(file.name, self._sha256(file)) for file in user_code.module_files(name)]
+        return _hash(files) if files else ""
 
     def _sha256(self, file: Path) -> str:
         status, key = file.stat(), str(file.absolute())

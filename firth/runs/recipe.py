@@ -22,7 +22,7 @@ from typing import Annotated, Any, Literal
 
 from firth import objectives
 from firth.model.config import ModelConfig
-from firth.objectives.objective import Objective
+from firth.objectives.objective import Objective, Sum
 from firth.runs import config_io
 from firth.runs.compatibility import EXAMPLES, check_batching, check_fields, check_memory, check_pattern
 from firth.runs.examples import ExamplesConfig, model_directory
@@ -216,16 +216,14 @@ config_io.REGISTRIES[Objective] = config_io.Registry(
     "objective",
     lambda: list(objectives.OBJECTIVES),
     objectives.find,
+    objectives.name_of,
+    objectives.exists,
     join=lambda first, second: first + second,
-    split=lambda total: (total.first, total.second),
+    split=lambda total: (total.first, total.second) if isinstance(total, Sum) else (),
 )
-config_io.REGISTRIES[PeftConfig] = config_io.Registry(
-    "way to adapt", lambda: list(PEFT_METHODS), PEFT_METHODS.__getitem__
-)
+config_io.REGISTRIES[PeftConfig] = config_io.registry_of("way to adapt", PEFT_METHODS)
 config_io.SHORT_FORMS[DataConfig] = "path"
-config_io.REGISTRIES[ExamplesConfig] = config_io.Registry(
-    "kind of examples", lambda: list(EXAMPLES), EXAMPLES.__getitem__
-)
+config_io.REGISTRIES[ExamplesConfig] = config_io.registry_of("kind of examples", EXAMPLES)
 
 
 def published(name: str) -> Recipe:
