@@ -234,7 +234,7 @@ def test_squad_on_standard_input_and_an_absent_answer(reader: Path, tmp_path: Pa
     )
     notes: list[str] = []
     assert evaluate(reader, [str(file)], say=notes.append)["items"] == 2
-    assert any("1 answer does not stand in its passage" in note and "question q2" in note for note in notes)
+    assert any("1 answer is not in its passage" in note and "question q2" in note for note in notes)
 
 
 def test_probability_of_no_answer(reader: Path, tmp_path: Path) -> None:

@@ -69,7 +69,7 @@ def prompts(count: int, seed: int = 0) -> list[np.ndarray]:
 @torch.no_grad()
 def training_log_probs(model: LM, prompt: np.ndarray, target: np.ndarray) -> torch.Tensor:
     """Return the log-probabilities at every target position with the layout of the objective: (n, V)."""
-    example = PrefixLM()._show(np.concatenate((prompt, target)), len(prompt), ByteCoder.vocab)
+    example = PrefixLM()._split(np.concatenate((prompt, target)), len(prompt), ByteCoder.vocab)
     batch = collate([example])
     assert (batch["labels"][0] != IGNORE).sum() == len(target)
     return model.heads["lm"](model(batch)[0][batch["labels"][0] != IGNORE]).log_softmax(-1)
@@ -162,7 +162,7 @@ def test_a_run_is_used_with_the_attention_of_its_objective(tmp_path: Path) -> No
     assert loaded.model.config.prefix_lm
     prompt = encode_prompt(loaded.tokenizer, "Thank you for", loaded.model)
     assert prompt[0] != loaded.tokenizer.vocab.roles["bos"]
-    example = PrefixLM()._show(np.append(prompt, 9), len(prompt), loaded.tokenizer.vocab)
+    example = PrefixLM()._split(np.append(prompt, 9), len(prompt), loaded.tokenizer.vocab)
     with inference_mode(loaded.model):
         state = DecodingBatch(loaded.model, [prompt], None, Sampling(max_new_tokens=1), [0]).state
         assert torch.allclose(state, loaded.model(collate([example]))[:, -1], atol=1e-5)

@@ -233,7 +233,7 @@ def test_few_labels_are_balanced_and_the_rest_hidden(tmp_path: Path) -> None:
     _, index = both.order(0, np.arange(400))
     hidden = sum(int(both[int(i)]["label"]) == IGNORE for i in index)
     assert abs(hidden - 300) <= 1
-    with pytest.raises(UserError, match="class 1 has 20 of its 23"):
+    with pytest.raises(UserError, match="class 1 has only 20 of its 23"):
         choose_labeled(source, 69, seed=0)
 
 

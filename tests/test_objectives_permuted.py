@@ -431,7 +431,7 @@ def test_cached_and_full_forward_are_equal() -> None:
 
 
 def test_invalid_configs_are_rejected() -> None:
-    with pytest.raises(UserError, match=r"model\.memory_length=4 needs positions that reach back"):
+    with pytest.raises(UserError, match=r"model\.memory_length=4 needs positions that extend before a row"):
         replace(XLNET, position="rotary", type_vocab_size=0, memory_length=4)
     with pytest.raises(UserError, match=r"model\.position=xlnet needs"):
         replace(XLNET, num_encoder_layers=2)
@@ -548,7 +548,7 @@ def test_recipes_that_cannot_have_memory_are_rejected() -> None:
         match=r"model\.memory_length=64 .* examples=chunks does not have: set model.memory_length=0, or take examples=windows",
     ):
         load("xlnet", ["model.memory_length=64", "examples=chunks"])
-    with pytest.raises(UserError, match=r"model\.memory_length=64 needs positions that reach back .*'rotary'"):
+    with pytest.raises(UserError, match=r"model\.memory_length=64 needs positions that extend before a row .*'rotary'"):
         load("bert", ["model.memory_length=64"])
     with pytest.raises(
         UserError, match="objective plm predicts a text in a random order, which a causal decoder cannot"

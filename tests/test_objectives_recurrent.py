@@ -247,7 +247,7 @@ def test_elmo_directions_do_not_see_their_labels() -> None:
                 0
             ]
             - states
-        ) != 0
+        ).abs() > 1e-6  # the products of other words may round otherwise; a leak is about 1e-2
         ahead, back = (side.any(-1) for side in moved.chunk(2, -1))
         where, inside = np.arange(12), example["document_ids"] == example["document_ids"][i]
         assert ahead.tolist() == ((where >= i) & inside).tolist()

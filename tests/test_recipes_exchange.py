@@ -232,9 +232,9 @@ def test_tokenizer_larger_or_smaller_than_the_model(tmp_path: Path) -> None:
     lines: list[str] = []
     import_model(tmp_path / "fits", tmp_path / "in", log=lines.append)
     assert "600 ids for 612 vectors: 12 of those are padding" in "\n".join(lines)
-    with pytest.raises(UserError, match="600 ids and the model 590 vectors"):
+    with pytest.raises(UserError, match="600 ids and the model 590 embeddings"):
         import_model(tmp_path / "short", tmp_path / "no", log=lines.append)
-    with pytest.raises(UserError, match="600 ids and the model 590 vectors"):
+    with pytest.raises(UserError, match="600 ids and the model 590 embeddings"):
         run(
             load("gpt", [f"init_from={tmp_path / 'short'}", "model=null", "data.corpus=pydoc"]),
             tmp_path / "run",

@@ -109,7 +109,7 @@ def test_word_vectors_are_shown_written_and_loaded(runs: Path, files: Path, tmp_
     out = tmp_path / "vectors.txt"
     lines = nearest_words(runs / "word2vec", ["queen"], 3, out)
     assert lines[0].startswith("queen: ") and "queen" not in lines[0][7:]
-    with pytest.raises(UserError, match="no single token"):
+    with pytest.raises(UserError, match="is not a single token"):
         nearest_words(runs / "word2vec", ["Zwieback"], 3, None)
     first, *rows = out.read_text().splitlines()
     model, tokenizer = load_model(runs / "word2vec" / "model"), Tokenizer.load(runs / "word2vec")
@@ -185,7 +185,7 @@ def test_tag_label_is_at_the_first_token_of_a_word(algorithm: str, files: Path) 
 
 def test_invalid_tagged_records_are_rejected(tmp_path: Path, files: Path) -> None:
     tokenizer = train([TEXT], "word", 140, num_sentinels=3)
-    for row, message in (({"tokens": ["a", "b"], "tags": ["x"]}, "as many"), ({"text": "a b"}, "as many")):
+    for row, message in (({"tokens": ["a", "b"], "tags": ["x"]}, "of the same length"), ({"text": "a b"}, "of the same length")):
         (tmp_path / "bad.jsonl").write_text(json.dumps(row) + "\n")
         with pytest.raises(UserError, match=f"bad.jsonl.*{message}"):
             TaggedSentences([str(tmp_path / "bad.jsonl")], tokenizer, 20)
@@ -208,7 +208,7 @@ def test_word_tokenizer_has_the_most_frequent_words() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        (["lstm", "model.causal=false"], "objective causal_lm reads a text from left to right, which an LSTM in two"),
+        (["lstm", "model.causal=false"], "objective causal_lm reads a text from left to right, which a bidirectional LSTM cannot"),
         (["lstm", "objective=mlm"], "objective mlm reads a text from both sides, which a left-to-right LSTM cannot"),
         (["lstm", "objective=span_corruption"], "an encoder-decoder"),
         (
@@ -217,7 +217,7 @@ def test_word_tokenizer_has_the_most_frequent_words() -> None:
         ),
         (["gpt", "objective=word2vec"], "reads each token by itself, which a causal decoder cannot"),
         (["word2vec", "objective=causal_lm"], "which a table of word vectors cannot"),
-        (["bert", "objective=bilm"], "two readers who do not meet"),
+        (["bert", "objective=bilm"], "reads a text with two separate models"),
         (["elmo", "objective=causal_lm"], "which a bidirectional LSTM with separate directions cannot"),
     ],
 )

@@ -409,7 +409,7 @@ def test_annotators_are_simulated_only_on_request(folder: Path, tmp_path: Path) 
     clean = [f"data={folder}/reviews.csv", "data.validation_fraction=0"]
     with pytest.raises(
         UserError,
-        match=r"reviews\.csv:2: .*train `classify` on records with one label, or set examples=simulated_annotators",
+        match=r"reviews\.csv:2: .*recipe `classification` for records with one label, or set examples=simulated_annotators",
     ):
         run(
             load("weak_supervision", [*settings, *clean, "examples.text_field=review", "examples.labels_field=stars"]),

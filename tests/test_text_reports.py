@@ -151,5 +151,5 @@ def test_sentinels_are_named_in_order(tokenizers: dict[str, Tokenizer]) -> None:
 def test_too_few_sentinels_are_an_error_with_a_fix(tokenizers: dict[str, Tokenizer]) -> None:
     tokenizer = tokenizers["byte-bpe"]
     ids = np.resize(tokenizer.encode(sentences(60)), 2048)
-    with pytest.raises(UserError, match=r"102 dropped spans take 103 sentinels .* has 100: .*--num-sentinels 204"):
+    with pytest.raises(UserError, match=r"102 dropped spans need 103 sentinels .* has 100: .*--num-sentinels 204"):
         SpanCorruption().build_example({"tokens": ids}, tokenizer.vocab, np.random.default_rng(0))
