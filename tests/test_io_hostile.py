@@ -89,7 +89,7 @@ def test_a_small_anchor_is_read(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("form", ["{x:>999999999}", "{x.__class__}", "{x[0]}", "{x!r}", "{}", "{0}", "{y}", "{x", "x}"])
 def test_a_template_contains_only_field_names(form: str) -> None:
-    refused(lambda: fill_template(form, {"x": "word"}), "is not a field name; the fields are x|without its other")
+    refused(lambda: fill_template(form, {"x": "word"}), "is not a field name; the fields are x|has an unpaired brace")
     assert fill_template("{x}: {{x}}", {"x": "word"}) == "word: {x}"
 
 

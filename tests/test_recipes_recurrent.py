@@ -137,7 +137,7 @@ def test_word_vectors_are_shown_written_and_loaded(runs: Path, files: Path, tmp_
     assert float(new.square().mean().sqrt()) == pytest.approx(0.02, rel=0.1)
     with pytest.raises(UserError, match=r"set model\.hidden_size=16"):
         run(load("lstm", [*taken, "model.hidden_size=32"]), tmp_path / "other", printed.append)
-    with pytest.raises(UserError, match="spells its tokens"):
+    with pytest.raises(UserError, match="builds its embeddings from characters"):
         run(
             load("lstm", [*taken[1:], f"init_embeddings_from={runs}/elmo", "model.hidden_size=16"]),
             tmp_path / "third",
