@@ -108,7 +108,7 @@ def make_base(results: Path) -> Path:
     data_dir, tokenizer_at = out / "material", out / "tokenizer"
     if not (data_dir / "material.json").exists():
         plays.make_data(
-            catalog.fetch("shakespeare", echo=print),
+            catalog.fetch("shakespeare", log=print),
             data_dir,
             max_labeled_train=SIZE.max_labeled_train,
             max_labeled_valid=SIZE.max_labeled_valid,

@@ -124,7 +124,7 @@ class Arm:
 def load_data(corpus: str, base_model: str) -> Data:
     config, folder = DataConfig(corpus=corpus), RESULTS / f"{corpus}{base_model}"
     if base_model:
-        Tokenizer.load(catalog.fetch(base_model, echo=print)).save(folder / "tokenizer")
+        Tokenizer.load(catalog.fetch(base_model, log=print)).save(folder / "tokenizer")
     elif not (folder / "tokenizer").exists():
         texts = (d.text for d in documents_of(config, config.paths(print), validation=False))
         train_tokenizer(texts, "byte-bpe", VOCAB_SIZE).save(folder / "tokenizer")
@@ -260,7 +260,7 @@ def train_once(name: str, seed: int, scale: float, data: Data) -> dict[str, Any]
     config = replace(
         encoder_config(VOCAB_SIZE, HIDDEN_SIZE, depth, max_positions=length), type_vocab_size=2 * arm.pairs
     )
-    base_model = catalog.fetch("minilm", echo=print) if arm.lr else None
+    base_model = catalog.fetch("minilm", log=print) if arm.lr else None
     torch.manual_seed(seed)
     if base_model is not None:
         config = load_model(base_model).config

@@ -141,7 +141,7 @@ def silent(_: str) -> None:
 
 def load_pairs() -> tuple[Tokenizer, Paragraphs, Paragraphs]:
     """Return MiniLM's tokenizer, the training pairs and the held-out pairs."""
-    tokenizer = Tokenizer.load(catalog.fetch("minilm", echo=silent))
+    tokenizer = Tokenizer.load(catalog.fetch("minilm", log=silent))
 
     def pairs_of(held_out: bool) -> Paragraphs:
         documents = split(readers.documents(catalog.paths(CORPUS, silent)), HELD_OUT_FRACTION, held_out=held_out)
@@ -157,7 +157,7 @@ def load_pairs() -> tuple[Tokenizer, Paragraphs, Paragraphs]:
 def train_once(objective: SentencePairObjective, seed: int) -> dict[str, Any]:
     """Train SOP or NSP from MiniLM; return its scores before and after."""
     tokenizer, train_pairs, held_out_pairs = load_pairs()
-    base_model = catalog.fetch("minilm", echo=silent)
+    base_model = catalog.fetch("minilm", log=silent)
     config = load_model(base_model).config
     torch.manual_seed(seed)
     model = LM(config, objective.heads(config))
@@ -224,7 +224,7 @@ def word_regression() -> dict[str, Any]:
 
 def junction_statistic(length: int) -> dict[str, Any]:
     """Score the prediction of order from the two adjacent words of segments of running text, split anywhere."""
-    tokenizer = Tokenizer.load(catalog.fetch("minilm", echo=silent))
+    tokenizer = Tokenizer.load(catalog.fetch("minilm", log=silent))
     train_store, held_out_store = RunData(
         DataConfig(corpus=CORPUS), tokenizer, RESULTS / "running", log=silent
     ).stores()

@@ -54,7 +54,7 @@ ELMO_CONFIG = (
 
 def write_headlines(folder: Path) -> None:
     """Write bare.jsonl, few.jsonl (part of bare) and scored.jsonl (disjoint from both)."""
-    lines = next(catalog.fetch("sarcasm", echo=print).glob("*.jsonl")).read_text("utf-8").splitlines()
+    lines = next(catalog.fetch("sarcasm", log=print).glob("*.jsonl")).read_text("utf-8").splitlines()
     order = np.random.default_rng(0).permutation(len(lines))
     cuts = {"scored": order[:NUM_TEST], "few": order[NUM_TEST : NUM_TEST + NUM_LABELS], "bare": order[NUM_TEST:]}
     for name, some in cuts.items():
@@ -63,7 +63,7 @@ def write_headlines(folder: Path) -> None:
 
 def write_brown(folder: Path) -> None:
     """Write text/*.txt without the held-out documents, and tagged.jsonl and scored_tags.jsonl with main tags alone."""
-    source = catalog.fetch("brown", echo=print)
+    source = catalog.fetch("brown", log=print)
     names = sorted(path.stem for path in source.glob("*.txt"))
     held_out = set(names[::10])
     (folder / "text").mkdir()
@@ -231,7 +231,7 @@ class Words:
     def synonym_auc(self, table: np.ndarray) -> float:
         """Return the area under the ROC curve of synonyms against words of the same frequencies."""
         senses: set[tuple[int, int]] = set()
-        for path in sorted(catalog.fetch("wordnet", echo=print).glob("*.jsonl")):
+        for path in sorted(catalog.fetch("wordnet", log=print).glob("*.jsonl")):
             for line in path.read_text("utf-8").splitlines():
                 same = [self.ids[w] for w in json.loads(line)["text"].partition(": ")[0].split(", ") if w in self.ids]
                 senses |= set(itertools.combinations(sorted(set(same)), 2))

@@ -207,7 +207,7 @@ def perplexity(name: str, file: Path, tokens: Sequence[int]) -> Row:
 
 def play_tokens(tokenizer: Tokenizer) -> list[int]:
     """Return 201 tokens of a play, which fit into the context of the smallest recipes."""
-    text = (catalog.fetch("shakespeare", echo=lambda _: None) / "hamlet.txt").read_text("utf-8")
+    text = (catalog.fetch("shakespeare", log=lambda _: None) / "hamlet.txt").read_text("utf-8")
     found: list[int] = tokenizer.encode(text).tolist()[1000:1201]
     return found
 
@@ -323,7 +323,7 @@ def checks(arguments: argparse.Namespace, folder: Path) -> Iterator[Row]:
         gguf.write(model, tokenizer, file, "F32", dialogue=True)
         yield from dialogue(f"{arguments.chat.name}, F32", file, arguments.new)
     if arguments.smollm2:
-        directory = catalog.fetch("smollm2", echo=lambda _: None)
+        directory = catalog.fetch("smollm2", log=lambda _: None)
         model, tokenizer = load_model(directory), Tokenizer.load(directory)
         gguf.write(model, tokenizer, file, "F32")
         yield ids("smollm2, written", tokenizer, file)

@@ -44,7 +44,7 @@ PROMPTS = (
 
 def model_directory() -> Path:
     """Return the directory with the Q4_1 file."""
-    return catalog.fetch("smollm2", echo=lambda _: None)
+    return catalog.fetch("smollm2", log=lambda _: None)
 
 
 def add_site(directory: str) -> None:

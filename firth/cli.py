@@ -169,7 +169,7 @@ def fetch(
         for row in catalog.describe():
             typer.echo(row)
     for name in names or []:
-        typer.echo(catalog.fetch(name, echo=typer.echo))
+        typer.echo(catalog.fetch(name, log=typer.echo))
 
 
 @tokenizer_app.command("train")
@@ -284,7 +284,7 @@ def compare(
     config = ComparisonConfig(
         Budget(max_seconds=max_seconds, max_flops=max_flops), parse_shares(shares), seeds, probe, labels
     )
-    typer.echo(compare_recipes(names, settings, config, out, echo=typer.echo))
+    typer.echo(compare_recipes(names, settings, config, out, log=typer.echo))
 
 
 @app.command()
@@ -450,7 +450,7 @@ def predict(
 
     if out is not None:
         check_output_path(out)
-    count = write(rows(run, file, sys.stdin.buffer, form=input, say=_warn), out, typer.echo)
+    count = write(rows(run, file, sys.stdin.buffer, form=input, log=_warn), out, typer.echo)
     if out is not None:
         typer.echo(f"{out}: {many(count, 'row')}")
 

@@ -85,7 +85,7 @@ def predicted(directory: Path, text: str | bytes, **options: Any) -> tuple[list[
     """Return the rows and warnings of `predict` for standard input."""
     notes: list[str] = []
     stdin = io.BytesIO(text if isinstance(text, bytes) else text.encode())
-    return list(predict(directory, "-", stdin, say=notes.append, **options)), notes
+    return list(predict(directory, "-", stdin, log=notes.append, **options)), notes
 
 
 def command(*words: object, stdin: bytes = b"") -> Result:
@@ -233,7 +233,7 @@ def test_squad_on_standard_input_and_an_absent_answer(reader: Path, tmp_path: Pa
         for s in notes
     )
     notes: list[str] = []
-    assert evaluate(reader, [str(file)], say=notes.append)["items"] == 2
+    assert evaluate(reader, [str(file)], log=notes.append)["items"] == 2
     assert any("1 answer is not in its passage" in note and "question q2" in note for note in notes)
 
 
@@ -391,7 +391,7 @@ def test_likelihood_warns_of_repaired_text(writer: Callable[..., Path], tmp_path
     run_directory = writer({})
     (tmp_path / "a.txt").write_bytes(b"a caf\xe9 and a film, and a film\x00 and another\n")
     notes: list[str] = []
-    assert evaluate(run_directory, [str(tmp_path / "a.txt")], task="likelihood", say=notes.append)["tokens"] > 0
+    assert evaluate(run_directory, [str(tmp_path / "a.txt")], task="likelihood", log=notes.append)["tokens"] > 0
     assert notes == [
         f"{tmp_path}/a.txt: 1 byte sequences were not UTF-8 and were read as U+FFFD",
         f"{tmp_path}/a.txt: 1 NUL characters were left out",

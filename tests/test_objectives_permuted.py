@@ -548,7 +548,9 @@ def test_recipes_that_cannot_have_memory_are_rejected() -> None:
         match=r"model\.memory_length=64 .* examples=chunks does not have: set model.memory_length=0, or take examples=windows",
     ):
         load("xlnet", ["model.memory_length=64", "examples=chunks"])
-    with pytest.raises(UserError, match=r"model\.memory_length=64 needs positions that extend before a row, and .*'rotary'"):
+    with pytest.raises(
+        UserError, match=r"model\.memory_length=64 needs positions that extend before a row, and .*'rotary'"
+    ):
         load("bert", ["model.memory_length=64"])
     with pytest.raises(
         UserError, match="objective plm predicts a text in a random order, which a causal decoder cannot"

@@ -63,7 +63,7 @@ def config(records: Path | str, **changes: object) -> ComparisonConfig:
 
 def contest(out: Path, records: Path, names: tuple[str, ...] = ("roberta", "t5"), **changes: object) -> str:
     settings = [*SMALL, f"data.path={records}"]
-    return compare(names, settings, config(records, **changes), out, echo=lambda _: None)
+    return compare(names, settings, config(records, **changes), out, log=lambda _: None)
 
 
 @pytest.fixture(scope="module")
@@ -224,7 +224,7 @@ def test_errors_are_raised_before_anything_is_trained(
     monkeypatch.setattr(compare_module, "run", lambda *_, **__: pytest.fail("something was trained"))
     all_settings = [*SMALL, f"data.path={records}", *settings]
     with pytest.raises(UserError, match=message):
-        compare(names, all_settings, config(records, **changes), tmp_path / "out", echo=lambda _: None)
+        compare(names, all_settings, config(records, **changes), tmp_path / "out", log=lambda _: None)
 
 
 def test_other_settings_in_the_same_directory_are_an_error(finished: tuple[Path, str], records: Path) -> None:
@@ -339,7 +339,7 @@ def test_test_records_are_from_held_out_documents(tmp_path: Path) -> None:
         labels=12,
         seeds=1,
         folder=tmp_path / "out",
-        echo=print,
+        log=print,
     )
     held_out = {d.name for d in documents_of(source, source.path, validation=True)}
     tested = [json.loads(text) for text in (tmp_path / "out" / "test.jsonl").read_text().splitlines()]

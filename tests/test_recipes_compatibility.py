@@ -187,9 +187,7 @@ def test_invalid_sums_are_rejected() -> None:
         CausalLM() + NSP()
     with pytest.raises(UserError, match=r"cannot add causal_lm\+mlm: two of them have the loss term 'tokens'"):
         CausalLM() + MLM()
-    with pytest.raises(
-        UserError, match=r"cannot add layer_mixture\+consistency: each has its own forward pass"
-    ):
+    with pytest.raises(UserError, match=r"cannot add layer_mixture\+consistency: each has its own forward pass"):
         LayerMixture() + Consistency()
 
 

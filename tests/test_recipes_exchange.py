@@ -67,7 +67,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for i in range(12):
         (folder / f"{i}.txt").write_text(f"Letter {i}. " + "The quick brown fox jumps over the lazy dog again. " * 40)
     rows = [{"text": f"the {word} fox {i}", "label": word} for i in range(20) for word in ("good", "bad")]
-    (folder / "labelled.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "labeled.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return folder
 
 
@@ -204,7 +204,7 @@ def test_init_from_a_transformers_directory(folder: Path, tmp_path: Path) -> Non
     )
     theirs.save_pretrained(tmp_path / "bert")
     (tmp_path / "bert" / "vocab.txt").write_bytes((minilm() / "vocab.txt").read_bytes())
-    few = [f"init_from={tmp_path / 'bert'}", f"data.path={folder / 'labelled.jsonl'}", "max_steps=2", "batch.size=4"]
+    few = [f"init_from={tmp_path / 'bert'}", f"data.path={folder / 'labeled.jsonl'}", "max_steps=2", "batch.size=4"]
     done = run(load("classification", few), tmp_path / "run", log=lambda _: None)
     config = load_model(done.model).config
     assert (config.vocab_size, config.hidden_size, config.type_vocab_size) == (30522, 16, 2)

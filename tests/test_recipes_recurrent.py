@@ -37,7 +37,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for i in range(4):
         (folder / f"{i}.txt").write_text(TEXT * 30)
     rows = [{"text": TEXT[a : a + 20], "label": "even" if a % 2 else "odd"} for a in range(40)]
-    (folder / "labelled.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "labeled.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     words = TEXT.split()
     tags = ["sign" if not w.isalpha() else "long" if len(w) > 3 else "short" for w in words]
     # Each sentence begins elsewhere: those of the same words would be held out together, or not at all.
@@ -70,7 +70,7 @@ def runs(files: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_language_model_becomes_a_classifier(runs: Path, files: Path, tmp_path: Path) -> None:
     """Dai and Le 2015: `firth train classification init_from=RUN`."""
     lines: list[str] = []
-    plan = load("classification", [f"init_from={runs}/lstm", f"data.path={files}/labelled.jsonl", *FEW])
+    plan = load("classification", [f"init_from={runs}/lstm", f"data.path={files}/labeled.jsonl", *FEW])
     done = run(plan, tmp_path / "tuned", log=lines.append)
     assert "drops lm; adds classes" in "\n".join(lines)
     tuned = load_model(done.model)
@@ -80,7 +80,7 @@ def test_language_model_becomes_a_classifier(runs: Path, files: Path, tmp_path: 
         run(
             load(
                 "classification",
-                [f"init_from={runs}/lstm", "objective.position=first", f"data.path={files}/labelled.jsonl"],
+                [f"init_from={runs}/lstm", "objective.position=first", f"data.path={files}/labeled.jsonl"],
             ),
             tmp_path / "no",
             lines.append,
@@ -185,7 +185,10 @@ def test_tag_label_is_at_the_first_token_of_a_word(algorithm: str, files: Path) 
 
 def test_invalid_tagged_records_are_rejected(tmp_path: Path, files: Path) -> None:
     tokenizer = train([TEXT], "word", 140, num_sentinels=3)
-    for row, message in (({"tokens": ["a", "b"], "tags": ["x"]}, "of the same length"), ({"text": "a b"}, "of the same length")):
+    for row, message in (
+        ({"tokens": ["a", "b"], "tags": ["x"]}, "of the same length"),
+        ({"text": "a b"}, "of the same length"),
+    ):
         (tmp_path / "bad.jsonl").write_text(json.dumps(row) + "\n")
         with pytest.raises(UserError, match=f"bad.jsonl.*{message}"):
             TaggedSentences([str(tmp_path / "bad.jsonl")], tokenizer, 20)
@@ -208,7 +211,10 @@ def test_word_tokenizer_has_the_most_frequent_words() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        (["lstm", "model.causal=false"], "objective causal_lm reads a text from left to right, which a bidirectional LSTM cannot"),
+        (
+            ["lstm", "model.causal=false"],
+            "objective causal_lm reads a text from left to right, which a bidirectional LSTM cannot",
+        ),
         (["lstm", "objective=mlm"], "objective mlm reads a text from both sides, which a left-to-right LSTM cannot"),
         (["lstm", "objective=span_corruption"], "an encoder-decoder"),
         (

@@ -75,7 +75,7 @@ def test_another_vocab_size_is_rejected(place: Path, tmp_path: Path) -> None:
             settings,
             ComparisonConfig(Budget(max_flops=1e9), (1.0,), 1, "none"),
             tmp_path / "e",
-            echo=lambda _: None,
+            log=lambda _: None,
         )
 
 

@@ -195,7 +195,7 @@ def chinese() -> str:
 def test_nothing_is_unknown_with_byte_fallback(algorithm: str, chinese: str, tmp_path) -> None:
     """3,000 characters in 1,200 ids: bytes by default, else the unknown share and a hint are reported."""
     messages: list[str] = []
-    tokenizer = train([chinese], algorithm, 1200, echo=messages.append)
+    tokenizer = train([chinese], algorithm, 1200, log=messages.append)
     assert messages == [] and unknown_share(tokenizer, [chinese]) == 0
     tokenizer.save(tmp_path)
     kept = Tokenizer.load(tmp_path)
@@ -203,7 +203,7 @@ def test_nothing_is_unknown_with_byte_fallback(algorithm: str, chinese: str, tmp
         read = kept.decode(kept.encode(text))
         assert read == text or (read.replace(" ", "") == text.replace(" ", "") and algorithm == "bpe")
         assert not kept.vocab.special[kept.encode(text)].any()
-    plain = train([chinese], algorithm, 1200, byte_fallback=False, echo=messages.append)
+    plain = train([chinese], algorithm, 1200, byte_fallback=False, log=messages.append)
     assert 0.15 < unknown_share(plain, [chinese]) < 0.5
     share, _, what = messages[0].partition("% of the tokens of the training text are <unk>")
     assert float(share) == pytest.approx(100 * unknown_share(plain, [chinese]), abs=0.1)
@@ -213,7 +213,7 @@ def test_nothing_is_unknown_with_byte_fallback(algorithm: str, chinese: str, tmp
 
 def test_wordpiece_reports_the_share_of_unknown_words(chinese: str) -> None:
     messages: list[str] = []
-    train([chinese], "wordpiece", 1200, echo=messages.append)
+    train([chinese], "wordpiece", 1200, log=messages.append)
     assert len(messages) == 1
     assert "[UNK]" in messages[0] and "wordpiece files have no byte fallback; use unigram or byte-bpe" in messages[0]
 

@@ -52,6 +52,6 @@ def minilm() -> Path:
     if not (catalog.cache() / "minilm").exists() and not os.environ.get("CI"):
         pytest.skip("minilm (84 MB) is data that only CI fetches: run `firth fetch minilm`, or `CI=1 make test` once")
     try:
-        return catalog.fetch("minilm", echo=lambda _: None)
+        return catalog.fetch("minilm", log=lambda _: None)
     except UserError as error:
         pytest.skip(f"an oracle's data cannot be fetched: {error}")

@@ -159,7 +159,7 @@ class ComparisonRun:
 
 
 def compare(
-    names: Sequence[str], settings: Sequence[str], config: ComparisonConfig, out: Path, echo: LogLine = print
+    names: Sequence[str], settings: Sequence[str], config: ComparisonConfig, out: Path, log: LogLine = print
 ) -> str:
     """Run a comparison, or what is left of it, and write its table and report.
 
@@ -168,7 +168,7 @@ def compare(
         settings: field=value for every recipe, NAME.field=value for one of them, probe.field=value for the finetuning.
         config: Configuration of the comparison.
         out: Output directory.
-        echo: Prints a line of progress.
+        log: Prints a line of progress.
 
     Returns:
         The table and the conclusions as text.
@@ -176,18 +176,18 @@ def compare(
     Raises:
         UserError: The recipes, settings or data do not fit; nothing has been trained then.
     """
-    comparison = prepare(names, settings, config, out, once(echo))
+    comparison = prepare(names, settings, config, out, once(log))
     plan = list(units(comparison))
     total, num_runs = sum(share for _, share, _ in plan), sum(share > 0 for _, share, _ in plan)
     if config.compute.max_seconds:
         cost = f"{total * config.compute.max_seconds / 60:.0f} minutes"
     else:
         cost = f"{number(total * config.compute.max_flops, 3)} FLOPs"
-    echo(f"{num_runs} runs, each followed by its evaluation: {cost} of pretraining")
+    log(f"{num_runs} runs, each followed by its evaluation: {cost} of pretraining")
     done: list[Score] = []
     for i, (name, share, seed) in enumerate(plan):
         what = f"{name}, {share:.0%} of the compute" if share else f"{name} from scratch"
-        echo(f"[{i + 1}/{len(plan)}] {what}, seed {seed}")
+        log(f"[{i + 1}/{len(plan)}] {what}, seed {seed}")
         done.append(train_once(comparison, name, share, seed, done))
     by_time = config.compute.max_seconds > 0
     return write_comparison(done, list(comparison.recipes), facts(comparison), out, seconds=by_time)
@@ -257,14 +257,14 @@ def _finetune(comparison: ComparisonRun, name: str, seed: int, start: str) -> fl
     return ended.metrics["valid/accuracy"]
 
 
-def once(echo: LogLine) -> LogLine:
+def once(log: LogLine) -> LogLine:
     """Return a function that prints each line once, since several recipes open one corpus."""
     printed: set[str] = set()
 
     def echo_once(text: str) -> None:
         if text not in printed:
             printed.add(text)
-            echo(text)
+            log(text)
 
     return echo_once
 
@@ -305,7 +305,7 @@ def facts(comparison: ComparisonRun) -> dict[str, str]:
 
 
 def prepare(
-    names: Sequence[str], settings: Sequence[str], config: ComparisonConfig, out: Path, echo: LogLine
+    names: Sequence[str], settings: Sequence[str], config: ComparisonConfig, out: Path, log: LogLine
 ) -> ComparisonRun:
     """Load and check the recipes and make the tokenizer, the token stores and the files of the probe."""
     loaded = _load_recipes(names, [s for s in settings if not s.startswith(PROBE)])
@@ -327,23 +327,23 @@ def prepare(
     for name in others:
         if loaded[name].tokenizer != tokenizer_config:
             algorithm, size = tokenizer_config.algorithm, tokenizer_config.vocab_size
-            echo(f"{name} uses the tokenizer of {first}: {algorithm} of {size:,} ids")
-    paths = data.paths(echo)
+            log(f"{name} uses the tokenizer of {first}: {algorithm} of {size:,} ids")
+    paths = data.paths(log)
     probe_data = None
     if config.probe != NONE:
         if not isinstance(probe.examples, LabeledConfig):
             raise UserError("the probe reads records with a class: probe.examples must be labeled")
         probe_data = draw_probe(
             config.probe, probe.examples, data, paths, labels=config.labels, seeds=config.seeds, folder=out / "probe",
-            echo=echo,
+            log=log,
         )  # fmt: skip
-    tokenizer = tokenizer_of(loaded[first], out, echo, sentinels=max(map(sentinels_of, loaded.values())))
+    tokenizer = tokenizer_of(loaded[first], out, log, sentinels=max(map(sentinels_of, loaded.values())))
     data = dataclasses.replace(data, cache_dir=str(out / "data"))
     recipes = {
-        name: _with_common_data(name, recipe, data, tokenizer, out, echo, probe_data is not None)
+        name: _with_common_data(name, recipe, data, tokenizer, out, log, probe_data is not None)
         for name, recipe in loaded.items()
     }
-    train, validation = RunData(data, tokenizer, out, log=echo).stores()
+    train, validation = RunData(data, tokenizer, out, log=log).stores()
     longest = min(MAX_CLOZE_TOKENS, *(r.model.max_positions - 2 for r in recipes.values() if r.model is not None))
     questions = [] if validation is None else cloze.items(validation, tokenizer.vocab, CLOZE_ITEMS, longest)
     baseline = cloze.most_frequent_baseline(train, questions)
@@ -405,7 +405,7 @@ def _check_same_settings(out: Path, shared: Mapping[str, Any]) -> None:
 
 
 def _with_common_data(
-    name: str, recipe: Recipe, data: DataConfig, tokenizer: Tokenizer, out: Path, echo: LogLine, probed: bool
+    name: str, recipe: Recipe, data: DataConfig, tokenizer: Tokenizer, out: Path, log: LogLine, probed: bool
 ) -> Recipe:
     """Return a recipe with the common text and tokenizer.
 
@@ -424,14 +424,14 @@ def _with_common_data(
                 ),
                 config,
             )
-        run_data = RunData(data, tokenizer, out, batch_size=recipe.batch.size, log=echo)
+        run_data = RunData(data, tokenizer, out, batch_size=recipe.batch.size, log=log)
         example = examples.build_datasets(recipe.examples, run_data, recipe.objective).train[0]
         recipe.objective.build_example(example, tokenizer.vocab, np.random.default_rng(0))
         with torch.device("meta"):
             model = LM(config, recipe.objective.heads(config))
     except UserError as error:
         raise UserError(f"{name}: {error}") from None
-    echo(f"{name}: {sum(p.numel() for p in model.parameters()):,} parameters")
+    log(f"{name}: {sum(p.numel() for p in model.parameters()):,} parameters")
     return dataclasses.replace(
         recipe, model=config, data=data, tokenizer=TokenizerConfig(path=str(out / "tokenizer")), sample_prompts=(),
         evaluation=dataclasses.replace(recipe.evaluation, every=0),

@@ -5,7 +5,7 @@ If the records are the pretraining text (the headlines of `sarcasm`) or name the
 records are split by their own names. The training records are drawn for each seed, the same for every recipe, so intervals
 over seeds include the variance of the draw.
 
-    probe = draw_probe("questions", LabeledConfig(), data, paths, labels=500, seeds=3, folder=Path("runs/compare/probe"), echo=print)
+    probe = draw_probe("questions", LabeledConfig(), data, paths, labels=500, seeds=3, folder=Path("runs/compare/probe"), log=print)
     probe.classes, probe.num_tested          ('question', 'statement'), 1210
 
 Pretraining helps a probe on the same kind of text, so `questions` is the default for models of Shakespeare: whether a
@@ -83,7 +83,7 @@ def draw_probe(
     labels: int,
     seeds: int,
     folder: Path,
-    echo: LogLine,
+    log: LogLine,
 ) -> ProbeDataset:
     """Draw and write the training and test records of a probe.
 
@@ -95,7 +95,7 @@ def draw_probe(
         labels: Number of training records of a seed.
         seeds: Number of seeds.
         folder: Output folder.
-        echo: Prints progress.
+        log: Prints progress.
 
     Raises:
         UserError: A record has no text or class, or there are too few records or only one class.
@@ -103,9 +103,9 @@ def draw_probe(
     folder.mkdir(parents=True, exist_ok=True)
     probe = probe or (QUESTIONS if data.corpus == "shakespeare" and not data.path else ELSEWHERE)
     if probe == QUESTIONS:
-        named = [str(questions(catalog.fetch("shakespeare", echo) / "speeches.jsonl", folder / "questions.jsonl"))]
+        named = [str(questions(catalog.fetch("shakespeare", log) / "speeches.jsonl", folder / "questions.jsonl"))]
     else:
-        named = catalog.paths(probe, echo) if probe in catalog.CATALOG else [probe]
+        named = catalog.paths(probe, log) if probe in catalog.CATALOG else [probe]
     records = _records(named, examples)
     documents = {d.name for d in readers.documents(paths, field=data.text_field, split=data.split_by)}
     own = not data.validation_path and not documents.isdisjoint(name for name, _ in records)

@@ -24,7 +24,7 @@ from firth.corpora.download import Package
 from firth.io.atomic import make_directory, scratch_directory, write_text
 from firth.io.cache import cache
 from firth.io.integrity import sealed, verify
-from firth.types import UserError
+from firth.types import LogLine, UserError
 
 FORMAT_VERSION = 1
 """Increased when the prepared files change, so that old caches are prepared again."""
@@ -215,7 +215,7 @@ def describe() -> list[str]:
     ]
 
 
-def fetch(name: str, echo: Callable[[str], None] = print) -> Path:
+def fetch(name: str, log: LogLine = print) -> Path:
     """Return the directory of a prepared corpus, and fetch it first if needed; license and source are printed each time.
 
     Raises:
@@ -223,21 +223,21 @@ def fetch(name: str, echo: Callable[[str], None] = print) -> Path:
     """
     if name not in CATALOG:
         raise UserError(f"there is no corpus {name!r}: choose one of {', '.join(CATALOG)}")
-    return fetch_corpus(CATALOG[name], cache(), echo)
+    return fetch_corpus(CATALOG[name], cache(), log)
 
 
-def paths(name: str, echo: Callable[[str], None] = print) -> list[str]:
+def paths(name: str, log: LogLine = print) -> list[str]:
     """Return the paths of the documents or records of a corpus, for `firth.corpora.readers`.
 
     Args:
         name: NAME, or NAME/FILE for one of its files: "places/train.jsonl".
-        echo: Receives messages.
+        log: Receives messages.
 
     Raises:
         UserError: As `fetch`; or the corpus is a model, or the file does not exist.
     """
     name, _, side = name.partition("/")
-    directory = fetch(name, echo)
+    directory = fetch(name, log)
     if side:
         present = sorted(path.name for path in directory.iterdir() if not path.name.startswith("."))
         if side not in present:
@@ -248,27 +248,27 @@ def paths(name: str, echo: Callable[[str], None] = print) -> list[str]:
     return [str(Path(glob.escape(str(directory))) / CATALOG[name].files)]
 
 
-def fetch_corpus(corpus: Corpus, root: Path, echo: Callable[[str], None]) -> Path:
+def fetch_corpus(corpus: Corpus, root: Path, log: LogLine) -> Path:
     """Do `fetch` for any entry and any cache directory."""
     target = root / corpus.name
-    echo(f"{corpus.name}: {corpus.about}; from {corpus.package}; license: {corpus.license}")
+    log(f"{corpus.name}: {corpus.about}; from {corpus.package}; license: {corpus.license}")
     if corpus.note:
-        echo(f"  note: {corpus.note}")
-    if _is_complete(target, corpus, echo):
+        log(f"  note: {corpus.note}")
+    if _is_complete(target, corpus, log):
         return target
     make_directory(root)
     with scratch_directory(target) as partial:
-        archive = _archive(corpus, root, echo)
+        archive = _archive(corpus, root, log)
         made = corpus.prepare(download.members(archive, corpus.inside) if archive else iter(()), partial)
         names = [path.relative_to(partial).as_posix() for path in partial.rglob("*") if path.is_file()]
         write_text(partial / ORIGIN_FILE, json.dumps(sealed(_expected_origin(corpus), partial, names), indent=1))
         partial.chmod(0o755)  # mkdtemp makes it private
         _rename_into_place(partial, target, corpus)
-    echo(f"  {made}: {target}")
+    log(f"  {made}: {target}")
     return target
 
 
-def _archive(corpus: Corpus, root: Path, echo: Callable[[str], None]) -> Path | None:
+def _archive(corpus: Corpus, root: Path, log: LogLine) -> Path | None:
     """Return the file of a package in the cache (several corpora share one); None for the standard library."""
     package = corpus.package
     if package.kind == "stdlib":
@@ -278,7 +278,7 @@ def _archive(corpus: Corpus, root: Path, echo: Callable[[str], None]) -> Path | 
     for path in sorted(directory.iterdir()):
         if path.is_file() and _pinned_digest(path, corpus) == package.sha256:
             return path
-    echo(f"  fetching {_megabytes(package.size)}")
+    log(f"  fetching {_megabytes(package.size)}")
     path = download.download(package, directory)
     if package.kind == "deb" and _pinned_digest(path, corpus) != package.sha256:
         path.unlink()
@@ -296,21 +296,21 @@ def _pinned_digest(path: Path, corpus: Corpus) -> str:
 
 def _rename_into_place(partial: Path, target: Path, corpus: Corpus) -> None:
     """Rename into place. Another process may have been faster, or an older version may be there."""
-    if target.exists() and not _is_complete(target, corpus, _no_echo):
+    if target.exists() and not _is_complete(target, corpus, _silent):
         with scratch_directory(target) as old:
             os.replace(target, old)
     try:
         os.rename(partial, target)
     except OSError:
-        if not _is_complete(target, corpus, _no_echo):  # not a faster process: a full disk or the like
+        if not _is_complete(target, corpus, _silent):  # not a faster process: a full disk or the like
             raise
 
 
-def _no_echo(_: str) -> None:
+def _silent(_: str) -> None:
     """Ignore a message that was printed before."""
 
 
-def _is_complete(directory: Path, corpus: Corpus, echo: Callable[[str], None]) -> bool:
+def _is_complete(directory: Path, corpus: Corpus, log: LogLine) -> bool:
     """Return whether a prepared corpus exists in this version, with unchanged files.
 
     Raises:
@@ -333,7 +333,7 @@ def _is_complete(directory: Path, corpus: Corpus, echo: Callable[[str], None]) -
     try:
         verify(origin, directory, file, "it is prepared again")
     except UserError as damage:
-        echo(f"  {damage}")
+        log(f"  {damage}")
         return False
     for path in sorted(directory.glob(corpus.files)) if corpus.files else ():
         if path.name not in origin["files"]:

@@ -226,7 +226,7 @@ class _Demo:
         limits = {"max_labeled_train": self.size.max_labeled_train, "max_labeled_valid": self.size.max_labeled_valid}
         if self.text:
             return folder.make_data(self.text, directory, **limits, seed=self.seed)
-        return plays.make_data(catalog.fetch("shakespeare", echo=self.log), directory, **limits, seed=self.seed)
+        return plays.make_data(catalog.fetch("shakespeare", log=self.log), directory, **limits, seed=self.seed)
 
     def data_file(self, name: str) -> str:
         """Return the path of a data file.

@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from firth.evaluate import glue
-from firth.evaluate.task import EvaluatedModel, Progress, Say, load_evaluated_model
+from firth.evaluate.task import EvaluatedModel, Progress, load_evaluated_model
 from firth.evaluate.tasks import TASKS, default_for
 from firth.evaluate.text_perplexity import likelihood
-from firth.types import UserError
+from firth.types import LogLine, UserError
 
 
 def evaluate(
@@ -29,7 +29,7 @@ def evaluate(
     task: str | None = None,
     limit: int | None = None,
     progress: Progress = lambda _: None,
-    say: Say = lambda _: None,
+    log: LogLine = lambda _: None,
 ) -> dict[str, Any]:
     """Evaluate the model of a run or model directory on files.
 
@@ -39,7 +39,7 @@ def evaluate(
         task: A name of `firth.evaluate.tasks.TASKS`, "likelihood" or "glue"; None for the default of the model.
         limit: Most tokens that "likelihood" scores, spread over the text; most records, the first ones, for other tasks.
         progress: Called with the share done, 0 to 1.
-        say: Called with each warning about truncated, repaired or skipped data.
+        log: Called with each warning about truncated, repaired or skipped data.
 
     Returns:
         Metrics by name.
@@ -50,7 +50,7 @@ def evaluate(
     if task == "glue":  # the other paths are runs as well
         limited = functools.partial(evaluate, limit=limit)
         return {"task": task} | _limit_entry(limit) | glue.board([directory, *map(Path, paths)], limited)
-    return evaluate_model(load_evaluated_model(directory), paths, task=task, limit=limit, progress=progress, say=say)
+    return evaluate_model(load_evaluated_model(directory), paths, task=task, limit=limit, progress=progress, log=log)
 
 
 def evaluate_model(
@@ -60,7 +60,7 @@ def evaluate_model(
     task: str | None = None,
     limit: int | None = None,
     progress: Progress = lambda _: None,
-    say: Say = lambda _: None,
+    log: LogLine = lambda _: None,
 ) -> dict[str, Any]:
     """Evaluate a loaded model on any task but "glue"; arguments and result are those of `evaluate`."""
     task = default_for(evaluated, paths) if task is None else task
@@ -70,12 +70,12 @@ def evaluate_model(
             f"{evaluated.directory}: this model has no head that a task reads (heads: {heads}): give --task"
         )
     if task == "likelihood":
-        found = likelihood(evaluated, paths, limit, progress, say)
+        found = likelihood(evaluated, paths, limit, progress, log)
     elif task in TASKS:
         matched, mismatched = glue.split_mnli(evaluated.recipe, paths)
-        found = TASKS[task].run(evaluated, matched, progress, say, limit) if matched else {}
+        found = TASKS[task].run(evaluated, matched, progress, log, limit) if matched else {}
         if mismatched:
-            found |= glue.with_mismatched_names(TASKS[task].run(evaluated, mismatched, progress, say, limit))
+            found |= glue.with_mismatched_names(TASKS[task].run(evaluated, mismatched, progress, log, limit))
     else:
         raise UserError(f"there is no task {task!r}; the tasks are likelihood, {', '.join(TASKS)}, glue, objective")
     return {"task": task} | _limit_entry(limit) | found

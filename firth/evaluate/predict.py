@@ -17,17 +17,17 @@ from __future__ import annotations
 import csv
 import json
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, TextIO
 
 from firth.evaluate.prediction_inputs import read_inputs
-from firth.evaluate.task import EvaluatedModel, Progress, Say, Task, load_evaluated_model
+from firth.evaluate.task import EvaluatedModel, Progress, Task, load_evaluated_model
 from firth.evaluate.tasks import TASKS, default_task
 from firth.evaluate.tasks.generation import GENERATION
 from firth.evaluate.text_perplexity import scoring_mode
 from firth.io.atomic import new_file
-from firth.types import UserError
+from firth.types import LogLine, UserError
 
 
 def predict(
@@ -37,7 +37,7 @@ def predict(
     progress: Progress = lambda _: None,
     *,
     form: str = "auto",
-    say: Say = lambda _: None,
+    log: LogLine = lambda _: None,
 ) -> Iterator[dict[str, Any]]:
     """Yield a row of predictions for each record.
 
@@ -47,7 +47,7 @@ def predict(
         stdin: Standard input.
         progress: Called with the share done, 0 to 1.
         form: Format of the file, of `firth.evaluate.prediction_inputs.FORMS`, or "auto".
-        say: Called with each warning about truncated, repaired or ambiguous input.
+        log: Called with each warning about truncated, repaired or ambiguous input.
 
     Raises:
         UserError: The model has no task head, or a record does not fit the task.
@@ -58,13 +58,13 @@ def predict(
     with tempfile.TemporaryDirectory() as folder:
         records = read_inputs(file, stdin, form, task.input_schema(evaluated), Path(folder))
         for note in records.notes:
-            say(note)
+            log(note)
         with records.user_locations():
             predictions: Iterator[dict[str, Any]] = iter(())
             if any(records.has_text):
                 items = task.load(evaluated, [str(records.path)], labeled=False)
                 for note in task.notes(items):
-                    say(records.with_user_locations(note))
+                    log(records.with_user_locations(note))
                 predictions = task.predict(evaluated, items, progress)
             for row, has_text in zip(records.rows, records.has_text, strict=True):
                 yield row | (next(predictions) if has_text else {})
@@ -103,13 +103,13 @@ def check_output_path(out: Path) -> None:
         raise UserError(f"{out}: {out.parent} is not a directory: name another file") from None
 
 
-def write(rows: Iterator[dict[str, Any]], out: Path | None, say: Callable[[str], None]) -> int:
+def write(rows: Iterator[dict[str, Any]], out: Path | None, log: LogLine) -> int:
     """Write rows as JSON lines, or as CSV if `out` ends in .csv.
 
     Args:
         rows: The rows.
-        out: The output file; None prints each line with `say`.
-        say: Prints a line.
+        out: The output file; None prints each line with `log`.
+        log: Prints a line.
 
     Returns:
         Number of rows.
@@ -117,7 +117,7 @@ def write(rows: Iterator[dict[str, Any]], out: Path | None, say: Callable[[str],
     count = 0
     if out is None:
         for row in rows:
-            say(json.dumps(row, ensure_ascii=False))
+            log(json.dumps(row, ensure_ascii=False))
             count += 1
         return count
     with new_file(out) as partial, partial.open("w", encoding="utf-8", newline="") as file:

@@ -26,11 +26,10 @@ from firth.pretrained.load_save import check_vocab_fits, load_model, metadata_of
 from firth.tokenizer.chat_template import TEMPLATE
 from firth.tokenizer.tokenizer import Tokenizer
 from firth.tokenizer.vocab import Vocab
-from firth.types import UserError
+from firth.types import LogLine, UserError
 
 Metric = Callable[..., float]
 Progress = Callable[[float], None]
-Say = Callable[[str], None]
 Answers = tuple[Any, ...]
 """Columns of one value per item, as the task's metrics take them: gold answers first, then predictions."""
 
@@ -165,7 +164,12 @@ class Task:
     extra_metrics: Callable[[Any], Mapping[str, Metric]] = lambda items: {}
 
     def run(
-        self, evaluated: EvaluatedModel, paths: Sequence[str], progress: Progress, say: Say, limit: int | None = None
+        self,
+        evaluated: EvaluatedModel,
+        paths: Sequence[str],
+        progress: Progress,
+        log: LogLine,
+        limit: int | None = None,
     ) -> dict[str, Any]:
         """Evaluate a model on files.
 
@@ -173,7 +177,7 @@ class Task:
             evaluated: The model.
             paths: The files.
             progress: Called with the share done, 0 to 1.
-            say: Called with each note about truncated or skipped items.
+            log: Called with each note about truncated or skipped items.
             limit: Most records to read.
 
         Returns:
@@ -182,7 +186,7 @@ class Task:
         with first_records(limit):
             items = self.load(evaluated, paths)
         for note in self.notes(items):
-            say(note)
+            log(note)
         if not len(items):
             raise UserError(f"{', '.join(paths)}: there is no record to score")
         columns = self.respond(evaluated, items, progress)

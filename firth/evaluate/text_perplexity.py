@@ -25,10 +25,10 @@ from firth.evaluate.perplexity import (
 from firth.model.config import ModelConfig
 from firth.pretrained.load_save import metadata_of
 from firth.tokenizer.tokenizer import Tokenizer
-from firth.types import IGNORE, Example, UserError
+from firth.types import IGNORE, Example, LogLine, UserError
 
 if TYPE_CHECKING:
-    from firth.evaluate.task import EvaluatedModel, Progress, Say
+    from firth.evaluate.task import EvaluatedModel, Progress
 
 ScoringMode = Literal["causal", "masked", "halves"]
 
@@ -92,7 +92,11 @@ READ_NOTES = {
 
 
 def likelihood(
-    evaluated: EvaluatedModel, paths: Sequence[str], limit: int | None, progress: Progress, say: Say = lambda _: None
+    evaluated: EvaluatedModel,
+    paths: Sequence[str],
+    limit: int | None,
+    progress: Progress,
+    log: LogLine = lambda _: None,
 ) -> dict[str, Any]:
     """Return perplexity and bits per byte of the documents in files, with an interval where there are enough blocks.
 
@@ -101,7 +105,7 @@ def likelihood(
         paths: Files or directories of text.
         limit: Most tokens to score, in pieces spread evenly over the text; the result has their "share".
         progress: Called with the share done, 0 to 1.
-        say: Called with each warning about repaired or skipped text.
+        log: Called with each warning about repaired or skipped text.
 
     Raises:
         UserError: The model has no LM head, or the files hold no text.
@@ -117,7 +121,7 @@ def likelihood(
     whole = [tokenize(tokenizer, d.text) for d in documents(paths, counts=counts)]
     for name, n in counts.rows().items():
         if name in READ_NOTES:
-            say(f"{', '.join(paths)}: {n:,} {READ_NOTES[name]}")
+            log(f"{', '.join(paths)}: {n:,} {READ_NOTES[name]}")
     longest = {"causal": 8 * context, "masked": context - 2, "halves": 2 * context - 2}[mode]
     split = [piece for document in whole for piece in (pieces(document, longest) if mode != "causal" else [document])]
     total = sum(len(d.tokens) for d in split)

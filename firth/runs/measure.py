@@ -53,7 +53,7 @@ def measure(
         UserError: The model does not support the task, or the files hold nothing to evaluate.
     """
     if task == "glue":
-        return tasks.evaluate(directory, paths, task=task, limit=limit, say=log)
+        return tasks.evaluate(directory, paths, task=task, limit=limit, log=log)
     evaluated = load_evaluated_model(directory)
     task = default_for(evaluated, paths) if task is None else task
     if task == "likelihood" and (evaluated.model.config.latent_size or not evaluated.model.has_lm_head):
@@ -61,7 +61,7 @@ def measure(
     if task in (OBJECTIVE, ""):
         noted = {} if limit is None else {"limit": limit}
         return {"task": OBJECTIVE} | noted | by_objective(evaluated, paths, limit, log)
-    return tasks.evaluate_model(evaluated, paths, task=task, limit=limit, say=log)
+    return tasks.evaluate_model(evaluated, paths, task=task, limit=limit, log=log)
 
 
 def by_objective(evaluated: EvaluatedModel, paths: Sequence[str], limit: int | None, log: LogLine) -> dict[str, Any]:

@@ -319,7 +319,7 @@ def train_tokenizer(
     plain = (d.text for d in readers.documents(paths, field=text_field, split=split_by, counts=counts))
     tokenizer = train(
         _nonempty(plain if texts is None else texts(counts), paths), algorithm, vocab_size, seed=seed,
-        sample_bytes=sample_bytes, num_sentinels=num_sentinels, byte_fallback=byte_fallback, echo=log,
+        sample_bytes=sample_bytes, num_sentinels=num_sentinels, byte_fallback=byte_fallback, log=log,
     )  # fmt: skip
     tokenizer.save(out)
     whole = ("files", "documents", "bytes")

@@ -28,7 +28,7 @@ from __future__ import annotations
 import heapq
 import random
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers
@@ -38,7 +38,7 @@ from firth.tokenizer import merges, unigram
 from firth.tokenizer.normalize import replace_lone_surrogates
 from firth.tokenizer.tokenizer import Tokenizer
 from firth.tokenizer.workers import count_all
-from firth.types import UserError
+from firth.types import LogLine, UserError
 
 ALGORITHMS = ("bpe", "byte-bpe", "wordpiece", "unigram")
 WORD_LEVEL = "word"
@@ -72,7 +72,7 @@ def train(
     sample_bytes: int = 200_000_000,
     num_sentinels: int = 0,
     byte_fallback: bool = True,
-    echo: Callable[[str], None] = lambda _: None,
+    log: LogLine = lambda _: None,
 ) -> Tokenizer:
     """Train a tokenizer.
 
@@ -84,7 +84,7 @@ def train(
         sample_bytes: Bytes of text to train on; memory is about four times as much at most.
         num_sentinels: Number of T5's `<extra_id_n>` tokens; only span corruption needs them.
         byte_fallback: Whether rare characters are written as bytes, for FALLBACK_ALGORITHMS.
-        echo: Receives a message if a part of the training text is unknown to the tokenizer.
+        log: Receives a message if a part of the training text is unknown to the tokenizer.
 
     Returns:
         The tokenizer, with the counts of its merges.
@@ -122,7 +122,7 @@ def train(
         rare and not bytes_
     )  # otherwise nothing is unknown, and measuring takes seconds
     if may_have_unknown and (share := unknown_share(tokenizer, pieces)):
-        echo(f"{share:.2%} of the tokens of the training text are {control[1]}: {_unknown_hint(algorithm, len(rare))}")
+        log(f"{share:.2%} of the tokens of the training text are {control[1]}: {_unknown_hint(algorithm, len(rare))}")
     return tokenizer
 
 

@@ -22,7 +22,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -32,7 +32,7 @@ from torch import Tensor
 
 from firth.io.atomic import FULL
 from firth.io.safetensors_blocks import safetensors_blocks
-from firth.types import UserError
+from firth.types import LogLine, UserError
 
 FORMAT = 1
 """Version of the format; a checkpoint of another version is rejected."""
@@ -114,13 +114,13 @@ def save(
     return final
 
 
-def newest(run: Path, say: Callable[[str], None]) -> Checkpoint | None:
-    """Return the last valid checkpoint of a run directory; `say` is called with each skipped one and the reason."""
+def newest(run: Path, log: LogLine) -> Checkpoint | None:
+    """Return the last valid checkpoint of a run directory; `log` is called with each skipped one and the reason."""
     for path in reversed(_saved(run)):
         try:
             return load(path)
         except UserError as error:
-            say(f"skipping a damaged checkpoint: {error}")
+            log(f"skipping a damaged checkpoint: {error}")
     return None
 
 

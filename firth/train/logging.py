@@ -87,7 +87,7 @@ class ProgressReporter(Protocol):
     def progress(self, passed: float, text: str) -> None:
         """Update the progress line; `passed` is the fraction of the run that is done."""
 
-    def say(self, text: str) -> None:
+    def log(self, text: str) -> None:
         """Print a permanent line."""
 
     def close(self) -> None: ...
@@ -98,7 +98,7 @@ class NullReporter:
 
     def progress(self, passed: float, text: str) -> None: ...
 
-    def say(self, text: str) -> None: ...
+    def log(self, text: str) -> None: ...
 
     def close(self) -> None: ...
 
@@ -120,7 +120,7 @@ class LineReporter:
             self.printed_at = now
             print(f"{self.name} {100 * passed:3.0f}%  {text}", flush=True)
 
-    def say(self, text: str) -> None:
+    def log(self, text: str) -> None:
         print(f"{self.name} {text}", flush=True)
 
     def close(self) -> None: ...
@@ -141,7 +141,7 @@ class BarReporter:
     def progress(self, passed: float, text: str) -> None:
         self._bar.update(self._task, completed=passed, description=text)
 
-    def say(self, text: str) -> None:
+    def log(self, text: str) -> None:
         self._bar.console.print(text, markup=False, highlight=False)
 
     def close(self) -> None:

@@ -6,12 +6,12 @@ import fcntl
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
-from firth.types import UserError
+from firth.types import LogLine, UserError
 
 
 class Interrupted(KeyboardInterrupt):
@@ -48,7 +48,7 @@ class StopRequest:
 
 
 @contextmanager
-def interrupt_handler(say: Callable[[str], None]) -> Iterator[StopRequest]:
+def interrupt_handler(log: LogLine) -> Iterator[StopRequest]:
     """Request a stop after the current step on the first SIGINT or SIGTERM, and end the process on the second.
 
     Ending at once is safe for checkpoints: one that is being written does not have its final name yet.
@@ -62,7 +62,7 @@ def interrupt_handler(say: Callable[[str], None]) -> Iterator[StopRequest]:
         stop.requested = True
         for n in before:
             signal.signal(n, signal.default_int_handler)
-        say("stopping after this step and saving a checkpoint; press Ctrl-C again to stop at once")
+        log("stopping after this step and saving a checkpoint; press Ctrl-C again to stop at once")
 
     before = {n: signal.signal(n, request_stop) for n in (signal.SIGINT, signal.SIGTERM)}
     try:

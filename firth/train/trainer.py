@@ -195,7 +195,7 @@ class _Run:
         if self.ranks.first:
             checkpoint.remove_partial(self.directory)
         self.ranks.wait()
-        saved = checkpoint.newest(self.directory, self.reporter.say)
+        saved = checkpoint.newest(self.directory, self.reporter.log)
         if saved is None:
             if self.ranks.rank:  # independent dropout on every rank gives a better estimate
                 torch.manual_seed(torch.initial_seed() + self.ranks.rank)
@@ -207,11 +207,11 @@ class _Run:
                 f"{self.recipe or 'unnamed'}); choose another directory, or delete that one to start a new run"
             )
         state = training_state.restore(saved, self.model, self.optimizer, self.batches.source, self.ranks)
-        self.reporter.say(f"resuming from {saved.path.name}")
+        self.reporter.log(f"resuming from {saved.path.name}")
         layout = training_state.layout(self.ranks, self.device)
         changed = [f"{k} {saved.layout.get(k)} -> {v}" for k, v in layout.items() if saved.layout.get(k) != v]
         if changed:
-            self.reporter.say(
+            self.reporter.log(
                 f"the run is not bitwise reproducible, because the layout has changed: {', '.join(changed)}"
             )
         return state
@@ -234,7 +234,7 @@ class _Run:
             self.model.train(self.objective.dropout)
             if self.objective.precomputed_fields and self.objective.dropout and uses_dropout(self.model):
                 fields = ", ".join(sorted(self.objective.precomputed_fields))
-                self.reporter.say(
+                self.reporter.log(
                     f"dropout is enabled, but {fields} were computed without it: the first ratios are not 1 "
                     "(objective.dropout=false disables it)"
                 )
@@ -258,14 +258,14 @@ class _Run:
         training_state.load_weights(saved, self.model)
         self.state.metrics = saved.state["metrics"]
         step = int(saved.state["step"])
-        self.reporter.say(f"loaded the model of step {step}, the best by validation {self.config.best_metric}")
+        self.reporter.log(f"loaded the model of step {step}, the best by validation {self.config.best_metric}")
         return step
 
     def _run_steps(self, log: MetricsLog | None) -> None:
         state, checked = self.state, False
         prefetch = not self.batches.source.on_policy
         with (
-            interrupt_handler(self.reporter.say) as stop,
+            interrupt_handler(self.reporter.log) as stop,
             Prefetcher(self.batches.batches, enabled=prefetch) as prefetcher,
         ):
             while not self._finished:
@@ -290,7 +290,7 @@ class _Run:
         except UserError:
             if self.state.step:
                 self._save()
-                self.reporter.say(f"saved step {self.state.step} in {self.directory}")
+                self.reporter.log(f"saved step {self.state.step} in {self.directory}")
             raise
 
     def _check_labels(self, batches: list[Batch]) -> None:
@@ -365,7 +365,7 @@ class _Run:
             state.metrics |= {f"valid/{name}": value for name, value in metrics.items()}
             if log is not None:
                 log.row("valid", state.step, state.seconds, state.tokens, metrics)
-            self.reporter.say(
+            self.reporter.log(
                 f"step {state.step}  validation: " + "  ".join(f"{k} {v:.4g}" for k, v in metrics.items())
             )
         last = self._finished
@@ -433,7 +433,7 @@ class _Run:
         if log is not None:
             log.row("rollouts", state.step + 1, state.seconds, state.tokens, metrics)
         finite = [f"{name} {value:.4g}" for name, value in metrics.items() if math.isfinite(value)]
-        self.reporter.say(f"step {state.step}  rollouts: " + "  ".join(finite[:5]))
+        self.reporter.log(f"step {state.step}  rollouts: " + "  ".join(finite[:5]))
 
     def _log_step(self, log: MetricsLog | None, force: bool) -> None:
         """Log the metrics of a step and report progress, if it is due or forced."""
