@@ -4,7 +4,7 @@
     python -m bench.busy --recipe roberta             # another tiny recipe
     python -m bench.busy --only default firth --rounds 9
 
-Each policy is a process of its own that trains a tiny recipe with `firth.train.trainer.train`. They run in turns, and each
+Each policy is a process of its own that trains a tiny recipe with `firth.training.trainer.train`. They run in turns, and each
 round has a quiet half and a half with a Python process that spins forever. The policies are environment variables, which
 OpenMP reads when it is loaded: `default` is libgomp's default, `firth` is what firth sets.
 """

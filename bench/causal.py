@@ -214,10 +214,10 @@ def firth_run(
         setup: (model, objective, batches).
         share: Steps per sample.
     """
-    from firth.train.logging import NullReporter
-    from firth.train.optimizer import OptimizerConfig
-    from firth.train.schedule import Budget, Schedule
-    from firth.train.trainer import TrainerConfig, train
+    from firth.training.logging import NullReporter
+    from firth.training.optimizer import OptimizerConfig
+    from firth.training.schedule import Budget, Schedule
+    from firth.training.trainer import TrainerConfig, train
 
     def evaluate(_: object, step: int) -> dict[str, float]:
         end_sample(units(step))
@@ -262,7 +262,7 @@ def check() -> None:
         }
         model, objective, batches = firth_setup()
         sizes["firth"] = sum(p.numel() for p in model.parameters())
-        from firth.train.step import count_targets
+        from firth.training.step import count_targets
 
         batch = batches.batches(0)[0]
         num_labels = count_targets(objective, [batch])["tokens"].item()

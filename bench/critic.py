@@ -52,8 +52,8 @@ from firth.runs.recipe import TokenizerConfig
 from firth.runs.run import run
 from firth.tokenizer import chat
 from firth.tokenizer.tokenizer import Tokenizer
-from firth.train.schedule import Budget, Schedule
-from firth.train.trainer import TrainerConfig, train
+from firth.training.schedule import Budget, Schedule
+from firth.training.trainer import TrainerConfig, train
 
 SIZE = SIZES["small"]
 SEEDS = (0, 1, 2)

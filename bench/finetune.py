@@ -224,7 +224,7 @@ def check(name: str) -> None:
     """Assert that the comparison is fair: equal ids, hidden states and examples per step; packed equals padded."""
     from transformers import AutoModel
 
-    from firth.train.step import count_targets, step
+    from firth.training.step import count_targets, step
 
     tokenizer, rows = hf_rows(TASKS[name])
     model, objective, packed = firth_setup(name, dropout=False, pack_to_length=TASKS[name].length)
@@ -263,7 +263,7 @@ def check(name: str) -> None:
 def lower_bound(name: str) -> None:
     """Print the lower bounds of both: FLOPs of products and bytes that AdamW moves, at this machine's rates."""
     from firth.model.flops import Work, stack_flops
-    from firth.train.precision import choose
+    from firth.training.precision import choose
 
     task, steps = TASKS[name], 50
     model, objective, packed = firth_setup(name, pack_to_length=task.length)

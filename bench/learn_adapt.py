@@ -47,8 +47,8 @@ from firth.runs.peft_options import (
 from firth.runs.prepare import DataConfig
 from firth.runs.recipe import BatchConfig, CheckpointConfig, EvalConfig, Recipe
 from firth.runs.run import run
-from firth.train.optimizer import OptimizerConfig
-from firth.train.schedule import Budget, Schedule
+from firth.training.optimizer import OptimizerConfig
+from firth.training.schedule import Budget, Schedule
 
 SETS = ("sarcasm", "sentiment")
 SEEDS = (0, 1, 2)

@@ -20,7 +20,7 @@ from pathlib import Path
 
 from firth.compare.compare import ComparisonConfig, compare
 from firth.runs.recipe_names import RECIPES
-from firth.train.schedule import Budget
+from firth.training.schedule import Budget
 
 BODY = (
     "model.hidden_size=128", "model.num_layers=3", "model.num_heads=2", "model.intermediate_size=256",

@@ -57,11 +57,11 @@ from firth.runs.prepare import DataConfig, RunData, documents_of
 from firth.tokenizer.tokenizer import Tokenizer
 from firth.tokenizer.train import train as train_tokenizer
 from firth.tokenizer.vocab import Vocab
-from firth.train.logging import NullReporter
-from firth.train.optimizer import OptimizerConfig
-from firth.train.schedule import Budget, Schedule
-from firth.train.trainer import TrainerConfig, train
-from firth.train.validate import validate
+from firth.training.logging import NullReporter
+from firth.training.optimizer import OptimizerConfig
+from firth.training.schedule import Budget, Schedule
+from firth.training.trainer import TrainerConfig, train
+from firth.training.validate import validate
 from firth.types import IGNORE
 
 RESULTS = Path("runs/learn_encoders")

@@ -51,11 +51,11 @@ from firth.objectives.sentence_pairs import SentencePairObjective
 from firth.pretrained.load_save import init_from, load_model
 from firth.runs.prepare import DataConfig, RunData
 from firth.tokenizer.tokenizer import Tokenizer
-from firth.train.logging import NullReporter
-from firth.train.optimizer import OptimizerConfig
-from firth.train.schedule import Budget, Schedule
-from firth.train.trainer import TrainerConfig, train
-from firth.train.validate import validate
+from firth.training.logging import NullReporter
+from firth.training.optimizer import OptimizerConfig
+from firth.training.schedule import Budget, Schedule
+from firth.training.trainer import TrainerConfig, train
+from firth.training.validate import validate
 from firth.types import Example
 
 RESULTS = Path("runs/learn_order")

@@ -56,7 +56,7 @@ from firth.runs.recipe import BatchConfig, Recipe, TokenizerConfig
 from firth.runs.run import run
 from firth.tokenizer.tokenizer import Tokenizer
 from firth.tokenizer.vocab import Vocab
-from firth.train.validate import validate
+from firth.training.validate import validate
 
 SEEDS = (0, 1, 2)
 LENGTH, ROWS, MEMORY = 64, 16, 64

@@ -47,9 +47,9 @@ from firth.runs.prepare import DataConfig, RunData
 from firth.runs.recipe import BatchConfig, CheckpointConfig, EvalConfig, Recipe, TokenizerConfig
 from firth.runs.run import run
 from firth.tokenizer.tokenizer import Tokenizer
-from firth.train.optimizer import OptimizerConfig
-from firth.train.schedule import Budget, Schedule
-from firth.train.validate import validate
+from firth.training.optimizer import OptimizerConfig
+from firth.training.schedule import Budget, Schedule
+from firth.training.validate import validate
 
 SEEDS = (0, 1, 2)
 NUM_HELD_OUT = 3000

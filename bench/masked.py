@@ -229,7 +229,7 @@ CANDIDATES: dict[str, Callable[[EndSample], None]] = {
 
 def check() -> None:
     """Assert that the comparison is fair: equal sizes and sentences, 15% masked, first losses near ln(vocabulary)."""
-    from firth.train.step import count_targets
+    from firth.training.step import count_targets
 
     rows = sentences()
     lengths = np.array([len(row) for row in rows])

@@ -39,10 +39,10 @@ from firth.runs.init_head import init_head
 from firth.runs.prepare import RunData
 from firth.runs.recipe import Recipe, load
 from firth.runs.tokenizer import tokenizer_of
-from firth.train.cpu_setup import keep_freed_memory
-from firth.train.optimizer import Optimizer
-from firth.train.precision import casts, choose
-from firth.train.step import step
+from firth.training.cpu_setup import keep_freed_memory
+from firth.training.optimizer import Optimizer
+from firth.training.precision import casts, choose
+from firth.training.step import step
 from firth.types import IGNORE, NEVER, Batch
 
 CPU = torch.device("cpu")

@@ -130,7 +130,7 @@ def firth_setup(task: Task) -> tuple[Any, Any, Any]:
     from firth.objectives.reward_model import RewardModeling
     from firth.pretrained.load_save import init_from, load_model
     from firth.tokenizer.vocab import Vocab
-    from firth.train.precision import casts, choose
+    from firth.training.precision import casts, choose
 
     cpu = torch.device("cpu")
     source: Any = PreferencePairs(
@@ -177,7 +177,7 @@ def candidates(task: Task) -> dict[str, Candidate]:
 
 def check(task: Task) -> None:
     """Assert that both sides read the same tokens, and that their first losses are near ln 2."""
-    from firth.train.step import step
+    from firth.training.step import step
 
     model, objective, batches = firth_setup(task)
     [batch] = batches.batches(0)

@@ -36,7 +36,7 @@ from bench.causal import (
 )  # fmt: skip
 from bench.harness import gemm_rate
 from firth import kernels
-from firth.train import precision
+from firth.training import precision
 
 KINDS = (
     ("casts and copies", ("copy_", "aten::cat", "aten::stack", "contiguous", "clone", "aten::to", "split")),
@@ -67,9 +67,9 @@ def flops() -> dict[str, float]:
 
 def firth_phases(name: str, chosen: Literal["fp32", "bf16"]) -> Phases:
     """Return the phases of firth's step in order."""
-    from firth.train.cpu_setup import flush_denormals, keep_freed_memory
-    from firth.train.optimizer import Optimizer, OptimizerConfig
-    from firth.train.step import step
+    from firth.training.cpu_setup import flush_denormals, keep_freed_memory
+    from firth.training.optimizer import Optimizer, OptimizerConfig
+    from firth.training.step import step
 
     keep_freed_memory()
     flush_denormals()

@@ -265,10 +265,10 @@ def run_firth(clock: Clock, data: TextData, seed: int, settings: Settings | None
     from firth.model.model import LM
     from firth.recipes.decoders import gpt
     from firth.runs.init_head import init_head
-    from firth.train.logging import NullReporter
-    from firth.train.optimizer import OptimizerConfig
-    from firth.train.schedule import Budget, Schedule
-    from firth.train.trainer import TrainerConfig, train
+    from firth.training.logging import NullReporter
+    from firth.training.optimizer import OptimizerConfig
+    from firth.training.schedule import Budget, Schedule
+    from firth.training.trainer import TrainerConfig, train
 
     recipe = gpt("small")
     optimizer, schedule, config, rows = recipe.optimizer, recipe.schedule, recipe.model, recipe.batch.size

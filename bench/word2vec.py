@@ -83,9 +83,9 @@ def setup(algorithm: Literal["skipgram", "cbow"]) -> tuple[Any, Any, Any]:
 def firth(end_sample: EndSample, algorithm: Literal["skipgram", "cbow"]) -> None:
     """Run firth's own loop with its progress, log and counting."""
     from firth.recipes.recurrent import word2vec
-    from firth.train.logging import NullReporter
-    from firth.train.schedule import Budget, Schedule
-    from firth.train.trainer import TrainerConfig, train
+    from firth.training.logging import NullReporter
+    from firth.training.schedule import Budget, Schedule
+    from firth.training.trainer import TrainerConfig, train
 
     def evaluate(_: object, step: int) -> dict[str, float]:
         end_sample(TEXT)

@@ -1,4 +1,4 @@
-"""Write the reference pages of the manual from the code: commands, recipes, recipe fields, objectives.
+"""Write the reference pages of the manual from the code: commands, recipes, recipe fields, objectives, Python API.
 
     python docs/write_reference.py            # writes docs/reference/*.md; `make docs` runs it first
 
@@ -18,6 +18,7 @@ from typing import Any
 
 import typer.main
 
+import firth
 from firth import objectives
 from firth.cli import app
 from firth.model.config import ModelConfig
@@ -177,7 +178,40 @@ def recipes() -> str:
     return "\n".join([*lines, ""])
 
 
-WRITERS = {"cli.md": commands, "recipe.md": recipe_fields, "objectives.md": every_objective, "recipes.md": recipes}
+def python_api() -> str:
+    """Return the page of the names that `import firth` offers."""
+    from firth import api
+
+    def entry(level: str, name: str, thing: Any) -> str:
+        signature = str(inspect.signature(thing)).replace("'", "").replace("<built-in function print>", "print")
+        return f"{level} {name}\n\n```python\n{name}{signature}\n```\n\n```text\n{inspect.getdoc(thing)}\n```\n"
+
+    head = inspect.cleandoc(api.__doc__ or "").partition("\n\n")
+    parts = [
+        "# Python API\n",
+        re.sub(r"((?:^    .*\n|^\n(?=    ))+)", r"```python\n\1```\n", head[2] + "\n", flags=re.M),
+    ]
+    parts[1] = re.sub(r"^    ", "", parts[1], flags=re.M)
+    parts += [entry("##", name, getattr(api, name)) for name in ("load_recipe", "train", "load_model")]
+    parts.append(f"## Model\n\n```text\n{inspect.getdoc(api.Model)}\n```\n")
+    parts += [
+        entry("###", name, thing)
+        for name, thing in vars(api.Model).items()
+        if inspect.isfunction(thing) and name[0] != "_"
+    ]
+    others = sorted(set(firth.__all__) - {"load_recipe", "train", "load_model", "Model"})
+    parts.append("## Other names\n")
+    parts += [f"- `firth.{name}`: {summary(getattr(firth, name))}" for name in others]
+    return "\n".join(parts)
+
+
+WRITERS = {
+    "cli.md": commands,
+    "recipe.md": recipe_fields,
+    "objectives.md": every_objective,
+    "recipes.md": recipes,
+    "python.md": python_api,
+}
 """File in docs/reference -> the function that returns its text."""
 
 

@@ -276,7 +276,7 @@ def compare(
     """
     from firth.compare.compare import ComparisonConfig, parse_shares
     from firth.compare.compare import compare as compare_recipes
-    from firth.train.schedule import Budget
+    from firth.training.schedule import Budget
 
     if bool(max_seconds) == bool(max_flops):
         raise UserError("set the compute per run: --max-seconds N or --max-flops N, one of them")

@@ -1,7 +1,7 @@
 """Describe this machine and what to do about it: `firth doctor`.
 
 Each row is a fact that decides whether and how fast firth runs here. The device is chosen as in training, and the precision by the
-same measurement (`firth.train.precision`), so the output is what training will use.
+same measurement (`firth.training.precision`), so the output is what training will use.
 
     Python       3.11.2
     fp32         346 GFLOP/s in a matrix product on the CPU
@@ -24,10 +24,10 @@ from firth import kernels, openmp
 from firth.generate import native_decoder, quantized
 from firth.model import attention, cross_entropy, fused, native, relative_distance
 from firth.objectives.word2vec import NEIGHBORS
-from firth.train import muon, precision
-from firth.train.cpu_setup import flush_denormals, keep_freed_memory
-from firth.train.logging import short
-from firth.train.sparse_adam import KERNEL as TABLE_ROWS
+from firth.training import muon, precision
+from firth.training.cpu_setup import flush_denormals, keep_freed_memory
+from firth.training.logging import short
+from firth.training.sparse_adam import KERNEL as TABLE_ROWS
 from firth.types import UserError
 
 

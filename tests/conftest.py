@@ -10,7 +10,7 @@ import pytest
 from firth import kernels
 from firth.generate import quantized  # noqa: F401
 from firth.model import attention  # noqa: F401
-from firth.train import muon  # noqa: F401
+from firth.training import muon  # noqa: F401
 
 # Measured once for all workers and the commands that tests start, so that two of them never choose differently.
 os.environ.setdefault(kernels.FORCE, ",".join(f"{name}={choice}" for name, choice in kernels.table().items()))

@@ -27,7 +27,7 @@ import torch.distributed as dist
 
 import firth.runs.run as run_module
 from firth import cli
-from firth.train import checkpoint, trainer
+from firth.training import checkpoint, trainer
 from firth.types import UserError
 
 PATIENCE_SECONDS = 8.0

@@ -19,7 +19,7 @@ from firth.objectives.ppo import PER_TOKEN, PPO, kl
 from firth.objectives.reinforce import Reinforce
 from firth.objectives.reward_model import Ranking, RewardModeling
 from firth.objectives.sft import SFT, Seq2SeqSFT
-from firth.train.step import step
+from firth.training.step import step
 from firth.types import IGNORE, Example, UserError
 
 V = ByteCoder.vocab.size

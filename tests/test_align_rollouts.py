@@ -34,7 +34,7 @@ from firth.objectives.objective import Objective
 from firth.objectives.ppo import PER_TOKEN, PPO
 from firth.objectives.reinforce import Reinforce
 from firth.objectives.reward_model import RewardModeling
-from firth.train.step import step
+from firth.training.step import step
 from firth.types import UserError
 
 VOCAB = ByteCoder.vocab

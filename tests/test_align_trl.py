@@ -16,7 +16,7 @@ from firth.model.model import LM
 from firth.objectives.dpo import DPO, build_comparison, ref_logprobs
 from firth.objectives.reward_model import RewardModeling
 from firth.pretrained.load_save import load_model
-from firth.train.step import step
+from firth.training.step import step
 
 transformers = pytest.importorskip("transformers")
 trl = pytest.importorskip("trl", reason="TRL is the oracle: pip install -e .[test]")

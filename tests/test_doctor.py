@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from firth import doctor, kernels, openmp
-from firth.train import precision
+from firth.training import precision
 from firth.types import UserError
 
 

@@ -32,7 +32,7 @@ from firth.pretrained.load_save import save_model
 from firth.runs.recipe import EvalConfig, load
 from firth.runs.run import run
 from firth.runs.validation import Validator
-from firth.train.distributed import Ranks
+from firth.training.distributed import Ranks
 from firth.types import UserError
 
 Saved = Callable[..., Path]

@@ -21,7 +21,7 @@ from firth.objectives.reward_model import reward_head
 from firth.pretrained.load_save import save_model
 from firth.runs.inference import evaluate_run
 from firth.tokenizer.train import train
-from firth.train.step import step
+from firth.training.step import step
 from firth.types import IGNORE, UserError
 
 transformers = pytest.importorskip("transformers", reason="the oracle; installed with the test extra")

@@ -23,7 +23,7 @@ from firth.model.model import LM
 from firth.pretrained.load_save import save_model
 from firth.runs.inference import open_engine
 from firth.tokenizer.train import train
-from firth.train import precision
+from firth.training import precision
 from firth.types import UserError
 
 V = ByteCoder.vocab.size

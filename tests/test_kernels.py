@@ -21,8 +21,8 @@ from firth.model.config import ModelConfig
 from firth.objectives import word2vec
 from firth.runs.recipe import load
 from firth.runs.run import run
-from firth.train import muon
-from firth.train.muon import BAND, orthogonalize
+from firth.training import muon
+from firth.training.muon import BAND, orthogonalize
 from firth.types import UserError
 
 

@@ -20,7 +20,7 @@ from firth.model.model import LM
 from firth.model.positions import sinusoidal
 from firth.objectives.sft import Seq2SeqSFT
 from firth.pretrained.load_save import load_model, save_model
-from firth.train.step import step
+from firth.training.step import step
 from firth.types import UserError
 
 transformers = pytest.importorskip("transformers", reason="the oracle; installed with the test extra")

@@ -22,7 +22,7 @@ from firth.objectives.replaced_tokens import RTD
 from firth.objectives.sentence_order import SOP
 from firth.pretrained.load_save import load_model, save_model
 from firth.tokenizer.vocab import Vocab
-from firth.train.step import step
+from firth.training.step import step
 from firth.types import IGNORE, NEVER, Batch
 
 transformers = pytest.importorskip("transformers", reason="the oracle; installed with the test extra")

@@ -15,7 +15,7 @@ from firth.model.heads import LMHead
 from firth.model.model import LM, TiedSubmodel
 from firth.objectives.replaced_tokens import RTD, generator_config
 from firth.pretrained.load_save import init_from, load_model, save_model
-from firth.train.optimizer import Optimizer, OptimizerConfig, param_groups
+from firth.training.optimizer import Optimizer, OptimizerConfig, param_groups
 from firth.types import UserError
 
 ALBERT = ModelConfig(

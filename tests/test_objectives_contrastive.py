@@ -17,7 +17,7 @@ from firth.objectives.objective import Objective
 from firth.runs.compatibility import check_batching
 from firth.runs.recipe import load
 from firth.tokenizer.vocab import Vocab
-from firth.train.step import step
+from firth.training.step import step
 from firth.types import Example, UserError
 
 VOCAB = Vocab(size=60, roles={"pad": 0, "cls": 2, "sep": 3}, special=np.arange(60) < 5)

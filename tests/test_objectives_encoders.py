@@ -26,12 +26,12 @@ from firth.pretrained.load_save import load_model, save_model
 from firth.runs.compatibility import check_pattern
 from firth.runs.init_head import init_head
 from firth.tokenizer.vocab import Vocab
-from firth.train.logging import NullReporter
-from firth.train.optimizer import Optimizer, OptimizerConfig
-from firth.train.schedule import Budget
-from firth.train.step import step
-from firth.train.trainer import TrainerConfig, train
-from firth.train.validate import validate
+from firth.training.logging import NullReporter
+from firth.training.optimizer import Optimizer, OptimizerConfig
+from firth.training.schedule import Budget
+from firth.training.step import step
+from firth.training.trainer import TrainerConfig, train
+from firth.training.validate import validate
 from firth.types import IGNORE, Batch, Example, UserError
 
 VOCAB = Vocab(

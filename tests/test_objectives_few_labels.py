@@ -31,7 +31,7 @@ from firth.runs import labeled_examples
 from firth.runs.noisy_label_examples import PartiallyLabeledConfig
 from firth.runs.prepare import DataConfig, RunData
 from firth.tokenizer.vocab import Vocab
-from firth.train.step import step
+from firth.training.step import step
 from firth.types import IGNORE, Example, UserError
 
 VOCAB = Vocab(size=60, roles={"pad": 0, "cls": 2, "sep": 3, "mask": 4}, special=np.arange(60) < 5)

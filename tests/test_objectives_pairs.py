@@ -24,11 +24,11 @@ from firth.objectives.next_sentence import NSP
 from firth.objectives.sentence_order import SOP
 from firth.objectives.sentence_pairs import SentencePairObjective
 from firth.tokenizer.train import train as train_tokenizer
-from firth.train.logging import NullReporter
-from firth.train.optimizer import OptimizerConfig
-from firth.train.schedule import Budget, Schedule
-from firth.train.trainer import TrainerConfig, train
-from firth.train.validate import validate
+from firth.training.logging import NullReporter
+from firth.training.optimizer import OptimizerConfig
+from firth.training.schedule import Budget, Schedule
+from firth.training.trainer import TrainerConfig, train
+from firth.training.validate import validate
 
 VOCAB_WORDS, TEXT_WORDS = 160, 100
 STEPS = {SOP: 60, NSP: 400}

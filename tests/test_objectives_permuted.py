@@ -40,7 +40,7 @@ from firth.pretrained.load_save import load_model, save_model
 from firth.runs.recipe import load
 from firth.runs.run import run
 from firth.tokenizer.vocab import Vocab
-from firth.train.step import step
+from firth.training.step import step
 from firth.types import IGNORE, NEVER, Batch, Example, UserError
 
 VOCAB = Vocab(

@@ -21,8 +21,8 @@ from firth.objectives.token_classification import TokenClassification
 from firth.objectives.word2vec import Word2Vec
 from firth.recipes.recurrent import elmo_config
 from firth.tokenizer.vocab import Vocab
-from firth.train.optimizer import Optimizer, OptimizerConfig
-from firth.train.step import step
+from firth.training.optimizer import Optimizer, OptimizerConfig
+from firth.training.step import step
 from firth.types import IGNORE, NEVER, Example, UserError
 
 VOCAB = Vocab(size=60, roles={"pad": 0, "unk": 1}, special=np.arange(60) < 2)

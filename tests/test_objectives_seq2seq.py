@@ -30,7 +30,7 @@ from firth.objectives.span_corruption import SpanCorruption
 from firth.pretrained.load_save import save_model
 from firth.tokenizer.train import train
 from firth.tokenizer.vocab import Vocab
-from firth.train.step import step
+from firth.training.step import step
 from firth.types import IGNORE, NEVER, Example, UserError
 
 ONE_ROW = ModelConfig(

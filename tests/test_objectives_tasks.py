@@ -21,7 +21,7 @@ from firth.objectives.objective import DataStats, Objective, choice_loss
 from firth.objectives.regression import Regression
 from firth.objectives.token_classification import TokenClassification
 from firth.pretrained.load_save import save_model
-from firth.train.step import step
+from firth.training.step import step
 from firth.types import IGNORE, Example, UserError
 
 transformers = pytest.importorskip("transformers", reason="the reference; installed with the test extra")

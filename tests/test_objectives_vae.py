@@ -28,7 +28,7 @@ from firth.pretrained.load_save import load_model
 from firth.runs.compatibility import check_batching, check_pattern
 from firth.runs.recipe import load
 from firth.runs.run import run
-from firth.train.step import step
+from firth.training.step import step
 from firth.types import Example, UserError
 
 VOCAB = ByteCoder.vocab

@@ -35,7 +35,7 @@ from firth.objectives.span_corruption import SpanCorruption, corrupt
 from firth.objectives.token_classification import TokenClassification
 from firth.objectives.weight_penalty import WeightPenalty
 from firth.tokenizer.vocab import Vocab
-from firth.train.step import step
+from firth.training.step import step
 from firth.types import IGNORE, NEVER, Example, UserError
 
 SENTINELS = 20

@@ -22,9 +22,9 @@ from firth.model.model import LM
 from firth.objectives.word2vec import Word2Vec
 from firth.recipes.recurrent import word2vec
 from firth.tokenizer.vocab import Vocab
-from firth.train.logging import NullReporter
-from firth.train.schedule import Budget
-from firth.train.trainer import TrainerConfig, train
+from firth.training.logging import NullReporter
+from firth.training.schedule import Budget
+from firth.training.trainer import TrainerConfig, train
 from firth.types import Example
 
 VOCAB, TOPICS, LENGTH, WIDTH = 600, 20, 16, 48

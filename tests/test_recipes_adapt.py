@@ -33,9 +33,9 @@ from firth.runs.peft_options import PEFT_METHODS, FullFinetuning, LoRA
 from firth.runs.recipe import Recipe, load
 from firth.runs.run import run
 from firth.tokenizer.tokenizer import Tokenizer
-from firth.train import checkpoint
-from firth.train.optimizer import Optimizer, OptimizerConfig
-from firth.train.step import step
+from firth.training import checkpoint
+from firth.training.optimizer import Optimizer, OptimizerConfig
+from firth.training.step import step
 from firth.types import UserError
 
 WORDS = "the king and the queen of the sea had a ship with no sail and a crown of salt upon the wind".replace(

@@ -36,8 +36,8 @@ from firth.runs.examples import ChunksConfig, DatasetSplits, ExamplesConfig, Seg
 from firth.runs.noisy_label_examples import PartiallyLabeledConfig, PseudoLabeledConfig
 from firth.runs.prepare import DataConfig, RunData, train_tokenizer
 from firth.tokenizer.tokenizer import Tokenizer
-from firth.train.precision import casts
-from firth.train.step import step
+from firth.training.precision import casts
+from firth.training.step import step
 from firth.types import UserError
 
 WORDS = ["the", "a", "fine", "dull", "otter", "swims", "sleeps", "and", "the", "cold", "river", "runs"]

@@ -25,7 +25,7 @@ from firth.runs.prepare import DataConfig, documents_of
 from firth.runs.recipe import Recipe, load
 from firth.runs.run import RunResult, run
 from firth.tokenizer.tokenizer import Tokenizer
-from firth.train.schedule import Budget
+from firth.training.schedule import Budget
 from firth.types import LogLine, UserError
 
 FLOPS = 5e7

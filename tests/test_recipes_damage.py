@@ -22,7 +22,7 @@ from firth.runs.peft_options import PrefixTuning, PromptTuning
 from firth.runs.recipe import load
 from firth.runs.run import run
 from firth.tokenizer.train import train
-from firth.train.logging import keep_until
+from firth.training.logging import keep_until
 from firth.types import UserError
 
 TINY = [

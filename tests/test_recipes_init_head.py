@@ -19,7 +19,7 @@ from firth.objectives.objective import Objective
 from firth.objectives.span_corruption import SpanCorruption
 from firth.runs.init_head import init_head
 from firth.tokenizer.vocab import Vocab
-from firth.train.validate import validate
+from firth.training.validate import validate
 from firth.types import Example
 
 SIZE = 300

@@ -16,8 +16,8 @@ from firth.runs.prepare import train_tokenizer
 from firth.runs.recipe import Recipe, load, published
 from firth.runs.recipe_names import RECIPES
 from firth.runs.run import RunResult, run
-from firth.train import trainer
-from firth.train.run_lock import Interrupted
+from firth.training import trainer
+from firth.training.run_lock import Interrupted
 
 TEXT = "the king and queen of all that land did walk by night with many a fool who sang. But no one heard it, my lord!"
 WORDS = TEXT.split()

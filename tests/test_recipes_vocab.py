@@ -11,7 +11,7 @@ from firth.compare.compare import ComparisonConfig, compare
 from firth.runs.recipe import load
 from firth.runs.run import run
 from firth.tokenizer.train import train
-from firth.train.schedule import Budget
+from firth.training.schedule import Budget
 from firth.types import UserError
 
 TEXT = "\n".join(

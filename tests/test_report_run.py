@@ -12,7 +12,7 @@ from firth.types import UserError
 
 
 def rows(valid=lambda s: 2 + 6 * math.exp(-s / 100), steps=600, **more):
-    """Return rows as firth.train.logging writes them."""
+    """Return rows as firth.training.logging writes them."""
     out = []
     for s in range(10, steps + 1, 10):
         common = {"step": s, "seconds": s * 0.15, "tokens": s * 4096}

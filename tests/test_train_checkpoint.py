@@ -12,7 +12,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from firth.train import checkpoint
+from firth.training import checkpoint
 from firth.types import UserError
 
 FILES = {

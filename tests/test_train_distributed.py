@@ -11,8 +11,8 @@ import torch
 import train_ranks
 from safetensors.torch import load_file
 
-from firth.train.checkpoint import load
-from firth.train.distributed import BUCKET_BYTES, Ranks, _buckets
+from firth.training.checkpoint import load
+from firth.training.distributed import BUCKET_BYTES, Ranks, _buckets
 
 HERE = Path(__file__).parent
 

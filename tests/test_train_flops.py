@@ -10,11 +10,11 @@ from train_helpers import Chains, WithAccuracy, small_batches, small_model
 
 from firth.model import flops
 from firth.model.model import LM
-from firth.train.checkpoint import load, newest
-from firth.train.logging import NullReporter
-from firth.train.optimizer import OptimizerConfig
-from firth.train.schedule import Budget, Schedule
-from firth.train.trainer import TrainerConfig, TrainingResult, train
+from firth.training.checkpoint import load, newest
+from firth.training.logging import NullReporter
+from firth.training.optimizer import OptimizerConfig
+from firth.training.schedule import Budget, Schedule
+from firth.training.trainer import TrainerConfig, TrainingResult, train
 from firth.types import IGNORE
 
 BUDGET_FLOPS = 3e8

@@ -11,8 +11,8 @@ from firth import kernels
 from firth.model.config import decoder_config, encoder_decoder_config
 from firth.model.model import LM
 from firth.objectives.causal_lm import CausalLM
-from firth.train.muon import BAND, MIN_RELATIVE_VALUE, orthogonalize
-from firth.train.optimizer import Optimizer, OptimizerConfig, param_groups
+from firth.training.muon import BAND, MIN_RELATIVE_VALUE, orthogonalize
+from firth.training.optimizer import Optimizer, OptimizerConfig, param_groups
 from firth.types import UserError
 
 

@@ -22,11 +22,11 @@ from firth.data.source import MixtureSource, Source, WrappedSource
 from firth.model.model import LM
 from firth.runs.recipe import load
 from firth.runs.run import run
-from firth.train.checkpoint import load as load_checkpoint
-from firth.train.logging import NullReporter
-from firth.train.prefetch import Prefetcher
-from firth.train.schedule import Budget
-from firth.train.trainer import TrainerConfig, TrainingResult, train
+from firth.training.checkpoint import load as load_checkpoint
+from firth.training.logging import NullReporter
+from firth.training.prefetch import Prefetcher
+from firth.training.schedule import Budget
+from firth.training.trainer import TrainerConfig, TrainingResult, train
 from firth.types import Batch, Example, UserError
 
 TIMED = {"seconds", "tokens_per_second", "flops_per_second", "crc"}

@@ -13,8 +13,8 @@ import pytest
 import torch
 from torch.distributed import TCPStore
 
-from firth.train import peer_watch
-from firth.train.checkpoint import load
+from firth.training import peer_watch
+from firth.training.checkpoint import load
 from firth.types import UserError
 
 HERE = Path(__file__).parent

@@ -5,7 +5,7 @@ import math
 
 import pytest
 
-from firth.train.schedule import Budget, Schedule
+from firth.training.schedule import Budget, Schedule
 from firth.types import UserError
 
 

@@ -17,9 +17,9 @@ from firth.objectives.classification import Classification
 from firth.objectives.masked_lm import MLM
 from firth.objectives.word2vec import Word2Vec
 from firth.tokenizer.vocab import Vocab
-from firth.train.optimizer import Optimizer, OptimizerConfig, untied_embeddings
-from firth.train.sparse_adam import KERNEL, SparseAdam, coalesced
-from firth.train.step import step
+from firth.training.optimizer import Optimizer, OptimizerConfig, untied_embeddings
+from firth.training.sparse_adam import KERNEL, SparseAdam, coalesced
+from firth.training.step import step
 from firth.types import Batch
 
 BETAS, EPS = (0.9, 0.98), 1e-8

@@ -17,18 +17,18 @@ from torch import Tensor
 from train_helpers import Chains, WithAccuracy, small_batches, small_model, small_run
 
 from firth.model.model import LM
-from firth.train import trainer
-from firth.train.checkpoint import load
-from firth.train.cpu_setup import flush_denormals
-from firth.train.distributed import Ranks
-from firth.train.logging import LineReporter, MetricsLog, NullReporter
-from firth.train.optimizer import OptimizerConfig
-from firth.train.precision import choose, measured_speed
-from firth.train.run_lock import run_lock
-from firth.train.schedule import Budget, Schedule
-from firth.train.step import step
-from firth.train.trainer import TrainerConfig, train
-from firth.train.validate import validate
+from firth.training import trainer
+from firth.training.checkpoint import load
+from firth.training.cpu_setup import flush_denormals
+from firth.training.distributed import Ranks
+from firth.training.logging import LineReporter, MetricsLog, NullReporter
+from firth.training.optimizer import OptimizerConfig
+from firth.training.precision import choose, measured_speed
+from firth.training.run_lock import run_lock
+from firth.training.schedule import Budget, Schedule
+from firth.training.step import step
+from firth.training.trainer import TrainerConfig, train
+from firth.training.validate import validate
 from firth.types import IGNORE, Batch, Outputs, UserError
 
 TIMED = {"seconds", "tokens_per_second", "flops_per_second", "crc"}
@@ -272,7 +272,7 @@ def test_a_budget_in_seconds_counts_only_training(tmp_path: Path, monkeypatch: p
         now[0] += 100
         return {"loss": 1.0}
 
-    monkeypatch.setattr("firth.train.trainer.time.perf_counter", clock)
+    monkeypatch.setattr("firth.training.trainer.time.perf_counter", clock)
     found = train(
         small_model(), WithAccuracy(), small_batches(), tmp_path, budget=Budget(max_seconds=0.3), evaluate=slow,
         config=TrainerConfig(eval_every=5), reporter=NullReporter(),
@@ -353,7 +353,7 @@ def test_precision_follows_the_measured_speed(monkeypatch: pytest.MonkeyPatch) -
     cpu = torch.device("cpu")
     assert choose("bf16", cpu) == "bf16"
     for speed, expected in (({"fp32": 1.0, "bf16": 2.0}, "bf16"), ({"fp32": 1.0, "bf16": 1.1}, "fp32")):
-        monkeypatch.setattr("firth.train.precision.measured_speed", lambda speed=speed: speed)
+        monkeypatch.setattr("firth.training.precision.measured_speed", lambda speed=speed: speed)
         assert choose("auto", cpu) == expected
     assert min(measured_speed(size=64, seconds=0.001).values()) > 0
 

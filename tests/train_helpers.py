@@ -1,4 +1,4 @@
-"""Small runs that the tests of firth.train share; a fork server imports this module, so that processes start quickly."""
+"""Small runs that the tests of firth.training share; a fork server imports this module, so that processes start quickly."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from firth.model.model import LM
 from firth.objectives.causal_lm import CausalLM
 from firth.objectives.objective import num_correct, supervised
 from firth.tokenizer.vocab import Vocab
-from firth.train.logging import NullReporter
-from firth.train.optimizer import OptimizerConfig
-from firth.train.run_lock import Interrupted
-from firth.train.schedule import Budget, Schedule
-from firth.train.trainer import TrainerConfig, TrainingResult, train
-from firth.train.validate import validate
+from firth.training.logging import NullReporter
+from firth.training.optimizer import OptimizerConfig
+from firth.training.run_lock import Interrupted
+from firth.training.schedule import Budget, Schedule
+from firth.training.trainer import TrainerConfig, TrainingResult, train
+from firth.training.validate import validate
 from firth.types import Batch, Example, Outputs
 
 VOCAB = Vocab(size=40, roles={"pad": 0}, special=np.arange(40) < 4)

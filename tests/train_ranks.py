@@ -15,13 +15,13 @@ from torch import Tensor
 from train_helpers import Chains, WithAccuracy, small_batches, small_model
 
 from firth.model.model import LM
-from firth.train.distributed import Ranks, join
-from firth.train.logging import NullReporter
-from firth.train.optimizer import OptimizerConfig
-from firth.train.schedule import Budget, Schedule
-from firth.train.step import step
-from firth.train.trainer import TrainerConfig, TrainingResult, train
-from firth.train.validate import validate
+from firth.training.distributed import Ranks, join
+from firth.training.logging import NullReporter
+from firth.training.optimizer import OptimizerConfig
+from firth.training.schedule import Budget, Schedule
+from firth.training.step import step
+from firth.training.trainer import TrainerConfig, TrainingResult, train
+from firth.training.validate import validate
 from firth.types import Batch, Outputs
 
 

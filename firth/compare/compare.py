@@ -50,7 +50,7 @@ from firth.runs.recipe import load as load_recipe
 from firth.runs.run import run
 from firth.runs.tokenizer import check_vocab, sentinels_of, tokenizer_of
 from firth.tokenizer.tokenizer import Tokenizer
-from firth.train.schedule import Budget
+from firth.training.schedule import Budget
 from firth.types import LogLine, UserError
 from firth.validated import PositiveInt, Ranged, ShareAboveZero
 

@@ -17,8 +17,8 @@ from firth.runs.alignment_examples import RefLogprobsConfig, RolloutsConfig, Sam
 from firth.runs.examples import ChunksConfig, DialoguesConfig, WindowsConfig
 from firth.runs.labeled_examples import LabeledConfig
 from firth.runs.recipe import BatchConfig, CheckpointConfig, EvalConfig, Recipe
-from firth.train.optimizer import OptimizerConfig
-from firth.train.schedule import Budget
+from firth.training.optimizer import OptimizerConfig
+from firth.training.schedule import Budget
 
 
 @dataclass(frozen=True)

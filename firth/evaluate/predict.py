@@ -52,7 +52,19 @@ def predict(
     Raises:
         UserError: The model has no task head, or a record does not fit the task.
     """
-    evaluated = load_evaluated_model(directory)
+    yield from predict_with(load_evaluated_model(directory), file, stdin, progress, form=form, log=log)
+
+
+def predict_with(
+    evaluated: EvaluatedModel,
+    file: str,
+    stdin: BinaryIO,
+    progress: Progress = lambda _: None,
+    *,
+    form: str = "auto",
+    log: LogLine = lambda _: None,
+) -> Iterator[dict[str, Any]]:
+    """Yield a row of predictions of a loaded model for each record; see `predict`."""
     task = prediction_task(evaluated)
     assert task.predict is not None and task.input_schema is not None
     with tempfile.TemporaryDirectory() as folder:

@@ -1,7 +1,7 @@
 """Training objectives: build a training example, run the model, compute the loss.
 
 Every way of training a language model in firth is a subclass of `Objective`: `build_example`, `loss`, where needed
-`forward` and `heads`, and a description of its inputs. The trainer calls them in `firth.train.step` only:
+`forward` and `heads`, and a description of its inputs. The trainer calls them in `firth.training.step` only:
 
     terms = objective.loss(model, objective.forward(model, batch), batch)  # one SUM per term
     sum(terms[t] / count[t] for t in objective.labels).backward()          # counts are over all micro-batches and ranks

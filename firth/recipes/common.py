@@ -16,8 +16,8 @@ from firth.objectives.objective import Objective
 from firth.runs.examples import ExamplesConfig
 from firth.runs.prepare import DataConfig
 from firth.runs.recipe import BatchConfig, CheckpointConfig, EvalConfig, Recipe, TokenizerConfig
-from firth.train.optimizer import OptimizerConfig
-from firth.train.schedule import Budget, Schedule
+from firth.training.optimizer import OptimizerConfig
+from firth.training.schedule import Budget, Schedule
 from firth.types import UserError
 
 VOCAB_SIZE, HIDDEN_SIZE, NUM_LAYERS, MAX_POSITIONS = 4096, 192, 4, 256

@@ -35,8 +35,8 @@ from firth.recipes.common import (
 from firth.runs.examples import WindowsConfig
 from firth.runs.prepare import DataConfig
 from firth.runs.recipe import BatchConfig, CheckpointConfig, EvalConfig, Recipe, TokenizerConfig
-from firth.train.optimizer import OptimizerConfig
-from firth.train.schedule import Budget, Schedule
+from firth.training.optimizer import OptimizerConfig
+from firth.training.schedule import Budget, Schedule
 
 SAMPLES = ("The ", "I think that ", "What is ")
 """Prompts that the report continues before and after training."""

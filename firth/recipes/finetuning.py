@@ -61,8 +61,8 @@ from firth.runs.examples import Seq2SeqConfig
 from firth.runs.labeled_examples import LabeledConfig, MultipleChoiceConfig, QuestionsConfig, ScoredConfig, TaggedConfig
 from firth.runs.noisy_label_examples import MultiAnnotatorConfig, PseudoLabeledConfig
 from firth.runs.recipe import BatchConfig, CheckpointConfig, EvalConfig, Recipe
-from firth.train.optimizer import OptimizerConfig
-from firth.train.schedule import Budget, Schedule
+from firth.training.optimizer import OptimizerConfig
+from firth.training.schedule import Budget, Schedule
 
 
 def classification() -> Recipe:

@@ -24,8 +24,8 @@ from firth.objectives.sft import SFT
 from firth.runs.alignment_examples import RankingsConfig, RefLogprobsConfig, RolloutsConfig
 from firth.runs.examples import DialoguesConfig, PreferencesConfig
 from firth.runs.recipe import BatchConfig, CheckpointConfig, EvalConfig, Recipe
-from firth.train.optimizer import OptimizerConfig
-from firth.train.schedule import Budget, Schedule
+from firth.training.optimizer import OptimizerConfig
+from firth.training.schedule import Budget, Schedule
 
 
 def sft() -> Recipe:

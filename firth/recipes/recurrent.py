@@ -35,8 +35,8 @@ from firth.runs.examples import WindowsConfig, WordWindowsConfig
 from firth.runs.labeled_examples import TaggedConfig
 from firth.runs.prepare import DataConfig
 from firth.runs.recipe import BatchConfig, CheckpointConfig, EvalConfig, Recipe, TokenizerConfig
-from firth.train.optimizer import OptimizerConfig
-from firth.train.schedule import Budget, Schedule
+from firth.training.optimizer import OptimizerConfig
+from firth.training.schedule import Budget, Schedule
 
 WORDS = TokenizerConfig(algorithm="word", vocab_size=20_000)
 """The tokenizer of whole words."""

@@ -29,8 +29,8 @@ from firth.recipes.common import (
 from firth.runs.examples import ChunksConfig, Seq2SeqConfig
 from firth.runs.prepare import DataConfig
 from firth.runs.recipe import BatchConfig, CheckpointConfig, EvalConfig, Recipe, TokenizerConfig
-from firth.train.optimizer import OptimizerConfig
-from firth.train.schedule import Budget, Schedule
+from firth.training.optimizer import OptimizerConfig
+from firth.training.schedule import Budget, Schedule
 
 
 def t5(size: str = "tiny") -> Recipe:

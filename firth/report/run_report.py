@@ -1,6 +1,6 @@
 """Report of a run directory from the files that the run wrote.
 
-    metrics.jsonl   one row per logged step, as `firth.train.logging` writes it:
+    metrics.jsonl   one row per logged step, as `firth.training.logging` writes it:
                     {"split": "train", "step": 40, "seconds": 12.5, "tokens": 163840, "loss": 4.1, "rate": 0.003, ...}
                     {"split": "valid", "step": 40, "seconds": 12.5, "tokens": 163840, "loss": 4.3, "bits_per_byte": 2.2}
     recipe.yaml     optional: the resolved recipe, shown in full; running it again repeats the run

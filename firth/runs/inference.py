@@ -40,7 +40,7 @@ from firth.runs.recipe import load
 from firth.tokenizer import chat
 from firth.tokenizer.inspection import readable
 from firth.tokenizer.tokenizer import Tokenizer
-from firth.train import precision
+from firth.training import precision
 from firth.types import LogLine, UserError
 
 
@@ -288,7 +288,9 @@ def embed_file(
             given = (readers.text_field(record, field, place) for place, record in records)
             texts = [next(given) if has_text else "" for has_text in got.has_text]
     evaluated = load_evaluated_model(directory)
-    found, cut = embed(evaluated.model, evaluated.tokenizer, texts, length=length or _longest(evaluated), unit=unit)
+    found, cut = embed(
+        evaluated.model, evaluated.tokenizer, texts, length=length or trained_length(evaluated), unit=unit
+    )
     if cut:
         log(
             f"{got.name}: {many(len(cut), 'text')} longer than the limit, truncated at the end; the first is row {cut[0] + 1}"
@@ -302,7 +304,7 @@ def embed_file(
     return f"{out}: {many(len(found), 'vector')} of {found.shape[1]} numbers"
 
 
-def _longest(evaluated: EvaluatedModel) -> int:
+def trained_length(evaluated: EvaluatedModel) -> int:
     """Return the most tokens that a model was trained on: from sentence-transformers' config, or else its context."""
     settings = read_json(evaluated.model_directory / "sentence_bert_config.json")
     return int(settings.get("max_seq_length") or evaluated.context)

@@ -25,7 +25,7 @@ from firth.runs import examples
 from firth.runs.prepare import RunData
 from firth.runs.recipe import load
 from firth.runs.validation import Validator
-from firth.train.distributed import Ranks
+from firth.training.distributed import Ranks
 from firth.types import LogLine, UserError
 
 OBJECTIVE = "objective"
@@ -54,7 +54,18 @@ def measure(
     """
     if task == "glue":
         return tasks.evaluate(directory, paths, task=task, limit=limit, log=log)
-    evaluated = load_evaluated_model(directory)
+    return measure_with(load_evaluated_model(directory), paths, task=task, limit=limit, log=log)
+
+
+def measure_with(
+    evaluated: EvaluatedModel,
+    paths: Sequence[str],
+    *,
+    task: str | None = None,
+    limit: int | None = None,
+    log: LogLine = lambda _: None,
+) -> dict[str, Any]:
+    """Evaluate a loaded model on files; see `measure`."""
     task = default_for(evaluated, paths) if task is None else task
     if task == "likelihood" and (evaluated.model.config.latent_size or not evaluated.model.has_lm_head):
         task = ""  # only the objective can evaluate a bound (VAE) or two separate directions (ELMo)

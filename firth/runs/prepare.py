@@ -28,7 +28,7 @@ from firth.pretrained.load_save import load_model
 from firth.runs.config_io import path_field
 from firth.tokenizer.tokenizer import Tokenizer
 from firth.tokenizer.train import train
-from firth.train import precision
+from firth.training import precision
 from firth.types import LogLine, UserError
 from firth.validated import PositiveFloat, Ranged, ShareBelowOne
 

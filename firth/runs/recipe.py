@@ -30,8 +30,8 @@ from firth.runs.peft_options import PEFT_METHODS, FullFinetuning, PeftConfig, ch
 from firth.runs.prepare import DataConfig
 from firth.runs.recipe_names import RECIPES
 from firth.tokenizer.tokenizer import Tokenizer
-from firth.train.optimizer import OptimizerConfig
-from firth.train.schedule import Budget, Schedule
+from firth.training.optimizer import OptimizerConfig
+from firth.training.schedule import Budget, Schedule
 from firth.types import UserError
 from firth.validated import NonNegativeInt, OptionalTokenCount, PositiveInt, Range, Ranged
 

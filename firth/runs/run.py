@@ -57,9 +57,10 @@ from firth.runs.recipe_names import RECIPES
 from firth.runs.tokenizer import check_vocab, resolved_size, tokenizer_of
 from firth.runs.validation import Validator, vocab
 from firth.tokenizer.tokenizer import Tokenizer
-from firth.train import checkpoint, precision
-from firth.train.distributed import Ranks, join
-from firth.train.trainer import TrainerConfig, train
+from firth.training import checkpoint, precision
+from firth.training.distributed import Ranks, join
+from firth.training.logging import OnMetrics, ProgressReporter
+from firth.training.trainer import TrainerConfig, train
 from firth.types import LogLine, UserError
 
 T = TypeVar("T")
@@ -101,13 +102,21 @@ class RunResult:
         return self.directory / "model"
 
 
-def run(recipe: Recipe, directory: Path, log: LogLine = print) -> RunResult:
+def run(
+    recipe: Recipe,
+    directory: Path,
+    log: LogLine = print,
+    reporter: ProgressReporter | None = None,
+    on_metrics: OnMetrics | None = None,
+) -> RunResult:
     """Train a recipe in a directory, or resume or return the run that the directory holds.
 
     Args:
         recipe: The recipe.
         directory: The run directory.
-        log: Receives progress messages of the first rank.
+        log: Receives messages of the first rank.
+        reporter: Receives the progress of training; by default it is printed.
+        on_metrics: Called with each row of metrics.jsonl, on the first rank.
 
     Raises:
         UserError: The directory holds a run of another recipe, or the recipe is invalid.
@@ -115,10 +124,17 @@ def run(recipe: Recipe, directory: Path, log: LogLine = print) -> RunResult:
     kernels.check_forced()
     ranks = join(best_device())
     with ranks.together():
-        return _run(recipe, directory, log, ranks)
+        return _run(recipe, directory, log, ranks, reporter, on_metrics)
 
 
-def _run(recipe: Recipe, directory: Path, log: LogLine, ranks: Ranks) -> RunResult:
+def _run(
+    recipe: Recipe,
+    directory: Path,
+    log: LogLine,
+    ranks: Ranks,
+    reporter: ProgressReporter | None,
+    on_metrics: OnMetrics | None,
+) -> RunResult:
     """Execute `run` on one rank."""
     log = log if ranks.first else _silent
     if recipe.model is None and not recipe.init_from:
@@ -227,6 +243,7 @@ def _run(recipe: Recipe, directory: Path, log: LogLine, ranks: Ranks) -> RunResu
                       load_best_at_end=bool(evaluation.best_metric or evaluation.patience),
                       patience=evaluation.patience, precision=chosen),
             evaluate=validator.measure if validator is not None else None, ranks=ranks, recipe=known, name=resolved.name,
+            reporter=reporter, on_metrics=on_metrics,
         )  # fmt: skip
     except UserError as error:
         if ranks.first and isinstance(error.__cause__, RewardError):  # the user may fix the function and resume the run

@@ -25,9 +25,9 @@ from firth.runs.examples import spread
 from firth.runs.recipe import Recipe
 from firth.tokenizer.tokenizer import Tokenizer
 from firth.tokenizer.vocab import Vocab
-from firth.train.distributed import Ranks
-from firth.train.step import no_reduce
-from firth.train.validate import validate
+from firth.training.distributed import Ranks
+from firth.training.step import no_reduce
+from firth.training.validate import validate
 from firth.types import Batch, Outputs, UserError
 
 PROBE_EXAMPLES = 8

@@ -1,7 +1,7 @@
 """AdamW for embedding tables with sparse gradients: the same numbers as dense AdamW, at the cost of the rows used so far.
 
 A row that has never been looked up has had a gradient of zero in every step: its moments are zero, AdamW changes it by
-0 / (0 + eps), and embedding tables do not decay (`firth.train.optimizer`). So it can be skipped. A row that was looked up once
+0 / (0 + eps), and embedding tables do not decay (`firth.training.optimizer`). So it can be skipped. A row that was looked up once
 keeps changing by its mean, and is updated in every later step. (torch's SparseAdam skips those, which is another method.)
 
     3,000 of 30,522 x 384 embeddings used so far: 3 ms a step, where clearing, clipping and updating all take 45 ms

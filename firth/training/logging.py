@@ -24,16 +24,21 @@ that step. A resumed run removes the rows after its checkpoint and appends, so t
 
 from __future__ import annotations
 
+import functools
 import math
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
 from firth.io.atomic import write_text
 from firth.io.json_files import read_rows, row_line
-from firth.train.tensorboard import TensorBoardWriter
+from firth.training.tensorboard import TensorBoardWriter
+from firth.types import LogLine
+
+OnMetrics = Callable[[dict[str, Any]], None]
+"""A user's function that is called with each row of metrics: "split", "step", "seconds", "tokens" and the metrics by name."""
 
 
 class MetricsLog:
@@ -42,13 +47,15 @@ class MetricsLog:
     Args:
         directory: The run directory.
         step: The last step that is kept; rows after it are removed.
+        on_row: Called with each row as it is written.
     """
 
-    def __init__(self, directory: Path, step: int):
+    def __init__(self, directory: Path, step: int, on_row: OnMetrics | None = None):
         path = directory / "metrics.jsonl"
         keep_until(path, step)
         self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115
         self._events = TensorBoardWriter(directory, step + 1)
+        self._on_row = on_row
 
     def row(self, split: str, step: int, seconds: float, tokens: int, values: Mapping[str, float]) -> None:
         """Append a row; it is flushed to the kernel on return.
@@ -65,6 +72,8 @@ class MetricsLog:
         self._file.write(row_line(position | finite))
         self._file.flush()
         self._events.scalars(step, {f"{split}/{name}": value for name, value in values.items()})
+        if self._on_row is not None:
+            self._on_row(position | finite)
 
     def close(self) -> None:
         self._file.close()
@@ -103,25 +112,29 @@ class NullReporter:
     def close(self) -> None: ...
 
 
+PRINT: LogLine = functools.partial(print, flush=True)
+
+
 class LineReporter:
     """Prints plain lines, for a file or a pipe: the first progress, the last, and at most one in `every` seconds.
 
     Args:
         name: The start of every line.
         every: Seconds between progress lines.
+        write: Prints a line.
     """
 
-    def __init__(self, name: str, every: float = 10.0):
-        self.name, self.every, self.printed_at = name, every, -math.inf
+    def __init__(self, name: str, every: float = 10.0, write: LogLine = PRINT):
+        self.name, self.every, self.write, self.printed_at = name, every, write, -math.inf
 
     def progress(self, passed: float, text: str) -> None:
         now = time.monotonic()
         if now - self.printed_at >= self.every or passed >= 1:
             self.printed_at = now
-            print(f"{self.name} {100 * passed:3.0f}%  {text}", flush=True)
+            self.write(f"{self.name} {100 * passed:3.0f}%  {text}")
 
     def log(self, text: str) -> None:
-        print(f"{self.name} {text}", flush=True)
+        self.write(f"{self.name} {text}")
 
     def close(self) -> None: ...
 

@@ -1,6 +1,6 @@
 """The optimizer: Muon and AdamW with per-parameter learning rates and weight decay, and gradient clipping.
 
-Muon (`firth.train.muon`) updates hidden matrices, AdamW (Loshchilov & Hutter 2019) the rest, or everything:
+Muon (`firth.training.muon`) updates hidden matrices, AdamW (Loshchilov & Hutter 2019) the rest, or everything:
 
     weight                        optimizer   learning rate    decay
     blocks.3.attention.q.weight   muon        lr               weight_decay
@@ -31,8 +31,8 @@ from torch import Tensor, nn
 
 from firth.model.transformer import TransformerStack
 from firth.peft.lora import LoraLayer
-from firth.train import muon
-from firth.train.sparse_adam import SparseAdam, sums
+from firth.training import muon
+from firth.training.sparse_adam import SparseAdam, sums
 from firth.types import UserError
 from firth.validated import NonNegativeFloat, PositiveFloat, Ranged, ShareBelowOne
 
@@ -133,7 +133,7 @@ class Optimizer:
     Args:
         optimizer: The configuration.
         model: The model.
-        sparse: Whether untied embedding tables on a CPU get sparse gradients (`firth.train.sparse_adam`). The numbers are the
+        sparse: Whether untied embedding tables on a CPU get sparse gradients (`firth.training.sparse_adam`). The numbers are the
             same; visiting all rows of a large vocabulary takes as long as a transformer block.
 
     Raises:

@@ -1,7 +1,7 @@
 """The training loop, for every objective.
 
     prepare    the data source may generate new data with the model (on-policy data)
-    step       gradients of the sums of the loss terms over the label counts of the whole step (`firth.train.step`)
+    step       gradients of the sums of the loss terms over the label counts of the whole step (`firth.training.step`)
     update     clip and take the optimizer step; a step without a finite gradient is skipped, on all ranks together
     after      a row in metrics.jsonl, validation, a checkpoint
 
@@ -30,18 +30,18 @@ import torch
 from firth import kernels
 from firth.model import flops
 from firth.model.fused import uses_dropout
-from firth.train import checkpoint, precision, training_state
-from firth.train.cpu_setup import flush_denormals, keep_freed_memory
-from firth.train.distributed import Ranks
-from firth.train.logging import MetricsLog, NullReporter, ProgressReporter, clock, make_reporter, short
-from firth.train.optimizer import Optimizer, OptimizerConfig
-from firth.train.prefetch import Prefetcher
-from firth.train.run_lock import Interrupted, interrupt_handler, run_lock
-from firth.train.schedule import Budget, Schedule
-from firth.train.step import count_targets
-from firth.train.step import step as gradients
-from firth.train.training_state import TrainingState
-from firth.train.validate import named_metrics, to
+from firth.training import checkpoint, precision, training_state
+from firth.training.cpu_setup import flush_denormals, keep_freed_memory
+from firth.training.distributed import Ranks
+from firth.training.logging import MetricsLog, NullReporter, OnMetrics, ProgressReporter, clock, make_reporter, short
+from firth.training.optimizer import Optimizer, OptimizerConfig
+from firth.training.prefetch import Prefetcher
+from firth.training.run_lock import Interrupted, interrupt_handler, run_lock
+from firth.training.schedule import Budget, Schedule
+from firth.training.step import count_targets
+from firth.training.step import step as gradients
+from firth.training.training_state import TrainingState
+from firth.training.validate import named_metrics, to
 from firth.types import Batch, UserError
 
 if TYPE_CHECKING:
@@ -127,6 +127,7 @@ def train(
     recipe: str = "",
     name: str = "",
     reporter: ProgressReporter | None = None,
+    on_metrics: OnMetrics | None = None,
 ) -> TrainingResult:
     """Train a model in place, or resume from the last checkpoint of the directory. Leaves the model in eval mode.
 
@@ -144,6 +145,7 @@ def train(
         recipe: A hash of everything that the run depends on; checkpoints with another hash are an error.
         name: The start of progress lines; by default the directory's name.
         reporter: Receives the progress; by default it is printed.
+        on_metrics: Called with each row of metrics.jsonl, on the first rank.
 
     Raises:
         UserError: No labels, directory locked, disk full, or gradients not finite.
@@ -155,7 +157,7 @@ def train(
     with ranks.together(), run_lock(directory) if ranks.first else nullcontext():
         reporter = (reporter or make_reporter(name or directory.name)) if ranks.first else NullReporter()
         run = _Run(model, objective, batches, directory, budget, optimizer or OptimizerConfig(), schedule or Schedule(),
-                   config or TrainerConfig(), evaluate, ranks, recipe, reporter)  # fmt: skip
+                   config or TrainerConfig(), evaluate, ranks, recipe, reporter, on_metrics)  # fmt: skip
         try:
             return run.train()
         except OSError as error:
@@ -172,10 +174,11 @@ class _Run:
     def __init__(
         self, model: LM, objective: Objective, batches: Batches, directory: Path, budget: Budget, optimizer: OptimizerConfig,
         schedule: Schedule, config: TrainerConfig, evaluate: Evaluate | None, ranks: Ranks, recipe: str, reporter: ProgressReporter,
+        on_metrics: OnMetrics | None,
     ):  # fmt: skip
         self.model, self.objective, self.batches, self.directory = model, objective, batches, directory
         self.budget, self.schedule, self.config, self.evaluate = budget, schedule, config, evaluate
-        self.ranks, self.recipe, self.reporter = ranks, recipe, reporter
+        self.ranks, self.recipe, self.reporter, self.on_metrics = ranks, recipe, reporter, on_metrics
         self.lr = optimizer.lr
         self.device = next(model.parameters()).device
         if ranks.world > 1:  # replicas with different kernels would diverge
@@ -230,7 +233,7 @@ class _Run:
         """Run the remaining steps and return the result."""
         state = self.state
         if not self._finished:
-            log = MetricsLog(self.directory, state.step) if self.ranks.first else None
+            log = MetricsLog(self.directory, state.step, self.on_metrics) if self.ranks.first else None
             self.model.train(self.objective.dropout)
             if self.objective.precomputed_fields and self.objective.dropout and uses_dropout(self.model):
                 fields = ", ".join(sorted(self.objective.precomputed_fields))

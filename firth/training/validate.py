@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from firth.train.step import Reduce, count_targets, no_reduce
+from firth.training.step import Reduce, count_targets, no_reduce
 from firth.types import Batch, Outputs
 
 if TYPE_CHECKING:

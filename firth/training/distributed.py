@@ -7,7 +7,7 @@ distributed over ranks. `join()` reads the environment variables that torchrun s
 
 Each rank has a copy of the model and takes the same step; data is split by global index (`firth.data.collate`). Ranks wait for
 long work on a single rank without a collective, and a rank that fails or stops ends the others with an error that names it
-(`firth.train.peer_watch`).
+(`firth.training.peer_watch`).
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from firth.train.peer_watch import PeerWatch, silence_seconds
+from firth.training.peer_watch import PeerWatch, silence_seconds
 
 BUCKET_BYTES = 32 << 20
 """Bytes of gradients that are summed in one call: large enough to saturate a link, small compared with the model."""

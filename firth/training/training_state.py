@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, nn
 
-from firth.train import checkpoint
-from firth.train.checkpoint import Checkpoint
-from firth.train.distributed import Ranks
-from firth.train.optimizer import Optimizer
+from firth.training import checkpoint
+from firth.training.checkpoint import Checkpoint
+from firth.training.distributed import Ranks
+from firth.training.optimizer import Optimizer
 from firth.types import UserError
 
 if TYPE_CHECKING:

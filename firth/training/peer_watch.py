@@ -10,7 +10,7 @@ and a rank inside it does not notice that another one has failed. Here the ranks
                unreachable
 
 The thread ends its process, because the main thread may be inside a collective that never returns. That is safe for
-checkpoints: one that is being written does not have its final name yet (`firth.train.checkpoint`).
+checkpoints: one that is being written does not have its final name yet (`firth.training.checkpoint`).
 """
 
 from __future__ import annotations
