@@ -75,7 +75,7 @@ def test_settings_of_tasks_are_valid() -> None:
 def test_text_field_holds_the_typed_text() -> None:
     line = next(line for name, line in FOUND if "text_to_text" in line and name == "finetuning.py")
     examples = check_command(line).examples  # type: ignore[union-attr]
-    assert (examples.prompt_template, examples.completion_template) == ("translate to French: {en}", "{fr}")  # type: ignore[attr-defined]
+    assert (examples.prompt_template, examples.completion_template) == ("in French: {en}", "{fr}")  # type: ignore[attr-defined]
     for text in ("{a}: {b}", "# {en}", "yes", "3", "a # b", "[{en}]", "{en}"):
         typed = load(
             "text_to_text", [f"examples.prompt_template={text}", "examples.completion_template='x: y'"]
