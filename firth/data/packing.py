@@ -1,4 +1,4 @@
-"""Placement of examples in rows, and arrays filled accordingly (NumPy only).
+"""Placement of examples in rows, and arrays filled accordingly (NumPy only); `firth.data.collate.pack` makes the batch.
 
 >>> placement = PackedLayout(rows=np.array([0, 1]), starts=np.array([0, 0]), lengths=np.array([3, 1]))
 >>> placement.scatter([np.array([5, 6, 7]), np.array([9])], fill=0, dtype=np.int64).tolist()

@@ -1,5 +1,7 @@
 """Train a tokenizer on a bounded sample of a corpus: BPE with end-of-word suffix, byte-level BPE, WordPiece or Unigram.
 
+`firth.tokenizer.merges` learns merges, `firth.tokenizer.unigram` a Unigram vocabulary.
+
     bpe         characters and `</w>`; the most frequent pair is merged, repeatedly (Sennrich 2016; GPT)
     byte-bpe    the same on bytes: nothing is unknown, decoding restores every text (GPT-2, RoBERTa, BART, Llama)
     wordpiece   `##` continuations, longest match first (BERT). Google never published how BERT's were trained; here,

@@ -2,7 +2,8 @@
 
 Every loss term is a SUM; it is divided by the number of its labels in the *whole* step, over all micro-batches and all ranks,
 which is known before the first backward pass. So the gradient does not depend on how the step is split (no mean of means
-in gradient accumulation), and terms are added without weights other than those of the objective.
+in gradient accumulation), and terms are added without weights other than those of the objective. `firth.training.trainer`
+calls it and then the optimizer.
 """
 
 from __future__ import annotations

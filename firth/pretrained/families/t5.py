@@ -1,5 +1,7 @@
 """T5 (Raffel 2019), the default encoder-decoder: relative positions, RMSNorm, no biases.
 
+`firth.pretrained.load_save` reads and writes the files of every family; here is what is T5's own.
+
 v1.0 has ReLU and a tied LM head whose inputs are scaled by hidden_size ** -0.5; v1.1 has GeGLU and no scale.
 `tie_word_embeddings` in config.json selects the scale: transformers 5 reads false as "do not scale" (and ties unless the
 file has an LM head), transformers 4 as "do not scale, do not tie". An unscaled model is therefore written with false and
