@@ -57,7 +57,7 @@ def test_a_run_directory_holds_what_the_contract_says(run: Path) -> None:
             "chat_template.jinja"} <= model  # fmt: skip
 
 
-def test_the_run_again_does_nothing_and_another_recipe_is_refused(run: Path, folder: Path) -> None:
+def test_a_finished_run_is_kept_and_another_recipe_refused(run: Path, folder: Path) -> None:
     before = (run / "metrics.jsonl").read_bytes()
     arguments = ["train", "gpt", "data.corpus=", f"data.path={folder}", *SMALL, "--out", str(run)]
     firth(*arguments)

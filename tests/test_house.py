@@ -173,3 +173,24 @@ def test_the_readme_begins_with_make_demo_and_make_test():
     assert commands[:2] == ["make demo", "make test"]
     targets = re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.M)
     assert {"demo", "test"} <= set(targets)
+
+
+def test_no_two_public_classes_share_a_name():
+    names = [
+        node.name
+        for path in SOURCES
+        for node in ast.parse(path.read_text(encoding="utf-8")).body
+        if isinstance(node, ast.ClassDef) and not node.name.startswith("_")
+    ]
+    assert len(names) > 100
+    assert sorted({name for name in names if names.count(name) > 1}) == []
+
+
+def test_test_names_are_short():
+    names = [
+        name
+        for path in (ROOT / "tests").glob("test_*.py")
+        for name in re.findall(r"def (test_\w+)", path.read_text("utf-8"))
+    ]
+    assert len(names) > 500
+    assert [name for name in names if len(name) > 60] == []

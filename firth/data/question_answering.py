@@ -23,7 +23,7 @@ import numpy as np
 
 from firth.corpora import readers
 from firth.data import layout
-from firth.data.records import OMITTED, Column, Record, Records
+from firth.data.records import OMITTED, ArrayColumn, Record, Records
 from firth.tokenizer.normalize import replace_lone_surrogates
 from firth.tokenizer.tokenizer import Tokenizer
 from firth.types import Example, UserError
@@ -76,7 +76,11 @@ class QuestionRecords(Records):
         self.stride, self.question, self._context, self.labeled = stride, question, context, labeled
         self.keep = keep
         self.unanswerable = self.questions = 0
-        self._contexts, self._right_answers, self._contexts_of = Column(np.uint8), Column(np.uint8), array("q")
+        self._contexts, self._right_answers, self._contexts_of = (
+            ArrayColumn(np.uint8),
+            ArrayColumn(np.uint8),
+            array("q"),
+        )
         self._num_passages = 0
         self._latest: tuple[str, tuple[np.ndarray, np.ndarray]] = ("", (np.zeros(0), np.zeros((0, 2))))
         if length < question + 8:

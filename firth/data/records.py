@@ -97,7 +97,7 @@ def describe_note(
     return f"{count:,} {text}; the first is {location}"
 
 
-class Column:
+class ArrayColumn:
     """Arrays of varied length in a temporary file that is removed with the process."""
 
     def __init__(self, dtype: type) -> None:
@@ -156,7 +156,7 @@ class Records(Source):
 
     def __init__(self, paths: Sequence[str], tokenizer: Tokenizer, length: int, *, names: Sequence[str] = ()) -> None:
         self.tokenizer, self.length, self.paths = tokenizer, length, paths
-        self._columns = {name: Column(dtype) for name, dtype in self.columns.items()}
+        self._columns = {name: ArrayColumn(dtype) for name, dtype in self.columns.items()}
         self._size = 0
         self._counts: Counter[str] = Counter()
         self._first: dict[str, str] = {}

@@ -173,7 +173,7 @@ def figure_value(value: Cell) -> str:
 
 
 @dataclass(frozen=True)
-class Column:
+class FormattedCell:
     """Formatted cell."""
 
     text: str
@@ -181,7 +181,7 @@ class Column:
     best: bool
 
 
-def cells(table: Table) -> list[list[Column]]:
+def cells(table: Table) -> list[list[FormattedCell]]:
     """Format the rows of a table column by column: equal decimals, minus signs, thousands separators, best cells.
 
     >>> [[c.text for c in row] for row in cells(Table("t", ["model", "loss"], [["a", 12.5], ["b", 3.14159]]))]
@@ -191,12 +191,12 @@ def cells(table: Table) -> list[list[Column]]:
     return [list(row) for row in zip(*columns, strict=True)]
 
 
-def _column(values: Sequence[Cell], best: str | None) -> list[Column]:
+def _column(values: Sequence[Cell], best: str | None) -> list[FormattedCell]:
     known = [v for v in values if isinstance(v, int | float)]
     if len(known) + sum(v is None for v in values) < len(values):
-        return [Column(figure_value(v), False, False) for v in values]
+        return [FormattedCell(figure_value(v), False, False) for v in values]
     top = (max if best == "max" else min)(known) if best and known else None
-    return [Column(_aligned(v, known), True, v is not None and v == top) for v in values]
+    return [FormattedCell(_aligned(v, known), True, v is not None and v == top) for v in values]
 
 
 def _aligned(value: Cell, column: Sequence[float]) -> str:

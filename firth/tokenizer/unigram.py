@@ -52,7 +52,7 @@ def learn(words: Mapping[str, int], size: int) -> list[tuple[str, float]]:
     Returns:
         Pieces with their natural log-probabilities, the most likely first, ties by spelling.
     """
-    table = Table.of(parts(words))
+    table = PartTable.of(parts(words))
     pieces, weight = seeds(table)
     p = weight / weight.sum()
     wanted = max(size * 11 // 10, int((pieces.length == 1).sum()))
@@ -110,7 +110,7 @@ def kind_of(character: str) -> str:
 
 
 @dataclass(frozen=True, eq=False)
-class Table:
+class PartTable:
     """Distinct parts in columns, the longest first: character o of part r is at index `base[o] + r`.
 
     So the parts that have a character o are the first `live[o]` ones, and an operation on them is one slice.
@@ -128,14 +128,14 @@ class Table:
     base: list[int]
 
     @staticmethod
-    def of(found: Mapping[str, int]) -> Table:
+    def of(found: Mapping[str, int]) -> PartTable:
         """Return the table of parts."""
         rows = sorted(found, key=lambda part: (-len(part), part))
         lengths = np.array([len(part) for part in rows])
         live = [int((lengths > o).sum()) for o in range(len(rows[0]))]
         text = np.concatenate([np.array([ord(part[o]) for part in rows[:k]]) for o, k in enumerate(live)])
         count = np.array([found[part] for part in rows], np.float64)
-        return Table(text, count, live, [0, *itertools.accumulate(live)])
+        return PartTable(text, count, live, [0, *itertools.accumulate(live)])
 
     def slices(self) -> Iterator[tuple[int, int, slice, slice, slice]]:
         """Yield (offset, size, places, begin, end) for all pieces of `size` characters at an offset, in forward order.
@@ -178,7 +178,7 @@ class Pieces:
         return Pieces(new[self.at], self.offset[keep], self.row[keep], self.length[keep])
 
 
-def seeds(table: Table) -> tuple[Pieces, np.ndarray]:
+def seeds(table: PartTable) -> tuple[Pieces, np.ndarray]:
     """Return every character and the substrings that occur at least twice, weighted by frequency times length.
 
     At most MAX_SEED_PIECES, those of the largest weight. A substring is a known shorter one and a further character, so one sort
@@ -216,7 +216,7 @@ def seeds(table: Table) -> tuple[Pieces, np.ndarray]:
     return pieces.keep(keep), weight[keep]
 
 
-def expect(table: Table, pieces: Pieces, p: np.ndarray) -> np.ndarray:
+def expect(table: PartTable, pieces: Pieces, p: np.ndarray) -> np.ndarray:
     """Return the expected count of each piece (P,): forward and backward sums over all parts at once.
 
     Each probability is multiplied by a constant per character, which cancels out and keeps the sums near one.
@@ -246,7 +246,7 @@ def expect(table: Table, pieces: Pieces, p: np.ndarray) -> np.ndarray:
     return np.asarray((total * q)[:-1])
 
 
-def pieces_to_keep(table: Table, pieces: Pieces, log_p: np.ndarray, expected: np.ndarray, n: int) -> np.ndarray:
+def pieces_to_keep(table: PartTable, pieces: Pieces, log_p: np.ndarray, expected: np.ndarray, n: int) -> np.ndarray:
     """Return which n pieces to keep (P,) bool: the characters, and those whose removal would cost the most likelihood.
 
     The cost of a piece is how much less likely the text becomes if each occurrence is replaced by its best other segmentation,
@@ -264,7 +264,7 @@ def pieces_to_keep(table: Table, pieces: Pieces, log_p: np.ndarray, expected: np
     return kept
 
 
-def alternatives(table: Table, pieces: Pieces, log_p: np.ndarray) -> np.ndarray:
+def alternatives(table: PartTable, pieces: Pieces, log_p: np.ndarray) -> np.ndarray:
     """Return the most likely segmentation of each piece without itself: (P, MAX_PIECE_CHARACTERS) int32, padded with P.
 
     A character has none. One Viterbi pass over all pieces at once, the longest first so that a step is a slice.
@@ -297,7 +297,7 @@ def alternatives(table: Table, pieces: Pieces, log_p: np.ndarray) -> np.ndarray:
     return found
 
 
-def _final(table: Table, pieces: Pieces, p: np.ndarray, size: int, alphabet: set[str]) -> list[tuple[str, float]]:
+def _final(table: PartTable, pieces: Pieces, p: np.ndarray, size: int, alphabet: set[str]) -> list[tuple[str, float]]:
     base = np.array(table.base)
     order = np.lexsort((np.arange(len(p)), -p, pieces.length > 1))  # characters, then the most likely
     score = np.log(p)

@@ -59,7 +59,7 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
 
 
-class Task(Protocol[T]):
+class WorkerTask(Protocol[T]):
     """Work on a list of texts: `setup` describes it to a worker, and `result` decodes the worker's reply."""
 
     def setup(self) -> dict[str, str]: ...
@@ -108,7 +108,7 @@ class Workers(Generic[T]):
         count: Number of processes; None for one per core.
     """
 
-    def __init__(self, task: Task[T], count: int | None = None) -> None:
+    def __init__(self, task: WorkerTask[T], count: int | None = None) -> None:
         self._task, self._count = task, count or cores()
         self._processes: list[subprocess.Popen[bytes]] = []
         self._lines: list[Connection] = []
