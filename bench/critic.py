@@ -39,7 +39,7 @@ from firth.demo import plays
 from firth.demo.data import read_rows
 from firth.demo.scorers import SCORERS
 from firth.demo.sizes import SIZES
-from firth.generate.decoding import rectangle
+from firth.generate.decoding_batch import rectangle
 from firth.generate.engine import Engine
 from firth.generate.sampling import Sampling
 from firth.model.model import LM

@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from safetensors.numpy import load_file
 
-from firth import kernels
+from firth import kernel_choice
 from firth.runs.recipe import load
 from firth.runs.recipe_names import RECIPES
 from firth.runs.run import run
@@ -159,7 +159,7 @@ def every_run(out: Path) -> dict[str, Callable[[], dict[str, Any]]]:
 
 def record(out: Path, only: list[str]) -> dict[str, Any]:
     """Train the missing runs, print each, and write golden.json."""
-    os.environ.setdefault(kernels.FORCE, "first")
+    os.environ.setdefault(kernel_choice.FORCE, "first")
     torch.set_num_threads(1)
     (out / "records").mkdir(parents=True, exist_ok=True)
     write_records(out / "records")

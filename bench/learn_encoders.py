@@ -42,7 +42,7 @@ from firth.data.collate import Batches, collate
 from firth.data.source import Source, SubsetSource
 from firth.data.token_store import TokenStore
 from firth.data.windows import DocumentChunks, SegmentPairs
-from firth.generate.decoding import inference_mode
+from firth.generate.decoding_batch import inference_mode
 from firth.model.config import encoder_config
 from firth.model.model import LM
 from firth.objectives.masked_lm import MLM

@@ -35,7 +35,7 @@ def measure(candidate: str, length: int, repeats: int) -> dict[str, float]:
     import torch
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
-    from firth import kernels
+    from firth import kernel_choice
     from firth.model.attention import ATTENTION
     from firth.model.config import encoder_config
     from firth.model.model import LM
@@ -45,7 +45,7 @@ def measure(candidate: str, length: int, repeats: int) -> dict[str, float]:
     if candidate == "linformer":
         config = replace(config, linformer_k=SLOTS)
     if candidate == "written out":
-        kernels.use({kernel.name: "sdpa" for kernel in ATTENTION.values()})
+        kernel_choice.use({kernel.name: "sdpa" for kernel in ATTENTION.values()})
     backends = [SDPBackend.MATH] if candidate == "written out" else [SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]
     model = LM(config, {})
     tokens = torch.randint(0, 1000, (1, length))

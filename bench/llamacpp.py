@@ -29,7 +29,7 @@ import numpy as np
 import torch
 
 from firth.corpora import catalog, download
-from firth.generate.decoding import inference_mode, rectangle
+from firth.generate.decoding_batch import inference_mode, rectangle
 from firth.generate.engine import Engine
 from firth.generate.sampling import Sampling
 from firth.model.config import ModelConfig

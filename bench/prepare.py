@@ -30,7 +30,7 @@ from bench.harness import cpu_name
 from firth.corpora import catalog, readers
 from firth.corpora.readers import Document
 from firth.data.token_store import TokenStore
-from firth.runs.inputs import RunInputs
+from firth.runs.input_hashes import RunInputs
 from firth.runs.prepare import RunData
 from firth.runs.recipe import load
 from firth.runs.tokenizer import tokenizer_of

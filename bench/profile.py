@@ -35,7 +35,7 @@ from bench.causal import (
     windows,
 )  # fmt: skip
 from bench.harness import gemm_rate
-from firth import kernels
+from firth import kernel_choice
 from firth.training import precision
 
 KINDS = (
@@ -155,7 +155,9 @@ def main() -> None:
         calls[operator_kind(event.key)] += event.count
     # The profiler slows the step down, small operators most: shares are of profiled time, milliseconds are scaled to the step.
     profiled = sum(kinds.values())
-    print(f"by kind of operator, own time (kernels: {', '.join(f'{n}={c}' for n, c in kernels.table().items())}):")
+    print(
+        f"by kind of operator, own time (kernels: {', '.join(f'{n}={c}' for n, c in kernel_choice.table().items())}):"
+    )
     for name, ms in sorted(kinds.items(), key=lambda item: -item[1]):
         print(f"  {name:36} {ms / profiled * total * 1e3:7.0f} ms {ms / profiled:6.1%} {calls[name] // 2:6} calls")
     if args.ops:

@@ -148,7 +148,7 @@ def candidates(where: str) -> dict[str, Callable[[EndSample], None]]:
 
 def check(where: str) -> None:
     """Compare transformers and firth on PROMPTS: ids, logits (relative difference) and NEW_TOKENS greedy tokens."""
-    from firth.generate.decoding import inference_mode, rectangle
+    from firth.generate.decoding_batch import inference_mode, rectangle
     from firth.generate.sampling import Sampling
 
     (model, tokenizer), engine = load_transformers(torch.float32, where), load_engine("fp32")

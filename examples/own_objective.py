@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 import firth
-from firth.data import layout
+from firth.data import attention_fields
 from firth.objectives.objective import TokenObjective
 from firth.types import IGNORE
 
@@ -32,7 +32,7 @@ class RareTokens(TokenObjective):
     def build_example(self, example, vocab, rng):
         tokens = example["tokens"]
         labels = np.where(tokens[1:] >= self.first_id, tokens[1:], IGNORE)
-        built = {"tokens": tokens[:-1], "labels": labels} | layout.causal(len(tokens) - 1)
+        built = {"tokens": tokens[:-1], "labels": labels} | attention_fields.causal(len(tokens) - 1)
         if "document_ids" in example:
             document = example["document_ids"]
             built |= {"document_ids": document[:-1]}

@@ -28,8 +28,8 @@ from firth.generate.embeddings import embed
 from firth.generate.engine import Engine
 from firth.generate.sampling import Sampling
 from firth.io.atomic import make_directory, write_text
+from firth.runs.evaluate_files import measure_with
 from firth.runs.inference import LoadedModel, encode_prompt, objective_in, trained_length
-from firth.runs.measure import measure_with
 from firth.runs.recipe import Recipe, load
 from firth.runs.run import RunResult, run
 from firth.training.logging import LineReporter, OnMetrics

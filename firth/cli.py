@@ -15,8 +15,8 @@ import typer
 
 from firth import __version__
 from firth.io.atomic import refusal
+from firth.ranges import MAX_TOKENS, Range, check_range
 from firth.types import UserError
-from firth.validated import MAX_TOKENS, Range, check_range
 
 app = typer.Typer(
     help="firth takes raw text to a language model that is pretrained, adapted, aligned and evaluated.",

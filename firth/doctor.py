@@ -20,7 +20,7 @@ from pathlib import Path
 
 import torch
 
-from firth import kernels, openmp
+from firth import kernel_choice, openmp
 from firth.generate import native_decoder, quantized
 from firth.model import attention, cross_entropy, fused, native, relative_distance
 from firth.objectives.word2vec import NEIGHBORS
@@ -220,7 +220,7 @@ def _precision() -> list[DoctorRow]:
 
 def _kernels() -> list[DoctorRow]:
     """Return the implementation of each kernel on this machine, and its speedup over the baseline."""
-    kernels.check_forced()
+    kernel_choice.check_forced()
     missing = native.why_not()
     compiler = (
         DoctorRow("compiler", "not usable", f"{missing}: training works without it, and is slower") if missing else None
@@ -246,7 +246,7 @@ def _kernels() -> list[DoctorRow]:
         NEIGHBORS,
     ]
     for kernel in sorted(every, key=lambda kernel: kernel.name):
-        choice, took = kernel.choice(), kernels.seconds(kernel)
+        choice, took = kernel.choice(), kernel_choice.seconds(kernel)
         plain = next(name for name in kernel.choices if name in took)
         faster = choice != plain and choice in took
         rows.append(

@@ -7,13 +7,15 @@ from collections import Counter
 
 import pytest
 
-from firth import kernels
+from firth import kernel_choice
 from firth.generate import quantized  # noqa: F401
 from firth.model import attention  # noqa: F401
 from firth.training import muon  # noqa: F401
 
 # Measured once for all workers and the commands that tests start, so that two of them never choose differently.
-os.environ.setdefault(kernels.FORCE, ",".join(f"{name}={choice}" for name, choice in kernels.table().items()))
+os.environ.setdefault(
+    kernel_choice.FORCE, ",".join(f"{name}={choice}" for name, choice in kernel_choice.table().items())
+)
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

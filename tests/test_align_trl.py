@@ -8,7 +8,7 @@ import pytest
 import torch
 from bytecoder import SPECIAL, ByteCoder
 
-from firth import kernels
+from firth import kernel_choice
 from firth.align.precompute import precompute
 from firth.align.rewards import PreferencePair, PreferencePairs, Rollout
 from firth.data.collate import Batches
@@ -86,7 +86,7 @@ def imported(model: torch.nn.Module, directory: Path) -> LM:
 @pytest.fixture(autouse=True)
 def one_kernel() -> Iterator[None]:
     """Fix the order of additions on every CPU: kernels differ in the last bit of sums of about -60, which beta doubles."""
-    with kernels.forced({"attention-fp32": "blocks-64"}):
+    with kernel_choice.forced({"attention-fp32": "blocks-64"}):
         yield
 
 

@@ -9,8 +9,8 @@ import typer
 from typer.testing import CliRunner
 
 from firth.cli import app, tokenizer_app
+from firth.ranges import is_numeric
 from firth.types import UserError
-from firth.validated import is_numeric
 
 
 def number_options() -> list[tuple[tuple[str, ...], str, str]]:

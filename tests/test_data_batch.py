@@ -12,7 +12,7 @@ import pytest
 import torch
 from data_room import Counting, store, tokenizer
 
-from firth.data import layout
+from firth.data import attention_fields
 from firth.data.collate import Batches, collate, pack
 from firth.data.packing import first_fit
 from firth.data.shuffle import ExampleRNG
@@ -143,7 +143,7 @@ def test_unneeded_fields_are_omitted() -> None:
 
 def test_types_of_fields() -> None:
     example = {
-        "tokens": np.arange(3, dtype=np.uint16), "labels": np.arange(3, dtype=np.int32), **layout.causal(3),
+        "tokens": np.arange(3, dtype=np.uint16), "labels": np.arange(3, dtype=np.int32), **attention_fields.causal(3),
         "document_ids": np.zeros(3, np.int64), "positions": np.arange(3), "old": np.zeros(3), "on": np.ones(3, bool), "choice": 1,
     }  # fmt: skip
     kinds = {name: str(field.dtype).removeprefix("torch.") for name, field in collate([example]).items()}
@@ -155,7 +155,7 @@ def test_types_of_fields() -> None:
 
 def test_examples_may_differ_only_in_attention_fields() -> None:
     plain = {"tokens": np.array([1, 2])}
-    several = {"tokens": np.array([3, 4, 5]), "document_ids": np.array([0, 0, 1]), **layout.causal(3)}
+    several = {"tokens": np.array([3, 4, 5]), "document_ids": np.array([0, 0, 1]), **attention_fields.causal(3)}
     batch = collate([plain, several])
     assert batch["document_ids"].tolist() == [[0, 0, 0], [0, 0, 1]]
     assert batch["query_time"].tolist() == [[0, 0, -NEVER], [0, 1, 2]]
@@ -168,9 +168,9 @@ def test_examples_may_differ_only_in_attention_fields() -> None:
 
 def test_grouped_rows_keep_their_axis() -> None:
     def row(n: int) -> Example:
-        return {"tokens": np.arange(1, n + 1), **layout.causal(n)}
+        return {"tokens": np.arange(1, n + 1), **attention_fields.causal(n)}
 
-    groups = [layout.group([row(n), row(2)]) | {"choice": 0} for n in (2, 4)]
+    groups = [attention_fields.group([row(n), row(2)]) | {"choice": 0} for n in (2, 4)]
     batch = collate(groups)
     assert batch["tokens"].shape == (2, 2, 4)
     assert batch["choice"].shape == (2,)
@@ -209,7 +209,8 @@ def test_packing_continues_the_numbers_of_own_documents() -> None:
 def test_packing_an_encoder_decoder_packs_both_sides() -> None:
     rng = np.random.default_rng(0)
     examples = [
-        layout.seq2seq(np.full(rng.integers(1, 15), i), np.full(rng.integers(1, 9), i), start=0) for i in range(1, 30)
+        attention_fields.seq2seq(np.full(rng.integers(1, 15), i), np.full(rng.integers(1, 9), i), start=0)
+        for i in range(1, 30)
     ]
     batch = pack(examples, 20)
     assert batch["source_tokens"].shape[0] == batch["tokens"].shape[0]

@@ -18,7 +18,7 @@ import zstandard
 from firth.corpora import readers
 from firth.data import text_cache
 from firth.data.text_cache import ReadOnce, read_once
-from firth.runs.inputs import RunInputs
+from firth.runs.input_hashes import RunInputs
 from firth.runs.prepare import RunData
 from firth.runs.recipe import load
 from firth.runs.tokenizer import tokenizer_of

@@ -5,7 +5,7 @@ import sys
 import pytest
 import torch
 
-from firth import doctor, kernels, openmp
+from firth import doctor, kernel_choice, openmp
 from firth.training import precision
 from firth.types import UserError
 
@@ -23,7 +23,7 @@ def test_rows_agree_with_the_choices_of_training() -> None:
         "malloc",
         "denormals",
         "compiler",
-        *kernels.table(),
+        *kernel_choice.table(),
         "memory",
         "disk",
         "device",

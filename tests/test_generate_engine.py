@@ -5,7 +5,7 @@ import pytest
 import torch
 from bytecoder import ByteCoder
 
-from firth.generate.decoding import rectangle
+from firth.generate.decoding_batch import rectangle
 from firth.generate.engine import Engine
 from firth.generate.fill_mask import masked
 from firth.generate.sampling import Sampling

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from firth import kernels
-from firth.generate.decoding import DecodingBatch, inference_mode
+from firth import kernel_choice
+from firth.generate.decoding_batch import DecodingBatch, inference_mode
 from firth.generate.native_decoder import NativeDecoder, few_rows
 from firth.generate.quantized import quantize
 from firth.generate.sampling import Sampling
@@ -117,7 +117,7 @@ def logits_of(model: LM, way: str, count: int = 5, steps: int = 8, kept: tuple[i
     rng = torch.Generator().manual_seed(3)
     tokens = torch.randint(3, V, (count, steps), generator=rng)
     out = []
-    with kernels.forced({"decode": way}), inference_mode(model):
+    with kernel_choice.forced({"decode": way}), inference_mode(model):
         rows = DecodingBatch(
             model,
             prompts(count),
@@ -161,7 +161,7 @@ def test_bf16_weights_are_used_exactly(name: str, tiles: str) -> None:
     """Compared with float32 weights of the same values; only keys, values and the prefill of the prompt are rounded."""
     half = quantize(random_model(CONFIGS[name]), "bf16")
     same = quantize(half, "fp32")
-    with kernels.forced({"few-rows": tiles}):
+    with kernel_choice.forced({"few-rows": tiles}):
         got = logits_of(half, "native", 6)
     agree(got[1:], logits_of(same, "torch", 6)[1:], 2e-2)
     torch_errors = [
@@ -178,7 +178,7 @@ def test_bf16_weights_are_used_exactly(name: str, tiles: str) -> None:
 )
 def test_int8_weights_agree_with_torch(name: str, tiles: str) -> None:
     model = quantize(random_model(CONFIGS[name]), "int8")
-    with kernels.forced({"few-rows": tiles}):
+    with kernel_choice.forced({"few-rows": tiles}):
         agree(logits_of(model, "native", 6), logits_of(model, "torch", 6), 1e-3)
 
 
@@ -217,7 +217,7 @@ def test_results_do_not_depend_on_threads() -> None:
     try:
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)
-            with inference_mode(model), kernels.forced({"decode": "native"}):
+            with inference_mode(model), kernel_choice.forced({"decode": "native"}):
                 rows = DecodingBatch(model, prompts(3), None, Sampling(max_new_tokens=4), range(3))
                 # The prompt is computed by torch, whose sums may depend on the number of threads.
                 for cached in (*rows.cache.keys, *rows.cache.values):
@@ -250,7 +250,7 @@ def test_nan_propagates() -> None:
 def test_unmerged_adapters_use_torch() -> None:
     model = random_model(CONFIGS["llama"])
     lora.add(model, ["attention.q"], lora.LoraConfig(rank=2))
-    with inference_mode(model), kernels.forced({"decode": "native"}):
+    with inference_mode(model), kernel_choice.forced({"decode": "native"}):
         assert DecodingBatch(model, prompts(2), None, Sampling(max_new_tokens=2), [0, 1]).decoder is None
 
 
@@ -263,14 +263,14 @@ def test_unmerged_adapters_use_torch() -> None:
 )
 def test_unsupported_architectures_use_torch(config: ModelConfig) -> None:
     model = random_model(config)
-    with inference_mode(model), kernels.forced({"decode": "native"}):
+    with inference_mode(model), kernel_choice.forced({"decode": "native"}):
         assert DecodingBatch(model, prompts(2), None, Sampling(max_new_tokens=2), [0, 1]).decoder is None
 
 
 def test_many_rows_of_a_large_model_use_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     model = random_model(CONFIGS["llama"])
     monkeypatch.setattr("firth.generate.native_decoder.MAX_PRODUCT", 1000)
-    with inference_mode(model), kernels.forced({"decode": "native", "few-rows": "vectors"}):
+    with inference_mode(model), kernel_choice.forced({"decode": "native", "few-rows": "vectors"}):
         rows = DecodingBatch(model, prompts(2), None, Sampling(max_new_tokens=2), [0, 1])
         assert rows.decoder is None
         assert NativeDecoder.of(model, rows.cache) is None

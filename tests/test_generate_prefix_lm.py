@@ -15,7 +15,7 @@ from data_room import TEXTS
 from firth.data.collate import collate
 from firth.evaluate.perplexity import TokenizedDocument, score, strided
 from firth.evaluate.text_perplexity import scoring_mode
-from firth.generate.decoding import DecodingBatch, inference_mode, rectangle
+from firth.generate.decoding_batch import DecodingBatch, inference_mode, rectangle
 from firth.generate.engine import Engine
 from firth.generate.sampling import Sampling
 from firth.model.config import ModelConfig, decoder_config, encoder_config

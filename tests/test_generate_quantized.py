@@ -10,10 +10,10 @@ from bytecoder import ByteCoder
 from torch import Tensor
 from typer.testing import CliRunner
 
-from firth import kernels
+from firth import kernel_choice
 from firth.cli import app
 from firth.evaluate.perplexity import score
-from firth.generate.decoding import rectangle
+from firth.generate.decoding_batch import rectangle
 from firth.generate.engine import Engine
 from firth.generate.quantized import DIGITS, Int8Linear, Int8LMHead, quantize, quantize_rows
 from firth.generate.sampling import Sampling
@@ -185,7 +185,7 @@ def test_cached_equals_uncached(model: LM, weights: str) -> None:
     """
     using = engine(model, weights)
     rows = prompts()
-    with kernels.forced({} if weights == "int8" else {"decode": "torch"}):
+    with kernel_choice.forced({} if weights == "int8" else {"decode": "torch"}):
         answers = using.generate(rows, Sampling(temperature=0, max_new_tokens=20))
     scores = using.score(rows, [a.tokens for a in answers])
     # float32 sums differ in the order of additions; where that moves a number over a rounding boundary, the
@@ -234,7 +234,7 @@ def test_products_are_exact_on_every_cpu(weights: str, inputs: int, outputs: int
     x = torch.randint(-largest, largest + 1, (rows, inputs)).float()
     x[0] = largest
     want = x.long() @ integers.long().T
-    with kernels.forced({"int8": way}):
+    with kernel_choice.forced({"int8": way}):
         found = layer._product(x.clone())
     assert (
         found.dtype == torch.int32 or (found - want).abs().max() <= want.abs().max() * 2**-24

@@ -12,8 +12,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from firth import kernels
-from firth.kernels import Kernel
+from firth import kernel_choice
+from firth.kernel_choice import Kernel
 from firth.model import attention, cross_entropy, fused, native, native_ops, relative_distance
 from firth.model.attention import AttentionMask
 from firth.model.block import MLP
@@ -29,10 +29,10 @@ from firth.types import UserError
 @pytest.fixture(autouse=True)
 def fresh(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """No kernel is chosen or forced, and the cache is empty."""
-    monkeypatch.delenv(kernels.FORCE, raising=False)
+    monkeypatch.delenv(kernel_choice.FORCE, raising=False)
     monkeypatch.setenv("FIRTH_CACHE", str(tmp_path))
-    monkeypatch.setattr(kernels, "_chosen", {})
-    monkeypatch.setattr(kernels, "KERNELS", dict(kernels.KERNELS))
+    monkeypatch.setattr(kernel_choice, "_chosen", {})
+    monkeypatch.setattr(kernel_choice, "KERNELS", dict(kernel_choice.KERNELS))
 
 
 def measured(name: str, monkeypatch: pytest.MonkeyPatch, **took: float) -> Kernel:
@@ -51,16 +51,18 @@ def test_a_kernel_is_measured_once_per_machine(monkeypatch: pytest.MonkeyPatch, 
     kernel = measured("k", monkeypatch, plain=1.0, other=0.5)
     assert kernel.choice() == "other"
     monkeypatch.setattr(Kernel, "measure", lambda self: pytest.fail("measured again"))
-    monkeypatch.setattr(kernels, "_chosen", {})
+    monkeypatch.setattr(kernel_choice, "_chosen", {})
     assert kernel.choice() == "other"
-    assert json.loads((tmp_path / "kernels.json").read_text())[kernels.machine()] == {"k": {"plain": 1.0, "other": 0.5}}
+    assert json.loads((tmp_path / "kernels.json").read_text())[kernel_choice.machine()] == {
+        "k": {"plain": 1.0, "other": 0.5}
+    }
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"MACHINE": 3}', '{"MACHINE": {"k": {"plain": -1.0}}}', "\x00\xff"])
 def test_a_damaged_file_is_measured_again(text: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    (tmp_path / "kernels.json").write_text(text.replace("MACHINE", kernels.machine()))
+    (tmp_path / "kernels.json").write_text(text.replace("MACHINE", kernel_choice.machine()))
     assert measured("k", monkeypatch, plain=1.0, other=0.5).choice() == "other"
-    assert json.loads((tmp_path / "kernels.json").read_text())[kernels.machine()]["k"]["other"] == 0.5
+    assert json.loads((tmp_path / "kernels.json").read_text())[kernel_choice.machine()]["k"]["other"] == 0.5
 
 
 def test_an_unwritable_cache_is_no_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -70,7 +72,7 @@ def test_an_unwritable_cache_is_no_error(monkeypatch: pytest.MonkeyPatch, tmp_pa
 
 
 def test_an_implementation_that_fails_is_not_chosen() -> None:
-    def missing() -> kernels.Workload:
+    def missing() -> kernel_choice.Workload:
         raise RuntimeError("could not create a primitive")
 
     for runs, choices in (("plain", ("plain", "other")), ("other", ("plain", "other"))):
@@ -84,19 +86,19 @@ def test_an_implementation_that_fails_is_not_chosen() -> None:
 def test_a_choice_can_be_forced(monkeypatch: pytest.MonkeyPatch) -> None:
     kernel = measured("k", monkeypatch, plain=1.0, other=0.5)
     for text, choice in (("k=plain", "plain"), ("first", "plain"), ("muon=fp32, k=other", "other")):
-        monkeypatch.setattr(kernels, "_chosen", {})
-        monkeypatch.setenv(kernels.FORCE, text)
+        monkeypatch.setattr(kernel_choice, "_chosen", {})
+        monkeypatch.setenv(kernel_choice.FORCE, text)
         assert kernel.choice() == choice
 
 
 def test_an_unknown_choice_cannot_be_forced(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     kernel = measured("k", monkeypatch, plain=1.0, other=0.5)
-    monkeypatch.setenv(kernels.FORCE, "k=quick")
+    monkeypatch.setenv(kernel_choice.FORCE, "k=quick")
     with pytest.raises(UserError, match="k is one of plain, other, and not 'quick'"):
         kernel.choice()
-    monkeypatch.setenv(kernels.FORCE, "quick=k")
+    monkeypatch.setenv(kernel_choice.FORCE, "quick=k")
     with pytest.raises(UserError, match="there is no kernel 'quick'; there are activation-bf16"):
-        kernels.check_forced()
+        kernel_choice.check_forced()
     with pytest.raises(UserError, match="there is no kernel 'quick'"):
         run(load("gpt", []), tmp_path / "run")
     assert not (tmp_path / "run").exists()
@@ -106,9 +108,9 @@ def test_a_measurement_changes_no_random_state() -> None:
     torch.manual_seed(0)
     before = torch.get_rng_state()
     with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
-        kernels.table()
+        kernel_choice.table()
     assert torch.equal(before, torch.get_rng_state())
-    assert set(kernels.table()) >= {"attention-bf16", "attention-fp32", "muon", "norm-bf16", "norm-fp32"}
+    assert set(kernel_choice.table()) >= {"attention-bf16", "attention-fp32", "muon", "norm-bf16", "norm-fp32"}
 
 
 def read(way: str, dtype: torch.dtype, causal: bool, bias: bool) -> list[torch.Tensor]:
@@ -119,7 +121,7 @@ def read(way: str, dtype: torch.dtype, causal: bool, bias: bool) -> list[torch.T
     mask = None if causal else (torch.arange(70) < torch.tensor([[70], [40], [9]]))[:, None, None]
     attention_mask = AttentionMask(is_causal=causal, mask=mask)
     names = [kernel.name for kernel in attention.ATTENTION.values()]
-    with kernels.forced(dict.fromkeys(names, way)):
+    with kernel_choice.forced(dict.fromkeys(names, way)):
         out = attention.attend(*leaves, attention_mask, 0.25, added)
     out.backward(torch.randn(3, 2, 70, 16).to(dtype))
     return [out.detach(), *(x.grad for x in (*leaves, added) if x is not None)]  # type: ignore[misc]
@@ -148,7 +150,7 @@ def test_a_large_soft_cap_does_not_overflow() -> None:
     states, weight = torch.eye(4) * 150, torch.eye(4)
     right = -F.log_softmax(200 * torch.tanh(states / 200), -1).diagonal()
     for way in cross_entropy.KERNEL[torch.float32].measure():
-        with kernels.forced({"cross-entropy-fp32": way}):
+        with kernel_choice.forced({"cross-entropy-fp32": way}):
             found = trained(
                 lambda s, w: cross_entropy.LogProbs.apply(s, w, None, torch.arange(4), 200.0), states, weight
             )
@@ -185,7 +187,7 @@ def same(
                 "native"
             }  # torch's own layer norm takes parameters in bf16 alone, and sums their gradients in bf16
         for way in ways:
-            with kernels.forced({table[dtype].name: way}):
+            with kernel_choice.forced({table[dtype].name: way}):
                 found = trained(function, *given)
             assert found[0].dtype == dtype
             for got, right in zip(found, exact, strict=True):
@@ -257,7 +259,7 @@ def test_every_neighbor_kernel_averages_alike() -> None:
 
     exact, cbow = trained(plain, x), word2vec.Word2Vec(algorithm="cbow")
     for way in word2vec.NEIGHBORS.measure():
-        with kernels.forced({"neighbors": way}):
+        with kernel_choice.forced({"neighbors": way}):
             found = trained(lambda x: cbow._means(x, {"left": left, "right": right}), x.float())
         for got, right_ in zip(found, exact, strict=True):
             assert (got - right_).abs().max() < 1e-5 * right_.abs().max()
@@ -300,7 +302,7 @@ def test_every_cross_entropy_kernel_matches_the_formula(cap: float, biased: bool
         given = [None if x is None else x.float() for x in (states, weight, bias)]
         for way in cross_entropy.KERNEL[dtype].measure():
             with (
-                kernels.forced({cross_entropy.KERNEL[dtype].name: way}),
+                kernel_choice.forced({cross_entropy.KERNEL[dtype].name: way}),
                 torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16),
             ):
                 found = trained(lambda *x: cross_entropy.LogProbs.apply(*x[:2], x[2], labels, cap, absent), *given)
@@ -340,7 +342,7 @@ def test_every_one_row_kernel_multiplies_alike(inner: int, outer: int, biased: b
         given = [None if t is None else t.to(dtype) for t in (x, weight, bias)]
         right = F.linear(*(None if t is None else t.double() for t in given))
         for way in fused.ONE_ROW[dtype].measure():
-            with kernels.forced({fused.ONE_ROW[dtype].name: way}):
+            with kernel_choice.forced({fused.ONE_ROW[dtype].name: way}):
                 found = fused.project(*given)
             assert found.dtype == dtype and found.shape == (1, 1, outer)
             assert (found - right).abs().max() < near * right.abs().max()
@@ -353,7 +355,7 @@ def test_every_muon_kernel_steps_alike() -> None:
     for dtype in (torch.float32, torch.bfloat16):
         for way in muon.MOMENTUM.measure():
             momentum, moved, direction = start.clone(), weight.clone(), torch.empty(50, 77, dtype=dtype)
-            with kernels.forced({"momentum": way}):
+            with kernel_choice.forced({"momentum": way}):
                 muon.nesterov(grad, momentum, direction, 0.9)
                 muon.apply(moved, direction, 0.99, 0.1)
             torch.testing.assert_close(momentum.double(), right, rtol=1e-6, atol=1e-6)

@@ -15,8 +15,8 @@ from firth.model.config import ModelConfig
 from firth.model.heads import LMHead
 from firth.model.model import LM
 from firth.peft import adapter_files, lora
-from firth.peft.init import prefix_of
 from firth.peft.lora import LoraConfig
+from firth.peft.prefix_init import prefix_of
 from firth.pretrained.load_save import load_model, save_model
 from firth.types import UserError
 

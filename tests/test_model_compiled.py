@@ -15,7 +15,7 @@ import torch
 import torch.compiler.config
 from torch import Tensor
 
-from firth import kernels
+from firth import kernel_choice
 from firth.data.collate import collate
 from firth.model import compilation
 from firth.model.config import ModelConfig, decoder_config, encoder_config, encoder_decoder_config, word_vector_config
@@ -78,7 +78,9 @@ def graphs(monkeypatch: pytest.MonkeyPatch) -> list[torch.fx.GraphModule]:
     monkeypatch.setattr(compilation, "_compiled", lambda: whole)
     monkeypatch.setattr(compilation, "_try", lambda device: None)
     # Compiled blocks use torch's operators; plain blocks do so too here, so that they agree to the last bits.
-    monkeypatch.setattr(kernels, "_chosen", {name: next(iter(k.choices)) for name, k in kernels.KERNELS.items()})
+    monkeypatch.setattr(
+        kernel_choice, "_chosen", {name: next(iter(k.choices)) for name, k in kernel_choice.KERNELS.items()}
+    )
     return made
 
 

@@ -11,8 +11,8 @@ import torch
 from bytecoder import ByteCoder
 from test_model_families import MARIAN, MARIAN_IDS, built, random_theirs
 
+from firth.data.attention_fields import seq2seq
 from firth.data.collate import collate
-from firth.data.layout import seq2seq
 from firth.generate.engine import Engine
 from firth.generate.sampling import Sampling
 from firth.model.heads import LMHead

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from firth.generate.decoding import inference_mode, rectangle
+from firth.generate.decoding_batch import inference_mode, rectangle
 from firth.io import gguf as container
 from firth.io.gguf import GGUFTensorSpec
 from firth.model.config import decoder_config

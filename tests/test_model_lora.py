@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from firth.generate.decoding import DecodingBatch, inference_mode
+from firth.generate.decoding_batch import DecodingBatch, inference_mode
 from firth.generate.quantized import quantize
 from firth.generate.sampling import Sampling
 from firth.model.config import ModelConfig, decoder_config, encoder_config, encoder_decoder_config

@@ -30,7 +30,7 @@ from firth.objectives.reward_model import RewardModeling
 from firth.objectives.semi_supervised import PseudoLabels
 from firth.objectives.sft import SFT
 from firth.objectives.span_boundary import SBO
-from firth.peft.init import prefix_of, prompt_of
+from firth.peft.prefix_init import prefix_of, prompt_of
 from firth.tokenizer.vocab import Vocab
 from firth.types import IGNORE, Batch, Example
 

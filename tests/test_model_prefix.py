@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from firth.data.attention_fields import causal
 from firth.data.collate import collate, pack
-from firth.data.layout import causal
 from firth.generate.engine import Engine
 from firth.generate.quantized import quantize
 from firth.generate.sampling import Sampling
@@ -18,7 +18,7 @@ from firth.model.attention import ALL_DOCUMENTS, AttentionMask, attend
 from firth.model.config import ModelConfig, decoder_config, encoder_config, encoder_decoder_config, recurrent_config
 from firth.model.heads import LMHead
 from firth.model.model import LM
-from firth.peft.init import prefix_of, prompt_of
+from firth.peft.prefix_init import prefix_of, prompt_of
 from firth.types import ALWAYS, NEVER, Example, UserError
 
 LEARNED = ModelConfig(vocab_size=50, hidden_size=32, num_layers=2, num_heads=4, max_positions=40, tie_embeddings=False)

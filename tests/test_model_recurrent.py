@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from firth.data.collate import collate, pack
-from firth.generate.decoding import rectangle
+from firth.generate.decoding_batch import rectangle
 from firth.model import flops
 from firth.model.config import ModelConfig, decoder_config, recurrent_config
 from firth.model.head_descriptions import describe_head, rebuild_head

@@ -29,7 +29,7 @@ from test_objectives_views import (
 )
 
 from firth import objectives
-from firth.data import layout
+from firth.data import attention_fields
 from firth.data.collate import Batches
 from firth.data.source import Source
 from firth.objectives.bilm import BiLM
@@ -85,12 +85,14 @@ def annotated(rng: np.random.Generator) -> Example:
 
 
 def question(rng: np.random.Generator) -> Example:
-    options = [layout.pair(some_text(rng, 4), some_text(rng, int(rng.integers(2, 6))), VOCAB) for _ in range(3)]
+    options = [
+        attention_fields.pair(some_text(rng, 4), some_text(rng, int(rng.integers(2, 6))), VOCAB) for _ in range(3)
+    ]
     return {"options": options, "label": int(rng.integers(3))}
 
 
 def similar_pair(rng: np.random.Generator) -> Example:
-    return layout.pair(some_text(rng, 6), some_text(rng, 5), VOCAB) | {"label": int(rng.integers(2))}
+    return attention_fields.pair(some_text(rng, 6), some_text(rng, 5), VOCAB) | {"label": int(rng.integers(2))}
 
 
 ALL_CASES: dict[str, tuple[Objective, Callable[[np.random.Generator], Example]]] = CASES | {
@@ -389,7 +391,7 @@ class LeakySource(TokenObjective):
 
     def build_example(self, example: Example, vocab: Vocab, rng: np.random.Generator) -> Example:
         source = np.full(3 + int(example["tokens"][-1]) % 2, vocab.mask)
-        return layout.seq2seq(source, example["tokens"], vocab.pad)
+        return attention_fields.seq2seq(source, example["tokens"], vocab.pad)
 
 
 def test_leaks_are_found() -> None:

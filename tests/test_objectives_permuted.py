@@ -15,7 +15,7 @@ from data_room import store, tokenizer
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from firth.data import layout
+from firth.data import attention_fields
 from firth.data.collate import Batches, collate, pack
 from firth.data.windows import Windows
 from firth.evaluate.perplexity import TokenizedDocument, one_at_a_time
@@ -274,7 +274,7 @@ def test_mpnet_without_placeholders_is_plm(config: ModelConfig) -> None:
     model, tokens = build_model(config), text(20)
     seen = MPNet(mlm_probability=0.3, **ALL_MASKED).build_example({"tokens": tokens}, VOCAB, np.random.default_rng(2))
     order = seen["positions"][-6:].astype(int)
-    permuted = layout.permuted({"tokens": tokens}, order, np.full(6, VOCAB.mask))
+    permuted = attention_fields.permuted({"tokens": tokens}, order, np.full(6, VOCAB.mask))
     blind = collate([seen | {"key_time": np.where(seen["key_expiry"] < NEVER, NEVER, seen["key_time"])}])
     plm = loss(model, PLM(), collate([permuted]))
     assert loss(model, MPNet(), blind) == pytest.approx(plm, rel=1e-5)
@@ -641,7 +641,9 @@ def test_a_gap_is_a_query_that_no_token_sees() -> None:
     )
     at = int(np.flatnonzero(words == text_tokenizer.vocab.mask)[0])
     words[at] = found[0].token
-    seen = collate([layout.permuted({"tokens": words}, np.array([at]), np.array([text_tokenizer.vocab.mask]))])
+    seen = collate(
+        [attention_fields.permuted({"tokens": words}, np.array([at]), np.array([text_tokenizer.vocab.mask]))]
+    )
     share = model.heads["lm"](model(seen)[0, -1]).softmax(-1)
     assert found[0].probability == pytest.approx(float(share[found[0].token]), rel=1e-4)
     assert scoring_mode(model.config) == "masked" and scoring_mode(replace(model.config, causal=True)) == "causal"

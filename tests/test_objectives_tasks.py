@@ -9,7 +9,7 @@ import pytest
 import torch
 from test_objectives_views import VOCAB, labeled, scored, spanned, tagged
 
-from firth.data import layout
+from firth.data import attention_fields
 from firth.data.collate import collate, pack
 from firth.model.config import ModelConfig, decoder_config, encoder_config, encoder_decoder_config
 from firth.model.model import LM
@@ -32,7 +32,7 @@ TINY = bert(100, 32, 2, 2, max_positions=64)
 def question(rng: np.random.Generator) -> Example:
     k = int(rng.integers(2, 5))
     first = rng.integers(25, 100, 4)
-    rows = [layout.pair(first, rng.integers(25, 100, int(rng.integers(1, 9))), VOCAB) for _ in range(k)]
+    rows = [attention_fields.pair(first, rng.integers(25, 100, int(rng.integers(1, 9))), VOCAB) for _ in range(k)]
     return {"options": rows, "label": int(rng.integers(k))}
 
 
@@ -116,7 +116,9 @@ def test_choice_is_a_softmax_over_the_options() -> None:
     batch = collate([objective.build_example({"options": rows, "label": 2}, VOCAB, rng)])
     with torch.no_grad():
         states = [
-            model({k: torch.as_tensor(v)[None] for k, v in (row | layout.causal(len(row["tokens"]))).items()})[0, -1]
+            model(
+                {k: torch.as_tensor(v)[None] for k, v in (row | attention_fields.causal(len(row["tokens"]))).items()}
+            )[0, -1]
             for row in rows
         ]
         scores = model.heads["choice"](torch.stack(states))[:, 0]

@@ -12,12 +12,12 @@ import pytest
 from firth import objectives
 from firth.compare.compare import ComparisonConfig
 from firth.generate.sampling import Sampling
+from firth.ranges import MAX_INT, PositiveInt, Range, Ranged, is_numeric, range_of, ranges
 from firth.runs import config_io
 from firth.runs.compatibility import EXAMPLES
 from firth.runs.peft_options import PEFT_METHODS
 from firth.runs.recipe import BatchConfig, Recipe, load
 from firth.types import UserError
-from firth.validated import MAX_INT, PositiveInt, Range, Ranged, is_numeric, range_of, ranges
 
 
 def recipe_classes() -> list[type]:

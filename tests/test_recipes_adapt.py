@@ -14,8 +14,8 @@ import pytest
 import torch
 import yaml
 
+from firth.data.attention_fields import causal
 from firth.data.collate import collate, pack
-from firth.data.layout import causal
 from firth.evaluate.task import load_evaluated_model
 from firth.model import flops
 from firth.model.config import decoder_config, encoder_config
@@ -25,7 +25,7 @@ from firth.objectives.causal_lm import CausalLM
 from firth.objectives.classification import Classification
 from firth.objectives.objective import Objective
 from firth.peft import lora
-from firth.peft.init import prefix_of, prompt_of
+from firth.peft.prefix_init import prefix_of, prompt_of
 from firth.pretrained.load_save import init_from, load_model
 from firth.runs import config_io
 from firth.runs.inference import evaluate_run

@@ -17,10 +17,10 @@ from firth.objectives.replaced_tokens import RTD
 from firth.objectives.sentence_order import SOP
 from firth.objectives.span_corruption import SpanCorruption
 from firth.runs.examples import ChunksConfig, SegmentPairsConfig
-from firth.runs.fallbacks import fallbacks, resolve_segmentation
 from firth.runs.prepare import DataConfig, RunData
 from firth.runs.recipe import load
 from firth.runs.run import run
+from firth.runs.segmentation_warnings import fallbacks, resolve_segmentation
 from firth.tokenizer import segmentation
 from firth.tokenizer.tokenizer import Tokenizer
 from firth.tokenizer.train import train

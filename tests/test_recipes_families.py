@@ -11,8 +11,8 @@ import torch
 from typer.testing import CliRunner
 
 from firth.cli import app
-from firth.data.layout import InfillPrompt
-from firth.generate.decoding import rectangle
+from firth.data.attention_fields import InfillPrompt
+from firth.generate.decoding_batch import rectangle
 from firth.generate.fill_mask import fill
 from firth.generate.infill import fill_spans, fill_two_way, split_gaps
 from firth.generate.sampling import Sampling

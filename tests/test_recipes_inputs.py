@@ -23,7 +23,7 @@ from firth.objectives.masked_lm import MLM
 from firth.objectives.objective import Objective
 from firth.objectives.reward_model import RewardModeling
 from firth.pretrained.load_save import save_model
-from firth.runs.inputs import RunInputs
+from firth.runs.input_hashes import RunInputs
 from firth.runs.recipe import load
 from firth.runs.run import RunResult, run
 from firth.runs.tokenizer import resolved_size, tokenizer_of
@@ -143,7 +143,7 @@ def test_files_are_not_hashed_twice(folder: Path, monkeypatch: pytest.MonkeyPatc
     recipe = load(str(folder / "run"))
     first = RunInputs.read(recipe, folder / "run", quiet)
     first.write(folder / "run", "hash")
-    monkeypatch.setattr("firth.runs.inputs.hashlib.file_digest", None)
+    monkeypatch.setattr("firth.runs.input_hashes.hashlib.file_digest", None)
     assert RunInputs.read(recipe, folder / "run", quiet).digests == first.digests
 
 

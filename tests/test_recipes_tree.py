@@ -15,7 +15,7 @@ from firth.objectives.masked_lm import MLM
 from firth.objectives.next_sentence import NSP
 from firth.objectives.objective import Objective, Sum
 from firth.runs import config_io, model_card
-from firth.runs.inputs import RunInputs, content_hash, recorded_hash
+from firth.runs.input_hashes import RunInputs, content_hash, recorded_hash
 from firth.runs.recipe import Recipe, load, published
 from firth.runs.recipe_names import RECIPES
 from firth.types import UserError

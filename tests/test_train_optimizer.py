@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from firth import kernels
+from firth import kernel_choice
 from firth.model.config import decoder_config, encoder_decoder_config
 from firth.model.model import LM
 from firth.objectives.causal_lm import CausalLM
@@ -97,7 +97,7 @@ def test_muon_steps_along_the_polar_factor_by_0_2_lr() -> None:
 def test_momentum_is_nesterov() -> None:
     layer = nn.ModuleList([nn.Linear(8, 8, bias=False)])
     first, second = torch.randn(8, 8), torch.randn(8, 8)
-    with kernels.forced({"muon": "fp32"}):
+    with kernel_choice.forced({"muon": "fp32"}):
         optimizer = Optimizer(OptimizerConfig(lr=0.1, weight_decay=0.0, momentum=0.9), layer)
     for g in (first, second):
         before = layer[0].weight.detach().clone()

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from firth import kernels
+from firth import kernel_choice
 from firth.data.collate import collate
 from firth.model.config import encoder_config, word_vector_config
 from firth.model.model import LM
@@ -29,7 +29,7 @@ OBJECTIVE = Classification(class_names=("a", "b"))
 
 @pytest.fixture(params=KERNEL.measure())
 def way(request: pytest.FixtureRequest) -> Iterator[str]:
-    with kernels.forced({KERNEL.name: request.param}):
+    with kernel_choice.forced({KERNEL.name: request.param}):
         yield request.param
 
 

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from firth.data.collate import collate
 from firth.data.source import Source, WrappedSource
-from firth.generate.decoding import inference_mode
+from firth.generate.decoding_batch import inference_mode
 from firth.io.integrity import read_record, write_record
 from firth.model.model import LM
 from firth.types import Batch, Example, UserError

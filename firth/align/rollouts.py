@@ -33,7 +33,7 @@ from firth.align.advantages import GAE, AdvantageEstimator, discounted_returns
 from firth.align.rewards import RewardFunction, RewardModel, Rollout, score_rollouts
 from firth.data.shuffle import epoch_permutation
 from firth.data.source import Source
-from firth.generate.decoding import inference_mode, rectangle
+from firth.generate.decoding_batch import inference_mode, rectangle
 from firth.generate.engine import Engine
 from firth.generate.sampling import Sampling
 from firth.generate.streaming import IncrementalDecoder

@@ -40,6 +40,7 @@ from firth.io.integrity import read_record, write_record
 from firth.model.model import LM
 from firth.objectives.classification import Classification, readout_of
 from firth.pretrained.load_save import load_model
+from firth.ranges import PositiveInt, Ranged, ShareAboveZero
 from firth.report.charts import number
 from firth.runs import config_io, examples
 from firth.runs.compatibility import check_pattern
@@ -52,7 +53,6 @@ from firth.runs.tokenizer import check_vocab, sentinels_of, tokenizer_of
 from firth.tokenizer.tokenizer import Tokenizer
 from firth.training.schedule import Budget
 from firth.types import LogLine, UserError
-from firth.validated import PositiveInt, Ranged, ShareAboveZero
 
 PROBE = "probe."
 """Prefix of the finetuning settings on the command line."""

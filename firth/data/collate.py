@@ -20,7 +20,7 @@ from typing import Protocol
 import numpy as np
 import torch
 
-from firth.data.layout import PADDING
+from firth.data.attention_fields import PADDING
 from firth.data.packing import PackedLayout, first_fit
 from firth.data.shuffle import ExampleRNG, length_grouped_batches
 from firth.data.source import Source

@@ -22,7 +22,7 @@ from typing import Any, ClassVar, Self
 import numpy as np
 
 from firth.corpora import readers, tables
-from firth.data import layout
+from firth.data import attention_fields
 from firth.data.class_names import ClassNumbering
 from firth.data.records import OMITTED, Record, Records
 from firth.data.tags import check_scheme, has_spans, to_bio2
@@ -147,7 +147,7 @@ class TextRecords(Records):
             if len(first) + len(second) > room:
                 self.note("cut")
             first = first[: max(room - len(second), room - room // 2)]
-            return layout.pair(first, second[: room - len(first)], vocab)
+            return attention_fields.pair(first, second[: room - len(first)], vocab)
         if "cls" in vocab.roles and "sep" in vocab.roles:
             tokens = vocab.add_special_tokens(self.fit(encoded[0], self.length - 2))
         else:

@@ -22,7 +22,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from firth.corpora import readers
-from firth.data import layout
+from firth.data import attention_fields
 from firth.data.records import OMITTED, ArrayColumn, Record, Records
 from firth.tokenizer.normalize import replace_lone_surrogates
 from firth.tokenizer.tokenizer import Tokenizer
@@ -173,7 +173,7 @@ class QuestionRecords(Records):
     def _window(
         self, question_tokens: np.ndarray, tokens: np.ndarray, spans: np.ndarray, first: int, last: int
     ) -> Example:
-        window = layout.pair(question_tokens, tokens, self.tokenizer.vocab)
+        window = attention_fields.pair(question_tokens, tokens, self.tokenizer.vocab)
         before = len(question_tokens) + 2
         inside = first >= 0 and last < len(tokens)
         answer_span = (first + before, last + before) if inside else (-1, -1)

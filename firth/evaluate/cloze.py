@@ -21,7 +21,7 @@ from firth.data.collate import collate
 from firth.data.token_store import TokenStore
 from firth.data.windows import DocumentChunks
 from firth.evaluate.perplexity import groups
-from firth.generate.decoding import inference_mode
+from firth.generate.decoding_batch import inference_mode
 from firth.model.model import LM
 from firth.objectives.objective import Objective, num_correct, supervised
 from firth.tokenizer.vocab import Vocab

@@ -20,7 +20,7 @@ from firth.data.source import Source
 from firth.data.tags import has_spans
 from firth.evaluate import answer_spans, entity_metrics, metrics
 from firth.evaluate.perplexity import groups
-from firth.generate.decoding import inference_mode
+from firth.generate.decoding_batch import inference_mode
 from firth.model.model import LM
 from firth.objectives.extractive_qa import QuestionAnswering
 from firth.objectives.layer_mixture import LayerMixture

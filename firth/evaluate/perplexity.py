@@ -23,10 +23,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from firth.data import layout
+from firth.data import attention_fields
 from firth.data.collate import collate
 from firth.evaluate import metrics
-from firth.generate.decoding import inference_mode
+from firth.generate.decoding_batch import inference_mode
 from firth.model.model import LM
 from firth.objectives.objective import token_loss
 from firth.tokenizer.normalize import replace_lone_surrogates
@@ -132,7 +132,7 @@ def strided(
         labels[: scored - start] = IGNORE
         if bos is not None and every:
             inputs[0] = bos
-        order = layout.causal_after_prompt(len(inputs), scored - start + 1 if prefix_lm else 1)
+        order = attention_fields.causal_after_prompt(len(inputs), scored - start + 1 if prefix_lm else 1)
         yield {"tokens": inputs, "labels": labels, "sizes": sizes[start + 1 : stop + 1]} | order
         scored = stop
 
@@ -176,7 +176,7 @@ def halves(document: TokenizedDocument, context: int, vocab: Vocab) -> Iterator[
     for piece in pieces(document, 2 * context - 2):
         middle = len(piece.tokens) // 2
         source = np.concatenate((piece.tokens[:middle], [vocab.eos]))
-        example = layout.seq2seq(source, piece.tokens[middle:], start=vocab.start)
+        example = attention_fields.seq2seq(source, piece.tokens[middle:], start=vocab.start)
         yield example | {"sizes": piece.sizes[middle:]}
 
 

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from firth.generate.decoding import inference_mode, rectangle
+from firth.generate.decoding_batch import inference_mode, rectangle
 from firth.model.latent import average
 from firth.model.model import LM
 from firth.tokenizer.tokenizer import Tokenizer

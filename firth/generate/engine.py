@@ -25,7 +25,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from firth.generate.decoding import DecodingBatch, inference_mode, pad_right, rectangle
+from firth.generate.decoding_batch import DecodingBatch, inference_mode, pad_right, rectangle
 from firth.generate.fill_mask import Candidate, fill
 from firth.generate.quantized import quantize
 from firth.generate.sampling import Sampling

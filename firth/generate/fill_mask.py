@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from firth.generate.decoding import inference_mode, rectangle
+from firth.generate.decoding_batch import inference_mode, rectangle
 from firth.model.heads import LMHead
 from firth.model.model import LM
 from firth.tokenizer.tokenizer import Tokenizer

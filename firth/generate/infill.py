@@ -15,8 +15,8 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from firth.data.layout import InfillPrompt
-from firth.generate.decoding import inference_mode, rectangle
+from firth.data.attention_fields import InfillPrompt
+from firth.generate.decoding_batch import inference_mode, rectangle
 from firth.generate.engine import Engine
 from firth.generate.fill_mask import Candidate
 from firth.generate.sampling import Sampling

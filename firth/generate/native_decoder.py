@@ -20,10 +20,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from firth import kernels
+from firth import kernel_choice
 from firth.generate.quantized import Int8Linear, Int8LMHead
 from firth.model import native
 from firth.model.attention import KVCache
+from firth.model.batch_fields import prefixed_fields
 from firth.model.block import Attention, Block, Linear
 from firth.model.config import decoder_config
 from firth.model.heads import LMHead
@@ -31,7 +32,6 @@ from firth.model.model import LM
 from firth.model.native_ops import ACTIVATIONS
 from firth.model.norm import LayerNorm, RMSNorm
 from firth.model.positions import rope_angles
-from firth.model.row_fields import prefixed_fields
 from firth.model.transformer import TransformerStack
 from firth.types import NEVER
 
@@ -286,7 +286,7 @@ def few_rows(x: Tensor, weight: Tensor, steps: Tensor | None = None, tiles: bool
     return y
 
 
-def _rows_workload(way: str) -> kernels.Workload:
+def _rows_workload(way: str) -> kernel_choice.Workload:
     """Sixteen rows times 8 matrices of 512 x 2048 in bf16."""
     x, weights = torch.ones(16, 512), torch.ones(8, 2048, 512, dtype=torch.bfloat16).unbind()
 
@@ -297,11 +297,11 @@ def _rows_workload(way: str) -> kernels.Workload:
     return work
 
 
-FEW_ROWS = kernels.Kernel("few-rows", {way: partial(_rows_workload, way) for way in ("vectors", "tiles")})
+FEW_ROWS = kernel_choice.Kernel("few-rows", {way: partial(_rows_workload, way) for way in ("vectors", "tiles")})
 """How the compiled step multiplies five or more rows by bf16 and int8 weights."""
 
 
-def _workload(way: str) -> kernels.Workload:
+def _workload(way: str) -> kernel_choice.Workload:
     """One decoding step of 4 rows with a decoder of 4 layers and hidden size 256."""
     config = decoder_config(vocab_size=1024, hidden_size=256, num_layers=4, num_heads=4)
     with torch.random.fork_rng(devices=[]):
@@ -324,5 +324,5 @@ def _workload(way: str) -> kernels.Workload:
     return work
 
 
-DECODE = kernels.Kernel("decode", {way: partial(_workload, way) for way in ("torch", "native")})
+DECODE = kernel_choice.Kernel("decode", {way: partial(_workload, way) for way in ("torch", "native")})
 """How a decoding step is computed on a CPU."""

@@ -40,7 +40,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from firth import kernels
+from firth import kernel_choice
 from firth.model.block import MLP, Attention, Linear
 from firth.model.cross_entropy import ABSENT
 from firth.model.heads import LMHead
@@ -80,7 +80,7 @@ MAX_EXACT_FP32 = 1 << 24
 """Integers up to this are exact in fp32, which oneDNN's quantized linear layer returns."""
 
 
-def _workload(way: str) -> kernels.Workload:
+def _workload(way: str) -> kernel_choice.Workload:
     """Sixteen rows through a linear layer of 1024 x 1024."""
     layer = Int8Linear.of(
         torch.arange(1 << 20).remainder(15).sub(7).to(torch.int8).view(1024, 1024), torch.ones(1024), None, 1
@@ -91,7 +91,7 @@ def _workload(way: str) -> kernels.Workload:
 
 METHODS = ("int_mm", "qlinear") if torch.backends.mkldnn.is_available() else ("int_mm",)
 
-KERNEL = kernels.Kernel("int8", {way: partial(_workload, way) for way in METHODS})
+KERNEL = kernel_choice.Kernel("int8", {way: partial(_workload, way) for way in METHODS})
 """How 8-bit integers are multiplied: by torch's `_int_mm`, or by oneDNN's quantized linear layer, which needs a second, packed
 copy of the weights."""
 

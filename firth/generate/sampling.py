@@ -1,7 +1,7 @@
 """Sampling from logits: pure functions on (..., V), and their configuration `Sampling`.
 
 Filters set the logits that they exclude to -inf and leave the others unchanged. Their order matters: `filtered` applies
-temperature, top-k, top-p and min-p, after `firth.generate.decoding` has applied the repetition penalty. A token is then drawn
+temperature, top-k, top-p and min-p, after `firth.generate.decoding_batch` has applied the repetition penalty. A token is then drawn
 by inverting the cumulative distribution at a uniform random number. Row r of a call has a generator of its own, seeded with
 seed + r, so its tokens do not depend on the other rows of the batch.
 
@@ -24,8 +24,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from firth.ranges import NonNegativeFloat, NonNegativeInt, PositiveFloat, Ranged, Share, ShareAboveZero, TokenCount
 from firth.types import UserError
-from firth.validated import NonNegativeFloat, NonNegativeInt, PositiveFloat, Ranged, Share, ShareAboveZero, TokenCount
 
 NEGATIVE_INFINITY = float("-inf")
 

@@ -34,7 +34,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
-from firth import kernels
+from firth import kernel_choice
 from firth.model import blocked_attention, native
 from firth.types import NEVER
 
@@ -199,7 +199,7 @@ KERNELS = {
 """Name -> implementation."""
 
 
-def _workload(length: int, dtype: torch.dtype, kernel: AttentionKernel) -> kernels.Workload:
+def _workload(length: int, dtype: torch.dtype, kernel: AttentionKernel) -> kernel_choice.Workload:
     """Return causal attention of 1024 tokens, 4 heads of 64, forward and backward."""
     q, k, v = (torch.linspace(-1, 1, 1024 * 256).view(-1, 4, length, 64).to(dtype).requires_grad_() for _ in range(3))
     if kernel.compiled:
@@ -221,7 +221,7 @@ MIN_LONG_KEYS = 512
 """Keys of a row above which a kernel is chosen by its speed on rows of 1,024 tokens, and not of 256."""
 
 ATTENTION = {
-    (dtype, long): kernels.Kernel(
+    (dtype, long): kernel_choice.Kernel(
         f"attention{'-long' if long else ''}-{name}",
         {label: partial(_workload, 1024 if long else 256, dtype, kernel) for label, kernel in KERNELS.items()},
     )

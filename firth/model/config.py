@@ -40,7 +40,7 @@ from typing import Annotated, Literal
 
 from firth.model.config_checks import check_combinations, check_fields
 from firth.model.parameter_count import GATED, num_parameters
-from firth.validated import (
+from firth.ranges import (
     NonNegativeFloat,
     OptionalTokenCount,
     PositiveFloat,

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from firth import kernels
+from firth import kernel_choice
 from firth.model import native
 from firth.model.native import address, half
 
@@ -149,7 +149,7 @@ def _score_native(
     )  # fmt: skip
 
 
-def _workload(dtype: torch.dtype, kernel: str) -> kernels.Workload:
+def _workload(dtype: torch.dtype, kernel: str) -> kernel_choice.Workload:
     """Return 512 rows of 2,048 logits with a soft cap and states of width 128."""
     states, weight = (torch.linspace(-1, 1, n * 128).view(n, 128).to(dtype) for n in (512, 2048))
     rows, labels = _Rows(states, weight, None, 15.0, kernel=kernel), torch.arange(512)
@@ -159,7 +159,7 @@ def _workload(dtype: torch.dtype, kernel: str) -> kernels.Workload:
 
 
 KERNEL = {
-    dtype: kernels.Kernel(
+    dtype: kernel_choice.Kernel(
         f"cross-entropy-{name}", {choice: partial(_workload, dtype, choice) for choice in ("torch", "native")}
     )
     for dtype, name in ((torch.float32, "fp32"), (torch.bfloat16, "bf16"))

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from firth import kernels
+from firth import kernel_choice
 from firth.model import native, native_ops
 
 SMALL_ROW_COUNTS = range(8, 49)
@@ -52,7 +52,7 @@ def project(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return out.t().view(*x.shape[:-1], -1)
 
 
-def _row_workload(name: str, dtype: torch.dtype) -> kernels.Workload:
+def _row_workload(name: str, dtype: torch.dtype) -> kernel_choice.Workload:
     """Return a row times 16 maps of 512 x 512, more than the cache of a core holds."""
     x, weights = torch.ones(1, 512, dtype=dtype), torch.ones(16, 512, 512, dtype=dtype).unbind()
     product = native_ops.one_row if name == "native" else F.linear
@@ -66,7 +66,7 @@ def _row_workload(name: str, dtype: torch.dtype) -> kernels.Workload:
 
 
 ONE_ROW = {
-    dtype: kernels.Kernel(
+    dtype: kernel_choice.Kernel(
         f"one-row-{name}", {choice: partial(_row_workload, choice, dtype) for choice in ("torch", "native")}
     )
     for dtype, name in ((torch.float32, "fp32"), (torch.bfloat16, "bf16"))
@@ -153,7 +153,7 @@ def normalized(
     return y.to(dtype or x.dtype)
 
 
-def runs_native(table: Mapping[torch.dtype, kernels.Kernel], x: Tensor, learned: Sequence[Tensor] = ()) -> bool:
+def runs_native(table: Mapping[torch.dtype, kernel_choice.Kernel], x: Tensor, learned: Sequence[Tensor] = ()) -> bool:
     """Return whether the compiled kernel supports x and is the fastest here; `learned`: its parameters, in fp32."""
     return (
         native.supports(x) and native.worthwhile(x) and all(p.dtype == torch.float32 and p.is_contiguous() for p in learned)
@@ -161,7 +161,7 @@ def runs_native(table: Mapping[torch.dtype, kernels.Kernel], x: Tensor, learned:
     )  # fmt: skip
 
 
-def _train_workload(function: Callable[[Tensor], Tensor], *shape: int, dtype: torch.dtype) -> kernels.Workload:
+def _train_workload(function: Callable[[Tensor], Tensor], *shape: int, dtype: torch.dtype) -> kernel_choice.Workload:
     """Return forward and backward of a function of one tensor of this shape."""
     x = torch.linspace(-1, 1, math.prod(shape)).view(shape).to(dtype).requires_grad_()
     grad = torch.ones_like(function(x))
@@ -170,10 +170,10 @@ def _train_workload(function: Callable[[Tensor], Tensor], *shape: int, dtype: to
 
 def per_dtype(
     name: str, choices: Mapping[str, Callable[[Tensor], Tensor]], *shape: int
-) -> dict[torch.dtype, kernels.Kernel]:
+) -> dict[torch.dtype, kernel_choice.Kernel]:
     """Return dtype -> kernel NAME-fp32 or NAME-bf16, whose choices are timed on a tensor of this shape in training."""
     return {
-        dtype: kernels.Kernel(
+        dtype: kernel_choice.Kernel(
             f"{name}-{label}",
             {choice: partial(_train_workload, function, *shape, dtype=dtype) for choice, function in choices.items()},
         )

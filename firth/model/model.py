@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from firth.model.attention import KVCache
+from firth.model.batch_fields import RowMemory, prefixed_fields
 from firth.model.block import initialize
 from firth.model.characters import CharacterCNN
 from firth.model.config import ModelConfig
@@ -29,7 +30,6 @@ from firth.model.parameter_count import LEARNED_POSITIONS, SINUSOIDAL_POSITIONS
 from firth.model.positions import sinusoidal
 from firth.model.prefix import PrefixEncoder, PromptEmbedding
 from firth.model.recurrent import RecurrentCache, RecurrentStack
-from firth.model.row_fields import RowMemory, prefixed_fields
 from firth.model.transformer import TransformerStack
 from firth.types import ALWAYS, NEVER, Batch, UserError
 

@@ -24,7 +24,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from firth import kernels
+from firth import kernel_choice
 from firth.io.cache import cache
 from firth.types import UserError
 
@@ -119,7 +119,9 @@ def library() -> ctypes.CDLL:
     """
     found = _outcome()
     if isinstance(found, str):
-        raise NoCompilerError(f"no native kernels: {found}: install gcc or clang, or remove them from {kernels.FORCE}")
+        raise NoCompilerError(
+            f"no native kernels: {found}: install gcc or clang, or remove them from {kernel_choice.FORCE}"
+        )
     return found
 
 
@@ -168,7 +170,7 @@ def _instructions() -> str:
     listing = Path("/proc/cpuinfo")
     lines = listing.read_text("utf-8", "replace").splitlines() if listing.exists() else []
     found = {line for line in lines if line.startswith(("flags", "Features", "CPU part"))}
-    return "\n".join((kernels.cpu(), *sorted(found)))
+    return "\n".join((kernel_choice.cpu(), *sorted(found)))
 
 
 def _run(*command: str) -> subprocess.CompletedProcess[str]:

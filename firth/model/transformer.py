@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from firth.model.attention import AttentionMask, KVCache
+from firth.model.batch_fields import RowMemory, with_memory
 from firth.model.block import AttentionContext, Block, Linear, PositionSubset
 from firth.model.config import ModelConfig
 from firth.model.fused import Dropout
@@ -31,7 +32,6 @@ from firth.model.norm import make_norm
 from firth.model.parameter_count import BIAS_POSITIONS
 from firth.model.positions import RelativeBias, rope_angles, rotation
 from firth.model.relative_distance import DistanceIndex, distance_index
-from firth.model.row_fields import RowMemory, with_memory
 from firth.types import NEVER, Batch
 
 MAX_ROTATION_ROWS = 8

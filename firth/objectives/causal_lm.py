@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from firth.data import layout
+from firth.data import attention_fields
 from firth.model.config import AttentionPattern
 from firth.objectives.objective import TokenObjective
 from firth.tokenizer.vocab import Vocab
@@ -34,8 +34,8 @@ class CausalLM(TokenObjective):
         tokens = example["tokens"]
         shown = (
             {"tokens": tokens[:-1], "labels": tokens[1:]}
-            | layout.causal(len(tokens) - 1)
-            | layout.memory_fields(example)
+            | attention_fields.causal(len(tokens) - 1)
+            | attention_fields.memory_fields(example)
         )
         if "document_ids" in example:
             document = example["document_ids"]
@@ -50,4 +50,4 @@ class CausalLM(TokenObjective):
         shown = np.concatenate((bos, tokens[:at])).astype(tokens.dtype)
         labels = np.full(len(shown), IGNORE)
         labels[-1] = tokens[at]
-        return {"tokens": shown, "labels": labels} | layout.causal(len(shown))
+        return {"tokens": shown, "labels": labels} | attention_fields.causal(len(shown))

@@ -20,15 +20,15 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from firth.data import layout
+from firth.data import attention_fields
 from firth.model.config import AttentionPattern, ModelConfig
 from firth.model.model import LM
 from firth.objectives.objective import DataStats, Objective, choice_loss, num_correct, supervised
 from firth.pretrained.families import families_of
 from firth.pretrained.families.heads import head_of
+from firth.ranges import NonNegativeFloat, ShareBelowOne
 from firth.tokenizer.vocab import Vocab
 from firth.types import IGNORE, Batch, Example, Outputs, UserError
-from firth.validated import NonNegativeFloat, ShareBelowOne
 
 Readout = Literal["first", "last", "answer"]
 READOUTS: dict[str, AttentionPattern] = {"auto": "any", "first": "bidirectional", "last": "causal", "answer": "seq2seq"}
@@ -63,14 +63,14 @@ def label_at_position(name: str, label: float, example: Example, at: Readout, vo
     {'source_tokens': [5, 6], 'tokens': [0], 'query_time': [0], 'key_time': [0], 'class': [2]}
     """
     if at == "answer":
-        shown = layout.seq2seq(example["tokens"], np.zeros(1, np.int64), vocab.start)
+        shown = attention_fields.seq2seq(example["tokens"], np.zeros(1, np.int64), vocab.start)
         del shown["labels"]
         return shown | {name: np.array([label])}
     shown = {field: example[field] for field in ("tokens", "token_type_ids") if field in example}
     n = len(shown["tokens"])
     labels = np.full(n, IGNORE, np.asarray(label).dtype)
     labels[0 if at == "first" else -1] = label
-    return shown | {name: labels} | (layout.causal(n) if at == "last" else {})
+    return shown | {name: labels} | (attention_fields.causal(n) if at == "last" else {})
 
 
 @dataclass(frozen=True)

@@ -26,14 +26,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from firth.data import layout
+from firth.data import attention_fields
 from firth.model.config import AttentionPattern, ModelConfig
 from firth.model.latent import average
 from firth.model.model import LM
 from firth.objectives.objective import Objective, choice_loss, num_correct
+from firth.ranges import PositiveFloat, Range
 from firth.tokenizer.vocab import Vocab
 from firth.types import IGNORE, Batch, Example, Outputs
-from firth.validated import PositiveFloat, Range
 
 SQRT_EPSILON = 1e-12
 """Added before a square root: keeps the gradient of a distance finite where two representations coincide."""
@@ -41,7 +41,7 @@ SQRT_EPSILON = 1e-12
 
 def group_texts(rows: list[np.ndarray], vocab: Vocab) -> Example:
     """Return texts, each [CLS] text [SEP], as a group of rows (K, T)."""
-    return layout.group([{"tokens": vocab.add_special_tokens(row)} for row in rows])
+    return attention_fields.group([{"tokens": vocab.add_special_tokens(row)} for row in rows])
 
 
 @dataclass(frozen=True)
@@ -160,7 +160,7 @@ class InfoNCE(PooledObjective):
 
     def build_example(self, example: Example, vocab: Vocab, rng: np.random.Generator) -> Example:
         if self.positives == "dropout":
-            seen = layout.group([{"tokens": example["tokens"]}] * 2)
+            seen = attention_fields.group([{"tokens": example["tokens"]}] * 2)
         else:
             seen = group_texts([example["first"], example["second"]], vocab)
         return seen | {"text": np.int64(0)}

@@ -17,14 +17,14 @@ from typing import ClassVar
 
 import numpy as np
 
-from firth.data import layout
+from firth.data import attention_fields
+from firth.data.attention_fields import InfillPrompt, Seq2SeqLayout
 from firth.data.corruptions import Damage, corrupt
-from firth.data.layout import InfillPrompt, Seq2SeqLayout
 from firth.model.config import AttentionPattern
 from firth.objectives.objective import TokenObjective
+from firth.ranges import OpenShare
 from firth.tokenizer.vocab import Vocab
 from firth.types import IGNORE, Example, UserError
-from firth.validated import OpenShare
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,9 @@ class Denoising(TokenObjective):
     def build_example(self, example: Example, vocab: Vocab, rng: np.random.Generator) -> Example:
         tokens = example["tokens"]
         corrupted = corrupt(self.noises, tokens, vocab, self.noise_density, rng)
-        return layout.layout_of(self.layout, np.append(corrupted, vocab.eos), np.append(tokens, vocab.eos), vocab)
+        return attention_fields.layout_of(
+            self.layout, np.append(corrupted, vocab.eos), np.append(tokens, vocab.eos), vocab
+        )
 
     def build_infill(self, pieces: Sequence[np.ndarray], vocab: Vocab) -> InfillPrompt:
         """Each gap is one mask, as infilling leaves one for a span of any length; nothing where tokens are deleted. The target
@@ -83,7 +85,7 @@ class Denoising(TokenObjective):
         """The token is masked, or deleted where that is the corruption; its label is at its position in the target."""
         hidden = np.arange(len(tokens)) == at
         shown = tokens[~hidden] if self.noises == ("deletion",) else np.where(hidden, vocab.mask, tokens)
-        seen = layout.layout_of(self.layout, np.append(shown, vocab.eos), tokens[: at + 1], vocab)
+        seen = attention_fields.layout_of(self.layout, np.append(shown, vocab.eos), tokens[: at + 1], vocab)
         labels = np.full(len(seen["labels"]), IGNORE)
         labels[-1] = tokens[at]
         return seen | {"labels": labels}

@@ -20,15 +20,15 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from firth.data import layout
+from firth.data import attention_fields
 from firth.model.config import AttentionPattern, ModelConfig
 from firth.model.heads import LMHead
 from firth.model.model import LM
 from firth.objectives.objective import Objective, choice_loss, log_probs, num_correct, vocabulary_flops
 from firth.objectives.sft import causal_example
+from firth.ranges import PositiveFloat, Range
 from firth.tokenizer.vocab import Vocab
 from firth.types import IGNORE, Batch, Example, Outputs
-from firth.validated import PositiveFloat, Range
 
 
 def build_comparison(example: Example) -> Example:
@@ -40,7 +40,9 @@ def build_comparison(example: Example) -> Example:
     >>> build_comparison(pair)["labels"].tolist()
     [[6, 7], [8, -100]]
     """
-    return layout.group([causal_example(example[f"{k}_tokens"], example[f"{k}_mask"]) for k in ("chosen", "rejected")])
+    return attention_fields.group(
+        [causal_example(example[f"{k}_tokens"], example[f"{k}_mask"]) for k in ("chosen", "rejected")]
+    )
 
 
 @torch.no_grad()

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from firth.data import layout
+from firth.data import attention_fields
 from firth.model.config import AttentionPattern, ModelConfig
 from firth.model.model import LM
 from firth.objectives.classification import READOUTS, classification_head, readout_of
@@ -83,7 +83,7 @@ class QuestionAnswering(Objective):
         shown = {name: example[name] for name in ("tokens", "token_type_ids") if name in example}
         n = len(shown["tokens"])
         no_answer = n - 1 if self.position == "last" else 0
-        order = layout.causal(n) if self.position == "last" else {}
+        order = attention_fields.causal(n) if self.position == "last" else {}
         return shown | {f"{end}s": _one_hot_label(n, example[end], no_answer) for end in ("start", "end")} | order
 
     def loss(self, model: LM, outputs: Outputs, batch: Batch) -> dict[str, Tensor]:

@@ -21,9 +21,9 @@ from firth.data.noise import NOISES, Kind, apply_mask_tokens, text_units
 from firth.data.shuffle import ExampleRNG
 from firth.model.config import AttentionPattern
 from firth.objectives.objective import TokenObjective
+from firth.ranges import NonNegativeInt, OpenShare, Share
 from firth.tokenizer.vocab import Vocab
 from firth.types import IGNORE, Example, UserError
-from firth.validated import NonNegativeInt, OpenShare, Share
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ nor where its gaps are. MPNet predicts one token after the other and shows a [MA
     MPNet   quick | the [M] brown fox [M]     jumps | the quick brown fox [M]
 
 So every query sees each position once ("position compensation", section 2.2). In one row: the text, a placeholder for each
-masked token that disappears when the token appears, and the queries (`firth.data.layout.permuted`). The first token of every
+masked token that disappears when the token appears, and the queries (`firth.data.attention_fields.permuted`). The first token of every
 order is predicted exactly as by MLM; without the placeholders the objective is PLM. As in MPNet's code, a placeholder and
 its query are shown alike, in BERT's three shares: 80% [MASK], 10% a random token, 10% the token itself. Of the paper's
 choices, whole words are `noise="words"`; its code draws an exact number of words, which "words" does on average.
@@ -21,13 +21,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from firth.data import layout
+from firth.data import attention_fields
 from firth.data.noise import NOISES, Kind, apply_mask_tokens, text_units
 from firth.model.config import AttentionPattern
 from firth.objectives.objective import TokenObjective
+from firth.ranges import OpenShare, Share
 from firth.tokenizer.vocab import Vocab
 from firth.types import Example, UserError
-from firth.validated import OpenShare, Share
 
 
 @dataclass(frozen=True)
@@ -79,8 +79,8 @@ class MPNet(TokenObjective):
         placeholders = apply_mask_tokens(
             tokens[order], vocab, self.mask_fraction, self.random_fraction, rng.random(len(order)), rng
         )
-        return layout.permuted(example, order, placeholders, compensated=True)
+        return attention_fields.permuted(example, order, placeholders, compensated=True)
 
     def hide(self, tokens: np.ndarray, at: int, vocab: Vocab) -> Example:
         text, mask = {"tokens": vocab.add_special_tokens(tokens)}, np.array([vocab.mask], tokens.dtype)
-        return layout.permuted(text, np.array([at + 1]), mask, compensated=True)
+        return attention_fields.permuted(text, np.array([at + 1]), mask, compensated=True)

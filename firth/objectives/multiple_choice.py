@@ -18,15 +18,15 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from firth.data import layout
+from firth.data import attention_fields
 from firth.model.config import AttentionPattern, ModelConfig
 from firth.model.model import LM
 from firth.objectives.classification import READOUTS, classification_head, readout_of
 from firth.objectives.objective import DataStats, Objective, choice_loss, num_correct
 from firth.objectives.reward_model import last_state, last_token_mask
+from firth.ranges import NonNegativeInt
 from firth.tokenizer.vocab import Vocab
 from firth.types import Batch, Example, Outputs, UserError
-from firth.validated import NonNegativeInt
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,8 @@ class MultipleChoice(Objective):
 
     def build_example(self, example: Example, vocab: Vocab, rng: np.random.Generator) -> Example:
         rows = [
-            row | (layout.causal(len(row["tokens"])) if self.position == "last" else {}) for row in example["options"]
+            row | (attention_fields.causal(len(row["tokens"])) if self.position == "last" else {})
+            for row in example["options"]
         ]
         size = self.max_options or len(rows)
         if not 2 <= len(rows) <= size:
@@ -83,7 +84,7 @@ class MultipleChoice(Objective):
                 f"a question with {len(rows)} options does not fit into a group of 2 to {size}: set `max_options`"
             )
         absent = np.arange(size) >= len(rows)
-        shown = layout.group(rows + rows[:1] * (size - len(rows)))
+        shown = attention_fields.group(rows + rows[:1] * (size - len(rows)))
         return shown | {"absent": absent, "choice": np.int64(example["label"])}
 
     def needed_positions(self, batch: Batch) -> Tensor | None:

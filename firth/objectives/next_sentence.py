@@ -14,9 +14,9 @@ from typing import ClassVar
 import numpy as np
 
 from firth.objectives.sentence_pairs import SentencePairObjective
+from firth.ranges import Share
 from firth.tokenizer.vocab import Vocab
 from firth.types import Example
-from firth.validated import Share
 
 
 @dataclass(frozen=True)

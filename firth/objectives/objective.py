@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from firth.data.layout import InfillPrompt
+from firth.data.attention_fields import InfillPrompt
 from firth.data.shuffle import ExampleRNG
 from firth.model import flops
 from firth.model.config import AttentionPattern, ModelConfig
@@ -32,9 +32,9 @@ from firth.model.heads import LMHead
 from firth.model.model import LM
 from firth.model.transformer import subset_positions
 from firth.objectives import name_of
+from firth.ranges import Ranged
 from firth.tokenizer.vocab import Vocab
 from firth.types import IGNORE, Batch, Example, Outputs, UserError
-from firth.validated import Ranged
 
 PATTERN_DESCRIPTIONS: dict[AttentionPattern, str] = {
     "causal": "reads a text from left to right",

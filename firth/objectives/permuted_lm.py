@@ -9,7 +9,7 @@ still predicted from those before it in the order, as in a causal LM. Only the l
 
 Two streams: a token's own state may know the token, the state that predicts it must not. Both are in one row here: the text,
 and after it one query for each predicted token, at that token's position, which no other token sees
-(`firth.data.layout.permuted`). A query is shown as [MASK], or as a learned vector with
+(`firth.data.attention_fields.permuted`). A query is shown as [MASK], or as a learned vector with
 `model.mask_embedding` (the paper's w).
 
 With the order of the text and K = 1 this is causal language modeling: the same factors, and the text's own states are those
@@ -24,13 +24,13 @@ from typing import Literal
 
 import numpy as np
 
-from firth.data import layout
+from firth.data import attention_fields
 from firth.data.noise import NOISES, Kind, text_units
 from firth.model.config import AttentionPattern
 from firth.objectives.objective import TokenObjective
+from firth.ranges import PositiveInt
 from firth.tokenizer.vocab import Vocab
 from firth.types import Example
-from firth.validated import PositiveInt
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ class PLM(TokenObjective):
         tokens = example["tokens"]
         predicted = np.flatnonzero(NOISES[self.noise](tokens, vocab, 1 / self.k, rng))
         order = rng.permutation(predicted) if self.order == "random" else predicted
-        return layout.permuted(example, order, np.full(len(order), vocab.mask, tokens.dtype))
+        return attention_fields.permuted(example, order, np.full(len(order), vocab.mask, tokens.dtype))
 
     def hide(self, tokens: np.ndarray, at: int, vocab: Vocab) -> Example:
-        return layout.permuted({"tokens": tokens}, np.array([at]), np.array([vocab.mask], tokens.dtype))
+        return attention_fields.permuted({"tokens": tokens}, np.array([at]), np.array([vocab.mask], tokens.dtype))

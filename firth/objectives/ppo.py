@@ -31,9 +31,9 @@ from firth.model.heads import LMHead
 from firth.model.model import LM
 from firth.objectives.objective import Objective, supervised, vocabulary_flops
 from firth.objectives.sft import causal_example
+from firth.ranges import NonNegativeFloat, PositiveFloat
 from firth.tokenizer.vocab import Vocab
 from firth.types import IGNORE, Batch, Example, Outputs
-from firth.validated import NonNegativeFloat, PositiveFloat
 
 PER_TOKEN = ("old", "reference", "values", "advantage", "returns")
 """The numbers of each sampled token, aligned with `tokens`; `PPO.build_example` shifts them as it shifts the labels."""

@@ -14,13 +14,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from firth.data import layout
-from firth.data.layout import Seq2SeqLayout
+from firth.data import attention_fields
+from firth.data.attention_fields import Seq2SeqLayout
 from firth.model.config import AttentionPattern
 from firth.objectives.objective import TokenObjective
+from firth.ranges import Share
 from firth.tokenizer.vocab import Vocab
 from firth.types import Example, UserError
-from firth.validated import Share
 
 
 @dataclass(frozen=True)
@@ -77,4 +77,4 @@ class PrefixLM(TokenObjective):
 
     def _split(self, tokens: np.ndarray, at: int, vocab: Vocab) -> Example:
         source = tokens[:at] if self.layout == "prefix" else np.append(tokens[:at], vocab.eos)
-        return layout.layout_of(self.layout, source, tokens[at:], vocab)
+        return attention_fields.layout_of(self.layout, source, tokens[at:], vocab)

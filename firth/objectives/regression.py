@@ -21,9 +21,9 @@ from firth.model.config import ModelConfig
 from firth.model.model import LM
 from firth.objectives.classification import ReadoutObjective, classification_head, label_at_position
 from firth.objectives.objective import DataStats, Objective, supervised
+from firth.ranges import FiniteFloat, PositiveFloat
 from firth.tokenizer.vocab import Vocab
 from firth.types import Batch, Example, Outputs
-from firth.validated import FiniteFloat, PositiveFloat
 
 
 @dataclass(frozen=True)

@@ -32,9 +32,9 @@ from firth.model.heads import LMHead, replaced_token_head
 from firth.model.model import LM, TiedSubmodel
 from firth.objectives.masked_lm import MLM
 from firth.objectives.objective import Objective, forward_work, supervised
+from firth.ranges import NonNegativeFloat, OpenShare, ShareAboveZero
 from firth.tokenizer.vocab import Vocab
 from firth.types import IGNORE, Batch, Example, Outputs
-from firth.validated import NonNegativeFloat, OpenShare, ShareAboveZero
 
 
 @dataclass(frozen=True)

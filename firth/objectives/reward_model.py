@@ -20,13 +20,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from firth.data import layout
+from firth.data import attention_fields
 from firth.model.config import AttentionPattern, ModelConfig
 from firth.model.model import LM
 from firth.objectives.objective import DataStats, Objective, choice_loss, num_correct
+from firth.ranges import NonNegativeInt
 from firth.tokenizer.vocab import Vocab
 from firth.types import IGNORE, NEVER, Batch, Example, Outputs, UserError
-from firth.validated import NonNegativeInt
 
 
 def reward_head(width: int) -> nn.Linear:
@@ -42,7 +42,7 @@ def answer_row(tokens: np.ndarray, mask: np.ndarray) -> Example:
     What follows it (a line break of the chat template) is missing when a sampled answer is scored.
     """
     end = int(np.flatnonzero(mask)[-1]) + 1
-    return {"tokens": tokens[:end]} | layout.causal(end)
+    return {"tokens": tokens[:end]} | attention_fields.causal(end)
 
 
 def last_token_mask(batch: Batch) -> Tensor:
@@ -95,7 +95,7 @@ class RewardModeling(Objective):
 
     def build_example(self, example: Example, vocab: Vocab, rng: np.random.Generator) -> Example:
         rows = [answer_row(example[f"{k}_tokens"], example[f"{k}_mask"]) for k in ("chosen", "rejected")]
-        return layout.group(rows) | {"preferred": np.int64(0)}
+        return attention_fields.group(rows) | {"preferred": np.int64(0)}
 
     def needed_positions(self, batch: Batch) -> Tensor | None:
         return last_token_mask(batch)
@@ -144,7 +144,7 @@ class Ranking(RewardModeling):
         # All answers tied: nothing to learn, and the group is not counted.
         preferred = int(rank.argmin()) if len(set(rank.tolist())) > 1 else IGNORE
         ranked = np.concatenate((rank, np.full(absent, IGNORE)))
-        return layout.group(rows + rows[:1] * absent) | {"rank": ranked, "preferred": np.int64(preferred)}
+        return attention_fields.group(rows + rows[:1] * absent) | {"rank": ranked, "preferred": np.int64(preferred)}
 
     def loss(self, model: LM, outputs: Outputs, batch: Batch) -> dict[str, Tensor]:
         scores, rank = rewards(model, outputs["hidden"], batch), batch["rank"]  # (B, K)

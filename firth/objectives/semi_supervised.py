@@ -28,9 +28,9 @@ from firth.model import flops
 from firth.model.model import LM
 from firth.objectives.classification import Classification
 from firth.objectives.objective import Objective, choice_loss, forward_work, supervised
+from firth.ranges import NonNegativeFloat, NonNegativeInt, OpenShare, PositiveFloat, Share, ShareBelowOne
 from firth.tokenizer.vocab import Vocab
 from firth.types import IGNORE, Batch, Example, Outputs, UserError
-from firth.validated import NonNegativeFloat, NonNegativeInt, OpenShare, PositiveFloat, Share, ShareBelowOne
 
 
 @dataclass(frozen=True)

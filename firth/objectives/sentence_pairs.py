@@ -12,7 +12,7 @@ from typing import ClassVar
 import numpy as np
 from torch import Tensor, nn
 
-from firth.data import layout
+from firth.data import attention_fields
 from firth.model.config import AttentionPattern, ModelConfig
 from firth.model.heads import pooled
 from firth.model.model import LM
@@ -38,7 +38,7 @@ class SentencePairObjective(Objective):
 
     def build_pair(self, first: np.ndarray, second: np.ndarray, label: bool, vocab: Vocab) -> Example:
         """Return both segments in one row, with the label at [CLS]."""
-        shown = layout.pair(first, second, vocab)
+        shown = attention_fields.pair(first, second, vocab)
         labels = np.full(len(shown["tokens"]), IGNORE)
         labels[0] = label
         return shown | {self.label_field: labels}

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from firth.data import layout
+from firth.data import attention_fields
 from firth.model.config import AttentionPattern
 from firth.objectives.objective import TokenObjective
 from firth.tokenizer.vocab import Vocab
@@ -26,7 +26,7 @@ def causal_example(tokens: np.ndarray, mask: np.ndarray) -> Example:
     ([5, 6, 7], [-100, 7, 8])
     """
     labels = np.where(mask[1:], tokens[1:], IGNORE)
-    return {"tokens": tokens[:-1], "labels": labels} | layout.causal(len(tokens) - 1)
+    return {"tokens": tokens[:-1], "labels": labels} | attention_fields.causal(len(tokens) - 1)
 
 
 @dataclass(frozen=True)
@@ -72,4 +72,4 @@ class Seq2SeqSFT(TokenObjective):
         return "seq2seq"
 
     def build_example(self, example: Example, vocab: Vocab, rng: np.random.Generator) -> Example:
-        return layout.seq2seq(example["source"], example["target"], vocab.start)
+        return attention_fields.seq2seq(example["source"], example["target"], vocab.start)

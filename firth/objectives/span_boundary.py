@@ -25,9 +25,9 @@ from firth.model.config import AttentionPattern, ModelConfig
 from firth.model.heads import LMHead
 from firth.model.model import LM
 from firth.objectives.objective import Objective
+from firth.ranges import TokenCount
 from firth.tokenizer.vocab import Vocab
 from firth.types import IGNORE, Batch, Example, Outputs, UserError
-from firth.validated import TokenCount
 
 
 @dataclass(frozen=True)

@@ -18,14 +18,14 @@ from typing import ClassVar
 
 import numpy as np
 
-from firth.data import layout
-from firth.data.layout import InfillPrompt, Seq2SeqLayout
+from firth.data import attention_fields
+from firth.data.attention_fields import InfillPrompt, Seq2SeqLayout
 from firth.data.noise import NOISES, Kind, text_units
 from firth.model.config import AttentionPattern
 from firth.objectives.objective import TokenObjective
+from firth.ranges import OpenShare
 from firth.tokenizer.vocab import Vocab
 from firth.types import IGNORE, Example, UserError
-from firth.validated import OpenShare
 
 
 def corrupt(tokens: np.ndarray, dropped: np.ndarray, sentinels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -132,4 +132,4 @@ class SpanCorruption(TokenObjective):
 
     def _show(self, tokens: np.ndarray, dropped: np.ndarray, vocab: Vocab) -> Example:
         source, target = (np.append(row, vocab.eos) for row in corrupt(tokens, dropped, vocab.sentinels))
-        return layout.layout_of(self.layout, source, target, vocab)
+        return attention_fields.layout_of(self.layout, source, target, vocab)

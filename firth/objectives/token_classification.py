@@ -14,7 +14,7 @@ from typing import ClassVar
 import numpy as np
 from torch import Tensor, nn
 
-from firth.data import layout
+from firth.data import attention_fields
 from firth.model.config import AttentionPattern, ModelConfig
 from firth.model.model import LM
 from firth.objectives.classification import classification_head
@@ -67,7 +67,7 @@ class TokenClassification(Objective):
         return {"tags": classification_head(config.hidden_size, len(self.class_names))}
 
     def build_example(self, example: Example, vocab: Vocab, rng: np.random.Generator) -> Example:
-        order = layout.causal(len(example["tokens"])) if self.causal else {}
+        order = attention_fields.causal(len(example["tokens"])) if self.causal else {}
         return {"tokens": example["tokens"], "tags": example["tags"]} | order
 
     def loss(self, model: LM, outputs: Outputs, batch: Batch) -> dict[str, Tensor]:

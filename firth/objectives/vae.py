@@ -22,13 +22,13 @@ from typing import ClassVar, Self
 import numpy as np
 from torch import Tensor
 
-from firth.data import layout
+from firth.data import attention_fields
 from firth.model.config import AttentionPattern, ModelConfig
 from firth.model.model import LM
 from firth.objectives.objective import TokenObjective
+from firth.ranges import NonNegativeFloat, NonNegativeInt, PositiveInt, Share
 from firth.tokenizer.vocab import Vocab
 from firth.types import Batch, Example, Outputs
-from firth.validated import NonNegativeFloat, NonNegativeInt, PositiveInt, Share
 
 ACTIVE_VARIANCE = 0.01
 """Variance of a unit's mean over texts above which it is active (Burda 2016, section 5.2)."""
@@ -97,7 +97,7 @@ class VAE(TokenObjective):
 
     def build_example(self, example: Example, vocab: Vocab, rng: np.random.Generator) -> Example:
         text = np.append(example["tokens"], vocab.eos)
-        seen = layout.seq2seq(text, text, vocab.pad)
+        seen = attention_fields.seq2seq(text, text, vocab.pad)
         gaps = seen["tokens"].copy()
         if self.word_dropout:
             gaps[1:][rng.random(len(gaps) - 1) < self.word_dropout] = vocab.mask

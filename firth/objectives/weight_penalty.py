@@ -18,9 +18,9 @@ from torch import Tensor
 
 from firth.model.model import LM
 from firth.objectives.objective import Objective
+from firth.ranges import PositiveFloat
 from firth.tokenizer.vocab import Vocab
 from firth.types import IGNORE, Batch, Example, Outputs
-from firth.validated import PositiveFloat
 
 
 @dataclass(frozen=True)

@@ -25,14 +25,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from firth import kernels
+from firth import kernel_choice
 from firth.model import flops, native, native_ops
 from firth.model.config import AttentionPattern, ModelConfig
 from firth.model.model import LM
 from firth.objectives.objective import Objective
+from firth.ranges import PositiveInt, Range
 from firth.tokenizer.vocab import Vocab
 from firth.types import IGNORE, Batch, Example, Outputs
-from firth.validated import PositiveInt, Range
 
 BLOCK_WORDS = 32
 """Words whose neighbors are scored by one product: of its 32 + 2 window columns 2 window are used, the rest is waste."""
@@ -158,7 +158,7 @@ class Word2Vec(Objective):
         )
 
 
-def _workload(choice: str) -> kernels.Workload:
+def _workload(choice: str) -> kernel_choice.Workload:
     """Return a benchmark: the neighbor means of 8 rows of 256 words with 128-dimensional vectors, forward and backward."""
     side = torch.arange(256).clamp(max=3)
     batch = {"left": side.expand(8, -1), "right": side.flip(0).expand(8, -1)}
@@ -168,11 +168,11 @@ def _workload(choice: str) -> kernels.Workload:
         native.library()
 
     def work() -> None:
-        with kernels.forced({NEIGHBORS.name: choice}):
+        with kernel_choice.forced({NEIGHBORS.name: choice}):
             torch.autograd.backward(objective._means(x, batch), grad)
 
     return work
 
 
-NEIGHBORS = kernels.Kernel("neighbors", {choice: partial(_workload, choice) for choice in ("torch", "native")})
+NEIGHBORS = kernel_choice.Kernel("neighbors", {choice: partial(_workload, choice) for choice in ("torch", "native")})
 """Kernel that averages the neighbors of words for CBOW."""

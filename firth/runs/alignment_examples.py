@@ -33,6 +33,7 @@ from firth.model.model import LM
 from firth.objectives.dpo import build_comparison, ref_logprobs
 from firth.objectives.objective import DataStats, Objective
 from firth.objectives.ppo import PER_TOKEN
+from firth.ranges import FiniteFloat, NonNegativeFloat, PositiveInt, TokenCount
 from firth.runs import held_out_texts
 from firth.runs.config_io import path_field
 from firth.runs.examples import (
@@ -47,7 +48,6 @@ from firth.runs.examples import (
 from firth.runs.held_out_texts import HeldOutTexts
 from firth.runs.prepare import RunData
 from firth.types import UserError
-from firth.validated import FiniteFloat, NonNegativeFloat, PositiveInt, TokenCount
 
 
 @dataclass(frozen=True)

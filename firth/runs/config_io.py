@@ -30,8 +30,8 @@ import yaml
 from pydantic import TypeAdapter, ValidationError
 
 from firth.io import yaml_files
+from firth.ranges import check_range, range_of
 from firth.types import UserError
-from firth.validated import check_range, range_of
 
 
 @dataclass(frozen=True)

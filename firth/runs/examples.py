@@ -20,11 +20,11 @@ from firth.data.source import MixtureSource, Source, SubsetSource
 from firth.data.split import MIN_RECORDS, content_key, held_out_keys
 from firth.data.token_store import TokenStore
 from firth.objectives.objective import Objective
+from firth.ranges import NonNegativeFloat, Ranged, TokenCount
 from firth.runs import class_counts
 from firth.runs.held_out_texts import HeldOutTexts
 from firth.runs.prepare import DataConfig, RunData, documents_of, text_of
 from firth.types import UserError
-from firth.validated import NonNegativeFloat, Ranged, TokenCount
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ import torch
 from firth.align.rewards import RewardFunction, RewardModel, Rollout, score_rollouts
 from firth.data.collate import collate
 from firth.data.source import Source
-from firth.generate.decoding import inference_mode
+from firth.generate.decoding_batch import inference_mode
 from firth.generate.engine import Engine
 from firth.generate.sampling import Sampling
 from firth.model.model import LM

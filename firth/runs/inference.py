@@ -14,7 +14,7 @@ import torch
 
 from firth.corpora import readers
 from firth.corpora.read_stats import many
-from firth.data.layout import InfillPrompt
+from firth.data.attention_fields import InfillPrompt
 from firth.evaluate.heads import head_of
 from firth.evaluate.metrics import perplexity
 from firth.evaluate.predict import check_output_path
@@ -35,7 +35,7 @@ from firth.objectives.denoise import Denoising
 from firth.objectives.objective import Objective
 from firth.objectives.span_corruption import SpanCorruption
 from firth.pretrained.load_save import metadata_of
-from firth.runs.measure import measure
+from firth.runs.evaluate_files import measure
 from firth.runs.recipe import load
 from firth.tokenizer import chat
 from firth.tokenizer.inspection import readable
@@ -475,7 +475,7 @@ def evaluate_run(
     Args:
         directory: A run or model directory.
         paths: Files to evaluate on; none for the run's own held-out text.
-        task: The task (`firth.runs.measure.measure`).
+        task: The task (`firth.runs.evaluate_files.measure`).
         limit: The most tokens or records to evaluate.
         as_json: Whether to return a JSON object instead of readable lines.
         log: Receives remarks on what was truncated, repaired or dropped.

@@ -16,12 +16,12 @@ from firth.data.unlabeled import UnlabeledSource, choose_labeled
 from firth.evaluate.tokenizer_match import check_same_tokenizer
 from firth.objectives.objective import DataStats, Objective
 from firth.objectives.semi_supervised import teacher_probabilities, unlabeled_example
+from firth.ranges import NonNegativeInt, PositiveFloat, PositiveInt, Share
 from firth.runs.config_io import path_field
 from firth.runs.examples import DatasetSplits, ExamplesConfig, required_model, split_records
 from firth.runs.labeled_examples import LabeledConfig, RecordsConfig
 from firth.runs.prepare import RunData
 from firth.types import Example, UserError
-from firth.validated import NonNegativeInt, PositiveFloat, PositiveInt, Share
 
 
 @dataclass(frozen=True)

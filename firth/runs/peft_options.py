@@ -31,12 +31,12 @@ from firth.model.prefix import PREFIX_HEADS, check_prefix_supported
 from firth.objectives.layer_mixture import LayerMixture
 from firth.objectives.objective import Objective
 from firth.peft import adapter_files, lora
-from firth.peft.init import prefix_of, prompt_of
+from firth.peft.prefix_init import prefix_of, prompt_of
 from firth.pretrained.load_save import added_heads
+from firth.ranges import PositiveFloat, Range, Ranged, ShareBelowOne, TokenCount
 from firth.runs.config_io import path_field
 from firth.tokenizer.tokenizer import Tokenizer
 from firth.types import UserError
-from firth.validated import PositiveFloat, Range, Ranged, ShareBelowOne, TokenCount
 
 
 class PeftConfig(Ranged, section="peft"):

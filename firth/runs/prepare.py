@@ -25,12 +25,12 @@ from firth.data.token_store import TokenStore
 from firth.doctor import device
 from firth.model.model import LM
 from firth.pretrained.load_save import load_model
+from firth.ranges import PositiveFloat, Ranged, ShareBelowOne
 from firth.runs.config_io import path_field
 from firth.tokenizer.tokenizer import Tokenizer
 from firth.tokenizer.train import train
 from firth.training import precision
 from firth.types import LogLine, UserError
-from firth.validated import PositiveFloat, Ranged, ShareBelowOne
 
 REPAIR_DESCRIPTIONS = {
     "bad_utf8": "pieces that are not UTF-8, read as U+FFFD",

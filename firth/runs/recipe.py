@@ -23,6 +23,7 @@ from typing import Annotated, Any, Literal
 from firth import objectives
 from firth.model.config import ModelConfig
 from firth.objectives.objective import Objective, Sum
+from firth.ranges import NonNegativeInt, OptionalTokenCount, PositiveInt, Range, Ranged
 from firth.runs import config_io
 from firth.runs.compatibility import EXAMPLES, check_batching, check_fields, check_memory, check_pattern
 from firth.runs.examples import ExamplesConfig, model_directory
@@ -33,7 +34,6 @@ from firth.tokenizer.tokenizer import Tokenizer
 from firth.training.optimizer import OptimizerConfig
 from firth.training.schedule import Budget, Schedule
 from firth.types import UserError
-from firth.validated import NonNegativeInt, OptionalTokenCount, PositiveInt, Range, Ranged
 
 
 @dataclass(frozen=True)
@@ -163,7 +163,7 @@ class Recipe(Ranged):
         peft: Which weights are trained (`firth.runs.peft_options`).
         init_embeddings_from: A run or model directory with the same tokenizer, of which only the token embeddings are
             loaded (`firth.generate.word_vectors`).
-        init_head_from_frequencies: Whether an untrained LM head is initialized from the label frequencies (`firth.model.init`).
+        init_head_from_frequencies: Whether an untrained LM head is initialized from the label frequencies (`firth.model.head_frequencies`).
         batch: Batch size, packing and gradient accumulation.
         optimizer: The optimizer.
         schedule: The learning-rate schedule.

@@ -15,7 +15,7 @@ from typing import Any, Literal, TypeVar
 
 import torch
 
-from firth import kernels
+from firth import kernel_choice
 from firth.align.rewards import RewardError
 from firth.data import text_cache
 from firth.data.collate import Batches
@@ -46,14 +46,14 @@ from firth.runs.compatibility import (
     limit_lengths,
 )
 from firth.runs.examples import DatasetSplits, ExamplesConfig, model_directory
-from firth.runs.fallbacks import Segmentation, fallbacks, resolve_segmentation
 from firth.runs.inference import LoadedModel
 from firth.runs.init_head import init_head
-from firth.runs.inputs import RunInputs, content_hash, has_begun, recorded_hash
+from firth.runs.input_hashes import RunInputs, content_hash, has_begun, recorded_hash
 from firth.runs.peft_options import FullFinetuning, add_layer_mixture, check_peft
 from firth.runs.prepare import RunData
 from firth.runs.recipe import MODEL_CONFIG_HINT, Recipe, load, published
 from firth.runs.recipe_names import RECIPES
+from firth.runs.segmentation_warnings import Segmentation, fallbacks, resolve_segmentation
 from firth.runs.tokenizer import check_vocab, resolved_size, tokenizer_of
 from firth.runs.validation import Validator, vocab
 from firth.tokenizer.tokenizer import Tokenizer
@@ -121,7 +121,7 @@ def run(
     Raises:
         UserError: The directory holds a run of another recipe, or the recipe is invalid.
     """
-    kernels.check_forced()
+    kernel_choice.check_forced()
     ranks = join(best_device())
     with ranks.together():
         return _run(recipe, directory, log, ranks, reporter, on_metrics)

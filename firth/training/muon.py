@@ -30,7 +30,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from firth import kernels
+from firth import kernel_choice
 from firth.model import native
 from firth.model.native import half
 
@@ -145,7 +145,7 @@ def _use_native(first: Tensor, *others: Tensor) -> bool:
     return supported and all(x.is_contiguous() for x in (first, *others)) and MOMENTUM.choice() == "native"
 
 
-def _momentum_workload(way: str) -> kernels.Workload:
+def _momentum_workload(way: str) -> kernel_choice.Workload:
     """A matrix of 384 x 1536."""
     grad, momentum, weight = (torch.linspace(-1, 1, 384 * 1536).view(384, 1536) for _ in range(3))
     direction = torch.empty(384, 1536, dtype=torch.bfloat16)
@@ -154,18 +154,18 @@ def _momentum_workload(way: str) -> kernels.Workload:
 
     @torch.no_grad()
     def work() -> None:
-        with kernels.forced({MOMENTUM.name: way}):
+        with kernel_choice.forced({MOMENTUM.name: way}):
             nesterov(grad, momentum, direction, 0.95)
             apply(weight, direction, 0.999, 1e-6)
 
     return work
 
 
-MOMENTUM = kernels.Kernel("momentum", {way: partial(_momentum_workload, way) for way in ("torch", "native")})
+MOMENTUM = kernel_choice.Kernel("momentum", {way: partial(_momentum_workload, way) for way in ("torch", "native")})
 """How a CPU updates the momentum of Muon and the weights."""
 
 
-def _workload(dtype: torch.dtype) -> kernels.Workload:
+def _workload(dtype: torch.dtype) -> kernel_choice.Workload:
     """Square and wide matrices of 256 rows."""
     stacks = [torch.linspace(-1, 1, 4 * 256 * columns).sin().view(4, 256, columns) for columns in (256, 1024)]
 
@@ -179,7 +179,7 @@ def _workload(dtype: torch.dtype) -> kernels.Workload:
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
-KERNEL = kernels.Kernel("muon", {name: partial(_workload, dtype) for name, dtype in DTYPES.items()})
+KERNEL = kernel_choice.Kernel("muon", {name: partial(_workload, dtype) for name, dtype in DTYPES.items()})
 """The dtype in which a CPU orthogonalizes: the rounds tolerate the error of bf16 (Jordan et al. 2024)."""
 
 

@@ -31,10 +31,10 @@ from torch import Tensor, nn
 
 from firth.model.transformer import TransformerStack
 from firth.peft.lora import LoraLayer
+from firth.ranges import NonNegativeFloat, PositiveFloat, Ranged, ShareBelowOne
 from firth.training import muon
 from firth.training.sparse_adam import SparseAdam, sums
 from firth.types import UserError
-from firth.validated import NonNegativeFloat, PositiveFloat, Ranged, ShareBelowOne
 
 
 @dataclass(frozen=True)

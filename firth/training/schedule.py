@@ -18,8 +18,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
+from firth.ranges import NonNegativeFloat, NonNegativeInt, Ranged, Share
 from firth.types import UserError
-from firth.validated import NonNegativeFloat, NonNegativeInt, Ranged, Share
 
 
 @dataclass(frozen=True)

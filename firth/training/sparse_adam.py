@@ -22,7 +22,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from firth import kernels
+from firth import kernel_choice
 from firth.model import native
 
 
@@ -145,7 +145,7 @@ class SparseAdam:
         self.step = step.clone()
 
 
-def _workload(way: str) -> kernels.Workload:
+def _workload(way: str) -> kernel_choice.Workload:
     """A step on 2,000 rows, each looked up twice, of 8,000 used before; hidden size 128."""
     table = nn.Parameter(torch.ones(8000, 128))
     rows = SparseAdam(table, (0.9, 0.99), 1e-8)
@@ -157,11 +157,11 @@ def _workload(way: str) -> kernels.Workload:
 
     def work() -> None:
         table.grad = grad
-        with kernels.forced({KERNEL.name: way}):
+        with kernel_choice.forced({KERNEL.name: way}):
             rows.update(1e-3)
 
     return work
 
 
-KERNEL = kernels.Kernel("table-rows", {way: partial(_workload, way) for way in ("torch", "native")})
+KERNEL = kernel_choice.Kernel("table-rows", {way: partial(_workload, way) for way in ("torch", "native")})
 """How duplicate rows of a sparse gradient are summed and AdamW updates the used rows."""

@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from firth import kernels
+from firth import kernel_choice
 from firth.model import flops
 from firth.model.fused import uses_dropout
 from firth.training import checkpoint, precision, training_state
@@ -182,7 +182,7 @@ class _Run:
         self.lr = optimizer.lr
         self.device = next(model.parameters()).device
         if ranks.world > 1:  # replicas with different kernels would diverge
-            kernels.use(json.loads(ranks.from_first(json.dumps(kernels.table() if ranks.first else {}))))
+            kernel_choice.use(json.loads(ranks.from_first(json.dumps(kernel_choice.table() if ranks.first else {}))))
         self.optimizer = Optimizer(optimizer, model, sparse=ranks.world == 1)
         self.trained_share = flops.trained_share(model)
         self.state = self._start_or_resume()

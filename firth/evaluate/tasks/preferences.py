@@ -12,7 +12,7 @@ from firth.data.records import PreferenceRecords
 from firth.evaluate import metrics
 from firth.evaluate.perplexity import groups
 from firth.evaluate.task import Answers, EvaluatedModel, Progress, Task, most_likely
-from firth.generate.decoding import inference_mode
+from firth.generate.decoding_batch import inference_mode
 from firth.objectives.reward_model import answer_row, rewards
 from firth.types import Example, UserError
 

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from firth.data.layout import causal_after_prompt
+from firth.data.attention_fields import causal_after_prompt
 from firth.generate.native_decoder import NativeDecoder
 from firth.generate.sampling import Sampling, draw, filtered, repetition_penalty, uniforms
 from firth.model.heads import LMHead
