@@ -314,7 +314,7 @@ def ways(part: str, p: dict[str, float]) -> list[tuple[list[str], float]]:
 @pytest.fixture(scope="module")
 def small():
     found = {"▁lowest": 3, "▁low": 5, "lower": 2, "▁newest": 4, "banana": 6, "▁": 1, "wo": 2}
-    table = unigram.Table.of(found)
+    table = unigram.PartTable.of(found)
     pieces, weight = unigram.seeds(table)
     base = np.array(table.base)
     spelled = [
