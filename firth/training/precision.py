@@ -33,25 +33,27 @@ def choose(wanted: Precision, device: torch.device) -> Literal["fp32", "bf16"]:
 
 
 @cache
-def measured_speed(size: int = 512, seconds: float = 0.02) -> dict[str, float]:
+def measured_speed(size: int = 512, seconds: float = 0.04) -> dict[str, float]:
     """Return the best FLOP/s of a matrix product on the CPU in fp32 and bf16.
+
+    Products of both alternate, so that other work on the machine slows both alike and does not change the choice.
 
     Args:
         size: Rows and columns of the matrices.
-        seconds: Time to measure each precision.
+        seconds: Time to measure.
     """
-    return {"fp32": _speed(torch.float32, size, seconds), "bf16": _speed(torch.bfloat16, size, seconds)}
-
-
-def _speed(dtype: torch.dtype, size: int, seconds: float) -> float:
-    x = torch.ones(size, size, dtype=dtype)
-    x @ x  # the first product sets up threads and kernels
-    best, end = float("inf"), time.perf_counter() + seconds
-    while time.perf_counter() < end or best == float("inf"):
-        start = time.perf_counter()
-        x @ x
-        best = min(best, time.perf_counter() - start)
-    return 2 * size**3 / best
+    matrices = {"fp32": torch.ones(size, size), "bf16": torch.ones(size, size, dtype=torch.bfloat16)}
+    best = {}
+    for name, x in matrices.items():
+        x @ x  # the first product sets up threads and kernels
+        best[name] = float("inf")
+    end = time.perf_counter() + seconds
+    while time.perf_counter() < end or float("inf") in best.values():
+        for name, x in matrices.items():
+            start = time.perf_counter()
+            x @ x
+            best[name] = min(best[name], time.perf_counter() - start)
+    return {name: 2 * size**3 / least for name, least in best.items()}
 
 
 def casts(precision: Literal["fp32", "bf16"], device: torch.device) -> Callable[[], AbstractContextManager[object]]:
