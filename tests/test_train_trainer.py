@@ -298,16 +298,6 @@ def test_training_learns_and_reports_progress(tmp_path: Path, capsys: pytest.Cap
     assert all(word in out[-2] for word in ("step 60/60", "tokens/s", "FLOP/s", "left"))
 
 
-def test_tensorboard_reads_the_event_file(tmp_path: Path) -> None:
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    small_run(tmp_path, 3)
-    events = EventAccumulator(str(tmp_path)).Reload()
-    expected = [(row["step"], row["loss"]) for row in rows(tmp_path) if row["split"] == "train"]
-    assert [(e.step, pytest.approx(e.value)) for e in events.Scalars("train/loss")] == expected
-    assert len(events.Scalars("valid/bits_per_byte")) == 1
-
-
 def test_rows_after_the_checkpoint_are_removed(tmp_path: Path) -> None:
     log = MetricsLog(tmp_path, 0)
     for n in range(1, 5):

@@ -1,6 +1,6 @@
 """Run a recipe: prepare the tokenizer and the data, train, export the model and write the report.
 
-    recipe.yaml  inputs.json  metrics.jsonl  events...  checkpoints/step-N/  tokenizer/  model/  report.html
+    recipe.yaml  inputs.json  metrics.jsonl  checkpoints/step-N/  tokenizer/  model/  report.html
 
 The same call on the same directory resumes an unfinished run, and returns at once if the run is finished.
 """
@@ -59,6 +59,7 @@ from firth.runs.validation import Validator, vocab
 from firth.tokenizer.tokenizer import Tokenizer
 from firth.training import checkpoint, precision
 from firth.training.distributed import Ranks, join
+from firth.training.loggers import check_loggers, metrics_loggers
 from firth.training.logging import OnMetrics, ProgressReporter
 from firth.training.trainer import TrainerConfig, train
 from firth.types import LogLine, UserError
@@ -140,6 +141,7 @@ def _run(
     if recipe.model is None and not recipe.init_from:
         raise UserError(f"the recipe {recipe.name!r} has neither a model config nor init_from: {MODEL_CONFIG_HINT}")
     _check_models(recipe)
+    check_loggers(recipe.loggers)
     make_directory(directory)
     inputs = _first_rank_first(ranks, lambda: RunInputs.read(recipe, directory, log, ranks.first))
     continued = has_begun(directory)
@@ -234,17 +236,19 @@ def _run(
     if validator is not None:
         validator.check_best_metric(model)
     evaluation = resolved.evaluation
+    loggers = resolved.loggers if ranks.first else ()
     try:
-        ended = train(
-            model, resolved.objective, batches, directory,
-            budget=resolved.budget, optimizer=resolved.optimizer, schedule=resolved.schedule,
-            config=TrainerConfig(eval_every=evaluation.every, save_every=resolved.checkpoint.every, keep=resolved.checkpoint.keep,
-                      best_metric=evaluation.best_metric or "loss",
-                      load_best_at_end=bool(evaluation.best_metric or evaluation.patience),
-                      patience=evaluation.patience, precision=chosen),
-            evaluate=validator.measure if validator is not None else None, ranks=ranks, recipe=known, name=resolved.name,
-            reporter=reporter, on_metrics=on_metrics,
-        )  # fmt: skip
+        with metrics_loggers(loggers, config_io.to_dict(resolved), directory, continued, on_metrics) as on_row:
+            ended = train(
+                model, resolved.objective, batches, directory,
+                budget=resolved.budget, optimizer=resolved.optimizer, schedule=resolved.schedule,
+                config=TrainerConfig(eval_every=evaluation.every, save_every=resolved.checkpoint.every, keep=resolved.checkpoint.keep,
+                          best_metric=evaluation.best_metric or "loss",
+                          load_best_at_end=bool(evaluation.best_metric or evaluation.patience),
+                          patience=evaluation.patience, precision=chosen),
+                evaluate=validator.measure if validator is not None else None, ranks=ranks, recipe=known, name=resolved.name,
+                reporter=reporter, on_metrics=on_row,
+            )  # fmt: skip
     except UserError as error:
         if ranks.first and isinstance(error.__cause__, RewardError):  # the user may fix the function and resume the run
             dataclasses.replace(inputs, functions={}).write(directory, recipe_hash)

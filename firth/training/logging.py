@@ -1,4 +1,4 @@
-"""Metrics of a run: metrics.jsonl, TensorBoard event files, and progress on the terminal.
+"""Metrics of a run (metrics.jsonl) and progress on the terminal.
 
 metrics.jsonl has one JSON object per line:
 
@@ -34,15 +34,17 @@ from typing import Any, Protocol
 
 from firth.io.atomic import write_text
 from firth.io.json_files import read_rows, row_line
-from firth.training.tensorboard import TensorBoardWriter
 from firth.types import LogLine
 
 OnMetrics = Callable[[dict[str, Any]], None]
 """A user's function that is called with each row of metrics: "split", "step", "seconds", "tokens" and the metrics by name."""
 
 
+FILE = "metrics.jsonl"
+
+
 class MetricsLog:
-    """Writes metrics.jsonl and an event file into a run directory.
+    """Writes metrics.jsonl into a run directory.
 
     Args:
         directory: The run directory.
@@ -51,10 +53,9 @@ class MetricsLog:
     """
 
     def __init__(self, directory: Path, step: int, on_row: OnMetrics | None = None):
-        path = directory / "metrics.jsonl"
+        path = directory / FILE
         keep_until(path, step)
         self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115
-        self._events = TensorBoardWriter(directory, step + 1)
         self._on_row = on_row
 
     def row(self, split: str, step: int, seconds: float, tokens: int, values: Mapping[str, float]) -> None:
@@ -71,23 +72,24 @@ class MetricsLog:
         position: dict[str, Any] = {"split": split, "step": step, "seconds": round(seconds, 3), "tokens": tokens}
         self._file.write(row_line(position | finite))
         self._file.flush()
-        self._events.scalars(step, {f"{split}/{name}": value for name, value in values.items()})
         if self._on_row is not None:
             self._on_row(position | finite)
 
     def close(self) -> None:
         self._file.close()
-        self._events.close()
 
 
 def keep_until(path: Path, step: int) -> None:
     """Remove the rows of metrics.jsonl after `step`, and an incomplete last line of a killed run."""
-    if not path.exists():
-        return
-    rows = read_rows(
+    if path.exists():
+        write_text(path, "".join(row_line(row) for row in read_metrics(path) if row["step"] <= step))
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """Return the rows of metrics.jsonl without an incomplete last line; none if there is no file."""
+    return read_rows(
         path, {"split": str, "step": int}, "remove the line, or delete the file: only reports need it", cut=True
     )
-    write_text(path, "".join(row_line(row) for row in rows if row["step"] <= step))
 
 
 class ProgressReporter(Protocol):
