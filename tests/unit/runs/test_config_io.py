@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import yaml
@@ -197,3 +198,45 @@ def test_field_of_a_class_without_fields_is_rejected() -> None:
         load("gpt", ["objective.zzz=1"])
     with pytest.raises(UserError, match=r"there is no field 'zzz' in MLM; there is mlm_probability, "):
         load("roberta", ["objective.zzz=1"])
+
+
+@dataclasses.dataclass(frozen=True)
+class Norm:
+    type: Literal["layer", "rms"] = "layer"
+    eps: float = 1e-5
+
+
+@dataclasses.dataclass(frozen=True)
+class Block:
+    norm: Norm = Norm()
+
+
+@dataclasses.dataclass(frozen=True)
+class Network:
+    block: Block | None = None
+
+
+def test_bare_value_sets_the_type_of_a_section(tmp_path: Path) -> None:
+    def loaded(written: str, *assignments: str) -> Network:
+        path = tmp_path / "mine.yaml"
+        path.write_text(written)
+        data, lines = config_io.read_yaml(path)
+        full = [config_io.expand_short_form(one, Network) for one in assignments]
+        given = {tuple(one.partition("=")[0].split(".")): one.partition("=")[2] for one in full}
+        built: Network = config_io.from_dict(
+            Network, config_io.override(data, full), config_io.SourceLocation((), lines, given)
+        )
+        assert config_io.from_dict(Network, yaml.safe_load(config_io.write_yaml(built))) == built
+        return built
+
+    with_eps = Network(Block(Norm("rms", 1e-6)))
+    assert loaded("block: {norm: rms}\n") == loaded("block:\n  norm:\n    type: rms\n") == Network(Block(Norm("rms")))
+    assert loaded("block: {norm: rms}\n", "block.norm.eps=1e-6") == with_eps
+    assert loaded("block: {norm: {type: layer, eps: 1e-6}}\n", "block.norm=rms") == with_eps
+    assert loaded("block: {norm: layer}\n", "block.norm=rms", "block.norm.eps=1e-6") == with_eps
+    assert loaded("block: null\n", "block.norm={type: rms, eps: 1e-6}") == with_eps
+    assert loaded("block: {norm: {eps: 1e-6}}\n", "block.norm=null") == Network(Block())
+    with pytest.raises(UserError, match=rf"^{tmp_path}/mine.yaml:2: block.norm.type: 'rsm' does not fit"):
+        loaded("block:\n  norm: rsm\n")
+    with pytest.raises(UserError, match=r"^block.norm.type: 'rsm' does not fit"):
+        loaded("block:\n  norm: {type: rms}\n", "block.norm=rsm")
