@@ -2,6 +2,8 @@
 
 import json
 import logging
+import os
+import subprocess
 import sys
 from importlib.machinery import ModuleSpec
 from pathlib import Path
@@ -162,3 +164,14 @@ def test_a_missing_library_is_named_before_the_run(text, tmp_path, monkeypatch):
     assert not (tmp_path / "run").exists()
     with pytest.raises(firth.UserError, match=r"loggers.*tensorboard"):
         train(text, tmp_path / "run", ["tensorbord"])
+
+
+def test_the_first_rank_alone_logs(text, tmp_path):
+    settings = [f"{field}={value}" for field, value in {**TINY, "max_steps": 2, "data.path": text}.items()]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "firth"]
+    done = subprocess.run(
+        [*command, "train", "gpt", "loggers=tensorboard", *settings, "--out", tmp_path / "run"],
+        capture_output=True, text=True, check=False, env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert len([*(tmp_path / "run").glob("events.out.tfevents.*")]) == 1
