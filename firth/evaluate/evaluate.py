@@ -19,7 +19,7 @@ from firth.evaluate import glue
 from firth.evaluate.task import EvaluatedModel, Progress, load_evaluated_model
 from firth.evaluate.tasks import TASKS, default_for
 from firth.evaluate.text_perplexity import likelihood
-from firth.types import LogLine, UserError
+from firth.types import LOGGER, LogLine, UserError
 
 
 def evaluate(
@@ -29,7 +29,7 @@ def evaluate(
     task: str | None = None,
     limit: int | None = None,
     progress: Progress = lambda _: None,
-    log: LogLine = lambda _: None,
+    log: LogLine = LOGGER.warning,
 ) -> dict[str, Any]:
     """Evaluate the model of a run or model directory on files.
 
@@ -60,7 +60,7 @@ def evaluate_model(
     task: str | None = None,
     limit: int | None = None,
     progress: Progress = lambda _: None,
-    log: LogLine = lambda _: None,
+    log: LogLine = LOGGER.warning,
 ) -> dict[str, Any]:
     """Evaluate a loaded model on any task but "glue"; arguments and result are those of `evaluate`."""
     task = default_for(evaluated, paths) if task is None else task

@@ -62,7 +62,7 @@ from firth.training.distributed import Ranks, join
 from firth.training.loggers import check_loggers, metrics_loggers
 from firth.training.logging import OnMetrics, ProgressReporter
 from firth.training.trainer import TrainerConfig, train
-from firth.types import LogLine, UserError
+from firth.types import LOGGER, LogLine, UserError
 
 T = TypeVar("T")
 
@@ -106,7 +106,7 @@ class RunResult:
 def run(
     recipe: Recipe,
     directory: Path,
-    log: LogLine = print,
+    log: LogLine = LOGGER.info,
     reporter: ProgressReporter | None = None,
     on_metrics: OnMetrics | None = None,
 ) -> RunResult:

@@ -77,7 +77,7 @@ def train(text, out, loggers, kill_after=None):
             raise KilledError
 
     recipe = firth.load_recipe("gpt", {**TINY, "data.path": text, "loggers": loggers})
-    return firth.train(recipe, out, log=lambda _: None, on_metrics=on_metrics)
+    return firth.train(recipe, out, on_metrics=on_metrics)
 
 
 def rows(out: Path):
