@@ -17,7 +17,7 @@ from firth.pretrained import families
 from firth.pretrained.load_save import load_model
 from firth.types import UserError
 
-HOW_TO = Path(__file__).parents[1] / "docs" / "how-to"
+HOW_TO = Path(__file__).parents[2] / "docs" / "how-to"
 
 
 def blocks(page: str, language: str) -> list[str]:
