@@ -29,12 +29,16 @@ def too_long(source: str) -> list[str]:
 
 
 def broad_excepts(source: str) -> list[str]:
-    """`except:`, and `except Exception` that does not raise again: errors must not be swallowed."""
+    """`except:`, and `except Exception` that neither raises again nor logs a warning: errors must not be swallowed."""
     out = []
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.ExceptHandler):
             caught = "" if node.type is None else ast.unparse(node.type)
-            again = any(isinstance(inner, ast.Raise) for inner in ast.walk(node))
+            again = any(
+                isinstance(inner, ast.Raise)
+                or (isinstance(inner, ast.Call) and ast.unparse(inner.func) == "LOGGER.warning")
+                for inner in ast.walk(node)
+            )
             if not caught or (re.search(r"\b(Base)?Exception\b", caught) and not again):
                 out.append(f"line {node.lineno}: except {caught or 'anything'}")
     return out
@@ -75,6 +79,17 @@ def no_docstring(source: str) -> list[str]:
     return [] if not tree.body or ast.get_docstring(tree) else ["no module docstring"]
 
 
+def imports_a_test(source: str) -> list[str]:
+    """Test modules share code through tests/support and conftest.py; none imports another."""
+    out = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            parts = [name for alias in node.names for name in alias.name.split(".")]
+            parts += (getattr(node, "module", None) or "").split(".")
+            out += [f"line {node.lineno}: {part}" for part in parts if part.startswith("test_")]
+    return out
+
+
 DIALECT = re.compile(r"\b(told|said|asked|apart|stands|beside|learnt|mend|mended|laid|whoever|behold)\b", re.I)
 """Words that this project once used for many things, and the field for none."""
 
@@ -108,6 +123,12 @@ def test_sources_keep_the_rules(rule):
     assert violations(rule, SOURCES) == []
 
 
+def test_no_test_imports_another():
+    paths = [path for path in TEXTS if path.suffix == ".py" and path.is_relative_to(ROOT / "tests")]
+    assert len(paths) > 100
+    assert violations(imports_a_test, paths) == []
+
+
 def test_the_package_speaks_plainly():
     assert violations(dialect, SOURCES) == []
 
@@ -137,6 +158,9 @@ def test_no_machine_paths():
         (reads_pickles, "import torch\nx = torch.load('a')"),
         (reads_pickles, "np.load('a', allow_pickle=True)"),
         (no_docstring, "x = 1"),
+        (imports_a_test, "from tests.unit.test_house import ROOT"),
+        (imports_a_test, "import tests.unit.test_house"),
+        (imports_a_test, "def f():\n    from tests.unit import test_house"),
         (machine_paths, "see /home/ann/firth and nothing else"),
         (machine_paths, 'open("/root/x")'),
     ],
@@ -150,8 +174,10 @@ def test_a_violation_is_found(rule, source):
     [
         (broad_excepts, "try:\n    f()\nexcept BaseException:\n    clean()\n    raise"),
         (broad_excepts, "try:\n    f()\nexcept OSError:\n    pass"),
+        (broad_excepts, "try:\n    f()\nexcept Exception as error:\n    LOGGER.warning(str(error))"),
         (machine_paths, "https://example.com/home/ann ./work/ and runs/tmp/x"),
         (no_docstring, ""),
+        (imports_a_test, "from tests.support.models import random_model"),
     ],
 )
 def test_allowed_code_is_no_violation(rule, source):
