@@ -9,6 +9,8 @@ from __future__ import annotations
 import logging
 import shlex
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -110,15 +112,25 @@ class ConsoleHandler(logging.Handler):
         typer.echo(f"firth: {record.getMessage()}" if warning else record.getMessage(), err=warning)
 
 
+@contextmanager
+def console() -> Iterator[None]:
+    """Print the messages of firth within the context."""
+    handler, level = ConsoleHandler(), LOGGER.level
+    LOGGER.addHandler(handler)
+    LOGGER.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        LOGGER.removeHandler(handler)
+        LOGGER.setLevel(level)
+
+
 @app.callback(invoke_without_command=True)
 def root(
     context: typer.Context,
     version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False,
 ) -> None:
-    handler, level = ConsoleHandler(), LOGGER.level
-    LOGGER.addHandler(handler)
-    LOGGER.setLevel(logging.INFO)
-    context.call_on_close(lambda: (LOGGER.removeHandler(handler), LOGGER.setLevel(level)))
+    context.with_resource(console())
     if version:
         typer.echo(f"firth {__version__}")
         raise typer.Exit
