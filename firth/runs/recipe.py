@@ -221,9 +221,9 @@ config_io.REGISTRIES[Objective] = config_io.Registry(
     join=lambda first, second: first + second,
     split=lambda total: (total.first, total.second) if isinstance(total, Sum) else (),
 )
-config_io.REGISTRIES[PeftConfig] = config_io.registry_of("way to adapt", PEFT_METHODS)
+config_io.REGISTRIES[PeftConfig] = config_io.registry_of("way to adapt", PEFT_METHODS, PeftConfig)
 config_io.SHORT_FORMS[DataConfig] = "path"
-config_io.REGISTRIES[ExamplesConfig] = config_io.registry_of("kind of examples", EXAMPLES)
+config_io.REGISTRIES[ExamplesConfig] = config_io.registry_of("kind of examples", EXAMPLES, ExamplesConfig)
 
 
 def published(name: str) -> Recipe:
@@ -263,7 +263,9 @@ SHORT_KEYS = ("max_steps", "max_seconds", "max_flops")
 
 def _expand_assignment(assignment: str) -> str:
     """Return an assignment with the full name of its field."""
-    return f"budget.{assignment}" if assignment.partition("=")[0] in SHORT_KEYS else assignment
+    if assignment.partition("=")[0] in SHORT_KEYS:
+        return f"budget.{assignment}"
+    return config_io.expand_short_form(assignment, Recipe)
 
 
 def _expand_keys(data: dict[str, Any], lines: dict[tuple[str, ...], str]) -> dict[str, Any]:
