@@ -104,6 +104,7 @@ def test_bytes_are_restored(trained, text):
     assert tokenizer.decode(tokenizer.encode(text)) == text
 
 
+@pytest.mark.slow
 @given(st.text(max_size=60))
 @settings(max_examples=200, deadline=None)
 def test_byte_bpe_restores_any_text(trained, text):
