@@ -315,6 +315,15 @@ def test_show_prints_merges_in_order_with_their_counts(trained, tmp_path):
     ]  # fmt: skip
 
 
+def test_byte_level_pieces_are_shown_as_text():
+    tokenizer = train(["kůň kůň kůň", "kůň"] * 20, "byte-bpe", vocab_size=330)
+    shown = inspection.render(inspection.inspect_tokenizer(tokenizer, ["kůň", "€"]))
+    assert re.search(r"-> ␣kůň\n", shown)
+    assert re.search(r"^  kůň +kůň$", shown, re.M)
+    assert "\\xe2  \\x82  \\xac" in shown  # no merge has made it whole
+    assert not set(shown) & set("ÃÄÅ")
+
+
 def test_show_of_unigram_prints_the_most_likely_pieces(trained):
     seen = inspection.inspect_tokenizer(trained["unigram"], [], first=8)
     scores = [score for _, score in seen.scores]
