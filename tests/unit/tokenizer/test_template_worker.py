@@ -91,6 +91,7 @@ def test_the_sandbox_alone_bounds_no_time(name):
         signal.signal(signal.SIGVTALRM, before)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [*MEMORY, "macro tree", "wordwrap"])
 def test_the_process_limits_hold_what_the_sandbox_does_not(name):
     template = {**MEMORY, **TIME, **FOLDED}[name].replace("SIZE", str(2_000_000_000))
