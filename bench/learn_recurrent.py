@@ -180,7 +180,7 @@ def kinds_study(seed: int, steps: Steps) -> dict[str, float]:
     """Score the tiny `lstm` with each type of RNN on Shakespeare: held-out bits per byte."""
     found = {}
     for kind in ("rnn", "gru", "lstm"):
-        result = run_stage(f"kind-{kind}", "lstm", seed, steps(300), [f"model.rnn_type={kind}"])
+        result = run_stage(f"kind-{kind}", "lstm", seed, steps(300), [f"model.rnn.type={kind}"])
         found[f"{kind}, bits per byte"] = result.metrics["valid/bits_per_byte"]
     return found
 

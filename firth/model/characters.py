@@ -44,20 +44,26 @@ class CharacterCNN(nn.Module):
 
     def __init__(self, config: ModelConfig):
         super().__init__()
-        self.max_characters = config.max_characters
-        self.register_buffer("spelling", torch.zeros(config.vocab_size, config.max_characters, dtype=torch.int16))
+        self.max_characters = config.embedding.characters.max_length
+        self.register_buffer(
+            "spelling", torch.zeros(config.vocab_size, config.embedding.characters.max_length, dtype=torch.int16)
+        )
         self.weight = nn.Parameter(torch.empty(NUM_CHARACTERS, CHARACTER_DIM))
         nn.init.uniform_(self.weight, -1, 1)
         self.filters = nn.ModuleList(
-            nn.Conv1d(CHARACTER_DIM, config.char_filters * n // 64, size) for size, n in FILTER_SHARES
+            nn.Conv1d(CHARACTER_DIM, config.embedding.characters.num_filters * n // 64, size)
+            for size, n in FILTER_SHARES
         )
-        self.highways = nn.ModuleList(nn.Linear(config.char_filters, 2 * config.char_filters) for _ in range(2))
-        self.down = nn.Linear(config.char_filters, config.embedding_dim)
+        self.highways = nn.ModuleList(
+            nn.Linear(config.embedding.characters.num_filters, 2 * config.embedding.characters.num_filters)
+            for _ in range(2)
+        )
+        self.down = nn.Linear(config.embedding.characters.num_filters, config.embedding_dim)
         for layer in (*self.highways, self.down):
-            nn.init.normal_(layer.weight, std=config.char_filters**-0.5)
+            nn.init.normal_(layer.weight, std=config.embedding.characters.num_filters**-0.5)
             nn.init.zeros_(layer.bias)
         for highway in self.highways:  # start by carrying the input (ELMo)
-            nn.init.constant_(highway.bias.data[config.char_filters :], -2.0)  # type: ignore[index]
+            nn.init.constant_(highway.bias.data[config.embedding.characters.num_filters :], -2.0)  # type: ignore[index]
 
     def set_token_characters(self, pieces: Sequence[str]) -> None:
         """Set the text of each token id; of a long one the first bytes are used."""

@@ -26,10 +26,10 @@ class Latent(nn.Module):
 
     def __init__(self, config: ModelConfig):
         super().__init__()
-        self.posterior = nn.Linear(config.hidden_size, 2 * config.latent_size)
-        self.memory = nn.Linear(config.latent_size, LATENT_VECTORS * config.hidden_size)
+        self.posterior = nn.Linear(config.hidden_size, 2 * config.encoder.latent_size)
+        self.memory = nn.Linear(config.encoder.latent_size, LATENT_VECTORS * config.hidden_size)
         nn.init.normal_(self.posterior.weight, std=0.02)  # q starts near the prior: no KL in the first steps
-        nn.init.normal_(self.memory.weight, std=config.latent_size**-0.5)
+        nn.init.normal_(self.memory.weight, std=config.encoder.latent_size**-0.5)
         for linear in (self.posterior, self.memory):
             nn.init.zeros_(linear.bias)
 

@@ -34,12 +34,14 @@ class Linformer(nn.Module):
 
     def __init__(self, config: ModelConfig):
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(*config.linformer_projections, config.max_positions, config.linformer_k))
+        self.weight = nn.Parameter(
+            torch.empty(*config.linformer_projections, config.max_positions, config.attention.linformer.k)
+        )
         tokens = torch.arange(config.max_positions)
         with torch.no_grad():  # the slots of a full row have the variance of its tokens
             self.weight.zero_()
-            self.weight[..., tokens, tokens * config.linformer_k // config.max_positions] = (
-                config.linformer_k / config.max_positions
+            self.weight[..., tokens, tokens * config.attention.linformer.k // config.max_positions] = (
+                config.attention.linformer.k / config.max_positions
             ) ** 0.5
 
     def at(self, length: int, mask: AttentionMask) -> LinformerSlots:

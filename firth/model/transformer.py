@@ -78,15 +78,15 @@ class TransformerStack(nn.Module):
     def __init__(self, config: ModelConfig, depth: int, cross: bool, bidirectional: bool):
         super().__init__()
         self.config = config
-        self.embed_norm = make_norm(config, config.embedding_dim) if config.embedding_norm else nn.Identity()
+        self.embed_norm = make_norm(config, config.embedding_dim) if config.norm.embedding else nn.Identity()
         self.project = (
-            Linear(config.embedding_size, config.hidden_size, bias=config.bias) if config.embedding_size else None
+            Linear(config.embedding.size, config.hidden_size, bias=config.bias) if config.embedding.size else None
         )
         self.depth = depth
         self.blocks = nn.ModuleList(Block(config, layer, cross) for layer in range(config.num_layer_groups or depth))
-        self.norm = make_norm(config) if config.norm_placement == "pre" else nn.Identity()
-        self.relative = RelativeBias(config, bidirectional) if config.position in BIAS_POSITIONS else None
-        self.linformer = Linformer(config) if config.linformer_k else None
+        self.norm = make_norm(config) if config.norm.placement == "pre" else nn.Identity()
+        self.relative = RelativeBias(config, bidirectional) if config.position.type in BIAS_POSITIONS else None
+        self.linformer = Linformer(config) if config.attention.linformer.k else None
         self.drop = Dropout(config.dropout) if config.dropout else nn.Identity()
 
     def layers(self) -> list[Block]:
@@ -193,10 +193,10 @@ class TransformerStack(nn.Module):
             index: (B, W), the positions of the queries; None: all.
         """
         positions = fields["positions"]
-        angles = rope_angles(positions, self.config) if self.config.position == "rotary" else None
+        angles = rope_angles(positions, self.config) if self.config.position.type == "rotary" else None
         if cache is not None and cache.decoding_mask is not None:
             # Storing fields takes time, which a single token has little of: only where relative positions need it.
-            relative = self.relative is not None or self.config.position == "xlnet"
+            relative = self.relative is not None or self.config.position.type == "xlnet"
             known = {
                 n: cache.append_field(n, v)
                 for n, v in fields.items()
@@ -241,10 +241,10 @@ class TransformerStack(nn.Module):
 
     def distances(self, fields: Batch, keys: Batch) -> DistanceIndex | None:
         """Return the distances between queries and keys for XLNet's positions, else None."""
-        if self.config.position != "xlnet":
+        if self.config.position.type != "xlnet":
             return None
         index, table = distance_index(fields["positions"], keys["positions"], self.config.hidden_size)
-        typed = "token_type_ids" in fields and self.config.type_vocab_size
+        typed = "token_type_ids" in fields and self.config.embedding.type_vocab_size
         return DistanceIndex(
             index, table, fields["token_type_ids"][:, :, None] != keys["token_type_ids"][:, None, :] if typed else None
         )
@@ -265,5 +265,5 @@ class TransformerStack(nn.Module):
     @property
     def flex(self) -> bool | None:
         """Whether to use FlexAttention, which supports neither a bias nor dropout; None: where it is faster."""
-        biased = self.relative is not None or self.config.position == "xlnet"
+        biased = self.relative is not None or self.config.position.type == "xlnet"
         return False if biased or (self.training and self.config.dropout) else None

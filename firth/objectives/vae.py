@@ -74,9 +74,9 @@ class VAE(TokenObjective):
         return "latent"
 
     def missing_from(self, config: ModelConfig) -> str:
-        if config.latent_size == self.latent_size:
+        if config.encoder.latent_size == self.latent_size:
             return ""
-        return f"objective.latent_size={self.latent_size} and model.latent_size={config.latent_size} differ: make them equal"
+        return f"objective.latent_size={self.latent_size} and model.encoder.latent_size={config.encoder.latent_size} differ: make them equal"
 
     def at_step(self, step: int) -> Self:
         return (

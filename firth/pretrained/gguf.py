@@ -410,7 +410,7 @@ def supports(arch: GGUFArchitecture, config: ModelConfig) -> bool:
 
 
 def _comparable(config: ModelConfig) -> ModelConfig:
-    return replace(config, dropout=0.0, init_std=0.02, zero_init=False)
+    return config.with_fields({"dropout": 0.0, "init.std": 0.02, "init.zero_output": False})
 
 
 def _round_trip(arch: GGUFArchitecture, family: Family, model_config: ModelConfig) -> ModelConfig | None:

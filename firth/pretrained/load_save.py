@@ -110,10 +110,10 @@ def save_model(
     names += write_tensors(written, directory, storage)
     if tokenizer is not None:
         pattern: Literal["seq2seq", "causal", "bidirectional"] = (
-            "causal" if model.config.causal or model.config.prefix_lm else "bidirectional"
+            "causal" if model.config.causal or model.config.attention.prefix_lm else "bidirectional"
         )
-        tokenizer.with_post_processor("seq2seq" if model.config.num_encoder_layers else pattern).save(
-            directory, token_type_ids=model.config.type_vocab_size > 0
+        tokenizer.with_post_processor("seq2seq" if model.config.encoder.num_layers else pattern).save(
+            directory, token_type_ids=model.config.embedding.type_vocab_size > 0
         )
     # No hashes of files that users edit: chat_template.jinja, generation_config.json, tokenizer_config.json. The
     # tokenizer's digest covers what determines the ids.
@@ -133,9 +133,9 @@ def token_ids(tokenizer: Tokenizer | None, config: ModelConfig) -> dict[str, Any
     """Return the token ids for config.json. Nulls are explicit: a family's defaults may exceed a small vocabulary."""
     roles: Mapping[str, int] = {} if tokenizer is None else tokenizer.vocab.roles
     ids: dict[str, Any] = {f"{role}_token_id": roles.get(role) for role in ("pad", "bos", "eos", "cls", "sep")}
-    if config.num_encoder_layers:
+    if config.encoder.num_layers:
         ids["pad_token_id"] = roles.get("pad", 0)
-        ids["decoder_start_token_id"] = roles.get(config.decoder_start_token, 0)
+        ids["decoder_start_token_id"] = roles.get(config.encoder.decoder_start_token, 0)
     return ids
 
 
@@ -341,7 +341,7 @@ def check_config(make: Callable[[], ModelConfig], state: Mapping[str, Tensor], f
     try:
         config = make()
         _check_types(config)
-        table = 0 if config.max_characters else config.vocab_size * config.embedding_dim
+        table = 0 if config.embedding.characters.max_length else config.vocab_size * config.embedding_dim
         needed = replace(config, vocab_size=1).num_parameters() + table
     except KeyError as missing:
         raise UserError(f"{file} lacks the field {missing}") from None
@@ -352,7 +352,7 @@ def check_config(make: Callable[[], ModelConfig], state: Mapping[str, Tensor], f
     stored = sum(tensor.numel() for tensor in state.values())
     if needed > MAX_PARAMETERS_PER_STORED_NUMBER * stored:
         raise UserError(
-            f"{file} describes a model of {max(config.num_layers, config.num_encoder_layers):,} layers and "
+            f"{file} describes a model of {max(config.num_layers, config.encoder.num_layers):,} layers and "
             f"{min(needed, MAX_REPORTED_PARAMETERS):,} parameters, but its weight files contain {stored:,} numbers: they do not "
             "belong together"
         )

@@ -182,7 +182,7 @@ def _run(
         log(f"{resolved.name}: {directory} is finished, after {finished.steps:,} steps; its model is {finished.model}")
         return finished
     chosen = checkpoint.precision(directory) or precision.choose(resolved.precision, best_device())
-    data = dataclasses.replace(data, memory_length=resolved.model.memory_length, precision=chosen)
+    data = dataclasses.replace(data, memory_length=resolved.model.attention.memory_length, precision=chosen)
     splits = _first_rank_first(ranks, lambda: examples.build_datasets(resolved.examples, data, resolved.objective))
     text_cache.forget()
     validator = (
@@ -354,7 +354,7 @@ def _resolve(recipe: Recipe, data: RunData) -> Recipe:
         if (
             not recipe.examples.gives_memory or recipe.batch.packed_length
         ):  # records have no preceding text: fine-tune without memory
-            base_config = dataclasses.replace(base_config, memory_length=0)
+            base_config = base_config.with_fields({"attention.memory_length": 0})
         config = base_config if config is None else config
     assert config is not None
     if recipe.init_from:
@@ -373,8 +373,10 @@ def _resolve(recipe: Recipe, data: RunData) -> Recipe:
     check_fields(objective, examples, config)
     if (reads := objective.attention_pattern()) != "any":
         # Record how the model was trained: its model family may define another attention pattern.
-        config = dataclasses.replace(config, causal=config.causal or reads == "causal", prefix_lm=reads == "prefix")
-    packs = config.packable and not config.memory_length and objective.packable and recipe.peft.packable
+        config = config.with_fields(
+            {"causal": config.causal or reads == "causal", "attention.prefix_lm": reads == "prefix"}
+        )
+    packs = config.packable and not config.attention.memory_length and objective.packable and recipe.peft.packable
     packs = packs and (base is None or base.prompt is None)  # each text of a packed row would need its own
     batch = recipe.batch.resolve(examples.max_tokens, packs)
     check_memory(config, examples, batch.packed_length)

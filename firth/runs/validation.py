@@ -133,5 +133,5 @@ def vocab(recipe: Recipe, tokenizer: Tokenizer) -> Vocab:
     return (
         tokenizer.vocab
         if recipe.model is None
-        else tokenizer.vocab.with_decoder_start(recipe.model.decoder_start_token)
+        else tokenizer.vocab.with_decoder_start(recipe.model.encoder.decoder_start_token)
     )

@@ -107,7 +107,7 @@ SMALL = [
 
 @pytest.mark.parametrize(
     ("name", "more"),
-    [("spanbert", []), ("albert", ["model.embedding_size=16"]), ("electra", ["model.embedding_size=16"]),
+    [("spanbert", []), ("albert", ["model.embedding.size=16"]), ("electra", ["model.embedding.size=16"]),
      ("electra", ["objective.kind=adversarial_rtd"])],
     ids=["spanbert", "albert", "electra", "adversarial"],
 )  # fmt: skip

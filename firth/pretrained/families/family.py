@@ -8,7 +8,7 @@ rows (GPT-2's `c_attn`, ModernBERT's `Wqkv` and `Wi`), possibly transposed (GPT-
 from __future__ import annotations
 
 from collections.abc import Callable, Container, Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -117,7 +117,7 @@ class Family:
             back = self.to_config(self.to_hf_config(config))
         except UserError:
             return False
-        return replace(back, init_std=config.init_std, zero_init=config.zero_init) == config
+        return back.with_fields({"init.std": config.init.std, "init.zero_output": config.init.zero_output}) == config
 
 
 def to_hf(state: dict[str, Tensor], entries: Iterable[WeightMapping]) -> dict[str, Tensor]:
@@ -253,14 +253,22 @@ def theta(config: dict[str, Any], default: float, layers: str = "") -> float:
 
 def rope_fields(config: ModelConfig) -> dict[str, Any]:
     """Return the rotary fields of config.json, for both transformers 5 and 4."""
-    fields: dict[str, Any] = {"rope_type": "default" if config.rope_scaling == "none" else config.rope_scaling}
-    if config.rope_scaling != "none":
-        fields["factor"] = config.rope_factor
-    if config.rope_scaling == "llama3":
-        fields |= {"low_freq_factor": config.rope_low_freq_factor, "high_freq_factor": config.rope_high_freq_factor}
-        fields["original_max_position_embeddings"] = config.rope_original_max_positions
-    old = {"rope_scaling": fields} if config.rope_scaling != "none" else {}
-    return {"rope_parameters": fields | {"rope_theta": config.rope_theta}, "rope_theta": config.rope_theta} | old
+    fields: dict[str, Any] = {
+        "rope_type": "default" if config.position.rope.scaling == "none" else config.position.rope.scaling
+    }
+    if config.position.rope.scaling != "none":
+        fields["factor"] = config.position.rope.factor
+    if config.position.rope.scaling == "llama3":
+        fields |= {
+            "low_freq_factor": config.position.rope.low_freq_factor,
+            "high_freq_factor": config.position.rope.high_freq_factor,
+        }
+        fields["original_max_position_embeddings"] = config.position.rope.original_max_positions
+    old = {"rope_scaling": fields} if config.position.rope.scaling != "none" else {}
+    return {
+        "rope_parameters": fields | {"rope_theta": config.position.rope.theta},
+        "rope_theta": config.position.rope.theta,
+    } | old
 
 
 def module_mappings(

@@ -11,7 +11,14 @@ from torch import Tensor
 from firth.model import blocked_attention
 from firth.model.attention import AttentionMask, attend
 from firth.model.block import Attention, initialize
-from firth.model.config import ModelConfig, decoder_config, encoder_config, encoder_decoder_config
+from firth.model.config import (
+    AttentionConfig,
+    InitConfig,
+    ModelConfig,
+    decoder_config,
+    encoder_config,
+    encoder_decoder_config,
+)
 from firth.model.heads import LMHead
 from firth.model.model import LM
 from firth.types import NEVER, Batch
@@ -159,7 +166,9 @@ def test_cached_equals_uncached(position: str, source: bool) -> None:
     """Prompts of three lengths padded on the right, then four tokens each, with gaps in the slots."""
     make = encoder_decoder_config if source else decoder_config
     model = build(
-        replace(make(50, 32, 2, num_heads=4, max_positions=64), position=position, num_kv_heads=2, zero_init=False)
+        make(50, 32, 2, num_heads=4, max_positions=64).with_fields(
+            {"position.type": position, "num_kv_heads": 2, "init.zero_output": False}
+        )
     )
     lengths, more = [6, 3, 1], 4
     tokens = torch.randint(50, (3, 10))
@@ -190,7 +199,7 @@ def test_cached_equals_uncached(position: str, source: bool) -> None:
 
 @torch.inference_mode()
 def test_cache_selects_rows() -> None:
-    model = build(replace(encoder_decoder_config(50, 32, 2, num_heads=4), zero_init=False))
+    model = build(encoder_decoder_config(50, 32, 2, num_heads=4).with_fields({"init.zero_output": False}))
     when = torch.arange(5).expand(3, 5)
     batch = {
         "tokens": torch.randint(50, (3, 5)),
@@ -244,7 +253,12 @@ def test_initial_scores_have_unit_variance(scale_attention: bool) -> None:
     """T5 has no 1 / sqrt(d) in the product, so the factor is in the initial query weights."""
     torch.manual_seed(0)
     config = ModelConfig(
-        vocab_size=50, hidden_size=256, num_layers=1, num_heads=4, scale_attention=scale_attention, init_std=0.0
+        vocab_size=50,
+        hidden_size=256,
+        num_layers=1,
+        num_heads=4,
+        attention=AttentionConfig(scale_scores=scale_attention),
+        init=InitConfig(std=0.0),
     )
     attention = Attention(config)
     initialize(attention, config)

@@ -18,7 +18,15 @@ from torch import Tensor
 from firth import kernel_choice
 from firth.data.collate import collate
 from firth.model import compilation
-from firth.model.config import ModelConfig, decoder_config, encoder_config, encoder_decoder_config, word_vector_config
+from firth.model.config import (
+    EmbeddingConfig,
+    ModelConfig,
+    NormConfig,
+    decoder_config,
+    encoder_config,
+    encoder_decoder_config,
+    word_vector_config,
+)
 from firth.model.model import LM
 from firth.objectives.causal_lm import CausalLM
 from firth.objectives.masked_lm import MLM
@@ -37,7 +45,11 @@ VOCAB = Vocab(
 )
 SIZE: Any = {"vocab_size": 60, "hidden_size": 32, "num_layers": 3, "num_heads": 2, "max_positions": 64}
 BERT = ModelConfig(
-    **SIZE, norm_placement="post", embedding_norm=True, type_vocab_size=2, activation="gelu", causal=False
+    **SIZE,
+    norm=NormConfig(placement="post", embedding=True),
+    embedding=EmbeddingConfig(type_vocab_size=2),
+    activation="gelu",
+    causal=False,
 )
 CASES: dict[str, tuple[ModelConfig, Objective]] = {
     "decoder": (decoder_config(**SIZE), CausalLM()),

@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from firth.data.collate import collate, pack
 from firth.generate.decoding_batch import rectangle
 from firth.model import flops
-from firth.model.config import ModelConfig, decoder_config, recurrent_config
+from firth.model.config import ModelConfig, NormConfig, PositionConfig, decoder_config, recurrent_config
 from firth.model.head_descriptions import describe_head, rebuild_head
 from firth.model.model import LM
 from firth.model.recurrent import RecurrentStack
@@ -131,7 +131,7 @@ def test_causal_reads_the_past_and_bidirectional_reads_all() -> None:
         changed_states = (model({"tokens": tokens}) - model({"tokens": changed})).abs() > 0  # (1, T, width)
         if config.causal:
             assert not changed_states[0, :6].any() and changed_states[0, 6:].any(-1).all(), name
-        elif config.separate_directions:
+        elif config.rnn.separate_directions:
             ahead, back = changed_states[0].chunk(2, -1)
             assert not ahead[:6].any() and ahead[6:].any(-1).all(), name
             assert not back[7:].any() and back[:7].any(-1).all(), name
@@ -178,9 +178,16 @@ COUNTED = {
     "positions, token types, untied": config_of(
         "gru", position="learned", max_positions=9, type_vocab_size=2, tie_embeddings=False
     ),
-    "character CNN and attention": dataclasses.replace(decoder_config(40, 64, 1), max_characters=8, char_filters=64),
+    "character CNN and attention": decoder_config(40, 64, 1).with_fields(
+        {"embedding.characters.max_length": 8, "embedding.characters.num_filters": 64}
+    ),
     "word vectors": ModelConfig(
-        vocab_size=40, hidden_size=8, num_layers=0, num_heads=1, norm_placement="post", position="none"
+        vocab_size=40,
+        hidden_size=8,
+        num_layers=0,
+        num_heads=1,
+        norm=NormConfig(placement="post"),
+        position=PositionConfig("none"),
     ),
 }
 
@@ -191,7 +198,7 @@ def test_parameters_are_counted_exactly(name: str) -> None:
     from firth.objectives.bilm import BiLM
 
     config = COUNTED[name]
-    model = LM(config, BiLM().heads(config) if config.separate_directions else {"lm": LMHead(config)})
+    model = LM(config, BiLM().heads(config) if config.rnn.separate_directions else {"lm": LMHead(config)})
     assert config.num_parameters() == sum(p.numel() for p in model.parameters())
 
 
@@ -234,9 +241,9 @@ def test_a_saved_model_is_loaded_unchanged(name: str, tmp_path) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"qk_norm": True}, "model.qk_norm=True has no effect on recurrent layers"),
-        ({"norm_placement": "pre"}, "model.norm_placement='?pre'?"),
-        ({"num_encoder_layers": 2}, "model.num_encoder_layers=2"),
+        ({"qk_norm": True}, "model.attention.qk_norm=True has no effect on recurrent layers"),
+        ({"norm_placement": "pre"}, "model.norm.placement='?pre'?"),
+        ({"num_encoder_layers": 2}, "model.encoder.num_layers=2"),
         ({"position": "rotary"}, "model.position=rotary is for attention"),
         ({"separate_directions": True}, "model.causal=false"),
         ({"causal": False, "hidden_size": 17, "head_dim": 17, "intermediate_size": 0}, "make it even"),
@@ -259,7 +266,7 @@ def test_zero_layers_return_the_embeddings() -> None:
     assert torch.equal(model({"tokens": tokens}), model.tokens(tokens))
     assert len(model.all_hidden_states({"tokens": tokens})) == 1
     with pytest.raises(UserError, match=r"model\.num_layers=0"):
-        dataclasses.replace(COUNTED["word vectors"], num_encoder_layers=2)
+        (COUNTED["word vectors"]).with_fields({"encoder.num_layers": 2})
 
 
 @pytest.mark.parametrize("config", [CONFIGS["separate directions"], CONFIGS["causal"], ModelConfig(40, 16, 2, 2)])
