@@ -296,10 +296,10 @@ def checks(arguments: argparse.Namespace, folder: Path) -> Iterator[Row]:
     yield texts("llama, tied and biased, F32", file, arguments.new)
     for name, more in (
         ("qwen2", {"bias": True, "bias_location": "qkv"}),
-        ("qwen3", {"qk_norm": True, "qk_norm_weight": True}),
+        ("qwen3", {"attention.qk_norm": True, "attention.qk_norm_weight": True}),
     ):
         changes: dict[str, Any] = more
-        gguf.write(random_model(replace(config, **changes)), tokenizer, file, "F32")
+        gguf.write(random_model(config.with_fields(changes)), tokenizer, file, "F32")
         yield texts(f"{name}, random, F32", file, arguments.new)
     gguf.write(random_model(replace(gpt2(size, 128, 3, 4), max_positions=512)), tokenizer, file, "F32")
     yield texts("gpt2, random, F32", file, arguments.new)

@@ -71,12 +71,12 @@ def random_models(folder: Path) -> list[Path]:
         "max_positions": 128,
     }
     configs = {
-        "llama": ModelConfig(**size, norm=NormConfig("rms", bias=False), position=PositionConfig("rotary"), activation="swiglu", bias=False,
-                             num_kv_heads=2),  # type: ignore[arg-type]
+        "llama": ModelConfig(**size, norm=NormConfig("rms", bias=False), position=PositionConfig("rotary"),
+                             activation="swiglu", bias=False, num_kv_heads=2),  # type: ignore[arg-type]
         "gpt2": ModelConfig(**size),
         "nanochat": decoder_config(**size),
-        "bert": ModelConfig(**size, causal=False, norm=NormConfig(placement="post", eps=1e-12, embedding=True), embedding=EmbeddingConfig(type_vocab_size=2),
-                            activation="gelu", lm_head=LMHeadConfig("transform", bias=True)),
+        "bert": ModelConfig(**size, causal=False, norm=NormConfig(placement="post", eps=1e-12, embedding=True),
+                            embedding=EmbeddingConfig(type_vocab_size=2), activation="gelu", lm_head=LMHeadConfig("transform", bias=True)),
         "modernbert": encoder_config(**size),
         "t5": encoder_decoder_config(**size),
     }  # fmt: skip

@@ -10,12 +10,12 @@ a masked language model's candidates for each mask. Evaluation and alignment use
     answer.text          # " to be, that is the"
     answer.finish        # "length"
 
-Decoders and encoder-decoders have the same interface: the prompt of an encoder-decoder goes to its encoder, and its decoder
-starts with `ModelConfig.encoder.decoder_start_token` (T5: pad; BART: eos). A prefix language model (`ModelConfig.attention.prefix_lm`) reads
-the whole prompt bidirectionally, as in training. A prompt longer than the context (`model.max_positions`) is an error, and
-an answer that reaches the end of the context finishes there ("context"); there is no sliding window. Ids that the tokenizer
-does not have are never generated or scored, however large the embedding table is (`LM.restrict_vocab`).
-"""
+Decoders and encoder-decoders have the same interface: the prompt of an encoder-decoder goes to its encoder, and its
+decoder starts with `ModelConfig.encoder.decoder_start_token` (T5: pad; BART: eos). A prefix language model
+(`ModelConfig.attention.prefix_lm`) reads the whole prompt bidirectionally, as in training. A prompt longer than the
+context (`model.max_positions`) is an error, and an answer that reaches the end of the context finishes there
+("context"); there is no sliding window. Ids that the tokenizer does not have are never generated or scored, however
+large the embedding table is (`LM.restrict_vocab`)."""
 
 from __future__ import annotations
 

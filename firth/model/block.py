@@ -320,7 +320,7 @@ class Block(nn.Module):
 
 
 def initialize(module: nn.Module, config: ModelConfig) -> None:
-    """Initialize the linear maps of a module as configured; biases, and output maps with zero_init, with zeros."""
+    """Initialize the linear maps of a module as configured; biases, and output maps with `init.zero_output`, with zeros."""
     for name, child in module.named_modules():
         if type(child) is Linear:
             last = name.rpartition(".")[2]

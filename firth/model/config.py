@@ -425,7 +425,7 @@ class ModelConfig(Ranged, section="model"):
         """Return the config of nested dicts; the inverse of `dataclasses.asdict`.
 
         Raises:
-            UserError: There is no such field, or the config is invalid.
+            UserError: A field is unknown or invalid.
             TypeError: A required field is missing, or a group is not a dict.
         """
         config: ModelConfig = _from_dict(cls, data, "")
@@ -456,7 +456,7 @@ def _from_dict(kind: Any, data: Mapping[str, Any], prefix: str) -> Any:
     values = {}
     for name, value in data.items():
         if name not in defaults:
-            raise UserError(f"there is no model config field {prefix + name!r}")
+            raise UserError(f"unknown model config field {prefix + name!r}: a newer version of firth wrote it")
         default: Any = defaults[name]
         values[name] = _from_dict(type(default), value, f"{prefix}{name}.") if is_dataclass(default) else value
     return kind(**values)
@@ -597,7 +597,7 @@ def recurrent_config(
 
 def word_vector_config(vocab_size: int, hidden_size: int) -> ModelConfig:
     """Return the configuration of word vectors: embeddings without layers (word2vec)."""
-    # With init_std 0.3 rare words keep much of their initial vector; with 0.003 all vectors share a direction for long.
+    # With init.std 0.3 rare words keep much of their initial vector; with 0.003 all vectors share a direction for long.
     return ModelConfig(
         vocab_size=vocab_size,
         hidden_size=hidden_size,

@@ -1,7 +1,7 @@
 """Validation of `ModelConfig`: one error message for each field or combination that makes no architecture.
 
->>> from firth.model.config import ModelConfig
->>> ModelConfig(vocab_size=100, hidden_size=32, num_layers=1, num_heads=4, rope_sign=0)
+>>> from firth.model.config import ModelConfig, PositionConfig, RopeConfig
+>>> ModelConfig(vocab_size=100, hidden_size=32, num_layers=1, num_heads=4, position=PositionConfig(rope=RopeConfig(sign=0)))
 Traceback (most recent call last):
     ...
 firth.types.UserError: model.position.rope.sign=0 must be 1 or -1
@@ -9,7 +9,8 @@ firth.types.UserError: model.position.rope.sign=0 must be 1 or -1
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from dataclasses import fields, is_dataclass
+from typing import TYPE_CHECKING, Any
 
 from firth.model.parameter_count import GATED, NUM_GATES, SINUSOIDAL_POSITIONS
 from firth.types import UserError
@@ -18,24 +19,29 @@ if TYPE_CHECKING:
     from firth.model.config import ModelConfig
 
 CHOICES: dict[str, tuple[str, ...]] = {
-    "decoder_start_token": ("pad", "eos"),
+    "encoder.decoder_start_token": ("pad", "eos"),
     "bias_location": ("all", "attention", "qkv"),
-    "rope_scaling": ("none", "linear", "llama3"),
-    "rnn_type": ("", *NUM_GATES),
-    "norm": ("layer", "rms"),
-    "norm_placement": ("pre", "post"),
-    "position": ("learned", "sinusoidal", "marian", "rotary", "t5", "mpnet", "xlnet", "none"),
+    "position.rope.scaling": ("none", "linear", "llama3"),
+    "rnn.type": ("", *NUM_GATES),
+    "norm.type": ("layer", "rms"),
+    "norm.placement": ("pre", "post"),
+    "position.type": ("learned", "sinusoidal", "marian", "rotary", "t5", "mpnet", "xlnet", "none"),
     "activation": ("gelu", "gelu_tanh", "relu", "relu2", "silu", *GATED),
-    "lm_head": ("linear", "transform"),
-    "linformer_sharing": ("headwise", "key-value", "layerwise"),
+    "lm_head.type": ("linear", "transform"),
+    "attention.linformer.sharing": ("headwise", "key-value", "layerwise"),
 }
 
 
 def check_fields(config: ModelConfig) -> None:
     """Raise UserError for a field that is wrong by itself, or a hidden size that the heads do not divide."""
+    for field in fields(config):
+        group: Any = field.default
+        if is_dataclass(group) and type(getattr(config, field.name)) is not type(group):
+            raise UserError(f"model.{field.name}={getattr(config, field.name)!r} is not a {type(group).__name__}")
+    values = config.flat_fields()
     for name, choices in CHOICES.items():
-        if getattr(config, name) not in choices:
-            raise UserError(f"model.{name}={getattr(config, name)!r} is not one of {', '.join(choices)}")
+        if values[name] not in choices:
+            raise UserError(f"model.{name}={values[name]!r} is not one of {', '.join(choices)}")
     if not config.head_dim and config.hidden_size % config.num_heads:
         raise UserError(
             f"model.hidden_size={config.hidden_size} is not a multiple of model.num_heads={config.num_heads}: "
@@ -82,12 +88,14 @@ def check_combinations(config: ModelConfig) -> None:
         raise UserError(
             f"model.position=xlnet needs an even model.hidden_size (it is {config.hidden_size}), "
             f"model.encoder.num_layers=0 ({config.encoder.num_layers}), model.num_kv_heads equal to model.num_heads "
-            f"({config.num_kv_heads} of {config.num_heads}) and model.attention.qk_norm=false ({str(config.attention.qk_norm).lower()})"
+            f"({config.num_kv_heads} of {config.num_heads}) and model.attention.qk_norm=false "
+            f"({str(config.attention.qk_norm).lower()})"
         )
     if config.attention.memory_length and config.position.type != "xlnet":
         raise UserError(
-            f"model.attention.memory_length={config.attention.memory_length} needs positions that extend before a row, and "
-            f"model.position={config.position.type!r} does not: set model.position=xlnet, or model.attention.memory_length=0"
+            f"model.attention.memory_length={config.attention.memory_length} needs positions that extend before a row, "
+            f"and model.position={config.position.type!r} does not: set model.position=xlnet, or "
+            "model.attention.memory_length=0"
         )
     if config.attention.linformer.k and (
         config.rnn.type
@@ -114,19 +122,22 @@ def check_combinations(config: ModelConfig) -> None:
         )
     if config.encoder.latent_size and not config.encoder.num_layers:
         raise UserError(
-            f"model.encoder.latent_size={config.encoder.latent_size} needs an encoder and a decoder: set model.encoder.num_layers"
+            f"model.encoder.latent_size={config.encoder.latent_size} needs an encoder and a decoder: "
+            "set model.encoder.num_layers"
         )
     if config.attention.qk_norm_weight and not config.attention.qk_norm:
         raise UserError(
-            "model.attention.qk_norm_weight is the gain of model.attention.qk_norm: set model.attention.qk_norm=true, or leave it out"
+            "model.attention.qk_norm_weight is the gain of model.attention.qk_norm: set model.attention.qk_norm=true, "
+            "or leave it out"
         )
-    if config.position.rope.high_freq_factor <= config.position.rope.low_freq_factor:
+    rope = config.position.rope
+    if rope.high_freq_factor <= rope.low_freq_factor:
         raise UserError(
-            f"model.position.rope.high_freq_factor={config.position.rope.high_freq_factor} must be above "
-            f"model.position.rope.low_freq_factor={config.position.rope.low_freq_factor}"
+            f"model.position.rope.high_freq_factor={rope.high_freq_factor} must be above "
+            f"model.position.rope.low_freq_factor={rope.low_freq_factor}"
         )
-    if config.position.rope.sign not in (1, -1):
-        raise UserError(f"model.position.rope.sign={config.position.rope.sign} must be 1 or -1")
+    if rope.sign not in (1, -1):
+        raise UserError(f"model.position.rope.sign={rope.sign} must be 1 or -1")
     if config.rnn.type:
         _check_recurrent(config)
     elif config.rnn.separate_directions or config.rnn.residual:
@@ -138,40 +149,40 @@ def check_combinations(config: ModelConfig) -> None:
         raise UserError(
             "model.num_layers=0 is a model of embeddings only: leave out model.encoder.num_layers and model.rnn.type too"
         )
-    if config.embedding.characters.max_length and (
-        config.tie_embeddings
-        or config.embedding.characters.max_length < 7
-        or config.embedding.characters.num_filters < 64
-        or config.embedding.characters.num_filters % 64
+    characters = config.embedding.characters
+    if characters.max_length and (
+        config.tie_embeddings or characters.max_length < 7 or characters.num_filters < 64 or characters.num_filters % 64
     ):
         raise UserError(
             "a character CNN has no table to tie its head to, reads at least 7 bytes of each token, and has "
-            "64, 128, 192 ... filters: set model.tie_embeddings=false, model.embedding.characters.max_length=16 and model.embedding.characters.num_filters=512"
+            "64, 128, 192 ... filters: set model.tie_embeddings=false, model.embedding.characters.max_length=16 and "
+            "model.embedding.characters.num_filters=512"
         )
 
 
 def _check_recurrent(config: ModelConfig) -> None:
     """Raise UserError for options of attention blocks, which recurrent layers would ignore."""
     unused = {
-        "num_encoder_layers": 0,
-        "embedding_size": 0,
+        "encoder.num_layers": 0,
+        "embedding.size": 0,
         "num_layer_groups": 0,
-        "embedding_norm": False,
-        "first_attention_norm": True,
-        "norm_placement": "post",
-        "scale_attention": True,
-        "qk_norm": False,
-        "qk_norm_weight": False,
-        "zero_init": False,
+        "norm.embedding": False,
+        "norm.first_attention": True,
+        "norm.placement": "post",
+        "attention.scale_scores": True,
+        "attention.qk_norm": False,
+        "attention.qk_norm_weight": False,
+        "init.zero_output": False,
         "bias": True,
         "bias_location": "all",
         "num_kv_heads": config.num_heads,
         "head_dim": config.hidden_size // config.num_heads,
     }
+    given = config.flat_fields()
     for name, value in unused.items():
-        if getattr(config, name) != value:
+        if given[name] != value:
             raise UserError(
-                f"model.{name}={getattr(config, name)} has no effect on recurrent layers: set it to {value}, "
+                f"model.{name}={given[name]} has no effect on recurrent layers: set it to {value}, "
                 "or start from the recipe lstm"
             )
     if config.position.type in ("rotary", "t5"):

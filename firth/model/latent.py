@@ -6,7 +6,9 @@ The decoder gets nothing else of the source. Bowman's z is the initial state of 
 cross-attends to the vectors of the latent instead (the "memory" of OPTIMUS, Li 2020).
 
 >>> import torch
->>> latent = Latent(ModelConfig(vocab_size=9, hidden_size=8, num_layers=1, num_heads=2, num_encoder_layers=1, latent_size=3))
+>>> from firth.model.config import EncoderConfig
+>>> encoder = EncoderConfig(num_layers=1, latent_size=3)
+>>> latent = Latent(ModelConfig(vocab_size=9, hidden_size=8, num_layers=1, num_heads=2, encoder=encoder))
 >>> mean, log_variance = latent.read(torch.ones(2, 5, 8), torch.zeros(2, 5))
 >>> mean.shape, latent.write(mean).shape
 (torch.Size([2, 3]), torch.Size([2, 4, 8]))

@@ -11,7 +11,8 @@ attention, where random mixtures cancel each other. A row of n tokens uses the f
 multiplied by sqrt(max_positions / n), since the empty ones would dominate otherwise. Together: 61% -> 70% accuracy on
 held-out questions, from 300 sentences.
 
->>> config = ModelConfig(vocab_size=9, hidden_size=8, num_layers=1, num_heads=2, causal=False, max_positions=16, linformer_k=4)
+>>> config = ModelConfig(vocab_size=9, hidden_size=8, num_layers=1, num_heads=2, causal=False, max_positions=16)
+>>> config = config.with_fields({"attention.linformer.k": 4})
 >>> slots = Linformer(config).at(6, AttentionMask())
 >>> slots.of(layer=0).mix(torch.ones(3, 2, 6, 4), side=0).shape
 torch.Size([3, 2, 4, 4])

@@ -59,9 +59,8 @@ class LM(nn.Module):
         self.source_places = (
             nn.Embedding(config.max_positions, config.embedding_dim) if learned and config.encoder.num_layers else None
         )
-        added = (
-            config.embedding.type_vocab_size and config.position.type != "xlnet"
-        )  # XLNet has relative token types in its blocks
+        # XLNet has relative token types in its blocks.
+        added = config.embedding.type_vocab_size and config.position.type != "xlnet"
         self.token_types = nn.Embedding(config.embedding.type_vocab_size, config.embedding_dim) if added else None
         self.query = (
             nn.Parameter(torch.randn(config.embedding_dim) * (config.init.std or 0.02))

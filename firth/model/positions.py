@@ -51,7 +51,7 @@ def rope_angles(positions: Tensor, config: ModelConfig) -> tuple[Tensor, Tensor]
 def scaled_frequencies(rates: Tensor, config: ModelConfig) -> Tensor:
     """Return rotary frequencies with context extension (`ModelConfig.position.rope.scaling`).
 
-    All are divided by `rope_factor` (Chen 2023, position interpolation), or only the low ones (Llama 3.1), by how many
+    All are divided by `rope.factor` (Chen 2023, position interpolation), or only the low ones (Llama 3.1), by how many
     periods of each fit into the original context.
     """
     if config.position.rope.scaling == "none":

@@ -165,7 +165,7 @@ class RecurrentLayer(nn.Module):
 
 
 class RecurrentStack(nn.Module):
-    """The recurrent layers of a model with `rnn_type`.
+    """The recurrent layers of a model with `rnn.type`.
 
     Dropout as in Zaremba 2014: on the input of the first layer and on the output of each.
     """

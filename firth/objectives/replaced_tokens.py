@@ -206,15 +206,26 @@ class AdversarialRTD(RTD):
 def generator_config(config: ModelConfig, size: float) -> ModelConfig:
     """Return the config with a share of the hidden size, the MLP and the heads, and the same embedding size.
 
-    >>> large = ModelConfig(30522, hidden_size=256, num_layers=12, num_heads=4, embedding_size=128, lm_head="transform")
+    >>> large = ModelConfig(30522, hidden_size=256, num_layers=12, num_heads=4).with_fields(
+    ...     {"embedding.size": 128, "lm_head.type": "transform"})
     >>> small = generator_config(large, 0.25)
-    >>> small.hidden_size, small.num_heads, small.intermediate_size, small.embedding_size
+    >>> small.hidden_size, small.num_heads, small.intermediate_size, small.embedding.size
     (64, 1, 256, 128)
     """
     heads = max(1, round(config.num_heads * size))
     width = 2 * heads * max(1, round(config.hidden_size * size / (2 * heads)))  # even heads, for rotary positions
     embed = 0 if width == config.embedding_dim else config.embedding_dim
-    return config.with_fields({"hidden_size": width, "num_heads": heads, "num_kv_heads": 0, "head_dim": 0, "intermediate_size": max(1, round(config.intermediate_size * size)), "embedding.size": embed, "lm_head.type": "transform" if embed else config.lm_head.type})  # fmt: skip
+    return config.with_fields(
+        {
+            "hidden_size": width,
+            "num_heads": heads,
+            "num_kv_heads": 0,
+            "head_dim": 0,
+            "intermediate_size": max(1, round(config.intermediate_size * size)),
+            "embedding.size": embed,
+            "lm_head.type": "transform" if embed else config.lm_head.type,
+        }
+    )
 
 
 def sample_tokens(logits: Tensor, chance: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -429,10 +429,11 @@ def _unsupported_message(config: ModelConfig) -> str:
     back = _round_trip(LLAMA, FAMILIES["llama"], config)
     mine = _comparable(config)
     reason = "it is no such decoder"
-    for field_ in fields(ModelConfig) if back is not None else ():
-        found, expected = getattr(mine, field_.name), getattr(back, field_.name)
+    llama = {} if back is None else back.flat_fields()
+    for name, expected in llama.items():
+        found = mine.flat_fields()[name]
         if found != expected:
-            reason = f"its model.{field_.name} is {found!r} where a llama has {expected!r}"
+            reason = f"its model.{name} is {found!r} where a llama has {expected!r}"
             break
     return (
         f"llama.cpp does not support this model config ({reason}): `firth train llama` trains a model that it supports"

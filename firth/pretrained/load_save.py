@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, fields, is_dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_type_hints
 
@@ -231,10 +231,10 @@ def _by_head(state: Mapping[str, Tensor]) -> dict[str, list[str]]:
 
 def _difference(mine: ModelConfig, theirs: ModelConfig) -> str:
     """Return a description of the first difference of two configs."""
-    for field in fields(ModelConfig):
-        expected, found = getattr(mine, field.name), getattr(theirs, field.name)
-        if expected != found:
-            return f"its model.{field.name} is {found!r}, not {expected!r}"
+    found = theirs.flat_fields()
+    for name, expected in mine.flat_fields().items():
+        if expected != found[name]:
+            return f"its model.{name} is {found[name]!r}, not {expected!r}"
     return "its tensors do not fit its config"
 
 
@@ -317,14 +317,9 @@ def _read(directory: Path) -> LoadedState:
 
 def _config_of(ours: Mapping[str, Any]) -> ModelConfig:
     """Return the model config in firth.json."""
-    unknown = sorted(ours["config"].keys() - {field.name for field in fields(ModelConfig)})
-    if unknown:
-        raise UserError(
-            f"firth.json has the unknown model config field {unknown[0]!r}: a newer version of firth wrote it"
-        )
     if type(ours["heads"]) is not dict:
         raise TypeError("its heads are not a JSON object")
-    return ModelConfig(**ours["config"])
+    return ModelConfig.from_dict(ours["config"])
 
 
 def check_config(make: Callable[[], ModelConfig], state: Mapping[str, Tensor], file: Path) -> ModelConfig:
@@ -365,12 +360,15 @@ MAX_LAYERS, MAX_PARAMETERS_PER_STORED_NUMBER = 10_000, 3
 number (a file may lack what its class does not use). Messages report at most MAX_REPORTED_PARAMETERS."""
 
 
-def _check_types(config: ModelConfig) -> None:
-    """Raise a TypeError if a field of a config has the wrong type."""
+def _check_types(config: Any, prefix: str = "") -> None:
+    """Raise a TypeError if a field of a config or of its groups has the wrong type."""
     allowed: dict[type, tuple[type, ...]] = {int: (int,), float: (int, float), bool: (bool,)}
-    for name, kind in get_type_hints(ModelConfig).items():
-        value = getattr(config, name)
-        if type(value) not in allowed.get(kind, (str, int)):
+    for field in fields(config):
+        name, value = prefix + field.name, getattr(config, field.name)
+        kind = get_type_hints(type(config))[field.name]
+        if is_dataclass(value):
+            _check_types(value, f"{name}.")
+        elif type(value) not in allowed.get(kind, (str, int)):
             raise TypeError(f"{name} is {value!r:.40}")
 
 
@@ -379,7 +377,7 @@ def _head_errors(heads: Mapping[str, Any], directory: Path) -> Iterator[None]:
     """Raise a UserError for errors that come from invalid head descriptions in firth.json."""
     try:
         for config in _model_configs(heads):
-            if max(config.get("num_layers", 0), config.get("num_encoder_layers", 0)) > MAX_LAYERS:
+            if max(config.get("num_layers", 0), config.get("encoder", {}).get("num_layers", 0)) > MAX_LAYERS:
                 raise ValueError("a head has too many layers")
         yield
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError, RecursionError) as fault:

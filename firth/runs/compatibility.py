@@ -31,7 +31,7 @@ from firth.model.empty_weights import init_empty_weights
 from firth.model.model import LM
 from firth.model.parameter_count import LEARNED_POSITIONS
 from firth.objectives.objective import PATTERN_DESCRIPTIONS, Objective
-from firth.runs import alignment_examples, config_io, examples, labeled_examples, noisy_label_examples
+from firth.runs import alignment_examples, examples, labeled_examples, noisy_label_examples
 from firth.runs.examples import ExamplesConfig
 from firth.runs.peft_options import FullFinetuning, PeftConfig
 from firth.types import LogLine, UserError
@@ -96,27 +96,27 @@ def _settings(objective: Objective, config: ModelConfig) -> str:
     wanted: dict[AttentionPattern, dict[str, bool | int]] = {
         "causal": {
             "causal": True,
-            "num_encoder_layers": 0,
-            "latent_size": 0,
-            "linformer_k": 0,
-            "separate_directions": False,
+            "encoder.num_layers": 0,
+            "encoder.latent_size": 0,
+            "attention.linformer.k": 0,
+            "rnn.separate_directions": False,
         },
-        "bidirectional": {"causal": False, "num_encoder_layers": 0, "latent_size": 0},
-        "permuted": {"causal": False, "num_encoder_layers": 0, "latent_size": 0, "linformer_k": 0},
-        "prefix": {"causal": False, "num_encoder_layers": 0, "latent_size": 0, "linformer_k": 0},
+        "bidirectional": {"causal": False, "encoder.num_layers": 0, "encoder.latent_size": 0},
+        "permuted": {"causal": False, "encoder.num_layers": 0, "encoder.latent_size": 0, "attention.linformer.k": 0},
+        "prefix": {"causal": False, "encoder.num_layers": 0, "encoder.latent_size": 0, "attention.linformer.k": 0},
         "seq2seq": {
             "causal": True,
-            "num_encoder_layers": config.encoder.num_layers or config.num_layers,
-            "latent_size": 0,
-            "linformer_k": 0,
+            "encoder.num_layers": config.encoder.num_layers or config.num_layers,
+            "encoder.latent_size": 0,
+            "attention.linformer.k": 0,
         },
-        "bidirectional_separate": {"causal": False, "separate_directions": True},
+        "bidirectional_separate": {"causal": False, "rnn.separate_directions": True},
     }
-    current = config_io.to_dict(config)
+    current = config.flat_fields()
     pattern = objective.attention_pattern()
-    changes = {name: value for name, value in wanted.get(pattern, {}).items() if current.get(name) != value}
+    changes = {name: value for name, value in wanted.get(pattern, {}).items() if current[name] != value}
     try:
-        changed: ModelConfig = config_io.from_dict(ModelConfig, current | changes)
+        changed = config.with_fields(changes)
     except UserError:
         return ""
     if objective.attention_pattern() not in changed.supported_patterns or objective.missing_from(changed):
@@ -234,14 +234,14 @@ def check_memory(config: ModelConfig, examples: ExamplesConfig, pack: int) -> No
     """
     if config.attention.memory_length and pack:
         raise UserError(
-            f"model.attention.memory_length={config.attention.memory_length} needs rows of one text each, and batch.pack_to_length={pack} puts "
-            "several into a row: set batch.pack_to_length=0, or model.attention.memory_length=0"
+            f"model.attention.memory_length={config.attention.memory_length} needs rows of one text each, "
+            f"and batch.pack_to_length={pack} puts several into a row: set batch.pack_to_length=0, or model.attention.memory_length=0"
         )
     if config.attention.memory_length and not examples.gives_memory:
         names = ", ".join(name for name, kind in EXAMPLES.items() if kind.gives_memory)
         raise UserError(
-            f"model.attention.memory_length={config.attention.memory_length} needs the tokens before each row, which examples={_name_of(examples)} does "
-            f"not have: set model.attention.memory_length=0, or take examples={names}"
+            f"model.attention.memory_length={config.attention.memory_length} needs the tokens before each row, "
+            f"which examples={_name_of(examples)} does not have: set model.attention.memory_length=0, or take examples={names}"
         )
 
 

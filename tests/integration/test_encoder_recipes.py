@@ -70,7 +70,7 @@ def test_electra_generator_shares_the_embeddings() -> None:
     with torch.device("meta"):
         parts = recipe.objective.heads(recipe.model)
     small = parts["generator"].config
-    assert (small.hidden_size, small.num_heads, small.intermediate_size, small.num_layers, small.embedding_size) == (
+    assert (small.hidden_size, small.num_heads, small.intermediate_size, small.num_layers, small.embedding.size) == (
         64,
         1,
         256,

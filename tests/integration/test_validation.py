@@ -23,8 +23,8 @@ from firth.types import UserError
 
 SHAPE = (
     "model.hidden_size=32", "model.num_layers=1", "model.num_heads=2", "model.max_positions=96", "model.causal=false",
-    "model.embedding.type_vocab_size=2", "tokenizer.vocab_size=300", "batch.size=16", "precision=fp32", "optimizer.lr=5e-3", "checkpoint.every=0",
-    "max_steps=2",
+    "model.embedding.type_vocab_size=2", "tokenizer.vocab_size=300", "batch.size=16", "precision=fp32", "optimizer.lr=5e-3",
+    "checkpoint.every=0", "max_steps=2",
 )  # fmt: skip
 WORDS = ("fine", "lovely", "warm", "dull", "cold", "grim")
 

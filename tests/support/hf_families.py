@@ -39,16 +39,17 @@ BERT = ModelConfig(
     lm_head=LMHeadConfig("transform", bias=True),
 )
 LLAMA = ModelConfig(
-    **SIZES, num_kv_heads=2, norm=NormConfig("rms", bias=False, eps=1e-6), position=PositionConfig("rotary"), activation="swiglu", bias=False,
-    tie_embeddings=False,
+    **SIZES, num_kv_heads=2, norm=NormConfig("rms", bias=False, eps=1e-6), position=PositionConfig("rotary"),
+    activation="swiglu", bias=False, tie_embeddings=False,
 )  # fmt: skip
 T5 = ModelConfig(
-    **SIZES | {"max_positions": 512}, encoder=EncoderConfig(num_layers=3), head_dim=6, norm=NormConfig("rms", bias=False, eps=1e-6), position=PositionConfig("t5", relative_max_distance=16, relative_buckets=8),
-    activation="relu", bias=False, attention=AttentionConfig(scale_scores=False), lm_head=LMHeadConfig(scale=32**-0.5),
+    **SIZES | {"max_positions": 512}, encoder=EncoderConfig(num_layers=3), head_dim=6, norm=NormConfig("rms", bias=False, eps=1e-6),
+    position=PositionConfig("t5", relative_max_distance=16, relative_buckets=8), activation="relu", bias=False,
+    attention=AttentionConfig(scale_scores=False), lm_head=LMHeadConfig(scale=32**-0.5),
 )  # fmt: skip
 BART = ModelConfig(
-    **SIZES, encoder=EncoderConfig(num_layers=3, decoder_start_token="eos"), norm=NormConfig(placement="post", embedding=True), activation="gelu",
-    lm_head=LMHeadConfig(bias=True),
+    **SIZES, encoder=EncoderConfig(num_layers=3, decoder_start_token="eos"), norm=NormConfig(placement="post", embedding=True),
+    activation="gelu", lm_head=LMHeadConfig(bias=True),
 )  # fmt: skip
 MARIAN = BART.with_fields(
     {
@@ -59,7 +60,8 @@ MARIAN = BART.with_fields(
     }
 )
 XLNET = ModelConfig(
-    **SIZES, causal=False, norm=NormConfig(placement="post", eps=1e-12), position=PositionConfig("xlnet"), embedding=EmbeddingConfig(mask=True, type_vocab_size=2), activation="gelu", lm_head=LMHeadConfig(bias=True),
+    **SIZES, causal=False, norm=NormConfig(placement="post", eps=1e-12), position=PositionConfig("xlnet"),
+    embedding=EmbeddingConfig(mask=True, type_vocab_size=2), activation="gelu", lm_head=LMHeadConfig(bias=True),
 )  # fmt: skip
 MPNET = BERT.with_fields({"embedding.type_vocab_size": 0, "position.type": "mpnet"})
 CONFIGS = {
@@ -70,7 +72,9 @@ CONFIGS = {
     "bert": BERT,
     "bert-untied": replace(BERT, tie_embeddings=False),
     "albert": BERT.with_fields({"embedding.size": 12, "num_layer_groups": 1, "num_layers": 3}),
-    "albert-two-groups": BERT.with_fields({"embedding.size": 32, "num_layer_groups": 2, "num_layers": 5, "activation": "gelu_tanh", "tie_embeddings": False}),
+    "albert-two-groups": BERT.with_fields(
+        {"embedding.size": 32, "num_layer_groups": 2, "num_layers": 5, "activation": "gelu_tanh", "tie_embeddings": False}
+    ),
     "electra": BERT.with_fields({"embedding.size": 12}),
     "bart": BART,
     "marian": MARIAN,
@@ -83,7 +87,9 @@ CONFIGS = {
     "t5-v1.1-tied": T5.with_fields({"activation": "geglu_tanh", "lm_head.scale": 1.0}),
     "nanochat": decoder_config(61, 32, 2, num_heads=4, max_positions=40).with_fields({"num_kv_heads": 2, "init.zero_output": False}),
     "modernbert": encoder_config(61, 32, 2, num_heads=4, max_positions=40).with_fields({"init.zero_output": False}),
-    "modernbert-silu": encoder_config(61, 32, 2, num_heads=4, max_positions=40).with_fields({"init.zero_output": False, "activation": "swiglu"}),
+    "modernbert-silu": encoder_config(61, 32, 2, num_heads=4, max_positions=40).with_fields(
+        {"init.zero_output": False, "activation": "swiglu"}
+    ),
 }  # fmt: skip
 MARIAN_IDS = {"pad_token_id": 0, "eos_token_id": 2, "decoder_start_token_id": 0, "forced_eos_token_id": 2}
 AUTO_CLASSES = {

@@ -44,7 +44,8 @@ def to_config(hf: dict[str, Any]) -> ModelConfig:
         raise UserError("config.json has scaled or untied embeddings, which firth does not support for BART")
     act = activation(hf.get("activation_function", "gelu"), ACTIVATIONS, "activation_function")
     return ModelConfig(
-        vocab_size=hf["vocab_size"], hidden_size=hf["d_model"], encoder=EncoderConfig(num_layers=hf["encoder_layers"], decoder_start_token="eos"),
+        vocab_size=hf["vocab_size"], hidden_size=hf["d_model"],
+        encoder=EncoderConfig(num_layers=hf["encoder_layers"], decoder_start_token="eos"),
         num_layers=hf["decoder_layers"], num_heads=hf["encoder_attention_heads"], intermediate_size=hf["encoder_ffn_dim"],
         max_positions=hf["max_position_embeddings"], norm=NormConfig(placement="post", embedding=True), activation=act,  # type: ignore[arg-type]
         dropout=hf.get("dropout", 0.1), lm_head=LMHeadConfig(bias=True),

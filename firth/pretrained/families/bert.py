@@ -46,9 +46,11 @@ def to_config(hf: dict[str, Any]) -> ModelConfig:
         vocab_size=hf["vocab_size"], hidden_size=hf["hidden_size"], num_layers=hf["num_hidden_layers"],
         num_heads=hf["num_attention_heads"], intermediate_size=hf["intermediate_size"],
         causal=False,
-        max_positions=hf["max_position_embeddings"], embedding=EmbeddingConfig(type_vocab_size=hf["type_vocab_size"]), norm=NormConfig(placement="post", eps=hf.get("layer_norm_eps", 1e-12), embedding=True),
+        max_positions=hf["max_position_embeddings"], embedding=EmbeddingConfig(type_vocab_size=hf["type_vocab_size"]),
+        norm=NormConfig(placement="post", eps=hf.get("layer_norm_eps", 1e-12), embedding=True),
         activation=activation(hf.get("hidden_act", "gelu"), ACTIVATIONS, "hidden_act"),  # type: ignore[arg-type]
-        dropout=hf.get("hidden_dropout_prob", 0.1), lm_head=LMHeadConfig("transform", bias=True), tie_embeddings=hf.get("tie_word_embeddings", True),
+        dropout=hf.get("hidden_dropout_prob", 0.1), lm_head=LMHeadConfig("transform", bias=True),
+        tie_embeddings=hf.get("tie_word_embeddings", True),
     )  # fmt: skip
 
 

@@ -9,16 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Container, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from firth.model.config import ModelConfig
+from firth.model.config import ModelConfig, RopeConfig
 from firth.model.empty_weights import init_empty_weights
 from firth.types import UserError
-
-Scaling = Literal["none", "linear", "llama3"]
 
 
 @dataclass(frozen=True)
@@ -202,18 +200,6 @@ def check_supported(config: dict[str, Any], supported: dict[str, Any]) -> None:
             raise UserError(f"config.json has {field}={config[field]!r}; firth supports {field}={value!r} only")
 
 
-@dataclass(frozen=True)
-class RopeConfig:
-    """Rotary position settings from a config.json; the fields of `ModelConfig` without `rope_`."""
-
-    theta: float
-    scaling: Scaling = "none"
-    factor: float = 1.0
-    low_freq_factor: float = 1.0
-    high_freq_factor: float = 4.0
-    original_max_positions: int = 8192
-
-
 def rope(config: dict[str, Any], default: float, layers: str = "") -> RopeConfig:
     """Read the rotary settings of a config.json.
 
@@ -232,11 +218,16 @@ def rope(config: dict[str, Any], default: float, layers: str = "") -> RopeConfig
     if kind == "default":
         return RopeConfig(theta)
     if kind == "linear":
-        return RopeConfig(theta, "linear", float(fields["factor"]))
+        return RopeConfig(theta, scaling="linear", factor=float(fields["factor"]))
     if kind == "llama3":
         low, high = float(fields["low_freq_factor"]), float(fields["high_freq_factor"])
         return RopeConfig(
-            theta, "llama3", float(fields["factor"]), low, high, fields["original_max_position_embeddings"]
+            theta,
+            scaling="llama3",
+            factor=float(fields["factor"]),
+            low_freq_factor=low,
+            high_freq_factor=high,
+            original_max_positions=fields["original_max_position_embeddings"],
         )
     raise UserError(
         f"config.json has rotary positions of type {kind!r}; firth supports the types default, linear and llama3"
@@ -253,22 +244,15 @@ def theta(config: dict[str, Any], default: float, layers: str = "") -> float:
 
 def rope_fields(config: ModelConfig) -> dict[str, Any]:
     """Return the rotary fields of config.json, for both transformers 5 and 4."""
-    fields: dict[str, Any] = {
-        "rope_type": "default" if config.position.rope.scaling == "none" else config.position.rope.scaling
-    }
-    if config.position.rope.scaling != "none":
-        fields["factor"] = config.position.rope.factor
-    if config.position.rope.scaling == "llama3":
-        fields |= {
-            "low_freq_factor": config.position.rope.low_freq_factor,
-            "high_freq_factor": config.position.rope.high_freq_factor,
-        }
-        fields["original_max_position_embeddings"] = config.position.rope.original_max_positions
-    old = {"rope_scaling": fields} if config.position.rope.scaling != "none" else {}
-    return {
-        "rope_parameters": fields | {"rope_theta": config.position.rope.theta},
-        "rope_theta": config.position.rope.theta,
-    } | old
+    rope = config.position.rope
+    fields: dict[str, Any] = {"rope_type": "default" if rope.scaling == "none" else rope.scaling}
+    if rope.scaling != "none":
+        fields["factor"] = rope.factor
+    if rope.scaling == "llama3":
+        fields |= {"low_freq_factor": rope.low_freq_factor, "high_freq_factor": rope.high_freq_factor}
+        fields["original_max_position_embeddings"] = rope.original_max_positions
+    old = {"rope_scaling": fields} if rope.scaling != "none" else {}
+    return {"rope_parameters": fields | {"rope_theta": rope.theta}, "rope_theta": rope.theta} | old
 
 
 def module_mappings(

@@ -25,7 +25,8 @@ def to_hf_config(config: ModelConfig) -> dict[str, Any]:
 def to_config(hf: dict[str, Any]) -> ModelConfig:
     return ModelConfig(
         vocab_size=hf["vocab_size"], hidden_size=hf["n_embd"], num_layers=hf["n_layer"], num_heads=hf["n_head"],
-        max_positions=hf["n_positions"], norm=NormConfig(placement="post", eps=hf.get("layer_norm_epsilon", 1e-5)), activation=activation(hf.get("afn", "gelu"), ACTIVATIONS, "afn"),  # type: ignore[arg-type]
+        max_positions=hf["n_positions"], norm=NormConfig(placement="post", eps=hf.get("layer_norm_epsilon", 1e-5)),
+        activation=activation(hf.get("afn", "gelu"), ACTIVATIONS, "afn"),  # type: ignore[arg-type]
         dropout=hf.get("resid_pdrop", 0.1),
     )  # fmt: skip
 

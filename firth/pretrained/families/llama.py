@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from firth.model.config import ModelConfig, NormConfig, PositionConfig, RopeConfig
+from firth.model.config import ModelConfig, NormConfig, PositionConfig
 from firth.pretrained.families import bert
 from firth.pretrained.families.family import (
     Family,
@@ -43,11 +43,13 @@ def to_config(hf: dict[str, Any]) -> ModelConfig:
         raise UserError(
             "config.json has mlp_bias without attention_bias; firth supports biases everywhere or in attention alone"
         )
-    rotary, everywhere = rope(hf, 10000.0), hf.get("mlp_bias", False) or not bias
+    everywhere = hf.get("mlp_bias", False) or not bias
     return ModelConfig(
         vocab_size=hf["vocab_size"], hidden_size=hf["hidden_size"], num_layers=hf["num_hidden_layers"], num_heads=heads,
         num_kv_heads=hf.get("num_key_value_heads") or heads, head_dim=hf.get("head_dim") or 0,
-        intermediate_size=hf["intermediate_size"], max_positions=hf["max_position_embeddings"], norm=NormConfig("rms", bias=False, eps=hf.get("rms_norm_eps", 1e-6)), position=PositionConfig("rotary", rope=RopeConfig(theta=rotary.theta, scaling=rotary.scaling, factor=rotary.factor, low_freq_factor=rotary.low_freq_factor, high_freq_factor=rotary.high_freq_factor, original_max_positions=rotary.original_max_positions)), activation=activation(hf.get("hidden_act", "silu"), ACTIVATIONS, "hidden_act"),  # type: ignore[arg-type]
+        intermediate_size=hf["intermediate_size"], max_positions=hf["max_position_embeddings"],
+        norm=NormConfig("rms", bias=False, eps=hf.get("rms_norm_eps", 1e-6)), position=PositionConfig("rotary", rope(hf, 10000.0)),
+        activation=activation(hf.get("hidden_act", "silu"), ACTIVATIONS, "hidden_act"),  # type: ignore[arg-type]
         bias=bias, bias_location="all" if everywhere else "attention", dropout=hf.get("attention_dropout", 0.0),
         tie_embeddings=hf.get("tie_word_embeddings", False),
     )  # fmt: skip

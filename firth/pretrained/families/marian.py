@@ -40,7 +40,15 @@ def to_config(hf: dict[str, Any]) -> ModelConfig:
     act = activation(hf.get("activation_function", "gelu"), ACTIVATIONS, "activation_function")
     scaled = hf.get("scale_embedding", False)
     body = bart.to_config(hf | {"scale_embedding": False, "activation_function": "gelu"})
-    return body.with_fields({"position.type": "marian", "norm.embedding": False, "activation": act, "encoder.decoder_start_token": "pad", "embedding.scale": width**0.5 if scaled else 1.0})  # fmt: skip
+    return body.with_fields(
+        {
+            "position.type": "marian",
+            "norm.embedding": False,
+            "activation": act,
+            "encoder.decoder_start_token": "pad",
+            "embedding.scale": width**0.5 if scaled else 1.0,
+        }
+    )
 
 
 def weight_mappings(config: ModelConfig, head: bool) -> list[WeightMapping]:

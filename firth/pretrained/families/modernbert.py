@@ -60,8 +60,13 @@ def to_config(hf: dict[str, Any]) -> ModelConfig:
     return ModelConfig(
         vocab_size=hf["vocab_size"], hidden_size=hf["hidden_size"], num_layers=depth, num_heads=hf["num_attention_heads"],
         intermediate_size=hf["intermediate_size"], max_positions=hf["max_position_embeddings"], causal=False,
-        norm=NormConfig(bias=hf.get("norm_bias", False), eps=hf.get("norm_eps", 1e-5), embedding=True, first_attention=False), position=PositionConfig("rotary", rope=RopeConfig(theta=theta(old | hf, 160000.0, "full_attention"))), activation=act, bias=hf.get("attention_bias", False),  # type: ignore[arg-type]
-        dropout=hf.get("mlp_dropout", 0.0), lm_head=LMHeadConfig("transform", bias=hf.get("decoder_bias", True)), tie_embeddings=hf.get("tie_word_embeddings", True),
+        norm=NormConfig(
+            bias=hf.get("norm_bias", False), eps=hf.get("norm_eps", 1e-5), embedding=True, first_attention=False
+        ),
+        position=PositionConfig("rotary", RopeConfig(theta(old | hf, 160000.0, "full_attention"))),
+        activation=act, bias=hf.get("attention_bias", False),  # type: ignore[arg-type]
+        dropout=hf.get("mlp_dropout", 0.0), lm_head=LMHeadConfig("transform", bias=hf.get("decoder_bias", True)),
+        tie_embeddings=hf.get("tie_word_embeddings", True),
     )  # fmt: skip
 
 

@@ -31,10 +31,13 @@ def to_config(hf: dict[str, Any]) -> ModelConfig:
     return ModelConfig(
         vocab_size=hf["vocab_size"], hidden_size=hf["hidden_size"], num_layers=hf["num_hidden_layers"], num_heads=heads,
         num_kv_heads=hf.get("num_key_value_heads") or heads, intermediate_size=hf["intermediate_size"],
-        max_positions=hf["max_position_embeddings"], norm=NormConfig("rms", weight=False, bias=False, eps=hf.get("rms_norm_eps", 1e-6), embedding=True), position=PositionConfig("rotary", rope=RopeConfig(sign=-1, theta=theta(hf, 10000.0))), attention=AttentionConfig(qk_norm=True),
+        max_positions=hf["max_position_embeddings"],
+        norm=NormConfig("rms", weight=False, bias=False, eps=hf.get("rms_norm_eps", 1e-6), embedding=True),
+        position=PositionConfig("rotary", RopeConfig(theta(hf, 10000.0), sign=-1)), attention=AttentionConfig(qk_norm=True),
         activation=activation(hf.get("hidden_act", "relu2"), ACTIVATIONS, "hidden_act"),  # type: ignore[arg-type]
         bias=hf.get("attention_bias", False), dropout=hf.get("attention_dropout", 0.0),
-        lm_head=LMHeadConfig(softcap=hf.get("final_logit_softcapping") or 0.0), tie_embeddings=hf.get("tie_word_embeddings", False),
+        lm_head=LMHeadConfig(softcap=hf.get("final_logit_softcapping") or 0.0),
+        tie_embeddings=hf.get("tie_word_embeddings", False),
     )  # fmt: skip
 
 

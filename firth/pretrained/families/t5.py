@@ -34,7 +34,8 @@ def to_hf_config(config: ModelConfig) -> dict[str, Any]:
     return {
         "vocab_size": config.vocab_size, "d_model": config.hidden_size, "d_kv": config.head_dim, "d_ff": config.intermediate_size,
         "num_layers": config.encoder.num_layers, "num_decoder_layers": config.num_layers, "num_heads": config.num_heads,
-        "relative_attention_num_buckets": config.position.relative_buckets, "relative_attention_max_distance": config.position.relative_max_distance,
+        "relative_attention_num_buckets": config.position.relative_buckets,
+        "relative_attention_max_distance": config.position.relative_max_distance,
         "feed_forward_proj": theirs.get(config.activation, config.activation), "dropout_rate": config.dropout,
         "layer_norm_epsilon": config.norm.eps, "n_positions": config.max_positions, "is_encoder_decoder": True,
         "tie_word_embeddings": config.lm_head.scale != 1, "firth_tied": config.tie_embeddings,
@@ -46,7 +47,12 @@ def to_config(hf: dict[str, Any]) -> ModelConfig:
     return ModelConfig(
         vocab_size=hf["vocab_size"], hidden_size=hf["d_model"], head_dim=hf["d_kv"], intermediate_size=hf["d_ff"],
         encoder=EncoderConfig(num_layers=hf["num_layers"]), num_layers=hf.get("num_decoder_layers") or hf["num_layers"],
-        num_heads=hf["num_heads"], max_positions=hf.get("n_positions", 512), norm=NormConfig("rms", bias=False, eps=hf.get("layer_norm_epsilon", 1e-6)), position=PositionConfig("t5", relative_buckets=hf.get("relative_attention_num_buckets", 32), relative_max_distance=hf.get("relative_attention_max_distance", 128)),
+        num_heads=hf["num_heads"], max_positions=hf.get("n_positions", 512),
+        norm=NormConfig("rms", bias=False, eps=hf.get("layer_norm_epsilon", 1e-6)),
+        position=PositionConfig(
+            "t5", relative_buckets=hf.get("relative_attention_num_buckets", 32),
+            relative_max_distance=hf.get("relative_attention_max_distance", 128),
+        ),
         bias=False, attention=AttentionConfig(scale_scores=False),
         activation=activation(hf.get("feed_forward_proj", "relu"), ACTIVATIONS, "feed_forward_proj"),  # type: ignore[arg-type]
         dropout=hf.get("dropout_rate", 0.1), tie_embeddings=hf.get("firth_tied", hf.get("tie_word_embeddings", True)),

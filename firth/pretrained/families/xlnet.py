@@ -42,7 +42,9 @@ def to_config(hf: dict[str, Any]) -> ModelConfig:
     return ModelConfig(
         vocab_size=hf["vocab_size"], hidden_size=hf["d_model"], num_layers=hf["n_layer"], num_heads=hf["n_head"],
         intermediate_size=hf["d_inner"], max_positions=hf.get("firth_context", 512), causal=hf.get("attn_type", "bi") == "uni",
-        norm=NormConfig(placement="post", eps=hf.get("layer_norm_eps", 1e-12)), position=PositionConfig("xlnet"), embedding=EmbeddingConfig(mask=True, type_vocab_size=2), attention=AttentionConfig(memory_length=hf.get("mem_len") or 0), dropout=hf.get("dropout", 0.1), lm_head=LMHeadConfig(bias=True),
+        norm=NormConfig(placement="post", eps=hf.get("layer_norm_eps", 1e-12)), position=PositionConfig("xlnet"),
+        embedding=EmbeddingConfig(type_vocab_size=2, mask=True), attention=AttentionConfig(memory_length=hf.get("mem_len") or 0),
+        dropout=hf.get("dropout", 0.1), lm_head=LMHeadConfig(bias=True),
         activation=activation(hf.get("ff_activation", "gelu"), ACTIVATIONS, "ff_activation"),  # type: ignore[arg-type]
         tie_embeddings=hf.get("tie_word_embeddings", True),
     )  # fmt: skip

@@ -42,16 +42,17 @@ SIZES = {
     "intermediate_size": 48,
 }
 BERT = ModelConfig(
-    **SIZES, causal=False, norm=NormConfig(placement="post", eps=1e-12, embedding=True), embedding=EmbeddingConfig(type_vocab_size=2), activation="gelu",
-    lm_head=LMHeadConfig("transform", bias=True),
+    **SIZES, causal=False, norm=NormConfig(placement="post", eps=1e-12, embedding=True),
+    embedding=EmbeddingConfig(type_vocab_size=2), activation="gelu", lm_head=LMHeadConfig("transform", bias=True),
 )  # fmt: skip
 LLAMA = ModelConfig(
-    **SIZES, num_kv_heads=2, norm=NormConfig("rms", bias=False, eps=1e-6), position=PositionConfig("rotary"), activation="swiglu", bias=False,
-    tie_embeddings=False,
+    **SIZES, num_kv_heads=2, norm=NormConfig("rms", bias=False, eps=1e-6), position=PositionConfig("rotary"),
+    activation="swiglu", bias=False, tie_embeddings=False,
 )  # fmt: skip
 T5 = ModelConfig(
-    **SIZES | {"max_positions": 512}, encoder=EncoderConfig(num_layers=2), head_dim=6, norm=NormConfig("rms", bias=False, eps=1e-6), position=PositionConfig("t5", relative_max_distance=16, relative_buckets=8),
-    activation="relu", bias=False, attention=AttentionConfig(scale_scores=False), lm_head=LMHeadConfig(scale=32**-0.5),
+    **SIZES | {"max_positions": 512}, encoder=EncoderConfig(num_layers=2), head_dim=6, norm=NormConfig("rms", bias=False, eps=1e-6),
+    position=PositionConfig("t5", relative_max_distance=16, relative_buckets=8), activation="relu", bias=False,
+    attention=AttentionConfig(scale_scores=False), lm_head=LMHeadConfig(scale=32**-0.5),
 )  # fmt: skip
 CONFIGS = {"bert": BERT, "gpt2": ModelConfig(**SIZES), "llama": LLAMA, "t5": T5, "t5-odd": replace(T5, num_layers=3)}
 AUTO = {"bert": "AutoModel", "gpt2": "AutoModelForCausalLM", "llama": "AutoModelForCausalLM"}

@@ -30,7 +30,8 @@ transformers.logging.set_verbosity_error()
 VOCAB = Vocab(size=60, roles={"pad": 0, "cls": 2, "sep": 3, "mask": 4}, special=np.arange(60) < 5)
 BERT = ModelConfig(
     vocab_size=60, hidden_size=32, num_layers=3, num_heads=4, max_positions=64, intermediate_size=48, causal=False,
-    norm=NormConfig(placement="post", eps=1e-12, embedding=True), embedding=EmbeddingConfig(type_vocab_size=2), activation="gelu", lm_head=LMHeadConfig("transform", bias=True),
+    norm=NormConfig(placement="post", eps=1e-12, embedding=True), embedding=EmbeddingConfig(type_vocab_size=2),
+    activation="gelu", lm_head=LMHeadConfig("transform", bias=True),
 )  # fmt: skip
 ALBERT = BERT.with_fields({"embedding.size": 12, "num_layer_groups": 1, "activation": "gelu_tanh"})
 ELECTRA = BERT.with_fields({"embedding.size": 12})

@@ -115,19 +115,9 @@ def test_a_saved_model_keeps_prefix_lm(model: LM, tmp_path: Path) -> None:
 
 
 def test_unsupported_model_configs_are_rejected() -> None:
-    for wrong in ({"causal": True}, {"num_encoder_layers": 1}, {"linformer_k": 8, "position": "none"}):
+    for wrong in ({"causal": True}, {"encoder.num_layers": 1}, {"attention.linformer.k": 8, "position.type": "none"}):
         with pytest.raises(UserError, match=r"model\.attention\.prefix_lm reads a prompt in both directions"):
-            ModelConfig(
-                **{
-                    "vocab_size": 9,
-                    "hidden_size": 8,
-                    "num_layers": 1,
-                    "num_heads": 1,
-                    "causal": False,
-                    "prefix_lm": True,
-                }
-                | wrong
-            )
+            ModelConfig(9, 8, 1, 1).with_fields({"causal": False, "attention.prefix_lm": True} | wrong)
 
 
 SMALL = [

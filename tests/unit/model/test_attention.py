@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
 import torch
 from torch import Tensor
@@ -220,7 +218,7 @@ def test_cache_selects_rows() -> None:
 @pytest.mark.parametrize("make", [decoder_config, encoder_config, encoder_decoder_config])
 def test_packing_padding_and_groups_change_nothing(make: object) -> None:
     """Two texts alone, padded, packed into one row, and as a group (1, 2, T) have the same states."""
-    config = replace(make(50, 32, 2, num_heads=4), zero_init=False)  # type: ignore[operator]
+    config = make(50, 32, 2, num_heads=4).with_fields({"init.zero_output": False})  # type: ignore[operator]
     model = build(config).train()
     a, b, s, t = (torch.randint(50, (n,)) for n in (5, 3, 4, 6))
     causal = make is not encoder_config
@@ -248,8 +246,8 @@ def test_packing_padding_and_groups_change_nothing(make: object) -> None:
     assert torch.allclose(model({n: x[None] for n, x in rows.items()})[0], got, atol=1e-6)
 
 
-@pytest.mark.parametrize("scale_attention", [True, False])
-def test_initial_scores_have_unit_variance(scale_attention: bool) -> None:
+@pytest.mark.parametrize("scale_scores", [True, False])
+def test_initial_scores_have_unit_variance(scale_scores: bool) -> None:
     """T5 has no 1 / sqrt(d) in the product, so the factor is in the initial query weights."""
     torch.manual_seed(0)
     config = ModelConfig(
@@ -257,7 +255,7 @@ def test_initial_scores_have_unit_variance(scale_attention: bool) -> None:
         hidden_size=256,
         num_layers=1,
         num_heads=4,
-        attention=AttentionConfig(scale_scores=scale_attention),
+        attention=AttentionConfig(scale_scores=scale_scores),
         init=InitConfig(std=0.0),
     )
     attention = Attention(config)

@@ -101,7 +101,7 @@ def test_gradients_match_plain_blocks(case: str, graphs: list[torch.fx.GraphModu
     config, objective = CASES[case]
     torch.manual_seed(0)
     model = LM(config, objective.heads(config))
-    for p in model.parameters():  # zero_init would hide what a block does
+    for p in model.parameters():  # init.zero_output would hide what a block does
         if p.ndim > 1:
             torch.nn.init.normal_(p, std=0.2)
     rows = batches(objective)

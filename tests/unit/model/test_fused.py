@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -254,7 +252,7 @@ def test_parameter_count_and_seed_of_a_config() -> None:
 @pytest.mark.parametrize("make", [decoder_config, encoder_config, encoder_decoder_config])
 def test_a_model_trains_under_autocast_and_in_bf16(make: object) -> None:
     """bf16 loss and gradient are near those of fp32; with bf16 weights the loss is too."""
-    config = replace(make(vocab_size=50, hidden_size=32, num_layers=2, num_heads=2), zero_init=False)  # type: ignore[operator]
+    config = make(vocab_size=50, hidden_size=32, num_layers=2, num_heads=2).with_fields({"init.zero_output": False})  # type: ignore[operator]
     torch.manual_seed(0)
     model = LM(config, {"lm": LMHead(config)})
     torch.nn.init.normal_(model.heads["lm"].weight, std=0.2)

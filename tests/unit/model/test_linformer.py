@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -121,9 +119,9 @@ def test_unsupported_inputs_are_rejected() -> None:
         LM(FULL.with_fields({"attention.linformer.k": 4, "position.type": "rotary"}), {})({"tokens": tokens(1, 13)})
     with pytest.raises(UserError, match="cannot write token by token"):
         model.make_cache(1, 8)
-    for bad in ({"causal": True}, {"num_encoder_layers": 1}, {"position": "t5"}, {"linformer_k": 13}):
+    for bad in ({"causal": True}, {"encoder.num_layers": 1}, {"position.type": "t5"}, {"attention.linformer.k": 13}):
         with pytest.raises(UserError, match=r"model\.attention\.linformer\.k=\d+ mixes a whole row"):
-            replace(FULL, **{"linformer_k": 4} | bad)
+            FULL.with_fields({"attention.linformer.k": 4} | bad)
 
 
 def test_unsupported_recipes_are_rejected_on_load() -> None:

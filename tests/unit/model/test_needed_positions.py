@@ -83,7 +83,7 @@ def gradients(model: LM, objective: Objective, batch: Batch, needed: torch.Tenso
 def build(config: ModelConfig, objective: Objective) -> LM:
     torch.manual_seed(0)
     model = LM(config, objective.heads(config))
-    for p in model.parameters():  # zero_init would hide what a block does
+    for p in model.parameters():  # init.zero_output would hide what a block does
         if p.ndim > 1:
             torch.nn.init.normal_(p, std=0.2)
     return model

@@ -107,16 +107,16 @@ def test_shared_layers_have_their_own_keys_in_a_cache(name: str) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"lm_head": "linear"}, "cannot be tied to tables of model.embedding.size=12"),
+        ({"lm_head.type": "linear"}, "cannot be tied to tables of model.embedding.size=12"),
         ({"num_layer_groups": 7}, "model.num_layer_groups=7 is more than the number of layers"),
-        ({"first_attention_norm": False}, "cannot differ in their first norm"),
-        ({"embedding_size": -1}, "model.embedding.size=-1 must be at least 0"),
-        ({"embedding_size": 13, "position": "sinusoidal"}, "an embedding width of 13 is odd"),
+        ({"norm.first_attention": False}, "cannot differ in their first norm"),
+        ({"embedding.size": -1}, "model.embedding.size=-1 must be at least 0"),
+        ({"embedding.size": 13, "position.type": "sinusoidal"}, "an embedding width of 13 is odd"),
     ],
 )
 def test_bad_combinations_are_rejected(changes: dict[str, object], message: str) -> None:
     with pytest.raises(UserError, match=message):
-        replace(ALBERT, **changes)
+        ALBERT.with_fields(changes)
 
 
 def electra(config: ModelConfig = ENCODER) -> LM:

@@ -57,10 +57,12 @@ SIZES = {
     "causal": False,
 }
 XLNET = ModelConfig(
-    **SIZES, norm=NormConfig(placement="post", eps=1e-12), position=PositionConfig("xlnet"), embedding=EmbeddingConfig(mask=True, type_vocab_size=2), activation="gelu", lm_head=LMHeadConfig(bias=True),
+    **SIZES, norm=NormConfig(placement="post", eps=1e-12), position=PositionConfig("xlnet"),
+    embedding=EmbeddingConfig(mask=True, type_vocab_size=2), activation="gelu", lm_head=LMHeadConfig(bias=True),
 )  # fmt: skip
 MPNET = ModelConfig(
-    **SIZES, norm=NormConfig(placement="post", eps=1e-12, embedding=True), position=PositionConfig("mpnet"), activation="gelu", lm_head=LMHeadConfig("transform", bias=True),
+    **SIZES, norm=NormConfig(placement="post", eps=1e-12, embedding=True), position=PositionConfig("mpnet"),
+    activation="gelu", lm_head=LMHeadConfig("transform", bias=True),
 )  # fmt: skip
 ALL_MASKED = {"mask_fraction": 1.0, "random_fraction": 0.0}
 
@@ -554,7 +556,8 @@ def test_recipes_that_cannot_have_memory_are_rejected() -> None:
         load("xlnet", ["model.attention.memory_length=64", "batch.pack_to_length=128"])
     with pytest.raises(
         UserError,
-        match=r"model\.attention\.memory_length=64 .* examples=chunks does not have: set model.attention.memory_length=0, or take examples=windows",
+        match=r"model\.attention\.memory_length=64 .* examples=chunks does not have: "
+        r"set model.attention.memory_length=0, or take examples=windows",
     ):
         load("xlnet", ["model.attention.memory_length=64", "examples=chunks"])
     with pytest.raises(

@@ -236,7 +236,8 @@ def check_same_loss(theirs_class: str, objective: Objective, model: LM, vocab: V
 def test_t5_has_the_same_loss_in_transformers(noise: Kind, tmp_path: Path) -> None:
     config = ModelConfig(
         vocab_size=100, hidden_size=32, num_layers=2, encoder=EncoderConfig(num_layers=2), num_heads=4, head_dim=8,
-        intermediate_size=48, max_positions=512, norm=NormConfig("rms", bias=False, eps=1e-6), position=PositionConfig("t5"), activation="relu", bias=False, attention=AttentionConfig(scale_scores=False), lm_head=LMHeadConfig(scale=32**-0.5),
+        intermediate_size=48, max_positions=512, norm=NormConfig("rms", bias=False, eps=1e-6), position=PositionConfig("t5"),
+        activation="relu", bias=False, attention=AttentionConfig(scale_scores=False), lm_head=LMHeadConfig(scale=32**-0.5),
     )  # fmt: skip
     objective = SpanCorruption(noise=noise)
     check_same_loss("T5ForConditionalGeneration", objective, build_model(objective, config).eval(), VOCAB, tmp_path)

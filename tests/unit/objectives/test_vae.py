@@ -193,7 +193,7 @@ def test_a_run_samples_its_prior_and_reports_the_latent(tmp_path: Path) -> None:
         "hidden_size=32",
         "num_heads=2",
         "num_layers=1",
-        "num_encoder_layers=1",
+        "encoder.num_layers=1",
         "head_dim=0",
         "num_kv_heads=0",
         "intermediate_size=48",

@@ -203,7 +203,7 @@ def test_quantized_blocks_are_read(tmp_path):
 
 def test_unsupported_configs_are_rejected(tmp_path):
     for config, why in (
-        (decoder_config(SIZE, 64, 2), "norm_weight|embed_norm|activation"),
+        (decoder_config(SIZE, 64, 2), "norm.weight|embed_norm|activation"),
         (replace(CONFIGS["llama"], activation="geglu"), "activation is 'geglu' where a llama has 'swiglu'"),
         (CONFIGS["llama"].with_fields({"lm_head.softcap": 15.0}), r"softcap is 15\.0 where a llama has 0\.0"),
     ):
@@ -288,7 +288,7 @@ def test_linear_rope_scaling_is_read(tmp_path):
     container.write(tmp_path / "other.gguf", {**found.metadata, **more}, tensors)
     config = load_model(tmp_path / "other.gguf").config
     assert (config.position.rope.scaling, config.position.rope.factor) == ("linear", 4.0)
-    with pytest.raises(UserError, match="rope_scaling is 'linear' where a llama has 'none'"):
+    with pytest.raises(UserError, match=r"position\.rope\.scaling is 'linear' where a llama has 'none'"):
         gguf.write(model_of(config), TOKENIZER, tmp_path / "a.gguf")
 
 

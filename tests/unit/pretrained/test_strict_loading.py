@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from firth.generate.engine import Engine
 from firth.generate.sampling import Sampling
 from firth.model import presets
-from firth.model.config import ModelConfig, encoder_config
+from firth.model.config import ModelConfig, RopeConfig, encoder_config
 from firth.model.heads import LMHead, linear, pooled
 from firth.model.model import LM
 from firth.pretrained.families import FAMILIES, families_of, family_of
@@ -262,7 +262,7 @@ def test_only_equal_heads_use_transformers_names(what: str, tmp_path: Path) -> N
 
 @pytest.mark.parametrize(
     "config",
-    [QWEN3, QWEN2, LLAMA.with_fields({"position.rope.scaling": "llama3", "position.rope.factor": 4.0, "position.rope.original_max_positions": 8}),
+    [QWEN3, QWEN2, LLAMA.with_fields({"position.rope": RopeConfig(scaling="llama3", factor=4.0, original_max_positions=8)}),
      LLAMA.with_fields({"bias": True, "bias_location": "attention", "position.rope.scaling": "linear", "position.rope.factor": 2.0})],
 )  # fmt: skip
 def test_generation_with_a_cache_and_parameter_count(config: ModelConfig) -> None:
