@@ -38,9 +38,10 @@ firth.types.UserError: model.hidden_size=30 is not a multiple of model.num_heads
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, is_dataclass, replace
+from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
+from firth.model import nested_config
 from firth.model.config_checks import check_combinations, check_fields
 from firth.model.parameter_count import GATED, num_parameters
 from firth.ranges import (
@@ -53,7 +54,6 @@ from firth.ranges import (
     ShareBelowOne,
     TokenCount,
 )
-from firth.types import UserError
 
 AttentionPattern = Literal[
     "any", "causal", "bidirectional", "permuted", "prefix", "seq2seq", "bidirectional_separate", "none", "latent"
@@ -428,12 +428,12 @@ class ModelConfig(Ranged, section="model"):
             UserError: A field is unknown or invalid.
             TypeError: A required field is missing, or a group is not a dict.
         """
-        config: ModelConfig = _from_dict(cls, data, "")
+        config: ModelConfig = nested_config.from_dict(cls, data)
         return config
 
     def flat_fields(self) -> dict[str, Any]:
         """Return the dotted name -> value of every field, groups expanded: {"vocab_size": 8192, "norm.eps": 1e-5, ...}."""
-        return _flat_fields(self, "")
+        return nested_config.flat_fields(self)
 
     def with_fields(self, values: Mapping[str, Any]) -> ModelConfig:
         """Return a copy with fields set by their dotted names.
@@ -441,48 +441,12 @@ class ModelConfig(Ranged, section="model"):
         >>> decoder_config(100, 64, 1).with_fields({"norm.eps": 1e-5, "causal": False}).norm.eps
         1e-05
         """
-        config: ModelConfig = _with_fields(self, values)
+        config: ModelConfig = nested_config.with_fields(self, values)
         return config
 
     def num_parameters(self) -> int:
         """Return the exact number of parameters with the LM head; a tied head counts once."""
         return num_parameters(self)
-
-
-def _from_dict(kind: Any, data: Mapping[str, Any], prefix: str) -> Any:
-    if not isinstance(data, Mapping):
-        raise TypeError(f"model.{prefix[:-1]} is {data!r:.40}, not a mapping of fields")
-    defaults = {field.name: field.default for field in fields(kind)}
-    values = {}
-    for name, value in data.items():
-        if name not in defaults:
-            raise UserError(f"unknown model config field {prefix + name!r}: a newer version of firth wrote it")
-        default: Any = defaults[name]
-        values[name] = _from_dict(type(default), value, f"{prefix}{name}.") if is_dataclass(default) else value
-    return kind(**values)
-
-
-def _flat_fields(config: Any, prefix: str) -> dict[str, Any]:
-    found = {}
-    for field in fields(config):
-        value = getattr(config, field.name)
-        inner = _flat_fields(value, f"{prefix}{field.name}.") if is_dataclass(value) else {prefix + field.name: value}
-        found.update(inner)
-    return found
-
-
-def _with_fields(config: Any, values: Mapping[str, Any]) -> Any:
-    changed: dict[str, Any] = {}
-    inner: dict[str, dict[str, Any]] = {}
-    for name, value in values.items():
-        group, dot, rest = name.partition(".")
-        if dot:
-            inner.setdefault(group, {})[rest] = value
-        else:
-            changed[name] = value
-    for group, those in inner.items():
-        changed[group] = _with_fields(changed.get(group, getattr(config, group)), those)
-    return replace(config, **changed)
 
 
 def decoder_config(
