@@ -70,9 +70,8 @@ def num_parameters(config: ModelConfig) -> int:
     total += table * config.embedding.type_vocab_size * (config.position.type != "xlnet")
     total += math.prod(config.linformer_projections) * config.max_positions * config.attention.linformer.k
     if config.encoder.latent_size:
-        total += 2 * config.encoder.latent_size * (config.hidden_size + 1) + LATENT_VECTORS * config.hidden_size * (
-            config.encoder.latent_size + 1
-        )
+        latent = config.encoder.latent_size
+        total += 2 * latent * (config.hidden_size + 1) + LATENT_VECTORS * config.hidden_size * (latent + 1)
     transform = config.lm_head.type == "transform"
     width = table if config.rnn.separate_directions else config.hidden_size
     total += config.vocab_size * (config.lm_head.bias + (table if transform else width) * (not config.tie_embeddings))
@@ -94,14 +93,7 @@ def recurrent_products(config: ModelConfig) -> int:
 
 def character_cnn_parameters(config: ModelConfig) -> int:
     """Return the number of parameters of the character CNN (`firth.model.characters`)."""
-    convolved = sum(
-        (size * CHARACTER_DIM + 1) * config.embedding.characters.num_filters * share // 64
-        for size, share in FILTER_SHARES
-    )
-    highways = 2 * 2 * (config.embedding.characters.num_filters + 1) * config.embedding.characters.num_filters
-    return (
-        NUM_CHARACTERS * CHARACTER_DIM
-        + convolved
-        + highways
-        + (config.embedding.characters.num_filters + 1) * config.embedding_dim
-    )
+    filters = config.embedding.characters.num_filters
+    convolved = sum((size * CHARACTER_DIM + 1) * filters * share // 64 for size, share in FILTER_SHARES)
+    highways = 2 * 2 * (filters + 1) * filters
+    return NUM_CHARACTERS * CHARACTER_DIM + convolved + highways + (filters + 1) * config.embedding_dim

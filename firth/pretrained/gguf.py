@@ -429,9 +429,9 @@ def _unsupported_message(config: ModelConfig) -> str:
     back = _round_trip(LLAMA, FAMILIES["llama"], config)
     mine = _comparable(config)
     reason = "it is no such decoder"
-    llama = {} if back is None else back.flat_fields()
-    for name, expected in llama.items():
-        found = mine.flat_fields()[name]
+    of_llama, of_mine = {} if back is None else back.flat_fields(), mine.flat_fields()
+    for name, expected in of_llama.items():
+        found = of_mine[name]
         if found != expected:
             reason = f"its model.{name} is {found!r} where a llama has {expected!r}"
             break

@@ -31,7 +31,7 @@ from firth.model.empty_weights import init_empty_weights
 from firth.model.model import LM
 from firth.model.parameter_count import LEARNED_POSITIONS
 from firth.objectives.objective import PATTERN_DESCRIPTIONS, Objective
-from firth.runs import alignment_examples, examples, labeled_examples, noisy_label_examples
+from firth.runs import alignment_examples, config_io, examples, labeled_examples, noisy_label_examples
 from firth.runs.examples import ExamplesConfig
 from firth.runs.peft_options import FullFinetuning, PeftConfig
 from firth.types import LogLine, UserError
@@ -112,16 +112,17 @@ def _settings(objective: Objective, config: ModelConfig) -> str:
         },
         "bidirectional_separate": {"causal": False, "rnn.separate_directions": True},
     }
-    current = config.flat_fields()
-    pattern = objective.attention_pattern()
-    changes = {name: value for name, value in wanted.get(pattern, {}).items() if current[name] != value}
+    current, pattern = config.flat_fields(), objective.attention_pattern()
+    settings = [
+        f"{name}={str(value).lower()}" for name, value in wanted.get(pattern, {}).items() if current[name] != value
+    ]
     try:
-        changed = config.with_fields(changes)
+        changed: ModelConfig = config_io.from_dict(ModelConfig, config_io.override(config_io.to_dict(config), settings))
     except UserError:
         return ""
-    if objective.attention_pattern() not in changed.supported_patterns or objective.missing_from(changed):
+    if pattern not in changed.supported_patterns or objective.missing_from(changed):
         return ""
-    return _listed(f"model.{name}={str(value).lower()}" for name, value in changes.items())
+    return _listed(f"model.{setting}" for setting in settings)
 
 
 def check_fields(objective: Objective, examples: ExamplesConfig, config: ModelConfig | None = None) -> None:
