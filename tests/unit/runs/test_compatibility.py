@@ -153,7 +153,7 @@ def test_suggestions_of_errors_work(name: str) -> None:
     [
         ("t5", "mlm", "set model.causal=false and model.encoder.num_layers=0"),
         ("gpt", "span_corruption", "set model.encoder.num_layers=4"),
-        ("linformer", "causal_lm", "set model.causal=true and model.attention.linformer.k=0"),
+        ("linformer", "causal_lm", "set model.attention.linformer.k=0 and model.causal=true"),
         ("elmo", "causal_lm", "set model.causal=true and model.rnn.separate_directions=false"),
         ("vae", "denoising", "set model.encoder.latent_size=0"),
         ("lstm", "bilm", "set model.causal=false and model.rnn.separate_directions=true"),
