@@ -26,13 +26,13 @@ from torch import Tensor, nn
 
 from firth.data.attention_fields import InfillPrompt
 from firth.data.shuffle import ExampleRNG
+from firth.fields import Validated
 from firth.model import flops
 from firth.model.config import AttentionPattern, ModelConfig
 from firth.model.heads import LMHead
 from firth.model.model import LM
 from firth.model.transformer import subset_positions
 from firth.objectives import name_of
-from firth.ranges import Ranged
 from firth.tokenizer.vocab import Vocab
 from firth.types import IGNORE, Batch, Example, Outputs, UserError
 
@@ -70,7 +70,7 @@ class DataStats:
     has_unanswerable: bool = False
 
 
-class Objective(Ranged, section="objective"):
+class Objective(Validated, section="objective"):
     """Interface of a training objective. Subclasses are frozen dataclasses; their fields are the objective's settings.
 
     Attributes:

@@ -23,10 +23,10 @@ import numpy as np
 from torch import Tensor
 
 from firth.data import attention_fields
+from firth.fields import NonNegativeFloat, NonNegativeInt, PositiveInt, Share
 from firth.model.config import AttentionPattern, ModelConfig
 from firth.model.model import LM
 from firth.objectives.objective import TokenObjective
-from firth.ranges import NonNegativeFloat, NonNegativeInt, PositiveInt, Share
 from firth.tokenizer.vocab import Vocab
 from firth.types import Batch, Example, Outputs
 

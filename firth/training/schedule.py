@@ -18,12 +18,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
-from firth.ranges import NonNegativeFloat, NonNegativeInt, Ranged, Share
+from firth.fields import NonNegativeFloat, NonNegativeInt, Share, Validated
 from firth.types import UserError
 
 
 @dataclass(frozen=True)
-class Budget(Ranged, section="budget"):
+class Budget(Validated, section="budget"):
     """How long to train; exactly one field is set.
 
     A budget in seconds depends on the speed of the machine, so the run cannot be repeated bit for bit. One in FLOPs
@@ -55,7 +55,7 @@ class Budget(Ranged, section="budget"):
 
 
 @dataclass(frozen=True)
-class Schedule(Ranged, section="schedule"):
+class Schedule(Validated, section="schedule"):
     """Configuration of the learning rate schedule: a factor on every learning rate.
 
     Args:
