@@ -90,7 +90,7 @@ class Validated:
         return core_schema.is_instance_schema(cls)
 
 
-def check_fields(kind: type, values: Mapping[str, Any]) -> tuple[dict[str, Any], list[tuple[str, str]]]:
+def check_fields(kind: type, values: dict[str, Any]) -> tuple[dict[str, Any], list[tuple[str, str]]]:
     """Check the fields of a dataclass.
 
     Args:
@@ -100,7 +100,7 @@ def check_fields(kind: type, values: Mapping[str, Any]) -> tuple[dict[str, Any],
     Returns:
         The values with the types of the fields, and the errors: pairs (field, "=0 should be ..."). One of them is empty.
     """
-    return _check(dict(values), _adapter(kind))
+    return _check(values, _adapter(kind))
 
 
 def check_value(name: str, value: Any, hint: Any) -> None:
@@ -125,7 +125,8 @@ def _adapter_of(hints: Mapping[str, Any]) -> TypeAdapter[dict[str, Any]]:
     from pydantic import TypeAdapter  # here, so that `firth --help` does not import it
     from typing_extensions import TypedDict
 
-    fields: Any = TypedDict("fields", {name: _accept_list(hint) for name, hint in hints.items()}, total=False)  # type: ignore[operator]
+    make: Any = TypedDict  # its fields are not known to a type checker
+    fields = make("fields", {name: _accept_list(hint) for name, hint in hints.items()}, total=False)
     fields.__pydantic_config__ = CONFIG
     return TypeAdapter(fields)
 

@@ -12,6 +12,8 @@ import pytest
 import firth
 from firth.io.json_files import row_line
 
+pytestmark = pytest.mark.slow
+
 EXAMPLES = Path(__file__).parents[2] / "examples"
 WORDS = ["so", "shaken", "as", "we", "are", "wan", "with", "care", "find", "a", "time", "for", "peace", "to", "pant"]
 TINY = {"model.hidden_size": 32, "model.num_heads": 2, "model.num_layers": 1, "tokenizer.vocab_size": 300}
@@ -83,6 +85,8 @@ def test_a_decoder_generates_scores_and_chooses(run):
     model = firth.load_model(run[0].directory)
     first = model.generate(["so shaken", "find we"], max_new_tokens=5, seed=3)
     assert first == model.generate(["so shaken", "find we"], max_new_tokens=5, seed=3) and len(first) == 2
+    [answer] = model.chat([[{"role": "user", "content": "so shaken"}]], max_new_tokens=5, seed=3)
+    assert answer and answer not in first  # the chat template surrounds the prompt
     options = [" as we are", " zzz qqq 123"]
     scores = model.score(["so shaken"] * 2, options)
     assert scores[0] > scores[1] and model.choose("so shaken", options) == 0

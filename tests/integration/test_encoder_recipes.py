@@ -35,6 +35,7 @@ MILLIONS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MILLIONS)
 def test_published_sizes(name: str) -> None:
     """The papers round, and count BERT's pooler (BERT-large's "340 M" are 335 M with 30,522 tokens)."""
@@ -45,6 +46,7 @@ def test_published_sizes(name: str) -> None:
         assert count(config, {"lm": LMHead(config)}) == config.num_parameters()
 
 
+@pytest.mark.oracle
 def test_parameter_counts_match_the_released_models() -> None:
     t = pytest.importorskip("transformers", reason="the oracle; installed with the test extra")
     albert = {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "intermediate_size": 3072}
@@ -104,6 +106,7 @@ SMALL = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "more"),
     [("spanbert", []), ("albert", ["model.embedding_size=16"]), ("electra", ["model.embedding_size=16"]),

@@ -16,9 +16,9 @@ from firth.generate.quantized import quantize
 from firth.generate.sampling import Sampling
 from firth.model import native
 from firth.model.config import ModelConfig, decoder_config, encoder_decoder_config, recurrent_config
-from firth.model.heads import LMHead
 from firth.model.model import LM
 from firth.peft import lora
+from tests.support.models import random_model
 
 pytestmark = pytest.mark.skipif(bool(native.why_not()), reason="no C compiler is found")
 
@@ -98,15 +98,6 @@ CONFIGS = {
 }
 
 
-def random_model(config: ModelConfig) -> LM:
-    """Return a model with random weights everywhere, since many are initialized to zero."""
-    torch.manual_seed(0)
-    model = LM(config, {"lm": LMHead(config)})
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, std=0.25)
-    return model.eval()
-
-
 def prompts(count: int) -> list[np.ndarray]:
     rng = np.random.default_rng(1)
     return [rng.integers(3, V, rng.integers(2, 12)) for _ in range(count)]
@@ -142,6 +133,7 @@ def agree(got: list[Tensor], want: list[Tensor], bound: float) -> None:
         assert (a - b).norm() <= bound * b.norm()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CONFIGS)
 @pytest.mark.parametrize("count", [1, 2, 7])
 def test_logits_equal_those_of_the_model(name: str, count: int) -> None:
@@ -155,6 +147,7 @@ def test_rows_can_be_dropped(name: str) -> None:
     agree(logits_of(model, "native", 5, kept=(3, 1)), logits_of(model, "torch", 5, kept=(3, 1)), 2e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tiles", ["vectors", "tiles"])
 @pytest.mark.parametrize("name", ["nanochat", "llama", "gpt2", "t5", "heads of 64"])
 def test_bf16_weights_are_used_exactly(name: str, tiles: str) -> None:

@@ -146,6 +146,7 @@ def test_one_row_equals_two_streams(noise: str, k: int) -> None:
 # ---- transformers
 
 
+@pytest.mark.oracle
 @torch.no_grad()
 @pytest.mark.parametrize("memory", [0, 6])
 @pytest.mark.parametrize("kinds", [False, True])
@@ -191,6 +192,7 @@ def test_both_streams_and_memory_equal_transformers(memory: int, kinds: bool, tm
     assert all(torch.equal(t, again.state_dict()[name]) for name, t in model.state_dict().items())
 
 
+@pytest.mark.oracle
 @torch.no_grad()
 def test_masked_lm_of_mpnet_equals_transformers(tmp_path: Path) -> None:
     transformers = pytest.importorskip("transformers", reason="the reference; installed with the test extra")
@@ -604,6 +606,7 @@ def test_flops_of_memory_equal_torch() -> None:
     assert total[0] - total[1] == plain + distances
 
 
+@pytest.mark.oracle
 @pytest.mark.parametrize(
     ("name", "kind", "settings"),
     [
@@ -689,6 +692,7 @@ def test_half_precision_gradient_is_close_to_full() -> None:
     assert F.cosine_similarity(grads[0], grads[1], dim=0) > 0.99
 
 
+@pytest.mark.slow
 def test_xlnet_is_finetuned_without_its_memory(tmp_path: Path) -> None:
     """Records have no text before them: a model with memory is finetuned without it, and rows may be packed."""
     rng = np.random.default_rng(0)

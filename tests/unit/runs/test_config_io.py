@@ -22,6 +22,7 @@ from firth.runs.recipe_names import RECIPES
 from firth.types import UserError
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", RECIPES)
 def test_published_recipes_round_trip_through_yaml(name: str, tmp_path: Path) -> None:
     recipe = published(name)
@@ -57,10 +58,18 @@ def test_yaml_numbers_that_look_like_text() -> None:
     ("yaml", "line", "message"),
     [
         ("name: x\nobjective: mlm\nexamples: chunks\nbatch:\n  siz: 3\n", 5, "did you mean 'size'"),
-        ("name: x\nobjective: mlm\nexamples: chunks\nbatch: {size: many}\n", 4, "batch.size='many' should be a valid integer"),
+        (
+            "name: x\nobjective: mlm\nexamples: chunks\nbatch: {size: many}\n",
+            4,
+            "batch.size='many' should be a valid integer",
+        ),
         ("name: x\nobjective: mln\nexamples: chunks\n", 2, "no objective 'mln'; did you mean 'mlm'"),
         ("name: x\nobjective: mlm\nexamples: chunks\noptimiser: {}\n", 4, "did you mean 'optimizer'"),
-        ("name: x\nobjective: {kind: mlm, noise: nosuch}\nexamples: chunks\n", 2, "objective.noise='nosuch' should be 'iid', "),
+        (
+            "name: x\nobjective: {kind: mlm, noise: nosuch}\nexamples: chunks\n",
+            2,
+            "objective.noise='nosuch' should be 'iid', ",
+        ),
     ],
 )
 def test_error_names_the_place(yaml: str, line: int, message: str, tmp_path: Path) -> None:

@@ -28,7 +28,7 @@ from firth.training.step import step
 from firth.training.trainer import TrainerConfig, train
 from firth.training.validate import validate
 from firth.types import IGNORE, Batch, Outputs, UserError
-from tests.support import training as train_helpers
+from tests.support import training
 from tests.support.training import Chains, WithAccuracy, small_batches, small_model, small_run
 
 TIMED = {"seconds", "tokens_per_second", "flops_per_second", "crc"}
@@ -84,6 +84,7 @@ def wait_until(condition: Callable[[], bool], seconds: float = 60) -> None:
         time.sleep(0.005)
 
 
+@pytest.mark.slow
 def test_rollouts_are_logged_once_under_their_first_step(
     uninterrupted: Path,
 ) -> None:
@@ -92,6 +93,7 @@ def test_rollouts_are_logged_once_under_their_first_step(
     assert len({row["sum"] for row in rollouts}) > 1
 
 
+@pytest.mark.slow
 def test_a_run_killed_twenty_times_equals_an_uninterrupted_one(
     tmp_path: Path, uninterrupted: Path, children: multiprocessing.context.ForkServerContext
 ) -> None:
@@ -102,7 +104,7 @@ def test_a_run_killed_twenty_times_equals_an_uninterrupted_one(
         if (directory / "ended").exists():  # finished before the twentieth kill: compare, and start another run
             assert_same_run(uninterrupted, directory, 120)
             shutil.rmtree(directory)
-        child = children.Process(target=train_helpers.run_in_process, args=(str(directory), 120))
+        child = children.Process(target=training.run_in_process, args=(str(directory), 120))
         child.start()
         wait_until(lambda child=child: (directory / "lock").exists() or not child.is_alive())
         if kills < 20:
@@ -116,10 +118,11 @@ def test_a_run_killed_twenty_times_equals_an_uninterrupted_one(
     assert_same_run(uninterrupted, directory, 120)
 
 
+@pytest.mark.slow
 def test_ctrl_c_saves_and_explains_how_to_resume(
     tmp_path: Path, uninterrupted: Path, children: multiprocessing.context.ForkServerContext
 ) -> None:
-    child = children.Process(target=train_helpers.run_in_process, args=(str(tmp_path), 120))
+    child = children.Process(target=training.run_in_process, args=(str(tmp_path), 120))
     child.start()
     log = tmp_path / "metrics.jsonl"
     wait_until(lambda: log.exists() and log.read_text().count('"train"') >= 5)
@@ -135,10 +138,11 @@ def test_ctrl_c_saves_and_explains_how_to_resume(
     assert_same_run(uninterrupted, tmp_path, 120)
 
 
+@pytest.mark.slow
 def test_a_second_ctrl_c_ends_at_once_with_valid_checkpoints(
     tmp_path: Path, children: multiprocessing.context.ForkServerContext
 ) -> None:
-    child = children.Process(target=train_helpers.stuck_in_process, args=(str(tmp_path),))
+    child = children.Process(target=training.stuck_in_process, args=(str(tmp_path),))
     child.start()
     wait_until((tmp_path / "stuck").exists)  # in the middle of a step that takes a minute
     os.kill(child.pid, signal.SIGINT)
@@ -260,6 +264,7 @@ def test_a_run_without_labels_is_rejected(tmp_path: Path) -> None:
         train(small_model(), NoLabels(), batches, tmp_path, budget=Budget(max_steps=2), reporter=NullReporter())
 
 
+@pytest.mark.slow
 def test_a_budget_in_seconds_counts_only_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The clock advances by 0.01 s per call, and by 100 s during validation."""
     now = [0.0]
@@ -282,6 +287,7 @@ def test_a_budget_in_seconds_counts_only_training(tmp_path: Path, monkeypatch: p
     assert found.metrics["rate"] < 0.2 * OptimizerConfig().lr  # the end of the schedule
 
 
+@pytest.mark.slow
 def test_training_learns_and_reports_progress(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     found = train(
         small_model(dropout=0.0), WithAccuracy(), small_batches(Chains()), tmp_path, name="chains",
@@ -327,7 +333,7 @@ def test_validation_is_the_mean_over_all_labels() -> None:
     one_by_one = validate(
         model,
         WithAccuracy(),
-        train_helpers.Batches(Chains(), WithAccuracy(), train_helpers.VOCAB, batch_size=1, seed=0).all_batches(),
+        training.Batches(Chains(), WithAccuracy(), training.VOCAB, batch_size=1, seed=0).all_batches(),
     )
     assert whole["loss"] == pytest.approx(one_by_one["loss"], rel=1e-5)
     assert whole["accuracy"] == pytest.approx(one_by_one["accuracy"], rel=1e-5)
