@@ -63,7 +63,7 @@ class Validated:
         section: The field of a recipe that contains such an instance, used in messages.
 
     Raises:
-        UserError: A field is invalid; one line for each.
+        UserError: A field is invalid; the message names all such fields.
     """
 
     _section: ClassVar[str] = ""
@@ -77,7 +77,7 @@ class Validated:
         values, errors = check_fields(type(self), vars(self))
         if errors:
             prefix = self._section and f"{self._section}."
-            raise UserError("\n".join(f"{prefix}{name}{reason}" for name, reason in errors))
+            raise UserError("; ".join(f"{prefix}{name}{reason}" for name, reason in errors))
         for name, value in values.items():
             if value is not getattr(self, name):  # a list or an int, where the field holds a tuple or a float
                 object.__setattr__(self, name, value)

@@ -67,11 +67,6 @@ class OptimizerConfig(Validated, section="optimizer"):
     momentum: ShareBelowOne = 0.95
     max_grad_norm: NonNegativeFloat = 1.0
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.name not in ("muon", "adamw"):
-            raise UserError(f"optimizer.name is {self.name!r}: use muon or adamw")
-
 
 CRITIC_PREFIX = "heads.critic."
 """Prefix of the names of a critic's weights (`firth.objectives.ppo`)."""

@@ -72,8 +72,6 @@ class Schedule(Validated, section="schedule"):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.kind not in _DECAY:
-            raise UserError(f"schedule.kind is {self.kind!r}: use one of {', '.join(_DECAY)}")
         if self.kind == "wsd" and self.warmup_ratio + self.decay_ratio > 1:
             raise UserError(
                 f"schedule.warmup_ratio={self.warmup_ratio:g} and schedule.decay_ratio={self.decay_ratio:g} add up to more than "

@@ -195,7 +195,7 @@ def test_an_incomplete_model_config_names_the_fix() -> None:
         (BatchConfig, {"pack_to_length": "aut"}, "batch.pack_to_length='aut' should be a valid integer or 'auto'"),
         (DataConfig, {"path": [3]}, "data.path=[3] should be a valid string"),
         (Classification, {"class_weights": "balancd"}, "objective.class_weights='balancd' should be a list or 'balanced'"),
-        (TokenizerConfig, {"byte_fallback": 1, "path": 3}, "tokenizer.path=3 should be a valid string\n"
+        (TokenizerConfig, {"byte_fallback": 1, "path": 3}, "tokenizer.path=3 should be a valid string; "
          "tokenizer.byte_fallback=1 should be a valid boolean"),
     ],
 )  # fmt: skip
@@ -249,7 +249,7 @@ class OwnObjective(Objective):
 def test_a_class_unaware_of_pydantic_is_checked() -> None:
     assert OwnObjective(3, np.zeros(2), Scale(2.0)).distance == 3
     with pytest.raises(
-        UserError, match=r"^objective.distance=None should be a valid integer\nobjective.table=3 should be an instance"
+        UserError, match=r"^objective.distance=None should be a valid integer; objective.table=3 should be an instance"
     ):
         OwnObjective(None, 3)  # type: ignore[arg-type]
     assert from_dict(OwnObjective, {"distance": 4, "scale": {"factor": 2}}) == OwnObjective(4, None, Scale(2.0))

@@ -38,7 +38,7 @@ def test_a_budget_is_in_steps_seconds_or_flops() -> None:
 
 
 def test_invalid_values_are_rejected_by_name() -> None:
-    with pytest.raises(UserError, match=r"schedule.kind is 'cosin'"):
+    with pytest.raises(UserError, match=r"schedule.kind='cosin' should be 'cosine', "):
         Schedule("cosin")
     with pytest.raises(UserError, match=r"schedule.warmup_ratio=100 should be less than or equal to 1"):
         Schedule(warmup_ratio=100)
