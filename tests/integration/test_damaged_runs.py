@@ -139,7 +139,9 @@ def test_out_that_cannot_be_a_directory(whole: Path, tmp_path: Path) -> None:
 
 def test_empty_arrays_are_rejected(whole: Path) -> None:
     for setting in ("examples.max_length=0", "batch.gradient_accumulation_steps=0"):
-        fails_with_one_sentence(lambda setting=setting: load(str(whole), [setting]), f"{setting} must be at least 1")
+        fails_with_one_sentence(
+            lambda setting=setting: load(str(whole), [setting]), f"{setting} should be greater than or equal to 1"
+        )
 
 
 @pytest.mark.slow
