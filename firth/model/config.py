@@ -41,19 +41,20 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from firth.model import nested_config
-from firth.model.config_checks import check_combinations, check_fields
-from firth.model.parameter_count import GATED, num_parameters
-from firth.ranges import (
+from annotated_types import Interval
+
+from firth.fields import (
     NonNegativeFloat,
     OptionalTokenCount,
     PositiveFloat,
     PositiveInt,
-    Range,
-    Ranged,
     ShareBelowOne,
     TokenCount,
+    Validated,
 )
+from firth.model import nested_config
+from firth.model.config_checks import check_combinations, check_head_dim
+from firth.model.parameter_count import GATED, num_parameters
 
 AttentionPattern = Literal[
     "any", "causal", "bidirectional", "permuted", "prefix", "seq2seq", "bidirectional_separate", "none", "latent"
@@ -72,18 +73,18 @@ AttentionPattern = Literal[
 """
 
 
-Width = Annotated[int, Range(ge=1, le=1 << 20)]
-OptionalWidth = Annotated[int, Range(ge=0, le=1 << 20)]
-Heads = Annotated[int, Range(ge=1, le=1 << 16)]
-OptionalHeads = Annotated[int, Range(ge=0, le=1 << 16)]
-Layers = Annotated[int, Range(ge=0, le=10_000)]
-Types = Annotated[int, Range(ge=0, le=1 << 16)]
-TokenIds = Annotated[int, Range(ge=1, lt=1 << 31)]
+Width = Annotated[int, Interval(ge=1, le=1 << 20)]
+OptionalWidth = Annotated[int, Interval(ge=0, le=1 << 20)]
+Heads = Annotated[int, Interval(ge=1, le=1 << 16)]
+OptionalHeads = Annotated[int, Interval(ge=0, le=1 << 16)]
+Layers = Annotated[int, Interval(ge=0, le=10_000)]
+Types = Annotated[int, Interval(ge=0, le=1 << 16)]
+TokenIds = Annotated[int, Interval(ge=1, lt=1 << 31)]
 """Ranges of model sizes. The upper bounds are fifty times those of any published model: a larger number is a typing error."""
 
 
 @dataclass(frozen=True)
-class NormConfig(Ranged, section="model.norm"):
+class NormConfig(Validated, section="model.norm"):
     """Configuration of the norms.
 
     Args:
@@ -100,13 +101,13 @@ class NormConfig(Ranged, section="model.norm"):
     placement: Literal["pre", "post"] = "pre"
     weight: bool = True
     bias: bool = True
-    eps: Annotated[float, Range(gt=0, lt=1)] = 1e-5
+    eps: Annotated[float, Interval(gt=0, lt=1)] = 1e-5
     embedding: bool = False
     first_attention: bool = True
 
 
 @dataclass(frozen=True)
-class RopeConfig(Ranged, section="model.position.rope"):
+class RopeConfig(Validated, section="model.position.rope"):
     """Configuration of rotary positions (Su 2021).
 
     Args:
@@ -120,7 +121,7 @@ class RopeConfig(Ranged, section="model.position.rope"):
     """
 
     theta: PositiveFloat = 10000.0
-    sign: Annotated[int, Range(ge=-1, le=1)] = 1
+    sign: Annotated[int, Interval(ge=-1, le=1)] = 1
     scaling: Literal["none", "linear", "llama3"] = "none"
     factor: PositiveFloat = 1.0
     low_freq_factor: PositiveFloat = 1.0
@@ -129,7 +130,7 @@ class RopeConfig(Ranged, section="model.position.rope"):
 
 
 @dataclass(frozen=True)
-class PositionConfig(Ranged, section="model.position"):
+class PositionConfig(Validated, section="model.position"):
     """Configuration of the position encoding.
 
     Args:
@@ -143,12 +144,12 @@ class PositionConfig(Ranged, section="model.position"):
 
     type: Literal["learned", "sinusoidal", "marian", "rotary", "t5", "mpnet", "xlnet", "none"] = "learned"
     rope: RopeConfig = RopeConfig()
-    relative_buckets: Annotated[int, Range(ge=2, le=65536)] = 32
+    relative_buckets: Annotated[int, Interval(ge=2, le=65536)] = 32
     relative_max_distance: TokenCount = 128
 
 
 @dataclass(frozen=True)
-class LinformerConfig(Ranged, section="model.attention.linformer"):
+class LinformerConfig(Validated, section="model.attention.linformer"):
     """Configuration of the Linformer's projections of keys and values, for encoders (Wang 2020).
 
     Args:
@@ -162,7 +163,7 @@ class LinformerConfig(Ranged, section="model.attention.linformer"):
 
 
 @dataclass(frozen=True)
-class AttentionConfig(Ranged, section="model.attention"):
+class AttentionConfig(Validated, section="model.attention"):
     """Configuration of attention, beyond its heads.
 
     Args:
@@ -183,7 +184,7 @@ class AttentionConfig(Ranged, section="model.attention"):
 
 
 @dataclass(frozen=True)
-class CharacterConfig(Ranged, section="model.embedding.characters"):
+class CharacterConfig(Validated, section="model.embedding.characters"):
     """Configuration of the character CNN in place of a token table (Kim 2016, `firth.model.characters`).
 
     Args:
@@ -196,7 +197,7 @@ class CharacterConfig(Ranged, section="model.embedding.characters"):
 
 
 @dataclass(frozen=True)
-class EmbeddingConfig(Ranged, section="model.embedding"):
+class EmbeddingConfig(Validated, section="model.embedding"):
     """Configuration of the embeddings. "Tables" are the token, position and token type embeddings.
 
     Args:
@@ -215,7 +216,7 @@ class EmbeddingConfig(Ranged, section="model.embedding"):
 
 
 @dataclass(frozen=True)
-class EncoderConfig(Ranged, section="model.encoder"):
+class EncoderConfig(Validated, section="model.encoder"):
     """Configuration of an encoder that a decoder attends to; an encoder-only model (BERT) has none.
 
     Args:
@@ -230,7 +231,7 @@ class EncoderConfig(Ranged, section="model.encoder"):
 
 
 @dataclass(frozen=True)
-class LMHeadConfig(Ranged, section="model.lm_head"):
+class LMHeadConfig(Validated, section="model.lm_head"):
     """Configuration of the LM head.
 
     Args:
@@ -247,7 +248,7 @@ class LMHeadConfig(Ranged, section="model.lm_head"):
 
 
 @dataclass(frozen=True)
-class RNNConfig(Ranged, section="model.rnn"):
+class RNNConfig(Validated, section="model.rnn"):
     """Configuration of recurrent layers in place of attention blocks.
 
     Args:
@@ -264,7 +265,7 @@ class RNNConfig(Ranged, section="model.rnn"):
 
 
 @dataclass(frozen=True)
-class InitConfig(Ranged, section="model.init"):
+class InitConfig(Validated, section="model.init"):
     """Configuration of the initial weights.
 
     Args:
@@ -277,7 +278,7 @@ class InitConfig(Ranged, section="model.init"):
 
 
 @dataclass(frozen=True)
-class ModelConfig(Ranged, section="model"):
+class ModelConfig(Validated, section="model"):
     """Configuration of a model architecture; the defaults are GPT-2's.
 
     A size of 0 means "default" or "off", as stated.
@@ -342,7 +343,7 @@ class ModelConfig(Ranged, section="model"):
             if getattr(self, name) == 0:
                 object.__setattr__(self, name, value)
 
-        check_fields(self)
+        check_head_dim(self)
         fill("num_kv_heads", self.num_heads)
         fill("head_dim", self.hidden_size // self.num_heads)
         fill("intermediate_size", self.direction_size if self.rnn.type else 4 * self.hidden_size)

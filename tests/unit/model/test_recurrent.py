@@ -260,7 +260,7 @@ def test_a_saved_model_is_loaded_unchanged(name: str, tmp_path) -> None:
             {"embedding.characters.max_length": 8, "tie_embeddings": False, "embedding.characters.num_filters": 100},
             "64, 128",
         ),
-        ({"rnn.type": "elman"}, "not one of"),
+        ({"rnn.type": "elman"}, "model.rnn.type='elman' should be '', 'rnn', 'gru' or 'lstm'"),
     ],
 )
 def test_unsupported_options_are_rejected(changes: dict[str, Any], message: str) -> None:

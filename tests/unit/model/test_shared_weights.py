@@ -111,7 +111,7 @@ def test_shared_layers_have_their_own_keys_in_a_cache(name: str) -> None:
         ({"lm_head.type": "linear"}, "cannot be tied to tables of model.embedding.size=12"),
         ({"num_layer_groups": 7}, "model.num_layer_groups=7 is more than the number of layers"),
         ({"norm.first_attention": False}, "cannot differ in their first norm"),
-        ({"embedding.size": -1}, "model.embedding.size=-1 must be at least 0"),
+        ({"embedding.size": -1}, "model.embedding.size=-1 should be greater than or equal to 0"),
         ({"embedding.size": 13, "position.type": "sinusoidal"}, "an embedding width of 13 is odd"),
     ],
 )
