@@ -163,7 +163,6 @@ def test_an_encoder_fills_masks(text, tmp_path):
 def test_the_scripts_run(text, tmp_path):
     output = script("pretrain.py", text, tmp_path / "gpt", "--steps", 8)
     assert "held-out loss" in output and "\nThe " in output
-    assert "test rows right" in script("classify.py", tmp_path / "classifier", "--steps", 40)
     assert "valid/loss" in script("own_objective.py", text, tmp_path / "rare", 4)
     dialogues = tmp_path / "dialogues.jsonl"
     dialogues.write_text(

@@ -72,5 +72,5 @@ def test_recipe_keys_of_groups(tmp_path: Path) -> None:
     ):
         load(str(file))
     file.write_text(text.replace("NAME", "eps").replace("rotary", "rotory"), "utf-8")
-    with pytest.raises(UserError, match=rf"^{file}:9: model\.position\.type: 'rotory' does not fit: .*'rotary'"):
+    with pytest.raises(UserError, match=rf"^{file}:9: model\.position\.type='rotory' should be .*'rotary'"):
         load(str(file))
