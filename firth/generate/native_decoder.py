@@ -154,7 +154,7 @@ class NativeDecoder:
     @staticmethod
     def of(model: LM, cache: KVCache) -> NativeDecoder | None:
         """Return the compiled step, or None if it is not supported or torch's operators are faster here."""
-        if model.tokens.weight.device.type != "cpu" or model.config.rnn_type or DECODE.choice() != "native":
+        if model.tokens.weight.device.type != "cpu" or model.config.rnn.type or DECODE.choice() != "native":
             return None
         try:
             return NativeDecoder(model, cache)
