@@ -79,9 +79,7 @@ def test_damaged_json_of_a_finished_run(text: str, there: Path) -> None:
         lambda: again(there), r"done\.json.*: delete .*done\.json, and the same command exports the model again$"
     )
     if text != CUT[3]:  # that is a note of a run without counts
-        fails_with_one_sentence(
-            lambda: evaluate_run(there, [], task=None, limit=None, as_json=False, log=quiet), r"done\.json"
-        )
+        fails_with_one_sentence(lambda: evaluate_run(there, [], task=None, limit=None, as_json=False), r"done\.json")
         fails_with_one_sentence(
             lambda: export_model(there, there / "out", form="hf", dtype="", shard="", log=quiet), r"done\.json"
         )
