@@ -29,9 +29,10 @@ from firth.io.gguf import find
 from firth.io.integrity import check_digest, with_digest
 from firth.io.safetensors import read_json
 from firth.runs import config_io
-from firth.runs.examples import ExamplesConfig, model_directory
+from firth.runs.examples import ExamplesConfig
 from firth.runs.prepare import text_of
-from firth.runs.recipe import Recipe, load
+from firth.runs.recipe import Recipe, ResolvedRecipe, load_resolved
+from firth.runs.start_model import model_directory
 from firth.tokenizer import formats
 from firth.tokenizer.tokenizer import Tokenizer
 from firth.types import LogLine, UserError
@@ -198,12 +199,12 @@ def recorded(directory: Path) -> dict[str, Any]:
     return found
 
 
-def content_hash(recipe: Recipe) -> str:
+def content_hash(recipe: ResolvedRecipe) -> str:
     """Return a short hash of a recipe without its paths."""
     return _hash(config_io.to_dict(config_io.without_paths(recipe)))[:16]
 
 
-def recorded_hash(directory: Path, resolved: Recipe) -> str:
+def recorded_hash(directory: Path, resolved: ResolvedRecipe) -> str:
     """Return the recorded hash of a started run's recipe, after checking that the recipe is equal except for paths.
 
     The hash is not recomputed: a later version of firth may have more fields, which at their defaults change nothing.
@@ -211,7 +212,7 @@ def recorded_hash(directory: Path, resolved: Recipe) -> str:
     Raises:
         UserError: The recipes differ (the message names the first field), or recipe.yaml was changed after the run started.
     """
-    began, record = load(str(directory)), recorded(directory)
+    began, record = load_resolved(directory), recorded(directory)
     before, now = (config_io.to_dict(config_io.without_paths(one)) for one in (began, resolved))
     if before != now:
         raise UserError(
