@@ -28,6 +28,7 @@ from firth.data.attention_fields import InfillPrompt
 from firth.data.shuffle import ExampleRNG
 from firth.model import flops
 from firth.model.config import AttentionPattern, ModelConfig
+from firth.model.forward_context import ForwardContext
 from firth.model.heads import LMHead
 from firth.model.model import LM
 from firth.model.transformer import subset_positions
@@ -193,7 +194,7 @@ class Objective(Ranged, section="objective"):
 
     def forward(self, model: LM, batch: Batch) -> Outputs:
         """Run the model. Returns "hidden": (..., T, hidden_size), and what else `loss` needs."""
-        return {"hidden": model(batch, needed=self.needed_positions(batch))}
+        return {"hidden": model(batch, ForwardContext(needed_positions=self.needed_positions(batch)))}
 
     def loss(self, model: LM, outputs: Outputs, batch: Batch) -> dict[str, Tensor]:
         """Return one SUM (not mean) per term of `labels` and `metrics`."""

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from firth.data.noise import NOISES, Kind, text_units
 from firth.model import flops
+from firth.model.forward_context import ForwardContext
 from firth.model.model import LM
 from firth.objectives.classification import Classification
 from firth.objectives.objective import Objective, choice_loss, forward_work, supervised
@@ -120,7 +121,7 @@ def unlabeled_example(objective: Objective, example: Example, vocab: Vocab) -> E
 @torch.no_grad()
 def teacher_probabilities(model: LM, batch: Batch) -> dict[str, Tensor]:
     """Return the class probabilities of a teacher, a classifier, for `PseudoLabels`: {"taught": (B, classes)}."""
-    states, _ = supervised(model(batch, needed=batch["labels"] != IGNORE), batch["labels"])
+    states, _ = supervised(model(batch, ForwardContext(needed_positions=batch["labels"] != IGNORE)), batch["labels"])
     return {"taught": model.heads["classes"](states).float().softmax(-1)}
 
 
@@ -175,11 +176,13 @@ class Consistency(SemiSupervised):
         training = model.training
         model.eval()
         with torch.no_grad():
-            clean = model(batch | {"tokens": batch["clean"]}, needed=batch["relation"] != IGNORE)
+            clean = model(
+                batch | {"tokens": batch["clean"]}, ForwardContext(needed_positions=batch["relation"] != IGNORE)
+            )
             states, _ = supervised(clean, batch["relation"])
             target = (model.heads["classes"](states).float() / self.temperature).softmax(-1)
         model.train(training)
-        return {"hidden": model(batch, needed=self.needed_positions(batch)), "target": target}
+        return {"hidden": model(batch, ForwardContext(needed_positions=self.needed_positions(batch))), "target": target}
 
     def loss(self, model: LM, outputs: Outputs, batch: Batch) -> dict[str, Tensor]:
         states, _ = supervised(outputs["hidden"], batch["relation"])

@@ -27,7 +27,7 @@ from firth.runs.recipe import load_resolved
 from firth.runs.start_model import StartModel
 from firth.runs.validation import Validator
 from firth.training.distributed import Ranks
-from firth.types import LogLine, UserError
+from firth.types import LOGGER, LogLine, UserError
 
 OBJECTIVE = "objective"
 """Name of the task that evaluates a run's own objective."""
@@ -39,7 +39,7 @@ def measure(
     *,
     task: str | None = None,
     limit: int | None = None,
-    log: LogLine = lambda _: None,
+    log: LogLine = LOGGER.warning,
 ) -> dict[str, Any]:
     """Evaluate a run or model directory on files; return metrics by name.
 
@@ -64,7 +64,7 @@ def measure_with(
     *,
     task: str | None = None,
     limit: int | None = None,
-    log: LogLine = lambda _: None,
+    log: LogLine = LOGGER.warning,
 ) -> dict[str, Any]:
     """Evaluate a loaded model on files; see `measure`."""
     task = default_for(evaluated, paths) if task is None else task

@@ -32,7 +32,7 @@ from firth.runs.start_model import StartModel
 from firth.tokenizer.tokenizer import Tokenizer
 from firth.tokenizer.train import train
 from firth.training import precision
-from firth.types import LogLine, UserError
+from firth.types import LOGGER, LogLine, UserError
 
 S = TypeVar("S", bound=Source)
 
@@ -117,7 +117,7 @@ class RunData:
     start: StartModel = field(default_factory=StartModel)
     batch_size: int = 1
     seed: int = 0
-    log: LogLine = print
+    log: LogLine = LOGGER.info
     memory_length: int = 0
     siblings: tuple[str, ...] = ()
     precision: Literal["fp32", "bf16"] = "fp32"
@@ -317,7 +317,7 @@ def train_tokenizer(
     seed: int = 0,
     num_sentinels: int = 0,
     byte_fallback: bool = True,
-    log: LogLine = print,
+    log: LogLine = LOGGER.info,
     texts: Callable[[ReadStats], Iterator[str]] | None = None,
 ) -> Tokenizer:
     """Train a tokenizer on files and save it with the counts of its merges (`firth tokenizer show`).
