@@ -8,14 +8,13 @@ from typing import Any
 
 import torch
 
-from firth.generate.engine import Engine
 from firth.generate.sampling import Sampling
 from firth.io.atomic import write_text
 from firth.io.json_files import read_rows, row_line
 from firth.model.model import LM
 from firth.runs import held_out_texts
 from firth.runs.examples import DatasetSplits
-from firth.runs.inference import LoadedModel
+from firth.runs.loaded_model import Model
 from firth.runs.prepare import RunData
 from firth.runs.recipe import ResolvedRecipe
 from firth.tokenizer.tokenizer import Tokenizer
@@ -46,7 +45,7 @@ def write_texts(recipe: ResolvedRecipe, model: LM, data: RunData, splits: Datase
 
 def _write_samples(recipe: ResolvedRecipe, model: LM, tokenizer: Tokenizer, directory: Path, step: int) -> None:
     """Write the model's samples for the recipe's prompts at a step to samples.jsonl, once per step."""
-    loaded = LoadedModel(model, tokenizer, Engine(model, tokenizer), recipe.objective)
+    loaded = Model.of(model, tokenizer, recipe.objective)
     sampling = Sampling(max_new_tokens=64, temperature=0.8, seed=recipe.seed)
 
     def rows() -> Iterator[dict[str, Any]]:
