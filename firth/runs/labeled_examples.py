@@ -22,8 +22,8 @@ from firth.corpora import readers, tables
 from firth.data import labeled, question_answering
 from firth.data.annotations import AnnotatedTexts
 from firth.data.source import Source
+from firth.fields import TokenCount
 from firth.objectives.objective import DataStats, Objective
-from firth.ranges import TokenCount
 from firth.runs import class_counts
 from firth.runs.examples import DatasetSplits, ExamplesConfig, held_out, split_records
 from firth.runs.prepare import RunData

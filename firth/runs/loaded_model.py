@@ -34,7 +34,7 @@ from firth.tokenizer import chat
 from firth.tokenizer.inspection import readable
 from firth.tokenizer.tokenizer import Tokenizer
 from firth.training import precision
-from firth.types import LOGGER, LogLine, UserError
+from firth.types import LOGGER, UserError
 
 Rows = Sequence[Mapping[str, Any]]
 
@@ -320,14 +320,13 @@ def generates_left_to_right(config: ModelConfig) -> bool:
     return config.latent_size > 0 or scoring_mode(config) != "masked"
 
 
-def open_model(directory: Path, weights: str | None = None, log: LogLine = LOGGER.warning) -> Model:
+def open_model(directory: Path, weights: str | None = None) -> Model:
     """Load a model of any kind, with the objective of its run.
 
     Args:
         directory: A run or model directory, or a GGUF file.
         weights: Dtype of the weights in memory (`Engine`); None keeps the stored one; "auto" takes bf16 for fp32 weights where
             this machine also trains in bf16.
-        log: Receives a message on what "auto" chooses.
     """
     evaluated = load_evaluated_model(directory)
     if weights == "auto":
@@ -335,7 +334,7 @@ def open_model(directory: Path, weights: str | None = None, log: LogLine = LOGGE
         quick = stored.dtype == torch.float32 and precision.choose("auto", stored.device) == "bf16"
         weights = "bf16" if quick else None
         if quick:
-            log("weights are held in bf16, which is faster here: use --weights fp32 for full precision")
+            LOGGER.warning("weights are held in bf16, which is faster here: use --weights fp32 for full precision")
     return Model(evaluated, objective_in(directory), weights)
 
 
