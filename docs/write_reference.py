@@ -17,10 +17,12 @@ from pathlib import Path
 from typing import Any
 
 import typer.main
+from annotated_types import Interval
 
 import firth
 from firth import objectives
 from firth.cli import app
+from firth.fields import MAX_INT
 from firth.model.config import ModelConfig
 from firth.runs.compatibility import EXAMPLES
 from firth.runs.peft_options import PEFT_METHODS
@@ -63,11 +65,17 @@ def default(field: dataclasses.Field[Any]) -> str:
     return f"`{text}`"
 
 
+def range_of(limits: Interval) -> str:
+    """Return the range of a number in words."""
+    bounds = (("at least", limits.ge), ("above", limits.gt), ("at most", limits.le), ("below", limits.lt))
+    return " and ".join(f"{words} {bound}" for words, bound in bounds if bound not in (None, MAX_INT))
+
+
 def kind_of(hint: Any) -> str:
     """Return the type of a field in a few words."""
     if typing.get_origin(hint) is typing.Annotated:
         inner, *limits = typing.get_args(hint)
-        return ", ".join([kind_of(inner), *(str(limit) for limit in limits)])
+        return ", ".join([kind_of(inner), *map(range_of, limits)])
     if typing.get_origin(hint) is typing.Literal:
         return ", ".join(f"`{value}`" if value != "" else '`""`' for value in typing.get_args(hint))
     options = [one for one in typing.get_args(hint) if one is not type(None)]
@@ -129,6 +137,16 @@ def usage(name: str, command: Any) -> str:
     )
 
 
+def section(name: str, kind: type) -> list[str]:
+    """Return the section of a dataclass and, one level below, those of the dataclasses in it (`model.norm`)."""
+    hints = typing.get_type_hints(kind, include_extras=True)
+    groups = [f for f in dataclasses.fields(kind) if dataclasses.is_dataclass(hints[f.name])]
+    own = [f for f in dataclasses.fields(kind) if f not in groups]
+    short = f" `{name}=VALUE` sets `{name}.type`." if "type" in hints else ""
+    lines = [f"{'###' if '.' in name else '##'} {name}", "", summary(kind) + short, "", *table(kind, own)]
+    return lines + [line for f in groups for line in section(f"{name}.{f.name}", hints[f.name])]
+
+
 def recipe_fields() -> str:
     """Return the page of everything that a recipe may contain."""
     lines = [
@@ -141,7 +159,7 @@ def recipe_fields() -> str:
     plain = [f for f in dataclasses.fields(Recipe) if f.name not in (*nested, "model", "objective", "examples", "peft")]
     lines += ["## Top level", "", *table(Recipe, plain)]
     for name, kind in {"model": ModelConfig, **nested}.items():
-        lines += [f"## {name}", "", summary(kind), "", *table(kind)]
+        lines += section(name, kind)
     for title, kinds in (("examples", EXAMPLES), ("peft", PEFT_METHODS)):
         lines += [f"## {title}", "", f"`{title}=KIND`, or `{title}.kind=KIND` with its fields.", ""]
         for name, kind in kinds.items():

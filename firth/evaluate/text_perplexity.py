@@ -25,7 +25,7 @@ from firth.evaluate.perplexity import (
 from firth.model.config import ModelConfig
 from firth.pretrained.load_save import metadata_of
 from firth.tokenizer.tokenizer import Tokenizer
-from firth.types import IGNORE, LOGGER, Example, LogLine, UserError
+from firth.types import IGNORE, LOGGER, Example, UserError
 
 if TYPE_CHECKING:
     from firth.evaluate.task import EvaluatedModel, Progress
@@ -48,15 +48,15 @@ def scoring_mode(config: ModelConfig) -> ScoringMode:
     Raises:
         UserError: The model gives text no likelihood.
     """
-    if config.latent_size:
+    if config.encoder.latent_size:
         raise UserError(
             "a variational autoencoder only bounds the likelihood of a text: its ELBO is one of the validation metrics of "
             "its run (`firth evaluate RUN` without files)"
         )
-    if config.num_encoder_layers:
+    if config.encoder.num_layers:
         return "halves"
-    masked = config.lm_head == "transform" or config.mask_embedding or config.rnn_type
-    return "masked" if masked and not (config.causal or config.prefix_lm) else "causal"
+    masked = config.lm_head.type == "transform" or config.embedding.mask or config.rnn.type
+    return "masked" if masked and not (config.causal or config.attention.prefix_lm) else "causal"
 
 
 def leading_bos(directory: Path, tokenizer: Tokenizer) -> tuple[int | None, bool]:
@@ -96,7 +96,6 @@ def likelihood(
     paths: Sequence[str],
     limit: int | None,
     progress: Progress,
-    log: LogLine = LOGGER.warning,
 ) -> dict[str, Any]:
     """Return perplexity and bits per byte of the documents in files, with an interval where there are enough blocks.
 
@@ -105,7 +104,6 @@ def likelihood(
         paths: Files or directories of text.
         limit: Most tokens to score, in pieces spread evenly over the text; the result has their "share".
         progress: Called with the share done, 0 to 1.
-        log: Called with each warning about repaired or skipped text.
 
     Raises:
         UserError: The model has no LM head, or the files hold no text.
@@ -114,14 +112,14 @@ def likelihood(
     if not model.has_lm_head:
         raise UserError(f"{evaluated.directory}: this model has no LM head, so it cannot score the likelihood of text")
     mode = scoring_mode(model.config)
-    with_bos = mode == "causal" and not model.config.prefix_lm  # texts of a prefix LM have no special tokens
+    with_bos = mode == "causal" and not model.config.attention.prefix_lm  # texts of a prefix LM have no special tokens
     bos, every = leading_bos(evaluated.model_directory, tokenizer) if with_bos else (None, False)
     context = evaluated.context
     counts = ReadStats()
     whole = [tokenize(tokenizer, d.text) for d in documents(paths, counts=counts)]
     for name, n in counts.rows().items():
         if name in READ_NOTES:
-            log(f"{', '.join(paths)}: {n:,} {READ_NOTES[name]}")
+            LOGGER.warning(f"{', '.join(paths)}: {n:,} {READ_NOTES[name]}")
     longest = {"causal": 8 * context, "masked": context - 2, "halves": 2 * context - 2}[mode]
     split = [piece for document in whole for piece in (pieces(document, longest) if mode != "causal" else [document])]
     total = sum(len(d.tokens) for d in split)
@@ -132,10 +130,10 @@ def likelihood(
 
     def build_examples(document: TokenizedDocument) -> Iterator[Example]:
         if mode == "causal":
-            return strided(document, context, bos, every, model.config.prefix_lm)
+            return strided(document, context, bos, every, model.config.attention.prefix_lm)
         if mode == "masked":
-            return one_at_a_time(document, context, tokenizer.vocab, model.config.mask_embedding)
-        return halves(document, context, tokenizer.vocab.with_decoder_start(model.config.decoder_start_token))
+            return one_at_a_time(document, context, tokenizer.vocab, model.config.embedding.mask)
+        return halves(document, context, tokenizer.vocab.with_decoder_start(model.config.encoder.decoder_start_token))
 
     num_tokens = sum(len(d.tokens) for d in chosen)
     done, results, left = 0, [], limit

@@ -48,29 +48,33 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 class Linear(nn.Linear):
-    """nn.Linear that is fast for a few rows too (`firth.model.fused.project`): (..., in) -> (..., out)."""
+    """nn.Linear that is fast for a few rows too (`firth.model.fused.project`): (..., in) -> (..., out).
+
+    Attributes:
+        is_plain: Whether the layer is its weight and bias and nothing else, so that it can be part of one product.
+    """
+
+    is_plain = True
 
     def forward(self, x: Tensor) -> Tensor:
         return project(x, self.weight, self.bias)
 
 
-def joint_projection(x: Tensor, maps: Sequence[nn.Module]) -> Tensor:
+def joint_projection(x: Tensor, maps: Sequence[Linear]) -> Tensor:
     """Return the concatenated outputs of several linear maps of one input: (..., in) -> (..., sum of out).
 
     In training this is one product, so that the backward pass reads x once and adds up no three gradients of x. Decoding
     keeps separate products: concatenating the weights of 29 M parameters takes 10 ms and saves 0.3 ms.
     """
-    plain = [m for m in maps if type(m) is Linear]
-    if not torch.is_grad_enabled() or len(plain) < len(maps):
+    if not torch.is_grad_enabled() or not all(m.is_plain for m in maps):
         return torch.cat([m(x) for m in maps], -1)
-    bias = None if plain[0].bias is None else torch.cat([m.bias for m in plain])
-    return F.linear(x, torch.cat([m.weight for m in plain]), bias)
+    bias = None if maps[0].bias is None else torch.cat([m.bias for m in maps])
+    return F.linear(x, torch.cat([m.weight for m in maps]), bias)
 
 
-def can_join(x: Tensor, maps: Sequence[nn.Module]) -> bool:
+def can_join(x: Tensor, maps: Sequence[Linear]) -> bool:
     """Return whether `joint_projection` is faster: all maps are plain, and x has more numbers than their weights."""
-    plain = [m for m in maps if type(m) is Linear]
-    return len(plain) == len(maps) and x.numel() >= sum(m.weight.numel() for m in plain)
+    return all(m.is_plain for m in maps) and x.numel() >= sum(m.weight.numel() for m in maps)
 
 
 @dataclass(frozen=True)
@@ -135,14 +139,14 @@ class Attention(nn.Module):
 
     def __init__(self, config: ModelConfig):
         super().__init__()
-        self.head_width, self.qk_norm, self.eps = config.head_dim, config.qk_norm, config.norm_eps
-        self.scale = config.head_dim**-0.5 if config.scale_attention else 1.0
+        self.head_width, self.qk_norm, self.eps = config.head_dim, config.attention.qk_norm, config.norm.eps
+        self.scale = config.head_dim**-0.5 if config.attention.scale_scores else 1.0
         self.dropout = config.dropout
         self.heads, self.kv_heads = config.num_heads, config.num_kv_heads
-        self.distance = RelativeDistance(config, Linear) if config.position == "xlnet" else None
+        self.distance = RelativeDistance(config, Linear) if config.position.type == "xlnet" else None
         bias = config.bias and self.distance is None  # XLNet's own offsets replace them
-        self.q_gain = nn.Parameter(torch.ones(config.head_dim)) if config.qk_norm_weight else None
-        self.k_gain = nn.Parameter(torch.ones(config.head_dim)) if config.qk_norm_weight else None
+        self.q_gain = nn.Parameter(torch.ones(config.head_dim)) if config.attention.qk_norm_weight else None
+        self.k_gain = nn.Parameter(torch.ones(config.head_dim)) if config.attention.qk_norm_weight else None
         self.q = Linear(config.hidden_size, config.num_heads * config.head_dim, bias=bias)
         self.k = Linear(config.hidden_size, config.num_kv_heads * config.head_dim, bias=bias)
         self.v = Linear(config.hidden_size, config.num_kv_heads * config.head_dim, bias=bias)
@@ -275,9 +279,9 @@ class Block(nn.Module):
 
     def __init__(self, config: ModelConfig, layer: int, cross: bool):
         super().__init__()
-        self.post = config.norm_placement == "post"
+        self.post = config.norm.placement == "post"
         self.attention_norm = (
-            make_norm(config, to_maps=not self.post) if config.first_attention_norm or layer > 0 else nn.Identity()
+            make_norm(config, to_maps=not self.post) if config.norm.first_attention or layer > 0 else nn.Identity()
         )
         self.attention = Attention(config)
         self.cross_norm = make_norm(config, to_maps=not self.post) if cross else None
@@ -313,14 +317,14 @@ class Block(nn.Module):
 
 
 def initialize(module: nn.Module, config: ModelConfig) -> None:
-    """Initialize the linear maps of a module as configured; biases, and output maps with zero_init, with zeros."""
+    """Initialize the linear maps of a module as configured; biases, and output maps with `init.zero_output`, with zeros."""
     for name, child in module.named_modules():
         if type(child) is Linear:
             last = name.rpartition(".")[2]
             residual = last in ("o", "down")
-            std = config.init_std or child.in_features**-0.5
-            if last == "q" and not config.scale_attention:  # as in T5: the scale of the scores is in the weight
+            std = config.init.std or child.in_features**-0.5
+            if last == "q" and not config.attention.scale_scores:  # as in T5: the scale of the scores is in the weight
                 std *= config.head_dim**-0.5
-            nn.init.normal_(child.weight, std=0.0 if residual and config.zero_init else std)
+            nn.init.normal_(child.weight, std=0.0 if residual and config.init.zero_output else std)
             if child.bias is not None:
                 nn.init.zeros_(child.bias)

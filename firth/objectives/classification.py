@@ -21,12 +21,12 @@ import torch
 from torch import Tensor, nn
 
 from firth.data import attention_fields
+from firth.fields import NonNegativeFloat, ShareBelowOne
 from firth.model.config import AttentionPattern, ModelConfig
 from firth.model.model import LM
 from firth.objectives.objective import DataStats, Objective, choice_loss, num_correct, supervised
 from firth.pretrained.families import families_of
 from firth.pretrained.families.heads import head_of
-from firth.ranges import NonNegativeFloat, ShareBelowOne
 from firth.tokenizer.vocab import Vocab
 from firth.types import IGNORE, Batch, Example, Outputs, UserError
 
@@ -161,7 +161,7 @@ class Classification(ReadoutObjective):
 
     def missing_from(self, config: ModelConfig) -> str:
         # XLNet's, T5's and BART's classes use a readout position that none of ours is.
-        elsewhere = config.num_encoder_layers or config.position == "xlnet"
+        elsewhere = config.encoder.num_layers or config.position.type == "xlnet"
         named = any(headed.head_name == "classes" for family in families_of(config) for headed in family.heads)
         if self.head == "linear" or (named and not elsewhere):
             return ""

@@ -20,12 +20,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from firth.fields import TokenCount
 from firth.model import flops
 from firth.model.config import AttentionPattern, ModelConfig
 from firth.model.heads import LMHead
 from firth.model.model import LM
 from firth.objectives.objective import Objective
-from firth.ranges import TokenCount
 from firth.tokenizer.vocab import Vocab
 from firth.types import IGNORE, Batch, Example, Outputs, UserError
 
@@ -67,9 +67,9 @@ class SBO(Objective):
         width, read = config.hidden_size, LMHead.input_size(config)
         place = nn.Embedding(self.max_span_length, width)
         first, second = nn.Linear(3 * width, width), nn.Linear(width, read)
-        nn.init.normal_(place.weight, std=config.init_std or 0.02)
+        nn.init.normal_(place.weight, std=config.init.std or 0.02)
         for linear in (first, second):
-            nn.init.normal_(linear.weight, std=config.init_std or linear.in_features**-0.5)
+            nn.init.normal_(linear.weight, std=config.init.std or linear.in_features**-0.5)
             nn.init.zeros_(linear.bias)
         head = nn.Sequential(first, nn.GELU(), nn.LayerNorm(width), second, nn.GELU(), nn.LayerNorm(read))
         return {"boundary": head, "place": place}

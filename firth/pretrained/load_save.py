@@ -15,9 +15,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_type_hints
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -110,10 +110,10 @@ def save_model(
     names += write_tensors(written, directory, storage)
     if tokenizer is not None:
         pattern: Literal["seq2seq", "causal", "bidirectional"] = (
-            "causal" if model.config.causal or model.config.prefix_lm else "bidirectional"
+            "causal" if model.config.causal or model.config.attention.prefix_lm else "bidirectional"
         )
-        tokenizer.with_post_processor("seq2seq" if model.config.num_encoder_layers else pattern).save(
-            directory, token_type_ids=model.config.type_vocab_size > 0
+        tokenizer.with_post_processor("seq2seq" if model.config.encoder.num_layers else pattern).save(
+            directory, token_type_ids=model.config.embedding.type_vocab_size > 0
         )
     # No hashes of files that users edit: chat_template.jinja, generation_config.json, tokenizer_config.json. The
     # tokenizer's digest covers what determines the ids.
@@ -133,9 +133,9 @@ def token_ids(tokenizer: Tokenizer | None, config: ModelConfig) -> dict[str, Any
     """Return the token ids for config.json. Nulls are explicit: a family's defaults may exceed a small vocabulary."""
     roles: Mapping[str, int] = {} if tokenizer is None else tokenizer.vocab.roles
     ids: dict[str, Any] = {f"{role}_token_id": roles.get(role) for role in ("pad", "bos", "eos", "cls", "sep")}
-    if config.num_encoder_layers:
+    if config.encoder.num_layers:
         ids["pad_token_id"] = roles.get("pad", 0)
-        ids["decoder_start_token_id"] = roles.get(config.decoder_start_token, 0)
+        ids["decoder_start_token_id"] = roles.get(config.encoder.decoder_start_token, 0)
     return ids
 
 
@@ -192,19 +192,39 @@ def init_from(model: LM, directory: Path) -> tuple[list[str], list[str]]:
     with _head_errors(found.heads, directory):
         for name in PREFIX_HEADS & found.heads.keys():
             model.heads[name] = rebuild_head(found.heads[name], name)
-    config, shared = found.config, model.shared_parameters()
-    state = {name: tensor for name, tensor in found.state.items() if name not in shared}
+    return _copy_weights(model, found.config, found.state, directory)
+
+
+def init_from_model(model: LM, base: LM, where: Path) -> tuple[list[str], list[str]]:
+    """Initialize a model from a base that has been loaded from a directory; see `init_from`.
+
+    Args:
+        model: The model, changed in place.
+        base: The base model, which is not changed.
+        where: Directory of the base, for messages.
+    """
+    for name in PREFIX_HEADS & base.heads.keys():
+        model.heads[name] = rebuild_head(describe_head(base.heads[name]), name)
+    return _copy_weights(model, base.config, base.state_dict(), where)
+
+
+def _copy_weights(
+    model: LM, config: ModelConfig, state: Mapping[str, Tensor], where: Path
+) -> tuple[list[str], list[str]]:
+    """Copy the weights that a model shares with a base; return the heads that are dropped and those that are added."""
+    shared = model.shared_parameters()
+    state = {name: tensor for name, tensor in state.items() if name not in shared}
     mine = {name: tensor for name, tensor in model.state_dict().items() if name not in shared}
     for name, tensor in mine.items():
         if not name.startswith("heads.") and (name not in state or state[name].shape != tensor.shape):
             raise UserError(
-                f"cannot initialize from {directory}: {_difference(model.config, config)}; use the same model config, as "
+                f"cannot initialize from {where}: {_difference(model.config, config)}; use the same model config, as "
                 "model=null does"
             )
     old, new = _by_head(state), _by_head(mine)
     kept = _matching_heads(mine, state)
     fill = {n: t for n, t in state.items() if not n.startswith("heads.")} | {n: state[n] for h in kept for n in new[h]}
-    _fill(model, {n: fill.get(n, t) for n, t in mine.items()}, directory)
+    _fill(model, {n: fill.get(n, t) for n, t in mine.items()}, where)
     return sorted(old.keys() - set(kept)), sorted(new.keys() - set(kept))
 
 
@@ -231,10 +251,10 @@ def _by_head(state: Mapping[str, Tensor]) -> dict[str, list[str]]:
 
 def _difference(mine: ModelConfig, theirs: ModelConfig) -> str:
     """Return a description of the first difference of two configs."""
-    for field in fields(ModelConfig):
-        expected, found = getattr(mine, field.name), getattr(theirs, field.name)
-        if expected != found:
-            return f"its model.{field.name} is {found!r}, not {expected!r}"
+    found = theirs.flat_fields()
+    for name, expected in mine.flat_fields().items():
+        if expected != found[name]:
+            return f"its model.{name} is {found[name]!r}, not {expected!r}"
     return "its tensors do not fit its config"
 
 
@@ -317,14 +337,9 @@ def _read(directory: Path) -> LoadedState:
 
 def _config_of(ours: Mapping[str, Any]) -> ModelConfig:
     """Return the model config in firth.json."""
-    unknown = sorted(ours["config"].keys() - {field.name for field in fields(ModelConfig)})
-    if unknown:
-        raise UserError(
-            f"firth.json has the unknown model config field {unknown[0]!r}: a newer version of firth wrote it"
-        )
     if type(ours["heads"]) is not dict:
         raise TypeError("its heads are not a JSON object")
-    return ModelConfig(**ours["config"])
+    return ModelConfig.from_dict(ours["config"])
 
 
 def check_config(make: Callable[[], ModelConfig], state: Mapping[str, Tensor], file: Path) -> ModelConfig:
@@ -340,8 +355,7 @@ def check_config(make: Callable[[], ModelConfig], state: Mapping[str, Tensor], f
     """
     try:
         config = make()
-        _check_types(config)
-        table = 0 if config.max_characters else config.vocab_size * config.embedding_dim
+        table = 0 if config.embedding.characters.max_length else config.vocab_size * config.embedding_dim
         needed = replace(config, vocab_size=1).num_parameters() + table
     except KeyError as missing:
         raise UserError(f"{file} lacks the field {missing}") from None
@@ -352,7 +366,7 @@ def check_config(make: Callable[[], ModelConfig], state: Mapping[str, Tensor], f
     stored = sum(tensor.numel() for tensor in state.values())
     if needed > MAX_PARAMETERS_PER_STORED_NUMBER * stored:
         raise UserError(
-            f"{file} describes a model of {max(config.num_layers, config.num_encoder_layers):,} layers and "
+            f"{file} describes a model of {max(config.num_layers, config.encoder.num_layers):,} layers and "
             f"{min(needed, MAX_REPORTED_PARAMETERS):,} parameters, but its weight files contain {stored:,} numbers: they do not "
             "belong together"
         )
@@ -365,21 +379,12 @@ MAX_LAYERS, MAX_PARAMETERS_PER_STORED_NUMBER = 10_000, 3
 number (a file may lack what its class does not use). Messages report at most MAX_REPORTED_PARAMETERS."""
 
 
-def _check_types(config: ModelConfig) -> None:
-    """Raise a TypeError if a field of a config has the wrong type."""
-    allowed: dict[type, tuple[type, ...]] = {int: (int,), float: (int, float), bool: (bool,)}
-    for name, kind in get_type_hints(ModelConfig).items():
-        value = getattr(config, name)
-        if type(value) not in allowed.get(kind, (str, int)):
-            raise TypeError(f"{name} is {value!r:.40}")
-
-
 @contextmanager
 def _head_errors(heads: Mapping[str, Any], directory: Path) -> Iterator[None]:
     """Raise a UserError for errors that come from invalid head descriptions in firth.json."""
     try:
         for config in _model_configs(heads):
-            if max(config.get("num_layers", 0), config.get("num_encoder_layers", 0)) > MAX_LAYERS:
+            if max(config.get("num_layers", 0), config.get("encoder", {}).get("num_layers", 0)) > MAX_LAYERS:
                 raise ValueError("a head has too many layers")
         yield
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError, RecursionError) as fault:

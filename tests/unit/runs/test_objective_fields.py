@@ -35,6 +35,7 @@ from firth.runs.compatibility import EXAMPLES, check_fields
 from firth.runs.examples import ChunksConfig, DatasetSplits, ExamplesConfig, SegmentPairsConfig, WindowsConfig
 from firth.runs.noisy_label_examples import PartiallyLabeledConfig, PseudoLabeledConfig
 from firth.runs.prepare import DataConfig, RunData, train_tokenizer
+from firth.runs.start_model import StartModel
 from firth.tokenizer.tokenizer import Tokenizer
 from firth.training.precision import casts
 from firth.training.step import step
@@ -49,9 +50,9 @@ SHAPES: dict[AttentionPattern, ModelConfig] = {
     "permuted": encoder_config(**SIZES),
     "prefix": encoder_config(**SIZES),
     "seq2seq": encoder_decoder_config(**SIZES),
-    "latent": replace(encoder_decoder_config(**SIZES), latent_size=32),
-    "bidirectional_separate": replace(
-        recurrent_config(400, 32, 1), causal=False, separate_directions=True, tie_embeddings=False, intermediate_size=0
+    "latent": encoder_decoder_config(**SIZES).with_fields({"encoder.latent_size": 32}),
+    "bidirectional_separate": recurrent_config(400, 32, 1).with_fields(
+        {"causal": False, "rnn.separate_directions": True, "tie_embeddings": False, "intermediate_size": 0}
     ),
     "none": word_vector_config(400, 16),
 }
@@ -86,7 +87,7 @@ class Place:
         start = str(self.folder / ("causal" if config.causal else "classifier"))
         source = DataConfig(path=(str(file),), split_by="line")
         place = self.folder / "cut" / (objectives.name_of(type(objective)) if name == "pseudo_labeled" else "")
-        data = RunData(source, self.tokenizer, place, start, batch_size=2, log=lambda _: None)
+        data = RunData(source, self.tokenizer, place, StartModel(start), batch_size=2, log=lambda _: None)
         examples = self.segment(name, objective)
         objective = examples.configure_objective(objective, data).for_model(config)
         return examples.build(data, objective), objective
@@ -144,7 +145,7 @@ def trained(place: Place, name: str, objective: Objective) -> dict[str, torch.Te
     torch.manual_seed(0)
     model = LM(config, objective.heads(config))
     cut.train.prepare(model, 0)
-    vocab = place.tokenizer.vocab.with_decoder_start(config.decoder_start_token)
+    vocab = place.tokenizer.vocab.with_decoder_start(config.encoder.decoder_start_token)
     batches = Batches(cut.train, objective, vocab, batch_size=2, seed=0).batches(0)
     step(model, objective, batches)
     return step(model, objective, batches, precision=casts("bf16", torch.device("cpu")))
