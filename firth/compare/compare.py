@@ -148,7 +148,7 @@ class ComparisonRun:
         """
         pretraining, probe = self.recipes[name], self.probe_data
         assert pretraining.model is not None and probe is not None
-        position = readout_of(pretraining.model, pretraining.objective.attention_pattern())
+        position = readout_of(pretraining.model, pretraining.objective.attention)
         max_length = min(probe.examples.max_length, pretraining.model.max_positions)
         return dataclasses.replace(
             self.probe_recipe, objective=Classification(class_names=probe.classes, position=position),
@@ -420,7 +420,7 @@ def _with_common_data(
         if probed:
             check_pattern(
                 Classification(
-                    class_names=("a", "b"), position=readout_of(config, recipe.objective.attention_pattern())
+                    class_names=("a", "b"), position=readout_of(config, recipe.objective.attention)
                 ),
                 config,
             )

@@ -39,12 +39,9 @@ class BiLM(Objective):
     ([5, 6, 7], [6, 7, -100], [-100, 5, 6])
     """
 
-    labels: ClassVar[dict[str, str]] = {"forward": "next", "backward": "previous"}
-    keeps_fields: ClassVar[bool] = True
+    labels = {"forward": "next", "backward": "previous"}
 
-    def attention_pattern(self) -> AttentionPattern:
-        return "bidirectional_separate"
-
+    attention = "bidirectional_separate"
     def heads(self, config: ModelConfig) -> dict[str, nn.Module]:
         return {"lm": LMHead(direction_config(config))}
 
@@ -64,9 +61,9 @@ class BiLM(Objective):
             "backward": token_loss(model, back, batch["previous"]),
         }
 
-    def loss_flops(self, model: LM, batch: Batch) -> float:
+    def flops(self, model: LM, batch: Batch, forward: float | None = None) -> float:
         count = flops.supervised_positions(batch["next"]) + flops.supervised_positions(batch["previous"])
-        return flops.head_flops(direction_config(model.config), count)
+        return super().flops(model, batch, forward) + flops.head_flops(direction_config(model.config), count)
 
 
 def direction_config(config: ModelConfig) -> ModelConfig:

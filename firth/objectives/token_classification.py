@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar
 
 import numpy as np
 from torch import Tensor, nn
@@ -20,7 +19,7 @@ from firth.model.model import LM
 from firth.objectives.classification import classification_head
 from firth.objectives.objective import DataStats, Objective, choice_loss, num_correct, supervised
 from firth.tokenizer.vocab import Vocab
-from firth.types import Batch, Example, Outputs
+from firth.types import Batch, Constraints, Example, Metric, Outputs
 
 
 @dataclass(frozen=True)
@@ -41,27 +40,27 @@ class TokenClassification(Objective):
     ['tags', 'tokens']
     """
 
-    labels: ClassVar[dict[str, str]] = {"tags": "tags"}
-    metrics: ClassVar[dict[str, str]] = {"accuracy": "tags"}
+    labels = {"tags": "tags"}
+    metrics = {"accuracy": Metric("tags")}
 
     class_names: tuple[str, ...] = ()
     causal: bool | None = None
 
-    def inputs(self, given: frozenset[str] = frozenset()) -> frozenset[str]:
-        return frozenset({"tokens", "tags"})
-
-    def attention_pattern(self) -> AttentionPattern:
+    inputs = frozenset({"tokens", "tags"})
+    @property
+    def attention(self) -> AttentionPattern:
         return "causal" if self.causal else "any"
 
-    def for_model(self, config: ModelConfig) -> Objective:
-        return (
-            self
-            if self.causal is not None
-            else dataclasses.replace(self, causal="bidirectional" not in config.supported_patterns)
-        )
+    @property
+    def constraints(self) -> Constraints:
+        return Constraints(class_names=self.class_names)
 
-    def with_stats(self, stats: Callable[[], DataStats]) -> Objective:
-        return self if self.class_names else dataclasses.replace(self, class_names=stats().class_names)
+    def configure(self, stats: Callable[[], DataStats], config: ModelConfig) -> Objective:
+        return dataclasses.replace(
+            self,
+            class_names=self.class_names or stats().class_names,
+            causal="bidirectional" not in config.supported_patterns if self.causal is None else self.causal,
+        )
 
     def heads(self, config: ModelConfig) -> dict[str, nn.Module]:
         return {"tags": classification_head(config.hidden_size, len(self.class_names))}

@@ -197,7 +197,7 @@ class WindowsConfig(ExamplesConfig):
         train, valid = data.stores()
         held = windows.Windows(valid, self.max_length, tail=True, memory=data.memory_length) if valid else None
         # A causal objective with one label field predicts every held-out token once, except the first of each document.
-        once = valid if objective.attention_pattern() == "causal" and len(objective.labels) == 1 else None
+        once = valid if objective.attention == "causal" and len(objective.labels) == 1 else None
         ratio = int(once.bytes.sum()) / max(1, len(once.tokens) - len(once)) if once else 0.0
         return DatasetSplits(
             windows.Windows(train, self.max_length, memory=data.memory_length), held, ratio, train.manifest["counts"]

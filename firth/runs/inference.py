@@ -14,7 +14,6 @@ import torch
 
 from firth.corpora import readers
 from firth.corpora.read_stats import many
-from firth.data.attention_fields import InfillPrompt
 from firth.evaluate.heads import head_of
 from firth.evaluate.metrics import perplexity
 from firth.evaluate.predict import check_output_path
@@ -24,6 +23,7 @@ from firth.evaluate.text_perplexity import scoring_mode
 from firth.generate import infill, word_vectors
 from firth.generate.embeddings import embed
 from firth.generate.engine import Engine
+from firth.generate.infill import InfillPrompt
 from firth.generate.sampling import Sampling
 from firth.io.atomic import new_file
 from firth.io.integrity import read_done
@@ -32,7 +32,7 @@ from firth.model.config import ModelConfig
 from firth.model.model import LM
 from firth.objectives import OBJECTIVES, find, name_of
 from firth.objectives.denoise import Denoising
-from firth.objectives.objective import Objective
+from firth.objectives.objective import Objective, components
 from firth.objectives.span_corruption import SpanCorruption
 from firth.pretrained.load_save import metadata_of
 from firth.runs.evaluate_files import measure
@@ -141,13 +141,18 @@ class LoadedModel:
         the tokenizer decides: T5's sentinels, or BART's mask.
         """
         vocab = self.tokenizer.vocab
-        if self.objective is not None:
-            return self.objective.build_infill(pieces, vocab)
-        if not self.model.config.num_encoder_layers or self.model.config.latent_size:
+        objective = self.objective or self._likely_objective()
+        hidden = None if objective is None else objective.hide(pieces, vocab)
+        return None if hidden is None else InfillPrompt.of(hidden["tokens"], vocab)
+
+    def _likely_objective(self) -> Objective | None:
+        """Return the objective that an encoder-decoder of unknown origin was trained with; None if there is no sign of one."""
+        vocab, config = self.tokenizer.vocab, self.model.config
+        if not config.num_encoder_layers or config.latent_size:
             return None
-        if "mask" in vocab.roles and (self.model.config.decoder_start_token == "eos" or len(vocab.sentinels) < 2):
-            return Denoising().build_infill(pieces, vocab)
-        return SpanCorruption().build_infill(pieces, vocab) if len(vocab.sentinels) > 1 else None
+        if "mask" in vocab.roles and (config.decoder_start_token == "eos" or len(vocab.sentinels) < 2):
+            return Denoising()
+        return SpanCorruption() if len(vocab.sentinels) > 1 else None
 
     def interpolate(self, first: str, second: str, count: int, sampling: Sampling) -> list[str]:
         """Return `count` texts decoded from a linear interpolation of the latents of two texts, endpoints included."""
@@ -239,9 +244,7 @@ def _suitable_command(directory: Path, loaded: LoadedModel) -> str:
 
 def _with_lm_model(loaded: LoadedModel) -> LoadedModel:
     """Return the model with a trained LM head: the generator of ELECTRA, otherwise the model itself."""
-    if loaded.objective is None:
-        return loaded
-    model = loaded.objective.lm_model(loaded.model)
+    model = loaded.model.language_model
     return loaded if model is loaded.model else replace(loaded, model=model, engine=Engine(model, loaded.tokenizer))
 
 
@@ -340,7 +343,7 @@ def objective_in(directory: Path) -> Objective | None:
 def objective_of(directory: Path) -> list[str]:
     """Return the names of the training objectives of a run; [] if unknown."""
     objective = objective_in(directory)
-    return [] if objective is None else [name_of(type(one)) for one in objective.components()]
+    return [] if objective is None else [name_of(type(one)) for one in components(objective)]
 
 
 def fill_text(directory: Path, text: str, top: int) -> str:

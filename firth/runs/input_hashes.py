@@ -89,7 +89,7 @@ class RunInputs:
                 inputs.digests[name] = Tokenizer.load(value).digest
         for name, function in recipe.examples.functions.items():
             inputs.functions[f"examples.{name}"] = inputs._of_module(function)
-        for name in map(objectives.name_of, map(type, recipe.objective.components())):
+        for name in map(objectives.name_of, map(type, components(recipe.objective))):
             if name not in objectives.OBJECTIVES:
                 inputs.functions[f"objective {name}"] = inputs._of_module(name)
         return inputs

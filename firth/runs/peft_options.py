@@ -147,7 +147,7 @@ class FrozenFeatures(HeadOnly):
 
 def add_layer_mixture(objective: Objective, frozen: bool = True) -> Objective:
     """Return the objective on a mixture of all layers. frozen: Whether the layers are frozen (`LayerMixture.frozen`)."""
-    mixed = any(isinstance(one, LayerMixture) for one in objective.components())
+    mixed = any(isinstance(one, LayerMixture) for one in components(objective))
     return objective if mixed else LayerMixture(frozen=frozen) + objective
 
 

@@ -45,7 +45,7 @@ def fallbacks(objective: Objective, examples: ExamplesConfig, source: Source, vo
         source: The training examples, of which SAMPLED_EXAMPLES are inspected.
         vocab: The vocabulary.
     """
-    units = frozenset[str]().union(examples.text_units, *(one.text_units for one in objective.components()))
+    units = examples.text_units | objective.constraints.text_units
     if not units or vocab.spelling is None or not len(source):
         return []
     some = np.linspace(0, len(source) - 1, min(SAMPLED_EXAMPLES, len(source))).astype(int).tolist()
@@ -60,7 +60,7 @@ def resolve_segmentation(objective: Objective, wanted: Segmentation) -> Segmenta
     Raises:
         UserError: This machine does not have the segmentation that the run started with or the recipe sets.
     """
-    if not any("words" in one.text_units for one in objective.components()):
+    if "words" not in objective.constraints.text_units:
         return wanted
     here: Segmentation = "icu" if segmentation.has_dictionary() else "uax29"
     if wanted not in ("auto", here):
