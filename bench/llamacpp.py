@@ -8,7 +8,7 @@ Ids: a vocabulary is written with a small random model, and llama.cpp's `/tokeni
 decode greedily, firth with the weights that it reads back from the file, so that both have the same rounding. llama.cpp also
 rounds the activations (to F16, BF16, Q8_0), so only F32 must agree in every token; for the others the table has the number
 of prompts that agree, the difference of the log-probabilities of the ten most likely next tokens, and the perplexity of 201
-tokens of a play in both. Reference vocabularies of llama.cpp are used if they are in firth's cache (tests/test_text_gguf.py
+tokens of a play in both. Reference vocabularies of llama.cpp are used if they are in firth's cache (tests/unit/tokenizer/test_gguf_vocab.py
 fetches them).
 """
 

@@ -3,8 +3,9 @@
     lesson = Lesson(train, test, load("token_classification", settings).examples, classes, steps=80, rows=16, rate=1e-4, seed=0)
     train_and_score("token_classification", lesson, start, "runs/trainer")   # {"f1", "accuracy", ..., "seconds", "tokens", "tested"}
 
-firth's readers read the records with MiniLM's tokenizer (whose ids equal those of transformers: tests/test_text_foreign), so
-both sides train on the same rows: first pieces of words, windows of a passage, [CLS] text [SEP] option [SEP]. A row is what
+firth's readers read the records with MiniLM's tokenizer (whose ids equal those of transformers: see
+tests/oracles/tokenizer/test_hf_tokenizers.py), so both sides train on the same rows: first pieces of words, windows of a
+passage, [CLS] text [SEP] option [SEP]. A row is what
 firth counts in `batch.size`: a text, a sentence, a window of a question, a question with all its options. The model, its
 head, the padding collator, the loop and the prediction are those of transformers, in fp32 with their defaults; the scores
 are those of `firth.evaluate` on the logits. Tokens are counted per batch without padding, as in firth.

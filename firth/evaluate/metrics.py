@@ -1,6 +1,6 @@
 """Metrics as pure NumPy functions of gold labels and predictions, with bootstrap intervals.
 
-Each agrees with scikit-learn or SciPy where those implement it (tests/test_evaluate_metrics.py).
+Each agrees with scikit-learn or SciPy where those implement it (tests/oracles/evaluate/test_metrics.py).
 
 >>> gold, predicted = [0, 1, 1, 0, 1, 1], [0, 1, 0, 0, 1, 1]
 >>> round(accuracy(gold, predicted), 3), round(macro_f1(gold, predicted), 3), round(matthews(gold, predicted), 3)

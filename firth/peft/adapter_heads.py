@@ -19,7 +19,7 @@ from firth.io.safetensors import read_json, read_tensors
 from firth.model.empty_weights import init_empty_weights
 from firth.model.model import LM
 from firth.model.prefix import PREFIX_HEADS
-from firth.pretrained.families import FAMILIES
+from firth.pretrained import families
 from firth.pretrained.families.family import Family, HeadSpec, WeightMapping, from_hf, resolve_names
 from firth.pretrained.families.heads import known_names
 from firth.types import UserError
@@ -42,7 +42,7 @@ def add_task_head(model: LM, config: Mapping[str, Any], full: Mapping[str, Tenso
         UserError: If a tensor of the head is in neither the adapter nor the base.
     """
     base_config = read_json(base / "config.json")
-    family = FAMILIES.get(str(base_config.get("model_type")))
+    family = families.find(str(base_config.get("model_type")))
     if family is None or not full:
         return
     names = resolve_names(family, full, known_names(family, model.config))

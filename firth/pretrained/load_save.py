@@ -41,8 +41,7 @@ from firth.model.empty_weights import init_empty_weights
 from firth.model.head_descriptions import describe_head, rebuild_head
 from firth.model.model import LM
 from firth.model.prefix import PREFIX_HEADS
-from firth.pretrained import gguf
-from firth.pretrained.families import FAMILIES, families_of
+from firth.pretrained import families, gguf
 from firth.pretrained.families.family import Family, to_hf
 from firth.pretrained.families.heads import form_of_model, label_names
 from firth.pretrained.families.read_state import LoadedState, read_hf, read_own
@@ -125,7 +124,9 @@ def save_model(
 def _families(config: ModelConfig, tokenizer: Tokenizer | None) -> list[Family]:
     """Return the families that support a config and the tokenizer's padding id."""
     pad = None if tokenizer is None else tokenizer.vocab.roles.get("pad")
-    return [family for family in families_of(config) if tokenizer is None or family.pad_token_id in (None, pad)]
+    return [
+        family for family in families.families_of(config) if tokenizer is None or family.pad_token_id in (None, pad)
+    ]
 
 
 def token_ids(tokenizer: Tokenizer | None, config: ModelConfig) -> dict[str, Any]:
@@ -294,18 +295,21 @@ def _read(directory: Path) -> LoadedState:
         raise UserError(f"{directory} contains no model: it has neither firth.json nor config.json")
     check_no_foreign_code(config, directory / "config.json")
     kind = ours.get("family") if ours else config.get("model_type")
-    if not (ours and kind is None) and (type(kind) is not str or kind not in FAMILIES):
-        raise UserError(f"{directory}/config.json has model_type {kind!r:.40}; firth reads {', '.join(FAMILIES)}")
+    family = families.find(kind) if type(kind) is str else None
+    if family is None and not (ours and kind is None):
+        raise UserError(
+            f"{directory}/config.json has model_type {kind!r:.40}; firth reads {', '.join(families.names())}"
+        )
     state = read_tensors(directory) if file is None else gguf.read_tensors(file)
     check_numbers({name: tensor for name, tensor in state.items() if tensor.is_floating_point()}, directory)
-    if not ours:
-        family = FAMILIES[str(kind)]
-        model_config = check_config(lambda: family.to_config(config), state, file or directory / "config.json")
+    if family is not None and not ours:
+        to_config = family.to_config
+        model_config = check_config(lambda: to_config(config), state, file or directory / "config.json")
         return read_hf(family, model_config, state, config, f"{directory}")
     model_config = check_config(lambda: _config_of(ours), state, directory / "firth.json")
-    if kind is not None:
+    if family is not None:
         with _head_errors(ours["heads"], directory):
-            return read_own(FAMILIES[kind], model_config, state, ours["heads"], f"{directory}")
+            return read_own(family, model_config, state, ours["heads"], f"{directory}")
     if model_config.tie_embeddings and "lm" in ours["heads"] and "tokens.weight" in state:
         state["heads.lm.weight"] = state["tokens.weight"]
     return LoadedState(model_config, state, ours["heads"], [])

@@ -24,7 +24,7 @@ COLORS = 6
 """Number of colors in the style sheet; a figure with more curves repeats them."""
 
 DISTINCT = 4
-"""Number of colors that color-blind readers can distinguish (tests/test_report_page.py); later curves are also dashed."""
+"""Number of colors that color-blind readers can distinguish (tests/unit/report/test_page.py); later curves are also dashed."""
 
 _DIGIT_PX = 6.5  # a generous mean width of one digit at the 12 px of the style sheet
 _BOLD_PX = 7.3  # the same for a letter of a curve's name

@@ -67,7 +67,10 @@ REGISTRIES: dict[type, Registry] = {}
 """Base class -> the registry of its subclasses; filled by `firth.runs.recipe`."""
 
 SHORT_FORMS: dict[type, str] = {}
-"""Class -> the field that a bare value sets: `data: mine.csv` is `data: {path: mine.csv}`."""
+"""Class -> the field that a bare value sets: `data: mine.csv` is `data: {path: mine.csv}`.
+
+In a class that is not listed, a bare value sets the field `type`, if there is one: `norm: rms` is `norm: {type: rms}`.
+"""
 
 
 PathKind = Literal["files", "model", "tokenizer", "place"]
@@ -226,10 +229,11 @@ def _dataclass(kind: type, value: Any, where: SourceLocation) -> Any:
         return value
     if value is None:
         value = {}
-    if kind in SHORT_FORMS and not isinstance(value, Mapping):
-        value = {SHORT_FORMS[kind]: value}
-    elif kind in SHORT_FORMS and "kind" in value:  # a bare value to which `override` has added fields
-        value = {SHORT_FORMS[kind] if name == "kind" else name: one for name, one in value.items()}
+    short = _short_form(kind)
+    if short and not isinstance(value, Mapping):
+        value = {short: value}
+    elif short and "kind" in value:  # a bare value to which `override` has added fields
+        value = {short if name == "kind" else name: one for name, one in value.items()}
     if not isinstance(value, Mapping):
         raise UserError(f"{where}: {value!r} does not fit: it should be the fields of {kind.__name__}")
     hints = typing.get_type_hints(kind, include_extras=True)
@@ -250,6 +254,12 @@ def _dataclass(kind: type, value: Any, where: SourceLocation) -> Any:
         return kind(**found)
     except UserError as error:  # fields that do not fit each other
         raise UserError(": ".join(part for part in (where.line(), str(error)) if part)) from None
+
+
+def _short_form(kind: type) -> str:
+    """Return the field of a dataclass that a bare value sets; empty if it takes none."""
+    has_type = any(field.name == "type" for field in dataclasses.fields(kind))
+    return SHORT_FORMS.get(kind, "type" if has_type else "")
 
 
 def _required(field: dataclasses.Field[Any]) -> bool:
@@ -349,6 +359,22 @@ def write_yaml(value: Any) -> str:
     """Return a tree as YAML, which `read_yaml` and `from_dict` turn into an equal tree."""
     text: str = yaml.safe_dump(to_dict(value), sort_keys=False, allow_unicode=True, default_flow_style=None, width=110)
     return text
+
+
+def expand_short_form(assignment: str, kind: Any) -> str:
+    """Return `model.norm.type=rms` for `model.norm=rms`, so that the other fields of `model.norm` are kept.
+
+    Args:
+        assignment: A setting such as `batch.size=64`.
+        kind: The dataclass that it is a setting of.
+    """
+    name, equals, text = assignment.partition("=")
+    for field in name.split("."):
+        hint = typing.get_type_hints(kind).get(field) if dataclasses.is_dataclass(kind) else None
+        kind = next((one for one in typing.get_args(hint) if dataclasses.is_dataclass(one)), hint)  # of `Model | None`
+    takes_type = dataclasses.is_dataclass(kind) and _short_form(kind) == "type"  # type: ignore[arg-type]
+    is_bare = equals and text != "null" and not text.startswith("{")
+    return f"{name}.type={text}" if takes_type and is_bare else assignment
 
 
 def override(data: dict[str, Any], assignments: Sequence[str]) -> dict[str, Any]:

@@ -263,7 +263,9 @@ SHORT_KEYS = ("max_steps", "max_seconds", "max_flops")
 
 def _expand_assignment(assignment: str) -> str:
     """Return an assignment with the full name of its field."""
-    return f"budget.{assignment}" if assignment.partition("=")[0] in SHORT_KEYS else assignment
+    if assignment.partition("=")[0] in SHORT_KEYS:
+        return f"budget.{assignment}"
+    return config_io.expand_short_form(assignment, Recipe)
 
 
 def _expand_keys(data: dict[str, Any], lines: dict[tuple[str, ...], str]) -> dict[str, Any]:

@@ -1,0 +1,1 @@
+"""Tests: `unit` by package, `integration` (commands, whole runs, ranks, kills), `oracles` (comparison with other libraries)."""

@@ -1,0 +1,81 @@
+"""Two processes under torchrun equal a single process: gradients, losses, skipped steps, uneven labels, accumulation."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from firth.training.checkpoint import load
+from firth.training.distributed import BUCKET_BYTES, Ranks, _buckets
+from tests.support import train_ranks
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def outcomes(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """Return the result directories of one process and of two processes."""
+    one, two = tmp_path_factory.mktemp("one"), tmp_path_factory.mktemp("two")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    ranks = subprocess.Popen([*command, str(ROOT / "tests/support/train_ranks.py"), str(two)], env=environment, text=True,
+                             stdout=subprocess.PIPE, stderr=subprocess.STDOUT)  # fmt: skip
+    threads = torch.get_num_threads()
+    train_ranks.run_all(one, Ranks(), accumulate=1)
+    torch.set_num_threads(threads)
+    output, _ = ranks.communicate(timeout=120)
+    assert ranks.returncode == 0, output
+    return one, two
+
+
+def results(directory: Path) -> dict:  # type: ignore[type-arg]
+    return json.loads((directory / "results.json").read_text())
+
+
+def test_the_first_gradient_equals_that_of_one_process(outcomes: tuple[Path, Path]) -> None:
+    one, two = (load_file(p / "gradients.safetensors") for p in outcomes)
+    assert one.keys() == two.keys()
+    for name, g in one.items():
+        assert (g - two[name]).norm() <= 1e-5 * g.norm() + 1e-12, name
+
+
+def test_losses_equal_those_of_one_process(outcomes: tuple[Path, Path]) -> None:
+    one, two = (results(p) for p in outcomes)
+    assert one["step"] == pytest.approx(two["step"], abs=1e-5)
+    assert one["tokens"] == two["tokens"]
+    logs = [[json.loads(line) for line in (p / "plain" / "metrics.jsonl").read_text().splitlines()] for p in outcomes]
+    assert len(logs[0]) == len(logs[1]) == 6
+    for a, b in zip(*logs, strict=True):
+        for name in ("step", "tokens", "loss", "accuracy"):
+            assert a[name] == pytest.approx(b[name], abs=1e-5), name
+
+
+def test_a_step_with_nan_on_one_rank_is_skipped_by_all(outcomes: tuple[Path, Path]) -> None:
+    found = results(outcomes[1])
+    assert (found["skipped"], found["max_difference"], found["finite"]) == (1, 0.0, True)
+
+
+def test_a_gradient_of_one_rank_reaches_all_ranks(outcomes: tuple[Path, Path]) -> None:
+    found = results(outcomes[1])
+    assert (found["used"], found["unused"]) == ([2.0, 2.0, 2.0], True)
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_resuming_is_bitwise_with_random_states_of_all_ranks(outcomes: tuple[Path, Path], world: int) -> None:
+    whole, resumed = (load(outcomes[world - 1] / name / "checkpoints" / "step-000006") for name in ("whole", "resumed"))
+    for name, x in whole.files["model"].items():
+        assert torch.equal(x, resumed.files["model"][name]), name
+    assert whole.state["random"] == resumed.state["random"]
+    assert len(set(whole.state["random"]["cpu"])) == world  # dropout differs from rank to rank
+
+
+def test_buckets_hold_every_gradient_once_in_order() -> None:
+    sizes = (3, BUCKET_BYTES // 8, BUCKET_BYTES // 8, BUCKET_BYTES // 2, 1)
+    tensors = [torch.empty(n) for n in sizes] + [torch.empty(2, dtype=torch.bfloat16)]
+    found = [[x.numel() for x in bucket] for bucket in _buckets(tensors)]
+    assert found == [[3, BUCKET_BYTES // 8], [BUCKET_BYTES // 8], [BUCKET_BYTES // 2], [1], [2]]

@@ -1,0 +1,146 @@
+"""`firth train` on two ranks: preparation, waiting, failures and resuming."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.distributed import TCPStore
+
+from firth.training import peer_watch
+from firth.training.checkpoint import load
+from firth.types import UserError
+
+ROOT = Path(__file__).parents[2]
+WORDS = (
+    "the king and queen of all that land did walk by night with many a fool who sang. But no one heard it, my lord! "
+)
+SMALL = [
+    "train", "gpt", "model.hidden_size=32", "model.num_heads=2", "model.num_layers=1", "model.max_positions=32", "examples.max_length=16",
+    "tokenizer.vocab_size=400", "max_steps=2", "batch.size=8", "evaluation.every=0", "checkpoint.every=1", "sample_prompts=[]",
+    "precision=fp32", "data.validation_fraction=0.1",
+]  # fmt: skip
+
+
+def write_text(folder: Path) -> Path:
+    """Write two dozen documents with different words, so that every part of a step has other frequencies."""
+    folder.mkdir()
+    words = WORDS.split()
+    for number in range(24):
+        permuted = [words[(i * (number % 7 + 1) + number * number) % len(words)] for i in range(200)]
+        (folder / f"{number}.txt").write_text(" ".join(permuted))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def outcomes(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    """Run all jobs in one process that imports torch once; return the folder of the runs and the outcomes by job."""
+    folder = tmp_path_factory.mktemp("ranks")
+    text = write_text(folder / "text")
+
+    def job(name: str, world: int, *overrides: str, **options: Any) -> dict[str, Any]:
+        return {
+            "name": name,
+            "world": world,
+            "arguments": [*SMALL, f"data.path={text}", "--out", str(folder / name), *overrides],
+        } | options
+
+    jobs = [
+        job("one", 1), job("accumulate", 1, "batch.gradient_accumulation_steps=2"), job("two", 2, hook="slow_first"),
+        job("fails", 2, hook="failing_first"),
+        job("stopped", 2, hook="stopped_second", patience=1, env={"FIRTH_RANK_TIMEOUT": "1"}),
+        job("killed", 2, hook="killed_in_save"), job("killed again", 2) | {"arguments": job("killed", 2)["arguments"]},
+    ]  # fmt: skip
+    (folder / "jobs.json").write_text(json.dumps(jobs))
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, str(ROOT / "tests/support/fork_ranks.py"), str(folder / "jobs.json")], env=environment,
+                          text=True, capture_output=True, timeout=240)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return folder, json.loads((folder / "outcomes.json").read_text())
+
+
+def first_loss(folder: Path, name: str) -> float:
+    rows = [json.loads(line) for line in (folder / name / "metrics.jsonl").read_text().splitlines()]
+    return next(row["loss"] for row in rows if row["split"] == "train" and row["step"] == 1)
+
+
+def test_the_first_loss_does_not_depend_on_the_ranks(outcomes: tuple[Path, dict[str, Any]]) -> None:
+    """The initial label frequencies are those of whole steps: 3e-3 off when each rank counted its own share.
+
+    Two ranks compute what one rank computes in two micro-batches, so the difference is 0. A single batch adds the same
+    numbers in another order, which changes the last bit of fp32 (2.4e-7 at a loss of 3.7).
+    """
+    folder, ends = outcomes
+    assert [ends[name]["codes"] for name in ("one", "two", "accumulate")] == [[0], [0, 0], [0]]
+    one, two, accumulated = (first_loss(folder, name) for name in ("one", "two", "accumulate"))
+    assert two == accumulated
+    assert abs(one - two) < 1e-6
+
+
+def test_the_first_loss_does_not_depend_on_micro_batches(outcomes: tuple[Path, dict[str, Any]]) -> None:
+    """8e-4 off when the frequencies were those of the first micro-batch."""
+    folder, _ = outcomes
+    assert abs(first_loss(folder, "one") - first_loss(folder, "accumulate")) < 1e-5
+
+
+def printed(folder: Path, name: str, rank: int) -> str:
+    return (folder / f"{name}-{rank}.txt").read_text()
+
+
+def test_ranks_wait_longer_than_the_collective_timeout(outcomes: tuple[Path, dict[str, Any]]) -> None:
+    """Rank 0 prepares for 4.5 s, and collectives time out after 3 s."""
+    _, ends = outcomes
+    assert ends["two"]["codes"] == [0, 0] and ends["two"]["seconds"] > 4.5
+
+
+def test_a_failure_of_rank_0_ends_the_others(outcomes: tuple[Path, dict[str, Any]]) -> None:
+    folder, ends = outcomes
+    assert ends["fails"]["codes"] == [2, 2]
+    assert printed(folder, "fails", 0) == "firth: this is not a text file\n"
+    assert printed(folder, "fails", 1) == "firth: rank 0 failed: this is not a text file\n"
+
+
+def test_a_stopped_rank_is_named_in_time(outcomes: tuple[Path, dict[str, Any]]) -> None:
+    """The stopped rank still exists when the other one has ended, and is killed by the test (-9)."""
+    folder, ends = outcomes
+    assert ends["stopped"]["codes"] == [2, -9]
+    last = printed(folder, "stopped", 0).splitlines()[-1]
+    assert last.startswith("firth: rank 1 has sent no heartbeat for 1 s: it is stopped or cannot be reached; start all")
+    assert (folder / "stopped" / "checkpoints" / "step-000001" / "manifest.json").exists()
+
+
+def test_a_rank_killed_in_a_save_leaves_valid_checkpoints(outcomes: tuple[Path, dict[str, Any]]) -> None:
+    """The next start resumes from the last valid checkpoint, bitwise equal to a run that was not killed."""
+    folder, ends = outcomes
+    assert ends["killed"]["codes"] == [-9, 2]
+    last = printed(folder, "killed", 1).splitlines()[-1]  # after torch's own log
+    assert last.startswith("firth: rank 0, which hosts the store of the ranks, has ended")
+    assert ends["killed again"]["codes"] == [0, 0]
+    assert "resuming from step-000001" in printed(folder, "killed again", 0)
+    whole, again = (load(folder / name / "checkpoints" / "step-000002") for name in ("two", "killed"))
+    assert whole.files.keys() == again.files.keys()
+    for kind, tensors in whole.files.items():
+        assert all(torch.equal(x, again.files[kind][name]) for name, x in tensors.items()), kind
+
+
+def test_a_failed_collective_names_the_lost_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(peer_watch, "GRACE_SECONDS", 0.1)
+    store = TCPStore("127.0.0.1", 0, 1, True)
+    watch = peer_watch.PeerWatch(store, 0, 2, silence=1)
+    assert "rank 1 has ended without an error of its own (killed?)" in str(watch.explain(RuntimeError("closed")))
+    store.set("firth/failed", "1 rank 1 failed: the file ends early")
+    assert str(watch.explain(RuntimeError("closed"))) == "rank 1 failed: the file ends early"
+    watch.close()
+
+
+@pytest.mark.parametrize("text", ["soon", "0", "-1", "nan", "inf"])
+def test_the_rank_timeout_must_be_a_positive_number(monkeypatch: pytest.MonkeyPatch, text: str) -> None:
+    monkeypatch.setenv("FIRTH_RANK_TIMEOUT", text)
+    with pytest.raises(UserError, match=f"FIRTH_RANK_TIMEOUT={text} must be a number of seconds above 0"):
+        peer_watch.silence_seconds()

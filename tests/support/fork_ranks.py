@@ -1,0 +1,150 @@
+"""Run `firth` commands as ranks that are forked from one process, so that torch is imported only once.
+
+    python tests/support/fork_ranks.py JOBS.json
+
+JOBS.json holds a list of jobs that run one after another: {"name", "world", "arguments", "hook", "env", "patience"}. `hook` names
+a function here that each rank calls with its rank before the command; `env` is added to the environment. The output of rank R
+goes to NAME-R.txt in the directory of JOBS.json, and outcomes.json has {"codes": exit codes by rank, "seconds"} of each job.
+After a rank has failed, the others have `patience` seconds to end; then they are killed, and their code is -9.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import sys
+import time
+import traceback
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch._dynamo  # an optimizer imports it, which takes seconds in every rank otherwise
+import torch.distributed as dist
+
+import firth.runs.run as run_module
+from firth import cli
+from firth.training import checkpoint, trainer
+from firth.types import UserError
+
+PATIENCE_SECONDS = 8.0
+
+
+def nothing(rank: int) -> None:
+    """No hook."""
+
+
+def slow_first(rank: int) -> None:
+    """Rank 0 prepares its tokenizer for longer than the process group's timeout."""
+    dist.init_process_group("gloo", timeout=timedelta(seconds=3))
+    make = run_module.tokenizer_of
+
+    def slowly(*arguments: Any) -> Any:
+        time.sleep(4.5 if rank == 0 else 0)
+        return make(*arguments)
+
+    run_module.tokenizer_of = slowly
+
+
+def failing_first(rank: int) -> None:
+    """Rank 0 fails while it prepares its tokenizer."""
+
+    def fail(*_: Any) -> Any:
+        raise UserError("this is not a text file")
+
+    if rank == 0:
+        run_module.tokenizer_of = fail
+
+
+def stopped_second(rank: int) -> None:
+    """Rank 1 is stopped after its first step, as by SIGSTOP from outside."""
+    step = trainer._Run._step
+
+    def stop(run: Any, *arguments: Any) -> Any:
+        if rank == 1 and run.state.step == 1:
+            os.kill(os.getpid(), signal.SIGSTOP)
+        return step(run, *arguments)
+
+    trainer._Run._step = stop  # type: ignore[method-assign]
+
+
+def killed_in_save(rank: int) -> None:
+    """Rank 0 is killed in the middle of a file of its second checkpoint."""
+    write = checkpoint._write
+
+    def write_half(path: Path, blocks: Any) -> Any:
+        if rank == 0 and path.parent.name == "step-000002.partial" and path.name == "optimizer.safetensors":
+            path.write_bytes(b"".join(blocks)[:1000])
+            os.kill(os.getpid(), signal.SIGKILL)
+        return write(path, blocks)
+
+    checkpoint._write = write_half
+
+
+HOOKS = {hook.__name__: hook for hook in (nothing, slow_first, failing_first, stopped_second, killed_in_save)}
+
+
+def free_port() -> int:
+    """Return an unused TCP port."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
+
+
+def start(job: dict[str, Any], rank: int, port: int, out: Path) -> int:
+    """Fork one rank of a job and return its process id. A world of 1 is a process without a process group."""
+    pid = os.fork()
+    if pid:
+        return pid
+    code = 70
+    try:
+        os.setsid()  # in a shell's process group, a stopped rank would be continued when another one ends
+        handle = os.open(out / f"{job['name']}-{rank}.txt", os.O_WRONLY | os.O_CREAT)
+        os.dup2(handle, 1)
+        os.dup2(handle, 2)
+        torch.set_num_threads(1)
+        if job["world"] > 1:
+            os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(job["world"]),
+                           "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)} | job.get("env", {})  # fmt: skip
+        HOOKS[job.get("hook", "nothing")](rank)
+        sys.argv = ["firth", *job["arguments"]]
+        code = 0
+        cli.main()
+    except SystemExit as exit:
+        code = exit.code if isinstance(exit.code, int) else 0
+    except BaseException:
+        traceback.print_exc()
+        code = 70
+        raise
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def run(job: dict[str, Any], out: Path) -> dict[str, Any]:
+    """Run all ranks of a job until they end."""
+    port, start_time = free_port(), time.monotonic()
+    waiting = {start(job, rank, port, out): rank for rank in range(job["world"])}
+    codes: dict[int, int] = {}
+    failed = float("inf")
+    while waiting:
+        for pid, rank in list(waiting.items()):
+            if time.monotonic() - failed > job.get("patience", PATIENCE_SECONDS):
+                os.kill(pid, signal.SIGKILL)
+            found, status = os.waitpid(pid, os.WNOHANG)
+            if found:
+                codes[rank] = os.waitstatus_to_exitcode(status)
+                failed = min(failed, time.monotonic()) if codes[rank] else failed
+                del waiting[pid]
+        time.sleep(0.01)
+    return {"codes": [codes[rank] for rank in range(job["world"])], "seconds": time.monotonic() - start_time}
+
+
+if __name__ == "__main__":
+    jobs = Path(sys.argv[1])
+    outcomes = {job["name"]: run(job, jobs.parent) for job in json.loads(jobs.read_text())}
+    (jobs.parent / "outcomes.json").write_text(json.dumps(outcomes))

@@ -1,0 +1,99 @@
+"""What every rank runs in `test_train_distributed`; started by torchrun, or as a single process for the reference.
+
+torchrun --nproc-per-node 2 tests/support/train_ranks.py OUT
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from firth.model.model import LM
+from firth.training.distributed import Ranks, join
+from firth.training.logging import NullReporter
+from firth.training.optimizer import OptimizerConfig
+from firth.training.schedule import Budget, Schedule
+from firth.training.step import step
+from firth.training.trainer import TrainerConfig, TrainingResult, train
+from firth.training.validate import validate
+from firth.types import Batch, Outputs
+from tests.support.training import Chains, WithAccuracy, small_batches, small_model
+
+
+class NanOnRank1(WithAccuracy):
+    """The second loss on rank 1 is NaN."""
+
+    calls = 0
+    rank = 0
+
+    def loss(self, model: LM, outputs: Outputs, batch: Batch) -> dict[str, Tensor]:
+        terms = super().loss(model, outputs, batch)
+        type(self).calls += 1
+        if type(self).calls == 2 and self.rank == 1:
+            terms["tokens"] = terms["tokens"] / 0
+        return terms
+
+
+def short_run(
+    directory: Path, ranks: Ranks, model: LM, steps: int, objective: WithAccuracy, accumulate: int
+) -> TrainingResult:
+    def evaluate(model: LM, _: int) -> dict[str, float]:
+        batches = small_batches(Chains(), rank=ranks.rank, world=ranks.world).all_batches()
+        return validate(model, objective, batches, reduce=ranks.sum)
+
+    return train(
+        model, objective, small_batches(Chains(), accumulate, ranks.rank, ranks.world), directory,
+        budget=Budget(max_steps=steps), optimizer=OptimizerConfig("adamw", lr=1e-3), schedule=Schedule("constant", warmup_ratio=0.0),
+        config=TrainerConfig(save_every=0, precision="fp32"), evaluate=evaluate, ranks=ranks, reporter=NullReporter(),
+    )  # fmt: skip
+
+
+def run_all(out: Path, ranks: Ranks, accumulate: int) -> None:
+    """Write gradients.safetensors, results.json and the run directories into `out`."""
+    torch.set_num_threads(1)
+    model, objective = small_model(dropout=0.0), WithAccuracy()
+    parameters = list(model.parameters())
+    means = step(model, objective, small_batches(Chains(), accumulate, ranks.rank, ranks.world).batches(0), ranks.sum)
+    ranks.sum_gradients(parameters)
+    gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    if ranks.first:
+        save_file(gradients, out / "gradients.safetensors")
+
+    plain = short_run(out / "plain", ranks, small_model(dropout=0.0), 5, objective, accumulate)
+
+    NanOnRank1.rank = ranks.rank
+    nan_model = small_model(dropout=0.0)
+    with_nan = short_run(out / "nan", ranks, nan_model, 3, NanOnRank1(), 1)
+    flat = torch.cat([p.detach().flatten() for p in nan_model.parameters()])
+    gathered = ranks.gather(flat)
+
+    # One parameter that rank 1 does not use and one that no rank uses.
+    used, unused = torch.nn.Parameter(torch.ones(3)), torch.nn.Parameter(torch.ones(2))
+    if ranks.first:
+        used.grad = torch.full((3,), 2.0)
+    ranks.sum_gradients([used, unused])
+
+    whole, resumed = (small_model(dropout=0.3) for _ in range(2))
+    torch.manual_seed(1)
+    short_run(out / "whole", ranks, whole, 6, objective, accumulate)
+    torch.manual_seed(1)
+    short_run(out / "resumed", ranks, resumed, 3, objective, accumulate)
+    torch.manual_seed(99)
+    short_run(out / "resumed", ranks, small_model(dropout=0.3, seed=5), 6, objective, accumulate)
+    if ranks.first:
+        results = {
+            "step": {k: v.item() for k, v in means.items()}, "trained": plain.metrics, "tokens": plain.tokens,
+            "skipped": with_nan.skipped, "max_difference": (gathered - gathered[0]).abs().max().item(),
+            "finite": bool(torch.isfinite(flat).all()), "used": used.grad.tolist(), "unused": unused.grad is None,
+        }  # fmt: skip
+        (out / "results.json").write_text(json.dumps(results))
+
+
+if __name__ == "__main__":
+    run_all(Path(sys.argv[1]), join(), accumulate=2)
+    torch.distributed.destroy_process_group()

@@ -1,0 +1,173 @@
+"""A prefix language model has bidirectional attention over its prompt in inference, as in training."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from firth.data.collate import collate
+from firth.evaluate.perplexity import TokenizedDocument, score, strided
+from firth.evaluate.text_perplexity import scoring_mode
+from firth.generate.decoding_batch import DecodingBatch, inference_mode, rectangle
+from firth.generate.engine import Engine
+from firth.generate.sampling import Sampling
+from firth.model.config import ModelConfig, decoder_config, encoder_config
+from firth.model.heads import LMHead
+from firth.model.model import LM
+from firth.objectives.prefix_lm import PrefixLM
+from firth.pretrained.load_save import load_model, save_model
+from firth.runs.inference import encode_prompt, evaluate_run, open_engine
+from firth.runs.recipe import load
+from firth.runs.run import run
+from firth.types import IGNORE, UserError
+from tests.support.byte_tokenizer import ByteCoder
+from tests.support.tiny_corpus import TEXTS
+
+V = ByteCoder.vocab.size
+CONFIGS = {
+    "rotary": replace(
+        decoder_config(vocab_size=V, hidden_size=32, num_layers=2, num_heads=2, max_positions=64),
+        causal=False,
+        prefix_lm=True,
+    ),
+    "t5": ModelConfig(
+        vocab_size=V,
+        hidden_size=32,
+        num_layers=2,
+        num_heads=2,
+        max_positions=64,
+        position="t5",
+        causal=False,
+        prefix_lm=True,
+    ),
+    "an encoder's body": replace(
+        encoder_config(vocab_size=V, hidden_size=32, num_layers=2, num_heads=2, max_positions=64), prefix_lm=True
+    ),
+}
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(params=CONFIGS)
+def model(request: pytest.FixtureRequest) -> LM:
+    torch.manual_seed(0)
+    model = LM(CONFIGS[request.param], {"lm": LMHead(CONFIGS[request.param])})
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    return model.eval()
+
+
+def prompts(count: int, seed: int = 0) -> list[np.ndarray]:
+    rng = np.random.default_rng(seed)
+    return [rng.integers(7, V, rng.integers(2, 20)) for _ in range(count)]
+
+
+@torch.no_grad()
+def training_log_probs(model: LM, prompt: np.ndarray, target: np.ndarray) -> torch.Tensor:
+    """Return the log-probabilities at every target position with the layout of the objective: (n, V)."""
+    example = PrefixLM()._split(np.concatenate((prompt, target)), len(prompt), ByteCoder.vocab)
+    batch = collate([example])
+    assert (batch["labels"][0] != IGNORE).sum() == len(target)
+    return model.heads["lm"](model(batch)[0][batch["labels"][0] != IGNORE]).log_softmax(-1)
+
+
+@torch.no_grad()
+def test_the_prompt_has_bidirectional_attention(model: LM) -> None:
+    [prompt] = prompts(1)
+    with inference_mode(model):
+        state = DecodingBatch(model, [prompt], None, Sampling(max_new_tokens=2, temperature=0), [0]).state
+    bidirectional = model.heads["lm"](state).log_softmax(-1)
+    assert torch.allclose(bidirectional, training_log_probs(model, prompt, np.array([9])), atol=1e-5)
+    causal = model.heads["lm"](model(rectangle([prompt], CPU))[:, -1]).log_softmax(-1)
+    assert not torch.allclose(bidirectional, causal, atol=1e-2)
+
+
+def test_cached_and_batched_equal_uncached_and_single(model: LM) -> None:
+    rows = prompts(6)
+    engine = Engine(model, ByteCoder(), stops=())
+    for prompt, answer in zip(rows, engine.generate(rows, Sampling(max_new_tokens=20, temperature=0)), strict=True):
+        expected = training_log_probs(model, prompt, answer.tokens)
+        assert np.array_equal(expected.argmax(-1).numpy(), answer.tokens)
+        at = torch.as_tensor(answer.tokens, dtype=torch.int64)[:, None]
+        assert np.allclose(answer.logprobs, expected.gather(-1, at)[:, 0].numpy(), atol=1e-4)
+        [alone] = engine.generate([prompt], Sampling(max_new_tokens=20, temperature=0))
+        assert np.array_equal(alone.tokens, answer.tokens)
+        assert "".join(engine.stream(prompt, Sampling(max_new_tokens=20, temperature=0))) == alone.text
+
+
+def test_scores_and_options_match_training(model: LM) -> None:
+    engine, [prompt] = Engine(model, ByteCoder(), stops=()), prompts(1)
+    options = [*prompts(4, seed=5), np.array([9])]
+    expected = [
+        float(training_log_probs(model, prompt, o).gather(-1, torch.as_tensor(o)[:, None]).sum()) for o in options
+    ]
+    assert np.allclose(engine.score([prompt] * 5, options), expected, atol=1e-3)
+    assert np.allclose(engine.options(prompt, options), expected, atol=1e-3)
+    assert np.allclose(engine.options(prompt, options[4:]), expected[4:], atol=1e-3)
+
+
+def test_the_unscored_tokens_of_a_window_are_its_prompt(model: LM) -> None:
+    document = TokenizedDocument(np.concatenate(prompts(6)), np.ones(sum(map(len, prompts(6))), np.int64))
+    assert scoring_mode(model.config) == "causal"
+    nll = 0.0
+    for window in strided(document, context=16):
+        scored = window["labels"] != IGNORE
+        start = int(scored.argmax()) + 1
+        row = np.append(window["tokens"], window["labels"][-1])
+        found = training_log_probs(model, row[:start], row[start:])
+        nll -= float(found.gather(-1, torch.as_tensor(row[start:])[:, None]).sum())
+    assert score(model, strided(document, 16, prefix_lm=True)).nll == pytest.approx(nll, rel=1e-5)
+    assert abs(score(model, strided(document, 16)).nll - nll) > 0.05  # nats, where equality is to 0.004
+
+
+def test_a_saved_model_keeps_prefix_lm(model: LM, tmp_path: Path) -> None:
+    message = save_model(model, None, tmp_path)
+    assert message == "transformers has no family for this model config, so only firth loads it"
+    assert load_model(tmp_path).config == model.config
+
+
+def test_unsupported_model_configs_are_rejected() -> None:
+    for wrong in ({"causal": True}, {"num_encoder_layers": 1}, {"linformer_k": 8, "position": "none"}):
+        with pytest.raises(UserError, match=r"model\.prefix_lm reads a prompt in both directions"):
+            ModelConfig(
+                **{
+                    "vocab_size": 9,
+                    "hidden_size": 8,
+                    "num_layers": 1,
+                    "num_heads": 1,
+                    "causal": False,
+                    "prefix_lm": True,
+                }
+                | wrong
+            )
+
+
+SMALL = [
+    "max_steps=2", "batch.size=4", "model.hidden_size=32", "model.num_layers=1", "model.num_heads=1", "model.max_positions=64",
+    "examples.max_length=32", "tokenizer.vocab_size=400", "sample_prompts=[Once]",
+]  # fmt: skip
+
+
+def test_a_run_is_used_with_the_attention_of_its_objective(tmp_path: Path) -> None:
+    """A run sets prefix_lm in the config of the model it exports, and a later causal run resets it."""
+    text = tmp_path / "text.txt"
+    text.write_text("\n\n".join(TEXTS[:12]), "utf-8")
+    overrides = [f"data.path={text}", *SMALL]
+    run(load("prefix_lm", overrides), tmp_path / "run", log=lambda _: None)
+    loaded = open_engine(tmp_path / "run")
+    assert loaded.model.config.prefix_lm
+    prompt = encode_prompt(loaded.tokenizer, "Thank you for", loaded.model)
+    assert prompt[0] != loaded.tokenizer.vocab.roles["bos"]
+    example = PrefixLM()._split(np.append(prompt, 9), len(prompt), loaded.tokenizer.vocab)
+    with inference_mode(loaded.model):
+        state = DecodingBatch(loaded.model, [prompt], None, Sampling(max_new_tokens=1), [0]).state
+        assert torch.allclose(state, loaded.model(collate([example]))[:, -1], atol=1e-5)
+    found = json.loads(evaluate_run(tmp_path / "run", [str(text)], task=None, limit=400, as_json=True))
+    assert found["mode"] == "causal" and not found["bos"]
+    again = load("prefix_lm", [*overrides, "objective=causal_lm", f"init_from={tmp_path / 'run'}"])
+    run(again, tmp_path / "left", log=lambda _: None)
+    assert not open_engine(tmp_path / "left").model.config.prefix_lm
