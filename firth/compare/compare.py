@@ -419,9 +419,7 @@ def _with_common_data(
         check_pattern(recipe.objective, config)
         if probed:
             check_pattern(
-                Classification(
-                    class_names=("a", "b"), position=readout_of(config, recipe.objective.attention)
-                ),
+                Classification(class_names=("a", "b"), position=readout_of(config, recipe.objective.attention)),
                 config,
             )
         run_data = RunData(data, tokenizer, out, batch_size=recipe.batch.size, log=log)

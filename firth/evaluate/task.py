@@ -29,7 +29,7 @@ from firth.tokenizer.tokenizer import Tokenizer
 from firth.tokenizer.vocab import Vocab
 from firth.types import LogLine, UserError
 
-Metric = Callable[..., float]
+MetricFunction = Callable[..., float]
 Progress = Callable[[float], None]
 Answers = tuple[Any, ...]
 """Columns of one value per item, as the task's metrics take them: gold answers first, then predictions."""
@@ -157,12 +157,12 @@ class Task:
     name: str
     load: Callable[..., Any]
     respond: Callable[[EvaluatedModel, Any, Progress], Answers]
-    metrics: Mapping[str, Metric]
+    metrics: Mapping[str, MetricFunction]
     majority_baseline: bool = False
     predict: Callable[[EvaluatedModel, Any, Progress], Iterator[dict[str, Any]]] | None = None
     input_schema: Callable[[EvaluatedModel], InputSchema] | None = None
     notes: Callable[[Any], Sequence[str]] = lambda items: items.notes
-    extra_metrics: Callable[[Any], Mapping[str, Metric]] = lambda items: {}
+    extra_metrics: Callable[[Any], Mapping[str, MetricFunction]] = lambda items: {}
 
     def run(
         self,

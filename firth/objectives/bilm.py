@@ -12,13 +12,12 @@ Difference from the original: a full softmax instead of a sampled one.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import ClassVar
 
 import numpy as np
 from torch import Tensor, nn
 
 from firth.model import flops
-from firth.model.config import AttentionPattern, ModelConfig
+from firth.model.config import ModelConfig
 from firth.model.heads import LMHead
 from firth.model.model import LM
 from firth.objectives.objective import Objective, token_loss
@@ -42,6 +41,7 @@ class BiLM(Objective):
     labels = {"forward": "next", "backward": "previous"}
 
     attention = "bidirectional_separate"
+
     def heads(self, config: ModelConfig) -> dict[str, nn.Module]:
         return {"lm": LMHead(direction_config(config))}
 

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 import numpy as np
 
 from firth.data import attention_fields
-from firth.model.config import AttentionPattern
 from firth.objectives.objective import TokenObjective
 from firth.tokenizer.vocab import Vocab
 from firth.types import IGNORE, Example
@@ -29,6 +28,7 @@ class CausalLM(TokenObjective):
     """
 
     attention = "causal"
+
     def build_example(self, example: Example, vocab: Vocab, rng: np.random.Generator) -> Example:
         tokens = example["tokens"]
         shown = (

@@ -163,6 +163,7 @@ class Classification(ReadoutObjective):
         return dataclasses.replace(configured, class_weights=tuple(share / n if n else 0.0 for n in counts))
 
     inputs = frozenset({"tokens", "label"})
+
     def heads(self, config: ModelConfig) -> dict[str, nn.Module]:
         count = len(self.class_names)
         family_head = head_of(families_of(config), "classes", config, count) if self.head == "family" else None

@@ -53,10 +53,10 @@ class PooledObjective(Objective):
         position: A text's representation is the "mean" of its states or the "first" of them, at [CLS].
     """
 
-
     position: Literal["mean", "first"] = "mean"
 
     attention = "bidirectional"
+
     def embed(self, hidden: Tensor, batch: Batch) -> Tensor:
         """Return unit vectors: hidden (..., T, hidden_size) -> (..., hidden_size) float32."""
         states = hidden[..., 0, :] if self.position == "first" else average(hidden, batch.get("key_time"))
@@ -69,9 +69,9 @@ class Contrastive(PooledObjective):
 
     Shown: a group of texts. From "neighbors" {"first", "second", "other"}: first and second are similar, first and other are
     not, a group (3, T). From a "labeled" pair {"tokens", "token_type_ids", "label"} (class 1 of two: similar): a group (2, T).
-    Loss: d^2 for a similar pair, max(0, margin - d)^2 for a dissimilar one. Metrics: "accuracy" of a threshold at half the margin; "nearer",
-    how often the similar text is the nearer one (chance: a half); "alignment", the mean squared distance of similar pairs
-    (Wang & Isola 2020).
+    Loss: d^2 for a similar pair, max(0, margin - d)^2 for a dissimilar one. Metrics: "accuracy" of a threshold at half the
+    margin; "nearer", how often the similar text is the nearer one (chance: a half); "alignment", the mean squared distance of
+    similar pairs (Wang & Isola 2020).
 
     Args:
         position: See `PooledObjective`.

@@ -24,7 +24,15 @@ from firth.data import attention_fields
 from firth.model.config import ModelConfig
 from firth.model.heads import LMHead
 from firth.model.model import LM
-from firth.objectives.objective import Objective, choice_loss, forward_flops, hidden_states, log_probs, num_correct, vocabulary_flops
+from firth.objectives.objective import (
+    Objective,
+    choice_loss,
+    forward_flops,
+    hidden_states,
+    log_probs,
+    num_correct,
+    vocabulary_flops,
+)
 from firth.objectives.sft import causal_example
 from firth.ranges import PositiveFloat, Range
 from firth.tokenizer.vocab import Vocab
@@ -92,6 +100,7 @@ class DPO(Objective):
 
     inputs = frozenset({"chosen_tokens", "chosen_mask", "rejected_tokens", "rejected_mask", "reference"})
     attention = "causal"
+
     def heads(self, config: ModelConfig) -> dict[str, nn.Module]:
         return {"lm": LMHead(config)}
 

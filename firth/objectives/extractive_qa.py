@@ -56,6 +56,7 @@ class QuestionAnswering(Objective):
     has_unanswerable: bool | None = None
 
     inputs = frozenset({"tokens", "start", "end"})
+
     @property
     def attention(self) -> AttentionPattern:
         return READOUTS[self.position]

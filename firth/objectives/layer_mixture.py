@@ -32,7 +32,6 @@ class LayerMixture(Objective):
         frozen: Run the model without gradient and without dropout, so that it stays unchanged.
     """
 
-
     frozen: bool = True
 
     def configure(self, stats: Callable[[], DataStats], config: ModelConfig) -> Objective:
@@ -41,6 +40,7 @@ class LayerMixture(Objective):
         return self
 
     inputs = frozenset()
+
     def heads(self, config: ModelConfig) -> dict[str, nn.Module]:
         return {"mixture": ScalarMix(config.num_layers + 1, self.frozen)}
 

@@ -19,7 +19,6 @@ import numpy as np
 from firth.data.collate import build_examples
 from firth.data.noise import NOISES, Kind, apply_mask_tokens, text_units
 from firth.data.shuffle import ExampleRNG
-from firth.model.config import AttentionPattern
 from firth.objectives.objective import TokenObjective
 from firth.ranges import NonNegativeInt, OpenShare, Share
 from firth.tokenizer.vocab import Vocab
@@ -50,7 +49,6 @@ class MLM(TokenObjective):
     ([2, 1, 6, 1, 8, 3], [-100, 5, -100, 7, -100, -100])
     """
 
-
     mlm_probability: OpenShare = 0.15
     noise: Kind = "iid"
     mask_fraction: Share = 0.8
@@ -71,6 +69,7 @@ class MLM(TokenObjective):
         return Constraints(num_copies=self.num_maskings, text_units=text_units(self.noise))
 
     attention = "bidirectional"
+
     def build_example(self, example: Example, vocab: Vocab, rng: np.random.Generator) -> Example:
         tokens = example["tokens"]
         at = NOISES[self.noise](tokens, vocab, self.mlm_probability, rng).nonzero()[0]

@@ -24,7 +24,6 @@ import numpy as np
 
 from firth.data import attention_fields
 from firth.data.noise import NOISES, Kind, apply_mask_tokens, text_units
-from firth.model.config import AttentionPattern
 from firth.objectives.objective import TokenObjective
 from firth.ranges import OpenShare, Share
 from firth.tokenizer.vocab import Vocab
@@ -72,6 +71,7 @@ class MPNet(TokenObjective):
         return Constraints(text_units=text_units(self.noise))
 
     attention = "permuted"
+
     def build_example(self, example: Example, vocab: Vocab, rng: np.random.Generator) -> Example:
         tokens = example["tokens"]
         order = rng.permutation(np.flatnonzero(NOISES[self.noise](tokens, vocab, self.mlm_probability, rng)))

@@ -43,6 +43,7 @@ class MultiAnnotator(Classification):
     """
 
     labels = {"votes": "votes"}
+
     @property
     def constraints(self) -> Constraints:
         return dataclasses.replace(super().constraints, packable=False)
@@ -55,6 +56,7 @@ class MultiAnnotator(Classification):
             )
 
     inputs = frozenset({"tokens", "label", "votes"})
+
     def build_example(self, example: Example, vocab: Vocab, rng: np.random.Generator) -> Example:
         seen = super().build_example(example, vocab, rng)
         return seen | {"votes": np.asarray(example.get("votes", [example["label"]]), np.int64)}

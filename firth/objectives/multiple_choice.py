@@ -56,6 +56,7 @@ class MultipleChoice(Objective):
     position: Literal["auto", "first", "last"] = "auto"
 
     inputs = frozenset({"options", "label"})
+
     @property
     def attention(self) -> AttentionPattern:
         return READOUTS[self.position]

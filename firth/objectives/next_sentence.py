@@ -43,6 +43,7 @@ class NSP(SentencePairObjective):
     follows: Share = 0.5
 
     inputs = frozenset({"first", "second", "other"})
+
     def build_example(self, example: Example, vocab: Vocab, rng: np.random.Generator) -> Example:
         random_segment = bool(rng.random() >= self.follows)
         second = example["other" if random_segment else "second"]

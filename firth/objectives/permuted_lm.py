@@ -63,6 +63,7 @@ class PLM(TokenObjective):
         return Constraints(text_units=text_units(self.noise))
 
     attention = "permuted"
+
     def build_example(self, example: Example, vocab: Vocab, rng: np.random.Generator) -> Example:
         tokens = example["tokens"]
         predicted = np.flatnonzero(NOISES[self.noise](tokens, vocab, 1 / self.k, rng))

@@ -144,6 +144,7 @@ class PPO(Objective):
 
     inputs = frozenset({"tokens", "mask", *PER_TOKEN})
     attention = "causal"
+
     def heads(self, config: ModelConfig) -> dict[str, nn.Module]:
         value: dict[str, nn.Module] = {"value": value_head(config.hidden_size)}
         heads: dict[str, nn.Module] = {"lm": LMHead(config)}

@@ -51,6 +51,7 @@ class Regression(ReadoutObjective):
     std: PositiveFloat | None = None
 
     inputs = frozenset({"tokens", "score"})
+
     def configure(self, stats: Callable[[], DataStats], config: ModelConfig) -> Self:
         mean = stats().mean if self.mean is None else self.mean
         return dataclasses.replace(super().configure(stats, config), mean=mean, std=self.std or stats().std)

@@ -44,6 +44,7 @@ class Reinforce(Objective):
 
     inputs = frozenset({"tokens", "mask", "advantage"})
     attention = "causal"
+
     def heads(self, config: ModelConfig) -> dict[str, nn.Module]:
         return {"lm": LMHead(config)}
 

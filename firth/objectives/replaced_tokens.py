@@ -32,7 +32,15 @@ from firth.model.config import ModelConfig
 from firth.model.heads import LMHead, replaced_token_head
 from firth.model.model import LM, TiedSubmodel
 from firth.objectives.masked_lm import MLM
-from firth.objectives.objective import DataStats, Objective, cannot_train, forward_flops, forward_work, hidden_states, supervised
+from firth.objectives.objective import (
+    DataStats,
+    Objective,
+    cannot_train,
+    forward_flops,
+    forward_work,
+    hidden_states,
+    supervised,
+)
 from firth.ranges import NonNegativeFloat, OpenShare, ShareAboveZero
 from firth.tokenizer.vocab import Vocab
 from firth.types import IGNORE, Batch, Constraints, Example, Metric, Outputs
@@ -86,6 +94,7 @@ class RTD(Objective):
         return Constraints(text_units=text_units(self.noise))
 
     attention = "bidirectional"
+
     def configure(self, stats: Callable[[], DataStats], config: ModelConfig) -> Self:
         if config.rnn_type and (self.generator_size != 1 or config.separate_directions):
             also = "model.separate_directions=false and " if config.separate_directions else ""

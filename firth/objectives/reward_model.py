@@ -85,6 +85,7 @@ class RewardModeling(Objective):
 
     inputs = frozenset({"chosen_tokens", "chosen_mask", "rejected_tokens", "rejected_mask"})
     attention = "causal"
+
     def heads(self, config: ModelConfig) -> dict[str, nn.Module]:
         return {"reward": reward_head(config.hidden_size)}
 
@@ -129,6 +130,7 @@ class Ranking(RewardModeling):
         return self if self.num_answers else replace(self, num_answers=stats().max_options)
 
     inputs = frozenset({"answers", "masks", "rank"})
+
     def build_example(self, example: Example, vocab: Vocab, rng: np.random.Generator) -> Example:
         rank = np.asarray(example["rank"], np.int64)
         size = self.num_answers or len(rank)

@@ -15,7 +15,9 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Self
 
 import numpy as np
 import torch
@@ -23,9 +25,18 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from firth.data.noise import NOISES, Kind, text_units
+from firth.model.config import ModelConfig
 from firth.model.model import LM
-from firth.objectives.classification import Classification
-from firth.objectives.objective import Objective, choice_loss, forward_flops, hidden_states, supervised
+from firth.objectives.classification import Classification, readout_of
+from firth.objectives.objective import (
+    DataStats,
+    Objective,
+    cannot_train,
+    choice_loss,
+    forward_flops,
+    hidden_states,
+    supervised,
+)
 from firth.ranges import NonNegativeFloat, NonNegativeInt, OpenShare, PositiveFloat, Share, ShareBelowOne
 from firth.tokenizer.vocab import Vocab
 from firth.types import IGNORE, Batch, Constraints, Example, Outputs, UserError
@@ -83,6 +94,7 @@ class PseudoLabels(SemiSupervised):
     confidence: Share = 0.9
 
     inputs = frozenset({"tokens", "label", "taught"})
+
     def build_example(self, example: Example, vocab: Vocab, rng: np.random.Generator) -> Example:
         seen = super().build_example(example, vocab, rng)
         probabilities = example.get("taught", np.zeros(1))  # held-out records have a label and no teacher
@@ -153,6 +165,12 @@ class Consistency(SemiSupervised):
             raise UserError(
                 "consistency runs the model on a clean and a masked text: use an encoder or a decoder, not an encoder-decoder"
             )
+
+    def configure(self, stats: Callable[[], DataStats], config: ModelConfig) -> Self:
+        if self.position == "auto" and readout_of(config) == "answer":
+            why = "it runs the model on a clean and a masked text, which takes an encoder or a decoder"
+            raise cannot_train(self, f"{why}: set model.num_encoder_layers=0")
+        return super().configure(stats, config)
 
     @property
     def constraints(self) -> Constraints:

@@ -43,6 +43,7 @@ class SOP(SentencePairObjective):
     swapped: Share = 0.5
 
     inputs = frozenset({"first", "second"})
+
     def build_example(self, example: Example, vocab: Vocab, rng: np.random.Generator) -> Example:
         first, second = example["first"], example["second"]
         swap = bool(rng.random() < self.swapped)

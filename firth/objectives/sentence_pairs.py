@@ -31,6 +31,7 @@ class SentencePairObjective(Objective):
     label_field: ClassVar[str]
 
     attention = "bidirectional"
+
     def heads(self, config: ModelConfig) -> dict[str, nn.Module]:
         return {self.label_field: pooled(config.hidden_size, 2)}
 

@@ -43,6 +43,7 @@ class SFT(TokenObjective):
 
     inputs = frozenset({"tokens", "mask"})
     attention = "causal"
+
     def build_example(self, example: Example, vocab: Vocab, rng: np.random.Generator) -> Example:
         return causal_example(example["tokens"], example["mask"])
 
@@ -62,5 +63,6 @@ class Seq2SeqSFT(TokenObjective):
 
     inputs = frozenset({"source", "target"})
     attention = "seq2seq"
+
     def build_example(self, example: Example, vocab: Vocab, rng: np.random.Generator) -> Example:
         return attention_fields.seq2seq(example["source"], example["target"], vocab.start)

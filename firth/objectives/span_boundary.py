@@ -54,6 +54,7 @@ class SBO(Objective):
 
     inputs = frozenset({"tokens", "labels"})
     attention = "bidirectional"
+
     def heads(self, config: ModelConfig) -> dict[str, nn.Module]:
         """Two layers with GELU and a norm (the paper's equations 3 and 4), and an embedding of the offset in a span."""
         width, read = config.hidden_size, LMHead.input_size(config)
@@ -98,4 +99,6 @@ class SBO(Objective):
         count, width = flops.supervised_positions(batch["boundary"]), model.config.hidden_size
         read = LMHead.input_size(model.config)
         total = forward_flops(model, batch) if forward is None else forward
-        return total + flops.linear(count, 3 * width, width) + flops.linear(count, read, width + model.config.vocab_size)
+        return (
+            total + flops.linear(count, 3 * width, width) + flops.linear(count, read, width + model.config.vocab_size)
+        )

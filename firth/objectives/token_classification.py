@@ -47,6 +47,7 @@ class TokenClassification(Objective):
     causal: bool | None = None
 
     inputs = frozenset({"tokens", "tags"})
+
     @property
     def attention(self) -> AttentionPattern:
         return "causal" if self.causal else "any"

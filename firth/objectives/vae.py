@@ -24,7 +24,7 @@ from torch import Tensor
 from firth.data import attention_fields
 from firth.model.config import ModelConfig
 from firth.model.model import LM
-from firth.objectives.objective import DataStats, TokenObjective, cannot_train, forward_flops, vocabulary_flops
+from firth.objectives.objective import DataStats, TokenObjective, cannot_train
 from firth.ranges import NonNegativeFloat, NonNegativeInt, PositiveInt, Share
 from firth.tokenizer.vocab import Vocab
 from firth.types import Batch, Example, Metric, Outputs
@@ -68,6 +68,7 @@ class VAE(TokenObjective):
     kl_weight: NonNegativeFloat = 1.0
 
     attention = "latent"
+
     @property
     def metrics(self) -> Mapping[str, Metric]:
         return {"kl": Metric("text", remark=self._remark), "active": Metric("text"), "elbo": Metric("labels")}

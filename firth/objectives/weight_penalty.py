@@ -41,6 +41,7 @@ class WeightPenalty(Objective):
     weight: PositiveFloat = 1e-4
 
     inputs = frozenset()
+
     def build_example(self, example: Example, vocab: Vocab, rng: np.random.Generator) -> Example:
         return example | {"penalty": np.zeros_like(example["tokens"])}
 

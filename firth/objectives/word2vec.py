@@ -72,6 +72,7 @@ class Word2Vec(Objective):
 
     inputs = frozenset({"tokens", "kept", "noise"})
     attention = "none"
+
     def heads(self, config: ModelConfig) -> dict[str, nn.Module]:
         context = nn.Embedding(config.vocab_size, config.hidden_size)
         nn.init.zeros_(context.weight)

@@ -102,12 +102,10 @@ class RankingsConfig(ExamplesConfig):
     def limit_to(self, context: int) -> ExamplesConfig:
         return dataclasses.replace(self, max_length=min(self.max_length, context))
 
-    def configure_objective(self, objective: Objective, data: RunData) -> Objective:
-        def known() -> DataStats:
-            paths = [*data.config.paths(data.log), *data.config.validation_path]
-            return DataStats(max_options=rankings.RankingRecords(paths, data.tokenizer, self.max_length).most)
-
-        return objective.with_stats(known)
+    def stats(self, data: RunData, class_names: Sequence[str] = ()) -> DataStats:
+        """Return the most answers of a ranking, which is the number of rows per example."""
+        paths = [*data.config.paths(data.log), *data.config.validation_path]
+        return DataStats(max_options=rankings.RankingRecords(paths, data.tokenizer, self.max_length).most)
 
     def build(self, data: RunData, objective: Objective) -> DatasetSplits:
         return split_records(data, lambda paths: rankings.RankingRecords(paths, data.tokenizer, self.max_length))
@@ -151,7 +149,7 @@ class RolloutsConfig(ExamplesConfig):
     advantages: Literal["gae", "group"] = "gae"
 
     def check_objective(self, objective: Objective) -> None:
-        read = objective.inputs(self.fields)
+        read = objective.inputs
         if self.advantages == "group" and "returns" in read:
             raise UserError(
                 "examples.advantages=group compares answers with each other, and the critic of objective ppo would be trained for "

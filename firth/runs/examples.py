@@ -19,7 +19,7 @@ from firth.data import records, windows, word_windows
 from firth.data.source import MixtureSource, Source, SubsetSource
 from firth.data.split import MIN_RECORDS, content_key, held_out_keys
 from firth.data.token_store import TokenStore
-from firth.objectives.objective import Objective
+from firth.objectives.objective import DataStats, Objective
 from firth.ranges import NonNegativeFloat, Ranged, TokenCount
 from firth.runs import class_counts
 from firth.runs.held_out_texts import HeldOutTexts
@@ -125,9 +125,14 @@ class ExamplesConfig(Ranged, section="examples"):
         """
         return {field.name: min(text, source) for field in fields(self) if field.name == "max_length"}  # type: ignore[arg-type]
 
-    def configure_objective(self, objective: Objective, data: RunData) -> Objective:
-        """Return the objective configured with dataset statistics, such as class names; the resolved recipe holds them."""
-        return objective
+    def stats(self, data: RunData, class_names: Sequence[str] = ()) -> DataStats:
+        """Read the statistics of the training data that configure an objective; the resolved recipe holds them.
+
+        Args:
+            data: The data of the run.
+            class_names: The names of the classes, if the recipe has them.
+        """
+        return DataStats()
 
     def check_objective(self, objective: Objective) -> None:
         """Raise a UserError for an objective that the settings do not suit although the fields do."""

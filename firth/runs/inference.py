@@ -30,9 +30,9 @@ from firth.io.integrity import read_done
 from firth.io.json_files import read_json, read_rows
 from firth.model.config import ModelConfig
 from firth.model.model import LM
-from firth.objectives import OBJECTIVES, find, name_of
+from firth.objectives import OBJECTIVES, find
 from firth.objectives.denoise import Denoising
-from firth.objectives.objective import Objective, components
+from firth.objectives.objective import Objective
 from firth.objectives.span_corruption import SpanCorruption
 from firth.pretrained.load_save import metadata_of
 from firth.runs.evaluate_files import measure
@@ -338,12 +338,6 @@ def objective_in(directory: Path) -> Objective | None:
     for name in names[1:]:
         total = total + find(name)()
     return total
-
-
-def objective_of(directory: Path) -> list[str]:
-    """Return the names of the training objectives of a run; [] if unknown."""
-    objective = objective_in(directory)
-    return [] if objective is None else [name_of(type(one)) for one in components(objective)]
 
 
 def fill_text(directory: Path, text: str, top: int) -> str:

@@ -28,6 +28,7 @@ from firth.io.atomic import write_text
 from firth.io.gguf import find
 from firth.io.integrity import check_digest, with_digest
 from firth.io.safetensors import read_json
+from firth.objectives.objective import components
 from firth.runs import config_io
 from firth.runs.examples import model_directory
 from firth.runs.prepare import text_of

@@ -29,7 +29,7 @@ from firth.model.config import ModelConfig
 from firth.model.model import LM
 from firth.model.prefix import PREFIX_HEADS, check_prefix_supported
 from firth.objectives.layer_mixture import LayerMixture
-from firth.objectives.objective import Objective
+from firth.objectives.objective import Objective, components
 from firth.peft import adapter_files, lora
 from firth.peft.prefix_init import prefix_of, prompt_of
 from firth.pretrained.load_save import added_heads

@@ -8,6 +8,7 @@ The same call on the same directory resumes an unfinished run, and returns at on
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,9 +30,11 @@ from firth.io.integrity import read_record, write_record
 from firth.io.json_files import read_rows, row_line
 from firth.model.compilation import compile_blocks
 from firth.model.empty_weights import init_empty_weights
+from firth.model.head_descriptions import export_heads
 from firth.model.model import LM
 from firth.model.prefix import PREFIX_HEADS
 from firth.objectives import name_of
+from firth.objectives.objective import components
 from firth.peft.lora import num_trainable_parameters
 from firth.pretrained.load_save import check_vocab_fits, init_from, load_model, save_model
 from firth.report.page import write as write_report
@@ -257,23 +260,24 @@ def _run(
         _write_held_out_texts(resolved, splits, model, data, ended.step)
         facts: dict[str, Any] = {
             "recipe": known,
-            "objective": [name_of(type(one)) for one in resolved.objective.components()],
+            "objective": [name_of(type(one)) for one in components(resolved.objective)],
             "steps": ended.step,
             "exported_step": ended.exported_step,
             "tokens": ended.tokens,
             "metrics": ended.metrics,
         }
-        if resolved.objective.class_names:
-            facts["classes"] = resolved.objective.class_names
+        if classes := resolved.objective.constraints.class_names:
+            facts["classes"] = classes
         if validator is not None:
             write_record(directory / CLASS_REPORT, validator.class_report(model))
-        resolved.objective.finalize(model)
+        export_heads(model)
         adapter = resolved.peft.export(
             model, directory / "adapter", model_directory(resolved.init_from), added, tokenizer, facts
         )
         if adapter:
             log(f"{resolved.name}: {directory / 'adapter'} ({adapter})")
-        remarks = [*resolved.objective.notes(ended.metrics), *splits.notes]
+        checks = [metric.remark for metric in resolved.objective.metrics.values() if metric.remark is not None]
+        remarks = [*filter(None, (check(ended.metrics) for check in checks)), *splits.notes]
         for remark in remarks:
             log(f"{resolved.name}: {remark}")
         remarks += [
@@ -361,20 +365,22 @@ def _resolve(recipe: Recipe, data: RunData) -> Recipe:
         check_vocab_fits(data.tokenizer, config, recipe.init_from)
     else:
         config = dataclasses.replace(config, vocab_size=data.tokenizer.vocab.size)
-    added = max(one.added_tokens for one in recipe.objective.components())
+    added = recipe.objective.constraints.added_tokens
     examples = limit_lengths(recipe.examples, _published_examples(recipe), recipe.peft, base, config, added, data.log)
     examples = examples.limit_to(config.max_positions)
-    objective = recipe.peft.configure_objective(examples.configure_objective(recipe.objective, data).for_model(config))
+    check_pattern(recipe.objective, config, examples, fixed=bool(recipe.init_from))
+    stats = functools.cache(lambda: examples.stats(data, recipe.objective.constraints.class_names))
+    objective = recipe.peft.configure_objective(recipe.objective.configure(stats, config))
     with init_empty_weights():
         kept = objective.heads(config).keys() & (base.heads.keys() - PREFIX_HEADS if base is not None else ())
     if kept and base is not None and "mixture" in base.heads:
         objective = add_layer_mixture(objective, frozen=False)  # the head of the base model reads it
     check_pattern(objective, config, examples, fixed=bool(recipe.init_from))
     check_fields(objective, examples, config)
-    if (reads := objective.attention_pattern()) != "any":
+    if (reads := objective.attention) != "any":
         # Record how the model was trained: its model family may define another attention pattern.
         config = dataclasses.replace(config, causal=config.causal or reads == "causal", prefix_lm=reads == "prefix")
-    packs = config.packable and not config.memory_length and objective.packable and recipe.peft.packable
+    packs = config.packable and not config.memory_length and objective.constraints.packable and recipe.peft.packable
     packs = packs and (base is None or base.prompt is None)  # each text of a packed row would need its own
     batch = recipe.batch.resolve(examples.max_tokens, packs)
     check_memory(config, examples, batch.packed_length)

@@ -86,11 +86,12 @@ def test_t5_fills_each_mask_with_a_span(runs: Path) -> None:
     opened = open_run(runs / "t5")
     pieces = split_gaps(opened.tokenizer, "The <mask> sells the boat <mask> the mill.", "<mask>")
     assert opened.objective is not None
-    shown = opened.objective.build_infill(pieces, opened.tokenizer.vocab)
+    shown = opened.objective.hide(pieces, opened.tokenizer.vocab)
     assert shown is not None
+    prompt = shown["tokens"]
     first, second = (opened.tokenizer.id(f"<extra_id_{i}>") for i in (0, 1))
-    assert np.isin(shown.prompt, [first, second]).sum() == 2 and shown.prompt[-1] == opened.tokenizer.vocab.eos
-    assert "mask" not in opened.tokenizer.vocab.roles or opened.tokenizer.vocab.mask not in shown.prompt
+    assert np.isin(prompt, [first, second]).sum() == 2 and prompt[-1] == opened.tokenizer.vocab.eos
+    assert "mask" not in opened.tokenizer.vocab.roles or opened.tokenizer.vocab.mask not in prompt
 
 
 def test_span_probability_is_that_of_its_tokens(runs: Path) -> None:

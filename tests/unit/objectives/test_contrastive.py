@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from firth.data.collate import collate, pack
+from firth.data.collate import collate, counted_fields, pack
 from firth.model.config import ModelConfig
 from firth.model.model import LM
 from firth.objectives.contrastive import Contrastive, InfoNCE
@@ -47,7 +47,7 @@ def build_examples(objective: Objective, make, count: int) -> list[Example]:
 
 
 def label_fields(objective: Objective) -> set[str]:
-    return {*objective.labels.values(), *objective.metrics.values()}
+    return {*counted_fields(objective).values()}
 
 
 def build_model(objective: Objective) -> LM:
@@ -67,7 +67,8 @@ def vectors(model: LM, row: Example, at: str) -> list[torch.Tensor]:
 @pytest.mark.parametrize("at", ["mean", "first"])
 @pytest.mark.parametrize("make", [triple, labeled])
 def test_the_margin_loss_is_its_formula(at: str, make) -> None:
-    objective = Contrastive(position=at, margin=1.2)  # type: ignore[arg-type]
+    pairs = "neighbors" if make is triple else "labeled"
+    objective = Contrastive(position=at, margin=1.2, pairs=pairs)  # type: ignore[arg-type]
     model = build_model(objective)
     rows = build_examples(objective, make, 6)
     terms = step(model, objective, [collate(rows, label_fields(objective))])
@@ -135,7 +136,7 @@ def test_only_pairs_allow_split_batches() -> None:
             model, objective, [collate(rows[:2], label_fields(objective)), collate(rows[2:], label_fields(objective))]
         )
         assert torch.allclose(full, split, rtol=1e-4, atol=1e-6) == same
-        assert objective.needs_full_batch != same
+        assert objective.constraints.needs_full_batch != same
 
 
 def test_incompatible_recipes_are_rejected() -> None:

@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from firth.data.collate import Batches, collate
+from firth.data.collate import Batches, collate, counted_fields
 from firth.data.noise import NOISES
 from firth.data.source import Source
 from firth.model.config import ModelConfig, encoder_config
@@ -79,7 +79,7 @@ def build_examples(objective: Objective, count: int = 8, seed: int = 0) -> list[
 
 
 def label_fields(objective: Objective) -> set[str]:
-    return {*objective.labels.values(), *objective.metrics.values()}
+    return {*counted_fields(objective).values()}
 
 
 def batch_of(objective: Objective, count: int = 8, seed: int = 0) -> Batch:
