@@ -32,6 +32,7 @@ from firth.runs.evaluate_files import measure_with
 from firth.runs.inference import LoadedModel, encode_prompt, objective_in, trained_length
 from firth.runs.recipe import Recipe, load
 from firth.runs.run import RunResult, run
+from firth.tokenizer import chat
 from firth.training.logging import LineReporter, OnMetrics
 from firth.types import LogLine, UserError
 
@@ -149,6 +150,20 @@ class Model:
             UserError: The model has no LM head, or a prompt is longer than its context.
         """
         return self._require_lm().continue_text(_texts(prompts), Sampling(**sampling))
+
+    def chat(self, conversations: Sequence[Sequence[chat.Message]], **sampling: Any) -> list[str]:
+        """Return the next answer of each conversation, as `firth chat` does.
+
+        Args:
+            conversations: Lists of messages, {"role": "user", "content": "..."}, rendered with the model's chat template.
+            **sampling: As in `generate`.
+
+        Raises:
+            UserError: The model has no LM head or chat template, or a conversation is longer than its context.
+        """
+        engine = self._require_lm().engine
+        prompts = [chat.encode(self.tokenizer, messages, open=True)[0] for messages in conversations]
+        return [completion.text for completion in engine.generate(prompts, Sampling(**sampling))]
 
     def score(self, prompts: Sequence[str], completions: Sequence[str]) -> list[float]:
         """Return log p(completion | prompt) of each pair in nats, summed over the completion's tokens."""

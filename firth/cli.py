@@ -411,7 +411,7 @@ def evaluate(
         str | None,
         typer.Option(
             help="likelihood, classification, token_classification, question_answering, generation, ..., glue, or objective (the metrics "
-            "of the run's objective); by default the task of the run."
+            "of the run's objective), or module:TASK of your own; by default the task of the run."
         ),
     ] = None,
     limit: Annotated[

@@ -83,6 +83,8 @@ def test_a_decoder_generates_scores_and_chooses(run):
     model = firth.load_model(run[0].directory)
     first = model.generate(["so shaken", "find we"], max_new_tokens=5, seed=3)
     assert first == model.generate(["so shaken", "find we"], max_new_tokens=5, seed=3) and len(first) == 2
+    [answer] = model.chat([[{"role": "user", "content": "so shaken"}]], max_new_tokens=5, seed=3)
+    assert answer and answer not in first  # the chat template surrounds the prompt
     options = [" as we are", " zzz qqq 123"]
     scores = model.score(["so shaken"] * 2, options)
     assert scores[0] > scores[1] and model.choose("so shaken", options) == 0

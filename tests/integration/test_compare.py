@@ -274,6 +274,7 @@ def scores_of(name: str, values: list[float], share: float = 1.0) -> list[Score]
     return [Score(name, share, seed, "", accuracy=value) for seed, value in enumerate(values)]
 
 
+@pytest.mark.oracle
 def test_intervals_are_students_and_paired() -> None:
     first, second = [0.71, 0.74, 0.78, 0.80], [0.70, 0.72, 0.75, 0.79]
     ours = paired(scores_of("a", first), scores_of("b", second), METRICS[0])

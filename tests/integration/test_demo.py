@@ -13,7 +13,6 @@ import time
 from pathlib import Path
 
 import pytest
-from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForSeq2SeqLM, AutoTokenizer
 
 from firth.align.rewards import PreferencePairs, read_preference_pairs
 from firth.data.records import PreferenceRecords
@@ -72,7 +71,10 @@ def test_every_stage_writes_a_run_and_the_report(finished: Path) -> None:
     assert "http://" not in page.replace("http://www.w3.org", "") and "https://" not in page.split("<body", 1)[0]
 
 
+@pytest.mark.oracle
 def test_transformers_loads_the_models(finished: Path) -> None:
+    from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForSeq2SeqLM, AutoTokenizer
+
     for name, auto_class in (
         ("encoder", AutoModelForMaskedLM),
         ("encoder-decoder", AutoModelForSeq2SeqLM),

@@ -45,6 +45,7 @@ def test_published_sizes(name: str) -> None:
         assert count(config, {"lm": LMHead(config)}) == config.num_parameters()
 
 
+@pytest.mark.oracle
 def test_parameter_counts_match_the_released_models() -> None:
     t = pytest.importorskip("transformers", reason="the oracle; installed with the test extra")
     albert = {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "intermediate_size": 3072}

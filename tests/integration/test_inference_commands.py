@@ -7,15 +7,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from typer.testing import CliRunner
 
 from firth.cli import app
 from firth.evaluate.task import load_evaluated_model
 from firth.generate.sampling import Sampling
-from firth.model.config import ModelConfig, decoder_config, encoder_config
-from firth.model.heads import LMHead
-from firth.model.model import LM
+from firth.model.config import decoder_config, encoder_config
 from firth.pretrained.load_save import save_model
 from firth.runs.inference import Conversation, PromptTooLongError, encode_prompt, open_engine
 from firth.runs.recipe import load
@@ -24,6 +21,7 @@ from firth.tokenizer import chat
 from firth.tokenizer.tokenizer import Tokenizer
 from firth.tokenizer.train import train
 from firth.types import UserError
+from tests.support.models import random_model
 
 TEXT = "Who paints the boat at dawn, and who holds the map by the mill? The otter paints the boat. " * 12
 STRICT = (
@@ -33,15 +31,6 @@ STRICT = (
     "{% else %}{{ ' ' + message['content'] + eos_token }}{% endif %}{% endfor %}"
 )
 """A template that refuses a dialogue without whole exchanges, as Mistral's does."""
-
-
-def random_model(config: ModelConfig, **parts: torch.nn.Module) -> LM:
-    """Return a model with random weights."""
-    torch.manual_seed(0)
-    model = LM(config, parts or {"lm": LMHead(config)})
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, std=0.3)
-    return model.eval()
 
 
 @pytest.fixture(scope="module")

@@ -202,6 +202,7 @@ def states(model: LM) -> torch.Tensor:
         return model({"tokens": tokens, "query_time": when, "key_time": when})
 
 
+@pytest.mark.oracle
 def test_peft_loads_the_adapter_of_a_run(place: Path, tmp_path: Path) -> None:
     transformers, peft = pytest.importorskip("transformers"), pytest.importorskip("peft")
     transformers.logging.set_verbosity_error()

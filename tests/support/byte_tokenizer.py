@@ -11,7 +11,7 @@ SPECIAL = ("<pad>", "<unk>", "<s>", "</s>", "<mask>", "<|im_start|>", "<|im_end|
 ROLES = {"pad": 0, "unk": 1, "bos": 2, "cls": 2, "eos": 3, "sep": 3, "mask": 4}
 
 
-class ByteCoder:
+class ByteTokenizer:
     """Ids 0..6 are special, 7 + b is the byte b."""
 
     vocab = Vocab(size=len(SPECIAL) + 256, roles=ROLES, special=np.arange(len(SPECIAL) + 256) < len(SPECIAL))

@@ -33,7 +33,7 @@ def large(package: Package) -> Package:
     return package
 
 
-def unpacked(package: Package, patterns: tuple[str, ...], directory: Path) -> Path:
+def unpack(package: Package, patterns: tuple[str, ...], directory: Path) -> Path:
     """Return a directory with the matching files of a package, by their base names."""
     shelf = catalog.cache() / "archives" / f"{package.kind}-{package.name}-{package.version}"
     shelf.mkdir(parents=True, exist_ok=True)

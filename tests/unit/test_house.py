@@ -75,6 +75,17 @@ def no_docstring(source: str) -> list[str]:
     return [] if not tree.body or ast.get_docstring(tree) else ["no module docstring"]
 
 
+def imports_a_test(source: str) -> list[str]:
+    """Test modules share code through tests/support and conftest.py; none imports another."""
+    out = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            parts = [name for alias in node.names for name in alias.name.split(".")]
+            parts += (getattr(node, "module", None) or "").split(".")
+            out += [f"line {node.lineno}: {part}" for part in parts if part.startswith("test_")]
+    return out
+
+
 DIALECT = re.compile(r"\b(told|said|asked|apart|stands|beside|learnt|mend|mended|laid|whoever|behold)\b", re.I)
 """Words that this project once used for many things, and the field for none."""
 
@@ -108,6 +119,12 @@ def test_sources_keep_the_rules(rule):
     assert violations(rule, SOURCES) == []
 
 
+def test_no_test_imports_another():
+    paths = [path for path in TEXTS if path.suffix == ".py" and path.is_relative_to(ROOT / "tests")]
+    assert len(paths) > 100
+    assert violations(imports_a_test, paths) == []
+
+
 def test_the_package_speaks_plainly():
     assert violations(dialect, SOURCES) == []
 
@@ -137,6 +154,9 @@ def test_no_machine_paths():
         (reads_pickles, "import torch\nx = torch.load('a')"),
         (reads_pickles, "np.load('a', allow_pickle=True)"),
         (no_docstring, "x = 1"),
+        (imports_a_test, "from tests.unit.test_house import ROOT"),
+        (imports_a_test, "import tests.unit.test_house"),
+        (imports_a_test, "def f():\n    from tests.unit import test_house"),
         (machine_paths, "see /home/ann/firth and nothing else"),
         (machine_paths, 'open("/root/x")'),
     ],
@@ -152,6 +172,7 @@ def test_a_violation_is_found(rule, source):
         (broad_excepts, "try:\n    f()\nexcept OSError:\n    pass"),
         (machine_paths, "https://example.com/home/ann ./work/ and runs/tmp/x"),
         (no_docstring, ""),
+        (imports_a_test, "from tests.support.models import random_model"),
     ],
 )
 def test_allowed_code_is_no_violation(rule, source):
@@ -160,9 +181,10 @@ def test_allowed_code_is_no_violation(rule, source):
 
 def test_every_benchmark_is_in_the_bench_readme():
     readme = (ROOT / "bench" / "README.md").read_text("utf-8")
-    runnable = [path.stem for path in (ROOT / "bench").glob("*.py") if "__main__" in path.read_text("utf-8")]
-    assert len(runnable) > 20
-    assert not [name for name in runnable if f"bench.{name}" not in readme and f"`{name}`" not in readme]
+    programs = [path for path in (ROOT / "bench").rglob("*.py") if "__main__" in path.read_text("utf-8")]
+    names = [".".join(path.relative_to(ROOT).with_suffix("").parts) for path in programs]
+    assert len(names) > 20
+    assert [name for name in names if f"python -m {name}" not in readme] == []
 
 
 def test_the_readme_begins_with_make_demo_and_make_test():

@@ -1,4 +1,4 @@
-"""The peers of `bench.learn_tasks`: gold labels have perfect scores, and tokens are counted as in firth."""
+"""The peers of `bench.learning.tasks`: gold labels have perfect scores, and tokens are counted as in firth."""
 
 from __future__ import annotations
 
@@ -10,16 +10,15 @@ import numpy as np
 import pytest
 import transformers
 
-from bench import tasks_translate
-from bench.learn_tasks import JOBS, Job, classes, split_rows
-from bench.tasks_peers import PEERS, Lesson, Rows, scored, trained
+from bench.learning import tasks_translate
+from bench.learning.tasks import JOBS, Job, classes, split_rows
+from bench.learning.tasks_peers import PEERS, Lesson, Rows, scored, trained
 from firth.data.collate import Batches
 from firth.data.source import Source
 from firth.model.flops import real_tokens
 from firth.runs.recipe import load
 from firth.tokenizer.tokenizer import Tokenizer
 from firth.types import IGNORE, Example
-from tests.support.packages import minilm
 
 PASSAGE = "The play was written by Anne Lee in the year 1901. " + "It was shown in many towns of the north. " * 6
 RECORDS: dict[str, list[dict[str, Any]]] = {
@@ -43,8 +42,8 @@ SETTINGS = {
 
 
 @pytest.fixture(scope="module")
-def tokenizer() -> Tokenizer:
-    return Tokenizer.load(minilm())
+def tokenizer(minilm: Path) -> Tokenizer:
+    return Tokenizer.load(minilm)
 
 
 def make_lesson(recipe: str, directory: Path) -> Lesson:
@@ -93,10 +92,10 @@ def test_gold_labels_have_perfect_scores(recipe: str, tokenizer: Tokenizer, tmp_
 
 
 @pytest.mark.parametrize("recipe", list(RECORDS))
-def test_rows_have_the_ids_of_transformers(recipe: str, tokenizer: Tokenizer, tmp_path: Path) -> None:
+def test_rows_have_the_ids_of_transformers(recipe: str, tokenizer: Tokenizer, minilm: Path, tmp_path: Path) -> None:
     peer, lesson = PEERS[recipe], make_lesson(recipe, tmp_path)
     examples = peer.read(lesson.train, tokenizer, lesson, False)
-    theirs = transformers.AutoTokenizer.from_pretrained(minilm())
+    theirs = transformers.AutoTokenizer.from_pretrained(minilm)
     rows = [peer.to_row(examples[i]) for i in range(len(examples))]
     objective = load(recipe, []).objective
     if recipe == "question_answering":
@@ -147,12 +146,12 @@ class Firsts(Source):
         return positions // 2, positions % 2
 
 
-def test_the_trainer_counts_source_and_target_tokens(tmp_path: Path) -> None:
+def test_the_trainer_counts_source_and_target_tokens(tokenizer: Tokenizer, tmp_path: Path) -> None:
     config = transformers.T5Config(
         vocab_size=20, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2, pad_token_id=0, decoder_start_token_id=0
     )
     model = transformers.T5ForConditionalGeneration(config)
-    engine = transformers.PreTrainedTokenizerFast(tokenizer_object=Tokenizer.load(minilm()).engine, pad_token="[PAD]")
+    engine = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer.engine, pad_token="[PAD]")
     pairs = [
         {"source": np.arange(3, 3 + n), "target": np.arange(4, 4 + m)} for n, m in ((2, 5), (6, 3), (4, 4), (1, 1))
     ]

@@ -22,7 +22,7 @@ from firth.runs.inference import evaluate_run
 from firth.tokenizer.train import train
 from firth.training.step import step
 from firth.types import IGNORE, UserError
-from tests.oracles.pretrained.test_families import built
+from tests.support.models import perturbed_model
 
 transformers = pytest.importorskip("transformers", reason="the oracle; installed with the test extra")
 
@@ -38,7 +38,7 @@ def saved(directory, tokenizer, make, metadata=None, heads=("lm",)):
     """Write a run directory with a model of random weights; return the model."""
     config = make(tokenizer.vocab.size, 64, 1, max_positions=32)
     if heads == ("lm",):
-        model = built(config)
+        model = perturbed_model(config)
     else:
         torch.manual_seed(0)
         model = LM(config, {"classes": torch.nn.Linear(64, 3)} if "classes" in heads else {"reward": reward_head(64)})

@@ -15,7 +15,8 @@ from firth.tokenizer.normalize import replace_lone_surrogates
 from firth.tokenizer.train import train
 from firth.tokenizer.vocab import Vocab
 from firth.types import IGNORE, UserError
-from tests.oracles.pretrained.test_families import AUTO, SHAPES, built
+from tests.support.hf_families import AUTO_CLASSES, CONFIGS
+from tests.support.models import perturbed_model
 
 transformers = pytest.importorskip("transformers", reason="the oracle; installed with the test extra")
 
@@ -29,9 +30,9 @@ def document(n, seed=0):
 
 def exported(name, tmp_path):
     """Return a model of firth, and the model that transformers loads from its files."""
-    model = built(SHAPES[name])
+    model = perturbed_model(CONFIGS[name])
     save_model(model, None, tmp_path)
-    return model, getattr(transformers, AUTO[name.split("-")[0]]).from_pretrained(tmp_path).eval()
+    return model, getattr(transformers, AUTO_CLASSES[name.split("-")[0]]).from_pretrained(tmp_path).eval()
 
 
 def their_nll(theirs, tokens, labels, **fields):
@@ -140,7 +141,7 @@ def test_encoder_decoders_score_the_second_half(name, tmp_path):
     ("t5-v1.1", lambda d: halves(d, 13, VOCAB)),
 ])  # fmt: skip
 def test_batching_changes_nothing(name, build_examples):
-    model = built(SHAPES[name])
+    model = perturbed_model(CONFIGS[name])
     model.train()
     texts = [document(n, seed=n) for n in (61, 5, 33, 2)]
     alone = [score(model, build_examples(text), max_tokens=1) for text in texts]

@@ -19,7 +19,6 @@ from firth.model.presets import bert
 from firth.pretrained.load_save import load_model, save_model
 from firth.tokenizer.tokenizer import Tokenizer
 from firth.tokenizer.train import train
-from tests.support.packages import minilm
 
 transformers = pytest.importorskip("transformers", reason="the oracle; installed with the test extra")
 TEXTS = ["A man sings.", "Somebody is singing a long song, and then another one!", "", "x"]
@@ -63,11 +62,10 @@ def test_mean_pooling_matches_transformers(tmp_path: Path, tokenizer: Tokenizer,
     assert embed(model, tokenizer, TEXTS, length=5)[1] == [0, 1]
 
 
-def test_minilm_vectors_match_sentence_transformers() -> None:
-    directory = minilm()
+def test_minilm_vectors_match_sentence_transformers(minilm: Path) -> None:
     texts = [*TEXTS, "The quick brown fox jumps over the lazy dog. " * 40, "Ünïcode, naïve — 東京"]
-    found, truncated = embed(load_model(directory), Tokenizer.load(directory), texts, length=256)
-    np.testing.assert_allclose(found, expected(directory, texts, 256, unit=True), atol=1e-5)
+    found, truncated = embed(load_model(minilm), Tokenizer.load(minilm), texts, length=256)
+    np.testing.assert_allclose(found, expected(minilm, texts, 256, unit=True), atol=1e-5)
     assert truncated == [4]
 
 

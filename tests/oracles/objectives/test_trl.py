@@ -16,7 +16,7 @@ from firth.objectives.dpo import DPO, build_comparison, ref_logprobs
 from firth.objectives.reward_model import RewardModeling
 from firth.pretrained.load_save import load_model
 from firth.training.step import step
-from tests.support.byte_tokenizer import SPECIAL, ByteCoder
+from tests.support.byte_tokenizer import SPECIAL, ByteTokenizer
 
 transformers = pytest.importorskip("transformers")
 trl = pytest.importorskip("trl", reason="TRL is the oracle: pip install -e .[test]")
@@ -103,7 +103,7 @@ def test_dpo_equals_trl(beta: float, pairs: list, source: PreferencePairs, token
     objective = DPO(beta=beta)
     # Two micro-batches of unequal content, which must not change the result.
     batches = Batches(
-        precomputed, objective, ByteCoder.vocab, batch_size=PAIRS, seed=0, gradient_accumulation_steps=2
+        precomputed, objective, ByteTokenizer.vocab, batch_size=PAIRS, seed=0, gradient_accumulation_steps=2
     ).batches(0)
     terms = step(firth_model, objective, batches)
     assert abs(float(terms["dpo"]) - float(loss)) < 1e-5
@@ -129,7 +129,7 @@ def test_reward_loss_equals_trl(pairs: list, source: PreferencePairs, tokenizer:
     loss = trl_trainer.compute_loss(scorer, trl_trainer.data_collator(whole))
     loss.backward()
 
-    batches = Batches(source, RewardModeling(), ByteCoder.vocab, batch_size=PAIRS, seed=0).batches(0)
+    batches = Batches(source, RewardModeling(), ByteTokenizer.vocab, batch_size=PAIRS, seed=0).batches(0)
     terms = step(firth_model, RewardModeling(), batches)
     assert abs(float(terms["reward"]) - float(loss)) < 1e-5
     logged = {name: values[-1] for name, values in trl_trainer._metrics["eval"].items()}

@@ -16,8 +16,7 @@ from firth.peft import adapter_files
 from firth.pretrained.load_save import load_model
 from firth.tokenizer.tokenizer import Tokenizer
 from firth.types import UserError
-from tests.oracles.peft.test_adapter_tasks import FAMILIES, class_logits, hf_model, hf_outputs, hidden
-from tests.support.packages import minilm
+from tests.support.peft_models import FAMILIES, IDS, class_logits, hf_model, hf_outputs, hidden
 
 transformers = pytest.importorskip("transformers", reason="the oracle; installed with the test extra")
 peft = pytest.importorskip("peft", reason="the oracle; installed with the test extra")
@@ -68,7 +67,6 @@ def test_a_classifier_on_a_base_without_its_head(name: str, body: str, tmp_path:
 
 def single_row_logits(model: Any, row: int) -> torch.Tensor:
     """Logits of one row: without a padding token transformers takes no batch."""
-    from tests.oracles.peft.test_adapter_tasks import IDS
 
     with torch.no_grad():
         found: torch.Tensor = model(input_ids=IDS[row : row + 1])["logits"]
@@ -97,7 +95,6 @@ def test_other_heads(suffix: str, task: str | None, head: str, tmp_path: Path) -
     config = peft.LoraConfig(r=3, target_modules=["query", "value"], task_type=task, modules_to_save=saved)
     peft_model = trained(tmp_path / "base", suffix, tmp_path / "theirs", config)
     model = adapter_files.load(tmp_path / "theirs")
-    from tests.oracles.peft.test_adapter_tasks import IDS
 
     with torch.no_grad():
         found, theirs = model.heads[head](hidden(model)), peft_model(input_ids=IDS)
@@ -131,13 +128,12 @@ def test_a_head_of_another_size_replaces_the_base_head(tmp_path: Path) -> None:
     assert load_model(tmp_path / "base").heads["classes"][2].out_features == 2
 
 
-def test_predict_loads_an_adapter_of_minilm(tmp_path: Path) -> None:
-    base = minilm()
+def test_predict_loads_an_adapter_of_minilm(minilm: Path, tmp_path: Path) -> None:
     config = peft.LoraConfig(r=4, target_modules=["query", "value"], task_type="SEQ_CLS")
-    peft_model = trained(base, "SequenceClassification", tmp_path / "theirs", config, num_labels=3)
+    peft_model = trained(minilm, "SequenceClassification", tmp_path / "theirs", config, num_labels=3)
     texts = ["a fine film, and warm", "dull"]
     rows = list(predict(tmp_path / "theirs", "-", io.BytesIO("\n".join(texts).encode())))
-    tokenizer = Tokenizer.load(base)
+    tokenizer = Tokenizer.load(minilm)
     for text, row in zip(texts, rows, strict=True):
         ids = torch.as_tensor(tokenizer.vocab.add_special_tokens(tokenizer.encode(text)))[None].long()
         with torch.no_grad():

@@ -17,89 +17,12 @@ from firth.model.model import LM
 from firth.pretrained.families import FAMILIES, family_of
 from firth.pretrained.load_save import init_from, load_model, save_model
 from firth.types import NEVER, UserError
+from tests.support.hf_families import AUTO_CLASSES, CONFIGS, SIZES, random_hf_model
+from tests.support.models import perturbed_model
 from tests.support.tiny_corpus import tokenizer
 
 transformers = pytest.importorskip("transformers", reason="the oracle; installed with the test extra")
 transformers.logging.set_verbosity_error()
-
-SIZES = {
-    "vocab_size": 61,
-    "hidden_size": 32,
-    "num_layers": 2,
-    "num_heads": 4,
-    "max_positions": 40,
-    "intermediate_size": 48,
-}
-BERT = ModelConfig(
-    **SIZES,
-    causal=False,
-    norm_placement="post",
-    norm_eps=1e-12,
-    type_vocab_size=2,
-    embedding_norm=True,
-    activation="gelu",
-    lm_head="transform",
-    lm_head_bias=True,
-)
-LLAMA = ModelConfig(
-    **SIZES, num_kv_heads=2, norm="rms", norm_bias=False, norm_eps=1e-6, position="rotary", activation="swiglu", bias=False,
-    tie_embeddings=False,
-)  # fmt: skip
-T5 = ModelConfig(
-    **SIZES | {"max_positions": 512}, num_encoder_layers=3, head_dim=6, norm="rms", norm_bias=False, norm_eps=1e-6, position="t5",
-    activation="relu", bias=False, scale_attention=False, lm_head_scale=32**-0.5, relative_max_distance=16, relative_buckets=8,
-)  # fmt: skip
-BART = ModelConfig(
-    **SIZES, num_encoder_layers=3, decoder_start_token="eos", norm_placement="post", embedding_norm=True, activation="gelu",
-    lm_head_bias=True,
-)  # fmt: skip
-MARIAN = replace(BART, position="marian", embedding_norm=False, embedding_scale=32**0.5, decoder_start_token="pad")
-XLNET = ModelConfig(
-    **SIZES, causal=False, norm_placement="post", norm_eps=1e-12, position="xlnet", mask_embedding=True, type_vocab_size=2,
-    activation="gelu", lm_head_bias=True,
-)  # fmt: skip
-MPNET = replace(BERT, type_vocab_size=0, position="mpnet")
-SHAPES = {
-    "xlnet": XLNET,
-    "xlnet-untied": replace(XLNET, tie_embeddings=False, memory_length=7, activation="relu"),
-    "mpnet": MPNET,
-    "mpnet-untied": replace(MPNET, tie_embeddings=False),
-    "bert": BERT,
-    "bert-untied": replace(BERT, tie_embeddings=False),
-    "albert": replace(BERT, embedding_size=12, num_layer_groups=1, num_layers=3),
-    "albert-two-groups": replace(BERT, embedding_size=32, num_layer_groups=2, num_layers=5, activation="gelu_tanh", tie_embeddings=False),
-    "electra": replace(BERT, embedding_size=12),
-    "bart": BART,
-    "marian": MARIAN,
-    "marian-swish": replace(MARIAN, embedding_scale=1.0, activation="silu"),
-    "gpt2": ModelConfig(**SIZES),
-    "llama": LLAMA,
-    "llama-tied": replace(LLAMA, tie_embeddings=True, bias=True, head_dim=10, rope_theta=5000.0),
-    "t5-v1.0": T5,
-    "t5-v1.1": replace(T5, activation="geglu_tanh", lm_head_scale=1.0, tie_embeddings=False),
-    "t5-v1.1-tied": replace(T5, activation="geglu_tanh", lm_head_scale=1.0),
-    "nanochat": replace(decoder_config(61, 32, 2, num_heads=4, max_positions=40), num_kv_heads=2, zero_init=False),
-    "modernbert": replace(encoder_config(61, 32, 2, num_heads=4, max_positions=40), zero_init=False),
-    "modernbert-silu": replace(encoder_config(61, 32, 2, num_heads=4, max_positions=40), zero_init=False, activation="swiglu"),
-}  # fmt: skip
-MARIAN_IDS = {"pad_token_id": 0, "eos_token_id": 2, "decoder_start_token_id": 0, "forced_eos_token_id": 2}
-AUTO = {
-    "xlnet": "AutoModelForCausalLM", "mpnet": "AutoModelForMaskedLM",
-    "albert": "AutoModelForMaskedLM", "electra": "AutoModelForMaskedLM",
-    "bert": "AutoModelForMaskedLM", "modernbert": "AutoModelForMaskedLM", "gpt2": "AutoModelForCausalLM",
-    "llama": "AutoModelForCausalLM", "nanochat": "AutoModelForCausalLM", "t5": "AutoModelForSeq2SeqLM",
-    "bart": "AutoModelForSeq2SeqLM", "marian": "AutoModelForSeq2SeqLM",
-}  # fmt: skip
-
-
-def built(config: ModelConfig, seed: int = 0) -> LM:
-    """A model whose parameters are all random, norms and biases too, so that swapped tensors are detected."""
-    torch.manual_seed(seed)
-    model = LM(config, {"lm": LMHead(config)})
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn_like(parameter) * 0.15)
-    return model.eval()
 
 
 def batches(family: str) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor], torch.Tensor]:
@@ -147,15 +70,15 @@ def agree(model: LM, theirs: torch.nn.Module, family: str) -> float:
     return difference / max(1.0, want[real].std().item())
 
 
-@pytest.mark.parametrize("name", SHAPES)
+@pytest.mark.parametrize("name", CONFIGS)
 def test_transformers_loads_saved_models(name: str, tmp_path: Path) -> None:
-    config, family = SHAPES[name], name.split("-")[0]
-    model = built(config)
+    config, family = CONFIGS[name], name.split("-")[0]
+    model = perturbed_model(config)
     found = family_of(config)
     assert found is not None and found.name == family
     summary = save_model(model, None, tmp_path)
     assert summary.endswith(found.classes[0])
-    auto = getattr(transformers, AUTO[family])
+    auto = getattr(transformers, AUTO_CLASSES[family])
     theirs, info = auto.from_pretrained(tmp_path, output_loading_info=True, dtype=torch.float32)
     assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
     assert agree(model, theirs.eval(), family) < 1e-4
@@ -163,59 +86,6 @@ def test_transformers_loads_saved_models(name: str, tmp_path: Path) -> None:
     assert again.config == config
     for key, tensor in model.state_dict().items():
         assert torch.equal(tensor, again.state_dict()[key]), key
-
-
-def random_theirs(name: str) -> torch.nn.Module:
-    t = transformers
-    torch.manual_seed(3)
-    usual = {
-        "vocab_size": 61,
-        "hidden_size": 32,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "intermediate_size": 50,
-    }
-    five = {"vocab_size": 61, "d_model": 32, "d_kv": 6, "d_ff": 50, "num_layers": 2, "num_heads": 4}
-    two = {
-        "vocab_size": 61,
-        "n_embd": 32,
-        "n_layer": 2,
-        "n_head": 4,
-        "n_positions": 40,
-        "bos_token_id": 1,
-        "eos_token_id": 1,
-    }
-    six = {"vocab_size": 61, "d_model": 32, "max_position_embeddings": 40}
-    for side, depth in (("encoder", 2), ("decoder", 3)):
-        six |= {f"{side}_layers": depth, f"{side}_attention_heads": 4, f"{side}_ffn_dim": 50}
-    ids = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "cls_token_id": 1, "sep_token_id": 2}
-    gated = {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False}
-    full = {"layer_types": ["full_attention"] * 2}
-    nine = {"vocab_size": 61, "d_model": 32, "n_layer": 2, "n_head": 4, "d_inner": 50}
-    configs = {
-        "xlnet": lambda: t.XLNetLMHeadModel(t.XLNetConfig(**nine)),
-        "mpnet": lambda: t.MPNetForMaskedLM(t.MPNetConfig(**usual, max_position_embeddings=42)),
-        "bert": lambda: t.BertForMaskedLM(t.BertConfig(**usual, max_position_embeddings=40)),
-        "albert": lambda: t.AlbertForMaskedLM(t.AlbertConfig(**usual, embedding_size=12, num_hidden_groups=2)),
-        "electra": lambda: t.ElectraForMaskedLM(t.ElectraConfig(**usual, embedding_size=12)),
-        "electra-wide": lambda: t.ElectraForMaskedLM(t.ElectraConfig(**usual, embedding_size=32)),
-        "bart": lambda: t.BartForConditionalGeneration(t.BartConfig(**six, **ids)),
-        "marian": lambda: t.MarianMTModel(t.MarianConfig(**six, **MARIAN_IDS, scale_embedding=True)),
-        "gpt2": lambda: t.GPT2LMHeadModel(t.GPT2Config(**two)),
-        "llama": lambda: t.LlamaForCausalLM(t.LlamaConfig(**usual, num_key_value_heads=2)),
-        "t5": lambda: t.T5ForConditionalGeneration(t.T5Config(**five, num_decoder_layers=3)),
-        "t5-gated": lambda: t.T5ForConditionalGeneration(t.T5Config(**five, **gated)),
-        "nanochat": lambda: t.NanoChatForCausalLM(t.NanoChatConfig(**usual)),
-        "modernbert": lambda: t.ModernBertForMaskedLM(t.ModernBertConfig(**usual, **ids, **full)),
-    }
-    model = configs[name]()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:  # Marian's sinusoidal positions do not, and no file has them
-                parameter.add_(torch.randn_like(parameter) * 0.15)
-        if name in ("bart", "marian"):  # a buffer of zeros: other values show that it is read
-            model.final_logits_bias.normal_()
-    return model.eval()
 
 
 @pytest.mark.parametrize(
@@ -239,7 +109,7 @@ def random_theirs(name: str) -> torch.nn.Module:
 )
 @pytest.mark.parametrize("shards", ["50GB", "20KB"])
 def test_models_saved_by_transformers_load(name: str, shards: str, tmp_path: Path) -> None:
-    theirs = random_theirs(name)
+    theirs = random_hf_model(name)
     theirs.save_pretrained(tmp_path, max_shard_size=shards)
     assert (tmp_path / "model.safetensors.index.json").exists() == (shards == "20KB")
     model = load_model(tmp_path)
@@ -254,7 +124,7 @@ def test_a_gated_t5_is_exact_in_float64(tmp_path: Path, monkeypatch: pytest.Monk
         return self.weight * (x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.variance_epsilon))
 
     monkeypatch.setattr("transformers.models.t5.modeling_t5.T5LayerNorm.forward", norm)
-    theirs = random_theirs("t5-gated")
+    theirs = random_hf_model("t5-gated")
     theirs.save_pretrained(tmp_path)
     model = load_model(tmp_path).double()
     ours_in, theirs_in, real = batches("t5")
@@ -264,7 +134,7 @@ def test_a_gated_t5_is_exact_in_float64(tmp_path: Path, monkeypatch: pytest.Monk
 
 
 def test_a_headless_model_has_no_head(tmp_path: Path) -> None:
-    theirs = random_theirs("bert")
+    theirs = random_hf_model("bert")
     theirs.bert.save_pretrained(tmp_path)
     model = load_model(tmp_path)
     assert not len(model.heads)
@@ -274,7 +144,7 @@ def test_a_headless_model_has_no_head(tmp_path: Path) -> None:
 
 
 def test_config_suits_both_transformers_versions(tmp_path: Path) -> None:
-    save_model(built(SHAPES["llama-tied"]), None, tmp_path)
+    save_model(perturbed_model(CONFIGS["llama-tied"]), None, tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     assert config["dtype"] == config["torch_dtype"] == "float32"
     assert config["rope_theta"] == config["rope_parameters"]["rope_theta"] == 5000.0
@@ -286,7 +156,7 @@ def test_config_suits_both_transformers_versions(tmp_path: Path) -> None:
 
 
 def test_all_heads_are_saved(tmp_path: Path) -> None:
-    config = SHAPES["bert"]
+    config = CONFIGS["bert"]
     inner = replace(config, num_layers=1)
     torch.manual_seed(0)
     heads = {
@@ -307,8 +177,8 @@ def test_all_heads_are_saved(tmp_path: Path) -> None:
 
 
 def test_init_from_is_strict_on_the_stack(tmp_path: Path) -> None:
-    config = SHAPES["bert"]
-    old = built(config)
+    config = CONFIGS["bert"]
+    old = perturbed_model(config)
     save_model(old, None, tmp_path)
     torch.manual_seed(9)
     new = LM(config, {"classes": torch.nn.Linear(32, 3)})
@@ -321,7 +191,7 @@ def test_init_from_is_strict_on_the_stack(tmp_path: Path) -> None:
 def test_a_config_without_a_family_is_saved(tmp_path: Path) -> None:
     config = ModelConfig(**SIZES, position="sinusoidal", activation="relu2")
     assert family_of(config) is None
-    model = built(config)
+    model = perturbed_model(config)
     assert "only firth" in save_model(model, None, tmp_path)
     again = load_model(tmp_path)
     assert all(torch.equal(t, again.state_dict()[k]) for k, t in model.state_dict().items())
@@ -334,7 +204,7 @@ def test_invalid_directories_are_rejected(tmp_path: Path) -> None:
     (tmp_path / "pytorch_model.bin").write_bytes(b"x")
     with pytest.raises(UserError, match="pickled"):
         load_model(tmp_path)
-    save_model(built(SHAPES["gpt2"]), None, tmp_path)
+    save_model(perturbed_model(CONFIGS["gpt2"]), None, tmp_path)
     weights = tmp_path / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:1000])
     with pytest.raises(UserError, match="is not as it was written"):
@@ -353,7 +223,7 @@ def test_invalid_directories_are_rejected(tmp_path: Path) -> None:
 
 
 def test_every_default_config_has_a_family() -> None:
-    assert {n.split("-")[0] for n in SHAPES} <= set(FAMILIES)  # the others: test_model_family_heads
+    assert {n.split("-")[0] for n in CONFIGS} <= set(FAMILIES)  # the others: test_model_family_heads
     for config in (decoder_config(61, 64, 2), encoder_config(61, 64, 2), encoder_decoder_config(61, 64, 2)):
         assert family_of(config) is not None
 
@@ -362,7 +232,9 @@ def test_every_default_config_has_a_family() -> None:
 def test_generation_ends_where_transformers_does(end: str, tmp_path: Path) -> None:
     """Generation ends at the end of a text and of a turn: the model is changed to emit it first as its n-th token."""
     tok = tokenizer()
-    model = built(replace(decoder_config(tok.vocab.size, 32, 2, num_heads=4, max_positions=64), zero_init=False))
+    model = perturbed_model(
+        replace(decoder_config(tok.vocab.size, 32, 2, num_heads=4, max_positions=64), zero_init=False)
+    )
     prompt, greedy = tok.encode("What is a module?"), Sampling(max_new_tokens=12, temperature=0)
     [unending] = Engine(model, tok, stops=()).generate([prompt], greedy)
     tokens = unending.tokens.tolist()

@@ -20,15 +20,16 @@ from firth.objectives.sft import Seq2SeqSFT
 from firth.pretrained.load_save import load_model, save_model
 from firth.training.step import step
 from firth.types import UserError
-from tests.oracles.pretrained.test_families import MARIAN, MARIAN_IDS, built, random_theirs
-from tests.support.byte_tokenizer import ByteCoder
+from tests.support.byte_tokenizer import ByteTokenizer
+from tests.support.hf_families import MARIAN, MARIAN_IDS, random_hf_model
+from tests.support.models import perturbed_model
 
 transformers = pytest.importorskip("transformers", reason="the oracle; installed with the test extra")
 
 
 def test_the_loss_matches_transformers(tmp_path: Path) -> None:
     """Sources and targets of different lengths; transformers shifts the labels itself."""
-    theirs = random_theirs("marian")
+    theirs = random_hf_model("marian")
     theirs.save_pretrained(tmp_path)
     model, rng = load_model(tmp_path), np.random.default_rng(0)
     pairs = [(rng.integers(3, 61, n), np.append(rng.integers(3, 61, m), 2)) for n, m in ((9, 12), (15, 4), (3, 8))]
@@ -45,7 +46,7 @@ def test_the_loss_matches_transformers(tmp_path: Path) -> None:
 
 
 def test_logit_bias_and_embedding_scale_are_read(tmp_path: Path) -> None:
-    theirs = random_theirs("marian")
+    theirs = random_hf_model("marian")
     theirs.save_pretrained(tmp_path)
     model = load_model(tmp_path)
     assert model.config.embedding_scale == 32**0.5
@@ -57,21 +58,21 @@ def test_logit_bias_and_embedding_scale_are_read(tmp_path: Path) -> None:
 
 
 def test_generation_matches_transformers(tmp_path: Path) -> None:
-    model = built(MARIAN)
+    model = perturbed_model(MARIAN)
     save_model(model, None, tmp_path)
     theirs = transformers.MarianMTModel.from_pretrained(tmp_path).eval()
     source = torch.randint(3, 61, (1, 11), generator=torch.Generator().manual_seed(0))
     out = theirs.generate(
         source, attention_mask=torch.ones_like(source), max_new_tokens=12, do_sample=False, num_beams=1
     )
-    [ours] = Engine(model, ByteCoder(), stops=()).generate(
+    [ours] = Engine(model, ByteTokenizer(), stops=()).generate(
         [source[0].numpy()], Sampling(max_new_tokens=12, temperature=0)
     )
     assert out[0, 1:].tolist() == ours.tokens.tolist()
 
 
 def test_a_headless_model_is_read(tmp_path: Path) -> None:
-    theirs = random_theirs("marian")
+    theirs = random_hf_model("marian")
     theirs.model.save_pretrained(tmp_path)
     assert not len(load_model(tmp_path).heads)
 
@@ -90,7 +91,7 @@ def test_the_parameter_count_is_exact() -> None:
     ],
 )
 def test_unsupported_marian_configs_are_rejected(field: dict[str, object], message: str, tmp_path: Path) -> None:
-    random_theirs("marian").save_pretrained(tmp_path)
+    random_hf_model("marian").save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text("utf-8"))
     assert {name: config[name] for name in MARIAN_IDS} == MARIAN_IDS
     (tmp_path / "config.json").write_text(json.dumps(config | field), "utf-8")

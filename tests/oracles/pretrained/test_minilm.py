@@ -13,7 +13,6 @@ from firth.model.model import LM
 from firth.pretrained.load_save import left_out, load_model, save_model
 from firth.tokenizer.tokenizer import Tokenizer
 from firth.types import NEVER
-from tests.support.packages import minilm
 
 SENTENCES = [
     "A man is eating food.",
@@ -40,14 +39,13 @@ def vectors(model: LM, tokenizer: Tokenizer) -> Tensor:
 
 
 @torch.no_grad()
-def test_sentence_embeddings_match_transformers(tmp_path: Path) -> None:
+def test_sentence_embeddings_match_transformers(minilm: Path, tmp_path: Path) -> None:
     transformers = pytest.importorskip("transformers", reason="the oracle; installed with the test extra")
-    directory = minilm()
-    model, tokenizer = load_model(directory), Tokenizer.load(directory)
-    assert left_out(directory) == ["pooler.dense.bias", "pooler.dense.weight"]
+    model, tokenizer = load_model(minilm), Tokenizer.load(minilm)
+    assert left_out(minilm) == ["pooler.dense.bias", "pooler.dense.weight"]
     body, hf_tokenizer = (
-        transformers.BertModel.from_pretrained(directory),
-        transformers.AutoTokenizer.from_pretrained(directory),
+        transformers.BertModel.from_pretrained(minilm),
+        transformers.AutoTokenizer.from_pretrained(minilm),
     )
     fields = hf_tokenizer(SENTENCES, padding=True, return_tensors="pt")
     want = means(body(**fields).last_hidden_state, fields["attention_mask"] == 1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import stat
 from pathlib import Path
 
@@ -27,7 +28,6 @@ from firth.runs.run import run
 from firth.tokenizer import chat
 from firth.tokenizer.tokenizer import Tokenizer
 from firth.types import UserError
-from tests.support.packages import minilm
 from tests.support.tiny_corpus import tokenizer
 
 transformers = pytest.importorskip("transformers", reason="the oracle; installed with the test extra")
@@ -159,18 +159,18 @@ def test_fp16_overflow_is_rejected_and_leaves_no_files(tmp_path: Path) -> None:
     assert [p.name for p in tmp_path.iterdir()] == ["run"]
 
 
-def test_minilm_round_trip_is_bit_identical(tmp_path: Path) -> None:
+def test_minilm_round_trip_is_bit_identical(minilm: Path, tmp_path: Path) -> None:
     lines: list[str] = []
-    import_model(minilm(), tmp_path / "in", log=lines.append)
+    import_model(minilm, tmp_path / "in", log=lines.append)
     text = "\n".join(lines)
     assert "bert (BertModel), an encoder" in text and "22,565,376 parameters in float32; context 512" in text
     assert "30,522 ids; pad [PAD]" in text and "pooler.dense.weight" in text and "chat template: no" in text
     export_model(tmp_path / "in", tmp_path / "out", form="hf", dtype="", shard="", log=lines.append)
-    given, out = read_tensors(minilm()), read_tensors(tmp_path / "out")
+    given, out = read_tensors(minilm), read_tensors(tmp_path / "out")
     names = [name for name in given if not name.startswith(("pooler", "embeddings.position_ids"))]
     assert {name.removeprefix("bert.") for name in out} == set(names)
     assert all(torch.equal(out[f"bert.{name}"], given[name]) for name in names)
-    ours, theirs = Tokenizer.load(tmp_path / "out"), transformers.AutoTokenizer.from_pretrained(minilm())
+    ours, theirs = Tokenizer.load(tmp_path / "out"), transformers.AutoTokenizer.from_pretrained(minilm)
     again = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
     for line in ("A tést, isn't it?", "two  blanks 日本"):
         assert (
@@ -195,7 +195,7 @@ def test_bf16_directory_stays_bf16(tmp_path: Path) -> None:
     assert load_model(tmp_path / "in").tokens.weight.dtype == torch.float32
 
 
-def test_init_from_a_transformers_directory(folder: Path, tmp_path: Path) -> None:
+def test_init_from_a_transformers_directory(folder: Path, minilm: Path, tmp_path: Path) -> None:
     """The run takes its model config and tokenizer; another tokenizer is rejected."""
     theirs = transformers.BertForMaskedLM(
         transformers.BertConfig(
@@ -203,7 +203,7 @@ def test_init_from_a_transformers_directory(folder: Path, tmp_path: Path) -> Non
         )
     )
     theirs.save_pretrained(tmp_path / "bert")
-    (tmp_path / "bert" / "vocab.txt").write_bytes((minilm() / "vocab.txt").read_bytes())
+    (tmp_path / "bert" / "vocab.txt").write_bytes((minilm / "vocab.txt").read_bytes())
     few = [f"init_from={tmp_path / 'bert'}", f"data.path={folder / 'labeled.jsonl'}", "max_steps=2", "batch.size=4"]
     done = run(load("classification", few), tmp_path / "run", log=lambda _: None)
     config = load_model(done.model).config
@@ -388,8 +388,8 @@ def test_roles_from_special_tokens_map(tmp_path: Path) -> None:
     }  # fmt: skip
 
 
-def test_sentence_transformers_config_is_copied(tmp_path: Path) -> None:
-    import_model(minilm(), tmp_path / "in", log=lambda _: None)
+def test_sentence_transformers_config_is_copied(minilm: Path, tmp_path: Path) -> None:
+    import_model(minilm, tmp_path / "in", log=lambda _: None)
     export_model(tmp_path / "in", tmp_path / "out", form="hf", dtype="", shard="", log=lambda _: None)
     listed = json.loads((tmp_path / "out" / "modules.json").read_text())
     assert [module["type"].split(".")[-1] for module in listed] == ["Transformer", "Pooling", "Normalize"]
@@ -421,11 +421,8 @@ def test_import_and_export_commands(tmp_path: Path) -> None:
     assert done.exit_code == 0 and len(done.output.split("   ")) == 2
 
 
-def test_sentencepiece_files_follow_their_class(tmp_path: Path) -> None:
-    from tests.support.packages import SENTENCEPIECE, unpacked
-
-    given = unpacked(SENTENCEPIECE, ("*/test/*.model",), tmp_path) / "botchan_en_unigram_1000.model"
-    given.rename(tmp_path / "spiece.model")
+def test_sentencepiece_files_follow_their_class(sentencepiece_models: Path, tmp_path: Path) -> None:
+    shutil.copy(sentencepiece_models / "botchan_en_unigram_1000.model", tmp_path / "spiece.model")
     (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "T5Tokenizer", "extra_ids": 10}')
     t5 = Tokenizer.load(tmp_path)
     assert (t5.vocab.size, t5.id("<extra_id_0>"), t5.id("<extra_id_9>")) == (1010, 1009, 1000)
@@ -446,13 +443,10 @@ def test_sentencepiece_files_follow_their_class(tmp_path: Path) -> None:
     ("kind", "more"),
     [("Albert", {}), ("Albert", {"do_lower_case": False}), ("Albert", {"keep_accents": True}), ("XLNet", {})],
 )
-def test_albert_and_xlnet_normalize_like_transformers(kind: str, more: dict[str, bool], tmp_path: Path) -> None:
-    from tests.support.packages import SENTENCEPIECE, unpacked
-
-    given = (
-        unpacked(SENTENCEPIECE, ("*/test/botchan_en_unigram_1000.model",), tmp_path) / "botchan_en_unigram_1000.model"
-    )
-    given.rename(tmp_path / "spiece.model")
+def test_albert_and_xlnet_normalize_like_transformers(
+    kind: str, more: dict[str, bool], sentencepiece_models: Path, tmp_path: Path
+) -> None:
+    shutil.copy(sentencepiece_models / "botchan_en_unigram_1000.model", tmp_path / "spiece.model")
     names = dict.fromkeys(("cls_token", "sep_token", "pad_token", "mask_token"), "</s>")
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": f"{kind}Tokenizer"} | names | more))
     ours, theirs = Tokenizer.load(tmp_path), transformers.AutoTokenizer.from_pretrained(tmp_path)

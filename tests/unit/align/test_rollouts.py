@@ -35,9 +35,9 @@ from firth.objectives.reinforce import Reinforce
 from firth.objectives.reward_model import RewardModeling
 from firth.training.step import step
 from firth.types import UserError
-from tests.support.byte_tokenizer import ByteCoder
+from tests.support.byte_tokenizer import ByteTokenizer
 
-VOCAB = ByteCoder.vocab
+VOCAB = ByteTokenizer.vocab
 CONFIG = decoder_config(vocab_size=VOCAB.size, hidden_size=32, num_layers=1, num_heads=2, max_positions=32)
 truth = FunctionReward(lambda text: sum(c in "aeiou" for c in text) / 8)
 """The true reward of the toy task: the number of vowels among eight letters."""
@@ -69,7 +69,7 @@ def letters_only(model: LM) -> LM:
     return model
 
 
-PROMPTS = [ByteCoder().encode(text) for text in ("a", "bc", "def", "g", "hi", "jkl", "m", "no")]
+PROMPTS = [ByteTokenizer().encode(text) for text in ("a", "bc", "def", "g", "hi", "jkl", "m", "no")]
 
 
 def rollouts(frozen: LM, **changes: object) -> RolloutSource:
@@ -78,7 +78,7 @@ def rollouts(frozen: LM, **changes: object) -> RolloutSource:
         "stops": [3],
         "seed": 5,
     } | changes
-    return RolloutSource(PROMPTS, ByteCoder(), truth, frozen, **settings)  # type: ignore[arg-type]
+    return RolloutSource(PROMPTS, ByteTokenizer(), truth, frozen, **settings)  # type: ignore[arg-type]
 
 
 def run(model: LM, objective: Objective, source: RolloutSource, steps: int, rate: float, start: int = 0, rows: int = 16,
@@ -144,7 +144,7 @@ def test_reinforce_raises_the_true_reward(group: int) -> None:
 
 def sampled_pairs(model: LM, count: int = 64, noise: float = 0.0) -> list[PreferencePair]:
     prompts = [PROMPTS[i % len(PROMPTS)] for i in range(count)]
-    engine = Engine(model, ByteCoder(), stops=[3])
+    engine = Engine(model, ByteTokenizer(), stops=[3])
     one, two = (
         [
             Rollout.of(p, w)
@@ -152,7 +152,7 @@ def sampled_pairs(model: LM, count: int = 64, noise: float = 0.0) -> list[Prefer
         ]
         for s in (0, 1000)
     )
-    return sample_preference(one, two, truth, tokenizer=ByteCoder(), noise=noise, rng=np.random.default_rng(0))
+    return sample_preference(one, two, truth, tokenizer=ByteTokenizer(), noise=noise, rng=np.random.default_rng(0))
 
 
 def test_dpo_raises_the_margin_and_the_true_reward() -> None:
@@ -175,7 +175,7 @@ def test_dpo_raises_the_margin_and_the_true_reward() -> None:
         assert row["margin"] == pytest.approx(0.1 * (row["chosen"] - row["rejected"]), abs=1e-3)
 
     def mean_truth(m: LM) -> float:
-        answers = Engine(m, ByteCoder(), stops=[3]).generate(PROMPTS * 8, Sampling(max_new_tokens=8, seed=7))
+        answers = Engine(m, ByteTokenizer(), stops=[3]).generate(PROMPTS * 8, Sampling(max_new_tokens=8, seed=7))
         return float(np.mean([truth.scorer(a.text) for a in answers]))
 
     assert mean_truth(model) > mean_truth(frozen) + 0.15
@@ -320,7 +320,9 @@ def test_a_run_killed_within_a_rollout_batch_resumes_exactly(stop: int) -> None:
 
 
 def sample(text: str, prompt: str = "q") -> Rollout:
-    return Rollout(ByteCoder().encode(prompt), np.append(ByteCoder().encode(text), 3).astype(np.int32), text, True)
+    return Rollout(
+        ByteTokenizer().encode(prompt), np.append(ByteTokenizer().encode(text), 3).astype(np.int32), text, True
+    )
 
 
 def test_preferences_without_noise_follow_the_reward() -> None:
@@ -328,18 +330,18 @@ def test_preferences_without_noise_follow_the_reward() -> None:
         [sample("ab"), sample("xy"), sample("xx"), sample("ab")],
         [sample("ee"), sample("xa"), sample("zz"), sample("ab")],
     )
-    kept = sample_preference(first, second, truth, tokenizer=ByteCoder(), rng=np.random.default_rng(0))
+    kept = sample_preference(first, second, truth, tokenizer=ByteTokenizer(), rng=np.random.default_rng(0))
     assert [(c.chosen.text, c.rejected.text) for c in kept] == [("ee", "ab"), ("xa", "xy")]
     assert [c.margin for c in kept] == pytest.approx([1 / 8, 1 / 8])
     with pytest.raises(UserError, match="same prompt"):
         sample_preference(
-            [sample("a", "p")], [sample("b", "q")], truth, tokenizer=ByteCoder(), rng=np.random.default_rng(0)
+            [sample("a", "p")], [sample("b", "q")], truth, tokenizer=ByteTokenizer(), rng=np.random.default_rng(0)
         )
 
 
 def test_noisy_preferences_follow_bradley_terry() -> None:
     first, second = [sample("aaaa")] * 4000, [sample("axyz")] * 4000
-    kept = sample_preference(first, second, truth, tokenizer=ByteCoder(), noise=0.5, rng=np.random.default_rng(0))
+    kept = sample_preference(first, second, truth, tokenizer=ByteTokenizer(), noise=0.5, rng=np.random.default_rng(0))
     share = np.mean([c.chosen.text == "aaaa" for c in kept])
     expected = 1 / (1 + np.exp(-(3 / 8) / 0.5))
     assert share == pytest.approx(expected, abs=4 * (expected * (1 - expected) / 4000) ** 0.5)
@@ -347,8 +349,10 @@ def test_noisy_preferences_follow_bradley_terry() -> None:
 
 
 def test_preference_pairs_survive_a_file(tmp_path: Path) -> None:
-    kept = sample_preference([sample("é€")], [sample("aa")], truth, tokenizer=ByteCoder(), rng=np.random.default_rng(0))
-    write_preference_pairs(kept, tmp_path / "c.jsonl", ByteCoder().decode)
+    kept = sample_preference(
+        [sample("é€")], [sample("aa")], truth, tokenizer=ByteTokenizer(), rng=np.random.default_rng(0)
+    )
+    write_preference_pairs(kept, tmp_path / "c.jsonl", ByteTokenizer().decode)
     [back] = read_preference_pairs(tmp_path / "c.jsonl")
     a, b = PreferencePairs(kept)[0], PreferencePairs([back])[0]
     assert all(np.array_equal(a[name], b[name]) for name in a)
@@ -356,7 +360,7 @@ def test_preference_pairs_survive_a_file(tmp_path: Path) -> None:
     # The texts have the common format of preferences.
     record = json.loads((tmp_path / "c.jsonl").read_text())
     prompt, chosen, rejected = conversations.comparison(record)
-    assert prompt == [{"role": "user", "content": ByteCoder().decode(kept[0].chosen.prompt)}]
+    assert prompt == [{"role": "user", "content": ByteTokenizer().decode(kept[0].chosen.prompt)}]
     assert [chosen[0]["content"], rejected[0]["content"]] == ["aa", "é€"]
     (tmp_path / "c.jsonl").write_text('{"prompt": [1]}\n')
     with pytest.raises(UserError, match=r"c\.jsonl:1: this is not a pair of answers"):

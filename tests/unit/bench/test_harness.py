@@ -8,7 +8,7 @@ import pytest
 
 from bench import harness
 from bench.harness import EndSample, Report, Sample, compare, other_load
-from bench.time_to_loss import Result, Run
+from bench.speed.time_to_loss import Result, Run
 
 SECOND = 0.05
 

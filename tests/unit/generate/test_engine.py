@@ -10,13 +10,13 @@ from firth.generate.fill_mask import masked
 from firth.generate.sampling import Sampling
 from firth.generate.streaming import StreamingOutput
 from firth.model.config import ModelConfig, decoder_config, encoder_config, encoder_decoder_config
-from firth.model.heads import LMHead
 from firth.model.model import LM
 from firth.tokenizer.train import train
 from firth.types import UserError
-from tests.support.byte_tokenizer import ByteCoder
+from tests.support.byte_tokenizer import ByteTokenizer
+from tests.support.models import random_model, random_prompts
 
-V = ByteCoder.vocab.size
+V = ByteTokenizer.vocab.size
 CONFIGS = {
     "nanochat": decoder_config(vocab_size=V, hidden_size=32, num_layers=2, num_heads=2, max_positions=64),
     "gpt2": ModelConfig(vocab_size=V, hidden_size=32, num_layers=2, num_heads=2, max_positions=64),
@@ -35,27 +35,8 @@ CONFIGS = {
 DECODERS = [name for name in CONFIGS if name != "t5"]
 
 
-def random_model(config: ModelConfig, seed: int = 0) -> LM:
-    """Return a model with random weights everywhere, since many are initialized to zero."""
-    torch.manual_seed(seed)
-    model = LM(config, {"lm": LMHead(config)})
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, std=0.3)
-    return model.eval()
-
-
-@pytest.fixture(params=CONFIGS)
-def model(request: pytest.FixtureRequest) -> LM:
-    return random_model(CONFIGS[request.param])
-
-
 def engine(model: LM, stops: tuple[int, ...] = ()) -> Engine:
-    return Engine(model, ByteCoder(), stops=stops)
-
-
-def prompts(count: int, seed: int = 0) -> list[np.ndarray]:
-    rng = np.random.default_rng(seed)
-    return [rng.integers(7, V, rng.integers(1, 20)) for _ in range(count)]
+    return Engine(model, ByteTokenizer(), stops=stops)
 
 
 @torch.no_grad()
@@ -63,7 +44,7 @@ def uncached_logits(model: LM, prompt: np.ndarray, generated: np.ndarray) -> tor
     """Return the logits at every generated position from one uncached pass over the unpadded row: (n, V)."""
     if model.config.num_encoder_layers:
         batch = {"source_tokens": torch.as_tensor(prompt)[None]}
-        row, first = np.concatenate(([ByteCoder.vocab.pad], generated)), 0
+        row, first = np.concatenate(([ByteTokenizer.vocab.pad], generated)), 0
     else:
         batch, row, first = {}, np.concatenate((prompt, generated)), len(prompt) - 1
     hidden = model(batch | rectangle([row[:-1]], torch.device("cpu")))
@@ -71,10 +52,10 @@ def uncached_logits(model: LM, prompt: np.ndarray, generated: np.ndarray) -> tor
 
 
 ROWS = {
-    "one": prompts(1),
-    "gaps": prompts(5),
+    "one": random_prompts(1),
+    "gaps": random_prompts(5),
     "no gaps": [np.random.default_rng(i).integers(7, V, 9) for i in range(3)],
-    "many, gaps": prompts(18),
+    "many, gaps": random_prompts(18),
     "many, no gaps": [np.random.default_rng(i).integers(7, V, 9) for i in range(16)],
 }
 """Gaps (padding) are masked; from eight rows on, other kernels are used."""
@@ -94,23 +75,23 @@ def test_cached_generation_equals_uncached_generation(model: LM, name: str) -> N
 
 
 def test_rows_do_not_depend_on_the_batch(model: LM) -> None:
-    rows = prompts(6)
+    rows = random_prompts(6)
     sampling = Sampling(max_new_tokens=16, temperature=0.9, top_p=0.95, seed=40)
     batched = engine(model).generate(rows, sampling)
     for i, row in enumerate(rows):
         [alone] = engine(model).generate([row], Sampling(max_new_tokens=16, temperature=0.9, top_p=0.95, seed=40 + i))
         assert np.array_equal(alone.tokens, batched[i].tokens)
-    small = Engine(model, ByteCoder(), stops=(), batch_size=2).generate(rows, sampling)
+    small = Engine(model, ByteTokenizer(), stops=(), batch_size=2).generate(rows, sampling)
     assert [a.tokens.tolist() for a in small] == [a.tokens.tolist() for a in batched]
 
 
 def test_the_same_prompt_twice_gets_two_answers(model: LM) -> None:
-    one, two = engine(model).generate([prompts(1)[0]] * 2, Sampling(max_new_tokens=16))
+    one, two = engine(model).generate([random_prompts(1)[0]] * 2, Sampling(max_new_tokens=16))
     assert not np.array_equal(one.tokens, two.tokens)
 
 
 def test_rows_that_finish_early_do_not_change_the_others(model: LM) -> None:
-    rows = prompts(8)
+    rows = random_prompts(8)
     whole = engine(model).generate(rows, Sampling(max_new_tokens=20, seed=3))
     stops = (int(whole[0].tokens[2]), int(whole[1].tokens[5]), int(whole[2].tokens[5]), int(whole[3].tokens[9]))
     cut = engine(model, stops).generate(rows, Sampling(max_new_tokens=20, seed=3))
@@ -123,15 +104,15 @@ def test_rows_that_finish_early_do_not_change_the_others(model: LM) -> None:
 
 
 def test_score_is_the_sum_of_the_log_probabilities(model: LM) -> None:
-    rows = prompts(5)
+    rows = random_prompts(5)
     answers = engine(model).generate(rows, Sampling(max_new_tokens=12))
     scores = engine(model).score(rows, [a.tokens for a in answers])
     assert np.allclose(scores, [a.logprobs.sum() for a in answers], atol=1e-3)
 
 
 def test_options_equal_scores(model: LM) -> None:
-    for prompt in (prompts(1)[0], np.array([9])):
-        options = prompts(4, seed=5)
+    for prompt in (random_prompts(1)[0], np.array([9])):
+        options = random_prompts(4, seed=5)
         scores = engine(model).score([prompt] * 4, options)
         assert np.allclose(engine(model).options(prompt, options), scores, atol=1e-3)
         assert engine(model).choose(prompt, options) == int(np.argmax(scores))
@@ -160,7 +141,7 @@ def test_prompts_that_are_empty_or_too_long_are_rejected(model: LM) -> None:
 
 def test_generation_keeps_training_mode_and_gradients() -> None:
     model = random_model(CONFIGS["nanochat"]).train()
-    engine(model).generate(prompts(2), Sampling(max_new_tokens=4))
+    engine(model).generate(random_prompts(2), Sampling(max_new_tokens=4))
     assert model.training
     model({"tokens": torch.tensor([[9, 10]])}).sum().backward()
     assert model.tokens.weight.grad is not None
@@ -171,7 +152,8 @@ def test_generation_keeps_training_mode_and_gradients() -> None:
 
 def answer_of(pieces: list[bytes], **sampling: object) -> tuple[StreamingOutput, list[str]]:
     """Append bytes one by one; return the output and its final text after each."""
-    output = StreamingOutput(ByteCoder(), ByteCoder().encode("Q: "), Sampling(**sampling), frozenset({3}), room=1000)  # type: ignore[arg-type]
+    tokenizer = ByteTokenizer()
+    output = StreamingOutput(tokenizer, tokenizer.encode("Q: "), Sampling(**sampling), frozenset({3}), room=1000)  # type: ignore[arg-type]
     final_texts = []
     for byte in b"".join(pieces):
         if output.finish is None:
@@ -195,13 +177,13 @@ def test_a_stop_string_across_tokens_ends_the_answer() -> None:
 
 
 def test_the_first_character_may_start_in_the_prompt() -> None:
-    output = StreamingOutput(ByteCoder(), ByteCoder().encode("€")[:2], Sampling(), frozenset(), room=10)
-    output.append(int(ByteCoder().encode("€")[2]), 0.0)
+    output = StreamingOutput(ByteTokenizer(), ByteTokenizer().encode("€")[:2], Sampling(), frozenset(), room=10)
+    output.append(int(ByteTokenizer().encode("€")[2]), 0.0)
     assert output.text == "€"
 
 
 def test_streamed_text_equals_generated_text(model: LM) -> None:
-    prompt = ByteCoder().encode("hello")
+    prompt = ByteTokenizer().encode("hello")
     for seed in range(5):
         sampling = Sampling(max_new_tokens=40, seed=seed, stop_strings=("e", "\n"))
         pieces = list(engine(model, (3,)).stream(prompt, sampling))
@@ -223,8 +205,8 @@ def test_fill_returns_the_most_likely_tokens_of_each_mask() -> None:
     config = encoder_config(vocab_size=V, hidden_size=32, num_layers=2, num_heads=2, max_positions=64)
     model = random_model(config)
     text = "the <mask> sat<mask>"
-    tokens = masked(ByteCoder(), text)
-    assert tokens.tolist() == [2, *ByteCoder().encode("the"), 4, *ByteCoder().encode(" sat"), 4, 3]
+    tokens = masked(ByteTokenizer(), text)
+    assert tokens.tolist() == [2, *ByteTokenizer().encode("the"), 4, *ByteTokenizer().encode(" sat"), 4, 3]
     with torch.no_grad():
         p = model.heads["lm"](model({"tokens": torch.as_tensor(tokens)[None]})[0]).softmax(-1)
     answers = engine(model).fill(text, k=3)

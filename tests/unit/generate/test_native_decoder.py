@@ -16,9 +16,9 @@ from firth.generate.quantized import quantize
 from firth.generate.sampling import Sampling
 from firth.model import native
 from firth.model.config import ModelConfig, decoder_config, encoder_decoder_config, recurrent_config
-from firth.model.heads import LMHead
 from firth.model.model import LM
 from firth.peft import lora
+from tests.support.models import random_model
 
 pytestmark = pytest.mark.skipif(bool(native.why_not()), reason="no C compiler is found")
 
@@ -96,15 +96,6 @@ CONFIGS = {
         embedding_scale=48**0.5,
     ),
 }
-
-
-def random_model(config: ModelConfig) -> LM:
-    """Return a model with random weights everywhere, since many are initialized to zero."""
-    torch.manual_seed(0)
-    model = LM(config, {"lm": LMHead(config)})
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, std=0.25)
-    return model.eval()
 
 
 def prompts(count: int) -> list[np.ndarray]:

@@ -17,7 +17,6 @@ from firth.generate.decoding_batch import DecodingBatch, inference_mode, rectang
 from firth.generate.engine import Engine
 from firth.generate.sampling import Sampling
 from firth.model.config import ModelConfig, decoder_config, encoder_config
-from firth.model.heads import LMHead
 from firth.model.model import LM
 from firth.objectives.prefix_lm import PrefixLM
 from firth.pretrained.load_save import load_model, save_model
@@ -25,10 +24,11 @@ from firth.runs.inference import encode_prompt, evaluate_run, open_engine
 from firth.runs.recipe import load
 from firth.runs.run import run
 from firth.types import IGNORE, UserError
-from tests.support.byte_tokenizer import ByteCoder
+from tests.support.byte_tokenizer import ByteTokenizer
+from tests.support.models import random_prompts
 from tests.support.tiny_corpus import TEXTS
 
-V = ByteCoder.vocab.size
+V = ByteTokenizer.vocab.size
 CONFIGS = {
     "rotary": replace(
         decoder_config(vocab_size=V, hidden_size=32, num_layers=2, num_heads=2, max_positions=64),
@@ -52,24 +52,10 @@ CONFIGS = {
 CPU = torch.device("cpu")
 
 
-@pytest.fixture(params=CONFIGS)
-def model(request: pytest.FixtureRequest) -> LM:
-    torch.manual_seed(0)
-    model = LM(CONFIGS[request.param], {"lm": LMHead(CONFIGS[request.param])})
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, std=0.3)
-    return model.eval()
-
-
-def prompts(count: int, seed: int = 0) -> list[np.ndarray]:
-    rng = np.random.default_rng(seed)
-    return [rng.integers(7, V, rng.integers(2, 20)) for _ in range(count)]
-
-
 @torch.no_grad()
 def training_log_probs(model: LM, prompt: np.ndarray, target: np.ndarray) -> torch.Tensor:
     """Return the log-probabilities at every target position with the layout of the objective: (n, V)."""
-    example = PrefixLM()._split(np.concatenate((prompt, target)), len(prompt), ByteCoder.vocab)
+    example = PrefixLM()._split(np.concatenate((prompt, target)), len(prompt), ByteTokenizer.vocab)
     batch = collate([example])
     assert (batch["labels"][0] != IGNORE).sum() == len(target)
     return model.heads["lm"](model(batch)[0][batch["labels"][0] != IGNORE]).log_softmax(-1)
@@ -77,7 +63,7 @@ def training_log_probs(model: LM, prompt: np.ndarray, target: np.ndarray) -> tor
 
 @torch.no_grad()
 def test_the_prompt_has_bidirectional_attention(model: LM) -> None:
-    [prompt] = prompts(1)
+    [prompt] = random_prompts(1, shortest=2)
     with inference_mode(model):
         state = DecodingBatch(model, [prompt], None, Sampling(max_new_tokens=2, temperature=0), [0]).state
     bidirectional = model.heads["lm"](state).log_softmax(-1)
@@ -87,8 +73,8 @@ def test_the_prompt_has_bidirectional_attention(model: LM) -> None:
 
 
 def test_cached_and_batched_equal_uncached_and_single(model: LM) -> None:
-    rows = prompts(6)
-    engine = Engine(model, ByteCoder(), stops=())
+    rows = random_prompts(6, shortest=2)
+    engine = Engine(model, ByteTokenizer(), stops=())
     for prompt, answer in zip(rows, engine.generate(rows, Sampling(max_new_tokens=20, temperature=0)), strict=True):
         expected = training_log_probs(model, prompt, answer.tokens)
         assert np.array_equal(expected.argmax(-1).numpy(), answer.tokens)
@@ -100,8 +86,8 @@ def test_cached_and_batched_equal_uncached_and_single(model: LM) -> None:
 
 
 def test_scores_and_options_match_training(model: LM) -> None:
-    engine, [prompt] = Engine(model, ByteCoder(), stops=()), prompts(1)
-    options = [*prompts(4, seed=5), np.array([9])]
+    engine, [prompt] = Engine(model, ByteTokenizer(), stops=()), random_prompts(1, shortest=2)
+    options = [*random_prompts(4, seed=5, shortest=2), np.array([9])]
     expected = [
         float(training_log_probs(model, prompt, o).gather(-1, torch.as_tensor(o)[:, None]).sum()) for o in options
     ]
@@ -111,7 +97,8 @@ def test_scores_and_options_match_training(model: LM) -> None:
 
 
 def test_the_unscored_tokens_of_a_window_are_its_prompt(model: LM) -> None:
-    document = TokenizedDocument(np.concatenate(prompts(6)), np.ones(sum(map(len, prompts(6))), np.int64))
+    tokens = np.concatenate(random_prompts(6, shortest=2))
+    document = TokenizedDocument(tokens, np.ones(len(tokens), np.int64))
     assert scoring_mode(model.config) == "causal"
     nll = 0.0
     for window in strided(document, context=16):

@@ -17,16 +17,16 @@ from firth.generate.engine import Engine
 from firth.generate.quantized import DIGITS, Int8Linear, Int8LMHead, quantize, quantize_rows
 from firth.generate.sampling import Sampling
 from firth.model.config import ModelConfig, decoder_config, encoder_config, encoder_decoder_config, recurrent_config
-from firth.model.heads import LMHead
 from firth.model.model import LM
 from firth.pretrained.load_save import save_model
 from firth.runs.inference import open_engine
 from firth.tokenizer.train import train
 from firth.training import precision
 from firth.types import UserError
-from tests.support.byte_tokenizer import ByteCoder
+from tests.support.byte_tokenizer import ByteTokenizer
+from tests.support.models import random_model, random_prompts
 
-V = ByteCoder.vocab.size
+V = ByteTokenizer.vocab.size
 CONFIGS = {
     "nanochat": decoder_config(vocab_size=V, hidden_size=32, num_layers=2, num_heads=2, max_positions=64),
     "gpt2, biases, tied": ModelConfig(vocab_size=V, hidden_size=32, num_layers=2, num_heads=2, max_positions=64),
@@ -73,26 +73,8 @@ CONFIGS = {
 INT8 = list(DIGITS)
 
 
-def random_model(config: ModelConfig, seed: int = 0) -> LM:
-    torch.manual_seed(seed)
-    model = LM(config, {"lm": LMHead(config)})
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, std=0.3)
-    return model.eval()
-
-
-@pytest.fixture(params=CONFIGS)
-def model(request: pytest.FixtureRequest) -> LM:
-    return random_model(CONFIGS[request.param])
-
-
-def prompts(count: int = 5, seed: int = 0) -> list[np.ndarray]:
-    rng = np.random.default_rng(seed)
-    return [rng.integers(7, V, rng.integers(1, 20)) for _ in range(count)]
-
-
 def engine(model: LM, weights: str | None) -> Engine:
-    return Engine(model, ByteCoder(), stops=(), weights=weights)
+    return Engine(model, ByteTokenizer(), stops=(), weights=weights)
 
 
 def rounded(x: Tensor, max_digit: int) -> tuple[Tensor, Tensor]:
@@ -157,9 +139,11 @@ def logits(model: LM, batch: dict[str, Tensor]) -> Tensor:
 
 
 def batch_of(model: LM) -> dict[str, Tensor]:
-    batch = rectangle(prompts(), torch.device("cpu"), causal=model.config.causal)
+    batch = rectangle(random_prompts(5), torch.device("cpu"), causal=model.config.causal)
     if model.config.num_encoder_layers:
-        batch |= {f"source_{n}": f for n, f in rectangle(prompts(5, 1), torch.device("cpu"), causal=False).items()}
+        batch |= {
+            f"source_{n}": f for n, f in rectangle(random_prompts(5, 1), torch.device("cpu"), causal=False).items()
+        }
     return batch
 
 
@@ -184,7 +168,7 @@ def test_cached_equals_uncached(model: LM, weights: str) -> None:
     The compiled step does not round activations as int8-dynamic does, so that is compared with torch's operators.
     """
     using = engine(model, weights)
-    rows = prompts()
+    rows = random_prompts(5)
     with kernel_choice.forced({} if weights == "int8" else {"decode": "torch"}):
         answers = using.generate(rows, Sampling(temperature=0, max_new_tokens=20))
     scores = using.score(rows, [a.tokens for a in answers])
@@ -208,7 +192,7 @@ def test_rows_do_not_depend_on_the_batch(model: LM, weights: str) -> None:
     x[2] *= 1000
     assert torch.equal(layer(x)[:2], layer(x[:2]))
     assert torch.equal(layer(x)[:1], layer(x[:1]))
-    rows, sampling = prompts(), Sampling(temperature=0, max_new_tokens=20)
+    rows, sampling = random_prompts(5), Sampling(temperature=0, max_new_tokens=20)
     using = engine(model, weights)
     alone = [using.generate([row], sampling)[0] for row in rows]
     for one, many in zip(alone, using.generate(rows, sampling), strict=True):
@@ -247,7 +231,7 @@ def test_products_are_exact_on_every_cpu(weights: str, inputs: int, outputs: int
 def test_all_methods_work_and_the_model_is_unchanged(model: LM, weights: str) -> None:
     before = {n: p.clone() for n, p in model.state_dict().items()}
     using = engine(model, weights)
-    rows = prompts()
+    rows = random_prompts(5)
     first = using.generate(rows, Sampling(max_new_tokens=12, seed=3, top_p=0.9, repetition_penalty=1.1))
     again = using.generate(rows, Sampling(max_new_tokens=12, seed=3, top_p=0.9, repetition_penalty=1.1))
     assert [a.tokens.tolist() for a in first] == [a.tokens.tolist() for a in again]
@@ -283,7 +267,7 @@ def test_scoring_a_text_agrees_with_the_logits() -> None:
 def test_a_masked_model_fills_with_int8() -> None:
     config = encoder_config(vocab_size=V, hidden_size=32, num_layers=2, num_heads=2, max_positions=64)
     model = random_model(config)
-    text = f"ab{ByteCoder().token(ByteCoder.vocab.mask)}cd"
+    text = f"ab{ByteTokenizer().token(ByteTokenizer.vocab.mask)}cd"
     [plain], [int8] = (engine(model, w).fill(text, 5) for w in ("fp32", "int8"))
     assert plain[0].token == int8[0].token
     assert plain[0].probability == pytest.approx(int8[0].probability, abs=0.2)

@@ -194,6 +194,7 @@ def test_blocks_are_unpacked_as_they_are_defined(kind):
     assert np.allclose(unpack(kind, rows), want, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.oracle
 def test_blocks_equal_those_of_the_gguf_package():
     theirs = pytest.importorskip("gguf", reason="the gguf package, an oracle, is not installed")
     rng = np.random.default_rng(2)

@@ -20,11 +20,11 @@ from firth.objectives.reward_model import Ranking, RewardModeling
 from firth.objectives.sft import SFT, Seq2SeqSFT
 from firth.training.step import step
 from firth.types import IGNORE, Example, UserError
-from tests.support.byte_tokenizer import ByteCoder
+from tests.support.byte_tokenizer import ByteTokenizer
 
-V = ByteCoder.vocab.size
+V = ByteTokenizer.vocab.size
 CONFIG = ModelConfig(vocab_size=V, hidden_size=32, num_layers=2, num_heads=2, max_positions=64)
-VOCAB = ByteCoder.vocab
+VOCAB = ByteTokenizer.vocab
 
 
 def model_for(objective: Objective, config: ModelConfig = CONFIG, std: float = 0.3) -> LM:

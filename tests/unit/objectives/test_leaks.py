@@ -43,7 +43,7 @@ from firth.objectives.token_classification import TokenClassification
 from firth.objectives.vae import VAE
 from firth.tokenizer.vocab import Vocab
 from firth.types import IGNORE, NEVER, Example
-from tests.unit.objectives.test_build_example import (
+from tests.support.objective_cases import (
     CASES,
     VOCAB,
     labeled,

@@ -146,6 +146,7 @@ def test_one_row_equals_two_streams(noise: str, k: int) -> None:
 # ---- transformers
 
 
+@pytest.mark.oracle
 @torch.no_grad()
 @pytest.mark.parametrize("memory", [0, 6])
 @pytest.mark.parametrize("kinds", [False, True])
@@ -191,6 +192,7 @@ def test_both_streams_and_memory_equal_transformers(memory: int, kinds: bool, tm
     assert all(torch.equal(t, again.state_dict()[name]) for name, t in model.state_dict().items())
 
 
+@pytest.mark.oracle
 @torch.no_grad()
 def test_masked_lm_of_mpnet_equals_transformers(tmp_path: Path) -> None:
     transformers = pytest.importorskip("transformers", reason="the reference; installed with the test extra")
@@ -604,6 +606,7 @@ def test_flops_of_memory_equal_torch() -> None:
     assert total[0] - total[1] == plain + distances
 
 
+@pytest.mark.oracle
 @pytest.mark.parametrize(
     ("name", "kind", "settings"),
     [

@@ -30,8 +30,8 @@ from firth.tokenizer.train import train
 from firth.tokenizer.vocab import Vocab
 from firth.training.step import step
 from firth.types import IGNORE, NEVER, Example, UserError
+from tests.support.objective_cases import VOCAB, plain_text, some_text
 from tests.support.tiny_corpus import tokenizer
-from tests.unit.objectives.test_build_example import VOCAB, plain_text, some_text
 
 ONE_ROW = ModelConfig(
     vocab_size=100, hidden_size=32, num_layers=2, num_heads=2, intermediate_size=48, max_positions=128, causal=False
@@ -231,6 +231,7 @@ def check_same_loss(theirs_class: str, objective: Objective, model: LM, vocab: V
     assert abs(float(ours) - float(loss)) < 1e-5
 
 
+@pytest.mark.oracle
 @pytest.mark.parametrize("noise", ["spans", "salient"])
 def test_t5_has_the_same_loss_in_transformers(noise: Kind, tmp_path: Path) -> None:
     config = ModelConfig(
@@ -251,6 +252,7 @@ def random_bart() -> LM:
     return model.eval()
 
 
+@pytest.mark.oracle
 def test_bart_has_the_same_loss_in_transformers(tmp_path: Path) -> None:
     vocab = VOCAB.with_decoder_start("eos")
     assert vocab.start == VOCAB.eos
@@ -266,6 +268,7 @@ class IdTokenizer:
         return " ".join(map(str, ids))
 
 
+@pytest.mark.oracle
 def test_bart_generates_with_and_without_cache(tmp_path: Path) -> None:
     transformers = pytest.importorskip("transformers", reason="the reference; installed with the test extra")
     model = random_bart()

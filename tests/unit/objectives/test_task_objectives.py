@@ -23,9 +23,7 @@ from firth.objectives.token_classification import TokenClassification
 from firth.pretrained.load_save import save_model
 from firth.training.step import step
 from firth.types import IGNORE, Example, UserError
-from tests.unit.objectives.test_build_example import VOCAB, labeled, scored, spanned, tagged
-
-transformers = pytest.importorskip("transformers", reason="the reference; installed with the test extra")
+from tests.support.objective_cases import VOCAB, labeled, scored, spanned, tagged
 
 TINY = bert(100, 32, 2, 2, max_positions=64)
 
@@ -156,6 +154,7 @@ def test_decoder_is_read_at_its_last_token() -> None:
 
 def both_models(heads: dict[str, torch.nn.Module], cls: str, head: dict[str, str], tmp_path: Any, **config: Any) -> Any:
     """Return our model and transformers' model with the same weights, its head copied from ours."""
+    transformers = pytest.importorskip("transformers", reason="the reference; installed with the test extra")
     torch.manual_seed(1)
     model = LM(TINY, heads).eval()
     with torch.no_grad():
@@ -170,6 +169,7 @@ def both_models(heads: dict[str, torch.nn.Module], cls: str, head: dict[str, str
     return model, other
 
 
+@pytest.mark.oracle
 def test_spans_equal_bert_for_question_answering(tmp_path: Any) -> None:
     objective, rng = QuestionAnswering(), np.random.default_rng(0)
     model, other = both_models(objective.heads(TINY), "BertForQuestionAnswering", {"qa_outputs": "span"}, tmp_path)
@@ -189,6 +189,7 @@ def test_spans_equal_bert_for_question_answering(tmp_path: Any) -> None:
     assert float(found["span"]) / 3 == pytest.approx(float(output.loss), abs=1e-5)
 
 
+@pytest.mark.oracle
 def test_tags_equal_bert_for_token_classification(tmp_path: Any) -> None:
     objective, rng = TokenClassification(class_names=("a", "b", "c")), np.random.default_rng(0)
     model, other = both_models(

@@ -30,9 +30,9 @@ from firth.runs.recipe import load
 from firth.runs.run import run
 from firth.training.step import step
 from firth.types import Example, UserError
-from tests.support.byte_tokenizer import ByteCoder
+from tests.support.byte_tokenizer import ByteTokenizer
 
-VOCAB = ByteCoder.vocab
+VOCAB = ByteTokenizer.vocab
 CONFIG = replace(
     encoder_decoder_config(VOCAB.size, 32, 1, num_heads=2, max_positions=32), latent_size=4, zero_init=False
 )
@@ -178,8 +178,8 @@ def test_a_collapse_is_reported() -> None:
 
 def test_texts_are_generated_from_a_latent() -> None:
     model = build_model(VAE(latent_size=4)).eval()
-    engine = Engine(model, ByteCoder(), stops=[VOCAB.eos])
-    ends = [np.append(ByteCoder().encode(text), VOCAB.eos) for text in ("one text", "and two")]
+    engine = Engine(model, ByteTokenizer(), stops=[VOCAB.eos])
+    ends = [np.append(ByteTokenizer().encode(text), VOCAB.eos) for text in ("one text", "and two")]
     latents = engine.posterior(ends)
     alone = model.posterior({"source_tokens": torch.tensor(ends[1])[None]})[0][0]
     torch.testing.assert_close(latents[1], alone, rtol=0, atol=1e-5)

@@ -97,6 +97,7 @@ def test_matrices_are_quantized_and_vectors_are_not(kind, worst, tmp_path):
     assert set(stored.values()) == {"F32", kind}
 
 
+@pytest.mark.oracle
 @pytest.mark.parametrize("name", CONFIGS)
 def test_q4_0_matches_the_gguf_package(name, tmp_path):
     """All matrices but the one that computes the logits are Q4_0; vectors and positions stay float32."""
@@ -152,6 +153,7 @@ def test_rows_of_a_head_are_interleaved():
     assert k.flatten().tolist() == [0, 6, 1, 7, 2, 8, 3, 9, 4, 10, 5, 11]
 
 
+@pytest.mark.oracle
 def test_transformers_reads_the_file(tmp_path):
     pytest.importorskip("gguf", reason="the gguf package, by which transformers reads GGUF, is not installed")
     from transformers import AutoModelForCausalLM

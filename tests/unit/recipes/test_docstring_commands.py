@@ -8,17 +8,16 @@ import shlex
 from pathlib import Path
 
 import pytest
-import typer.main
 from typer.testing import CliRunner
 
 from firth.cli import app
 from firth.objectives.objective import Sum
-from firth.runs.recipe import Recipe, load
+from firth.runs.recipe import load
 from firth.types import UserError
+from tests.support.commands import check_command
 
 ROOM = Path(__file__).parents[3] / "firth"
 FILES = [*sorted((ROOM / "recipes").glob("*.py")), ROOM / "evaluate" / "glue.py"]
-VERBS = typer.main.get_command(app).commands  # type: ignore[attr-defined]
 
 
 def docstrings(source: str) -> list[str]:
@@ -41,18 +40,6 @@ def commands(text: str) -> list[str]:
 FOUND = sorted(
     {(path.name, line) for path in FILES for text in docstrings(path.read_text()) for line in commands(text)}
 )
-
-
-def check_command(line: str) -> Recipe | None:
-    """Build the recipe of a train command without running it; let click parse the other commands."""
-    _, verb, *rest = shlex.split(line)
-    context = VERBS[verb].make_context(verb, rest, resilient_parsing=not rest)
-    if verb == "compare":
-        for name in (one for one in context.params["recipes"] if "=" not in one):
-            load(name)
-    if verb != "train" or context.params["recipe"].endswith(".yaml"):
-        return None
-    return load(context.params["recipe"], context.params["settings"] or [])
 
 
 def test_docstrings_contain_commands() -> None:

@@ -3,7 +3,6 @@
 import itertools
 import math
 import re
-from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
@@ -11,40 +10,11 @@ import pytest
 
 from firth.report import charts
 from firth.report.page import Report, Section, StatCell, Table, TextSample, cells, prose, render, write
+from tests.support.html import Reader
 from tests.support.report_example import HOSTILE, example
 
-VOID = {"meta", "br", "hr", "img", "link", "input"}
 STRUCTURE = "html head meta title style body div header main section nav h1 h2 p dl dt dd ol li a figure figcaption b"
 ALLOWED = {*f"{STRUCTURE} code pre table thead tbody tr th td svg text line polyline circle".split()}
-
-
-class Reader(HTMLParser):
-    """Check that every tag is closed in order; keep tags, attributes and the text outside of <style>."""
-
-    def __init__(self, page):
-        super().__init__()
-        self.open, self.tags, self.attributes, self.words = [], [], [], []
-        self.feed(page)
-        self.close()
-        assert not self.open, f"never closed: {self.open}"
-
-    def handle_starttag(self, tag, attrs):
-        self.tags.append(tag)
-        self.attributes += attrs
-        if tag not in VOID:
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag, attrs):
-        self.tags.append(tag)
-        self.attributes += attrs
-
-    def handle_endtag(self, tag):
-        assert self.open, f"</{tag}> closes nothing"
-        assert self.open.pop() == tag, self.getpos()
-
-    def handle_data(self, data):
-        if not self.open or self.open[-1] != "style":
-            self.words.append(data)
 
 
 def test_every_tag_is_closed_and_allowed():

@@ -31,7 +31,7 @@ from firth.objectives.objective import Objective, components
 from firth.objectives.reinforce import Reinforce
 from firth.pretrained.load_save import save_model
 from firth.runs.alignment_examples import RolloutsConfig
-from firth.runs.compatibility import EXAMPLES, check_fields
+from firth.runs.compatibility import EXAMPLES, check_fields, check_pattern
 from firth.runs.examples import ChunksConfig, DatasetSplits, ExamplesConfig, SegmentPairsConfig, WindowsConfig
 from firth.runs.noisy_label_examples import PartiallyLabeledConfig, PseudoLabeledConfig
 from firth.runs.prepare import DataConfig, RunData, train_tokenizer
@@ -202,6 +202,7 @@ def test_accepted_sums_train(place: Place, name: str) -> None:
             continue
         for segment in EXAMPLES:
             try:
+                check_pattern(both, SHAPES[both.attention])
                 check_fields(both, place.segment(segment, both), SHAPES[both.attention])
             except UserError:
                 continue

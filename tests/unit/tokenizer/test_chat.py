@@ -8,7 +8,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer as Engine
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
-from transformers import AutoTokenizer
 
 from firth.tokenizer import chat
 from firth.tokenizer.chat import Message, encode
@@ -100,6 +99,8 @@ def own() -> Tokenizer:
 
 def mirrored(tokenizer: Tokenizer, directory: Path):
     """Return the same tokenizer as transformers loads it."""
+    from transformers import AutoTokenizer
+
     tokenizer.save(directory)
     return AutoTokenizer.from_pretrained(directory)
 
@@ -107,6 +108,7 @@ def mirrored(tokenizer: Tokenizer, directory: Path):
 # --- firth's template --------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.oracle
 @pytest.mark.parametrize("algorithm", ["byte-bpe", "bpe", "wordpiece", "unigram"])
 @pytest.mark.parametrize("open", [False, True])
 def test_transformers_encodes_the_same_dialogue(tmp_path, algorithm, open):
@@ -117,6 +119,7 @@ def test_transformers_encodes_the_same_dialogue(tmp_path, algorithm, open):
         assert encode(tokenizer, messages, open)[0].tolist() == wanted
 
 
+@pytest.mark.oracle
 def test_transformers_derives_the_same_mask(own, tmp_path):
     """Templates without `generation` marks give an assistant mask of zeros, and training learns nothing."""
     peer = mirrored(own, tmp_path)
@@ -168,6 +171,7 @@ def test_user_text_never_becomes_a_control_token(own, kind, texts):
 # --- templates of other models -----------------------------------------------------------------------------------------
 
 
+@pytest.mark.oracle
 @pytest.mark.parametrize("kind", ["byte-bpe", "llama"])
 @pytest.mark.parametrize("name", TEMPLATES)
 @pytest.mark.parametrize("open", [False, True])

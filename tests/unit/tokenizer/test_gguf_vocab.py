@@ -16,7 +16,7 @@ from firth.tokenizer import chat, gguf_write
 from firth.tokenizer.tokenizer import Tokenizer
 from firth.tokenizer.train import train
 from firth.types import UserError
-from tests.support.packages import LLAMA, large, unpacked
+from tests.support.packages import LLAMA, large
 
 GOLDEN = (
     "gpt-2",
@@ -52,9 +52,8 @@ TEXT = [
 
 
 @pytest.fixture(scope="session")
-def goldens(tmp_path_factory) -> Path:
-    patterns = tuple(f"*/llama.cpp/models/ggml-vocab-{name}.gguf*" for name in NAMES)
-    return unpacked(large(LLAMA), patterns, tmp_path_factory.mktemp("goldens"))
+def goldens(unpack) -> Path:
+    return unpack(large(LLAMA), *(f"*/llama.cpp/models/ggml-vocab-{name}.gguf*" for name in NAMES))
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -127,6 +127,7 @@ def test_random_texts_are_split_as_by_uniseg(signs: list[str], no_dictionary: No
         assert split(text, sentence_starts) == list(sentencebreak.sentences(text))
 
 
+@pytest.mark.oracle
 def test_random_texts_have_icu_s_sentences() -> None:
     breakers = pytest.importorskip("icu4py.breakers")
     rng = random.Random(1)

@@ -242,6 +242,7 @@ def test_a_pickled_tokenizer_is_the_same(tokenizer):
     assert np.array_equal(again.encode(PROSE[0]), tokenizer.encode(PROSE[0]))
 
 
+@pytest.mark.oracle
 def test_transformers_gives_the_same_ids(tokenizer, tmp_path):
     from transformers import AutoTokenizer
 

@@ -382,6 +382,7 @@ def test_pieces_have_letters_of_one_script_digits_or_signs(trained):
     assert any(unicodedata.category(model.token(i)[-1]) == "Nd" for i in model.vocab.ordinary)
 
 
+@pytest.mark.oracle
 def test_held_out_text_is_as_likely_as_under_sentencepiece(tmp_path):
     import sentencepiece
 

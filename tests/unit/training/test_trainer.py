@@ -28,7 +28,7 @@ from firth.training.step import step
 from firth.training.trainer import TrainerConfig, train
 from firth.training.validate import validate
 from firth.types import IGNORE, Batch, Outputs, UserError
-from tests.support import training as train_helpers
+from tests.support import training
 from tests.support.training import Chains, WithAccuracy, small_batches, small_model, small_run
 
 TIMED = {"seconds", "tokens_per_second", "flops_per_second", "crc"}
@@ -102,7 +102,7 @@ def test_a_run_killed_twenty_times_equals_an_uninterrupted_one(
         if (directory / "ended").exists():  # finished before the twentieth kill: compare, and start another run
             assert_same_run(uninterrupted, directory, 120)
             shutil.rmtree(directory)
-        child = children.Process(target=train_helpers.run_in_process, args=(str(directory), 120))
+        child = children.Process(target=training.run_in_process, args=(str(directory), 120))
         child.start()
         wait_until(lambda child=child: (directory / "lock").exists() or not child.is_alive())
         if kills < 20:
@@ -119,7 +119,7 @@ def test_a_run_killed_twenty_times_equals_an_uninterrupted_one(
 def test_ctrl_c_saves_and_explains_how_to_resume(
     tmp_path: Path, uninterrupted: Path, children: multiprocessing.context.ForkServerContext
 ) -> None:
-    child = children.Process(target=train_helpers.run_in_process, args=(str(tmp_path), 120))
+    child = children.Process(target=training.run_in_process, args=(str(tmp_path), 120))
     child.start()
     log = tmp_path / "metrics.jsonl"
     wait_until(lambda: log.exists() and log.read_text().count('"train"') >= 5)
@@ -138,7 +138,7 @@ def test_ctrl_c_saves_and_explains_how_to_resume(
 def test_a_second_ctrl_c_ends_at_once_with_valid_checkpoints(
     tmp_path: Path, children: multiprocessing.context.ForkServerContext
 ) -> None:
-    child = children.Process(target=train_helpers.stuck_in_process, args=(str(tmp_path),))
+    child = children.Process(target=training.stuck_in_process, args=(str(tmp_path),))
     child.start()
     wait_until((tmp_path / "stuck").exists)  # in the middle of a step that takes a minute
     os.kill(child.pid, signal.SIGINT)
@@ -327,7 +327,7 @@ def test_validation_is_the_mean_over_all_labels() -> None:
     one_by_one = validate(
         model,
         WithAccuracy(),
-        train_helpers.Batches(Chains(), WithAccuracy(), train_helpers.VOCAB, batch_size=1, seed=0).all_batches(),
+        training.Batches(Chains(), WithAccuracy(), training.VOCAB, batch_size=1, seed=0).all_batches(),
     )
     assert whole["loss"] == pytest.approx(one_by_one["loss"], rel=1e-5)
     assert whole["accuracy"] == pytest.approx(one_by_one["accuracy"], rel=1e-5)
