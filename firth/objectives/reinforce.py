@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from firth.model.config import ModelConfig
 from firth.model.heads import LMHead
 from firth.model.model import LM
-from firth.objectives.objective import Objective, log_probs, vocabulary_flops
+from firth.objectives.objective import Objective, forward_flops, hidden_states, log_probs, vocabulary_flops
 from firth.objectives.sft import causal_example
 from firth.tokenizer.vocab import Vocab
 from firth.types import IGNORE, Batch, Example, Metric, Outputs
@@ -54,9 +54,13 @@ class Reinforce(Objective):
         answer_labels[np.flatnonzero(example["mask"][1:])[-1]] = 0
         return seen | {"advantage": example["advantage"][1:], "answer_labels": answer_labels}
 
+    def forward(self, model: LM, batch: Batch) -> Outputs:
+        return {"hidden": hidden_states(model, batch)}  # whole rows, as the rollout ran the model
+
     def loss(self, model: LM, outputs: Outputs, batch: Batch) -> dict[str, Tensor]:
         logprobs = log_probs(model, outputs["hidden"], batch["labels"])  # (B, T), 0 where there is no label
         return {"policy": -(logprobs * batch["advantage"]).sum(), "surprise": -logprobs.detach().sum()}
 
     def flops(self, model: LM, batch: Batch, forward: float | None = None) -> float:
-        return super().flops(model, batch, forward) + vocabulary_flops(model, batch["labels"])
+        total = forward_flops(model, batch) if forward is None else forward
+        return total + vocabulary_flops(model, batch["labels"])

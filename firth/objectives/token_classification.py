@@ -17,7 +17,15 @@ from firth.data import attention_fields
 from firth.model.config import AttentionPattern, ModelConfig
 from firth.model.model import LM
 from firth.objectives.classification import classification_head
-from firth.objectives.objective import DataStats, Objective, choice_loss, num_correct, supervised
+from firth.objectives.objective import (
+    DataStats,
+    Objective,
+    choice_loss,
+    forward_flops,
+    hidden_states,
+    num_correct,
+    supervised,
+)
 from firth.tokenizer.vocab import Vocab
 from firth.types import Batch, Constraints, Example, Metric, Outputs
 
@@ -69,6 +77,12 @@ class TokenClassification(Objective):
     def build_example(self, example: Example, vocab: Vocab, rng: np.random.Generator) -> Example:
         order = attention_fields.causal(len(example["tokens"])) if self.causal else {}
         return {"tokens": example["tokens"], "tags": example["tags"]} | order
+
+    def forward(self, model: LM, batch: Batch) -> Outputs:
+        return {"hidden": hidden_states(model, batch)}  # most tokens have a tag
+
+    def flops(self, model: LM, batch: Batch, forward: float | None = None) -> float:
+        return forward_flops(model, batch) if forward is None else forward
 
     def loss(self, model: LM, outputs: Outputs, batch: Batch) -> dict[str, Tensor]:
         states, targets = supervised(outputs["hidden"], batch["tags"])

@@ -32,7 +32,7 @@ from firth.model.config import ModelConfig
 from firth.model.model import LM
 from firth.objectives import OBJECTIVES, find
 from firth.objectives.denoise import Denoising
-from firth.objectives.objective import Objective
+from firth.objectives.objective import Objective, reads_dialogues
 from firth.objectives.span_corruption import SpanCorruption
 from firth.pretrained.load_save import metadata_of
 from firth.runs.evaluate_files import measure
@@ -240,6 +240,18 @@ def _suitable_command(directory: Path, loaded: LoadedModel) -> str:
         if not model.config.num_layers
         else f"use `firth embed {directory} FILE`"
     )
+
+
+def next_command(loaded: LoadedModel) -> tuple[str, str, str] | None:
+    """Return the command that uses a model: its name, what it does, and an argument; None if no command suits it."""
+    model = loaded.model
+    if head_of(dict(model.heads)):
+        return "predict", "Predict labels for your own records", "my-records.jsonl"
+    if loaded.objective is not None and reads_dialogues(loaded.objective) and model.has_lm_head:
+        return "chat", "Chat with the model", ""
+    if _with_lm_model(loaded).can_fill:
+        return "fill", "Fill a masked position", f'"To be, or not to {MASK}."'
+    return ("generate", "Generate text", '"Once"') if model.has_lm_head else None
 
 
 def _with_lm_model(loaded: LoadedModel) -> LoadedModel:

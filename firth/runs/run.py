@@ -21,6 +21,7 @@ from firth.data.collate import Batches
 from firth.doctor import device as best_device
 from firth.evaluate.tokenizer_match import check_same_tokenizer
 from firth.generate import word_vectors
+from firth.generate.engine import Engine
 from firth.io.atomic import make_directory, new_directory, write_text
 from firth.io.integrity import read_record, write_record
 from firth.model.compilation import compile_blocks
@@ -34,6 +35,7 @@ from firth.report.page import write as write_report
 from firth.report.run_report import run_report
 from firth.runs import class_counts, config_io, examples, model_card, report_texts
 from firth.runs.examples import DatasetSplits, model_directory
+from firth.runs.inference import LoadedModel, next_command
 from firth.runs.init_head import init_head
 from firth.runs.prepare import RunData
 from firth.runs.recipe import MODEL_CONFIG_HINT, Recipe, load
@@ -346,6 +348,7 @@ def _write_files(
     # These were printed at the start.
     remarks += [*datasets.notes, *([splits.no_validation_reason] if splits.no_validation_reason else [])]
     done = dataclasses.asdict(result) | {"directory": str(directory), "counts": splits.counts, "remarks": remarks}
+    done["next_command"] = next_command(LoadedModel(model, tokenizer, Engine(model, tokenizer), objective))
     with new_directory(directory / "model") as place:
         summary = save_model(model, tokenizer, place, facts)
         model_card.write(model_card.of_run(directory, place, model, summary, facts, done), place / "README.md")
