@@ -48,13 +48,15 @@ from firth.runs.tokenizer import sentinels_of
 from firth.tokenizer import chat, inspection
 from firth.tokenizer.inspection import readable
 from firth.tokenizer.tokenizer import Tokenizer
-from firth.types import LogLine, UserError
+from firth.types import LOGGER, LogLine, UserError
 
 Results = dict[str, Any]
 """Results of a stage, as JSON."""
 
 
-def run_demo(out: Path, *, text: Sequence[str] = (), size: str = "small", seed: int = 0, log: LogLine = print) -> Path:
+def run_demo(
+    out: Path, *, text: Sequence[str] = (), size: str = "small", seed: int = 0, log: LogLine = LOGGER.info
+) -> Path:
     """Run every stage that is not finished in a directory.
 
     Args:
@@ -344,7 +346,10 @@ class _Demo:
             predictions = []
             for prompt in prompts:
                 [candidates] = loaded.engine.fill(prompt, 5)
-                predictions.append("  ".join(f"{readable(c.piece)} {c.probability:.2f}" for c in candidates))
+                shown = [readable(c.piece, loaded.tokenizer.is_byte_level) for c in candidates]
+                predictions.append(
+                    "  ".join(f"{s} {c.probability:.2f}" for s, c in zip(shown, candidates, strict=True))
+                )
             return predictions
         sampling = self.readable_sampling(self.size.max_sample_tokens)
         if name == "decoder":

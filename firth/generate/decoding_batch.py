@@ -12,6 +12,7 @@ from torch import Tensor
 from firth.data.attention_fields import causal_after_prompt
 from firth.generate.native_decoder import NativeDecoder
 from firth.generate.sampling import Sampling, draw, filtered, repetition_penalty, uniforms
+from firth.model.forward_context import ForwardContext
 from firth.model.heads import LMHead
 from firth.model.model import LM
 from firth.types import NEVER, Batch
@@ -98,7 +99,9 @@ class DecodingBatch:
         self.cache = model.make_cache(len(prompts), self.seen.shape[1] + sampling.max_new_tokens)
         last = torch.zeros_like(self.seen, dtype=torch.bool)
         last[:, -1] = True
-        self.state = model(batch, self.cache, latent=latents, needed=last)[:, -1]  # (rows, hidden_size)
+        output = None if latents is None else model.latent_output(latents)
+        context = ForwardContext(self.cache, output, needed_positions=last)
+        self.state = model(batch, context)[:, -1]  # (rows, hidden_size)
         self.cache.start_decoding()
         self.decoder = NativeDecoder.of(model, self.cache)
         """The compiled step, or None if torch's operators are used."""
@@ -136,7 +139,7 @@ class DecodingBatch:
             token, self.next = self.seen[:, -1:], self.next + 1
             if self.decoder is not None:
                 return self.decoder(token, self.next - 1)
-            self.state = self.model({"tokens": token, "positions": self.next - 1}, self.cache)[:, -1]
+            self.state = self.model({"tokens": token, "positions": self.next - 1}, ForwardContext(self.cache))[:, -1]
         return self.head(self.state)
 
     def keep(self, rows: Sequence[int]) -> None:

@@ -30,6 +30,7 @@ from firth.generate.fill_mask import Candidate, fill
 from firth.generate.quantized import quantize
 from firth.generate.sampling import Sampling
 from firth.generate.streaming import Completion, StreamingOutput
+from firth.model.forward_context import ForwardContext
 from firth.model.heads import LMHead
 from firth.model.model import LM
 from firth.tokenizer import chat
@@ -182,8 +183,9 @@ class Engine:
         self._check_length("the prompt with its longest option", len(prompt), length)
         with inference_mode(self.model):
             cache = self.model.make_cache(1, length)
+            context = ForwardContext(cache)
             batch = rectangle([prompt], self.device, prompts=self._prefix_lengths([prompt]))
-            hidden = self.model(batch, cache)[:, -1:].expand(len(options), -1, -1)
+            hidden = self.model(batch, context)[:, -1:].expand(len(options), -1, -1)
             if length > len(prompt):
                 cache.select(torch.zeros(len(options), dtype=torch.int64, device=self.device))
                 # The last token of an option is not an input; an option of one token keeps it, since a recurrent model
@@ -194,7 +196,7 @@ class Engine:
                     name: torch.where(batch["key_time"] == NEVER, batch[name], positions)
                     for name in ("query_time", "key_time")
                 }
-                hidden = torch.cat((hidden, self.model(batch | times | {"positions": positions}, cache)), 1)
+                hidden = torch.cat((hidden, self.model(batch | times | {"positions": positions}, context)), 1)
             return [float(x) for x in self._label_log_probs(hidden, pad_right(options, IGNORE, self.device))]
 
     def choose(self, prompt: np.ndarray, options: Sequence[np.ndarray]) -> int:

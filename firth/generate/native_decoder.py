@@ -23,11 +23,12 @@ from torch import Tensor, nn
 from firth import kernel_choice
 from firth.generate.quantized import Int8Linear, Int8LMHead
 from firth.model import native
-from firth.model.attention import KVCache
 from firth.model.batch_fields import prefixed_fields
 from firth.model.block import Attention, Block, Linear
 from firth.model.config import decoder_config
+from firth.model.forward_context import ForwardContext
 from firth.model.heads import LMHead
+from firth.model.kv_cache import KVCache
 from firth.model.model import LM
 from firth.model.native_ops import ACTIVATIONS
 from firth.model.norm import LayerNorm, RMSNorm
@@ -120,14 +121,14 @@ class NativeDecoder:
         _need(type(model.stack) is TransformerStack and not config.linformer_k, "the blocks are not attention")
         _need(config.position in POSITIONS, f"position {config.position}")
         _need(type(head) in (LMHead, Int8LMHead), "another type of head")
-        _need(cache.decoding_mask is not None and bool(cache.keys), "the cache is empty")
-        _need("document_ids" not in cache.source, "the source is packed")
+        _need(cache.is_decoding and bool(cache.keys), "the cache is empty")
+        _need("document_ids" not in cache.encoder_fields, "the source is packed")
         self.model, self.cache, self.head = model, cache, head
         self.stack: TransformerStack = model.stack  # type: ignore[assignment]
         self.referenced: list[Any] = []
         """Objects that the C structures point to."""
         dtypes = {x.dtype for pair in (cache.keys, cache.values) for x in pair}
-        dtypes |= {x.dtype for pair in cache.cross for x in pair}
+        dtypes |= {x.dtype for pair in cache.encoder_kv for x in pair}
         _need(len(dtypes) == 1 and dtypes <= DTYPE_CODES.keys(), "keys and values of several dtypes")
         self.layers = (_Layer * self.stack.depth)()
         for i, block in enumerate(self.stack.layers()):
@@ -146,7 +147,7 @@ class NativeDecoder:
         _need(cache.rows <= MAX_ROWS, "too many rows")
         weights = sum(p.numel() for p in model.stack.parameters()) + sum(b.numel() for b in model.stack.buffers())
         _need(tiles or weights * cache.rows <= MAX_PRODUCT, "so many rows are faster with matrix instructions")
-        source = cache.source.get("key_time")
+        source = cache.encoder_fields.get("key_time")
         self.source = None if source is None else (source < NEVER).expand(cache.rows, -1).contiguous()
         self.source_length = 0 if self.source is None else self.source.shape[1]
 
@@ -227,9 +228,10 @@ class NativeDecoder:
         to.attention_norm, to.mlp_norm = self._norm(block.attention_norm), self._norm(block.mlp_norm)
         self._fill_attention(to.attention, block.attention, cache.keys[layer], cache.values[layer])
         if block.cross is not None:
-            _need(layer < len(cache.cross), "the source has not been encoded")
+            _need(layer < len(cache.encoder_kv), "the source has not been encoded")
             to.cross_norm = self._norm(block.cross_norm)
-            keys, values = cache.cross[layer] = tuple(x.contiguous() for x in cache.cross[layer])  # type: ignore[assignment]
+            keys, values = (x.contiguous() for x in cache.encoder_kv[layer])
+            cache.encoder_kv[layer] = keys, values
             self._fill_attention(to.cross, block.cross, keys, values)
             to.cross.k = to.cross.v = _Map()
         mlp = block.mlp
@@ -309,14 +311,14 @@ def _workload(way: str) -> kernel_choice.Workload:
     tokens, positions = torch.ones(4, 1, dtype=torch.int64), torch.full((4, 1), 16)
     with torch.no_grad():
         cache = model.make_cache(4, 32)
-        model({"tokens": tokens.expand(-1, 16)}, cache)
+        model({"tokens": tokens.expand(-1, 16)}, ForwardContext(cache))
         cache.start_decoding()
     step = NativeDecoder(model, cache) if way == "native" else None
 
     @torch.no_grad()
     def work() -> None:
         if step is None:
-            model.heads["lm"](model({"tokens": tokens, "positions": positions}, cache)[:, -1])
+            model.heads["lm"](model({"tokens": tokens, "positions": positions}, ForwardContext(cache))[:, -1])
         else:
             step(tokens, positions)
         cache.length = 16

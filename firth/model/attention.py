@@ -1,4 +1,4 @@
-"""Attention masks from integer times, scaled dot-product attention, and the key/value cache.
+"""Attention masks from integer times, and scaled dot-product attention.
 
 One rule describes every mask:
 
@@ -315,83 +315,3 @@ def attend(
             q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=causal, scale=scale, enable_gqa=groups > 1
         )
     return out if attention_mask.empty_rows is None else out.masked_fill(attention_mask.empty_rows, 0)
-
-
-class KVCache:
-    """Keys and values of earlier tokens, in preallocated slots, and the batch fields that their mask needs.
-
-    Padding keeps its slot, to which no query attends. For an encoder-decoder also the keys and values of the source,
-    computed once.
-
-    Args:
-        rows: Batch size.
-        capacity: Slots of a row.
-    """
-
-    def __init__(self, rows: int, capacity: int):
-        self.rows, self.capacity, self.length, self.layer = rows, capacity, 0, 0
-        self.keys: list[Tensor] = []
-        self.values: list[Tensor] = []
-        self.fields: dict[str, Tensor] = {}
-        self.cross: list[tuple[Tensor, Tensor]] = []
-        self.source: dict[str, Tensor] = {}
-        self.cross_mask: AttentionMask | None = None
-        self.decoding_mask: Tensor | None = None
-        self.has_padding = False
-
-    def start_decoding(self) -> None:
-        """Switch to decoding: each row grows by one token a pass, which attends to all of its row but padding.
-
-        Fields of new tokens are then no longer stored, nor masks computed, which would take longer than a block.
-        """
-        self.decoding_mask = torch.ones(
-            self.rows, 1, 1, self.capacity, dtype=torch.bool, device=self.fields["key_time"].device
-        )
-        self.decoding_mask[:, 0, 0, : self.length] = self.fields["key_time"][:, : self.length] < NEVER
-        self.has_padding = not bool(self.decoding_mask.all())
-
-    def next_mask(self) -> AttentionMask:
-        """Return the mask of the next token after `start_decoding`: all slots and itself, but not padding."""
-        assert self.decoding_mask is not None
-        return AttentionMask(mask=self.decoding_mask[..., : self.length + 1] if self.has_padding else None)
-
-    def append_field(self, name: str, value: Tensor) -> Tensor:
-        """Store a field (B or 1, T) of the new tokens; return the field of all tokens, (B, length + T)."""
-        end = self.length + value.shape[-1]
-        if end > self.capacity:
-            raise ValueError(f"a cache of {self.capacity} slots cannot hold {end} tokens")
-        if name not in self.fields:
-            self.fields[name] = value.new_empty((self.rows, self.capacity))
-        self.fields[name][:, self.length : end] = value
-        return self.fields[name][:, :end]
-
-    def extend(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Store keys and values (B, KV, T, D) of the new tokens for the next layer; return those of all tokens."""
-        layer = self.layer
-        self.layer += 1
-        if layer == len(self.keys):
-            size = (self.rows, k.shape[1], self.capacity, k.shape[3])
-            self.keys.append(k.new_empty(size))
-            self.values.append(v.new_empty(size))
-        keys, values, count = self.keys[layer], self.values[layer], k.shape[2]
-        keys.narrow(2, self.length, count).copy_(k)
-        values.narrow(2, self.length, count).copy_(v)
-        end = self.length + count
-        return keys.narrow(2, 0, end), values.narrow(2, 0, end)
-
-    def advance(self, count: int) -> None:
-        """End a pass over `count` new tokens."""
-        self.length, self.layer = self.length + count, 0
-
-    def select(self, rows: Tensor) -> None:
-        """Keep these rows (indices, repeats allowed) in this order."""
-        self.rows = len(rows)
-        self.keys = [x.index_select(0, rows) for x in self.keys]
-        self.values = [x.index_select(0, rows) for x in self.values]
-        self.cross = [(k.index_select(0, rows), v.index_select(0, rows)) for k, v in self.cross]
-        self.fields = {n: x.index_select(0, rows) for n, x in self.fields.items()}
-        self.source = {n: x.index_select(0, rows) for n, x in self.source.items()}
-        self.cross_mask, self.decoding_mask = (
-            None,
-            None if self.decoding_mask is None else self.decoding_mask.index_select(0, rows),
-        )

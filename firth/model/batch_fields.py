@@ -1,13 +1,10 @@
-"""Batch fields of the model as rows (B, T), and the memory before rows.
+"""Batch fields of the model as rows (B, T).
 
 >>> prefixed_fields({"tokens": torch.tensor([[[3, 4, 5], [6, 7, 8]]])}, "")["positions"].tolist()
 [[0, 1, 2]]
 """
 
 from __future__ import annotations
-
-from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -36,21 +33,6 @@ def prefixed_fields(batch: Batch, prefix: str, start: int = 0, ahead: int = 0) -
         slots = torch.arange(start, start + tokens.shape[-1], device=tokens.device)
         fields["positions"] = slots[None]  # (1, T): the same for all rows, so angles and biases are computed once
     return fields
-
-
-@dataclass(frozen=True)
-class RowMemory:
-    """Positions before each row: a memory (`states`) or a trained prefix (`pairs`).
-
-    Args:
-        fields: Batch fields of these positions, (B or 1, M) each.
-        states: The input (B, M, hidden_size) of each block.
-        pairs: Keys and values (KV, M, D) of each block.
-    """
-
-    fields: Batch
-    states: Sequence[Tensor] = ()
-    pairs: Sequence[tuple[Tensor, Tensor]] = ()
 
 
 def with_memory(memory: Batch, name: str, own: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from firth.model import native_ops
-from firth.model.attention import AttentionMask, KVCache, attend
+from firth.model.attention import AttentionMask, attend
 from firth.model.config import ModelConfig
 from firth.model.fused import (
     ACTIVATION,
@@ -26,6 +26,7 @@ from firth.model.fused import (
     runs_native,
     unit_rms,
 )
+from firth.model.kv_cache import KVCache
 from firth.model.linformer import LinformerSlots
 from firth.model.norm import make_norm
 from firth.model.parameter_count import GATED
@@ -96,7 +97,7 @@ class PositionSubset:
 
 @dataclass(frozen=True)
 class AttentionContext:
-    """What all blocks of a stack share in one pass.
+    """What the attention of a layer reads besides the states of its tokens; shared by all layers, or "of the layer".
 
     Args:
         mask: Attention mask; with `subset`, of its queries only.
@@ -105,9 +106,11 @@ class AttentionContext:
         bias: T5's relative bias (B or 1, heads, T, S).
         cache: Keys and values of earlier tokens.
         distances: XLNet's relative positions.
-        slots: Linformer's projections of keys and values.
-        prefix_kv: Keys and values (KV, V, D) of a trained prefix, different for each block.
-        subset: The positions that have queries; None: all.
+        slots: Linformer's projections of keys and values; of the layer.
+        prefix_kv: Keys and values (KV, V, D) of a trained prefix; of the layer.
+        memory_states: States (B, M, hidden_size) of positions before the row, at the input of the layer.
+        encoder_kv: Keys and values (B, KV, S, D) of the encoder's states, for cross-attention; of the layer.
+        subset: The positions that have queries; None: all. Of the last layer.
     """
 
     mask: AttentionMask
@@ -118,6 +121,8 @@ class AttentionContext:
     distances: DistanceIndex | None = None
     slots: LinformerSlots | None = None
     prefix_kv: tuple[Tensor, Tensor] | None = None
+    memory_states: Tensor | None = None
+    encoder_kv: tuple[Tensor, Tensor] | None = None
     subset: PositionSubset | None = None
 
     def queries(self, x: Tensor) -> Tensor:
@@ -126,7 +131,7 @@ class AttentionContext:
 
 
 class Attention(nn.Module):
-    """Multi-head attention with grouped keys and values: x (B, T, width), memory (B, S, width) -> (B, T, width)."""
+    """Multi-head attention with grouped keys and values, (B, T, hidden_size) -> the same: self- or cross-attention."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -150,14 +155,19 @@ class Attention(nn.Module):
     def _heads(self, x: Tensor) -> Tensor:
         return x.view(*x.shape[:-1], -1, self.head_width)  # unflatten takes three times as long
 
-    def memorize(self, memory: Tensor, context: AttentionContext | None = None) -> tuple[Tensor, Tensor]:
-        """Return keys and values of `memory`: two of (B, KV, S, D)."""
+    def keys_values(self, states: Tensor, context: AttentionContext | None = None) -> tuple[Tensor, Tensor]:
+        """Return keys and values of states (B, S, hidden_size): two of (B, KV, S, D). None: without positions."""
         rope = None if context is None else context.rope
-        if self.k_gain is None and (context is None or context.rotation is None) and can_join(memory, (self.k, self.v)):
-            joined, eps = joint_projection(memory, (self.k, self.v)), self.eps if self.qk_norm else -1.0
+        if self.k_gain is None and (context is None or context.rotation is None) and can_join(states, (self.k, self.v)):
+            joined, eps = joint_projection(states, (self.k, self.v)), self.eps if self.qk_norm else -1.0
             return heads(joined, rope, eps, 0, self.kv_heads, self.head_width)[1:]
-        k = self._position(self.k(memory), context, self.k_gain)
-        return k.transpose(1, 2), self._heads(self.v(memory)).transpose(1, 2)
+        k = self._position(self.k(states), context, self.k_gain)
+        return k.transpose(1, 2), self._heads(self.v(states)).transpose(1, 2)
+
+    def queries(self, x: Tensor, context: AttentionContext) -> Tensor:
+        """Return the queries of x (B, T, hidden_size): (B, heads, T, D), or (B, heads, W, D) with `context.subset`."""
+        own = context if context.subset is None else replace(context, rope=context.subset.rope)
+        return self._position(self.q(context.queries(x)), own, self.q_gain).transpose(1, 2)
 
     def _position(self, x: Tensor, context: AttentionContext | None, gain: Tensor | None) -> Tensor:
         """Return queries or keys split into heads, with rotary positions and unit RMS as configured.
@@ -173,8 +183,12 @@ class Attention(nn.Module):
             return rotate(x, *context.rope, eps)
         return unit_rms(x, eps) if eps >= 0 else x
 
-    def _project(self, x: Tensor, context: AttentionContext) -> tuple[Tensor, Tensor, Tensor]:
-        """Return queries (B, heads, T, D), keys and values (B, KV, T, D) of x, with positions applied."""
+    def _project(self, x: Tensor, context: AttentionContext, before: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Return queries (B, heads, T, D) of x, and keys and values (B, KV, M + T, D) of `before` and x."""
+        one_input = before is None and context.subset is None
+        if not one_input or (context.cache is None and not can_join(x, (self.q, self.k, self.v))):
+            q, whole = self.queries(x, context), x if before is None else torch.cat((before, x), 1)
+            return q, *self.keys_values(whole, context)
         joined = joint_projection(x, (self.q, self.k, self.v)) if self.joined is None else self.joined(x)
         if self.q_gain is None and context.rotation is None:
             eps = self.eps if self.qk_norm else -1.0
@@ -189,33 +203,20 @@ class Attention(nn.Module):
         q, k = both.split((self.heads, self.kv_heads), 1)
         return q, k, self._heads(v).transpose(1, 2)
 
-    def forward(
-        self,
-        x: Tensor,
-        context: AttentionContext,
-        memory: tuple[Tensor, Tensor] | None = None,
-        before: Tensor | None = None,
-    ) -> Tensor:
+    def forward(self, x: Tensor, context: AttentionContext, before: Tensor | None = None) -> Tensor:
         """Return the attention output (B, T, hidden_size), or (B, W, hidden_size) with `context.subset`.
 
         Args:
             x: (B, T, hidden_size).
-            context: Mask and positions.
-            memory: Keys and values (B, KV, S, D) to attend to in place of those of x.
-            before: (B, M, hidden_size), states before x that are attended to.
+            context: Mask, positions and further keys and values.
+            before: (B, M, hidden_size), the states before x that are attended to (`context.memory_states`, with the norm).
         """
-        if memory is None and context.cache is not None and context.subset is None:
-            q, k, v = self._project(x, context)
-            k, v = context.cache.extend(*_after_prefix(context.prefix_kv, k, v))
-        elif memory is None and before is None and context.subset is None and can_join(x, (self.q, self.k, self.v)):
-            q, k, v = self._project(x, context)
-            k, v = _after_prefix(context.prefix_kv, k, v)
+        if context.encoder_kv is not None:
+            q, (k, v) = self.queries(x, context), context.encoder_kv
         else:
-            query_context = context if context.subset is None else replace(context, rope=context.subset.rope)
-            q = self._position(self.q(context.queries(x)), query_context, self.q_gain).transpose(1, 2)
-            whole = x if before is None else torch.cat((before, x), 1)
-            k, v = _after_prefix(context.prefix_kv, *self.memorize(whole, context)) if memory is None else memory
-            if memory is None and context.cache is not None:
+            q, k, v = self._project(x, context, before)
+            k, v = _after_prefix(context.prefix_kv, k, v)
+            if context.cache is not None:
                 k, v = context.cache.extend(k, v)
         if context.slots is not None:
             k, v = (context.slots.mix(each, side) for side, each in enumerate((k, v)))
@@ -285,37 +286,29 @@ class Block(nn.Module):
         self.mlp = MLP(config)
         self.drop = Dropout(config.dropout) if config.dropout else nn.Identity()
 
-    def cross_kv(self, memory: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the cross-attention's keys and values of encoder states (B, S, hidden_size)."""
+    def encoder_kv(self, states: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the cross-attention's keys and values of encoder states (B, S, hidden_size): two of (B, KV, S, D)."""
         assert self.cross is not None
-        return self.cross.memorize(memory)
+        return self.cross.keys_values(states)
 
-    def forward(
-        self,
-        x: Tensor,
-        context: AttentionContext,
-        cross: AttentionContext | None = None,
-        memory: tuple[Tensor, Tensor] | None = None,
-        before: Tensor | None = None,
-    ) -> Tensor:
+    def forward(self, x: Tensor, context: AttentionContext, cross: AttentionContext | None = None) -> Tensor:
         """Return the output states (B, T, hidden_size), or (B, W, hidden_size) with `context.subset`.
 
         Args:
             x: (B, T, hidden_size).
             context: Of self-attention.
             cross: Of cross-attention.
-            memory: Keys and values of the encoder states (`cross_kv`).
-            before: States of earlier tokens at the input of this block; its norm is applied to them too.
         """
+        before = context.memory_states
         if self.post:
-            x = self.attention_norm(context.queries(x) + self.drop(self.attention(x, context, None, before)))
+            x = self.attention_norm(context.queries(x) + self.drop(self.attention(x, context, before)))
             if self.cross is not None and self.cross_norm is not None and cross is not None:
-                x = self.cross_norm(x + self.drop(self.cross(x, cross, memory)))
+                x = self.cross_norm(x + self.drop(self.cross(x, cross)))
             return self.mlp_norm(x + self.drop(self.mlp(x)))
-        past = None if before is None else self.attention_norm(before)
-        x = context.queries(x) + self.drop(self.attention(self.attention_norm(x), context, None, past))
+        before = None if before is None else self.attention_norm(before)
+        x = context.queries(x) + self.drop(self.attention(self.attention_norm(x), context, before))
         if self.cross is not None and self.cross_norm is not None and cross is not None:
-            x = x + self.drop(self.cross(self.cross_norm(x), cross, memory))
+            x = x + self.drop(self.cross(self.cross_norm(x), cross))
         return x + self.drop(self.mlp(self.mlp_norm(x)))
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 import torch.compiler.config
@@ -18,7 +18,7 @@ from firth.model.transformer import TransformerStack
 from firth.types import UserError
 
 if TYPE_CHECKING:
-    from firth.model.block import Block
+    from firth.model.block import AttentionContext, Block
     from firth.model.model import LM
 
 
@@ -26,8 +26,8 @@ MAX_RECOMPILES = 32
 """Most versions of a block: the first may have no norm, the last may run at a subset, and row lengths differ."""
 
 
-def _pass(block: Block, *inputs: Any) -> Tensor:
-    return block(*inputs)
+def _pass(block: Block, x: Tensor, attention: AttentionContext, cross: AttentionContext | None) -> Tensor:
+    return block(x, attention, cross)
 
 
 @cache

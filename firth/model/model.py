@@ -14,22 +14,24 @@ torch.Size([2, 3, 64])
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from firth.model.attention import KVCache
-from firth.model.batch_fields import RowMemory, prefixed_fields
+from firth.model.batch_fields import prefixed_fields
 from firth.model.block import initialize
 from firth.model.characters import CharacterCNN
 from firth.model.config import ModelConfig
+from firth.model.forward_context import NO_CONTEXT, EncoderOutput, ForwardContext, RowMemory
+from firth.model.kv_cache import KVCache, RecurrentCache
 from firth.model.latent import Latent
 from firth.model.parameter_count import LEARNED_POSITIONS, SINUSOIDAL_POSITIONS
 from firth.model.positions import sinusoidal
 from firth.model.prefix import PrefixEncoder, PromptEmbedding
-from firth.model.recurrent import RecurrentCache, RecurrentStack
+from firth.model.recurrent import RecurrentStack
 from firth.model.transformer import TransformerStack
 from firth.types import ALWAYS, NEVER, Batch, UserError
 
@@ -167,13 +169,13 @@ class LM(nn.Module):
         """Longest text in tokens: `max_positions` less the trained positions before it."""
         return self.config.max_positions - max(self.num_virtual_tokens(), self.num_virtual_tokens(source=True))
 
-    def embed(self, fields: Batch, source: bool = False, front: Tensor | None = None) -> Tensor:
+    def embed(self, fields: Batch, source: bool = False, prompt: Tensor | None = None) -> Tensor:
         """Return the sum of token, position and token type embeddings, (B, T, embedding_dim).
 
         Args:
             fields: Batch fields, (B, T) each.
             source: Whether the fields are the encoder's.
-            front: (N, embedding_dim), in place of the token embeddings of the first N positions of each row.
+            prompt: (N, embedding_dim), in place of the token embeddings of the first N positions of each row.
 
         Raises:
             UserError: A row is longer than the learned positions.
@@ -182,8 +184,8 @@ class LM(nn.Module):
         x: Tensor = self.tokens(fields["tokens"])
         if self.config.embedding_scale != 1:
             x = x * self.config.embedding_scale
-        if front is not None:
-            x = torch.cat((front.to(x.dtype).expand(len(x), -1, -1), x[:, len(front) :]), 1)
+        if prompt is not None:
+            x = torch.cat((prompt.to(x.dtype).expand(len(x), -1, -1), x[:, len(prompt) :]), 1)
         if self.query is not None and "key_time" in fields:
             # A position that nobody attends to is a query (or padding): its own token must not leak into its prediction.
             x = torch.where((fields["key_time"] == NEVER)[..., None], self.query.to(x.dtype), x)
@@ -205,22 +207,65 @@ class LM(nn.Module):
             x = x + (self.token_types.weight[0] if types is None else self.token_types(types))
         return x
 
-    def encode(self, batch: Batch) -> Tensor:
-        """Return the encoder's hidden states of the source: (..., S, hidden_size)."""
+    def forward(self, batch: Batch, context: ForwardContext = NO_CONTEXT) -> Tensor:
+        """Return the hidden states of `tokens`, (..., T, hidden_size): encoder, embeddings, layers.
+
+        Args:
+            batch: Fields (..., T); with a cache, those of the new tokens only.
+            context: Further inputs.
+        """
+        fields, prompt = prefixed_fields(batch, "", context.past_length, self.num_virtual_tokens()), None
+        if not context.past_length:  # later tokens find the prompt in the cache
+            fields, prompt = self._prepend_prompt(fields)
+        prompt_length = fields["tokens"].shape[-1] - batch["tokens"].shape[-1]
+        context = self._complete(context, batch, prompt_length)
+        x = self.embed(fields, prompt=prompt)  # (B, prompt_length + T, embedding_dim)
+        hidden: Tensor = self.stack(x, fields, context)
+        return hidden[:, prompt_length:].unflatten(0, batch["tokens"].shape[:-1])
+
+    def _complete(self, context: ForwardContext, batch: Batch, prompt_length: int) -> ForwardContext:
+        """Return the context with what the caller leaves to the model, as the layers read it."""
+        output, memory, needed = context.encoder_output, context.row_memory, context.needed_positions
+        in_cache = context.cache is not None and bool(context.cache.encoder_fields)
+        if output is None and self.encoder is not None and not in_cache:
+            output = self._encoder_output(batch)
+        if memory is None:
+            memory = self._row_memory(batch, context)
+        if needed is not None:
+            needed = F.pad(needed.flatten(0, -2), (prompt_length, 0))  # (B, prompt_length + T)
+        return replace(context, encoder_output=output, row_memory=memory, needed_positions=needed)
+
+    def _encoder_output(self, batch: Batch) -> EncoderOutput:
+        """Return what the decoder attends to by default: the states of the source, or the mean of its latent."""
+        return self._run_encoder(batch) if self.latent is None else self.latent_output(self.posterior(batch)[0])
+
+    def _run_encoder(self, batch: Batch) -> EncoderOutput:
+        """Return the encoder's states (B, N + S, hidden_size) of N prompt and S source tokens."""
         if self.encoder is None:
             raise UserError("this model has no encoder: model.num_encoder_layers is 0")
-        memory, _ = self._encode_fields(batch)
-        own = memory[:, memory.shape[1] - batch["source_tokens"].shape[-1] :]  # without the prompt
-        return own.unflatten(0, batch["source_tokens"].shape[:-1])
-
-    def _encode_fields(self, batch: Batch) -> tuple[Tensor, Batch]:
-        """Return the encoder's states (B, N + S, hidden_size) of the N prompt and S source tokens, and their fields."""
-        assert self.encoder is not None
         fields = prefixed_fields(batch, "source_", ahead=self.num_virtual_tokens(source=True))
-        front = None
-        if self.prompt is not None:
-            front, fields = self.prompt.prepend(fields, causal=False)
-        return self.encoder(self.embed(fields, True, front), fields), fields
+        fields, prompt = self._prepend_prompt(fields, source=True)
+        states = self.encoder(self.embed(fields, True, prompt), fields)
+        zeros = torch.zeros_like(fields["tokens"], dtype=torch.int32)
+        return EncoderOutput(
+            states, {"key_time": zeros} | {n: fields[n] for n in ("key_time", "document_ids") if n in fields}
+        )
+
+    def _prepend_prompt(self, fields: Batch, source: bool = False) -> tuple[Batch, Tensor | None]:
+        """Return the fields with those of the N trained prompt tokens before them, and their vectors (N, embedding_dim).
+
+        The prompt is the encoder's if there is one. Without one before these fields, they are returned as they are.
+        """
+        if self.prompt is None or source == (self.encoder is None):
+            return fields, None
+        vectors, fields = self.prompt.prepend(fields, causal=self.config.causal and not source)
+        return fields, vectors
+
+    def encode(self, batch: Batch) -> Tensor:
+        """Return the encoder's hidden states of the source: (..., S, hidden_size)."""
+        states, tokens = self._run_encoder(batch).hidden_states, batch["source_tokens"]
+        own = states[:, states.shape[1] - tokens.shape[-1] :]  # without the prompt
+        return own.unflatten(0, tokens.shape[:-1])
 
     def posterior(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Return mean and log variance of each source's latent, two of (..., latent_size)."""
@@ -231,59 +276,25 @@ class LM(nn.Module):
         lead = batch["source_tokens"].shape[:-1]
         return mean.unflatten(0, lead), log_variance.unflatten(0, lead)
 
-    def forward(
-        self,
-        batch: Batch,
-        cache: KVCache | None = None,
-        hidden_states: list[Tensor] | None = None,
-        latent: Tensor | None = None,
-        needed: Tensor | None = None,
-    ) -> Tensor:
-        """Return the hidden states of `tokens`, (..., T, hidden_size).
-
-        Args:
-            batch: Fields (..., T); with a cache, those of the new tokens only.
-            cache: Keys and values of the tokens before them.
-            hidden_states: Receives the states of all layers, (B, T, hidden_size) each (see `all_hidden_states`).
-            latent: (..., latent_size), for the decoder of a VAE; None: the mean of the posterior of the source.
-            needed: (..., T) bool, the states that will be read; others may be zeros. None: all.
-        """
-        first = cache is None or not cache.length
-        fields = prefixed_fields(batch, "", 0 if cache is None else cache.length, self.num_virtual_tokens())
-        length, front = fields["tokens"].shape[-1], None
-        if self.prompt is not None and self.encoder is None and first:
-            front, fields = self.prompt.prepend(fields, self.config.causal)
-        memory, source = None, None
-        if self.encoder is not None and cache is not None and cache.source:
-            source = cache.source
-        elif self.latent is not None:
-            memory = self.latent.write((self.posterior(batch)[0] if latent is None else latent).flatten(0, -2))
-            source = {"key_time": memory.new_zeros(memory.shape[:2], dtype=torch.int32)}
-        elif self.encoder is not None:
-            memory, read = self._encode_fields(batch)
-            zeros = torch.zeros_like(read["tokens"], dtype=torch.int32)
-            source = {"key_time": zeros} | {n: read[n] for n in ("key_time", "document_ids") if n in read}
-        row_memory = self.row_memory(batch)
-        if self.prefix is not None and first:
-            row_memory = self.prefix.row_memory()
-        x = self.embed(fields, front=front)
-        if self.config.rnn_type:
-            hidden = self.stack(x, fields, cache, hidden_states)
-        else:
-            if needed is not None:
-                needed = F.pad(needed.flatten(0, -2), (x.shape[1] - length, 0))
-            hidden = self.stack(x, fields, cache, memory, source, row_memory, hidden_states, needed)
-        if front is not None:
-            hidden = hidden[:, -length:]
-            if hidden_states is not None:
-                hidden_states[:] = [states[:, -length:] for states in hidden_states]
-        return hidden.unflatten(0, batch["tokens"].shape[:-1])
+    def latent_output(self, latent: Tensor) -> EncoderOutput:
+        """Return what the decoder of a VAE attends to, given a latent (..., latent_size)."""
+        if self.latent is None:
+            raise UserError("this model has no latent: model.latent_size is 0")
+        vectors = self.latent.write(latent.flatten(0, -2))  # (B, LATENT_VECTORS, hidden_size)
+        return EncoderOutput(vectors, {"key_time": vectors.new_zeros(vectors.shape[:2], dtype=torch.int32)})
 
     def all_hidden_states(self, batch: Batch) -> Tensor:
         """Return the input of the layers and the output of each: (num_layers + 1, ..., T, hidden_size)."""
         states: list[Tensor] = []
-        self(batch, None, states)
-        return torch.stack(states).unflatten(1, batch["tokens"].shape[:-1])
+        self(batch, ForwardContext(hidden_states=states))
+        tokens = batch["tokens"]
+        own = [x[:, x.shape[1] - tokens.shape[-1] :] for x in states]  # without the prompt
+        return torch.stack(own).unflatten(1, tokens.shape[:-1])
+
+    def _row_memory(self, batch: Batch, context: ForwardContext) -> RowMemory | None:
+        """Return the positions before the rows: those of the trained prefix, unless the cache has it, or of a memory."""
+        memory = self.row_memory(batch)
+        return memory if self.prefix is None or context.past_length else self.prefix.row_memory()
 
     @torch.no_grad()
     def row_memory(self, batch: Batch) -> RowMemory | None:

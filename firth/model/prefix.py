@@ -23,8 +23,8 @@ import torch
 from torch import Tensor, nn
 
 from firth.model.attention import ALL_DOCUMENTS
-from firth.model.batch_fields import RowMemory
 from firth.model.config import ModelConfig
+from firth.model.forward_context import RowMemory
 from firth.types import ALWAYS, NEVER, Batch, UserError
 
 PREFIX_HEADS = frozenset({"prefix", "prompt"})

@@ -31,8 +31,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
-from firth.model.attention import KVCache
 from firth.model.config import ModelConfig
+from firth.model.forward_context import NO_CONTEXT, ForwardContext
+from firth.model.kv_cache import RecurrentCache
 from firth.types import NEVER, Batch, UserError
 
 
@@ -140,21 +141,6 @@ class RowRuns:
         return x.gather(1, self.reversal[..., None].expand_as(x))
 
 
-class RecurrentCache(KVCache):
-    """Cache of a left-to-right recurrent model: the state of each layer, whose size does not depend on the row length."""
-
-    def __init__(self, rows: int, capacity: int):
-        super().__init__(rows, capacity)
-        self.layers: dict[int, tuple[Tensor, ...]] = {}
-
-    def start_decoding(self) -> None:
-        """Do nothing: the states are the whole cache."""
-
-    def select(self, rows: Tensor) -> None:
-        self.rows = len(rows)
-        self.layers = {i: tuple(s.index_select(1, rows) for s in states) for i, states in self.layers.items()}
-
-
 class RecurrentLayer(nn.Module):
     """One recurrent layer, in one direction or two."""
 
@@ -180,17 +166,15 @@ class RecurrentStack(nn.Module):
         """Return the layers, typed."""
         return list(self.layers)  # type: ignore[arg-type]
 
-    def forward(
-        self, x: Tensor, fields: Batch, cache: RecurrentCache | None = None, hidden_states: list[Tensor] | None = None
-    ) -> Tensor:
+    def forward(self, x: Tensor, fields: Batch, context: ForwardContext = NO_CONTEXT) -> Tensor:
         """Return hidden states (B, T, hidden_size).
 
         Args:
             x: Embeddings (B, T, embedding_dim).
             fields: Batch fields, (B, T) each.
-            cache: The states after earlier tokens; updated.
-            hidden_states: Receives the input of the layers and the output of each, (B, T, hidden_size).
+            context: A `RecurrentCache` with the states after earlier tokens, which is updated; where states are collected.
         """
+        cache: RecurrentCache | None = context.cache  # type: ignore[assignment]
         runs = RowRuns.of(fields, x, exact=cache is not None or not self.config.causal)
         if cache is not None and len(runs.lengths) != len(x):
             raise UserError("a recurrent model can only continue rows of one document each: leave out document_ids")
@@ -198,8 +182,8 @@ class RecurrentStack(nn.Module):
         ahead, back = x, runs.reverse(x) if self.config.separate_directions else x
         both = torch.cat((x, x), -1) if self.config.separate_directions else x
         for i, layer in enumerate(self.stack()):
-            if hidden_states is not None:
-                hidden_states.append(runs.from_runs(both))
+            if context.hidden_states is not None:
+                context.collect(runs.from_runs(both))
             forward = self._run(layer.ahead, ahead, i, runs, cache)
             if layer.back is None:
                 ahead = both = self._output(i, forward, ahead)
@@ -213,8 +197,7 @@ class RecurrentStack(nn.Module):
         if cache is not None:
             cache.advance(runs.inverse.shape[-1])
         both = runs.from_runs(both)
-        if hidden_states is not None:
-            hidden_states.append(both)
+        context.collect(both)
         return both
 
     def _output(self, i: int, out: Tensor, inputs: Tensor) -> Tensor:

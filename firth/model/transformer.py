@@ -1,4 +1,9 @@
-"""Transformer stack: embeddings -> hidden states. Attention mask and positions are computed once for all blocks.
+"""Transformer stack: embeddings -> hidden states.
+
+    x = project_embeddings(x)                                  norm, dropout and projection of the embeddings
+    self_attention_contexts, cross_attention_contexts          masks and positions, computed once for all layers
+    for each layer: x = block(x, its contexts)
+    x = norm(x)
 
 An objective may need some states only (classification one per text, masked LM those of its masked tokens). The last block
 then computes keys and values of all tokens and everything else at the needed positions: an exact saving of nearly a block.
@@ -8,7 +13,8 @@ then computes keys and values of all tokens and everything else at the needed po
 >>> config = encoder_config(vocab_size=9, hidden_size=64, num_layers=1)
 >>> stack = TransformerStack(config, 1, cross=False, bidirectional=True)
 >>> x, fields = torch.randn(1, 3, 64), {"tokens": torch.tensor([[3, 4, 5]]), "positions": torch.arange(3)[None]}
->>> stack(x, fields, needed=torch.tensor([[True, False, False]])).abs().sum(-1).gt(0).tolist()
+>>> needed = ForwardContext(needed_positions=torch.tensor([[True, False, False]]))
+>>> stack(x, fields, needed).abs().sum(-1).gt(0).tolist()
 [[True, False, False]]
 """
 
@@ -22,11 +28,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from firth.model.attention import AttentionMask, KVCache
-from firth.model.batch_fields import RowMemory, with_memory
+from firth.model.attention import AttentionMask
+from firth.model.batch_fields import with_memory
 from firth.model.block import AttentionContext, Block, Linear, PositionSubset
 from firth.model.config import ModelConfig
+from firth.model.forward_context import NO_CONTEXT, ForwardContext, RowMemory
 from firth.model.fused import Dropout
+from firth.model.kv_cache import KVCache
 from firth.model.linformer import Linformer
 from firth.model.norm import make_norm
 from firth.model.parameter_count import BIAS_POSITIONS
@@ -94,80 +102,36 @@ class TransformerStack(nn.Module):
         blocks: list[Block] = list(self.blocks)  # type: ignore[arg-type]
         return [blocks[layer * len(blocks) // self.depth] for layer in range(self.depth)]
 
-    def forward(
-        self,
-        x: Tensor,
-        fields: Batch,
-        cache: KVCache | None = None,
-        memory: Tensor | None = None,
-        source: Batch | None = None,
-        row_memory: RowMemory | None = None,
-        hidden_states: list[Tensor] | None = None,
-        needed: Tensor | None = None,
-    ) -> Tensor:
+    def forward(self, x: Tensor, fields: Batch, context: ForwardContext = NO_CONTEXT) -> Tensor:
         """Return hidden states (B, T, hidden_size).
 
         Args:
             x: Embeddings (B, T, embedding_dim).
             fields: Batch fields, (B, T) each.
-            cache: Keys and values of earlier tokens.
-            memory: Encoder states (B, S, hidden_size).
-            source: The batch fields of `memory`, (B, S) each.
-            row_memory: States, or keys and values, before the rows.
-            hidden_states: Receives the input of the blocks and the output of each, the last one after the norm.
-            needed: (B, T) bool, the states that will be read; others may be zeros if the config supports subsets.
+            context: Further inputs; its `needed_positions` are (B, T).
         """
         x = self.project_embeddings(x)
-        if not self.blocks:  # word vectors: no attention, so no mask
-            hidden_states = [] if hidden_states is None else hidden_states
-            hidden_states.append(x)
-            return self.norm(x)
-        context = self.context(fields, cache, row_memory)
-        cross: AttentionContext | None = None
-        layers = self.layers()
-        cross_kv: Sequence[tuple[Tensor, Tensor] | None] = [None] * len(layers)
-        if source is not None:
-            cross = AttentionContext(self.cross_mask(fields, source, cache))
-            if memory is not None:
-                made = [block.cross_kv(memory) for block in layers]
-                if cache is not None:
-                    cache.cross, cache.source = made, source
-            elif cache is not None:
-                made = cache.cross
-            cross_kv = made
-        last = None
-        if (
-            needed is not None
-            and self.config.supports_subset
-            and (cache is None or not cache.length)
-            and hidden_states is None
-        ):
-            index = subset_positions(needed)
-            last = None if index is None else replace(self.context(fields, None, row_memory, index), cache=cache)
-        training = cache is None and torch.is_grad_enabled()
-        recompute = self.gradient_checkpointing and training
-        for layer, (block, pair) in enumerate(zip(layers, cross_kv, strict=True)):
-            layer_context = context if last is None or layer < len(layers) - 1 else last
-            if layer_context.slots is not None:
-                layer_context = replace(layer_context, slots=layer_context.slots.of(layer))
-            if row_memory is not None and row_memory.pairs:
-                layer_context = replace(layer_context, prefix_kv=row_memory.pairs[layer])
-            earlier = row_memory.states[layer] if row_memory is not None and row_memory.states else None
-            if hidden_states is not None:
-                hidden_states.append(x)
-            run = block if self.block_runner is None or not training else partial(self.block_runner, block)
-            if recompute:
-                x = checkpoint(run, x, layer_context, cross, pair, earlier, use_reentrant=False)
-            else:
-                x = run(x, layer_context, cross, pair, earlier)
-        if cache is not None:
-            cache.advance(
-                fields["tokens"].shape[1] + (0 if row_memory is None else row_memory.fields["key_time"].shape[1])
-            )
+        attention = self.self_attention_contexts(fields, context)
+        cross_attention = self.cross_attention_contexts(fields, context)
+        training = context.cache is None and torch.is_grad_enabled()
+        for block, own, cross in zip(self.layers(), attention, cross_attention, strict=True):
+            context.collect(x)
+            x = self._run_block(block, x, own, cross, training)
         x = self.norm(x)
-        if hidden_states is not None:
-            hidden_states.append(x)
-        return x if last is None or last.subset is None else last.subset.scatter(x, fields["tokens"].shape[1])
+        context.collect(x)
+        if context.cache is not None:
+            context.cache.advance(fields["tokens"].shape[1] + context.memory_length)
+        subset = attention[-1].subset if attention else None
+        return x if subset is None else subset.scatter(x, fields["tokens"].shape[1])
+
+    def _run_block(
+        self, block: Block, x: Tensor, attention: AttentionContext, cross: AttentionContext | None, training: bool
+    ) -> Tensor:
+        """Return the output of one layer; in training as `block_runner` and `gradient_checkpointing` say."""
+        run = partial(self.block_runner, block) if training and self.block_runner is not None else block
+        if training and self.gradient_checkpointing:
+            return checkpoint(run, x, attention, cross, use_reentrant=False)
+        return run(x, attention, cross)
 
     def project_embeddings(self, x: Tensor) -> Tensor:
         """Return embeddings (B, T, embedding_dim) as the first block takes them, (B, T, hidden_size)."""
@@ -176,68 +140,106 @@ class TransformerStack(nn.Module):
 
     def block_inputs(self, x: Tensor, fields: Batch) -> list[Tensor]:
         """Return the input (B, T, hidden_size) of each block; the last block is not run."""
-        context, out = self.context(fields, None), [self.project_embeddings(x)]
-        for block in self.layers()[:-1]:
-            out.append(block(out[-1], context))
+        out = [self.project_embeddings(x)]
+        for block, attention in zip(self.layers()[:-1], self.self_attention_contexts(fields), strict=False):
+            out.append(block(out[-1], attention))
         return out
 
-    def context(
-        self, fields: Batch, cache: KVCache | None, row_memory: RowMemory | None = None, index: Tensor | None = None
+    def self_attention_contexts(self, fields: Batch, context: ForwardContext = NO_CONTEXT) -> list[AttentionContext]:
+        """Return the context of self-attention of each layer; mask and positions are computed once.
+
+        A subset of queries is the last layer's: layers before it need the states of all positions.
+        """
+        if not self.blocks:  # word vectors: no attention, so no mask
+            return []
+        if context.cache is not None and context.cache.is_decoding:
+            return [self._next_token_context(fields, context.cache)] * self.depth
+        contexts = [self._attention_context(fields, context)] * self.depth
+        index = self._needed_subset(context)
+        if index is not None:
+            without_cache = replace(context, cache=None)  # which has these fields already
+            contexts[-1] = replace(self._attention_context(fields, without_cache, index), cache=context.cache)
+        return [self._of_layer(layer, each, context.row_memory) for layer, each in enumerate(contexts)]
+
+    def _of_layer(self, layer: int, shared: AttentionContext, memory: RowMemory | None) -> AttentionContext:
+        """Return the context of one layer: the shared one with the slots, prefix and memory of the layer."""
+        if shared.slots is not None:
+            return replace(shared, slots=shared.slots.of(layer))
+        if memory is None:
+            return shared
+        return replace(
+            shared,
+            prefix_kv=memory.pairs[layer] if memory.pairs else None,
+            memory_states=memory.states[layer] if memory.states else None,
+        )
+
+    def _needed_subset(self, context: ForwardContext) -> Tensor | None:
+        """Return the positions (B, W) at which the last layer is run; None: all."""
+        if context.needed_positions is None or context.past_length or context.hidden_states is not None:
+            return None
+        return subset_positions(context.needed_positions) if self.config.supports_subset else None
+
+    def _next_token_context(self, fields: Batch, cache: KVCache) -> AttentionContext:
+        """Return the context of all layers for one new token of each row, after `KVCache.start_decoding`."""
+        positions = fields["positions"]
+        # Storing fields takes time, which a single token has little of: only where relative positions need it.
+        relative = self.relative is not None or self.config.position == "xlnet"
+        stored = {name: value for name, value in fields.items() if relative and name in ("positions", "token_type_ids")}
+        keys = {name: cache.append_field(name, value) for name, value in stored.items()}
+        bias = None if self.relative is None else self.relative(positions, keys["positions"])
+        rope = self._rope(positions)
+        # For few rows the calls are the cost: one product a layer in place of seven calls.
+        matrix = None if rope is None or cache.rows > MAX_ROTATION_ROWS else rotation(*rope)
+        rope = rope if matrix is None else None
+        return AttentionContext(cache.next_mask(), rope, matrix, bias, cache, self.distances(fields, keys))
+
+    def _attention_context(
+        self, fields: Batch, context: ForwardContext, index: Tensor | None = None
     ) -> AttentionContext:
-        """Return what the blocks share: attention mask, rotary angles, relative positions.
+        """Return what the contexts of all layers share: attention mask, rotary angles, relative positions.
 
         Args:
-            fields: Batch fields of the new tokens, (B, T) each.
-            cache: Of earlier tokens; the fields of these are appended to it.
-            row_memory: Before the rows.
+            fields: Batch fields of the rows, (B, T) each; those of the keys are appended to the cache.
+            context: The cache and the memory before the rows.
             index: (B, W), the positions of the queries; None: all.
         """
-        positions = fields["positions"]
-        angles = rope_angles(positions, self.config) if self.config.position == "rotary" else None
-        if cache is not None and cache.decoding_mask is not None:
-            # Storing fields takes time, which a single token has little of: only where relative positions need it.
-            relative = self.relative is not None or self.config.position == "xlnet"
-            known = {
-                n: cache.append_field(n, v)
-                for n, v in fields.items()
-                if relative and n in ("positions", "token_type_ids")
-            }
-            bias = None if self.relative is None else self.relative(positions, known["positions"])
-            # For few rows the calls are the cost: one product a layer in place of seven calls.
-            matrix = None if angles is None or cache.rows > MAX_ROTATION_ROWS else rotation(*angles)
-            angles = angles if matrix is None else None
-            return AttentionContext(cache.next_mask(), angles, matrix, bias, cache, self.distances(fields, known))
+        rope = self._rope(fields["positions"])
+        keys, queries = self._key_fields(fields, context), fields
         zeros = torch.zeros_like(fields["tokens"], dtype=torch.int32)
-        query_time, key_time = fields.get("query_time", zeros), fields.get("key_time", zeros)
-        document = fields.get("document_ids")
-        keys = {"key_time": key_time, "positions": positions}
-        keys |= {name: fields[name] for name in ("document_ids", "token_type_ids", "key_expiry") if name in fields}
-        if row_memory is not None:
-            keys = {name: with_memory(row_memory.fields, name, value) for name, value in keys.items()}
-        if cache is not None:
-            keys = {name: cache.append_field(name, value) for name, value in keys.items()}
-        subset, flex, queries = None, self.flex, fields
+        query_time, document = fields.get("query_time", zeros), fields.get("document_ids")
+        subset, flex = None, self.flex
         if index is not None:
-            queries = {
-                n: v.expand(len(index), -1).gather(1, index)
-                for n, v in fields.items()
-                if n in ("positions", "token_type_ids")
-            }
-            subset, flex = (
-                PositionSubset(index, None if angles is None else rope_angles(queries["positions"], self.config)),
-                False,
-            )
+            names = [name for name in ("positions", "token_type_ids") if name in fields]
+            queries = {name: fields[name].expand(len(index), -1).gather(1, index) for name in names}
             query_time, document = query_time.gather(1, index), None if document is None else document.gather(1, index)
+            subset, flex = PositionSubset(index, None if rope is None else self._rope(queries["positions"])), False
         mask = AttentionMask.from_times(
             query_time, keys["key_time"], document, keys.get("document_ids"), flex, keys.get("key_expiry")
         )
         if self.linformer is not None:
-            slots = self.linformer.at(positions.shape[-1], mask)
-            return AttentionContext(slots.mask, angles, slots=slots)
+            slots = self.linformer.at(fields["positions"].shape[-1], mask)
+            return AttentionContext(slots.mask, rope, slots=slots)
         if mask.num_keys:
             keys = {name: value[..., : mask.num_keys] for name, value in keys.items()}
         bias = None if self.relative is None else self.relative(queries["positions"], keys["positions"])
-        return AttentionContext(mask, angles, None, bias, cache, self.distances(queries, keys), subset=subset)
+        distances = self.distances(queries, keys)
+        return AttentionContext(mask, rope, None, bias, context.cache, distances, subset=subset)
+
+    def _key_fields(self, fields: Batch, context: ForwardContext) -> Batch:
+        """Return the fields of all keys, (B or 1, past + M + T) each: those in the cache, in the memory, in the rows."""
+        zeros = torch.zeros_like(fields["tokens"], dtype=torch.int32)
+        keys = {"key_time": fields.get("key_time", zeros), "positions": fields["positions"]}
+        keys |= {name: fields[name] for name in ("document_ids", "token_type_ids", "key_expiry") if name in fields}
+        memory, cache = context.row_memory, context.cache
+        if memory is not None:
+            keys = {name: with_memory(memory.fields, name, value) for name, value in keys.items()}
+        if cache is not None:
+            keys = {name: cache.append_field(name, value) for name, value in keys.items()}
+        return keys
+
+    def _rope(self, positions: Tensor) -> tuple[Tensor, Tensor] | None:
+        """Return rotary cosines and sines at positions (B or 1, T), or None for other position encodings."""
+        return rope_angles(positions, self.config) if self.config.position == "rotary" else None
 
     def distances(self, fields: Batch, keys: Batch) -> DistanceIndex | None:
         """Return the distances between queries and keys for XLNet's positions, else None."""
@@ -249,16 +251,32 @@ class TransformerStack(nn.Module):
             index, table, fields["token_type_ids"][:, :, None] != keys["token_type_ids"][:, None, :] if typed else None
         )
 
-    def cross_mask(self, fields: Batch, source: Batch, cache: KVCache | None) -> AttentionMask:
+    def cross_attention_contexts(self, fields: Batch, context: ForwardContext) -> Sequence[AttentionContext | None]:
+        """Return the context of cross-attention of each layer; None without an encoder.
+
+        The cache keeps the keys and values of the encoder's states, which are computed once.
+        """
+        cache, output = context.cache, context.encoder_output
+        if output is not None:
+            pairs, keys = [b.encoder_kv(output.hidden_states) for b in self.layers()], output.fields
+            if cache is not None:
+                cache.encoder_kv, cache.encoder_fields = pairs, keys
+        elif cache is not None and cache.encoder_fields:
+            pairs, keys = cache.encoder_kv, cache.encoder_fields
+        else:
+            return [None] * self.depth
+        mask = self._cross_mask(fields, keys, cache)
+        return [AttentionContext(mask, encoder_kv=pair) for pair in pairs]
+
+    def _cross_mask(self, fields: Batch, keys: Batch, cache: KVCache | None) -> AttentionMask:
         """Return the cross-attention mask: each token attends to the source of its document. Cached while decoding."""
-        decoding = cache is not None and cache.decoding_mask is not None
-        if cache is not None and decoding and cache.cross_mask is not None:
+        if cache is not None and cache.cross_mask is not None:
             return cache.cross_mask
         always = torch.full_like(fields["tokens"], NEVER - 1, dtype=torch.int32)
         mask = AttentionMask.from_times(
-            always, source["key_time"], fields.get("document_ids"), source.get("document_ids"), self.flex
+            always, keys["key_time"], fields.get("document_ids"), keys.get("document_ids"), self.flex
         )
-        if cache is not None and decoding:
+        if cache is not None and cache.is_decoding:
             cache.cross_mask = mask
         return mask
 

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from firth.data import attention_fields
 from firth.model.config import ModelConfig
+from firth.model.forward_context import ForwardContext
 from firth.model.heads import LMHead
 from firth.model.model import LM
 from firth.objectives.objective import (
@@ -56,7 +57,7 @@ def build_comparison(example: Example) -> Example:
 @torch.no_grad()
 def ref_logprobs(model: LM, batch: Batch) -> dict[str, Tensor]:
     """Return the summed log-probability of each answer under the reference model: {"reference": (B, 2)}."""
-    hidden = model(batch, needed=batch["labels"] != IGNORE)
+    hidden = model(batch, ForwardContext(needed_positions=batch["labels"] != IGNORE))
     return {"reference": log_probs(model, hidden, batch["labels"]).sum(-1)}
 
 

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from firth.data.collate import counted_fields
 from firth.model import flops
 from firth.model.config import AttentionPattern, ModelConfig
+from firth.model.forward_context import ForwardContext
 from firth.model.heads import LMHead
 from firth.model.layer_mixture import ScalarMix
 from firth.model.model import LM
@@ -297,7 +298,7 @@ def hidden_states(model: LM, batch: Batch, needed: Tensor | None = None) -> Tens
         needed: (..., T) bool, the states that will be read; others may be zeros. None: all.
     """
     if "mixture" not in model.heads:
-        return model(batch, needed=needed)
+        return model(batch, ForwardContext(needed_positions=needed))
     mixture: ScalarMix = model.heads["mixture"]  # type: ignore[assignment]
     training = model.training
     model.train(training and not mixture.frozen)

@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from firth.data.noise import Kind, text_units
 from firth.model import flops
 from firth.model.config import ModelConfig
+from firth.model.forward_context import ForwardContext
 from firth.model.heads import LMHead, replaced_token_head
 from firth.model.model import LM, TiedSubmodel
 from firth.objectives.masked_lm import MLM
@@ -129,7 +130,7 @@ class RTD(Objective):
             hidden: The discriminator's states, (..., T, hidden_size).
         """
         generator, at = model.language_model, batch["labels"] != IGNORE
-        draft, _ = supervised(generator(batch, needed=at), batch["labels"])
+        draft, _ = supervised(generator(batch, ForwardContext(needed_positions=at)), batch["labels"])
         logits = generator.heads["lm"](draft).float()
         sampled = sample_tokens(logits.detach(), batch["chance"][at])
         shown = batch["tokens"].masked_scatter(at, sampled)

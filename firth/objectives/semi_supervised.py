@@ -26,6 +26,7 @@ from torch import Tensor
 
 from firth.data.noise import NOISES, Kind, text_units
 from firth.model.config import ModelConfig
+from firth.model.forward_context import ForwardContext
 from firth.model.model import LM
 from firth.objectives.classification import Classification, readout_of
 from firth.objectives.objective import (
@@ -127,7 +128,7 @@ def unlabeled_example(objective: Objective, example: Example, vocab: Vocab) -> E
 @torch.no_grad()
 def teacher_probabilities(model: LM, batch: Batch) -> dict[str, Tensor]:
     """Return the class probabilities of a teacher, a classifier, for `PseudoLabels`: {"taught": (B, classes)}."""
-    states, _ = supervised(model(batch, needed=batch["labels"] != IGNORE), batch["labels"])
+    states, _ = supervised(model(batch, ForwardContext(needed_positions=batch["labels"] != IGNORE)), batch["labels"])
     return {"taught": model.heads["classes"](states).float().softmax(-1)}
 
 

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from firth.data import attention_fields
 from firth.model.config import ModelConfig
+from firth.model.forward_context import ForwardContext
 from firth.model.model import LM
 from firth.objectives.objective import DataStats, TokenObjective, cannot_train
 from firth.ranges import NonNegativeFloat, NonNegativeInt, PositiveInt, Share
@@ -107,7 +108,8 @@ class VAE(TokenObjective):
         mean, log_variance = model.posterior(batch)  # (B, latent_size) each
         z = mean + (log_variance / 2).exp() * batch["noise"]
         shown = batch["gaps"] if model.training else batch["tokens"]
-        return {"hidden": model(batch | {"tokens": shown}, latent=z), "mean": mean, "log_variance": log_variance}
+        hidden = model(batch | {"tokens": shown}, ForwardContext(encoder_output=model.latent_output(z)))
+        return {"hidden": hidden, "mean": mean, "log_variance": log_variance}
 
     def loss(self, model: LM, outputs: Outputs, batch: Batch) -> dict[str, Tensor]:
         tokens = super().loss(model, outputs, batch)["tokens"]

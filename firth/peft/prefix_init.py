@@ -12,6 +12,7 @@ from collections.abc import Sequence
 
 import torch
 
+from firth.model.forward_context import ForwardContext
 from firth.model.model import LM
 from firth.model.prefix import PrefixEncoder, PromptEmbedding, check_prefix_supported
 
@@ -33,7 +34,8 @@ def prefix_of(model: LM, ids: Sequence[int], hidden: int = 0) -> PrefixEncoder:
             tokens = torch.tensor(list(ids), device=model.tokens.weight.device)[None]
             time = torch.arange(len(ids), device=tokens.device)[None] * config.causal
             source = {"source_tokens": tokens} if config.num_encoder_layers else {}
-            model.eval()({"tokens": tokens, "query_time": time, "key_time": time} | source, cache)
+            fields = {"tokens": tokens, "query_time": time, "key_time": time} | source
+            model.eval()(fields, ForwardContext(cache))
             model.train(training)
             pairs = torch.stack([torch.stack((k[0], v[0])) for k, v in zip(cache.keys, cache.values, strict=True)])
             prefix.table.weight.copy_(pairs.permute(3, 0, 1, 2, 4).flatten(1))

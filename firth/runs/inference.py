@@ -41,7 +41,7 @@ from firth.tokenizer import chat
 from firth.tokenizer.inspection import readable
 from firth.tokenizer.tokenizer import Tokenizer
 from firth.training import precision
-from firth.types import LogLine, UserError
+from firth.types import LOGGER, LogLine, UserError
 
 
 @dataclass(frozen=True, eq=False)
@@ -99,7 +99,9 @@ class LoadedModel:
     def nearest(self, word: str, top: int) -> str:
         """Return the words with the nearest vectors to that of a word, in one line."""
         found = word_vectors.nearest(self.model, self.tokenizer, word, top)
-        return "   ".join(f"{readable(piece)} {likeness:.2f}" for piece, likeness in found)
+        return "   ".join(
+            f"{readable(piece, self.tokenizer.is_byte_level)} {likeness:.2f}" for piece, likeness in found
+        )
 
     def fill_gaps(self, text: str, top: int) -> str:
         """Return the candidates for each <mask>, one line per mask; from BART, the whole text rewritten.
@@ -118,6 +120,7 @@ class LoadedModel:
             raise UserError(f"there is nothing to fill: write {MASK} where a token is missing")
         if not self.can_fill:
             raise UserError("this model cannot fill masks")
+        byte_level = self.tokenizer.is_byte_level
         if not generates_left_to_right(config) and not config.separate_directions:
             gaps = self.engine.fill(text.replace(MASK, own), top)
         elif config.separate_directions:
@@ -128,8 +131,9 @@ class LoadedModel:
             if not len(shown.marks):
                 return infill.rewrite(self.engine, shown).text
             gaps = infill.fill_spans(self.engine, shown, top)
+            byte_level = False  # spans are decoded texts
         return "\n".join(
-            "   ".join(f"{readable(c.piece) or '(nothing)'} {c.probability:.2f}" for c in gap)
+            "   ".join(f"{readable(c.piece, byte_level) or '(nothing)'} {c.probability:.2f}" for c in gap)
             or "(the model wrote nothing for this mask)"
             for gap in gaps
         )
@@ -194,7 +198,7 @@ def generates_left_to_right(config: ModelConfig) -> bool:
     return config.latent_size > 0 or scoring_mode(config) != "masked"
 
 
-def open_run(directory: Path, weights: str | None = None, log: LogLine = lambda _: None) -> LoadedModel:
+def open_run(directory: Path, weights: str | None = None, log: LogLine = LOGGER.warning) -> LoadedModel:
     """Return `open_model` of a directory; UserError if its model has no LM head."""
     loaded = open_model(directory, weights, log)
     if not loaded.model.has_lm_head:
@@ -204,7 +208,7 @@ def open_run(directory: Path, weights: str | None = None, log: LogLine = lambda 
     return loaded
 
 
-def open_model(directory: Path, weights: str | None = None, log: LogLine = lambda _: None) -> LoadedModel:
+def open_model(directory: Path, weights: str | None = None, log: LogLine = LOGGER.warning) -> LoadedModel:
     """Load a model of any kind, with the objective of its run.
 
     Args:
@@ -273,7 +277,7 @@ def nearest_words(directory: Path, words: Sequence[str], top: int, out: Path | N
 
 def embed_file(
     directory: Path, file: str, stdin: BinaryIO, out: Path, *, field: str, unit: bool, length: int, form: str = "auto",
-    log: LogLine = lambda _: None,
+    log: LogLine = LOGGER.warning,
 ) -> str:  # fmt: skip
     """Write one embedding per text, in input order, and return a summary.
 
@@ -325,7 +329,7 @@ def trained_length(evaluated: EvaluatedModel) -> int:
     return int(settings.get("max_seq_length") or evaluated.context)
 
 
-def open_engine(directory: Path, weights: str | None = None, log: LogLine = lambda _: None) -> LoadedModel:
+def open_engine(directory: Path, weights: str | None = None, log: LogLine = LOGGER.warning) -> LoadedModel:
     """Load a model that generates from left to right; for another one, raise a UserError with the command that suits it."""
     loaded = open_run(directory, weights, log)
     if not generates_left_to_right(loaded.model.config):
@@ -368,7 +372,7 @@ def fill_text(directory: Path, text: str, top: int) -> str:
 
 def generate_texts(
     directory: Path, text: str, ends: tuple[str, str] | None, count: int, sampling: Sampling, weights: str | None = None,
-    log: LogLine = lambda _: None,
+    log: LogLine = LOGGER.warning,
 ) -> Iterator[str]:  # fmt: skip
     """Yield generated text piece by piece.
 
@@ -421,7 +425,7 @@ class Conversation:
     weights: str | None = None
     system: str = ""
     capped: bool = False
-    log: LogLine = lambda _: None
+    log: LogLine = LOGGER.warning
     messages: list[chat.Message] = field(default_factory=list)
     dropped: int = 0
 
@@ -477,7 +481,7 @@ def evaluate_run(
     task: str | None,
     limit: int | None,
     as_json: bool,
-    log: LogLine = lambda _: None,
+    log: LogLine = LOGGER.warning,
 ) -> str:
     """Evaluate a run on files, or return its last evaluation on held-out text.
 

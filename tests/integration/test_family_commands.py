@@ -11,10 +11,9 @@ import torch
 from typer.testing import CliRunner
 
 from firth.cli import app
-from firth.data.attention_fields import InfillPrompt
 from firth.generate.decoding_batch import rectangle
 from firth.generate.fill_mask import fill
-from firth.generate.infill import fill_spans, fill_two_way, split_gaps
+from firth.generate.infill import InfillPrompt, fill_spans, fill_two_way, split_gaps
 from firth.generate.sampling import Sampling
 from firth.model.heads import LMHead
 from firth.model.model import LM
@@ -80,6 +79,7 @@ def firth(*arguments: str, code: int = 0) -> str:
 # Filling masks
 
 
+@pytest.mark.slow
 def test_t5_fills_each_mask_with_a_span(runs: Path) -> None:
     lines = firth("fill", str(runs / "t5"), "The <mask> sells the boat <mask> the mill.", "--top", "3").splitlines()
     assert len(lines) == 2

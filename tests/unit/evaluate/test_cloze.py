@@ -82,6 +82,7 @@ def test_only_denoising_objectives_fill_gaps_of_any_length() -> None:
     assert (Classification() + MLM()).hide(gaps, VOCAB) is None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_the_score_equals_that_of_single_items(name: str) -> None:
     objective, config = OBJECTIVES[name]

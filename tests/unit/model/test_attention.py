@@ -12,6 +12,7 @@ from firth.model import blocked_attention
 from firth.model.attention import AttentionMask, attend
 from firth.model.block import Attention, initialize
 from firth.model.config import ModelConfig, decoder_config, encoder_config, encoder_decoder_config
+from firth.model.forward_context import ForwardContext
 from firth.model.heads import LMHead
 from firth.model.model import LM
 from firth.types import NEVER, Batch
@@ -72,6 +73,7 @@ CASES = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("way", ["train", "read", "flex", "bias", "groups"])
 def test_every_mask_form_matches_the_rule(name: str, way: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -106,6 +108,7 @@ def test_every_mask_form_matches_the_rule(name: str, way: str, monkeypatch: pyte
             assert torch.allclose(mine, other, atol=1e-12)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_invisible_keys_are_left_out(dtype: torch.dtype) -> None:
     """The query stream of a permuted order is at the end of the rows."""
@@ -170,13 +173,13 @@ def test_cached_equals_uncached(position: str, source: bool) -> None:
     cache = model.make_cache(3, 6 + more)
     when = torch.arange(6).expand(3, 6)
     prompt = {"tokens": tokens[:, :6]} | padded(lengths, when, when, 0) | extra
-    first = model(prompt, cache)
+    first = model(prompt, ForwardContext(cache))
     steps = []
     at = torch.tensor(lengths)[:, None]
     new = tokens[:, 6:]
     for i in range(more):
         batch = {"tokens": new[:, i : i + 1], "positions": at + i, "query_time": at + i, "key_time": at + i}
-        steps.append(model(batch, cache))
+        steps.append(model(batch, ForwardContext(cache)))
     for row, length in enumerate(lengths):
         whole = torch.cat((tokens[row, :length], new[row]))[None]
         order = torch.arange(length + more)[None]
@@ -200,12 +203,12 @@ def test_cache_selects_rows() -> None:
     }
     last = {"tokens": torch.tensor([[7]] * 3), "query_time": torch.full((3, 1), 5), "key_time": torch.full((3, 1), 5)}
     whole, some = model.make_cache(3, 6), model.make_cache(3, 6)
-    model(batch, whole)
-    model(batch, some)
+    model(batch, ForwardContext(whole))
+    model(batch, ForwardContext(some))
     keep = torch.tensor([2, 0])
     some.select(keep)
-    got = model({n: x[keep] for n, x in last.items()}, some)
-    assert torch.allclose(got, model(last, whole)[keep], atol=1e-6)
+    got = model({n: x[keep] for n, x in last.items()}, ForwardContext(some))
+    assert torch.allclose(got, model(last, ForwardContext(whole))[keep], atol=1e-6)
 
 
 @pytest.mark.parametrize("make", [decoder_config, encoder_config, encoder_decoder_config])

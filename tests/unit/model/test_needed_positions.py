@@ -13,6 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from firth.data.collate import collate, pack
 from firth.model import blocked_attention, flops, transformer
 from firth.model.config import ModelConfig, decoder_config, encoder_config, encoder_decoder_config
+from firth.model.forward_context import ForwardContext
 from firth.model.fused import Dropout, dropout_mask
 from firth.model.model import LM
 from firth.objectives.classification import Classification
@@ -71,7 +72,7 @@ def batch_of(objective: Objective, how: str, n: int = 7) -> Batch:
 
 def gradients(model: LM, objective: Objective, batch: Batch, needed: torch.Tensor | None) -> dict[str, torch.Tensor]:
     model.zero_grad()
-    terms = objective.loss(model, {"hidden": model(batch, needed=needed)}, batch)
+    terms = objective.loss(model, {"hidden": model(batch, ForwardContext(needed_positions=needed))}, batch)
     sum(terms[t] for t in objective.labels).backward()  # type: ignore[union-attr]
     return terms | {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
@@ -85,6 +86,7 @@ def build(config: ModelConfig, objective: Objective) -> LM:
     return model
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["padded", "packed"])
 @pytest.mark.parametrize(
     ("name", "front"),
@@ -105,7 +107,7 @@ def test_loss_and_gradients_match_the_whole_block(name: str, how: str, front: st
     assert plain.keys() == subset.keys()
     for term in plain:
         torch.testing.assert_close(subset[term], plain[term], rtol=1e-5, atol=1e-5, msg=term)
-    hidden = model(batch, needed=needed)
+    hidden = model(batch, ForwardContext(needed_positions=needed))
     torch.testing.assert_close(hidden[needed], model(batch)[needed], rtol=1e-5, atol=1e-5)
     if config.supports_subset and how == "padded":
         assert not hidden[~needed].any(), "unneeded states were computed"

@@ -15,6 +15,7 @@ from firth.data.collate import collate, pack
 from firth.generate.decoding_batch import rectangle
 from firth.model import flops
 from firth.model.config import ModelConfig, decoder_config, recurrent_config
+from firth.model.forward_context import ForwardContext
 from firth.model.head_descriptions import describe_head, rebuild_head
 from firth.model.model import LM
 from firth.model.recurrent import RecurrentStack
@@ -149,16 +150,18 @@ def test_decoding_matches_the_forward_pass(kind: str) -> None:
     cache = model.make_cache(3, 13)
     most = max(map(len, rows))
     left = {name: field.flip(1) for name, field in rectangle([row[::-1] for row in rows], torch.device("cpu")).items()}
-    states = [model(left, cache)[:, -1]]
+    states = [model(left, ForwardContext(cache))[:, -1]]
     cache.start_decoding()
     for step in range(4):
         tokens = torch.tensor([[text[len(row) + step]] for row, text in zip(rows, whole, strict=True)])
-        states.append(model({"tokens": tokens, "positions": torch.tensor([[most + step]])}, cache)[:, -1])
+        states.append(
+            model({"tokens": tokens, "positions": torch.tensor([[most + step]])}, ForwardContext(cache))[:, -1]
+        )
     for i, (row, text) in enumerate(zip(rows, whole, strict=True)):
         want = model({"tokens": torch.from_numpy(text)[None]})[0][len(row) - 1 :]
         torch.testing.assert_close(torch.stack(states)[:, i], want, rtol=0, atol=1e-6)
     cache.select(torch.tensor([2, 2]))
-    again = model({"tokens": torch.tensor([[5], [5]])}, cache)
+    again = model({"tokens": torch.tensor([[5], [5]])}, ForwardContext(cache))
     torch.testing.assert_close(again[0], again[1])
     want = model({"tokens": torch.from_numpy(np.append(whole[2], 5))[None]})[0, -1:]
     torch.testing.assert_close(again[0], want, rtol=0, atol=1e-6)
@@ -168,7 +171,7 @@ def test_cache_needs_one_document_per_row() -> None:
     model = LM(config_of("lstm"), {})
     batch = {"tokens": torch.ones(1, 4, dtype=torch.int64), "document_ids": torch.tensor([[1, 1, 2, 2]])}
     with pytest.raises(UserError, match="one document each"):
-        model(batch, model.make_cache(1, 8))
+        model(batch, ForwardContext(model.make_cache(1, 8)))
 
 
 COUNTED = {

@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 
 from firth.model.block import Block
 from firth.model.config import ModelConfig, decoder_config, encoder_config, encoder_decoder_config
+from firth.model.forward_context import ForwardContext
 from firth.model.heads import LMHead
 from firth.model.model import LM, TiedSubmodel
 from firth.objectives.replaced_tokens import RTD, generator_config
@@ -90,7 +91,7 @@ def test_shared_layers_have_their_own_keys_in_a_cache(name: str) -> None:
     whole, cache = model(batch), model.make_cache(2, 9)
     source = {n: x for n, x in batch.items() if n.startswith("source")}
     pieces = [
-        model({n: batch[n][:, i:j] for n in ("tokens", "query_time", "key_time")} | source, cache)
+        model({n: batch[n][:, i:j] for n in ("tokens", "query_time", "key_time")} | source, ForwardContext(cache))
         for i, j in ((0, 4), (4, 9))
     ]
     assert len(cache.keys) == 4
@@ -160,6 +161,7 @@ def test_a_submodel_with_other_embeddings_is_rejected() -> None:
             LM(ENCODER, {"generator": TiedSubmodel(other, {"lm": LMHead(other)})})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "config", [ENCODER, replace(ALBERT, num_layer_groups=0, activation="gelu")], ids=["modern", "electra"]
 )

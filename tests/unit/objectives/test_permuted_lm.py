@@ -26,6 +26,7 @@ from firth.model.attention import mask_from_times
 from firth.model.block import Linear
 from firth.model.config import ModelConfig
 from firth.model.flops import MemoryWork, real_tokens, stack_flops, work
+from firth.model.forward_context import ForwardContext
 from firth.model.model import LM
 from firth.model.positions import sinusoid_frequencies
 from firth.model.presets import PRESETS
@@ -425,10 +426,14 @@ def test_cached_and_full_forward_are_equal() -> None:
     when = torch.arange(9)[None]
     whole = model({"tokens": tokens, "query_time": when, "key_time": when})
     cache = model.make_cache(1, 9)
-    parts = [model({"tokens": tokens[:, :5], "query_time": when[:, :5], "key_time": when[:, :5]}, cache)]
-    parts.append(model({"tokens": tokens[:, 5:6], "query_time": when[:, 5:6], "key_time": when[:, 5:6]}, cache))
+    parts = [
+        model({"tokens": tokens[:, :5], "query_time": when[:, :5], "key_time": when[:, :5]}, ForwardContext(cache))
+    ]
+    parts.append(
+        model({"tokens": tokens[:, 5:6], "query_time": when[:, 5:6], "key_time": when[:, 5:6]}, ForwardContext(cache))
+    )
     cache.start_decoding()
-    parts += [model({"tokens": tokens[:, i : i + 1]}, cache) for i in range(6, 9)]
+    parts += [model({"tokens": tokens[:, i : i + 1]}, ForwardContext(cache)) for i in range(6, 9)]
     torch.testing.assert_close(torch.cat(parts, 1), whole, rtol=0, atol=1e-5)
 
 
@@ -692,6 +697,7 @@ def test_half_precision_gradient_is_close_to_full() -> None:
     assert F.cosine_similarity(grads[0], grads[1], dim=0) > 0.99
 
 
+@pytest.mark.slow
 def test_xlnet_is_finetuned_without_its_memory(tmp_path: Path) -> None:
     """Records have no text before them: a model with memory is finetuned without it, and rows may be packed."""
     rng = np.random.default_rng(0)

@@ -20,6 +20,7 @@ from firth.generate.engine import Engine
 from firth.generate.sampling import Sampling
 from firth.model.config import encoder_decoder_config
 from firth.model.flops import stack_flops, work
+from firth.model.forward_context import ForwardContext
 from firth.model.model import LM
 from firth.objectives.objective import vocabulary_flops
 from firth.objectives.span_corruption import SpanCorruption
@@ -57,6 +58,10 @@ def build_model(objective: VAE) -> LM:
     return model
 
 
+def given(model: LM, latent: torch.Tensor) -> ForwardContext:
+    return ForwardContext(encoder_output=model.latent_output(latent))
+
+
 def test_parameter_count_and_flops_equal_torch() -> None:
     objective = VAE(latent_size=4)
     model = build_model(objective)
@@ -82,7 +87,7 @@ def test_the_elbo_is_the_formula() -> None:
             mean, log_variance = model.posterior(one)
             q = Normal(mean, (log_variance / 2).exp())
             kl += float(kl_divergence(q, Normal(0.0, 1.0)).sum())
-            states = model(one, latent=mean + q.stddev * one["noise"])
+            states = model(one, given(model, mean + q.stddev * one["noise"]))
             nll -= float(
                 model.heads["lm"](states)[0].log_softmax(-1)[torch.arange(len(row["labels"])), row["labels"]].sum()
             )
@@ -102,10 +107,10 @@ def test_decoder_sees_the_source_through_z_only() -> None:
     z = torch.randn(1, 4)
     target = {name: one[name] for name in ("tokens", "query_time", "key_time") if name in one}
     source = [{n: f for n, f in batch.items() if n.startswith("source_")} for batch in (one, two)]
-    assert torch.equal(model(target | source[0], latent=z), model(target | source[1], latent=z))
-    assert torch.equal(model(target, latent=z), model(target | source[0], latent=z))
+    assert torch.equal(model(target | source[0], given(model, z)), model(target | source[1], given(model, z)))
+    assert torch.equal(model(target, given(model, z)), model(target | source[0], given(model, z)))
     assert not torch.allclose(model(target | source[0]), model(target | source[1]), atol=1e-4)
-    assert not torch.allclose(model(target, latent=z), model(target, latent=-z), atol=1e-3)
+    assert not torch.allclose(model(target, given(model, z)), model(target, given(model, -z)), atol=1e-3)
 
 
 def test_no_later_token_leaks_into_an_earlier_one() -> None:
@@ -115,7 +120,7 @@ def test_no_later_token_leaks_into_an_earlier_one() -> None:
     changed = {name: field.clone() for name, field in batch.items()}
     changed["tokens"][0, -1] = 11 if int(batch["tokens"][0, -1]) != 11 else 12
     z = torch.randn(1, 4)
-    one, two = model(batch, latent=z), model(changed, latent=z)
+    one, two = model(batch, given(model, z)), model(changed, given(model, z))
     assert torch.equal(one[:, :-1], two[:, :-1]) and not torch.equal(one[:, -1], two[:, -1])
 
 
