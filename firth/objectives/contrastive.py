@@ -25,14 +25,15 @@ from typing import Annotated, Literal, Self
 import numpy as np
 import torch
 import torch.nn.functional as F
+from annotated_types import Interval
 from torch import Tensor
 
 from firth.data import attention_fields
+from firth.fields import PositiveFloat
 from firth.model.config import ModelConfig
 from firth.model.latent import average
 from firth.model.model import LM
 from firth.objectives.objective import DataStats, Objective, cannot_train, choice_loss, num_correct
-from firth.ranges import PositiveFloat, Range
 from firth.tokenizer.vocab import Vocab
 from firth.types import IGNORE, Batch, Constraints, Example, Metric, Outputs
 
@@ -88,7 +89,7 @@ class Contrastive(PooledObjective):
     labels = {"contrastive": "similar"}
     metrics = {"accuracy": Metric("similar"), "nearer": Metric("compared"), "alignment": Metric("alike")}
 
-    margin: Annotated[float, Range(gt=0, le=2)] = 1.0
+    margin: Annotated[float, Interval(gt=0, le=2)] = 1.0
     pairs: Literal["neighbors", "labeled"] = "neighbors"
 
     @property

@@ -18,9 +18,11 @@ from typing import Annotated
 
 import numpy as np
 import torch
+from annotated_types import Interval
 from torch import Tensor, nn
 
 from firth.data import attention_fields
+from firth.fields import PositiveFloat
 from firth.model.config import ModelConfig
 from firth.model.forward_context import ForwardContext
 from firth.model.heads import LMHead
@@ -35,7 +37,6 @@ from firth.objectives.objective import (
     vocabulary_flops,
 )
 from firth.objectives.sft import causal_example
-from firth.ranges import PositiveFloat, Range
 from firth.tokenizer.vocab import Vocab
 from firth.types import IGNORE, Batch, Example, Metric, Outputs
 
@@ -89,7 +90,7 @@ class DPO(Objective):
     """
 
     beta: PositiveFloat = 0.1
-    label_smoothing: Annotated[float, Range(ge=0, lt=0.5)] = 0.0
+    label_smoothing: Annotated[float, Interval(ge=0, lt=0.5)] = 0.0
 
     labels = {"dpo": "preferred"}
     metrics = {

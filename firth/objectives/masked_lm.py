@@ -19,8 +19,8 @@ import numpy as np
 from firth.data.collate import build_examples
 from firth.data.noise import NOISES, Kind, apply_mask_tokens, text_units
 from firth.data.shuffle import ExampleRNG
+from firth.fields import NonNegativeInt, OpenShare, Share
 from firth.objectives.objective import TokenObjective
-from firth.ranges import NonNegativeInt, OpenShare, Share
 from firth.tokenizer.vocab import Vocab
 from firth.types import IGNORE, Constraints, Example, UserError
 

@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from firth.data.collate import counted_fields
+from firth.fields import Validated
 from firth.model import flops
 from firth.model.config import AttentionPattern, ModelConfig
 from firth.model.forward_context import ForwardContext
@@ -32,7 +33,6 @@ from firth.model.layer_mixture import ScalarMix
 from firth.model.model import LM
 from firth.model.transformer import subset_positions
 from firth.objectives import name_of
-from firth.ranges import Ranged
 from firth.tokenizer.vocab import Vocab
 from firth.types import IGNORE, Batch, Constraints, Example, Metric, Outputs, UserError
 
@@ -70,7 +70,7 @@ class DataStats:
     has_unanswerable: bool = False
 
 
-class Objective(Ranged, section="objective"):
+class Objective(Validated, section="objective"):
     """Interface of a training objective. Subclasses are frozen dataclasses; their fields are the objective's settings.
 
     A subclass sets `attention = "causal"` and the like in its body, or defines a property where it depends on a setting.

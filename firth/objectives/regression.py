@@ -16,12 +16,12 @@ from typing import Self
 import numpy as np
 from torch import Tensor, nn
 
+from firth.fields import PositiveFloat
 from firth.model.config import ModelConfig
 from firth.model.heads import standardized_head
 from firth.model.model import LM
 from firth.objectives.classification import ReadoutObjective, label_at_position
 from firth.objectives.objective import DataStats, supervised
-from firth.ranges import FiniteFloat, PositiveFloat
 from firth.tokenizer.vocab import Vocab
 from firth.types import Batch, Example, Metric, Outputs
 
@@ -47,7 +47,7 @@ class Regression(ReadoutObjective):
     labels = {"score": "score"}
     metrics = {"squared_error": Metric("score")}
 
-    mean: FiniteFloat | None = None
+    mean: float | None = None
     std: PositiveFloat | None = None
 
     inputs = frozenset({"tokens", "score"})

@@ -27,6 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from firth.data.noise import Kind, text_units
+from firth.fields import NonNegativeFloat, OpenShare, ShareAboveZero
 from firth.model import flops
 from firth.model.config import ModelConfig
 from firth.model.forward_context import ForwardContext
@@ -42,7 +43,6 @@ from firth.objectives.objective import (
     hidden_states,
     supervised,
 )
-from firth.ranges import NonNegativeFloat, OpenShare, ShareAboveZero
 from firth.tokenizer.vocab import Vocab
 from firth.types import IGNORE, Batch, Constraints, Example, Metric, Outputs
 

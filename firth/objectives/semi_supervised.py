@@ -25,6 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from firth.data.noise import NOISES, Kind, text_units
+from firth.fields import NonNegativeFloat, NonNegativeInt, OpenShare, PositiveFloat, Share, ShareBelowOne
 from firth.model.config import ModelConfig
 from firth.model.forward_context import ForwardContext
 from firth.model.model import LM
@@ -38,7 +39,6 @@ from firth.objectives.objective import (
     hidden_states,
     supervised,
 )
-from firth.ranges import NonNegativeFloat, NonNegativeInt, OpenShare, PositiveFloat, Share, ShareBelowOne
 from firth.tokenizer.vocab import Vocab
 from firth.types import IGNORE, Batch, Constraints, Example, Outputs, UserError
 

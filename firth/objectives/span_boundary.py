@@ -19,12 +19,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from firth.fields import TokenCount
 from firth.model import flops
 from firth.model.config import ModelConfig
 from firth.model.heads import LMHead
 from firth.model.model import LM
 from firth.objectives.objective import Objective, forward_flops, hidden_states
-from firth.ranges import TokenCount
 from firth.tokenizer.vocab import Vocab
 from firth.types import IGNORE, Batch, Example, Outputs, UserError
 

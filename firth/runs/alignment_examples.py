@@ -26,6 +26,7 @@ from firth.data import rankings, records
 from firth.data.source import Source
 from firth.data.split import held_out_keys
 from firth.evaluate.tokenizer_match import check_same_tokenizer
+from firth.fields import NonNegativeFloat, PositiveInt, TokenCount
 from firth.generate.engine import Engine
 from firth.generate.sampling import Sampling
 from firth.io import user_code
@@ -33,7 +34,6 @@ from firth.model.model import LM
 from firth.objectives.dpo import build_comparison, ref_logprobs
 from firth.objectives.objective import DataStats, Objective
 from firth.objectives.ppo import PER_TOKEN
-from firth.ranges import FiniteFloat, NonNegativeFloat, PositiveInt, TokenCount
 from firth.runs import held_out_texts
 from firth.runs.config_io import path_field
 from firth.runs.examples import (
@@ -145,7 +145,7 @@ class RolloutsConfig(ExamplesConfig):
     reward_model: str = path_field("model", "")
     reward_function: str = ""
     true_reward_function: str = ""
-    unfinished_score: FiniteFloat | None = None
+    unfinished_score: float | None = None
     advantages: Literal["gae", "group"] = "gae"
 
     def check_objective(self, objective: Objective) -> None:

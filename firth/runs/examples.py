@@ -19,8 +19,8 @@ from firth.data import records, windows, word_windows
 from firth.data.source import MixtureSource, Source, SubsetSource
 from firth.data.split import MIN_RECORDS, content_key, held_out_keys
 from firth.data.token_store import TokenStore
+from firth.fields import NonNegativeFloat, TokenCount, Validated
 from firth.objectives.objective import DataStats, Objective
-from firth.ranges import NonNegativeFloat, Ranged, TokenCount
 from firth.runs import class_counts
 from firth.runs.held_out_texts import HeldOutTexts
 from firth.runs.prepare import DataConfig, RunData, documents_of, text_of
@@ -62,7 +62,7 @@ class DatasetSplits:
         )
 
 
-class ExamplesConfig(Ranged, section="examples"):
+class ExamplesConfig(Validated, section="examples"):
     """Base class of the kinds of examples. Subclasses are frozen dataclasses.
 
     Attributes:

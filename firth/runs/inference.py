@@ -41,7 +41,7 @@ from firth.tokenizer import chat
 from firth.tokenizer.inspection import readable
 from firth.tokenizer.tokenizer import Tokenizer
 from firth.training import precision
-from firth.types import LOGGER, LogLine, UserError
+from firth.types import LOGGER, UserError
 
 
 @dataclass(frozen=True, eq=False)
@@ -198,9 +198,9 @@ def generates_left_to_right(config: ModelConfig) -> bool:
     return config.latent_size > 0 or scoring_mode(config) != "masked"
 
 
-def open_run(directory: Path, weights: str | None = None, log: LogLine = LOGGER.warning) -> LoadedModel:
+def open_run(directory: Path, weights: str | None = None) -> LoadedModel:
     """Return `open_model` of a directory; UserError if its model has no LM head."""
-    loaded = open_model(directory, weights, log)
+    loaded = open_model(directory, weights)
     if not loaded.model.has_lm_head:
         raise UserError(
             f"{directory}: this model has no LM head, so it cannot generate text; {_suitable_command(directory, loaded)}"
@@ -208,14 +208,13 @@ def open_run(directory: Path, weights: str | None = None, log: LogLine = LOGGER.
     return loaded
 
 
-def open_model(directory: Path, weights: str | None = None, log: LogLine = LOGGER.warning) -> LoadedModel:
+def open_model(directory: Path, weights: str | None = None) -> LoadedModel:
     """Load a model of any kind, with the objective of its run.
 
     Args:
         directory: A run or model directory, or a GGUF file.
         weights: Dtype of the weights in memory (`Engine`); None keeps the stored one; "auto" takes bf16 for fp32 weights where
             this machine also trains in bf16.
-        log: Receives a message on what "auto" chooses.
     """
     evaluated = load_evaluated_model(directory)
     if weights == "auto":
@@ -223,7 +222,7 @@ def open_model(directory: Path, weights: str | None = None, log: LogLine = LOGGE
         quick = stored.dtype == torch.float32 and precision.choose("auto", stored.device) == "bf16"
         weights = "bf16" if quick else None
         if quick:
-            log("weights are held in bf16, which is faster here: use --weights fp32 for full precision")
+            LOGGER.warning("weights are held in bf16, which is faster here: use --weights fp32 for full precision")
     engine = Engine(evaluated.model, evaluated.tokenizer, weights=weights)
     return LoadedModel(engine.model, evaluated.tokenizer, engine, objective_in(directory))
 
@@ -277,7 +276,6 @@ def nearest_words(directory: Path, words: Sequence[str], top: int, out: Path | N
 
 def embed_file(
     directory: Path, file: str, stdin: BinaryIO, out: Path, *, field: str, unit: bool, length: int, form: str = "auto",
-    log: LogLine = LOGGER.warning,
 ) -> str:  # fmt: skip
     """Write one embedding per text, in input order, and return a summary.
 
@@ -290,7 +288,6 @@ def embed_file(
         unit: Whether to normalize the embeddings to length 1.
         length: The most tokens of a text; 0 for the model's own limit.
         form: Input format (`firth.evaluate.prediction_inputs`).
-        log: Receives remarks on what was truncated, repaired or doubtful.
     """
     check_output_path(out)
     if length < 0:
@@ -301,7 +298,7 @@ def embed_file(
         wanted = InputSchema(field, lambda line: {field: line}, lambda record: [record.get(field)])
         got = read_inputs(file, stdin, form, wanted, Path(folder))
         for remark in got.notes:
-            log(remark)
+            LOGGER.warning(remark)
         with got.user_locations():
             records = readers.records([str(got.path)]) if any(got.has_text) else iter(())
             given = (readers.text_field(record, field, place) for place, record in records)
@@ -311,7 +308,7 @@ def embed_file(
         evaluated.model, evaluated.tokenizer, texts, length=length or trained_length(evaluated), unit=unit
     )
     if cut:
-        log(
+        LOGGER.warning(
             f"{got.name}: {many(len(cut), 'text')} longer than the limit, truncated at the end; the first is row {cut[0] + 1}"
         )
     with new_file(out) as partial, partial.open("wb") as bytes_:
@@ -329,9 +326,9 @@ def trained_length(evaluated: EvaluatedModel) -> int:
     return int(settings.get("max_seq_length") or evaluated.context)
 
 
-def open_engine(directory: Path, weights: str | None = None, log: LogLine = LOGGER.warning) -> LoadedModel:
+def open_engine(directory: Path, weights: str | None = None) -> LoadedModel:
     """Load a model that generates from left to right; for another one, raise a UserError with the command that suits it."""
-    loaded = open_run(directory, weights, log)
+    loaded = open_run(directory, weights)
     if not generates_left_to_right(loaded.model.config):
         raise UserError(
             f"{directory}: this model is bidirectional, so it cannot continue a text; {_suitable_command(directory, loaded)}"
@@ -372,7 +369,6 @@ def fill_text(directory: Path, text: str, top: int) -> str:
 
 def generate_texts(
     directory: Path, text: str, ends: tuple[str, str] | None, count: int, sampling: Sampling, weights: str | None = None,
-    log: LogLine = LOGGER.warning,
 ) -> Iterator[str]:  # fmt: skip
     """Yield generated text piece by piece.
 
@@ -383,12 +379,11 @@ def generate_texts(
         count: Number of texts from the prior or the interpolation.
         sampling: The sampling settings.
         weights: Dtype of the weights in memory (`open_model`).
-        log: Receives a message on what "auto" chooses.
 
     Raises:
         UserError: The model does not generate, or `ends` is given and it has no latent.
     """
-    loaded = open_engine(directory, weights, log)
+    loaded = open_engine(directory, weights)
     if not loaded.model.config.latent_size:
         if ends is not None:
             raise UserError(
@@ -415,7 +410,6 @@ class Conversation:
         weights: Dtype of the weights in memory (`open_model`).
         system: A system turn before the first line; it is never dropped.
         capped: Whether to limit `sampling.max_new_tokens` to half the context.
-        log: Receives a message on what "auto" weights choose.
         messages: The system turn and the exchanges that have not been dropped.
         dropped: Number of dropped exchanges.
     """
@@ -425,12 +419,11 @@ class Conversation:
     weights: str | None = None
     system: str = ""
     capped: bool = False
-    log: LogLine = LOGGER.warning
     messages: list[chat.Message] = field(default_factory=list)
     dropped: int = 0
 
     def __post_init__(self) -> None:
-        self.loaded = open_engine(self.run, self.weights, self.log)
+        self.loaded = open_engine(self.run, self.weights)
         context = self.loaded.model.context
         if self.capped:
             self.sampling = replace(
@@ -481,7 +474,6 @@ def evaluate_run(
     task: str | None,
     limit: int | None,
     as_json: bool,
-    log: LogLine = LOGGER.warning,
 ) -> str:
     """Evaluate a run on files, or return its last evaluation on held-out text.
 
@@ -491,7 +483,6 @@ def evaluate_run(
         task: The task (`firth.runs.evaluate_files.measure`).
         limit: The most tokens or records to evaluate.
         as_json: Whether to return a JSON object instead of readable lines.
-        log: Receives remarks on what was truncated, repaired or dropped.
     """
     if limit is not None and not paths and task != "glue":
         raise UserError(
@@ -499,7 +490,7 @@ def evaluate_run(
             f"name files, or leave out --limit"
         )
     found = (
-        measure(directory, list(paths), task=task, limit=limit, log=log)
+        measure(directory, list(paths), task=task, limit=limit)
         if paths or task == "glue"
         else held_out_measures(directory)
     )

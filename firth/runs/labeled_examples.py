@@ -20,8 +20,8 @@ import numpy as np
 from firth.corpora import readers, tables
 from firth.data import labeled, question_answering
 from firth.data.source import Source
+from firth.fields import TokenCount
 from firth.objectives.objective import DataStats, Objective
-from firth.ranges import TokenCount
 from firth.runs import class_counts
 from firth.runs.examples import DatasetSplits, ExamplesConfig, held_out, split_records
 from firth.runs.prepare import RunData

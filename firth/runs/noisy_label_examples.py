@@ -14,9 +14,9 @@ from firth.data.labeled import TextFields
 from firth.data.source import MixtureSource, Source, SubsetSource
 from firth.data.unlabeled import UnlabeledSource, choose_labeled
 from firth.evaluate.tokenizer_match import check_same_tokenizer
+from firth.fields import NonNegativeInt, PositiveFloat, PositiveInt, Share
 from firth.objectives.objective import DataStats, Objective
 from firth.objectives.semi_supervised import teacher_probabilities, unlabeled_example
-from firth.ranges import NonNegativeInt, PositiveFloat, PositiveInt, Share
 from firth.runs.config_io import path_field
 from firth.runs.examples import DatasetSplits, ExamplesConfig, required_model, split_records
 from firth.runs.labeled_examples import LabeledConfig, RecordsConfig

@@ -23,9 +23,9 @@ from firth.data.split import HeldOut, content_key
 from firth.data.text_cache import ReadOnce, read_once
 from firth.data.token_store import TokenStore
 from firth.doctor import device
+from firth.fields import PositiveFloat, ShareBelowOne, Validated
 from firth.model.model import LM
 from firth.pretrained.load_save import load_model
-from firth.ranges import PositiveFloat, Ranged, ShareBelowOne
 from firth.runs.config_io import path_field
 from firth.tokenizer.tokenizer import Tokenizer
 from firth.tokenizer.train import train
@@ -44,7 +44,7 @@ REPAIR_DESCRIPTIONS = {
 
 
 @dataclass(frozen=True)
-class DataConfig(Ranged, section="data"):
+class DataConfig(Validated, section="data"):
     """Configuration of the data: files or a corpus, and what is held out.
 
     Args:

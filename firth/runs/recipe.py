@@ -18,12 +18,12 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 from firth import objectives
+from firth.fields import NonNegativeInt, OptionalTokenCount, PositiveInt, Validated, VocabSize
 from firth.model.config import ModelConfig
 from firth.objectives.objective import Objective, Sum
-from firth.ranges import NonNegativeInt, OptionalTokenCount, PositiveInt, Range, Ranged
 from firth.runs import config_io
 from firth.runs.compatibility import EXAMPLES, check_batching, check_fields, check_memory, check_pattern
 from firth.runs.examples import ExamplesConfig, model_directory
@@ -37,7 +37,7 @@ from firth.types import UserError
 
 
 @dataclass(frozen=True)
-class TokenizerConfig(Ranged, section="tokenizer"):
+class TokenizerConfig(Validated, section="tokenizer"):
     """Configuration of the tokenizer: an existing one, or one that is trained on the run's text.
 
     Args:
@@ -50,7 +50,7 @@ class TokenizerConfig(Ranged, section="tokenizer"):
 
     path: str = config_io.path_field("tokenizer", "")
     algorithm: Literal["bpe", "byte-bpe", "wordpiece", "unigram", "word"] = "byte-bpe"
-    vocab_size: Annotated[int, Range(ge=1, lt=1 << 31)] = 8192
+    vocab_size: VocabSize = 8192
     byte_fallback: bool = True
     sample_bytes: PositiveInt = 200_000_000
 
@@ -62,7 +62,7 @@ GROUPED_STEPS = 50
 
 
 @dataclass(frozen=True)
-class BatchConfig(Ranged, section="batch"):
+class BatchConfig(Validated, section="batch"):
     """Configuration of the batches.
 
     Args:
@@ -110,7 +110,7 @@ class BatchConfig(Ranged, section="batch"):
 
 
 @dataclass(frozen=True)
-class EvalConfig(Ranged, section="evaluation"):
+class EvalConfig(Validated, section="evaluation"):
     """Evaluation on held-out examples during training.
 
     Args:
@@ -136,7 +136,7 @@ class EvalConfig(Ranged, section="evaluation"):
 
 
 @dataclass(frozen=True)
-class CheckpointConfig(Ranged, section="checkpoint"):
+class CheckpointConfig(Validated, section="checkpoint"):
     """When checkpoints are written.
 
     Args:
@@ -149,7 +149,7 @@ class CheckpointConfig(Ranged, section="checkpoint"):
 
 
 @dataclass(frozen=True)
-class Recipe(Ranged):
+class Recipe(Validated):
     """Configuration of a training run.
 
     Args:

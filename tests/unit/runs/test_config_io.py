@@ -58,10 +58,18 @@ def test_yaml_numbers_that_look_like_text() -> None:
     ("yaml", "line", "message"),
     [
         ("name: x\nobjective: mlm\nexamples: chunks\nbatch:\n  siz: 3\n", 5, "did you mean 'size'"),
-        ("name: x\nobjective: mlm\nexamples: chunks\nbatch: {size: many}\n", 4, "'many' does not fit"),
+        (
+            "name: x\nobjective: mlm\nexamples: chunks\nbatch: {size: many}\n",
+            4,
+            "batch.size='many' should be a valid integer",
+        ),
         ("name: x\nobjective: mln\nexamples: chunks\n", 2, "no objective 'mln'; did you mean 'mlm'"),
         ("name: x\nobjective: mlm\nexamples: chunks\noptimiser: {}\n", 4, "did you mean 'optimizer'"),
-        ("name: x\nobjective: {kind: mlm, noise: nosuch}\nexamples: chunks\n", 2, "'nosuch' does not fit"),
+        (
+            "name: x\nobjective: {kind: mlm, noise: nosuch}\nexamples: chunks\n",
+            2,
+            "objective.noise='nosuch' should be 'iid', ",
+        ),
     ],
 )
 def test_error_names_the_place(yaml: str, line: int, message: str, tmp_path: Path) -> None:
@@ -237,7 +245,7 @@ def test_bare_value_sets_the_type_of_a_section(tmp_path: Path) -> None:
     assert loaded("block: {norm: layer}\n", "block.norm=rms", "block.norm.eps=1e-6") == with_eps
     assert loaded("block: null\n", "block.norm={type: rms, eps: 1e-6}") == with_eps
     assert loaded("block: {norm: {eps: 1e-6}}\n", "block.norm=null") == Network(Block())
-    with pytest.raises(UserError, match=rf"^{tmp_path}/mine.yaml:2: block.norm.type: 'rsm' does not fit"):
+    with pytest.raises(UserError, match=rf"^{tmp_path}/mine.yaml:2: block.norm.type='rsm' should be 'layer' or 'rms'"):
         loaded("block:\n  norm: rsm\n")
-    with pytest.raises(UserError, match=r"^block.norm.type: 'rsm' does not fit"):
+    with pytest.raises(UserError, match=r"^block.norm.type='rsm' should be 'layer' or 'rms'"):
         loaded("block:\n  norm: {type: rms}\n", "block.norm=rsm")
