@@ -192,19 +192,39 @@ def init_from(model: LM, directory: Path) -> tuple[list[str], list[str]]:
     with _head_errors(found.heads, directory):
         for name in PREFIX_HEADS & found.heads.keys():
             model.heads[name] = rebuild_head(found.heads[name], name)
-    config, shared = found.config, model.shared_parameters()
-    state = {name: tensor for name, tensor in found.state.items() if name not in shared}
+    return _copy_weights(model, found.config, found.state, directory)
+
+
+def init_from_model(model: LM, base: LM, where: Path) -> tuple[list[str], list[str]]:
+    """Initialize a model from a base that has been loaded from a directory; see `init_from`.
+
+    Args:
+        model: The model, changed in place.
+        base: The base model, which is not changed.
+        where: Directory of the base, for messages.
+    """
+    for name in PREFIX_HEADS & base.heads.keys():
+        model.heads[name] = rebuild_head(describe_head(base.heads[name]), name)
+    return _copy_weights(model, base.config, base.state_dict(), where)
+
+
+def _copy_weights(
+    model: LM, config: ModelConfig, state: Mapping[str, Tensor], where: Path
+) -> tuple[list[str], list[str]]:
+    """Copy the weights that a model shares with a base; return the heads that are dropped and those that are added."""
+    shared = model.shared_parameters()
+    state = {name: tensor for name, tensor in state.items() if name not in shared}
     mine = {name: tensor for name, tensor in model.state_dict().items() if name not in shared}
     for name, tensor in mine.items():
         if not name.startswith("heads.") and (name not in state or state[name].shape != tensor.shape):
             raise UserError(
-                f"cannot initialize from {directory}: {_difference(model.config, config)}; use the same model config, as "
+                f"cannot initialize from {where}: {_difference(model.config, config)}; use the same model config, as "
                 "model=null does"
             )
     old, new = _by_head(state), _by_head(mine)
     kept = _matching_heads(mine, state)
     fill = {n: t for n, t in state.items() if not n.startswith("heads.")} | {n: state[n] for h in kept for n in new[h]}
-    _fill(model, {n: fill.get(n, t) for n, t in mine.items()}, directory)
+    _fill(model, {n: fill.get(n, t) for n, t in mine.items()}, where)
     return sorted(old.keys() - set(kept)), sorted(new.keys() - set(kept))
 
 

@@ -41,12 +41,11 @@ from firth.runs.examples import (
     DatasetSplits,
     ExamplesConfig,
     PreferencesConfig,
-    model_directory,
-    required_model,
     split_records,
 )
 from firth.runs.held_out_texts import HeldOutTexts
 from firth.runs.prepare import RunData
+from firth.runs.start_model import model_directory
 from firth.types import UserError
 
 
@@ -77,9 +76,7 @@ class RefLogprobsConfig(ExamplesConfig):
         return self.base.fields | {"reference"}
 
     def build(self, data: RunData, objective: Objective) -> DatasetSplits:
-        model = data.load_frozen(
-            required_model(data.init_from, "init_from", "the model that DPO starts from, which is also its reference")
-        )
+        model = data.start.frozen("the model that DPO starts from, which is also its reference")
         plain = self.base.build(data, objective)
         with data.autocast():
             known = [
@@ -104,11 +101,14 @@ class RankingsConfig(ExamplesConfig):
 
     def stats(self, data: RunData, class_names: Sequence[str] = ()) -> DataStats:
         """Return the most answers of a ranking, which is the number of rows per example."""
-        paths = [*data.config.paths(data.log), *data.config.validation_path]
-        return DataStats(max_options=rankings.RankingRecords(paths, data.tokenizer, self.max_length).most)
+        files = [paths for paths in (data.config.paths(data.log), data.config.validation_path) if paths]
+        return DataStats(max_options=max(self._read(paths, data).most for paths in files))
+
+    def _read(self, paths: Sequence[str], data: RunData) -> rankings.RankingRecords:
+        return data.read_once(self, paths, lambda: rankings.RankingRecords(paths, data.tokenizer, self.max_length))
 
     def build(self, data: RunData, objective: Objective) -> DatasetSplits:
-        return split_records(data, lambda paths: rankings.RankingRecords(paths, data.tokenizer, self.max_length))
+        return split_records(data, lambda paths: self._read(paths, data))
 
 
 @dataclass(frozen=True)
@@ -176,11 +176,7 @@ class RolloutsConfig(ExamplesConfig):
         return {"max_prompt_length": text - self.max_new_tokens}
 
     def build(self, data: RunData, objective: Objective) -> DatasetSplits:
-        start = data.load_frozen(
-            required_model(
-                data.init_from, "init_from", "the model that writes the first answers, which is also the reference"
-            )
-        )
+        start = data.start.frozen("the model that writes the first answers, which is also the reference")
         found, keys = self._prompts(data, start, data.config.paths(data.log))
         aside = held_out_keys(keys, 0.0 if data.config.validation_path else data.config.validation_fraction, len(found))
         prompts, held = ([p for p, out in zip(found, aside, strict=True) if out == side] for side in (False, True))

@@ -23,7 +23,8 @@ from firth.evaluate.task import EvaluatedModel, load_evaluated_model
 from firth.evaluate.tasks import TASKS, default_for
 from firth.runs import examples
 from firth.runs.prepare import RunData
-from firth.runs.recipe import load
+from firth.runs.recipe import load_resolved
+from firth.runs.start_model import StartModel
 from firth.runs.validation import Validator
 from firth.training.distributed import Ranks
 from firth.types import LOGGER, UserError
@@ -86,13 +87,12 @@ def by_objective(evaluated: EvaluatedModel, paths: Sequence[str], limit: int | N
         )
     if head := head_of(dict(evaluated.model.heads)):
         raise UserError(f"{where}: this model has a head for {head}: leave out --task to evaluate it")
-    recipe = load(str(where))
-    assert recipe.model is not None
+    recipe = load_resolved(where)
     source = replace(recipe.data, path=tuple(paths), validation_path=tuple(paths), corpus="", weights=(), cache_dir="")
     with tempfile.TemporaryDirectory() as folder:
         data = RunData(
-            source, evaluated.tokenizer, Path(folder), recipe.init_from, recipe.batch.size, recipe.seed, lambda _: None,
-            recipe.model.memory_length,
+            source, evaluated.tokenizer, Path(folder), StartModel(recipe.init_from), recipe.batch.size, recipe.seed,
+            lambda _: None, recipe.model.memory_length,
         )  # fmt: skip
         cut = examples.build_datasets(recipe.examples, data, recipe.objective)
         if cut.validation is None or not len(cut.validation):

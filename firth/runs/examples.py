@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
-from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
@@ -398,19 +397,6 @@ class PreferencesConfig(ExamplesConfig):
 
     def build(self, data: RunData, objective: Objective) -> DatasetSplits:
         return split_records(data, lambda paths: records.PreferenceRecords(paths, data.tokenizer, self.max_length))
-
-
-def model_directory(path: str | Path) -> Path:
-    """Return the model directory of a run directory, or the path itself if it is no run directory."""
-    path = Path(path)
-    return path / "model" if (path / "model").is_dir() else path
-
-
-def required_model(path: str, field: str, what: str) -> Path:
-    """Return the model directory of a path; UserError with the field and what it is for if the path is empty."""
-    if not path:
-        raise UserError(f"the recipe lacks `{field}`: {what}")
-    return model_directory(path)
 
 
 def split_records(data: RunData, make: Callable[[Sequence[str]], Source]) -> DatasetSplits:

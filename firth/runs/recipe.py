@@ -25,11 +25,12 @@ from firth.fields import NonNegativeInt, OptionalTokenCount, PositiveInt, Valida
 from firth.model.config import ModelConfig
 from firth.objectives.objective import Objective, Sum
 from firth.runs import config_io
-from firth.runs.compatibility import EXAMPLES, check_batching, check_fields, check_memory, check_pattern
-from firth.runs.examples import ExamplesConfig, model_directory
-from firth.runs.peft_options import PEFT_METHODS, FullFinetuning, PeftConfig, check_peft
+from firth.runs.compatibility import EXAMPLES, check_recipe
+from firth.runs.examples import ExamplesConfig
+from firth.runs.peft_options import PEFT_METHODS, FullFinetuning, PeftConfig
 from firth.runs.prepare import DataConfig
 from firth.runs.recipe_names import RECIPES
+from firth.runs.start_model import model_directory
 from firth.tokenizer.tokenizer import Tokenizer
 from firth.training.optimizer import OptimizerConfig
 from firth.training.schedule import Budget, Schedule
@@ -92,21 +93,29 @@ class BatchConfig(Validated, section="batch"):
         """Tokens per packed row; 0 where rows are not packed or `pack_to_length` is unresolved ("auto")."""
         return 0 if self.pack_to_length == "auto" else self.pack_to_length
 
-    def resolve(self, longest: int, packs: bool) -> BatchConfig:
-        """Return a copy with "auto" replaced by numbers.
+    def resolve(self, longest: int, packs: bool) -> ResolvedBatchConfig:
+        """Return the configuration with "auto" replaced by numbers.
 
         Args:
             longest: The most tokens of an example; 0 if unknown.
             packs: Whether rows can be packed.
         """
-        if self.pack_to_length != "auto":
-            return self
-        pack = longest if packs and not self.group_by_length else 0
-        return replace(
-            self,
-            pack_to_length=pack,
-            group_by_length=self.group_by_length or (0 if pack or not longest else GROUPED_STEPS),
-        )
+        pack, group = self.pack_to_length, self.group_by_length
+        if pack == "auto":
+            pack = longest if packs and not group else 0
+            group = group or (0 if pack or not longest else GROUPED_STEPS)
+        return ResolvedBatchConfig(self.size, self.gradient_accumulation_steps, pack, group)
+
+
+@dataclass(frozen=True)
+class ResolvedBatchConfig(BatchConfig):
+    """Configuration of the batches of a run: `BatchConfig` with a number for "auto".
+
+    Args:
+        pack_to_length: Tokens per packed row; 0 for none.
+    """
+
+    pack_to_length: OptionalTokenCount = 0
 
 
 @dataclass(frozen=True)
@@ -208,6 +217,26 @@ class Recipe(Validated):
     def hash(self) -> str:
         """Return a short hash of the recipe, paths included."""
         return _hash(config_io.to_dict(self))
+
+
+@dataclass(frozen=True)
+class ResolvedRecipe(Recipe):
+    """Configuration of a run in which nothing is open: what `firth.runs.resolve` makes of a `Recipe`.
+
+    It is written into the run directory as `recipe.yaml`, and it is a recipe itself: training it repeats the run. Its paths are
+    absolute, its objective has the names and statistics of the classes, and `tokenizer.vocab_size` is that of the tokenizer.
+
+    Args:
+        model: The architecture.
+        batch: Batch size, packing and gradient accumulation.
+        precision: The precision of the forward and backward passes.
+        word_segmentation: How whole-word objectives find words.
+    """
+
+    model: ModelConfig = field(kw_only=True)
+    batch: ResolvedBatchConfig = field(kw_only=True)
+    precision: Literal["fp32", "bf16"] = field(kw_only=True)
+    word_segmentation: Literal["icu", "uax29"] = field(kw_only=True)
 
 
 def _hash(data: Any) -> str:
@@ -387,15 +416,16 @@ def load(name: str, assignments: Sequence[str] = ()) -> Recipe:
     recipe: Recipe = config_io.from_dict(Recipe, changed, config_io.SourceLocation((), lines, typed))
     if not recipe.data.path and {("data",), ("data", "path")} & typed.keys():
         raise UserError("data.path=[] names no file: name files or directories, or set data.corpus=NAME")
-    check_peft(recipe.peft, recipe.init_from)
-    if recipe.model is not None:
-        check_pattern(recipe.objective, recipe.model, recipe.examples)
-        check_batching(
-            recipe.objective,
-            recipe.model,
-            pack=recipe.batch.packed_length,
-            accumulate=recipe.batch.gradient_accumulation_steps,
-        )
-        check_memory(recipe.model, recipe.examples, recipe.batch.packed_length)
-    check_fields(recipe.objective, recipe.examples, recipe.model)
+    check_recipe(recipe)
     return recipe
+
+
+def load_resolved(directory: Path) -> ResolvedRecipe:
+    """Load the resolved recipe of a run directory.
+
+    Raises:
+        UserError: The directory has no recipe.yaml, or a setting in it is open.
+    """
+    data, lines = config_io.read_yaml(directory / "recipe.yaml")
+    resolved: ResolvedRecipe = config_io.from_dict(ResolvedRecipe, data, config_io.SourceLocation((), lines))
+    return resolved

@@ -21,7 +21,6 @@ from firth.data.collate import Batches
 from firth.doctor import device as best_device
 from firth.evaluate.tokenizer_match import check_same_tokenizer
 from firth.generate import word_vectors
-from firth.generate.engine import Engine
 from firth.io.atomic import make_directory, new_directory, write_text
 from firth.io.integrity import read_record, write_record
 from firth.model.compilation import compile_blocks
@@ -30,18 +29,19 @@ from firth.model.model import LM
 from firth.objectives import name_of
 from firth.objectives.objective import components
 from firth.peft.lora import num_trainable_parameters
-from firth.pretrained.load_save import init_from, save_model
+from firth.pretrained.load_save import init_from_model, save_model
 from firth.report.page import write as write_report
 from firth.report.run_report import run_report
 from firth.runs import class_counts, config_io, examples, model_card, report_texts
-from firth.runs.examples import DatasetSplits, model_directory
-from firth.runs.inference import LoadedModel, next_command
+from firth.runs.examples import DatasetSplits
 from firth.runs.init_head import init_head
+from firth.runs.loaded_model import Model
 from firth.runs.prepare import RunData
-from firth.runs.recipe import MODEL_CONFIG_HINT, Recipe, load
+from firth.runs.recipe import MODEL_CONFIG_HINT, Recipe, ResolvedRecipe, load_resolved
 from firth.runs.resolve import resolve
 from firth.runs.run_context import RunContext, RunIdentity
 from firth.runs.segmentation_warnings import fallbacks
+from firth.runs.start_model import StartModel, model_directory
 from firth.runs.tokenizer import check_vocab, tokenizer_of
 from firth.runs.validation import Validator, vocab
 from firth.tokenizer.tokenizer import Tokenizer
@@ -170,12 +170,11 @@ def prepare_tokenizer(recipe: Recipe, context: RunContext) -> RunData:
     context.check_inputs()
     check_start_tokenizers(tokenizer, recipe)
     check_vocab(recipe, tokenizer)
-    return RunData(
-        recipe.data, tokenizer, context.directory, recipe.init_from, recipe.batch.size, recipe.seed, context.log
-    )
+    start = StartModel(recipe.init_from)
+    return RunData(recipe.data, tokenizer, context.directory, start, recipe.batch.size, recipe.seed, context.log)
 
 
-def finished_run(resolved: Recipe, identity: RunIdentity, context: RunContext) -> RunResult | None:
+def finished_run(resolved: ResolvedRecipe, identity: RunIdentity, context: RunContext) -> RunResult | None:
     """Return the result of a finished run, after writing its report if that is missing; None for a run to train or export."""
     directory, log = context.directory, context.log
     if not (directory / DONE).exists():
@@ -190,13 +189,12 @@ def finished_run(resolved: Recipe, identity: RunIdentity, context: RunContext) -
     return finished
 
 
-def build_data(resolved: Recipe, data: RunData, context: RunContext) -> RunDatasets:
+def build_data(resolved: ResolvedRecipe, data: RunData, context: RunContext) -> RunDatasets:
     """Build the training and validation examples, and report what was read.
 
     Raises:
         UserError: There is nothing to train on, or nothing is held out and `evaluation` needs it.
     """
-    assert resolved.model is not None
     chosen = checkpoint.precision(context.directory) or precision.choose(resolved.precision, best_device())
     data = dataclasses.replace(data, memory_length=resolved.model.memory_length, precision=chosen)
     splits = context.first_rank_first(lambda: examples.build_datasets(resolved.examples, data, resolved.objective))
@@ -217,15 +215,16 @@ def build_data(resolved: Recipe, data: RunData, context: RunContext) -> RunDatas
     return RunDatasets(data, splits, validator, batches, notes)
 
 
-def build_model(resolved: Recipe, datasets: RunDatasets, context: RunContext) -> BuiltModel:
+def build_model(resolved: ResolvedRecipe, datasets: RunDatasets, context: RunContext) -> BuiltModel:
     """Build the model, with the weights of the start model if there is one."""
-    assert resolved.model is not None
     tokenizer, log = datasets.data.tokenizer, context.log
     torch.manual_seed(resolved.seed)
     model = LM(resolved.model, resolved.objective.heads(resolved.model))
     added: list[str] = []
-    if resolved.init_from:
-        dropped, added = init_from(model, model_directory(resolved.init_from))
+    base = datasets.data.start.model
+    if base is not None:
+        dropped, added = init_from_model(model, base, model_directory(resolved.init_from))
+        datasets.data.start.release()
         changed = [f"{what} {', '.join(names)}" for what, names in (("drops", dropped), ("adds", added)) if names]
         log(f"{resolved.name} starts from {resolved.init_from}" + (f": {'; '.join(changed)}" if changed else ""))
     else:
@@ -253,7 +252,7 @@ def build_model(resolved: Recipe, datasets: RunDatasets, context: RunContext) ->
 
 
 def train(
-    resolved: Recipe,
+    resolved: ResolvedRecipe,
     built: BuiltModel,
     datasets: RunDatasets,
     identity: RunIdentity,
@@ -271,7 +270,7 @@ def train(
     if context.ranks.first:
         if not context.resumed:
             report_texts.delete_texts(directory)
-        if not context.resumed or load(str(directory)) != resolved:  # the same inputs at another path
+        if not context.resumed or load_resolved(directory) != resolved:  # the same inputs at another path
             write_text(directory / "recipe.yaml", config_io.write_yaml(resolved))
         context.inputs.write(directory, identity.recipe)
         report_texts.write_texts(resolved, model, datasets.data, datasets.splits, 0)
@@ -299,7 +298,7 @@ def train(
 
 
 def export(
-    resolved: Recipe,
+    resolved: ResolvedRecipe,
     built: BuiltModel,
     datasets: RunDatasets,
     ended: TrainingResult,
@@ -317,7 +316,7 @@ def export(
 
 
 def _write_files(
-    resolved: Recipe,
+    resolved: ResolvedRecipe,
     built: BuiltModel,
     datasets: RunDatasets,
     result: RunResult,
@@ -352,7 +351,7 @@ def _write_files(
     # These were printed at the start.
     remarks += [*datasets.notes, *([splits.no_validation_reason] if splits.no_validation_reason else [])]
     done = dataclasses.asdict(result) | {"directory": str(directory), "counts": splits.counts, "remarks": remarks}
-    done["next_command"] = next_command(LoadedModel(model, tokenizer, Engine(model, tokenizer), objective))
+    done["next_command"] = Model.of(model, tokenizer, objective).next_command
     with new_directory(directory / "model") as place:
         summary = save_model(model, tokenizer, place, facts)
         model_card.write(model_card.of_run(directory, place, model, summary, facts, done), place / "README.md")
@@ -361,7 +360,7 @@ def _write_files(
     log(f"{resolved.name}: {directory / 'model'} ({summary}); report: {directory / REPORT}")
 
 
-def _data_notes(recipe: Recipe, splits: DatasetSplits, validator: Validator | None) -> list[str]:
+def _data_notes(recipe: ResolvedRecipe, splits: DatasetSplits, validator: Validator | None) -> list[str]:
     """Return remarks on the data before a run: its classes, and why nothing is held out.
 
     Raises:

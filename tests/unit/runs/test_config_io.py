@@ -17,7 +17,7 @@ from firth.objectives.next_sentence import NSP
 from firth.objectives.objective import Objective, Sum
 from firth.runs import config_io, model_card
 from firth.runs.input_hashes import RunInputs, content_hash, recorded_hash
-from firth.runs.recipe import Recipe, load, published
+from firth.runs.recipe import Recipe, ResolvedRecipe, load, load_resolved, published
 from firth.runs.recipe_names import RECIPES
 from firth.types import UserError
 
@@ -124,17 +124,37 @@ def test_paths_are_listed_made_absolute_and_removed(tmp_path: Path) -> None:
     assert content_hash(whole) == content_hash(recipe) != content_hash(load("ppo", ["init_from=runs/a", "seed=3"]))
 
 
+def resolve_settings(recipe: Recipe) -> ResolvedRecipe:
+    """Return a recipe with a value for each of its open settings."""
+    settings = {field.name: getattr(recipe, field.name) for field in dataclasses.fields(recipe)}
+    settings |= {"batch": recipe.batch.resolve(0, packs=False), "precision": "fp32", "word_segmentation": "uax29"}
+    return ResolvedRecipe(**settings)
+
+
+def test_resolved_recipe_has_nothing_open(tmp_path: Path) -> None:
+    resolved = resolve_settings(load("gpt"))
+    text = config_io.write_yaml(resolved)
+    (tmp_path / "recipe.yaml").write_text(text)
+    assert load_resolved(tmp_path) == resolved
+    assert config_io.to_dict(load(str(tmp_path))) == config_io.to_dict(resolved)
+    assert list(yaml.safe_load(text)) == [field.name for field in dataclasses.fields(Recipe)]
+    for name, open_value in (("precision", "auto"), ("word_segmentation", "auto"), ("model", None)):
+        (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(yaml.safe_load(text) | {name: open_value}))
+        with pytest.raises(UserError, match=name):
+            load_resolved(tmp_path)
+
+
 def test_run_of_an_older_version_keeps_its_hash(tmp_path: Path) -> None:
     """Fields that were added later, at their defaults, change nothing."""
-    recipe = load("gpt", ["batch.size=4"])
-    older = yaml.safe_load(config_io.write_yaml(recipe))
+    resolved = resolve_settings(load("gpt", ["batch.size=4"]))
+    older = yaml.safe_load(config_io.write_yaml(resolved))
     del older["batch"]["group_by_length"], older["gradient_checkpointing"]
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(older))
     RunInputs().write(tmp_path, "the hash it had")
-    assert recorded_hash(tmp_path, recipe) == "the hash it had"
+    assert recorded_hash(tmp_path, resolved) == "the hash it had"
     for changed in ("batch.group_by_length=8", "gradient_checkpointing=true", "batch.size=5"):
         with pytest.raises(UserError, match=changed.partition("=")[0]):
-            recorded_hash(tmp_path, load("gpt", ["batch.size=4", changed]))
+            recorded_hash(tmp_path, resolve_settings(load("gpt", ["batch.size=4", changed])))
 
 
 def test_setting_on_a_sum_goes_to_its_component() -> None:
