@@ -35,8 +35,10 @@ class LayerMixture(Objective):
     frozen: bool = True
 
     def configure(self, stats: Callable[[], DataStats], config: ModelConfig) -> Objective:
-        if config.latent_size:
-            raise cannot_train(self, "the decoder of a latent has no mixture of layers: set model.latent_size=0")
+        if config.encoder.latent_size:
+            raise cannot_train(
+                self, "the decoder of a latent has no mixture of layers: set model.encoder.latent_size=0"
+            )
         return self
 
     inputs = frozenset()

@@ -18,7 +18,7 @@ function of weights and batch alone: the same when resumed, packed or split, and
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Self
 
 import numpy as np
@@ -97,8 +97,8 @@ class RTD(Objective):
     attention = "bidirectional"
 
     def configure(self, stats: Callable[[], DataStats], config: ModelConfig) -> Self:
-        if config.rnn_type and (self.generator_size != 1 or config.separate_directions):
-            also = "model.separate_directions=false and " if config.separate_directions else ""
+        if config.rnn.type and (self.generator_size != 1 or config.rnn.separate_directions):
+            also = "model.rnn.separate_directions=false and " if config.rnn.separate_directions else ""
             raise cannot_train(
                 self,
                 "recurrent layers are as wide as their embeddings, which the generator shares: "
@@ -209,19 +209,26 @@ class AdversarialRTD(RTD):
 def generator_config(config: ModelConfig, size: float) -> ModelConfig:
     """Return the config with a share of the hidden size, the MLP and the heads, and the same embedding size.
 
-    >>> large = ModelConfig(30522, hidden_size=256, num_layers=12, num_heads=4, embedding_size=128, lm_head="transform")
+    >>> large = ModelConfig(30522, hidden_size=256, num_layers=12, num_heads=4).with_fields(
+    ...     {"embedding.size": 128, "lm_head.type": "transform"})
     >>> small = generator_config(large, 0.25)
-    >>> small.hidden_size, small.num_heads, small.intermediate_size, small.embedding_size
+    >>> small.hidden_size, small.num_heads, small.intermediate_size, small.embedding.size
     (64, 1, 256, 128)
     """
     heads = max(1, round(config.num_heads * size))
     width = 2 * heads * max(1, round(config.hidden_size * size / (2 * heads)))  # even heads, for rotary positions
     embed = 0 if width == config.embedding_dim else config.embedding_dim
-    return replace(
-        config, hidden_size=width, num_heads=heads, num_kv_heads=0, head_dim=0,
-        intermediate_size=max(1, round(config.intermediate_size * size)),
-        embedding_size=embed, lm_head="transform" if embed else config.lm_head,
-    )  # fmt: skip
+    return config.with_fields(
+        {
+            "hidden_size": width,
+            "num_heads": heads,
+            "num_kv_heads": 0,
+            "head_dim": 0,
+            "intermediate_size": max(1, round(config.intermediate_size * size)),
+            "embedding.size": embed,
+            "lm_head.type": "transform" if embed else config.lm_head.type,
+        }
+    )
 
 
 def sample_tokens(logits: Tensor, chance: Tensor) -> Tensor:

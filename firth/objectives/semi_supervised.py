@@ -170,7 +170,7 @@ class Consistency(SemiSupervised):
     def configure(self, stats: Callable[[], DataStats], config: ModelConfig) -> Self:
         if self.position == "auto" and readout_of(config) == "answer":
             why = "it runs the model on a clean and a masked text, which takes an encoder or a decoder"
-            raise cannot_train(self, f"{why}: set model.num_encoder_layers=0")
+            raise cannot_train(self, f"{why}: set model.encoder.num_layers=0")
         return super().configure(stats, config)
 
     @property

@@ -7,7 +7,7 @@ collapse"). Three remedies, each a setting. `kl_anneal_steps`: w grows from 0 to
 a text costs at least so many nats, so that reducing it further gains nothing (Kingma 2016, for groups of units and the mean of
 a minibatch; ours is per text, which needs no other text). `word_dropout`: a share of the decoder's input words is masked in
 training. The decoder sees the source through z only (`firth.model.latent`): the model is an encoder-decoder with
-`latent_size` above 0.
+`encoder.latent_size` above 0.
 
 The noise of z is drawn in `build_example`, so it is data: the same example and seed have the same ELBO in any batch.
 """
@@ -75,8 +75,10 @@ class VAE(TokenObjective):
         return {"kl": Metric("text", remark=self._remark), "active": Metric("text"), "elbo": Metric("labels")}
 
     def configure(self, stats: Callable[[], DataStats], config: ModelConfig) -> Self:
-        if config.latent_size != self.latent_size:
-            sizes = f"objective.latent_size={self.latent_size} and model.latent_size={config.latent_size}"
+        if config.encoder.latent_size != self.latent_size:
+            sizes = (
+                f"objective.latent_size={self.latent_size} and model.encoder.latent_size={config.encoder.latent_size}"
+            )
             raise cannot_train(self, f"{sizes} differ: make them equal")
         return self
 
