@@ -32,6 +32,7 @@ from firth.runs.prepare import DataConfig, RunData
 from firth.tokenizer.vocab import Vocab
 from firth.training.step import step
 from firth.types import IGNORE, Example, UserError
+from tests.support.objective_cases import gradient, label_fields
 from tests.support.tiny_corpus import tokenizer
 
 VOCAB = Vocab(size=60, roles={"pad": 0, "cls": 2, "sep": 3, "mask": 4}, special=np.arange(60) < 5)
@@ -58,10 +59,6 @@ def annotated(seed: int) -> Example:
         "votes": votes,
         "label": majority(votes),
     }
-
-
-def label_fields(objective: Objective) -> set[str]:
-    return {*objective.labels.values(), *objective.metrics.values()}
 
 
 def build_model(objective: Objective, config: ModelConfig = CONFIG) -> LM:
@@ -158,12 +155,6 @@ CASES = {
     "consistency + penalty": (Consistency(class_names=CLASSES) + WeightPenalty(weight=1e-3), example),
     "multi annotator": (MultiAnnotator(class_names=CLASSES), annotated),
 }
-
-
-def gradient(model: LM, objective: Objective, batches: list) -> torch.Tensor:
-    model.zero_grad()
-    step(model, objective, batches)
-    return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -24,6 +24,7 @@ from firth.tokenizer.vocab import Vocab
 from firth.training.optimizer import Optimizer, OptimizerConfig
 from firth.training.step import step
 from firth.types import IGNORE, NEVER, Example, UserError
+from tests.support.objective_cases import label_fields
 
 VOCAB = Vocab(size=60, roles={"pad": 0, "unk": 1}, special=np.arange(60) < 2)
 COUNTS = np.where(np.arange(60) < 2, 0, 1000 // np.arange(1, 61))
@@ -86,10 +87,6 @@ def build_case(name: str) -> tuple[Objective, LM, list[Example]]:
         torch.nn.init.normal_(model.tokens.weight, std=0.5)
     rng = np.random.default_rng(0)
     return objective, model, [objective.build_example(source(rng), VOCAB, rng) for _ in range(6)]
-
-
-def label_fields(objective: Objective) -> set[str]:
-    return {*objective.labels.values(), *objective.metrics.values()}
 
 
 @pytest.mark.parametrize("name", CASES)
