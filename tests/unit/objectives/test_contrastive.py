@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from firth.data.collate import collate, pack
-from firth.model.config import ModelConfig
+from firth.model.config import InitConfig, ModelConfig
 from firth.model.model import LM
 from firth.objectives.contrastive import Contrastive, InfoNCE
 from firth.objectives.objective import Objective
@@ -23,7 +23,14 @@ from tests.support.objective_cases import gradient, label_fields
 
 VOCAB = Vocab(size=60, roles={"pad": 0, "cls": 2, "sep": 3}, special=np.arange(60) < 5)
 CONFIG = ModelConfig(
-    vocab_size=60, hidden_size=32, num_layers=1, num_heads=2, max_positions=32, causal=False, dropout=0.1, init_std=0.3
+    vocab_size=60,
+    hidden_size=32,
+    num_layers=1,
+    num_heads=2,
+    max_positions=32,
+    causal=False,
+    dropout=0.1,
+    init=InitConfig(std=0.3),
 )
 
 

@@ -18,7 +18,7 @@ from firth.data.collate import collate, pack
 from firth.data.labeled import LabeledTexts, TextFields, UnlabeledTexts
 from firth.data.source import MixtureSource, Source, SubsetSource
 from firth.data.unlabeled import UnlabeledSource, choose_labeled
-from firth.model.config import ModelConfig
+from firth.model.config import InitConfig, ModelConfig
 from firth.model.model import LM
 from firth.objectives.classification import Classification
 from firth.objectives.masked_lm import MLM
@@ -37,7 +37,7 @@ from tests.support.tiny_corpus import tokenizer
 
 VOCAB = Vocab(size=60, roles={"pad": 0, "cls": 2, "sep": 3, "mask": 4}, special=np.arange(60) < 5)
 CONFIG = ModelConfig(
-    vocab_size=60, hidden_size=32, num_layers=1, num_heads=2, max_positions=64, causal=False, init_std=0.3
+    vocab_size=60, hidden_size=32, num_layers=1, num_heads=2, max_positions=64, causal=False, init=InitConfig(std=0.3)
 )
 CLASSES = ("a", "b", "c")
 

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from firth.data.collate import Batches, collate, pack
 from firth.data.source import Source
 from firth.data.word_windows import WordWindows, keep_probabilities, noise_distribution
-from firth.model.config import ModelConfig, recurrent_config, word_vector_config
+from firth.model.config import ModelConfig, NormConfig, PositionConfig, RNNConfig, recurrent_config, word_vector_config
 from firth.model.model import LM
 from firth.objectives.bilm import BiLM
 from firth.objectives.layer_mixture import LayerMixture
@@ -64,7 +64,14 @@ CASES = {
         BiLM(),
         sentence,
         ModelConfig(
-            60, 24, 1, 1, causal=False, norm_placement="post", position="none", rnn_type="gru", separate_directions=True
+            60,
+            24,
+            1,
+            1,
+            causal=False,
+            norm=NormConfig(placement="post"),
+            position=PositionConfig("none"),
+            rnn=RNNConfig("gru", separate_directions=True),
         ),
     ),
     "tagging": (TokenClassification(class_names=("a", "b", "c", "d")), tagged, recurrent_config(60, 16, 2, "gru")),
