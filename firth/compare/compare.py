@@ -153,7 +153,7 @@ class ComparisonRun:
         return dataclasses.replace(
             self.probe_recipe, objective=Classification(class_names=probe.classes, position=position),
             data=probe.data(seed), init_from=start, examples=dataclasses.replace(probe.examples, max_length=max_length),
-            model=None if start else dataclasses.replace(pretraining.model, memory_length=0),
+            model=None if start else pretraining.model.with_fields({"attention.memory_length": 0}),
             tokenizer=pretraining.tokenizer, seed=seed,
         )  # fmt: skip
 

@@ -230,7 +230,7 @@ def pack(examples: Sequence[Example], length: int, label_fields: Collection[str]
     if MEMORY_PREFIX + "tokens" in examples[0]:
         raise UserError(
             "rows with memory cannot be packed, because the memory belongs to one text: set batch.pack_to_length=0 or "
-            "model.memory_length=0"
+            "model.attention.memory_length=0"
         )
     for name in examples[0].keys() - fields.keys():
         raise UserError(

@@ -82,7 +82,7 @@ def score(model: LM, objective: Objective, questions: Sequence[ClozeItem], vocab
         accuracy: Share of items whose token has the highest probability. bits: Mean -log2 of its probability.
         Empty where the objective predicts no token, or there is no item.
     """
-    vocab = vocab.with_decoder_start(model.config.decoder_start_token)
+    vocab = vocab.with_decoder_start(model.config.encoder.decoder_start_token)
     hidden = [objective.hide(item.tokens, item.at, vocab) for item in questions]
     examples = [example for example in hidden if example is not None]
     if not examples:

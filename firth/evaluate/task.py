@@ -53,7 +53,7 @@ class EvaluatedModel:
     @property
     def vocab(self) -> Vocab:
         """Vocabulary of the tokenizer with the model's decoder start token."""
-        return self.tokenizer.vocab.with_decoder_start(self.model.config.decoder_start_token)
+        return self.tokenizer.vocab.with_decoder_start(self.model.config.encoder.decoder_start_token)
 
     @cached_property
     def recipe(self) -> Mapping[str, Any]:

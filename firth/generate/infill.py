@@ -113,7 +113,7 @@ def fill_two_way(engine: Engine, pieces: Sequence[np.ndarray], k: int = 5) -> li
     model's, given the text on the right. Other gaps are removed from both texts.
 
     Args:
-        engine: A model with `ModelConfig.separate_directions`.
+        engine: A model with `ModelConfig.rnn.separate_directions`.
         pieces: Token ids of the text between its gaps.
         k: Candidates per gap.
     """

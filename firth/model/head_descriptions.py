@@ -107,7 +107,9 @@ REBUILD: dict[str, Callable[[Description], nn.Module]] = {
     "mixture": lambda d: ScalarMix(d["layers"]),
     "prefix": lambda d: PrefixEncoder(d["tokens"], d["layers"], d["kv_heads"], d["head_width"], d["hidden"]),
     "prompt": lambda d: PromptEmbedding(d["tokens"], d["width"]),
-    "vocabulary": lambda d: LMHead(ModelConfig(**d["config"])),
-    "guest": lambda d: TiedSubmodel(ModelConfig(**d["config"]), {n: rebuild_head(p, n) for n, p in d["heads"].items()}),
-    "model": lambda d: LM(ModelConfig(**d["config"]), {n: rebuild_head(p, n) for n, p in d["heads"].items()}),
+    "vocabulary": lambda d: LMHead(ModelConfig.from_dict(d["config"])),
+    "guest": lambda d: TiedSubmodel(
+        ModelConfig.from_dict(d["config"]), {n: rebuild_head(p, n) for n, p in d["heads"].items()}
+    ),
+    "model": lambda d: LM(ModelConfig.from_dict(d["config"]), {n: rebuild_head(p, n) for n, p in d["heads"].items()}),
 }

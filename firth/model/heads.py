@@ -22,26 +22,26 @@ class LMHead(nn.Module):
 
     def __init__(self, config: ModelConfig):
         super().__init__()
-        if config.tie_embeddings and config.separate_directions:
+        if config.tie_embeddings and config.rnn.separate_directions:
             raise UserError(
                 f"an LM head of width {config.hidden_size} cannot be tied to embeddings of width {config.embedding_dim} "
-                "(model.separate_directions): set model.tie_embeddings=false, or use objective=bilm, "
+                "(model.rnn.separate_directions): set model.tie_embeddings=false, or use objective=bilm, "
                 "which has a head for each direction"
             )
         self.config = config
-        self.softcap, self.scale = config.logit_softcap, config.lm_head_scale
+        self.softcap, self.scale = config.lm_head.softcap, config.lm_head.scale
         self.act = ACTIVATIONS[GATED.get(config.activation, config.activation)]
-        transform = config.lm_head == "transform"
+        transform = config.lm_head.type == "transform"
         width = self.input_size(config)
         self.dense = nn.Linear(config.hidden_size, width, bias=config.bias) if transform else None
         self.norm = make_norm(config, width) if transform else None
         self.weight = nn.Parameter(torch.empty(config.vocab_size, width))
-        self.bias = nn.Parameter(torch.zeros(config.vocab_size)) if config.lm_head_bias else None
+        self.bias = nn.Parameter(torch.zeros(config.vocab_size)) if config.lm_head.bias else None
         self.register_buffer("absent", None, persistent=False)
         self.absent: Tensor | None
-        nn.init.normal_(self.weight, std=config.init_std or 0.001)
+        nn.init.normal_(self.weight, std=config.init.std or 0.001)
         if self.dense is not None:
-            nn.init.normal_(self.dense.weight, std=config.init_std or config.hidden_size**-0.5)
+            nn.init.normal_(self.dense.weight, std=config.init.std or config.hidden_size**-0.5)
             if self.dense.bias is not None:
                 nn.init.zeros_(self.dense.bias)
 
@@ -52,7 +52,7 @@ class LMHead(nn.Module):
     @staticmethod
     def input_size(config: ModelConfig) -> int:
         """Return the width of the vectors that the matrix is multiplied with."""
-        return config.embedding_dim if config.lm_head == "transform" else config.hidden_size
+        return config.embedding_dim if config.lm_head.type == "transform" else config.hidden_size
 
     @property
     def matrix(self) -> Tensor:

@@ -11,7 +11,7 @@ Difference from the original: a full softmax instead of a sampled one.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
@@ -71,4 +71,6 @@ class BiLM(Objective):
 
 def direction_config(config: ModelConfig) -> ModelConfig:
     """Return the config of one of the two directions, for the shared LM head."""
-    return replace(config, hidden_size=config.embedding_dim, head_dim=0, separate_directions=False, causal=True)
+    return config.with_fields(
+        {"hidden_size": config.embedding_dim, "head_dim": 0, "rnn.separate_directions": False, "causal": True}
+    )

@@ -161,7 +161,7 @@ class Classification(ReadoutObjective):
 
     def missing_from(self, config: ModelConfig) -> str:
         # XLNet's, T5's and BART's classes use a readout position that none of ours is.
-        elsewhere = config.num_encoder_layers or config.position == "xlnet"
+        elsewhere = config.encoder.num_layers or config.position.type == "xlnet"
         named = any(headed.head_name == "classes" for family in families_of(config) for headed in family.heads)
         if self.head == "linear" or (named and not elsewhere):
             return ""

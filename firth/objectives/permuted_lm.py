@@ -10,7 +10,7 @@ still predicted from those before it in the order, as in a causal LM. Only the l
 Two streams: a token's own state may know the token, the state that predicts it must not. Both are in one row here: the text,
 and after it one query for each predicted token, at that token's position, which no other token sees
 (`firth.data.attention_fields.permuted`). A query is shown as [MASK], or as a learned vector with
-`model.mask_embedding` (the paper's w).
+`model.embedding.mask` (the paper's w).
 
 With the order of the text and K = 1 this is causal language modeling: the same factors, and the text's own states are those
 of `CausalLM` to the bit. The query remains: CausalLM predicts from the previous token's state, which in this objective would

@@ -17,7 +17,7 @@ function of weights and batch alone: the same when resumed, packed or split, and
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
@@ -89,9 +89,9 @@ class RTD(Objective):
         return "bidirectional"
 
     def missing_from(self, config: ModelConfig) -> str:
-        if not config.rnn_type or (self.generator_size == 1 and not config.separate_directions):
+        if not config.rnn.type or (self.generator_size == 1 and not config.rnn.separate_directions):
             return ""
-        also = "model.separate_directions=false and " if config.separate_directions else ""
+        also = "model.rnn.separate_directions=false and " if config.rnn.separate_directions else ""
         return (
             "recurrent layers are as wide as their embeddings, which the generator shares: "
             f"set {also}objective.generator_size=1"
@@ -207,19 +207,26 @@ class AdversarialRTD(RTD):
 def generator_config(config: ModelConfig, size: float) -> ModelConfig:
     """Return the config with a share of the hidden size, the MLP and the heads, and the same embedding size.
 
-    >>> large = ModelConfig(30522, hidden_size=256, num_layers=12, num_heads=4, embedding_size=128, lm_head="transform")
+    >>> large = ModelConfig(30522, hidden_size=256, num_layers=12, num_heads=4).with_fields(
+    ...     {"embedding.size": 128, "lm_head.type": "transform"})
     >>> small = generator_config(large, 0.25)
-    >>> small.hidden_size, small.num_heads, small.intermediate_size, small.embedding_size
+    >>> small.hidden_size, small.num_heads, small.intermediate_size, small.embedding.size
     (64, 1, 256, 128)
     """
     heads = max(1, round(config.num_heads * size))
     width = 2 * heads * max(1, round(config.hidden_size * size / (2 * heads)))  # even heads, for rotary positions
     embed = 0 if width == config.embedding_dim else config.embedding_dim
-    return replace(
-        config, hidden_size=width, num_heads=heads, num_kv_heads=0, head_dim=0,
-        intermediate_size=max(1, round(config.intermediate_size * size)),
-        embedding_size=embed, lm_head="transform" if embed else config.lm_head,
-    )  # fmt: skip
+    return config.with_fields(
+        {
+            "hidden_size": width,
+            "num_heads": heads,
+            "num_kv_heads": 0,
+            "head_dim": 0,
+            "intermediate_size": max(1, round(config.intermediate_size * size)),
+            "embedding.size": embed,
+            "lm_head.type": "transform" if embed else config.lm_head.type,
+        }
+    )
 
 
 def sample_tokens(logits: Tensor, chance: Tensor) -> Tensor:

@@ -67,9 +67,9 @@ class SBO(Objective):
         width, read = config.hidden_size, LMHead.input_size(config)
         place = nn.Embedding(self.max_span_length, width)
         first, second = nn.Linear(3 * width, width), nn.Linear(width, read)
-        nn.init.normal_(place.weight, std=config.init_std or 0.02)
+        nn.init.normal_(place.weight, std=config.init.std or 0.02)
         for linear in (first, second):
-            nn.init.normal_(linear.weight, std=config.init_std or linear.in_features**-0.5)
+            nn.init.normal_(linear.weight, std=config.init.std or linear.in_features**-0.5)
             nn.init.zeros_(linear.bias)
         head = nn.Sequential(first, nn.GELU(), nn.LayerNorm(width), second, nn.GELU(), nn.LayerNorm(read))
         return {"boundary": head, "place": place}

@@ -7,7 +7,7 @@ collapse"). Three remedies, each a setting. `kl_anneal_steps`: w grows from 0 to
 a text costs at least so many nats, so that reducing it further gains nothing (Kingma 2016, for groups of units and the mean of
 a minibatch; ours is per text, which needs no other text). `word_dropout`: a share of the decoder's input words is masked in
 training. The decoder sees the source through z only (`firth.model.latent`): the model is an encoder-decoder with
-`latent_size` above 0.
+`encoder.latent_size` above 0.
 
 The noise of z is drawn in `build_example`, so it is data: the same example and seed have the same ELBO in any batch.
 """
@@ -75,9 +75,12 @@ class VAE(TokenObjective):
         return "latent"
 
     def missing_from(self, config: ModelConfig) -> str:
-        if config.latent_size == self.latent_size:
+        if config.encoder.latent_size == self.latent_size:
             return ""
-        return f"objective.latent_size={self.latent_size} and model.latent_size={config.latent_size} differ: make them equal"
+        theirs = config.encoder.latent_size
+        return (
+            f"objective.latent_size={self.latent_size} and model.encoder.latent_size={theirs} differ: make them equal"
+        )
 
     def at_step(self, step: int) -> Self:
         return (

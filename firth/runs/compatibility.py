@@ -120,32 +120,33 @@ def _settings(objective: Objective, config: ModelConfig) -> str:
     wanted: dict[AttentionPattern, dict[str, bool | int]] = {
         "causal": {
             "causal": True,
-            "num_encoder_layers": 0,
-            "latent_size": 0,
-            "linformer_k": 0,
-            "separate_directions": False,
+            "encoder.num_layers": 0,
+            "encoder.latent_size": 0,
+            "attention.linformer.k": 0,
+            "rnn.separate_directions": False,
         },
-        "bidirectional": {"causal": False, "num_encoder_layers": 0, "latent_size": 0},
-        "permuted": {"causal": False, "num_encoder_layers": 0, "latent_size": 0, "linformer_k": 0},
-        "prefix": {"causal": False, "num_encoder_layers": 0, "latent_size": 0, "linformer_k": 0},
+        "bidirectional": {"causal": False, "encoder.num_layers": 0, "encoder.latent_size": 0},
+        "permuted": {"causal": False, "encoder.num_layers": 0, "encoder.latent_size": 0, "attention.linformer.k": 0},
+        "prefix": {"causal": False, "encoder.num_layers": 0, "encoder.latent_size": 0, "attention.linformer.k": 0},
         "seq2seq": {
             "causal": True,
-            "num_encoder_layers": config.num_encoder_layers or config.num_layers,
-            "latent_size": 0,
-            "linformer_k": 0,
+            "encoder.num_layers": config.encoder.num_layers or config.num_layers,
+            "encoder.latent_size": 0,
+            "attention.linformer.k": 0,
         },
-        "bidirectional_separate": {"causal": False, "separate_directions": True},
+        "bidirectional_separate": {"causal": False, "rnn.separate_directions": True},
     }
-    current = config_io.to_dict(config)
-    pattern = objective.attention_pattern()
-    changes = {name: value for name, value in wanted.get(pattern, {}).items() if current.get(name) != value}
+    current, pattern = config.flat_fields(), objective.attention_pattern()
+    settings = [
+        f"{name}={str(value).lower()}" for name, value in wanted.get(pattern, {}).items() if current[name] != value
+    ]
     try:
-        changed: ModelConfig = config_io.from_dict(ModelConfig, current | changes)
+        changed: ModelConfig = config_io.from_dict(ModelConfig, config_io.override(config_io.to_dict(config), settings))
     except UserError:
         return ""
-    if objective.attention_pattern() not in changed.supported_patterns or objective.missing_from(changed):
+    if pattern not in changed.supported_patterns or objective.missing_from(changed):
         return ""
-    return _listed(f"model.{name}={str(value).lower()}" for name, value in changes.items())
+    return _listed(f"model.{setting}" for setting in settings)
 
 
 def check_fields(objective: Objective, examples: ExamplesConfig, config: ModelConfig | None = None) -> None:
@@ -256,16 +257,16 @@ def check_memory(config: ModelConfig, examples: ExamplesConfig, pack: int) -> No
 
     `ModelConfig` checks that its positions support memory.
     """
-    if config.memory_length and pack:
+    if config.attention.memory_length and pack:
         raise UserError(
-            f"model.memory_length={config.memory_length} needs rows of one text each, and batch.pack_to_length={pack} puts "
-            "several into a row: set batch.pack_to_length=0, or model.memory_length=0"
+            f"model.attention.memory_length={config.attention.memory_length} needs rows of one text each, "
+            f"and batch.pack_to_length={pack} puts several into a row: set batch.pack_to_length=0, or model.attention.memory_length=0"
         )
-    if config.memory_length and not examples.gives_memory:
+    if config.attention.memory_length and not examples.gives_memory:
         names = ", ".join(name for name, kind in EXAMPLES.items() if kind.gives_memory)
         raise UserError(
-            f"model.memory_length={config.memory_length} needs the tokens before each row, which examples={_name_of(examples)} does "
-            f"not have: set model.memory_length=0, or take examples={names}"
+            f"model.attention.memory_length={config.attention.memory_length} needs the tokens before each row, "
+            f"which examples={_name_of(examples)} does not have: set model.attention.memory_length=0, or take examples={names}"
         )
 
 
@@ -294,7 +295,7 @@ def limit_lengths(
     """
     ahead = adapt.virtual_positions(base)
     own = ahead != FullFinetuning().virtual_positions(base)
-    if config.position not in LEARNED_POSITIONS or (examples.drops_long_records and not own):
+    if config.position.type not in LEARNED_POSITIONS or (examples.drops_long_records and not own):
         return examples
     if not own:  # records are cut at the context in any case, and counted
         examples = examples.limit_to(config.max_positions)

@@ -151,7 +151,7 @@ def _hf(package: ModelPackage, place: Path, storage: Storage) -> str:
     """Write a directory for transformers, and for sentence-transformers if the model is an encoder."""
     summary = save_model(package.model, package.tokenizer, place, package.metadata, storage)
     config = package.model.config
-    if not (place / "config.json").exists() or config.causal or config.num_encoder_layers:
+    if not (place / "config.json").exists() or config.causal or config.encoder.num_layers:
         return summary
     if not copy_files(package.given, place):
         write_sentence_config(package.model, place)
@@ -270,11 +270,11 @@ def _uses(out: Path, model: LM, talks: bool) -> list[str]:
     place, config = shlex.quote(str(out)), model.config
     if "lm" not in model.heads:
         return [f"Fine-tune it:  firth train classification init_from={place} data.path=labeled.jsonl"]
-    if not (config.causal or config.prefix_lm or config.num_encoder_layers):
+    if not (config.causal or config.attention.prefix_lm or config.encoder.num_layers):
         return [f'Fill a gap:  firth fill {place} "a word is <mask> here"']
     return (
         [f"Talk with it:  firth chat {place}"]
-        if talks and not config.num_encoder_layers
+        if talks and not config.encoder.num_layers
         else [f'Let it write:  firth generate {place} "..."']
     )
 

@@ -139,7 +139,7 @@ def generate_texts(
         UserError: The model does not generate, or `ends` is given and it has no latent.
     """
     loaded = open_engine(directory, weights)
-    if not loaded.model.config.latent_size:
+    if not loaded.model.config.encoder.latent_size:
         if ends is not None:
             raise UserError(
                 f"{directory}: this model has no latent, so it cannot interpolate between texts: train one with `firth train vae`"

@@ -195,7 +195,7 @@ class Model:
         """Return whether the model can process a sample prompt: masks need infilling, <to> and <prior> need a latent."""
         if MASK in text:
             return self.can_fill
-        return self.model.config.latent_size > 0 or not (TO in text or PRIOR in text)
+        return self.model.config.encoder.latent_size > 0 or not (TO in text or PRIOR in text)
 
     @property
     def can_fill(self) -> bool:
@@ -253,9 +253,9 @@ class Model:
             raise UserError(f"there is nothing to fill: write {MASK} where a token is missing")
         if not self.can_fill:
             raise UserError("this model cannot fill masks")
-        if not generates_left_to_right(config) and not config.separate_directions:
+        if not generates_left_to_right(config) and not config.rnn.separate_directions:
             gaps = self.engine.fill(text.replace(MASK, own), top)
-        elif config.separate_directions:
+        elif config.rnn.separate_directions:
             gaps = infill.fill_two_way(self.engine, infill.split_gaps(self.tokenizer, text, MASK), top)
         else:
             shown = self._show_gaps(infill.split_gaps(self.tokenizer, text, MASK))
@@ -274,9 +274,11 @@ class Model:
         vocab = self.tokenizer.vocab
         if self.objective is not None:
             return self.objective.build_infill(pieces, vocab)
-        if not self.model.config.num_encoder_layers or self.model.config.latent_size:
+        if not self.model.config.encoder.num_layers or self.model.config.encoder.latent_size:
             return None
-        if "mask" in vocab.roles and (self.model.config.decoder_start_token == "eos" or len(vocab.sentinels) < 2):
+        if "mask" in vocab.roles and (
+            self.model.config.encoder.decoder_start_token == "eos" or len(vocab.sentinels) < 2
+        ):
             return Denoising().build_infill(pieces, vocab)
         return SpanCorruption().build_infill(pieces, vocab) if len(vocab.sentinels) > 1 else None
 
@@ -289,7 +291,9 @@ class Model:
 
     def sample_prior(self, count: int, sampling: Sampling) -> list[str]:
         """Return `count` texts whose latents are sampled from the prior."""
-        noise = np.random.default_rng(sampling.seed).standard_normal((count, self.model.config.latent_size), np.float32)
+        noise = np.random.default_rng(sampling.seed).standard_normal(
+            (count, self.model.config.encoder.latent_size), np.float32
+        )
         latents = torch.from_numpy(noise).to(self.engine.device)
         return [written.text for written in self.engine.decode(latents, sampling)]
 
@@ -309,15 +313,15 @@ def encode_prompt(tokenizer: Tokenizer, text: str, model: LM) -> np.ndarray:
     """
     ids = tokenizer.encode(text)
     roles = tokenizer.vocab.roles
-    if model.config.num_encoder_layers:
+    if model.config.encoder.num_layers:
         return np.append(ids, roles["eos"]).astype(np.int32) if "eos" in roles else ids
-    add_bos = "bos" in roles and tokenizer.bos is not False and not (model.config.prefix_lm and len(ids))
+    add_bos = "bos" in roles and tokenizer.bos is not False and not (model.config.attention.prefix_lm and len(ids))
     return np.concatenate(([roles["bos"]], ids)).astype(np.int32) if add_bos else ids
 
 
 def generates_left_to_right(config: ModelConfig) -> bool:
     """Return whether a model can continue a text from left to right."""
-    return config.latent_size > 0 or scoring_mode(config) != "masked"
+    return config.encoder.latent_size > 0 or scoring_mode(config) != "masked"
 
 
 def open_model(directory: Path, weights: str | None = None) -> Model:

@@ -58,14 +58,16 @@ def _fill(recipe: Recipe, data: RunData, ranks: int) -> Recipe:
     objective = recipe.peft.configure_objective(examples.configure_objective(recipe.objective, data).for_model(config))
     if base is not None and "mixture" in base.heads and _keeps_head(objective, config, base):
         objective = add_layer_mixture(objective, frozen=False)  # the head of the base model reads it
-    packs = config.packable and not config.memory_length and objective.packable and recipe.peft.packable
+    packs = config.packable and not config.attention.memory_length and objective.packable and recipe.peft.packable
     packs = packs and (base is None or base.prompt is None)  # each text of a packed row would need its own
     batch = recipe.batch.resolve(examples.max_tokens, packs)
     filled = dataclasses.replace(recipe, model=config, objective=objective, examples=examples, batch=batch)
     check_recipe(filled, ranks)
     if (reads := objective.attention_pattern()) != "any":
         # Record how the model was trained: its model family may define another attention pattern.
-        config = dataclasses.replace(config, causal=config.causal or reads == "causal", prefix_lm=reads == "prefix")
+        config = config.with_fields(
+            {"causal": config.causal or reads == "causal", "attention.prefix_lm": reads == "prefix"}
+        )
     with init_empty_weights():
         model = LM(config, objective.heads(config))
     recipe.peft.check_model(model, base)
@@ -87,7 +89,7 @@ def _model_config(recipe: Recipe, data: RunData, base: LM | None) -> ModelConfig
     if config is None:
         config = base.config
         if not recipe.examples.gives_memory or recipe.batch.packed_length:
-            config = dataclasses.replace(config, memory_length=0)  # records have no preceding text
+            config = config.with_fields({"attention.memory_length": 0})  # records have no preceding text
     check_vocab_fits(data.tokenizer, config, recipe.init_from)
     return config
 

@@ -193,7 +193,7 @@ def build_data(resolved: ResolvedRecipe, data: RunData, context: RunContext) -> 
         UserError: There is nothing to train on, or nothing is held out and `evaluation` needs it.
     """
     chosen = checkpoint.precision(context.directory) or precision.choose(resolved.precision, best_device())
-    data = dataclasses.replace(data, memory_length=resolved.model.memory_length, precision=chosen)
+    data = dataclasses.replace(data, memory_length=resolved.model.attention.memory_length, precision=chosen)
     splits = context.first_rank_first(lambda: examples.build_datasets(resolved.examples, data, resolved.objective))
     text_cache.forget()
     validator = (

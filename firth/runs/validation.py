@@ -128,4 +128,4 @@ class Validator:
 
 def vocab(recipe: ResolvedRecipe, tokenizer: Tokenizer) -> Vocab:
     """Return the vocabulary that examples are built with: the tokenizer's, with the model's decoder start token."""
-    return tokenizer.vocab.with_decoder_start(recipe.model.decoder_start_token)
+    return tokenizer.vocab.with_decoder_start(recipe.model.encoder.decoder_start_token)

@@ -55,7 +55,7 @@ def options(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("classification", [ENCODER], 24, 0),
         ("classification", [ENCODER, "batch.pack_to_length=0"], 0, 0),
         ("classification", [ENCODER, "batch.group_by_length=7"], 0, 7),
-        ("classification", [ENCODER[:-1] + ", linformer_k: 8}"], 0, GROUPED_STEPS),
+        ("classification", [ENCODER[:-1] + ", attention: {linformer: {k: 8}}}"], 0, GROUPED_STEPS),
         ("multiple_choice", [ENCODER], 0, GROUPED_STEPS),
     ],
 )  # fmt: skip

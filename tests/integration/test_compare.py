@@ -193,7 +193,7 @@ def test_causal_models_are_compared_by_bits_per_byte(records: Path, tmp_path: Pa
 
 def test_a_finetuned_encoder_decoder_is_scored_as_in_training(records: Path, tmp_path: Path) -> None:
     model = [setting for setting in SMALL if setting.startswith("model.")]
-    t5 = load("t5", [*model, "model.num_encoder_layers=1", "tokenizer.vocab_size=400"])
+    t5 = load("t5", [*model, "model.encoder.num_layers=1", "tokenizer.vocab_size=400"])
     recipe = load("classification", [
         f"data.path={records}", "tokenizer.vocab_size=400", "objective.position=answer", "max_steps=4", "precision=fp32",
     ])  # fmt: skip
@@ -263,9 +263,9 @@ def test_settings_can_be_fixed_in_the_same_directory(
 
 @pytest.mark.parametrize(("changes", "message"), [
     ({"compute": Budget(max_steps=3)}, "do not cost the same"),
-    ({"shares": (0.0, 1.0)}, "above 0 and at most 1"),
+    ({"shares": (0.0, 1.0)}, "should be greater than 0"),
     ({"shares": ()}, "shares is empty"),
-    ({"seeds": 0}, "at least 1"),
+    ({"seeds": 0}, "seeds=0 should be greater than or equal to 1"),
 ])  # fmt: skip
 def test_invalid_configurations_are_errors(changes: dict[str, object], message: str) -> None:
     with pytest.raises(UserError, match=message):

@@ -37,17 +37,17 @@ BODY = [
     "model.max_positions=64",
 ]
 RUNS = {
-    "t5": [*BODY, "model.num_encoder_layers=1", "examples.max_length=32"],
-    "bart": [*BODY, "model.num_encoder_layers=1", "examples.max_length=32"],
+    "t5": [*BODY, "model.encoder.num_layers=1", "examples.max_length=32"],
+    "bart": [*BODY, "model.encoder.num_layers=1", "examples.max_length=32"],
     "vae": [
         *BODY,
-        "model.num_encoder_layers=1",
+        "model.encoder.num_layers=1",
         "examples.max_length=32",
         "objective.latent_size=4",
-        "model.latent_size=4",
+        "model.encoder.latent_size=4",
     ],
-    "elmo": ["model.hidden_size=32", "model.char_filters=64", "examples.max_length=32"],
-    "electra": [*BODY, "model.embedding_size=16", "examples.max_length=32", "objective.mlm_probability=0.4"],
+    "elmo": ["model.hidden_size=32", "model.embedding.characters.num_filters=64", "examples.max_length=32"],
+    "electra": [*BODY, "model.embedding.size=16", "examples.max_length=32", "objective.mlm_probability=0.4"],
     "word2vec": ["model.hidden_size=32", "examples.max_length=64"],
 }
 

@@ -87,7 +87,7 @@ def readout_position(evaluated: EvaluatedModel) -> Readout:
     position: Any = evaluated.objective.get("position", "auto")
     config = evaluated.model.config
     ours = bool(evaluated.objective) or "recipe" in load_save.metadata_of(evaluated.model_directory)
-    if not ours and (config.num_encoder_layers or config.position == "xlnet"):
+    if not ours and (config.encoder.num_layers or config.position.type == "xlnet"):
         raise UserError(
             f"{evaluated.directory}: this classifier was not trained by firth and reads its label from a position after the "
             f"text, which firth does not support: finetune it with firth (firth train classification init_from={evaluated.directory})"

@@ -17,7 +17,7 @@ from firth.data.packing import first_fit
 from firth.data.shuffle import ExampleRNG
 from firth.data.windows import DocumentChunks
 from firth.model.attention import AttentionMask
-from firth.model.config import ModelConfig
+from firth.model.config import EncoderConfig, ModelConfig
 from firth.model.model import LM
 from firth.objectives.causal_lm import CausalLM
 from firth.objectives.dpo import DPO
@@ -265,7 +265,7 @@ def test_padding_and_packing_do_not_change_outputs(encoder: int) -> None:
             num_heads=2,
             intermediate_size=64,
             max_positions=64,
-            num_encoder_layers=encoder,
+            encoder=EncoderConfig(num_layers=encoder),
         ),
         {},
     ).double()

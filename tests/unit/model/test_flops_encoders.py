@@ -43,7 +43,7 @@ def counter() -> FlopCounterMode:
 
 @pytest.mark.parametrize(
     "config",
-    [replace(PLAIN, embedding_size=12), replace(PLAIN, embedding_size=12, num_layer_groups=1)],
+    [PLAIN.with_fields({"embedding.size": 12}), PLAIN.with_fields({"embedding.size": 12, "num_layer_groups": 1})],
     ids=["small", "shared"],
 )
 def test_small_embeddings_and_shared_blocks(config: ModelConfig) -> None:
@@ -54,7 +54,7 @@ def test_small_embeddings_and_shared_blocks(config: ModelConfig) -> None:
     assert count.get_total_flops() == objective.forward_flops(model, batch) + objective.loss_flops(model, batch)
 
 
-@pytest.mark.parametrize("config", [PLAIN, replace(PLAIN, embedding_size=12)], ids=["full", "small"])
+@pytest.mark.parametrize("config", [PLAIN, PLAIN.with_fields({"embedding.size": 12})], ids=["full", "small"])
 def test_both_models_of_electra(config: ModelConfig) -> None:
     objective = RTD(generator_size=0.5)
     model, batch = case(objective, config)
@@ -69,7 +69,7 @@ def test_both_models_of_electra(config: ModelConfig) -> None:
 def test_span_boundary_head() -> None:
     """The product with the vocabulary is written out: the counter does not see into the chunked one."""
     objective = SBO()
-    model, batch = case(MLM(noise="geometric") + objective, replace(PLAIN, embedding_size=12))
+    model, batch = case(MLM(noise="geometric") + objective, PLAIN.with_fields({"embedding.size": 12}))
     count = int((batch["boundary"] >= 0).sum())
     around = torch.randn(count, 3 * 32, requires_grad=True)
     with counter() as counted:

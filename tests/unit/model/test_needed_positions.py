@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import numpy as np
 import pytest
 import torch
@@ -12,7 +10,14 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from firth.data.collate import collate, pack
 from firth.model import blocked_attention, flops, transformer
-from firth.model.config import ModelConfig, decoder_config, encoder_config, encoder_decoder_config
+from firth.model.config import (
+    EmbeddingConfig,
+    ModelConfig,
+    NormConfig,
+    decoder_config,
+    encoder_config,
+    encoder_decoder_config,
+)
 from firth.model.forward_context import ForwardContext
 from firth.model.fused import Dropout, dropout_mask
 from firth.model.model import LM
@@ -42,9 +47,8 @@ BERT = ModelConfig(
     num_layers=2,
     num_heads=2,
     max_positions=32,
-    norm_placement="post",
-    embedding_norm=True,
-    type_vocab_size=2,
+    norm=NormConfig(placement="post", embedding=True),
+    embedding=EmbeddingConfig(type_vocab_size=2),
     activation="gelu",
     causal=False,
 )
@@ -53,8 +57,8 @@ CONFIGS = {
     "encoder": encoder_config(vocab_size=40, hidden_size=64, num_layers=2, num_heads=2, max_positions=32),
     "decoder": decoder_config(vocab_size=40, hidden_size=64, num_layers=2, num_heads=2, max_positions=32),
     "t5": encoder_decoder_config(vocab_size=40, hidden_size=64, num_layers=1, num_heads=2, max_positions=32),
-    "mpnet": replace(BERT, position="mpnet"),
-    "xlnet": replace(BERT, position="xlnet", mask_embedding=True, memory_length=8),
+    "mpnet": BERT.with_fields({"position.type": "mpnet"}),
+    "xlnet": BERT.with_fields({"position.type": "xlnet", "embedding.mask": True, "attention.memory_length": 8}),
 }
 
 
@@ -80,7 +84,7 @@ def gradients(model: LM, objective: Objective, batch: Batch, needed: torch.Tenso
 def build(config: ModelConfig, objective: Objective) -> LM:
     torch.manual_seed(0)
     model = LM(config, objective.heads(config))
-    for p in model.parameters():  # zero_init would hide what a block does
+    for p in model.parameters():  # init.zero_output would hide what a block does
         if p.ndim > 1:
             torch.nn.init.normal_(p, std=0.2)
     return model

@@ -11,7 +11,7 @@ import torch
 from firth.data.collate import Batches, collate, pack
 from firth.data.source import Source
 from firth.data.windows import SegmentPairs
-from firth.model.config import ModelConfig
+from firth.model.config import EmbeddingConfig, EncoderConfig, ModelConfig
 from firth.model.model import LM
 from firth.objectives.classification import Classification
 from firth.objectives.masked_lm import MLM
@@ -51,7 +51,8 @@ def test_packed_and_padded_batches_have_one_loss(name: str) -> None:
     fields = {*objective.labels.values(), *objective.metrics.values()}
     torch.manual_seed(0)
     config = ModelConfig(vocab_size=100, hidden_size=32, num_layers=1, num_heads=2, intermediate_size=64, max_positions=128,
-                  num_encoder_layers=int("source_tokens" in shown[0]), type_vocab_size=2)  # fmt: skip
+                  encoder=EncoderConfig(num_layers=int("source_tokens" in shown[0])),
+                  embedding=EmbeddingConfig(type_vocab_size=2))  # fmt: skip
     model = LM(config, objective.heads(config))
     found, gradient = [], []
     for batches in (

@@ -18,7 +18,7 @@ from firth.data.collate import collate, pack
 from firth.data.labeled import LabeledTexts, TextFields, UnlabeledTexts
 from firth.data.source import MixtureSource, Source, SubsetSource
 from firth.data.unlabeled import UnlabeledSource, choose_labeled
-from firth.model.config import ModelConfig
+from firth.model.config import InitConfig, ModelConfig
 from firth.model.model import LM
 from firth.objectives.classification import Classification
 from firth.objectives.masked_lm import MLM
@@ -32,11 +32,12 @@ from firth.runs.prepare import DataConfig, RunData
 from firth.tokenizer.vocab import Vocab
 from firth.training.step import step
 from firth.types import IGNORE, Example, UserError
+from tests.support.objective_cases import gradient, label_fields
 from tests.support.tiny_corpus import tokenizer
 
 VOCAB = Vocab(size=60, roles={"pad": 0, "cls": 2, "sep": 3, "mask": 4}, special=np.arange(60) < 5)
 CONFIG = ModelConfig(
-    vocab_size=60, hidden_size=32, num_layers=1, num_heads=2, max_positions=64, causal=False, init_std=0.3
+    vocab_size=60, hidden_size=32, num_layers=1, num_heads=2, max_positions=64, causal=False, init=InitConfig(std=0.3)
 )
 CLASSES = ("a", "b", "c")
 
@@ -58,10 +59,6 @@ def annotated(seed: int) -> Example:
         "votes": votes,
         "label": majority(votes),
     }
-
-
-def label_fields(objective: Objective) -> set[str]:
-    return {*objective.labels.values(), *objective.metrics.values()}
 
 
 def build_model(objective: Objective, config: ModelConfig = CONFIG) -> LM:
@@ -158,12 +155,6 @@ CASES = {
     "consistency + penalty": (Consistency(class_names=CLASSES) + WeightPenalty(weight=1e-3), example),
     "multi annotator": (MultiAnnotator(class_names=CLASSES), annotated),
 }
-
-
-def gradient(model: LM, objective: Objective, batches: list) -> torch.Tensor:
-    model.zero_grad()
-    step(model, objective, batches)
-    return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
 
 
 @pytest.mark.parametrize("name", CASES)

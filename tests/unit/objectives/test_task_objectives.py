@@ -10,7 +10,7 @@ import torch
 
 from firth.data import attention_fields
 from firth.data.collate import collate, pack
-from firth.model.config import ModelConfig, decoder_config, encoder_config, encoder_decoder_config
+from firth.model.config import EmbeddingConfig, ModelConfig, decoder_config, encoder_config, encoder_decoder_config
 from firth.model.model import LM
 from firth.model.presets import bert
 from firth.objectives.classification import Classification
@@ -57,7 +57,7 @@ def model_of(objective: Objective) -> LM:
         num_heads=2,
         intermediate_size=64,
         max_positions=128,
-        type_vocab_size=2,
+        embedding=EmbeddingConfig(type_vocab_size=2),
     )
     return LM(config, objective.heads(config))
 

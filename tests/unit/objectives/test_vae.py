@@ -33,8 +33,8 @@ from firth.types import Example, UserError
 from tests.support.byte_tokenizer import ByteTokenizer
 
 VOCAB = ByteTokenizer.vocab
-CONFIG = replace(
-    encoder_decoder_config(VOCAB.size, 32, 1, num_heads=2, max_positions=32), latent_size=4, zero_init=False
+CONFIG = encoder_decoder_config(VOCAB.size, 32, 1, num_heads=2, max_positions=32).with_fields(
+    {"encoder.latent_size": 4, "init.zero_output": False}
 )
 LABEL_FIELDS = {"labels", "text"}
 
@@ -198,7 +198,7 @@ def test_a_run_samples_its_prior_and_reports_the_latent(tmp_path: Path) -> None:
         "hidden_size=32",
         "num_heads=2",
         "num_layers=1",
-        "num_encoder_layers=1",
+        "encoder.num_layers=1",
         "head_dim=0",
         "num_kv_heads=0",
         "intermediate_size=48",
@@ -226,13 +226,13 @@ def test_a_run_samples_its_prior_and_reports_the_latent(tmp_path: Path) -> None:
 
 def test_incompatible_models_and_objectives_are_rejected() -> None:
     with pytest.raises(UserError, match="encodes a text into a latent vector, which an encoder-decoder cannot"):
-        check_pattern(VAE(latent_size=4), replace(CONFIG, latent_size=0))
+        check_pattern(VAE(latent_size=4), CONFIG.with_fields({"encoder.latent_size": 0}))
     with pytest.raises(UserError, match="which a variational autoencoder cannot"):
         check_pattern(SpanCorruption(), CONFIG)
-    with pytest.raises(UserError, match=r"objective.latent_size=7 and model.latent_size=4 differ"):
+    with pytest.raises(UserError, match=r"objective.latent_size=7 and model.encoder.latent_size=4 differ"):
         check_pattern(VAE(latent_size=7), CONFIG)
     with pytest.raises(UserError, match="needs an encoder and a decoder"):
-        replace(CONFIG, num_encoder_layers=0)
+        CONFIG.with_fields({"encoder.num_layers": 0})
     with pytest.raises(UserError, match=r"objective.word_dropout=1.5 must be"):
         VAE(latent_size=4, word_dropout=1.5)
     with pytest.raises(UserError, match="make them equal"):

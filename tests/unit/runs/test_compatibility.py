@@ -28,9 +28,11 @@ SHAPES = {
         encoder_config(vocab_size=10, hidden_size=64, num_layers=1), dropout=0.1
     ),  # it makes the two examples differ
     "an encoder-decoder": encoder_decoder_config(vocab_size=10, hidden_size=64, num_layers=1),
-    "a Linformer": replace(encoder_config(vocab_size=10, hidden_size=64, num_layers=1), dropout=0.1, linformer_k=8),
-    "a variational autoencoder": replace(
-        encoder_decoder_config(vocab_size=10, hidden_size=64, num_layers=1), latent_size=32
+    "a Linformer": encoder_config(vocab_size=10, hidden_size=64, num_layers=1).with_fields(
+        {"dropout": 0.1, "attention.linformer.k": 8}
+    ),
+    "a variational autoencoder": encoder_decoder_config(vocab_size=10, hidden_size=64, num_layers=1).with_fields(
+        {"encoder.latent_size": 32}
     ),
     "a left-to-right LSTM": load("lstm").model,
     "a bidirectional LSTM": replace(load("lstm").model, causal=False, dropout=0.1),
@@ -149,12 +151,12 @@ def test_suggestions_of_errors_work(name: str) -> None:
 @pytest.mark.parametrize(
     ("name", "objective", "remedy"),
     [
-        ("t5", "mlm", "set model.causal=false and model.num_encoder_layers=0"),
-        ("gpt", "span_corruption", "set model.num_encoder_layers=4"),
-        ("linformer", "causal_lm", "set model.causal=true and model.linformer_k=0"),
-        ("elmo", "causal_lm", "set model.causal=true and model.separate_directions=false"),
-        ("vae", "denoising", "set model.latent_size=0"),
-        ("lstm", "bilm", "set model.causal=false and model.separate_directions=true"),
+        ("t5", "mlm", "set model.causal=false and model.encoder.num_layers=0"),
+        ("gpt", "span_corruption", "set model.encoder.num_layers=4"),
+        ("linformer", "causal_lm", "set model.attention.linformer.k=0 and model.causal=true"),
+        ("elmo", "causal_lm", "set model.causal=true and model.rnn.separate_directions=false"),
+        ("vae", "denoising", "set model.encoder.latent_size=0"),
+        ("lstm", "bilm", "set model.causal=false and model.rnn.separate_directions=true"),
         ("word2vec", "mlm", "use the recipe roberta (an encoder)"),
         ("gpt", "word2vec", "use the recipe word2vec (a table of vectors)"),
     ],
@@ -171,7 +173,9 @@ def test_recurrent_generator_has_the_hidden_size_of_the_model() -> None:
     assert "cannot be trained with this model" in error_of("lstm", both)
     assert "set objective.generator_size=1" in error_of("lstm", both)
     assert not error_of("lstm", [*both, "objective.generator_size=1"])
-    assert "set model.separate_directions=false and objective.generator_size=1" in error_of("elmo", ["objective=rtd"])
+    assert "set model.rnn.separate_directions=false and objective.generator_size=1" in error_of(
+        "elmo", ["objective=rtd"]
+    )
 
 
 def test_error_for_pretrained_model_suggests_another() -> None:

@@ -50,9 +50,9 @@ SHAPES: dict[AttentionPattern, ModelConfig] = {
     "permuted": encoder_config(**SIZES),
     "prefix": encoder_config(**SIZES),
     "seq2seq": encoder_decoder_config(**SIZES),
-    "latent": replace(encoder_decoder_config(**SIZES), latent_size=32),
-    "bidirectional_separate": replace(
-        recurrent_config(400, 32, 1), causal=False, separate_directions=True, tie_embeddings=False, intermediate_size=0
+    "latent": encoder_decoder_config(**SIZES).with_fields({"encoder.latent_size": 32}),
+    "bidirectional_separate": recurrent_config(400, 32, 1).with_fields(
+        {"causal": False, "rnn.separate_directions": True, "tie_embeddings": False, "intermediate_size": 0}
     ),
     "none": word_vector_config(400, 16),
 }
@@ -145,7 +145,7 @@ def trained(place: Place, name: str, objective: Objective) -> dict[str, torch.Te
     torch.manual_seed(0)
     model = LM(config, objective.heads(config))
     cut.train.prepare(model, 0)
-    vocab = place.tokenizer.vocab.with_decoder_start(config.decoder_start_token)
+    vocab = place.tokenizer.vocab.with_decoder_start(config.encoder.decoder_start_token)
     batches = Batches(cut.train, objective, vocab, batch_size=2, seed=0).batches(0)
     step(model, objective, batches)
     return step(model, objective, batches, precision=casts("bf16", torch.device("cpu")))
