@@ -37,6 +37,7 @@ from firth.training import checkpoint
 from firth.training.optimizer import Optimizer, OptimizerConfig
 from firth.training.step import step
 from firth.types import UserError
+from tests.support.runs import quiet
 
 WORDS = "the king and the queen of the sea had a ship with no sail and a crown of salt upon the wind".replace(
     " ", "\n"
@@ -51,10 +52,6 @@ SHAPE = [
     "model.max_positions=64",
 ]
 SMALL = ["batch.size=8", "precision=fp32", "evaluation.every=0", "evaluation.max_examples=16", "sample_prompts=[]"]
-
-
-def quiet(_: str) -> None:
-    """Ignore a message."""
 
 
 @pytest.fixture(scope="module")

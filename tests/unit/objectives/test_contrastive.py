@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from firth.data.collate import collate, counted_fields, pack
+from firth.data.collate import collate, pack
 from firth.model.config import InitConfig, ModelConfig
 from firth.model.model import LM
 from firth.objectives.contrastive import Contrastive, InfoNCE
@@ -19,6 +19,7 @@ from firth.runs.recipe import load
 from firth.tokenizer.vocab import Vocab
 from firth.training.step import step
 from firth.types import Example, UserError
+from tests.support.objective_cases import gradient, label_fields
 
 VOCAB = Vocab(size=60, roles={"pad": 0, "cls": 2, "sep": 3}, special=np.arange(60) < 5)
 CONFIG = ModelConfig(
@@ -51,10 +52,6 @@ def labeled(rng: np.random.Generator) -> Example:
 def build_examples(objective: Objective, make, count: int) -> list[Example]:
     rng = np.random.default_rng(0)
     return [objective.build_example(make(rng), VOCAB, rng) for _ in range(count)]
-
-
-def label_fields(objective: Objective) -> set[str]:
-    return {*counted_fields(objective).values()}
 
 
 def build_model(objective: Objective) -> LM:
@@ -127,12 +124,6 @@ def test_ten_steps_lower_the_loss(objective: Objective) -> None:
         optimizer.step()
         optimizer.zero_grad()
     assert all(float(found[-1][term]) < float(found[0][term]) for term in objective.labels)
-
-
-def gradient(model: LM, objective: Objective, batches: list) -> torch.Tensor:
-    model.zero_grad()
-    step(model, objective, batches)
-    return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
 
 
 def test_only_pairs_allow_split_batches() -> None:

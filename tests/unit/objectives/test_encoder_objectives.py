@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from firth.data.collate import Batches, collate, counted_fields
+from firth.data.collate import Batches, collate
 from firth.data.noise import NOISES
 from firth.data.source import Source
 from firth.model.config import EmbeddingConfig, LMHeadConfig, ModelConfig, NormConfig, encoder_config
@@ -33,6 +33,7 @@ from firth.training.step import step
 from firth.training.trainer import TrainerConfig, train
 from firth.training.validate import validate
 from firth.types import IGNORE, Batch, Example, UserError
+from tests.support.objective_cases import label_fields
 
 VOCAB = Vocab(
     size=60,
@@ -76,10 +77,6 @@ def source_of(objective: Objective) -> Source:
 def build_examples(objective: Objective, count: int = 8, seed: int = 0) -> list[Example]:
     rng = np.random.default_rng(seed)
     return [objective.build_example(source_of(objective)[i], VOCAB, rng) for i in range(count)]
-
-
-def label_fields(objective: Objective) -> set[str]:
-    return {*counted_fields(objective).values()}
 
 
 def batch_of(objective: Objective, count: int = 8, seed: int = 0) -> Batch:

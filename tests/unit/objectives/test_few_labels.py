@@ -14,7 +14,7 @@ import torch.nn.functional as F
 
 from firth.align.precompute import precompute
 from firth.data.annotations import AnnotatedTexts, SimulatedAnnotators, majority
-from firth.data.collate import collate, counted_fields, pack
+from firth.data.collate import collate, pack
 from firth.data.labeled import LabeledTexts, TextFields, UnlabeledTexts
 from firth.data.source import MixtureSource, Source, SubsetSource
 from firth.data.unlabeled import UnlabeledSource, choose_labeled
@@ -31,6 +31,7 @@ from firth.runs.prepare import DataConfig, RunData
 from firth.tokenizer.vocab import Vocab
 from firth.training.step import step
 from firth.types import IGNORE, Example, UserError
+from tests.support.objective_cases import gradient, label_fields
 from tests.support.tiny_corpus import tokenizer
 
 VOCAB = Vocab(size=60, roles={"pad": 0, "cls": 2, "sep": 3, "mask": 4}, special=np.arange(60) < 5)
@@ -57,10 +58,6 @@ def annotated(seed: int) -> Example:
         "votes": votes,
         "label": majority(votes),
     }
-
-
-def label_fields(objective: Objective) -> set[str]:
-    return {*counted_fields(objective).values()}
 
 
 def build_model(objective: Objective, config: ModelConfig = CONFIG) -> LM:
@@ -160,12 +157,6 @@ CASES = {
     "consistency + penalty": (Consistency(class_names=CLASSES) + WeightPenalty(weight=1e-3), example),
     "multi annotator": (MultiAnnotator(class_names=CLASSES), annotated),
 }
-
-
-def gradient(model: LM, objective: Objective, batches: list) -> torch.Tensor:
-    model.zero_grad()
-    step(model, objective, batches)
-    return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
 
 
 @pytest.mark.parametrize("name", CASES)

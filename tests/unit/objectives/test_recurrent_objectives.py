@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from firth.data.collate import Batches, collate, counted_fields, pack
+from firth.data.collate import Batches, collate, pack
 from firth.data.source import Source
 from firth.data.word_windows import WordWindows, keep_probabilities, noise_distribution
 from firth.model.config import ModelConfig, NormConfig, PositionConfig, RNNConfig, recurrent_config, word_vector_config
@@ -24,6 +24,7 @@ from firth.tokenizer.vocab import Vocab
 from firth.training.optimizer import Optimizer, OptimizerConfig
 from firth.training.step import step
 from firth.types import IGNORE, NEVER, Example, UserError
+from tests.support.objective_cases import label_fields
 
 VOCAB = Vocab(size=60, roles={"pad": 0, "unk": 1}, special=np.arange(60) < 2)
 COUNTS = np.where(np.arange(60) < 2, 0, 1000 // np.arange(1, 61))
@@ -93,10 +94,6 @@ def build_case(name: str) -> tuple[Objective, LM, list[Example]]:
         torch.nn.init.normal_(model.tokens.weight, std=0.5)
     rng = np.random.default_rng(0)
     return objective, model, [objective.build_example(source(rng), VOCAB, rng) for _ in range(6)]
-
-
-def label_fields(objective: Objective) -> set[str]:
-    return {*counted_fields(objective).values()}
 
 
 @pytest.mark.parametrize("name", CASES)
