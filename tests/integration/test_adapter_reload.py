@@ -19,6 +19,7 @@ from firth.runs.loaded_model import generates_left_to_right, open_model
 from firth.runs.recipe import Recipe, load
 from firth.runs.run import run
 from firth.types import UserError
+from tests.support.runs import quiet
 
 pytestmark = pytest.mark.slow
 
@@ -46,10 +47,6 @@ CASES = [
     ("bert", "bert", "lora", "[blocks.*, heads.next.0]"), ("bert", "classification", "prefix", ""), ("bert", "bert", "prompt", ""),
     ("bart", "bart", "lora", "['*']"), ("bart", "bart", "prompt", ""), ("bart", "classification", "lora", "[tokens, blocks.*]"),
 ]  # fmt: skip
-
-
-def quiet(_: str) -> None:
-    """Ignore a message."""
 
 
 @pytest.fixture(scope="module")

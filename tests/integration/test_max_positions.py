@@ -21,6 +21,7 @@ from firth.runs.recipe import load
 from firth.runs.run import run
 from firth.tokenizer.train import train
 from firth.types import UserError
+from tests.support.runs import quiet
 
 pytestmark = pytest.mark.slow
 
@@ -34,10 +35,6 @@ SHAPES = {
 }
 PARTS = {"gpt2": "causal_lm", "rotary": "causal_lm", "roberta": "mlm", "bart": "denoising"}
 """Model config -> the objective of its heads."""
-
-
-def quiet(_: str) -> None:
-    """Ignore a message."""
 
 
 @pytest.fixture(scope="module")

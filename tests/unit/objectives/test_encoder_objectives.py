@@ -33,6 +33,7 @@ from firth.training.step import step
 from firth.training.trainer import TrainerConfig, train
 from firth.training.validate import validate
 from firth.types import IGNORE, Batch, Example, UserError
+from tests.support.objective_cases import label_fields
 
 VOCAB = Vocab(
     size=60,
@@ -76,10 +77,6 @@ def source_of(objective: Objective) -> Source:
 def build_examples(objective: Objective, count: int = 8, seed: int = 0) -> list[Example]:
     rng = np.random.default_rng(seed)
     return [objective.build_example(source_of(objective)[i], VOCAB, rng) for i in range(count)]
-
-
-def label_fields(objective: Objective) -> set[str]:
-    return {*objective.labels.values(), *objective.metrics.values()}
 
 
 def batch_of(objective: Objective, count: int = 8, seed: int = 0) -> Batch:

@@ -24,6 +24,7 @@ from firth.tokenizer.vocab import Vocab
 from firth.training.optimizer import Optimizer, OptimizerConfig
 from firth.training.step import step
 from firth.types import IGNORE, NEVER, Example, UserError
+from tests.support.objective_cases import label_fields
 
 VOCAB = Vocab(size=60, roles={"pad": 0, "unk": 1}, special=np.arange(60) < 2)
 COUNTS = np.where(np.arange(60) < 2, 0, 1000 // np.arange(1, 61))
@@ -93,10 +94,6 @@ def build_case(name: str) -> tuple[Objective, LM, list[Example]]:
         torch.nn.init.normal_(model.tokens.weight, std=0.5)
     rng = np.random.default_rng(0)
     return objective, model, [objective.build_example(source(rng), VOCAB, rng) for _ in range(6)]
-
-
-def label_fields(objective: Objective) -> set[str]:
-    return {*objective.labels.values(), *objective.metrics.values()}
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -281,7 +278,9 @@ def test_frozen_features_stay_unchanged_without_dropout() -> None:
             optimizer.step(1.0)
     still = {n for n, p in model.named_parameters() if torch.equal(p, before[n])}
     assert still == {n for n in before if not n.startswith("heads.")}
-    assert objective.forward_flops(model, batch) * 3 == pytest.approx(TokenClassification().forward_flops(model, batch))
+    frozen = objective.flops(model, batch)
+    del model.heads["mixture"]
+    assert frozen * 3 == pytest.approx(objective.flops(model, batch))
 
 
 def test_layer_mixture_is_that_of_the_paper() -> None:
