@@ -69,14 +69,19 @@ class Engine:
         self.device = model.tokens.weight.device
 
     def generate(
-        self, prompts: Sequence[np.ndarray], sampling: Sampling, progress: Callable[[int], None] | None = None
+        self,
+        prompts: Sequence[np.ndarray],
+        sampling: Sampling,
+        progress: Callable[[int], None] | None = None,
+        seeds: Sequence[int] | None = None,
     ) -> list[Completion]:
-        """Continue each prompt.
+        """Continue each prompt. Equal prompts of a batch are read once: several samples of one prompt share its prefill.
 
         Args:
             prompts: Token ids (n,) each.
-            sampling: How tokens are drawn; the seed of prompt i is `sampling.seed + i`.
+            sampling: How tokens are drawn.
             progress: Called with the number of finished prompts after each batch.
+            seeds: Seed of each prompt; by default `sampling.seed + i` for prompt i.
 
         Returns:
             One completion per prompt, in order.
@@ -89,8 +94,8 @@ class Engine:
         order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
         for first in range(0, len(order), self.batch_size):
             index = order[first : first + self.batch_size]
-            seeds = [sampling.seed + i for i in index]
-            for i, answer in zip(index, self._decode([prompts[i] for i in index], sampling, seeds), strict=True):
+            some = [sampling.seed + i if seeds is None else seeds[i] for i in index]
+            for i, answer in zip(index, self._decode([prompts[i] for i in index], sampling, some), strict=True):
                 done[i] = answer.done()
             if progress is not None:
                 progress(first + len(index))
