@@ -415,8 +415,8 @@ def evaluate(
         list[str] | None,
         typer.Option(
             help="likelihood, classification, token_classification, question_answering, generation, ..., glue, or objective (the metrics "
-            "of the run's objective); by default the task of the run. Or a task in prompts: mmlu, gsm8k, minimal_pairs, ..., a "
-            "YAML file (also of lm-evaluation-harness) or a task.json of BIG-bench; several are possible."
+            "of the run's objective), or module:TASK of your own; by default the task of the run. Or a task in prompts: mmlu, gsm8k, "
+            "minimal_pairs, ..., a YAML file (also of lm-evaluation-harness) or a task.json of BIG-bench; several are possible."
         ),
     ] = None,
     limit: Annotated[

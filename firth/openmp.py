@@ -19,7 +19,7 @@ GOMP_SPINS = 5000
 """Spins of a waiting thread of GNU's library (libgomp) before it sleeps; one takes 10 to 55 nanoseconds.
 
 A small decoder on two cores of a Xeon, in steps/s on an idle machine and with a busy process: 300,000 spins 8.2 and 0.7; 2,000
-8.2 and 5.4; 10,000 8.5 and 3.7; 50,000 9.0 and 1.8; none 7.5 and 5.9. `python -m bench.busy` measures it.
+8.2 and 5.4; 10,000 8.5 and 3.7; 50,000 9.0 and 1.8; none 7.5 and 5.9. `python -m bench.speed.busy` measures it.
 """
 
 KMP_BLOCKTIME_MS = 1

@@ -344,7 +344,10 @@ class _Demo:
             predictions = []
             for prompt in prompts:
                 [candidates] = loaded.engine.fill(prompt, 5)
-                predictions.append("  ".join(f"{readable(c.piece)} {c.probability:.2f}" for c in candidates))
+                shown = [readable(c.piece, loaded.tokenizer.is_byte_level) for c in candidates]
+                predictions.append(
+                    "  ".join(f"{s} {c.probability:.2f}" for s, c in zip(shown, candidates, strict=True))
+                )
             return predictions
         sampling = self.readable_sampling(self.size.max_sample_tokens)
         if name == "decoder":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import shlex
@@ -160,12 +161,10 @@ def tokenizer_section(out: Path) -> Section:
         The section.
     """
     tokenizer = Tokenizer.load(out / "tokenizer")
+    show = functools.partial(readable, byte_level=tokenizer.is_byte_level)
     merges = tokenizer.merges[:24]
-    rows = [
-        [i, f"{readable(m.left)} + {readable(m.right)}", readable(m.left + m.right), m.count]
-        for i, m in enumerate(merges, 1)
-    ]
-    words = [[word, "  ".join(readable(p) for p in tokenizer.pieces(word))] for word in EXAMPLE_WORDS]
+    rows = [[i, f"{show(m.left)} + {show(m.right)}", show(m.left + m.right), m.count] for i, m in enumerate(merges, 1)]
+    words = [[word, "  ".join(show(p) for p in tokenizer.pieces(word))] for word in EXAMPLE_WORDS]
     return Section(
         "Subwords",
         "Byte-level BPE starts with the 256 bytes and repeatedly merges the most frequent pair of neighbors, "

@@ -15,9 +15,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from firth.evaluate import glue
+from firth.evaluate import glue, tasks
 from firth.evaluate.task import EvaluatedModel, Progress, load_evaluated_model
-from firth.evaluate.tasks import TASKS, default_for
 from firth.evaluate.text_perplexity import likelihood
 from firth.types import LogLine, UserError
 
@@ -36,7 +35,7 @@ def evaluate(
     Args:
         directory: A run or model directory.
         paths: Files or directories of text or records; run directories for the task "glue".
-        task: A name of `firth.evaluate.tasks.TASKS`, "likelihood" or "glue"; None for the default of the model.
+        task: A name of `firth.evaluate.tasks.TASKS`, a user's `module:TASK`, "likelihood" or "glue"; None for the default of the model.
         limit: Most tokens that "likelihood" scores, spread over the text; most records, the first ones, for other tasks.
         progress: Called with the share done, 0 to 1.
         log: Called with each warning about truncated, repaired or skipped data.
@@ -63,7 +62,7 @@ def evaluate_model(
     log: LogLine = lambda _: None,
 ) -> dict[str, Any]:
     """Evaluate a loaded model on any task but "glue"; arguments and result are those of `evaluate`."""
-    task = default_for(evaluated, paths) if task is None else task
+    task = tasks.default_for(evaluated, paths) if task is None else task
     if not task:
         heads = ", ".join(evaluated.model.heads) or "none"
         raise UserError(
@@ -71,13 +70,12 @@ def evaluate_model(
         )
     if task == "likelihood":
         found = likelihood(evaluated, paths, limit, progress, log)
-    elif task in TASKS:
-        matched, mismatched = glue.split_mnli(evaluated.recipe, paths)
-        found = TASKS[task].run(evaluated, matched, progress, log, limit) if matched else {}
-        if mismatched:
-            found |= glue.with_mismatched_names(TASKS[task].run(evaluated, mismatched, progress, log, limit))
     else:
-        raise UserError(f"there is no task {task!r}; the tasks are likelihood, {', '.join(TASKS)}, glue, objective")
+        chosen = tasks.find(task)
+        matched, mismatched = glue.split_mnli(evaluated.recipe, paths)
+        found = chosen.run(evaluated, matched, progress, log, limit) if matched else {}
+        if mismatched:
+            found |= glue.with_mismatched_names(chosen.run(evaluated, mismatched, progress, log, limit))
     return {"task": task} | _limit_entry(limit) | found
 
 

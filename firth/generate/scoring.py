@@ -16,12 +16,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from firth.generate.decoding_batch import inference_mode, pad_right, rectangle
+from firth.model.config import ModelConfig
 from firth.model.forward_context import EncoderOutput, ForwardContext
 from firth.model.heads import LMHead
 from firth.model.kv_cache import KVCache
@@ -35,6 +37,29 @@ MAX_LOGIT_ROWS = 512
 """Most positions whose logits are computed at once: 100 MB in fp32 with 50,000 token ids."""
 MIN_SHARED_TOKENS = 16
 """Shortest common beginning of prompts that is read once for all of them."""
+
+
+ScoringMode = Literal["causal", "masked", "halves"]
+
+
+def scoring_mode(config: ModelConfig) -> ScoringMode:
+    """Return how a model scores text, from its config.
+
+    "halves" for an encoder-decoder; "masked" for a model that is neither causal nor a prefix LM and has a transform in its
+    LM head (BERT), a mask embedding (XLNet) or a bidirectional RNN; "causal" for all others.
+
+    Raises:
+        UserError: The model gives text no likelihood.
+    """
+    if config.latent_size:
+        raise UserError(
+            "a variational autoencoder only bounds the likelihood of a text: its ELBO is one of the validation metrics of "
+            "its run (`firth evaluate RUN` without files)"
+        )
+    if config.num_encoder_layers:
+        return "halves"
+    masked = config.lm_head == "transform" or config.mask_embedding or config.rnn_type
+    return "masked" if masked and not (config.causal or config.prefix_lm) else "causal"
 
 
 @dataclass(frozen=True, eq=False)
@@ -91,11 +116,11 @@ def score_pairs(model: LM, vocab: Vocab, pairs: Sequence[ScoredPair]) -> Iterato
         UserError: A pair is empty or longer than the model's context.
     """
     check_lengths(model, pairs)
-    config = model.config
+    mode = scoring_mode(model.config)
     with inference_mode(model):
-        if config.num_encoder_layers:
+        if mode == "halves":
             yield from _teacher_forced(model, vocab, pairs)
-        elif not config.causal and not config.prefix_lm:
+        elif mode == "masked":
             yield from _pseudo(model, vocab, pairs)
         else:
             yield from _causal(model, pairs)
@@ -103,15 +128,14 @@ def score_pairs(model: LM, vocab: Vocab, pairs: Sequence[ScoredPair]) -> Iterato
 
 def check_lengths(model: LM, pairs: Sequence[ScoredPair]) -> None:
     """Raise a UserError if a pair is empty or longer than the model's context."""
-    config, context = model.config, model.context
-    bidirectional = not (config.causal or config.prefix_lm or config.num_encoder_layers)
+    mode, context = scoring_mode(model.config), model.context
     for i, pair in enumerate(pairs):
         if not len(pair.continuation):
             raise UserError(f"pair {i}: the continuation is empty: give at least one token")
-        if not len(pair.prompt) and not bidirectional:
+        if not len(pair.prompt) and mode != "masked":
             raise UserError(f"pair {i} has an empty prompt: give at least one token")
         m, n = len(pair.prompt), len(pair.continuation)
-        length = max(m, n) if config.num_encoder_layers else m + n + (2 if bidirectional else -1)
+        length = max(m, n) if mode == "halves" else m + n + (2 if mode == "masked" else -1)
         if length > context:
             raise UserError(
                 f"pair {i} has {length} tokens and this model reads at most {context}: shorten it, or use a model with a "

@@ -33,6 +33,23 @@ def find(name: str, kind: str) -> Any:
         raise UserError(f"{name!r} cannot be imported: {type(error).__name__} ({error})") from error
 
 
+def find_class(name: str, base: type, what: str) -> type:
+    """Return the frozen dataclass derived from `base` that `module:class` names.
+
+    Args:
+        name: Module and class, such as `skip_lm:SkipLM`.
+        base: The class it must derive from.
+        what: What it should be, for messages: "objective".
+
+    Raises:
+        UserError: The module cannot be imported, or the name is not such a class.
+    """
+    found = find(name, "class")
+    if isinstance(found, type) and issubclass(found, base) and "__dataclass_fields__" in vars(found):
+        return found
+    raise UserError(f"{name!r} is no {what}: derive a @dataclass(frozen=True) from {base.__module__}.{base.__name__}")
+
+
 def module_files(name: str) -> list[Path]:
     """Return the files of the module in `module:name` (all files of a package); none if there is no such module."""
     _search_working_directory()

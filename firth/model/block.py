@@ -187,8 +187,8 @@ class Attention(nn.Module):
         """Return queries (B, heads, T, D) of x, and keys and values (B, KV, M + T, D) of `before` and x."""
         one_input = before is None and context.subset is None
         if not one_input or (context.cache is None and not can_join(x, (self.q, self.k, self.v))):
-            whole = x if before is None else torch.cat((before, x), 1)
-            return self.queries(x, context), *self.keys_values(whole, context)
+            q, whole = self.queries(x, context), x if before is None else torch.cat((before, x), 1)
+            return q, *self.keys_values(whole, context)
         joined = joint_projection(x, (self.q, self.k, self.v)) if self.joined is None else self.joined(x)
         if self.q_gain is None and context.rotation is None:
             eps = self.eps if self.qk_norm else -1.0

@@ -7,10 +7,8 @@ An objective outside the package needs no line: a recipe names it `objective=my_
 from __future__ import annotations
 
 import importlib
-from typing import Any
 
 from firth.io import user_code
-from firth.types import UserError
 
 OBJECTIVES = {
     "causal_lm": "firth.objectives.causal_lm:CausalLM",
@@ -68,12 +66,7 @@ def find(name: str) -> type:
         return found
     from firth.objectives.objective import Objective
 
-    external: Any = user_code.find(name, "class")
-    if isinstance(external, type) and issubclass(external, Objective) and "__dataclass_fields__" in vars(external):
-        return external
-    raise UserError(
-        f"{name!r} is no objective: derive a @dataclass(frozen=True) from firth.objectives.objective.Objective"
-    )
+    return user_code.find_class(name, Objective, "objective")
 
 
 def name_of(kind: type) -> str:

@@ -29,7 +29,7 @@ from typing import Any, Literal
 import yaml
 from pydantic import TypeAdapter, ValidationError
 
-from firth.io import yaml_files
+from firth.io import user_code, yaml_files
 from firth.ranges import check_range, range_of
 from firth.types import UserError
 
@@ -57,10 +57,16 @@ class Registry:
     split: Callable[[Any], Sequence[Any]] | None = None
 
 
-def registry_of(name: str, classes: Mapping[str, type]) -> Registry:
-    """Return the registry of a dict of classes by name."""
+def registry_of(name: str, classes: Mapping[str, type], base: type) -> Registry:
+    """Return the registry of a dict of classes by name, and of a user's subclasses of `base` by `module:class`."""
     names = {one: key for key, one in classes.items()}
-    return Registry(name, lambda: list(classes), classes.__getitem__, names.__getitem__, classes.__contains__)
+    return Registry(
+        name,
+        lambda: list(classes),
+        lambda key: classes[key] if key in classes else user_code.find_class(key, base, name),
+        lambda one: names.get(one, f"{one.__module__}:{one.__qualname__}"),
+        lambda key: key in classes or ":" in key,
+    )
 
 
 REGISTRIES: dict[type, Registry] = {}

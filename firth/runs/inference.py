@@ -20,11 +20,11 @@ from firth.evaluate.metrics import perplexity
 from firth.evaluate.predict import check_output_path
 from firth.evaluate.prediction_inputs import InputSchema, read_inputs
 from firth.evaluate.task import EvaluatedModel, load_evaluated_model
-from firth.evaluate.text_perplexity import scoring_mode
 from firth.generate import infill, word_vectors
 from firth.generate.embeddings import embed
 from firth.generate.engine import Engine
 from firth.generate.sampling import Sampling
+from firth.generate.scoring import scoring_mode
 from firth.io.atomic import new_file
 from firth.io.integrity import read_done
 from firth.io.json_files import read_json, read_rows
@@ -99,7 +99,9 @@ class LoadedModel:
     def nearest(self, word: str, top: int) -> str:
         """Return the words with the nearest vectors to that of a word, in one line."""
         found = word_vectors.nearest(self.model, self.tokenizer, word, top)
-        return "   ".join(f"{readable(piece)} {likeness:.2f}" for piece, likeness in found)
+        return "   ".join(
+            f"{readable(piece, self.tokenizer.is_byte_level)} {likeness:.2f}" for piece, likeness in found
+        )
 
     def fill_gaps(self, text: str, top: int) -> str:
         """Return the candidates for each <mask>, one line per mask; from BART, the whole text rewritten.
@@ -118,6 +120,7 @@ class LoadedModel:
             raise UserError(f"there is nothing to fill: write {MASK} where a token is missing")
         if not self.can_fill:
             raise UserError("this model cannot fill masks")
+        byte_level = self.tokenizer.is_byte_level
         if not generates_left_to_right(config) and not config.separate_directions:
             gaps = self.engine.fill(text.replace(MASK, own), top)
         elif config.separate_directions:
@@ -128,8 +131,9 @@ class LoadedModel:
             if not len(shown.marks):
                 return infill.rewrite(self.engine, shown).text
             gaps = infill.fill_spans(self.engine, shown, top)
+            byte_level = False  # spans are decoded texts
         return "\n".join(
-            "   ".join(f"{readable(c.piece) or '(nothing)'} {c.probability:.2f}" for c in gap)
+            "   ".join(f"{readable(c.piece, byte_level) or '(nothing)'} {c.probability:.2f}" for c in gap)
             or "(the model wrote nothing for this mask)"
             for gap in gaps
         )

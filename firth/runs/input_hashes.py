@@ -29,7 +29,7 @@ from firth.io.gguf import find
 from firth.io.integrity import check_digest, with_digest
 from firth.io.safetensors import read_json
 from firth.runs import config_io
-from firth.runs.examples import model_directory
+from firth.runs.examples import ExamplesConfig, model_directory
 from firth.runs.prepare import text_of
 from firth.runs.recipe import Recipe, load
 from firth.tokenizer import formats
@@ -92,6 +92,9 @@ class RunInputs:
         for name in map(objectives.name_of, map(type, recipe.objective.components())):
             if name not in objectives.OBJECTIVES:
                 inputs.functions[f"objective {name}"] = inputs._of_module(name)
+        examples = config_io.REGISTRIES[ExamplesConfig].name_of(type(recipe.examples))
+        if ":" in examples:
+            inputs.functions[f"examples {examples}"] = inputs._of_module(examples)
         return inputs
 
     def check(self, directory: Path) -> None:

@@ -221,9 +221,9 @@ config_io.REGISTRIES[Objective] = config_io.Registry(
     join=lambda first, second: first + second,
     split=lambda total: (total.first, total.second) if isinstance(total, Sum) else (),
 )
-config_io.REGISTRIES[PeftConfig] = config_io.registry_of("way to adapt", PEFT_METHODS)
+config_io.REGISTRIES[PeftConfig] = config_io.registry_of("way to adapt", PEFT_METHODS, PeftConfig)
 config_io.SHORT_FORMS[DataConfig] = "path"
-config_io.REGISTRIES[ExamplesConfig] = config_io.registry_of("kind of examples", EXAMPLES)
+config_io.REGISTRIES[ExamplesConfig] = config_io.registry_of("kind of examples", EXAMPLES, ExamplesConfig)
 
 
 def published(name: str) -> Recipe:

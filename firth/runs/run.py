@@ -8,10 +8,9 @@ The same call on the same directory resumes an unfinished run, and returns at on
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any
 
 import torch
 
@@ -22,48 +21,31 @@ from firth.data.collate import Batches
 from firth.doctor import device as best_device
 from firth.evaluate.tokenizer_match import check_same_tokenizer
 from firth.generate import word_vectors
-from firth.generate.engine import Engine
-from firth.generate.sampling import Sampling
 from firth.io.atomic import make_directory, new_directory, write_text
 from firth.io.integrity import read_record, write_record
-from firth.io.json_files import read_rows, row_line
 from firth.model.compilation import compile_blocks
-from firth.model.empty_weights import init_empty_weights
 from firth.model.model import LM
-from firth.model.prefix import PREFIX_HEADS
 from firth.objectives import name_of
 from firth.peft.lora import num_trainable_parameters
-from firth.pretrained.load_save import check_vocab_fits, init_from, load_model, save_model
+from firth.pretrained.load_save import init_from, save_model
 from firth.report.page import write as write_report
 from firth.report.run_report import run_report
-from firth.runs import class_counts, config_io, examples, held_out_texts, model_card
-from firth.runs.compatibility import (
-    check_available_memory,
-    check_batching,
-    check_fields,
-    check_memory,
-    check_pattern,
-    limit_lengths,
-)
-from firth.runs.examples import DatasetSplits, ExamplesConfig, model_directory
-from firth.runs.inference import LoadedModel
+from firth.runs import class_counts, config_io, examples, model_card, report_texts
+from firth.runs.examples import DatasetSplits, model_directory
 from firth.runs.init_head import init_head
-from firth.runs.input_hashes import RunInputs, content_hash, has_begun, recorded_hash
-from firth.runs.peft_options import FullFinetuning, add_layer_mixture, check_peft
 from firth.runs.prepare import RunData
-from firth.runs.recipe import MODEL_CONFIG_HINT, Recipe, load, published
-from firth.runs.recipe_names import RECIPES
-from firth.runs.segmentation_warnings import Segmentation, fallbacks, resolve_segmentation
-from firth.runs.tokenizer import check_vocab, resolved_size, tokenizer_of
+from firth.runs.recipe import MODEL_CONFIG_HINT, Recipe, load
+from firth.runs.resolve import resolve
+from firth.runs.run_context import RunContext, RunIdentity
+from firth.runs.segmentation_warnings import fallbacks
+from firth.runs.tokenizer import check_vocab, tokenizer_of
 from firth.runs.validation import Validator, vocab
 from firth.tokenizer.tokenizer import Tokenizer
-from firth.training import checkpoint, precision
-from firth.training.distributed import Ranks, join
+from firth.training import checkpoint, precision, trainer
+from firth.training.distributed import join
 from firth.training.logging import OnMetrics, ProgressReporter
-from firth.training.trainer import TrainerConfig, train
+from firth.training.trainer import TrainerConfig, TrainingResult
 from firth.types import LogLine, UserError
-
-T = TypeVar("T")
 
 CLASS_REPORT = "held_out.json"
 """Per-class results of the exported model on the held-out examples, for the report."""
@@ -124,75 +106,115 @@ def run(
     kernel_choice.check_forced()
     ranks = join(best_device())
     with ranks.together():
-        return _run(recipe, directory, log, ranks, reporter, on_metrics)
+        check_start_models(recipe)
+        make_directory(directory)
+        context = RunContext.open(recipe, directory, log, ranks)
+        data = prepare_tokenizer(recipe, context)
+        resolved = resolve(recipe, data, context)
+        identity = context.identify(resolved)
+        finished = finished_run(resolved, identity, context)
+        if finished is not None:
+            return finished
+        datasets = build_data(resolved, data, context)
+        built = build_model(resolved, datasets, context)
+        ended = train(resolved, built, datasets, identity, context, reporter, on_metrics)
+        return export(resolved, built, datasets, ended, identity, context)
 
 
-def _run(
-    recipe: Recipe,
-    directory: Path,
-    log: LogLine,
-    ranks: Ranks,
-    reporter: ProgressReporter | None,
-    on_metrics: OnMetrics | None,
-) -> RunResult:
-    """Execute `run` on one rank."""
-    log = log if ranks.first else _silent
-    if recipe.model is None and not recipe.init_from:
-        raise UserError(f"the recipe {recipe.name!r} has neither a model config nor init_from: {MODEL_CONFIG_HINT}")
-    _check_models(recipe)
-    make_directory(directory)
-    inputs = _first_rank_first(ranks, lambda: RunInputs.read(recipe, directory, log, ranks.first))
-    continued = has_begun(directory)
-    if continued:
-        inputs.check(directory)
-    tokenizer = _first_rank_first(ranks, lambda: tokenizer_of(recipe, directory, log, inputs))
-    inputs.digests["tokenizer"] = tokenizer.digest
-    if continued:
-        inputs.check(directory)
-    _check_tokenizer(tokenizer, recipe)
+@dataclass(frozen=True, eq=False)
+class RunDatasets:
+    """What a run trains and validates on.
+
+    Args:
+        data: The data of the run, with the precision and the memory of its model.
+        splits: The training and validation examples.
+        validator: Evaluates on the validation examples; None if there are none.
+        batches: The training batches.
+        notes: Sentences on the words, names and sentences that the objective does not find.
+    """
+
+    data: RunData
+    splits: DatasetSplits
+    validator: Validator | None
+    batches: Batches
+    notes: list[str]
+
+
+@dataclass(frozen=True, eq=False)
+class BuiltModel:
+    """The model of a run.
+
+    Args:
+        model: The model, on the training device.
+        added_heads: Names of the heads that the start model does not have.
+    """
+
+    model: LM
+    added_heads: list[str]
+
+
+def prepare_tokenizer(recipe: Recipe, context: RunContext) -> RunData:
+    """Load or train the tokenizer of a run and return the data that it reads.
+
+    Raises:
+        UserError: The tokenizer is not that of the start model or of the resumed run, or has another size than the model.
+    """
+    tokenizer = context.first_rank_first(lambda: tokenizer_of(recipe, context.directory, context.log, context.inputs))
+    context.inputs.digests["tokenizer"] = tokenizer.digest
+    context.check_inputs()
+    check_start_tokenizers(tokenizer, recipe)
     check_vocab(recipe, tokenizer)
-    data = RunData(recipe.data, tokenizer, directory, recipe.init_from, recipe.batch.size, recipe.seed, log)
-    resolved = _first_rank_first(
-        ranks, lambda: _resolve(recipe, data)
-    )  # it may read class names from a corpus that has to be downloaded first
-    resolved = dataclasses.replace(
-        resolved,
-        precision=_precision(recipe, directory, continued, ranks),
-        word_segmentation=_segmentation(resolved, directory, continued),
+    return RunData(
+        recipe.data, tokenizer, context.directory, recipe.init_from, recipe.batch.size, recipe.seed, context.log
     )
-    assert resolved.model is not None
-    check_batching(
-        resolved.objective,
-        resolved.model,
-        pack=resolved.batch.packed_length,
-        accumulate=resolved.batch.gradient_accumulation_steps,
-        ranks=ranks.world,
-    )
-    check_available_memory(
-        resolved.model, resolved.optimizer.name, isinstance(resolved.peft, FullFinetuning), best_device()
-    )
-    recipe_hash = recorded_hash(directory, resolved) if continued else content_hash(resolved)
-    known = inputs.identity(recipe_hash)
-    if (directory / DONE).exists() and not (directory / "model" / "firth.json").exists():
+
+
+def finished_run(resolved: Recipe, identity: RunIdentity, context: RunContext) -> RunResult | None:
+    """Return the result of a finished run, after writing its report if that is missing; None for a run to train or export."""
+    directory, log = context.directory, context.log
+    if not (directory / DONE).exists():
+        return None
+    if not (directory / "model" / "firth.json").exists():
         log(f"{resolved.name}: {directory / 'model'} is missing, so it is exported again from the last checkpoint")
-    elif (directory / DONE).exists():
-        finished = _finished(directory, known)
-        if ranks.first and not (directory / REPORT).exists():
-            write_report(run_report(directory), directory / REPORT)
-        log(f"{resolved.name}: {directory} is finished, after {finished.steps:,} steps; its model is {finished.model}")
-        return finished
-    chosen = checkpoint.precision(directory) or precision.choose(resolved.precision, best_device())
+        return None
+    finished = _read_result(directory, identity.run)
+    if context.ranks.first and not (directory / REPORT).exists():
+        write_report(run_report(directory), directory / REPORT)
+    log(f"{resolved.name}: {directory} is finished, after {finished.steps:,} steps; its model is {finished.model}")
+    return finished
+
+
+def build_data(resolved: Recipe, data: RunData, context: RunContext) -> RunDatasets:
+    """Build the training and validation examples, and report what was read.
+
+    Raises:
+        UserError: There is nothing to train on, or nothing is held out and `evaluation` needs it.
+    """
+    assert resolved.model is not None
+    chosen = checkpoint.precision(context.directory) or precision.choose(resolved.precision, best_device())
     data = dataclasses.replace(data, memory_length=resolved.model.memory_length, precision=chosen)
-    splits = _first_rank_first(ranks, lambda: examples.build_datasets(resolved.examples, data, resolved.objective))
+    splits = context.first_rank_first(lambda: examples.build_datasets(resolved.examples, data, resolved.objective))
     text_cache.forget()
     validator = (
-        Validator(resolved, splits.validation, splits.bytes_per_target, tokenizer, ranks)
+        Validator(resolved, splits.validation, splits.bytes_per_target, data.tokenizer, context.ranks)
         if splits.validation and len(splits.validation)
         else None
     )
-    fallback_notes = fallbacks(resolved.objective, resolved.examples, splits.train, tokenizer.vocab)
-    for line in (*_data_notes(resolved, splits, validator), *fallback_notes):
-        log(f"{resolved.name}: {line}")
+    notes = fallbacks(resolved.objective, resolved.examples, splits.train, data.tokenizer.vocab)
+    for line in (*_data_notes(resolved, splits, validator), *notes):
+        context.log(f"{resolved.name}: {line}")
+    batches = Batches(
+        splits.train, resolved.objective, vocab(resolved, data.tokenizer), batch_size=resolved.batch.size, seed=resolved.seed,
+        gradient_accumulation_steps=resolved.batch.gradient_accumulation_steps, pack_to_length=resolved.batch.packed_length,
+        group_by_length=resolved.batch.group_by_length, rank=context.ranks.rank, world=context.ranks.world,
+    )  # fmt: skip
+    return RunDatasets(data, splits, validator, batches, notes)
+
+
+def build_model(resolved: Recipe, datasets: RunDatasets, context: RunContext) -> BuiltModel:
+    """Build the model, with the weights of the start model if there is one."""
+    assert resolved.model is not None
+    tokenizer, log = datasets.data.tokenizer, context.log
     torch.manual_seed(resolved.seed)
     model = LM(resolved.model, resolved.objective.heads(resolved.model))
     added: list[str] = []
@@ -217,80 +239,116 @@ def _run(
         f"{resolved.name}: {total:,} parameters"
         + (f", of which {trainable:,} are trained" if trainable < total else "")
     )
-    batches = _batches(resolved, splits, tokenizer, ranks)
     if resolved.init_head_from_frequencies and not resolved.init_from:
-        counted = init_head(model, resolved.objective, batches)
+        counted = init_head(model, resolved.objective, datasets.batches)
         if counted:
             log(f"{resolved.name} starts with an LM head that predicts the frequencies of {counted:,} labels")
-    if ranks.first:
-        if not continued:
-            for name in ("samples.jsonl", held_out_texts.FILE):  # of a run that ended before its first checkpoint
-                (directory / name).unlink(missing_ok=True)
-        if not continued or load(str(directory)) != resolved:  # the same inputs at another path
+    return BuiltModel(model, added)
+
+
+def train(
+    resolved: Recipe,
+    built: BuiltModel,
+    datasets: RunDatasets,
+    identity: RunIdentity,
+    context: RunContext,
+    reporter: ProgressReporter | None,
+    on_metrics: OnMetrics | None,
+) -> TrainingResult:
+    """Train the model, with checkpoints and metrics in the run directory; record the recipe and its inputs first.
+
+    Raises:
+        UserError: A user's reward function fails; the run can be resumed after it is corrected.
+    """
+    directory, model, validator = context.directory, built.model, datasets.validator
+    evaluation, saving = resolved.evaluation, resolved.checkpoint
+    if context.ranks.first:
+        if not context.resumed:
+            report_texts.delete_texts(directory)
+        if not context.resumed or load(str(directory)) != resolved:  # the same inputs at another path
             write_text(directory / "recipe.yaml", config_io.write_yaml(resolved))
-        inputs.write(directory, recipe_hash)
-        _write_samples(resolved, model, tokenizer, directory, 0)
-        _write_held_out_texts(resolved, splits, model, data, 0)
+        context.inputs.write(directory, identity.recipe)
+        report_texts.write_texts(resolved, model, datasets.data, datasets.splits, 0)
     if validator is not None:
         validator.check_best_metric(model)
-    evaluation = resolved.evaluation
+    config = TrainerConfig(
+        eval_every=evaluation.every, save_every=saving.every, keep=saving.keep, best_metric=evaluation.best_metric or "loss",
+        load_best_at_end=bool(evaluation.best_metric or evaluation.patience), patience=evaluation.patience,
+        precision=datasets.data.precision,
+    )  # fmt: skip
     try:
-        ended = train(
-            model, resolved.objective, batches, directory,
-            budget=resolved.budget, optimizer=resolved.optimizer, schedule=resolved.schedule,
-            config=TrainerConfig(eval_every=evaluation.every, save_every=resolved.checkpoint.every, keep=resolved.checkpoint.keep,
-                      best_metric=evaluation.best_metric or "loss",
-                      load_best_at_end=bool(evaluation.best_metric or evaluation.patience),
-                      patience=evaluation.patience, precision=chosen),
-            evaluate=validator.measure if validator is not None else None, ranks=ranks, recipe=known, name=resolved.name,
-            reporter=reporter, on_metrics=on_metrics,
+        return trainer.train(
+            model, resolved.objective, datasets.batches, directory,
+            budget=resolved.budget, optimizer=resolved.optimizer, schedule=resolved.schedule, config=config,
+            evaluate=validator.measure if validator is not None else None, ranks=context.ranks, recipe=identity.run,
+            name=resolved.name, reporter=reporter, on_metrics=on_metrics,
         )  # fmt: skip
     except UserError as error:
-        if ranks.first and isinstance(error.__cause__, RewardError):  # the user may fix the function and resume the run
-            dataclasses.replace(inputs, functions={}).write(directory, recipe_hash)
+        if context.ranks.first and isinstance(error.__cause__, RewardError):
+            # The user may correct the function and resume the run.
+            dataclasses.replace(context.inputs, functions={}).write(directory, identity.recipe)
         raise
-    finished = RunResult(
-        directory, ended.step, ended.exported_step, ended.tokens, ended.seconds, ended.flops, ended.metrics
+
+
+def export(
+    resolved: Recipe,
+    built: BuiltModel,
+    datasets: RunDatasets,
+    ended: TrainingResult,
+    identity: RunIdentity,
+    context: RunContext,
+) -> RunResult:
+    """Write the model, its adapter, its model card, the result and the report, on the first rank; return the result."""
+    result = RunResult(
+        context.directory, ended.step, ended.exported_step, ended.tokens, ended.seconds, ended.flops, ended.metrics
     )
-    if ranks.first:
-        _write_samples(resolved, model, tokenizer, directory, ended.step)
-        _write_held_out_texts(resolved, splits, model, data, ended.step)
-        facts: dict[str, Any] = {
-            "recipe": known,
-            "objective": [name_of(type(one)) for one in resolved.objective.components()],
-            "steps": ended.step,
-            "exported_step": ended.exported_step,
-            "tokens": ended.tokens,
-            "metrics": ended.metrics,
-        }
-        if resolved.objective.class_names:
-            facts["classes"] = resolved.objective.class_names
-        if validator is not None:
-            write_record(directory / CLASS_REPORT, validator.class_report(model))
-        resolved.objective.finalize(model)
-        adapter = resolved.peft.export(
-            model, directory / "adapter", model_directory(resolved.init_from), added, tokenizer, facts
-        )
-        if adapter:
-            log(f"{resolved.name}: {directory / 'adapter'} ({adapter})")
-        remarks = [*resolved.objective.notes(ended.metrics), *splits.notes]
-        for remark in remarks:
-            log(f"{resolved.name}: {remark}")
-        remarks += [
-            *fallback_notes,
-            *([splits.no_validation_reason] if splits.no_validation_reason else []),
-        ]  # these were printed at the start
-        done = dataclasses.asdict(finished) | {
-            "directory": str(directory), "counts": splits.counts, "remarks": remarks,
-        }  # fmt: skip
-        with new_directory(directory / "model") as place:
-            summary = save_model(model, tokenizer, place, facts)
-            model_card.write(model_card.of_run(directory, place, model, summary, facts, done), place / "README.md")
-        write_record(directory / DONE, done)
-        write_report(run_report(directory), directory / REPORT)
-        log(f"{resolved.name}: {directory / 'model'} ({summary}); report: {directory / REPORT}")
-    ranks.wait()
-    return finished
+    if context.ranks.first:
+        _write_files(resolved, built, datasets, result, identity, context)
+    context.ranks.wait()
+    return result
+
+
+def _write_files(
+    resolved: Recipe,
+    built: BuiltModel,
+    datasets: RunDatasets,
+    result: RunResult,
+    identity: RunIdentity,
+    context: RunContext,
+) -> None:
+    """Write the files of a finished run."""
+    directory, log, model, splits = context.directory, context.log, built.model, datasets.splits
+    tokenizer, objective = datasets.data.tokenizer, resolved.objective
+    report_texts.write_texts(resolved, model, datasets.data, splits, result.steps)
+    facts: dict[str, Any] = {
+        "recipe": identity.run,
+        "objective": [name_of(type(one)) for one in objective.components()],
+        "steps": result.steps,
+        "exported_step": result.exported_step,
+        "tokens": result.tokens,
+        "metrics": result.metrics,
+    }
+    if objective.class_names:
+        facts["classes"] = objective.class_names
+    if datasets.validator is not None:
+        write_record(directory / CLASS_REPORT, datasets.validator.class_report(model))
+    objective.finalize(model)
+    start = model_directory(resolved.init_from)
+    adapter = resolved.peft.export(model, directory / "adapter", start, built.added_heads, tokenizer, facts)
+    if adapter:
+        log(f"{resolved.name}: {directory / 'adapter'} ({adapter})")
+    remarks = [*objective.notes(result.metrics), *splits.notes]
+    for remark in remarks:
+        log(f"{resolved.name}: {remark}")
+    # These were printed at the start.
+    remarks += [*datasets.notes, *([splits.no_validation_reason] if splits.no_validation_reason else [])]
+    done = dataclasses.asdict(result) | {"directory": str(directory), "counts": splits.counts, "remarks": remarks}
+    with new_directory(directory / "model") as place:
+        summary = save_model(model, tokenizer, place, facts)
+        model_card.write(model_card.of_run(directory, place, model, summary, facts, done), place / "README.md")
+    write_record(directory / DONE, done)
+    write_report(run_report(directory), directory / REPORT)
+    log(f"{resolved.name}: {directory / 'model'} ({summary}); report: {directory / REPORT}")
 
 
 def _data_notes(recipe: Recipe, splits: DatasetSplits, validator: Validator | None) -> list[str]:
@@ -312,22 +370,10 @@ def _data_notes(recipe: Recipe, splits: DatasetSplits, validator: Validator | No
     return [line] * bool(line) + [splits.no_validation_reason] * bool(splits.no_validation_reason)
 
 
-def _silent(_: str) -> None:
-    """Ignore a message: only the first rank prints."""
-
-
-def _first_rank_first(ranks: Ranks, make: Callable[[], T]) -> T:
-    """Call `make` on the first rank, which writes the files, and then on the others, which find them."""
-    if not ranks.first:
-        ranks.wait()
-        return make()
-    made = make()
-    ranks.wait()
-    return made
-
-
-def _check_models(recipe: Recipe) -> None:
-    """Raise a UserError if a model that the run starts from does not exist or is not finished."""
+def check_start_models(recipe: Recipe) -> None:
+    """Raise a UserError if the run has no model, or if a model that it starts from does not exist or is not finished."""
+    if recipe.model is None and not recipe.init_from:
+        raise UserError(f"the recipe {recipe.name!r} has neither a model config nor init_from: {MODEL_CONFIG_HINT}")
     for name, base in (("init_from", recipe.init_from), ("init_embeddings_from", recipe.init_embeddings_from)):
         place = Path(base)
         if base and not place.exists():
@@ -336,7 +382,7 @@ def _check_models(recipe: Recipe) -> None:
             raise UserError(f"{name}={base}: this run has no model yet: finish it with `firth train {base}`")
 
 
-def _check_tokenizer(tokenizer: Tokenizer, recipe: Recipe) -> None:
+def check_start_tokenizers(tokenizer: Tokenizer, recipe: Recipe) -> None:
     """Raise a UserError if a model that the run starts from has another tokenizer, even one of the same size."""
     for name, base in (("init_from", recipe.init_from), ("init_embeddings_from", recipe.init_embeddings_from)):
         if base:
@@ -344,73 +390,7 @@ def _check_tokenizer(tokenizer: Tokenizer, recipe: Recipe) -> None:
             check_same_tokenizer(tokenizer, model_directory(base), f"{name}:", hint)
 
 
-def _resolve(recipe: Recipe, data: RunData) -> Recipe:
-    """Return the resolved recipe: every open setting filled in (model config, vocabulary size, classes, batching, paths)."""
-    check_peft(recipe.peft, recipe.init_from)
-    config, base = recipe.model, None
-    if recipe.init_from:
-        base = load_model(model_directory(recipe.init_from))
-        base_config = base.config
-        if (
-            not recipe.examples.gives_memory or recipe.batch.packed_length
-        ):  # records have no preceding text: fine-tune without memory
-            base_config = dataclasses.replace(base_config, memory_length=0)
-        config = base_config if config is None else config
-    assert config is not None
-    if recipe.init_from:
-        check_vocab_fits(data.tokenizer, config, recipe.init_from)
-    else:
-        config = dataclasses.replace(config, vocab_size=data.tokenizer.vocab.size)
-    added = max(one.added_tokens for one in recipe.objective.components())
-    examples = limit_lengths(recipe.examples, _published_examples(recipe), recipe.peft, base, config, added, data.log)
-    examples = examples.limit_to(config.max_positions)
-    objective = recipe.peft.configure_objective(examples.configure_objective(recipe.objective, data).for_model(config))
-    with init_empty_weights():
-        kept = objective.heads(config).keys() & (base.heads.keys() - PREFIX_HEADS if base is not None else ())
-    if kept and base is not None and "mixture" in base.heads:
-        objective = add_layer_mixture(objective, frozen=False)  # the head of the base model reads it
-    check_pattern(objective, config, examples, fixed=bool(recipe.init_from))
-    check_fields(objective, examples, config)
-    if (reads := objective.attention_pattern()) != "any":
-        # Record how the model was trained: its model family may define another attention pattern.
-        config = dataclasses.replace(config, causal=config.causal or reads == "causal", prefix_lm=reads == "prefix")
-    packs = config.packable and not config.memory_length and objective.packable and recipe.peft.packable
-    packs = packs and (base is None or base.prompt is None)  # each text of a packed row would need its own
-    batch = recipe.batch.resolve(examples.max_tokens, packs)
-    check_memory(config, examples, batch.packed_length)
-    with init_empty_weights():
-        model = LM(config, objective.heads(config))
-    recipe.peft.check_model(model, base)
-    tokenizer = dataclasses.replace(recipe.tokenizer, vocab_size=resolved_size(data.directory))
-    resolved: Recipe = config_io.absolute_paths(
-        dataclasses.replace(
-            recipe, model=config, objective=objective, examples=examples, batch=batch, tokenizer=tokenizer
-        )
-    )
-    return resolved
-
-
-def _published_examples(recipe: Recipe) -> ExamplesConfig:
-    """Return the examples config of the published recipe with this name, or else the defaults of its kind."""
-    return published(recipe.name).examples if recipe.name in RECIPES else type(recipe.examples)()
-
-
-def _precision(recipe: Recipe, directory: Path, continued: bool, ranks: Ranks) -> Literal["fp32", "bf16"]:
-    """Resolve `precision`: a resumed run keeps its precision, and all ranks take that of the first."""
-    before = load(str(directory)).precision if continued and recipe.precision == "auto" else recipe.precision
-    device = best_device()
-    return "bf16" if ranks.from_first(precision.choose(before, device)) == "bf16" else "fp32"
-
-
-def _segmentation(recipe: Recipe, directory: Path, continued: bool) -> Segmentation:
-    """Resolve `word_segmentation`: a resumed run keeps its own, also an "auto" that an older version wrote."""
-    if not continued or recipe.word_segmentation != "auto":
-        return resolve_segmentation(recipe.objective, recipe.word_segmentation)
-    before = load(str(directory)).word_segmentation
-    return before if before == "auto" else resolve_segmentation(recipe.objective, before)
-
-
-def _finished(directory: Path, known: str) -> RunResult:
+def _read_result(directory: Path, known: str) -> RunResult:
     """Return the result in done.json; UserError if it belongs to a recipe with another hash."""
     hint = f"delete {directory / DONE}, and the same command exports the model again"
     facts = read_record(directory / "model" / "firth.json", {"facts": dict}, hint)["facts"]
@@ -426,51 +406,3 @@ def _finished(directory: Path, known: str) -> RunResult:
     return RunResult(
         directory, done["steps"], exported, done["tokens"], done["seconds"], done["flops"], done["metrics"]
     )
-
-
-def _batches(recipe: Recipe, splits: DatasetSplits, tokenizer: Tokenizer, ranks: Ranks) -> Batches:
-    return Batches(
-        splits.train, recipe.objective, vocab(recipe, tokenizer), batch_size=recipe.batch.size, seed=recipe.seed,
-        gradient_accumulation_steps=recipe.batch.gradient_accumulation_steps, pack_to_length=recipe.batch.packed_length,
-        group_by_length=recipe.batch.group_by_length, rank=ranks.rank, world=ranks.world,
-    )  # fmt: skip
-
-
-def _write_samples(recipe: Recipe, model: LM, tokenizer: Tokenizer, directory: Path, step: int) -> None:
-    """Write the model's samples for the recipe's prompts at a step to samples.jsonl, once per step."""
-    loaded = LoadedModel(model, tokenizer, Engine(model, tokenizer), recipe.objective)
-    sampling = Sampling(max_new_tokens=64, temperature=0.8, seed=recipe.seed)
-
-    def rows() -> Iterator[dict[str, Any]]:
-        for prompt in recipe.sample_prompts:
-            if not loaded.supports(prompt):  # the prompts of a recipe may not suit the objective that the user sets
-                continue
-            try:
-                text = loaded.sample(prompt, sampling)
-            except UserError as error:  # a failed sample must not stop a run
-                text = f"({error})"
-            yield {"step": step, "prompt": prompt, "text": text}
-
-    if recipe.sample_prompts:
-        _add_rows(directory / "samples.jsonl", step, rows)
-
-
-def _write_held_out_texts(recipe: Recipe, splits: DatasetSplits, model: LM, data: RunData, step: int) -> None:
-    """Write the model's answers to held-out prompts at a step, for the report, if the run trains on answers to prompts."""
-    texts = splits.texts or held_out_texts.choose(splits.train, splits.validation, recipe.examples.fields)
-    if texts is not None:
-
-        def rows() -> Iterable[dict[str, Any]]:
-            with data.autocast():
-                return texts.rows(model, data.tokenizer, step, recipe.seed)
-
-        _add_rows(data.directory / held_out_texts.FILE, step, rows)
-
-
-def _add_rows(path: Path, step: int, make: Callable[[], Iterable[dict[str, Any]]]) -> None:
-    """Add the rows of a step to a JSONL file, once per step; the random state of training is unchanged."""
-    rows = read_rows(path, {"step": int, "prompt": str}, "delete the file: it is for the report alone")
-    if not any(row["step"] == step for row in rows):
-        with torch.random.fork_rng():
-            rows += make()
-        write_text(path, "".join(row_line(row, ascii_only=False) for row in rows))

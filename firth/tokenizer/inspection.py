@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from firth.tokenizer.merges import Merge
-from firth.tokenizer.tokenizer import Tokenizer
+from firth.tokenizer.tokenizer import Tokenizer, byte_alphabet
 
 SIGNS = {"Ġ": "␣", "▁": "␣", " ": "␣", "Ċ": "⏎", "\n": "⏎", "ĉ": "⇥", "\t": "⇥"}
 
@@ -37,6 +37,7 @@ class TokenizerView:
         scores: The most likely pieces with their natural log-probability (Unigram).
         pieces: The first pieces of more than one letter, by id (other models).
         splits: Each word that was given, and its pieces.
+        byte_level: Whether pieces are spelled in GPT-2's byte alphabet.
     """
 
     kind: str
@@ -46,6 +47,7 @@ class TokenizerView:
     scores: tuple[tuple[str, float], ...]
     pieces: tuple[str, ...]
     splits: tuple[tuple[str, tuple[str, ...]], ...]
+    byte_level: bool = False
 
 
 def inspect_tokenizer(tokenizer: Tokenizer, words: Sequence[str], first: int = 20) -> TokenizerView:
@@ -73,15 +75,25 @@ def inspect_tokenizer(tokenizer: Tokenizer, words: Sequence[str], first: int = 2
         scores=scores,
         pieces=pieces,
         splits=tuple((word, tuple(tokenizer.pieces(word))) for word in words),
+        byte_level=tokenizer.is_byte_level,
     )
 
 
-def readable(piece: str) -> str:
+def readable(piece: str, byte_level: bool = False) -> str:
     """Return a piece with visible signs for its blanks, line breaks and tabs.
+
+    Args:
+        piece: The piece as the vocabulary spells it.
+        byte_level: Whether it is spelled in GPT-2's byte alphabet; the bytes of an incomplete character are shown as `\\xc3`.
 
     >>> readable("Ġthe"), readable("ĊĊ")
     ('␣the', '⏎⏎')
+    >>> readable("ĠÄįlov", byte_level=True), readable("Ã", byte_level=True)
+    ('␣člov', '\\\\xc3')
     """
+    alphabet = byte_alphabet()
+    if byte_level and all(character in alphabet for character in piece):
+        piece = bytes(alphabet[character] for character in piece).decode("utf-8", "backslashreplace")
     return "".join(SIGNS.get(character, character) for character in piece)
 
 
@@ -95,7 +107,8 @@ def render(view: TokenizerView) -> str:
         ]
         for i, merge in enumerate(view.merges, 1):
             count = "" if merge.count is None else f"{merge.count:,}"
-            left, right, merged = map(readable, (merge.left, merge.right, _joined(merge.left, merge.right)))
+            pieces = (merge.left, merge.right, _joined(merge.left, merge.right))
+            left, right, merged = (readable(piece, view.byte_level) for piece in pieces)
             lines.append(f"{i:>6}  {count:>9}  {left} + {right} -> {merged}")
     if view.scores:
         lines += [f"the {len(view.scores)} most likely pieces", f"{'#':>6}  {'log p':>9}  piece"]
@@ -103,7 +116,10 @@ def render(view: TokenizerView) -> str:
     if view.pieces:
         lines += [f"the first {len(view.pieces)} pieces of more than one letter, by id", "  " + "  ".join(view.pieces)]
     lines += ["", "words"]
-    lines += [f"  {word:<16} {'  '.join(readable(piece) for piece in pieces)}" for word, pieces in view.splits]
+    lines += [
+        f"  {word:<16} {'  '.join(readable(piece, view.byte_level) for piece in pieces)}"
+        for word, pieces in view.splits
+    ]
     return "\n".join(lines)
 
 

@@ -128,6 +128,12 @@ class Tokenizer:
         """Return the tokens of a text as strings; unknown ones are `<unk>` (the engine itself would return the characters)."""
         return [self.token(i) for i in self.encode(text)]
 
+    @functools.cached_property
+    def is_byte_level(self) -> bool:
+        """Whether tokens are spelled in GPT-2's byte alphabet (`byte_alphabet`)."""
+        definition = json.loads(self.definition)
+        return "ByteLevel" in json.dumps([definition["pre_tokenizer"], definition["decoder"]])
+
     def token(self, id: int) -> str:
         """Return the string of an id.
 

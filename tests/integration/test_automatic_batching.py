@@ -12,6 +12,8 @@ from firth.runs.recipe import GROUPED_STEPS, BatchConfig, load
 from firth.runs.run import run
 from firth.types import UserError
 
+pytestmark = pytest.mark.slow
+
 TINY = [
     "data.validation_fraction=0.2",
     "max_steps=3",

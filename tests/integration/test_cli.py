@@ -13,6 +13,8 @@ import pytest
 
 from firth import cli
 
+pytestmark = pytest.mark.slow
+
 FIRTH = [sys.executable, "-m", "firth"]
 SMALL = ["tokenizer.vocab_size=500", "model.hidden_size=32", "model.num_layers=1", "model.num_heads=1", "model.max_positions=64",
          "examples.max_length=32", "batch.size=4", "max_steps=3", "evaluation.every=2", "evaluation.max_examples=8"]  # fmt: skip

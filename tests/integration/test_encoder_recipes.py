@@ -35,6 +35,7 @@ MILLIONS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MILLIONS)
 def test_published_sizes(name: str) -> None:
     """The papers round, and count BERT's pooler (BERT-large's "340 M" are 335 M with 30,522 tokens)."""
@@ -105,6 +106,7 @@ SMALL = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "more"),
     [("spanbert", []), ("albert", ["model.embedding_size=16"]), ("electra", ["model.embedding_size=16"]),

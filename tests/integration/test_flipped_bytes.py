@@ -31,6 +31,8 @@ from firth.tokenizer.tokenizer import Tokenizer
 from firth.tokenizer.train import train
 from firth.types import UserError
 
+pytestmark = pytest.mark.slow
+
 FLIPS = int(os.environ.get("FIRTH_FUZZ", "0"))
 
 

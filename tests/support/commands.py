@@ -63,7 +63,7 @@ def named_fields(text: str) -> list[str]:
     ['batch.size', 'examples.max_length']
     """
     sections = "|".join(field.name for field in dataclasses.fields(Recipe))
-    names = re.findall(rf"`((?:{sections})(?:\.\w+)+)(?=[=`])", text)
+    names = re.findall(rf"`((?:{sections})(?:\.[a-z]\w*)+)(?=[=`])", text)
     return [name for name in names if not re.search(FILE_NAME, name)]
 
 

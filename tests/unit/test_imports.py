@@ -147,6 +147,7 @@ def modules() -> dict[str, Path]:
     return names
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("module", modules())
 def test_imports_go_down_only(module):
     assert faults(module, modules()[module].read_text(encoding="utf-8")) == []
@@ -214,6 +215,7 @@ def loads(statement: str) -> set[str]:
     return set(done.stdout.split())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "module",
     [m for m in modules() if package_of(m) in TORCH_FREE or (package_of(m) == "data" and m != "firth.data.collate")],
@@ -222,5 +224,6 @@ def test_starts_without_torch(module):
     assert not loads(f"import {module}") & {"torch", *ORACLES}
 
 
+@pytest.mark.slow
 def test_loads_would_see_torch():
     assert "torch" in loads("import firth.data.collate")

@@ -104,6 +104,7 @@ def test_an_unknown_choice_cannot_be_forced(monkeypatch: pytest.MonkeyPatch, tmp
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_a_measurement_changes_no_random_state() -> None:
     torch.manual_seed(0)
     before = torch.get_rng_state()
@@ -133,6 +134,7 @@ def running(dtype: torch.dtype) -> frozenset[str]:
     return frozenset(attention.ATTENTION[dtype, False].measure())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("way", attention.KERNELS)
@@ -194,6 +196,7 @@ def same(
                 assert (got.double() - right).abs().max() <= near * right.abs().max().clamp(min=1), (way, dtype)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("width", [24, 384])
 @pytest.mark.parametrize("offset", [False, True])
 @pytest.mark.parametrize("gain", [False, True])
@@ -213,6 +216,7 @@ def test_every_norm_kernel_matches_the_formula(center: bool, gain: bool, offset:
     same(table, lambda x, g, o: fused.normalized(x, g, o, 1e-6, center), plain, x, *learned, learned=2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("width", [10, 64])
 @pytest.mark.parametrize("eps", [-1.0, 1e-3])
 @pytest.mark.parametrize("turned", ["not", "alike", "each"])
@@ -265,6 +269,7 @@ def test_every_neighbor_kernel_averages_alike() -> None:
             assert (got - right_).abs().max() < 1e-5 * right_.abs().max()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["relu", "relu2", "gelu", "gelu_tanh", "silu", "swiglu", "geglu", "geglu_tanh"])
 def test_every_mlp_kernel_matches_the_formula(name: str) -> None:
     torch.manual_seed(0)

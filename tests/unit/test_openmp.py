@@ -67,6 +67,7 @@ def test_wait_policy_is_set_before_torch_loads(tmp_path: Path, arguments: list[s
     assert run(path, arguments, GOMP_SPINCOUNT="7").stdout == "7\n"
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="torch includes libgomp only on Linux")
 def test_libgomp_reads_what_is_set() -> None:
     """The library itself prints its settings when it is loaded."""

@@ -10,10 +10,10 @@ import numpy as np
 
 from firth.evaluate.prompting.requests import GenerateReply, GenerateRequest, Reply, Request, ScoreReply, ScoreRequest
 from firth.evaluate.task import EvaluatedModel, load_evaluated_model
-from firth.evaluate.text_perplexity import leading_bos, scoring_mode
+from firth.evaluate.text_perplexity import leading_bos
 from firth.generate.engine import Engine
 from firth.generate.sampling import Sampling
-from firth.generate.scoring import ScoredPair, score_pairs
+from firth.generate.scoring import ScoredPair, score_pairs, scoring_mode
 from firth.tokenizer import chat
 from firth.types import UserError
 

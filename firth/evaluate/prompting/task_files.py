@@ -27,7 +27,7 @@ import yaml
 
 from firth.corpora.readers import nearest, records
 from firth.evaluate.prompting.answers import Filter, FilterChain, check_filter
-from firth.evaluate.prompting.prompt_task import METRICS, OUTPUT_TYPES, MetricConfig, PromptTask
+from firth.evaluate.prompting.prompt_task import METRICS, OUTPUT_TYPES, MetricConfig, OutputType, PromptTask
 from firth.evaluate.prompting.prompts import Item, check_template
 from firth.io.yaml_files import read_yaml
 from firth.types import UserError
@@ -261,8 +261,9 @@ def read_bigbench(path: Path) -> PromptTask:
     try:
         task = json.loads(path.read_text("utf-8"))
         examples = task["examples"]
-        assert isinstance(examples, list)
-    except (OSError, ValueError, KeyError, TypeError, AssertionError) as error:
+        if not isinstance(examples, list):
+            raise TypeError("examples is not a list")
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(
             f"{path}: this is not a task.json of BIG-bench, which has a list of examples: {error}"
         ) from error
@@ -286,7 +287,7 @@ def read_bigbench(path: Path) -> PromptTask:
         items.append(Item(fields, location))
     if not items:
         raise UserError(f"{path}: this task has no examples in its file")
-    kind = "multiple_choice" if "choices" in items[0].fields else "generate_until"
+    kind: OutputType = "multiple_choice" if "choices" in items[0].fields else "generate_until"
     if any(("choices" in item.fields) != ("choices" in items[0].fields) for item in items):
         raise UserError(f"{path}: some examples have target_scores and others do not")
     base = PromptTask(

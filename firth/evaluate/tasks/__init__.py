@@ -17,6 +17,7 @@ from firth.evaluate.tasks.question_answering import QUESTION_ANSWERING
 from firth.evaluate.tasks.regression import REGRESSION
 from firth.evaluate.tasks.text_generation import SUMMARIZATION, TRANSLATION
 from firth.evaluate.tasks.token_classification import TOKEN_CLASSIFICATION
+from firth.io import user_code
 from firth.types import UserError
 
 TASKS: dict[str, Task] = {
@@ -34,6 +35,23 @@ TASKS: dict[str, Task] = {
         SUMMARIZATION,
     )
 }
+
+
+def find(name: str) -> Task:
+    """Return the task of a name, or what `module:name` names in a user's module.
+
+    Raises:
+        UserError: There is no such task.
+    """
+    if name in TASKS:
+        return TASKS[name]
+    if ":" not in name:
+        raise UserError(f"there is no task {name!r}; the tasks are likelihood, {', '.join(TASKS)}, glue, objective")
+    found = user_code.find(name, "task")
+    if not isinstance(found, Task):
+        raise UserError(f"{name!r} is a {type(found).__name__} and no firth.evaluate.task.Task")
+    return found
+
 
 DEFAULTS = {
     "classes": CLASSIFICATION.name, "score": REGRESSION.name, "choice": MULTIPLE_CHOICE.name, "tags": TOKEN_CLASSIFICATION.name,

@@ -1,4 +1,4 @@
-"""The peers of `bench.learn_tasks`: gold labels have perfect scores, and tokens are counted as in firth."""
+"""The peers of `bench.learning.tasks`: gold labels have perfect scores, and tokens are counted as in firth."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 import transformers
 
-from bench import tasks_translate
-from bench.learn_tasks import JOBS, Job, classes, split_rows
-from bench.tasks_peers import PEERS, Lesson, Rows, scored, trained
+from bench.learning import tasks_translate
+from bench.learning.tasks import JOBS, Job, classes, split_rows
+from bench.learning.tasks_peers import PEERS, Lesson, Rows, scored, trained
 from firth.data.collate import Batches
 from firth.data.source import Source
 from firth.model.flops import real_tokens

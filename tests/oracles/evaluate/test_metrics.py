@@ -42,6 +42,7 @@ def test_matthews_where_one_side_is_constant(gold, predicted):
     assert metrics.matthews(gold, predicted) == 0.0 == oracle.matthews_corrcoef(gold, predicted)
 
 
+@pytest.mark.slow
 def test_bootstrap_agrees_with_scipy_and_has_its_coverage():
     values = np.random.default_rng(0).normal(size=80)
     ours = metrics.bootstrap(np.mean, values, draws=4000, seed=0)

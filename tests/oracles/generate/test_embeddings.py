@@ -62,6 +62,7 @@ def test_mean_pooling_matches_transformers(tmp_path: Path, tokenizer: Tokenizer,
     assert embed(model, tokenizer, TEXTS, length=5)[1] == [0, 1]
 
 
+@pytest.mark.slow
 def test_minilm_vectors_match_sentence_transformers(minilm: Path) -> None:
     texts = [*TEXTS, "The quick brown fox jumps over the lazy dog. " * 40, "Ünïcode, naïve — 東京"]
     found, truncated = embed(load_model(minilm), Tokenizer.load(minilm), texts, length=256)

@@ -90,6 +90,7 @@ def one_kernel() -> Iterator[None]:
         yield
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("beta", [0.1, 2.0])
 def test_dpo_equals_trl(beta: float, pairs: list, source: PreferencePairs, tokenizer: object, tmp_path: Path) -> None:
     policy, frozen = (llama(seed, transformers.LlamaForCausalLM) for seed in (0, 1))

@@ -92,6 +92,7 @@ def train_gensim(text: np.ndarray, seed: int) -> np.ndarray:
     return np.stack([model.wv[str(word)] for word in range(VOCAB)])
 
 
+@pytest.mark.slow
 def test_vectors_are_as_good_as_gensim(tmp_path: Path) -> None:
     text, topic = make_text(0)
     assert abs(topic_auc(np.random.default_rng(1).normal(size=(VOCAB, WIDTH)), topic) - 0.5) < 0.02

@@ -110,6 +110,7 @@ def peft_config(name: str, kind: str) -> Any:
     return config
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["lora", "prefix", "mlp", "prompt"])
 @pytest.mark.parametrize("name", CONFIGS)
 def test_peft_files_give_the_same_outputs_both_ways(name: str, kind: str, tmp_path: Path) -> None:

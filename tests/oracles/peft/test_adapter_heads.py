@@ -40,6 +40,7 @@ def trained(base: Path, suffix: str, where: Path, config: Any, **more: Any) -> A
     return peft_model
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "body"),
     [(name, "Model") for name in FAMILIES] + [(name, "WithLMHead") for name in FAMILIES if name != "bert"],
@@ -128,6 +129,7 @@ def test_a_head_of_another_size_replaces_the_base_head(tmp_path: Path) -> None:
     assert load_model(tmp_path / "base").heads["classes"][2].out_features == 2
 
 
+@pytest.mark.slow
 def test_predict_loads_an_adapter_of_minilm(minilm: Path, tmp_path: Path) -> None:
     config = peft.LoraConfig(r=4, target_modules=["query", "value"], task_type="SEQ_CLS")
     peft_model = trained(minilm, "SequenceClassification", tmp_path / "theirs", config, num_labels=3)

@@ -134,6 +134,7 @@ def heads(model: LM) -> list[str]:
     return [head for head in ("classes", "tags", "span") if head in model.heads]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["lora", "prefix", "prompt"])
 def test_an_adapter_works_in_peft_or_is_rejected(base: Path, kind: str, tmp_path: Path) -> None:
     model, unadapted = adapted(base, kind), ours(load_model(base))

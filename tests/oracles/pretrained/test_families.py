@@ -70,6 +70,7 @@ def agree(model: LM, theirs: torch.nn.Module, family: str) -> float:
     return difference / max(1.0, want[real].std().item())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CONFIGS)
 def test_transformers_loads_saved_models(name: str, tmp_path: Path) -> None:
     config, family = CONFIGS[name], name.split("-")[0]
@@ -88,6 +89,7 @@ def test_transformers_loads_saved_models(name: str, tmp_path: Path) -> None:
         assert torch.equal(tensor, again.state_dict()[key]), key
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name",
     [

@@ -157,6 +157,7 @@ def max_difference(model: torch.nn.Module, other: torch.nn.Module, case: str, ki
     return float((mine - want).abs().max())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("case", "kind"), CASES, ids=[f"{case}-{CLASSES[kind][1]}" for case, kind in CASES])
 def test_task_classes_round_trip(case: str, kind: str, tmp_path: Path) -> None:
     model, (suffix, head, _) = theirs(case, kind), CLASSES[kind]

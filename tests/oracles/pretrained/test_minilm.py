@@ -38,6 +38,7 @@ def vectors(model: LM, tokenizer: Tokenizer) -> Tensor:
     return means(model({"tokens": tokens, "key_time": torch.where(real, 0, NEVER)}), real)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_sentence_embeddings_match_transformers(minilm: Path, tmp_path: Path) -> None:
     transformers = pytest.importorskip("transformers", reason="the oracle; installed with the test extra")

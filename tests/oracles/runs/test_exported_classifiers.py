@@ -24,6 +24,7 @@ transformers = pytest.importorskip("transformers", reason="the oracle; installed
 TEXTS = [f"the {word} fox number {i}" for i in range(20) for word in ("good", "bad")]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("make", "name"),
     [

@@ -159,6 +159,7 @@ def test_fp16_overflow_is_rejected_and_leaves_no_files(tmp_path: Path) -> None:
     assert [p.name for p in tmp_path.iterdir()] == ["run"]
 
 
+@pytest.mark.slow
 def test_minilm_round_trip_is_bit_identical(minilm: Path, tmp_path: Path) -> None:
     lines: list[str] = []
     import_model(minilm, tmp_path / "in", log=lines.append)
@@ -195,6 +196,7 @@ def test_bf16_directory_stays_bf16(tmp_path: Path) -> None:
     assert load_model(tmp_path / "in").tokens.weight.dtype == torch.float32
 
 
+@pytest.mark.slow
 def test_init_from_a_transformers_directory(folder: Path, minilm: Path, tmp_path: Path) -> None:
     """The run takes its model config and tokenizer; another tokenizer is rejected."""
     theirs = transformers.BertForMaskedLM(
@@ -388,6 +390,7 @@ def test_roles_from_special_tokens_map(tmp_path: Path) -> None:
     }  # fmt: skip
 
 
+@pytest.mark.slow
 def test_sentence_transformers_config_is_copied(minilm: Path, tmp_path: Path) -> None:
     import_model(minilm, tmp_path / "in", log=lambda _: None)
     export_model(tmp_path / "in", tmp_path / "out", form="hf", dtype="", shard="", log=lambda _: None)

@@ -70,6 +70,7 @@ def test_gpt2_has_one_token_for_every_end(gpt2):
     assert gpt2.decode([*gpt2.encode("a"), end]) == "a"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("text", GOLDEN)
 def test_bert_gives_its_own_ids(minilm, text):
     for path in (minilm, minilm / "vocab.txt"):
@@ -88,6 +89,7 @@ HARD = [
 ]  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["botchan_en_unigram_1000", "botchan_en_bpe_1000", "kyoto_ja_unigram_8000"])
 def test_sentencepiece_gives_its_own_ids(sentencepiece_models, name):
     import sentencepiece

@@ -97,6 +97,7 @@ def run(model: LM, objective: Objective, source: RolloutSource, steps: int, rate
 # ---- learning
 
 
+@pytest.mark.slow
 def test_ppo_raises_the_true_reward_with_nonnegative_kl() -> None:
     objective = PPO()
     model = letters_only(policy(objective))
@@ -119,6 +120,7 @@ def test_ppo_raises_the_true_reward_with_nonnegative_kl() -> None:
     assert source.prepare(model, 80) == source.history[-1]
 
 
+@pytest.mark.slow
 def test_a_large_kl_coef_keeps_the_policy_near_the_reference() -> None:
     final = {}
     for beta in (0.0, 1.0):
@@ -131,6 +133,7 @@ def test_a_large_kl_coef_keeps_the_policy_near_the_reference() -> None:
     assert final[1.0] < 0.5 * final[0.0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("group", [1, 4])
 def test_reinforce_raises_the_true_reward(group: int) -> None:
     objective = Reinforce()
@@ -155,6 +158,7 @@ def sampled_pairs(model: LM, count: int = 64, noise: float = 0.0) -> list[Prefer
     return sample_preference(one, two, truth, tokenizer=ByteTokenizer(), noise=noise, rng=np.random.default_rng(0))
 
 
+@pytest.mark.slow
 def test_dpo_raises_the_margin_and_the_true_reward() -> None:
     model = letters_only(policy(DPO()))
     frozen = copy.deepcopy(model)
@@ -187,6 +191,7 @@ def agreement(reward_model: RewardModel, pairs: list[PreferencePair]) -> float:
     return float((chosen > rejected).mean())
 
 
+@pytest.mark.slow
 def test_a_reward_model_agrees_with_held_out_preferences() -> None:
     writer = letters_only(policy(PPO()))
     pairs = sampled_pairs(writer, 512)
@@ -227,6 +232,7 @@ def test_first_ratio_is_one() -> None:
     assert float(terms["policy"]) == pytest.approx(0, abs=1e-3), "advantages are whitened over the rollout batch"
 
 
+@pytest.mark.slow
 def test_an_example_holds_tokens_and_numbers_per_token() -> None:
     objective = PPO()
     model, frozen = letters_only(policy(objective)), letters_only(policy(objective, seed=3))
@@ -289,6 +295,7 @@ def test_rollouts_are_sampled_once_and_use_every_prompt() -> None:
         RolloutConfig(rollout_size=4, num_generations=3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stop", [5, 6, 8])
 def test_a_run_killed_within_a_rollout_batch_resumes_exactly(stop: int) -> None:
     """As with a checkpoint, weights, optimizer and the source's arrays are kept; everything else is created again."""
@@ -377,6 +384,7 @@ def precomputed(model: LM, count: int, **where: object) -> tuple[PrecomputedSour
     return precompute(source, model, build_comparison, ref_logprobs, batch_size=2, **where), source  # type: ignore[arg-type]
 
 
+@pytest.mark.slow
 def test_precomputed_fields_are_those_of_each_example() -> None:
     model = letters_only(policy(DPO()))
     found, source = precomputed(model, 50)
@@ -388,6 +396,7 @@ def test_precomputed_fields_are_those_of_each_example() -> None:
         assert found[i].keys() == source[i].keys() | {"reference"}
 
 
+@pytest.mark.slow
 def test_precompute_resumes_and_detects_another_model(tmp_path: Path) -> None:
     model = letters_only(policy(DPO()))
     whole, _ = precomputed(model, 50)
@@ -409,6 +418,7 @@ def test_precompute_resumes_and_detects_another_model(tmp_path: Path) -> None:
     assert not np.allclose(other.fields["reference"], whole.fields["reference"])
 
 
+@pytest.mark.slow
 def test_precompute_detects_changed_examples(tmp_path: Path) -> None:
     """One record is changed: the numbers of the old one are not reused."""
     model = letters_only(policy(DPO()))

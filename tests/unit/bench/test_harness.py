@@ -8,7 +8,7 @@ import pytest
 
 from bench import harness
 from bench.harness import EndSample, Report, Sample, compare, other_load
-from bench.time_to_loss import Result, Run
+from bench.speed.time_to_loss import Result, Run
 
 SECOND = 0.05
 
@@ -33,6 +33,7 @@ def failing(end_sample: EndSample) -> None:
     raise ZeroDivisionError("an error of the candidate")
 
 
+@pytest.mark.slow
 def test_ratio_of_two_sleepers_without_setup(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(harness, "MAX_OTHER_LOAD", 2.0)  # other load does not slow a sleeper down
     monkeypatch.setattr(harness, "machine", dict)
@@ -44,12 +45,14 @@ def test_ratio_of_two_sleepers_without_setup(monkeypatch: pytest.MonkeyPatch) ->
     assert all(5 < mb < 20_000 for mb in report.peak_mb.values())
 
 
+@pytest.mark.slow
 def test_a_failing_candidate_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(harness, "machine", dict)
     with pytest.raises(RuntimeError, match="'failing' ended before its sample was over"):
         compare({"failing": failing}, rounds=2, peer="failing")
 
 
+@pytest.mark.slow
 def test_noisy_rounds_are_discarded(monkeypatch: pytest.MonkeyPatch) -> None:
     shares = iter([0.9, 0.9, 0.0, 0.5, 0.0, 0.0])  # warm-up, then a round whose second sample is noisy, a clean round
     monkeypatch.setattr(harness, "other_load", lambda *_: next(shares))

@@ -162,6 +162,7 @@ def test_a_missing_pip_package_is_a_one_line_error(tmp_path):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "project", [None, '[build-system]\nrequires = ["setuptools"]\nbuild-backend = "setuptools.build_meta"\n']
 )
@@ -476,6 +477,7 @@ def test_no_torch_and_no_registry_is_named():
         assert "://" not in Path(module.__file__).read_text("utf-8")
 
 
+@pytest.mark.slow
 def test_shakespeare_comes_from_the_real_registry(tmp_path, monkeypatch):
     monkeypatch.setenv("FIRTH_CACHE", str(tmp_path))
     try:

@@ -78,6 +78,7 @@ def test_a_file_of_a_corpus_is_named_after_a_slash(tmp_path: Path, monkeypatch: 
         catalog.paths("pydoc/nosuch.txt", lambda _: None)
 
 
+@pytest.mark.slow
 def test_answers_are_scored_by_exact_match(tmp_path: Path) -> None:
     questions = [{"prompt": f"Where is Town{i}?", "completion": "Texas"} for i in range(4)]
     (tmp_path / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in questions))

@@ -322,6 +322,7 @@ def test_missing_permissions_are_named(tmp_path, monkeypatch):
         list(documents([str(tmp_path)]))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
     not Path("/proc/self/status").exists(), reason="the peak memory of a process is read from Linux's /proc"
 )

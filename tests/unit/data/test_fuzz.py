@@ -116,6 +116,7 @@ def read_all(kind: Callable[..., Source], path: Path) -> None:
         source[i]
 
 
+@pytest.mark.slow
 @examples(250)
 @given(st.data())
 def test_records_of_every_format(tmp_path: Path, data: st.DataObject) -> None:
@@ -128,6 +129,7 @@ def test_records_of_every_format(tmp_path: Path, data: st.DataObject) -> None:
         is_rejected(lambda function=function: function(some[1]))
 
 
+@pytest.mark.slow
 @examples(150)
 @given(st.data())
 def test_files_of_records_with_flipped_bytes(tmp_path: Path, data: st.DataObject) -> None:
@@ -146,6 +148,7 @@ def test_files_of_records_with_flipped_bytes(tmp_path: Path, data: st.DataObject
     is_rejected(lambda: list(readers.documents([str(tmp_path / name)])))
 
 
+@pytest.mark.slow
 @examples(40)
 @given(st.data())
 def test_recipes_with_changed_values(data: st.DataObject) -> None:

@@ -27,6 +27,7 @@ def runs(is_masked: np.ndarray) -> np.ndarray:
     return edges[1::2] - edges[::2]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", sorted(NOISES.keys() - {"salient"}))  # salient spans have no fixed fraction
 @pytest.mark.parametrize("n", [1, 2, 5, 27, 128])
 @pytest.mark.parametrize("rate", [0.15, 0.5])

@@ -38,6 +38,7 @@ def stored(tokenizer: Tokenizer, folder: Path, count: int, sentences: int) -> To
     return TokenStore.build(found, tokenizer, folder / "store")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sentences", [40, 5])
 def test_all_three_are_whole_sentences(tokenizer: Tokenizer, tmp_path: Path, sentences: int) -> None:
     store = stored(tokenizer, tmp_path, 60, sentences)

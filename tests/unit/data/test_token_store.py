@@ -401,6 +401,7 @@ def test_min_share_holds_out_at_least_one_document() -> None:
             assert share == 0.01
 
 
+@pytest.mark.slow
 def test_a_document_of_6_mb_needs_little_memory(tmp_path: Path) -> None:
     """Peak memory of the whole process, including torch and the tokenizer.
 

@@ -72,6 +72,7 @@ def test_inputs_of_each_objective() -> None:
     assert Classification(class_names=("a", "b")).hide(short, 2, VOCAB) is None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_the_score_equals_that_of_single_items(name: str) -> None:
     objective, config = OBJECTIVES[name]

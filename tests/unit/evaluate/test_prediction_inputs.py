@@ -340,6 +340,7 @@ def windows(path: Path, n: int) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_validation_of_answers_is_squads_by_question(tmp_path: Path) -> None:
     """Validation and `evaluate` agree on the same questions, over all of their windows."""
     tokenizer().save(tmp_path / "tok")

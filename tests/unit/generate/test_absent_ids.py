@@ -73,6 +73,7 @@ def prompts(tokenizer: Tokenizer) -> list[np.ndarray]:
     return [tokenizer.encode(text) for text in ("the king", "nobody listens to", "the fool speaks")]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("weights", [None, "int8"])
 @pytest.mark.parametrize("name", CONFIGS)
 def test_wide_tables_generate_and_score_like_exact_ones(tokenizer: Tokenizer, name: str, weights: str | None) -> None:

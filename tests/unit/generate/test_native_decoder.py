@@ -133,6 +133,7 @@ def agree(got: list[Tensor], want: list[Tensor], bound: float) -> None:
         assert (a - b).norm() <= bound * b.norm()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CONFIGS)
 @pytest.mark.parametrize("count", [1, 2, 7])
 def test_logits_equal_those_of_the_model(name: str, count: int) -> None:
@@ -146,6 +147,7 @@ def test_rows_can_be_dropped(name: str) -> None:
     agree(logits_of(model, "native", 5, kept=(3, 1)), logits_of(model, "torch", 5, kept=(3, 1)), 2e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tiles", ["vectors", "tiles"])
 @pytest.mark.parametrize("name", ["nanochat", "llama", "gpt2", "t5", "heads of 64"])
 def test_bf16_weights_are_used_exactly(name: str, tiles: str) -> None:

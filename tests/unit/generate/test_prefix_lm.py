@@ -72,6 +72,7 @@ def test_the_prompt_has_bidirectional_attention(model: LM) -> None:
     assert not torch.allclose(bidirectional, causal, atol=1e-2)
 
 
+@pytest.mark.slow
 def test_cached_and_batched_equal_uncached_and_single(model: LM) -> None:
     rows = random_prompts(6, shortest=2)
     engine = Engine(model, ByteTokenizer(), stops=())
@@ -139,6 +140,7 @@ SMALL = [
 ]  # fmt: skip
 
 
+@pytest.mark.slow
 def test_a_run_is_used_with_the_attention_of_its_objective(tmp_path: Path) -> None:
     """A run sets prefix_lm in the config of the model it exports, and a later causal run resets it."""
     text = tmp_path / "text.txt"

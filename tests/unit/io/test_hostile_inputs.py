@@ -75,6 +75,7 @@ YAMLS = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", YAMLS)
 def test_malicious_recipes_are_rejected(name: str, tmp_path: Path) -> None:
     text, says = YAMLS[name]

@@ -73,6 +73,7 @@ CASES = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("way", ["train", "read", "flex", "bias", "groups"])
 def test_every_mask_form_matches_the_rule(name: str, way: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -107,6 +108,7 @@ def test_every_mask_form_matches_the_rule(name: str, way: str, monkeypatch: pyte
             assert torch.allclose(mine, other, atol=1e-12)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_invisible_keys_are_left_out(dtype: torch.dtype) -> None:
     """The query stream of a permuted order is at the end of the rows."""

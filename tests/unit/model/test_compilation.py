@@ -32,6 +32,8 @@ from firth.tokenizer.vocab import Vocab
 from firth.training.step import step
 from firth.types import Batch, UserError
 
+pytestmark = pytest.mark.slow
+
 VOCAB = Vocab(
     size=60, roles={"pad": 0, "bos": 1, "eos": 2, "mask": 3}, special=np.arange(60) < 14, sentinels=np.arange(4, 14)
 )

@@ -86,6 +86,7 @@ def build(config: ModelConfig, objective: Objective) -> LM:
     return model
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["padded", "packed"])
 @pytest.mark.parametrize(
     ("name", "front"),

@@ -161,6 +161,7 @@ def test_a_submodel_with_other_embeddings_is_rejected() -> None:
             LM(ENCODER, {"generator": TiedSubmodel(other, {"lm": LMHead(other)})})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "config", [ENCODER, replace(ALBERT, num_layer_groups=0, activation="gelu")], ids=["modern", "electra"]
 )

@@ -351,6 +351,7 @@ def run(directory: Path, steps: int) -> LM:
     return model
 
 
+@pytest.mark.slow
 def test_electra_resumes_bit_for_bit(tmp_path: Path) -> None:
     torch.set_num_threads(1)
     full = run(tmp_path / "full", 6)
@@ -363,6 +364,7 @@ def test_electra_resumes_bit_for_bit(tmp_path: Path) -> None:
     assert resumed.heads["generator"].tokens.weight is resumed.tokens.weight
 
 
+@pytest.mark.slow
 def test_generator_head_starts_with_token_frequencies() -> None:
     objective = RTD(mlm_probability=0.5)
     model = LM(config := encoder_config(60, 64, 2, max_positions=64), objective.heads(config))
@@ -397,6 +399,7 @@ ALL = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ALL)
 def test_ten_steps_lower_every_term(name: str) -> None:
     """Except those of the adversarial generator, which has a reward and no loss, and of its baseline."""

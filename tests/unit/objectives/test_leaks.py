@@ -299,6 +299,7 @@ TOKEN_CASES = [
 """The cases that predict tokens."""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", TOKEN_CASES)
 def test_hidden_tokens_change_nothing_visible(name: str) -> None:
     objective, source = ALL_CASES[name]

@@ -697,6 +697,7 @@ def test_half_precision_gradient_is_close_to_full() -> None:
     assert F.cosine_similarity(grads[0], grads[1], dim=0) > 0.99
 
 
+@pytest.mark.slow
 def test_xlnet_is_finetuned_without_its_memory(tmp_path: Path) -> None:
     """Records have no text before them: a model with memory is finetuned without it, and rows may be packed."""
     rng = np.random.default_rng(0)

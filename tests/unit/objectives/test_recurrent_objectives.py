@@ -140,6 +140,7 @@ def test_ten_steps_lower_every_term(name: str) -> None:
     assert all(last[term] < first[term] for term in objective.labels)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("algorithm", ["skipgram", "cbow"])
 def test_word2vec_is_its_definition(algorithm: str) -> None:
     """Pair by pair; noise: k times the mean over the row's noise words, for each pair."""
@@ -205,6 +206,7 @@ def test_subsampling_and_noise_distribution() -> None:
         WordWindows(Text(), np.zeros(60), 0.01, 0.75)
 
 
+@pytest.mark.slow
 def test_related_words_are_nearer_than_others() -> None:
     """Two halves of a vocabulary that never occur together: after training, a word's neighbors are in its own half."""
 

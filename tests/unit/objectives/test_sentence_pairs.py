@@ -47,6 +47,7 @@ def topical(rng: np.random.Generator) -> np.ndarray:
     return rng.integers(0, VOCAB_WORDS // 4, TEXT_WORDS) + VOCAB_WORDS // 4 * int(rng.integers(0, 4))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("objective", "text", "metric", "best"),
     # Every fourth random segment has the same topic and cannot be detected.

@@ -196,6 +196,7 @@ def test_only_salient_spans_are_hidden_as_units() -> None:
         salient(np.arange(3), Vocab(4, {}, np.zeros(4, bool)), 0.3, rng)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "objective",
     [PrefixLM(), PrefixLM(layout="seq2seq"), Denoising(), Denoising(layout="prefix"), SpanCorruption(noise="salient")]

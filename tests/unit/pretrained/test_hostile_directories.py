@@ -294,6 +294,7 @@ for name in sys.argv[1:]:
 """
 
 
+@pytest.mark.slow
 def test_memory_is_bounded(tmp_path: Path) -> None:
     """Each case may allocate 400 MB more in its process and must use less than 100 MB."""
     names = []
@@ -322,6 +323,7 @@ def test_memory_is_bounded(tmp_path: Path) -> None:
     assert all(int(line[1]) < 100 for line in lines), lines
 
 
+@pytest.mark.slow
 def test_loading_needs_a_models_memory_once(tmp_path: Path) -> None:
     """Weights are mapped and copied one by one, never held twice. GPT-2's are transposed."""
     config = ModelConfig(vocab_size=64, hidden_size=1024, num_layers=4, num_heads=8, max_positions=16)
@@ -468,6 +470,7 @@ TEMPLATES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", TEMPLATES)
 def test_malicious_templates(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)

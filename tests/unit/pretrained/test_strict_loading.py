@@ -53,6 +53,7 @@ def changed(directory: Path, state: dict[str, Tensor]) -> Path:
     return directory
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CONFIGS)
 def test_tensors_that_do_not_fit_are_named(name: str, tmp_path: Path) -> None:
     assert families_of(CONFIGS[name])[0].name == name

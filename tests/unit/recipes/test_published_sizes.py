@@ -41,6 +41,7 @@ def on_meta(name: str, pooler: bool = False) -> int:
         return sum(p.numel() for p in LM(config, parts).parameters())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", COUNTS)
 def test_parameters_match_the_released_checkpoint(name: str) -> None:
     assert on_meta(name) == PRESETS[name].num_parameters() == COUNTS[name]

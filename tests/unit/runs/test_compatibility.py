@@ -132,6 +132,7 @@ RECIPES = (
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", RECIPES)
 def test_suggestions_of_errors_work(name: str) -> None:
     """At most three times: another model, then other examples, then a setting of those."""

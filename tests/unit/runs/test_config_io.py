@@ -22,6 +22,7 @@ from firth.runs.recipe_names import RECIPES
 from firth.types import UserError
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", RECIPES)
 def test_published_recipes_round_trip_through_yaml(name: str, tmp_path: Path) -> None:
     recipe = published(name)

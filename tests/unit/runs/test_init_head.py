@@ -51,6 +51,7 @@ CASES: dict[str, tuple[Objective, ModelConfig]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 def test_untrained_loss_is_the_unigram_entropy(name: str) -> None:
     objective, config = CASES[name]
@@ -64,6 +65,7 @@ def test_untrained_loss_is_the_unigram_entropy(name: str) -> None:
     assert ENTROPY - 0.05 < after < ENTROPY + 0.1
 
 
+@pytest.mark.slow
 def test_encoder_decoder_labels_include_sentinels() -> None:
     objective, config = SpanCorruption(), encoder_decoder_config(SIZE, 64, 2)
     model = LM(config, objective.heads(config)).eval()

@@ -173,6 +173,7 @@ def suggestions(objective: Objective, segment: str, message: str) -> list[tuple[
     return [(objective, name) for name in segments or [segment] * bool(found)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("segment", EXAMPLES)
 @pytest.mark.parametrize("name", objectives.OBJECTIVES)
 def test_accepted_combinations_train(place: Place, name: str, segment: str) -> None:
@@ -191,6 +192,7 @@ def test_accepted_combinations_train(place: Place, name: str, segment: str) -> N
     assert all(torch.isfinite(value) for value in terms.values()) and terms.keys() >= objective.labels.keys()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", objectives.OBJECTIVES)
 def test_accepted_sums_train(place: Place, name: str) -> None:
     """Components in the written order, on the first kind of examples with the inputs of both."""

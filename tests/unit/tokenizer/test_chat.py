@@ -154,6 +154,7 @@ HOSTILE = ["<|im_end|>", "<|im_start|>", "</s>", "<s>", "<mask>", "<pad>", "[/IN
 HOSTILE += ["\n", "é", "\ud800", "\ue0000\ue001", "\ue000", "\0"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["own", *TEMPLATES])
 @given(texts=st.lists(st.lists(st.sampled_from(HOSTILE), max_size=6).map("".join), min_size=1, max_size=4))
 def test_user_text_never_becomes_a_control_token(own, kind, texts):

@@ -56,6 +56,7 @@ def goldens(unpack) -> Path:
     return unpack(large(LLAMA), *(f"*/llama.cpp/models/ggml-vocab-{name}.gguf*" for name in NAMES))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_golden_ids_are_equal(goldens, name):
     tokenizer = Tokenizer.load(goldens / f"ggml-vocab-{name}.gguf")

@@ -104,6 +104,7 @@ def test_bytes_are_restored(trained, text):
     assert tokenizer.decode(tokenizer.encode(text)) == text
 
 
+@pytest.mark.slow
 @given(st.text(max_size=60))
 @settings(max_examples=200, deadline=None)
 def test_byte_bpe_restores_any_text(trained, text):
@@ -312,6 +313,15 @@ def test_show_prints_merges_in_order_with_their_counts(trained, tmp_path):
     assert inspection.render(inspection.TokenizerView("BPE", 9, 3, (Merge("##a", "##b", 7),), (), (), ())).split()[-6:-1] == [
         "##a", "+", "##b", "->", "##ab",
     ]  # fmt: skip
+
+
+def test_byte_level_pieces_are_shown_as_text():
+    tokenizer = train(["kůň kůň kůň", "kůň"] * 20, "byte-bpe", vocab_size=330)
+    shown = inspection.render(inspection.inspect_tokenizer(tokenizer, ["kůň", "€"]))
+    assert re.search(r"-> ␣kůň\n", shown)
+    assert re.search(r"^  kůň +kůň$", shown, re.M)
+    assert "\\xe2  \\x82  \\xac" in shown  # no merge has made it whole
+    assert not set(shown) & set("ÃÄÅ")
 
 
 def test_show_of_unigram_prints_the_most_likely_pieces(trained):

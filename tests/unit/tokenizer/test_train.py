@@ -83,6 +83,7 @@ CORPORA = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("corpus", CORPORA)
 @pytest.mark.parametrize("algorithm", FORMS)
 def test_merges_and_counts_equal_a_direct_implementation(algorithm, corpus):
@@ -111,6 +112,7 @@ print(train(texts, sys.argv[1], 1500, seed=3, sample_bytes=int(sys.argv[2])).dig
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 def test_the_same_text_and_seed_give_the_same_file(algorithm):
     found = set()
@@ -132,6 +134,7 @@ def trained():
 LETTERS = sorted({c for text in LITTLE for c in text if not c.isspace()})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 @given(word=st.text(st.sampled_from(LETTERS), min_size=1, max_size=40))
 @settings(max_examples=60, deadline=None)
@@ -191,6 +194,7 @@ def chinese() -> str:
     return "".join(rng.choices(han, weights=[1 / (i + 1) for i in range(3000)], k=40_000)) + " plain words" * 50
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("algorithm", FALLBACK_ALGORITHMS)
 def test_nothing_is_unknown_with_byte_fallback(algorithm: str, chinese: str, tmp_path) -> None:
     """3,000 characters in 1,200 ids: bytes by default, else the unknown share and a hint are reported."""
@@ -382,6 +386,7 @@ def test_pieces_have_letters_of_one_script_digits_or_signs(trained):
     assert any(unicodedata.category(model.token(i)[-1]) == "Nd" for i in model.vocab.ordinary)
 
 
+@pytest.mark.slow
 @pytest.mark.oracle
 def test_held_out_text_is_as_likely_as_under_sentencepiece(tmp_path):
     import sentencepiece

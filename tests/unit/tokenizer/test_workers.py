@@ -44,6 +44,7 @@ def by_engine(engine: Engine, texts: list[str]) -> Counter[str]:
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("algorithm", [*ALGORITHMS, WORD_LEVEL])
 def test_words_are_counted_as_the_engine_splits(algorithm: str) -> None:
     engine = blank(algorithm, "<unk>")
@@ -86,6 +87,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(workers, "LIST_CHARACTERS", 700)
 
 
+@pytest.mark.slow
 def test_a_store_is_the_same_for_any_number_of_workers(tmp_path: Path, small: None) -> None:
     files = {}
     for count in (1, 2, 3):
@@ -100,6 +102,7 @@ def test_counts_and_tokenizers_are_the_same_with_workers(small: None) -> None:
     assert count_all(engine, TEXTS, workers=2) == word_counts.count(engine, TEXTS)
 
 
+@pytest.mark.slow
 def test_a_build_resumes_after_a_killed_worker(tmp_path: Path, small: None, monkeypatch: pytest.MonkeyPatch) -> None:
     started: list[Workers] = []
     enter = Workers.__enter__

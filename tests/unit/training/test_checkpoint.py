@@ -51,6 +51,7 @@ def test_saved_tensors_are_plain_safetensors_and_load_again(tmp_path: Path) -> N
         assert file.metadata() == {"format": "pt"}
 
 
+@pytest.mark.slow
 def test_every_flipped_byte_is_caught(tmp_path: Path) -> None:
     path = save(tmp_path, 1)
     flipped = 0

@@ -38,6 +38,7 @@ def run(directory: Path, source: Chains) -> TrainingResult:
     )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_the_run_ends_with_the_step_that_reaches_the_budget(tmp_path: Path) -> None:
     result = run(tmp_path, Chains())
     log = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
@@ -53,6 +54,7 @@ def test_the_run_ends_with_the_step_that_reaches_the_budget(tmp_path: Path) -> N
     assert log[-2]["rate"] == pytest.approx(0.01 * Schedule("linear", warmup_ratio=0.1).factor(middle))
 
 
+@pytest.mark.slow
 def test_a_killed_and_resumed_run_equals_an_uninterrupted_one(tmp_path: Path) -> None:
     whole = run(tmp_path / "whole", Chains())
     with pytest.raises(RuntimeError, match="killed"):

@@ -90,6 +90,7 @@ SMALL = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["gpt", "bert", "electra", "t5", "xlnet"])
 def test_losses_do_not_depend_on_the_thread(
     name: str, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -92,6 +92,7 @@ def model() -> LM:
     return LM(config, OBJECTIVE.heads(config))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("clip", [0.0, 0.05])
 def test_sparse_and_dense_optimizers_agree(clip: float, way: str) -> None:
     config = OptimizerConfig(name="adamw", lr=1e-2, max_grad_norm=clip)

@@ -84,6 +84,7 @@ def wait_until(condition: Callable[[], bool], seconds: float = 60) -> None:
         time.sleep(0.005)
 
 
+@pytest.mark.slow
 def test_rollouts_are_logged_once_under_their_first_step(
     uninterrupted: Path,
 ) -> None:
@@ -92,6 +93,7 @@ def test_rollouts_are_logged_once_under_their_first_step(
     assert len({row["sum"] for row in rollouts}) > 1
 
 
+@pytest.mark.slow
 def test_a_run_killed_twenty_times_equals_an_uninterrupted_one(
     tmp_path: Path, uninterrupted: Path, children: multiprocessing.context.ForkServerContext
 ) -> None:
@@ -116,6 +118,7 @@ def test_a_run_killed_twenty_times_equals_an_uninterrupted_one(
     assert_same_run(uninterrupted, directory, 120)
 
 
+@pytest.mark.slow
 def test_ctrl_c_saves_and_explains_how_to_resume(
     tmp_path: Path, uninterrupted: Path, children: multiprocessing.context.ForkServerContext
 ) -> None:
@@ -135,6 +138,7 @@ def test_ctrl_c_saves_and_explains_how_to_resume(
     assert_same_run(uninterrupted, tmp_path, 120)
 
 
+@pytest.mark.slow
 def test_a_second_ctrl_c_ends_at_once_with_valid_checkpoints(
     tmp_path: Path, children: multiprocessing.context.ForkServerContext
 ) -> None:
@@ -260,6 +264,7 @@ def test_a_run_without_labels_is_rejected(tmp_path: Path) -> None:
         train(small_model(), NoLabels(), batches, tmp_path, budget=Budget(max_steps=2), reporter=NullReporter())
 
 
+@pytest.mark.slow
 def test_a_budget_in_seconds_counts_only_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The clock advances by 0.01 s per call, and by 100 s during validation."""
     now = [0.0]
@@ -282,6 +287,7 @@ def test_a_budget_in_seconds_counts_only_training(tmp_path: Path, monkeypatch: p
     assert found.metrics["rate"] < 0.2 * OptimizerConfig().lr  # the end of the schedule
 
 
+@pytest.mark.slow
 def test_training_learns_and_reports_progress(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     found = train(
         small_model(dropout=0.0), WithAccuracy(), small_batches(Chains()), tmp_path, name="chains",

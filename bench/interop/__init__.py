@@ -1,0 +1,1 @@
+"""Interoperation: files of firth in other programs."""

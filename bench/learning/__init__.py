@@ -1,0 +1,1 @@
+"""Learning: each objective on real text against its baselines."""

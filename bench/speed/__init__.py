@@ -1,0 +1,1 @@
+"""Speed: firth against the same work in other programs, or a part of firth alone."""

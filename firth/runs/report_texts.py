@@ -1,0 +1,84 @@
+"""Write what a model says before and after training, for the report of its run: samples and answers to held-out prompts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from firth.generate.engine import Engine
+from firth.generate.sampling import Sampling
+from firth.io.atomic import write_text
+from firth.io.json_files import read_rows, row_line
+from firth.model.model import LM
+from firth.runs import held_out_texts
+from firth.runs.examples import DatasetSplits
+from firth.runs.inference import LoadedModel
+from firth.runs.prepare import RunData
+from firth.runs.recipe import Recipe
+from firth.tokenizer.tokenizer import Tokenizer
+from firth.types import UserError
+
+SAMPLES = "samples.jsonl"
+
+
+def delete_texts(directory: Path) -> None:
+    """Delete the texts of a run that ended before its first checkpoint."""
+    for name in (SAMPLES, held_out_texts.FILE):
+        (directory / name).unlink(missing_ok=True)
+
+
+def write_texts(recipe: Recipe, model: LM, data: RunData, splits: DatasetSplits, step: int) -> None:
+    """Write samples and answers to held-out prompts at a step.
+
+    Args:
+        recipe: The resolved recipe.
+        model: The model at this step.
+        data: The data of the run.
+        splits: The examples of the run.
+        step: Optimizer steps taken so far.
+    """
+    _write_samples(recipe, model, data.tokenizer, data.directory, step)
+    _write_held_out_texts(recipe, splits, model, data, step)
+
+
+def _write_samples(recipe: Recipe, model: LM, tokenizer: Tokenizer, directory: Path, step: int) -> None:
+    """Write the model's samples for the recipe's prompts at a step to samples.jsonl, once per step."""
+    loaded = LoadedModel(model, tokenizer, Engine(model, tokenizer), recipe.objective)
+    sampling = Sampling(max_new_tokens=64, temperature=0.8, seed=recipe.seed)
+
+    def rows() -> Iterator[dict[str, Any]]:
+        for prompt in recipe.sample_prompts:
+            if not loaded.supports(prompt):  # the prompts of a recipe may not suit the objective that the user sets
+                continue
+            try:
+                text = loaded.sample(prompt, sampling)
+            except UserError as error:  # a failed sample must not stop a run
+                text = f"({error})"
+            yield {"step": step, "prompt": prompt, "text": text}
+
+    if recipe.sample_prompts:
+        _add_rows(directory / SAMPLES, step, rows)
+
+
+def _write_held_out_texts(recipe: Recipe, splits: DatasetSplits, model: LM, data: RunData, step: int) -> None:
+    """Write the model's answers to held-out prompts at a step, for the report, if the run trains on answers to prompts."""
+    texts = splits.texts or held_out_texts.choose(splits.train, splits.validation, recipe.examples.fields)
+    if texts is not None:
+
+        def rows() -> Iterable[dict[str, Any]]:
+            with data.autocast():
+                return texts.rows(model, data.tokenizer, step, recipe.seed)
+
+        _add_rows(data.directory / held_out_texts.FILE, step, rows)
+
+
+def _add_rows(path: Path, step: int, make: Callable[[], Iterable[dict[str, Any]]]) -> None:
+    """Add the rows of a step to a JSONL file, once per step; the random state of training is unchanged."""
+    rows = read_rows(path, {"step": int, "prompt": str}, "delete the file: it is for the report alone")
+    if not any(row["step"] == step for row in rows):
+        with torch.random.fork_rng():
+            rows += make()
+        write_text(path, "".join(row_line(row, ascii_only=False) for row in rows))

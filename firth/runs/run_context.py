@@ -1,0 +1,92 @@
+"""What the phases of a run share: its directory, its ranks, its log and the hashes of its inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+from firth.runs.input_hashes import RunInputs, content_hash, has_begun, recorded_hash
+from firth.runs.recipe import Recipe
+from firth.training.distributed import Ranks
+from firth.types import LogLine
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class RunIdentity:
+    """Hashes that tell whether a directory holds the same run.
+
+    Args:
+        recipe: Hash of the resolved recipe without its paths.
+        run: Hash of the recipe and the content of its inputs, stored in checkpoints and in the exported model.
+    """
+
+    recipe: str
+    run: str
+
+
+@dataclass(frozen=True, eq=False)
+class RunContext:
+    """Directory, ranks, log and input hashes of a run.
+
+    Args:
+        directory: The run directory.
+        ranks: The ranks of the run.
+        log: Receives messages; it ignores them on all ranks but the first.
+        inputs: Hashes of the inputs.
+        resumed: Whether the directory held a checkpoint or a finished run at the start.
+    """
+
+    directory: Path
+    ranks: Ranks
+    log: LogLine
+    inputs: RunInputs
+    resumed: bool
+
+    @staticmethod
+    def open(recipe: Recipe, directory: Path, log: LogLine, ranks: Ranks) -> RunContext:
+        """Hash the inputs of a run and compare them with those of the run in the directory.
+
+        Raises:
+            UserError: The directory holds a run with other inputs.
+        """
+        log = log if ranks.first else _silent
+        inputs = first_rank_first(ranks, lambda: RunInputs.read(recipe, directory, log, ranks.first))
+        context = RunContext(directory, ranks, log, inputs, has_begun(directory))
+        context.check_inputs()
+        return context
+
+    def check_inputs(self) -> None:
+        """Raise a UserError if a run is resumed and an input that has been hashed is not that of its start."""
+        if self.resumed:
+            self.inputs.check(self.directory)
+
+    def first_rank_first(self, make: Callable[[], T]) -> T:
+        """Return `make()`, called on the first rank, which writes files, and then on the others, which find them."""
+        return first_rank_first(self.ranks, make)
+
+    def identify(self, resolved: Recipe) -> RunIdentity:
+        """Return the hashes of a run.
+
+        Raises:
+            UserError: The directory holds a run of another recipe.
+        """
+        recipe = recorded_hash(self.directory, resolved) if self.resumed else content_hash(resolved)
+        return RunIdentity(recipe, self.inputs.identity(recipe))
+
+
+def first_rank_first(ranks: Ranks, make: Callable[[], T]) -> T:
+    """Return `make()`, called on the first rank, which writes files, and then on the others, which find them."""
+    if not ranks.first:
+        ranks.wait()
+        return make()
+    made = make()
+    ranks.wait()
+    return made
+
+
+def _silent(_: str) -> None:
+    """Ignore a message: only the first rank prints."""
