@@ -4,6 +4,7 @@ python examples/pretrain.py MY_FOLDER runs/mine --steps 300
 """
 
 import argparse
+import logging
 
 import firth
 
@@ -25,6 +26,7 @@ def main() -> None:
             "evaluation.every": max(arguments.steps // 4, 1),
         },
     )
+    logging.basicConfig(level=logging.INFO, format="%(message)s")  # shows firth's messages
     losses = []
 
     def on_metrics(row: dict) -> None:

@@ -8,6 +8,8 @@
     model.generate(["The quick"], max_new_tokens=20)
 
 It does what the commands of the same names do. Records may be lists of dicts (`df.to_dict("records")` for a DataFrame).
+Messages go to the Python logger "firth" (`logging.basicConfig(level=logging.INFO)` shows them); on a terminal, training shows a
+progress bar.
 """
 
 from __future__ import annotations
@@ -33,8 +35,8 @@ from firth.runs.inference import LoadedModel, encode_prompt, objective_in, train
 from firth.runs.recipe import Recipe, load
 from firth.runs.run import RunResult, run
 from firth.tokenizer import chat
-from firth.training.logging import LineReporter, OnMetrics
-from firth.types import LogLine, UserError
+from firth.training.logging import OnMetrics
+from firth.types import UserError
 
 Rows = Sequence[Mapping[str, Any]]
 
@@ -63,7 +65,6 @@ def train(
     *,
     rows: Rows | None = None,
     validation_rows: Rows | None = None,
-    log: LogLine = print,
     on_metrics: OnMetrics | None = None,
 ) -> RunResult:
     """Train a recipe in a directory, or resume or return the run that the directory holds.
@@ -73,7 +74,6 @@ def train(
         directory: The run directory.
         rows: Training records, instead of the recipe's data; they are kept in the directory as rows.jsonl.
         validation_rows: Validation records; without them, some of `rows` are held out.
-        log: Called with each line of progress.
         on_metrics: Called with each row of metrics.jsonl as it is written: the step and the metrics by name.
 
     Returns:
@@ -96,8 +96,7 @@ def train(
         recipe = dataclasses.replace(recipe, data=data)
     elif validation_rows is not None:
         raise UserError("validation_rows needs rows: without them, set data.validation_path in the recipe")
-    reporter = None if log is print else LineReporter(recipe.name, write=log)
-    return run(recipe, directory, log, reporter, on_metrics)
+    return run(recipe, directory, on_metrics=on_metrics)
 
 
 def load_model(directory: str | Path, weights: str | None = None) -> Model:
@@ -186,12 +185,11 @@ class Model:
         length = trained_length(self._evaluated)
         return embed(self._evaluated.model, self.tokenizer, _texts(texts), length=length, unit=normalize)[0]
 
-    def predict(self, rows: Rows | Sequence[str], log: LogLine = print) -> list[dict[str, Any]]:
+    def predict(self, rows: Rows | Sequence[str]) -> list[dict[str, Any]]:
         """Return one row of predictions per record, from the model's task head: the label and its probability, ...
 
         Args:
             rows: Records with the fields of the training data, or texts.
-            log: Called with each warning about truncated or ambiguous input.
 
         Raises:
             UserError: The model has no task head, or a record does not fit the task.
@@ -199,20 +197,17 @@ class Model:
         texts = all(isinstance(row, str) for row in rows)
         lines = [json.dumps({"text": row} if texts else row, ensure_ascii=False) for row in rows]
         stdin = io.BytesIO("".join(f"{line}\n" for line in lines).encode())
-        return list(predict_with(self._evaluated, "-", stdin, form="jsonl", log=log))
+        return list(predict_with(self._evaluated, "-", stdin, form="jsonl"))
 
-    def evaluate(
-        self, paths: Sequence[str], *, task: str | None = None, limit: int | None = None, log: LogLine = print
-    ) -> dict[str, Any]:
+    def evaluate(self, paths: Sequence[str], *, task: str | None = None, limit: int | None = None) -> dict[str, Any]:
         """Return metrics by name on files, as `firth evaluate` does.
 
         Args:
             paths: Text or records.
             task: A task of `firth evaluate`; None for the model's own.
             limit: The most tokens (text) or records.
-            log: Called with each note on what was dropped.
         """
-        return measure_with(self._evaluated, _texts(paths), task=task, limit=limit, log=log)
+        return measure_with(self._evaluated, _texts(paths), task=task, limit=limit)
 
 
 def _texts(texts: Sequence[str]) -> list[str]:

@@ -6,8 +6,11 @@
 
 from __future__ import annotations
 
+import logging
 import shlex
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -16,7 +19,7 @@ import typer
 from firth import __version__
 from firth.io.atomic import refusal
 from firth.ranges import MAX_TOKENS, Range, check_range
-from firth.types import UserError
+from firth.types import LOGGER, UserError
 
 app = typer.Typer(
     help="firth takes raw text to a language model that is pretrained, adapted, aligned and evaluated.",
@@ -101,13 +104,33 @@ def main() -> None:
         sys.exit(2)
 
 
-def _warn(message: str) -> None:
-    """Print a message on standard error."""
-    typer.echo(f"firth: {message}", err=True)
+class ConsoleHandler(logging.Handler):
+    """Prints messages on standard output and warnings on standard error."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        warning = record.levelno >= logging.WARNING
+        typer.echo(f"firth: {record.getMessage()}" if warning else record.getMessage(), err=warning)
+
+
+@contextmanager
+def console() -> Iterator[None]:
+    """Print the messages of firth within the context."""
+    handler, level = ConsoleHandler(), LOGGER.level
+    LOGGER.addHandler(handler)
+    LOGGER.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        LOGGER.removeHandler(handler)
+        LOGGER.setLevel(level)
 
 
 @app.callback(invoke_without_command=True)
-def root(version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False) -> None:
+def root(
+    context: typer.Context,
+    version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False,
+) -> None:
+    context.with_resource(console())
     if version:
         typer.echo(f"firth {__version__}")
         raise typer.Exit
@@ -169,7 +192,7 @@ def fetch(
         for row in catalog.describe():
             typer.echo(row)
     for name in names or []:
-        typer.echo(catalog.fetch(name, log=typer.echo))
+        typer.echo(catalog.fetch(name))
 
 
 @tokenizer_app.command("train")
@@ -203,7 +226,6 @@ def tokenizer_train(
         seed=seed,
         num_sentinels=num_sentinels,
         byte_fallback=byte_fallback,
-        log=typer.echo,
     )
     typer.echo(f"Inspect it:  firth tokenizer show {shlex.quote(str(out))} some words")
 
@@ -238,7 +260,7 @@ def train(
         raise UserError(
             f"{recipe} is a run directory, and {' '.join(settings)} would change its recipe: choose another directory with --out"
         )
-    run(resolved, out or home, log=typer.echo)
+    run(resolved, out or home)
 
 
 @app.command()
@@ -284,7 +306,7 @@ def compare(
     config = ComparisonConfig(
         Budget(max_seconds=max_seconds, max_flops=max_flops), parse_shares(shares), seeds, probe, labels
     )
-    typer.echo(compare_recipes(names, settings, config, out, log=typer.echo))
+    typer.echo(compare_recipes(names, settings, config, out))
 
 
 @app.command()
@@ -322,7 +344,7 @@ def generate(
         seed=seed,
     )
     text = sys.stdin.read() if prompt == "-" else prompt
-    for piece in generate_texts(run, text, between, count, sampling, weights, _warn):
+    for piece in generate_texts(run, text, between, count, sampling, weights):
         typer.echo(piece, nl=False)
     typer.echo()
 
@@ -381,7 +403,7 @@ def chat(
     sampling = Sampling(
         temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, max_new_tokens=longest, seed=seed
     )
-    talk = Conversation(run, sampling, weights, system, capped=max_new_tokens is None, log=_warn)
+    talk = Conversation(run, sampling, weights, system, capped=max_new_tokens is None)
     while True:
         try:
             line = input("> " if sys.stdin.isatty() else "")
@@ -394,11 +416,11 @@ def chat(
             for piece in talk.answer(line):
                 typer.echo(piece, nl=False)
         except PromptTooLongError as error:
-            _warn(str(error))
+            LOGGER.warning(str(error))
             continue
         typer.echo()
         if talk.dropped and not before:
-            _warn("the context is full: the oldest exchanges are dropped from here on")
+            LOGGER.warning("the context is full: the oldest exchanges are dropped from here on")
 
 
 @app.command()
@@ -473,12 +495,12 @@ def evaluate(
     from firth.runs.inference import evaluate_run
 
     run, *paths = models
-    typer.echo(evaluate_run(Path(run), paths, task=tasks[0] if tasks else None, limit=limit, as_json=json, log=_warn))
+    typer.echo(evaluate_run(Path(run), paths, task=tasks[0] if tasks else None, limit=limit, as_json=json))
 
 
 def _replies_done(done: int, total: int) -> None:
     """Print the progress of an evaluation."""
-    _warn(f"{done:,} of {total:,} replies")
+    LOGGER.info("%s of %s replies", f"{done:,}", f"{total:,}")
 
 
 @app.command()
@@ -506,7 +528,7 @@ def predict(
 
     if out is not None:
         check_output_path(out)
-    count = write(rows(run, file, sys.stdin.buffer, form=input, log=_warn), out, typer.echo)
+    count = write(rows(run, file, sys.stdin.buffer, form=input), out, typer.echo)
     if out is not None:
         typer.echo(f"{out}: {many(count, 'row')}")
 
@@ -530,9 +552,7 @@ def embed(
     from firth.runs.inference import embed_file
 
     typer.echo(
-        embed_file(
-            run, file, sys.stdin.buffer, out, field=text_field, unit=normalize, length=max_length, form=input, log=_warn
-        )
+        embed_file(run, file, sys.stdin.buffer, out, field=text_field, unit=normalize, length=max_length, form=input)
     )
 
 
@@ -544,7 +564,7 @@ def import_(
     """Read a published model and its tokenizer, check them, and write a directory that all commands read."""
     from firth.runs.import_export import import_model
 
-    import_model(directory, out, log=typer.echo)
+    import_model(directory, out)
 
 
 @app.command()
@@ -560,7 +580,7 @@ def export(
     """Write a run's model in a format that other programs load, with a model card."""
     from firth.runs.import_export import export_model
 
-    export_model(run, out, form=form, dtype=dtype, shard=shard_size, log=typer.echo)
+    export_model(run, out, form=form, dtype=dtype, shard=shard_size)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,11 @@
-"""Types that all packages share: Example, Batch, constants, and the error for users.
+"""Types that all packages share: Example, Batch, constants, the logger, and the error for users.
 
 Nothing here imports torch at run time: `firth --help` and `firth.tokenizer` must start without it.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +24,9 @@ else:
 
 LogLine = Callable[[str], None]
 """A function that prints one line for the user, such as `print`."""
+
+LOGGER = logging.getLogger("firth")
+"""Python's logger of all messages: INFO for progress and notes, WARNING for what the user should look at."""
 
 IGNORE = -100
 """Label of a position without a loss (torch's `ignore_index`)."""

@@ -52,7 +52,7 @@ from firth.runs.run import run
 from firth.runs.tokenizer import check_vocab, sentinels_of, tokenizer_of
 from firth.tokenizer.tokenizer import Tokenizer
 from firth.training.schedule import Budget
-from firth.types import LogLine, UserError
+from firth.types import LOGGER, LogLine, UserError
 
 PROBE = "probe."
 """Prefix of the finetuning settings on the command line."""
@@ -159,7 +159,7 @@ class ComparisonRun:
 
 
 def compare(
-    names: Sequence[str], settings: Sequence[str], config: ComparisonConfig, out: Path, log: LogLine = print
+    names: Sequence[str], settings: Sequence[str], config: ComparisonConfig, out: Path, log: LogLine = LOGGER.info
 ) -> str:
     """Run a comparison, or what is left of it, and write its table and report.
 

@@ -24,7 +24,7 @@ from firth.corpora.download import Package
 from firth.io.atomic import make_directory, scratch_directory, write_text
 from firth.io.cache import cache
 from firth.io.integrity import sealed, verify
-from firth.types import LogLine, UserError
+from firth.types import LOGGER, LogLine, UserError
 
 FORMAT_VERSION = 1
 """Increased when the prepared files change, so that old caches are prepared again."""
@@ -215,7 +215,7 @@ def describe() -> list[str]:
     ]
 
 
-def fetch(name: str, log: LogLine = print) -> Path:
+def fetch(name: str, log: LogLine = LOGGER.info) -> Path:
     """Return the directory of a prepared corpus, and fetch it first if needed; license and source are printed each time.
 
     Raises:
@@ -226,7 +226,7 @@ def fetch(name: str, log: LogLine = print) -> Path:
     return fetch_corpus(CATALOG[name], cache(), log)
 
 
-def paths(name: str, log: LogLine = print) -> list[str]:
+def paths(name: str, log: LogLine = LOGGER.info) -> list[str]:
     """Return the paths of the documents or records of a corpus, for `firth.corpora.readers`.
 
     Args:

@@ -48,13 +48,15 @@ from firth.runs.tokenizer import sentinels_of
 from firth.tokenizer import chat, inspection
 from firth.tokenizer.inspection import readable
 from firth.tokenizer.tokenizer import Tokenizer
-from firth.types import LogLine, UserError
+from firth.types import LOGGER, LogLine, UserError
 
 Results = dict[str, Any]
 """Results of a stage, as JSON."""
 
 
-def run_demo(out: Path, *, text: Sequence[str] = (), size: str = "small", seed: int = 0, log: LogLine = print) -> Path:
+def run_demo(
+    out: Path, *, text: Sequence[str] = (), size: str = "small", seed: int = 0, log: LogLine = LOGGER.info
+) -> Path:
     """Run every stage that is not finished in a directory.
 
     Args:

@@ -18,7 +18,7 @@ from typing import Any
 from firth.evaluate import glue, tasks
 from firth.evaluate.task import EvaluatedModel, Progress, load_evaluated_model
 from firth.evaluate.text_perplexity import likelihood
-from firth.types import LogLine, UserError
+from firth.types import LOGGER, LogLine, UserError
 
 
 def evaluate(
@@ -28,7 +28,7 @@ def evaluate(
     task: str | None = None,
     limit: int | None = None,
     progress: Progress = lambda _: None,
-    log: LogLine = lambda _: None,
+    log: LogLine = LOGGER.warning,
 ) -> dict[str, Any]:
     """Evaluate the model of a run or model directory on files.
 
@@ -59,7 +59,7 @@ def evaluate_model(
     task: str | None = None,
     limit: int | None = None,
     progress: Progress = lambda _: None,
-    log: LogLine = lambda _: None,
+    log: LogLine = LOGGER.warning,
 ) -> dict[str, Any]:
     """Evaluate a loaded model on any task but "glue"; arguments and result are those of `evaluate`."""
     task = tasks.default_for(evaluated, paths) if task is None else task

@@ -27,7 +27,7 @@ from firth.evaluate.tasks import TASKS, default_task
 from firth.evaluate.tasks.generation import GENERATION
 from firth.generate.scoring import scoring_mode
 from firth.io.atomic import new_file
-from firth.types import LogLine, UserError
+from firth.types import LOGGER, LogLine, UserError
 
 
 def predict(
@@ -37,7 +37,7 @@ def predict(
     progress: Progress = lambda _: None,
     *,
     form: str = "auto",
-    log: LogLine = lambda _: None,
+    log: LogLine = LOGGER.warning,
 ) -> Iterator[dict[str, Any]]:
     """Yield a row of predictions for each record.
 
@@ -62,7 +62,7 @@ def predict_with(
     progress: Progress = lambda _: None,
     *,
     form: str = "auto",
-    log: LogLine = lambda _: None,
+    log: LogLine = LOGGER.warning,
 ) -> Iterator[dict[str, Any]]:
     """Yield a row of predictions of a loaded model for each record; see `predict`."""
     task = prediction_task(evaluated)

@@ -25,7 +25,7 @@ from firth.evaluate.perplexity import (
 from firth.generate.scoring import scoring_mode
 from firth.pretrained.load_save import metadata_of
 from firth.tokenizer.tokenizer import Tokenizer
-from firth.types import IGNORE, Example, LogLine, UserError
+from firth.types import IGNORE, LOGGER, Example, LogLine, UserError
 
 if TYPE_CHECKING:
     from firth.evaluate.task import EvaluatedModel, Progress
@@ -74,7 +74,7 @@ def likelihood(
     paths: Sequence[str],
     limit: int | None,
     progress: Progress,
-    log: LogLine = lambda _: None,
+    log: LogLine = LOGGER.warning,
 ) -> dict[str, Any]:
     """Return perplexity and bits per byte of the documents in files, with an interval where there are enough blocks.
 

@@ -22,21 +22,18 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
-import torch
 from torch import Tensor
 
-from firth.generate.decoding_batch import DecodingBatch, inference_mode, pad_right, rectangle
+from firth.generate.decoding_batch import DecodingBatch, inference_mode, rectangle
 from firth.generate.fill_mask import Candidate, fill
 from firth.generate.quantized import quantize
 from firth.generate.sampling import Sampling
 from firth.generate.scoring import ScoredPair, score_pairs
 from firth.generate.streaming import Completion, StreamingOutput
-from firth.model.forward_context import ForwardContext
-from firth.model.heads import LMHead
 from firth.model.model import LM
 from firth.tokenizer import chat
 from firth.tokenizer.tokenizer import Tokenizer
-from firth.types import IGNORE, NEVER, UserError
+from firth.types import UserError
 
 
 class Engine:

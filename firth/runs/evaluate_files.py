@@ -26,7 +26,7 @@ from firth.runs.prepare import RunData
 from firth.runs.recipe import load
 from firth.runs.validation import Validator
 from firth.training.distributed import Ranks
-from firth.types import LogLine, UserError
+from firth.types import LOGGER, LogLine, UserError
 
 OBJECTIVE = "objective"
 """Name of the task that evaluates a run's own objective."""
@@ -38,7 +38,7 @@ def measure(
     *,
     task: str | None = None,
     limit: int | None = None,
-    log: LogLine = lambda _: None,
+    log: LogLine = LOGGER.warning,
 ) -> dict[str, Any]:
     """Evaluate a run or model directory on files; return metrics by name.
 
@@ -63,7 +63,7 @@ def measure_with(
     *,
     task: str | None = None,
     limit: int | None = None,
-    log: LogLine = lambda _: None,
+    log: LogLine = LOGGER.warning,
 ) -> dict[str, Any]:
     """Evaluate a loaded model on files; see `measure`."""
     task = default_for(evaluated, paths) if task is None else task

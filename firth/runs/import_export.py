@@ -33,7 +33,7 @@ from firth.runs.examples import model_directory
 from firth.runs.inference import objective_of
 from firth.tokenizer import chat
 from firth.tokenizer.tokenizer import Tokenizer
-from firth.types import LogLine, UserError
+from firth.types import LOGGER, LogLine, UserError
 
 METADATA_FILE = "firth.json"
 """File in every model directory that firth writes."""
@@ -62,7 +62,7 @@ class ModelPackage:
     dtype: str
 
 
-def import_model(given: Path, out: Path, log: LogLine = print) -> None:
+def import_model(given: Path, out: Path, log: LogLine = LOGGER.info) -> None:
     """Import a model of another library into a directory that all firth commands accept, and describe it.
 
     Weights keep their dtype; quantized weights become fp32.
@@ -97,7 +97,7 @@ def import_model(given: Path, out: Path, log: LogLine = print) -> None:
         log(line)
 
 
-def export_model(run: Path, out: Path, *, form: str, dtype: str, shard: str, log: LogLine = print) -> None:
+def export_model(run: Path, out: Path, *, form: str, dtype: str, shard: str, log: LogLine = LOGGER.info) -> None:
     """Export the model of a run for other libraries, with a model card.
 
     Args:

@@ -41,7 +41,7 @@ from firth.tokenizer import chat
 from firth.tokenizer.inspection import readable
 from firth.tokenizer.tokenizer import Tokenizer
 from firth.training import precision
-from firth.types import LogLine, UserError
+from firth.types import LOGGER, LogLine, UserError
 
 
 @dataclass(frozen=True, eq=False)
@@ -193,7 +193,7 @@ def generates_left_to_right(config: ModelConfig) -> bool:
     return config.latent_size > 0 or scoring_mode(config) != "masked"
 
 
-def open_run(directory: Path, weights: str | None = None, log: LogLine = lambda _: None) -> LoadedModel:
+def open_run(directory: Path, weights: str | None = None, log: LogLine = LOGGER.warning) -> LoadedModel:
     """Return `open_model` of a directory; UserError if its model has no LM head."""
     loaded = open_model(directory, weights, log)
     if not loaded.model.has_lm_head:
@@ -203,7 +203,7 @@ def open_run(directory: Path, weights: str | None = None, log: LogLine = lambda 
     return loaded
 
 
-def open_model(directory: Path, weights: str | None = None, log: LogLine = lambda _: None) -> LoadedModel:
+def open_model(directory: Path, weights: str | None = None, log: LogLine = LOGGER.warning) -> LoadedModel:
     """Load a model of any kind, with the objective of its run.
 
     Args:
@@ -262,7 +262,7 @@ def nearest_words(directory: Path, words: Sequence[str], top: int, out: Path | N
 
 def embed_file(
     directory: Path, file: str, stdin: BinaryIO, out: Path, *, field: str, unit: bool, length: int, form: str = "auto",
-    log: LogLine = lambda _: None,
+    log: LogLine = LOGGER.warning,
 ) -> str:  # fmt: skip
     """Write one embedding per text, in input order, and return a summary.
 
@@ -314,7 +314,7 @@ def trained_length(evaluated: EvaluatedModel) -> int:
     return int(settings.get("max_seq_length") or evaluated.context)
 
 
-def open_engine(directory: Path, weights: str | None = None, log: LogLine = lambda _: None) -> LoadedModel:
+def open_engine(directory: Path, weights: str | None = None, log: LogLine = LOGGER.warning) -> LoadedModel:
     """Load a model that generates from left to right; for another one, raise a UserError with the command that suits it."""
     loaded = open_run(directory, weights, log)
     if not generates_left_to_right(loaded.model.config):
@@ -363,7 +363,7 @@ def fill_text(directory: Path, text: str, top: int) -> str:
 
 def generate_texts(
     directory: Path, text: str, ends: tuple[str, str] | None, count: int, sampling: Sampling, weights: str | None = None,
-    log: LogLine = lambda _: None,
+    log: LogLine = LOGGER.warning,
 ) -> Iterator[str]:  # fmt: skip
     """Yield generated text piece by piece.
 
@@ -416,7 +416,7 @@ class Conversation:
     weights: str | None = None
     system: str = ""
     capped: bool = False
-    log: LogLine = lambda _: None
+    log: LogLine = LOGGER.warning
     messages: list[chat.Message] = field(default_factory=list)
     dropped: int = 0
 
@@ -472,7 +472,7 @@ def evaluate_run(
     task: str | None,
     limit: int | None,
     as_json: bool,
-    log: LogLine = lambda _: None,
+    log: LogLine = LOGGER.warning,
 ) -> str:
     """Evaluate a run on files, or return its last evaluation on held-out text.
 

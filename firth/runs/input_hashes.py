@@ -199,12 +199,18 @@ def recorded(directory: Path) -> dict[str, Any]:
 
 
 def content_hash(recipe: Recipe) -> str:
-    """Return a short hash of a recipe without its paths."""
-    return _hash(config_io.to_dict(config_io.without_paths(recipe)))[:16]
+    """Return a short hash of a recipe without its paths and loggers."""
+    return _hash(_identifying(recipe))[:16]
+
+
+def _identifying(recipe: Recipe) -> dict[str, Any]:
+    """Return a recipe as plain data without what changes no number: its paths and loggers."""
+    fields: dict[str, Any] = config_io.to_dict(config_io.without_paths(recipe))
+    return {name: value for name, value in fields.items() if name != "loggers"}
 
 
 def recorded_hash(directory: Path, resolved: Recipe) -> str:
-    """Return the recorded hash of a started run's recipe, after checking that the recipe is equal except for paths.
+    """Return the recorded hash of a started run's recipe, after checking that it is equal except for paths and loggers.
 
     The hash is not recomputed: a later version of firth may have more fields, which at their defaults change nothing.
 
@@ -212,7 +218,7 @@ def recorded_hash(directory: Path, resolved: Recipe) -> str:
         UserError: The recipes differ (the message names the first field), or recipe.yaml was changed after the run started.
     """
     began, record = load(str(directory)), recorded(directory)
-    before, now = (config_io.to_dict(config_io.without_paths(one)) for one in (began, resolved))
+    before, now = (_identifying(one) for one in (began, resolved))
     if before != now:
         raise UserError(
             f"{directory} holds a run of another recipe: {config_io.difference(before, now)}; choose another directory with "

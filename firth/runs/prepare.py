@@ -30,7 +30,7 @@ from firth.runs.config_io import path_field
 from firth.tokenizer.tokenizer import Tokenizer
 from firth.tokenizer.train import train
 from firth.training import precision
-from firth.types import LogLine, UserError
+from firth.types import LOGGER, LogLine, UserError
 
 REPAIR_DESCRIPTIONS = {
     "bad_utf8": "pieces that are not UTF-8, read as U+FFFD",
@@ -112,7 +112,7 @@ class RunData:
     init_from: str = ""
     batch_size: int = 1
     seed: int = 0
-    log: LogLine = print
+    log: LogLine = LOGGER.info
     memory_length: int = 0
     siblings: tuple[str, ...] = ()
     precision: Literal["fp32", "bf16"] = "fp32"
@@ -296,7 +296,7 @@ def train_tokenizer(
     seed: int = 0,
     num_sentinels: int = 0,
     byte_fallback: bool = True,
-    log: LogLine = print,
+    log: LogLine = LOGGER.info,
     texts: Callable[[ReadStats], Iterator[str]] | None = None,
 ) -> Tokenizer:
     """Train a tokenizer on files and save it with the counts of its merges (`firth tokenizer show`).

@@ -170,6 +170,7 @@ class Recipe(Ranged):
         budget: When training ends.
         evaluation: Evaluation during training.
         checkpoint: When checkpoints are written.
+        loggers: Where metrics go besides metrics.jsonl (`firth.training.loggers`). A resumed run may change it.
         sample_prompts: Texts for the report, sampled before and after training: the model continues a text, fills each <mask>
             in it, or, for word vectors, lists a word's nearest neighbors.
         precision: "auto" chooses the faster one, as measured on this machine.
@@ -196,6 +197,7 @@ class Recipe(Ranged):
     budget: Budget = field(default_factory=lambda: Budget(max_steps=1000))
     evaluation: EvalConfig = EvalConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    loggers: tuple[Literal["tensorboard", "wandb", "mlflow"], ...] = ()
     sample_prompts: tuple[str, ...] = ()
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     word_segmentation: Literal["auto", "icu", "uax29"] = "auto"

@@ -1,6 +1,6 @@
 """Run a recipe: prepare the tokenizer and the data, train, export the model and write the report.
 
-    recipe.yaml  inputs.json  metrics.jsonl  events...  checkpoints/step-N/  tokenizer/  model/  report.html
+    recipe.yaml  inputs.json  metrics.jsonl  checkpoints/step-N/  tokenizer/  model/  report.html
 
 The same call on the same directory resumes an unfinished run, and returns at once if the run is finished.
 """
@@ -43,9 +43,10 @@ from firth.runs.validation import Validator, vocab
 from firth.tokenizer.tokenizer import Tokenizer
 from firth.training import checkpoint, precision, trainer
 from firth.training.distributed import join
+from firth.training.loggers import check_loggers, metrics_loggers
 from firth.training.logging import OnMetrics, ProgressReporter
 from firth.training.trainer import TrainerConfig, TrainingResult
-from firth.types import LogLine, UserError
+from firth.types import LOGGER, LogLine, UserError
 
 CLASS_REPORT = "held_out.json"
 """Per-class results of the exported model on the held-out examples, for the report."""
@@ -87,7 +88,7 @@ class RunResult:
 def run(
     recipe: Recipe,
     directory: Path,
-    log: LogLine = print,
+    log: LogLine = LOGGER.info,
     reporter: ProgressReporter | None = None,
     on_metrics: OnMetrics | None = None,
 ) -> RunResult:
@@ -97,7 +98,7 @@ def run(
         recipe: The recipe.
         directory: The run directory.
         log: Receives messages of the first rank.
-        reporter: Receives the progress of training; by default it is printed.
+        reporter: Receives the progress of training; by default a bar on a terminal, else the logger.
         on_metrics: Called with each row of metrics.jsonl, on the first rank.
 
     Raises:
@@ -107,6 +108,7 @@ def run(
     ranks = join(best_device())
     with ranks.together():
         check_start_models(recipe)
+        check_loggers(recipe.loggers)
         make_directory(directory)
         context = RunContext.open(recipe, directory, log, ranks)
         data = prepare_tokenizer(recipe, context)
@@ -276,13 +278,15 @@ def train(
         load_best_at_end=bool(evaluation.best_metric or evaluation.patience), patience=evaluation.patience,
         precision=datasets.data.precision,
     )  # fmt: skip
+    loggers, fields = resolved.loggers if context.ranks.first else (), config_io.to_dict(resolved)
     try:
-        return trainer.train(
-            model, resolved.objective, datasets.batches, directory,
-            budget=resolved.budget, optimizer=resolved.optimizer, schedule=resolved.schedule, config=config,
-            evaluate=validator.measure if validator is not None else None, ranks=context.ranks, recipe=identity.run,
-            name=resolved.name, reporter=reporter, on_metrics=on_metrics,
-        )  # fmt: skip
+        with metrics_loggers(loggers, fields, directory, context.resumed, on_metrics) as on_row:
+            return trainer.train(
+                model, resolved.objective, datasets.batches, directory,
+                budget=resolved.budget, optimizer=resolved.optimizer, schedule=resolved.schedule, config=config,
+                evaluate=validator.measure if validator is not None else None, ranks=context.ranks, recipe=identity.run,
+                name=resolved.name, reporter=reporter, on_metrics=on_row,
+            )  # fmt: skip
     except UserError as error:
         if context.ranks.first and isinstance(error.__cause__, RewardError):
             # The user may correct the function and resume the run.

@@ -111,7 +111,9 @@ def _render(
         if not reply:
             _end(worker)
             del WORKERS[os.getpid()]
-            raise UserError("the tokenizer's chat template takes more time than any dialogue needs, so it is not used")
+            raise UserError(
+                "the tokenizer's chat template takes more time or memory than any dialogue needs, so it is not used"
+            )
     result: dict[str, Any] = json.loads(reply)
     if "error" in result:
         raise UserError(f"the tokenizer's chat template {result['error']}")

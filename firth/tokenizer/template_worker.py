@@ -4,8 +4,9 @@
     {"template": "...", "dialogues": [[{"role": "user", "content": "hi"}]], "names": {"eos_token": "</s>"}, "open": true}
     {"texts": ["..."]}  or  {"error": "..."}
 
-Jinja's sandbox hides the attributes that lead to Python; the limits here protect the rest of the machine. This file
-imports nothing of firth, so that it starts in a tenth of a second.
+Jinja's sandbox hides the attributes that lead to Python. It bounds neither time nor memory (tests/unit/tokenizer/test_template_worker.py
+has templates that write ten characters and take gigabytes or hours), so the kernel's limits on this process do. This file imports
+nothing of firth, so that it starts in a tenth of a second.
 """
 
 from __future__ import annotations

@@ -40,7 +40,7 @@ from firth.tokenizer import merges, unigram
 from firth.tokenizer.normalize import replace_lone_surrogates
 from firth.tokenizer.tokenizer import Tokenizer
 from firth.tokenizer.workers import count_all
-from firth.types import LogLine, UserError
+from firth.types import LOGGER, LogLine, UserError
 
 ALGORITHMS = ("bpe", "byte-bpe", "wordpiece", "unigram")
 WORD_LEVEL = "word"
@@ -74,7 +74,7 @@ def train(
     sample_bytes: int = 200_000_000,
     num_sentinels: int = 0,
     byte_fallback: bool = True,
-    log: LogLine = lambda _: None,
+    log: LogLine = LOGGER.info,
 ) -> Tokenizer:
     """Train a tokenizer.
 

@@ -1,4 +1,4 @@
-"""Metrics of a run: metrics.jsonl, TensorBoard event files, and progress on the terminal.
+"""Metrics of a run (metrics.jsonl), and its progress: a bar on a terminal, else messages of the Python logger "firth".
 
 metrics.jsonl has one JSON object per line:
 
@@ -24,7 +24,6 @@ that step. A resumed run removes the rows after its checkpoint and appends, so t
 
 from __future__ import annotations
 
-import functools
 import math
 import sys
 import time
@@ -34,15 +33,17 @@ from typing import Any, Protocol
 
 from firth.io.atomic import write_text
 from firth.io.json_files import read_rows, row_line
-from firth.training.tensorboard import TensorBoardWriter
-from firth.types import LogLine
+from firth.types import LOGGER
 
 OnMetrics = Callable[[dict[str, Any]], None]
 """A user's function that is called with each row of metrics: "split", "step", "seconds", "tokens" and the metrics by name."""
 
 
+FILE = "metrics.jsonl"
+
+
 class MetricsLog:
-    """Writes metrics.jsonl and an event file into a run directory.
+    """Writes metrics.jsonl into a run directory.
 
     Args:
         directory: The run directory.
@@ -51,10 +52,9 @@ class MetricsLog:
     """
 
     def __init__(self, directory: Path, step: int, on_row: OnMetrics | None = None):
-        path = directory / "metrics.jsonl"
+        path = directory / FILE
         keep_until(path, step)
         self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115
-        self._events = TensorBoardWriter(directory, step + 1)
         self._on_row = on_row
 
     def row(self, split: str, step: int, seconds: float, tokens: int, values: Mapping[str, float]) -> None:
@@ -71,23 +71,24 @@ class MetricsLog:
         position: dict[str, Any] = {"split": split, "step": step, "seconds": round(seconds, 3), "tokens": tokens}
         self._file.write(row_line(position | finite))
         self._file.flush()
-        self._events.scalars(step, {f"{split}/{name}": value for name, value in values.items()})
         if self._on_row is not None:
             self._on_row(position | finite)
 
     def close(self) -> None:
         self._file.close()
-        self._events.close()
 
 
 def keep_until(path: Path, step: int) -> None:
     """Remove the rows of metrics.jsonl after `step`, and an incomplete last line of a killed run."""
-    if not path.exists():
-        return
-    rows = read_rows(
+    if path.exists():
+        write_text(path, "".join(row_line(row) for row in read_metrics(path) if row["step"] <= step))
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """Return the rows of metrics.jsonl without an incomplete last line; none if there is no file."""
+    return read_rows(
         path, {"split": str, "step": int}, "remove the line, or delete the file: only reports need it", cut=True
     )
-    write_text(path, "".join(row_line(row) for row in rows if row["step"] <= step))
 
 
 class ProgressReporter(Protocol):
@@ -97,7 +98,7 @@ class ProgressReporter(Protocol):
         """Update the progress line; `passed` is the fraction of the run that is done."""
 
     def log(self, text: str) -> None:
-        """Print a permanent line."""
+        """Log a message."""
 
     def close(self) -> None: ...
 
@@ -112,29 +113,25 @@ class NullReporter:
     def close(self) -> None: ...
 
 
-PRINT: LogLine = functools.partial(print, flush=True)
-
-
 class LineReporter:
-    """Prints plain lines, for a file or a pipe: the first progress, the last, and at most one in `every` seconds.
+    """Logs plain lines: the first progress, the last, and at most one in `every` seconds.
 
     Args:
         name: The start of every line.
         every: Seconds between progress lines.
-        write: Prints a line.
     """
 
-    def __init__(self, name: str, every: float = 10.0, write: LogLine = PRINT):
-        self.name, self.every, self.write, self.printed_at = name, every, write, -math.inf
+    def __init__(self, name: str, every: float = 10.0):
+        self.name, self.every, self.logged_at = name, every, -math.inf
 
     def progress(self, passed: float, text: str) -> None:
         now = time.monotonic()
-        if now - self.printed_at >= self.every or passed >= 1:
-            self.printed_at = now
-            self.write(f"{self.name} {100 * passed:3.0f}%  {text}")
+        if now - self.logged_at >= self.every or passed >= 1:
+            self.logged_at = now
+            LOGGER.info(f"{self.name} {100 * passed:3.0f}%  {text}")
 
     def log(self, text: str) -> None:
-        self.write(f"{self.name} {text}")
+        LOGGER.info(f"{self.name} {text}")
 
     def close(self) -> None: ...
 
@@ -155,14 +152,14 @@ class BarReporter:
         self._bar.update(self._task, completed=passed, description=text)
 
     def log(self, text: str) -> None:
-        self._bar.console.print(text, markup=False, highlight=False)
+        LOGGER.info(text)  # rich prints above the bar what is written to standard output
 
     def close(self) -> None:
         self._bar.stop()
 
 
 def make_reporter(name: str) -> ProgressReporter:
-    """Return a progress bar on a terminal, plain lines elsewhere."""
+    """Return a progress bar on a terminal; elsewhere progress is logged."""
     return BarReporter(name) if sys.stdout.isatty() else LineReporter(name)
 
 

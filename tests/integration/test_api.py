@@ -1,7 +1,9 @@
 """The Python API and the scripts of examples/, which a user would start from."""
 
 import json
+import logging
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -30,16 +32,22 @@ def text(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def run(text, tmp_path_factory):
-    """Return a decoder's run, its lines of progress and its rows of metrics."""
-    lines, rows = [], []
+    """Return a decoder's run, its messages and its rows of metrics."""
+    records, rows = [], []
+    handler = logging.Handler(logging.INFO)
+    handler.emit = records.append
+    logger = logging.getLogger("firth")
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
     settings = {**TINY, "data.path": text, "data.split_by": "line", "max_steps": 12, "evaluation.every": 6}
     result = firth.train(
         firth.load_recipe("gpt", settings),
         tmp_path_factory.mktemp("runs") / "gpt",
-        log=lines.append,
         on_metrics=rows.append,
     )
-    return result, lines, rows
+    logger.removeHandler(handler)
+    logger.setLevel(logging.NOTSET)
+    return result, [record.getMessage() for record in records], rows
 
 
 def script(name, *arguments, cwd=EXAMPLES):
@@ -72,13 +80,36 @@ def test_settings_are_those_of_the_command_line():
         firth.load_recipe("gpt", {"batch.siz": 7})
 
 
-def test_progress_and_metrics_are_captured(run, capsys):
+def test_progress_and_metrics_are_captured(run):
     result, lines, rows = run
-    assert capsys.readouterr().out == ""
     assert any("parameters" in line for line in lines) and any("step 12/12" in line for line in lines)
     assert (result.directory / "metrics.jsonl").read_text("utf-8") == "".join(map(row_line, rows))
     assert [row["step"] for row in rows if row["split"] == "valid"] == [6, 12]
     assert rows[-1]["loss"] == pytest.approx(result.metrics["valid/loss"])
+
+
+def test_training_prints_nothing_unless_logging_is_configured(text, tmp_path):
+    """As in transformers, messages below WARNING are not shown; the same lines as on the command line can be."""
+    settings = {**TINY, "data.path": str(text), "data.split_by": "line", "max_steps": 2}
+    code = f"import firth; firth.train(firth.load_recipe('gpt', {settings}), 'run')"
+    loud = f"import logging; logging.basicConfig(level=logging.INFO, format='%(message)s'); {code}"
+    overrides = [f"{field}={value}" for field, value in settings.items()]
+    shown = []
+    for name, command in (
+        ("a", ["-c", code]),
+        ("b", ["-c", loud]),
+        ("c", ["-m", "firth", "train", "gpt", *overrides, "--out", "run"]),
+    ):
+        (tmp_path / name).mkdir()
+        done = subprocess.run(
+            [sys.executable, *command], cwd=tmp_path / name, capture_output=True, text=True, check=True,
+            env={**os.environ, "PYTHONPATH": str(EXAMPLES.parent)},
+        )  # fmt: skip
+        shown.append((done.stdout, done.stderr))
+    speed = re.compile(r"loss.*|\d+ s\b")
+    silent, (out, err), (cli_out, cli_err) = shown
+    assert silent == ("", "") and out == "" and cli_err == ""
+    assert speed.sub("", err) == speed.sub("", cli_out) and "gpt 100%  step 2/2" in cli_out
 
 
 def test_a_decoder_generates_scores_and_chooses(run):
@@ -103,7 +134,7 @@ def test_the_model_evaluates_as_the_command_does(run, text):
     from firth.cli import app
 
     model = firth.load_model(run[0].directory)
-    ours = model.evaluate([str(text)], log=lambda _: None)
+    ours = model.evaluate([str(text)])
     done = CliRunner().invoke(app, ["evaluate", str(run[0].directory), str(text), "--json"])
     theirs = json.loads(done.stdout)
     assert ours["bits_per_byte"] == pytest.approx(theirs["bits_per_byte"], rel=1e-6)
@@ -114,16 +145,15 @@ def test_rows_are_kept_and_other_rows_refused(tmp_path):
     settings = {"max_steps": 2, "tokenizer.vocab_size": 300,
                 "model": {"hidden_size": 32, "num_heads": 2, "num_layers": 1, "causal": False}}  # fmt: skip
     recipe = firth.load_recipe("classification", settings)
-    quiet = {"log": lambda _: None}
-    result = firth.train(recipe, tmp_path / "run", rows=rows, validation_rows=rows[:4], **quiet)
+    result = firth.train(recipe, tmp_path / "run", rows=rows, validation_rows=rows[:4])
     assert [json.loads(line) for line in (tmp_path / "run" / "rows.jsonl").read_text().splitlines()] == rows
-    assert firth.train(recipe, tmp_path / "run", rows=rows, validation_rows=rows[:4], **quiet).steps == result.steps
+    assert firth.train(recipe, tmp_path / "run", rows=rows, validation_rows=rows[:4]).steps == result.steps
     with pytest.raises(firth.UserError, match="holds other rows"):
-        firth.train(recipe, tmp_path / "run", rows=rows[1:], **quiet)
+        firth.train(recipe, tmp_path / "run", rows=rows[1:])
     with pytest.raises(firth.UserError, match="validation_rows needs rows"):
-        firth.train(recipe, tmp_path / "run2", validation_rows=rows, **quiet)
+        firth.train(recipe, tmp_path / "run2", validation_rows=rows)
     with pytest.raises(firth.UserError, match="must be dicts of texts"):
-        firth.train(recipe, tmp_path / "run3", rows=[{"text": object()}], **quiet)
+        firth.train(recipe, tmp_path / "run3", rows=[{"text": object()}])
     model = firth.load_model(tmp_path / "run")
     by_row, by_text = model.predict(rows[:3]), model.predict([row["text"] for row in rows[:3]])
     assert [row["label"] for row in by_row] == [row["label"] for row in by_text]
@@ -133,7 +163,7 @@ def test_rows_are_kept_and_other_rows_refused(tmp_path):
 
 def test_an_encoder_fills_masks(text, tmp_path):
     settings = {**TINY, "data.path": text, "data.split_by": "line", "max_steps": 2}
-    firth.train(firth.load_recipe("roberta", settings), tmp_path / "run", log=lambda _: None)
+    firth.train(firth.load_recipe("roberta", settings), tmp_path / "run")
     [gap] = firth.load_model(tmp_path / "run").fill("so <mask> as", top=3)
     probabilities = [probability for _, probability in gap]
     assert len(gap) == 3 and probabilities == sorted(probabilities, reverse=True)
@@ -151,7 +181,6 @@ def test_the_scripts_run(text, tmp_path):
     firth.train(
         firth.load_recipe("sft", {"init_from": tmp_path / "gpt", "data.path": dialogues, "max_steps": 2}),
         tmp_path / "sft",
-        log=lambda _: None,
     )
     output = script("preferences.py", tmp_path / "sft", tmp_path / "dpo", "--steps", 12)
     before, after = (float(line.split("= ")[1].split()[0]) for line in output.splitlines() if "log p(chosen)" in line)

@@ -121,7 +121,7 @@ def test_ctrl_c_ends_in_one_sentence(
 ) -> None:
     """Typer made an exit of it, and the sentence was lost."""
 
-    def interrupted(*_: object, log: object) -> None:
+    def interrupted(_: str) -> None:
         raise KeyboardInterrupt(*[message] * bool(message))
 
     monkeypatch.setattr("firth.corpora.catalog.fetch", interrupted)

@@ -18,7 +18,7 @@ from firth.runs.recipe import Recipe, load
 from firth.runs.recipe_names import RECIPES
 
 ROOT = Path(__file__).parents[2]
-TARGETS = re.findall(r"^(\w+):", (ROOT / "Makefile").read_text("utf-8"), re.M)
+TARGETS = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text("utf-8"), re.M)
 
 
 def fenced(text: str) -> list[tuple[str, str, str]]:

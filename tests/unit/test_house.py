@@ -29,12 +29,16 @@ def too_long(source: str) -> list[str]:
 
 
 def broad_excepts(source: str) -> list[str]:
-    """`except:`, and `except Exception` that does not raise again: errors must not be swallowed."""
+    """`except:`, and `except Exception` that neither raises again nor logs a warning: errors must not be swallowed."""
     out = []
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.ExceptHandler):
             caught = "" if node.type is None else ast.unparse(node.type)
-            again = any(isinstance(inner, ast.Raise) for inner in ast.walk(node))
+            again = any(
+                isinstance(inner, ast.Raise)
+                or (isinstance(inner, ast.Call) and ast.unparse(inner.func) == "LOGGER.warning")
+                for inner in ast.walk(node)
+            )
             if not caught or (re.search(r"\b(Base)?Exception\b", caught) and not again):
                 out.append(f"line {node.lineno}: except {caught or 'anything'}")
     return out
@@ -170,6 +174,7 @@ def test_a_violation_is_found(rule, source):
     [
         (broad_excepts, "try:\n    f()\nexcept BaseException:\n    clean()\n    raise"),
         (broad_excepts, "try:\n    f()\nexcept OSError:\n    pass"),
+        (broad_excepts, "try:\n    f()\nexcept Exception as error:\n    LOGGER.warning(str(error))"),
         (machine_paths, "https://example.com/home/ann ./work/ and runs/tmp/x"),
         (no_docstring, ""),
         (imports_a_test, "from tests.support.models import random_model"),

@@ -274,8 +274,8 @@ def read_bigbench(path: Path) -> PromptTask:
         location = f"{path}: example {number}"
         if not isinstance(one, dict) or "input" not in one or not ("target" in one or "target_scores" in one):
             raise UserError(f"{location}: an example has the fields input, and target or target_scores")
-        scores = one.get("target_scores")
-        choices = list(scores) if isinstance(scores, dict) else []
+        scores: dict[str, Any] = one.get("target_scores") or {}
+        choices = list(scores)
         shown = "".join(choice_prefix + choice for choice in choices) if listed and choices else ""
         target = one.get("target")
         fields: dict[str, Any] = {"input": f"{input_prefix}{one['input']}{shown}{output_prefix}"}
