@@ -12,12 +12,9 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any
 
-import jinja2
-from jinja2.sandbox import ImmutableSandboxedEnvironment
-
+from firth.tokenizer import template_process
 from firth.types import UserError
 
 STEP_BY_STEP = "Let's think step by step."
@@ -39,63 +36,40 @@ class Item:
     location: str
 
 
-@lru_cache(maxsize=256)
-def _compiled(template: str) -> jinja2.Template:
-    environment = ImmutableSandboxedEnvironment(undefined=jinja2.StrictUndefined, keep_trailing_newline=True)
-    return environment.from_string(template)
-
-
 def check_template(template: str, location: str) -> None:
     """Raise a UserError with the location if a template is not valid Jinja."""
-    try:
-        _compiled(template)
-    except jinja2.TemplateError as error:
-        raise UserError(f"{location}: the template {template!r} is not valid Jinja: {error}") from error
+    reply = template_process.send({"template": template, "fields": None, "value": False})
+    if reply is None or "error" in reply:
+        why = "it takes too long" if reply is None else reply["error"]
+        raise UserError(f"{location}: the template {template!r} cannot be used: {why}")
 
 
 def render(template: str, item: Item) -> str:
-    """Render a template with the fields of an item.
+    """Render a template with the fields of an item; the name of a field is short for its value.
 
     Raises:
         UserError: The item lacks a field of the template, or the template fails.
     """
-    if template in item.fields:  # the name of a field is short for its value
-        return _text(item.fields[template])
-    try:
-        return _compiled(template).render(**item.fields)
-    except jinja2.UndefinedError as error:
-        names = ", ".join(map(repr, item.fields))
-        raise UserError(
-            f"{item.location}: the template {template!r} fails: {error.message}; the fields are {names}"
-        ) from error
-    except Exception as error:  # a template is a user's program
-        raise UserError(f"{item.location}: the template {template!r} fails: {type(error).__name__}: {error}") from error
+    return str(_filled(template, item, False))
 
 
 def render_value(template: str, item: Item) -> Any:
     """Return the value of a template: of a field as it is, of "{{ expression }}" the expression's value, else its text."""
+    return _filled(template, item, True)
+
+
+def _filled(template: str, item: Item, value: bool) -> Any:
+    """Fill a template in the process for untrusted templates."""
     if template in item.fields:
         return item.fields[template]
-    inner = template.strip()
-    if inner.startswith("{{") and inner.endswith("}}") and "{{" not in inner[2:-2]:
-        environment = _compiled(template).environment
-        try:
-            value = environment.compile_expression(inner[2:-2].strip(), undefined_to_none=False)(**item.fields)
-        except Exception as error:  # as above
-            raise UserError(
-                f"{item.location}: the template {template!r} fails: {type(error).__name__}: {error}"
-            ) from error
-        if isinstance(value, jinja2.Undefined):
-            names = ", ".join(map(repr, item.fields))
-            raise UserError(
-                f"{item.location}: the template {template!r} names a field that is missing; the fields are {names}"
-            )
-        return value
-    return render(template, item)
-
-
-def _text(value: Any) -> str:
-    return value if isinstance(value, str) else str(value)
+    if "{" not in template:
+        return template
+    reply = template_process.send({"template": template, "fields": dict(item.fields), "value": value})
+    if reply is None or "error" in reply:
+        why = "it takes more time than any prompt" if reply is None else reply["error"]
+        names = ", ".join(map(repr, item.fields))
+        raise UserError(f"{item.location}: the template {template!r} fails: {why}; the fields are {names}")
+    return reply["value"]
 
 
 def choose_shots(pool: Sequence[Item], item: Item, count: int, sampler: str, seed: int, index: int) -> list[Item]:

@@ -296,7 +296,10 @@ def test_a_task_is_ten_lines_of_yaml(tmp_path: Path) -> None:
         ("process_docs: x", r"capitals.yaml:9: process_docs runs Python"),
         ("process_results: !function utils.f", "runs Python"),
         ("output_type: chat", r"capitals.yaml:9: output_type is 'chat', and must be one of"),
-        ("description: '{{country'", r"capitals.yaml:9: the template '{{country' is not valid Jinja"),
+        (
+            "description: '{{country'",
+            r"capitals.yaml:9: the template '{{country' cannot be used: it is not valid Jinja",
+        ),
         ("filter_list: [{name: a, filter: [{function: regexp}]}]", r"capitals.yaml:9: there is no filter 'regexp'"),
         (
             "filter_list: [{name: a, filter: [{function: regex, regex_pattern: '('}]}]",
@@ -342,10 +345,15 @@ def test_a_wrong_record_is_named_before_the_model_runs(task: PromptTask, words: 
 
 
 def test_a_template_is_sandboxed() -> None:
-    """A task file cannot reach Python."""
-    task = replace(TASK, prompt="{{ country.__class__.__mro__ }}")
-    with pytest.raises(UserError, match=r"questions.jsonl:1: the template"):
-        task.check(PromptConfig())
+    """A task file cannot reach Python, nor take the machine's time or memory."""
+    endless = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
+    for template, words in (
+        ("{{ country.__class__.__mro__ }}", "unsafe"),
+        (endless, "more time"),
+        ("{{ ('a' * 10**10) | length }}", "memory"),
+    ):
+        with pytest.raises(UserError, match=rf"questions.jsonl:1: the template .* fails: .*{words}"):
+            replace(TASK, prompt=template).check(PromptConfig())
 
 
 def test_bigbench_tasks_are_read_as_published(tmp_path: Path) -> None:
