@@ -17,10 +17,12 @@ from pathlib import Path
 from typing import Any
 
 import typer.main
+from annotated_types import Interval
 
 import firth
 from firth import objectives
 from firth.cli import app
+from firth.fields import MAX_INT
 from firth.model.config import ModelConfig
 from firth.runs.compatibility import EXAMPLES
 from firth.runs.peft_options import PEFT_METHODS
@@ -63,11 +65,17 @@ def default(field: dataclasses.Field[Any]) -> str:
     return f"`{text}`"
 
 
+def range_of(limits: Interval) -> str:
+    """Return the range of a number in words."""
+    bounds = (("at least", limits.ge), ("above", limits.gt), ("at most", limits.le), ("below", limits.lt))
+    return " and ".join(f"{words} {bound}" for words, bound in bounds if bound not in (None, MAX_INT))
+
+
 def kind_of(hint: Any) -> str:
     """Return the type of a field in a few words."""
     if typing.get_origin(hint) is typing.Annotated:
         inner, *limits = typing.get_args(hint)
-        return ", ".join([kind_of(inner), *(str(limit) for limit in limits)])
+        return ", ".join([kind_of(inner), *map(range_of, limits)])
     if typing.get_origin(hint) is typing.Literal:
         return ", ".join(f"`{value}`" if value != "" else '`""`' for value in typing.get_args(hint))
     options = [one for one in typing.get_args(hint) if one is not type(None)]

@@ -8,9 +8,12 @@ from typing import TYPE_CHECKING, Any
 from firth import openmp as openmp  # first import: sets the variables that OpenMP reads when torch is loaded
 
 if TYPE_CHECKING:
-    from firth.api import Model, load_model, load_recipe, train
+    from firth.api import load_model, load_recipe, train
+    from firth.data.source import Source
     from firth.model.config import ModelConfig
     from firth.objectives.objective import Objective
+    from firth.runs.examples import ExamplesConfig
+    from firth.runs.loaded_model import Model
     from firth.runs.recipe import Recipe
     from firth.runs.run import RunResult
     from firth.tokenizer.tokenizer import Tokenizer
@@ -19,11 +22,13 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "ExamplesConfig",
     "Model",
     "ModelConfig",
     "Objective",
     "Recipe",
     "RunResult",
+    "Source",
     "Tokenizer",
     "UserError",
     "load_model",
@@ -32,11 +37,13 @@ __all__ = [
 ]
 
 _MODULES = {
-    "Model": "firth.api",
+    "ExamplesConfig": "firth.runs.examples",
+    "Model": "firth.runs.loaded_model",
     "ModelConfig": "firth.model.config",
     "Objective": "firth.objectives.objective",
     "Recipe": "firth.runs.recipe",
     "RunResult": "firth.runs.run",
+    "Source": "firth.data.source",
     "Tokenizer": "firth.tokenizer.tokenizer",
     "UserError": "firth.types",
     "load_model": "firth.api",

@@ -15,30 +15,17 @@ progress bar.
 from __future__ import annotations
 
 import dataclasses
-import io
 import json
 from collections.abc import Mapping, Sequence
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from firth.evaluate.predict import predict_with
-from firth.evaluate.task import EvaluatedModel, load_evaluated_model
-from firth.generate.embeddings import embed
-from firth.generate.engine import Engine
-from firth.generate.sampling import Sampling
 from firth.io.atomic import make_directory, write_text
-from firth.runs.evaluate_files import measure_with
-from firth.runs.inference import LoadedModel, encode_prompt, objective_in, trained_length
+from firth.runs.loaded_model import Model, Rows, open_model
 from firth.runs.recipe import Recipe, load
 from firth.runs.run import RunResult, run
-from firth.tokenizer import chat
 from firth.training.logging import OnMetrics
 from firth.types import UserError
-
-Rows = Sequence[Mapping[str, Any]]
 
 
 def load_recipe(name: str | Path, settings: Mapping[str, Any] | Sequence[str] = ()) -> Recipe:
@@ -109,112 +96,7 @@ def load_model(directory: str | Path, weights: str | None = None) -> Model:
     Raises:
         UserError: There is no model, or it is invalid.
     """
-    return Model(load_evaluated_model(Path(directory)), weights)
-
-
-class Model:
-    """A loaded model and its tokenizer.
-
-    Attributes:
-        tokenizer: The tokenizer.
-        config: The model config.
-    """
-
-    def __init__(self, evaluated: EvaluatedModel, weights: str | None = None) -> None:
-        self._evaluated = evaluated
-        self._weights = weights
-        self.tokenizer = evaluated.tokenizer
-        self.config = evaluated.model.config
-
-    @cached_property
-    def _loaded(self) -> LoadedModel:
-        engine = Engine(self._evaluated.model, self.tokenizer, weights=self._weights)
-        objective = objective_in(self._evaluated.directory)
-        return LoadedModel(engine.model, self.tokenizer, engine, objective)
-
-    def _require_lm(self) -> LoadedModel:
-        if not self._evaluated.model.has_lm_head:
-            heads = ", ".join(self._evaluated.model.heads) or "none"
-            raise UserError(f"{self._evaluated.directory}: this model has no LM head (its heads: {heads})")
-        return self._loaded
-
-    def generate(self, prompts: Sequence[str], **sampling: Any) -> list[str]:
-        """Return the continuation of each prompt.
-
-        Args:
-            prompts: The texts.
-            **sampling: Fields of `firth.generate.sampling.Sampling`: max_new_tokens, temperature, top_k, top_p, seed, ...
-
-        Raises:
-            UserError: The model has no LM head, or a prompt is longer than its context.
-        """
-        return self._require_lm().continue_text(_texts(prompts), Sampling(**sampling))
-
-    def chat(self, conversations: Sequence[Sequence[chat.Message]], **sampling: Any) -> list[str]:
-        """Return the next answer of each conversation, as `firth chat` does.
-
-        Args:
-            conversations: Lists of messages, {"role": "user", "content": "..."}, rendered with the model's chat template.
-            **sampling: As in `generate`.
-
-        Raises:
-            UserError: The model has no LM head or chat template, or a conversation is longer than its context.
-        """
-        engine = self._require_lm().engine
-        prompts = [chat.encode(self.tokenizer, messages, open=True)[0] for messages in conversations]
-        return [completion.text for completion in engine.generate(prompts, Sampling(**sampling))]
-
-    def score(self, prompts: Sequence[str], completions: Sequence[str]) -> list[float]:
-        """Return log p(completion | prompt) of each pair in nats, summed over the completion's tokens."""
-        loaded = self._require_lm()
-        read = [encode_prompt(self.tokenizer, text, loaded.model) for text in _texts(prompts)]
-        return loaded.engine.score(read, [self.tokenizer.encode(text) for text in _texts(completions)])
-
-    def choose(self, prompt: str, options: Sequence[str]) -> int:
-        """Return the index of the option with the highest log-probability after the prompt."""
-        loaded = self._require_lm()
-        read = encode_prompt(self.tokenizer, prompt, loaded.model)
-        return loaded.engine.choose(read, [self.tokenizer.encode(text) for text in _texts(options)])
-
-    def fill(self, text: str, top: int = 5) -> list[list[tuple[str, float]]]:
-        """Return the most likely tokens and their probabilities for each <mask> in a text, best first."""
-        return [[(one.piece, one.probability) for one in gap] for gap in self._require_lm().engine.fill(text, top)]
-
-    def embed(self, texts: Sequence[str], *, normalize: bool = False) -> np.ndarray:
-        """Return one embedding per text: (n, hidden_size), float32. Longer texts are truncated to the trained length."""
-        length = trained_length(self._evaluated)
-        return embed(self._evaluated.model, self.tokenizer, _texts(texts), length=length, unit=normalize)[0]
-
-    def predict(self, rows: Rows | Sequence[str]) -> list[dict[str, Any]]:
-        """Return one row of predictions per record, from the model's task head: the label and its probability, ...
-
-        Args:
-            rows: Records with the fields of the training data, or texts.
-
-        Raises:
-            UserError: The model has no task head, or a record does not fit the task.
-        """
-        texts = all(isinstance(row, str) for row in rows)
-        lines = [json.dumps({"text": row} if texts else row, ensure_ascii=False) for row in rows]
-        stdin = io.BytesIO("".join(f"{line}\n" for line in lines).encode())
-        return list(predict_with(self._evaluated, "-", stdin, form="jsonl"))
-
-    def evaluate(self, paths: Sequence[str], *, task: str | None = None, limit: int | None = None) -> dict[str, Any]:
-        """Return metrics by name on files, as `firth evaluate` does.
-
-        Args:
-            paths: Text or records.
-            task: A task of `firth evaluate`; None for the model's own.
-            limit: The most tokens (text) or records.
-        """
-        return measure_with(self._evaluated, _texts(paths), task=task, limit=limit)
-
-
-def _texts(texts: Sequence[str]) -> list[str]:
-    """Return a list of texts; UserError for a single string, which would be read letter by letter."""
-    if isinstance(texts, str):
-        raise UserError(f"a list of texts is needed, not one text: [{texts[:20]!r}]")
-    return list(texts)
+    return open_model(Path(directory), weights)
 
 
 def _yaml(value: Any) -> str:

@@ -17,8 +17,18 @@ from typing import Annotated, Any
 import typer
 
 from firth import __version__
+from firth.fields import (
+    NonNegativeFloat,
+    NonNegativeInt,
+    OptionalTokenCount,
+    PositiveInt,
+    Share,
+    ShareAboveZero,
+    TokenCount,
+    VocabSize,
+    check_value,
+)
 from firth.io.atomic import refusal
-from firth.ranges import MAX_TOKENS, Range, check_range
 from firth.types import LOGGER, UserError
 
 app = typer.Typer(
@@ -39,31 +49,29 @@ Run = Annotated[
 ]
 
 
-def _number(allowed: Range, *names: str, help: str) -> Any:
-    """Return a numeric option that rejects values out of range."""
+def _number(hint: Any, *names: str, help: str) -> Any:
+    """Return an option for a number of the type `hint`, which rejects values out of range."""
 
     def check(param: typer.CallbackParam, value: Any) -> Any:
-        check_range(param.opts[0], value, allowed)
+        if value is not None:
+            check_value(param.opts[0], value, hint)
         return value
 
     return typer.Option(*names, help=help, callback=check)
 
 
-POSITIVE, NOT_NEGATIVE = Range(ge=1), Range(ge=0)
-TOKENS = Range(ge=1, le=MAX_TOKENS)
-
 Temperature = Annotated[
-    float, _number(NOT_NEGATIVE, help="0 takes the most likely token; 1 samples from the model's distribution.")
+    float, _number(NonNegativeFloat, help="0 takes the most likely token; 1 samples from the model's distribution.")
 ]
-TopK = Annotated[int, _number(NOT_NEGATIVE, help="Sample from the K most likely tokens; 0: all.")]
+TopK = Annotated[int, _number(NonNegativeInt, help="Sample from the K most likely tokens; 0: all.")]
 TopP = Annotated[
-    float, _number(Range(gt=0, le=1), help="Sample from the most likely tokens that together have this probability.")
+    float, _number(ShareAboveZero, help="Sample from the most likely tokens that together have this probability.")
 ]
 MinP = Annotated[
     float,
-    _number(Range(ge=0, le=1), help="Drop tokens with less than this share of the most likely token's probability."),
+    _number(Share, help="Drop tokens with less than this share of the most likely token's probability."),
 ]
-Tokens = Annotated[int, _number(TOKENS, "--max-new-tokens", "-n", help="Most new tokens.")]
+Tokens = Annotated[int, _number(TokenCount, "--max-new-tokens", "-n", help="Most new tokens.")]
 Stop = Annotated[list[str] | None, typer.Option(help="Stop when this text appears; may be given several times.")]
 Weights = Annotated[
     str,
@@ -72,7 +80,7 @@ Weights = Annotated[
         help="Data type of the weights: fp32, bf16, int8 or int8-dynamic; auto takes bf16 if it is faster here.",
     ),
 ]
-Seed = Annotated[int, _number(NOT_NEGATIVE, help="The same seed gives the same result.")]
+Seed = Annotated[int, _number(NonNegativeInt, help="The same seed gives the same result.")]
 Input = Annotated[
     str,
     typer.Option("--input", help="Format of FILE: lines, csv, tsv, jsonl, conll or squad; auto detects it."),
@@ -202,12 +210,12 @@ def tokenizer_train(
     algorithm: Annotated[
         str, typer.Option(help="bpe, byte-bpe, wordpiece, unigram or word (whole words).")
     ] = "byte-bpe",
-    vocab_size: Annotated[int, _number(Range(ge=1, lt=1 << 31), help="Number of ids.")] = 8192,
+    vocab_size: Annotated[int, _number(VocabSize, help="Number of ids.")] = 8192,
     text_field: Annotated[str, typer.Option(help="The field of JSONL and Parquet rows that holds the text.")] = "text",
     sample_bytes: Annotated[
-        int, _number(POSITIVE, help="Bytes of text to train on, sampled from the whole corpus.")
+        int, _number(PositiveInt, help="Bytes of text to train on, sampled from the whole corpus.")
     ] = 200_000_000,
-    num_sentinels: Annotated[int, _number(NOT_NEGATIVE, help="Number of <extra_id_n> tokens; T5 needs 100.")] = 0,
+    num_sentinels: Annotated[int, _number(NonNegativeInt, help="Number of <extra_id_n> tokens; T5 needs 100.")] = 0,
     byte_fallback: Annotated[
         bool, typer.Option(help="Encode rare characters as bytes, so that nothing is unknown (bpe, unigram).")
     ] = True,
@@ -234,7 +242,7 @@ def tokenizer_train(
 def tokenizer_show(
     directory: Annotated[Path, typer.Argument(help="A tokenizer, model or run directory.")],
     words: Annotated[list[str] | None, typer.Argument(help="Words to split.")] = None,
-    first: Annotated[int, _number(NOT_NEGATIVE, help="How many merges to print.")] = 20,
+    first: Annotated[int, _number(NonNegativeInt, help="How many merges to print.")] = 20,
 ) -> None:
     """Print the first merges in the order they were learned, with their counts, and how words split."""
     from firth.tokenizer import inspection
@@ -272,11 +280,11 @@ def compare(
             "probe.field=value for the finetuning."
         ),
     ],
-    max_seconds: Annotated[float, _number(NOT_NEGATIVE, help="Seconds of training per run.")] = 0.0,
+    max_seconds: Annotated[float, _number(NonNegativeFloat, help="Seconds of training per run.")] = 0.0,
     max_flops: Annotated[
-        float, _number(NOT_NEGATIVE, help="Counted FLOPs per run instead, for example 4e12: equal on any machine.")
+        float, _number(NonNegativeFloat, help="Counted FLOPs per run instead, for example 4e12: equal on any machine.")
     ] = 0.0,
-    seeds: Annotated[int, _number(POSITIVE, help="Runs per recipe, for the intervals.")] = 3,
+    seeds: Annotated[int, _number(PositiveInt, help="Runs per recipe, for the intervals.")] = 3,
     shares: Annotated[
         str, typer.Option(help="Shares of the compute, one run each: the points of the curve.")
     ] = "0.25,0.5,1",
@@ -287,7 +295,7 @@ def compare(
             "by default questions for models that read Shakespeare, else sarcasm."
         ),
     ] = "",
-    labels: Annotated[int, _number(POSITIVE, help="How many of these records are trained on.")] = 500,
+    labels: Annotated[int, _number(PositiveInt, help="How many of these records are trained on.")] = 500,
     out: Annotated[Path, typer.Option(help="The directory for the runs, the table and the report.")] = Path(
         "runs/compare"
     ),
@@ -324,7 +332,7 @@ def generate(
     between: Annotated[
         tuple[str, str] | None, typer.Option(help="Variational autoencoder: texts between these two.")
     ] = None,
-    count: Annotated[int, _number(POSITIVE, help="How many texts between two, or from the prior.")] = 5,
+    count: Annotated[int, _number(PositiveInt, help="How many texts between two, or from the prior.")] = 5,
 ) -> None:
     """Continue a text (decoders), or answer one (encoder-decoders).
 
@@ -353,7 +361,7 @@ def generate(
 def fill(
     run: Run,
     text: Annotated[str, typer.Argument(help="A text with <mask> where a token is missing.")],
-    top: Annotated[int, _number(POSITIVE, help="Candidates per gap.")] = 5,
+    top: Annotated[int, _number(PositiveInt, help="Candidates per gap.")] = 5,
 ) -> None:
     """Fill the gaps of a text: tokens (masked models, ELMo), spans (T5), or the whole text (BART)."""
     from firth.runs.inference import fill_text
@@ -365,7 +373,7 @@ def fill(
 def vectors(
     run: Run,
     words: Annotated[list[str] | None, typer.Argument(help="Words whose neighbors are printed.")] = None,
-    top: Annotated[int, _number(POSITIVE, help="How many neighbors of each.")] = 8,
+    top: Annotated[int, _number(PositiveInt, help="How many neighbors of each.")] = 8,
     out: Annotated[Path | None, typer.Option(help="Write all vectors to this file, in word2vec's text format.")] = None,
 ) -> None:
     """Print the nearest neighbors of words among a run's token vectors, or write all vectors in word2vec's format."""
@@ -381,7 +389,10 @@ def chat(
     max_new_tokens: Annotated[
         int | None,
         _number(
-            TOKENS, "--max-new-tokens", "-n", help="Most tokens of an answer; 256 by default, or half of the context."
+            TokenCount,
+            "--max-new-tokens",
+            "-n",
+            help="Most tokens of an answer; 256 by default, or half of the context.",
         ),
     ] = None,
     temperature: Temperature = 0.8,
@@ -442,7 +453,8 @@ def evaluate(
         ),
     ] = None,
     limit: Annotated[
-        int | None, _number(POSITIVE, help="Read at most this many records, or score at most this many tokens of text.")
+        int | None,
+        _number(PositiveInt, help="Read at most this many records, or score at most this many tokens of text."),
     ] = None,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
     data: Annotated[list[str] | None, typer.Option(help="Prompts: files of the questions.")] = None,
@@ -450,16 +462,16 @@ def evaluate(
         list[str] | None,
         typer.Option(help="Prompts: files of the records shown as examples; by default the questions."),
     ] = None,
-    shots: Annotated[int | None, _number(Range(ge=0, le=1000), help="Prompts: examples before each question.")] = None,
+    shots: Annotated[int | None, _number(NonNegativeInt, help="Prompts: examples before each question.")] = None,
     chat: Annotated[bool, typer.Option("--chat", help="Prompts: use the model's chat template.")] = False,
     cot: Annotated[
         bool, typer.Option("--cot", help="Prompts: let the model think step by step before it answers (zero-shot).")
     ] = False,
     votes: Annotated[
         int,
-        _number(Range(ge=1, le=1000), help="Prompts: sampled answers per question, of which the most frequent counts."),
+        _number(PositiveInt, help="Prompts: sampled answers per question, of which the most frequent counts."),
     ] = 1,
-    seed: Annotated[int, _number(Range(ge=0, le=1 << 30), help="Prompts: seed of examples and samples.")] = 0,
+    seed: Annotated[int, _number(NonNegativeInt, help="Prompts: seed of examples and samples.")] = 0,
     weights: Annotated[str, typer.Option(help="Prompts: fp32, bf16, int8; unchanged by default.")] = "",
     within_word: Annotated[
         bool,
@@ -543,9 +555,7 @@ def embed(
     ] = Path("embeddings.npy"),
     text_field: Annotated[str, typer.Option(help="The field of records that holds the text.")] = "text",
     normalize: Annotated[bool, typer.Option(help="Scale every vector to length 1.")] = True,
-    max_length: Annotated[
-        int, _number(Range(ge=0, le=MAX_TOKENS), help="Most tokens of a text; 0: as in training.")
-    ] = 0,
+    max_length: Annotated[int, _number(OptionalTokenCount, help="Most tokens of a text; 0: as in training.")] = 0,
     input: Input = "auto",
 ) -> None:
     """Write a vector for each text, the mean of its hidden states, for search, clustering and similarity."""

@@ -39,7 +39,7 @@ from firth.model.presets import bert, gpt2, llama
 from firth.pretrained import gguf
 from firth.pretrained.gguf_quantize import PACK
 from firth.pretrained.load_save import load_model
-from firth.runs.inference import encode_prompt
+from firth.runs.loaded_model import encode_prompt
 from firth.tokenizer import chat
 from firth.tokenizer.tokenizer import Tokenizer
 from firth.tokenizer.train import train

@@ -89,7 +89,7 @@ def reference(directory: Path) -> dict[str, Any]:
     from firth.evaluate.tasks.option_scoring import encode
     from firth.generate.engine import Engine
     from firth.model.latent import average
-    from firth.runs.inference import encode_prompt
+    from firth.runs.loaded_model import encode_prompt
 
     evaluated = load_evaluated_model(directory)
     model, tokenizer, model_config = evaluated.model, evaluated.tokenizer, evaluated.model.config

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import argparse
 import statistics
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import count, islice
 from pathlib import Path
@@ -391,11 +391,11 @@ WITHOUT_PEER = ("prefix_lm", "linformer", "elmo", "contrastive", "vae")
 """Recipes without a peer."""
 
 
-def check() -> None:
+def check(names: Sequence[str]) -> None:
     """Assert that both sides have as many labels, and print the peers' first losses, near ln(vocabulary)."""
-    for name, peer in PEERS.items():
+    for name in (name for name in PEERS if name in names):
         recipe, objective, batches = prepare(name)
-        model, loss = peer(recipe)
+        model, loss = PEERS[name](recipe)
         batch = padded_examples(batches, 0)
         num_labels = [int((b[objective.labels[t]] != IGNORE).sum()) for t in objective.labels for b in (batch,)]
         packed = sum(
@@ -453,7 +453,7 @@ def main() -> None:
     )
     args = parser.parse_args()
     if args.check:
-        check()
+        check(args.only)
         return
     if args.profile:
         profile(args.profile)

@@ -9,6 +9,7 @@ for masked (1.5 M packed), so that the accelerators in use do not wait for their
 
 from __future__ import annotations
 
+import argparse
 import re
 import sys
 import tempfile
@@ -62,6 +63,7 @@ def real(batch: dict[str, torch.Tensor], side: str) -> int:
 
 
 def main() -> None:
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     torch.set_num_threads(1)
     folder = Path(tempfile.mkdtemp())
     tokenizer = train(topics.values(), "byte-bpe", vocab_size=8192, seed=0, num_sentinels=100)

@@ -35,12 +35,12 @@ from firth.compare.report import write_comparison
 from firth.compare.statistics import Score
 from firth.evaluate import cloze
 from firth.evaluate.cloze import ClozeItem
+from firth.fields import PositiveInt, ShareAboveZero, Validated
 from firth.io.atomic import make_directory
 from firth.io.integrity import read_record, write_record
 from firth.model.model import LM
 from firth.objectives.classification import Classification, readout_of
 from firth.pretrained.load_save import load_model
-from firth.ranges import PositiveInt, Ranged, ShareAboveZero
 from firth.report.charts import number
 from firth.runs import config_io, examples
 from firth.runs.compatibility import check_pattern
@@ -65,7 +65,7 @@ CLOZE_ITEMS, MAX_CLOZE_TOKENS = 512, 64
 
 
 @dataclass(frozen=True)
-class ComparisonConfig(Ranged):
+class ComparisonConfig(Validated):
     """Configuration of a comparison.
 
     Args:

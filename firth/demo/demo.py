@@ -40,7 +40,8 @@ from firth.model.model import LM
 from firth.pretrained.load_save import load_model
 from firth.recipes import finetuning, post_training
 from firth.report.page import write
-from firth.runs.inference import LoadedModel, encode_prompt, open_run
+from firth.runs.inference import open_run
+from firth.runs.loaded_model import Model, encode_prompt
 from firth.runs.prepare import DataConfig, train_tokenizer
 from firth.runs.recipe import Recipe, TokenizerConfig
 from firth.runs.run import RunResult, run
@@ -308,7 +309,7 @@ class _Demo:
         trained = open_run(self.out / name)
         torch.manual_seed(self.seed)
         model = LM(trained.model.config, recipe.objective.heads(trained.model.config))
-        untrained = LoadedModel(model, self.tokenizer, Engine(model, self.tokenizer))
+        untrained = Model.of(model, self.tokenizer)
         prompts = self.sample_prompts(name)
         before, after = (self.generate_samples(name, loaded, prompts) for loaded in (untrained, trained))
         samples = [{"prompt": p, "before": b, "after": a} for p, b, a in zip(prompts, before, after, strict=True)]
@@ -331,7 +332,7 @@ class _Demo:
             return mask_words(completions, mask_token, 1, random.Random(self.seed))
         return mask_words(completions, "<extra_id_0>", 2, random.Random(self.seed))
 
-    def generate_samples(self, name: str, loaded: LoadedModel, prompts: Sequence[str]) -> list[str]:
+    def generate_samples(self, name: str, loaded: Model, prompts: Sequence[str]) -> list[str]:
         """Generate one sample per prompt.
 
         Args:

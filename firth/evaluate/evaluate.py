@@ -18,7 +18,7 @@ from typing import Any
 from firth.evaluate import glue, tasks
 from firth.evaluate.task import EvaluatedModel, Progress, load_evaluated_model
 from firth.evaluate.text_perplexity import likelihood
-from firth.types import LOGGER, LogLine, UserError
+from firth.types import UserError
 
 
 def evaluate(
@@ -28,7 +28,6 @@ def evaluate(
     task: str | None = None,
     limit: int | None = None,
     progress: Progress = lambda _: None,
-    log: LogLine = LOGGER.warning,
 ) -> dict[str, Any]:
     """Evaluate the model of a run or model directory on files.
 
@@ -38,7 +37,6 @@ def evaluate(
         task: A name of `firth.evaluate.tasks.TASKS`, a user's `module:TASK`, "likelihood" or "glue"; None for the default of the model.
         limit: Most tokens that "likelihood" scores, spread over the text; most records, the first ones, for other tasks.
         progress: Called with the share done, 0 to 1.
-        log: Called with each warning about truncated, repaired or skipped data.
 
     Returns:
         Metrics by name.
@@ -49,7 +47,7 @@ def evaluate(
     if task == "glue":  # the other paths are runs as well
         limited = functools.partial(evaluate, limit=limit)
         return {"task": task} | _limit_entry(limit) | glue.board([directory, *map(Path, paths)], limited)
-    return evaluate_model(load_evaluated_model(directory), paths, task=task, limit=limit, progress=progress, log=log)
+    return evaluate_model(load_evaluated_model(directory), paths, task=task, limit=limit, progress=progress)
 
 
 def evaluate_model(
@@ -59,7 +57,6 @@ def evaluate_model(
     task: str | None = None,
     limit: int | None = None,
     progress: Progress = lambda _: None,
-    log: LogLine = LOGGER.warning,
 ) -> dict[str, Any]:
     """Evaluate a loaded model on any task but "glue"; arguments and result are those of `evaluate`."""
     task = tasks.default_for(evaluated, paths) if task is None else task
@@ -69,13 +66,13 @@ def evaluate_model(
             f"{evaluated.directory}: this model has no head that a task reads (heads: {heads}): give --task"
         )
     if task == "likelihood":
-        found = likelihood(evaluated, paths, limit, progress, log)
+        found = likelihood(evaluated, paths, limit, progress)
     else:
         chosen = tasks.find(task)
         matched, mismatched = glue.split_mnli(evaluated.recipe, paths)
-        found = chosen.run(evaluated, matched, progress, log, limit) if matched else {}
+        found = chosen.run(evaluated, matched, progress, limit) if matched else {}
         if mismatched:
-            found |= glue.with_mismatched_names(chosen.run(evaluated, mismatched, progress, log, limit))
+            found |= glue.with_mismatched_names(chosen.run(evaluated, mismatched, progress, limit))
     return {"task": task} | _limit_entry(limit) | found
 
 

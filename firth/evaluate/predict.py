@@ -37,7 +37,6 @@ def predict(
     progress: Progress = lambda _: None,
     *,
     form: str = "auto",
-    log: LogLine = LOGGER.warning,
 ) -> Iterator[dict[str, Any]]:
     """Yield a row of predictions for each record.
 
@@ -47,12 +46,11 @@ def predict(
         stdin: Standard input.
         progress: Called with the share done, 0 to 1.
         form: Format of the file, of `firth.evaluate.prediction_inputs.FORMS`, or "auto".
-        log: Called with each warning about truncated, repaired or ambiguous input.
 
     Raises:
         UserError: The model has no task head, or a record does not fit the task.
     """
-    yield from predict_with(load_evaluated_model(directory), file, stdin, progress, form=form, log=log)
+    yield from predict_with(load_evaluated_model(directory), file, stdin, progress, form=form)
 
 
 def predict_with(
@@ -62,7 +60,6 @@ def predict_with(
     progress: Progress = lambda _: None,
     *,
     form: str = "auto",
-    log: LogLine = LOGGER.warning,
 ) -> Iterator[dict[str, Any]]:
     """Yield a row of predictions of a loaded model for each record; see `predict`."""
     task = prediction_task(evaluated)
@@ -70,13 +67,13 @@ def predict_with(
     with tempfile.TemporaryDirectory() as folder:
         records = read_inputs(file, stdin, form, task.input_schema(evaluated), Path(folder))
         for note in records.notes:
-            log(note)
+            LOGGER.warning(note)
         with records.user_locations():
             predictions: Iterator[dict[str, Any]] = iter(())
             if any(records.has_text):
                 items = task.load(evaluated, [str(records.path)], labeled=False)
                 for note in task.notes(items):
-                    log(records.with_user_locations(note))
+                    LOGGER.warning(records.with_user_locations(note))
                 predictions = task.predict(evaluated, items, progress)
             for row, has_text in zip(records.rows, records.has_text, strict=True):
                 yield row | (next(predictions) if has_text else {})

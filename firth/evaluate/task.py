@@ -26,7 +26,7 @@ from firth.pretrained.load_save import check_vocab_fits, load_model, metadata_of
 from firth.tokenizer.chat_template import TEMPLATE
 from firth.tokenizer.tokenizer import Tokenizer
 from firth.tokenizer.vocab import Vocab
-from firth.types import LogLine, UserError
+from firth.types import LOGGER, UserError
 
 Metric = Callable[..., float]
 Progress = Callable[[float], None]
@@ -168,7 +168,6 @@ class Task:
         evaluated: EvaluatedModel,
         paths: Sequence[str],
         progress: Progress,
-        log: LogLine,
         limit: int | None = None,
     ) -> dict[str, Any]:
         """Evaluate a model on files.
@@ -177,7 +176,6 @@ class Task:
             evaluated: The model.
             paths: The files.
             progress: Called with the share done, 0 to 1.
-            log: Called with each note about truncated or skipped items.
             limit: Most records to read.
 
         Returns:
@@ -186,7 +184,7 @@ class Task:
         with first_records(limit):
             items = self.load(evaluated, paths)
         for note in self.notes(items):
-            log(note)
+            LOGGER.warning(note)
         if not len(items):
             raise UserError(f"{', '.join(paths)}: there is no record to score")
         columns = self.respond(evaluated, items, progress)

@@ -25,7 +25,7 @@ from firth.evaluate.perplexity import (
 from firth.generate.scoring import scoring_mode
 from firth.pretrained.load_save import metadata_of
 from firth.tokenizer.tokenizer import Tokenizer
-from firth.types import IGNORE, LOGGER, Example, LogLine, UserError
+from firth.types import IGNORE, LOGGER, Example, UserError
 
 if TYPE_CHECKING:
     from firth.evaluate.task import EvaluatedModel, Progress
@@ -74,7 +74,6 @@ def likelihood(
     paths: Sequence[str],
     limit: int | None,
     progress: Progress,
-    log: LogLine = LOGGER.warning,
 ) -> dict[str, Any]:
     """Return perplexity and bits per byte of the documents in files, with an interval where there are enough blocks.
 
@@ -83,7 +82,6 @@ def likelihood(
         paths: Files or directories of text.
         limit: Most tokens to score, in pieces spread evenly over the text; the result has their "share".
         progress: Called with the share done, 0 to 1.
-        log: Called with each warning about repaired or skipped text.
 
     Raises:
         UserError: The model has no LM head, or the files hold no text.
@@ -99,7 +97,7 @@ def likelihood(
     whole = [tokenize(tokenizer, d.text) for d in documents(paths, counts=counts)]
     for name, n in counts.rows().items():
         if name in READ_NOTES:
-            log(f"{', '.join(paths)}: {n:,} {READ_NOTES[name]}")
+            LOGGER.warning(f"{', '.join(paths)}: {n:,} {READ_NOTES[name]}")
     longest = {"causal": 8 * context, "masked": context - 2, "halves": 2 * context - 2}[mode]
     split = [piece for document in whole for piece in (pieces(document, longest) if mode != "causal" else [document])]
     total = sum(len(d.tokens) for d in split)

@@ -118,7 +118,7 @@ class NativeDecoder:
         self.library = native.library()
         config = model.config
         head: Any = model.heads["lm"] if "lm" in model.heads else None  # noqa: SIM401
-        _need(type(model.stack) is TransformerStack and not config.linformer_k, "the blocks are not attention")
+        _need(not (config.rnn_type or config.linformer_k), "the blocks are not attention")
         _need(config.position in POSITIONS, f"position {config.position}")
         _need(type(head) in (LMHead, Int8LMHead), "another type of head")
         _need(cache.is_decoding and bool(cache.keys), "the cache is empty")
@@ -152,9 +152,9 @@ class NativeDecoder:
         self.source_length = 0 if self.source is None else self.source.shape[1]
 
     @staticmethod
-    def of(model: LM, cache: Any) -> NativeDecoder | None:
+    def of(model: LM, cache: KVCache) -> NativeDecoder | None:
         """Return the compiled step, or None if it is not supported or torch's operators are faster here."""
-        if model.tokens.weight.device.type != "cpu" or type(cache) is not KVCache or DECODE.choice() != "native":
+        if model.tokens.weight.device.type != "cpu" or model.config.rnn_type or DECODE.choice() != "native":
             return None
         try:
             return NativeDecoder(model, cache)

@@ -33,7 +33,6 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable
 from functools import cache, partial
 from typing import Any
 
@@ -41,7 +40,7 @@ import torch
 from torch import Tensor, nn
 
 from firth import kernel_choice
-from firth.model.block import MLP, Attention, Linear
+from firth.model.block import Block, Linear
 from firth.model.cross_entropy import ABSENT
 from firth.model.heads import LMHead
 from firth.model.model import LM
@@ -118,6 +117,8 @@ class Int8Linear(nn.Module):
         bias: (out,) or None.
         base: The place value of the first digit of an activation; 1 if it is the only one.
     """
+
+    is_plain = False
 
     def __init__(self, weight: Tensor, steps: Tensor, bias: Tensor | None, base: int):
         super().__init__()
@@ -338,7 +339,7 @@ def quantize(model: LM, weights: str) -> LM:
         copied.heads["lm"] = Int8LMHead(head, Int8Linear.of(*matrix, head.bias, digits))
     if table is not None:
         copied.tokens = Int8Embedding(*table)  # type: ignore[assignment]
-    _quantize_module(copied, digits)
+    _quantize_layers(copied, digits)
     return copied
 
 
@@ -352,17 +353,20 @@ def _copy_as(model: LM, dtype: torch.dtype) -> LM:
     return copy.deepcopy(model, tensors).eval()
 
 
-def _quantize_module(module: nn.Module, digits: int) -> None:
-    """Replace the linear layers of a module and its children with int8 layers."""
-    QUANTIZERS.get(type(module), _quantize_children)(module, digits)
-
-
-def _quantize_children(module: nn.Module, digits: int) -> None:
-    for name, child in list(module.named_children()):
-        if type(child) is Linear:
-            setattr(module, name, Int8Linear.of(*quantize_rows(child.weight), child.bias, digits))
-        else:
-            _quantize_module(child, digits)
+def _quantize_layers(model: LM, digits: int) -> None:
+    """Replace the linear layers of all blocks with int8 layers; those that read the same input become one layer."""
+    blocks: list[Any] = [module for module in model.modules() if isinstance(module, Block)]
+    for block in blocks:
+        for attention in (block.attention, block.cross):
+            if attention is not None:
+                layers = [attention.q, attention.k, attention.v]
+                attention.joined, (attention.q, attention.k, attention.v) = _join(layers, digits)
+        mlp = block.mlp
+        if mlp.gate is not None:
+            mlp.joined, (mlp.gate, mlp.up) = _join([mlp.gate, mlp.up], digits)
+    for name, layer in list(model.named_modules()):
+        if type(layer) is Linear:
+            model.set_submodule(name, Int8Linear.of(*quantize_rows(layer.weight), layer.bias, digits))
 
 
 def _join(layers: list[nn.Linear], digits: int) -> tuple[Int8Linear, list[Int8Linear]]:
@@ -371,18 +375,3 @@ def _join(layers: list[nn.Linear], digits: int) -> tuple[Int8Linear, list[Int8Li
     joint = Int8Linear.of(*quantize_rows(torch.cat([m.weight.detach() for m in layers])), bias, digits)
     ends = torch.tensor([m.out_features for m in layers]).cumsum(0).tolist()
     return joint, [joint.part(a, b) for a, b in zip([0, *ends], ends, strict=False)]
-
-
-def _quantize_attention(module: Any, digits: int) -> None:
-    module.joined, (module.q, module.k, module.v) = _join([module.q, module.k, module.v], digits)
-    _quantize_children(module, digits)
-
-
-def _quantize_mlp(module: Any, digits: int) -> None:
-    if module.gate is not None:
-        module.joined, (module.gate, module.up) = _join([module.gate, module.up], digits)
-    _quantize_children(module, digits)
-
-
-QUANTIZERS: dict[type[nn.Module], Callable[[Any, int], None]] = {Attention: _quantize_attention, MLP: _quantize_mlp}
-"""How each type of module is quantized; modules of other types quantize their children."""

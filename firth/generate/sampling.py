@@ -24,14 +24,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from firth.ranges import NonNegativeFloat, NonNegativeInt, PositiveFloat, Ranged, Share, ShareAboveZero, TokenCount
+from firth.fields import NonNegativeFloat, NonNegativeInt, PositiveFloat, Share, ShareAboveZero, TokenCount, Validated
 from firth.types import UserError
 
 NEGATIVE_INFINITY = float("-inf")
 
 
 @dataclass(frozen=True)
-class Sampling(Ranged, section="sampling"):
+class Sampling(Validated, section="sampling"):
     """Configuration of sampling.
 
     Args:

@@ -5,6 +5,7 @@ A file of a kilobyte can describe a gigabyte (aliases of aliases), or nest beyon
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,15 @@ MAX_VALUES = 100_000
 """Maximum number of values in a document with all aliases expanded."""
 MAX_DEPTH = 50
 """Maximum nesting depth."""
+
+
+class _Loader(yaml.SafeLoader):
+    """PyYAML's loader with the floats of YAML 1.2: `1e-5` is a number, which YAML 1.1 reads as a text."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
+)
 
 
 def read_yaml(path: Path) -> tuple[Any, yaml.Node | None]:
@@ -50,10 +60,10 @@ def parse_yaml(text: str, name: str) -> tuple[Any, yaml.Node | None]:
         UserError: The text is not YAML, or exceeds the limits.
     """
     try:
-        node = yaml.compose(text, Loader=yaml.SafeLoader)
+        node = yaml.compose(text, Loader=_Loader)
         if node is not None and _values(node, {}, 0) > MAX_VALUES:
             raise UserError(f"{name}: its aliases expand to more than {MAX_VALUES:,} values: use fewer aliases")
-        return yaml.safe_load(text), node
+        return yaml.load(text, Loader=_Loader), node
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f":{mark.line + 1}" if mark else ""

@@ -38,18 +38,19 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from firth.model.config_checks import check_combinations, check_fields
-from firth.model.parameter_count import GATED, num_parameters
-from firth.ranges import (
+from annotated_types import Interval
+
+from firth.fields import (
     NonNegativeFloat,
     OptionalTokenCount,
     PositiveFloat,
     PositiveInt,
-    Range,
-    Ranged,
     ShareBelowOne,
     TokenCount,
+    Validated,
 )
+from firth.model.config_checks import check_combinations, check_fields
+from firth.model.parameter_count import GATED, num_parameters
 
 AttentionPattern = Literal[
     "any", "causal", "bidirectional", "permuted", "prefix", "seq2seq", "bidirectional_separate", "none", "latent"
@@ -68,18 +69,18 @@ AttentionPattern = Literal[
 """
 
 
-Width = Annotated[int, Range(ge=1, le=1 << 20)]
-OptionalWidth = Annotated[int, Range(ge=0, le=1 << 20)]
-Heads = Annotated[int, Range(ge=1, le=1 << 16)]
-OptionalHeads = Annotated[int, Range(ge=0, le=1 << 16)]
-Layers = Annotated[int, Range(ge=0, le=10_000)]
-Types = Annotated[int, Range(ge=0, le=1 << 16)]
-TokenIds = Annotated[int, Range(ge=1, lt=1 << 31)]
+Width = Annotated[int, Interval(ge=1, le=1 << 20)]
+OptionalWidth = Annotated[int, Interval(ge=0, le=1 << 20)]
+Heads = Annotated[int, Interval(ge=1, le=1 << 16)]
+OptionalHeads = Annotated[int, Interval(ge=0, le=1 << 16)]
+Layers = Annotated[int, Interval(ge=0, le=10_000)]
+Types = Annotated[int, Interval(ge=0, le=1 << 16)]
+TokenIds = Annotated[int, Interval(ge=1, lt=1 << 31)]
 """Ranges of model sizes. The upper bounds are fifty times those of any published model: a larger number is a typing error."""
 
 
 @dataclass(frozen=True)
-class ModelConfig(Ranged, section="model"):
+class ModelConfig(Validated, section="model"):
     """Configuration of a model architecture; the defaults are GPT-2's.
 
     A size of 0 means "default" or "off", as stated. "Tables" are the token, position and token type embeddings.
@@ -171,18 +172,18 @@ class ModelConfig(Ranged, section="model"):
     norm_placement: Literal["pre", "post"] = "pre"
     norm_weight: bool = True
     norm_bias: bool = True
-    norm_eps: Annotated[float, Range(gt=0, lt=1)] = 1e-5
+    norm_eps: Annotated[float, Interval(gt=0, lt=1)] = 1e-5
     embedding_norm: bool = False
     first_attention_norm: bool = True
     position: Literal["learned", "sinusoidal", "marian", "rotary", "t5", "mpnet", "xlnet", "none"] = "learned"
     rope_theta: PositiveFloat = 10000.0
-    rope_sign: Annotated[int, Range(ge=-1, le=1)] = 1
+    rope_sign: Annotated[int, Interval(ge=-1, le=1)] = 1
     rope_scaling: Literal["none", "linear", "llama3"] = "none"
     rope_factor: PositiveFloat = 1.0
     rope_low_freq_factor: PositiveFloat = 1.0
     rope_high_freq_factor: PositiveFloat = 4.0
     rope_original_max_positions: PositiveInt = 8192
-    relative_buckets: Annotated[int, Range(ge=2, le=65536)] = 32
+    relative_buckets: Annotated[int, Interval(ge=2, le=65536)] = 32
     relative_max_distance: TokenCount = 128
     memory_length: OptionalTokenCount = 0
     mask_embedding: bool = False

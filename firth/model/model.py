@@ -91,9 +91,12 @@ class LM(nn.Module):
         """Make shared weights one Parameter: a tied LM head, and the embedding tables of submodels."""
         if self.config.tie_embeddings and "lm" in self.heads:
             self.heads["lm"].weight = self.tokens.weight
-        for head in self.heads.values():
-            if isinstance(head, LM):
-                head.tie_to(self)
+        for model in self.submodels():
+            model.tie_to(self)
+
+    def submodels(self) -> list[LM]:
+        """Return the heads that are models themselves: ELECTRA's generator, PPO's critic."""
+        return [head for head in self.heads.values() if isinstance(head, LM)]
 
     def tie_to(self, host: LM) -> None:
         """Share weights with the model `host` that this one is a head of."""
@@ -128,11 +131,10 @@ class LM(nn.Module):
         """
         ids = vocab.absent(self.config.vocab_size)
         absent = torch.from_numpy(ids).to(self.tokens.weight.device) if len(ids) else None
-        for name, head in self.heads.items():
-            if name == "lm":
-                head.restrict_vocab(absent)  # type: ignore[operator]
-            elif isinstance(head, LM):
-                head.restrict_vocab(vocab)
+        if "lm" in self.heads:
+            self.heads["lm"].restrict_vocab(absent)  # type: ignore[operator]
+        for model in self.submodels():
+            model.restrict_vocab(vocab)
 
     @property
     def has_lm_head(self) -> bool:

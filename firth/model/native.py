@@ -100,15 +100,16 @@ class NoCompilerError(UserError, RuntimeError):
 
 
 @once
-def _outcome() -> ctypes.CDLL | str:
+def _outcome() -> tuple[ctypes.CDLL | None, str]:
+    """Return the library, or None and why there is none."""
     try:
         library = ctypes.CDLL(str(build()))
     except (OSError, NoCompilerError) as error:
-        return str(error)
+        return None, str(error)
     for name, types in ARGUMENTS.items():
         function = getattr(library, name)
         function.argtypes, function.restype = types, None
-    return library
+    return library, ""
 
 
 def library() -> ctypes.CDLL:
@@ -117,18 +118,17 @@ def library() -> ctypes.CDLL:
     Raises:
         NoCompilerError: There is no compiler, or it fails.
     """
-    found = _outcome()
-    if isinstance(found, str):
+    found, reason = _outcome()
+    if found is None:
         raise NoCompilerError(
-            f"no native kernels: {found}: install gcc or clang, or remove them from {kernel_choice.FORCE}"
+            f"no native kernels: {reason}: install gcc or clang, or remove them from {kernel_choice.FORCE}"
         )
     return found
 
 
 def why_not() -> str:
     """Return why native kernels are not available; empty if they are."""
-    found = _outcome()
-    return found if isinstance(found, str) else ""
+    return _outcome()[1]
 
 
 def build() -> Path:

@@ -51,7 +51,7 @@ def lstm_runs_in_bf16() -> bool:
 def run_layer(layer: nn.RNNBase, x: Any, state: Any = None) -> tuple[Any, Any]:
     """Return layer(x, state), in fp32 where autocast wants bf16 on a CPU without a kernel for it."""
     device = layer.weight_ih_l0.device.type
-    if device == "cpu" and isinstance(layer, nn.LSTM) and torch.is_autocast_enabled("cpu") and not lstm_runs_in_bf16():
+    if device == "cpu" and layer.mode == "LSTM" and torch.is_autocast_enabled("cpu") and not lstm_runs_in_bf16():
         with torch.autocast("cpu", enabled=False):
             return layer(x.float(), state)
     return layer(x, state)

@@ -21,12 +21,12 @@ import torch
 from torch import Tensor, nn
 
 from firth.data import attention_fields
+from firth.fields import NonNegativeFloat, ShareBelowOne
 from firth.model.config import AttentionPattern, ModelConfig
 from firth.model.model import LM
 from firth.objectives.objective import DataStats, Objective, choice_loss, num_correct, supervised
 from firth.pretrained.families import families_of
 from firth.pretrained.families.heads import head_of
-from firth.ranges import NonNegativeFloat, ShareBelowOne
 from firth.tokenizer.vocab import Vocab
 from firth.types import IGNORE, Batch, Example, Outputs, UserError
 

@@ -24,14 +24,15 @@ from typing import Annotated, ClassVar, Literal
 import numpy as np
 import torch
 import torch.nn.functional as F
+from annotated_types import Interval
 from torch import Tensor
 
 from firth.data import attention_fields
+from firth.fields import PositiveFloat
 from firth.model.config import AttentionPattern, ModelConfig
 from firth.model.latent import average
 from firth.model.model import LM
 from firth.objectives.objective import Objective, choice_loss, num_correct
-from firth.ranges import PositiveFloat, Range
 from firth.tokenizer.vocab import Vocab
 from firth.types import IGNORE, Batch, Example, Outputs
 
@@ -89,7 +90,7 @@ class Contrastive(PooledObjective):
     labels: ClassVar[dict[str, str]] = {"contrastive": "similar"}
     metrics: ClassVar[dict[str, str]] = {"accuracy": "similar", "nearer": "compared", "alignment": "alike"}
 
-    margin: Annotated[float, Range(gt=0, le=2)] = 1.0
+    margin: Annotated[float, Interval(gt=0, le=2)] = 1.0
 
     def inputs(self, given: frozenset[str] = frozenset()) -> frozenset[str]:
         return frozenset({"tokens", "token_type_ids", "label"} if "label" in given else {"first", "second", "other"})

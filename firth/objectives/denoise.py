@@ -20,9 +20,9 @@ import numpy as np
 from firth.data import attention_fields
 from firth.data.attention_fields import InfillPrompt, Seq2SeqLayout
 from firth.data.corruptions import Damage, corrupt
+from firth.fields import OpenShare
 from firth.model.config import AttentionPattern
 from firth.objectives.objective import TokenObjective
-from firth.ranges import OpenShare
 from firth.tokenizer.vocab import Vocab
 from firth.types import IGNORE, Example, UserError
 

@@ -18,16 +18,17 @@ from typing import Annotated, ClassVar
 
 import numpy as np
 import torch
+from annotated_types import Interval
 from torch import Tensor, nn
 
 from firth.data import attention_fields
+from firth.fields import PositiveFloat
 from firth.model.config import AttentionPattern, ModelConfig
 from firth.model.forward_context import ForwardContext
 from firth.model.heads import LMHead
 from firth.model.model import LM
 from firth.objectives.objective import Objective, choice_loss, log_probs, num_correct, vocabulary_flops
 from firth.objectives.sft import causal_example
-from firth.ranges import PositiveFloat, Range
 from firth.tokenizer.vocab import Vocab
 from firth.types import IGNORE, Batch, Example, Outputs
 
@@ -68,7 +69,7 @@ class DPO(Objective):
     """
 
     beta: PositiveFloat = 0.1
-    label_smoothing: Annotated[float, Range(ge=0, lt=0.5)] = 0.0
+    label_smoothing: Annotated[float, Interval(ge=0, lt=0.5)] = 0.0
     dropout: bool = False
 
     output_fields: ClassVar[frozenset[str]] = frozenset()

@@ -19,9 +19,9 @@ import numpy as np
 
 from firth.data.noise import NOISES, Kind, apply_mask_tokens, text_units
 from firth.data.shuffle import ExampleRNG
+from firth.fields import NonNegativeInt, OpenShare, Share
 from firth.model.config import AttentionPattern
 from firth.objectives.objective import TokenObjective
-from firth.ranges import NonNegativeInt, OpenShare, Share
 from firth.tokenizer.vocab import Vocab
 from firth.types import IGNORE, Example, UserError
 

@@ -23,9 +23,9 @@ import numpy as np
 
 from firth.data import attention_fields
 from firth.data.noise import NOISES, Kind, apply_mask_tokens, text_units
+from firth.fields import OpenShare, Share
 from firth.model.config import AttentionPattern
 from firth.objectives.objective import TokenObjective
-from firth.ranges import OpenShare, Share
 from firth.tokenizer.vocab import Vocab
 from firth.types import Example, UserError
 

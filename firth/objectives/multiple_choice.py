@@ -19,12 +19,12 @@ import torch
 from torch import Tensor, nn
 
 from firth.data import attention_fields
+from firth.fields import NonNegativeInt
 from firth.model.config import AttentionPattern, ModelConfig
 from firth.model.model import LM
 from firth.objectives.classification import READOUTS, classification_head, readout_of
 from firth.objectives.objective import DataStats, Objective, choice_loss, num_correct
 from firth.objectives.reward_model import last_state, last_token_mask
-from firth.ranges import NonNegativeInt
 from firth.tokenizer.vocab import Vocab
 from firth.types import Batch, Example, Outputs, UserError
 

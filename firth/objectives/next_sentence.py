@@ -13,8 +13,8 @@ from typing import ClassVar
 
 import numpy as np
 
+from firth.fields import Share
 from firth.objectives.sentence_pairs import SentencePairObjective
-from firth.ranges import Share
 from firth.tokenizer.vocab import Vocab
 from firth.types import Example
 

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from firth.data.attention_fields import InfillPrompt
 from firth.data.shuffle import ExampleRNG
+from firth.fields import Validated
 from firth.model import flops
 from firth.model.config import AttentionPattern, ModelConfig
 from firth.model.forward_context import ForwardContext
@@ -33,7 +34,6 @@ from firth.model.heads import LMHead
 from firth.model.model import LM
 from firth.model.transformer import subset_positions
 from firth.objectives import name_of
-from firth.ranges import Ranged
 from firth.tokenizer.vocab import Vocab
 from firth.types import IGNORE, Batch, Example, Outputs, UserError
 
@@ -71,7 +71,7 @@ class DataStats:
     has_unanswerable: bool = False
 
 
-class Objective(Ranged, section="objective"):
+class Objective(Validated, section="objective"):
     """Interface of a training objective. Subclasses are frozen dataclasses; their fields are the objective's settings.
 
     Attributes:

@@ -26,9 +26,9 @@ import numpy as np
 
 from firth.data import attention_fields
 from firth.data.noise import NOISES, Kind, text_units
+from firth.fields import PositiveInt
 from firth.model.config import AttentionPattern
 from firth.objectives.objective import TokenObjective
-from firth.ranges import PositiveInt
 from firth.tokenizer.vocab import Vocab
 from firth.types import Example
 

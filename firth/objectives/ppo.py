@@ -25,13 +25,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from firth.fields import NonNegativeFloat, PositiveFloat
 from firth.model import flops
 from firth.model.config import AttentionPattern, ModelConfig
 from firth.model.heads import LMHead
 from firth.model.model import LM
 from firth.objectives.objective import Objective, supervised, vocabulary_flops
 from firth.objectives.sft import causal_example
-from firth.ranges import NonNegativeFloat, PositiveFloat
 from firth.tokenizer.vocab import Vocab
 from firth.types import IGNORE, Batch, Example, Outputs
 

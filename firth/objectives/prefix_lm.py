@@ -16,9 +16,9 @@ import numpy as np
 
 from firth.data import attention_fields
 from firth.data.attention_fields import Seq2SeqLayout
+from firth.fields import Share
 from firth.model.config import AttentionPattern
 from firth.objectives.objective import TokenObjective
-from firth.ranges import Share
 from firth.tokenizer.vocab import Vocab
 from firth.types import Example, UserError
 

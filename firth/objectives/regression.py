@@ -17,11 +17,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from firth.fields import PositiveFloat
 from firth.model.config import ModelConfig
 from firth.model.model import LM
 from firth.objectives.classification import ReadoutObjective, classification_head, label_at_position
 from firth.objectives.objective import DataStats, Objective, supervised
-from firth.ranges import FiniteFloat, PositiveFloat
 from firth.tokenizer.vocab import Vocab
 from firth.types import Batch, Example, Outputs
 
@@ -48,7 +48,7 @@ class Regression(ReadoutObjective):
     metrics: ClassVar[dict[str, str]] = {"squared_error": "score"}
     label_fields: ClassVar[tuple[str, ...]] = ("score",)
 
-    mean: FiniteFloat | None = None
+    mean: float | None = None
     std: PositiveFloat | None = None
 
     def inputs(self, given: frozenset[str] = frozenset()) -> frozenset[str]:

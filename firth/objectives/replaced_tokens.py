@@ -26,6 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from firth.data.noise import Kind, text_units
+from firth.fields import NonNegativeFloat, OpenShare, ShareAboveZero
 from firth.model import flops
 from firth.model.config import AttentionPattern, ModelConfig
 from firth.model.forward_context import ForwardContext
@@ -33,7 +34,6 @@ from firth.model.heads import LMHead, replaced_token_head
 from firth.model.model import LM, TiedSubmodel
 from firth.objectives.masked_lm import MLM
 from firth.objectives.objective import Objective, forward_work, supervised
-from firth.ranges import NonNegativeFloat, OpenShare, ShareAboveZero
 from firth.tokenizer.vocab import Vocab
 from firth.types import IGNORE, Batch, Example, Outputs
 

@@ -21,10 +21,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from firth.data import attention_fields
+from firth.fields import NonNegativeInt
 from firth.model.config import AttentionPattern, ModelConfig
 from firth.model.model import LM
 from firth.objectives.objective import DataStats, Objective, choice_loss, num_correct
-from firth.ranges import NonNegativeInt
 from firth.tokenizer.vocab import Vocab
 from firth.types import IGNORE, NEVER, Batch, Example, Outputs, UserError
 

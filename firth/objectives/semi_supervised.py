@@ -24,12 +24,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from firth.data.noise import NOISES, Kind, text_units
+from firth.fields import NonNegativeFloat, NonNegativeInt, OpenShare, PositiveFloat, Share, ShareBelowOne
 from firth.model import flops
 from firth.model.forward_context import ForwardContext
 from firth.model.model import LM
 from firth.objectives.classification import Classification
 from firth.objectives.objective import Objective, choice_loss, forward_work, supervised
-from firth.ranges import NonNegativeFloat, NonNegativeInt, OpenShare, PositiveFloat, Share, ShareBelowOne
 from firth.tokenizer.vocab import Vocab
 from firth.types import IGNORE, Batch, Example, Outputs, UserError
 

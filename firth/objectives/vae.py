@@ -23,11 +23,11 @@ import numpy as np
 from torch import Tensor
 
 from firth.data import attention_fields
+from firth.fields import NonNegativeFloat, NonNegativeInt, PositiveInt, Share
 from firth.model.config import AttentionPattern, ModelConfig
 from firth.model.forward_context import ForwardContext
 from firth.model.model import LM
 from firth.objectives.objective import TokenObjective
-from firth.ranges import NonNegativeFloat, NonNegativeInt, PositiveInt, Share
 from firth.tokenizer.vocab import Vocab
 from firth.types import Batch, Example, Outputs
 

@@ -16,9 +16,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from firth.fields import PositiveFloat
 from firth.model.model import LM
 from firth.objectives.objective import Objective
-from firth.ranges import PositiveFloat
 from firth.tokenizer.vocab import Vocab
 from firth.types import IGNORE, Batch, Example, Outputs
 

@@ -23,14 +23,15 @@ from typing import Annotated, ClassVar, Literal
 import numpy as np
 import torch
 import torch.nn.functional as F
+from annotated_types import Interval
 from torch import Tensor, nn
 
 from firth import kernel_choice
+from firth.fields import PositiveInt
 from firth.model import flops, native, native_ops
 from firth.model.config import AttentionPattern, ModelConfig
 from firth.model.model import LM
 from firth.objectives.objective import Objective
-from firth.ranges import PositiveInt, Range
 from firth.tokenizer.vocab import Vocab
 from firth.types import IGNORE, Batch, Example, Outputs
 
@@ -66,7 +67,7 @@ class Word2Vec(Objective):
     labels: ClassVar[dict[str, str]] = {"words": "words"}
 
     algorithm: Literal["skipgram", "cbow"] = "skipgram"
-    window: Annotated[int, Range(ge=1, le=BLOCK_WORDS)] = 5
+    window: Annotated[int, Interval(ge=1, le=BLOCK_WORDS)] = 5
     num_negatives: PositiveInt = 5
     noise_words: PositiveInt = 64
 

@@ -18,7 +18,7 @@ from a copy; `merge_and_unload` merges permanently and returns plain modules.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
@@ -28,6 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from firth.model.block import Linear
+from firth.model.config import ModelConfig
 from firth.model.heads import LMHead
 from firth.model.model import LM
 from firth.types import UserError
@@ -91,17 +92,30 @@ class AdaptedModule(nn.Module):
         original_type: Type of the wrapped module.
     """
 
+    low: nn.ModuleDict
     unmerged_weight: Tensor | None
     original_type: type[nn.Module]
 
-    def wrap(self, plain: nn.Module) -> None:
-        """Take over the parameters and submodules of a module, including tied ones."""
-        for name, p in plain.named_parameters(recurse=False):
-            setattr(self, name, p)
-        for name, child in plain.named_children():
-            setattr(self, name, child)
-        self.low, self.unmerged_weight, self.original_type = nn.ModuleDict(), None, type(plain)
-        self.train(plain.training)
+    @staticmethod
+    def arguments(module: Any) -> tuple[Any, ...]:
+        """Return the arguments that create a module of the sizes of `module`."""
+        raise NotImplementedError
+
+    @classmethod
+    def wrap(cls, plain: nn.Module) -> AdaptedModule:
+        """Return a module with the parameters and submodules of a plain one, including tied ones, and no adapters yet."""
+        with torch.device("meta"):
+            adapted = cls(*cls.arguments(plain))
+        _share_parameters(plain, adapted)
+        adapted.low, adapted.unmerged_weight, adapted.original_type = nn.ModuleDict(), None, type(plain)
+        return adapted.train(plain.training)
+
+    def unwrap(self) -> nn.Module:
+        """Return a module of the original type with the parameters and submodules of this one, without its adapters."""
+        with torch.device("meta"):
+            plain = self.original_type(*self.arguments(self))
+        _share_parameters(self, plain)
+        return plain.train(self.training)
 
     def active_adapters(self) -> list[LoraLayer]:
         """Return the adapters to apply: those with a weight other than 0, and none while they are merged."""
@@ -117,8 +131,23 @@ class AdaptedModule(nn.Module):
         return total
 
 
+def _share_parameters(source: nn.Module, target: nn.Module) -> None:
+    """Let `target` have the parameters and submodules of `source`, except adapters."""
+    for name, p in source.named_parameters(recurse=False):
+        setattr(target, name, p)
+    for name, child in source.named_children():
+        if name != "low":
+            setattr(target, name, child)
+
+
 class AdaptedLinear(AdaptedModule, Linear):
     """A linear layer with adapters."""
+
+    is_plain = False
+
+    @staticmethod
+    def arguments(module: Any) -> tuple[int, int, bool]:
+        return module.in_features, module.out_features, module.bias is not None
 
     def forward(self, x: Tensor) -> Tensor:
         out = super().forward(x)
@@ -130,6 +159,10 @@ class AdaptedLinear(AdaptedModule, Linear):
 class AdaptedEmbedding(AdaptedModule, nn.Embedding):
     """An embedding table with adapters."""
 
+    @staticmethod
+    def arguments(module: Any) -> tuple[int, int]:
+        return module.num_embeddings, module.embedding_dim
+
     def forward(self, ids: Tensor) -> Tensor:
         out = super().forward(ids)
         for layer in self.active_adapters():
@@ -140,47 +173,22 @@ class AdaptedEmbedding(AdaptedModule, nn.Embedding):
 class AdaptedLMHead(AdaptedModule, LMHead):
     """The LM head with adapters. Its losses read the whole matrix, so the matrix includes the update."""
 
+    @staticmethod
+    def arguments(module: Any) -> tuple[ModelConfig]:
+        return (module.config,)
+
     @property
     def matrix(self) -> Tensor:
         return self.weight + self.total_delta() if self.active_adapters() else self.weight
 
 
-def _linear(plain: Any) -> AdaptedModule:
-    return AdaptedLinear(plain.in_features, plain.out_features, plain.bias is not None, device="meta")
-
-
-def _table(plain: Any) -> AdaptedModule:
-    return AdaptedEmbedding(plain.num_embeddings, plain.embedding_dim, device="meta")
-
-
-def _head(plain: Any) -> AdaptedModule:
-    with torch.device("meta"):
-        return AdaptedLMHead(plain.config)
-
-
-def _plain(found: Any, kind: type[nn.Linear]) -> nn.Module:
-    return kind(found.in_features, found.out_features, found.bias is not None, device="meta")
-
-
-def _plain_head(found: Any) -> nn.Module:
-    with torch.device("meta"):
-        return LMHead(found.config)
-
-
-ADAPTED_MODULES: dict[type[nn.Module], Callable[[Any], AdaptedModule]] = {
-    Linear: _linear,
-    nn.Linear: _linear,
-    nn.Embedding: _table,
-    LMHead: _head,
+ADAPTED_MODULES: dict[type[nn.Module], type[AdaptedModule]] = {
+    Linear: AdaptedLinear,
+    nn.Linear: AdaptedLinear,
+    nn.Embedding: AdaptedEmbedding,
+    LMHead: AdaptedLMHead,
 }
-"""Module type -> function that makes its adapted counterpart."""
-PLAIN_MODULES: dict[type[nn.Module], Callable[[Any], nn.Module]] = {
-    Linear: lambda m: _plain(m, Linear),
-    nn.Linear: lambda m: _plain(m, nn.Linear),
-    nn.Embedding: lambda m: nn.Embedding(m.num_embeddings, m.embedding_dim, device="meta"),
-    LMHead: _plain_head,
-}
-"""Module type -> function that makes the plain module of an adapted layer."""
+"""Module type -> its counterpart with adapters. Modules of other types have none."""
 
 
 ALL_LINEAR = "all-linear"
@@ -291,21 +299,14 @@ def add_to_module(model: LM, module_name: str, config: LoraConfig, name: str = "
     module: Any = model.get_submodule(module_name)
     check_rank(model, module_name, config)
     if type(module) in ADAPTED_MODULES:
-        adapted = ADAPTED_MODULES[type(module)](module)
-        adapted.wrap(module)
-        _replace(model, module_name, adapted)
-        module = adapted
+        module = ADAPTED_MODULES[type(module)].wrap(module)
+        model.set_submodule(module_name, module)
     if name in module.low:
         raise UserError(f"{module_name} already has an adapter {name!r}: choose another name")
     layer = LoraLayer(module.weight, config)
     module.low[name] = layer
     layer.train(module.training)
     return layer
-
-
-def _replace(model: LM, module_name: str, module: nn.Module) -> None:
-    parent, _, last = module_name.rpartition(".")
-    setattr(model.get_submodule(parent), last, module)
 
 
 def adapted(model: LM) -> dict[str, AdaptedModule]:
@@ -357,22 +358,15 @@ def merge_and_unload(model: LM) -> LM:
     """Merge permanently: replace the adapted modules by plain ones and remove the adapters."""
     merge(model)
     for module_name, module in adapted(model).items():
-        plain = PLAIN_MODULES[module.original_type](module)
-        for name, p in module.named_parameters(recurse=False):
-            setattr(plain, name, p)
-        for name, child in module.named_children():
-            if name != "low":
-                setattr(plain, name, child)
-        _replace(model, module_name, plain.train(module.training))
+        model.set_submodule(module_name, module.unwrap())
     return model
 
 
 def freeze(model: LM, trainable_heads: Iterable[str] = ()) -> None:
     """Make only the adapters and the named heads trainable."""
     model.requires_grad_(False)
-    for module in model.modules():
-        if isinstance(module, LoraLayer):
-            module.requires_grad_(True)
+    for module in adapted(model).values():
+        module.low.requires_grad_(True)
     for head in trainable_heads:
         model.heads[head].requires_grad_(True)
 

@@ -26,6 +26,7 @@ from firth.data import rankings, records
 from firth.data.source import Source
 from firth.data.split import held_out_keys
 from firth.evaluate.tokenizer_match import check_same_tokenizer
+from firth.fields import NonNegativeFloat, PositiveInt, TokenCount
 from firth.generate.engine import Engine
 from firth.generate.sampling import Sampling
 from firth.io import user_code
@@ -33,7 +34,6 @@ from firth.model.model import LM
 from firth.objectives.dpo import build_comparison, ref_logprobs
 from firth.objectives.objective import DataStats, Objective
 from firth.objectives.ppo import PER_TOKEN
-from firth.ranges import FiniteFloat, NonNegativeFloat, PositiveInt, TokenCount
 from firth.runs import held_out_texts
 from firth.runs.config_io import path_field
 from firth.runs.examples import (
@@ -41,12 +41,11 @@ from firth.runs.examples import (
     DatasetSplits,
     ExamplesConfig,
     PreferencesConfig,
-    model_directory,
-    required_model,
     split_records,
 )
 from firth.runs.held_out_texts import HeldOutTexts
 from firth.runs.prepare import RunData
+from firth.runs.start_model import model_directory
 from firth.types import UserError
 
 
@@ -77,9 +76,7 @@ class RefLogprobsConfig(ExamplesConfig):
         return self.base.fields | {"reference"}
 
     def build(self, data: RunData, objective: Objective) -> DatasetSplits:
-        model = data.load_frozen(
-            required_model(data.init_from, "init_from", "the model that DPO starts from, which is also its reference")
-        )
+        model = data.start.frozen("the model that DPO starts from, which is also its reference")
         plain = self.base.build(data, objective)
         with data.autocast():
             known = [
@@ -103,14 +100,14 @@ class RankingsConfig(ExamplesConfig):
         return dataclasses.replace(self, max_length=min(self.max_length, context))
 
     def configure_objective(self, objective: Objective, data: RunData) -> Objective:
-        def known() -> DataStats:
-            paths = [*data.config.paths(data.log), *data.config.validation_path]
-            return DataStats(max_options=rankings.RankingRecords(paths, data.tokenizer, self.max_length).most)
+        files = [paths for paths in (data.config.paths(data.log), data.config.validation_path) if paths]
+        return objective.with_stats(lambda: DataStats(max_options=max(self._read(paths, data).most for paths in files)))
 
-        return objective.with_stats(known)
+    def _read(self, paths: Sequence[str], data: RunData) -> rankings.RankingRecords:
+        return data.read_once(self, paths, lambda: rankings.RankingRecords(paths, data.tokenizer, self.max_length))
 
     def build(self, data: RunData, objective: Objective) -> DatasetSplits:
-        return split_records(data, lambda paths: rankings.RankingRecords(paths, data.tokenizer, self.max_length))
+        return split_records(data, lambda paths: self._read(paths, data))
 
 
 @dataclass(frozen=True)
@@ -147,7 +144,7 @@ class RolloutsConfig(ExamplesConfig):
     reward_model: str = path_field("model", "")
     reward_function: str = ""
     true_reward_function: str = ""
-    unfinished_score: FiniteFloat | None = None
+    unfinished_score: float | None = None
     advantages: Literal["gae", "group"] = "gae"
 
     def check_objective(self, objective: Objective) -> None:
@@ -178,11 +175,7 @@ class RolloutsConfig(ExamplesConfig):
         return {"max_prompt_length": text - self.max_new_tokens}
 
     def build(self, data: RunData, objective: Objective) -> DatasetSplits:
-        start = data.load_frozen(
-            required_model(
-                data.init_from, "init_from", "the model that writes the first answers, which is also the reference"
-            )
-        )
+        start = data.start.frozen("the model that writes the first answers, which is also the reference")
         found, keys = self._prompts(data, start, data.config.paths(data.log))
         aside = held_out_keys(keys, 0.0 if data.config.validation_path else data.config.validation_fraction, len(found))
         prompts, held = ([p for p, out in zip(found, aside, strict=True) if out == side] for side in (False, True))

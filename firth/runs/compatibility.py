@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -33,8 +33,11 @@ from firth.model.parameter_count import LEARNED_POSITIONS
 from firth.objectives.objective import PATTERN_DESCRIPTIONS, Objective
 from firth.runs import alignment_examples, config_io, examples, labeled_examples, noisy_label_examples
 from firth.runs.examples import ExamplesConfig
-from firth.runs.peft_options import FullFinetuning, PeftConfig
+from firth.runs.peft_options import FullFinetuning, PeftConfig, check_peft
 from firth.types import LogLine, UserError
+
+if TYPE_CHECKING:
+    from firth.runs.recipe import Recipe
 
 EXAMPLES = examples.EXAMPLES | labeled_examples.EXAMPLES | noisy_label_examples.EXAMPLES | alignment_examples.EXAMPLES
 """Name in a recipe -> class."""
@@ -46,6 +49,27 @@ PATTERN_RECIPES: dict[AttentionPattern, str] = {
     "latent": "vae (an encoder-decoder with a latent)",
 }  # fmt: skip
 """Attention pattern -> a published recipe whose model supports it."""
+
+
+def check_recipe(recipe: Recipe, ranks: int = 1) -> None:
+    """Raise a UserError if the sections of a recipe do not fit each other; the message suggests a change.
+
+    It is called when a recipe is loaded, and again when the start model, the records and this machine have filled in what was
+    open. What depends on a model config that is still open is checked then.
+
+    Args:
+        recipe: The recipe.
+        ranks: Number of ranks that train it.
+    """
+    objective, config, batch = recipe.objective, recipe.model, recipe.batch
+    check_peft(recipe.peft, recipe.init_from)
+    if config is not None:
+        check_pattern(objective, config, recipe.examples, fixed=bool(recipe.init_from))
+    check_fields(objective, recipe.examples, config)
+    if config is not None:
+        accumulate = batch.gradient_accumulation_steps
+        check_batching(objective, config, pack=batch.packed_length, accumulate=accumulate, ranks=ranks)
+        check_memory(config, recipe.examples, batch.packed_length)
 
 
 def check_pattern(

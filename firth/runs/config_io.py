@@ -8,12 +8,12 @@ UserError with the field, the file and line, and the nearest existing name.
 >>> @dataclass(frozen=True)
 ... class Batch:
 ...     rows: int = 16
->>> from_dict(Batch, {"rows": "64"})
+>>> from_dict(Batch, {"rows": 64})
 Batch(rows=64)
 >>> from_dict(Batch, {"row": 3})
 Traceback (most recent call last):
 ...
-firth.types.UserError: recipe: there is no field 'row' in Batch; did you mean 'rows'?
+firth.types.UserError: row: there is no field 'row' in Batch; did you mean 'rows'?
 """
 
 from __future__ import annotations
@@ -22,15 +22,14 @@ import dataclasses
 import difflib
 import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import MISSING, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import TypeAdapter, ValidationError
 
+from firth.fields import check_fields
 from firth.io import user_code, yaml_files
-from firth.ranges import check_range, range_of
 from firth.types import UserError
 
 
@@ -176,41 +175,27 @@ class SourceLocation:
         return ": ".join(part for part in (self.line(), ".".join(self.path)) if part) or "recipe"
 
 
-def from_dict(kind: type, value: Any, where: SourceLocation | None = None) -> Any:
+def from_dict(kind: Any, value: Any, where: SourceLocation | None = None) -> Any:
     """Build a value from plain data.
 
     Args:
-        kind: The type: a dataclass, a base class in `REGISTRIES`, or a type that pydantic can coerce to.
+        kind: The type: a dataclass, a base class in `REGISTRIES`, one of them or None, or the type of another field.
         value: Dicts, lists and scalars, as YAML has them.
         where: Where the value comes from, for error messages.
 
+    Returns:
+        The value; that of another field is checked with the dataclass that holds it.
+
     Raises:
-        UserError: The value does not fit the type; the message names the field and its line.
+        UserError: The value does not fit the type; one line for each invalid field, with its file and line.
     """
     where = where or SourceLocation()
-    if kind in REGISTRIES:
-        return _choose(REGISTRIES[kind], value, where)
-    if dataclasses.is_dataclass(kind):
-        return _dataclass(kind, value, where)
-    options = typing.get_args(kind)
-    if any(dataclasses.is_dataclass(o) or o in REGISTRIES for o in options) and type(None) in options:
-        if value is None:
-            return None
-        return from_dict(next(o for o in options if o is not type(None)), value, where)
-    if kind is str:
-        value = _text(value, where.command_line.get(where.path))
-    allowed = range_of(kind)
-    if allowed is not None and isinstance(value, bool):  # pydantic takes true for 1
-        raise UserError(f"{where}: {value!r} does not fit: it should be a number, {allowed}")
-    try:
-        built: Any = TypeAdapter(kind).validate_python(_tuple(kind, value))
-        if allowed is not None:
-            check_range(str(where), built, allowed)
-        return built
-    except ValidationError as error:
-        reasons = [one["msg"].removeprefix("Input should be ").removeprefix("Value error, ") for one in error.errors()]
-        reason = " or ".join(dict.fromkeys(reasons)).replace("a valid tuple", "a list")
-        raise UserError(f"{where}: {value!r} does not fit: it should be {reason}") from None
+    options = [one for one in (kind, *typing.get_args(kind)) if one in REGISTRIES or dataclasses.is_dataclass(one)]
+    if not options or (value is None and options[0] is not kind):
+        return _text(value, where.command_line.get(where.path)) if kind is str else value
+    if options[0] in REGISTRIES:
+        return _choose(REGISTRIES[options[0]], value, where)
+    return _dataclass(options[0], value, where)
 
 
 def _text(value: Any, given: str | None) -> Any:
@@ -225,11 +210,6 @@ def _text(value: Any, given: str | None) -> Any:
     return value if is_yaml else given
 
 
-def _tuple(kind: Any, value: Any) -> Any:
-    """Return a scalar for a tuple field as a list of one: `path: mine/` (pydantic would split the string into letters)."""
-    return [value] if typing.get_origin(kind) is tuple and not isinstance(value, (list, tuple)) else value
-
-
 def _dataclass(kind: type, value: Any, where: SourceLocation) -> Any:
     if isinstance(value, kind):
         return value
@@ -242,20 +222,25 @@ def _dataclass(kind: type, value: Any, where: SourceLocation) -> Any:
         value = {short if name == "kind" else name: one for name, one in value.items()}
     if not isinstance(value, Mapping):
         raise UserError(f"{where}: {value!r} does not fit: it should be the fields of {kind.__name__}")
-    hints = typing.get_type_hints(kind, include_extras=True)
-    names = [f.name for f in dataclasses.fields(kind) if f.init]
-    for name in value:
-        if name not in names:
-            raise UserError(f"{where}: there is no field {name!r} in {kind.__name__}{_nearest(name, names)}")
-    missing = [f.name for f in dataclasses.fields(kind) if _required(f) and f.name not in value]
-    if missing:
-        raise UserError(f"{where}: {kind.__name__} needs the field {missing[0]!r}")
-    defaults = {f.name: f.default for f in dataclasses.fields(kind) if f.default is not dataclasses.MISSING}
+    hints = typing.get_type_hints(kind)
+    fields = {field.name: field for field in dataclasses.fields(kind) if field.init}
+    missing = [name for name, field in fields.items() if name not in value and _required(field)]
+    errors = [f"{where}: {kind.__name__} needs the field {name!r}" for name in missing]
     found = {}
     for name, one in value.items():
-        if hints[name] in REGISTRIES and isinstance(one, Mapping) and "kind" not in one and name in defaults:
-            one = {**to_dict(defaults[name]), **one}  # fields of the default, unless another kind is named
-        found[name] = from_dict(hints[name], one, where / name)
+        if name not in fields:
+            errors.append(f"{where / name}: there is no field {name!r} in {kind.__name__}{_nearest(name, [*fields])}")
+            continue
+        default = fields[name].default
+        if hints[name] in REGISTRIES and isinstance(one, Mapping) and "kind" not in one and default is not MISSING:
+            one = {**to_dict(default), **one}  # fields of the default, unless another kind is named
+        try:
+            found[name] = from_dict(hints[name], one, where / name)
+        except UserError as error:
+            errors.append(str(error))
+    errors += [f"{where / name}{reason}" for name, reason in check_fields(kind, found)[1]]
+    if errors:
+        raise UserError("\n".join(errors))
     try:
         return kind(**found)
     except UserError as error:  # fields that do not fit each other
@@ -269,8 +254,7 @@ def _short_form(kind: type) -> str:
 
 
 def _required(field: dataclasses.Field[Any]) -> bool:
-    missing = dataclasses.MISSING
-    return field.init and field.default is missing and field.default_factory is missing
+    return field.default is MISSING and field.default_factory is MISSING
 
 
 def _choose(kinds: Registry, value: Any, where: SourceLocation) -> Any:
@@ -323,7 +307,7 @@ def _derived(value: Any, field: dataclasses.Field[Any]) -> bool:
     now, default = getattr(value, field.name), field.default
     if not field.init:
         return True
-    if default is dataclasses.MISSING or now == default:
+    if default is MISSING or now == default:
         return False
     try:
         return bool(dataclasses.replace(value, **{field.name: default}) == value)

@@ -23,10 +23,11 @@ from firth.evaluate.task import EvaluatedModel, load_evaluated_model
 from firth.evaluate.tasks import TASKS, default_for
 from firth.runs import examples
 from firth.runs.prepare import RunData
-from firth.runs.recipe import load
+from firth.runs.recipe import load_resolved
+from firth.runs.start_model import StartModel
 from firth.runs.validation import Validator
 from firth.training.distributed import Ranks
-from firth.types import LOGGER, LogLine, UserError
+from firth.types import LOGGER, UserError
 
 OBJECTIVE = "objective"
 """Name of the task that evaluates a run's own objective."""
@@ -38,7 +39,6 @@ def measure(
     *,
     task: str | None = None,
     limit: int | None = None,
-    log: LogLine = LOGGER.warning,
 ) -> dict[str, Any]:
     """Evaluate a run or model directory on files; return metrics by name.
 
@@ -47,14 +47,13 @@ def measure(
         paths: Text or records; runs for the task "glue".
         task: One of `firth.evaluate.tasks.TASKS`, "likelihood", "glue" or "objective"; None chooses the model's own task.
         limit: The most tokens to evaluate, spread over the text; for a task, the number of records, from the first.
-        log: Receives remarks on what was dropped.
 
     Raises:
         UserError: The model does not support the task, or the files hold nothing to evaluate.
     """
     if task == "glue":
-        return tasks.evaluate(directory, paths, task=task, limit=limit, log=log)
-    return measure_with(load_evaluated_model(directory), paths, task=task, limit=limit, log=log)
+        return tasks.evaluate(directory, paths, task=task, limit=limit)
+    return measure_with(load_evaluated_model(directory), paths, task=task, limit=limit)
 
 
 def measure_with(
@@ -63,7 +62,6 @@ def measure_with(
     *,
     task: str | None = None,
     limit: int | None = None,
-    log: LogLine = LOGGER.warning,
 ) -> dict[str, Any]:
     """Evaluate a loaded model on files; see `measure`."""
     task = default_for(evaluated, paths) if task is None else task
@@ -71,11 +69,11 @@ def measure_with(
         task = ""  # only the objective can evaluate a bound (VAE) or two separate directions (ELMo)
     if task in (OBJECTIVE, ""):
         noted = {} if limit is None else {"limit": limit}
-        return {"task": OBJECTIVE} | noted | by_objective(evaluated, paths, limit, log)
-    return tasks.evaluate_model(evaluated, paths, task=task, limit=limit, log=log)
+        return {"task": OBJECTIVE} | noted | by_objective(evaluated, paths, limit)
+    return tasks.evaluate_model(evaluated, paths, task=task, limit=limit)
 
 
-def by_objective(evaluated: EvaluatedModel, paths: Sequence[str], limit: int | None, log: LogLine) -> dict[str, Any]:
+def by_objective(evaluated: EvaluatedModel, paths: Sequence[str], limit: int | None) -> dict[str, Any]:
     """Return the losses and metrics of a run's own objective on files.
 
     Raises:
@@ -89,19 +87,18 @@ def by_objective(evaluated: EvaluatedModel, paths: Sequence[str], limit: int | N
         )
     if head := head_of(dict(evaluated.model.heads)):
         raise UserError(f"{where}: this model has a head for {head}: leave out --task to evaluate it")
-    recipe = load(str(where))
-    assert recipe.model is not None
+    recipe = load_resolved(where)
     source = replace(recipe.data, path=tuple(paths), validation_path=tuple(paths), corpus="", weights=(), cache_dir="")
     with tempfile.TemporaryDirectory() as folder:
         data = RunData(
-            source, evaluated.tokenizer, Path(folder), recipe.init_from, recipe.batch.size, recipe.seed, lambda _: None,
-            recipe.model.memory_length,
+            source, evaluated.tokenizer, Path(folder), StartModel(recipe.init_from), recipe.batch.size, recipe.seed,
+            lambda _: None, recipe.model.memory_length,
         )  # fmt: skip
         cut = examples.build_datasets(recipe.examples, data, recipe.objective)
         if cut.validation is None or not len(cut.validation):
             raise UserError(f"{', '.join(paths)}: there is nothing to evaluate in it")
         for remark in cut.validation.notes:
-            log(remark)
+            LOGGER.warning(remark)
         count = len(cut.validation)
         if limit is not None:
             some = examples.spread(cut.validation, 64)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
-from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
@@ -19,8 +18,8 @@ from firth.data import records, windows, word_windows
 from firth.data.source import MixtureSource, Source, SubsetSource
 from firth.data.split import MIN_RECORDS, content_key, held_out_keys
 from firth.data.token_store import TokenStore
+from firth.fields import NonNegativeFloat, TokenCount, Validated
 from firth.objectives.objective import Objective
-from firth.ranges import NonNegativeFloat, Ranged, TokenCount
 from firth.runs import class_counts
 from firth.runs.held_out_texts import HeldOutTexts
 from firth.runs.prepare import DataConfig, RunData, documents_of, text_of
@@ -62,7 +61,7 @@ class DatasetSplits:
         )
 
 
-class ExamplesConfig(Ranged, section="examples"):
+class ExamplesConfig(Validated, section="examples"):
     """Base class of the kinds of examples. Subclasses are frozen dataclasses.
 
     Attributes:
@@ -393,19 +392,6 @@ class PreferencesConfig(ExamplesConfig):
 
     def build(self, data: RunData, objective: Objective) -> DatasetSplits:
         return split_records(data, lambda paths: records.PreferenceRecords(paths, data.tokenizer, self.max_length))
-
-
-def model_directory(path: str | Path) -> Path:
-    """Return the model directory of a run directory, or the path itself if it is no run directory."""
-    path = Path(path)
-    return path / "model" if (path / "model").is_dir() else path
-
-
-def required_model(path: str, field: str, what: str) -> Path:
-    """Return the model directory of a path; UserError with the field and what it is for if the path is empty."""
-    if not path:
-        raise UserError(f"the recipe lacks `{field}`: {what}")
-    return model_directory(path)
 
 
 def split_records(data: RunData, make: Callable[[Sequence[str]], Source]) -> DatasetSplits:

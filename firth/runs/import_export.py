@@ -29,8 +29,8 @@ from firth.pretrained import gguf
 from firth.pretrained.families import family_of
 from firth.pretrained.load_save import check_vocab_fits, left_out, load_model, metadata_of, save_model
 from firth.runs import model_card
-from firth.runs.examples import model_directory
 from firth.runs.inference import objective_of
+from firth.runs.start_model import model_directory
 from firth.tokenizer import chat
 from firth.tokenizer.tokenizer import Tokenizer
 from firth.types import LOGGER, LogLine, UserError

@@ -29,9 +29,10 @@ from firth.io.gguf import find
 from firth.io.integrity import check_digest, with_digest
 from firth.io.safetensors import read_json
 from firth.runs import config_io
-from firth.runs.examples import ExamplesConfig, model_directory
+from firth.runs.examples import ExamplesConfig
 from firth.runs.prepare import text_of
-from firth.runs.recipe import Recipe, load
+from firth.runs.recipe import Recipe, ResolvedRecipe, load_resolved
+from firth.runs.start_model import model_directory
 from firth.tokenizer import formats
 from firth.tokenizer.tokenizer import Tokenizer
 from firth.types import LogLine, UserError
@@ -198,18 +199,18 @@ def recorded(directory: Path) -> dict[str, Any]:
     return found
 
 
-def content_hash(recipe: Recipe) -> str:
+def content_hash(recipe: ResolvedRecipe) -> str:
     """Return a short hash of a recipe without its paths and loggers."""
     return _hash(_identifying(recipe))[:16]
 
 
-def _identifying(recipe: Recipe) -> dict[str, Any]:
+def _identifying(recipe: ResolvedRecipe) -> dict[str, Any]:
     """Return a recipe as plain data without what changes no number: its paths and loggers."""
     fields: dict[str, Any] = config_io.to_dict(config_io.without_paths(recipe))
     return {name: value for name, value in fields.items() if name != "loggers"}
 
 
-def recorded_hash(directory: Path, resolved: Recipe) -> str:
+def recorded_hash(directory: Path, resolved: ResolvedRecipe) -> str:
     """Return the recorded hash of a started run's recipe, after checking that it is equal except for paths and loggers.
 
     The hash is not recomputed: a later version of firth may have more fields, which at their defaults change nothing.
@@ -217,7 +218,7 @@ def recorded_hash(directory: Path, resolved: Recipe) -> str:
     Raises:
         UserError: The recipes differ (the message names the first field), or recipe.yaml was changed after the run started.
     """
-    began, record = load(str(directory)), recorded(directory)
+    began, record = load_resolved(directory), recorded(directory)
     before, now = (_identifying(one) for one in (began, resolved))
     if before != now:
         raise UserError(

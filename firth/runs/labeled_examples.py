@@ -11,21 +11,41 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import numpy as np
 
 from firth.corpora import readers, tables
 from firth.data import labeled, question_answering
+from firth.data.annotations import AnnotatedTexts
 from firth.data.source import Source
+from firth.fields import TokenCount
 from firth.objectives.objective import DataStats, Objective
-from firth.ranges import TokenCount
 from firth.runs import class_counts
 from firth.runs.examples import DatasetSplits, ExamplesConfig, held_out, split_records
 from firth.runs.prepare import RunData
+
+R = TypeVar("R", labeled.LabeledTexts, labeled.TaggedSentences, AnnotatedTexts)
+
+
+def read_classes_once(
+    settings: RecordsConfig, paths: Sequence[str], data: RunData, classes: Sequence[str], read: Callable[[], R]
+) -> R:
+    """Return records with classes, which are read once a run: to find the names of the classes, and as examples.
+
+    Args:
+        settings: The examples section.
+        paths: The files.
+        data: The data of the run.
+        classes: Class names; empty takes those that the records have, and the names are then those of a later call.
+        read: Reads the files.
+    """
+    found = data.read_once((settings, tuple(classes)), paths, read)
+    data.read_once((settings, tuple(found.classes)), paths, lambda: found)
+    return found
 
 
 @dataclass(frozen=True)
@@ -91,7 +111,10 @@ class LabeledConfig(TextRecordsConfig):
     base_fields: ClassVar[frozenset[str]] = frozenset({"tokens", "label"})
 
     def _read(self, paths: Sequence[str], data: RunData, classes: Sequence[str] = ()) -> labeled.LabeledTexts:
-        return labeled.LabeledTexts(paths, data.tokenizer, self.max_length, self, classes=classes)
+        return read_classes_once(
+            self, paths, data, classes,
+            lambda: labeled.LabeledTexts(paths, data.tokenizer, self.max_length, self, classes=classes),
+        )  # fmt: skip
 
     def unlabeled(self, paths: Sequence[str], data: RunData) -> Source:
         """Return unlabeled texts with the same fields; plain text files have one per line."""
@@ -123,7 +146,7 @@ class ScoredConfig(TextRecordsConfig):
     base_fields: ClassVar[frozenset[str]] = frozenset({"tokens", "score"})
 
     def _read(self, paths: Sequence[str], data: RunData) -> labeled.ScoredTexts:
-        return labeled.ScoredTexts(paths, data.tokenizer, self.max_length, self)
+        return data.read_once(self, paths, lambda: labeled.ScoredTexts(paths, data.tokenizer, self.max_length, self))
 
     def configure_objective(self, objective: Objective, data: RunData) -> Objective:
         """Set the mean and standard deviation that normalize the numbers, unless the recipe sets them."""
@@ -154,12 +177,14 @@ class MultipleChoiceConfig(labeled.OptionFields, RecordsConfig):
         return self.column_names
 
     def _read(self, paths: Sequence[str], data: RunData) -> labeled.MultipleChoiceRecords:
-        return labeled.MultipleChoiceRecords(paths, data.tokenizer, self.max_length, self)
+        return data.read_once(
+            self, paths, lambda: labeled.MultipleChoiceRecords(paths, data.tokenizer, self.max_length, self)
+        )
 
     def configure_objective(self, objective: Objective, data: RunData) -> Objective:
         """Set the most options of a record, which is the number of rows per example."""
-        paths = [*data.config.paths(data.log), *data.config.validation_path]
-        return objective.with_stats(lambda: DataStats(max_options=self._read(paths, data).most))
+        files = [paths for paths in (data.config.paths(data.log), data.config.validation_path) if paths]
+        return objective.with_stats(lambda: DataStats(max_options=max(self._read(paths, data).most for paths in files)))
 
     def build(self, data: RunData, objective: Objective) -> DatasetSplits:
         return split_records(data, lambda paths: self._read(paths, data))
@@ -182,7 +207,10 @@ class TaggedConfig(labeled.TagFields, RecordsConfig):
         return self.column_names
 
     def _read(self, paths: Sequence[str], data: RunData, classes: Sequence[str] = ()) -> labeled.TaggedSentences:
-        return labeled.TaggedSentences(paths, data.tokenizer, self.max_length, self, classes=classes)
+        return read_classes_once(
+            self, paths, data, classes,
+            lambda: labeled.TaggedSentences(paths, data.tokenizer, self.max_length, self, classes=classes),
+        )  # fmt: skip
 
     def configure_objective(self, objective: Objective, data: RunData) -> Objective:
         """Set the tag names of the training records, unless the recipe names them."""
@@ -219,14 +247,13 @@ class QuestionsConfig(RecordsConfig):
         return (self.context_field, "question")
 
     def _read(self, paths: Sequence[str], data: RunData) -> question_answering.QuestionRecords:
-        return question_answering.QuestionRecords(
-            paths,
-            data.tokenizer,
-            self.max_length,
-            stride=self.doc_stride,
-            question=self.max_question_length,
-            context=self.context_field,
-        )
+        return data.read_once(
+            self, paths,
+            lambda: question_answering.QuestionRecords(
+                paths, data.tokenizer, self.max_length, stride=self.doc_stride, question=self.max_question_length,
+                context=self.context_field,
+            ),
+        )  # fmt: skip
 
     def configure_objective(self, objective: Objective, data: RunData) -> Objective:
         """Set whether a question may be unanswerable, from the training records."""

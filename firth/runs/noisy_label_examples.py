@@ -14,13 +14,14 @@ from firth.data.labeled import TextFields
 from firth.data.source import MixtureSource, Source, SubsetSource
 from firth.data.unlabeled import UnlabeledSource, choose_labeled
 from firth.evaluate.tokenizer_match import check_same_tokenizer
+from firth.fields import NonNegativeInt, PositiveFloat, PositiveInt, Share
 from firth.objectives.objective import DataStats, Objective
 from firth.objectives.semi_supervised import teacher_probabilities, unlabeled_example
-from firth.ranges import NonNegativeInt, PositiveFloat, PositiveInt, Share
 from firth.runs.config_io import path_field
-from firth.runs.examples import DatasetSplits, ExamplesConfig, required_model, split_records
-from firth.runs.labeled_examples import LabeledConfig, RecordsConfig
+from firth.runs.examples import DatasetSplits, ExamplesConfig, split_records
+from firth.runs.labeled_examples import LabeledConfig, RecordsConfig, read_classes_once
 from firth.runs.prepare import RunData
+from firth.runs.start_model import required_model
 from firth.types import Example, UserError
 
 
@@ -187,9 +188,11 @@ class MultiAnnotatorConfig(RecordsConfig):
         return (self.text_field,)
 
     def _read(self, paths: Sequence[str], data: RunData, classes: Sequence[str] = ()) -> AnnotatedTexts:
-        return AnnotatedTexts(
-            paths, data.tokenizer, self.max_length, TextFields(self.text_field, self.labels_field), classes=classes
-        )
+        fields = TextFields(self.text_field, self.labels_field)
+        return read_classes_once(
+            self, paths, data, classes,
+            lambda: AnnotatedTexts(paths, data.tokenizer, self.max_length, fields, classes=classes),
+        )  # fmt: skip
 
     def configure_objective(self, objective: Objective, data: RunData) -> Objective:
         return objective.with_stats(

@@ -22,8 +22,10 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
+from annotated_types import Interval
 
 from firth.evaluate.tokenizer_match import check_adapter
+from firth.fields import PositiveFloat, ShareBelowOne, TokenCount, Validated
 from firth.io.atomic import new_directory
 from firth.model.config import ModelConfig
 from firth.model.model import LM
@@ -33,13 +35,12 @@ from firth.objectives.objective import Objective
 from firth.peft import adapter_files, lora
 from firth.peft.prefix_init import prefix_of, prompt_of
 from firth.pretrained.load_save import added_heads
-from firth.ranges import PositiveFloat, Range, Ranged, ShareBelowOne, TokenCount
 from firth.runs.config_io import path_field
 from firth.tokenizer.tokenizer import Tokenizer
 from firth.types import UserError
 
 
-class PeftConfig(Ranged, section="peft"):
+class PeftConfig(Validated, section="peft"):
     """Base class of the fine-tuning methods.
 
     Attributes:
@@ -222,7 +223,7 @@ class LoRA(AdapterConfig):
         init_from: An adapter to continue training.
     """
 
-    rank: Annotated[int, Range(ge=1, le=65536)] = 8
+    rank: Annotated[int, Interval(ge=1, le=65536)] = 8
     alpha: PositiveFloat = 16.0
     use_rslora: bool = False
     dropout: ShareBelowOne = 0.0
@@ -257,7 +258,7 @@ class PrefixTuning(AdapterConfig):
     part: ClassVar[str] = "prefix"
 
     num_virtual_tokens: TokenCount = 16
-    encoder_hidden_size: Annotated[int, Range(ge=0, lt=1 << 20)] = 0
+    encoder_hidden_size: Annotated[int, Interval(ge=0, lt=1 << 20)] = 0
     init_text: str = ""
     init_from: str = path_field("model", "")
 

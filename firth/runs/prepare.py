@@ -8,29 +8,33 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeVar, cast
 
 import numpy as np
 
 from firth.corpora import catalog, readers
 from firth.corpora.read_stats import ReadStats, many
 from firth.corpora.readers import Document
+from firth.data.source import Source
 from firth.data.split import HeldOut, content_key
 from firth.data.text_cache import ReadOnce, read_once
 from firth.data.token_store import TokenStore
 from firth.doctor import device
+from firth.fields import PositiveFloat, ShareBelowOne, Validated
 from firth.model.model import LM
 from firth.pretrained.load_save import load_model
-from firth.ranges import PositiveFloat, Ranged, ShareBelowOne
 from firth.runs.config_io import path_field
+from firth.runs.start_model import StartModel
 from firth.tokenizer.tokenizer import Tokenizer
 from firth.tokenizer.train import train
 from firth.training import precision
 from firth.types import LOGGER, LogLine, UserError
+
+S = TypeVar("S", bound=Source)
 
 REPAIR_DESCRIPTIONS = {
     "bad_utf8": "pieces that are not UTF-8, read as U+FFFD",
@@ -44,7 +48,7 @@ REPAIR_DESCRIPTIONS = {
 
 
 @dataclass(frozen=True)
-class DataConfig(Ranged, section="data"):
+class DataConfig(Validated, section="data"):
     """Configuration of the data: files or a corpus, and what is held out.
 
     Args:
@@ -97,25 +101,42 @@ class RunData:
         config: Where the data is and what is held out.
         tokenizer: The tokenizer of the run.
         directory: The run directory.
-        init_from: The model that the run starts from; empty for none.
+        start: The model that the run starts from.
         batch_size: Examples per optimizer step.
         seed: Seed of the run.
         log: Receives progress messages.
         memory_length: Tokens before each row that the model attends to (`ModelConfig.memory_length`).
         siblings: All paths of a mixture that this path belongs to. Documents that are held out of one are not trained on in another.
         precision: Precision of the run's forward passes, also for values that are precomputed.
+        sources: The records that have been read (`read_once`).
     """
 
     config: DataConfig
     tokenizer: Tokenizer
     directory: Path
-    init_from: str = ""
+    start: StartModel = field(default_factory=StartModel)
     batch_size: int = 1
     seed: int = 0
     log: LogLine = LOGGER.info
     memory_length: int = 0
     siblings: tuple[str, ...] = ()
     precision: Literal["fp32", "bf16"] = "fp32"
+    sources: dict[tuple[Hashable, ...], Source] = field(default_factory=dict)
+
+    def read_once(self, settings: Hashable, paths: Sequence[str], read: Callable[[], S]) -> S:
+        """Return the records of some files, which are read once a run.
+
+        The statistics of the objective (class names, the mean of the scores) and the training examples are from the same records.
+
+        Args:
+            settings: What the records depend on besides the files.
+            paths: The files.
+            read: Reads them.
+        """
+        key = (settings, *paths)
+        if key not in self.sources:
+            self.sources[key] = read()
+        return cast(S, self.sources[key])
 
     def load_frozen(self, directory: Path) -> LM:
         """Return the model of a directory, on the device that the run trains on."""

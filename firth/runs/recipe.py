@@ -18,18 +18,19 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 from firth import objectives
+from firth.fields import NonNegativeInt, OptionalTokenCount, PositiveInt, Validated, VocabSize
 from firth.model.config import ModelConfig
 from firth.objectives.objective import Objective, Sum
-from firth.ranges import NonNegativeInt, OptionalTokenCount, PositiveInt, Range, Ranged
 from firth.runs import config_io
-from firth.runs.compatibility import EXAMPLES, check_batching, check_fields, check_memory, check_pattern
-from firth.runs.examples import ExamplesConfig, model_directory
-from firth.runs.peft_options import PEFT_METHODS, FullFinetuning, PeftConfig, check_peft
+from firth.runs.compatibility import EXAMPLES, check_recipe
+from firth.runs.examples import ExamplesConfig
+from firth.runs.peft_options import PEFT_METHODS, FullFinetuning, PeftConfig
 from firth.runs.prepare import DataConfig
 from firth.runs.recipe_names import RECIPES
+from firth.runs.start_model import model_directory
 from firth.tokenizer.tokenizer import Tokenizer
 from firth.training.optimizer import OptimizerConfig
 from firth.training.schedule import Budget, Schedule
@@ -37,7 +38,7 @@ from firth.types import UserError
 
 
 @dataclass(frozen=True)
-class TokenizerConfig(Ranged, section="tokenizer"):
+class TokenizerConfig(Validated, section="tokenizer"):
     """Configuration of the tokenizer: an existing one, or one that is trained on the run's text.
 
     Args:
@@ -50,7 +51,7 @@ class TokenizerConfig(Ranged, section="tokenizer"):
 
     path: str = config_io.path_field("tokenizer", "")
     algorithm: Literal["bpe", "byte-bpe", "wordpiece", "unigram", "word"] = "byte-bpe"
-    vocab_size: Annotated[int, Range(ge=1, lt=1 << 31)] = 8192
+    vocab_size: VocabSize = 8192
     byte_fallback: bool = True
     sample_bytes: PositiveInt = 200_000_000
 
@@ -62,7 +63,7 @@ GROUPED_STEPS = 50
 
 
 @dataclass(frozen=True)
-class BatchConfig(Ranged, section="batch"):
+class BatchConfig(Validated, section="batch"):
     """Configuration of the batches.
 
     Args:
@@ -92,25 +93,33 @@ class BatchConfig(Ranged, section="batch"):
         """Tokens per packed row; 0 where rows are not packed or `pack_to_length` is unresolved ("auto")."""
         return 0 if self.pack_to_length == "auto" else self.pack_to_length
 
-    def resolve(self, longest: int, packs: bool) -> BatchConfig:
-        """Return a copy with "auto" replaced by numbers.
+    def resolve(self, longest: int, packs: bool) -> ResolvedBatchConfig:
+        """Return the configuration with "auto" replaced by numbers.
 
         Args:
             longest: The most tokens of an example; 0 if unknown.
             packs: Whether rows can be packed.
         """
-        if self.pack_to_length != "auto":
-            return self
-        pack = longest if packs and not self.group_by_length else 0
-        return replace(
-            self,
-            pack_to_length=pack,
-            group_by_length=self.group_by_length or (0 if pack or not longest else GROUPED_STEPS),
-        )
+        pack, group = self.pack_to_length, self.group_by_length
+        if pack == "auto":
+            pack = longest if packs and not group else 0
+            group = group or (0 if pack or not longest else GROUPED_STEPS)
+        return ResolvedBatchConfig(self.size, self.gradient_accumulation_steps, pack, group)
 
 
 @dataclass(frozen=True)
-class EvalConfig(Ranged, section="evaluation"):
+class ResolvedBatchConfig(BatchConfig):
+    """Configuration of the batches of a run: `BatchConfig` with a number for "auto".
+
+    Args:
+        pack_to_length: Tokens per packed row; 0 for none.
+    """
+
+    pack_to_length: OptionalTokenCount = 0
+
+
+@dataclass(frozen=True)
+class EvalConfig(Validated, section="evaluation"):
     """Evaluation on held-out examples during training.
 
     Args:
@@ -136,7 +145,7 @@ class EvalConfig(Ranged, section="evaluation"):
 
 
 @dataclass(frozen=True)
-class CheckpointConfig(Ranged, section="checkpoint"):
+class CheckpointConfig(Validated, section="checkpoint"):
     """When checkpoints are written.
 
     Args:
@@ -149,7 +158,7 @@ class CheckpointConfig(Ranged, section="checkpoint"):
 
 
 @dataclass(frozen=True)
-class Recipe(Ranged):
+class Recipe(Validated):
     """Configuration of a training run.
 
     Args:
@@ -208,6 +217,26 @@ class Recipe(Ranged):
     def hash(self) -> str:
         """Return a short hash of the recipe, paths included."""
         return _hash(config_io.to_dict(self))
+
+
+@dataclass(frozen=True)
+class ResolvedRecipe(Recipe):
+    """Configuration of a run in which nothing is open: what `firth.runs.resolve` makes of a `Recipe`.
+
+    It is written into the run directory as `recipe.yaml`, and it is a recipe itself: training it repeats the run. Its paths are
+    absolute, its objective has the names and statistics of the classes, and `tokenizer.vocab_size` is that of the tokenizer.
+
+    Args:
+        model: The architecture.
+        batch: Batch size, packing and gradient accumulation.
+        precision: The precision of the forward and backward passes.
+        word_segmentation: How whole-word objectives find words.
+    """
+
+    model: ModelConfig = field(kw_only=True)
+    batch: ResolvedBatchConfig = field(kw_only=True)
+    precision: Literal["fp32", "bf16"] = field(kw_only=True)
+    word_segmentation: Literal["icu", "uax29"] = field(kw_only=True)
 
 
 def _hash(data: Any) -> str:
@@ -387,15 +416,16 @@ def load(name: str, assignments: Sequence[str] = ()) -> Recipe:
     recipe: Recipe = config_io.from_dict(Recipe, changed, config_io.SourceLocation((), lines, typed))
     if not recipe.data.path and {("data",), ("data", "path")} & typed.keys():
         raise UserError("data.path=[] names no file: name files or directories, or set data.corpus=NAME")
-    check_peft(recipe.peft, recipe.init_from)
-    if recipe.model is not None:
-        check_pattern(recipe.objective, recipe.model, recipe.examples)
-        check_batching(
-            recipe.objective,
-            recipe.model,
-            pack=recipe.batch.packed_length,
-            accumulate=recipe.batch.gradient_accumulation_steps,
-        )
-        check_memory(recipe.model, recipe.examples, recipe.batch.packed_length)
-    check_fields(recipe.objective, recipe.examples, recipe.model)
+    check_recipe(recipe)
     return recipe
+
+
+def load_resolved(directory: Path) -> ResolvedRecipe:
+    """Load the resolved recipe of a run directory.
+
+    Raises:
+        UserError: The directory has no recipe.yaml, or a setting in it is open.
+    """
+    data, lines = config_io.read_yaml(directory / "recipe.yaml")
+    resolved: ResolvedRecipe = config_io.from_dict(ResolvedRecipe, data, config_io.SourceLocation((), lines))
+    return resolved

@@ -8,16 +8,15 @@ from typing import Any
 
 import torch
 
-from firth.generate.engine import Engine
 from firth.generate.sampling import Sampling
 from firth.io.atomic import write_text
 from firth.io.json_files import read_rows, row_line
 from firth.model.model import LM
 from firth.runs import held_out_texts
 from firth.runs.examples import DatasetSplits
-from firth.runs.inference import LoadedModel
+from firth.runs.loaded_model import Model
 from firth.runs.prepare import RunData
-from firth.runs.recipe import Recipe
+from firth.runs.recipe import ResolvedRecipe
 from firth.tokenizer.tokenizer import Tokenizer
 from firth.types import UserError
 
@@ -30,7 +29,7 @@ def delete_texts(directory: Path) -> None:
         (directory / name).unlink(missing_ok=True)
 
 
-def write_texts(recipe: Recipe, model: LM, data: RunData, splits: DatasetSplits, step: int) -> None:
+def write_texts(recipe: ResolvedRecipe, model: LM, data: RunData, splits: DatasetSplits, step: int) -> None:
     """Write samples and answers to held-out prompts at a step.
 
     Args:
@@ -44,9 +43,9 @@ def write_texts(recipe: Recipe, model: LM, data: RunData, splits: DatasetSplits,
     _write_held_out_texts(recipe, splits, model, data, step)
 
 
-def _write_samples(recipe: Recipe, model: LM, tokenizer: Tokenizer, directory: Path, step: int) -> None:
+def _write_samples(recipe: ResolvedRecipe, model: LM, tokenizer: Tokenizer, directory: Path, step: int) -> None:
     """Write the model's samples for the recipe's prompts at a step to samples.jsonl, once per step."""
-    loaded = LoadedModel(model, tokenizer, Engine(model, tokenizer), recipe.objective)
+    loaded = Model.of(model, tokenizer, recipe.objective)
     sampling = Sampling(max_new_tokens=64, temperature=0.8, seed=recipe.seed)
 
     def rows() -> Iterator[dict[str, Any]]:
@@ -63,7 +62,7 @@ def _write_samples(recipe: Recipe, model: LM, tokenizer: Tokenizer, directory: P
         _add_rows(directory / SAMPLES, step, rows)
 
 
-def _write_held_out_texts(recipe: Recipe, splits: DatasetSplits, model: LM, data: RunData, step: int) -> None:
+def _write_held_out_texts(recipe: ResolvedRecipe, splits: DatasetSplits, model: LM, data: RunData, step: int) -> None:
     """Write the model's answers to held-out prompts at a step, for the report, if the run trains on answers to prompts."""
     texts = splits.texts or held_out_texts.choose(splits.train, splits.validation, recipe.examples.fields)
     if texts is not None:

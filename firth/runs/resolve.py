@@ -6,32 +6,28 @@ import dataclasses
 from typing import Literal
 
 from firth.doctor import device as best_device
+from firth.model.config import ModelConfig
 from firth.model.empty_weights import init_empty_weights
 from firth.model.model import LM
 from firth.model.prefix import PREFIX_HEADS
-from firth.pretrained.load_save import check_vocab_fits, load_model
+from firth.objectives.objective import Objective
+from firth.pretrained.load_save import check_vocab_fits
 from firth.runs import config_io
-from firth.runs.compatibility import (
-    check_available_memory,
-    check_batching,
-    check_fields,
-    check_memory,
-    check_pattern,
-    limit_lengths,
-)
-from firth.runs.examples import ExamplesConfig, model_directory
-from firth.runs.peft_options import FullFinetuning, add_layer_mixture, check_peft
+from firth.runs.compatibility import check_available_memory, check_recipe, limit_lengths
+from firth.runs.examples import ExamplesConfig
+from firth.runs.peft_options import FullFinetuning, add_layer_mixture
 from firth.runs.prepare import RunData
-from firth.runs.recipe import Recipe, load, published
+from firth.runs.recipe import MODEL_CONFIG_HINT, Recipe, ResolvedRecipe, load_resolved, published
 from firth.runs.recipe_names import RECIPES
 from firth.runs.run_context import RunContext
-from firth.runs.segmentation_warnings import Segmentation, resolve_segmentation
+from firth.runs.segmentation_warnings import resolve_segmentation
 from firth.runs.tokenizer import resolved_size
 from firth.training import precision
+from firth.types import UserError
 
 
-def resolve(recipe: Recipe, data: RunData, context: RunContext) -> Recipe:
-    """Return the recipe with every open setting filled in: model config, vocabulary size, classes, batching, precision, paths.
+def resolve(recipe: Recipe, data: RunData, context: RunContext) -> ResolvedRecipe:
+    """Fill in every open setting: model config, vocabulary size, class names, batching, precision, absolute paths.
 
     Args:
         recipe: The recipe.
@@ -42,68 +38,64 @@ def resolve(recipe: Recipe, data: RunData, context: RunContext) -> Recipe:
         UserError: The settings do not fit each other, the start model or this machine.
     """
     # Class names may be read from a corpus that has to be downloaded first.
-    resolved = context.first_rank_first(lambda: _fill(recipe, data))
-    resolved = dataclasses.replace(
-        resolved, precision=_precision(recipe, context), word_segmentation=_segmentation(resolved, context)
-    )
-    assert resolved.model is not None
-    check_batching(
-        resolved.objective,
-        resolved.model,
-        pack=resolved.batch.packed_length,
-        accumulate=resolved.batch.gradient_accumulation_steps,
-        ranks=context.ranks.world,
-    )
+    filled = context.first_rank_first(lambda: _fill(recipe, data, context.ranks.world))
+    settings = {field.name: getattr(filled, field.name) for field in dataclasses.fields(Recipe)}
+    settings |= {"precision": _precision(recipe, context), "word_segmentation": _segmentation(recipe, context)}
+    resolved: ResolvedRecipe = config_io.absolute_paths(ResolvedRecipe(**settings))
     check_available_memory(
         resolved.model, resolved.optimizer.name, isinstance(resolved.peft, FullFinetuning), best_device()
     )
     return resolved
 
 
-def _fill(recipe: Recipe, data: RunData) -> Recipe:
-    """Fill in what depends on the inputs: model config, vocabulary size, classes, batching and paths."""
-    check_peft(recipe.peft, recipe.init_from)
-    config, base = recipe.model, None
-    if recipe.init_from:
-        base = load_model(model_directory(recipe.init_from))
-        base_config = base.config
-        if (
-            not recipe.examples.gives_memory or recipe.batch.packed_length
-        ):  # records have no preceding text: fine-tune without memory
-            base_config = dataclasses.replace(base_config, memory_length=0)
-        config = base_config if config is None else config
-    assert config is not None
-    if recipe.init_from:
-        check_vocab_fits(data.tokenizer, config, recipe.init_from)
-    else:
-        config = dataclasses.replace(config, vocab_size=data.tokenizer.vocab.size)
+def _fill(recipe: Recipe, data: RunData, ranks: int) -> Recipe:
+    """Fill in what the start model and the records determine: model config, lengths, classes, batching, tokenizer size."""
+    base = data.start.model
+    config = _model_config(recipe, data, base)
     added = max(one.added_tokens for one in recipe.objective.components())
     examples = limit_lengths(recipe.examples, _published_examples(recipe), recipe.peft, base, config, added, data.log)
     examples = examples.limit_to(config.max_positions)
     objective = recipe.peft.configure_objective(examples.configure_objective(recipe.objective, data).for_model(config))
-    with init_empty_weights():
-        kept = objective.heads(config).keys() & (base.heads.keys() - PREFIX_HEADS if base is not None else ())
-    if kept and base is not None and "mixture" in base.heads:
+    if base is not None and "mixture" in base.heads and _keeps_head(objective, config, base):
         objective = add_layer_mixture(objective, frozen=False)  # the head of the base model reads it
-    check_pattern(objective, config, examples, fixed=bool(recipe.init_from))
-    check_fields(objective, examples, config)
-    if (reads := objective.attention_pattern()) != "any":
-        # Record how the model was trained: its model family may define another attention pattern.
-        config = dataclasses.replace(config, causal=config.causal or reads == "causal", prefix_lm=reads == "prefix")
     packs = config.packable and not config.memory_length and objective.packable and recipe.peft.packable
     packs = packs and (base is None or base.prompt is None)  # each text of a packed row would need its own
     batch = recipe.batch.resolve(examples.max_tokens, packs)
-    check_memory(config, examples, batch.packed_length)
+    filled = dataclasses.replace(recipe, model=config, objective=objective, examples=examples, batch=batch)
+    check_recipe(filled, ranks)
+    if (reads := objective.attention_pattern()) != "any":
+        # Record how the model was trained: its model family may define another attention pattern.
+        config = dataclasses.replace(config, causal=config.causal or reads == "causal", prefix_lm=reads == "prefix")
     with init_empty_weights():
         model = LM(config, objective.heads(config))
     recipe.peft.check_model(model, base)
     tokenizer = dataclasses.replace(recipe.tokenizer, vocab_size=resolved_size(data.directory))
-    resolved: Recipe = config_io.absolute_paths(
-        dataclasses.replace(
-            recipe, model=config, objective=objective, examples=examples, batch=batch, tokenizer=tokenizer
-        )
-    )
-    return resolved
+    return dataclasses.replace(filled, model=config, tokenizer=tokenizer)
+
+
+def _model_config(recipe: Recipe, data: RunData, base: LM | None) -> ModelConfig:
+    """Return the model config of the recipe or of the start model, with the size of the tokenizer.
+
+    Raises:
+        UserError: There is neither, or the tokenizer has more ids than the start model.
+    """
+    config = recipe.model
+    if base is None:
+        if config is None:
+            raise UserError(f"the recipe {recipe.name!r} has neither a model config nor init_from: {MODEL_CONFIG_HINT}")
+        return dataclasses.replace(config, vocab_size=data.tokenizer.vocab.size)
+    if config is None:
+        config = base.config
+        if not recipe.examples.gives_memory or recipe.batch.packed_length:
+            config = dataclasses.replace(config, memory_length=0)  # records have no preceding text
+    check_vocab_fits(data.tokenizer, config, recipe.init_from)
+    return config
+
+
+def _keeps_head(objective: Objective, config: ModelConfig, base: LM) -> bool:
+    """Return whether the model has a head of the start model."""
+    with init_empty_weights():
+        return bool(objective.heads(config).keys() & (base.heads.keys() - PREFIX_HEADS))
 
 
 def _published_examples(recipe: Recipe) -> ExamplesConfig:
@@ -113,16 +105,14 @@ def _published_examples(recipe: Recipe) -> ExamplesConfig:
 
 def _precision(recipe: Recipe, context: RunContext) -> Literal["fp32", "bf16"]:
     """Resolve `precision`: a resumed run keeps its precision, and all ranks take that of the first."""
-    before = (
-        load(str(context.directory)).precision if context.resumed and recipe.precision == "auto" else recipe.precision
-    )
-    device = best_device()
-    return "bf16" if context.ranks.from_first(precision.choose(before, device)) == "bf16" else "fp32"
+    recorded = context.resumed and recipe.precision == "auto"
+    before = load_resolved(context.directory).precision if recorded else recipe.precision
+    chosen = context.ranks.from_first(precision.choose(before, best_device()))
+    return "bf16" if chosen == "bf16" else "fp32"
 
 
-def _segmentation(recipe: Recipe, context: RunContext) -> Segmentation:
-    """Resolve `word_segmentation`: a resumed run keeps its own, also an "auto" that an older version wrote."""
-    if not context.resumed or recipe.word_segmentation != "auto":
-        return resolve_segmentation(recipe.objective, recipe.word_segmentation)
-    before = load(str(context.directory)).word_segmentation
-    return before if before == "auto" else resolve_segmentation(recipe.objective, before)
+def _segmentation(recipe: Recipe, context: RunContext) -> Literal["icu", "uax29"]:
+    """Resolve `word_segmentation`: a resumed run keeps its own."""
+    recorded = context.resumed and recipe.word_segmentation == "auto"
+    before = load_resolved(context.directory).word_segmentation if recorded else recipe.word_segmentation
+    return resolve_segmentation(recipe.objective, before)

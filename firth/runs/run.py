@@ -27,17 +27,18 @@ from firth.model.compilation import compile_blocks
 from firth.model.model import LM
 from firth.objectives import name_of
 from firth.peft.lora import num_trainable_parameters
-from firth.pretrained.load_save import init_from, save_model
+from firth.pretrained.load_save import init_from_model, save_model
 from firth.report.page import write as write_report
 from firth.report.run_report import run_report
 from firth.runs import class_counts, config_io, examples, model_card, report_texts
-from firth.runs.examples import DatasetSplits, model_directory
+from firth.runs.examples import DatasetSplits
 from firth.runs.init_head import init_head
 from firth.runs.prepare import RunData
-from firth.runs.recipe import MODEL_CONFIG_HINT, Recipe, load
+from firth.runs.recipe import MODEL_CONFIG_HINT, Recipe, ResolvedRecipe, load_resolved
 from firth.runs.resolve import resolve
 from firth.runs.run_context import RunContext, RunIdentity
 from firth.runs.segmentation_warnings import fallbacks
+from firth.runs.start_model import StartModel, model_directory
 from firth.runs.tokenizer import check_vocab, tokenizer_of
 from firth.runs.validation import Validator, vocab
 from firth.tokenizer.tokenizer import Tokenizer
@@ -166,12 +167,11 @@ def prepare_tokenizer(recipe: Recipe, context: RunContext) -> RunData:
     context.check_inputs()
     check_start_tokenizers(tokenizer, recipe)
     check_vocab(recipe, tokenizer)
-    return RunData(
-        recipe.data, tokenizer, context.directory, recipe.init_from, recipe.batch.size, recipe.seed, context.log
-    )
+    start = StartModel(recipe.init_from)
+    return RunData(recipe.data, tokenizer, context.directory, start, recipe.batch.size, recipe.seed, context.log)
 
 
-def finished_run(resolved: Recipe, identity: RunIdentity, context: RunContext) -> RunResult | None:
+def finished_run(resolved: ResolvedRecipe, identity: RunIdentity, context: RunContext) -> RunResult | None:
     """Return the result of a finished run, after writing its report if that is missing; None for a run to train or export."""
     directory, log = context.directory, context.log
     if not (directory / DONE).exists():
@@ -186,13 +186,12 @@ def finished_run(resolved: Recipe, identity: RunIdentity, context: RunContext) -
     return finished
 
 
-def build_data(resolved: Recipe, data: RunData, context: RunContext) -> RunDatasets:
+def build_data(resolved: ResolvedRecipe, data: RunData, context: RunContext) -> RunDatasets:
     """Build the training and validation examples, and report what was read.
 
     Raises:
         UserError: There is nothing to train on, or nothing is held out and `evaluation` needs it.
     """
-    assert resolved.model is not None
     chosen = checkpoint.precision(context.directory) or precision.choose(resolved.precision, best_device())
     data = dataclasses.replace(data, memory_length=resolved.model.memory_length, precision=chosen)
     splits = context.first_rank_first(lambda: examples.build_datasets(resolved.examples, data, resolved.objective))
@@ -213,15 +212,16 @@ def build_data(resolved: Recipe, data: RunData, context: RunContext) -> RunDatas
     return RunDatasets(data, splits, validator, batches, notes)
 
 
-def build_model(resolved: Recipe, datasets: RunDatasets, context: RunContext) -> BuiltModel:
+def build_model(resolved: ResolvedRecipe, datasets: RunDatasets, context: RunContext) -> BuiltModel:
     """Build the model, with the weights of the start model if there is one."""
-    assert resolved.model is not None
     tokenizer, log = datasets.data.tokenizer, context.log
     torch.manual_seed(resolved.seed)
     model = LM(resolved.model, resolved.objective.heads(resolved.model))
     added: list[str] = []
-    if resolved.init_from:
-        dropped, added = init_from(model, model_directory(resolved.init_from))
+    base = datasets.data.start.model
+    if base is not None:
+        dropped, added = init_from_model(model, base, model_directory(resolved.init_from))
+        datasets.data.start.release()
         changed = [f"{what} {', '.join(names)}" for what, names in (("drops", dropped), ("adds", added)) if names]
         log(f"{resolved.name} starts from {resolved.init_from}" + (f": {'; '.join(changed)}" if changed else ""))
     else:
@@ -249,7 +249,7 @@ def build_model(resolved: Recipe, datasets: RunDatasets, context: RunContext) ->
 
 
 def train(
-    resolved: Recipe,
+    resolved: ResolvedRecipe,
     built: BuiltModel,
     datasets: RunDatasets,
     identity: RunIdentity,
@@ -267,7 +267,7 @@ def train(
     if context.ranks.first:
         if not context.resumed:
             report_texts.delete_texts(directory)
-        if not context.resumed or load(str(directory)) != resolved:  # the same inputs at another path
+        if not context.resumed or load_resolved(directory) != resolved:  # the same inputs at another path
             write_text(directory / "recipe.yaml", config_io.write_yaml(resolved))
         context.inputs.write(directory, identity.recipe)
         report_texts.write_texts(resolved, model, datasets.data, datasets.splits, 0)
@@ -295,7 +295,7 @@ def train(
 
 
 def export(
-    resolved: Recipe,
+    resolved: ResolvedRecipe,
     built: BuiltModel,
     datasets: RunDatasets,
     ended: TrainingResult,
@@ -313,7 +313,7 @@ def export(
 
 
 def _write_files(
-    resolved: Recipe,
+    resolved: ResolvedRecipe,
     built: BuiltModel,
     datasets: RunDatasets,
     result: RunResult,
@@ -355,7 +355,7 @@ def _write_files(
     log(f"{resolved.name}: {directory / 'model'} ({summary}); report: {directory / REPORT}")
 
 
-def _data_notes(recipe: Recipe, splits: DatasetSplits, validator: Validator | None) -> list[str]:
+def _data_notes(recipe: ResolvedRecipe, splits: DatasetSplits, validator: Validator | None) -> list[str]:
     """Return remarks on the data before a run: its classes, and why nothing is held out.
 
     Raises:

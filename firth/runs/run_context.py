@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from firth.runs.input_hashes import RunInputs, content_hash, has_begun, recorded_hash
-from firth.runs.recipe import Recipe
+from firth.runs.recipe import Recipe, ResolvedRecipe
 from firth.training.distributed import Ranks
 from firth.types import LogLine
 
@@ -68,7 +68,7 @@ class RunContext:
         """Return `make()`, called on the first rank, which writes files, and then on the others, which find them."""
         return first_rank_first(self.ranks, make)
 
-    def identify(self, resolved: Recipe) -> RunIdentity:
+    def identify(self, resolved: ResolvedRecipe) -> RunIdentity:
         """Return the hashes of a run.
 
         Raises:

@@ -18,8 +18,6 @@ from firth.tokenizer import segmentation
 from firth.tokenizer.vocab import Vocab
 from firth.types import Example, UserError
 
-Segmentation = Literal["auto", "icu", "uax29"]
-
 SAMPLED_EXAMPLES = 64
 """Examples to inspect, evenly spaced."""
 MIN_SHARE = 0.05
@@ -54,22 +52,22 @@ def fallbacks(objective: Objective, examples: ExamplesConfig, source: Source, vo
     return [REPORTS[unit].format(share=share) for unit, share in shares.items() if share >= MIN_SHARE]
 
 
-def resolve_segmentation(objective: Objective, wanted: Segmentation) -> Segmentation:
-    """Return how an objective finds whole words on this machine; `wanted` if it does not look for words.
+def resolve_segmentation(objective: Objective, wanted: Literal["auto", "icu", "uax29"]) -> Literal["icu", "uax29"]:
+    """Return how an objective finds whole words on this machine; `wanted` if that is set and it does not look for words.
 
     Raises:
         UserError: This machine does not have the segmentation that the run started with or the recipe sets.
     """
-    if not any("words" in one.text_units for one in objective.components()):
-        return wanted
-    here: Segmentation = "icu" if segmentation.has_dictionary() else "uax29"
-    if wanted not in ("auto", here):
+    here: Literal["icu", "uax29"] = "icu" if segmentation.has_dictionary() else "uax29"
+    if wanted == "auto" or wanted == here:
+        return here
+    if any("words" in one.text_units for one in objective.components()):
         hint = "install firth[icu]" if wanted == "icu" else "uninstall icu4py"
         raise UserError(
             f"word_segmentation={wanted}, and this machine finds words by {here}, which would mask other words: {hint}, or set "
             "word_segmentation=auto for a new run"
         )
-    return here
+    return wanted
 
 
 def _tokens(example: Example) -> np.ndarray:

@@ -17,10 +17,11 @@ from firth.evaluate.tokenizer_match import load_tokenizer
 from firth.io.atomic import write_text
 from firth.io.integrity import file_facts, verify_files
 from firth.io.json_files import check_all, read_object
-from firth.runs.examples import model_directory, training_texts
+from firth.runs.examples import training_texts
 from firth.runs.input_hashes import RunInputs, has_begun
 from firth.runs.prepare import train_tokenizer
 from firth.runs.recipe import Recipe
+from firth.runs.start_model import model_directory
 from firth.tokenizer.tokenizer import Tokenizer
 from firth.tokenizer.train import train
 from firth.types import LogLine, UserError

@@ -22,7 +22,7 @@ from firth.evaluate import entity_metrics, metrics
 from firth.evaluate.heads import HEADS, HeadOutput, head_of
 from firth.model.model import LM
 from firth.runs.examples import spread
-from firth.runs.recipe import Recipe
+from firth.runs.recipe import ResolvedRecipe
 from firth.tokenizer.tokenizer import Tokenizer
 from firth.tokenizer.vocab import Vocab
 from firth.training.distributed import Ranks
@@ -49,7 +49,7 @@ class Validator:
         ranks: The ranks of the run.
     """
 
-    recipe: Recipe
+    recipe: ResolvedRecipe
     source: Source
     bytes_per_target: float
     tokenizer: Tokenizer
@@ -58,10 +58,8 @@ class Validator:
     @cached_property
     def head(self) -> str:
         """The task head that is evaluated per example; empty for most objectives."""
-        config = self.recipe.model
-        assert config is not None
         with torch.device("meta"):  # only the names are needed
-            return head_of(self.recipe.objective.heads(config))
+            return head_of(self.recipe.objective.heads(self.recipe.model))
 
     @cached_property
     def examples(self) -> Source:
@@ -128,10 +126,6 @@ class Validator:
         return found, readings
 
 
-def vocab(recipe: Recipe, tokenizer: Tokenizer) -> Vocab:
+def vocab(recipe: ResolvedRecipe, tokenizer: Tokenizer) -> Vocab:
     """Return the vocabulary that examples are built with: the tokenizer's, with the model's decoder start token."""
-    return (
-        tokenizer.vocab
-        if recipe.model is None
-        else tokenizer.vocab.with_decoder_start(recipe.model.decoder_start_token)
-    )
+    return tokenizer.vocab.with_decoder_start(recipe.model.decoder_start_token)

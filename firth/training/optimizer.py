@@ -29,16 +29,16 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from firth.fields import NonNegativeFloat, PositiveFloat, ShareBelowOne, Validated
 from firth.model.transformer import TransformerStack
 from firth.peft.lora import LoraLayer
-from firth.ranges import NonNegativeFloat, PositiveFloat, Ranged, ShareBelowOne
 from firth.training import muon
 from firth.training.sparse_adam import SparseAdam, sums
 from firth.types import UserError
 
 
 @dataclass(frozen=True)
-class OptimizerConfig(Ranged, section="optimizer"):
+class OptimizerConfig(Validated, section="optimizer"):
     """Configuration of the optimizer.
 
     Args:
@@ -66,11 +66,6 @@ class OptimizerConfig(Ranged, section="optimizer"):
     eps: NonNegativeFloat = 1e-8
     momentum: ShareBelowOne = 0.95
     max_grad_norm: NonNegativeFloat = 1.0
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.name not in ("muon", "adamw"):
-            raise UserError(f"optimizer.name is {self.name!r}: use muon or adamw")
 
 
 CRITIC_PREFIX = "heads.critic."

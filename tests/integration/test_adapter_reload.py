@@ -14,7 +14,8 @@ import torch
 from firth.evaluate.task import load_evaluated_model
 from firth.generate.sampling import Sampling
 from firth.model.model import LM
-from firth.runs.inference import evaluate_run, fill_text, generates_left_to_right, open_model
+from firth.runs.inference import evaluate_run, fill_text
+from firth.runs.loaded_model import generates_left_to_right, open_model
 from firth.runs.recipe import Recipe, load
 from firth.runs.run import run
 from firth.types import UserError

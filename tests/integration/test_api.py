@@ -1,7 +1,6 @@
 """The Python API and the scripts of examples/, which a user would start from."""
 
 import json
-import logging
 import os
 import re
 import subprocess
@@ -13,6 +12,7 @@ import pytest
 
 import firth
 from firth.io.json_files import row_line
+from tests.support.messages import logged
 
 pytestmark = pytest.mark.slow
 
@@ -33,21 +33,12 @@ def text(tmp_path_factory):
 @pytest.fixture(scope="module")
 def run(text, tmp_path_factory):
     """Return a decoder's run, its messages and its rows of metrics."""
-    records, rows = [], []
-    handler = logging.Handler(logging.INFO)
-    handler.emit = records.append
-    logger = logging.getLogger("firth")
-    logger.addHandler(handler)
-    logger.setLevel(logging.INFO)
+    rows = []
     settings = {**TINY, "data.path": text, "data.split_by": "line", "max_steps": 12, "evaluation.every": 6}
-    result = firth.train(
-        firth.load_recipe("gpt", settings),
-        tmp_path_factory.mktemp("runs") / "gpt",
-        on_metrics=rows.append,
-    )
-    logger.removeHandler(handler)
-    logger.setLevel(logging.NOTSET)
-    return result, [record.getMessage() for record in records], rows
+    with logged() as messages:
+        directory = tmp_path_factory.mktemp("runs") / "gpt"
+        result = firth.train(firth.load_recipe("gpt", settings), directory, on_metrics=rows.append)
+    return result, messages, rows
 
 
 def script(name, *arguments, cwd=EXAMPLES):
@@ -172,7 +163,6 @@ def test_an_encoder_fills_masks(text, tmp_path):
 def test_the_scripts_run(text, tmp_path):
     output = script("pretrain.py", text, tmp_path / "gpt", "--steps", 8)
     assert "held-out loss" in output and "\nThe " in output
-    assert "test rows right" in script("classify.py", tmp_path / "classifier", "--steps", 40)
     assert "valid/loss" in script("own_objective.py", text, tmp_path / "rare", 4)
     dialogues = tmp_path / "dialogues.jsonl"
     dialogues.write_text(

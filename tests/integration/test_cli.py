@@ -7,13 +7,12 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from firth import cli
-
-pytestmark = pytest.mark.slow
 
 FIRTH = [sys.executable, "-m", "firth"]
 SMALL = ["tokenizer.vocab_size=500", "model.hidden_size=32", "model.num_layers=1", "model.num_heads=1", "model.max_positions=64",
@@ -25,6 +24,21 @@ def firth(*arguments: str, code: int = 0, stdin: str | None = None) -> str:
     assert done.returncode == code, done.stdout + done.stderr
     assert "Traceback" not in done.stderr
     return done.stdout + done.stderr
+
+
+@pytest.fixture
+def in_process(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """Return the same without a process of its own: most commands take less time than the import of torch."""
+
+    def call(*arguments: str, code: int = 0) -> str:
+        monkeypatch.setattr(sys, "argv", ["firth", *arguments])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        output = "".join(capsys.readouterr())
+        assert (ended.value.code or 0) == code, output
+        return output
+
+    return call
 
 
 @pytest.fixture(scope="module")
@@ -43,6 +57,7 @@ def run(folder: Path) -> Path:
     return out
 
 
+@pytest.mark.slow
 def test_help_imports_no_heavy_library() -> None:
     """Help takes 0.2 s because of what it does not import; a timed assertion would fail on a busy machine."""
     heavy = ("torch", "tokenizers", "numpy", "pyarrow", "jinja2")
@@ -51,6 +66,7 @@ def test_help_imports_no_heavy_library() -> None:
     assert "evaluate" in firth("--help")
 
 
+@pytest.mark.slow
 def test_a_run_directory_holds_what_the_contract_says(run: Path) -> None:
     names = {p.name for p in run.iterdir()}
     assert {"recipe.yaml", "metrics.jsonl", "checkpoints", "tokenizer", "model", "report.html"} <= names
@@ -59,25 +75,30 @@ def test_a_run_directory_holds_what_the_contract_says(run: Path) -> None:
             "chat_template.jinja"} <= model  # fmt: skip
 
 
-def test_a_finished_run_is_kept_and_another_recipe_refused(run: Path, folder: Path) -> None:
+@pytest.mark.slow
+def test_a_finished_run_is_kept_and_another_recipe_refused(
+    run: Path, folder: Path, in_process: Callable[..., str]
+) -> None:
     before = (run / "metrics.jsonl").read_bytes()
     arguments = ["train", "gpt", "data.corpus=", f"data.path={folder}", *SMALL, "--out", str(run)]
     firth(*arguments)
     assert (run / "metrics.jsonl").read_bytes() == before
-    assert "another recipe" in firth(*arguments, "seed=5", code=2)
+    assert "another recipe" in in_process(*arguments, "seed=5", code=2)
 
 
+@pytest.mark.slow
 def test_its_own_recipe_repeats_the_run_bit_for_bit(run: Path, tmp_path: Path) -> None:
     firth("train", str(run / "recipe.yaml"), "--out", str(tmp_path / "again"))
     ours, again = ((d / "model" / "model.safetensors").read_bytes() for d in (run, tmp_path / "again"))
     assert ours == again
 
 
-def test_generate_is_seeded_and_evaluate_measures(run: Path, folder: Path) -> None:
+@pytest.mark.slow
+def test_generate_is_seeded_and_evaluate_measures(run: Path, folder: Path, in_process: Callable[..., str]) -> None:
     first = firth("generate", str(run), "The quick", "-n", "8", "--seed", "3")
     assert first == firth("generate", str(run), "The quick", "-n", "8", "--seed", "3")
-    assert "bits_per_byte" in firth("evaluate", str(run))
-    found = json.loads(firth("evaluate", str(run), str(folder / "3.txt"), "--json"))
+    assert "bits_per_byte" in in_process("evaluate", str(run))
+    found = json.loads(in_process("evaluate", str(run), str(folder / "3.txt"), "--json"))
     assert found["bits_per_byte"] > 0
 
 
@@ -94,8 +115,10 @@ def test_generate_is_seeded_and_evaluate_measures(run: Path, folder: Path) -> No
         (["demo", "--size", "huge", "--out", "NEW"], "no size 'huge'"),
     ],
 )
-def test_mistakes_are_one_sentence(arguments: list[str], message: str, tmp_path: Path) -> None:
-    output = firth(*(str(tmp_path / "new") if a == "NEW" else a for a in arguments), code=2)
+def test_mistakes_are_one_sentence(
+    arguments: list[str], message: str, in_process: Callable[..., str], tmp_path: Path
+) -> None:
+    output = in_process(*(str(tmp_path / "new") if a == "NEW" else a for a in arguments), code=2)
     assert message in output
     assert output.count("\n") == 1, output
 
@@ -141,20 +164,21 @@ def test_another_error_of_the_machine_keeps_its_traceback(monkeypatch: pytest.Mo
         cli.main()
 
 
-def test_the_tokenizer_commands(folder: Path, tmp_path: Path) -> None:
+def test_the_tokenizer_commands(folder: Path, in_process: Callable[..., str], tmp_path: Path) -> None:
     out = tmp_path / "tok"
-    message = firth("tokenizer", "train", str(folder), "--out", str(out), "--algorithm", "bpe", "--vocab-size", "300")
+    message = in_process(
+        "tokenizer", "train", str(folder), "--out", str(out), "--algorithm", "bpe", "--vocab-size", "300"
+    )
     assert "12 files" in message and f"firth tokenizer show {out}" in message
-    page = firth("tokenizer", "show", str(out), "laern", "--first", "3")
+    page = in_process("tokenizer", "show", str(out), "laern", "--first", "3")
     assert "->" in page and "laern" in page
 
 
-def test_an_empty_folder_and_an_empty_file(tmp_path: Path) -> None:
-    (tmp_path / "empty").mkdir()
-    assert "no text" in firth(
-        "train", "gpt", "data.corpus=", f"data.path={tmp_path / 'empty'}", "--out", str(tmp_path / "a"), code=2
-    )
-    (tmp_path / "empty" / "a.txt").write_text("")
-    assert "empty" in firth(
-        "train", "gpt", "data.corpus=", f"data.path={tmp_path / 'empty'}", "--out", str(tmp_path / "b"), code=2
-    )
+@pytest.mark.slow
+def test_an_empty_folder_and_an_empty_file(in_process: Callable[..., str], tmp_path: Path) -> None:
+    folder, out = tmp_path / "empty", str(tmp_path / "run")
+    folder.mkdir()
+    train = ["train", "gpt", "data.corpus=", f"data.path={folder}", "--out", out]
+    assert "no text" in firth(*train, code=2)
+    (folder / "a.txt").write_text("")
+    assert "empty" in in_process(*train, code=2)

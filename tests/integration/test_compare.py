@@ -263,9 +263,9 @@ def test_settings_can_be_fixed_in_the_same_directory(
 
 @pytest.mark.parametrize(("changes", "message"), [
     ({"compute": Budget(max_steps=3)}, "do not cost the same"),
-    ({"shares": (0.0, 1.0)}, "above 0 and at most 1"),
+    ({"shares": (0.0, 1.0)}, "should be greater than 0"),
     ({"shares": ()}, "shares is empty"),
-    ({"seeds": 0}, "at least 1"),
+    ({"seeds": 0}, "seeds=0 should be greater than or equal to 1"),
 ])  # fmt: skip
 def test_invalid_configurations_are_errors(changes: dict[str, object], message: str) -> None:
     with pytest.raises(UserError, match=message):

@@ -20,7 +20,8 @@ from firth.model.heads import LMHead
 from firth.model.model import LM
 from firth.model.presets import bart as bart_shape
 from firth.pretrained.load_save import save_model
-from firth.runs.inference import encode_prompt, fill_text, open_engine, open_model, open_run
+from firth.runs.inference import fill_text, open_engine, open_run
+from firth.runs.loaded_model import encode_prompt, open_model
 from firth.runs.recipe import load
 from firth.runs.run import run
 from firth.tokenizer.train import train
@@ -171,6 +172,18 @@ def test_electra_fills_with_its_generator(runs: Path) -> None:
     own = opened.tokenizer.token(opened.tokenizer.vocab.mask)
     [gap] = fill(opened.model.heads["generator"], opened.tokenizer, f"The otter {own} the boat.", 1)
     assert f"{gap[0].probability:.2f}" in fill_text(runs / "electra", "The otter <mask> the boat.", 1)
+    assert opened.fill("The otter <mask> the boat.", 1) == [[(gap[0].piece, gap[0].probability)]]
+
+
+def test_python_api_fills_as_the_command_does(runs: Path) -> None:
+    text = "The <mask> sells the <mask>."
+    for name in ("t5", "elmo"):
+        gaps = open_model(runs / name).fill(text, 2)
+        shown = [[f"{probability:.2f}" for _, probability in gap] for gap in gaps]
+        lines = fill_text(runs / name, text, 2).splitlines()
+        assert len(gaps) == 2 and all(number in line for line, gap in zip(lines, shown, strict=True) for number in gap)
+    with pytest.raises(UserError, match="rewrites the whole text"):
+        open_model(runs / "bart").fill(text)
 
 
 @pytest.mark.parametrize(

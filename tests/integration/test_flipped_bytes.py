@@ -74,7 +74,7 @@ def export(there: Path) -> None:
 
 
 def evaluate(there: Path) -> None:
-    evaluate_run(there, [], task=None, limit=None, as_json=False, log=quiet)
+    evaluate_run(there, [], task=None, limit=None, as_json=False)
 
 
 Actions = tuple[tuple[Callable[[Path], Any], ...], int]

@@ -14,7 +14,8 @@ from firth.evaluate.task import load_evaluated_model
 from firth.generate.sampling import Sampling
 from firth.model.config import decoder_config, encoder_config
 from firth.pretrained.load_save import save_model
-from firth.runs.inference import Conversation, PromptTooLongError, encode_prompt, open_engine
+from firth.runs.inference import Conversation, PromptTooLongError, open_engine
+from firth.runs.loaded_model import encode_prompt
 from firth.runs.recipe import load
 from firth.runs.run import run
 from firth.tokenizer import chat

@@ -129,7 +129,7 @@ def test_only_word_objectives_depend_on_segmentation(monkeypatch: pytest.MonkeyP
         monkeypatch.setattr(segmentation, "has_dictionary", lambda dictionary=dictionary: dictionary)
         assert resolve_segmentation(MLM(noise="words"), "auto") == here
         assert resolve_segmentation(SOP() + MLM(noise="words"), here) == here
-        assert resolve_segmentation(MLM(), "icu") == "icu" and resolve_segmentation(MLM(), "auto") == "auto"
+        assert resolve_segmentation(MLM(), "icu") == "icu" and resolve_segmentation(MLM(), "auto") == here
     with pytest.raises(
         UserError, match=r"^word_segmentation=icu, and this machine finds words by uax29, .*: install firth\[icu\]"
     ):

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from firth.runs.recipe import load
+from firth.runs.recipe_names import RECIPES
 from tests.support.commands import (
     ROOT,
     check_command,
@@ -21,6 +22,7 @@ from tests.support.commands import (
 )
 
 PAGES = [*sorted((ROOT / "docs").rglob("*.md")), ROOT / "README.md", ROOT / "bench" / "README.md"]
+BENCHMARKS = sorted((ROOT / "bench").rglob("*.py"))
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 FIELDS = set(recipe_fields())
 
@@ -102,3 +104,12 @@ def test_an_unknown_field_is_found() -> None:
     assert "model.hidden_size" in FIELDS
     assert "objective.mlm_probability" in FIELDS
     assert set(named_fields("set `model.width=3` or `examples.max_length`")) - FIELDS == {"model.width"}
+
+
+@pytest.mark.parametrize("program", BENCHMARKS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_recipe_settings_of_a_benchmark_exist(program: Path) -> None:
+    strings = [node.value for node in ast.walk(ast.parse(program.read_text("utf-8"))) if isinstance(node, ast.Constant)]
+    settings = {found[1] for one in strings if (found := re.match(r"(\w+\.\w[\w.]*)=", str(one)))}
+    recipes = "|".join(["probe", *RECIPES])
+    names = {re.sub(rf"^({recipes})\.(?=[\w.]+$)", "", name) for name in settings}  # of one recipe of a comparison
+    assert sorted(names - FIELDS - {"max_steps"}) == []

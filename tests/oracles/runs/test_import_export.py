@@ -22,7 +22,8 @@ from firth.model.model import LM
 from firth.model.presets import llama
 from firth.pretrained.load_save import load_model, save_model
 from firth.runs.import_export import export_model, import_model
-from firth.runs.inference import encode_prompt, fill_text
+from firth.runs.inference import fill_text
+from firth.runs.loaded_model import encode_prompt
 from firth.runs.recipe import load
 from firth.runs.run import run
 from firth.tokenizer import chat

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import logging
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -33,6 +34,7 @@ from firth.runs.run import run
 from firth.runs.validation import Validator
 from firth.training.distributed import Ranks
 from firth.types import UserError
+from tests.support.messages import logged
 from tests.support.tiny_corpus import tokenizer
 
 Saved = Callable[..., Path]
@@ -83,9 +85,9 @@ def reader(saved: Saved) -> Path:
 
 def predicted(directory: Path, text: str | bytes, **options: Any) -> tuple[list[dict[str, Any]], list[str]]:
     """Return the rows and warnings of `predict` for standard input."""
-    notes: list[str] = []
     stdin = io.BytesIO(text if isinstance(text, bytes) else text.encode())
-    return list(predict(directory, "-", stdin, log=notes.append, **options)), notes
+    with logged(logging.WARNING) as notes:
+        return list(predict(directory, "-", stdin, **options)), notes
 
 
 def command(*words: object, stdin: bytes = b"") -> Result:
@@ -232,8 +234,8 @@ def test_squad_on_standard_input_and_an_absent_answer(reader: Path, tmp_path: Pa
         "1 question was longer than 8 tokens and lost its end; the first is standard input: question q2" in s
         for s in notes
     )
-    notes: list[str] = []
-    assert evaluate(reader, [str(file)], log=notes.append)["items"] == 2
+    with logged(logging.WARNING) as notes:
+        assert evaluate(reader, [str(file)])["items"] == 2
     assert any("1 answer is not in its passage" in note and "question q2" in note for note in notes)
 
 
@@ -391,8 +393,8 @@ def test_training_questions_without_an_answer_give_a_warning(tmp_path: Path) -> 
 def test_likelihood_warns_of_repaired_text(writer: Callable[..., Path], tmp_path: Path) -> None:
     run_directory = writer({})
     (tmp_path / "a.txt").write_bytes(b"a caf\xe9 and a film, and a film\x00 and another\n")
-    notes: list[str] = []
-    assert evaluate(run_directory, [str(tmp_path / "a.txt")], task="likelihood", log=notes.append)["tokens"] > 0
+    with logged(logging.WARNING) as notes:
+        assert evaluate(run_directory, [str(tmp_path / "a.txt")], task="likelihood")["tokens"] > 0
     assert notes == [
         f"{tmp_path}/a.txt: 1 byte sequences were not UTF-8 and were read as U+FFFD",
         f"{tmp_path}/a.txt: 1 NUL characters were left out",

@@ -20,7 +20,8 @@ from firth.model.config import ModelConfig, decoder_config, encoder_config
 from firth.model.model import LM
 from firth.objectives.prefix_lm import PrefixLM
 from firth.pretrained.load_save import load_model, save_model
-from firth.runs.inference import encode_prompt, evaluate_run, open_engine
+from firth.runs.inference import evaluate_run, open_engine
+from firth.runs.loaded_model import encode_prompt
 from firth.runs.recipe import load
 from firth.runs.run import run
 from firth.types import IGNORE, UserError

@@ -159,7 +159,7 @@ def test_a_compiled_run_matches_and_resumes_bit_for_bit(tmp_path: Path, monkeypa
     torch._dynamo.reset()
     text = tmp_path / "a.txt"
     text.write_text("The king saw the queen . The queen saw a dog .\n" * 200)
-    overrides = [f"data.path={text}", "tokenizer.vocab_size=400", "model.hidden_size=32", "model.num_layers=2", "model.num_heads=2",
+    overrides = [f"data.path={text}", "tokenizer.vocab_size=400", "model.hidden_size=32", "model.num_layers=1", "model.num_heads=2",
             "examples.max_length=32", "batch.size=4", "evaluation.every=0", "evaluation.max_examples=8", "checkpoint.every=3",
             "max_steps=6", "precision=fp32", "sample_prompts=['The ']"]  # fmt: skip
     for name, more in (("plain", []), ("whole", ["compile=true"])):

@@ -104,7 +104,7 @@ def test_shared_layers_have_their_own_keys_in_a_cache(name: str) -> None:
         ({"lm_head": "linear"}, "cannot be tied to tables of model.embedding_size=12"),
         ({"num_layer_groups": 7}, "model.num_layer_groups=7 is more than the number of layers"),
         ({"first_attention_norm": False}, "cannot differ in their first norm"),
-        ({"embedding_size": -1}, "model.embedding_size=-1 must be at least 0"),
+        ({"embedding_size": -1}, "model.embedding_size=-1 should be greater than or equal to 0"),
         ({"embedding_size": 13, "position": "sinusoidal"}, "an embedding width of 13 is odd"),
     ],
 )

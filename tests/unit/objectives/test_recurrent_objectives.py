@@ -296,7 +296,8 @@ def test_layer_mixture_is_that_of_the_paper() -> None:
 def test_invalid_settings_are_rejected() -> None:
     for bad in ({"window": 0}, {"num_negatives": 0}, {"noise_words": 0}, {"window": 33}):
         with pytest.raises(
-            UserError, match=r"objective.(window|num_negatives|noise_words)=\d+ must be at least 1( and at most 32)?"
+            UserError,
+            match=r"objective.(window|num_negatives|noise_words)=\d+ should be (greater|less) than or equal to ",
         ):
             Word2Vec(**bad)
     separate = CASES["bilm, tied"][2]

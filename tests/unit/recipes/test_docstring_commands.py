@@ -86,6 +86,6 @@ def test_invalid_command_is_detected() -> None:
 
 def test_negative_length_and_predict_input_help() -> None:
     error = CliRunner().invoke(app, ["embed", "runs/x", "a.txt", "--max-length", "-3"]).exception
-    assert isinstance(error, UserError) and "--max-length=-3 must be at least 0" in str(error)
+    assert isinstance(error, UserError) and "--max-length=-3 should be greater than or equal to 0" in str(error)
     output = CliRunner().invoke(app, ["predict", "--help"]).output
     assert "CoNLL" in output and "SQuAD" in output

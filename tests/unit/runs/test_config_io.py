@@ -17,7 +17,7 @@ from firth.objectives.next_sentence import NSP
 from firth.objectives.objective import Objective, Sum
 from firth.runs import config_io, model_card
 from firth.runs.input_hashes import RunInputs, content_hash, recorded_hash
-from firth.runs.recipe import Recipe, load, published
+from firth.runs.recipe import Recipe, ResolvedRecipe, load, load_resolved, published
 from firth.runs.recipe_names import RECIPES
 from firth.types import UserError
 
@@ -58,10 +58,18 @@ def test_yaml_numbers_that_look_like_text() -> None:
     ("yaml", "line", "message"),
     [
         ("name: x\nobjective: mlm\nexamples: chunks\nbatch:\n  siz: 3\n", 5, "did you mean 'size'"),
-        ("name: x\nobjective: mlm\nexamples: chunks\nbatch: {size: many}\n", 4, "'many' does not fit"),
+        (
+            "name: x\nobjective: mlm\nexamples: chunks\nbatch: {size: many}\n",
+            4,
+            "batch.size='many' should be a valid integer",
+        ),
         ("name: x\nobjective: mln\nexamples: chunks\n", 2, "no objective 'mln'; did you mean 'mlm'"),
         ("name: x\nobjective: mlm\nexamples: chunks\noptimiser: {}\n", 4, "did you mean 'optimizer'"),
-        ("name: x\nobjective: {kind: mlm, noise: nosuch}\nexamples: chunks\n", 2, "'nosuch' does not fit"),
+        (
+            "name: x\nobjective: {kind: mlm, noise: nosuch}\nexamples: chunks\n",
+            2,
+            "objective.noise='nosuch' should be 'iid', ",
+        ),
     ],
 )
 def test_error_names_the_place(yaml: str, line: int, message: str, tmp_path: Path) -> None:
@@ -116,17 +124,37 @@ def test_paths_are_listed_made_absolute_and_removed(tmp_path: Path) -> None:
     assert content_hash(whole) == content_hash(recipe) != content_hash(load("ppo", ["init_from=runs/a", "seed=3"]))
 
 
+def resolve_settings(recipe: Recipe) -> ResolvedRecipe:
+    """Return a recipe with a value for each of its open settings."""
+    settings = {field.name: getattr(recipe, field.name) for field in dataclasses.fields(recipe)}
+    settings |= {"batch": recipe.batch.resolve(0, packs=False), "precision": "fp32", "word_segmentation": "uax29"}
+    return ResolvedRecipe(**settings)
+
+
+def test_resolved_recipe_has_nothing_open(tmp_path: Path) -> None:
+    resolved = resolve_settings(load("gpt"))
+    text = config_io.write_yaml(resolved)
+    (tmp_path / "recipe.yaml").write_text(text)
+    assert load_resolved(tmp_path) == resolved
+    assert config_io.to_dict(load(str(tmp_path))) == config_io.to_dict(resolved)
+    assert list(yaml.safe_load(text)) == [field.name for field in dataclasses.fields(Recipe)]
+    for name, open_value in (("precision", "auto"), ("word_segmentation", "auto"), ("model", None)):
+        (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(yaml.safe_load(text) | {name: open_value}))
+        with pytest.raises(UserError, match=name):
+            load_resolved(tmp_path)
+
+
 def test_run_of_an_older_version_keeps_its_hash(tmp_path: Path) -> None:
     """Fields that were added later, at their defaults, change nothing."""
-    recipe = load("gpt", ["batch.size=4"])
-    older = yaml.safe_load(config_io.write_yaml(recipe))
+    resolved = resolve_settings(load("gpt", ["batch.size=4"]))
+    older = yaml.safe_load(config_io.write_yaml(resolved))
     del older["batch"]["group_by_length"], older["gradient_checkpointing"]
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(older))
     RunInputs().write(tmp_path, "the hash it had")
-    assert recorded_hash(tmp_path, recipe) == "the hash it had"
+    assert recorded_hash(tmp_path, resolved) == "the hash it had"
     for changed in ("batch.group_by_length=8", "gradient_checkpointing=true", "batch.size=5"):
         with pytest.raises(UserError, match=changed.partition("=")[0]):
-            recorded_hash(tmp_path, load("gpt", ["batch.size=4", changed]))
+            recorded_hash(tmp_path, resolve_settings(load("gpt", ["batch.size=4", changed])))
 
 
 def test_setting_on_a_sum_goes_to_its_component() -> None:
@@ -237,7 +265,7 @@ def test_bare_value_sets_the_type_of_a_section(tmp_path: Path) -> None:
     assert loaded("block: {norm: layer}\n", "block.norm=rms", "block.norm.eps=1e-6") == with_eps
     assert loaded("block: null\n", "block.norm={type: rms, eps: 1e-6}") == with_eps
     assert loaded("block: {norm: {eps: 1e-6}}\n", "block.norm=null") == Network(Block())
-    with pytest.raises(UserError, match=rf"^{tmp_path}/mine.yaml:2: block.norm.type: 'rsm' does not fit"):
+    with pytest.raises(UserError, match=rf"^{tmp_path}/mine.yaml:2: block.norm.type='rsm' should be 'layer' or 'rms'"):
         loaded("block:\n  norm: rsm\n")
-    with pytest.raises(UserError, match=r"^block.norm.type: 'rsm' does not fit"):
+    with pytest.raises(UserError, match=r"^block.norm.type='rsm' should be 'layer' or 'rms'"):
         loaded("block:\n  norm: {type: rms}\n", "block.norm=rsm")

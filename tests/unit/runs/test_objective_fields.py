@@ -35,6 +35,7 @@ from firth.runs.compatibility import EXAMPLES, check_fields
 from firth.runs.examples import ChunksConfig, DatasetSplits, ExamplesConfig, SegmentPairsConfig, WindowsConfig
 from firth.runs.noisy_label_examples import PartiallyLabeledConfig, PseudoLabeledConfig
 from firth.runs.prepare import DataConfig, RunData, train_tokenizer
+from firth.runs.start_model import StartModel
 from firth.tokenizer.tokenizer import Tokenizer
 from firth.training.precision import casts
 from firth.training.step import step
@@ -86,7 +87,7 @@ class Place:
         start = str(self.folder / ("causal" if config.causal else "classifier"))
         source = DataConfig(path=(str(file),), split_by="line")
         place = self.folder / "cut" / (objectives.name_of(type(objective)) if name == "pseudo_labeled" else "")
-        data = RunData(source, self.tokenizer, place, start, batch_size=2, log=lambda _: None)
+        data = RunData(source, self.tokenizer, place, StartModel(start), batch_size=2, log=lambda _: None)
         examples = self.segment(name, objective)
         objective = examples.configure_objective(objective, data).for_model(config)
         return examples.build(data, objective), objective

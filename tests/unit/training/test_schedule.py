@@ -38,9 +38,9 @@ def test_a_budget_is_in_steps_seconds_or_flops() -> None:
 
 
 def test_invalid_values_are_rejected_by_name() -> None:
-    with pytest.raises(UserError, match=r"schedule.kind is 'cosin'"):
+    with pytest.raises(UserError, match=r"schedule.kind='cosin' should be 'cosine', "):
         Schedule("cosin")
-    with pytest.raises(UserError, match=r"schedule.warmup_ratio=100 must be at least 0 and at most 1"):
+    with pytest.raises(UserError, match=r"schedule.warmup_ratio=100 should be less than or equal to 1"):
         Schedule(warmup_ratio=100)
     with pytest.raises(UserError, match="more than the whole run"):
         Schedule("wsd", warmup_ratio=0.5, decay_ratio=0.6)

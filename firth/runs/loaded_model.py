@@ -1,0 +1,368 @@
+"""A trained model with its tokenizer: what the commands and the Python API generate, score, fill, embed and predict with."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from firth.data.attention_fields import InfillPrompt
+from firth.evaluate.heads import head_of
+from firth.evaluate.predict import predict_with
+from firth.evaluate.task import EvaluatedModel, load_evaluated_model
+from firth.generate import embeddings, infill, word_vectors
+from firth.generate.engine import Engine
+from firth.generate.sampling import Sampling
+from firth.generate.scoring import scoring_mode
+from firth.io.json_files import read_json
+from firth.model.config import ModelConfig
+from firth.model.model import LM
+from firth.objectives import OBJECTIVES, find
+from firth.objectives.denoise import Denoising
+from firth.objectives.objective import Objective
+from firth.objectives.span_corruption import SpanCorruption
+from firth.pretrained.load_save import metadata_of
+from firth.runs.evaluate_files import measure_with
+from firth.runs.recipe import load
+from firth.tokenizer import chat
+from firth.tokenizer.inspection import readable
+from firth.tokenizer.tokenizer import Tokenizer
+from firth.training import precision
+from firth.types import LOGGER, UserError
+
+Rows = Sequence[Mapping[str, Any]]
+
+
+class Model:
+    """A model with its tokenizer.
+
+    Attributes:
+        evaluated: The model with its directory, as it is evaluated.
+        objective: The objective that it was trained with; None if unknown.
+        tokenizer: The tokenizer.
+        config: The model config.
+    """
+
+    def __init__(
+        self, evaluated: EvaluatedModel, objective: Objective | None = None, weights: str | None = None
+    ) -> None:
+        self.evaluated, self.objective, self._weights = evaluated, objective, weights
+        self.tokenizer = evaluated.tokenizer
+        self.config = evaluated.model.config
+
+    @staticmethod
+    def of(model: LM, tokenizer: Tokenizer, objective: Objective | None = None) -> Model:
+        """Return a model in memory, which has no directory."""
+        return Model(EvaluatedModel(model, tokenizer, Path(), Path()), objective)
+
+    @cached_property
+    def engine(self) -> Engine:
+        """The engine that generates with the model."""
+        return Engine(self.evaluated.model, self.tokenizer, weights=self._weights)
+
+    @property
+    def model(self) -> LM:
+        """The network, with the weights that it generates with."""
+        return self.engine.model
+
+    def generate(self, prompts: Sequence[str], **sampling: Any) -> list[str]:
+        """Return the continuation of each prompt.
+
+        Args:
+            prompts: The texts.
+            **sampling: Fields of `firth.generate.sampling.Sampling`: max_new_tokens, temperature, top_k, top_p, seed, ...
+
+        Raises:
+            UserError: The model has no LM head, or a prompt is longer than its context.
+        """
+        return self.require_lm_head().continue_text(_texts(prompts), Sampling(**sampling))
+
+    def chat(self, conversations: Sequence[Sequence[chat.Message]], **sampling: Any) -> list[str]:
+        """Return the next answer of each conversation, as `firth chat` does.
+
+        Args:
+            conversations: Lists of messages, {"role": "user", "content": "..."}, rendered with the model's chat template.
+            **sampling: As in `generate`.
+
+        Raises:
+            UserError: The model has no LM head or chat template, or a conversation is longer than its context.
+        """
+        engine = self.require_lm_head().engine
+        prompts = [chat.encode(self.tokenizer, messages, open=True)[0] for messages in conversations]
+        return [completion.text for completion in engine.generate(prompts, Sampling(**sampling))]
+
+    def score(self, prompts: Sequence[str], completions: Sequence[str]) -> list[float]:
+        """Return log p(completion | prompt) of each pair in nats, summed over the completion's tokens."""
+        loaded = self.require_lm_head()
+        read = [encode_prompt(self.tokenizer, text, loaded.model) for text in _texts(prompts)]
+        return loaded.engine.score(read, [self.tokenizer.encode(text) for text in _texts(completions)])
+
+    def choose(self, prompt: str, options: Sequence[str]) -> int:
+        """Return the index of the option with the highest log-probability after the prompt."""
+        loaded = self.require_lm_head()
+        read = encode_prompt(self.tokenizer, prompt, loaded.model)
+        return loaded.engine.choose(read, [self.tokenizer.encode(text) for text in _texts(options)])
+
+    def fill(self, text: str, top: int = 5) -> list[list[tuple[str, float]]]:
+        """Return the most likely fillings and their probabilities for each <mask> in a text, best first.
+
+        Raises:
+            UserError: The text has no <mask>, or the model cannot fill masks one by one.
+        """
+        found = self.with_lm_head()._fill(text, top)
+        if isinstance(found, str):
+            raise UserError("this model rewrites the whole text and does not fill single masks: use generate")
+        return found
+
+    def embed(self, texts: Sequence[str], *, normalize: bool = False) -> np.ndarray:
+        """Return one embedding per text: (n, hidden_size), float32. Longer texts are truncated to the trained length."""
+        length = trained_length(self.evaluated)
+        return embeddings.embed(self.evaluated.model, self.tokenizer, _texts(texts), length=length, unit=normalize)[0]
+
+    def predict(self, rows: Rows | Sequence[str]) -> list[dict[str, Any]]:
+        """Return one row of predictions per record, from the model's task head: the label and its probability, ...
+
+        Args:
+            rows: Records with the fields of the training data, or texts.
+
+        Raises:
+            UserError: The model has no task head, or a record does not fit the task.
+        """
+        texts = all(isinstance(row, str) for row in rows)
+        lines = [json.dumps({"text": row} if texts else row, ensure_ascii=False) for row in rows]
+        stdin = io.BytesIO("".join(f"{line}\n" for line in lines).encode())
+        return list(predict_with(self.evaluated, "-", stdin, form="jsonl"))
+
+    def evaluate(self, paths: Sequence[str], *, task: str | None = None, limit: int | None = None) -> dict[str, Any]:
+        """Return metrics by name on files, as `firth evaluate` does.
+
+        Args:
+            paths: Text or records.
+            task: A task of `firth evaluate`; None for the model's own.
+            limit: The most tokens (text) or records.
+        """
+        return measure_with(self.evaluated, _texts(paths), task=task, limit=limit)
+
+    def stream_text(self, text: str, sampling: Sampling) -> Iterator[str]:
+        """Yield the continuation of a text piece by piece. A decoder's prompt starts with the [bos] token."""
+        return self.engine.stream(encode_prompt(self.tokenizer, text, self.model), sampling)
+
+    def continue_text(self, texts: Sequence[str], sampling: Sampling) -> list[str]:
+        """Return the continuations of several texts."""
+        prompts = [encode_prompt(self.tokenizer, text, self.model) for text in texts]
+        return [c.text for c in self.engine.generate(prompts, sampling)]
+
+    def require_lm_head(self) -> Model:
+        """Return this model; UserError with the command that suits it if it has no LM head."""
+        if not self.evaluated.model.has_lm_head:
+            raise UserError(
+                f"{self.evaluated.directory}: this model has no LM head, so it cannot generate text; {self.suitable_command}"
+            )
+        return self
+
+    def with_lm_head(self) -> Model:
+        """Return the model with a trained LM head: the generator of ELECTRA, otherwise the model itself."""
+        if self.objective is None:
+            return self
+        model = self.objective.lm_model(self.model)
+        return self if model is self.model else Model.of(model, self.tokenizer, self.objective)
+
+    @property
+    def suitable_command(self) -> str:
+        """The command that suits the model."""
+        model, directory = self.model, self.evaluated.directory
+        if head_of(dict(model.heads)):
+            return f"use `firth predict {directory} FILE`"
+        if "reward" in model.heads:
+            return f"use `firth evaluate {directory} FILE`"
+        if self.with_lm_head().can_fill:
+            return f"use `firth fill {directory} 'a {MASK} text'`"
+        if model.has_lm_head:
+            return f"use `firth generate {directory} 'a text'`"
+        return (
+            f"use `firth vectors {directory} WORD`"
+            if not model.config.num_layers
+            else f"use `firth embed {directory} FILE`"
+        )
+
+    def supports(self, text: str) -> bool:
+        """Return whether the model can process a sample prompt: masks need infilling, <to> and <prior> need a latent."""
+        if MASK in text:
+            return self.can_fill
+        return self.model.config.latent_size > 0 or not (TO in text or PRIOR in text)
+
+    @property
+    def can_fill(self) -> bool:
+        """Whether the model can fill masks: by prediction, by generation, or from two directions."""
+        return "lm" in self.model.heads and (
+            not generates_left_to_right(self.model.config) or self._show_gaps([NOTHING] * 2) is not None
+        )
+
+    def sample(self, text: str, sampling: Sampling) -> str:
+        """Return a sample: fill the masks of a text, interpolate, continue the text, or list the nearest words."""
+        if MASK in text:
+            return self.fill_gaps(text, 5)
+        if PRIOR in text:
+            return "\n".join(self.sample_prior(5, sampling))
+        if TO in text:
+            first, _, second = text.partition(TO)
+            return "\n".join(self.interpolate(first, second, 5, sampling))
+        if self.model.has_lm_head:
+            return self.continue_text([text], sampling)[0]
+        # The vocabulary of a user's text may lack the words of a recipe, which must not end a run.
+        return self.nearest(text, 8) if word_vectors.ids_of(self.tokenizer, text) else "(no word of this text)"
+
+    def nearest(self, word: str, top: int) -> str:
+        """Return the words with the nearest vectors to that of a word, in one line."""
+        found = word_vectors.nearest(self.model, self.tokenizer, word, top)
+        return "   ".join(
+            f"{readable(piece, self.tokenizer.is_byte_level)} {likeness:.2f}" for piece, likeness in found
+        )
+
+    def fill_gaps(self, text: str, top: int) -> str:
+        """Return the candidates for each <mask>, one line per mask; from BART, the whole text rewritten.
+
+        Args:
+            text: A text with one or more <mask>.
+            top: Number of candidates.
+
+        Raises:
+            UserError: The text has no <mask>, or the model cannot fill masks.
+        """
+        found = self._fill(text, top)
+        if isinstance(found, str):
+            return found
+        return "\n".join(
+            "   ".join(f"{readable(piece) or '(nothing)'} {probability:.2f}" for piece, probability in gap)
+            or "(the model wrote nothing for this mask)"
+            for gap in found
+        )
+
+    def _fill(self, text: str, top: int) -> list[list[tuple[str, float]]] | str:
+        """Return the candidates for each <mask>, or the whole text of a model that rewrites it (BART)."""
+        roles, config = self.tokenizer.vocab.roles, self.config
+        own = self.tokenizer.token(roles["mask"]) if "mask" in roles else MASK
+        text = text.replace(own, MASK)
+        if MASK not in text:
+            raise UserError(f"there is nothing to fill: write {MASK} where a token is missing")
+        if not self.can_fill:
+            raise UserError("this model cannot fill masks")
+        if not generates_left_to_right(config) and not config.separate_directions:
+            gaps = self.engine.fill(text.replace(MASK, own), top)
+        elif config.separate_directions:
+            gaps = infill.fill_two_way(self.engine, infill.split_gaps(self.tokenizer, text, MASK), top)
+        else:
+            shown = self._show_gaps(infill.split_gaps(self.tokenizer, text, MASK))
+            assert shown is not None
+            if not len(shown.marks):
+                return infill.rewrite(self.engine, shown).text
+            gaps = infill.fill_spans(self.engine, shown, top)
+        return [[(one.piece, one.probability) for one in gap] for gap in gaps]
+
+    def _show_gaps(self, pieces: Sequence[np.ndarray]) -> InfillPrompt | None:
+        """Return the prompt with which a generative model fills masks; None if it cannot.
+
+        Without a known objective, a model that starts its answers as BART does and has a mask token is taken for BART; otherwise
+        the tokenizer decides: T5's sentinels, or BART's mask.
+        """
+        vocab = self.tokenizer.vocab
+        if self.objective is not None:
+            return self.objective.build_infill(pieces, vocab)
+        if not self.model.config.num_encoder_layers or self.model.config.latent_size:
+            return None
+        if "mask" in vocab.roles and (self.model.config.decoder_start_token == "eos" or len(vocab.sentinels) < 2):
+            return Denoising().build_infill(pieces, vocab)
+        return SpanCorruption().build_infill(pieces, vocab) if len(vocab.sentinels) > 1 else None
+
+    def interpolate(self, first: str, second: str, count: int, sampling: Sampling) -> list[str]:
+        """Return `count` texts decoded from a linear interpolation of the latents of two texts, endpoints included."""
+        ends = [encode_prompt(self.tokenizer, end.strip(), self.model) for end in (first, second)]
+        start, stop = self.engine.posterior(ends)
+        share = torch.linspace(0, 1, count, device=start.device)[:, None]
+        return [written.text for written in self.engine.decode(start * (1 - share) + stop * share, sampling)]
+
+    def sample_prior(self, count: int, sampling: Sampling) -> list[str]:
+        """Return `count` texts whose latents are sampled from the prior."""
+        noise = np.random.default_rng(sampling.seed).standard_normal((count, self.model.config.latent_size), np.float32)
+        latents = torch.from_numpy(noise).to(self.engine.device)
+        return [written.text for written in self.engine.decode(latents, sampling)]
+
+
+NOTHING = np.zeros(0, np.int32)
+MASK = "<mask>"
+"""The mask token in a user's text, independent of the tokenizer's."""
+TO, PRIOR = "<to>", "<prior>"
+"""Marks in sample prompts for a variational autoencoder: interpolate between two texts, or sample from the prior."""
+
+
+def encode_prompt(tokenizer: Tokenizer, text: str, model: LM) -> np.ndarray:
+    """Return the token ids of a prompt, as in training: (n,).
+
+    [bos] text for a decoder, text [eos] for an encoder-decoder, and the text alone for a prefix language model (or [bos] if it
+    is empty). The tokenizers of other libraries define whether they add [bos] (GPT-2's has one and does not add it).
+    """
+    ids = tokenizer.encode(text)
+    roles = tokenizer.vocab.roles
+    if model.config.num_encoder_layers:
+        return np.append(ids, roles["eos"]).astype(np.int32) if "eos" in roles else ids
+    add_bos = "bos" in roles and tokenizer.bos is not False and not (model.config.prefix_lm and len(ids))
+    return np.concatenate(([roles["bos"]], ids)).astype(np.int32) if add_bos else ids
+
+
+def generates_left_to_right(config: ModelConfig) -> bool:
+    """Return whether a model can continue a text from left to right."""
+    return config.latent_size > 0 or scoring_mode(config) != "masked"
+
+
+def open_model(directory: Path, weights: str | None = None) -> Model:
+    """Load a model of any kind, with the objective of its run.
+
+    Args:
+        directory: A run or model directory, or a GGUF file.
+        weights: Dtype of the weights in memory (`Engine`); None keeps the stored one; "auto" takes bf16 for fp32 weights where
+            this machine also trains in bf16.
+    """
+    evaluated = load_evaluated_model(directory)
+    if weights == "auto":
+        stored = evaluated.model.tokens.weight
+        quick = stored.dtype == torch.float32 and precision.choose("auto", stored.device) == "bf16"
+        weights = "bf16" if quick else None
+        if quick:
+            LOGGER.warning("weights are held in bf16, which is faster here: use --weights fp32 for full precision")
+    return Model(evaluated, objective_in(directory), weights)
+
+
+def trained_length(evaluated: EvaluatedModel) -> int:
+    """Return the most tokens that a model was trained on: from sentence-transformers' config, or else its context."""
+    settings = read_json(evaluated.model_directory / "sentence_bert_config.json")
+    return int(settings.get("max_seq_length") or evaluated.context)
+
+
+def objective_in(directory: Path) -> Objective | None:
+    """Return the training objective of a run or model directory; None if neither recipe.yaml nor firth.json names it.
+
+    A model directory has only the names, so its objectives have default settings.
+    """
+    path = directory / "recipe.yaml"
+    if path.is_file():
+        return load(str(path)).objective
+    names = metadata_of(directory / "model" if (directory / "model").is_dir() else directory).get("objective")
+    if not isinstance(names, list) or not names or not all(name in OBJECTIVES for name in names):
+        return None
+    total: Objective = find(names[0])()
+    for name in names[1:]:
+        total = total + find(name)()
+    return total
+
+
+def _texts(texts: Sequence[str]) -> list[str]:
+    """Return a list of texts; UserError for a single string, which would be read letter by letter."""
+    if isinstance(texts, str):
+        raise UserError(f"a list of texts is needed, not one text: [{texts[:20]!r}]")
+    return list(texts)
