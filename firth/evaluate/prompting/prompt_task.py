@@ -189,7 +189,7 @@ class PromptTask:
         return index
 
     def target_text(self, item: Item) -> str:
-        """Return the gold answer as text, as it stands in an example."""
+        """Return the gold answer as text, as it is shown in an example."""
         gold = self.gold_of(item)
         return self.choices_of(item)[gold] if self.output_type == "multiple_choice" else str(gold[0])
 

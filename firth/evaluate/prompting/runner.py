@@ -114,7 +114,7 @@ def run_tasks(
 def _replies(
     requests: Sequence[Request], model: Responder, cache: ReplyCache | None, progress: Callable[[int, int], None]
 ) -> dict[Request, Reply]:
-    """Return the reply to each request: from the cache, or from the model, which is asked for equal requests once."""
+    """Return the reply to each request: from the cache, or from the model, which gets equal requests once."""
     wanted = list(dict.fromkeys(requests))
     replies: dict[Request, Reply] = {}
     if cache is not None:
