@@ -4,7 +4,7 @@ A task asks each of its items one of four kinds of questions (`output_type`, the
 
     multiple_choice         log p of each choice after the prompt; the most likely one is the answer
     generate_until          a generated text, read by filters
-    loglikelihood           log p of the target, and whether greedy decoding would write it
+    loglikelihood           log p of the target, which directly follows the prompt, and whether greedy decoding would write it
     loglikelihood_rolling   log p of a whole text, for perplexity and bits per byte
 
 Replies may be followed by further requests: zero-shot chain of thought first generates a rationale, then asks for the answer
@@ -237,7 +237,7 @@ class PromptTask:
         if self.output_type == "multiple_choice":
             room += max(model.count_tokens(self.target_delimiter + choice) for choice in self.choices_of(item))
         if self.output_type == "loglikelihood":
-            room += model.count_tokens(self.target_delimiter + self.gold_of(item)[0])
+            room += model.count_tokens(self.gold_of(item)[0])
         longest = model.context - min(room, model.context // 2)
 
         def count_tokens(text: str) -> int:
@@ -291,7 +291,7 @@ class PromptTask:
             found = [score for score in scores if isinstance(score, ScoreReply)]
             return self._choice(item, group, prompt, kept, gold, choices, found, rationales)
         if self.output_type == "loglikelihood":
-            (score,) = yield [ScoreRequest(prompt, lead + gold[0], chat)]
+            (score,) = yield [ScoreRequest(prompt, gold[0], chat)]
             assert isinstance(score, ScoreReply)
             values = {"acc": float(score.greedy), "perplexity": score.logprob}
             return ItemResult(item.location, group, prompt, kept, gold[0], {}, self._known(values), [score.logprob])
