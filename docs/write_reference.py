@@ -137,6 +137,16 @@ def usage(name: str, command: Any) -> str:
     )
 
 
+def section(name: str, kind: type) -> list[str]:
+    """Return the section of a dataclass and, one level below, those of the dataclasses in it (`model.norm`)."""
+    hints = typing.get_type_hints(kind, include_extras=True)
+    groups = [f for f in dataclasses.fields(kind) if dataclasses.is_dataclass(hints[f.name])]
+    own = [f for f in dataclasses.fields(kind) if f not in groups]
+    short = f" `{name}=VALUE` sets `{name}.type`." if "type" in hints else ""
+    lines = [f"{'###' if '.' in name else '##'} {name}", "", summary(kind) + short, "", *table(kind, own)]
+    return lines + [line for f in groups for line in section(f"{name}.{f.name}", hints[f.name])]
+
+
 def recipe_fields() -> str:
     """Return the page of everything that a recipe may contain."""
     lines = [
@@ -149,7 +159,7 @@ def recipe_fields() -> str:
     plain = [f for f in dataclasses.fields(Recipe) if f.name not in (*nested, "model", "objective", "examples", "peft")]
     lines += ["## Top level", "", *table(Recipe, plain)]
     for name, kind in {"model": ModelConfig, **nested}.items():
-        lines += [f"## {name}", "", summary(kind), "", *table(kind)]
+        lines += section(name, kind)
     for title, kinds in (("examples", EXAMPLES), ("peft", PEFT_METHODS)):
         lines += [f"## {title}", "", f"`{title}=KIND`, or `{title}.kind=KIND` with its fields.", ""]
         for name, kind in kinds.items():

@@ -241,7 +241,7 @@ def dialogue(name: str, file: Path, new: int) -> list[Row]:
 def random_model(config: ModelConfig, seed: int = 0) -> LM:
     """Return a random model with weights so large that greedy decoding does not repeat one token."""
     torch.manual_seed(seed)
-    model = LM(replace(config, init_std=0.08, dropout=0.0), {"lm": LMHead(config)}).eval()
+    model = LM(config.with_fields({"init.std": 0.08, "dropout": 0.0}), {"lm": LMHead(config)}).eval()
     with torch.no_grad():
         for name, weights in model.named_parameters():
             if weights.ndim == 1:
@@ -289,15 +289,17 @@ def checks(arguments: argparse.Namespace, folder: Path) -> Iterator[Row]:
         gguf.write(random_model(config), tokenizer, file, kind)
         yield texts(f"llama, random, {kind}", file, arguments.new)
     yield ids("firth's byte-bpe", tokenizer, file)
-    biased = replace(config, bias=True, tie_embeddings=True, rope_theta=50000.0, num_kv_heads=4)
+    biased = config.with_fields(
+        {"bias": True, "tie_embeddings": True, "position.rope.theta": 50000.0, "num_kv_heads": 4}
+    )
     gguf.write(random_model(biased), tokenizer, file, "F32")
     yield texts("llama, tied and biased, F32", file, arguments.new)
     for name, more in (
         ("qwen2", {"bias": True, "bias_location": "qkv"}),
-        ("qwen3", {"qk_norm": True, "qk_norm_weight": True}),
+        ("qwen3", {"attention.qk_norm": True, "attention.qk_norm_weight": True}),
     ):
         changes: dict[str, Any] = more
-        gguf.write(random_model(replace(config, **changes)), tokenizer, file, "F32")
+        gguf.write(random_model(config.with_fields(changes)), tokenizer, file, "F32")
         yield texts(f"{name}, random, F32", file, arguments.new)
     gguf.write(random_model(replace(gpt2(size, 128, 3, 4), max_positions=512)), tokenizer, file, "F32")
     yield texts("gpt2, random, F32", file, arguments.new)

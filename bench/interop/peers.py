@@ -47,7 +47,16 @@ def random_models(folder: Path) -> list[Path]:
     """Write random models, one of each architecture; return their directories."""
     import torch
 
-    from firth.model.config import ModelConfig, decoder_config, encoder_config, encoder_decoder_config
+    from firth.model.config import (
+        EmbeddingConfig,
+        LMHeadConfig,
+        ModelConfig,
+        NormConfig,
+        PositionConfig,
+        decoder_config,
+        encoder_config,
+        encoder_decoder_config,
+    )
     from firth.model.heads import LMHead
     from firth.model.model import LM
     from firth.pretrained.load_save import save_model
@@ -62,12 +71,12 @@ def random_models(folder: Path) -> list[Path]:
         "max_positions": 128,
     }
     configs = {
-        "llama": ModelConfig(**size, norm="rms", norm_bias=False, position="rotary", activation="swiglu", bias=False,
-                             num_kv_heads=2),  # type: ignore[arg-type]
+        "llama": ModelConfig(**size, norm=NormConfig("rms", bias=False), position=PositionConfig("rotary"),
+                             activation="swiglu", bias=False, num_kv_heads=2),  # type: ignore[arg-type]
         "gpt2": ModelConfig(**size),
         "nanochat": decoder_config(**size),
-        "bert": ModelConfig(**size, causal=False, norm_placement="post", norm_eps=1e-12, type_vocab_size=2,
-                            embedding_norm=True, activation="gelu", lm_head="transform", lm_head_bias=True),
+        "bert": ModelConfig(**size, causal=False, norm=NormConfig(placement="post", eps=1e-12, embedding=True),
+                            embedding=EmbeddingConfig(type_vocab_size=2), activation="gelu", lm_head=LMHeadConfig("transform", bias=True)),
         "modernbert": encoder_config(**size),
         "t5": encoder_decoder_config(**size),
     }  # fmt: skip
@@ -93,7 +102,7 @@ def reference(directory: Path) -> dict[str, Any]:
 
     evaluated = load_evaluated_model(directory)
     model, tokenizer, model_config = evaluated.model, evaluated.tokenizer, evaluated.model.config
-    kind = "source" if model_config.num_encoder_layers else "left" if model_config.causal else "both"
+    kind = "source" if model_config.encoder.num_layers else "left" if model_config.causal else "both"
     modules, config = directory / "modules.json", directory / "config.json"
     unit = modules.exists() and "Normalize" in modules.read_text()
     expected: dict[str, Any] = {

@@ -25,7 +25,7 @@ from firth.training.schedule import Budget
 BODY = (
     "model.hidden_size=128", "model.num_layers=3", "model.num_heads=2", "model.intermediate_size=256",
     "gpt.model.intermediate_size=512", "prefix_lm.model.intermediate_size=512", "data.validation_fraction=0.1",
-    "t5.model.num_layers=2", "t5.model.num_encoder_layers=2", "bart.model.num_layers=2", "bart.model.num_encoder_layers=2",
+    "t5.model.num_layers=2", "t5.model.encoder.num_layers=2", "bart.model.num_layers=2", "bart.model.encoder.num_layers=2",
     "probe.max_steps=60",
 )  # fmt: skip
 """Two blocks on each side of an encoder-decoder cost as much as three; an ungated MLP is twice as wide as a gated one."""

@@ -29,7 +29,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -257,8 +257,8 @@ def train_once(name: str, seed: int, scale: float, data: Data) -> dict[str, Any]
     length, rows, depth = (PAIR_LENGTH, PAIR_ROWS, PAIR_DEPTH) if arm.pairs else (LENGTH, ROWS, NUM_LAYERS)
     if arm.small:
         source = spread_subset(source, SMALL_CHUNKS)
-    config = replace(
-        encoder_config(VOCAB_SIZE, HIDDEN_SIZE, depth, max_positions=length), type_vocab_size=2 * arm.pairs
+    config = encoder_config(VOCAB_SIZE, HIDDEN_SIZE, depth, max_positions=length).with_fields(
+        {"embedding.type_vocab_size": 2 * arm.pairs}
     )
     base_model = catalog.fetch("minilm", log=print) if arm.lr else None
     torch.manual_seed(seed)

@@ -66,11 +66,11 @@ NUM_CLOZE = 768
 """Held-out texts with one hidden token."""
 
 BODY = encoder_config(VOCAB_SIZE, HIDDEN_SIZE, NUM_LAYERS, max_positions=MAX_POSITIONS)
-XLNET_BODY = replace(BODY, position="xlnet", mask_embedding=True)
+XLNET_BODY = BODY.with_fields({"position.type": "xlnet", "embedding.mask": True})
 CANDIDATES: dict[str, tuple[Objective, ModelConfig, ExamplesConfig]] = {
-    "xlnet": (PLM(k=3), replace(XLNET_BODY, memory_length=MEMORY), WindowsConfig(LENGTH)),
+    "xlnet": (PLM(k=3), XLNET_BODY.with_fields({"attention.memory_length": MEMORY}), WindowsConfig(LENGTH)),
     "xlnet, no memory": (PLM(k=3), XLNET_BODY, WindowsConfig(LENGTH)),
-    "mpnet": (MPNet(mlm_probability=0.3), replace(BODY, position="mpnet"), ChunksConfig(LENGTH)),
+    "mpnet": (MPNet(mlm_probability=0.3), BODY.with_fields({"position.type": "mpnet"}), ChunksConfig(LENGTH)),
     "mpnet, rotary": (MPNet(mlm_probability=0.3), BODY, ChunksConfig(LENGTH)),
     "mlm": (MLM(mlm_probability=0.3), BODY, ChunksConfig(LENGTH)),
     "causal": (CausalLM(), replace(BODY, causal=True), WindowsConfig(LENGTH)),
@@ -100,7 +100,7 @@ def score(model: LM, name: str, seed: int, held_out: Source, store: TokenStore, 
     found = {"loss": own_loss(held_out)} | cloze.score(
         model, objective, cloze.items(store, vocab, NUM_CLOZE, LENGTH), vocab
     )
-    if model.config.memory_length:
+    if model.config.attention.memory_length:
         found["forgetful"] = own_loss(data_windows.Windows(store, LENGTH, tail=True))
     return found
 
@@ -108,7 +108,9 @@ def score(model: LM, name: str, seed: int, held_out: Source, store: TokenStore, 
 def train_and_score(name: str, seed: int, steps: int, results: Path) -> dict[str, object]:
     recipe_ = recipe(name, seed, steps, results)
     tokenizer = Tokenizer.load(results / "tokenizer")
-    data = RunData(recipe_.data, tokenizer, results, memory_length=recipe_.model.memory_length if recipe_.model else 0)
+    data = RunData(
+        recipe_.data, tokenizer, results, memory_length=recipe_.model.attention.memory_length if recipe_.model else 0
+    )
     held_out, store = examples.build_datasets(recipe_.examples, data, recipe_.objective).validation, data.stores()[1]
     assert held_out is not None and store is not None and recipe_.model is not None
     config = replace(recipe_.model, vocab_size=tokenizer.vocab.size)

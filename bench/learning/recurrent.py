@@ -42,13 +42,14 @@ HIDDEN_SIZE = 128
 NUM_LABELS, NUM_TEST = 500, 2000
 TOKENIZER = ("tokenizer.algorithm=word", "tokenizer.vocab_size=10000")
 LSTM_CONFIG = (
-    f"{{hidden_size: {HIDDEN_SIZE}, num_layers: 1, num_heads: 1, norm_placement: post, position: none, rnn_type: lstm, "
+    f"{{hidden_size: {HIDDEN_SIZE}, num_layers: 1, num_heads: 1, norm: {{placement: post}}, position: none, rnn: lstm, "
     "dropout: 0.1}"
 )
 ELMO_CONFIG = (
-    f"{{hidden_size: {2 * HIDDEN_SIZE}, num_layers: 2, num_heads: 1, norm_placement: post, position: none, rnn_type: lstm, "
-    "causal: false, separate_directions: true, rnn_residual: true, tie_embeddings: false, lm_head_bias: true, "
-    "max_characters: 16, char_filters: 256}"
+    f"{{hidden_size: {2 * HIDDEN_SIZE}, num_layers: 2, num_heads: 1, norm: {{placement: post}}, position: none, "
+    "rnn: {type: lstm, separate_directions: true, residual: true}, "
+    "causal: false, tie_embeddings: false, lm_head: {bias: true}, "
+    "embedding: {characters: {max_length: 16, num_filters: 256}}}"
 )
 
 
@@ -180,7 +181,7 @@ def kinds_study(seed: int, steps: Steps) -> dict[str, float]:
     """Score the tiny `lstm` with each type of RNN on Shakespeare: held-out bits per byte."""
     found = {}
     for kind in ("rnn", "gru", "lstm"):
-        result = run_stage(f"kind-{kind}", "lstm", seed, steps(300), [f"model.rnn_type={kind}"])
+        result = run_stage(f"kind-{kind}", "lstm", seed, steps(300), [f"model.rnn.type={kind}"])
         found[f"{kind}, bits per byte"] = result.metrics["valid/bits_per_byte"]
     return found
 

@@ -221,7 +221,9 @@ def weak(experiment: Experiment, seed: int) -> Iterator[tuple[str, dict[str, flo
 
 
 def vae(experiment: Experiment, seed: int) -> Iterator[tuple[str, dict[str, float]]]:
-    base_config = replace(encoder_decoder_config(4096, 128, 2, num_heads=2, max_positions=64), latent_size=32)
+    base_config = encoder_decoder_config(4096, 128, 2, num_heads=2, max_positions=64).with_fields(
+        {"encoder.latent_size": 32}
+    )
     anneal = experiment.steps(250).max_steps or 0
     for name, objective, optimizer in (
         ("untrained", VAE(), UNTRAINED_OPTIMIZER),
@@ -243,8 +245,8 @@ def linformer(experiment: Experiment, seed: int) -> Iterator[tuple[str, dict[str
     base_config = encoder_config(4096, 128, 3, num_heads=2, max_positions=256)
     tokenizer = ""
     for name, config, optimizer in (
-        ("untrained", replace(base_config, linformer_k=64), UNTRAINED_OPTIMIZER),
-        ("linformer, 64 slots", replace(base_config, linformer_k=64), None),
+        ("untrained", base_config.with_fields({"attention.linformer.k": 64}), UNTRAINED_OPTIMIZER),
+        ("linformer, 64 slots", base_config.with_fields({"attention.linformer.k": 64}), None),
         ("full attention", base_config, None),
     ):
         recipe_ = recipe(

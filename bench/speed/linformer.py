@@ -18,7 +18,6 @@ import json
 import subprocess
 import sys
 import time
-from dataclasses import replace
 from pathlib import Path
 
 from bench.harness import busy_seconds, describe, machine, other_load, peak_mb
@@ -43,7 +42,7 @@ def measure(candidate: str, length: int, repeats: int) -> dict[str, float]:
     torch.manual_seed(0)
     config = encoder_config(vocab_size=1000, hidden_size=256, num_layers=2, num_heads=4, max_positions=max(LENGTHS))
     if candidate == "linformer":
-        config = replace(config, linformer_k=SLOTS)
+        config = config.with_fields({"attention.linformer.k": SLOTS})
     if candidate == "written out":
         kernel_choice.use({kernel.name: "sdpa" for kernel in ATTENTION.values()})
     backends = [SDPBackend.MATH] if candidate == "written out" else [SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]
@@ -79,7 +78,7 @@ def check() -> None:
 
     torch.manual_seed(0)
     config = encoder_config(vocab_size=1000, hidden_size=64, num_layers=2, num_heads=2, max_positions=64)
-    full, short = LM(config, {}), LM(replace(config, linformer_k=64), {})
+    full, short = LM(config, {}), LM(config.with_fields({"attention.linformer.k": 64}), {})
     short.load_state_dict(full.state_dict() | {"stack.linformer.weight": torch.eye(64)[None, None]})
     for module in (full, short):
         for name, p in module.named_parameters():

@@ -147,7 +147,7 @@ def firth_setup(bert: bool = False) -> tuple[Any, Any, Any]:
     """Return (model, objective, batches) of the default encoder, or of the peer's BERT, on packed sentences."""
     from firth.data.collate import Batches
     from firth.data.source import Source
-    from firth.model.config import ModelConfig, encoder_config
+    from firth.model.config import EmbeddingConfig, LMHeadConfig, ModelConfig, NormConfig, encoder_config
     from firth.model.model import LM
     from firth.objectives.masked_lm import MLM
     from firth.tokenizer.vocab import Vocab
@@ -179,13 +179,10 @@ def firth_setup(bert: bool = False) -> tuple[Any, Any, Any]:
             num_layers=NUM_LAYERS,
             num_heads=NUM_HEADS,
             max_positions=MAX_LENGTH,
-            norm_placement="post",
-            norm_eps=1e-12,
-            embedding_norm=True,
-            type_vocab_size=2,
+            norm=NormConfig(placement="post", eps=1e-12, embedding=True),
+            embedding=EmbeddingConfig(type_vocab_size=2),
             activation="gelu",
-            lm_head="transform",
-            lm_head_bias=True,
+            lm_head=LMHeadConfig("transform", bias=True),
         )
     roles = {"pad": PAD, "unk": UNK, "cls": CLS, "sep": SEP, "mask": MASK}
     vocab = Vocab(size=VOCAB_SIZE, roles=roles, special=np.arange(VOCAB_SIZE) < FIRST)

@@ -66,14 +66,14 @@ def prepare(name: str) -> tuple[Recipe, Objective, Batches]:
         tokenizer,
         folder,
         batch_size=recipe.batch.size,
-        memory_length=recipe.model.memory_length,
+        memory_length=recipe.model.attention.memory_length,
         log=lambda _: None,
     )
     splits = examples.build_datasets(recipe.examples, data, recipe.objective)
     batches = Batches(
         splits.train,
         recipe.objective,
-        tokenizer.vocab.with_decoder_start(recipe.model.decoder_start_token),
+        tokenizer.vocab.with_decoder_start(recipe.model.encoder.decoder_start_token),
         batch_size=recipe.batch.size,
         seed=0,
         pack_to_length=recipe.batch.pack_to_length,
@@ -234,7 +234,7 @@ def sentence_pairs(kind: str, recipe: Recipe) -> Peer:
     model: Any
     if kind == "albert":
         model = t.AlbertForPreTraining(
-            t.AlbertConfig(**sizes(recipe), embedding_size=s.embedding_size, classifier_dropout_prob=0.0)
+            t.AlbertConfig(**sizes(recipe), embedding_size=s.embedding.size, classifier_dropout_prob=0.0)
         )
     else:
         model = t.BertForPreTraining(t.BertConfig(**sizes(recipe)))
@@ -257,7 +257,7 @@ def electra(recipe: Recipe) -> Peer:
     s = recipe.model
     assert s is not None
     objective: Any = recipe.objective
-    large = sizes(recipe) | {"embedding_size": s.embedding_size or s.hidden_size}
+    large = sizes(recipe) | {"embedding_size": s.embedding.size or s.hidden_size}
     small = large | {
         "hidden_size": round(s.hidden_size * objective.generator_size),
         "intermediate_size": round(large["intermediate_size"] * objective.generator_size),
@@ -326,14 +326,14 @@ def encoder_decoder(kind: str, recipe: Recipe) -> Peer:
     model: Any
     if kind == "bart":
         config = t.BartConfig(
-            vocab_size=s.vocab_size, d_model=s.hidden_size, encoder_layers=s.num_encoder_layers, decoder_layers=s.num_layers,
+            vocab_size=s.vocab_size, d_model=s.hidden_size, encoder_layers=s.encoder.num_layers, decoder_layers=s.num_layers,
             encoder_attention_heads=s.num_heads, decoder_attention_heads=s.num_heads, encoder_ffn_dim=2 * s.intermediate_size,
             decoder_ffn_dim=2 * s.intermediate_size, max_position_embeddings=s.max_positions, dropout=0.0,
         )  # fmt: skip
         model = t.BartForConditionalGeneration(config)
     else:
         config = t.T5Config(
-            vocab_size=s.vocab_size, d_model=s.hidden_size, d_kv=s.head_dim, d_ff=s.intermediate_size, num_layers=s.num_encoder_layers,
+            vocab_size=s.vocab_size, d_model=s.hidden_size, d_kv=s.head_dim, d_ff=s.intermediate_size, num_layers=s.encoder.num_layers,
             num_decoder_layers=s.num_layers, num_heads=s.num_heads, feed_forward_proj="gated-gelu", dropout_rate=0.0,
         )  # fmt: skip
         model = t.T5ForConditionalGeneration(config)

@@ -148,12 +148,12 @@ class ComparisonRun:
         """
         pretraining, probe = self.recipes[name], self.probe_data
         assert pretraining.model is not None and probe is not None
-        position = readout_of(pretraining.model, pretraining.objective.attention_pattern())
+        position = readout_of(pretraining.model, pretraining.objective.attention)
         max_length = min(probe.examples.max_length, pretraining.model.max_positions)
         return dataclasses.replace(
             self.probe_recipe, objective=Classification(class_names=probe.classes, position=position),
             data=probe.data(seed), init_from=start, examples=dataclasses.replace(probe.examples, max_length=max_length),
-            model=None if start else dataclasses.replace(pretraining.model, memory_length=0),
+            model=None if start else pretraining.model.with_fields({"attention.memory_length": 0}),
             tokenizer=pretraining.tokenizer, seed=seed,
         )  # fmt: skip
 
@@ -419,9 +419,7 @@ def _with_common_data(
         check_pattern(recipe.objective, config)
         if probed:
             check_pattern(
-                Classification(
-                    class_names=("a", "b"), position=readout_of(config, recipe.objective.attention_pattern())
-                ),
+                Classification(class_names=("a", "b"), position=readout_of(config, recipe.objective.attention)),
                 config,
             )
         run_data = RunData(data, tokenizer, out, batch_size=recipe.batch.size, log=log)

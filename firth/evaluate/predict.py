@@ -87,13 +87,13 @@ def prediction_task(evaluated: EvaluatedModel) -> Task:
         UserError: The model has no task with one row per record.
     """
     name, config = default_task(evaluated), evaluated.model.config
-    generates = name == "likelihood" and evaluated.model.has_lm_head and not config.latent_size
+    generates = name == "likelihood" and evaluated.model.has_lm_head and not config.encoder.latent_size
     # Any causal decoder can continue a prompt. A foreign encoder-decoder is finetuned, one pretrained by a run is not.
-    if generates and (not evaluated.recipe if config.num_encoder_layers else scoring_mode(config) == "causal"):
+    if generates and (not evaluated.recipe if config.encoder.num_layers else scoring_mode(config) == "causal"):
         name = GENERATION.name
     if name not in TASKS or TASKS[name].predict is None:
         heads = ", ".join(evaluated.model.heads) or "none"
-        other = "generate" if config.latent_size else "fill" if "lm" in evaluated.model.heads else "embed"
+        other = "generate" if config.encoder.latent_size else "fill" if "lm" in evaluated.model.heads else "embed"
         raise UserError(
             f"{evaluated.directory}: this model has no task head (heads: {heads}): finetune it (firth train classification, "
             "regression, multiple_choice, token_classification, question_answering, sft or text_to_text); without "

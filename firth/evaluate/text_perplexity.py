@@ -90,7 +90,7 @@ def likelihood(
     if not model.has_lm_head:
         raise UserError(f"{evaluated.directory}: this model has no LM head, so it cannot score the likelihood of text")
     mode = scoring_mode(model.config)
-    with_bos = mode == "causal" and not model.config.prefix_lm  # texts of a prefix LM have no special tokens
+    with_bos = mode == "causal" and not model.config.attention.prefix_lm  # texts of a prefix LM have no special tokens
     bos, every = leading_bos(evaluated.model_directory, tokenizer) if with_bos else (None, False)
     context = evaluated.context
     counts = ReadStats()
@@ -108,10 +108,10 @@ def likelihood(
 
     def build_examples(document: TokenizedDocument) -> Iterator[Example]:
         if mode == "causal":
-            return strided(document, context, bos, every, model.config.prefix_lm)
+            return strided(document, context, bos, every, model.config.attention.prefix_lm)
         if mode == "masked":
-            return one_at_a_time(document, context, tokenizer.vocab, model.config.mask_embedding)
-        return halves(document, context, tokenizer.vocab.with_decoder_start(model.config.decoder_start_token))
+            return one_at_a_time(document, context, tokenizer.vocab, model.config.embedding.mask)
+        return halves(document, context, tokenizer.vocab.with_decoder_start(model.config.encoder.decoder_start_token))
 
     num_tokens = sum(len(d.tokens) for d in chosen)
     done, results, left = 0, [], limit

@@ -127,7 +127,8 @@ class DecodingBatch:
         tokens = np.stack([np.concatenate((np.full(longest - len(r), r[0]), r)) for r in rows]).astype(np.int64)
         offsets = np.stack([np.arange(longest) - (longest - len(r)) for r in rows])
         positions = torch.from_numpy(offsets.clip(0)).to(self.device)
-        query_time = positions * (not self.model.config.prefix_lm)  # a prefix LM reads its prompt bidirectionally
+        # A prefix LM reads its prompt bidirectionally.
+        query_time = positions * (not self.model.config.attention.prefix_lm)
         key_time = query_time.masked_fill(torch.from_numpy(offsets < 0).to(self.device), NEVER)
         ids = torch.from_numpy(tokens).to(self.device)
         return {"tokens": ids, "positions": positions, "query_time": query_time, "key_time": key_time}

@@ -58,8 +58,8 @@ def embed(
 
 def _mean_states(model: LM, rows: Sequence[np.ndarray], unit: bool) -> np.ndarray:
     device = model.tokens.weight.device
-    batch = rectangle(rows, device, causal=model.config.causal and not model.config.num_encoder_layers)
-    if model.config.num_encoder_layers:
+    batch = rectangle(rows, device, causal=model.config.causal and not model.config.encoder.num_layers)
+    if model.config.encoder.num_layers:
         hidden = model.encode({f"source_{name}": field for name, field in batch.items()})
     else:
         hidden = model(batch)

@@ -10,12 +10,12 @@ a masked language model's candidates for each mask. Evaluation and alignment use
     answer.text          # " to be, that is the"
     answer.finish        # "length"
 
-Decoders and encoder-decoders have the same interface: the prompt of an encoder-decoder goes to its encoder, and its decoder
-starts with `ModelConfig.decoder_start_token` (T5: pad; BART: eos). A prefix language model (`ModelConfig.prefix_lm`) reads
-the whole prompt bidirectionally, as in training. A prompt longer than the context (`model.max_positions`) is an error, and
-an answer that reaches the end of the context finishes there ("context"); there is no sliding window. Ids that the tokenizer
-does not have are never generated or scored, however large the embedding table is (`LM.restrict_vocab`).
-"""
+Decoders and encoder-decoders have the same interface: the prompt of an encoder-decoder goes to its encoder, and its
+decoder starts with `ModelConfig.encoder.decoder_start_token` (T5: pad; BART: eos). A prefix language model
+(`ModelConfig.attention.prefix_lm`) reads the whole prompt bidirectionally, as in training. A prompt longer than the
+context (`model.max_positions`) is an error, and an answer that reaches the end of the context finishes there
+("context"); there is no sliding window. Ids that the tokenizer does not have are never generated or scored, however
+large the embedding table is (`LM.restrict_vocab`)."""
 
 from __future__ import annotations
 
@@ -59,8 +59,8 @@ class Engine:
         vocab = tokenizer.vocab
         self.model.restrict_vocab(vocab)
         self.stops = frozenset(int(i) for i in (chat.stops(tokenizer) if stops is None else stops))
-        self.vocab = vocab.with_decoder_start(model.config.decoder_start_token)
-        self.start = self.vocab.start if model.config.num_encoder_layers else None
+        self.vocab = vocab.with_decoder_start(model.config.encoder.decoder_start_token)
+        self.start = self.vocab.start if model.config.encoder.num_layers else None
         self.device = model.tokens.weight.device
 
     def generate(

@@ -69,7 +69,7 @@ def fill(model: LM, tokenizer: Tokenizer, text: str, k: int = 5) -> list[list[Ca
     device = model.tokens.weight.device
     with inference_mode(model):
         batch = rectangle([tokens], device, causal=False)
-        if model.config.mask_embedding:  # no position attends to a mask, as in training
+        if model.config.embedding.mask:  # no position attends to a mask, as in training
             batch["key_time"] = batch["key_time"].masked_fill(batch["tokens"] == tokenizer.vocab.mask, NEVER)
         hidden = model(batch)[0]
         masks = torch.from_numpy(np.flatnonzero(tokens == tokenizer.vocab.mask)).to(device)

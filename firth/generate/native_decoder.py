@@ -118,8 +118,8 @@ class NativeDecoder:
         self.library = native.library()
         config = model.config
         head: Any = model.heads["lm"] if "lm" in model.heads else None  # noqa: SIM401
-        _need(not (config.rnn_type or config.linformer_k), "the blocks are not attention")
-        _need(config.position in POSITIONS, f"position {config.position}")
+        _need(not (config.rnn.type or config.attention.linformer.k), "the blocks are not attention")
+        _need(config.position.type in POSITIONS, f"position {config.position.type}")
         _need(type(head) in (LMHead, Int8LMHead), "another type of head")
         _need(cache.is_decoding and bool(cache.keys), "the cache is empty")
         _need("document_ids" not in cache.encoder_fields, "the source is packed")
@@ -140,8 +140,8 @@ class NativeDecoder:
         first = self.stack.layers()[0]
         self.structure = _Model(
             ctypes.addressof(self.layers), self.stack.depth, config.hidden_size, config.num_heads, config.num_kv_heads, config.head_dim,
-            config.intermediate_size, config.norm_placement == "post", ACTIVATIONS[first.mlp.activation], DTYPE_CODES[dtypes.pop()],
-            tiles, first.attention.scale, config.norm_eps if config.qk_norm else -1.0, cosine, sine,
+            config.intermediate_size, config.norm.placement == "post", ACTIVATIONS[first.mlp.activation], DTYPE_CODES[dtypes.pop()],
+            tiles, first.attention.scale, config.norm.eps if config.attention.qk_norm else -1.0, cosine, sine,
             self._norm(self.stack.norm), self._map(head.matrix, head) if self.head_is_linear else _Map(),
         )  # fmt: skip
         _need(cache.rows <= MAX_ROWS, "too many rows")
@@ -154,7 +154,7 @@ class NativeDecoder:
     @staticmethod
     def of(model: LM, cache: KVCache) -> NativeDecoder | None:
         """Return the compiled step, or None if it is not supported or torch's operators are faster here."""
-        if model.tokens.weight.device.type != "cpu" or model.config.rnn_type or DECODE.choice() != "native":
+        if model.tokens.weight.device.type != "cpu" or model.config.rnn.type or DECODE.choice() != "native":
             return None
         try:
             return NativeDecoder(model, cache)
@@ -248,7 +248,7 @@ class NativeDecoder:
 
     def _angles(self) -> tuple[int | None, int | None]:
         """Return the addresses of the cosines and sines of all positions of the cache."""
-        if self.model.config.position != "rotary":
+        if self.model.config.position.type != "rotary":
             return None, None
         positions = torch.arange(self.cache.capacity + self.model.num_virtual_tokens() + 1)[None]
         cos, sin = rope_angles(positions, self.model.config)

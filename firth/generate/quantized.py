@@ -324,7 +324,7 @@ def quantize(model: LM, weights: str) -> LM:
         raise UserError(
             f"weights={weights} needs a CPU and a torch with oneDNN, and this model is on {device}: use bf16"
         )
-    if model.config.rnn_type:
+    if model.config.rnn.type:
         raise UserError(
             f"weights={weights} needs attention layers, and this model is {model.config.description}: use bf16"
         )
@@ -332,7 +332,7 @@ def quantize(model: LM, weights: str) -> LM:
         raise UserError(f"weights={weights} needs a model without adapters: merge them first (lora.merge_and_unload)")
     copied, digits = _copy_as(model, torch.float32), DIGITS[weights]
     tokens: Any = copied.tokens
-    table = None if model.config.max_characters else quantize_rows(tokens.weight)
+    table = None if model.config.embedding.characters.max_length else quantize_rows(tokens.weight)
     if "lm" in copied.heads:
         head: Any = copied.heads["lm"]
         matrix = table if table is not None and model.config.tie_embeddings else quantize_rows(head.weight)

@@ -51,15 +51,15 @@ def scoring_mode(config: ModelConfig) -> ScoringMode:
     Raises:
         UserError: The model gives text no likelihood.
     """
-    if config.latent_size:
+    if config.encoder.latent_size:
         raise UserError(
             "a variational autoencoder only bounds the likelihood of a text: its ELBO is one of the validation metrics of "
             "its run (`firth evaluate RUN` without files)"
         )
-    if config.num_encoder_layers:
+    if config.encoder.num_layers:
         return "halves"
-    masked = config.lm_head == "transform" or config.mask_embedding or config.rnn_type
-    return "masked" if masked and not (config.causal or config.prefix_lm) else "causal"
+    masked = config.lm_head.type == "transform" or config.embedding.mask or config.rnn.type
+    return "masked" if masked and not (config.causal or config.attention.prefix_lm) else "causal"
 
 
 @dataclass(frozen=True, eq=False)
@@ -180,7 +180,7 @@ def _common(a: Sequence[int], b: Sequence[int]) -> int:
 def _causal(model: LM, pairs: Sequence[ScoredPair]) -> Iterator[tuple[int, TokenScores]]:
     """Score with a decoder."""
     config = model.config
-    branching = not config.rnn_type and not config.prefix_lm and model.prompt is None
+    branching = not config.rnn.type and not config.attention.prefix_lm and model.prompt is None
     rows: list[_Branches] = []
     known: dict[tuple[int, ...], _Branches] = {}
     for i, pair in enumerate(pairs):
@@ -239,7 +239,7 @@ def _score_rows(
     model: LM, rows: Sequence[_Branches], header: KVCache | None, shared: int
 ) -> Iterator[tuple[int, TokenScores]]:
     """Run rows of prompts with their continuations once, and yield the scores of each continuation."""
-    device, prefix_lm = model.tokens.weight.device, model.config.prefix_lm
+    device, prefix_lm = model.tokens.weight.device, model.config.attention.prefix_lm
     tokens, positions, times, expiry = [], [], [], []
     at: list[tuple[int, np.ndarray]] = []  # row, and the position whose state predicts each token of a continuation
     order: list[tuple[int, np.ndarray]] = []  # index of the pair, and its tokens
@@ -347,7 +347,7 @@ def _pseudo(model: LM, vocab: Vocab, pairs: Sequence[ScoredPair]) -> Iterator[tu
     With `word_starts` the later tokens of the same word are masked too (Kauf and Ivanova 2023), since they would give the
     token away.
     """
-    device, query = model.tokens.weight.device, model.config.mask_embedding
+    device, query = model.tokens.weight.device, model.config.embedding.mask
     jobs: list[tuple[int, int, np.ndarray, int]] = []  # pair, token of the continuation, masked row, its position
     for i, pair in enumerate(pairs):
         text = vocab.add_special_tokens(np.concatenate((pair.prompt, pair.continuation)).astype(np.int64))

@@ -98,7 +98,7 @@ def load_embeddings(model: LM, directory: Path) -> str:
     """
     saved = load_model(directory)
     ours, theirs = model.config, saved.config
-    if ours.max_characters or theirs.max_characters:
+    if ours.embedding.characters.max_length or theirs.embedding.characters.max_length:
         raise UserError(
             f"cannot load embeddings from {directory}: a model that builds its embeddings from characters has no table"
         )

@@ -139,14 +139,14 @@ class Attention(nn.Module):
 
     def __init__(self, config: ModelConfig):
         super().__init__()
-        self.head_width, self.qk_norm, self.eps = config.head_dim, config.qk_norm, config.norm_eps
-        self.scale = config.head_dim**-0.5 if config.scale_attention else 1.0
+        self.head_width, self.qk_norm, self.eps = config.head_dim, config.attention.qk_norm, config.norm.eps
+        self.scale = config.head_dim**-0.5 if config.attention.scale_scores else 1.0
         self.dropout = config.dropout
         self.heads, self.kv_heads = config.num_heads, config.num_kv_heads
-        self.distance = RelativeDistance(config, Linear) if config.position == "xlnet" else None
+        self.distance = RelativeDistance(config, Linear) if config.position.type == "xlnet" else None
         bias = config.bias and self.distance is None  # XLNet's own offsets replace them
-        self.q_gain = nn.Parameter(torch.ones(config.head_dim)) if config.qk_norm_weight else None
-        self.k_gain = nn.Parameter(torch.ones(config.head_dim)) if config.qk_norm_weight else None
+        self.q_gain = nn.Parameter(torch.ones(config.head_dim)) if config.attention.qk_norm_weight else None
+        self.k_gain = nn.Parameter(torch.ones(config.head_dim)) if config.attention.qk_norm_weight else None
         self.q = Linear(config.hidden_size, config.num_heads * config.head_dim, bias=bias)
         self.k = Linear(config.hidden_size, config.num_kv_heads * config.head_dim, bias=bias)
         self.v = Linear(config.hidden_size, config.num_kv_heads * config.head_dim, bias=bias)
@@ -279,9 +279,9 @@ class Block(nn.Module):
 
     def __init__(self, config: ModelConfig, layer: int, cross: bool):
         super().__init__()
-        self.post = config.norm_placement == "post"
+        self.post = config.norm.placement == "post"
         self.attention_norm = (
-            make_norm(config, to_maps=not self.post) if config.first_attention_norm or layer > 0 else nn.Identity()
+            make_norm(config, to_maps=not self.post) if config.norm.first_attention or layer > 0 else nn.Identity()
         )
         self.attention = Attention(config)
         self.cross_norm = make_norm(config, to_maps=not self.post) if cross else None
@@ -317,14 +317,14 @@ class Block(nn.Module):
 
 
 def initialize(module: nn.Module, config: ModelConfig) -> None:
-    """Initialize the linear maps of a module as configured; biases, and output maps with zero_init, with zeros."""
+    """Initialize the linear maps of a module as configured; biases, and output maps with `init.zero_output`, with zeros."""
     for name, child in module.named_modules():
         if type(child) is Linear:
             last = name.rpartition(".")[2]
             residual = last in ("o", "down")
-            std = config.init_std or child.in_features**-0.5
-            if last == "q" and not config.scale_attention:  # as in T5: the scale of the scores is in the weight
+            std = config.init.std or child.in_features**-0.5
+            if last == "q" and not config.attention.scale_scores:  # as in T5: the scale of the scores is in the weight
                 std *= config.head_dim**-0.5
-            nn.init.normal_(child.weight, std=0.0 if residual and config.zero_init else std)
+            nn.init.normal_(child.weight, std=0.0 if residual and config.init.zero_output else std)
             if child.bias is not None:
                 nn.init.zeros_(child.bias)

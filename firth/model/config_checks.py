@@ -1,41 +1,25 @@
 """Validation of `ModelConfig`: one error message for each field or combination that makes no architecture.
 
->>> from firth.model.config import ModelConfig
->>> ModelConfig(vocab_size=100, hidden_size=32, num_layers=1, num_heads=4, rope_sign=0)
+>>> from firth.model.config import ModelConfig, PositionConfig, RopeConfig
+>>> ModelConfig(vocab_size=100, hidden_size=32, num_layers=1, num_heads=4, position=PositionConfig(rope=RopeConfig(sign=0)))
 Traceback (most recent call last):
     ...
-firth.types.UserError: model.rope_sign=0 must be 1 or -1
+firth.types.UserError: model.position.rope.sign=0 must be 1 or -1
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from firth.model.parameter_count import GATED, NUM_GATES, SINUSOIDAL_POSITIONS
+from firth.model.parameter_count import SINUSOIDAL_POSITIONS
 from firth.types import UserError
 
 if TYPE_CHECKING:
     from firth.model.config import ModelConfig
 
-CHOICES: dict[str, tuple[str, ...]] = {
-    "decoder_start_token": ("pad", "eos"),
-    "bias_location": ("all", "attention", "qkv"),
-    "rope_scaling": ("none", "linear", "llama3"),
-    "rnn_type": ("", *NUM_GATES),
-    "norm": ("layer", "rms"),
-    "norm_placement": ("pre", "post"),
-    "position": ("learned", "sinusoidal", "marian", "rotary", "t5", "mpnet", "xlnet", "none"),
-    "activation": ("gelu", "gelu_tanh", "relu", "relu2", "silu", *GATED),
-    "lm_head": ("linear", "transform"),
-    "linformer_sharing": ("headwise", "key-value", "layerwise"),
-}
 
-
-def check_fields(config: ModelConfig) -> None:
-    """Raise UserError for a field that is wrong by itself, or a hidden size that the heads do not divide."""
-    for name, choices in CHOICES.items():
-        if getattr(config, name) not in choices:
-            raise UserError(f"model.{name}={getattr(config, name)!r} is not one of {', '.join(choices)}")
+def check_head_dim(config: ModelConfig) -> None:
+    """Raise UserError for a hidden size that the heads do not divide."""
     if not config.head_dim and config.hidden_size % config.num_heads:
         raise UserError(
             f"model.hidden_size={config.hidden_size} is not a multiple of model.num_heads={config.num_heads}: "
@@ -49,131 +33,148 @@ def check_combinations(config: ModelConfig) -> None:
         raise UserError(
             f"model.num_heads={config.num_heads} is not a multiple of model.num_kv_heads={config.num_kv_heads}"
         )
-    if config.position == "rotary" and config.head_dim % 2:
+    if config.position.type == "rotary" and config.head_dim % 2:
         raise UserError(
             f"model.position=rotary rotates pairs of numbers, and model.head_dim={config.head_dim} is odd: make it even"
         )
-    if config.position in SINUSOIDAL_POSITIONS and config.embedding_dim % 2:
+    if config.position.type in SINUSOIDAL_POSITIONS and config.embedding_dim % 2:
         raise UserError(
-            f"model.position={config.position} makes pairs of numbers, and an embedding width of {config.embedding_dim} "
+            f"model.position={config.position.type} makes pairs of numbers, and an embedding width of {config.embedding_dim} "
             "is odd: make it even"
         )
-    if config.embedding_size and config.tie_embeddings and config.lm_head == "linear":
+    if config.embedding.size and config.tie_embeddings and config.lm_head.type == "linear":
         raise UserError(
             f"a linear head of width {config.hidden_size} cannot be tied to tables of "
-            f"model.embedding_size={config.embedding_size}: set model.lm_head=transform or model.tie_embeddings=false"
+            f"model.embedding.size={config.embedding.size}: set model.lm_head=transform or model.tie_embeddings=false"
         )
-    if config.num_layer_groups > min(config.num_layers, config.num_encoder_layers or config.num_layers):
+    if config.num_layer_groups > min(config.num_layers, config.encoder.num_layers or config.num_layers):
         raise UserError(
             f"model.num_layer_groups={config.num_layer_groups} is more than the number of layers: "
             "make it at most model.num_layers"
         )
-    if config.num_layer_groups and not config.first_attention_norm:
+    if config.num_layer_groups and not config.norm.first_attention:
         raise UserError(
             "layers that share a block cannot differ in their first norm: "
-            "set model.first_attention_norm=true or model.num_layer_groups=0"
+            "set model.norm.first_attention=true or model.num_layer_groups=0"
         )
-    if config.position == "xlnet" and (
-        config.hidden_size % 2 or config.num_encoder_layers or config.num_kv_heads != config.num_heads or config.qk_norm
+    if config.position.type == "xlnet" and (
+        config.hidden_size % 2
+        or config.encoder.num_layers
+        or config.num_kv_heads != config.num_heads
+        or config.attention.qk_norm
     ):
         raise UserError(
             f"model.position=xlnet needs an even model.hidden_size (it is {config.hidden_size}), "
-            f"model.num_encoder_layers=0 ({config.num_encoder_layers}), model.num_kv_heads equal to model.num_heads "
-            f"({config.num_kv_heads} of {config.num_heads}) and model.qk_norm=false ({str(config.qk_norm).lower()})"
+            f"model.encoder.num_layers=0 ({config.encoder.num_layers}), model.num_kv_heads equal to model.num_heads "
+            f"({config.num_kv_heads} of {config.num_heads}) and model.attention.qk_norm=false "
+            f"({str(config.attention.qk_norm).lower()})"
         )
-    if config.memory_length and config.position != "xlnet":
+    if config.attention.memory_length and config.position.type != "xlnet":
         raise UserError(
-            f"model.memory_length={config.memory_length} needs positions that extend before a row, and "
-            f"model.position={config.position!r} does not: set model.position=xlnet, or model.memory_length=0"
+            f"model.attention.memory_length={config.attention.memory_length} needs positions that extend before a row, "
+            f"and model.position={config.position.type!r} does not: set model.position=xlnet, or "
+            "model.attention.memory_length=0"
         )
-    if config.linformer_k and (
-        config.rnn_type
+    if config.attention.linformer.k and (
+        config.rnn.type
         or config.causal
-        or config.num_encoder_layers
-        or config.position in ("t5", "mpnet", "xlnet")
-        or config.linformer_k > config.max_positions
+        or config.encoder.num_layers
+        or config.position.type in ("t5", "mpnet", "xlnet")
+        or config.attention.linformer.k > config.max_positions
     ):
         raise UserError(
-            f"model.linformer_k={config.linformer_k} mixes a whole row into at most "
-            f"model.max_positions={config.max_positions} slots: it needs model.causal=false, model.num_encoder_layers=0, "
+            f"model.attention.linformer.k={config.attention.linformer.k} mixes a whole row into at most "
+            f"model.max_positions={config.max_positions} slots: it needs model.causal=false, model.encoder.num_layers=0, "
             "and a model.position other than t5, mpnet and xlnet"
         )
-    if config.prefix_lm and (
-        config.causal or config.num_encoder_layers or config.rnn_type or config.linformer_k or not config.num_layers
+    if config.attention.prefix_lm and (
+        config.causal
+        or config.encoder.num_layers
+        or config.rnn.type
+        or config.attention.linformer.k
+        or not config.num_layers
     ):
         raise UserError(
-            "model.prefix_lm reads a prompt in both directions and continues it in the same row: "
-            "set model.causal=false and leave out model.num_encoder_layers, model.rnn_type and model.linformer_k"
+            "model.attention.prefix_lm reads a prompt in both directions and continues it in the same row: "
+            "set model.causal=false and leave out model.encoder.num_layers, model.rnn.type and model.attention.linformer.k"
         )
-    if config.latent_size and not config.num_encoder_layers:
+    if config.encoder.latent_size and not config.encoder.num_layers:
         raise UserError(
-            f"model.latent_size={config.latent_size} needs an encoder and a decoder: set model.num_encoder_layers"
+            f"model.encoder.latent_size={config.encoder.latent_size} needs an encoder and a decoder: "
+            "set model.encoder.num_layers"
         )
-    if config.qk_norm_weight and not config.qk_norm:
-        raise UserError("model.qk_norm_weight is the gain of model.qk_norm: set model.qk_norm=true, or leave it out")
-    if config.rope_high_freq_factor <= config.rope_low_freq_factor:
+    if config.attention.qk_norm_weight and not config.attention.qk_norm:
         raise UserError(
-            f"model.rope_high_freq_factor={config.rope_high_freq_factor} must be above "
-            f"model.rope_low_freq_factor={config.rope_low_freq_factor}"
+            "model.attention.qk_norm_weight is the gain of model.attention.qk_norm: set model.attention.qk_norm=true, "
+            "or leave it out"
         )
-    if config.rope_sign not in (1, -1):
-        raise UserError(f"model.rope_sign={config.rope_sign} must be 1 or -1")
-    if config.rnn_type:
+    rope = config.position.rope
+    if rope.high_freq_factor <= rope.low_freq_factor:
+        raise UserError(
+            f"model.position.rope.high_freq_factor={rope.high_freq_factor} must be above "
+            f"model.position.rope.low_freq_factor={rope.low_freq_factor}"
+        )
+    if rope.sign not in (1, -1):
+        raise UserError(f"model.position.rope.sign={rope.sign} must be 1 or -1")
+    if config.rnn.type:
         _check_recurrent(config)
-    elif config.separate_directions or config.rnn_residual:
+    elif config.rnn.separate_directions or config.rnn.residual:
         raise UserError(
-            "model.separate_directions and model.rnn_residual are for recurrent layers: "
-            "set model.rnn_type, or leave them out"
+            "model.rnn.separate_directions and model.rnn.residual are for recurrent layers: "
+            "set model.rnn.type, or leave them out"
         )
-    if not config.num_layers and (config.num_encoder_layers or config.rnn_type):
+    if not config.num_layers and (config.encoder.num_layers or config.rnn.type):
         raise UserError(
-            "model.num_layers=0 is a model of embeddings only: leave out model.num_encoder_layers and model.rnn_type too"
+            "model.num_layers=0 is a model of embeddings only: leave out model.encoder.num_layers and model.rnn.type too"
         )
-    if config.max_characters and (
-        config.tie_embeddings or config.max_characters < 7 or config.char_filters < 64 or config.char_filters % 64
+    characters = config.embedding.characters
+    if characters.max_length and (
+        config.tie_embeddings or characters.max_length < 7 or characters.num_filters < 64 or characters.num_filters % 64
     ):
         raise UserError(
             "a character CNN has no table to tie its head to, reads at least 7 bytes of each token, and has "
-            "64, 128, 192 ... filters: set model.tie_embeddings=false, model.max_characters=16 and model.char_filters=512"
+            "64, 128, 192 ... filters: set model.tie_embeddings=false, model.embedding.characters.max_length=16 and "
+            "model.embedding.characters.num_filters=512"
         )
 
 
 def _check_recurrent(config: ModelConfig) -> None:
     """Raise UserError for options of attention blocks, which recurrent layers would ignore."""
     unused = {
-        "num_encoder_layers": 0,
-        "embedding_size": 0,
+        "encoder.num_layers": 0,
+        "embedding.size": 0,
         "num_layer_groups": 0,
-        "embedding_norm": False,
-        "first_attention_norm": True,
-        "norm_placement": "post",
-        "scale_attention": True,
-        "qk_norm": False,
-        "qk_norm_weight": False,
-        "zero_init": False,
+        "norm.embedding": False,
+        "norm.first_attention": True,
+        "norm.placement": "post",
+        "attention.scale_scores": True,
+        "attention.qk_norm": False,
+        "attention.qk_norm_weight": False,
+        "init.zero_output": False,
         "bias": True,
         "bias_location": "all",
         "num_kv_heads": config.num_heads,
         "head_dim": config.hidden_size // config.num_heads,
     }
+    given = config.flat_fields()
     for name, value in unused.items():
-        if getattr(config, name) != value:
+        if given[name] != value:
             raise UserError(
-                f"model.{name}={getattr(config, name)} has no effect on recurrent layers: set it to {value}, "
+                f"model.{name}={given[name]} has no effect on recurrent layers: set it to {value}, "
                 "or start from the recipe lstm"
             )
-    if config.position in ("rotary", "t5"):
-        raise UserError(f"model.position={config.position} is for attention: set model.position=none (or learned)")
-    if config.causal and config.separate_directions:
+    if config.position.type in ("rotary", "t5"):
+        raise UserError(f"model.position={config.position.type} is for attention: set model.position=none (or learned)")
+    if config.causal and config.rnn.separate_directions:
         raise UserError(
-            "model.separate_directions needs two directions, and model.causal=true has one: set model.causal=false"
+            "model.rnn.separate_directions needs two directions, and model.causal=true has one: set model.causal=false"
         )
     if config.hidden_size % 2 and not config.causal:
         raise UserError(
             f"two directions have half of the width each, and model.hidden_size={config.hidden_size} is odd: make it even"
         )
     if config.intermediate_size < config.direction_size or (
-        config.intermediate_size > config.direction_size and config.rnn_type != "lstm"
+        config.intermediate_size > config.direction_size and config.rnn.type != "lstm"
     ):
         raise UserError(
             f"model.intermediate_size={config.intermediate_size} cells do not give the {config.direction_size} outputs "

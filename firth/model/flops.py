@@ -6,9 +6,9 @@ per visible (query, key) pair (a dense kernel computes masked pairs too; they ar
 not matrix products and are left out; so is XLNet's projection of the distances, once a batch and block. 6 N D (Kaplan et
 al. 2020) is this without attention.
 
-The cost of a batch comes from the objective (`Objective.forward_flops`, `loss_flops`), which knows how often it runs the
-model and on what. It adds up the functions here: `stack_flops` for a forward and backward pass of a model, `head_flops`
-for its LM head, `linear` for other maps.
+The cost of a batch comes from the objective (`Objective.flops`), which knows how often it runs the model and on what. It
+adds up the functions here: `stack_flops` for a forward and backward pass of a model, `head_flops` for its LM head, `linear`
+for other maps.
 
 >>> from firth.model.config import decoder_config
 >>> config = decoder_config(vocab_size=8192, hidden_size=384, num_layers=6)
@@ -96,23 +96,23 @@ def linear(rows: int, inputs: int, outputs: int) -> float:
 
 def stack_flops(config: ModelConfig, work: Work) -> float:
     """Return the FLOPs of the model without its head, forward and backward."""
-    if config.rnn_type:
+    if config.rnn.type:
         return FLOPS_PER_PRODUCT * work.positions * recurrent_products(config)
     queries, keys = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
     ends, both = 2 * config.hidden_size * queries, 2 * config.hidden_size * keys  # q and o; k and v
     mlp = config.hidden_size * config.intermediate_size * (3 if config.gated else 2)
     # Scores and weighted values; XLNet scores the distance too.
-    pair = (3 if config.position == "xlnet" else 2) * queries
-    slots = work.positions * config.linformer_k * (pair + 2 * keys)
+    pair = (3 if config.position.type == "xlnet" else 2) * queries
+    slots = work.positions * config.attention.linformer.k * (pair + 2 * keys)
     total: float = config.num_layers * (work.positions * (ends + both + mlp) + (slots or work.pairs * pair))
     total -= work.skipped_positions * (ends + mlp) + work.skipped_pairs * pair  # in the last block
-    total += (work.positions + work.source_positions) * config.embedding_size * config.hidden_size
-    if config.num_encoder_layers:
-        total += config.num_encoder_layers * (work.source_positions * (ends + both + mlp) + work.source_pairs * pair)
+    total += (work.positions + work.source_positions) * config.embedding.size * config.hidden_size
+    if config.encoder.num_layers:
+        total += config.encoder.num_layers * (work.source_positions * (ends + both + mlp) + work.source_pairs * pair)
         sources, cross_pairs = work.source_positions, work.crossing_pairs
-        if config.latent_size:
+        if config.encoder.latent_size:
             sources, cross_pairs = work.rows * LATENT_VECTORS, work.positions * LATENT_VECTORS
-            total += work.rows * config.latent_size * config.hidden_size * (2 + LATENT_VECTORS)
+            total += work.rows * config.encoder.latent_size * config.hidden_size * (2 + LATENT_VECTORS)
         total += config.num_layers * (work.positions * ends + sources * both + cross_pairs * pair)
     total += work.memory.cost(config.num_layers, ends + both + mlp, both, pair)
     return FLOPS_PER_PRODUCT * total
@@ -128,14 +128,14 @@ def with_prefix(work: Work, batch: Batch, config: ModelConfig, prefix: int, prom
         prefix: Keys that every token attends to.
         prompt: Tokens before each text, which attend to each other and, in an encoder, to their text.
     """
-    side = "source_" if config.num_encoder_layers else ""
+    side = "source_" if config.encoder.num_layers else ""
     _, _, document = _rows(batch, side)
     texts = int((document.amax(-1).clamp(min=1) if f"{side}document_ids" in batch else torch.ones(len(document))).sum())
-    tokens = work.source_positions if config.num_encoder_layers else work.positions
-    causal = config.causal and not config.num_encoder_layers
+    tokens = work.source_positions if config.encoder.num_layers else work.positions
+    causal = config.causal and not config.encoder.num_layers
     more = prompt * tokens + texts * prompt * (prompt + 1) // 2 if causal else 2 * prompt * tokens + texts * prompt**2
     pairs = work.pairs + prefix * work.positions
-    if config.num_encoder_layers:
+    if config.encoder.num_layers:
         return dataclasses.replace(
             work, pairs=pairs, source_positions=tokens + texts * prompt, source_pairs=work.source_pairs + more,
             crossing_pairs=work.crossing_pairs + prompt * work.positions,
@@ -169,7 +169,7 @@ def trained_share(model: nn.Module) -> float:
 
 def head_flops(config: ModelConfig, positions: int) -> float:
     """Return the FLOPs of the LM head at `positions` positions, forward and backward."""
-    if config.lm_head == "transform":
+    if config.lm_head.type == "transform":
         return linear(positions, config.embedding_dim, config.vocab_size + config.hidden_size)
     return linear(positions, config.hidden_size, config.vocab_size)
 

@@ -22,26 +22,26 @@ class LMHead(nn.Module):
 
     def __init__(self, config: ModelConfig):
         super().__init__()
-        if config.tie_embeddings and config.separate_directions:
+        if config.tie_embeddings and config.rnn.separate_directions:
             raise UserError(
                 f"an LM head of width {config.hidden_size} cannot be tied to embeddings of width {config.embedding_dim} "
-                "(model.separate_directions): set model.tie_embeddings=false, or use objective=bilm, "
+                "(model.rnn.separate_directions): set model.tie_embeddings=false, or use objective=bilm, "
                 "which has a head for each direction"
             )
         self.config = config
-        self.softcap, self.scale = config.logit_softcap, config.lm_head_scale
+        self.softcap, self.scale = config.lm_head.softcap, config.lm_head.scale
         self.act = ACTIVATIONS[GATED.get(config.activation, config.activation)]
-        transform = config.lm_head == "transform"
+        transform = config.lm_head.type == "transform"
         width = self.input_size(config)
         self.dense = nn.Linear(config.hidden_size, width, bias=config.bias) if transform else None
         self.norm = make_norm(config, width) if transform else None
         self.weight = nn.Parameter(torch.empty(config.vocab_size, width))
-        self.bias = nn.Parameter(torch.zeros(config.vocab_size)) if config.lm_head_bias else None
+        self.bias = nn.Parameter(torch.zeros(config.vocab_size)) if config.lm_head.bias else None
         self.register_buffer("absent", None, persistent=False)
         self.absent: Tensor | None
-        nn.init.normal_(self.weight, std=config.init_std or 0.001)
+        nn.init.normal_(self.weight, std=config.init.std or 0.001)
         if self.dense is not None:
-            nn.init.normal_(self.dense.weight, std=config.init_std or config.hidden_size**-0.5)
+            nn.init.normal_(self.dense.weight, std=config.init.std or config.hidden_size**-0.5)
             if self.dense.bias is not None:
                 nn.init.zeros_(self.dense.bias)
 
@@ -52,7 +52,7 @@ class LMHead(nn.Module):
     @staticmethod
     def input_size(config: ModelConfig) -> int:
         """Return the width of the vectors that the matrix is multiplied with."""
-        return config.embedding_dim if config.lm_head == "transform" else config.hidden_size
+        return config.embedding_dim if config.lm_head.type == "transform" else config.hidden_size
 
     @property
     def matrix(self) -> Tensor:
@@ -96,6 +96,40 @@ class LMHead(nn.Module):
         """Return log p(label) of each row, differentiable: states (N, hidden_size), labels (N,) -> (N,) float32."""
         out: Tensor = LogProbs.apply(self.transform(states), self.matrix, self.bias, labels, self.softcap, self.absent)
         return out
+
+
+class StandardizedHead(nn.Linear):
+    """Linear head that is trained on standardized labels, (..., width) -> (..., 1).
+
+    Args:
+        width: Size of the hidden states.
+        mean: Mean of the labels.
+        std: Standard deviation of the labels.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, width: int, mean: float, std: float):
+        super().__init__(width, 1)
+        self.register_buffer("mean", torch.tensor(mean), persistent=False)
+        self.register_buffer("std", torch.tensor(std), persistent=False)
+
+    @torch.no_grad()
+    def in_units(self) -> nn.Linear:
+        """Return the linear head whose output is in the units of the labels, which is what a model exports."""
+        head = nn.utils.skip_init(nn.Linear, self.in_features, 1, device=self.weight.device, dtype=self.weight.dtype)
+        head.weight.copy_(self.weight * self.std)
+        head.bias.copy_(self.bias * self.std + self.mean)
+        return head
+
+
+def standardized_head(width: int, mean: float, std: float) -> StandardizedHead:
+    """Return a `StandardizedHead` with small initial weights."""
+    head = StandardizedHead(width, mean, std)
+    nn.init.normal_(head.weight, std=0.02)
+    nn.init.zeros_(head.bias)
+    return head
 
 
 def linear(width: int, outputs: int, bias: bool = True) -> nn.Linear:

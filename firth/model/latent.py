@@ -6,7 +6,9 @@ The decoder gets nothing else of the source. Bowman's z is the initial state of 
 cross-attends to the vectors of the latent instead (the "memory" of OPTIMUS, Li 2020).
 
 >>> import torch
->>> latent = Latent(ModelConfig(vocab_size=9, hidden_size=8, num_layers=1, num_heads=2, num_encoder_layers=1, latent_size=3))
+>>> from firth.model.config import EncoderConfig
+>>> encoder = EncoderConfig(num_layers=1, latent_size=3)
+>>> latent = Latent(ModelConfig(vocab_size=9, hidden_size=8, num_layers=1, num_heads=2, encoder=encoder))
 >>> mean, log_variance = latent.read(torch.ones(2, 5, 8), torch.zeros(2, 5))
 >>> mean.shape, latent.write(mean).shape
 (torch.Size([2, 3]), torch.Size([2, 4, 8]))
@@ -26,10 +28,10 @@ class Latent(nn.Module):
 
     def __init__(self, config: ModelConfig):
         super().__init__()
-        self.posterior = nn.Linear(config.hidden_size, 2 * config.latent_size)
-        self.memory = nn.Linear(config.latent_size, LATENT_VECTORS * config.hidden_size)
+        self.posterior = nn.Linear(config.hidden_size, 2 * config.encoder.latent_size)
+        self.memory = nn.Linear(config.encoder.latent_size, LATENT_VECTORS * config.hidden_size)
         nn.init.normal_(self.posterior.weight, std=0.02)  # q starts near the prior: no KL in the first steps
-        nn.init.normal_(self.memory.weight, std=config.latent_size**-0.5)
+        nn.init.normal_(self.memory.weight, std=config.encoder.latent_size**-0.5)
         for linear in (self.posterior, self.memory):
             nn.init.zeros_(linear.bias)
 

@@ -11,7 +11,8 @@ attention, where random mixtures cancel each other. A row of n tokens uses the f
 multiplied by sqrt(max_positions / n), since the empty ones would dominate otherwise. Together: 61% -> 70% accuracy on
 held-out questions, from 300 sentences.
 
->>> config = ModelConfig(vocab_size=9, hidden_size=8, num_layers=1, num_heads=2, causal=False, max_positions=16, linformer_k=4)
+>>> config = ModelConfig(vocab_size=9, hidden_size=8, num_layers=1, num_heads=2, causal=False, max_positions=16)
+>>> config = config.with_fields({"attention.linformer.k": 4})
 >>> slots = Linformer(config).at(6, AttentionMask())
 >>> slots.of(layer=0).mix(torch.ones(3, 2, 6, 4), side=0).shape
 torch.Size([3, 2, 4, 4])
@@ -34,12 +35,14 @@ class Linformer(nn.Module):
 
     def __init__(self, config: ModelConfig):
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(*config.linformer_projections, config.max_positions, config.linformer_k))
+        self.weight = nn.Parameter(
+            torch.empty(*config.linformer_projections, config.max_positions, config.attention.linformer.k)
+        )
         tokens = torch.arange(config.max_positions)
         with torch.no_grad():  # the slots of a full row have the variance of its tokens
             self.weight.zero_()
-            self.weight[..., tokens, tokens * config.linformer_k // config.max_positions] = (
-                config.linformer_k / config.max_positions
+            self.weight[..., tokens, tokens * config.attention.linformer.k // config.max_positions] = (
+                config.attention.linformer.k / config.max_positions
             ) ** 0.5
 
     def at(self, length: int, mask: AttentionMask) -> LinformerSlots:

@@ -50,40 +50,44 @@ class LM(nn.Module):
     def __init__(self, config: ModelConfig, heads: Mapping[str, nn.Module]):
         super().__init__()
         self.config = config
-        learned = config.position in LEARNED_POSITIONS
+        learned = config.position.type in LEARNED_POSITIONS
         self.tokens: nn.Embedding | CharacterCNN
         self.tokens = (
-            CharacterCNN(config) if config.max_characters else nn.Embedding(config.vocab_size, config.embedding_dim)
+            CharacterCNN(config)
+            if config.embedding.characters.max_length
+            else nn.Embedding(config.vocab_size, config.embedding_dim)
         )
         self.places = nn.Embedding(config.max_positions, config.embedding_dim) if learned else None
         self.source_places = (
-            nn.Embedding(config.max_positions, config.embedding_dim) if learned and config.num_encoder_layers else None
+            nn.Embedding(config.max_positions, config.embedding_dim) if learned and config.encoder.num_layers else None
         )
-        added = config.type_vocab_size and config.position != "xlnet"  # XLNet has relative token types in its blocks
-        self.token_types = nn.Embedding(config.type_vocab_size, config.embedding_dim) if added else None
+        added = (
+            config.embedding.type_vocab_size and config.position.type != "xlnet"
+        )  # XLNet has relative token types in its blocks
+        self.token_types = nn.Embedding(config.embedding.type_vocab_size, config.embedding_dim) if added else None
         self.query = (
-            nn.Parameter(torch.randn(config.embedding_dim) * (config.init_std or 0.02))
-            if config.mask_embedding
+            nn.Parameter(torch.randn(config.embedding_dim) * (config.init.std or 0.02))
+            if config.embedding.mask
             else None
         )
         self.encoder = (
-            TransformerStack(config, config.num_encoder_layers, cross=False, bidirectional=True)
-            if config.num_encoder_layers
+            TransformerStack(config, config.encoder.num_layers, cross=False, bidirectional=True)
+            if config.encoder.num_layers
             else None
         )
         self.stack: TransformerStack | RecurrentStack
-        if config.rnn_type:
+        if config.rnn.type:
             self.stack = RecurrentStack(config)
         else:
             self.stack = TransformerStack(
-                config, config.num_layers, cross=config.num_encoder_layers > 0, bidirectional=not config.causal
+                config, config.num_layers, cross=config.encoder.num_layers > 0, bidirectional=not config.causal
             )
-        self.latent = Latent(config) if config.latent_size else None
+        self.latent = Latent(config) if config.encoder.latent_size else None
         for child in self.children():
             initialize(child, config)
         for table in (*self.embedding_tables().values(), self.source_places):
             if table is not None:
-                nn.init.normal_(table.weight, std=config.init_std or (0.02 if config.tie_embeddings else 1.0))
+                nn.init.normal_(table.weight, std=config.init.std or (0.02 if config.tie_embeddings else 1.0))
         self.heads = nn.ModuleDict(dict(heads))
         self.tie()
 
@@ -114,12 +118,12 @@ class LM(nn.Module):
 
     def embedding_tables(self) -> dict[str, nn.Embedding | None]:
         """Return the token, position and token type embeddings; None for one that the model has not."""
-        tokens = None if self.config.max_characters else self.tokens
+        tokens = None if self.config.embedding.characters.max_length else self.tokens
         return {"tokens": tokens, "places": self.places, "token_types": self.token_types}  # type: ignore[dict-item]
 
     def set_token_characters(self, pieces: Sequence[str]) -> None:
         """Set the text of each token id in a model with a character CNN; others ignore it."""
-        if self.config.max_characters:
+        if self.config.embedding.characters.max_length:
             self.tokens.set_token_characters(pieces)  # type: ignore[operator]
 
     def restrict_vocab(self, vocab: Vocab) -> None:
@@ -140,6 +144,15 @@ class LM(nn.Module):
     def has_lm_head(self) -> bool:
         """Whether the LM head reads whole hidden states; that of a BiLM reads the two halves in turn."""
         return "lm" in self.heads and bool(self.heads["lm"].config.hidden_size == self.config.hidden_size)  # type: ignore[union-attr]
+
+    @property
+    def language_model(self) -> LM:
+        """The model whose LM head predicts the text: this one, or one among its heads (ELECTRA's generator)."""
+        if "lm" not in self.heads:
+            for head in self.heads.values():
+                if isinstance(head, LM) and "lm" in head.heads:
+                    return head
+        return self
 
     @property
     def prefix(self) -> PrefixEncoder | None:
@@ -175,8 +188,8 @@ class LM(nn.Module):
         """
         places = self.source_places if source else self.places
         x: Tensor = self.tokens(fields["tokens"])
-        if self.config.embedding_scale != 1:
-            x = x * self.config.embedding_scale
+        if self.config.embedding.scale != 1:
+            x = x * self.config.embedding.scale
         if prompt is not None:
             x = torch.cat((prompt.to(x.dtype).expand(len(x), -1, -1), x[:, len(prompt) :]), 1)
         if self.query is not None and "key_time" in fields:
@@ -192,8 +205,8 @@ class LM(nn.Module):
                     "the number of positions this model has learned: shorten the rows or train with more positions"
                 )
             x = x + places(positions)
-        if self.config.position in SINUSOIDAL_POSITIONS:
-            encoding = sinusoidal(positions, self.config.embedding_dim, self.config.position == "sinusoidal")
+        if self.config.position.type in SINUSOIDAL_POSITIONS:
+            encoding = sinusoidal(positions, self.config.embedding_dim, self.config.position.type == "sinusoidal")
             x = x + encoding.to(x.dtype)
         if self.token_types is not None:
             types = fields.get("token_type_ids")
@@ -235,7 +248,7 @@ class LM(nn.Module):
     def _run_encoder(self, batch: Batch) -> EncoderOutput:
         """Return the encoder's states (B, N + S, hidden_size) of N prompt and S source tokens."""
         if self.encoder is None:
-            raise UserError("this model has no encoder: model.num_encoder_layers is 0")
+            raise UserError("this model has no encoder: model.encoder.num_layers is 0")
         fields = prefixed_fields(batch, "source_", ahead=self.num_virtual_tokens(source=True))
         fields, prompt = self._prepend_prompt(fields, source=True)
         states = self.encoder(self.embed(fields, True, prompt), fields)
@@ -263,7 +276,7 @@ class LM(nn.Module):
     def posterior(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Return mean and log variance of each source's latent, two of (..., latent_size)."""
         if self.latent is None:
-            raise UserError("this model has no latent: model.latent_size is 0")
+            raise UserError("this model has no latent: model.encoder.latent_size is 0")
         fields = prefixed_fields(batch, "source_")
         mean, log_variance = self.latent.read(self.encode(batch).flatten(0, -3), fields.get("key_time"))
         lead = batch["source_tokens"].shape[:-1]
@@ -272,7 +285,7 @@ class LM(nn.Module):
     def latent_output(self, latent: Tensor) -> EncoderOutput:
         """Return what the decoder of a VAE attends to, given a latent (..., latent_size)."""
         if self.latent is None:
-            raise UserError("this model has no latent: model.latent_size is 0")
+            raise UserError("this model has no latent: model.encoder.latent_size is 0")
         vectors = self.latent.write(latent.flatten(0, -2))  # (B, LATENT_VECTORS, hidden_size)
         return EncoderOutput(vectors, {"key_time": vectors.new_zeros(vectors.shape[:2], dtype=torch.int32)})
 
@@ -304,9 +317,9 @@ class LM(nn.Module):
         """
         if "memory_tokens" not in batch or not batch["memory_tokens"].shape[-1]:
             return None
-        if self.config.position != "xlnet":
+        if self.config.position.type != "xlnet":
             raise UserError(
-                f"the batch has memory_tokens, and model.position={self.config.position!r} does not extend before a row: "
+                f"the batch has memory_tokens, and model.position={self.config.position.type!r} does not extend before a row: "
                 "set model.position=xlnet"
             )
         fields = prefixed_fields(batch, "memory_")
@@ -330,13 +343,17 @@ class LM(nn.Module):
         Raises:
             UserError: The model cannot decode token by token.
         """
-        if self.config.linformer_k:
+        if self.config.attention.linformer.k:
             raise UserError("a Linformer reads whole rows and cannot write token by token: use a decoder")
         return (
             RecurrentCache(rows, capacity)
-            if self.config.rnn_type
+            if self.config.rnn.type
             else KVCache(rows, capacity + self.num_virtual_tokens())
         )
+
+
+class Critic(LM):
+    """A model that is a head of another in training only: PPO's estimate of values. It is not exported."""
 
 
 class TiedSubmodel(LM):

@@ -54,6 +54,6 @@ class RMSNorm(_Norm):
 def make_norm(config: ModelConfig, width: int = 0, to_maps: bool = False) -> nn.Module:
     """Return the configured norm over `width` numbers (0: hidden_size); `to_maps` as in `_Norm`."""
     width = width or config.hidden_size
-    if config.norm == "layer":
-        return LayerNorm(width, config.norm_weight, config.norm_bias, config.norm_eps, to_maps)
-    return RMSNorm(width, config.norm_weight, False, config.norm_eps, to_maps)
+    if config.norm.type == "layer":
+        return LayerNorm(width, config.norm.weight, config.norm.bias, config.norm.eps, to_maps)
+    return RMSNorm(width, config.norm.weight, False, config.norm.eps, to_maps)

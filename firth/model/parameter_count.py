@@ -36,50 +36,51 @@ NUM_GATES = {"rnn": 1, "gru": 3, "lstm": 4}
 
 def num_parameters(config: ModelConfig) -> int:
     """Return the exact number of parameters with the LM head; a tied head counts once."""
-    table, norm_vectors = config.embedding_dim, config.norm_weight + (config.norm_bias and config.norm == "layer")
+    table, norm_vectors = config.embedding_dim, config.norm.weight + (config.norm.bias and config.norm.type == "layer")
     norm = norm_vectors * config.hidden_size
     queries, keys = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
     offsets = (queries + 2 * keys + config.hidden_size * (config.bias_location != "qkv")) * config.bias
-    attention = config.hidden_size * (2 * queries + 2 * keys) + offsets + 2 * config.head_dim * config.qk_norm_weight
-    if config.position == "xlnet":
-        attention += config.hidden_size * queries + 2 * queries + 3 * queries * (config.type_vocab_size > 0)
+    attention = (
+        config.hidden_size * (2 * queries + 2 * keys) + offsets + 2 * config.head_dim * config.attention.qk_norm_weight
+    )
+    if config.position.type == "xlnet":
+        attention += config.hidden_size * queries + 2 * queries + 3 * queries * (config.embedding.type_vocab_size > 0)
         attention -= offsets
     inner = config.intermediate_size * (2 if config.gated else 1)
     mlp = config.hidden_size * (inner + config.intermediate_size) + (inner + config.hidden_size) * (
         config.bias and config.bias_location == "all"
     )
     block = attention + mlp + 2 * norm
-    depths = [config.num_layers] + ([config.num_encoder_layers] if config.num_encoder_layers else [])
-    total = character_cnn_parameters(config) if config.max_characters else config.vocab_size * table
-    if config.rnn_type:
+    depths = [config.num_layers] + ([config.encoder.num_layers] if config.encoder.num_layers else [])
+    total = character_cnn_parameters(config) if config.embedding.characters.max_length else config.vocab_size * table
+    if config.rnn.type:
         total += recurrent_products(config) + 2 * config.num_layers * (2 - config.causal) * gate_rows(config)
-    for depth in () if config.rnn_type else depths:
+    for depth in () if config.rnn.type else depths:
         total += (config.num_layer_groups or depth) * block
         total += (
-            norm * ((config.norm_placement == "pre") - (not config.first_attention_norm))
-            + norm_vectors * table * config.embedding_norm
+            norm * ((config.norm.placement == "pre") - (not config.norm.first_attention))
+            + norm_vectors * table * config.norm.embedding
         )
-        total += config.hidden_size * (table + config.bias) * (config.embedding_size > 0)
-        total += config.num_heads * config.relative_buckets * (config.position in BIAS_POSITIONS)
-    total += (config.num_layer_groups or config.num_layers) * (attention + norm) * (config.num_encoder_layers > 0)
+        total += config.hidden_size * (table + config.bias) * (config.embedding.size > 0)
+        total += config.num_heads * config.position.relative_buckets * (config.position.type in BIAS_POSITIONS)
+    total += (config.num_layer_groups or config.num_layers) * (attention + norm) * (config.encoder.num_layers > 0)
     total += table * (
-        config.max_positions * (config.position in LEARNED_POSITIONS) * len(depths) + config.mask_embedding
+        config.max_positions * (config.position.type in LEARNED_POSITIONS) * len(depths) + config.embedding.mask
     )
-    total += table * config.type_vocab_size * (config.position != "xlnet")
-    total += math.prod(config.linformer_projections) * config.max_positions * config.linformer_k
-    if config.latent_size:
-        total += 2 * config.latent_size * (config.hidden_size + 1) + LATENT_VECTORS * config.hidden_size * (
-            config.latent_size + 1
-        )
-    transform = config.lm_head == "transform"
-    width = table if config.separate_directions else config.hidden_size
-    total += config.vocab_size * (config.lm_head_bias + (table if transform else width) * (not config.tie_embeddings))
+    total += table * config.embedding.type_vocab_size * (config.position.type != "xlnet")
+    total += math.prod(config.linformer_projections) * config.max_positions * config.attention.linformer.k
+    if config.encoder.latent_size:
+        latent = config.encoder.latent_size
+        total += 2 * latent * (config.hidden_size + 1) + LATENT_VECTORS * config.hidden_size * (latent + 1)
+    transform = config.lm_head.type == "transform"
+    width = table if config.rnn.separate_directions else config.hidden_size
+    total += config.vocab_size * (config.lm_head.bias + (table if transform else width) * (not config.tie_embeddings))
     return total + (width + config.bias + norm_vectors) * table * transform
 
 
 def gate_rows(config: ModelConfig) -> int:
     """Return the rows of a recurrent layer's matrices: its cells times the linear maps in each."""
-    return NUM_GATES[config.rnn_type] * config.intermediate_size
+    return NUM_GATES[config.rnn.type] * config.intermediate_size
 
 
 def recurrent_products(config: ModelConfig) -> int:
@@ -92,6 +93,7 @@ def recurrent_products(config: ModelConfig) -> int:
 
 def character_cnn_parameters(config: ModelConfig) -> int:
     """Return the number of parameters of the character CNN (`firth.model.characters`)."""
-    convolved = sum((size * CHARACTER_DIM + 1) * config.char_filters * share // 64 for size, share in FILTER_SHARES)
-    highways = 2 * 2 * (config.char_filters + 1) * config.char_filters
-    return NUM_CHARACTERS * CHARACTER_DIM + convolved + highways + (config.char_filters + 1) * config.embedding_dim
+    filters = config.embedding.characters.num_filters
+    convolved = sum((size * CHARACTER_DIM + 1) * filters * share // 64 for size, share in FILTER_SHARES)
+    highways = 2 * 2 * (filters + 1) * filters
+    return NUM_CHARACTERS * CHARACTER_DIM + convolved + highways + (filters + 1) * config.embedding_dim

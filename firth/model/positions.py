@@ -43,25 +43,26 @@ def sinusoid_frequencies(positions: Tensor, width: int) -> Tensor:
 def rope_angles(positions: Tensor, config: ModelConfig) -> tuple[Tensor, Tensor]:
     """Return cosines (B, T, 1, head_dim), the two halves equal, and sines (B, T, 1, head_dim / 2) (Su 2021)."""
     pairs = torch.arange(0, config.head_dim, 2, device=positions.device, dtype=torch.float32) / config.head_dim
-    angles = positions[:, :, None, None].float() * scaled_frequencies(config.rope_theta**-pairs, config)
+    angles = positions[:, :, None, None].float() * scaled_frequencies(config.position.rope.theta**-pairs, config)
     cos = angles.cos()
-    return torch.cat((cos, cos), -1), angles.sin() * config.rope_sign
+    return torch.cat((cos, cos), -1), angles.sin() * config.position.rope.sign
 
 
 def scaled_frequencies(rates: Tensor, config: ModelConfig) -> Tensor:
-    """Return rotary frequencies with context extension (`ModelConfig.rope_scaling`).
+    """Return rotary frequencies with context extension (`ModelConfig.position.rope.scaling`).
 
-    All are divided by `rope_factor` (Chen 2023, position interpolation), or only the low ones (Llama 3.1), by how many
+    All are divided by `rope.factor` (Chen 2023, position interpolation), or only the low ones (Llama 3.1), by how many
     periods of each fit into the original context.
     """
-    if config.rope_scaling == "none":
+    if config.position.rope.scaling == "none":
         return rates
-    scaled = rates / config.rope_factor
-    if config.rope_scaling == "linear":
+    scaled = rates / config.position.rope.factor
+    if config.position.rope.scaling == "linear":
         return scaled
-    periods = config.rope_original_max_positions * rates / (2 * math.pi)
+    periods = config.position.rope.original_max_positions * rates / (2 * math.pi)
     unscaled_share = (
-        (periods - config.rope_low_freq_factor) / (config.rope_high_freq_factor - config.rope_low_freq_factor)
+        (periods - config.position.rope.low_freq_factor)
+        / (config.position.rope.high_freq_factor - config.position.rope.low_freq_factor)
     ).clamp(0, 1)
     return unscaled_share * rates + (1 - unscaled_share) * scaled
 
@@ -107,8 +108,8 @@ class RelativeBias(nn.Module):
 
     def __init__(self, config: ModelConfig, bidirectional: bool):
         super().__init__()
-        self.distance, self.bidirectional = config.relative_max_distance, bidirectional
-        self.weight = nn.Parameter(torch.zeros(config.relative_buckets, config.num_heads))
+        self.distance, self.bidirectional = config.position.relative_max_distance, bidirectional
+        self.weight = nn.Parameter(torch.zeros(config.position.relative_buckets, config.num_heads))
 
     def forward(self, queries: Tensor, keys: Tensor) -> Tensor:
         """Return the bias (B, heads, T, S) of query positions (B, T) and key positions (B, S)."""

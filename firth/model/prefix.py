@@ -124,11 +124,11 @@ def check_prefix_supported(config: ModelConfig, method: str) -> None:
         method: "prefix" or "prompt".
     """
     reason = ""
-    if config.rnn_type or not config.num_layers:
+    if config.rnn.type or not config.num_layers:
         reason = "has no attention"
-    if config.linformer_k:
+    if config.attention.linformer.k:
         reason = "projects whole rows"
-    if config.position == "xlnet":
+    if config.position.type == "xlnet":
         reason = "uses relative distances and has its own memory"
     if reason:
         raise UserError(

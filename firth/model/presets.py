@@ -23,9 +23,16 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
-from firth.model.config import ModelConfig
+from firth.model.config import (
+    AttentionConfig,
+    EmbeddingConfig,
+    EncoderConfig,
+    InitConfig,
+    LMHeadConfig,
+    ModelConfig,
+    NormConfig,
+    PositionConfig,
+)
 
 
 def gpt(vocab_size: int, hidden_size: int, num_layers: int, num_heads: int, max_positions: int = 512) -> ModelConfig:
@@ -36,7 +43,7 @@ def gpt(vocab_size: int, hidden_size: int, num_layers: int, num_heads: int, max_
         num_layers=num_layers,
         num_heads=num_heads,
         max_positions=max_positions,
-        norm_placement="post",
+        norm=NormConfig(placement="post"),
         dropout=0.1,
     )
 
@@ -71,10 +78,8 @@ def transformer_xl(
         num_heads=num_heads,
         head_dim=head_dim,
         max_positions=max_positions,
-        norm="rms",
-        norm_bias=False,
-        norm_eps=1e-6,
-        position="xlnet",
+        norm=NormConfig("rms", bias=False, eps=1e-6),
+        position=PositionConfig("xlnet"),
         activation="gelu",
     )
 
@@ -97,10 +102,8 @@ def llama(
         num_kv_heads=num_kv_heads,
         intermediate_size=intermediate_size,
         max_positions=max_positions,
-        norm="rms",
-        norm_bias=False,
-        norm_eps=1e-6,
-        position="rotary",
+        norm=NormConfig("rms", bias=False, eps=1e-6),
+        position=PositionConfig("rotary"),
         activation="swiglu",
         bias=False,
         tie_embeddings=False,
@@ -123,14 +126,11 @@ def bert(
         num_heads=num_heads,
         max_positions=max_positions,
         causal=False,
-        type_vocab_size=type_vocab_size,
-        norm_placement="post",
-        norm_eps=1e-12,
-        embedding_norm=True,
+        embedding=EmbeddingConfig(type_vocab_size=type_vocab_size),
+        norm=NormConfig(placement="post", eps=1e-12, embedding=True),
         activation="gelu",
         dropout=0.1,
-        lm_head="transform",
-        lm_head_bias=True,
+        lm_head=LMHeadConfig("transform", bias=True),
     )
 
 
@@ -150,34 +150,32 @@ def xlnet(
         num_heads=num_heads,
         max_positions=max_positions,
         causal=False,
-        norm_placement="post",
-        norm_eps=1e-12,
-        position="xlnet",
-        mask_embedding=True,
-        type_vocab_size=2,
-        memory_length=memory_length,
+        norm=NormConfig(placement="post", eps=1e-12),
+        position=PositionConfig("xlnet"),
+        embedding=EmbeddingConfig(mask=True, type_vocab_size=2),
+        attention=AttentionConfig(memory_length=memory_length),
         activation="gelu",
         dropout=0.1,
-        lm_head_bias=True,
+        lm_head=LMHeadConfig(bias=True),
     )
 
 
 def mpnet(vocab_size: int, hidden_size: int, num_layers: int, num_heads: int, max_positions: int = 512) -> ModelConfig:
     """Return MPNet: BERT without token types, with T5's relative bias on top of its positions (Song 2020, section 3.1)."""
-    return replace(
-        bert(vocab_size, hidden_size, num_layers, num_heads, max_positions, type_vocab_size=0), position="mpnet"
+    return bert(vocab_size, hidden_size, num_layers, num_heads, max_positions, type_vocab_size=0).with_fields(
+        {"position.type": "mpnet"}
     )
 
 
 def albert(hidden_size: int, num_layers: int, num_heads: int, vocab_size: int = 30000) -> ModelConfig:
     """Return ALBERT: BERT with one block for all layers, embeddings of width 128 and GELU in its tanh form (Lan 2020, section 3.1)."""
     config = bert(vocab_size, hidden_size, num_layers, num_heads)
-    return replace(config, embedding_size=128, num_layer_groups=1, activation="gelu_tanh")
+    return config.with_fields({"embedding.size": 128, "num_layer_groups": 1, "activation": "gelu_tanh"})
 
 
 def electra(hidden_size: int, num_heads: int, embedding_size: int = 0) -> ModelConfig:
     """Return ELECTRA: BERT with twelve blocks, and embeddings of `embedding_size` if it is not 0 (Clark 2020, table 6)."""
-    return replace(bert(30522, hidden_size, 12, num_heads), embedding_size=embedding_size)
+    return bert(30522, hidden_size, 12, num_heads).with_fields({"embedding.size": embedding_size})
 
 
 def t5(
@@ -188,21 +186,19 @@ def t5(
         vocab_size=vocab_size,
         hidden_size=hidden_size,
         num_layers=num_layers,
-        num_encoder_layers=num_layers,
+        encoder=EncoderConfig(num_layers=num_layers),
         num_heads=num_heads,
         head_dim=head_dim,
         intermediate_size=intermediate_size,
         max_positions=512,
-        norm="rms",
-        norm_bias=False,
-        norm_eps=1e-6,
-        position="t5",
+        norm=NormConfig("rms", bias=False, eps=1e-6),
+        position=PositionConfig("t5"),
         activation="relu",
         bias=False,
-        scale_attention=False,
-        lm_head_scale=hidden_size**-0.5,
+        attention=AttentionConfig(scale_scores=False),
+        lm_head=LMHeadConfig(scale=hidden_size**-0.5),
         dropout=0.1,
-        init_std=0.0,
+        init=InitConfig(std=0.0),
     )
 
 
@@ -212,15 +208,13 @@ def bart(vocab_size: int, hidden_size: int, num_layers: int, num_heads: int, max
         vocab_size=vocab_size,
         hidden_size=hidden_size,
         num_layers=num_layers,
-        num_encoder_layers=num_layers,
+        encoder=EncoderConfig(num_layers=num_layers, decoder_start_token="eos"),
         num_heads=num_heads,
         max_positions=max_positions,
-        decoder_start_token="eos",
-        norm_placement="post",
-        embedding_norm=True,
+        norm=NormConfig(placement="post", embedding=True),
         activation="gelu",
         dropout=0.1,
-        lm_head_bias=True,
+        lm_head=LMHeadConfig(bias=True),
     )
 
 

@@ -63,11 +63,11 @@ CELLS: dict[str, Callable[..., nn.RNNBase]] = {"rnn": nn.RNN, "gru": nn.GRU, "ls
 def make_cell(config: ModelConfig) -> nn.RNNBase:
     """Return one layer in one direction: (B, T, embedding_dim) -> (B, T, direction_size)."""
     projected = {"proj_size": config.direction_size} if config.intermediate_size > config.direction_size else {}
-    layer = CELLS[config.rnn_type](config.embedding_dim, config.intermediate_size, batch_first=True, **projected)
+    layer = CELLS[config.rnn.type](config.embedding_dim, config.intermediate_size, batch_first=True, **projected)
     for name, p in layer.named_parameters():
         if name.startswith("bias"):
             nn.init.zeros_(p)
-            if config.rnn_type == "lstm" and name.startswith("bias_ih"):
+            if config.rnn.type == "lstm" and name.startswith("bias_ih"):
                 nn.init.ones_(
                     p.data[config.intermediate_size : 2 * config.intermediate_size]
                 )  # torch's order is input, forget, cell, output
@@ -151,7 +151,7 @@ class RecurrentLayer(nn.Module):
 
 
 class RecurrentStack(nn.Module):
-    """The recurrent layers of a model with `rnn_type`.
+    """The recurrent layers of a model with `rnn.type`.
 
     Dropout as in Zaremba 2014: on the input of the first layer and on the output of each.
     """
@@ -179,8 +179,8 @@ class RecurrentStack(nn.Module):
         if cache is not None and len(runs.lengths) != len(x):
             raise UserError("a recurrent model can only continue rows of one document each: leave out document_ids")
         x = runs.to_runs(self.drop(x))
-        ahead, back = x, runs.reverse(x) if self.config.separate_directions else x
-        both = torch.cat((x, x), -1) if self.config.separate_directions else x
+        ahead, back = x, runs.reverse(x) if self.config.rnn.separate_directions else x
+        both = torch.cat((x, x), -1) if self.config.rnn.separate_directions else x
         for i, layer in enumerate(self.stack()):
             if context.hidden_states is not None:
                 context.collect(runs.from_runs(both))
@@ -188,7 +188,7 @@ class RecurrentStack(nn.Module):
             if layer.back is None:
                 ahead = both = self._output(i, forward, ahead)
                 continue
-            if self.config.separate_directions:
+            if self.config.rnn.separate_directions:
                 ahead, back = self._output(i, forward, ahead), self._output(i, run_layer(layer.back, back)[0], back)
                 both = torch.cat((ahead, runs.reverse(back)), -1)
             else:
@@ -203,7 +203,7 @@ class RecurrentStack(nn.Module):
     def _output(self, i: int, out: Tensor, inputs: Tensor) -> Tensor:
         """Return the output of layer i with dropout and, from the second layer on, the residual connection."""
         out = self.drop(out)
-        return out + inputs if self.config.rnn_residual and i else out
+        return out + inputs if self.config.rnn.residual and i else out
 
     def _run(self, layer: nn.RNNBase, x: Tensor, i: int, runs: RowRuns, cache: RecurrentCache | None) -> Tensor:
         """Run one direction of layer i; with a cache, from its stored state, which is updated."""
@@ -212,11 +212,11 @@ class RecurrentStack(nn.Module):
             out = run_layer(layer, x)[0]
             return out
         stored = cache.layers.get(i)
-        initial = None if stored is None else stored if self.config.rnn_type == "lstm" else stored[0]
+        initial = None if stored is None else stored if self.config.rnn.type == "lstm" else stored[0]
         if runs.slots is None:
             out, state = run_layer(layer, x, initial)
         else:  # the last state of each row is needed, which is not that of its last slot
             packed, state = run_layer(layer, pack_padded_sequence(x, runs.lengths.cpu(), True, False), initial)
             out = pad_packed_sequence(packed, True)[0]
-        cache.layers[i] = state if self.config.rnn_type == "lstm" else (state,)
+        cache.layers[i] = state if self.config.rnn.type == "lstm" else (state,)
         return out

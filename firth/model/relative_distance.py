@@ -89,10 +89,10 @@ class RelativeDistance(nn.Module):
         self.head_width = config.head_dim
         self.r = linear(config.hidden_size, inner, bias=False)
         self.content, self.place = nn.Parameter(torch.zeros(inner)), nn.Parameter(torch.zeros(inner))
-        typed = config.type_vocab_size > 0
+        typed = config.embedding.type_vocab_size > 0
         self.segment = nn.Parameter(torch.zeros(inner)) if typed else None
         self.kinds = (
-            nn.Parameter(torch.randn(2, config.num_heads, config.head_dim) * (config.init_std or 0.02))
+            nn.Parameter(torch.randn(2, config.num_heads, config.head_dim) * (config.init.std or 0.02))
             if typed
             else None
         )

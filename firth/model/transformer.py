@@ -86,15 +86,15 @@ class TransformerStack(nn.Module):
     def __init__(self, config: ModelConfig, depth: int, cross: bool, bidirectional: bool):
         super().__init__()
         self.config = config
-        self.embed_norm = make_norm(config, config.embedding_dim) if config.embedding_norm else nn.Identity()
+        self.embed_norm = make_norm(config, config.embedding_dim) if config.norm.embedding else nn.Identity()
         self.project = (
-            Linear(config.embedding_size, config.hidden_size, bias=config.bias) if config.embedding_size else None
+            Linear(config.embedding.size, config.hidden_size, bias=config.bias) if config.embedding.size else None
         )
         self.depth = depth
         self.blocks = nn.ModuleList(Block(config, layer, cross) for layer in range(config.num_layer_groups or depth))
-        self.norm = make_norm(config) if config.norm_placement == "pre" else nn.Identity()
-        self.relative = RelativeBias(config, bidirectional) if config.position in BIAS_POSITIONS else None
-        self.linformer = Linformer(config) if config.linformer_k else None
+        self.norm = make_norm(config) if config.norm.placement == "pre" else nn.Identity()
+        self.relative = RelativeBias(config, bidirectional) if config.position.type in BIAS_POSITIONS else None
+        self.linformer = Linformer(config) if config.attention.linformer.k else None
         self.drop = Dropout(config.dropout) if config.dropout else nn.Identity()
 
     def layers(self) -> list[Block]:
@@ -183,7 +183,7 @@ class TransformerStack(nn.Module):
         """Return the context of all layers for one new token of each row, after `KVCache.start_decoding`."""
         positions = fields["positions"]
         # Storing fields takes time, which a single token has little of: only where relative positions need it.
-        relative = self.relative is not None or self.config.position == "xlnet"
+        relative = self.relative is not None or self.config.position.type == "xlnet"
         stored = {name: value for name, value in fields.items() if relative and name in ("positions", "token_type_ids")}
         keys = {name: cache.append_field(name, value) for name, value in stored.items()}
         bias = None if self.relative is None else self.relative(positions, keys["positions"])
@@ -239,14 +239,14 @@ class TransformerStack(nn.Module):
 
     def _rope(self, positions: Tensor) -> tuple[Tensor, Tensor] | None:
         """Return rotary cosines and sines at positions (B or 1, T), or None for other position encodings."""
-        return rope_angles(positions, self.config) if self.config.position == "rotary" else None
+        return rope_angles(positions, self.config) if self.config.position.type == "rotary" else None
 
     def distances(self, fields: Batch, keys: Batch) -> DistanceIndex | None:
         """Return the distances between queries and keys for XLNet's positions, else None."""
-        if self.config.position != "xlnet":
+        if self.config.position.type != "xlnet":
             return None
         index, table = distance_index(fields["positions"], keys["positions"], self.config.hidden_size)
-        typed = "token_type_ids" in fields and self.config.type_vocab_size
+        typed = "token_type_ids" in fields and self.config.embedding.type_vocab_size
         return DistanceIndex(
             index, table, fields["token_type_ids"][:, :, None] != keys["token_type_ids"][:, None, :] if typed else None
         )
@@ -283,5 +283,5 @@ class TransformerStack(nn.Module):
     @property
     def flex(self) -> bool | None:
         """Whether to use FlexAttention, which supports neither a bias nor dropout; None: where it is faster."""
-        biased = self.relative is not None or self.config.position == "xlnet"
+        biased = self.relative is not None or self.config.position.type == "xlnet"
         return False if biased or (self.training and self.config.dropout) else None

@@ -377,7 +377,7 @@ def _copy_full_tensors(model: LM, full: Mapping[str, Tensor], where: Path) -> No
 
 def _prefix(model: LM, prefix: PrefixEncoder) -> tuple[dict[str, Any], dict[str, Tensor]]:
     tensor, layers, modules = prefix.weights(), prefix.layers, 1
-    if model.config.num_encoder_layers:
+    if model.config.encoder.num_layers:
         # peft duplicates the layers and uses the first two of every four tensors: every second pair here is unused.
         modules, layers = 2, 2 * prefix.layers
         pairs = tensor.view(prefix.tokens, prefix.layers, 1, -1)
@@ -394,7 +394,7 @@ def _read_prefix(model: LM, config: Mapping[str, Any], state: dict[str, Tensor],
     check_prefix_supported(model.config, "prefix")
     model_config, tensor = model.config, _vectors(state, where)
     each = 2 * model_config.num_kv_heads * model_config.head_dim
-    if model_config.num_encoder_layers:
+    if model_config.encoder.num_layers:
         # peft uses the first two of every four tensors of the duplicated layers.
         twice = torch.cat((tensor, tensor), 1)[:, : 2 * model_config.num_layers * each]
         tensor = twice.view(len(tensor), -1, each)[:, ::2].flatten(1)
@@ -460,7 +460,7 @@ def _task(model: LM, names: AdapterNames) -> str | None:
     headless = form is not None and bool(form.family.prefix) and not names.prefix
     if form is not None and not headless and (task := TASKS.get(form.name.rpartition("For")[2])):
         return task
-    if model.config.num_encoder_layers and "lm" in model.heads:
+    if model.config.encoder.num_layers and "lm" in model.heads:
         return "SEQ_2_SEQ_LM"
     if model.config.causal and "lm" in model.heads and not headless:
         return "CAUSAL_LM"

@@ -33,7 +33,7 @@ def prefix_of(model: LM, ids: Sequence[int], hidden: int = 0) -> PrefixEncoder:
             cache, training = model.make_cache(1, len(ids)), model.training
             tokens = torch.tensor(list(ids), device=model.tokens.weight.device)[None]
             time = torch.arange(len(ids), device=tokens.device)[None] * config.causal
-            source = {"source_tokens": tokens} if config.num_encoder_layers else {}
+            source = {"source_tokens": tokens} if config.encoder.num_layers else {}
             fields = {"tokens": tokens, "query_time": time, "key_time": time} | source
             model.eval()(fields, ForwardContext(cache))
             model.train(training)

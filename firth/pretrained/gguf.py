@@ -18,7 +18,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -410,7 +410,7 @@ def supports(arch: GGUFArchitecture, config: ModelConfig) -> bool:
 
 
 def _comparable(config: ModelConfig) -> ModelConfig:
-    return replace(config, dropout=0.0, init_std=0.02, zero_init=False)
+    return config.with_fields({"dropout": 0.0, "init.std": 0.02, "init.zero_output": False})
 
 
 def _round_trip(arch: GGUFArchitecture, family: Family, model_config: ModelConfig) -> ModelConfig | None:
@@ -429,10 +429,11 @@ def _unsupported_message(config: ModelConfig) -> str:
     back = _round_trip(LLAMA, FAMILIES["llama"], config)
     mine = _comparable(config)
     reason = "it is no such decoder"
-    for field_ in fields(ModelConfig) if back is not None else ():
-        found, expected = getattr(mine, field_.name), getattr(back, field_.name)
+    of_llama, of_mine = {} if back is None else back.flat_fields(), mine.flat_fields()
+    for name, expected in of_llama.items():
+        found = of_mine[name]
         if found != expected:
-            reason = f"its model.{field_.name} is {found!r} where a llama has {expected!r}"
+            reason = f"its model.{name} is {found!r} where a llama has {expected!r}"
             break
     return (
         f"llama.cpp does not support this model config ({reason}): `firth train llama` trains a model that it supports"

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -110,10 +110,10 @@ def save_model(
     names += write_tensors(written, directory, storage)
     if tokenizer is not None:
         pattern: Literal["seq2seq", "causal", "bidirectional"] = (
-            "causal" if model.config.causal or model.config.prefix_lm else "bidirectional"
+            "causal" if model.config.causal or model.config.attention.prefix_lm else "bidirectional"
         )
-        tokenizer.with_post_processor("seq2seq" if model.config.num_encoder_layers else pattern).save(
-            directory, token_type_ids=model.config.type_vocab_size > 0
+        tokenizer.with_post_processor("seq2seq" if model.config.encoder.num_layers else pattern).save(
+            directory, token_type_ids=model.config.embedding.type_vocab_size > 0
         )
     # No hashes of files that users edit: chat_template.jinja, generation_config.json, tokenizer_config.json. The
     # tokenizer's digest covers what determines the ids.
@@ -133,9 +133,9 @@ def token_ids(tokenizer: Tokenizer | None, config: ModelConfig) -> dict[str, Any
     """Return the token ids for config.json. Nulls are explicit: a family's defaults may exceed a small vocabulary."""
     roles: Mapping[str, int] = {} if tokenizer is None else tokenizer.vocab.roles
     ids: dict[str, Any] = {f"{role}_token_id": roles.get(role) for role in ("pad", "bos", "eos", "cls", "sep")}
-    if config.num_encoder_layers:
+    if config.encoder.num_layers:
         ids["pad_token_id"] = roles.get("pad", 0)
-        ids["decoder_start_token_id"] = roles.get(config.decoder_start_token, 0)
+        ids["decoder_start_token_id"] = roles.get(config.encoder.decoder_start_token, 0)
     return ids
 
 
@@ -251,10 +251,10 @@ def _by_head(state: Mapping[str, Tensor]) -> dict[str, list[str]]:
 
 def _difference(mine: ModelConfig, theirs: ModelConfig) -> str:
     """Return a description of the first difference of two configs."""
-    for field in fields(ModelConfig):
-        expected, found = getattr(mine, field.name), getattr(theirs, field.name)
-        if expected != found:
-            return f"its model.{field.name} is {found!r}, not {expected!r}"
+    found = theirs.flat_fields()
+    for name, expected in mine.flat_fields().items():
+        if expected != found[name]:
+            return f"its model.{name} is {found[name]!r}, not {expected!r}"
     return "its tensors do not fit its config"
 
 
@@ -337,14 +337,9 @@ def _read(directory: Path) -> LoadedState:
 
 def _config_of(ours: Mapping[str, Any]) -> ModelConfig:
     """Return the model config in firth.json."""
-    unknown = sorted(ours["config"].keys() - {field.name for field in fields(ModelConfig)})
-    if unknown:
-        raise UserError(
-            f"firth.json has the unknown model config field {unknown[0]!r}: a newer version of firth wrote it"
-        )
     if type(ours["heads"]) is not dict:
         raise TypeError("its heads are not a JSON object")
-    return ModelConfig(**ours["config"])
+    return ModelConfig.from_dict(ours["config"])
 
 
 def check_config(make: Callable[[], ModelConfig], state: Mapping[str, Tensor], file: Path) -> ModelConfig:
@@ -360,7 +355,7 @@ def check_config(make: Callable[[], ModelConfig], state: Mapping[str, Tensor], f
     """
     try:
         config = make()
-        table = 0 if config.max_characters else config.vocab_size * config.embedding_dim
+        table = 0 if config.embedding.characters.max_length else config.vocab_size * config.embedding_dim
         needed = replace(config, vocab_size=1).num_parameters() + table
     except KeyError as missing:
         raise UserError(f"{file} lacks the field {missing}") from None
@@ -371,7 +366,7 @@ def check_config(make: Callable[[], ModelConfig], state: Mapping[str, Tensor], f
     stored = sum(tensor.numel() for tensor in state.values())
     if needed > MAX_PARAMETERS_PER_STORED_NUMBER * stored:
         raise UserError(
-            f"{file} describes a model of {max(config.num_layers, config.num_encoder_layers):,} layers and "
+            f"{file} describes a model of {max(config.num_layers, config.encoder.num_layers):,} layers and "
             f"{min(needed, MAX_REPORTED_PARAMETERS):,} parameters, but its weight files contain {stored:,} numbers: they do not "
             "belong together"
         )
@@ -389,7 +384,7 @@ def _head_errors(heads: Mapping[str, Any], directory: Path) -> Iterator[None]:
     """Raise a UserError for errors that come from invalid head descriptions in firth.json."""
     try:
         for config in _model_configs(heads):
-            if max(config.get("num_layers", 0), config.get("num_encoder_layers", 0)) > MAX_LAYERS:
+            if max(config.get("num_layers", 0), config.get("encoder", {}).get("num_layers", 0)) > MAX_LAYERS:
                 raise ValueError("a head has too many layers")
         yield
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError, RecursionError) as fault:

@@ -66,7 +66,9 @@ def bert(size: str = "tiny") -> Recipe:
         evaluation=EvalConfig(every=1000),
         checkpoint=CheckpointConfig(every=1000),
     )
-    body = replace(encoder_config(VOCAB_SIZE, HIDDEN_SIZE, NUM_LAYERS, max_positions=MAX_POSITIONS), type_vocab_size=2)
+    body = encoder_config(VOCAB_SIZE, HIDDEN_SIZE, NUM_LAYERS, max_positions=MAX_POSITIONS).with_fields(
+        {"embedding.type_vocab_size": 2}
+    )
     return recipe_of_size(
         "bert",
         size,
@@ -199,8 +201,13 @@ def albert(size: str = "tiny") -> Recipe:
 
 def _albert_tiny() -> Recipe:
     modern = encoder_config(VOCAB_SIZE, HIDDEN_SIZE, NUM_LAYERS, max_positions=MAX_POSITIONS)
-    config = replace(
-        modern, embedding_size=HIDDEN_SIZE // 3, num_layer_groups=1, first_attention_norm=True, type_vocab_size=2
+    config = modern.with_fields(
+        {
+            "embedding.size": HIDDEN_SIZE // 3,
+            "num_layer_groups": 1,
+            "norm.first_attention": True,
+            "embedding.type_vocab_size": 2,
+        }
     )
     return tiny_recipe(
         "albert",
@@ -250,9 +257,8 @@ def electra(size: str = "tiny") -> Recipe:
 
 
 def _electra_tiny() -> Recipe:
-    config = replace(
-        encoder_config(VOCAB_SIZE, HIDDEN_SIZE, NUM_LAYERS, max_positions=MAX_POSITIONS),
-        embedding_size=HIDDEN_SIZE // 2,
+    config = encoder_config(VOCAB_SIZE, HIDDEN_SIZE, NUM_LAYERS, max_positions=MAX_POSITIONS).with_fields(
+        {"embedding.size": HIDDEN_SIZE // 2}
     )
     # The paper's quarters would be a generator of width 48, which learns next to nothing in so short a run.
     return tiny_recipe(
@@ -309,11 +315,8 @@ def xlnet(size: str = "tiny") -> Recipe:
         evaluation=EvalConfig(every=1000),
         checkpoint=CheckpointConfig(every=1000),
     )
-    body = replace(
-        encoder_config(VOCAB_SIZE, HIDDEN_SIZE, NUM_LAYERS, max_positions=MAX_POSITIONS),
-        position="xlnet",
-        mask_embedding=True,
-        memory_length=128,
+    body = encoder_config(VOCAB_SIZE, HIDDEN_SIZE, NUM_LAYERS, max_positions=MAX_POSITIONS).with_fields(
+        {"position.type": "xlnet", "embedding.mask": True, "attention.memory_length": 128}
     )
     return recipe_of_size(
         "xlnet",
@@ -390,7 +393,9 @@ def linformer(size: str = "tiny") -> Recipe:
         "linformer",
         MLM(mlm_probability=MLM_PROBABILITY),
         ChunksConfig(max_length=MAX_POSITIONS),
-        replace(encoder_config(VOCAB_SIZE, HIDDEN_SIZE, NUM_LAYERS, max_positions=MAX_POSITIONS), linformer_k=64),
+        encoder_config(VOCAB_SIZE, HIDDEN_SIZE, NUM_LAYERS, max_positions=MAX_POSITIONS).with_fields(
+            {"attention.linformer.k": 64}
+        ),
         steps=400,
         batch=BatchConfig(size=16),
         samples=("The <mask> is good.", "I will <mask> you."),
@@ -400,7 +405,7 @@ def linformer(size: str = "tiny") -> Recipe:
         objective=MLM(),
         examples=ChunksConfig(max_length=512),
         tokenizer=TokenizerConfig(vocab_size=50265),
-        model=replace(presets.bert(50265, 768, 12, 12, type_vocab_size=0), linformer_k=256),
+        model=presets.bert(50265, 768, 12, 12, type_vocab_size=0).with_fields({"attention.linformer.k": 256}),
         batch=BatchConfig(size=256),
         # The paper's 250,000 updates on BookCorpus and Wikipedia; rates and the rest are RoBERTa's.
         optimizer=OptimizerConfig(name="adamw", lr=6e-4, weight_decay=0.01, beta2=0.98, eps=1e-6),

@@ -14,7 +14,13 @@ from __future__ import annotations
 from dataclasses import replace
 
 from firth.model.config import (
+    CharacterConfig,
+    EmbeddingConfig,
+    LMHeadConfig,
     ModelConfig,
+    NormConfig,
+    PositionConfig,
+    RNNConfig,
     recurrent_config,
     word_vector_config,
 )
@@ -130,15 +136,12 @@ def elmo_config(vocab: int, width: int, depth: int, characters: int, filters: in
         intermediate_size=hidden,
         max_positions=MAX_POSITIONS,
         causal=False,
-        norm_placement="post",
-        position="none",
+        norm=NormConfig(placement="post"),
+        position=PositionConfig("none"),
         tie_embeddings=False,
-        lm_head_bias=True,
-        rnn_type="lstm",
-        separate_directions=True,
-        rnn_residual=True,
-        max_characters=characters,
-        char_filters=filters,
+        lm_head=LMHeadConfig(bias=True),
+        rnn=RNNConfig("lstm", separate_directions=True, residual=True),
+        embedding=EmbeddingConfig(characters=CharacterConfig(max_length=characters, num_filters=filters)),
     )
 
 

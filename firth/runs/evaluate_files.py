@@ -65,7 +65,7 @@ def measure_with(
 ) -> dict[str, Any]:
     """Evaluate a loaded model on files; see `measure`."""
     task = default_for(evaluated, paths) if task is None else task
-    if task == "likelihood" and (evaluated.model.config.latent_size or not evaluated.model.has_lm_head):
+    if task == "likelihood" and (evaluated.model.config.encoder.latent_size or not evaluated.model.has_lm_head):
         task = ""  # only the objective can evaluate a bound (VAE) or two separate directions (ELMo)
     if task in (OBJECTIVE, ""):
         noted = {} if limit is None else {"limit": limit}
@@ -92,7 +92,7 @@ def by_objective(evaluated: EvaluatedModel, paths: Sequence[str], limit: int | N
     with tempfile.TemporaryDirectory() as folder:
         data = RunData(
             source, evaluated.tokenizer, Path(folder), StartModel(recipe.init_from), recipe.batch.size, recipe.seed,
-            lambda _: None, recipe.model.memory_length,
+            lambda _: None, recipe.model.attention.memory_length,
         )  # fmt: skip
         cut = examples.build_datasets(recipe.examples, data, recipe.objective)
         if cut.validation is None or not len(cut.validation):

@@ -126,9 +126,9 @@ def text(card: ModelCard) -> str:
     task = PIPELINE_TAGS[
         (
             "seq2seq"
-            if model_config.num_encoder_layers
+            if model_config.encoder.num_layers
             else "causal"
-            if model_config.causal or model_config.prefix_lm
+            if model_config.causal or model_config.attention.prefix_lm
             else "bidirectional"
         )
         if "lm" in card.model.heads
@@ -157,8 +157,8 @@ def text(card: ModelCard) -> str:
 def _summary(card: ModelCard, config: Mapping[str, Any]) -> str:
     model_config = card.model.config
     layers = f"{model_config.num_layers}"
-    if model_config.num_encoder_layers:
-        layers = f"{model_config.num_encoder_layers} + {layers}"
+    if model_config.encoder.num_layers:
+        layers = f"{model_config.encoder.num_layers} + {layers}"
     rows = [
         ("parameters", f"{sum(p.numel() for p in card.model.parameters()):,}"),
         ("layers", layers), ("hidden size", f"{model_config.hidden_size:,}"),

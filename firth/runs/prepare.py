@@ -105,7 +105,7 @@ class RunData:
         batch_size: Examples per optimizer step.
         seed: Seed of the run.
         log: Receives progress messages.
-        memory_length: Tokens before each row that the model attends to (`ModelConfig.memory_length`).
+        memory_length: Tokens before each row that the model attends to (`ModelConfig.attention.memory_length`).
         siblings: All paths of a mixture that this path belongs to. Documents that are held out of one are not trained on in another.
         precision: Precision of the run's forward passes, also for values that are precomputed.
         sources: The records that have been read (`read_once`).

@@ -96,7 +96,7 @@ class Validator:
 
     def class_report(self, model: LM) -> dict[str, Any]:
         """Return {"classes", "confusion": rows are labels, "per_class"}; {} if the head has no classes."""
-        classes = self.recipe.objective.class_names
+        classes = self.recipe.objective.constraints.class_names
         if self.head not in ("classes", "tags") or len(classes) < 2:
             return {}
         _, readings = self._read(model)
@@ -128,4 +128,4 @@ class Validator:
 
 def vocab(recipe: ResolvedRecipe, tokenizer: Tokenizer) -> Vocab:
     """Return the vocabulary that examples are built with: the tokenizer's, with the model's decoder start token."""
-    return tokenizer.vocab.with_decoder_start(recipe.model.decoder_start_token)
+    return tokenizer.vocab.with_decoder_start(recipe.model.encoder.decoder_start_token)

@@ -34,7 +34,7 @@ class Vocab:
         sentinels: Ids of `<extra_id_0>`, `<extra_id_1>`, ...
         spelling: UTF-8 bytes of each id, with blanks and partial characters; None: unknown, and each token is a word. Words,
             sentences, capitals and digits are derived from it.
-        decoder_start: Role of the first decoder token of an encoder-decoder (`ModelConfig.decoder_start_token`).
+        decoder_start: Role of the first decoder token of an encoder-decoder (`ModelConfig.encoder.decoder_start_token`).
         holes: Unused ids below `size`, ascending.
     """
 

@@ -19,6 +19,7 @@ from firth.runs.loaded_model import generates_left_to_right, open_model
 from firth.runs.recipe import Recipe, load
 from firth.runs.run import run
 from firth.types import UserError
+from tests.support.runs import quiet
 
 pytestmark = pytest.mark.slow
 
@@ -29,8 +30,8 @@ SMALL = [
 ]  # fmt: skip
 SHAPE = ["model.hidden_size=32", "model.num_layers=2", "model.num_heads=2", "model.max_positions=64"]
 BASES = {
-    "gpt": ["model.num_kv_heads=2", "model.intermediate_size=48"], "gpt2": [], "roberta": [], "t5": ["model.num_encoder_layers=2"],
-    "bert": ["data.split_by=blank"], "bart": ["model.num_encoder_layers=2"],
+    "gpt": ["model.num_kv_heads=2", "model.intermediate_size=48"], "gpt2": [], "roberta": [], "t5": ["model.encoder.num_layers=2"],
+    "bert": ["data.split_by=blank"], "bart": ["model.encoder.num_layers=2"],
 }  # fmt: skip
 """Recipe -> what else its model needs. The LM heads of gpt2 and roberta are tied to the token embeddings."""
 RATE = ["optimizer.name=adamw", "optimizer.lr=0.05"]
@@ -46,10 +47,6 @@ CASES = [
     ("bert", "bert", "lora", "[blocks.*, heads.next.0]"), ("bert", "classification", "prefix", ""), ("bert", "bert", "prompt", ""),
     ("bart", "bart", "lora", "['*']"), ("bart", "bart", "prompt", ""), ("bart", "classification", "lora", "[tokens, blocks.*]"),
 ]  # fmt: skip
-
-
-def quiet(_: str) -> None:
-    """Ignore a message."""
 
 
 @pytest.fixture(scope="module")
@@ -90,7 +87,7 @@ def recipe(place: Path, task: str, start: Path, *more: str) -> Recipe:
 def states(model: LM) -> torch.Tensor:
     tokens = torch.arange(14).view(2, 7) * 11 % 200
     when = torch.arange(7)[None].expand(2, -1) * model.config.causal
-    source = {"source_tokens": tokens} if model.config.num_encoder_layers else {}
+    source = {"source_tokens": tokens} if model.config.encoder.num_layers else {}
     with torch.no_grad():
         return model({"tokens": tokens, "query_time": when, "key_time": when, **source})
 

@@ -158,7 +158,7 @@ def small(name: str, precision: str, folder: Path, make: Make) -> Recipe:
         assert config is not None
         sizes = (
             SMALL
-            | ({"model.num_encoder_layers": 2} if config.num_encoder_layers else {})
+            | ({"model.encoder.num_layers": 2} if config.encoder.num_layers else {})
             | ({} if config.num_layers else {"model.num_layers": 0})
         )
         settings = [f"{field}={value}" for field, value in sizes.items()]

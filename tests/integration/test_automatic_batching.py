@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from firth.runs.config_io import read_yaml
-from firth.runs.recipe import GROUPED_STEPS, BatchConfig, load
+from firth.runs.recipe import GROUPED_STEPS, BatchConfig, ResolvedBatchConfig, load
 from firth.runs.run import run
 from firth.types import UserError
 
@@ -55,7 +55,7 @@ def options(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("classification", [ENCODER], 24, 0),
         ("classification", [ENCODER, "batch.pack_to_length=0"], 0, 0),
         ("classification", [ENCODER, "batch.group_by_length=7"], 0, 7),
-        ("classification", [ENCODER[:-1] + ", linformer_k: 8}"], 0, GROUPED_STEPS),
+        ("classification", [ENCODER[:-1] + ", attention: {linformer: {k: 8}}}"], 0, GROUPED_STEPS),
         ("multiple_choice", [ENCODER], 0, GROUPED_STEPS),
     ],
 )  # fmt: skip
@@ -81,7 +81,7 @@ def test_prompt_tuning_groups_by_length_and_resumes(classes: Path, tmp_path: Pat
 def test_packing_and_grouping_together_are_rejected() -> None:
     with pytest.raises(UserError, match="both spare padding"):
         load("classification", ["batch.pack_to_length=64", "batch.group_by_length=5"])
-    assert BatchConfig(pack_to_length="auto").resolve(0, packs=True) == BatchConfig(pack_to_length=0, group_by_length=0)
+    assert BatchConfig(pack_to_length="auto").resolve(0, packs=True) == ResolvedBatchConfig()
     assert BatchConfig(pack_to_length="auto").packed_length == 0
 
 

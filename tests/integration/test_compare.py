@@ -193,7 +193,7 @@ def test_causal_models_are_compared_by_bits_per_byte(records: Path, tmp_path: Pa
 
 def test_a_finetuned_encoder_decoder_is_scored_as_in_training(records: Path, tmp_path: Path) -> None:
     model = [setting for setting in SMALL if setting.startswith("model.")]
-    t5 = load("t5", [*model, "model.num_encoder_layers=1", "tokenizer.vocab_size=400"])
+    t5 = load("t5", [*model, "model.encoder.num_layers=1", "tokenizer.vocab_size=400"])
     recipe = load("classification", [
         f"data.path={records}", "tokenizer.vocab_size=400", "objective.position=answer", "max_steps=4", "precision=fp32",
     ])  # fmt: skip

@@ -24,6 +24,7 @@ from firth.runs.run import run
 from firth.tokenizer.train import train
 from firth.training.logging import keep_until
 from firth.types import UserError
+from tests.support.runs import quiet
 
 TINY = [
     "model.hidden_size=32",
@@ -37,10 +38,6 @@ TINY = [
     "precision=fp32",
     "sample_prompts=[the cat]",
 ]
-
-
-def quiet(_: str) -> None:
-    pass
 
 
 @pytest.fixture(scope="module")

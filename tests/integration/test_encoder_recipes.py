@@ -71,7 +71,7 @@ def test_electra_generator_shares_the_embeddings() -> None:
     with torch.device("meta"):
         parts = recipe.objective.heads(recipe.model)
     small = parts["generator"].config
-    assert (small.hidden_size, small.num_heads, small.intermediate_size, small.num_layers, small.embedding_size) == (
+    assert (small.hidden_size, small.num_heads, small.intermediate_size, small.num_layers, small.embedding.size) == (
         64,
         1,
         256,
@@ -109,7 +109,7 @@ SMALL = [
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "more"),
-    [("spanbert", []), ("albert", ["model.embedding_size=16"]), ("electra", ["model.embedding_size=16"]),
+    [("spanbert", []), ("albert", ["model.embedding.size=16"]), ("electra", ["model.embedding.size=16"]),
      ("electra", ["objective.kind=adversarial_rtd"])],
     ids=["spanbert", "albert", "electra", "adversarial"],
 )  # fmt: skip

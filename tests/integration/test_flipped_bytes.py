@@ -30,14 +30,11 @@ from firth.runs.run import run
 from firth.tokenizer.tokenizer import Tokenizer
 from firth.tokenizer.train import train
 from firth.types import UserError
+from tests.support.runs import quiet
 
 pytestmark = pytest.mark.slow
 
 FLIPS = int(os.environ.get("FIRTH_FUZZ", "0"))
-
-
-def quiet(_: str) -> None:
-    pass
 
 
 @pytest.fixture(scope="module")

@@ -12,12 +12,9 @@ from firth.objectives.dpo import DPO
 from firth.report.run_report import run_report
 from firth.runs.recipe import load
 from firth.runs.run import RunResult, run
+from tests.support.runs import quiet
 
 SMALL = ["batch.size=4", "max_steps=2", "evaluation.every=0", "checkpoint.every=0"]
-
-
-def silent(_: str) -> None:
-    """Print nothing."""
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +42,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "examples.max_length=32",
     ]
     base = ["data.corpus=", f"data.path={folder / 'text.txt'}", "data.split_by=blank", *small, *SMALL]
-    run(load("gpt", base), folder / "gpt", log=silent)
+    run(load("gpt", base), folder / "gpt", log=quiet)
     return folder
 
 
@@ -61,7 +58,7 @@ def trained(folder: Path, name: str, records: str, *assignments: str) -> tuple[R
             *assignments,
         ],
     )
-    done = run(recipe, folder / name, log=silent)
+    done = run(recipe, folder / name, log=quiet)
     rows = [json.loads(line) for line in (done.directory / "held_out_texts.jsonl").read_text("utf-8").splitlines()]
     assert {row["step"] for row in rows} == {0, done.steps}
     assert len(rows) == 16
@@ -116,7 +113,9 @@ def test_ppo_records_answers_to_held_out_prompts_with_rewards(folder: Path) -> N
 
 
 def test_dpo_says_when_both_answers_become_less_likely() -> None:
-    [sentence] = DPO().notes({"chosen": 1.0, "valid/chosen": -2.0, "valid/rejected": -5.0})
+    remark = DPO().metrics["chosen"].remark
+    assert remark is not None
+    sentence = remark({"chosen": 1.0, "valid/chosen": -2.0, "valid/rejected": -5.0})
     assert sentence.startswith("Both answers became less likely than under the reference on held-out comparisons")
     assert "the preferred by 2 nats, the rejected by 5" in sentence
-    assert DPO().notes({"valid/chosen": 0.5, "valid/rejected": -5.0}) == []
+    assert remark({"valid/chosen": 0.5, "valid/rejected": -5.0}) == ""

@@ -141,7 +141,7 @@ def test_the_dataset_of_the_page_trains(directory, module):
     assert module("add-a-dataset.md") == "parallel"
     write_translations(directory)
     train, generate = commands("add-a-dataset.md")
-    model = "model={hidden_size: 32, num_layers: 1, num_encoder_layers: 1, num_heads: 2}"
+    model = "model={hidden_size: 32, num_layers: 1, encoder: {num_layers: 1}, num_heads: 2}"
     train = [model if word.startswith("model=") else word for word in train]
     settings = ["tokenizer.vocab_size=300", "max_steps=12"]
     printed = firth(*train, *settings)
@@ -169,7 +169,7 @@ def test_wrong_kinds_of_examples_are_explained(directory, module, name, message)
     with pytest.raises(UserError, match=message):
         load(
             "text_to_text",
-            [f"examples={name}", "model={hidden_size: 32, num_layers: 1, num_encoder_layers: 1, num_heads: 2}"],
+            [f"examples={name}", "model={hidden_size: 32, num_layers: 1, encoder: {num_layers: 1}, num_heads: 2}"],
         )
 
 

@@ -14,6 +14,7 @@ from firth.corpora import readers
 from firth.pretrained import load_save
 from firth.runs.recipe import load
 from firth.runs.run import run
+from tests.support.runs import quiet
 
 TINY = ("model.hidden_size=32", "model.num_heads=2", "model.num_layers=1", "tokenizer.vocab_size=300", "precision=fp32")
 WORDS = [
@@ -34,10 +35,6 @@ WORDS = [
     "pant",
     "hear",
 ]
-
-
-def quiet(_: str) -> None:
-    """Ignore a message."""
 
 
 def write(path: Path, rows: list[dict[str, Any]]) -> str:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from firth.model.config import ModelConfig
+from firth.model.config import EmbeddingConfig, EncoderConfig, ModelConfig, PositionConfig
 from firth.model.model import LM
 from firth.objectives import find as objective
 from firth.pretrained.load_save import save_model
@@ -21,6 +21,7 @@ from firth.runs.recipe import load
 from firth.runs.run import run
 from firth.tokenizer.train import train
 from firth.types import UserError
+from tests.support.runs import quiet
 
 pytestmark = pytest.mark.slow
 
@@ -28,16 +29,12 @@ TEXT = ("the otter paints a red boat near the old stone bridge and sings all day
 BODY = {"vocab_size": 300, "hidden_size": 32, "num_layers": 1, "num_heads": 2, "max_positions": 64}
 SHAPES = {
     "gpt2": ModelConfig(**BODY),
-    "rotary": ModelConfig(**BODY, position="rotary"),
-    "roberta": ModelConfig(**BODY, causal=False, type_vocab_size=2),
-    "bart": ModelConfig(**BODY, num_encoder_layers=1, decoder_start_token="eos"),
+    "rotary": ModelConfig(**BODY, position=PositionConfig("rotary")),
+    "roberta": ModelConfig(**BODY, causal=False, embedding=EmbeddingConfig(type_vocab_size=2)),
+    "bart": ModelConfig(**BODY, encoder=EncoderConfig(num_layers=1, decoder_start_token="eos")),
 }
 PARTS = {"gpt2": "causal_lm", "rotary": "causal_lm", "roberta": "mlm", "bart": "denoising"}
 """Model config -> the objective of its heads."""
-
-
-def quiet(_: str) -> None:
-    """Ignore a message."""
 
 
 @pytest.fixture(scope="module")

@@ -60,7 +60,12 @@ def runs(files: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
             "sample_prompts=[king]",
         ],
         "lstm": ["model.hidden_size=16", "examples.max_length=16", "sample_prompts=['The ']", *bytes_],
-        "elmo": ["model.hidden_size=16", "model.char_filters=64", "examples.max_length=16", *bytes_],
+        "elmo": [
+            "model.hidden_size=16",
+            "model.embedding.characters.num_filters=64",
+            "examples.max_length=16",
+            *bytes_,
+        ],
     }
     for name, changes in small.items():
         run(load(name, [*text, *changes]), folder / name, log=lambda _: None)
@@ -74,7 +79,7 @@ def test_language_model_becomes_a_classifier(runs: Path, files: Path, tmp_path: 
     done = run(plan, tmp_path / "tuned", log=lines.append)
     assert "drops lm; adds classes" in "\n".join(lines)
     tuned = load_model(done.model)
-    assert tuned.config.rnn_type == "lstm"
+    assert tuned.config.rnn.type == "lstm"
     assert {"accuracy"} <= {k.removeprefix("valid/") for k in done.metrics}
     with pytest.raises(UserError, match="left-to-right LSTM cannot"):
         run(

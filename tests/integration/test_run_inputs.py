@@ -30,6 +30,7 @@ from firth.runs.tokenizer import resolved_size, tokenizer_of
 from firth.tokenizer.tokenizer import Tokenizer
 from firth.tokenizer.train import train
 from firth.types import UserError
+from tests.support.runs import quiet
 
 SMALL = [
     "model.hidden_size=32",
@@ -50,10 +51,6 @@ SMALL = [
 
 
 NOUNS = ("otter", "boat", "lamp", "river")
-
-
-def quiet(_: str) -> None:
-    """Ignore a message."""
 
 
 def words(seed: int, count: int = 60) -> str:

@@ -51,15 +51,15 @@ def make(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Make:
     return one
 
 
-BILM = ("lstm", "objective=bilm", "model.causal=false", "model.separate_directions=true", "model.num_heads=1")
+BILM = ("lstm", "objective=bilm", "model.causal=false", "model.rnn.separate_directions=true", "model.num_heads=1")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "settings",
     [
-        ("roberta", "objective=nsp", "examples=segment_pairs", "model.type_vocab_size=2"),
-        ("vae", "model.latent_size=0", "objective=denoising"),
+        ("roberta", "objective=nsp", "examples=segment_pairs", "model.embedding.type_vocab_size=2"),
+        ("vae", "model.encoder.latent_size=0", "objective=denoising"),
         BILM,
     ],
 )

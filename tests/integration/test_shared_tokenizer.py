@@ -25,12 +25,9 @@ from firth.runs.run import run
 from firth.tokenizer.tokenizer import Tokenizer
 from firth.tokenizer.train import train
 from firth.types import UserError
+from tests.support.runs import quiet
 
 SIZE = 300
-
-
-def quiet(_: str) -> None:
-    """Ignore a message."""
 
 
 def save(directory: Path, tokenizer: Tokenizer, config: ModelConfig, objective: Objective, name: str = "") -> Path:

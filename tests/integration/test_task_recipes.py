@@ -6,6 +6,7 @@ import csv
 import io
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ from typer.testing import CliRunner
 from firth.cli import app
 from firth.evaluate.evaluate import evaluate
 from firth.evaluate.predict import predict
+from firth.model.config import encoder_config
 from firth.pretrained.load_save import load_model
 from firth.runs.recipe import Recipe, load
 from firth.runs.run import RunResult, run
@@ -22,7 +24,7 @@ from firth.types import UserError
 
 SHAPE = (
     "model.hidden_size=32", "model.num_layers=1", "model.num_heads=2", "model.max_positions=96", "model.causal=false",
-    "tokenizer.vocab_size=300", "batch.size=16", "precision=fp32", "optimizer.lr=5e-3", "model.type_vocab_size=2",
+    "tokenizer.vocab_size=300", "batch.size=16", "precision=fp32", "optimizer.lr=5e-3", "model.embedding.type_vocab_size=2",
 )  # fmt: skip
 GOOD, BAD = ("fine", "lovely", "warm"), ("dull", "cold", "grim")
 Make = Callable[..., tuple[RunResult, Path]]
@@ -319,7 +321,7 @@ def test_best_checkpoint_is_exported_and_patience_stops(folder: Path, tmp_path: 
 def test_templates_make_text_to_text_of_a_table(folder: Path, tmp_path: Path) -> None:
     settings = [
         f"data={folder}/reviews.csv", "examples.prompt_template=is it good? {review}", "examples.completion_template={stars}",
-        f"tokenizer.path={tokens(folder)}", *SHAPE[:3], "model.num_encoder_layers=1", "model.max_positions=96",
+        f"tokenizer.path={tokens(folder)}", *SHAPE[:3], "model.encoder.num_layers=1", "model.max_positions=96",
         "max_steps=2", "checkpoint.every=0", "precision=fp32", "examples.max_length=64",
     ]  # fmt: skip
     done = run(load("text_to_text", settings), tmp_path / "run", lambda _: None)
@@ -336,7 +338,7 @@ def test_templates_make_text_to_text_of_a_table(folder: Path, tmp_path: Path) ->
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("shape", ["model.causal=true", "model.num_encoder_layers=1"])
+@pytest.mark.parametrize("shape", ["model.causal=true", "model.encoder.num_layers=1"])
 def test_decoders_and_encoder_decoders_classify_pairs(folder: Path, tmp_path: Path, shape: str) -> None:
     rows = [{"text": f"a film {i}", "other": t, "label": label} for i, (t, label) in enumerate(reviews(120))]
     (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -368,10 +370,10 @@ def test_glue_files(folder: Path, tmp_path: Path) -> None:
         path.write_text((head + "\n" if head else "") + (row + "\n") * 3)
         recipe = load(f"glue:{task}", [f"data={path}"])
         data = RunData(recipe.data, Tokenizer.load(tokens(folder)), tmp_path)
-        settled = recipe.examples.configure_objective(recipe.objective, data)
+        settled = recipe.objective.configure(partial(recipe.examples.stats, data), encoder_config(300, 32, 1))
         cut = recipe.examples.build(data, settled)
         assert len(cut.train) == 3, task
-        assert settled.class_names == {"stsb": (), "mrpc": ("0",), "mnli": ("neutral",)}.get(task, ("1",))
+        assert settled.constraints.class_names == {"stsb": (), "mrpc": ("0",), "mnli": ("neutral",)}.get(task, ("1",))
         assert ("token_type_ids" in cut.train[0]) == (task not in ("sst2", "cola"))
 
 

@@ -23,8 +23,8 @@ from firth.types import UserError
 
 SHAPE = (
     "model.hidden_size=32", "model.num_layers=1", "model.num_heads=2", "model.max_positions=96", "model.causal=false",
-    "model.type_vocab_size=2", "tokenizer.vocab_size=300", "batch.size=16", "precision=fp32", "optimizer.lr=5e-3", "checkpoint.every=0",
-    "max_steps=2",
+    "model.embedding.type_vocab_size=2", "tokenizer.vocab_size=300", "batch.size=16", "precision=fp32", "optimizer.lr=5e-3",
+    "checkpoint.every=0", "max_steps=2",
 )  # fmt: skip
 WORDS = ("fine", "lovely", "warm", "dull", "cold", "grim")
 
@@ -66,7 +66,7 @@ def test_text_to_text_tokenizer_reads_its_own_fields(tmp_path: Path) -> None:
             "text_to_text",
             [
                 *shape,
-                "model.num_encoder_layers=1",
+                "model.encoder.num_layers=1",
                 "tokenizer.vocab_size=400",
                 f"data={tmp_path / source}",
                 "examples.max_length=32",

@@ -7,7 +7,17 @@ from dataclasses import replace
 import pytest
 import torch
 
-from firth.model.config import ModelConfig, decoder_config, encoder_config
+from firth.model.config import (
+    AttentionConfig,
+    EmbeddingConfig,
+    EncoderConfig,
+    LMHeadConfig,
+    ModelConfig,
+    NormConfig,
+    PositionConfig,
+    decoder_config,
+    encoder_config,
+)
 
 transformers = pytest.importorskip("transformers", reason="the oracle; installed with the test extra")
 transformers.logging.set_verbosity_error()
@@ -23,54 +33,63 @@ SIZES = {
 BERT = ModelConfig(
     **SIZES,
     causal=False,
-    norm_placement="post",
-    norm_eps=1e-12,
-    type_vocab_size=2,
-    embedding_norm=True,
+    norm=NormConfig(placement="post", eps=1e-12, embedding=True),
+    embedding=EmbeddingConfig(type_vocab_size=2),
     activation="gelu",
-    lm_head="transform",
-    lm_head_bias=True,
+    lm_head=LMHeadConfig("transform", bias=True),
 )
 LLAMA = ModelConfig(
-    **SIZES, num_kv_heads=2, norm="rms", norm_bias=False, norm_eps=1e-6, position="rotary", activation="swiglu", bias=False,
-    tie_embeddings=False,
+    **SIZES, num_kv_heads=2, norm=NormConfig("rms", bias=False, eps=1e-6), position=PositionConfig("rotary"),
+    activation="swiglu", bias=False, tie_embeddings=False,
 )  # fmt: skip
 T5 = ModelConfig(
-    **SIZES | {"max_positions": 512}, num_encoder_layers=3, head_dim=6, norm="rms", norm_bias=False, norm_eps=1e-6, position="t5",
-    activation="relu", bias=False, scale_attention=False, lm_head_scale=32**-0.5, relative_max_distance=16, relative_buckets=8,
+    **SIZES | {"max_positions": 512}, encoder=EncoderConfig(num_layers=3), head_dim=6, norm=NormConfig("rms", bias=False, eps=1e-6),
+    position=PositionConfig("t5", relative_max_distance=16, relative_buckets=8), activation="relu", bias=False,
+    attention=AttentionConfig(scale_scores=False), lm_head=LMHeadConfig(scale=32**-0.5),
 )  # fmt: skip
 BART = ModelConfig(
-    **SIZES, num_encoder_layers=3, decoder_start_token="eos", norm_placement="post", embedding_norm=True, activation="gelu",
-    lm_head_bias=True,
+    **SIZES, encoder=EncoderConfig(num_layers=3, decoder_start_token="eos"), norm=NormConfig(placement="post", embedding=True),
+    activation="gelu", lm_head=LMHeadConfig(bias=True),
 )  # fmt: skip
-MARIAN = replace(BART, position="marian", embedding_norm=False, embedding_scale=32**0.5, decoder_start_token="pad")
+MARIAN = BART.with_fields(
+    {
+        "position.type": "marian",
+        "norm.embedding": False,
+        "embedding.scale": 32**0.5,
+        "encoder.decoder_start_token": "pad",
+    }
+)
 XLNET = ModelConfig(
-    **SIZES, causal=False, norm_placement="post", norm_eps=1e-12, position="xlnet", mask_embedding=True, type_vocab_size=2,
-    activation="gelu", lm_head_bias=True,
+    **SIZES, causal=False, norm=NormConfig(placement="post", eps=1e-12), position=PositionConfig("xlnet"),
+    embedding=EmbeddingConfig(mask=True, type_vocab_size=2), activation="gelu", lm_head=LMHeadConfig(bias=True),
 )  # fmt: skip
-MPNET = replace(BERT, type_vocab_size=0, position="mpnet")
+MPNET = BERT.with_fields({"embedding.type_vocab_size": 0, "position.type": "mpnet"})
 CONFIGS = {
     "xlnet": XLNET,
-    "xlnet-untied": replace(XLNET, tie_embeddings=False, memory_length=7, activation="relu"),
+    "xlnet-untied": XLNET.with_fields({"tie_embeddings": False, "attention.memory_length": 7, "activation": "relu"}),
     "mpnet": MPNET,
     "mpnet-untied": replace(MPNET, tie_embeddings=False),
     "bert": BERT,
     "bert-untied": replace(BERT, tie_embeddings=False),
-    "albert": replace(BERT, embedding_size=12, num_layer_groups=1, num_layers=3),
-    "albert-two-groups": replace(BERT, embedding_size=32, num_layer_groups=2, num_layers=5, activation="gelu_tanh", tie_embeddings=False),
-    "electra": replace(BERT, embedding_size=12),
+    "albert": BERT.with_fields({"embedding.size": 12, "num_layer_groups": 1, "num_layers": 3}),
+    "albert-two-groups": BERT.with_fields(
+        {"embedding.size": 32, "num_layer_groups": 2, "num_layers": 5, "activation": "gelu_tanh", "tie_embeddings": False}
+    ),
+    "electra": BERT.with_fields({"embedding.size": 12}),
     "bart": BART,
     "marian": MARIAN,
-    "marian-swish": replace(MARIAN, embedding_scale=1.0, activation="silu"),
+    "marian-swish": MARIAN.with_fields({"embedding.scale": 1.0, "activation": "silu"}),
     "gpt2": ModelConfig(**SIZES),
     "llama": LLAMA,
-    "llama-tied": replace(LLAMA, tie_embeddings=True, bias=True, head_dim=10, rope_theta=5000.0),
+    "llama-tied": LLAMA.with_fields({"tie_embeddings": True, "bias": True, "head_dim": 10, "position.rope.theta": 5000.0}),
     "t5-v1.0": T5,
-    "t5-v1.1": replace(T5, activation="geglu_tanh", lm_head_scale=1.0, tie_embeddings=False),
-    "t5-v1.1-tied": replace(T5, activation="geglu_tanh", lm_head_scale=1.0),
-    "nanochat": replace(decoder_config(61, 32, 2, num_heads=4, max_positions=40), num_kv_heads=2, zero_init=False),
-    "modernbert": replace(encoder_config(61, 32, 2, num_heads=4, max_positions=40), zero_init=False),
-    "modernbert-silu": replace(encoder_config(61, 32, 2, num_heads=4, max_positions=40), zero_init=False, activation="swiglu"),
+    "t5-v1.1": T5.with_fields({"activation": "geglu_tanh", "lm_head.scale": 1.0, "tie_embeddings": False}),
+    "t5-v1.1-tied": T5.with_fields({"activation": "geglu_tanh", "lm_head.scale": 1.0}),
+    "nanochat": decoder_config(61, 32, 2, num_heads=4, max_positions=40).with_fields({"num_kv_heads": 2, "init.zero_output": False}),
+    "modernbert": encoder_config(61, 32, 2, num_heads=4, max_positions=40).with_fields({"init.zero_output": False}),
+    "modernbert-silu": encoder_config(61, 32, 2, num_heads=4, max_positions=40).with_fields(
+        {"init.zero_output": False, "activation": "swiglu"}
+    ),
 }  # fmt: skip
 MARIAN_IDS = {"pad_token_id": 0, "eos_token_id": 2, "decoder_start_token_id": 0, "forced_eos_token_id": 2}
 AUTO_CLASSES = {

@@ -5,8 +5,11 @@ from __future__ import annotations
 from typing import get_args
 
 import numpy as np
+import torch
 
+from firth.data.collate import counted_fields
 from firth.data.corruptions import Damage
+from firth.model.model import LM
 from firth.objectives.causal_lm import CausalLM
 from firth.objectives.classification import Classification
 from firth.objectives.denoise import Denoising
@@ -14,6 +17,7 @@ from firth.objectives.extractive_qa import QuestionAnswering
 from firth.objectives.masked_lm import MLM
 from firth.objectives.mpnet import MPNet
 from firth.objectives.next_sentence import NSP
+from firth.objectives.objective import Objective
 from firth.objectives.permuted_lm import PLM
 from firth.objectives.prefix_lm import PrefixLM
 from firth.objectives.regression import Regression
@@ -25,6 +29,7 @@ from firth.objectives.span_corruption import SpanCorruption
 from firth.objectives.token_classification import TokenClassification
 from firth.objectives.weight_penalty import WeightPenalty
 from firth.tokenizer.vocab import Vocab
+from firth.training.step import step
 from firth.types import IGNORE, Example
 
 SENTINELS = 20
@@ -136,3 +141,15 @@ CASES = {
     "spans": (QuestionAnswering(), spanned),
     "spans by a decoder": (QuestionAnswering(position="last"), spanned),
 }
+
+
+def label_fields(objective: Objective) -> set[str]:
+    """Return the fields of an example that hold its labels."""
+    return {*counted_fields(objective).values()}
+
+
+def gradient(model: LM, objective: Objective, batches: list) -> torch.Tensor:
+    """Return the gradient of a step as one vector."""
+    model.zero_grad()
+    step(model, objective, batches)
+    return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])

@@ -41,7 +41,7 @@ class LocalModel:
         self.engine = Engine(evaluated.model, evaluated.tokenizer, weights=weights, batch_size=batch_size)
         self.model, self.tokenizer = self.engine.model, evaluated.tokenizer
         self.mode = scoring_mode(evaluated.model.config)
-        plain = self.mode == "causal" and not evaluated.model.config.prefix_lm
+        plain = self.mode == "causal" and not evaluated.model.config.attention.prefix_lm
         self.bos = leading_bos(evaluated.model_directory, evaluated.tokenizer)[0] if plain else None
         self.context = evaluated.model.context - (2 if self.mode == "masked" else 1)
         self.digest = model_digest(evaluated, f"{self.model.tokens.weight.dtype} {weights} {within_word}")

@@ -46,10 +46,12 @@ def load(evaluated: EvaluatedModel, paths: Sequence[str], labeled: bool = True) 
             f"{evaluated.directory}: this model does not generate text: finetune one that does (firth train sft or "
             "text_to_text)"
         )
-    if config.num_encoder_layers:
+    if config.encoder.num_layers:
         kind = Seq2SeqRecords if labeled else CompletionPrompts
         return kind(paths, evaluated.tokenizer, evaluated.context, forms=templates(evaluated))
-    bos, _ = (None, False) if config.prefix_lm else leading_bos(evaluated.model_directory, evaluated.tokenizer)
+    bos, _ = (
+        (None, False) if config.attention.prefix_lm else leading_bos(evaluated.model_directory, evaluated.tokenizer)
+    )
     return TextPrompts(
         paths, evaluated.tokenizer, evaluated.model.context, forms=templates(evaluated), dialogue=evaluated.is_chat_model,
         begin=() if bos is None else (bos,), answered=labeled,
@@ -59,7 +61,7 @@ def load(evaluated: EvaluatedModel, paths: Sequence[str], labeled: bool = True) 
 def can_generate(evaluated: EvaluatedModel) -> bool:
     """Return whether a model generates text from left to right after a prompt."""
     config = evaluated.model.config
-    return evaluated.model.has_lm_head and not config.latent_size and scoring_mode(config) != "masked"
+    return evaluated.model.has_lm_head and not config.encoder.latent_size and scoring_mode(config) != "masked"
 
 
 def templates(evaluated: EvaluatedModel) -> tuple[str, str]:
@@ -79,7 +81,7 @@ def completions(
         progress: Called with the share done, 0 to 1.
     """
     engine = Engine(evaluated.model, evaluated.tokenizer)
-    plain = not evaluated.model.config.num_encoder_layers and not evaluated.is_chat_model
+    plain = not evaluated.model.config.encoder.num_layers and not evaluated.is_chat_model
     greedy = Sampling(
         temperature=0, max_new_tokens=min(max_tokens, evaluated.model.context), stop_strings=("\n",) if plain else ()
     )
@@ -126,7 +128,7 @@ def predict(evaluated: EvaluatedModel, items: Seq2SeqRecords, progress: Progress
 
     "probability" is the product over the tokens; "finish" is "stop", or "length" or "context" for a truncated answer.
     """
-    default = MIN_NEW_TOKENS if evaluated.model.config.num_encoder_layers else MAX_CHAT_TOKENS
+    default = MIN_NEW_TOKENS if evaluated.model.config.encoder.num_layers else MAX_CHAT_TOKENS
     for found in completions(evaluated, items, int(evaluated.examples.get("max_target_length", default)), progress):
         probability = round(float(np.exp(found.logprobs.sum(dtype=np.float64))), 6) if len(found.tokens) else 0.0
         yield {"answer": found.text.strip(), "probability": probability, "finish": found.finish}

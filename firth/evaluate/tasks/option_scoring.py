@@ -74,7 +74,7 @@ def encode(evaluated: EvaluatedModel, text: str, option: str) -> tuple[np.ndarra
 def respond(evaluated: EvaluatedModel, items: Sequence[Question], progress: Progress) -> Answers:
     """Return the gold option and the most likely option of each question, "" for a tie."""
     engine = Engine(evaluated.model, evaluated.tokenizer)
-    encoder = evaluated.model.config.num_encoder_layers > 0
+    encoder = evaluated.model.config.encoder.num_layers > 0
     bos, _ = (None, False) if encoder else leading_bos(evaluated.model_directory, evaluated.tokenizer)
     head = [] if bos is None else [bos]
     tail = [evaluated.vocab.eos] if encoder else []

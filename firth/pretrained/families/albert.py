@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from firth.model.config import ModelConfig
+from firth.model.config import EmbeddingConfig, LMHeadConfig, ModelConfig, NormConfig
 from firth.pretrained.families import bert
 from firth.pretrained.families.family import Family, HeadSpec, WeightMapping, activation, module_mappings
 from firth.types import UserError
@@ -16,13 +16,13 @@ from firth.types import UserError
 def to_hf_config(config: ModelConfig) -> dict[str, Any]:
     theirs = {ours: name for name, ours in bert.ACTIVATIONS.items()}
     return {
-        "vocab_size": config.vocab_size, "embedding_size": config.embedding_size, "hidden_size": config.hidden_size,
+        "vocab_size": config.vocab_size, "embedding_size": config.embedding.size, "hidden_size": config.hidden_size,
         "num_hidden_layers": config.num_layers, "num_hidden_groups": config.num_layer_groups, "inner_group_num": 1,
         "num_attention_heads": config.num_heads, "intermediate_size": config.intermediate_size,
         "hidden_act": theirs.get(config.activation, config.activation), "hidden_dropout_prob": config.dropout,
         "attention_probs_dropout_prob": config.dropout, "classifier_dropout_prob": 0.0,
-        "max_position_embeddings": config.max_positions, "type_vocab_size": config.type_vocab_size, "layer_norm_eps": config.norm_eps,
-        "initializer_range": 0.02, "tie_word_embeddings": config.tie_embeddings,
+        "max_position_embeddings": config.max_positions, "type_vocab_size": config.embedding.type_vocab_size,
+        "layer_norm_eps": config.norm.eps, "initializer_range": 0.02, "tie_word_embeddings": config.tie_embeddings,
     }  # fmt: skip
 
 
@@ -32,13 +32,14 @@ def to_config(hf: dict[str, Any]) -> ModelConfig:
     if not hf["embedding_size"] or not hf.get("num_hidden_groups", 1):
         raise UserError("config.json must have an embedding_size and num_hidden_groups of at least 1 for an ALBERT")
     return ModelConfig(
-        vocab_size=hf["vocab_size"], embedding_size=hf["embedding_size"], hidden_size=hf["hidden_size"],
+        vocab_size=hf["vocab_size"], hidden_size=hf["hidden_size"],
         num_layers=hf["num_hidden_layers"], num_layer_groups=hf.get("num_hidden_groups", 1),
         num_heads=hf["num_attention_heads"], intermediate_size=hf["intermediate_size"], causal=False,
-        max_positions=hf.get("max_position_embeddings", 512), type_vocab_size=hf.get("type_vocab_size", 2), norm_placement="post",
-        norm_eps=hf.get("layer_norm_eps", 1e-12), embedding_norm=True,
+        max_positions=hf.get("max_position_embeddings", 512),
+        embedding=EmbeddingConfig(size=hf["embedding_size"], type_vocab_size=hf.get("type_vocab_size", 2)),
+        norm=NormConfig(placement="post", eps=hf.get("layer_norm_eps", 1e-12), embedding=True),
         activation=activation(hf.get("hidden_act", "gelu_new"), bert.ACTIVATIONS, "hidden_act"),  # type: ignore[arg-type]
-        dropout=hf.get("hidden_dropout_prob", 0.0), lm_head="transform", lm_head_bias=True,
+        dropout=hf.get("hidden_dropout_prob", 0.0), lm_head=LMHeadConfig("transform", bias=True),
         tie_embeddings=hf.get("tie_word_embeddings", True),
     )  # fmt: skip
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from firth.model.config import ModelConfig
+from firth.model.config import EncoderConfig, LMHeadConfig, ModelConfig, NormConfig
 from firth.pretrained.families import bert
 from firth.pretrained.families.family import Family, HeadSpec, WeightMapping, activation, module_mappings
 from firth.types import UserError
@@ -23,7 +23,7 @@ UNUSED_ROWS = 2
 
 def to_hf_config(config: ModelConfig) -> dict[str, Any]:
     theirs = {ours: name for name, ours in ACTIVATIONS.items()}
-    sides = {"encoder": config.num_encoder_layers, "decoder": config.num_layers}
+    sides = {"encoder": config.encoder.num_layers, "decoder": config.num_layers}
     return {
         "vocab_size": config.vocab_size, "d_model": config.hidden_size, "max_position_embeddings": config.max_positions,
         **{f"{side}_layers": depth for side, depth in sides.items()},
@@ -44,17 +44,18 @@ def to_config(hf: dict[str, Any]) -> ModelConfig:
         raise UserError("config.json has scaled or untied embeddings, which firth does not support for BART")
     act = activation(hf.get("activation_function", "gelu"), ACTIVATIONS, "activation_function")
     return ModelConfig(
-        vocab_size=hf["vocab_size"], hidden_size=hf["d_model"], num_encoder_layers=hf["encoder_layers"],
+        vocab_size=hf["vocab_size"], hidden_size=hf["d_model"],
+        encoder=EncoderConfig(num_layers=hf["encoder_layers"], decoder_start_token="eos"),
         num_layers=hf["decoder_layers"], num_heads=hf["encoder_attention_heads"], intermediate_size=hf["encoder_ffn_dim"],
-        max_positions=hf["max_position_embeddings"], norm_placement="post", embedding_norm=True, activation=act,  # type: ignore[arg-type]
-        dropout=hf.get("dropout", 0.1), lm_head_bias=True, decoder_start_token="eos",
+        max_positions=hf["max_position_embeddings"], norm=NormConfig(placement="post", embedding=True), activation=act,  # type: ignore[arg-type]
+        dropout=hf.get("dropout", 0.1), lm_head=LMHeadConfig(bias=True),
     )  # fmt: skip
 
 
 def weight_mappings(config: ModelConfig, head: bool) -> list[WeightMapping]:
     out = module_mappings({"tokens": "shared"}, "", "model.", bias=False)
     for ours, theirs, places, depth in (
-        ("encoder.", "model.encoder.", "source_places", config.num_encoder_layers),
+        ("encoder.", "model.encoder.", "source_places", config.encoder.num_layers),
         ("stack.", "model.decoder.", "places", config.num_layers),
     ):
         out.append(WeightMapping(f"{theirs}embed_positions.weight", (f"{places}.weight",), unused_rows=UNUSED_ROWS))

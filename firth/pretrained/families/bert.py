@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import nn
 
-from firth.model.config import ModelConfig
+from firth.model.config import EmbeddingConfig, LMHeadConfig, ModelConfig, NormConfig
 from firth.model.heads import linear, pooled
 from firth.pretrained.families.family import (
     Family,
@@ -33,7 +33,7 @@ def to_hf_config(config: ModelConfig) -> dict[str, Any]:
         "num_attention_heads": config.num_heads, "intermediate_size": config.intermediate_size,
         "hidden_act": theirs.get(config.activation, config.activation), "hidden_dropout_prob": config.dropout,
         "attention_probs_dropout_prob": config.dropout, "max_position_embeddings": config.max_positions,
-        "type_vocab_size": config.type_vocab_size, "layer_norm_eps": config.norm_eps, "initializer_range": 0.02,
+        "type_vocab_size": config.embedding.type_vocab_size, "layer_norm_eps": config.norm.eps, "initializer_range": 0.02,
         "tie_word_embeddings": config.tie_embeddings,
     }  # fmt: skip
 
@@ -46,10 +46,10 @@ def to_config(hf: dict[str, Any]) -> ModelConfig:
         vocab_size=hf["vocab_size"], hidden_size=hf["hidden_size"], num_layers=hf["num_hidden_layers"],
         num_heads=hf["num_attention_heads"], intermediate_size=hf["intermediate_size"],
         causal=False,
-        max_positions=hf["max_position_embeddings"], type_vocab_size=hf["type_vocab_size"], norm_placement="post",
-        norm_eps=hf.get("layer_norm_eps", 1e-12), embedding_norm=True,
+        max_positions=hf["max_position_embeddings"], embedding=EmbeddingConfig(type_vocab_size=hf["type_vocab_size"]),
+        norm=NormConfig(placement="post", eps=hf.get("layer_norm_eps", 1e-12), embedding=True),
         activation=activation(hf.get("hidden_act", "gelu"), ACTIVATIONS, "hidden_act"),  # type: ignore[arg-type]
-        dropout=hf.get("hidden_dropout_prob", 0.1), lm_head="transform", lm_head_bias=True,
+        dropout=hf.get("hidden_dropout_prob", 0.1), lm_head=LMHeadConfig("transform", bias=True),
         tie_embeddings=hf.get("tie_word_embeddings", True),
     )  # fmt: skip
 

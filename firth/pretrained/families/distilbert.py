@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from firth.model.config import ModelConfig
+from firth.model.config import LMHeadConfig, ModelConfig, NormConfig
 from firth.model.heads import pooled
 from firth.pretrained.families import bert
 from firth.pretrained.families.family import Family, WeightMapping, activation, module_mappings
@@ -26,8 +26,9 @@ def to_hf_config(config: ModelConfig) -> dict[str, Any]:
 def to_config(hf: dict[str, Any]) -> ModelConfig:
     return ModelConfig(
         vocab_size=hf["vocab_size"], hidden_size=hf["dim"], num_layers=hf["n_layers"], num_heads=hf["n_heads"],
-        intermediate_size=hf["hidden_dim"], max_positions=hf.get("max_position_embeddings", 512), causal=False, norm_placement="post",
-        norm_eps=1e-12, embedding_norm=True, lm_head="transform", lm_head_bias=True, dropout=hf.get("dropout", 0.1),
+        intermediate_size=hf["hidden_dim"], max_positions=hf.get("max_position_embeddings", 512), causal=False,
+        norm=NormConfig(placement="post", eps=1e-12, embedding=True), lm_head=LMHeadConfig("transform", bias=True),
+        dropout=hf.get("dropout", 0.1),
         activation=activation(hf.get("activation", "gelu"), ACTIVATIONS, "activation"),  # type: ignore[arg-type]
         tie_embeddings=hf.get("tie_word_embeddings", True),
     )  # fmt: skip

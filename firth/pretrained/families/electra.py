@@ -6,7 +6,6 @@ BERT's has tanh.
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 from torch import nn
@@ -30,12 +29,12 @@ def to_config(hf: dict[str, Any]) -> ModelConfig:
     found = bert.to_config({"type_vocab_size": 2, "max_position_embeddings": 512} | hf)
     if embedding_size == found.hidden_size:
         return found
-    return replace(found, embedding_size=embedding_size)
+    return found.with_fields({"embedding.size": embedding_size})
 
 
 def weight_mappings(config: ModelConfig, head: bool) -> list[WeightMapping]:
     out = bert.embedding_mappings("electra.") + bert.block_mappings(config, "electra.")
-    if config.embedding_size:
+    if config.embedding.size:
         out += module_mappings({"stack.project": "embeddings_project"}, "", "electra.", bias=True)
     if head:
         out += module_mappings(

@@ -8,17 +8,15 @@ rows (GPT-2's `c_attn`, ModernBERT's `Wqkv` and `Wi`), possibly transposed (GPT-
 from __future__ import annotations
 
 from collections.abc import Callable, Container, Iterable, Mapping
-from dataclasses import dataclass, replace
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from firth.model.config import ModelConfig
+from firth.model.config import ModelConfig, RopeConfig
 from firth.model.empty_weights import init_empty_weights
 from firth.types import UserError
-
-Scaling = Literal["none", "linear", "llama3"]
 
 
 @dataclass(frozen=True)
@@ -117,7 +115,7 @@ class Family:
             back = self.to_config(self.to_hf_config(config))
         except UserError:
             return False
-        return replace(back, init_std=config.init_std, zero_init=config.zero_init) == config
+        return back.with_fields({"init.std": config.init.std, "init.zero_output": config.init.zero_output}) == config
 
 
 def to_hf(state: dict[str, Tensor], entries: Iterable[WeightMapping]) -> dict[str, Tensor]:
@@ -202,18 +200,6 @@ def check_supported(config: dict[str, Any], supported: dict[str, Any]) -> None:
             raise UserError(f"config.json has {field}={config[field]!r}; firth supports {field}={value!r} only")
 
 
-@dataclass(frozen=True)
-class RopeConfig:
-    """Rotary position settings from a config.json; the fields of `ModelConfig` without `rope_`."""
-
-    theta: float
-    scaling: Scaling = "none"
-    factor: float = 1.0
-    low_freq_factor: float = 1.0
-    high_freq_factor: float = 4.0
-    original_max_positions: int = 8192
-
-
 def rope(config: dict[str, Any], default: float, layers: str = "") -> RopeConfig:
     """Read the rotary settings of a config.json.
 
@@ -232,11 +218,16 @@ def rope(config: dict[str, Any], default: float, layers: str = "") -> RopeConfig
     if kind == "default":
         return RopeConfig(theta)
     if kind == "linear":
-        return RopeConfig(theta, "linear", float(fields["factor"]))
+        return RopeConfig(theta, scaling="linear", factor=float(fields["factor"]))
     if kind == "llama3":
         low, high = float(fields["low_freq_factor"]), float(fields["high_freq_factor"])
         return RopeConfig(
-            theta, "llama3", float(fields["factor"]), low, high, fields["original_max_position_embeddings"]
+            theta,
+            scaling="llama3",
+            factor=float(fields["factor"]),
+            low_freq_factor=low,
+            high_freq_factor=high,
+            original_max_positions=fields["original_max_position_embeddings"],
         )
     raise UserError(
         f"config.json has rotary positions of type {kind!r}; firth supports the types default, linear and llama3"
@@ -253,14 +244,15 @@ def theta(config: dict[str, Any], default: float, layers: str = "") -> float:
 
 def rope_fields(config: ModelConfig) -> dict[str, Any]:
     """Return the rotary fields of config.json, for both transformers 5 and 4."""
-    fields: dict[str, Any] = {"rope_type": "default" if config.rope_scaling == "none" else config.rope_scaling}
-    if config.rope_scaling != "none":
-        fields["factor"] = config.rope_factor
-    if config.rope_scaling == "llama3":
-        fields |= {"low_freq_factor": config.rope_low_freq_factor, "high_freq_factor": config.rope_high_freq_factor}
-        fields["original_max_position_embeddings"] = config.rope_original_max_positions
-    old = {"rope_scaling": fields} if config.rope_scaling != "none" else {}
-    return {"rope_parameters": fields | {"rope_theta": config.rope_theta}, "rope_theta": config.rope_theta} | old
+    rope = config.position.rope
+    fields: dict[str, Any] = {"rope_type": "default" if rope.scaling == "none" else rope.scaling}
+    if rope.scaling != "none":
+        fields["factor"] = rope.factor
+    if rope.scaling == "llama3":
+        fields |= {"low_freq_factor": rope.low_freq_factor, "high_freq_factor": rope.high_freq_factor}
+        fields["original_max_position_embeddings"] = rope.original_max_positions
+    old = {"rope_scaling": fields} if rope.scaling != "none" else {}
+    return {"rope_parameters": fields | {"rope_theta": rope.theta}, "rope_theta": rope.theta} | old
 
 
 def module_mappings(

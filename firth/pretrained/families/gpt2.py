@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from firth.model.config import ModelConfig
+from firth.model.config import ModelConfig, NormConfig
 from firth.model.heads import linear
 from firth.pretrained.families import bert
 from firth.pretrained.families.family import (
@@ -27,7 +27,7 @@ def to_hf_config(config: ModelConfig) -> dict[str, Any]:
         "vocab_size": config.vocab_size, "n_embd": config.hidden_size, "n_layer": config.num_layers, "n_head": config.num_heads,
         "n_inner": config.intermediate_size, "n_positions": config.max_positions, "n_ctx": config.max_positions,
         "activation_function": theirs.get(config.activation, config.activation), "resid_pdrop": config.dropout,
-        "embd_pdrop": config.dropout, "attn_pdrop": config.dropout, "layer_norm_epsilon": config.norm_eps,
+        "embd_pdrop": config.dropout, "attn_pdrop": config.dropout, "layer_norm_epsilon": config.norm.eps,
         "initializer_range": 0.02, "tie_word_embeddings": config.tie_embeddings,
     }  # fmt: skip
 
@@ -39,7 +39,7 @@ def to_config(hf: dict[str, Any]) -> ModelConfig:
     return ModelConfig(
         vocab_size=hf["vocab_size"], hidden_size=hf["n_embd"], num_layers=hf["n_layer"], num_heads=hf["n_head"],
         intermediate_size=hf.get("n_inner") or 0, max_positions=hf["n_positions"], activation=act,  # type: ignore[arg-type]
-        norm_eps=hf.get("layer_norm_epsilon", 1e-5), dropout=hf.get("resid_pdrop", 0.1),
+        norm=NormConfig(eps=hf.get("layer_norm_epsilon", 1e-5)), dropout=hf.get("resid_pdrop", 0.1),
         tie_embeddings=hf.get("tie_word_embeddings", True),
     )  # fmt: skip
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from firth.model.config import ModelConfig
+from firth.model.config import ModelConfig, NormConfig, PositionConfig
 from firth.pretrained.families import bert
 from firth.pretrained.families.family import (
     Family,
@@ -31,7 +31,7 @@ def to_hf_config(config: ModelConfig) -> dict[str, Any]:
         "vocab_size": config.vocab_size, "hidden_size": config.hidden_size, "num_hidden_layers": config.num_layers,
         "num_attention_heads": config.num_heads, "num_key_value_heads": config.num_kv_heads, "head_dim": config.head_dim,
         "intermediate_size": config.intermediate_size, "hidden_act": theirs.get(config.activation, config.activation),
-        "max_position_embeddings": config.max_positions, "rms_norm_eps": config.norm_eps, "attention_bias": config.bias,
+        "max_position_embeddings": config.max_positions, "rms_norm_eps": config.norm.eps, "attention_bias": config.bias,
         "mlp_bias": config.bias and config.bias_location == "all", "attention_dropout": config.dropout, "initializer_range": 0.02,
         "tie_word_embeddings": config.tie_embeddings,
     } | rope_fields(config)  # fmt: skip
@@ -43,14 +43,12 @@ def to_config(hf: dict[str, Any]) -> ModelConfig:
         raise UserError(
             "config.json has mlp_bias without attention_bias; firth supports biases everywhere or in attention alone"
         )
-    rotary, everywhere = rope(hf, 10000.0), hf.get("mlp_bias", False) or not bias
+    everywhere = hf.get("mlp_bias", False) or not bias
     return ModelConfig(
         vocab_size=hf["vocab_size"], hidden_size=hf["hidden_size"], num_layers=hf["num_hidden_layers"], num_heads=heads,
         num_kv_heads=hf.get("num_key_value_heads") or heads, head_dim=hf.get("head_dim") or 0,
-        intermediate_size=hf["intermediate_size"], max_positions=hf["max_position_embeddings"], norm="rms", norm_bias=False,
-        norm_eps=hf.get("rms_norm_eps", 1e-6), position="rotary", rope_theta=rotary.theta,
-        rope_scaling=rotary.scaling, rope_factor=rotary.factor, rope_low_freq_factor=rotary.low_freq_factor,
-        rope_high_freq_factor=rotary.high_freq_factor, rope_original_max_positions=rotary.original_max_positions,
+        intermediate_size=hf["intermediate_size"], max_positions=hf["max_position_embeddings"],
+        norm=NormConfig("rms", bias=False, eps=hf.get("rms_norm_eps", 1e-6)), position=PositionConfig("rotary", rope(hf, 10000.0)),
         activation=activation(hf.get("hidden_act", "silu"), ACTIVATIONS, "hidden_act"),  # type: ignore[arg-type]
         bias=bias, bias_location="all" if everywhere else "attention", dropout=hf.get("attention_dropout", 0.0),
         tie_embeddings=hf.get("tie_word_embeddings", False),
@@ -66,7 +64,7 @@ def weight_mappings(config: ModelConfig, head: bool) -> list[WeightMapping]:
     }  # fmt: skip
     norms = {"attention_norm": "input_layernorm", "mlp_norm": "post_attention_layernorm"}
     bias_locations = {"all": (*"qkvo", "gate", "up", "down"), "attention": "qkvo", "qkv": "qkv"}[config.bias_location]
-    gains = {"attention.q_gain": "q_norm", "attention.k_gain": "k_norm"} if config.qk_norm_weight else {}
+    gains = {"attention.q_gain": "q_norm", "attention.k_gain": "k_norm"} if config.attention.qk_norm_weight else {}
     for i in range(config.num_layers):
         for ours, theirs in maps.items():
             bias = config.bias and ours.rpartition(".")[2] in bias_locations

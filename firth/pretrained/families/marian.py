@@ -9,7 +9,6 @@ Only the weights are read: OPUS-MT's tokenizers are two SentencePiece files with
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 from firth.model.config import ModelConfig
@@ -26,7 +25,7 @@ SUPPORTED = {
 
 def to_hf_config(config: ModelConfig) -> dict[str, Any]:
     own = {
-        "scale_embedding": config.embedding_scale != 1,
+        "scale_embedding": config.embedding.scale != 1,
         "decoder_vocab_size": config.vocab_size,
         "forced_eos_token_id": None,
     }
@@ -41,10 +40,15 @@ def to_config(hf: dict[str, Any]) -> ModelConfig:
     act = activation(hf.get("activation_function", "gelu"), ACTIVATIONS, "activation_function")
     scaled = hf.get("scale_embedding", False)
     body = bart.to_config(hf | {"scale_embedding": False, "activation_function": "gelu"})
-    return replace(
-        body, position="marian", embedding_norm=False, activation=act, decoder_start_token="pad",  # type: ignore[arg-type]
-        embedding_scale=width**0.5 if scaled else 1.0,
-    )  # fmt: skip
+    return body.with_fields(
+        {
+            "position.type": "marian",
+            "norm.embedding": False,
+            "activation": act,
+            "encoder.decoder_start_token": "pad",
+            "embedding.scale": width**0.5 if scaled else 1.0,
+        }
+    )
 
 
 def weight_mappings(config: ModelConfig, head: bool) -> list[WeightMapping]:

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from firth.model.config import ModelConfig
+from firth.model.config import LMHeadConfig, ModelConfig, NormConfig, PositionConfig, RopeConfig
 from firth.model.heads import linear
 from firth.model.norm import make_norm
 from firth.pretrained.families.family import (
@@ -29,18 +29,18 @@ ACTIVATIONS = {"gelu": "geglu", "gelu_new": "geglu_tanh", "gelu_pytorch_tanh": "
 
 def to_hf_config(config: ModelConfig) -> dict[str, Any]:
     theirs = {ours: name for name, ours in reversed(ACTIVATIONS.items())}
-    rope = {"rope_type": "default", "rope_theta": config.rope_theta}
+    rope = {"rope_type": "default", "rope_theta": config.position.rope.theta}
     return {
         "vocab_size": config.vocab_size, "hidden_size": config.hidden_size, "num_hidden_layers": config.num_layers,
         "num_attention_heads": config.num_heads, "intermediate_size": config.intermediate_size,
         "hidden_activation": theirs.get(config.activation, config.activation),
         "classifier_activation": theirs.get(config.activation, config.activation),
-        "max_position_embeddings": config.max_positions, "norm_eps": config.norm_eps, "norm_bias": config.norm_bias,
+        "max_position_embeddings": config.max_positions, "norm_eps": config.norm.eps, "norm_bias": config.norm.bias,
         "attention_bias": config.bias, "mlp_bias": config.bias, "classifier_bias": config.bias,
-        "decoder_bias": config.lm_head_bias, "attention_dropout": config.dropout, "mlp_dropout": config.dropout,
+        "decoder_bias": config.lm_head.bias, "attention_dropout": config.dropout, "mlp_dropout": config.dropout,
         "embedding_dropout": config.dropout, "layer_types": ["full_attention"] * config.num_layers,
         "rope_parameters": {"full_attention": rope, "sliding_attention": rope},
-        "global_rope_theta": config.rope_theta, "local_rope_theta": config.rope_theta,
+        "global_rope_theta": config.position.rope.theta, "local_rope_theta": config.position.rope.theta,
         "global_attn_every_n_layers": 1, "local_attention": 128, "initializer_range": 0.02,
         "tie_word_embeddings": config.tie_embeddings,
     }  # fmt: skip
@@ -60,10 +60,12 @@ def to_config(hf: dict[str, Any]) -> ModelConfig:
     return ModelConfig(
         vocab_size=hf["vocab_size"], hidden_size=hf["hidden_size"], num_layers=depth, num_heads=hf["num_attention_heads"],
         intermediate_size=hf["intermediate_size"], max_positions=hf["max_position_embeddings"], causal=False,
-        norm_bias=hf.get("norm_bias", False), norm_eps=hf.get("norm_eps", 1e-5), embedding_norm=True,
-        first_attention_norm=False, position="rotary", rope_theta=theta(old | hf, 160000.0, "full_attention"),
+        norm=NormConfig(
+            bias=hf.get("norm_bias", False), eps=hf.get("norm_eps", 1e-5), embedding=True, first_attention=False
+        ),
+        position=PositionConfig("rotary", RopeConfig(theta(old | hf, 160000.0, "full_attention"))),
         activation=act, bias=hf.get("attention_bias", False),  # type: ignore[arg-type]
-        dropout=hf.get("mlp_dropout", 0.0), lm_head="transform", lm_head_bias=hf.get("decoder_bias", True),
+        dropout=hf.get("mlp_dropout", 0.0), lm_head=LMHeadConfig("transform", bias=hf.get("decoder_bias", True)),
         tie_embeddings=hf.get("tie_word_embeddings", True),
     )  # fmt: skip
 
@@ -71,12 +73,12 @@ def to_config(hf: dict[str, Any]) -> ModelConfig:
 def weight_mappings(config: ModelConfig, head: bool) -> list[WeightMapping]:
     out = module_mappings({"tokens": "embeddings.tok_embeddings"}, "", "model.", bias=False)
     out += module_mappings(
-        {"stack.embed_norm": "embeddings.norm", "stack.norm": "final_norm"}, "", "model.", bias=config.norm_bias
+        {"stack.embed_norm": "embeddings.norm", "stack.norm": "final_norm"}, "", "model.", bias=config.norm.bias
     )
     for i in range(config.num_layers):
         ours, theirs = f"stack.blocks.{i}.", f"model.layers.{i}."
         norms = {"mlp_norm": "mlp_norm"} | ({"attention_norm": "attn_norm"} if i else {})
-        out += module_mappings(norms, ours, theirs, bias=config.norm_bias)
+        out += module_mappings(norms, ours, theirs, bias=config.norm.bias)
         out += module_mappings({"attention.o": "attn.Wo", "mlp.down": "mlp.Wo"}, ours, theirs, bias=config.bias)
         for kind in ["weight", "bias"][: 1 + config.bias]:
             stacked = tuple(f"{ours}attention.{x}.{kind}" for x in "qkv")
@@ -85,8 +87,8 @@ def weight_mappings(config: ModelConfig, head: bool) -> list[WeightMapping]:
             out.append(WeightMapping(f"{theirs}mlp.Wi.{kind}", gated, (config.intermediate_size,) * 2))
     if head:
         out += module_mappings({"dense": "dense"}, "heads.lm.", "head.", bias=config.bias)
-        out += module_mappings({"norm": "norm"}, "heads.lm.", "head.", bias=config.norm_bias)
-        out += [WeightMapping("decoder.bias", ("heads.lm.bias",))] * config.lm_head_bias
+        out += module_mappings({"norm": "norm"}, "heads.lm.", "head.", bias=config.norm.bias)
+        out += [WeightMapping("decoder.bias", ("heads.lm.bias",))] * config.lm_head.bias
         out += [WeightMapping("decoder.weight", ("heads.lm.weight",))] * (not config.tie_embeddings)
     return out
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from firth.model.config import ModelConfig
+from firth.model.config import LMHeadConfig, ModelConfig, NormConfig, PositionConfig
 from firth.pretrained.families import bert
 from firth.pretrained.families.family import Family, WeightMapping, activation, module_mappings
 from firth.types import UserError
@@ -25,8 +25,9 @@ def to_hf_config(config: ModelConfig) -> dict[str, Any]:
         "vocab_size": config.vocab_size, "hidden_size": config.hidden_size, "num_hidden_layers": config.num_layers,
         "num_attention_heads": config.num_heads, "intermediate_size": config.intermediate_size, "hidden_act": config.activation,
         "hidden_dropout_prob": config.dropout, "attention_probs_dropout_prob": config.dropout,
-        "max_position_embeddings": config.max_positions + UNUSED_ROWS, "relative_attention_num_buckets": config.relative_buckets,
-        "layer_norm_eps": config.norm_eps, "initializer_range": 0.02, "tie_word_embeddings": config.tie_embeddings,
+        "max_position_embeddings": config.max_positions + UNUSED_ROWS, "layer_norm_eps": config.norm.eps,
+        "relative_attention_num_buckets": config.position.relative_buckets, "initializer_range": 0.02,
+        "tie_word_embeddings": config.tie_embeddings,
     }  # fmt: skip
 
 
@@ -37,10 +38,10 @@ def to_config(hf: dict[str, Any]) -> ModelConfig:
     return ModelConfig(
         vocab_size=hf["vocab_size"], hidden_size=hf["hidden_size"], num_layers=hf["num_hidden_layers"],
         num_heads=hf["num_attention_heads"], intermediate_size=hf["intermediate_size"], causal=False,
-        max_positions=hf["max_position_embeddings"] - UNUSED_ROWS, norm_placement="post", norm_eps=hf.get("layer_norm_eps", 1e-12),
-        embedding_norm=True, position="mpnet", relative_buckets=buckets, dropout=hf.get("hidden_dropout_prob", 0.1),
+        max_positions=hf["max_position_embeddings"] - UNUSED_ROWS, position=PositionConfig("mpnet", relative_buckets=buckets),
+        norm=NormConfig(placement="post", eps=hf.get("layer_norm_eps", 1e-12), embedding=True), dropout=hf.get("hidden_dropout_prob", 0.1),
         activation=activation(hf.get("hidden_act", "gelu"), {"gelu": "gelu"}, "hidden_act"),  # type: ignore[arg-type]
-        lm_head="transform", lm_head_bias=True, tie_embeddings=hf.get("tie_word_embeddings", True),
+        lm_head=LMHeadConfig("transform", bias=True), tie_embeddings=hf.get("tie_word_embeddings", True),
     )  # fmt: skip
 
 

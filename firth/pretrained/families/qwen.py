@@ -36,7 +36,9 @@ def to_qwen2_config(hf: dict[str, Any]) -> ModelConfig:
 
 
 def to_qwen3_config(hf: dict[str, Any]) -> ModelConfig:
-    return replace(llama.to_config({"head_dim": 128} | without_window(hf)), qk_norm=True, qk_norm_weight=True)
+    return llama.to_config({"head_dim": 128} | without_window(hf)).with_fields(
+        {"attention.qk_norm": True, "attention.qk_norm_weight": True}
+    )
 
 
 QWEN2 = llama.llama_like("qwen2", "Qwen2", to_hf_config, to_qwen2_config)

@@ -31,8 +31,8 @@ def to_config(hf: dict[str, Any]) -> ModelConfig:
     check_supported(hf, {"pad_token_id": PAD})
     found = bert.to_config(hf)
     activation(hf.get("hidden_act", "gelu"), {"gelu": "gelu"}, "hidden_act")  # its head always has GELU
-    if found.type_vocab_size != 1:
-        raise UserError(f"config.json has type_vocab_size={found.type_vocab_size}; a RoBERTa must have 1")
+    if found.embedding.type_vocab_size != 1:
+        raise UserError(f"config.json has type_vocab_size={found.embedding.type_vocab_size}; a RoBERTa must have 1")
     return replace(found, max_positions=found.max_positions - PAD - 1)
 
 

@@ -16,7 +16,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from firth.model.config import ModelConfig
+from firth.model.config import AttentionConfig, EncoderConfig, LMHeadConfig, ModelConfig, NormConfig, PositionConfig
 from firth.pretrained.families import bert
 from firth.pretrained.families.family import Family, HeadSpec, WeightMapping, activation, module_mappings
 
@@ -33,11 +33,12 @@ def to_hf_config(config: ModelConfig) -> dict[str, Any]:
     theirs = {ours: name for name, ours in ACTIVATIONS.items()}
     return {
         "vocab_size": config.vocab_size, "d_model": config.hidden_size, "d_kv": config.head_dim, "d_ff": config.intermediate_size,
-        "num_layers": config.num_encoder_layers, "num_decoder_layers": config.num_layers, "num_heads": config.num_heads,
-        "relative_attention_num_buckets": config.relative_buckets, "relative_attention_max_distance": config.relative_max_distance,
+        "num_layers": config.encoder.num_layers, "num_decoder_layers": config.num_layers, "num_heads": config.num_heads,
+        "relative_attention_num_buckets": config.position.relative_buckets,
+        "relative_attention_max_distance": config.position.relative_max_distance,
         "feed_forward_proj": theirs.get(config.activation, config.activation), "dropout_rate": config.dropout,
-        "layer_norm_epsilon": config.norm_eps, "n_positions": config.max_positions, "is_encoder_decoder": True,
-        "tie_word_embeddings": config.lm_head_scale != 1, "firth_tied": config.tie_embeddings,
+        "layer_norm_epsilon": config.norm.eps, "n_positions": config.max_positions, "is_encoder_decoder": True,
+        "tie_word_embeddings": config.lm_head.scale != 1, "firth_tied": config.tie_embeddings,
     }  # fmt: skip
 
 
@@ -45,14 +46,17 @@ def to_config(hf: dict[str, Any]) -> ModelConfig:
     scaled = hf.get("scale_decoder_outputs", hf.get("tie_word_embeddings", True))
     return ModelConfig(
         vocab_size=hf["vocab_size"], hidden_size=hf["d_model"], head_dim=hf["d_kv"], intermediate_size=hf["d_ff"],
-        num_encoder_layers=hf["num_layers"], num_layers=hf.get("num_decoder_layers") or hf["num_layers"],
-        num_heads=hf["num_heads"], max_positions=hf.get("n_positions", 512), norm="rms", norm_bias=False,
-        norm_eps=hf.get("layer_norm_epsilon", 1e-6), position="t5",
-        relative_buckets=hf.get("relative_attention_num_buckets", 32),
-        relative_max_distance=hf.get("relative_attention_max_distance", 128), bias=False, scale_attention=False,
+        encoder=EncoderConfig(num_layers=hf["num_layers"]), num_layers=hf.get("num_decoder_layers") or hf["num_layers"],
+        num_heads=hf["num_heads"], max_positions=hf.get("n_positions", 512),
+        norm=NormConfig("rms", bias=False, eps=hf.get("layer_norm_epsilon", 1e-6)),
+        position=PositionConfig(
+            "t5", relative_buckets=hf.get("relative_attention_num_buckets", 32),
+            relative_max_distance=hf.get("relative_attention_max_distance", 128),
+        ),
+        bias=False, attention=AttentionConfig(scale_scores=False),
         activation=activation(hf.get("feed_forward_proj", "relu"), ACTIVATIONS, "feed_forward_proj"),  # type: ignore[arg-type]
         dropout=hf.get("dropout_rate", 0.1), tie_embeddings=hf.get("firth_tied", hf.get("tie_word_embeddings", True)),
-        lm_head_scale=hf["d_model"] ** -0.5 if scaled else 1.0,
+        lm_head=LMHeadConfig(scale=hf["d_model"] ** -0.5 if scaled else 1.0),
     )  # fmt: skip
 
 
@@ -61,7 +65,7 @@ def weight_mappings(config: ModelConfig, head: bool) -> list[WeightMapping]:
     maps = {x: x for x in "qkvo"}
     up = {"gate": "wi_0", "up": "wi_1", "down": "wo"} if config.gated else {"up": "wi", "down": "wo"}
     for ours, theirs, depth in (
-        ("encoder.", "encoder.", config.num_encoder_layers),
+        ("encoder.", "encoder.", config.encoder.num_layers),
         ("stack.", "decoder.", config.num_layers),
     ):
         out += module_mappings({"norm": "final_layer_norm"}, ours, theirs, bias=False)
@@ -79,7 +83,7 @@ def weight_mappings(config: ModelConfig, head: bool) -> list[WeightMapping]:
                 {"attention_norm": "0.layer_norm", "mlp_norm": f"{last}.layer_norm"}, a, b, bias=False
             )
     return out + [WeightMapping("lm_head.weight", ("heads.lm.weight",))] * (
-        head and (not config.tie_embeddings or config.lm_head_scale == 1)
+        head and (not config.tie_embeddings or config.lm_head.scale == 1)
     )
 
 

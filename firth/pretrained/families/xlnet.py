@@ -1,7 +1,7 @@
 """XLNet (Yang 2019): post-norm, Transformer-XL's relative positions, relative token types, and a query vector.
 
 transformers stores projections as (hidden_size, num_heads, head_dim): the same numbers as firth's, transposed. Its
-`mask_emb` is firth's `query` (`ModelConfig.mask_embedding`), the input of the query stream; the embedding of the <mask>
+`mask_emb` is firth's `query` (`ModelConfig.embedding.mask`), the input of the query stream; the embedding of the <mask>
 token is a separate one in both. Two-stream attention is `perm_mask` and `target_mapping` in transformers, and query
 positions appended to the row here; `mems` are the states of `memory_tokens`. XLNet's config has no maximum length:
 `max_positions` is stored as `firth_context`.
@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from firth.model.config import ModelConfig
+from firth.model.config import AttentionConfig, EmbeddingConfig, LMHeadConfig, ModelConfig, NormConfig, PositionConfig
 from firth.pretrained.families import bert
 from firth.pretrained.families.bert import ACTIVATIONS
 from firth.pretrained.families.family import Family, HeadSpec, WeightMapping, activation, module_mappings
@@ -27,8 +27,8 @@ def to_hf_config(config: ModelConfig) -> dict[str, Any]:
     return {
         "vocab_size": config.vocab_size, "d_model": config.hidden_size, "n_layer": config.num_layers, "n_head": config.num_heads,
         "d_head": config.head_dim, "d_inner": config.intermediate_size, "ff_activation": theirs.get(config.activation, config.activation),
-        "attn_type": "uni" if config.causal else "bi", "layer_norm_eps": config.norm_eps, "dropout": config.dropout,
-        "mem_len": config.memory_length or None, "clamp_len": -1, "same_length": False, "bi_data": False,
+        "attn_type": "uni" if config.causal else "bi", "layer_norm_eps": config.norm.eps, "dropout": config.dropout,
+        "mem_len": config.attention.memory_length or None, "clamp_len": -1, "same_length": False, "bi_data": False,
         "initializer_range": 0.02, "tie_word_embeddings": config.tie_embeddings, "firth_context": config.max_positions,
     }  # fmt: skip
 
@@ -42,8 +42,9 @@ def to_config(hf: dict[str, Any]) -> ModelConfig:
     return ModelConfig(
         vocab_size=hf["vocab_size"], hidden_size=hf["d_model"], num_layers=hf["n_layer"], num_heads=hf["n_head"],
         intermediate_size=hf["d_inner"], max_positions=hf.get("firth_context", 512), causal=hf.get("attn_type", "bi") == "uni",
-        norm_placement="post", norm_eps=hf.get("layer_norm_eps", 1e-12), position="xlnet", mask_embedding=True, type_vocab_size=2,
-        memory_length=hf.get("mem_len") or 0, dropout=hf.get("dropout", 0.1), lm_head_bias=True,
+        norm=NormConfig(placement="post", eps=hf.get("layer_norm_eps", 1e-12)), position=PositionConfig("xlnet"),
+        embedding=EmbeddingConfig(type_vocab_size=2, mask=True), attention=AttentionConfig(memory_length=hf.get("mem_len") or 0),
+        dropout=hf.get("dropout", 0.1), lm_head=LMHeadConfig(bias=True),
         activation=activation(hf.get("ff_activation", "gelu"), ACTIVATIONS, "ff_activation"),  # type: ignore[arg-type]
         tie_embeddings=hf.get("tie_word_embeddings", True),
     )  # fmt: skip

@@ -11,7 +11,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from firth.model.config import ModelConfig
+from firth.model.config import (
+    AttentionConfig,
+    EmbeddingConfig,
+    EncoderConfig,
+    LMHeadConfig,
+    ModelConfig,
+    NormConfig,
+    PositionConfig,
+)
 from firth.model.heads import LMHead
 from firth.model.model import LM
 from firth.peft import adapter_files, lora
@@ -34,16 +42,17 @@ SIZES = {
     "intermediate_size": 48,
 }
 BERT = ModelConfig(
-    **SIZES, causal=False, norm_placement="post", norm_eps=1e-12, type_vocab_size=2, embedding_norm=True, activation="gelu",
-    lm_head="transform", lm_head_bias=True,
+    **SIZES, causal=False, norm=NormConfig(placement="post", eps=1e-12, embedding=True),
+    embedding=EmbeddingConfig(type_vocab_size=2), activation="gelu", lm_head=LMHeadConfig("transform", bias=True),
 )  # fmt: skip
 LLAMA = ModelConfig(
-    **SIZES, num_kv_heads=2, norm="rms", norm_bias=False, norm_eps=1e-6, position="rotary", activation="swiglu", bias=False,
-    tie_embeddings=False,
+    **SIZES, num_kv_heads=2, norm=NormConfig("rms", bias=False, eps=1e-6), position=PositionConfig("rotary"),
+    activation="swiglu", bias=False, tie_embeddings=False,
 )  # fmt: skip
 T5 = ModelConfig(
-    **SIZES | {"max_positions": 512}, num_encoder_layers=2, head_dim=6, norm="rms", norm_bias=False, norm_eps=1e-6, position="t5",
-    activation="relu", bias=False, scale_attention=False, lm_head_scale=32**-0.5, relative_max_distance=16, relative_buckets=8,
+    **SIZES | {"max_positions": 512}, encoder=EncoderConfig(num_layers=2), head_dim=6, norm=NormConfig("rms", bias=False, eps=1e-6),
+    position=PositionConfig("t5", relative_max_distance=16, relative_buckets=8), activation="relu", bias=False,
+    attention=AttentionConfig(scale_scores=False), lm_head=LMHeadConfig(scale=32**-0.5),
 )  # fmt: skip
 CONFIGS = {"bert": BERT, "gpt2": ModelConfig(**SIZES), "llama": LLAMA, "t5": T5, "t5-odd": replace(T5, num_layers=3)}
 AUTO = {"bert": "AutoModel", "gpt2": "AutoModelForCausalLM", "llama": "AutoModelForCausalLM"}
@@ -78,7 +87,7 @@ def hf_model(name: str, folder: Path) -> Any:
 @torch.no_grad()
 def ours(model: LM) -> Tensor:
     when = torch.arange(9)[None].expand(2, -1) * model.config.causal
-    source = {"source_tokens": IDS.flip(1)} if model.config.num_encoder_layers else {}
+    source = {"source_tokens": IDS.flip(1)} if model.config.encoder.num_layers else {}
     hidden = model({"tokens": IDS, "query_time": when, "key_time": when} | source)
     return model.heads["lm"](hidden) if "lm" in model.heads else hidden
 
@@ -199,7 +208,7 @@ def test_a_module_unknown_to_transformers_keeps_its_name(tmp_path: Path) -> None
 
 
 def test_an_adapter_of_an_unsupported_base_is_for_firth(tmp_path: Path) -> None:
-    config = replace(LLAMA, position="sinusoidal")
+    config = LLAMA.with_fields({"position.type": "sinusoidal"})
     model = LM(config, {"lm": LMHead(config)}).eval()
     save_model(model, None, tmp_path / "base")
     lora.add(model, ["blocks.*"], LoraConfig(rank=2))

@@ -102,7 +102,7 @@ def theirs(model: Any) -> Tensor:
 @torch.no_grad()
 def ours(model: LM) -> Tensor:
     when = torch.arange(9)[None].expand(2, -1) * model.config.causal
-    source = {"source_tokens": IDS.flip(1)} if model.config.num_encoder_layers else {}
+    source = {"source_tokens": IDS.flip(1)} if model.config.encoder.num_layers else {}
     hidden = model.eval()({"tokens": IDS, "query_time": when, "key_time": when} | source)
     if "span" in model.heads:
         return model.heads["span"](hidden)[..., 0]

@@ -11,7 +11,7 @@ import torch
 
 from firth.generate.engine import Engine
 from firth.generate.sampling import Sampling
-from firth.model.config import ModelConfig, decoder_config, encoder_config, encoder_decoder_config
+from firth.model.config import ModelConfig, PositionConfig, decoder_config, encoder_config, encoder_decoder_config
 from firth.model.heads import LMHead
 from firth.model.model import LM
 from firth.pretrained.families import FAMILIES, family_of
@@ -191,7 +191,7 @@ def test_init_from_is_strict_on_the_stack(tmp_path: Path) -> None:
 
 
 def test_a_config_without_a_family_is_saved(tmp_path: Path) -> None:
-    config = ModelConfig(**SIZES, position="sinusoidal", activation="relu2")
+    config = ModelConfig(**SIZES, position=PositionConfig("sinusoidal"), activation="relu2")
     assert family_of(config) is None
     model = perturbed_model(config)
     assert "only firth" in save_model(model, None, tmp_path)
@@ -235,7 +235,7 @@ def test_generation_ends_where_transformers_does(end: str, tmp_path: Path) -> No
     """Generation ends at the end of a text and of a turn: the model is changed to emit it first as its n-th token."""
     tok = tokenizer()
     model = perturbed_model(
-        replace(decoder_config(tok.vocab.size, 32, 2, num_heads=4, max_positions=64), zero_init=False)
+        decoder_config(tok.vocab.size, 32, 2, num_heads=4, max_positions=64).with_fields({"init.zero_output": False})
     )
     prompt, greedy = tok.encode("What is a module?"), Sampling(max_new_tokens=12, temperature=0)
     [unending] = Engine(model, tok, stops=()).generate([prompt], greedy)

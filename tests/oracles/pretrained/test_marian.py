@@ -49,8 +49,8 @@ def test_logit_bias_and_embedding_scale_are_read(tmp_path: Path) -> None:
     theirs = random_hf_model("marian")
     theirs.save_pretrained(tmp_path)
     model = load_model(tmp_path)
-    assert model.config.embedding_scale == 32**0.5
-    assert model.config.position == "marian" and model.places is None
+    assert model.config.embedding.scale == 32**0.5
+    assert model.config.position.type == "marian" and model.places is None
     assert model.heads["lm"].weight is model.tokens.weight
     assert torch.equal(model.heads["lm"].bias, theirs.final_logits_bias[0])
     places = theirs.model.encoder.embed_positions.weight

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,8 +10,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from firth.data.collate import collate
-from firth.model.config import ModelConfig
+from firth.data.collate import collate, counted_fields
+from firth.model.config import EmbeddingConfig, LMHeadConfig, ModelConfig, NormConfig
 from firth.model.heads import LMHead
 from firth.model.model import LM
 from firth.objectives.masked_lm import MLM
@@ -31,11 +30,11 @@ transformers.logging.set_verbosity_error()
 VOCAB = Vocab(size=60, roles={"pad": 0, "cls": 2, "sep": 3, "mask": 4}, special=np.arange(60) < 5)
 BERT = ModelConfig(
     vocab_size=60, hidden_size=32, num_layers=3, num_heads=4, max_positions=64, intermediate_size=48, causal=False,
-    norm_placement="post", norm_eps=1e-12, type_vocab_size=2, embedding_norm=True, activation="gelu", lm_head="transform",
-    lm_head_bias=True,
+    norm=NormConfig(placement="post", eps=1e-12, embedding=True), embedding=EmbeddingConfig(type_vocab_size=2),
+    activation="gelu", lm_head=LMHeadConfig("transform", bias=True),
 )  # fmt: skip
-ALBERT = replace(BERT, embedding_size=12, num_layer_groups=1, activation="gelu_tanh")
-ELECTRA = replace(BERT, embedding_size=12)
+ALBERT = BERT.with_fields({"embedding.size": 12, "num_layer_groups": 1, "activation": "gelu_tanh"})
+ELECTRA = BERT.with_fields({"embedding.size": 12})
 
 
 def built(objective: Objective, config: ModelConfig) -> LM:
@@ -53,7 +52,7 @@ def batch_of(objective: Objective) -> Batch:
     for _ in range(6):
         first, second, other = (rng.integers(5, 60, rng.integers(5, 15)) for _ in range(3))
         examples.append(objective.build_example({"first": first, "second": second, "other": other}, VOCAB, rng))
-    return collate(examples, {*objective.labels.values(), *objective.metrics.values()})
+    return collate(examples, {*counted_fields(objective).values()})
 
 
 def inputs(batch: Batch) -> dict[str, torch.Tensor]:

@@ -16,7 +16,7 @@ from tokenizers import Tokenizer as Engine
 from tokenizers import models, pre_tokenizers
 
 from firth.io.safetensors import DTYPES, Storage, read_tensors
-from firth.model.config import ModelConfig, decoder_config, encoder_config, encoder_decoder_config
+from firth.model.config import ModelConfig, PositionConfig, decoder_config, encoder_config, encoder_decoder_config
 from firth.model.heads import LMHead
 from firth.model.model import LM
 from firth.model.presets import llama
@@ -210,7 +210,7 @@ def test_init_from_a_transformers_directory(folder: Path, minilm: Path, tmp_path
     few = [f"init_from={tmp_path / 'bert'}", f"data.path={folder / 'labeled.jsonl'}", "max_steps=2", "batch.size=4"]
     done = run(load("classification", few), tmp_path / "run", log=lambda _: None)
     config = load_model(done.model).config
-    assert (config.vocab_size, config.hidden_size, config.type_vocab_size) == (30522, 16, 2)
+    assert (config.vocab_size, config.hidden_size, config.embedding.type_vocab_size) == (30522, 16, 2)
     assert Tokenizer.load(done.model).digest == Tokenizer.load(tmp_path / "bert").digest
     card = (done.model / "README.md").read_text()
     assert yaml.safe_load(card.split("---")[1])["base_model"] == "bert"
@@ -470,7 +470,7 @@ def test_models_without_a_family_round_trip(tmp_path: Path) -> None:
         num_layers=1,
         num_heads=2,
         max_positions=32,
-        position="sinusoidal",
+        position=PositionConfig("sinusoidal"),
         activation="relu2",
     )
     model = LM(config, {"lm": LMHead(config)}).eval()

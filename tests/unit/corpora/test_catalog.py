@@ -23,6 +23,7 @@ from firth.corpora import catalog, download, prepare, readers
 from firth.corpora.catalog import Corpus, fetch_corpus
 from firth.corpora.download import Package
 from firth.types import UserError
+from tests.support.runs import quiet
 
 PLAY = r"""# The Storm
 
@@ -59,10 +60,6 @@ _Exeunt_
 **KING & ALL**  
 What cares these roarers?
 """  # noqa: W291
-
-
-def quiet(_: str) -> None:
-    pass
 
 
 def tar(files: dict[str, bytes], compress=lambda data: data) -> bytes:

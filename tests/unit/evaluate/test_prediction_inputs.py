@@ -349,7 +349,7 @@ def test_validation_of_answers_is_squads_by_question(tmp_path: Path) -> None:
     train, valid = windows(tmp_path / "train.json", 8), windows(tmp_path / "valid.json", 5)
     settings = [
         f"data={train}", f"data.validation_path={valid}", f"tokenizer.path={tmp_path}/tok", "model.hidden_size=32", "model.num_layers=1",
-        "model.num_heads=2", "model.max_positions=64", "model.causal=false", "model.type_vocab_size=2", "precision=fp32",
+        "model.num_heads=2", "model.max_positions=64", "model.causal=false", "model.embedding.type_vocab_size=2", "precision=fp32",
         "examples.max_length=32", "examples.max_question_length=8", "examples.doc_stride=8",
         "max_steps=60", "evaluation.every=20", "checkpoint.every=0",
         "evaluation.best_metric=exact_match", "batch.size=16", "optimizer.lr=1e-2",

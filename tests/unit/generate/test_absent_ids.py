@@ -6,7 +6,6 @@ The expected values are those of the same model with a table without rows for su
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +22,7 @@ from firth.evaluate.text_perplexity import likelihood
 from firth.generate import word_vectors
 from firth.generate.engine import Engine
 from firth.generate.sampling import Sampling
-from firth.model.config import ModelConfig, decoder_config, encoder_config, encoder_decoder_config
+from firth.model.config import LMHeadConfig, ModelConfig, decoder_config, encoder_config, encoder_decoder_config
 from firth.model.heads import LMHead
 from firth.model.model import LM
 from firth.model.presets import llama
@@ -162,11 +161,13 @@ def test_rollouts_use_tokens_only(tokenizer: Tokenizer) -> None:
 
 def test_replaced_tokens_are_drawn_from_tokens_only(tokenizer: Tokenizer) -> None:
     """ELECTRA's generator, a submodel with its own LM head."""
-    config = replace(encoder_config(tokenizer.vocab.size + EXTRA_ROWS, 32, 1, 2, max_positions=64), embedding_size=32)
+    config = encoder_config(tokenizer.vocab.size + EXTRA_ROWS, 32, 1, 2, max_positions=64).with_fields(
+        {"embedding.size": 32}
+    )
     objective = RTD(mlm_probability=0.5, generator_size=1.0)
     torch.manual_seed(0)
     model = LM(config, objective.heads(config)).eval()
-    generator = objective.lm_model(model)
+    generator = model.language_model
     with torch.no_grad():
         generator.heads["lm"].bias[tokenizer.vocab.size :] = 100.0
     model.restrict_vocab(tokenizer.vocab)
@@ -186,7 +187,7 @@ def test_gaps_in_the_token_ids_are_never_generated() -> None:
     rust.pre_tokenizer, rust.decoder = pre_tokenizers.Whitespace(), decoders.Fuse()
     tokenizer = Tokenizer(rust)
     assert tokenizer.vocab.absent(8).tolist() == [3, 4, 7]
-    config = ModelConfig(8, 16, 1, 2, max_positions=32, tie_embeddings=False, lm_head_bias=True)
+    config = ModelConfig(8, 16, 1, 2, max_positions=32, tie_embeddings=False, lm_head=LMHeadConfig(bias=True))
     torch.manual_seed(0)
     model = LM(config, {"lm": LMHead(config)}).eval()
     with torch.no_grad():

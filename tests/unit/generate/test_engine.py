@@ -9,7 +9,14 @@ from firth.generate.engine import Engine
 from firth.generate.fill_mask import masked
 from firth.generate.sampling import Sampling
 from firth.generate.streaming import StreamingOutput
-from firth.model.config import ModelConfig, decoder_config, encoder_config, encoder_decoder_config
+from firth.model.config import (
+    ModelConfig,
+    NormConfig,
+    PositionConfig,
+    decoder_config,
+    encoder_config,
+    encoder_decoder_config,
+)
 from firth.model.model import LM
 from firth.tokenizer.train import train
 from firth.types import UserError
@@ -27,8 +34,8 @@ CONFIGS = {
         num_heads=4,
         num_kv_heads=2,
         max_positions=64,
-        position="sinusoidal",
-        norm_placement="post",
+        position=PositionConfig("sinusoidal"),
+        norm=NormConfig(placement="post"),
     ),
     "t5": encoder_decoder_config(vocab_size=V, hidden_size=32, num_layers=2, num_heads=2, max_positions=64),
 }
@@ -42,7 +49,7 @@ def engine(model: LM, stops: tuple[int, ...] = ()) -> Engine:
 @torch.no_grad()
 def uncached_logits(model: LM, prompt: np.ndarray, generated: np.ndarray) -> torch.Tensor:
     """Return the logits at every generated position from one uncached pass over the unpadded row: (n, V)."""
-    if model.config.num_encoder_layers:
+    if model.config.encoder.num_layers:
         batch = {"source_tokens": torch.as_tensor(prompt)[None]}
         row, first = np.concatenate(([ByteTokenizer.vocab.pad], generated)), 0
     else:

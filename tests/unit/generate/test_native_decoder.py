@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import numpy as np
 import pytest
 import torch
@@ -15,7 +13,19 @@ from firth.generate.native_decoder import NativeDecoder, few_rows
 from firth.generate.quantized import quantize
 from firth.generate.sampling import Sampling
 from firth.model import native
-from firth.model.config import ModelConfig, decoder_config, encoder_decoder_config, recurrent_config
+from firth.model.config import (
+    AttentionConfig,
+    EmbeddingConfig,
+    EncoderConfig,
+    LMHeadConfig,
+    ModelConfig,
+    NormConfig,
+    PositionConfig,
+    RopeConfig,
+    decoder_config,
+    encoder_decoder_config,
+    recurrent_config,
+)
 from firth.model.model import LM
 from firth.peft import lora
 from tests.support.models import random_model
@@ -29,24 +39,19 @@ CONFIGS = {
     "bias in attention": ModelConfig(**BASE, bias_location="attention"),
     "nanochat": ModelConfig(
         **BASE,
-        norm="rms",
-        norm_weight=False,
-        norm_bias=False,
-        embedding_norm=True,
-        qk_norm=True,
+        norm=NormConfig("rms", weight=False, bias=False, embedding=True),
+        attention=AttentionConfig(qk_norm=True),
         activation="relu2",
-        position="rotary",
-        rope_sign=-1,
-        logit_softcap=15,
+        position=PositionConfig("rotary", rope=RopeConfig(sign=-1)),
+        lm_head=LMHeadConfig(softcap=15),
         tie_embeddings=False,
         bias=False,
     ),
     "llama": ModelConfig(
         **BASE,
         num_kv_heads=2,
-        norm="rms",
-        norm_bias=False,
-        position="rotary",
+        norm=NormConfig("rms", bias=False),
+        position=PositionConfig("rotary"),
         activation="swiglu",
         bias=False,
         intermediate_size=100,
@@ -54,46 +59,45 @@ CONFIGS = {
     "qwen3": ModelConfig(
         **BASE,
         num_kv_heads=1,
-        norm="rms",
-        norm_bias=False,
-        position="rotary",
+        norm=NormConfig("rms", bias=False),
+        position=PositionConfig("rotary"),
         activation="swiglu",
         bias=False,
-        qk_norm=True,
-        qk_norm_weight=True,
+        attention=AttentionConfig(qk_norm=True, qk_norm_weight=True),
         head_dim=20,
     ),
-    "gelu, head bias": ModelConfig(**BASE, activation="gelu", lm_head_bias=True),
-    "silu, no norm weights": ModelConfig(**BASE, activation="silu", norm_weight=False, norm_bias=False),
-    "post-norm, sinusoidal, grouped": ModelConfig(**BASE, num_kv_heads=2, position="sinusoidal", norm_placement="post"),
-    "shared blocks, narrow table": ModelConfig(**BASE, num_layer_groups=1, embedding_size=16, lm_head="transform"),
-    "no position, first norm left out": ModelConfig(
-        **BASE, position="none", first_attention_norm=False, activation="relu"
+    "gelu, head bias": ModelConfig(**BASE, activation="gelu", lm_head=LMHeadConfig(bias=True)),
+    "silu, no norm weights": ModelConfig(**BASE, activation="silu", norm=NormConfig(weight=False, bias=False)),
+    "post-norm, sinusoidal, grouped": ModelConfig(
+        **BASE, num_kv_heads=2, position=PositionConfig("sinusoidal"), norm=NormConfig(placement="post")
     ),
-    "wide heads": ModelConfig(**(BASE | {"hidden_size": 256, "num_heads": 2}), position="rotary"),
-    "heads of 32": ModelConfig(**(BASE | {"hidden_size": 64, "num_heads": 2}), position="rotary"),
+    "shared blocks, narrow table": ModelConfig(
+        **BASE, num_layer_groups=1, embedding=EmbeddingConfig(size=16), lm_head=LMHeadConfig("transform")
+    ),
+    "no position, first norm left out": ModelConfig(
+        **BASE, position=PositionConfig("none"), norm=NormConfig(first_attention=False), activation="relu"
+    ),
+    "wide heads": ModelConfig(**(BASE | {"hidden_size": 256, "num_heads": 2}), position=PositionConfig("rotary")),
+    "heads of 32": ModelConfig(**(BASE | {"hidden_size": 64, "num_heads": 2}), position=PositionConfig("rotary")),
     "heads of 64": decoder_config(vocab_size=V, hidden_size=128, num_layers=2, num_heads=2, max_positions=64),
     "t5": encoder_decoder_config(vocab_size=V, hidden_size=48, num_layers=2, num_heads=4, max_positions=64),
-    "t5, scaled head": replace(
-        encoder_decoder_config(vocab_size=V, hidden_size=48, num_layers=2, num_heads=4, max_positions=64),
-        lm_head_scale=0.125,
-    ),
+    "t5, scaled head": encoder_decoder_config(
+        vocab_size=V, hidden_size=48, num_layers=2, num_heads=4, max_positions=64
+    ).with_fields({"lm_head.scale": 0.125}),
     "bart": ModelConfig(
         **BASE,
-        num_encoder_layers=2,
-        norm_placement="post",
-        embedding_norm=True,
+        encoder=EncoderConfig(num_layers=2, decoder_start_token="eos"),
+        norm=NormConfig(placement="post", embedding=True),
         activation="gelu",
-        lm_head_bias=True,
-        decoder_start_token="eos",
+        lm_head=LMHeadConfig(bias=True),
     ),
     "marian": ModelConfig(
         **BASE,
-        num_encoder_layers=2,
-        norm_placement="post",
-        position="marian",
+        encoder=EncoderConfig(num_layers=2),
+        norm=NormConfig(placement="post"),
+        position=PositionConfig("marian"),
         activation="relu",
-        embedding_scale=48**0.5,
+        embedding=EmbeddingConfig(scale=48**0.5),
     ),
 }
 
@@ -112,7 +116,7 @@ def logits_of(model: LM, way: str, count: int = 5, steps: int = 8, kept: tuple[i
         rows = DecodingBatch(
             model,
             prompts(count),
-            0 if model.config.num_encoder_layers else None,
+            0 if model.config.encoder.num_layers else None,
             Sampling(max_new_tokens=steps),
             range(count),
         )
@@ -250,7 +254,7 @@ def test_unmerged_adapters_use_torch() -> None:
 @pytest.mark.parametrize(
     "config",
     [
-        ModelConfig(**BASE, position="xlnet", mask_embedding=True),
+        ModelConfig(**BASE, position=PositionConfig("xlnet"), embedding=EmbeddingConfig(mask=True)),
         recurrent_config(vocab_size=V, hidden_size=48, num_layers=2),
     ],
 )

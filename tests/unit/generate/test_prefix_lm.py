@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +15,7 @@ from firth.evaluate.text_perplexity import scoring_mode
 from firth.generate.decoding_batch import DecodingBatch, inference_mode, rectangle
 from firth.generate.engine import Engine
 from firth.generate.sampling import Sampling
-from firth.model.config import ModelConfig, decoder_config, encoder_config
+from firth.model.config import AttentionConfig, ModelConfig, PositionConfig, decoder_config, encoder_config
 from firth.model.model import LM
 from firth.objectives.prefix_lm import PrefixLM
 from firth.pretrained.load_save import load_model, save_model
@@ -31,10 +30,8 @@ from tests.support.tiny_corpus import TEXTS
 
 V = ByteTokenizer.vocab.size
 CONFIGS = {
-    "rotary": replace(
-        decoder_config(vocab_size=V, hidden_size=32, num_layers=2, num_heads=2, max_positions=64),
-        causal=False,
-        prefix_lm=True,
+    "rotary": decoder_config(vocab_size=V, hidden_size=32, num_layers=2, num_heads=2, max_positions=64).with_fields(
+        {"causal": False, "attention.prefix_lm": True}
     ),
     "t5": ModelConfig(
         vocab_size=V,
@@ -42,13 +39,13 @@ CONFIGS = {
         num_layers=2,
         num_heads=2,
         max_positions=64,
-        position="t5",
+        position=PositionConfig("t5"),
         causal=False,
-        prefix_lm=True,
+        attention=AttentionConfig(prefix_lm=True),
     ),
-    "an encoder's body": replace(
-        encoder_config(vocab_size=V, hidden_size=32, num_layers=2, num_heads=2, max_positions=64), prefix_lm=True
-    ),
+    "an encoder's body": encoder_config(
+        vocab_size=V, hidden_size=32, num_layers=2, num_heads=2, max_positions=64
+    ).with_fields({"attention.prefix_lm": True}),
 }
 CPU = torch.device("cpu")
 
@@ -120,19 +117,9 @@ def test_a_saved_model_keeps_prefix_lm(model: LM, tmp_path: Path) -> None:
 
 
 def test_unsupported_model_configs_are_rejected() -> None:
-    for wrong in ({"causal": True}, {"num_encoder_layers": 1}, {"linformer_k": 8, "position": "none"}):
-        with pytest.raises(UserError, match=r"model\.prefix_lm reads a prompt in both directions"):
-            ModelConfig(
-                **{
-                    "vocab_size": 9,
-                    "hidden_size": 8,
-                    "num_layers": 1,
-                    "num_heads": 1,
-                    "causal": False,
-                    "prefix_lm": True,
-                }
-                | wrong
-            )
+    for wrong in ({"causal": True}, {"encoder.num_layers": 1}, {"attention.linformer.k": 8, "position.type": "none"}):
+        with pytest.raises(UserError, match=r"model\.attention\.prefix_lm reads a prompt in both directions"):
+            ModelConfig(9, 8, 1, 1).with_fields({"causal": False, "attention.prefix_lm": True} | wrong)
 
 
 SMALL = [
@@ -149,7 +136,7 @@ def test_a_run_is_used_with_the_attention_of_its_objective(tmp_path: Path) -> No
     overrides = [f"data.path={text}", *SMALL]
     run(load("prefix_lm", overrides), tmp_path / "run", log=lambda _: None)
     loaded = open_engine(tmp_path / "run")
-    assert loaded.model.config.prefix_lm
+    assert loaded.model.config.attention.prefix_lm
     prompt = encode_prompt(loaded.tokenizer, "Thank you for", loaded.model)
     assert prompt[0] != loaded.tokenizer.vocab.roles["bos"]
     example = PrefixLM()._split(np.append(prompt, 9), len(prompt), loaded.tokenizer.vocab)
@@ -160,4 +147,4 @@ def test_a_run_is_used_with_the_attention_of_its_objective(tmp_path: Path) -> No
     assert found["mode"] == "causal" and not found["bos"]
     again = load("prefix_lm", [*overrides, "objective=causal_lm", f"init_from={tmp_path / 'run'}"])
     run(again, tmp_path / "left", log=lambda _: None)
-    assert not open_engine(tmp_path / "left").model.config.prefix_lm
+    assert not open_engine(tmp_path / "left").model.config.attention.prefix_lm

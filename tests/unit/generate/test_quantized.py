@@ -16,7 +16,17 @@ from firth.generate.decoding_batch import rectangle
 from firth.generate.engine import Engine
 from firth.generate.quantized import DIGITS, Int8Linear, Int8LMHead, quantize, quantize_rows
 from firth.generate.sampling import Sampling
-from firth.model.config import ModelConfig, decoder_config, encoder_config, encoder_decoder_config, recurrent_config
+from firth.model.config import (
+    AttentionConfig,
+    EmbeddingConfig,
+    ModelConfig,
+    NormConfig,
+    PositionConfig,
+    decoder_config,
+    encoder_config,
+    encoder_decoder_config,
+    recurrent_config,
+)
 from firth.model.model import LM
 from firth.pretrained.load_save import save_model
 from firth.runs.inference import open_engine
@@ -37,9 +47,8 @@ CONFIGS = {
         num_heads=4,
         num_kv_heads=2,
         max_positions=64,
-        norm="rms",
-        norm_bias=False,
-        position="rotary",
+        norm=NormConfig("rms", bias=False),
+        position=PositionConfig("rotary"),
         activation="swiglu",
         bias=False,
     ),
@@ -50,13 +59,11 @@ CONFIGS = {
         num_heads=4,
         num_kv_heads=2,
         max_positions=64,
-        norm="rms",
-        norm_bias=False,
-        position="rotary",
+        norm=NormConfig("rms", bias=False),
+        position=PositionConfig("rotary"),
         activation="swiglu",
         bias_location="qkv",
-        qk_norm=True,
-        qk_norm_weight=True,
+        attention=AttentionConfig(qk_norm=True, qk_norm_weight=True),
     ),
     "albert's sharing": ModelConfig(
         vocab_size=V,
@@ -64,7 +71,7 @@ CONFIGS = {
         num_layers=3,
         num_heads=2,
         num_layer_groups=1,
-        embedding_size=16,
+        embedding=EmbeddingConfig(size=16),
         max_positions=64,
         tie_embeddings=False,
     ),
@@ -140,7 +147,7 @@ def logits(model: LM, batch: dict[str, Tensor]) -> Tensor:
 
 def batch_of(model: LM) -> dict[str, Tensor]:
     batch = rectangle(random_prompts(5), torch.device("cpu"), causal=model.config.causal)
-    if model.config.num_encoder_layers:
+    if model.config.encoder.num_layers:
         batch |= {
             f"source_{n}": f for n, f in rectangle(random_prompts(5, 1), torch.device("cpu"), causal=False).items()
         }
@@ -289,7 +296,7 @@ def test_memory_is_a_quarter() -> None:
             num_layers=2,
             num_heads=2,
             max_positions=64,
-            position="rotary",
+            position=PositionConfig("rotary"),
             tie_embeddings=tied,
         )
         model = random_model(config)

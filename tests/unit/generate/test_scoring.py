@@ -19,8 +19,8 @@ VOCAB = Vocab(size=50, roles=ROLES, special=np.arange(50) < 4).with_decoder_star
 SMALL = decoder_config(50, 64, 2)
 CAUSAL: dict[str, ModelConfig] = {
     "rotary": SMALL,
-    "learned": replace(SMALL, position="learned"),
-    "t5": replace(SMALL, position="t5"),
+    "learned": SMALL.with_fields({"position.type": "learned"}),
+    "t5": SMALL.with_fields({"position.type": "t5"}),
     "grouped": decoder_config(50, 64, 2, num_heads=4),
     "lstm": recurrent_config(50, 32, 2),
     "no-layers-shared": replace(SMALL, num_layer_groups=1),
@@ -77,7 +77,7 @@ def test_decoder_scores_equal_separate_passes(name: str) -> None:
 
 def test_prefix_lm_scores_equal_separate_passes() -> None:
     """The prompt of a prefix language model is read in both directions."""
-    model, pairs = random_model(replace(SMALL, prefix_lm=True, causal=False)), random_pairs(np.random.default_rng(1))
+    model, pairs = random_model(SMALL.with_fields({"attention.prefix_lm": True, "causal": False})), random_pairs(np.random.default_rng(1))
     for pair, scores in zip(pairs, found(model, pairs), strict=True):
         row = np.concatenate((pair.prompt, pair.continuation))[:-1]
         with torch.inference_mode():

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import os
-import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -20,7 +17,7 @@ from firth.pretrained.load_save import load_model, save_model
 from firth.runs import recipe
 from firth.tokenizer.limits import fault
 from firth.tokenizer.tokenizer import Tokenizer
-from firth.types import UserError
+from tests.support.errors import refused
 from tests.support.tiny_corpus import tokenizer
 
 
@@ -30,15 +27,6 @@ def given(tmp_path: Path) -> Path:
     config = ModelConfig(vocab_size=tokenizer().vocab.size, hidden_size=16, num_layers=1, num_heads=2, max_positions=32)
     save_model(LM(config, {"lm": LMHead(config)}), tokenizer(), tmp_path / "given")
     return tmp_path / "given"
-
-
-def refused(action: Callable[[], Any], says: str) -> None:
-    """The action raises a UserError of one line that contains `says`, within seconds."""
-    started = time.process_time()
-    with pytest.raises(UserError, match=says) as error:
-        action()
-    assert "\n" not in str(error.value) and len(str(error.value)) < 700
-    assert time.process_time() - started < 5
 
 
 def test_a_pipe_for_a_file_is_refused_at_once(given: Path, tmp_path: Path) -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
 import torch
 from torch import Tensor
@@ -11,7 +9,14 @@ from torch import Tensor
 from firth.model import blocked_attention
 from firth.model.attention import AttentionMask, attend
 from firth.model.block import Attention, initialize
-from firth.model.config import ModelConfig, decoder_config, encoder_config, encoder_decoder_config
+from firth.model.config import (
+    AttentionConfig,
+    InitConfig,
+    ModelConfig,
+    decoder_config,
+    encoder_config,
+    encoder_decoder_config,
+)
 from firth.model.forward_context import ForwardContext
 from firth.model.heads import LMHead
 from firth.model.model import LM
@@ -162,7 +167,9 @@ def test_cached_equals_uncached(position: str, source: bool) -> None:
     """Prompts of three lengths padded on the right, then four tokens each, with gaps in the slots."""
     make = encoder_decoder_config if source else decoder_config
     model = build(
-        replace(make(50, 32, 2, num_heads=4, max_positions=64), position=position, num_kv_heads=2, zero_init=False)
+        make(50, 32, 2, num_heads=4, max_positions=64).with_fields(
+            {"position.type": position, "num_kv_heads": 2, "init.zero_output": False}
+        )
     )
     lengths, more = [6, 3, 1], 4
     tokens = torch.randint(50, (3, 10))
@@ -193,7 +200,7 @@ def test_cached_equals_uncached(position: str, source: bool) -> None:
 
 @torch.inference_mode()
 def test_cache_selects_rows() -> None:
-    model = build(replace(encoder_decoder_config(50, 32, 2, num_heads=4), zero_init=False))
+    model = build(encoder_decoder_config(50, 32, 2, num_heads=4).with_fields({"init.zero_output": False}))
     when = torch.arange(5).expand(3, 5)
     batch = {
         "tokens": torch.randint(50, (3, 5)),
@@ -214,7 +221,7 @@ def test_cache_selects_rows() -> None:
 @pytest.mark.parametrize("make", [decoder_config, encoder_config, encoder_decoder_config])
 def test_packing_padding_and_groups_change_nothing(make: object) -> None:
     """Two texts alone, padded, packed into one row, and as a group (1, 2, T) have the same states."""
-    config = replace(make(50, 32, 2, num_heads=4), zero_init=False)  # type: ignore[operator]
+    config = make(50, 32, 2, num_heads=4).with_fields({"init.zero_output": False})  # type: ignore[operator]
     model = build(config).train()
     a, b, s, t = (torch.randint(50, (n,)) for n in (5, 3, 4, 6))
     causal = make is not encoder_config
@@ -242,12 +249,17 @@ def test_packing_padding_and_groups_change_nothing(make: object) -> None:
     assert torch.allclose(model({n: x[None] for n, x in rows.items()})[0], got, atol=1e-6)
 
 
-@pytest.mark.parametrize("scale_attention", [True, False])
-def test_initial_scores_have_unit_variance(scale_attention: bool) -> None:
+@pytest.mark.parametrize("scale_scores", [True, False])
+def test_initial_scores_have_unit_variance(scale_scores: bool) -> None:
     """T5 has no 1 / sqrt(d) in the product, so the factor is in the initial query weights."""
     torch.manual_seed(0)
     config = ModelConfig(
-        vocab_size=50, hidden_size=256, num_layers=1, num_heads=4, scale_attention=scale_attention, init_std=0.0
+        vocab_size=50,
+        hidden_size=256,
+        num_layers=1,
+        num_heads=4,
+        attention=AttentionConfig(scale_scores=scale_scores),
+        init=InitConfig(std=0.0),
     )
     attention = Attention(config)
     initialize(attention, config)

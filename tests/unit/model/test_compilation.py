@@ -18,7 +18,15 @@ from torch import Tensor
 from firth import kernel_choice
 from firth.data.collate import collate
 from firth.model import compilation
-from firth.model.config import ModelConfig, decoder_config, encoder_config, encoder_decoder_config, word_vector_config
+from firth.model.config import (
+    EmbeddingConfig,
+    ModelConfig,
+    NormConfig,
+    decoder_config,
+    encoder_config,
+    encoder_decoder_config,
+    word_vector_config,
+)
 from firth.model.model import LM
 from firth.objectives.causal_lm import CausalLM
 from firth.objectives.masked_lm import MLM
@@ -39,7 +47,11 @@ VOCAB = Vocab(
 )
 SIZE: Any = {"vocab_size": 60, "hidden_size": 32, "num_layers": 3, "num_heads": 2, "max_positions": 64}
 BERT = ModelConfig(
-    **SIZE, norm_placement="post", embedding_norm=True, type_vocab_size=2, activation="gelu", causal=False
+    **SIZE,
+    norm=NormConfig(placement="post", embedding=True),
+    embedding=EmbeddingConfig(type_vocab_size=2),
+    activation="gelu",
+    causal=False,
 )
 CASES: dict[str, tuple[ModelConfig, Objective]] = {
     "decoder": (decoder_config(**SIZE), CausalLM()),
@@ -91,7 +103,7 @@ def test_gradients_match_plain_blocks(case: str, graphs: list[torch.fx.GraphModu
     config, objective = CASES[case]
     torch.manual_seed(0)
     model = LM(config, objective.heads(config))
-    for p in model.parameters():  # zero_init would hide what a block does
+    for p in model.parameters():  # init.zero_output would hide what a block does
         if p.ndim > 1:
             torch.nn.init.normal_(p, std=0.2)
     rows = batches(objective)

@@ -5,7 +5,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from firth.model.config import ModelConfig, decoder_config, encoder_config, encoder_decoder_config
+from firth.model.config import ModelConfig, PositionConfig, decoder_config, encoder_config, encoder_decoder_config
 from firth.model.flops import real_tokens, supervised_positions, work
 from firth.model.model import LM
 from firth.objectives.causal_lm import CausalLM
@@ -60,7 +60,7 @@ def test_pairs_match_the_dense_mask(sides: tuple[str, ...]) -> None:
             num_heads=4,
             num_kv_heads=2,
             intermediate_size=40,
-            position="rotary",
+            position=PositionConfig("rotary"),
             activation="swiglu",
         ),
     ],
@@ -71,7 +71,7 @@ def test_flops_of_a_step_match_torch(config: ModelConfig) -> None:
     model = LM(config, objective.heads(config))
     batch: Batch = {"tokens": torch.randint(1, 70, (2, 12)), "labels": torch.randint(1, 70, (2, 12))}
     batch["labels"][:, :5] = IGNORE  # with subsets, the last block runs at 7 of 12 positions
-    if config.num_encoder_layers:
+    if config.encoder.num_layers:
         batch["source_tokens"] = torch.randint(1, 70, (2, 9))
     counted = work(batch)
     assert (counted.positions, counted.pairs) == (24, 2 * 12 * 12)  # no fields: all attend to all
@@ -79,4 +79,4 @@ def test_flops_of_a_step_match_torch(config: ModelConfig) -> None:
     # The counter sees plain products only: no fused attention kernel on the CPU, no chunked head.
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         model.heads["lm"](supervised(objective.forward(model, batch)["hidden"], batch["labels"])[0]).sum().backward()
-    assert counter.get_total_flops() == objective.forward_flops(model, batch) + objective.loss_flops(model, batch)
+    assert counter.get_total_flops() == objective.flops(model, batch)

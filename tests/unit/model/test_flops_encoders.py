@@ -10,7 +10,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from firth.data.collate import collate
+from firth.data.collate import collate, counted_fields
 from firth.model.config import ModelConfig
 from firth.model.model import LM
 from firth.model.presets import bert
@@ -32,9 +32,7 @@ def case(objective: Objective, config: ModelConfig) -> tuple[LM, Batch]:
         objective.build_example({"tokens": VOCAB.add_special_tokens(rng.integers(5, 70, 20))}, VOCAB, rng)
         for _ in range(4)
     ]
-    return LM(config, objective.heads(config)), collate(
-        examples, {*objective.labels.values(), *objective.metrics.values()}
-    )
+    return LM(config, objective.heads(config)), collate(examples, {*counted_fields(objective).values()})
 
 
 def counter() -> FlopCounterMode:
@@ -43,7 +41,7 @@ def counter() -> FlopCounterMode:
 
 @pytest.mark.parametrize(
     "config",
-    [replace(PLAIN, embedding_size=12), replace(PLAIN, embedding_size=12, num_layer_groups=1)],
+    [PLAIN.with_fields({"embedding.size": 12}), PLAIN.with_fields({"embedding.size": 12, "num_layer_groups": 1})],
     ids=["small", "shared"],
 )
 def test_small_embeddings_and_shared_blocks(config: ModelConfig) -> None:
@@ -51,27 +49,27 @@ def test_small_embeddings_and_shared_blocks(config: ModelConfig) -> None:
     model, batch = case(objective, config)
     with counter() as count, sdpa_kernel(SDPBackend.MATH):
         model.heads["lm"](supervised(objective.forward(model, batch)["hidden"], batch["labels"])[0]).sum().backward()
-    assert count.get_total_flops() == objective.forward_flops(model, batch) + objective.loss_flops(model, batch)
+    assert count.get_total_flops() == objective.flops(model, batch)
 
 
-@pytest.mark.parametrize("config", [PLAIN, replace(PLAIN, embedding_size=12)], ids=["full", "small"])
+@pytest.mark.parametrize("config", [PLAIN, PLAIN.with_fields({"embedding.size": 12})], ids=["full", "small"])
 def test_both_models_of_electra(config: ModelConfig) -> None:
     objective = RTD(generator_size=0.5)
     model, batch = case(objective, config)
     with counter() as count, sdpa_kernel(SDPBackend.MATH):
         terms = objective.loss(model, objective.forward(model, batch), batch)
         (terms["generator"] + terms["replaced"]).backward()
-    found = objective.forward_flops(model, batch) + objective.loss_flops(model, batch)
+    found = objective.flops(model, batch)
     assert count.get_total_flops() == found
-    assert found > 1.2 * MLM().forward_flops(model, batch)
+    assert found > 1.2 * Objective.flops(MLM(), model, batch)
 
 
 def test_span_boundary_head() -> None:
     """The product with the vocabulary is written out: the counter does not see into the chunked one."""
     objective = SBO()
-    model, batch = case(MLM(noise="geometric") + objective, replace(PLAIN, embedding_size=12))
+    model, batch = case(MLM(noise="geometric") + objective, PLAIN.with_fields({"embedding.size": 12}))
     count = int((batch["boundary"] >= 0).sum())
     around = torch.randn(count, 3 * 32, requires_grad=True)
     with counter() as counted:
         (model.heads["boundary"](around) @ model.tokens.weight.T).sum().backward()
-    assert count > 5 and counted.get_total_flops() == objective.loss_flops(model, batch)
+    assert count > 5 and counted.get_total_flops() == objective.flops(model, batch, forward=0.0)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -11,7 +9,18 @@ from torch import Tensor
 from torch.autograd import gradcheck
 
 from firth.model import blocked_attention, cross_entropy, fused
-from firth.model.config import ModelConfig, decoder_config, encoder_config, encoder_decoder_config
+from firth.model.config import (
+    EmbeddingConfig,
+    EncoderConfig,
+    LMHeadConfig,
+    ModelConfig,
+    NormConfig,
+    PositionConfig,
+    RopeConfig,
+    decoder_config,
+    encoder_config,
+    encoder_decoder_config,
+)
 from firth.model.heads import LMHead
 from firth.model.model import LM
 from firth.model.positions import rope_angles, rotation
@@ -43,7 +52,13 @@ def test_relu2() -> None:
 @pytest.mark.parametrize("eps", [-1.0, 1e-3])
 def test_rotate(eps: float) -> None:
     x = numbers(2, 3, 4, 6)
-    config = ModelConfig(vocab_size=2, hidden_size=24, num_layers=1, num_heads=4, position="rotary", rope_sign=-1)
+    config = ModelConfig(
+        vocab_size=2,
+        hidden_size=24,
+        num_layers=1,
+        num_heads=4,
+        position=PositionConfig("rotary", rope=RopeConfig(sign=-1)),
+    )
     cos, sin = (angle.double() for angle in rope_angles(torch.tensor([[0, 3, 9], [5, 1, 2]]), config))
     a, b = x.chunk(2, -1)
     rotated = torch.complex(a, b) * torch.complex(cos[..., :3], sin)
@@ -61,7 +76,13 @@ def test_rotate(eps: float) -> None:
 @pytest.mark.parametrize("rows", [1, 5])
 @torch.no_grad()
 def test_rotation_as_a_matrix_product(eps: float, sign: int, rows: int) -> None:
-    config = ModelConfig(vocab_size=2, hidden_size=24, num_layers=1, num_heads=4, position="rotary", rope_sign=sign)
+    config = ModelConfig(
+        vocab_size=2,
+        hidden_size=24,
+        num_layers=1,
+        num_heads=4,
+        position=PositionConfig("rotary", rope=RopeConfig(sign=sign)),
+    )
     angles = rope_angles(torch.tensor([[3], [0], [9], [1], [200]])[:rows], config)
     for dtype, near in ((torch.float64, 1e-6), (torch.float32, 1e-6), (torch.bfloat16, 1e-2)):
         x = torch.randn(5, 1, 4, 6).to(dtype)
@@ -170,11 +191,8 @@ def test_head_under_autocast_and_without_gradients(make: object) -> None:
 
 def test_a_tied_matrix_gets_both_gradients() -> None:
     """The finite difference of the loss along a random direction of the tied matrix."""
-    config = replace(
-        decoder_config(vocab_size=20, hidden_size=16, num_layers=1, num_heads=2),
-        tie_embeddings=True,
-        zero_init=False,
-        init_std=0.3,
+    config = decoder_config(vocab_size=20, hidden_size=16, num_layers=1, num_heads=2).with_fields(
+        {"tie_embeddings": True, "init.zero_output": False, "init.std": 0.3}
     )
     torch.manual_seed(0)
     model = LM(config, {"lm": LMHead(config)}).double()
@@ -207,23 +225,20 @@ def test_parameter_count_and_seed_of_a_config() -> None:
             2,
             4,
             num_kv_heads=2,
-            num_encoder_layers=3,
-            position="t5",
+            encoder=EncoderConfig(num_layers=3),
+            position=PositionConfig("t5"),
             activation="swiglu",
             tie_embeddings=False,
-            lm_head_bias=True,
+            lm_head=LMHeadConfig(bias=True),
         ),
         ModelConfig(
             50,
             32,
             2,
             4,
-            norm_placement="post",
-            embedding_norm=True,
-            type_vocab_size=2,
-            lm_head="transform",
-            lm_head_bias=True,
-            first_attention_norm=False,
+            norm=NormConfig(placement="post", embedding=True, first_attention=False),
+            embedding=EmbeddingConfig(type_vocab_size=2),
+            lm_head=LMHeadConfig("transform", bias=True),
         ),
     ):
         torch.manual_seed(5)
@@ -237,7 +252,7 @@ def test_parameter_count_and_seed_of_a_config() -> None:
 @pytest.mark.parametrize("make", [decoder_config, encoder_config, encoder_decoder_config])
 def test_a_model_trains_under_autocast_and_in_bf16(make: object) -> None:
     """bf16 loss and gradient are near those of fp32; with bf16 weights the loss is too."""
-    config = replace(make(vocab_size=50, hidden_size=32, num_layers=2, num_heads=2), zero_init=False)  # type: ignore[operator]
+    config = make(vocab_size=50, hidden_size=32, num_layers=2, num_heads=2).with_fields({"init.zero_output": False})  # type: ignore[operator]
     torch.manual_seed(0)
     model = LM(config, {"lm": LMHead(config)})
     torch.nn.init.normal_(model.heads["lm"].weight, std=0.2)

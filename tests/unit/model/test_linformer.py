@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from firth.model.attention import AttentionMask
-from firth.model.config import ModelConfig, encoder_config
+from firth.model.config import InitConfig, ModelConfig, encoder_config
 from firth.model.flops import stack_flops, work
 from firth.model.head_descriptions import describe_head, rebuild_head
 from firth.model.model import LM
@@ -26,8 +24,7 @@ FULL = ModelConfig(
     num_heads=2,
     max_positions=12,
     causal=False,
-    zero_init=False,
-    init_std=0.3,
+    init=InitConfig(zero_output=False, std=0.3),
 )
 SHARINGS = ["headwise", "key-value", "layerwise"]
 
@@ -37,11 +34,13 @@ def tokens(rows: int, length: int, seed: int = 0) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("sharing", SHARINGS)
-@pytest.mark.parametrize("body", [FULL, replace(FULL, position="rotary", num_kv_heads=1, norm_placement="post")])
+@pytest.mark.parametrize(
+    "body", [FULL, FULL.with_fields({"position.type": "rotary", "num_kv_heads": 1, "norm.placement": "post"})]
+)
 def test_identity_projections_are_full_attention(sharing: str, body: ModelConfig) -> None:
     torch.manual_seed(0)
     full = LM(body, {})
-    short = LM(replace(body, linformer_k=12, linformer_sharing=sharing), {})
+    short = LM(body.with_fields({"attention.linformer.k": 12, "attention.linformer.sharing": sharing}), {})
     state = full.state_dict()
     state["stack.linformer.weight"] = torch.eye(12).expand_as(short.stack.linformer.weight)
     short.load_state_dict(state)
@@ -54,16 +53,16 @@ def test_identity_projections_are_full_attention(sharing: str, body: ModelConfig
 
 @pytest.mark.parametrize("sharing", SHARINGS)
 def test_initial_slots_are_means_of_neighboring_tokens(sharing: str) -> None:
-    short = replace(FULL, linformer_k=12, linformer_sharing=sharing)
+    short = FULL.with_fields({"attention.linformer.k": 12, "attention.linformer.sharing": sharing})
     assert torch.equal(LM(short, {}).stack.linformer.weight, torch.eye(12).expand(*short.linformer_projections, 12, 12))
-    slots = LM(replace(short, linformer_k=4), {}).stack.linformer.at(12, AttentionMask()).of(1)
+    slots = LM(short.with_fields({"attention.linformer.k": 4}), {}).stack.linformer.at(12, AttentionMask()).of(1)
     x = torch.randn(2, 2, 12, 5)
     torch.testing.assert_close(slots.mix(x, 1), x.unflatten(2, (4, 3)).mean(3) * 3**0.5)
 
 
 def test_slot_variance_does_not_depend_on_row_length() -> None:
     """Over all slots, including empty ones."""
-    stack = LM(replace(FULL, max_positions=4096, linformer_k=512), {}).stack
+    stack = LM(FULL.with_fields({"max_positions": 4096, "attention.linformer.k": 512}), {}).stack
     x = torch.randn(1, 2, 4096, 8, generator=torch.Generator().manual_seed(0))
     whole, part = (stack.linformer.at(n, AttentionMask()).of(0).mix(x[:, :, :n], 0) for n in (4096, 256))
     assert whole.square().mean().item() == pytest.approx(1, abs=0.1)
@@ -72,7 +71,9 @@ def test_slot_variance_does_not_depend_on_row_length() -> None:
 
 @pytest.mark.parametrize("sharing", SHARINGS)
 def test_parameter_count_and_sharing(sharing: str) -> None:
-    config = replace(encoder_config(60, 32, 3, num_heads=2, max_positions=12), linformer_k=4, linformer_sharing=sharing)
+    config = encoder_config(60, 32, 3, num_heads=2, max_positions=12).with_fields(
+        {"attention.linformer.k": 4, "attention.linformer.sharing": sharing}
+    )
     model = LM(config, MLM().heads(config))
     assert sum(p.numel() for p in model.parameters()) == config.num_parameters()
     assert (
@@ -84,7 +85,7 @@ def test_parameter_count_and_sharing(sharing: str) -> None:
 
 def test_headwise_has_separate_projections() -> None:
     torch.manual_seed(0)
-    model = LM(replace(FULL, linformer_k=4, linformer_sharing="headwise"), {})
+    model = LM(FULL.with_fields({"attention.linformer.k": 4, "attention.linformer.sharing": "headwise"}), {})
     batch = {"tokens": tokens(2, 9)}
     before = model(batch)
     for layer in range(2):
@@ -99,7 +100,7 @@ def test_headwise_has_separate_projections() -> None:
 
 def test_padding_adds_nothing() -> None:
     torch.manual_seed(0)
-    model = LM(replace(FULL, linformer_k=4), {})
+    model = LM(FULL.with_fields({"attention.linformer.k": 4}), {})
     own = tokens(2, 7)
     unpadded = model({"tokens": own})
     padded = torch.cat((own, tokens(2, 4, seed=1)), 1)
@@ -109,18 +110,18 @@ def test_padding_adds_nothing() -> None:
 
 
 def test_unsupported_inputs_are_rejected() -> None:
-    model = LM(replace(FULL, linformer_k=4), {})
+    model = LM(FULL.with_fields({"attention.linformer.k": 4}), {})
     when = torch.arange(6)[None]
     for fields in ({"query_time": when, "key_time": when}, {"document_ids": torch.tensor([[1, 1, 1, 2, 2, 2]])}):
         with pytest.raises(UserError, match="every position must attend to the whole row"):
             model({"tokens": tokens(1, 6), **fields})
     with pytest.raises(UserError, match=r"13 tokens is longer than model.max_positions=12"):
-        LM(replace(FULL, linformer_k=4, position="rotary"), {})({"tokens": tokens(1, 13)})
+        LM(FULL.with_fields({"attention.linformer.k": 4, "position.type": "rotary"}), {})({"tokens": tokens(1, 13)})
     with pytest.raises(UserError, match="cannot write token by token"):
         model.make_cache(1, 8)
-    for bad in ({"causal": True}, {"num_encoder_layers": 1}, {"position": "t5"}, {"linformer_k": 13}):
-        with pytest.raises(UserError, match=r"model\.linformer_k=\d+ mixes a whole row"):
-            replace(FULL, **{"linformer_k": 4} | bad)
+    for bad in ({"causal": True}, {"encoder.num_layers": 1}, {"position.type": "t5"}, {"attention.linformer.k": 13}):
+        with pytest.raises(UserError, match=r"model\.attention\.linformer\.k=\d+ mixes a whole row"):
+            FULL.with_fields({"attention.linformer.k": 4} | bad)
 
 
 def test_unsupported_recipes_are_rejected_on_load() -> None:
@@ -131,10 +132,10 @@ def test_unsupported_recipes_are_rejected_on_load() -> None:
 
 
 def test_flops_match_torch() -> None:
-    config = replace(FULL, linformer_k=4, linformer_sharing="headwise")
+    config = FULL.with_fields({"attention.linformer.k": 4, "attention.linformer.sharing": "headwise"})
     model = LM(config, {})
     batch = {"tokens": tokens(3, 10)}
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         model(batch).sum().backward()
     assert counter.get_total_flops() == stack_flops(config, work(batch))
-    assert CausalLM().attention_pattern() not in config.supported_patterns
+    assert CausalLM().attention not in config.supported_patterns

@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from firth.data.collate import collate, pack
 from firth.generate.decoding_batch import rectangle
 from firth.model import flops
-from firth.model.config import ModelConfig, decoder_config, recurrent_config
+from firth.model.config import ModelConfig, NormConfig, PositionConfig, decoder_config, recurrent_config
 from firth.model.forward_context import ForwardContext
 from firth.model.head_descriptions import describe_head, rebuild_head
 from firth.model.model import LM
@@ -84,7 +84,9 @@ CONFIGS = {
     "causal": config_of("lstm"),
     "causal gru": config_of("gru"),
     "bidirectional": config_of("lstm", causal=False),
-    "separate directions": config_of("lstm", causal=False, separate_directions=True, rnn_residual=True),
+    "separate directions": config_of("lstm", causal=False).with_fields(
+        {"rnn.separate_directions": True, "rnn.residual": True}
+    ),
     "character CNN": dataclasses.replace(elmo_config(40, 16, 2, characters=8, filters=64), max_positions=64),
 }
 
@@ -132,7 +134,7 @@ def test_causal_reads_the_past_and_bidirectional_reads_all() -> None:
         changed_states = (model({"tokens": tokens}) - model({"tokens": changed})).abs() > 0  # (1, T, width)
         if config.causal:
             assert not changed_states[0, :6].any() and changed_states[0, 6:].any(-1).all(), name
-        elif config.separate_directions:
+        elif config.rnn.separate_directions:
             ahead, back = changed_states[0].chunk(2, -1)
             assert not ahead[:6].any() and ahead[6:].any(-1).all(), name
             assert not back[7:].any() and back[:7].any(-1).all(), name
@@ -178,12 +180,19 @@ COUNTED = {
     **CONFIGS,
     "rnn": config_of("rnn"),
     "projected": config_of("lstm", intermediate_size=24),
-    "positions, token types, untied": config_of(
-        "gru", position="learned", max_positions=9, type_vocab_size=2, tie_embeddings=False
+    "positions, token types, untied": config_of("gru", max_positions=9, tie_embeddings=False).with_fields(
+        {"position.type": "learned", "embedding.type_vocab_size": 2}
     ),
-    "character CNN and attention": dataclasses.replace(decoder_config(40, 64, 1), max_characters=8, char_filters=64),
+    "character CNN and attention": decoder_config(40, 64, 1).with_fields(
+        {"embedding.characters.max_length": 8, "embedding.characters.num_filters": 64}
+    ),
     "word vectors": ModelConfig(
-        vocab_size=40, hidden_size=8, num_layers=0, num_heads=1, norm_placement="post", position="none"
+        vocab_size=40,
+        hidden_size=8,
+        num_layers=0,
+        num_heads=1,
+        norm=NormConfig(placement="post"),
+        position=PositionConfig("none"),
     ),
 }
 
@@ -194,7 +203,7 @@ def test_parameters_are_counted_exactly(name: str) -> None:
     from firth.objectives.bilm import BiLM
 
     config = COUNTED[name]
-    model = LM(config, BiLM().heads(config) if config.separate_directions else {"lm": LMHead(config)})
+    model = LM(config, BiLM().heads(config) if config.rnn.separate_directions else {"lm": LMHead(config)})
     assert config.num_parameters() == sum(p.numel() for p in model.parameters())
 
 
@@ -237,23 +246,26 @@ def test_a_saved_model_is_loaded_unchanged(name: str, tmp_path) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"qk_norm": True}, "model.qk_norm=True has no effect on recurrent layers"),
-        ({"norm_placement": "pre"}, "model.norm_placement='?pre'?"),
-        ({"num_encoder_layers": 2}, "model.num_encoder_layers=2"),
-        ({"position": "rotary"}, "model.position=rotary is for attention"),
-        ({"separate_directions": True}, "model.causal=false"),
+        ({"attention.qk_norm": True}, "model.attention.qk_norm=True has no effect on recurrent layers"),
+        ({"norm.placement": "pre"}, "model.norm.placement='?pre'?"),
+        ({"encoder.num_layers": 2}, "model.encoder.num_layers=2"),
+        ({"position.type": "rotary"}, "model.position=rotary is for attention"),
+        ({"rnn.separate_directions": True}, "model.causal=false"),
         ({"causal": False, "hidden_size": 17, "head_dim": 17, "intermediate_size": 0}, "make it even"),
         ({"intermediate_size": 12}, "leave model.intermediate_size out"),
-        ({"rnn_type": "gru", "intermediate_size": 24}, "only an LSTM"),
-        ({"rnn_type": "", "rnn_residual": True}, "recurrent layers"),
-        ({"max_characters": 8}, "tie_embeddings=false"),
-        ({"max_characters": 8, "tie_embeddings": False, "char_filters": 100}, "64, 128"),
-        ({"rnn_type": "elman"}, "not one of"),
+        ({"rnn.type": "gru", "intermediate_size": 24}, "only an LSTM"),
+        ({"rnn.type": "", "rnn.residual": True}, "recurrent layers"),
+        ({"embedding.characters.max_length": 8}, "tie_embeddings=false"),
+        (
+            {"embedding.characters.max_length": 8, "tie_embeddings": False, "embedding.characters.num_filters": 100},
+            "64, 128",
+        ),
+        ({"rnn.type": "elman"}, "model.rnn.type='elman' should be '', 'rnn', 'gru' or 'lstm'"),
     ],
 )
 def test_unsupported_options_are_rejected(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
-        dataclasses.replace(recurrent_config(40, 16, 2), **changes)
+        recurrent_config(40, 16, 2).with_fields(changes)
 
 
 def test_zero_layers_return_the_embeddings() -> None:
@@ -262,7 +274,7 @@ def test_zero_layers_return_the_embeddings() -> None:
     assert torch.equal(model({"tokens": tokens}), model.tokens(tokens))
     assert len(model.all_hidden_states({"tokens": tokens})) == 1
     with pytest.raises(UserError, match=r"model\.num_layers=0"):
-        dataclasses.replace(COUNTED["word vectors"], num_encoder_layers=2)
+        COUNTED["word vectors"].with_fields({"encoder.num_layers": 2})
 
 
 @pytest.mark.parametrize("config", [CONFIGS["separate directions"], CONFIGS["causal"], ModelConfig(40, 16, 2, 2)])

@@ -10,7 +10,15 @@ import torch
 from safetensors.torch import load_file
 
 from firth.model.block import Block
-from firth.model.config import ModelConfig, decoder_config, encoder_config, encoder_decoder_config
+from firth.model.config import (
+    EmbeddingConfig,
+    LMHeadConfig,
+    ModelConfig,
+    NormConfig,
+    decoder_config,
+    encoder_config,
+    encoder_decoder_config,
+)
 from firth.model.forward_context import ForwardContext
 from firth.model.heads import LMHead
 from firth.model.model import LM, TiedSubmodel
@@ -25,26 +33,25 @@ ALBERT = ModelConfig(
     num_layers=6,
     num_heads=4,
     max_positions=40,
-    embedding_size=12,
+    embedding=EmbeddingConfig(size=12, type_vocab_size=2),
     num_layer_groups=1,
     causal=False,
-    norm_placement="post",
-    type_vocab_size=2,
-    embedding_norm=True,
-    lm_head="transform",
-    lm_head_bias=True,
+    norm=NormConfig(placement="post", embedding=True),
+    lm_head=LMHeadConfig("transform", bias=True),
 )
-ENCODER = replace(encoder_config(61, 64, 3, max_positions=40), zero_init=False)
+ENCODER = encoder_config(61, 64, 3, max_positions=40).with_fields({"init.zero_output": False})
 CONFIGS = {
     "albert": ALBERT,
-    "two groups": replace(ALBERT, num_layer_groups=2, norm_placement="pre", norm="rms", bias=False),
-    "untied": replace(ALBERT, tie_embeddings=False, lm_head="linear"),
-    "untied, transformed": replace(ALBERT, tie_embeddings=False),
-    "default encoder, shared and narrow": replace(
-        ENCODER, num_layer_groups=1, embedding_size=20, first_attention_norm=True
+    "two groups": ALBERT.with_fields(
+        {"num_layer_groups": 2, "norm.placement": "pre", "norm.type": "rms", "bias": False}
     ),
-    "shared decoder": replace(decoder_config(61, 64, 4), num_layer_groups=2, embedding_size=16),
-    "encoder-decoder": replace(encoder_decoder_config(61, 64, 4), num_layer_groups=2, embedding_size=16),
+    "untied": ALBERT.with_fields({"tie_embeddings": False, "lm_head.type": "linear"}),
+    "untied, transformed": replace(ALBERT, tie_embeddings=False),
+    "default encoder, shared and narrow": ENCODER.with_fields(
+        {"num_layer_groups": 1, "embedding.size": 20, "norm.first_attention": True}
+    ),
+    "shared decoder": decoder_config(61, 64, 4).with_fields({"num_layer_groups": 2, "embedding.size": 16}),
+    "encoder-decoder": encoder_decoder_config(61, 64, 4).with_fields({"num_layer_groups": 2, "embedding.size": 16}),
 }
 
 
@@ -82,11 +89,11 @@ def test_shared_blocks_match_copies() -> None:
 @pytest.mark.parametrize("name", ["shared decoder", "encoder-decoder"])
 @torch.no_grad()
 def test_shared_layers_have_their_own_keys_in_a_cache(name: str) -> None:
-    config = replace(CONFIGS[name], zero_init=False)
+    config = CONFIGS[name].with_fields({"init.zero_output": False})
     model = build(config).eval()
     tokens, when = torch.randint(0, 61, (2, 9)), torch.arange(9)[None].expand(2, 9)
     batch = {"tokens": tokens, "query_time": when, "key_time": when}
-    if config.num_encoder_layers:
+    if config.encoder.num_layers:
         batch["source_tokens"] = torch.randint(0, 61, (2, 7))
     whole, cache = model(batch), model.make_cache(2, 9)
     source = {n: x for n, x in batch.items() if n.startswith("source")}
@@ -101,16 +108,16 @@ def test_shared_layers_have_their_own_keys_in_a_cache(name: str) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"lm_head": "linear"}, "cannot be tied to tables of model.embedding_size=12"),
+        ({"lm_head.type": "linear"}, "cannot be tied to tables of model.embedding.size=12"),
         ({"num_layer_groups": 7}, "model.num_layer_groups=7 is more than the number of layers"),
-        ({"first_attention_norm": False}, "cannot differ in their first norm"),
-        ({"embedding_size": -1}, "model.embedding_size=-1 should be greater than or equal to 0"),
-        ({"embedding_size": 13, "position": "sinusoidal"}, "an embedding width of 13 is odd"),
+        ({"norm.first_attention": False}, "cannot differ in their first norm"),
+        ({"embedding.size": -1}, "model.embedding.size=-1 should be greater than or equal to 0"),
+        ({"embedding.size": 13, "position.type": "sinusoidal"}, "an embedding width of 13 is odd"),
     ],
 )
 def test_bad_combinations_are_rejected(changes: dict[str, object], message: str) -> None:
     with pytest.raises(UserError, match=message):
-        replace(ALBERT, **changes)
+        ALBERT.with_fields(changes)
 
 
 def electra(config: ModelConfig = ENCODER) -> LM:
@@ -119,7 +126,7 @@ def electra(config: ModelConfig = ENCODER) -> LM:
 
 
 def test_every_parameter_is_in_one_group() -> None:
-    config = replace(ENCODER, embedding_size=24, num_layer_groups=1, first_attention_norm=True)
+    config = ENCODER.with_fields({"embedding.size": 24, "num_layer_groups": 1, "norm.first_attention": True})
     model = electra(config)
     groups = param_groups(OptimizerConfig(), model)
     assert len({id(p.parameter) for p in groups}) == len(groups) == len(list(model.parameters()))
@@ -155,7 +162,7 @@ def test_a_submodel_with_other_embeddings_is_rejected() -> None:
     small = generator_config(ENCODER, 0.25)
     for other, message in (
         (replace(small, vocab_size=60), "tokens"),
-        (replace(small, type_vocab_size=2), "token_types"),
+        (small.with_fields({"embedding.type_vocab_size": 2}), "token_types"),
     ):
         with pytest.raises(UserError, match=message):
             LM(ENCODER, {"generator": TiedSubmodel(other, {"lm": LMHead(other)})})

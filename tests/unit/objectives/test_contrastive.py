@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from firth.data.collate import collate, pack
-from firth.model.config import ModelConfig
+from firth.model.config import InitConfig, ModelConfig
 from firth.model.model import LM
 from firth.objectives.contrastive import Contrastive, InfoNCE
 from firth.objectives.objective import Objective
@@ -19,10 +19,18 @@ from firth.runs.recipe import load
 from firth.tokenizer.vocab import Vocab
 from firth.training.step import step
 from firth.types import Example, UserError
+from tests.support.objective_cases import gradient, label_fields
 
 VOCAB = Vocab(size=60, roles={"pad": 0, "cls": 2, "sep": 3}, special=np.arange(60) < 5)
 CONFIG = ModelConfig(
-    vocab_size=60, hidden_size=32, num_layers=1, num_heads=2, max_positions=32, causal=False, dropout=0.1, init_std=0.3
+    vocab_size=60,
+    hidden_size=32,
+    num_layers=1,
+    num_heads=2,
+    max_positions=32,
+    causal=False,
+    dropout=0.1,
+    init=InitConfig(std=0.3),
 )
 
 
@@ -46,10 +54,6 @@ def build_examples(objective: Objective, make, count: int) -> list[Example]:
     return [objective.build_example(make(rng), VOCAB, rng) for _ in range(count)]
 
 
-def label_fields(objective: Objective) -> set[str]:
-    return {*objective.labels.values(), *objective.metrics.values()}
-
-
 def build_model(objective: Objective) -> LM:
     torch.manual_seed(0)
     return LM(CONFIG, objective.heads(CONFIG)).eval()
@@ -67,7 +71,8 @@ def vectors(model: LM, row: Example, at: str) -> list[torch.Tensor]:
 @pytest.mark.parametrize("at", ["mean", "first"])
 @pytest.mark.parametrize("make", [triple, labeled])
 def test_the_margin_loss_is_its_formula(at: str, make) -> None:
-    objective = Contrastive(position=at, margin=1.2)  # type: ignore[arg-type]
+    pairs = "neighbors" if make is triple else "labeled"
+    objective = Contrastive(position=at, margin=1.2, pairs=pairs)  # type: ignore[arg-type]
     model = build_model(objective)
     rows = build_examples(objective, make, 6)
     terms = step(model, objective, [collate(rows, label_fields(objective))])
@@ -121,12 +126,6 @@ def test_ten_steps_lower_the_loss(objective: Objective) -> None:
     assert all(float(found[-1][term]) < float(found[0][term]) for term in objective.labels)
 
 
-def gradient(model: LM, objective: Objective, batches: list) -> torch.Tensor:
-    model.zero_grad()
-    step(model, objective, batches)
-    return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
-
-
 def test_only_pairs_allow_split_batches() -> None:
     for objective, same in ((Contrastive(), True), (InfoNCE(positives="neighbors"), False)):
         model, rows = build_model(objective), build_examples(objective, triple, 6)
@@ -135,7 +134,7 @@ def test_only_pairs_allow_split_batches() -> None:
             model, objective, [collate(rows[:2], label_fields(objective)), collate(rows[2:], label_fields(objective))]
         )
         assert torch.allclose(full, split, rtol=1e-4, atol=1e-6) == same
-        assert objective.needs_full_batch != same
+        assert objective.constraints.needs_full_batch != same
 
 
 def test_incompatible_recipes_are_rejected() -> None:

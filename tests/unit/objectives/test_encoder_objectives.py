@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from firth.data.collate import Batches, collate
 from firth.data.noise import NOISES
 from firth.data.source import Source
-from firth.model.config import ModelConfig, encoder_config
+from firth.model.config import EmbeddingConfig, LMHeadConfig, ModelConfig, NormConfig, encoder_config
 from firth.model.model import LM
 from firth.objectives.masked_lm import MLM
 from firth.objectives.next_sentence import NSP
@@ -33,6 +33,7 @@ from firth.training.step import step
 from firth.training.trainer import TrainerConfig, train
 from firth.training.validate import validate
 from firth.types import IGNORE, Batch, Example, UserError
+from tests.support.objective_cases import label_fields
 
 VOCAB = Vocab(
     size=60,
@@ -42,8 +43,8 @@ VOCAB = Vocab(
 )
 CONFIG = ModelConfig(
     vocab_size=60, hidden_size=32, num_layers=2, num_heads=4, intermediate_size=48, max_positions=64,
-    causal=False, norm_placement="post", type_vocab_size=2,
-    embedding_norm=True, embedding_size=20, activation="gelu", lm_head="transform", lm_head_bias=True,
+    causal=False, norm=NormConfig(placement="post", embedding=True), embedding=EmbeddingConfig(type_vocab_size=2, size=20),
+    activation="gelu", lm_head=LMHeadConfig("transform", bias=True),
 )  # fmt: skip
 SPANBERT = MLM(noise="geometric", whole_span_replacement=True) + SBO()
 
@@ -76,10 +77,6 @@ def source_of(objective: Objective) -> Source:
 def build_examples(objective: Objective, count: int = 8, seed: int = 0) -> list[Example]:
     rng = np.random.default_rng(seed)
     return [objective.build_example(source_of(objective)[i], VOCAB, rng) for i in range(count)]
-
-
-def label_fields(objective: Objective) -> set[str]:
-    return {*objective.labels.values(), *objective.metrics.values()}
 
 
 def batch_of(objective: Objective, count: int = 8, seed: int = 0) -> Batch:

@@ -24,7 +24,7 @@ from firth.generate.fill_mask import fill
 from firth.generate.sampling import Sampling
 from firth.model.attention import mask_from_times
 from firth.model.block import Linear
-from firth.model.config import ModelConfig
+from firth.model.config import AttentionConfig, EmbeddingConfig, LMHeadConfig, ModelConfig, NormConfig, PositionConfig
 from firth.model.flops import MemoryWork, real_tokens, stack_flops, work
 from firth.model.forward_context import ForwardContext
 from firth.model.model import LM
@@ -58,12 +58,12 @@ SIZES = {
     "causal": False,
 }
 XLNET = ModelConfig(
-    **SIZES, norm_placement="post", norm_eps=1e-12, position="xlnet", mask_embedding=True, type_vocab_size=2,
-    activation="gelu", lm_head_bias=True,
+    **SIZES, norm=NormConfig(placement="post", eps=1e-12), position=PositionConfig("xlnet"),
+    embedding=EmbeddingConfig(mask=True, type_vocab_size=2), activation="gelu", lm_head=LMHeadConfig(bias=True),
 )  # fmt: skip
 MPNET = ModelConfig(
-    **SIZES, norm_placement="post", norm_eps=1e-12, position="mpnet", embedding_norm=True, activation="gelu", lm_head="transform",
-    lm_head_bias=True,
+    **SIZES, norm=NormConfig(placement="post", eps=1e-12, embedding=True), position=PositionConfig("mpnet"),
+    activation="gelu", lm_head=LMHeadConfig("transform", bias=True),
 )  # fmt: skip
 ALL_MASKED = {"mask_fraction": 1.0, "random_fraction": 0.0}
 
@@ -135,7 +135,7 @@ def two_streams(model: LM, tokens: np.ndarray, order: np.ndarray) -> torch.Tenso
 @pytest.mark.parametrize("noise", ["count", "contexts"])
 @pytest.mark.parametrize("k", [1, 3])
 def test_one_row_equals_two_streams(noise: str, k: int) -> None:
-    model = build_model(replace(XLNET, type_vocab_size=0))
+    model = build_model(XLNET.with_fields({"embedding.type_vocab_size": 0}))
     tokens = text(11)
     seen = PLM(k=k, noise=noise).build_example({"tokens": tokens}, VOCAB, np.random.default_rng(1))
     order = seen["positions"][11:]
@@ -154,7 +154,7 @@ def test_one_row_equals_two_streams(noise: str, k: int) -> None:
 def test_both_streams_and_memory_equal_transformers(memory: int, kinds: bool, tmp_path: Path) -> None:
     transformers = pytest.importorskip("transformers", reason="the reference; installed with the test extra")
     transformers.logging.set_verbosity_error()
-    config = replace(XLNET, memory_length=memory)
+    config = XLNET.with_fields({"attention.memory_length": memory})
     model = build_model(config)
     save_model(model, None, tmp_path)
     theirs = transformers.XLNetLMHeadModel.from_pretrained(tmp_path).eval()
@@ -217,7 +217,9 @@ def test_masked_lm_of_mpnet_equals_transformers(tmp_path: Path) -> None:
 def test_identity_order_is_causal_language_modeling(position: str) -> None:
     """With K = 1 and the order of the text, the streams are those of CausalLM, and so is the loss once a query has the token
     and position before it instead of [MASK] and its own position: the only difference between the two objectives."""
-    model = build_model(replace(XLNET, position=position, type_vocab_size=0, mask_embedding=False))
+    model = build_model(
+        XLNET.with_fields({"position.type": position, "embedding.type_vocab_size": 0, "embedding.mask": False})
+    )
     tokens = np.concatenate(([VOCAB.bos], text(12)))
     causal = CausalLM().build_example({"tokens": tokens}, VOCAB, np.random.default_rng(0))
     seen = PLM(k=1, order="identity").build_example({"tokens": tokens}, VOCAB, np.random.default_rng(0))
@@ -233,7 +235,10 @@ def test_identity_order_is_causal_language_modeling(position: str) -> None:
     assert abs(plain - loss(model, CausalLM(), one)) > 1e-2
 
 
-@pytest.mark.parametrize("config", [XLNET, replace(XLNET, position="rotary", mask_embedding=False, type_vocab_size=0)])
+@pytest.mark.parametrize(
+    "config",
+    [XLNET, XLNET.with_fields({"position.type": "rotary", "embedding.mask": False, "embedding.type_vocab_size": 0})],
+)
 @torch.no_grad()
 def test_loss_is_the_chain_rule(config: ModelConfig) -> None:
     """log p of an order is the sum of its predictions, each computed in a row of its own."""
@@ -254,7 +259,7 @@ def test_loss_is_the_chain_rule(config: ModelConfig) -> None:
     assert loss(model, PLM(), collate([seen])) == pytest.approx(total, rel=1e-5)
 
 
-@pytest.mark.parametrize("config", [MPNET, replace(XLNET, mask_embedding=False)])
+@pytest.mark.parametrize("config", [MPNET, XLNET.with_fields({"embedding.mask": False})])
 @torch.no_grad()
 def test_mpnet_without_revealed_tokens_is_mlm(config: ModelConfig) -> None:
     model, tokens = build_model(config), text(20)
@@ -314,7 +319,7 @@ CASES: dict[str, tuple[Objective, ModelConfig]] = {
     "plm": (PLM(k=3), XLNET),
     "plm, rotary": (
         PLM(k=3, noise="contexts"),
-        replace(XLNET, position="rotary", mask_embedding=False, type_vocab_size=0),
+        XLNET.with_fields({"position.type": "rotary", "embedding.mask": False, "embedding.type_vocab_size": 0}),
     ),
     "mpnet": (MPNet(mlm_probability=0.3, **ALL_MASKED), MPNET),
     "mpnet, xlnet": (MPNet(mlm_probability=0.3, **ALL_MASKED), XLNET),
@@ -350,7 +355,7 @@ def test_tokens_do_not_reach_their_own_or_earlier_queries(name: str) -> None:
 @pytest.mark.parametrize("objective", [PLM(), MPNet()])
 def test_hide_hides_one_token_and_shows_the_rest(objective: Objective) -> None:
     tokens = text(9)
-    shown = objective.hide(tokens, 4, VOCAB)
+    shown = objective.hide((tokens[:4], tokens[5:]), VOCAB, tokens[4])
     assert shown is not None
     assert shown["labels"][shown["labels"] != IGNORE].tolist() == [tokens[4]]
     visible = (shown["key_time"] == 0) & (shown["tokens"] > 4)
@@ -438,15 +443,15 @@ def test_cached_and_full_forward_are_equal() -> None:
 
 
 def test_invalid_configs_are_rejected() -> None:
-    with pytest.raises(UserError, match=r"model\.memory_length=4 needs positions that extend before a row"):
-        replace(XLNET, position="rotary", type_vocab_size=0, memory_length=4)
+    with pytest.raises(UserError, match=r"model\.attention\.memory_length=4 needs positions that extend before a row"):
+        XLNET.with_fields({"position.type": "rotary", "embedding.type_vocab_size": 0, "attention.memory_length": 4})
     with pytest.raises(UserError, match=r"model\.position=xlnet needs"):
-        replace(XLNET, num_encoder_layers=2)
+        XLNET.with_fields({"encoder.num_layers": 2})
     for config in (
         XLNET,
         MPNET,
-        replace(XLNET, type_vocab_size=0, bias=False, tie_embeddings=False),
-        replace(MPNET, num_encoder_layers=0, mask_embedding=True),
+        XLNET.with_fields({"embedding.type_vocab_size": 0, "bias": False, "tie_embeddings": False}),
+        MPNET.with_fields({"encoder.num_layers": 0, "embedding.mask": True}),
     ):
         model = LM(config, PLM().heads(config))
         assert sum(p.numel() for p in model.parameters()) == config.num_parameters()
@@ -473,7 +478,7 @@ def test_windows_give_the_tokens_before_them(tmp_path: Path) -> None:
 
 @torch.no_grad()
 def test_memory_is_visible_to_its_own_document_only() -> None:
-    model = build_model(replace(XLNET, memory_length=6))
+    model = build_model(XLNET.with_fields({"attention.memory_length": 6}))
     objective = PLM(k=2)
     first: Example = {"tokens": text(10), "memory_tokens": text(6, 7), "document_ids": np.repeat([0, 1], [6, 4])}
     second: Example = {"tokens": text(8, 1), "memory_tokens": text(2, 8)}
@@ -495,7 +500,7 @@ def test_memory_is_visible_to_its_own_document_only() -> None:
 
 
 def test_memory_has_no_gradient_but_its_keys_do() -> None:
-    model = build_model(replace(XLNET, memory_length=6)).train()
+    model = build_model(XLNET.with_fields({"attention.memory_length": 6})).train()
     example: Example = {"tokens": text(10), "memory_tokens": np.full(6, 60)}
     example["tokens"][example["tokens"] == 60] = 59
     shown = PLM(k=2).build_example(example, VOCAB, np.random.default_rng(0))
@@ -515,7 +520,7 @@ def test_memory_has_no_gradient_but_its_keys_do() -> None:
 @pytest.mark.parametrize("at", ["pre", "post"])
 def test_a_causal_memory_is_the_text_before_it(at: str) -> None:
     """With one block, a memory gives the same states as the same tokens in the row."""
-    model = build_model(replace(XLNET, causal=True, num_layers=1, norm_placement=at))
+    model = build_model(XLNET.with_fields({"causal": True, "num_layers": 1, "norm.placement": at}))
     tokens = text(16)
     whole = CausalLM().build_example({"tokens": tokens}, VOCAB, np.random.default_rng(0))
     rest = CausalLM().build_example(
@@ -534,7 +539,11 @@ def test_batches_with_memory_depend_on_the_step_only(tmp_path: Path) -> None:
     late = [loader.batches(5) for loader in loaders]
     assert all(torch.equal(a, b) for a, b in zip(late[0][0].values(), late[1][0].values(), strict=True))
     model = build_model(
-        ModelConfig(**SIZES | {"vocab_size": tokenizer().vocab.size}, position="xlnet", memory_length=16)
+        ModelConfig(
+            **SIZES | {"vocab_size": tokenizer().vocab.size},
+            position=PositionConfig("xlnet"),
+            attention=AttentionConfig(memory_length=16),
+        )
     )
     found = []
     for batches in (late[0], late[2]):
@@ -547,18 +556,19 @@ def test_batches_with_memory_depend_on_the_step_only(tmp_path: Path) -> None:
 def test_recipes_that_cannot_have_memory_are_rejected() -> None:
     with pytest.raises(
         UserError,
-        match=r"model\.memory_length=64 needs rows of one text each, and batch\.pack_to_length=128 .* batch\.pack_to_length=0",
+        match=r"model\.attention\.memory_length=64 needs rows of one text each, and batch\.pack_to_length=128 .* batch\.pack_to_length=0",
     ):
-        load("xlnet", ["model.memory_length=64", "batch.pack_to_length=128"])
+        load("xlnet", ["model.attention.memory_length=64", "batch.pack_to_length=128"])
     with pytest.raises(
         UserError,
-        match=r"model\.memory_length=64 .* examples=chunks does not have: set model.memory_length=0, or take examples=windows",
+        match=r"model\.attention\.memory_length=64 .* examples=chunks does not have: "
+        r"set model.attention.memory_length=0, or take examples=windows",
     ):
-        load("xlnet", ["model.memory_length=64", "examples=chunks"])
+        load("xlnet", ["model.attention.memory_length=64", "examples=chunks"])
     with pytest.raises(
-        UserError, match=r"model\.memory_length=64 needs positions that extend before a row, and .*'rotary'"
+        UserError, match=r"model\.attention\.memory_length=64 needs positions that extend before a row, and .*'rotary'"
     ):
-        load("bert", ["model.memory_length=64"])
+        load("bert", ["model.attention.memory_length=64"])
     with pytest.raises(
         UserError, match="objective plm predicts a text in a random order, which a causal decoder cannot"
     ):
@@ -595,7 +605,7 @@ def test_flops_count_queries_placeholders_and_memory(objective: Objective) -> No
 
 def test_flops_of_memory_equal_torch() -> None:
     """The FLOPs of a fully visible memory, without the scores of distances, which torch counts for all distances."""
-    config = replace(XLNET, memory_length=6)
+    config = XLNET.with_fields({"attention.memory_length": 6})
     model = build_model(config)
     example: Example = {"tokens": torch.as_tensor(text(10))[None], "memory_tokens": torch.as_tensor(text(6))[None]}
     total = []
@@ -638,7 +648,11 @@ def test_a_gap_is_a_query_that_no_token_sees() -> None:
     """`fill` and the pseudo-likelihood use XLNet as PLM does: a query at the gap, and no [MASK] that other tokens see."""
     text_tokenizer = tokenizer()
     model = build_model(
-        ModelConfig(**SIZES | {"vocab_size": text_tokenizer.vocab.size}, position="xlnet", mask_embedding=True)
+        ModelConfig(
+            **SIZES | {"vocab_size": text_tokenizer.vocab.size},
+            position=PositionConfig("xlnet"),
+            embedding=EmbeddingConfig(mask=True),
+        )
     )
     mask = text_tokenizer.token(text_tokenizer.vocab.mask)
     [found] = fill(model, text_tokenizer, f"What is a {mask} in Python?", k=3)
@@ -666,9 +680,9 @@ def test_a_decoder_with_relative_positions_generates() -> None:
     text_tokenizer = tokenizer()
     config = ModelConfig(
         **SIZES | {"vocab_size": text_tokenizer.vocab.size, "causal": True},
-        position="xlnet",
-        mask_embedding=True,
-        memory_length=8,
+        position=PositionConfig("xlnet"),
+        embedding=EmbeddingConfig(mask=True),
+        attention=AttentionConfig(memory_length=8),
     )
     model = build_model(config)
     prompts = [text_tokenizer.encode("What is a module?"), text_tokenizer.encode("In Python")]
@@ -685,7 +699,7 @@ def test_a_decoder_with_relative_positions_generates() -> None:
 
 
 def test_half_precision_gradient_is_close_to_full() -> None:
-    model = build_model(replace(XLNET, memory_length=6)).train()
+    model = build_model(XLNET.with_fields({"attention.memory_length": 6})).train()
     batch = collate(
         [PLM(k=2).build_example({"tokens": text(20), "memory_tokens": text(6, 1)}, VOCAB, np.random.default_rng(0))]
     )
@@ -715,7 +729,7 @@ def test_xlnet_is_finetuned_without_its_memory(tmp_path: Path) -> None:
     "model.intermediate_size=48", "model.num_kv_heads=0",
              "tokenizer.vocab_size=400", "max_steps=2", "batch.size=4", "evaluation.every=0"]  # fmt: skip
     first = run(load("xlnet", [*small, f"data.path={plays}"]), tmp_path / "first", log=lambda _: None)
-    assert load_model(first.model).config.memory_length == 128
+    assert load_model(first.model).config.attention.memory_length == 128
     settings = [
         f"init_from={tmp_path / 'first'}",
         f"data.path={tmp_path / 'rows.jsonl'}",
@@ -723,4 +737,4 @@ def test_xlnet_is_finetuned_without_its_memory(tmp_path: Path) -> None:
         "batch.pack_to_length=64",
     ]
     second = run(load("classification", settings), tmp_path / "second", log=lambda _: None)
-    assert load_model(second.model).config.memory_length == 0
+    assert load_model(second.model).config.attention.memory_length == 0

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from firth.data.collate import Batches, collate, pack
 from firth.data.source import Source
 from firth.data.word_windows import WordWindows, keep_probabilities, noise_distribution
-from firth.model.config import ModelConfig, recurrent_config, word_vector_config
+from firth.model.config import ModelConfig, NormConfig, PositionConfig, RNNConfig, recurrent_config, word_vector_config
 from firth.model.model import LM
 from firth.objectives.bilm import BiLM
 from firth.objectives.layer_mixture import LayerMixture
@@ -24,6 +24,7 @@ from firth.tokenizer.vocab import Vocab
 from firth.training.optimizer import Optimizer, OptimizerConfig
 from firth.training.step import step
 from firth.types import IGNORE, NEVER, Example, UserError
+from tests.support.objective_cases import label_fields
 
 VOCAB = Vocab(size=60, roles={"pad": 0, "unk": 1}, special=np.arange(60) < 2)
 COUNTS = np.where(np.arange(60) < 2, 0, 1000 // np.arange(1, 61))
@@ -63,7 +64,14 @@ CASES = {
         BiLM(),
         sentence,
         ModelConfig(
-            60, 24, 1, 1, causal=False, norm_placement="post", position="none", rnn_type="gru", separate_directions=True
+            60,
+            24,
+            1,
+            1,
+            causal=False,
+            norm=NormConfig(placement="post"),
+            position=PositionConfig("none"),
+            rnn=RNNConfig("gru", separate_directions=True),
         ),
     ),
     "tagging": (TokenClassification(class_names=("a", "b", "c", "d")), tagged, recurrent_config(60, 16, 2, "gru")),
@@ -86,10 +94,6 @@ def build_case(name: str) -> tuple[Objective, LM, list[Example]]:
         torch.nn.init.normal_(model.tokens.weight, std=0.5)
     rng = np.random.default_rng(0)
     return objective, model, [objective.build_example(source(rng), VOCAB, rng) for _ in range(6)]
-
-
-def label_fields(objective: Objective) -> set[str]:
-    return {*objective.labels.values(), *objective.metrics.values()}
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -274,7 +278,9 @@ def test_frozen_features_stay_unchanged_without_dropout() -> None:
             optimizer.step(1.0)
     still = {n for n, p in model.named_parameters() if torch.equal(p, before[n])}
     assert still == {n for n in before if not n.startswith("heads.")}
-    assert objective.forward_flops(model, batch) * 3 == pytest.approx(TokenClassification().forward_flops(model, batch))
+    frozen = objective.flops(model, batch)
+    del model.heads["mixture"]
+    assert frozen * 3 == pytest.approx(objective.flops(model, batch))
 
 
 def test_layer_mixture_is_that_of_the_paper() -> None:

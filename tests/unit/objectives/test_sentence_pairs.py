@@ -7,7 +7,6 @@ training only, or one that hides it from the model, would fail here.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -68,7 +67,7 @@ def test_signal_is_learned_and_generalizes(
     ]
     sources = [SegmentPairs(each, 48) for each in stores]
     torch.manual_seed(0)
-    config = replace(encoder_config(tokenizer.vocab.size, 64, 2, max_positions=48), type_vocab_size=2)
+    config = encoder_config(tokenizer.vocab.size, 64, 2, max_positions=48).with_fields({"embedding.type_vocab_size": 2})
     model = LM(config, objective.heads(config))
 
     def held_out() -> float:

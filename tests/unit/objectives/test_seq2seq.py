@@ -15,7 +15,7 @@ from firth.data.corruptions import CORRUPTIONS, Damage, infilling, permutation
 from firth.data.noise import Kind, facts, salient
 from firth.generate.engine import Engine
 from firth.generate.sampling import Sampling
-from firth.model.config import ModelConfig
+from firth.model.config import AttentionConfig, EncoderConfig, LMHeadConfig, ModelConfig, NormConfig, PositionConfig
 from firth.model.model import LM
 from firth.model.presets import PRESETS, bart
 from firth.objectives.causal_lm import CausalLM
@@ -36,7 +36,7 @@ from tests.support.tiny_corpus import tokenizer
 ONE_ROW = ModelConfig(
     vocab_size=100, hidden_size=32, num_layers=2, num_heads=2, intermediate_size=48, max_positions=128, causal=False
 )
-ENCODER_DECODER = replace(ONE_ROW, causal=True, num_encoder_layers=2)
+ENCODER_DECODER = ONE_ROW.with_fields({"causal": True, "encoder.num_layers": 2})
 
 
 def build_model(objective: Objective, config: ModelConfig, seed: int = 0) -> LM:
@@ -236,9 +236,9 @@ def check_same_loss(theirs_class: str, objective: Objective, model: LM, vocab: V
 @pytest.mark.parametrize("noise", ["spans", "salient"])
 def test_t5_has_the_same_loss_in_transformers(noise: Kind, tmp_path: Path) -> None:
     config = ModelConfig(
-        vocab_size=100, hidden_size=32, num_layers=2, num_encoder_layers=2, num_heads=4, head_dim=8,
-        intermediate_size=48, max_positions=512, norm="rms", norm_bias=False,
-        norm_eps=1e-6, position="t5", activation="relu", bias=False, scale_attention=False, lm_head_scale=32**-0.5,
+        vocab_size=100, hidden_size=32, num_layers=2, encoder=EncoderConfig(num_layers=2), num_heads=4, head_dim=8,
+        intermediate_size=48, max_positions=512, norm=NormConfig("rms", bias=False, eps=1e-6), position=PositionConfig("t5"),
+        activation="relu", bias=False, attention=AttentionConfig(scale_scores=False), lm_head=LMHeadConfig(scale=32**-0.5),
     )  # fmt: skip
     objective = SpanCorruption(noise=noise)
     check_same_loss("T5ForConditionalGeneration", objective, build_model(objective, config).eval(), VOCAB, tmp_path)

@@ -28,7 +28,7 @@ CONFIGS: dict[str, ModelConfig] = {
     "untied": replace(DECODER, tie_embeddings=False),
     "encoder": encoder_config(50, 64, 2, num_heads=2, max_positions=40),
     "encoder-decoder": encoder_decoder_config(50, 64, 2, num_heads=2, max_positions=40),
-    "shared": replace(bert(50, 64, 3, 2, max_positions=40), num_layer_groups=1, embedding_size=16),
+    "shared": bert(50, 64, 3, 2, max_positions=40).with_fields({"num_layer_groups": 1, "embedding.size": 16}),
 }
 ALL_TARGETS = ("blocks.*", "heads.lm")
 
@@ -53,7 +53,7 @@ def batch(config: ModelConfig, rows: int = 3, length: int = 9) -> dict[str, Tens
     tokens = torch.randint(0, config.vocab_size, (rows, length), generator=torch.Generator().manual_seed(3))
     when = torch.arange(length).expand(rows, -1) * config.causal
     return {"tokens": tokens, "query_time": when, "key_time": when} | (
-        {"source_tokens": tokens} if config.num_encoder_layers else {}
+        {"source_tokens": tokens} if config.encoder.num_layers else {}
     )
 
 

@@ -25,9 +25,11 @@ LEARNED = ModelConfig(vocab_size=50, hidden_size=32, num_layers=2, num_heads=4, 
 CONFIGS: dict[str, ModelConfig] = {
     "rotary": decoder_config(50, 64, 2, num_heads=2, max_positions=40),
     "learned": LEARNED,
-    "relative": replace(LEARNED, position="t5", relative_buckets=8, relative_max_distance=16),
+    "relative": LEARNED.with_fields(
+        {"position.type": "t5", "position.relative_buckets": 8, "position.relative_max_distance": 16}
+    ),
     "encoder": encoder_config(50, 64, 2, num_heads=2, max_positions=40),
-    "bert": replace(LEARNED, causal=False, norm_placement="post", type_vocab_size=2),
+    "bert": LEARNED.with_fields({"causal": False, "norm.placement": "post", "embedding.type_vocab_size": 2}),
     "encoder-decoder": encoder_decoder_config(50, 64, 2, num_heads=2, max_positions=40),
 }
 KINDS = {"prefix": prefix_of, "prompt": prompt_of}
@@ -50,7 +52,7 @@ def examples(config: ModelConfig, n: int = 5) -> list[Example]:
     for _ in range(n):
         tokens = rng.integers(0, 50, rng.integers(3, 9)).astype(np.int32)
         example: Example = {"tokens": tokens} | (causal(len(tokens)) if config.causal else {})
-        out.append(example | ({"source_tokens": tokens[::-1].copy()} if config.num_encoder_layers else {}))
+        out.append(example | ({"source_tokens": tokens[::-1].copy()} if config.encoder.num_layers else {}))
     return out
 
 
@@ -128,7 +130,7 @@ def test_decoding_with_a_cache_matches_without(name: str, kind: str) -> None:
         tokens = list(prompt)
         for token in answer:
             shown = {"tokens": torch.tensor([tokens])}
-            if CONFIGS[name].num_encoder_layers:
+            if CONFIGS[name].encoder.num_layers:
                 written = [engine.start, *tokens[len(prompt) :]]
                 shown = {"source_tokens": torch.tensor([list(prompt)]), "tokens": torch.tensor([written])}
             when = torch.arange(shown["tokens"].shape[1])[None]
@@ -256,8 +258,8 @@ def test_unsupported_models_are_rejected() -> None:
     small = ModelConfig(vocab_size=50, hidden_size=32, num_layers=1, num_heads=4, causal=False)
     for config in (
         recurrent_config(50, 32, 1),
-        replace(small, position="xlnet"),
-        replace(small, max_positions=16, linformer_k=4),
+        small.with_fields({"position.type": "xlnet"}),
+        small.with_fields({"max_positions": 16, "attention.linformer.k": 4}),
     ):
         model = LM(config, {})
         for kind, make in KINDS.items():

@@ -27,16 +27,16 @@ TOKENIZER = train(["to be, or not to be: that is the question " * 20], "byte-bpe
 SIZE = TOKENIZER.vocab.size
 CONFIGS = {
     "llama": llama(SIZE, 64, 2, 4, 96, max_positions=64),
-    "llama, grouped and tied": replace(
-        llama(SIZE, 64, 2, 4, 96, max_positions=64, num_kv_heads=2), tie_embeddings=True, rope_theta=5e5
+    "llama, grouped and tied": llama(SIZE, 64, 2, 4, 96, max_positions=64, num_kv_heads=2).with_fields(
+        {"tie_embeddings": True, "position.rope.theta": 5e5}
     ),
     "llama, biased, narrow heads": replace(llama(SIZE, 64, 2, 2, 96, max_positions=64), bias=True, head_dim=16),
     "llama, biased in attention alone": replace(
         llama(SIZE, 64, 2, 4, 96, max_positions=64), bias=True, bias_location="attention"
     ),
     "qwen2": replace(llama(SIZE, 64, 2, 4, 96, max_positions=64, num_kv_heads=2), bias=True, bias_location="qkv"),
-    "qwen3": replace(
-        llama(SIZE, 64, 2, 4, 96, max_positions=64), qk_norm=True, qk_norm_weight=True, head_dim=32, tie_embeddings=True
+    "qwen3": llama(SIZE, 64, 2, 4, 96, max_positions=64).with_fields(
+        {"attention.qk_norm": True, "attention.qk_norm_weight": True, "head_dim": 32, "tie_embeddings": True}
     ),
     "gpt2": gpt2(SIZE, 64, 2, 4, max_positions=64),
 }
@@ -203,9 +203,9 @@ def test_quantized_blocks_are_read(tmp_path):
 
 def test_unsupported_configs_are_rejected(tmp_path):
     for config, why in (
-        (decoder_config(SIZE, 64, 2), "norm_weight|embed_norm|activation"),
+        (decoder_config(SIZE, 64, 2), "norm.weight|embed_norm|activation"),
         (replace(CONFIGS["llama"], activation="geglu"), "activation is 'geglu' where a llama has 'swiglu'"),
-        (replace(CONFIGS["llama"], logit_softcap=15.0), r"softcap is 15\.0 where a llama has 0\.0"),
+        (CONFIGS["llama"].with_fields({"lm_head.softcap": 15.0}), r"softcap is 15\.0 where a llama has 0\.0"),
     ):
         with pytest.raises(UserError, match=f"{why}.*firth train llama") as error:
             gguf.write(model_of(config), TOKENIZER, tmp_path / "a.gguf")
@@ -287,8 +287,8 @@ def test_linear_rope_scaling_is_read(tmp_path):
     more = {"llama.rope.scaling.type": "linear", "llama.rope.scaling.factor": 4.0}
     container.write(tmp_path / "other.gguf", {**found.metadata, **more}, tensors)
     config = load_model(tmp_path / "other.gguf").config
-    assert (config.rope_scaling, config.rope_factor) == ("linear", 4.0)
-    with pytest.raises(UserError, match="rope_scaling is 'linear' where a llama has 'none'"):
+    assert (config.position.rope.scaling, config.position.rope.factor) == ("linear", 4.0)
+    with pytest.raises(UserError, match=r"position\.rope\.scaling is 'linear' where a llama has 'none'"):
         gguf.write(model_of(config), TOKENIZER, tmp_path / "a.gguf")
 
 

@@ -8,7 +8,6 @@ import re
 import struct
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,7 +24,7 @@ from firth.peft import adapter_files, lora
 from firth.pretrained.load_save import init_from, load_model, save_model
 from firth.tokenizer import chat
 from firth.tokenizer.tokenizer import Tokenizer
-from firth.types import UserError
+from tests.support.errors import refused
 from tests.support.tiny_corpus import tokenizer
 
 MESSAGES = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "there"}]
@@ -48,15 +47,6 @@ def given(tmp_path: Path) -> Path:
 def unsealed(file: Path) -> dict[str, Any]:
     """Return a firth.json without content hashes, as an attacker would write it."""
     return {name: value for name, value in json.loads(file.read_text()).items() if name not in ("files", "digest")}
-
-
-def refused(action: Callable[[], Any], says: str) -> None:
-    """Expect a UserError of one sentence that matches `says`, within 5 seconds."""
-    started = time.process_time()
-    with pytest.raises(UserError, match=says) as error:
-        action()
-    assert "\n" not in str(error.value) and len(str(error.value)) < 700
-    assert time.process_time() - started < 5
 
 
 def written(file: Path, head: Any, data: bytes = b"", long: int | None = None) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from firth.generate.engine import Engine
 from firth.generate.sampling import Sampling
 from firth.model import presets
-from firth.model.config import ModelConfig, encoder_config
+from firth.model.config import ModelConfig, RopeConfig, encoder_config
 from firth.model.heads import LMHead, linear, pooled
 from firth.model.model import LM
 from firth.pretrained.families import FAMILIES, families_of, family_of
@@ -27,15 +27,15 @@ from tests.support.tiny_corpus import tokenizer as make_tokenizer
 BERT = presets.bert(61, 32, 1, 4, max_positions=40)
 GPT2 = presets.gpt2(61, 32, 1, 4, max_positions=40)
 LLAMA = presets.llama(61, 32, 1, 4, 48, max_positions=40, num_kv_heads=2)
-QWEN3 = replace(LLAMA, head_dim=10, qk_norm=True, qk_norm_weight=True)
+QWEN3 = LLAMA.with_fields({"head_dim": 10, "attention.qk_norm": True, "attention.qk_norm_weight": True})
 QWEN2 = replace(LLAMA, bias=True, bias_location="qkv")
 T5 = presets.t5(61, 32, 1, 4, 8, 48)
 CONFIGS = {
     "bert": BERT, "gpt2": GPT2, "llama": LLAMA, "qwen2": QWEN2, "qwen3": QWEN3, "t5": T5,
-    "roberta": replace(BERT, type_vocab_size=1), "distilbert": replace(BERT, type_vocab_size=0),
+    "roberta": BERT.with_fields({"embedding.type_vocab_size": 1}), "distilbert": BERT.with_fields({"embedding.type_vocab_size": 0}),
     "openai-gpt": presets.gpt(61, 32, 1, 4, max_positions=40), "bart": presets.bart(61, 32, 1, 4, max_positions=40),
     "xlnet": presets.xlnet(61, 32, 1, 4), "mpnet": presets.mpnet(61, 32, 1, 4, max_positions=40),
-    "albert": replace(BERT, embedding_size=12, num_layer_groups=1), "electra": replace(BERT, embedding_size=12),
+    "albert": BERT.with_fields({"embedding.size": 12, "num_layer_groups": 1}), "electra": BERT.with_fields({"embedding.size": 12}),
     "modernbert": replace(encoder_config(61, 32, 2, num_heads=4, max_positions=40)),
 }  # fmt: skip
 
@@ -204,7 +204,7 @@ def test_modernbert_rope_theta_of_both_versions(tmp_path: Path) -> None:
     assert config["rope_parameters"]["full_attention"]["rope_theta"] == 10000.0
     del config["rope_parameters"]
     (tmp_path / "config.json").write_text(json.dumps(config | {"global_rope_theta": 777.0}))
-    assert load_model(tmp_path).config.rope_theta == 777.0
+    assert load_model(tmp_path).config.position.rope.theta == 777.0
 
 
 def test_two_names_for_one_tensor_are_rejected(tmp_path: Path) -> None:
@@ -224,7 +224,7 @@ def test_spanbert_is_a_bert(tmp_path: Path) -> None:
 
 def test_another_pad_id_makes_a_roberta_a_bert(tmp_path: Path) -> None:
     tokenizer = make_tokenizer()
-    config = replace(BERT, type_vocab_size=1, vocab_size=tokenizer.vocab.size)
+    config = BERT.with_fields({"embedding.type_vocab_size": 1, "vocab_size": tokenizer.vocab.size})
     assert tokenizer.vocab.roles["pad"] != 1
     assert save_model(LM(config, {}), tokenizer, tmp_path).endswith("BertModel")
     assert save_model(LM(config, {}), None, tmp_path).endswith("RobertaModel")
@@ -263,8 +263,8 @@ def test_only_equal_heads_use_transformers_names(what: str, tmp_path: Path) -> N
 
 @pytest.mark.parametrize(
     "config",
-    [QWEN3, QWEN2, replace(LLAMA, rope_scaling="llama3", rope_factor=4.0, rope_original_max_positions=8),
-     replace(LLAMA, bias=True, bias_location="attention", rope_scaling="linear", rope_factor=2.0)],
+    [QWEN3, QWEN2, LLAMA.with_fields({"position.rope": RopeConfig(scaling="llama3", factor=4.0, original_max_positions=8)}),
+     LLAMA.with_fields({"bias": True, "bias_location": "attention", "position.rope.scaling": "linear", "position.rope.factor": 2.0})],
 )  # fmt: skip
 def test_generation_with_a_cache_and_parameter_count(config: ModelConfig) -> None:
     tokenizer = make_tokenizer()

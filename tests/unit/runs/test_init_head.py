@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import numpy as np
 import pytest
 import torch
@@ -47,7 +45,7 @@ ENTROPY = float(-(P / P.sum() * np.log(P / P.sum())).sum())
 CASES: dict[str, tuple[Objective, ModelConfig]] = {
     "decoder": (CausalLM(), decoder_config(SIZE, 64, 2)),
     "encoder": (MLM(), encoder_config(SIZE, 64, 2)),
-    "encoder, no cap": (CausalLM(), replace(decoder_config(SIZE, 64, 2), logit_softcap=0.0)),
+    "encoder, no cap": (CausalLM(), decoder_config(SIZE, 64, 2).with_fields({"lm_head.softcap": 0.0})),
 }
 
 
@@ -85,7 +83,7 @@ def test_head_without_an_offset_is_unchanged() -> None:
 
 
 def test_stack_that_loses_the_constant_is_unchanged() -> None:
-    config = replace(decoder_config(SIZE, 64, 4), zero_init=False, init_std=0.5)
+    config = decoder_config(SIZE, 64, 4).with_fields({"init.zero_output": False, "init.std": 0.5})
     torch.manual_seed(0)
     model = LM(config, CausalLM().heads(config))
     before = {k: v.clone() for k, v in model.state_dict().items()}

@@ -96,7 +96,7 @@ def test_losses_do_not_depend_on_the_thread(
     name: str, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """BERT's sentence pairs are sampled in the thread while the main thread samples validation pairs."""
-    overrides = ["model.embedding_size=16"] if name == "electra" else []
+    overrides = ["model.embedding.size=16"] if name == "electra" else []
     recipe = load(name, [*SMALL, *overrides, f"data.path={text}", "data.validation_fraction=0.3"])
     started: list[int] = []
     begin = Prefetcher.begin
