@@ -77,7 +77,10 @@ def test_decoder_scores_equal_separate_passes(name: str) -> None:
 
 def test_prefix_lm_scores_equal_separate_passes() -> None:
     """The prompt of a prefix language model is read in both directions."""
-    model, pairs = random_model(SMALL.with_fields({"attention.prefix_lm": True, "causal": False})), random_pairs(np.random.default_rng(1))
+    model, pairs = (
+        random_model(SMALL.with_fields({"attention.prefix_lm": True, "causal": False})),
+        random_pairs(np.random.default_rng(1)),
+    )
     for pair, scores in zip(pairs, found(model, pairs), strict=True):
         row = np.concatenate((pair.prompt, pair.continuation))[:-1]
         with torch.inference_mode():

@@ -175,7 +175,7 @@ def test_loglikelihood_and_rolling_metrics() -> None:
         CAPITALS,
         "loglikelihood",
         "{{country}}",
-        "capital",
+        " {{capital}}",
         metrics=(MetricConfig("acc"), MetricConfig("perplexity")),
     )
     result = one_result(task, FakeModel())
