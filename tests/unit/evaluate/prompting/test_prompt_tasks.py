@@ -179,7 +179,7 @@ def test_loglikelihood_and_rolling_metrics() -> None:
         metrics=(MetricConfig("acc"), MetricConfig("perplexity")),
     )
     result = one_result(task, FakeModel())
-    lengths = [len(" " + str(item.fields[" {{capital}}"])) for item in CAPITALS]
+    lengths = [len(" " + str(item.fields["capital"])) for item in CAPITALS]
     assert result.metrics["perplexity"].value == pytest.approx(math.exp(np.mean(lengths)))
     rolling = PromptTask(
         "texts", items({"text": "one two"}, {"text": "three"}), "loglikelihood_rolling", "", "text",
