@@ -24,10 +24,9 @@ class RareTokens(TokenObjective):
         first_id: Tokens with a smaller id have no loss. The ids of a byte-level BPE grow as its merges become rarer.
     """
 
-    first_id: int = 300
+    attention = "causal"
 
-    def attention_pattern(self):
-        return "causal"
+    first_id: int = 300
 
     def build_example(self, example, vocab, rng):
         tokens = example["tokens"]

@@ -1,4 +1,4 @@
-"""Types that all packages share: Example, Batch, constants, the logger, and the error for users.
+"""Types that all packages share: Example, Batch, constants, the facts that objectives declare, the logger, and the user error.
 
 Nothing here imports torch at run time: `firth --help` and `firth.tokenizer` must start without it.
 """
@@ -6,7 +6,8 @@ Nothing here imports torch at run time: `firth --help` and `firth.tokenizer` mus
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -37,6 +38,63 @@ NEVER = 1 << 30
 
 ALWAYS = 1 - NEVER
 """A time before all others: a token with `key_time` ALWAYS is visible from the start of a row."""
+
+
+PRECOMPUTED_FIELDS = frozenset({"reference", "old", "values", "advantage"})
+"""Example fields that a model computed once, without dropout, and that a loss compares with the model in training. An
+objective that reads one trains without dropout too: two passes of the same weights must agree."""
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A further number that an objective logs.
+
+    Args:
+        field: The batch field whose labels count it: `loss` returns a sum, and its mean over these labels is logged.
+        ratio: In place of a field, the names of two metrics with the same count: the first divided by the second, exact
+            for any split of a step into micro-batches.
+        remark: Returns a full sentence on the last metrics of a run (a collapse), or "".
+    """
+
+    field: str = ""
+    ratio: tuple[str, str] | None = None
+    remark: Callable[[Mapping[str, float]], str] | None = None
+
+
+@dataclass(frozen=True)
+class Constraints:
+    """What an objective demands of the batches, the tokenizer and the data of a recipe.
+
+    Args:
+        needs_full_batch: The loss of an example depends on the others of the step (in-batch negatives), so a step cannot be
+            split into micro-batches or over ranks.
+        packable: Several examples may share a row. False for labels of a whole row.
+        added_tokens: Tokens that the longest row that is built has beyond the example's.
+        num_copies: Fixed versions of each example, which epochs rotate through; 0: a new one at every visit.
+        num_sentinels: Number of `<extra_id_n>` tokens of a tokenizer that is trained for it.
+        text_units: The units that it finds in a text: "words", "names", "sentences". A run warns where there are none.
+        class_names: Names of the classes, in the order of their indices; empty: those of the data, or no classes.
+    """
+
+    needs_full_batch: bool = False
+    packable: bool = True
+    added_tokens: int = 0
+    num_copies: int = 0
+    num_sentinels: int = 0
+    text_units: frozenset[str] = frozenset()
+    class_names: tuple[str, ...] = ()
+
+    def __or__(self, other: Constraints) -> Constraints:
+        """Return the constraints of two objectives that are added."""
+        return Constraints(
+            self.needs_full_batch or other.needs_full_batch,
+            self.packable and other.packable,
+            max(self.added_tokens, other.added_tokens),
+            max(self.num_copies, other.num_copies),
+            max(self.num_sentinels, other.num_sentinels),
+            self.text_units | other.text_units,
+            self.class_names or other.class_names,
+        )
 
 
 class UserError(Exception):

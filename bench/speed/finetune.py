@@ -165,12 +165,13 @@ def firth_setup(name: str, dropout: bool = True, **batch: Any) -> tuple[Any, Any
     from firth.data.collate import Batches
     from firth.model.model import LM
     from firth.objectives.classification import Classification
+    from firth.objectives.objective import DataStats
     from firth.pretrained.load_save import init_from, load_model
 
     task, start = TASKS[name], fetch("minilm")
     examples = source(task)
     config = load_model(start).config
-    objective = Classification(class_names=examples.classes).for_model(config)
+    objective = Classification(class_names=examples.classes).configure(DataStats, config)
     config = config if dropout else dataclasses.replace(config, dropout=0.0)
     torch.manual_seed(0)
     model = LM(config, objective.heads(config))
@@ -273,7 +274,7 @@ def lower_bound(name: str) -> None:
     useful, widths = sum(int(n.sum()) for n in drawn), [int(n.max()) for n in drawn]
     slots = task.rows * sum(widths)
     peer = stack_flops(model.config, Work(slots, task.rows * sum(w * w for w in widths)))
-    ours = sum(objective.forward_flops(model, batch) for batch in batches_read)
+    ours = sum(objective.flops(model, batch) for batch in batches_read)
     packed_slots = sum(batch["tokens"].numel() for batch in batches_read)
     rate, memory = gemm_rate(PRODUCTS[choose("auto", torch.device("cpu"))]), memory_rate()
     words = np.unique(np.concatenate([batch["tokens"].numpy().ravel() for batch in batches_read]))

@@ -148,7 +148,7 @@ class ComparisonRun:
         """
         pretraining, probe = self.recipes[name], self.probe_data
         assert pretraining.model is not None and probe is not None
-        position = readout_of(pretraining.model, pretraining.objective.attention_pattern())
+        position = readout_of(pretraining.model, pretraining.objective.attention)
         max_length = min(probe.examples.max_length, pretraining.model.max_positions)
         return dataclasses.replace(
             self.probe_recipe, objective=Classification(class_names=probe.classes, position=position),
@@ -419,9 +419,7 @@ def _with_common_data(
         check_pattern(recipe.objective, config)
         if probed:
             check_pattern(
-                Classification(
-                    class_names=("a", "b"), position=readout_of(config, recipe.objective.attention_pattern())
-                ),
+                Classification(class_names=("a", "b"), position=readout_of(config, recipe.objective.attention)),
                 config,
             )
         run_data = RunData(data, tokenizer, out, batch_size=recipe.batch.size, log=log)

@@ -15,9 +15,9 @@ from firth.compare.statistics import (
     COLUMNS,
     METRICS,
     Interval,
-    Metric,
     ResultRow,
     Score,
+    ScoreMetric,
     differences,
     gains,
     markdown,
@@ -80,7 +80,7 @@ def write_comparison(
     return "\n".join([table, "", *conclusions, "", files])
 
 
-def figure(rows: Sequence[ResultRow], metric: Metric, seconds: bool) -> Figure | None:
+def figure(rows: Sequence[ResultRow], metric: ScoreMetric, seconds: bool) -> Figure | None:
     """Return the chart of a metric against compute, with intervals and one color per recipe.
 
     Curves of the probe start with the accuracy from scratch at no compute. None where fewer than two recipes have values.

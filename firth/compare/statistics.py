@@ -58,7 +58,7 @@ class Score:
 
 
 @dataclass(frozen=True)
-class Metric:
+class ScoreMetric:
     """Metric of a score.
 
     Args:
@@ -84,9 +84,9 @@ class Metric:
 
 
 METRICS = (
-    Metric("accuracy", "Accuracy of the probe", "share correct, after finetuning"),
-    Metric("bits_per_byte", "Held-out text", "bits per byte", higher_is_better=False, high=math.inf),
-    Metric("cloze_accuracy", "Cloze accuracy", "share correct, without finetuning"),
+    ScoreMetric("accuracy", "Accuracy of the probe", "share correct, after finetuning"),
+    ScoreMetric("bits_per_byte", "Held-out text", "bits per byte", higher_is_better=False, high=math.inf),
+    ScoreMetric("cloze_accuracy", "Cloze accuracy", "share correct, without finetuning"),
 )
 """Compared metrics; the first that all recipes have orders the table."""
 
@@ -157,7 +157,7 @@ class ResultRow:
     cloze_bits: Interval | None
     bits_per_byte: Interval | None
 
-    def value(self, metric: Metric) -> Interval | None:
+    def value(self, metric: ScoreMetric) -> Interval | None:
         """Return the mean and interval of a metric."""
         found: Interval | None = getattr(self, metric.field)
         return found
@@ -178,7 +178,7 @@ def result_row(scores: Sequence[Score], recipe: str, share: float) -> ResultRow:
     )  # fmt: skip
 
 
-def paired(first: Sequence[Score], second: Sequence[Score], metric: Metric) -> Interval | None:
+def paired(first: Sequence[Score], second: Sequence[Score], metric: ScoreMetric) -> Interval | None:
     """Return the mean difference of first minus second over the seeds that both have."""
     by_seed = {s.seed: metric.of(s) for s in second}
     pairs = [(metric.of(s), by_seed.get(s.seed)) for s in first]
@@ -186,7 +186,7 @@ def paired(first: Sequence[Score], second: Sequence[Score], metric: Metric) -> I
     return Interval.of([a - b for a, b in pairs if a is not None and b is not None], -span, span)
 
 
-def differences(scores: Sequence[Score], metric: Metric) -> list[str]:
+def differences(scores: Sequence[Score], metric: ScoreMetric) -> list[str]:
     """Return one sentence that ranks the recipes at the full compute; none where fewer than two have scores.
 
     A recipe is called best only where its interval of differences excludes 0 against every other.

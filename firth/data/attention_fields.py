@@ -7,7 +7,6 @@ Position i may attend to token j iff they share a `document_ids` value and `key_
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
@@ -121,20 +120,6 @@ Seq2SeqLayout = Literal["seq2seq", "prefix"]
 def layout_of(kind: Seq2SeqLayout, source: np.ndarray, target: np.ndarray, vocab: Vocab) -> Example:
     """Build an example from a source and its target in the given layout."""
     return prefix(source, target) if kind == "prefix" else seq2seq(source, target, vocab.start)
-
-
-@dataclass(frozen=True, eq=False)
-class InfillPrompt:
-    """A text with gaps, as the input of a generating model.
-
-    Attributes:
-        prompt: Token ids, (n,).
-        marks: Tokens that the answer has before the text of each gap, and after the last one, (gaps + 1,). Empty where the
-            answer is the whole text.
-    """
-
-    prompt: np.ndarray
-    marks: np.ndarray
 
 
 def pair(first: np.ndarray, second: np.ndarray, vocab: Vocab) -> Example:

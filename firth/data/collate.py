@@ -14,6 +14,7 @@ use the causal kernel. Fields that carry no information are omitted: a batch wit
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Protocol
 
@@ -25,33 +26,55 @@ from firth.data.packing import PackedLayout, first_fit
 from firth.data.shuffle import ExampleRNG, length_grouped_batches
 from firth.data.source import Source
 from firth.tokenizer.vocab import Vocab
-from firth.types import IGNORE, NEVER, Batch, Example, UserError
+from firth.types import IGNORE, NEVER, Batch, Constraints, Example, Metric, UserError
 
 LABEL_FIELDS = frozenset({"labels"})
 SOURCE_PREFIX, MEMORY_PREFIX = "source_", "memory_"
 
 
 class BuildsExamples(Protocol):
-    """What `Batches` needs of an objective.
-
-    Attributes:
-        labels: Loss term -> name of its label field.
-        metrics: Metric -> name of its label field.
-        num_copies: Number of versions of an example that epochs alternate between; 0: every epoch draws its own.
-    """
+    """What `Batches` needs of an objective (`firth.objectives.objective.Objective`)."""
 
     @property
     def labels(self) -> Mapping[str, str]: ...
 
     @property
-    def metrics(self) -> Mapping[str, str]: ...
+    def metrics(self) -> Mapping[str, Metric]: ...
 
     @property
-    def num_copies(self) -> int: ...
+    def constraints(self) -> Constraints: ...
 
-    def build_examples(
-        self, examples: Sequence[Example], vocab: Vocab, draws: ExampleRNG, streams: Sequence[tuple[int, int]]
-    ) -> list[Example]: ...
+    def build_example(self, example: Example, vocab: Vocab, rng: np.random.Generator) -> Example: ...
+
+
+def counted_fields(objective: BuildsExamples) -> dict[str, str]:
+    """Return loss term or metric -> the batch field whose labels count it, for all that `loss` returns."""
+    return dict(objective.labels) | {name: metric.field for name, metric in objective.metrics.items() if metric.field}
+
+
+def label_fields_of(objective: BuildsExamples) -> frozenset[str]:
+    """Return the names of the batch fields that hold labels, which are padded with IGNORE."""
+    return LABEL_FIELDS.union(counted_fields(objective).values())
+
+
+@functools.singledispatch
+def build_examples(
+    objective: BuildsExamples,
+    examples: Sequence[Example],
+    vocab: Vocab,
+    draws: ExampleRNG,
+    streams: Sequence[tuple[int, int]],
+) -> list[Example]:
+    """Return `build_example` of many examples. An objective that is faster at all of them at once registers how.
+
+    Args:
+        objective: The objective.
+        examples: The examples.
+        vocab: The vocabulary.
+        draws: Creates the random generator of each example.
+        streams: (epoch, index) of each example, the key of its generator.
+    """
+    return [objective.build_example(x, vocab, draws.at(*stream)) for x, stream in zip(examples, streams, strict=True)]
 
 
 class Batches:
@@ -111,7 +134,7 @@ class Batches:
         self.gradient_accumulation_steps = gradient_accumulation_steps
         self.rank, self.world = rank, world
         self._draws = ExampleRNG(seed, "view")
-        self._label_fields = frozenset({*objective.labels.values(), *objective.metrics.values()}) | LABEL_FIELDS
+        self._label_fields = label_fields_of(objective)
 
     def batches(self, step: int) -> list[Batch]:
         """Return this rank's micro-batches of a step."""
@@ -151,11 +174,11 @@ class Batches:
             epochs: Epoch of each example, (n,).
             indices: Index of each example in the source, (n,).
         """
-        copies = self.objective.num_copies
+        copies = self.objective.constraints.num_copies
         drawn = (epochs % copies if copies else epochs).tolist()
         examples = self.source.in_epochs(self.seed, epochs, indices)
         streams = list(zip(drawn, indices.tolist(), strict=True))
-        return self.objective.build_examples(examples, self.vocab, self._draws, streams)
+        return build_examples(self.objective, examples, self.vocab, self._draws, streams)
 
     def _assemble(self, epochs: np.ndarray, indices: np.ndarray) -> Batch:
         shown = self.shown(epochs, indices)

@@ -39,6 +39,16 @@ class ClozeItem:
     tokens: np.ndarray
     at: int
 
+    @property
+    def pieces(self) -> tuple[np.ndarray, np.ndarray]:
+        """The text before and after the hidden token."""
+        return self.tokens[: self.at], self.tokens[self.at + 1 :]
+
+    @property
+    def answer(self) -> int:
+        """The hidden token."""
+        return int(self.tokens[self.at])
+
 
 def items(store: TokenStore, vocab: Vocab, count: int, length: int = 64, seed: int = 0) -> list[ClozeItem]:
     """Return texts spread evenly over a store, each with a hidden token from its middle half.
@@ -83,7 +93,7 @@ def score(model: LM, objective: Objective, questions: Sequence[ClozeItem], vocab
         Empty where the objective predicts no token, or there is no item.
     """
     vocab = vocab.with_decoder_start(model.config.encoder.decoder_start_token)
-    hidden = [objective.hide(item.tokens, item.at, vocab) for item in questions]
+    hidden = [objective.hide(item.pieces, vocab, item.answer) for item in questions]
     examples = [example for example in hidden if example is not None]
     if not examples:
         return {}

@@ -15,7 +15,7 @@ from typing import TypeVar
 
 import numpy as np
 
-from firth.data.collate import collate
+from firth.data.collate import collate, label_fields_of
 from firth.data.source import Source
 from firth.data.tags import has_spans
 from firth.evaluate import answer_spans, entity_metrics, metrics
@@ -23,9 +23,8 @@ from firth.evaluate.perplexity import groups
 from firth.generate.decoding_batch import inference_mode
 from firth.model.model import LM
 from firth.objectives.extractive_qa import QuestionAnswering
-from firth.objectives.layer_mixture import LayerMixture
 from firth.objectives.multiple_choice import MultipleChoice
-from firth.objectives.objective import Objective, Sum, supervised
+from firth.objectives.objective import Objective, components, supervised
 from firth.tokenizer.vocab import Vocab
 from firth.types import IGNORE, NEVER, Batch, Example, Outputs
 
@@ -37,11 +36,7 @@ Kind = TypeVar("Kind", bound=Objective)
 
 def component(objective: Objective, kind: type[Kind]) -> Kind:
     """Return the component of class `kind` of an objective that has one."""
-    if isinstance(objective, Sum):
-        found = [one for one in (objective.first, objective.second) if isinstance(one, (kind, Sum))]
-        return component(found[-1], kind)
-    assert isinstance(objective, kind)
-    return objective
+    return next(one for one in reversed(components(objective)) if isinstance(one, kind))
 
 
 def _one(field: str, head: str) -> Callable[[LM, Objective, Outputs, Batch], list[HeadOutput]]:
@@ -79,7 +74,7 @@ def _span(model: LM, objective: Objective, outputs: Outputs, batch: Batch) -> li
 def _class_metrics(found: Sequence[HeadOutput], objective: Objective, source: Source) -> dict[str, float]:
     gold, predicted = np.array([label for label, _ in found]), np.array([s.argmax() for _, s in found])
     out = {"macro_f1": metrics.macro_f1(gold, predicted), "matthews": metrics.matthews(gold, predicted)}
-    return out | ({"f1": metrics.f1(gold == 1, predicted == 1)} if len(objective.class_names) == 2 else {})
+    return out | ({"f1": metrics.f1(gold == 1, predicted == 1)} if len(objective.constraints.class_names) == 2 else {})
 
 
 def _score_metrics(found: Sequence[HeadOutput], objective: Objective, source: Source) -> dict[str, float]:
@@ -88,7 +83,7 @@ def _score_metrics(found: Sequence[HeadOutput], objective: Objective, source: So
 
 
 def _tag_metrics(found: Sequence[HeadOutput], objective: Objective, source: Source) -> dict[str, float]:
-    classes = objective.class_names
+    classes = objective.constraints.class_names
     if not has_spans(classes):
         return {}
     pairs = [([classes[i] for i in labels], [classes[i] for i in s.argmax(-1)]) for labels, s in found]
@@ -142,10 +137,8 @@ def head_outputs(
         examples: The examples.
         vocab: The vocabulary of the model.
     """
-    if "mixture" in model.heads:
-        objective = LayerMixture() + objective
     rng, device = np.random.default_rng(0), model.tokens.weight.device
-    label_fields = {*objective.labels.values(), *objective.metrics.values()}
+    label_fields = label_fields_of(objective)
     built = (objective.build_example(example, vocab, rng) for example in examples)
     with inference_mode(model):
         for group in groups(built, max_tokens=8192):

@@ -21,6 +21,7 @@ from firth.evaluate.tokenizer_match import check_adapter_base, load_tokenizer
 from firth.io.yaml_files import read_yaml
 from firth.model.model import LM
 from firth.objectives import OBJECTIVES, find
+from firth.objectives.objective import reads_dialogues
 from firth.peft import adapter_files
 from firth.pretrained.load_save import check_vocab_fits, load_model, metadata_of
 from firth.tokenizer.chat_template import TEMPLATE
@@ -28,7 +29,7 @@ from firth.tokenizer.tokenizer import Tokenizer
 from firth.tokenizer.vocab import Vocab
 from firth.types import LOGGER, UserError
 
-Metric = Callable[..., float]
+MetricFunction = Callable[..., float]
 Progress = Callable[[float], None]
 Answers = tuple[Any, ...]
 """Columns of one value per item, as the task's metrics take them: gold answers first, then predictions."""
@@ -96,7 +97,7 @@ class EvaluatedModel:
         if found is None:
             return self.tokenizer.template not in (None, TEMPLATE)
         known = [find(name)() for name in names if name in OBJECTIVES]  # files not written by firth may name anything
-        return any("mask" in field for objective in known for field in objective.inputs())
+        return any(map(reads_dialogues, known))
 
     @property
     def context(self) -> int:
@@ -156,12 +157,12 @@ class Task:
     name: str
     load: Callable[..., Any]
     respond: Callable[[EvaluatedModel, Any, Progress], Answers]
-    metrics: Mapping[str, Metric]
+    metrics: Mapping[str, MetricFunction]
     majority_baseline: bool = False
     predict: Callable[[EvaluatedModel, Any, Progress], Iterator[dict[str, Any]]] | None = None
     input_schema: Callable[[EvaluatedModel], InputSchema] | None = None
     notes: Callable[[Any], Sequence[str]] = lambda items: items.notes
-    extra_metrics: Callable[[Any], Mapping[str, Metric]] = lambda items: {}
+    extra_metrics: Callable[[Any], Mapping[str, MetricFunction]] = lambda items: {}
 
     def run(
         self,

@@ -1,6 +1,6 @@
 """Infilling with models that have no mask token: sequence-to-sequence models and bidirectional LSTM language models.
 
-    encoder-decoders, prefix language models     the objective builds the prompt of a text with gaps (`Objective.show_gaps`)
+    encoder-decoders, prefix language models     the objective builds the prompt of a text with gaps (`Objective.hide`)
         sentinels (T5) the answer has each span after its sentinel: `fill_spans`, candidates of any length
         none (BART)    the answer is the whole text: `rewrite`
     forward and backward language models (ELMo)  `fill_two_way`, one token for each gap
@@ -11,11 +11,11 @@ Candidates for a span are what the model generates greedily and in NUM_SAMPLES s
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 
-from firth.data.attention_fields import InfillPrompt
 from firth.generate.decoding_batch import inference_mode, rectangle
 from firth.generate.engine import Engine
 from firth.generate.fill_mask import Candidate
@@ -23,12 +23,38 @@ from firth.generate.sampling import Sampling
 from firth.generate.streaming import Completion
 from firth.model.heads import LMHead
 from firth.tokenizer.tokenizer import Tokenizer
+from firth.tokenizer.vocab import Vocab
 from firth.types import UserError
 
 NUM_SAMPLES = 32
 """Answers that are sampled for the candidates of a text."""
 MAX_SPAN_TOKENS = 12
 """Most tokens of a span: span corruption drops 3 on average."""
+
+
+@dataclass(frozen=True, eq=False)
+class InfillPrompt:
+    """A text with gaps, as the input of a generating model.
+
+    Args:
+        tokens: Token ids, (n,).
+        marks: Tokens that the answer has before the text of each gap, and after the last one, (gaps + 1,). Empty where the
+            answer is the whole text.
+    """
+
+    tokens: np.ndarray
+    marks: np.ndarray
+
+    @classmethod
+    def of(cls, tokens: np.ndarray, vocab: Vocab) -> InfillPrompt:
+        """Return a prompt, whose gaps are sentinels or masks.
+
+        >>> vocab = Vocab(size=20, roles={"eos": 1}, special=np.arange(20) < 5, sentinels=np.array([2, 3, 4]))
+        >>> InfillPrompt.of(np.array([10, 11, 2, 12, 1]), vocab).marks.tolist()
+        [2, 3]
+        """
+        gaps = int(np.isin(tokens, vocab.sentinels).sum())
+        return cls(tokens, vocab.sentinels[: gaps + 1 if gaps else 0])
 
 
 def split_gaps(tokenizer: Tokenizer, text: str, mark: str) -> list[np.ndarray]:
@@ -61,8 +87,8 @@ def fill_spans(engine: Engine, shown: InfillPrompt, k: int = 5, seed: int = 0) -
     stops = [*engine.stops, int(shown.marks[-1])]
     writer = Engine(engine.model, engine.tokenizer, stops=stops, batch_size=engine.batch_size)
     max_tokens = (MAX_SPAN_TOKENS + 1) * gaps + 1
-    greedy = writer.generate([shown.prompt], Sampling(temperature=0, max_new_tokens=max_tokens))
-    sampled = writer.generate([shown.prompt] * NUM_SAMPLES, Sampling(max_new_tokens=max_tokens, seed=seed))
+    greedy = writer.generate([shown.tokens], Sampling(temperature=0, max_new_tokens=max_tokens))
+    sampled = writer.generate([shown.tokens] * NUM_SAMPLES, Sampling(max_new_tokens=max_tokens, seed=seed))
     by_text: list[dict[str, Candidate]] = [{} for _ in range(gaps)]
     for answer in (*greedy, *sampled):
         for gap, (start, stop) in enumerate(_spans(answer.tokens, shown.marks, answer.finish == "stop")):
@@ -102,8 +128,8 @@ def _spans(tokens: np.ndarray, marks: np.ndarray, ended: bool) -> list[tuple[int
 
 def rewrite(engine: Engine, shown: InfillPrompt) -> Completion:
     """Return the whole text as a denoising model generates it, greedily."""
-    max_tokens = 2 * len(shown.prompt) + MAX_SPAN_TOKENS
-    return engine.generate([shown.prompt], Sampling(temperature=0, max_new_tokens=max_tokens))[0]
+    max_tokens = 2 * len(shown.tokens) + MAX_SPAN_TOKENS
+    return engine.generate([shown.tokens], Sampling(temperature=0, max_new_tokens=max_tokens))[0]
 
 
 def fill_two_way(engine: Engine, pieces: Sequence[np.ndarray], k: int = 5) -> list[list[Candidate]]:

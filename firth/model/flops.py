@@ -6,9 +6,9 @@ per visible (query, key) pair (a dense kernel computes masked pairs too; they ar
 not matrix products and are left out; so is XLNet's projection of the distances, once a batch and block. 6 N D (Kaplan et
 al. 2020) is this without attention.
 
-The cost of a batch comes from the objective (`Objective.forward_flops`, `loss_flops`), which knows how often it runs the
-model and on what. It adds up the functions here: `stack_flops` for a forward and backward pass of a model, `head_flops`
-for its LM head, `linear` for other maps.
+The cost of a batch comes from the objective (`Objective.flops`), which knows how often it runs the model and on what. It
+adds up the functions here: `stack_flops` for a forward and backward pass of a model, `head_flops` for its LM head, `linear`
+for other maps.
 
 >>> from firth.model.config import decoder_config
 >>> config = decoder_config(vocab_size=8192, hidden_size=384, num_layers=6)

@@ -241,12 +241,6 @@ class Dropout(nn.Module):
         return x * dropout_mask(x, self.p) if x.device.type == "cpu" else F.dropout(x, self.p)
 
 
-def uses_dropout(model: nn.Module) -> bool:
-    """Return whether any module of the model applies dropout in training."""
-    probabilities = (m.p for m in model.modules() if isinstance(m, Dropout | nn.Dropout))
-    return any(p > 0 for p in probabilities)
-
-
 class _Relu2(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:

@@ -20,9 +20,9 @@ from typing import Any
 from torch import nn
 
 from firth.model.config import ModelConfig
-from firth.model.heads import LMHead
+from firth.model.heads import LMHead, StandardizedHead
 from firth.model.layer_mixture import ScalarMix
-from firth.model.model import LM, TiedSubmodel
+from firth.model.model import LM, Critic, TiedSubmodel
 from firth.model.norm import LayerNorm, RMSNorm
 from firth.model.prefix import PrefixEncoder, PromptEmbedding
 from firth.types import UserError
@@ -54,6 +54,15 @@ def rebuild_head(description: Description, name: str) -> nn.Module:
     return REBUILD[kind](description)
 
 
+def export_heads(model: LM) -> None:
+    """Replace the heads of a trained model by those that are saved, in place: in the units of the data, without a critic."""
+    for name, head in list(model.heads.items()):
+        if type(head) is StandardizedHead:
+            model.heads[name] = head.in_units()
+        elif type(head) is Critic:
+            del model.heads[name]
+
+
 def num_outputs(description: Description) -> int:
     """Return the number of outputs of a described head, which is that of its last linear map; 0 if there is none.
 
@@ -67,6 +76,7 @@ def num_outputs(description: Description) -> int:
 
 DESCRIBE: dict[type[nn.Module], Callable[[Any], Description]] = {
     nn.Linear: lambda m: {"kind": "linear", "in": m.in_features, "out": m.out_features, "bias": m.bias is not None},
+    StandardizedHead: lambda m: {"kind": "linear", "in": m.in_features, "out": 1, "bias": True},
     nn.Embedding: lambda m: {"kind": "embedding", "in": m.num_embeddings, "out": m.embedding_dim},
     nn.Sequential: lambda m: {"kind": "chain", "of": [describe_head(child) for child in m]},
     nn.Tanh: lambda m: {"kind": "tanh"},
@@ -89,7 +99,7 @@ DESCRIBE: dict[type[nn.Module], Callable[[Any], Description]] = {
     TiedSubmodel: lambda m: {
         "kind": "guest", "config": asdict(m.config), "heads": {n: describe_head(p) for n, p in m.heads.items()}
     },
-    LM: lambda m: {"kind": "model", "config": asdict(m.config), "heads": {n: describe_head(p) for n, p in m.heads.items()}},
+    Critic: lambda m: {"kind": "model", "config": asdict(m.config), "heads": {n: describe_head(p) for n, p in m.heads.items()}},
 }  # fmt: skip
 
 REBUILD: dict[str, Callable[[Description], nn.Module]] = {
@@ -111,5 +121,7 @@ REBUILD: dict[str, Callable[[Description], nn.Module]] = {
     "guest": lambda d: TiedSubmodel(
         ModelConfig.from_dict(d["config"]), {n: rebuild_head(p, n) for n, p in d["heads"].items()}
     ),
-    "model": lambda d: LM(ModelConfig.from_dict(d["config"]), {n: rebuild_head(p, n) for n, p in d["heads"].items()}),
+    "model": lambda d: Critic(
+        ModelConfig.from_dict(d["config"]), {n: rebuild_head(p, n) for n, p in d["heads"].items()}
+    ),
 }

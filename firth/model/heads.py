@@ -98,6 +98,40 @@ class LMHead(nn.Module):
         return out
 
 
+class StandardizedHead(nn.Linear):
+    """Linear head that is trained on standardized labels, (..., width) -> (..., 1).
+
+    Args:
+        width: Size of the hidden states.
+        mean: Mean of the labels.
+        std: Standard deviation of the labels.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, width: int, mean: float, std: float):
+        super().__init__(width, 1)
+        self.register_buffer("mean", torch.tensor(mean), persistent=False)
+        self.register_buffer("std", torch.tensor(std), persistent=False)
+
+    @torch.no_grad()
+    def in_units(self) -> nn.Linear:
+        """Return the linear head whose output is in the units of the labels, which is what a model exports."""
+        head = nn.utils.skip_init(nn.Linear, self.in_features, 1, device=self.weight.device, dtype=self.weight.dtype)
+        head.weight.copy_(self.weight * self.std)
+        head.bias.copy_(self.bias * self.std + self.mean)
+        return head
+
+
+def standardized_head(width: int, mean: float, std: float) -> StandardizedHead:
+    """Return a `StandardizedHead` with small initial weights."""
+    head = StandardizedHead(width, mean, std)
+    nn.init.normal_(head.weight, std=0.02)
+    nn.init.zeros_(head.bias)
+    return head
+
+
 def linear(width: int, outputs: int, bias: bool = True) -> nn.Linear:
     """Return a linear head (..., width) -> (..., outputs) with small initial weights."""
     head = nn.Linear(width, outputs, bias)

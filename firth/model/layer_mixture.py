@@ -14,11 +14,16 @@ from torch import Tensor, nn
 
 
 class ScalarMix(nn.Module):
-    """Weighted mean of the states of all layers: (layers, ..., width) -> (..., width); initially their plain mean."""
+    """Weighted mean of the states of all layers: (layers, ..., width) -> (..., width); initially their plain mean.
 
-    def __init__(self, layers: int):
+    Args:
+        layers: Number of layers.
+        frozen: Whether the model below is run without gradient and without dropout.
+    """
+
+    def __init__(self, layers: int, frozen: bool = False):
         super().__init__()
-        self.layers = layers
+        self.layers, self.frozen = layers, frozen
         self.weights = nn.Parameter(torch.zeros(layers))
         self.scale = nn.Parameter(torch.ones(()))
 

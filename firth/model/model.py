@@ -146,6 +146,15 @@ class LM(nn.Module):
         return "lm" in self.heads and bool(self.heads["lm"].config.hidden_size == self.config.hidden_size)  # type: ignore[union-attr]
 
     @property
+    def language_model(self) -> LM:
+        """The model whose LM head predicts the text: this one, or one among its heads (ELECTRA's generator)."""
+        if "lm" not in self.heads:
+            for head in self.heads.values():
+                if isinstance(head, LM) and "lm" in head.heads:
+                    return head
+        return self
+
+    @property
     def prefix(self) -> PrefixEncoder | None:
         """The trained keys and values before every text (prefix tuning), or None."""
         return self.heads["prefix"] if "prefix" in self.heads else None  # type: ignore[return-value]  # noqa: SIM401
@@ -341,6 +350,10 @@ class LM(nn.Module):
             if self.config.rnn.type
             else KVCache(rows, capacity + self.num_virtual_tokens())
         )
+
+
+class Critic(LM):
+    """A model that is a head of another in training only: PPO's estimate of values. It is not exported."""
 
 
 class TiedSubmodel(LM):

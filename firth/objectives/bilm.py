@@ -12,13 +12,12 @@ Difference from the original: a full softmax instead of a sampled one.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import numpy as np
 from torch import Tensor, nn
 
 from firth.model import flops
-from firth.model.config import AttentionPattern, ModelConfig
+from firth.model.config import ModelConfig
 from firth.model.heads import LMHead
 from firth.model.model import LM
 from firth.objectives.objective import Objective, token_loss
@@ -39,11 +38,9 @@ class BiLM(Objective):
     ([5, 6, 7], [6, 7, -100], [-100, 5, 6])
     """
 
-    labels: ClassVar[dict[str, str]] = {"forward": "next", "backward": "previous"}
-    keeps_fields: ClassVar[bool] = True
+    labels = {"forward": "next", "backward": "previous"}
 
-    def attention_pattern(self) -> AttentionPattern:
-        return "bidirectional_separate"
+    attention = "bidirectional_separate"
 
     def heads(self, config: ModelConfig) -> dict[str, nn.Module]:
         return {"lm": LMHead(direction_config(config))}
@@ -64,9 +61,9 @@ class BiLM(Objective):
             "backward": token_loss(model, back, batch["previous"]),
         }
 
-    def loss_flops(self, model: LM, batch: Batch) -> float:
+    def flops(self, model: LM, batch: Batch, forward: float | None = None) -> float:
         count = flops.supervised_positions(batch["next"]) + flops.supervised_positions(batch["previous"])
-        return flops.head_flops(direction_config(model.config), count)
+        return super().flops(model, batch, forward) + flops.head_flops(direction_config(model.config), count)
 
 
 def direction_config(config: ModelConfig) -> ModelConfig:

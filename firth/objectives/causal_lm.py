@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from firth.data import attention_fields
-from firth.model.config import AttentionPattern
 from firth.objectives.objective import TokenObjective
 from firth.tokenizer.vocab import Vocab
 from firth.types import IGNORE, Example
@@ -27,8 +27,7 @@ class CausalLM(TokenObjective):
     ([5, 6, 7], [6, 7, 8], [0, 1, 2])
     """
 
-    def attention_pattern(self) -> AttentionPattern:
-        return "causal"
+    attention = "causal"
 
     def build_example(self, example: Example, vocab: Vocab, rng: np.random.Generator) -> Example:
         tokens = example["tokens"]
@@ -44,10 +43,12 @@ class CausalLM(TokenObjective):
             shown |= {"document_ids": document[:-1], "labels": labels}
         return shown
 
-    def hide(self, tokens: np.ndarray, at: int, vocab: Vocab) -> Example:
-        """The tokens after it cannot be shown."""
+    def hide(self, pieces: Sequence[np.ndarray], vocab: Vocab, answer: int | None = None) -> Example | None:
+        """The tokens after the gap cannot be shown."""
+        if answer is None:
+            return None
         bos = [vocab.roles["bos"]] if "bos" in vocab.roles else []
-        shown = np.concatenate((bos, tokens[:at])).astype(tokens.dtype)
+        shown = np.concatenate((bos, pieces[0])).astype(pieces[0].dtype)
         labels = np.full(len(shown), IGNORE)
-        labels[-1] = tokens[at]
+        labels[-1] = answer
         return {"tokens": shown, "labels": labels} | attention_fields.causal(len(shown))

@@ -11,10 +11,9 @@ learned too. (BART's decoder reads the whole text once more, at twice the cost.)
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Literal, Self
 
 import numpy as np
 import torch
@@ -24,11 +23,11 @@ from firth.data import attention_fields
 from firth.fields import NonNegativeFloat, ShareBelowOne
 from firth.model.config import AttentionPattern, ModelConfig
 from firth.model.model import LM
-from firth.objectives.objective import DataStats, Objective, choice_loss, num_correct, supervised
+from firth.objectives.objective import DataStats, Objective, cannot_train, choice_loss, num_correct, supervised
 from firth.pretrained.families import families_of
 from firth.pretrained.families.heads import head_of
 from firth.tokenizer.vocab import Vocab
-from firth.types import IGNORE, Batch, Example, Outputs, UserError
+from firth.types import IGNORE, Batch, Constraints, Example, Metric, Outputs, UserError
 
 Readout = Literal["first", "last", "answer"]
 READOUTS: dict[str, AttentionPattern] = {"auto": "any", "first": "bidirectional", "last": "causal", "answer": "seq2seq"}
@@ -80,12 +79,7 @@ class ReadoutObjective(Objective):
     Args:
         position: The readout position: "first" for an encoder, "last" for a decoder, "answer" for an encoder-decoder;
             "auto" is the one that fits the model config.
-
-    Attributes:
-        label_fields: The fields that hold a label at the readout position.
     """
-
-    label_fields: ClassVar[tuple[str, ...]] = ("class",)
 
     position: Readout | Literal["auto"] = "auto"
 
@@ -94,14 +88,12 @@ class ReadoutObjective(Objective):
         """The readout position; the first token while no model config is known."""
         return "first" if self.position == "auto" else self.position
 
-    def attention_pattern(self) -> AttentionPattern:
+    @property
+    def attention(self) -> AttentionPattern:
         return READOUTS[self.position]
 
-    def for_model(self, config: ModelConfig) -> Objective:
+    def configure(self, stats: Callable[[], DataStats], config: ModelConfig) -> Self:
         return dataclasses.replace(self, position=readout_of(config)) if self.position == "auto" else self
-
-    def needed_positions(self, batch: Batch) -> Tensor | None:
-        return functools.reduce(torch.logical_or, (batch[name] != IGNORE for name in self.label_fields))
 
 
 @dataclass(frozen=True)
@@ -124,12 +116,14 @@ class Classification(ReadoutObjective):
     >>> seen = Classification(class_names=("bad", "good")).build_example(example, vocab, np.random.default_rng(0))
     >>> seen["tokens"].tolist(), seen["class"].tolist()
     ([1, 5, 6, 2], [1, -100, -100, -100])
-    >>> Classification(class_weights="balanced").with_stats(lambda: DataStats(("ham", "spam"), (90, 10))).class_weights
+    >>> from firth.model.config import encoder_config
+    >>> stats, config = DataStats(("ham", "spam"), (90, 10)), encoder_config(vocab_size=9, hidden_size=64, num_layers=1)
+    >>> Classification(class_weights="balanced").configure(lambda: stats, config).class_weights
     (0.5555555555555556, 5.0)
     """
 
-    labels: ClassVar[dict[str, str]] = {"class": "class"}
-    metrics: ClassVar[dict[str, str]] = {"accuracy": "class"}
+    labels = {"class": "class"}
+    metrics = {"accuracy": Metric("class")}
 
     class_names: tuple[str, ...] = ()
     label_smoothing: ShareBelowOne = 0.0
@@ -148,24 +142,27 @@ class Classification(ReadoutObjective):
                 f"there are {len(self.class_weights)} class_weights for {len(self.class_names)} classes: give one for each"
             )
 
-    def with_stats(self, stats: Callable[[], DataStats]) -> Objective:
-        named = self if self.class_names else dataclasses.replace(self, class_names=stats().class_names)
-        if self.class_weights != "balanced":
-            return named
-        counts = stats().class_counts
-        share = sum(counts) / len(counts)
-        return dataclasses.replace(named, class_weights=tuple(share / n if n else 0.0 for n in counts))
+    @property
+    def constraints(self) -> Constraints:
+        return Constraints(class_names=self.class_names)
 
-    def inputs(self, given: frozenset[str] = frozenset()) -> frozenset[str]:
-        return frozenset({"tokens", "label"})
-
-    def missing_from(self, config: ModelConfig) -> str:
+    def configure(self, stats: Callable[[], DataStats], config: ModelConfig) -> Self:
         # XLNet's, T5's and BART's classes use a readout position that none of ours is.
         elsewhere = config.encoder.num_layers or config.position.type == "xlnet"
         named = any(headed.head_name == "classes" for family in families_of(config) for headed in family.heads)
-        if self.head == "linear" or (named and not elsewhere):
-            return ""
-        return "transformers has no class with such a head at the same position, so set objective.head=linear"
+        if self.head == "family" and (elsewhere or not named):
+            raise cannot_train(
+                self, "transformers has no class with such a head at the same position, so set objective.head=linear"
+            )
+        configured = super().configure(stats, config)
+        if not self.class_names:
+            configured = dataclasses.replace(configured, class_names=stats().class_names)
+        if self.class_weights != "balanced" or not (counts := stats().class_counts):
+            return configured
+        share = sum(counts) / len(counts)
+        return dataclasses.replace(configured, class_weights=tuple(share / n if n else 0.0 for n in counts))
+
+    inputs = frozenset({"tokens", "label"})
 
     def heads(self, config: ModelConfig) -> dict[str, nn.Module]:
         count = len(self.class_names)

@@ -18,8 +18,9 @@ where h_i+ is the same text with another dropout mask, or its neighbor. Represen
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Literal, Self
 
 import numpy as np
 import torch
@@ -29,12 +30,12 @@ from torch import Tensor
 
 from firth.data import attention_fields
 from firth.fields import PositiveFloat
-from firth.model.config import AttentionPattern, ModelConfig
+from firth.model.config import ModelConfig
 from firth.model.latent import average
 from firth.model.model import LM
-from firth.objectives.objective import Objective, choice_loss, num_correct
+from firth.objectives.objective import DataStats, Objective, cannot_train, choice_loss, num_correct
 from firth.tokenizer.vocab import Vocab
-from firth.types import IGNORE, Batch, Example, Outputs
+from firth.types import IGNORE, Batch, Constraints, Example, Metric, Outputs
 
 SQRT_EPSILON = 1e-12
 """Added before a square root: keeps the gradient of a distance finite where two representations coincide."""
@@ -53,12 +54,9 @@ class PooledObjective(Objective):
         position: A text's representation is the "mean" of its states or the "first" of them, at [CLS].
     """
 
-    output_fields: ClassVar[frozenset[str]] = frozenset()
-
     position: Literal["mean", "first"] = "mean"
 
-    def attention_pattern(self) -> AttentionPattern:
-        return "bidirectional"
+    attention = "bidirectional"
 
     def embed(self, hidden: Tensor, batch: Batch) -> Tensor:
         """Return unit vectors: hidden (..., T, hidden_size) -> (..., hidden_size) float32."""
@@ -70,15 +68,16 @@ class PooledObjective(Objective):
 class Contrastive(PooledObjective):
     """Margin loss over pairs of texts (Hadsell 2006, equation 4).
 
-    Shown: a group of texts. From {"first", "second", "other"}: first and second are similar, first and other are not, a group
-    (3, T). From a labeled pair {"tokens", "token_type_ids", "label"} (class 1 of two: similar): a group (2, T). Loss: d^2 for a
-    similar pair, max(0, margin - d)^2 for a dissimilar one. Metrics: "accuracy" of a threshold at half the margin; "nearer",
-    how often the similar text is the nearer one (chance: a half); "alignment", the mean squared distance of similar pairs
-    (Wang & Isola 2020).
+    Shown: a group of texts. From "neighbors" {"first", "second", "other"}: first and second are similar, first and other are
+    not, a group (3, T). From a "labeled" pair {"tokens", "token_type_ids", "label"} (class 1 of two: similar): a group (2, T).
+    Loss: d^2 for a similar pair, max(0, margin - d)^2 for a dissimilar one. Metrics: "accuracy" of a threshold at half the
+    margin; "nearer", how often the similar text is the nearer one (chance: a half); "alignment", the mean squared distance of
+    similar pairs (Wang & Isola 2020).
 
     Args:
         position: See `PooledObjective`.
         margin: The paper's eps: the distance from which a dissimilar pair costs nothing.
+        pairs: "neighbors" in a text, or "labeled" pairs.
 
     >>> vocab = Vocab(size=9, roles={"cls": 1, "sep": 2}, special=np.arange(9) < 3)
     >>> example = {"first": np.array([5]), "second": np.array([6, 7]), "other": np.array([8, 8])}
@@ -87,16 +86,19 @@ class Contrastive(PooledObjective):
     ([[1, 5, 2, 0], [1, 6, 7, 2], [1, 8, 8, 2]], [1, 0])
     """
 
-    labels: ClassVar[dict[str, str]] = {"contrastive": "similar"}
-    metrics: ClassVar[dict[str, str]] = {"accuracy": "similar", "nearer": "compared", "alignment": "alike"}
+    labels = {"contrastive": "similar"}
+    metrics = {"accuracy": Metric("similar"), "nearer": Metric("compared"), "alignment": Metric("alike")}
 
     margin: Annotated[float, Interval(gt=0, le=2)] = 1.0
+    pairs: Literal["neighbors", "labeled"] = "neighbors"
 
-    def inputs(self, given: frozenset[str] = frozenset()) -> frozenset[str]:
-        return frozenset({"tokens", "token_type_ids", "label"} if "label" in given else {"first", "second", "other"})
+    @property
+    def inputs(self) -> frozenset[str]:
+        neighbors = {"first", "second", "other"}
+        return frozenset(neighbors if self.pairs == "neighbors" else {"tokens", "token_type_ids", "label"})
 
     def build_example(self, example: Example, vocab: Vocab, rng: np.random.Generator) -> Example:
-        if "first" in example:
+        if self.pairs == "neighbors":
             seen = group_texts([example["first"], example["second"], example["other"]], vocab)
             similar = np.array([1, 0])
         else:
@@ -141,22 +143,22 @@ class InfoNCE(PooledObjective):
     [[1, 5, 6, 2], [1, 5, 6, 2]]
     """
 
-    labels: ClassVar[dict[str, str]] = {"infonce": "text"}
-    metrics: ClassVar[dict[str, str]] = {"accuracy": "text", "alignment": "text"}
-    needs_full_batch: ClassVar[bool] = True
+    labels = {"infonce": "text"}
+    metrics = {"accuracy": Metric("text"), "alignment": Metric("text")}
+    constraints = Constraints(needs_full_batch=True)
 
     positives: Literal["dropout", "neighbors"] = "dropout"
     temperature: PositiveFloat = 0.05
 
-    def missing_from(self, config: ModelConfig) -> str:
-        same = self.positives == "dropout" and not config.dropout
-        return (
-            "the two copies of a text differ only by dropout, and model.dropout is 0: set model.dropout=0.1"
-            if same
-            else ""
-        )
+    def configure(self, stats: Callable[[], DataStats], config: ModelConfig) -> Self:
+        if self.positives == "dropout" and not config.dropout:
+            raise cannot_train(
+                self, "the two copies of a text differ only by dropout, and model.dropout is 0: set model.dropout=0.1"
+            )
+        return self
 
-    def inputs(self, given: frozenset[str] = frozenset()) -> frozenset[str]:
+    @property
+    def inputs(self) -> frozenset[str]:
         return frozenset({"tokens"} if self.positives == "dropout" else {"first", "second"})
 
     def build_example(self, example: Example, vocab: Vocab, rng: np.random.Generator) -> Example:

@@ -13,18 +13,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
 
 import numpy as np
 
 from firth.data import attention_fields
-from firth.data.attention_fields import InfillPrompt, Seq2SeqLayout
+from firth.data.attention_fields import Seq2SeqLayout
 from firth.data.corruptions import Damage, corrupt
 from firth.fields import OpenShare
 from firth.model.config import AttentionPattern
 from firth.objectives.objective import TokenObjective
 from firth.tokenizer.vocab import Vocab
-from firth.types import IGNORE, Example, UserError
+from firth.types import IGNORE, Constraints, Example, UserError
 
 
 @dataclass(frozen=True)
@@ -48,8 +47,6 @@ class Denoising(TokenObjective):
     labels [3, 4, 5, 6, 7, 8, 1]
     """
 
-    added_tokens: ClassVar[int] = 1  # the stop token
-
     noises: tuple[Damage, ...] = ("permutation", "infilling")
     noise_density: OpenShare = 0.3
     layout: Seq2SeqLayout = "seq2seq"
@@ -60,10 +57,12 @@ class Denoising(TokenObjective):
             raise UserError("denoising: noises is empty, so nothing is corrupted: name at least one corruption")
 
     @property
-    def text_units(self) -> frozenset[str]:
-        return frozenset({"sentences"} if "permutation" in self.noises else ())
+    def constraints(self) -> Constraints:
+        units = frozenset({"sentences"} if "permutation" in self.noises else ())
+        return Constraints(added_tokens=1, text_units=units)  # the stop token
 
-    def attention_pattern(self) -> AttentionPattern:
+    @property
+    def attention(self) -> AttentionPattern:
         return "seq2seq" if self.layout == "seq2seq" else "prefix"
 
     def build_example(self, example: Example, vocab: Vocab, rng: np.random.Generator) -> Example:
@@ -73,19 +72,16 @@ class Denoising(TokenObjective):
             self.layout, np.append(corrupted, vocab.eos), np.append(tokens, vocab.eos), vocab
         )
 
-    def build_infill(self, pieces: Sequence[np.ndarray], vocab: Vocab) -> InfillPrompt:
+    def hide(self, pieces: Sequence[np.ndarray], vocab: Vocab, answer: int | None = None) -> Example:
         """Each gap is one mask, as infilling leaves one for a span of any length; nothing where tokens are deleted. The target
-        is the whole text."""
+        is the whole text, and the label at the position of the answer in it."""
         rest = pieces[1:]
         if self.noises != ("deletion",):
             rest = [np.insert(piece, 0, vocab.mask) for piece in rest]
-        return InfillPrompt(np.concatenate((pieces[0], *rest, [vocab.eos])).astype(np.int32), np.zeros(0, np.int64))
-
-    def hide(self, tokens: np.ndarray, at: int, vocab: Vocab) -> Example:
-        """The token is masked, or deleted where that is the corruption; its label is at its position in the target."""
-        hidden = np.arange(len(tokens)) == at
-        shown = tokens[~hidden] if self.noises == ("deletion",) else np.where(hidden, vocab.mask, tokens)
-        seen = attention_fields.layout_of(self.layout, np.append(shown, vocab.eos), tokens[: at + 1], vocab)
+        source = np.concatenate((pieces[0], *rest, [vocab.eos])).astype(np.int32)
+        if answer is None:
+            return {"tokens": source}
+        seen = attention_fields.layout_of(self.layout, source, np.append(pieces[0], answer), vocab)
         labels = np.full(len(seen["labels"]), IGNORE)
-        labels[-1] = tokens[at]
+        labels[-1] = answer
         return seen | {"labels": labels}

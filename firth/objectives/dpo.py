@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, ClassVar
+from typing import Annotated
 
 import numpy as np
 import torch
@@ -23,14 +23,22 @@ from torch import Tensor, nn
 
 from firth.data import attention_fields
 from firth.fields import PositiveFloat
-from firth.model.config import AttentionPattern, ModelConfig
+from firth.model.config import ModelConfig
 from firth.model.forward_context import ForwardContext
 from firth.model.heads import LMHead
 from firth.model.model import LM
-from firth.objectives.objective import Objective, choice_loss, log_probs, num_correct, vocabulary_flops
+from firth.objectives.objective import (
+    Objective,
+    choice_loss,
+    forward_flops,
+    hidden_states,
+    log_probs,
+    num_correct,
+    vocabulary_flops,
+)
 from firth.objectives.sft import causal_example
 from firth.tokenizer.vocab import Vocab
-from firth.types import IGNORE, Batch, Example, Outputs
+from firth.types import IGNORE, Batch, Example, Metric, Outputs
 
 
 def build_comparison(example: Example) -> Example:
@@ -54,6 +62,20 @@ def ref_logprobs(model: LM, batch: Batch) -> dict[str, Tensor]:
     return {"reference": log_probs(model, hidden, batch["labels"]).sum(-1)}
 
 
+def _remark_on_log_ratios(metrics: Mapping[str, float]) -> str:
+    """Warn where both answers became less likely than under the reference (Pal 2024; Rafailov 2024)."""
+    split = "valid/" if "valid/chosen" in metrics else ""
+    chosen, rejected = (metrics.get(f"{split}{name}", 0.0) for name in ("chosen", "rejected"))
+    if chosen >= 0 or rejected >= 0:
+        return ""
+    where = "held-out" if split else "training"
+    return (
+        f"Both answers became less likely than under the reference on {where} comparisons: the preferred by "
+        f"{-chosen:.3g} nats, the rejected by {-rejected:.3g}. A larger objective.beta or a lower optimizer.lr keeps "
+        "the model nearer to the reference."
+    )
+
+
 @dataclass(frozen=True)
 class DPO(Objective):
     """Prefer the chosen answer over the rejected one, relative to a reference model.
@@ -65,51 +87,31 @@ class DPO(Objective):
     Args:
         beta: Strength of the penalty for leaving the reference.
         label_smoothing: Share of the comparisons assumed to be labeled the wrong way round (conservative DPO, Mitchell 2023).
-        dropout: Apply the model's dropout; the first loss is then not ln 2.
     """
 
     beta: PositiveFloat = 0.1
     label_smoothing: Annotated[float, Interval(ge=0, lt=0.5)] = 0.0
-    dropout: bool = False
 
-    output_fields: ClassVar[frozenset[str]] = frozenset()
-    precomputed_fields: ClassVar[frozenset[str]] = frozenset({"reference"})
-    labels: ClassVar[dict[str, str]] = {"dpo": "preferred"}
-    metrics: ClassVar[dict[str, str]] = {
-        "accuracy": "preferred",
-        "margin": "preferred",
-        "chosen": "preferred",
-        "rejected": "preferred",
+    labels = {"dpo": "preferred"}
+    metrics = {
+        "accuracy": Metric("preferred"),
+        "margin": Metric("preferred"),
+        "chosen": Metric("preferred", remark=_remark_on_log_ratios),
+        "rejected": Metric("preferred"),
     }
 
-    def inputs(self, given: frozenset[str] = frozenset()) -> frozenset[str]:
-        return frozenset({"chosen_tokens", "chosen_mask", "rejected_tokens", "rejected_mask", "reference"})
-
-    def attention_pattern(self) -> AttentionPattern:
-        return "causal"
+    inputs = frozenset({"chosen_tokens", "chosen_mask", "rejected_tokens", "rejected_mask", "reference"})
+    attention = "causal"
 
     def heads(self, config: ModelConfig) -> dict[str, nn.Module]:
         return {"lm": LMHead(config)}
-
-    def notes(self, metrics: Mapping[str, float]) -> list[str]:
-        """Warn where both answers became less likely than under the reference (Pal 2024; Rafailov 2024)."""
-        split = "valid/" if "valid/chosen" in metrics else ""
-        chosen, rejected = (metrics.get(f"{split}{name}", 0.0) for name in ("chosen", "rejected"))
-        if chosen >= 0 or rejected >= 0:
-            return []
-        where = "held-out" if split else "training"
-        return [
-            f"Both answers became less likely than under the reference on {where} comparisons: the preferred by "
-            f"{-chosen:.3g} nats, the rejected by {-rejected:.3g}. A larger objective.beta or a lower optimizer.lr keeps "
-            "the model nearer to the reference."
-        ]
 
     def build_example(self, example: Example, vocab: Vocab, rng: np.random.Generator) -> Example:
         fields = {"reference": np.asarray(example["reference"], np.float32), "preferred": np.int64(0)}
         return build_comparison(example) | fields
 
-    def needed_positions(self, batch: Batch) -> Tensor | None:
-        return batch["labels"] != IGNORE
+    def forward(self, model: LM, batch: Batch) -> Outputs:
+        return {"hidden": hidden_states(model, batch, batch["labels"] != IGNORE)}
 
     def loss(self, model: LM, outputs: Outputs, batch: Batch) -> dict[str, Tensor]:
         logprobs = log_probs(model, outputs["hidden"], batch["labels"]).sum(-1)  # (B, 2)
@@ -126,5 +128,6 @@ class DPO(Objective):
             "rejected": rejected,
         }
 
-    def loss_flops(self, model: LM, batch: Batch) -> float:
-        return vocabulary_flops(model, batch["labels"])
+    def flops(self, model: LM, batch: Batch, forward: float | None = None) -> float:
+        total = forward_flops(model, batch, batch["labels"] != IGNORE) if forward is None else forward
+        return total + vocabulary_flops(model, batch["labels"])

@@ -13,7 +13,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Literal
 
 import numpy as np
 import torch
@@ -23,9 +23,9 @@ from firth.data import attention_fields
 from firth.model.config import AttentionPattern, ModelConfig
 from firth.model.model import LM
 from firth.objectives.classification import READOUTS, classification_head, readout_of
-from firth.objectives.objective import DataStats, Objective
+from firth.objectives.objective import DataStats, Objective, forward_flops, hidden_states
 from firth.tokenizer.vocab import Vocab
-from firth.types import IGNORE, NEVER, Batch, Example, Outputs
+from firth.types import IGNORE, NEVER, Batch, Example, Metric, Outputs
 
 PADDING_SCORE = -1e30
 """The score of padding: finite, so that rows of padding alone give no NaN."""
@@ -49,21 +49,16 @@ class QuestionAnswering(Objective):
     ([-100, -100, -100, 1, -100, -100], [-100, -100, -100, -100, 1, -100])
     """
 
-    labels: ClassVar[dict[str, str]] = {"span": "starts"}
-    metrics: ClassVar[dict[str, str]] = {"accuracy": "ends"}
+    labels = {"span": "starts"}
+    metrics = {"accuracy": Metric("ends")}
 
     position: Literal["auto", "first", "last"] = "auto"
     has_unanswerable: bool | None = None
 
-    def with_stats(self, stats: Callable[[], DataStats]) -> Objective:
-        if self.has_unanswerable is not None:
-            return self
-        return dataclasses.replace(self, has_unanswerable=stats().has_unanswerable)
+    inputs = frozenset({"tokens", "start", "end"})
 
-    def inputs(self, given: frozenset[str] = frozenset()) -> frozenset[str]:
-        return frozenset({"tokens", "start", "end"})
-
-    def attention_pattern(self) -> AttentionPattern:
+    @property
+    def attention(self) -> AttentionPattern:
         return READOUTS[self.position]
 
     @property
@@ -71,10 +66,13 @@ class QuestionAnswering(Objective):
         """The token that means "no answer"; the first while no model config is known."""
         return "last" if self.position == "last" else "first"
 
-    def for_model(self, config: ModelConfig) -> Objective:
-        if self.position != "auto":
-            return self
-        return dataclasses.replace(self, position="last" if readout_of(config) == "last" else "first")
+    def configure(self, stats: Callable[[], DataStats], config: ModelConfig) -> Objective:
+        position: Literal["first", "last"] = "last" if readout_of(config) == "last" else "first"
+        return dataclasses.replace(
+            self,
+            position=position if self.position == "auto" else self.position,
+            has_unanswerable=stats().has_unanswerable if self.has_unanswerable is None else self.has_unanswerable,
+        )
 
     def heads(self, config: ModelConfig) -> dict[str, nn.Module]:
         return {"span": classification_head(config.hidden_size, 2)}
@@ -85,6 +83,12 @@ class QuestionAnswering(Objective):
         no_answer = n - 1 if self.position == "last" else 0
         order = attention_fields.causal(n) if self.position == "last" else {}
         return shown | {f"{end}s": _one_hot_label(n, example[end], no_answer) for end in ("start", "end")} | order
+
+    def forward(self, model: LM, batch: Batch) -> Outputs:
+        return {"hidden": hidden_states(model, batch)}  # the softmax is over all tokens
+
+    def flops(self, model: LM, batch: Batch, forward: float | None = None) -> float:
+        return forward_flops(model, batch) if forward is None else forward
 
     def loss(self, model: LM, outputs: Outputs, batch: Batch) -> dict[str, Tensor]:
         scores = model.heads["span"](outputs["hidden"]).float()  # (B, T, 2)

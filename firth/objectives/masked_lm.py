@@ -13,17 +13,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
 
 import numpy as np
 
+from firth.data.collate import build_examples
 from firth.data.noise import NOISES, Kind, apply_mask_tokens, text_units
 from firth.data.shuffle import ExampleRNG
 from firth.fields import NonNegativeInt, OpenShare, Share
-from firth.model.config import AttentionPattern
 from firth.objectives.objective import TokenObjective
 from firth.tokenizer.vocab import Vocab
-from firth.types import IGNORE, Example, UserError
+from firth.types import IGNORE, Constraints, Example, UserError
 
 
 @dataclass(frozen=True)
@@ -50,8 +49,6 @@ class MLM(TokenObjective):
     ([2, 1, 6, 1, 8, 3], [-100, 5, -100, 7, -100, -100])
     """
 
-    keeps_fields: ClassVar[bool] = True
-
     mlm_probability: OpenShare = 0.15
     noise: Kind = "iid"
     mask_fraction: Share = 0.8
@@ -68,15 +65,10 @@ class MLM(TokenObjective):
             )
 
     @property
-    def num_copies(self) -> int:
-        return self.num_maskings
+    def constraints(self) -> Constraints:
+        return Constraints(num_copies=self.num_maskings, text_units=text_units(self.noise))
 
-    @property
-    def text_units(self) -> frozenset[str]:
-        return text_units(self.noise)
-
-    def attention_pattern(self) -> AttentionPattern:
-        return "bidirectional"
+    attention = "bidirectional"
 
     def build_example(self, example: Example, vocab: Vocab, rng: np.random.Generator) -> Example:
         tokens = example["tokens"]
@@ -90,51 +82,55 @@ class MLM(TokenObjective):
         shown[at] = apply_mask_tokens(tokens[at], vocab, self.mask_fraction, self.random_fraction, kind, rng)
         return example | {"tokens": shown, "labels": labels}
 
-    def build_examples(
-        self, examples: Sequence[Example], vocab: Vocab, draws: ExampleRNG, streams: Sequence[tuple[int, int]]
-    ) -> list[Example]:
-        """Return `build_example` of many examples: the same random numbers for each, one vectorized pass over all."""
-        if self.noise != "iid" or self.whole_span_replacement or type(self).build_example is not MLM.build_example:
-            return super().build_examples(examples, vocab, draws, streams)
-        tokens = np.concatenate([example["tokens"] for example in examples])
-        lengths = np.array([len(example["tokens"]) for example in examples])
-        # Random numbers for masked tokens: about six times as many as needed.
-        ends, room = np.cumsum(lengths), lengths // 2 + 8
-        stops = np.cumsum(lengths + room)
-        starts = stops - lengths - room
-        drawn = np.empty(int(stops[-1]))
-        for stream, low, high in zip(streams, starts.tolist(), stops.tolist(), strict=True):
-            draws.at(*stream).random(out=drawn[low:high])
-        token_slot = np.repeat(starts - ends + lengths, lengths) + np.arange(len(tokens))
-        at = np.flatnonzero((drawn[token_slot] < self.mlm_probability) > vocab.special[tokens])
-        example_of = ends.searchsorted(at, "right")
-        num_masked = np.bincount(example_of, minlength=len(examples))
-        first_masked = np.cumsum(num_masked) - num_masked
-        slot = np.arange(len(at)) - first_masked[example_of] + (starts + lengths)[example_of]
-        kind = drawn[np.minimum(slot, stops[example_of] - 1)]
-        masked = kind < self.mask_fraction
-        replaced = np.flatnonzero((kind < self.mask_fraction + self.random_fraction) > masked)
-        replaced_example = example_of[replaced]
-        num_random = np.bincount(replaced_example, minlength=len(examples))
-        slot = (
-            np.arange(len(replaced))
-            - (np.cumsum(num_random) - num_random)[replaced_example]
-            + (starts + lengths + num_masked)[replaced_example]
-        )
-        labels, shown = np.full_like(tokens, IGNORE), tokens.copy()
-        labels[at] = tokens[at]
-        shown[at[masked]] = vocab.mask
-        shown[at[replaced]] = vocab.drawn(drawn[np.minimum(slot, stops[replaced_example] - 1)])
-        made = [
-            example | {"tokens": shown[low:high], "labels": labels[low:high]}
-            for example, low, high in zip(examples, (ends - lengths).tolist(), ends.tolist(), strict=True)
-        ]
-        for i in np.flatnonzero(num_masked + num_random > room).tolist():
-            made[i] = self.build_example(examples[i], vocab, draws.at(*streams[i]))
-        return made
-
-    def hide(self, tokens: np.ndarray, at: int, vocab: Vocab) -> Example:
-        shown = vocab.add_special_tokens(tokens)
+    def hide(self, pieces: Sequence[np.ndarray], vocab: Vocab, answer: int | None = None) -> Example | None:
+        if answer is None:
+            return None
+        shown = vocab.add_special_tokens(np.concatenate((pieces[0], [vocab.mask], pieces[1])))
         labels = np.full(len(shown), IGNORE)
-        labels[at + 1], shown[at + 1] = tokens[at], vocab.mask
+        labels[len(pieces[0]) + 1] = answer
         return {"tokens": shown, "labels": labels}
+
+
+@build_examples.register(MLM)
+def _mask_many(
+    mlm: MLM, examples: Sequence[Example], vocab: Vocab, draws: ExampleRNG, streams: Sequence[tuple[int, int]]
+) -> list[Example]:
+    """Return `build_example` of many examples: the same random numbers for each, one vectorized pass over all."""
+    if mlm.noise != "iid" or mlm.whole_span_replacement or type(mlm).build_example is not MLM.build_example:
+        return build_examples.dispatch(object)(mlm, examples, vocab, draws, streams)
+    tokens = np.concatenate([example["tokens"] for example in examples])
+    lengths = np.array([len(example["tokens"]) for example in examples])
+    # Random numbers for masked tokens: about six times as many as needed.
+    ends, room = np.cumsum(lengths), lengths // 2 + 8
+    stops = np.cumsum(lengths + room)
+    starts = stops - lengths - room
+    drawn = np.empty(int(stops[-1]))
+    for stream, low, high in zip(streams, starts.tolist(), stops.tolist(), strict=True):
+        draws.at(*stream).random(out=drawn[low:high])
+    token_slot = np.repeat(starts - ends + lengths, lengths) + np.arange(len(tokens))
+    at = np.flatnonzero((drawn[token_slot] < mlm.mlm_probability) > vocab.special[tokens])
+    example_of = ends.searchsorted(at, "right")
+    num_masked = np.bincount(example_of, minlength=len(examples))
+    first_masked = np.cumsum(num_masked) - num_masked
+    slot = np.arange(len(at)) - first_masked[example_of] + (starts + lengths)[example_of]
+    kind = drawn[np.minimum(slot, stops[example_of] - 1)]
+    masked = kind < mlm.mask_fraction
+    replaced = np.flatnonzero((kind < mlm.mask_fraction + mlm.random_fraction) > masked)
+    replaced_example = example_of[replaced]
+    num_random = np.bincount(replaced_example, minlength=len(examples))
+    slot = (
+        np.arange(len(replaced))
+        - (np.cumsum(num_random) - num_random)[replaced_example]
+        + (starts + lengths + num_masked)[replaced_example]
+    )
+    labels, shown = np.full_like(tokens, IGNORE), tokens.copy()
+    labels[at] = tokens[at]
+    shown[at[masked]] = vocab.mask
+    shown[at[replaced]] = vocab.drawn(drawn[np.minimum(slot, stops[replaced_example] - 1)])
+    made = [
+        example | {"tokens": shown[low:high], "labels": labels[low:high]}
+        for example, low, high in zip(examples, (ends - lengths).tolist(), ends.tolist(), strict=True)
+    ]
+    for i in np.flatnonzero(num_masked + num_random > room).tolist():
+        made[i] = mlm.build_example(examples[i], vocab, draws.at(*streams[i]))
+    return made

@@ -17,6 +17,7 @@ choices, whole words are `noise="words"`; its code draws an exact number of word
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -24,10 +25,9 @@ import numpy as np
 from firth.data import attention_fields
 from firth.data.noise import NOISES, Kind, apply_mask_tokens, text_units
 from firth.fields import OpenShare, Share
-from firth.model.config import AttentionPattern
 from firth.objectives.objective import TokenObjective
 from firth.tokenizer.vocab import Vocab
-from firth.types import Example, UserError
+from firth.types import Constraints, Example, UserError
 
 
 @dataclass(frozen=True)
@@ -67,11 +67,10 @@ class MPNet(TokenObjective):
             )
 
     @property
-    def text_units(self) -> frozenset[str]:
-        return text_units(self.noise)
+    def constraints(self) -> Constraints:
+        return Constraints(text_units=text_units(self.noise))
 
-    def attention_pattern(self) -> AttentionPattern:
-        return "permuted"
+    attention = "permuted"
 
     def build_example(self, example: Example, vocab: Vocab, rng: np.random.Generator) -> Example:
         tokens = example["tokens"]
@@ -81,6 +80,9 @@ class MPNet(TokenObjective):
         )
         return attention_fields.permuted(example, order, placeholders, compensated=True)
 
-    def hide(self, tokens: np.ndarray, at: int, vocab: Vocab) -> Example:
-        text, mask = {"tokens": vocab.add_special_tokens(tokens)}, np.array([vocab.mask], tokens.dtype)
-        return attention_fields.permuted(text, np.array([at + 1]), mask, compensated=True)
+    def hide(self, pieces: Sequence[np.ndarray], vocab: Vocab, answer: int | None = None) -> Example | None:
+        if answer is None:
+            return None
+        text = {"tokens": vocab.add_special_tokens(np.concatenate((pieces[0], [answer], pieces[1])))}
+        at, mask = np.array([len(pieces[0]) + 1]), np.array([vocab.mask], text["tokens"].dtype)
+        return attention_fields.permuted(text, at, mask, compensated=True)

@@ -10,8 +10,8 @@ whom seven choose "a" bring f_a closer to certainty than six do. The baseline is
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
-from typing import ClassVar
 
 import numpy as np
 import torch.nn.functional as F
@@ -19,9 +19,9 @@ from torch import Tensor
 
 from firth.model.model import LM
 from firth.objectives.classification import Classification
-from firth.objectives.objective import num_correct, supervised
+from firth.objectives.objective import forward_flops, hidden_states, num_correct, supervised
 from firth.tokenizer.vocab import Vocab
-from firth.types import IGNORE, Batch, Example, Outputs, UserError
+from firth.types import IGNORE, Batch, Constraints, Example, Outputs, UserError
 
 
 @dataclass(frozen=True)
@@ -42,8 +42,11 @@ class MultiAnnotator(Classification):
     [1, 0, 1]
     """
 
-    labels: ClassVar[dict[str, str]] = {"votes": "votes"}
-    packable: ClassVar[bool] = False
+    labels = {"votes": "votes"}
+
+    @property
+    def constraints(self) -> Constraints:
+        return dataclasses.replace(super().constraints, packable=False)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -52,12 +55,17 @@ class MultiAnnotator(Classification):
                 "multi_annotator: its loss has no softmax to smooth or weight: remove label_smoothing and class_weights"
             )
 
-    def inputs(self, given: frozenset[str] = frozenset()) -> frozenset[str]:
-        return frozenset({"tokens", "label", "votes"})
+    inputs = frozenset({"tokens", "label", "votes"})
 
     def build_example(self, example: Example, vocab: Vocab, rng: np.random.Generator) -> Example:
         seen = super().build_example(example, vocab, rng)
         return seen | {"votes": np.asarray(example.get("votes", [example["label"]]), np.int64)}
+
+    def forward(self, model: LM, batch: Batch) -> Outputs:
+        return {"hidden": hidden_states(model, batch, batch["class"] != IGNORE)}
+
+    def flops(self, model: LM, batch: Batch, forward: float | None = None) -> float:
+        return forward_flops(model, batch, batch["class"] != IGNORE) if forward is None else forward
 
     def loss(self, model: LM, outputs: Outputs, batch: Batch) -> dict[str, Tensor]:
         states, targets = supervised(outputs["hidden"], batch["class"])

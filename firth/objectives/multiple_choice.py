@@ -12,7 +12,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Literal
 
 import numpy as np
 import torch
@@ -23,10 +23,10 @@ from firth.fields import NonNegativeInt
 from firth.model.config import AttentionPattern, ModelConfig
 from firth.model.model import LM
 from firth.objectives.classification import READOUTS, classification_head, readout_of
-from firth.objectives.objective import DataStats, Objective, choice_loss, num_correct
+from firth.objectives.objective import DataStats, Objective, choice_loss, forward_flops, hidden_states, num_correct
 from firth.objectives.reward_model import last_state, last_token_mask
 from firth.tokenizer.vocab import Vocab
-from firth.types import Batch, Example, Outputs, UserError
+from firth.types import Batch, Constraints, Example, Metric, Outputs, UserError
 
 
 @dataclass(frozen=True)
@@ -48,27 +48,26 @@ class MultipleChoice(Objective):
     ([[5, 6, 7], [5, 8, 0], [5, 6, 7]], [False, False, True], 1)
     """
 
-    labels: ClassVar[dict[str, str]] = {"choice": "choice"}
-    metrics: ClassVar[dict[str, str]] = {"accuracy": "choice"}
-    packable: ClassVar[bool] = False
-    output_fields: ClassVar[frozenset[str]] = frozenset()
+    labels = {"choice": "choice"}
+    metrics = {"accuracy": Metric("choice")}
+    constraints = Constraints(packable=False)
 
     max_options: NonNegativeInt = 0
     position: Literal["auto", "first", "last"] = "auto"
 
-    def inputs(self, given: frozenset[str] = frozenset()) -> frozenset[str]:
-        return frozenset({"options", "label"})
+    inputs = frozenset({"options", "label"})
 
-    def attention_pattern(self) -> AttentionPattern:
+    @property
+    def attention(self) -> AttentionPattern:
         return READOUTS[self.position]
 
-    def for_model(self, config: ModelConfig) -> Objective:
-        if self.position != "auto":
-            return self
-        return dataclasses.replace(self, position="last" if readout_of(config) == "last" else "first")
-
-    def with_stats(self, stats: Callable[[], DataStats]) -> Objective:
-        return self if self.max_options else dataclasses.replace(self, max_options=stats().max_options)
+    def configure(self, stats: Callable[[], DataStats], config: ModelConfig) -> Objective:
+        position: Literal["first", "last"] = "last" if readout_of(config) == "last" else "first"
+        return dataclasses.replace(
+            self,
+            position=position if self.position == "auto" else self.position,
+            max_options=self.max_options or stats().max_options,
+        )
 
     def heads(self, config: ModelConfig) -> dict[str, nn.Module]:
         return {"choice": classification_head(config.hidden_size, 1)}
@@ -87,7 +86,14 @@ class MultipleChoice(Objective):
         shown = attention_fields.group(rows + rows[:1] * (size - len(rows)))
         return shown | {"absent": absent, "choice": np.int64(example["label"])}
 
-    def needed_positions(self, batch: Batch) -> Tensor | None:
+    def forward(self, model: LM, batch: Batch) -> Outputs:
+        return {"hidden": hidden_states(model, batch, self._readout(batch))}
+
+    def flops(self, model: LM, batch: Batch, forward: float | None = None) -> float:
+        return forward_flops(model, batch, self._readout(batch)) if forward is None else forward
+
+    def _readout(self, batch: Batch) -> Tensor:
+        """Return where each row is read, (B, K, T) bool."""
         if self.position == "last":
             return last_token_mask(batch)
         first = torch.zeros_like(batch["tokens"], dtype=torch.bool)

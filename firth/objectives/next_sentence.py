@@ -16,7 +16,7 @@ import numpy as np
 from firth.fields import Share
 from firth.objectives.sentence_pairs import SentencePairObjective
 from firth.tokenizer.vocab import Vocab
-from firth.types import Example
+from firth.types import Example, Metric
 
 
 @dataclass(frozen=True)
@@ -36,14 +36,13 @@ class NSP(SentencePairObjective):
     ([1, 5, 2, 6, 7, 2], [0, -100, -100, -100, -100, -100])
     """
 
-    labels: ClassVar[dict[str, str]] = {"next": "next"}
-    metrics: ClassVar[dict[str, str]] = {"next_accuracy": "next"}
+    labels = {"next": "next"}
+    metrics = {"next_accuracy": Metric("next")}
     label_field: ClassVar[str] = "next"
 
     follows: Share = 0.5
 
-    def inputs(self, given: frozenset[str] = frozenset()) -> frozenset[str]:
-        return frozenset({"first", "second", "other"})
+    inputs = frozenset({"first", "second", "other"})
 
     def build_example(self, example: Example, vocab: Vocab, rng: np.random.Generator) -> Example:
         random_segment = bool(rng.random() >= self.follows)

@@ -14,28 +14,27 @@ Objectives are added with `+`: BERT is `NSP() + MLM()`.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import ClassVar
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from firth.data.attention_fields import InfillPrompt
-from firth.data.shuffle import ExampleRNG
+from firth.data.collate import counted_fields
 from firth.fields import Validated
 from firth.model import flops
 from firth.model.config import AttentionPattern, ModelConfig
 from firth.model.forward_context import ForwardContext
 from firth.model.heads import LMHead
+from firth.model.layer_mixture import ScalarMix
 from firth.model.model import LM
 from firth.model.transformer import subset_positions
 from firth.objectives import name_of
 from firth.tokenizer.vocab import Vocab
-from firth.types import IGNORE, Batch, Example, Outputs, UserError
+from firth.types import IGNORE, Batch, Constraints, Example, Metric, Outputs, UserError
 
 PATTERN_DESCRIPTIONS: dict[AttentionPattern, str] = {
     "causal": "reads a text from left to right",
@@ -74,98 +73,45 @@ class DataStats:
 class Objective(Validated, section="objective"):
     """Interface of a training objective. Subclasses are frozen dataclasses; their fields are the objective's settings.
 
-    Attributes:
-        labels: Loss term -> the batch field that holds its labels.
-        metrics: Further sums that `loss` returns for the log only (accuracy, KL) -> the batch field that counts them.
-        metric_ratios: Logged name -> (numerator, denominator), two metrics with the same count. Exact for any split of a
-            step into micro-batches.
-        needs_full_batch: Whether the loss of an example depends on the others of the step (in-batch negatives). Such a step
-            cannot be split into micro-batches or over ranks; recipes that would do so are rejected.
-        packable: Whether several examples may share a row. False for labels of a whole row.
-        output_fields: The fields besides the labels that `build_example` returns, on which an added objective may rely.
-            Empty for groups of rows, to which no objective can be added.
-        keeps_fields: Whether `build_example` passes on fields that it does not know.
-        num_sentinels: Number of `<extra_id_n>` tokens of a tokenizer that is trained for it.
-        standalone: False for objectives that only add to another's loss (a penalty).
-        required_heads: Names of the heads that its loss uses and another component must bring.
-        precomputed_fields: The fields of an example that a model computed once and that the loss compares with the model in
-            training (log-probabilities under a reference, or under the policy that sampled).
-        added_tokens: How many tokens the longest row that `build_example` returns has beyond the example's.
-        dropout: Whether training applies the model's dropout, LoRA's included. Objectives with precomputed fields set it to
-            False: those are computed without dropout, and two passes of the same weights must agree.
-        class_names: Names of the classes, for objectives that predict one.
+    A subclass sets `attention = "causal"` and the like in its body, or defines a property where it depends on a setting.
     """
 
-    labels: ClassVar[dict[str, str]] = {}
-    metrics: ClassVar[dict[str, str]] = {}
-    needs_full_batch: ClassVar[bool] = False
-    packable: ClassVar[bool] = True
-    output_fields: ClassVar[frozenset[str]] = frozenset({"tokens"})
-    keeps_fields: ClassVar[bool] = False
-    num_sentinels: ClassVar[int] = 0
-    standalone: ClassVar[bool] = True
-    required_heads: ClassVar[frozenset[str]] = frozenset()
-    precomputed_fields: ClassVar[frozenset[str]] = frozenset()
-    added_tokens: ClassVar[int] = 0
-    dropout: bool = True
-    metric_ratios: ClassVar[dict[str, tuple[str, str]]] = {}
-    class_names: tuple[str, ...] = ()
-
-    def with_stats(self, stats: Callable[[], DataStats]) -> Objective:
-        """Return a copy configured with dataset statistics. `stats` is called only where an objective needs them."""
-        return self
-
-    def for_model(self, config: ModelConfig) -> Objective:
-        """Return a copy that fits a model config, where a setting is "auto" (the position of a readout)."""
-        return self
-
     @property
-    def num_copies(self) -> int:
-        """Number of fixed versions of each example, which epochs rotate through; 0: a new one at every visit."""
-        return 0
-
-    @property
-    def text_units(self) -> frozenset[str]:
-        """The units that `build_example` finds in a text: "words", "names", "sentences". A run warns where there are none."""
-        return frozenset()
-
-    def components(self) -> tuple[Objective, ...]:
-        """Return the objectives that this one is the sum of, in the order in which they build an example."""
-        return (self,)
-
-    def inputs(self, given: frozenset[str] = frozenset()) -> frozenset[str]:
-        """Return the fields that `build_example` reads of an example with the fields `given`.
-
-        A recipe whose examples have fewer is rejected.
-        """
-        return frozenset({"tokens"})
-
-    def outputs(self, given: frozenset[str]) -> frozenset[str]:
-        """Return the fields of the example that `build_example` makes of one with the fields `given`."""
-        own = self.output_fields.union(self.labels.values(), self.metrics.values())
-        return own | given if self.keeps_fields else own
-
-    def attention_pattern(self) -> AttentionPattern:
-        """Return the attention pattern it needs; a recipe whose model does not support it is rejected."""
+    def attention(self) -> AttentionPattern:
+        """The attention pattern that it needs; a recipe whose model does not support it is rejected."""
         return "any"
 
-    def missing_from(self, config: ModelConfig) -> str:
-        """Return what else a model config lacks and the setting that fixes it; empty if nothing."""
-        return ""
+    @property
+    def inputs(self) -> frozenset[str]:
+        """The example fields that `build_example` reads; a recipe whose examples have fewer is rejected."""
+        return frozenset({"tokens"})
 
-    def at_step(self, step: int) -> Objective:
-        """Return the objective at a training step: a weight that ramps up is a function of the step alone.
+    @property
+    def labels(self) -> Mapping[str, str]:
+        """Loss term -> the batch field that holds its labels."""
+        return {}
 
-        Used in training only; held-out text is always scored with the recipe's objective.
+    @property
+    def metrics(self) -> Mapping[str, Metric]:
+        """Further numbers for the log (accuracy, KL) by name."""
+        return {}
+
+    @property
+    def constraints(self) -> Constraints:
+        """What it demands of batches, tokenizer and data."""
+        return Constraints()
+
+    def configure(self, stats: Callable[[], DataStats], config: ModelConfig) -> Objective:
+        """Return a copy whose open settings ("auto", 0, no class names) are those of the data and the model.
+
+        Args:
+            stats: Returns the statistics of the training data; called only where they are needed, since it reads the data.
+            config: The model.
+
+        Raises:
+            UserError: The model cannot be trained with it; the message names the setting that fixes it.
         """
         return self
-
-    def finalize(self, model: LM) -> None:
-        """Change a trained model before its export, in place: a head trained on normalized labels is put into their units."""
-
-    def notes(self, metrics: Mapping[str, float]) -> list[str]:
-        """Return notes on the last metrics of a run (a collapse), as full sentences."""
-        return []
 
     def heads(self, config: ModelConfig) -> dict[str, nn.Module]:
         """Return the modules it adds to the model: an LM head, a generator, a value head."""
@@ -175,71 +121,50 @@ class Objective(Validated, section="objective"):
         """Return the model's inputs and the labels of an example: a pure function of (example, rng), NumPy only, on the CPU."""
         return example
 
-    def build_examples(
-        self, examples: Sequence[Example], vocab: Vocab, draws: ExampleRNG, streams: Sequence[tuple[int, int]]
-    ) -> list[Example]:
-        """Return `build_example` of many examples, all at once where that is faster.
-
-        Args:
-            examples: The examples.
-            vocab: The vocabulary.
-            draws: Creates the random generator of each example.
-            streams: (epoch, index) of each example, the key of its generator.
-        """
-        return [self.build_example(x, vocab, draws.at(*stream)) for x, stream in zip(examples, streams, strict=True)]
-
-    def needed_positions(self, batch: Batch) -> Tensor | None:
-        """Return where the loss reads a hidden state, (..., T) bool, so that others can be skipped; None: anywhere."""
-        return None
-
     def forward(self, model: LM, batch: Batch) -> Outputs:
-        """Run the model. Returns "hidden": (..., T, hidden_size), and what else `loss` needs."""
-        return {"hidden": model(batch, ForwardContext(needed_positions=self.needed_positions(batch)))}
-
-    def loss(self, model: LM, outputs: Outputs, batch: Batch) -> dict[str, Tensor]:
-        """Return one SUM (not mean) per term of `labels` and `metrics`."""
-        raise NotImplementedError(type(self).__name__)
-
-    def lm_model(self, model: LM) -> LM:
-        """Return the model whose LM head predicts `labels`: `model` itself, or one among its heads (RTD's generator)."""
-        return model
-
-    def hide(self, tokens: np.ndarray, at: int, vocab: Vocab) -> Example | None:
-        """Return an example in which one token is predicted from as much of the rest as the objective lets a model see.
+        """Run the model; states are computed only where the labels are. Override where `loss` reads others.
 
         Args:
-            tokens: A text without special tokens, (n,).
-            at: The index of the token to predict: `labels` holds tokens[at] and nothing else.
-            vocab: The vocabulary.
+            model: The model.
+            batch: What `build_example` returned, collated. In training also "step", the number of the step, a scalar.
 
         Returns:
-            The example, or None for an objective that predicts no tokens.
+            "hidden": (..., T, hidden_size), and what else `loss` needs.
         """
-        return None
+        return {"hidden": hidden_states(model, batch, label_positions(self, batch))}
 
-    def build_infill(self, pieces: Sequence[np.ndarray], vocab: Vocab) -> InfillPrompt | None:
-        """Return the prompt for filling the gaps of a text; None for objectives that do not learn to.
+    def loss(self, model: LM, outputs: Outputs, batch: Batch) -> dict[str, Tensor]:
+        """Return one SUM (not mean) per term of `labels` and per metric with a count."""
+        raise NotImplementedError(type(self).__name__)
+
+    def hide(self, pieces: Sequence[np.ndarray], vocab: Vocab, answer: int | None = None) -> Example | None:
+        """Return the example in which the gaps of a text are filled, from as much of the rest as it lets a model see.
 
         Args:
-            pieces: Token ids of the text around the gaps: one piece more than there are gaps.
-            vocab: The ids of sentinels, masks and the stop token.
+            pieces: Token ids of the text around the gaps, without special tokens: one piece more than there are gaps.
+            vocab: The vocabulary.
+            answer: The token of the only gap, to be scored: `labels` holds it and nothing else. None: gaps of any length, to be
+                filled by generation from the prompt, which is `source_tokens`, or `tokens` without an encoder.
+
+        Returns:
+            The example, or None where it predicts no tokens, or (without an answer) does not learn to fill gaps.
 
         Raises:
             UserError: There are more gaps than the vocabulary has sentinels for.
         """
         return None
 
-    def forward_flops(self, model: LM, batch: Batch) -> float:
-        """Return the FLOPs of `forward` and its backward (`firth.model.flops`). Override where it is not one pass."""
-        work, prefix, prompt = forward_work(model, batch, self.needed_positions(batch)), model.prefix, model.prompt
-        if prefix is not None or prompt is not None:
-            counts = (0 if module is None else module.tokens for module in (prefix, prompt))
-            work = flops.with_prefix(work, batch, model.config, *counts)
-        return flops.stack_flops(model.config, work)
+    def flops(self, model: LM, batch: Batch, forward: float | None = None) -> float:
+        """Return the FLOPs of a step on a batch, forward and backward (`firth.model.flops`).
 
-    def loss_flops(self, model: LM, batch: Batch) -> float:
-        """Return the FLOPs of `loss`, forward and backward. Small heads count as zero; an LM head does not."""
-        return 0.0
+        Small heads count as zero; an LM head does not. Override where `forward` is not one pass, or `loss` has a large head.
+
+        Args:
+            model: The model.
+            batch: The batch.
+            forward: The FLOPs of the forward pass, where another component of a sum runs it; None: count it here.
+        """
+        return forward_flops(model, batch, label_positions(self, batch)) if forward is None else forward
 
     def __add__(self, other: Objective) -> Objective:
         return Sum(self, other)
@@ -259,65 +184,47 @@ class Sum(Objective):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        names = "+".join(name_of(type(one)) for one in self.components())
+        names = "+".join(name_of(type(one)) for one in components(self))
         remedy = "train with one of them, or with one after the other (init_from=RUN)"
         shared = self.first.labels.keys() & self.second.labels.keys()
         if shared:
             raise UserError(f"cannot add {names}: two of them have the loss term {sorted(shared)[0]!r}; {remedy}")
-        custom = [o for o in (self.first, self.second) if type(o).forward is not Objective.forward]
-        if len(custom) == 2 and not any(isinstance(o, Sum) for o in custom):
+        if len(self._with_forward) > 1:
             raise UserError(f"cannot add {names}: each has its own forward pass; {remedy}")
-        first, second = self.first.attention_pattern(), self.second.attention_pattern()
+        first, second = self.first.attention, self.second.attention
         if len({first, second} - {"any"}) == 2:
             patterns = f"{PATTERN_DESCRIPTIONS[first]}, the other {PATTERN_DESCRIPTIONS[second]}"
             raise UserError(f"cannot add {names}: one {patterns}; {remedy}")
-        object.__setattr__(self, "labels", self.first.labels | self.second.labels)
-        object.__setattr__(self, "metrics", self.first.metrics | self.second.metrics)
-        object.__setattr__(self, "standalone", self.first.standalone or self.second.standalone)
-        object.__setattr__(self, "required_heads", self.first.required_heads | self.second.required_heads)
-        object.__setattr__(self, "precomputed_fields", self.first.precomputed_fields | self.second.precomputed_fields)
-        object.__setattr__(self, "dropout", self.first.dropout and self.second.dropout)
-        object.__setattr__(self, "needs_full_batch", self.first.needs_full_batch or self.second.needs_full_batch)
-        object.__setattr__(self, "packable", self.first.packable and self.second.packable)
-        object.__setattr__(self, "metric_ratios", self.first.metric_ratios | self.second.metric_ratios)
-        object.__setattr__(self, "class_names", self.first.class_names or self.second.class_names)
-
-    def components(self) -> tuple[Objective, ...]:
-        return self.first.components() + self.second.components()
-
-    def with_stats(self, stats: Callable[[], DataStats]) -> Objective:
-        return Sum(self.first.with_stats(stats), self.second.with_stats(stats))
-
-    def for_model(self, config: ModelConfig) -> Objective:
-        return Sum(self.first.for_model(config), self.second.for_model(config))
 
     @property
-    def num_copies(self) -> int:
-        return max(self.first.num_copies, self.second.num_copies)
+    def _with_forward(self) -> list[Objective]:
+        """The components with a forward pass of their own: at most one, which then serves all."""
+        return [one for one in components(self) if type(one).forward is not Objective.forward]
 
-    def inputs(self, given: frozenset[str] = frozenset()) -> frozenset[str]:
-        built = self.first.outputs(given)
-        return self.first.inputs(given) | (self.second.inputs(built) - built)
+    @property
+    def attention(self) -> AttentionPattern:
+        return self.second.attention if self.first.attention == "any" else self.first.attention
 
-    def outputs(self, given: frozenset[str]) -> frozenset[str]:
-        return self.second.outputs(self.first.outputs(given))
+    @property
+    def inputs(self) -> frozenset[str]:
+        # A component that reads nothing (a penalty) adds to the example that it is given.
+        built = frozenset({"tokens"} if self.first.inputs else ()).union(counted_fields(self.first).values())
+        return self.first.inputs | (self.second.inputs - built)
 
-    def attention_pattern(self) -> AttentionPattern:
-        first = self.first.attention_pattern()
-        return self.second.attention_pattern() if first == "any" else first
+    @property
+    def labels(self) -> Mapping[str, str]:
+        return {**self.first.labels, **self.second.labels}
 
-    def missing_from(self, config: ModelConfig) -> str:
-        return self.first.missing_from(config) or self.second.missing_from(config)
+    @property
+    def metrics(self) -> Mapping[str, Metric]:
+        return {**self.first.metrics, **self.second.metrics}
 
-    def at_step(self, step: int) -> Objective:
-        return dataclasses.replace(self, first=self.first.at_step(step), second=self.second.at_step(step))
+    @property
+    def constraints(self) -> Constraints:
+        return self.first.constraints | self.second.constraints
 
-    def finalize(self, model: LM) -> None:
-        self.first.finalize(model)
-        self.second.finalize(model)
-
-    def notes(self, metrics: Mapping[str, float]) -> list[str]:
-        return self.first.notes(metrics) + self.second.notes(metrics)
+    def configure(self, stats: Callable[[], DataStats], config: ModelConfig) -> Objective:
+        return Sum(self.first.configure(stats, config), self.second.configure(stats, config))
 
     def heads(self, config: ModelConfig) -> dict[str, nn.Module]:
         return self.first.heads(config) | self.second.heads(config)
@@ -325,60 +232,108 @@ class Sum(Objective):
     def build_example(self, example: Example, vocab: Vocab, rng: np.random.Generator) -> Example:
         return self.second.build_example(self.first.build_example(example, vocab, rng), vocab, rng)
 
-    @property
-    def _forward_objective(self) -> Objective:
-        """The one of the two whose `forward` runs the model."""
-        return self.first if type(self.second).forward is Objective.forward else self.second
-
-    def needed_positions(self, batch: Batch) -> Tensor | None:
-        first, second = self.first.needed_positions(batch), self.second.needed_positions(batch)
-        return None if first is None or second is None else first | second
-
     def forward(self, model: LM, batch: Batch) -> Outputs:
-        runner = self._forward_objective
-        return (
-            super().forward(model, batch) if type(runner).forward is Objective.forward else runner.forward(model, batch)
-        )
-
-    def lm_model(self, model: LM) -> LM:
-        return self._forward_objective.lm_model(model)
+        for one in self._with_forward:
+            return one.forward(model, batch)
+        return super().forward(model, batch)
 
     def loss(self, model: LM, outputs: Outputs, batch: Batch) -> dict[str, Tensor]:
         return self.first.loss(model, outputs, batch) | self.second.loss(model, outputs, batch)
 
-    def hide(self, tokens: np.ndarray, at: int, vocab: Vocab) -> Example | None:
-        hidden = self.second.hide(tokens, at, vocab)
-        return self.first.hide(tokens, at, vocab) if hidden is None else hidden
+    def hide(self, pieces: Sequence[np.ndarray], vocab: Vocab, answer: int | None = None) -> Example | None:
+        hidden = self.second.hide(pieces, vocab, answer)
+        return self.first.hide(pieces, vocab, answer) if hidden is None else hidden
 
-    def build_infill(self, pieces: Sequence[np.ndarray], vocab: Vocab) -> InfillPrompt | None:
-        shown = self.second.build_infill(pieces, vocab)
-        return self.first.build_infill(pieces, vocab) if shown is None else shown
+    def flops(self, model: LM, batch: Batch, forward: float | None = None) -> float:
+        total, runners = forward, self._with_forward
+        for one in runners:
+            total = one.flops(model, batch, total)
+        total = super().flops(model, batch) if total is None else total
+        for one in components(self):
+            total = total if one in runners else one.flops(model, batch, total)
+        return total
 
-    def forward_flops(self, model: LM, batch: Batch) -> float:
-        runner = self._forward_objective
-        default = type(runner).forward is Objective.forward
-        return super().forward_flops(model, batch) if default else runner.forward_flops(model, batch)
 
-    def loss_flops(self, model: LM, batch: Batch) -> float:
-        return self.first.loss_flops(model, batch) + self.second.loss_flops(model, batch)
+def components(objective: Objective) -> tuple[Objective, ...]:
+    """Return the objectives that an objective is the sum of, in the order in which they build an example."""
+    if isinstance(objective, Sum):
+        return components(objective.first) + components(objective.second)
+    return (objective,)
+
+
+def cannot_train(objective: Objective, why: str) -> UserError:
+    """Return the error of `Objective.configure` for a model that lacks something.
+
+    Args:
+        objective: The objective.
+        why: What the model config lacks, and the setting that fixes it.
+    """
+    return UserError(f"objective {name_of(type(objective))} cannot be trained with this model: {why}")
+
+
+def reads_dialogues(objective: Objective) -> bool:
+    """Return whether an objective trains on the answers in dialogues, which a mask marks."""
+    return any("mask" in field for field in objective.inputs)
+
+
+def label_positions(objective: Objective, batch: Batch) -> Tensor | None:
+    """Return where the labels of a batch are, (..., T) bool; None: anywhere, since some are not at token positions."""
+    fields = [batch[name] for name in sorted({*counted_fields(objective).values()}) if name in batch]
+    if not fields or any(field.shape != batch["tokens"].shape for field in fields):
+        return None
+    at = fields[0] != IGNORE
+    for field in fields[1:]:
+        at = at | (field != IGNORE)
+    return at
+
+
+def hidden_states(model: LM, batch: Batch, needed: Tensor | None = None) -> Tensor:
+    """Return the hidden states that the heads of a model read, (..., T, hidden_size).
+
+    They are those of the last layer, or a mixture of all layers if the model has one (`LayerMixture`).
+
+    Args:
+        model: The model.
+        batch: The batch.
+        needed: (..., T) bool, the states that will be read; others may be zeros. None: all.
+    """
+    if "mixture" not in model.heads:
+        return model(batch, ForwardContext(needed_positions=needed))
+    mixture: ScalarMix = model.heads["mixture"]  # type: ignore[assignment]
+    training = model.training
+    model.train(training and not mixture.frozen)
+    with torch.no_grad() if mixture.frozen else nullcontext():
+        states = model.all_hidden_states(batch)  # (num_layers + 1, ..., T, hidden_size)
+    model.train(training)
+    return mixture(states)
+
+
+def forward_flops(model: LM, batch: Batch, needed: Tensor | None = None) -> float:
+    """Return the FLOPs of `hidden_states` and its backward, less those of the backward that frozen weights save."""
+    mixture: ScalarMix | None = model.heads["mixture"] if "mixture" in model.heads else None  # type: ignore[assignment]  # noqa: SIM401
+    work = forward_work(model, batch, needed if mixture is None else None)
+    counts = [0 if module is None else module.tokens for module in (model.prefix, model.prompt)]
+    if any(counts):
+        work = flops.with_prefix(work, batch, model.config, *counts)
+    total = flops.trained_share(model) * flops.stack_flops(model.config, work)
+    # A frozen mixture has no backward pass, which `trained_share` knows only if the weights are frozen too.
+    frozen = mixture is not None and mixture.frozen and any(p.requires_grad for p in model.stack.parameters())
+    return total / 3 if frozen else total
 
 
 class TokenObjective(Objective):
     """Token cross-entropy on `labels`: the loss of MLM, causal and prefix LM, span corruption, denoising and SFT."""
 
-    labels: ClassVar[dict[str, str]] = {"tokens": "labels"}
+    labels = {"tokens": "labels"}
 
     def heads(self, config: ModelConfig) -> dict[str, nn.Module]:
         return {"lm": LMHead(config)}
 
-    def needed_positions(self, batch: Batch) -> Tensor | None:
-        return batch["labels"] != IGNORE
-
     def loss(self, model: LM, outputs: Outputs, batch: Batch) -> dict[str, Tensor]:
         return {"tokens": token_loss(model, outputs["hidden"], batch["labels"])}
 
-    def loss_flops(self, model: LM, batch: Batch) -> float:
-        return vocabulary_flops(model, batch["labels"])
+    def flops(self, model: LM, batch: Batch, forward: float | None = None) -> float:
+        return super().flops(model, batch, forward) + vocabulary_flops(model, batch["labels"])
 
 
 def forward_work(model: LM, batch: Batch, needed: Tensor | None) -> flops.Work:

@@ -19,6 +19,7 @@ not know the position of the target.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -27,10 +28,9 @@ import numpy as np
 from firth.data import attention_fields
 from firth.data.noise import NOISES, Kind, text_units
 from firth.fields import PositiveInt
-from firth.model.config import AttentionPattern
 from firth.objectives.objective import TokenObjective
 from firth.tokenizer.vocab import Vocab
-from firth.types import Example
+from firth.types import Constraints, Example
 
 
 @dataclass(frozen=True)
@@ -59,11 +59,10 @@ class PLM(TokenObjective):
     order: Literal["random", "identity"] = "random"
 
     @property
-    def text_units(self) -> frozenset[str]:
-        return text_units(self.noise)
+    def constraints(self) -> Constraints:
+        return Constraints(text_units=text_units(self.noise))
 
-    def attention_pattern(self) -> AttentionPattern:
-        return "permuted"
+    attention = "permuted"
 
     def build_example(self, example: Example, vocab: Vocab, rng: np.random.Generator) -> Example:
         tokens = example["tokens"]
@@ -71,5 +70,8 @@ class PLM(TokenObjective):
         order = rng.permutation(predicted) if self.order == "random" else predicted
         return attention_fields.permuted(example, order, np.full(len(order), vocab.mask, tokens.dtype))
 
-    def hide(self, tokens: np.ndarray, at: int, vocab: Vocab) -> Example:
-        return attention_fields.permuted({"tokens": tokens}, np.array([at]), np.array([vocab.mask], tokens.dtype))
+    def hide(self, pieces: Sequence[np.ndarray], vocab: Vocab, answer: int | None = None) -> Example | None:
+        if answer is None:
+            return None
+        text = {"tokens": np.concatenate((pieces[0], [answer], pieces[1]))}
+        return attention_fields.permuted(text, np.array([len(pieces[0])]), np.array([vocab.mask], pieces[0].dtype))

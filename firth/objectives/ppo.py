@@ -19,7 +19,7 @@ Differences from the original: no entropy bonus, as in InstructGPT; KL estimates
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Literal
 
 import numpy as np
 import torch
@@ -27,13 +27,13 @@ from torch import Tensor, nn
 
 from firth.fields import NonNegativeFloat, PositiveFloat
 from firth.model import flops
-from firth.model.config import AttentionPattern, ModelConfig
+from firth.model.config import ModelConfig
 from firth.model.heads import LMHead
-from firth.model.model import LM
-from firth.objectives.objective import Objective, supervised, vocabulary_flops
+from firth.model.model import LM, Critic
+from firth.objectives.objective import Objective, forward_flops, hidden_states, supervised, vocabulary_flops
 from firth.objectives.sft import causal_example
 from firth.tokenizer.vocab import Vocab
-from firth.types import IGNORE, Batch, Example, Outputs
+from firth.types import IGNORE, Batch, Example, Metric, Outputs
 
 PER_TOKEN = ("old", "reference", "values", "advantage", "returns")
 """The numbers of each sampled token, aligned with `tokens`; `PPO.build_example` shifts them as it shifts the labels."""
@@ -119,7 +119,6 @@ class PPO(Objective):
         value_clip_range: The same for the value, in units of reward; 0 for none.
         value_coef: Weight of the value loss.
         critic: "own", a separate model, or "shared", a head on the policy.
-        dropout: Apply the model's dropout; the first ratios are then not 1.
 
     >>> vocab = Vocab(size=10, roles={"pad": 0}, special=np.arange(10) < 1)
     >>> drawn = {"tokens": np.array([5, 6, 7]), "mask": np.array([False, True, True])}
@@ -133,23 +132,18 @@ class PPO(Objective):
     value_clip_range: NonNegativeFloat = 0.2
     value_coef: NonNegativeFloat = 0.1
     critic: Literal["own", "shared"] = "own"
-    dropout: bool = False
 
-    precomputed_fields: ClassVar[frozenset[str]] = frozenset({"old", "reference", "values"})
-    labels: ClassVar[dict[str, str]] = {"policy": "labels", "value": "labels"}
-    metrics: ClassVar[dict[str, str]] = {
-        "kl_per_token": "labels",
-        "approx_kl": "labels",
-        "entropy": "labels",
-        "clipped": "labels",
-        "value_error": "labels",
+    labels = {"policy": "labels", "value": "labels"}
+    metrics = {
+        "kl_per_token": Metric("labels"),
+        "approx_kl": Metric("labels"),
+        "entropy": Metric("labels"),
+        "clipped": Metric("labels"),
+        "value_error": Metric("labels"),
     }
 
-    def inputs(self, given: frozenset[str] = frozenset()) -> frozenset[str]:
-        return frozenset({"tokens", "mask", *PER_TOKEN})
-
-    def attention_pattern(self) -> AttentionPattern:
-        return "causal"
+    inputs = frozenset({"tokens", "mask", *PER_TOKEN})
+    attention = "causal"
 
     def heads(self, config: ModelConfig) -> dict[str, nn.Module]:
         value: dict[str, nn.Module] = {"value": value_head(config.hidden_size)}
@@ -159,20 +153,16 @@ class PPO(Objective):
         with torch.random.fork_rng(
             devices=[]
         ):  # its weights are replaced: the policy's do not depend on its random numbers
-            return heads | {"critic": LM(config, value)}
-
-    def finalize(self, model: LM) -> None:
-        """Remove the critic: the exported model is the policy alone."""
-        if "critic" in model.heads:
-            del model.heads["critic"]
+            return heads | {"critic": Critic(config, value)}
 
     def forward(self, model: LM, batch: Batch) -> Outputs:
-        outputs = super().forward(model, batch)
-        return outputs | {"critic": critic_states(model, outputs["hidden"], batch)}
+        hidden = hidden_states(model, batch)
+        return {"hidden": hidden, "critic": critic_states(model, hidden, batch)}
 
-    def forward_flops(self, model: LM, batch: Batch) -> float:
+    def flops(self, model: LM, batch: Batch, forward: float | None = None) -> float:
         critic = flops.stack_flops(model.config, flops.work(batch)) if "critic" in model.heads else 0.0
-        return super().forward_flops(model, batch) + critic
+        total = forward_flops(model, batch) + flops.trained_share(model) * critic if forward is None else forward
+        return total + vocabulary_flops(model, batch["labels"])
 
     def build_example(self, example: Example, vocab: Vocab, rng: np.random.Generator) -> Example:
         shifted = {name: example[name][1:] for name in PER_TOKEN}
@@ -211,6 +201,3 @@ class PPO(Objective):
             "policy": -torch.minimum(surrogate, clipped_surrogate).sum(),
             "value": self.value_coef * 0.5 * value_loss.sum(),
         } | metrics
-
-    def loss_flops(self, model: LM, batch: Batch) -> float:
-        return vocabulary_flops(model, batch["labels"])

@@ -10,6 +10,7 @@ encoder-decoder gets the prefix as the encoder's input, ended by the stop token,
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -61,7 +62,8 @@ class PrefixLM(TokenObjective):
                 f"prefix_lm: min_prefix={self.min_prefix} is larger than max_prefix={self.max_prefix}: lower min_prefix"
             )
 
-    def attention_pattern(self) -> AttentionPattern:
+    @property
+    def attention(self) -> AttentionPattern:
         return "seq2seq" if self.layout == "seq2seq" else "prefix"
 
     def build_example(self, example: Example, vocab: Vocab, rng: np.random.Generator) -> Example:
@@ -71,9 +73,11 @@ class PrefixLM(TokenObjective):
         share = self.min_prefix + (self.max_prefix - self.min_prefix) * rng.random()
         return self._split(tokens, min(1 + int(share * (len(tokens) - 1)), len(tokens) - 1), vocab)
 
-    def hide(self, tokens: np.ndarray, at: int, vocab: Vocab) -> Example:
-        """The prefix ends before the token; the tokens after it cannot be shown."""
-        return self._split(tokens[: at + 1], at, vocab)
+    def hide(self, pieces: Sequence[np.ndarray], vocab: Vocab, answer: int | None = None) -> Example | None:
+        """The prefix ends before the gap; the tokens after it cannot be shown."""
+        if answer is None:
+            return None
+        return self._split(np.append(pieces[0], answer), len(pieces[0]), vocab)
 
     def _split(self, tokens: np.ndarray, at: int, vocab: Vocab) -> Example:
         source = tokens[:at] if self.layout == "prefix" else np.append(tokens[:at], vocab.eos)

@@ -11,19 +11,19 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Self
 
 import numpy as np
-import torch
 from torch import Tensor, nn
 
 from firth.fields import PositiveFloat
 from firth.model.config import ModelConfig
+from firth.model.heads import standardized_head
 from firth.model.model import LM
-from firth.objectives.classification import ReadoutObjective, classification_head, label_at_position
-from firth.objectives.objective import DataStats, Objective, supervised
+from firth.objectives.classification import ReadoutObjective, label_at_position
+from firth.objectives.objective import DataStats, supervised
 from firth.tokenizer.vocab import Vocab
-from firth.types import Batch, Example, Outputs
+from firth.types import Batch, Example, Metric, Outputs
 
 
 @dataclass(frozen=True)
@@ -44,32 +44,24 @@ class Regression(ReadoutObjective):
     [0.5, -100.0, -100.0]
     """
 
-    labels: ClassVar[dict[str, str]] = {"score": "score"}
-    metrics: ClassVar[dict[str, str]] = {"squared_error": "score"}
-    label_fields: ClassVar[tuple[str, ...]] = ("score",)
+    labels = {"score": "score"}
+    metrics = {"squared_error": Metric("score")}
 
     mean: float | None = None
     std: PositiveFloat | None = None
 
-    def inputs(self, given: frozenset[str] = frozenset()) -> frozenset[str]:
-        return frozenset({"tokens", "score"})
+    inputs = frozenset({"tokens", "score"})
 
-    def with_stats(self, stats: Callable[[], DataStats]) -> Objective:
+    def configure(self, stats: Callable[[], DataStats], config: ModelConfig) -> Self:
         mean = stats().mean if self.mean is None else self.mean
-        return dataclasses.replace(self, mean=mean, std=self.std or stats().std)
+        return dataclasses.replace(super().configure(stats, config), mean=mean, std=self.std or stats().std)
 
     def heads(self, config: ModelConfig) -> dict[str, nn.Module]:
-        return {"score": classification_head(config.hidden_size, 1)}
+        return {"score": standardized_head(config.hidden_size, self.mean or 0.0, self.std or 1.0)}
 
     def build_example(self, example: Example, vocab: Vocab, rng: np.random.Generator) -> Example:
         score = (float(example["score"]) - (self.mean or 0.0)) / (self.std or 1.0)
         return label_at_position("score", score, example, self.readout, vocab)
-
-    @torch.no_grad()
-    def finalize(self, model: LM) -> None:
-        head: nn.Linear = model.heads["score"]  # type: ignore[assignment]
-        head.weight.mul_(self.std or 1.0)
-        head.bias.mul_(self.std or 1.0).add_(self.mean or 0.0)
 
     def loss(self, model: LM, outputs: Outputs, batch: Batch) -> dict[str, Tensor]:
         states, targets = supervised(outputs["hidden"], batch["score"])

@@ -10,18 +10,17 @@ weight an answer by the others' lengths and would no longer be the gradient of t
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import numpy as np
 from torch import Tensor, nn
 
-from firth.model.config import AttentionPattern, ModelConfig
+from firth.model.config import ModelConfig
 from firth.model.heads import LMHead
 from firth.model.model import LM
-from firth.objectives.objective import Objective, log_probs, vocabulary_flops
+from firth.objectives.objective import Objective, forward_flops, hidden_states, log_probs, vocabulary_flops
 from firth.objectives.sft import causal_example
 from firth.tokenizer.vocab import Vocab
-from firth.types import IGNORE, Batch, Example, Outputs
+from firth.types import IGNORE, Batch, Example, Metric, Outputs
 
 
 @dataclass(frozen=True)
@@ -32,9 +31,6 @@ class Reinforce(Objective):
     `answer_labels` holds a 0 at the last supervised position, so that it counts answers, in packed rows too. Metric:
     "surprise", -log p of the sampled tokens.
 
-    Args:
-        dropout: Apply the model's dropout; the gradient is then no longer that of the policy that sampled.
-
     >>> vocab = Vocab(size=10, roles={"pad": 0}, special=np.arange(10) < 1)
     >>> drawn = {"tokens": np.array([5, 6, 7]), "mask": np.array([False, True, True]),
     ...          "advantage": np.array([0.0, 1.5, 1.5], np.float32)}
@@ -43,17 +39,11 @@ class Reinforce(Objective):
     ([6, 7], [1.5, 1.5], [-100, 0])
     """
 
-    dropout: bool = False
+    labels = {"policy": "answer_labels"}
+    metrics = {"surprise": Metric("labels")}
 
-    precomputed_fields: ClassVar[frozenset[str]] = frozenset({"advantage"})
-    labels: ClassVar[dict[str, str]] = {"policy": "answer_labels"}
-    metrics: ClassVar[dict[str, str]] = {"surprise": "labels"}
-
-    def inputs(self, given: frozenset[str] = frozenset()) -> frozenset[str]:
-        return frozenset({"tokens", "mask", "advantage"})
-
-    def attention_pattern(self) -> AttentionPattern:
-        return "causal"
+    inputs = frozenset({"tokens", "mask", "advantage"})
+    attention = "causal"
 
     def heads(self, config: ModelConfig) -> dict[str, nn.Module]:
         return {"lm": LMHead(config)}
@@ -64,9 +54,13 @@ class Reinforce(Objective):
         answer_labels[np.flatnonzero(example["mask"][1:])[-1]] = 0
         return seen | {"advantage": example["advantage"][1:], "answer_labels": answer_labels}
 
+    def forward(self, model: LM, batch: Batch) -> Outputs:
+        return {"hidden": hidden_states(model, batch)}  # whole rows, as the rollout ran the model
+
     def loss(self, model: LM, outputs: Outputs, batch: Batch) -> dict[str, Tensor]:
         logprobs = log_probs(model, outputs["hidden"], batch["labels"])  # (B, T), 0 where there is no label
         return {"policy": -(logprobs * batch["advantage"]).sum(), "surprise": -logprobs.detach().sum()}
 
-    def loss_flops(self, model: LM, batch: Batch) -> float:
-        return vocabulary_flops(model, batch["labels"])
+    def flops(self, model: LM, batch: Batch, forward: float | None = None) -> float:
+        total = forward_flops(model, batch) if forward is None else forward
+        return total + vocabulary_flops(model, batch["labels"])

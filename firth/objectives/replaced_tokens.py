@@ -17,8 +17,9 @@ function of weights and batch alone: the same when resumed, packed or split, and
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Self
 
 import numpy as np
 import torch
@@ -28,14 +29,22 @@ from torch import Tensor, nn
 from firth.data.noise import Kind, text_units
 from firth.fields import NonNegativeFloat, OpenShare, ShareAboveZero
 from firth.model import flops
-from firth.model.config import AttentionPattern, ModelConfig
+from firth.model.config import ModelConfig
 from firth.model.forward_context import ForwardContext
 from firth.model.heads import LMHead, replaced_token_head
 from firth.model.model import LM, TiedSubmodel
 from firth.objectives.masked_lm import MLM
-from firth.objectives.objective import Objective, forward_work, supervised
+from firth.objectives.objective import (
+    DataStats,
+    Objective,
+    cannot_train,
+    forward_flops,
+    forward_work,
+    hidden_states,
+    supervised,
+)
 from firth.tokenizer.vocab import Vocab
-from firth.types import IGNORE, Batch, Example, Outputs
+from firth.types import IGNORE, Batch, Constraints, Example, Metric, Outputs
 
 
 @dataclass(frozen=True)
@@ -65,16 +74,16 @@ class RTD(Objective):
     (6,)
     """
 
-    labels: ClassVar[dict[str, str]] = {"generator": "labels", "replaced": "real"}
-    metrics: ClassVar[dict[str, str]] = {
-        "guessed": "labels", "replaced_share": "real", "original_share": "real", "caught": "real", "passed": "real"
-    }  # fmt: skip
-    metric_ratios: ClassVar[dict[str, tuple[str, str]]] = {
-        "replaced_accuracy": ("caught", "replaced_share"),
-        "original_accuracy": ("passed", "original_share"),
+    labels = {"generator": "labels", "replaced": "real"}
+    metrics = {
+        "guessed": Metric("labels"),
+        "replaced_share": Metric("real"),
+        "original_share": Metric("real"),
+        "caught": Metric("real"),
+        "passed": Metric("real"),
+        "replaced_accuracy": Metric(ratio=("caught", "replaced_share")),
+        "original_accuracy": Metric(ratio=("passed", "original_share")),
     }
-
-    keeps_fields: ClassVar[bool] = True
 
     mlm_probability: OpenShare = 0.15
     noise: Kind = "iid"
@@ -82,20 +91,20 @@ class RTD(Objective):
     discriminator_weight: NonNegativeFloat = 50.0
 
     @property
-    def text_units(self) -> frozenset[str]:
-        return text_units(self.noise)
+    def constraints(self) -> Constraints:
+        return Constraints(text_units=text_units(self.noise))
 
-    def attention_pattern(self) -> AttentionPattern:
-        return "bidirectional"
+    attention = "bidirectional"
 
-    def missing_from(self, config: ModelConfig) -> str:
-        if not config.rnn.type or (self.generator_size == 1 and not config.rnn.separate_directions):
-            return ""
-        also = "model.rnn.separate_directions=false and " if config.rnn.separate_directions else ""
-        return (
-            "recurrent layers are as wide as their embeddings, which the generator shares: "
-            f"set {also}objective.generator_size=1"
-        )
+    def configure(self, stats: Callable[[], DataStats], config: ModelConfig) -> Self:
+        if config.rnn.type and (self.generator_size != 1 or config.rnn.separate_directions):
+            also = "model.rnn.separate_directions=false and " if config.rnn.separate_directions else ""
+            raise cannot_train(
+                self,
+                "recurrent layers are as wide as their embeddings, which the generator shares: "
+                f"set {also}objective.generator_size=1",
+            )
+        return self
 
     def heads(self, config: ModelConfig) -> dict[str, nn.Module]:
         small = generator_config(config, self.generator_size)
@@ -110,11 +119,6 @@ class RTD(Objective):
         ).build_example(example, vocab, rng)
         return shown | {"real": example["tokens"], "chance": rng.random(len(example["tokens"]), dtype=np.float32)}
 
-    def lm_model(self, model: LM) -> LM:
-        """Return the generator."""
-        generator: LM = model.heads["generator"]  # type: ignore[assignment]
-        return generator
-
     def forward(self, model: LM, batch: Batch) -> Outputs:
         """Run both models.
 
@@ -125,12 +129,12 @@ class RTD(Objective):
             shown: The discriminator's input, (..., T).
             hidden: The discriminator's states, (..., T, hidden_size).
         """
-        generator, at = self.lm_model(model), batch["labels"] != IGNORE
+        generator, at = model.language_model, batch["labels"] != IGNORE
         draft, _ = supervised(generator(batch, ForwardContext(needed_positions=at)), batch["labels"])
         logits = generator.heads["lm"](draft).float()
         sampled = sample_tokens(logits.detach(), batch["chance"][at])
         shown = batch["tokens"].masked_scatter(at, sampled)
-        hidden = model(batch | {"tokens": shown})
+        hidden = hidden_states(model, batch | {"tokens": shown})
         return {"draft": draft, "logits": logits, "sampled": sampled, "shown": shown, "hidden": hidden}
 
     def loss(self, model: LM, outputs: Outputs, batch: Batch) -> dict[str, Tensor]:
@@ -155,16 +159,14 @@ class RTD(Objective):
             "passed": (~replaced & ~predicted).sum().float(),
         }
 
-    def forward_flops(self, model: LM, batch: Batch) -> float:
-        generator = self.lm_model(model)
-        generator_flops = flops.stack_flops(generator.config, forward_work(generator, batch, batch["labels"] != IGNORE))
-        both = flops.stack_flops(model.config, flops.work(batch)) + generator_flops
-        return both + flops.head_flops(generator.config, flops.supervised_positions(batch["labels"]))
-
-    def loss_flops(self, model: LM, batch: Batch) -> float:
-        return flops.linear(
-            flops.supervised_positions(batch["real"]), model.config.hidden_size, model.config.hidden_size + 1
-        )
+    def flops(self, model: LM, batch: Batch, forward: float | None = None) -> float:
+        width = model.config.hidden_size
+        if forward is None:
+            generator, labels = model.language_model, batch["labels"]
+            drafted = flops.stack_flops(generator.config, forward_work(generator, batch, labels != IGNORE))
+            drafted += flops.head_flops(generator.config, flops.supervised_positions(labels))
+            forward = forward_flops(model, batch) + flops.trained_share(model) * drafted
+        return forward + flops.linear(flops.supervised_positions(batch["real"]), width, width + 1)
 
 
 @dataclass(frozen=True)
@@ -180,8 +182,8 @@ class AdversarialRTD(RTD):
         mlm_probability: See `RTD`, as the other fields.
     """
 
-    labels: ClassVar[dict[str, str]] = RTD.labels | {"baseline": "labels"}
-    metrics: ClassVar[dict[str, str]] = RTD.metrics | {"reward": "labels", "surprise": "labels"}
+    labels = RTD.labels | {"baseline": "labels"}
+    metrics = RTD.metrics | {"reward": Metric("labels"), "surprise": Metric("labels")}
 
     def heads(self, config: ModelConfig) -> dict[str, nn.Module]:
         baseline = nn.Linear(generator_config(config, self.generator_size).hidden_size, 1)

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import ClassVar, Literal
+from typing import Literal, Self
 
 import numpy as np
 import torch
@@ -22,11 +22,11 @@ from torch import Tensor, nn
 
 from firth.data import attention_fields
 from firth.fields import NonNegativeInt
-from firth.model.config import AttentionPattern, ModelConfig
+from firth.model.config import ModelConfig
 from firth.model.model import LM
-from firth.objectives.objective import DataStats, Objective, choice_loss, num_correct
+from firth.objectives.objective import DataStats, Objective, choice_loss, forward_flops, hidden_states, num_correct
 from firth.tokenizer.vocab import Vocab
-from firth.types import IGNORE, NEVER, Batch, Example, Outputs, UserError
+from firth.types import IGNORE, NEVER, Batch, Example, Metric, Outputs, UserError
 
 
 def reward_head(width: int) -> nn.Linear:
@@ -80,15 +80,11 @@ class RewardModeling(Objective):
     ([[5, 6, 7], [5, 8, 0]], [[0, 1, 2], [0, 1, 1073741824]], 0)
     """
 
-    labels: ClassVar[dict[str, str]] = {"reward": "preferred"}
-    metrics: ClassVar[dict[str, str]] = {"accuracy": "preferred", "margin": "preferred"}
-    output_fields: ClassVar[frozenset[str]] = frozenset()
+    labels = {"reward": "preferred"}
+    metrics = {"accuracy": Metric("preferred"), "margin": Metric("preferred")}
 
-    def inputs(self, given: frozenset[str] = frozenset()) -> frozenset[str]:
-        return frozenset({"chosen_tokens", "chosen_mask", "rejected_tokens", "rejected_mask"})
-
-    def attention_pattern(self) -> AttentionPattern:
-        return "causal"
+    inputs = frozenset({"chosen_tokens", "chosen_mask", "rejected_tokens", "rejected_mask"})
+    attention = "causal"
 
     def heads(self, config: ModelConfig) -> dict[str, nn.Module]:
         return {"reward": reward_head(config.hidden_size)}
@@ -97,8 +93,11 @@ class RewardModeling(Objective):
         rows = [answer_row(example[f"{k}_tokens"], example[f"{k}_mask"]) for k in ("chosen", "rejected")]
         return attention_fields.group(rows) | {"preferred": np.int64(0)}
 
-    def needed_positions(self, batch: Batch) -> Tensor | None:
-        return last_token_mask(batch)
+    def forward(self, model: LM, batch: Batch) -> Outputs:
+        return {"hidden": hidden_states(model, batch, last_token_mask(batch))}
+
+    def flops(self, model: LM, batch: Batch, forward: float | None = None) -> float:
+        return forward_flops(model, batch, last_token_mask(batch)) if forward is None else forward
 
     def loss(self, model: LM, outputs: Outputs, batch: Batch) -> dict[str, Tensor]:
         scores = rewards(model, outputs["hidden"], batch)  # (B, 2)
@@ -127,19 +126,19 @@ class Ranking(RewardModeling):
     num_answers: NonNegativeInt = 0
     likelihood: Literal["pairs", "order"] = "pairs"
 
-    def with_stats(self, stats: Callable[[], DataStats]) -> Ranking:
+    def configure(self, stats: Callable[[], DataStats], config: ModelConfig) -> Self:
         return self if self.num_answers else replace(self, num_answers=stats().max_options)
 
-    def inputs(self, given: frozenset[str] = frozenset()) -> frozenset[str]:
-        return frozenset({"answers", "masks", "rank"})
+    inputs = frozenset({"answers", "masks", "rank"})
 
     def build_example(self, example: Example, vocab: Vocab, rng: np.random.Generator) -> Example:
         rank = np.asarray(example["rank"], np.int64)
-        if not 2 <= len(rank) <= self.num_answers:
+        size = self.num_answers or len(rank)
+        if not 2 <= len(rank) <= size:
             raise UserError(
-                f"a ranking of {len(rank)} answers does not fit into a group of 2 to {self.num_answers}: set `num_answers`"
+                f"a ranking of {len(rank)} answers does not fit into a group of 2 to {size}: set `num_answers`"
             )
-        absent = self.num_answers - len(rank)
+        absent = size - len(rank)
         rows = [answer_row(t, m) for t, m in zip(example["answers"], example["masks"], strict=True)]
         # All answers tied: nothing to learn, and the group is not counted.
         preferred = int(rank.argmin()) if len(set(rank.tolist())) > 1 else IGNORE

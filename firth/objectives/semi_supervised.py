@@ -15,8 +15,9 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar, Self
+from typing import Self
 
 import numpy as np
 import torch
@@ -25,13 +26,21 @@ from torch import Tensor
 
 from firth.data.noise import NOISES, Kind, text_units
 from firth.fields import NonNegativeFloat, NonNegativeInt, OpenShare, PositiveFloat, Share, ShareBelowOne
-from firth.model import flops
+from firth.model.config import ModelConfig
 from firth.model.forward_context import ForwardContext
 from firth.model.model import LM
-from firth.objectives.classification import Classification
-from firth.objectives.objective import Objective, choice_loss, forward_work, supervised
+from firth.objectives.classification import Classification, readout_of
+from firth.objectives.objective import (
+    DataStats,
+    Objective,
+    cannot_train,
+    choice_loss,
+    forward_flops,
+    hidden_states,
+    supervised,
+)
 from firth.tokenizer.vocab import Vocab
-from firth.types import IGNORE, Batch, Example, Outputs, UserError
+from firth.types import IGNORE, Batch, Constraints, Example, Outputs, UserError
 
 
 @dataclass(frozen=True)
@@ -44,18 +53,17 @@ class SemiSupervised(Classification):
         ramp_steps: Steps until w has its full size (0: from the start).
     """
 
-    labels: ClassVar[dict[str, str]] = {"class": "class", "relation": "relation"}
-    label_fields: ClassVar[tuple[str, ...]] = ("class", "relation")
+    labels = {"class": "class", "relation": "relation"}
 
     unlabeled_weight: NonNegativeFloat = 1.0
     ramp_steps: NonNegativeInt = 0
 
-    def at_step(self, step: int) -> Self:
+    def weight_of(self, batch: Batch) -> float:
+        """Return w at the step of a batch."""
+        step = int(batch["step"]) if "step" in batch else self.ramp_steps
         if step >= self.ramp_steps:
-            return self
-        return dataclasses.replace(
-            self, unlabeled_weight=self.unlabeled_weight * math.exp(-5 * (1 - step / self.ramp_steps) ** 2)
-        )
+            return self.unlabeled_weight
+        return self.unlabeled_weight * math.exp(-5 * (1 - step / self.ramp_steps) ** 2)
 
     def relation_labels(self, example: Example, seen: Example, target: int) -> np.ndarray:
         """Return the field "relation": the target of an unlabeled text at the readout position, IGNORE elsewhere."""
@@ -86,8 +94,7 @@ class PseudoLabels(SemiSupervised):
 
     confidence: Share = 0.9
 
-    def inputs(self, given: frozenset[str] = frozenset()) -> frozenset[str]:
-        return frozenset({"tokens", "label", "taught"})
+    inputs = frozenset({"tokens", "label", "taught"})
 
     def build_example(self, example: Example, vocab: Vocab, rng: np.random.Generator) -> Example:
         seen = super().build_example(example, vocab, rng)
@@ -98,7 +105,7 @@ class PseudoLabels(SemiSupervised):
     def loss(self, model: LM, outputs: Outputs, batch: Batch) -> dict[str, Tensor]:
         states, targets = supervised(outputs["hidden"], batch["relation"].masked_fill(~batch["sure"], IGNORE))
         relation = choice_loss(model.heads["classes"](states), targets)
-        return super().loss(model, outputs, batch) | {"relation": self.unlabeled_weight * relation}
+        return super().loss(model, outputs, batch) | {"relation": self.weight_of(batch) * relation}
 
 
 def unlabeled_example(objective: Objective, example: Example, vocab: Vocab) -> Example:
@@ -160,9 +167,15 @@ class Consistency(SemiSupervised):
                 "consistency runs the model on a clean and a masked text: use an encoder or a decoder, not an encoder-decoder"
             )
 
+    def configure(self, stats: Callable[[], DataStats], config: ModelConfig) -> Self:
+        if self.position == "auto" and readout_of(config) == "answer":
+            why = "it runs the model on a clean and a masked text, which takes an encoder or a decoder"
+            raise cannot_train(self, f"{why}: set model.encoder.num_layers=0")
+        return super().configure(stats, config)
+
     @property
-    def text_units(self) -> frozenset[str]:
-        return text_units(self.noise)
+    def constraints(self) -> Constraints:
+        return dataclasses.replace(super().constraints, text_units=text_units(self.noise))
 
     def build_example(self, example: Example, vocab: Vocab, rng: np.random.Generator) -> Example:
         seen = super().build_example(example, vocab, rng)
@@ -176,22 +189,20 @@ class Consistency(SemiSupervised):
         training = model.training
         model.eval()
         with torch.no_grad():
-            clean = model(
-                batch | {"tokens": batch["clean"]}, ForwardContext(needed_positions=batch["relation"] != IGNORE)
-            )
+            clean = hidden_states(model, batch | {"tokens": batch["clean"]}, batch["relation"] != IGNORE)
             states, _ = supervised(clean, batch["relation"])
             target = (model.heads["classes"](states).float() / self.temperature).softmax(-1)
         model.train(training)
-        return {"hidden": model(batch, ForwardContext(needed_positions=self.needed_positions(batch))), "target": target}
+        return super().forward(model, batch) | {"target": target}
 
     def loss(self, model: LM, outputs: Outputs, batch: Batch) -> dict[str, Tensor]:
         states, _ = supervised(outputs["hidden"], batch["relation"])
         losses = F.cross_entropy(model.heads["classes"](states).float(), outputs["target"], reduction="none")
         sure = outputs["target"].amax(-1) >= self.confidence
-        return super().loss(model, outputs, batch) | {"relation": self.unlabeled_weight * (losses * sure).sum()}
+        return super().loss(model, outputs, batch) | {"relation": self.weight_of(batch) * (losses * sure).sum()}
 
-    def forward_flops(self, model: LM, batch: Batch) -> float:
+    def flops(self, model: LM, batch: Batch, forward: float | None = None) -> float:
+        if forward is not None:
+            return forward
         # A pass without gradient costs a third of one with.
-        positions = (self.needed_positions(batch), batch["relation"] != IGNORE)
-        masked, clean = (flops.stack_flops(model.config, forward_work(model, batch, needed)) for needed in positions)
-        return masked + clean / 3
+        return super().flops(model, batch) + forward_flops(model, batch, batch["relation"] != IGNORE) / 3

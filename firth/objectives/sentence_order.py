@@ -17,7 +17,7 @@ import numpy as np
 from firth.fields import Share
 from firth.objectives.sentence_pairs import SentencePairObjective
 from firth.tokenizer.vocab import Vocab
-from firth.types import Example
+from firth.types import Example, Metric
 
 
 @dataclass(frozen=True)
@@ -36,14 +36,13 @@ class SOP(SentencePairObjective):
     ([1, 6, 7, 2, 5, 2], [1, -100, -100, -100, -100, -100])
     """
 
-    labels: ClassVar[dict[str, str]] = {"order": "order"}
-    metrics: ClassVar[dict[str, str]] = {"order_accuracy": "order"}
+    labels = {"order": "order"}
+    metrics = {"order_accuracy": Metric("order")}
     label_field: ClassVar[str] = "order"
 
     swapped: Share = 0.5
 
-    def inputs(self, given: frozenset[str] = frozenset()) -> frozenset[str]:
-        return frozenset({"first", "second"})
+    inputs = frozenset({"first", "second"})
 
     def build_example(self, example: Example, vocab: Vocab, rng: np.random.Generator) -> Example:
         first, second = example["first"], example["second"]

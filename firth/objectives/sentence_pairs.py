@@ -13,7 +13,7 @@ import numpy as np
 from torch import Tensor, nn
 
 from firth.data import attention_fields
-from firth.model.config import AttentionPattern, ModelConfig
+from firth.model.config import ModelConfig
 from firth.model.heads import pooled
 from firth.model.model import LM
 from firth.objectives.objective import Objective, choice_loss, num_correct, supervised
@@ -30,8 +30,7 @@ class SentencePairObjective(Objective):
 
     label_field: ClassVar[str]
 
-    def attention_pattern(self) -> AttentionPattern:
-        return "bidirectional"
+    attention = "bidirectional"
 
     def heads(self, config: ModelConfig) -> dict[str, nn.Module]:
         return {self.label_field: pooled(config.hidden_size, 2)}
@@ -42,10 +41,6 @@ class SentencePairObjective(Objective):
         labels = np.full(len(shown["tokens"]), IGNORE)
         labels[0] = label
         return shown | {self.label_field: labels}
-
-    def needed_positions(self, batch: Batch) -> Tensor | None:
-        labels = batch.get(self.label_field)  # missing from the example of `hide`
-        return None if labels is None else labels != IGNORE
 
     def loss(self, model: LM, outputs: Outputs, batch: Batch) -> dict[str, Tensor]:
         states, labels = supervised(outputs["hidden"], batch[self.label_field])

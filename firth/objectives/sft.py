@@ -12,7 +12,6 @@ from dataclasses import dataclass
 import numpy as np
 
 from firth.data import attention_fields
-from firth.model.config import AttentionPattern
 from firth.objectives.objective import TokenObjective
 from firth.tokenizer.vocab import Vocab
 from firth.types import IGNORE, Example
@@ -42,11 +41,8 @@ class SFT(TokenObjective):
     [-100, 7, 2]
     """
 
-    def inputs(self, given: frozenset[str] = frozenset()) -> frozenset[str]:
-        return frozenset({"tokens", "mask"})
-
-    def attention_pattern(self) -> AttentionPattern:
-        return "causal"
+    inputs = frozenset({"tokens", "mask"})
+    attention = "causal"
 
     def build_example(self, example: Example, vocab: Vocab, rng: np.random.Generator) -> Example:
         return causal_example(example["tokens"], example["mask"])
@@ -65,11 +61,8 @@ class Seq2SeqSFT(TokenObjective):
     ([7, 8], [0, 5], [5, 2])
     """
 
-    def inputs(self, given: frozenset[str] = frozenset()) -> frozenset[str]:
-        return frozenset({"source", "target"})
-
-    def attention_pattern(self) -> AttentionPattern:
-        return "seq2seq"
+    inputs = frozenset({"source", "target"})
+    attention = "seq2seq"
 
     def build_example(self, example: Example, vocab: Vocab, rng: np.random.Generator) -> Example:
         return attention_fields.seq2seq(example["source"], example["target"], vocab.start)

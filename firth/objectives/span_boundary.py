@@ -14,7 +14,6 @@ and is not predicted, nor are tokens deeper in a span than `max_span_length` (in
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import numpy as np
 import torch
@@ -22,10 +21,10 @@ from torch import Tensor, nn
 
 from firth.fields import TokenCount
 from firth.model import flops
-from firth.model.config import AttentionPattern, ModelConfig
+from firth.model.config import ModelConfig
 from firth.model.heads import LMHead
 from firth.model.model import LM
-from firth.objectives.objective import Objective
+from firth.objectives.objective import Objective, forward_flops, hidden_states
 from firth.tokenizer.vocab import Vocab
 from firth.types import IGNORE, Batch, Example, Outputs, UserError
 
@@ -49,18 +48,12 @@ class SBO(Objective):
     after [0, 2, 1, 0, 0]
     """
 
-    labels: ClassVar[dict[str, str]] = {"boundary": "boundary"}
-    keeps_fields: ClassVar[bool] = True
-    standalone: ClassVar[bool] = False
-    required_heads: ClassVar[frozenset[str]] = frozenset({"lm"})
+    labels = {"boundary": "boundary"}
 
     max_span_length: TokenCount = 20
 
-    def inputs(self, given: frozenset[str] = frozenset()) -> frozenset[str]:
-        return frozenset({"tokens", "labels"})
-
-    def attention_pattern(self) -> AttentionPattern:
-        return "bidirectional"
+    inputs = frozenset({"tokens", "labels"})
+    attention = "bidirectional"
 
     def heads(self, config: ModelConfig) -> dict[str, nn.Module]:
         """Two layers with GELU and a norm (the paper's equations 3 and 4), and an embedding of the offset in a span."""
@@ -90,6 +83,9 @@ class SBO(Objective):
             "after": np.where(valid, right - at, 0),
         }
 
+    def forward(self, model: LM, batch: Batch) -> Outputs:
+        return {"hidden": hidden_states(model, batch)}  # the boundaries are not at the labels
+
     def loss(self, model: LM, outputs: Outputs, batch: Batch) -> dict[str, Tensor]:
         lm: LMHead = model.heads["lm"]  # type: ignore[assignment]
         states, labels = outputs["hidden"].flatten(0, -2), batch["boundary"].flatten()
@@ -99,7 +95,10 @@ class SBO(Objective):
         read = model.heads["boundary"](torch.cat([x.to(states.dtype) for x in around], -1))
         return {"boundary": lm.nll_of_transformed(read, labels[at])}
 
-    def loss_flops(self, model: LM, batch: Batch) -> float:
+    def flops(self, model: LM, batch: Batch, forward: float | None = None) -> float:
         count, width = flops.supervised_positions(batch["boundary"]), model.config.hidden_size
         read = LMHead.input_size(model.config)
-        return flops.linear(count, 3 * width, width) + flops.linear(count, read, width + model.config.vocab_size)
+        total = forward_flops(model, batch) if forward is None else forward
+        return (
+            total + flops.linear(count, 3 * width, width) + flops.linear(count, read, width + model.config.vocab_size)
+        )

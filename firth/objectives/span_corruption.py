@@ -14,18 +14,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
 
 import numpy as np
 
 from firth.data import attention_fields
-from firth.data.attention_fields import InfillPrompt, Seq2SeqLayout
+from firth.data.attention_fields import Seq2SeqLayout
 from firth.data.noise import NOISES, Kind, text_units
 from firth.fields import OpenShare
 from firth.model.config import AttentionPattern
 from firth.objectives.objective import TokenObjective
 from firth.tokenizer.vocab import Vocab
-from firth.types import IGNORE, Example, UserError
+from firth.types import IGNORE, Constraints, Example, UserError
 
 
 def corrupt(tokens: np.ndarray, dropped: np.ndarray, sentinels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -90,46 +89,37 @@ class SpanCorruption(TokenObjective):
     labels [2, 12, 13, 14, 3, 1]
     """
 
-    num_sentinels: ClassVar[int] = 100
-
     noise_density: OpenShare = 0.15
     noise: Kind = "spans"
     layout: Seq2SeqLayout = "seq2seq"
 
     @property
-    def text_units(self) -> frozenset[str]:
-        return text_units(self.noise)
+    def constraints(self) -> Constraints:
+        return Constraints(num_sentinels=100, text_units=text_units(self.noise))
 
-    def attention_pattern(self) -> AttentionPattern:
+    @property
+    def attention(self) -> AttentionPattern:
         return "seq2seq" if self.layout == "seq2seq" else "prefix"
 
     def build_example(self, example: Example, vocab: Vocab, rng: np.random.Generator) -> Example:
         tokens = example["tokens"]
-        return self._show(tokens, NOISES[self.noise](tokens, vocab, self.noise_density, rng), vocab)
+        dropped = NOISES[self.noise](tokens, vocab, self.noise_density, rng)
+        source, target = (np.append(row, vocab.eos) for row in corrupt(tokens, dropped, vocab.sentinels))
+        return attention_fields.layout_of(self.layout, source, target, vocab)
 
-    def hide(self, tokens: np.ndarray, at: int, vocab: Vocab) -> Example:
-        """One token is dropped, and predicted after its sentinel."""
-        shown = self._show(tokens, np.arange(len(tokens)) == at, vocab)
-        after_sentinel = np.flatnonzero(shown["labels"] != IGNORE)[1]
-        labels = np.full(len(shown["labels"]), IGNORE)
-        labels[after_sentinel] = tokens[at]
-        return shown | {"labels": labels}
-
-    def build_infill(self, pieces: Sequence[np.ndarray], vocab: Vocab) -> InfillPrompt:
-        """Each gap is a sentinel, as a dropped span is.
+    def hide(self, pieces: Sequence[np.ndarray], vocab: Vocab, answer: int | None = None) -> Example:
+        """Each gap is a sentinel, as a dropped span is; the answer is predicted after it.
 
         >>> vocab = Vocab(size=20, roles={"eos": 1}, special=np.arange(20) < 5, sentinels=np.array([2, 3, 4]))
-        >>> shown = SpanCorruption().build_infill([np.array([10, 11]), np.array([12])], vocab)
-        >>> shown.prompt.tolist(), shown.marks.tolist()
-        ([10, 11, 2, 12, 1], [2, 3])
+        >>> SpanCorruption().hide([np.array([10, 11]), np.array([12])], vocab)["tokens"].tolist()
+        [10, 11, 2, 12, 1]
         """
         gaps = len(pieces) - 1
         _check_sentinels(gaps, vocab.sentinels)
         rest = [np.insert(piece, 0, mark) for mark, piece in zip(vocab.sentinels[:gaps], pieces[1:], strict=True)]
-        return InfillPrompt(
-            np.concatenate((pieces[0], *rest, [vocab.eos])).astype(np.int32), vocab.sentinels[: gaps + 1]
-        )
-
-    def _show(self, tokens: np.ndarray, dropped: np.ndarray, vocab: Vocab) -> Example:
-        source, target = (np.append(row, vocab.eos) for row in corrupt(tokens, dropped, vocab.sentinels))
-        return attention_fields.layout_of(self.layout, source, target, vocab)
+        source = np.concatenate((pieces[0], *rest, [vocab.eos])).astype(np.int32)
+        if answer is None:
+            return {"tokens": source}
+        target = np.array([vocab.sentinels[0], answer, vocab.sentinels[1], vocab.eos])
+        seen = attention_fields.layout_of(self.layout, source, target, vocab)
+        return seen | {"labels": np.where(np.arange(len(seen["labels"])) == len(seen["labels"]) - 3, answer, IGNORE)}

@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar
 
 import numpy as np
 from torch import Tensor, nn
@@ -18,9 +17,17 @@ from firth.data import attention_fields
 from firth.model.config import AttentionPattern, ModelConfig
 from firth.model.model import LM
 from firth.objectives.classification import classification_head
-from firth.objectives.objective import DataStats, Objective, choice_loss, num_correct, supervised
+from firth.objectives.objective import (
+    DataStats,
+    Objective,
+    choice_loss,
+    forward_flops,
+    hidden_states,
+    num_correct,
+    supervised,
+)
 from firth.tokenizer.vocab import Vocab
-from firth.types import Batch, Example, Outputs
+from firth.types import Batch, Constraints, Example, Metric, Outputs
 
 
 @dataclass(frozen=True)
@@ -41,27 +48,28 @@ class TokenClassification(Objective):
     ['tags', 'tokens']
     """
 
-    labels: ClassVar[dict[str, str]] = {"tags": "tags"}
-    metrics: ClassVar[dict[str, str]] = {"accuracy": "tags"}
+    labels = {"tags": "tags"}
+    metrics = {"accuracy": Metric("tags")}
 
     class_names: tuple[str, ...] = ()
     causal: bool | None = None
 
-    def inputs(self, given: frozenset[str] = frozenset()) -> frozenset[str]:
-        return frozenset({"tokens", "tags"})
+    inputs = frozenset({"tokens", "tags"})
 
-    def attention_pattern(self) -> AttentionPattern:
+    @property
+    def attention(self) -> AttentionPattern:
         return "causal" if self.causal else "any"
 
-    def for_model(self, config: ModelConfig) -> Objective:
-        return (
-            self
-            if self.causal is not None
-            else dataclasses.replace(self, causal="bidirectional" not in config.supported_patterns)
-        )
+    @property
+    def constraints(self) -> Constraints:
+        return Constraints(class_names=self.class_names)
 
-    def with_stats(self, stats: Callable[[], DataStats]) -> Objective:
-        return self if self.class_names else dataclasses.replace(self, class_names=stats().class_names)
+    def configure(self, stats: Callable[[], DataStats], config: ModelConfig) -> Objective:
+        return dataclasses.replace(
+            self,
+            class_names=self.class_names or stats().class_names,
+            causal="bidirectional" not in config.supported_patterns if self.causal is None else self.causal,
+        )
 
     def heads(self, config: ModelConfig) -> dict[str, nn.Module]:
         return {"tags": classification_head(config.hidden_size, len(self.class_names))}
@@ -69,6 +77,12 @@ class TokenClassification(Objective):
     def build_example(self, example: Example, vocab: Vocab, rng: np.random.Generator) -> Example:
         order = attention_fields.causal(len(example["tokens"])) if self.causal else {}
         return {"tokens": example["tokens"], "tags": example["tags"]} | order
+
+    def forward(self, model: LM, batch: Batch) -> Outputs:
+        return {"hidden": hidden_states(model, batch)}  # most tokens have a tag
+
+    def flops(self, model: LM, batch: Batch, forward: float | None = None) -> float:
+        return forward_flops(model, batch) if forward is None else forward
 
     def loss(self, model: LM, outputs: Outputs, batch: Batch) -> dict[str, Tensor]:
         states, targets = supervised(outputs["hidden"], batch["tags"])

@@ -14,22 +14,21 @@ The noise of z is drawn in `build_example`, so it is data: the same example and 
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Self
+from typing import Self
 
 import numpy as np
 from torch import Tensor
 
 from firth.data import attention_fields
 from firth.fields import NonNegativeFloat, NonNegativeInt, PositiveInt, Share
-from firth.model.config import AttentionPattern, ModelConfig
+from firth.model.config import ModelConfig
 from firth.model.forward_context import ForwardContext
 from firth.model.model import LM
-from firth.objectives.objective import TokenObjective
+from firth.objectives.objective import DataStats, TokenObjective, cannot_train
 from firth.tokenizer.vocab import Vocab
-from firth.types import Batch, Example, Outputs
+from firth.types import Batch, Example, Metric, Outputs
 
 ACTIVE_VARIANCE = 0.01
 """Variance of a unit's mean over texts above which it is active (Burda 2016, section 5.2)."""
@@ -62,42 +61,41 @@ class VAE(TokenObjective):
     gaps [0, 5, 6, 2]
     """
 
-    labels: ClassVar[dict[str, str]] = {"tokens": "labels", "divergence": "labels"}
-    metrics: ClassVar[dict[str, str]] = {"kl": "text", "active": "text", "elbo": "labels"}
-
+    labels = {"tokens": "labels", "divergence": "labels"}
     latent_size: PositiveInt = 32
     kl_anneal_steps: NonNegativeInt = 0
     free_bits: NonNegativeFloat = 0.0
     word_dropout: Share = 0.0
     kl_weight: NonNegativeFloat = 1.0
 
-    def attention_pattern(self) -> AttentionPattern:
-        return "latent"
+    attention = "latent"
 
-    def missing_from(self, config: ModelConfig) -> str:
-        if config.encoder.latent_size == self.latent_size:
-            return ""
-        theirs = config.encoder.latent_size
-        return (
-            f"objective.latent_size={self.latent_size} and model.encoder.latent_size={theirs} differ: make them equal"
-        )
+    @property
+    def metrics(self) -> Mapping[str, Metric]:
+        return {"kl": Metric("text", remark=self._remark), "active": Metric("text"), "elbo": Metric("labels")}
 
-    def at_step(self, step: int) -> Self:
-        return (
-            self
-            if step >= self.kl_anneal_steps
-            else dataclasses.replace(self, kl_weight=self.kl_weight * step / self.kl_anneal_steps)
-        )
+    def configure(self, stats: Callable[[], DataStats], config: ModelConfig) -> Self:
+        if config.encoder.latent_size != self.latent_size:
+            sizes = (
+                f"objective.latent_size={self.latent_size} and model.encoder.latent_size={config.encoder.latent_size}"
+            )
+            raise cannot_train(self, f"{sizes} differ: make them equal")
+        return self
 
-    def notes(self, metrics: Mapping[str, float]) -> list[str]:
+    def kl_weight_of(self, batch: Batch) -> float:
+        """Return w at the step of a batch."""
+        step = int(batch["step"]) if "step" in batch else self.kl_anneal_steps
+        return self.kl_weight if step >= self.kl_anneal_steps else self.kl_weight * step / self.kl_anneal_steps
+
+    def _remark(self, metrics: Mapping[str, float]) -> str:
         kl, active = (metrics.get(f"valid/{name}", metrics.get(name, 0.0)) for name in ("kl", "active"))
         if kl >= COLLAPSED_KL_NATS and active >= 1:
-            return [f"The latent carries {kl:.3g} nats per text, in {active:.3g} of its {self.latent_size} units."]
-        return [
+            return f"The latent carries {kl:.3g} nats per text, in {active:.3g} of its {self.latent_size} units."
+        return (
             f"The posterior has collapsed: the latent carries {kl:.2g} nats per text, in {active:.2g} of its "
             f"{self.latent_size} units, so the decoder does not use it. Increase objective.kl_anneal_steps, or set "
             "objective.free_bits or objective.word_dropout."
-        ]
+        )
 
     def build_example(self, example: Example, vocab: Vocab, rng: np.random.Generator) -> Example:
         text = np.append(example["tokens"], vocab.eos)
@@ -122,7 +120,7 @@ class VAE(TokenObjective):
         is_active = mean.detach().var(0, correction=0) > ACTIVE_VARIANCE
         return {
             "tokens": tokens,
-            "divergence": self.kl_weight * kl.clamp(min=self.free_bits).sum(),
+            "divergence": self.kl_weight_of(batch) * kl.clamp(min=self.free_bits).sum(),
             "kl": kl.detach().sum(),
             "active": is_active.sum().float() * len(mean),
             "elbo": -(tokens + kl.sum()).detach(),

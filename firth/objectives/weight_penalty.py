@@ -10,7 +10,6 @@ counted by tokens: for any batch and any micro-batches it equals lambda * sum of
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import numpy as np
 import torch
@@ -37,15 +36,11 @@ class WeightPenalty(Objective):
     [0, 0]
     """
 
-    labels: ClassVar[dict[str, str]] = {"penalty": "penalty"}
-    output_fields: ClassVar[frozenset[str]] = frozenset()
-    keeps_fields: ClassVar[bool] = True
-    standalone: ClassVar[bool] = False
+    labels = {"penalty": "penalty"}
 
     weight: PositiveFloat = 1e-4
 
-    def inputs(self, given: frozenset[str] = frozenset()) -> frozenset[str]:
-        return frozenset()
+    inputs = frozenset()
 
     def build_example(self, example: Example, vocab: Vocab, rng: np.random.Generator) -> Example:
         return example | {"penalty": np.zeros_like(example["tokens"])}

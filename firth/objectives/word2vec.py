@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Literal
 
 import numpy as np
 import torch
@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from firth import kernel_choice
 from firth.fields import PositiveInt
 from firth.model import flops, native, native_ops
-from firth.model.config import AttentionPattern, ModelConfig
+from firth.model.config import ModelConfig
 from firth.model.model import LM
 from firth.objectives.objective import Objective
 from firth.tokenizer.vocab import Vocab
@@ -64,18 +64,15 @@ class Word2Vec(Objective):
     noise [4, 5, 3]
     """
 
-    labels: ClassVar[dict[str, str]] = {"words": "words"}
+    labels = {"words": "words"}
 
     algorithm: Literal["skipgram", "cbow"] = "skipgram"
     window: Annotated[int, Interval(ge=1, le=BLOCK_WORDS)] = 5
     num_negatives: PositiveInt = 5
     noise_words: PositiveInt = 64
 
-    def inputs(self, given: frozenset[str] = frozenset()) -> frozenset[str]:
-        return frozenset({"tokens", "kept", "noise"})
-
-    def attention_pattern(self) -> AttentionPattern:
-        return "none"
+    inputs = frozenset({"tokens", "kept", "noise"})
+    attention = "none"
 
     def heads(self, config: ModelConfig) -> dict[str, nn.Module]:
         context = nn.Embedding(config.vocab_size, config.hidden_size)
@@ -148,15 +145,11 @@ class Word2Vec(Objective):
             (blocks[:, :-2, BLOCK_WORDS - self.window :], blocks[:, 1:-1], blocks[:, 2:, : self.window]), 2
         )
 
-    def forward_flops(self, model: LM, batch: Batch) -> float:
-        return 0.0
-
-    def loss_flops(self, model: LM, batch: Batch) -> float:
+    def flops(self, model: LM, batch: Batch, forward: float | None = None) -> float:
         rows, length = batch["tokens"].shape
-        padded = length + -length % BLOCK_WORDS
-        return flops.linear(rows * padded, model.config.hidden_size, BLOCK_WORDS + 2 * self.window) + flops.linear(
-            rows * length, model.config.hidden_size, self.noise_words
-        )
+        padded, width = length + -length % BLOCK_WORDS, model.config.hidden_size
+        near = flops.linear(rows * padded, width, BLOCK_WORDS + 2 * self.window)
+        return (forward or 0.0) + near + flops.linear(rows * length, width, self.noise_words)
 
 
 def _workload(choice: str) -> kernel_choice.Workload:

@@ -97,21 +97,6 @@ TRAINING_TERMS = ("rate", "norm", "tokens_per_second")
 _NOT_DRAWN = ("split", "step", "seconds", "tokens", "skipped", "flops", "flops_per_second")
 """Fields of a row without a figure."""
 
-_NEXT = (
-    {
-        "causal_lm": ("generate", "Generate text", '"Once"'),
-        "span_corruption": ("generate", "Generate the text of a sentinel", '"To be, or <extra_id_0> to be"'),
-        "seq2seq": ("generate", "Generate the output for an input", '"..."'),
-    }
-    | dict.fromkeys(
-        ("classification", "regression", "multiple_choice", "token_classification", "question_answering"),
-        ("predict", "Predict labels for your own records", "my-records.jsonl"),
-    )
-    | dict.fromkeys(("mlm", "mpnet", "plm"), ("fill", "Fill a masked position", '"To be, or not to <mask>."'))
-    | dict.fromkeys(("sft", "dpo", "reinforce", "ppo"), ("chat", "Chat with the model", ""))
-)
-"""Objective -> command that uses its model, description and argument."""
-
 
 def run_report(directory: Path) -> Report:
     """Return the report of a run directory; UserError if it has no metrics, or a file of the run is damaged."""
@@ -160,7 +145,7 @@ def run_report(directory: Path) -> Report:
         text=" ".join([summary(rows, exported), *done.get("remarks", [])]),
         numbers=numbers(rows, exported),
         sections=sections,
-        commands=commands(directory, kinds),
+        commands=commands(directory, done.get("next_command")),
         facts={
             "made with": f"firth {__version__}, torch {version('torch')}",
             "run": f"{rows[-1]['step']:,} steps, {_clock(rows[-1]['seconds'])} of training",
@@ -501,14 +486,18 @@ def _skipped_steps(rows: Sequence[Row]) -> str:
     return f"{skipped:,} step{'' if one else 's'} had no finite gradient and changed no weights." if skipped else ""
 
 
-def commands(directory: Path, kinds: Sequence[str]) -> list[Command]:
-    """Return the commands to run next with a run."""
+def commands(directory: Path, first: Sequence[str] | None = None) -> list[Command]:
+    """Return the commands to run next with a run.
+
+    Args:
+        directory: The run directory.
+        first: The command that uses its model, from done.json: its name, what it does, and its arguments after the run.
+    """
     quoted = _quoted(directory)
     out = []
-    for kind in kinds:
-        if kind in _NEXT:
-            verb, why, argument = _NEXT[kind]
-            out.append(Command(why, f"firth {verb} {quoted} {argument}".rstrip()))
+    if first:
+        verb, what, argument = first
+        out.append(Command(what, f"firth {verb} {quoted} {argument}".rstrip()))
     out.append(Command("Evaluate on your own text or records", f"firth evaluate {quoted} my-text.txt"))
     config = directory / "model" / "config.json"
     if config.exists():

@@ -99,9 +99,10 @@ class RankingsConfig(ExamplesConfig):
     def limit_to(self, context: int) -> ExamplesConfig:
         return dataclasses.replace(self, max_length=min(self.max_length, context))
 
-    def configure_objective(self, objective: Objective, data: RunData) -> Objective:
+    def stats(self, data: RunData, class_names: Sequence[str] = ()) -> DataStats:
+        """Return the most answers of a ranking, which is the number of rows per example."""
         files = [paths for paths in (data.config.paths(data.log), data.config.validation_path) if paths]
-        return objective.with_stats(lambda: DataStats(max_options=max(self._read(paths, data).most for paths in files)))
+        return DataStats(max_options=max(self._read(paths, data).most for paths in files))
 
     def _read(self, paths: Sequence[str], data: RunData) -> rankings.RankingRecords:
         return data.read_once(self, paths, lambda: rankings.RankingRecords(paths, data.tokenizer, self.max_length))
@@ -148,7 +149,7 @@ class RolloutsConfig(ExamplesConfig):
     advantages: Literal["gae", "group"] = "gae"
 
     def check_objective(self, objective: Objective) -> None:
-        read = objective.inputs(self.fields)
+        read = objective.inputs
         if self.advantages == "group" and "returns" in read:
             raise UserError(
                 "examples.advantages=group compares answers with each other, and the critic of objective ppo would be trained for "

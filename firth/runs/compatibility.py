@@ -22,18 +22,19 @@ import dataclasses
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 
 from firth import objectives
 from firth.doctor import memory
 from firth.model.config import AttentionPattern, ModelConfig
-from firth.model.empty_weights import init_empty_weights
 from firth.model.model import LM
 from firth.model.parameter_count import LEARNED_POSITIONS
-from firth.objectives.objective import PATTERN_DESCRIPTIONS, Objective
+from firth.objectives.objective import PATTERN_DESCRIPTIONS, DataStats, Objective, components
 from firth.runs import alignment_examples, config_io, examples, labeled_examples, noisy_label_examples
 from firth.runs.examples import ExamplesConfig
 from firth.runs.peft_options import FullFinetuning, PeftConfig, check_peft
+from firth.runs.sample_example import SAMPLE_VOCAB, sample_example
 from firth.types import LogLine, UserError
 
 if TYPE_CHECKING:
@@ -75,7 +76,7 @@ def check_recipe(recipe: Recipe, ranks: int = 1) -> None:
 def check_pattern(
     objective: Objective, config: ModelConfig, examples: ExamplesConfig | None = None, fixed: bool = False
 ) -> None:
-    """Raise a UserError that suggests alternatives if the model does not support the objective's attention pattern.
+    """Raise a UserError that suggests alternatives if the model does not support the objective.
 
     Args:
         objective: The objective.
@@ -83,10 +84,9 @@ def check_pattern(
         examples: Suggested objectives must be compatible with these examples.
         fixed: Whether the model config is that of pretrained weights and cannot be changed.
     """
-    name, reads = _name(objective), objective.attention_pattern()
+    name, reads = _name(objective), objective.attention
     if reads in config.supported_patterns:
-        if lacking := objective.missing_from(config):
-            raise UserError(f"objective {name} cannot be trained with this model: {lacking}")
+        objective.configure(DataStats, config)
         return
     changes = "" if fixed else _settings(objective, config)
     remedy = (
@@ -107,12 +107,27 @@ def _served(config: ModelConfig) -> Iterator[Objective]:
     """Yield the objectives with an attention pattern of their own that a model supports."""
     for name in objectives.OBJECTIVES:
         one: Objective = objectives.find(name)()
-        if (
-            one.attention_pattern() in config.supported_patterns - {"any"}
-            and one.standalone
-            and not one.missing_from(config)
-        ):
+        if one.attention != "any" and _is_standalone(one) and _supports(config, one):
             yield one
+
+
+def _supports(config: ModelConfig, objective: Objective) -> bool:
+    """Return whether a model can be trained with an objective."""
+    try:
+        objective.configure(DataStats, config)
+    except UserError:
+        return False
+    return objective.attention in config.supported_patterns
+
+
+def _is_standalone(objective: Objective) -> bool:
+    """Return whether an objective has labels of its own: some component reads fields that a kind of examples has.
+
+    A penalty reads nothing, and SBO what another component masks.
+    """
+    return any(
+        one.inputs and any(one.inputs <= kind().fields for kind in EXAMPLES.values()) for one in components(objective)
+    )
 
 
 def _settings(objective: Objective, config: ModelConfig) -> str:
@@ -136,15 +151,17 @@ def _settings(objective: Objective, config: ModelConfig) -> str:
         },
         "bidirectional_separate": {"causal": False, "rnn.separate_directions": True},
     }
-    current, pattern = config.flat_fields(), objective.attention_pattern()
+    current = config.flat_fields()
     settings = [
-        f"{name}={str(value).lower()}" for name, value in wanted.get(pattern, {}).items() if current[name] != value
+        f"{name}={str(value).lower()}"
+        for name, value in wanted.get(objective.attention, {}).items()
+        if current[name] != value
     ]
     try:
         changed: ModelConfig = config_io.from_dict(ModelConfig, config_io.override(config_io.to_dict(config), settings))
     except UserError:
         return ""
-    if pattern not in changed.supported_patterns or objective.missing_from(changed):
+    if not _supports(changed, objective):
         return ""
     return _listed(f"model.{setting}" for setting in settings)
 
@@ -159,42 +176,42 @@ def check_fields(objective: Objective, examples: ExamplesConfig, config: ModelCo
         examples: The examples.
         config: Suggested alternatives must be compatible with this model.
     """
-    fault = _fault(objective, examples)
-    if not fault and config is not None and objective.required_heads:
-        with init_empty_weights():
-            lent = objective.heads(config)
-        if lacking := objective.required_heads - lent.keys():
-            names = ", ".join(objectives.name_of(type(one)) for one in objective.components())
-            raise UserError(
-                f"no component of the objective [{names}] has the head {_listed(lacking)}, which it needs: add mlm"
-            )
-    if fault:
+    if fault := _fault(objective, examples):
         raise UserError(f"{fault}: {_suggestion(objective, examples, config)}")
     examples.check_objective(objective)
 
 
 def _fault(objective: Objective, examples: ExamplesConfig) -> str:
     """Return what is wrong with the inputs of an objective; empty if nothing is."""
-    given, labels = examples.fields, frozenset[str]()
-    read = frozenset[str]().union(*(one.inputs(given) for one in objective.components()))
+    given, labels, parts = examples.fields, frozenset[str](), components(objective)
+    read = frozenset[str]().union(*(one.inputs for one in parts))
     if examples.required_fields - read:
         names = _listed(examples.required_fields)
         return f"examples={_name_of(examples)} needs an objective that reads {names}, and objective {_name(objective)} does not"
-    for one in objective.components():
-        if lacking := one.inputs(given) - given:
+    example = sample_example(given)
+    for one in parts:
+        if lacking := one.inputs - given:
             giver = (
                 f"examples={_name_of(examples)} has" if given == examples.fields else "the component before it outputs"
             )
-            needed = one.inputs(given) if given == examples.fields else lacking
+            needed = one.inputs if given == examples.fields else lacking
             return f"objective {_name(one)} needs {_listed(needed)}, and {giver} {_listed(given) or 'nothing'}"
+        if len(parts) == 1:
+            break
+        try:
+            built = one.build_example(example, SAMPLE_VOCAB, np.random.default_rng(0))
+        except KeyError as missing:
+            return f"objective {_name(one)} needs {missing.args[0]}, and is given {_listed(given) or 'nothing'}"
         own = labels | frozenset(one.labels.values())
-        given = one.outputs(given)
-        if lost := own - given:
+        # Fields of a group of rows are not those of an example: nothing can be added to a group.
+        given = frozenset(name for name, x in built.items() if x is example.get(name) or np.ndim(x) < 2)
+        example = built
+        if lost := own - built.keys():
             return f"objective {_name(one)} rebuilds the example and drops {_listed(lost)}, the labels of the component before it"
         if twice := labels.intersection(one.labels.values()):
             return f"objective {_name(one)} predicts {_listed(twice)}, which the component before it predicts too"
         labels = own
-    return "" if objective.standalone else f"objective {_name(objective)} has no labels of its own"
+    return "" if _is_standalone(objective) else f"objective {_name(objective)} has no labels of its own"
 
 
 def _has_inputs(objective: Objective, examples: ExamplesConfig) -> bool:
@@ -205,7 +222,7 @@ def _suggestion(objective: Objective, examples: ExamplesConfig, config: ModelCon
     """Return a fix: other examples, or an objective to add it to."""
     if fitting := _fitting_examples(objective):
         return f"take {fitting}"
-    if len(objective.components()) > 1:
+    if len(components(objective)) > 1:
         return "train with one of them, or put them into another order"
     elsewhere = ""
     for name in objectives.OBJECTIVES:
@@ -213,9 +230,7 @@ def _suggestion(objective: Objective, examples: ExamplesConfig, config: ModelCon
             both = objectives.find(name)() + objective
         except UserError:
             continue
-        if config is not None and (
-            both.attention_pattern() not in config.supported_patterns or both.missing_from(config)
-        ):
+        if config is not None and not _supports(config, both):
             continue
         advice = f"write objective=[{name}, {_name(objective)}]"
         if _has_inputs(both, examples):
@@ -245,7 +260,7 @@ def check_batching(objective: Objective, config: ModelConfig, *, pack: int, accu
         raise UserError(
             f"{config.description} reads one document a row, and batch.pack_to_length={pack} puts several there: set batch.pack_to_length=0"
         )
-    if objective.needs_full_batch and accumulate * ranks > 1:
+    if objective.constraints.needs_full_batch and accumulate * ranks > 1:
         raise UserError(
             f"objective {_name(objective)} compares all examples of a step with each other, and {ranks} ranks of "
             f"{accumulate} micro-batches would compare only their own: set batch.gradient_accumulation_steps=1 and train on one rank"
@@ -287,7 +302,7 @@ def limit_lengths(
         adapt: The PEFT method.
         base: The model that the run starts from.
         config: Its config. Positions that are not learned do not limit a row.
-        added: Tokens that the objective adds to a row (`Objective.added_tokens`).
+        added: Tokens that the objective adds to a row (`Constraints.added_tokens`).
         log: Reports what is lowered.
 
     Raises:
@@ -326,8 +341,8 @@ def _fit_rows(
 
 def _name(objective: Objective) -> str:
     """Return the name of an objective in recipes; of a sum, of the component that requires an attention pattern."""
-    components = objective.components()
-    demanding = next((one for one in components if one.attention_pattern() != "any"), components[-1])
+    parts = components(objective)
+    demanding = next((one for one in parts if one.attention != "any"), parts[-1])
     return objectives.name_of(type(demanding))
 
 

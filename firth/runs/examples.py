@@ -19,7 +19,7 @@ from firth.data.source import MixtureSource, Source, SubsetSource
 from firth.data.split import MIN_RECORDS, content_key, held_out_keys
 from firth.data.token_store import TokenStore
 from firth.fields import NonNegativeFloat, TokenCount, Validated
-from firth.objectives.objective import Objective
+from firth.objectives.objective import DataStats, Objective
 from firth.runs import class_counts
 from firth.runs.held_out_texts import HeldOutTexts
 from firth.runs.prepare import DataConfig, RunData, documents_of, text_of
@@ -124,9 +124,14 @@ class ExamplesConfig(Validated, section="examples"):
         """
         return {field.name: min(text, source) for field in fields(self) if field.name == "max_length"}  # type: ignore[arg-type]
 
-    def configure_objective(self, objective: Objective, data: RunData) -> Objective:
-        """Return the objective configured with dataset statistics, such as class names; the resolved recipe holds them."""
-        return objective
+    def stats(self, data: RunData, class_names: Sequence[str] = ()) -> DataStats:
+        """Read the statistics of the training data that configure an objective; the resolved recipe holds them.
+
+        Args:
+            data: The data of the run.
+            class_names: The names of the classes, if the recipe has them.
+        """
+        return DataStats()
 
     def check_objective(self, objective: Objective) -> None:
         """Raise a UserError for an objective that the settings do not suit although the fields do."""
@@ -196,7 +201,7 @@ class WindowsConfig(ExamplesConfig):
         train, valid = data.stores()
         held = windows.Windows(valid, self.max_length, tail=True, memory=data.memory_length) if valid else None
         # A causal objective with one label field predicts every held-out token once, except the first of each document.
-        once = valid if objective.attention_pattern() == "causal" and len(objective.labels) == 1 else None
+        once = valid if objective.attention == "causal" and len(objective.labels) == 1 else None
         ratio = int(once.bytes.sum()) / max(1, len(once.tokens) - len(once)) if once else 0.0
         return DatasetSplits(
             windows.Windows(train, self.max_length, memory=data.memory_length), held, ratio, train.manifest["counts"]

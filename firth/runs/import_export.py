@@ -25,11 +25,12 @@ from firth.io.gguf import find, read
 from firth.io.integrity import sealed
 from firth.io.safetensors import DTYPES, Storage, dtypes, parse_size, read_json, read_list, write_json
 from firth.model.model import LM
+from firth.objectives.objective import reads_dialogues
 from firth.pretrained import gguf
 from firth.pretrained.families import family_of
 from firth.pretrained.load_save import check_vocab_fits, left_out, load_model, metadata_of, save_model
 from firth.runs import model_card
-from firth.runs.inference import objective_of
+from firth.runs.loaded_model import objective_in
 from firth.runs.start_model import model_directory
 from firth.tokenizer import chat
 from firth.tokenizer.tokenizer import Tokenizer
@@ -124,18 +125,17 @@ def export_model(run: Path, out: Path, *, form: str, dtype: str, shard: str, log
     types = dtypes(given) if find(given) is None else [torch.float32]
     storage = Storage(DTYPES.get(dtype) if dtype else types[0] if len(types) == 1 else None, size)
     facts = metadata_of(given)
-    package = ModelPackage(
-        model, tokenizer, facts, bool(CHAT_OBJECTIVES & {*objective_of(run)}), given, run.resolve().name, dtype
-    )
+    objective = objective_in(run)
+    on_dialogues = objective is not None and reads_dialogues(objective)
+    package = ModelPackage(model, tokenizer, facts, on_dialogues, given, run.resolve().name, dtype)
     with _fresh(out, given) as place:
         summary = EXPORTERS[form](package, place, storage)
         model_card.write(model_card.of_run(run, place, model, summary, facts), place / "README.md")
         files = [p for p in place.rglob("*") if p.is_file()]
         log(f"{out}: {len(files)} files, {sum(p.stat().st_size for p in files) / 1e6:,.1f} MB; {summary}")
     # Every tokenizer with chat tokens has a chat template, so for a run the objective decides.
-    for line in _uses(
-        out, model, package.is_chat_model if objective_of(run) else _template(tokenizer).startswith("yes;")
-    ):
+    talks = _template(tokenizer).startswith("yes;") if objective is None else on_dialogues
+    for line in _uses(out, model, talks):
         log(line)
     if form == "gguf":
         log(f"With llama.cpp:  llama-cli -m {shlex.quote(str(out / FILE))}")
@@ -143,8 +143,6 @@ def export_model(run: Path, out: Path, *, form: str, dtype: str, shard: str, log
 
 FILE = "model.gguf"
 """File name of a GGUF export."""
-CHAT_OBJECTIVES = {"sft", "dpo", "reinforce", "ppo"}
-"""Objectives that train on dialogues."""
 
 
 def _hf(package: ModelPackage, place: Path, storage: Storage) -> str:

@@ -23,9 +23,8 @@ from firth.generate.sampling import Sampling
 from firth.io.atomic import new_file
 from firth.io.integrity import read_done
 from firth.io.json_files import read_rows
-from firth.objectives import name_of
 from firth.runs.evaluate_files import measure
-from firth.runs.loaded_model import Model, generates_left_to_right, objective_in, open_model, trained_length
+from firth.runs.loaded_model import Model, generates_left_to_right, open_model, trained_length
 from firth.tokenizer import chat
 from firth.types import LOGGER, UserError
 
@@ -100,12 +99,6 @@ def open_engine(directory: Path, weights: str | None = None) -> Model:
             f"{directory}: this model is bidirectional, so it cannot continue a text; {loaded.suitable_command}"
         )
     return loaded
-
-
-def objective_of(directory: Path) -> list[str]:
-    """Return the names of the training objectives of a run; [] if unknown."""
-    objective = objective_in(directory)
-    return [] if objective is None else [name_of(type(one)) for one in objective.components()]
 
 
 def fill_text(directory: Path, text: str, top: int) -> str:

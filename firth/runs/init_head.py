@@ -36,7 +36,7 @@ def init_head(model: LM, objective: Objective, batches: Batches) -> int:
         The number of labels counted; 0 if nothing was initialized, because the objective has no token labels or the head has
         no place for an offset (`firth.model.head_frequencies`).
     """
-    writer = objective.lm_model(model)
+    writer = model.language_model
     if LABELS not in objective.labels.values() or "lm" not in writer.heads:
         return 0
     counts = torch.zeros(model.config.vocab_size)

@@ -28,6 +28,7 @@ from firth.io.atomic import write_text
 from firth.io.gguf import find
 from firth.io.integrity import check_digest, with_digest
 from firth.io.safetensors import read_json
+from firth.objectives.objective import components
 from firth.runs import config_io
 from firth.runs.examples import ExamplesConfig
 from firth.runs.prepare import text_of
@@ -90,7 +91,7 @@ class RunInputs:
                 inputs.digests[name] = Tokenizer.load(value).digest
         for name, function in recipe.examples.functions.items():
             inputs.functions[f"examples.{name}"] = inputs._of_module(function)
-        for name in map(objectives.name_of, map(type, recipe.objective.components())):
+        for name in map(objectives.name_of, map(type, components(recipe.objective))):
             if name not in objectives.OBJECTIVES:
                 inputs.functions[f"objective {name}"] = inputs._of_module(name)
         examples = config_io.REGISTRIES[ExamplesConfig].name_of(type(recipe.examples))

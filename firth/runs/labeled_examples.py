@@ -10,7 +10,6 @@ standard deviation, the most options) are stored in the resolved recipe.
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -120,23 +119,18 @@ class LabeledConfig(TextRecordsConfig):
         """Return unlabeled texts with the same fields; plain text files have one per line."""
         return labeled.UnlabeledTexts(paths, data.tokenizer, self.max_length, self, labeled=False)
 
-    def configure_objective(self, objective: Objective, data: RunData) -> Objective:
-        """Set the class names of the records, unless the recipe names them, and the training counts of each class."""
-
-        @functools.cache
-        def known() -> DataStats:
-            found = self._read(data.config.paths(data.log), data, objective.class_names)
-            if data.config.weights:  # records are held out path by path
-                parts = [split_records(m, partial(self._read, data=m, classes=found.classes)) for m in data.per_path()]
-                counts = [list(class_counts.count_classes(part.train).values()) for part in parts]
-                return DataStats(class_names=found.classes, class_counts=tuple(np.sum(counts, 0).tolist()))
-            counted = found.class_counts(np.flatnonzero(~held_out(found, data)))
-            return DataStats(class_names=found.classes, class_counts=tuple(counted.values()))
-
-        return objective.with_stats(known)
+    def stats(self, data: RunData, class_names: Sequence[str] = ()) -> DataStats:
+        """Return the class names of the records, and the training counts of each class."""
+        found = self._read(data.config.paths(data.log), data, class_names)
+        if data.config.weights:  # records are held out path by path
+            parts = [split_records(m, partial(self._read, data=m, classes=found.classes)) for m in data.per_path()]
+            counts = [list(class_counts.count_classes(part.train).values()) for part in parts]
+            return DataStats(class_names=found.classes, class_counts=tuple(np.sum(counts, 0).tolist()))
+        counted = found.class_counts(np.flatnonzero(~held_out(found, data)))
+        return DataStats(class_names=found.classes, class_counts=tuple(counted.values()))
 
     def build(self, data: RunData, objective: Objective) -> DatasetSplits:
-        return split_records(data, lambda paths: self._read(paths, data, objective.class_names))
+        return split_records(data, lambda paths: self._read(paths, data, objective.constraints.class_names))
 
 
 @dataclass(frozen=True)
@@ -148,15 +142,10 @@ class ScoredConfig(TextRecordsConfig):
     def _read(self, paths: Sequence[str], data: RunData) -> labeled.ScoredTexts:
         return data.read_once(self, paths, lambda: labeled.ScoredTexts(paths, data.tokenizer, self.max_length, self))
 
-    def configure_objective(self, objective: Objective, data: RunData) -> Objective:
-        """Set the mean and standard deviation that normalize the numbers, unless the recipe sets them."""
-
-        @functools.cache
-        def known() -> DataStats:
-            scores = self._read(data.config.paths(data.log), data).scores
-            return DataStats(mean=float(scores.mean()), std=float(scores.std()) or 1.0)
-
-        return objective.with_stats(known)
+    def stats(self, data: RunData, class_names: Sequence[str] = ()) -> DataStats:
+        """Return the mean and standard deviation that standardize the numbers."""
+        scores = self._read(data.config.paths(data.log), data).scores
+        return DataStats(mean=float(scores.mean()), std=float(scores.std()) or 1.0)
 
     def build(self, data: RunData, objective: Objective) -> DatasetSplits:
         return split_records(data, lambda paths: self._read(paths, data))
@@ -181,10 +170,10 @@ class MultipleChoiceConfig(labeled.OptionFields, RecordsConfig):
             self, paths, lambda: labeled.MultipleChoiceRecords(paths, data.tokenizer, self.max_length, self)
         )
 
-    def configure_objective(self, objective: Objective, data: RunData) -> Objective:
-        """Set the most options of a record, which is the number of rows per example."""
+    def stats(self, data: RunData, class_names: Sequence[str] = ()) -> DataStats:
+        """Return the most options of a record, which is the number of rows per example."""
         files = [paths for paths in (data.config.paths(data.log), data.config.validation_path) if paths]
-        return objective.with_stats(lambda: DataStats(max_options=max(self._read(paths, data).most for paths in files)))
+        return DataStats(max_options=max(self._read(paths, data).most for paths in files))
 
     def build(self, data: RunData, objective: Objective) -> DatasetSplits:
         return split_records(data, lambda paths: self._read(paths, data))
@@ -212,14 +201,12 @@ class TaggedConfig(labeled.TagFields, RecordsConfig):
             lambda: labeled.TaggedSentences(paths, data.tokenizer, self.max_length, self, classes=classes),
         )  # fmt: skip
 
-    def configure_objective(self, objective: Objective, data: RunData) -> Objective:
-        """Set the tag names of the training records, unless the recipe names them."""
-        return objective.with_stats(
-            lambda: DataStats(class_names=self._read(data.config.paths(data.log), data).classes)
-        )
+    def stats(self, data: RunData, class_names: Sequence[str] = ()) -> DataStats:
+        """Return the tag names of the training records."""
+        return DataStats(class_names=self._read(data.config.paths(data.log), data).classes)
 
     def build(self, data: RunData, objective: Objective) -> DatasetSplits:
-        return split_records(data, lambda paths: self._read(paths, data, objective.class_names))
+        return split_records(data, lambda paths: self._read(paths, data, objective.constraints.class_names))
 
 
 @dataclass(frozen=True)
@@ -255,10 +242,9 @@ class QuestionsConfig(RecordsConfig):
             ),
         )  # fmt: skip
 
-    def configure_objective(self, objective: Objective, data: RunData) -> Objective:
-        """Set whether a question may be unanswerable, from the training records."""
-        paths = data.config.paths(data.log)
-        return objective.with_stats(lambda: DataStats(has_unanswerable=self._read(paths, data).unanswerable > 0))
+    def stats(self, data: RunData, class_names: Sequence[str] = ()) -> DataStats:
+        """Return whether a question may be unanswerable, from the training records."""
+        return DataStats(has_unanswerable=self._read(data.config.paths(data.log), data).unanswerable > 0)
 
     def build(self, data: RunData, objective: Objective) -> DatasetSplits:
         return split_records(data, lambda paths: self._read(paths, data))

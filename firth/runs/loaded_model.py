@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from firth.data.attention_fields import InfillPrompt
 from firth.evaluate.heads import head_of
 from firth.evaluate.predict import predict_with
 from firth.evaluate.task import EvaluatedModel, load_evaluated_model
@@ -25,7 +24,7 @@ from firth.model.config import ModelConfig
 from firth.model.model import LM
 from firth.objectives import OBJECTIVES, find
 from firth.objectives.denoise import Denoising
-from firth.objectives.objective import Objective
+from firth.objectives.objective import Objective, reads_dialogues
 from firth.objectives.span_corruption import SpanCorruption
 from firth.pretrained.load_save import metadata_of
 from firth.runs.evaluate_files import measure_with
@@ -168,9 +167,7 @@ class Model:
 
     def with_lm_head(self) -> Model:
         """Return the model with a trained LM head: the generator of ELECTRA, otherwise the model itself."""
-        if self.objective is None:
-            return self
-        model = self.objective.lm_model(self.model)
+        model = self.model.language_model
         return self if model is self.model else Model.of(model, self.tokenizer, self.objective)
 
     @property
@@ -190,6 +187,18 @@ class Model:
             if not model.config.num_layers
             else f"use `firth embed {directory} FILE`"
         )
+
+    @property
+    def next_command(self) -> tuple[str, str, str] | None:
+        """The command to run next with the model: its name, what it does, and an argument; None if no command suits it."""
+        model = self.model
+        if head_of(dict(model.heads)):
+            return "predict", "Predict labels for your own records", "my-records.jsonl"
+        if self.objective is not None and reads_dialogues(self.objective) and model.has_lm_head:
+            return "chat", "Chat with the model", ""
+        if self.with_lm_head().can_fill:
+            return "fill", "Fill a masked position", f'"To be, or not to {MASK}."'
+        return ("generate", "Generate text", '"Once"') if model.has_lm_head else None
 
     def supports(self, text: str) -> bool:
         """Return whether the model can process a sample prompt: masks need infilling, <to> and <prior> need a latent."""
@@ -265,22 +274,25 @@ class Model:
             gaps = infill.fill_spans(self.engine, shown, top)
         return [[(one.piece, one.probability) for one in gap] for gap in gaps]
 
-    def _show_gaps(self, pieces: Sequence[np.ndarray]) -> InfillPrompt | None:
+    def _show_gaps(self, pieces: Sequence[np.ndarray]) -> infill.InfillPrompt | None:
         """Return the prompt with which a generative model fills masks; None if it cannot.
 
         Without a known objective, a model that starts its answers as BART does and has a mask token is taken for BART; otherwise
         the tokenizer decides: T5's sentinels, or BART's mask.
         """
         vocab = self.tokenizer.vocab
-        if self.objective is not None:
-            return self.objective.build_infill(pieces, vocab)
-        if not self.model.config.encoder.num_layers or self.model.config.encoder.latent_size:
+        objective = self.objective or self._likely_objective()
+        hidden = None if objective is None else objective.hide(pieces, vocab)
+        return None if hidden is None else infill.InfillPrompt.of(hidden["tokens"], vocab)
+
+    def _likely_objective(self) -> Objective | None:
+        """Return the objective that an encoder-decoder of unknown origin was trained with; None if there is no sign of one."""
+        vocab = self.tokenizer.vocab
+        if not self.config.encoder.num_layers or self.config.encoder.latent_size:
             return None
-        if "mask" in vocab.roles and (
-            self.model.config.encoder.decoder_start_token == "eos" or len(vocab.sentinels) < 2
-        ):
-            return Denoising().build_infill(pieces, vocab)
-        return SpanCorruption().build_infill(pieces, vocab) if len(vocab.sentinels) > 1 else None
+        if "mask" in vocab.roles and (self.config.encoder.decoder_start_token == "eos" or len(vocab.sentinels) < 2):
+            return Denoising()
+        return SpanCorruption() if len(vocab.sentinels) > 1 else None
 
     def interpolate(self, first: str, second: str, count: int, sampling: Sampling) -> list[str]:
         """Return `count` texts decoded from a linear interpolation of the latents of two texts, endpoints included."""

@@ -51,8 +51,8 @@ class WrappingConfig(ExamplesConfig):
     def limit_to(self, context: int) -> ExamplesConfig:
         return replace(self, base=self.base.limit_to(context))
 
-    def configure_objective(self, objective: Objective, data: RunData) -> Objective:
-        return self.base.configure_objective(objective, data)
+    def stats(self, data: RunData, class_names: Sequence[str] = ()) -> DataStats:
+        return self.base.stats(data, class_names)
 
 
 @dataclass(frozen=True)
@@ -162,7 +162,7 @@ class SimulatedAnnotatorsConfig(WrappingConfig):
             f"each right with probability {self.annotator_accuracy:g} (examples=simulated_annotators)"
         )
         train = SimulatedAnnotators(
-            whole.train, classes=len(objective.class_names), count=self.num_annotators, accuracy=self.annotator_accuracy,
+            whole.train, classes=len(objective.constraints.class_names), count=self.num_annotators, accuracy=self.annotator_accuracy,
             seed=data.seed,
         )  # fmt: skip
         return replace(whole, train=train)
@@ -194,13 +194,11 @@ class MultiAnnotatorConfig(RecordsConfig):
             lambda: AnnotatedTexts(paths, data.tokenizer, self.max_length, fields, classes=classes),
         )  # fmt: skip
 
-    def configure_objective(self, objective: Objective, data: RunData) -> Objective:
-        return objective.with_stats(
-            lambda: DataStats(class_names=self._read(data.config.paths(data.log), data).classes)
-        )
+    def stats(self, data: RunData, class_names: Sequence[str] = ()) -> DataStats:
+        return DataStats(class_names=self._read(data.config.paths(data.log), data).classes)
 
     def build(self, data: RunData, objective: Objective) -> DatasetSplits:
-        return split_records(data, lambda paths: self._read(paths, data, objective.class_names))
+        return split_records(data, lambda paths: self._read(paths, data, objective.constraints.class_names))
 
 
 EXAMPLES: dict[str, type[ExamplesConfig]] = {

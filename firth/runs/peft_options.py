@@ -31,7 +31,7 @@ from firth.model.config import ModelConfig
 from firth.model.model import LM
 from firth.model.prefix import PREFIX_HEADS, check_prefix_supported
 from firth.objectives.layer_mixture import LayerMixture
-from firth.objectives.objective import Objective
+from firth.objectives.objective import Objective, components
 from firth.peft import adapter_files, lora
 from firth.peft.prefix_init import prefix_of, prompt_of
 from firth.pretrained.load_save import added_heads
@@ -148,7 +148,7 @@ class FrozenFeatures(HeadOnly):
 
 def add_layer_mixture(objective: Objective, frozen: bool = True) -> Objective:
     """Return the objective on a mixture of all layers. frozen: Whether the layers are frozen (`LayerMixture.frozen`)."""
-    mixed = any(isinstance(one, LayerMixture) for one in objective.components())
+    mixed = any(isinstance(one, LayerMixture) for one in components(objective))
     return objective if mixed else LayerMixture(frozen=frozen) + objective
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Literal
 
 from firth.doctor import device as best_device
@@ -13,7 +14,7 @@ from firth.model.prefix import PREFIX_HEADS
 from firth.objectives.objective import Objective
 from firth.pretrained.load_save import check_vocab_fits
 from firth.runs import config_io
-from firth.runs.compatibility import check_available_memory, check_recipe, limit_lengths
+from firth.runs.compatibility import check_available_memory, check_pattern, check_recipe, limit_lengths
 from firth.runs.examples import ExamplesConfig
 from firth.runs.peft_options import FullFinetuning, add_layer_mixture
 from firth.runs.prepare import RunData
@@ -52,18 +53,25 @@ def _fill(recipe: Recipe, data: RunData, ranks: int) -> Recipe:
     """Fill in what the start model and the records determine: model config, lengths, classes, batching, tokenizer size."""
     base = data.start.model
     config = _model_config(recipe, data, base)
-    added = max(one.added_tokens for one in recipe.objective.components())
+    added = recipe.objective.constraints.added_tokens
     examples = limit_lengths(recipe.examples, _published_examples(recipe), recipe.peft, base, config, added, data.log)
     examples = examples.limit_to(config.max_positions)
-    objective = recipe.peft.configure_objective(examples.configure_objective(recipe.objective, data).for_model(config))
+    check_pattern(recipe.objective, config, examples, fixed=bool(recipe.init_from))
+    stats = functools.cache(lambda: examples.stats(data, recipe.objective.constraints.class_names))
+    objective = recipe.peft.configure_objective(recipe.objective.configure(stats, config))
     if base is not None and "mixture" in base.heads and _keeps_head(objective, config, base):
         objective = add_layer_mixture(objective, frozen=False)  # the head of the base model reads it
-    packs = config.packable and not config.attention.memory_length and objective.packable and recipe.peft.packable
+    packs = (
+        config.packable
+        and not config.attention.memory_length
+        and objective.constraints.packable
+        and recipe.peft.packable
+    )
     packs = packs and (base is None or base.prompt is None)  # each text of a packed row would need its own
     batch = recipe.batch.resolve(examples.max_tokens, packs)
     filled = dataclasses.replace(recipe, model=config, objective=objective, examples=examples, batch=batch)
     check_recipe(filled, ranks)
-    if (reads := objective.attention_pattern()) != "any":
+    if (reads := objective.attention) != "any":
         # Record how the model was trained: its model family may define another attention pattern.
         config = config.with_fields(
             {"causal": config.causal or reads == "causal", "attention.prefix_lm": reads == "prefix"}

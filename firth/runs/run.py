@@ -24,8 +24,10 @@ from firth.generate import word_vectors
 from firth.io.atomic import make_directory, new_directory, write_text
 from firth.io.integrity import read_record, write_record
 from firth.model.compilation import compile_blocks
+from firth.model.head_descriptions import export_heads
 from firth.model.model import LM
 from firth.objectives import name_of
+from firth.objectives.objective import components
 from firth.peft.lora import num_trainable_parameters
 from firth.pretrained.load_save import init_from_model, save_model
 from firth.report.page import write as write_report
@@ -33,6 +35,7 @@ from firth.report.run_report import run_report
 from firth.runs import class_counts, config_io, examples, model_card, report_texts
 from firth.runs.examples import DatasetSplits
 from firth.runs.init_head import init_head
+from firth.runs.loaded_model import Model
 from firth.runs.prepare import RunData
 from firth.runs.recipe import MODEL_CONFIG_HINT, Recipe, ResolvedRecipe, load_resolved
 from firth.runs.resolve import resolve
@@ -326,27 +329,29 @@ def _write_files(
     report_texts.write_texts(resolved, model, datasets.data, splits, result.steps)
     facts: dict[str, Any] = {
         "recipe": identity.run,
-        "objective": [name_of(type(one)) for one in objective.components()],
+        "objective": [name_of(type(one)) for one in components(objective)],
         "steps": result.steps,
         "exported_step": result.exported_step,
         "tokens": result.tokens,
         "metrics": result.metrics,
     }
-    if objective.class_names:
-        facts["classes"] = objective.class_names
+    if classes := objective.constraints.class_names:
+        facts["classes"] = classes
     if datasets.validator is not None:
         write_record(directory / CLASS_REPORT, datasets.validator.class_report(model))
-    objective.finalize(model)
+    export_heads(model)
     start = model_directory(resolved.init_from)
     adapter = resolved.peft.export(model, directory / "adapter", start, built.added_heads, tokenizer, facts)
     if adapter:
         log(f"{resolved.name}: {directory / 'adapter'} ({adapter})")
-    remarks = [*objective.notes(result.metrics), *splits.notes]
+    checks = [metric.remark for metric in objective.metrics.values() if metric.remark is not None]
+    remarks = [*filter(None, (check(result.metrics) for check in checks)), *splits.notes]
     for remark in remarks:
         log(f"{resolved.name}: {remark}")
     # These were printed at the start.
     remarks += [*datasets.notes, *([splits.no_validation_reason] if splits.no_validation_reason else [])]
     done = dataclasses.asdict(result) | {"directory": str(directory), "counts": splits.counts, "remarks": remarks}
+    done["next_command"] = Model.of(model, tokenizer, objective).next_command
     with new_directory(directory / "model") as place:
         summary = save_model(model, tokenizer, place, facts)
         model_card.write(model_card.of_run(directory, place, model, summary, facts, done), place / "README.md")

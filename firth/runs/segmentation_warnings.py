@@ -43,7 +43,7 @@ def fallbacks(objective: Objective, examples: ExamplesConfig, source: Source, vo
         source: The training examples, of which SAMPLED_EXAMPLES are inspected.
         vocab: The vocabulary.
     """
-    units = frozenset[str]().union(examples.text_units, *(one.text_units for one in objective.components()))
+    units = examples.text_units | objective.constraints.text_units
     if not units or vocab.spelling is None or not len(source):
         return []
     some = np.linspace(0, len(source) - 1, min(SAMPLED_EXAMPLES, len(source))).astype(int).tolist()
@@ -61,7 +61,7 @@ def resolve_segmentation(objective: Objective, wanted: Literal["auto", "icu", "u
     here: Literal["icu", "uax29"] = "icu" if segmentation.has_dictionary() else "uax29"
     if wanted == "auto" or wanted == here:
         return here
-    if any("words" in one.text_units for one in objective.components()):
+    if "words" in objective.constraints.text_units:
         hint = "install firth[icu]" if wanted == "icu" else "uninstall icu4py"
         raise UserError(
             f"word_segmentation={wanted}, and this machine finds words by {here}, which would mask other words: {hint}, or set "

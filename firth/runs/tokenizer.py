@@ -160,7 +160,7 @@ def _kept(own: Path, record: dict[str, Any]) -> Tokenizer | None:
 
 def sentinels_of(recipe: Recipe) -> int:
     """Return the number of `<extra_id_n>` tokens that the recipe's objective needs."""
-    return max(one.num_sentinels for one in recipe.objective.components())
+    return recipe.objective.constraints.num_sentinels
 
 
 def _text_hash(recipe: Recipe, inputs: RunInputs, sentinels: int) -> str:

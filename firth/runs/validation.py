@@ -96,7 +96,7 @@ class Validator:
 
     def class_report(self, model: LM) -> dict[str, Any]:
         """Return {"classes", "confusion": rows are labels, "per_class"}; {} if the head has no classes."""
-        classes = self.recipe.objective.class_names
+        classes = self.recipe.objective.constraints.class_names
         if self.head not in ("classes", "tags") or len(classes) < 2:
             return {}
         _, readings = self._read(model)

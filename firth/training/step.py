@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from firth.data.collate import counted_fields
 from firth.types import IGNORE, Batch
 
 if TYPE_CHECKING:
@@ -32,7 +33,7 @@ def no_reduce(x: Tensor) -> Tensor:
 
 def count_targets(objective: Objective, batches: Sequence[Batch], reduce: Reduce = no_reduce) -> dict[str, Tensor]:
     """Return the number of labels of each term over all micro-batches and ranks: scalars, float32."""
-    terms = objective.labels | objective.metrics
+    terms = counted_fields(objective)
     fields = sorted(set(terms.values()))
     local = torch.stack([sum(((b[f] != IGNORE).sum() for b in batches), torch.zeros(())) for f in fields])
     total = dict(zip(fields, reduce(local.float()), strict=True))

@@ -29,7 +29,6 @@ import torch
 
 from firth import kernel_choice
 from firth.model import flops
-from firth.model.fused import uses_dropout
 from firth.training import checkpoint, precision, training_state
 from firth.training.cpu_setup import flush_denormals, keep_freed_memory
 from firth.training.distributed import Ranks
@@ -42,7 +41,7 @@ from firth.training.step import count_targets
 from firth.training.step import step as gradients
 from firth.training.training_state import TrainingState
 from firth.training.validate import named_metrics, to
-from firth.types import Batch, UserError
+from firth.types import PRECOMPUTED_FIELDS, Batch, UserError
 
 if TYPE_CHECKING:
     from firth.data.collate import Batches
@@ -184,7 +183,7 @@ class _Run:
         if ranks.world > 1:  # replicas with different kernels would diverge
             kernel_choice.use(json.loads(ranks.from_first(json.dumps(kernel_choice.table() if ranks.first else {}))))
         self.optimizer = Optimizer(optimizer, model, sparse=ranks.world == 1)
-        self.trained_share = flops.trained_share(model)
+        self.dropout = not objective.inputs & PRECOMPUTED_FIELDS
         self.state = self._start_or_resume()
         self.casts = precision.casts(self.state.precision, self.device)
         self.last_logged = (self.state.seconds, self.state.tokens, self.state.flops)  # at the last row of the log
@@ -234,13 +233,7 @@ class _Run:
         state = self.state
         if not self._finished:
             log = MetricsLog(self.directory, state.step, self.on_metrics) if self.ranks.first else None
-            self.model.train(self.objective.dropout)
-            if self.objective.precomputed_fields and self.objective.dropout and uses_dropout(self.model):
-                fields = ", ".join(sorted(self.objective.precomputed_fields))
-                self.reporter.log(
-                    f"dropout is enabled, but {fields} were computed without it: the first ratios are not 1 "
-                    "(objective.dropout=false disables it)"
-                )
+            self.model.train(self.dropout)
             try:
                 self._run_steps(log)
             finally:
@@ -312,10 +305,9 @@ class _Run:
         tokens, work = 0, 0.0
         for batch in batches:
             tokens += flops.real_tokens(batch)
-            work += self.trained_share * self.objective.forward_flops(self.model, batch)
-            work += self.objective.loss_flops(self.model, batch)
-        on_device = [to(batch, self.device) for batch in batches]
-        means = gradients(self.model, self.objective.at_step(state.step), on_device, ranks.sum, self.casts)
+            work += self.objective.flops(self.model, batch)
+        on_device = [to(batch, self.device) | {"step": torch.tensor(state.step)} for batch in batches]
+        means = gradients(self.model, self.objective, on_device, ranks.sum, self.casts)
         ranks.sum_gradients(self.optimizer.parameters)
         norm = self.optimizer.clip_grad_norm()
         values = torch.stack([*(means[t] for t in self.objective.labels), norm])
@@ -467,7 +459,7 @@ class _Run:
         devices = [self.device] if self.device.type == "cuda" else []
         with torch.no_grad(), torch.random.fork_rng(devices), self.casts():
             metrics = evaluate(self.model, self.state.step)
-        self.model.train(self.objective.dropout)
+        self.model.train(self.dropout)
         return metrics
 
     def _save(self) -> None:

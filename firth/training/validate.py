@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from firth.data.collate import counted_fields
 from firth.training.step import Reduce, count_targets, no_reduce
 from firth.types import Batch, Outputs
 
@@ -60,7 +61,7 @@ def validate(
         for term, value in terms.items():
             sums[term] = sums.get(term, 0.0) + float(value)
     model.train(training)
-    names = sorted(objective.labels | objective.metrics)
+    names = sorted(counted_fields(objective))
     local = torch.tensor([[d.get(t, 0.0) for t in names] for d in (sums, counts)], dtype=torch.float64)
     total = reduce(local.to(device) if device.type == "cuda" else local).tolist()
     means = {t: s / max(n, 1.0) for t, s, n in zip(names, *total, strict=True)}
@@ -75,7 +76,8 @@ def named_metrics(objective: Objective, means: Mapping[str, float]) -> dict[str,
     terms = [t for t in means if t in objective.labels]
     by_term = {f"loss/{t}": means[t] for t in terms} if len(terms) > 1 else {}
     rest = {t: v for t, v in means.items() if t not in objective.labels}
-    rest |= {t: means[top] / means[bottom] for t, (top, bottom) in objective.metric_ratios.items() if means[bottom]}
+    ratios = {name: metric.ratio for name, metric in objective.metrics.items() if metric.ratio is not None}
+    rest |= {name: means[top] / means[bottom] for name, (top, bottom) in ratios.items() if means[bottom]}
     return {"loss": sum(means[t] for t in terms)} | by_term | rest
 
 

@@ -5,7 +5,6 @@ The policy has dropout 0.1 in every test, and LoRA dropout 0.1 in some; no step 
 
 import importlib
 import json
-import logging
 import re
 import sys
 from collections.abc import Callable
@@ -23,18 +22,17 @@ from firth.align.rewards import FunctionReward, Rollout, sample_preference
 from firth.align.rollouts import RolloutSource
 from firth.model import presets
 from firth.model.config import ModelConfig, decoder_config
-from firth.model.fused import uses_dropout
 from firth.model.heads import LMHead
 from firth.model.model import LM
 from firth.objectives.reward_model import Ranking
-from firth.peft import lora
 from firth.pretrained.load_save import load_model, save_model
 from firth.runs.alignment_examples import function
 from firth.runs.recipe import load
 from firth.runs.run import run
 from firth.tokenizer.tokenizer import Tokenizer
 from firth.tokenizer.train import train as train_tokenizer
-from firth.types import UserError
+from firth.training import trainer
+from firth.types import PRECOMPUTED_FIELDS, UserError
 
 WORDS = ["the", "otter", "paints", "a", "boat", "while", "every", "heron", "counts", "red", "stones", "near", "their"]
 MODELS: dict[str, Callable[[int], ModelConfig]] = {
@@ -151,29 +149,18 @@ def test_first_ratio_is_one_on_other_architectures(
 
 
 @pytest.mark.parametrize("name", SETTINGS)
-def test_enabled_dropout_is_reported(
-    workdir: Path, tmp_path: Path, old_logprobs: list[float], caplog: pytest.LogCaptureFixture, name: str
+def test_dropout_would_be_noticed(
+    workdir: Path, tmp_path: Path, old_logprobs: list[float], monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
-    """With dropout, the first numbers differ by more than rounding, and the run reports it."""
-    caplog.set_level(logging.INFO, "firth")
-    rows = first_rows(workdir, tmp_path, name, "objective.dropout=true", "precision=fp32")
+    """The control of the tests above: with dropout, the first numbers differ by more than rounding."""
+    monkeypatch.setattr(trainer, "PRECOMPUTED_FIELDS", frozenset())
+    rows = first_rows(workdir, tmp_path, name, "precision=fp32")
     assert deviations(name, rows, old_logprobs, TOLERANCE["fp32"]) != {}
-    assert "the first ratios are not 1" in caplog.text
-
-
-def test_a_model_without_dropout_has_nothing_to_report() -> None:
-    config = decoder_config(vocab_size=20, hidden_size=32, num_layers=1, num_heads=2)
-    model = LM(config, {"lm": LMHead(config)})
-    assert not uses_dropout(model)
-    lora.add(model, ["attention.q"], lora.LoraConfig(dropout=0.1))
-    assert uses_dropout(model)
 
 
 def test_every_objective_with_precomputed_fields_is_tested() -> None:
-    found = {name for name in objectives.OBJECTIVES if objectives.find(name)().precomputed_fields}
+    found = {name for name in objectives.OBJECTIVES if objectives.find(name)().inputs & PRECOMPUTED_FIELDS}
     assert found == set(SETTINGS)
-    assert not any(objectives.find(name)().dropout for name in found)
-    assert all(objectives.find(name)().dropout for name in objectives.OBJECTIVES if name not in found)
 
 
 def test_reference_is_kept_per_precision(workdir: Path, tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from firth.runs.config_io import read_yaml
-from firth.runs.recipe import GROUPED_STEPS, BatchConfig, load
+from firth.runs.recipe import GROUPED_STEPS, BatchConfig, ResolvedBatchConfig, load
 from firth.runs.run import run
 from firth.types import UserError
 
@@ -81,7 +81,7 @@ def test_prompt_tuning_groups_by_length_and_resumes(classes: Path, tmp_path: Pat
 def test_packing_and_grouping_together_are_rejected() -> None:
     with pytest.raises(UserError, match="both spare padding"):
         load("classification", ["batch.pack_to_length=64", "batch.group_by_length=5"])
-    assert BatchConfig(pack_to_length="auto").resolve(0, packs=True) == BatchConfig(pack_to_length=0, group_by_length=0)
+    assert BatchConfig(pack_to_length="auto").resolve(0, packs=True) == ResolvedBatchConfig()
     assert BatchConfig(pack_to_length="auto").packed_length == 0
 
 

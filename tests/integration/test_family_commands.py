@@ -11,10 +11,9 @@ import torch
 from typer.testing import CliRunner
 
 from firth.cli import app
-from firth.data.attention_fields import InfillPrompt
 from firth.generate.decoding_batch import rectangle
 from firth.generate.fill_mask import fill
-from firth.generate.infill import fill_spans, fill_two_way, split_gaps
+from firth.generate.infill import InfillPrompt, fill_spans, fill_two_way, split_gaps
 from firth.generate.sampling import Sampling
 from firth.model.heads import LMHead
 from firth.model.model import LM
@@ -88,11 +87,12 @@ def test_t5_fills_each_mask_with_a_span(runs: Path) -> None:
     opened = open_run(runs / "t5")
     pieces = split_gaps(opened.tokenizer, "The <mask> sells the boat <mask> the mill.", "<mask>")
     assert opened.objective is not None
-    shown = opened.objective.build_infill(pieces, opened.tokenizer.vocab)
+    shown = opened.objective.hide(pieces, opened.tokenizer.vocab)
     assert shown is not None
+    prompt = shown["tokens"]
     first, second = (opened.tokenizer.id(f"<extra_id_{i}>") for i in (0, 1))
-    assert np.isin(shown.prompt, [first, second]).sum() == 2 and shown.prompt[-1] == opened.tokenizer.vocab.eos
-    assert "mask" not in opened.tokenizer.vocab.roles or opened.tokenizer.vocab.mask not in shown.prompt
+    assert np.isin(prompt, [first, second]).sum() == 2 and prompt[-1] == opened.tokenizer.vocab.eos
+    assert "mask" not in opened.tokenizer.vocab.roles or opened.tokenizer.vocab.mask not in prompt
 
 
 def test_span_probability_is_that_of_its_tokens(runs: Path) -> None:

@@ -113,7 +113,9 @@ def test_ppo_records_answers_to_held_out_prompts_with_rewards(folder: Path) -> N
 
 
 def test_dpo_says_when_both_answers_become_less_likely() -> None:
-    [sentence] = DPO().notes({"chosen": 1.0, "valid/chosen": -2.0, "valid/rejected": -5.0})
+    remark = DPO().metrics["chosen"].remark
+    assert remark is not None
+    sentence = remark({"chosen": 1.0, "valid/chosen": -2.0, "valid/rejected": -5.0})
     assert sentence.startswith("Both answers became less likely than under the reference on held-out comparisons")
     assert "the preferred by 2 nats, the rejected by 5" in sentence
-    assert DPO().notes({"valid/chosen": 0.5, "valid/rejected": -5.0}) == []
+    assert remark({"valid/chosen": 0.5, "valid/rejected": -5.0}) == ""

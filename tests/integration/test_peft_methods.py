@@ -23,7 +23,7 @@ from firth.model.heads import LMHead
 from firth.model.model import LM
 from firth.objectives.causal_lm import CausalLM
 from firth.objectives.classification import Classification
-from firth.objectives.objective import Objective
+from firth.objectives.objective import Objective, forward_flops
 from firth.peft import lora
 from firth.peft.prefix_init import prefix_of, prompt_of
 from firth.pretrained.load_save import init_from, load_model
@@ -340,17 +340,18 @@ def test_virtual_tokens_are_counted_in_flops() -> None:
     """A prompt costs as many FLOPs as that many more tokens; a prefix only costs attention to it."""
     for make in (decoder_config, encoder_config):
         config = make(50, 64, 2, num_heads=2)
-        model, objective = LM(config, {"lm": LMHead(config)}), CausalLM()
+        model = LM(config, {"lm": LMHead(config)})
         texts, longer = (
             [{"tokens": np.arange(n), "labels": np.arange(n)} for n in (5 + more, 8 + more)] for more in (0, 3)
         )
         if config.causal:
             texts, longer = ([one | causal(len(one["tokens"])) for one in those] for those in (texts, longer))
         batch = collate(texts, {"labels"})
-        plain = objective.forward_flops(model, batch)
+        plain = forward_flops(model, batch, batch["labels"] >= 0)
         model.heads["prompt"] = prompt_of(model, [1, 2, 3])
-        assert objective.forward_flops(model, batch) == objective.forward_flops(
-            LM(config, {}), collate(longer, {"labels"})
+        longer_batch = collate(longer, {"labels"})
+        assert forward_flops(model, batch, batch["labels"] >= 0) == forward_flops(
+            LM(config, {}), longer_batch, longer_batch["labels"] >= 0
         )
         packed = flops.with_prefix(flops.work(pack(texts, 16, {"labels"})), pack(texts, 16, {"labels"}), config, 0, 3)
         assert (packed.positions, packed.pairs) == (
@@ -358,4 +359,4 @@ def test_virtual_tokens_are_counted_in_flops() -> None:
         )  # fmt: skip
         del model.heads["prompt"]
         model.heads["prefix"] = prefix_of(model, [1, 2, 3])
-        assert objective.forward_flops(model, batch) == plain + 6 * config.num_layers * 13 * 3 * 2 * 64
+        assert forward_flops(model, batch, batch["labels"] >= 0) == plain + 6 * config.num_layers * 13 * 3 * 2 * 64

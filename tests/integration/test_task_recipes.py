@@ -6,6 +6,7 @@ import csv
 import io
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ from typer.testing import CliRunner
 from firth.cli import app
 from firth.evaluate.evaluate import evaluate
 from firth.evaluate.predict import predict
+from firth.model.config import encoder_config
 from firth.pretrained.load_save import load_model
 from firth.runs.recipe import Recipe, load
 from firth.runs.run import RunResult, run
@@ -368,10 +370,10 @@ def test_glue_files(folder: Path, tmp_path: Path) -> None:
         path.write_text((head + "\n" if head else "") + (row + "\n") * 3)
         recipe = load(f"glue:{task}", [f"data={path}"])
         data = RunData(recipe.data, Tokenizer.load(tokens(folder)), tmp_path)
-        settled = recipe.examples.configure_objective(recipe.objective, data)
+        settled = recipe.objective.configure(partial(recipe.examples.stats, data), encoder_config(300, 32, 1))
         cut = recipe.examples.build(data, settled)
         assert len(cut.train) == 3, task
-        assert settled.class_names == {"stsb": (), "mrpc": ("0",), "mnli": ("neutral",)}.get(task, ("1",))
+        assert settled.constraints.class_names == {"stsb": (), "mrpc": ("0",), "mnli": ("neutral",)}.get(task, ("1",))
         assert ("token_type_ids" in cut.train[0]) == (task not in ("sst2", "cola"))
 
 

@@ -7,6 +7,7 @@ from typing import get_args
 import numpy as np
 import torch
 
+from firth.data.collate import counted_fields
 from firth.data.corruptions import Damage
 from firth.model.model import LM
 from firth.objectives.causal_lm import CausalLM
@@ -144,7 +145,7 @@ CASES = {
 
 def label_fields(objective: Objective) -> set[str]:
     """Return the fields of an example that hold its labels."""
-    return {*objective.labels.values(), *objective.metrics.values()}
+    return {*counted_fields(objective).values()}
 
 
 def gradient(model: LM, objective: Objective, batches: list) -> torch.Tensor:

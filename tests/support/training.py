@@ -26,7 +26,7 @@ from firth.training.run_lock import Interrupted
 from firth.training.schedule import Budget, Schedule
 from firth.training.trainer import TrainerConfig, TrainingResult, train
 from firth.training.validate import validate
-from firth.types import Batch, Example, Outputs
+from firth.types import Batch, Example, Metric, Outputs
 
 VOCAB = Vocab(size=40, roles={"pad": 0}, special=np.arange(40) < 4)
 
@@ -69,7 +69,7 @@ class OnPolicy(Chains):
 class WithAccuracy(CausalLM):
     """Causal language modeling with accuracy as a metric."""
 
-    metrics = {"accuracy": "labels"}  # noqa: RUF012
+    metrics = {"accuracy": Metric("labels")}  # noqa: RUF012
 
     def loss(self, model: LM, outputs: Outputs, batch: Batch) -> dict[str, Tensor]:
         states, labels = supervised(outputs["hidden"], batch["labels"])

@@ -18,7 +18,7 @@ from firth.data.source import Source
 from firth.evaluate import metrics
 from firth.evaluate.heads import HeadOutput, head_outputs, softmax
 from firth.evaluate.prediction_inputs import InputSchema
-from firth.evaluate.task import Answers, EvaluatedModel, Metric, Progress, Task, most_likely
+from firth.evaluate.task import Answers, EvaluatedModel, MetricFunction, Progress, Task, most_likely
 from firth.model.head_descriptions import describe_head, num_outputs
 from firth.objectives.classification import Classification, Readout, readout_of
 from firth.pretrained import load_save
@@ -115,7 +115,7 @@ def respond(evaluated: EvaluatedModel, items: LabeledTexts, progress: Progress) 
     return [names[int(label)] for label, _ in found], [most_likely(names, scores.tolist()) for _, scores in found]
 
 
-def extra_metrics(items: LabeledTexts) -> Mapping[str, Metric]:
+def extra_metrics(items: LabeledTexts) -> Mapping[str, MetricFunction]:
     """Return the F1 of the second of two classes, as in GLUE; nothing for more classes."""
     if len(items.classes) != 2:
         return {}

@@ -15,7 +15,7 @@ from firth.data.tags import has_spans, to_bio2
 from firth.evaluate import entity_metrics
 from firth.evaluate.heads import head_outputs, softmax
 from firth.evaluate.prediction_inputs import InputSchema
-from firth.evaluate.task import Answers, EvaluatedModel, Metric, Progress, Task
+from firth.evaluate.task import Answers, EvaluatedModel, MetricFunction, Progress, Task
 from firth.evaluate.tasks.classification import check_head, class_names, examples
 from firth.objectives.token_classification import TokenClassification
 
@@ -81,10 +81,10 @@ def _accuracy(words: Any, correct: Any, *_: Any) -> float:
     return float(np.sum(correct) / np.sum(words))
 
 
-def extra_metrics(items: TaggedSentences) -> Mapping[str, Metric]:
+def extra_metrics(items: TaggedSentences) -> Mapping[str, MetricFunction]:
     """Return precision, recall and F1 of entities, if the tags mark entities."""
 
-    def of(name: str) -> Metric:
+    def of(name: str) -> MetricFunction:
         return lambda words, correct, *counts: entity_metrics.scores(*(np.asarray(column) for column in counts))[name]
 
     return {name: of(name) for name in ("precision", "recall", "f1")} if has_spans(items.classes) else {}

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from firth.data.collate import collate
+from firth.data.collate import collate, counted_fields
 from firth.model.config import EmbeddingConfig, LMHeadConfig, ModelConfig, NormConfig
 from firth.model.heads import LMHead
 from firth.model.model import LM
@@ -52,7 +52,7 @@ def batch_of(objective: Objective) -> Batch:
     for _ in range(6):
         first, second, other = (rng.integers(5, 60, rng.integers(5, 15)) for _ in range(3))
         examples.append(objective.build_example({"first": first, "second": second, "other": other}, VOCAB, rng))
-    return collate(examples, {*objective.labels.values(), *objective.metrics.values()})
+    return collate(examples, {*counted_fields(objective).values()})
 
 
 def inputs(batch: Batch) -> dict[str, torch.Tensor]:

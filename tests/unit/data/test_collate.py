@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
@@ -12,7 +11,7 @@ import pytest
 import torch
 
 from firth.data import attention_fields
-from firth.data.collate import Batches, collate, pack
+from firth.data.collate import Batches, build_examples, collate, pack
 from firth.data.packing import first_fit
 from firth.data.shuffle import ExampleRNG
 from firth.data.windows import DocumentChunks
@@ -26,7 +25,7 @@ from firth.objectives.objective import Objective
 from firth.objectives.reward_model import RewardModeling
 from firth.objectives.sft import SFT
 from firth.tokenizer.vocab import Vocab
-from firth.types import IGNORE, NEVER, Batch, Example, UserError
+from firth.types import IGNORE, NEVER, Batch, Constraints, Example, Metric, UserError
 from tests.support.tiny_corpus import Counting, store, tokenizer
 
 VOCAB = Vocab(size=50, roles={"pad": 0}, special=np.arange(50) < 1)
@@ -37,17 +36,12 @@ class UnknownObjective:
     """An objective that firth does not know: a new label field, a new metric, and random draws."""
 
     labels: ClassVar[dict[str, str]] = {"surprise": "wonder"}
-    metrics: ClassVar[dict[str, str]] = {"awe": "astonishment"}
-    num_copies: ClassVar[int] = 0
+    metrics: ClassVar[dict[str, Metric]] = {"awe": Metric("astonishment")}
+    constraints: ClassVar[Constraints] = Constraints()
 
     def build_example(self, example: Example, vocab: Vocab, rng: np.random.Generator) -> Example:
         n = len(example["tokens"])
         return example | {"wonder": np.arange(n), "astonishment": rng.random(n), "draw": rng.random(n)}
-
-    def build_examples(
-        self, examples: Sequence[Example], vocab: Vocab, draws: ExampleRNG, streams: Sequence[tuple[int, int]]
-    ) -> list[Example]:
-        return [self.build_example(x, vocab, draws.at(*stream)) for x, stream in zip(examples, streams, strict=True)]
 
 
 def rows_of(batch: Batch) -> list[tuple[int, ...]]:
@@ -361,7 +355,7 @@ def test_masking_many_examples_equals_masking_each(tmp_path: Path, rate: float, 
     examples = pieces.many(indices.tolist())
     draws, objective = ExampleRNG(5, "view"), MLM(mlm_probability=rate)
     for i, example, found, stream in zip(
-        indices, examples, objective.build_examples(examples, vocab, draws, streams), streams, strict=True
+        indices, examples, build_examples(objective, examples, vocab, draws, streams), streams, strict=True
     ):
         assert np.array_equal(example["tokens"], pieces[int(i)]["tokens"])
         alone = objective.build_example(pieces[int(i)], vocab, draws.at(*stream))

@@ -16,6 +16,7 @@ from firth.align.rewards import PreferencePair, Rollout, write_preference_pairs
 from firth.corpora.readers import Document
 from firth.data.source import Source
 from firth.data.split import MIN_RECORDS, content_key, held_out_keys, hold_out
+from firth.model.config import decoder_config
 from firth.objectives.causal_lm import CausalLM
 from firth.objectives.classification import Classification
 from firth.objectives.objective import Objective
@@ -115,7 +116,7 @@ def test_a_prompt_is_in_one_split(data_format: str, tokenizer: Tokenizer, tmp_pa
         else CausalLM()
     )
     made, _ = run_data(tokenizer, tmp_path, str(file), validation_fraction=0.2)
-    splits = examples.build(made, examples.configure_objective(objective, made))
+    splits = examples.build(made, objective.configure(lambda: examples.stats(made), decoder_config(300, 64, 1)))
     assert splits.validation is not None
     trained, held = prompts(splits.train, tokenizer), prompts(splits.validation, tokenizer)
     assert len(held) > 3 and len(trained | held) == PROMPTS
@@ -155,7 +156,9 @@ def test_duplicates_are_counted_and_the_first_is_reported(tokenizer: Tokenizer, 
     file = tmp_path / "records.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     made, _ = run_data(tokenizer, tmp_path, str(file))
-    splits = LabeledConfig().build(made, LabeledConfig().configure_objective(Classification(), made))
+    splits = LabeledConfig().build(
+        made, Classification().configure(lambda: LabeledConfig().stats(made), decoder_config(300, 64, 1))
+    )
     assert splits.counts["duplicates"] == 20
     assert f"20 records have the same content as an earlier one; the first is {file}:41" in splits.notes
 

@@ -46,12 +46,10 @@ TOKENS = np.arange(20, 32)
 def test_one_token_is_predicted_and_does_not_leak(name: str) -> None:
     objective, config = OBJECTIVES[name]
     for at in (1, 5, 11):
-        example = objective.hide(TOKENS, at, VOCAB)
+        example = objective.hide((TOKENS[:at], TOKENS[at + 1 :]), VOCAB, TOKENS[at])
         assert example is not None
         assert example["labels"][example["labels"] != IGNORE].tolist() == [TOKENS[at]]
-        other = TOKENS.copy()
-        other[at] = 50
-        changed = objective.hide(other, at, VOCAB)
+        changed = objective.hide((TOKENS[:at], TOKENS[at + 1 :]), VOCAB, 50)
         assert changed is not None
         torch.manual_seed(0)
         model = LM(config, objective.heads(config)).eval()
@@ -62,14 +60,26 @@ def test_one_token_is_predicted_and_does_not_leak(name: str) -> None:
 
 
 def test_inputs_of_each_objective() -> None:
-    short = np.array([20, 21, 22, 23])
-    assert MLM().hide(short, 2, VOCAB)["tokens"].tolist() == [3, 20, 21, 2, 23, 4]
-    assert CausalLM().hide(short, 2, VOCAB)["tokens"].tolist() == [5, 20, 21]
-    spans = SpanCorruption().hide(short, 2, VOCAB)
+    short = np.array([20, 21]), np.array([23])
+    assert MLM().hide(short, VOCAB, 22)["tokens"].tolist() == [3, 20, 21, 2, 23, 4]
+    assert CausalLM().hide(short, VOCAB, 22)["tokens"].tolist() == [5, 20, 21]
+    spans = SpanCorruption().hide(short, VOCAB, 22)
     assert spans["source_tokens"].tolist() == [20, 21, 6, 23, 1]
     assert spans["tokens"].tolist()[:2] == [0, 6]
-    assert short.tolist() == [20, 21, 22, 23]
-    assert Classification(class_names=("a", "b")).hide(short, 2, VOCAB) is None
+    assert [piece.tolist() for piece in short] == [[20, 21], [23]]
+    assert Classification(class_names=("a", "b")).hide(short, VOCAB, 22) is None
+
+
+def test_only_denoising_objectives_fill_gaps_of_any_length() -> None:
+    gaps = [np.array([20, 21]), np.array([], np.int64), np.array([23])]
+    prompts = {name: objective.hide(gaps, VOCAB) for name, (objective, _) in OBJECTIVES.items()}
+    found = {name: shown["tokens"].tolist() for name, shown in prompts.items() if shown is not None}
+    spans, masks, nothing = [20, 21, 6, 7, 23, 1], [20, 21, 2, 2, 23, 1], [20, 21, 23, 1]
+    assert found == {
+        "span corruption": spans, "span corruption in one row": spans, "denoise": masks,
+        "denoise by deletion, in one row": nothing,
+    }  # fmt: skip
+    assert (Classification() + MLM()).hide(gaps, VOCAB) is None
 
 
 @pytest.mark.slow
@@ -82,7 +92,7 @@ def test_the_score_equals_that_of_single_items(name: str) -> None:
     questions = [ClozeItem(rng.integers(12, 60, n), int(rng.integers(1, n))) for n in rng.integers(8, 40, 30)]
     right, bits = [], []
     for item in questions:
-        example = objective.hide(item.tokens, item.at, VOCAB)
+        example = objective.hide(item.pieces, VOCAB, item.answer)
         index = int(np.flatnonzero(example["labels"] != IGNORE)[0])
         with torch.no_grad():
             logits = model.heads["lm"](objective.forward(model, collate([example]))["hidden"][0, index])

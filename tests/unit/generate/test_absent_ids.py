@@ -167,7 +167,7 @@ def test_replaced_tokens_are_drawn_from_tokens_only(tokenizer: Tokenizer) -> Non
     objective = RTD(mlm_probability=0.5, generator_size=1.0)
     torch.manual_seed(0)
     model = LM(config, objective.heads(config)).eval()
-    generator = objective.lm_model(model)
+    generator = model.language_model
     with torch.no_grad():
         generator.heads["lm"].bias[tokenizer.vocab.size :] = 100.0
     model.restrict_vocab(tokenizer.vocab)

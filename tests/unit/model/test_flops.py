@@ -79,4 +79,4 @@ def test_flops_of_a_step_match_torch(config: ModelConfig) -> None:
     # The counter sees plain products only: no fused attention kernel on the CPU, no chunked head.
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         model.heads["lm"](supervised(objective.forward(model, batch)["hidden"], batch["labels"])[0]).sum().backward()
-    assert counter.get_total_flops() == objective.forward_flops(model, batch) + objective.loss_flops(model, batch)
+    assert counter.get_total_flops() == objective.flops(model, batch)

@@ -10,7 +10,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from firth.data.collate import collate
+from firth.data.collate import collate, counted_fields
 from firth.model.config import ModelConfig
 from firth.model.model import LM
 from firth.model.presets import bert
@@ -32,9 +32,7 @@ def case(objective: Objective, config: ModelConfig) -> tuple[LM, Batch]:
         objective.build_example({"tokens": VOCAB.add_special_tokens(rng.integers(5, 70, 20))}, VOCAB, rng)
         for _ in range(4)
     ]
-    return LM(config, objective.heads(config)), collate(
-        examples, {*objective.labels.values(), *objective.metrics.values()}
-    )
+    return LM(config, objective.heads(config)), collate(examples, {*counted_fields(objective).values()})
 
 
 def counter() -> FlopCounterMode:
@@ -51,7 +49,7 @@ def test_small_embeddings_and_shared_blocks(config: ModelConfig) -> None:
     model, batch = case(objective, config)
     with counter() as count, sdpa_kernel(SDPBackend.MATH):
         model.heads["lm"](supervised(objective.forward(model, batch)["hidden"], batch["labels"])[0]).sum().backward()
-    assert count.get_total_flops() == objective.forward_flops(model, batch) + objective.loss_flops(model, batch)
+    assert count.get_total_flops() == objective.flops(model, batch)
 
 
 @pytest.mark.parametrize("config", [PLAIN, PLAIN.with_fields({"embedding.size": 12})], ids=["full", "small"])
@@ -61,9 +59,9 @@ def test_both_models_of_electra(config: ModelConfig) -> None:
     with counter() as count, sdpa_kernel(SDPBackend.MATH):
         terms = objective.loss(model, objective.forward(model, batch), batch)
         (terms["generator"] + terms["replaced"]).backward()
-    found = objective.forward_flops(model, batch) + objective.loss_flops(model, batch)
+    found = objective.flops(model, batch)
     assert count.get_total_flops() == found
-    assert found > 1.2 * MLM().forward_flops(model, batch)
+    assert found > 1.2 * Objective.flops(MLM(), model, batch)
 
 
 def test_span_boundary_head() -> None:
@@ -74,4 +72,4 @@ def test_span_boundary_head() -> None:
     around = torch.randn(count, 3 * 32, requires_grad=True)
     with counter() as counted:
         (model.heads["boundary"](around) @ model.tokens.weight.T).sum().backward()
-    assert count > 5 and counted.get_total_flops() == objective.loss_flops(model, batch)
+    assert count > 5 and counted.get_total_flops() == objective.flops(model, batch, forward=0.0)

@@ -138,4 +138,4 @@ def test_flops_match_torch() -> None:
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         model(batch).sum().backward()
     assert counter.get_total_flops() == stack_flops(config, work(batch))
-    assert CausalLM().attention_pattern() not in config.supported_patterns
+    assert CausalLM().attention not in config.supported_patterns

@@ -27,7 +27,7 @@ from firth.objectives.masked_lm import MLM
 from firth.objectives.mpnet import MPNet
 from firth.objectives.multiple_choice import MultipleChoice
 from firth.objectives.next_sentence import NSP
-from firth.objectives.objective import Objective
+from firth.objectives.objective import DataStats, Objective, label_positions
 from firth.objectives.permuted_lm import PLM
 from firth.objectives.prefix_lm import PrefixLM
 from firth.objectives.regression import Regression
@@ -98,13 +98,13 @@ def build(config: ModelConfig, objective: Objective) -> LM:
 )
 def test_loss_and_gradients_match_the_whole_block(name: str, how: str, front: str) -> None:
     config = CONFIGS[name]
-    objective = Classification(class_names=("a", "b", "c")).for_model(config)
+    objective = Classification(class_names=("a", "b", "c")).configure(DataStats, config)
     model = build(config, objective)
     if front:
         begin = np.array([5, 6])
         model.heads[front] = prefix_of(model, begin, 0) if front == "prefix" else prompt_of(model, begin)
     batch = batch_of(objective, how)
-    needed = objective.needed_positions(batch)
+    needed = label_positions(objective, batch)
     assert needed is not None
     assert needed.sum() == 7
     plain, subset = (gradients(model, objective, batch, w) for w in (None, needed))
@@ -120,7 +120,7 @@ def test_loss_and_gradients_match_the_whole_block(name: str, how: str, front: st
 def test_subset_with_gradient_checkpointing() -> None:
     objective = Classification(class_names=("a", "b", "c"))
     model, batch = build(BERT, objective), batch_of(objective, "packed")
-    needed = objective.needed_positions(batch)
+    needed = label_positions(objective, batch)
     plain = gradients(model, objective, batch, needed)
     model.stack.gradient_checkpointing = True  # type: ignore[assignment]
     again = gradients(model, objective, batch, needed)
@@ -137,7 +137,7 @@ def test_multiple_choice_at_first_tokens() -> None:
     objective = MultipleChoice(max_options=3, position="first")
     model = build(BERT, objective)
     batch = collate([objective.build_example(e, VOCAB, np.random.default_rng(0)) for e in choice(4)], set())
-    plain, subset = (gradients(model, objective, batch, w) for w in (None, objective.needed_positions(batch)))
+    plain, subset = (gradients(model, objective, batch, w) for w in (None, objective._readout(batch)))
     for term in plain:
         torch.testing.assert_close(subset[term], plain[term], rtol=1e-5, atol=1e-5)
 
@@ -146,14 +146,25 @@ def test_a_sum_of_objectives_needs_the_union_of_positions() -> None:
     one, other = Classification(class_names=("a", "b")), Regression(mean=0.0, std=1.0)
     batch = {"tokens": torch.zeros(1, 3), "class": torch.tensor([[1, IGNORE, IGNORE]]),
              "score": torch.tensor([[IGNORE, IGNORE, 2.0]])}  # fmt: skip
-    needed = (one + other).needed_positions(batch)
+    needed = label_positions(one + other, batch)
     assert needed is not None
     assert needed.tolist() == [[True, False, True]]
-    assert (one + SBO()).needed_positions(batch) is None
     both = batch | {"relation": torch.tensor([[IGNORE, 0, IGNORE]])}
-    pseudo = PseudoLabels(class_names=("a", "b")).needed_positions(both)
+    pseudo = label_positions(PseudoLabels(class_names=("a", "b")), both)
     assert pseudo is not None
     assert pseudo.tolist() == [[True, True, False]]
+    rows = batch | {"choice": torch.tensor([1])}
+    assert label_positions(one + MultipleChoice(), rows) is None, "a label of a row does not say what its loss reads"
+
+
+def test_span_boundaries_are_not_skipped() -> None:
+    """The masked tokens alone would be less than half of the row, so that the last block skipped the others."""
+    objective = MLM(mlm_probability=0.1) + SBO()
+    model = build(BERT, objective)
+    [example] = [objective.build_example({"tokens": np.arange(4, 36)}, VOCAB, np.random.default_rng(0))]
+    batch = collate([example], {"labels", "boundary"})
+    torch.testing.assert_close(objective.forward(model, batch)["hidden"], model(batch))
+    assert (MLM().forward(model, batch)["hidden"] == 0).any()
 
 
 PAIRS = [{"first": t["tokens"], "second": t["tokens"][::-1], "other": t["tokens"] + 0} for t in texts()]
@@ -200,7 +211,7 @@ def test_subset_saves_flops_for_each_objective(name: str, monkeypatch: pytest.Mo
         found[share] = terms | {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
         ran[share] = counter.get_total_flops()
         # Padding and heads of a few rows are run but not counted: our count is at most what is run.
-        assert 0 < objective.forward_flops(model, batch) <= ran[share]
+        assert 0 < objective.flops(model, batch) <= ran[share]
     whole, subset = found.values()
     assert whole.keys() == subset.keys()
     for term in whole:
@@ -224,12 +235,10 @@ def test_flops_of_the_subset(how: str) -> None:
         run += [row[0] for row in rows for _ in range(most - len(row))]  # the first text's second token, its third, ...
     last = sum(n) * 2 * width**2 + len(run) * (2 * width**2 + 2 * width * hidden) + sum(run) * 2 * width
     first = sum(n) * whole + sum(k * k for k in n) * 2 * width
-    assert objective.forward_flops(build(BERT, objective), batch) == 6 * (first + last)
-    model = build(CONFIGS["t5"], Classification(class_names=("a", "b", "c")).for_model(CONFIGS["t5"]))
+    assert objective.flops(build(BERT, objective), batch) == 6 * (first + last)
+    model = build(CONFIGS["t5"], Classification(class_names=("a", "b", "c")).configure(DataStats, CONFIGS["t5"]))
     seen = batch_of(Classification(class_names=("a", "b", "c"), position="answer"), how)
-    assert Classification(position="answer").forward_flops(model, seen) == flops.stack_flops(
-        model.config, flops.work(seen)
-    )
+    assert Classification(position="answer").flops(model, seen) == flops.stack_flops(model.config, flops.work(seen))
 
 
 def test_dropout_keeps_the_mean_and_the_share() -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from firth.align.advantages import GAE, Baseline, whiten
-from firth.data.collate import collate, pack
+from firth.data.collate import collate, counted_fields, pack
 from firth.model.config import ModelConfig, encoder_decoder_config
 from firth.model.heads import LMHead
 from firth.model.model import LM
@@ -53,7 +53,7 @@ def built(objective: Objective, examples: list[Example]) -> list[Example]:
 
 
 def label_fields(objective: Objective) -> set[str]:
-    return {*objective.labels.values(), *objective.metrics.values(), "labels"}
+    return {*counted_fields(objective).values(), "labels"}
 
 
 # ---- SFT

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from firth.data.collate import Batches, collate, pack
+from firth.data.collate import Batches, collate, counted_fields, pack
 from firth.data.source import Source
 from firth.data.windows import SegmentPairs
 from firth.model.config import EmbeddingConfig, EncoderConfig, ModelConfig
@@ -37,7 +37,7 @@ def test_build_example_is_a_pure_function(name: str) -> None:
         assert all(np.array_equal(shown[k], again[k]) for k in shown)
         assert all(np.array_equal(example[k], kept[k]) for k in kept)
         n = len(shown["tokens"])
-        fields = {*objective.labels.values(), *objective.metrics.values()}
+        fields = {*counted_fields(objective).values()}
         assert fields <= shown.keys()
         for field in fields | {"query_time", "key_time"} & shown.keys():
             assert shown[field].shape == (n,)
@@ -48,7 +48,7 @@ def test_packed_and_padded_batches_have_one_loss(name: str) -> None:
     objective, source = CASES[name]
     rng = np.random.default_rng(0)
     shown = [objective.build_example(source(rng), VOCAB, rng) for _ in range(8)]
-    fields = {*objective.labels.values(), *objective.metrics.values()}
+    fields = {*counted_fields(objective).values()}
     torch.manual_seed(0)
     config = ModelConfig(vocab_size=100, hidden_size=32, num_layers=1, num_heads=2, intermediate_size=64, max_positions=128,
                   encoder=EncoderConfig(num_layers=int("source_tokens" in shown[0])),

@@ -71,7 +71,8 @@ def vectors(model: LM, row: Example, at: str) -> list[torch.Tensor]:
 @pytest.mark.parametrize("at", ["mean", "first"])
 @pytest.mark.parametrize("make", [triple, labeled])
 def test_the_margin_loss_is_its_formula(at: str, make) -> None:
-    objective = Contrastive(position=at, margin=1.2)  # type: ignore[arg-type]
+    pairs = "neighbors" if make is triple else "labeled"
+    objective = Contrastive(position=at, margin=1.2, pairs=pairs)  # type: ignore[arg-type]
     model = build_model(objective)
     rows = build_examples(objective, make, 6)
     terms = step(model, objective, [collate(rows, label_fields(objective))])
@@ -133,7 +134,7 @@ def test_only_pairs_allow_split_batches() -> None:
             model, objective, [collate(rows[:2], label_fields(objective)), collate(rows[2:], label_fields(objective))]
         )
         assert torch.allclose(full, split, rtol=1e-4, atol=1e-6) == same
-        assert objective.needs_full_batch != same
+        assert objective.constraints.needs_full_batch != same
 
 
 def test_incompatible_recipes_are_rejected() -> None:

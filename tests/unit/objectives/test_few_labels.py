@@ -21,7 +21,6 @@ from firth.data.unlabeled import UnlabeledSource, choose_labeled
 from firth.model.config import InitConfig, ModelConfig
 from firth.model.model import LM
 from firth.objectives.classification import Classification
-from firth.objectives.masked_lm import MLM
 from firth.objectives.multi_annotator import MultiAnnotator
 from firth.objectives.objective import Objective
 from firth.objectives.semi_supervised import Consistency, PseudoLabels, teacher_probabilities, unlabeled_example
@@ -120,18 +119,21 @@ def test_consistency_counts_both_passes() -> None:
     objective, plain = Consistency(class_names=CLASSES), Classification(class_names=CLASSES)
     model = build_model(objective)
     batch = collate(build_examples(objective, example, 6), label_fields(objective))
-    clean = plain.forward_flops(model, batch | {"class": batch["relation"]})
+    clean = plain.flops(model, batch | {"class": batch["relation"]})
     both = batch | {"class": torch.where(batch["class"] == IGNORE, batch["relation"], batch["class"])}
-    assert objective.forward_flops(model, batch) == pytest.approx(plain.forward_flops(model, both) + clean / 3)
+    assert objective.flops(model, batch) == pytest.approx(plain.flops(model, both) + clean / 3)
 
 
 def test_weight_ramps_up_with_the_step() -> None:
     objective = Consistency(class_names=CLASSES, unlabeled_weight=2.0, ramp_steps=10) + WeightPenalty()
-    ramped = [objective.at_step(step).first.unlabeled_weight for step in (0, 5, 10, 99)]
-    assert ramped == pytest.approx([2 * math.exp(-5), 2 * math.exp(-1.25), 2.0, 2.0])
-    assert objective.at_step(5).second == objective.second
-    assert objective.at_step(5).labels == objective.labels
-    assert MLM().at_step(3) == MLM()
+    model = build_model(objective, replace(CONFIG, dropout=0.0))
+    batch = collate(build_examples(objective, example, 6), label_fields(objective))
+    outputs = objective.forward(model, batch)
+    plain = objective.loss(model, outputs, batch)  # without a step: held-out text
+    for at, weight in ((0, math.exp(-5)), (5, math.exp(-1.25)), (10, 1.0), (99, 1.0)):
+        terms = objective.loss(model, outputs, batch | {"step": torch.tensor(at)})
+        assert float(terms["relation"]) == pytest.approx(weight * float(plain["relation"]))
+        assert terms["class"] == plain["class"] and terms["penalty"] == plain["penalty"]
 
 
 def test_multi_annotator_is_its_formula() -> None:
@@ -294,8 +296,8 @@ def test_unlabeled_texts_join_the_labeled_ones(tmp_path: Path) -> None:
         unlabeled_path=(str(more),),
         unlabeled_ratio=2.0,
     )
-    objective = examples.configure_objective(Consistency(), data)
-    assert objective.class_names == ("a", "b")
+    objective = Consistency().configure(lambda: examples.stats(data), CONFIG)
+    assert objective.constraints.class_names == ("a", "b")
     splits = examples.build(data, objective)
     hidden = [int(splits.train[i]["label"]) == IGNORE for i in range(len(splits.train))]
     assert sum(hidden) == 30 and splits.train.counts["unlabeled"] == 30

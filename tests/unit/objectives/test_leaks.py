@@ -20,7 +20,7 @@ import pytest
 
 from firth import objectives
 from firth.data import attention_fields
-from firth.data.collate import Batches
+from firth.data.collate import Batches, counted_fields
 from firth.data.source import Source
 from firth.objectives.bilm import BiLM
 from firth.objectives.causal_lm import CausalLM
@@ -109,7 +109,7 @@ ALL_CASES: dict[str, tuple[Objective, Callable[[np.random.Generator], Example]]]
     "multi annotator": (MultiAnnotator(class_names=("a", "b", "c")), annotated),
     "multiple choice": (MultipleChoice(), question),
     "layer mixture + tagging": (LayerMixture() + TokenClassification(class_names=("a", "b", "c")), tagged),
-    "contrastive, labeled": (Contrastive(), similar_pair),
+    "contrastive, labeled": (Contrastive(pairs="labeled"), similar_pair),
     "rtd in spans": (RTD(noise="geometric"), special_tokens_text),
     "mpnet by words": (MPNet(noise="words"), special_tokens_text),
     "consistency in spans": (Consistency(class_names=("a", "b", "c"), noise="spans"), partially_labeled),
@@ -229,7 +229,7 @@ def check_no_leaks(
 ) -> None:
     """Raise an AssertionError if changing a hidden token changes what is visible. Adds to `count`."""
     shown = build_example(objective, example, seed)
-    hidden_fields = {*objective.labels.values(), *objective.metrics.values(), *HIDDEN_FIELDS, *TOKEN_LABELS}
+    hidden_fields = {*counted_fields(objective).values(), *HIDDEN_FIELDS, *TOKEN_LABELS}
     source = {name for name in shown if name.startswith("source_")}
     row = sorted(
         n for n in shown.keys() - hidden_fields - source if np.shape(shown[n])[-1:] == shown["tokens"].shape[-1:]
@@ -326,7 +326,7 @@ LABELED = [n for n, (_, source) in ALL_CASES.items() if CHANGES.keys() & source(
 @pytest.mark.parametrize("name", LABELED)
 def test_labels_change_only_label_fields(name: str) -> None:
     objective, source = ALL_CASES[name]
-    hidden_fields = {*objective.labels.values(), *objective.metrics.values(), *HIDDEN_FIELDS}
+    hidden_fields = {*counted_fields(objective).values(), *HIDDEN_FIELDS}
     moved = 0
     for seed in range(30):
         example = source(np.random.default_rng(seed))

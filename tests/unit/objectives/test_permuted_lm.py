@@ -355,7 +355,7 @@ def test_tokens_do_not_reach_their_own_or_earlier_queries(name: str) -> None:
 @pytest.mark.parametrize("objective", [PLM(), MPNet()])
 def test_hide_hides_one_token_and_shows_the_rest(objective: Objective) -> None:
     tokens = text(9)
-    shown = objective.hide(tokens, 4, VOCAB)
+    shown = objective.hide((tokens[:4], tokens[5:]), VOCAB, tokens[4])
     assert shown is not None
     assert shown["labels"][shown["labels"] != IGNORE].tolist() == [tokens[4]]
     visible = (shown["key_time"] == 0) & (shown["tokens"] > 4)

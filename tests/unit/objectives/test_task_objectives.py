@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from firth.data import attention_fields
-from firth.data.collate import collate, pack
+from firth.data.collate import collate, counted_fields, pack
 from firth.model.config import EmbeddingConfig, ModelConfig, decoder_config, encoder_config, encoder_decoder_config
+from firth.model.head_descriptions import export_heads
 from firth.model.model import LM
 from firth.model.presets import bert
 from firth.objectives.classification import Classification
@@ -71,7 +72,7 @@ def build_examples(objective: Objective, source: Any, n: int = 8) -> list[Exampl
 def test_ten_steps_lower_the_loss(name: str) -> None:
     objective, source = CASES[name]
     model = model_of(objective)
-    batch = collate(build_examples(objective, source), {*objective.labels.values(), *objective.metrics.values()})
+    batch = collate(build_examples(objective, source), {*counted_fields(objective).values()})
     optimizer = torch.optim.AdamW(model.parameters(), 3e-3)
     losses = []
     for _ in range(11):
@@ -84,7 +85,7 @@ def test_ten_steps_lower_the_loss(name: str) -> None:
 @pytest.mark.parametrize("name", CASES)
 def test_split_batches_have_the_same_gradient(name: str) -> None:
     objective, source = CASES[name]
-    fields = {*objective.labels.values(), *objective.metrics.values()}
+    fields = {*counted_fields(objective).values()}
     model, examples, found = model_of(objective), build_examples(objective, source), []
     for batches in ([examples], [examples[:3], examples[3:]]):
         model.zero_grad()
@@ -212,7 +213,9 @@ def test_smoothing_and_class_weights_equal_torch() -> None:
         -1
     ).mean(-1).sum()
     torch.testing.assert_close(choice_loss(scores, targets, 0.2), smoothed)
-    balanced = Classification(class_weights="balanced").with_stats(lambda: DataStats(("a", "b", "c"), (60, 30, 0)))
+    balanced = Classification(class_weights="balanced").configure(
+        lambda: DataStats(("a", "b", "c"), (60, 30, 0)), encoder_config(vocab_size=9, hidden_size=64, num_layers=1)
+    )
     assert isinstance(balanced, Classification)
     assert balanced.class_weights == (0.5, 1.0, 0.0)
     assert sum(n * w for n, w in zip((60, 30, 0), balanced.class_weights, strict=True)) / 90 == pytest.approx(2 / 3)
@@ -227,23 +230,24 @@ def test_readout_position_fits_the_model() -> None:
         make(vocab_size=9, hidden_size=64, num_layers=1)
         for make in (encoder_config, decoder_config, encoder_decoder_config)
     ]
-    assert [Classification().for_model(config).attention_pattern() for config in made] == [
+    assert [Classification().configure(DataStats, config).attention for config in made] == [
         "bidirectional",
         "causal",
         "seq2seq",
     ]
-    assert [QuestionAnswering().for_model(config).attention_pattern() for config in made[:2]] == [
+    assert [QuestionAnswering().configure(DataStats, config).attention for config in made[:2]] == [
         "bidirectional",
         "causal",
     ]
-    assert [TokenClassification().for_model(config).attention_pattern() for config in made[:2]] == ["any", "causal"]
-    assert [MultipleChoice().for_model(config).attention_pattern() for config in made[:2]] == [
+    assert [TokenClassification().configure(DataStats, config).attention for config in made[:2]] == ["any", "causal"]
+    assert [MultipleChoice().configure(DataStats, config).attention for config in made[:2]] == [
         "bidirectional",
         "causal",
     ]
     for objective in (QuestionAnswering(), TokenClassification(), MultipleChoice()):
-        assert objective.for_model(made[2]).attention_pattern() not in made[2].supported_patterns
-    assert Classification(position="last").for_model(made[0]) == Classification(position="last")
+        assert objective.configure(DataStats, made[2]).attention not in made[2].supported_patterns
+    last = Classification(class_names=("a",), position="last")
+    assert last.configure(DataStats, made[0]) == last
 
 
 def test_exported_head_predicts_in_the_units_of_the_data() -> None:
@@ -257,7 +261,7 @@ def test_exported_head_predicts_in_the_units_of_the_data() -> None:
         before = objective.loss(model, objective.forward(model, batch), batch)
         state = objective.forward(model, batch)["hidden"][0, 0]
         standardized = float(model.heads["score"](state))
-        objective.finalize(model)
+        export_heads(model)
         converted = float(model.heads["score"](state))
     assert converted == pytest.approx(10 + 4 * standardized, rel=1e-5)
     assert float(before["score"]) == pytest.approx((standardized - 2) ** 2, rel=1e-5)

@@ -22,6 +22,7 @@ from firth.model.config import encoder_decoder_config
 from firth.model.flops import stack_flops, work
 from firth.model.forward_context import ForwardContext
 from firth.model.model import LM
+from firth.objectives.objective import vocabulary_flops
 from firth.objectives.span_corruption import SpanCorruption
 from firth.objectives.vae import VAE
 from firth.pretrained.load_save import load_model
@@ -69,7 +70,7 @@ def test_parameter_count_and_flops_equal_torch() -> None:
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         objective.forward(model, batch)["hidden"].sum().backward()
     done = work(batch)
-    assert objective.forward_flops(model, batch) == stack_flops(CONFIG, done)
+    assert objective.flops(model, batch) == stack_flops(CONFIG, done) + vocabulary_flops(model, batch["labels"])
     # Torch's plain kernel also computes what the causal mask hides.
     assert counter.get_total_flops() == stack_flops(CONFIG, replace(done, pairs=done.source_pairs))
 
@@ -167,15 +168,17 @@ def test_kl_weight_is_a_function_of_the_step() -> None:
     objective = VAE(latent_size=4, word_dropout=0.5, kl_anneal_steps=8)
     rows = [objective.build_example({"tokens": np.arange(20, 30)}, VOCAB, np.random.default_rng(3)) for _ in range(2)]
     assert all(np.array_equal(rows[0][name], rows[1][name]) for name in rows[0])
-    assert [objective.at_step(step).kl_weight for step in (0, 2, 8, 100)] == [0.0, 0.25, 1.0, 1.0]
+    steps = [{"step": torch.tensor(step)} for step in (0, 2, 8, 100)]
+    assert [objective.kl_weight_of(batch) for batch in (*steps, {})] == [0.0, 0.25, 1.0, 1.0, 1.0]
 
 
 def test_a_collapse_is_reported() -> None:
-    assert "has collapsed" in VAE().notes({"valid/kl": 0.01, "valid/active": 3.0})[0]
-    assert "has collapsed" in VAE().notes({"valid/kl": 3.0, "valid/active": 0.0})[0]
-    assert VAE().notes({"valid/kl": 3.2, "valid/active": 5.0, "kl": 0.0}) == [
-        "The latent carries 3.2 nats per text, in 5 of its 32 units."
-    ]
+    remark = VAE().metrics["kl"].remark
+    assert remark is not None
+    assert "has collapsed" in remark({"valid/kl": 0.01, "valid/active": 3.0})
+    assert "has collapsed" in remark({"valid/kl": 3.0, "valid/active": 0.0})
+    text = "The latent carries 3.2 nats per text, in 5 of its 32 units."
+    assert remark({"valid/kl": 3.2, "valid/active": 5.0, "kl": 0.0}) == text
 
 
 def test_texts_are_generated_from_a_latent() -> None:
@@ -233,7 +236,7 @@ def test_incompatible_models_and_objectives_are_rejected() -> None:
         check_pattern(VAE(latent_size=7), CONFIG)
     with pytest.raises(UserError, match="needs an encoder and a decoder"):
         CONFIG.with_fields({"encoder.num_layers": 0})
-    with pytest.raises(UserError, match=r"objective.word_dropout=1.5 must be"):
+    with pytest.raises(UserError, match=r"objective.word_dropout=1.5 should be"):
         VAE(latent_size=4, word_dropout=1.5)
     with pytest.raises(UserError, match="make them equal"):
         load("vae", ["objective.latent_size=8"])

@@ -27,11 +27,11 @@ from firth.model.config import (
 from firth.model.model import LM
 from firth.objectives.classification import Classification
 from firth.objectives.masked_lm import MLM
-from firth.objectives.objective import Objective
+from firth.objectives.objective import Objective, components
 from firth.objectives.reinforce import Reinforce
 from firth.pretrained.load_save import save_model
 from firth.runs.alignment_examples import RolloutsConfig
-from firth.runs.compatibility import EXAMPLES, check_fields
+from firth.runs.compatibility import EXAMPLES, check_fields, check_pattern
 from firth.runs.examples import ChunksConfig, DatasetSplits, ExamplesConfig, SegmentPairsConfig, WindowsConfig
 from firth.runs.noisy_label_examples import PartiallyLabeledConfig, PseudoLabeledConfig
 from firth.runs.prepare import DataConfig, RunData, train_tokenizer
@@ -67,7 +67,7 @@ class Place:
 
     def segment(self, name: str, objective: Objective | None = None) -> ExamplesConfig:
         """Return small examples of a kind, with the advantages that the objective is trained with."""
-        grouped = objective is not None and any(isinstance(one, Reinforce) for one in objective.components())
+        grouped = objective is not None and any(isinstance(one, Reinforce) for one in components(objective))
         credit: Literal["gae", "group"] = "group" if grouped else "gae"
         changed = {
             "windows": WindowsConfig(max_length=16),
@@ -89,7 +89,7 @@ class Place:
         place = self.folder / "cut" / (objectives.name_of(type(objective)) if name == "pseudo_labeled" else "")
         data = RunData(source, self.tokenizer, place, StartModel(start), batch_size=2, log=lambda _: None)
         examples = self.segment(name, objective)
-        objective = examples.configure_objective(objective, data).for_model(config)
+        objective = objective.configure(lambda: examples.stats(data, objective.constraints.class_names), config)
         return examples.build(data, objective), objective
 
 
@@ -140,7 +140,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
 
 def trained(place: Place, name: str, objective: Objective) -> dict[str, torch.Tensor]:
     """Train one step in fp32 and one in bf16; return the losses of the latter."""
-    config = SHAPES[objective.attention_pattern()]
+    config = SHAPES[objective.attention]
     cut, objective = place.cut(name, objective, config)
     torch.manual_seed(0)
     model = LM(config, objective.heads(config))
@@ -205,7 +205,8 @@ def test_accepted_sums_train(place: Place, name: str) -> None:
             continue
         for segment in EXAMPLES:
             try:
-                check_fields(both, place.segment(segment, both), SHAPES[both.attention_pattern()])
+                check_pattern(both, SHAPES[both.attention])
+                check_fields(both, place.segment(segment, both), SHAPES[both.attention])
             except UserError:
                 continue
             try:

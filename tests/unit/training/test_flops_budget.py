@@ -45,10 +45,7 @@ def test_the_run_ends_with_the_step_that_reaches_the_budget(tmp_path: Path) -> N
     counts = [row["flops"] for row in log]
     assert counts[-2] < BUDGET_FLOPS <= counts[-1] == result.flops
     batches, model = small_batches(Chains()), small_model()
-    steps = [
-        sum(WithAccuracy().forward_flops(model, b) + WithAccuracy().loss_flops(model, b) for b in batches.batches(s))
-        for s in range(3)
-    ]
+    steps = [sum(WithAccuracy().flops(model, b) for b in batches.batches(s)) for s in range(3)]
     assert [row["flops"] for row in log[:3]] == [sum(steps[: n + 1]) for n in range(3)]
     middle = (counts[-3] + counts[-2]) / 2 / BUDGET_FLOPS
     assert log[-2]["rate"] == pytest.approx(0.01 * Schedule("linear", warmup_ratio=0.1).factor(middle))
@@ -73,7 +70,7 @@ def test_loss_flops_are_those_of_the_supervised_positions() -> None:
     [batch] = small_batches(Chains(), accumulate=1).batches(0)
     supervised = int((batch["labels"] != IGNORE).sum())
     assert (
-        WithAccuracy().loss_flops(model, batch)
+        WithAccuracy().flops(model, batch, forward=0.0)
         == flops.head_flops(model.config, supervised)
         == 6 * supervised * 32 * 40
     )
