@@ -245,7 +245,7 @@ def test_invalid_settings_of_mlm_are_rejected() -> None:
     ):
         with pytest.raises(
             UserError,
-            match=r"(mlm_probability|mask_fraction)=\S+ (must be|and random_fraction=0.1 add up to more than 1)",
+            match=r"(mlm_probability|mask_fraction)=\S+ (should be|and random_fraction=0.1 add up to more than 1)",
         ):
             MLM(**bad)
 
