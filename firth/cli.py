@@ -436,15 +436,20 @@ def chat(
 
 @app.command()
 def evaluate(
-    run: Run,
-    paths: Annotated[
-        list[str] | None, typer.Argument(help="Text or records; by default the held-out text of the run.")
-    ] = None,
+    models: Annotated[
+        list[str],
+        typer.Argument(
+            help="A run, a model directory, an adapter or a GGUF file, then text or records; by default the held-out text of the run. With "
+            "a task in prompts: several models, also openai:http://127.0.0.1:PORT/v1.",
+            metavar="MODEL [PATHS]...",
+        ),
+    ],
     task: Annotated[
-        str | None,
+        list[str] | None,
         typer.Option(
             help="likelihood, classification, token_classification, question_answering, generation, ..., glue, or objective (the metrics "
-            "of the run's objective), or module:TASK of your own; by default the task of the run."
+            "of the run's objective), or module:TASK of your own; by default the task of the run. Or a task in prompts: mmlu, gsm8k, "
+            "minimal_pairs, ..., a YAML file (also of lm-evaluation-harness) or a task.json of BIG-bench; several are possible."
         ),
     ] = None,
     limit: Annotated[
@@ -452,11 +457,62 @@ def evaluate(
         _number(PositiveInt, help="Read at most this many records, or score at most this many tokens of text."),
     ] = None,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    data: Annotated[list[str] | None, typer.Option(help="Prompts: files of the questions.")] = None,
+    examples: Annotated[
+        list[str] | None,
+        typer.Option(help="Prompts: files of the records shown as examples; by default the questions."),
+    ] = None,
+    shots: Annotated[int | None, _number(NonNegativeInt, help="Prompts: examples before each question.")] = None,
+    chat: Annotated[bool, typer.Option("--chat", help="Prompts: use the model's chat template.")] = False,
+    cot: Annotated[
+        bool, typer.Option("--cot", help="Prompts: let the model think step by step before it answers (zero-shot).")
+    ] = False,
+    votes: Annotated[
+        int,
+        _number(PositiveInt, help="Prompts: sampled answers per question, of which the most frequent counts."),
+    ] = 1,
+    seed: Annotated[int, _number(NonNegativeInt, help="Prompts: seed of examples and samples.")] = 0,
+    weights: Annotated[str, typer.Option(help="Prompts: fp32, bf16, int8; unchanged by default.")] = "",
+    within_word: Annotated[
+        bool,
+        typer.Option("--within-word", help="Prompts, masked models: mask the rest of a word with each of its tokens."),
+    ] = False,
+    out: Annotated[Path | None, typer.Option(help="Prompts: write results.json and a record per item here.")] = None,
 ) -> None:
-    """Evaluate a run: perplexity, bits per byte, accuracy, or the metrics of its objective."""
+    """Evaluate a model: perplexity, bits per byte, accuracy, the metrics of its objective, or tasks in prompts."""
+    from firth.evaluate.prompting.task_files import is_prompt_task
+
+    tasks = task or []
+    prompted = [one for one in tasks if is_prompt_task(one)]
+    if prompted and len(prompted) == len(tasks):
+        from json import dumps as to_text
+
+        from firth.evaluate.prompting.evaluate import evaluate_prompts
+        from firth.evaluate.prompting.prompt_task import PromptConfig
+        from firth.evaluate.prompting.results import comparisons, table, to_json
+
+        config = PromptConfig(shots, chat, "zero-shot" if cot else "", votes, seed=seed, limit=limit)
+        found = evaluate_prompts(
+            models, tasks, config, data=data or (), examples=examples or (), weights=weights or None,
+            within_word=within_word, out=out, progress=_replies_done,
+        )  # fmt: skip
+        if json:
+            typer.echo(to_text([to_json(results, config) for results in found]))
+            return
+        for line in (*table([one for results in found for one in results]), *comparisons(found)):
+            typer.echo(line)
+        return
+    if len(tasks) > 1:
+        raise UserError("several tasks are possible for tasks in prompts only: name one")
     from firth.runs.inference import evaluate_run
 
-    typer.echo(evaluate_run(run, paths or [], task=task, limit=limit, as_json=json))
+    run, *paths = models
+    typer.echo(evaluate_run(Path(run), paths, task=tasks[0] if tasks else None, limit=limit, as_json=json))
+
+
+def _replies_done(done: int, total: int) -> None:
+    """Print the progress of an evaluation."""
+    LOGGER.info("%s of %s replies", f"{done:,}", f"{total:,}")
 
 
 @app.command()

@@ -25,7 +25,7 @@ from firth.evaluate.prediction_inputs import read_inputs
 from firth.evaluate.task import EvaluatedModel, Progress, Task, load_evaluated_model
 from firth.evaluate.tasks import TASKS, default_task
 from firth.evaluate.tasks.generation import GENERATION
-from firth.evaluate.text_perplexity import scoring_mode
+from firth.generate.scoring import scoring_mode
 from firth.io.atomic import new_file
 from firth.types import LOGGER, LogLine, UserError
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -22,7 +22,7 @@ from firth.evaluate.perplexity import (
     strided,
     tokenize,
 )
-from firth.model.config import ModelConfig
+from firth.generate.scoring import scoring_mode
 from firth.pretrained.load_save import metadata_of
 from firth.tokenizer.tokenizer import Tokenizer
 from firth.types import IGNORE, LOGGER, Example, UserError
@@ -30,33 +30,11 @@ from firth.types import IGNORE, LOGGER, Example, UserError
 if TYPE_CHECKING:
     from firth.evaluate.task import EvaluatedModel, Progress
 
-ScoringMode = Literal["causal", "masked", "halves"]
-
 BLOCK_TOKENS = 2048
 """Scored tokens of a block of whole pieces; the interval is bootstrapped over blocks."""
 
 MASKED_LIMIT = 16384
 """Default number of tokens scored by a masked model, which needs a row of its own for each."""
-
-
-def scoring_mode(config: ModelConfig) -> ScoringMode:
-    """Return how a model scores text, from its config.
-
-    "halves" for an encoder-decoder; "masked" for a model that is neither causal nor a prefix LM and has a transform in its
-    LM head (BERT), a mask embedding (XLNet) or a bidirectional RNN; "causal" for all others.
-
-    Raises:
-        UserError: The model gives text no likelihood.
-    """
-    if config.encoder.latent_size:
-        raise UserError(
-            "a variational autoencoder only bounds the likelihood of a text: its ELBO is one of the validation metrics of "
-            "its run (`firth evaluate RUN` without files)"
-        )
-    if config.encoder.num_layers:
-        return "halves"
-    masked = config.lm_head.type == "transform" or config.embedding.mask or config.rnn.type
-    return "masked" if masked and not (config.causal or config.attention.prefix_lm) else "causal"
 
 
 def leading_bos(directory: Path, tokenizer: Tokenizer) -> tuple[int | None, bool]:

@@ -61,8 +61,17 @@ def rectangle(
     }
 
 
+def _distinct(prompts: Sequence[np.ndarray]) -> tuple[Sequence[np.ndarray], list[int] | None]:
+    """Return the distinct prompts and, if some are equal, the index of each prompt among them; else None."""
+    known: dict[bytes, int] = {}
+    index = [known.setdefault(np.asarray(prompt, np.int64).tobytes(), len(known)) for prompt in prompts]
+    if len(known) == len(prompts):
+        return prompts, None
+    return [prompts[index.index(i)] for i in range(len(known))], index
+
+
 class DecodingBatch:
-    """Rows during decoding: the KV cache and the last token of each row.
+    """Rows during decoding: the KV cache and the last token of each row. Equal prompts are read once.
 
     Prompts are padded on the left, so that all rows write into the same cache slot; the key time of padding is NEVER.
     Positions are counted per row, so that a row has the same logits as it would alone.
@@ -84,6 +93,7 @@ class DecodingBatch:
         self.head: LMHead = model.heads["lm"]  # type: ignore[assignment]
         self.device = model.tokens.weight.device
         batch: Batch = {}
+        prompts, repeats = _distinct(prompts) if latents is None else (prompts, None)
         if start is not None:
             source = rectangle(prompts, self.device, causal=False)
             batch = {f"source_{name}": field for name, field in source.items()}
@@ -102,6 +112,10 @@ class DecodingBatch:
         output = None if latents is None else model.latent_output(latents)
         context = ForwardContext(self.cache, output, needed_positions=last)
         self.state = model(batch, context)[:, -1]  # (rows, hidden_size)
+        if repeats is not None:
+            index = torch.tensor(repeats, device=self.device)
+            self.cache.select(index)
+            self.state, self.seen, self.next = self.state[index], self.seen[index], self.next[index]
         self.cache.start_decoding()
         self.decoder = NativeDecoder.of(model, self.cache)
         """The compiled step, or None if torch's operators are used."""

@@ -22,20 +22,18 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
-import torch
 from torch import Tensor
 
-from firth.generate.decoding_batch import DecodingBatch, inference_mode, pad_right, rectangle
+from firth.generate.decoding_batch import DecodingBatch, inference_mode, rectangle
 from firth.generate.fill_mask import Candidate, fill
 from firth.generate.quantized import quantize
 from firth.generate.sampling import Sampling
+from firth.generate.scoring import ScoredPair, score_pairs
 from firth.generate.streaming import Completion, StreamingOutput
-from firth.model.forward_context import ForwardContext
-from firth.model.heads import LMHead
 from firth.model.model import LM
 from firth.tokenizer import chat
 from firth.tokenizer.tokenizer import Tokenizer
-from firth.types import IGNORE, NEVER, UserError
+from firth.types import UserError
 
 
 class Engine:
@@ -61,22 +59,24 @@ class Engine:
         vocab = tokenizer.vocab
         self.model.restrict_vocab(vocab)
         self.stops = frozenset(int(i) for i in (chat.stops(tokenizer) if stops is None else stops))
-        self.start = (
-            vocab.with_decoder_start(model.config.encoder.decoder_start_token).start
-            if model.config.encoder.num_layers
-            else None
-        )
+        self.vocab = vocab.with_decoder_start(model.config.encoder.decoder_start_token)
+        self.start = self.vocab.start if model.config.encoder.num_layers else None
         self.device = model.tokens.weight.device
 
     def generate(
-        self, prompts: Sequence[np.ndarray], sampling: Sampling, progress: Callable[[int], None] | None = None
+        self,
+        prompts: Sequence[np.ndarray],
+        sampling: Sampling,
+        progress: Callable[[int], None] | None = None,
+        seeds: Sequence[int] | None = None,
     ) -> list[Completion]:
-        """Continue each prompt.
+        """Continue each prompt. Equal prompts of a batch are read once: several samples of one prompt share its prefill.
 
         Args:
             prompts: Token ids (n,) each.
-            sampling: How tokens are drawn; the seed of prompt i is `sampling.seed + i`.
+            sampling: How tokens are drawn.
             progress: Called with the number of finished prompts after each batch.
+            seeds: Seed of each prompt; by default `sampling.seed + i` for prompt i.
 
         Returns:
             One completion per prompt, in order.
@@ -89,8 +89,8 @@ class Engine:
         order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
         for first in range(0, len(order), self.batch_size):
             index = order[first : first + self.batch_size]
-            seeds = [sampling.seed + i for i in index]
-            for i, answer in zip(index, self._decode([prompts[i] for i in index], sampling, seeds), strict=True):
+            some = [sampling.seed + i if seeds is None else seeds[i] for i in index]
+            for i, answer in zip(index, self._decode([prompts[i] for i in index], sampling, some), strict=True):
                 done[i] = answer.done()
             if progress is not None:
                 progress(first + len(index))
@@ -161,43 +161,17 @@ class Engine:
                     in_batch = [in_batch[i] for i in unfinished]
 
     def score(self, prompts: Sequence[np.ndarray], completions: Sequence[np.ndarray]) -> list[float]:
-        """Return log p(completion | prompt) of each pair, summed over the completion's tokens, in nats."""
-        pairs = [(np.asarray(p), np.asarray(c)) for p, c in zip(prompts, completions, strict=True)]
-        for i, (p, c) in enumerate(pairs):
-            self._check_length(
-                f"pair {i}", len(p), max(len(p), len(c)) if self.start is not None else len(p) + len(c) - 1
-            )
-        scores = np.zeros(len(pairs))
-        order = sorted(range(len(pairs)), key=lambda i: -sum(map(len, pairs[i])))
-        with inference_mode(self.model):
-            for first in range(0, len(order), self.batch_size):
-                index = order[first : first + self.batch_size]
-                scores[index] = self._log_probs([pairs[i] for i in index])
-        return [float(x) for x in scores]
+        """Return log p(completion | prompt) of each pair, summed over the completion's tokens, in nats.
+
+        A masked model gives the pseudo-log-likelihood (`firth.generate.scoring`).
+        """
+        pairs = [ScoredPair(p, c) for p, c in zip(prompts, completions, strict=True)]
+        scores = dict(score_pairs(self.model, self.vocab, pairs))
+        return [scores[i].total for i in range(len(pairs))]
 
     def options(self, prompt: np.ndarray, options: Sequence[np.ndarray]) -> list[float]:
-        """Return log p(option | prompt) of each option, as `score` does; a decoder computes the prompt only once."""
-        if self.start is not None:
-            return self.score([prompt] * len(options), options)
-        length = len(prompt) + max(map(len, options)) - 1
-        self._check_length("the prompt with its longest option", len(prompt), length)
-        with inference_mode(self.model):
-            cache = self.model.make_cache(1, length)
-            context = ForwardContext(cache)
-            batch = rectangle([prompt], self.device, prompts=self._prefix_lengths([prompt]))
-            hidden = self.model(batch, context)[:, -1:].expand(len(options), -1, -1)
-            if length > len(prompt):
-                cache.select(torch.zeros(len(options), dtype=torch.int64, device=self.device))
-                # The last token of an option is not an input; an option of one token keeps it, since a recurrent model
-                # takes no empty row.
-                batch = rectangle([o[: max(1, len(o) - 1)] for o in options], self.device)
-                positions = torch.arange(len(prompt), length, device=self.device)[None]
-                times = {
-                    name: torch.where(batch["key_time"] == NEVER, batch[name], positions)
-                    for name in ("query_time", "key_time")
-                }
-                hidden = torch.cat((hidden, self.model(batch | times | {"positions": positions}, context)), 1)
-            return [float(x) for x in self._label_log_probs(hidden, pad_right(options, IGNORE, self.device))]
+        """Return log p(option | prompt) of each option; the prompt is read once."""
+        return self.score([prompt] * len(options), options)
 
     def choose(self, prompt: np.ndarray, options: Sequence[np.ndarray]) -> int:
         """Return the index of the most likely option; of equals, the first."""
@@ -206,10 +180,6 @@ class Engine:
     def fill(self, text: str, k: int = 5) -> list[list[Candidate]]:
         """Return the k most likely tokens for each mask in the text, for masked language models (`firth.generate.fill_mask`)."""
         return fill(self.model, self.tokenizer, text, k)
-
-    def _prefix_lengths(self, prompts: Sequence[np.ndarray]) -> list[int] | None:
-        """Return the prompt lengths if the model is a prefix language model, else None."""
-        return [len(prompt) for prompt in prompts] if self.model.config.attention.prefix_lm else None
 
     def _check_length(self, what: str, prompt: int, length: int) -> None:
         """Raise a UserError if the prompt is empty or the input of `length` tokens is longer than the context."""
@@ -221,24 +191,3 @@ class Engine:
                 f"{what} has {length} tokens and this model reads at most {context}: shorten it, "
                 "or use a model with a longer model.max_positions"
             )
-
-    def _log_probs(self, pairs: Sequence[tuple[np.ndarray, np.ndarray]]) -> np.ndarray:
-        """Return the summed log-probability of each completion: (rows,)."""
-        if self.start is None:
-            rows = [np.concatenate((p, c))[:-1] for p, c in pairs]
-            batch = rectangle(rows, self.device, prompts=self._prefix_lengths([p for p, _ in pairs]))
-            labels = [np.concatenate((np.full(len(p) - 1, IGNORE), c)) for p, c in pairs]
-        else:
-            source = rectangle([p for p, _ in pairs], self.device, causal=False)
-            batch = {f"source_{name}": field for name, field in source.items()}
-            batch |= rectangle([np.concatenate(([self.start], c[:-1])) for _, c in pairs], self.device)
-            labels = [c for _, c in pairs]
-        return self._label_log_probs(self.model(batch), pad_right(labels, IGNORE, self.device))
-
-    def _label_log_probs(self, hidden: Tensor, labels: Tensor) -> np.ndarray:
-        """Return the summed log p(labels) of each row of hidden (rows, T, hidden_size): (rows,). IGNORE counts as 0."""
-        head: LMHead = self.model.heads["lm"]  # type: ignore[assignment]
-        labeled = labels != IGNORE
-        out = torch.zeros(labels.shape, dtype=torch.float32, device=labels.device)
-        out[labeled] = head.log_probs(hidden[labeled], labels[labeled])
-        return out.sum(-1).cpu().numpy()

@@ -114,6 +114,20 @@ class KVCache:
         if self.decoding_mask is not None:
             self.decoding_mask = self.decoding_mask.index_select(0, rows)
 
+    def repeat(self, rows: int, capacity: int) -> KVCache:
+        """Return a cache with `rows` copies of the only row of this one, and `capacity` slots; this one is unchanged."""
+        copy, size = KVCache(rows, capacity), self.length
+        copy.length = size
+        for own, theirs in ((self.keys, copy.keys), (self.values, copy.values)):
+            for x in own:
+                grown = x.new_empty((rows, x.shape[1], capacity, x.shape[3]))
+                grown[:, :, :size] = x[:, :, :size]
+                theirs.append(grown)
+        for name, x in self.fields.items():
+            copy.fields[name] = x.new_empty((rows, capacity))
+            copy.fields[name][:, :size] = x[:, :size]
+        return copy
+
 
 class RecurrentCache(KVCache):
     """Cache of a left-to-right recurrent model: the state of each layer, whose size does not depend on the row length."""

@@ -234,14 +234,14 @@ class LM(nn.Module):
         output, memory, needed = context.encoder_output, context.row_memory, context.needed_positions
         in_cache = context.cache is not None and bool(context.cache.encoder_fields)
         if output is None and self.encoder is not None and not in_cache:
-            output = self._encoder_output(batch)
+            output = self.encoder_output(batch)
         if memory is None:
             memory = self._row_memory(batch, context)
         if needed is not None:
             needed = F.pad(needed.flatten(0, -2), (prompt_length, 0))  # (B, prompt_length + T)
         return replace(context, encoder_output=output, row_memory=memory, needed_positions=needed)
 
-    def _encoder_output(self, batch: Batch) -> EncoderOutput:
+    def encoder_output(self, batch: Batch) -> EncoderOutput:
         """Return what the decoder attends to by default: the states of the source, or the mean of its latent."""
         return self._run_encoder(batch) if self.latent is None else self.latent_output(self.posterior(batch)[0])
 

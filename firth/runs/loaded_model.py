@@ -15,10 +15,10 @@ import torch
 from firth.evaluate.heads import head_of
 from firth.evaluate.predict import predict_with
 from firth.evaluate.task import EvaluatedModel, load_evaluated_model
-from firth.evaluate.text_perplexity import scoring_mode
 from firth.generate import embeddings, infill, word_vectors
 from firth.generate.engine import Engine
 from firth.generate.sampling import Sampling
+from firth.generate.scoring import scoring_mode
 from firth.io.json_files import read_json
 from firth.model.config import ModelConfig
 from firth.model.model import LM

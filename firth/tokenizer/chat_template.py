@@ -12,17 +12,9 @@ recognized only in the template's own text.
 
 from __future__ import annotations
 
-import atexit
-import contextlib
-import json
-import os
-import subprocess
-import sys
-import threading
 from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import Any
 
+from firth.tokenizer import template_process
 from firth.types import UserError
 
 START, END = "<|im_start|>", "<|im_end|>"
@@ -95,53 +87,18 @@ def _refused(why: str) -> UserError:
 def _render(
     template: str, dialogues: Sequence[Sequence[Mapping[str, str]]], names: Mapping[str, str], open: bool
 ) -> list[str]:
-    """Render each dialogue in a process with limits (`firth.tokenizer.template_worker`).
+    """Render each dialogue in a process with limits (`firth.tokenizer.template_process`).
 
     Raises:
         UserError: The template fails or takes too long.
     """
     request = {"template": template, "dialogues": [list(d) for d in dialogues], "names": dict(names), "open": open}
-    with LOCK:
-        worker = _worker()
-        reply = ""
-        with contextlib.suppress(OSError):
-            worker.stdin.write(json.dumps(request) + "\n")  # type: ignore[union-attr]
-            worker.stdin.flush()  # type: ignore[union-attr]
-            reply = worker.stdout.readline()  # type: ignore[union-attr]
-        if not reply:
-            _end(worker)
-            del WORKERS[os.getpid()]
-            raise UserError(
-                "the tokenizer's chat template takes more time or memory than any dialogue needs, so it is not used"
-            )
-    result: dict[str, Any] = json.loads(reply)
+    result = template_process.send(request)
+    if result is None:
+        raise UserError(
+            "the tokenizer's chat template takes more time or memory than any dialogue needs, so it is not used"
+        )
     if "error" in result:
         raise UserError(f"the tokenizer's chat template {result['error']}")
     texts: list[str] = result["texts"]
     return texts
-
-
-WORKERS: dict[int, subprocess.Popen[str]] = {}
-"""Process id -> its rendering process: a fork must not share the pipes of its parent."""
-LOCK = threading.Lock()
-
-
-def _worker() -> subprocess.Popen[str]:
-    """Return the rendering process of this process, started when it is first needed."""
-    process = os.getpid()
-    if process not in WORKERS:
-        file = Path(__file__).with_name("template_worker.py")
-        WORKERS[process] = subprocess.Popen(
-            [sys.executable, "-I", str(file)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
-            text=True, encoding="utf-8",
-        )  # fmt: skip
-        atexit.register(_end, WORKERS[process])
-    return WORKERS[process]
-
-
-def _end(worker: subprocess.Popen[str]) -> None:
-    worker.kill()
-    worker.wait()
-    for pipe in (worker.stdin, worker.stdout):
-        with contextlib.suppress(OSError):
-            pipe.close()  # type: ignore[union-attr]

@@ -1,8 +1,10 @@
-"""Render untrusted chat templates in a separate process: a template is a program, and may never end or fill the memory.
+"""Render untrusted templates of chats and of prompts in a separate process: a template is a program, and may never end or fill the memory.
 
     python -I template_worker.py        one request per line on standard input, one reply per line on standard output
     {"template": "...", "dialogues": [[{"role": "user", "content": "hi"}]], "names": {"eos_token": "</s>"}, "open": true}
     {"texts": ["..."]}  or  {"error": "..."}
+    {"template": "{{question}}\\nAnswer:", "fields": {"question": "Why?"}, "value": false}
+    {"value": "Why?\\nAnswer:"}  or  {"error": "..."}
 
 Jinja's sandbox hides the attributes that lead to Python. It bounds neither time nor memory (tests/unit/tokenizer/test_template_worker.py
 has templates that write ten characters and take gigabytes or hours), so the kernel's limits on this process do. This file imports
@@ -15,6 +17,7 @@ import contextlib
 import datetime
 import functools
 import json
+import re
 import resource
 import sys
 from collections.abc import Callable
@@ -54,8 +57,52 @@ def compiled(template: str) -> Callable[..., str]:
     return environment.from_string(template).render
 
 
+@functools.lru_cache(maxsize=64)
+def prompt_environment() -> jinja2.sandbox.ImmutableSandboxedEnvironment:
+    """Return the environment that lm-evaluation-harness gives to the templates of its tasks."""
+    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
+        undefined=jinja2.StrictUndefined, keep_trailing_newline=True
+    )
+    environment.filters["regex_replace"] = lambda text, pattern, repl, count=0: re.sub(pattern, repl, text, count=count)
+    return environment
+
+
+@functools.lru_cache(maxsize=256)
+def compiled_prompt(template: str) -> jinja2.Template:
+    """Return the template of a prompt."""
+    return prompt_environment().from_string(template)
+
+
+def answer_fields(request: dict[str, Any]) -> dict[str, Any]:
+    """Return a template filled with fields, or the value of its only expression, or an error."""
+    template, inner = request["template"], request["template"].strip()
+    try:
+        compiled_prompt(template)
+        if request["fields"] is None:  # only check the template
+            return {"value": ""}
+        single = inner.startswith("{{") and inner.endswith("}}") and "{{" not in inner[2:-2]
+        if not request["value"] or not single:
+            text = compiled_prompt(template).render(**request["fields"])
+            return {"value": text} if len(text) <= MAX_CHARACTERS else {"error": f"it writes {len(text):,} characters"}
+        value = prompt_environment().compile_expression(inner[2:-2].strip(), undefined_to_none=False)(
+            **request["fields"]
+        )
+        if isinstance(value, jinja2.Undefined):
+            return {"error": f"{inner[2:-2].strip()!r} is undefined"}
+        text = json.dumps(value)
+        return {"value": value} if len(text) <= MAX_CHARACTERS else {"error": f"it writes {len(text):,} characters"}
+    except jinja2.TemplateSyntaxError as error:
+        return {"error": f"it is not valid Jinja: {str(error)[:500]}"}
+    except (jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as error:
+        return {"error": str(error)[:500]}
+    except (MemoryError, RecursionError):
+        return {"error": "it needs more memory than any prompt"}
+
+
 def answer(request: dict[str, Any]) -> dict[str, Any]:
     """Return the rendered dialogues, or an error."""
+    if "fields" in request:
+        return answer_fields(request)
     try:
         render = compiled(request["template"])
         texts = [

@@ -24,9 +24,10 @@ from firth.data.text_prompts import TextPrompts
 from firth.evaluate import metrics
 from firth.evaluate.prediction_inputs import InputSchema
 from firth.evaluate.task import Answers, EvaluatedModel, Progress, Task
-from firth.evaluate.text_perplexity import leading_bos, scoring_mode
+from firth.evaluate.text_perplexity import leading_bos
 from firth.generate.engine import Engine
 from firth.generate.sampling import Sampling
+from firth.generate.scoring import scoring_mode
 from firth.generate.streaming import Completion
 from firth.types import UserError
 

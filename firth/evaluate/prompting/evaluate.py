@@ -1,0 +1,78 @@
+"""Evaluate models on tasks in text, as `firth evaluate MODEL... --task TASK` does."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from firth.evaluate.prompting.endpoint import PREFIX, Endpoint
+from firth.evaluate.prompting.local_model import LocalModel
+from firth.evaluate.prompting.prompt_task import PromptConfig
+from firth.evaluate.prompting.requests import ReplyCache, Responder
+from firth.evaluate.prompting.results import write_results
+from firth.evaluate.prompting.runner import TaskResult, run_tasks
+from firth.evaluate.prompting.task_files import load_task
+from firth.io.cache import cache
+from firth.types import UserError
+
+
+def open_responder(model: str, weights: str | None = None, within_word: bool = False) -> Responder:
+    """Return a model that replies to requests: a run, a model directory, an adapter, a GGUF file, or `openai:URL`."""
+    if model.startswith(PREFIX):
+        return Endpoint(model)
+    return LocalModel.open(Path(model), weights, within_word)
+
+
+def evaluate_prompts(
+    models: Sequence[str],
+    tasks: Sequence[str],
+    config: PromptConfig,
+    *,
+    data: Sequence[str] = (),
+    examples: Sequence[str] = (),
+    weights: str | None = None,
+    within_word: bool = False,
+    out: Path | None = None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> list[list[TaskResult]]:
+    """Evaluate models on tasks; replies are kept in firth's cache directory, so that the same call resumes.
+
+    Args:
+        models: Runs, model directories, adapters, GGUF files or `openai:URL`.
+        tasks: Names of shipped tasks or task files.
+        config: How prompts are built.
+        data: Files of the questions, for one task that names none.
+        examples: Files of the records that examples in prompts are taken from, likewise.
+        weights: Weight format of local models; None keeps the stored one.
+        within_word: For masked models: whether the rest of a word is masked with each of its tokens.
+        out: Directory for results.json and the record of each item, in a directory per model if there are several.
+        progress: Called with the number of replies and of requests of a round of a model.
+
+    Returns:
+        For each model the results of the tasks.
+
+    Raises:
+        UserError: A model or a task cannot be read, or does not fit the other.
+    """
+    if len(set(models)) < len(models):
+        raise UserError("a model is named twice: compare a model with another one")
+    loaded = [load_task(name, data, examples) for name in tasks]
+    names = [task.name for task in loaded]
+    if len(set(names)) < len(names):
+        raise UserError(
+            f"two of the tasks have the name {next(n for n in names if names.count(n) > 1)!r}: rename one (task: ...)"
+        )
+    for task in loaded:
+        task.check(config)
+    found = []
+    for number, model in enumerate(models):
+        responder = open_responder(model, weights, within_word)
+        replies = ReplyCache(cache() / "replies", responder.digest)
+        try:
+            results = run_tasks(loaded, responder, config, replies, progress)
+        finally:
+            replies.close()
+        found.append(results)
+        if out is not None:
+            write_results(out / f"model-{number + 1}" if len(models) > 1 else out, results, config)
+    return found

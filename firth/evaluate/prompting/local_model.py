@@ -1,0 +1,154 @@
+"""Reply to requests with a model on this machine: a run, a model directory, an adapter or a GGUF file."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from firth.evaluate.prompting.requests import GenerateReply, GenerateRequest, Reply, Request, ScoreReply, ScoreRequest
+from firth.evaluate.task import EvaluatedModel, load_evaluated_model
+from firth.evaluate.text_perplexity import leading_bos
+from firth.generate.engine import Engine
+from firth.generate.sampling import Sampling
+from firth.generate.scoring import ScoredPair, score_pairs, scoring_mode
+from firth.tokenizer import chat
+from firth.types import UserError
+
+
+class LocalModel:
+    """A model on this machine that replies to requests (`firth.evaluate.prompting.requests.Responder`).
+
+    Args:
+        evaluated: The model.
+        weights: Weight format (`firth.generate.engine.Engine`); None keeps the stored one.
+        within_word: For masked models: whether the rest of a word is masked with each of its tokens (Kauf and Ivanova 2023).
+        batch_size: Most rows of a batch of generated answers.
+
+    Raises:
+        UserError: The model has no LM head.
+    """
+
+    def __init__(
+        self, evaluated: EvaluatedModel, weights: str | None = None, within_word: bool = False, batch_size: int = 32
+    ) -> None:
+        if not evaluated.model.has_lm_head:
+            raise UserError(f"{evaluated.directory}: this model has no LM head, so it can neither score nor write text")
+        self.name = str(evaluated.directory)
+        self.evaluated, self.within_word = evaluated, within_word
+        self.engine = Engine(evaluated.model, evaluated.tokenizer, weights=weights, batch_size=batch_size)
+        self.model, self.tokenizer = self.engine.model, evaluated.tokenizer
+        self.mode = scoring_mode(evaluated.model.config)
+        plain = self.mode == "causal" and not evaluated.model.config.attention.prefix_lm
+        self.bos = leading_bos(evaluated.model_directory, evaluated.tokenizer)[0] if plain else None
+        self.context = evaluated.model.context - (2 if self.mode == "masked" else 1)
+        self.digest = model_digest(evaluated, f"{self.model.tokens.weight.dtype} {weights} {within_word}")
+
+    @staticmethod
+    def open(directory: Path, weights: str | None = None, within_word: bool = False) -> LocalModel:
+        """Load a model directory, a run, an adapter or a GGUF file."""
+        return LocalModel(load_evaluated_model(directory), weights, within_word)
+
+    def count_tokens(self, text: str, chat: bool = False) -> int:
+        """Return the number of tokens of a text, as a message of the chat template with `chat`."""
+        return len(self._dialogue(text, "")) if chat else len(self.tokenizer.encode(text)) + (self.bos is not None)
+
+    def reply(self, requests: Sequence[Request]) -> Iterator[tuple[int, Reply]]:
+        """Yield (index, reply) of each request, in the order in which they are computed."""
+        scored = [i for i, request in enumerate(requests) if isinstance(request, ScoreRequest)]
+        if scored:
+            pairs = [self._pair(request) for i in scored if isinstance(request := requests[i], ScoreRequest)]
+            for k, scores in score_pairs(self.model, self.evaluated.vocab, pairs):
+                yield scored[k], ScoreReply(tuple(scores.logprobs.tolist()), scores.greedy)
+        groups: dict[Sampling, list[int]] = {}
+        for i, request in enumerate(requests):
+            if isinstance(request, GenerateRequest):
+                groups.setdefault(_sampling(request), []).append(i)
+        for sampling, index in groups.items():
+            yield from self._generate(sampling, [(i, requests[i]) for i in index])  # type: ignore[misc]
+
+    def _generate(
+        self, sampling: Sampling, requests: Sequence[tuple[int, GenerateRequest]]
+    ) -> Iterator[tuple[int, GenerateReply]]:
+        if self.mode == "masked":
+            raise UserError(
+                f"{self.name}: this model is bidirectional, so it cannot write an answer: use tasks that score"
+            )
+        prompts = [self._prompt(request) for _, request in requests]
+        order = sorted(range(len(requests)), key=lambda k: (-len(prompts[k]), prompts[k].tolist()))
+        for first in range(0, len(order), self.engine.batch_size):
+            some = order[first : first + self.engine.batch_size]
+            seeds = [requests[k][1].seed for k in some]
+            for k, answer in zip(
+                some, self.engine.generate([prompts[k] for k in some], sampling, seeds=seeds), strict=True
+            ):
+                yield requests[k][0], GenerateReply(answer.text, answer.finish)
+
+    def _prompt(self, request: GenerateRequest) -> np.ndarray:
+        """Return the token ids of a prompt, (n,)."""
+        if request.chat:
+            return self._dialogue(request.prompt, request.begun)
+        return self._framed(self.tokenizer.encode(request.prompt.rstrip(" ")))
+
+    def _framed(self, tokens: np.ndarray) -> np.ndarray:
+        """Return a prompt with the special tokens of its family: bos before a decoder's, eos after an encoder-decoder's."""
+        if self.mode == "halves":
+            return np.append(tokens, self.evaluated.vocab.eos).astype(np.int32)
+        return tokens if self.bos is None else np.concatenate(([self.bos], tokens)).astype(np.int32)
+
+    def _dialogue(self, message: str, begun: str) -> np.ndarray:
+        """Return the token ids of a user's message and the start of the answer."""
+        tokens, _ = chat.encode(self.tokenizer, [{"role": "user", "content": message}], open=True)
+        return np.concatenate((tokens, self.tokenizer.encode(begun))).astype(np.int32) if begun else tokens
+
+    def _pair(self, request: ScoreRequest) -> ScoredPair:
+        """Return a prompt and its continuation as token ids.
+
+        Both are tokenized together and split after the prompt's own length, and blanks at the end of the prompt belong to
+        the continuation, as in lm-evaluation-harness.
+        """
+        if request.chat:
+            before = self._dialogue(request.prompt, request.begun)
+            whole = self.tokenizer.encode(request.begun + request.continuation)
+            after = whole[len(self.tokenizer.encode(request.begun)) :] if request.begun else whole
+            return ScoredPair(before, after)
+        prompt = request.prompt.rstrip()
+        text = request.prompt[len(prompt) :] + request.continuation
+        whole = self.tokenizer.encode(prompt + text)
+        cut = len(self.tokenizer.encode(prompt)) if prompt else 0
+        before, after = whole[:cut], whole[cut:]
+        starts = self._word_starts(prompt, text, cut) if self.within_word and self.mode == "masked" else None
+        if self.mode == "masked":
+            return ScoredPair(before, after, starts)
+        framed = self._framed(before)
+        if not len(framed):  # a decoder without bos: transformers' models start with eos then
+            start = self.evaluated.vocab.roles.get("bos", self.evaluated.vocab.roles.get("eos"))
+            framed, after = (np.array([start], np.int32), after) if start is not None else (after[:1], after[1:])
+        return ScoredPair(framed, after)
+
+    def _word_starts(self, prompt: str, text: str, cut: int) -> np.ndarray:
+        """Return whether each token of the continuation begins a word: a blank precedes it, or the text begins."""
+        whole = prompt + text
+        _, spans = self.tokenizer.spans(whole)
+        starts = [whole[start : start + 1].isspace() or start == 0 or whole[start - 1].isspace() for start, _ in spans]
+        return np.array(starts, bool)[cut:]
+
+
+def _sampling(request: GenerateRequest) -> Sampling:
+    return Sampling(
+        max_new_tokens=request.max_new_tokens, temperature=request.temperature, top_p=request.top_p,
+        stop_strings=tuple(stop for stop in request.stop if stop),
+    )  # fmt: skip
+
+
+def model_digest(evaluated: EvaluatedModel, settings: str) -> str:
+    """Return a hash of the files of a model, of its tokenizer and of what changes its replies."""
+    place = evaluated.model_directory
+    found = hashlib.sha256(f"{settings} {evaluated.tokenizer.digest}".encode())
+    files = sorted(place.glob("*.safetensors")) + sorted(place.glob("*config*.json")) if place.is_dir() else [place]
+    for file in files:
+        with file.open("rb") as opened:
+            found.update(file.name.encode() + hashlib.file_digest(opened, "sha256").digest())
+    return found.hexdigest()[:32]

@@ -1,0 +1,368 @@
+"""A task that asks a model in text: how prompts are built, what is requested, and how replies are read.
+
+A task asks each of its items one of four kinds of questions (`output_type`, the names are lm-evaluation-harness's):
+
+    multiple_choice         log p of each choice after the prompt; the most likely one is the answer
+    generate_until          a generated text, read by filters
+    loglikelihood           log p of the target, which directly follows the prompt, and whether greedy decoding would write it
+    loglikelihood_rolling   log p of a whole text, for perplexity and bits per byte
+
+Replies may be followed by further requests: zero-shot chain of thought first generates a rationale, then asks for the answer
+after it. `PromptTask.ask` is therefore a generator of requests that receives the replies.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Generator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from firth.evaluate.metrics import squad
+from firth.evaluate.prompting.answers import FilterChain, apply_filters, exact_match
+from firth.evaluate.prompting.prompts import STEP_BY_STEP, THEREFORE, Item, choose_shots, fit, render, render_value
+from firth.evaluate.prompting.requests import (
+    GenerateReply,
+    GenerateRequest,
+    Reply,
+    Request,
+    Responder,
+    ScoreReply,
+    ScoreRequest,
+)
+from firth.types import UserError
+
+OutputType = Literal["multiple_choice", "generate_until", "loglikelihood", "loglikelihood_rolling"]
+OUTPUT_TYPES = ("multiple_choice", "generate_until", "loglikelihood", "loglikelihood_rolling")
+METRICS: dict[str, tuple[str, ...]] = {
+    "multiple_choice": ("acc", "acc_norm", "multiple_choice_grade"),
+    "generate_until": ("exact_match", "f1"),
+    "loglikelihood": ("acc", "perplexity"),
+    "loglikelihood_rolling": ("word_perplexity", "byte_perplexity", "bits_per_byte"),
+}
+"""Output type -> its metrics."""
+
+
+@dataclass(frozen=True)
+class MetricConfig:
+    """One metric of a task.
+
+    Args:
+        name: A name in `METRICS`.
+        options: Options of `exact_match`: ignore_case, ignore_punctuation, ignore_numbers, regexes_to_ignore.
+    """
+
+    name: str
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class PromptConfig:
+    """How the prompts of an evaluation are built; `firth evaluate` sets it.
+
+    Args:
+        shots: Examples before the question; None for the task's own number.
+        chat: Whether the prompt is a message of the model's chat template.
+        cot: Whether the model writes a rationale first: "" for no, "zero-shot" ("Let's think step by step.").
+        votes: Sampled answers per item, of which the most frequent counts (self-consistency, Wang 2022); 1: greedy.
+        temperature: Temperature of sampled answers.
+        seed: Seed of examples and samples.
+        limit: Most items, the first ones; None for all.
+    """
+
+    shots: int | None = None
+    chat: bool = False
+    cot: Literal["", "zero-shot"] = ""
+    votes: int = 1
+    temperature: float = 0.7
+    seed: int = 0
+    limit: int | None = None
+
+
+@dataclass(frozen=True)
+class ItemResult:
+    """Result of one item.
+
+    Args:
+        location: File and line of the item.
+        group: Its group (a subject); "" without groups.
+        prompt: The first prompt.
+        shots: Number of examples in it.
+        gold: The gold answer.
+        answers: What was read from the replies, by filter chain ("none" without filters).
+        metrics: Metric -> value of this item; with several filter chains "metric,chain".
+        replies: Generated texts, or log p of each choice.
+        weights: Metric -> weight of the item in the mean (words or bytes); 1 if absent.
+    """
+
+    location: str
+    group: str
+    prompt: str
+    shots: int
+    gold: Any
+    answers: Mapping[str, str]
+    metrics: Mapping[str, float]
+    replies: Sequence[Any]
+    weights: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, eq=False)
+class PromptTask:
+    """A task in text.
+
+    Args:
+        name: Name in tables.
+        items: The questions.
+        pool: Items that examples are taken from; the questions themselves if empty.
+        output_type: What is requested.
+        prompt: Template of the prompt, or a field.
+        target: Template or field of the gold answer: for multiple_choice a choice or its index.
+        choices: Choices: a list of templates, or a template or field whose value is a list.
+        description: Text before the examples, a template.
+        target_delimiter: Text between a prompt and its target.
+        fewshot_delimiter: Text after an example.
+        shots: Default number of examples.
+        sampler: "first_n" or "random".
+        group: Field that groups items (subjects); "" for none.
+        filters: Chains that read generated answers; without any the answer is the stripped text.
+        metrics: The metrics.
+        stop: Strings that end an answer.
+        max_new_tokens: Most tokens of an answer.
+        scores: Field with a score of each choice (BIG-bench's `multiple_choice_grade`); "" for none.
+    """
+
+    name: str
+    items: Sequence[Item]
+    output_type: OutputType
+    prompt: str
+    target: str
+    pool: Sequence[Item] = ()
+    choices: str | Sequence[str] = ()
+    description: str = ""
+    target_delimiter: str = " "
+    fewshot_delimiter: str = "\n\n"
+    shots: int = 0
+    sampler: Literal["first_n", "random"] = "random"
+    group: str = ""
+    filters: tuple[FilterChain, ...] = ()
+    metrics: tuple[MetricConfig, ...] = ()
+    stop: tuple[str, ...] = ("\n\n",)
+    max_new_tokens: int = 256
+    scores: str = ""
+
+    def choices_of(self, item: Item) -> list[str]:
+        """Return the choices of an item; UserError with its location unless there are two or more different ones."""
+        found = (
+            render_value(self.choices, item)
+            if isinstance(self.choices, str)
+            else [render(choice, item) for choice in self.choices]
+        )
+        if not isinstance(found, list | tuple) or len(found) < 2:
+            raise UserError(f"{item.location}: the choices are {found!r}: a question needs a list of two or more")
+        return [str(choice) for choice in found]
+
+    def gold_of(self, item: Item) -> Any:
+        """Return the gold answer: the index of a choice for multiple_choice, otherwise a tuple of accepted texts.
+
+        Raises:
+            UserError: The gold answer is not among the choices, or there is none.
+        """
+        if self.output_type != "multiple_choice":
+            found = render_value(self.target, item) if self.target else ""
+            golds = tuple(str(one) for one in found) if isinstance(found, list | tuple) else (str(found),)
+            if not golds:
+                raise UserError(f"{item.location}: the list of gold answers is empty")
+            return golds
+        choices = self.choices_of(item)
+        value = int(self.target) if self.target.lstrip("-").isdigit() else render_value(self.target, item)
+        text = str(value)
+        if isinstance(value, int) and not isinstance(value, bool):
+            index = value
+        elif text in choices:
+            index = choices.index(text)
+        else:
+            index = int(text) if text.isdigit() else -1
+        if not 0 <= index < len(choices):
+            raise UserError(
+                f"{item.location}: the gold answer {value!r} is neither one of the choices nor the index of one"
+            )
+        return index
+
+    def target_text(self, item: Item) -> str:
+        """Return the gold answer as text, as it is shown in an example."""
+        gold = self.gold_of(item)
+        return self.choices_of(item)[gold] if self.output_type == "multiple_choice" else str(gold[0])
+
+    def check(self, config: PromptConfig) -> None:
+        """Render every item once, so that a wrong field is found before the model runs.
+
+        Raises:
+            UserError: An item does not fit the task, or the settings do not.
+        """
+        if not self.items:
+            raise UserError(f"{self.name}: there is no item")
+        if config.votes > 1 and self.output_type != "generate_until":
+            raise UserError(f"{self.name}: --votes samples generated answers, and this task scores {self.output_type}")
+        if config.cot and self.output_type not in ("generate_until", "multiple_choice"):
+            raise UserError(f"{self.name}: --cot needs answers, and this task scores {self.output_type}")
+        for item in self.selected(config):
+            render(self.prompt, item)
+            self.gold_of(item)
+            if self.group and self.group not in item.fields:
+                raise UserError(f"{item.location}: there is no field {self.group!r}, which groups the items")
+
+    def selected(self, config: PromptConfig) -> Sequence[Item]:
+        """Return the items that are evaluated."""
+        return self.items if config.limit is None else self.items[: config.limit]
+
+    def _example(self, item: Item) -> str:
+        return render(self.prompt, item) + self.target_delimiter + self.target_text(item) + self.fewshot_delimiter
+
+    def build_prompt(self, item: Item, index: int, config: PromptConfig, model: Responder) -> tuple[str, int]:
+        """Return the prompt of an item and the number of examples in it.
+
+        Raises:
+            UserError: The prompt is too long even without examples.
+        """
+        count = self.shots if config.shots is None else config.shots
+        pool = list(self.pool or self.items)
+        if self.group and self.pool:  # examples of the item's own subject
+            pool = [one for one in pool if one.fields.get(self.group) == item.fields.get(self.group)] or pool
+        shots = choose_shots(pool, item, count, self.sampler, config.seed, index) if count else []
+        description = render(self.description, item) if self.description else ""
+        question = render(self.prompt, item)
+        if config.cot and not config.chat:
+            question += self.target_delimiter + STEP_BY_STEP
+        room = self.max_new_tokens if self.output_type == "generate_until" or config.cot else 0
+        if self.output_type == "multiple_choice":
+            room += max(model.count_tokens(self.target_delimiter + choice) for choice in self.choices_of(item))
+        if self.output_type == "loglikelihood":
+            room += model.count_tokens(self.gold_of(item)[0])
+        longest = model.context - min(room, model.context // 2)
+
+        def count_tokens(text: str) -> int:
+            return model.count_tokens(text, config.chat)
+
+        prompt, kept = fit([self._example(shot) for shot in shots], question, description, longest, count_tokens)
+        length = count_tokens(prompt)
+        if length > longest:
+            raise UserError(
+                f"{item.location}: the prompt of {self.name} has {length:,} tokens without any example, and {model.name} reads "
+                f"{model.context:,}, of which {model.context - longest:,} are kept for the answer: leave the item out"
+            )
+        return prompt, kept
+
+    def ask(
+        self, item: Item, index: int, config: PromptConfig, model: Responder
+    ) -> Generator[Sequence[Request], Sequence[Reply], ItemResult]:
+        """Yield the requests of an item, receive the replies, and return the result.
+
+        Args:
+            item: The question.
+            index: Its number.
+            config: How prompts are built.
+            model: Counts tokens and applies the chat template; it is not run here.
+        """
+        group = str(item.fields[self.group]) if self.group else ""
+        if self.output_type == "loglikelihood_rolling":
+            text = render(self.target or self.prompt, item)
+            (score,) = yield [ScoreRequest("", text)]
+            assert isinstance(score, ScoreReply)
+            return self._rolling(item, group, text, score)
+        prompt, kept = self.build_prompt(item, index, config, model)
+        gold = self.gold_of(item)
+        chat, votes = config.chat, range(config.votes)
+        heat = config.temperature if config.votes > 1 else 0.0
+        lead = "" if chat else self.target_delimiter
+        begun = [""]  # how the answer begins: a rationale
+        rationales: list[str] = []
+        if config.cot:
+            step = STEP_BY_STEP if chat else ""
+            thoughts = yield [
+                GenerateRequest(prompt, self.stop, self.max_new_tokens, heat, 1.0, 1000 * config.seed + v, chat, step)
+                for v in votes
+            ]
+            rationales = [step + thought.text.rstrip() for thought in thoughts if isinstance(thought, GenerateReply)]
+            begun, lead = [f"{text}\n{THEREFORE}" for text in rationales], " "
+        starts = [(prompt, one) if chat else (prompt + one, "") for one in begun]
+        if self.output_type == "multiple_choice":
+            choices = self.choices_of(item)
+            scores = yield [ScoreRequest(starts[0][0], lead + choice, chat, starts[0][1]) for choice in choices]
+            found = [score for score in scores if isinstance(score, ScoreReply)]
+            return self._choice(item, group, prompt, kept, gold, choices, found, rationales)
+        if self.output_type == "loglikelihood":
+            (score,) = yield [ScoreRequest(prompt, gold[0], chat)]
+            assert isinstance(score, ScoreReply)
+            values = {"acc": float(score.greedy), "perplexity": score.logprob}
+            return ItemResult(item.location, group, prompt, kept, gold[0], {}, self._known(values), [score.logprob])
+        if config.cot:
+            replies = yield [GenerateRequest(p, self.stop, self.max_new_tokens, chat=chat, begun=b) for p, b in starts]
+        else:
+            replies = yield [
+                GenerateRequest(prompt, self.stop, self.max_new_tokens, heat, 1.0, 1000 * config.seed + v, chat)
+                for v in votes
+            ]
+        texts = [reply.text for reply in replies if isinstance(reply, GenerateReply)]
+        return self._generated(item, group, prompt, kept, gold, texts, rationales)
+
+    def _known(self, values: Mapping[str, float]) -> dict[str, float]:
+        """Return the values of the task's metrics."""
+        return {metric.name: values[metric.name] for metric in self.metrics if metric.name in values}
+
+    def _choice(
+        self, item: Item, group: str, prompt: str, kept: int, gold: int, choices: Sequence[str],
+        scores: Sequence[ScoreReply], rationales: Sequence[str],
+    ) -> ItemResult:  # fmt: skip
+        """Return the result of a multiple-choice item. The most likely choice must be the only one: a tie is wrong."""
+        sums = [score.logprob for score in scores]
+        norms = [total / max(1, len(choice)) for total, choice in zip(sums, choices, strict=True)]
+        values = {"acc": _wins(sums, gold), "acc_norm": _wins(norms, gold)}
+        best = max(range(len(sums)), key=sums.__getitem__)
+        if self.scores:
+            values["multiple_choice_grade"] = float(render_value(self.scores, item)[best])
+        replies = [*rationales, *sums]
+        return ItemResult(
+            item.location, group, prompt, kept, choices[gold], {"none": choices[best]}, self._known(values), replies
+        )
+
+    def _rolling(self, item: Item, group: str, text: str, score: ScoreReply) -> ItemResult:
+        words, size = max(1, len(text.split())), max(1, len(text.encode("utf-8", "surrogatepass")))
+        nll = -score.logprob
+        values = {
+            "word_perplexity": nll / words,
+            "byte_perplexity": nll / size,
+            "bits_per_byte": nll / size / math.log(2),
+        }
+        weights = {"word_perplexity": float(words), "byte_perplexity": float(size), "bits_per_byte": float(size)}
+        return ItemResult(item.location, group, text, 0, "", {}, self._known(values), [score.logprob], weights)
+
+    def _generated(
+        self, item: Item, group: str, prompt: str, kept: int, golds: Sequence[str], texts: Sequence[str],
+        rationales: Sequence[str],
+    ) -> ItemResult:  # fmt: skip
+        """Return the result of a generated answer: each filter chain reads one; of several samples the most frequent."""
+        answers: dict[str, str] = {}
+        values: dict[str, float] = {}
+        chains = self.filters or (FilterChain("none", ()),)
+        for chain in chains:
+            read = [one for text in texts for one in apply_filters(chain.filters, [text])[:1]]
+            answers[chain.name] = answer = majority(read)
+            for metric in self.metrics:
+                name = metric.name if len(chains) == 1 else f"{metric.name},{chain.name}"
+                if metric.name == "exact_match":
+                    options = dict(metric.options)
+                    options["ignore"] = tuple(options.pop("regexes_to_ignore", None) or ())
+                    values[name] = max(exact_match(answer, gold, **options) for gold in golds)
+                elif metric.name == "f1":
+                    values[name] = squad(golds, answer)[1]
+        return ItemResult(item.location, group, prompt, kept, golds[0], answers, values, [*rationales, *texts])
+
+
+def majority(answers: Sequence[str]) -> str:
+    """Return the most frequent answer; of equally frequent ones the first; "" for none."""
+    return max(answers, key=lambda one: (answers.count(one), -answers.index(one))) if answers else ""
+
+
+def _wins(scores: Sequence[float], gold: int) -> float:
+    """Return 1.0 if the gold score is the only highest one, 0.0 otherwise."""
+    return float(all(scores[gold] > score for i, score in enumerate(scores) if i != gold))

@@ -1,0 +1,306 @@
+"""Read tasks from files: YAML with the fields of lm-evaluation-harness, and BIG-bench's task.json.
+
+A task of one's own is a YAML file of ten lines:
+
+    task: capitals
+    data: capitals.jsonl                 # {"country": "Chad", "capital": "N'Djamena"} per line; a path next to the YAML file
+    output_type: generate_until
+    doc_to_text: "The capital of {{country}} is"
+    doc_to_target: capital
+    num_fewshot: 3
+    generation_kwargs: {until: ["\\n"], max_gen_toks: 8}
+    metric_list: [{metric: exact_match, ignore_case: true}]
+
+Public task files of lm-evaluation-harness are read as they are where they hold no Python; their `dataset_path` names a hub,
+which nothing here calls, so the records are given on the command line (`--data`, `--examples`).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from firth.corpora.readers import nearest, records
+from firth.evaluate.prompting.answers import Filter, FilterChain, check_filter
+from firth.evaluate.prompting.prompt_task import METRICS, OUTPUT_TYPES, MetricConfig, OutputType, PromptTask
+from firth.evaluate.prompting.prompts import Item, check_template
+from firth.io.yaml_files import read_yaml
+from firth.types import UserError
+
+BUILTIN = Path(__file__).with_name("tasks")
+"""Directory of the tasks that firth ships."""
+READ_FIELDS = frozenset({
+    "task", "include", "data", "examples", "output_type", "doc_to_text", "doc_to_target", "doc_to_choice", "description",
+    "target_delimiter", "fewshot_delimiter", "num_fewshot", "fewshot_config", "generation_kwargs", "filter_list",
+    "metric_list", "repeats", "group_by",
+})  # fmt: skip
+"""Fields of a task file that are used."""
+IGNORED_FIELDS = frozenset({
+    "tag", "group", "task_alias", "dataset_path", "dataset_name", "dataset_kwargs", "training_split", "validation_split",
+    "test_split", "fewshot_split", "metadata", "should_decontaminate", "doc_to_decontamination_query",
+})  # fmt: skip
+"""Fields of lm-evaluation-harness that say where its data comes from, or serve its lists; they are skipped."""
+PYTHON_FIELDS = frozenset({"process_docs", "process_results", "custom_dataset", "use_prompt", "unsafe_code", "class"})
+"""Fields of lm-evaluation-harness that run Python or fetch templates; a task with one is refused."""
+
+
+def builtin_names() -> list[str]:
+    """Return the names of the tasks that firth ships."""
+    return sorted(path.stem for path in BUILTIN.glob("*.yaml"))
+
+
+def load_task(name: str, data: Sequence[str] = (), examples: Sequence[str] = ()) -> PromptTask:
+    """Load a task.
+
+    Args:
+        name: Name of a shipped task, a YAML file, or a task.json of BIG-bench or its directory.
+        data: Files of the questions; by default those that the task file names.
+        examples: Files of the records that examples in prompts are taken from.
+
+    Raises:
+        UserError: There is no such task, a field is wrong, or there is no data.
+    """
+    path = Path(name)
+    if path.is_dir() and (path / "task.json").is_file():
+        path = path / "task.json"
+    if path.suffix == ".json" and path.is_file():
+        return read_bigbench(path)
+    if not path.is_file():
+        path = BUILTIN / f"{name}.yaml"
+    if not path.is_file():
+        raise UserError(
+            f"there is no task {name!r}: give a YAML file, a task.json of BIG-bench, or one of {', '.join(builtin_names())}"
+        )
+    return read_task(path, data, examples)
+
+
+def is_prompt_task(name: str) -> bool:
+    """Return whether a name is that of a shipped task, or a task file."""
+    path = Path(name)
+    return (
+        name in builtin_names()
+        or path.suffix in (".yaml", ".yml")
+        or path.name == "task.json"
+        or (path / "task.json").is_file()
+    )
+
+
+def read_task(path: Path, data: Sequence[str] = (), examples: Sequence[str] = ()) -> PromptTask:
+    """Read a task from a YAML file; see `load_task`."""
+    settings, lines = _settings(path)
+
+    def at(field: str) -> str:
+        return f"{path}:{lines[field]}" if field in lines else str(path)
+
+    def text(field: str, default: str) -> str:
+        value = settings.get(field, default)
+        if value is None:
+            return default
+        if not isinstance(value, str | int) or isinstance(value, bool):
+            raise UserError(f"{at(field)}: {field} must be text, and it is {value!r}")
+        return str(value)
+
+    output_type = text("output_type", "generate_until")
+    if output_type not in OUTPUT_TYPES:
+        raise UserError(
+            f"{at('output_type')}: output_type is {output_type!r}, and must be one of {', '.join(OUTPUT_TYPES)}"
+        )
+    choices = settings.get("doc_to_choice", ())
+    if isinstance(choices, list):
+        choices = tuple(str(choice) for choice in choices)
+    if not isinstance(choices, str | tuple):
+        raise UserError(f"{at('doc_to_choice')}: doc_to_choice must be a list or a template")
+    if output_type == "multiple_choice" and (not choices or (isinstance(choices, tuple) and len(choices) < 2)):
+        raise UserError(f"{at('doc_to_choice')}: a multiple_choice task needs doc_to_choice with two choices or more")
+    for field in ("doc_to_text", "doc_to_target", "description", "doc_to_choice"):
+        for template in [settings.get(field)] if isinstance(settings.get(field), str) else settings.get(field) or ():
+            if isinstance(template, str):
+                check_template(template, at(field))
+    if "doc_to_text" not in settings and output_type != "loglikelihood_rolling":
+        raise UserError(f"{path}: doc_to_text is missing: it is the template of the prompt")
+    generation = _mapping(settings.get("generation_kwargs"), at("generation_kwargs"))
+    delimiter = text("fewshot_delimiter", "\n\n")
+    until = generation.get("until", [delimiter])
+    fewshot = _mapping(settings.get("fewshot_config"), at("fewshot_config"))
+    pool_paths = examples or _paths(settings.get("examples"), path, at("examples"))
+    item_paths = data or _paths(settings.get("data"), path, at("data"))
+    if not item_paths:
+        raise UserError(
+            f"{path}: there are no records: give them with --data FILES, or name them in the task file (data: FILES)"
+        )
+    samples = fewshot.get("samples")
+    if isinstance(samples, str):
+        raise UserError(f"{at('fewshot_config')}: samples must be a list of records here; Python is not run")
+    pool = [Item(one, f"{at('fewshot_config')}, example {i}") for i, one in enumerate(samples or (), 1)] or list(
+        _items(pool_paths)
+    )
+    return PromptTask(
+        name=text("task", path.stem),
+        items=list(_items(item_paths)),
+        pool=pool,
+        output_type=output_type,  # type: ignore[arg-type]
+        prompt=text("doc_to_text", ""),
+        target=text("doc_to_target", ""),
+        choices=choices,
+        description=text("description", ""),
+        target_delimiter=text("target_delimiter", " "),
+        fewshot_delimiter=delimiter,
+        shots=int(settings.get("num_fewshot") or 0),
+        sampler="first_n" if fewshot.get("sampler") == "first_n" or samples else "random",
+        group=text("group_by", ""),
+        filters=_filters(settings.get("filter_list"), at("filter_list")),
+        metrics=_metrics(settings.get("metric_list"), output_type, at("metric_list")),
+        stop=tuple(str(one) for one in ([until] if isinstance(until, str) else until)),
+        max_new_tokens=int(generation.get("max_gen_toks", 256)),
+    )
+
+
+def _settings(path: Path, depth: int = 0) -> tuple[dict[str, Any], dict[str, int]]:
+    """Return the fields of a task file over those that it includes, and the line of each of its own."""
+    found, node = _read(path)
+    lines = {
+        key.value: key.start_mark.line + 1 for key, _ in (node.value if isinstance(node, yaml.MappingNode) else ())
+    }
+    if not isinstance(found, dict):
+        raise UserError(f"{path}: a task is a list of fields, such as `doc_to_text: ...`")
+    for field in found:
+        where = f"{path}:{lines.get(field, 1)}"
+        if field in PYTHON_FIELDS:
+            raise UserError(f"{where}: {field} runs Python of lm-evaluation-harness, which is not run here")
+        if field not in READ_FIELDS | IGNORED_FIELDS:
+            raise UserError(
+                f"{where}: there is no field {field!r}; {nearest(str(field), dict.fromkeys(sorted(READ_FIELDS)))}"
+            )
+    base = found.pop("include", None)
+    if base is None:
+        return found, lines
+    if depth > 8:
+        raise UserError(f"{path}:{lines['include']}: files include each other without end")
+    below, below_lines = _settings(path.parent / str(base), depth + 1)
+    return below | found, below_lines | lines
+
+
+def _read(path: Path) -> tuple[Any, yaml.Node | None]:
+    try:
+        return read_yaml(path)
+    except UserError as error:
+        if "!function" in str(error):
+            raise UserError(f"{path}: this task runs Python (!function), which is not run here") from error
+        raise
+
+
+def _mapping(value: Any, location: str) -> Mapping[str, Any]:
+    if value is None:
+        return {}
+    if not isinstance(value, dict):
+        raise UserError(f"{location}: options are wanted, such as {{until: [...]}}, and this is {value!r}")
+    return value
+
+
+def _paths(value: Any, path: Path, location: str) -> list[str]:
+    """Return the files that a task file names, relative to it."""
+    if value is None:
+        return []
+    names = [value] if isinstance(value, str) else value
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise UserError(f"{location}: file names are wanted")
+    return [str(path.parent / name) for name in names]
+
+
+def _items(paths: Sequence[str]) -> Iterator[Item]:
+    for location, record in records(paths) if paths else ():
+        yield Item(record, location)
+
+
+def _filters(value: Any, location: str) -> tuple[FilterChain, ...]:
+    chains = []
+    for chain in value or ():
+        steps = tuple(
+            check_filter(
+                Filter(str(step.get("function")), {k: v for k, v in step.items() if k != "function"}), location
+            )
+            for step in chain.get("filter", ())
+        )
+        chains.append(FilterChain(str(chain.get("name", "none")), steps))
+    return tuple(chains)
+
+
+def _metrics(value: Any, output_type: str, location: str) -> tuple[MetricConfig, ...]:
+    known = METRICS[output_type]
+    if not value:
+        return tuple(MetricConfig(name) for name in known if name != "multiple_choice_grade")
+    metrics = []
+    for one in [value] if isinstance(value, dict) else value:
+        options = dict(one) if isinstance(one, dict) else {"metric": one}
+        name = options.pop("metric", None)
+        if name not in known:
+            raise UserError(f"{location}: {output_type} has no metric {name!r}: it has {', '.join(known)}")
+        for ours in ("aggregation", "higher_is_better", "hf_evaluate"):
+            options.pop(ours, None)
+        unknown = options.keys() - {"ignore_case", "ignore_punctuation", "ignore_numbers", "regexes_to_ignore"}
+        if unknown:
+            raise UserError(f"{location}: the metric {name} has no option {sorted(unknown)[0]!r}")
+        metrics.append(MetricConfig(str(name), options))
+    return tuple(metrics)
+
+
+def read_bigbench(path: Path) -> PromptTask:
+    """Read a task of BIG-bench from its task.json (Srivastava 2022, docs/doc.md of its repository).
+
+    Multiple choice where the examples have `target_scores`, generation otherwise. Choices are listed in the prompt in their
+    order in the file (`append_choices_to_input`); BIG-bench shuffles them.
+
+    Raises:
+        UserError: The file is not such a task.
+    """
+    try:
+        task = json.loads(path.read_text("utf-8"))
+        examples = task["examples"]
+        if not isinstance(examples, list):
+            raise TypeError("examples is not a list")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"{path}: this is not a task.json of BIG-bench, which has a list of examples: {error}"
+        ) from error
+    input_prefix, output_prefix = task.get("example_input_prefix", "\nQ: "), task.get("example_output_prefix", "\nA: ")
+    choice_prefix, listed = task.get("choice_prefix", "\n  choice: "), task.get("append_choices_to_input", True)
+    items = []
+    for number, one in enumerate(examples, 1):
+        location = f"{path}: example {number}"
+        if not isinstance(one, dict) or "input" not in one or not ("target" in one or "target_scores" in one):
+            raise UserError(f"{location}: an example has the fields input, and target or target_scores")
+        scores: dict[str, Any] = one.get("target_scores") or {}
+        choices = list(scores)
+        shown = "".join(choice_prefix + choice for choice in choices) if listed and choices else ""
+        target = one.get("target")
+        fields: dict[str, Any] = {"input": f"{input_prefix}{one['input']}{shown}{output_prefix}"}
+        if choices:
+            values = [float(scores[choice]) for choice in choices]
+            fields |= {"choices": choices, "scores": values, "target": values.index(max(values))}
+        else:
+            fields["target"] = target if isinstance(target, list) else [target]
+        items.append(Item(fields, location))
+    if not items:
+        raise UserError(f"{path}: this task has no examples in its file")
+    kind: OutputType = "multiple_choice" if "choices" in items[0].fields else "generate_until"
+    if any(("choices" in item.fields) != ("choices" in items[0].fields) for item in items):
+        raise UserError(f"{path}: some examples have target_scores and others do not")
+    base = PromptTask(
+        name=str(task.get("name", path.parent.name)), items=items, output_type=kind, prompt="input", target="target",
+        description=task.get("task_prefix", "").replace("{", "{{ '{' }}"), target_delimiter="",
+        fewshot_delimiter=task.get("few_shot_example_separator", "\n"),
+    )  # fmt: skip
+    if kind == "multiple_choice":
+        names = ("multiple_choice_grade", "acc", "acc_norm")
+        return replace(base, choices="choices", scores="scores", metrics=tuple(MetricConfig(name) for name in names))
+    chains: tuple[FilterChain, ...] = (FilterChain("none", (Filter("remove_whitespace"),)),)
+    if pattern := task.get("output_regex"):
+        steps = (Filter("regex", {"regex_pattern": pattern}), Filter("remove_whitespace"))
+        chains = (FilterChain("none", tuple(check_filter(step, str(path)) for step in steps)),)
+    stop = (task["stop_string"],) if task.get("stop_string") else (base.fewshot_delimiter + input_prefix, "\n")
+    return replace(base, filters=chains, metrics=(MetricConfig("exact_match"), MetricConfig("f1")), stop=stop)

@@ -1,0 +1,383 @@
+"""Score continuations of prompts: log p of each token, for every family of models.
+
+    causal decoder     chain rule; a prompt is read once for all of its continuations, and what prompts share once for all
+    encoder-decoder    teacher forcing; a source is encoded once for all of its continuations
+    masked, permuted   pseudo-log-likelihood: each token given all others (Salazar 2020), n passes for n tokens
+
+The continuations of one prompt are branches of one row: a branch sees the prompt and itself, because its keys expire where
+the next branch begins (`firth.model.attention`). Prompts that begin with the same tokens (few-shot examples) are read from one
+KV cache of these tokens.
+
+>>> shared_prefixes([(1, 2, 3, 4), (1, 2, 3, 5, 6), (7, 8)], minimum=2)
+[(0, 2, 3), (2, 3, 0)]
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from firth.generate.decoding_batch import inference_mode, pad_right, rectangle
+from firth.model.config import ModelConfig
+from firth.model.forward_context import EncoderOutput, ForwardContext
+from firth.model.heads import LMHead
+from firth.model.kv_cache import KVCache
+from firth.model.model import LM
+from firth.tokenizer.vocab import Vocab
+from firth.types import NEVER, Batch, UserError
+
+MAX_TOKENS = 4096
+"""Most padded tokens of a batch of rows."""
+MAX_LOGIT_ROWS = 512
+"""Most positions whose logits are computed at once: 100 MB in fp32 with 50,000 token ids."""
+MIN_SHARED_TOKENS = 16
+"""Shortest common beginning of prompts that is read once for all of them."""
+
+
+ScoringMode = Literal["causal", "masked", "halves"]
+
+
+def scoring_mode(config: ModelConfig) -> ScoringMode:
+    """Return how a model scores text, from its config.
+
+    "halves" for an encoder-decoder; "masked" for a model that is neither causal nor a prefix LM and has a transform in its
+    LM head (BERT), a mask embedding (XLNet) or a bidirectional RNN; "causal" for all others.
+
+    Raises:
+        UserError: The model gives text no likelihood.
+    """
+    if config.encoder.latent_size:
+        raise UserError(
+            "a variational autoencoder only bounds the likelihood of a text: its ELBO is one of the validation metrics of "
+            "its run (`firth evaluate RUN` without files)"
+        )
+    if config.encoder.num_layers:
+        return "halves"
+    masked = config.lm_head.type == "transform" or config.embedding.mask or config.rnn.type
+    return "masked" if masked and not (config.causal or config.attention.prefix_lm) else "causal"
+
+
+@dataclass(frozen=True, eq=False)
+class TokenScores:
+    """Scores of one continuation.
+
+    Args:
+        logprobs: log p of each of its tokens, (n,) float64, in nats.
+        greedy: Whether each of them is the most likely token.
+    """
+
+    logprobs: np.ndarray
+    greedy: bool
+
+    @property
+    def total(self) -> float:
+        """Summed log-probability in nats."""
+        return float(self.logprobs.sum())
+
+
+@dataclass(frozen=True, eq=False)
+class ScoredPair:
+    """A prompt and one of its continuations.
+
+    Args:
+        prompt: Token ids (m,).
+        continuation: Token ids (n,), at least one.
+        word_starts: For masked models with within-word masking: whether each token begins a word, (n,) bool.
+    """
+
+    prompt: np.ndarray
+    continuation: np.ndarray
+    word_starts: np.ndarray | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class _Branches:
+    """A prompt with its different continuations and the index of each pair."""
+
+    prompt: tuple[int, ...]
+    continuations: list[np.ndarray]
+    index: list[int]
+
+
+def score_pairs(model: LM, vocab: Vocab, pairs: Sequence[ScoredPair]) -> Iterator[tuple[int, TokenScores]]:
+    """Yield (index, scores) of each pair, in the order in which they are computed.
+
+    Args:
+        model: A model with an LM head.
+        vocab: Its vocabulary, with the decoder start token.
+        pairs: The pairs. A causal model needs at least one prompt token (bos).
+
+    Raises:
+        UserError: A pair is empty or longer than the model's context.
+    """
+    check_lengths(model, pairs)
+    mode = scoring_mode(model.config)
+    with inference_mode(model):
+        if mode == "halves":
+            yield from _teacher_forced(model, vocab, pairs)
+        elif mode == "masked":
+            yield from _pseudo(model, vocab, pairs)
+        else:
+            yield from _causal(model, pairs)
+
+
+def check_lengths(model: LM, pairs: Sequence[ScoredPair]) -> None:
+    """Raise a UserError if a pair is empty or longer than the model's context."""
+    mode, context = scoring_mode(model.config), model.context
+    for i, pair in enumerate(pairs):
+        if not len(pair.continuation):
+            raise UserError(f"pair {i}: the continuation is empty: give at least one token")
+        if not len(pair.prompt) and mode != "masked":
+            raise UserError(f"pair {i} has an empty prompt: give at least one token")
+        m, n = len(pair.prompt), len(pair.continuation)
+        length = max(m, n) if mode == "halves" else m + n + (2 if mode == "masked" else -1)
+        if length > context:
+            raise UserError(
+                f"pair {i} has {length} tokens and this model reads at most {context}: shorten it, or use a model with a "
+                "longer model.max_positions"
+            )
+
+
+def shared_prefixes(prompts: Sequence[Sequence[int]], minimum: int = MIN_SHARED_TOKENS) -> list[tuple[int, int, int]]:
+    """Group sorted prompts by a common beginning that is worth reading once.
+
+    Args:
+        prompts: Sorted lists of token ids.
+        minimum: Shortest common beginning; it must also be a quarter of the shortest prompt.
+
+    Returns:
+        (start, stop, length) of consecutive groups. The length is below that of each prompt; 0 without a common beginning.
+    """
+    groups: list[tuple[int, int, int]] = []
+    for i, prompt in enumerate(prompts):
+        if groups:
+            start, stop, length = groups[-1]
+            common = _common(prompts[stop - 1], prompt)
+            least = common if stop - start == 1 else min(length, common)
+            shortest = min(len(one) for one in (prompts[start], prompt))
+            # A group keeps its beginning unless the next prompt would cut it to less than half.
+            if common >= max(minimum, shortest // 4) and (stop - start == 1 or 2 * least >= length):
+                groups[-1] = (start, i + 1, least)
+                continue
+        groups.append((i, i + 1, 0))
+    return groups
+
+
+def _common(a: Sequence[int], b: Sequence[int]) -> int:
+    """Return the number of tokens at the start that two lists share, at most one less than the shorter has."""
+    n = min(len(a), len(b)) - 1
+    for i in range(n):
+        if a[i] != b[i]:
+            return i
+    return max(0, n)
+
+
+def _causal(model: LM, pairs: Sequence[ScoredPair]) -> Iterator[tuple[int, TokenScores]]:
+    """Score with a decoder."""
+    config = model.config
+    branching = not config.rnn.type and not config.attention.prefix_lm and model.prompt is None
+    rows: list[_Branches] = []
+    known: dict[tuple[int, ...], _Branches] = {}
+    for i, pair in enumerate(pairs):
+        prompt = tuple(int(token) for token in pair.prompt)
+        row = known.get(prompt) if branching else None
+        if row is None:
+            row = known[prompt] = _Branches(prompt, [], [])
+            rows.append(row)
+        row.continuations.append(np.asarray(pair.continuation, np.int64))
+        row.index.append(i)
+    rows.sort(key=lambda row: row.prompt)
+    sharing = branching and model.prefix is None
+    groups = shared_prefixes([row.prompt for row in rows]) if sharing else [(0, len(rows), 0)]
+    alone = [row for start, stop, length in groups if not length for row in rows[start:stop]]
+    for batch in _batches(alone, 0):
+        yield from _score_rows(model, batch, None, 0)
+    for start, stop, length in groups:
+        if length:
+            header = _read_header(model, rows[start].prompt[:length])
+            for batch in _batches(rows[start:stop], length):
+                yield from _score_rows(model, batch, header, length)
+
+
+def _batches(rows: Sequence[_Branches], shared: int) -> Iterator[list[_Branches]]:
+    """Yield rows in batches of at most MAX_TOKENS padded tokens, the longest first."""
+    batch: list[_Branches] = []
+    widest = 0
+    for row in sorted(rows, key=lambda row: -_width(row, shared)):
+        widest = widest or _width(row, shared)
+        if batch and widest * (len(batch) + 1) > MAX_TOKENS:
+            yield batch
+            batch, widest = [], _width(row, shared)
+        batch.append(row)
+    if batch:
+        yield batch
+
+
+def _width(row: _Branches, shared: int) -> int:
+    """Return the number of tokens of a row after the shared ones: its prompt, and its continuations without their last token."""
+    return len(row.prompt) - shared + sum(len(one) - 1 for one in row.continuations)
+
+
+def _read_header(model: LM, tokens: Sequence[int]) -> KVCache:
+    """Return the cache of tokens that prompts share."""
+    device = model.tokens.weight.device
+    cache = model.make_cache(1, len(tokens))
+    batch = rectangle([np.array(tokens)], device)
+    needed = torch.zeros_like(batch["tokens"], dtype=torch.bool)
+    needed[:, -1] = True
+    batch["key_expiry"] = torch.full_like(batch["key_time"], NEVER)  # the keys of branches will have one
+    model(batch, ForwardContext(cache, needed_positions=needed))
+    return cache
+
+
+def _score_rows(
+    model: LM, rows: Sequence[_Branches], header: KVCache | None, shared: int
+) -> Iterator[tuple[int, TokenScores]]:
+    """Run rows of prompts with their continuations once, and yield the scores of each continuation."""
+    device, prefix_lm = model.tokens.weight.device, model.config.attention.prefix_lm
+    tokens, positions, times, expiry = [], [], [], []
+    at: list[tuple[int, np.ndarray]] = []  # row, and the position whose state predicts each token of a continuation
+    order: list[tuple[int, np.ndarray]] = []  # index of the pair, and its tokens
+    for r, row in enumerate(rows):
+        length = len(row.prompt)
+        ids, place = [np.array(row.prompt[shared:], np.int64)], [np.arange(shared, length)]
+        when = [np.zeros(length - shared, np.int64) if prefix_lm else np.arange(shared, length)]
+        ends = [np.full(length - shared, NEVER)]
+        used, clock = length - shared, length
+        for index, continuation in zip(row.index, row.continuations, strict=True):
+            extra = len(continuation) - 1
+            states = np.concatenate(([length - shared - 1], np.arange(used, used + extra)))
+            at.append((r, states))
+            order.append((index, continuation))
+            ids.append(continuation[:-1])
+            place.append(np.arange(length, length + extra))
+            when.append(np.arange(clock, clock + extra))
+            clock, used = clock + extra, used + extra
+            ends.append(np.full(extra, clock))
+        if len(row.continuations) == 1:
+            ends[-1][:] = NEVER
+        tokens.append(np.concatenate(ids))
+        positions.append(np.concatenate(place))
+        times.append(np.concatenate(when))
+        expiry.append(np.concatenate(ends))
+    batch: Batch = {
+        "tokens": pad_right(tokens, 0, device),
+        "positions": pad_right(positions, 0, device),
+        "query_time": pad_right(times, -NEVER, device),
+        "key_time": pad_right(times, NEVER, device),
+    }
+    if header is not None or any(len(row.continuations) > 1 for row in rows):
+        batch["key_expiry"] = pad_right(expiry, NEVER, device)
+    needed = torch.zeros(batch["tokens"].shape, dtype=torch.bool, device=device)
+    for r, states in at:
+        needed[r, torch.from_numpy(states).to(device)] = True
+    cache = None if header is None else header.repeat(len(rows), shared + needed.shape[1])
+    hidden = model(batch, ForwardContext(cache, needed_positions=needed if cache is None else None))
+    yield from _read_scores(model, hidden, at, order)
+
+
+def _read_scores(
+    model: LM, hidden: Tensor, at: Sequence[tuple[int, np.ndarray]], order: Sequence[tuple[int, np.ndarray]]
+) -> Iterator[tuple[int, TokenScores]]:
+    """Yield the scores of continuations from hidden states (rows, T, hidden_size).
+
+    Args:
+        model: The model, whose LM head is run once for each position.
+        hidden: Its states.
+        at: Row, and the positions that predict the tokens, of each continuation.
+        order: Index, and the tokens, of each continuation.
+    """
+    head: LMHead = model.heads["lm"]  # type: ignore[assignment]
+    width = hidden.shape[1]
+    flat = np.concatenate([r * width + states for r, states in at])
+    labels = np.concatenate([continuation for _, continuation in order])
+    places, which = np.unique(flat, return_inverse=True)  # the first tokens of branches share a position
+    logprobs, greedy = np.zeros(len(labels)), np.zeros(len(labels), bool)
+    states = hidden.reshape(-1, hidden.shape[-1])
+    for first in range(0, len(places), MAX_LOGIT_ROWS):
+        some = torch.from_numpy(places[first : first + MAX_LOGIT_ROWS]).to(hidden.device)
+        logits = head(states[some]).float()
+        mine = np.flatnonzero((which >= first) & (which < first + MAX_LOGIT_ROWS))
+        local = torch.from_numpy(which[mine] - first).to(hidden.device)
+        label = torch.from_numpy(labels[mine]).to(hidden.device)
+        found = logits[local, label] - logits.logsumexp(-1)[local]
+        logprobs[mine] = found.double().cpu().numpy()
+        greedy[mine] = (logits.argmax(-1)[local] == label).cpu().numpy()
+    start = 0
+    for index, continuation in order:
+        stop = start + len(continuation)
+        yield index, TokenScores(logprobs[start:stop], bool(greedy[start:stop].all()))
+        start = stop
+
+
+def _teacher_forced(model: LM, vocab: Vocab, pairs: Sequence[ScoredPair]) -> Iterator[tuple[int, TokenScores]]:
+    """Score with an encoder-decoder: each source is encoded once."""
+    device = model.tokens.weight.device
+    order = sorted(
+        range(len(pairs)), key=lambda i: (-len(pairs[i].prompt), tuple(pairs[i].prompt), -len(pairs[i].continuation))
+    )
+    for first in range(
+        0, len(order), step := max(1, MAX_TOKENS // max(len(p.prompt) + len(p.continuation) for p in pairs))
+    ):
+        index = order[first : first + step]
+        sources: dict[tuple[int, ...], int] = {}
+        which = [sources.setdefault(tuple(int(t) for t in pairs[i].prompt), len(sources)) for i in index]
+        source = rectangle([np.array(one) for one in sources], device, causal=False)
+        encoded = model.encoder_output({f"source_{name}": field for name, field in source.items()})
+        rows = torch.tensor(which, device=device)
+        chosen = EncoderOutput(
+            encoded.hidden_states[rows],
+            {name: field[rows] if len(field) > 1 else field for name, field in encoded.fields.items()},
+        )
+        targets = [np.asarray(pairs[i].continuation, np.int64) for i in index]
+        batch = rectangle([np.concatenate(([vocab.start], one[:-1])) for one in targets], device)
+        hidden = model(batch, ForwardContext(encoder_output=chosen))
+        at = [(r, np.arange(len(one))) for r, one in enumerate(targets)]
+        yield from _read_scores(model, hidden, at, list(zip(index, targets, strict=True)))
+
+
+def _pseudo(model: LM, vocab: Vocab, pairs: Sequence[ScoredPair]) -> Iterator[tuple[int, TokenScores]]:
+    """Score with a masked or permuted model: each token of the continuation masked in turn, all others visible.
+
+    With `word_starts` the later tokens of the same word are masked too (Kauf and Ivanova 2023), since they would give the
+    token away.
+    """
+    device, query = model.tokens.weight.device, model.config.embedding.mask
+    jobs: list[tuple[int, int, np.ndarray, int]] = []  # pair, token of the continuation, masked row, its position
+    for i, pair in enumerate(pairs):
+        text = vocab.add_special_tokens(np.concatenate((pair.prompt, pair.continuation)).astype(np.int64))
+        offset = 1 + len(pair.prompt)
+        for j in range(len(pair.continuation)):
+            row, end = np.array(text, np.int64), j + 1
+            while pair.word_starts is not None and end < len(pair.continuation) and not pair.word_starts[end]:
+                end += 1
+            row[offset + j : offset + end] = vocab.mask
+            jobs.append((i, j, row, offset + j))
+    jobs.sort(key=lambda job: -len(job[2]))
+    found: dict[int, tuple[np.ndarray, np.ndarray]] = {
+        i: (np.zeros(len(pair.continuation)), np.zeros(len(pair.continuation), bool)) for i, pair in enumerate(pairs)
+    }
+    missing = {i: len(pair.continuation) for i, pair in enumerate(pairs)}
+    while jobs:
+        step = max(1, MAX_TOKENS // len(jobs[0][2]))
+        some, jobs = jobs[:step], jobs[step:]
+        batch = rectangle([row for *_, row, _ in some], device, causal=False)
+        if query:  # a mask is a query that no position attends to
+            batch["key_time"] = batch["key_time"].masked_fill(batch["tokens"] == vocab.mask, NEVER)
+        needed = torch.zeros(batch["tokens"].shape, dtype=torch.bool, device=device)
+        needed[torch.arange(len(some)), torch.tensor([place for *_, place in some])] = True
+        hidden = model(batch, ForwardContext(needed_positions=needed))
+        labels = [np.asarray(pairs[i].continuation[j : j + 1], np.int64) for i, j, *_ in some]
+        at = [(r, np.array([place])) for r, (*_, place) in enumerate(some)]
+        for r, scores in _read_scores(model, hidden, at, list(enumerate(labels))):
+            i, j = some[r][:2]
+            found[i][0][j], found[i][1][j] = scores.logprobs[0], scores.greedy
+            missing[i] -= 1
+            if not missing[i]:
+                logprobs, greedy = found.pop(i)
+                yield i, TokenScores(logprobs, bool(greedy.all()))

@@ -1,0 +1,411 @@
+"""Tasks in prompts: what is requested, how replies are read, and what is wrong in a task file."""
+
+import json
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from firth.evaluate.prompting.answers import Filter, FilterChain
+from firth.evaluate.prompting.prompt_task import MetricConfig, PromptConfig, PromptTask, majority
+from firth.evaluate.prompting.prompts import Item, choose_shots, fit
+from firth.evaluate.prompting.requests import (
+    GenerateReply,
+    GenerateRequest,
+    Reply,
+    ReplyCache,
+    Request,
+    ScoreReply,
+    ScoreRequest,
+)
+from firth.evaluate.prompting.results import comparisons, table, to_json, write_results
+from firth.evaluate.prompting.runner import TaskResult, paired_bootstrap, run_tasks, standard_error
+from firth.evaluate.prompting.task_files import builtin_names, load_task, read_bigbench, read_task
+from firth.types import UserError
+
+
+class FakeModel:
+    """Replies by rules and keeps the requests: a continuation scores minus its length, an answer is what `answers` gives."""
+
+    name, digest = "fake", "0" * 32
+
+    def __init__(
+        self, answers: dict[str, str] | None = None, context: int = 1000, dies_after: int | None = None
+    ) -> None:
+        self.answers, self.context, self.dies_after = answers or {}, context, dies_after
+        self.requests: list[Request] = []
+
+    def count_tokens(self, text: str, chat: bool = False) -> int:
+        return len(text.split())
+
+    def reply(self, requests: Sequence[Request]) -> Iterator[tuple[int, Reply]]:
+        for i, request in enumerate(requests):
+            if self.dies_after is not None and len(self.requests) >= self.dies_after:
+                raise UserError("the server does not answer")
+            self.requests.append(request)
+            if isinstance(request, ScoreRequest):
+                yield i, ScoreReply((-float(len(request.continuation)),), greedy=len(request.continuation) < 4)
+            else:
+                known = [text for key, text in self.answers.items() if key in request.prompt + request.begun]
+                yield i, GenerateReply(known[-1] if known else f"sample {request.seed}", "stop")
+
+
+def items(*records: dict[str, object]) -> list[Item]:
+    return [Item(record, f"questions.jsonl:{i}") for i, record in enumerate(records, 1)]
+
+
+CAPITALS = items(
+    {"country": "Chad", "capital": "N'Djamena"},
+    {"country": "Peru", "capital": "Lima"},
+    {"country": "Fiji", "capital": "Suva"},
+)
+TASK = PromptTask(
+    "capitals", CAPITALS, "generate_until", "Capital of {{country}}:", "capital", stop=("\n",), metrics=(MetricConfig("exact_match"),),
+    filters=(FilterChain("none", (Filter("remove_whitespace"),)),),
+)  # fmt: skip
+CHOICE = PromptTask(
+    "choice", items({"q": "x", "options": ["a", "bbbb", "cc"], "gold": "a"}, {"q": "y", "options": ["dd", "e"], "gold": 0}),
+    "multiple_choice", "{{q}} is", "gold", choices="options", metrics=(MetricConfig("acc"), MetricConfig("acc_norm")),
+)  # fmt: skip
+
+
+DEFAULT = PromptConfig()
+
+
+def one_result(task: PromptTask, model: FakeModel, config: PromptConfig = DEFAULT) -> TaskResult:
+    """Return the result of one task."""
+    [result] = run_tasks([task], model, config)
+    return result
+
+
+def test_multiple_choice_takes_the_most_likely_choice() -> None:
+    """The shortest choice is the most likely one here; acc_norm divides by its characters, where all choices tie."""
+    model = FakeModel()
+    result = one_result(CHOICE, model)
+    assert [item.answers["none"] for item in result.items] == ["a", "e"]
+    assert result.metrics["acc"].value == 0.5
+    assert model.requests[0] == ScoreRequest("x is", " a")
+    result = one_result(replace(CHOICE, target_delimiter=""), model)
+    assert result.metrics["acc_norm"].value == 0, "a tie is wrong"
+
+
+def test_examples_precede_the_question_and_never_hold_it() -> None:
+    """Each prompt has two of the other items, formatted with their answers."""
+    model = FakeModel()
+    one_result(TASK, model, PromptConfig(shots=2))
+    for item, request in zip(CAPITALS, model.requests, strict=True):
+        *shots, question = request.prompt.split("\n\n")
+        assert question == f"Capital of {item.fields['country']}:"
+        assert sorted(shots) == sorted(
+            f"Capital of {o.fields['country']}: {o.fields['capital']}" for o in CAPITALS if o is not item
+        )
+
+
+def test_copies_of_a_question_are_no_examples() -> None:
+    """A record that is equal to the question would show its answer."""
+    pool = items(*[dict(CAPITALS[0].fields)] * 5, dict(CAPITALS[1].fields))
+    assert choose_shots(pool, CAPITALS[0], 1, "random", 0, 0) == [pool[5]]
+    with pytest.raises(UserError, match=r"questions.jsonl:1: 2 examples are wanted and only 1"):
+        choose_shots(pool, CAPITALS[0], 2, "first_n", 0, 0)
+
+
+def test_random_examples_depend_on_the_seed_and_the_item() -> None:
+    """The same seed gives the same examples."""
+    pool = items(*({"n": n} for n in range(50)))
+    draw = [choose_shots(pool, pool[0], 5, "random", seed, index) for seed, index in ((0, 0), (0, 0), (1, 0), (0, 1))]
+    assert draw[0] == draw[1] != draw[2] and draw[0] != draw[3]
+
+
+def test_whole_examples_are_dropped_where_a_prompt_is_too_long() -> None:
+    """The last examples go first, and the question stays whole."""
+    prompt, kept = fit(["one two\n", "three four\n"], "five six", "", 5, lambda text: len(text.split()))
+    assert (prompt, kept) == ("one two\nfive six", 1)
+    result = one_result(replace(TASK, max_new_tokens=1), FakeModel(context=9), PromptConfig(shots=2))
+    assert result.dropped == 3 and result.shots == 1
+    with pytest.raises(UserError, match=r"questions.jsonl:1: the prompt of capitals has 3 tokens without any example"):
+        one_result(TASK, FakeModel(context=2))
+
+
+def test_votes_are_samples_of_which_the_most_frequent_counts() -> None:
+    """Self-consistency: five seeds per item, and the votes are kept."""
+
+    class Voter(FakeModel):
+        def reply(self, requests: Sequence[Request]) -> Iterator[tuple[int, Reply]]:
+            for i, request in enumerate(requests):
+                assert isinstance(request, GenerateRequest) and request.temperature > 0
+                yield i, GenerateReply("Lima" if request.seed % 5 < 3 else "Quito", "stop")
+
+    result = one_result(TASK, Voter(), PromptConfig(votes=5))
+    assert [item.answers["none"] for item in result.items] == ["Lima"] * 3
+    assert result.items[0].replies.count("Quito") == 2
+    assert result.metrics["exact_match"].value == pytest.approx(1 / 3)
+    assert majority(["b", "a", "a", "b"]) == "b" and majority([]) == ""
+
+
+def test_zero_shot_chain_of_thought_asks_twice() -> None:
+    """First the rationale, then the answer after it (Kojima 2022)."""
+    model = FakeModel({"step by step.": "Peru is in Andes.", "the answer is": "Lima"})
+    result = one_result(replace(TASK, items=CAPITALS[1:2]), model, PromptConfig(cot="zero-shot"))
+    assert [request.prompt for request in model.requests] == [
+        "Capital of Peru: Let's think step by step.",
+        "Capital of Peru: Let's think step by step.Peru is in Andes.\nTherefore, the answer is",
+    ]
+    assert result.metrics["exact_match"].value == 1
+    assert result.items[0].replies == ["Peru is in Andes.", "Lima"]
+
+
+def test_chat_prompts_are_messages() -> None:
+    """The answer of a chat model begins with the rationale; nothing of it is in the user's message."""
+    model = FakeModel()
+    one_result(replace(TASK, items=CAPITALS[:1]), model, PromptConfig(chat=True, cot="zero-shot"))
+    first, second = model.requests
+    assert isinstance(first, GenerateRequest) and isinstance(second, GenerateRequest)
+    assert first.chat and first.prompt == second.prompt == "Capital of Chad:"
+    assert first.begun == "Let's think step by step."
+    assert second.begun.endswith("\nTherefore, the answer is")
+
+
+def test_loglikelihood_and_rolling_metrics() -> None:
+    """Perplexity of targets, and of whole texts per word and per byte."""
+    task = PromptTask(
+        "targets",
+        CAPITALS,
+        "loglikelihood",
+        "{{country}}",
+        " {{capital}}",
+        metrics=(MetricConfig("acc"), MetricConfig("perplexity")),
+    )
+    result = one_result(task, FakeModel())
+    lengths = [len(" " + str(item.fields["capital"])) for item in CAPITALS]
+    assert result.metrics["perplexity"].value == pytest.approx(math.exp(np.mean(lengths)))
+    rolling = PromptTask(
+        "texts", items({"text": "one two"}, {"text": "three"}), "loglikelihood_rolling", "", "text",
+        metrics=tuple(map(MetricConfig, ("word_perplexity", "byte_perplexity", "bits_per_byte"))),
+    )  # fmt: skip
+    found = one_result(rolling, FakeModel()).metrics
+    assert found["word_perplexity"].value == pytest.approx(math.exp(12 / 3))
+    assert found["bits_per_byte"].value == pytest.approx(1 / math.log(2))
+
+
+def test_an_interrupted_evaluation_resumes(tmp_path: Path) -> None:
+    """Replies before the end are not requested again, and half a line of the cache is dropped."""
+    first = FakeModel(dies_after=2)
+    cache = ReplyCache(tmp_path, first.digest)
+    with pytest.raises(UserError, match="does not answer"):
+        run_tasks([TASK], first, PromptConfig(), cache)
+    cache.close()
+    with cache.path.open("a") as file:
+        file.write('["abc", {"text": "ha')
+    second = FakeModel()
+    cache = ReplyCache(tmp_path, second.digest)
+    run_tasks([TASK], second, PromptConfig(), cache)
+    cache.close()
+    assert len(second.requests) == 1
+    cache.path.write_text("no\n")
+    with pytest.raises(UserError, match=r"\.jsonl:1: this line of the cache"):
+        ReplyCache(tmp_path, second.digest)
+
+
+def test_equal_requests_are_sent_once() -> None:
+    """Two tasks with the same prompts."""
+    model = FakeModel()
+    results = run_tasks([TASK, replace(TASK, name="again")], model, PromptConfig())
+    assert len(model.requests) == 3 and len(results[1].items) == 3
+
+
+def test_standard_errors_are_clustered_by_group() -> None:
+    """With one item per group the clustered error is that of independent items."""
+    values = np.array([1.0, 0.0, 0.0, 1.0, 1.0])
+    alone = standard_error(values, [""] * 5)
+    assert standard_error(values, list("abcde")) == pytest.approx(alone)
+    assert standard_error(np.repeat(values, 4), list("aaaabbbbccccddddeeee")) == pytest.approx(alone)
+
+
+def test_better_is_said_only_where_the_interval_allows() -> None:
+    """A paired bootstrap over the same items."""
+
+    def result(name: str, values: Sequence[float]) -> TaskResult:
+        task = replace(TASK, items=items(*({"country": str(i), "capital": "x"} for i in range(len(values)))))
+        model = FakeModel({f"of {i}:": "x" if value else "y" for i, value in enumerate(values)})
+        model.name = name
+        [found] = run_tasks([replace(task, prompt="Capital of {{country}}:")], model, PromptConfig())
+        return found
+
+    rng = np.random.default_rng(0)
+    base = (rng.random(9) < 0.5).astype(float)
+    good, same = result("good", [1.0] * 9), result("base", base.tolist())
+    difference, low, high = paired_bootstrap(good, same, "exact_match")
+    assert difference == pytest.approx(1 - base.mean()) and 0 < low <= difference <= high
+    assert "good is better than base" in comparisons([[good], [same]])[0]
+    assert "does not differ from" in comparisons([[same], [same]])[0]
+
+
+def test_results_have_the_layout_of_lm_eval(tmp_path: Path) -> None:
+    """ "metric,filter" keys, standard errors, and a record per item."""
+    config = PromptConfig(shots=1)
+    result = one_result(TASK, FakeModel({"Peru:": "Lima"}), config)
+    write_results(tmp_path, [result], config)
+    found = json.loads((tmp_path / "results.json").read_text())
+    assert found == json.loads(json.dumps(to_json([result], config)))
+    assert found["results"]["capitals"]["exact_match,none"] == pytest.approx(1 / 3)
+    assert found["results"]["capitals"]["exact_match_stderr,none"] == pytest.approx(1 / 3)
+    lines = (tmp_path / "samples_capitals.jsonl").read_text().splitlines()
+    assert len(lines) == 3 and json.loads(lines[1])["answers"] == {"none": "Lima"}
+    assert any("exact_match" in line and "0.3333" in line for line in table([result]))
+
+
+YAML = """\
+task: capitals
+data: capitals.jsonl
+output_type: generate_until
+doc_to_text: "The capital of {{country}} is"
+doc_to_target: capital
+num_fewshot: 1
+generation_kwargs: {until: ["\\n"], max_gen_toks: 8}
+metric_list: [{metric: exact_match, ignore_case: true}]
+"""
+
+
+def write_task(directory: Path, text: str = YAML) -> Path:
+    """Write a task and its records."""
+    records = [{"country": "Chad", "capital": "N'Djamena"}, {"country": "Peru", "capital": "Lima"}]
+    (directory / "capitals.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    path = directory / "capitals.yaml"
+    path.write_text(text)
+    return path
+
+
+def test_a_task_is_ten_lines_of_yaml(tmp_path: Path) -> None:
+    """Records next to the file, and an included file below it."""
+    task = read_task(write_task(tmp_path))
+    model = FakeModel({"Peru is": "LIMA"})
+    assert one_result(task, model).metrics["exact_match"].value == 0.5
+    assert model.requests[0].prompt == "The capital of Peru is Lima\n\nThe capital of Chad is"
+    child = tmp_path / "child.yaml"
+    child.write_text("include: capitals.yaml\ntask: child\nnum_fewshot: 0\n")
+    assert (read_task(child).name, read_task(child).shots) == ("child", 0)
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("doc_to_txt: x", r"capitals.yaml:9: there is no field 'doc_to_txt'; did you mean 'doc_to_text'\?"),
+        ("process_docs: x", r"capitals.yaml:9: process_docs runs Python"),
+        ("process_results: !function utils.f", "runs Python"),
+        ("output_type: chat", r"capitals.yaml:9: output_type is 'chat', and must be one of"),
+        (
+            "description: '{{country'",
+            r"capitals.yaml:9: the template '{{country' cannot be used: it is not valid Jinja",
+        ),
+        ("filter_list: [{name: a, filter: [{function: regexp}]}]", r"capitals.yaml:9: there is no filter 'regexp'"),
+        (
+            "filter_list: [{name: a, filter: [{function: regex, regex_pattern: '('}]}]",
+            r"capitals.yaml:9: the filter 'regex'",
+        ),
+        ("metric_list: [{metric: acc}]", r"capitals.yaml:9: generate_until has no metric 'acc'"),
+        ("data: other.jsonl", "other.jsonl"),
+    ],
+)
+def test_a_wrong_task_file_is_named_with_its_line(tmp_path: Path, line: str, words: str) -> None:
+    """The field is wrong before anything runs."""
+    field = line.split(":")[0]
+    kept = [one for one in YAML.splitlines() if one.split(":")[0] != field]
+    kept += [""] * (8 - len(kept))
+    with pytest.raises(UserError, match=words):
+        read_task(write_task(tmp_path, "\n".join([*kept, line]) + "\n"))
+
+
+@pytest.mark.parametrize(
+    ("task", "words"),
+    [
+        (
+            replace(TASK, prompt="{{county}}"),
+            r"questions.jsonl:1: the template '{{county}}' fails: 'county' is undefined",
+        ),
+        (replace(CHOICE, choices="q"), r"questions.jsonl:1: the choices are 'x'"),
+        (replace(CHOICE, items=items({"q": "x", "options": ["a"], "gold": 0})), "needs a list of two or more"),
+        (
+            replace(CHOICE, items=items({"q": "x", "options": ["a", "b"], "gold": "c"})),
+            r"jsonl:1: the gold answer 'c' is neither",
+        ),
+        (replace(CHOICE, items=items({"q": "x", "options": ["a", "b"], "gold": 2})), "the gold answer 2 is neither"),
+        (replace(TASK, group="continent"), r"questions.jsonl:1: there is no field 'continent'"),
+        (replace(TASK, items=[]), "there is no item"),
+    ],
+)
+def test_a_wrong_record_is_named_before_the_model_runs(task: PromptTask, words: str) -> None:
+    """No request is sent."""
+    model = FakeModel()
+    with pytest.raises(UserError, match=words):
+        run_tasks([TASK, task], model, PromptConfig())
+    assert not model.requests
+
+
+def test_a_template_is_sandboxed() -> None:
+    """A task file cannot reach Python, nor take the machine's time or memory."""
+    endless = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
+    for template, words in (
+        ("{{ country.__class__.__mro__ }}", "unsafe"),
+        (endless, "more time"),
+        ("{{ ('a' * 10**10) | length }}", "memory"),
+    ):
+        with pytest.raises(UserError, match=rf"questions.jsonl:1: the template .* fails: .*{words}"):
+            replace(TASK, prompt=template).check(PromptConfig())
+
+
+def test_bigbench_tasks_are_read_as_published(tmp_path: Path) -> None:
+    """Multiple choice with scores, and generation with several accepted answers."""
+    choice = {
+        "name": "color", "description": "", "keywords": [], "task_prefix": "Choose {one}.", "metrics": ["multiple_choice_grade"],
+        "examples": [
+            {"input": "Snow?", "target_scores": {"black": 0, "white": 1}},
+            {"input": "Coal?", "target_scores": {"black": 1, "light gray": 0.5}},
+        ],
+    }  # fmt: skip
+    path = tmp_path / "task.json"
+    path.write_text(json.dumps(choice))
+    task, model = load_task(str(tmp_path)), FakeModel()
+    result = one_result(task, model, PromptConfig(shots=1))
+    assert model.requests[0] == ScoreRequest(
+        "Choose {one}.\nQ: Coal?\n  choice: black\n  choice: light gray\nA: black\n\nQ: Snow?\n  choice: black\n  choice: white\nA: ",
+        "black",
+    )
+    assert result.metrics["multiple_choice_grade"].value == 0.5
+    path.write_text(json.dumps(choice | {"examples": [{"input": "1+1", "target": ["2", "two"]}]}))
+    result = one_result(read_bigbench(path), FakeModel({"1+1": " two "}))
+    assert result.metrics["exact_match"].value == 1
+    path.write_text(json.dumps(choice | {"examples": [{"input": "1+1"}]}))
+    with pytest.raises(UserError, match=r"task.json: example 1: an example has the fields"):
+        read_bigbench(path)
+
+
+RECORDS: dict[str, dict[str, object]] = {
+    "mmlu": {"question": "q", "choices": ["a", "b", "c", "d"], "answer": 1, "subject": "high_school_physics"},
+    "mmlu_full_answers": {"question": "q", "choices": ["a", "b", "c", "d"], "answer": 1, "subject": "physics"},
+    "gsm8k": {"question": "q", "answer": "1 + 1 = 2\n#### 2"},
+    "minimal_pairs": {"sentence_good": "He is.", "sentence_bad": "He are."},
+    "closed_book": {"question": "q", "answer": ["a", "b"]},
+    "word_translation": {"source": "thanks", "target": "merci"},
+    "perplexity": {"text": "one two"},
+}
+
+
+@pytest.mark.parametrize("name", builtin_names())
+def test_shipped_tasks_run(tmp_path: Path, name: str) -> None:
+    """Each shipped task renders its format."""
+    path = tmp_path / "records.jsonl"
+    records = [RECORDS[name] | {"number": number} for number in range(6)]
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    result = one_result(load_task(name, [str(path)]), FakeModel())
+    assert len(result.items) == 6 and result.metrics
+
+
+def test_a_tie_of_a_minimal_pair_is_wrong(tmp_path: Path) -> None:
+    """Sentences of equal score."""
+    path = tmp_path / "pairs.jsonl"
+    path.write_text(json.dumps({"sentence_good": "aa", "sentence_bad": "bb"}) + "\n")
+    result = one_result(load_task("minimal_pairs", [str(path)]), FakeModel())
+    assert result.metrics["acc"].value == 0

@@ -1,0 +1,147 @@
+"""Models that reply to requests: on this machine, and behind an OpenAI-compatible endpoint."""
+
+import json
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from firth.evaluate.prompting import endpoint
+from firth.evaluate.prompting.endpoint import Endpoint
+from firth.evaluate.prompting.local_model import LocalModel
+from firth.evaluate.prompting.requests import GenerateReply, GenerateRequest, ScoreReply, ScoreRequest
+from firth.evaluate.task import EvaluatedModel
+from firth.generate.decoding_batch import rectangle
+from firth.model.config import decoder_config, encoder_config
+from firth.types import UserError
+from tests.support.models import random_model
+from tests.support.tiny_corpus import tokenizer
+
+
+def local(tmp_path: Path, encoder: bool = False, within_word: bool = False) -> LocalModel:
+    """Return a tiny model with random weights."""
+    coder = tokenizer()
+    config = (encoder_config if encoder else decoder_config)(coder.vocab.size, 32, 2, num_heads=2)
+    return LocalModel(EvaluatedModel(random_model(config), coder, tmp_path, tmp_path), within_word=within_word)
+
+
+def test_scores_are_those_of_the_tokens(tmp_path: Path) -> None:
+    """The prompt and its continuation are tokenized together."""
+    model = local(tmp_path)
+    [(_, reply)] = model.reply([ScoreRequest("the cat", " sat here")])
+    assert isinstance(reply, ScoreReply)
+    whole = model.tokenizer.encode("the cat sat here")
+    row = np.concatenate(([model.bos], whole)) if model.bos is not None else whole
+    with torch.inference_mode():
+        logits = model.model.heads["lm"](model.model(rectangle([row[:-1]], torch.device("cpu")))[0]).log_softmax(-1)
+    count = len(whole) - len(model.tokenizer.encode("the cat"))
+    expected = [float(logits[i - 1, row[i]]) for i in range(len(row) - count, len(row))]
+    np.testing.assert_allclose(reply.logprobs, expected, atol=1e-4)
+
+
+def test_samples_depend_on_their_own_seed_only(tmp_path: Path) -> None:
+    """A sample is the same alone and among others, which share its prefill."""
+    model = local(tmp_path)
+    requests = [GenerateRequest("the", (), 8, 1.0, seed=seed) for seed in (3, 1, 2)] + [
+        GenerateRequest("a cat", (), 8, 1.0, seed=1)
+    ]
+    together = dict(model.reply(requests))
+    for i, request in enumerate(requests):
+        assert dict(model.reply([request]))[0] == together[i]
+    assert len({reply.text for reply in together.values() if isinstance(reply, GenerateReply)}) > 1
+
+
+def test_a_masked_model_scores_and_does_not_write(tmp_path: Path) -> None:
+    """Without a prompt, as for minimal pairs; masking whole words changes the score of words of several tokens."""
+    text = "unbelievable extraordinary cats"
+    [(_, each)] = local(tmp_path, encoder=True).reply([ScoreRequest("", text)])
+    [(_, words)] = local(tmp_path, encoder=True, within_word=True).reply([ScoreRequest("", text)])
+    assert isinstance(each, ScoreReply) and isinstance(words, ScoreReply)
+    assert len(each.logprobs) == len(words.logprobs) and each.logprobs != words.logprobs
+    with pytest.raises(UserError, match="bidirectional"):
+        list(local(tmp_path, encoder=True).reply([GenerateRequest("the")]))
+
+
+class Handler(BaseHTTPRequestHandler):
+    """A server that scores each character -1 and answers with the last word of the prompt, five times followed by a stop."""
+
+    failures = 0
+    echo = True
+
+    def _send(self, body: dict[str, Any], code: int = 200) -> None:
+        data = json.dumps(body).encode()
+        self.send_response(code)
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+    def log_message(self, *_: Any) -> None:
+        """Print nothing."""
+
+    def do_GET(self) -> None:
+        self._send({"data": [{"id": "tiny", "max_model_len": 64}, {"id": "other"}]})
+
+    def do_POST(self) -> None:
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        if Handler.failures:
+            Handler.failures -= 1
+            self._send({"error": "busy"}, 503)
+        elif self.path.endswith("/chat/completions"):
+            text = " ".join(message["content"] for message in body["messages"])
+            self._send({"choices": [{"message": {"content": f"chat {text}"}, "finish_reason": "stop"}]})
+        elif body.get("echo") and Handler.echo:
+            text = body["prompt"]
+            logprobs = [None] + [-1.0] * len(text)
+            tops = [None] + [{"x": -1.0}] * (len(text) - 1) + [{"x": -0.5}]
+            offsets = list(range(len(text) + 1))
+            found = {"text_offset": offsets, "token_logprobs": logprobs, "top_logprobs": tops}
+            self._send({"choices": [{"text": f"{text}!", "logprobs": found}]})
+        else:
+            self._send({"choices": [{"text": f" {body['prompt'].split()[-1]}\nmore", "finish_reason": "length"}]})
+
+
+@pytest.fixture
+def address() -> Iterator[str]:
+    Handler.failures, Handler.echo = 0, True
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    yield f"openai:http://127.0.0.1:{server.server_port}/v1"
+    server.shutdown()
+    server.server_close()
+
+
+def test_an_endpoint_scores_and_generates(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stop strings are applied to what the server returns, and a busy server is asked again."""
+    monkeypatch.setattr(endpoint.time, "sleep", lambda _: None)
+    model = Endpoint(address)
+    assert (model.model, model.context) == ("tiny", 64)
+    Handler.failures = 2
+    replies = dict(model.reply([
+        ScoreRequest("ab ", "cde"), GenerateRequest("one two", ("\n",)), GenerateRequest("hi", chat=True, begun="so"),
+    ]))  # fmt: skip
+    assert replies[0] == ScoreReply((-1.0,) * 4, greedy=True)
+    assert replies[1] == GenerateReply(" two", "length")
+    assert replies[2] == GenerateReply("chat hi so", "stop")
+
+
+def test_an_endpoint_that_cannot_serve_is_named(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No log-probabilities, no such model, no server, and a host that is not this machine."""
+    monkeypatch.setattr(endpoint.time, "sleep", lambda _: None)
+    Handler.echo = False
+    with pytest.raises(UserError, match="returns no log-probabilities of the prompt"):
+        list(Endpoint(address).reply([ScoreRequest("ab", "c")]))
+    with pytest.raises(UserError, match="the server has tiny, other, and not big"):
+        Endpoint(f"{address}#big")
+    with pytest.raises(UserError, match="does not answer /models"):
+        Endpoint("openai:http://127.0.0.1:9/v1")
+    with pytest.raises(UserError, match="is not this machine"):
+        Endpoint("openai:http://example.com/v1")
+    Handler.failures = 3
+    with pytest.raises(UserError, match="refuses /completions with 503"):
+        list(Endpoint(address).reply([GenerateRequest("one")]))
