@@ -75,7 +75,7 @@ def compiled_prompt(template: str) -> jinja2.Template:
 
 def answer_fields(request: dict[str, Any]) -> dict[str, Any]:
     """Return a template filled with fields, or the value of its only expression, or an error."""
-    template, inner = request["template"], request["template"].strip()
+    template = inner = request["template"]
     try:
         compiled_prompt(template)
         if request["fields"] is None:  # only check the template
