@@ -22,12 +22,12 @@ import torch
 
 from firth import kernel_choice, openmp
 from firth.generate import native_decoder, quantized
-from firth.model import attention, cross_entropy, fused, native, relative_distance
+from firth.model import attention, cross_entropy, fused, native, positions
 from firth.objectives.word2vec import NEIGHBORS
 from firth.training import muon, precision
 from firth.training.cpu_setup import flush_denormals, keep_freed_memory
 from firth.training.logging import short
-from firth.training.sparse_adam import KERNEL as TABLE_ROWS
+from firth.training.optimizer import KERNEL as TABLE_ROWS
 from firth.types import UserError
 
 
@@ -233,7 +233,7 @@ def _kernels() -> list[DoctorRow]:
         fused.LAYER_NORM,
         fused.HEADS,
         fused.ACTIVATION,
-        relative_distance.COLUMNS,
+        positions.COLUMNS,
         fused.ONE_ROW,
     )
     every = [kernel for table in tables for kernel in table.values()] + [

@@ -97,7 +97,7 @@ def reference(directory: Path) -> dict[str, Any]:
     from firth.evaluate.task import load_evaluated_model
     from firth.evaluate.tasks.option_scoring import encode
     from firth.generate.engine import Engine
-    from firth.model.latent import average
+    from firth.model.variants import average
     from firth.runs.loaded_model import encode_prompt
 
     evaluated = load_evaluated_model(directory)

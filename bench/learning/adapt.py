@@ -32,7 +32,7 @@ import torch
 from torch import Tensor, nn
 
 from firth.corpora import catalog, readers
-from firth.model.layer_mixture import ScalarMix
+from firth.model.variants import ScalarMix
 from firth.objectives.classification import Classification
 from firth.runs.labeled_examples import LabeledConfig
 from firth.runs.peft_options import (

@@ -43,8 +43,8 @@ from firth.generate.decoding_batch import rectangle
 from firth.generate.engine import Engine
 from firth.generate.sampling import Sampling
 from firth.model.model import LM
-from firth.objectives.ppo import PPO, critic_states, init_critic
-from firth.objectives.ppo import values as values_of
+from firth.objectives.policy_gradient import PPO, critic_states, init_critic
+from firth.objectives.policy_gradient import values as values_of
 from firth.pretrained.load_save import init_from, load_model
 from firth.recipes import post_training
 from firth.runs.prepare import DataConfig, train_tokenizer

@@ -45,12 +45,10 @@ from firth.data.windows import DocumentChunks, SegmentPairs
 from firth.generate.decoding_batch import inference_mode
 from firth.model.config import encoder_config
 from firth.model.model import LM
-from firth.objectives.masked_lm import MLM
-from firth.objectives.next_sentence import NSP
+from firth.objectives.masked_lm import MLM, SBO
 from firth.objectives.objective import Objective, supervised
 from firth.objectives.replaced_tokens import RTD, AdversarialRTD
-from firth.objectives.sentence_order import SOP
-from firth.objectives.span_boundary import SBO
+from firth.objectives.sentence_pairs import NSP, SOP
 from firth.pretrained.load_save import init_from, load_model
 from firth.runs.init_head import init_head
 from firth.runs.prepare import DataConfig, RunData, documents_of
@@ -60,8 +58,8 @@ from firth.tokenizer.vocab import Vocab
 from firth.training.logging import NullReporter
 from firth.training.optimizer import OptimizerConfig
 from firth.training.schedule import Budget, Schedule
+from firth.training.step import validate
 from firth.training.trainer import TrainerConfig, train
-from firth.training.validate import validate
 from firth.types import IGNORE
 
 RESULTS = Path("runs/learn_encoders")

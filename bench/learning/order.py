@@ -45,17 +45,15 @@ from firth.data.source import Source
 from firth.data.split import split
 from firth.data.windows import SegmentPairs
 from firth.model.model import LM
-from firth.objectives.next_sentence import NSP
-from firth.objectives.sentence_order import SOP
-from firth.objectives.sentence_pairs import SentencePairObjective
+from firth.objectives.sentence_pairs import NSP, SOP, SentencePairObjective
 from firth.pretrained.load_save import init_from, load_model
 from firth.runs.prepare import DataConfig, RunData
 from firth.tokenizer.tokenizer import Tokenizer
 from firth.training.logging import NullReporter
 from firth.training.optimizer import OptimizerConfig
 from firth.training.schedule import Budget, Schedule
+from firth.training.step import validate
 from firth.training.trainer import TrainerConfig, train
-from firth.training.validate import validate
 from firth.types import Example
 
 RESULTS = Path("runs/learn_order")

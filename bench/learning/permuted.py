@@ -44,9 +44,8 @@ from firth.model.config import ModelConfig, encoder_config
 from firth.model.model import LM
 from firth.objectives.causal_lm import CausalLM
 from firth.objectives.masked_lm import MLM
-from firth.objectives.mpnet import MPNet
 from firth.objectives.objective import Objective
-from firth.objectives.permuted_lm import PLM
+from firth.objectives.permuted_lm import PLM, MPNet
 from firth.pretrained.load_save import load_model
 from firth.recipes.common import DATA, HIDDEN_SIZE, MAX_POSITIONS, NUM_LAYERS, VOCAB_SIZE, tiny_recipe
 from firth.runs import examples
@@ -56,7 +55,7 @@ from firth.runs.recipe import BatchConfig, Recipe, TokenizerConfig
 from firth.runs.run import run
 from firth.tokenizer.tokenizer import Tokenizer
 from firth.tokenizer.vocab import Vocab
-from firth.training.validate import validate
+from firth.training.step import validate
 
 SEEDS = (0, 1, 2)
 LENGTH, ROWS, MEMORY = 64, 16, 64

@@ -31,7 +31,7 @@ from pathlib import Path
 import numpy as np
 
 from firth.corpora import catalog
-from firth.generate import word_vectors
+from firth.generate import embeddings
 from firth.pretrained.load_save import load_model
 from firth.runs.recipe import load
 from firth.runs.run import RunResult, run
@@ -192,7 +192,7 @@ def words_study(seed: int, steps: Steps) -> dict[str, float]:
     for algorithm in ("skipgram", "cbow"):
         directory = brown_vectors(seed, steps, algorithm).directory
         words = Words(directory, prepare_data() / "text")
-        tables = {"firth": word_vectors.table(load_model(directory / "model")).numpy()}
+        tables = {"firth": embeddings.table(load_model(directory / "model")).numpy()}
         if importlib.util.find_spec("gensim"):
             tables["gensim"] = words.gensim_vectors(seed, algorithm)
         for library, table in tables.items():

@@ -35,9 +35,8 @@ from firth.model.config import ModelConfig, encoder_config, encoder_decoder_conf
 from firth.objectives.classification import Classification
 from firth.objectives.contrastive import Contrastive, InfoNCE
 from firth.objectives.masked_lm import MLM
-from firth.objectives.multi_annotator import MultiAnnotator
 from firth.objectives.objective import Objective
-from firth.objectives.semi_supervised import Consistency, PseudoLabels
+from firth.objectives.semi_supervised import Consistency, MultiAnnotator, PseudoLabels
 from firth.objectives.vae import VAE
 from firth.pretrained.load_save import load_model
 from firth.runs.examples import ChunksConfig, ExamplesConfig, SegmentPairsConfig, spread
@@ -49,7 +48,7 @@ from firth.runs.run import run
 from firth.tokenizer.tokenizer import Tokenizer
 from firth.training.optimizer import OptimizerConfig
 from firth.training.schedule import Budget, Schedule
-from firth.training.validate import validate
+from firth.training.step import validate
 
 SEEDS = (0, 1, 2)
 NUM_HELD_OUT = 3000

@@ -27,7 +27,7 @@ from torch.utils.data import Dataset
 from firth.data.labeled import LabeledTexts, MultipleChoiceRecords, TaggedSentences
 from firth.data.question_answering import QuestionRecords
 from firth.data.source import Source
-from firth.evaluate import answer_spans
+from firth.evaluate import heads
 from firth.evaluate.task import Answers, Task
 from firth.evaluate.tasks import TASKS, question_answering, token_classification
 from firth.tokenizer.tokenizer import Tokenizer
@@ -249,7 +249,7 @@ PEERS: Mapping[str, Peer] = {
     "question_answering": Peer(
         "AutoModelForQuestionAnswering", "DataCollatorWithPadding", TASKS["question_answering"], windows, window, both_ends,
         lambda examples, logits: question_answering.score_answers(
-            examples, answer_spans.by_question(examples, iter(logits), has_unanswerable=False)
+            examples, heads.by_question(examples, iter(logits), has_unanswerable=False)
         ),
     ),
     "multiple_choice": Peer(

@@ -25,7 +25,7 @@ import transformers
 
 from bench.learning.tasks_peers import Lesson, Row, Rows, trained
 from firth.data.records import Seq2SeqRecords
-from firth.evaluate import overlap_metrics
+from firth.evaluate import metrics
 from firth.evaluate.task import load_evaluated_model
 from firth.evaluate.tasks import generation
 from firth.model.config import ModelConfig, encoder_decoder_config
@@ -88,8 +88,8 @@ def score_run(directory: Path, test: Path, done: RunResult) -> Row:
 def scored(references: Sequence[str], answers: Sequence[str]) -> Row:
     """Return BLEU and chrF of answers."""
     return {
-        "chrf": overlap_metrics.chrf(references, answers),
-        "bleu": overlap_metrics.bleu(*overlap_metrics.bleu_counts(references, answers)),
+        "chrf": metrics.chrf(references, answers),
+        "bleu": metrics.bleu(*metrics.bleu_counts(references, answers)),
     }
 
 

@@ -27,9 +27,9 @@ from firth.data.token_store import TokenStore
 from firth.data.windows import DocumentChunks, SegmentPairs, Windows
 from firth.objectives.causal_lm import CausalLM
 from firth.objectives.masked_lm import MLM
-from firth.objectives.next_sentence import NSP
 from firth.objectives.objective import Objective
-from firth.objectives.span_corruption import SpanCorruption
+from firth.objectives.sentence_pairs import NSP
+from firth.objectives.seq2seq import SpanCorruption
 from firth.tokenizer.train import train
 
 SECONDS = 1.0

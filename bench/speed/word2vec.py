@@ -57,7 +57,7 @@ def setup(algorithm: Literal["skipgram", "cbow"]) -> tuple[Any, Any, Any]:
 
     from firth.data.collate import Batches
     from firth.data.source import Source
-    from firth.data.word_windows import WordWindows
+    from firth.data.windows import WordWindows
     from firth.model.config import word_vector_config
     from firth.model.model import LM
     from firth.objectives.word2vec import Word2Vec

@@ -39,7 +39,7 @@ from firth.generate.sampling import Sampling
 from firth.generate.streaming import IncrementalDecoder
 from firth.model.heads import LMHead
 from firth.model.model import LM
-from firth.objectives.ppo import PER_TOKEN, critic_states, has_critic, init_critic, kl, values
+from firth.objectives.policy_gradient import PER_TOKEN, critic_states, has_critic, init_critic, kl, values
 from firth.tokenizer.tokenizer import Tokenizer
 from firth.types import Example, UserError
 

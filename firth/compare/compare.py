@@ -14,7 +14,7 @@ rate decays over a run, so a checkpoint from its middle is worse than a run with
     OUT/table.md  results.json  report.html
 
 Incompatible recipes are rejected before anything is trained. The labeled records are drawn for each seed and are the same
-for all recipes, so two recipes are compared by their differences per seed (`firth.compare.statistics`).
+for all recipes, so two recipes are compared by their differences per seed (`firth.compare.report`).
 """
 
 from __future__ import annotations
@@ -31,8 +31,7 @@ import numpy as np
 import torch
 
 from firth.compare.probe_dataset import MAX_TEST_RECORDS, ProbeDataset, draw_probe
-from firth.compare.report import write_comparison
-from firth.compare.statistics import Score
+from firth.compare.report import Score, write_comparison
 from firth.evaluate import cloze
 from firth.evaluate.cloze import ClozeItem
 from firth.fields import PositiveInt, ShareAboveZero, Validated

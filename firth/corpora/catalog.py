@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from firth.corpora import closed_book, download, prepare, prepare_tasks
+from firth.corpora import closed_book, download, prepare
 from firth.corpora.download import Package
 from firth.io.atomic import make_directory, scratch_directory, write_text
 from firth.io.cache import cache
@@ -138,11 +138,11 @@ ENTRIES = (
     ),
     Corpus(
         "quartz", EVALS, ("evals/registry/data/quartz/samples.jsonl",), "MIT; QuaRTz CC BY 4.0",
-        "3,860 questions with two options: text, options, label", prepare_tasks.quartz, "*.jsonl",
+        "3,860 questions with two options: text, options, label", prepare.quartz, "*.jsonl",
     ),
     Corpus(
         "logiqa", EVALS, ("evals/registry/data/logiqa/logiqa.jsonl",), "MIT",
-        "1,354 passages with four conclusions: text, options, label", prepare_tasks.logiqa, "*.jsonl",
+        "1,354 passages with four conclusions: text, options, label", prepare.logiqa, "*.jsonl",
     ),
     Corpus(
         "lee",
@@ -155,7 +155,7 @@ ENTRIES = (
             "gensim-4.4.0/gensim/test/test_data/similarities0-1.txt",
         ),
         "LGPL-2.1 (gensim)", "1,225 pairs of news texts with human similarity ratings: text, other, label",
-        prepare_tasks.lee, "*.jsonl", note="cite Lee, Pincombe and Welsh, 2005",
+        prepare.lee, "*.jsonl", note="cite Lee, Pincombe and Welsh, 2005",
     ),
     Corpus(
         "vitaminc", BIGBENCH, (f"{TASKS}/vitaminc_fact_verification/task.json",), "Apache-2.0",
@@ -167,7 +167,7 @@ ENTRIES = (
     ),
     Corpus(
         "multiemo", BIGBENCH, tuple(f"{TASKS}/multiemo/all_sentence_{language}/task.json" for language in MULTIEMO),
-        "Apache-2.0", "57,457 sentences of reviews in four languages: en, es, fr, pl, label", prepare_tasks.multiemo,
+        "Apache-2.0", "57,457 sentences of reviews in four languages: en, es, fr, pl, label", prepare.multiemo,
         "*.jsonl", note=CANARY + "; Polish, and machine translations of it",
     ),
     Corpus(

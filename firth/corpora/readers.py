@@ -44,7 +44,7 @@ from typing import Any, NamedTuple, cast
 from firth.corpora import tables
 from firth.corpora.compression import PACKED, guarded
 from firth.corpora.read_stats import ReadStats
-from firth.tokenizer.normalize import replace_lone_surrogates
+from firth.tokenizer.vocab import replace_lone_surrogates
 from firth.types import UserError
 
 MAX_RECORD_BYTES = 4 << 20

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from firth.corpora.read_stats import ReadStats
-from firth.tokenizer.normalize import replace_lone_surrogates
+from firth.tokenizer.vocab import replace_lone_surrogates
 from firth.types import UserError
 
 Rows = Iterator[tuple[str, dict[str, Any]]]

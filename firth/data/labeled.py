@@ -23,9 +23,8 @@ import numpy as np
 
 from firth.corpora import readers, tables
 from firth.data import attention_fields
-from firth.data.class_names import ClassNumbering
+from firth.data.labels import ClassNumbering, check_scheme, has_spans, to_bio2
 from firth.data.records import OMITTED, Record, Records
-from firth.data.tags import check_scheme, has_spans, to_bio2
 from firth.tokenizer.tokenizer import Tokenizer
 from firth.types import IGNORE, Example, UserError
 
@@ -345,7 +344,7 @@ class TaggedSentences(Records):
     """Sentences with a tag per word: {"tokens", "tags"}, with a tag's number at the first token of its word, IGNORE elsewhere.
 
     The words are joined by spaces and enclosed in [CLS] and [SEP] where the tokenizer has them. A word that is truncated has no
-    label. Text files are read as CoNLL columns. Entities may be tagged in any scheme of `firth.data.tags`; those that begin with I
+    label. Text files are read as CoNLL columns. Entities may be tagged in any scheme of `firth.data.labels`; those that begin with I
     are read as beginning with B.
 
     Args:

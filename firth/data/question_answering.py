@@ -24,8 +24,8 @@ import numpy as np
 from firth.corpora import readers
 from firth.data import attention_fields
 from firth.data.records import OMITTED, ArrayColumn, Record, Records
-from firth.tokenizer.normalize import replace_lone_surrogates
 from firth.tokenizer.tokenizer import Tokenizer
+from firth.tokenizer.vocab import replace_lone_surrogates
 from firth.types import Example, UserError
 
 

@@ -1,4 +1,11 @@
-"""Examples from records in JSONL, Parquet or tables: dialogues, prompts with answers, preferences.
+"""Examples from records, and the text templates that are filled with their fields.
+
+Text templates that are filled with a record's fields: `translate to French: {en}`.
+
+A field is its name between braces and nothing else; doubled braces are literal braces. Python's own formatting can do
+more (`{en:>999999999}` allocates a gigabyte, `{en.__class__}` accesses Python objects), which no prompt needs.
+
+Examples from records in JSONL, Parquet or tables: dialogues, prompts with answers, preferences.
 
 Labeled records are in `firth.data.labeled`, questions about a passage in `firth.data.question_answering`.
 
@@ -23,6 +30,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import tempfile
 from array import array
 from collections import Counter
@@ -38,10 +46,48 @@ from firth.corpora.read_stats import ReadStats
 from firth.data.conversations import comparison, messages_of, prompt_of
 from firth.data.source import Source
 from firth.data.split import content_key
-from firth.data.templates import fill_template
 from firth.tokenizer import chat
 from firth.tokenizer.tokenizer import Tokenizer
 from firth.types import Example, UserError
+
+FIELD_OR_BRACE = re.compile(r"\{\{|\}\}|\{([^{}]*)\}|[{}]")
+
+
+def field_names(template: str) -> list[str]:
+    """Return the names of the fields in a template, sorted, each once.
+
+    >>> field_names("{b}, {a} and {b}: {{c}}")
+    ['a', 'b']
+    """
+    return sorted({found[1] for found in FIELD_OR_BRACE.finditer(template) if found[1]})
+
+
+def fill_template(template: str, record: Mapping[str, Any]) -> str:
+    """Return the template with field names replaced by a record's values.
+
+    Raises:
+        UserError: A brace is unpaired, or a name is not a field of the record.
+
+    >>> fill_template("in French: {en} {{x}}", {"en": "otter"})
+    'in French: otter {x}'
+    """
+
+    def value(found: re.Match[str]) -> str:
+        if found[0] in ("{{", "}}"):
+            return found[0][0]
+        if found[1] is None:
+            raise UserError(
+                f"the template {template!r} has an unpaired brace {found[0]!r}: double it for a literal brace"
+            )
+        if found[1] not in record:
+            raise UserError(
+                f"the template {template!r} does not fit this record: {found[0]} is not a field name; the fields are "
+                f"{', '.join(record) or 'none'}: write one of these names between braces, and nothing else"
+            )
+        return str(record[found[1]])
+
+    return FIELD_OR_BRACE.sub(value, template)
+
 
 Record = dict[str, Any]
 OMITTED: Sequence[Example] = []

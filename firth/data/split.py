@@ -22,7 +22,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from firth.corpora.readers import Document
-from firth.tokenizer.normalize import replace_lone_surrogates
+from firth.tokenizer.vocab import replace_lone_surrogates
 from firth.types import UserError
 
 MIN_RECORDS = 20

@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from firth.evaluate import glue, tasks
+from firth.evaluate.perplexity import likelihood
 from firth.evaluate.task import EvaluatedModel, Progress, load_evaluated_model
-from firth.evaluate.text_perplexity import likelihood
 from firth.types import UserError
 
 

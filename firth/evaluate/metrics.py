@@ -1,4 +1,6 @@
-"""Metrics as pure NumPy functions of gold labels and predictions, with bootstrap intervals.
+"""Metrics of predictions: accuracy and its kin, named entities, BLEU, chrF and ROUGE.
+
+Metrics as pure NumPy functions of gold labels and predictions, with bootstrap intervals.
 
 Each agrees with scikit-learn or SciPy where those implement it (tests/oracles/evaluate/test_metrics.py).
 
@@ -7,10 +9,26 @@ Each agrees with scikit-learn or SciPy where those implement it (tests/oracles/e
 (0.833, 0.829, 0.707)
 >>> bootstrap(accuracy, gold, predicted, seed=0)
 (0.5, 1.0)
+
+Precision, recall and F1 of named entities, counted as conlleval does (Tjong Kim Sang & De Meulder 2003).
+
+An entity is correct if its start, end and type are.
+
+>>> gold, predicted = ["B-PER", "I-PER", "O", "B-LOC"], ["B-PER", "I-PER", "O", "B-ORG"]
+>>> entity_counts(gold, predicted), entity_scores(*np.array([entity_counts(gold, predicted)]).T)["f1"]
+((2, 2, 1), 0.5)
+
+BLEU and chrF by sacrebleu and ROUGE by rouge-score, if installed (`pip install sacrebleu rouge-score`).
+
+Their tokenization is what makes scores comparable between papers.
+
+    columns = bleu_counts(references, texts)      # counts per text, so that intervals can be bootstrapped over texts
+    bleu(*columns)                          # 31.4
 """
 
 from __future__ import annotations
 
+import importlib
 import math
 import re
 import string
@@ -20,6 +38,7 @@ from typing import Any
 
 import numpy as np
 
+from firth.data.labels import names
 from firth.types import UserError
 
 Labels = Sequence[Any] | np.ndarray
@@ -227,3 +246,90 @@ def _length(*arrays: np.ndarray) -> int:
     if lengths == {0}:
         raise UserError("there is nothing to score: the held-out data holds no item")
     return lengths.pop()
+
+
+def entity_counts(gold: Sequence[str], predicted: Sequence[str]) -> tuple[int, int, int]:
+    """Return the number of gold, of predicted and of correct entities in one sentence."""
+    expected, found = names(gold), names(predicted)
+    return len(expected), len(found), len({*expected} & {*found})
+
+
+def entity_scores(gold: np.ndarray, predicted: np.ndarray, correct: np.ndarray) -> dict[str, float]:
+    """Return precision, recall and F1 over sentences; 0 where there is no entity.
+
+    Args:
+        gold: Gold entities of each sentence (n,), as `counts` has them.
+        predicted: Predicted entities (n,).
+        correct: Correct entities (n,).
+    """
+    right = float(correct.sum())
+    return {
+        "precision": right / max(1, int(predicted.sum())),
+        "recall": right / max(1, int(gold.sum())),
+        "f1": entity_f1(gold, predicted, correct),
+    }
+
+
+def entity_f1(gold: np.ndarray, predicted: np.ndarray, correct: np.ndarray) -> float:
+    """Return the harmonic mean of precision and recall."""
+    return 2 * float(correct.sum()) / max(1, int(gold.sum() + predicted.sum()))
+
+
+def by_kind(sentences: Sequence[tuple[Sequence[str], Sequence[str]]]) -> list[dict[str, Any]]:
+    """Return a row for each entity type: number of gold entities, precision, recall and F1.
+
+    Args:
+        sentences: Gold and predicted tags of each sentence.
+    """
+    expected, found, correct = Counter[str](), Counter[str](), Counter[str]()
+    for gold, predicted in sentences:
+        a, b = names(gold), names(predicted)
+        expected.update(kind for kind, *_ in a)
+        found.update(kind for kind, *_ in b)
+        correct.update(kind for kind, *_ in {*a} & {*b})
+    return [
+        {"class": kind, "examples": expected[kind]}
+        | entity_scores(np.array([expected[kind]]), np.array([found[kind]]), np.array([correct[kind]]))
+        for kind in sorted({*expected, *found})
+    ]
+
+
+def library(name: str, package: str) -> Any:
+    """Import a library that is not a dependency of firth; UserError with the install command if it is missing."""
+    try:
+        return importlib.import_module(name)
+    except ImportError:
+        raise UserError(f"this metric needs {package}, which is not installed: pip install {package}") from None
+
+
+def bleu_counts(references: Sequence[str], texts: Sequence[str]) -> list[np.ndarray]:
+    """Return ten columns (n,): matched and possible n-grams of orders 1 to 4 and both lengths of each text."""
+    scorer = library("sacrebleu", "sacrebleu").BLEU()
+    rows = []
+    for gold, text in zip(references, texts, strict=True):
+        one = scorer.corpus_score([text], [[gold]])
+        rows.append([*one.counts, *one.totals, one.sys_len, one.ref_len])
+    return list(np.array(rows).T)
+
+
+def bleu(*columns: np.ndarray) -> float:
+    """Return the corpus BLEU (Papineni 2002) from `bleu_counts`, 0 to 100, with sacrebleu's smoothing."""
+    sums = [int(np.sum(column)) for column in columns]
+    scorer = library("sacrebleu", "sacrebleu").BLEU
+    return float(scorer.compute_bleu(sums[:4], sums[4:8], sums[8], sums[9]).score)
+
+
+def chrf(references: Sequence[str], texts: Sequence[str]) -> float:
+    """Return the corpus chrF (Popovic 2015), 0 to 100."""
+    return float(library("sacrebleu", "sacrebleu").corpus_chrf(list(texts), [list(references)]).score)
+
+
+ROUGE = ("rouge1", "rouge2", "rougeLsum")
+
+
+def rouge_scores(references: Sequence[str], texts: Sequence[str]) -> list[np.ndarray]:
+    """Return three columns (n,): ROUGE-1, ROUGE-2 and ROUGE-Lsum F1 of each text, with stemming (Lin 2004)."""
+    scorer = library("rouge_score.rouge_scorer", "rouge-score").RougeScorer(ROUGE, use_stemmer=True)
+    pairs = zip(references, texts, strict=True)
+    rows = [[scorer.score(gold, text)[name].fmeasure for name in ROUGE] for gold, text in pairs]
+    return list(np.array(rows).T)

@@ -23,15 +23,14 @@ from torch import Tensor, nn
 from firth import kernel_choice
 from firth.generate.quantized import Int8Linear, Int8LMHead
 from firth.model import native
-from firth.model.batch_fields import prefixed_fields
-from firth.model.block import Attention, Block, Linear
+from firth.model.attention import prefixed_fields
+from firth.model.block import Attention, Block, LayerNorm, Linear, RMSNorm
 from firth.model.config import decoder_config
 from firth.model.forward_context import ForwardContext
 from firth.model.heads import LMHead
 from firth.model.kv_cache import KVCache
 from firth.model.model import LM
-from firth.model.native_ops import ACTIVATIONS
-from firth.model.norm import LayerNorm, RMSNorm
+from firth.model.native import ACTIVATIONS
 from firth.model.positions import rope_angles
 from firth.model.transformer import TransformerStack
 from firth.types import NEVER

@@ -1,4 +1,11 @@
-"""Read and write the tensors and JSON files of a model directory, in the layout of transformers.
+"""Read and write safetensors files and the JSON files of a model directory.
+
+Write the safetensors format block by block.
+
+The library's own writer reports a full disk as an error of its own type, and cannot hash or flush while it writes.
+Reading uses the library (`safetensors.safe_open`).
+
+Read and write the tensors and JSON files of a model directory, in the layout of transformers.
 
     model.safetensors                                                one file
     model-00001-of-00002.safetensors  model.safetensors.index.json   several shards, and the shard of each tensor
@@ -18,7 +25,7 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,8 +37,38 @@ from torch import Tensor
 from firth.io.atomic import check_regular_file, new_file, write_text
 from firth.io.json_files import no_number, parsed
 from firth.io.json_files import read_json as read_json
-from firth.io.safetensors_blocks import safetensors_blocks
 from firth.types import UserError
+
+DTYPE_NAMES = {
+    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
+    torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
+    torch.uint16: "U16", torch.uint32: "U32", torch.uint64: "U64",
+    torch.float8_e5m2: "F8_E5M2", torch.float8_e4m3fn: "F8_E4M3",
+}  # fmt: skip
+"""torch dtype -> its name in a safetensors header."""
+
+
+def safetensors_blocks(tensors: Mapping[str, Tensor]) -> Iterator[bytes | memoryview]:
+    """Yield the bytes of a safetensors file: the length of the header (8 bytes), the header (JSON), then the raw tensors.
+
+    The widest dtypes come first, so that every tensor is aligned to its own item size.
+    """
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    start = 0
+    ordered = dict(sorted(tensors.items(), key=lambda item: -item[1].dtype.itemsize))
+    for name, x in ordered.items():
+        header[name] = {
+            "dtype": DTYPE_NAMES[x.dtype],
+            "shape": list(x.shape),
+            "data_offsets": [start, start + x.nbytes],
+        }
+        start += x.nbytes
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    yield len(text).to_bytes(8, "little") + text
+    for x in ordered.values():
+        yield x.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 MAX_HEADER_BYTES = 100 << 20

@@ -1,4 +1,12 @@
-"""Transformer block: attention, cross-attention where there is an encoder, and an MLP, with residual connections.
+"""Norms and the transformer block.
+
+Norms: LayerNorm (Ba 2016) and RMSNorm (Zhang and Sennrich 2019), each with or without gain and offset.
+
+>>> import torch
+>>> RMSNorm(4, weight=False, bias=False, eps=0.0)(torch.tensor([1.0, -1.0, 1.0, -1.0]) * 3).tolist()
+[1.0, -1.0, 1.0, -1.0]
+
+Transformer block: attention, cross-attention where there is an encoder, and an MLP, with residual connections.
 
 Pre-norm (GPT-2, Llama, T5): x + f(norm(x)). Post-norm (BERT): norm(x + f(x)).
 """
@@ -12,13 +20,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from firth.model import native_ops
+from firth.model import native
 from firth.model.attention import AttentionMask, attend
 from firth.model.config import ModelConfig
 from firth.model.fused import (
     ACTIVATION,
     Dropout,
     heads,
+    normalized,
     project,
     relu2,
     rotate,
@@ -27,10 +36,54 @@ from firth.model.fused import (
     unit_rms,
 )
 from firth.model.kv_cache import KVCache
-from firth.model.linformer import LinformerSlots
-from firth.model.norm import make_norm
 from firth.model.parameter_count import GATED
-from firth.model.relative_distance import DistanceIndex, RelativeDistance
+from firth.model.positions import DistanceIndex, RelativeDistance
+from firth.model.variants import LinformerSlots
+
+
+class _Norm(nn.Module):
+    """A norm over the last axis, (..., width) -> (..., width).
+
+    Args:
+        width: Size of the last axis.
+        weight: Whether there is a gain.
+        bias: Whether there is an offset.
+        eps: Added to the variance.
+        to_maps: Whether the output goes to linear maps only. Autocast rounds it there, so it is written rounded.
+    """
+
+    center: bool
+
+    def __init__(self, width: int, weight: bool, bias: bool, eps: float, to_maps: bool = False):
+        super().__init__()
+        self.width, self.eps, self.to_maps = width, eps, to_maps
+        self.weight = nn.Parameter(torch.ones(width)) if weight else None
+        self.bias = nn.Parameter(torch.zeros(width)) if bias else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        device = x.device.type
+        dtype = torch.get_autocast_dtype(device) if self.to_maps and torch.is_autocast_enabled(device) else None
+        return normalized(x, self.weight, self.bias, self.eps, self.center, dtype)
+
+
+class LayerNorm(_Norm):
+    """Layer norm: zero mean and unit variance, then gain and offset if there are any (see `_Norm`)."""
+
+    center = True
+
+
+class RMSNorm(_Norm):
+    """RMS norm: unit root mean square, then gain if there is one (see `_Norm`)."""
+
+    center = False
+
+
+def make_norm(config: ModelConfig, width: int = 0, to_maps: bool = False) -> nn.Module:
+    """Return the configured norm over `width` numbers (0: hidden_size); `to_maps` as in `_Norm`."""
+    width = width or config.hidden_size
+    if config.norm.type == "layer":
+        return LayerNorm(width, config.norm.weight, config.norm.bias, config.norm.eps, to_maps)
+    return RMSNorm(width, config.norm.weight, False, config.norm.eps, to_maps)
 
 
 def gelu_tanh(x: Tensor) -> Tensor:
@@ -267,7 +320,7 @@ class MLP(nn.Module):
     def inner(self, x: Tensor) -> Tensor:
         """Return act(up), or act(gate) * up of x = [gate, up]: (..., 1 or 2 intermediate_size) -> (..., intermediate_size)."""
         if runs_native(ACTIVATION, x):
-            return native_ops.activation(self.activation, x, gated=self.gate is not None)
+            return native.activation(self.activation, x, gated=self.gate is not None)
         if self.gate is None:
             return ACTIVATIONS[self.activation](x)
         gate, up = x.chunk(2, -1)

@@ -136,7 +136,7 @@ class PositionConfig(Validated, section="model.position"):
     Args:
         type: "learned", "sinusoidal" (sines and cosines interleaved, Vaswani 2017), "marian" (all sines, then all
             cosines), "rotary" (Su 2021), "t5" (bucketed bias, Raffel 2020), "mpnet" ("learned" and "t5"), "xlnet"
-            (relative, `firth.model.relative_distance`; token types are then relative too) or "none".
+            (relative, `firth.model.positions`; token types are then relative too) or "none".
         rope: Settings of "rotary".
         relative_buckets: Number of distance buckets of "t5" and "mpnet", 2 to 65,536 (Raffel 2020, section 2.1).
         relative_max_distance: Distance in tokens from which on all share the last bucket, from 1.
@@ -185,7 +185,7 @@ class AttentionConfig(Validated, section="model.attention"):
 
 @dataclass(frozen=True)
 class CharacterConfig(Validated, section="model.embedding.characters"):
-    """Configuration of the character CNN in place of a token table (Kim 2016, `firth.model.characters`).
+    """Configuration of the character CNN in place of a token table (Kim 2016, `firth.model.variants`).
 
     Args:
         max_length: Bytes of each token that the CNN reads, from 7; 0: a token table.

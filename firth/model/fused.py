@@ -4,7 +4,7 @@ A pass over a 4096 x 384 fp32 tensor takes 0.25 ms if it is in cache, and 1 ms i
 positions and squared ReLU made some sixty passes a block, forward and backward. All functions are checked against the plain
 formula with torch.autograd.gradcheck.
 
-With a C compiler each is one compiled pass (`firth.model.native_ops`). Which implementation runs is measured: NORM,
+With a C compiler each is one compiled pass (`firth.model.native`). Which implementation runs is measured: NORM,
 LAYER_NORM, HEADS, ACTIVATION.
 """
 
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from firth import kernel_choice
-from firth.model import native, native_ops
+from firth.model import native
 
 SMALL_ROW_COUNTS = range(8, 49)
 """Numbers of rows for which a CPU's product is faster with the weights on the left (see `project`)."""
@@ -44,7 +44,7 @@ def project(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         and native.supports(x, weight, bias)
         and ONE_ROW[x.dtype].choice() == "native"
     ):
-        return native_ops.one_row(x, weight, bias)
+        return native.one_row(x, weight, bias)
     if rows not in SMALL_ROW_COUNTS or x.dtype != torch.float32:
         return F.linear(x, weight, bias)
     columns = x.reshape(rows, -1).t()
@@ -55,7 +55,7 @@ def project(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 def _row_workload(name: str, dtype: torch.dtype) -> kernel_choice.Workload:
     """Return a row times 16 maps of 512 x 512, more than the cache of a core holds."""
     x, weights = torch.ones(1, 512, dtype=dtype), torch.ones(16, 512, 512, dtype=dtype).unbind()
-    product = native_ops.one_row if name == "native" else F.linear
+    product = native.one_row if name == "native" else F.linear
 
     @torch.no_grad()
     def work() -> None:
@@ -143,7 +143,7 @@ def normalized(
     """
     learned = [p for p in (gain, offset) if p is not None]
     if runs_native(LAYER_NORM if center else NORM, x, learned):
-        return native_ops.norm(x, gain, offset, eps, center, dtype)
+        return native.norm(x, gain, offset, eps, center, dtype)
     if center:
         y = F.layer_norm(x, x.shape[-1:], gain, offset, eps)
         return y if dtype is None else y.to(dtype)
@@ -186,7 +186,7 @@ NORM = per_dtype(
     {
         "rms_norm": lambda x: F.rms_norm(x, (384,), eps=1e-6),
         "unit": lambda x: _UnitRMS.apply(x, 1e-6, x.dtype),
-        "native": lambda x: native_ops.norm(x, None, None, 1e-6, False),
+        "native": lambda x: native.norm(x, None, None, 1e-6, False),
     },
     2048, 384,
 )  # fmt: skip
@@ -196,7 +196,7 @@ LAYER_NORM = per_dtype(
     "layer-norm",
     {
         "layer_norm": lambda x: F.layer_norm(x, (384,), eps=1e-5),
-        "native": lambda x: native_ops.norm(x, None, None, 1e-5, True),
+        "native": lambda x: native.norm(x, None, None, 1e-5, True),
     },
     2048, 384,
 )  # fmt: skip
@@ -206,7 +206,7 @@ ACTIVATION = per_dtype(
     "activation",
     {
         "torch": lambda x: F.gelu(x[..., :1024]) * x[..., 1024:],
-        "native": lambda x: native_ops.activation("gelu", x, True),
+        "native": lambda x: native.activation("gelu", x, True),
     },
     1024, 2048,
 )  # fmt: skip
@@ -338,7 +338,7 @@ def heads(joined: Tensor, rope: tuple[Tensor, Tensor] | None, eps: float, querie
         Queries (B, queries, T, width), keys and values (B, keys, T, width).
     """
     if runs_native(HEADS, joined):
-        return native_ops.heads(joined, rope, eps, queries, keys, width)
+        return native.heads(joined, rope, eps, queries, keys, width)
     return _split(joined, rope, eps, queries, keys, width)
 
 
@@ -352,7 +352,7 @@ def _heads_of(split: Callable[..., Heads]) -> Callable[[Tensor], Tensor]:
     return all_heads
 
 
-HEADS = per_dtype("heads", {"torch": _heads_of(_split), "native": _heads_of(native_ops.heads)}, 8, 256, 1152)
+HEADS = per_dtype("heads", {"torch": _heads_of(_split), "native": _heads_of(native.heads)}, 8, 256, 1152)
 """dtype -> measured choice of the implementation of `heads` on a CPU."""
 
 

@@ -92,7 +92,7 @@ def recurrent_products(config: ModelConfig) -> int:
 
 
 def character_cnn_parameters(config: ModelConfig) -> int:
-    """Return the number of parameters of the character CNN (`firth.model.characters`)."""
+    """Return the number of parameters of the character CNN (`firth.model.variants`)."""
     filters = config.embedding.characters.num_filters
     convolved = sum((size * CHARACTER_DIM + 1) * filters * share // 64 for size, share in FILTER_SHARES)
     highways = 2 * 2 * (filters + 1) * filters

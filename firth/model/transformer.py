@@ -28,18 +28,15 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from firth.model.attention import AttentionMask
-from firth.model.batch_fields import with_memory
-from firth.model.block import AttentionContext, Block, Linear, PositionSubset
+from firth.model.attention import AttentionMask, with_memory
+from firth.model.block import AttentionContext, Block, Linear, PositionSubset, make_norm
 from firth.model.config import ModelConfig
 from firth.model.forward_context import NO_CONTEXT, ForwardContext, RowMemory
 from firth.model.fused import Dropout
 from firth.model.kv_cache import KVCache
-from firth.model.linformer import Linformer
-from firth.model.norm import make_norm
 from firth.model.parameter_count import BIAS_POSITIONS
-from firth.model.positions import RelativeBias, rope_angles, rotation
-from firth.model.relative_distance import DistanceIndex, distance_index
+from firth.model.positions import DistanceIndex, RelativeBias, distance_index, rope_angles, rotation
+from firth.model.variants import Linformer
 from firth.types import NEVER, Batch
 
 MAX_ROTATION_ROWS = 8
@@ -77,7 +74,7 @@ class TransformerStack(nn.Module):
         blocks: The blocks with weights of their own; `layers` gives the block of each layer.
         gradient_checkpointing: Keep only the input of each block and run it again in the backward pass (Chen 2016):
             less memory, a third more work.
-        block_runner: Runs a block where gradients are needed, in place of calling it (`firth.model.compilation`).
+        block_runner: Runs a block where gradients are needed, in place of calling it (`firth.model.model`).
     """
 
     gradient_checkpointing = False

@@ -1,4 +1,6 @@
-"""Sequence classification: a linear layer on one hidden state, logits = A h + b, trained together with the model.
+"""Labels of whole texts: classes, numbers and multiple choice.
+
+Sequence classification: a linear layer on one hidden state, logits = A h + b, trained together with the model.
 
 (GPT, Radford 2018, section 3.2; BERT, Devlin 2019, section 4.1.)
 
@@ -6,6 +8,21 @@ An encoder attends in both directions and is read at [CLS]; a decoder attends to
 only one that has seen the whole text. An encoder-decoder encodes the text and is read at the first token that its decoder
 would predict: T5's text-to-text (Raffel 2020, section 2.4) with a target of one word, whose row of the vocabulary matrix is
 learned too. (BART's decoder reads the whole text once more, at twice the cost.)
+
+Regression: predict a number from one hidden state, with the squared error (BERT on STS-B, Devlin 2019, section 4.1).
+
+    a man plays a guitar / a man is playing music         3.2 of 5
+
+The labels are standardized, so that prices and ratings are learned with the same learning rate; the head of the exported
+model is converted to the units of the data. (The original learns STS-B's 0 to 5 as they are: `mean=0 std=1`.)
+
+Multiple choice: one score for each option, and a softmax over them (GPT, Radford 2018, figure 1; BERT on SWAG,
+Devlin 2019, section 4.4).
+
+    [CLS] She opens the door [SEP] and walks in. [SEP]          1.9   <-
+    [CLS] She opens the door [SEP] of the sea. [SEP]           -0.4
+
+Every option is a row that starts with the context, and a question is a group of them.
 """
 
 from __future__ import annotations
@@ -20,10 +37,21 @@ import torch
 from torch import Tensor, nn
 
 from firth.data import attention_fields
-from firth.fields import NonNegativeFloat, ShareBelowOne
+from firth.fields import NonNegativeFloat, NonNegativeInt, PositiveFloat, ShareBelowOne
 from firth.model.config import AttentionPattern, ModelConfig
+from firth.model.heads import standardized_head
 from firth.model.model import LM
-from firth.objectives.objective import DataStats, Objective, cannot_train, choice_loss, num_correct, supervised
+from firth.objectives.objective import (
+    DataStats,
+    Objective,
+    cannot_train,
+    choice_loss,
+    forward_flops,
+    hidden_states,
+    num_correct,
+    supervised,
+)
+from firth.objectives.reward_model import last_state, last_token_mask
 from firth.pretrained.families import families_of
 from firth.pretrained.families.heads import head_of
 from firth.tokenizer.vocab import Vocab
@@ -187,3 +215,129 @@ class Classification(ReadoutObjective):
                 "class_weights=balanced needs the number of examples of each class, which is unknown for this data"
             )
         return torch.tensor(self.class_weights, device=device) if self.class_weights else None
+
+
+@dataclass(frozen=True)
+class Regression(ReadoutObjective):
+    """Predict the number of a text: {"tokens", "score"} (and "token_type_ids" of a pair).
+
+    Shown: the whole text. Predicted: z = (score - mean) / std, at the readout position. Loss: (a h + b - z)^2. The metric
+    "squared_error" is in the units of the data.
+
+    Args:
+        position: See `ReadoutObjective`.
+        mean: Subtracted from the scores; None: the mean of the data.
+        std: The scores are divided by it; None: the standard deviation of the data.
+
+    >>> vocab = Vocab(size=9, roles={"cls": 1, "sep": 2}, special=np.arange(9) < 3)
+    >>> example = {"tokens": np.array([1, 5, 2]), "score": 4.0}
+    >>> Regression(mean=3.0, std=2.0).build_example(example, vocab, np.random.default_rng(0))["score"].tolist()
+    [0.5, -100.0, -100.0]
+    """
+
+    labels = {"score": "score"}
+    metrics = {"squared_error": Metric("score")}
+
+    mean: float | None = None
+    std: PositiveFloat | None = None
+
+    inputs = frozenset({"tokens", "score"})
+
+    def configure(self, stats: Callable[[], DataStats], config: ModelConfig) -> Self:
+        mean = stats().mean if self.mean is None else self.mean
+        return dataclasses.replace(super().configure(stats, config), mean=mean, std=self.std or stats().std)
+
+    def heads(self, config: ModelConfig) -> dict[str, nn.Module]:
+        return {"score": standardized_head(config.hidden_size, self.mean or 0.0, self.std or 1.0)}
+
+    def build_example(self, example: Example, vocab: Vocab, rng: np.random.Generator) -> Example:
+        score = (float(example["score"]) - (self.mean or 0.0)) / (self.std or 1.0)
+        return label_at_position("score", score, example, self.readout, vocab)
+
+    def loss(self, model: LM, outputs: Outputs, batch: Batch) -> dict[str, Tensor]:
+        states, targets = supervised(outputs["hidden"], batch["score"])
+        error = (model.heads["score"](states)[:, 0].float() - targets).square().sum()
+        return {"score": error, "squared_error": error.detach() * (self.std or 1.0) ** 2}
+
+
+@dataclass(frozen=True)
+class MultipleChoice(Objective):
+    """Predict which option is correct: {"options": rows of {"tokens", "token_type_ids"}, "label": its index}.
+
+    Shown: one row for each option. Predicted: the index y of the correct one. Loss: -log softmax(r)[y], r_k the score of
+    option k.
+
+    Args:
+        max_options: Rows of a group (0: the data's largest number of options). A question with fewer repeats its first row,
+            which is masked out of the softmax.
+        position: Where a row is read: "first" for an encoder, "last" for a decoder; "auto" is the one that fits the model.
+
+    >>> vocab = Vocab(size=9, roles={"pad": 0}, special=np.arange(9) < 1)
+    >>> example = {"options": [{"tokens": np.array([5, 6, 7])}, {"tokens": np.array([5, 8])}], "label": 1}
+    >>> seen = MultipleChoice(max_options=3).build_example(example, vocab, np.random.default_rng(0))
+    >>> seen["tokens"].tolist(), seen["absent"].tolist(), int(seen["choice"])
+    ([[5, 6, 7], [5, 8, 0], [5, 6, 7]], [False, False, True], 1)
+    """
+
+    labels = {"choice": "choice"}
+    metrics = {"accuracy": Metric("choice")}
+    constraints = Constraints(packable=False)
+
+    max_options: NonNegativeInt = 0
+    position: Literal["auto", "first", "last"] = "auto"
+
+    inputs = frozenset({"options", "label"})
+
+    @property
+    def attention(self) -> AttentionPattern:
+        return READOUTS[self.position]
+
+    def configure(self, stats: Callable[[], DataStats], config: ModelConfig) -> Objective:
+        position: Literal["first", "last"] = "last" if readout_of(config) == "last" else "first"
+        return dataclasses.replace(
+            self,
+            position=position if self.position == "auto" else self.position,
+            max_options=self.max_options or stats().max_options,
+        )
+
+    def heads(self, config: ModelConfig) -> dict[str, nn.Module]:
+        return {"choice": classification_head(config.hidden_size, 1)}
+
+    def build_example(self, example: Example, vocab: Vocab, rng: np.random.Generator) -> Example:
+        rows = [
+            row | (attention_fields.causal(len(row["tokens"])) if self.position == "last" else {})
+            for row in example["options"]
+        ]
+        size = self.max_options or len(rows)
+        if not 2 <= len(rows) <= size:
+            raise UserError(
+                f"a question with {len(rows)} options does not fit into a group of 2 to {size}: set `max_options`"
+            )
+        absent = np.arange(size) >= len(rows)
+        shown = attention_fields.group(rows + rows[:1] * (size - len(rows)))
+        return shown | {"absent": absent, "choice": np.int64(example["label"])}
+
+    def forward(self, model: LM, batch: Batch) -> Outputs:
+        return {"hidden": hidden_states(model, batch, self._readout(batch))}
+
+    def flops(self, model: LM, batch: Batch, forward: float | None = None) -> float:
+        return forward_flops(model, batch, self._readout(batch)) if forward is None else forward
+
+    def _readout(self, batch: Batch) -> Tensor:
+        """Return where each row is read, (B, K, T) bool."""
+        if self.position == "last":
+            return last_token_mask(batch)
+        first = torch.zeros_like(batch["tokens"], dtype=torch.bool)
+        first[..., 0] = True
+        return first
+
+    def scores(self, model: LM, outputs: Outputs, batch: Batch) -> Tensor:
+        """Return the score of each option, (B, K) float32; minus infinity for padding options."""
+        hidden = outputs["hidden"]
+        states = last_state(hidden, batch) if self.position == "last" else hidden[..., 0, :]  # (B, K, hidden_size)
+        scores: Tensor = model.heads["choice"](states)[..., 0].float()
+        return scores.masked_fill(batch["absent"], float("-inf"))
+
+    def loss(self, model: LM, outputs: Outputs, batch: Batch) -> dict[str, Tensor]:
+        scores = self.scores(model, outputs, batch)
+        return {"choice": choice_loss(scores, batch["choice"]), "accuracy": num_correct(scores, batch["choice"])}

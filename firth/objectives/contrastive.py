@@ -31,8 +31,8 @@ from torch import Tensor
 from firth.data import attention_fields
 from firth.fields import PositiveFloat
 from firth.model.config import ModelConfig
-from firth.model.latent import average
 from firth.model.model import LM
+from firth.model.variants import average
 from firth.objectives.objective import DataStats, Objective, cannot_train, choice_loss, num_correct
 from firth.tokenizer.vocab import Vocab
 from firth.types import IGNORE, Batch, Constraints, Example, Metric, Outputs

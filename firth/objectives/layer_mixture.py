@@ -3,7 +3,7 @@
 `LayerMixture() + TokenClassification()` tags from the frozen states of a pretrained model: the task learns its head, one
 weight for each layer and a scale, and the model stays unchanged. Lower layers represent more syntax, upper ones more meaning.
 
->>> from firth.objectives.token_classification import TokenClassification
+>>> from firth.objectives.token_tasks import TokenClassification
 >>> (LayerMixture() + TokenClassification()).labels
 {'tags': 'tags'}
 """
@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from firth.model.config import ModelConfig
-from firth.model.layer_mixture import ScalarMix
 from firth.model.model import LM
+from firth.model.variants import ScalarMix
 from firth.objectives.objective import DataStats, Objective, cannot_train
 from firth.types import Batch, Outputs
 

@@ -29,9 +29,9 @@ from firth.model import flops
 from firth.model.config import AttentionPattern, ModelConfig
 from firth.model.forward_context import ForwardContext
 from firth.model.heads import LMHead
-from firth.model.layer_mixture import ScalarMix
 from firth.model.model import LM
 from firth.model.transformer import subset_positions
+from firth.model.variants import ScalarMix
 from firth.objectives import name_of
 from firth.tokenizer.vocab import Vocab
 from firth.types import IGNORE, Batch, Constraints, Example, Metric, Outputs, UserError

@@ -6,7 +6,7 @@ A decoder that sees its previous tokens can do without z; then KL falls to zero 
 collapse"). Three remedies, each a setting. `kl_anneal_steps`: w grows from 0 to 1 over the first steps. `free_bits`: the KL of
 a text costs at least so many nats, so that reducing it further gains nothing (Kingma 2016, for groups of units and the mean of
 a minibatch; ours is per text, which needs no other text). `word_dropout`: a share of the decoder's input words is masked in
-training. The decoder sees the source through z only (`firth.model.latent`): the model is an encoder-decoder with
+training. The decoder sees the source through z only (`firth.model.variants`): the model is an encoder-decoder with
 `encoder.latent_size` above 0.
 
 The noise of z is drawn in `build_example`, so it is data: the same example and seed have the same ELBO in any batch.

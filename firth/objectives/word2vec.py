@@ -4,7 +4,7 @@
     CBOW        for each word j, with h the mean of x over its window      -log s(h . c_j)   - k E_n log s(-h . c_n)
 
 x are the vectors of the model's embedding, c those of the head "context". Windows are drawn anew from 1 to `window` for
-every word, frequent words are dropped at random, noise words n are drawn by count ** 0.75 (`firth.data.word_windows`).
+every word, frequent words are dropped at random, noise words n are drawn by count ** 0.75 (`firth.data.windows`).
 
     the quick brown fox   window 1   pairs   quick-the  quick-brown  brown-quick  brown-fox ...
 
@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from firth import kernel_choice
 from firth.fields import PositiveInt
-from firth.model import flops, native, native_ops
+from firth.model import flops, native
 from firth.model.config import ModelConfig
 from firth.model.model import LM
 from firth.objectives.objective import Objective
@@ -119,7 +119,7 @@ class Word2Vec(Objective):
     def _means(self, x: Tensor, batch: Batch) -> Tensor:
         """Return the mean of each word's neighbors, zeros where it has none: (B, T, n) -> (B, T, n)."""
         if x.dtype == torch.float32 and native.supports(x) and NEIGHBORS.choice() == "native":
-            return native_ops.neighbors(x, batch["left"].long(), batch["right"].long())
+            return native.neighbors(x, batch["left"].long(), batch["right"].long())
         near = self._near(batch)
         mean = near / near.sum(-1, keepdim=True).clamp(min=1)
         return (mean @ self._around(x)).flatten(1, 2)[:, : x.shape[1]]

@@ -35,7 +35,7 @@ from torch import Tensor
 from firth.io.atomic import make_directory
 from firth.io.integrity import COPY_AGAIN, sealed, verify
 from firth.io.safetensors import check_finite, read_file, read_json, write_file, write_json
-from firth.model.head_descriptions import describe_head, rebuild_head
+from firth.model.heads import describe_head, rebuild_head
 from firth.model.model import LM
 from firth.model.prefix import PREFIX_HEADS, PrefixEncoder, PromptEmbedding, check_prefix_supported
 from firth.peft import lora

@@ -15,7 +15,7 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from firth.model.head_descriptions import describe_head
+from firth.model.heads import describe_head
 from firth.model.model import LM
 from firth.model.prefix import PREFIX_HEADS
 from firth.peft import lora

@@ -15,14 +15,11 @@ from firth.model.config import (
     encoder_config,
 )
 from firth.objectives.contrastive import Contrastive, InfoNCE
-from firth.objectives.masked_lm import MLM
-from firth.objectives.mpnet import MPNet
-from firth.objectives.next_sentence import NSP
+from firth.objectives.masked_lm import MLM, SBO
 from firth.objectives.objective import Objective
-from firth.objectives.permuted_lm import PLM
+from firth.objectives.permuted_lm import PLM, MPNet
 from firth.objectives.replaced_tokens import RTD
-from firth.objectives.sentence_order import SOP
-from firth.objectives.span_boundary import SBO
+from firth.objectives.sentence_pairs import NSP, SOP
 from firth.recipes.common import (
     HIDDEN_SIZE,
     MAX_POSITIONS,

@@ -45,15 +45,10 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from firth.objectives.classification import Classification
-from firth.objectives.extractive_qa import QuestionAnswering
-from firth.objectives.multi_annotator import MultiAnnotator
-from firth.objectives.multiple_choice import MultipleChoice
-from firth.objectives.regression import Regression
-from firth.objectives.semi_supervised import PseudoLabels
+from firth.objectives.classification import Classification, MultipleChoice, Regression
+from firth.objectives.semi_supervised import MultiAnnotator, PseudoLabels, WeightPenalty
 from firth.objectives.sft import Seq2SeqSFT
-from firth.objectives.token_classification import TokenClassification
-from firth.objectives.weight_penalty import WeightPenalty
+from firth.objectives.token_tasks import QuestionAnswering, TokenClassification
 from firth.recipes.common import (
     recipe_of_size,
 )

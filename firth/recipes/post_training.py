@@ -17,8 +17,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from firth.objectives.dpo import DPO
-from firth.objectives.ppo import PPO
-from firth.objectives.reinforce import Reinforce
+from firth.objectives.policy_gradient import PPO, Reinforce
 from firth.objectives.reward_model import Ranking, RewardModeling
 from firth.objectives.sft import SFT
 from firth.runs.alignment_examples import RankingsConfig, RefLogprobsConfig, RolloutsConfig

@@ -24,10 +24,9 @@ from firth.model.config import (
     recurrent_config,
     word_vector_config,
 )
-from firth.objectives.bilm import BiLM
-from firth.objectives.causal_lm import CausalLM
+from firth.objectives.causal_lm import BiLM, CausalLM
 from firth.objectives.layer_mixture import LayerMixture
-from firth.objectives.token_classification import TokenClassification
+from firth.objectives.token_tasks import TokenClassification
 from firth.objectives.word2vec import Word2Vec
 from firth.recipes.common import (
     DATA,

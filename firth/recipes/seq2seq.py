@@ -13,10 +13,9 @@ from firth.model.config import (
     decoder_config,
     encoder_decoder_config,
 )
-from firth.objectives.denoise import Denoising
-from firth.objectives.prefix_lm import PrefixLM
+from firth.objectives.causal_lm import PrefixLM
+from firth.objectives.seq2seq import Denoising, SpanCorruption
 from firth.objectives.sft import Seq2SeqSFT
-from firth.objectives.span_corruption import SpanCorruption
 from firth.objectives.vae import VAE
 from firth.recipes.common import (
     HIDDEN_SIZE,

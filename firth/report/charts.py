@@ -1,4 +1,6 @@
-"""Line charts as inline SVG, colored by the page's style sheet in light and dark themes.
+"""Charts in SVG: curves, bars, and matrices.
+
+Line charts as inline SVG, colored by the page's style sheet in light and dark themes.
 
 A plotting library would write fixed colors into the picture. Here every stroke is a class of the style sheet (`c0`..`c5`,
 a color-blind-safe palette with a light and a dark set), so one picture of a few kilobytes serves both themes. Curves are
@@ -8,6 +10,14 @@ labeled at their ends, not in a legend; the value under the pointer is a plain `
 >>> picture = svg(figure)
 >>> picture.count("<polyline"), "<title>train, step 2: 1.5</title>" in picture
 (1, True)
+
+Confusion matrix as inline SVG: gold classes by row, predictions by column.
+
+A cell is darker the larger its share of its row. The page's style sheet colors it, like the charts.
+
+>>> picture = svg_matrix(Matrix("Confusion matrix", ("ham", "spam"), ((90, 10), (5, 45))))
+>>> picture.count("<rect"), "<title>ham, predicted as spam: 10 of 100</title>" in picture
+(4, True)
 """
 
 from __future__ import annotations
@@ -424,3 +434,56 @@ def _names(ends: Sequence[tuple[str, str, float, float]], across: _Axis, up: _Ax
             out.append(f'<line class="leader" x1="{x1}" y1="{y:.1f}" x2="{x2}" y2="{label_y:.1f}"/>')
         out.append(f'<text class="{style}" x="{across.end + 9:.1f}" y="{label_y + 4:.1f}">{escape(label)}</text>')
     return out
+
+
+CELL, LETTER, GAP = 46, 8.5, 6  # pixels
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """Confusion matrix.
+
+    Args:
+        title: Title above it.
+        classes: Names of the classes.
+        counts: How often each class (row) was predicted as each class (column).
+        note: Text below it.
+    """
+
+    title: str
+    classes: Sequence[str]
+    counts: Sequence[Sequence[int]]
+    note: str = ""
+
+    def __post_init__(self) -> None:
+        if len(self.counts) != len(self.classes) or any(len(row) != len(self.classes) for row in self.counts):
+            raise ValueError(f"matrix {self.title!r}: {len(self.classes)} classes need as many rows and columns")
+
+
+def svg_matrix(matrix: Matrix) -> Markup:
+    """Draw a confusion matrix, as wide as its class names need."""
+    names = [name if len(name) <= 14 else name[:13] + "…" for name in matrix.classes]
+    left = max(len(name) for name in names) * LETTER + GAP
+    wide = max(CELL, max(len(name) for name in names) * LETTER + GAP)
+    width, height = left + wide * len(names), 20 + CELL * len(names)
+    out = [
+        f'<svg class="matrix" viewBox="0 0 {width:.0f} {height:.0f}" width="{width:.0f}" height="{height:.0f}" role="img" '
+        f'aria-label="{escape(matrix.title)}">'
+    ]
+    for column, name in enumerate(names):
+        x = left + wide * (column + 0.5)
+        out.append(f'<text class="quiet" x="{x:.0f}" y="13" text-anchor="middle">{escape(name)}</text>')
+    for row, (name, counts) in enumerate(zip(names, matrix.counts, strict=True)):
+        y, total = 20 + CELL * row, sum(counts)
+        middle = y + CELL / 2 + 4
+        out.append(f'<text x="{left - GAP:.0f}" y="{middle:.0f}" text-anchor="end">{escape(name)}</text>')
+        for column, count in enumerate(counts):
+            x = left + wide * column
+            tooltip = f"{matrix.classes[row]}, predicted as {matrix.classes[column]}: {count} of {total}"
+            share = count / total if total else 0.0
+            out.append(
+                f'<rect class="cell" x="{x:.0f}" y="{y}" width="{wide - 2:.0f}" height="{CELL - 2}" '
+                f'fill-opacity="{0.06 + 0.5 * share:.2f}"><title>{escape(tooltip)}</title></rect>'
+                f'<text x="{x + wide / 2:.0f}" y="{middle:.0f}" text-anchor="middle">{count}</text>'
+            )
+    return Markup("".join(out) + "</svg>")

@@ -22,8 +22,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup, escape
 
 from firth.io.atomic import write_text
-from firth.report.charts import COLORS, Figure, number, svg
-from firth.report.matrix import Matrix, svg_matrix
+from firth.report.charts import COLORS, Figure, Matrix, number, svg, svg_matrix
 
 Cell = str | int | float | None
 

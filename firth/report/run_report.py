@@ -35,8 +35,7 @@ from firth.io.integrity import COPY_AGAIN, check_recipe, read_done, read_record,
 from firth.io.json_files import check_all, read_object
 from firth.io.json_files import read_rows as rows_of
 from firth.io.yaml_files import parse_yaml
-from firth.report.charts import Curve, Figure, Level, number
-from firth.report.matrix import Matrix
+from firth.report.charts import Curve, Figure, Level, Matrix, number
 from firth.report.page import Command, Report, Section, StatCell, Table, TextSample
 from firth.types import UserError
 

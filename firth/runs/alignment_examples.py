@@ -33,7 +33,7 @@ from firth.io import user_code
 from firth.model.model import LM
 from firth.objectives.dpo import build_comparison, ref_logprobs
 from firth.objectives.objective import DataStats, Objective
-from firth.objectives.ppo import PER_TOKEN
+from firth.objectives.policy_gradient import PER_TOKEN
 from firth.runs import held_out_texts
 from firth.runs.config_io import path_field
 from firth.runs.examples import (

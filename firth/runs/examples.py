@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from firth.corpora.read_stats import ReadStats
-from firth.data import records, windows, word_windows
+from firth.data import records, windows
 from firth.data.source import MixtureSource, Source, SubsetSource
 from firth.data.split import MIN_RECORDS, content_key, held_out_keys
 from firth.data.token_store import TokenStore
@@ -270,7 +270,7 @@ class SegmentPairsConfig(ExamplesConfig):
 
 @dataclass(frozen=True)
 class WordWindowsConfig(ExamplesConfig):
-    """Windows with word2vec's subsampling and noise probabilities (`firth.data.word_windows`).
+    """Windows with word2vec's subsampling and noise probabilities (`firth.data.windows`).
 
     Args:
         max_length: Tokens of a window.
@@ -287,15 +287,15 @@ class WordWindowsConfig(ExamplesConfig):
 
     def build(self, data: RunData, objective: Objective) -> DatasetSplits:
         train, valid = data.stores()
-        counts = word_windows.WordWindows.count(np.asarray(train.tokens), data.tokenizer.vocab)
+        counts = windows.WordWindows.count(np.asarray(train.tokens), data.tokenizer.vocab)
         if np.diff(train.offsets).max() - train.opened - 1 < 2:
             raise UserError(
                 "every document is a single word, so no word has a neighbor: give longer documents, or set "
                 f"data.split_by=file (it is {data.config.split_by})"
             )
 
-        def shown(store: TokenStore) -> word_windows.WordWindows:
-            return word_windows.WordWindows(
+        def shown(store: TokenStore) -> windows.WordWindows:
+            return windows.WordWindows(
                 windows.Windows(store, self.max_length, ahead=0, tail=True),
                 counts,
                 self.subsampling_threshold,

@@ -17,7 +17,7 @@ from firth.evaluate.metrics import perplexity
 from firth.evaluate.predict import check_output_path
 from firth.evaluate.prediction_inputs import InputSchema, read_inputs
 from firth.evaluate.task import load_evaluated_model
-from firth.generate import word_vectors
+from firth.generate import embeddings
 from firth.generate.embeddings import embed
 from firth.generate.sampling import Sampling
 from firth.io.atomic import new_file
@@ -40,7 +40,7 @@ def nearest_words(directory: Path, words: Sequence[str], top: int, out: Path | N
     loaded = Model(evaluated)
     lines = [f"{word}: {loaded.nearest(word, top)}" for word in words]
     if out is not None:
-        count, width = word_vectors.write(evaluated.model, evaluated.tokenizer, out)
+        count, width = embeddings.write(evaluated.model, evaluated.tokenizer, out)
         lines.append(f"{out}: {count:,} vectors of {width} numbers, in word2vec's text format")
     return lines
 

@@ -8,7 +8,7 @@ from firth.data.collate import Batches
 from firth.model import head_frequencies
 from firth.model.model import LM
 from firth.objectives.objective import Objective, supervised
-from firth.training.validate import to
+from firth.training.step import to
 from firth.types import IGNORE
 
 MAX_LABELS, MAX_STEPS = 500_000, 256

@@ -15,7 +15,7 @@ import torch
 from firth.evaluate.heads import head_of
 from firth.evaluate.predict import predict_with
 from firth.evaluate.task import EvaluatedModel, load_evaluated_model
-from firth.generate import embeddings, infill, word_vectors
+from firth.generate import embeddings, infill
 from firth.generate.engine import Engine
 from firth.generate.sampling import Sampling
 from firth.generate.scoring import scoring_mode
@@ -23,9 +23,8 @@ from firth.io.json_files import read_json
 from firth.model.config import ModelConfig
 from firth.model.model import LM
 from firth.objectives import OBJECTIVES, find
-from firth.objectives.denoise import Denoising
 from firth.objectives.objective import Objective, reads_dialogues
-from firth.objectives.span_corruption import SpanCorruption
+from firth.objectives.seq2seq import Denoising, SpanCorruption
 from firth.pretrained.load_save import metadata_of
 from firth.runs.evaluate_files import measure_with
 from firth.runs.recipe import load
@@ -225,11 +224,11 @@ class Model:
         if self.model.has_lm_head:
             return self.continue_text([text], sampling)[0]
         # The vocabulary of a user's text may lack the words of a recipe, which must not end a run.
-        return self.nearest(text, 8) if word_vectors.ids_of(self.tokenizer, text) else "(no word of this text)"
+        return self.nearest(text, 8) if embeddings.ids_of(self.tokenizer, text) else "(no word of this text)"
 
     def nearest(self, word: str, top: int) -> str:
         """Return the words with the nearest vectors to that of a word, in one line."""
-        found = word_vectors.nearest(self.model, self.tokenizer, word, top)
+        found = embeddings.nearest(self.model, self.tokenizer, word, top)
         return "   ".join(
             f"{readable(piece, self.tokenizer.is_byte_level)} {likeness:.2f}" for piece, likeness in found
         )

@@ -171,7 +171,7 @@ class Recipe(Validated):
         init_from: A run or model directory to initialize the weights from.
         peft: Which weights are trained (`firth.runs.peft_options`).
         init_embeddings_from: A run or model directory with the same tokenizer, of which only the token embeddings are
-            loaded (`firth.generate.word_vectors`).
+            loaded (`firth.generate.embeddings`).
         init_head_from_frequencies: Whether an untrained LM head is initialized from the label frequencies (`firth.model.head_frequencies`).
         batch: Batch size, packing and gradient accumulation.
         optimizer: The optimizer.

@@ -8,8 +8,7 @@ from typing import Literal
 
 from firth.doctor import device as best_device
 from firth.model.config import ModelConfig
-from firth.model.empty_weights import init_empty_weights
-from firth.model.model import LM
+from firth.model.model import LM, init_empty_weights
 from firth.model.prefix import PREFIX_HEADS
 from firth.objectives.objective import Objective
 from firth.pretrained.load_save import check_vocab_fits
@@ -21,8 +20,7 @@ from firth.runs.prepare import RunData
 from firth.runs.recipe import MODEL_CONFIG_HINT, Recipe, ResolvedRecipe, load_resolved, published
 from firth.runs.recipe_names import RECIPES
 from firth.runs.run_context import RunContext
-from firth.runs.segmentation_warnings import resolve_segmentation
-from firth.runs.tokenizer import resolved_size
+from firth.runs.tokenizer import resolve_segmentation, resolved_size
 from firth.training import precision
 from firth.types import UserError
 

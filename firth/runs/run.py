@@ -20,12 +20,11 @@ from firth.data import text_cache
 from firth.data.collate import Batches
 from firth.doctor import device as best_device
 from firth.evaluate.tokenizer_match import check_same_tokenizer
-from firth.generate import word_vectors
+from firth.generate import embeddings
 from firth.io.atomic import make_directory, new_directory, write_text
 from firth.io.integrity import read_record, write_record
-from firth.model.compilation import compile_blocks
-from firth.model.head_descriptions import export_heads
-from firth.model.model import LM
+from firth.model.heads import export_heads
+from firth.model.model import LM, compile_blocks
 from firth.objectives import name_of
 from firth.objectives.objective import components
 from firth.peft.lora import num_trainable_parameters
@@ -40,9 +39,8 @@ from firth.runs.prepare import RunData
 from firth.runs.recipe import MODEL_CONFIG_HINT, Recipe, ResolvedRecipe, load_resolved
 from firth.runs.resolve import resolve
 from firth.runs.run_context import RunContext, RunIdentity
-from firth.runs.segmentation_warnings import fallbacks
 from firth.runs.start_model import StartModel, model_directory
-from firth.runs.tokenizer import check_vocab, tokenizer_of
+from firth.runs.tokenizer import check_vocab, fallbacks, tokenizer_of
 from firth.runs.validation import Validator, vocab
 from firth.tokenizer.tokenizer import Tokenizer
 from firth.training import checkpoint, precision, trainer
@@ -230,7 +228,7 @@ def build_model(resolved: ResolvedRecipe, datasets: RunDatasets, context: RunCon
     else:
         model.set_token_characters([tokenizer.token(i) for i in range(tokenizer.vocab.size)])
     if resolved.init_embeddings_from:
-        loaded = word_vectors.load_embeddings(model, model_directory(resolved.init_embeddings_from))
+        loaded = embeddings.load_embeddings(model, model_directory(resolved.init_embeddings_from))
         log(f"{resolved.name} takes {loaded}; everything else is initialized at random")
     model.restrict_vocab(tokenizer.vocab)
     resolved.peft.apply(model, added, tokenizer, resolved.seed)

@@ -13,7 +13,7 @@ from collections.abc import Collection
 
 import numpy as np
 
-from firth.objectives.ppo import PER_TOKEN
+from firth.objectives.policy_gradient import PER_TOKEN
 from firth.tokenizer.vocab import ROLES, Vocab
 from firth.types import Example
 

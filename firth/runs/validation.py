@@ -16,9 +16,9 @@ import numpy as np
 import torch
 
 from firth.data.collate import Batches
+from firth.data.labels import has_spans
 from firth.data.source import Source
-from firth.data.tags import has_spans
-from firth.evaluate import entity_metrics, metrics
+from firth.evaluate import metrics
 from firth.evaluate.heads import HEADS, HeadOutput, head_of
 from firth.model.model import LM
 from firth.runs.examples import spread
@@ -26,8 +26,7 @@ from firth.runs.recipe import ResolvedRecipe
 from firth.tokenizer.tokenizer import Tokenizer
 from firth.tokenizer.vocab import Vocab
 from firth.training.distributed import Ranks
-from firth.training.step import no_reduce
-from firth.training.validate import validate
+from firth.training.step import no_reduce, validate
 from firth.types import Batch, Outputs, UserError
 
 PROBE_EXAMPLES = 8
@@ -102,7 +101,7 @@ class Validator:
         _, readings = self._read(model)
         if self.head == "tags" and has_spans(classes):
             sentences = [([classes[i] for i in r], [classes[i] for i in s.argmax(-1)]) for r, s in readings]
-            return {"per_class": entity_metrics.by_kind(sentences)}
+            return {"per_class": metrics.by_kind(sentences)}
         right = np.concatenate([np.atleast_1d(r) for r, _ in readings])
         predicted = np.concatenate([np.atleast_1d(s.argmax(-1)) for _, s in readings])
         rows = metrics.per_class(right, predicted, range(len(classes)))

@@ -22,8 +22,8 @@ from tokenizers import Tokenizer as Engine
 
 from firth.tokenizer import chat_template
 from firth.tokenizer.chat_template import END, START, TEMPLATE
-from firth.tokenizer.normalize import replace_lone_surrogates
 from firth.tokenizer.tokenizer import Tokenizer
+from firth.tokenizer.vocab import replace_lone_surrogates
 from firth.types import UserError
 
 Message = dict[str, str]

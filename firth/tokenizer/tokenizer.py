@@ -27,12 +27,11 @@ from tokenizers import Tokenizer as Engine
 
 from firth.io.atomic import make_directory, write_text
 from firth.io.gguf import find
-from firth.tokenizer import formats, gguf_read, post_processor
+from firth.tokenizer import formats, gguf_read, hf_config
 from firth.tokenizer.chat_template import END, START, TEMPLATE
 from firth.tokenizer.hf_config import end_tokens, read_json, read_object, template_of, token_text, with_hf_config
 from firth.tokenizer.merges import Merge
-from firth.tokenizer.normalize import replace_lone_surrogates
-from firth.tokenizer.vocab import Vocab
+from firth.tokenizer.vocab import Vocab, replace_lone_surrogates
 from firth.types import UserError
 
 ROLE_KEYS = {
@@ -186,11 +185,11 @@ class Tokenizer:
     @functools.cached_property
     def digest(self) -> str:
         """SHA-256 of everything that decides the ids of a text; the post-processor does not."""
-        return hashlib.sha256(post_processor.without_template(self.definition).encode()).hexdigest()
+        return hashlib.sha256(hf_config.without_template(self.definition).encode()).hexdigest()
 
-    def with_post_processor(self, attention: post_processor.AttentionKind) -> Tokenizer:
-        """Return a copy with a post-processor for models with this attention (`firth.tokenizer.post_processor`)."""
-        definition = post_processor.with_template(self.definition, self._roles, attention, self.bos)
+    def with_post_processor(self, attention: hf_config.AttentionKind) -> Tokenizer:
+        """Return a copy with a post-processor for models with this attention (`firth.tokenizer.hf_config`)."""
+        definition = hf_config.with_template(self.definition, self._roles, attention, self.bos)
         return _rebuild(definition, self._roles, self.template, self.merges, self.bos, self.ends)
 
     def save(self, directory: Path, token_type_ids: bool = False) -> None:
@@ -275,7 +274,7 @@ def _configured(engine: Engine, file: Path, config: dict[str, Any]) -> Tokenizer
     bos = config.get("add_bos_token")
     if bos is None and (directory / "config.json").exists() and not (directory / "firth.json").exists():
         bos = bool(
-            post_processor.added_ids(engine)[:1] == [engine.token_to_id(named.get("bos", ""))]
+            hf_config.added_ids(engine)[:1] == [engine.token_to_id(named.get("bos", ""))]
         )  # a model of another program
     ends = config.get("ends") or end_tokens(
         engine, read_object(directory / "generation_config.json").get("eos_token_id")
@@ -288,7 +287,7 @@ def _rebuild(
     definition: str, roles: dict[str, str], template: str | None, merges: Sequence[Merge], bos: bool | None,
     ends: Sequence[str],
 ) -> Tokenizer:  # fmt: skip
-    return Tokenizer(post_processor.engine_of(definition), roles, template, merges, bos, ends)
+    return Tokenizer(hf_config.engine_of(definition), roles, template, merges, bos, ends)
 
 
 def _check_ids(engine: Engine) -> None:

@@ -37,8 +37,8 @@ from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers
 from tokenizers import Tokenizer as Engine
 
 from firth.tokenizer import merges, unigram
-from firth.tokenizer.normalize import replace_lone_surrogates
 from firth.tokenizer.tokenizer import Tokenizer
+from firth.tokenizer.vocab import replace_lone_surrogates
 from firth.tokenizer.workers import count_all
 from firth.types import LOGGER, LogLine, UserError
 

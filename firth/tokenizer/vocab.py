@@ -1,4 +1,14 @@
-"""The properties of a vocabulary that the rest of the package needs: ids of special tokens, and facts about each token.
+r"""Vocabulary: ids, roles and characters of tokens, and repair of text before encoding.
+
+Replace lone surrogates, which UTF-8 and the tokenizers library cannot represent.
+
+Python strings and JSON may contain them ("\ud83d" without its other half). They become U+FFFD, the replacement
+character; a high surrogate followed by a low one becomes the character.
+
+>>> replace_lone_surrogates("a\ud83d b \ud83d\ude00") == "a\ufffd b \U0001f600"
+True
+
+The properties of a vocabulary that the rest of the package needs: ids of special tokens, and facts about each token.
 
 Objectives mask, arrange and split token ids; they never see text. `Vocab` is therefore plain arrays, cheap to send to a
 worker, and the same for every tokenizer algorithm.
@@ -12,6 +22,7 @@ worker, and the same for every tokenizer algorithm.
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 
@@ -19,6 +30,16 @@ import numpy as np
 
 from firth.tokenizer.segmentation import sentence_starts, word_starts
 from firth.types import UserError
+
+SURROGATE = re.compile("[\ud800-\udfff]")
+
+
+def replace_lone_surrogates(text: str) -> str:
+    """Return the text with lone surrogates replaced by U+FFFD; the same object if there are none."""
+    if text.isascii() or SURROGATE.search(text) is None:
+        return text
+    return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+
 
 ROLES = ("pad", "unk", "bos", "eos", "cls", "sep", "mask")
 

@@ -26,9 +26,9 @@ from typing import Any, Generic, Protocol, TypeVar
 import numpy as np
 from tokenizers import Tokenizer as Engine
 
-from firth.tokenizer.normalize import replace_lone_surrogates
-from firth.tokenizer.post_processor import engine_of
+from firth.tokenizer.hf_config import engine_of
 from firth.tokenizer.tokenizer import Tokenizer
+from firth.tokenizer.vocab import replace_lone_surrogates
 from firth.tokenizer.word_counts import count
 from firth.types import UserError
 

@@ -31,7 +31,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from firth.io.atomic import FULL
-from firth.io.safetensors_blocks import safetensors_blocks
+from firth.io.safetensors import safetensors_blocks
 from firth.types import LogLine, UserError
 
 FORMAT = 1

@@ -1,4 +1,6 @@
-"""Data parallelism: sums over ranks, and synchronization.
+"""Distributed training: ranks, and detection of ranks that failed.
+
+Data parallelism: sums over ranks, and synchronization.
 
 The trainer divides by counts over all ranks, so a plain SUM of losses and gradients is correct, however the labels are
 distributed over ranks. `join()` reads the environment variables that torchrun sets:
@@ -7,22 +9,42 @@ distributed over ranks. `join()` reads the environment variables that torchrun s
 
 Each rank has a copy of the model and takes the same step; data is split by global index (`firth.data.collate`). Ranks wait for
 long work on a single rank without a collective, and a rank that fails or stops ends the others with an error that names it
-(`firth.training.peer_watch`).
+(`firth.training.distributed`).
+
+Barriers, failure propagation and heartbeats between the ranks of a run, without collectives.
+
+A collective is not suitable for long waits. It ends at the timeout of its process group (10 minutes for nccl, 30 for gloo),
+and a rank inside it does not notice that another one has failed. Here the ranks use the key-value store of the process group:
+
+    barrier    every rank increments a counter and polls it, for as long as it takes
+    failures   a rank that raises writes its error into the store; the others end with the same error message
+    heartbeat  a thread of each rank increments a counter of its own once a second. Rank 0 watches the counters of all ranks, the
+               others watch rank 0: a rank whose counter does not change for SILENCE_SECONDS is stopped (SIGSTOP), killed or
+               unreachable
+
+The thread ends its process, because the main thread may be inside a collective that never returns. That is safe for
+checkpoints: one that is being written does not have its final name yet (`firth.training.checkpoint`).
 """
 
 from __future__ import annotations
 
+import atexit
 import os
+import sys
+import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import cache
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.distributed_c10d import PrefixStore, Store
 
-from firth.training.peer_watch import PeerWatch, silence_seconds
+from firth.types import UserError
 
 BUCKET_BYTES = 32 << 20
 """Bytes of gradients that are summed in one call: large enough to saturate a link, small compared with the model."""
@@ -142,3 +164,224 @@ def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
         size += x.nbytes
     if bucket:
         yield bucket
+
+
+T = TypeVar("T")
+
+SILENCE_SECONDS = 120.0
+"""A rank without a heartbeat for this long counts as stopped. It is this long because data preparation may hold the GIL;
+the environment variable FIRTH_RANK_TIMEOUT overrides it."""
+
+BEAT_SECONDS = 1.0
+"""Most seconds between heartbeats; a tenth of the allowed silence if that is less."""
+
+GRACE_SECONDS = 5.0
+"""How long a rank's main thread has to end by itself after another rank has failed."""
+
+POLL_SECONDS = 0.02
+"""Seconds between two polls of the store while a rank waits."""
+
+
+def silence_seconds() -> float:
+    """Return the seconds without a heartbeat after which a rank counts as stopped.
+
+    Raises:
+        UserError: FIRTH_RANK_TIMEOUT is not a positive number.
+    """
+    text = os.environ.get("FIRTH_RANK_TIMEOUT", str(SILENCE_SECONDS))
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = 0.0
+    if not 0 < seconds < float("inf"):
+        raise UserError(f"FIRTH_RANK_TIMEOUT={text} must be a number of seconds above 0")
+    return seconds
+
+
+class PeerWatch:
+    """This rank's contact with the others.
+
+    Args:
+        store: The store of the process group.
+        rank: This rank.
+        world: The number of ranks.
+        silence: Seconds without a heartbeat after which a rank counts as stopped.
+    """
+
+    def __init__(self, store: Store, rank: int, world: int, silence: float) -> None:
+        self.rank, self.world, self.silence = rank, world, silence
+        self.host = "torchrun" if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" else "rank 0"
+        self.interval = min(BEAT_SECONDS, silence / 10)
+        # A client handles one call at a time, and that of the process group may block: each thread has its own.
+        self._store, self._others = (PrefixStore("firth", store.clone()) for _ in range(2))  # type: ignore[attr-defined]
+        self._waits = 0
+        self._depth = 0
+        self._last_reply = time.monotonic()
+        self._closed = threading.Event()
+        self._threads = [
+            threading.Thread(target=work, daemon=True) for work in (self._send_heartbeats, self._watch_store)
+        ]
+        for thread in self._threads:
+            thread.start()
+        atexit.register(self.close)
+
+    def close(self) -> None:
+        """End the threads: a thread inside a call to the store at interpreter exit would abort the process."""
+        self._closed.set()
+        for thread in self._threads:
+            thread.join(GRACE_SECONDS)
+
+    def wait(self) -> None:
+        """Wait until every rank calls this, however long that takes.
+
+        Raises:
+            UserError: Another rank has failed.
+        """
+        self._waits += 1
+        self._count_in(f"wait/{self._waits}", wait=True)
+        # Rank 0, whose process may host the store, leaves last: by then the others have seen that all ranks are here.
+        self._count_in(f"seen/{self._waits}", wait=self.rank == 0)
+
+    def _count_in(self, key: str, wait: bool) -> None:
+        """Increment a counter, and optionally wait until all ranks have."""
+        self._reach(lambda: self._store.add(key, 1))
+        while wait and self._reach(lambda: self._store.add(key, 0)) < self.world:
+            failure = self._reach(lambda: self._failure(self._store))
+            if failure:
+                raise UserError(failure)
+            time.sleep(POLL_SECONDS)
+
+    def from_first(self, value: str) -> str:
+        """Return rank 0's value on every rank."""
+        key = f"value/{self._waits}"
+        if self.rank == 0:
+            self._reach(lambda: self._store.set(key, value))
+        self.wait()
+        stored: bytes = self._reach(lambda: self._store.get(key))
+        return stored.decode()
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """Watch the other ranks in this context, and report an exception of this rank to them."""
+        self._depth += 1
+        try:
+            yield
+        except BaseException as error:
+            if self._depth == 1:
+                self._fail(str(error) or type(error).__name__)
+            raise
+        finally:
+            self._depth -= 1
+
+    def explain(self, error: RuntimeError) -> UserError:
+        """Return why a collective has failed: another rank's error, or the rank whose heartbeat has stopped."""
+        before = self._counts()
+        end = time.monotonic() + max(GRACE_SECONDS, 3 * self.interval)
+        while time.monotonic() < end:
+            try:
+                failure = self._failure(self._store)
+            except RuntimeError:
+                return UserError(self._lost())
+            if failure:
+                return UserError(failure)
+            time.sleep(self.interval)
+        after = self._counts()
+        silent = [rank for rank in range(self.world) if rank != self.rank and before.get(rank) == after.get(rank)]
+        if silent:
+            return UserError(f"rank {silent[0]} has ended without an error of its own (killed?); {RESTART_HINT}")
+        return UserError(f"the ranks lost contact ({str(error).splitlines()[0]}); {RESTART_HINT}")
+
+    def _counts(self) -> dict[int, int]:
+        """Return the heartbeat counters of all ranks; empty if the store cannot be reached."""
+        try:
+            return {rank: self._store.add(f"alive/{rank}", 0) for rank in range(self.world)}
+        except RuntimeError:
+            return {}
+
+    def _reach(self, call: Callable[[], T]) -> T:
+        """Call the store; raise a UserError if it cannot be reached."""
+        try:
+            return call()
+        except RuntimeError as error:
+            raise UserError(self._lost()) from error
+
+    def _lost(self) -> str:
+        return f"{self.host}, which hosts the store of the ranks, has ended or cannot be reached; {RESTART_HINT}"
+
+    def _failure(self, store: Store) -> str:
+        """Return the error message of another rank that has failed; empty if none has."""
+        if not store.check(["failed"]):
+            return ""
+        number, _, message = store.get("failed").decode().partition(" ")
+        return "" if int(number) == self.rank else message
+
+    def _fail(self, message: str) -> None:
+        """Report this rank's error, and wait until the others have read it: the store may end with this process."""
+        try:
+            self._store.compare_set("failed", "", f"{self.rank} rank {self.rank} failed: {message}")
+            self._store.set(f"known/{self.rank}", "")
+            end = time.monotonic() + GRACE_SECONDS
+            while not self._store.check([f"known/{rank}" for rank in range(self.world)]) and time.monotonic() < end:
+                time.sleep(POLL_SECONDS)
+        except RuntimeError:  # the store has ended, which tells the others
+            return
+
+    def _send_heartbeats(self) -> None:
+        """Send heartbeats, and watch those of other ranks and failures. Runs in a thread."""
+        store = self._others
+        watched = range(1, self.world) if self.rank == 0 else range(1)
+        seen = {rank: (-1, time.monotonic()) for rank in watched}
+        while True:
+            began = time.monotonic()
+            try:
+                store.add(f"alive/{self.rank}", 1)
+                self._last_reply = time.monotonic()
+                failure = self._failure(store)
+                for rank in watched:
+                    count = store.add(f"alive/{rank}", 0)
+                    if count != seen[rank][0] or not self._depth:
+                        seen[rank] = count, time.monotonic()
+                    elif time.monotonic() - seen[rank][1] > self.silence:
+                        failure = failure or self._stopped(f"rank {rank}")
+                        store.compare_set("failed", "", f"{rank} {failure}")
+                if failure:
+                    store.set(f"known/{self.rank}", "")
+            except RuntimeError:
+                if self._depth:
+                    self._end(self._lost())
+                return
+            if failure and self._depth:
+                self._end(failure)
+            if self._closed.wait(self.interval):
+                return
+            if time.monotonic() - began > self.silence / 2:  # this process itself has been stopped
+                seen = {rank: (count, time.monotonic()) for rank, (count, _) in seen.items()}
+
+    def _watch_store(self) -> None:
+        """End this process when the store does not reply: its host may be the stopped rank. Runs in a thread."""
+        before = time.monotonic()
+        while not self._closed.wait(self.interval):
+            now = time.monotonic()
+            if now - before > self.silence / 2 or not self._depth:  # this process itself has been stopped
+                self._last_reply = now
+            before = now
+            if now - self._last_reply > self.silence + 2 * self.interval:
+                self._end(self._stopped(self.host))
+
+    def _stopped(self, who: str) -> str:
+        return f"{who} has sent no heartbeat for {self.silence:g} s: it is stopped or cannot be reached; {RESTART_HINT}"
+
+    def _end(self, failure: str) -> None:
+        """End this process unless its main thread does so in time."""
+        end = time.monotonic() + min(GRACE_SECONDS, self.silence)
+        while time.monotonic() < end:
+            if not self._depth:
+                return
+            time.sleep(POLL_SECONDS)
+        sys.stdout.flush()
+        print(f"firth: {failure}", file=sys.stderr, flush=True)
+        os._exit(2)
+
+
+RESTART_HINT = "start all ranks again, and the run resumes from its last checkpoint"
+"""What to do when a rank is lost."""

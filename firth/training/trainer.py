@@ -37,10 +37,9 @@ from firth.training.optimizer import Optimizer, OptimizerConfig
 from firth.training.prefetch import Prefetcher
 from firth.training.run_lock import Interrupted, interrupt_handler, run_lock
 from firth.training.schedule import Budget, Schedule
-from firth.training.step import count_targets
+from firth.training.step import count_targets, named_metrics, to
 from firth.training.step import step as gradients
 from firth.training.training_state import TrainingState
-from firth.training.validate import named_metrics, to
 from firth.types import PRECOMPUTED_FIELDS, Batch, UserError
 
 if TYPE_CHECKING:

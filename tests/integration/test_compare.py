@@ -15,7 +15,7 @@ from firth import cli
 from firth.compare import compare as compare_module
 from firth.compare.compare import ComparisonConfig, compare
 from firth.compare.probe_dataset import draw_probe, questions
-from firth.compare.statistics import METRICS, Interval, Score, differences, gains, markdown, paired, result_row
+from firth.compare.report import METRICS, Interval, Score, differences, gains, markdown, paired, result_row
 from firth.data.split import content_key
 from firth.data.token_store import TokenStore
 from firth.evaluate.evaluate import evaluate

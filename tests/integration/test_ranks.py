@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch.distributed import TCPStore
 
-from firth.training import peer_watch
+from firth.training import distributed
 from firth.training.checkpoint import load
 from firth.types import UserError
 
@@ -132,9 +132,9 @@ def test_a_rank_killed_in_a_save_leaves_valid_checkpoints(outcomes: tuple[Path, 
 
 
 def test_a_failed_collective_names_the_lost_rank(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(peer_watch, "GRACE_SECONDS", 0.1)
+    monkeypatch.setattr(distributed, "GRACE_SECONDS", 0.1)
     store = TCPStore("127.0.0.1", 0, 1, True)
-    watch = peer_watch.PeerWatch(store, 0, 2, silence=1)
+    watch = distributed.PeerWatch(store, 0, 2, silence=1)
     assert "rank 1 has ended without an error of its own (killed?)" in str(watch.explain(RuntimeError("closed")))
     store.set("firth/failed", "1 rank 1 failed: the file ends early")
     assert str(watch.explain(RuntimeError("closed"))) == "rank 1 failed: the file ends early"
@@ -145,4 +145,4 @@ def test_a_failed_collective_names_the_lost_rank(monkeypatch: pytest.MonkeyPatch
 def test_the_rank_timeout_must_be_a_positive_number(monkeypatch: pytest.MonkeyPatch, text: str) -> None:
     monkeypatch.setenv("FIRTH_RANK_TIMEOUT", text)
     with pytest.raises(UserError, match=f"FIRTH_RANK_TIMEOUT={text} must be a number of seconds above 0"):
-        peer_watch.silence_seconds()
+        distributed.silence_seconds()

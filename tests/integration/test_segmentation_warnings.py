@@ -10,17 +10,16 @@ import pytest
 from firth.corpora.readers import Document
 from firth.data import windows
 from firth.data.token_store import TokenStore
-from firth.objectives.denoise import Denoising
 from firth.objectives.masked_lm import MLM
 from firth.objectives.objective import Objective
 from firth.objectives.replaced_tokens import RTD
-from firth.objectives.sentence_order import SOP
-from firth.objectives.span_corruption import SpanCorruption
+from firth.objectives.sentence_pairs import SOP
+from firth.objectives.seq2seq import Denoising, SpanCorruption
 from firth.runs.examples import ChunksConfig, SegmentPairsConfig
 from firth.runs.prepare import DataConfig, RunData
 from firth.runs.recipe import load
 from firth.runs.run import run
-from firth.runs.segmentation_warnings import fallbacks, resolve_segmentation
+from firth.runs.tokenizer import fallbacks, resolve_segmentation
 from firth.tokenizer import segmentation
 from firth.tokenizer.tokenizer import Tokenizer
 from firth.tokenizer.train import train

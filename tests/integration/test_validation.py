@@ -11,8 +11,8 @@ import pytest
 
 from firth.data.split import content_key
 from firth.evaluate import glue
-from firth.evaluate.answer_spans import by_question
 from firth.evaluate.evaluate import evaluate
+from firth.evaluate.heads import by_question
 from firth.evaluate.predict import predict
 from firth.runs.inference import evaluate_run, held_out_measures
 from firth.runs.prepare import RunData, train_tokenizer

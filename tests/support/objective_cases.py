@@ -8,26 +8,18 @@ import numpy as np
 import torch
 
 from firth.data.collate import counted_fields
-from firth.data.corruptions import Damage
+from firth.data.noise import Damage
 from firth.model.model import LM
-from firth.objectives.causal_lm import CausalLM
-from firth.objectives.classification import Classification
-from firth.objectives.denoise import Denoising
-from firth.objectives.extractive_qa import QuestionAnswering
-from firth.objectives.masked_lm import MLM
-from firth.objectives.mpnet import MPNet
-from firth.objectives.next_sentence import NSP
+from firth.objectives.causal_lm import CausalLM, PrefixLM
+from firth.objectives.classification import Classification, Regression
+from firth.objectives.masked_lm import MLM, SBO
 from firth.objectives.objective import Objective
-from firth.objectives.permuted_lm import PLM
-from firth.objectives.prefix_lm import PrefixLM
-from firth.objectives.regression import Regression
+from firth.objectives.permuted_lm import PLM, MPNet
 from firth.objectives.replaced_tokens import RTD, AdversarialRTD
-from firth.objectives.semi_supervised import Consistency, PseudoLabels
-from firth.objectives.sentence_order import SOP
-from firth.objectives.span_boundary import SBO
-from firth.objectives.span_corruption import SpanCorruption
-from firth.objectives.token_classification import TokenClassification
-from firth.objectives.weight_penalty import WeightPenalty
+from firth.objectives.semi_supervised import Consistency, PseudoLabels, WeightPenalty
+from firth.objectives.sentence_pairs import NSP, SOP
+from firth.objectives.seq2seq import Denoising, SpanCorruption
+from firth.objectives.token_tasks import QuestionAnswering, TokenClassification
 from firth.tokenizer.vocab import Vocab
 from firth.training.step import step
 from firth.types import IGNORE, Example

@@ -18,9 +18,8 @@ from firth.training.distributed import Ranks, join
 from firth.training.logging import NullReporter
 from firth.training.optimizer import OptimizerConfig
 from firth.training.schedule import Budget, Schedule
-from firth.training.step import step
+from firth.training.step import step, validate
 from firth.training.trainer import TrainerConfig, TrainingResult, train
-from firth.training.validate import validate
 from firth.types import Batch, Outputs
 from tests.support.training import Chains, WithAccuracy, small_batches, small_model
 

@@ -24,8 +24,8 @@ from firth.training.logging import NullReporter
 from firth.training.optimizer import OptimizerConfig
 from firth.training.run_lock import Interrupted
 from firth.training.schedule import Budget, Schedule
+from firth.training.step import validate
 from firth.training.trainer import TrainerConfig, TrainingResult, train
-from firth.training.validate import validate
 from firth.types import Batch, Example, Metric, Outputs
 
 VOCAB = Vocab(size=40, roles={"pad": 0}, special=np.arange(40) < 4)

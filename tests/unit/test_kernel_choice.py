@@ -14,7 +14,7 @@ import torch.nn.functional as F
 
 from firth import kernel_choice
 from firth.kernel_choice import Kernel
-from firth.model import attention, cross_entropy, fused, native, native_ops, relative_distance
+from firth.model import attention, cross_entropy, fused, native, positions
 from firth.model.attention import AttentionMask
 from firth.model.block import MLP
 from firth.model.config import ModelConfig
@@ -248,7 +248,7 @@ def test_every_distance_kernel_gathers_alike(alike: bool) -> None:
     def plain(met: torch.Tensor) -> torch.Tensor:
         return met.gather(-1, index[:, None].expand(3, 2, -1, -1))
 
-    same(relative_distance.COLUMNS, lambda x: relative_distance.gather_distances(x, index), plain, met)
+    same(positions.COLUMNS, lambda x: positions.gather_distances(x, index), plain, met)
 
 
 def test_every_neighbor_kernel_averages_alike() -> None:
@@ -324,12 +324,12 @@ def test_native_kernels_propagate_nan_and_infinity(bad: float, dtype: torch.dtyp
     x = torch.linspace(-1, 1, 4 * 512).view(4, 512).to(dtype)
     x[1, 3] = bad
     written = {
-        "layer norm": native_ops.norm(x, None, None, 1e-6, True),
-        "RMS norm": native_ops.norm(x, None, None, 1e-6, False),
-        "heads": native_ops.heads(x[None], None, 1e-6, 4, 2, 64)[0][0].transpose(0, 1).flatten(1),
-        "relu2": native_ops.activation("relu2", x.abs()),
-        "swiglu": native_ops.activation("silu", x, gated=True),
-        "gelu": native_ops.activation("gelu", x if bad > 0 else -x),
+        "layer norm": native.norm(x, None, None, 1e-6, True),
+        "RMS norm": native.norm(x, None, None, 1e-6, False),
+        "heads": native.heads(x[None], None, 1e-6, 4, 2, 64)[0][0].transpose(0, 1).flatten(1),
+        "relu2": native.activation("relu2", x.abs()),
+        "swiglu": native.activation("silu", x, gated=True),
+        "gelu": native.activation("gelu", x if bad > 0 else -x),
     }
     for name, y in written.items():
         finite = y.isfinite().all(-1).tolist()
@@ -378,8 +378,8 @@ def test_results_do_not_depend_on_threads() -> None:
     try:
         for threads in (1, 2):
             torch.set_num_threads(threads)
-            found.append(trained(lambda x, g: native_ops.norm(x, g, None, 1e-6, True), x, gain))
-            found[-1] += trained(lambda x: native_ops.activation("gelu", x, True), x)
+            found.append(trained(lambda x, g: native.norm(x, g, None, 1e-6, True), x, gain))
+            found[-1] += trained(lambda x: native.activation("gelu", x, True), x)
     finally:
         torch.set_num_threads(before)
     for number, (one, two) in enumerate(zip(*found, strict=True)):

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import numpy as np
 
+from firth.evaluate.perplexity import leading_bos
 from firth.evaluate.prompting.requests import GenerateReply, GenerateRequest, Reply, Request, ScoreReply, ScoreRequest
 from firth.evaluate.task import EvaluatedModel, load_evaluated_model
-from firth.evaluate.text_perplexity import leading_bos
 from firth.generate.engine import Engine
 from firth.generate.sampling import Sampling
 from firth.generate.scoring import ScoredPair, score_pairs, scoring_mode

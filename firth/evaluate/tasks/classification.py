@@ -19,7 +19,7 @@ from firth.evaluate import metrics
 from firth.evaluate.heads import HeadOutput, head_outputs, softmax
 from firth.evaluate.prediction_inputs import InputSchema
 from firth.evaluate.task import Answers, EvaluatedModel, MetricFunction, Progress, Task, most_likely
-from firth.model.head_descriptions import describe_head, num_outputs
+from firth.model.heads import describe_head, num_outputs
 from firth.objectives.classification import Classification, Readout, readout_of
 from firth.pretrained import load_save
 from firth.pretrained.families.heads import UNNAMED

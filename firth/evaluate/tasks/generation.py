@@ -17,14 +17,12 @@ from typing import Any
 
 import numpy as np
 
-from firth.data.completion_prompts import CompletionPrompts
-from firth.data.records import Seq2SeqRecords
-from firth.data.templates import field_names
-from firth.data.text_prompts import TextPrompts
+from firth.data.prompts import CompletionPrompts, TextPrompts
+from firth.data.records import Seq2SeqRecords, field_names
 from firth.evaluate import metrics
+from firth.evaluate.perplexity import leading_bos
 from firth.evaluate.prediction_inputs import InputSchema
 from firth.evaluate.task import Answers, EvaluatedModel, Progress, Task
-from firth.evaluate.text_perplexity import leading_bos
 from firth.generate.engine import Engine
 from firth.generate.sampling import Sampling
 from firth.generate.scoring import scoring_mode

@@ -13,7 +13,7 @@ from firth.evaluate.heads import HeadOutput, head_outputs, softmax
 from firth.evaluate.prediction_inputs import InputSchema
 from firth.evaluate.task import Answers, EvaluatedModel, Progress, Task, most_likely
 from firth.evaluate.tasks.classification import check_head, examples, readout_position
-from firth.objectives.multiple_choice import MultipleChoice
+from firth.objectives.classification import MultipleChoice
 from firth.types import UserError
 
 

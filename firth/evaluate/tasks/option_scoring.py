@@ -14,8 +14,8 @@ import numpy as np
 
 from firth.corpora.readers import records, text_field
 from firth.evaluate import metrics
+from firth.evaluate.perplexity import leading_bos
 from firth.evaluate.task import Answers, EvaluatedModel, Progress, Task, most_likely
-from firth.evaluate.text_perplexity import leading_bos
 from firth.generate.engine import Engine
 from firth.generate.scoring import scoring_mode
 from firth.types import UserError

@@ -7,12 +7,11 @@ from typing import Any, Literal
 
 from firth.data.question_answering import QuestionRecords
 from firth.evaluate import metrics
-from firth.evaluate.answer_spans import by_question
-from firth.evaluate.heads import head_outputs
+from firth.evaluate.heads import by_question, head_outputs
 from firth.evaluate.prediction_inputs import InputSchema
 from firth.evaluate.task import Answers, EvaluatedModel, Progress, Task
 from firth.evaluate.tasks.classification import check_head, examples, readout_position
-from firth.objectives.extractive_qa import QuestionAnswering
+from firth.objectives.token_tasks import QuestionAnswering
 from firth.types import UserError
 
 

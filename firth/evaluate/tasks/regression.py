@@ -13,7 +13,7 @@ from firth.evaluate import metrics
 from firth.evaluate.heads import HeadOutput, head_outputs
 from firth.evaluate.task import Answers, EvaluatedModel, Progress, Task
 from firth.evaluate.tasks.classification import check_head, examples, input_schema, readout_position
-from firth.objectives.regression import Regression
+from firth.objectives.classification import Regression
 
 
 def load(evaluated: EvaluatedModel, paths: Sequence[str], labeled: bool = True) -> ScoredTexts:

@@ -6,7 +6,7 @@ Records are read and prompted as in the task `generation`, with the templates of
 from __future__ import annotations
 
 from firth.data.records import Seq2SeqRecords
-from firth.evaluate import metrics, overlap_metrics
+from firth.evaluate import metrics
 from firth.evaluate.task import Answers, EvaluatedModel, Progress, Task
 from firth.evaluate.tasks.generation import input_schema, load, predict, respond
 
@@ -16,21 +16,19 @@ MAX_NEW_TOKENS = 200
 
 def translate(evaluated: EvaluatedModel, items: Seq2SeqRecords, progress: Progress) -> Answers:
     """Return the n-gram counts of each text for BLEU."""
-    overlap_metrics.library("sacrebleu", "sacrebleu")  # fail before a long generation
-    return tuple(overlap_metrics.bleu_counts(*respond(evaluated, items, progress, MAX_NEW_TOKENS)))
+    metrics.library("sacrebleu", "sacrebleu")  # fail before a long generation
+    return tuple(metrics.bleu_counts(*respond(evaluated, items, progress, MAX_NEW_TOKENS)))
 
 
 def summarize(evaluated: EvaluatedModel, items: Seq2SeqRecords, progress: Progress) -> Answers:
     """Return the ROUGE scores of each text."""
-    overlap_metrics.library("rouge_score.rouge_scorer", "rouge-score")
-    return tuple(overlap_metrics.rouge_scores(*respond(evaluated, items, progress, MAX_NEW_TOKENS)))
+    metrics.library("rouge_score.rouge_scorer", "rouge-score")
+    return tuple(metrics.rouge_scores(*respond(evaluated, items, progress, MAX_NEW_TOKENS)))
 
 
-TRANSLATION = Task(
-    "translation", load, translate, {"bleu": overlap_metrics.bleu}, predict=predict, input_schema=input_schema
-)
+TRANSLATION = Task("translation", load, translate, {"bleu": metrics.bleu}, predict=predict, input_schema=input_schema)
 SUMMARIZATION = Task(
     "summarization", load, summarize,
-    {name: lambda *columns, at=at: metrics.mean(columns[at]) for at, name in enumerate(overlap_metrics.ROUGE)},
+    {name: lambda *columns, at=at: metrics.mean(columns[at]) for at, name in enumerate(metrics.ROUGE)},
     predict=predict, input_schema=input_schema,
 )  # fmt: skip

@@ -11,13 +11,13 @@ from typing import Any
 import numpy as np
 
 from firth.data.labeled import TagFields, TaggedSentences
-from firth.data.tags import has_spans, to_bio2
-from firth.evaluate import entity_metrics
+from firth.data.labels import has_spans, to_bio2
+from firth.evaluate import metrics
 from firth.evaluate.heads import head_outputs, softmax
 from firth.evaluate.prediction_inputs import InputSchema
 from firth.evaluate.task import Answers, EvaluatedModel, MetricFunction, Progress, Task
 from firth.evaluate.tasks.classification import check_head, class_names, examples
-from firth.objectives.token_classification import TokenClassification
+from firth.objectives.token_tasks import TokenClassification
 
 OUTSIDE = "O"
 """Prediction for a word that the model did not read."""
@@ -74,7 +74,7 @@ def count_correct(items: TaggedSentences, tagged: Iterator[tuple[list[str], list
     correct = [sum(a == b for a, b in zip(gold, predicted, strict=True)) for gold, predicted in found]
     if not has_spans(items.classes):
         return words, correct
-    return words, correct, *np.array([entity_metrics.counts(gold, predicted) for gold, predicted in found]).T
+    return words, correct, *np.array([metrics.entity_counts(gold, predicted) for gold, predicted in found]).T
 
 
 def _accuracy(words: Any, correct: Any, *_: Any) -> float:
@@ -85,7 +85,7 @@ def extra_metrics(items: TaggedSentences) -> Mapping[str, MetricFunction]:
     """Return precision, recall and F1 of entities, if the tags mark entities."""
 
     def of(name: str) -> MetricFunction:
-        return lambda words, correct, *counts: entity_metrics.scores(*(np.asarray(column) for column in counts))[name]
+        return lambda words, correct, *counts: metrics.entity_scores(*(np.asarray(column) for column in counts))[name]
 
     return {name: of(name) for name in ("precision", "recall", "f1")} if has_spans(items.classes) else {}
 

@@ -10,9 +10,9 @@ from typing import Any
 
 from torch import nn
 
+from firth.model.block import make_norm
 from firth.model.config import LMHeadConfig, ModelConfig, NormConfig, PositionConfig, RopeConfig
 from firth.model.heads import linear
-from firth.model.norm import make_norm
 from firth.pretrained.families.family import (
     Family,
     HeadSpec,

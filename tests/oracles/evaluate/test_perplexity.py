@@ -11,9 +11,8 @@ from firth.model.config import decoder_config
 from firth.model.heads import LMHead
 from firth.model.model import LM
 from firth.pretrained.load_save import save_model
-from firth.tokenizer.normalize import replace_lone_surrogates
 from firth.tokenizer.train import train
-from firth.tokenizer.vocab import Vocab
+from firth.tokenizer.vocab import Vocab, replace_lone_surrogates
 from firth.types import IGNORE, UserError
 from tests.support.hf_families import AUTO_CLASSES, CONFIGS
 from tests.support.models import perturbed_model

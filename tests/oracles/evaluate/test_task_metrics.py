@@ -10,9 +10,9 @@ import pytest
 from scipy.stats import pearsonr, spearmanr
 from sklearn.metrics import f1_score, precision_recall_fscore_support
 
-from firth.data.tags import names, to_bio2
-from firth.evaluate import entity_metrics, glue, metrics, overlap_metrics
-from firth.evaluate.answer_spans import MAX_ANSWER_TOKENS, best_span
+from firth.data.labels import names, to_bio2
+from firth.evaluate import glue, metrics
+from firth.evaluate.heads import MAX_ANSWER_TOKENS, best_span
 from firth.evaluate.predict import predict
 from firth.model.config import encoder_decoder_config
 from firth.model.model import LM
@@ -79,13 +79,13 @@ def test_entity_metrics_equal_seqeval() -> None:
     kinds = ["O", "O", "O", "B-PER", "I-PER", "B-LOC", "I-LOC"]
     draw = [[[kinds[i] for i in rng.integers(0, 7, 15)] for _ in range(100)] for _ in range(2)]
     gold, predicted = (HARD[:2] + draw[0]), (HARD[1::-1] + draw[1])
-    counted = np.array([entity_metrics.counts(a, b) for a, b in zip(gold, predicted, strict=True)]).T
-    ours = entity_metrics.scores(*counted)
+    counted = np.array([metrics.entity_counts(a, b) for a, b in zip(gold, predicted, strict=True)]).T
+    ours = metrics.entity_scores(*counted)
     assert ours["f1"] == pytest.approx(seqeval.f1_score(gold, predicted))
     assert ours["precision"] == pytest.approx(seqeval.precision_score(gold, predicted))
     assert ours["recall"] == pytest.approx(seqeval.recall_score(gold, predicted))
     theirs = seqeval.classification_report(gold, predicted, output_dict=True)
-    for row in entity_metrics.by_kind(list(zip(gold, predicted, strict=True))):
+    for row in metrics.by_kind(list(zip(gold, predicted, strict=True))):
         assert (row["f1"], row["examples"]) == pytest.approx(
             (theirs[row["class"]]["f1-score"], theirs[row["class"]]["support"])
         )
@@ -94,8 +94,8 @@ def test_entity_metrics_equal_seqeval() -> None:
 def test_entity_f1_by_hand() -> None:
     """Two gold entities, one found, and one false positive: precision and recall of a half."""
     gold, predicted = ["B-PER", "I-PER", "O", "B-LOC"], ["B-PER", "I-PER", "B-ORG", "O"]
-    counted = np.array([entity_metrics.counts(gold, predicted)]).T
-    assert entity_metrics.scores(*counted) == {"precision": 0.5, "recall": 0.5, "f1": 0.5}
+    counted = np.array([metrics.entity_counts(gold, predicted)]).T
+    assert metrics.entity_scores(*counted) == {"precision": 0.5, "recall": 0.5, "f1": 0.5}
 
 
 @pytest.mark.parametrize(("golds", "answer", "exact", "f1"), [
@@ -139,22 +139,22 @@ TEXTS = ["the cat is on the mat today", "she walked home in rain", "so it is, it
 
 def test_bleu_equals_sacrebleu() -> None:
     sacrebleu = pytest.importorskip("sacrebleu", reason="the oracle, where it is installed")
-    assert overlap_metrics.bleu(*overlap_metrics.bleu_counts(REFERENCES, TEXTS)) == pytest.approx(
+    assert metrics.bleu(*metrics.bleu_counts(REFERENCES, TEXTS)) == pytest.approx(
         sacrebleu.corpus_bleu(TEXTS, [REFERENCES]).score
     )
-    assert overlap_metrics.chrf(REFERENCES, REFERENCES) == pytest.approx(100)
+    assert metrics.chrf(REFERENCES, REFERENCES) == pytest.approx(100)
 
 
 def test_rouge_equals_rouge_score() -> None:
     scorer = pytest.importorskip("rouge_score.rouge_scorer", reason="the oracle, where it is installed")
-    found = overlap_metrics.rouge_scores(REFERENCES, TEXTS)
+    found = metrics.rouge_scores(REFERENCES, TEXTS)
     theirs = scorer.RougeScorer(["rouge2"], use_stemmer=True)
     assert found[1].tolist() == [theirs.score(a, b)["rouge2"].fmeasure for a, b in zip(REFERENCES, TEXTS, strict=True)]
 
 
 def test_a_missing_library_is_named() -> None:
     with pytest.raises(UserError, match="which is not installed: pip install no-such-library"):
-        overlap_metrics.library("no_such_library", "no-such-library")
+        metrics.library("no_such_library", "no-such-library")
 
 
 def test_the_glue_score() -> None:

@@ -15,8 +15,8 @@ import torch
 
 from firth.data.collate import Batches
 from firth.data.source import Source
-from firth.data.word_windows import WordWindows
-from firth.generate import word_vectors
+from firth.data.windows import WordWindows
+from firth.generate import embeddings
 from firth.model.config import word_vector_config
 from firth.model.model import LM
 from firth.objectives.word2vec import Word2Vec
@@ -79,7 +79,7 @@ def train_firth(text: np.ndarray, seed: int, directory: Path) -> np.ndarray:
         budget=Budget(max_steps=EPOCHS * len(source) // 2), optimizer=recipe.optimizer, schedule=recipe.schedule,
         config=TrainerConfig(save_every=0, precision="fp32"),
     )  # fmt: skip
-    return word_vectors.table(model).numpy()
+    return embeddings.table(model).numpy()
 
 
 def train_gensim(text: np.ndarray, seed: int) -> np.ndarray:

@@ -15,10 +15,9 @@ from firth.model.config import EmbeddingConfig, LMHeadConfig, ModelConfig, NormC
 from firth.model.heads import LMHead
 from firth.model.model import LM
 from firth.objectives.masked_lm import MLM
-from firth.objectives.next_sentence import NSP
 from firth.objectives.objective import Objective
 from firth.objectives.replaced_tokens import RTD
-from firth.objectives.sentence_order import SOP
+from firth.objectives.sentence_pairs import NSP, SOP
 from firth.pretrained.load_save import load_model, save_model
 from firth.tokenizer.vocab import Vocab
 from firth.training.step import step

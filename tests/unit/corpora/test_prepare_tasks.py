@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from firth.corpora import prepare_tasks
+from firth.corpora import prepare
 from firth.types import UserError
 
 
@@ -26,23 +26,21 @@ def sample(text: str, ideal: str) -> str:
 
 
 def test_quartz(tmp_path: Path) -> None:
-    summary = prepare_tasks.quartz(
-        given(sample("It grows\n\n A: up\n B: down", "B"), sample("no options", "A")), tmp_path
-    )
+    summary = prepare.quartz(given(sample("It grows\n\n A: up\n B: down", "B"), sample("no options", "A")), tmp_path)
     assert rows(tmp_path / "quartz.jsonl") == [{"text": "It grows", "options": ["up", "down"], "label": 1}]
     assert summary == "1 questions in quartz.jsonl (1 of another form left out)"
 
 
 def test_logiqa(tmp_path: Path) -> None:
     text = "\nPassage: All men.Question: So?\nA. A.One.\nB. B.Two.\nC. C.Three.\nD. Four.\nAnswer:"
-    prepare_tasks.logiqa(given(sample(text, "C")), tmp_path)
+    prepare.logiqa(given(sample(text, "C")), tmp_path)
     [row] = rows(tmp_path / "logiqa.jsonl")
     assert row == {"text": "All men. So?", "options": ["One.", "Two.", "Three.", "Four."], "label": 2}
 
 
 def test_lee(tmp_path: Path) -> None:
     members = given("a", "b", "c", name="x/lee.cor") + given("1\t.2\t.3", "0\t1\t.4", "0\t0\t1", name="x/s.txt")
-    assert prepare_tasks.lee(members, tmp_path) == "3 pairs of 3 texts in lee.jsonl"
+    assert prepare.lee(members, tmp_path) == "3 pairs of 3 texts in lee.jsonl"
     assert [row["label"] for row in rows(tmp_path / "lee.jsonl")] == [0.2, 0.3, 0.4]
     assert rows(tmp_path / "lee.jsonl")[2] == {"text": "c", "other": "b", "label": 0.4}
 
@@ -54,11 +52,11 @@ def sentences(language: str, *texts: str, label: str = "neutral") -> tuple[str, 
 
 
 def test_multiemo(tmp_path: Path) -> None:
-    summary = prepare_tasks.multiemo([sentences("fr", "Oui. ", "Non."), sentences("en", "Yes.", " ")], tmp_path)
+    summary = prepare.multiemo([sentences("fr", "Oui. ", "Non."), sentences("en", "Yes.", " ")], tmp_path)
     assert rows(tmp_path / "multiemo.jsonl") == [{"en": "Yes.", "fr": "Oui.", "label": "neutral"}]
     assert summary == "1 sentences in en, fr in multiemo.jsonl (1 with an empty one left out)"
 
 
 def test_multiemo_with_different_labels_is_rejected(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="sentence 0"):
-        prepare_tasks.multiemo([sentences("fr", "Oui."), sentences("en", "No.", label="positive")], tmp_path)
+        prepare.multiemo([sentences("fr", "Oui."), sentences("en", "No.", label="positive")], tmp_path)

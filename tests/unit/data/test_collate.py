@@ -11,8 +11,7 @@ import pytest
 import torch
 
 from firth.data import attention_fields
-from firth.data.collate import Batches, build_examples, collate, pack
-from firth.data.packing import first_fit
+from firth.data.collate import Batches, build_examples, collate, first_fit, pack
 from firth.data.shuffle import ExampleRNG
 from firth.data.windows import DocumentChunks
 from firth.model.attention import AttentionMask

@@ -19,9 +19,9 @@ from firth.data.labeled import (
     TaggedSentences,
     TextFields,
 )
+from firth.data.labels import has_spans, names, to_bio2
 from firth.data.question_answering import QuestionRecords
-from firth.data.tags import has_spans, names, to_bio2
-from firth.evaluate.answer_spans import by_question
+from firth.evaluate.heads import by_question
 from firth.evaluate.tasks import token_classification
 from firth.tokenizer.train import train
 from firth.types import IGNORE, UserError

@@ -10,8 +10,8 @@ import pytest
 
 from firth.corpora import readers
 from firth.corpora.read_stats import ReadStats
-from firth.data.class_names import ClassNumbering
 from firth.data.labeled import LabeledTexts, MultipleChoiceRecords, TagFields, TaggedSentences, TextFields
+from firth.data.labels import ClassNumbering
 from firth.data.question_answering import QuestionRecords
 from firth.types import UserError
 from tests.support.tiny_corpus import tokenizer

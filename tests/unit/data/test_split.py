@@ -20,7 +20,7 @@ from firth.model.config import decoder_config
 from firth.objectives.causal_lm import CausalLM
 from firth.objectives.classification import Classification
 from firth.objectives.objective import Objective
-from firth.objectives.token_classification import TokenClassification
+from firth.objectives.token_tasks import TokenClassification
 from firth.runs.alignment_examples import SampledPreferencesConfig
 from firth.runs.examples import DialoguesConfig, ExamplesConfig, PreferencesConfig, Seq2SeqConfig
 from firth.runs.labeled_examples import LabeledConfig, MultipleChoiceConfig, QuestionsConfig, ScoredConfig, TaggedConfig

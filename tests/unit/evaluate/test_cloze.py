@@ -12,14 +12,12 @@ from firth.data.token_store import TokenStore
 from firth.evaluate.cloze import ClozeItem, items, most_frequent_baseline, score
 from firth.model.config import ModelConfig, decoder_config, encoder_config, encoder_decoder_config
 from firth.model.model import LM
-from firth.objectives.causal_lm import CausalLM
+from firth.objectives.causal_lm import CausalLM, PrefixLM
 from firth.objectives.classification import Classification
-from firth.objectives.denoise import Denoising
 from firth.objectives.masked_lm import MLM
-from firth.objectives.next_sentence import NSP
 from firth.objectives.objective import Objective
-from firth.objectives.prefix_lm import PrefixLM
-from firth.objectives.span_corruption import SpanCorruption
+from firth.objectives.sentence_pairs import NSP
+from firth.objectives.seq2seq import Denoising, SpanCorruption
 from firth.tokenizer.tokenizer import Tokenizer
 from firth.tokenizer.train import train
 from firth.tokenizer.vocab import Vocab

@@ -21,8 +21,8 @@ from typer.testing import CliRunner, Result
 from firth.cli import app
 from firth.data.question_answering import QuestionRecords
 from firth.data.source import SubsetSource
-from firth.evaluate.answer_spans import best_span, choose_answer
 from firth.evaluate.evaluate import evaluate
+from firth.evaluate.heads import best_span, choose_answer
 from firth.evaluate.predict import predict
 from firth.model.config import encoder_config, encoder_decoder_config
 from firth.model.model import LM

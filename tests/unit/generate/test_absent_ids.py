@@ -17,9 +17,9 @@ from tokenizers import decoders, models, pre_tokenizers
 from firth.align.rewards import FunctionReward
 from firth.align.rollouts import RolloutConfig, RolloutSource
 from firth.data.collate import collate
+from firth.evaluate.perplexity import likelihood
 from firth.evaluate.task import load_evaluated_model
-from firth.evaluate.text_perplexity import likelihood
-from firth.generate import word_vectors
+from firth.generate import embeddings
 from firth.generate.engine import Engine
 from firth.generate.sampling import Sampling
 from firth.model.config import LMHeadConfig, ModelConfig, decoder_config, encoder_config, encoder_decoder_config
@@ -101,9 +101,7 @@ def test_masks_are_filled_with_tokens_only(tokenizer: Tokenizer) -> None:
     assert [c.token for c in found] == [c.token for c in expected]
     np.testing.assert_allclose([c.probability for c in found], [c.probability for c in expected], atol=1e-5)
     # Extra rows are not among the nearest neighbors of a word.
-    assert len(word_vectors.nearest(other, tokenizer, "the", 400)) == len(
-        word_vectors.nearest(one, tokenizer, "the", 400)
-    )
+    assert len(embeddings.nearest(other, tokenizer, "the", 400)) == len(embeddings.nearest(one, tokenizer, "the", 400))
 
 
 def test_likelihood_is_normalized_over_tokens_only(tokenizer: Tokenizer, tmp_path: Path) -> None:

@@ -10,14 +10,13 @@ import pytest
 import torch
 
 from firth.data.collate import collate
-from firth.evaluate.perplexity import TokenizedDocument, score, strided
-from firth.evaluate.text_perplexity import scoring_mode
+from firth.evaluate.perplexity import TokenizedDocument, score, scoring_mode, strided
 from firth.generate.decoding_batch import DecodingBatch, inference_mode, rectangle
 from firth.generate.engine import Engine
 from firth.generate.sampling import Sampling
 from firth.model.config import AttentionConfig, ModelConfig, PositionConfig, decoder_config, encoder_config
 from firth.model.model import LM
-from firth.objectives.prefix_lm import PrefixLM
+from firth.objectives.causal_lm import PrefixLM
 from firth.pretrained.load_save import load_model, save_model
 from firth.runs.inference import evaluate_run, open_engine
 from firth.runs.loaded_model import encode_prompt

@@ -17,7 +17,7 @@ from safetensors import safe_open
 
 from firth.io.atomic import make_directory, new_directory, new_file, write_text
 from firth.io.integrity import sealed, verify
-from firth.io.safetensors_blocks import safetensors_blocks
+from firth.io.safetensors import safetensors_blocks
 from firth.types import UserError
 
 

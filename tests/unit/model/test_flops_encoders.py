@@ -14,10 +14,9 @@ from firth.data.collate import collate, counted_fields
 from firth.model.config import ModelConfig
 from firth.model.model import LM
 from firth.model.presets import bert
-from firth.objectives.masked_lm import MLM
+from firth.objectives.masked_lm import MLM, SBO
 from firth.objectives.objective import Objective, supervised
 from firth.objectives.replaced_tokens import RTD
-from firth.objectives.span_boundary import SBO
 from firth.tokenizer.vocab import Vocab
 from firth.types import Batch
 

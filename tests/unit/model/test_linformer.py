@@ -10,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from firth.model.attention import AttentionMask
 from firth.model.config import InitConfig, ModelConfig, encoder_config
 from firth.model.flops import stack_flops, work
-from firth.model.head_descriptions import describe_head, rebuild_head
+from firth.model.heads import describe_head, rebuild_head
 from firth.model.model import LM
 from firth.objectives.causal_lm import CausalLM
 from firth.objectives.masked_lm import MLM

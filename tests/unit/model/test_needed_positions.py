@@ -21,21 +21,17 @@ from firth.model.config import (
 from firth.model.forward_context import ForwardContext
 from firth.model.fused import Dropout, dropout_mask
 from firth.model.model import LM
-from firth.objectives.classification import Classification
+from firth.objectives.causal_lm import PrefixLM
+from firth.objectives.classification import Classification, MultipleChoice, Regression
 from firth.objectives.dpo import DPO
-from firth.objectives.masked_lm import MLM
-from firth.objectives.mpnet import MPNet
-from firth.objectives.multiple_choice import MultipleChoice
-from firth.objectives.next_sentence import NSP
+from firth.objectives.masked_lm import MLM, SBO
 from firth.objectives.objective import DataStats, Objective, label_positions
-from firth.objectives.permuted_lm import PLM
-from firth.objectives.prefix_lm import PrefixLM
-from firth.objectives.regression import Regression
+from firth.objectives.permuted_lm import PLM, MPNet
 from firth.objectives.replaced_tokens import RTD
 from firth.objectives.reward_model import RewardModeling
 from firth.objectives.semi_supervised import PseudoLabels
+from firth.objectives.sentence_pairs import NSP
 from firth.objectives.sft import SFT
-from firth.objectives.span_boundary import SBO
 from firth.peft.prefix_init import prefix_of, prompt_of
 from firth.tokenizer.vocab import Vocab
 from firth.types import IGNORE, Batch, Example

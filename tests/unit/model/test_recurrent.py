@@ -16,7 +16,7 @@ from firth.generate.decoding_batch import rectangle
 from firth.model import flops
 from firth.model.config import ModelConfig, NormConfig, PositionConfig, decoder_config, recurrent_config
 from firth.model.forward_context import ForwardContext
-from firth.model.head_descriptions import describe_head, rebuild_head
+from firth.model.heads import describe_head, rebuild_head
 from firth.model.model import LM
 from firth.model.recurrent import RecurrentStack
 from firth.objectives.causal_lm import CausalLM
@@ -200,7 +200,7 @@ COUNTED = {
 @pytest.mark.parametrize("name", COUNTED)
 def test_parameters_are_counted_exactly(name: str) -> None:
     from firth.model.heads import LMHead
-    from firth.objectives.bilm import BiLM
+    from firth.objectives.causal_lm import BiLM
 
     config = COUNTED[name]
     model = LM(config, BiLM().heads(config) if config.rnn.separate_directions else {"lm": LMHead(config)})

@@ -14,8 +14,7 @@ from firth.model.config import ModelConfig, encoder_decoder_config
 from firth.model.heads import LMHead
 from firth.model.model import LM
 from firth.objectives.objective import Objective
-from firth.objectives.ppo import PER_TOKEN, PPO, kl
-from firth.objectives.reinforce import Reinforce
+from firth.objectives.policy_gradient import PER_TOKEN, PPO, Reinforce, kl
 from firth.objectives.reward_model import Ranking, RewardModeling
 from firth.objectives.sft import SFT, Seq2SeqSFT
 from firth.training.step import step

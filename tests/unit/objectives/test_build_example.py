@@ -14,12 +14,10 @@ from firth.data.windows import SegmentPairs
 from firth.model.config import EmbeddingConfig, EncoderConfig, ModelConfig
 from firth.model.model import LM
 from firth.objectives.classification import Classification
-from firth.objectives.masked_lm import MLM
-from firth.objectives.next_sentence import NSP
+from firth.objectives.masked_lm import MLM, SBO
 from firth.objectives.objective import Objective
-from firth.objectives.sentence_order import SOP
-from firth.objectives.span_boundary import SBO
-from firth.objectives.span_corruption import SpanCorruption, corrupt
+from firth.objectives.sentence_pairs import NSP, SOP
+from firth.objectives.seq2seq import SpanCorruption, replace_spans
 from firth.training.step import step
 from firth.types import IGNORE, NEVER, Example, UserError
 from tests.support import tiny_corpus
@@ -150,7 +148,7 @@ def test_the_example_of_the_t5_paper() -> None:
     words = ["Thank", "you", "for", "inviting", "me", "to", "your", "party", "last", "week."]
     names = [*words, "<X>", "<Y>", "<Z>"]
     gone = np.isin(words, ["for", "inviting", "last"])
-    shown, target = corrupt(np.arange(len(words)), gone, np.array([10, 11, 12]))
+    shown, target = replace_spans(np.arange(len(words)), gone, np.array([10, 11, 12]))
     assert " ".join(names[i] for i in shown) == "Thank you <X> me to your party <Y> week."
     assert " ".join(names[i] for i in target) == "<X> for inviting <Y> last <Z>"
 
@@ -158,7 +156,7 @@ def test_the_example_of_the_t5_paper() -> None:
 @pytest.mark.parametrize("mask", ["#..", "..#", "###", "...", "#.#.#", ".##.##", "##..", ""])
 def test_dropped_spans_can_be_put_back(mask: str) -> None:
     tokens, dropped = np.arange(25, 25 + len(mask)), np.array([c == "#" for c in mask], bool)
-    shown, target = corrupt(tokens, dropped, VOCAB.sentinels)
+    shown, target = replace_spans(tokens, dropped, VOCAB.sentinels)
     answer: dict[int, list[int]] = {}
     for t in target.tolist():
         if t in VOCAB.sentinels:

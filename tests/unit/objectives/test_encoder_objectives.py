@@ -16,12 +16,10 @@ from firth.data.noise import NOISES
 from firth.data.source import Source
 from firth.model.config import EmbeddingConfig, LMHeadConfig, ModelConfig, NormConfig, encoder_config
 from firth.model.model import LM
-from firth.objectives.masked_lm import MLM
-from firth.objectives.next_sentence import NSP
+from firth.objectives.masked_lm import MLM, SBO
 from firth.objectives.objective import Objective
 from firth.objectives.replaced_tokens import RTD, AdversarialRTD, sample_tokens
-from firth.objectives.sentence_order import SOP
-from firth.objectives.span_boundary import SBO
+from firth.objectives.sentence_pairs import NSP, SOP
 from firth.pretrained.load_save import load_model, save_model
 from firth.runs.compatibility import check_pattern
 from firth.runs.init_head import init_head
@@ -29,9 +27,8 @@ from firth.tokenizer.vocab import Vocab
 from firth.training.logging import NullReporter
 from firth.training.optimizer import Optimizer, OptimizerConfig
 from firth.training.schedule import Budget
-from firth.training.step import step
+from firth.training.step import step, validate
 from firth.training.trainer import TrainerConfig, train
-from firth.training.validate import validate
 from firth.types import IGNORE, Batch, Example, UserError
 from tests.support.objective_cases import label_fields
 

@@ -21,10 +21,15 @@ from firth.data.unlabeled import UnlabeledSource, choose_labeled
 from firth.model.config import InitConfig, ModelConfig
 from firth.model.model import LM
 from firth.objectives.classification import Classification
-from firth.objectives.multi_annotator import MultiAnnotator
 from firth.objectives.objective import Objective
-from firth.objectives.semi_supervised import Consistency, PseudoLabels, teacher_probabilities, unlabeled_example
-from firth.objectives.weight_penalty import WeightPenalty
+from firth.objectives.semi_supervised import (
+    Consistency,
+    MultiAnnotator,
+    PseudoLabels,
+    WeightPenalty,
+    teacher_probabilities,
+    unlabeled_example,
+)
 from firth.runs import labeled_examples
 from firth.runs.noisy_label_examples import PartiallyLabeledConfig
 from firth.runs.prepare import DataConfig, RunData

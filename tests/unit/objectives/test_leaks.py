@@ -22,24 +22,21 @@ from firth import objectives
 from firth.data import attention_fields
 from firth.data.collate import Batches, counted_fields
 from firth.data.source import Source
-from firth.objectives.bilm import BiLM
-from firth.objectives.causal_lm import CausalLM
+from firth.objectives.causal_lm import BiLM, CausalLM
+from firth.objectives.classification import MultipleChoice
 from firth.objectives.contrastive import Contrastive
 from firth.objectives.dpo import DPO
 from firth.objectives.layer_mixture import LayerMixture
 from firth.objectives.masked_lm import MLM
-from firth.objectives.mpnet import MPNet
-from firth.objectives.multi_annotator import MultiAnnotator
-from firth.objectives.multiple_choice import MultipleChoice
-from firth.objectives.next_sentence import NSP
 from firth.objectives.objective import Objective, Sum, TokenObjective
-from firth.objectives.ppo import PER_TOKEN, PPO
-from firth.objectives.reinforce import Reinforce
+from firth.objectives.permuted_lm import MPNet
+from firth.objectives.policy_gradient import PER_TOKEN, PPO, Reinforce
 from firth.objectives.replaced_tokens import RTD
 from firth.objectives.reward_model import Ranking
-from firth.objectives.semi_supervised import Consistency, PseudoLabels
+from firth.objectives.semi_supervised import Consistency, MultiAnnotator, PseudoLabels
+from firth.objectives.sentence_pairs import NSP
 from firth.objectives.sft import SFT, Seq2SeqSFT
-from firth.objectives.token_classification import TokenClassification
+from firth.objectives.token_tasks import TokenClassification
 from firth.objectives.vae import VAE
 from firth.tokenizer.vocab import Vocab
 from firth.types import IGNORE, NEVER, Example

@@ -16,10 +16,10 @@ from firth.model.model import LM
 from firth.objectives.classification import Classification
 from firth.objectives.layer_mixture import LayerMixture
 from firth.objectives.masked_lm import MLM
-from firth.objectives.next_sentence import NSP
 from firth.objectives.objective import Objective, components, label_positions
 from firth.objectives.replaced_tokens import RTD
-from firth.objectives.weight_penalty import WeightPenalty
+from firth.objectives.semi_supervised import WeightPenalty
+from firth.objectives.sentence_pairs import NSP
 from firth.runs.compatibility import EXAMPLES
 from firth.runs.sample_example import SAMPLE_VOCAB, sample_example
 from firth.types import Constraints

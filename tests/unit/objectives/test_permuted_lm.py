@@ -17,8 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from firth.data import attention_fields
 from firth.data.collate import Batches, collate, pack
 from firth.data.windows import Windows
-from firth.evaluate.perplexity import TokenizedDocument, one_at_a_time
-from firth.evaluate.text_perplexity import scoring_mode
+from firth.evaluate.perplexity import TokenizedDocument, one_at_a_time, scoring_mode
 from firth.generate.engine import Engine
 from firth.generate.fill_mask import fill
 from firth.generate.sampling import Sampling
@@ -28,14 +27,12 @@ from firth.model.config import AttentionConfig, EmbeddingConfig, LMHeadConfig, M
 from firth.model.flops import MemoryWork, real_tokens, stack_flops, work
 from firth.model.forward_context import ForwardContext
 from firth.model.model import LM
-from firth.model.positions import sinusoid_frequencies
+from firth.model.positions import DistanceIndex, RelativeDistance, distance_index, sinusoid_frequencies
 from firth.model.presets import PRESETS
-from firth.model.relative_distance import DistanceIndex, RelativeDistance, distance_index
 from firth.objectives.causal_lm import CausalLM
 from firth.objectives.masked_lm import MLM
-from firth.objectives.mpnet import MPNet
 from firth.objectives.objective import Objective
-from firth.objectives.permuted_lm import PLM
+from firth.objectives.permuted_lm import PLM, MPNet
 from firth.pretrained.load_save import load_model, save_model
 from firth.runs.recipe import load
 from firth.runs.run import run

@@ -19,15 +19,13 @@ from firth.data.token_store import TokenStore
 from firth.data.windows import SegmentPairs
 from firth.model.config import encoder_config
 from firth.model.model import LM
-from firth.objectives.next_sentence import NSP
-from firth.objectives.sentence_order import SOP
-from firth.objectives.sentence_pairs import SentencePairObjective
+from firth.objectives.sentence_pairs import NSP, SOP, SentencePairObjective
 from firth.tokenizer.train import train as train_tokenizer
 from firth.training.logging import NullReporter
 from firth.training.optimizer import OptimizerConfig
 from firth.training.schedule import Budget, Schedule
+from firth.training.step import validate
 from firth.training.trainer import TrainerConfig, train
-from firth.training.validate import validate
 
 VOCAB_WORDS, TEXT_WORDS = 160, 100
 STEPS = {SOP: 60, NSP: 400}

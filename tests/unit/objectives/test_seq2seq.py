@@ -11,20 +11,17 @@ import pytest
 import torch
 
 from firth.data.collate import collate
-from firth.data.corruptions import CORRUPTIONS, Damage, infilling, permutation
-from firth.data.noise import Kind, facts, salient
+from firth.data.noise import CORRUPTIONS, Damage, Kind, facts, infilling, permutation, salient
 from firth.generate.engine import Engine
 from firth.generate.sampling import Sampling
 from firth.model.config import AttentionConfig, EncoderConfig, LMHeadConfig, ModelConfig, NormConfig, PositionConfig
 from firth.model.model import LM
 from firth.model.presets import PRESETS, bart
-from firth.objectives.causal_lm import CausalLM
-from firth.objectives.denoise import Denoising
+from firth.objectives.causal_lm import CausalLM, PrefixLM
 from firth.objectives.masked_lm import MLM
 from firth.objectives.objective import Objective
-from firth.objectives.prefix_lm import PrefixLM
+from firth.objectives.seq2seq import Denoising, SpanCorruption
 from firth.objectives.sft import Seq2SeqSFT
-from firth.objectives.span_corruption import SpanCorruption
 from firth.pretrained.load_save import save_model
 from firth.tokenizer.train import train
 from firth.tokenizer.vocab import Vocab

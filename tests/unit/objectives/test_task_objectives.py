@@ -11,15 +11,12 @@ import torch
 from firth.data import attention_fields
 from firth.data.collate import collate, counted_fields, pack
 from firth.model.config import EmbeddingConfig, ModelConfig, decoder_config, encoder_config, encoder_decoder_config
-from firth.model.head_descriptions import export_heads
+from firth.model.heads import export_heads
 from firth.model.model import LM
 from firth.model.presets import bert
-from firth.objectives.classification import Classification
-from firth.objectives.extractive_qa import QuestionAnswering
-from firth.objectives.multiple_choice import MultipleChoice
+from firth.objectives.classification import Classification, MultipleChoice, Regression
 from firth.objectives.objective import DataStats, Objective, choice_loss
-from firth.objectives.regression import Regression
-from firth.objectives.token_classification import TokenClassification
+from firth.objectives.token_tasks import QuestionAnswering, TokenClassification
 from firth.pretrained.load_save import save_model
 from firth.training.step import step
 from firth.types import IGNORE, Example, UserError

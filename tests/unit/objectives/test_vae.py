@@ -15,7 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from firth.data.collate import collate, pack
-from firth.evaluate.text_perplexity import scoring_mode
+from firth.evaluate.perplexity import scoring_mode
 from firth.generate.engine import Engine
 from firth.generate.sampling import Sampling
 from firth.model.config import encoder_decoder_config
@@ -23,7 +23,7 @@ from firth.model.flops import stack_flops, work
 from firth.model.forward_context import ForwardContext
 from firth.model.model import LM
 from firth.objectives.objective import vocabulary_flops
-from firth.objectives.span_corruption import SpanCorruption
+from firth.objectives.seq2seq import SpanCorruption
 from firth.objectives.vae import VAE
 from firth.pretrained.load_save import load_model
 from firth.runs.compatibility import check_batching, check_pattern

@@ -9,17 +9,15 @@ import pytest
 
 from firth import objectives
 from firth.model.config import decoder_config, encoder_config, encoder_decoder_config
-from firth.model.empty_weights import init_empty_weights
-from firth.model.model import LM
+from firth.model.model import LM, init_empty_weights
 from firth.objectives.causal_lm import CausalLM
 from firth.objectives.classification import Classification
 from firth.objectives.layer_mixture import LayerMixture
-from firth.objectives.masked_lm import MLM
-from firth.objectives.next_sentence import NSP
+from firth.objectives.masked_lm import MLM, SBO
 from firth.objectives.replaced_tokens import RTD
 from firth.objectives.semi_supervised import Consistency
-from firth.objectives.span_boundary import SBO
-from firth.objectives.span_corruption import SpanCorruption
+from firth.objectives.sentence_pairs import NSP
+from firth.objectives.seq2seq import SpanCorruption
 from firth.runs.compatibility import check_pattern
 from firth.runs.recipe import load
 from firth.types import UserError

@@ -13,8 +13,8 @@ from firth.model.config import decoder_config
 from firth.model.model import LM
 from firth.objectives.causal_lm import CausalLM
 from firth.objectives.masked_lm import MLM
-from firth.objectives.next_sentence import NSP
 from firth.objectives.objective import Objective, Sum
+from firth.objectives.sentence_pairs import NSP
 from firth.runs import config_io, model_card
 from firth.runs.input_hashes import RunInputs, content_hash, recorded_hash
 from firth.runs.recipe import Recipe, ResolvedRecipe, load, load_resolved, published

@@ -14,10 +14,10 @@ from firth.objectives.causal_lm import CausalLM
 from firth.objectives.classification import Classification
 from firth.objectives.masked_lm import MLM
 from firth.objectives.objective import Objective
-from firth.objectives.span_corruption import SpanCorruption
+from firth.objectives.seq2seq import SpanCorruption
 from firth.runs.init_head import init_head
 from firth.tokenizer.vocab import Vocab
-from firth.training.validate import validate
+from firth.training.step import validate
 from firth.types import Example
 
 SIZE = 300

@@ -28,7 +28,7 @@ from firth.model.model import LM
 from firth.objectives.classification import Classification
 from firth.objectives.masked_lm import MLM
 from firth.objectives.objective import Objective, components
-from firth.objectives.reinforce import Reinforce
+from firth.objectives.policy_gradient import Reinforce
 from firth.pretrained.load_save import save_model
 from firth.runs.alignment_examples import RolloutsConfig
 from firth.runs.compatibility import EXAMPLES, check_fields, check_pattern

@@ -16,11 +16,11 @@ from firth.corpora.readers import Document
 from firth.data.noise import NOISES
 from firth.data.token_store import TokenStore
 from firth.data.windows import Windows
-from firth.generate import word_vectors
+from firth.generate import embeddings
 from firth.model.config import decoder_config
 from firth.model.heads import LMHead
 from firth.model.model import LM
-from firth.objectives.span_corruption import SpanCorruption
+from firth.objectives.seq2seq import SpanCorruption
 from firth.tokenizer.tokenizer import Tokenizer
 from firth.tokenizer.train import train
 from firth.types import UserError
@@ -126,7 +126,7 @@ def test_a_vectors_file_has_one_field_per_word(algorithm: str, tmp_path: Path) -
     rng = random.Random(0)
     tokenizer = train([" ".join(rng.choice(words) for _ in range(900))], algorithm, 420)
     config = decoder_config(tokenizer.vocab.size, 64, 1)
-    word_vectors.write(LM(config, {"lm": LMHead(config)}), tokenizer, tmp_path / "a.vec")
+    embeddings.write(LM(config, {"lm": LMHead(config)}), tokenizer, tmp_path / "a.vec")
     head, *rows, last = (tmp_path / "a.vec").read_text("utf-8").split("\n")
     count, width = map(int, head.split())
     assert last == "" and len(rows) == count == len(tokenizer.vocab.ordinary)

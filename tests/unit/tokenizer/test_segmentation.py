@@ -8,8 +8,7 @@ import unicodedata
 import numpy as np
 import pytest
 
-from firth.data.corruptions import permutation
-from firth.data.noise import NOISES
+from firth.data.noise import NOISES, permutation
 from firth.tokenizer import segmentation
 from firth.tokenizer.segmentation import sentence_starts, split, word_starts
 from firth.tokenizer.tokenizer import Tokenizer

@@ -17,9 +17,9 @@ from tokenizers import models, pre_tokenizers
 
 from firth.tokenizer import inspection
 from firth.tokenizer.merges import Merge
-from firth.tokenizer.normalize import replace_lone_surrogates
 from firth.tokenizer.tokenizer import Tokenizer
 from firth.tokenizer.train import ALGORITHMS, train
+from firth.tokenizer.vocab import replace_lone_surrogates
 from firth.types import UserError
 
 PROSE = sorted(pydoc_data.topics.topics.values())[:12]

@@ -17,8 +17,7 @@ from firth.objectives.classification import Classification
 from firth.objectives.masked_lm import MLM
 from firth.objectives.word2vec import Word2Vec
 from firth.tokenizer.vocab import Vocab
-from firth.training.optimizer import Optimizer, OptimizerConfig, untied_embeddings
-from firth.training.sparse_adam import KERNEL, SparseAdam, coalesced
+from firth.training.optimizer import KERNEL, Optimizer, OptimizerConfig, SparseAdam, coalesced, untied_embeddings
 from firth.training.step import step
 from firth.types import Batch
 

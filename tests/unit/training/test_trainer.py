@@ -25,9 +25,8 @@ from firth.training.optimizer import OptimizerConfig
 from firth.training.precision import choose, measured_speed
 from firth.training.run_lock import run_lock
 from firth.training.schedule import Budget, Schedule
-from firth.training.step import step
+from firth.training.step import step, validate
 from firth.training.trainer import TrainerConfig, train
-from firth.training.validate import validate
 from firth.types import IGNORE, Batch, Outputs, UserError
 from tests.support import training
 from tests.support.training import Chains, WithAccuracy, small_batches, small_model, small_run
