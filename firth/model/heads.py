@@ -219,6 +219,21 @@ def num_outputs(description: Description) -> int:
     return int(description["out"]) if description.get("kind") == "linear" else 0
 
 
+def _describe_model(model: LM, kind: str) -> Description:
+    """Return the description of a head that is a model: its config and its heads."""
+    return {
+        "kind": kind,
+        "config": asdict(model.config),
+        "heads": {n: describe_head(p) for n, p in model.heads.items()},
+    }
+
+
+def _rebuild_model(description: Description, kind: type[LM]) -> LM:
+    """Return the model of a class that a description has the config and the heads of."""
+    heads = {name: rebuild_head(head, name) for name, head in description["heads"].items()}
+    return kind(ModelConfig.from_dict(description["config"]), heads)
+
+
 DESCRIBE: dict[type[nn.Module], Callable[[Any], Description]] = {
     nn.Linear: lambda m: {"kind": "linear", "in": m.in_features, "out": m.out_features, "bias": m.bias is not None},
     StandardizedHead: lambda m: {"kind": "linear", "in": m.in_features, "out": 1, "bias": True},
@@ -241,10 +256,9 @@ DESCRIBE: dict[type[nn.Module], Callable[[Any], Description]] = {
     },
     PromptEmbedding: lambda m: {"kind": "prompt", "tokens": m.tokens, "width": m.width},
     LMHead: lambda m: {"kind": "vocabulary", "config": asdict(m.config)},
-    TiedSubmodel: lambda m: {
-        "kind": "guest", "config": asdict(m.config), "heads": {n: describe_head(p) for n, p in m.heads.items()}
-    },
-    Critic: lambda m: {"kind": "model", "config": asdict(m.config), "heads": {n: describe_head(p) for n, p in m.heads.items()}},
+    TiedSubmodel: lambda m: _describe_model(m, "guest"),
+    Critic: lambda m: _describe_model(m, "critic"),
+    LM: lambda m: _describe_model(m, "model"),
 }  # fmt: skip
 
 REBUILD: dict[str, Callable[[Description], nn.Module]] = {
@@ -263,10 +277,7 @@ REBUILD: dict[str, Callable[[Description], nn.Module]] = {
     "prefix": lambda d: PrefixEncoder(d["tokens"], d["layers"], d["kv_heads"], d["head_width"], d["hidden"]),
     "prompt": lambda d: PromptEmbedding(d["tokens"], d["width"]),
     "vocabulary": lambda d: LMHead(ModelConfig.from_dict(d["config"])),
-    "guest": lambda d: TiedSubmodel(
-        ModelConfig.from_dict(d["config"]), {n: rebuild_head(p, n) for n, p in d["heads"].items()}
-    ),
-    "model": lambda d: Critic(
-        ModelConfig.from_dict(d["config"]), {n: rebuild_head(p, n) for n, p in d["heads"].items()}
-    ),
+    "guest": lambda d: _rebuild_model(d, TiedSubmodel),
+    "critic": lambda d: _rebuild_model(d, Critic),
+    "model": lambda d: _rebuild_model(d, LM),
 }

@@ -246,8 +246,10 @@ class Model:
         found = self._fill(text, top)
         if isinstance(found, str):
             return found
+        tokens = not generates_left_to_right(self.config) or self.config.rnn.separate_directions  # else decoded texts
+        byte_level = tokens and self.tokenizer.is_byte_level
         return "\n".join(
-            "   ".join(f"{readable(piece) or '(nothing)'} {probability:.2f}" for piece, probability in gap)
+            "   ".join(f"{readable(piece, byte_level) or '(nothing)'} {probability:.2f}" for piece, probability in gap)
             or "(the model wrote nothing for this mask)"
             for gap in found
         )

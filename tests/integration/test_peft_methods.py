@@ -301,7 +301,7 @@ def test_peft_in_short_and_long_form() -> None:
             "no module of this model matches the target 'query'; available targets: tokens, ",
         ),
         (["peft=prefix", "peft.num_virtual_tokens=64"], "a prefix takes at least 1 of the 64 positions, and not all"),
-        (["peft=frozen", "objective=rtd"], "each has its own forward pass"),
+        (["peft=frozen", "objective=rtd"], "which a causal decoder cannot"),
     ],
 )
 def test_unsupported_peft_is_rejected(place: Path, tmp_path: Path, more: list[str], message: str) -> None:

@@ -42,10 +42,10 @@ truth = FunctionReward(lambda text: sum(c in "aeiou" for c in text) / 8)
 """The true reward of the toy task: the number of vowels among eight letters."""
 
 
-def policy(objective: Objective, seed: int = 0) -> LM:
-    """Return a small model whose weights give a nearly uniform distribution."""
+def policy(*objectives: Objective, seed: int = 0) -> LM:
+    """Return a small model with the heads of objectives, whose weights give a nearly uniform distribution."""
     torch.manual_seed(seed)
-    model = LM(CONFIG, objective.heads(CONFIG))
+    model = LM(CONFIG, {name: head for objective in objectives for name, head in objective.heads(CONFIG).items()})
     with torch.no_grad():
         for block in model.stack.blocks:
             for linear in (block.attention.o, block.mlp.down):
@@ -195,7 +195,7 @@ def test_a_reward_model_agrees_with_held_out_preferences() -> None:
     writer = letters_only(policy(PPO()))
     pairs = sampled_pairs(writer, 512)
     held, trained = pairs[:120], pairs[120:]
-    model = policy(RewardModeling() + PPO(), seed=1)
+    model = policy(RewardModeling(), PPO(), seed=1)
     before = agreement(RewardModel(model), held)
     batches = Batches(PreferencePairs(trained), RewardModeling(), VOCAB, batch_size=32, seed=0)
     optimizer = torch.optim.Adam(model.parameters(), 1e-2)
