@@ -477,7 +477,9 @@ def evaluate(
         bool,
         typer.Option("--within-word", help="Prompts, masked models: mask the rest of a word with each of its tokens."),
     ] = False,
-    out: Annotated[Path | None, typer.Option(help="Prompts: write results.json and a record per item here.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Prompts: write report.html, results.json and a record per item here.")
+    ] = None,
 ) -> None:
     """Evaluate a model: perplexity, bits per byte, accuracy, the metrics of its objective, or tasks in prompts."""
     from firth.evaluate.prompting.task_files import is_prompt_task
@@ -496,6 +498,10 @@ def evaluate(
             models, tasks, config, data=data or (), examples=examples or (), weights=weights or None,
             within_word=within_word, out=out, progress=_replies_done,
         )  # fmt: skip
+        if out is not None:
+            from firth.runs.prompt_report import write_prompt_report
+
+            write_prompt_report(found, config, out / "report.html")
         if json:
             typer.echo(to_text([to_json(results, config) for results in found]))
             return
