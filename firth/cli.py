@@ -487,26 +487,16 @@ def evaluate(
     tasks = task or []
     prompted = [one for one in tasks if is_prompt_task(one)]
     if prompted and len(prompted) == len(tasks):
-        from json import dumps as to_text
-
-        from firth.evaluate.prompting.evaluate import evaluate_prompts
         from firth.evaluate.prompting.prompt_task import PromptConfig
-        from firth.evaluate.prompting.results import comparisons, table, to_json
+        from firth.runs.prompt_report import evaluate_and_report
 
         config = PromptConfig(shots, chat, "zero-shot" if cot else "", votes, seed=seed, limit=limit)
-        found = evaluate_prompts(
-            models, tasks, config, data=data or (), examples=examples or (), weights=weights or None,
-            within_word=within_word, out=out, progress=_replies_done,
+        typer.echo(
+            evaluate_and_report(
+                models, tasks, config, data=data or (), examples=examples or (), weights=weights or None,
+                within_word=within_word, out=out, as_json=json,
+            )
         )  # fmt: skip
-        if out is not None:
-            from firth.runs.prompt_report import write_prompt_report
-
-            write_prompt_report(found, config, out / "report.html")
-        if json:
-            typer.echo(to_text([to_json(results, config) for results in found]))
-            return
-        for line in (*table([one for results in found for one in results]), *comparisons(found)):
-            typer.echo(line)
         return
     if len(tasks) > 1:
         raise UserError("several tasks are possible for tasks in prompts only: name one")
@@ -514,11 +504,6 @@ def evaluate(
 
     run, *paths = models
     typer.echo(evaluate_run(Path(run), paths, task=tasks[0] if tasks else None, limit=limit, as_json=json))
-
-
-def _replies_done(done: int, total: int) -> None:
-    """Print the progress of an evaluation."""
-    LOGGER.info("%s of %s replies", f"{done:,}", f"{total:,}")
 
 
 @app.command()

@@ -2,22 +2,47 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
 
+from firth.evaluate.prompting.evaluate import evaluate_prompts
 from firth.evaluate.prompting.prompt_task import ItemResult, PromptConfig
-from firth.evaluate.prompting.results import comparisons
+from firth.evaluate.prompting.results import comparisons, table, to_json
 from firth.evaluate.prompting.runner import TaskResult
-from firth.report.page import Report, Section, StatCell, Table, TextSample, write
+from firth.report.page import Cell, Report, Section, StatCell, Table, TextSample, write
+from firth.types import LOGGER
 
 MAX_ITEMS = 20
 """Failed items shown of each task and model."""
 
 
-def write_prompt_report(by_model: Sequence[Sequence[TaskResult]], config: PromptConfig, path: Path) -> None:
-    """Write the page of the results of each model."""
-    write(prompt_report(by_model, config), path)
+def evaluate_and_report(
+    models: Sequence[str],
+    tasks: Sequence[str],
+    config: PromptConfig,
+    *,
+    data: Sequence[str],
+    examples: Sequence[str],
+    weights: str | None,
+    within_word: bool,
+    out: Path | None,
+    as_json: bool,
+) -> str:
+    """Evaluate models on tasks in prompts, write the files of `out`, and return the table or a JSON array.
+
+    The arguments are those of `firth.evaluate.prompting.evaluate.evaluate_prompts`.
+    """
+    found = evaluate_prompts(
+        models, tasks, config, data=data, examples=examples, weights=weights, within_word=within_word, out=out,
+        progress=lambda done, total: LOGGER.info(f"{done:,} of {total:,} replies"),
+    )  # fmt: skip
+    if out is not None:
+        write(prompt_report(found, config), out / "report.html")
+    if as_json:
+        return json.dumps([to_json(results, config) for results in found])
+    return "\n".join((*table([one for results in found for one in results]), *comparisons(found)))
 
 
 def prompt_report(by_model: Sequence[Sequence[TaskResult]], config: PromptConfig) -> Report:
@@ -53,7 +78,7 @@ def _number(result: TaskResult) -> StatCell:
 
 def _board(results: Sequence[TaskResult]) -> Table:
     """Return the table of all results."""
-    rows = [
+    rows: list[tuple[Cell, ...]] = [
         (
             result.task, result.model, len(result.items), result.shots, name, round(value.value, 4),
             None if math.isnan(value.stderr) else round(value.stderr, 4),
@@ -70,7 +95,9 @@ def _groups(result: TaskResult) -> Table:
     """Return the metrics of a result by group, the lowest first."""
     names = list(result.metrics)
     ordered = sorted(result.groups.items(), key=lambda pair: pair[1][names[0]].value)
-    rows = [(group, *(round(values[name].value, 4) for name in names)) for group, values in ordered]
+    rows: list[tuple[Cell, ...]] = [
+        (group, *(round(values[name].value, 4) for name in names)) for group, values in ordered
+    ]
     return Table(f"{result.task}, {result.model}", ("group", *names), rows)
 
 

@@ -1,10 +1,9 @@
 """The page of an evaluation in prompts."""
 
-from pathlib import Path
-
 from firth.evaluate.prompting.prompt_task import ItemResult, PromptConfig
 from firth.evaluate.prompting.runner import TaskResult, metric_value
-from firth.runs.prompt_report import prompt_report, write_prompt_report
+from firth.report.page import render
+from firth.runs.prompt_report import prompt_report
 
 
 def result(model: str, values: list[float]) -> TaskResult:
@@ -18,11 +17,10 @@ def result(model: str, values: list[float]) -> TaskResult:
     return TaskResult("task", model, 0, 1, {"acc": metric_value("acc", items)}, groups, items)
 
 
-def test_the_page_shows_wrong_answers_only(tmp_path: Path) -> None:
+def test_the_page_shows_wrong_answers_only() -> None:
     """With the location, what the model replied, and the groups."""
     found = [[result("one", [0.0, 1.0, 1.0, 1.0])], [result("two", [1.0] * 4)]]
-    write_prompt_report(found, PromptConfig(), tmp_path / "report.html")
-    page = (tmp_path / "report.html").read_text()
+    page = render(prompt_report(found, PromptConfig()))
     assert "Question 0?" in page and "Question 1?" not in page
     assert "&lt;no&gt;" in page and "-1.250 | text" in page and "q.jsonl:0" in page
     titles = [section.title for section in prompt_report(found, PromptConfig()).sections]
