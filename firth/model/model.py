@@ -1,19 +1,4 @@
-"""The model, models without weights on the meta device, and compilation of its blocks.
-
-Modules on the meta device, to know the names and sizes of their tensors or to be filled from a file.
-
->>> from torch import nn
->>> with init_empty_weights():
-...     matrix = nn.Linear(1_000_000, 1_000_000).weight
->>> matrix.device.type, tuple(matrix.shape)
-('meta', (1000000, 1000000))
-
-torch.compile of the blocks of a model in training (`compile=true`).
-
-A block is compiled once for all layers of its kind; the whole model would take longer, and break the graph where attention
-masks are computed. Evaluation and generation are not compiled: their lengths change with every call.
-
-The model: token ids -> hidden states. What an objective adds (heads, ELECTRA's generator) is in `heads`.
+"""The model: token ids -> hidden states. What an objective adds (heads, ELECTRA's generator) is in `heads`.
 
 The batch fields are `tokens`, `positions`, `token_type_ids`, `query_time`, `key_time`, `key_expiry` and `document_ids`;
 an encoder-decoder reads the same with the prefix `source_`, a model with memory also with `memory_`. The last axis is
@@ -28,17 +13,13 @@ torch.Size([2, 3, 64])
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
-import torch.compiler.config
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from firth.model.attention import prefixed_fields
 from firth.model.block import initialize
@@ -54,65 +35,7 @@ from firth.model.variants import CharacterCNN, Latent
 from firth.types import ALWAYS, NEVER, Batch, UserError
 
 if TYPE_CHECKING:
-    from firth.model.block import AttentionContext, Block
     from firth.tokenizer.vocab import Vocab
-
-
-FILLS = ("normal_", "uniform_", "kaiming_uniform_", "zeros_", "ones_", "zero_", "fill_")
-
-
-class _Unfilled(TorchFunctionMode):
-    """Skips functions that initialize a tensor, which take 1.5 ms for each normally distributed matrix."""
-
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        if func.__name__ in FILLS:
-            return args[0] if args else (kwargs or {})["tensor"]
-        return func(*args, **(kwargs or {}))
-
-
-@contextmanager
-def init_empty_weights() -> Iterator[None]:
-    """Create modules on the meta device, without initialization."""
-    with torch.device("meta"), _Unfilled():
-        yield
-
-
-MAX_RECOMPILES = 32
-"""Most versions of a block: the first may have no norm, the last may run at a subset, and row lengths differ."""
-
-
-def _pass(block: Block, x: Tensor, attention: AttentionContext, cross: AttentionContext | None) -> Tensor:
-    return block(x, attention, cross)
-
-
-@cache
-def _compiled() -> Callable[..., Tensor]:
-    torch.compiler.config.recompile_limit = max(torch.compiler.config.recompile_limit, MAX_RECOMPILES)
-    return torch.compile(_pass)
-
-
-def _try(device: torch.device) -> None:
-    try:
-        torch.compile(torch.square)(torch.ones(2, device=device))
-    except Exception as error:  # of many private types
-        reason = str(error).strip().partition("\n")[0]
-        raise UserError(f"torch.compile does not work here ({reason}): set compile=false") from error
-
-
-def compile_blocks(model: LM) -> None:
-    """Compile every block of every transformer stack when it is first trained.
-
-    Raises:
-        UserError: There is nothing to compile, or torch.compile fails (no compiler, no Python headers).
-    """
-    stacks = [module for module in model.modules() if isinstance(module, TransformerStack) and module.blocks]
-    if not stacks:
-        raise UserError("compile=true compiles transformer blocks, and this model has none: set compile=false")
-    _try(next(model.parameters()).device)
-    for stack in stacks:
-        stack.block_runner = _compiled()
 
 
 class LM(nn.Module):

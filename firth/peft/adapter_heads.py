@@ -16,7 +16,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from firth.io.safetensors import read_json, read_tensors
-from firth.model.model import LM, init_empty_weights
+from firth.model.empty_weights import init_empty_weights
+from firth.model.model import LM
 from firth.model.prefix import PREFIX_HEADS
 from firth.pretrained import families
 from firth.pretrained.families.family import Family, HeadSpec, WeightMapping, from_hf, resolve_names

@@ -37,8 +37,9 @@ from firth.io.safetensors import (
     write_tensors,
 )
 from firth.model.config import ModelConfig
+from firth.model.empty_weights import init_empty_weights
 from firth.model.heads import describe_head, rebuild_head
-from firth.model.model import LM, init_empty_weights
+from firth.model.model import LM
 from firth.model.prefix import PREFIX_HEADS
 from firth.pretrained import families, gguf
 from firth.pretrained.families.family import Family, to_hf

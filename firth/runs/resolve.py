@@ -8,7 +8,8 @@ from typing import Literal
 
 from firth.doctor import device as best_device
 from firth.model.config import ModelConfig
-from firth.model.model import LM, init_empty_weights
+from firth.model.empty_weights import init_empty_weights
+from firth.model.model import LM
 from firth.model.prefix import PREFIX_HEADS
 from firth.objectives.objective import Objective
 from firth.pretrained.load_save import check_vocab_fits

@@ -23,8 +23,9 @@ from firth.evaluate.tokenizer_match import check_same_tokenizer
 from firth.generate import embeddings
 from firth.io.atomic import make_directory, new_directory, write_text
 from firth.io.integrity import read_record, write_record
+from firth.model.compilation import compile_blocks
 from firth.model.heads import export_heads
-from firth.model.model import LM, compile_blocks
+from firth.model.model import LM
 from firth.objectives import name_of
 from firth.objectives.objective import components
 from firth.peft.lora import num_trainable_parameters

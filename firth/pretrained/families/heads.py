@@ -25,8 +25,8 @@ from typing import Any
 from torch import nn
 
 from firth.model.config import ModelConfig
+from firth.model.empty_weights import init_empty_weights
 from firth.model.heads import Description, LMHead, describe_head, num_outputs
-from firth.model.model import init_empty_weights
 from firth.pretrained.families.family import Family, HeadSpec, WeightMapping
 from firth.types import UserError
 

@@ -18,8 +18,9 @@ import torch
 from torch import Tensor
 
 from firth.model.config import ModelConfig
+from firth.model.empty_weights import init_empty_weights
 from firth.model.heads import Description, describe_head
-from firth.model.model import LM, init_empty_weights
+from firth.model.model import LM
 from firth.pretrained.families.family import Family, from_hf, resolve_names, to_hf, without_prefix
 from firth.pretrained.families.heads import (
     ExportForm,
