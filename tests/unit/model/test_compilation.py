@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 import torch
 import torch.compiler.config
-from firth.objectives.span_corruption import SpanCorruption
 from torch import Tensor
 
 from firth import kernel_choice
@@ -33,6 +32,7 @@ from firth.objectives.causal_lm import CausalLM
 from firth.objectives.masked_lm import MLM
 from firth.objectives.objective import Objective
 from firth.objectives.replaced_tokens import RTD
+from firth.objectives.seq2seq import SpanCorruption
 from firth.pretrained.load_save import load_model
 from firth.runs.recipe import load
 from firth.runs.run import run
