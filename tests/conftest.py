@@ -21,16 +21,18 @@ os.environ.setdefault(
 )
 
 
-ORACLES = Path(__file__).parent / "oracles"
+DIRECTORIES = {Path(__file__).parent / "oracles": "oracle", Path(__file__).parent / "integration": "slow"}
+"""Directory -> the marker of all of its tests."""
 DOWNLOADS = {"minilm", "unpack"}
 """Fixtures that read downloaded data."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark tests in oracles/ as `oracle`, and tests of downloaded data as `network`."""
+    """Mark tests in oracles/ as `oracle`, those in integration/ as `slow`, and tests of downloaded data as `network`."""
     for item in items:
-        if item.path.is_relative_to(ORACLES):
-            item.add_marker("oracle")
+        for directory, marker in DIRECTORIES.items():
+            if item.path.is_relative_to(directory):
+                item.add_marker(marker)
         if isinstance(item, pytest.Function) and DOWNLOADS & set(item.fixturenames):
             item.add_marker("network")
 

@@ -21,8 +21,6 @@ from firth.runs.run import run
 from firth.types import UserError
 from tests.support.runs import quiet
 
-pytestmark = pytest.mark.slow
-
 WORDS = ["the", "king", "queen", "of", "sea", "had", "a", "ship", "with", "no", "sail", "and", "crown", "salt"]
 SMALL = [
     "batch.size=4", "precision=fp32", "checkpoint.every=1000", "evaluation.max_examples=16", "sample_prompts=[]", "max_steps=1",

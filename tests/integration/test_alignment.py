@@ -130,7 +130,6 @@ TOLERANCE = {"fp32": 1e-5, "bf16": 2e-3}
 """Rounding errors of a log-probability between two forward passes with different batches."""
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("name", "precision", "layout"), CASES, ids=lambda x: x)
 def test_first_ratio_is_one(
     workdir: Path, tmp_path: Path, old_logprobs: list[float], name: str, precision: str, layout: str

@@ -19,8 +19,6 @@ from firth.runs.run import RunResult, run
 from firth.training import trainer
 from firth.training.run_lock import Interrupted
 
-pytestmark = pytest.mark.slow
-
 TEXT = "the king and queen of all that land did walk by night with many a fool who sang. But no one heard it, my lord!"
 WORDS = TEXT.split()
 

@@ -14,8 +14,6 @@ import firth
 from firth.io.json_files import row_line
 from tests.support.messages import logged
 
-pytestmark = pytest.mark.slow
-
 EXAMPLES = Path(__file__).parents[2] / "examples"
 WORDS = ["so", "shaken", "as", "we", "are", "wan", "with", "care", "find", "a", "time", "for", "peace", "to", "pant"]
 TINY = {"model.hidden_size": 32, "model.num_heads": 2, "model.num_layers": 1, "tokenizer.vocab_size": 300}

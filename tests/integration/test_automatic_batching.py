@@ -12,8 +12,6 @@ from firth.runs.recipe import GROUPED_STEPS, BatchConfig, ResolvedBatchConfig, l
 from firth.runs.run import run
 from firth.types import UserError
 
-pytestmark = pytest.mark.slow
-
 TINY = [
     "data.validation_fraction=0.2",
     "max_steps=3",

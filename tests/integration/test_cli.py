@@ -57,7 +57,6 @@ def run(folder: Path) -> Path:
     return out
 
 
-@pytest.mark.slow
 def test_help_imports_no_heavy_library() -> None:
     """Help takes 0.2 s because of what it does not import; a timed assertion would fail on a busy machine."""
     heavy = ("torch", "tokenizers", "numpy", "pyarrow", "jinja2")
@@ -66,7 +65,6 @@ def test_help_imports_no_heavy_library() -> None:
     assert "evaluate" in firth("--help")
 
 
-@pytest.mark.slow
 def test_a_run_directory_holds_what_the_contract_says(run: Path) -> None:
     names = {p.name for p in run.iterdir()}
     assert {"recipe.yaml", "metrics.jsonl", "checkpoints", "tokenizer", "model", "report.html"} <= names
@@ -75,7 +73,6 @@ def test_a_run_directory_holds_what_the_contract_says(run: Path) -> None:
             "chat_template.jinja"} <= model  # fmt: skip
 
 
-@pytest.mark.slow
 def test_a_finished_run_is_kept_and_another_recipe_refused(
     run: Path, folder: Path, in_process: Callable[..., str]
 ) -> None:
@@ -86,14 +83,12 @@ def test_a_finished_run_is_kept_and_another_recipe_refused(
     assert "another recipe" in in_process(*arguments, "seed=5", code=2)
 
 
-@pytest.mark.slow
 def test_its_own_recipe_repeats_the_run_bit_for_bit(run: Path, tmp_path: Path) -> None:
     firth("train", str(run / "recipe.yaml"), "--out", str(tmp_path / "again"))
     ours, again = ((d / "model" / "model.safetensors").read_bytes() for d in (run, tmp_path / "again"))
     assert ours == again
 
 
-@pytest.mark.slow
 def test_generate_is_seeded_and_evaluate_measures(run: Path, folder: Path, in_process: Callable[..., str]) -> None:
     first = firth("generate", str(run), "The quick", "-n", "8", "--seed", "3")
     assert first == firth("generate", str(run), "The quick", "-n", "8", "--seed", "3")
@@ -174,7 +169,6 @@ def test_the_tokenizer_commands(folder: Path, in_process: Callable[..., str], tm
     assert "->" in page and "laern" in page
 
 
-@pytest.mark.slow
 def test_an_empty_folder_and_an_empty_file(in_process: Callable[..., str], tmp_path: Path) -> None:
     folder, out = tmp_path / "empty", str(tmp_path / "run")
     folder.mkdir()

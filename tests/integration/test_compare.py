@@ -28,8 +28,6 @@ from firth.tokenizer.tokenizer import Tokenizer
 from firth.training.schedule import Budget
 from firth.types import LogLine, UserError
 
-pytestmark = pytest.mark.slow
-
 FLOPS = 5e7
 SMALL = (
     "model.hidden_size=16", "model.num_heads=1", "model.head_dim=16", "model.intermediate_size=32",

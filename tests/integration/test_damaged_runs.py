@@ -68,7 +68,6 @@ def fails_with_one_sentence(action: Callable[[], Any], says: str) -> None:
 CUT = ('{"step": 3, "x', "[]\n", "3\n", '{"a": 1}\n', "\x00\x01\n")
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("text", CUT)
 def test_damaged_json_of_a_finished_run(text: str, there: Path) -> None:
     (there / "done.json").write_text(text)
@@ -85,7 +84,6 @@ def test_damaged_json_of_a_finished_run(text: str, there: Path) -> None:
     assert read_object(there / "done.json")["steps"] == 4
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", ["samples.jsonl", "metrics.jsonl"])
 def test_damaged_jsonl_of_a_run(name: str, there: Path) -> None:
     (there / "done.json").unlink()
@@ -141,7 +139,6 @@ def test_empty_arrays_are_rejected(whole: Path) -> None:
         )
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("what", ["train", "export", "gguf", "import", "vectors"])
 def test_full_disk_error_names_the_file(what: str, there: Path, tmp_path: Path) -> None:
     """No partial file has a final name, and existing files are kept."""
@@ -172,7 +169,6 @@ def test_full_disk_error_names_the_file(what: str, there: Path, tmp_path: Path) 
     assert out.exists()
 
 
-@pytest.mark.slow
 def test_damaged_recipes(there: Path) -> None:
     file = there / "recipe.yaml"
     text = file.read_text()

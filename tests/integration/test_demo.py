@@ -23,8 +23,6 @@ from firth.runs.run import run
 from firth.tokenizer.tokenizer import Tokenizer
 from firth.types import UserError
 
-pytestmark = pytest.mark.slow
-
 STAGES = (
     "encoder",
     "encoder-decoder",

@@ -14,8 +14,6 @@ from firth.training.checkpoint import load
 from firth.training.distributed import BUCKET_BYTES, Ranks, _buckets
 from tests.support import train_ranks
 
-pytestmark = pytest.mark.slow
-
 ROOT = Path(__file__).parents[2]
 
 

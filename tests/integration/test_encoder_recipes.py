@@ -35,7 +35,6 @@ MILLIONS = {
 }
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", MILLIONS)
 def test_published_sizes(name: str) -> None:
     """The papers round, and count BERT's pooler (BERT-large's "340 M" are 335 M with 30,522 tokens)."""
@@ -106,7 +105,6 @@ SMALL = [
 ]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "more"),
     [("spanbert", []), ("albert", ["model.embedding.size=16"]), ("electra", ["model.embedding.size=16"]),

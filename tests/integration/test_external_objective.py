@@ -40,7 +40,6 @@ def train(*settings):
     return done.exit_code, done.output + str(done.exception or "")
 
 
-@pytest.mark.slow
 def test_the_objective_of_the_page_trains(place):
     code, output = train()
     assert code == 0, output
@@ -98,7 +97,6 @@ def test_a_module_that_fails_is_named(place):
         from_dict(Objective, "broken:Loss")
 
 
-@pytest.mark.slow
 def test_a_model_directory_imports_nothing(place):
     """The objective that firth.json names is of another person's machine: it is unknown, not imported."""
     code, output = train()

@@ -80,7 +80,6 @@ def firth(*arguments: str, code: int = 0) -> str:
 # Filling masks
 
 
-@pytest.mark.slow
 def test_t5_fills_each_mask_with_a_span(runs: Path) -> None:
     lines = firth("fill", str(runs / "t5"), "The <mask> sells the boat <mask> the mill.", "--top", "3").splitlines()
     assert len(lines) == 2

@@ -32,8 +32,6 @@ from firth.tokenizer.train import train
 from firth.types import UserError
 from tests.support.runs import quiet
 
-pytestmark = pytest.mark.slow
-
 FLIPS = int(os.environ.get("FIRTH_FUZZ", "0"))
 
 

@@ -134,7 +134,6 @@ def tuned(tmp_path_factory: pytest.TempPathFactory, tokenizer: Tokenizer) -> Pat
     return place
 
 
-@pytest.mark.slow
 def test_tuned_model_stops_where_pad_is_eos(tuned: Path) -> None:
     """The token that ends the assistant's turn is supervised, so the model stops by itself (case 27)."""
     opened = open_engine(tuned / "run")

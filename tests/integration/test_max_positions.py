@@ -23,8 +23,6 @@ from firth.tokenizer.train import train
 from firth.types import UserError
 from tests.support.runs import quiet
 
-pytestmark = pytest.mark.slow
-
 TEXT = ("the otter paints a red boat near the old stone bridge and sings all day long " * 30 + "\n\n") * 6
 BODY = {"vocab_size": 300, "hidden_size": 32, "num_layers": 1, "num_heads": 2, "max_positions": 64}
 SHAPES = {

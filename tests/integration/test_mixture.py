@@ -69,7 +69,6 @@ def test_missing_weight_is_rejected(folder: Path, tmp_path: Path) -> None:
         )
 
 
-@pytest.mark.slow
 def test_recipe_with_weights_runs_and_resumes(folder: Path, tmp_path: Path) -> None:
     settings = [f"data.path=[{folder / 'a'}, {folder / 'z'}]", "data.weights=[1, 2]", "tokenizer.vocab_size=400",
                 "model.hidden_size=32", "model.num_layers=1", "model.num_heads=1", "model.max_positions=64", "examples.max_length=32",

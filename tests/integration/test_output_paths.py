@@ -51,7 +51,6 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("command", COMMANDS)
 def test_an_output_that_cannot_be_made_is_refused(command: str, place: Path) -> None:
     for out in ("/proc/x/y", "/dev/null/x", str(place / "text.txt" / "x")):

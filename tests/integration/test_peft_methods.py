@@ -122,7 +122,6 @@ def metric_rows(place: Path, start: str) -> str:
     return str(place / ("records.jsonl" if start == "encoder" else "text.txt"))
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("start", "kind"), CASES)
 def test_resumed_run_is_bit_identical(place: Path, made: Made, tmp_path: Path, start: str, kind: str) -> None:
     """A run that is killed after its third step resumes from a checkpoint of the trained weights alone."""
@@ -143,7 +142,6 @@ def test_resumed_run_is_bit_identical(place: Path, made: Made, tmp_path: Path, s
     assert type(again.peft) is PEFT_METHODS[kind] and again == load(str(tmp_path))
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("start", "kind"), CASES)
 def test_exported_model_has_the_score_of_the_run(place: Path, made: Made, start: str, kind: str) -> None:
     directory, valid = made(start, kind), metric_rows(place, start)
@@ -224,7 +222,6 @@ def test_peft_loads_the_adapter_of_a_run(place: Path, tmp_path: Path) -> None:
             assert (plain - ours).abs().max() > 0.01
 
 
-@pytest.mark.slow
 def test_run_continues_from_an_adapter(place: Path, tmp_path: Path) -> None:
     """The first loss is that of the merged model on the same batch, and the adapter predicts better than the base.
 

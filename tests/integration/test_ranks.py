@@ -17,8 +17,6 @@ from firth.training import distributed
 from firth.training.checkpoint import load
 from firth.types import UserError
 
-pytestmark = pytest.mark.slow
-
 ROOT = Path(__file__).parents[2]
 WORDS = (
     "the king and queen of all that land did walk by night with many a fool who sang. But no one heard it, my lord! "

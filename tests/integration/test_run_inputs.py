@@ -102,7 +102,6 @@ def add(folder: Path) -> None:
     (folder / "texts" / "new.txt").write_text(words(9))
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("state", ["killed", "finished"])
 @pytest.mark.parametrize("change", [edit, edit_and_set_the_time_back, add])
 def test_changed_text_is_rejected(folder: Path, change: Callable[[Path], None], state: str) -> None:
@@ -241,7 +240,6 @@ def cases(folder: Path) -> dict[str, tuple[str, list[str], str]]:
     }
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     "field", ["init_from", "examples.reward_model", "examples.teacher", "init_embeddings_from", "tokenizer.path"]
 )
@@ -330,7 +328,6 @@ def firth(*arguments: str, code: int = 0) -> str:
     return result.output
 
 
-@pytest.mark.slow
 def test_run_directory_is_complete_and_resumes(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """recipe.yaml has no open settings, the directory resumes, and the file repeats the run bit by bit elsewhere."""
     shutil.copytree(finished / "texts", tmp_path / "texts")

@@ -54,7 +54,6 @@ def make(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Make:
 BILM = ("lstm", "objective=bilm", "model.causal=false", "model.rnn.separate_directions=true", "model.num_heads=1")
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     "settings",
     [
@@ -79,7 +78,6 @@ def test_bilm_does_not_generate(make: Make, folder: Path) -> None:
         evaluate(made.directory, [str(folder / "0.txt")])
 
 
-@pytest.mark.slow
 def test_causal_encoder_has_no_bidirectional_family(make: Make, folder: Path) -> None:
     left, both = make("roberta", "objective=causal_lm"), make("roberta")
     assert json.loads((both.model / "config.json").read_text())["architectures"] == ["ModernBertForMaskedLM"]
@@ -95,7 +93,6 @@ def test_causal_encoder_has_no_bidirectional_family(make: Make, folder: Path) ->
     assert again.steps == left.steps
 
 
-@pytest.mark.slow
 def test_bidirectional_model_uses_pseudo_likelihood(make: Make) -> None:
     made = make("lstm", "objective=mlm", "model.causal=false", "model.num_heads=1", "examples=chunks")
     assert scoring_mode(load_evaluated_model(made.directory).model.config) == "masked"

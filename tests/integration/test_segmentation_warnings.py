@@ -102,7 +102,6 @@ def test_unknown_tokens_of_a_store_are_reported(tmp_path: Path) -> None:
     assert len(shares) == 2 and min(map(float, shares)) > 80  # the training and the held-out store
 
 
-@pytest.mark.slow
 def test_run_prints_and_stores_the_reports(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(segmentation, "has_dictionary", lambda: False)
     (tmp_path / "a.txt").write_text("\n\n".join(f"船{n}走了。" * 30 for n in range(30)), "utf-8")

@@ -251,7 +251,6 @@ def test_token_classification(make: Make, folder: Path) -> None:
     assert json.loads((place / "held_out.json").read_text())["per_class"][0]["class"] == "BAD"
 
 
-@pytest.mark.slow
 def test_question_answering(make: Make, folder: Path) -> None:
     paragraphs = []
     for i in range(160):
@@ -317,7 +316,6 @@ def test_best_checkpoint_is_exported_and_patience_stops(folder: Path, tmp_path: 
         run(load("classification", [*settings, "evaluation.best_metric=recall"]), tmp_path / "no", lambda _: None)
 
 
-@pytest.mark.slow
 def test_templates_make_text_to_text_of_a_table(folder: Path, tmp_path: Path) -> None:
     settings = [
         f"data={folder}/reviews.csv", "examples.prompt_template=is it good? {review}", "examples.completion_template={stars}",
@@ -337,7 +335,6 @@ def test_templates_make_text_to_text_of_a_table(folder: Path, tmp_path: Path) ->
         run(load("text_to_text", [*settings, "examples.completion_template={rating}"]), tmp_path / "no", lambda _: None)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("shape", ["model.causal=true", "model.encoder.num_layers=1"])
 def test_decoders_and_encoder_decoders_classify_pairs(folder: Path, tmp_path: Path, shape: str) -> None:
     rows = [{"text": f"a film {i}", "other": t, "label": label} for i, (t, label) in enumerate(reviews(120))]

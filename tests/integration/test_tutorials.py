@@ -81,7 +81,6 @@ def follow(page: str) -> str:
     return printed
 
 
-@pytest.mark.slow
 def test_the_tutorials_run_in_order(directory: Path, capsys: pytest.CaptureFixture[str]) -> None:
     printed = follow("chat-model.md")
     assert "runs/chat/model" in printed

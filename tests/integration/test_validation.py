@@ -51,7 +51,6 @@ def trained(name: str, out: Path, tokens: Path, *settings: str) -> tuple[RunResu
     return run(recipe, out, lines.append), lines
 
 
-@pytest.mark.slow
 def test_text_to_text_tokenizer_reads_its_own_fields(tmp_path: Path) -> None:
     rows = [{"prompt": f"is it {w}", "completion": f"it is {w} and {v}"} for w in WORDS for v in WORDS]
     (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -149,7 +148,6 @@ def test_best_metric_without_validation_is_rejected(tmp_path: Path, tokens: Path
         trained("classification", tmp_path / "run", tokens, f"data={file}", "data.validation_fraction=0", *settings)
 
 
-@pytest.mark.slow
 def test_missing_validation_is_reported_once(tmp_path: Path, tokens: Path) -> None:
     file = reviews(tmp_path / "a.csv", ["good", "bad"] * 4)
     done, lines = trained("classification", tmp_path / "run", tokens, f"data={file}")
@@ -201,7 +199,6 @@ def test_check_of_best_metric_changes_nothing(tmp_path: Path, tokens: Path) -> N
     assert rows[0] == rows[1] and len(found) == 2
 
 
-@pytest.mark.slow
 def test_report_and_evaluate_show_the_exported_step(tmp_path: Path, tokens: Path) -> None:
     file = reviews(tmp_path / "a.csv", ["good", "bad"] * 30)
     done, _ = trained(
@@ -301,7 +298,6 @@ def test_no_answer_has_the_probability_of_the_null_span(tmp_path: Path, tokens: 
     assert answer["probability"] == pytest.approx(share**2)
 
 
-@pytest.mark.slow
 def test_glue_from_its_runs(tmp_path: Path, tokens: Path) -> None:
     head = "index\tsentence1\tsentence2\tgold_label\n"
     labels = ("neutral", "entailment", "contradiction", "-")

@@ -14,8 +14,6 @@ from firth.tokenizer.train import train
 from firth.training.schedule import Budget
 from firth.types import UserError
 
-pytestmark = pytest.mark.slow
-
 TEXT = "\n".join(
     f"The {a} {b} the boat {c}." for a in ("otter", "baker", "pilot") for b in ("paints", "sells") for c in ("at dawn", "in Leeds")
 )  # fmt: skip

@@ -57,7 +57,6 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return file
 
 
-@pytest.mark.slow
 def test_the_wheel_holds_every_file_of_the_package(wheel: Path) -> None:
     files = [p for p in (ROOT / "firth").rglob("*") if p.is_file() and p.suffix != ".pyc"]
     names = {str(p.relative_to(ROOT)) for p in files}
@@ -85,7 +84,6 @@ def environment(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[
     return home / "bin", log
 
 
-@pytest.mark.slow
 def test_the_wheel_runs_the_demo_elsewhere(environment: tuple[Path, Path], tmp_path: Path) -> None:
     scripts, log = environment
     topics = sorted(pydoc_data.topics.topics.items())
@@ -105,7 +103,6 @@ def test_the_wheel_runs_the_demo_elsewhere(environment: tuple[Path, Path], tmp_p
     assert not log.exists(), log.read_text("utf-8")
 
 
-@pytest.mark.slow
 def test_an_opened_file_of_the_checkout_is_found(environment: tuple[Path, Path], tmp_path: Path) -> None:
     scripts, log = environment
     before = log.read_text("utf-8") if log.exists() else ""
