@@ -95,6 +95,10 @@ class ScoredPair:
     word_starts: np.ndarray | None = None
 
 
+MAX_BRANCH_SHARE = 2
+"""Most tokens of the continuations in one row, in lengths of their prompt: attention over more costs more than the prompt."""
+
+
 @dataclass(frozen=True, eq=False)
 class _Branches:
     """A prompt with its different continuations and the index of each pair."""
@@ -102,6 +106,11 @@ class _Branches:
     prompt: tuple[int, ...]
     continuations: list[np.ndarray]
     index: list[int]
+
+    @property
+    def width(self) -> int:
+        """Input tokens of the continuations, whose last tokens are no inputs."""
+        return sum(len(one) - 1 for one in self.continuations)
 
 
 def score_pairs(model: LM, vocab: Vocab, pairs: Sequence[ScoredPair]) -> Iterator[tuple[int, TokenScores]]:
@@ -185,8 +194,8 @@ def _causal(model: LM, pairs: Sequence[ScoredPair]) -> Iterator[tuple[int, Token
     known: dict[tuple[int, ...], _Branches] = {}
     for i, pair in enumerate(pairs):
         prompt = tuple(int(token) for token in pair.prompt)
-        row = known.get(prompt) if branching else None
-        if row is None:
+        row = known.get(prompt) if branching and len(prompt) >= MIN_SHARED_TOKENS else None
+        if row is None or row.width + len(pair.continuation) > MAX_BRANCH_SHARE * len(prompt):
             row = known[prompt] = _Branches(prompt, [], [])
             rows.append(row)
         row.continuations.append(np.asarray(pair.continuation, np.int64))
@@ -220,7 +229,7 @@ def _batches(rows: Sequence[_Branches], shared: int) -> Iterator[list[_Branches]
 
 def _width(row: _Branches, shared: int) -> int:
     """Return the number of tokens of a row after the shared ones: its prompt, and its continuations without their last token."""
-    return len(row.prompt) - shared + sum(len(one) - 1 for one in row.continuations)
+    return len(row.prompt) - shared + row.width
 
 
 def _read_header(model: LM, tokens: Sequence[int]) -> KVCache:

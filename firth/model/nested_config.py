@@ -42,7 +42,7 @@ def from_dict(kind: Any, data: Mapping[str, Any], prefix: str = "") -> Any:
     values = {}
     for name, value in data.items():
         if name not in defaults:
-            raise UserError(f"unknown model config field {prefix + name!r}: a newer version of firth wrote it")
+            raise UserError(f"unknown model config field {prefix + name!r}: another version of firth wrote it")
         default: Any = defaults[name]
         values[name] = from_dict(type(default), value, f"{prefix}{name}.") if is_dataclass(default) else value
     return kind(**values)
