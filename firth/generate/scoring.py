@@ -33,6 +33,8 @@ from firth.types import NEVER, Batch, UserError
 
 MAX_TOKENS = 4096
 """Most padded tokens of a batch of rows."""
+MIN_TOKENS = 512
+"""Tokens from which on a batch ends where the next row would be padded by more than a quarter of its length."""
 MAX_LOGIT_ROWS = 512
 """Most positions whose logits are computed at once: 100 MB in fp32 with 50,000 token ids."""
 MIN_SHARED_TOKENS = 16
@@ -218,10 +220,12 @@ def _batches(rows: Sequence[_Branches], shared: int) -> Iterator[list[_Branches]
     batch: list[_Branches] = []
     widest = 0
     for row in sorted(rows, key=lambda row: -_width(row, shared)):
-        widest = widest or _width(row, shared)
-        if batch and widest * (len(batch) + 1) > MAX_TOKENS:
+        width = _width(row, shared)
+        widest = widest or width
+        padded = 5 * width < 4 * widest and widest * len(batch) >= MIN_TOKENS
+        if batch and (widest * (len(batch) + 1) > MAX_TOKENS or padded):
             yield batch
-            batch, widest = [], _width(row, shared)
+            batch, widest = [], width
         batch.append(row)
     if batch:
         yield batch
