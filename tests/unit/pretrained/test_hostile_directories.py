@@ -240,7 +240,7 @@ FACTS = {
                           "model.vocab_size='many' should be a valid integer"),
     "a config that lacks a field": ({"config": {}}, "describes no valid model"),
     "no config": ({"config": None}, "describes no valid model"),
-    "a field of a another version": ({"config": {"color": 1}}, "newer version"),
+    "a field of another version": ({"config": {"color": 1}}, "another version"),
     "a deep submodel": ({"heads": {"x": {"kind": "guest", "heads": {}, "config": {"vocab_size": 9, "hidden_size": 8,
                       "num_layers": 10**8, "num_heads": 1}}}},
                      "cannot be rebuilt"),
