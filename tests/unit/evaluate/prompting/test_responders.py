@@ -117,7 +117,7 @@ def address() -> Iterator[str]:
 
 
 def test_an_endpoint_scores_and_generates(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Stop strings are applied to what the server returns, and a busy server is asked again."""
+    """Stop strings are applied to what the server returns, and a busy server gets the request again."""
     monkeypatch.setattr(endpoint.time, "sleep", lambda _: None)
     model = Endpoint(address)
     assert (model.model, model.context) == ("tiny", 64)
