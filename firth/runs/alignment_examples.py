@@ -25,15 +25,16 @@ from firth.align.rollouts import RolloutSource as OnPolicy
 from firth.data import rankings, records
 from firth.data.source import Source
 from firth.data.split import held_out_keys
+from firth.data.unpaired import MismatchedAnswers, UnpairedPreferenceRecords
 from firth.evaluate.tokenizer_match import check_same_tokenizer
 from firth.fields import NonNegativeFloat, PositiveInt, TokenCount
 from firth.generate.engine import Engine
 from firth.generate.sampling import Sampling
 from firth.io import user_code
 from firth.model.model import LM
-from firth.objectives.dpo import build_comparison, ref_logprobs
 from firth.objectives.objective import DataStats, Objective
 from firth.objectives.policy_gradient import PER_TOKEN
+from firth.objectives.preferences import KTO, build_comparison, build_mismatched, ref_logprobs
 from firth.runs import held_out_texts
 from firth.runs.config_io import path_field
 from firth.runs.examples import (
@@ -46,7 +47,7 @@ from firth.runs.examples import (
 from firth.runs.held_out_texts import HeldOutTexts
 from firth.runs.prepare import RunData
 from firth.runs.start_model import model_directory
-from firth.types import UserError
+from firth.types import Example, UserError
 
 
 @dataclass(frozen=True)
@@ -76,16 +77,43 @@ class RefLogprobsConfig(ExamplesConfig):
         return self.base.fields | {"reference"}
 
     def build(self, data: RunData, objective: Objective) -> DatasetSplits:
-        model = data.start.frozen("the model that DPO starts from, which is also its reference")
-        plain = self.base.build(data, objective)
-        with data.autocast():
-            known = [
-                precompute(source, model, build_comparison, ref_logprobs, directory=data.directory / "reference" / part)
-                if source is not None else None
-                for part, source in (("train", plain.train), ("valid", plain.validation))
-            ]  # fmt: skip
-        assert known[0] is not None
-        return dataclasses.replace(plain, train=known[0], validation=known[1])
+        return with_ref_logprobs(self.base.build(data, objective), data, build_comparison)
+
+
+def with_ref_logprobs(plain: DatasetSplits, data: RunData, build: Callable[[Example], Example]) -> DatasetSplits:
+    """Return the examples with the log-probabilities of the rows that `build` makes, under the model that the run starts from."""
+    model = data.start.frozen("the model that training starts from, which is also the reference")
+    with data.autocast():
+        known = [
+            precompute(source, model, build, ref_logprobs, directory=data.directory / "reference" / part)
+            if source is not None else None
+            for part, source in (("train", plain.train), ("valid", plain.validation))
+        ]  # fmt: skip
+    assert known[0] is not None
+    return dataclasses.replace(plain, train=known[0], validation=known[1])
+
+
+@dataclass(frozen=True)
+class UnpairedPreferencesConfig(ExamplesConfig):
+    """Records with a prompt, an answer, and a label that says whether it is desirable, for KTO.
+
+    Each is shown with the answer to another prompt (`firth.data.unpaired`), and with the log-probabilities of both under the
+    reference model (`init_from`).
+    """
+
+    base_fields: ClassVar[frozenset[str]] = KTO.inputs
+    required_fields: ClassVar[frozenset[str]] = frozenset({"desirable"})
+
+    max_length: TokenCount = 256
+
+    def limit_to(self, context: int) -> ExamplesConfig:
+        return dataclasses.replace(self, max_length=min(self.max_length, context))
+
+    def build(self, data: RunData, objective: Objective) -> DatasetSplits:
+        plain = split_records(data, lambda paths: UnpairedPreferenceRecords(paths, data.tokenizer, self.max_length))
+        held = MismatchedAnswers(plain.validation, self.max_length) if plain.validation is not None else None
+        paired = dataclasses.replace(plain, train=MismatchedAnswers(plain.train, self.max_length), validation=held)
+        return with_ref_logprobs(paired, data, build_mismatched)
 
 
 @dataclass(frozen=True)
@@ -255,6 +283,7 @@ def function(name: str) -> Callable[[str], float]:
 EXAMPLES: dict[str, type[ExamplesConfig]] = {
     "sampled_preferences": SampledPreferencesConfig,
     "ref_logprobs": RefLogprobsConfig,
+    "unpaired_preferences": UnpairedPreferencesConfig,
     "rankings": RankingsConfig,
     "rollouts": RolloutsConfig,
 }
