@@ -29,6 +29,7 @@ from firth.fields import (
     check_value,
 )
 from firth.io.atomic import refusal
+from firth.pipeline_commands import annotate, pipeline
 from firth.types import LOGGER, UserError
 
 app = typer.Typer(
@@ -40,6 +41,8 @@ app = typer.Typer(
 )
 tokenizer_app = typer.Typer(help="Train a tokenizer on your own text, or look inside one.", no_args_is_help=True)
 app.add_typer(tokenizer_app, name="tokenizer")
+app.command()(pipeline)
+app.command()(annotate)
 
 Run = Annotated[
     Path,

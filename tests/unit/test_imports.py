@@ -49,12 +49,14 @@ BELOW = {
 """Package -> what it may import besides itself and `firth.__version__`. The others are in ABOVE."""
 
 ABOVE = {
-    "runs": ("recipes", "compare", "demo", "cli", "api"),
-    "recipes": ("compare", "demo", "cli", "api"),
-    "compare": ("demo", "cli", "api"),
-    "demo": ("cli", "api"),
+    "runs": ("pipelines", "recipes", "compare", "demo", "pipeline_commands", "cli", "api"),
+    "pipelines": ("recipes", "compare", "demo", "pipeline_commands", "cli", "api"),
+    "recipes": ("compare", "demo", "pipeline_commands", "cli", "api"),
+    "compare": ("demo", "pipeline_commands", "cli", "api"),
+    "demo": ("pipeline_commands", "cli", "api"),
+    "pipeline_commands": ("cli", "api"),
     "cli": ("api",),
-    "api": ("recipes", "compare", "demo", "cli"),
+    "api": ("recipes", "compare", "demo", "pipeline_commands", "cli"),
 }
 """Packages that may import everything -> the packages that they may not."""
 

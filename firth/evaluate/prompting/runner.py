@@ -97,7 +97,7 @@ def run_tasks(
             asking = task.ask(item, index, config, model)
             running.append((number, index, asking, next(asking)))
     while running:
-        replies = _replies([request for *_, requests in running for request in requests], model, cache, progress)
+        replies = ask_model([request for *_, requests in running for request in requests], model, cache, progress)
         following = []
         for number, index, asking, requests in running:
             try:
@@ -111,7 +111,7 @@ def run_tasks(
     ]
 
 
-def _replies(
+def ask_model(
     requests: Sequence[Request], model: Responder, cache: ReplyCache | None, progress: Callable[[int, int], None]
 ) -> dict[Request, Reply]:
     """Return the reply to each request: from the cache, or from the model, which gets equal requests once."""
