@@ -108,6 +108,11 @@ class JudgePairs(Stage):
         differences = (logprobs[..., 0] - logprobs[..., 1]).sum(-1)  # (pairs, 2)
         decisions = [decide(forward, backward) for forward, backward in differences.tolist()]
         labeled = [(pair, odds) for pair, odds in zip(pairs, decisions, strict=True) if odds is not None]
+        if not labeled:
+            raise UserError(
+                f"the judge {self.model} prefers the same position in both orders of all {len(pairs):,} pairs, so none is "
+                "labeled: use a stronger judge"
+            )
         write_records(directory / self.output, (labeled_record(pair, odds) for pair, odds in labeled))
         summary: dict[str, float | str] = {
             "pairs": len(pairs),

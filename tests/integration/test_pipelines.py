@@ -1,17 +1,21 @@
 """Pipelines that train: InstructGPT's stages and self-improvement, on untrained models of a few thousand parameters."""
 
 import json
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from torch import nn
 from typer.testing import CliRunner
 
 from firth.cli import app
+from firth.evaluate.prompting.requests import Reply, Request, ScoreReply, ScoreRequest
 from firth.model.config import decoder_config
 from firth.model.heads import LMHead
 from firth.model.model import LM
+from firth.pipelines import records
 from firth.pretrained.load_save import save_model
 from firth.tokenizer.train import train as train_tokenizer
 
@@ -33,7 +37,10 @@ def workdir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     config = decoder_config(
         vocab_size=tokenizer.vocab.size, hidden_size=32, num_layers=2, num_heads=2, max_positions=256
     )
-    save_model(LM(config, {"lm": LMHead(config)}), tokenizer, tmp_path / "model")
+    model = LM(config, {"lm": LMHead(config)})
+    for weight in model.parameters():  # projections start at zero, with which no prompt changes an answer
+        nn.init.normal_(weight, std=0.2)
+    save_model(model, tokenizer, tmp_path / "model")
     write(
         tmp_path / "dialogues.jsonl",
         [{"prompt": a, "completion": b} for a, b in zip(texts[:32], texts[32:], strict=True)],
@@ -71,11 +78,29 @@ def test_instruct_gpt(workdir: Path) -> None:
     assert again.count("is finished") == 3 and "step" not in again
 
 
-def test_ai_feedback(workdir: Path) -> None:
+class LongerIsBetter:
+    """A judge that prefers the longer answer, wherever it is."""
+
+    name, digest, context = "judge", "2" * 32, 10_000
+
+    def count_tokens(self, text: str, chat: bool = False) -> int:
+        return len(text.split())
+
+    def reply(self, requests: Sequence[Request]) -> Iterator[tuple[int, Reply]]:
+        for i, request in enumerate(requests):
+            assert isinstance(request, ScoreRequest)
+            first, second = request.prompt.split("Answer A: ")[1].split("\n\nAnswer B: ")
+            longer = len(first) > len(second.partition("\n\nWhich")[0])
+            yield i, ScoreReply((float(longer == (request.continuation == " A")),), greedy=False)
+
+
+def test_ai_feedback(workdir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The judge's decisions become DPO's preferences."""
+    opened = records.open_responder
+    monkeypatch.setattr(records, "open_responder", lambda name: LongerIsBetter() if name == "judge" else opened(name))
     short = [f"dpo.{one}" for one in ("max_steps=2", "batch.size=2", "evaluation.max_examples=2", "evaluation.every=2")]
     shown = firth(
-        "pipeline", "rlaif", "model=model", "judge=model", "prompts=prompts.jsonl", "answers.max_new_tokens=5", *short, "--out", "out"
+        "pipeline", "rlaif", "model=model", "judge=judge", "prompts=prompts.jsonl", "answers.max_new_tokens=5", *short, "--out", "out"
     )  # fmt: skip
     answers = [json.loads(line) for line in (workdir / "out" / "answers" / "answers.jsonl").read_text().splitlines()]
     assert len(answers) == 16 and all(len(one["samples"]) == 4 for one in answers)

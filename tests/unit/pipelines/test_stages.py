@@ -120,9 +120,8 @@ def test_a_judge_without_bias_labels_every_pair(tmp_path: Path, use: Callable[[R
 def test_a_judge_that_looks_at_the_place_labels_nothing(tmp_path: Path, use: Callable[[RuleModel], RuleModel]) -> None:
     use(RuleModel(str, lambda request: float(request.continuation == " A")))
     data = write(tmp_path / "a.jsonl", {"prompt": "q", "samples": ["x", "yy", "zzz"]})
-    summary = JudgePairs(data=(data,), model="m", principles=("One.", "Two.")).run(tmp_path)
-    assert read(tmp_path / "preferences.jsonl") == []
-    assert summary == {"pairs": 3, "labeled": 0, "ties": 3, "share of A": 1.0}
+    with pytest.raises(UserError, match="same position in both orders of all 3 pairs"):
+        JudgePairs(data=(data,), model="m", principles=("One.", "Two.")).run(tmp_path)
 
 
 def test_pairs_need_two_different_answers(tmp_path: Path) -> None:
