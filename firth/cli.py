@@ -477,6 +477,10 @@ def evaluate(
         bool,
         typer.Option("--within-word", help="Prompts, masked models: mask the rest of a word with each of its tokens."),
     ] = False,
+    contamination: Annotated[
+        list[str] | None,
+        typer.Option(help="Prompts: a run in whose training text the questions are looked up (13-grams)."),
+    ] = None,
     out: Annotated[
         Path | None, typer.Option(help="Prompts: write report.html, results.json and a record per item here.")
     ] = None,
@@ -494,7 +498,7 @@ def evaluate(
         typer.echo(
             evaluate_and_report(
                 models, tasks, config, data=data or (), examples=examples or (), weights=weights or None,
-                within_word=within_word, out=out, as_json=json,
+                within_word=within_word, out=out, as_json=json, contamination=contamination or (),
             )
         )  # fmt: skip
         return

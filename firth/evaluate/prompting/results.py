@@ -9,6 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from firth.evaluate.prompting.contamination import NGRAM_WORDS
 from firth.evaluate.prompting.prompt_task import PromptConfig
 from firth.evaluate.prompting.runner import MetricValue, TaskResult, paired_bootstrap
 from firth.io.atomic import make_directory, write_text
@@ -28,6 +29,18 @@ def to_json(results: Sequence[TaskResult], config: PromptConfig) -> dict[str, An
         },
         "n-shot": {result.task: result.shots for result in results},
         "n-samples": {result.task: {"effective": len(result.items)} for result in results},
+        "contamination": {
+            result.task: {
+                "runs": list(one.runs),
+                "ngram_words": NGRAM_WORDS,
+                "checked": one.checked,
+                "found": one.found,
+                "share": one.share if one.checked else None,
+                "clean": _metrics(result.clean),
+            }
+            for result in results
+            if (one := result.contamination) is not None
+        },
         "config": {"model": results[0].model if results else "", **asdict(config)},
     }
 
@@ -50,7 +63,11 @@ def write_results(directory: Path, results: Sequence[TaskResult], config: Prompt
     make_directory(directory)
     write_text(directory / "results.json", json.dumps(to_json(results, config), indent=2, ensure_ascii=False) + "\n")
     for result in results:
-        lines = [json.dumps(asdict(item), ensure_ascii=False) for item in result.items]
+        known = result.contamination.items if result.contamination else [None] * len(result.items)
+        lines = [
+            json.dumps(asdict(item) | ({} if found is None else {"contaminated": found}), ensure_ascii=False)
+            for item, found in zip(result.items, known, strict=True)
+        ]
         name = "".join(c if c.isalnum() or c in "-_." else "_" for c in result.task)
         write_text(directory / f"samples_{name}.jsonl", "\n".join(lines) + "\n")
 
@@ -74,6 +91,29 @@ def table(results: Sequence[TaskResult]) -> list[str]:
         ).rstrip()
         for row in rows
     ]
+
+
+def contamination_lines(results: Sequence[TaskResult]) -> list[str]:
+    """Return a sentence per task on the items in training text, and one per model on the other items."""
+    lines = []
+    for task in dict.fromkeys(result.task for result in results):
+        searched = [result for result in results if result.task == task and result.contamination is not None]
+        for number, result in enumerate(searched):
+            one = result.contamination
+            assert one is not None
+            if not number:
+                short = len(one.items) - one.checked
+                lines.append(
+                    f"{task}: {one.found:,} of {one.checked:,} items ({one.share:.1%}) have {NGRAM_WORDS} consecutive words that are in "
+                    f"the training text of {', '.join(one.runs)}" + (f"; too short to tell: {short:,}" if short else "")
+                )
+            if one.found:
+                values = ", ".join(
+                    f"{name} {value.value:.4f}" + ("" if math.isnan(value.stderr) else f" ± {value.stderr:.4f}")
+                    for name, value in result.clean.items()
+                )
+                lines.append(f"{task}: {result.model} on the other {one.checked - one.found:,}: {values or 'no item'}")
+    return lines
 
 
 def comparisons(by_model: Sequence[Sequence[TaskResult]]) -> list[str]:

@@ -12,10 +12,11 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Generator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
+from firth.evaluate.prompting.contamination import Contamination
 from firth.evaluate.prompting.prompt_task import ItemResult, PromptConfig, PromptTask
 from firth.evaluate.prompting.requests import Reply, ReplyCache, Request, Responder
 from firth.types import UserError
@@ -55,6 +56,8 @@ class TaskResult:
         metrics: Metric -> value.
         groups: Group -> metric -> value; empty without groups.
         items: Result of each item.
+        contamination: Which items are in training text; None if it was not searched.
+        clean: Metric -> value over the items that were looked up and not found.
     """
 
     task: str
@@ -64,6 +67,8 @@ class TaskResult:
     metrics: Mapping[str, MetricValue]
     groups: Mapping[str, Mapping[str, MetricValue]]
     items: Sequence[ItemResult]
+    contamination: Contamination | None = None
+    clean: Mapping[str, MetricValue] = field(default_factory=dict)
 
 
 def run_tasks(
@@ -152,6 +157,13 @@ def summarize(task: PromptTask, model: str, config: PromptConfig, items: Sequenc
     )  # fmt: skip
 
 
+def with_contamination(result: TaskResult, contamination: Contamination) -> TaskResult:
+    """Return a copy with the items that are in training text, and the metrics over those that are not."""
+    clean = [item for item, found in zip(result.items, contamination.items, strict=True) if found is False]
+    values = {name: metric_value(name, clean) for name in result.metrics} if clean else {}
+    return replace(result, contamination=contamination, clean=values)
+
+
 def metric_value(name: str, items: Sequence[ItemResult]) -> MetricValue:
     """Return a metric over items, with its standard error clustered by group."""
     base = name.partition(",")[0]
@@ -164,15 +176,16 @@ def metric_value(name: str, items: Sequence[ItemResult]) -> MetricValue:
     macro = math.nan
     if any(groups):
         macro = float(np.mean([values[[g == one for g in groups]].mean() for one in sorted(set(groups))]))
-    return MetricValue(mean, standard_error(values, groups), macro)
+    return MetricValue(mean, standard_error(values, groups, weights), macro)
 
 
-def standard_error(values: np.ndarray, groups: Sequence[str]) -> float:
+def standard_error(values: np.ndarray, groups: Sequence[str], weights: np.ndarray | None = None) -> float:
     """Return the standard error of a mean, clustered by group where there is more than one (Miller 2024, section 2.2).
 
     Args:
         values: Value of each item, (n,).
         groups: Group of each item.
+        weights: Weight of each item (bytes or words); the error is that of a ratio of means (delta method). None for equal ones.
 
     >>> round(standard_error(np.array([1.0, 0.0, 1.0, 1.0]), ["", "", "", ""]), 3)
     0.25
@@ -182,10 +195,11 @@ def standard_error(values: np.ndarray, groups: Sequence[str]) -> float:
     n = len(values)
     if n < 2:
         return math.nan
-    residuals = values - values.mean()
+    share = np.ones(n) if weights is None else weights / weights.mean()
+    residuals = share * (values - np.average(values, weights=share))
     names = sorted(set(groups))
     if len(names) < 2:
-        return float(values.std(ddof=1) / math.sqrt(n))
+        return float(np.sqrt((residuals**2).sum() / (n - 1) / n))
     index = np.array([names.index(group) for group in groups])
     sums = np.bincount(index, residuals)
     count = len(names)
