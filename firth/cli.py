@@ -478,14 +478,21 @@ def evaluate(
         typer.Option("--within-word", help="Prompts, masked models: mask the rest of a word with each of its tokens."),
     ] = False,
     contamination: Annotated[
-        list[str] | None,
-        typer.Option(help="Prompts: a run in whose training text the questions are looked up (13-grams)."),
+        list[str] | None, typer.Option(help="Prompts: look the questions up in the training text of this run.")
     ] = None,
+    board: Annotated[
+        bool, typer.Option("--board", help="Compare results: MODEL... are directories that --out wrote.")
+    ] = False,
     out: Annotated[
         Path | None, typer.Option(help="Prompts: write report.html, results.json and a record per item here.")
     ] = None,
 ) -> None:
     """Evaluate a model: perplexity, bits per byte, accuracy, the metrics of its objective, or tasks in prompts."""
+    if board:
+        from firth.runs.board import board as compare_results
+
+        typer.echo(compare_results(models, out, json))
+        return
     from firth.evaluate.prompting.task_files import is_prompt_task
 
     tasks = task or []

@@ -47,7 +47,7 @@ def evaluate_and_report(
     if as_json:
         return json.dumps([to_json(results, config) for results in found])
     every = [one for results in found for one in results]
-    return "\n".join((*table(every), *contamination_lines(every), *comparisons(found)))
+    return "\n".join((*table(every), *contamination_lines(every), *comparisons(every)))
 
 
 def prompt_report(by_model: Sequence[Sequence[TaskResult]], config: PromptConfig) -> Report:
@@ -57,7 +57,7 @@ def prompt_report(by_model: Sequence[Sequence[TaskResult]], config: PromptConfig
     seen = contamination_lines(results)
     if seen:
         sections.append(Section("Items in training text", "\n\n".join(f"{line}." for line in seen)))
-    compared = comparisons(by_model)
+    compared = comparisons(results)
     if compared:
         sections.append(Section("Comparison", "\n\n".join(f"{line}." for line in compared)))
     groups = [_groups(result) for result in results if result.groups]

@@ -23,7 +23,8 @@ from firth.types import UserError
 
 PERPLEXITIES = {"perplexity": -1.0, "word_perplexity": 1.0, "byte_perplexity": 1.0}
 """Metric -> sign of its items' values under exp: `perplexity` is exp of minus the mean log p of the targets."""
-
+LOWER_IS_BETTER = frozenset({*PERPLEXITIES, "bits_per_byte"})
+"""Metrics of which lower is better."""
 
 PROGRESS_SECONDS = 5
 """Time between two reports of progress."""
@@ -143,14 +144,26 @@ def _replies(
 
 def summarize(task: PromptTask, model: str, config: PromptConfig, items: Sequence[ItemResult]) -> TaskResult:
     """Return the metrics of a task over its items and over each group."""
-    names = list(dict.fromkeys(name for item in items for name in item.metrics))
     wanted = task.shots if config.shots is None else config.shots
+    return task_result(task.name, model, items, sum(item.shots < wanted for item in items))
+
+
+def task_result(task: str, model: str, items: Sequence[ItemResult], dropped: int = 0) -> TaskResult:
+    """Return the metrics of items of a task, and over each group of items.
+
+    Args:
+        task: Name of the task.
+        model: Name of the model.
+        items: Result of each item.
+        dropped: Items whose prompt had fewer examples than wanted.
+    """
+    names = list(dict.fromkeys(name for item in items for name in item.metrics))
     by_group: dict[str, list[ItemResult]] = {}
-    if task.group:
-        for item in items:
+    for item in items:
+        if item.group:
             by_group.setdefault(item.group, []).append(item)
     return TaskResult(
-        task.name, model, max((item.shots for item in items), default=0), sum(item.shots < wanted for item in items),
+        task, model, max((item.shots for item in items), default=0), dropped,
         {name: metric_value(name, items) for name in names},
         {group: {name: metric_value(name, some) for name in names} for group, some in sorted(by_group.items())},
         items,
@@ -204,30 +217,3 @@ def standard_error(values: np.ndarray, groups: Sequence[str], weights: np.ndarra
     sums = np.bincount(index, residuals)
     count = len(names)
     return float(np.sqrt((sums**2).sum() * count / (count - 1)) / n)
-
-
-def paired_bootstrap(
-    first: TaskResult, second: TaskResult, name: str, draws: int = 2000, seed: int = 0
-) -> tuple[float, float, float]:
-    """Return the difference of a metric between two models on the same items, and its 95% paired bootstrap interval.
-
-    Items are resampled by group where there are groups.
-
-    Raises:
-        UserError: The results are of different items.
-    """
-    if [item.location for item in first.items] != [item.location for item in second.items]:
-        raise UserError(f"{first.model} and {second.model} were not evaluated on the same items of {first.task}")
-    differences = np.array(
-        [a.metrics[name] - b.metrics[name] for a, b in zip(first.items, second.items, strict=True)], np.float64
-    )
-    groups = [item.group for item in first.items]
-    names = sorted(set(groups))
-    clusters = [np.flatnonzero([g == one for g in groups]) for one in names] if len(names) > 1 else None
-    sums = np.array([differences[c].sum() for c in clusters]) if clusters else differences
-    sizes = np.array([len(c) for c in clusters], np.float64) if clusters else np.ones(len(differences))
-    rng = np.random.default_rng(seed)
-    picks = rng.integers(len(sums), size=(draws, len(sums)))
-    means = sums[picks].sum(1) / sizes[picks].sum(1)
-    low, high = np.quantile(means, [0.025, 0.975])
-    return float(differences.mean()), float(low), float(high)
