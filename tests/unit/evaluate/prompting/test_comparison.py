@@ -44,7 +44,7 @@ def test_the_interval_and_p_are_those_of_the_normal_limit() -> None:
     assert found.p == pytest.approx(erfc(abs(differences.mean()) / error / sqrt(2)), abs=0.03)
 
 
-def test_lower_bits_per_byte_are_better_and_weighted_by_bytes() -> None:
+def test_lower_bits_per_byte_are_better() -> None:
     """The difference is that of the sums over bytes, not the mean over texts."""
     weights = [100.0, 300.0] * 15
     one = result("one", [1.0 + 0.01 * i for i in range(30)], "bits_per_byte", weights)
@@ -55,7 +55,7 @@ def test_lower_bits_per_byte_are_better_and_weighted_by_bytes() -> None:
     assert found is not None and found.difference == pytest.approx(-0.75)  # 300 of 400 bytes differ by 1
 
 
-def test_a_difference_that_is_significant_alone_is_not_among_many() -> None:
+def test_a_result_alone_is_no_result_among_many() -> None:
     """p of about 0.03 passes for two models and not for twelve comparisons."""
     base = [float(i % 2) for i in range(40)]
     better = base.copy()

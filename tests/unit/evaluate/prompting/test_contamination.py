@@ -60,7 +60,7 @@ def test_items_are_found_as_by_a_direct_search(tmp_path: Path, algorithm: str, m
     assert {True, False, None} == set(found.items) and found.items[-1] is False
 
 
-def test_lists_in_a_record_are_looked_up_and_tasks_kept_separate(tmp_path: Path) -> None:
+def test_lists_in_a_record_are_looked_up(tmp_path: Path) -> None:
     """Choices are texts of their own; an item that one of two runs has is found."""
     text = " ".join(f"word{i}" for i in range(30))
     runs = [training(tmp_path / name, [one], tokenizer()) for name, one in (("a", "nothing of it"), ("b", text))]
