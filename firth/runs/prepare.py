@@ -68,13 +68,16 @@ class RunData(BuildContext):
     def autocast(self) -> AbstractContextManager[object]:
         return precision.casts(self.precision, device())()
 
+    def store_directory(self) -> Path:
+        """Return the directory of the training and the held-out token store, which may not exist yet."""
+        every = [*self.config.paths(self.log), *self.siblings]
+        name = fingerprint(self.config, every, self.tokenizer)
+        return Path(self.config.cache_dir or self.directory / "data") / name
+
     def stores(self) -> tuple[TokenStore, TokenStore | None]:
         """Return the training and the held-out token store (None if nothing is held out). Missing stores are built."""
         paths = self.config.paths(self.log)
-        every = [*paths, *self.siblings]
-        folder = Path(self.config.cache_dir or self.directory / "data") / fingerprint(
-            self.config, every, self.tokenizer
-        )
+        folder = self.store_directory()
         parts: list[TokenStore | None] = []
         for validation in (False, True):
             place = folder / ("valid" if validation else "train")
