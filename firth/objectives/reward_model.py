@@ -105,7 +105,6 @@ class RewardModeling(RewardObjective):
     -log sigma(r_chosen - r_rejected - margin). Metric: "margin", r_chosen - r_rejected.
 
     Args:
-        center_rewards_coefficient: See `RewardObjective`.
         margin_weight: Factor of the `margin` of a record, by which the chosen answer should be better (Touvron 2023, section
             3.2.2). 1 takes it as it is (TRL); 0 ignores it.
 
@@ -160,7 +159,6 @@ class Ranking(RewardObjective):
     among the rest (answers of equal rank are not compared).
 
     Args:
-        center_rewards_coefficient: See `RewardObjective`.
         num_answers: Rows of a group, at least the longest ranking of the data (0: as many). A shorter ranking repeats its
             first row, which is then compared with nothing.
         likelihood: "pairs" or "order".
