@@ -34,9 +34,8 @@ from firth.align.rewards import RewardFunction, RewardModel, Rollout, score_roll
 from firth.data.shuffle import epoch_permutation
 from firth.data.source import Source
 from firth.generate.decoding_batch import inference_mode, rectangle
-from firth.generate.engine import Engine
+from firth.generate.engine import Engine, IncrementalDecoder
 from firth.generate.sampling import Sampling
-from firth.generate.streaming import IncrementalDecoder
 from firth.model.heads import LMHead
 from firth.model.model import LM
 from firth.objectives.policy_gradient import PER_TOKEN, critic_states, has_critic, init_critic, kl, values

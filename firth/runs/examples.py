@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from firth.corpora.read_stats import ReadStats
+from firth.corpora.input_files import ReadStats
 from firth.data import records, windows
 from firth.data.source import MixtureSource, Source, SubsetSource
 from firth.data.split import MIN_RECORDS, content_key, held_out_keys

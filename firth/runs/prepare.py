@@ -17,13 +17,12 @@ from typing import Literal, TypeVar, cast
 import numpy as np
 
 from firth.corpora import catalog, readers
-from firth.corpora.read_stats import ReadStats, many
+from firth.corpora.input_files import ReadStats, many
 from firth.corpora.readers import Document
 from firth.data.source import Source
 from firth.data.split import HeldOut, content_key
 from firth.data.text_cache import ReadOnce, read_once
 from firth.data.token_store import TokenStore
-from firth.doctor import device
 from firth.fields import PositiveFloat, ShareBelowOne, Validated
 from firth.model.model import LM
 from firth.pretrained.load_save import load_model
@@ -31,7 +30,7 @@ from firth.runs.config_io import path_field
 from firth.runs.start_model import StartModel
 from firth.tokenizer.tokenizer import Tokenizer
 from firth.tokenizer.train import train
-from firth.training import precision
+from firth.training.device import casts, default_device
 from firth.types import LOGGER, LogLine, UserError
 
 S = TypeVar("S", bound=Source)
@@ -140,11 +139,11 @@ class RunData:
 
     def load_frozen(self, directory: Path) -> LM:
         """Return the model of a directory, on the device that the run trains on."""
-        return load_model(directory).to(device())
+        return load_model(directory).to(default_device())
 
     def autocast(self) -> AbstractContextManager[object]:
         """Return the autocast context of the run's forward passes."""
-        return precision.casts(self.precision, device())()
+        return casts(self.precision, default_device())()
 
     def per_path(self) -> list[RunData]:
         """Return the data of each path of a mixture.

@@ -8,10 +8,10 @@ end-of-text token. The bias of its logits is a constant buffer in transformers a
 For tasks the decoder reads the whole input again: the head `classes` reads the last end-of-text token, the head `span`
 reads every position.
 
-Marian (Junczys-Dowmunt 2018; the OPUS-MT translators): Vaswani's Transformer, a post-norm encoder-decoder.
-BART's blocks with sinusoidal positions (not stored in files) in place of learned ones, and embeddings without a norm that
-are scaled by sqrt(hidden_size). Encoder, decoder and LM head share one table; the decoder starts with the padding token.
-The bias of its logits is a constant buffer in transformers and a parameter here.
+Marian (Junczys-Dowmunt 2018; the OPUS-MT translators): Vaswani's Transformer, a post-norm encoder-decoder. BART's blocks
+with sinusoidal positions (not stored in files) in place of learned ones, and embeddings without a norm that are scaled by
+sqrt(hidden_size). Encoder, decoder and LM head share one table; the decoder starts with the padding token. The bias of its
+logits is a constant buffer in transformers and a parameter here.
 
 Only the weights are read: OPUS-MT's tokenizers are two SentencePiece files with a vocabulary, without a tokenizer.json.
 """

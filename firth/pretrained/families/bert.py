@@ -5,20 +5,20 @@ BERT (Devlin 2018): post-norm, learned positions, two token types, GELU, a trans
 SpanBERT (Joshi 2020) is published in this format too; transformers has no class for the head of its span boundary
 objective, which is saved under firth's names. MiniLM and most sentence encoders are BERTs of other sizes.
 
-RoBERTa (Liu 2019): BERT's layers with one token type, other names for the head, and positions that start at 2.
-The first two rows of its position table belong to padding and are unused. Positions are counted over the tokens that are
-not padding and start at pad_token_id + 1, which is 2; no other pad_token_id is supported. A model of this config whose
-tokenizer pads with another id is written as a BERT with one token type, which computes the same. XLM-RoBERTa (Conneau
-2020) differs by its name and its tokenizer.
+RoBERTa (Liu 2019): BERT's layers with one token type, other names for the head, and positions that start at 2. The first
+two rows of its position table belong to padding and are unused. Positions are counted over the tokens that are not padding
+and start at pad_token_id + 1, which is 2; no other pad_token_id is supported. A model of this config whose tokenizer pads
+with another id is written as a BERT with one token type, which computes the same. XLM-RoBERTa (Conneau 2020) differs by its
+name and its tokenizer.
 
 DistilBERT (Sanh 2019): BERT without token types, half as deep as its teacher, with ReLU in its classification head.
 
-ELECTRA (Clark 2020): BERT's blocks, optionally with a smaller embedding size; a generator or a discriminator head.
-The generator is an ElectraForMaskedLM, the discriminator an ElectraForPreTraining. The classification head has GELU where
+ELECTRA (Clark 2020): BERT's blocks, optionally with a smaller embedding size; a generator or a discriminator head. The
+generator is an ElectraForMaskedLM, the discriminator an ElectraForPreTraining. The classification head has GELU where
 BERT's has tanh.
 
-ALBERT (Lan 2020): BERT with parameters shared across layers and factorized embeddings.
-Its second pretraining head predicts sentence order instead of the next sentence.
+ALBERT (Lan 2020): BERT with parameters shared across layers and factorized embeddings. Its second pretraining head predicts
+sentence order instead of the next sentence.
 """
 
 from __future__ import annotations

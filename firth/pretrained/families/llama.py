@@ -4,12 +4,12 @@ Llama (Touvron 2023): RMSNorm, rotary positions, SwiGLU, grouped-query attention
 
 The others differ only in config fields (`llama_like`).
 
-Mistral (Jiang 2023): the first version has a sliding window of 4,096 tokens.
-Later versions have no window and are written as Llamas; a config with an effective window is rejected.
+Mistral (Jiang 2023): the first version has a sliding window of 4,096 tokens. Later versions have no window and are written
+as Llamas; a config with an effective window is rejected.
 
-Qwen2 (Yang 2024) and Qwen3 (Yang 2025): Qwen2 has biases in the query, key and value projections. Qwen3 applies RMSNorm with a gain to queries and keys before the
-rotary embedding, and its head_dim may differ from hidden_size / num_heads. The published models do not use their sliding
-window; a config that does is rejected.
+Qwen2 (Yang 2024) and Qwen3 (Yang 2025): Qwen2 has biases in the query, key and value projections. Qwen3 applies RMSNorm
+with a gain to queries and keys before the rotary embedding, and its head_dim may differ from hidden_size / num_heads. The
+published models do not use their sliding window; a config that does is rejected.
 """
 
 from __future__ import annotations
