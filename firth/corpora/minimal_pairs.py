@@ -67,7 +67,7 @@ class Sentence:
 
 
 @dataclass(frozen=True)
-class Candidate:
+class PairCandidate:
     """A minimal pair before balancing.
 
     Args:
@@ -254,7 +254,7 @@ def _tag(sentence: Sentence, at: int) -> str:
     return sentence.tags[at] if at < len(sentence.tags) else ""
 
 
-def noun_subjects(sentence: Sentence, lexicon: Lexicon, rng: np.random.Generator) -> Iterator[Candidate]:
+def noun_subjects(sentence: Sentence, lexicon: Lexicon, rng: np.random.Generator) -> Iterator[PairCandidate]:
     """Yield subject_verb_noun, and subject_verb_attractor where the noun next to the verb has the other number."""
     for heads, verb in subjects(sentence):
         head = sentence.words[heads[0]].lower()
@@ -279,7 +279,7 @@ CONDITIONS = frozenset({"if", "though", "wish", "wished", "wishes", "unless", "l
 """Words after which were is right in the singular."""
 
 
-def pronoun_subjects(sentence: Sentence, lexicon: Lexicon, rng: np.random.Generator) -> Iterator[Candidate]:
+def pronoun_subjects(sentence: Sentence, lexicon: Lexicon, rng: np.random.Generator) -> Iterator[PairCandidate]:
     """Yield subject_verb_pronoun: a pronoun at the start of a sentence or clause, and its verb."""
     for at, word in enumerate(sentence.words):
         if at and sentence.tags[at - 1] not in ("cc", "wrb", ","):
@@ -290,18 +290,18 @@ def pronoun_subjects(sentence: Sentence, lexicon: Lexicon, rng: np.random.Genera
             return
 
 
-def _verb(sentence: Sentence, lexicon: Lexicon, at: int, number: str, phenomenon: str) -> Iterator[Candidate]:
+def _verb(sentence: Sentence, lexicon: Lexicon, at: int, number: str, phenomenon: str) -> Iterator[PairCandidate]:
     """Yield the pair in which a finite verb has the wrong number, if its forms are known and it has the number given."""
     tag, word = _tag(sentence, at), sentence.words[at] if at < len(sentence.words) else ""
     if any(before.lower() in CONDITIONS for before in sentence.words[:at]):
         return
     if number == "singular" and tag in SINGULAR_VERBS and word in lexicon.plural_verbs:
-        yield Candidate(sentence, phenomenon, at, lexicon.plural_verbs[word], number)
+        yield PairCandidate(sentence, phenomenon, at, lexicon.plural_verbs[word], number)
     elif number == "plural" and tag in PLURAL_VERBS and word in lexicon.singular_verbs:
-        yield Candidate(sentence, phenomenon, at, lexicon.singular_verbs[word], number)
+        yield PairCandidate(sentence, phenomenon, at, lexicon.singular_verbs[word], number)
 
 
-def determiners(sentence: Sentence, lexicon: Lexicon, rng: np.random.Generator) -> Iterator[Candidate]:
+def determiners(sentence: Sentence, lexicon: Lexicon, rng: np.random.Generator) -> Iterator[PairCandidate]:
     """Yield determiner_noun and determiner_noun_adj: this, that, these or those, and the noun; either of them is replaced."""
     plural_determiners = _reverse(DETERMINERS)
     for at, word in enumerate(sentence.words):
@@ -318,10 +318,10 @@ def determiners(sentence: Sentence, lexicon: Lexicon, rng: np.random.Generator) 
         phenomenon = "determiner_noun" if noun == at + 1 else "determiner_noun_adj"
         if rng.random() < 0.5:
             bad = DETERMINERS[word] if number == "singular" else plural_determiners[word]
-            yield Candidate(sentence, phenomenon, at, bad, number)
+            yield PairCandidate(sentence, phenomenon, at, bad, number)
         else:
             bad = lexicon.plurals[head] if number == "singular" else lexicon.singulars[head]
-            yield Candidate(sentence, phenomenon, noun, bad, number)
+            yield PairCandidate(sentence, phenomenon, noun, bad, number)
         return
 
 
@@ -335,7 +335,7 @@ BETWEEN = VERBAL | {"in", "at", "jj", "nn", "pp$", "ap"}
 """Tags between a subject and the reflexive that it binds."""
 
 
-def reflexives(sentence: Sentence, lexicon: Lexicon, rng: np.random.Generator) -> Iterator[Candidate]:
+def reflexives(sentence: Sentence, lexicon: Lexicon, rng: np.random.Generator) -> Iterator[PairCandidate]:
     """Yield reflexive_number or reflexive_gender: a subject, a verb, and the reflexive that the subject binds.
 
     The subject is a pronoun, or for the number also a name at the start of the sentence or a plural noun next to its verb. No
@@ -367,15 +367,15 @@ def reflexives(sentence: Sentence, lexicon: Lexicon, rng: np.random.Generator) -
         gendered = pronoun and word in ("himself", "herself")
         if gendered and (word == "herself" or rng.random() < 0.5):
             other, form = ("herself", "masculine") if word == "himself" else ("himself", "feminine")
-            yield Candidate(sentence, "reflexive_gender", at, other, form)
+            yield PairCandidate(sentence, "reflexive_gender", at, other, form)
         elif word == "themselves":
-            yield Candidate(sentence, "reflexive_number", at, "himself", "plural")
+            yield PairCandidate(sentence, "reflexive_number", at, "himself", "plural")
         else:
-            yield Candidate(sentence, "reflexive_number", at, "themselves", "singular")
+            yield PairCandidate(sentence, "reflexive_number", at, "themselves", "singular")
         return
 
 
-def verb_forms(sentence: Sentence, lexicon: Lexicon, rng: np.random.Generator) -> Iterator[Candidate]:
+def verb_forms(sentence: Sentence, lexicon: Lexicon, rng: np.random.Generator) -> Iterator[PairCandidate]:
     """Yield verb_form: the participle after have, and the base form after a modal verb or do."""
     have, modal = ("hv", "hvd", "hvz", "hv*", "hvd*", "hvz*"), ("md", "md*", "do*", "dod*", "doz*")
     for at, (word, tag) in enumerate(zip(sentence.words, sentence.tags, strict=True)):
@@ -384,14 +384,14 @@ def verb_forms(sentence: Sentence, lexicon: Lexicon, rng: np.random.Generator) -
             before -= 1
         auxiliary = sentence.tags[before] if before >= 0 else ""
         if tag == "vbn" and auxiliary in have and word in lexicon.bases:
-            yield Candidate(sentence, "verb_form", at, lexicon.bases[word], "participle")
+            yield PairCandidate(sentence, "verb_form", at, lexicon.bases[word], "participle")
             return
         if tag == "vb" and auxiliary in modal and word in lexicon.participles:
-            yield Candidate(sentence, "verb_form", at, lexicon.participles[word], "base")
+            yield PairCandidate(sentence, "verb_form", at, lexicon.participles[word], "base")
             return
 
 
-Rule = Callable[[Sentence, Lexicon, np.random.Generator], Iterator[Candidate]]
+Rule = Callable[[Sentence, Lexicon, np.random.Generator], Iterator[PairCandidate]]
 RULES: tuple[Rule, ...] = (noun_subjects, pronoun_subjects, determiners, reflexives, verb_forms)
 TERMS = {
     "subject_verb_pronoun": "subject_verb_agreement", "subject_verb_noun": "subject_verb_agreement",
@@ -419,19 +419,19 @@ def is_plain(sentence: Sentence) -> bool:
 
 
 def balanced(
-    candidates: Sequence[Candidate], lexicon: Lexicon, limit: int, rng: np.random.Generator
-) -> list[Candidate]:
+    candidates: Sequence[PairCandidate], lexicon: Lexicon, limit: int, rng: np.random.Generator
+) -> list[PairCandidate]:
     """Return as many candidates of one phenomenon as can be balanced, at most a limit.
 
     The candidates are in four cells, by the class of the right form and by whether it is the more frequent word. As many of
     "singular, more frequent" as of "plural, less frequent", and of the other two, balance both.
     """
-    cells: dict[tuple[str, bool], list[Candidate]] = defaultdict(list)
+    cells: dict[tuple[str, bool], list[PairCandidate]] = defaultdict(list)
     for candidate in candidates:
         good, bad = (lexicon.frequency[word.lower()] for word in (candidate.good, candidate.bad))
         if good != bad:
             cells[candidate.form, good > bad].append(candidate)
-    couples: list[list[Candidate]] = []
+    couples: list[list[PairCandidate]] = []
     first = min((form for form, _ in cells), default="")
     for frequent in (True, False):
         one, other = cells[first, frequent], cells[OPPOSITE.get(first, ""), not frequent]
@@ -442,7 +442,9 @@ def balanced(
     return [candidate for i in order for candidate in couples[i]]
 
 
-def make_pairs(sentences: Sequence[Sentence], limit: int = PAIRS_PER_PHENOMENON, seed: int = SEED) -> list[Candidate]:
+def make_pairs(
+    sentences: Sequence[Sentence], limit: int = PAIRS_PER_PHENOMENON, seed: int = SEED
+) -> list[PairCandidate]:
     """Return balanced minimal pairs of every phenomenon, in the order of the phenomena and of the corpus.
 
     Args:
@@ -451,7 +453,7 @@ def make_pairs(sentences: Sequence[Sentence], limit: int = PAIRS_PER_PHENOMENON,
         seed: Seed of the selection.
     """
     lexicon, rng = Lexicon(sentences), np.random.default_rng(seed)
-    found: dict[str, list[Candidate]] = {name: [] for name in TERMS}
+    found: dict[str, list[PairCandidate]] = {name: [] for name in TERMS}
     for sentence in filter(is_plain, sentences):
         for rule in RULES:
             for candidate in rule(sentence, lexicon, rng):
@@ -463,7 +465,7 @@ def make_pairs(sentences: Sequence[Sentence], limit: int = PAIRS_PER_PHENOMENON,
     ]
 
 
-def record(candidate: Candidate, number: int) -> dict[str, object]:
+def record(candidate: PairCandidate, number: int) -> dict[str, object]:
     """Return a pair in BLiMP's format, with its source: {"sentence_good", "sentence_bad", "UID", ...}."""
     words, at = list(candidate.sentence.words), candidate.at
     bad = [*words[:at], candidate.bad, *words[at + 1 :]]

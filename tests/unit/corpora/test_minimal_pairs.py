@@ -14,8 +14,8 @@ import pytest
 from firth.corpora import catalog
 from firth.corpora.minimal_pairs import (
     RULES,
-    Candidate,
     Lexicon,
+    PairCandidate,
     Sentence,
     balanced,
     is_plain,
@@ -135,10 +135,10 @@ def test_only_plain_statements_are_used(text: str, plain: bool) -> None:
     assert is_plain(tagged(text)) == plain
 
 
-def couples(counts: dict[tuple[str, str, str], int]) -> list[Candidate]:
+def couples(counts: dict[tuple[str, str, str], int]) -> list[PairCandidate]:
     """Return candidates: (right form, wrong form, its class) -> how many."""
     return [
-        Candidate(Sentence("cz01", n, (good,), ("x",)), "p", 0, bad, form)
+        PairCandidate(Sentence("cz01", n, (good,), ("x",)), "p", 0, bad, form)
         for n, (good, bad, form) in enumerate(pair for pair, count in counts.items() for _ in range(count))
     ]
 
