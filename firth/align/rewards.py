@@ -24,7 +24,7 @@ import numpy as np
 from firth.data.source import Source
 from firth.data.split import content_key
 from firth.generate.decoding_batch import inference_mode, rectangle
-from firth.generate.streaming import Completion
+from firth.generate.engine import Completion
 from firth.io import user_code
 from firth.model.model import LM
 from firth.objectives.reward_model import rewards

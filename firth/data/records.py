@@ -43,7 +43,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from firth.corpora import readers, tables
-from firth.corpora.read_stats import ReadStats
+from firth.corpora.input_files import ReadStats
 from firth.data.conversations import comparison, messages_of, prompt_of
 from firth.data.source import Source
 from firth.data.split import content_key

@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from firth.corpora.read_stats import ReadStats
+from firth.corpora.input_files import ReadStats
 from firth.data import class_counts, records, windows
 from firth.data.config import DataConfig
 from firth.data.examples import BuildContext, DatasetSplits, ExamplesConfig, split_records
