@@ -21,6 +21,7 @@ BELOW = {
     "io": ("types",),
     "kernel_choice": ("types", "io"),
     "fields": ("types",),
+    "cli_options": ("fields",),
     "tokenizer": ("types", "io"),
     "corpora": ("types", "io", "tokenizer"),
     "data": ("types", "io", "fields", "tokenizer", "corpora"),
