@@ -16,6 +16,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from firth.evaluate.prompting.aggregates import bootstrap_difference, jackknife_error, value_of
 from firth.evaluate.prompting.prompt_task import ItemResult, PromptConfig, PromptTask
 from firth.evaluate.prompting.requests import Reply, ReplyCache, Request, Responder
 from firth.types import UserError
@@ -161,6 +162,9 @@ def metric_value(name: str, items: Sequence[ItemResult]) -> MetricValue:
     if base in PERPLEXITIES:
         return MetricValue(math.exp(min(700.0, PERPLEXITIES[base] * mean)), math.nan)
     groups = [item.group for item in items]
+    if all(name in item.counts for item in items):
+        counts = [item.counts[name] for item in items]
+        return MetricValue(value_of(counts), jackknife_error(counts, groups))
     macro = math.nan
     if any(groups):
         macro = float(np.mean([values[[g == one for g in groups]].mean() for one in sorted(set(groups))]))
@@ -204,6 +208,13 @@ def paired_bootstrap(
     """
     if [item.location for item in first.items] != [item.location for item in second.items]:
         raise UserError(f"{first.model} and {second.model} were not evaluated on the same items of {first.task}")
+    if all(name in item.counts for item in (*first.items, *second.items)):
+        ours, theirs = ([item.counts[name] for item in result.items] for result in (first, second))
+        draws_of = bootstrap_difference(
+            ours, theirs, [item.group for item in first.items], draws, np.random.default_rng(seed)
+        )
+        low, high = np.quantile(draws_of, [0.025, 0.975])
+        return value_of(ours) - value_of(theirs), float(low), float(high)
     differences = np.array(
         [a.metrics[name] - b.metrics[name] for a, b in zip(first.items, second.items, strict=True)], np.float64
     )
