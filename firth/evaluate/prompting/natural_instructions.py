@@ -38,9 +38,9 @@ def read_natural_instructions(paths: Sequence[str]) -> PromptTask:
     items: list[Item] = []
     examples: list[Item] = []
     for path in _files(paths):
-        shown, asked = _read(path)
+        shown, found = _read(path)
         examples += shown
-        items += asked
+        items += found
     return PromptTask(
         name=NAME, items=items, pool=examples, output_type="generate_until", prompt="Input: {{input}}\nOutput:", target="output",
         description="{{definition}}\n\n", shots=SHOTS, sampler="first_n", group="task", stop=("\nInput:", "\n\n"), max_new_tokens=128,

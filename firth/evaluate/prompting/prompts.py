@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from firth.tokenizer import template_process
+from firth.tokenizer import chat_template
 from firth.types import UserError
 
 STEP_BY_STEP = "Let's think step by step."
@@ -31,7 +31,7 @@ class Item:
     Args:
         fields: Its record.
         location: File and line, for error messages.
-        rendered: Filled templates, kept because an item is rendered when it is checked, asked, and shown as an example.
+        rendered: Filled templates, kept because an item is rendered for the check, as a question, and as an example.
     """
 
     fields: Mapping[str, Any]
@@ -41,7 +41,7 @@ class Item:
 
 def check_template(template: str, location: str) -> None:
     """Raise a UserError with the location if a template is not valid Jinja."""
-    reply = template_process.send({"template": template, "fields": None, "value": False})
+    reply = chat_template.send({"template": template, "fields": None, "value": False})
     if reply is None or "error" in reply:
         why = "it takes too long" if reply is None else reply["error"]
         raise UserError(f"{location}: the template {template!r} cannot be used: {why}")
@@ -69,7 +69,7 @@ def _filled(template: str, item: Item, value: bool) -> Any:
         return template
     if (template, value) in item.rendered:
         return item.rendered[template, value]
-    reply = template_process.send({"template": template, "fields": dict(item.fields), "value": value})
+    reply = chat_template.send({"template": template, "fields": dict(item.fields), "value": value})
     if reply is None or "error" in reply:
         why = "it takes more time than any prompt" if reply is None else reply["error"]
         names = ", ".join(map(repr, item.fields))

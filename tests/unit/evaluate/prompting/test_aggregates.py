@@ -1,13 +1,15 @@
 """Errors and differences of metrics that are functions of sums over items."""
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from firth.evaluate.prompting.aggregates import Counts, bootstrap_difference, class_counts, jackknife_error, value_of
-from firth.evaluate.prompting.prompt_task import ItemResult
-from firth.evaluate.prompting.results import comparisons
+from firth.evaluate.prompting.comparison import compare
+from firth.evaluate.prompting.prompt_task import ItemResult, PromptConfig
+from firth.evaluate.prompting.results import read_results, write_results
 from firth.evaluate.prompting.runner import TaskResult, metric_value
 
 
@@ -45,8 +47,8 @@ def test_the_difference_of_two_models_has_an_interval() -> None:
     assert not bootstrap_difference(right, right, [""] * 120, 10, rng).any()
 
 
-def test_results_use_the_counts() -> None:
-    """The value of a task is that of the sums, and two models are compared by it."""
+def test_results_use_the_counts(tmp_path: Path) -> None:
+    """The value of a task is that of the sums, two models are compared by it, and it is read again from its files."""
 
     def result(name: str, pairs: Sequence[tuple[int, int]]) -> TaskResult:
         found = [
@@ -58,4 +60,8 @@ def test_results_use_the_counts() -> None:
     good = result("good", [(0, 0), (1, 1)] * 20)
     bad = result("bad", [(0, 1), (1, 1)] * 20)
     assert good.metrics["mcc"].value == 1 and bad.metrics["mcc"].value == 0
-    assert comparisons([[good], [bad]])[0].startswith("t: good is better than bad in mcc (difference +1.0000")
+    [found] = compare([good, bad])
+    assert found.better == "good" and found.difference == 1
+    write_results(tmp_path, [bad], PromptConfig())
+    [(again, _)] = read_results(tmp_path)
+    assert again.metrics == bad.metrics and compare([good, again]) == [found]

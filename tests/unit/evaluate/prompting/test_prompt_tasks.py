@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from firth.evaluate.prompting.answers import Filter, FilterChain
+from firth.evaluate.prompting.comparison import paired_bootstrap
 from firth.evaluate.prompting.prompt_task import MetricConfig, PromptConfig, PromptTask, majority
 from firth.evaluate.prompting.prompts import ExamplePool, fit
 from firth.evaluate.prompting.requests import (
@@ -22,9 +23,9 @@ from firth.evaluate.prompting.requests import (
     ScoreRequest,
 )
 from firth.evaluate.prompting.results import comparisons, table, to_json, write_results
-from firth.evaluate.prompting.runner import TaskResult, paired_bootstrap, run_tasks, standard_error
+from firth.evaluate.prompting.runner import TaskResult, run_tasks, standard_error
 from firth.evaluate.prompting.task_files import load_tasks, read_task
-from firth.tokenizer import template_process
+from firth.tokenizer import chat_template
 from firth.types import UserError
 from tests.support.fake_responder import FakeModel, items, one_result
 
@@ -88,8 +89,8 @@ def test_examples_without_copies_of_a_question() -> None:
 def test_a_template_is_rendered_once_per_item(monkeypatch: pytest.MonkeyPatch) -> None:
     """Once for the check, the question and its use as an example together."""
     rendered: list[object] = []
-    send = template_process.send
-    monkeypatch.setattr(template_process, "send", lambda request: rendered.append(request) or send(request))
+    send = chat_template.send
+    monkeypatch.setattr(chat_template, "send", lambda request: rendered.append(request) or send(request))
     fresh = items(*(dict(one.fields) for one in CAPITALS))
     one_result(replace(TASK, items=fresh, target="{{capital}}"), FakeModel(), PromptConfig(shots=2))
     assert len(rendered) == 2 * len(fresh), "a prompt and a target per item"
@@ -222,10 +223,11 @@ def test_better_is_said_only_where_the_interval_allows() -> None:
     rng = np.random.default_rng(0)
     base = (rng.random(9) < 0.5).astype(float)
     good, same = result("good", [1.0] * 9), result("base", base.tolist())
-    difference, low, high = paired_bootstrap(good, same, "exact_match")
-    assert difference == pytest.approx(1 - base.mean()) and 0 < low <= difference <= high
-    assert "good is better than base" in comparisons([[good], [same]])[0]
-    assert "does not differ from" in comparisons([[same], [same]])[0]
+    found = paired_bootstrap(good, same, "exact_match")
+    assert found is not None
+    assert found.difference == pytest.approx(1 - base.mean()) and 0 < found.low <= found.difference <= found.high
+    assert "good is better than base" in comparisons([good, same])[0]
+    assert "does not differ from" in comparisons([same, same])[0]
 
 
 def test_results_have_the_layout_of_lm_eval(tmp_path: Path) -> None:

@@ -81,8 +81,8 @@ def test_multiple_choice_reads_the_choice_from_the_text() -> None:
         (replace(SUMS, output_type="loglikelihood"), FEW_SHOT, "--cot needs answers"),
     ],
 )  # fmt: skip
-def test_what_is_wrong_is_said_before_the_model_runs(task: PromptTask, config: PromptConfig, words: str) -> None:
-    """A task that cannot be asked with rationales."""
+def test_a_fault_is_found_before_the_model_runs(task: PromptTask, config: PromptConfig, words: str) -> None:
+    """A task that has no usable rationales."""
     model = FakeModel()
     with pytest.raises(UserError, match=words):
         one_result(task, model, config)
