@@ -44,8 +44,8 @@ def _tokenizer() -> list[tuple[re.Pattern[str], str]]:
 def tokenize(text: str) -> list[str]:
     """Return the tokens of a text for BLEU ("intl").
 
-    >>> tokenize('"No," he said: $1,000.50!')
-    ['"', 'No', ',', '"', 'he', 'said', ':', '$', '1,000.50', '!']
+    >>> tokenize('"No," she wrote: $1,000.50 more!')
+    ['"', 'No', ',', '"', 'she', 'wrote', ':', '$', '1,000.50', 'more', '!']
     """
     text = text.rstrip()
     for pattern, replacement in _tokenizer():
