@@ -19,7 +19,6 @@ from firth.fields import (
     NonNegativeFloat,
     NonNegativeInt,
     OptionalTokenCount,
-    PositiveFloat,
     PositiveInt,
     Share,
     ShareAboveZero,
@@ -500,7 +499,6 @@ def evaluate(
 def ratings(
     paths: Annotated[list[str], typer.Argument(help="Votes: records with a, b, winner (a, b or tie) and annotator.")],
     penalty: Annotated[float, _number(NonNegativeFloat, help="Pulls scores to the mean; 0 for none.")] = 0.1,
-    k: Annotated[float, _number(PositiveFloat, help="Elo: most points that one vote moves.")] = 32.0,
     draws: Annotated[int, _number(NonNegativeInt, help="Bootstrap samples for the intervals.")] = 1000,
     by_annotator: Annotated[bool, typer.Option("--by-annotator", help="Resample annotators, not votes.")] = False,
     seed: Seed = 0,
@@ -513,9 +511,7 @@ def ratings(
     from firth.evaluate.ratings import rate_files
 
     typer.echo(
-        rate_files(
-            paths, rankings, penalty=penalty, k=k, draws=draws, by_annotator=by_annotator, seed=seed, as_json=json
-        )
+        rate_files(paths, rankings, penalty=penalty, draws=draws, by_annotator=by_annotator, seed=seed, as_json=json)
     )
 
 
