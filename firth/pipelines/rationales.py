@@ -22,7 +22,7 @@ from firth.evaluate.prompting.prompt_task import PromptConfig, PromptTask
 from firth.evaluate.prompting.prompts import Item, render
 from firth.evaluate.prompting.requests import ReplyCache
 from firth.evaluate.prompting.runner import run_tasks
-from firth.evaluate.prompting.task_files import load_task
+from firth.evaluate.prompting.task_files import load_tasks
 from firth.fields import NonNegativeInt, PositiveFloat, Share
 from firth.io.cache import cache
 from firth.pipelines.records import write_records
@@ -108,7 +108,9 @@ class SampleRationales(Stage):
             raise UserError("keep=majority needs num_samples of 2 or more")
 
     def run(self, directory: Path) -> Summary:
-        task = load_task(self.task, self.data, self.examples)
+        task, *others = load_tasks(self.task, self.data, self.examples)
+        if others:
+            raise UserError(f"{self.task}: these are {len(others) + 1} tasks: name one of them")
         if task.output_type != "generate_until":
             raise UserError(f"{self.task}: rationales are generated, and this task is of type {task.output_type}")
         items = task.items[: self.limit] if self.limit else task.items
