@@ -70,11 +70,16 @@ class TokenScores:
 
     Args:
         logprobs: log p of each of its tokens, (n,) float64, in nats.
-        greedy: Whether each of them is the most likely token.
+        most_likely: Whether each of them is the most likely token, (n,) bool.
     """
 
     logprobs: np.ndarray
-    greedy: bool
+    most_likely: np.ndarray
+
+    @property
+    def greedy(self) -> bool:
+        """Whether greedy decoding would write the continuation."""
+        return bool(self.most_likely.all())
 
     @property
     def total(self) -> float:
@@ -324,7 +329,7 @@ def _read_scores(
     start = 0
     for index, continuation in order:
         stop = start + len(continuation)
-        yield index, TokenScores(logprobs[start:stop], bool(greedy[start:stop].all()))
+        yield index, TokenScores(logprobs[start:stop], greedy[start:stop])
         start = stop
 
 
@@ -389,8 +394,8 @@ def _pseudo(model: LM, vocab: Vocab, pairs: Sequence[ScoredPair]) -> Iterator[tu
         at = [(r, np.array([place])) for r, (*_, place) in enumerate(some)]
         for r, scores in _read_scores(model, hidden, at, list(enumerate(labels))):
             i, j = some[r][:2]
-            found[i][0][j], found[i][1][j] = scores.logprobs[0], scores.greedy
+            found[i][0][j], found[i][1][j] = scores.logprobs[0], scores.most_likely[0]
             missing[i] -= 1
             if not missing[i]:
                 logprobs, greedy = found.pop(i)
-                yield i, TokenScores(logprobs, bool(greedy.all()))
+                yield i, TokenScores(logprobs, greedy)

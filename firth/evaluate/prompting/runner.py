@@ -101,7 +101,12 @@ def run_tasks(
     for number, task in enumerate(tasks):
         for index, item in enumerate(task.selected(config)):
             asking = task.ask(item, index, config, model)
-            running.append((number, index, asking, next(asking)))
+            requests = next(asking)
+            try:
+                model.check(requests)
+            except UserError as error:
+                raise UserError(f"{item.location}: {error}") from error
+            running.append((number, index, asking, requests))
     while running:
         replies = _replies([request for *_, requests in running for request in requests], model, cache, progress)
         following = []

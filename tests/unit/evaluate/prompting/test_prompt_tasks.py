@@ -42,6 +42,9 @@ class FakeModel:
     def count_tokens(self, text: str, chat: bool = False) -> int:
         return len(text.split())
 
+    def check(self, requests: Sequence[Request]) -> None:
+        """Reply to every request."""
+
     def reply(self, requests: Sequence[Request]) -> Iterator[tuple[int, Reply]]:
         for i, request in enumerate(requests):
             if self.dies_after is not None and len(self.requests) >= self.dies_after:

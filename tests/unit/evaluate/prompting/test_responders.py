@@ -64,7 +64,7 @@ def test_a_masked_model_scores_and_does_not_write(tmp_path: Path) -> None:
     assert isinstance(each, ScoreReply) and isinstance(words, ScoreReply)
     assert len(each.logprobs) == len(words.logprobs) and each.logprobs != words.logprobs
     with pytest.raises(UserError, match="bidirectional"):
-        list(local(tmp_path, encoder=True).reply([GenerateRequest("the")]))
+        local(tmp_path, encoder=True).check([GenerateRequest("the")])
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -135,7 +135,8 @@ def test_an_endpoint_that_cannot_serve_is_named(address: str, monkeypatch: pytes
     monkeypatch.setattr(endpoint.time, "sleep", lambda _: None)
     Handler.echo = False
     with pytest.raises(UserError, match="returns no log-probabilities of the prompt"):
-        list(Endpoint(address).reply([ScoreRequest("ab", "c")]))
+        Endpoint(address).check([GenerateRequest("ab"), ScoreRequest("ab", "c")])
+    Endpoint(address).check([GenerateRequest("ab")])
     with pytest.raises(UserError, match="the server has tiny, other, and not big"):
         Endpoint(f"{address}#big")
     with pytest.raises(UserError, match="does not answer /models"):
