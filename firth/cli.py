@@ -536,7 +536,7 @@ def predict(
 
     One row per record, in order, with its number and id.
     """
-    from firth.corpora.read_stats import many
+    from firth.corpora.input_files import many
     from firth.evaluate.predict import check_output_path, write
     from firth.evaluate.predict import predict as rows
 
