@@ -20,7 +20,7 @@ from firth.evaluate.in_context import InContextTexts, copying, in_context_score,
 from firth.evaluate.prompting.local_model import LocalModel
 from firth.evaluate.prompting.prompt_task import PromptConfig, PromptTask
 from firth.evaluate.prompting.runner import run_tasks
-from firth.evaluate.prompting.task_files import load_task
+from firth.evaluate.prompting.task_files import load_tasks
 from firth.evaluate.task import EvaluatedModel
 from firth.generate.scoring import scoring_mode
 from firth.model.config import ModelConfig
@@ -76,9 +76,9 @@ class EvalTasks:
                     "evaluation.tasks: a task has either a name (in_context, copying, minimal_pairs, ...) or a file: set one of them"
                 )
             if one.name not in MEASURES:
-                task = load_task(one.file or one.name, one.data)
-                task.check(PromptConfig(limit=one.limit))
-                prompts.append((task, one.limit))
+                for task in load_tasks(one.file or one.name, one.data):
+                    task.check(PromptConfig(limit=one.limit))
+                    prompts.append((task, one.limit))
                 continue
             if one.data:
                 raise UserError(f"evaluation.tasks: {one.name} reads no data: leave out {', '.join(one.data)}")
