@@ -39,7 +39,7 @@ from firth.generate.sampling import Sampling
 from firth.generate.streaming import IncrementalDecoder
 from firth.model.heads import LMHead
 from firth.model.model import LM
-from firth.objectives.policy_gradient import PER_TOKEN, critic_states, has_critic, init_critic, kl, values
+from firth.objectives.policy_gradient import PER_TOKEN, critic_states, has_critic, init_critic, kl_estimate, values
 from firth.tokenizer.tokenizer import Tokenizer
 from firth.types import Example, UserError
 
@@ -223,7 +223,7 @@ class RolloutSource(Source):
             "reward_deviation": float(score.std()),
             "penalized": float(rewards.sum(1).mean()),
             "kl_per_token": float(numbers["kl"][real].mean()),
-            "kl_per_token_estimate": float(kl(torch.from_numpy(old[real]), torch.from_numpy(reference[real])).mean()),
+            "kl_per_token_estimate": float(kl_estimate(torch.from_numpy(old[real]), torch.from_numpy(reference[real])).mean()),
             "entropy": float(numbers["entropy"][real].mean()),
         }
         self.history.append(metrics | {"phase": float(self.number)})

@@ -45,6 +45,8 @@ OBJECTIVES = {
     "dpo": "firth.objectives.dpo:DPO",
     "reinforce": "firth.objectives.policy_gradient:Reinforce",
     "ppo": "firth.objectives.policy_gradient:PPO",
+    "grpo": "firth.objectives.policy_gradient:GRPO",
+    "rloo": "firth.objectives.policy_gradient:RLOO",
 }
 """Name -> "module:class"; imported on demand, so that listing them needs no torch."""
 

@@ -10,7 +10,7 @@ from typing import ClassVar, Literal
 
 import numpy as np
 
-from firth.align.advantages import GAE, Baseline
+from firth.align.advantages import GAE, LeaveOneOut
 from firth.align.precompute import precompute
 from firth.align.rewards import (
     FunctionReward,
@@ -199,7 +199,7 @@ class RolloutsConfig(ExamplesConfig):
                 rollout_size=self.rollout_size, num_generations=self.num_generations, steps=steps,
                 max_new_tokens=self.max_new_tokens, kl_coef=self.kl_coef, unfinished_score=self.unfinished_score,
             ),
-            advantage_estimator=Baseline() if self.advantages == "group" else GAE(value_lam=1.0),
+            advantage_estimator=LeaveOneOut() if self.advantages == "group" else GAE(value_lam=1.0),
             true_reward_function=FunctionReward(function(self.true_reward_function)) if self.true_reward_function else None,
             critic=learned,
         )  # fmt: skip
