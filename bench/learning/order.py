@@ -40,6 +40,7 @@ import torch
 from bench.harness import describe, machine
 from firth.corpora import catalog, readers
 from firth.data.collate import Batches
+from firth.data.config import DataConfig
 from firth.data.shuffle import ExampleRNG
 from firth.data.source import Source
 from firth.data.split import split
@@ -47,7 +48,7 @@ from firth.data.windows import SegmentPairs
 from firth.model.model import LM
 from firth.objectives.sentence_pairs import NSP, SOP, SentencePairObjective
 from firth.pretrained.load_save import init_from, load_model
-from firth.runs.prepare import DataConfig, RunData
+from firth.runs.prepare import RunData
 from firth.tokenizer.tokenizer import Tokenizer
 from firth.training.logging import NullReporter
 from firth.training.optimizer import OptimizerConfig

@@ -165,8 +165,8 @@ def firth_setup(name: str, dropout: bool = True, **batch: Any) -> tuple[Any, Any
     from firth.data.collate import Batches
     from firth.model.model import LM
     from firth.objectives.classification import Classification
-    from firth.objectives.objective import DataStats
     from firth.pretrained.load_save import init_from, load_model
+    from firth.types import DataStats
 
     task, start = TASKS[name], fetch("minilm")
     examples = source(task)

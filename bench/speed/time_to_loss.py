@@ -113,8 +113,9 @@ class TextData:
 def prepare_text(corpus: str, results: Path) -> TextData:
     """Split the corpus into training and held-out plays; the tokenizer is trained on the training plays."""
     from firth.corpora.catalog import fetch
+    from firth.data.config import DataConfig
     from firth.data.windows import Windows
-    from firth.runs.prepare import DataConfig, RunData, documents_of
+    from firth.runs.prepare import RunData, documents_of
     from firth.tokenizer.tokenizer import Tokenizer
     from firth.tokenizer.train import train
 

@@ -25,6 +25,7 @@ from firth.data.source import Source
 from firth.data.split import content_key
 from firth.generate.decoding_batch import inference_mode, rectangle
 from firth.generate.streaming import Completion
+from firth.io import user_code
 from firth.model.model import LM
 from firth.objectives.reward_model import rewards
 from firth.tokenizer.tokenizer import Tokenizer
@@ -125,6 +126,18 @@ class FunctionReward:
             at = traceback.extract_tb(error.__traceback__)[-1]
             where = f"{Path(at.filename).name}:{at.lineno}"
             raise RewardError(sample, f"raised {type(error).__name__} ({error}) at {where}") from error
+
+
+def named_function(name: str) -> Scorer:
+    """Return the reward function that `module:function` names.
+
+    Raises:
+        UserError: There is no such module or function, or the module fails when it is imported.
+    """
+    found: Scorer = user_code.find(name, "function")
+    if not callable(found):
+        raise UserError(f"{name!r} is of type {type(found).__name__}: name a function of the answer's text")
+    return found
 
 
 @dataclass(frozen=True, eq=False)

@@ -12,7 +12,7 @@ advantages and returns (`firth.align.advantages`). The rollouts are then read li
 sampler, so that the first ratios are 1 up to rounding. A rollout batch is part of the checkpoint (`state`): an interrupted run
 resumes with the same answers.
 
-    rollouts = RolloutSource(prompts, tokenizer, reward, reference, config=RolloutConfig(rollout_size=64, steps=8))
+    rollouts = RolloutSource(prompts, tokenizer, reward, reference, config=RolloutsConfig(rollout_size=64), steps=8)
     batches = Batches(rollouts, PPO(), vocab, batch_size=32, seed=0)                # 64 answers x 4 epochs = 8 steps x 32
     train(policy, PPO(), batches, directory, ...)
 
@@ -24,21 +24,29 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import nan
+from typing import ClassVar, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from firth.align.advantages import GAE, AdvantageEstimator, discounted_returns
-from firth.align.rewards import RewardFunction, RewardModel, Rollout, score_rollouts
+from firth.align import held_out_texts
+from firth.align.advantages import GAE, AdvantageEstimator, LeaveOneOut, discounted_returns
+from firth.align.held_out_texts import HeldOutTexts
+from firth.align.rewards import FunctionReward, RewardFunction, RewardModel, Rollout, named_function, score_rollouts
+from firth.data.examples import BuildContext, DatasetSplits, ExamplesConfig
+from firth.data.records import prompts as read_prompts
 from firth.data.shuffle import epoch_permutation
 from firth.data.source import Source
+from firth.data.split import held_out_keys
+from firth.fields import NonNegativeFloat, PositiveInt, TokenCount, path_field
 from firth.generate.decoding_batch import inference_mode, rectangle
 from firth.generate.engine import Engine
 from firth.generate.sampling import Sampling
 from firth.generate.streaming import IncrementalDecoder
 from firth.model.heads import LMHead
 from firth.model.model import LM
+from firth.objectives.objective import Objective
 from firth.objectives.policy_gradient import PER_TOKEN, critic_states, has_critic, init_critic, kl_estimate, values
 from firth.tokenizer.tokenizer import Tokenizer
 from firth.types import Example, UserError
@@ -53,41 +61,147 @@ POSITIONS_PER_CHUNK = 512
 
 
 @dataclass(frozen=True)
-class RolloutConfig:
-    """Number and length of the rollouts.
+class RolloutsConfig(ExamplesConfig):
+    """Rollouts: answers that the policy samples to the prompts of the records, scored by a reward.
+
+    Prompts that are too long are dropped and counted.
 
     Args:
-        rollout_size: Answers per rollout batch.
-        num_generations: Answers per prompt.
-        steps: Training steps per rollout batch; rollout_size * epochs / batch size.
-        max_new_tokens: Maximum number of tokens of an answer.
-        kl_coef: Penalty per nat of divergence from the reference.
-        unfinished_score: Reward of an answer without a stop token; None: that of the reward function.
+        rollout_size: Answers per rollout phase.
+        num_generations: Answers to each prompt.
+        num_epochs: Epochs of training on each rollout.
+        max_new_tokens: The most tokens of an answer.
+        max_prompt_length: The most tokens of a prompt; it must also fit into the context with `max_new_tokens`.
+        kl_coef: Penalty per nat of divergence from the initial model.
+        reward_model: The run of a reward model.
+        reward_function: In place of `reward_model`, a function of the answer's text as `module:function`, which may be in
+            the working directory.
+        true_reward_function: A second such function that is logged and not trained on.
+        unfinished_score: The score of an answer that reached `max_new_tokens` without a stop token; None uses the reward.
+        advantages: "gae" for PPO, which has a critic; "group" for REINFORCE, which has none.
 
     Raises:
         UserError: A number is out of range.
     """
 
-    rollout_size: int = 64
-    num_generations: int = 1
-    steps: int = 8
-    max_new_tokens: int = 48
-    kl_coef: float = 0.05
+    base_fields: ClassVar[frozenset[str]] = frozenset({"tokens", "mask", *PER_TOKEN})
+    required_fields: ClassVar[frozenset[str]] = frozenset({"mask"})
+    drops_long_records: ClassVar[bool] = True
+
+    rollout_size: PositiveInt = 64
+    num_generations: PositiveInt = 1
+    num_epochs: PositiveInt = 2
+    max_new_tokens: TokenCount = 48
+    max_prompt_length: TokenCount = 192
+    kl_coef: NonNegativeFloat = 0.05
+    reward_model: str = path_field("model", "")
+    reward_function: str = ""
+    true_reward_function: str = ""
     unfinished_score: float | None = None
+    advantages: Literal["gae", "group"] = "gae"
 
     def __post_init__(self) -> None:
-        if self.max_new_tokens < 1:
-            raise UserError(f"examples.max_new_tokens is {self.max_new_tokens} and must be at least 1")
-        if (
-            self.rollout_size < 1
-            or self.num_generations < 1
-            or self.steps < 1
-            or self.rollout_size % self.num_generations
-        ):
+        super().__post_init__()
+        if self.rollout_size % self.num_generations:
             raise UserError(
                 f"examples.rollout_size={self.rollout_size} must be a positive multiple of "
-                f"examples.num_generations={self.num_generations}, and steps={self.steps} must be positive"
+                f"examples.num_generations={self.num_generations}"
             )
+
+    def steps(self, batch_size: int) -> int:
+        """Return the training steps per rollout batch, for a batch size in answers.
+
+        Raises:
+            UserError: The answers do not fill these steps evenly.
+        """
+        steps, over = divmod(self.rollout_size * self.num_epochs, batch_size)
+        if over or not steps:
+            raise UserError(
+                f"{self.rollout_size} answers for {self.num_epochs} epochs do not fill steps of batch.size={batch_size} evenly"
+            )
+        return steps
+
+    def check_objective(self, objective: Objective) -> None:
+        read = objective.inputs
+        if self.advantages == "group" and "returns" in read:
+            raise UserError(
+                "examples.advantages=group compares answers with each other, and the critic of objective ppo would be trained for "
+                "nothing: set examples.advantages=gae, or take objective=reinforce"
+            )
+        if self.advantages == "gae" and "advantage" in read and "returns" not in read:
+            raise UserError(
+                "examples.advantages=gae needs the estimates of a critic, which objective reinforce does not have: set "
+                "examples.advantages=group, or take objective=ppo"
+            )
+
+    @property
+    def functions(self) -> dict[str, str]:
+        return {
+            name: value
+            for name, value in (
+                ("reward_function", self.reward_function),
+                ("true_reward_function", self.true_reward_function),
+            )
+            if value
+        }
+
+    def row_limits(self, text: int, source: int) -> dict[str, int]:
+        return {"max_prompt_length": text - self.max_new_tokens}
+
+    def build(self, data: BuildContext, objective: Objective) -> DatasetSplits:
+        start = data.frozen_start("the model that writes the first answers, which is also the reference")
+        found, keys = self._prompts(data, start, data.config.paths(data.log))
+        aside = held_out_keys(keys, 0.0 if data.config.validation_path else data.config.validation_fraction, len(found))
+        prompts, held = ([p for p, out in zip(found, aside, strict=True) if out == side] for side in (False, True))
+        if data.config.validation_path:
+            held, _ = self._prompts(data, start, data.config.validation_path)
+        if bool(self.reward_model) == bool(self.reward_function):
+            raise UserError(
+                "rollouts need one reward: set examples.reward_model=RUN or examples.reward_function=module:function"
+            )
+        learned = self._reward_model(data, prompts, start) if self.reward_model else None
+        judge: RewardFunction = learned or FunctionReward(named_function(self.reward_function))
+        source = RolloutSource(
+            prompts, data.tokenizer, judge, start, config=self, steps=self.steps(data.batch_size), seed=data.seed,
+            advantage_estimator=LeaveOneOut() if self.advantages == "group" else GAE(value_lam=1.0),
+            true_reward_function=FunctionReward(named_function(self.true_reward_function)) if self.true_reward_function else None,
+            critic=learned,
+        )  # fmt: skip
+        shown = [{"tokens": prompt} for prompt in (held or prompts)[: held_out_texts.COUNT]]
+        return DatasetSplits(source, None, texts=HeldOutTexts(shown, bool(held), judge, self.max_new_tokens))
+
+    def _prompts(self, data: BuildContext, start: LM, paths: Sequence[str]) -> tuple[list[np.ndarray], np.ndarray]:
+        """Return the prompts that fit into the context with `max_new_tokens`, and their keys; report how many do not."""
+        room = start.context - self.max_new_tokens
+        if room < 1:
+            raise UserError(
+                f"examples.max_new_tokens={self.max_new_tokens} leaves no room for a prompt in the {start.context} positions of the model: "
+                "lower examples.max_new_tokens"
+            )
+        limit = min(self.max_prompt_length, room)
+        prompts, keys, counts = read_prompts(paths, data.tokenizer, limit)
+        if counts.get("too_long"):
+            why = (
+                f"examples.max_prompt_length={limit}"
+                if limit < room
+                else f"{start.context} positions less examples.max_new_tokens={self.max_new_tokens}"
+            )
+            data.log(
+                f"{counts['too_long']:,} of {counts['records']:,} prompts are left out: longer than {limit} tokens ({why})"
+            )
+        return prompts, keys
+
+    def _reward_model(self, data: BuildContext, prompts: Sequence[np.ndarray], start: LM) -> RewardModel:
+        """Return the reward model, normalized on answers of the initial model so that `kl_coef` does not depend on its scale."""
+        hint = "train the reward model from the same start as the policy"
+        judge = RewardModel(
+            data.frozen_model(self.reward_model, "examples.reward_model", "the run of a reward model", hint)
+        )
+        some = [prompts[i] for i in range(0, len(prompts), max(1, len(prompts) // 64))][:64]
+        with data.autocast():
+            sampling = Sampling(max_new_tokens=self.max_new_tokens, seed=data.seed)
+            written = Engine(start, data.tokenizer).generate(some, sampling)
+            return judge.normalized([Rollout.of(p, w) for p, w in zip(some, written, strict=True)])
 
 
 def explained_variance(target: np.ndarray, values: np.ndarray) -> float:
@@ -110,7 +224,8 @@ class RolloutSource(Source):
         tokenizer: The tokenizer.
         reward_function: Scores the answers.
         reference: The frozen reference model, which is not part of the trained one.
-        config: Number and length of the rollouts; default `RolloutConfig()`.
+        config: Number and length of the rollouts; default `RolloutsConfig()`.
+        steps: Training steps per rollout batch: rollout_size * epochs / batch size.
         advantage_estimator: Default `GAE()`.
         true_reward_function: A second reward function that is logged, but not trained on.
         stops: Tokens that end an answer; default: those of the tokenizer.
@@ -130,7 +245,8 @@ class RolloutSource(Source):
         reward_function: RewardFunction,
         reference: LM,
         *,
-        config: RolloutConfig | None = None,
+        config: RolloutsConfig | None = None,
+        steps: int = 8,
         advantage_estimator: AdvantageEstimator | None = None,
         true_reward_function: RewardFunction | None = None,
         stops: Sequence[int] | None = None,
@@ -140,7 +256,7 @@ class RolloutSource(Source):
     ) -> None:
         if not prompts:
             raise UserError("there are no prompts to answer")
-        config = config or RolloutConfig()
+        config = config or RolloutsConfig()
         longest, room = max(map(len, prompts)), reference.context - config.max_new_tokens
         if longest > room:
             raise UserError(
@@ -150,7 +266,7 @@ class RolloutSource(Source):
         self.prompts, self.tokenizer = prompts, tokenizer
         self.reward_function, self.reference = reward_function, reference
         reference.restrict_vocab(tokenizer.vocab)
-        self.config, self.true_reward_function = config, true_reward_function
+        self.config, self.steps, self.true_reward_function = config, steps, true_reward_function
         self.advantage_estimator = advantage_estimator or GAE()
         self.stops, self.seed, self.batch_size, self.critic = stops, seed, batch_size, critic
         self.number = -1
@@ -179,7 +295,7 @@ class RolloutSource(Source):
             Metrics of a new rollout batch: means over its answers or its tokens. kl_per_answer is in nats; explained_variance is
             that of the rewards-to-go by the critic, which has not been trained on them.
         """
-        number = step // self.config.steps
+        number = step // self.steps
         if number == self.number:
             return {}
         if self.number < 0:

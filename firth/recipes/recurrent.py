@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from firth.data.config import DataConfig
 from firth.model.config import (
     CharacterConfig,
     EmbeddingConfig,
@@ -38,7 +39,6 @@ from firth.recipes.common import (
 )
 from firth.runs.examples import WindowsConfig, WordWindowsConfig
 from firth.runs.labeled_examples import TaggedConfig
-from firth.runs.prepare import DataConfig
 from firth.runs.recipe import BatchConfig, CheckpointConfig, EvalConfig, Recipe, TokenizerConfig
 from firth.training.optimizer import OptimizerConfig
 from firth.training.schedule import Budget, Schedule

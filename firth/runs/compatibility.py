@@ -26,16 +26,16 @@ import numpy as np
 import torch
 
 from firth import objectives
+from firth.data.examples import ExamplesConfig
 from firth.doctor import memory
 from firth.model.config import AttentionPattern, ModelConfig
 from firth.model.model import LM
 from firth.model.parameter_count import LEARNED_POSITIONS
-from firth.objectives.objective import PATTERN_DESCRIPTIONS, DataStats, Objective, components
+from firth.objectives.objective import PATTERN_DESCRIPTIONS, Objective, components
 from firth.runs import alignment_examples, config_io, examples, labeled_examples, noisy_label_examples
-from firth.runs.examples import ExamplesConfig
 from firth.runs.peft_options import FullFinetuning, PeftConfig, check_peft
 from firth.runs.sample_example import SAMPLE_VOCAB, sample_example
-from firth.types import LogLine, UserError
+from firth.types import DataStats, LogLine, UserError
 
 if TYPE_CHECKING:
     from firth.runs.recipe import Recipe

@@ -24,11 +24,11 @@ import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import yaml
 
-from firth.fields import check_fields
+from firth.fields import PathKind, check_fields
 from firth.io import user_code, yaml_files
 from firth.types import UserError
 
@@ -76,15 +76,6 @@ SHORT_FORMS: dict[type, str] = {}
 
 In a class that is not listed, a bare value sets the field `type`, if there is one: `norm: rms` is `norm: {type: rms}`.
 """
-
-
-PathKind = Literal["files", "model", "tokenizer", "place"]
-"""What a path in a recipe names: input files, a model or adapter directory, a tokenizer, or an output directory ("place")."""
-
-
-def path_field(kind: PathKind, default: Any) -> Any:
-    """Declare a dataclass field that holds one or several paths (see `paths`)."""
-    return dataclasses.field(default=default, metadata={"path": kind})
 
 
 def paths(value: Any, where: str = "") -> Iterator[tuple[str, PathKind, Any]]:

@@ -7,141 +7,26 @@ word_windows split running text; dialogues, seq2seq and preferences read records
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import numpy as np
 
 from firth.corpora.read_stats import ReadStats
-from firth.data import records, windows
+from firth.data import class_counts, records, windows
+from firth.data.config import DataConfig
+from firth.data.examples import BuildContext, DatasetSplits, ExamplesConfig, split_records
 from firth.data.source import MixtureSource, Source, SubsetSource
-from firth.data.split import MIN_RECORDS, content_key, held_out_keys
+from firth.data.split import content_key, held_out_keys
 from firth.data.token_store import TokenStore
-from firth.fields import NonNegativeFloat, TokenCount, Validated
-from firth.objectives.objective import DataStats, Objective
-from firth.runs import class_counts
-from firth.runs.held_out_texts import HeldOutTexts
-from firth.runs.prepare import DataConfig, RunData, documents_of, text_of
+from firth.fields import NonNegativeFloat, TokenCount
+from firth.objectives.objective import Objective
+from firth.runs.prepare import documents_of, text_of
 from firth.types import UserError
 
 
-@dataclass(frozen=True)
-class DatasetSplits:
-    """The training and validation examples of a run.
-
-    Args:
-        train: Training examples.
-        validation: Held-out examples; None if there are none.
-        bytes_per_target: UTF-8 bytes of held-out text per label, where every token is a label; else 0.
-        read_stats: Counts of the reader when the token store was built.
-        no_validation_reason: Why nothing is held out although a fraction should be; a sentence.
-        texts: Held-out prompts for the report, where they are not taken from the sources
-            (`firth.runs.held_out_texts.choose`).
-    """
-
-    train: Source
-    validation: Source | None
-    bytes_per_target: float = 0.0
-    read_stats: Mapping[str, int] = field(default_factory=dict)
-    no_validation_reason: str = ""
-    texts: HeldOutTexts | None = None
-
-    @property
-    def counts(self) -> dict[str, int]:
-        """Counts of what was read, repaired, truncated and dropped, for the report."""
-        return {**{name: n for name, n in self.read_stats.items() if n}, **self.train.counts}
-
-    @property
-    def notes(self) -> list[str]:
-        """Sentences on what was truncated, dropped or missing, with the place of the first of each."""
-        held = self.validation.notes if self.validation is not None else ()
-        return list(
-            dict.fromkeys((*self.train.notes, *held, *class_counts.missing_classes(self.train, self.validation)))
-        )
-
-
-class ExamplesConfig(Validated, section="examples"):
-    """Base class of the kinds of examples. Subclasses are frozen dataclasses.
-
-    Attributes:
-        gives_memory: Whether examples include the tokens before each row, for a model with memory.
-        reads_documents: Whether it reads documents, which are held out by name, and not records.
-        base_fields: The fields of every training example.
-        required_fields: The fields that an objective must read for this kind to make sense.
-        drops_long_records: Whether records over the limits (`row_limits`) are dropped and counted instead of truncated.
-    """
-
-    gives_memory: ClassVar[bool] = False
-    reads_documents: ClassVar[bool] = False
-    base_fields: ClassVar[frozenset[str]] = frozenset({"tokens"})
-    required_fields: ClassVar[frozenset[str]] = frozenset()
-    drops_long_records: ClassVar[bool] = False
-
-    @property
-    def fields(self) -> frozenset[str]:
-        """The fields of a training example with these settings."""
-        return self.base_fields
-
-    @property
-    def text_units(self) -> frozenset[str]:
-        """Units that it looks for in a text ("pairs": sentences to pair); a run reports where they are missing."""
-        return frozenset()
-
-    @property
-    def max_tokens(self) -> int:
-        """The most tokens of an example, for records whose lengths vary and are known before the run; else 0."""
-        return 0
-
-    def build(self, data: RunData, objective: Objective) -> DatasetSplits:
-        """Return the training and validation sources."""
-        raise NotImplementedError(type(self).__name__)
-
-    def tokenizer_texts(self, paths: Sequence[str]) -> Iterator[tuple[str, list[str]]] | None:
-        """Yield the group (`Records.group`) and the texts of each record, to train a tokenizer; None for documents."""
-        return None
-
-    @property
-    def tokenizer_settings(self) -> tuple[Any, ...]:
-        """The settings that `tokenizer_texts` depends on."""
-        return ()
-
-    def limit_to(self, context: int) -> ExamplesConfig:
-        """Return a copy for a model with `context` positions; longer records are truncated and counted."""
-        return self
-
-    @property
-    def functions(self) -> dict[str, str]:
-        """The user's functions that it calls: field -> `module:function`."""
-        return {}
-
-    def row_limits(self, text: int, source: int) -> dict[str, int]:
-        """Return the largest value of each field that limits the length of a row.
-
-        Args:
-            text: The most tokens in a row of the model, or of the decoder of an encoder-decoder.
-            source: The most tokens in a row of the encoder; equal to `text` without an encoder.
-        """
-        return {field.name: min(text, source) for field in fields(self) if field.name == "max_length"}  # type: ignore[arg-type]
-
-    def stats(self, data: RunData, class_names: Sequence[str] = ()) -> DataStats:
-        """Read the statistics of the training data that configure an objective; the resolved recipe holds them.
-
-        Args:
-            data: The data of the run.
-            class_names: The names of the classes, if the recipe has them.
-        """
-        return DataStats()
-
-    def check_objective(self, objective: Objective) -> None:
-        """Raise a UserError for an objective that the settings do not suit although the fields do."""
-
-    def unlabeled(self, paths: Sequence[str], data: RunData) -> Source:
-        """Return unlabeled records with the same fields, for semi-supervised training."""
-        raise UserError(f"unlabeled texts need labeled records with a class, and {type(self).__name__} has no class")
-
-
-def build_datasets(examples: ExamplesConfig, data: RunData, objective: Objective) -> DatasetSplits:
+def build_datasets(examples: ExamplesConfig, data: BuildContext, objective: Objective) -> DatasetSplits:
     """Return the training and validation examples of a run; a mixture of the paths where the data has weights.
 
     Raises:
@@ -152,7 +37,7 @@ def build_datasets(examples: ExamplesConfig, data: RunData, objective: Objective
     return found
 
 
-def _mixed(examples: ExamplesConfig, data: RunData, objective: Objective) -> DatasetSplits:
+def _mixed(examples: ExamplesConfig, data: BuildContext, objective: Objective) -> DatasetSplits:
     cuts = [examples.build(part, objective) for part in data.per_path()]
     weights = data.config.weights
     train = MixtureSource([c.train for c in cuts], weights)
@@ -197,7 +82,7 @@ class WindowsConfig(ExamplesConfig):
 
     max_length: TokenCount = 256
 
-    def build(self, data: RunData, objective: Objective) -> DatasetSplits:
+    def build(self, data: BuildContext, objective: Objective) -> DatasetSplits:
         train, valid = data.stores()
         held = windows.Windows(valid, self.max_length, tail=True, memory=data.memory_length) if valid else None
         # A causal objective with one label field predicts every held-out token once, except the first of each document.
@@ -224,7 +109,7 @@ class ChunksConfig(ExamplesConfig):
     add_special_tokens: bool = True
     min_length: TokenCount = 1
 
-    def build(self, data: RunData, objective: Objective) -> DatasetSplits:
+    def build(self, data: BuildContext, objective: Objective) -> DatasetSplits:
         train, valid = data.stores()
         frame = data.tokenizer.vocab if self.add_special_tokens else None
         held = windows.DocumentChunks(valid, self.max_length, frame, self.min_length) if valid else None
@@ -254,7 +139,7 @@ class SegmentPairsConfig(ExamplesConfig):
     def text_units(self) -> frozenset[str]:
         return frozenset({"pairs"} if self.whole_sentences else ())
 
-    def build(self, data: RunData, objective: Objective) -> DatasetSplits:
+    def build(self, data: BuildContext, objective: Objective) -> DatasetSplits:
         train, valid = data.stores()
         if len(train) < 2:
             raise UserError(
@@ -285,7 +170,7 @@ class WordWindowsConfig(ExamplesConfig):
     subsampling_threshold: NonNegativeFloat = 1e-3
     noise_exponent: NonNegativeFloat = 0.75
 
-    def build(self, data: RunData, objective: Objective) -> DatasetSplits:
+    def build(self, data: BuildContext, objective: Objective) -> DatasetSplits:
         train, valid = data.stores()
         counts = windows.WordWindows.count(np.asarray(train.tokens), data.tokenizer.vocab)
         if np.diff(train.offsets).max() - train.opened - 1 < 2:
@@ -328,7 +213,7 @@ class DialoguesConfig(ExamplesConfig):
     def tokenizer_texts(self, paths: Sequence[str]) -> Iterator[tuple[str, list[str]]]:
         return records.dialogue_texts(paths, (self.prompt_template, self.completion_template))
 
-    def build(self, data: RunData, objective: Objective) -> DatasetSplits:
+    def build(self, data: BuildContext, objective: Objective) -> DatasetSplits:
         forms = (self.prompt_template, self.completion_template)
         return split_records(
             data, lambda paths: records.DialogueRecords(paths, data.tokenizer, self.max_length, forms=forms)
@@ -367,7 +252,7 @@ class Seq2SeqConfig(ExamplesConfig):
     def tokenizer_texts(self, paths: Sequence[str]) -> Iterator[tuple[str, list[str]]]:
         return records.dialogue_texts(paths, (self.prompt_template, self.completion_template))
 
-    def build(self, data: RunData, objective: Objective) -> DatasetSplits:
+    def build(self, data: BuildContext, objective: Objective) -> DatasetSplits:
         def read(paths: Sequence[str]) -> Source:
             return records.Seq2SeqRecords(
                 paths,
@@ -395,38 +280,8 @@ class PreferencesConfig(ExamplesConfig):
     def limit_to(self, context: int) -> ExamplesConfig:
         return replace(self, max_length=min(self.max_length, context))
 
-    def build(self, data: RunData, objective: Objective) -> DatasetSplits:
+    def build(self, data: BuildContext, objective: Objective) -> DatasetSplits:
         return split_records(data, lambda paths: records.PreferenceRecords(paths, data.tokenizer, self.max_length))
-
-
-def split_records(data: RunData, make: Callable[[Sequence[str]], Source]) -> DatasetSplits:
-    """Return the training records and those of `data.validation_path`, or else a `data.validation_fraction` of the records."""
-    source = make(data.config.paths(data.log))
-    if data.config.validation_path:
-        valid = make(data.config.validation_path)
-        shared = np.flatnonzero(np.isin(valid.group_ids, source.group_ids))
-        if len(shared):
-            data.log(
-                f"{len(shared):,} of {len(valid):,} examples in data.validation_path have a prompt or text that is trained on too: "
-                f"the first is number {shared[0] + 1:,}"
-            )
-        return DatasetSplits(source, valid)
-    held = held_out(source, data)
-    if held.any():
-        return DatasetSplits(SubsetSource(source, np.flatnonzero(~held)), SubsetSource(source, np.flatnonzero(held)))
-    share = data.config.validation_fraction
-    many = len(np.unique(source.record_ids)) >= MIN_RECORDS
-    why = f"of which data.validation_fraction={share:g} comes to none or all" if many else f"fewer than {MIN_RECORDS}"
-    if many and (count := len(np.unique(source.group_ids))) < len(source):
-        why += f" (they have {count:,} different prompts or texts, and all examples of one stay together)"
-    reason = f"nothing is held out of {len(source):,} examples, {why}, so there are no validation metrics"
-    return DatasetSplits(source, None, no_validation_reason=reason if share else "")
-
-
-def held_out(source: Source, data: RunData) -> np.ndarray:
-    """Return which examples of a source are held out: (n,) bool. None are with validation files or too few records."""
-    share = 0.0 if data.config.validation_path else data.config.validation_fraction
-    return held_out_keys(source.group_ids, share, len(np.unique(source.record_ids)))
 
 
 def training_texts(

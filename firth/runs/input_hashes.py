@@ -23,6 +23,7 @@ from typing import Any
 from firth import objectives
 from firth.corpora import catalog, readers
 from firth.corpora.compression import stamp
+from firth.data.examples import ExamplesConfig
 from firth.io import user_code
 from firth.io.atomic import write_text
 from firth.io.gguf import find
@@ -30,7 +31,6 @@ from firth.io.integrity import check_digest, with_digest
 from firth.io.safetensors import read_json
 from firth.objectives.objective import components
 from firth.runs import config_io
-from firth.runs.examples import ExamplesConfig
 from firth.runs.prepare import text_of
 from firth.runs.recipe import Recipe, ResolvedRecipe, load_resolved
 from firth.runs.start_model import model_directory

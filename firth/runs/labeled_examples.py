@@ -18,20 +18,19 @@ from typing import Any, ClassVar, TypeVar
 import numpy as np
 
 from firth.corpora import readers, tables
-from firth.data import labeled, question_answering
+from firth.data import class_counts, labeled, question_answering
 from firth.data.annotations import AnnotatedTexts
+from firth.data.examples import BuildContext, DatasetSplits, ExamplesConfig, held_out, split_records
 from firth.data.source import Source
 from firth.fields import TokenCount
-from firth.objectives.objective import DataStats, Objective
-from firth.runs import class_counts
-from firth.runs.examples import DatasetSplits, ExamplesConfig, held_out, split_records
-from firth.runs.prepare import RunData
+from firth.objectives.objective import Objective
+from firth.types import DataStats
 
 R = TypeVar("R", labeled.LabeledTexts, labeled.TaggedSentences, AnnotatedTexts)
 
 
 def read_classes_once(
-    settings: RecordsConfig, paths: Sequence[str], data: RunData, classes: Sequence[str], read: Callable[[], R]
+    settings: RecordsConfig, paths: Sequence[str], data: BuildContext, classes: Sequence[str], read: Callable[[], R]
 ) -> R:
     """Return records with classes, which are read once a run: to find the names of the classes, and as examples.
 
@@ -109,17 +108,17 @@ class LabeledConfig(TextRecordsConfig):
 
     base_fields: ClassVar[frozenset[str]] = frozenset({"tokens", "label"})
 
-    def _read(self, paths: Sequence[str], data: RunData, classes: Sequence[str] = ()) -> labeled.LabeledTexts:
+    def _read(self, paths: Sequence[str], data: BuildContext, classes: Sequence[str] = ()) -> labeled.LabeledTexts:
         return read_classes_once(
             self, paths, data, classes,
             lambda: labeled.LabeledTexts(paths, data.tokenizer, self.max_length, self, classes=classes),
         )  # fmt: skip
 
-    def unlabeled(self, paths: Sequence[str], data: RunData) -> Source:
+    def unlabeled(self, paths: Sequence[str], data: BuildContext) -> Source:
         """Return unlabeled texts with the same fields; plain text files have one per line."""
         return labeled.UnlabeledTexts(paths, data.tokenizer, self.max_length, self, labeled=False)
 
-    def stats(self, data: RunData, class_names: Sequence[str] = ()) -> DataStats:
+    def stats(self, data: BuildContext, class_names: Sequence[str] = ()) -> DataStats:
         """Return the class names of the records, and the training counts of each class."""
         found = self._read(data.config.paths(data.log), data, class_names)
         if data.config.weights:  # records are held out path by path
@@ -129,7 +128,7 @@ class LabeledConfig(TextRecordsConfig):
         counted = found.class_counts(np.flatnonzero(~held_out(found, data)))
         return DataStats(class_names=found.classes, class_counts=tuple(counted.values()))
 
-    def build(self, data: RunData, objective: Objective) -> DatasetSplits:
+    def build(self, data: BuildContext, objective: Objective) -> DatasetSplits:
         return split_records(data, lambda paths: self._read(paths, data, objective.constraints.class_names))
 
 
@@ -139,15 +138,15 @@ class ScoredConfig(TextRecordsConfig):
 
     base_fields: ClassVar[frozenset[str]] = frozenset({"tokens", "score"})
 
-    def _read(self, paths: Sequence[str], data: RunData) -> labeled.ScoredTexts:
+    def _read(self, paths: Sequence[str], data: BuildContext) -> labeled.ScoredTexts:
         return data.read_once(self, paths, lambda: labeled.ScoredTexts(paths, data.tokenizer, self.max_length, self))
 
-    def stats(self, data: RunData, class_names: Sequence[str] = ()) -> DataStats:
+    def stats(self, data: BuildContext, class_names: Sequence[str] = ()) -> DataStats:
         """Return the mean and standard deviation that standardize the numbers."""
         scores = self._read(data.config.paths(data.log), data).scores
         return DataStats(mean=float(scores.mean()), std=float(scores.std()) or 1.0)
 
-    def build(self, data: RunData, objective: Objective) -> DatasetSplits:
+    def build(self, data: BuildContext, objective: Objective) -> DatasetSplits:
         return split_records(data, lambda paths: self._read(paths, data))
 
 
@@ -165,17 +164,17 @@ class MultipleChoiceConfig(labeled.OptionFields, RecordsConfig):
     def table_columns(self) -> tuple[str, ...]:
         return self.column_names
 
-    def _read(self, paths: Sequence[str], data: RunData) -> labeled.MultipleChoiceRecords:
+    def _read(self, paths: Sequence[str], data: BuildContext) -> labeled.MultipleChoiceRecords:
         return data.read_once(
             self, paths, lambda: labeled.MultipleChoiceRecords(paths, data.tokenizer, self.max_length, self)
         )
 
-    def stats(self, data: RunData, class_names: Sequence[str] = ()) -> DataStats:
+    def stats(self, data: BuildContext, class_names: Sequence[str] = ()) -> DataStats:
         """Return the most options of a record, which is the number of rows per example."""
         files = [paths for paths in (data.config.paths(data.log), data.config.validation_path) if paths]
         return DataStats(max_options=max(self._read(paths, data).most for paths in files))
 
-    def build(self, data: RunData, objective: Objective) -> DatasetSplits:
+    def build(self, data: BuildContext, objective: Objective) -> DatasetSplits:
         return split_records(data, lambda paths: self._read(paths, data))
 
 
@@ -195,17 +194,17 @@ class TaggedConfig(labeled.TagFields, RecordsConfig):
     def table_columns(self) -> tuple[str, ...]:
         return self.column_names
 
-    def _read(self, paths: Sequence[str], data: RunData, classes: Sequence[str] = ()) -> labeled.TaggedSentences:
+    def _read(self, paths: Sequence[str], data: BuildContext, classes: Sequence[str] = ()) -> labeled.TaggedSentences:
         return read_classes_once(
             self, paths, data, classes,
             lambda: labeled.TaggedSentences(paths, data.tokenizer, self.max_length, self, classes=classes),
         )  # fmt: skip
 
-    def stats(self, data: RunData, class_names: Sequence[str] = ()) -> DataStats:
+    def stats(self, data: BuildContext, class_names: Sequence[str] = ()) -> DataStats:
         """Return the tag names of the training records."""
         return DataStats(class_names=self._read(data.config.paths(data.log), data).classes)
 
-    def build(self, data: RunData, objective: Objective) -> DatasetSplits:
+    def build(self, data: BuildContext, objective: Objective) -> DatasetSplits:
         return split_records(data, lambda paths: self._read(paths, data, objective.constraints.class_names))
 
 
@@ -233,7 +232,7 @@ class QuestionsConfig(RecordsConfig):
     def read_fields(self) -> tuple[str, ...]:
         return (self.context_field, "question")
 
-    def _read(self, paths: Sequence[str], data: RunData) -> question_answering.QuestionRecords:
+    def _read(self, paths: Sequence[str], data: BuildContext) -> question_answering.QuestionRecords:
         return data.read_once(
             self, paths,
             lambda: question_answering.QuestionRecords(
@@ -242,11 +241,11 @@ class QuestionsConfig(RecordsConfig):
             ),
         )  # fmt: skip
 
-    def stats(self, data: RunData, class_names: Sequence[str] = ()) -> DataStats:
+    def stats(self, data: BuildContext, class_names: Sequence[str] = ()) -> DataStats:
         """Return whether a question may be unanswerable, from the training records."""
         return DataStats(has_unanswerable=self._read(data.config.paths(data.log), data).unanswerable > 0)
 
-    def build(self, data: RunData, objective: Objective) -> DatasetSplits:
+    def build(self, data: BuildContext, objective: Objective) -> DatasetSplits:
         return split_records(data, lambda paths: self._read(paths, data))
 
 

@@ -10,19 +10,15 @@ import numpy as np
 
 from firth.align.precompute import precompute
 from firth.data.annotations import AnnotatedTexts, SimulatedAnnotators
+from firth.data.examples import BuildContext, DatasetSplits, ExamplesConfig, split_records
 from firth.data.labeled import TextFields
 from firth.data.source import MixtureSource, Source, SubsetSource
 from firth.data.unlabeled import UnlabeledSource, choose_labeled
-from firth.evaluate.tokenizer_match import check_same_tokenizer
-from firth.fields import NonNegativeInt, PositiveFloat, PositiveInt, Share
-from firth.objectives.objective import DataStats, Objective
+from firth.fields import NonNegativeInt, PositiveFloat, PositiveInt, Share, path_field
+from firth.objectives.objective import Objective
 from firth.objectives.semi_supervised import teacher_probabilities, unlabeled_example
-from firth.runs.config_io import path_field
-from firth.runs.examples import DatasetSplits, ExamplesConfig, split_records
 from firth.runs.labeled_examples import LabeledConfig, RecordsConfig, read_classes_once
-from firth.runs.prepare import RunData
-from firth.runs.start_model import required_model
-from firth.types import Example, UserError
+from firth.types import DataStats, Example, UserError
 
 
 @dataclass(frozen=True)
@@ -51,7 +47,7 @@ class WrappingConfig(ExamplesConfig):
     def limit_to(self, context: int) -> ExamplesConfig:
         return replace(self, base=self.base.limit_to(context))
 
-    def stats(self, data: RunData, class_names: Sequence[str] = ()) -> DataStats:
+    def stats(self, data: BuildContext, class_names: Sequence[str] = ()) -> DataStats:
         return self.base.stats(data, class_names)
 
 
@@ -70,7 +66,7 @@ class PartiallyLabeledConfig(WrappingConfig):
     unlabeled_ratio: PositiveFloat = 3.0
     unlabeled_path: tuple[str, ...] = path_field("files", ())
 
-    def build(self, data: RunData, objective: Objective) -> DatasetSplits:
+    def build(self, data: BuildContext, objective: Objective) -> DatasetSplits:
         if bool(self.num_labeled) == bool(self.unlabeled_path):
             raise UserError(
                 "set one of examples.unlabeled_path=[FILE], files of texts without a label, and examples.num_labeled=N, a trial "
@@ -91,7 +87,7 @@ class PartiallyLabeledConfig(WrappingConfig):
         parts = [SubsetSource(whole.train, known), UnlabeledSource(SubsetSource(whole.train, others))]
         return replace(whole, train=MixtureSource(parts, [1.0, self.unlabeled_ratio]))
 
-    def _unlabeled(self, valid: Source | None, data: RunData) -> Source:
+    def _unlabeled(self, valid: Source | None, data: BuildContext) -> Source:
         """Return the texts of `unlabeled_path` without those that are held out."""
         texts = self.base.unlabeled(self.unlabeled_path, data)
         if valid is None:
@@ -122,12 +118,10 @@ class PseudoLabeledConfig(PartiallyLabeledConfig):
 
     teacher: str = path_field("model", "")
 
-    def build(self, data: RunData, objective: Objective) -> DatasetSplits:
+    def build(self, data: BuildContext, objective: Objective) -> DatasetSplits:
         what = "the run of `firth train classification` on the labeled records, which gives the pseudo-labels"
-        place = required_model(self.teacher, "examples.teacher", what)
         hint = "train the teacher and this run from the same start, or with the same tokenizer.path"
-        check_same_tokenizer(data.tokenizer, place, "examples.teacher:", hint)
-        model = data.load_frozen(place)
+        model = data.frozen_model(self.teacher, "examples.teacher", what, hint)
         plain = super().build(data, objective)
         vocab = data.tokenizer.vocab
 
@@ -155,7 +149,7 @@ class SimulatedAnnotatorsConfig(WrappingConfig):
     num_annotators: PositiveInt = 5
     annotator_accuracy: Share = 0.7
 
-    def build(self, data: RunData, objective: Objective) -> DatasetSplits:
+    def build(self, data: BuildContext, objective: Objective) -> DatasetSplits:
         whole = self.base.build(data, objective)
         data.log(
             f"a simulation: the labels of {len(whole.train):,} records are replaced by the votes of {self.num_annotators} annotators, "
@@ -187,17 +181,17 @@ class MultiAnnotatorConfig(RecordsConfig):
     def read_fields(self) -> tuple[str, ...]:
         return (self.text_field,)
 
-    def _read(self, paths: Sequence[str], data: RunData, classes: Sequence[str] = ()) -> AnnotatedTexts:
+    def _read(self, paths: Sequence[str], data: BuildContext, classes: Sequence[str] = ()) -> AnnotatedTexts:
         fields = TextFields(self.text_field, self.labels_field)
         return read_classes_once(
             self, paths, data, classes,
             lambda: AnnotatedTexts(paths, data.tokenizer, self.max_length, fields, classes=classes),
         )  # fmt: skip
 
-    def stats(self, data: RunData, class_names: Sequence[str] = ()) -> DataStats:
+    def stats(self, data: BuildContext, class_names: Sequence[str] = ()) -> DataStats:
         return DataStats(class_names=self._read(data.config.paths(data.log), data).classes)
 
-    def build(self, data: RunData, objective: Objective) -> DatasetSplits:
+    def build(self, data: BuildContext, objective: Objective) -> DatasetSplits:
         return split_records(data, lambda paths: self._read(paths, data, objective.constraints.class_names))
 
 

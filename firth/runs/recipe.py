@@ -21,14 +21,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 from firth import objectives
-from firth.fields import NonNegativeInt, OptionalTokenCount, PositiveInt, Validated, VocabSize
+from firth.data.config import DataConfig
+from firth.data.examples import ExamplesConfig
+from firth.fields import NonNegativeInt, OptionalTokenCount, PositiveInt, Validated, VocabSize, path_field
 from firth.model.config import ModelConfig
 from firth.objectives.objective import Objective, Sum
 from firth.runs import config_io
 from firth.runs.compatibility import EXAMPLES, check_recipe
-from firth.runs.examples import ExamplesConfig
 from firth.runs.peft_options import PEFT_METHODS, FullFinetuning, PeftConfig
-from firth.runs.prepare import DataConfig
 from firth.runs.recipe_names import RECIPES
 from firth.runs.start_model import model_directory
 from firth.tokenizer.tokenizer import Tokenizer
@@ -49,7 +49,7 @@ class TokenizerConfig(Validated, section="tokenizer"):
         sample_bytes: Bytes of text to train on, sampled over the whole corpus.
     """
 
-    path: str = config_io.path_field("tokenizer", "")
+    path: str = path_field("tokenizer", "")
     algorithm: Literal["bpe", "byte-bpe", "wordpiece", "unigram", "word"] = "byte-bpe"
     vocab_size: VocabSize = 8192
     byte_fallback: bool = True
@@ -196,9 +196,9 @@ class Recipe(Validated):
     data: DataConfig = DataConfig()
     tokenizer: TokenizerConfig = TokenizerConfig()
     model: ModelConfig | None = None
-    init_from: str = config_io.path_field("model", "")
+    init_from: str = path_field("model", "")
     peft: PeftConfig = FullFinetuning()
-    init_embeddings_from: str = config_io.path_field("model", "")
+    init_embeddings_from: str = path_field("model", "")
     init_head_from_frequencies: bool = True
     batch: BatchConfig = BatchConfig()
     optimizer: OptimizerConfig = OptimizerConfig()

@@ -6,6 +6,7 @@ import dataclasses
 import functools
 from typing import Literal
 
+from firth.data.examples import ExamplesConfig
 from firth.doctor import device as best_device
 from firth.model.config import ModelConfig
 from firth.model.empty_weights import init_empty_weights
@@ -15,7 +16,6 @@ from firth.objectives.objective import Objective
 from firth.pretrained.load_save import check_vocab_fits
 from firth.runs import config_io
 from firth.runs.compatibility import check_available_memory, check_pattern, check_recipe, limit_lengths
-from firth.runs.examples import ExamplesConfig
 from firth.runs.peft_options import FullFinetuning, add_layer_mixture
 from firth.runs.prepare import RunData
 from firth.runs.recipe import MODEL_CONFIG_HINT, Recipe, ResolvedRecipe, load_resolved, published

@@ -16,8 +16,9 @@ import torch
 
 from firth import kernel_choice
 from firth.align.rewards import RewardError
-from firth.data import text_cache
+from firth.data import class_counts, text_cache
 from firth.data.collate import Batches
+from firth.data.examples import DatasetSplits
 from firth.doctor import device as best_device
 from firth.evaluate.tokenizer_match import check_same_tokenizer
 from firth.generate import embeddings
@@ -32,8 +33,7 @@ from firth.peft.lora import num_trainable_parameters
 from firth.pretrained.load_save import init_from_model, save_model
 from firth.report.page import write as write_report
 from firth.report.run_report import run_report
-from firth.runs import class_counts, config_io, examples, model_card, report_texts
-from firth.runs.examples import DatasetSplits
+from firth.runs import config_io, examples, model_card, report_texts
 from firth.runs.init_head import init_head
 from firth.runs.loaded_model import Model
 from firth.runs.prepare import RunData
@@ -170,7 +170,7 @@ def prepare_tokenizer(recipe: Recipe, context: RunContext) -> RunData:
     check_start_tokenizers(tokenizer, recipe)
     check_vocab(recipe, tokenizer)
     start = StartModel(recipe.init_from)
-    return RunData(recipe.data, tokenizer, context.directory, start, recipe.batch.size, recipe.seed, context.log)
+    return RunData(recipe.data, tokenizer, context.directory, recipe.batch.size, recipe.seed, context.log, start=start)
 
 
 def finished_run(resolved: ResolvedRecipe, identity: RunIdentity, context: RunContext) -> RunResult | None:

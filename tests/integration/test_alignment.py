@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from firth import objectives
-from firth.align.rewards import FunctionReward, Rollout, sample_preference
+from firth.align.rewards import FunctionReward, Rollout, named_function, sample_preference
 from firth.align.rollouts import RolloutSource
 from firth.model import presets
 from firth.model.config import ModelConfig, decoder_config
@@ -26,7 +26,6 @@ from firth.model.heads import LMHead
 from firth.model.model import LM
 from firth.objectives.reward_model import Ranking
 from firth.pretrained.load_save import load_model, save_model
-from firth.runs.alignment_examples import function
 from firth.runs.recipe import load
 from firth.runs.run import run
 from firth.tokenizer.tokenizer import Tokenizer
@@ -266,15 +265,15 @@ def test_a_reward_that_fails_on_a_preference_is_reported(workdir: Path) -> None:
 
 def test_reward_functions_are_found_in_the_working_directory(rewards: Path) -> None:
     rewards.write_text("def brief(text):\n    return 1.0\n\n\nlevel = 3\n")
-    assert function(f"{rewards.stem}:brief")("x") == 1.0
+    assert named_function(f"{rewards.stem}:brief")("x") == 1.0
     with pytest.raises(UserError, match="write module:function, of an installed module or of a file in"):
-        function("rewards_of_nobody:brief")
+        named_function("rewards_of_nobody:brief")
     with pytest.raises(UserError, match="is of type int: name a function"):
-        function(f"{rewards.stem}:level")
+        named_function(f"{rewards.stem}:level")
     broken = rewards.with_name(f"broken_{rewards.name}")
     broken.write_text("def brief(text) return 1\n")
     with pytest.raises(UserError, match=f"'{broken.stem}:brief' cannot be imported: SyntaxError"):
-        function(f"{broken.stem}:brief")
+        named_function(f"{broken.stem}:brief")
 
 
 def test_equal_rewards_do_not_change_the_weights(workdir: Path, rewards: Path) -> None:

@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 import yaml
 
+from firth.data.config import DataConfig
 from firth.data.source import Source
 from firth.runs import examples
 from firth.runs.examples import WindowsConfig, spread
-from firth.runs.prepare import DataConfig, RunData, train_tokenizer
+from firth.runs.prepare import RunData, train_tokenizer
 from firth.runs.recipe import load
 from firth.runs.run import run
 from firth.tokenizer.tokenizer import Tokenizer

@@ -9,6 +9,7 @@ import pytest
 
 from firth.corpora.readers import Document
 from firth.data import windows
+from firth.data.config import DataConfig
 from firth.data.token_store import TokenStore
 from firth.objectives.masked_lm import MLM
 from firth.objectives.objective import Objective
@@ -16,7 +17,7 @@ from firth.objectives.replaced_tokens import RTD
 from firth.objectives.sentence_pairs import SOP
 from firth.objectives.seq2seq import Denoising, SpanCorruption
 from firth.runs.examples import ChunksConfig, SegmentPairsConfig
-from firth.runs.prepare import DataConfig, RunData
+from firth.runs.prepare import RunData
 from firth.runs.recipe import load
 from firth.runs.run import run
 from firth.runs.tokenizer import fallbacks, resolve_segmentation

@@ -60,3 +60,37 @@ def test_multiemo(tmp_path: Path) -> None:
 def test_multiemo_with_different_labels_is_rejected(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="sentence 0"):
         prepare.multiemo([sentences("fr", "Oui."), sentences("en", "No.", label="positive")], tmp_path)
+
+
+def test_bigbench_unpacks_small_tasks_below_their_names(tmp_path: Path) -> None:
+    root = "bigbench-1.0.0/bigbench/benchmark_tasks"
+    members = [
+        (f"{root}/one/task.json", io.BytesIO(b"{}")),
+        (f"{root}/two/part/task.json", io.BytesIO(b"[]")),
+        (f"{root}/multiemo/x/task.json", io.BytesIO(b"{}")),
+        (f"{root}/big/task.json", io.BytesIO(bytes(prepare.LARGEST_TASK + 1))),
+    ]
+    summary = prepare.bigbench(members, tmp_path)
+    assert summary == "2 tasks, NAME/task.json each (2 large ones, and those of other corpora, left out)"
+    found = {str(path.relative_to(tmp_path)): path.read_bytes() for path in tmp_path.rglob("*.json")}
+    assert found == {"one/task.json": b"{}", "two/part/task.json": b"[]"}
+
+
+def test_bigbench_never_writes_outside_of_the_cache(tmp_path: Path) -> None:
+    members = [("x/benchmark_tasks/../../task.json", io.BytesIO(b"{}"))]
+    with pytest.raises(UserError, match="outside of the cache"):
+        prepare.bigbench(members, tmp_path / "out")
+
+
+def test_mmlu(tmp_path: Path) -> None:
+    prompt = (
+        "The following are questions.\n\nQ: 1 + 1?\n(A) 1 (B) 2 (C) 3 (D) 4\nA: Let's think step by step. One more. "
+        "The answer is (B).\n\nQ: Which?\n(A) a\n(B) b\n(C) c\n(D) d\nA: Let's think step by step. Last. The answer is (D)."
+        "\n\nQ: Five?\n(A) 1 (B) 2 (C) 3 (D) 4 (E) 5\nA: Let's think step by step. No. The answer is (E).\n\n"
+    )
+    summary = prepare.mmlu(given(json.dumps({"sums": prompt}), name="p.json"), tmp_path)
+    assert summary == "2 questions in mmlu.jsonl (1 with five choices left out)"
+    assert rows(tmp_path / "mmlu.jsonl") == [
+        {"question": "1 + 1?", "choices": ["1", "2", "3", "4"], "answer": 1, "subject": "sums", "rationale": "One more."},
+        {"question": "Which?", "choices": ["a", "b", "c", "d"], "answer": 3, "subject": "sums", "rationale": "Last."},
+    ]  # fmt: skip

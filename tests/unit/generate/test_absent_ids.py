@@ -15,7 +15,7 @@ from tokenizers import Tokenizer as Rust
 from tokenizers import decoders, models, pre_tokenizers
 
 from firth.align.rewards import FunctionReward
-from firth.align.rollouts import RolloutConfig, RolloutSource
+from firth.align.rollouts import RolloutsConfig, RolloutSource
 from firth.data.collate import collate
 from firth.evaluate.perplexity import likelihood
 from firth.evaluate.task import load_evaluated_model
@@ -148,7 +148,7 @@ def test_rollouts_use_tokens_only(tokenizer: Tokenizer) -> None:
             model.places.weight.mul_(1.1)
         source = RolloutSource(
             prompts(tokenizer), tokenizer, FunctionReward(lambda text: float(len(text))), reference,
-            config=RolloutConfig(rollout_size=6, steps=1, max_new_tokens=8),
+            config=RolloutsConfig(rollout_size=6, max_new_tokens=8), steps=1,
         )  # fmt: skip
         found.append(source.prepare(model, 0))
         assert max(int(s.tokens.max()) for s in source.samples) < tokenizer.vocab.size

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from firth.align.precompute import precompute
 from firth.data.annotations import AnnotatedTexts, SimulatedAnnotators, majority
 from firth.data.collate import collate, pack
+from firth.data.config import DataConfig
 from firth.data.labeled import LabeledTexts, TextFields, UnlabeledTexts
 from firth.data.source import MixtureSource, Source, SubsetSource
 from firth.data.unlabeled import UnlabeledSource, choose_labeled
@@ -32,7 +33,7 @@ from firth.objectives.semi_supervised import (
 )
 from firth.runs import labeled_examples
 from firth.runs.noisy_label_examples import PartiallyLabeledConfig
-from firth.runs.prepare import DataConfig, RunData
+from firth.runs.prepare import RunData
 from firth.tokenizer.vocab import Vocab
 from firth.training.step import step
 from firth.types import IGNORE, Example, UserError

@@ -13,10 +13,10 @@ from firth.data.collate import collate, label_fields_of, pack
 from firth.model.config import ModelConfig
 from firth.model.model import LM
 from firth.objectives.causal_lm import CausalLM
-from firth.objectives.objective import DataStats, Objective
+from firth.objectives.objective import Objective
 from firth.objectives.policy_gradient import GRPO, PER_TOKEN, PPO, RLOO, PolicyObjective, Reinforce, kl_estimate
 from firth.training.step import step
-from firth.types import Batch, Example, UserError
+from firth.types import Batch, DataStats, Example, UserError
 from tests.support.byte_tokenizer import ByteTokenizer
 
 VOCAB = ByteTokenizer.vocab

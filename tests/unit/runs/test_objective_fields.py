@@ -14,7 +14,10 @@ import pytest
 import torch
 
 from firth import objectives
+from firth.align.rollouts import RolloutsConfig
 from firth.data.collate import Batches
+from firth.data.config import DataConfig
+from firth.data.examples import DatasetSplits, ExamplesConfig
 from firth.model.config import (
     AttentionPattern,
     ModelConfig,
@@ -30,11 +33,10 @@ from firth.objectives.masked_lm import MLM
 from firth.objectives.objective import Objective, components
 from firth.objectives.policy_gradient import Reinforce
 from firth.pretrained.load_save import save_model
-from firth.runs.alignment_examples import RolloutsConfig
 from firth.runs.compatibility import EXAMPLES, check_fields, check_pattern
-from firth.runs.examples import ChunksConfig, DatasetSplits, ExamplesConfig, SegmentPairsConfig, WindowsConfig
+from firth.runs.examples import ChunksConfig, SegmentPairsConfig, WindowsConfig
 from firth.runs.noisy_label_examples import PartiallyLabeledConfig, PseudoLabeledConfig
-from firth.runs.prepare import DataConfig, RunData, train_tokenizer
+from firth.runs.prepare import RunData, train_tokenizer
 from firth.runs.start_model import StartModel
 from firth.tokenizer.tokenizer import Tokenizer
 from firth.training.precision import casts
@@ -87,7 +89,7 @@ class Place:
         start = str(self.folder / ("causal" if config.causal else "classifier"))
         source = DataConfig(path=(str(file),), split_by="line")
         place = self.folder / "cut" / (objectives.name_of(type(objective)) if name == "pseudo_labeled" else "")
-        data = RunData(source, self.tokenizer, place, StartModel(start), batch_size=2, log=lambda _: None)
+        data = RunData(source, self.tokenizer, place, start=StartModel(start), batch_size=2, log=lambda _: None)
         examples = self.segment(name, objective)
         objective = objective.configure(lambda: examples.stats(data, objective.constraints.class_names), config)
         return examples.build(data, objective), objective
