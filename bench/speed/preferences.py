@@ -126,7 +126,7 @@ def firth_setup(task: Task) -> tuple[Any, Any, Any]:
     from firth.align.rewards import PreferencePair, PreferencePairs, Rollout
     from firth.data.collate import Batches
     from firth.model.model import LM
-    from firth.objectives.dpo import DPO, build_comparison, ref_logprobs
+    from firth.objectives.preferences import DPO, build_comparison, ref_logprobs
     from firth.objectives.reward_model import RewardModeling
     from firth.pretrained.load_save import init_from, load_model
     from firth.tokenizer.vocab import Vocab

@@ -97,7 +97,9 @@ def answer_rewards(rewards: np.ndarray, real: np.ndarray, group: int) -> np.ndar
     total = np.where(real, rewards, 0.0).sum(1)
     by_group = total.reshape(-1, group if group > 1 else len(total))
     if by_group.shape[1] < 2:
-        raise UserError("a baseline needs at least two answers: raise examples.rollout_size or examples.num_generations")
+        raise UserError(
+            "a baseline needs at least two answers: raise examples.rollout_size or examples.num_generations"
+        )
     return by_group
 
 

@@ -3,7 +3,7 @@
 A reference model (DPO) or a teacher needs no gradient, so its outputs are computed once before training, and the model is
 released.
 
-    pairs = precompute(pairs, reference_model, build_comparison, ref_logprobs)      # firth.objectives.dpo
+    pairs = precompute(pairs, reference_model, build_comparison, ref_logprobs)      # firth.objectives.preferences
     pairs[0]["reference"]                                                           # array([-31.2, -40.7], dtype=float32)
 
 With a directory, the numbers are memory-mapped files that are filled by index: after an interruption the same call resumes, and

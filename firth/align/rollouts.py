@@ -339,7 +339,9 @@ class RolloutSource(Source):
             "reward_deviation": float(score.std()),
             "penalized": float(rewards.sum(1).mean()),
             "kl_per_token": float(numbers["kl"][real].mean()),
-            "kl_per_token_estimate": float(kl_estimate(torch.from_numpy(old[real]), torch.from_numpy(reference[real])).mean()),
+            "kl_per_token_estimate": float(
+                kl_estimate(torch.from_numpy(old[real]), torch.from_numpy(reference[real])).mean()
+            ),
             "entropy": float(numbers["entropy"][real].mean()),
         }
         self.history.append(metrics | {"phase": float(self.number)})

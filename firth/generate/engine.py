@@ -36,7 +36,6 @@ from firth.tokenizer import chat
 from firth.tokenizer.tokenizer import Tokenizer
 from firth.types import UserError
 
-
 ADMISSION = 4
 """Waiting prompts are admitted once one in so many rows is free: each admission copies the keys and values of all rows."""
 

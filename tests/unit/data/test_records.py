@@ -17,7 +17,7 @@ from firth.data.collate import Batches
 from firth.data.labeled import LabeledTexts, TextFields
 from firth.data.records import DialogueRecords, PreferenceRecords, Records, Seq2SeqRecords, comparison, prompts
 from firth.objectives.classification import Classification
-from firth.objectives.dpo import DPO
+from firth.objectives.preferences import DPO
 from firth.objectives.reward_model import RewardModeling
 from firth.objectives.sft import SFT, Seq2SeqSFT
 from firth.tokenizer import chat

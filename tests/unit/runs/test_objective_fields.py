@@ -119,6 +119,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
     write("multiple_choice", lambda i: {"text": some[i], "options": ["swims", "sleeps"], "label": 1})
     write("dialogues-seq2seq-rollouts", lambda i: {"prompt": some[i], "completion": some[-i]})
     write("preferences-ref_logprobs", lambda i: {"prompt": some[i], "chosen": "swims", "rejected": "sleeps"})
+    write("unpaired_preferences", lambda i: {"prompt": some[i], "completion": "swims", "label": i % 2 == 0})
     write("rankings", lambda i: {"prompt": some[i], "answers": ["swims", "sleeps", "otter"][: 2 + i % 2]})
     ids, ends = {"prompt": [60, 61], "chosen": [50, 51], "rejected": [50, 51]}, {"chosen": True, "rejected": True}
     texts_of = {"prompt": "y", "chosen": "x", "rejected": "x", "margin": 1.0}
