@@ -133,7 +133,7 @@ class KVCache:
         merged = KVCache(self.rows + other.rows, length + room)
         merged.length = length
         # A stable sort puts padding first and leaves the tokens in order: (rows, slots).
-        slots = [mask.int().argsort(1, stable=True)[:, -length:] for mask in masks]
+        slots = [mask.int().argsort(dim=1, stable=True)[:, -length:] for mask in masks]
 
         def joined(pair: tuple[Tensor, Tensor], axis: int) -> Tensor:
             """Return the tensors (rows, ..., slots, ...) of both caches in one, whose last slots are in use."""

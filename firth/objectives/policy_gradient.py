@@ -157,7 +157,7 @@ def clipped_surrogate(log_ratio: Tensor, advantage: Tensor, low: float, high: fl
 
 @dataclass(frozen=True, kw_only=True)
 class PolicyObjective(Objective):
-    """Base class of the objectives that improve a policy on sampled answers: "tokens", "mask" and PER_TOKEN, each (n,).
+    """Base class of the objectives that improve a policy on sampled answers: "tokens", "mask" and numbers per token, each (n,).
 
     Args:
         ptx_coef: Weight of the next-token loss on rows of text, which have "tokens" alone (PPO-ptx); 0 for none.
@@ -165,8 +165,13 @@ class PolicyObjective(Objective):
 
     ptx_coef: NonNegativeFloat = 0.0
 
-    inputs = frozenset({"tokens", "mask", *PER_TOKEN})
+    inputs = frozenset({"tokens", "mask", "old", "reference", "advantage"})
     attention = "causal"
+
+    @property
+    def numbers(self) -> tuple[str, ...]:
+        """The fields of PER_TOKEN that it reads."""
+        return tuple(name for name in PER_TOKEN if name in self.inputs)
 
     @property
     def answer_terms(self) -> Mapping[str, str]:
@@ -191,14 +196,15 @@ class PolicyObjective(Objective):
         nothing = np.full(len(seen["labels"]), IGNORE)
         answer_labels = nothing.copy()
         answer_labels[np.flatnonzero(example["mask"][1:])[-1]] = 0  # counts answers, in packed rows too
-        extra = {"ptx_labels": nothing} if self.ptx_coef else {}
-        return seen | {name: example[name][1:] for name in PER_TOKEN} | {"answer_labels": answer_labels} | extra
+        extra = {"ptx_labels": nothing, "document_ids": np.zeros_like(nothing)} if self.ptx_coef else {}
+        return seen | {name: example[name][1:] for name in self.numbers} | {"answer_labels": answer_labels} | extra
 
     def _text_row(self, example: Example, vocab: Vocab, rng: np.random.Generator) -> Example:
         """Return a row of text: next-token labels in `ptx_labels`, and no sampled token."""
-        seen = CausalLM().build_example({"tokens": example["tokens"]}, vocab, rng)
+        whole = {"document_ids": np.zeros(len(example["tokens"]), np.int64)} | example
+        seen = CausalLM().build_example(whole, vocab, rng)
         nothing = np.full(len(seen["labels"]), IGNORE)
-        zeros = {name: np.zeros(len(nothing), np.float32) for name in PER_TOKEN}
+        zeros = {name: np.zeros(len(nothing), np.float32) for name in self.numbers}
         return seen | zeros | {"labels": nothing, "answer_labels": nothing, "ptx_labels": seen["labels"]}
 
     def forward(self, model: LM, batch: Batch) -> Outputs:
@@ -216,7 +222,7 @@ class PolicyObjective(Objective):
         the policy that sampled (k3); `clipped`, the tokens whose gradient the clip has stopped.
         """
         at = batch["labels"] != IGNORE
-        fields = {name: batch[name][at] for name in PER_TOKEN}
+        fields = {name: batch[name][at] for name in self.numbers}
         logprobs = log_probs(model, outputs["hidden"], batch["labels"])[at]  # (N,)
         terms, clipped = self._answer_loss(logprobs, fields, batch)
         if self.ptx_coef:
@@ -236,7 +242,7 @@ class PolicyObjective(Objective):
 
         Args:
             logprobs: Log-probability of each sampled token, (N,).
-            fields: PER_TOKEN of each sampled token, (N,) each.
+            fields: The numbers of each sampled token, (N,) each.
             batch: The batch.
         """
         raise NotImplementedError(type(self).__name__)
@@ -267,6 +273,8 @@ class PPO(PolicyObjective):
     value_clip_range: NonNegativeFloat = 0.2
     value_coef: NonNegativeFloat = 0.1
     critic: Literal["own", "shared"] = "own"
+
+    inputs = frozenset({"tokens", "mask", *PER_TOKEN})
 
     @property
     def answer_terms(self) -> Mapping[str, str]:
