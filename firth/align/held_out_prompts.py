@@ -29,6 +29,7 @@ class HeldOutPrompts:
         max_new_tokens: The most tokens of an answer.
         seed: Seed of the answers, the same at every measurement, so that two measurements differ less by chance.
         true_reward_function: A reward that is not trained on; None without one.
+        stops: Tokens that end an answer; default: those of the tokenizer.
     """
 
     prompts: Sequence[Prompt]
@@ -38,6 +39,7 @@ class HeldOutPrompts:
     max_new_tokens: int
     seed: int
     true_reward_function: RewardFunction | None = None
+    stops: Sequence[int] | None = None
 
     def measure(self, model: LM, count: int) -> dict[str, float]:
         """Sample an answer to each of `count` evenly spaced prompts; return the means of reward, truth, KL, length and finished.
@@ -49,7 +51,7 @@ class HeldOutPrompts:
         size = min(count or len(self.prompts), len(self.prompts))
         some = [self.prompts[i] for i in np.linspace(0, len(self.prompts) - 1, size).round().astype(int)]
         tokens = [prompt.tokens for prompt in some]
-        written = Engine(model, self.tokenizer).generate(
+        written = Engine(model, self.tokenizer, self.stops).generate(
             tokens, Sampling(max_new_tokens=self.max_new_tokens, seed=self.seed)
         )
         samples = [Rollout.of(p.tokens, w, p.fields) for p, w in zip(some, written, strict=True)]

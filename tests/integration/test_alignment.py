@@ -335,5 +335,5 @@ def test_rankings_train_a_reward_model_in_one_command(workdir: Path, tmp_path: P
     short = load("ranking", [*plain, "objective.num_answers=3"])
     with pytest.raises(UserError, match="a ranking of 4 answers does not fit into a group of 2 to 3"):
         run(short, tmp_path / "short", lambda line: None)
-    more = (f"examples.reward_model={out}", "examples.reward_function=")
+    more = (f"examples.reward_model={out}", "examples.reward_function=[]")
     assert np.isfinite(first_rows(workdir, tmp_path / "ppo", "ppo", *more)["rollouts"]["reward"])
