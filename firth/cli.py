@@ -477,11 +477,22 @@ def evaluate(
         bool,
         typer.Option("--within-word", help="Prompts, masked models: mask the rest of a word with each of its tokens."),
     ] = False,
+    contamination: Annotated[
+        list[str] | None, typer.Option(help="Prompts: look the questions up in the training text of this run.")
+    ] = None,
+    board: Annotated[
+        bool, typer.Option("--board", help="Compare results: MODEL... are directories that --out wrote.")
+    ] = False,
     out: Annotated[
         Path | None, typer.Option(help="Prompts: write report.html, results.json and a record per item here.")
     ] = None,
 ) -> None:
     """Evaluate a model: perplexity, bits per byte, accuracy, the metrics of its objective, or tasks in prompts."""
+    if board:
+        from firth.runs.board import board as compare_results
+
+        typer.echo(compare_results(models, out, json))
+        return
     from firth.evaluate.prompting.task_files import is_prompt_task
 
     tasks = task or []
@@ -494,7 +505,7 @@ def evaluate(
         typer.echo(
             evaluate_and_report(
                 models, tasks, config, data=data or (), examples=examples or (), weights=weights or None,
-                within_word=within_word, out=out, as_json=json,
+                within_word=within_word, out=out, as_json=json, contamination=contamination or (),
             )
         )  # fmt: skip
         return
@@ -525,7 +536,7 @@ def predict(
 
     One row per record, in order, with its number and id.
     """
-    from firth.corpora.read_stats import many
+    from firth.corpora.input_files import many
     from firth.evaluate.predict import check_output_path, write
     from firth.evaluate.predict import predict as rows
 

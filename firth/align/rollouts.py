@@ -52,9 +52,8 @@ from firth.data.source import MixtureSource, Source
 from firth.data.split import held_out_keys
 from firth.data.windows import Windows
 from firth.fields import NonNegativeFloat, NonNegativeInt, PositiveInt, Share, TokenCount, path_field
-from firth.generate.engine import Engine
+from firth.generate.engine import Engine, IncrementalDecoder
 from firth.generate.sampling import Sampling
-from firth.generate.streaming import IncrementalDecoder
 from firth.model.model import LM
 from firth.objectives.objective import Objective
 from firth.objectives.policy_gradient import PER_TOKEN, KLEstimator, has_critic, init_critic, kl_estimate

@@ -30,6 +30,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
 import tempfile
 from array import array
@@ -43,7 +44,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from firth.corpora import readers, tables
-from firth.corpora.read_stats import ReadStats
+from firth.corpora.input_files import ReadStats
 from firth.data.conversations import comparison, messages_of, prompt_of
 from firth.data.source import Source
 from firth.data.split import content_key
@@ -447,14 +448,16 @@ def fill_templates(record: Record, forms: tuple[str, str]) -> Record:
 
 
 class PreferenceRecords(Records):
-    """Two answers to one prompt, one of them preferred: {"chosen_tokens", "chosen_mask", "rejected_tokens", ...}.
+    """Two answers to one prompt, one of them preferred: {"chosen_tokens", "chosen_mask", "rejected_tokens", ..., "margin" (1,)}.
 
-    The masks are True on the answers and their stop tokens only, not on assistant turns in the prompt. A pair is left out as
-    unanswered if `length` leaves no room for one of its answers, or if the answers are equal.
+    "margin" is the number of that name in the record, by which the chosen answer is better, or NaN. The masks are True on the
+    answers and their stop tokens only, not on assistant turns in the prompt. A pair is left out as unanswered if `length`
+    leaves no room for one of its answers, or if the answers are equal.
     """
 
     columns: ClassVar[dict[str, type]] = {
         "chosen_tokens": np.int32, "chosen_mask": np.bool_, "rejected_tokens": np.int32, "rejected_mask": np.bool_,
+        "margin": np.float32,
     }  # fmt: skip
 
     def group(self, record: Record) -> str:
@@ -464,7 +467,7 @@ class PreferenceRecords(Records):
     def example(self, record: Record, encoded: list[np.ndarray]) -> Example | None:
         prompt, *answers = comparison(record)
         prompt_length = len(chat.encode(self.tokenizer, prompt)[0])
-        output: Example = {}
+        output: Example = {"margin": np.array([_margin(record)])}
         for side, answer in zip(("chosen", "rejected"), answers, strict=True):
             tokens, mask = chat.encode(self.tokenizer, [*prompt, *answer])
             mask &= np.arange(len(tokens)) >= prompt_length
@@ -472,6 +475,20 @@ class PreferenceRecords(Records):
         answered = output["chosen_mask"].any() and output["rejected_mask"].any()
         differ = not np.array_equal(output["chosen_tokens"], output["rejected_tokens"])
         return output if answered and differ else None
+
+
+def _margin(record: Record) -> float:
+    """Return the `margin` of a preference; NaN where it has none."""
+    margin = record.get("margin")
+    if margin in (None, ""):
+        return math.nan
+    try:
+        found = float(margin)
+    except (TypeError, ValueError):
+        found = math.nan
+    if not math.isfinite(found):
+        raise UserError(f"the `margin` of a preference must be a number, not {margin!r:.60}")
+    return found
 
 
 @dataclass(frozen=True, eq=False)

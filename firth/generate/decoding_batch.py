@@ -166,9 +166,11 @@ class DecodingBatch:
         """Run the model on the last token of each row and return the next token's logits: (rows, vocab)."""
         if self.started:
             token, self.next = self.seen[:, -1:], self.next + 1
+            # A finished row is decoded with the others, and may be at the end of the context.
+            positions = (self.next - 1).clamp(max=self.model.context - 1)
             if self.decoder is not None:
-                return self.decoder(token, self.next - 1)
-            self.state = self.model({"tokens": token, "positions": self.next - 1}, ForwardContext(self.cache))[:, -1]
+                return self.decoder(token, positions)
+            self.state = self.model({"tokens": token, "positions": positions}, ForwardContext(self.cache))[:, -1]
         return self.head(self.state)
 
     def join(self, other: DecodingBatch) -> None:

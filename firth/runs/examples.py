@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from firth.corpora.read_stats import ReadStats
+from firth.corpora.input_files import ReadStats
 from firth.data import class_counts, records, windows
 from firth.data.config import DataConfig
 from firth.data.examples import BuildContext, DatasetSplits, ExamplesConfig, split_records
@@ -265,8 +265,8 @@ class Seq2SeqConfig(ExamplesConfig):
         return split_records(data, read)
 
 
-PREFERENCE_FIELDS = frozenset({"chosen_tokens", "chosen_mask", "rejected_tokens", "rejected_mask"})
-"""The fields of a chosen and a rejected answer to one prompt."""
+PREFERENCE_FIELDS = frozenset({"chosen_tokens", "chosen_mask", "rejected_tokens", "rejected_mask", "margin"})
+"""The fields of a chosen and a rejected answer to one prompt, and by how much the chosen one is better."""
 
 
 @dataclass(frozen=True)

@@ -34,7 +34,8 @@ _FIELDS: Example = {
     "tags": np.zeros(LENGTH, np.int64), "start": 2, "end": 3, "source": _TEXT, "target": _TEXT[:3],
     "kept": np.ones(SIZE), "noise": np.arange(1, SIZE + 1) / SIZE,
     "options": [{"tokens": _TEXT}, {"tokens": _TEXT[:4]}],
-    "desirable": np.array([True]), "answers": [_TEXT, _TEXT[:6]], "masks": [_MASK, _MASK[:6]], "rank": np.array([0, 1]),
+    "desirable": np.array([True]), "margin": np.zeros(1),
+    "answers": [_TEXT, _TEXT[:6]], "masks": [_MASK, _MASK[:6]], "rank": np.array([0, 1]),
 }  # fmt: skip
 _FIELDS |= {
     f"{side}_{name}": _FIELDS[name] for side in ("chosen", "rejected", "mismatched") for name in ("tokens", "mask")

@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from firth.tokenizer import template_process
+from firth.tokenizer import chat_template
 from firth.types import UserError
 
 STEP_BY_STEP = "Let's think step by step."
@@ -38,7 +38,7 @@ class Item:
 
 def check_template(template: str, location: str) -> None:
     """Raise a UserError with the location if a template is not valid Jinja."""
-    reply = template_process.send({"template": template, "fields": None, "value": False})
+    reply = chat_template.send({"template": template, "fields": None, "value": False})
     if reply is None or "error" in reply:
         why = "it takes too long" if reply is None else reply["error"]
         raise UserError(f"{location}: the template {template!r} cannot be used: {why}")
@@ -64,7 +64,7 @@ def _filled(template: str, item: Item, value: bool) -> Any:
         return item.fields[template]
     if "{" not in template:
         return template
-    reply = template_process.send({"template": template, "fields": dict(item.fields), "value": value})
+    reply = chat_template.send({"template": template, "fields": dict(item.fields), "value": value})
     if reply is None or "error" in reply:
         why = "it takes more time than any prompt" if reply is None else reply["error"]
         names = ", ".join(map(repr, item.fields))

@@ -1,5 +1,6 @@
 """Loss and gradients of preference optimization and the reward model against TRL's trainers, on one Llama with random weights."""
 
+import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -58,10 +59,7 @@ def pairs() -> list[dict[str, list[int]]]:
 
 @pytest.fixture(scope="module")
 def source(pairs: list[dict[str, list[int]]]) -> PreferencePairs:
-    def sample(p: dict[str, list[int]], side: str) -> Rollout:
-        return Rollout(np.array(p["prompt_ids"]), np.array(p[f"{side}_ids"]), "", True)
-
-    return PreferencePairs([PreferencePair(sample(p, "chosen"), sample(p, "rejected"), 1.0) for p in pairs])
+    return pairs_source(pairs)
 
 
 def trainer(
@@ -112,7 +110,7 @@ def test_dpo_equals_trl(
         precomputed, objective, ByteTokenizer.vocab, batch_size=PAIRS, seed=0, gradient_accumulation_steps=2
     ).batches(0)
     terms = step(firth_model, objective, batches)
-    assert abs(float(terms["dpo"]) - float(loss)) < 1e-5
+    assert abs(float(terms["dpo"]) - float(loss.detach())) < 1e-5
     logged = {name: values[-1] for name, values in trl_trainer._metrics["eval"].items()}
     assert float(terms["margin"]) == pytest.approx(logged["rewards/margins"], abs=1e-5)
     assert beta * float(terms["chosen"]) == pytest.approx(logged["rewards/chosen"], abs=1e-5)
@@ -177,7 +175,7 @@ def test_simpo_equals_trl(smoothing: float, pairs: list, tokenizer: object, tmp_
     loss, logged = trl_trainer.get_batch_loss_metrics(policy, reference_free_batch(pairs))
     loss.backward()
     terms = pair_step(firth_model, SimPO(beta=2.0, gamma=0.7, label_smoothing=smoothing), pairs_source(pairs))
-    assert abs(float(terms["simpo"]) - float(loss)) < 1e-5
+    assert abs(float(terms["simpo"]) - float(loss.detach())) < 1e-5
     assert float(terms["margin"]) == pytest.approx(logged["rewards/margins"], abs=1e-5)
     assert float(terms["chosen_logprob"]) == pytest.approx(logged["logps/chosen"], abs=1e-5)
     assert float(terms["accuracy"]) == pytest.approx(logged["rewards/accuracies"])
@@ -202,7 +200,7 @@ def test_orpo_equals_trl(prompt: str, pairs: list, tokenizer: object, tmp_path: 
     if prompt == "one token":
         loss.backward()
         assert float(terms["tokens"]) == pytest.approx(logged["nll_loss"], abs=1e-5)
-        assert abs(float(terms["tokens"] + terms["odds"]) - float(loss)) < 1e-5
+        assert abs(float(terms["tokens"] + terms["odds"]) - float(loss.detach())) < 1e-5
         assert torch.allclose(firth_model.tokens.weight.grad, policy.model.embed_tokens.weight.grad, atol=1e-5)
 
 
@@ -238,7 +236,7 @@ def test_kto_equals_trl(seeds: tuple, clamped: bool, pairs: list, tokenizer: obj
         return {f"{prefix}tokens": tokens, f"{prefix}mask": np.arange(len(tokens)) >= len(prompt)}
 
     examples = [
-        row(p["prompt_ids"], a, "") | row(p["prompt_ids"], b, "mismatched_") | {"desirable": label}
+        row(p["prompt_ids"], a, "") | row(p["prompt_ids"], b, "mismatched_") | {"desirable": np.array([label])}
         for p, a, b, label in zip(pairs, answers, other, labels, strict=True)
     ]
     precomputed = precompute(ListSource(examples), firth_frozen, build_mismatched, ref_logprobs, batch_size=4)
@@ -246,7 +244,7 @@ def test_kto_equals_trl(seeds: tuple, clamped: bool, pairs: list, tokenizer: obj
     [batch] = Batches(precomputed, objective, ByteTokenizer.vocab, batch_size=PAIRS, seed=0).batches(0)
     terms = step(firth_model, objective, [batch])
     logged = {name: values[-1] for name, values in trl_trainer._metrics["eval"].items()}
-    assert abs(float(terms["kto"]) - float(loss)) < 1e-5
+    assert abs(float(terms["kto"]) - float(loss.detach())) < 1e-5
     assert float(terms["kl_per_answer"]) == pytest.approx(logged["kl"], abs=1e-5)
     assert (logged["kl"] == 0) == clamped
     assert 0.5 * float(terms["chosen"]) == pytest.approx(logged["rewards/chosen"], abs=2e-5)
@@ -267,7 +265,14 @@ class ListSource(Source):
         return self.examples[index]
 
 
-def test_reward_loss_equals_trl(pairs: list, source: PreferencePairs, tokenizer: object, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("margin_weight", "center"), [(0.0, 0.0), (0.7, 0.0), (0.0, 0.05), (1.0, 0.05)])
+def test_reward_loss_equals_trl(
+    margin_weight: float, center: float, pairs: list, tokenizer: object, tmp_path: Path
+) -> None:
+    margins = [0.5, 1.5, 0.0, 2.0, -0.5, 1.0]
+    source = PreferencePairs(
+        [dataclasses.replace(pair, margin=m) for pair, m in zip(pairs_source(pairs).pairs, margins, strict=True)]
+    )
     scorer = llama(2, transformers.LlamaForSequenceClassification)
     causal_lm = llama(3, transformers.LlamaForCausalLM)
     causal_lm.model.load_state_dict(scorer.model.state_dict())
@@ -275,15 +280,18 @@ def test_reward_loss_equals_trl(pairs: list, source: PreferencePairs, tokenizer:
     head.weight.data.copy_(scorer.score.weight)
     firth_model = imported(causal_lm, tmp_path / "a")
     firth_model.heads["reward"] = head
-    trl_trainer = trainer("Reward", scorer, tokenizer, tmp_path / "t", {})
+    settings = {"center_rewards_coefficient": center or None}
+    trl_trainer = trainer("Reward", scorer, tokenizer, tmp_path / "t", settings)
     scorer.eval()
     whole = [{f"{side}_ids": p["prompt_ids"] + p[f"{side}_ids"] for side in ("chosen", "rejected")} for p in pairs]
+    if margin_weight:
+        whole = [row | {"margin": margin_weight * m} for row, m in zip(whole, margins, strict=True)]
     loss = trl_trainer.compute_loss(scorer, trl_trainer.data_collator(whole))
     loss.backward()
 
-    batches = Batches(source, RewardModeling(), ByteTokenizer.vocab, batch_size=PAIRS, seed=0).batches(0)
-    terms = step(firth_model, RewardModeling(), batches)
-    assert abs(float(terms["reward"]) - float(loss)) < 1e-5
+    objective = RewardModeling(margin_weight=margin_weight, center_rewards_coefficient=center)
+    terms = pair_step(firth_model, objective, source)
+    assert abs(float(sum(terms[t] for t in objective.labels)) - float(loss.detach())) < 1e-5
     logged = {name: values[-1] for name, values in trl_trainer._metrics["eval"].items()}
     assert float(terms["accuracy"]) == pytest.approx(logged["accuracy"])
     assert float(terms["margin"]) == pytest.approx(logged["margin"], abs=1e-5)

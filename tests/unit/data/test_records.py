@@ -172,6 +172,16 @@ def test_preferences(write: Write) -> None:
         comparison({"chosen": "a", "rejected": "b"})
 
 
+def test_a_margin_is_read_with_its_preference(write: Write) -> None:
+    pair = {"prompt": "x", "chosen": "y", "rejected": "z"}
+    source = PreferenceRecords([write(pair | {"margin": 0.5}, pair, pair | {"margin": "2"})], tokenizer(), 64)
+    assert [float(source[i]["margin"][0]) for i in (0, 2)] == [0.5, 2.0]
+    assert np.isnan(source[1]["margin"][0])
+    for margin in ("large", [1], "inf"):
+        with pytest.raises(UserError, match=r"rows\.jsonl:1: the `margin` of a preference must be a number"):
+            PreferenceRecords([write(pair | {"margin": margin})], tokenizer(), 64)
+
+
 def test_prompts_end_with_the_start_of_the_answer(write: Write) -> None:
     found, keys, counts = prompts([write(*FORMATS, {"prompt": "long " * 99})], tokenizer(), 40)
     assert len(found) == len(FORMATS) == len(keys)

@@ -38,7 +38,7 @@ from firth.runs.noisy_label_examples import PartiallyLabeledConfig, PseudoLabele
 from firth.runs.prepare import RunData, train_tokenizer
 from firth.runs.start_model import StartModel
 from firth.tokenizer.tokenizer import Tokenizer
-from firth.training.precision import casts
+from firth.training.device import casts
 from firth.training.step import step
 from firth.types import UserError
 

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from firth.evaluate.prompting.answers import Filter, FilterChain
+from firth.evaluate.prompting.comparison import paired_bootstrap
 from firth.evaluate.prompting.prompt_task import MetricConfig, PromptConfig, PromptTask, majority
 from firth.evaluate.prompting.prompts import Item, choose_shots, fit
 from firth.evaluate.prompting.requests import (
@@ -22,7 +23,7 @@ from firth.evaluate.prompting.requests import (
     ScoreRequest,
 )
 from firth.evaluate.prompting.results import comparisons, table, to_json, write_results
-from firth.evaluate.prompting.runner import TaskResult, paired_bootstrap, run_tasks, standard_error
+from firth.evaluate.prompting.runner import TaskResult, run_tasks, standard_error
 from firth.evaluate.prompting.task_files import builtin_names, load_task, read_bigbench, read_task
 from firth.types import UserError
 
@@ -237,10 +238,11 @@ def test_better_is_said_only_where_the_interval_allows() -> None:
     rng = np.random.default_rng(0)
     base = (rng.random(9) < 0.5).astype(float)
     good, same = result("good", [1.0] * 9), result("base", base.tolist())
-    difference, low, high = paired_bootstrap(good, same, "exact_match")
-    assert difference == pytest.approx(1 - base.mean()) and 0 < low <= difference <= high
-    assert "good is better than base" in comparisons([[good], [same]])[0]
-    assert "does not differ from" in comparisons([[same], [same]])[0]
+    found = paired_bootstrap(good, same, "exact_match")
+    assert found is not None
+    assert found.difference == pytest.approx(1 - base.mean()) and 0 < found.low <= found.difference <= found.high
+    assert "good is better than base" in comparisons([good, same])[0]
+    assert "does not differ from" in comparisons([same, same])[0]
 
 
 def test_results_have_the_layout_of_lm_eval(tmp_path: Path) -> None:
