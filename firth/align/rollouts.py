@@ -124,7 +124,7 @@ class RolloutsConfig(ExamplesConfig):
     kl_gain: NonNegativeFloat = 0.1
     reward_model: str = path_field("model", "")
     reward_function: tuple[str, ...] = ()
-    reward_weights: tuple[float, ...] = ()
+    reward_weights: tuple[NonNegativeFloat, ...] = ()
     true_reward_function: str = ""
     unfinished_score: float | None = None
     advantages: Literal["gae", "rloo", "grpo"] = "gae"

@@ -261,7 +261,7 @@ def test_admitted_prompts_are_answered_as_alone(model: LM, temperature: float) -
         assert answer.finish == alone.finish
 
 
-def test_a_repetition_penalty_knows_the_whole_row_after_admission(model: LM) -> None:
+def test_a_repetition_penalty_knows_rows_after_admission(model: LM) -> None:
     rows = random_prompts(9)
     sampling = Sampling(max_new_tokens=12, temperature=1.0, seed=3, repetition_penalty=1.7)
     stops = tuple(range(7, 7 + V // 9))

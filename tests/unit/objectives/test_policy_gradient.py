@@ -166,7 +166,7 @@ def sampled(count: int, seed: int = 0) -> list[Example]:
 
 
 @pytest.mark.parametrize("name", POLICIES)
-def test_padding_packing_and_splitting_do_not_change_the_gradient(name: str) -> None:
+def test_padding_packing_and_splitting_change_no_gradient(name: str) -> None:
     objective = POLICIES[name]
     model = model_for(objective, std=0.05)
     rows = sampled(7)
