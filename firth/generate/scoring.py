@@ -23,6 +23,7 @@ from typing import Literal
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from firth.generate.decoding_batch import inference_mode, pad_right, rectangle
 from firth.model.config import ModelConfig
@@ -322,7 +323,7 @@ def _read_scores(
     states = hidden.reshape(-1, hidden.shape[-1])
     for first in range(0, len(places), MAX_LOGIT_ROWS):
         some = torch.from_numpy(places[first : first + MAX_LOGIT_ROWS]).to(hidden.device)
-        logits = head(states[some]).float()
+        logits = _fp32_logits(head, states[some])
         mine = np.flatnonzero((which >= first) & (which < first + MAX_LOGIT_ROWS))
         local = torch.from_numpy(which[mine] - first).to(hidden.device)
         label = torch.from_numpy(labels[mine]).to(hidden.device)
@@ -334,6 +335,18 @@ def _read_scores(
         stop = start + len(continuation)
         yield index, TokenScores(logprobs[start:stop], greedy[start:stop])
         start = stop
+
+
+def _fp32_logits(head: LMHead, states: Tensor) -> Tensor:
+    """Return logits (n, vocab_size) in fp32, also of a head in bf16, whose own logits of 16 to 32 have steps of 1/8.
+
+    Log-probabilities of two choices would often be equal then. The product of the head is done in fp32, that of the blocks is
+    not.
+    """
+    if type(head) is not LMHead or head.matrix.dtype != torch.bfloat16:
+        return head(states).float()
+    bias = None if head.bias is None else head.bias.float()
+    return head.to_logits(F.linear(head.transform(states).float(), head.matrix.float(), bias))
 
 
 def _teacher_forced(model: LM, vocab: Vocab, pairs: Sequence[ScoredPair]) -> Iterator[tuple[int, TokenScores]]:

@@ -44,7 +44,7 @@ class Endpoint:
 
     def __init__(self, address: str) -> None:
         url, _, model = address.removeprefix(PREFIX).partition("#")
-        self.name, self.url = address, url.rstrip("/")
+        self.name, self.url, self.weights = address, url.rstrip("/"), ""
         host = urlsplit(self.url).hostname or ""
         if not _is_local(host):
             raise UserError(
@@ -65,13 +65,18 @@ class Endpoint:
 
     def check(self, requests: Sequence[Request]) -> None:
         """Raise a UserError if requests need log-probabilities and the server returns none; it is tried once."""
-        if not self.scores and any(isinstance(request, ScoreRequest) for request in requests):
-            self._score(ScoreRequest("a", " b"))
-            self.scores = True
+        if any(isinstance(request, ScoreRequest) for request in requests):
+            self.check_scores()
         if any(isinstance(request, ScoreRequest) and request.chat for request in requests):
             raise UserError(
                 f"{self.name}: an endpoint gives no log-probabilities within a chat template: leave out --chat"
             )
+
+    def check_scores(self) -> None:
+        """Raise a UserError if the server returns no log-probabilities; it is tried once."""
+        if not self.scores:
+            self._score(ScoreRequest("a", " b"))
+            self.scores = True
 
     def reply(self, requests: Sequence[Request]) -> Iterator[tuple[int, Reply]]:
         """Yield (index, reply) of each request, in order."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 
@@ -15,6 +15,7 @@ from firth.evaluate.task import EvaluatedModel, load_evaluated_model
 from firth.generate.engine import Engine
 from firth.generate.sampling import Sampling
 from firth.generate.scoring import ScoredPair, check_lengths, score_gaps, score_pairs, scoring_mode
+from firth.model.model import LM
 from firth.tokenizer import chat
 from firth.types import UserError
 
@@ -45,9 +46,11 @@ class LocalModel:
         if not evaluated.model.has_lm_head:
             raise UserError(f"{evaluated.directory}: this model has no LM head, so it can neither score nor write text")
         self.name = str(evaluated.directory)
-        self.evaluated, self.weights, self.within_word = evaluated, weights, within_word
+        self.evaluated, self.within_word = evaluated, within_word
         self.engine = Engine(evaluated.model, evaluated.tokenizer, weights=weights, batch_size=batch_size)
         self.model, self.tokenizer = self.engine.model, evaluated.tokenizer
+        stored = str(evaluated.model.tokens.weight.dtype).removeprefix("torch.")
+        self.weights = weights or {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}.get(stored, stored)
         self.mode = scoring_mode(evaluated.model.config)
         names, vocab = evaluated.objective_names, evaluated.vocab
         self.fills_gaps = self.mode == "halves" and len(vocab.sentinels) > 1 and names in ([], ["span_corruption"])
@@ -56,9 +59,18 @@ class LocalModel:
         self.context = evaluated.model.context - (2 if self.mode == "masked" else 1)
 
     @staticmethod
-    def open(directory: Path, weights: str | None = None, within_word: bool = False) -> LocalModel:
-        """Load a model directory, a run, an adapter or a GGUF file."""
+    def open(
+        directory: Path, weights: str | Callable[[LM], str | None] | None = None, within_word: bool = False
+    ) -> LocalModel:
+        """Load a model directory, a run, an adapter or a GGUF file.
+
+        Args:
+            directory: The directory or file.
+            weights: Weight format, or a function that chooses it for the model; None keeps the stored one.
+            within_word: For masked models: whether the rest of a word is masked with each of its tokens.
+        """
         evaluated = load_evaluated_model(directory)
+        weights = weights(evaluated.model) if callable(weights) else weights
         bos = leading_bos(evaluated.model_directory, evaluated.tokenizer)[0]
         return LocalModel(evaluated, weights, within_word, bos=bos)
 

@@ -98,10 +98,12 @@ class Responder(Protocol):
 
     Attributes:
         name: Name in tables: the directory or address.
+        weights: Format of its weights (fp32, bf16, int8, ...); "" if unknown.
         context: Most tokens of a prompt with its continuation.
     """
 
     name: str
+    weights: str
     context: int
 
     @property

@@ -60,6 +60,7 @@ class TaskResult:
         items: Result of each item.
         contamination: Which items are in training text; None if it was not searched.
         clean: Metric -> value over the items that were looked up and not found.
+        weights: Format of the model's weights; "" if unknown.
     """
 
     task: str
@@ -71,6 +72,7 @@ class TaskResult:
     items: Sequence[ItemResult]
     contamination: Contamination | None = None
     clean: Mapping[str, MetricValue] = field(default_factory=dict)
+    weights: str = ""
 
 
 def run_tasks(
