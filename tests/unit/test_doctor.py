@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from firth import doctor, kernel_choice, openmp
-from firth.training.device import choose_precision, default_device
+from firth.training.device import choose_precision, default_device, memory
 from firth.types import UserError
 
 
@@ -32,7 +32,7 @@ def test_rows_agree_with_the_choices_of_training() -> None:
     assert rows["torch"].value == torch.__version__
     assert rows["device"].value.startswith(default_device().type)
     assert f"use {choose_precision('auto', torch.device('cpu'))}" in rows["bf16"].advice
-    total, free = doctor.memory()
+    total, free = memory()
     assert 0 < free <= total
 
 
