@@ -5,7 +5,7 @@
 
 The run is a tiny GPT on Python's own documentation, with everything that `firth train` does: it trains a tokenizer, prepares the
 corpus, takes one step, validates, saves a checkpoint, and writes the report and the model. A function counts once, in the phase
-that enters it first; nested functions count, lambdas and comprehensions do not. It is the number of functions whose names a
+that enters it first; nested functions count, lambdas and comprehensions do not. The step alone is counted too. It is the number of functions whose names a
 reader meets who follows the run in a debugger.
 """
 
@@ -46,6 +46,9 @@ PHASES = {
 }
 """Function -> phase of what it calls, unless another of these is between them."""
 
+STEP = ("Batches.batches", "_Run._step")
+"""Functions of a step: its batches, and the forward pass, the backward pass and the update."""
+
 SETTINGS = {
     "data.corpus": "pydoc", "max_steps": 1, "precision": "fp32", "model.hidden_size": 64, "model.num_heads": 1,
     "model.num_layers": 2, "tokenizer.vocab_size": 512,
@@ -70,14 +73,30 @@ def phase(frame: FrameType | None) -> str:
     return "others"
 
 
-def entered() -> dict[CodeType, str]:
-    """Train for one step; return code -> phase of every function of firth that was entered."""
+def entered() -> tuple[dict[CodeType, str], set[CodeType]]:
+    """Train for one step.
+
+    Returns:
+        Code -> phase of every function of firth that was entered, and those that the step itself enters.
+    """
     seen: dict[CodeType, str] = {}
+    in_step: set[CodeType] = set()
+    inside: list[CodeType] = []  # the calls of STEP that have not returned
 
     def record(frame: FrameType, event: str, _: Any) -> None:
         code = frame.f_code
-        if event == "call" and code not in seen and code.co_filename.startswith(ROOT) and code.co_name[0] != "<":
-            seen[code] = phase(frame)
+        if not code.co_filename.startswith(ROOT) or code.co_name[0] == "<":
+            return
+        if code.co_qualname in STEP:
+            if event == "call":
+                inside.append(code)
+            elif event == "return":
+                inside.remove(code)
+        if event == "call":
+            if inside:
+                in_step.add(code)
+            if code not in seen:
+                seen[code] = phase(frame)
 
     recipe = firth.load_recipe("gpt", SETTINGS)
     with tempfile.TemporaryDirectory() as directory:
@@ -88,7 +107,7 @@ def entered() -> dict[CodeType, str]:
         finally:
             sys.setprofile(None)
             threading.setprofile(None)  # type: ignore[arg-type]
-    return seen
+    return seen, in_step
 
 
 def main() -> None:
@@ -96,9 +115,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0] if __doc__ else None)
     parser.add_argument("--list", action="store_true", help="print every function")
     args = parser.parse_args()
-    seen = entered()
-    files = {code.co_filename for code in seen}
-    print(f"{len(seen)} functions in {len(files)} files\n")
+    seen, in_step = entered()
+    for what, codes in (("the run", seen), ("its step", in_step)):
+        print(f"{what}: {len(codes)} functions in {len({code.co_filename for code in codes})} files")
+    print()
     for title, keys in (("phase", seen.values()), ("package", (name_of(code).split(".")[0] for code in seen))):
         print(f"{title:20} functions")
         for key, count in Counter(keys).most_common():
@@ -106,7 +126,7 @@ def main() -> None:
         print()
     if args.list:
         for code, where in seen.items():
-            print(f"{where:18} {name_of(code)}")
+            print(f"{where:18} {'step' if code in in_step else '':5} {name_of(code)}")
 
 
 if __name__ == "__main__":
