@@ -3,10 +3,10 @@
     python -m bench.entered            # the tables
     python -m bench.entered --list     # and the functions, in the order in which they are entered
 
-The run is a tiny GPT on Python's own documentation, with everything that `firth train` does: it trains a tokenizer, prepares the
-corpus, takes one step, validates, saves a checkpoint, and writes the report and the model. A function counts once, in the phase
-that enters it first; nested functions count, lambdas and comprehensions do not. The step alone is counted too. It is the number of functions whose names a
-reader meets who follows the run in a debugger.
+The run is a tiny GPT on Python's own documentation, with everything that `firth train` does: it trains a tokenizer,
+prepares the corpus, takes one step, validates, saves a checkpoint, and writes the report and the model. A function counts
+once, in the phase that enters it first; nested functions count, lambdas and comprehensions do not. The step alone is
+counted too. It is the number of functions whose names a reader meets who follows the run in a debugger.
 """
 
 from __future__ import annotations
