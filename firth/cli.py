@@ -12,7 +12,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -465,8 +465,9 @@ def evaluate(
     shots: Annotated[int | None, _number(NonNegativeInt, help="Prompts: examples before each question.")] = None,
     chat: Annotated[bool, typer.Option("--chat", help="Prompts: use the model's chat template.")] = False,
     cot: Annotated[
-        bool, typer.Option("--cot", help="Prompts: let the model think step by step before it answers (zero-shot).")
-    ] = False,
+        Literal["zero-shot", "few-shot"] | None,
+        typer.Option(help="Prompts: reason before the answer, step by step or as in examples with rationales."),
+    ] = None,
     votes: Annotated[
         int,
         _number(PositiveInt, help="Prompts: sampled answers per question, of which the most frequent counts."),
@@ -501,7 +502,7 @@ def evaluate(
         from firth.evaluate.prompting.prompt_task import PromptConfig
         from firth.runs.prompt_report import evaluate_and_report
 
-        config = PromptConfig(shots, chat, "zero-shot" if cot else "", votes, seed=seed, limit=limit)
+        config = PromptConfig(shots, chat, cot or "", votes, seed=seed, limit=limit)
         typer.echo(
             evaluate_and_report(
                 models, tasks, config, data=data or (), examples=examples or (), weights=weights or None,

@@ -17,6 +17,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from firth.evaluate.prompting.aggregates import bootstrap_difference, value_of
 from firth.evaluate.prompting.prompt_task import ItemResult
 from firth.evaluate.prompting.runner import LOWER_IS_BETTER, TaskResult
 
@@ -139,14 +140,20 @@ def paired_bootstrap(
     cluster = np.array([names[a.group] for a, _ in pairs]) if len(names) > 1 else np.arange(len(pairs))
     sums, sizes = np.bincount(cluster, weights * differences), np.bincount(cluster, weights)
     rng, means = np.random.default_rng(seed), []
-    step = max(1, CHUNK_PICKS // len(sums))
-    for start in range(0, draws, step):
-        picks = rng.integers(len(sums), size=(min(step, draws - start), len(sums)))
-        means.append(sums[picks].sum(1) / sizes[picks].sum(1))
+    difference = float(sums.sum() / sizes.sum())
+    if all(metric in one.counts for pair in pairs for one in pair):  # F1, Matthews' correlation, BLEU
+        ours, theirs = ([pair[side].counts[metric] for pair in pairs] for side in (0, 1))
+        difference = value_of(ours) - value_of(theirs)
+        means.append(bootstrap_difference(ours, theirs, [a.group for a, _ in pairs], draws, rng))
+    else:
+        step = max(1, CHUNK_PICKS // len(sums))
+        for start in range(0, draws, step):
+            picks = rng.integers(len(sums), size=(min(step, draws - start), len(sums)))
+            means.append(sums[picks].sum(1) / sizes[picks].sum(1))
     drawn = np.concatenate(means)
     low, high = np.quantile(drawn, [0.025, 0.975])
     tail = min(int((drawn <= 0).sum()), int((drawn >= 0).sum()))
     return Comparison(
-        first.task, metric, first.model, second.model, float(sums.sum() / sizes.sum()), float(low), float(high),
+        first.task, metric, first.model, second.model, difference, float(low), float(high),
         max(min(1.0, 2 * (tail + 1) / (draws + 1)), 2.0 ** (1 - len(sums))), len(pairs),
     )  # fmt: skip

@@ -12,7 +12,7 @@ from firth.evaluate.prompting.prompt_task import PromptConfig
 from firth.evaluate.prompting.requests import ReplyCache, Responder
 from firth.evaluate.prompting.results import write_results
 from firth.evaluate.prompting.runner import TaskResult, run_tasks, with_contamination
-from firth.evaluate.prompting.task_files import load_task
+from firth.evaluate.prompting.task_files import load_tasks
 from firth.io.cache import cache
 from firth.types import UserError
 
@@ -59,7 +59,7 @@ def evaluate_prompts(
     """
     if len(set(models)) < len(models):
         raise UserError("a model is named twice: compare a model with another one")
-    loaded = [load_task(name, data, examples) for name in tasks]
+    loaded = [task for name in tasks for task in load_tasks(name, data, examples)]
     names = [task.name for task in loaded]
     if len(set(names)) < len(names):
         raise UserError(

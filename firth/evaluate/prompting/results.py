@@ -9,6 +9,7 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
+from firth.evaluate.prompting.aggregates import Counts
 from firth.evaluate.prompting.comparison import compare
 from firth.evaluate.prompting.contamination import NGRAM_WORDS
 from firth.evaluate.prompting.prompt_task import ItemResult, PromptConfig
@@ -149,7 +150,7 @@ def read_results(directory: Path) -> list[tuple[TaskResult, dict[str, Any]]]:
         rows = read_rows(directory / samples_name(task), ITEM_FIELDS, cure)
         if not rows:
             raise UserError(f"{directory / samples_name(task)}: there is no item of {task}: {cure}")
-        items = [ItemResult(**{field.name: row[field.name] for field in fields(ItemResult)}) for row in rows]
+        items = [_item(row) for row in rows]
         share = record.get("contamination", {}).get(task, {}).get("share")
         found.append(
             (task_result(task, str(record["config"].get("model")), items), record["config"] | {"share": share})
@@ -157,9 +158,16 @@ def read_results(directory: Path) -> list[tuple[TaskResult, dict[str, Any]]]:
     return found
 
 
+def _item(row: Mapping[str, Any]) -> ItemResult:
+    """Return the result of an item from its record."""
+    plain = {field.name: row[field.name] for field in fields(ItemResult) if field.name != "counts"}
+    counts = {name: Counts(one["kind"], tuple(one["values"])) for name, one in row["counts"].items()}
+    return ItemResult(**plain, counts=counts)
+
+
 ITEM_FIELDS = {
     "location": str, "group": str, "prompt": str, "shots": int, "answers": dict, "metrics": dict, "replies": list, "weights": dict,
-    "gold": object,
+    "counts": dict, "gold": object,
 }  # fmt: skip
 """Fields of a record in samples_TASK.jsonl."""
 

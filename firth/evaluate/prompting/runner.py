@@ -16,6 +16,7 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
+from firth.evaluate.prompting.aggregates import jackknife_error, value_of
 from firth.evaluate.prompting.contamination import Contamination
 from firth.evaluate.prompting.prompt_task import ItemResult, PromptConfig, PromptTask
 from firth.evaluate.prompting.requests import Reply, ReplyCache, Request, Responder
@@ -186,6 +187,9 @@ def metric_value(name: str, items: Sequence[ItemResult]) -> MetricValue:
     if base in PERPLEXITIES:
         return MetricValue(math.exp(min(700.0, PERPLEXITIES[base] * mean)), math.nan)
     groups = [item.group for item in items]
+    if all(name in item.counts for item in items):
+        counts = [item.counts[name] for item in items]
+        return MetricValue(value_of(counts), jackknife_error(counts, groups))
     macro = math.nan
     if any(groups):
         macro = float(np.mean([values[[g == one for g in groups]].mean() for one in sorted(set(groups))]))
