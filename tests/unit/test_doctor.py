@@ -43,7 +43,7 @@ def test_the_advice_follows_the_measurement(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_problems_are_marked(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(doctor, "memory", lambda: (4 << 30, 1 << 30))
+    monkeypatch.setattr("firth.training.device.memory", lambda: (4 << 30, 1 << 30))
     monkeypatch.setattr(doctor, "usable_cores", lambda: 0)
     wrong = {row.name for row in doctor.doctor() if not row.ok}
     assert {"memory", "cores"} <= wrong
