@@ -103,7 +103,11 @@ class JudgePairs(Stage):
         ]
         locations = [pair.location for pair in pairs for _ in range(len(requests) // len(pairs))]
         logprobs = np.array(
-            [reply.logprob for reply in Asker(self.model).ask(requests, locations) if isinstance(reply, ScoreReply)]
+            [
+                reply.logprob
+                for reply in Asker(self.model, scored=True).ask(requests, locations)
+                if isinstance(reply, ScoreReply)
+            ]
         ).reshape(len(pairs), 2, len(self.principles), 2)
         differences = (logprobs[..., 0] - logprobs[..., 1]).sum(-1)  # (pairs, 2)
         decisions = [decide(forward, backward) for forward, backward in differences.tolist()]

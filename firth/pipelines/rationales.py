@@ -17,7 +17,6 @@ import numpy as np
 from annotated_types import Interval
 
 from firth.evaluate.prompting.answers import INVALID, FilterChain, apply_filters
-from firth.evaluate.prompting.evaluate import open_responder
 from firth.evaluate.prompting.prompt_task import PromptConfig, PromptTask
 from firth.evaluate.prompting.prompts import Item, render
 from firth.evaluate.prompting.requests import ReplyCache
@@ -25,7 +24,7 @@ from firth.evaluate.prompting.runner import run_tasks
 from firth.evaluate.prompting.task_files import load_tasks
 from firth.fields import NonNegativeInt, PositiveFloat, Share
 from firth.io.cache import cache
-from firth.pipelines.records import write_records
+from firth.pipelines.records import open_responder, write_records
 from firth.pipelines.stage import Stage, Summary
 from firth.types import LOGGER, UserError
 

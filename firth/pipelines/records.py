@@ -10,11 +10,13 @@ from typing import Any
 
 from firth.corpora.readers import records
 from firth.data.conversations import prompt_of
-from firth.evaluate.prompting.evaluate import open_responder
-from firth.evaluate.prompting.requests import Reply, ReplyCache, Request, Responder, ScoreRequest
+from firth.evaluate.prompting.endpoint import PREFIX, Endpoint
+from firth.evaluate.prompting.local_model import LocalModel
+from firth.evaluate.prompting.requests import GenerateRequest, Reply, ReplyCache, Request, Responder
 from firth.evaluate.prompting.runner import ask_model
 from firth.io.atomic import write_text
 from firth.io.cache import cache
+from firth.runs.loaded_model import fast_weights
 from firth.types import LOGGER, UserError
 
 
@@ -61,19 +63,34 @@ def read_prompts(paths: Sequence[str], limit: int = 0) -> list[PromptRecord]:
     return found
 
 
-RESERVED = 8
-"""Tokens after a prompt that are left for the beginning of a reply and the letter of a choice."""
+def open_responder(model: str, scored: bool = False) -> Responder:
+    """Return a model that replies to requests.
+
+    Args:
+        model: A run, a model directory, an adapter, a GGUF file, or `openai:URL`.
+        scored: Whether log-probabilities will be requested, which not every endpoint offers.
+
+    Raises:
+        UserError: The model cannot be read, or the endpoint offers no log-probabilities.
+    """
+    if not model.startswith(PREFIX):
+        return LocalModel.open(Path(model), fast_weights)
+    endpoint = Endpoint(model)
+    if scored:
+        endpoint.check_scores()
+    return endpoint
 
 
 class Asker:
     """A model that replies in batches; its replies are kept, so that an interrupted stage resumes.
 
     Args:
-        model: A run, a model directory, an adapter, a GGUF file, or `openai:URL`.
+        model: As of `open_responder`.
+        scored: Likewise.
     """
 
-    def __init__(self, model: str) -> None:
-        self.responder: Responder = open_responder(model)
+    def __init__(self, model: str, scored: bool = False) -> None:
+        self.responder = open_responder(model, scored)
         self._replies = ReplyCache(cache() / "replies", self.responder.digest)
 
     def ask(self, requests: Sequence[Request], locations: Sequence[str]) -> list[Reply]:
@@ -86,17 +103,19 @@ class Asker:
         Raises:
             UserError: A prompt is too long for the model, or the model fails.
         """
-        lengths: dict[tuple[str, bool], int] = {}
+        room = self.responder.context - 1
         for request, location in zip(requests, locations, strict=True):
-            key = request.prompt, request.chat
-            if key not in lengths:
-                lengths[key] = self.responder.count_tokens(*key)
-            room = self.responder.context - (RESERVED if isinstance(request, ScoreRequest) else 1)
-            if lengths[key] > room:
-                raise UserError(
-                    f"{location}: the prompt has {lengths[key]:,} tokens, and {self.responder.name} reads {room:,} before the "
-                    "answer: leave the record out"
-                )
+            try:
+                self.responder.check([request])
+            except UserError as error:
+                raise UserError(f"{location}: {error}") from error
+            if isinstance(request, GenerateRequest):
+                length = self.responder.count_tokens(request.prompt, request.chat)
+                if length > room:
+                    raise UserError(
+                        f"{location}: the prompt has {length:,} tokens, and {self.responder.name} reads {room:,} before the "
+                        "answer: leave the record out"
+                    )
         try:
             replies = ask_model(
                 requests,

@@ -81,10 +81,13 @@ def test_instruct_gpt(workdir: Path) -> None:
 class LongerIsBetter:
     """A judge that prefers the longer answer, wherever it is."""
 
-    name, digest, context = "judge", "2" * 32, 10_000
+    name, weights, digest, context = "judge", "fp32", "2" * 32, 10_000
 
     def count_tokens(self, text: str, chat: bool = False) -> int:
         return len(text.split())
+
+    def check(self, requests: Sequence[Request]) -> None:
+        """Every request fits."""
 
     def reply(self, requests: Sequence[Request]) -> Iterator[tuple[int, Reply]]:
         for i, request in enumerate(requests):
@@ -97,7 +100,9 @@ class LongerIsBetter:
 def test_ai_feedback(workdir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The judge's decisions become DPO's preferences."""
     opened = records.open_responder
-    monkeypatch.setattr(records, "open_responder", lambda name: LongerIsBetter() if name == "judge" else opened(name))
+    monkeypatch.setattr(
+        records, "open_responder", lambda name, scored=False: LongerIsBetter() if name == "judge" else opened(name)
+    )
     short = [f"dpo.{one}" for one in ("max_steps=2", "batch.size=2", "evaluation.max_examples=2", "evaluation.every=2")]
     shown = firth(
         "pipeline", "rlaif", "model=model", "judge=judge", "prompts=prompts.jsonl", "answers.max_new_tokens=5", *short, "--out", "out"
@@ -119,4 +124,4 @@ def test_one_stage_from_the_command_line(workdir: Path) -> None:
     assert not (workdir / "two").exists()
     write(workdir / "long.jsonl", [{"prompt": "the"}, {"prompt": "the otter " * 200}])
     failed = CliRunner().invoke(app, ["annotate", "sample", "model=model", "data=long.jsonl", "--out", "two"])
-    assert "long.jsonl:2: the prompt has 4" in str(failed.exception) and "reads 254" in str(failed.exception)
+    assert "long.jsonl:2: the prompt has 4" in str(failed.exception) and "reads 25" in str(failed.exception)

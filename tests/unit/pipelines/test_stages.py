@@ -30,7 +30,7 @@ metric_list: [{metric: exact_match}]
 class RuleModel:
     """A model that replies by functions of the request."""
 
-    name, digest, context = "rules", "1" * 32, 10_000
+    name, weights, digest, context = "rules", "fp32", "1" * 32, 10_000
 
     def __init__(
         self, write: Callable[[GenerateRequest], str], logprob: Callable[[ScoreRequest], float] = lambda _: 0.0
@@ -40,6 +40,9 @@ class RuleModel:
 
     def count_tokens(self, text: str, chat: bool = False) -> int:
         return len(text.split())
+
+    def check(self, requests: Sequence[Request]) -> None:
+        """Every request fits."""
 
     def reply(self, requests: Sequence[Request]) -> Iterator[tuple[int, Reply]]:
         self.requests += requests
@@ -57,7 +60,7 @@ def use(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[RuleModel]
 
     def use(model: RuleModel) -> RuleModel:
         for module in (records, rationales):
-            monkeypatch.setattr(module, "open_responder", lambda name: model)
+            monkeypatch.setattr(module, "open_responder", lambda name, scored=False: model)
         return model
 
     return use
