@@ -150,7 +150,7 @@ def _fields(one: Mapping[str, Any], task: Mapping[str, Any], location: str) -> d
             values = [float(score) for score in scores.values()]
         except (TypeError, ValueError) as error:
             raise UserError(f"{location}: the scores of the choices must be numbers: {scores}") from error
-        if max(values) <= min(values) and (len(values) > 1 or values[0] == 0):
+        if "target" not in one and max(values) <= min(values) and (len(values) > 1 or values[0] == 0):
             raise UserError(f"{location}: no choice has a higher score than the others")
         fields |= {"choices": list(scores), "scores": values, "best": values.index(max(values))}
         fields["targets"] = [list(scores)[fields["best"]]]
