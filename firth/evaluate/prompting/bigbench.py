@@ -174,7 +174,12 @@ def _task(task: Mapping[str, Any], path: Path, items: list[Item], metrics: list[
         metrics=tuple(MetricConfig(metric) for metric in metrics),
     )  # fmt: skip
     if kind == "multiple_choice":
-        return replace(base, target="best", choices="choices", scores="scores")
+        several = [item for item in items if len(item.fields["choices"]) > 1]
+        if len(several) < len(items):
+            LOGGER.warning(
+                f"{path}: {len(items) - len(several):,} of {len(items):,} examples have one choice; they are left out"
+            )
+        return replace(base, items=several, target="best", choices="choices", scores="scores")
     if kind == "loglikelihood":
         return base
     stop, pattern = task.get("stop_string"), task.get("output_regex")
