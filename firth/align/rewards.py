@@ -17,16 +17,19 @@ import traceback
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
 
+from firth.data.dialogues import PREFERENCE_FIELDS
+from firth.data.examples import BuildContext, DatasetSplits, ExamplesConfig, split_records
 from firth.data.source import Source
 from firth.data.split import content_key
 from firth.generate.decoding_batch import inference_mode, rectangle
 from firth.generate.streaming import Completion
 from firth.io import user_code
 from firth.model.model import LM
+from firth.objectives.objective import Objective
 from firth.objectives.reward_model import rewards
 from firth.tokenizer.tokenizer import Tokenizer
 from firth.types import Example, UserError
@@ -301,3 +304,16 @@ def read_preference_pairs(path: Path) -> list[PreferencePair]:
                 "create it again, or read its texts with examples=preferences"
             ) from error
     return found
+
+
+@dataclass(frozen=True)
+class SampledPreferencesConfig(ExamplesConfig):
+    """Preferences between answers that a model sampled, stored as the sampled token ids."""
+
+    base_fields: ClassVar[frozenset[str]] = PREFERENCE_FIELDS
+
+    def build(self, data: BuildContext, objective: Objective) -> DatasetSplits:
+        def read(paths: Sequence[str]) -> Source:
+            return PreferencePairs([c for path in paths for c in read_preference_pairs(Path(path))])
+
+        return split_records(data, read)

@@ -34,8 +34,8 @@ from firth.align import held_out_texts
 from firth.align.advantages import GAE, AdvantageEstimator, Baseline, discounted_returns
 from firth.align.held_out_texts import HeldOutTexts
 from firth.align.rewards import FunctionReward, RewardFunction, RewardModel, Rollout, named_function, score_rollouts
+from firth.data.dialogues import prompts as read_prompts
 from firth.data.examples import BuildContext, DatasetSplits, ExamplesConfig
-from firth.data.records import prompts as read_prompts
 from firth.data.shuffle import epoch_permutation
 from firth.data.source import Source
 from firth.data.split import held_out_keys

@@ -16,13 +16,14 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from firth.align.precompute import RefLogprobsConfig
 from firth.align.rollouts import RolloutsConfig
+from firth.data.dialogues import DialoguesConfig, PreferencesConfig
+from firth.data.rankings import RankingsConfig
 from firth.objectives.dpo import DPO
 from firth.objectives.policy_gradient import PPO, Reinforce
 from firth.objectives.reward_model import Ranking, RewardModeling
 from firth.objectives.sft import SFT
-from firth.runs.alignment_examples import RankingsConfig, RefLogprobsConfig
-from firth.runs.examples import DialoguesConfig, PreferencesConfig
 from firth.runs.recipe import BatchConfig, CheckpointConfig, EvalConfig, Recipe
 from firth.training.optimizer import OptimizerConfig
 from firth.training.schedule import Budget, Schedule

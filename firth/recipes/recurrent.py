@@ -14,6 +14,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from firth.data.config import DataConfig
+from firth.data.labeled import TaggedConfig
 from firth.model.config import (
     CharacterConfig,
     EmbeddingConfig,
@@ -38,7 +39,6 @@ from firth.recipes.common import (
     tiny_recipe,
 )
 from firth.runs.examples import WindowsConfig, WordWindowsConfig
-from firth.runs.labeled_examples import TaggedConfig
 from firth.runs.recipe import BatchConfig, CheckpointConfig, EvalConfig, Recipe, TokenizerConfig
 from firth.training.optimizer import OptimizerConfig
 from firth.training.schedule import Budget, Schedule

@@ -9,17 +9,26 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
 
+from firth.align.precompute import PseudoLabeledConfig, RefLogprobsConfig
+from firth.align.rewards import SampledPreferencesConfig
+from firth.align.rollouts import RolloutsConfig
 from firth.corpora.read_stats import ReadStats
-from firth.data import class_counts, records, windows
+from firth.data import class_counts, windows
+from firth.data.annotations import MultiAnnotatorConfig, SimulatedAnnotatorsConfig
 from firth.data.config import DataConfig
-from firth.data.examples import BuildContext, DatasetSplits, ExamplesConfig, split_records
+from firth.data.dialogues import DialoguesConfig, PreferencesConfig, Seq2SeqConfig
+from firth.data.examples import BuildContext, DatasetSplits, ExamplesConfig
+from firth.data.labeled import LabeledConfig, MultipleChoiceConfig, ScoredConfig, TaggedConfig
+from firth.data.question_answering import QuestionsConfig
+from firth.data.rankings import RankingsConfig
 from firth.data.source import MixtureSource, Source, SubsetSource
 from firth.data.split import content_key, held_out_keys
 from firth.data.token_store import TokenStore
+from firth.data.unlabeled import PartiallyLabeledConfig
 from firth.fields import NonNegativeFloat, TokenCount
 from firth.objectives.objective import Objective
 from firth.runs.prepare import documents_of, text_of
@@ -190,100 +199,6 @@ class WordWindowsConfig(ExamplesConfig):
         return DatasetSplits(shown(train), shown(valid) if valid else None, read_stats=train.manifest["counts"])
 
 
-@dataclass(frozen=True)
-class DialoguesConfig(ExamplesConfig):
-    """Dialogues whose assistant turns are the labels.
-
-    Args:
-        max_length: The most tokens of a dialogue; longer ones are truncated at the end.
-        prompt_template: How a prompt is made of a record's fields; empty takes the record's prompt.
-        completion_template: How an answer is made of a record's fields; empty takes the record's answer.
-    """
-
-    base_fields: ClassVar[frozenset[str]] = frozenset({"tokens", "mask"})
-
-    max_length: TokenCount = 256
-    prompt_template: str = ""
-    completion_template: str = ""
-
-    @property
-    def tokenizer_settings(self) -> tuple[Any, ...]:
-        return (self.prompt_template, self.completion_template)
-
-    def tokenizer_texts(self, paths: Sequence[str]) -> Iterator[tuple[str, list[str]]]:
-        return records.dialogue_texts(paths, (self.prompt_template, self.completion_template))
-
-    def build(self, data: BuildContext, objective: Objective) -> DatasetSplits:
-        forms = (self.prompt_template, self.completion_template)
-        return split_records(
-            data, lambda paths: records.DialogueRecords(paths, data.tokenizer, self.max_length, forms=forms)
-        )
-
-
-@dataclass(frozen=True)
-class Seq2SeqConfig(ExamplesConfig):
-    """Prompts for an encoder and answers from a decoder.
-
-    Args:
-        max_length: The most tokens of a prompt.
-        max_target_length: The most tokens of an answer.
-        prompt_template: How a prompt is made of a record's fields, "translate to French: {en}"; empty takes the record's prompt.
-        completion_template: How an answer is made of a record's fields; empty takes the record's answer.
-    """
-
-    base_fields: ClassVar[frozenset[str]] = frozenset({"source", "target"})
-
-    max_length: TokenCount = 256
-    max_target_length: TokenCount = 128
-    prompt_template: str = ""
-    completion_template: str = ""
-
-    @property
-    def max_tokens(self) -> int:
-        return max(self.max_length, self.max_target_length)
-
-    def row_limits(self, text: int, source: int) -> dict[str, int]:
-        return {"max_length": source, "max_target_length": text}
-
-    @property
-    def tokenizer_settings(self) -> tuple[Any, ...]:
-        return (self.prompt_template, self.completion_template)
-
-    def tokenizer_texts(self, paths: Sequence[str]) -> Iterator[tuple[str, list[str]]]:
-        return records.dialogue_texts(paths, (self.prompt_template, self.completion_template))
-
-    def build(self, data: BuildContext, objective: Objective) -> DatasetSplits:
-        def read(paths: Sequence[str]) -> Source:
-            return records.Seq2SeqRecords(
-                paths,
-                data.tokenizer,
-                self.max_length,
-                answer=self.max_target_length,
-                forms=(self.prompt_template, self.completion_template),
-            )
-
-        return split_records(data, read)
-
-
-PREFERENCE_FIELDS = frozenset({"chosen_tokens", "chosen_mask", "rejected_tokens", "rejected_mask"})
-"""The fields of a chosen and a rejected answer to one prompt."""
-
-
-@dataclass(frozen=True)
-class PreferencesConfig(ExamplesConfig):
-    """Records with a prompt, a chosen and a rejected answer."""
-
-    base_fields: ClassVar[frozenset[str]] = PREFERENCE_FIELDS
-
-    max_length: TokenCount = 256
-
-    def limit_to(self, context: int) -> ExamplesConfig:
-        return replace(self, max_length=min(self.max_length, context))
-
-    def build(self, data: BuildContext, objective: Objective) -> DatasetSplits:
-        return split_records(data, lambda paths: records.PreferenceRecords(paths, data.tokenizer, self.max_length))
-
-
 def training_texts(
     examples: ExamplesConfig, source: DataConfig, paths: Sequence[str], counts: ReadStats
 ) -> Iterator[str]:
@@ -321,5 +236,18 @@ EXAMPLES: dict[str, type[ExamplesConfig]] = {
     "dialogues": DialoguesConfig,
     "seq2seq": Seq2SeqConfig,
     "preferences": PreferencesConfig,
+    "labeled": LabeledConfig,
+    "scored": ScoredConfig,
+    "multiple_choice": MultipleChoiceConfig,
+    "tagged": TaggedConfig,
+    "questions": QuestionsConfig,
+    "partially_labeled": PartiallyLabeledConfig,
+    "pseudo_labeled": PseudoLabeledConfig,
+    "simulated_annotators": SimulatedAnnotatorsConfig,
+    "multi_annotator": MultiAnnotatorConfig,
+    "sampled_preferences": SampledPreferencesConfig,
+    "ref_logprobs": RefLogprobsConfig,
+    "rankings": RankingsConfig,
+    "rollouts": RolloutsConfig,
 }
 """Name in a recipe -> class."""
