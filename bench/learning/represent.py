@@ -37,6 +37,7 @@ from firth.data.config import DataConfig
 from firth.data.examples import ExamplesConfig
 from firth.data.labeled import LabeledConfig
 from firth.data.unlabeled import PartiallyLabeledConfig
+from firth.data.windows import ChunksConfig, SegmentPairsConfig
 from firth.model.config import ModelConfig, encoder_config, encoder_decoder_config
 from firth.objectives.classification import Classification
 from firth.objectives.contrastive import Contrastive, InfoNCE
@@ -45,7 +46,7 @@ from firth.objectives.objective import Objective
 from firth.objectives.semi_supervised import Consistency, MultiAnnotator, PseudoLabels
 from firth.objectives.vae import VAE
 from firth.pretrained.load_save import load_model
-from firth.runs.examples import ChunksConfig, SegmentPairsConfig, spread
+from firth.runs.examples import spread
 from firth.runs.prepare import RunData
 from firth.runs.recipe import BatchConfig, CheckpointConfig, EvalConfig, Recipe, TokenizerConfig
 from firth.runs.run import run

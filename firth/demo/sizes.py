@@ -13,12 +13,12 @@ from firth.align.rewards import SampledPreferencesConfig
 from firth.align.rollouts import RolloutsConfig
 from firth.data.dialogues import DialoguesConfig
 from firth.data.labeled import LabeledConfig
+from firth.data.windows import ChunksConfig, WindowsConfig
 from firth.model.config import decoder_config, encoder_config, encoder_decoder_config
 from firth.objectives.masked_lm import MLM
 from firth.recipes.decoders import gpt
 from firth.recipes.encoders import roberta
 from firth.recipes.seq2seq import t5
-from firth.runs.examples import ChunksConfig, WindowsConfig
 from firth.runs.recipe import BatchConfig, CheckpointConfig, EvalConfig, Recipe
 from firth.training.optimizer import OptimizerConfig
 from firth.training.schedule import Budget

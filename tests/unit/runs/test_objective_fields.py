@@ -20,6 +20,7 @@ from firth.data.collate import Batches
 from firth.data.config import DataConfig
 from firth.data.examples import DatasetSplits, ExamplesConfig
 from firth.data.unlabeled import PartiallyLabeledConfig
+from firth.data.windows import ChunksConfig, SegmentPairsConfig, WindowsConfig
 from firth.model.config import (
     AttentionPattern,
     ModelConfig,
@@ -36,7 +37,7 @@ from firth.objectives.objective import Objective, components
 from firth.objectives.policy_gradient import Reinforce
 from firth.pretrained.load_save import save_model
 from firth.runs.compatibility import check_fields, check_pattern
-from firth.runs.examples import EXAMPLES, ChunksConfig, SegmentPairsConfig, WindowsConfig
+from firth.runs.examples import EXAMPLES
 from firth.runs.prepare import RunData, train_tokenizer
 from firth.runs.start_model import StartModel
 from firth.tokenizer.tokenizer import Tokenizer
