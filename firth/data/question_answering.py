@@ -33,7 +33,7 @@ from firth.types import DataStats, Example, UserError
 
 
 @dataclass(frozen=True)
-class Question:
+class QuestionText:
     """The original text of a question.
 
     Args:
@@ -145,9 +145,9 @@ def _passage(context: str, tokenizer: Tokenizer) -> tuple[np.ndarray, np.ndarray
     return tokens, trim_whitespace(spans, context)
 
 
-def question_of(records: Records, number: int) -> Question:
+def question_of(records: Records, number: int) -> QuestionText:
     """Return the original text of a question, by the number of its record from 0."""
-    return Question(records.text_of("context", number), tuple(json.loads(records.text_of("right", number))))
+    return QuestionText(records.text_of("context", number), tuple(json.loads(records.text_of("right", number))))
 
 
 def offsets_of(records: Records, index: int) -> np.ndarray:

@@ -262,7 +262,8 @@ class RecordsConfig(ExamplesConfig):
 
     def _with_group(self, location: str, record: Record) -> tuple[str, list[str]]:
         with located(location):
-            return self.group(record), self.tokenizer_texts_of(record)
+            texts = self.tokenizer_texts_of(record)  # first: its errors name a missing field
+            return self.group(record), texts
 
     def tokenizer_texts_of(self, record: Record) -> list[str]:
         """Return the texts of a record that a tokenizer is trained on; by default those that are encoded."""
