@@ -12,7 +12,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -465,8 +465,9 @@ def evaluate(
     shots: Annotated[int | None, _number(NonNegativeInt, help="Prompts: examples before each question.")] = None,
     chat: Annotated[bool, typer.Option("--chat", help="Prompts: use the model's chat template.")] = False,
     cot: Annotated[
-        bool, typer.Option("--cot", help="Prompts: let the model think step by step before it answers (zero-shot).")
-    ] = False,
+        Literal["zero-shot", "few-shot"] | None,
+        typer.Option(help="Prompts: reason before the answer, step by step or as in examples with rationales."),
+    ] = None,
     votes: Annotated[
         int,
         _number(PositiveInt, help="Prompts: sampled answers per question, of which the most frequent counts."),
@@ -477,11 +478,22 @@ def evaluate(
         bool,
         typer.Option("--within-word", help="Prompts, masked models: mask the rest of a word with each of its tokens."),
     ] = False,
+    contamination: Annotated[
+        list[str] | None, typer.Option(help="Prompts: look the questions up in the training text of this run.")
+    ] = None,
+    board: Annotated[
+        bool, typer.Option("--board", help="Compare results: MODEL... are directories that --out wrote.")
+    ] = False,
     out: Annotated[
         Path | None, typer.Option(help="Prompts: write report.html, results.json and a record per item here.")
     ] = None,
 ) -> None:
     """Evaluate a model: perplexity, bits per byte, accuracy, the metrics of its objective, or tasks in prompts."""
+    if board:
+        from firth.runs.board import board as compare_results
+
+        typer.echo(compare_results(models, out, json))
+        return
     from firth.evaluate.prompting.task_files import is_prompt_task
 
     tasks = task or []
@@ -490,11 +502,11 @@ def evaluate(
         from firth.evaluate.prompting.prompt_task import PromptConfig
         from firth.runs.prompt_report import evaluate_and_report
 
-        config = PromptConfig(shots, chat, "zero-shot" if cot else "", votes, seed=seed, limit=limit)
+        config = PromptConfig(shots, chat, cot or "", votes, seed=seed, limit=limit)
         typer.echo(
             evaluate_and_report(
                 models, tasks, config, data=data or (), examples=examples or (), weights=weights or None,
-                within_word=within_word, out=out, as_json=json,
+                within_word=within_word, out=out, as_json=json, contamination=contamination or (),
             )
         )  # fmt: skip
         return
@@ -525,7 +537,7 @@ def predict(
 
     One row per record, in order, with its number and id.
     """
-    from firth.corpora.read_stats import many
+    from firth.corpora.input_files import many
     from firth.evaluate.predict import check_output_path, write
     from firth.evaluate.predict import predict as rows
 

@@ -1,7 +1,7 @@
 """Describe this machine and what to do about it: `firth doctor`.
 
 Each row is a fact that decides whether and how fast firth runs here. The device is chosen as in training, and the precision by the
-same measurement (`firth.training.precision`), so the output is what training will use.
+same measurement (`firth.training.device`), so the output is what training will use.
 
     Python       3.11.2
     fp32         346 GFLOP/s in a matrix product on the CPU
@@ -24,11 +24,9 @@ from firth import kernel_choice, openmp
 from firth.generate import native_decoder, quantized
 from firth.model import attention, cross_entropy, fused, native, positions
 from firth.objectives.word2vec import NEIGHBORS
-from firth.training import muon, precision
-from firth.training.cpu_setup import flush_denormals, keep_freed_memory
+from firth.training import device, muon
 from firth.training.logging import short
 from firth.training.optimizer import KERNEL as TABLE_ROWS
-from firth.types import UserError
 
 
 @dataclass(frozen=True)
@@ -46,28 +44,6 @@ class DoctorRow:
     value: str
     advice: str = ""
     ok: bool = True
-
-
-def device() -> torch.device:
-    """Return the device of this process: cuda, mps or cpu.
-
-    A rank takes the GPU of its local number (LOCAL_RANK, which torchrun sets) and makes it the current one.
-
-    Raises:
-        UserError: There is no GPU of that number.
-    """
-    if torch.cuda.is_available():
-        local = os.environ.get("LOCAL_RANK")
-        if local is not None:
-            count = torch.cuda.device_count()
-            if int(local) >= count:
-                raise UserError(
-                    f"process {local} of this machine has no GPU of its own: torch sees {count}; start at most {count} "
-                    f"(torchrun --nproc-per-node {count}), or make more visible with CUDA_VISIBLE_DEVICES"
-                )
-            torch.cuda.set_device(int(local))
-        return torch.device("cuda", torch.cuda.current_device())
-    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
 
 
 def doctor(directory: Path | None = None) -> list[DoctorRow]:
@@ -194,8 +170,8 @@ def openmp_library() -> str:
 
 
 def _precision() -> list[DoctorRow]:
-    speed = precision.measured_speed()
-    chosen = precision.choose("auto", torch.device("cpu"))
+    speed = device.measured_speed()
+    chosen = device.choose_precision("auto", torch.device("cpu"))
     ratio = speed["bf16"] / speed["fp32"]
     if chosen == "bf16":
         advice = f"training on the CPU will use bf16, {ratio:.1f} times as fast"
@@ -203,7 +179,7 @@ def _precision() -> list[DoctorRow]:
         advice = f"{1 / ratio:.1f} times slower than fp32 on this CPU: training on it will use fp32"
     else:
         advice = "not much faster than fp32 on this CPU: training on it will use fp32"
-    keeps_memory = keep_freed_memory()
+    keeps_memory = device.keep_freed_memory()
     return [
         DoctorRow("fp32", f"{short(speed['fp32'])}FLOP/s in a matrix product on the CPU"),
         DoctorRow("bf16", f"{short(speed['bf16'])}FLOP/s in a matrix product on the CPU", advice),
@@ -213,7 +189,7 @@ def _precision() -> list[DoctorRow]:
         ),
         DoctorRow(
             "denormals",
-            "flushed to 0 in training" if flush_denormals() else "not flushed: this processor cannot skip them",
+            "flushed to 0 in training" if device.flush_denormals() else "not flushed: this processor cannot skip them",
         ),
     ]
 
@@ -307,10 +283,10 @@ def _disk(directory: Path) -> DoctorRow:
 
 
 def _device() -> DoctorRow:
-    chosen = device()
+    chosen = device.default_device()
     if chosen.type == "cuda":
         properties = torch.cuda.get_device_properties(chosen)
-        chosen_precision = precision.choose("auto", chosen)
+        chosen_precision = device.choose_precision("auto", chosen)
         return DoctorRow(
             "device",
             f"cuda: {properties.name}, {properties.total_memory / 1e9:.0f} GB",

@@ -22,7 +22,7 @@ from typing import Any
 from firth.evaluate.prompting.local_model import LocalModel
 from firth.evaluate.prompting.prompt_task import PromptConfig
 from firth.evaluate.prompting.runner import TaskResult, run_tasks
-from firth.evaluate.prompting.task_files import BUILTIN, load_task
+from firth.evaluate.prompting.task_files import BUILTIN, load_tasks
 from firth.io.yaml_files import read_yaml
 
 
@@ -129,7 +129,7 @@ def ours(
     path.write_text(json.dumps(task), "utf-8")  # JSON is YAML
     start = time.perf_counter()
     [result] = run_tasks(
-        [load_task(str(path), [str(data)], [str(shown)] if shots else [])], model, PromptConfig(shots=shots)
+        load_tasks(str(path), [str(data)], [str(shown)] if shots else []), model, PromptConfig(shots=shots)
     )
     return result, time.perf_counter() - start
 

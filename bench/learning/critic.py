@@ -36,7 +36,7 @@ from firth.align.rollouts import RolloutsConfig, RolloutSource, explained_varian
 from firth.corpora import catalog
 from firth.data.collate import Batches
 from firth.data.config import DataConfig
-from firth.demo import plays
+from firth.demo import data
 from firth.demo.data import read_rows
 from firth.demo.scorers import SCORERS
 from firth.demo.sizes import SIZES
@@ -108,7 +108,7 @@ def make_base(results: Path) -> Path:
     out = results / "base"
     data_dir, tokenizer_at = out / "material", out / "tokenizer"
     if not (data_dir / "material.json").exists():
-        plays.make_data(
+        data.make_play_data(
             catalog.fetch("shakespeare", log=print),
             data_dir,
             max_labeled_train=SIZE.max_labeled_train,

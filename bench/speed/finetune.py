@@ -269,7 +269,7 @@ def check(name: str) -> None:
 def lower_bound(name: str) -> None:
     """Print the lower bounds of both: FLOPs of products and bytes that AdamW moves, at this machine's rates."""
     from firth.model.flops import Work, stack_flops
-    from firth.training.precision import choose
+    from firth.training.device import choose_precision
 
     task, steps = TASKS[name], 50
     model, objective, packed = firth_setup(name, pack_to_length=task.length)
@@ -281,7 +281,7 @@ def lower_bound(name: str) -> None:
     peer = stack_flops(model.config, Work(slots, task.rows * sum(w * w for w in widths)))
     ours = sum(objective.flops(model, batch) for batch in batches_read)
     packed_slots = sum(batch["tokens"].numel() for batch in batches_read)
-    rate, memory = gemm_rate(PRODUCTS[choose("auto", torch.device("cpu"))]), memory_rate()
+    rate, memory = gemm_rate(PRODUCTS[choose_precision("auto", torch.device("cpu"))]), memory_rate()
     words = np.unique(np.concatenate([batch["tokens"].numpy().ravel() for batch in batches_read]))
     whole = sum(p.numel() for p in model.parameters())
     table = model.tokens.weight.numel()

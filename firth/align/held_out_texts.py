@@ -26,7 +26,7 @@ from firth.generate.decoding_batch import inference_mode
 from firth.generate.engine import Engine
 from firth.generate.sampling import Sampling
 from firth.model.model import LM
-from firth.objectives.dpo import build_comparison, ref_logprobs
+from firth.objectives.preferences import build_comparison, ref_logprobs
 from firth.tokenizer.tokenizer import Tokenizer
 from firth.types import Example
 

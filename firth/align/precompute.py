@@ -3,7 +3,7 @@
 A reference model (DPO) or a teacher needs no gradient, so its outputs are computed once before training, and the model is
 released.
 
-    pairs = precompute(pairs, reference_model, build_comparison, ref_logprobs)      # firth.objectives.dpo
+    pairs = precompute(pairs, reference_model, build_comparison, ref_logprobs)      # firth.objectives.preferences
     pairs[0]["reference"]                                                           # array([-31.2, -40.7], dtype=float32)
 
 With a directory, the numbers are memory-mapped files that are filled by index: after an interruption the same call resumes, and
@@ -32,8 +32,8 @@ from firth.fields import path_field
 from firth.generate.decoding_batch import inference_mode
 from firth.io.integrity import read_record, write_record
 from firth.model.model import LM
-from firth.objectives.dpo import build_comparison, ref_logprobs
 from firth.objectives.objective import Objective
+from firth.objectives.preferences import build_comparison, ref_logprobs
 from firth.objectives.semi_supervised import teacher_probabilities, unlabeled_example
 from firth.types import Batch, Example, UserError
 
@@ -161,18 +161,20 @@ class RefLogprobsConfig(WrappingConfig):
     base: ExamplesConfig = PreferencesConfig()
 
     def build(self, data: BuildContext, objective: Objective) -> DatasetSplits:
-        model = data.frozen_start("the model that DPO starts from, which is also its reference")
-        plain = self.base.build(data, objective)
+        return with_ref_logprobs(self.base.build(data, objective), data, build_comparison)
 
-        def known(source: Source, part: str) -> Source:
-            return precompute(
-                source, model, build_comparison, ref_logprobs, directory=data.directory / "reference" / part
-            )
 
-        with data.autocast():
-            train = known(plain.train, "train")
-            validation = None if plain.validation is None else known(plain.validation, "valid")
-        return replace(plain, train=train, validation=validation)
+def with_ref_logprobs(plain: DatasetSplits, data: BuildContext, build: BuildComparison) -> DatasetSplits:
+    """Return the examples with the log-probabilities of the rows that `build` makes, under the model that the run starts from."""
+    model = data.frozen_start("the model that training starts from, which is also the reference")
+
+    def known(source: Source, part: str) -> Source:
+        return precompute(source, model, build, ref_logprobs, directory=data.directory / "reference" / part)
+
+    with data.autocast():
+        train = known(plain.train, "train")
+        validation = None if plain.validation is None else known(plain.validation, "valid")
+    return replace(plain, train=train, validation=validation)
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ from firth.data.examples import BuildContext, DatasetSplits, ExamplesConfig, spl
 from firth.data.source import Source
 from firth.data.split import content_key
 from firth.generate.decoding_batch import inference_mode, rectangle
-from firth.generate.streaming import Completion
+from firth.generate.engine import Completion
 from firth.io import user_code
 from firth.model.model import LM
 from firth.objectives.objective import Objective
@@ -248,7 +248,8 @@ class PreferencePairs(Source):
     def __getitem__(self, index: int) -> Example:
         sides = {"chosen": self.pairs[index].chosen, "rejected": self.pairs[index].rejected}
         tokens = {f"{side}_tokens": sample.tokens for side, sample in sides.items()}
-        return tokens | {f"{side}_mask": sample.mask for side, sample in sides.items()}
+        masks = {f"{side}_mask": sample.mask for side, sample in sides.items()}
+        return tokens | masks | {"margin": np.array([self.pairs[index].margin], np.float32)}
 
 
 def write_preference_pairs(pairs: Iterable[PreferencePair], path: Path, request: Callable[[np.ndarray], str]) -> None:

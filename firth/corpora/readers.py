@@ -42,8 +42,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 from firth.corpora import tables
-from firth.corpora.compression import PACKED, guarded
-from firth.corpora.read_stats import ReadStats
+from firth.corpora.input_files import PACKED, ReadStats, guarded
 from firth.tokenizer.vocab import replace_lone_surrogates
 from firth.types import UserError
 

@@ -10,6 +10,7 @@ objects), which no prompt needs.
 from __future__ import annotations
 
 import json
+import math
 import re
 from array import array
 from collections import Counter
@@ -207,20 +208,23 @@ class Seq2SeqConfig(TemplatedConfig):
         }
 
 
-PREFERENCE_FIELDS = frozenset({"chosen_tokens", "chosen_mask", "rejected_tokens", "rejected_mask"})
-"""The fields of a chosen and a rejected answer to one prompt."""
+PREFERENCE_FIELDS = frozenset({"chosen_tokens", "chosen_mask", "rejected_tokens", "rejected_mask", "margin"})
+"""The fields of a chosen and a rejected answer to one prompt, and by how much the chosen one is better."""
 
 
 @dataclass(frozen=True)
 class PreferencesConfig(RecordsConfig):
-    """Records with a prompt, a chosen and a rejected answer: {"chosen_tokens", "chosen_mask", "rejected_tokens", "rejected_mask"}.
+    """Records with a prompt, a chosen and a rejected answer.
 
-    The masks are True on the answers and their stop tokens only, not on assistant turns in the prompt. A pair is left out as
+    An example is {"chosen_tokens", "chosen_mask", "rejected_tokens", "rejected_mask", "margin" (1,)}. "margin" is the number of that name in
+    the record, by which the chosen answer is better, or NaN. The masks are True on the answers and their stop tokens only, not on
+    assistant turns in the prompt. A pair is left out as
     unanswered if `max_length` leaves no room for one of its answers, or if the answers are equal.
     """
 
     columns: ClassVar[Mapping[str, type]] = {
         "chosen_tokens": np.int32, "chosen_mask": np.bool_, "rejected_tokens": np.int32, "rejected_mask": np.bool_,
+        "margin": np.float32,
     }  # fmt: skip
 
     max_length: TokenCount = 256
@@ -235,7 +239,7 @@ class PreferencesConfig(RecordsConfig):
     def example(self, record: Record, encoded: list[np.ndarray], records: Records) -> Example | None:
         prompt, *answers = comparison(record)
         prompt_length = len(chat.encode(records.tokenizer, prompt)[0])
-        output: Example = {}
+        output: Example = {"margin": np.array([_margin(record)])}
         for side, answer in zip(("chosen", "rejected"), answers, strict=True):
             tokens, mask = chat.encode(records.tokenizer, [*prompt, *answer])
             mask &= np.arange(len(tokens)) >= prompt_length
@@ -243,6 +247,20 @@ class PreferencesConfig(RecordsConfig):
         answered = output["chosen_mask"].any() and output["rejected_mask"].any()
         differ = not np.array_equal(output["chosen_tokens"], output["rejected_tokens"])
         return output if answered and differ else None
+
+
+def _margin(record: Record) -> float:
+    """Return the `margin` of a preference; NaN where it has none."""
+    margin = record.get("margin")
+    if margin in (None, ""):
+        return math.nan
+    try:
+        found = float(margin)
+    except (TypeError, ValueError):
+        found = math.nan
+    if not math.isfinite(found):
+        raise UserError(f"the `margin` of a preference must be a number, not {margin!r:.60}")
+    return found
 
 
 def prompts(

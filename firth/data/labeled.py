@@ -24,7 +24,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from firth.corpora import readers, tables
-from firth.corpora.read_stats import ReadStats
+from firth.corpora.input_files import ReadStats
 from firth.data import attention_fields
 from firth.data.examples import BuildContext, held_out
 from firth.data.labels import check_scheme, has_spans, to_bio2

@@ -21,7 +21,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from firth.corpora import readers
-from firth.corpora.read_stats import ReadStats
+from firth.corpora.input_files import ReadStats
 from firth.data import attention_fields
 from firth.data.examples import BuildContext
 from firth.data.labeled import NamedFieldsConfig

@@ -34,7 +34,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self, TypeVar
 import numpy as np
 
 from firth.corpora import readers
-from firth.corpora.read_stats import ReadStats
+from firth.corpora.input_files import ReadStats
 from firth.data.examples import BuildContext, DatasetSplits, ExamplesConfig, split_records
 from firth.data.labels import ClassNumbering, in_order
 from firth.data.source import Source

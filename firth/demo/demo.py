@@ -29,7 +29,7 @@ from firth.align.rewards import FunctionReward, RewardModel, Rollout, sample_pre
 from firth.align.rollouts import RolloutsConfig, RolloutSource
 from firth.corpora import catalog
 from firth.data.config import DataConfig
-from firth.demo import folder, plays
+from firth.demo import data
 from firth.demo.data import INFO, DatasetInfo, read_rows
 from firth.demo.report import EXAMPLE_WORDS, demo_report, next_commands
 from firth.demo.scorers import SCORERS
@@ -229,8 +229,8 @@ class _Demo:
             return DatasetInfo.load(directory)
         limits = {"max_labeled_train": self.size.max_labeled_train, "max_labeled_valid": self.size.max_labeled_valid}
         if self.text:
-            return folder.make_data(self.text, directory, **limits, seed=self.seed)
-        return plays.make_data(catalog.fetch("shakespeare", log=self.log), directory, **limits, seed=self.seed)
+            return data.make_folder_data(self.text, directory, **limits, seed=self.seed)
+        return data.make_play_data(catalog.fetch("shakespeare", log=self.log), directory, **limits, seed=self.seed)
 
     def data_file(self, name: str) -> str:
         """Return the path of a data file.

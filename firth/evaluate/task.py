@@ -84,20 +84,23 @@ class EvaluatedModel:
         return settings
 
     @cached_property
+    def objective_names(self) -> list[str]:
+        """Names of the objectives that the model was trained with; empty if unknown."""
+        found = self.recipe.get("objective", metadata_of(self.model_directory).get("objective"))
+        listed = found if isinstance(found, list) else [] if found is None else [found]
+        return [str(one.get("kind") if isinstance(one, dict) else one) for one in listed]
+
+    @cached_property
     def is_chat_model(self) -> bool:
         """Whether prompts are rendered with the chat template.
 
         True if its run was trained on the answers in dialogues, or, for a model not trained by firth, if its tokenizer has
         a chat template of its own.
         """
-        found = self.recipe.get("objective", metadata_of(self.model_directory).get("objective"))
-        names = [
-            str(one.get("kind") if isinstance(one, dict) else one)
-            for one in (found if isinstance(found, list) else [found])
-        ]
-        if found is None:
+        if not self.objective_names:
             return self.tokenizer.template not in (None, TEMPLATE)
-        known = [find(name)() for name in names if name in OBJECTIVES]  # files not written by firth may name anything
+        # Files that firth did not write may name anything.
+        known = [find(name)() for name in self.objective_names if name in OBJECTIVES]
         return any(map(reads_dialogues, known))
 
     @property

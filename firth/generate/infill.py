@@ -17,10 +17,9 @@ import numpy as np
 import torch
 
 from firth.generate.decoding_batch import inference_mode, rectangle
-from firth.generate.engine import Engine
+from firth.generate.engine import Completion, Engine
 from firth.generate.fill_mask import Candidate
 from firth.generate.sampling import Sampling
-from firth.generate.streaming import Completion
 from firth.model.heads import LMHead
 from firth.tokenizer.tokenizer import Tokenizer
 from firth.tokenizer.vocab import Vocab

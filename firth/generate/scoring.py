@@ -1,7 +1,8 @@
 """Score continuations of prompts: log p of each token, for every family of models.
 
     causal decoder     chain rule; a prompt is read once for all of its continuations, and what prompts share once for all
-    encoder-decoder    teacher forcing; a source is encoded once for all of its continuations
+    encoder-decoder    teacher forcing; a source is encoded once for all of its continuations. A text without a prompt, for a
+                       model trained on span corruption (T5): each word in the gap that it leaves (`score_gaps`)
     masked, permuted   pseudo-log-likelihood: each token given all others (Salazar 2020), n passes for n tokens
 
 The continuations of one prompt are branches of one row: a branch sees the prompt and itself, because its keys expire where
@@ -14,6 +15,7 @@ KV cache of these tokens.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -89,7 +91,8 @@ class ScoredPair:
     Args:
         prompt: Token ids (m,).
         continuation: Token ids (n,), at least one.
-        word_starts: For masked models with within-word masking: whether each token begins a word, (n,) bool.
+        word_starts: For masked models with within-word masking, and for gaps of whole words: whether each token begins a
+            word, (n,) bool.
     """
 
     prompt: np.ndarray
@@ -352,6 +355,49 @@ def _teacher_forced(model: LM, vocab: Vocab, pairs: Sequence[ScoredPair]) -> Ite
         hidden = model(batch, ForwardContext(encoder_output=chosen))
         at = [(r, np.arange(len(one))) for r, one in enumerate(targets)]
         yield from _read_scores(model, hidden, at, list(zip(index, targets, strict=True)))
+
+
+def score_gaps(model: LM, vocab: Vocab, pairs: Sequence[ScoredPair]) -> Iterator[tuple[int, TokenScores]]:
+    """Yield (index, scores) of continuations under an encoder-decoder trained on span corruption, in order.
+
+    The analog of the pseudo-log-likelihood: each token, or with `word_starts` each word, is replaced by a sentinel in the
+    source, and the target is this sentinel, the word and the next sentinel. The next sentinel ends the word, so its log p is
+    added to that of the last token: without it "dog" would always be more likely than "dog" "s".
+
+    Args:
+        model: The model.
+        vocab: Its vocabulary, with two sentinels, eos and the decoder start token.
+        pairs: The pairs; the prompt may be empty.
+
+    Raises:
+        UserError: A continuation is empty, or a pair is longer than the model's context.
+    """
+    first, second = vocab.sentinels[:2]
+    gaps: list[ScoredPair] = []
+    at: list[tuple[int, int, int]] = []  # pair, and its tokens in the gap
+    for i, pair in enumerate(pairs):
+        if not len(pair.continuation):
+            raise UserError(f"pair {i}: the continuation is empty: give at least one token")
+        text = np.concatenate((pair.prompt, pair.continuation)).astype(np.int64)
+        starts = np.ones(len(pair.continuation), bool) if pair.word_starts is None else np.array(pair.word_starts)
+        starts[:1] = True
+        bounds = [*np.flatnonzero(starts).tolist(), len(starts)]
+        for start, stop in itertools.pairwise(bounds):
+            low, high = len(pair.prompt) + start, len(pair.prompt) + stop
+            source = np.concatenate((text[:low], [first], text[high:], [vocab.eos]))
+            gaps.append(ScoredPair(source, np.concatenate(([first], text[low:high], [second]))))
+            at.append((i, start, stop))
+    check_lengths(model, gaps)
+    found = [np.zeros(len(pair.continuation)) for pair in pairs]
+    greedy = np.ones(len(pairs), bool)
+    with inference_mode(model):
+        for k, scores in _teacher_forced(model, vocab, gaps):
+            i, start, stop = at[k]
+            found[i][start:stop] = scores.logprobs[1:-1]
+            found[i][stop - 1] += scores.logprobs[-1]
+            greedy[i] &= scores.greedy
+    for i, logprobs in enumerate(found):
+        yield i, TokenScores(logprobs, bool(greedy[i]))
 
 
 def _pseudo(model: LM, vocab: Vocab, pairs: Sequence[ScoredPair]) -> Iterator[tuple[int, TokenScores]]:

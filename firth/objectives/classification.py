@@ -52,7 +52,7 @@ from firth.objectives.objective import (
 )
 from firth.objectives.reward_model import last_state, last_token_mask
 from firth.pretrained.families import families_of
-from firth.pretrained.families.heads import head_of
+from firth.pretrained.families.conversion import head_of
 from firth.tokenizer.vocab import Vocab
 from firth.types import IGNORE, Batch, Constraints, DataStats, Example, Metric, Outputs, UserError
 

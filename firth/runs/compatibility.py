@@ -5,7 +5,7 @@ Incompatible combinations are rejected when the recipe is loaded; the error name
 >>> from firth.model.config import decoder_config
 >>> from firth.objectives.masked_lm import MLM
 >>> from firth.objectives.sentence_pairs import NSP
->>> from firth.runs.examples import ChunksConfig
+>>> from firth.data.windows import ChunksConfig
 >>> check_pattern(MLM(), decoder_config(vocab_size=10, hidden_size=64, num_layers=1))  # doctest: +ELLIPSIS
 Traceback (most recent call last):
 ...

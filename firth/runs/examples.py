@@ -15,7 +15,8 @@ import numpy as np
 from firth.align.precompute import PseudoLabeledConfig, RefLogprobsConfig
 from firth.align.rewards import SampledPreferencesConfig
 from firth.align.rollouts import RolloutsConfig
-from firth.corpora.read_stats import ReadStats
+from firth.align.unpaired import UnpairedPreferencesConfig
+from firth.corpora.input_files import ReadStats
 from firth.data import class_counts
 from firth.data.annotations import MultiAnnotatorConfig, SimulatedAnnotatorsConfig
 from firth.data.config import DataConfig
@@ -127,6 +128,7 @@ EXAMPLES: dict[str, type[ExamplesConfig]] = {
     "multi_annotator": MultiAnnotatorConfig,
     "sampled_preferences": SampledPreferencesConfig,
     "ref_logprobs": RefLogprobsConfig,
+    "unpaired_preferences": UnpairedPreferencesConfig,
     "rankings": RankingsConfig,
     "rollouts": RolloutsConfig,
 }

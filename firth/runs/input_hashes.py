@@ -22,7 +22,7 @@ from typing import Any
 
 from firth import objectives
 from firth.corpora import catalog, readers
-from firth.corpora.compression import stamp
+from firth.corpora.input_files import stamp
 from firth.data.examples import ExamplesConfig
 from firth.io import user_code
 from firth.io.atomic import write_text

@@ -31,7 +31,7 @@ from firth.runs.recipe import load
 from firth.tokenizer import chat
 from firth.tokenizer.inspection import readable
 from firth.tokenizer.tokenizer import Tokenizer
-from firth.training import precision
+from firth.training.device import choose_precision
 from firth.types import LOGGER, UserError
 
 Rows = Sequence[Mapping[str, Any]]
@@ -348,7 +348,7 @@ def open_model(directory: Path, weights: str | None = None) -> Model:
     evaluated = load_evaluated_model(directory)
     if weights == "auto":
         stored = evaluated.model.tokens.weight
-        quick = stored.dtype == torch.float32 and precision.choose("auto", stored.device) == "bf16"
+        quick = stored.dtype == torch.float32 and choose_precision("auto", stored.device) == "bf16"
         weights = "bf16" if quick else None
         if quick:
             LOGGER.warning("weights are held in bf16, which is faster here: use --weights fp32 for full precision")

@@ -17,21 +17,20 @@ from typing import Literal
 import numpy as np
 
 from firth.corpora import readers
-from firth.corpora.read_stats import ReadStats, many
+from firth.corpora.input_files import ReadStats, many
 from firth.corpora.readers import Document
 from firth.data.config import DataConfig
 from firth.data.examples import BuildContext
 from firth.data.split import HeldOut, content_key
 from firth.data.text_cache import ReadOnce, read_once
 from firth.data.token_store import TokenStore
-from firth.doctor import device
 from firth.evaluate.tokenizer_match import check_same_tokenizer
 from firth.model.model import LM
 from firth.pretrained.load_save import load_model
 from firth.runs.start_model import StartModel, required_model
 from firth.tokenizer.tokenizer import Tokenizer
 from firth.tokenizer.train import train
-from firth.training import precision
+from firth.training.device import casts, default_device
 from firth.types import LOGGER, LogLine, UserError
 
 REPAIR_DESCRIPTIONS = {
@@ -63,18 +62,21 @@ class RunData(BuildContext):
     def frozen_model(self, path: str, field: str, what: str, hint: str) -> LM:
         directory = required_model(path, field, what)
         check_same_tokenizer(self.tokenizer, directory, f"{field}:", hint)
-        return load_model(directory).to(device())
+        return load_model(directory).to(default_device())
 
     def autocast(self) -> AbstractContextManager[object]:
-        return precision.casts(self.precision, device())()
+        return casts(self.precision, default_device())()
+
+    def store_directory(self) -> Path:
+        """Return the directory of the training and the held-out token store, which may not exist yet."""
+        every = [*self.config.paths(self.log), *self.siblings]
+        name = fingerprint(self.config, every, self.tokenizer)
+        return Path(self.config.cache_dir or self.directory / "data") / name
 
     def stores(self) -> tuple[TokenStore, TokenStore | None]:
         """Return the training and the held-out token store (None if nothing is held out). Missing stores are built."""
         paths = self.config.paths(self.log)
-        every = [*paths, *self.siblings]
-        folder = Path(self.config.cache_dir or self.directory / "data") / fingerprint(
-            self.config, every, self.tokenizer
-        )
+        folder = self.store_directory()
         parts: list[TokenStore | None] = []
         for validation in (False, True):
             place = folder / ("valid" if validation else "train")

@@ -173,14 +173,14 @@ class Recipe(Validated):
         peft: Which weights are trained (`firth.runs.peft_options`).
         init_embeddings_from: A run or model directory with the same tokenizer, of which only the token embeddings are
             loaded (`firth.generate.embeddings`).
-        init_head_from_frequencies: Whether an untrained LM head is initialized from the label frequencies (`firth.model.head_frequencies`).
+        init_head_from_frequencies: Whether an untrained LM head is initialized from the label frequencies (`firth.model.init`).
         batch: Batch size, packing and gradient accumulation.
         optimizer: The optimizer.
         schedule: The learning-rate schedule.
         budget: When training ends.
         evaluation: Evaluation during training.
         checkpoint: When checkpoints are written.
-        loggers: Where metrics go besides metrics.jsonl (`firth.training.loggers`). A resumed run may change it.
+        loggers: Where metrics go besides metrics.jsonl (`firth.training.logging`). A resumed run may change it.
         sample_prompts: Texts for the report, sampled before and after training: the model continues a text, fills each <mask>
             in it, or, for word vectors, lists a word's nearest neighbors.
         precision: "auto" chooses the faster one, as measured on this machine.

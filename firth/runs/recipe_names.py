@@ -39,6 +39,9 @@ RECIPES = {
     "reward_model": "firth.recipes.post_training:reward_model",
     "ranking": "firth.recipes.post_training:ranking",
     "dpo": "firth.recipes.post_training:dpo",
+    "simpo": "firth.recipes.post_training:simpo",
+    "orpo": "firth.recipes.post_training:orpo",
+    "kto": "firth.recipes.post_training:kto",
     "reinforce": "firth.recipes.post_training:reinforce",
     "ppo": "firth.recipes.post_training:ppo",
 }

@@ -19,14 +19,12 @@ from firth.align.rewards import RewardError
 from firth.data import class_counts, text_cache
 from firth.data.collate import Batches
 from firth.data.examples import DatasetSplits
-from firth.doctor import device as best_device
 from firth.evaluate.tokenizer_match import check_same_tokenizer
 from firth.generate import embeddings
 from firth.io.atomic import make_directory, new_directory, write_text
 from firth.io.integrity import read_record, write_record
-from firth.model.compilation import compile_blocks
 from firth.model.heads import export_heads
-from firth.model.model import LM
+from firth.model.model import LM, compile_blocks
 from firth.objectives import name_of
 from firth.objectives.objective import components
 from firth.peft.lora import num_trainable_parameters
@@ -44,10 +42,10 @@ from firth.runs.start_model import StartModel, model_directory
 from firth.runs.tokenizer import check_vocab, fallbacks, tokenizer_of
 from firth.runs.validation import Validator, vocab
 from firth.tokenizer.tokenizer import Tokenizer
-from firth.training import checkpoint, precision, trainer
+from firth.training import checkpoint, trainer
+from firth.training.device import choose_precision, default_device
 from firth.training.distributed import join
-from firth.training.loggers import check_loggers, metrics_loggers
-from firth.training.logging import OnMetrics, ProgressReporter
+from firth.training.logging import OnMetrics, ProgressReporter, check_loggers, metrics_loggers
 from firth.training.trainer import TrainerConfig, TrainingResult
 from firth.types import LOGGER, LogLine, UserError
 
@@ -108,7 +106,7 @@ def run(
         UserError: The directory holds a run of another recipe, or the recipe is invalid.
     """
     kernel_choice.check_forced()
-    ranks = join(best_device())
+    ranks = join(default_device())
     with ranks.together():
         check_start_models(recipe)
         check_loggers(recipe.loggers)
@@ -194,7 +192,7 @@ def build_data(resolved: ResolvedRecipe, data: RunData, context: RunContext) -> 
     Raises:
         UserError: There is nothing to train on, or nothing is held out and `evaluation` needs it.
     """
-    chosen = checkpoint.precision(context.directory) or precision.choose(resolved.precision, best_device())
+    chosen = checkpoint.precision(context.directory) or choose_precision(resolved.precision, default_device())
     data = dataclasses.replace(data, memory_length=resolved.model.attention.memory_length, precision=chosen)
     splits = context.first_rank_first(lambda: examples.build_datasets(resolved.examples, data, resolved.objective))
     text_cache.forget()
@@ -235,7 +233,7 @@ def build_model(resolved: ResolvedRecipe, datasets: RunDatasets, context: RunCon
     resolved.peft.apply(model, added, tokenizer, resolved.seed)
     for stack in model.stacks():
         stack.gradient_checkpointing = resolved.gradient_checkpointing
-    model.to(best_device())
+    model.to(default_device())
     if resolved.compile:
         compile_blocks(model)
     trainable, total = num_trainable_parameters(model), sum(p.numel() for p in model.parameters())

@@ -21,7 +21,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from firth.corpora.read_stats import ReadStats
+from firth.corpora.input_files import ReadStats
 from firth.data.examples import ExamplesConfig
 from firth.data.noise import facts
 from firth.data.source import Source

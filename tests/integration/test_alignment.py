@@ -51,6 +51,7 @@ ROLLOUTS = (
 )
 SETTINGS: dict[str, tuple[str, ...]] = {
     "dpo": ("batch.size=16", "evaluation.max_examples=8"),
+    "kto": ("batch.size=16", "evaluation.max_examples=8"),
     "ppo": ROLLOUTS,
     "reinforce": (*ROLLOUTS, "examples.num_generations=4"),
 }
@@ -73,12 +74,14 @@ def workdir(tmp_path_factory: pytest.TempPathFactory) -> Path:
         save_model(model, tokenizer, out / name)
     pairs = [{"prompt": texts[i], "chosen": texts[i + 1], "rejected": texts[i + 2]} for i in range(24)]
     (out / "pairs.jsonl").write_text("\n".join(map(json.dumps, pairs)))
+    labeled = [{"prompt": texts[i], "completion": texts[i + 1], "label": i % 3 > 0} for i in range(24)]
+    (out / "labeled.jsonl").write_text("\n".join(map(json.dumps, labeled)))
     (out / "prompts.jsonl").write_text("\n".join(json.dumps({"prompt": text}) for text in texts[:16]))
     return out
 
 
 def assignments(workdir: Path, name: str, *more: str, arch: str = "gpt2") -> list[str]:
-    records = workdir / ("pairs.jsonl" if name == "dpo" else "prompts.jsonl")
+    records = workdir / {"dpo": "pairs.jsonl", "kto": "labeled.jsonl"}.get(name, "prompts.jsonl")
     plain = (f"init_from={workdir / arch}", f"data.path={records}", "max_steps=1", "optimizer.lr=1e-9")
     return [*plain, *SETTINGS[name], *more]
 
@@ -105,10 +108,13 @@ def old_logprobs(monkeypatch: pytest.MonkeyPatch) -> list[float]:
 
 
 def deviations(name: str, rows: Rows, old_logprobs: list[float], tolerance: float) -> dict[str, float]:
-    """Return the deviations from the values of unchanged weights: first loss ln 2, first ratio 1, KL 0."""
+    """Return the deviations from the values of unchanged weights: first loss ln 2 (KTO: 1/2), first ratio 1, KL 0."""
     train = rows["train"]
     if name == "dpo":  # the sums of an answer's log-ratios, of about eight tokens
         found = {"loss": train["loss"] - log(2), "chosen": train["chosen"] / 8, "rejected": train["rejected"] / 8}
+    elif name == "kto":
+        answers = {measure: train[measure] / 8 for measure in ("chosen", "rejected", "kl_per_answer")}
+        found = answers | {"loss": train["loss"] - 0.5}
     elif name == "ppo":
         found = {measure: train[measure] for measure in ("clipped", "approx_kl", "kl_per_token")}
     else:
@@ -123,7 +129,7 @@ CASES = [
     for name in SETTINGS
     for precision in ("fp32", "bf16")
     for layout in ("padded", "packed")
-    if (name, layout) != ("dpo", "packed")  # preference pairs are groups of rows, which cannot be packed
+    if name not in ("dpo", "kto") or layout != "packed"  # groups of rows cannot be packed
 ]
 TOLERANCE = {"fp32": 1e-5, "bf16": 2e-3}
 """Rounding errors of a log-probability between two forward passes with different batches."""

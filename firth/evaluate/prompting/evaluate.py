@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from firth.evaluate.prompting.contamination import TrainingText, find_contaminated
 from firth.evaluate.prompting.endpoint import PREFIX, Endpoint
 from firth.evaluate.prompting.local_model import LocalModel
 from firth.evaluate.prompting.prompt_task import PromptConfig
 from firth.evaluate.prompting.requests import ReplyCache, Responder
 from firth.evaluate.prompting.results import write_results
-from firth.evaluate.prompting.runner import TaskResult, run_tasks
-from firth.evaluate.prompting.task_files import load_task
+from firth.evaluate.prompting.runner import TaskResult, run_tasks, with_contamination
+from firth.evaluate.prompting.task_files import load_tasks
 from firth.io.cache import cache
 from firth.types import UserError
 
@@ -33,6 +34,7 @@ def evaluate_prompts(
     weights: str | None = None,
     within_word: bool = False,
     out: Path | None = None,
+    training_texts: Sequence[TrainingText] = (),
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[list[TaskResult]]:
     """Evaluate models on tasks; replies are kept in firth's cache directory, so that the same call resumes.
@@ -46,6 +48,7 @@ def evaluate_prompts(
         weights: Weight format of local models; None keeps the stored one.
         within_word: For masked models: whether the rest of a word is masked with each of its tokens.
         out: Directory for results.json and the record of each item, in a directory per model if there are several.
+        training_texts: Text in which the items are looked up, for the share that models may have seen.
         progress: Called with the number of replies and of requests of a round of a model.
 
     Returns:
@@ -56,7 +59,7 @@ def evaluate_prompts(
     """
     if len(set(models)) < len(models):
         raise UserError("a model is named twice: compare a model with another one")
-    loaded = [load_task(name, data, examples) for name in tasks]
+    loaded = [task for name in tasks for task in load_tasks(name, data, examples)]
     names = [task.name for task in loaded]
     if len(set(names)) < len(names):
         raise UserError(
@@ -64,6 +67,7 @@ def evaluate_prompts(
         )
     for task in loaded:
         task.check(config)
+    searched = find_contaminated([task.selected(config) for task in loaded], training_texts) if training_texts else []
     found = []
     for number, model in enumerate(models):
         responder = open_responder(model, weights, within_word)
@@ -72,6 +76,8 @@ def evaluate_prompts(
             results = run_tasks(loaded, responder, config, replies, progress)
         finally:
             replies.close()
+        if searched:
+            results = [with_contamination(one, where) for one, where in zip(results, searched, strict=True)]
         found.append(results)
         if out is not None:
             write_results(out / f"model-{number + 1}" if len(models) > 1 else out, results, config)

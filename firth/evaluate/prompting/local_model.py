@@ -13,7 +13,7 @@ from firth.evaluate.prompting.requests import GenerateReply, GenerateRequest, Re
 from firth.evaluate.task import EvaluatedModel, load_evaluated_model
 from firth.generate.engine import Engine
 from firth.generate.sampling import Sampling
-from firth.generate.scoring import ScoredPair, score_pairs, scoring_mode
+from firth.generate.scoring import ScoredPair, score_gaps, score_pairs, scoring_mode
 from firth.tokenizer import chat
 from firth.types import UserError
 
@@ -25,6 +25,7 @@ class LocalModel:
         evaluated: The model.
         weights: Weight format (`firth.generate.engine.Engine`); None keeps the stored one.
         within_word: For masked models: whether the rest of a word is masked with each of its tokens (Kauf and Ivanova 2023).
+            For T5: whether a gap is a word and not a token.
         batch_size: Most rows of a batch of generated answers.
 
     Raises:
@@ -41,10 +42,13 @@ class LocalModel:
         self.engine = Engine(evaluated.model, evaluated.tokenizer, weights=weights, batch_size=batch_size)
         self.model, self.tokenizer = self.engine.model, evaluated.tokenizer
         self.mode = scoring_mode(evaluated.model.config)
+        names, vocab = evaluated.objective_names, evaluated.vocab
+        self.fills_gaps = self.mode == "halves" and len(vocab.sentinels) > 1 and names in ([], ["span_corruption"])
         plain = self.mode == "causal" and not evaluated.model.config.attention.prefix_lm
         self.bos = leading_bos(evaluated.model_directory, evaluated.tokenizer)[0] if plain else None
         self.context = evaluated.model.context - (2 if self.mode == "masked" else 1)
-        self.digest = model_digest(evaluated, f"{self.model.tokens.weight.dtype} {weights} {within_word}")
+        settings = f"{self.model.tokens.weight.dtype} {weights} {within_word}{' gaps' if self.fills_gaps else ''}"
+        self.digest = model_digest(evaluated, settings)
 
     @staticmethod
     def open(directory: Path, weights: str | None = None, within_word: bool = False) -> LocalModel:
@@ -57,17 +61,21 @@ class LocalModel:
 
     def reply(self, requests: Sequence[Request]) -> Iterator[tuple[int, Reply]]:
         """Yield (index, reply) of each request, in the order in which they are computed."""
-        scored = [i for i, request in enumerate(requests) if isinstance(request, ScoreRequest)]
-        if scored:
-            pairs = [self._pair(request) for i in scored if isinstance(request := requests[i], ScoreRequest)]
-            for k, scores in score_pairs(self.model, self.evaluated.vocab, pairs):
-                yield scored[k], ScoreReply(tuple(scores.logprobs.tolist()), scores.greedy)
+        scored = [(i, request) for i, request in enumerate(requests) if isinstance(request, ScoreRequest)]
+        for score, in_gaps in ((score_pairs, False), (score_gaps, True)):
+            some = [(i, self._pair(request)) for i, request in scored if self._in_gaps(request) == in_gaps]
+            for k, scores in score(self.model, self.evaluated.vocab, [pair for _, pair in some]) if some else ():
+                yield some[k][0], ScoreReply(tuple(scores.logprobs.tolist()), scores.greedy)
         groups: dict[Sampling, list[int]] = {}
         for i, request in enumerate(requests):
             if isinstance(request, GenerateRequest):
                 groups.setdefault(_sampling(request), []).append(i)
         for sampling, index in groups.items():
             yield from self._generate(sampling, [(i, requests[i]) for i in index])  # type: ignore[misc]
+
+    def _in_gaps(self, request: ScoreRequest) -> bool:
+        """Return whether a text is scored word by word, each in a gap of the rest: no prompt, and a model that fills gaps."""
+        return self.fills_gaps and not request.chat and not request.prompt.strip()
 
     def _generate(
         self, sampling: Sampling, requests: Sequence[tuple[int, GenerateRequest]]
@@ -119,9 +127,8 @@ class LocalModel:
         whole = self.tokenizer.encode(prompt + text)
         cut = len(self.tokenizer.encode(prompt)) if prompt else 0
         before, after = whole[:cut], whole[cut:]
-        starts = self._word_starts(prompt, text, cut) if self.within_word and self.mode == "masked" else None
-        if self.mode == "masked":
-            return ScoredPair(before, after, starts)
+        if self.mode == "masked" or self._in_gaps(request):
+            return ScoredPair(before, after, self._word_starts(prompt, text, cut) if self.within_word else None)
         framed = self._framed(before)
         if not len(framed):  # a decoder without bos: transformers' models start with eos then
             start = self.evaluated.vocab.roles.get("bos", self.evaluated.vocab.roles.get("eos"))

@@ -23,7 +23,7 @@ from firth.evaluate.task import Answers, EvaluatedModel, MetricFunction, Progres
 from firth.model.heads import describe_head, num_outputs
 from firth.objectives.classification import Classification, Readout, readout_of
 from firth.pretrained import load_save
-from firth.pretrained.families.heads import UNNAMED
+from firth.pretrained.families.conversion import UNNAMED
 from firth.types import Example, UserError
 
 

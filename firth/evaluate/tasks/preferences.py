@@ -1,11 +1,16 @@
 """Preferences: how often a reward model scores the chosen answer above the rejected one; a tie is wrong.
 
+The calibration error compares sigma(difference of the rewards), the probability that the higher reward is the better answer
+(Bradley & Terry 1952), with how often it is.
+
 Dialogues are read and encoded as in training (`firth.data.dialogues.PreferencesConfig`), up to the last token of the answer.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+
+import numpy as np
 
 from firth.data.collate import collate
 from firth.data.dialogues import PreferencesConfig
@@ -30,7 +35,7 @@ def load(evaluated: EvaluatedModel, paths: Sequence[str]) -> Records:
 
 
 def respond(evaluated: EvaluatedModel, items: Records, progress: Progress) -> Answers:
-    """Return "chosen" and the side with the higher reward of each pair, "" for a tie."""
+    """Return "chosen", the side with the higher reward of each pair ("" for a tie), and the probability of that side."""
 
     def build_examples() -> Iterator[Example]:
         for i in range(len(items)):
@@ -45,7 +50,18 @@ def respond(evaluated: EvaluatedModel, items: Records, progress: Progress) -> An
             scores += rewards(evaluated.model, evaluated.model(batch), batch).tolist()
             progress(len(scores) / (2 * len(items)))
     preferred = [most_likely(SIDES, pair) for pair in zip(scores[::2], scores[1::2], strict=True)]
-    return ["chosen"] * len(preferred), preferred
+    margins = np.abs(np.subtract(scores[::2], scores[1::2]))
+    return ["chosen"] * len(preferred), preferred, (1 / (1 + np.exp(-margins))).tolist()
 
 
-PREFERENCES = Task("preferences", load, respond, {"accuracy": metrics.accuracy})
+PREFERENCES = Task(
+    "preferences",
+    load,
+    respond,
+    {
+        "accuracy": lambda gold, preferred, _: metrics.accuracy(gold, preferred),
+        "calibration_error": lambda gold, preferred, p: metrics.calibration_error(
+            p, np.asarray(gold) == np.asarray(preferred)
+        ),
+    },
+)

@@ -7,34 +7,16 @@ import os
 
 from firth.io import user_code
 from firth.model.config import ModelConfig
-from firth.pretrained.families import (
-    albert,
-    bart,
-    bert,
-    distilbert,
-    electra,
-    gpt,
-    gpt2,
-    llama,
-    marian,
-    mistral,
-    modernbert,
-    mpnet,
-    nanochat,
-    qwen,
-    roberta,
-    t5,
-    xlnet,
-)
+from firth.pretrained.families import bart, bert, gpt2, llama, modernbert, mpnet, nanochat, t5, xlnet
 from firth.pretrained.families.family import Family
 from firth.types import UserError
 
 FAMILIES: dict[str, Family] = {
     family.name: family
     for family in (
-        roberta.FAMILY, roberta.XLM, bert.FAMILY, distilbert.FAMILY, albert.FAMILY, electra.FAMILY, gpt.FAMILY,
-        gpt2.FAMILY, llama.FAMILY, mistral.FAMILY, qwen.QWEN2, qwen.QWEN3, t5.FAMILY, t5.MT5, bart.FAMILY,
-        nanochat.FAMILY, modernbert.FAMILY, xlnet.FAMILY, mpnet.FAMILY, marian.FAMILY,
+        bert.ROBERTA, bert.XLM_ROBERTA, bert.FAMILY, bert.DISTILBERT, bert.ALBERT, bert.ELECTRA, gpt2.GPT,
+        gpt2.FAMILY, llama.FAMILY, llama.MISTRAL, llama.QWEN2, llama.QWEN3, t5.FAMILY, t5.MT5, bart.FAMILY,
+        nanochat.FAMILY, modernbert.FAMILY, xlnet.FAMILY, mpnet.FAMILY, bart.MARIAN,
     )
 }  # fmt: skip
 """`model_type` in config.json -> family."""

@@ -28,9 +28,9 @@ from firth.generate.sampling import Sampling
 from firth.io.integrity import read_record
 from firth.model.config import decoder_config
 from firth.model.model import LM
-from firth.objectives.dpo import DPO, build_comparison, ref_logprobs
 from firth.objectives.objective import Objective
 from firth.objectives.policy_gradient import PER_TOKEN, PPO, Reinforce
+from firth.objectives.preferences import DPO, build_comparison, ref_logprobs
 from firth.objectives.reward_model import RewardModeling
 from firth.training.step import step
 from firth.types import UserError

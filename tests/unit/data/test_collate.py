@@ -18,9 +18,9 @@ from firth.model.attention import AttentionMask
 from firth.model.config import EncoderConfig, ModelConfig
 from firth.model.model import LM
 from firth.objectives.causal_lm import CausalLM
-from firth.objectives.dpo import DPO
 from firth.objectives.masked_lm import MLM
 from firth.objectives.objective import Objective
+from firth.objectives.preferences import DPO
 from firth.objectives.reward_model import RewardModeling
 from firth.objectives.sft import SFT
 from firth.tokenizer.vocab import Vocab

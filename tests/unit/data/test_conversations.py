@@ -13,7 +13,7 @@ import pytest
 
 from firth.corpora.readers import records
 from firth.data.annotations import MultiAnnotatorConfig
-from firth.data.conversations import comparison, messages_of, prompt_of
+from firth.data.conversations import comparison, messages_of, prompt_of, unpaired
 from firth.data.dialogues import DialoguesConfig, PreferencesConfig, Seq2SeqConfig
 from firth.data.labeled import LabeledConfig, MultipleChoiceConfig, ScoredConfig, TaggedConfig
 from firth.data.question_answering import QuestionsConfig
@@ -75,6 +75,13 @@ def test_a_preference_is_read_as_documented(row: list[str]) -> None:
     assert prompt_of(record_of(row[1])) == prompt
 
 
+@pytest.mark.parametrize("row", rows_of("Labeled answers"), ids=lambda row: row[0])
+def test_a_labeled_answer_is_read_as_documented(row: list[str]) -> None:
+    prompt, answer, desirable = unpaired(record_of(row[1]))
+    parts = [*formatted(prompt), *formatted(answer, "desirable" if desirable else "undesirable")]
+    assert "; ".join(parts) == row[2]
+
+
 @pytest.mark.parametrize("row", rows_of("Rankings"), ids=lambda row: row[0])
 def test_a_ranking_is_read_as_documented(row: list[str]) -> None:
     prompt, answers, rank = ranking(record_of(row[1]))
@@ -84,7 +91,8 @@ def test_a_ranking_is_read_as_documented(row: list[str]) -> None:
 
 @pytest.mark.parametrize("row", rows_of("Rejected"), ids=lambda row: row[2][:40])
 def test_a_record_is_rejected_as_documented(row: list[str]) -> None:
-    read = {"preference": comparison, "ranking": ranking, "dialogue": messages_of}[row[1]]
+    readers = {"preference": comparison, "ranking": ranking, "dialogue": messages_of, "labeled answer": unpaired}
+    read = readers[row[1]]
     with pytest.raises(UserError, match=re.escape(row[2])) as raised:
         read(record_of(row[0]))
     assert "\n" not in str(raised.value)
@@ -92,8 +100,8 @@ def test_a_record_is_rejected_as_documented(row: list[str]) -> None:
 
 def test_the_page_has_all_tables() -> None:
     """Without its tables the tests above would be empty."""
-    tables = ("Dialogues", "Preferences", "Rankings", "Rejected")
-    assert [len(rows_of(title)) for title in tables] == [17, 11, 5, 19]
+    tables = ("Dialogues", "Preferences", "Labeled answers", "Rankings", "Rejected")
+    assert [len(rows_of(title)) for title in tables] == [17, 11, 5, 5, 22]
     assert len(rows_of("Classes, numbers, choices, tags, spans")) == len(KINDS)
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from firth.corpora import readers
-from firth.corpora.read_stats import ReadStats
+from firth.corpora.input_files import ReadStats
 from firth.data.labeled import LabeledConfig, MultipleChoiceConfig, TaggedConfig
 from firth.data.labels import ClassNumbering
 from firth.data.question_answering import QuestionsConfig, has_unanswerable

@@ -19,7 +19,7 @@ from firth.data.dialogues import DialoguesConfig, PreferencesConfig, Seq2SeqConf
 from firth.data.labeled import LabeledConfig
 from firth.data.records import Records, RecordsConfig
 from firth.objectives.classification import Classification
-from firth.objectives.dpo import DPO
+from firth.objectives.preferences import DPO
 from firth.objectives.reward_model import RewardModeling
 from firth.objectives.sft import SFT, Seq2SeqSFT
 from firth.tokenizer import chat
@@ -188,6 +188,18 @@ def test_preferences(write: Write) -> None:
         Records(PreferencesConfig(max_length=64), [write({"prompt": "x", "chosen": "y"})], tokenizer())
     with pytest.raises(UserError, match="needs a `prompt`"):
         comparison({"chosen": "a", "rejected": "b"})
+
+
+def test_a_margin_is_read_with_its_preference(write: Write) -> None:
+    pair = {"prompt": "x", "chosen": "y", "rejected": "z"}
+    source = Records(
+        PreferencesConfig(max_length=64), [write(pair | {"margin": 0.5}, pair, pair | {"margin": "2"})], tokenizer()
+    )
+    assert [float(source[i]["margin"][0]) for i in (0, 2)] == [0.5, 2.0]
+    assert np.isnan(source[1]["margin"][0])
+    for margin in ("large", [1], "inf"):
+        with pytest.raises(UserError, match=r"rows\.jsonl:1: the `margin` of a preference must be a number"):
+            Records(PreferencesConfig(max_length=64), [write(pair | {"margin": margin})], tokenizer())
 
 
 def test_prompts_end_with_the_start_of_the_answer(write: Write) -> None:

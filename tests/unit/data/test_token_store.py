@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from firth.corpora import readers
-from firth.corpora.read_stats import ReadStats
+from firth.corpora.input_files import ReadStats
 from firth.corpora.readers import Document
 from firth.data import token_store
 from firth.data.collate import Batches

@@ -5,10 +5,9 @@ import pytest
 import torch
 
 from firth.generate.decoding_batch import rectangle
-from firth.generate.engine import Engine
+from firth.generate.engine import Engine, StreamingOutput
 from firth.generate.fill_mask import masked
 from firth.generate.sampling import Sampling
-from firth.generate.streaming import StreamingOutput
 from firth.model.config import (
     ModelConfig,
     NormConfig,

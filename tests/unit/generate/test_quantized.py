@@ -29,9 +29,9 @@ from firth.model.config import (
 )
 from firth.model.model import LM
 from firth.pretrained.load_save import save_model
+from firth.runs import loaded_model
 from firth.runs.inference import open_engine
 from firth.tokenizer.train import train
-from firth.training import precision
 from firth.types import UserError
 from tests.support.byte_tokenizer import ByteTokenizer
 from tests.support.models import random_model, random_prompts
@@ -338,7 +338,7 @@ def test_a_quantized_head_keeps_no_float_matrix() -> None:
 @pytest.mark.parametrize("fastest", ["fp32", "bf16"])
 def test_the_command_line_quantizes(fastest: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The default is the fastest format of this machine, which is printed if it is not the stored one."""
-    monkeypatch.setattr(precision, "choose", lambda wanted, device: fastest)
+    monkeypatch.setattr(loaded_model, "choose_precision", lambda wanted, device: fastest)
     tokenizer = train(["to be, or not to be, that is the question"], "byte-bpe", 400)
     config = decoder_config(
         vocab_size=tokenizer.vocab.size, hidden_size=32, num_layers=1, num_heads=2, max_positions=64

@@ -147,6 +147,35 @@ def test_a_ranking_of_two_is_a_preference() -> None:
         assert float(terms["margin"]) == pytest.approx(float(whole["margin"]), abs=1e-5)
 
 
+def test_centering_of_a_ranking_is_that_of_its_pairs() -> None:
+    """The mean of (r_i + r_j)^2 over the compared pairs; for two answers that of a preference."""
+    objective = Ranking(num_answers=3, center_rewards_coefficient=0.5)
+    model = model_for(objective)
+    groups = [ranked([2, 0, 1]), ranked([1, 0], 1)]
+    terms = step(model, objective, [collate(built(objective, groups), label_fields(objective))])
+    squares = []
+    for group in groups:
+        r = scores_of(model, group).tolist()
+        squares.append(np.mean([(a + b) ** 2 for a, b in itertools.combinations(r, 2)]))
+    assert float(terms["center"]) == pytest.approx(0.5 * np.mean(squares), rel=1e-4)
+    plain = step(
+        model, Ranking(num_answers=3), [collate(built(Ranking(num_answers=3), groups), label_fields(objective))]
+    )
+    assert "center" not in plain
+    assert float(plain["reward"]) == pytest.approx(float(terms["reward"]), abs=1e-6)
+
+
+def test_a_missing_margin_is_an_error() -> None:
+    on = np.ones(2, bool)
+    pair = {"chosen_tokens": np.array([9, 20]), "chosen_mask": on, "rejected_tokens": np.array([9, 30]), "rejected_mask": on,
+            "margin": np.array([np.nan])}  # fmt: skip
+    with pytest.raises(UserError, match="a preference has no `margin`"):
+        built(RewardModeling(margin_weight=1.0), [pair])
+    [seen] = built(RewardModeling(margin_weight=2.0), [pair | {"margin": np.array([0.75])}])
+    assert seen["expected_margin"] == 1.5
+    assert "expected_margin" not in built(RewardModeling(), [pair])[0]
+
+
 def test_plackett_luce_sums_to_one_over_orders() -> None:
     objective = Ranking(num_answers=3, likelihood="order")
     model = model_for(objective)

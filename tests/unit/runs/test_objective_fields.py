@@ -41,7 +41,7 @@ from firth.runs.examples import EXAMPLES
 from firth.runs.prepare import RunData, train_tokenizer
 from firth.runs.start_model import StartModel
 from firth.tokenizer.tokenizer import Tokenizer
-from firth.training.precision import casts
+from firth.training.device import casts
 from firth.training.step import step
 from firth.types import UserError
 
@@ -121,6 +121,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
     write("multiple_choice", lambda i: {"text": some[i], "options": ["swims", "sleeps"], "label": 1})
     write("dialogues-seq2seq-rollouts", lambda i: {"prompt": some[i], "completion": some[-i]})
     write("preferences-ref_logprobs", lambda i: {"prompt": some[i], "chosen": "swims", "rejected": "sleeps"})
+    write("unpaired_preferences", lambda i: {"prompt": some[i], "completion": "swims", "label": i % 2 == 0})
     write("rankings", lambda i: {"prompt": some[i], "answers": ["swims", "sleeps", "otter"][: 2 + i % 2]})
     ids, ends = {"prompt": [60, 61], "chosen": [50, 51], "rejected": [50, 51]}, {"chosen": True, "rejected": True}
     texts_of = {"prompt": "y", "chosen": "x", "rejected": "x", "margin": 1.0}

@@ -17,7 +17,8 @@ from firth.evaluate.prompting.local_model import LocalModel
 from firth.evaluate.prompting.requests import GenerateReply, GenerateRequest, ScoreReply, ScoreRequest
 from firth.evaluate.task import EvaluatedModel
 from firth.generate.decoding_batch import rectangle
-from firth.model.config import decoder_config, encoder_config
+from firth.generate.scoring import ScoredPair, score_gaps
+from firth.model.config import decoder_config, encoder_config, encoder_decoder_config
 from firth.types import UserError
 from tests.support.models import random_model
 from tests.support.tiny_corpus import tokenizer
@@ -145,3 +146,23 @@ def test_an_endpoint_that_cannot_serve_is_named(address: str, monkeypatch: pytes
     Handler.failures = 3
     with pytest.raises(UserError, match="refuses /completions with 503"):
         list(Endpoint(address).reply([GenerateRequest("one")]))
+
+
+def test_a_text_is_filled_word_by_word_by_span_corruption(tmp_path: Path) -> None:
+    """T5 has seen no text without its source: a text alone is scored in gaps, unless the run trained something else."""
+    coder, text = tokenizer(), "unbelievable extraordinary cats"
+    config = encoder_decoder_config(coder.vocab.size, 32, 2, num_heads=2)
+    model = LocalModel(EvaluatedModel(random_model(config), coder, tmp_path, tmp_path), within_word=True)
+    requests = [ScoreRequest("", text), ScoreRequest("two", " cats")]
+    replies = dict(model.reply(requests))
+    starts = [offset == 0 or text[offset - 1] == " " or text[offset] == " " for offset, _ in coder.spans(text)[1]]
+    pair = ScoredPair(np.zeros(0, np.int32), coder.encode(text), np.array(starts))
+    [(_, scores)] = score_gaps(model.model, model.evaluated.vocab, [pair])
+    assert replies[0] == ScoreReply(tuple(scores.logprobs.tolist()), scores.greedy) and sum(starts) == 3
+    (tmp_path / "recipe.yaml").write_text("objective: {kind: seq2seq}\n", "utf-8")
+    other = LocalModel(EvaluatedModel(random_model(config), coder, tmp_path, tmp_path), within_word=True)
+    forced = dict(other.reply(requests))
+    first, second = forced[1], replies[1]
+    assert isinstance(first, ScoreReply) and isinstance(second, ScoreReply)
+    assert first.logprobs == pytest.approx(second.logprobs, abs=1e-4)
+    assert forced[0] != replies[0] and model.digest != other.digest
