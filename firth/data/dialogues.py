@@ -216,10 +216,10 @@ PREFERENCE_FIELDS = frozenset({"chosen_tokens", "chosen_mask", "rejected_tokens"
 class PreferencesConfig(RecordsConfig):
     """Records with a prompt, a chosen and a rejected answer.
 
-    An example is {"chosen_tokens", "chosen_mask", "rejected_tokens", "rejected_mask", "margin" (1,)}. "margin" is the number of that name in
-    the record, by which the chosen answer is better, or NaN. The masks are True on the answers and their stop tokens only, not on
-    assistant turns in the prompt. A pair is left out as
-    unanswered if `max_length` leaves no room for one of its answers, or if the answers are equal.
+    An example is {"chosen_tokens", "chosen_mask", "rejected_tokens", "rejected_mask", "margin" (1,)}. "margin" is the number of that
+    name in the record, by which the chosen answer is better, or NaN. The masks are True on the answers and their stop tokens only,
+    not on assistant turns in the prompt. A pair is left out as unanswered if `max_length` leaves no room for one of its answers, or
+    if the answers are equal.
     """
 
     columns: ClassVar[Mapping[str, type]] = {
