@@ -6,17 +6,15 @@
 
 from __future__ import annotations
 
-import logging
 import shlex
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
 
 from firth import __version__
+from firth.console import console
 from firth.fields import (
     NonNegativeFloat,
     NonNegativeInt,
@@ -110,27 +108,6 @@ def main() -> None:
             raise
         typer.echo(f"firth: {refused}", err=True)
         sys.exit(2)
-
-
-class ConsoleHandler(logging.Handler):
-    """Prints messages on standard output and warnings on standard error."""
-
-    def emit(self, record: logging.LogRecord) -> None:
-        warning = record.levelno >= logging.WARNING
-        typer.echo(f"firth: {record.getMessage()}" if warning else record.getMessage(), err=warning)
-
-
-@contextmanager
-def console() -> Iterator[None]:
-    """Print the messages of firth within the context."""
-    handler, level = ConsoleHandler(), LOGGER.level
-    LOGGER.addHandler(handler)
-    LOGGER.setLevel(logging.INFO)
-    try:
-        yield
-    finally:
-        LOGGER.removeHandler(handler)
-        LOGGER.setLevel(level)
 
 
 @app.callback(invoke_without_command=True)
@@ -516,6 +493,26 @@ def evaluate(
 
     run, *paths = models
     typer.echo(evaluate_run(Path(run), paths, task=tasks[0] if tasks else None, limit=limit, as_json=json))
+
+
+@app.command()
+def ratings(
+    paths: Annotated[list[str], typer.Argument(help="Votes: records with a, b, winner (a, b or tie) and annotator.")],
+    penalty: Annotated[float, _number(NonNegativeFloat, help="Pulls scores to the mean; 0 for none.")] = 0.1,
+    draws: Annotated[int, _number(NonNegativeInt, help="Bootstrap samples for the intervals.")] = 1000,
+    by_annotator: Annotated[bool, typer.Option("--by-annotator", help="Resample annotators, not votes.")] = False,
+    seed: Seed = 0,
+    json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    rankings: Annotated[
+        Path | None, typer.Option(help="Read preferences, several for a prompt, and write rankings of answers here.")
+    ] = None,
+) -> None:
+    """Score models by pairwise votes (Bradley-Terry and Elo, with intervals), or answers, as rankings to train on."""
+    from firth.evaluate.ratings import rate_files
+
+    typer.echo(
+        rate_files(paths, rankings, penalty=penalty, draws=draws, by_annotator=by_annotator, seed=seed, as_json=json)
+    )
 
 
 @app.command()

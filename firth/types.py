@@ -56,6 +56,7 @@ class DataStats:
         std: Standard deviation of the numeric labels.
         max_options: Largest number of options of a question, or of answers in a ranking.
         has_unanswerable: Whether some question has no answer.
+        max_answer_tokens: Most tokens of a sampled answer.
     """
 
     class_names: tuple[str, ...] = ()
@@ -64,6 +65,7 @@ class DataStats:
     std: float = 1.0
     max_options: int = 0
     has_unanswerable: bool = False
+    max_answer_tokens: int = 0
 
 
 @dataclass(frozen=True)

@@ -45,7 +45,7 @@ class HeldOutTexts:
 
     Args:
         examples: One example for each prompt, with the fields `tokens` and `mask`; `source` and `target`; `chosen_*` and
-            `rejected_*`, for DPO also `reference`; or only `tokens`, a prompt without an answer.
+            `rejected_*`, for DPO also `reference`; or only `tokens`, a prompt without an answer, and `fields`, those of its record.
         held_out: Whether the prompts are not trained on.
         judge: Scores the sampled answers; None for no scores.
         max_new: The most tokens of an answer.
@@ -71,7 +71,7 @@ class HeldOutTexts:
             sampling = Sampling(max_new_tokens=self.max_new, temperature=0.8, seed=seed)
             prompts = [_prompt(example) for example in shown]
             written = Engine(model, tokenizer).generate(prompts, sampling) if prompts else []
-            samples = [Rollout.of(p, w) for p, w in zip(prompts, written, strict=True)]
+            samples = [Rollout.of(p, w, e.get("fields")) for p, w, e in zip(prompts, written, shown, strict=True)]
             scores = (
                 score_rollouts(self.judge, samples, tokenizer).tolist()
                 if self.judge and samples

@@ -263,15 +263,30 @@ def _margin(record: Record) -> float:
     return found
 
 
+@dataclass(frozen=True, eq=False)
+class Prompt:
+    """A prompt, and what a reward function may need to know of it.
+
+    Args:
+        tokens: The dialogue up to its last answer, followed by the start of the assistant's turn: (n,).
+        fields: The fields of its record; "prompt" is the text of the dialogue, without the chat template.
+        location: File and line of the record.
+    """
+
+    tokens: np.ndarray
+    fields: Record
+    location: str
+
+
 def prompts(
     paths: Sequence[str], tokenizer: Tokenizer, length: int
-) -> tuple[list[np.ndarray], np.ndarray, Mapping[str, int]]:
-    """Read prompts: dialogues up to their last answer, followed by the start of the assistant's turn.
+) -> tuple[list[Prompt], np.ndarray, Mapping[str, int]]:
+    """Read prompts.
 
     A prompt of more than `length` tokens is left out, because without its end it would be another question.
 
     Returns:
-        The tokens of each prompt; the `content_key` of each, (n,) uint64, which is that of a dialogue or a preference with
+        The prompts; the `content_key` of each, (n,) uint64, which is that of a dialogue or a preference with
         this prompt, so a prompt held out in one stage is held out in the next; and the counts of `records`, `too_long` and
         `unanswered`.
 
@@ -285,7 +300,8 @@ def prompts(
             tokens, _ = chat.encode(tokenizer, messages, open=True)
         counts["records"] += 1
         if messages and len(tokens) <= length:
-            found.append(tokens)
+            text = "\n\n".join(message["content"] for message in messages)
+            found.append(Prompt(tokens, {**record, "prompt": text}, location))
             keys.append(content_key(first_prompt(messages)))
         else:
             counts["too_long" if messages else "unanswered"] += 1

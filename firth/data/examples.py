@@ -20,6 +20,7 @@ from firth.tokenizer.tokenizer import Tokenizer
 from firth.types import LOGGER, DataStats, LogLine, UserError
 
 if TYPE_CHECKING:
+    from firth.align.held_out_prompts import HeldOutPrompts
     from firth.align.held_out_texts import HeldOutTexts
     from firth.model.model import LM
     from firth.objectives.objective import Objective
@@ -40,6 +41,7 @@ class DatasetSplits:
         no_validation_reason: Why nothing is held out although a fraction should be; a sentence.
         texts: Held-out prompts for the report, where they are not taken from the sources
             (`firth.align.held_out_texts.choose`).
+        prompts: Held-out prompts that are answered during training, in place of a validation source.
     """
 
     train: Source
@@ -48,6 +50,7 @@ class DatasetSplits:
     read_stats: Mapping[str, int] = field(default_factory=dict)
     no_validation_reason: str = ""
     texts: HeldOutTexts | None = None
+    prompts: HeldOutPrompts | None = None
 
     @property
     def counts(self) -> dict[str, int]:

@@ -1,9 +1,10 @@
 """Inference with a trained model: generation, scoring, multiple choice and mask filling.
 
-`Engine` runs one model with one tokenizer. `generate` prefills the prompts of a batch together, then decodes one token per
-row and step with a KV cache; finished rows are dropped once half of the rows have finished. `stream` yields text as it is
-decoded. `score` is the sum of log p(completion | prompt), `choose` the most likely of several options, and `fill` returns a
-masked language model's candidates for each mask. Evaluation and alignment use these methods.
+`Engine` runs one model with one tokenizer. `generate` prefills the prompts of a batch together, then decodes one token
+per row and step with a KV cache. Once a quarter of the rows has finished, further prompts take their places, so that no
+prompt waits for the longest answer of a batch (continuous batching). `stream` yields text as it
+is decoded. `score` is the sum of log p(completion | prompt), `choose` the most likely of several options, and `fill` returns
+a masked language model's candidates for each mask. Evaluation and alignment use these methods.
 
     engine = Engine(model, tokenizer)
     [answer] = engine.generate([tokenizer.encode("To be, or not")], Sampling(temperature=0, max_new_tokens=8))
@@ -41,6 +42,9 @@ from firth.model.model import LM
 from firth.tokenizer import chat
 from firth.tokenizer.tokenizer import Tokenizer
 from firth.types import UserError
+
+ADMISSION = 4
+"""Waiting prompts are admitted once one in so many rows is free: each admission copies the keys and values of all rows."""
 
 Finish = Literal["stop", "length", "context"]
 REPLACEMENT = "\ufffd"
@@ -138,6 +142,13 @@ class StreamingOutput:
         return Completion(tokens, logprobs, self.text, self.finish)
 
 
+def _append(answers: Sequence[StreamingOutput], rows: DecodingBatch) -> None:
+    """Decode one token of every row and append it to the answers that have not finished."""
+    for answer, token, logprob in zip(answers, *rows.step(), strict=True):
+        if answer.finish is None:
+            answer.append(token, logprob)
+
+
 class Engine:
     """Generation and scoring with one model and one tokenizer.
 
@@ -186,17 +197,8 @@ class Engine:
         Raises:
             UserError: A prompt is empty or longer than the model's context.
         """
-        done: list[Completion | None] = [None] * len(prompts)
-        # Rows of similar length share a batch, for less padding. A row's seed depends on its index, not on its batch.
-        order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
-        for first in range(0, len(order), self.batch_size):
-            index = order[first : first + self.batch_size]
-            some = [sampling.seed + i if seeds is None else seeds[i] for i in index]
-            for i, answer in zip(index, self._decode([prompts[i] for i in index], sampling, some), strict=True):
-                done[i] = answer.done()
-            if progress is not None:
-                progress(first + len(index))
-        return [answer for answer in done if answer is not None]
+        chosen = [sampling.seed + i if seeds is None else seeds[i] for i in range(len(prompts))]
+        return [answer.done() for answer in self._decode(prompts, sampling, chosen, progress=progress)]
 
     def posterior(self, texts: Sequence[np.ndarray]) -> Tensor:
         """Return the posterior means (texts, units) of a variational autoencoder. Each text ends with its stop token."""
@@ -245,22 +247,46 @@ class Engine:
         return answers
 
     def _decode(
-        self, prompts: Sequence[np.ndarray], sampling: Sampling, seeds: Sequence[int], latents: Tensor | None = None
-    ) -> list[StreamingOutput]:
+        self, prompts: Sequence[np.ndarray], sampling: Sampling, seeds: Sequence[int], latents: Tensor | None = None,
+        progress: Callable[[int], None] | None = None,
+    ) -> list[StreamingOutput]:  # fmt: skip
         answers = self._answers(prompts, sampling)
+        # Prompts of similar length are prefilled together, for less padding; a row does not depend on the others.
+        waiting = (
+            sorted(range(len(prompts)), key=lambda i: -len(prompts[i])) if latents is None else [*range(len(prompts))]
+        )
+        size = self.batch_size if latents is None else len(prompts)
+        rows: DecodingBatch | None = None
+        in_batch: list[StreamingOutput] = []  # the answer of each row of the batch, finished or not
+        finished = 0
         with inference_mode(self.model):
-            rows = DecodingBatch(self.model, prompts, self.start, sampling, seeds, latents)
-            in_batch = answers  # the answer of each row of the batch, finished or not
-            while True:
-                for answer, token, logprob in zip(in_batch, *rows.step(), strict=True):
-                    if answer.finish is None:
-                        answer.append(token, logprob)
+            while waiting or in_batch:
                 unfinished = [i for i, answer in enumerate(in_batch) if answer.finish is None]
-                if not unfinished:
-                    return answers
-                if 2 * len(unfinished) <= len(in_batch):
-                    rows.keep(unfinished)
+                if progress is not None and len(unfinished) < len(in_batch):
+                    progress(finished + len(in_batch) - len(unfinished))
+                free = size - len(unfinished)
+                admits = bool(waiting) and free * ADMISSION >= size
+                if len(unfinished) < len(in_batch) and (admits or 2 * len(unfinished) <= len(in_batch)):
+                    finished += len(in_batch) - len(unfinished)
                     in_batch = [in_batch[i] for i in unfinished]
+                    if rows is not None and unfinished:
+                        rows.keep(unfinished)
+                    rows = rows if unfinished else None
+                if admits:
+                    admitted, waiting = waiting[:free], waiting[free:]
+                    new = [answers[i] for i in admitted]
+                    batch = DecodingBatch(
+                        self.model, [prompts[i] for i in admitted], self.start, sampling, [seeds[i] for i in admitted], latents
+                    )  # fmt: skip
+                    _append(new, batch)
+                    if rows is None:
+                        rows = batch
+                    else:
+                        rows.join(batch)
+                    in_batch += new
+                elif rows is not None:
+                    _append(in_batch, rows)
+        return answers
 
     def score(self, prompts: Sequence[np.ndarray], completions: Sequence[np.ndarray]) -> list[float]:
         """Return log p(completion | prompt) of each pair, summed over the completion's tokens, in nats.

@@ -14,7 +14,10 @@ torch.Size([1, 2, 4, 8])
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from firth.model.attention import AttentionMask
@@ -114,6 +117,66 @@ class KVCache:
         if self.decoding_mask is not None:
             self.decoding_mask = self.decoding_mask.index_select(0, rows)
 
+    def merge(self, other: KVCache, room: int) -> KVCache:
+        """Return a cache with the rows of this one and those of another, for further tokens of rows that are being decoded.
+
+        The tokens of a row end in the last slot in use, and slots that are padding in every row are dropped. The order of a
+        row's tokens is unchanged.
+
+        Args:
+            other: Another cache of the same model, after `start_decoding`.
+            room: Free slots of the new cache.
+        """
+        parts = (self, other)
+        masks = [part.decoding_mask[:, 0, 0, : part.length] for part in parts]  # type: ignore[index]
+        length = max(int(mask.sum(1).max()) for mask in masks)
+        merged = KVCache(self.rows + other.rows, length + room)
+        merged.length = length
+        # A stable sort puts padding first and leaves the tokens in order: (rows, slots).
+        slots = [mask.int().argsort(dim=1, stable=True)[:, -length:] for mask in masks]
+
+        def joined(pair: tuple[Tensor, Tensor], axis: int) -> Tensor:
+            """Return the tensors (rows, ..., slots, ...) of both caches in one, whose last slots are in use."""
+            shape = list(pair[0].shape)
+            shape[0], shape[axis] = merged.rows, merged.capacity
+            out, first = pair[0].new_zeros(shape), 0
+            for x, index in zip(pair, slots, strict=True):
+                count = index.shape[1]
+                view = [1] * x.dim()
+                view[0], view[axis] = index.shape
+                size = list(x.shape)
+                size[axis] = count
+                out[first : first + len(x)].narrow(axis, length - count, count).copy_(
+                    x.gather(axis, index.view(view).expand(size))
+                )
+                first += len(x)
+            return out
+
+        merged.keys = [joined(pair, 2) for pair in zip(self.keys, other.keys, strict=True)]
+        merged.values = [joined(pair, 2) for pair in zip(self.values, other.values, strict=True)]
+        names = self.fields.keys() & other.fields.keys()
+        merged.fields = {name: joined((self.fields[name], other.fields[name]), 1) for name in sorted(names)}
+        shown = joined((self.decoding_mask[:, 0, 0], other.decoding_mask[:, 0, 0]), 1)  # type: ignore[index]
+        shown[:, length:] = True
+        merged.decoding_mask = shown[:, None, None]
+        merged.has_padding = not bool(shown.all())
+        merged._merge_encoder(parts)
+        return merged
+
+    def _merge_encoder(self, parts: Sequence[KVCache]) -> None:
+        """Take the encoder's keys and values of several caches, padded on the right."""
+        size = max((k.shape[2] for part in parts for k, _ in part.encoder_kv[:1]), default=0)
+        self.encoder_kv = [
+            tuple(
+                torch.cat([F.pad(x, (0, 0, 0, size - x.shape[2])) for x in side]) for side in zip(*pairs, strict=True)
+            )  # type: ignore[misc]
+            for pairs in zip(*(part.encoder_kv for part in parts), strict=True)
+        ]
+        for name in parts[0].encoder_fields:
+            fill = NEVER if name == "key_time" else 0
+            rows = [part.encoder_fields[name].expand(part.rows, -1) for part in parts]
+            self.encoder_fields[name] = torch.cat([F.pad(x, (0, size - x.shape[1]), value=fill) for x in rows])
+
     def repeat(self, rows: int, capacity: int) -> KVCache:
         """Return a cache with `rows` copies of the only row of this one, and `capacity` slots; this one is unchanged."""
         copy, size = KVCache(rows, capacity), self.length
@@ -138,6 +201,16 @@ class RecurrentCache(KVCache):
 
     def start_decoding(self) -> None:
         """Do nothing: the states are the whole cache."""
+
+    def merge(self, other: KVCache, room: int) -> KVCache:
+        assert isinstance(other, RecurrentCache)
+        merged = RecurrentCache(self.rows + other.rows, max(self.capacity, other.capacity))
+        merged.length = max(self.length, other.length)
+        merged.layers = {
+            i: tuple(torch.cat(pair, 1) for pair in zip(states, other.layers[i], strict=True))
+            for i, states in self.layers.items()
+        }
+        return merged
 
     def select(self, rows: Tensor) -> None:
         self.rows = len(rows)

@@ -48,6 +48,8 @@ OBJECTIVES = {
     "kto": "firth.objectives.preferences:KTO",
     "reinforce": "firth.objectives.policy_gradient:Reinforce",
     "ppo": "firth.objectives.policy_gradient:PPO",
+    "grpo": "firth.objectives.policy_gradient:GRPO",
+    "rloo": "firth.objectives.policy_gradient:RLOO",
 }
 """Name -> "module:class"; imported on demand, so that listing them needs no torch."""
 

@@ -1,4 +1,4 @@
-"""Post-training of a model that generates: instruction tuning, reward models, preference optimization, REINFORCE, PPO.
+"""Post-training of a model that generates: instruction tuning, reward models, preference optimization, PPO, GRPO, RLOO, REINFORCE.
 
     firth train sft init_from=runs/gpt data.path=dialogues.jsonl
     firth train reward_model init_from=runs/sft data.path=preferences.jsonl
@@ -9,6 +9,8 @@
     firth train orpo init_from=runs/gpt data.path=preferences.jsonl
     firth train kto init_from=runs/sft data.path=labeled.jsonl
     firth train ppo init_from=runs/sft examples.reward_model=runs/reward_model data.path=dialogues.jsonl
+    firth train grpo init_from=runs/sft examples.reward_function=my.module:score data.path=problems.jsonl
+    firth train rloo init_from=runs/sft examples.reward_function=my.module:score data.path=problems.jsonl
     firth train reinforce init_from=runs/sft examples.reward_function=my.module:score data.path=dialogues.jsonl
 
 Records: dialogues {"messages"} or {"prompt", "completion"}; preferences {"prompt", "chosen", "rejected"}; labeled answers
@@ -25,7 +27,7 @@ from firth.align.rollouts import RolloutsConfig
 from firth.align.unpaired import UnpairedPreferencesConfig
 from firth.data.dialogues import DialoguesConfig, PreferencesConfig
 from firth.data.rankings import RankingsConfig
-from firth.objectives.policy_gradient import PPO, Reinforce
+from firth.objectives.policy_gradient import GRPO, PPO, RLOO, Reinforce
 from firth.objectives.preferences import DPO, KTO, ORPO, SimPO
 from firth.objectives.reward_model import Ranking, RewardModeling
 from firth.objectives.sft import SFT
@@ -111,12 +113,27 @@ def reinforce() -> Recipe:
     return Recipe(
         name="reinforce",
         objective=Reinforce(),
-        examples=RolloutsConfig(rollout_size=64, num_generations=4, num_epochs=1, advantages="group"),
+        examples=RolloutsConfig(rollout_size=64, num_generations=4, num_epochs=1, advantages="rloo"),
         batch=BatchConfig(size=64),
         optimizer=OptimizerConfig(name="adamw", lr=1e-4, weight_decay=0.0),
         schedule=Schedule("constant", warmup_ratio=0.05),
         budget=Budget(max_steps=100),
         checkpoint=CheckpointConfig(every=25),
+    )
+
+
+def rloo() -> Recipe:
+    """Return RLOO: the reward of an answer against the mean of the other answers to the same prompt (Ahmadian 2024)."""
+    return replace(reinforce(), name="rloo", objective=RLOO())
+
+
+def grpo() -> Recipe:
+    """Return GRPO (Shao 2024): groups of eight answers, no critic, and the KL penalty in the loss."""
+    return replace(
+        reinforce(),
+        name="grpo",
+        objective=GRPO(),
+        examples=RolloutsConfig(rollout_size=64, num_generations=8, num_epochs=1, kl_coef=0.0, advantages="grpo"),
     )
 
 

@@ -43,6 +43,8 @@ RECIPES = {
     "orpo": "firth.recipes.post_training:orpo",
     "kto": "firth.recipes.post_training:kto",
     "reinforce": "firth.recipes.post_training:reinforce",
+    "rloo": "firth.recipes.post_training:rloo",
+    "grpo": "firth.recipes.post_training:grpo",
     "ppo": "firth.recipes.post_training:ppo",
 }
 """Name on the command line -> module:function that returns the recipe."""

@@ -40,7 +40,7 @@ from firth.runs.resolve import resolve
 from firth.runs.run_context import RunContext, RunIdentity
 from firth.runs.start_model import StartModel, model_directory
 from firth.runs.tokenizer import check_vocab, fallbacks, tokenizer_of
-from firth.runs.validation import Validator, vocab
+from firth.runs.validation import PromptValidator, Validator, vocab
 from firth.tokenizer.tokenizer import Tokenizer
 from firth.training import checkpoint, trainer
 from firth.training.device import choose_precision, default_device
@@ -138,7 +138,7 @@ class RunDatasets:
 
     data: RunData
     splits: DatasetSplits
-    validator: Validator | None
+    validator: Validator | PromptValidator | None
     batches: Batches
     notes: list[str]
 
@@ -196,11 +196,13 @@ def build_data(resolved: ResolvedRecipe, data: RunData, context: RunContext) -> 
     data = dataclasses.replace(data, memory_length=resolved.model.attention.memory_length, precision=chosen)
     splits = context.first_rank_first(lambda: examples.build_datasets(resolved.examples, data, resolved.objective))
     text_cache.forget()
-    validator = (
+    validator: Validator | PromptValidator | None = (
         Validator(resolved, splits.validation, splits.bytes_per_target, data.tokenizer, context.ranks)
         if splits.validation and len(splits.validation)
         else None
     )
+    if splits.prompts is not None:
+        validator = PromptValidator(resolved, splits.prompts)
     notes = fallbacks(resolved.objective, resolved.examples, splits.train, data.tokenizer.vocab)
     for line in (*_data_notes(resolved, splits, validator), *notes):
         context.log(f"{resolved.name}: {line}")
@@ -357,7 +359,9 @@ def _write_files(
     log(f"{resolved.name}: {directory / 'model'} ({summary}); report: {directory / REPORT}")
 
 
-def _data_notes(recipe: ResolvedRecipe, splits: DatasetSplits, validator: Validator | None) -> list[str]:
+def _data_notes(
+    recipe: ResolvedRecipe, splits: DatasetSplits, validator: Validator | PromptValidator | None
+) -> list[str]:
     """Return remarks on the data before a run: its classes, and why nothing is held out.
 
     Raises:

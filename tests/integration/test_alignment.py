@@ -54,6 +54,8 @@ SETTINGS: dict[str, tuple[str, ...]] = {
     "kto": ("batch.size=16", "evaluation.max_examples=8"),
     "ppo": ROLLOUTS,
     "reinforce": (*ROLLOUTS, "examples.num_generations=4"),
+    "rloo": (*ROLLOUTS, "examples.num_generations=4"),
+    "grpo": (*ROLLOUTS, "examples.num_generations=4"),
 }
 Rows = dict[str, dict[str, float]]
 
@@ -115,7 +117,7 @@ def deviations(name: str, rows: Rows, old_logprobs: list[float], tolerance: floa
     elif name == "kto":
         answers = {measure: train[measure] / 8 for measure in ("chosen", "rejected", "kl_per_answer")}
         found = answers | {"loss": train["loss"] - 0.5}
-    elif name == "ppo":
+    elif name in ("ppo", "grpo", "rloo"):
         found = {measure: train[measure] for measure in ("clipped", "approx_kl", "kl_per_token")}
     else:
         found = {"log-probability": train["surprise"] + old_logprobs[0]}
@@ -184,8 +186,10 @@ def test_reference_is_kept_per_precision(workdir: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "setting", "advice"),
     [
-        ("ppo", "examples.advantages=group", "examples.advantages=gae"),
-        ("reinforce", "examples.advantages=gae", "examples.advantages=group"),
+        ("ppo", "examples.advantages=rloo", "examples.advantages=gae"),
+        ("ppo", "examples.advantages=grpo", "examples.advantages=gae"),
+        ("reinforce", "examples.advantages=gae", "examples.advantages=rloo"),
+        ("grpo", "examples.advantages=gae", "examples.advantages=rloo or grpo"),
     ],
 )
 def test_advantages_must_suit_the_objective(workdir: Path, name: str, setting: str, advice: str) -> None:
@@ -331,5 +335,5 @@ def test_rankings_train_a_reward_model_in_one_command(workdir: Path, tmp_path: P
     short = load("ranking", [*plain, "objective.num_answers=3"])
     with pytest.raises(UserError, match="a ranking of 4 answers does not fit into a group of 2 to 3"):
         run(short, tmp_path / "short", lambda line: None)
-    more = (f"examples.reward_model={out}", "examples.reward_function=")
+    more = (f"examples.reward_model={out}", "examples.reward_function=[]")
     assert np.isfinite(first_rows(workdir, tmp_path / "ppo", "ppo", *more)["rollouts"]["reward"])

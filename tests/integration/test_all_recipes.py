@@ -63,6 +63,14 @@ TUNED: dict[str, tuple[str, str, tuple[str, ...]]] = {
         "dialogues.jsonl",
         ("examples.reward_function=builtins:len", "examples.rollout_size=8", "examples.max_new_tokens=6"),
     ),
+    **dict.fromkeys(
+        ("rloo", "grpo"),
+        (
+            "gpt",
+            "dialogues.jsonl",
+            ("examples.reward_function=builtins:len", "examples.rollout_size=8", "examples.max_new_tokens=6"),
+        ),
+    ),
     "ppo": (
         "gpt",
         "dialogues.jsonl",

@@ -18,6 +18,7 @@ BELOW = {
     "firth": ("openmp",),
     "openmp": (),
     "types": (),
+    "console": ("types",),
     "io": ("types",),
     "kernel_choice": ("types", "io"),
     "fields": ("types",),

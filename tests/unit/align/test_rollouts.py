@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from firth.align.advantages import Baseline
+from firth.align.advantages import LeaveOneOut
 from firth.align.precompute import PrecomputedSource, precompute
 from firth.align.rewards import (
     FunctionReward,
@@ -139,7 +139,7 @@ def test_reinforce_raises_the_true_reward(group: int) -> None:
     objective = Reinforce()
     model = letters_only(policy(objective))
     config = RolloutsConfig(rollout_size=32, num_generations=group, max_new_tokens=8, kl_coef=0.0)
-    source = rollouts(copy.deepcopy(model), config=config, steps=1, advantage_estimator=Baseline())
+    source = rollouts(copy.deepcopy(model), config=config, steps=1, advantage_estimator=LeaveOneOut())
     run(model, objective, source, steps=60, rate=3e-3, rows=32)
     reward = [row["reward"] for row in source.history]
     assert np.mean(reward[-3:]) > np.mean(reward[:3]) + 0.3

@@ -29,7 +29,7 @@ from firth.objectives.layer_mixture import LayerMixture
 from firth.objectives.masked_lm import MLM
 from firth.objectives.objective import Objective, Sum, TokenObjective
 from firth.objectives.permuted_lm import MPNet
-from firth.objectives.policy_gradient import PER_TOKEN, PPO, Reinforce
+from firth.objectives.policy_gradient import GRPO, PER_TOKEN, PPO, RLOO, Reinforce
 from firth.objectives.preferences import DPO, KTO, ORPO, SimPO
 from firth.objectives.replaced_tokens import RTD
 from firth.objectives.reward_model import Ranking
@@ -109,6 +109,8 @@ ALL_CASES: dict[str, tuple[Objective, Callable[[np.random.Generator], Example]]]
     "seq2seq": (Seq2SeqSFT(), paired),
     "reinforce": (Reinforce(), dialogue),
     "ppo": (PPO(), dialogue),
+    "grpo": (GRPO(), dialogue),
+    "rloo": (RLOO(), dialogue),
     "dpo": (DPO(), compared),
     "simpo": (SimPO(), compared),
     "orpo": (ORPO(), compared),

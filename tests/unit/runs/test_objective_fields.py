@@ -34,7 +34,6 @@ from firth.model.model import LM
 from firth.objectives.classification import Classification
 from firth.objectives.masked_lm import MLM
 from firth.objectives.objective import Objective, components
-from firth.objectives.policy_gradient import Reinforce
 from firth.pretrained.load_save import save_model
 from firth.runs.compatibility import check_fields, check_pattern
 from firth.runs.examples import EXAMPLES
@@ -71,8 +70,10 @@ class Place:
 
     def segment(self, name: str, objective: Objective | None = None) -> ExamplesConfig:
         """Return small examples of a kind, with the advantages that the objective is trained with."""
-        grouped = objective is not None and any(isinstance(one, Reinforce) for one in components(objective))
-        credit: Literal["gae", "group"] = "group" if grouped else "gae"
+        grouped = objective is not None and any(
+            "advantage" in one.inputs and "returns" not in one.inputs for one in components(objective)
+        )
+        credit: Literal["gae", "rloo"] = "rloo" if grouped else "gae"
         changed = {
             "windows": WindowsConfig(max_length=16),
             "chunks": ChunksConfig(max_length=24),
@@ -80,7 +81,7 @@ class Place:
             "partially_labeled": PartiallyLabeledConfig(num_labeled=4),
             "pseudo_labeled": PseudoLabeledConfig(num_labeled=4, teacher=str(self.folder / "classifier")),
             "rollouts": RolloutsConfig(
-                rollout_size=4, num_epochs=1, max_new_tokens=3, reward_function="builtins:len", advantages=credit
+                rollout_size=4, num_epochs=1, max_new_tokens=3, reward_function=("builtins:len",), advantages=credit
             ),
         }
         return changed.get(name) or EXAMPLES[name]()
