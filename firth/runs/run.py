@@ -353,7 +353,8 @@ def _write_files(
     done["next_command"] = Model.of(model, tokenizer, objective).next_command
     with new_directory(directory / "model") as place:
         summary = save_model(model, tokenizer, place, facts)
-        model_card.write(model_card.of_run(directory, place, model, summary, facts, done), place / "README.md")
+        card = model_card.of_run(directory, place, model, summary, facts, config_io.to_dict(resolved), done)
+        model_card.write(card, place / "README.md")
     write_record(directory / DONE, done)
     write_report(run_report(directory), directory / REPORT)
     log(f"{resolved.name}: {directory / 'model'} ({summary}); report: {directory / REPORT}")
