@@ -208,8 +208,8 @@ def test_prompts_end_with_the_start_of_the_answer(write: Write) -> None:
     assert counts == {"records": len(FORMATS) + 1, "too_long": 1}
     assert len(set(keys.tolist())) == 1
     for prompt in found:
-        assert np.array_equal(prompt, found[0])
-        assert text(prompt).endswith("assistant\n")
+        assert np.array_equal(prompt.tokens, found[0].tokens)
+        assert text(prompt.tokens).endswith("assistant\n")
 
 
 def test_file_types_give_the_same_examples(write: Write, tmp_path: Path) -> None:
