@@ -24,13 +24,9 @@ from firth import objectives
 from firth.cli import app
 from firth.fields import MAX_INT
 from firth.model.config import ModelConfig
-<<<<<<< HEAD
 from firth.pipelines.pipeline import KINDS
 from firth.pipelines.tuning import TrainRecipe
-from firth.runs.compatibility import EXAMPLES
-=======
 from firth.runs.examples import EXAMPLES
->>>>>>> main
 from firth.runs.peft_options import PEFT_METHODS
 from firth.runs.recipe import Recipe
 from firth.runs.recipe_names import RECIPES
