@@ -348,12 +348,17 @@ def open_model(directory: Path, weights: str | None = None) -> Model:
     """
     evaluated = load_evaluated_model(directory)
     if weights == "auto":
-        stored = evaluated.model.tokens.weight
-        quick = stored.dtype == torch.float32 and choose_precision("auto", stored.device) == "bf16"
-        weights = "bf16" if quick else None
-        if quick:
-            LOGGER.warning("weights are held in bf16, which is faster here: use --weights fp32 for full precision")
+        weights = fast_weights(evaluated.model)
     return Model(evaluated, objective_in(directory), weights)
+
+
+def fast_weights(model: LM) -> str | None:
+    """Return "bf16", and log it, for a model with fp32 weights where this machine also trains in bf16; else None."""
+    stored = model.tokens.weight
+    if stored.dtype != torch.float32 or choose_precision("auto", stored.device) != "bf16":
+        return None
+    LOGGER.warning("weights are held in bf16, which is faster here: use --weights fp32 for full precision")
+    return "bf16"
 
 
 def trained_length(evaluated: EvaluatedModel) -> int:
