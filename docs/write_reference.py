@@ -24,7 +24,7 @@ from firth import objectives
 from firth.cli import app
 from firth.fields import MAX_INT
 from firth.model.config import ModelConfig
-from firth.runs.compatibility import EXAMPLES
+from firth.runs.examples import EXAMPLES
 from firth.runs.peft_options import PEFT_METHODS
 from firth.runs.recipe import Recipe
 from firth.runs.recipe_names import RECIPES

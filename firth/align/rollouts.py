@@ -44,13 +44,13 @@ from firth.align.rewards import (
     named_function,
     score_rollouts,
 )
+from firth.data.dialogues import Prompt
+from firth.data.dialogues import prompts as read_prompts
 from firth.data.examples import BuildContext, DatasetSplits, ExamplesConfig
-from firth.data.records import Prompt
-from firth.data.records import prompts as read_prompts
 from firth.data.shuffle import epoch_permutation
 from firth.data.source import MixtureSource, Source
 from firth.data.split import held_out_keys
-from firth.data.windows import Windows
+from firth.data.windows import Documents, WindowsConfig
 from firth.fields import NonNegativeFloat, NonNegativeInt, PositiveInt, Share, TokenCount, path_field
 from firth.generate.engine import Engine, IncrementalDecoder
 from firth.generate.sampling import Sampling
@@ -230,7 +230,8 @@ class RolloutsConfig(ExamplesConfig):
             text = replace(
                 data, config=replace(data.config, path=self.pretraining_path, corpus="", validation_path=(), weights=())
             )
-            windows = Windows(text.stores()[0], self.pretraining_length)
+            kind = WindowsConfig(max_length=self.pretraining_length)
+            windows = Documents(kind, text.stores()[0], data.tokenizer.vocab)
             source = MixtureSource([source, windows], [data.batch_size - self.pretraining_rows, self.pretraining_rows])
         examples = [{"tokens": p.tokens, "fields": p.fields} for p in (held or prompts)[: held_out_texts.COUNT]]
         measured = (
