@@ -9,10 +9,10 @@ from firth import openmp as openmp  # first import: sets the variables that Open
 
 if TYPE_CHECKING:
     from firth.api import load_model, load_recipe, train
+    from firth.data.examples import ExamplesConfig
     from firth.data.source import Source
     from firth.model.config import ModelConfig
     from firth.objectives.objective import Objective
-    from firth.runs.examples import ExamplesConfig
     from firth.runs.loaded_model import Model
     from firth.runs.recipe import Recipe
     from firth.runs.run import RunResult
@@ -37,7 +37,7 @@ __all__ = [
 ]
 
 _MODULES = {
-    "ExamplesConfig": "firth.runs.examples",
+    "ExamplesConfig": "firth.data.examples",
     "Model": "firth.runs.loaded_model",
     "ModelConfig": "firth.model.config",
     "Objective": "firth.objectives.objective",

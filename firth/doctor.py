@@ -1,7 +1,7 @@
 """Describe this machine and what to do about it: `firth doctor`.
 
 Each row is a fact that decides whether and how fast firth runs here. The device is chosen as in training, and the precision by the
-same measurement (`firth.training.precision`), so the output is what training will use.
+same measurement (`firth.training.device`), so the output is what training will use.
 
     Python       3.11.2
     fp32         346 GFLOP/s in a matrix product on the CPU
@@ -24,11 +24,9 @@ from firth import kernel_choice, openmp
 from firth.generate import native_decoder, quantized
 from firth.model import attention, cross_entropy, fused, native, positions
 from firth.objectives.word2vec import NEIGHBORS
-from firth.training import muon, precision
-from firth.training.cpu_setup import flush_denormals, keep_freed_memory
+from firth.training import device, muon
 from firth.training.logging import short
 from firth.training.optimizer import KERNEL as TABLE_ROWS
-from firth.types import UserError
 
 
 @dataclass(frozen=True)
@@ -46,28 +44,6 @@ class DoctorRow:
     value: str
     advice: str = ""
     ok: bool = True
-
-
-def device() -> torch.device:
-    """Return the device of this process: cuda, mps or cpu.
-
-    A rank takes the GPU of its local number (LOCAL_RANK, which torchrun sets) and makes it the current one.
-
-    Raises:
-        UserError: There is no GPU of that number.
-    """
-    if torch.cuda.is_available():
-        local = os.environ.get("LOCAL_RANK")
-        if local is not None:
-            count = torch.cuda.device_count()
-            if int(local) >= count:
-                raise UserError(
-                    f"process {local} of this machine has no GPU of its own: torch sees {count}; start at most {count} "
-                    f"(torchrun --nproc-per-node {count}), or make more visible with CUDA_VISIBLE_DEVICES"
-                )
-            torch.cuda.set_device(int(local))
-        return torch.device("cuda", torch.cuda.current_device())
-    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
 
 
 def doctor(directory: Path | None = None) -> list[DoctorRow]:
@@ -194,8 +170,8 @@ def openmp_library() -> str:
 
 
 def _precision() -> list[DoctorRow]:
-    speed = precision.measured_speed()
-    chosen = precision.choose("auto", torch.device("cpu"))
+    speed = device.measured_speed()
+    chosen = device.choose_precision("auto", torch.device("cpu"))
     ratio = speed["bf16"] / speed["fp32"]
     if chosen == "bf16":
         advice = f"training on the CPU will use bf16, {ratio:.1f} times as fast"
@@ -203,7 +179,7 @@ def _precision() -> list[DoctorRow]:
         advice = f"{1 / ratio:.1f} times slower than fp32 on this CPU: training on it will use fp32"
     else:
         advice = "not much faster than fp32 on this CPU: training on it will use fp32"
-    keeps_memory = keep_freed_memory()
+    keeps_memory = device.keep_freed_memory()
     return [
         DoctorRow("fp32", f"{short(speed['fp32'])}FLOP/s in a matrix product on the CPU"),
         DoctorRow("bf16", f"{short(speed['bf16'])}FLOP/s in a matrix product on the CPU", advice),
@@ -213,7 +189,7 @@ def _precision() -> list[DoctorRow]:
         ),
         DoctorRow(
             "denormals",
-            "flushed to 0 in training" if flush_denormals() else "not flushed: this processor cannot skip them",
+            "flushed to 0 in training" if device.flush_denormals() else "not flushed: this processor cannot skip them",
         ),
     ]
 
@@ -258,7 +234,7 @@ def _kernels() -> list[DoctorRow]:
 
 
 def _memory() -> DoctorRow:
-    total, free = memory()
+    total, free = device.memory()
     value = f"{free / 1e9:.1f} GB free of {total / 1e9:.1f}"
     if free < 2e9:
         return DoctorRow(
@@ -270,35 +246,6 @@ def _memory() -> DoctorRow:
     return DoctorRow("memory", value, f"AdamW takes 16 bytes a weight: at most about {short(free / 16 / 2)} parameters")
 
 
-def memory() -> tuple[int, int]:
-    """Return total and available main memory in bytes; both the total if the system does not say."""
-    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    if sys.platform != "linux":
-        return total, total
-    lines = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
-    free = int(lines["MemAvailable"].split()[0]) * 1024
-    for limit, used in _CGROUPS:
-        if Path(limit).exists() and (text := Path(limit).read_text().strip()) != "max" and int(text) < total:
-            total = int(text)
-            free = min(free, total - int(Path(used).read_text()) + _cached(Path(used).with_name("memory.stat")))
-    return total, free
-
-
-def _cached(stat: Path) -> int:
-    """Return the bytes of file cache in a control group, which count as used but are released on demand."""
-    if not stat.exists():
-        return 0
-    found = dict(line.split(" ", 1) for line in stat.read_text().splitlines())
-    return int(found.get("file", found.get("total_cache", 0)))
-
-
-_CGROUPS = (
-    ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
-    ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
-)
-"""Memory limit and usage of a container, in both versions of Linux control groups."""
-
-
 def _disk(directory: Path) -> DoctorRow:
     usage = shutil.disk_usage(directory)
     ok = usage.free > 5e9
@@ -307,10 +254,10 @@ def _disk(directory: Path) -> DoctorRow:
 
 
 def _device() -> DoctorRow:
-    chosen = device()
+    chosen = device.default_device()
     if chosen.type == "cuda":
         properties = torch.cuda.get_device_properties(chosen)
-        chosen_precision = precision.choose("auto", chosen)
+        chosen_precision = device.choose_precision("auto", chosen)
         return DoctorRow(
             "device",
             f"cuda: {properties.name}, {properties.total_memory / 1e9:.0f} GB",

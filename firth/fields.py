@@ -20,7 +20,7 @@ import dataclasses
 import functools
 import typing
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from annotated_types import Interval
 
@@ -49,8 +49,16 @@ ShareAboveZero = Annotated[float, Interval(gt=0, le=1)]
 OpenShare = Annotated[float, Interval(gt=0, lt=1)]
 """A fraction above 0 and below 1: masked tokens."""
 
+PathKind = Literal["files", "task", "model", "tokenizer", "place"]
+"""What a path in a recipe names: input files, a task file, a model or adapter directory, a tokenizer, or an output directory ("place")."""
+
 CONFIG: Any = {"strict": True, "allow_inf_nan": False, "arbitrary_types_allowed": True}
 """pydantic's configuration: nothing is converted, except an int to a float."""
+
+
+def path_field(kind: PathKind, default: Any) -> Any:
+    """Declare a dataclass field that holds one or several paths (`firth.runs.config_io.paths`)."""
+    return dataclasses.field(default=default, metadata={"path": kind})
 
 
 class Validated:

@@ -46,6 +46,29 @@ objective that reads one trains without dropout too: two passes of the same weig
 
 
 @dataclass(frozen=True)
+class DataStats:
+    """Statistics of the training data that configure an objective.
+
+    Args:
+        class_names: Names of the classes.
+        class_counts: Number of examples of each class.
+        mean: Mean of the numeric labels.
+        std: Standard deviation of the numeric labels.
+        max_options: Largest number of options of a question, or of answers in a ranking.
+        has_unanswerable: Whether some question has no answer.
+        max_answer_tokens: Most tokens of a sampled answer.
+    """
+
+    class_names: tuple[str, ...] = ()
+    class_counts: tuple[int, ...] = ()
+    mean: float = 0.0
+    std: float = 1.0
+    max_options: int = 0
+    has_unanswerable: bool = False
+    max_answer_tokens: int = 0
+
+
+@dataclass(frozen=True)
 class Metric:
     """A further number that an objective logs.
 

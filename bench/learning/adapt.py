@@ -32,9 +32,10 @@ import torch
 from torch import Tensor, nn
 
 from firth.corpora import catalog, readers
+from firth.data.config import DataConfig
+from firth.data.labeled import LabeledConfig
 from firth.model.variants import ScalarMix
 from firth.objectives.classification import Classification
-from firth.runs.labeled_examples import LabeledConfig
 from firth.runs.peft_options import (
     FrozenFeatures,
     FullFinetuning,
@@ -44,7 +45,6 @@ from firth.runs.peft_options import (
     PrefixTuning,
     PromptTuning,
 )
-from firth.runs.prepare import DataConfig
 from firth.runs.recipe import BatchConfig, CheckpointConfig, EvalConfig, Recipe
 from firth.runs.run import run
 from firth.training.optimizer import OptimizerConfig

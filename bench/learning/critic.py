@@ -32,10 +32,11 @@ import torch
 
 from firth.align.advantages import GAE, discounted_returns
 from firth.align.rewards import FunctionReward, RewardModel, Rollout, sample_preference, write_preference_pairs
-from firth.align.rollouts import RolloutConfig, RolloutSource, explained_variance
+from firth.align.rollouts import RolloutsConfig, RolloutSource, explained_variance
 from firth.corpora import catalog
 from firth.data.collate import Batches
-from firth.demo import plays
+from firth.data.config import DataConfig
+from firth.demo import data
 from firth.demo.data import read_rows
 from firth.demo.scorers import SCORERS
 from firth.demo.sizes import SIZES
@@ -47,7 +48,7 @@ from firth.objectives.policy_gradient import PPO, critic_states, init_critic
 from firth.objectives.policy_gradient import values as values_of
 from firth.pretrained.load_save import init_from, load_model
 from firth.recipes import post_training
-from firth.runs.prepare import DataConfig, train_tokenizer
+from firth.runs.prepare import train_tokenizer
 from firth.runs.recipe import TokenizerConfig
 from firth.runs.run import run
 from firth.tokenizer import chat
@@ -107,7 +108,7 @@ def make_base(results: Path) -> Path:
     out = results / "base"
     data_dir, tokenizer_at = out / "material", out / "tokenizer"
     if not (data_dir / "material.json").exists():
-        plays.make_data(
+        data.make_play_data(
             catalog.fetch("shakespeare", log=print),
             data_dir,
             max_labeled_train=SIZE.max_labeled_train,
@@ -212,11 +213,10 @@ class BaseModels:
         return unnormalized.normalized(sample_answers(self.start, self.tokenizer, self.prompts[:64], 0, ANSWER))
 
     def source(self, arm: Arm, seed: int, directory: Path) -> RolloutSource:
-        phase = RolloutConfig(
-            rollout_size=ANSWERS, steps=ANSWERS * arm.epochs // ROWS, max_new_tokens=ANSWER, kl_coef=0.05
-        )
+        phase = RolloutsConfig(rollout_size=ANSWERS, num_epochs=arm.epochs, max_new_tokens=ANSWER, kl_coef=0.05)
         source = RolloutSource(
-            self.prompts, self.tokenizer, self.reward_model, self.start, config=phase, true_reward_function=FunctionReward(SCORERS["thou"]),
+            self.prompts, self.tokenizer, self.reward_model, self.start, config=phase, steps=phase.steps(ROWS),
+            true_reward_function=FunctionReward(SCORERS["thou"]),
             seed=seed,
             critic=self.reward_model if arm.start == "reward" else None,
             advantage_estimator=RecordingEstimator(GAE(value_lam=arm.value_lam), directory, lambda: len(source.history)),
@@ -282,10 +282,10 @@ def ceiling(bases: BaseModels, name: str, seed: int, steps: int, out: Path) -> d
     model = train_arm(bases, name, seed, steps, out)
     answers = steps * ROWS // ARMS[name].epochs
     drawn_at = out / f"{name}-{seed}-{steps}-drawn"
-    phase = RolloutConfig(rollout_size=OFFLINE_BATCH, steps=1, max_new_tokens=ANSWER, kl_coef=0.05)
+    phase = RolloutsConfig(rollout_size=OFFLINE_BATCH, max_new_tokens=ANSWER, kl_coef=0.05)
     rows: list[ValueRow] = []
     source = RolloutSource(
-        bases.prompts, bases.tokenizer, bases.reward_model, bases.start, config=phase, seed=1000 + seed, batch_size=256,
+        bases.prompts, bases.tokenizer, bases.reward_model, bases.start, config=phase, steps=1, seed=1000 + seed, batch_size=256,
         critic=bases.reward_model, advantage_estimator=RecordingEstimator(GAE(), drawn_at, lambda: len(source.history)),
     )  # fmt: skip
     source.number = 0  # the critic of the run is used: none is initialized

@@ -40,14 +40,15 @@ import torch
 from bench.harness import describe, machine
 from firth.corpora import catalog, readers
 from firth.data.collate import Batches
+from firth.data.config import DataConfig
 from firth.data.shuffle import ExampleRNG
 from firth.data.source import Source
 from firth.data.split import split
-from firth.data.windows import SegmentPairs
+from firth.data.windows import Documents, SegmentPairsConfig
 from firth.model.model import LM
 from firth.objectives.sentence_pairs import NSP, SOP, SentencePairObjective
 from firth.pretrained.load_save import init_from, load_model
-from firth.runs.prepare import DataConfig, RunData
+from firth.runs.prepare import RunData
 from firth.tokenizer.tokenizer import Tokenizer
 from firth.training.logging import NullReporter
 from firth.training.optimizer import OptimizerConfig
@@ -236,7 +237,7 @@ def junction_statistic(length: int) -> dict[str, Any]:
         """Return log p(b after a) / p(b), smoothed with five pseudo-counts."""
         return math.log((bigrams[a * size + b] + 5 * share[b] + 1e-6) / (counts[a] + 5)) - math.log(share[b] + 1e-9)
 
-    source = SegmentPairs(held_out_store, length)
+    source = Documents(SegmentPairsConfig(max_length=length, whole_sentences=False), held_out_store, tokenizer.vocab)
     scores = []
     for i in range(len(source)):
         first, second = source[i]["first"].tolist(), source[i]["second"].tolist()

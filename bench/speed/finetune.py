@@ -38,6 +38,7 @@ import torch
 from bench.harness import Candidate, EndSample, arguments, command, gemm_rate, memory_rate
 from bench.speed.causal import firth_run
 from bench.speed.masked import GROUPED_STEPS, end_sample_callback
+from firth.data.records import Records
 
 PRODUCTS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 STEPS_PER_SAMPLE = 2
@@ -95,11 +96,15 @@ def records(task: Task) -> Path:
 
 def source(task: Task) -> Any:
     """Return the data set as firth reads it; the peer has the same token ids."""
-    from firth.data.labeled import LabeledTexts, TextFields
+    from firth.data.labeled import LabeledConfig
     from firth.tokenizer.tokenizer import Tokenizer
 
     tokenizer = Tokenizer.load(fetch("minilm"))
-    return LabeledTexts([str(records(task))], tokenizer, task.length, TextFields(task.text, text_pair_field=task.pair))
+    return Records(
+        LabeledConfig(max_length=task.length, text_field=task.text, text_pair_field=task.pair),
+        [str(records(task))],
+        tokenizer,
+    )
 
 
 def lengths(examples: Any) -> np.ndarray:
@@ -165,8 +170,8 @@ def firth_setup(name: str, dropout: bool = True, **batch: Any) -> tuple[Any, Any
     from firth.data.collate import Batches
     from firth.model.model import LM
     from firth.objectives.classification import Classification
-    from firth.objectives.objective import DataStats
     from firth.pretrained.load_save import init_from, load_model
+    from firth.types import DataStats
 
     task, start = TASKS[name], fetch("minilm")
     examples = source(task)
@@ -264,7 +269,7 @@ def check(name: str) -> None:
 def lower_bound(name: str) -> None:
     """Print the lower bounds of both: FLOPs of products and bytes that AdamW moves, at this machine's rates."""
     from firth.model.flops import Work, stack_flops
-    from firth.training.precision import choose
+    from firth.training.device import choose_precision
 
     task, steps = TASKS[name], 50
     model, objective, packed = firth_setup(name, pack_to_length=task.length)
@@ -276,7 +281,7 @@ def lower_bound(name: str) -> None:
     peer = stack_flops(model.config, Work(slots, task.rows * sum(w * w for w in widths)))
     ours = sum(objective.flops(model, batch) for batch in batches_read)
     packed_slots = sum(batch["tokens"].numel() for batch in batches_read)
-    rate, memory = gemm_rate(PRODUCTS[choose("auto", torch.device("cpu"))]), memory_rate()
+    rate, memory = gemm_rate(PRODUCTS[choose_precision("auto", torch.device("cpu"))]), memory_rate()
     words = np.unique(np.concatenate([batch["tokens"].numpy().ravel() for batch in batches_read]))
     whole = sum(p.numel() for p in model.parameters())
     table = model.tokens.weight.numel()

@@ -39,9 +39,8 @@ from firth.runs.init_head import init_head
 from firth.runs.prepare import RunData
 from firth.runs.recipe import Recipe, load
 from firth.runs.tokenizer import tokenizer_of
-from firth.training.cpu_setup import keep_freed_memory
+from firth.training.device import casts, choose_precision, keep_freed_memory
 from firth.training.optimizer import Optimizer
-from firth.training.precision import casts, choose
 from firth.training.step import step
 from firth.types import IGNORE, NEVER, Batch
 
@@ -110,7 +109,7 @@ def ours(name: str) -> Iterator[int]:
     model = LM(recipe.model, objective.heads(recipe.model))
     init_head(model, objective, batches)
     optimizer = Optimizer(recipe.optimizer, model, sparse=True)
-    precision = casts(choose(recipe.precision, CPU), CPU)
+    precision = casts(choose_precision(recipe.precision, CPU), CPU)
     pool = [(batches.batches(i), count_tokens(padded_examples(batches, i))) for i in range(NUM_BATCHES)]
     model.train()
     for number in count():

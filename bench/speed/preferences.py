@@ -126,11 +126,11 @@ def firth_setup(task: Task) -> tuple[Any, Any, Any]:
     from firth.align.rewards import PreferencePair, PreferencePairs, Rollout
     from firth.data.collate import Batches
     from firth.model.model import LM
-    from firth.objectives.dpo import DPO, build_comparison, ref_logprobs
+    from firth.objectives.preferences import DPO, build_comparison, ref_logprobs
     from firth.objectives.reward_model import RewardModeling
     from firth.pretrained.load_save import init_from, load_model
     from firth.tokenizer.vocab import Vocab
-    from firth.training.precision import casts, choose
+    from firth.training.device import casts, choose_precision
 
     cpu = torch.device("cpu")
     source: Any = PreferencePairs(
@@ -147,7 +147,7 @@ def firth_setup(task: Task) -> tuple[Any, Any, Any]:
         model = LM(config, objective.heads(config))
         init_from(model, Path(directory))
     if task == "dpo":
-        with casts(choose("auto", cpu), cpu)():
+        with casts(choose_precision("auto", cpu), cpu)():
             source = precompute(source, model, build_comparison, ref_logprobs)
     roles = {"pad": PAD, "unk": UNK, "eos": EOS}
     return (

@@ -36,7 +36,7 @@ from bench.speed.causal import (
     windows,
 )  # fmt: skip
 from firth import kernel_choice
-from firth.training import precision
+from firth.training import device
 
 KINDS = (
     ("casts and copies", ("copy_", "aten::cat", "aten::stack", "contiguous", "clone", "aten::to", "split")),
@@ -67,13 +67,13 @@ def flops() -> dict[str, float]:
 
 def firth_phases(name: str, chosen: Literal["fp32", "bf16"]) -> Phases:
     """Return the phases of firth's step in order."""
-    from firth.training.cpu_setup import flush_denormals, keep_freed_memory
+    from firth.training.device import flush_denormals, keep_freed_memory
     from firth.training.optimizer import Optimizer, OptimizerConfig
     from firth.training.step import step
 
     keep_freed_memory()
     flush_denormals()
-    casts = precision.casts(chosen, torch.device("cpu"))
+    casts = device.casts(chosen, torch.device("cpu"))
     model, objective, batches = firth_setup()
     optimizer = Optimizer(OptimizerConfig(name=name), model, sparse=True)  # type: ignore[arg-type]
     batches_made: list[Any] = []
@@ -123,7 +123,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--ops", type=int, default=0)
     args = parser.parse_args()
-    chosen = "fp32" if args.plain else precision.choose(args.precision, torch.device("cpu"))
+    chosen = "fp32" if args.plain else device.choose_precision(args.precision, torch.device("cpu"))
     phases = plain_phases() if args.plain else firth_phases(args.optimizer, chosen)
     times: dict[str, list[float]] = defaultdict(list)
     for number in range(args.steps + 2):

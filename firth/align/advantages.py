@@ -12,7 +12,7 @@ the episode, also where it was truncated at the maximum length, as in InstructGP
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, Protocol
 
 import numpy as np
 
@@ -88,12 +88,27 @@ def discounted_returns(x: np.ndarray, discount: float = 1.0) -> np.ndarray:
     return sums
 
 
-@dataclass(frozen=True)
-class Baseline:
-    """Reward of a whole answer minus a leave-one-out baseline (Kool 2019, RLOO), for REINFORCE without a value estimate.
+def answer_rewards(rewards: np.ndarray, real: np.ndarray, group: int) -> np.ndarray:
+    """Return the reward of each whole answer: (prompts, group), or (1, N) if each prompt has one answer.
 
-    The baseline is the mean reward of the *other* answers to the same prompt, or of all other answers of the rollout batch if
-    each prompt has one. It does not depend on the answer itself, so the gradient stays unbiased.
+    Raises:
+        UserError: There is a single answer, which nothing can be compared with.
+    """
+    total = np.where(real, rewards, 0.0).sum(1)
+    by_group = total.reshape(-1, group if group > 1 else len(total))
+    if by_group.shape[1] < 2:
+        raise UserError(
+            "a baseline needs at least two answers: raise examples.rollout_size or examples.num_generations"
+        )
+    return by_group
+
+
+@dataclass(frozen=True)
+class LeaveOneOut:
+    """Reward of a whole answer minus the mean of the others (RLOO: Kool 2019, Ahmadian 2024), without a value estimate.
+
+    The others are the answers to the same prompt, or all other answers of the rollout batch if each prompt has one. The mean
+    does not depend on the answer itself, so the gradient stays unbiased.
 
     Args:
         whiten: Whether to divide by the standard deviation over the rollout batch, which only scales the step.
@@ -104,14 +119,43 @@ class Baseline:
     def __call__(
         self, rewards: np.ndarray, values: np.ndarray, real: np.ndarray, group: int
     ) -> tuple[np.ndarray, np.ndarray]:
-        total = np.where(real, rewards, 0.0).sum(1)
-        by_group = total.reshape(-1, group if group > 1 else len(total))
-        n = by_group.shape[1]
-        if n < 2:
-            raise UserError(
-                "a baseline needs at least two answers: raise examples.rollout_size or examples.num_generations"
-            )
-        advantage = (by_group - (by_group.sum(1, keepdims=True) - by_group) / (n - 1)).ravel()
+        total = answer_rewards(rewards, real, group)
+        n = total.shape[1]
+        advantage = total - (total.sum(1, keepdims=True) - total) / (n - 1)
         if self.whiten:
             advantage = advantage / (advantage.std() + 1e-8)
-        return np.where(real, advantage[:, None], 0.0), np.where(real, total[:, None], 0.0)
+        return per_token(advantage, real), per_token(total, real)
+
+
+@dataclass(frozen=True)
+class GroupNormalized:
+    """Reward of a whole answer minus the mean of its group, in units of a standard deviation (GRPO, Shao 2024).
+
+    The group is that of `LeaveOneOut`. The constant 1e-4 and the divisor n - 1 are TRL's.
+
+    Args:
+        scale: "group" divides by the standard deviation of the group, "batch" by that of the rollout batch, "none" by nothing
+            (Dr. GRPO, Liu 2025): dividing by that of the group gives prompts that are nearly always right, or wrong, more weight.
+
+    >>> real, rewards = np.ones((4, 1), bool), np.array([[0.0], [1.0], [5.0], [5.0]])
+    >>> GroupNormalized("none")(rewards, rewards, real, group=2)[0][:, 0].tolist()
+    [-0.5, 0.5, 0.0, 0.0]
+    """
+
+    scale: Literal["group", "batch", "none"] = "group"
+
+    def __call__(
+        self, rewards: np.ndarray, values: np.ndarray, real: np.ndarray, group: int
+    ) -> tuple[np.ndarray, np.ndarray]:
+        total = answer_rewards(rewards, real, group)
+        advantage = total - total.mean(1, keepdims=True)
+        if self.scale == "group":
+            advantage = advantage / (total.std(1, ddof=1, keepdims=True) + 1e-4)
+        elif self.scale == "batch":
+            advantage = advantage / (total.std(ddof=1) + 1e-4)
+        return per_token(advantage, real), per_token(total, real)
+
+
+def per_token(per_answer: np.ndarray, real: np.ndarray) -> np.ndarray:
+    """Return one number per answer, in any shape, on each of its tokens: (N, T), 0 elsewhere."""
+    return np.where(real, per_answer.reshape(-1, 1), 0.0)

@@ -1,8 +1,9 @@
 """Rewards of sampled answers (functions and reward models), and preference pairs sampled from them.
 
-A `RewardFunction` gives one number to each sampled answer. `FunctionReward` computes it from the text with a given function (a
-ground truth for experiments, in place of human judgment); `RewardModel` is trained on preferences
-(`firth.objectives.reward_model`). `sample_preference` compares answers by their rewards, with a given amount of noise.
+A `RewardFunction` gives one number to each sampled answer. `FunctionReward` computes it with a given function of the answer, the
+prompt and the fields of its record (a verifiable reward compares with a given result); `RewardModel` is trained on preferences
+(`firth.objectives.reward_model`); `WeightedRewards` is a sum of several. `sample_preference` compares answers by their rewards,
+with a given amount of noise.
 
     truth = FunctionReward(lambda text: float(text.endswith(".")))
     pairs = sample_preference(first, second, truth, tokenizer=tokenizer, noise=1.0, rng=rng)      # Bradley-Terry
@@ -11,27 +12,33 @@ ground truth for experiments, in place of human judgment); `RewardModel` is trai
 
 from __future__ import annotations
 
+import inspect
 import json
 import math
 import traceback
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
 
+from firth.data.dialogues import PREFERENCE_FIELDS
+from firth.data.examples import BuildContext, DatasetSplits, ExamplesConfig, split_records
 from firth.data.source import Source
 from firth.data.split import content_key
 from firth.generate.decoding_batch import inference_mode, rectangle
-from firth.generate.streaming import Completion
+from firth.generate.engine import Completion
+from firth.io import user_code
 from firth.model.model import LM
+from firth.objectives.objective import Objective
 from firth.objectives.reward_model import rewards
 from firth.tokenizer.tokenizer import Tokenizer
 from firth.types import Example, UserError
 
-Scorer = Callable[[str], float]
-"""A pure function of an answer's text."""
+Scorer = Callable[..., float]
+"""A pure function of an answer, and of what its parameters name (`FunctionReward`)."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,17 +50,20 @@ class Rollout:
         answer: Token ids of the answer, (n,), including the stop token if `finished`.
         text: Text of the answer.
         finished: Whether the answer ended with a stop token.
+        fields: The fields of the prompt's record, for reward functions (`firth.data.dialogues.Prompt`).
     """
 
     prompt: np.ndarray
     answer: np.ndarray
     text: str
     finished: bool
+    fields: Mapping[str, Any] = field(default_factory=dict)
 
     @staticmethod
-    def of(prompt: np.ndarray, completion: Completion) -> Rollout:
+    def of(prompt: np.ndarray, completion: Completion, fields: Mapping[str, Any] | None = None) -> Rollout:
         """Build a rollout from a prompt and the engine's completion of it."""
-        return Rollout(np.asarray(prompt, np.int32), completion.tokens, completion.text, completion.finish == "stop")
+        prompt, finished = np.asarray(prompt, np.int32), completion.finish == "stop"
+        return Rollout(prompt, completion.tokens, completion.text, finished, fields or {})
 
     @property
     def tokens(self) -> np.ndarray:
@@ -111,20 +121,106 @@ def score_rollouts(reward_function: RewardFunction, samples: Sequence[Rollout], 
 
 @dataclass(frozen=True)
 class FunctionReward:
-    """A reward that is computed from the text by a function."""
+    """A reward that is computed by a function.
+
+    A function with one parameter is called with the text of the answer. Any other is called with what its parameters name:
+    `completion` is the text of the answer, `prompt` that of the prompt, every other name a field of the prompt's record, and
+    `**fields` all that are left.
+
+    >>> def correct(completion, result): return float(completion.strip() == result)
+    >>> question = np.array([1])
+    >>> FunctionReward(correct)([Rollout(question, question, " 7", True, {"prompt": "3 + 4", "result": "7"})]).tolist()
+    [1.0]
+    """
 
     scorer: Scorer
 
     def __call__(self, samples: Sequence[Rollout]) -> np.ndarray:
         return np.array([self._score(sample) for sample in samples], np.float32)
 
-    def _score(self, sample: Rollout) -> float:
+    @cached_property
+    def names(self) -> tuple[str, ...] | None:
+        """What the function must be called with by name; None for a function of the answer's text alone."""
+        parameters = self._parameters
+        if len(parameters) == 1 and not self._takes_fields:
+            return None
+        return tuple(p.name for p in parameters if p.default is p.empty)
+
+    @cached_property
+    def _all_parameters(self) -> tuple[inspect.Parameter, ...]:
         try:
-            return float(self.scorer(sample.text))
+            return tuple(inspect.signature(self.scorer).parameters.values())
+        except ValueError:  # some built-in functions have no signature
+            return (inspect.Parameter("completion", inspect.Parameter.POSITIONAL_ONLY),)
+
+    @property
+    def _parameters(self) -> list[inspect.Parameter]:
+        variable = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
+        return [p for p in self._all_parameters if p.kind not in variable]
+
+    @property
+    def _takes_fields(self) -> bool:
+        return any(p.kind is inspect.Parameter.VAR_KEYWORD for p in self._all_parameters)
+
+    def missing(self, fields: Mapping[str, Any]) -> list[str]:
+        """Return the names of the parameters that are not among the fields of a record."""
+        return [name for name in self.names or () if name != "completion" and name not in fields]
+
+    def _score(self, sample: Rollout) -> float:
+        missing = self.missing(sample.fields)
+        if missing:
+            raise RewardError(sample, f"needs the field {missing[0]!r}, which the record lacks,")
+        try:
+            if self.names is None:
+                return float(self.scorer(sample.text))
+            given = {**sample.fields, "completion": sample.text}
+            known = {p.name for p in self._parameters}
+            return float(self.scorer(**{n: x for n, x in given.items() if self._takes_fields or n in known}))
         except Exception as error:
             at = traceback.extract_tb(error.__traceback__)[-1]
             where = f"{Path(at.filename).name}:{at.lineno}"
             raise RewardError(sample, f"raised {type(error).__name__} ({error}) at {where}") from error
+
+
+@dataclass(frozen=True, eq=False)
+class WeightedRewards:
+    """A sum of rewards.
+
+    Args:
+        parts: Name -> reward.
+        weights: The weight of each.
+    """
+
+    parts: Mapping[str, RewardFunction]
+    weights: Sequence[float]
+
+    @staticmethod
+    def of(reward: RewardFunction | WeightedRewards) -> WeightedRewards:
+        """Return a reward as a sum of one."""
+        return reward if isinstance(reward, WeightedRewards) else WeightedRewards({"reward": reward}, (1.0,))
+
+    def scores(self, samples: Sequence[Rollout], tokenizer: Tokenizer) -> dict[str, np.ndarray]:
+        """Return the rewards of some answers by name, unweighted: (N,) each. Raises the errors of `score_rollouts`."""
+        return {name: score_rollouts(part, samples, tokenizer) for name, part in self.parts.items()}
+
+    def total(self, scores: Mapping[str, np.ndarray]) -> np.ndarray:
+        """Return the weighted sum of `scores`: (N,)."""
+        return np.sum([w * scores[name] for name, w in zip(self.parts, self.weights, strict=True)], 0)
+
+    def __call__(self, samples: Sequence[Rollout]) -> np.ndarray:
+        return self.total({name: part(samples) for name, part in self.parts.items()})
+
+
+def named_function(name: str) -> Scorer:
+    """Return the reward function that `module:function` names.
+
+    Raises:
+        UserError: There is no such module or function, or the module fails when it is imported.
+    """
+    found: Scorer = user_code.find(name, "function")
+    if not callable(found):
+        raise UserError(f"{name!r} is of type {type(found).__name__}: name a function of the answer")
+    return found
 
 
 @dataclass(frozen=True, eq=False)
@@ -232,7 +328,8 @@ class PreferencePairs(Source):
     def __getitem__(self, index: int) -> Example:
         sides = {"chosen": self.pairs[index].chosen, "rejected": self.pairs[index].rejected}
         tokens = {f"{side}_tokens": sample.tokens for side, sample in sides.items()}
-        return tokens | {f"{side}_mask": sample.mask for side, sample in sides.items()}
+        masks = {f"{side}_mask": sample.mask for side, sample in sides.items()}
+        return tokens | masks | {"margin": np.array([self.pairs[index].margin], np.float32)}
 
 
 def write_preference_pairs(pairs: Iterable[PreferencePair], path: Path, request: Callable[[np.ndarray], str]) -> None:
@@ -288,3 +385,16 @@ def read_preference_pairs(path: Path) -> list[PreferencePair]:
                 "create it again, or read its texts with examples=preferences"
             ) from error
     return found
+
+
+@dataclass(frozen=True)
+class SampledPreferencesConfig(ExamplesConfig):
+    """Preferences between answers that a model sampled, stored as the sampled token ids."""
+
+    base_fields: ClassVar[frozenset[str]] = PREFERENCE_FIELDS
+
+    def build(self, data: BuildContext, objective: Objective) -> DatasetSplits:
+        def read(paths: Sequence[str]) -> Source:
+            return PreferencePairs([c for path in paths for c in read_preference_pairs(Path(path))])
+
+        return split_records(data, read)

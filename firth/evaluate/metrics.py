@@ -125,6 +125,23 @@ def matthews(gold: Labels, predicted: Labels) -> float:
     return float(covariance / math.sqrt(variance)) if variance > 0 else 0.0
 
 
+def calibration_error(probability: Labels, correct: Labels, bins: int = 10) -> float:
+    """Return the expected calibration error (Guo 2017): the mean distance between the probability and the share correct of a bin.
+
+    Args:
+        probability: Probability that the prediction of each item is correct, 0 to 1.
+        correct: Whether it is.
+        bins: Number of bins of equal width between 0 and 1.
+
+    >>> calibration_error([0.75, 0.75, 0.75, 0.75], [1, 1, 1, 0]), calibration_error([1.0, 1.0], [1, 0])
+    (0.0, 0.5)
+    """
+    probability, correct = _paired(probability, correct)
+    at = np.minimum((probability * bins).astype(int), bins - 1)
+    gaps = np.bincount(at, probability - correct.astype(float), minlength=bins)
+    return float(np.abs(gaps).sum() / len(probability))
+
+
 def confusion(gold: Labels, predicted: Labels) -> np.ndarray:
     """Return the confusion matrix (K, K), gold by row and prediction by column, over the K labels present, sorted.
 

@@ -21,8 +21,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
-from firth.corpora import compression, readers, tables
-from firth.corpora.read_stats import ReadStats, many
+from firth.corpora import input_files, readers, tables
+from firth.corpora.input_files import ReadStats, many
 from firth.types import UserError
 
 Form = Literal["auto", "lines", "csv", "tsv", "jsonl", "conll", "squad"]
@@ -181,7 +181,7 @@ def _records(
     if form == "lines":
         yield from ((f"{name}:{i}", schema.line(text)) for i, text in enumerate(_lines(source, counts, name), 1))
         return
-    packed = source.suffix.lower() if source.suffix.lower() in compression.PACKED else ""
+    packed = source.suffix.lower() if source.suffix.lower() in input_files.PACKED else ""
     end, path = FORMS.get(form, ""), source
     if end and not source.name.removesuffix(packed).lower().endswith(end):
         path = folder / f"given{end}{packed}"  # readers recognize a format by the suffix
@@ -198,7 +198,7 @@ def _records(
 def _lines(path: Path, counts: ReadStats, name: str) -> Iterator[str]:
     """Yield the lines of a text, separated by line feeds only, without their line ends."""
     try:
-        with compression.guarded(path) as file:
+        with input_files.guarded(path) as file:
             for number, raw in enumerate(file):
                 if not number:
                     if raw[:2] in (b"\xff\xfe", b"\xfe\xff"):
@@ -216,7 +216,7 @@ def _lines(path: Path, counts: ReadStats, name: str) -> Iterator[str]:
 
 def _form(file: str, source: Path, schema: InputSchema) -> tuple[str, str]:
     """Return the format of a file by its name or its first lines, and a note if it is ambiguous."""
-    packed = Path(file).suffix.lower() in compression.PACKED
+    packed = Path(file).suffix.lower() in input_files.PACKED
     end = (Path(file).with_suffix("") if packed else Path(file)).suffix.lower()
     if file != "-" and end not in (".txt", ".text", ""):
         known = (*readers.LINES, *readers.TABLES, *tables.READERS)

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from firth.corpora.readers import first_records
+from firth.data.records import Records, RecordsConfig
 from firth.evaluate import metrics
 from firth.evaluate.prediction_inputs import InputSchema
 from firth.evaluate.tokenizer_match import check_adapter_base, load_tokenizer
@@ -83,20 +84,23 @@ class EvaluatedModel:
         return settings
 
     @cached_property
+    def objective_names(self) -> list[str]:
+        """Names of the objectives that the model was trained with; empty if unknown."""
+        found = self.recipe.get("objective", metadata_of(self.model_directory).get("objective"))
+        listed = found if isinstance(found, list) else [] if found is None else [found]
+        return [str(one.get("kind") if isinstance(one, dict) else one) for one in listed]
+
+    @cached_property
     def is_chat_model(self) -> bool:
         """Whether prompts are rendered with the chat template.
 
         True if its run was trained on the answers in dialogues, or, for a model not trained by firth, if its tokenizer has
         a chat template of its own.
         """
-        found = self.recipe.get("objective", metadata_of(self.model_directory).get("objective"))
-        names = [
-            str(one.get("kind") if isinstance(one, dict) else one)
-            for one in (found if isinstance(found, list) else [found])
-        ]
-        if found is None:
+        if not self.objective_names:
             return self.tokenizer.template not in (None, TEMPLATE)
-        known = [find(name)() for name in names if name in OBJECTIVES]  # files not written by firth may name anything
+        # Files that firth did not write may name anything.
+        known = [find(name)() for name in self.objective_names if name in OBJECTIVES]
         return any(map(reads_dialogues, known))
 
     @property
@@ -104,6 +108,27 @@ class EvaluatedModel:
         """Most tokens of a row: the length used in training, which may be below the model's maximum."""
         longest: int = self.model.context
         return min(longest, int(self.examples.get("max_length", longest)))
+
+    def records(
+        self,
+        kind: type[RecordsConfig],
+        paths: Sequence[str],
+        labeled: bool = True,
+        *,
+        classes: Sequence[str] = (),
+        **changes: Any,
+    ) -> Records:
+        """Return the records of files, read with the settings of the run's recipe, if it has one.
+
+        Args:
+            kind: The kind of examples.
+            paths: The files.
+            labeled: Whether the records have labels.
+            classes: Names of the classes.
+            **changes: Settings that the recipe does not set.
+        """
+        settings = kind.of(self.examples, **{"max_length": self.context, **changes})
+        return Records(settings, paths, self.tokenizer, classes=classes, purpose="evaluate" if labeled else "predict")
 
     @property
     def device(self) -> torch.device:

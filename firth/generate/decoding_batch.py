@@ -7,6 +7,7 @@ from contextlib import contextmanager
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from firth.data.attention_fields import causal_after_prompt
@@ -70,6 +71,18 @@ def _distinct(prompts: Sequence[np.ndarray]) -> tuple[Sequence[np.ndarray], list
     return [prompts[index.index(i)] for i in range(len(known))], index
 
 
+def _stack_left(a: Tensor, b: Tensor) -> Tensor:
+    """Return the rows of a and b (rows, T), the shorter ones padded on the left with their first token."""
+    longest = max(a.shape[1], b.shape[1])
+    return torch.cat([torch.cat((x[:, :1].expand(-1, longest - x.shape[1]), x), 1) for x in (a, b)])
+
+
+def _stack_right(a: Tensor, b: Tensor) -> Tensor:
+    """Return the rows of a and b (rows, T), the shorter ones padded on the right with 0."""
+    longest = max(a.shape[1], b.shape[1])
+    return torch.cat([F.pad(x, (0, longest - x.shape[1])) for x in (a, b)])
+
+
 class DecodingBatch:
     """Rows during decoding: the KV cache and the last token of each row. Equal prompts are read once.
 
@@ -101,8 +114,8 @@ class DecodingBatch:
         batch |= self._pad_left(prompts)
         self.seen = batch["tokens"]
         self.next = batch["positions"][:, -1:] + 1
-        self.written = 0
-        # All uniform numbers that this batch draws with: (rows, max_new_tokens).
+        self.started = False
+        # The uniform numbers that each row still draws with: (rows, most tokens to come).
         self.uniform = torch.from_numpy(uniforms(seeds, 0 if sampling.greedy else sampling.max_new_tokens)).to(
             self.device
         )
@@ -142,20 +155,32 @@ class DecodingBatch:
         if self.sampling.greedy:
             token = scores.max(-1, keepdim=True).indices  # argmax takes half as long again
         else:
-            token = draw(filtered(scores, self.sampling), self.uniform[:, self.written])[:, None]
+            token = draw(filtered(scores, self.sampling), self.uniform[:, 0])[:, None]
+            self.uniform = self.uniform[:, 1:]
         logprob = logits.gather(-1, token)[:, 0] - logits.logsumexp(-1)
         self.seen = torch.cat((self.seen, token), 1) if self.sampling.repetition_penalty != 1 else token
-        self.written += 1
+        self.started = True
         return token[:, 0].tolist(), logprob.tolist()
 
     def _logits(self) -> Tensor:
         """Run the model on the last token of each row and return the next token's logits: (rows, vocab)."""
-        if self.written:
+        if self.started:
             token, self.next = self.seen[:, -1:], self.next + 1
+            # A finished row is decoded with the others, and may be at the end of the context.
+            positions = (self.next - 1).clamp(max=self.model.context - 1)
             if self.decoder is not None:
-                return self.decoder(token, self.next - 1)
-            self.state = self.model({"tokens": token, "positions": self.next - 1}, ForwardContext(self.cache))[:, -1]
+                return self.decoder(token, positions)
+            self.state = self.model({"tokens": token, "positions": positions}, ForwardContext(self.cache))[:, -1]
         return self.head(self.state)
+
+    def join(self, rows: Sequence[int], other: DecodingBatch) -> None:
+        """Drop all rows but these, and add the rows of a batch of the same model and sampling. Both have taken a step or more."""
+        index = torch.tensor(rows, device=self.device)
+        self.cache = self.cache.merge(index, other.cache, self.sampling.max_new_tokens)
+        self.next = torch.cat((self.next[index], other.next))
+        self.seen = _stack_left(self.seen[index], other.seen)
+        self.uniform = _stack_right(self.uniform[index], other.uniform)
+        self.decoder = NativeDecoder.of(self.model, self.cache)
 
     def keep(self, rows: Sequence[int]) -> None:
         """Drop all rows but these."""

@@ -1,7 +1,8 @@
 """Score continuations of prompts: log p of each token, for every family of models.
 
     causal decoder     chain rule; a prompt is read once for all of its continuations, and what prompts share once for all
-    encoder-decoder    teacher forcing; a source is encoded once for all of its continuations
+    encoder-decoder    teacher forcing; a source is encoded once for all of its continuations. A text without a prompt, for a
+                       model trained on span corruption (T5): each word in the gap that it leaves (`score_gaps`)
     masked, permuted   pseudo-log-likelihood: each token given all others (Salazar 2020), n passes for n tokens
 
 The continuations of one prompt are branches of one row: a branch sees the prompt and itself, because its keys expire where
@@ -14,6 +15,7 @@ KV cache of these tokens.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -21,6 +23,7 @@ from typing import Literal
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from firth.generate.decoding_batch import inference_mode, pad_right, rectangle
 from firth.model.config import ModelConfig
@@ -70,11 +73,16 @@ class TokenScores:
 
     Args:
         logprobs: log p of each of its tokens, (n,) float64, in nats.
-        greedy: Whether each of them is the most likely token.
+        most_likely: Whether each of them is the most likely token, (n,) bool.
     """
 
     logprobs: np.ndarray
-    greedy: bool
+    most_likely: np.ndarray
+
+    @property
+    def greedy(self) -> bool:
+        """Whether greedy decoding would write the continuation."""
+        return bool(self.most_likely.all())
 
     @property
     def total(self) -> float:
@@ -89,7 +97,8 @@ class ScoredPair:
     Args:
         prompt: Token ids (m,).
         continuation: Token ids (n,), at least one.
-        word_starts: For masked models with within-word masking: whether each token begins a word, (n,) bool.
+        word_starts: For masked models with within-word masking, and for gaps of whole words: whether each token begins a
+            word, (n,) bool.
     """
 
     prompt: np.ndarray
@@ -314,7 +323,7 @@ def _read_scores(
     states = hidden.reshape(-1, hidden.shape[-1])
     for first in range(0, len(places), MAX_LOGIT_ROWS):
         some = torch.from_numpy(places[first : first + MAX_LOGIT_ROWS]).to(hidden.device)
-        logits = head(states[some]).float()
+        logits = _fp32_logits(head, states[some])
         mine = np.flatnonzero((which >= first) & (which < first + MAX_LOGIT_ROWS))
         local = torch.from_numpy(which[mine] - first).to(hidden.device)
         label = torch.from_numpy(labels[mine]).to(hidden.device)
@@ -324,8 +333,20 @@ def _read_scores(
     start = 0
     for index, continuation in order:
         stop = start + len(continuation)
-        yield index, TokenScores(logprobs[start:stop], bool(greedy[start:stop].all()))
+        yield index, TokenScores(logprobs[start:stop], greedy[start:stop])
         start = stop
+
+
+def _fp32_logits(head: LMHead, states: Tensor) -> Tensor:
+    """Return logits (n, vocab_size) in fp32, also of a head in bf16, whose own logits of 16 to 32 have steps of 1/8.
+
+    Log-probabilities of two choices would often be equal then. The product of the head is done in fp32, that of the blocks is
+    not.
+    """
+    if type(head) is not LMHead or head.matrix.dtype != torch.bfloat16:
+        return head(states).float()
+    bias = None if head.bias is None else head.bias.float()
+    return head.to_logits(F.linear(head.transform(states).float(), head.matrix.float(), bias))
 
 
 def _teacher_forced(model: LM, vocab: Vocab, pairs: Sequence[ScoredPair]) -> Iterator[tuple[int, TokenScores]]:
@@ -352,6 +373,51 @@ def _teacher_forced(model: LM, vocab: Vocab, pairs: Sequence[ScoredPair]) -> Ite
         hidden = model(batch, ForwardContext(encoder_output=chosen))
         at = [(r, np.arange(len(one))) for r, one in enumerate(targets)]
         yield from _read_scores(model, hidden, at, list(zip(index, targets, strict=True)))
+
+
+def score_gaps(model: LM, vocab: Vocab, pairs: Sequence[ScoredPair]) -> Iterator[tuple[int, TokenScores]]:
+    """Yield (index, scores) of continuations under an encoder-decoder trained on span corruption, in order.
+
+    The analog of the pseudo-log-likelihood: each token, or with `word_starts` each word, is replaced by a sentinel in the
+    source, and the target is this sentinel, the word and the next sentinel. The next sentinel ends the word, so its log p is
+    added to that of the last token: without it "dog" would always be more likely than "dog" "s".
+
+    Args:
+        model: The model.
+        vocab: Its vocabulary, with two sentinels, eos and the decoder start token.
+        pairs: The pairs; the prompt may be empty.
+
+    Raises:
+        UserError: A continuation is empty, or a pair is longer than the model's context.
+    """
+    first, second = vocab.sentinels[:2]
+    gaps: list[ScoredPair] = []
+    at: list[tuple[int, int, int]] = []  # pair, and its tokens in the gap
+    for i, pair in enumerate(pairs):
+        if not len(pair.continuation):
+            raise UserError(f"pair {i}: the continuation is empty: give at least one token")
+        text = np.concatenate((pair.prompt, pair.continuation)).astype(np.int64)
+        starts = np.ones(len(pair.continuation), bool) if pair.word_starts is None else np.array(pair.word_starts)
+        starts[:1] = True
+        bounds = [*np.flatnonzero(starts).tolist(), len(starts)]
+        for start, stop in itertools.pairwise(bounds):
+            low, high = len(pair.prompt) + start, len(pair.prompt) + stop
+            source = np.concatenate((text[:low], [first], text[high:], [vocab.eos]))
+            gaps.append(ScoredPair(source, np.concatenate(([first], text[low:high], [second]))))
+            at.append((i, start, stop))
+    check_lengths(model, gaps)
+    found = [np.zeros(len(pair.continuation)) for pair in pairs]
+    hits = [np.ones(len(pair.continuation), bool) for pair in pairs]
+    with inference_mode(model):
+        for k, scores in _teacher_forced(model, vocab, gaps):
+            i, start, stop = at[k]
+            found[i][start:stop] = scores.logprobs[1:-1]
+            found[i][stop - 1] += scores.logprobs[-1]
+            hits[i][start:stop] = scores.most_likely[1:-1]
+            hits[i][start] &= scores.most_likely[0]
+            hits[i][stop - 1] &= scores.most_likely[-1]
+    for i, logprobs in enumerate(found):
+        yield i, TokenScores(logprobs, hits[i])
 
 
 def _pseudo(model: LM, vocab: Vocab, pairs: Sequence[ScoredPair]) -> Iterator[tuple[int, TokenScores]]:
@@ -389,8 +455,8 @@ def _pseudo(model: LM, vocab: Vocab, pairs: Sequence[ScoredPair]) -> Iterator[tu
         at = [(r, np.array([place])) for r, (*_, place) in enumerate(some)]
         for r, scores in _read_scores(model, hidden, at, list(enumerate(labels))):
             i, j = some[r][:2]
-            found[i][0][j], found[i][1][j] = scores.logprobs[0], scores.greedy
+            found[i][0][j], found[i][1][j] = scores.logprobs[0], scores.most_likely[0]
             missing[i] -= 1
             if not missing[i]:
                 logprobs, greedy = found.pop(i)
-                yield i, TokenScores(logprobs, bool(greedy.all()))
+                yield i, TokenScores(logprobs, greedy)

@@ -1,23 +1,29 @@
 """The model: token ids -> hidden states. What an objective adds (heads, ELECTRA's generator) is in `heads`.
 
-The batch fields are `tokens`, `positions`, `token_type_ids`, `query_time`, `key_time`, `key_expiry` and `document_ids`;
-an encoder-decoder reads the same with the prefix `source_`, a model with memory also with `memory_`. The last axis is
-tokens, the others are free. The model knows no objective.
+The batch fields are `tokens`, `positions`, `token_type_ids`, `query_time`, `key_time`, `key_expiry` and `document_ids`; an
+encoder-decoder reads the same with the prefix `source_`, a model with memory also with `memory_`. The last axis is tokens,
+the others are free. The model knows no objective.
 
 >>> import torch
 >>> from firth.model.config import decoder_config
 >>> model = LM(decoder_config(vocab_size=50, hidden_size=64, num_layers=1), {})
 >>> model({"tokens": torch.tensor([[3, 4, 5], [6, 7, 8]])}).shape
 torch.Size([2, 3, 64])
+
+`compile_blocks` applies torch.compile to the blocks of a model in training (`compile=true`). A block is compiled once for
+all layers of its kind; the whole model would take longer, and break the graph where attention masks are computed.
+Evaluation and generation are not compiled: their lengths change with every call.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import cache
 from typing import TYPE_CHECKING
 
 import torch
+import torch.compiler.config
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -35,6 +41,7 @@ from firth.model.variants import CharacterCNN, Latent
 from firth.types import ALWAYS, NEVER, Batch, UserError
 
 if TYPE_CHECKING:
+    from firth.model.block import AttentionContext, Block
     from firth.tokenizer.vocab import Vocab
 
 
@@ -234,8 +241,9 @@ class LM(nn.Module):
         in_cache = context.cache is not None and bool(context.cache.encoder_fields)
         if output is None and self.encoder is not None and not in_cache:
             output = self.encoder_output(batch)
-        if memory is None:
-            memory = self._row_memory(batch, context)
+        if memory is None:  # the trained prefix, unless the cache has it, or the states of a memory
+            prefix = None if context.past_length else self.prefix
+            memory = self.row_memory(batch) if prefix is None else prefix.row_memory()
         if needed is not None:
             needed = F.pad(needed.flatten(0, -2), (prompt_length, 0))  # (B, prompt_length + T)
         return replace(context, encoder_output=output, row_memory=memory, needed_positions=needed)
@@ -295,11 +303,6 @@ class LM(nn.Module):
         tokens = batch["tokens"]
         own = [x[:, x.shape[1] - tokens.shape[-1] :] for x in states]  # without the prompt
         return torch.stack(own).unflatten(1, tokens.shape[:-1])
-
-    def _row_memory(self, batch: Batch, context: ForwardContext) -> RowMemory | None:
-        """Return the positions before the rows: those of the trained prefix, unless the cache has it, or of a memory."""
-        memory = self.row_memory(batch)
-        return memory if self.prefix is None or context.past_length else self.prefix.row_memory()
 
     @torch.no_grad()
     def row_memory(self, batch: Batch) -> RowMemory | None:
@@ -380,3 +383,39 @@ class TiedSubmodel(LM):
                 )
             own.weight = table.weight
         self.tie()
+
+
+MAX_RECOMPILES = 32
+"""Most versions of a block: the first may have no norm, the last may run at a subset, and row lengths differ."""
+
+
+def _pass(block: Block, x: Tensor, attention: AttentionContext, cross: AttentionContext | None) -> Tensor:
+    return block(x, attention, cross)
+
+
+@cache
+def _compiled() -> Callable[..., Tensor]:
+    torch.compiler.config.recompile_limit = max(torch.compiler.config.recompile_limit, MAX_RECOMPILES)
+    return torch.compile(_pass)
+
+
+def _try(device: torch.device) -> None:
+    try:
+        torch.compile(torch.square)(torch.ones(2, device=device))
+    except Exception as error:  # of many private types
+        reason = str(error).strip().partition("\n")[0]
+        raise UserError(f"torch.compile does not work here ({reason}): set compile=false") from error
+
+
+def compile_blocks(model: LM) -> None:
+    """Compile every block of every transformer stack when it is first trained.
+
+    Raises:
+        UserError: There is nothing to compile, or torch.compile fails (no compiler, no Python headers).
+    """
+    stacks = [module for module in model.modules() if isinstance(module, TransformerStack) and module.blocks]
+    if not stacks:
+        raise UserError("compile=true compiles transformer blocks, and this model has none: set compile=false")
+    _try(next(model.parameters()).device)
+    for stack in stacks:
+        stack.block_runner = _compiled()

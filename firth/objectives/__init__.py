@@ -42,9 +42,14 @@ OBJECTIVES = {
     "seq2seq": "firth.objectives.sft:Seq2SeqSFT",
     "reward_model": "firth.objectives.reward_model:RewardModeling",
     "ranking": "firth.objectives.reward_model:Ranking",
-    "dpo": "firth.objectives.dpo:DPO",
+    "dpo": "firth.objectives.preferences:DPO",
+    "simpo": "firth.objectives.preferences:SimPO",
+    "orpo": "firth.objectives.preferences:ORPO",
+    "kto": "firth.objectives.preferences:KTO",
     "reinforce": "firth.objectives.policy_gradient:Reinforce",
     "ppo": "firth.objectives.policy_gradient:PPO",
+    "grpo": "firth.objectives.policy_gradient:GRPO",
+    "rloo": "firth.objectives.policy_gradient:RLOO",
 }
 """Name -> "module:class"; imported on demand, so that listing them needs no torch."""
 

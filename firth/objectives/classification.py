@@ -42,7 +42,6 @@ from firth.model.config import AttentionPattern, ModelConfig
 from firth.model.heads import standardized_head
 from firth.model.model import LM
 from firth.objectives.objective import (
-    DataStats,
     Objective,
     cannot_train,
     choice_loss,
@@ -53,9 +52,9 @@ from firth.objectives.objective import (
 )
 from firth.objectives.reward_model import last_state, last_token_mask
 from firth.pretrained.families import families_of
-from firth.pretrained.families.heads import head_of
+from firth.pretrained.families.conversion import head_of
 from firth.tokenizer.vocab import Vocab
-from firth.types import IGNORE, Batch, Constraints, Example, Metric, Outputs, UserError
+from firth.types import IGNORE, Batch, Constraints, DataStats, Example, Metric, Outputs, UserError
 
 Readout = Literal["first", "last", "answer"]
 READOUTS: dict[str, AttentionPattern] = {"auto": "any", "first": "bidirectional", "last": "causal", "answer": "seq2seq"}

@@ -33,9 +33,9 @@ from firth.fields import PositiveFloat
 from firth.model.config import ModelConfig
 from firth.model.model import LM
 from firth.model.variants import average
-from firth.objectives.objective import DataStats, Objective, cannot_train, choice_loss, num_correct
+from firth.objectives.objective import Objective, cannot_train, choice_loss, num_correct
 from firth.tokenizer.vocab import Vocab
-from firth.types import IGNORE, Batch, Constraints, Example, Metric, Outputs
+from firth.types import IGNORE, Batch, Constraints, DataStats, Example, Metric, Outputs
 
 SQRT_EPSILON = 1e-12
 """Added before a square root: keeps the gradient of a distance finite where two representations coincide."""

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from firth.model.config import ModelConfig
 from firth.model.model import LM
 from firth.model.variants import ScalarMix
-from firth.objectives.objective import DataStats, Objective, cannot_train
-from firth.types import Batch, Outputs
+from firth.objectives.objective import Objective, cannot_train
+from firth.types import Batch, DataStats, Outputs
 
 
 @dataclass(frozen=True)

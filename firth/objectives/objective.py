@@ -34,7 +34,7 @@ from firth.model.transformer import subset_positions
 from firth.model.variants import ScalarMix
 from firth.objectives import name_of
 from firth.tokenizer.vocab import Vocab
-from firth.types import IGNORE, Batch, Constraints, Example, Metric, Outputs, UserError
+from firth.types import IGNORE, Batch, Constraints, DataStats, Example, Metric, Outputs, UserError
 
 PATTERN_DESCRIPTIONS: dict[AttentionPattern, str] = {
     "causal": "reads a text from left to right",
@@ -47,27 +47,6 @@ PATTERN_DESCRIPTIONS: dict[AttentionPattern, str] = {
     "latent": "encodes a text into a latent vector",
 }
 """Attention pattern -> what an objective that needs it does, for error messages."""
-
-
-@dataclass(frozen=True)
-class DataStats:
-    """Statistics of the training data that configure an objective.
-
-    Args:
-        class_names: Names of the classes.
-        class_counts: Number of examples of each class.
-        mean: Mean of the numeric labels.
-        std: Standard deviation of the numeric labels.
-        max_options: Largest number of options of a question, or of answers in a ranking.
-        has_unanswerable: Whether some question has no answer.
-    """
-
-    class_names: tuple[str, ...] = ()
-    class_counts: tuple[int, ...] = ()
-    mean: float = 0.0
-    std: float = 1.0
-    max_options: int = 0
-    has_unanswerable: bool = False
 
 
 class Objective(Validated, section="objective"):

@@ -34,17 +34,9 @@ from firth.model.forward_context import ForwardContext
 from firth.model.heads import LMHead, replaced_token_head
 from firth.model.model import LM, TiedSubmodel
 from firth.objectives.masked_lm import MLM
-from firth.objectives.objective import (
-    DataStats,
-    Objective,
-    cannot_train,
-    forward_flops,
-    forward_work,
-    hidden_states,
-    supervised,
-)
+from firth.objectives.objective import Objective, cannot_train, forward_flops, forward_work, hidden_states, supervised
 from firth.tokenizer.vocab import Vocab
-from firth.types import IGNORE, Batch, Constraints, Example, Metric, Outputs
+from firth.types import IGNORE, Batch, Constraints, DataStats, Example, Metric, Outputs
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ as K(K-1)/2 independent ones (Ouyang 2022, section 3.5); or Plackett-Luce, the l
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Literal, Self
 
@@ -21,12 +21,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from firth.data import attention_fields
-from firth.fields import NonNegativeInt
+from firth.fields import NonNegativeFloat, NonNegativeInt
 from firth.model.config import ModelConfig
 from firth.model.model import LM
-from firth.objectives.objective import DataStats, Objective, choice_loss, forward_flops, hidden_states, num_correct
+from firth.objectives.objective import Objective, choice_loss, forward_flops, hidden_states, num_correct
 from firth.tokenizer.vocab import Vocab
-from firth.types import IGNORE, NEVER, Batch, Example, Metric, Outputs, UserError
+from firth.types import IGNORE, NEVER, Batch, DataStats, Example, Metric, Outputs, UserError
 
 
 def reward_head(width: int) -> nn.Linear:
@@ -65,11 +65,48 @@ def rewards(model: LM, hidden: Tensor, batch: Batch) -> Tensor:
 
 
 @dataclass(frozen=True)
-class RewardModeling(Objective):
+class RewardObjective(Objective):
+    """Base class of the objectives of a reward model: a group of answers to one prompt is scored.
+
+    Args:
+        center_rewards_coefficient: Weight of the mean squared sum of the two rewards of a pair, which keeps rewards near 0: a
+            comparison leaves their sum free (Eisenstein 2023). 0.01 is usual; 0 for none.
+    """
+
+    center_rewards_coefficient: NonNegativeFloat = 0.0
+
+    metrics = {"accuracy": Metric("preferred"), "margin": Metric("preferred")}
+    attention = "causal"
+
+    @property
+    def labels(self) -> Mapping[str, str]:
+        return {"reward": "preferred"} | ({"center": "preferred"} if self.center_rewards_coefficient else {})
+
+    def heads(self, config: ModelConfig) -> dict[str, nn.Module]:
+        return {"reward": reward_head(config.hidden_size)}
+
+    def forward(self, model: LM, batch: Batch) -> Outputs:
+        return {"hidden": hidden_states(model, batch, last_token_mask(batch))}
+
+    def flops(self, model: LM, batch: Batch, forward: float | None = None) -> float:
+        return forward_flops(model, batch, last_token_mask(batch)) if forward is None else forward
+
+    def centering(self, squared_sums: Tensor) -> dict[str, Tensor]:
+        """Return the term that keeps rewards near 0, from (r_chosen + r_rejected)^2 of each example, (B,)."""
+        coefficient = self.center_rewards_coefficient
+        return {"center": coefficient * squared_sums.sum()} if coefficient else {}
+
+
+@dataclass(frozen=True)
+class RewardModeling(RewardObjective):
     """Learn a reward from comparisons.
 
     Shown: both answers after their prompt, a group of two rows. Predicted: which one is preferred. Loss:
-    -log sigma(r_chosen - r_rejected). Metric: "margin", r_chosen - r_rejected.
+    -log sigma(r_chosen - r_rejected - margin). Metric: "margin", r_chosen - r_rejected.
+
+    Args:
+        margin_weight: Factor of the `margin` of a record, by which the chosen answer should be better (Touvron 2023, section
+            3.2.2). 1 takes it as it is (TRL); 0 ignores it.
 
     >>> vocab = Vocab(size=10, roles={"pad": 0}, special=np.arange(10) < 1)
     >>> on = np.ones(3, bool)
@@ -80,36 +117,40 @@ class RewardModeling(Objective):
     ([[5, 6, 7], [5, 8, 0]], [[0, 1, 2], [0, 1, 1073741824]], 0)
     """
 
-    labels = {"reward": "preferred"}
-    metrics = {"accuracy": Metric("preferred"), "margin": Metric("preferred")}
+    margin_weight: NonNegativeFloat = 0.0
 
-    inputs = frozenset({"chosen_tokens", "chosen_mask", "rejected_tokens", "rejected_mask"})
-    attention = "causal"
-
-    def heads(self, config: ModelConfig) -> dict[str, nn.Module]:
-        return {"reward": reward_head(config.hidden_size)}
+    @property
+    def inputs(self) -> frozenset[str]:
+        pair = frozenset({"chosen_tokens", "chosen_mask", "rejected_tokens", "rejected_mask"})
+        return pair | {"margin"} if self.margin_weight else pair
 
     def build_example(self, example: Example, vocab: Vocab, rng: np.random.Generator) -> Example:
         rows = [answer_row(example[f"{k}_tokens"], example[f"{k}_mask"]) for k in ("chosen", "rejected")]
-        return attention_fields.group(rows) | {"preferred": np.int64(0)}
-
-    def forward(self, model: LM, batch: Batch) -> Outputs:
-        return {"hidden": hidden_states(model, batch, last_token_mask(batch))}
-
-    def flops(self, model: LM, batch: Batch, forward: float | None = None) -> float:
-        return forward_flops(model, batch, last_token_mask(batch)) if forward is None else forward
+        built = attention_fields.group(rows) | {"preferred": np.int64(0)}
+        if not self.margin_weight:
+            return built
+        margin = np.float32(example["margin"][0])
+        if np.isnan(margin):
+            raise UserError(
+                f"a preference has no `margin`, and objective.margin_weight={self.margin_weight:g} needs one in every "
+                "record: add it, or set objective.margin_weight=0"
+            )
+        return built | {"expected_margin": self.margin_weight * margin}
 
     def loss(self, model: LM, outputs: Outputs, batch: Batch) -> dict[str, Tensor]:
         scores = rewards(model, outputs["hidden"], batch)  # (B, 2)
+        compared = scores
+        if "expected_margin" in batch:
+            compared = torch.stack((scores[:, 0] - batch["expected_margin"], scores[:, 1]), -1)
         return {
-            "reward": choice_loss(scores, batch["preferred"]),
+            "reward": choice_loss(compared, batch["preferred"]),
             "accuracy": num_correct(scores, batch["preferred"]),
             "margin": (scores[:, 0] - scores[:, 1]).detach().sum(),
-        }
+        } | self.centering(scores.sum(-1).square())
 
 
 @dataclass(frozen=True)
-class Ranking(RewardModeling):
+class Ranking(RewardObjective):
     """Learn a reward from rankings of K answers to one prompt: {"answers": K rows of tokens, "masks", "rank" (K,)}, rank 0 the best.
 
     Shown: all answers after their prompt, a group of K rows. Predicted: their order; equal ranks are ties and are not compared.
@@ -157,8 +198,9 @@ class Ranking(RewardModeling):
             # -log p(order) = sum over answers i of logsumexp(r_i and every worse r_j) - r_i; the worst adds nothing.
             rest = better | torch.eye(scores.shape[1], dtype=torch.bool, device=scores.device)
             loss = ((-difference).masked_fill(~rest, float("-inf")).logsumexp(-1) * real).sum(-1)
+        squared = (scores[:, :, None] + scores[:, None, :]).square()
         return {
             "reward": loss.sum(),
             "accuracy": (((difference > 0) & better).sum((1, 2)) / pairs).sum(),
             "margin": ((difference.detach() * better).sum((1, 2)) / pairs).sum(),
-        }
+        } | self.centering((squared * better).sum((1, 2)) / pairs)

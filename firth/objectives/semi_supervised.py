@@ -50,7 +50,6 @@ from firth.model.forward_context import ForwardContext
 from firth.model.model import LM
 from firth.objectives.classification import Classification, readout_of
 from firth.objectives.objective import (
-    DataStats,
     Objective,
     cannot_train,
     choice_loss,
@@ -60,7 +59,7 @@ from firth.objectives.objective import (
     supervised,
 )
 from firth.tokenizer.vocab import Vocab
-from firth.types import IGNORE, Batch, Constraints, Example, Outputs, UserError
+from firth.types import IGNORE, Batch, Constraints, DataStats, Example, Outputs, UserError
 
 
 @dataclass(frozen=True)

@@ -30,17 +30,9 @@ from firth.data import attention_fields
 from firth.model.config import AttentionPattern, ModelConfig
 from firth.model.model import LM
 from firth.objectives.classification import READOUTS, classification_head, readout_of
-from firth.objectives.objective import (
-    DataStats,
-    Objective,
-    choice_loss,
-    forward_flops,
-    hidden_states,
-    num_correct,
-    supervised,
-)
+from firth.objectives.objective import Objective, choice_loss, forward_flops, hidden_states, num_correct, supervised
 from firth.tokenizer.vocab import Vocab
-from firth.types import IGNORE, NEVER, Batch, Constraints, Example, Metric, Outputs
+from firth.types import IGNORE, NEVER, Batch, Constraints, DataStats, Example, Metric, Outputs
 
 
 @dataclass(frozen=True)

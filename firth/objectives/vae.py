@@ -26,9 +26,9 @@ from firth.fields import NonNegativeFloat, NonNegativeInt, PositiveInt, Share
 from firth.model.config import ModelConfig
 from firth.model.forward_context import ForwardContext
 from firth.model.model import LM
-from firth.objectives.objective import DataStats, TokenObjective, cannot_train
+from firth.objectives.objective import TokenObjective, cannot_train
 from firth.tokenizer.vocab import Vocab
-from firth.types import Batch, Example, Metric, Outputs
+from firth.types import Batch, DataStats, Example, Metric, Outputs
 
 ACTIVE_VARIANCE = 0.01
 """Variance of a unit's mean over texts above which it is active (Burda 2016, section 5.2)."""

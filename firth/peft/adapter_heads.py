@@ -16,12 +16,12 @@ from typing import Any
 from torch import Tensor, nn
 
 from firth.io.safetensors import read_json, read_tensors
-from firth.model.empty_weights import init_empty_weights
+from firth.model.init import init_empty_weights
 from firth.model.model import LM
 from firth.model.prefix import PREFIX_HEADS
 from firth.pretrained import families
+from firth.pretrained.families.conversion import known_names
 from firth.pretrained.families.family import Family, HeadSpec, WeightMapping, from_hf, resolve_names
-from firth.pretrained.families.heads import known_names
 from firth.types import UserError
 
 TASKS = {"SequenceClassification": "SEQ_CLS", "TokenClassification": "TOKEN_CLS", "QuestionAnswering": "QUESTION_ANS"}

@@ -20,8 +20,8 @@ from firth.model.model import LM
 from firth.model.prefix import PREFIX_HEADS
 from firth.peft import lora
 from firth.pretrained.families import families_of
+from firth.pretrained.families.conversion import ExportForm, form_of_model
 from firth.pretrained.families.family import WeightMapping, resolve_names
-from firth.pretrained.families.heads import ExportForm, form_of_model
 
 
 @dataclass(frozen=True)

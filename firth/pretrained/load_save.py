@@ -37,14 +37,13 @@ from firth.io.safetensors import (
     write_tensors,
 )
 from firth.model.config import ModelConfig
-from firth.model.empty_weights import init_empty_weights
 from firth.model.heads import describe_head, rebuild_head
+from firth.model.init import init_empty_weights
 from firth.model.model import LM
 from firth.model.prefix import PREFIX_HEADS
 from firth.pretrained import families, gguf
+from firth.pretrained.families.conversion import LoadedState, form_of_model, label_names, read_hf, read_own
 from firth.pretrained.families.family import Family, to_hf
-from firth.pretrained.families.heads import form_of_model, label_names
-from firth.pretrained.families.read_state import LoadedState, read_hf, read_own
 from firth.tokenizer import chat
 from firth.types import UserError
 
@@ -121,12 +120,12 @@ def save_model(
     return summary
 
 
-def _families(config: ModelConfig, tokenizer: Tokenizer | None) -> list[Family]:
-    """Return the families that support a config and the tokenizer's padding id."""
+def _families(config: ModelConfig, tokenizer: Tokenizer | None) -> Iterator[Family]:
+    """Yield the families that support a config and the tokenizer's padding id."""
     pad = None if tokenizer is None else tokenizer.vocab.roles.get("pad")
-    return [
+    return (
         family for family in families.families_of(config) if tokenizer is None or family.pad_token_id in (None, pad)
-    ]
+    )
 
 
 def token_ids(tokenizer: Tokenizer | None, config: ModelConfig) -> dict[str, Any]:

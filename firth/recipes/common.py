@@ -11,10 +11,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from firth.data.config import DataConfig
+from firth.data.examples import ExamplesConfig
 from firth.model.config import ModelConfig
 from firth.objectives.objective import Objective
-from firth.runs.examples import ExamplesConfig
-from firth.runs.prepare import DataConfig
 from firth.runs.recipe import BatchConfig, CheckpointConfig, EvalConfig, Recipe, TokenizerConfig
 from firth.training.optimizer import OptimizerConfig
 from firth.training.schedule import Budget, Schedule

@@ -91,8 +91,8 @@ def by_objective(evaluated: EvaluatedModel, paths: Sequence[str], limit: int | N
     source = replace(recipe.data, path=tuple(paths), validation_path=tuple(paths), corpus="", weights=(), cache_dir="")
     with tempfile.TemporaryDirectory() as folder:
         data = RunData(
-            source, evaluated.tokenizer, Path(folder), StartModel(recipe.init_from), recipe.batch.size, recipe.seed,
-            lambda _: None, recipe.model.attention.memory_length,
+            source, evaluated.tokenizer, Path(folder), recipe.batch.size, recipe.seed,
+            lambda _: None, recipe.model.attention.memory_length, start=StartModel(recipe.init_from),
         )  # fmt: skip
         cut = examples.build_datasets(recipe.examples, data, recipe.objective)
         if cut.validation is None or not len(cut.validation):

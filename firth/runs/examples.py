@@ -1,147 +1,39 @@
-"""Build training and validation examples from text or records: the `examples` section of a recipe.
+"""The training and validation examples of a run, and the names of all kinds of examples: the `examples` section of a recipe.
 
-Each kind of examples is one class that returns two `Source`s, for training and validation. windows, chunks, segment_pairs and
-word_windows split running text; dialogues, seq2seq and preferences read records. Further kinds are in
-`firth.runs.labeled_examples`, `firth.runs.noisy_label_examples` and `firth.runs.alignment_examples`.
+A kind of examples is one frozen dataclass, derived from `firth.data.examples.ExamplesConfig`: `firth.data.windows` divides running text,
+`firth.data.dialogues`, `rankings`, `labeled`, `question_answering` and `annotations` read records, and `firth.align` adds the kinds
+that a model takes part in.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
-from typing import Any, ClassVar
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import numpy as np
 
-from firth.corpora.read_stats import ReadStats
-from firth.data import records, windows
+from firth.align.precompute import PseudoLabeledConfig, RefLogprobsConfig
+from firth.align.rewards import SampledPreferencesConfig
+from firth.align.rollouts import RolloutsConfig
+from firth.align.unpaired import UnpairedPreferencesConfig
+from firth.corpora.input_files import ReadStats
+from firth.data import class_counts
+from firth.data.annotations import MultiAnnotatorConfig, SimulatedAnnotatorsConfig
+from firth.data.config import DataConfig
+from firth.data.dialogues import DialoguesConfig, PreferencesConfig, Seq2SeqConfig
+from firth.data.examples import BuildContext, DatasetSplits, ExamplesConfig
+from firth.data.labeled import LabeledConfig, MultipleChoiceConfig, ScoredConfig, TaggedConfig
+from firth.data.question_answering import QuestionsConfig
+from firth.data.rankings import RankingsConfig
 from firth.data.source import MixtureSource, Source, SubsetSource
-from firth.data.split import MIN_RECORDS, content_key, held_out_keys
-from firth.data.token_store import TokenStore
-from firth.fields import NonNegativeFloat, TokenCount, Validated
-from firth.objectives.objective import DataStats, Objective
-from firth.runs import class_counts
-from firth.runs.held_out_texts import HeldOutTexts
-from firth.runs.prepare import DataConfig, RunData, documents_of, text_of
-from firth.types import UserError
+from firth.data.split import content_key, held_out_keys
+from firth.data.unlabeled import PartiallyLabeledConfig
+from firth.data.windows import ChunksConfig, SegmentPairsConfig, WindowsConfig, WordWindowsConfig
+from firth.objectives.objective import Objective
+from firth.runs.prepare import documents_of, text_of
 
 
-@dataclass(frozen=True)
-class DatasetSplits:
-    """The training and validation examples of a run.
-
-    Args:
-        train: Training examples.
-        validation: Held-out examples; None if there are none.
-        bytes_per_target: UTF-8 bytes of held-out text per label, where every token is a label; else 0.
-        read_stats: Counts of the reader when the token store was built.
-        no_validation_reason: Why nothing is held out although a fraction should be; a sentence.
-        texts: Held-out prompts for the report, where they are not taken from the sources
-            (`firth.runs.held_out_texts.choose`).
-    """
-
-    train: Source
-    validation: Source | None
-    bytes_per_target: float = 0.0
-    read_stats: Mapping[str, int] = field(default_factory=dict)
-    no_validation_reason: str = ""
-    texts: HeldOutTexts | None = None
-
-    @property
-    def counts(self) -> dict[str, int]:
-        """Counts of what was read, repaired, truncated and dropped, for the report."""
-        return {**{name: n for name, n in self.read_stats.items() if n}, **self.train.counts}
-
-    @property
-    def notes(self) -> list[str]:
-        """Sentences on what was truncated, dropped or missing, with the place of the first of each."""
-        held = self.validation.notes if self.validation is not None else ()
-        return list(
-            dict.fromkeys((*self.train.notes, *held, *class_counts.missing_classes(self.train, self.validation)))
-        )
-
-
-class ExamplesConfig(Validated, section="examples"):
-    """Base class of the kinds of examples. Subclasses are frozen dataclasses.
-
-    Attributes:
-        gives_memory: Whether examples include the tokens before each row, for a model with memory.
-        reads_documents: Whether it reads documents, which are held out by name, and not records.
-        base_fields: The fields of every training example.
-        required_fields: The fields that an objective must read for this kind to make sense.
-        drops_long_records: Whether records over the limits (`row_limits`) are dropped and counted instead of truncated.
-    """
-
-    gives_memory: ClassVar[bool] = False
-    reads_documents: ClassVar[bool] = False
-    base_fields: ClassVar[frozenset[str]] = frozenset({"tokens"})
-    required_fields: ClassVar[frozenset[str]] = frozenset()
-    drops_long_records: ClassVar[bool] = False
-
-    @property
-    def fields(self) -> frozenset[str]:
-        """The fields of a training example with these settings."""
-        return self.base_fields
-
-    @property
-    def text_units(self) -> frozenset[str]:
-        """Units that it looks for in a text ("pairs": sentences to pair); a run reports where they are missing."""
-        return frozenset()
-
-    @property
-    def max_tokens(self) -> int:
-        """The most tokens of an example, for records whose lengths vary and are known before the run; else 0."""
-        return 0
-
-    def build(self, data: RunData, objective: Objective) -> DatasetSplits:
-        """Return the training and validation sources."""
-        raise NotImplementedError(type(self).__name__)
-
-    def tokenizer_texts(self, paths: Sequence[str]) -> Iterator[tuple[str, list[str]]] | None:
-        """Yield the group (`Records.group`) and the texts of each record, to train a tokenizer; None for documents."""
-        return None
-
-    @property
-    def tokenizer_settings(self) -> tuple[Any, ...]:
-        """The settings that `tokenizer_texts` depends on."""
-        return ()
-
-    def limit_to(self, context: int) -> ExamplesConfig:
-        """Return a copy for a model with `context` positions; longer records are truncated and counted."""
-        return self
-
-    @property
-    def functions(self) -> dict[str, str]:
-        """The user's functions that it calls: field -> `module:function`."""
-        return {}
-
-    def row_limits(self, text: int, source: int) -> dict[str, int]:
-        """Return the largest value of each field that limits the length of a row.
-
-        Args:
-            text: The most tokens in a row of the model, or of the decoder of an encoder-decoder.
-            source: The most tokens in a row of the encoder; equal to `text` without an encoder.
-        """
-        return {field.name: min(text, source) for field in fields(self) if field.name == "max_length"}  # type: ignore[arg-type]
-
-    def stats(self, data: RunData, class_names: Sequence[str] = ()) -> DataStats:
-        """Read the statistics of the training data that configure an objective; the resolved recipe holds them.
-
-        Args:
-            data: The data of the run.
-            class_names: The names of the classes, if the recipe has them.
-        """
-        return DataStats()
-
-    def check_objective(self, objective: Objective) -> None:
-        """Raise a UserError for an objective that the settings do not suit although the fields do."""
-
-    def unlabeled(self, paths: Sequence[str], data: RunData) -> Source:
-        """Return unlabeled records with the same fields, for semi-supervised training."""
-        raise UserError(f"unlabeled texts need labeled records with a class, and {type(self).__name__} has no class")
-
-
-def build_datasets(examples: ExamplesConfig, data: RunData, objective: Objective) -> DatasetSplits:
+def build_datasets(examples: ExamplesConfig, data: BuildContext, objective: Objective) -> DatasetSplits:
     """Return the training and validation examples of a run; a mixture of the paths where the data has weights.
 
     Raises:
@@ -152,7 +44,7 @@ def build_datasets(examples: ExamplesConfig, data: RunData, objective: Objective
     return found
 
 
-def _mixed(examples: ExamplesConfig, data: RunData, objective: Objective) -> DatasetSplits:
+def _mixed(examples: ExamplesConfig, data: BuildContext, objective: Objective) -> DatasetSplits:
     cuts = [examples.build(part, objective) for part in data.per_path()]
     weights = data.config.weights
     train = MixtureSource([c.train for c in cuts], weights)
@@ -186,247 +78,6 @@ def spread(source: Source, count: int) -> Source:
     whole = np.unique(source.record_ids)
     some = np.linspace(0, len(whole) - 1, max(1, count * len(whole) // len(source))).round().astype(int)
     return SubsetSource(source, np.flatnonzero(np.isin(source.record_ids, whole[some])))
-
-
-@dataclass(frozen=True)
-class WindowsConfig(ExamplesConfig):
-    """Windows of `max_length` tokens over the concatenated documents; attention does not cross documents."""
-
-    reads_documents: ClassVar[bool] = True
-    gives_memory: ClassVar[bool] = True
-
-    max_length: TokenCount = 256
-
-    def build(self, data: RunData, objective: Objective) -> DatasetSplits:
-        train, valid = data.stores()
-        held = windows.Windows(valid, self.max_length, tail=True, memory=data.memory_length) if valid else None
-        # A causal objective with one label field predicts every held-out token once, except the first of each document.
-        once = valid if objective.attention == "causal" and len(objective.labels) == 1 else None
-        ratio = int(once.bytes.sum()) / max(1, len(once.tokens) - len(once)) if once else 0.0
-        return DatasetSplits(
-            windows.Windows(train, self.max_length, memory=data.memory_length), held, ratio, train.manifest["counts"]
-        )
-
-
-@dataclass(frozen=True)
-class ChunksConfig(ExamplesConfig):
-    """Chunks of single documents.
-
-    Args:
-        max_length: The most tokens of a chunk.
-        add_special_tokens: Whether each chunk is enclosed in [CLS] and [SEP].
-        min_length: Documents with fewer tokens are dropped.
-    """
-
-    reads_documents: ClassVar[bool] = True
-
-    max_length: TokenCount = 128
-    add_special_tokens: bool = True
-    min_length: TokenCount = 1
-
-    def build(self, data: RunData, objective: Objective) -> DatasetSplits:
-        train, valid = data.stores()
-        frame = data.tokenizer.vocab if self.add_special_tokens else None
-        held = windows.DocumentChunks(valid, self.max_length, frame, self.min_length) if valid else None
-        return DatasetSplits(
-            windows.DocumentChunks(train, self.max_length, frame, self.min_length),
-            held,
-            read_stats=train.manifest["counts"],
-        )
-
-
-@dataclass(frozen=True)
-class SegmentPairsConfig(ExamplesConfig):
-    """Two neighboring segments and a random one from another document.
-
-    Args:
-        max_length: The most tokens of a pair.
-        whole_sentences: Whether segments consist of whole sentences; else they are split anywhere.
-    """
-
-    reads_documents: ClassVar[bool] = True
-    base_fields: ClassVar[frozenset[str]] = frozenset({"first", "second", "other"})
-
-    max_length: TokenCount = 128
-    whole_sentences: bool = True
-
-    @property
-    def text_units(self) -> frozenset[str]:
-        return frozenset({"pairs"} if self.whole_sentences else ())
-
-    def build(self, data: RunData, objective: Objective) -> DatasetSplits:
-        train, valid = data.stores()
-        if len(train) < 2:
-            raise UserError(
-                "pairs of segments need two documents or more, and there is one to train on: set data.split_by=blank (or line) if "
-                f"blank lines (or lines) divide the documents of a text, or give more files (data.split_by is {data.config.split_by})"
-            )
-        whole = data.tokenizer.vocab if self.whole_sentences else None
-        held = windows.SegmentPairs(valid, self.max_length, whole) if valid and len(valid) > 1 else None
-        return DatasetSplits(
-            windows.SegmentPairs(train, self.max_length, whole), held, read_stats=train.manifest["counts"]
-        )
-
-
-@dataclass(frozen=True)
-class WordWindowsConfig(ExamplesConfig):
-    """Windows with word2vec's subsampling and noise probabilities (`firth.data.windows`).
-
-    Args:
-        max_length: Tokens of a window.
-        subsampling_threshold: Words that are more frequent than this are dropped at random.
-        noise_exponent: Power of the word frequencies in the noise distribution.
-    """
-
-    reads_documents: ClassVar[bool] = True
-    base_fields: ClassVar[frozenset[str]] = frozenset({"tokens", "kept", "noise"})
-
-    max_length: TokenCount = 512
-    subsampling_threshold: NonNegativeFloat = 1e-3
-    noise_exponent: NonNegativeFloat = 0.75
-
-    def build(self, data: RunData, objective: Objective) -> DatasetSplits:
-        train, valid = data.stores()
-        counts = windows.WordWindows.count(np.asarray(train.tokens), data.tokenizer.vocab)
-        if np.diff(train.offsets).max() - train.opened - 1 < 2:
-            raise UserError(
-                "every document is a single word, so no word has a neighbor: give longer documents, or set "
-                f"data.split_by=file (it is {data.config.split_by})"
-            )
-
-        def shown(store: TokenStore) -> windows.WordWindows:
-            return windows.WordWindows(
-                windows.Windows(store, self.max_length, ahead=0, tail=True),
-                counts,
-                self.subsampling_threshold,
-                self.noise_exponent,
-            )
-
-        return DatasetSplits(shown(train), shown(valid) if valid else None, read_stats=train.manifest["counts"])
-
-
-@dataclass(frozen=True)
-class DialoguesConfig(ExamplesConfig):
-    """Dialogues whose assistant turns are the labels.
-
-    Args:
-        max_length: The most tokens of a dialogue; longer ones are truncated at the end.
-        prompt_template: How a prompt is made of a record's fields; empty takes the record's prompt.
-        completion_template: How an answer is made of a record's fields; empty takes the record's answer.
-    """
-
-    base_fields: ClassVar[frozenset[str]] = frozenset({"tokens", "mask"})
-
-    max_length: TokenCount = 256
-    prompt_template: str = ""
-    completion_template: str = ""
-
-    @property
-    def tokenizer_settings(self) -> tuple[Any, ...]:
-        return (self.prompt_template, self.completion_template)
-
-    def tokenizer_texts(self, paths: Sequence[str]) -> Iterator[tuple[str, list[str]]]:
-        return records.dialogue_texts(paths, (self.prompt_template, self.completion_template))
-
-    def build(self, data: RunData, objective: Objective) -> DatasetSplits:
-        forms = (self.prompt_template, self.completion_template)
-        return split_records(
-            data, lambda paths: records.DialogueRecords(paths, data.tokenizer, self.max_length, forms=forms)
-        )
-
-
-@dataclass(frozen=True)
-class Seq2SeqConfig(ExamplesConfig):
-    """Prompts for an encoder and answers from a decoder.
-
-    Args:
-        max_length: The most tokens of a prompt.
-        max_target_length: The most tokens of an answer.
-        prompt_template: How a prompt is made of a record's fields, "translate to French: {en}"; empty takes the record's prompt.
-        completion_template: How an answer is made of a record's fields; empty takes the record's answer.
-    """
-
-    base_fields: ClassVar[frozenset[str]] = frozenset({"source", "target"})
-
-    max_length: TokenCount = 256
-    max_target_length: TokenCount = 128
-    prompt_template: str = ""
-    completion_template: str = ""
-
-    @property
-    def max_tokens(self) -> int:
-        return max(self.max_length, self.max_target_length)
-
-    def row_limits(self, text: int, source: int) -> dict[str, int]:
-        return {"max_length": source, "max_target_length": text}
-
-    @property
-    def tokenizer_settings(self) -> tuple[Any, ...]:
-        return (self.prompt_template, self.completion_template)
-
-    def tokenizer_texts(self, paths: Sequence[str]) -> Iterator[tuple[str, list[str]]]:
-        return records.dialogue_texts(paths, (self.prompt_template, self.completion_template))
-
-    def build(self, data: RunData, objective: Objective) -> DatasetSplits:
-        def read(paths: Sequence[str]) -> Source:
-            return records.Seq2SeqRecords(
-                paths,
-                data.tokenizer,
-                self.max_length,
-                answer=self.max_target_length,
-                forms=(self.prompt_template, self.completion_template),
-            )
-
-        return split_records(data, read)
-
-
-PREFERENCE_FIELDS = frozenset({"chosen_tokens", "chosen_mask", "rejected_tokens", "rejected_mask"})
-"""The fields of a chosen and a rejected answer to one prompt."""
-
-
-@dataclass(frozen=True)
-class PreferencesConfig(ExamplesConfig):
-    """Records with a prompt, a chosen and a rejected answer."""
-
-    base_fields: ClassVar[frozenset[str]] = PREFERENCE_FIELDS
-
-    max_length: TokenCount = 256
-
-    def limit_to(self, context: int) -> ExamplesConfig:
-        return replace(self, max_length=min(self.max_length, context))
-
-    def build(self, data: RunData, objective: Objective) -> DatasetSplits:
-        return split_records(data, lambda paths: records.PreferenceRecords(paths, data.tokenizer, self.max_length))
-
-
-def split_records(data: RunData, make: Callable[[Sequence[str]], Source]) -> DatasetSplits:
-    """Return the training records and those of `data.validation_path`, or else a `data.validation_fraction` of the records."""
-    source = make(data.config.paths(data.log))
-    if data.config.validation_path:
-        valid = make(data.config.validation_path)
-        shared = np.flatnonzero(np.isin(valid.group_ids, source.group_ids))
-        if len(shared):
-            data.log(
-                f"{len(shared):,} of {len(valid):,} examples in data.validation_path have a prompt or text that is trained on too: "
-                f"the first is number {shared[0] + 1:,}"
-            )
-        return DatasetSplits(source, valid)
-    held = held_out(source, data)
-    if held.any():
-        return DatasetSplits(SubsetSource(source, np.flatnonzero(~held)), SubsetSource(source, np.flatnonzero(held)))
-    share = data.config.validation_fraction
-    many = len(np.unique(source.record_ids)) >= MIN_RECORDS
-    why = f"of which data.validation_fraction={share:g} comes to none or all" if many else f"fewer than {MIN_RECORDS}"
-    if many and (count := len(np.unique(source.group_ids))) < len(source):
-        why += f" (they have {count:,} different prompts or texts, and all examples of one stay together)"
-    reason = f"nothing is held out of {len(source):,} examples, {why}, so there are no validation metrics"
-    return DatasetSplits(source, None, no_validation_reason=reason if share else "")
-
-
-def held_out(source: Source, data: RunData) -> np.ndarray:
-    """Return which examples of a source are held out: (n,) bool. None are with validation files or too few records."""
-    share = 0.0 if data.config.validation_path else data.config.validation_fraction
-    return held_out_keys(source.group_ids, share, len(np.unique(source.record_ids)))
 
 
 def training_texts(
@@ -466,5 +117,19 @@ EXAMPLES: dict[str, type[ExamplesConfig]] = {
     "dialogues": DialoguesConfig,
     "seq2seq": Seq2SeqConfig,
     "preferences": PreferencesConfig,
+    "labeled": LabeledConfig,
+    "scored": ScoredConfig,
+    "multiple_choice": MultipleChoiceConfig,
+    "tagged": TaggedConfig,
+    "questions": QuestionsConfig,
+    "partially_labeled": PartiallyLabeledConfig,
+    "pseudo_labeled": PseudoLabeledConfig,
+    "simulated_annotators": SimulatedAnnotatorsConfig,
+    "multi_annotator": MultiAnnotatorConfig,
+    "sampled_preferences": SampledPreferencesConfig,
+    "ref_logprobs": RefLogprobsConfig,
+    "unpaired_preferences": UnpairedPreferencesConfig,
+    "rankings": RankingsConfig,
+    "rollouts": RolloutsConfig,
 }
 """Name in a recipe -> class."""

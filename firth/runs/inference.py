@@ -12,7 +12,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from firth.corpora import readers
-from firth.corpora.read_stats import many
+from firth.corpora.input_files import many
 from firth.evaluate.metrics import perplexity
 from firth.evaluate.predict import check_output_path
 from firth.evaluate.prediction_inputs import InputSchema, read_inputs

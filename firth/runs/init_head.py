@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from firth.data.collate import Batches
-from firth.model import head_frequencies
+from firth.model import init
 from firth.model.model import LM
 from firth.objectives.objective import Objective, supervised
 from firth.training.step import to
@@ -34,7 +34,7 @@ def init_head(model: LM, objective: Objective, batches: Batches) -> int:
 
     Returns:
         The number of labels counted; 0 if nothing was initialized, because the objective has no token labels or the head has
-        no place for an offset (`firth.model.head_frequencies`).
+        no place for an offset (`firth.model.init`).
     """
     writer = model.language_model
     if LABELS not in objective.labels.values() or "lm" not in writer.heads:
@@ -51,4 +51,4 @@ def init_head(model: LM, objective: Objective, batches: Batches) -> int:
         hidden = objective.forward(model, example)["hidden"] if writer is model else writer(example)
         return supervised(hidden, example[LABELS])[0]
 
-    return int(counts.sum()) if head_frequencies.init_head_from_frequencies(writer, counts, read) else 0
+    return int(counts.sum()) if init.init_head_from_frequencies(writer, counts, read) else 0

@@ -22,7 +22,8 @@ from typing import Any
 
 from firth import objectives
 from firth.corpora import catalog, readers
-from firth.corpora.compression import stamp
+from firth.corpora.input_files import stamp
+from firth.data.examples import ExamplesConfig
 from firth.io import user_code
 from firth.io.atomic import write_text
 from firth.io.gguf import find
@@ -30,7 +31,6 @@ from firth.io.integrity import check_digest, with_digest
 from firth.io.safetensors import read_json
 from firth.objectives.objective import components
 from firth.runs import config_io
-from firth.runs.examples import ExamplesConfig
 from firth.runs.prepare import text_of
 from firth.runs.recipe import Recipe, ResolvedRecipe, load_resolved
 from firth.runs.start_model import model_directory
@@ -85,6 +85,8 @@ class RunInputs:
         for name, kind, value in config_io.paths(recipe):
             if kind == "files":
                 inputs.digests[name] = inputs._of_files(value, recipe)
+            elif kind == "task":
+                inputs.digests[name] = inputs._sha256(Path(value)) if Path(value).is_file() else ""
             elif kind == "model":
                 inputs.digests[name] = inputs._of_model(Path(value))
             elif kind == "tokenizer":

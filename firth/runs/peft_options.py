@@ -25,7 +25,7 @@ import numpy as np
 from annotated_types import Interval
 
 from firth.evaluate.tokenizer_match import check_adapter
-from firth.fields import PositiveFloat, ShareBelowOne, TokenCount, Validated
+from firth.fields import PositiveFloat, ShareBelowOne, TokenCount, Validated, path_field
 from firth.io.atomic import new_directory
 from firth.model.config import ModelConfig
 from firth.model.model import LM
@@ -35,7 +35,6 @@ from firth.objectives.objective import Objective, components
 from firth.peft import adapter_files, lora
 from firth.peft.prefix_init import prefix_of, prompt_of
 from firth.pretrained.load_save import added_heads
-from firth.runs.config_io import path_field
 from firth.tokenizer.tokenizer import Tokenizer
 from firth.types import UserError
 

@@ -8,33 +8,30 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Literal, TypeVar, cast
+from typing import Literal
 
 import numpy as np
 
-from firth.corpora import catalog, readers
-from firth.corpora.read_stats import ReadStats, many
+from firth.corpora import readers
+from firth.corpora.input_files import ReadStats, many
 from firth.corpora.readers import Document
-from firth.data.source import Source
+from firth.data.config import DataConfig
+from firth.data.examples import BuildContext
 from firth.data.split import HeldOut, content_key
 from firth.data.text_cache import ReadOnce, read_once
 from firth.data.token_store import TokenStore
-from firth.doctor import device
-from firth.fields import PositiveFloat, ShareBelowOne, Validated
+from firth.evaluate.tokenizer_match import check_same_tokenizer
 from firth.model.model import LM
 from firth.pretrained.load_save import load_model
-from firth.runs.config_io import path_field
-from firth.runs.start_model import StartModel
+from firth.runs.start_model import StartModel, required_model
 from firth.tokenizer.tokenizer import Tokenizer
 from firth.tokenizer.train import train
-from firth.training import precision
+from firth.training.device import casts, default_device
 from firth.types import LOGGER, LogLine, UserError
-
-S = TypeVar("S", bound=Source)
 
 REPAIR_DESCRIPTIONS = {
     "bad_utf8": "pieces that are not UTF-8, read as U+FFFD",
@@ -47,129 +44,39 @@ REPAIR_DESCRIPTIONS = {
 """Kind of repair in `ReadStats` -> its description in the log."""
 
 
-@dataclass(frozen=True)
-class DataConfig(Validated, section="data"):
-    """Configuration of the data: files or a corpus, and what is held out.
-
-    Args:
-        path: Files, directories or globs (text, JSONL, Parquet; .gz, .zst).
-        corpus: A corpus of `firth fetch` in place of `path`, or NAME/FILE for one of its side files.
-        weights: Sampling weight of each path, in any unit; without weights each path contributes all it holds.
-        text_field: The field of a record that holds the text.
-        split_by: A text file is one document ("file"), or one document per "blank" line or "line".
-        validation_path: Files to validate on. Without them `validation_fraction` of the documents is held out.
-        validation_fraction: Fraction of documents (by name, never single lines) or records (by prompt) to hold out. Documents
-            with the same content and records with the same prompt are held out together (`firth.data.split`).
-        cache_dir: Directory of token stores that several runs share; empty uses the run directory.
-    """
-
-    path: tuple[str, ...] = path_field("files", ())
-    corpus: str = ""
-    weights: tuple[PositiveFloat, ...] = ()
-    text_field: str = "text"
-    split_by: str = "file"
-    validation_path: tuple[str, ...] = path_field("files", ())
-    validation_fraction: ShareBelowOne = 0.05
-    cache_dir: str = path_field("place", "")
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        for name, paths in (("path", self.path), ("validation_path", self.validation_path)):
-            if not all(paths):
-                raise UserError(f"data.{name}={list(paths)} has an empty name, which would be the working directory")
-        if self.path:  # the model card must not state the language and license of a corpus that is not read
-            object.__setattr__(self, "corpus", "")
-
-    def paths(self, log: LogLine) -> list[str]:
-        """Return the training files.
-
-        Raises:
-            UserError: Neither `path` nor `corpus` is set.
-        """
-        if self.path:
-            return list(self.path)
-        if not self.corpus:
-            raise UserError("the recipe has no data: set data.path=FILES or data.corpus=NAME (see `firth list`)")
-        return catalog.paths(self.corpus, log)
-
-
 @dataclass(frozen=True, eq=False)
-class RunData:
-    """The data of a run and the settings that building examples from it needs.
+class RunData(BuildContext):
+    """The data of a run and the models that building examples from it needs.
 
     Args:
-        config: Where the data is and what is held out.
-        tokenizer: The tokenizer of the run.
-        directory: The run directory.
         start: The model that the run starts from.
-        batch_size: Examples per optimizer step.
-        seed: Seed of the run.
-        log: Receives progress messages.
-        memory_length: Tokens before each row that the model attends to (`ModelConfig.attention.memory_length`).
-        siblings: All paths of a mixture that this path belongs to. Documents that are held out of one are not trained on in another.
         precision: Precision of the run's forward passes, also for values that are precomputed.
-        sources: The records that have been read (`read_once`).
     """
 
-    config: DataConfig
-    tokenizer: Tokenizer
-    directory: Path
     start: StartModel = field(default_factory=StartModel)
-    batch_size: int = 1
-    seed: int = 0
-    log: LogLine = LOGGER.info
-    memory_length: int = 0
-    siblings: tuple[str, ...] = ()
     precision: Literal["fp32", "bf16"] = "fp32"
-    sources: dict[tuple[Hashable, ...], Source] = field(default_factory=dict)
 
-    def read_once(self, settings: Hashable, paths: Sequence[str], read: Callable[[], S]) -> S:
-        """Return the records of some files, which are read once a run.
+    def frozen_start(self, what: str) -> LM:
+        return self.start.frozen(what)
 
-        The statistics of the objective (class names, the mean of the scores) and the training examples are from the same records.
-
-        Args:
-            settings: What the records depend on besides the files.
-            paths: The files.
-            read: Reads them.
-        """
-        key = (settings, *paths)
-        if key not in self.sources:
-            self.sources[key] = read()
-        return cast(S, self.sources[key])
-
-    def load_frozen(self, directory: Path) -> LM:
-        """Return the model of a directory, on the device that the run trains on."""
-        return load_model(directory).to(device())
+    def frozen_model(self, path: str, field: str, what: str, hint: str) -> LM:
+        directory = required_model(path, field, what)
+        check_same_tokenizer(self.tokenizer, directory, f"{field}:", hint)
+        return load_model(directory).to(default_device())
 
     def autocast(self) -> AbstractContextManager[object]:
-        """Return the autocast context of the run's forward passes."""
-        return precision.casts(self.precision, device())()
+        return casts(self.precision, default_device())()
 
-    def per_path(self) -> list[RunData]:
-        """Return the data of each path of a mixture.
-
-        Raises:
-            UserError: The numbers of paths and weights differ.
-        """
-        source = self.config
-        if len(source.weights) != len(source.path):
-            raise UserError(
-                f"data.weights has {len(source.weights)} numbers for the {len(source.path)} paths of data.path: "
-                "give one weight per path"
-            )
-        return [
-            replace(self, config=replace(source, path=(path,), weights=()), siblings=source.path)
-            for path in source.path
-        ]
+    def store_directory(self) -> Path:
+        """Return the directory of the training and the held-out token store, which may not exist yet."""
+        every = [*self.config.paths(self.log), *self.siblings]
+        name = fingerprint(self.config, every, self.tokenizer)
+        return Path(self.config.cache_dir or self.directory / "data") / name
 
     def stores(self) -> tuple[TokenStore, TokenStore | None]:
         """Return the training and the held-out token store (None if nothing is held out). Missing stores are built."""
         paths = self.config.paths(self.log)
-        every = [*paths, *self.siblings]
-        folder = Path(self.config.cache_dir or self.directory / "data") / fingerprint(
-            self.config, every, self.tokenizer
-        )
+        folder = self.store_directory()
         parts: list[TokenStore | None] = []
         for validation in (False, True):
             place = folder / ("valid" if validation else "train")

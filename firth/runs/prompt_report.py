@@ -9,9 +9,11 @@ from pathlib import Path
 
 from firth.evaluate.prompting.evaluate import evaluate_prompts
 from firth.evaluate.prompting.prompt_task import ItemResult, PromptConfig
-from firth.evaluate.prompting.results import comparisons, table, to_json
+from firth.evaluate.prompting.results import comparisons, contamination_lines, table, to_json
 from firth.evaluate.prompting.runner import TaskResult
 from firth.report.page import Cell, Report, Section, StatCell, Table, TextSample, write
+from firth.runs.loaded_model import fast_weights
+from firth.runs.training_text import training_texts
 from firth.types import LOGGER
 
 MAX_ITEMS = 20
@@ -29,27 +31,34 @@ def evaluate_and_report(
     within_word: bool,
     out: Path | None,
     as_json: bool,
+    contamination: Sequence[str] = (),
 ) -> str:
     """Evaluate models on tasks in prompts, write the files of `out`, and return the table or a JSON array.
 
-    The arguments are those of `firth.evaluate.prompting.evaluate.evaluate_prompts`.
+    The arguments are those of `firth.evaluate.prompting.evaluate.evaluate_prompts`; `contamination` names the runs in whose
+    training text the items are looked up. Without `weights`, fp32 weights are held in bf16 where this machine also trains in bf16.
     """
+    texts = [text for run in contamination for text in training_texts(Path(run))]
     found = evaluate_prompts(
-        models, tasks, config, data=data, examples=examples, weights=weights, within_word=within_word, out=out,
-        progress=lambda done, total: LOGGER.info(f"{done:,} of {total:,} replies"),
+        models, tasks, config, data=data, examples=examples, weights=weights or fast_weights, within_word=within_word, out=out,
+        training_texts=texts, progress=lambda done, total: LOGGER.info(f"{done:,} of {total:,} replies"),
     )  # fmt: skip
     if out is not None:
         write(prompt_report(found, config), out / "report.html")
     if as_json:
         return json.dumps([to_json(results, config) for results in found])
-    return "\n".join((*table([one for results in found for one in results]), *comparisons(found)))
+    every = [one for results in found for one in results]
+    return "\n".join((*table(every), *contamination_lines(every), *comparisons(every)))
 
 
 def prompt_report(by_model: Sequence[Sequence[TaskResult]], config: PromptConfig) -> Report:
     """Return the page of the results of each model, the same tasks in the same order."""
     results = [result for found in by_model for result in found]
     sections = [Section("Results", tables=(_board(results),))]
-    compared = comparisons(by_model)
+    seen = contamination_lines(results)
+    if seen:
+        sections.append(Section("Items in training text", "\n\n".join(f"{line}." for line in seen)))
+    compared = comparisons(results)
     if compared:
         sections.append(Section("Comparison", "\n\n".join(f"{line}." for line in compared)))
     groups = [_groups(result) for result in results if result.groups]
@@ -87,7 +96,11 @@ def _board(results: Sequence[TaskResult]) -> Table:
         for name, value in result.metrics.items()
     ]  # fmt: skip
     dropped = sum(result.dropped for result in results)
-    note = f"{dropped:,} prompts had fewer examples than wanted, for they were too long." if dropped else ""
+    note = (
+        f"{dropped:,} prompts had fewer examples than wanted: they were too long, or their group has fewer."
+        if dropped
+        else ""
+    )
     return Table("", ("task", "model", "items", "examples", "metric", "value", "standard error"), rows, note)
 
 

@@ -21,14 +21,15 @@ from pathlib import Path
 from typing import Any, Literal
 
 from firth import objectives
-from firth.fields import NonNegativeInt, OptionalTokenCount, PositiveInt, Validated, VocabSize
+from firth.data.config import DataConfig
+from firth.data.examples import ExamplesConfig
+from firth.fields import NonNegativeInt, OptionalTokenCount, PositiveInt, Validated, VocabSize, path_field
 from firth.model.config import ModelConfig
 from firth.objectives.objective import Objective, Sum
 from firth.runs import config_io
-from firth.runs.compatibility import EXAMPLES, check_recipe
-from firth.runs.examples import ExamplesConfig
+from firth.runs.compatibility import check_recipe
+from firth.runs.examples import EXAMPLES
 from firth.runs.peft_options import PEFT_METHODS, FullFinetuning, PeftConfig
-from firth.runs.prepare import DataConfig
 from firth.runs.recipe_names import RECIPES
 from firth.runs.start_model import model_directory
 from firth.tokenizer.tokenizer import Tokenizer
@@ -49,7 +50,7 @@ class TokenizerConfig(Validated, section="tokenizer"):
         sample_bytes: Bytes of text to train on, sampled over the whole corpus.
     """
 
-    path: str = config_io.path_field("tokenizer", "")
+    path: str = path_field("tokenizer", "")
     algorithm: Literal["bpe", "byte-bpe", "wordpiece", "unigram", "word"] = "byte-bpe"
     vocab_size: VocabSize = 8192
     byte_fallback: bool = True
@@ -119,6 +120,23 @@ class ResolvedBatchConfig(BatchConfig):
 
 
 @dataclass(frozen=True)
+class EvalTask(Validated, section="evaluation.tasks"):
+    """A task that is evaluated at each validation (`firth.runs.eval_tasks`).
+
+    Args:
+        name: in_context, copying, or a task in prompts that firth ships (minimal_pairs).
+        file: A task file in place of a name.
+        data: Files of the questions, for a task that names none.
+        limit: Most texts, sequences or items.
+    """
+
+    name: str = ""
+    file: str = path_field("task", "")
+    data: tuple[str, ...] = path_field("files", ())
+    limit: PositiveInt = 64
+
+
+@dataclass(frozen=True)
 class EvalConfig(Validated, section="evaluation"):
     """Evaluation on held-out examples during training.
 
@@ -128,6 +146,7 @@ class EvalConfig(Validated, section="evaluation"):
         best_metric: The metric that chooses the exported checkpoint (accuracy, f1, loss, ...); empty exports the last step.
         patience: Stop after this many evaluations in a row without a new best (by the loss if `best_metric` is empty); 0
             never stops early.
+        tasks: Tasks evaluated at the same steps; their metrics are named task/NAME.
 
     Raises:
         UserError: `patience` is set and `every` is not.
@@ -137,6 +156,7 @@ class EvalConfig(Validated, section="evaluation"):
     max_examples: PositiveInt = 512
     best_metric: str = ""
     patience: NonNegativeInt = 0
+    tasks: tuple[EvalTask, ...] = ()
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -172,14 +192,14 @@ class Recipe(Validated):
         peft: Which weights are trained (`firth.runs.peft_options`).
         init_embeddings_from: A run or model directory with the same tokenizer, of which only the token embeddings are
             loaded (`firth.generate.embeddings`).
-        init_head_from_frequencies: Whether an untrained LM head is initialized from the label frequencies (`firth.model.head_frequencies`).
+        init_head_from_frequencies: Whether an untrained LM head is initialized from the label frequencies (`firth.model.init`).
         batch: Batch size, packing and gradient accumulation.
         optimizer: The optimizer.
         schedule: The learning-rate schedule.
         budget: When training ends.
         evaluation: Evaluation during training.
         checkpoint: When checkpoints are written.
-        loggers: Where metrics go besides metrics.jsonl (`firth.training.loggers`). A resumed run may change it.
+        loggers: Where metrics go besides metrics.jsonl (`firth.training.logging`). A resumed run may change it.
         sample_prompts: Texts for the report, sampled before and after training: the model continues a text, fills each <mask>
             in it, or, for word vectors, lists a word's nearest neighbors.
         precision: "auto" chooses the faster one, as measured on this machine.
@@ -196,9 +216,9 @@ class Recipe(Validated):
     data: DataConfig = DataConfig()
     tokenizer: TokenizerConfig = TokenizerConfig()
     model: ModelConfig | None = None
-    init_from: str = config_io.path_field("model", "")
+    init_from: str = path_field("model", "")
     peft: PeftConfig = FullFinetuning()
-    init_embeddings_from: str = config_io.path_field("model", "")
+    init_embeddings_from: str = path_field("model", "")
     init_head_from_frequencies: bool = True
     batch: BatchConfig = BatchConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
@@ -254,6 +274,7 @@ config_io.REGISTRIES[Objective] = config_io.Registry(
 )
 config_io.REGISTRIES[PeftConfig] = config_io.registry_of("way to adapt", PEFT_METHODS, PeftConfig)
 config_io.SHORT_FORMS[DataConfig] = "path"
+config_io.SHORT_FORMS[EvalTask] = "name"
 config_io.REGISTRIES[ExamplesConfig] = config_io.registry_of("kind of examples", EXAMPLES, ExamplesConfig)
 
 

@@ -39,7 +39,12 @@ RECIPES = {
     "reward_model": "firth.recipes.post_training:reward_model",
     "ranking": "firth.recipes.post_training:ranking",
     "dpo": "firth.recipes.post_training:dpo",
+    "simpo": "firth.recipes.post_training:simpo",
+    "orpo": "firth.recipes.post_training:orpo",
+    "kto": "firth.recipes.post_training:kto",
     "reinforce": "firth.recipes.post_training:reinforce",
+    "rloo": "firth.recipes.post_training:rloo",
+    "grpo": "firth.recipes.post_training:grpo",
     "ppo": "firth.recipes.post_training:ppo",
 }
 """Name on the command line -> module:function that returns the recipe."""

@@ -8,12 +8,12 @@ from typing import Any
 
 import torch
 
+from firth.align import held_out_texts
+from firth.data.examples import DatasetSplits
 from firth.generate.sampling import Sampling
 from firth.io.atomic import write_text
 from firth.io.json_files import read_rows, row_line
 from firth.model.model import LM
-from firth.runs import held_out_texts
-from firth.runs.examples import DatasetSplits
 from firth.runs.loaded_model import Model
 from firth.runs.prepare import RunData
 from firth.runs.recipe import ResolvedRecipe

@@ -6,23 +6,22 @@ import dataclasses
 import functools
 from typing import Literal
 
-from firth.doctor import device as best_device
+from firth.data.examples import ExamplesConfig
 from firth.model.config import ModelConfig
-from firth.model.empty_weights import init_empty_weights
+from firth.model.init import init_empty_weights
 from firth.model.model import LM
 from firth.model.prefix import PREFIX_HEADS
 from firth.objectives.objective import Objective
 from firth.pretrained.load_save import check_vocab_fits
 from firth.runs import config_io
 from firth.runs.compatibility import check_available_memory, check_pattern, check_recipe, limit_lengths
-from firth.runs.examples import ExamplesConfig
 from firth.runs.peft_options import FullFinetuning, add_layer_mixture
 from firth.runs.prepare import RunData
 from firth.runs.recipe import MODEL_CONFIG_HINT, Recipe, ResolvedRecipe, load_resolved, published
 from firth.runs.recipe_names import RECIPES
 from firth.runs.run_context import RunContext
 from firth.runs.tokenizer import resolve_segmentation, resolved_size
-from firth.training import precision
+from firth.training.device import choose_precision, default_device
 from firth.types import UserError
 
 
@@ -43,7 +42,7 @@ def resolve(recipe: Recipe, data: RunData, context: RunContext) -> ResolvedRecip
     settings |= {"precision": _precision(recipe, context), "word_segmentation": _segmentation(recipe, context)}
     resolved: ResolvedRecipe = config_io.absolute_paths(ResolvedRecipe(**settings))
     check_available_memory(
-        resolved.model, resolved.optimizer.name, isinstance(resolved.peft, FullFinetuning), best_device()
+        resolved.model, resolved.optimizer.name, isinstance(resolved.peft, FullFinetuning), default_device()
     )
     return resolved
 
@@ -116,7 +115,7 @@ def _precision(recipe: Recipe, context: RunContext) -> Literal["fp32", "bf16"]:
     """Resolve `precision`: a resumed run keeps its precision, and all ranks take that of the first."""
     recorded = context.resumed and recipe.precision == "auto"
     before = load_resolved(context.directory).precision if recorded else recipe.precision
-    chosen = context.ranks.from_first(precision.choose(before, best_device()))
+    chosen = context.ranks.from_first(choose_precision(before, default_device()))
     return "bf16" if chosen == "bf16" else "fp32"
 
 

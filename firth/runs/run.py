@@ -16,24 +16,23 @@ import torch
 
 from firth import kernel_choice
 from firth.align.rewards import RewardError
-from firth.data import text_cache
+from firth.data import class_counts, text_cache
 from firth.data.collate import Batches
-from firth.doctor import device as best_device
+from firth.data.examples import DatasetSplits
 from firth.evaluate.tokenizer_match import check_same_tokenizer
 from firth.generate import embeddings
 from firth.io.atomic import make_directory, new_directory, write_text
 from firth.io.integrity import read_record, write_record
-from firth.model.compilation import compile_blocks
 from firth.model.heads import export_heads
-from firth.model.model import LM
+from firth.model.model import LM, compile_blocks
 from firth.objectives import name_of
 from firth.objectives.objective import components
 from firth.peft.lora import num_trainable_parameters
 from firth.pretrained.load_save import init_from_model, save_model
 from firth.report.page import write as write_report
 from firth.report.run_report import run_report
-from firth.runs import class_counts, config_io, examples, model_card, report_texts
-from firth.runs.examples import DatasetSplits
+from firth.runs import config_io, examples, model_card, report_texts
+from firth.runs.eval_tasks import EvalTasks
 from firth.runs.init_head import init_head
 from firth.runs.loaded_model import Model
 from firth.runs.prepare import RunData
@@ -42,12 +41,12 @@ from firth.runs.resolve import resolve
 from firth.runs.run_context import RunContext, RunIdentity
 from firth.runs.start_model import StartModel, model_directory
 from firth.runs.tokenizer import check_vocab, fallbacks, tokenizer_of
-from firth.runs.validation import Validator, vocab
+from firth.runs.validation import PromptValidator, Validator, vocab
 from firth.tokenizer.tokenizer import Tokenizer
-from firth.training import checkpoint, precision, trainer
+from firth.training import checkpoint, trainer
+from firth.training.device import choose_precision, default_device
 from firth.training.distributed import join
-from firth.training.loggers import check_loggers, metrics_loggers
-from firth.training.logging import OnMetrics, ProgressReporter
+from firth.training.logging import OnMetrics, ProgressReporter, check_loggers, metrics_loggers
 from firth.training.trainer import TrainerConfig, TrainingResult
 from firth.types import LOGGER, LogLine, UserError
 
@@ -108,7 +107,7 @@ def run(
         UserError: The directory holds a run of another recipe, or the recipe is invalid.
     """
     kernel_choice.check_forced()
-    ranks = join(best_device())
+    ranks = join(default_device())
     with ranks.together():
         check_start_models(recipe)
         check_loggers(recipe.loggers)
@@ -134,13 +133,15 @@ class RunDatasets:
         data: The data of the run, with the precision and the memory of its model.
         splits: The training and validation examples.
         validator: Evaluates on the validation examples; None if there are none.
+        tasks: Tasks of `evaluation.tasks`; None if there are none.
         batches: The training batches.
         notes: Sentences on the words, names and sentences that the objective does not find.
     """
 
     data: RunData
     splits: DatasetSplits
-    validator: Validator | None
+    validator: Validator | PromptValidator | None
+    tasks: EvalTasks | None
     batches: Batches
     notes: list[str]
 
@@ -170,7 +171,7 @@ def prepare_tokenizer(recipe: Recipe, context: RunContext) -> RunData:
     check_start_tokenizers(tokenizer, recipe)
     check_vocab(recipe, tokenizer)
     start = StartModel(recipe.init_from)
-    return RunData(recipe.data, tokenizer, context.directory, start, recipe.batch.size, recipe.seed, context.log)
+    return RunData(recipe.data, tokenizer, context.directory, recipe.batch.size, recipe.seed, context.log, start=start)
 
 
 def finished_run(resolved: ResolvedRecipe, identity: RunIdentity, context: RunContext) -> RunResult | None:
@@ -194,24 +195,27 @@ def build_data(resolved: ResolvedRecipe, data: RunData, context: RunContext) -> 
     Raises:
         UserError: There is nothing to train on, or nothing is held out and `evaluation` needs it.
     """
-    chosen = checkpoint.precision(context.directory) or precision.choose(resolved.precision, best_device())
+    chosen = checkpoint.precision(context.directory) or choose_precision(resolved.precision, default_device())
     data = dataclasses.replace(data, memory_length=resolved.model.attention.memory_length, precision=chosen)
     splits = context.first_rank_first(lambda: examples.build_datasets(resolved.examples, data, resolved.objective))
     text_cache.forget()
-    validator = (
+    validator: Validator | PromptValidator | None = (
         Validator(resolved, splits.validation, splits.bytes_per_target, data.tokenizer, context.ranks)
         if splits.validation and len(splits.validation)
         else None
     )
+    if splits.prompts is not None:
+        validator = PromptValidator(resolved, splits.prompts)
+    tasks = EvalTasks.of(resolved, splits.validation, context.directory, data.tokenizer)
     notes = fallbacks(resolved.objective, resolved.examples, splits.train, data.tokenizer.vocab)
-    for line in (*_data_notes(resolved, splits, validator), *notes):
+    for line in (*_data_notes(resolved, splits, validator), *notes, *(tasks.notes if tasks else ())):
         context.log(f"{resolved.name}: {line}")
     batches = Batches(
         splits.train, resolved.objective, vocab(resolved, data.tokenizer), batch_size=resolved.batch.size, seed=resolved.seed,
         gradient_accumulation_steps=resolved.batch.gradient_accumulation_steps, pack_to_length=resolved.batch.packed_length,
         group_by_length=resolved.batch.group_by_length, rank=context.ranks.rank, world=context.ranks.world,
     )  # fmt: skip
-    return RunDatasets(data, splits, validator, batches, notes)
+    return RunDatasets(data, splits, validator, tasks, batches, notes)
 
 
 def build_model(resolved: ResolvedRecipe, datasets: RunDatasets, context: RunContext) -> BuiltModel:
@@ -235,7 +239,7 @@ def build_model(resolved: ResolvedRecipe, datasets: RunDatasets, context: RunCon
     resolved.peft.apply(model, added, tokenizer, resolved.seed)
     for stack in model.stacks():
         stack.gradient_checkpointing = resolved.gradient_checkpointing
-    model.to(best_device())
+    model.to(default_device())
     if resolved.compile:
         compile_blocks(model)
     trainable, total = num_trainable_parameters(model), sum(p.numel() for p in model.parameters())
@@ -264,7 +268,7 @@ def train(
     Raises:
         UserError: A user's reward function fails; the run can be resumed after it is corrected.
     """
-    directory, model, validator = context.directory, built.model, datasets.validator
+    directory, model, validator, tasks = context.directory, built.model, datasets.validator, datasets.tasks
     evaluation, saving = resolved.evaluation, resolved.checkpoint
     if context.ranks.first:
         if not context.resumed:
@@ -273,20 +277,25 @@ def train(
             write_text(directory / "recipe.yaml", config_io.write_yaml(resolved))
         context.inputs.write(directory, identity.recipe)
         report_texts.write_texts(resolved, model, datasets.data, datasets.splits, 0)
-    if validator is not None:
+    task_names = tasks.check(model) if tasks is not None else []
+    if validator is not None and evaluation.best_metric not in task_names:
         validator.check_best_metric(model)
     config = TrainerConfig(
         eval_every=evaluation.every, save_every=saving.every, keep=saving.keep, best_metric=evaluation.best_metric or "loss",
         load_best_at_end=bool(evaluation.best_metric or evaluation.patience), patience=evaluation.patience,
         precision=datasets.data.precision,
     )  # fmt: skip
+
+    def evaluate(model: LM, step: int) -> dict[str, float]:
+        return (validator.measure(model, step) if validator else {}) | (tasks.measure(model) if tasks else {})
+
     loggers, fields = resolved.loggers if context.ranks.first else (), config_io.to_dict(resolved)
     try:
         with metrics_loggers(loggers, fields, directory, context.resumed, on_metrics) as on_row:
             return trainer.train(
                 model, resolved.objective, datasets.batches, directory,
                 budget=resolved.budget, optimizer=resolved.optimizer, schedule=resolved.schedule, config=config,
-                evaluate=validator.measure if validator is not None else None, ranks=context.ranks, recipe=identity.run,
+                evaluate=evaluate if validator or tasks else None, ranks=context.ranks, recipe=identity.run,
                 name=resolved.name, reporter=reporter, on_metrics=on_row,
             )  # fmt: skip
     except UserError as error:
@@ -353,13 +362,16 @@ def _write_files(
     done["next_command"] = Model.of(model, tokenizer, objective).next_command
     with new_directory(directory / "model") as place:
         summary = save_model(model, tokenizer, place, facts)
-        model_card.write(model_card.of_run(directory, place, model, summary, facts, done), place / "README.md")
+        card = model_card.of_run(directory, place, model, summary, facts, config_io.to_dict(resolved), done)
+        model_card.write(card, place / "README.md")
     write_record(directory / DONE, done)
     write_report(run_report(directory), directory / REPORT)
     log(f"{resolved.name}: {directory / 'model'} ({summary}); report: {directory / REPORT}")
 
 
-def _data_notes(recipe: ResolvedRecipe, splits: DatasetSplits, validator: Validator | None) -> list[str]:
+def _data_notes(
+    recipe: ResolvedRecipe, splits: DatasetSplits, validator: Validator | PromptValidator | None
+) -> list[str]:
     """Return remarks on the data before a run: its classes, and why nothing is held out.
 
     Raises:

@@ -34,15 +34,18 @@ _FIELDS: Example = {
     "tags": np.zeros(LENGTH, np.int64), "start": 2, "end": 3, "source": _TEXT, "target": _TEXT[:3],
     "kept": np.ones(SIZE), "noise": np.arange(1, SIZE + 1) / SIZE,
     "options": [{"tokens": _TEXT}, {"tokens": _TEXT[:4]}],
+    "desirable": np.array([True]), "margin": np.zeros(1),
     "answers": [_TEXT, _TEXT[:6]], "masks": [_MASK, _MASK[:6]], "rank": np.array([0, 1]),
 }  # fmt: skip
-_FIELDS |= {f"{side}_{name}": _FIELDS[name] for side in ("chosen", "rejected") for name in ("tokens", "mask")}
+_FIELDS |= {
+    f"{side}_{name}": _FIELDS[name] for side in ("chosen", "rejected", "mismatched") for name in ("tokens", "mask")
+}
 _FIELDS |= {name: np.zeros(LENGTH, np.float32) for name in PER_TOKEN}
 
 
 def sample_example(fields: Collection[str]) -> Example:
     """Return a small example with some fields."""
     example = {name: value for name, value in _FIELDS.items() if name in fields}
-    if "chosen_tokens" in fields and "reference" in fields:  # a number for each answer, and not for each token
+    if "reference" in fields and "old" not in fields:  # a number for each answer, and not for each token
         example["reference"] = np.zeros(2, np.float32)
     return example

@@ -5,9 +5,9 @@ from __future__ import annotations
 from functools import cached_property
 from pathlib import Path
 
-from firth.doctor import device
 from firth.model.model import LM
 from firth.pretrained.load_save import load_model
+from firth.training.device import default_device
 from firth.types import UserError
 
 
@@ -56,7 +56,7 @@ class StartModel:
             UserError: The recipe has no `init_from`.
         """
         required_model(self.path, "init_from", what)
-        return self._read.to(device())
+        return self._read.to(default_device())
 
     def release(self) -> None:
         """Forget the model, after the weights of the run have been initialized from it."""

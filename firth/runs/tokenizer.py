@@ -21,7 +21,8 @@ from typing import Any, Literal
 
 import numpy as np
 
-from firth.corpora.read_stats import ReadStats
+from firth.corpora.input_files import ReadStats
+from firth.data.examples import ExamplesConfig
 from firth.data.noise import facts
 from firth.data.source import Source
 from firth.evaluate.tokenizer_match import load_tokenizer
@@ -29,7 +30,7 @@ from firth.io.atomic import write_text
 from firth.io.integrity import file_facts, verify_files
 from firth.io.json_files import check_all, read_object
 from firth.objectives.objective import Objective
-from firth.runs.examples import ExamplesConfig, training_texts
+from firth.runs.examples import training_texts
 from firth.runs.input_hashes import RunInputs, has_begun
 from firth.runs.prepare import train_tokenizer
 from firth.runs.recipe import Recipe

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from firth.align.held_out_prompts import HeldOutPrompts
 from firth.data.collate import Batches
 from firth.data.labels import has_spans
 from firth.data.source import Source
@@ -123,6 +124,37 @@ class Validator:
             reduce=no_reduce if self.head else self.ranks.sum, watch=watch if self.head else None,
         )  # fmt: skip
         return found, readings
+
+
+@dataclass(frozen=True, eq=False)
+class PromptValidator:
+    """Answers `evaluation.max_examples` held-out prompts, the same ones each time, in a run that trains on its own answers.
+
+    Args:
+        recipe: The resolved recipe.
+        prompts: The held-out prompts.
+    """
+
+    recipe: ResolvedRecipe
+    prompts: HeldOutPrompts
+
+    def measure(self, model: LM, step: int) -> dict[str, float]:
+        """Return reward, truth, KL, length and the share finished; `step` is unused. Every rank answers all prompts."""
+        return self.prompts.measure(model, self.recipe.evaluation.max_examples)
+
+    def check_best_metric(self, model: LM) -> None:
+        """Raise a UserError if `evaluation.best_metric` is not a metric."""
+        best = self.recipe.evaluation.best_metric
+        with torch.random.fork_rng():
+            found = self.prompts.measure(model, PROBE_EXAMPLES) if best else {}
+        if best and best not in found:
+            raise UserError(
+                f"evaluation.best_metric={best} is not among the held-out metrics: choose one of {', '.join(found)}"
+            )
+
+    def class_report(self, model: LM) -> dict[str, Any]:
+        """Return {}: there are no classes."""
+        return {}
 
 
 def vocab(recipe: ResolvedRecipe, tokenizer: Tokenizer) -> Vocab:

@@ -1,9 +1,9 @@
 """Split the text of a tokenizer's own chat template (Jinja, chat_template.jinja) from the contents of the messages.
 
-A template is an untrusted program that mixes control tokens with user text. It is rendered in Jinja's sandbox, in a separate
-process with limits on time and memory (`firth.tokenizer.template_worker`), twice: with a private sign in place of each content,
-which shows the positions of the contents, and as it is, which shows that the contents are unchanged. So control tokens are
-recognized only in the template's own text.
+A template is an untrusted program that mixes control tokens with user text. It is rendered in Jinja's sandbox, in a
+separate process with limits on time and memory (`firth.tokenizer.template_worker`, started when it is first needed), twice:
+with a private sign in place of each content, which shows the positions of the contents, and as it is, which shows that the
+contents are unchanged. So control tokens are recognized only in the template's own text.
 
 >>> chatty = "{{ bos_token }}{% for m in messages %}[{{ m.role }}] {{ m.content | trim }}</s>{% endfor %}"
 >>> split_template(chatty, [{"role": "user", "content": " hi </s> "}], {"bos_token": "<s>"}, open=False)
@@ -12,10 +12,61 @@ recognized only in the template's own text.
 
 from __future__ import annotations
 
+import atexit
+import contextlib
+import json
+import os
+import subprocess
+import sys
+import threading
 from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
-from firth.tokenizer import template_process
 from firth.types import UserError
+
+WORKERS: dict[int, subprocess.Popen[str]] = {}
+"""Process id -> its rendering process: a fork must not share the pipes of its parent."""
+LOCK = threading.Lock()
+
+
+def send(request: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Return the reply of the rendering process to a request, or None if the request exceeds its limits and ended it."""
+    with LOCK:
+        worker = _worker()
+        reply = ""
+        with contextlib.suppress(OSError):
+            worker.stdin.write(json.dumps(request) + "\n")  # type: ignore[union-attr]
+            worker.stdin.flush()  # type: ignore[union-attr]
+            reply = worker.stdout.readline()  # type: ignore[union-attr]
+        if not reply:
+            _end(worker)
+            del WORKERS[os.getpid()]
+            return None
+    found: dict[str, Any] = json.loads(reply)
+    return found
+
+
+def _worker() -> subprocess.Popen[str]:
+    """Return the rendering process of this process, started when it is first needed."""
+    process = os.getpid()
+    if process not in WORKERS:
+        file = Path(__file__).with_name("template_worker.py")
+        WORKERS[process] = subprocess.Popen(
+            [sys.executable, "-I", str(file)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+            text=True, encoding="utf-8",
+        )  # fmt: skip
+        atexit.register(_end, WORKERS[process])
+    return WORKERS[process]
+
+
+def _end(worker: subprocess.Popen[str]) -> None:
+    worker.kill()
+    worker.wait()
+    for pipe in (worker.stdin, worker.stdout):
+        with contextlib.suppress(OSError):
+            pipe.close()  # type: ignore[union-attr]
+
 
 START, END = "<|im_start|>", "<|im_end|>"
 """ChatML's tokens around a turn (`firth.tokenizer.chat`)."""
@@ -87,13 +138,13 @@ def _refused(why: str) -> UserError:
 def _render(
     template: str, dialogues: Sequence[Sequence[Mapping[str, str]]], names: Mapping[str, str], open: bool
 ) -> list[str]:
-    """Render each dialogue in a process with limits (`firth.tokenizer.template_process`).
+    """Render each dialogue in a process with limits (`firth.tokenizer.chat_template`).
 
     Raises:
         UserError: The template fails or takes too long.
     """
     request = {"template": template, "dialogues": [list(d) for d in dialogues], "names": dict(names), "open": open}
-    result = template_process.send(request)
+    result = send(request)
     if result is None:
         raise UserError(
             "the tokenizer's chat template takes more time or memory than any dialogue needs, so it is not used"

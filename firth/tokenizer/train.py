@@ -17,7 +17,7 @@ Memory is bounded: a corpus larger than `sample_bytes` is read once, and a unifo
 seeded). The same text and seed give the same tokenizer.json, byte for byte. Of two equally frequent pairs the one whose
 pieces have the smaller ids is merged first, and initial ids do not depend on counts: control tokens, then characters by
 code point, then merges. (The library itself numbers `e</w>` and `##e` in the order of a hash table that differs in each
-process, and so breaks ties at random.) Words are counted on all cores (`firth.tokenizer.word_counts`), and merges are learned
+process, and so breaks ties at random.) Words are counted on all cores (`firth.tokenizer.workers`), and merges are learned
 from the counts (`firth.tokenizer.merges`).
 
 >>> t = train(["low lower lowest " * 9], "bpe", vocab_size=24, byte_fallback=False)

@@ -29,8 +29,9 @@ import torch
 
 from firth import kernel_choice
 from firth.model import flops
-from firth.training import checkpoint, precision, training_state
-from firth.training.cpu_setup import flush_denormals, keep_freed_memory
+from firth.training import checkpoint
+from firth.training.checkpoint import TrainingState
+from firth.training.device import Precision, casts, choose_precision, flush_denormals, keep_freed_memory
 from firth.training.distributed import Ranks
 from firth.training.logging import MetricsLog, NullReporter, OnMetrics, ProgressReporter, clock, make_reporter, short
 from firth.training.optimizer import Optimizer, OptimizerConfig
@@ -39,7 +40,6 @@ from firth.training.run_lock import Interrupted, interrupt_handler, run_lock
 from firth.training.schedule import Budget, Schedule
 from firth.training.step import count_targets, named_metrics, to
 from firth.training.step import step as gradients
-from firth.training.training_state import TrainingState
 from firth.types import PRECOMPUTED_FIELDS, Batch, UserError
 
 if TYPE_CHECKING:
@@ -49,6 +49,8 @@ if TYPE_CHECKING:
 
 LOWER_IS_BETTER = ("loss", "bits", "squared_error", "perplexity")
 """Prefixes of the names of metrics for which lower is better."""
+LOWER_IS_BETTER_TASKS = (*LOWER_IS_BETTER, "copying_loss", "in_context_score", "word_perplexity", "byte_perplexity")
+"""The same for the last part of the name of a metric of a task, such as task/copying_loss."""
 
 Evaluate = Callable[["LM", int], dict[str, float]]
 """(model, step) -> validation metrics. Called in eval mode, without gradients, on every rank."""
@@ -77,7 +79,7 @@ class TrainerConfig:
     best_metric: str = "loss"
     load_best_at_end: bool = False
     patience: int = 0
-    precision: precision.Precision = "auto"
+    precision: Precision = "auto"
     max_bad_steps: int = 10
 
     def __post_init__(self) -> None:
@@ -98,7 +100,7 @@ class TrainingResult:
         seconds: Training time.
         flops: Counted work.
         skipped: Steps without a finite gradient.
-        metrics: The last metrics at `exported_step`; those of validation are named_metrics `valid/NAME`.
+        metrics: The last metrics at `exported_step`; those of validation are named `valid/NAME`.
     """
 
     step: int
@@ -184,7 +186,7 @@ class _Run:
         self.optimizer = Optimizer(optimizer, model, sparse=ranks.world == 1)
         self.dropout = not objective.inputs & PRECOMPUTED_FIELDS
         self.state = self._start_or_resume()
-        self.casts = precision.casts(self.state.precision, self.device)
+        self.casts = casts(self.state.precision, self.device)
         self.last_logged = (self.state.seconds, self.state.tokens, self.state.flops)  # at the last row of the log
         self.step_seconds = 0.0
         self.score: float | None = None
@@ -200,16 +202,16 @@ class _Run:
         if saved is None:
             if self.ranks.rank:  # independent dropout on every rank gives a better estimate
                 torch.manual_seed(torch.initial_seed() + self.ranks.rank)
-            chosen = precision.choose(self.config.precision, self.device)
+            chosen = choose_precision(self.config.precision, self.device)
             return TrainingState("bf16" if self.ranks.from_first(chosen) == "bf16" else "fp32")
         if saved.recipe != self.recipe:
             raise UserError(
                 f"{self.directory} holds a run of another recipe ({saved.recipe or 'unnamed'}, this one is "
                 f"{self.recipe or 'unnamed'}); choose another directory, or delete that one to start a new run"
             )
-        state = training_state.restore(saved, self.model, self.optimizer, self.batches.source, self.ranks)
+        state = checkpoint.restore(saved, self.model, self.optimizer, self.batches.source, self.ranks)
         self.reporter.log(f"resuming from {saved.path.name}")
-        layout = training_state.layout(self.ranks, self.device)
+        layout = checkpoint.layout(self.ranks, self.device)
         changed = [f"{k} {saved.layout.get(k)} -> {v}" for k, v in layout.items() if saved.layout.get(k) != v]
         if changed:
             self.reporter.log(
@@ -250,7 +252,7 @@ class _Run:
         if path is None:
             return self.state.step
         saved = checkpoint.load(path)
-        training_state.load_weights(saved, self.model)
+        checkpoint.load_weights(saved, self.model)
         self.state.metrics = saved.state["metrics"]
         step = int(saved.state["step"])
         self.reporter.log(f"loaded the model of step {step}, the best by validation {self.config.best_metric}")
@@ -376,7 +378,7 @@ class _Run:
         The weights are the same on all ranks, and so is the result. The check reads 16 GB/s, at saves, validations and bad steps.
         """
         state = self.state
-        name = training_state.not_finite(self.model)
+        name = checkpoint.not_finite(self.model)
         advice = f"lower optimizer.lr (now {self.lr:g}) or increase schedule.warmup_ratio, and start a new run"
         if name:
             raise UserError(
@@ -412,7 +414,9 @@ class _Run:
                 )
             return False
         value = metrics[self.config.best_metric]
-        self.score = value if self.config.best_metric.startswith(LOWER_IS_BETTER) else -value
+        name = self.config.best_metric
+        lower = name.rpartition("/")[2].startswith(LOWER_IS_BETTER_TASKS) if name.startswith("task/") else False
+        self.score = value if lower or name.startswith(LOWER_IS_BETTER) else -value
         better = self.state.best is None or self.score < self.state.best
         self.state.best = self.score if better else self.state.best
         self.state.stale = 0 if better else self.state.stale + 1
@@ -462,7 +466,7 @@ class _Run:
         return metrics
 
     def _save(self) -> None:
-        training_state.save(
+        checkpoint.save_state(
             self.directory, self.state, self.model, self.optimizer, self.batches.source, self.ranks,
             recipe=self.recipe, keep=self.config.keep, score=self.score,
         )  # fmt: skip

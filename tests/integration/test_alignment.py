@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from firth import objectives
-from firth.align.rewards import FunctionReward, Rollout, sample_preference
+from firth.align.rewards import FunctionReward, Rollout, named_function, sample_preference
 from firth.align.rollouts import RolloutSource
 from firth.model import presets
 from firth.model.config import ModelConfig, decoder_config
@@ -26,7 +26,6 @@ from firth.model.heads import LMHead
 from firth.model.model import LM
 from firth.objectives.reward_model import Ranking
 from firth.pretrained.load_save import load_model, save_model
-from firth.runs.alignment_examples import function
 from firth.runs.recipe import load
 from firth.runs.run import run
 from firth.tokenizer.tokenizer import Tokenizer
@@ -52,8 +51,11 @@ ROLLOUTS = (
 )
 SETTINGS: dict[str, tuple[str, ...]] = {
     "dpo": ("batch.size=16", "evaluation.max_examples=8"),
+    "kto": ("batch.size=16", "evaluation.max_examples=8"),
     "ppo": ROLLOUTS,
     "reinforce": (*ROLLOUTS, "examples.num_generations=4"),
+    "rloo": (*ROLLOUTS, "examples.num_generations=4"),
+    "grpo": (*ROLLOUTS, "examples.num_generations=4"),
 }
 Rows = dict[str, dict[str, float]]
 
@@ -74,12 +76,14 @@ def workdir(tmp_path_factory: pytest.TempPathFactory) -> Path:
         save_model(model, tokenizer, out / name)
     pairs = [{"prompt": texts[i], "chosen": texts[i + 1], "rejected": texts[i + 2]} for i in range(24)]
     (out / "pairs.jsonl").write_text("\n".join(map(json.dumps, pairs)))
+    labeled = [{"prompt": texts[i], "completion": texts[i + 1], "label": i % 3 > 0} for i in range(24)]
+    (out / "labeled.jsonl").write_text("\n".join(map(json.dumps, labeled)))
     (out / "prompts.jsonl").write_text("\n".join(json.dumps({"prompt": text}) for text in texts[:16]))
     return out
 
 
 def assignments(workdir: Path, name: str, *more: str, arch: str = "gpt2") -> list[str]:
-    records = workdir / ("pairs.jsonl" if name == "dpo" else "prompts.jsonl")
+    records = workdir / {"dpo": "pairs.jsonl", "kto": "labeled.jsonl"}.get(name, "prompts.jsonl")
     plain = (f"init_from={workdir / arch}", f"data.path={records}", "max_steps=1", "optimizer.lr=1e-9")
     return [*plain, *SETTINGS[name], *more]
 
@@ -106,11 +110,14 @@ def old_logprobs(monkeypatch: pytest.MonkeyPatch) -> list[float]:
 
 
 def deviations(name: str, rows: Rows, old_logprobs: list[float], tolerance: float) -> dict[str, float]:
-    """Return the deviations from the values of unchanged weights: first loss ln 2, first ratio 1, KL 0."""
+    """Return the deviations from the values of unchanged weights: first loss ln 2 (KTO: 1/2), first ratio 1, KL 0."""
     train = rows["train"]
     if name == "dpo":  # the sums of an answer's log-ratios, of about eight tokens
         found = {"loss": train["loss"] - log(2), "chosen": train["chosen"] / 8, "rejected": train["rejected"] / 8}
-    elif name == "ppo":
+    elif name == "kto":
+        answers = {measure: train[measure] / 8 for measure in ("chosen", "rejected", "kl_per_answer")}
+        found = answers | {"loss": train["loss"] - 0.5}
+    elif name in ("ppo", "grpo", "rloo"):
         found = {measure: train[measure] for measure in ("clipped", "approx_kl", "kl_per_token")}
     else:
         found = {"log-probability": train["surprise"] + old_logprobs[0]}
@@ -124,7 +131,7 @@ CASES = [
     for name in SETTINGS
     for precision in ("fp32", "bf16")
     for layout in ("padded", "packed")
-    if (name, layout) != ("dpo", "packed")  # preference pairs are groups of rows, which cannot be packed
+    if name not in ("dpo", "kto") or layout != "packed"  # groups of rows cannot be packed
 ]
 TOLERANCE = {"fp32": 1e-5, "bf16": 2e-3}
 """Rounding errors of a log-probability between two forward passes with different batches."""
@@ -179,8 +186,10 @@ def test_reference_is_kept_per_precision(workdir: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "setting", "advice"),
     [
-        ("ppo", "examples.advantages=group", "examples.advantages=gae"),
-        ("reinforce", "examples.advantages=gae", "examples.advantages=group"),
+        ("ppo", "examples.advantages=rloo", "examples.advantages=gae"),
+        ("ppo", "examples.advantages=grpo", "examples.advantages=gae"),
+        ("reinforce", "examples.advantages=gae", "examples.advantages=rloo"),
+        ("grpo", "examples.advantages=gae", "examples.advantages=rloo or grpo"),
     ],
 )
 def test_advantages_must_suit_the_objective(workdir: Path, name: str, setting: str, advice: str) -> None:
@@ -266,15 +275,15 @@ def test_a_reward_that_fails_on_a_preference_is_reported(workdir: Path) -> None:
 
 def test_reward_functions_are_found_in_the_working_directory(rewards: Path) -> None:
     rewards.write_text("def brief(text):\n    return 1.0\n\n\nlevel = 3\n")
-    assert function(f"{rewards.stem}:brief")("x") == 1.0
+    assert named_function(f"{rewards.stem}:brief")("x") == 1.0
     with pytest.raises(UserError, match="write module:function, of an installed module or of a file in"):
-        function("rewards_of_nobody:brief")
+        named_function("rewards_of_nobody:brief")
     with pytest.raises(UserError, match="is of type int: name a function"):
-        function(f"{rewards.stem}:level")
+        named_function(f"{rewards.stem}:level")
     broken = rewards.with_name(f"broken_{rewards.name}")
     broken.write_text("def brief(text) return 1\n")
     with pytest.raises(UserError, match=f"'{broken.stem}:brief' cannot be imported: SyntaxError"):
-        function(f"{broken.stem}:brief")
+        named_function(f"{broken.stem}:brief")
 
 
 def test_equal_rewards_do_not_change_the_weights(workdir: Path, rewards: Path) -> None:
@@ -309,6 +318,58 @@ def test_prompts_leave_room_for_the_answer(workdir: Path, tmp_path: Path) -> Non
         first_rows(workdir, tmp_path / "room", "ppo", f"data.path={records}", "examples.max_new_tokens=64")
 
 
+# ---- held-out prompts, pretraining text, and records with results
+
+
+def test_held_out_prompts_are_measured_during_training(workdir: Path, rewards: Path) -> None:
+    """Records have results, which the reward reads; a prompt of the held-out file is never trained on."""
+    rewards.write_text(
+        "def right(completion, prompt, result):\n    assert prompt\n    return float(result in completion)\n"
+    )
+    for name, words in (("train", WORDS[:8]), ("held", WORDS[8:])):
+        rows = [{"prompt": f"{word} {i}", "result": word} for word in words for i in range(3)]
+        (rewards.parent / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    more = (
+        f"examples.reward_function=[{rewards.stem}:right, builtins:len]", "examples.reward_weights=[1.0, 0.1]",
+        f"data.path={rewards.parent / 'train.jsonl'}", f"data.validation_path={rewards.parent / 'held.jsonl'}",
+        "evaluation.every=2", "max_steps=4", "evaluation.best_metric=reward",
+    )  # fmt: skip
+    out = rewards.parent / "run"
+    done = run(load("grpo", assignments(workdir, "grpo", *more)), out, lambda line: None)
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    held = [row for row in rows if row["split"] == "valid"]
+    assert [row["step"] for row in held] == [2, 4]
+    for row in held:
+        assert row["reward"] == pytest.approx(row["reward/right"] + 0.1 * row["reward/len"])
+        assert {"kl_per_answer", "finished", "length"} <= row.keys()
+    assert "valid/reward" in done.metrics
+    rewards.with_name("train.jsonl").write_text(json.dumps({"prompt": "the"}))
+    with pytest.raises(
+        UserError,
+        match=r"train\.jsonl:1: the record has no field 'result', which examples\.reward_function=.*:right names",
+    ):
+        run(load("grpo", assignments(workdir, "grpo", *more)), rewards.parent / "lacking", lambda line: None)
+
+
+def test_ppo_ptx_trains_on_text_in_the_same_steps(workdir: Path, tmp_path: Path) -> None:
+    rng = np.random.default_rng(3)
+    text = tmp_path / "text.txt"
+    text.write_text("\n".join(" ".join(rng.choice(WORDS, 12)) for _ in range(120)))
+    more = ("objective.ptx_coef=0.5", "examples.pretraining_rows=8", f"examples.pretraining_path={text}",
+            "examples.pretraining_length=24", "batch.size=24", "max_steps=3", "precision=fp32")  # fmt: skip
+    recipe = load("ppo", assignments(workdir, "ppo", *more))
+    run(recipe, tmp_path / "run", lambda line: None)
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    train = [row for row in rows if row["split"] == "train"]
+    assert [row["step"] for row in rows if row["split"] == "rollouts"] == [1, 2, 3]
+    assert all(row["loss/ptx"] > 0.5 for row in train)
+    assert train[0]["approx_kl"] == pytest.approx(0, abs=1e-5), "rows of text do not change the answers"
+    with pytest.raises(UserError, match=r"set objective\.ptx_coef and examples\.pretraining_rows together"):
+        load("ppo", assignments(workdir, "ppo", "objective.ptx_coef=0.5"))
+    with pytest.raises(UserError, match=r"leaves no row of batch\.size=8 for an answer"):
+        run(load("ppo", assignments(workdir, "ppo", *more, "batch.size=8")), tmp_path / "full", lambda line: None)
+
+
 # ---- rankings
 
 
@@ -326,5 +387,5 @@ def test_rankings_train_a_reward_model_in_one_command(workdir: Path, tmp_path: P
     short = load("ranking", [*plain, "objective.num_answers=3"])
     with pytest.raises(UserError, match="a ranking of 4 answers does not fit into a group of 2 to 3"):
         run(short, tmp_path / "short", lambda line: None)
-    more = (f"examples.reward_model={out}", "examples.reward_function=")
+    more = (f"examples.reward_model={out}", "examples.reward_function=[]")
     assert np.isfinite(first_rows(workdir, tmp_path / "ppo", "ppo", *more)["rollouts"]["reward"])

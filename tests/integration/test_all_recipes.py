@@ -55,10 +55,21 @@ TUNED: dict[str, tuple[str, str, tuple[str, ...]]] = {
     "reward_model": ("gpt", "preferences.jsonl", ()),
     "ranking": ("gpt", "rankings.jsonl", ()),
     "dpo": ("gpt", "preferences.jsonl", ()),
+    "simpo": ("gpt", "preferences.jsonl", ()),
+    "orpo": ("gpt", "preferences.jsonl", ()),
+    "kto": ("gpt", "labeled_answers.jsonl", ()),
     "reinforce": (
         "gpt",
         "dialogues.jsonl",
         ("examples.reward_function=builtins:len", "examples.rollout_size=8", "examples.max_new_tokens=6"),
+    ),
+    **dict.fromkeys(
+        ("rloo", "grpo"),
+        (
+            "gpt",
+            "dialogues.jsonl",
+            ("examples.reward_function=builtins:len", "examples.rollout_size=8", "examples.max_new_tokens=6"),
+        ),
     ),
     "ppo": (
         "gpt",
@@ -101,6 +112,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write("votes", lambda i, words: {"text": " ".join(words), "labels": ["a", "b", "ab"[i % 2]]})
     write("dialogues", lambda i, words: {"prompt": " ".join(words), "completion": words[0]})
     write("preferences", lambda i, words: {"prompt": " ".join(words), "chosen": words[0], "rejected": "fool fool"})
+    write("labeled_answers", lambda i, words: {
+        "prompt": " ".join(words), "completion": words[0] if i % 3 else "fool", "label": i % 3 > 0,
+    })  # fmt: skip
     write("rankings", lambda i, words: {"prompt": " ".join(words), "answers": [words[0], words[1], "fool fool"]})
     write("questions", lambda i, words: {
         "id": str(i), "question": "who?", "context": " ".join(words), "title": str(i),

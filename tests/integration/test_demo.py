@@ -15,8 +15,9 @@ from pathlib import Path
 import pytest
 
 from firth.align.rewards import PreferencePairs, read_preference_pairs
-from firth.data.records import PreferenceRecords
-from firth.demo import folder, plays, scorers
+from firth.data.dialogues import PreferencesConfig
+from firth.data.records import Records
+from firth.demo import data, scorers
 from firth.demo.data import DatasetInfo, read_rows, sample_balanced
 from firth.runs.recipe import load
 from firth.runs.run import run
@@ -96,7 +97,10 @@ def test_preferences_hold_texts_and_sampled_tokens(finished: Path, tmp_path: Pat
     rows = read_rows(file)
     assert all(isinstance(row[name], str) for row in rows for name in ("prompt", "chosen", "rejected"))
     tokenizer = Tokenizer.load(start)
-    records, sampled = PreferenceRecords([str(file)], tokenizer, 256), PreferencePairs(read_preference_pairs(file))
+    records, sampled = (
+        Records(PreferencesConfig(max_length=256), [str(file)], tokenizer),
+        PreferencePairs(read_preference_pairs(file)),
+    )
     prompts = {row["prompt"] for row in read_rows(finished / "material" / "dialogues-train.jsonl")}
     assert {row["prompt"] for row in rows} <= prompts
     for i, record in enumerate(records.record_ids.tolist()):
@@ -148,13 +152,13 @@ def test_another_text_in_the_same_directory_is_rejected(finished: Path, tmp_path
 def test_too_little_text_is_rejected(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("Too little. " * 9)
     with pytest.raises(UserError, match="too little for the demo"):
-        folder.make_data([str(tmp_path)], tmp_path / "out")
+        data.make_folder_data([str(tmp_path)], tmp_path / "out")
 
 
 def test_one_large_file_is_enough(tmp_path: Path) -> None:
     text = "\n\n".join(text for _, text in sorted(pydoc_data.topics.topics.items()))
     (tmp_path / "book.txt").write_text(text, "utf-8")
-    info = folder.make_data([str(tmp_path / "book.txt")], tmp_path / "out")
+    info = data.make_folder_data([str(tmp_path / "book.txt")], tmp_path / "out")
     assert info.labels == ("beginning", "middle", "end")
     passages = [
         row["text"] for split in ("train", "valid") for row in read_rows(tmp_path / "out" / f"labeled-{split}.jsonl")
@@ -166,7 +170,7 @@ def test_one_large_file_is_enough(tmp_path: Path) -> None:
 
 
 def test_questions_statements_and_balance() -> None:
-    labeled = plays.sentences("What is it\nyou would see, my lord? It is a ghost that walks at night. Nay! Ay.")
+    labeled = data.sentences("What is it\nyou would see, my lord? It is a ghost that walks at night. Nay! Ay.")
     assert [row["label"] for row in labeled] == ["question", "statement"]
     assert labeled[0]["text"] == "What is it you would see, my lord"
     rows = [{"text": str(i), "label": "a" if i % 4 else "b"} for i in range(40)]

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from firth.objectives.dpo import DPO
+from firth.objectives.preferences import DPO
 from firth.report.run_report import run_report
 from firth.runs.recipe import load
 from firth.runs.run import RunResult, run

@@ -12,7 +12,7 @@ from types import ModuleType, SimpleNamespace
 import pytest
 
 import firth
-from firth.training.loggers import FILE
+from firth.training.logging import RUN_IDS
 
 TINY = {
     "model.hidden_size": 32, "model.num_heads": 2, "model.num_layers": 1, "tokenizer.vocab_size": 300, "max_steps": 6,
@@ -151,10 +151,10 @@ def test_a_resumed_run_may_add_a_logger(text, tmp_path, monkeypatch):
     calls = fake_wandb(monkeypatch)
     with pytest.raises(KilledError):
         train(text, tmp_path, [], kill_after=5)
-    assert not (tmp_path / FILE).exists()
+    assert not (tmp_path / RUN_IDS).exists()
     train(text, tmp_path, ["wandb"])
     assert [step["step"] for _, step in calls.named("log")] == [5, 6, 6]
-    assert json.loads((tmp_path / FILE).read_text()) == {"wandb": "abc"}
+    assert json.loads((tmp_path / RUN_IDS).read_text()) == {"wandb": "abc"}
 
 
 def test_a_missing_library_is_named_before_the_run(text, tmp_path, monkeypatch):

@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from firth.align.rollouts import RolloutsConfig
 from firth.model.config import EmbeddingConfig, EncoderConfig, ModelConfig, PositionConfig
 from firth.model.model import LM
 from firth.objectives import find as objective
 from firth.pretrained.load_save import save_model
-from firth.runs.alignment_examples import RolloutsConfig
 from firth.runs.compatibility import limit_lengths
 from firth.runs.peft_options import FullFinetuning, PrefixTuning
 from firth.runs.recipe import load

@@ -9,10 +9,12 @@ import numpy as np
 import pytest
 import yaml
 
+from firth.data.config import DataConfig
 from firth.data.source import Source
+from firth.data.windows import WindowsConfig
 from firth.runs import examples
-from firth.runs.examples import WindowsConfig, spread
-from firth.runs.prepare import DataConfig, RunData, train_tokenizer
+from firth.runs.examples import spread
+from firth.runs.prepare import RunData, train_tokenizer
 from firth.runs.recipe import load
 from firth.runs.run import run
 from firth.tokenizer.tokenizer import Tokenizer
@@ -78,6 +80,27 @@ def test_recipe_with_weights_runs_and_resumes(folder: Path, tmp_path: Path) -> N
     assert yaml.safe_load((tmp_path / "run" / "recipe.yaml").read_text())["data"]["weights"] == [1.0, 2.0]
     assert json.loads((tmp_path / "run" / "done.json").read_text())["counts"]["documents"] > 40
     assert run(load(str(tmp_path / "run")), tmp_path / "again", log=lambda _: None).metrics == done.metrics
+
+
+def test_a_mixture_of_tasks_is_measured_on_a_held_out_task(folder: Path, tmp_path: Path) -> None:
+    """Dialogues of two tasks with weights, and a third task that is only validated."""
+    for task, answer in (("upper", "AB"), ("lower", "ab"), ("double", "abab")):
+        rows = [{"prompt": f"{task} {i}", "completion": f"{answer} {i}"} for i in range(12)]
+        (tmp_path / f"{task}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    source = DataConfig(
+        path=(str(tmp_path / "upper.jsonl"), str(tmp_path / "lower.jsonl")), weights=(1.0, 3.0),
+        validation_path=(str(tmp_path / "double.jsonl"),),
+    )  # fmt: skip
+    data = RunData(source, Tokenizer.load(folder / "tok"), tmp_path, log=lambda _: None)
+    recipe = load("sft")
+    cut = examples.build_datasets(recipe.examples, data, recipe.objective)
+    decode, seen = data.tokenizer.decode, []
+    for i in cut.train.order(seed=0, positions=np.arange(16))[1]:
+        seen.append("lower" in decode(cut.train[int(i)]["tokens"]))
+    assert np.mean(seen) == 0.75
+    assert cut.validation is not None
+    assert len(cut.validation) == 12
+    assert all("double" in decode(cut.validation[i]["tokens"]) for i in range(12))
 
 
 def test_spread_takes_evenly_spaced_examples() -> None:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from firth import doctor, kernel_choice, openmp
-from firth.training import precision
+from firth.training.device import choose_precision, default_device, memory
 from firth.types import UserError
 
 
@@ -30,20 +30,20 @@ def test_rows_agree_with_the_choices_of_training() -> None:
     ]
     assert list(rows) == names
     assert rows["torch"].value == torch.__version__
-    assert rows["device"].value.startswith(doctor.device().type)
-    assert f"use {precision.choose('auto', torch.device('cpu'))}" in rows["bf16"].advice
-    total, free = doctor.memory()
+    assert rows["device"].value.startswith(default_device().type)
+    assert f"use {choose_precision('auto', torch.device('cpu'))}" in rows["bf16"].advice
+    total, free = memory()
     assert 0 < free <= total
 
 
 def test_the_advice_follows_the_measurement(monkeypatch: pytest.MonkeyPatch) -> None:
     for bf16, wanted in ((60e9, "4.2 times slower"), (250e9, "not much faster"), (500e9, "2.0 times as fast")):
-        monkeypatch.setattr(precision, "measured_speed", lambda bf16=bf16: {"fp32": 250e9, "bf16": bf16})
+        monkeypatch.setattr("firth.training.device.measured_speed", lambda bf16=bf16: {"fp32": 250e9, "bf16": bf16})
         assert wanted in next(row for row in doctor.doctor() if row.name == "bf16").advice
 
 
 def test_problems_are_marked(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(doctor, "memory", lambda: (4 << 30, 1 << 30))
+    monkeypatch.setattr("firth.training.device.memory", lambda: (4 << 30, 1 << 30))
     monkeypatch.setattr(doctor, "usable_cores", lambda: 0)
     wrong = {row.name for row in doctor.doctor() if not row.ok}
     assert {"memory", "cores"} <= wrong
@@ -60,7 +60,7 @@ def test_each_rank_takes_the_gpu_of_its_number(monkeypatch: pytest.MonkeyPatch, 
     monkeypatch.delenv("LOCAL_RANK", raising=False)
     if local is not None:
         monkeypatch.setenv("LOCAL_RANK", local)
-    assert doctor.device() == torch.device("cuda", index)
+    assert default_device() == torch.device("cuda", index)
     assert current == [index]
 
 
@@ -69,7 +69,7 @@ def test_a_rank_without_a_gpu_is_rejected(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setenv("LOCAL_RANK", "2")
     with pytest.raises(UserError, match=r"process 2 of this machine has no GPU .* --nproc-per-node 2\)"):
-        doctor.device()
+        default_device()
 
 
 @pytest.mark.parametrize(("others", "ok"), [(0.1, True), (1.0, False)])

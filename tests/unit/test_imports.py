@@ -18,19 +18,21 @@ BELOW = {
     "firth": ("openmp",),
     "openmp": (),
     "types": (),
+    "console": ("types",),
     "io": ("types",),
     "kernel_choice": ("types", "io"),
     "fields": ("types",),
+    "cli_options": ("fields",),
     "tokenizer": ("types", "io"),
     "corpora": ("types", "io", "tokenizer"),
-    "data": ("types", "io", "tokenizer", "corpora"),
+    "data": ("types", "io", "fields", "tokenizer", "corpora"),
     "model": ("types", "io", "kernel_choice", "fields"),
     "pretrained": ("types", "io", "tokenizer", "model"),
     "peft": ("types", "io", "model", "pretrained"),
     "objectives": ("types", "io", "kernel_choice", "fields", "tokenizer", "data", "model", "pretrained"),
     "training": ("types", "io", "kernel_choice", "fields", "data", "model", "peft", "objectives.objective"),
     "generate": ("types", "io", "kernel_choice", "fields", "tokenizer", "data", "model", "pretrained", "peft"),
-    "align": ("types", "io", "tokenizer", "data", "model", "objectives", "generate"),
+    "align": ("types", "io", "fields", "tokenizer", "data", "model", "objectives", "generate"),
     "evaluate": (
         "types",
         "io",
@@ -49,12 +51,14 @@ BELOW = {
 """Package -> what it may import besides itself and `firth.__version__`. The others are in ABOVE."""
 
 ABOVE = {
-    "runs": ("recipes", "compare", "demo", "cli", "api"),
-    "recipes": ("compare", "demo", "cli", "api"),
-    "compare": ("demo", "cli", "api"),
-    "demo": ("cli", "api"),
+    "runs": ("pipelines", "recipes", "compare", "demo", "pipeline_commands", "cli", "api"),
+    "pipelines": ("recipes", "compare", "demo", "pipeline_commands", "cli", "api"),
+    "recipes": ("compare", "demo", "pipeline_commands", "cli", "api"),
+    "compare": ("demo", "pipeline_commands", "cli", "api"),
+    "demo": ("pipeline_commands", "cli", "api"),
+    "pipeline_commands": ("cli", "api"),
     "cli": ("api",),
-    "api": ("recipes", "compare", "demo", "cli"),
+    "api": ("recipes", "compare", "demo", "pipeline_commands", "cli"),
 }
 """Packages that may import everything -> the packages that they may not."""
 

@@ -19,6 +19,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from firth.evaluate.metrics import squad
+from firth.evaluate.text_overlap import rouge_l, rouge_lsum, rouge_n
 from firth.types import UserError
 
 INVALID = "[invalid]"
@@ -65,12 +67,19 @@ def _regex(texts: Sequence[str], regex_pattern: str, group_select: int = 0, fall
     return found
 
 
+def _search(texts: Sequence[str], regex_pattern: str) -> list[str]:
+    """Replace each text by the first match of a regular expression, "" if there is none (`output_regex` of BIG-bench)."""
+    pattern = re.compile(regex_pattern)
+    return [found.group(0) if (found := pattern.search(text)) else "" for text in texts]
+
+
 def _map(texts: Sequence[str], mapping_dict: Mapping[str, str], default_value: str | None = None) -> list[str]:
     return [mapping_dict.get(text, text if default_value is None else default_value) for text in texts]
 
 
 FILTERS: dict[str, Callable[..., list[str]]] = {
     "regex": _regex,
+    "search": _search,
     "take_first": lambda texts: list(texts[:1]),
     "take_first_k": lambda texts, k: list(texts[:k]),
     "majority_vote": lambda texts: [Counter(texts).most_common(1)[0][0]],
@@ -130,3 +139,34 @@ def exact_match(
         return text.translate(str.maketrans("", "", dropped))
 
     return float(reduced(answer) == reduced(gold))
+
+
+def _numeric_match(answer: str, gold: str) -> float:
+    """Return 1.0 if an answer is a number within a tenth of the gold one, 0.0 otherwise."""
+    try:
+        found, wanted = float(answer), float(gold)
+    except ValueError:
+        return 0.0
+    return float(abs(found - wanted) <= 0.1 * (abs(wanted) or 1))
+
+
+def _sequence_match(answer: str, gold: str) -> float:
+    """Return the share of words that equal the gold word at their place, times 100 (BIG-bench's sequence_f1)."""
+    wanted = gold.split(" ")
+    found = [*answer.split(" "), *["O"] * len(wanted)]
+    return 100 * sum(a == b for a, b in zip(found, wanted, strict=False)) / len(wanted)
+
+
+TEXT_METRICS: dict[str, Callable[..., float]] = {
+    "exact_match": exact_match,
+    "f1": lambda answer, gold: squad([gold], answer)[1],
+    "exact_str_match": lambda answer, gold: float(answer == gold),
+    "case_insensitive_str_match": lambda answer, gold: float(answer.strip().lower() == gold.strip().lower()),
+    "numeric_match_with_0_1_relative_error": _numeric_match,
+    "sequence_f1": _sequence_match,
+    "rouge1": lambda answer, gold: 100 * rouge_n(answer, gold, 1),
+    "rouge2": lambda answer, gold: 100 * rouge_n(answer, gold, 2),
+    "rougeL": lambda answer, gold: 100 * rouge_l(answer, gold),
+    "rougeLsum": lambda answer, gold: 100 * rouge_lsum(answer, gold),
+}
+"""Metric -> value of an answer against a gold answer; of several gold answers the best counts."""

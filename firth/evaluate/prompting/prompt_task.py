@@ -8,7 +8,8 @@ A task asks each of its items one of four kinds of questions (`output_type`, the
     loglikelihood_rolling   log p of a whole text, for perplexity and bits per byte
 
 Replies may be followed by further requests: zero-shot chain of thought first generates a rationale, then asks for the answer
-after it. `PromptTask.ask` is therefore a generator of requests that receives the replies.
+after it. `PromptTask.ask` is therefore a generator of requests that receives the replies. Few-shot chain of thought shows
+examples with rationales and generates the answer of multiple_choice too, so that filters read it.
 """
 
 from __future__ import annotations
@@ -16,11 +17,12 @@ from __future__ import annotations
 import math
 from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Literal
 
-from firth.evaluate.metrics import squad
-from firth.evaluate.prompting.answers import FilterChain, apply_filters, exact_match
-from firth.evaluate.prompting.prompts import STEP_BY_STEP, THEREFORE, Item, choose_shots, fit, render, render_value
+from firth.evaluate.prompting.aggregates import Counts, class_counts, value_of
+from firth.evaluate.prompting.answers import TEXT_METRICS, FilterChain, apply_filters
+from firth.evaluate.prompting.prompts import STEP_BY_STEP, THEREFORE, ExamplePool, Item, fit, render, render_value
 from firth.evaluate.prompting.requests import (
     GenerateReply,
     GenerateRequest,
@@ -30,17 +32,22 @@ from firth.evaluate.prompting.requests import (
     ScoreReply,
     ScoreRequest,
 )
+from firth.evaluate.text_overlap import bleu_counts
 from firth.types import UserError
 
 OutputType = Literal["multiple_choice", "generate_until", "loglikelihood", "loglikelihood_rolling"]
 OUTPUT_TYPES = ("multiple_choice", "generate_until", "loglikelihood", "loglikelihood_rolling")
 METRICS: dict[str, tuple[str, ...]] = {
-    "multiple_choice": ("acc", "acc_norm", "multiple_choice_grade"),
-    "generate_until": ("exact_match", "f1"),
-    "loglikelihood": ("acc", "perplexity"),
+    "multiple_choice": ("acc", "acc_norm", "f1", "mcc", "macro_f1", "multiple_choice_grade"),
+    "generate_until": (*TEXT_METRICS, "bleu"),
+    "loglikelihood": ("acc", "perplexity", "log_likelihood"),
     "loglikelihood_rolling": ("word_perplexity", "byte_perplexity", "bits_per_byte"),
 }
 """Output type -> its metrics."""
+CLASS_METRICS = frozenset({"f1", "mcc", "macro_f1"})
+"""Metrics of multiple_choice over the classified items: F1 of the second choice, Matthews' correlation, the mean F1 of the choices."""
+RATIONALE_TOKENS = 256
+"""Fewest tokens of an answer that begins with a rationale."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +70,8 @@ class PromptConfig:
     Args:
         shots: Examples before the question; None for the task's own number.
         chat: Whether the prompt is a message of the model's chat template.
-        cot: Whether the model writes a rationale first: "" for no, "zero-shot" ("Let's think step by step.").
+        cot: Whether the model writes a rationale first: "" for no, "zero-shot" ("Let's think step by step."), "few-shot" (the
+            examples have rationales).
         votes: Sampled answers per item, of which the most frequent counts (self-consistency, Wang 2022); 1: greedy.
         temperature: Temperature of sampled answers.
         seed: Seed of examples and samples.
@@ -72,7 +80,7 @@ class PromptConfig:
 
     shots: int | None = None
     chat: bool = False
-    cot: Literal["", "zero-shot"] = ""
+    cot: Literal["", "zero-shot", "few-shot"] = ""
     votes: int = 1
     temperature: float = 0.7
     seed: int = 0
@@ -93,6 +101,7 @@ class ItemResult:
         metrics: Metric -> value of this item; with several filter chains "metric,chain".
         replies: Generated texts, or log p of each choice.
         weights: Metric -> weight of the item in the mean (words or bytes); 1 if absent.
+        counts: Metric that is no mean over items -> what the item adds to it; `metrics` has the value of the item alone.
     """
 
     location: str
@@ -104,6 +113,7 @@ class ItemResult:
     metrics: Mapping[str, float]
     replies: Sequence[Any]
     weights: Mapping[str, float] = field(default_factory=dict)
+    counts: Mapping[str, Counts] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, eq=False)
@@ -129,6 +139,9 @@ class PromptTask:
         stop: Strings that end an answer.
         max_new_tokens: Most tokens of an answer.
         scores: Field with a score of each choice (BIG-bench's `multiple_choice_grade`); "" for none.
+        example_answer: Template or field of the answer that an example shows; the gold answer if empty.
+        rationale: Template of what an example shows with few-shot chain of thought: a rationale that ends with the answer.
+        example_text: Examples that are written out, put before each question in place of `pool`.
     """
 
     name: str
@@ -149,6 +162,9 @@ class PromptTask:
     stop: tuple[str, ...] = ("\n\n",)
     max_new_tokens: int = 256
     scores: str = ""
+    example_answer: str = ""
+    rationale: str = ""
+    example_text: str = ""
 
     def choices_of(self, item: Item) -> list[str]:
         """Return the choices of an item; UserError with its location unless there are two or more different ones."""
@@ -201,22 +217,86 @@ class PromptTask:
         """
         if not self.items:
             raise UserError(f"{self.name}: there is no item")
-        if config.votes > 1 and self.output_type != "generate_until":
+        if config.votes > 1 and not self._generates(config):
             raise UserError(f"{self.name}: --votes samples generated answers, and this task scores {self.output_type}")
         if config.cot and self.output_type not in ("generate_until", "multiple_choice"):
             raise UserError(f"{self.name}: --cot needs answers, and this task scores {self.output_type}")
+        if config.cot == "few-shot":
+            self._check_rationales(config)
+        sizes = set()
         for item in self.selected(config):
+            _check_field(self.prompt, "doc_to_text", item)
             render(self.prompt, item)
+            if self.output_type == "multiple_choice":
+                sizes.add(len(self.choices_of(item)))
+            else:
+                _check_field(self.target, "doc_to_target", item)
             self.gold_of(item)
             if self.group and self.group not in item.fields:
                 raise UserError(f"{item.location}: there is no field {self.group!r}, which groups the items")
+        by_class = [metric.name for metric in self.metrics if metric.name in ("mcc", "macro_f1")]
+        if len(sizes) > 1 and by_class:
+            raise UserError(f"{self.name}: {by_class[0]} needs the same number of choices in every item")
+
+    def _check_rationales(self, config: PromptConfig) -> None:
+        """Check that examples with rationales are possible, and that the filters read the answer of the first one."""
+        if self.example_text:
+            return
+        if not self.rationale:
+            raise UserError(
+                f"{self.name}: --cot few-shot needs rationales, and the task names none: give their template in the task file "
+                "(doc_to_rationale: ...), or use --cot zero-shot"
+            )
+        if not self._shots(config):
+            raise UserError(f"{self.name}: --cot few-shot needs examples, and there are 0: give --shots")
+        item = next(iter(self.pool or self.items))
+        text = self.target_delimiter + render(self.rationale, item)
+        stop = next((one for one in self.stop if one and one in text), None)
+        if stop is not None:
+            raise UserError(f"{item.location}: the rationale contains {stop!r}, at which answers of {self.name} end")
+        if not any(self._is_right(answer, item) for answer in self._read([text]).values()):
+            found = " and ".join(map(repr, self._read([text]).values()))
+            raise UserError(
+                f"{item.location}: filter_list reads {found} from the rationale, and the answer is "
+                f"{self.target_text(item)!r}: let doc_to_rationale end with the answer as filter_list reads it"
+            )
+
+    def _is_right(self, answer: str, item: Item) -> bool:
+        """Return whether an answer that filters read is the gold answer."""
+        gold = self.gold_of(item)
+        if self.output_type == "multiple_choice":
+            return self._choice_index(answer, item) == gold
+        exact = [metric for metric in self.metrics if metric.name == "exact_match"]
+        return not exact or text_value(exact[0], answer, gold) == 1.0
+
+    def _generates(self, config: PromptConfig) -> bool:
+        """Return whether answers are generated and read by filters."""
+        return self.output_type == "generate_until" or (
+            self.output_type == "multiple_choice" and config.cot == "few-shot"
+        )
+
+    def _shots(self, config: PromptConfig) -> int:
+        """Return the number of examples before a question."""
+        return 0 if self.example_text else self.shots if config.shots is None else config.shots
 
     def selected(self, config: PromptConfig) -> Sequence[Item]:
         """Return the items that are evaluated."""
         return self.items if config.limit is None else self.items[: config.limit]
 
-    def _example(self, item: Item) -> str:
-        return render(self.prompt, item) + self.target_delimiter + self.target_text(item) + self.fewshot_delimiter
+    def _example(self, item: Item, cot: str) -> str:
+        template = self.rationale if cot == "few-shot" else self.example_answer
+        answer = render(template, item) if template else self.target_text(item)
+        return render(self.prompt, item) + self.target_delimiter + answer + self.fewshot_delimiter
+
+    @cached_property
+    def _pools(self) -> dict[str, ExamplePool]:
+        """Examples of each group, and of all under ""."""
+        pool = self.pool or self.items
+        members: dict[str, list[Item]] = {}
+        if self.group and self.pool:
+            for item in pool:
+                members.setdefault(str(item.fields.get(self.group)), []).append(item)
+        return {"": ExamplePool(pool)} | {group: ExamplePool(some) for group, some in members.items()}
 
     def build_prompt(self, item: Item, index: int, config: PromptConfig, model: Responder) -> tuple[str, int]:
         """Return the prompt of an item and the number of examples in it.
@@ -224,16 +304,18 @@ class PromptTask:
         Raises:
             UserError: The prompt is too long even without examples.
         """
-        count = self.shots if config.shots is None else config.shots
-        pool = list(self.pool or self.items)
-        if self.group and self.pool:  # examples of the item's own subject
-            pool = [one for one in pool if one.fields.get(self.group) == item.fields.get(self.group)] or pool
-        shots = choose_shots(pool, item, count, self.sampler, config.seed, index) if count else []
-        description = render(self.description, item) if self.description else ""
+        count = self._shots(config)
+        pool = self._pools[""]
+        own = str(item.fields.get(self.group)) if self.group else ""
+        if own and own in self._pools:  # examples of the item's own subject, as many as there are
+            pool = self._pools[own]
+            count = min(count, pool.others(item))
+        shots = pool.choose(item, count, self.sampler, config.seed, index) if count else []
+        description = (render(self.description, item) if self.description else "") + self.example_text
         question = render(self.prompt, item)
-        if config.cot and not config.chat:
+        if config.cot == "zero-shot" and not config.chat:
             question += self.target_delimiter + STEP_BY_STEP
-        room = self.max_new_tokens if self.output_type == "generate_until" or config.cot else 0
+        room = self._room(config) if self.output_type == "generate_until" or config.cot else 0
         if self.output_type == "multiple_choice":
             room += max(model.count_tokens(self.target_delimiter + choice) for choice in self.choices_of(item))
         if self.output_type == "loglikelihood":
@@ -243,7 +325,9 @@ class PromptTask:
         def count_tokens(text: str) -> int:
             return model.count_tokens(text, config.chat)
 
-        prompt, kept = fit([self._example(shot) for shot in shots], question, description, longest, count_tokens)
+        prompt, kept = fit(
+            [self._example(shot, config.cot) for shot in shots], question, description, longest, count_tokens
+        )
         length = count_tokens(prompt)
         if length > longest:
             raise UserError(
@@ -270,40 +354,44 @@ class PromptTask:
             assert isinstance(score, ScoreReply)
             return self._rolling(item, group, text, score)
         prompt, kept = self.build_prompt(item, index, config, model)
-        gold = self.gold_of(item)
+        gold, room = self.gold_of(item), self._room(config)
         chat, votes = config.chat, range(config.votes)
         heat = config.temperature if config.votes > 1 else 0.0
         lead = "" if chat else self.target_delimiter
         begun = [""]  # how the answer begins: a rationale
         rationales: list[str] = []
-        if config.cot:
+        if config.cot == "zero-shot":
             step = STEP_BY_STEP if chat else ""
             thoughts = yield [
-                GenerateRequest(prompt, self.stop, self.max_new_tokens, heat, 1.0, 1000 * config.seed + v, chat, step)
-                for v in votes
+                GenerateRequest(prompt, self.stop, room, heat, 1.0, 1000 * config.seed + v, chat, step) for v in votes
             ]
             rationales = [step + thought.text.rstrip() for thought in thoughts if isinstance(thought, GenerateReply)]
             begun, lead = [f"{text}\n{THEREFORE}" for text in rationales], " "
         starts = [(prompt, one) if chat else (prompt + one, "") for one in begun]
-        if self.output_type == "multiple_choice":
+        if not self._generates(config) and self.output_type == "multiple_choice":
             choices = self.choices_of(item)
             scores = yield [ScoreRequest(starts[0][0], lead + choice, chat, starts[0][1]) for choice in choices]
             found = [score for score in scores if isinstance(score, ScoreReply)]
             return self._choice(item, group, prompt, kept, gold, choices, found, rationales)
         if self.output_type == "loglikelihood":
-            (score,) = yield [ScoreRequest(prompt, gold[0], chat)]
-            assert isinstance(score, ScoreReply)
-            values = {"acc": float(score.greedy), "perplexity": score.logprob}
-            return ItemResult(item.location, group, prompt, kept, gold[0], {}, self._known(values), [score.logprob])
-        if config.cot:
-            replies = yield [GenerateRequest(p, self.stop, self.max_new_tokens, chat=chat, begun=b) for p, b in starts]
+            scores = yield [ScoreRequest(prompt, one, chat) for one in gold]
+            found = [score for score in scores if isinstance(score, ScoreReply)]
+            sums = [score.logprob for score in found]
+            total = max(sums) + math.log(sum(math.exp(one - max(sums)) for one in sums))
+            values = {"acc": float(found[0].greedy), "perplexity": sums[0], "log_likelihood": total}
+            return ItemResult(item.location, group, prompt, kept, gold[0], {}, self._known(values), sums)
+        if config.cot == "zero-shot":
+            replies = yield [GenerateRequest(p, self.stop, room, chat=chat, begun=b) for p, b in starts]
         else:
             replies = yield [
-                GenerateRequest(prompt, self.stop, self.max_new_tokens, heat, 1.0, 1000 * config.seed + v, chat)
-                for v in votes
+                GenerateRequest(prompt, self.stop, room, heat, 1.0, 1000 * config.seed + v, chat) for v in votes
             ]
         texts = [reply.text for reply in replies if isinstance(reply, GenerateReply)]
         return self._generated(item, group, prompt, kept, gold, texts, rationales)
+
+    def _room(self, config: PromptConfig) -> int:
+        """Return the most tokens of an answer."""
+        return max(self.max_new_tokens, RATIONALE_TOKENS) if config.cot == "few-shot" else self.max_new_tokens
 
     def _known(self, values: Mapping[str, float]) -> dict[str, float]:
         """Return the values of the task's metrics."""
@@ -316,14 +404,36 @@ class PromptTask:
         """Return the result of a multiple-choice item. The most likely choice must be the only one: a tie is wrong."""
         sums = [score.logprob for score in scores]
         norms = [total / max(1, len(choice)) for total, choice in zip(sums, choices, strict=True)]
-        values = {"acc": _wins(sums, gold), "acc_norm": _wins(norms, gold)}
-        best = max(range(len(sums)), key=sums.__getitem__)
-        if self.scores:
-            values["multiple_choice_grade"] = float(render_value(self.scores, item)[best])
-        replies = [*rationales, *sums]
+        best = max(range(len(sums)), key=lambda i: (sums[i], i != gold))
+        values, counts = self._graded(item, best, gold, len(choices))
+        values["acc_norm"] = _wins(norms, gold)
         return ItemResult(
-            item.location, group, prompt, kept, choices[gold], {"none": choices[best]}, self._known(values), replies
-        )
+            item.location, group, prompt, kept, choices[gold], {"none": choices[best]}, self._known(values),
+            [*rationales, *sums], counts=counts,
+        )  # fmt: skip
+
+    def _graded(self, item: Item, best: int, gold: int, size: int) -> tuple[dict[str, float], dict[str, Counts]]:
+        """Return the metrics of a chosen answer, and what it adds to those over classes; -1 is an answer that is no choice."""
+        right = float(best == gold)
+        values = {"acc": right} | dict.fromkeys(CLASS_METRICS, right)
+        if self.scores:
+            values["multiple_choice_grade"] = float(render_value(self.scores, item)[best]) if best >= 0 else 0.0
+        wanted = [metric.name for metric in self.metrics if metric.name in CLASS_METRICS]
+        other = best if best >= 0 else (gold + 1) % size
+        return values, {name: class_counts(name, gold, other, size) for name in wanted}
+
+    def _choice_index(self, answer: str, item: Item) -> int:
+        """Return the index of the choice that an answer names, or -1."""
+        choices = [choice.strip().casefold() for choice in self.choices_of(item)]
+        answer = answer.strip().casefold()
+        return choices.index(answer) if answer in choices else -1
+
+    def _read(self, texts: Sequence[str]) -> dict[str, str]:
+        """Return the answer that each filter chain reads; of several samples the most frequent."""
+        return {
+            chain.name: majority([one for text in texts for one in apply_filters(chain.filters, [text])[:1]])
+            for chain in self.filters or (FilterChain("none", ()),)
+        }
 
     def _rolling(self, item: Item, group: str, text: str, score: ScoreReply) -> ItemResult:
         words, size = max(1, len(text.split())), max(1, len(text.encode("utf-8", "surrogatepass")))
@@ -337,25 +447,47 @@ class PromptTask:
         return ItemResult(item.location, group, text, 0, "", {}, self._known(values), [score.logprob], weights)
 
     def _generated(
-        self, item: Item, group: str, prompt: str, kept: int, golds: Sequence[str], texts: Sequence[str],
+        self, item: Item, group: str, prompt: str, kept: int, gold: Any, texts: Sequence[str],
         rationales: Sequence[str],
     ) -> ItemResult:  # fmt: skip
-        """Return the result of a generated answer: each filter chain reads one; of several samples the most frequent."""
-        answers: dict[str, str] = {}
+        """Return the result of a generated answer, as each filter chain reads it."""
+        answers = self._read(texts)
         values: dict[str, float] = {}
-        chains = self.filters or (FilterChain("none", ()),)
-        for chain in chains:
-            read = [one for text in texts for one in apply_filters(chain.filters, [text])[:1]]
-            answers[chain.name] = answer = majority(read)
+        counts: dict[str, Counts] = {}
+        for chain, answer in answers.items():
+            end = "" if len(answers) == 1 else f",{chain}"
+            if self.output_type == "multiple_choice":
+                size = len(self.choices_of(item))
+                found, added = self._graded(item, self._choice_index(answer, item), gold, size)
+                values |= {name + end: value for name, value in self._known(found).items()}
+                counts |= {name + end: one for name, one in added.items()}
+                continue
             for metric in self.metrics:
-                name = metric.name if len(chains) == 1 else f"{metric.name},{chain.name}"
-                if metric.name == "exact_match":
-                    options = dict(metric.options)
-                    options["ignore"] = tuple(options.pop("regexes_to_ignore", None) or ())
-                    values[name] = max(exact_match(answer, gold, **options) for gold in golds)
-                elif metric.name == "f1":
-                    values[name] = squad(golds, answer)[1]
-        return ItemResult(item.location, group, prompt, kept, golds[0], answers, values, [*rationales, *texts])
+                if metric.name == "bleu":
+                    counts["bleu" + end] = Counts("bleu", bleu_counts(answer, gold))
+                    values["bleu" + end] = value_of([counts["bleu" + end]])
+                else:
+                    values[metric.name + end] = text_value(metric, answer, gold)
+        shown = self.target_text(item)
+        return ItemResult(
+            item.location, group, prompt, kept, shown, answers, values, [*rationales, *texts], counts=counts
+        )
+
+
+def _check_field(template: str, setting: str, item: Item) -> None:
+    """Raise a UserError if a template is one word that is no field of an item: it would be the same text for every item."""
+    if template.isidentifier() and template not in item.fields:
+        raise UserError(
+            f"{item.location}: {setting} is {template!r}, and the record has no such field: it has {', '.join(item.fields)}"
+        )
+
+
+def text_value(metric: MetricConfig, answer: str, golds: Sequence[str]) -> float:
+    """Return a metric of an answer against the gold answer that it fits best."""
+    options = dict(metric.options)
+    if metric.name == "exact_match":
+        options["ignore"] = tuple(options.pop("regexes_to_ignore", None) or ())
+    return max(TEXT_METRICS[metric.name](answer, gold, **options) for gold in golds)
 
 
 def majority(answers: Sequence[str]) -> str:

@@ -9,12 +9,13 @@ as lm-evaluation-harness builds it. Whole examples are dropped, the last first, 
 
 from __future__ import annotations
 
+import json
 import random
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
-from firth.tokenizer import template_process
+from firth.tokenizer import chat_template
 from firth.types import UserError
 
 STEP_BY_STEP = "Let's think step by step."
@@ -30,15 +31,17 @@ class Item:
     Args:
         fields: Its record.
         location: File and line, for error messages.
+        rendered: Filled templates, kept because an item is rendered for the check, as a question, and as an example.
     """
 
     fields: Mapping[str, Any]
     location: str
+    rendered: dict[tuple[str, bool], Any] = field(default_factory=dict, compare=False, repr=False)
 
 
 def check_template(template: str, location: str) -> None:
     """Raise a UserError with the location if a template is not valid Jinja."""
-    reply = template_process.send({"template": template, "fields": None, "value": False})
+    reply = chat_template.send({"template": template, "fields": None, "value": False})
     if reply is None or "error" in reply:
         why = "it takes too long" if reply is None else reply["error"]
         raise UserError(f"{location}: the template {template!r} cannot be used: {why}")
@@ -64,36 +67,72 @@ def _filled(template: str, item: Item, value: bool) -> Any:
         return item.fields[template]
     if "{" not in template:
         return template
-    reply = template_process.send({"template": template, "fields": dict(item.fields), "value": value})
+    if (template, value) in item.rendered:
+        return item.rendered[template, value]
+    reply = chat_template.send({"template": template, "fields": dict(item.fields), "value": value})
     if reply is None or "error" in reply:
         why = "it takes more time than any prompt" if reply is None else reply["error"]
         names = ", ".join(map(repr, item.fields))
         raise UserError(f"{item.location}: the template {template!r} fails: {why}; the fields are {names}")
+    item.rendered[template, value] = reply["value"]
     return reply["value"]
 
 
-def choose_shots(pool: Sequence[Item], item: Item, count: int, sampler: str, seed: int, index: int) -> list[Item]:
-    """Return examples for the prompt of an item, never the item itself or a copy of it.
+class ExamplePool:
+    """Items that examples are taken from.
 
     Args:
-        pool: Items that examples are taken from.
-        item: The question.
-        count: Number of examples.
-        sampler: "first_n" for the first ones, "random" for others for each item.
-        seed: Seed of the random choice.
-        index: Number of the item, part of the seed.
-
-    Raises:
-        UserError: The pool is too small.
+        items: The items.
     """
-    others = [one for one in pool if one is not item and one.fields != item.fields]
-    if len(others) < count:
-        raise UserError(
-            f"{item.location}: {count} examples are wanted and only {len(others)} others are there: lower --shots"
-        )
-    if sampler == "first_n":
-        return others[:count]
-    return random.Random(f"{seed}/{index}").sample(others, count)
+
+    def __init__(self, items: Sequence[Item]) -> None:
+        self.items = items
+        self._copies: dict[str, list[int]] = {}  # record -> its positions, ascending
+        for position, item in enumerate(items):
+            self._copies.setdefault(_record_key(item), []).append(position)
+
+    def others(self, item: Item) -> int:
+        """Return the number of items that are no copy of an item."""
+        return len(self.items) - len(self._copies.get(_record_key(item), ()))
+
+    def choose(self, item: Item, count: int, sampler: str, seed: int, index: int) -> list[Item]:
+        """Return examples for the prompt of an item, never the item itself or a copy of it.
+
+        Args:
+            item: The question.
+            count: Number of examples.
+            sampler: "first_n" for the first ones, "random" for others for each item.
+            seed: Seed of the random choice.
+            index: Number of the item, part of the seed.
+
+        Raises:
+            UserError: The pool is too small.
+        """
+        copies = self._copies.get(_record_key(item), [])
+        others = self.others(item)
+        if others < count:
+            raise UserError(
+                f"{item.location}: {count} examples are wanted and only {others} others are there: lower --shots"
+            )
+        order = range(count) if sampler == "first_n" else random.Random(f"{seed}/{index}").sample(range(others), count)
+        return [self.items[_skip(position, copies)] for position in order]
+
+
+def _record_key(item: Item) -> str:
+    return json.dumps(item.fields, sort_keys=True, default=str)
+
+
+def _skip(position: int, left_out: Sequence[int]) -> int:
+    """Return the `position`-th number of 0, 1, 2, ... without those that are left out, which ascend.
+
+    >>> [_skip(position, [1, 2]) for position in range(3)]
+    [0, 3, 4]
+    """
+    for one in left_out:
+        if one > position:
+            break
+        position += 1
+    return position
 
 
 def fit(

@@ -5,13 +5,18 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
-from firth.evaluate.prompting.prompt_task import PromptConfig
-from firth.evaluate.prompting.runner import MetricValue, TaskResult, paired_bootstrap
+from firth.evaluate.prompting.aggregates import Counts
+from firth.evaluate.prompting.comparison import compare
+from firth.evaluate.prompting.contamination import NGRAM_WORDS
+from firth.evaluate.prompting.prompt_task import ItemResult, PromptConfig
+from firth.evaluate.prompting.runner import MetricValue, TaskResult, task_result
 from firth.io.atomic import make_directory, write_text
+from firth.io.json_files import read_object, read_rows
+from firth.types import UserError
 
 
 def to_json(results: Sequence[TaskResult], config: PromptConfig) -> dict[str, Any]:
@@ -28,7 +33,23 @@ def to_json(results: Sequence[TaskResult], config: PromptConfig) -> dict[str, An
         },
         "n-shot": {result.task: result.shots for result in results},
         "n-samples": {result.task: {"effective": len(result.items)} for result in results},
-        "config": {"model": results[0].model if results else "", **asdict(config)},
+        "contamination": {
+            result.task: {
+                "runs": list(one.runs),
+                "ngram_words": NGRAM_WORDS,
+                "checked": one.checked,
+                "found": one.found,
+                "share": one.share if one.checked else None,
+                "clean": _metrics(result.clean),
+            }
+            for result in results
+            if (one := result.contamination) is not None
+        },
+        "config": {
+            "model": results[0].model if results else "",
+            "model_dtype": results[0].weights if results else "",
+            **asdict(config),
+        },
     }
 
 
@@ -50,9 +71,12 @@ def write_results(directory: Path, results: Sequence[TaskResult], config: Prompt
     make_directory(directory)
     write_text(directory / "results.json", json.dumps(to_json(results, config), indent=2, ensure_ascii=False) + "\n")
     for result in results:
-        lines = [json.dumps(asdict(item), ensure_ascii=False) for item in result.items]
-        name = "".join(c if c.isalnum() or c in "-_." else "_" for c in result.task)
-        write_text(directory / f"samples_{name}.jsonl", "\n".join(lines) + "\n")
+        known = result.contamination.items if result.contamination else [None] * len(result.items)
+        lines = [
+            json.dumps(asdict(item) | ({} if found is None else {"contaminated": found}), ensure_ascii=False)
+            for item, found in zip(result.items, known, strict=True)
+        ]
+        write_text(directory / samples_name(result.task), "\n".join(lines) + "\n")
 
 
 def table(results: Sequence[TaskResult]) -> list[str]:
@@ -76,23 +100,82 @@ def table(results: Sequence[TaskResult]) -> list[str]:
     ]
 
 
-def comparisons(by_model: Sequence[Sequence[TaskResult]]) -> list[str]:
-    """Return a sentence per task, metric and pair of models; "better" only where the 95% interval of the difference allows it.
+def contamination_lines(results: Sequence[TaskResult]) -> list[str]:
+    """Return a sentence per task on the items in training text, and one per model on the other items."""
+    lines = []
+    for task in dict.fromkeys(result.task for result in results):
+        searched = [result for result in results if result.task == task and result.contamination is not None]
+        for number, result in enumerate(searched):
+            one = result.contamination
+            assert one is not None
+            if not number:
+                short = len(one.items) - one.checked
+                lines.append(
+                    f"{task}: {one.found:,} of {one.checked:,} items ({one.share:.1%}) have {NGRAM_WORDS} consecutive words that are in "
+                    f"the training text of {', '.join(one.runs)}" + (f"; too short to tell: {short:,}" if short else "")
+                )
+            if one.found:
+                values = ", ".join(
+                    f"{name} {value.value:.4f}" + ("" if math.isnan(value.stderr) else f" ± {value.stderr:.4f}")
+                    for name, value in result.clean.items()
+                )
+                lines.append(f"{task}: {result.model} on the other {one.checked - one.found:,}: {values or 'no item'}")
+    return lines
+
+
+def comparisons(results: Sequence[TaskResult]) -> list[str]:
+    """Return a sentence per comparison of two models (`firth.evaluate.prompting.comparison.compare`)."""
+    return [str(one) for one in compare(results)]
+
+
+def read_results(directory: Path) -> list[tuple[TaskResult, dict[str, Any]]]:
+    """Read what `write_results` wrote, of one model or of several.
 
     Args:
-        by_model: The results of each model, the same tasks in the same order.
+        directory: The directory of results.json, or of model-1, model-2, ...
+
+    Returns:
+        The result of each task of each model, with "config" and, if items were searched in training text, its "share".
+
+    Raises:
+        UserError: There are no results, or a file is damaged.
     """
-    lines = []
-    for a in range(len(by_model)):
-        for b in range(a + 1, len(by_model)):
-            for first, second in zip(by_model[a], by_model[b], strict=True):
-                for name, value in first.metrics.items():
-                    if math.isnan(value.stderr) or name not in second.metrics:
-                        continue
-                    difference, low, high = paired_bootstrap(first, second, name)
-                    verdict = "is better than" if low > 0 else "is worse than" if high < 0 else "does not differ from"
-                    lines.append(
-                        f"{first.task}: {first.model} {verdict} {second.model} in {name} "
-                        f"(difference {difference:+.4f}, 95% interval {low:+.4f} to {high:+.4f}, {len(first.items):,} items)"
-                    )
-    return lines
+    if not (directory / "results.json").is_file():
+        below = sorted(directory.glob("model-*/results.json"), key=lambda file: (len(str(file)), file))
+        if not below:
+            raise UserError(
+                f"{directory}: there is no results.json: name a directory that `firth evaluate --out` wrote"
+            )
+        return [one for file in below for one in read_results(file.parent)]
+    cure = "evaluate again"
+    record = read_object(directory / "results.json", {"results": dict, "config": dict}, cure)
+    found = []
+    for task in record["results"]:
+        rows = read_rows(directory / samples_name(task), ITEM_FIELDS, cure)
+        if not rows:
+            raise UserError(f"{directory / samples_name(task)}: there is no item of {task}: {cure}")
+        items = [_item(row) for row in rows]
+        share = record.get("contamination", {}).get(task, {}).get("share")
+        found.append(
+            (task_result(task, str(record["config"].get("model")), items), record["config"] | {"share": share})
+        )
+    return found
+
+
+def _item(row: Mapping[str, Any]) -> ItemResult:
+    """Return the result of an item from its record."""
+    plain = {field.name: row[field.name] for field in fields(ItemResult) if field.name != "counts"}
+    counts = {name: Counts(one["kind"], tuple(one["values"])) for name, one in row["counts"].items()}
+    return ItemResult(**plain, counts=counts)
+
+
+ITEM_FIELDS = {
+    "location": str, "group": str, "prompt": str, "shots": int, "answers": dict, "metrics": dict, "replies": list, "weights": dict,
+    "counts": dict, "gold": object,
+}  # fmt: skip
+"""Fields of a record in samples_TASK.jsonl."""
+
+
+def samples_name(task: str) -> str:
+    """Return the name of the file with the items of a task."""
+    return f"samples_{''.join(c if c.isalnum() or c in '-_.' else '_' for c in task)}.jsonl"

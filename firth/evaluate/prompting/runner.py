@@ -12,17 +12,20 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Generator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
+from firth.evaluate.prompting.aggregates import jackknife_error, value_of
+from firth.evaluate.prompting.contamination import Contamination
 from firth.evaluate.prompting.prompt_task import ItemResult, PromptConfig, PromptTask
 from firth.evaluate.prompting.requests import Reply, ReplyCache, Request, Responder
 from firth.types import UserError
 
 PERPLEXITIES = {"perplexity": -1.0, "word_perplexity": 1.0, "byte_perplexity": 1.0}
 """Metric -> sign of its items' values under exp: `perplexity` is exp of minus the mean log p of the targets."""
-
+LOWER_IS_BETTER = frozenset({*PERPLEXITIES, "bits_per_byte"})
+"""Metrics of which lower is better."""
 
 PROGRESS_SECONDS = 5
 """Time between two reports of progress."""
@@ -55,6 +58,9 @@ class TaskResult:
         metrics: Metric -> value.
         groups: Group -> metric -> value; empty without groups.
         items: Result of each item.
+        contamination: Which items are in training text; None if it was not searched.
+        clean: Metric -> value over the items that were looked up and not found.
+        weights: Format of the model's weights; "" if unknown.
     """
 
     task: str
@@ -64,6 +70,9 @@ class TaskResult:
     metrics: Mapping[str, MetricValue]
     groups: Mapping[str, Mapping[str, MetricValue]]
     items: Sequence[ItemResult]
+    contamination: Contamination | None = None
+    clean: Mapping[str, MetricValue] = field(default_factory=dict)
+    weights: str = ""
 
 
 def run_tasks(
@@ -95,9 +104,14 @@ def run_tasks(
     for number, task in enumerate(tasks):
         for index, item in enumerate(task.selected(config)):
             asking = task.ask(item, index, config, model)
-            running.append((number, index, asking, next(asking)))
+            requests = next(asking)
+            try:
+                model.check(requests)
+            except UserError as error:
+                raise UserError(f"{item.location}: {error}") from error
+            running.append((number, index, asking, requests))
     while running:
-        replies = _replies([request for *_, requests in running for request in requests], model, cache, progress)
+        replies = ask_model([request for *_, requests in running for request in requests], model, cache, progress)
         following = []
         for number, index, asking, requests in running:
             try:
@@ -111,7 +125,7 @@ def run_tasks(
     ]
 
 
-def _replies(
+def ask_model(
     requests: Sequence[Request], model: Responder, cache: ReplyCache | None, progress: Callable[[int, int], None]
 ) -> dict[Request, Reply]:
     """Return the reply to each request: from the cache, or from the model, which gets equal requests once."""
@@ -138,18 +152,37 @@ def _replies(
 
 def summarize(task: PromptTask, model: str, config: PromptConfig, items: Sequence[ItemResult]) -> TaskResult:
     """Return the metrics of a task over its items and over each group."""
-    names = list(dict.fromkeys(name for item in items for name in item.metrics))
     wanted = task.shots if config.shots is None else config.shots
+    return task_result(task.name, model, items, sum(item.shots < wanted for item in items))
+
+
+def task_result(task: str, model: str, items: Sequence[ItemResult], dropped: int = 0) -> TaskResult:
+    """Return the metrics of items of a task, and over each group of items.
+
+    Args:
+        task: Name of the task.
+        model: Name of the model.
+        items: Result of each item.
+        dropped: Items whose prompt had fewer examples than wanted.
+    """
+    names = list(dict.fromkeys(name for item in items for name in item.metrics))
     by_group: dict[str, list[ItemResult]] = {}
-    if task.group:
-        for item in items:
+    for item in items:
+        if item.group:
             by_group.setdefault(item.group, []).append(item)
     return TaskResult(
-        task.name, model, max((item.shots for item in items), default=0), sum(item.shots < wanted for item in items),
+        task, model, max((item.shots for item in items), default=0), dropped,
         {name: metric_value(name, items) for name in names},
         {group: {name: metric_value(name, some) for name in names} for group, some in sorted(by_group.items())},
         items,
     )  # fmt: skip
+
+
+def with_contamination(result: TaskResult, contamination: Contamination) -> TaskResult:
+    """Return a copy with the items that are in training text, and the metrics over those that are not."""
+    clean = [item for item, found in zip(result.items, contamination.items, strict=True) if found is False]
+    values = {name: metric_value(name, clean) for name in result.metrics} if clean else {}
+    return replace(result, contamination=contamination, clean=values)
 
 
 def metric_value(name: str, items: Sequence[ItemResult]) -> MetricValue:
@@ -161,18 +194,22 @@ def metric_value(name: str, items: Sequence[ItemResult]) -> MetricValue:
     if base in PERPLEXITIES:
         return MetricValue(math.exp(min(700.0, PERPLEXITIES[base] * mean)), math.nan)
     groups = [item.group for item in items]
+    if all(name in item.counts for item in items):
+        counts = [item.counts[name] for item in items]
+        return MetricValue(value_of(counts), jackknife_error(counts, groups))
     macro = math.nan
     if any(groups):
         macro = float(np.mean([values[[g == one for g in groups]].mean() for one in sorted(set(groups))]))
-    return MetricValue(mean, standard_error(values, groups), macro)
+    return MetricValue(mean, standard_error(values, groups, weights), macro)
 
 
-def standard_error(values: np.ndarray, groups: Sequence[str]) -> float:
+def standard_error(values: np.ndarray, groups: Sequence[str], weights: np.ndarray | None = None) -> float:
     """Return the standard error of a mean, clustered by group where there is more than one (Miller 2024, section 2.2).
 
     Args:
         values: Value of each item, (n,).
         groups: Group of each item.
+        weights: Weight of each item (bytes or words); the error is that of a ratio of means (delta method). None for equal ones.
 
     >>> round(standard_error(np.array([1.0, 0.0, 1.0, 1.0]), ["", "", "", ""]), 3)
     0.25
@@ -182,38 +219,12 @@ def standard_error(values: np.ndarray, groups: Sequence[str]) -> float:
     n = len(values)
     if n < 2:
         return math.nan
-    residuals = values - values.mean()
+    share = np.ones(n) if weights is None else weights / weights.mean()
+    residuals = share * (values - np.average(values, weights=share))
     names = sorted(set(groups))
     if len(names) < 2:
-        return float(values.std(ddof=1) / math.sqrt(n))
+        return float(np.sqrt((residuals**2).sum() / (n - 1) / n))
     index = np.array([names.index(group) for group in groups])
     sums = np.bincount(index, residuals)
     count = len(names)
     return float(np.sqrt((sums**2).sum() * count / (count - 1)) / n)
-
-
-def paired_bootstrap(
-    first: TaskResult, second: TaskResult, name: str, draws: int = 2000, seed: int = 0
-) -> tuple[float, float, float]:
-    """Return the difference of a metric between two models on the same items, and its 95% paired bootstrap interval.
-
-    Items are resampled by group where there are groups.
-
-    Raises:
-        UserError: The results are of different items.
-    """
-    if [item.location for item in first.items] != [item.location for item in second.items]:
-        raise UserError(f"{first.model} and {second.model} were not evaluated on the same items of {first.task}")
-    differences = np.array(
-        [a.metrics[name] - b.metrics[name] for a, b in zip(first.items, second.items, strict=True)], np.float64
-    )
-    groups = [item.group for item in first.items]
-    names = sorted(set(groups))
-    clusters = [np.flatnonzero([g == one for g in groups]) for one in names] if len(names) > 1 else None
-    sums = np.array([differences[c].sum() for c in clusters]) if clusters else differences
-    sizes = np.array([len(c) for c in clusters], np.float64) if clusters else np.ones(len(differences))
-    rng = np.random.default_rng(seed)
-    picks = rng.integers(len(sums), size=(draws, len(sums)))
-    means = sums[picks].sum(1) / sizes[picks].sum(1)
-    low, high = np.quantile(means, [0.025, 0.975])
-    return float(differences.mean()), float(low), float(high)

@@ -1,4 +1,4 @@
-"""Read tasks from files: YAML with the fields of lm-evaluation-harness, and BIG-bench's task.json.
+"""Read tasks from files: YAML with the fields of lm-evaluation-harness, BIG-bench's task.json, and natural instructions.
 
 A task of one's own is a YAML file of ten lines:
 
@@ -12,14 +12,18 @@ A task of one's own is a YAML file of ten lines:
     metric_list: [{metric: exact_match, ignore_case: true}]
 
 Public task files of lm-evaluation-harness are read as they are where they hold no Python; their `dataset_path` names a hub,
-which nothing here calls, so the records are given on the command line (`--data`, `--examples`).
+which nothing here calls, so the records are given on the command line (`--data`, `--examples`). Four fields are firth's own:
+
+    doc_to_rationale: "{{rationale}} The answer is {{answer}}."     what examples show with --cot few-shot
+    rename_fields: {"#1 String": sentence1}                         fields of a record under other names
+    column_names: [source, label, mark, sentence]                   columns of a table without a header
+    missing_labels: ["-"]                                           records with these gold answers are left out
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +31,10 @@ import yaml
 
 from firth.corpora.readers import nearest, records
 from firth.evaluate.prompting.answers import Filter, FilterChain, check_filter
-from firth.evaluate.prompting.prompt_task import METRICS, OUTPUT_TYPES, MetricConfig, OutputType, PromptTask
-from firth.evaluate.prompting.prompts import Item, check_template
+from firth.evaluate.prompting.bigbench import read_bigbench
+from firth.evaluate.prompting.natural_instructions import NAME, read_natural_instructions
+from firth.evaluate.prompting.prompt_task import METRICS, OUTPUT_TYPES, MetricConfig, PromptTask
+from firth.evaluate.prompting.prompts import Item, check_template, render_value
 from firth.io.yaml_files import read_yaml
 from firth.types import UserError
 
@@ -37,7 +43,7 @@ BUILTIN = Path(__file__).with_name("tasks")
 READ_FIELDS = frozenset({
     "task", "include", "data", "examples", "output_type", "doc_to_text", "doc_to_target", "doc_to_choice", "description",
     "target_delimiter", "fewshot_delimiter", "num_fewshot", "fewshot_config", "generation_kwargs", "filter_list",
-    "metric_list", "repeats", "group_by",
+    "metric_list", "repeats", "group_by", "doc_to_rationale", "rename_fields", "column_names", "missing_labels",
 })  # fmt: skip
 """Fields of a task file that are used."""
 IGNORED_FIELDS = frozenset({
@@ -45,22 +51,25 @@ IGNORED_FIELDS = frozenset({
     "test_split", "fewshot_split", "metadata", "should_decontaminate", "doc_to_decontamination_query",
 })  # fmt: skip
 """Fields of lm-evaluation-harness that say where its data comes from, or serve its lists; they are skipped."""
+DEFAULT_METRICS = frozenset({"acc", "acc_norm", "exact_match", "f1", "perplexity", *METRICS["loglikelihood_rolling"]})
+"""Metrics of a task that names none."""
 PYTHON_FIELDS = frozenset({"process_docs", "process_results", "custom_dataset", "use_prompt", "unsafe_code", "class"})
 """Fields of lm-evaluation-harness that run Python or fetch templates; a task with one is refused."""
 
 
 def builtin_names() -> list[str]:
     """Return the names of the tasks that firth ships."""
-    return sorted(path.stem for path in BUILTIN.glob("*.yaml"))
+    return sorted([NAME, *(path.stem for path in BUILTIN.glob("*.yaml"))])
 
 
-def load_task(name: str, data: Sequence[str] = (), examples: Sequence[str] = ()) -> PromptTask:
-    """Load a task.
+def load_tasks(name: str, data: Sequence[str] = (), examples: Sequence[str] = ()) -> list[PromptTask]:
+    """Load the task of a name, or the tasks of a task.json of BIG-bench.
 
     Args:
         name: Name of a shipped task, a YAML file, or a task.json of BIG-bench or its directory.
         data: Files of the questions; by default those that the task file names.
-        examples: Files of the records that examples in prompts are taken from.
+        examples: Files of the records that examples in prompts are taken from; or one text file (.txt), which is put before
+            each question as it is.
 
     Raises:
         UserError: There is no such task, a field is wrong, or there is no data.
@@ -68,7 +77,14 @@ def load_task(name: str, data: Sequence[str] = (), examples: Sequence[str] = ())
     path = Path(name)
     if path.is_dir() and (path / "task.json").is_file():
         path = path / "task.json"
-    if path.suffix == ".json" and path.is_file():
+    own_examples = name == NAME or (path.suffix == ".json" and path.is_file())
+    if own_examples and examples:
+        raise UserError(f"{name}: this task has its own examples: leave out --examples")
+    if name == NAME:
+        return [read_natural_instructions(data)]
+    if own_examples:
+        if data:
+            raise UserError(f"{name}: this task has its own questions: leave out --data")
         return read_bigbench(path)
     if not path.is_file():
         path = BUILTIN / f"{name}.yaml"
@@ -76,7 +92,7 @@ def load_task(name: str, data: Sequence[str] = (), examples: Sequence[str] = ())
         raise UserError(
             f"there is no task {name!r}: give a YAML file, a task.json of BIG-bench, or one of {', '.join(builtin_names())}"
         )
-    return read_task(path, data, examples)
+    return [read_task(path, data, examples)]
 
 
 def is_prompt_task(name: str) -> bool:
@@ -91,7 +107,7 @@ def is_prompt_task(name: str) -> bool:
 
 
 def read_task(path: Path, data: Sequence[str] = (), examples: Sequence[str] = ()) -> PromptTask:
-    """Read a task from a YAML file; see `load_task`."""
+    """Read a task from a YAML file; see `load_tasks`."""
     settings, lines = _settings(path)
 
     def at(field: str) -> str:
@@ -117,7 +133,7 @@ def read_task(path: Path, data: Sequence[str] = (), examples: Sequence[str] = ()
         raise UserError(f"{at('doc_to_choice')}: doc_to_choice must be a list or a template")
     if output_type == "multiple_choice" and (not choices or (isinstance(choices, tuple) and len(choices) < 2)):
         raise UserError(f"{at('doc_to_choice')}: a multiple_choice task needs doc_to_choice with two choices or more")
-    for field in ("doc_to_text", "doc_to_target", "description", "doc_to_choice"):
+    for field in ("doc_to_text", "doc_to_target", "description", "doc_to_choice", "doc_to_rationale"):
         for template in [settings.get(field)] if isinstance(settings.get(field), str) else settings.get(field) or ():
             if isinstance(template, str):
                 check_template(template, at(field))
@@ -136,16 +152,30 @@ def read_task(path: Path, data: Sequence[str] = (), examples: Sequence[str] = ()
     samples = fewshot.get("samples")
     if isinstance(samples, str):
         raise UserError(f"{at('fewshot_config')}: samples must be a list of records here; Python is not run")
-    pool = [Item(one, f"{at('fewshot_config')}, example {i}") for i, one in enumerate(samples or (), 1)] or list(
-        _items(pool_paths)
-    )
+    names = _mapping(settings.get("rename_fields"), at("rename_fields"))
+    columns = [str(one) for one in settings.get("column_names") or ()]
+    missing = [str(one) for one in settings.get("missing_labels") or ()]
+    target = text("doc_to_target", "")
+
+    def read(paths: Sequence[str]) -> list[Item]:
+        found = [_renamed(item, names) for item in _items(paths, columns)]
+        return [one for one in found if str(render_value(target, one)) not in missing] if missing else found
+
+    written = [one for one in pool_paths if one.endswith(".txt")]
+    if written and len(pool_paths) > 1:
+        raise UserError(
+            f"{written[0]}: a text file of examples is put before each question: give no other file of examples"
+        )
+    pool = [Item(one, f"{at('fewshot_config')}, example {i}") for i, one in enumerate(samples or (), 1)]
     return PromptTask(
         name=text("task", path.stem),
-        items=list(_items(item_paths)),
-        pool=pool,
+        items=read(item_paths),
+        pool=pool if pool or written else read(pool_paths),
+        example_text=_example_text(Path(written[0]), delimiter) if written else "",
+        rationale=text("doc_to_rationale", ""),
         output_type=output_type,  # type: ignore[arg-type]
         prompt=text("doc_to_text", ""),
-        target=text("doc_to_target", ""),
+        target=target,
         choices=choices,
         description=text("description", ""),
         target_delimiter=text("target_delimiter", " "),
@@ -212,9 +242,48 @@ def _paths(value: Any, path: Path, location: str) -> list[str]:
     return [str(path.parent / name) for name in names]
 
 
-def _items(paths: Sequence[str]) -> Iterator[Item]:
-    for location, record in records(paths) if paths else ():
+def _items(paths: Sequence[str], columns: Sequence[str]) -> Iterator[Item]:
+    """Yield the records of files; a .json file may also be an object with a list of `examples`, as of BIG-Bench Hard."""
+    listed = {path: found for path in paths if (found := _listed_examples(Path(path))) is not None}
+    for path, found in listed.items():
+        for number, record in enumerate(found, 1):
+            if not isinstance(record, dict):
+                raise UserError(f"{path}: example {number}: this is no record with fields: {str(record)[:60]!r}")
+            yield Item(record, f"{path}: example {number}")
+    rest = [path for path in paths if path not in listed]
+    for location, record in records(rest, columns=columns) if rest else ():
         yield Item(record, location)
+
+
+def _listed_examples(path: Path) -> list[Any] | None:
+    """Return the list `examples` of a JSON object, or None if the file is another one."""
+    if path.suffix != ".json" or not path.is_file():
+        return None
+    try:
+        found = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError):
+        return None
+    inner = found.get("examples") if isinstance(found, dict) else None
+    return inner if isinstance(inner, list) else None
+
+
+def _renamed(item: Item, names: Mapping[str, Any]) -> Item:
+    """Return an item with some fields under other names, where it has none of that name."""
+    added = {str(new): item.fields[old] for old, new in names.items() if old in item.fields and new not in item.fields}
+    return Item({**item.fields, **added}, item.location) if added else item
+
+
+def _example_text(path: Path, delimiter: str) -> str:
+    """Return a file of written examples, without the lines up to "-----" that BIG-Bench Hard has at the top of its prompts."""
+    try:
+        text = path.read_text("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: this file of examples cannot be read: {error}") from error
+    head, rule, rest = text.partition("\n-----\n")
+    text = (rest if rule and "canary" in head.lower() else text).strip()
+    if not text:
+        raise UserError(f"{path}: this file of examples is empty")
+    return text + delimiter
 
 
 def _filters(value: Any, location: str) -> tuple[FilterChain, ...]:
@@ -233,7 +302,7 @@ def _filters(value: Any, location: str) -> tuple[FilterChain, ...]:
 def _metrics(value: Any, output_type: str, location: str) -> tuple[MetricConfig, ...]:
     known = METRICS[output_type]
     if not value:
-        return tuple(MetricConfig(name) for name in known if name != "multiple_choice_grade")
+        return tuple(MetricConfig(name) for name in known if name in DEFAULT_METRICS)
     metrics = []
     for one in [value] if isinstance(value, dict) else value:
         options = dict(one) if isinstance(one, dict) else {"metric": one}
@@ -247,60 +316,3 @@ def _metrics(value: Any, output_type: str, location: str) -> tuple[MetricConfig,
             raise UserError(f"{location}: the metric {name} has no option {sorted(unknown)[0]!r}")
         metrics.append(MetricConfig(str(name), options))
     return tuple(metrics)
-
-
-def read_bigbench(path: Path) -> PromptTask:
-    """Read a task of BIG-bench from its task.json (Srivastava 2022, docs/doc.md of its repository).
-
-    Multiple choice where the examples have `target_scores`, generation otherwise. Choices are listed in the prompt in their
-    order in the file (`append_choices_to_input`); BIG-bench shuffles them.
-
-    Raises:
-        UserError: The file is not such a task.
-    """
-    try:
-        task = json.loads(path.read_text("utf-8"))
-        examples = task["examples"]
-        if not isinstance(examples, list):
-            raise TypeError("examples is not a list")
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(
-            f"{path}: this is not a task.json of BIG-bench, which has a list of examples: {error}"
-        ) from error
-    input_prefix, output_prefix = task.get("example_input_prefix", "\nQ: "), task.get("example_output_prefix", "\nA: ")
-    choice_prefix, listed = task.get("choice_prefix", "\n  choice: "), task.get("append_choices_to_input", True)
-    items = []
-    for number, one in enumerate(examples, 1):
-        location = f"{path}: example {number}"
-        if not isinstance(one, dict) or "input" not in one or not ("target" in one or "target_scores" in one):
-            raise UserError(f"{location}: an example has the fields input, and target or target_scores")
-        scores: dict[str, Any] = one.get("target_scores") or {}
-        choices = list(scores)
-        shown = "".join(choice_prefix + choice for choice in choices) if listed and choices else ""
-        target = one.get("target")
-        fields: dict[str, Any] = {"input": f"{input_prefix}{one['input']}{shown}{output_prefix}"}
-        if choices:
-            values = [float(scores[choice]) for choice in choices]
-            fields |= {"choices": choices, "scores": values, "target": values.index(max(values))}
-        else:
-            fields["target"] = target if isinstance(target, list) else [target]
-        items.append(Item(fields, location))
-    if not items:
-        raise UserError(f"{path}: this task has no examples in its file")
-    kind: OutputType = "multiple_choice" if "choices" in items[0].fields else "generate_until"
-    if any(("choices" in item.fields) != ("choices" in items[0].fields) for item in items):
-        raise UserError(f"{path}: some examples have target_scores and others do not")
-    base = PromptTask(
-        name=str(task.get("name", path.parent.name)), items=items, output_type=kind, prompt="input", target="target",
-        description=task.get("task_prefix", "").replace("{", "{{ '{' }}"), target_delimiter="",
-        fewshot_delimiter=task.get("few_shot_example_separator", "\n"),
-    )  # fmt: skip
-    if kind == "multiple_choice":
-        names = ("multiple_choice_grade", "acc", "acc_norm")
-        return replace(base, choices="choices", scores="scores", metrics=tuple(MetricConfig(name) for name in names))
-    chains: tuple[FilterChain, ...] = (FilterChain("none", (Filter("remove_whitespace"),)),)
-    if pattern := task.get("output_regex"):
-        steps = (Filter("regex", {"regex_pattern": pattern}), Filter("remove_whitespace"))
-        chains = (FilterChain("none", tuple(check_filter(step, str(path)) for step in steps)),)
-    stop = (task["stop_string"],) if task.get("stop_string") else (base.fewshot_delimiter + input_prefix, "\n")
-    return replace(base, filters=chains, metrics=(MetricConfig("exact_match"), MetricConfig("f1")), stop=stop)

@@ -1,14 +1,20 @@
 """Preferences: how often a reward model scores the chosen answer above the rejected one; a tie is wrong.
 
-Dialogues are read and encoded as in training (`firth.data.records.PreferenceRecords`), up to the last token of the answer.
+The calibration error compares sigma(difference of the rewards), the probability that the higher reward is the better answer
+(Bradley & Terry 1952), with how often it is.
+
+Dialogues are read and encoded as in training (`firth.data.dialogues.PreferencesConfig`), up to the last token of the answer.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
+import numpy as np
+
 from firth.data.collate import collate
-from firth.data.records import PreferenceRecords
+from firth.data.dialogues import PreferencesConfig
+from firth.data.records import Records
 from firth.evaluate import metrics
 from firth.evaluate.perplexity import groups
 from firth.evaluate.task import Answers, EvaluatedModel, Progress, Task, most_likely
@@ -19,17 +25,17 @@ from firth.types import Example, UserError
 SIDES = ("chosen", "rejected")
 
 
-def load(evaluated: EvaluatedModel, paths: Sequence[str]) -> PreferenceRecords:
+def load(evaluated: EvaluatedModel, paths: Sequence[str]) -> Records:
     """Load the preference pairs whose two answers both fit into a row."""
     if "reward" not in evaluated.model.heads:
         raise UserError(
             f"{evaluated.directory}: this model has no reward head: train one with `firth train reward_model`"
         )
-    return PreferenceRecords(paths, evaluated.tokenizer, evaluated.context)
+    return evaluated.records(PreferencesConfig, paths)
 
 
-def respond(evaluated: EvaluatedModel, items: PreferenceRecords, progress: Progress) -> Answers:
-    """Return "chosen" and the side with the higher reward of each pair, "" for a tie."""
+def respond(evaluated: EvaluatedModel, items: Records, progress: Progress) -> Answers:
+    """Return "chosen", the side with the higher reward of each pair ("" for a tie), and the probability of that side."""
 
     def build_examples() -> Iterator[Example]:
         for i in range(len(items)):
@@ -44,7 +50,18 @@ def respond(evaluated: EvaluatedModel, items: PreferenceRecords, progress: Progr
             scores += rewards(evaluated.model, evaluated.model(batch), batch).tolist()
             progress(len(scores) / (2 * len(items)))
     preferred = [most_likely(SIDES, pair) for pair in zip(scores[::2], scores[1::2], strict=True)]
-    return ["chosen"] * len(preferred), preferred
+    margins = np.abs(np.subtract(scores[::2], scores[1::2]))
+    return ["chosen"] * len(preferred), preferred, (1 / (1 + np.exp(-margins))).tolist()
 
 
-PREFERENCES = Task("preferences", load, respond, {"accuracy": metrics.accuracy})
+PREFERENCES = Task(
+    "preferences",
+    load,
+    respond,
+    {
+        "accuracy": lambda gold, preferred, _: metrics.accuracy(gold, preferred),
+        "calibration_error": lambda gold, preferred, p: metrics.calibration_error(
+            p, np.asarray(gold) == np.asarray(preferred)
+        ),
+    },
+)

@@ -4,40 +4,23 @@ from __future__ import annotations
 
 import functools
 import os
+from collections.abc import Iterator
 
 from firth.io import user_code
 from firth.model.config import ModelConfig
-from firth.pretrained.families import (
-    albert,
-    bart,
-    bert,
-    distilbert,
-    electra,
-    gpt,
-    gpt2,
-    llama,
-    marian,
-    mistral,
-    modernbert,
-    mpnet,
-    nanochat,
-    qwen,
-    roberta,
-    t5,
-    xlnet,
-)
+from firth.pretrained.families import bart, bert, gpt2, llama, modernbert, mpnet, nanochat, t5, xlnet
 from firth.pretrained.families.family import Family
 from firth.types import UserError
 
 FAMILIES: dict[str, Family] = {
     family.name: family
     for family in (
-        roberta.FAMILY, roberta.XLM, bert.FAMILY, distilbert.FAMILY, albert.FAMILY, electra.FAMILY, gpt.FAMILY,
-        gpt2.FAMILY, llama.FAMILY, mistral.FAMILY, qwen.QWEN2, qwen.QWEN3, t5.FAMILY, t5.MT5, bart.FAMILY,
-        nanochat.FAMILY, modernbert.FAMILY, xlnet.FAMILY, mpnet.FAMILY, marian.FAMILY,
+        nanochat.FAMILY, gpt2.GPT, gpt2.FAMILY, llama.FAMILY, llama.MISTRAL, llama.QWEN2, llama.QWEN3,
+        bert.ROBERTA, bert.XLM_ROBERTA, bert.FAMILY, bert.DISTILBERT, bert.ALBERT, bert.ELECTRA, modernbert.FAMILY,
+        xlnet.FAMILY, mpnet.FAMILY, t5.FAMILY, t5.MT5, bart.FAMILY, bart.MARIAN,
     )
 }  # fmt: skip
-"""`model_type` in config.json -> family."""
+"""`model_type` in config.json -> family. Of families that support the same config, an export takes the first."""
 
 
 def find(name: str) -> Family | None:
@@ -50,15 +33,15 @@ def names() -> list[str]:
     return [*FAMILIES, *_user_families(os.environ.get(USER_FAMILIES, ""))]
 
 
-def families_of(config: ModelConfig) -> list[Family]:
-    """Return the families that support a config exactly, the user's first; there may be several, such as BERT and ELECTRA."""
+def families_of(config: ModelConfig) -> Iterator[Family]:
+    """Yield the families that support a config exactly, the user's first; there may be several, such as BERT and ELECTRA."""
     known = [*_user_families(os.environ.get(USER_FAMILIES, "")).values(), *FAMILIES.values()]
-    return [family for family in known if family.supports(config)]
+    return (family for family in known if family.supports(config))
 
 
 def family_of(config: ModelConfig) -> Family | None:
     """Return the first family that supports a config, or None."""
-    return next(iter(families_of(config)), None)
+    return next(families_of(config), None)
 
 
 USER_FAMILIES = "FIRTH_FAMILIES"

@@ -1,10 +1,19 @@
-"""BART (Lewis 2019): a post-norm encoder-decoder with learned positions, GELU and one tied embedding table.
+"""BART, and Marian, which has its blocks.
+
+BART (Lewis 2019): a post-norm encoder-decoder with learned positions, GELU and one tied embedding table.
 
 The first two rows of its position tables are unused (an offset left over from padding), and its decoder starts with the
 end-of-text token. The bias of its logits is a constant buffer in transformers and a parameter here.
 
 For tasks the decoder reads the whole input again: the head `classes` reads the last end-of-text token, the head `span`
 reads every position.
+
+Marian (Junczys-Dowmunt 2018; the OPUS-MT translators): Vaswani's Transformer, a post-norm encoder-decoder. BART's blocks
+with sinusoidal positions (not stored in files) in place of learned ones, and embeddings without a norm that are scaled by
+sqrt(hidden_size). Encoder, decoder and LM head share one table; the decoder starts with the padding token. The bias of its
+logits is a constant buffer in transformers and a parameter here.
+
+Only the weights are read: OPUS-MT's tokenizers are two SentencePiece files with a vocabulary, without a tokenizer.json.
 """
 
 from __future__ import annotations
@@ -13,7 +22,14 @@ from typing import Any
 
 from firth.model.config import EncoderConfig, LMHeadConfig, ModelConfig, NormConfig
 from firth.pretrained.families import bert
-from firth.pretrained.families.family import Family, HeadSpec, WeightMapping, activation, module_mappings
+from firth.pretrained.families.family import (
+    Family,
+    HeadSpec,
+    WeightMapping,
+    activation,
+    check_supported,
+    module_mappings,
+)
 from firth.types import UserError
 
 ACTIVATIONS = {"gelu": "gelu", "gelu_new": "gelu_tanh", "relu": "relu", "silu": "silu"}
@@ -90,4 +106,53 @@ FAMILY = Family(
                {"0": "classification_head.dense", "2": "classification_head.out_proj"}),
         HeadSpec("BartForQuestionAnswering", "span", bert.linear_head, {"": "qa_outputs"}, num_outputs=2),
     ),
+)  # fmt: skip
+
+
+MARIAN_ACTIVATIONS = {"swish": "silu", "silu": "silu", "gelu": "gelu", "gelu_new": "gelu_tanh", "relu": "relu"}
+MARIAN_SUPPORTED = {
+    "share_encoder_decoder_embeddings": True, "tie_word_embeddings": True, "normalize_before": False,
+    "normalize_embedding": False, "add_final_layer_norm": False, "static_position_embeddings": True,
+}  # fmt: skip
+
+
+def marian_to_hf_config(config: ModelConfig) -> dict[str, Any]:
+    own = {
+        "scale_embedding": config.embedding.scale != 1,
+        "decoder_vocab_size": config.vocab_size,
+        "forced_eos_token_id": None,
+    }
+    return to_hf_config(config) | own | MARIAN_SUPPORTED
+
+
+def marian_to_config(hf: dict[str, Any]) -> ModelConfig:
+    check_supported(hf, MARIAN_SUPPORTED)
+    vocab, width = hf["vocab_size"], hf["d_model"]
+    if (hf.get("decoder_vocab_size") or vocab) != vocab:
+        raise UserError("config.json has a different vocabulary in its decoder; firth supports a shared one only")
+    act = activation(hf.get("activation_function", "gelu"), MARIAN_ACTIVATIONS, "activation_function")
+    scaled = hf.get("scale_embedding", False)
+    body = to_config(hf | {"scale_embedding": False, "activation_function": "gelu"})
+    return body.with_fields(
+        {
+            "position.type": "marian",
+            "norm.embedding": False,
+            "activation": act,
+            "encoder.decoder_start_token": "pad",
+            "embedding.scale": width**0.5 if scaled else 1.0,
+        }
+    )
+
+
+def marian_weight_mappings(config: ModelConfig, head: bool) -> list[WeightMapping]:
+    return [entry for entry in weight_mappings(config, head) if not entry.hf_name.endswith(MARIAN_ABSENT)]
+
+
+MARIAN_ABSENT = ("embed_positions.weight", "layernorm_embedding.weight", "layernorm_embedding.bias")
+"""BART's tensors that Marian lacks or computes."""
+
+MARIAN = Family(
+    "marian", ("MarianMTModel", "MarianModel"), marian_to_hf_config, marian_to_config, marian_weight_mappings, "model.",
+    ignored_names=r"embed_tokens\.weight$|embed_positions\.weight$|\.version$", tied_names=r"^lm_head\.weight$",
+    unused_heads=r"^final_logits_bias$",
 )  # fmt: skip

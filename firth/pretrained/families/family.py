@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from firth.model.config import ModelConfig, RopeConfig
-from firth.model.empty_weights import init_empty_weights
+from firth.model.init import init_empty_weights
 from firth.types import UserError
 
 

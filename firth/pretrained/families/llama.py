@@ -1,11 +1,21 @@
-"""Llama (Touvron 2023): RMSNorm, rotary positions, SwiGLU, grouped-query attention, no biases. SmolLM2 is a Llama.
+"""Llama and the decoders with its layout: Mistral, Qwen2 and Qwen3.
 
-Mistral, Qwen2 and Qwen3 share its layout; their modules define only the differing config fields (`llama_like`).
+Llama (Touvron 2023): RMSNorm, rotary positions, SwiGLU, grouped-query attention, no biases. SmolLM2 is a Llama.
+
+The others differ only in config fields (`llama_like`).
+
+Mistral (Jiang 2023): the first version has a sliding window of 4,096 tokens. Later versions have no window and are written
+as Llamas; a config with an effective window is rejected.
+
+Qwen2 (Yang 2024) and Qwen3 (Yang 2025): Qwen2 has biases in the query, key and value projections. Qwen3 applies RMSNorm
+with a gain to queries and keys before the rotary embedding, and its head_dim may differ from hidden_size / num_heads. The
+published models do not use their sliding window; a config that does is rejected.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 from firth.model.config import ModelConfig, NormConfig, PositionConfig
@@ -113,3 +123,51 @@ def check_sliding_window(config: dict[str, Any], window: int | None) -> None:
 
 
 FAMILY = llama_like("llama", "Llama", to_hf_config, to_config)
+
+
+MISTRAL_DEFAULTS = {"num_key_value_heads": 8, "sliding_window": 4096}
+
+
+def mistral_to_hf_config(config: ModelConfig) -> dict[str, Any]:
+    return {**to_hf_config(config), "sliding_window": None}
+
+
+def mistral_to_config(hf: dict[str, Any]) -> ModelConfig:
+    hf = MISTRAL_DEFAULTS | hf
+    check_sliding_window(hf, hf["sliding_window"])
+    return to_config(hf | {"attention_bias": False, "mlp_bias": False})
+
+
+MISTRAL = llama_like("mistral", "Mistral", mistral_to_hf_config, mistral_to_config, qa_prefix=None)
+
+
+QWEN_DEFAULTS = {"num_key_value_heads": 32, "use_sliding_window": False, "sliding_window": 4096}
+
+
+def without_window(hf: dict[str, Any]) -> dict[str, Any]:
+    """Return a hf with its defaults as a Llama's; raise a UserError if its sliding window has an effect."""
+    hf = QWEN_DEFAULTS | hf
+    check_sliding_window(hf, hf["sliding_window"] if hf["use_sliding_window"] else None)
+    return hf | {"mlp_bias": False}
+
+
+def qwen_to_hf_config(config: ModelConfig) -> dict[str, Any]:
+    return {
+        **to_hf_config(config),
+        "use_sliding_window": False,
+        "layer_types": ["full_attention"] * config.num_layers,
+    }
+
+
+def to_qwen2_config(hf: dict[str, Any]) -> ModelConfig:
+    return replace(to_config(without_window(hf) | {"attention_bias": True}), bias_location="qkv")
+
+
+def to_qwen3_config(hf: dict[str, Any]) -> ModelConfig:
+    return to_config({"head_dim": 128} | without_window(hf)).with_fields(
+        {"attention.qk_norm": True, "attention.qk_norm_weight": True}
+    )
+
+
+QWEN2 = llama_like("qwen2", "Qwen2", qwen_to_hf_config, to_qwen2_config)
+QWEN3 = llama_like("qwen3", "Qwen3", qwen_to_hf_config, to_qwen3_config)

@@ -223,7 +223,9 @@ def test_preferences_follow_the_higher_reward(tmp_path, tokenizer):
     assert "majority_label" not in found
     torch.nn.init.zeros_(model.heads["reward"].weight)
     save_model(model, tokenizer, tmp_path / "model")
-    assert evaluate(tmp_path, written(tmp_path / "a.jsonl", rows))["accuracy"] == 0.0
+    ties = evaluate(tmp_path, written(tmp_path / "a.jsonl", rows))
+    assert ties["accuracy"] == 0.0
+    assert ties["calibration_error"] == 0.5  # a probability of one half, and never correct
 
 
 def test_options_are_scored_by_log_likelihood(tmp_path, tokenizer):

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats
 from sklearn import metrics as oracle
+from sklearn.calibration import calibration_curve
 
 from firth.evaluate import metrics
 from firth.types import UserError
@@ -35,6 +36,20 @@ def test_labels_may_be_words():
     assert metrics.macro_f1(gold, predicted) == pytest.approx(
         oracle.f1_score(gold, predicted, average="macro", zero_division=0)
     )
+
+
+@pytest.mark.parametrize("sharpness", [0.3, 1.0, 3.0])
+def test_calibration_error_agrees_with_scikit_learn(sharpness):
+    """The probabilities are calibrated for a sharpness of 1, too timid below and too certain above."""
+    rng = np.random.default_rng(0)
+    margin = rng.normal(size=4000) * 2
+    correct = rng.random(4000) < 1 / (1 + np.exp(-margin))
+    probability = 1 / (1 + np.exp(-sharpness * margin))
+    found = metrics.calibration_error(probability, correct)
+    shares, means = calibration_curve(correct, probability, n_bins=10)
+    counts = np.histogram(probability, np.linspace(0, 1, 11))[0]
+    assert found == pytest.approx((np.abs(shares - means) * counts[counts > 0]).sum() / 4000, abs=1e-9)
+    assert (found < 0.02) == (sharpness == 1.0)
 
 
 @pytest.mark.parametrize(("gold", "predicted"), [([0, 1, 0, 1], [1, 1, 1, 1]), ([2, 2, 2], [2, 2, 2])])

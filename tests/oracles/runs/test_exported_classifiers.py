@@ -12,13 +12,12 @@ from firth.model.config import ModelConfig, decoder_config, encoder_config, enco
 from firth.model.model import LM
 from firth.model.presets import bert
 from firth.objectives.classification import Classification
-from firth.objectives.objective import DataStats
 from firth.pretrained.load_save import load_model, save_model
 from firth.runs.import_export import export_model
 from firth.runs.recipe import load
 from firth.runs.run import run
 from firth.tokenizer.train import train
-from firth.types import UserError
+from firth.types import DataStats, UserError
 
 transformers = pytest.importorskip("transformers", reason="the oracle; installed with the test extra")
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from firth.align.advantages import Baseline
+from firth.align.advantages import GroupNormalized, LeaveOneOut
 from firth.align.precompute import PrecomputedSource, precompute
 from firth.align.rewards import (
     FunctionReward,
@@ -20,7 +20,7 @@ from firth.align.rewards import (
     sample_preference,
     write_preference_pairs,
 )
-from firth.align.rollouts import RolloutConfig, RolloutSource
+from firth.align.rollouts import RolloutsConfig, RolloutSource
 from firth.data import conversations
 from firth.data.collate import Batches
 from firth.generate.engine import Engine
@@ -28,9 +28,9 @@ from firth.generate.sampling import Sampling
 from firth.io.integrity import read_record
 from firth.model.config import decoder_config
 from firth.model.model import LM
-from firth.objectives.dpo import DPO, build_comparison, ref_logprobs
 from firth.objectives.objective import Objective
-from firth.objectives.policy_gradient import PER_TOKEN, PPO, Reinforce
+from firth.objectives.policy_gradient import GRPO, PER_TOKEN, PPO, Reinforce
+from firth.objectives.preferences import DPO, build_comparison, ref_logprobs
 from firth.objectives.reward_model import RewardModeling
 from firth.training.step import step
 from firth.types import UserError
@@ -73,7 +73,8 @@ PROMPTS = [ByteTokenizer().encode(text) for text in ("a", "bc", "def", "g", "hi"
 
 def rollouts(frozen: LM, **changes: object) -> RolloutSource:
     settings = {
-        "config": RolloutConfig(rollout_size=32, steps=4, max_new_tokens=8, kl_coef=0.02),
+        "config": RolloutsConfig(rollout_size=32, max_new_tokens=8, kl_coef=0.02),
+        "steps": 4,
         "stops": [3],
         "seed": 5,
     } | changes
@@ -125,7 +126,7 @@ def test_a_large_kl_coef_keeps_the_policy_near_the_reference() -> None:
     for beta in (0.0, 1.0):
         objective = PPO()
         model = letters_only(policy(objective))
-        config = RolloutConfig(rollout_size=32, steps=4, max_new_tokens=8, kl_coef=beta)
+        config = RolloutsConfig(rollout_size=32, max_new_tokens=8, kl_coef=beta)
         source = rollouts(copy.deepcopy(model), config=config)
         run(model, objective, source, steps=40, rate=3e-3)
         final[beta] = source.history[-1]["kl_per_answer"]
@@ -137,8 +138,8 @@ def test_a_large_kl_coef_keeps_the_policy_near_the_reference() -> None:
 def test_reinforce_raises_the_true_reward(group: int) -> None:
     objective = Reinforce()
     model = letters_only(policy(objective))
-    config = RolloutConfig(rollout_size=32, num_generations=group, steps=1, max_new_tokens=8, kl_coef=0.0)
-    source = rollouts(copy.deepcopy(model), config=config, advantage_estimator=Baseline())
+    config = RolloutsConfig(rollout_size=32, num_generations=group, max_new_tokens=8, kl_coef=0.0)
+    source = rollouts(copy.deepcopy(model), config=config, steps=1, advantage_estimator=LeaveOneOut())
     run(model, objective, source, steps=60, rate=3e-3, rows=32)
     reward = [row["reward"] for row in source.history]
     assert np.mean(reward[-3:]) > np.mean(reward[:3]) + 0.3
@@ -235,7 +236,7 @@ def test_first_ratio_is_one() -> None:
 def test_an_example_holds_tokens_and_numbers_per_token() -> None:
     objective = PPO()
     model, frozen = letters_only(policy(objective)), letters_only(policy(objective, seed=3))
-    config = RolloutConfig(rollout_size=16, steps=4, max_new_tokens=8, kl_coef=0.3)
+    config = RolloutsConfig(rollout_size=16, max_new_tokens=8, kl_coef=0.3)
     source = rollouts(frozen, config=config)
     source.prepare(model, 0)
     penalized = []
@@ -267,8 +268,8 @@ def test_an_example_holds_tokens_and_numbers_per_token() -> None:
 def test_an_unfinished_answer_gets_the_unfinished_score() -> None:
     model = letters_only(policy(PPO()))
     ends = [7 + ord("e")]
-    config = RolloutConfig(rollout_size=32, steps=1, max_new_tokens=4, unfinished_score=-2.0, kl_coef=0.0)
-    source = rollouts(copy.deepcopy(model), config=config, stops=ends)
+    config = RolloutsConfig(rollout_size=32, max_new_tokens=4, unfinished_score=-2.0, kl_coef=0.0)
+    source = rollouts(copy.deepcopy(model), config=config, steps=1, stops=ends)
     source.prepare(model, 0)
     scores = [truth.scorer(s.text) if s.finished else -2.0 for s in source.samples]
     assert 0 < source.history[-1]["finished"] < 1
@@ -278,7 +279,7 @@ def test_an_unfinished_answer_gets_the_unfinished_score() -> None:
 def test_rollouts_are_sampled_once_and_use_every_prompt() -> None:
     model = letters_only(policy(PPO()))
     source = rollouts(
-        copy.deepcopy(model), config=RolloutConfig(rollout_size=4, num_generations=2, steps=3, max_new_tokens=2)
+        copy.deepcopy(model), config=RolloutsConfig(rollout_size=4, num_generations=2, max_new_tokens=2), steps=3
     )
     with pytest.raises(UserError, match="prepare"):
         source[0]
@@ -291,25 +292,31 @@ def test_rollouts_are_sampled_once_and_use_every_prompt() -> None:
     assert [row["phase"] for row in source.history] == [0, 1, 2, 3]
     assert len(set(seen)) == 8, "eight prompts, two per rollout batch: all are used once in four"
     with pytest.raises(UserError, match=r"must be a positive multiple of examples\.num_generations=3"):
-        RolloutConfig(rollout_size=4, num_generations=3)
+        RolloutsConfig(rollout_size=4, num_generations=3)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("stop", [5, 6, 8])
-def test_a_run_killed_within_a_rollout_batch_resumes_exactly(stop: int) -> None:
+@pytest.mark.parametrize("objective", [PPO(), GRPO()], ids=["ppo", "grpo"])
+def test_a_run_killed_within_a_rollout_batch_resumes_exactly(objective: Objective, stop: int) -> None:
     """As with a checkpoint, weights, optimizer and the source's arrays are kept; everything else is created again."""
-    objective = PPO()
     start = letters_only(policy(objective))
     frozen = copy.deepcopy(start)
-    uninterrupted, source = copy.deepcopy(start), rollouts(frozen)
+    settings: dict[str, object] = {}
+    if isinstance(objective, GRPO):
+        settings = {
+            "config": RolloutsConfig(rollout_size=32, num_generations=4, max_new_tokens=8, kl_coef=0.0),
+            "advantage_estimator": GroupNormalized(),
+        }
+    uninterrupted, source = copy.deepcopy(start), rollouts(frozen, **settings)
     run(uninterrupted, objective, source, steps=10, rate=3e-3)
 
-    first, interrupted = copy.deepcopy(start), rollouts(frozen)
+    first, interrupted = copy.deepcopy(start), rollouts(frozen, **settings)
     optimizer = run(first, objective, interrupted, steps=stop, rate=3e-3)
     kept = {name: array.copy() for name, array in interrupted.state().items()}
     weights, moments = copy.deepcopy(first.state_dict()), copy.deepcopy(optimizer.state_dict())
 
-    second, resumed = policy(objective, seed=9), rollouts(frozen)
+    second, resumed = policy(objective, seed=9), rollouts(frozen, **settings)
     second.load_state_dict(weights)
     again = torch.optim.Adam(second.parameters(), 3e-3)
     again.load_state_dict(moments)

@@ -19,8 +19,8 @@ import zstandard
 from hypothesis import given
 from hypothesis import strategies as st
 
-from firth.corpora import compression, readers
-from firth.corpora.read_stats import ReadStats
+from firth.corpora import input_files, readers
+from firth.corpora.input_files import ReadStats
 from firth.corpora.readers import Document, documents, files, records
 from firth.evaluate import prediction_inputs as inputs
 from firth.types import UserError
@@ -313,7 +313,7 @@ def test_missing_permissions_are_named(tmp_path, monkeypatch):
     def refuse(path: Path) -> io.BytesIO:
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(compression, "open_bytes", refuse)
+    monkeypatch.setattr(input_files, "open_bytes", refuse)
     with pytest.raises(UserError, match=r"a\.txt: this file cannot be read: Permission denied"):
         list(documents([path]))
     monkeypatch.undo()
@@ -336,7 +336,7 @@ def test_fifty_megabytes_in_one_line_take_little_memory(tmp_path):
     pyarrow.parquet.write_table(table, tmp_path / "d.parquet")
     code = (
         "import re, sys\n"
-        "from firth.corpora.read_stats import ReadStats\n"
+        "from firth.corpora.input_files import ReadStats\n"
         "from firth.corpora.readers import documents\n"
         "counts = ReadStats()\n"
         "lengths = [len(d.text) for d in documents([sys.argv[1]], counts=counts)]\n"

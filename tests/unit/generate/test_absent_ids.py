@@ -15,12 +15,13 @@ from tokenizers import Tokenizer as Rust
 from tokenizers import decoders, models, pre_tokenizers
 
 from firth.align.rewards import FunctionReward
-from firth.align.rollouts import RolloutConfig, RolloutSource
+from firth.align.rollouts import RolloutsConfig, RolloutSource
 from firth.data.collate import collate
 from firth.evaluate.perplexity import likelihood
 from firth.evaluate.task import load_evaluated_model
 from firth.generate import embeddings
 from firth.generate.engine import Engine
+from firth.generate.fill import fill_masks
 from firth.generate.sampling import Sampling
 from firth.model.config import LMHeadConfig, ModelConfig, decoder_config, encoder_config, encoder_decoder_config
 from firth.model.heads import LMHead
@@ -97,7 +98,7 @@ def test_wide_tables_generate_and_score_like_exact_ones(tokenizer: Tokenizer, na
 def test_masks_are_filled_with_tokens_only(tokenizer: Tokenizer) -> None:
     one, other = exact_and_wide(lambda vocab: encoder_config(vocab, 32, 1, 2, max_positions=64), tokenizer.vocab.size)
     text = f"the {tokenizer.token(tokenizer.vocab.mask)} is dead"
-    [found], [expected] = (Engine(m, tokenizer).fill(text, 400) for m in (other, one))
+    [found], [expected] = (fill_masks(Engine(m, tokenizer).model, tokenizer, text, 400) for m in (other, one))
     assert [c.token for c in found] == [c.token for c in expected]
     np.testing.assert_allclose([c.probability for c in found], [c.probability for c in expected], atol=1e-5)
     # Extra rows are not among the nearest neighbors of a word.
@@ -148,7 +149,7 @@ def test_rollouts_use_tokens_only(tokenizer: Tokenizer) -> None:
             model.places.weight.mul_(1.1)
         source = RolloutSource(
             prompts(tokenizer), tokenizer, FunctionReward(lambda text: float(len(text))), reference,
-            config=RolloutConfig(rollout_size=6, steps=1, max_new_tokens=8),
+            config=RolloutsConfig(rollout_size=6, max_new_tokens=8), steps=1,
         )  # fmt: skip
         found.append(source.prepare(model, 0))
         assert max(int(s.tokens.max()) for s in source.samples) < tokenizer.vocab.size

@@ -4,11 +4,10 @@ import numpy as np
 import pytest
 import torch
 
-from firth.generate.decoding_batch import rectangle
-from firth.generate.engine import Engine
-from firth.generate.fill_mask import masked
+from firth.generate.decoding_batch import DecodingBatch, rectangle
+from firth.generate.engine import Engine, StreamingOutput
+from firth.generate.fill import fill_masks, masked
 from firth.generate.sampling import Sampling
-from firth.generate.streaming import StreamingOutput
 from firth.model.config import (
     ModelConfig,
     NormConfig,
@@ -216,13 +215,13 @@ def test_fill_returns_the_most_likely_tokens_of_each_mask() -> None:
     assert tokens.tolist() == [2, *ByteTokenizer().encode("the"), 4, *ByteTokenizer().encode(" sat"), 4, 3]
     with torch.no_grad():
         p = model.heads["lm"](model({"tokens": torch.as_tensor(tokens)[None]})[0]).softmax(-1)
-    answers = engine(model).fill(text, k=3)
+    answers = fill_masks(model, ByteTokenizer(), text, k=3)
     for at, candidates in zip(np.flatnonzero(tokens == 4), answers, strict=True):
         best = p[at, 7:].topk(3)
         assert [c.token - 7 for c in candidates] == best.indices.tolist()
         assert np.allclose([c.probability for c in candidates], best.values.numpy(), atol=1e-5)
     with pytest.raises(UserError, match="nothing to fill: write <mask>"):
-        engine(model).fill("the cat")
+        fill_masks(model, ByteTokenizer(), "the cat")
 
 
 # ---- real tokenizers
@@ -241,3 +240,53 @@ def test_a_continuation_joins_its_prompt_for_every_tokenizer(algorithm: str) -> 
             output.append(token, 0.0)
         assert whole.endswith(output.text)
         assert tokenizer.decode(tokens[:cut]) + output.text == whole
+
+
+# ---- prompts admitted to a running batch
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_admitted_prompts_are_answered_as_alone(model: LM, temperature: float) -> None:
+    """Answers of very different lengths, three rows at a time: most prompts are admitted while others are being decoded."""
+    rows = random_prompts(13)
+    # Greedy answers of these models repeat a token, and end where the context does.
+    stops = tuple(range(7, 7 + V // 9)) if temperature else ()
+    sampling = Sampling(max_new_tokens=20 if temperature else 100, temperature=temperature, seed=3)
+    whole = Engine(model, ByteTokenizer(), stops=stops, batch_size=3).generate(rows, sampling)
+    assert len({len(answer.tokens) for answer in whole}) > 3 or model.config.encoder.num_layers
+    for i, (row, answer) in enumerate(zip(rows, whole, strict=True)):
+        [alone] = Engine(model, ByteTokenizer(), stops=stops).generate([row], sampling, seeds=[3 + i])
+        assert np.array_equal(answer.tokens, alone.tokens)
+        assert np.allclose(answer.logprobs, alone.logprobs, atol=1e-4)
+        assert answer.finish == alone.finish
+
+
+def test_a_repetition_penalty_knows_rows_after_admission(model: LM) -> None:
+    rows = random_prompts(9)
+    sampling = Sampling(max_new_tokens=12, temperature=1.0, seed=3, repetition_penalty=1.7)
+    stops = tuple(range(7, 7 + V // 9))
+    whole = Engine(model, ByteTokenizer(), stops=stops, batch_size=4).generate(rows, sampling)
+    for i, (row, answer) in enumerate(zip(rows, whole, strict=True)):
+        [alone] = Engine(model, ByteTokenizer(), stops=stops).generate([row], sampling, seeds=[3 + i])
+        assert np.array_equal(answer.tokens, alone.tokens)
+
+
+def test_a_prompt_does_not_wait_for_the_longest_answer(model: LM, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Four rows at a time, and every fifth answer is long: the steps are those of the tokens, not of the longest in each four."""
+    steps, step = [], DecodingBatch.step
+
+    def counted(self: DecodingBatch) -> tuple[list[int], list[float]]:
+        steps.append(len(self.uniform))
+        return step(self)
+
+    monkeypatch.setattr(DecodingBatch, "step", counted)
+    rows, done = random_prompts(20), []
+    sampling = Sampling(max_new_tokens=24, seed=3)
+    answers = Engine(model, ByteTokenizer(), stops=tuple(range(7, 7 + V // 6)), batch_size=4).generate(
+        rows, sampling, progress=done.append
+    )
+    lengths = [len(answer.tokens) for answer in answers]
+    order = sorted(range(20), key=lambda i: -len(rows[i]))
+    waiting = sum(max(lengths[i] for i in order[first : first + 4]) for first in range(0, 20, 4))
+    assert len(steps) < waiting
+    assert done == sorted(done) and done[-1] == 20

@@ -14,6 +14,7 @@ from firth.cli import app
 from firth.evaluate.perplexity import score
 from firth.generate.decoding_batch import rectangle
 from firth.generate.engine import Engine
+from firth.generate.fill import fill_masks
 from firth.generate.quantized import DIGITS, Int8Linear, Int8LMHead, quantize, quantize_rows
 from firth.generate.sampling import Sampling
 from firth.model.config import (
@@ -29,9 +30,9 @@ from firth.model.config import (
 )
 from firth.model.model import LM
 from firth.pretrained.load_save import save_model
+from firth.runs import loaded_model
 from firth.runs.inference import open_engine
 from firth.tokenizer.train import train
-from firth.training import precision
 from firth.types import UserError
 from tests.support.byte_tokenizer import ByteTokenizer
 from tests.support.models import random_model, random_prompts
@@ -275,7 +276,7 @@ def test_a_masked_model_fills_with_int8() -> None:
     config = encoder_config(vocab_size=V, hidden_size=32, num_layers=2, num_heads=2, max_positions=64)
     model = random_model(config)
     text = f"ab{ByteTokenizer().token(ByteTokenizer.vocab.mask)}cd"
-    [plain], [int8] = (engine(model, w).fill(text, 5) for w in ("fp32", "int8"))
+    [plain], [int8] = (fill_masks(engine(model, w).model, ByteTokenizer(), text, 5) for w in ("fp32", "int8"))
     assert plain[0].token == int8[0].token
     assert plain[0].probability == pytest.approx(int8[0].probability, abs=0.2)
 
@@ -338,7 +339,7 @@ def test_a_quantized_head_keeps_no_float_matrix() -> None:
 @pytest.mark.parametrize("fastest", ["fp32", "bf16"])
 def test_the_command_line_quantizes(fastest: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The default is the fastest format of this machine, which is printed if it is not the stored one."""
-    monkeypatch.setattr(precision, "choose", lambda wanted, device: fastest)
+    monkeypatch.setattr(loaded_model, "choose_precision", lambda wanted, device: fastest)
     tokenizer = train(["to be, or not to be, that is the question"], "byte-bpe", 400)
     config = decoder_config(
         vocab_size=tokenizer.vocab.size, hidden_size=32, num_layers=1, num_heads=2, max_positions=64

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from firth import kernel_choice
 from firth.data.collate import collate
-from firth.model import compilation
+from firth.model import model as model_module
 from firth.model.config import (
     EmbeddingConfig,
     ModelConfig,
@@ -27,7 +27,7 @@ from firth.model.config import (
     encoder_decoder_config,
     word_vector_config,
 )
-from firth.model.model import LM
+from firth.model.model import LM, MAX_RECOMPILES, _pass, compile_blocks
 from firth.objectives.causal_lm import CausalLM
 from firth.objectives.masked_lm import MLM
 from firth.objectives.objective import Objective
@@ -87,10 +87,10 @@ def graphs(monkeypatch: pytest.MonkeyPatch) -> list[torch.fx.GraphModule]:
         return graph.forward
 
     torch._dynamo.reset()
-    torch.compiler.config.recompile_limit = compilation.MAX_RECOMPILES
-    whole = torch.compile(compilation._pass, backend=keep, fullgraph=True)
-    monkeypatch.setattr(compilation, "_compiled", lambda: whole)
-    monkeypatch.setattr(compilation, "_try", lambda device: None)
+    torch.compiler.config.recompile_limit = MAX_RECOMPILES
+    whole = torch.compile(_pass, backend=keep, fullgraph=True)
+    monkeypatch.setattr(model_module, "_compiled", lambda: whole)
+    monkeypatch.setattr(model_module, "_try", lambda device: None)
     # Compiled blocks use torch's operators; plain blocks do so too here, so that they agree to the last bits.
     monkeypatch.setattr(
         kernel_choice, "_chosen", {name: next(iter(k.choices)) for name, k in kernel_choice.KERNELS.items()}
@@ -109,7 +109,7 @@ def test_gradients_match_plain_blocks(case: str, graphs: list[torch.fx.GraphModu
     rows = batches(objective)
     plain = gradients(model, objective, rows)
     assert not graphs
-    compilation.compile_blocks(model)
+    compile_blocks(model)
     found = gradients(model, objective, rows)
     assert plain.keys() == found.keys()
     for name, value in plain.items():
@@ -129,7 +129,7 @@ def test_one_graph_serves_all_equal_layers(graphs: list[torch.fx.GraphModule]) -
     for depth in (2, 6):
         config, objective = replace(CASES["encoder"][0], num_layers=depth), CASES["encoder"][1]
         model = LM(config, objective.heads(config))
-        compilation.compile_blocks(model)
+        compile_blocks(model)
         torch._dynamo.reset()
         graphs.clear()
         gradients(model, objective, batches(objective)[:1])
@@ -143,14 +143,14 @@ def test_compiled_blocks_with_gradient_checkpointing(graphs: list[torch.fx.Graph
     model, rows = LM(config, objective.heads(config)), batches(objective)
     plain = gradients(model, objective, rows)
     model.stack.gradient_checkpointing = True
-    compilation.compile_blocks(model)
+    compile_blocks(model)
     found = gradients(model, objective, rows)
     assert graphs and all(torch.allclose(plain[name], found[name], atol=1e-6) for name in plain)
 
 
 def test_a_model_without_blocks_is_rejected() -> None:
     with pytest.raises(UserError, match="this model has none: set compile=false"):
-        compilation.compile_blocks(LM(word_vector_config(60, 16), {}))
+        compile_blocks(LM(word_vector_config(60, 16), {}))
 
 
 def test_missing_compiler_gives_a_clear_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -161,7 +161,7 @@ def test_missing_compiler_gives_a_clear_error(monkeypatch: pytest.MonkeyPatch, t
         torch._inductor.config.patch({"cpp.cxx": ("no-such-compiler",), "force_disable_caches": True}),
         pytest.raises(UserError, match=r"^torch.compile does not work here \(.+\): set compile=false$") as error,
     ):
-        compilation.compile_blocks(model)
+        compile_blocks(model)
     assert "compiler" in str(error.value)
 
 

@@ -23,10 +23,10 @@ from firth.model.fused import Dropout, dropout_mask
 from firth.model.model import LM
 from firth.objectives.causal_lm import PrefixLM
 from firth.objectives.classification import Classification, MultipleChoice, Regression
-from firth.objectives.dpo import DPO
 from firth.objectives.masked_lm import MLM, SBO
-from firth.objectives.objective import DataStats, Objective, label_positions
+from firth.objectives.objective import Objective, label_positions
 from firth.objectives.permuted_lm import PLM, MPNet
+from firth.objectives.preferences import DPO
 from firth.objectives.replaced_tokens import RTD
 from firth.objectives.reward_model import RewardModeling
 from firth.objectives.semi_supervised import PseudoLabels
@@ -34,7 +34,7 @@ from firth.objectives.sentence_pairs import NSP
 from firth.objectives.sft import SFT
 from firth.peft.prefix_init import prefix_of, prompt_of
 from firth.tokenizer.vocab import Vocab
-from firth.types import IGNORE, Batch, Example
+from firth.types import IGNORE, Batch, DataStats, Example
 
 VOCAB = Vocab(size=40, roles={"pad": 0, "cls": 1, "sep": 2, "mask": 3}, special=np.arange(40) < 4)
 BERT = ModelConfig(

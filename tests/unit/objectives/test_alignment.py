@@ -8,13 +8,13 @@ import pytest
 import torch
 from torch import nn
 
-from firth.align.advantages import GAE, Baseline, whiten
+from firth.align.advantages import GAE, LeaveOneOut, whiten
 from firth.data.collate import collate, counted_fields, pack
 from firth.model.config import ModelConfig, encoder_decoder_config
 from firth.model.heads import LMHead
 from firth.model.model import LM
 from firth.objectives.objective import Objective
-from firth.objectives.policy_gradient import PER_TOKEN, PPO, Reinforce, kl
+from firth.objectives.policy_gradient import PER_TOKEN, PPO, Reinforce, kl_estimate
 from firth.objectives.reward_model import Ranking, RewardModeling
 from firth.objectives.sft import SFT, Seq2SeqSFT
 from firth.training.step import step
@@ -147,6 +147,35 @@ def test_a_ranking_of_two_is_a_preference() -> None:
         assert float(terms["margin"]) == pytest.approx(float(whole["margin"]), abs=1e-5)
 
 
+def test_centering_of_a_ranking_is_that_of_its_pairs() -> None:
+    """The mean of (r_i + r_j)^2 over the compared pairs; for two answers that of a preference."""
+    objective = Ranking(num_answers=3, center_rewards_coefficient=0.5)
+    model = model_for(objective)
+    groups = [ranked([2, 0, 1]), ranked([1, 0], 1)]
+    terms = step(model, objective, [collate(built(objective, groups), label_fields(objective))])
+    squares = []
+    for group in groups:
+        r = scores_of(model, group).tolist()
+        squares.append(np.mean([(a + b) ** 2 for a, b in itertools.combinations(r, 2)]))
+    assert float(terms["center"]) == pytest.approx(0.5 * np.mean(squares), rel=1e-4)
+    plain = step(
+        model, Ranking(num_answers=3), [collate(built(Ranking(num_answers=3), groups), label_fields(objective))]
+    )
+    assert "center" not in plain
+    assert float(plain["reward"]) == pytest.approx(float(terms["reward"]), abs=1e-6)
+
+
+def test_a_missing_margin_is_an_error() -> None:
+    on = np.ones(2, bool)
+    pair = {"chosen_tokens": np.array([9, 20]), "chosen_mask": on, "rejected_tokens": np.array([9, 30]), "rejected_mask": on,
+            "margin": np.array([np.nan])}  # fmt: skip
+    with pytest.raises(UserError, match="a preference has no `margin`"):
+        built(RewardModeling(margin_weight=1.0), [pair])
+    [seen] = built(RewardModeling(margin_weight=2.0), [pair | {"margin": np.array([0.75])}])
+    assert seen["expected_margin"] == 1.5
+    assert "expected_margin" not in built(RewardModeling(), [pair])[0]
+
+
 def test_plackett_luce_sums_to_one_over_orders() -> None:
     objective = Ranking(num_answers=3, likelihood="order")
     model = model_for(objective)
@@ -218,9 +247,9 @@ def test_gae_at_its_limits_is_monte_carlo_and_one_step() -> None:
 def test_baseline_is_the_mean_of_the_other_answers() -> None:
     real = np.ones((4, 2), bool)
     rewards = np.array([[0, 1.0], [0, 3.0], [0, 5.0], [1.0, 6.0]])
-    advantage, _ = Baseline()(rewards, rewards, real, group=2)
+    advantage, _ = LeaveOneOut()(rewards, rewards, real, group=2)
     assert advantage[:, 0].tolist() == [-2, 2, -2, 2]
-    advantage, _ = Baseline()(rewards, rewards, real, group=1)
+    advantage, _ = LeaveOneOut()(rewards, rewards, real, group=1)
     assert np.allclose(advantage[:, 1], [1 - 5, 3 - 13 / 3, 5 - 11 / 3, 7 - 3])
 
 
@@ -275,8 +304,8 @@ def test_ppo_kl_is_that_of_the_current_policy() -> None:
     old, new, start = (torch.tensor(rng.dirichlet(np.ones(12))).log() for _ in range(3))
     exact = float((new.exp() * (new - start)).sum())
     ratio = (new - old).exp()
-    assert float((old.exp() * ratio * kl(new, start)).sum()) == pytest.approx(exact, rel=1e-9)
-    assert abs(float((old.exp() * kl(new, start)).sum()) - exact) > 0.01
+    assert float((old.exp() * ratio * kl_estimate(new, start)).sum()) == pytest.approx(exact, rel=1e-9)
+    assert abs(float((old.exp() * kl_estimate(new, start)).sum()) - exact) > 0.01
 
 
 def test_clipped_tokens_have_no_gradient() -> None:
@@ -298,7 +327,7 @@ def test_kl_estimate_is_unbiased_and_nonnegative() -> None:
     p, q = ((base + 0.3 * torch.randn(50, generator=generator)).log_softmax(0) for _ in range(2))
     exact = float((p.exp() * (p - q)).sum())
     tokens = torch.multinomial(p.exp(), 200_000, replacement=True, generator=generator)
-    estimate = kl(p[tokens], q[tokens])
+    estimate = kl_estimate(p[tokens], q[tokens])
     assert float(estimate.min()) >= 0
     error = float(estimate.std()) / len(tokens) ** 0.5
     assert abs(float(estimate.mean()) - exact) < 4 * error

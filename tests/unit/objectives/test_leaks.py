@@ -25,12 +25,12 @@ from firth.data.source import Source
 from firth.objectives.causal_lm import BiLM, CausalLM
 from firth.objectives.classification import MultipleChoice
 from firth.objectives.contrastive import Contrastive
-from firth.objectives.dpo import DPO
 from firth.objectives.layer_mixture import LayerMixture
 from firth.objectives.masked_lm import MLM
 from firth.objectives.objective import Objective, Sum, TokenObjective
 from firth.objectives.permuted_lm import MPNet
-from firth.objectives.policy_gradient import PER_TOKEN, PPO, Reinforce
+from firth.objectives.policy_gradient import GRPO, PER_TOKEN, PPO, RLOO, Reinforce
+from firth.objectives.preferences import DPO, KTO, ORPO, SimPO
 from firth.objectives.replaced_tokens import RTD
 from firth.objectives.reward_model import Ranking
 from firth.objectives.semi_supervised import Consistency, MultiAnnotator, PseudoLabels
@@ -72,6 +72,14 @@ def compared(rng: np.random.Generator) -> Example:
     return rows
 
 
+def labeled_answer(rng: np.random.Generator) -> Example:
+    rows: Example = {"reference": rng.random(2), "desirable": rng.random(1) < 0.5}
+    for prefix in ("", "mismatched_"):
+        n = int(rng.integers(6, 14))
+        rows |= {f"{prefix}tokens": some_text(rng, n), f"{prefix}mask": np.arange(n) >= 4}
+    return rows
+
+
 def ranked(rng: np.random.Generator) -> Example:
     answers = [some_text(rng, 5 + i) for i in range(3)]
     return {"answers": answers, "masks": [np.arange(len(a)) > 2 for a in answers], "rank": rng.permutation(3)}
@@ -101,7 +109,12 @@ ALL_CASES: dict[str, tuple[Objective, Callable[[np.random.Generator], Example]]]
     "seq2seq": (Seq2SeqSFT(), paired),
     "reinforce": (Reinforce(), dialogue),
     "ppo": (PPO(), dialogue),
+    "grpo": (GRPO(), dialogue),
+    "rloo": (RLOO(), dialogue),
     "dpo": (DPO(), compared),
+    "simpo": (SimPO(), compared),
+    "orpo": (ORPO(), compared),
+    "kto": (KTO(), labeled_answer),
     "ranking": (Ranking(num_answers=4), ranked),
     "multi annotator": (MultiAnnotator(class_names=("a", "b", "c")), annotated),
     "multiple choice": (MultipleChoice(), question),
@@ -118,7 +131,17 @@ NOTHING_IS_HIDDEN = {
     "weight_penalty": "it predicts nothing; with MLM it is among the cases",
 }
 """Objectives that are not among the cases -> the reason."""
-TOKEN_FIELDS = ("tokens", "first", "second", "other", "source", "target", "chosen_tokens", "rejected_tokens")
+TOKEN_FIELDS = (
+    "tokens",
+    "first",
+    "second",
+    "other",
+    "source",
+    "target",
+    "chosen_tokens",
+    "rejected_tokens",
+    "mismatched_tokens",
+)
 """Fields of an example that hold tokens to predict."""
 TOKEN_LABELS = ("labels", "boundary", "next", "previous")
 """Fields of a training example that hold token labels."""

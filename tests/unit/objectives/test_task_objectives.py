@@ -15,11 +15,11 @@ from firth.model.heads import export_heads
 from firth.model.model import LM
 from firth.model.presets import bert
 from firth.objectives.classification import Classification, MultipleChoice, Regression
-from firth.objectives.objective import DataStats, Objective, choice_loss
+from firth.objectives.objective import Objective, choice_loss
 from firth.objectives.token_tasks import QuestionAnswering, TokenClassification
 from firth.pretrained.load_save import save_model
 from firth.training.step import step
-from firth.types import IGNORE, Example, UserError
+from firth.types import IGNORE, DataStats, Example, UserError
 from tests.support.objective_cases import VOCAB, labeled, scored, spanned, tagged
 
 TINY = bert(100, 32, 2, 2, max_positions=64)

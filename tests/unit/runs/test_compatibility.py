@@ -9,7 +9,7 @@ import pytest
 
 from firth import objectives
 from firth.model.config import decoder_config, encoder_config, encoder_decoder_config
-from firth.model.empty_weights import init_empty_weights
+from firth.model.init import init_empty_weights
 from firth.model.model import LM
 from firth.objectives.causal_lm import CausalLM
 from firth.objectives.classification import Classification

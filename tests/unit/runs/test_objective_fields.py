@@ -14,7 +14,13 @@ import pytest
 import torch
 
 from firth import objectives
+from firth.align.precompute import PseudoLabeledConfig
+from firth.align.rollouts import RolloutsConfig
 from firth.data.collate import Batches
+from firth.data.config import DataConfig
+from firth.data.examples import DatasetSplits, ExamplesConfig
+from firth.data.unlabeled import PartiallyLabeledConfig
+from firth.data.windows import ChunksConfig, SegmentPairsConfig, WindowsConfig
 from firth.model.config import (
     AttentionPattern,
     ModelConfig,
@@ -28,16 +34,13 @@ from firth.model.model import LM
 from firth.objectives.classification import Classification
 from firth.objectives.masked_lm import MLM
 from firth.objectives.objective import Objective, components
-from firth.objectives.policy_gradient import Reinforce
 from firth.pretrained.load_save import save_model
-from firth.runs.alignment_examples import RolloutsConfig
-from firth.runs.compatibility import EXAMPLES, check_fields, check_pattern
-from firth.runs.examples import ChunksConfig, DatasetSplits, ExamplesConfig, SegmentPairsConfig, WindowsConfig
-from firth.runs.noisy_label_examples import PartiallyLabeledConfig, PseudoLabeledConfig
-from firth.runs.prepare import DataConfig, RunData, train_tokenizer
+from firth.runs.compatibility import check_fields, check_pattern
+from firth.runs.examples import EXAMPLES
+from firth.runs.prepare import RunData, train_tokenizer
 from firth.runs.start_model import StartModel
 from firth.tokenizer.tokenizer import Tokenizer
-from firth.training.precision import casts
+from firth.training.device import casts
 from firth.training.step import step
 from firth.types import UserError
 
@@ -67,8 +70,10 @@ class Place:
 
     def segment(self, name: str, objective: Objective | None = None) -> ExamplesConfig:
         """Return small examples of a kind, with the advantages that the objective is trained with."""
-        grouped = objective is not None and any(isinstance(one, Reinforce) for one in components(objective))
-        credit: Literal["gae", "group"] = "group" if grouped else "gae"
+        grouped = objective is not None and any(
+            "advantage" in one.inputs and "returns" not in one.inputs for one in components(objective)
+        )
+        credit: Literal["gae", "rloo"] = "rloo" if grouped else "gae"
         changed = {
             "windows": WindowsConfig(max_length=16),
             "chunks": ChunksConfig(max_length=24),
@@ -76,7 +81,7 @@ class Place:
             "partially_labeled": PartiallyLabeledConfig(num_labeled=4),
             "pseudo_labeled": PseudoLabeledConfig(num_labeled=4, teacher=str(self.folder / "classifier")),
             "rollouts": RolloutsConfig(
-                rollout_size=4, num_epochs=1, max_new_tokens=3, reward_function="builtins:len", advantages=credit
+                rollout_size=4, num_epochs=1, max_new_tokens=3, reward_function=("builtins:len",), advantages=credit
             ),
         }
         return changed.get(name) or EXAMPLES[name]()
@@ -87,7 +92,7 @@ class Place:
         start = str(self.folder / ("causal" if config.causal else "classifier"))
         source = DataConfig(path=(str(file),), split_by="line")
         place = self.folder / "cut" / (objectives.name_of(type(objective)) if name == "pseudo_labeled" else "")
-        data = RunData(source, self.tokenizer, place, StartModel(start), batch_size=2, log=lambda _: None)
+        data = RunData(source, self.tokenizer, place, start=StartModel(start), batch_size=2, log=lambda _: None)
         examples = self.segment(name, objective)
         objective = objective.configure(lambda: examples.stats(data, objective.constraints.class_names), config)
         return examples.build(data, objective), objective
@@ -117,6 +122,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
     write("multiple_choice", lambda i: {"text": some[i], "options": ["swims", "sleeps"], "label": 1})
     write("dialogues-seq2seq-rollouts", lambda i: {"prompt": some[i], "completion": some[-i]})
     write("preferences-ref_logprobs", lambda i: {"prompt": some[i], "chosen": "swims", "rejected": "sleeps"})
+    write("unpaired_preferences", lambda i: {"prompt": some[i], "completion": "swims", "label": i % 2 == 0})
     write("rankings", lambda i: {"prompt": some[i], "answers": ["swims", "sleeps", "otter"][: 2 + i % 2]})
     ids, ends = {"prompt": [60, 61], "chosen": [50, 51], "rejected": [50, 51]}, {"chosen": True, "rejected": True}
     texts_of = {"prompt": "y", "chosen": "x", "rejected": "x", "margin": 1.0}

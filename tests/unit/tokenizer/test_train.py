@@ -30,7 +30,7 @@ from firth.tokenizer.train import (
     train,
     unknown_share,
 )
-from firth.tokenizer.word_counts import count as count_words
+from firth.tokenizer.workers import count as count_words
 from firth.types import UserError
 
 TOPICS = sorted(pydoc_data.topics.topics.values())

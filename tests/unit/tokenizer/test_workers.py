@@ -19,7 +19,7 @@ from tokenizers import models, trainers
 from firth.corpora.readers import Document
 from firth.data import token_store
 from firth.data.token_store import TokenStore
-from firth.tokenizer import merges, word_counts, workers
+from firth.tokenizer import merges, workers
 from firth.tokenizer.train import ALGORITHMS, WORD_LEVEL, blank, train
 from firth.tokenizer.workers import Encode, Workers, count_all
 from firth.types import UserError
@@ -40,7 +40,7 @@ def by_engine(engine: Engine, texts: list[str]) -> Counter[str]:
     """Return the words as the engine itself splits."""
     found: Counter[str] = Counter()
     for text in texts:
-        found.update(word for word, _ in engine.pre_tokenizer.pre_tokenize_str(word_counts.normal(engine, text)))
+        found.update(word for word, _ in engine.pre_tokenizer.pre_tokenize_str(workers.normal(engine, text)))
     return found
 
 
@@ -49,8 +49,8 @@ def by_engine(engine: Engine, texts: list[str]) -> Counter[str]:
 def test_words_are_counted_as_the_engine_splits(algorithm: str) -> None:
     engine = blank(algorithm, "<unk>")
     for text in [*NASTY, *TEXTS]:
-        assert word_counts.count(engine, [text]) == by_engine(engine, [text]), text
-    assert word_counts.count(engine, [*NASTY, *TEXTS]) == by_engine(engine, [*NASTY, *TEXTS])
+        assert workers.count(engine, [text]) == by_engine(engine, [text]), text
+    assert workers.count(engine, [*NASTY, *TEXTS]) == by_engine(engine, [*NASTY, *TEXTS])
 
 
 @settings(max_examples=60, deadline=None)
@@ -58,7 +58,7 @@ def test_words_are_counted_as_the_engine_splits(algorithm: str) -> None:
 def test_words_of_any_text_are_those_of_the_engine(texts: list[str]) -> None:
     for algorithm in (*ALGORITHMS, WORD_LEVEL):
         engine = blank(algorithm, "<unk>")
-        assert word_counts.count(engine, texts) == by_engine(engine, texts), algorithm
+        assert workers.count(engine, texts) == by_engine(engine, texts), algorithm
 
 
 @settings(max_examples=40, deadline=None)
@@ -99,7 +99,7 @@ def test_a_store_is_the_same_for_any_number_of_workers(tmp_path: Path, small: No
 
 def test_counts_and_tokenizers_are_the_same_with_workers(small: None) -> None:
     engine = blank("wordpiece", "[UNK]")
-    assert count_all(engine, TEXTS, workers=2) == word_counts.count(engine, TEXTS)
+    assert count_all(engine, TEXTS, workers=2) == workers.count(engine, TEXTS)
 
 
 @pytest.mark.slow

@@ -18,11 +18,10 @@ from torch import Tensor
 from firth.model.model import LM
 from firth.training import trainer
 from firth.training.checkpoint import load
-from firth.training.cpu_setup import flush_denormals
+from firth.training.device import choose_precision, flush_denormals, measured_speed
 from firth.training.distributed import Ranks
 from firth.training.logging import LineReporter, MetricsLog, NullReporter
 from firth.training.optimizer import OptimizerConfig
-from firth.training.precision import choose, measured_speed
 from firth.training.run_lock import run_lock
 from firth.training.schedule import Budget, Schedule
 from firth.training.step import step, validate
@@ -348,10 +347,10 @@ def test_denormals_are_flushed_on_every_thread(tmp_path: Path) -> None:
 
 def test_precision_follows_the_measured_speed(monkeypatch: pytest.MonkeyPatch) -> None:
     cpu = torch.device("cpu")
-    assert choose("bf16", cpu) == "bf16"
+    assert choose_precision("bf16", cpu) == "bf16"
     for speed, expected in (({"fp32": 1.0, "bf16": 2.0}, "bf16"), ({"fp32": 1.0, "bf16": 1.1}, "fp32")):
-        monkeypatch.setattr("firth.training.precision.measured_speed", lambda speed=speed: speed)
-        assert choose("auto", cpu) == expected
+        monkeypatch.setattr("firth.training.device.measured_speed", lambda speed=speed: speed)
+        assert choose_precision("auto", cpu) == expected
     assert min(measured_speed(size=64, seconds=0.001).values()) > 0
 
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+import random
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -10,52 +11,23 @@ import numpy as np
 import pytest
 
 from firth.evaluate.prompting.answers import Filter, FilterChain
+from firth.evaluate.prompting.comparison import paired_bootstrap
 from firth.evaluate.prompting.prompt_task import MetricConfig, PromptConfig, PromptTask, majority
-from firth.evaluate.prompting.prompts import Item, choose_shots, fit
+from firth.evaluate.prompting.prompts import ExamplePool, fit
 from firth.evaluate.prompting.requests import (
     GenerateReply,
     GenerateRequest,
     Reply,
     ReplyCache,
     Request,
-    ScoreReply,
     ScoreRequest,
 )
 from firth.evaluate.prompting.results import comparisons, table, to_json, write_results
-from firth.evaluate.prompting.runner import TaskResult, paired_bootstrap, run_tasks, standard_error
-from firth.evaluate.prompting.task_files import builtin_names, load_task, read_bigbench, read_task
+from firth.evaluate.prompting.runner import TaskResult, run_tasks, standard_error
+from firth.evaluate.prompting.task_files import load_tasks, read_task
+from firth.tokenizer import chat_template
 from firth.types import UserError
-
-
-class FakeModel:
-    """Replies by rules and keeps the requests: a continuation scores minus its length, an answer is what `answers` gives."""
-
-    name, digest = "fake", "0" * 32
-
-    def __init__(
-        self, answers: dict[str, str] | None = None, context: int = 1000, dies_after: int | None = None
-    ) -> None:
-        self.answers, self.context, self.dies_after = answers or {}, context, dies_after
-        self.requests: list[Request] = []
-
-    def count_tokens(self, text: str, chat: bool = False) -> int:
-        return len(text.split())
-
-    def reply(self, requests: Sequence[Request]) -> Iterator[tuple[int, Reply]]:
-        for i, request in enumerate(requests):
-            if self.dies_after is not None and len(self.requests) >= self.dies_after:
-                raise UserError("the server does not answer")
-            self.requests.append(request)
-            if isinstance(request, ScoreRequest):
-                yield i, ScoreReply((-float(len(request.continuation)),), greedy=len(request.continuation) < 4)
-            else:
-                known = [text for key, text in self.answers.items() if key in request.prompt + request.begun]
-                yield i, GenerateReply(known[-1] if known else f"sample {request.seed}", "stop")
-
-
-def items(*records: dict[str, object]) -> list[Item]:
-    return [Item(record, f"questions.jsonl:{i}") for i, record in enumerate(records, 1)]
-
+from tests.support.fake_responder import FakeModel, items, one_result
 
 CAPITALS = items(
     {"country": "Chad", "capital": "N'Djamena"},
@@ -70,15 +42,6 @@ CHOICE = PromptTask(
     "choice", items({"q": "x", "options": ["a", "bbbb", "cc"], "gold": "a"}, {"q": "y", "options": ["dd", "e"], "gold": 0}),
     "multiple_choice", "{{q}} is", "gold", choices="options", metrics=(MetricConfig("acc"), MetricConfig("acc_norm")),
 )  # fmt: skip
-
-
-DEFAULT = PromptConfig()
-
-
-def one_result(task: PromptTask, model: FakeModel, config: PromptConfig = DEFAULT) -> TaskResult:
-    """Return the result of one task."""
-    [result] = run_tasks([task], model, config)
-    return result
 
 
 def test_multiple_choice_takes_the_most_likely_choice() -> None:
@@ -107,15 +70,38 @@ def test_examples_precede_the_question_and_never_hold_it() -> None:
 def test_copies_of_a_question_are_no_examples() -> None:
     """A record that is equal to the question would show its answer."""
     pool = items(*[dict(CAPITALS[0].fields)] * 5, dict(CAPITALS[1].fields))
-    assert choose_shots(pool, CAPITALS[0], 1, "random", 0, 0) == [pool[5]]
+    assert ExamplePool(pool).choose(CAPITALS[0], 1, "random", 0, 0) == [pool[5]]
     with pytest.raises(UserError, match=r"questions.jsonl:1: 2 examples are wanted and only 1"):
-        choose_shots(pool, CAPITALS[0], 2, "first_n", 0, 0)
+        ExamplePool(pool).choose(CAPITALS[0], 2, "first_n", 0, 0)
+
+
+def test_examples_without_copies_of_a_question() -> None:
+    """Each item of a pool with many copies gets the same examples as from a list without its copies."""
+    rng = random.Random(1)
+    pool = items(*({"n": rng.randint(0, 20)} for _ in range(60)))
+    examples = ExamplePool(pool)
+    for index, item in enumerate(pool):
+        others = [one for one in pool if one.fields != item.fields]
+        assert examples.choose(item, 5, "first_n", 3, index) == others[:5]
+        assert examples.choose(item, 5, "random", 3, index) == random.Random(f"3/{index}").sample(others, 5)
+
+
+def test_a_template_is_rendered_once_per_item(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once for the check, the question and its use as an example together."""
+    rendered: list[object] = []
+    send = chat_template.send
+    monkeypatch.setattr(chat_template, "send", lambda request: rendered.append(request) or send(request))
+    fresh = items(*(dict(one.fields) for one in CAPITALS))
+    one_result(replace(TASK, items=fresh, target="{{capital}}"), FakeModel(), PromptConfig(shots=2))
+    assert len(rendered) == 2 * len(fresh), "a prompt and a target per item"
 
 
 def test_random_examples_depend_on_the_seed_and_the_item() -> None:
     """The same seed gives the same examples."""
     pool = items(*({"n": n} for n in range(50)))
-    draw = [choose_shots(pool, pool[0], 5, "random", seed, index) for seed, index in ((0, 0), (0, 0), (1, 0), (0, 1))]
+    draw = [
+        ExamplePool(pool).choose(pool[0], 5, "random", seed, index) for seed, index in ((0, 0), (0, 0), (1, 0), (0, 1))
+    ]
     assert draw[0] == draw[1] != draw[2] and draw[0] != draw[3]
 
 
@@ -237,10 +223,11 @@ def test_better_is_said_only_where_the_interval_allows() -> None:
     rng = np.random.default_rng(0)
     base = (rng.random(9) < 0.5).astype(float)
     good, same = result("good", [1.0] * 9), result("base", base.tolist())
-    difference, low, high = paired_bootstrap(good, same, "exact_match")
-    assert difference == pytest.approx(1 - base.mean()) and 0 < low <= difference <= high
-    assert "good is better than base" in comparisons([[good], [same]])[0]
-    assert "does not differ from" in comparisons([[same], [same]])[0]
+    found = paired_bootstrap(good, same, "exact_match")
+    assert found is not None
+    assert found.difference == pytest.approx(1 - base.mean()) and 0 < found.low <= found.difference <= found.high
+    assert "good is better than base" in comparisons([good, same])[0]
+    assert "does not differ from" in comparisons([same, same])[0]
 
 
 def test_results_have_the_layout_of_lm_eval(tmp_path: Path) -> None:
@@ -322,6 +309,11 @@ def test_a_wrong_task_file_is_named_with_its_line(tmp_path: Path, line: str, wor
     ("task", "words"),
     [
         (
+            replace(TASK, prompt="county"),
+            r"questions.jsonl:1: doc_to_text is 'county', and the record has no such field",
+        ),
+        (replace(TASK, target="captial"), r"questions.jsonl:1: doc_to_target is 'captial', .* it has country, capital"),
+        (
             replace(TASK, prompt="{{county}}"),
             r"questions.jsonl:1: the template '{{county}}' fails: 'county' is undefined",
         ),
@@ -356,56 +348,9 @@ def test_a_template_is_sandboxed() -> None:
             replace(TASK, prompt=template).check(PromptConfig())
 
 
-def test_bigbench_tasks_are_read_as_published(tmp_path: Path) -> None:
-    """Multiple choice with scores, and generation with several accepted answers."""
-    choice = {
-        "name": "color", "description": "", "keywords": [], "task_prefix": "Choose {one}.", "metrics": ["multiple_choice_grade"],
-        "examples": [
-            {"input": "Snow?", "target_scores": {"black": 0, "white": 1}},
-            {"input": "Coal?", "target_scores": {"black": 1, "light gray": 0.5}},
-        ],
-    }  # fmt: skip
-    path = tmp_path / "task.json"
-    path.write_text(json.dumps(choice))
-    task, model = load_task(str(tmp_path)), FakeModel()
-    result = one_result(task, model, PromptConfig(shots=1))
-    assert model.requests[0] == ScoreRequest(
-        "Choose {one}.\nQ: Coal?\n  choice: black\n  choice: light gray\nA: black\n\nQ: Snow?\n  choice: black\n  choice: white\nA: ",
-        "black",
-    )
-    assert result.metrics["multiple_choice_grade"].value == 0.5
-    path.write_text(json.dumps(choice | {"examples": [{"input": "1+1", "target": ["2", "two"]}]}))
-    result = one_result(read_bigbench(path), FakeModel({"1+1": " two "}))
-    assert result.metrics["exact_match"].value == 1
-    path.write_text(json.dumps(choice | {"examples": [{"input": "1+1"}]}))
-    with pytest.raises(UserError, match=r"task.json: example 1: an example has the fields"):
-        read_bigbench(path)
-
-
-RECORDS: dict[str, dict[str, object]] = {
-    "mmlu": {"question": "q", "choices": ["a", "b", "c", "d"], "answer": 1, "subject": "high_school_physics"},
-    "mmlu_full_answers": {"question": "q", "choices": ["a", "b", "c", "d"], "answer": 1, "subject": "physics"},
-    "gsm8k": {"question": "q", "answer": "1 + 1 = 2\n#### 2"},
-    "minimal_pairs": {"sentence_good": "He is.", "sentence_bad": "He are."},
-    "closed_book": {"question": "q", "answer": ["a", "b"]},
-    "word_translation": {"source": "thanks", "target": "merci"},
-    "perplexity": {"text": "one two"},
-}
-
-
-@pytest.mark.parametrize("name", builtin_names())
-def test_shipped_tasks_run(tmp_path: Path, name: str) -> None:
-    """Each shipped task renders its format."""
-    path = tmp_path / "records.jsonl"
-    records = [RECORDS[name] | {"number": number} for number in range(6)]
-    path.write_text("".join(json.dumps(record) + "\n" for record in records))
-    result = one_result(load_task(name, [str(path)]), FakeModel())
-    assert len(result.items) == 6 and result.metrics
-
-
 def test_a_tie_of_a_minimal_pair_is_wrong(tmp_path: Path) -> None:
     """Sentences of equal score."""
     path = tmp_path / "pairs.jsonl"
     path.write_text(json.dumps({"sentence_good": "aa", "sentence_bad": "bb"}) + "\n")
-    result = one_result(load_task("minimal_pairs", [str(path)]), FakeModel())
+    result = one_result(load_tasks("minimal_pairs", [str(path)])[0], FakeModel())
     assert result.metrics["acc"].value == 0

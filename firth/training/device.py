@@ -1,0 +1,162 @@
+"""The device of a run, its precision, the memory of the machine, and settings of the process that speed up training on a CPU.
+
+Precision: bf16 or fp32, whichever is faster. That a CPU supports bf16 does not mean that it is fast: without avx512_bf16 or
+amx it is emulated, and a matrix product takes four times as long as in fp32. So a small product is timed in both, once per
+process (about 50 ms).
+
+Process: malloc keeps freed memory, and denormals are flushed to zero. `train` applies both for the rest of the process.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import platform
+import sys
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from functools import cache
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from firth.types import UserError
+
+Precision = Literal["auto", "fp32", "bf16"]
+
+MIN_SPEEDUP = 1.2
+"""bf16 must be this many times as fast as fp32 to be chosen, because of the cost of casts around the products."""
+
+
+def default_device() -> torch.device:
+    """Return the device of this process: cuda, mps or cpu.
+
+    A rank takes the GPU of its local number (LOCAL_RANK, which torchrun sets) and makes it the current one.
+
+    Raises:
+        UserError: There is no GPU of that number.
+    """
+    if torch.cuda.is_available():
+        local = os.environ.get("LOCAL_RANK")
+        if local is not None:
+            count = torch.cuda.device_count()
+            if int(local) >= count:
+                raise UserError(
+                    f"process {local} of this machine has no GPU of its own: torch sees {count}; start at most {count} "
+                    f"(torchrun --nproc-per-node {count}), or make more visible with CUDA_VISIBLE_DEVICES"
+                )
+            torch.cuda.set_device(int(local))
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+
+
+def choose_precision(wanted: Precision, device: torch.device) -> Literal["fp32", "bf16"]:
+    """Return the precision to train in: `wanted`, or for "auto" the faster one on `device`."""
+    if wanted != "auto":
+        return wanted
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.get_device_capability(device) >= (8, 0) else "fp32"
+    if device.type == "mps":
+        return "fp32"
+    speed = measured_speed()
+    return "bf16" if speed["bf16"] > MIN_SPEEDUP * speed["fp32"] else "fp32"
+
+
+@cache
+def measured_speed(size: int = 512, seconds: float = 0.04) -> dict[str, float]:
+    """Return the best FLOP/s of a matrix product on the CPU in fp32 and bf16.
+
+    Products of both alternate, so that other work on the machine slows both alike and does not change the choice.
+
+    Args:
+        size: Rows and columns of the matrices.
+        seconds: Time to measure.
+    """
+    matrices = {"fp32": torch.ones(size, size), "bf16": torch.ones(size, size, dtype=torch.bfloat16)}
+    best = {}
+    for name, x in matrices.items():
+        x @ x  # the first product sets up threads and kernels
+        best[name] = float("inf")
+    end = time.perf_counter() + seconds
+    while time.perf_counter() < end or float("inf") in best.values():
+        for name, x in matrices.items():
+            start = time.perf_counter()
+            x @ x
+            best[name] = min(best[name], time.perf_counter() - start)
+    return {name: 2 * size**3 / least for name, least in best.items()}
+
+
+def casts(precision: Literal["fp32", "bf16"], device: torch.device) -> Callable[[], AbstractContextManager[object]]:
+    """Return the context of a forward pass: no-op for fp32, autocast over fp32 master weights for bf16."""
+    if precision == "fp32":
+        return nullcontext
+    return lambda: torch.autocast(device.type, torch.bfloat16)
+
+
+_TRIM_THRESHOLD, _TOP_PAD, _MMAP_MAX = -1, -2, -4  # malloc.h
+_GLIBC = platform.libc_ver()[0] == "glibc"
+
+
+def keep_freed_memory() -> bool:
+    """Let malloc keep freed memory instead of returning it to the kernel. Returns True on success (glibc only).
+
+    glibc allocates blocks over 128 kB with `mmap` and returns them to the kernel when they are freed. A training step allocates
+    the same activations again and again, and each time every page is faulted in and zeroed. With this setting they are reused.
+    """
+    if not _GLIBC:
+        return False
+    mallopt = ctypes.CDLL(None).mallopt
+    largest = 2**31 - 1
+    return all((mallopt(_MMAP_MAX, 0), mallopt(_TRIM_THRESHOLD, largest), mallopt(_TOP_PAD, 64 << 20)))
+
+
+def flush_denormals(on: bool = True) -> bool:
+    """Flush numbers below 1.2e-38 to 0 on every thread of torch. Returns True if the processor can.
+
+    x86 computes with such numbers in microcode, about a hundred cycles each. A confident model produces them in its backward
+    pass, as products of tiny probabilities and tiny gradients: a T5 drops to half of its speed within 200 steps. GPUs and
+    vendors' fast modes flush them too.
+
+    `torch.set_flush_denormal` applies to the calling thread and threads that it starts later. OpenMP's threads may exist
+    already, so it is called in each, through the entry point that the libraries of gcc and Intel share.
+    """
+    supported: bool = torch.set_flush_denormal(on)
+    parallel = getattr(ctypes.CDLL(None), "GOMP_parallel", None) if _GLIBC else None
+    if supported and parallel is not None:
+
+        def in_each_thread(_: object) -> None:
+            torch.set_flush_denormal(on)
+
+        parallel(ctypes.CFUNCTYPE(None, ctypes.c_void_p)(in_each_thread), None, torch.get_num_threads(), 0)
+    return supported
+
+
+def memory() -> tuple[int, int]:
+    """Return total and available main memory in bytes; both the total if the system does not say."""
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if sys.platform != "linux":
+        return total, total
+    lines = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
+    free = int(lines["MemAvailable"].split()[0]) * 1024
+    for limit, used in _CGROUPS:
+        if Path(limit).exists() and (text := Path(limit).read_text().strip()) != "max" and int(text) < total:
+            total = int(text)
+            free = min(free, total - int(Path(used).read_text()) + _cached(Path(used).with_name("memory.stat")))
+    return total, free
+
+
+def _cached(stat: Path) -> int:
+    """Return the bytes of file cache in a control group, which count as used but are released on demand."""
+    if not stat.exists():
+        return 0
+    found = dict(line.split(" ", 1) for line in stat.read_text().splitlines())
+    return int(found.get("file", found.get("total_cache", 0)))
+
+
+_CGROUPS = (
+    ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
+    ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
+)
+"""Memory limit and usage of a container, in both versions of Linux control groups."""
