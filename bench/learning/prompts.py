@@ -20,27 +20,37 @@ from typing import Any
 import numpy as np
 
 from firth.corpora.catalog import fetch
-from firth.evaluate.prompting.evaluate import open_responder
+from firth.evaluate.prompting.local_model import LocalModel
 from firth.evaluate.prompting.prompt_task import PromptConfig, PromptTask
 from firth.evaluate.prompting.requests import ReplyCache
 from firth.evaluate.prompting.runner import run_tasks
-from firth.evaluate.prompting.task_files import load_task
+from firth.evaluate.prompting.task_files import load_tasks
 from firth.io.atomic import write_text
 from firth.io.cache import cache
 from firth.runs.import_export import import_model
 
 OUT = Path("runs/prompts")
 SHOTS = (0, 1, 3, 5)
-LIMIT = 100
+LIMIT = 60
 WEIGHTS = "bf16"
 BIGBENCH = (
     "anachronisms", "arithmetic/2_digit_addition", "date_understanding", "entailed_polarity", "implicatures",
     "linguistic_mappings/past_tense_json", "phrase_relatedness", "social_iqa", "strategyqa",
     "unnatural_in_context_learning/identity",
 )  # fmt: skip
+QUESTIONS = 100
+RATIONALES = {
+    "direct": PromptConfig(shots=8, limit=QUESTIONS),
+    "few-shot rationales": PromptConfig(shots=8, limit=QUESTIONS, cot="few-shot"),
+    "few-shot rationales, 5 votes": PromptConfig(shots=8, limit=QUESTIONS, cot="few-shot", votes=5),
+    "direct, chat": PromptConfig(shots=0, limit=QUESTIONS, chat=True),
+    "step by step, chat": PromptConfig(shots=0, limit=QUESTIONS, chat=True, cot="zero-shot"),
+}
+"""Ways to answer word problems."""
 STORIES = (
     ("{name} has {a} {thing}. {name} buys {b} more and gives {c} to a friend. How many {thing} does {name} have now?",
-     "{name} starts with {a} {thing}. After buying {b} more there are {a} + {b} = {s}. After giving away {c} there are {s} - {c} = {t}.", 1),
+     "{name} starts with {a} {thing}. After buying {b} more there are {a} + {b} = {s}. After giving away {c} "
+     "there are {s} - {c} = {t}.", 1),
     ("There are {a} {thing} on the table and {b} in a box. {name} takes {c} away. How many {thing} are left?",
      "Together there are {a} + {b} = {s} {thing}. {name} takes {c} away, so {s} - {c} = {t} are left.", 1),
     ("{name} finds {a} {thing} on Monday, {b} on Tuesday and {c} on Wednesday. How many {thing} does {name} find in all?",
@@ -53,7 +63,7 @@ THINGS = ("apples", "books", "coins", "pencils", "stamps", "shells", "marbles", 
 
 
 def story(rng: np.random.Generator) -> dict[str, str]:
-    """Return a word problem of two steps in GSM8K's format: question, answer ("rationale\\n#### 12")."""
+    """Return a word problem of two steps: question, rationale, answer."""
     question, rationale, kind = STORIES[rng.integers(len(STORIES))]
     a, b, c = (int(rng.integers(2, 13)) for _ in range(3))
     if kind == 1:
@@ -66,8 +76,7 @@ def story(rng: np.random.Generator) -> dict[str, str]:
     return {
         "question": question.format(**values),
         "rationale": rationale.format(**values),
-        "number": str(values["t"]),
-        "answer": f"{rationale.format(**values)}\n#### {values['t']}",
+        "answer": str(values["t"]),
     }
 
 
@@ -126,6 +135,8 @@ def settings() -> list[Setting]:
         for task in ("mmlu", "mmlu_full_answers")
         for shots in SHOTS
     ]
+    stories = ((str(OUT / "stories.jsonl"),), (str(OUT / "stories-examples.jsonl"),))
+    found += [Setting(f"stories-{name}", "arithmetic", config, *stories) for name, config in RATIONALES.items()]
     directory = fetch("bigbench")
     for shots in SHOTS:
         for name in BIGBENCH:
@@ -146,12 +157,12 @@ def fixed_examples(task: PromptTask) -> PromptTask:
 def run() -> None:
     """Run every setting whose file is not there."""
     prepare()
-    model = open_responder(str(OUT / "model"), WEIGHTS)
+    model = LocalModel.open(OUT / "model", WEIGHTS)
     for setting in settings():
         path = OUT / f"{setting.name}.json"
         if path.is_file():
             continue
-        task = fixed_examples(load_task(setting.task, setting.data, setting.examples))
+        task = fixed_examples(load_tasks(setting.task, setting.data, setting.examples)[0])
         began = time.monotonic()
         replies = ReplyCache(cache() / "replies", model.digest)
         [result] = run_tasks([task], model, setting.config, replies)
@@ -186,6 +197,15 @@ def table() -> str:
         cells = [interval(*one["metrics"][metric]) for one in found]
         gain = interval(float(gains.mean()), float(gains.std(ddof=1) / len(gains) ** 0.5))
         rows.append(f"| {name} | {metric} | {found[0]['chance']:.3f} | " + " | ".join(cells) + f" | {gain} |")
+    rows += ["", "| word problems | exact match | over direct |", "|---|---|---|"]
+    base = OUT / "stories-direct.json"
+    for name in RATIONALES:
+        path = OUT / f"stories-{name}.json"
+        if path.is_file() and base.is_file():
+            one, first = (json.loads(file.read_text("utf-8")) for file in (path, base))
+            gains = np.array(one["values"]["exact_match"]) - np.array(first["values"]["exact_match"])
+            gain = interval(float(gains.mean()), float(gains.std(ddof=1) / len(gains) ** 0.5))
+            rows.append(f"| {name} | {interval(*one['metrics']['exact_match'])} | {gain} |")
     return "\n".join(rows)
 
 
