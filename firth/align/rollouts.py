@@ -150,8 +150,6 @@ class RolloutsConfig(ExamplesConfig):
                 f"examples.reward_weights has {len(self.reward_weights)} numbers for {rewards} rewards: give one for the reward "
                 "model, if there is one, and one for each function"
             )
-        if bool(self.pretraining_path) != bool(self.pretraining_rows):
-            raise UserError("set examples.pretraining_path and examples.pretraining_rows together")
 
     def steps(self, batch_size: int) -> int:
         """Return the training steps per rollout batch, for a batch size in rows.
@@ -211,6 +209,8 @@ class RolloutsConfig(ExamplesConfig):
         return {"max_prompt_length": text - self.max_new_tokens}
 
     def build(self, data: BuildContext, objective: Objective) -> DatasetSplits:
+        if bool(self.pretraining_path) != bool(self.pretraining_rows):
+            raise UserError("set examples.pretraining_path and examples.pretraining_rows together")
         start = data.frozen_start("the model that writes the first answers, which is also the reference")
         found, keys = self._prompts(data, start, data.config.paths(data.log))
         aside = held_out_keys(keys, 0.0 if data.config.validation_path else data.config.validation_fraction, len(found))

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from firth.align.advantages import LeaveOneOut
+from firth.align.advantages import GroupNormalized, LeaveOneOut
 from firth.align.precompute import PrecomputedSource, precompute
 from firth.align.rewards import (
     FunctionReward,
@@ -29,7 +29,7 @@ from firth.io.integrity import read_record
 from firth.model.config import decoder_config
 from firth.model.model import LM
 from firth.objectives.objective import Objective
-from firth.objectives.policy_gradient import PER_TOKEN, PPO, Reinforce
+from firth.objectives.policy_gradient import GRPO, PER_TOKEN, PPO, Reinforce
 from firth.objectives.preferences import DPO, build_comparison, ref_logprobs
 from firth.objectives.reward_model import RewardModeling
 from firth.training.step import step
@@ -297,20 +297,26 @@ def test_rollouts_are_sampled_once_and_use_every_prompt() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("stop", [5, 6, 8])
-def test_a_run_killed_within_a_rollout_batch_resumes_exactly(stop: int) -> None:
+@pytest.mark.parametrize("objective", [PPO(), GRPO()], ids=["ppo", "grpo"])
+def test_a_run_killed_within_a_rollout_batch_resumes_exactly(objective: Objective, stop: int) -> None:
     """As with a checkpoint, weights, optimizer and the source's arrays are kept; everything else is created again."""
-    objective = PPO()
     start = letters_only(policy(objective))
     frozen = copy.deepcopy(start)
-    uninterrupted, source = copy.deepcopy(start), rollouts(frozen)
+    settings: dict[str, object] = {}
+    if isinstance(objective, GRPO):
+        settings = {
+            "config": RolloutsConfig(rollout_size=32, num_generations=4, max_new_tokens=8, kl_coef=0.0),
+            "advantage_estimator": GroupNormalized(),
+        }
+    uninterrupted, source = copy.deepcopy(start), rollouts(frozen, **settings)
     run(uninterrupted, objective, source, steps=10, rate=3e-3)
 
-    first, interrupted = copy.deepcopy(start), rollouts(frozen)
+    first, interrupted = copy.deepcopy(start), rollouts(frozen, **settings)
     optimizer = run(first, objective, interrupted, steps=stop, rate=3e-3)
     kept = {name: array.copy() for name, array in interrupted.state().items()}
     weights, moments = copy.deepcopy(first.state_dict()), copy.deepcopy(optimizer.state_dict())
 
-    second, resumed = policy(objective, seed=9), rollouts(frozen)
+    second, resumed = policy(objective, seed=9), rollouts(frozen, **settings)
     second.load_state_dict(weights)
     again = torch.optim.Adam(second.parameters(), 3e-3)
     again.load_state_dict(moments)
