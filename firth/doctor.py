@@ -234,7 +234,7 @@ def _kernels() -> list[DoctorRow]:
 
 
 def _memory() -> DoctorRow:
-    total, free = memory()
+    total, free = device.memory()
     value = f"{free / 1e9:.1f} GB free of {total / 1e9:.1f}"
     if free < 2e9:
         return DoctorRow(
@@ -244,35 +244,6 @@ def _memory() -> DoctorRow:
             False,
         )
     return DoctorRow("memory", value, f"AdamW takes 16 bytes a weight: at most about {short(free / 16 / 2)} parameters")
-
-
-def memory() -> tuple[int, int]:
-    """Return total and available main memory in bytes; both the total if the system does not say."""
-    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    if sys.platform != "linux":
-        return total, total
-    lines = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
-    free = int(lines["MemAvailable"].split()[0]) * 1024
-    for limit, used in _CGROUPS:
-        if Path(limit).exists() and (text := Path(limit).read_text().strip()) != "max" and int(text) < total:
-            total = int(text)
-            free = min(free, total - int(Path(used).read_text()) + _cached(Path(used).with_name("memory.stat")))
-    return total, free
-
-
-def _cached(stat: Path) -> int:
-    """Return the bytes of file cache in a control group, which count as used but are released on demand."""
-    if not stat.exists():
-        return 0
-    found = dict(line.split(" ", 1) for line in stat.read_text().splitlines())
-    return int(found.get("file", found.get("total_cache", 0)))
-
-
-_CGROUPS = (
-    ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
-    ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
-)
-"""Memory limit and usage of a container, in both versions of Linux control groups."""
 
 
 def _disk(directory: Path) -> DoctorRow:

@@ -49,8 +49,8 @@ ShareAboveZero = Annotated[float, Interval(gt=0, le=1)]
 OpenShare = Annotated[float, Interval(gt=0, lt=1)]
 """A fraction above 0 and below 1: masked tokens."""
 
-PathKind = Literal["files", "model", "tokenizer", "place"]
-"""What a path in a recipe names: input files, a model or adapter directory, a tokenizer, or an output directory ("place")."""
+PathKind = Literal["files", "task", "model", "tokenizer", "place"]
+"""What a path in a recipe names: input files, a task file, a model or adapter directory, a tokenizer, or an output directory ("place")."""
 
 CONFIG: Any = {"strict": True, "allow_inf_nan": False, "arbitrary_types_allowed": True}
 """pydantic's configuration: nothing is converted, except an int to a float."""

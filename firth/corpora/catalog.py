@@ -21,6 +21,7 @@ from pathlib import Path
 
 from firth.corpora import closed_book, download, minimal_pairs, prepare
 from firth.corpora.download import Package
+from firth.corpora.input_files import stamp
 from firth.io.atomic import make_directory, scratch_directory, write_text
 from firth.io.cache import cache
 from firth.io.integrity import sealed, verify
@@ -245,6 +246,8 @@ def fetch(name: str, log: LogLine = LOGGER.info) -> Path:
 def paths(name: str, log: LogLine = LOGGER.info) -> list[str]:
     """Return the paths of the documents or records of a corpus, for `firth.corpora.readers`.
 
+    The corpus is fetched, verified and announced at the first call of a process, and again if its files change.
+
     Args:
         name: NAME, or NAME/FILE for one of its files: "places/train.jsonl".
         log: Receives messages.
@@ -253,7 +256,10 @@ def paths(name: str, log: LogLine = LOGGER.info) -> list[str]:
         UserError: As `fetch`; or the corpus is a model, or the file does not exist.
     """
     name, _, side = name.partition("/")
-    directory = fetch(name, log)
+    directory = cache() / name
+    if name not in CATALOG or _VERIFIED.get(directory) != _stamps(directory):
+        directory = fetch(name, log)
+        _VERIFIED[directory] = _stamps(directory)
     if side:
         present = sorted(path.name for path in directory.iterdir() if not path.name.startswith("."))
         if side not in present:
@@ -262,6 +268,14 @@ def paths(name: str, log: LogLine = LOGGER.info) -> list[str]:
     if not CATALOG[name].files:
         raise UserError(f"{name} has no text to train on: give its files in {directory} to init_from or --task")
     return [str(Path(glob.escape(str(directory))) / CATALOG[name].files)]
+
+
+_VERIFIED: dict[Path, dict[str, list[int]]] = {}
+"""Directory of a corpus that this process has verified -> name and stamp of its files."""
+
+
+def _stamps(directory: Path) -> dict[str, list[int]]:
+    return {str(path): stamp(path.stat()) for path in directory.rglob("*") if path.is_file()}
 
 
 def fetch_corpus(corpus: Corpus, root: Path, log: LogLine) -> Path:

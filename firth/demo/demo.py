@@ -35,6 +35,7 @@ from firth.demo.report import EXAMPLE_WORDS, demo_report, next_commands
 from firth.demo.scorers import SCORERS
 from firth.demo.sizes import SIZES, DemoSize
 from firth.generate.engine import Engine
+from firth.generate.fill import fill_masks
 from firth.generate.sampling import Sampling
 from firth.io.atomic import make_directory, write_text
 from firth.model.model import LM
@@ -347,7 +348,7 @@ class _Demo:
         if name == "encoder":
             predictions = []
             for prompt in prompts:
-                [candidates] = loaded.engine.fill(prompt, 5)
+                [candidates] = fill_masks(loaded.model, loaded.tokenizer, prompt, 5)
                 shown = [readable(c.piece, loaded.tokenizer.is_byte_level) for c in candidates]
                 predictions.append(
                     "  ".join(f"{s} {c.probability:.2f}" for s, c in zip(shown, candidates, strict=True))

@@ -1,10 +1,9 @@
-"""Inference with a trained model: generation, scoring, multiple choice and mask filling.
+"""Inference with a trained model: generation, scoring and multiple choice.
 
-`Engine` runs one model with one tokenizer. `generate` prefills the prompts of a batch together, then decodes one token
-per row and step with a KV cache. Once a quarter of the rows has finished, further prompts take their places, so that no
-prompt waits for the longest answer of a batch (continuous batching). `stream` yields text as it
-is decoded. `score` is the sum of log p(completion | prompt), `choose` the most likely of several options, and `fill` returns
-a masked language model's candidates for each mask. Evaluation and alignment use these methods.
+`Engine` runs one model with one tokenizer. `generate` prefills the prompts of a batch together, then decodes one token per
+row and step with a KV cache. Once a quarter of the rows has finished, further prompts take their places, so that no prompt
+waits for the longest answer of a batch (continuous batching). `stream` yields text as it is decoded. `score` is the sum of
+log p(completion | prompt), and `choose` the most likely of several options. Evaluation and alignment use these methods.
 
     engine = Engine(model, tokenizer)
     [answer] = engine.generate([tokenizer.encode("To be, or not")], Sampling(temperature=0, max_new_tokens=8))
@@ -34,7 +33,6 @@ import numpy as np
 from torch import Tensor
 
 from firth.generate.decoding_batch import DecodingBatch, inference_mode, rectangle
-from firth.generate.fill_mask import Candidate, fill
 from firth.generate.quantized import quantize
 from firth.generate.sampling import Sampling
 from firth.generate.scoring import ScoredPair, score_pairs
@@ -304,10 +302,6 @@ class Engine:
     def choose(self, prompt: np.ndarray, options: Sequence[np.ndarray]) -> int:
         """Return the index of the most likely option; of equals, the first."""
         return int(np.argmax(self.options(prompt, options)))
-
-    def fill(self, text: str, k: int = 5) -> list[list[Candidate]]:
-        """Return the k most likely tokens for each mask in the text, for masked language models (`firth.generate.fill_mask`)."""
-        return fill(self.model, self.tokenizer, text, k)
 
     def _check_length(self, what: str, prompt: int, length: int) -> None:
         """Raise a UserError if the prompt is empty or the input of `length` tokens is longer than the context."""

@@ -23,6 +23,7 @@ from typing import Literal
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from firth.generate.decoding_batch import inference_mode, pad_right, rectangle
 from firth.model.config import ModelConfig
@@ -72,11 +73,16 @@ class TokenScores:
 
     Args:
         logprobs: log p of each of its tokens, (n,) float64, in nats.
-        greedy: Whether each of them is the most likely token.
+        most_likely: Whether each of them is the most likely token, (n,) bool.
     """
 
     logprobs: np.ndarray
-    greedy: bool
+    most_likely: np.ndarray
+
+    @property
+    def greedy(self) -> bool:
+        """Whether greedy decoding would write the continuation."""
+        return bool(self.most_likely.all())
 
     @property
     def total(self) -> float:
@@ -317,7 +323,7 @@ def _read_scores(
     states = hidden.reshape(-1, hidden.shape[-1])
     for first in range(0, len(places), MAX_LOGIT_ROWS):
         some = torch.from_numpy(places[first : first + MAX_LOGIT_ROWS]).to(hidden.device)
-        logits = head(states[some]).float()
+        logits = _fp32_logits(head, states[some])
         mine = np.flatnonzero((which >= first) & (which < first + MAX_LOGIT_ROWS))
         local = torch.from_numpy(which[mine] - first).to(hidden.device)
         label = torch.from_numpy(labels[mine]).to(hidden.device)
@@ -327,8 +333,20 @@ def _read_scores(
     start = 0
     for index, continuation in order:
         stop = start + len(continuation)
-        yield index, TokenScores(logprobs[start:stop], bool(greedy[start:stop].all()))
+        yield index, TokenScores(logprobs[start:stop], greedy[start:stop])
         start = stop
+
+
+def _fp32_logits(head: LMHead, states: Tensor) -> Tensor:
+    """Return logits (n, vocab_size) in fp32, also of a head in bf16, whose own logits of 16 to 32 have steps of 1/8.
+
+    Log-probabilities of two choices would often be equal then. The product of the head is done in fp32, that of the blocks is
+    not.
+    """
+    if type(head) is not LMHead or head.matrix.dtype != torch.bfloat16:
+        return head(states).float()
+    bias = None if head.bias is None else head.bias.float()
+    return head.to_logits(F.linear(head.transform(states).float(), head.matrix.float(), bias))
 
 
 def _teacher_forced(model: LM, vocab: Vocab, pairs: Sequence[ScoredPair]) -> Iterator[tuple[int, TokenScores]]:
@@ -389,15 +407,17 @@ def score_gaps(model: LM, vocab: Vocab, pairs: Sequence[ScoredPair]) -> Iterator
             at.append((i, start, stop))
     check_lengths(model, gaps)
     found = [np.zeros(len(pair.continuation)) for pair in pairs]
-    greedy = np.ones(len(pairs), bool)
+    hits = [np.ones(len(pair.continuation), bool) for pair in pairs]
     with inference_mode(model):
         for k, scores in _teacher_forced(model, vocab, gaps):
             i, start, stop = at[k]
             found[i][start:stop] = scores.logprobs[1:-1]
             found[i][stop - 1] += scores.logprobs[-1]
-            greedy[i] &= scores.greedy
+            hits[i][start:stop] = scores.most_likely[1:-1]
+            hits[i][start] &= scores.most_likely[0]
+            hits[i][stop - 1] &= scores.most_likely[-1]
     for i, logprobs in enumerate(found):
-        yield i, TokenScores(logprobs, bool(greedy[i]))
+        yield i, TokenScores(logprobs, hits[i])
 
 
 def _pseudo(model: LM, vocab: Vocab, pairs: Sequence[ScoredPair]) -> Iterator[tuple[int, TokenScores]]:
@@ -435,8 +455,8 @@ def _pseudo(model: LM, vocab: Vocab, pairs: Sequence[ScoredPair]) -> Iterator[tu
         at = [(r, np.array([place])) for r, (*_, place) in enumerate(some)]
         for r, scores in _read_scores(model, hidden, at, list(enumerate(labels))):
             i, j = some[r][:2]
-            found[i][0][j], found[i][1][j] = scores.logprobs[0], scores.greedy
+            found[i][0][j], found[i][1][j] = scores.logprobs[0], scores.most_likely[0]
             missing[i] -= 1
             if not missing[i]:
                 logprobs, greedy = found.pop(i)
-                yield i, TokenScores(logprobs, bool(greedy.all()))
+                yield i, TokenScores(logprobs, greedy)

@@ -241,8 +241,9 @@ class LM(nn.Module):
         in_cache = context.cache is not None and bool(context.cache.encoder_fields)
         if output is None and self.encoder is not None and not in_cache:
             output = self.encoder_output(batch)
-        if memory is None:
-            memory = self._row_memory(batch, context)
+        if memory is None:  # the trained prefix, unless the cache has it, or the states of a memory
+            prefix = None if context.past_length else self.prefix
+            memory = self.row_memory(batch) if prefix is None else prefix.row_memory()
         if needed is not None:
             needed = F.pad(needed.flatten(0, -2), (prompt_length, 0))  # (B, prompt_length + T)
         return replace(context, encoder_output=output, row_memory=memory, needed_positions=needed)
@@ -302,11 +303,6 @@ class LM(nn.Module):
         tokens = batch["tokens"]
         own = [x[:, x.shape[1] - tokens.shape[-1] :] for x in states]  # without the prompt
         return torch.stack(own).unflatten(1, tokens.shape[:-1])
-
-    def _row_memory(self, batch: Batch, context: ForwardContext) -> RowMemory | None:
-        """Return the positions before the rows: those of the trained prefix, unless the cache has it, or of a memory."""
-        memory = self.row_memory(batch)
-        return memory if self.prefix is None or context.past_length else self.prefix.row_memory()
 
     @torch.no_grad()
     def row_memory(self, batch: Batch) -> RowMemory | None:

@@ -120,12 +120,12 @@ def save_model(
     return summary
 
 
-def _families(config: ModelConfig, tokenizer: Tokenizer | None) -> list[Family]:
-    """Return the families that support a config and the tokenizer's padding id."""
+def _families(config: ModelConfig, tokenizer: Tokenizer | None) -> Iterator[Family]:
+    """Yield the families that support a config and the tokenizer's padding id."""
     pad = None if tokenizer is None else tokenizer.vocab.roles.get("pad")
-    return [
+    return (
         family for family in families.families_of(config) if tokenizer is None or family.pad_token_id in (None, pad)
-    ]
+    )
 
 
 def token_ids(tokenizer: Tokenizer | None, config: ModelConfig) -> dict[str, Any]:

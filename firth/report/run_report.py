@@ -90,6 +90,16 @@ ROLLOUT_TERMS = {
 TOGETHER = {"Log-probability above the reference": ("nats per answer", {"chosen": "preferred", "rejected": "rejected"})}
 """Title of a shared figure -> its unit and its metrics: metric -> label."""
 
+TASK = "task/"
+"""Start of the names of the metrics of `evaluation.tasks`."""
+
+TASK_TERMS = {
+    "in_context_score": MetricStyle("In-context score: late minus early loss", "nats"),
+    "copying_loss": MetricStyle("Loss in the second half of a repeated random sequence", "nats"),
+    "copying_accuracy": MetricStyle("Accuracy in the second half of a repeated random sequence", "share correct"),
+}
+"""Built-in measures of `evaluation.tasks` and their styles."""
+
 TRAINING_TERMS = ("rate", "norm", "tokens_per_second")
 """Metrics of the training process, drawn in a section of their own."""
 
@@ -121,6 +131,9 @@ def run_report(directory: Path) -> Report:
     sections[1:1] = [texts] if texts is not None else []
     by_class = _class_section(directory / "held_out.json")
     sections += [by_class] if by_class is not None else []
+    tasks = task_figures(rows)
+    if tasks:
+        sections.append(Section("Tasks", "Tasks of `evaluation.tasks`, measured at each evaluation.", figures=tasks))
     samples = read_samples(directory / "samples.jsonl")
     if samples:
         text = "The first and the last logged sample of each prompt, with the same random numbers."
@@ -291,7 +304,8 @@ def series(rows: Sequence[Row], split: str, name: str, x: str) -> tuple[list[flo
 def figures(rows: Sequence[Row]) -> tuple[list[Figure], list[Figure]]:
     """Return the figures of metrics and of the training process: one per metric, and one for the terms of the loss."""
     measured = [row for row in rows if row["split"] != "rollouts"]
-    names = list(dict.fromkeys(name for row in measured for name in row if name not in _NOT_DRAWN))
+    listed = (name for row in measured for name in row if name not in _NOT_DRAWN and not name.startswith(TASK))
+    names = list(dict.fromkeys(listed))
     x, unit = ("tokens", "tokens read") if rows[-1]["tokens"] else ("step", "steps")
     loss_terms = [name for name in names if name.startswith("loss/")]
     once = _measured_once(rows)
@@ -309,6 +323,28 @@ def figures(rows: Sequence[Row]) -> tuple[list[Figure], list[Figure]]:
     return metric_figures, [_figure(rows, name, x, unit) for name in TRAINING_TERMS if name in names]
 
 
+def task_figures(rows: Sequence[Row]) -> list[Figure]:
+    """Return a figure over steps for each metric of `evaluation.tasks`, and one for the losses at two tokens."""
+    names = list(dict.fromkeys(name for row in rows for name in row if name.startswith(TASK)))
+    at_token = [name for name in names if name.startswith(f"{TASK}loss_at_token_")]
+    found = []
+    for name in names:
+        if name in at_token[1:]:
+            continue
+        together = at_token if name in at_token else [name]
+        plain = name.removeprefix(TASK).replace("_", " ")
+        style = TASK_TERMS.get(name.removeprefix(TASK), MetricStyle(plain[:1].upper() + plain[1:], plain))
+        if name in at_token:
+            style = MetricStyle("Loss early and late in the context", "nats")
+        curves = []
+        for color, one in enumerate(together):
+            xs, ys = series(rows, "valid", one, "step")
+            label = one.removeprefix(TASK).replace("_", " ").removeprefix("loss ") if name in at_token else "held out"
+            curves.append(_curve(label, xs, ys, "valid", color))
+        found.append(Figure(style.title, "steps", style.unit, tuple(curves)))
+    return found
+
+
 def _both_splits(rows: Sequence[Row], labels: Mapping[str, str], x: str) -> list[Curve]:
     """Return a solid training curve and a dashed held-out curve for each metric, in one color per metric."""
     curves = []
@@ -323,7 +359,13 @@ def _both_splits(rows: Sequence[Row], labels: Mapping[str, str], x: str) -> list
 def _measured_once(rows: Sequence[Row]) -> dict[str, float]:
     """Return the held-out metrics that only a single row has, which are shown as numbers, not as curves."""
     counts = Counter(name for row in rows for name in row)
-    lone = [(name, row[name]) for row in rows if row["split"] == "valid" for name in row if name not in _NOT_DRAWN]
+    lone = [
+        (name, row[name])
+        for row in rows
+        if row["split"] == "valid"
+        for name in row
+        if name not in _NOT_DRAWN and not name.startswith(TASK)
+    ]
     return {name: value for name, value in lone if counts[name] == 1 and value is not None}
 
 

@@ -15,7 +15,7 @@ from firth.io.atomic import make_directory
 from firth.report.page import Cell, Report, Section, Table, write
 from firth.types import UserError
 
-SETTINGS = ("shots", "chat", "cot", "votes", "temperature", "seed", "limit")
+SETTINGS = ("model_dtype", "shots", "chat", "cot", "votes", "temperature", "seed", "limit")
 """Settings that tell results of one model from each other."""
 
 HEAD = ("model", "value", "standard error", "better than", "metric", "items", "shots", "in training text")

@@ -27,7 +27,6 @@ import torch
 
 from firth import objectives
 from firth.data.examples import ExamplesConfig
-from firth.doctor import memory
 from firth.model.config import AttentionPattern, ModelConfig
 from firth.model.model import LM
 from firth.model.parameter_count import LEARNED_POSITIONS
@@ -35,6 +34,7 @@ from firth.objectives.objective import PATTERN_DESCRIPTIONS, Objective, componen
 from firth.runs import alignment_examples, config_io, examples, labeled_examples, noisy_label_examples
 from firth.runs.peft_options import FullFinetuning, PeftConfig, check_peft
 from firth.runs.sample_example import SAMPLE_VOCAB, sample_example
+from firth.training.device import memory
 from firth.types import DataStats, LogLine, UserError
 
 if TYPE_CHECKING:

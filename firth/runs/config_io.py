@@ -85,6 +85,9 @@ def paths(value: Any, where: str = "") -> Iterator[tuple[str, PathKind, Any]]:
         if "path" in field.metadata:
             if one:
                 yield name, field.metadata["path"], one
+        elif isinstance(one, tuple):
+            for i, item in enumerate(one):
+                yield from paths(item, f"{name}.{i}.")
         else:
             yield from paths(one, f"{name}.")
 
@@ -110,7 +113,12 @@ def _with_paths(value: Any, change: Callable[[dataclasses.Field[Any], Any], Any]
     changed = {}
     for field in dataclasses.fields(value):
         one = getattr(value, field.name)
-        new = change(field, one) if "path" in field.metadata else _with_paths(one, change)
+        if "path" in field.metadata:
+            new = change(field, one)
+        else:
+            new = (
+                tuple(_with_paths(item, change) for item in one) if isinstance(one, tuple) else _with_paths(one, change)
+            )
         if new is not one and new != one:
             changed[field.name] = new
     return dataclasses.replace(value, **changed) if changed else value
@@ -181,12 +189,21 @@ def from_dict(kind: Any, value: Any, where: SourceLocation | None = None) -> Any
         UserError: The value does not fit the type; one line for each invalid field, with its file and line.
     """
     where = where or SourceLocation()
+    if (item := _item_class(kind)) is not None:
+        items = value if isinstance(value, list | tuple) else [value]
+        return tuple(_dataclass(item, one, where / str(i)) for i, one in enumerate(items))
     options = [one for one in (kind, *typing.get_args(kind)) if one in REGISTRIES or dataclasses.is_dataclass(one)]
     if not options or (value is None and options[0] is not kind):
         return _text(value, where.command_line.get(where.path)) if kind is str else value
     if options[0] in REGISTRIES:
         return _choose(REGISTRIES[options[0]], value, where)
     return _dataclass(options[0], value, where)
+
+
+def _item_class(kind: Any) -> type | None:
+    """Return the dataclass of which a field holds a tuple; None for another field."""
+    items = typing.get_args(kind) if typing.get_origin(kind) is tuple else ()
+    return items[0] if items and dataclasses.is_dataclass(items[0]) else None  # type: ignore[return-value]
 
 
 def _text(value: Any, given: str | None) -> Any:

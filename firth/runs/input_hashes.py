@@ -85,6 +85,8 @@ class RunInputs:
         for name, kind, value in config_io.paths(recipe):
             if kind == "files":
                 inputs.digests[name] = inputs._of_files(value, recipe)
+            elif kind == "task":
+                inputs.digests[name] = inputs._sha256(Path(value)) if Path(value).is_file() else ""
             elif kind == "model":
                 inputs.digests[name] = inputs._of_model(Path(value))
             elif kind == "tokenizer":

@@ -15,8 +15,9 @@ import torch
 from firth.evaluate.heads import head_of
 from firth.evaluate.predict import predict_with
 from firth.evaluate.task import EvaluatedModel, load_evaluated_model
-from firth.generate import embeddings, infill
+from firth.generate import embeddings
 from firth.generate.engine import Engine
+from firth.generate.fill import InfillPrompt, fill_masks, fill_spans, fill_two_way, rewrite, split_gaps
 from firth.generate.sampling import Sampling
 from firth.generate.scoring import scoring_mode
 from firth.io.json_files import read_json
@@ -264,18 +265,18 @@ class Model:
         if not self.can_fill:
             raise UserError("this model cannot fill masks")
         if not generates_left_to_right(config) and not config.rnn.separate_directions:
-            gaps = self.engine.fill(text.replace(MASK, own), top)
+            gaps = fill_masks(self.model, self.tokenizer, text.replace(MASK, own), top)
         elif config.rnn.separate_directions:
-            gaps = infill.fill_two_way(self.engine, infill.split_gaps(self.tokenizer, text, MASK), top)
+            gaps = fill_two_way(self.engine, split_gaps(self.tokenizer, text, MASK), top)
         else:
-            shown = self._show_gaps(infill.split_gaps(self.tokenizer, text, MASK))
+            shown = self._show_gaps(split_gaps(self.tokenizer, text, MASK))
             assert shown is not None
             if not len(shown.marks):
-                return infill.rewrite(self.engine, shown).text
-            gaps = infill.fill_spans(self.engine, shown, top)
+                return rewrite(self.engine, shown).text
+            gaps = fill_spans(self.engine, shown, top)
         return [[(one.piece, one.probability) for one in gap] for gap in gaps]
 
-    def _show_gaps(self, pieces: Sequence[np.ndarray]) -> infill.InfillPrompt | None:
+    def _show_gaps(self, pieces: Sequence[np.ndarray]) -> InfillPrompt | None:
         """Return the prompt with which a generative model fills masks; None if it cannot.
 
         Without a known objective, a model that starts its answers as BART does and has a mask token is taken for BART; otherwise
@@ -284,7 +285,7 @@ class Model:
         vocab = self.tokenizer.vocab
         objective = self.objective or self._likely_objective()
         hidden = None if objective is None else objective.hide(pieces, vocab)
-        return None if hidden is None else infill.InfillPrompt.of(hidden["tokens"], vocab)
+        return None if hidden is None else InfillPrompt.of(hidden["tokens"], vocab)
 
     def _likely_objective(self) -> Objective | None:
         """Return the objective that an encoder-decoder of unknown origin was trained with; None if there is no sign of one."""
@@ -347,12 +348,17 @@ def open_model(directory: Path, weights: str | None = None) -> Model:
     """
     evaluated = load_evaluated_model(directory)
     if weights == "auto":
-        stored = evaluated.model.tokens.weight
-        quick = stored.dtype == torch.float32 and choose_precision("auto", stored.device) == "bf16"
-        weights = "bf16" if quick else None
-        if quick:
-            LOGGER.warning("weights are held in bf16, which is faster here: use --weights fp32 for full precision")
+        weights = fast_weights(evaluated.model)
     return Model(evaluated, objective_in(directory), weights)
+
+
+def fast_weights(model: LM) -> str | None:
+    """Return "bf16", and log it, for a model with fp32 weights where this machine also trains in bf16; else None."""
+    stored = model.tokens.weight
+    if stored.dtype != torch.float32 or choose_precision("auto", stored.device) != "bf16":
+        return None
+    LOGGER.warning("weights are held in bf16, which is faster here: use --weights fp32 for full precision")
+    return "bf16"
 
 
 def trained_length(evaluated: EvaluatedModel) -> int:

@@ -1,7 +1,8 @@
 """Model cards: the README.md of every exported model, with its training and its scores.
 
-    of_run(run, place, model, summary, facts)           from a run's recipe.yaml, done.json and samples.jsonl
-    of_directory(given, place, model, summary, facts)   for a model from elsewhere
+    of_run          of a run that ends
+    read_card       of a finished run, from its recipe.yaml, done.json and samples.jsonl
+    of_directory    of a model from elsewhere
 
 The front matter holds the metadata of model hubs (license, language, tags, base_model). The license is that of the base
 model, where one is known; the owner of a new model has to choose one. Paths are reduced to file names.
@@ -73,24 +74,38 @@ class ModelCard:
     language: str = ""
 
 
+def read_card(run: Path, place: Path, model: LM, summary: str, facts: Mapping[str, Any]) -> ModelCard:
+    """Return the card of the model in the directory of a finished run, or of a model directory without a recipe.
+
+    Raises:
+        UserError: The recipe or the result of the run is damaged.
+    """
+    if not (run / "recipe.yaml").exists():
+        return of_directory(run, place, model, summary, facts)
+    check_recipe(run)
+    return of_run(run, place, model, summary, facts, config_io.to_dict(load(str(run))), read_done(run))
+
+
 def of_run(
-    run: Path, place: Path, model: LM, summary: str, facts: Mapping[str, Any], done: Mapping[str, Any] | None = None
+    run: Path,
+    place: Path,
+    model: LM,
+    summary: str,
+    facts: Mapping[str, Any],
+    given: Mapping[str, Any],
+    done: Mapping[str, Any],
 ) -> ModelCard:
-    """Return the card of a run's model, or of a model directory without a recipe.
+    """Return the card of a run's model.
 
     Args:
-        run: The run or model directory.
+        run: The run directory.
         place: The directory to write to, with the files written so far.
         model: The model.
         summary: A sentence on the format.
         facts: The training metadata.
-        done: The result of the run; None reads done.json.
+        given: The resolved recipe as plain data, with short forms written out.
+        done: The result of the run.
     """
-    file = run / "recipe.yaml"
-    if not file.exists():
-        return of_directory(run, place, model, summary, facts)
-    check_recipe(run)
-    given = config_io.to_dict(load(str(run)))  # with short forms written out; a damaged recipe is a UserError
     recipe, start = strip_directories(given), given.get("init_from") or ""
     rows = run / "samples.jsonl"
     samples = read_rows(rows, {"prompt": str, "text": str}, "delete the file: it is for the report alone")
@@ -98,7 +113,7 @@ def of_run(
     source = _at(recipe, "data") or {}
     corpus = "" if source.get("path") else str(source.get("corpus") or "").partition("/")[0]
     return ModelCard(
-        place, model, summary, facts, run.resolve().name, recipe, read_done(run) if done is None else done,
+        place, model, summary, facts, run.resolve().name, recipe, done,
         samples, PurePath(start).name, license, language or ("en" if corpus in CATALOG else ""),
     )  # fmt: skip
 

@@ -12,6 +12,7 @@ from firth.evaluate.prompting.prompt_task import ItemResult, PromptConfig
 from firth.evaluate.prompting.results import comparisons, contamination_lines, table, to_json
 from firth.evaluate.prompting.runner import TaskResult
 from firth.report.page import Cell, Report, Section, StatCell, Table, TextSample, write
+from firth.runs.loaded_model import fast_weights
 from firth.runs.training_text import training_texts
 from firth.types import LOGGER
 
@@ -35,11 +36,11 @@ def evaluate_and_report(
     """Evaluate models on tasks in prompts, write the files of `out`, and return the table or a JSON array.
 
     The arguments are those of `firth.evaluate.prompting.evaluate.evaluate_prompts`; `contamination` names the runs in whose
-    training text the items are looked up.
+    training text the items are looked up. Without `weights`, fp32 weights are held in bf16 where this machine also trains in bf16.
     """
     texts = [text for run in contamination for text in training_texts(Path(run))]
     found = evaluate_prompts(
-        models, tasks, config, data=data, examples=examples, weights=weights, within_word=within_word, out=out,
+        models, tasks, config, data=data, examples=examples, weights=weights or fast_weights, within_word=within_word, out=out,
         training_texts=texts, progress=lambda done, total: LOGGER.info(f"{done:,} of {total:,} replies"),
     )  # fmt: skip
     if out is not None:

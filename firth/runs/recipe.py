@@ -119,6 +119,23 @@ class ResolvedBatchConfig(BatchConfig):
 
 
 @dataclass(frozen=True)
+class EvalTask(Validated, section="evaluation.tasks"):
+    """A task that is evaluated at each validation (`firth.runs.eval_tasks`).
+
+    Args:
+        name: in_context, copying, or a task in prompts that firth ships (minimal_pairs).
+        file: A task file in place of a name.
+        data: Files of the questions, for a task that names none.
+        limit: Most texts, sequences or items.
+    """
+
+    name: str = ""
+    file: str = path_field("task", "")
+    data: tuple[str, ...] = path_field("files", ())
+    limit: PositiveInt = 64
+
+
+@dataclass(frozen=True)
 class EvalConfig(Validated, section="evaluation"):
     """Evaluation on held-out examples during training.
 
@@ -128,6 +145,7 @@ class EvalConfig(Validated, section="evaluation"):
         best_metric: The metric that chooses the exported checkpoint (accuracy, f1, loss, ...); empty exports the last step.
         patience: Stop after this many evaluations in a row without a new best (by the loss if `best_metric` is empty); 0
             never stops early.
+        tasks: Tasks evaluated at the same steps; their metrics are named task/NAME.
 
     Raises:
         UserError: `patience` is set and `every` is not.
@@ -137,6 +155,7 @@ class EvalConfig(Validated, section="evaluation"):
     max_examples: PositiveInt = 512
     best_metric: str = ""
     patience: NonNegativeInt = 0
+    tasks: tuple[EvalTask, ...] = ()
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -254,6 +273,7 @@ config_io.REGISTRIES[Objective] = config_io.Registry(
 )
 config_io.REGISTRIES[PeftConfig] = config_io.registry_of("way to adapt", PEFT_METHODS, PeftConfig)
 config_io.SHORT_FORMS[DataConfig] = "path"
+config_io.SHORT_FORMS[EvalTask] = "name"
 config_io.REGISTRIES[ExamplesConfig] = config_io.registry_of("kind of examples", EXAMPLES, ExamplesConfig)
 
 

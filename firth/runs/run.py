@@ -32,6 +32,7 @@ from firth.pretrained.load_save import init_from_model, save_model
 from firth.report.page import write as write_report
 from firth.report.run_report import run_report
 from firth.runs import config_io, examples, model_card, report_texts
+from firth.runs.eval_tasks import EvalTasks
 from firth.runs.init_head import init_head
 from firth.runs.loaded_model import Model
 from firth.runs.prepare import RunData
@@ -132,6 +133,7 @@ class RunDatasets:
         data: The data of the run, with the precision and the memory of its model.
         splits: The training and validation examples.
         validator: Evaluates on the validation examples; None if there are none.
+        tasks: Tasks of `evaluation.tasks`; None if there are none.
         batches: The training batches.
         notes: Sentences on the words, names and sentences that the objective does not find.
     """
@@ -139,6 +141,7 @@ class RunDatasets:
     data: RunData
     splits: DatasetSplits
     validator: Validator | PromptValidator | None
+    tasks: EvalTasks | None
     batches: Batches
     notes: list[str]
 
@@ -203,15 +206,16 @@ def build_data(resolved: ResolvedRecipe, data: RunData, context: RunContext) -> 
     )
     if splits.prompts is not None:
         validator = PromptValidator(resolved, splits.prompts)
+    tasks = EvalTasks.of(resolved, splits.validation, context.directory, data.tokenizer)
     notes = fallbacks(resolved.objective, resolved.examples, splits.train, data.tokenizer.vocab)
-    for line in (*_data_notes(resolved, splits, validator), *notes):
+    for line in (*_data_notes(resolved, splits, validator), *notes, *(tasks.notes if tasks else ())):
         context.log(f"{resolved.name}: {line}")
     batches = Batches(
         splits.train, resolved.objective, vocab(resolved, data.tokenizer), batch_size=resolved.batch.size, seed=resolved.seed,
         gradient_accumulation_steps=resolved.batch.gradient_accumulation_steps, pack_to_length=resolved.batch.packed_length,
         group_by_length=resolved.batch.group_by_length, rank=context.ranks.rank, world=context.ranks.world,
     )  # fmt: skip
-    return RunDatasets(data, splits, validator, batches, notes)
+    return RunDatasets(data, splits, validator, tasks, batches, notes)
 
 
 def build_model(resolved: ResolvedRecipe, datasets: RunDatasets, context: RunContext) -> BuiltModel:
@@ -264,7 +268,7 @@ def train(
     Raises:
         UserError: A user's reward function fails; the run can be resumed after it is corrected.
     """
-    directory, model, validator = context.directory, built.model, datasets.validator
+    directory, model, validator, tasks = context.directory, built.model, datasets.validator, datasets.tasks
     evaluation, saving = resolved.evaluation, resolved.checkpoint
     if context.ranks.first:
         if not context.resumed:
@@ -273,20 +277,25 @@ def train(
             write_text(directory / "recipe.yaml", config_io.write_yaml(resolved))
         context.inputs.write(directory, identity.recipe)
         report_texts.write_texts(resolved, model, datasets.data, datasets.splits, 0)
-    if validator is not None:
+    task_names = tasks.check(model) if tasks is not None else []
+    if validator is not None and evaluation.best_metric not in task_names:
         validator.check_best_metric(model)
     config = TrainerConfig(
         eval_every=evaluation.every, save_every=saving.every, keep=saving.keep, best_metric=evaluation.best_metric or "loss",
         load_best_at_end=bool(evaluation.best_metric or evaluation.patience), patience=evaluation.patience,
         precision=datasets.data.precision,
     )  # fmt: skip
+
+    def evaluate(model: LM, step: int) -> dict[str, float]:
+        return (validator.measure(model, step) if validator else {}) | (tasks.measure(model) if tasks else {})
+
     loggers, fields = resolved.loggers if context.ranks.first else (), config_io.to_dict(resolved)
     try:
         with metrics_loggers(loggers, fields, directory, context.resumed, on_metrics) as on_row:
             return trainer.train(
                 model, resolved.objective, datasets.batches, directory,
                 budget=resolved.budget, optimizer=resolved.optimizer, schedule=resolved.schedule, config=config,
-                evaluate=validator.measure if validator is not None else None, ranks=context.ranks, recipe=identity.run,
+                evaluate=evaluate if validator or tasks else None, ranks=context.ranks, recipe=identity.run,
                 name=resolved.name, reporter=reporter, on_metrics=on_row,
             )  # fmt: skip
     except UserError as error:
@@ -353,7 +362,8 @@ def _write_files(
     done["next_command"] = Model.of(model, tokenizer, objective).next_command
     with new_directory(directory / "model") as place:
         summary = save_model(model, tokenizer, place, facts)
-        model_card.write(model_card.of_run(directory, place, model, summary, facts, done), place / "README.md")
+        card = model_card.of_run(directory, place, model, summary, facts, config_io.to_dict(resolved), done)
+        model_card.write(card, place / "README.md")
     write_record(directory / DONE, done)
     write_report(run_report(directory), directory / REPORT)
     log(f"{resolved.name}: {directory / 'model'} ({summary}); report: {directory / REPORT}")

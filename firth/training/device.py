@@ -1,4 +1,4 @@
-"""The device of a run, its precision, and settings of the process that speed up training on a CPU.
+"""The device of a run, its precision, the memory of the machine, and settings of the process that speed up training on a CPU.
 
 Precision: bf16 or fp32, whichever is faster. That a CPU supports bf16 does not mean that it is fast: without avx512_bf16 or
 amx it is emulated, and a matrix product takes four times as long as in fp32. So a small product is timed in both, once per
@@ -12,10 +12,12 @@ from __future__ import annotations
 import ctypes
 import os
 import platform
+import sys
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -129,3 +131,32 @@ def flush_denormals(on: bool = True) -> bool:
 
         parallel(ctypes.CFUNCTYPE(None, ctypes.c_void_p)(in_each_thread), None, torch.get_num_threads(), 0)
     return supported
+
+
+def memory() -> tuple[int, int]:
+    """Return total and available main memory in bytes; both the total if the system does not say."""
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if sys.platform != "linux":
+        return total, total
+    lines = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
+    free = int(lines["MemAvailable"].split()[0]) * 1024
+    for limit, used in _CGROUPS:
+        if Path(limit).exists() and (text := Path(limit).read_text().strip()) != "max" and int(text) < total:
+            total = int(text)
+            free = min(free, total - int(Path(used).read_text()) + _cached(Path(used).with_name("memory.stat")))
+    return total, free
+
+
+def _cached(stat: Path) -> int:
+    """Return the bytes of file cache in a control group, which count as used but are released on demand."""
+    if not stat.exists():
+        return 0
+    found = dict(line.split(" ", 1) for line in stat.read_text().splitlines())
+    return int(found.get("file", found.get("total_cache", 0)))
+
+
+_CGROUPS = (
+    ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
+    ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
+)
+"""Memory limit and usage of a container, in both versions of Linux control groups."""

@@ -49,6 +49,8 @@ if TYPE_CHECKING:
 
 LOWER_IS_BETTER = ("loss", "bits", "squared_error", "perplexity")
 """Prefixes of the names of metrics for which lower is better."""
+LOWER_IS_BETTER_TASKS = (*LOWER_IS_BETTER, "copying_loss", "in_context_score", "word_perplexity", "byte_perplexity")
+"""The same for the last part of the name of a metric of a task, such as task/copying_loss."""
 
 Evaluate = Callable[["LM", int], dict[str, float]]
 """(model, step) -> validation metrics. Called in eval mode, without gradients, on every rank."""
@@ -412,7 +414,9 @@ class _Run:
                 )
             return False
         value = metrics[self.config.best_metric]
-        self.score = value if self.config.best_metric.startswith(LOWER_IS_BETTER) else -value
+        name = self.config.best_metric
+        lower = name.rpartition("/")[2].startswith(LOWER_IS_BETTER_TASKS) if name.startswith("task/") else False
+        self.score = value if lower or name.startswith(LOWER_IS_BETTER) else -value
         better = self.state.best is None or self.score < self.state.best
         self.state.best = self.score if better else self.state.best
         self.state.stale = 0 if better else self.state.stale + 1

@@ -12,8 +12,7 @@ from typer.testing import CliRunner
 
 from firth.cli import app
 from firth.generate.decoding_batch import rectangle
-from firth.generate.fill_mask import fill
-from firth.generate.infill import InfillPrompt, fill_spans, fill_two_way, split_gaps
+from firth.generate.fill import InfillPrompt, fill_masks, fill_spans, fill_two_way, split_gaps
 from firth.generate.sampling import Sampling
 from firth.model.heads import LMHead
 from firth.model.model import LM
@@ -169,7 +168,7 @@ def test_elmo_fills_from_both_directions(runs: Path) -> None:
 def test_electra_fills_with_its_generator(runs: Path) -> None:
     opened = open_model(runs / "electra")
     own = opened.tokenizer.token(opened.tokenizer.vocab.mask)
-    [gap] = fill(opened.model.heads["generator"], opened.tokenizer, f"The otter {own} the boat.", 1)
+    [gap] = fill_masks(opened.model.heads["generator"], opened.tokenizer, f"The otter {own} the boat.", 1)
     assert f"{gap[0].probability:.2f}" in fill_text(runs / "electra", "The otter <mask> the boat.", 1)
     assert opened.fill("The otter <mask> the boat.", 1) == [[(gap[0].piece, gap[0].probability)]]
 

@@ -12,7 +12,7 @@ from firth.types import UserError
 class FakeModel:
     """Replies by rules and keeps the requests: a continuation scores minus its length, an answer is what `answers` gives."""
 
-    name, digest = "fake", "0" * 32
+    name, digest, weights = "fake", "0" * 32, ""
 
     def __init__(
         self, answers: dict[str, str] | None = None, context: int = 1000, dies_after: int | None = None
@@ -22,6 +22,9 @@ class FakeModel:
 
     def count_tokens(self, text: str, chat: bool = False) -> int:
         return len(text.split())
+
+    def check(self, requests: Sequence[Request]) -> None:
+        """Reply to every request."""
 
     def reply(self, requests: Sequence[Request]) -> Iterator[tuple[int, Reply]]:
         for i, request in enumerate(requests):

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from firth import doctor, kernel_choice, openmp
-from firth.training.device import choose_precision, default_device
+from firth.training.device import choose_precision, default_device, memory
 from firth.types import UserError
 
 
@@ -32,7 +32,7 @@ def test_rows_agree_with_the_choices_of_training() -> None:
     assert rows["torch"].value == torch.__version__
     assert rows["device"].value.startswith(default_device().type)
     assert f"use {choose_precision('auto', torch.device('cpu'))}" in rows["bf16"].advice
-    total, free = doctor.memory()
+    total, free = memory()
     assert 0 < free <= total
 
 
@@ -43,7 +43,7 @@ def test_the_advice_follows_the_measurement(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_problems_are_marked(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(doctor, "memory", lambda: (4 << 30, 1 << 30))
+    monkeypatch.setattr("firth.training.device.memory", lambda: (4 << 30, 1 << 30))
     monkeypatch.setattr(doctor, "usable_cores", lambda: 0)
     wrong = {row.name for row in doctor.doctor() if not row.ok}
     assert {"memory", "cores"} <= wrong

@@ -44,7 +44,7 @@ class Endpoint:
 
     def __init__(self, address: str) -> None:
         url, _, model = address.removeprefix(PREFIX).partition("#")
-        self.name, self.url = address, url.rstrip("/")
+        self.name, self.url, self.weights = address, url.rstrip("/"), ""
         host = urlsplit(self.url).hostname or ""
         if not _is_local(host):
             raise UserError(
@@ -54,7 +54,7 @@ class Endpoint:
         names = [str(one.get("id")) for one in models if isinstance(one, dict)]
         if not names or (model and model not in names):
             raise UserError(f"{address}: the server has {', '.join(names) or 'no model'}, and not {model or 'any'}")
-        self.model = model or names[0]
+        self.model, self.scores = model or names[0], False
         entry: Mapping[str, Any] = models[names.index(self.model)]
         self.context = int(entry.get("max_model_len") or DEFAULT_CONTEXT)
         self.digest = hashlib.sha256(f"{self.url} {json.dumps(entry, sort_keys=True)}".encode()).hexdigest()[:32]
@@ -62,6 +62,21 @@ class Endpoint:
     def count_tokens(self, text: str, chat: bool = False) -> int:
         """Return an estimate of the number of tokens of a text."""
         return -(-len(text.encode("utf-8", "surrogatepass")) // CHARACTERS_PER_TOKEN)
+
+    def check(self, requests: Sequence[Request]) -> None:
+        """Raise a UserError if requests need log-probabilities and the server returns none; it is tried once."""
+        if any(isinstance(request, ScoreRequest) for request in requests):
+            self.check_scores()
+        if any(isinstance(request, ScoreRequest) and request.chat for request in requests):
+            raise UserError(
+                f"{self.name}: an endpoint gives no log-probabilities within a chat template: leave out --chat"
+            )
+
+    def check_scores(self) -> None:
+        """Raise a UserError if the server returns no log-probabilities; it is tried once."""
+        if not self.scores:
+            self._score(ScoreRequest("a", " b"))
+            self.scores = True
 
     def reply(self, requests: Sequence[Request]) -> Iterator[tuple[int, Reply]]:
         """Yield (index, reply) of each request, in order."""
@@ -86,10 +101,6 @@ class Endpoint:
         return GenerateReply(text[: min(ends)] if ends else text, str(choice.get("finish_reason") or "stop"))
 
     def _score(self, request: ScoreRequest) -> ScoreReply:
-        if request.chat:
-            raise UserError(
-                f"{self.name}: an endpoint gives no log-probabilities within a chat template: leave out --chat"
-            )
         prompt = request.prompt.rstrip()
         whole = request.prompt + request.continuation
         body = {"model": self.model, "prompt": whole, "max_tokens": 1, "temperature": 0, "logprobs": 1, "echo": True}

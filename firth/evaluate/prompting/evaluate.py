@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from firth.evaluate.prompting.contamination import TrainingText, find_contaminated
@@ -14,14 +15,8 @@ from firth.evaluate.prompting.results import write_results
 from firth.evaluate.prompting.runner import TaskResult, run_tasks, with_contamination
 from firth.evaluate.prompting.task_files import load_tasks
 from firth.io.cache import cache
+from firth.model.model import LM
 from firth.types import UserError
-
-
-def open_responder(model: str, weights: str | None = None, within_word: bool = False) -> Responder:
-    """Return a model that replies to requests: a run, a model directory, an adapter, a GGUF file, or `openai:URL`."""
-    if model.startswith(PREFIX):
-        return Endpoint(model)
-    return LocalModel.open(Path(model), weights, within_word)
 
 
 def evaluate_prompts(
@@ -31,7 +26,7 @@ def evaluate_prompts(
     *,
     data: Sequence[str] = (),
     examples: Sequence[str] = (),
-    weights: str | None = None,
+    weights: str | Callable[[LM], str | None] | None = None,
     within_word: bool = False,
     out: Path | None = None,
     training_texts: Sequence[TrainingText] = (),
@@ -45,7 +40,7 @@ def evaluate_prompts(
         config: How prompts are built.
         data: Files of the questions, for one task that names none.
         examples: Files of the records that examples in prompts are taken from, likewise.
-        weights: Weight format of local models; None keeps the stored one.
+        weights: Weight format of local models, or a function that chooses it for a model; None keeps the stored one.
         within_word: For masked models: whether the rest of a word is masked with each of its tokens.
         out: Directory for results.json and the record of each item, in a directory per model if there are several.
         training_texts: Text in which the items are looked up, for the share that models may have seen.
@@ -55,7 +50,7 @@ def evaluate_prompts(
         For each model the results of the tasks.
 
     Raises:
-        UserError: A model or a task cannot be read, or does not fit the other.
+        UserError: A model or a task cannot be read, or does not fit the other. Endpoints are tried before any model runs.
     """
     if len(set(models)) < len(models):
         raise UserError("a model is named twice: compare a model with another one")
@@ -67,15 +62,20 @@ def evaluate_prompts(
         )
     for task in loaded:
         task.check(config)
+    endpoints = {model: Endpoint(model) for model in models if model.startswith(PREFIX)}
+    for endpoint in endpoints.values():
+        if any(task.output_type != "generate_until" for task in loaded):
+            endpoint.check_scores()
     searched = find_contaminated([task.selected(config) for task in loaded], training_texts) if training_texts else []
     found = []
     for number, model in enumerate(models):
-        responder = open_responder(model, weights, within_word)
+        responder: Responder = endpoints.get(model) or LocalModel.open(Path(model), weights, within_word)
         replies = ReplyCache(cache() / "replies", responder.digest)
         try:
             results = run_tasks(loaded, responder, config, replies, progress)
         finally:
             replies.close()
+        results = [replace(one, weights=responder.weights) for one in results]
         if searched:
             results = [with_contamination(one, where) for one, where in zip(results, searched, strict=True)]
         found.append(results)

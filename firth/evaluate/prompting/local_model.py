@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,8 @@ from firth.evaluate.prompting.requests import GenerateReply, GenerateRequest, Re
 from firth.evaluate.task import EvaluatedModel, load_evaluated_model
 from firth.generate.engine import Engine
 from firth.generate.sampling import Sampling
-from firth.generate.scoring import ScoredPair, score_gaps, score_pairs, scoring_mode
+from firth.generate.scoring import ScoredPair, check_lengths, score_gaps, score_pairs, scoring_mode
+from firth.model.model import LM
 from firth.tokenizer import chat
 from firth.types import UserError
 
@@ -27,13 +29,19 @@ class LocalModel:
         within_word: For masked models: whether the rest of a word is masked with each of its tokens (Kauf and Ivanova 2023).
             For T5: whether a gap is a word and not a token.
         batch_size: Most rows of a batch of generated answers.
+        bos: Token that a decoder reads before every text (`firth.evaluate.perplexity.leading_bos`); None for none.
 
     Raises:
         UserError: The model has no LM head.
     """
 
     def __init__(
-        self, evaluated: EvaluatedModel, weights: str | None = None, within_word: bool = False, batch_size: int = 32
+        self,
+        evaluated: EvaluatedModel,
+        weights: str | None = None,
+        within_word: bool = False,
+        batch_size: int = 32,
+        bos: int | None = None,
     ) -> None:
         if not evaluated.model.has_lm_head:
             raise UserError(f"{evaluated.directory}: this model has no LM head, so it can neither score nor write text")
@@ -41,23 +49,50 @@ class LocalModel:
         self.evaluated, self.within_word = evaluated, within_word
         self.engine = Engine(evaluated.model, evaluated.tokenizer, weights=weights, batch_size=batch_size)
         self.model, self.tokenizer = self.engine.model, evaluated.tokenizer
+        stored = str(evaluated.model.tokens.weight.dtype).removeprefix("torch.")
+        self.weights = weights or {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}.get(stored, stored)
         self.mode = scoring_mode(evaluated.model.config)
         names, vocab = evaluated.objective_names, evaluated.vocab
         self.fills_gaps = self.mode == "halves" and len(vocab.sentinels) > 1 and names in ([], ["span_corruption"])
         plain = self.mode == "causal" and not evaluated.model.config.attention.prefix_lm
-        self.bos = leading_bos(evaluated.model_directory, evaluated.tokenizer)[0] if plain else None
+        self.bos = bos if plain else None
         self.context = evaluated.model.context - (2 if self.mode == "masked" else 1)
-        settings = f"{self.model.tokens.weight.dtype} {weights} {within_word}{' gaps' if self.fills_gaps else ''}"
-        self.digest = model_digest(evaluated, settings)
 
     @staticmethod
-    def open(directory: Path, weights: str | None = None, within_word: bool = False) -> LocalModel:
-        """Load a model directory, a run, an adapter or a GGUF file."""
-        return LocalModel(load_evaluated_model(directory), weights, within_word)
+    def open(
+        directory: Path, weights: str | Callable[[LM], str | None] | None = None, within_word: bool = False
+    ) -> LocalModel:
+        """Load a model directory, a run, an adapter or a GGUF file.
+
+        Args:
+            directory: The directory or file.
+            weights: Weight format, or a function that chooses it for the model; None keeps the stored one.
+            within_word: For masked models: whether the rest of a word is masked with each of its tokens.
+        """
+        evaluated = load_evaluated_model(directory)
+        weights = weights(evaluated.model) if callable(weights) else weights
+        bos = leading_bos(evaluated.model_directory, evaluated.tokenizer)[0]
+        return LocalModel(evaluated, weights, within_word, bos=bos)
+
+    @cached_property
+    def digest(self) -> str:
+        """Hash of the model's files and of what changes its replies."""
+        gaps = " gaps" if self.fills_gaps else ""
+        settings = f"{self.model.tokens.weight.dtype} {self.weights} {self.within_word}{gaps}"
+        return model_digest(self.evaluated, settings)
 
     def count_tokens(self, text: str, chat: bool = False) -> int:
         """Return the number of tokens of a text, as a message of the chat template with `chat`."""
         return len(self._dialogue(text, "")) if chat else len(self.tokenizer.encode(text)) + (self.bos is not None)
+
+    def check(self, requests: Sequence[Request]) -> None:
+        """Raise a UserError if a scored text is longer than the context, or if a bidirectional model should write."""
+        if self.mode == "masked" and any(isinstance(request, GenerateRequest) for request in requests):
+            raise UserError(
+                f"{self.name}: this model is bidirectional, so it cannot write an answer: use tasks that score"
+            )
+        scored = [request for request in requests if isinstance(request, ScoreRequest) and not self._in_gaps(request)]
+        check_lengths(self.model, [self._pair(request) for request in scored])
 
     def reply(self, requests: Sequence[Request]) -> Iterator[tuple[int, Reply]]:
         """Yield (index, reply) of each request, in the order in which they are computed."""
@@ -80,10 +115,6 @@ class LocalModel:
     def _generate(
         self, sampling: Sampling, requests: Sequence[tuple[int, GenerateRequest]]
     ) -> Iterator[tuple[int, GenerateReply]]:
-        if self.mode == "masked":
-            raise UserError(
-                f"{self.name}: this model is bidirectional, so it cannot write an answer: use tasks that score"
-            )
         prompts = [self._prompt(request) for _, request in requests]
         order = sorted(range(len(requests)), key=lambda k: (-len(prompts[k]), prompts[k].tolist()))
         for first in range(0, len(order), self.engine.batch_size):

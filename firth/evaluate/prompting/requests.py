@@ -98,16 +98,23 @@ class Responder(Protocol):
 
     Attributes:
         name: Name in tables: the directory or address.
-        digest: Identifies the weights and precision, for the cache.
+        weights: Format of its weights (fp32, bf16, int8, ...); "" if unknown.
         context: Most tokens of a prompt with its continuation.
     """
 
     name: str
-    digest: str
+    weights: str
     context: int
+
+    @property
+    def digest(self) -> str:
+        """Hash of the weights, the precision and all that changes replies."""
 
     def count_tokens(self, text: str, chat: bool = False) -> int:
         """Return the number of tokens of a text, as a message of the chat template with `chat`."""
+
+    def check(self, requests: Sequence[Request]) -> None:
+        """Raise a UserError if the model cannot reply to such requests; called for each item before the first reply."""
 
     def reply(self, requests: Sequence[Request]) -> Iterator[tuple[int, Reply]]:
         """Yield (index, reply) of each request, in the order in which they are computed."""

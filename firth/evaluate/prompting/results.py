@@ -45,7 +45,11 @@ def to_json(results: Sequence[TaskResult], config: PromptConfig) -> dict[str, An
             for result in results
             if (one := result.contamination) is not None
         },
-        "config": {"model": results[0].model if results else "", **asdict(config)},
+        "config": {
+            "model": results[0].model if results else "",
+            "model_dtype": results[0].weights if results else "",
+            **asdict(config),
+        },
     }
 
 

@@ -60,6 +60,7 @@ class TaskResult:
         items: Result of each item.
         contamination: Which items are in training text; None if it was not searched.
         clean: Metric -> value over the items that were looked up and not found.
+        weights: Format of the model's weights; "" if unknown.
     """
 
     task: str
@@ -71,6 +72,7 @@ class TaskResult:
     items: Sequence[ItemResult]
     contamination: Contamination | None = None
     clean: Mapping[str, MetricValue] = field(default_factory=dict)
+    weights: str = ""
 
 
 def run_tasks(
@@ -102,7 +104,12 @@ def run_tasks(
     for number, task in enumerate(tasks):
         for index, item in enumerate(task.selected(config)):
             asking = task.ask(item, index, config, model)
-            running.append((number, index, asking, next(asking)))
+            requests = next(asking)
+            try:
+                model.check(requests)
+            except UserError as error:
+                raise UserError(f"{item.location}: {error}") from error
+            running.append((number, index, asking, requests))
     while running:
         replies = _replies([request for *_, requests in running for request in requests], model, cache, progress)
         following = []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+from collections.abc import Iterator
 
 from firth.io import user_code
 from firth.model.config import ModelConfig
@@ -14,12 +15,12 @@ from firth.types import UserError
 FAMILIES: dict[str, Family] = {
     family.name: family
     for family in (
-        bert.ROBERTA, bert.XLM_ROBERTA, bert.FAMILY, bert.DISTILBERT, bert.ALBERT, bert.ELECTRA, gpt2.GPT,
-        gpt2.FAMILY, llama.FAMILY, llama.MISTRAL, llama.QWEN2, llama.QWEN3, t5.FAMILY, t5.MT5, bart.FAMILY,
-        nanochat.FAMILY, modernbert.FAMILY, xlnet.FAMILY, mpnet.FAMILY, bart.MARIAN,
+        nanochat.FAMILY, gpt2.GPT, gpt2.FAMILY, llama.FAMILY, llama.MISTRAL, llama.QWEN2, llama.QWEN3,
+        bert.ROBERTA, bert.XLM_ROBERTA, bert.FAMILY, bert.DISTILBERT, bert.ALBERT, bert.ELECTRA, modernbert.FAMILY,
+        xlnet.FAMILY, mpnet.FAMILY, t5.FAMILY, t5.MT5, bart.FAMILY, bart.MARIAN,
     )
 }  # fmt: skip
-"""`model_type` in config.json -> family."""
+"""`model_type` in config.json -> family. Of families that support the same config, an export takes the first."""
 
 
 def find(name: str) -> Family | None:
@@ -32,15 +33,15 @@ def names() -> list[str]:
     return [*FAMILIES, *_user_families(os.environ.get(USER_FAMILIES, ""))]
 
 
-def families_of(config: ModelConfig) -> list[Family]:
-    """Return the families that support a config exactly, the user's first; there may be several, such as BERT and ELECTRA."""
+def families_of(config: ModelConfig) -> Iterator[Family]:
+    """Yield the families that support a config exactly, the user's first; there may be several, such as BERT and ELECTRA."""
     known = [*_user_families(os.environ.get(USER_FAMILIES, "")).values(), *FAMILIES.values()]
-    return [family for family in known if family.supports(config)]
+    return (family for family in known if family.supports(config))
 
 
 def family_of(config: ModelConfig) -> Family | None:
     """Return the first family that supports a config, or None."""
-    return next(iter(families_of(config)), None)
+    return next(families_of(config), None)
 
 
 USER_FAMILIES = "FIRTH_FAMILIES"

@@ -163,11 +163,13 @@ def form_of_model(
         heads: Descriptions of the model's heads by name.
     """
     best: ExportForm | None = None
-    lm = "lm" in heads
+    lm, task_heads = "lm" in heads, heads.keys() - {"lm"}
     for family in families:
         for form in (ExportForm(family, lm), *_head_forms(family, config, heads)):
             if best is None or (form.head_spec is not None) > (best.head_spec is not None):
                 best = form
+        if best is not None and (best.head_spec is not None or not task_heads):
+            break
     return best
 
 

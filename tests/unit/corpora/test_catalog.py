@@ -451,6 +451,23 @@ def test_pydoc_needs_no_network(tmp_path, monkeypatch):
         catalog.fetch("pidoc", quiet)
 
 
+@pytest.mark.usefixtures("local_index")
+def test_a_corpus_is_verified_once_and_after_changes(tmp_path, monkeypatch):
+    monkeypatch.setenv("FIRTH_CACHE", str(tmp_path))
+    lines = []
+    first = catalog.paths("pydoc", lines.append)
+    announced = len(lines)
+    assert announced > 0
+    assert catalog.paths("pydoc", lines.append) == first
+    assert len(lines) == announced
+    changed = tmp_path / "pydoc" / "if.txt"
+    text = changed.read_bytes()
+    changed.write_bytes(text[::-1])
+    catalog.paths("pydoc", lines.append)
+    assert changed.read_bytes() == text
+    assert any("content hash differs" in line for line in lines[announced:])
+
+
 def test_the_catalog_is_complete():
     assert len(catalog.CATALOG) == len(catalog.ENTRIES) == len(catalog.describe()) == len(catalog.names())
     for corpus, row in zip(catalog.ENTRIES, catalog.describe(), strict=True):

@@ -21,6 +21,7 @@ from firth.evaluate.perplexity import likelihood
 from firth.evaluate.task import load_evaluated_model
 from firth.generate import embeddings
 from firth.generate.engine import Engine
+from firth.generate.fill import fill_masks
 from firth.generate.sampling import Sampling
 from firth.model.config import LMHeadConfig, ModelConfig, decoder_config, encoder_config, encoder_decoder_config
 from firth.model.heads import LMHead
@@ -97,7 +98,7 @@ def test_wide_tables_generate_and_score_like_exact_ones(tokenizer: Tokenizer, na
 def test_masks_are_filled_with_tokens_only(tokenizer: Tokenizer) -> None:
     one, other = exact_and_wide(lambda vocab: encoder_config(vocab, 32, 1, 2, max_positions=64), tokenizer.vocab.size)
     text = f"the {tokenizer.token(tokenizer.vocab.mask)} is dead"
-    [found], [expected] = (Engine(m, tokenizer).fill(text, 400) for m in (other, one))
+    [found], [expected] = (fill_masks(Engine(m, tokenizer).model, tokenizer, text, 400) for m in (other, one))
     assert [c.token for c in found] == [c.token for c in expected]
     np.testing.assert_allclose([c.probability for c in found], [c.probability for c in expected], atol=1e-5)
     # Extra rows are not among the nearest neighbors of a word.

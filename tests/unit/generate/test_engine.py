@@ -6,7 +6,7 @@ import torch
 
 from firth.generate.decoding_batch import DecodingBatch, rectangle
 from firth.generate.engine import Engine, StreamingOutput
-from firth.generate.fill_mask import masked
+from firth.generate.fill import fill_masks, masked
 from firth.generate.sampling import Sampling
 from firth.model.config import (
     ModelConfig,
@@ -215,13 +215,13 @@ def test_fill_returns_the_most_likely_tokens_of_each_mask() -> None:
     assert tokens.tolist() == [2, *ByteTokenizer().encode("the"), 4, *ByteTokenizer().encode(" sat"), 4, 3]
     with torch.no_grad():
         p = model.heads["lm"](model({"tokens": torch.as_tensor(tokens)[None]})[0]).softmax(-1)
-    answers = engine(model).fill(text, k=3)
+    answers = fill_masks(model, ByteTokenizer(), text, k=3)
     for at, candidates in zip(np.flatnonzero(tokens == 4), answers, strict=True):
         best = p[at, 7:].topk(3)
         assert [c.token - 7 for c in candidates] == best.indices.tolist()
         assert np.allclose([c.probability for c in candidates], best.values.numpy(), atol=1e-5)
     with pytest.raises(UserError, match="nothing to fill: write <mask>"):
-        engine(model).fill("the cat")
+        fill_masks(model, ByteTokenizer(), "the cat")
 
 
 # ---- real tokenizers

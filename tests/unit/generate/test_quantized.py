@@ -14,6 +14,7 @@ from firth.cli import app
 from firth.evaluate.perplexity import score
 from firth.generate.decoding_batch import rectangle
 from firth.generate.engine import Engine
+from firth.generate.fill import fill_masks
 from firth.generate.quantized import DIGITS, Int8Linear, Int8LMHead, quantize, quantize_rows
 from firth.generate.sampling import Sampling
 from firth.model.config import (
@@ -275,7 +276,7 @@ def test_a_masked_model_fills_with_int8() -> None:
     config = encoder_config(vocab_size=V, hidden_size=32, num_layers=2, num_heads=2, max_positions=64)
     model = random_model(config)
     text = f"ab{ByteTokenizer().token(ByteTokenizer.vocab.mask)}cd"
-    [plain], [int8] = (engine(model, w).fill(text, 5) for w in ("fp32", "int8"))
+    [plain], [int8] = (fill_masks(engine(model, w).model, ByteTokenizer(), text, 5) for w in ("fp32", "int8"))
     assert plain[0].token == int8[0].token
     assert plain[0].probability == pytest.approx(int8[0].probability, abs=0.2)
 

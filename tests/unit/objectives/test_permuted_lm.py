@@ -19,7 +19,7 @@ from firth.data.collate import Batches, collate, pack
 from firth.data.windows import Windows
 from firth.evaluate.perplexity import TokenizedDocument, one_at_a_time, scoring_mode
 from firth.generate.engine import Engine
-from firth.generate.fill_mask import fill
+from firth.generate.fill import fill_masks
 from firth.generate.sampling import Sampling
 from firth.model.attention import mask_from_times
 from firth.model.block import Linear
@@ -652,7 +652,7 @@ def test_a_gap_is_a_query_that_no_token_sees() -> None:
         )
     )
     mask = text_tokenizer.token(text_tokenizer.vocab.mask)
-    [found] = fill(model, text_tokenizer, f"What is a {mask} in Python?", k=3)
+    [found] = fill_masks(model, text_tokenizer, f"What is a {mask} in Python?", k=3)
     words = text_tokenizer.vocab.add_special_tokens(
         np.concatenate(
             (text_tokenizer.encode("What is a"), [text_tokenizer.vocab.mask], text_tokenizer.encode(" in Python?"))

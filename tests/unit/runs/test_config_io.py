@@ -217,7 +217,7 @@ def test_model_card_of_own_text_names_no_language(written: str, tmp_path: Path) 
     (tmp_path / "recipe.yaml").write_text(f"name: gpt\nobjective: causal_lm\nexamples: windows\n{written}\n")
     config = decoder_config(50, 32, 1)
     model = LM(config, CausalLM().heads(config))
-    text = model_card.text(model_card.of_run(tmp_path, tmp_path, model, "transformers loads it", {}, {}))
+    text = model_card.text(model_card.read_card(tmp_path, tmp_path, model, "transformers loads it", {}))
     front = yaml.safe_load(text.split("---")[1])
     assert "language" not in front and "`mine.txt`" in text and "shakespeare:" not in text
 

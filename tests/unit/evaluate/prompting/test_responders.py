@@ -13,11 +13,13 @@ import torch
 
 from firth.evaluate.prompting import endpoint
 from firth.evaluate.prompting.endpoint import Endpoint
+from firth.evaluate.prompting.evaluate import evaluate_prompts
 from firth.evaluate.prompting.local_model import LocalModel
+from firth.evaluate.prompting.prompt_task import PromptConfig
 from firth.evaluate.prompting.requests import GenerateReply, GenerateRequest, ScoreReply, ScoreRequest
 from firth.evaluate.task import EvaluatedModel
 from firth.generate.decoding_batch import rectangle
-from firth.generate.scoring import ScoredPair, score_gaps
+from firth.generate.scoring import ScoredPair, _fp32_logits, score_gaps
 from firth.model.config import decoder_config, encoder_config, encoder_decoder_config
 from firth.types import UserError
 from tests.support.models import random_model
@@ -65,7 +67,7 @@ def test_a_masked_model_scores_and_does_not_write(tmp_path: Path) -> None:
     assert isinstance(each, ScoreReply) and isinstance(words, ScoreReply)
     assert len(each.logprobs) == len(words.logprobs) and each.logprobs != words.logprobs
     with pytest.raises(UserError, match="bidirectional"):
-        list(local(tmp_path, encoder=True).reply([GenerateRequest("the")]))
+        local(tmp_path, encoder=True).check([GenerateRequest("the")])
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -73,6 +75,8 @@ class Handler(BaseHTTPRequestHandler):
 
     failures = 0
     echo = True
+    dies_after: int | None = None
+    posts = 0
 
     def _send(self, body: dict[str, Any], code: int = 200) -> None:
         data = json.dumps(body).encode()
@@ -89,6 +93,10 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        Handler.posts += 1
+        if Handler.dies_after is not None and Handler.posts > Handler.dies_after:
+            self.connection.close()
+            return
         if Handler.failures:
             Handler.failures -= 1
             self._send({"error": "busy"}, 503)
@@ -108,7 +116,7 @@ class Handler(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def address() -> Iterator[str]:
-    Handler.failures, Handler.echo = 0, True
+    Handler.failures, Handler.echo, Handler.dies_after, Handler.posts = 0, True, None, 0
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
@@ -136,7 +144,8 @@ def test_an_endpoint_that_cannot_serve_is_named(address: str, monkeypatch: pytes
     monkeypatch.setattr(endpoint.time, "sleep", lambda _: None)
     Handler.echo = False
     with pytest.raises(UserError, match="returns no log-probabilities of the prompt"):
-        list(Endpoint(address).reply([ScoreRequest("ab", "c")]))
+        Endpoint(address).check([GenerateRequest("ab"), ScoreRequest("ab", "c")])
+    Endpoint(address).check([GenerateRequest("ab")])
     with pytest.raises(UserError, match="the server has tiny, other, and not big"):
         Endpoint(f"{address}#big")
     with pytest.raises(UserError, match="does not answer /models"):
@@ -166,3 +175,57 @@ def test_a_text_is_filled_word_by_word_by_span_corruption(tmp_path: Path) -> Non
     assert isinstance(first, ScoreReply) and isinstance(second, ScoreReply)
     assert first.logprobs == pytest.approx(second.logprobs, abs=1e-4)
     assert forced[0] != replies[0] and model.digest != other.digest
+
+
+def questions(folder: Path) -> tuple[str, str]:
+    """Return a task that generates, and one that scores."""
+    (folder / "q.jsonl").write_text("".join(json.dumps({"q": f"item {i}", "a": str(i)}) + "\n" for i in range(6)))
+    common = "data: q.jsonl\ndoc_to_text: q\ndoc_to_target: a\n"
+    (folder / "writes.yaml").write_text(f'{common}output_type: generate_until\ngeneration_kwargs: {{until: ["\\n"]}}\n')
+    (folder / "scores.yaml").write_text(f"{common}output_type: loglikelihood\n")
+    return str(folder / "writes.yaml"), str(folder / "scores.yaml")
+
+
+def test_an_endpoint_that_dies_is_resumed(address: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The replies before it died are kept: the same call sends the others only."""
+    monkeypatch.setattr(endpoint.time, "sleep", lambda _: None)
+    monkeypatch.setenv("FIRTH_CACHE", str(tmp_path / "cache"))
+    writes, _ = questions(tmp_path)
+    Handler.dies_after = 4
+    with pytest.raises(UserError, match="the same command continues once it runs again"):
+        evaluate_prompts([address], [writes], PromptConfig())
+    Handler.dies_after, Handler.posts = None, 0
+    [[result]] = evaluate_prompts([address], [writes], PromptConfig())
+    assert Handler.posts == 2
+    assert [item.answers["none"].strip() for item in result.items] == list("012345")
+
+
+def test_an_endpoint_without_log_probabilities_is_refused_first(
+    address: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before any model runs, also one that is named before it; tasks that generate need none."""
+    monkeypatch.setattr(endpoint.time, "sleep", lambda _: None)
+    monkeypatch.setenv("FIRTH_CACHE", str(tmp_path / "cache"))
+    writes, scores = questions(tmp_path)
+    Handler.echo = False
+    with pytest.raises(UserError, match="returns no log-probabilities of the prompt"):
+        evaluate_prompts([str(tmp_path / "no-such-run"), address], [writes, scores], PromptConfig())
+    assert Handler.posts == 1 and not (tmp_path / "cache").exists()
+    [[result]] = evaluate_prompts([address], [writes], PromptConfig())
+    assert len(result.items) == 6
+
+
+def test_a_head_in_bf16_is_multiplied_in_fp32(tmp_path: Path) -> None:
+    """Logits of 16 to 32 have steps of 1/8 in bf16, so that choices would often have equal log-probabilities."""
+    whole = local(tmp_path).evaluated
+    model = LocalModel(whole, "bf16").model
+    head = model.heads["lm"]
+    states = (3 * torch.randn(6, 32, generator=torch.Generator().manual_seed(0))).bfloat16()
+    products = states.double() @ head.weight.double().T  # type: ignore[operator, union-attr]
+    exact = head.softcap * torch.tanh(products / head.softcap)  # type: ignore[operator, union-attr]
+    with torch.inference_mode():
+        found, rounded = _fp32_logits(head, states), head(states)  # type: ignore[arg-type]
+    known = found > -1e4  # ids that the tokenizer does not have
+    assert found.dtype == torch.float32 and known.float().mean() > 0.9
+    assert (found.double() - exact)[known].abs().max() < 1e-4
+    assert (rounded.double() - exact)[known].abs().max() > 1e-2
