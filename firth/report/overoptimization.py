@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 MIN_PHASES = 8
-"""Fewest rollout phases with a true score that anything is said about."""
+"""Fewest rollout phases with a true score that are enough for a verdict."""
 
 NOISE = 2.0
 """Standard errors by which the true score must have fallen."""
