@@ -27,7 +27,7 @@ def annotate(
     kind: Annotated[
         str,
         typer.Argument(
-            help="sample (answers to prompts), judge (pairs of answers), revise (critique and revision) or rationales."
+            help="sample (answers to prompts), rank (answers by a reward), judge (pairs of answers), revise or rationales."
         ),
     ],
     settings: Annotated[
