@@ -24,7 +24,9 @@ from firth import objectives
 from firth.cli import app
 from firth.fields import MAX_INT
 from firth.model.config import ModelConfig
-from firth.runs.compatibility import EXAMPLES
+from firth.pipelines.pipeline import KINDS
+from firth.pipelines.tuning import TrainRecipe
+from firth.runs.examples import EXAMPLES
 from firth.runs.peft_options import PEFT_METHODS
 from firth.runs.recipe import Recipe
 from firth.runs.recipe_names import RECIPES
@@ -223,12 +225,26 @@ def python_api() -> str:
     return "\n".join(parts)
 
 
+def pipelines() -> str:
+    """Return the page of the kinds of stages."""
+    lines = [
+        "# Stages of pipelines", "",
+        "`KIND: VALUE` sets the field named in brackets; see [Run several stages](../how-to/run-a-pipeline.md).", "",
+    ]  # fmt: skip
+    for name, kind in KINDS.items():
+        output = f" Writes `{kind.output}`." if kind.output else ""
+        lines += [f"## {name} ({kind.main})", "", summary(kind) + output, ""]
+        lines += ["Its other fields are those of the recipe.", ""] if kind is TrainRecipe else table(kind)
+    return "\n".join(lines)
+
+
 WRITERS = {
     "cli.md": commands,
     "recipe.md": recipe_fields,
     "objectives.md": every_objective,
     "recipes.md": recipes,
     "python.md": python_api,
+    "pipelines.md": pipelines,
 }
 """File in docs/reference -> the function that returns its text."""
 

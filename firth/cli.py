@@ -9,24 +9,23 @@ from __future__ import annotations
 import shlex
 import sys
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import typer
 
 from firth import __version__
+from firth.cli_options import Input, MinP, Run, Seed, Stop, Temperature, Tokens, TopK, TopP, Weights, number_option
 from firth.console import console
 from firth.fields import (
     NonNegativeFloat,
     NonNegativeInt,
     OptionalTokenCount,
     PositiveInt,
-    Share,
-    ShareAboveZero,
     TokenCount,
     VocabSize,
-    check_value,
 )
 from firth.io.atomic import refusal
+from firth.pipeline_commands import annotate, pipeline
 from firth.types import LOGGER, UserError
 
 app = typer.Typer(
@@ -38,51 +37,8 @@ app = typer.Typer(
 )
 tokenizer_app = typer.Typer(help="Train a tokenizer on your own text, or look inside one.", no_args_is_help=True)
 app.add_typer(tokenizer_app, name="tokenizer")
-
-Run = Annotated[
-    Path,
-    typer.Argument(
-        help="A run directory, a directory of a model or an adapter as transformers and peft write them, or a GGUF file."
-    ),
-]
-
-
-def _number(hint: Any, *names: str, help: str) -> Any:
-    """Return an option for a number of the type `hint`, which rejects values out of range."""
-
-    def check(param: typer.CallbackParam, value: Any) -> Any:
-        if value is not None:
-            check_value(param.opts[0], value, hint)
-        return value
-
-    return typer.Option(*names, help=help, callback=check)
-
-
-Temperature = Annotated[
-    float, _number(NonNegativeFloat, help="0 takes the most likely token; 1 samples from the model's distribution.")
-]
-TopK = Annotated[int, _number(NonNegativeInt, help="Sample from the K most likely tokens; 0: all.")]
-TopP = Annotated[
-    float, _number(ShareAboveZero, help="Sample from the most likely tokens that together have this probability.")
-]
-MinP = Annotated[
-    float,
-    _number(Share, help="Drop tokens with less than this share of the most likely token's probability."),
-]
-Tokens = Annotated[int, _number(TokenCount, "--max-new-tokens", "-n", help="Most new tokens.")]
-Stop = Annotated[list[str] | None, typer.Option(help="Stop when this text appears; may be given several times.")]
-Weights = Annotated[
-    str,
-    typer.Option(
-        "--weights",
-        help="Data type of the weights: fp32, bf16, int8 or int8-dynamic; auto takes bf16 if it is faster here.",
-    ),
-]
-Seed = Annotated[int, _number(NonNegativeInt, help="The same seed gives the same result.")]
-Input = Annotated[
-    str,
-    typer.Option("--input", help="Format of FILE: lines, csv, tsv, jsonl, conll or squad; auto detects it."),
-]
+app.command()(pipeline)
+app.command()(annotate)
 
 
 def main() -> None:
@@ -187,12 +143,14 @@ def tokenizer_train(
     algorithm: Annotated[
         str, typer.Option(help="bpe, byte-bpe, wordpiece, unigram or word (whole words).")
     ] = "byte-bpe",
-    vocab_size: Annotated[int, _number(VocabSize, help="Number of ids.")] = 8192,
+    vocab_size: Annotated[int, number_option(VocabSize, help="Number of ids.")] = 8192,
     text_field: Annotated[str, typer.Option(help="The field of JSONL and Parquet rows that holds the text.")] = "text",
     sample_bytes: Annotated[
-        int, _number(PositiveInt, help="Bytes of text to train on, sampled from the whole corpus.")
+        int, number_option(PositiveInt, help="Bytes of text to train on, sampled from the whole corpus.")
     ] = 200_000_000,
-    num_sentinels: Annotated[int, _number(NonNegativeInt, help="Number of <extra_id_n> tokens; T5 needs 100.")] = 0,
+    num_sentinels: Annotated[
+        int, number_option(NonNegativeInt, help="Number of <extra_id_n> tokens; T5 needs 100.")
+    ] = 0,
     byte_fallback: Annotated[
         bool, typer.Option(help="Encode rare characters as bytes, so that nothing is unknown (bpe, unigram).")
     ] = True,
@@ -219,7 +177,7 @@ def tokenizer_train(
 def tokenizer_show(
     directory: Annotated[Path, typer.Argument(help="A tokenizer, model or run directory.")],
     words: Annotated[list[str] | None, typer.Argument(help="Words to split.")] = None,
-    first: Annotated[int, _number(NonNegativeInt, help="How many merges to print.")] = 20,
+    first: Annotated[int, number_option(NonNegativeInt, help="How many merges to print.")] = 20,
 ) -> None:
     """Print the first merges in the order they were learned, with their counts, and how words split."""
     from firth.tokenizer import inspection
@@ -257,11 +215,12 @@ def compare(
             "probe.field=value for the finetuning."
         ),
     ],
-    max_seconds: Annotated[float, _number(NonNegativeFloat, help="Seconds of training per run.")] = 0.0,
+    max_seconds: Annotated[float, number_option(NonNegativeFloat, help="Seconds of training per run.")] = 0.0,
     max_flops: Annotated[
-        float, _number(NonNegativeFloat, help="Counted FLOPs per run instead, for example 4e12: equal on any machine.")
+        float,
+        number_option(NonNegativeFloat, help="Counted FLOPs per run instead, for example 4e12: equal on any machine."),
     ] = 0.0,
-    seeds: Annotated[int, _number(PositiveInt, help="Runs per recipe, for the intervals.")] = 3,
+    seeds: Annotated[int, number_option(PositiveInt, help="Runs per recipe, for the intervals.")] = 3,
     shares: Annotated[
         str, typer.Option(help="Shares of the compute, one run each: the points of the curve.")
     ] = "0.25,0.5,1",
@@ -272,7 +231,7 @@ def compare(
             "by default questions for models that read Shakespeare, else sarcasm."
         ),
     ] = "",
-    labels: Annotated[int, _number(PositiveInt, help="How many of these records are trained on.")] = 500,
+    labels: Annotated[int, number_option(PositiveInt, help="How many of these records are trained on.")] = 500,
     out: Annotated[Path, typer.Option(help="The directory for the runs, the table and the report.")] = Path(
         "runs/compare"
     ),
@@ -309,7 +268,7 @@ def generate(
     between: Annotated[
         tuple[str, str] | None, typer.Option(help="Variational autoencoder: texts between these two.")
     ] = None,
-    count: Annotated[int, _number(PositiveInt, help="How many texts between two, or from the prior.")] = 5,
+    count: Annotated[int, number_option(PositiveInt, help="How many texts between two, or from the prior.")] = 5,
 ) -> None:
     """Continue a text (decoders), or answer one (encoder-decoders).
 
@@ -338,7 +297,7 @@ def generate(
 def fill(
     run: Run,
     text: Annotated[str, typer.Argument(help="A text with <mask> where a token is missing.")],
-    top: Annotated[int, _number(PositiveInt, help="Candidates per gap.")] = 5,
+    top: Annotated[int, number_option(PositiveInt, help="Candidates per gap.")] = 5,
 ) -> None:
     """Fill the gaps of a text: tokens (masked models, ELMo), spans (T5), or the whole text (BART)."""
     from firth.runs.inference import fill_text
@@ -350,7 +309,7 @@ def fill(
 def vectors(
     run: Run,
     words: Annotated[list[str] | None, typer.Argument(help="Words whose neighbors are printed.")] = None,
-    top: Annotated[int, _number(PositiveInt, help="How many neighbors of each.")] = 8,
+    top: Annotated[int, number_option(PositiveInt, help="How many neighbors of each.")] = 8,
     out: Annotated[Path | None, typer.Option(help="Write all vectors to this file, in word2vec's text format.")] = None,
 ) -> None:
     """Print the nearest neighbors of words among a run's token vectors, or write all vectors in word2vec's format."""
@@ -365,7 +324,7 @@ def chat(
     run: Run,
     max_new_tokens: Annotated[
         int | None,
-        _number(
+        number_option(
             TokenCount,
             "--max-new-tokens",
             "-n",
@@ -431,7 +390,7 @@ def evaluate(
     ] = None,
     limit: Annotated[
         int | None,
-        _number(PositiveInt, help="Read at most this many records, or score at most this many tokens of text."),
+        number_option(PositiveInt, help="Read at most this many records, or score at most this many tokens of text."),
     ] = None,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
     data: Annotated[list[str] | None, typer.Option(help="Prompts: files of the questions.")] = None,
@@ -439,7 +398,7 @@ def evaluate(
         list[str] | None,
         typer.Option(help="Prompts: files of the records shown as examples; by default the questions."),
     ] = None,
-    shots: Annotated[int | None, _number(NonNegativeInt, help="Prompts: examples before each question.")] = None,
+    shots: Annotated[int | None, number_option(NonNegativeInt, help="Prompts: examples before each question.")] = None,
     chat: Annotated[bool, typer.Option("--chat", help="Prompts: use the model's chat template.")] = False,
     cot: Annotated[
         Literal["zero-shot", "few-shot"] | None,
@@ -447,9 +406,9 @@ def evaluate(
     ] = None,
     votes: Annotated[
         int,
-        _number(PositiveInt, help="Prompts: sampled answers per question, of which the most frequent counts."),
+        number_option(PositiveInt, help="Prompts: sampled answers per question, of which the most frequent counts."),
     ] = 1,
-    seed: Annotated[int, _number(NonNegativeInt, help="Prompts: seed of examples and samples.")] = 0,
+    seed: Annotated[int, number_option(NonNegativeInt, help="Prompts: seed of examples and samples.")] = 0,
     weights: Annotated[str, typer.Option(help="Prompts: fp32, bf16, int8; bf16 by default if it is faster here.")] = "",
     within_word: Annotated[
         bool,
@@ -498,8 +457,8 @@ def evaluate(
 @app.command()
 def ratings(
     paths: Annotated[list[str], typer.Argument(help="Votes: records with a, b, winner (a, b or tie) and annotator.")],
-    penalty: Annotated[float, _number(NonNegativeFloat, help="Pulls scores to the mean; 0 for none.")] = 0.1,
-    draws: Annotated[int, _number(NonNegativeInt, help="Bootstrap samples for the intervals.")] = 1000,
+    penalty: Annotated[float, number_option(NonNegativeFloat, help="Pulls scores to the mean; 0 for none.")] = 0.1,
+    draws: Annotated[int, number_option(NonNegativeInt, help="Bootstrap samples for the intervals.")] = 1000,
     by_annotator: Annotated[bool, typer.Option("--by-annotator", help="Resample annotators, not votes.")] = False,
     seed: Seed = 0,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
@@ -555,7 +514,7 @@ def embed(
     ] = Path("embeddings.npy"),
     text_field: Annotated[str, typer.Option(help="The field of records that holds the text.")] = "text",
     normalize: Annotated[bool, typer.Option(help="Scale every vector to length 1.")] = True,
-    max_length: Annotated[int, _number(OptionalTokenCount, help="Most tokens of a text; 0: as in training.")] = 0,
+    max_length: Annotated[int, number_option(OptionalTokenCount, help="Most tokens of a text; 0: as in training.")] = 0,
     input: Input = "auto",
 ) -> None:
     """Write a vector for each text, the mean of its hidden states, for search, clustering and similarity."""

@@ -33,9 +33,9 @@ from torch import Tensor, nn
 
 from firth.corpora import catalog, readers
 from firth.data.config import DataConfig
+from firth.data.labeled import LabeledConfig
 from firth.model.variants import ScalarMix
 from firth.objectives.classification import Classification
-from firth.runs.labeled_examples import LabeledConfig
 from firth.runs.peft_options import (
     FrozenFeatures,
     FullFinetuning,

@@ -42,7 +42,7 @@ from firth.data.collate import Batches, collate
 from firth.data.config import DataConfig
 from firth.data.source import Source, SubsetSource
 from firth.data.token_store import TokenStore
-from firth.data.windows import DocumentChunks, SegmentPairs
+from firth.data.windows import ChunksConfig, Documents, SegmentPairsConfig
 from firth.generate.decoding_batch import inference_mode
 from firth.model.config import encoder_config
 from firth.model.model import LM
@@ -139,7 +139,7 @@ def spread_subset(source: Source, count: int = NUM_HELD_OUT) -> Source:
 
 
 def chunks(store: TokenStore, vocab: Vocab) -> Source:
-    return DocumentChunks(store, LENGTH, vocab)
+    return Documents(ChunksConfig(max_length=LENGTH), store, vocab)
 
 
 # ------------------------------------------------------------------------------- scores
@@ -154,7 +154,9 @@ def pair_scores(model: LM, objective: Objective, data: Data) -> Scores:
     return held_out(
         model,
         objective,
-        spread_subset(SegmentPairs(data.held_out, PAIR_LENGTH, data.vocab), 4 * NUM_HELD_OUT),
+        spread_subset(
+            Documents(SegmentPairsConfig(max_length=PAIR_LENGTH), data.held_out, data.vocab), 4 * NUM_HELD_OUT
+        ),
         data.vocab,
     )
 
@@ -252,7 +254,11 @@ ARMS = {
 def train_once(name: str, seed: int, scale: float, data: Data) -> dict[str, Any]:
     """Train an arm; return its scores before and after."""
     arm = ARMS[name]
-    source: Source = SegmentPairs(data.train, PAIR_LENGTH, data.vocab) if arm.pairs else chunks(data.train, data.vocab)
+    source: Source = (
+        Documents(SegmentPairsConfig(max_length=PAIR_LENGTH), data.train, data.vocab)
+        if arm.pairs
+        else chunks(data.train, data.vocab)
+    )
     length, rows, depth = (PAIR_LENGTH, PAIR_ROWS, PAIR_DEPTH) if arm.pairs else (LENGTH, ROWS, NUM_LAYERS)
     if arm.small:
         source = spread_subset(source, SMALL_CHUNKS)

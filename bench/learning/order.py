@@ -13,10 +13,10 @@ sentences as in ALBERT. A tenth of the 500 samples is held out, and every held-o
                  of Brown, of nearly the same length
     words        logistic regression on the same pairs: words of each segment, and words at their ends; the best of three
                  regularizations, selected on the held-out pairs, in its favor
-    junction     running text in segments split anywhere (`firth.data.windows.SegmentPairs`): how much more often than by
+    junction     running text in segments split anywhere (`SegmentPairsConfig`): how much more often than by
                  chance does the first word of one segment follow the last word of the other, counted in the training text
 
-The last is the only information on order in `SegmentPairs`: single words have none there, since both segments start and end
+The last is the only information on order in these pairs: single words have none there, since both segments start and end
 anywhere, and an encoder must discover that the two words next to [SEP] have to fit.
 """
 
@@ -44,7 +44,7 @@ from firth.data.config import DataConfig
 from firth.data.shuffle import ExampleRNG
 from firth.data.source import Source
 from firth.data.split import split
-from firth.data.windows import SegmentPairs
+from firth.data.windows import Documents, SegmentPairsConfig
 from firth.model.model import LM
 from firth.objectives.sentence_pairs import NSP, SOP, SentencePairObjective
 from firth.pretrained.load_save import init_from, load_model
@@ -237,7 +237,7 @@ def junction_statistic(length: int) -> dict[str, Any]:
         """Return log p(b after a) / p(b), smoothed with five pseudo-counts."""
         return math.log((bigrams[a * size + b] + 5 * share[b] + 1e-6) / (counts[a] + 5)) - math.log(share[b] + 1e-9)
 
-    source = SegmentPairs(held_out_store, length)
+    source = Documents(SegmentPairsConfig(max_length=length, whole_sentences=False), held_out_store, tokenizer.vocab)
     scores = []
     for i in range(len(source)):
         first, second = source[i]["first"].tolist(), source[i]["second"].tolist()

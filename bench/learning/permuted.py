@@ -35,11 +35,11 @@ from pathlib import Path
 import torch
 
 from bench.harness import MAX_OTHER_LOAD, busy_seconds, describe, machine, other_load
-from firth.data import windows as data_windows
 from firth.data.collate import Batches
 from firth.data.examples import ExamplesConfig
 from firth.data.source import Source
 from firth.data.token_store import TokenStore
+from firth.data.windows import ChunksConfig, Documents, WindowsConfig
 from firth.evaluate import cloze
 from firth.model.config import ModelConfig, encoder_config
 from firth.model.model import LM
@@ -50,7 +50,7 @@ from firth.objectives.permuted_lm import PLM, MPNet
 from firth.pretrained.load_save import load_model
 from firth.recipes.common import DATA, HIDDEN_SIZE, MAX_POSITIONS, NUM_LAYERS, VOCAB_SIZE, tiny_recipe
 from firth.runs import examples
-from firth.runs.examples import ChunksConfig, WindowsConfig, spread
+from firth.runs.examples import spread
 from firth.runs.prepare import RunData, train_tokenizer
 from firth.runs.recipe import BatchConfig, Recipe, TokenizerConfig
 from firth.runs.run import run
@@ -101,7 +101,7 @@ def score(model: LM, name: str, seed: int, held_out: Source, store: TokenStore, 
         model, objective, cloze.items(store, vocab, NUM_CLOZE, LENGTH), vocab
     )
     if model.config.attention.memory_length:
-        found["forgetful"] = own_loss(data_windows.Windows(store, LENGTH, tail=True))
+        found["forgetful"] = own_loss(Documents(WindowsConfig(max_length=LENGTH), store, vocab, held_out=True))
     return found
 
 

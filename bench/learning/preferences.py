@@ -31,7 +31,8 @@ import torch
 from bench.learning.critic import read_prompts, sample_answers
 from firth.align.rewards import PreferencePair, PreferencePairs
 from firth.data.collate import collate
-from firth.data.records import PreferenceRecords
+from firth.data.dialogues import PreferencesConfig
+from firth.data.records import Records
 from firth.data.source import Source
 from firth.demo.scorers import SCORERS
 from firth.generate.decoding_batch import inference_mode
@@ -140,7 +141,7 @@ def measure_all(demo: Path, results: Path, names: Sequence[str], seeds: Sequence
         write_labeled(material / f"preferences-{part}.jsonl", results / f"labeled-{part}.jsonl")
     tokenizer = Tokenizer.load(demo / "tokenizer")
     prompts = read_prompts(tokenizer, material / "dialogues-valid.jsonl")[:128]
-    held = PreferenceRecords([str(material / "preferences-valid.jsonl")], tokenizer, 128)
+    held = Records(PreferencesConfig(max_length=128), [str(material / "preferences-valid.jsonl")], tokenizer)
     start = load_model(demo / "sft" / "model")
     measure = Measurement(start, tokenizer, prompts, held)
     if not (results / "start.json").exists():

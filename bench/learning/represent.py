@@ -29,10 +29,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from firth.align.precompute import PseudoLabeledConfig
 from firth.corpora import catalog, readers
+from firth.data.annotations import SimulatedAnnotatorsConfig
 from firth.data.collate import Batches
 from firth.data.config import DataConfig
 from firth.data.examples import ExamplesConfig
+from firth.data.labeled import LabeledConfig
+from firth.data.unlabeled import PartiallyLabeledConfig
+from firth.data.windows import ChunksConfig, SegmentPairsConfig
 from firth.model.config import ModelConfig, encoder_config, encoder_decoder_config
 from firth.objectives.classification import Classification
 from firth.objectives.contrastive import Contrastive, InfoNCE
@@ -41,9 +46,7 @@ from firth.objectives.objective import Objective
 from firth.objectives.semi_supervised import Consistency, MultiAnnotator, PseudoLabels
 from firth.objectives.vae import VAE
 from firth.pretrained.load_save import load_model
-from firth.runs.examples import ChunksConfig, SegmentPairsConfig, spread
-from firth.runs.labeled_examples import LabeledConfig
-from firth.runs.noisy_label_examples import PartiallyLabeledConfig, PseudoLabeledConfig, SimulatedAnnotatorsConfig
+from firth.runs.examples import spread
 from firth.runs.prepare import RunData
 from firth.runs.recipe import BatchConfig, CheckpointConfig, EvalConfig, Recipe, TokenizerConfig
 from firth.runs.run import run

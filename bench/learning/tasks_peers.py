@@ -24,8 +24,7 @@ import torch
 import transformers
 from torch.utils.data import Dataset
 
-from firth.data.labeled import LabeledTexts, MultipleChoiceRecords, TaggedSentences
-from firth.data.question_answering import QuestionRecords
+from firth.data.records import Purpose, Records
 from firth.data.source import Source
 from firth.evaluate import heads
 from firth.evaluate.task import Answers, Task
@@ -178,7 +177,7 @@ def window(example: Example) -> Row:
     return ids(example) | {f"{end}_positions": max(0, example[end]) for end in ("start", "end")}
 
 
-def first_pieces(examples: TaggedSentences, predictions: np.ndarray) -> Logits:
+def first_pieces(examples: Records, predictions: np.ndarray) -> Logits:
     """Select the logits of the first piece of each word from padded logits of sentences, (N, T, tags)."""
     found = []
     for i in range(len(examples)):
@@ -187,7 +186,7 @@ def first_pieces(examples: TaggedSentences, predictions: np.ndarray) -> Logits:
     return found
 
 
-def both_ends(examples: QuestionRecords, predictions: Sequence[np.ndarray]) -> Logits:
+def both_ends(examples: Records, predictions: Sequence[np.ndarray]) -> Logits:
     """Select the logits of the tokens of each window from padded start and end logits, each (N, T)."""
     lengths = [len(examples[i]["tokens"]) for i in range(len(examples))]
     return [np.stack((start[:n], end[:n]), -1) for start, end, n in zip(*predictions, lengths, strict=True)]
@@ -204,42 +203,19 @@ def compare_labels(names: Callable[[Any], Sequence[str]]) -> Callable[[Any, Logi
     return answers
 
 
-def labeled_texts(path: Path, tokenizer: Tokenizer, lesson: Lesson, keep: bool) -> LabeledTexts:
-    config = lesson.examples
-    return LabeledTexts([str(path)], tokenizer, config.max_length, config, classes=lesson.classes)
-
-
-def tagged_sentences(path: Path, tokenizer: Tokenizer, lesson: Lesson, keep: bool) -> TaggedSentences:
-    config = lesson.examples
-    return TaggedSentences([str(path)], tokenizer, config.max_length, config, classes=lesson.classes, keep=keep)
-
-
-def windows(path: Path, tokenizer: Tokenizer, lesson: Lesson, keep: bool) -> QuestionRecords:
-    config = lesson.examples
-    return QuestionRecords(
-        [str(path)],
-        tokenizer,
-        config.max_length,
-        stride=config.doc_stride,
-        question=config.max_question_length,
-        context=config.context_field,
-        keep=keep,
-    )
-
-
-def multiple_choice_records(path: Path, tokenizer: Tokenizer, lesson: Lesson, keep: bool) -> MultipleChoiceRecords:
-    config = lesson.examples
-    return MultipleChoiceRecords([str(path)], tokenizer, config.max_length, config)
+def read(path: Path, tokenizer: Tokenizer, lesson: Lesson, keep: bool) -> Records:
+    purpose: Purpose = "evaluate" if keep else "train"
+    return Records(lesson.examples, [str(path)], tokenizer, classes=lesson.classes, purpose=purpose)
 
 
 PEERS: Mapping[str, Peer] = {
     "classification": Peer(
-        "AutoModelForSequenceClassification", "DataCollatorWithPadding", TASKS["classification"], labeled_texts,
+        "AutoModelForSequenceClassification", "DataCollatorWithPadding", TASKS["classification"], read,
         lambda example: ids(example) | {"labels": int(example["label"])},
         lambda examples, predictions: list(predictions), compare_labels(lambda examples: examples.classes),
     ),
     "token_classification": Peer(
-        "AutoModelForTokenClassification", "DataCollatorForTokenClassification", TASKS["token_classification"], tagged_sentences,
+        "AutoModelForTokenClassification", "DataCollatorForTokenClassification", TASKS["token_classification"], read,
         lambda example: ids(example) | {"labels": example["tags"].tolist()},
         first_pieces,
         lambda examples, logits: token_classification.count_correct(
@@ -247,14 +223,15 @@ PEERS: Mapping[str, Peer] = {
         ),
     ),
     "question_answering": Peer(
-        "AutoModelForQuestionAnswering", "DataCollatorWithPadding", TASKS["question_answering"], windows, window, both_ends,
+        "AutoModelForQuestionAnswering", "DataCollatorWithPadding", TASKS["question_answering"], read, window, both_ends,
         lambda examples, logits: question_answering.score_answers(
             examples, heads.by_question(examples, iter(logits), has_unanswerable=False)
         ),
     ),
     "multiple_choice": Peer(
-        "AutoModelForMultipleChoice", "DataCollatorForMultipleChoice", TASKS["multiple_choice"], multiple_choice_records, options,
-        lambda examples, predictions: list(predictions), compare_labels(lambda examples: [str(index) for index in range(examples.most)]),
+        "AutoModelForMultipleChoice", "DataCollatorForMultipleChoice", TASKS["multiple_choice"], read, options,
+        lambda examples, predictions: list(predictions),
+        compare_labels(lambda examples: [str(index) for index in range(examples.longest("lengths"))]),
     ),
 }  # fmt: skip
 """Recipe -> peer."""

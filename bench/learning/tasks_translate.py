@@ -24,7 +24,8 @@ import torch
 import transformers
 
 from bench.learning.tasks_peers import Lesson, Row, Rows, trained
-from firth.data.records import Seq2SeqRecords
+from firth.data.dialogues import Seq2SeqConfig
+from firth.data.records import Records
 from firth.evaluate import metrics
 from firth.evaluate.task import load_evaluated_model
 from firth.evaluate.tasks import generation
@@ -128,12 +129,15 @@ def train_and_score(lesson: Lesson, tokenizer_dir: str, out: str) -> Row:
 def pairs(path: Path, tokenizer: Tokenizer, lesson: Lesson) -> Rows:
     """Return the training or test pairs as both sides read them."""
     config = lesson.examples
-    found = Seq2SeqRecords(
+    found = Records(
+        Seq2SeqConfig(
+            max_length=config.max_length,
+            max_target_length=config.max_target_length,
+            prompt_template=config.prompt_template,
+            completion_template=config.completion_template,
+        ),
         [str(path)],
         tokenizer,
-        config.max_length,
-        answer=config.max_target_length,
-        forms=(config.prompt_template, config.completion_template),
     )
     return Rows(found, pair)
 

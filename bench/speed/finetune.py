@@ -38,6 +38,7 @@ import torch
 from bench.harness import Candidate, EndSample, arguments, command, gemm_rate, memory_rate
 from bench.speed.causal import firth_run
 from bench.speed.masked import GROUPED_STEPS, end_sample_callback
+from firth.data.records import Records
 
 PRODUCTS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 STEPS_PER_SAMPLE = 2
@@ -95,11 +96,15 @@ def records(task: Task) -> Path:
 
 def source(task: Task) -> Any:
     """Return the data set as firth reads it; the peer has the same token ids."""
-    from firth.data.labeled import LabeledTexts, TextFields
+    from firth.data.labeled import LabeledConfig
     from firth.tokenizer.tokenizer import Tokenizer
 
     tokenizer = Tokenizer.load(fetch("minilm"))
-    return LabeledTexts([str(records(task))], tokenizer, task.length, TextFields(task.text, text_pair_field=task.pair))
+    return Records(
+        LabeledConfig(max_length=task.length, text_field=task.text, text_pair_field=task.pair),
+        [str(records(task))],
+        tokenizer,
+    )
 
 
 def lengths(examples: Any) -> np.ndarray:

@@ -24,7 +24,7 @@ from firth.corpora.readers import Document
 from firth.data.collate import Batches
 from firth.data.source import Source
 from firth.data.token_store import TokenStore
-from firth.data.windows import DocumentChunks, SegmentPairs, Windows
+from firth.data.windows import ChunksConfig, Documents, SegmentPairsConfig, WindowsConfig
 from firth.objectives.causal_lm import CausalLM
 from firth.objectives.masked_lm import MLM
 from firth.objectives.objective import Objective
@@ -62,6 +62,12 @@ def real(batch: dict[str, torch.Tensor], side: str) -> int:
     return int((batch[side + "key_time"] < 1 << 30).sum())
 
 
+class JoinedWindows(WindowsConfig):
+    """Windows whose documents attend to each other."""
+
+    isolate = False
+
+
 def main() -> None:
     argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     torch.set_num_threads(1)
@@ -77,23 +83,39 @@ def main() -> None:
     def make_batches(source: Source, objective: Objective, batch_size: int, pack_to_length: int = 0) -> Batches:
         return Batches(source, objective, vocab, batch_size=batch_size, seed=0, pack_to_length=pack_to_length)
 
+    pairs = SegmentPairsConfig(max_length=128, whole_sentences=False)
+    plain = ChunksConfig(max_length=256, add_special_tokens=False)
     cases = {
-        "causal, windows of 256, isolated": (5, make_batches(Windows(store, 256), CausalLM(), 64)),
-        "causal, windows of 256": (5, make_batches(Windows(store, 256, isolate=False), CausalLM(), 64)),
-        "mlm, chunks of 128, padded": (1, make_batches(DocumentChunks(store, 128, vocab), MLM(), 64)),
-        "mlm, chunks of 256, padded": (1, make_batches(DocumentChunks(store, 256, vocab), MLM(), 64)),
+        "causal, windows of 256, isolated": (
+            5,
+            make_batches(Documents(WindowsConfig(max_length=256), store, vocab), CausalLM(), 64),
+        ),
+        "causal, windows of 256": (
+            5,
+            make_batches(Documents(JoinedWindows(max_length=256), store, vocab), CausalLM(), 64),
+        ),
+        "mlm, chunks of 128, padded": (
+            1,
+            make_batches(Documents(ChunksConfig(max_length=128), store, vocab), MLM(), 64),
+        ),
+        "mlm, chunks of 256, padded": (
+            1,
+            make_batches(Documents(ChunksConfig(max_length=256), store, vocab), MLM(), 64),
+        ),
         "mlm, sentences packed into 128": (
             1.5,
-            make_batches(DocumentChunks(short, 128, vocab), MLM(), 512, pack_to_length=128),
+            make_batches(Documents(ChunksConfig(max_length=128), short, vocab), MLM(), 512, pack_to_length=128),
         ),
         "mlm by words, sentences packed": (
             0,
-            make_batches(DocumentChunks(short, 128, vocab), MLM(noise="words"), 512, pack_to_length=128),
+            make_batches(
+                Documents(ChunksConfig(max_length=128), short, vocab), MLM(noise="words"), 512, pack_to_length=128
+            ),
         ),
-        "nsp + mlm, pairs of 128, padded": (0, make_batches(SegmentPairs(store, 128), NSP() + MLM(), 64)),
+        "nsp + mlm, pairs of 128, padded": (0, make_batches(Documents(pairs, store, vocab), NSP() + MLM(), 64)),
         "span corruption, 256, packed": (
             0,
-            make_batches(DocumentChunks(store, 256), SpanCorruption(), 64, pack_to_length=256),
+            make_batches(Documents(plain, store, vocab), SpanCorruption(), 64, pack_to_length=256),
         ),
     }
     too_slow = []

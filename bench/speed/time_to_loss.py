@@ -114,10 +114,13 @@ def prepare_text(corpus: str, results: Path) -> TextData:
     """Split the corpus into training and held-out plays; the tokenizer is trained on the training plays."""
     from firth.corpora.catalog import fetch
     from firth.data.config import DataConfig
-    from firth.data.windows import Windows
+    from firth.data.windows import Documents, WindowsConfig
     from firth.runs.prepare import RunData, documents_of
     from firth.tokenizer.tokenizer import Tokenizer
     from firth.tokenizer.train import train
+
+    class JoinedWindows(WindowsConfig):
+        isolate = False  # documents attend to each other, as in the peers
 
     # Plain text files only: speeches.jsonl repeats the text of all plays, held-out ones too.
     config = DataConfig(path=(str(fetch(corpus) / "*.txt"),))
@@ -129,7 +132,8 @@ def prepare_text(corpus: str, results: Path) -> TextData:
     assert tokenizer.vocab.size == VOCAB_SIZE, tokenizer.vocab.size
     train_store, held_out_store = RunData(config, tokenizer, folder).stores()
     assert held_out_store is not None
-    rows, scored = (Windows(store, LENGTH, isolate=False) for store in (train_store, held_out_store))
+    stores, kind = (train_store, held_out_store), JoinedWindows(max_length=LENGTH)
+    rows, scored = (Documents(kind, store, tokenizer.vocab) for store in stores)
     indices = np.linspace(0, len(scored) - 1, SCORED).round().astype(int)
     valid = np.stack([scored[int(i)]["tokens"] for i in indices]).astype(np.int64)
     train_windows = np.stack([rows[i]["tokens"] for i in range(len(rows))])
@@ -261,7 +265,7 @@ def run_plain(clock: Clock, data: TextData, seed: int, settings: Settings | None
 def run_firth(clock: Clock, data: TextData, seed: int, settings: Settings | None, adamw: bool = False) -> nn.Module:
     """Run firth's loop on the recipe `gpt:small`, or with `adamw` on the peers' GPT-2 with AdamW and a linear decay."""
     from firth.data.collate import Batches
-    from firth.data.windows import Windows
+    from firth.data.windows import Documents, WindowsConfig
     from firth.model.config import ModelConfig
     from firth.model.model import LM
     from firth.recipes.decoders import gpt
@@ -287,7 +291,9 @@ def run_firth(clock: Clock, data: TextData, seed: int, settings: Settings | None
     model = LM(config, objective.heads(config))
     examples: Any = recipe.examples
     assert examples.max_length == LENGTH, "the recipe has windows of another length than the peers"
-    batches = Batches(Windows(data.store, LENGTH), objective, data.tokenizer.vocab, batch_size=rows, seed=seed)
+    vocab = data.tokenizer.vocab
+    source = Documents(WindowsConfig(max_length=LENGTH), data.store, vocab)
+    batches = Batches(source, objective, vocab, batch_size=rows, seed=seed)
     time_steps = torch.arange(LENGTH, dtype=torch.int32)
 
     def score(tokens: Tensor, labels: Tensor) -> Tensor:

@@ -57,7 +57,7 @@ def setup(algorithm: Literal["skipgram", "cbow"]) -> tuple[Any, Any, Any]:
 
     from firth.data.collate import Batches
     from firth.data.source import Source
-    from firth.data.windows import WordWindows
+    from firth.data.windows import word_counts, word_statistics
     from firth.model.config import word_vector_config
     from firth.model.model import LM
     from firth.objectives.word2vec import Word2Vec
@@ -71,12 +71,13 @@ def setup(algorithm: Literal["skipgram", "cbow"]) -> tuple[Any, Any, Any]:
             return len(self.rows)
 
         def __getitem__(self, i: int) -> Example:
-            return {"tokens": self.rows[i]}
+            return {"tokens": self.rows[i]} | statistics
 
     torch.manual_seed(0)
     vocab = Vocab(VOCAB_SIZE, {}, np.zeros(VOCAB_SIZE, bool))
     objective, config = Word2Vec(algorithm=algorithm), word_vector_config(VOCAB_SIZE, HIDDEN_SIZE)
-    source = WordWindows(Drawn(), WordWindows.count(Drawn.rows.ravel(), vocab), sample=1e-3, power=0.75)
+    source = Drawn()
+    statistics = word_statistics(word_counts(source.rows.ravel(), vocab), 1e-3, 0.75)
     return LM(config, objective.heads(config)), objective, Batches(source, objective, vocab, batch_size=ROWS, seed=0)
 
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from firth.align.per_token import per_token_numbers
 from firth.align.rewards import RewardFunction, Rollout, WeightedRewards, score_rollouts
-from firth.data.records import Prompt
+from firth.data.dialogues import Prompt
 from firth.generate.engine import Engine
 from firth.generate.sampling import Sampling
 from firth.model.model import LM

@@ -15,17 +15,26 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from firth.data.collate import collate
+from firth.data.dialogues import PreferencesConfig
+from firth.data.examples import BuildContext, DatasetSplits, ExamplesConfig, WrappingConfig
 from firth.data.source import Source, WrappedSource
+from firth.data.unlabeled import PartiallyLabeledConfig
+from firth.fields import path_field
 from firth.generate.decoding_batch import inference_mode
 from firth.io.integrity import read_record, write_record
 from firth.model.model import LM
+from firth.objectives.objective import Objective
+from firth.objectives.preferences import build_comparison, ref_logprobs
+from firth.objectives.semi_supervised import teacher_probabilities, unlabeled_example
 from firth.types import Batch, Example, UserError
 
 BuildComparison = Callable[[Example], Example]
@@ -141,3 +150,56 @@ class _Store:
         for array in self.arrays.values():
             array.flush()  # type: ignore[attr-defined]
         write_record(self.path / "done.json", {"done": done, "fields": sorted(self.arrays)})
+
+
+@dataclass(frozen=True)
+class RefLogprobsConfig(WrappingConfig):
+    """Preferences with the log-probabilities of both answers under the reference model (`init_from`), for DPO."""
+
+    base_fields: ClassVar[frozenset[str]] = frozenset({"reference"})
+
+    base: ExamplesConfig = PreferencesConfig()
+
+    def build(self, data: BuildContext, objective: Objective) -> DatasetSplits:
+        return with_ref_logprobs(self.base.build(data, objective), data, build_comparison)
+
+
+def with_ref_logprobs(plain: DatasetSplits, data: BuildContext, build: BuildComparison) -> DatasetSplits:
+    """Return the examples with the log-probabilities of the rows that `build` makes, under the model that the run starts from."""
+    model = data.frozen_start("the model that training starts from, which is also the reference")
+
+    def known(source: Source, part: str) -> Source:
+        return precompute(source, model, build, ref_logprobs, directory=data.directory / "reference" / part)
+
+    with data.autocast():
+        train = known(plain.train, "train")
+        validation = None if plain.validation is None else known(plain.validation, "valid")
+    return replace(plain, train=train, validation=validation)
+
+
+@dataclass(frozen=True)
+class PseudoLabeledConfig(PartiallyLabeledConfig):
+    """Partially labeled records with the class probabilities of a teacher for each text.
+
+    Args:
+        teacher: The run of a classifier that was trained on the labeled records alone.
+    """
+
+    base_fields: ClassVar[frozenset[str]] = frozenset({"taught"})
+    required_fields: ClassVar[frozenset[str]] = frozenset({"label"})
+
+    teacher: str = path_field("model", "")
+
+    def build(self, data: BuildContext, objective: Objective) -> DatasetSplits:
+        what = "the run of `firth train classification` on the labeled records, which gives the pseudo-labels"
+        hint = "train the teacher and this run from the same start, or with the same tokenizer.path"
+        model = data.frozen_model(self.teacher, "examples.teacher", what, hint)
+        plain = super().build(data, objective)
+        vocab = data.tokenizer.vocab
+
+        def show(example: Example) -> Example:
+            return unlabeled_example(objective, example, vocab)
+
+        with data.autocast():
+            known = precompute(plain.train, model, show, teacher_probabilities, directory=data.directory / "taught")
+        return replace(plain, train=known)

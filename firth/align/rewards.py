@@ -20,16 +20,19 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
 
+from firth.data.dialogues import PREFERENCE_FIELDS
+from firth.data.examples import BuildContext, DatasetSplits, ExamplesConfig, split_records
 from firth.data.source import Source
 from firth.data.split import content_key
 from firth.generate.decoding_batch import inference_mode, rectangle
 from firth.generate.engine import Completion
 from firth.io import user_code
 from firth.model.model import LM
+from firth.objectives.objective import Objective
 from firth.objectives.reward_model import rewards
 from firth.tokenizer.tokenizer import Tokenizer
 from firth.types import Example, UserError
@@ -47,7 +50,7 @@ class Rollout:
         answer: Token ids of the answer, (n,), including the stop token if `finished`.
         text: Text of the answer.
         finished: Whether the answer ended with a stop token.
-        fields: The fields of the prompt's record, for reward functions (`firth.data.records.Prompt`).
+        fields: The fields of the prompt's record, for reward functions (`firth.data.dialogues.Prompt`).
     """
 
     prompt: np.ndarray
@@ -382,3 +385,16 @@ def read_preference_pairs(path: Path) -> list[PreferencePair]:
                 "create it again, or read its texts with examples=preferences"
             ) from error
     return found
+
+
+@dataclass(frozen=True)
+class SampledPreferencesConfig(ExamplesConfig):
+    """Preferences between answers that a model sampled, stored as the sampled token ids."""
+
+    base_fields: ClassVar[frozenset[str]] = PREFERENCE_FIELDS
+
+    def build(self, data: BuildContext, objective: Objective) -> DatasetSplits:
+        def read(paths: Sequence[str]) -> Source:
+            return PreferencePairs([c for path in paths for c in read_preference_pairs(Path(path))])
+
+        return split_records(data, read)

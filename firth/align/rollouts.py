@@ -44,13 +44,13 @@ from firth.align.rewards import (
     named_function,
     score_rollouts,
 )
+from firth.data.dialogues import Prompt
+from firth.data.dialogues import prompts as read_prompts
 from firth.data.examples import BuildContext, DatasetSplits, ExamplesConfig
-from firth.data.records import Prompt
-from firth.data.records import prompts as read_prompts
 from firth.data.shuffle import epoch_permutation
 from firth.data.source import MixtureSource, Source
 from firth.data.split import held_out_keys
-from firth.data.windows import Windows
+from firth.data.windows import Documents, WindowsConfig
 from firth.fields import NonNegativeFloat, NonNegativeInt, PositiveInt, Share, TokenCount, path_field
 from firth.generate.engine import Engine, IncrementalDecoder
 from firth.generate.sampling import Sampling
@@ -150,8 +150,6 @@ class RolloutsConfig(ExamplesConfig):
                 f"examples.reward_weights has {len(self.reward_weights)} numbers for {rewards} rewards: give one for the reward "
                 "model, if there is one, and one for each function"
             )
-        if bool(self.pretraining_path) != bool(self.pretraining_rows):
-            raise UserError("set examples.pretraining_path and examples.pretraining_rows together")
 
     def steps(self, batch_size: int) -> int:
         """Return the training steps per rollout batch, for a batch size in rows.
@@ -211,6 +209,8 @@ class RolloutsConfig(ExamplesConfig):
         return {"max_prompt_length": text - self.max_new_tokens}
 
     def build(self, data: BuildContext, objective: Objective) -> DatasetSplits:
+        if bool(self.pretraining_path) != bool(self.pretraining_rows):
+            raise UserError("set examples.pretraining_path and examples.pretraining_rows together")
         start = data.frozen_start("the model that writes the first answers, which is also the reference")
         found, keys = self._prompts(data, start, data.config.paths(data.log))
         aside = held_out_keys(keys, 0.0 if data.config.validation_path else data.config.validation_fraction, len(found))
@@ -230,7 +230,8 @@ class RolloutsConfig(ExamplesConfig):
             text = replace(
                 data, config=replace(data.config, path=self.pretraining_path, corpus="", validation_path=(), weights=())
             )
-            windows = Windows(text.stores()[0], self.pretraining_length)
+            kind = WindowsConfig(max_length=self.pretraining_length)
+            windows = Documents(kind, text.stores()[0], data.tokenizer.vocab)
             source = MixtureSource([source, windows], [data.batch_size - self.pretraining_rows, self.pretraining_rows])
         examples = [{"tokens": p.tokens, "fields": p.fields} for p in (held or prompts)[: held_out_texts.COUNT]]
         measured = (

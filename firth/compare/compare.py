@@ -33,6 +33,7 @@ import torch
 from firth.compare.probe_dataset import MAX_TEST_RECORDS, ProbeDataset, draw_probe
 from firth.compare.report import Score, write_comparison
 from firth.data.config import DataConfig
+from firth.data.labeled import LabeledConfig
 from firth.evaluate import cloze
 from firth.evaluate.cloze import ClozeItem
 from firth.fields import PositiveInt, ShareAboveZero, Validated
@@ -44,7 +45,6 @@ from firth.pretrained.load_save import load_model
 from firth.report.charts import number
 from firth.runs import config_io, examples
 from firth.runs.compatibility import check_pattern
-from firth.runs.labeled_examples import LabeledConfig
 from firth.runs.prepare import RunData
 from firth.runs.recipe import CheckpointConfig, EvalConfig, Recipe, TokenizerConfig
 from firth.runs.recipe import load as load_recipe

@@ -27,8 +27,8 @@ import numpy as np
 
 from firth.corpora import catalog, readers
 from firth.data.config import DataConfig
+from firth.data.labeled import LabeledConfig
 from firth.data.split import place
-from firth.runs.labeled_examples import LabeledConfig
 from firth.runs.prepare import held_out_of
 from firth.types import LogLine, UserError
 

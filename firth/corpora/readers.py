@@ -260,8 +260,8 @@ def _all_records(
         yield from _records(path, counts, (), columns, text)
 
 
-def text_field(record: dict[str, Any], field: str, place: str) -> str:
-    """Return the text in a field of a record.
+def text_field(record: dict[str, Any], field: str, place: str = "") -> str:
+    """Return the text in a field of a record; `place` is its file and line, for the message, unless the caller adds it.
 
     Raises:
         UserError: The field is missing or not text; the message names the nearest field.
@@ -269,9 +269,10 @@ def text_field(record: dict[str, Any], field: str, place: str) -> str:
     value = record.get(field)
     if isinstance(value, str):
         return value
+    prefix = place and f"{place}: "
     if field in record:
-        raise UserError(f"{place}: the field {field!r} holds {type(value).__name__}, and text is wanted")
-    raise UserError(f"{place}: there is no field {field!r}; {nearest(field, record)}")
+        raise UserError(f"{prefix}the field {field!r} holds {type(value).__name__}, and text is wanted")
+    raise UserError(f"{prefix}there is no field {field!r}; {nearest(field, record)}")
 
 
 def nearest(field: str, record: Mapping[str, Any]) -> str:

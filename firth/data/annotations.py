@@ -8,15 +8,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cached_property
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 
-from firth.data.labeled import LabeledTexts
-from firth.data.records import Record
+from firth.data.examples import BuildContext, DatasetSplits, ExamplesConfig, WrappingConfig
+from firth.data.labeled import LabeledConfig, TextsConfig, class_number
+from firth.data.records import Record, Records
 from firth.data.shuffle import ExampleRNG
 from firth.data.source import Source, WrappedSource
+from firth.fields import PositiveInt, Share
 from firth.types import IGNORE, Example, UserError
+
+if TYPE_CHECKING:
+    from firth.objectives.objective import Objective
 
 
 def majority(votes: np.ndarray) -> int:
@@ -30,36 +36,71 @@ def majority(votes: np.ndarray) -> int:
     return int(given[counts[given].argmax()])
 
 
-class AnnotatedTexts(LabeledTexts):
-    """Texts with a list of labels each. Shorter lists are padded with IGNORE to the longest one."""
+@dataclass(frozen=True)
+class MultiAnnotatorConfig(TextsConfig):
+    """Records with the labels of several annotators: {"tokens", "votes", "label"}.
 
-    @cached_property
-    def _max_votes(self) -> int:
-        return max(len(self._columns["label"][i]) for i in range(len(self)))
+    Shorter lists are padded with IGNORE to the longest one. In evaluation, a record without such a list counts its `label` as one vote.
 
-    def __getitem__(self, index: int) -> Example:
-        example = {name: column[index] for name, column in self._columns.items()}
-        votes = self._number[example["label"]]
-        padded = np.pad(votes, (0, self._max_votes - len(votes)), constant_values=IGNORE)
-        return {"tokens": example["tokens"], "votes": padded, "label": majority(votes)}
+    Args:
+        max_length: The most tokens of a text.
+        text_field: The field of the text.
+        labels_field: The field with the list of labels.
+    """
 
-    def labels(self, record: Record) -> Sequence[int]:
-        given = record.get(self._label)
+    base_fields: ClassVar[frozenset[str]] = frozenset({"tokens", "label", "votes"})
+    class_column: ClassVar[str] = "label"
+
+    text_field: str = "text"
+    labels_field: str = "labels"
+
+    @property
+    def read_fields(self) -> tuple[str, ...]:
+        return (self.text_field,)
+
+    def labels(self, record: Record, records: Records) -> Sequence[int]:
+        if records.purpose == "evaluate" and self.labels_field not in record and "label" in record:
+            return [class_number(record["label"], records)]
+        given = record.get(self.labels_field)
         if type(given) is not list or not given:
             raise UserError(
-                f"the field {self._label!r} must be a list of one or more labels by different annotators, and it is {given!r}: "
+                f"the field {self.labels_field!r} must be a list of one or more labels by different annotators, and it is {given!r}: "
                 "use the recipe `classification` for records with one label, or set examples=simulated_annotators to simulate "
                 "annotators"
             )
-        return [self.number(value) for value in given]
+        return [class_number(value, records) for value in given]
+
+    def to_example(self, arrays: Example, records: Records) -> Example:
+        votes = arrays["label"]
+        padded = np.pad(votes, (0, records.longest("label") - len(votes)), constant_values=IGNORE)
+        return {"tokens": arrays["tokens"], "votes": padded, "label": majority(votes)}
 
 
-class ClassifiedAnnotations(AnnotatedTexts):
-    """Annotated texts for evaluation: a record without a list of votes counts its `label` as one vote."""
+@dataclass(frozen=True)
+class SimulatedAnnotatorsConfig(WrappingConfig):
+    """Records whose true label is replaced by the votes of simulated annotators; held-out records keep the true label.
 
-    def labels(self, record: Record) -> Sequence[int]:
-        votes = self._label in record or "label" not in record
-        return super().labels(record) if votes else [self.number(record["label"])]
+    Args:
+        base: The labeled examples.
+        num_annotators: Number of simulated annotators.
+        annotator_accuracy: Probability that a vote is correct.
+    """
+
+    base_fields: ClassVar[frozenset[str]] = frozenset({"votes"})
+    required_fields: ClassVar[frozenset[str]] = frozenset({"label"})
+
+    base: ExamplesConfig = LabeledConfig()
+    num_annotators: PositiveInt = 5
+    annotator_accuracy: Share = 0.7
+
+    def build(self, data: BuildContext, objective: Objective) -> DatasetSplits:
+        whole = self.base.build(data, objective)
+        data.log(
+            f"a simulation: the labels of {len(whole.train):,} records are replaced by the votes of {self.num_annotators} annotators, "
+            f"each right with probability {self.annotator_accuracy:g} (examples=simulated_annotators)"
+        )
+        train = SimulatedAnnotators(whole.train, self, len(objective.constraints.class_names), data.seed)
+        return replace(whole, train=train)
 
 
 class SimulatedAnnotators(WrappedSource):
@@ -69,34 +110,31 @@ class SimulatedAnnotators(WrappedSource):
 
     Args:
         source: The labeled examples.
+        config: Number and accuracy of the annotators.
         classes: Number of classes.
-        count: Number of annotators.
-        accuracy: Probability that an annotator is right, 0 to 1.
         seed: Random seed.
 
     Raises:
-        UserError: A number is out of range.
+        UserError: There are fewer than two classes.
 
     >>> class One(Source):
     ...     def __len__(self): return 9
     ...     def __getitem__(self, i): return {"tokens": np.array([5]), "label": 1}
-    >>> SimulatedAnnotators(One(), classes=2, count=5, accuracy=0.6)[0]
+    >>> SimulatedAnnotators(One(), SimulatedAnnotatorsConfig(annotator_accuracy=0.6), classes=2)[0]
     {'tokens': array([5]), 'label': 1, 'votes': array([1, 0, 0, 1, 1])}
     """
 
-    def __init__(self, source: Source, *, classes: int, count: int, accuracy: float, seed: int = 0) -> None:
-        if not (count >= 1 and 0 <= accuracy <= 1 and classes >= 2):
-            raise UserError(
-                f"{count} annotators of accuracy {accuracy} for {classes} classes: there must be one annotator or more, "
-                "two classes or more, and the accuracy is between 0 and 1"
-            )
+    def __init__(self, source: Source, config: SimulatedAnnotatorsConfig, classes: int, seed: int = 0) -> None:
+        if classes < 2:
+            raise UserError(f"annotators choose among classes, and there is {classes}: name two or more")
         super().__init__(source)
-        self.classes, self.count, self.accuracy = classes, count, accuracy
+        self.config, self.classes = config, classes
         self._draws = ExampleRNG(seed, "votes")
 
     def __getitem__(self, index: int) -> Example:
         example = self.source[index]
+        count = self.config.num_annotators
         rng = self._draws.at(0, index)
-        wrong = rng.random(self.count) >= self.accuracy
-        votes = (int(example["label"]) + wrong * rng.integers(1, self.classes, self.count)) % self.classes
+        wrong = rng.random(count) >= self.config.annotator_accuracy
+        votes = (int(example["label"]) + wrong * rng.integers(1, self.classes, count)) % self.classes
         return example | {"votes": votes, "label": majority(votes)}

@@ -238,6 +238,36 @@ class ExamplesConfig(Validated, section="examples"):
         raise UserError(f"unlabeled texts need labeled records with a class, and {type(self).__name__} has no class")
 
 
+@dataclass(frozen=True)
+class WrappingConfig(ExamplesConfig):
+    """Base class of examples that wrap another kind (`base`) and change or add fields."""
+
+    base_fields: ClassVar[frozenset[str]] = frozenset()
+
+    base: ExamplesConfig
+
+    @property
+    def fields(self) -> frozenset[str]:
+        return self.base.fields | self.base_fields
+
+    @property
+    def max_tokens(self) -> int:
+        return self.base.max_tokens
+
+    def tokenizer_texts(self, paths: Sequence[str]) -> Iterator[tuple[str, list[str]]] | None:
+        return self.base.tokenizer_texts(paths)
+
+    @property
+    def tokenizer_settings(self) -> tuple[Any, ...]:
+        return self.base.tokenizer_settings
+
+    def limit_to(self, context: int) -> ExamplesConfig:
+        return replace(self, base=self.base.limit_to(context))
+
+    def stats(self, data: BuildContext, class_names: Sequence[str] = ()) -> DataStats:
+        return self.base.stats(data, class_names)
+
+
 def split_records(data: BuildContext, make: Callable[[Sequence[str]], Source]) -> DatasetSplits:
     """Return the training records and those of `data.validation_path`, or else a `data.validation_fraction` of the records."""
     source = make(data.config.paths(data.log))

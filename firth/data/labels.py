@@ -20,7 +20,7 @@ Entity tags of words: BIO (IOB2), IOB1, IO, IOE, BIOES, BILOU, BMES and BMEWO (R
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
@@ -57,13 +57,22 @@ class ClassNumbering:
     @property
     def names(self) -> tuple[str, ...]:
         """All class names, in the order of their final numbers."""
-        return tuple(sorted(self._known, key=_natural)) if self.open else self._given
+        return in_order(self._known) if self.open else self._given
 
     @property
     def final(self) -> np.ndarray:
         """Map from the number in order of occurrence to the final number: (classes,) int64."""
         index = {name: i for i, name in enumerate(self.names)}
         return np.array([index[name] for name in self._known], np.int64)
+
+
+def in_order(names: Iterable[str]) -> tuple[str, ...]:
+    """Return the names of classes in the order of their numbers, where none is given: whole numbers by value, then names.
+
+    >>> in_order({"b", "10", "9", "a"})
+    ('9', '10', 'a', 'b')
+    """
+    return tuple(sorted(names, key=_natural))
 
 
 def _is_number(name: str) -> bool:

@@ -14,23 +14,26 @@ The original questions are kept in a temporary file, because SQuAD's metrics are
 from __future__ import annotations
 
 import json
-from array import array
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
 
 from firth.corpora import readers
+from firth.corpora.input_files import ReadStats
 from firth.data import attention_fields
-from firth.data.records import OMITTED, ArrayColumn, Record, Records
+from firth.data.examples import BuildContext
+from firth.data.labeled import NamedFieldsConfig
+from firth.data.records import OMITTED, Purpose, Record, Records
+from firth.fields import TokenCount
 from firth.tokenizer.tokenizer import Tokenizer
-from firth.tokenizer.vocab import replace_lone_surrogates
-from firth.types import Example, UserError
+from firth.tokenizer.vocab import Vocab, replace_lone_surrogates
+from firth.types import DataStats, Example, UserError
 
 
 @dataclass(frozen=True)
-class QuestionWindow:
+class QuestionText:
     """The original text of a question.
 
     Args:
@@ -42,144 +45,132 @@ class QuestionWindow:
     right: tuple[str, ...]
 
 
-class QuestionRecords(Records):
-    """Windows of questions: {"tokens", "token_type_ids", "start", "end"}; `record_ids` has the question of each.
+@dataclass(frozen=True)
+class QuestionsConfig(NamedFieldsConfig):
+    """Questions about a passage, answered by a span of it (extractive question answering), in windows of the passage.
+
+    An example is {"tokens", "token_type_ids", "start", "end"}; `Records.record_ids` has the question of each. Without validation
+    files, whole passages are held out. In evaluation, questions whose answers are not at the given character are kept: they have no
+    labels, but are answered and compared by their text.
 
     Args:
-        paths: Files, directories or globs.
-        tokenizer: The tokenizer.
-        length: Maximum number of tokens of a window.
-        stride: Tokens from one window to the next.
-        question: Maximum number of tokens of a question; a longer one is truncated.
-        context: Name of the field with the passage.
-        labeled: Whether the records have answers.
-        keep: Whether to keep questions whose answers are not at the given character. They have no labels, but are answered and
-            compared by their text.
+        max_length: The most tokens of a window with the question.
+        doc_stride: Tokens from one window of a long passage to the next.
+        max_question_length: The most tokens of a question; a longer one is truncated.
+        context_field: The field of the passage.
     """
 
-    columns: ClassVar[dict[str, type]] = {
+    base_fields: ClassVar[frozenset[str]] = frozenset({"tokens", "token_type_ids", "start", "end"})
+    columns: ClassVar[Mapping[str, type]] = {
         "tokens": np.int32, "token_type_ids": np.uint8, "answer_span": np.int32, "offsets": np.int32,
     }  # fmt: skip
 
-    def __init__(
-        self,
-        paths: Sequence[str],
-        tokenizer: Tokenizer,
-        length: int,
-        *,
-        stride: int = 128,
-        question: int = 64,
-        context: str = "context",
-        labeled: bool = True,
-        keep: bool = False,
-    ) -> None:
-        self.stride, self.question, self._context, self.labeled = stride, question, context, labeled
-        self.keep = keep
-        self.unanswerable = self.questions = 0
-        self._contexts, self._right_answers, self._contexts_of = (
-            ArrayColumn(np.uint8),
-            ArrayColumn(np.uint8),
-            array("q"),
-        )
-        self._num_passages = 0
-        self._latest: tuple[str, tuple[np.ndarray, np.ndarray]] = ("", (np.zeros(0), np.zeros((0, 2))))
-        if length < question + 8:
-            raise UserError(
-                f"examples.max_length={length} leaves no room for a passage after a question of {question} tokens"
-            )
-        super().__init__(paths, tokenizer, length)
-        self._contexts.close()
-        self._right_answers.close()
+    max_length: TokenCount = 384
+    doc_stride: TokenCount = 128
+    max_question_length: TokenCount = 64
+    context_field: str = "context"
 
     @property
-    def note_templates(self) -> Mapping[str, str]:
-        if not self.keep:
-            return super().note_templates
-        kept = "answer{s} {are} not in {their} passage at the given character, and {are} compared by {their} text"
-        return {**super().note_templates, "misplaced": kept}
-
-    def question_of(self, number: int) -> QuestionWindow:
-        """Return the original text of a record's question, by its number from 0."""
-        context, right = self._contexts[self._contexts_of[number]], self._right_answers[number]
-        return QuestionWindow(context.tobytes().decode(), tuple(json.loads(right.tobytes())))
-
-    def metadata(self, index: int) -> Mapping[str, Any]:
-        """Return the question of a window, and the characters of its tokens in the passage."""
-        return {"question": self.question_of(self._record_ids[index]), "offsets": self.offsets(index)}
-
-    def __getitem__(self, index: int) -> Example:
-        example = super().__getitem__(index)
-        start, end = example["answer_span"].tolist()
-        return {"tokens": example["tokens"], "token_type_ids": example["token_type_ids"], "start": start, "end": end}
+    def read_fields(self) -> tuple[str, ...]:
+        return (self.context_field, "question")
 
     @property
     def limits(self) -> Mapping[str, int]:
-        return {"long_questions": self.question}
+        return {"long_questions": self.max_question_length}
 
-    def offsets(self, index: int) -> np.ndarray:
-        """Return the characters of the word of each token of a window in the passage: (n, 2), -1 outside of the passage."""
-        return self._columns["offsets"][index].reshape(-1, 2)
+    def note_templates(self, purpose: Purpose) -> Mapping[str, str]:
+        if purpose == "train":
+            return {}
+        kept = "answer{s} {are} not in {their} passage at the given character, and {are} compared by {their} text"
+        return {"misplaced": kept}
 
-    def group(self, record: Record) -> str:
-        return str(record[self._context])
+    def read(self, paths: Sequence[str], counts: ReadStats, labeled: bool = True) -> Iterator[tuple[str, Record]]:
+        if self.max_length < self.max_question_length + 8:
+            raise UserError(
+                f"examples.max_length={self.max_length} leaves no room for a passage after a question of {self.max_question_length} tokens"
+            )
+        return super().read(paths, counts, labeled)
 
-    def texts(self, record: Record, location: str) -> list[str]:
-        return [readers.text_field(record, "question", location).strip()]
+    def texts(self, record: Record, labeled: bool = True) -> list[str]:
+        return [readers.text_field(record, "question").strip()]
 
-    def examples(self, record: Record, encoded: list[np.ndarray]) -> Sequence[Example]:
-        context = replace_lone_surrogates(readers.text_field(record, self._context, self._location))
-        context = (
-            self._latest[0] if context == self._latest[0] else context
-        )  # one object for all questions of a passage
-        given = answers_of(record) if self.labeled else []
+    def examples(self, record: Record, encoded: list[np.ndarray], records: Records) -> Sequence[Example]:
+        context = replace_lone_surrogates(readers.text_field(record, self.context_field))
+        given = answers_of(record) if records.labeled else []
         found = [(text, start) for text, start in given if context.startswith(text, start)]
         for _ in range(len(given) - len(found)):
-            self.note("misplaced")
-        if self.labeled and record.get("answers", given) is None:
-            self.note("lost")
-            given, lost = [], True
-        else:
-            lost = False
-        if context != self._latest[0] or not self._num_passages:  # a passage has several questions, one after the other
-            tokens, spans = self.tokenizer.spans(context)
-            self._latest = (context, (tokens, trim_whitespace(spans, context)))
-            self._num_passages += 1
-            self._contexts.append(np.frombuffer(context.encode(), np.uint8))
-        right = json.dumps(list(dict.fromkeys(text for text, _ in given))).encode()
-        self._right_answers.append(np.frombuffer(right, np.uint8))
-        self._contexts_of.append(self._num_passages - 1)
-        self.questions += 1
+            records.note("misplaced")
+        lost = records.labeled and record.get("answers", given) is None
+        records.keep_text("context", context)
+        records.keep_text("right", json.dumps([] if lost else list(dict.fromkeys(text for text, _ in given))))
         if lost:
+            records.note("lost")
             return OMITTED
-        if given and not found and not self.keep:
+        if given and not found and records.purpose == "train":
             return []
-        if self.labeled and not given:
-            self.unanswerable += 1
-            if not self.keep:
-                self.note("unanswerable")
-        tokens, spans = self._latest[1]
-        question_tokens = self.fit(encoded[0], self.question, "long_questions")
+        if not given and records.purpose == "train":
+            records.note("unanswerable")
+        tokens, spans = records.for_text(context, lambda: _passage(context, records.tokenizer))
+        question_tokens = records.fit(encoded[0], self.max_question_length, "long_questions")
         first, last = _tokens(spans, found[0]) if found else (-1, -1)
-        bounds = self._window_bounds(len(question_tokens), len(tokens))
-        return [self._window(question_tokens, tokens[a:b], spans[a:b], first - a, last - a) for a, b in bounds]
+        vocab = records.tokenizer.vocab
+        return [
+            _window(question_tokens, tokens[a:b], spans[a:b], first - a, last - a, vocab)
+            for a, b in self._window_bounds(len(question_tokens), len(tokens))
+        ]
 
     def _window_bounds(self, num_question_tokens: int, n: int) -> list[tuple[int, int]]:
         """Return the windows of a passage of n tokens, which together cover it."""
-        room = self.length - num_question_tokens - 3
-        step = max(1, min(self.stride, room // 2))
+        room = self.max_length - num_question_tokens - 3
+        step = max(1, min(self.doc_stride, room // 2))
         starts = range(0, max(1, n - room + step), step)
         return [(a, min(a + room, n)) for a in starts]
 
-    def _window(
-        self, question_tokens: np.ndarray, tokens: np.ndarray, spans: np.ndarray, first: int, last: int
-    ) -> Example:
-        window = attention_fields.pair(question_tokens, tokens, self.tokenizer.vocab)
-        before = len(question_tokens) + 2
-        inside = first >= 0 and last < len(tokens)
-        answer_span = (first + before, last + before) if inside else (-1, -1)
-        offsets = np.full((len(window["tokens"]), 2), -1)
-        offsets[before : before + len(tokens)] = spans
-        return window | {"answer_span": np.array(answer_span), "offsets": offsets.ravel()}
+    def to_example(self, arrays: Example, records: Records) -> Example:
+        start, end = arrays["answer_span"].tolist()
+        return {"tokens": arrays["tokens"], "token_type_ids": arrays["token_type_ids"], "start": start, "end": end}
+
+    def metadata(self, index: int, records: Records) -> Mapping[str, Any]:
+        """Return the question of a window, and the characters of its tokens in the passage."""
+        return {"question": question_of(records, records.record_of(index)), "offsets": offsets_of(records, index)}
+
+    def stats(self, data: BuildContext, class_names: Sequence[str] = ()) -> DataStats:
+        """Return whether a question may be unanswerable, from the training records."""
+        return DataStats(has_unanswerable=any(has_unanswerable(found) for _, found in self.training_records(data)))
+
+
+def _passage(context: str, tokenizer: Tokenizer) -> tuple[np.ndarray, np.ndarray]:
+    """Return the tokens of a passage and the characters of each, without white space."""
+    tokens, spans = tokenizer.spans(context)
+    return tokens, trim_whitespace(spans, context)
+
+
+def question_of(records: Records, number: int) -> QuestionText:
+    """Return the original text of a question, by the number of its record from 0."""
+    return QuestionText(records.text_of("context", number), tuple(json.loads(records.text_of("right", number))))
+
+
+def offsets_of(records: Records, index: int) -> np.ndarray:
+    """Return the characters of the word of each token of a window in the passage: (n, 2), -1 outside of the passage."""
+    return records.column("offsets")[index].reshape(-1, 2)
+
+
+def has_unanswerable(records: Records) -> bool:
+    """Return whether a question with labels has no answer."""
+    numbers = np.unique(records.record_ids).tolist()
+    return records.labeled and any(records.text_of("right", number) == "[]" for number in numbers)
+
+
+def _window(
+    question_tokens: np.ndarray, tokens: np.ndarray, spans: np.ndarray, first: int, last: int, vocab: Vocab
+) -> Example:
+    window = attention_fields.pair(question_tokens, tokens, vocab)
+    before = len(question_tokens) + 2
+    inside = first >= 0 and last < len(tokens)
+    answer_span = (first + before, last + before) if inside else (-1, -1)
+    offsets = np.full((len(window["tokens"]), 2), -1)
+    offsets[before : before + len(tokens)] = spans
+    return window | {"answer_span": np.array(answer_span), "offsets": offsets.ravel()}
 
 
 def trim_whitespace(spans: np.ndarray, text: str) -> np.ndarray:

@@ -11,16 +11,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
 
 from firth.data.conversations import comparison
-from firth.data.records import Record, Records, first_prompt
+from firth.data.dialogues import first_prompt
+from firth.data.examples import BuildContext
+from firth.data.records import Record, Records, RecordsConfig
+from firth.fields import TokenCount
 from firth.tokenizer import chat
 from firth.tokenizer.chat import Message
-from firth.tokenizer.tokenizer import Tokenizer
-from firth.types import Example, UserError
+from firth.types import DataStats, Example, UserError
 
 LISTS = ("answers", "responses", "completions")
 """Fields that hold the answers."""
@@ -86,53 +89,51 @@ def _finite(number: Any) -> bool:
     return isinstance(number, (int, float)) and not isinstance(number, bool) and math.isfinite(number)
 
 
-class RankingRecords(Records):
-    """Answers to one prompt with their ranks: {"answers": K rows of tokens, "masks": K, "rank": (K,)}.
+@dataclass(frozen=True)
+class RankingsConfig(RecordsConfig):
+    """Records with a prompt and several answers in order of preference: {"answers": K rows of tokens, "masks": K, "rank": (K,)}.
 
-    The masks are True on the answers and their stop tokens only. A ranking is left out as unanswered if `length` leaves no
+    The masks are True on the answers and their stop tokens only. A ranking is left out as unanswered if `max_length` leaves no
     room for one of its answers, or if all answers are tied.
-
-    Args:
-        paths: Files, directories or globs.
-        tokenizer: The tokenizer.
-        length: Maximum number of tokens of prompt and answer.
-
-    Attributes:
-        most: Number of answers of the longest ranking.
     """
 
-    columns: ClassVar[dict[str, type]] = {
+    base_fields: ClassVar[frozenset[str]] = frozenset({"answers", "masks", "rank"})
+    columns: ClassVar[Mapping[str, type]] = {
         "tokens": np.int32, "mask": np.bool_, "lengths": np.int64, "rank": np.int64,
     }  # fmt: skip
 
-    def __init__(self, paths: Sequence[str], tokenizer: Tokenizer, length: int) -> None:
-        self.most = 0
-        super().__init__(paths, tokenizer, length)
+    max_length: TokenCount = 256
 
     def group(self, record: Record) -> str:
         prompt, answers, _ = ranking(record)
         return first_prompt([*prompt, *answers[0]])
 
-    def example(self, record: Record, encoded: list[np.ndarray]) -> Example | None:
+    def tokenizer_texts_of(self, record: Record) -> list[str]:
+        prompt, answers, _ = ranking(record)
+        return [message["content"] for messages in (prompt, *answers) for message in messages]
+
+    def example(self, record: Record, encoded: list[np.ndarray], records: Records) -> Example | None:
         prompt, answers, rank = ranking(record)
-        prompt_length = len(chat.encode(self.tokenizer, prompt)[0])
+        prompt_length = len(chat.encode(records.tokenizer, prompt)[0])
         rows, masks = [], []
         for answer in answers:
-            tokens, mask = chat.encode(self.tokenizer, [*prompt, *answer])
+            tokens, mask = chat.encode(records.tokenizer, [*prompt, *answer])
             mask &= np.arange(len(tokens)) >= prompt_length
-            rows.append(self.fit(tokens, self.length))
-            masks.append(mask[: self.length])
+            rows.append(records.fit(tokens, self.max_length))
+            masks.append(mask[: self.max_length])
         if not all(mask.any() for mask in masks) or len(set(rank)) < 2:
             return None
-        self.most = max(self.most, len(rows))
         return {
             "tokens": np.concatenate(rows), "mask": np.concatenate(masks), "rank": np.array(rank),
             "lengths": np.array([len(row) for row in rows]),
         }  # fmt: skip
 
-    def __getitem__(self, index: int) -> Example:
-        fields = super().__getitem__(index)
-        ends = np.cumsum(fields["lengths"])[:-1]
+    def to_example(self, arrays: Example, records: Records) -> Example:
+        ends = np.cumsum(arrays["lengths"])[:-1]
         return {
-            "answers": np.split(fields["tokens"], ends), "masks": np.split(fields["mask"], ends), "rank": fields["rank"],
+            "answers": np.split(arrays["tokens"], ends), "masks": np.split(arrays["mask"], ends), "rank": arrays["rank"],
         }  # fmt: skip
+
+    def stats(self, data: BuildContext, class_names: Sequence[str] = ()) -> DataStats:
+        """Return the most answers of a ranking, which is the number of rows per example."""
+        return DataStats(max_options=self.longest(data, "rank"))

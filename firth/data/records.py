@@ -1,18 +1,10 @@
-"""Examples from records, and the text templates that are filled with their fields.
+"""Examples from records in JSONL, Parquet or tables: what every kind of them has, and the store that holds them.
 
-Text templates that are filled with a record's fields: `translate to French: {en}`.
+A kind of records is one frozen dataclass: its settings, and how a record becomes an example. `Records` is the same for all kinds. It
+reads the files once and encodes every record once, into a memory-mapped temporary file. An epoch then costs no encoding, memory
+use stays small, and truncated and omitted records are known before the first step (`counts`):
 
-A field is its name between braces and nothing else; doubled braces are literal braces. Python's own formatting can do
-more (`{en:>999999999}` allocates a gigabyte, `{en.__class__}` accesses Python objects), which no prompt needs.
-
-Examples from records in JSONL, Parquet or tables: dialogues, prompts with answers, preferences.
-
-Labeled records are in `firth.data.labeled`, questions about a passage in `firth.data.question_answering`.
-
-Every record is read and encoded once, when the source is created, into a memory-mapped temporary file. An epoch then costs no
-encoding, memory use stays small, and truncated and omitted records are known before the first step (`counts`):
-
-    cut               longer than `length`: truncated at the end
+    cut               longer than `max_length`: truncated at the end
     unanswered        no label is left after that: omitted. If that is true of all records, UserError
     mismatched        a row of a table with too many or too few cells: omitted
     unnamed_columns   a column of a table has no name: read as `Unnamed: 2`, the name that pandas gives it
@@ -22,81 +14,49 @@ encoding, memory use stays small, and truncated and omitted records are known be
 
 The first of each is reported with its file and line (`notes`).
 
-`docs/reference/data-formats.md` lists the formats of dialogues, prompts and preferences (`firth.data.conversations`). Any other
-format is an error with file and line.
+    source = Records(LabeledConfig(max_length=64), ["reviews.jsonl"], tokenizer)
+    source[0]                                                    # {"label": 1, "tokens": array([2, 17, 9, 3])}
 """
 
 from __future__ import annotations
 
+import copy
 import hashlib
-import json
-import math
-import re
 import tempfile
 from array import array
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self, TypeVar
 
 import numpy as np
 
-from firth.corpora import readers, tables
+from firth.corpora import readers
 from firth.corpora.input_files import ReadStats
-from firth.data.conversations import comparison, messages_of, prompt_of
+from firth.data.examples import BuildContext, DatasetSplits, ExamplesConfig, split_records
+from firth.data.labels import ClassNumbering, in_order
 from firth.data.source import Source
 from firth.data.split import content_key
-from firth.tokenizer import chat
+from firth.fields import TokenCount
 from firth.tokenizer.tokenizer import Tokenizer
-from firth.types import Example, UserError
+from firth.types import IGNORE, DataStats, Example, UserError
 
-FIELD_OR_BRACE = re.compile(r"\{\{|\}\}|\{([^{}]*)\}|[{}]")
-
-
-def field_names(template: str) -> list[str]:
-    """Return the names of the fields in a template, sorted, each once.
-
-    >>> field_names("{b}, {a} and {b}: {{c}}")
-    ['a', 'b']
-    """
-    return sorted({found[1] for found in FIELD_OR_BRACE.finditer(template) if found[1]})
-
-
-def fill_template(template: str, record: Mapping[str, Any]) -> str:
-    """Return the template with field names replaced by a record's values.
-
-    Raises:
-        UserError: A brace is unpaired, or a name is not a field of the record.
-
-    >>> fill_template("in French: {en} {{x}}", {"en": "otter"})
-    'in French: otter {x}'
-    """
-
-    def value(found: re.Match[str]) -> str:
-        if found[0] in ("{{", "}}"):
-            return found[0][0]
-        if found[1] is None:
-            raise UserError(
-                f"the template {template!r} has an unpaired brace {found[0]!r}: double it for a literal brace"
-            )
-        if found[1] not in record:
-            raise UserError(
-                f"the template {template!r} does not fit this record: {found[0]} is not a field name; the fields are "
-                f"{', '.join(record) or 'none'}: write one of these names between braces, and nothing else"
-            )
-        return str(record[found[1]])
-
-    return FIELD_OR_BRACE.sub(value, template)
-
+if TYPE_CHECKING:
+    from firth.objectives.objective import Objective
 
 Record = dict[str, Any]
 OMITTED: Sequence[Example] = []
-"""Result of `Records.examples` for a record that gives no example for a reason that has been noted; compared by identity."""
+"""Result of `RecordsConfig.examples` for a record that gives no example for a reason that has been noted; compared by identity."""
 
 RECORDS_PER_BATCH = 1024
 """Records whose texts are encoded together."""
+
+Purpose = Literal["train", "evaluate", "predict"]
+"""What records are read for: training; evaluation of a trained model; prediction, where records have no labels."""
+
+T = TypeVar("T")
 
 NOTE_TEMPLATES = {
     "unanswered": "record{s} had nothing to learn from and {were} left out",
@@ -183,47 +143,238 @@ class ArrayColumn:
         return self._values[np.repeat(ends[indices] - np.cumsum(n) + n, n) + np.arange(n.sum())]
 
 
-class Records(Source):
-    """Base class of the sources of records: one pass over the files fills the columns.
+class TextColumn:
+    """Texts in a temporary file, at most one for each record. A text that is equal to the one before it is stored once."""
+
+    def __init__(self) -> None:
+        self._texts = ArrayColumn(np.uint8)
+        self._numbers = array("q")
+        self._latest: str | None = None
+
+    def append(self, record: int, text: str) -> None:
+        """Store the text of a record. Records come in order, and some may have none."""
+        if text != self._latest:
+            self._texts.append(np.frombuffer(text.encode(), np.uint8))
+            self._latest = text
+        self._numbers.extend([-1] * (record - len(self._numbers)))
+        self._numbers.append(len(self._texts.lengths) - 1)
+
+    def close(self) -> None:
+        """End writing and open the file for reading."""
+        self._texts.close()
+
+    def __getitem__(self, record: int) -> str:
+        return self._texts[self._numbers[record]].tobytes().decode()
+
+
+@dataclass(frozen=True)
+class RecordsConfig(ExamplesConfig):
+    """Base class of the kinds of examples that are made of records. A subclass has the settings, and makes examples of a record.
+
+    Attributes:
+        columns: Array of an example -> the type in which it is stored.
+        class_column: The array that holds numbers of classes: "label" (of a record) or "tags" (of its words); empty: none does.
 
     Args:
-        paths: Files, directories or globs.
-        tokenizer: The tokenizer.
-        length: Maximum number of tokens of a row; a longer one is truncated at the end.
-        names: Column names, for tables without a header.
-
-    Raises:
-        UserError: A record is malformed, or no record can be used.
+        max_length: The most tokens of a row; a longer one is truncated at the end.
     """
 
-    columns: ClassVar[dict[str, type]] = {}
-    """Field of an example -> the type in which it is stored."""
+    base_fields: ClassVar[frozenset[str]] = frozenset()
+    columns: ClassVar[Mapping[str, type]] = {}
+    class_column: ClassVar[str] = ""
 
-    reader: ClassVar[tables.Reader | None] = None
-    """Function that reads a text file as records; None: text files are not supported."""
+    max_length: TokenCount = 128
 
-    def __init__(self, paths: Sequence[str], tokenizer: Tokenizer, length: int, *, names: Sequence[str] = ()) -> None:
-        self.tokenizer, self.length, self.paths = tokenizer, length, paths
-        self._columns = {name: ArrayColumn(dtype) for name, dtype in self.columns.items()}
-        self._size = 0
+    @property
+    def fields(self) -> frozenset[str]:
+        return self.base_fields or frozenset(self.columns)
+
+    def limit_to(self, context: int) -> ExamplesConfig:
+        return replace(self, max_length=min(self.max_length, context))
+
+    @classmethod
+    def of(cls, settings: Mapping[str, Any], **changes: Any) -> Self:
+        """Return an instance with the settings of a recipe's examples section, with defaults for missing ones."""
+        names = cls.__dataclass_fields__
+        return cls(**{name: value for name, value in settings.items() if name in names} | changes)
+
+    def read(self, paths: Sequence[str], counts: ReadStats, labeled: bool = True) -> Iterator[tuple[str, Record]]:
+        """Yield the file and line of each record, and the record.
+
+        Args:
+            paths: Files, directories or globs.
+            counts: Counts what was read, repaired and skipped.
+            labeled: Whether the records have labels.
+        """
+        return readers.records(paths, counts=counts)
+
+    def group(self, record: Record) -> str:
+        """Return the text that records of one group share, the prompt: a group is held out together, or not at all.
+
+        A record without a prompt returns its whole content.
+        """
+        raise NotImplementedError(type(self).__name__)
+
+    def texts(self, record: Record, labeled: bool = True) -> list[str]:
+        """Return the texts of a record that are encoded separately."""
+        return []
+
+    def examples(self, record: Record, encoded: list[np.ndarray], records: Records) -> Sequence[Example]:
+        """Return the arrays of the examples of a record: one or none, several for records that are read in windows.
+
+        Returns OMITTED where the reason for having none has been noted.
+
+        Args:
+            record: The record.
+            encoded: The tokens of its `texts`.
+            records: The store that the examples go to, with the tokenizer; it counts what is truncated (`Records.fit`).
+        """
+        found = self.example(record, encoded, records)
+        return [] if found is None else [found]
+
+    def example(self, record: Record, encoded: list[np.ndarray], records: Records) -> Example | None:
+        """Return the arrays of the one example of a record; None if it has no labels."""
+        raise NotImplementedError(type(self).__name__)
+
+    def to_example(self, arrays: Example, records: Records) -> Example:
+        """Return the example that the stored arrays are; classes are numbered in their final order."""
+        return arrays
+
+    def metadata(self, index: int, records: Records) -> Mapping[str, Any]:
+        """Return what a metric needs of an example and its arrays do not contain."""
+        return {}
+
+    @property
+    def limits(self) -> Mapping[str, int]:
+        """Kind of truncation -> maximum number of tokens, where that is not `max_length`."""
+        return {}
+
+    def note_templates(self, purpose: Purpose) -> Mapping[str, str]:
+        """Kind of note -> end of the sentence that reports it, where that is not in `NOTE_TEMPLATES`."""
+        return {}
+
+    def check_classes(self, names: Sequence[str]) -> None:
+        """Raise a UserError for names of classes that were found in the records and are not supported."""
+
+    def tokenizer_texts(self, paths: Sequence[str]) -> Iterator[tuple[str, list[str]]] | None:
+        """Yield the group and the texts of each record, to train a tokenizer; None for documents."""
+        return (self._with_group(location, record) for location, record in self.read(paths, ReadStats()))
+
+    def _with_group(self, location: str, record: Record) -> tuple[str, list[str]]:
+        with located(location):
+            texts = self.tokenizer_texts_of(record)  # first: its errors name a missing field
+            return self.group(record), texts
+
+    def tokenizer_texts_of(self, record: Record) -> list[str]:
+        """Return the texts of a record that a tokenizer is trained on; by default those that are encoded."""
+        return self.texts(record)
+
+    def records(self, data: BuildContext, paths: Sequence[str], class_names: Sequence[str] = ()) -> Records:
+        """Return the records of some files, which are read once a run.
+
+        Args:
+            data: The data of the run.
+            paths: The files.
+            class_names: Names of the classes, in the order of their numbers; empty: those found in the records.
+        """
+        found = data.read_once(self, paths, lambda: Records(self, paths, data.tokenizer, classes=class_names))
+        if not class_names or found.classes == tuple(class_names):
+            return found
+        if set(found.classes) <= set(class_names):
+            return found.with_classes(class_names)
+        return Records(self, paths, data.tokenizer, classes=class_names)
+
+    def training_records(
+        self, data: BuildContext, class_names: Sequence[str] = ()
+    ) -> list[tuple[BuildContext, Records]]:
+        """Return the records of the training files, with the data that they are: one pair, or one for each path of a mixture."""
+        parts = data.per_path() if data.config.weights else [data]
+        found = [self.records(part, part.config.paths(part.log), class_names) for part in parts]
+        if self.class_column and not class_names:
+            names = in_order({name for one in found for name in one.classes})
+            found = [one.with_classes(names) for one in found]
+        return list(zip(parts, found, strict=True))
+
+    def longest(self, data: BuildContext, column: str) -> int:
+        """Return the length of the longest array of a column, in the training and the validation files."""
+        found = [records for _, records in self.training_records(data)]
+        held = [self.records(data, data.config.validation_path)] if data.config.validation_path else []
+        return max(records.longest(column) for records in (*found, *held))
+
+    def build(self, data: BuildContext, objective: Objective) -> DatasetSplits:
+        names = objective.constraints.class_names if self.class_column else ()
+        return split_records(data, lambda paths: self.records(data, paths, names))
+
+    def stats(self, data: BuildContext, class_names: Sequence[str] = ()) -> DataStats:
+        if not self.class_column:
+            return DataStats()
+        [(_, found), *_] = self.training_records(data, class_names)
+        return DataStats(class_names=found.classes)
+
+
+CLASS_NOUNS = {"label": ("label", "record", "class"), "tags": ("tag", "tag", "tag")}
+"""Column of classes -> what a value of it, what has one, and what a class is called."""
+
+
+class Records(Source):
+    """The examples of some records, stored as arrays.
+
+    Args:
+        kind: Makes examples of a record.
+        paths: Files, directories or globs.
+        tokenizer: The tokenizer.
+        classes: Class names in the order of their numbers; empty: those found in the records.
+        purpose: What the records are read for.
+
+    Raises:
+        UserError: A record is malformed, a label is not one of the classes, or no record can be used.
+    """
+
+    def __init__(
+        self,
+        kind: RecordsConfig,
+        paths: Sequence[str],
+        tokenizer: Tokenizer,
+        *,
+        classes: Sequence[str] = (),
+        purpose: Purpose = "train",
+    ) -> None:
+        self.kind, self.paths, self.tokenizer, self.purpose = kind, paths, tokenizer, purpose
+        self._columns = {name: ArrayColumn(dtype) for name, dtype in kind.columns.items()}
+        self._texts: dict[str, TextColumn] = {}
+        self._longest: dict[str, int] = {}
+        self._size = self.num_records = self._record = 0
         self._counts: Counter[str] = Counter()
         self._first: dict[str, str] = {}
-        self._location = ""
+        self._location = self._unknown = ""
         self._record_ids = array("q")
         self._groups = array("Q")
         self._contents: set[int] = set()
+        self._numbering = ClassNumbering(classes)
+        self._latest: tuple[str, Any] = ("", None)
         read_stats = ReadStats()
-        records = readers.records(paths, counts=read_stats, columns=names, text=type(self).reader)
+        records = kind.read(paths, read_stats, self.labeled)
         while chunk := list(islice(records, RECORDS_PER_BATCH)):
             self._add(chunk)
         for column in self._columns.values():
             column.close()
+        for text_column in self._texts.values():
+            text_column.close()
         self._contents.clear()
         self._counts.update(read_stats.rows())
         self._first |= read_stats.at
         if not self._size:
             left = ", ".join(f"{n:,} {name}" for name, n in self._counts.items() if n and name != "files")
             raise UserError(f"{', '.join(paths)}: no record can be used{f' ({left})' if left else ''}")
+        self._check_unknown_classes()
+        self.classes, self._final_numbers = self._numbering.names, self._numbering.final
+        if self.labeled and kind.class_column and not classes:
+            kind.check_classes(self.classes)
+
+    @property
+    def labeled(self) -> bool:
+        """Whether the records have labels."""
+        return self.purpose != "predict"
 
     @property
     def counts(self) -> Mapping[str, int]:
@@ -231,20 +382,18 @@ class Records(Source):
 
     @property
     def notes(self) -> Sequence[str]:
-        return [
-            describe_note(kind, self._counts[kind], location, self.limits.get(kind, self.length), self.note_templates)
+        templates = {**NOTE_TEMPLATES, **self.kind.note_templates(self.purpose)}
+        limits = self.kind.limits
+        found = [
+            describe_note(kind, self._counts[kind], location, limits.get(kind, self.kind.max_length), templates)
             for kind, location in self._first.items()
         ]
-
-    @property
-    def limits(self) -> Mapping[str, int]:
-        """Kind of truncation -> maximum number of tokens, where that is not `length`."""
-        return {}
-
-    @property
-    def note_templates(self) -> Mapping[str, str]:
-        """Kind of note -> end of the sentence that reports it."""
-        return NOTE_TEMPLATES
+        empty = [repr(name) for name, n in self.class_counts(np.arange(len(self))).items() if not n]
+        if empty:
+            _, _, noun = CLASS_NOUNS[self.kind.class_column]
+            plural = {"class": "classes", "tag": "tags"}[noun] if len(empty) > 1 else noun
+            found.append(f"no record of {', '.join(self.paths)} has the {plural} {', '.join(empty)}")
+        return found
 
     @property
     def lengths(self) -> np.ndarray:
@@ -260,69 +409,57 @@ class Records(Source):
     def group_ids(self) -> np.ndarray:
         return np.array(self._groups, np.uint64)
 
-    def note(self, kind: str) -> None:
-        """Count a note about the record being read, and keep the place of the first."""
-        self._counts[kind] += 1
-        self._first.setdefault(kind, self._location)
+    def record_of(self, index: int) -> int:
+        """Return the number of the record of one example."""
+        return self._record_ids[index]
+
+    def column(self, name: str) -> ArrayColumn:
+        """Return one of the arrays of all examples, as stored."""
+        return self._columns[name]
+
+    def longest(self, name: str) -> int:
+        """Return the length of the longest array of a column."""
+        if name not in self._longest:
+            self._longest[name] = int(self._columns[name].lengths.max())
+        return self._longest[name]
+
+    def class_counts(self, indices: np.ndarray) -> Mapping[str, int]:
+        if not self.labeled or not self.kind.class_column:
+            return {}
+        found = self._columns[self.kind.class_column].some(indices)
+        numbers = self._final_numbers[found[found != IGNORE]]
+        return dict(zip(self.classes, np.bincount(numbers, minlength=len(self.classes)).tolist(), strict=True))
+
+    def with_classes(self, names: Sequence[str]) -> Records:
+        """Return the same records with the numbers of other class names, which include those of the records."""
+        if tuple(names) == self.classes:
+            return self
+        other = copy.copy(self)
+        other.classes = tuple(names)
+        other._final_numbers = np.array([other.classes.index(self.classes[i]) for i in self._final_numbers], np.int64)
+        return other
+
+    def metadata(self, index: int) -> Mapping[str, Any]:
+        return self.kind.metadata(index, self)
 
     def __len__(self) -> int:
         return self._size
 
     def __getitem__(self, index: int) -> Example:
-        return {name: column[index] for name, column in self._columns.items()}
+        arrays = {name: column[index] for name, column in self._columns.items()}
+        if name := self.kind.class_column:
+            numbers = np.full(len(arrays[name]), IGNORE)
+            known = arrays[name] != IGNORE
+            numbers[known] = self._final_numbers[arrays[name][known]] if self.labeled else 0
+            arrays[name] = numbers
+        return self.kind.to_example(arrays, self)
 
-    def _add(self, records: list[tuple[str, Record]]) -> None:
-        texts, before = [], self._counts["records"]
-        self._counts["records"] += len(records)
-        for location, record in records:
-            with _with_location(location):
-                texts.append(self.texts(record, location))
-        encoded = iter(self.tokenizer.encode_batch([text for record_texts in texts for text in record_texts]))
-        for number, ((location, record), record_texts) in enumerate(zip(records, texts, strict=True), before):
-            self._location = location
-            with _with_location(location):
-                examples = self.examples(record, list(islice(encoded, len(record_texts))))
-            if examples is OMITTED:
-                continue
-            if not examples:
-                self.note("unanswered")
-            else:
-                group = content_key(self.group(record))
-                self._groups.extend([group] * len(examples))
-                content = b"".join(example[name].tobytes() for example in examples for name in self._columns)
-                content += group.to_bytes(8)  # tells truncated texts with the same beginning from each other
-                key = int.from_bytes(hashlib.blake2b(content, digest_size=8).digest())
-                if key in self._contents:
-                    self.note("duplicates")
-                self._contents.add(key)
-            for example in examples:
-                for name, column in self._columns.items():
-                    column.append(example[name])
-                self._record_ids.append(number)
-            self._size += len(examples)
+    # What a kind calls while a record is read.
 
-    def group(self, record: Record) -> str:
-        """Return the text that records of one group share, the prompt: a group is held out together, or not at all.
-
-        A record without a prompt returns its whole content.
-        """
-        raise NotImplementedError(type(self).__name__)
-
-    def texts(self, record: Record, location: str) -> list[str]:
-        """Return the texts of a record that are encoded separately; location is its file and line."""
-        return []
-
-    def examples(self, record: Record, encoded: list[np.ndarray]) -> Sequence[Example]:
-        """Return the examples of a record: one or none, several for records that are read in windows.
-
-        Returns OMITTED where the reason for having none has been noted.
-        """
-        found = self.example(record, encoded)
-        return [] if found is None else [found]
-
-    def example(self, record: Record, encoded: list[np.ndarray]) -> Example | None:
-        """Return the columns of a record, from the record and its encoded texts; None if it has no labels."""
-        raise NotImplementedError(type(self).__name__)
+    def note(self, kind: str) -> None:
+        """Count a note about the record being read, and keep the place of the first."""
+        self._counts[kind] += 1
+        self._first.setdefault(kind, self._location)
 
     def fit(self, tokens: np.ndarray, room: int, kind: str = "cut") -> np.ndarray:
         """Truncate tokens to `room`, and note that as `kind`."""
@@ -330,218 +467,87 @@ class Records(Source):
             self.note(kind)
         return tokens[:room]
 
+    def class_number(self, label: str | int) -> int:
+        """Return the number of a class, as it is stored: found names are numbered in the order in which they occur."""
+        number = self._numbering.number(label)
+        if number is None:
+            self._unknown = self._unknown or str(label)
+            self.note("unknown")
+        return number or 0
 
-class DialogueRecords(Records):
-    """Dialogues for supervised fine-tuning: {"tokens", "mask"}, the mask True on the assistant's text and its stop tokens.
-
-    Args:
-        paths: Files, directories or globs.
-        tokenizer: The tokenizer.
-        length: Maximum number of tokens.
-        forms: Templates of prompt and completion (`fill_templates`).
-    """
-
-    columns: ClassVar[dict[str, type]] = {"tokens": np.int32, "mask": np.bool_}
-
-    def __init__(
-        self, paths: Sequence[str], tokenizer: Tokenizer, length: int, *, forms: tuple[str, str] = ("", "")
-    ) -> None:
-        self.forms = forms
-        super().__init__(paths, tokenizer, length)
-
-    def group(self, record: Record) -> str:
-        return first_prompt(messages_of(fill_templates(record, self.forms)))
-
-    def example(self, record: Record, encoded: list[np.ndarray]) -> Example | None:
-        tokens, mask = chat.encode(self.tokenizer, messages_of(fill_templates(record, self.forms)))
-        tokens, mask = self.fit(tokens, self.length), mask[: self.length]
-        # The first token cannot be a label, because no token is before it.
-        return {"tokens": tokens, "mask": mask} if mask[1:].any() else None
-
-
-class Seq2SeqRecords(Records):
-    """Text-to-text records: {"source", "target"}, both ending with eos.
-
-    The target is the last answer, the source everything before it. A truncated target has no eos.
-
-    Args:
-        paths: Files, directories or globs.
-        tokenizer: The tokenizer.
-        length: Maximum number of source tokens.
-        answer: Maximum number of target tokens; 0: `length`.
-        forms: Templates of prompt and completion (`fill_templates`).
-    """
-
-    columns: ClassVar[dict[str, type]] = {"source": np.int32, "target": np.int32}
-
-    def __init__(
-        self,
-        paths: Sequence[str],
-        tokenizer: Tokenizer,
-        length: int,
-        *,
-        answer: int = 0,
-        forms: tuple[str, str] = ("", ""),
-    ) -> None:
-        self.answer, self.forms = answer or length, forms
-        super().__init__(paths, tokenizer, length)
-
-    def group(self, record: Record) -> str:
-        return first_prompt(messages_of(fill_templates(record, self.forms)))
-
-    def texts(self, record: Record, location: str) -> list[str]:
-        *before, last = messages_of(fill_templates(record, self.forms))
-        if last["role"] != "assistant" or not before:
-            raise UserError("a text-to-text record needs a prompt and an answer after it")
-        return ["\n\n".join(message["content"] for message in before), last["content"]]
-
-    def example(self, record: Record, encoded: list[np.ndarray]) -> Example | None:
-        source, target = encoded
-        eos = self.tokenizer.vocab.eos
-        if not len(target):
-            return None
-        return {
-            "source": np.append(self.fit(source, self.length - 1), eos),
-            "target": self.fit(np.append(target, eos), self.answer, "long_answers"),
-        }
+    def is_class(self, label: str | int) -> bool:
+        """Return whether a label is the name or number of one of the given classes."""
+        return self._numbering.number(label) is not None
 
     @property
-    def limits(self) -> Mapping[str, int]:
-        return {"long_answers": self.answer}
+    def known_classes(self) -> Sequence[str]:
+        """The given names of the classes; empty where names are found in the records."""
+        return () if self._numbering.open else self._numbering.names
 
+    def for_text(self, text: str, compute: Callable[[], T]) -> T:
+        """Return what is computed for a text, once for consecutive records with the same text: questions about a passage."""
+        if text != self._latest[0] or self._latest[1] is None:
+            self._latest = (text, compute())
+        found: T = self._latest[1]
+        return found
 
-def dialogue_texts(paths: Sequence[str], forms: tuple[str, str]) -> Iterator[tuple[str, list[str]]]:
-    """Yield the group of each dialogue (`Records.group`) and the texts of its messages, to train a tokenizer on."""
-    for location, record in readers.records(paths):
-        with _with_location(location):
-            messages = messages_of(fill_templates(record, forms))
-        yield first_prompt(messages), [message["content"] for message in messages]
+    def keep_text(self, name: str, text: str) -> None:
+        """Store a text of the record being read, for `text_of`."""
+        self._texts.setdefault(name, TextColumn()).append(self._record, text)
 
+    def text_of(self, name: str, record: int) -> str:
+        """Return a text that was kept of a record, by the number of the record from 0."""
+        return self._texts[name][record]
 
-def first_prompt(messages: Sequence[chat.Message]) -> str:
-    """Return the turns before the first answer to a user, as one text; the whole dialogue if nothing is answered.
+    def _add(self, records: list[tuple[str, Record]]) -> None:
+        texts = []
+        for location, record in records:
+            with located(location):
+                texts.append(self.kind.texts(record, self.labeled))
+        encoded = iter(self.tokenizer.encode_batch([text for record_texts in texts for text in record_texts]))
+        self._counts["records"] += len(records)
+        for (location, record), record_texts in zip(records, texts, strict=True):
+            self._location = location
+            with located(location):
+                examples = self.kind.examples(record, list(islice(encoded, len(record_texts))), self)
+            if examples is not OMITTED:
+                self._store(record, examples)
+            self._record += 1
+        self.num_records += len(records)
 
-    Dialogues that continue the same beginning share it, and so do the answers of a preference.
+    def _store(self, record: Record, examples: Sequence[Example]) -> None:
+        if not examples:
+            self.note("unanswered")
+            return
+        group = content_key(self.kind.group(record))
+        self._groups.extend([group] * len(examples))
+        content = b"".join(example[name].tobytes() for example in examples for name in self._columns)
+        content += group.to_bytes(8)  # tells truncated texts with the same beginning from each other
+        key = int.from_bytes(hashlib.blake2b(content, digest_size=8).digest())
+        if key in self._contents:
+            self.note("duplicates")
+        self._contents.add(key)
+        for example in examples:
+            for name, column in self._columns.items():
+                column.append(example[name])
+            self._record_ids.append(self._record)
+        self._size += len(examples)
 
-    >>> hello, hi = {"role": "user", "content": "hello"}, {"role": "assistant", "content": "hi"}
-    >>> first_prompt([hello, hi]) == first_prompt([hello, hi, hello]) == first_prompt([hello])
-    True
-    """
-    users = [i for i, message in enumerate(messages) if message["role"] not in ("system", "assistant")]
-    answers = [i for i, m in enumerate(messages) if m["role"] == "assistant" and users and i > users[0]]
-    end = answers[0] if answers else len(messages)
-    return json.dumps([[message["role"], message["content"]] for message in messages[:end]])
-
-
-def fill_templates(record: Record, forms: tuple[str, str]) -> Record:
-    """Return a record with a prompt and a completion made from its fields; the record itself without templates.
-
-    >>> fill_templates({"en": "otter", "fr": "loutre"}, ("in French: {en}", "{fr}"))
-    {'prompt': 'in French: otter', 'completion': 'loutre'}
-    """
-    if not any(forms):
-        return record
-    prompt, answer = forms
-    if not prompt or not answer:
-        raise UserError("examples.prompt_template and examples.completion_template must be set together")
-    return {"prompt": fill_template(prompt, record), "completion": fill_template(answer, record)}
-
-
-class PreferenceRecords(Records):
-    """Two answers to one prompt, one of them preferred: {"chosen_tokens", "chosen_mask", "rejected_tokens", ..., "margin" (1,)}.
-
-    "margin" is the number of that name in the record, by which the chosen answer is better, or NaN. The masks are True on the
-    answers and their stop tokens only, not on assistant turns in the prompt. A pair is left out as unanswered if `length`
-    leaves no room for one of its answers, or if the answers are equal.
-    """
-
-    columns: ClassVar[dict[str, type]] = {
-        "chosen_tokens": np.int32, "chosen_mask": np.bool_, "rejected_tokens": np.int32, "rejected_mask": np.bool_,
-        "margin": np.float32,
-    }  # fmt: skip
-
-    def group(self, record: Record) -> str:
-        prompt, chosen, _ = comparison(record)
-        return first_prompt([*prompt, *chosen])
-
-    def example(self, record: Record, encoded: list[np.ndarray]) -> Example | None:
-        prompt, *answers = comparison(record)
-        prompt_length = len(chat.encode(self.tokenizer, prompt)[0])
-        output: Example = {"margin": np.array([_margin(record)])}
-        for side, answer in zip(("chosen", "rejected"), answers, strict=True):
-            tokens, mask = chat.encode(self.tokenizer, [*prompt, *answer])
-            mask &= np.arange(len(tokens)) >= prompt_length
-            output |= {f"{side}_tokens": self.fit(tokens, self.length), f"{side}_mask": mask[: self.length]}
-        answered = output["chosen_mask"].any() and output["rejected_mask"].any()
-        differ = not np.array_equal(output["chosen_tokens"], output["rejected_tokens"])
-        return output if answered and differ else None
-
-
-def _margin(record: Record) -> float:
-    """Return the `margin` of a preference; NaN where it has none."""
-    margin = record.get("margin")
-    if margin in (None, ""):
-        return math.nan
-    try:
-        found = float(margin)
-    except (TypeError, ValueError):
-        found = math.nan
-    if not math.isfinite(found):
-        raise UserError(f"the `margin` of a preference must be a number, not {margin!r:.60}")
-    return found
-
-
-@dataclass(frozen=True, eq=False)
-class Prompt:
-    """A prompt, and what a reward function may need to know of it.
-
-    Args:
-        tokens: The dialogue up to its last answer, followed by the start of the assistant's turn: (n,).
-        fields: The fields of its record; "prompt" is the text of the dialogue, without the chat template.
-        location: File and line of the record.
-    """
-
-    tokens: np.ndarray
-    fields: Record
-    location: str
-
-
-def prompts(
-    paths: Sequence[str], tokenizer: Tokenizer, length: int
-) -> tuple[list[Prompt], np.ndarray, Mapping[str, int]]:
-    """Read prompts.
-
-    A prompt of more than `length` tokens is left out, because without its end it would be another question.
-
-    Returns:
-        The prompts; the `content_key` of each, (n,) uint64, which is that of a dialogue or a preference with
-        this prompt, so a prompt held out in one stage is held out in the next; and the counts of `records`, `too_long` and
-        `unanswered`.
-
-    Raises:
-        UserError: There is no prompt.
-    """
-    found, keys, counts = [], array("Q"), Counter[str]()
-    for location, record in readers.records(paths):
-        with _with_location(location):
-            messages = prompt_of(record)
-            tokens, _ = chat.encode(tokenizer, messages, open=True)
-        counts["records"] += 1
-        if messages and len(tokens) <= length:
-            text = "\n\n".join(message["content"] for message in messages)
-            found.append(Prompt(tokens, {**record, "prompt": text}, location))
-            keys.append(content_key(first_prompt(messages)))
-        else:
-            counts["too_long" if messages else "unanswered"] += 1
-    if not found:
+    def _check_unknown_classes(self) -> None:
+        """Raise UserError for labels that are not one of the classes: it names the first and counts the others."""
+        if not (count := self._counts["unknown"]):
+            return
+        what, of, _ = CLASS_NOUNS[self.kind.class_column]
+        rest = count - 1
+        others = f"; {rest:,} more {of}{'s have' if rest > 1 else ' has'} the same problem" if rest else ""
         raise UserError(
-            f"{', '.join(paths)}: there is no prompt of at most {length} tokens; the counts are {dict(counts)}"
+            f"{self._first['unknown']}: the {what} {self._unknown} is none of the classes ({', '.join(self._numbering.names)}){others}; "
+            "correct or remove it, or add it to objective.class_names"
         )
-    return found, np.array(keys, np.uint64), counts
 
 
 @contextmanager
-def _with_location(location: str) -> Iterator[None]:
+def located(location: str) -> Iterator[None]:
     """Prefix errors with the file and line of the record."""
     try:
         yield

@@ -20,7 +20,7 @@ import numpy as np
 
 from firth.data.shuffle import epoch_permutation
 from firth.data.split import content_key
-from firth.types import Example, UserError
+from firth.types import IGNORE, Example, UserError
 
 if TYPE_CHECKING:
     from firth.model.model import LM
@@ -281,6 +281,20 @@ class WrappedSource(Source):
 
     def restore(self, state: Mapping[str, np.ndarray]) -> None:
         self.source.restore(state)
+
+
+class UnlabeledSource(WrappedSource):
+    """The examples of a source with their labels replaced by IGNORE."""
+
+    @property
+    def counts(self) -> Mapping[str, int]:
+        return {"unlabeled": len(self)}
+
+    def class_counts(self, indices: np.ndarray) -> Mapping[str, int]:
+        return {}
+
+    def __getitem__(self, index: int) -> Example:
+        return self.source[index] | {"label": np.int64(IGNORE)}
 
 
 MAX_PERIOD = 65536

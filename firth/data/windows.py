@@ -1,15 +1,18 @@
-"""Examples from the documents of a token store, and word frequencies for word2vec.
+"""Examples from the documents of a token store: windows of the running text, chunks of one document, pairs of segments.
 
-Examples from the documents of a token store: windows of the running text, chunks of one document, pairs of segments.
+    `WindowsConfig`        windows of the whole store, of one length         (causal language modeling)
+    `ChunksConfig`         parts of single documents, of varied length       (masked language modeling, span corruption)
+    `SegmentPairsConfig`   two adjacent segments and a random one            (next sentence and sentence order prediction)
+    `WordWindowsConfig`    windows with the frequencies of the words         (word2vec)
 
-    `Windows`          windows of the whole store, of one length         (causal language modeling)
-    `DocumentChunks`   parts of single documents, of varied length       (masked language modeling, span corruption)
-    `SegmentPairs`     two adjacent segments and a random one            (next sentence and sentence order prediction)
+Each kind is one frozen dataclass: its settings, and which tokens an example has. `Documents` is the same for all kinds: a sequence of
+examples, which are read from the store. The store determines the indices, and the order of a run is drawn elsewhere
+(`firth.data.shuffle`). Only windows change between epochs: they start at another offset in each (`WindowsConfig.in_epochs`).
 
-Each is a `Source`: the store determines the indices, and the order of a run is drawn elsewhere (`firth.data.shuffle`). Only
-windows change between epochs: they start at another offset in each (`Windows.in_epochs`).
+    source = Documents(ChunksConfig(max_length=64), store, tokenizer.vocab)
+    source[0]                                                    # {"tokens": array([2, 17, 9, ..., 3])}
 
-Word frequencies of a text for word2vec's subsampling and negative sampling (Mikolov 2013, section 2).
+Word frequencies of a text are for word2vec's subsampling and negative sampling (Mikolov 2013, section 2).
 
     kept    a word with relative frequency f is kept with probability min(1, sqrt(t / f) + t / f): frequent words are seen less
             often, and their neighbors come closer    (as in word2vec.c; the paper has 1 - sqrt(t / f))
@@ -20,229 +23,342 @@ Both are properties of the text, one number for each id, and are added to every 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
+from firth.data.examples import BuildContext, DatasetSplits, ExamplesConfig
 from firth.data.shuffle import ExampleRNG
 from firth.data.source import Source
 from firth.data.token_store import TokenStore
+from firth.fields import NonNegativeFloat, TokenCount
 from firth.tokenizer.vocab import Vocab
 from firth.types import Example, UserError
 
+if TYPE_CHECKING:
+    from firth.objectives.objective import Objective
 
-@dataclass(frozen=True, eq=False)
-class Windows(Source):
-    """Non-overlapping windows of the running text: {"tokens" (length + ahead,)}.
 
-    Args:
-        store: The token store.
-        length: Number of predicted tokens of a window.
-        ahead: Tokens beyond `length`, which are the first of the next window: 1 for next-token prediction, so that each token
-            is a label exactly once; 0 if the labels are in the window.
-        isolate: Whether windows with several documents have "document_ids" from 0, so that these do not attend to each other.
-        tail: Whether to include the last, shorter window, so that every token of a held-out store is scored.
-        memory: Maximum number of "memory_tokens", which precede the window in its first document (in the text, if documents
-            are not isolated).
+@dataclass(frozen=True)
+class DocumentsConfig(ExamplesConfig):
+    """Base class of the kinds of examples that are made of the documents of a token store.
 
-    Raises:
-        UserError: The store is shorter than one window.
+    Attributes:
+        min_documents: The fewest documents that examples can be made of.
     """
 
-    store: TokenStore
-    length: int
-    ahead: int = 1
-    isolate: bool = True
-    tail: bool = False
-    memory: int = 0
+    reads_documents: ClassVar[bool] = True
+    min_documents: ClassVar[int] = 1
 
-    def __post_init__(self) -> None:
-        if not len(self):
+    def index(self, documents: Documents) -> Any:
+        """Return what is computed once of a store; `Documents.index` has it."""
+        return None
+
+    def size(self, documents: Documents) -> int:
+        """Return the number of examples of a store."""
+        raise NotImplementedError(type(self).__name__)
+
+    def example(self, documents: Documents, index: int) -> Example:
+        """Return one example of a store: a pure function of the index."""
+        raise NotImplementedError(type(self).__name__)
+
+    def many(self, documents: Documents, indices: Sequence[int]) -> list[Example]:
+        """Return several examples, together where that is faster."""
+        return [self.example(documents, i) for i in indices]
+
+    def in_epochs(self, documents: Documents, seed: int, epochs: np.ndarray, indices: np.ndarray) -> list[Example]:
+        """Return the examples that a run with this seed reads (`Source.in_epochs`)."""
+        return documents.many(indices.tolist())
+
+    def statistics(self, store: TokenStore, vocab: Vocab) -> Example:
+        """Return the statistics of the training text that are fields of every example."""
+        return {}
+
+    def check(self, documents: Documents) -> None:
+        """Raise a UserError for a store that no example can be made of."""
+
+    def check_training(self, train: TokenStore, split_by: str) -> None:
+        """Raise a UserError for training documents that are not suitable, with the setting that may help."""
+
+    def bytes_per_target(self, held_out: TokenStore, objective: Objective) -> float:
+        """Return the UTF-8 bytes of held-out text per label, where every token is a label; else 0."""
+        return 0.0
+
+    def build(self, data: BuildContext, objective: Objective) -> DatasetSplits:
+        train, valid = data.stores()
+        self.check_training(train, data.config.split_by)
+        memory, vocab = data.memory_length, data.tokenizer.vocab
+        source = Documents(self, train, vocab, memory=memory)
+        if valid is None or len(valid) < self.min_documents:
+            return DatasetSplits(source, None, read_stats=source.read_stats)
+        held = Documents(self, valid, vocab, memory=memory, held_out=True, statistics=source.statistics)
+        return DatasetSplits(source, held, self.bytes_per_target(valid, objective), source.read_stats)
+
+
+class Documents(Source):
+    """The examples of the documents of a token store.
+
+    Args:
+        kind: Divides the store into examples.
+        store: The token store.
+        vocab: The vocabulary of its tokens.
+        memory: Maximum number of tokens before an example that a model with memory reads.
+        held_out: Whether the text is scored: then every token is in an example.
+        statistics: Statistics of the training text; None computes those of this text.
+
+    Raises:
+        UserError: No example can be made of the store.
+    """
+
+    def __init__(
+        self,
+        kind: DocumentsConfig,
+        store: TokenStore,
+        vocab: Vocab,
+        *,
+        memory: int = 0,
+        held_out: bool = False,
+        statistics: Example | None = None,
+    ) -> None:
+        self.kind, self.store, self.vocab, self.memory, self.held_out = kind, store, vocab, memory, held_out
+        self.index: Any = kind.index(self)
+        kind.check(self)
+        self.statistics = kind.statistics(store, vocab) if statistics is None else statistics
+
+    @property
+    def read_stats(self) -> Mapping[str, int]:
+        """Counts of the reader when the store was built."""
+        found: Mapping[str, int] = self.store.manifest["counts"]
+        return found
+
+    def __len__(self) -> int:
+        return self.kind.size(self)
+
+    def __getitem__(self, index: int) -> Example:
+        return self.kind.example(self, index)
+
+    def many(self, indices: Sequence[int]) -> list[Example]:
+        return self.kind.many(self, indices)
+
+    def in_epochs(self, seed: int, epochs: np.ndarray, indices: np.ndarray) -> list[Example]:
+        return self.kind.in_epochs(self, seed, epochs, indices)
+
+
+@dataclass(frozen=True)
+class WindowsConfig(DocumentsConfig):
+    """Windows of `max_length` tokens over the concatenated documents: {"tokens" (max_length + ahead,)}.
+
+    Windows with several documents have "document_ids" from 0, so that these do not attend to each other. A held-out store has a last,
+    shorter window. "memory_tokens" precede the window in its first document.
+
+    Attributes:
+        ahead: Tokens beyond `max_length`, which are the first of the next window: 1 for next-token prediction, so that each token
+            is a label exactly once; 0 if the labels are in the window.
+        isolate: Whether documents do not attend to each other.
+    """
+
+    gives_memory: ClassVar[bool] = True
+    ahead: ClassVar[int] = 1
+    isolate: ClassVar[bool] = True
+
+    max_length: TokenCount = 256
+
+    def check(self, documents: Documents) -> None:
+        if not len(documents):
+            store = documents.store
             raise UserError(
-                f"{self.store.directory}: {len(self.store.tokens)} tokens are too few for one window of {self.length}: "
+                f"{store.directory}: {len(store.tokens)} tokens are too few for one window of {self.max_length}: "
                 "use a longer text or shorter windows"
             )
 
-    def __len__(self) -> int:
-        usable = len(self.store.tokens) - self.ahead
-        return -(-usable // self.length) if self.tail else max(usable, 0) // self.length
+    def bytes_per_target(self, held_out: TokenStore, objective: Objective) -> float:
+        # A causal objective with one label field predicts every held-out token once, except the first of each document.
+        if objective.attention != "causal" or len(objective.labels) != 1:
+            return 0.0
+        return int(held_out.bytes.sum()) / max(1, len(held_out.tokens) - len(held_out))
 
-    def __getitem__(self, index: int) -> Example:
-        return self._from(index * self.length)
+    def size(self, documents: Documents) -> int:
+        usable = len(documents.store.tokens) - self.ahead
+        return -(-usable // self.max_length) if self._has_tail(documents) else max(usable, 0) // self.max_length
 
-    def in_epochs(self, seed: int, epochs: np.ndarray, indices: np.ndarray) -> list[Example]:
+    def _has_tail(self, documents: Documents) -> bool:
+        """Return whether there is a last, shorter window."""
+        return documents.held_out
+
+    def example(self, documents: Documents, index: int) -> Example:
+        return self._from(documents, index * self.max_length)
+
+    def in_epochs(self, documents: Documents, seed: int, epochs: np.ndarray, indices: np.ndarray) -> list[Example]:
         """Return windows that start at an offset drawn from (seed, epoch) in each epoch but the first, where it is 0.
 
         A model that reads the same text repeatedly then sees a token with a new context, at another position, in every epoch. The
         number of windows is the same; the last one may overlap the one before it. Windows with a tail do not move.
         """
-        if self.tail:
-            return self.many(indices.tolist())
+        if self._has_tail(documents):
+            return documents.many(indices.tolist())
         draws = ExampleRNG(seed, "windows")
-        offsets = {e: int(draws.at(e, 0).random() * self.length) if e else 0 for e in set(epochs.tolist())}
-        last = len(self.store.tokens) - self.ahead - self.length
+        offsets = {e: int(draws.at(e, 0).random() * self.max_length) if e else 0 for e in set(epochs.tolist())}
+        last = len(documents.store.tokens) - self.ahead - self.max_length
         places = zip(epochs.tolist(), indices.tolist(), strict=True)
-        return [self._from(min(offsets[epoch] + index * self.length, last)) for epoch, index in places]
+        return [self._from(documents, min(offsets[epoch] + index * self.max_length, last)) for epoch, index in places]
 
-    def _from(self, start: int) -> Example:
+    def _from(self, documents: Documents, start: int) -> Example:
         """Return the window that starts at the store's token `start`."""
-        tokens = self.store.tokens[start : start + self.length + self.ahead].astype(np.int32)
-        example = {"tokens": tokens} | ({"memory_tokens": self._before(start)} if self.memory else {})
+        store = documents.store
+        tokens = store.tokens[start : start + self.max_length + self.ahead].astype(np.int32)
+        example: Example = {"tokens": tokens}
+        if documents.memory:
+            example["memory_tokens"] = self._before(documents, start)
         if not self.isolate:
             return example
         # Documents that begin inside the window.
-        first, last = self.store.offsets.searchsorted((start, start + len(tokens) - 1), "right")
+        first, last = store.offsets.searchsorted((start, start + len(tokens) - 1), "right")
         if first == last:
             return example
         document = np.zeros(len(tokens), np.int32)
-        document[self.store.offsets[first:last] - start] = 1
+        document[store.offsets[first:last] - start] = 1
         return example | {"document_ids": document.cumsum(dtype=np.int32)}
 
-    def _before(self, start: int) -> np.ndarray:
+    def _before(self, documents: Documents, start: int) -> np.ndarray:
         """Return up to `memory` tokens before the token `start`, within its document: (at most memory,)."""
-        offsets = self.store.offsets
+        store, offsets = documents.store, documents.store.offsets
         document_start = int(offsets[offsets.searchsorted(start, "right") - 1]) if self.isolate else 0
-        before: np.ndarray = self.store.tokens[max(document_start, start - self.memory) : start].astype(np.int32)
+        before: np.ndarray = store.tokens[max(document_start, start - documents.memory) : start].astype(np.int32)
         return before
 
 
-@dataclass(frozen=True, eq=False)
-class DocumentChunks(Source):
-    """Parts of single documents, at most `length` tokens long: {"tokens"}.
+@dataclass(frozen=True)
+class ChunksConfig(DocumentsConfig):
+    """Chunks of single documents: {"tokens"}.
 
-    A document that is too long is split into as few parts as possible, of nearly equal length.
+    A document that is too long is split into as few chunks as possible, of nearly equal length.
 
     Args:
-        store: The token store.
-        length: Maximum number of tokens, including special ones.
-        special_vocab: Vocabulary whose [CLS] and [SEP] are added; None: add none.
-        min_length: Minimum number of tokens of a document; shorter ones are left out.
-
-    Raises:
-        UserError: `length` leaves no room for text.
+        max_length: The most tokens of a chunk, including special ones.
+        add_special_tokens: Whether each chunk is enclosed in [CLS] and [SEP].
+        min_length: Documents with fewer tokens are dropped.
     """
 
-    store: TokenStore
-    length: int
-    special_vocab: Vocab | None = None
-    min_length: int = 1
+    max_length: TokenCount = 128
+    add_special_tokens: bool = True
+    min_length: TokenCount = 1
 
-    def __post_init__(self) -> None:
-        if self._room < 1:
-            raise UserError(f"chunks of {self.length} tokens have no room for text: raise examples.max_length")
+    def index(self, documents: Documents) -> _DocumentParts:
+        room = self.max_length - (2 if self.add_special_tokens else 0)
+        if room < 1:
+            raise UserError(f"chunks of {self.max_length} tokens have no room for text: raise examples.max_length")
+        return _DocumentParts(documents.store, room, self.min_length)
 
-    @property
-    def _room(self) -> int:
-        return self.length - (2 if self.special_vocab else 0)
+    def size(self, documents: Documents) -> int:
+        return len(documents.index)
 
-    @cached_property
-    def _parts(self) -> _DocumentParts:
-        return _DocumentParts(self.store, self._room, self.min_length)
-
-    def __len__(self) -> int:
-        return len(self._parts)
-
-    def __getitem__(self, index: int) -> Example:
-        start, stop = self._parts.bounds(index)
-        tokens = self.store.tokens[start:stop]
+    def example(self, documents: Documents, index: int) -> Example:
+        start, stop = documents.index.bounds(index)
+        tokens = documents.store.tokens[start:stop]
+        vocab = documents.vocab
         return {
-            "tokens": self.special_vocab.add_special_tokens(tokens, np.int32)
-            if self.special_vocab
-            else tokens.astype(np.int32)
+            "tokens": vocab.add_special_tokens(tokens, np.int32) if self.add_special_tokens else tokens.astype(np.int32)
         }
 
-    def many(self, indices: Sequence[int]) -> list[Example]:
-        starts, stops = self._parts.bounds_of(np.asarray(indices, np.int64))
-        num_special = 1 if self.special_vocab else 0
+    def many(self, documents: Documents, indices: Sequence[int]) -> list[Example]:
+        starts, stops = documents.index.bounds_of(np.asarray(indices, np.int64))
+        num_special = 1 if self.add_special_tokens else 0
         lengths = stops - starts
         ends = np.cumsum(lengths + 2 * num_special)
         begins = ends - lengths - 2 * num_special
         flat = np.empty(int(ends[-1]), np.int32)
         places = np.repeat(starts - np.cumsum(lengths) + lengths, lengths) + np.arange(int(lengths.sum()))
         inside = np.repeat(begins + num_special - starts, lengths) + places
-        flat[inside] = self.store.tokens.take(places)
-        if self.special_vocab:
-            flat[begins], flat[ends - 1] = self.special_vocab.cls, self.special_vocab.sep
+        flat[inside] = documents.store.tokens.take(places)
+        if self.add_special_tokens:
+            flat[begins], flat[ends - 1] = documents.vocab.cls, documents.vocab.sep
         return [{"tokens": flat[a:b]} for a, b in zip(begins.tolist(), ends.tolist(), strict=True)]
 
 
-@dataclass(frozen=True, eq=False)
-class SegmentPairs(Source):
+@dataclass(frozen=True)
+class SegmentPairsConfig(DocumentsConfig):
     """Two adjacent segments and one from another document: {"first", "second", "other"}.
 
-    They fit into `length` as [CLS] first [SEP] second [SEP]. first and second are a part of a document, split at a random place.
+    They fit into `max_length` as [CLS] first [SEP] second [SEP]. first and second are a part of a document, split at a random place.
     other starts at a random place of another document and is as long as second, so that the length does not give the label away.
     The draws depend on the index alone.
 
     Args:
-        store: The token store.
-        length: Maximum number of tokens of a pair.
-        sentence_vocab: Vocabulary that detects sentence boundaries. All three segments are then whole sentences, as in BERT and
-            ALBERT, and other ends with the sentence that brings it nearest to second's length; a part with fewer than two
-            sentences is split anywhere. None: all are split anywhere; then only adjacent words reveal an order, which
-            small models do not find.
-
-    Raises:
-        UserError: The length is too small, or the store has too few documents or tokens.
+        max_length: The most tokens of a pair.
+        whole_sentences: Whether all three segments consist of whole sentences, as in BERT and ALBERT, and other ends with the sentence
+            that brings it nearest to second's length; a part with fewer than two sentences is split anywhere. Else all are split
+            anywhere; then only adjacent words reveal an order, which small models do not find.
     """
 
-    store: TokenStore
-    length: int
-    sentence_vocab: Vocab | None = None
+    base_fields: ClassVar[frozenset[str]] = frozenset({"first", "second", "other"})
+    min_documents: ClassVar[int] = 2
 
-    def __post_init__(self) -> None:
-        if self.length < 5:
-            raise UserError(f"pairs of {self.length} tokens have no room for two segments: raise examples.max_length")
-        if len(self.store) < 2:
+    max_length: TokenCount = 128
+    whole_sentences: bool = True
+
+    @property
+    def text_units(self) -> frozenset[str]:
+        return frozenset({"pairs"} if self.whole_sentences else ())
+
+    def check_training(self, train: TokenStore, split_by: str) -> None:
+        if len(train) < 2:
             raise UserError(
-                f"{self.store.directory}: segment pairs need two documents or more, one for a random segment"
+                "pairs of segments need two documents or more, and there is one to train on: set data.split_by=blank (or line) if "
+                f"blank lines (or lines) divide the documents of a text, or give more files (data.split_by is {split_by})"
             )
-        if not len(self):
-            raise UserError(f"{self.store.directory}: no document has the two tokens that a pair needs")
 
-    @cached_property
-    def _parts(self) -> _DocumentParts:
-        return _DocumentParts(self.store, self.length - 3, min_length=2)
+    def index(self, documents: Documents) -> _DocumentParts:
+        store = documents.store
+        if self.max_length < 5:
+            raise UserError(
+                f"pairs of {self.max_length} tokens have no room for two segments: raise examples.max_length"
+            )
+        if len(store) < 2:
+            raise UserError(f"{store.directory}: segment pairs need two documents or more, one for a random segment")
+        return _DocumentParts(store, self.max_length - 3, min_length=2)
 
-    @cached_property
-    def _draws(self) -> ExampleRNG:
-        return ExampleRNG(0, "pairs")
+    def check(self, documents: Documents) -> None:
+        if not len(documents):
+            raise UserError(f"{documents.store.directory}: no document has the two tokens that a pair needs")
 
-    def __len__(self) -> int:
-        return len(self._parts)
+    def size(self, documents: Documents) -> int:
+        return len(documents.index)
 
-    def __getitem__(self, index: int) -> Example:
-        start, stop = self._parts.bounds(index)
-        rng = self._draws.at(0, index)
-        bounds = self._bounds(start, stop)
+    def example(self, documents: Documents, index: int) -> Example:
+        start, stop = documents.index.bounds(index)
+        rng = _PAIR_DRAWS.at(0, index)
+        bounds = self._bounds(documents, start, stop)
         if len(bounds) > 2:
             start, cut, stop = bounds[0], bounds[1 + int(rng.random() * (len(bounds) - 2))], bounds[-1]
-            low, high = self._random_segment(start, stop - cut, rng, room=self.length - 3 - (cut - start))
+            room = self.max_length - 3 - (cut - start)
+            low, high = self._random_segment(documents, start, stop - cut, rng, room=room)
         else:
             cut = start + 1 + int(rng.random() * (stop - start - 1))
-            low, high = self._random_segment(start, stop - cut, rng)
+            low, high = self._random_segment(documents, start, stop - cut, rng)
             stop = cut + high - low
         first, second, other = (
-            self.store.tokens[a:b].astype(np.int32) for a, b in ((start, cut), (cut, stop), (low, high))
+            documents.store.tokens[a:b].astype(np.int32) for a, b in ((start, cut), (cut, stop), (low, high))
         )
         return {"first": first, "second": second, "other": other}
 
-    def _bounds(self, low: int, high: int) -> list[int]:
+    def _bounds(self, documents: Documents, low: int, high: int) -> list[int]:
         """Return the sentence boundaries and text ends from token low to high of the store, inclusive."""
-        if self.sentence_vocab is None:
+        if not self.whole_sentences:
             return []
-        document_start, ends = self._parts.document(low)
+        document_start, ends = documents.index.document(low)
         before = max(low - 1, 0)
         begins = (
-            np.flatnonzero(self.sentence_vocab.sentences(self.store.tokens[before : high + 1].astype(np.int32)))
+            np.flatnonzero(documents.vocab.sentences(documents.store.tokens[before : high + 1].astype(np.int32)))
             + before
         )
         inside: list[int] = begins[(begins >= low) & (begins > document_start) & (begins < ends)].tolist()
         return [low] * (low == document_start) + inside + [high] * (high == ends)
 
-    def _random_segment(self, start: int, need: int, rng: np.random.Generator, room: int = 0) -> tuple[int, int]:
+    def _random_segment(
+        self, documents: Documents, start: int, need: int, rng: np.random.Generator, room: int = 0
+    ) -> tuple[int, int]:
         """Return the bounds of about `need` tokens of a document other than that at `start`.
 
         With `room`, the bounds are of whole sentences with at most `room` tokens. Fewer than `need` tokens are returned if ten
@@ -251,22 +367,25 @@ class SegmentPairs(Source):
         best = (0, 0)
         tried = 0
         while tried < 10 or best[1] == best[0]:
-            at = int(rng.random() * len(self.store.tokens))
-            low, high = self._parts.document(at)
+            at = int(rng.random() * len(documents.store.tokens))
+            low, high = documents.index.document(at)
             tried += 1
             if low <= start < high or low == high:
                 continue
             at = max(low, min(at, high - need))
             if room:
-                begins = self._bounds(max(low, at - self.length), at)
+                begins = self._bounds(documents, max(low, at - self.max_length), at)
                 at = begins[-1] if begins else at
-                ends = self._bounds(at + 1, min(high, at + room))
+                ends = self._bounds(documents, at + 1, min(high, at + room))
                 return at, min(ends, key=lambda end: abs(end - at - need)) if ends else min(high, at + need)
             if min(high, at + need) - at > best[1] - best[0]:
                 best = (at, min(high, at + need))
             if best[1] - best[0] == need:
                 break
         return best
+
+
+_PAIR_DRAWS = ExampleRNG(0, "pairs")
 
 
 class _DocumentParts:
@@ -309,6 +428,77 @@ class _DocumentParts:
         return self._offsets.item(document) + self._opened, self._offsets.item(document + 1) - 1
 
 
+@dataclass(frozen=True)
+class WordWindowsConfig(WindowsConfig):
+    """Windows with word2vec's subsampling and noise probabilities: {"tokens", "kept" (V,), "noise" (V,)}.
+
+    Args:
+        max_length: Tokens of a window.
+        subsampling_threshold: Words that are more frequent than this are dropped at random.
+        noise_exponent: Power of the word frequencies in the noise distribution.
+    """
+
+    base_fields: ClassVar[frozenset[str]] = frozenset({"tokens", "kept", "noise"})
+    gives_memory: ClassVar[bool] = False
+    ahead: ClassVar[int] = 0
+
+    max_length: TokenCount = 512
+    subsampling_threshold: NonNegativeFloat = 1e-3
+    noise_exponent: NonNegativeFloat = 0.75
+
+    def check_training(self, train: TokenStore, split_by: str) -> None:
+        if np.diff(train.offsets).max() - train.opened - 1 < 2:
+            raise UserError(
+                "every document is a single word, so no word has a neighbor: give longer documents, or set "
+                f"data.split_by=file (it is {split_by})"
+            )
+
+    def bytes_per_target(self, held_out: TokenStore, objective: Objective) -> float:
+        return 0.0
+
+    def _has_tail(self, documents: Documents) -> bool:
+        return True
+
+    def statistics(self, store: TokenStore, vocab: Vocab) -> Example:
+        return word_statistics(
+            word_counts(np.asarray(store.tokens), vocab), self.subsampling_threshold, self.noise_exponent
+        )
+
+    def example(self, documents: Documents, index: int) -> Example:
+        return super().example(documents, index) | documents.statistics
+
+
+def word_counts(tokens: np.ndarray, vocab: Vocab) -> np.ndarray:
+    """Return the count of each id in a text, (V,); control tokens and the unknown word count 0, so they are neither kept nor drawn."""
+    return np.where(vocab.special, 0, np.bincount(tokens, minlength=vocab.size))
+
+
+def word_statistics(counts: np.ndarray, threshold: float, exponent: float) -> Example:
+    """Return {"kept", "noise"} of a text.
+
+    Args:
+        counts: Count of each id, (V,).
+        threshold: The subsampling threshold.
+        exponent: Exponent of the counts for negative sampling.
+
+    Raises:
+        UserError: The text has too few known words.
+    """
+    if not counts.any():
+        raise UserError("the text holds no word that the tokenizer knows: train the tokenizer on it")
+    chances = keep_probabilities(counts, threshold)
+    if (expected := float(chances @ counts)) < MIN_KEPT_WORDS:
+        known = int(counts.sum())
+        rare = known < MIN_KEPT_WORDS
+        cause = "" if rare else f", of which examples.subsampling_threshold={threshold:g} keeps about {expected:.2g}"
+        advice = "" if rare else ", or set examples.subsampling_threshold=0, which keeps every word"
+        raise UserError(
+            f"the text has too few words for word2vec: {known:,} that the tokenizer knows{cause}; word2vec needs "
+            f"{MIN_KEPT_WORDS} or more to find neighbors in, so train on a longer text{advice}"
+        )
+    return {"kept": chances, "noise": noise_distribution(counts, exponent)}
+
+
 def keep_probabilities(counts: np.ndarray, sample: float) -> np.ndarray:
     """Return the probability to keep each id: (V,) -> (V,).
 
@@ -339,54 +529,3 @@ def noise_distribution(counts: np.ndarray, power: float) -> np.ndarray:
 
 MIN_KEPT_WORDS = 8
 """Number of words: with fewer words kept on average, a step often has no two neighbors."""
-
-
-@dataclass(frozen=True, eq=False)
-class WordWindows(Source):
-    """The examples of a text, each with {"kept" (V,), "noise" (V,)}.
-
-    Args:
-        text: The examples.
-        counts_of: Count of each id, (V,). Control tokens and the unknown word have count 0, so they are neither kept nor drawn.
-        sample: The subsampling threshold.
-        power: Exponent of the counts for negative sampling.
-
-    Raises:
-        UserError: The text has too few known words.
-    """
-
-    text: Source
-    counts_of: np.ndarray
-    sample: float
-    power: float
-
-    def __post_init__(self) -> None:
-        if not self.counts_of.any():
-            raise UserError("the text holds no word that the tokenizer knows: train the tokenizer on it")
-        chances = keep_probabilities(self.counts_of, self.sample)
-        if (expected := float(chances @ self.counts_of)) < MIN_KEPT_WORDS:
-            known = int(self.counts_of.sum())
-            rare = known < MIN_KEPT_WORDS
-            cause = (
-                "" if rare else f", of which examples.subsampling_threshold={self.sample:g} keeps about {expected:.2g}"
-            )
-            advice = "" if rare else ", or set examples.subsampling_threshold=0, which keeps every word"
-            raise UserError(
-                f"the text has too few words for word2vec: {known:,} that the tokenizer knows{cause}; word2vec needs "
-                f"{MIN_KEPT_WORDS} or more to find neighbors in, so train on a longer text{advice}"
-            )
-        object.__setattr__(
-            self, "_word_stats", {"kept": chances, "noise": noise_distribution(self.counts_of, self.power)}
-        )
-
-    @staticmethod
-    def count(tokens: np.ndarray, vocab: Vocab) -> np.ndarray:
-        """Return the count of each id in a text; control tokens count 0."""
-        return np.where(vocab.special, 0, np.bincount(tokens, minlength=vocab.size))
-
-    def __len__(self) -> int:
-        return len(self.text)
-
-    def __getitem__(self, index: int) -> Example:
-        word_stats: Example = self.__dict__["_word_stats"]
-        return self.text[index] | word_stats

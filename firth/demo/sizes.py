@@ -8,15 +8,17 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 
+from firth.align.precompute import RefLogprobsConfig
+from firth.align.rewards import SampledPreferencesConfig
 from firth.align.rollouts import RolloutsConfig
+from firth.data.dialogues import DialoguesConfig
+from firth.data.labeled import LabeledConfig
+from firth.data.windows import ChunksConfig, WindowsConfig
 from firth.model.config import decoder_config, encoder_config, encoder_decoder_config
 from firth.objectives.masked_lm import MLM
 from firth.recipes.decoders import gpt
 from firth.recipes.encoders import roberta
 from firth.recipes.seq2seq import t5
-from firth.runs.alignment_examples import RefLogprobsConfig, SampledPreferencesConfig
-from firth.runs.examples import ChunksConfig, DialoguesConfig, WindowsConfig
-from firth.runs.labeled_examples import LabeledConfig
 from firth.runs.recipe import BatchConfig, CheckpointConfig, EvalConfig, Recipe
 from firth.training.optimizer import OptimizerConfig
 from firth.training.schedule import Budget

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 
 from firth.data.collate import collate
 from firth.data.token_store import TokenStore
-from firth.data.windows import DocumentChunks
+from firth.data.windows import ChunksConfig, Documents
 from firth.evaluate.perplexity import groups
 from firth.generate.decoding_batch import inference_mode
 from firth.model.model import LM
@@ -62,7 +62,7 @@ def items(store: TokenStore, vocab: Vocab, count: int, length: int = 64, seed: i
         length: Most tokens of a text.
         seed: Seed of the hidden positions.
     """
-    chunks = DocumentChunks(store, length)
+    chunks = Documents(ChunksConfig(max_length=length, add_special_tokens=False), store, vocab)
     rng = np.random.default_rng(seed)
     found = []
     for i in np.unique(np.linspace(0, len(chunks) - 1, count).round().astype(int)) if len(chunks) else ():

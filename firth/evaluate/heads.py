@@ -29,7 +29,8 @@ import numpy as np
 
 from firth.data.collate import collate, label_fields_of
 from firth.data.labels import has_spans
-from firth.data.question_answering import QuestionRecords
+from firth.data.question_answering import offsets_of, question_of
+from firth.data.records import Records
 from firth.data.source import Source
 from firth.evaluate import metrics
 from firth.evaluate.perplexity import groups
@@ -245,7 +246,7 @@ def choose_answer(windows: Sequence[FoundSpan], context: str, has_unanswerable: 
 
 
 def by_question(
-    items: QuestionRecords,
+    items: Records,
     outputs: Iterator[np.ndarray],
     has_unanswerable: bool,
     position: Literal["first", "last"] = "first",
@@ -258,9 +259,11 @@ def by_question(
         has_unanswerable: Whether "no answer" is allowed.
         position: Which token of a window represents "no answer".
     """
-    spans = (best_span(scores, items.offsets(i), no_answer_index(scores, position)) for i, scores in enumerate(outputs))
+    spans = (
+        best_span(scores, offsets_of(items, i), no_answer_index(scores, position)) for i, scores in enumerate(outputs)
+    )
     for number, windows in groupby(zip(items.record_ids.tolist(), spans, strict=True), lambda pair: pair[0]):
-        yield choose_answer([span for _, span in windows], items.question_of(number).context, has_unanswerable)
+        yield choose_answer([span for _, span in windows], question_of(items, number).context, has_unanswerable)
 
 
 def no_answer_index(scores: np.ndarray, position: str) -> int:

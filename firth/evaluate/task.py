@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from firth.corpora.readers import first_records
+from firth.data.records import Records, RecordsConfig
 from firth.evaluate import metrics
 from firth.evaluate.prediction_inputs import InputSchema
 from firth.evaluate.tokenizer_match import check_adapter_base, load_tokenizer
@@ -107,6 +108,27 @@ class EvaluatedModel:
         """Most tokens of a row: the length used in training, which may be below the model's maximum."""
         longest: int = self.model.context
         return min(longest, int(self.examples.get("max_length", longest)))
+
+    def records(
+        self,
+        kind: type[RecordsConfig],
+        paths: Sequence[str],
+        labeled: bool = True,
+        *,
+        classes: Sequence[str] = (),
+        **changes: Any,
+    ) -> Records:
+        """Return the records of files, read with the settings of the run's recipe, if it has one.
+
+        Args:
+            kind: The kind of examples.
+            paths: The files.
+            labeled: Whether the records have labels.
+            classes: Names of the classes.
+            **changes: Settings that the recipe does not set.
+        """
+        settings = kind.of(self.examples, **{"max_length": self.context, **changes})
+        return Records(settings, paths, self.tokenizer, classes=classes, purpose="evaluate" if labeled else "predict")
 
     @property
     def device(self) -> torch.device:

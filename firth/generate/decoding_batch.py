@@ -173,12 +173,13 @@ class DecodingBatch:
             self.state = self.model({"tokens": token, "positions": positions}, ForwardContext(self.cache))[:, -1]
         return self.head(self.state)
 
-    def join(self, other: DecodingBatch) -> None:
-        """Add the rows of a batch of the same model and sampling. Both have taken a step or more."""
-        self.cache = self.cache.merge(other.cache, self.sampling.max_new_tokens)
-        self.next = torch.cat((self.next, other.next))
-        self.seen = _stack_left(self.seen, other.seen)
-        self.uniform = _stack_right(self.uniform, other.uniform)
+    def join(self, rows: Sequence[int], other: DecodingBatch) -> None:
+        """Drop all rows but these, and add the rows of a batch of the same model and sampling. Both have taken a step or more."""
+        index = torch.tensor(rows, device=self.device)
+        self.cache = self.cache.merge(index, other.cache, self.sampling.max_new_tokens)
+        self.next = torch.cat((self.next[index], other.next))
+        self.seen = _stack_left(self.seen[index], other.seen)
+        self.uniform = _stack_right(self.uniform[index], other.uniform)
         self.decoder = NativeDecoder.of(self.model, self.cache)
 
     def keep(self, rows: Sequence[int]) -> None:

@@ -264,12 +264,12 @@ class Engine:
                     progress(finished + len(in_batch) - len(unfinished))
                 free = size - len(unfinished)
                 admits = bool(waiting) and free * ADMISSION >= size
-                if len(unfinished) < len(in_batch) and (admits or 2 * len(unfinished) <= len(in_batch)):
+                if admits or 2 * len(unfinished) <= len(in_batch):
                     finished += len(in_batch) - len(unfinished)
                     in_batch = [in_batch[i] for i in unfinished]
-                    if rows is not None and unfinished:
-                        rows.keep(unfinished)
                     rows = rows if unfinished else None
+                    if rows is not None and not admits:
+                        rows.keep(unfinished)
                 if admits:
                     admitted, waiting = waiting[:free], waiting[free:]
                     new = [answers[i] for i in admitted]
@@ -280,7 +280,7 @@ class Engine:
                     if rows is None:
                         rows = batch
                     else:
-                        rows.join(batch)
+                        rows.join(unfinished, batch)
                     in_batch += new
                 elif rows is not None:
                     _append(in_batch, rows)

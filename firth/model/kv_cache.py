@@ -117,64 +117,73 @@ class KVCache:
         if self.decoding_mask is not None:
             self.decoding_mask = self.decoding_mask.index_select(0, rows)
 
-    def merge(self, other: KVCache, room: int) -> KVCache:
-        """Return a cache with the rows of this one and those of another, for further tokens of rows that are being decoded.
+    def merge(self, rows: Tensor, other: KVCache, room: int) -> KVCache:
+        """Return a cache with some rows of this one and all rows of another, for further tokens of both.
 
-        The tokens of a row end in the last slot in use, and slots that are padding in every row are dropped. The order of a
-        row's tokens is unchanged.
+        The tokens of a row stay in order and end in the last slot in use; slots that are padding in every row are dropped.
 
         Args:
+            rows: The rows of this cache to keep (indices).
             other: Another cache of the same model, after `start_decoding`.
             room: Free slots of the new cache.
         """
-        parts = (self, other)
-        masks = [part.decoding_mask[:, 0, 0, : part.length] for part in parts]  # type: ignore[index]
-        length = max(int(mask.sum(1).max()) for mask in masks)
-        merged = KVCache(self.rows + other.rows, length + room)
+        parts = ((self, rows), (other, torch.arange(other.rows, device=rows.device)))
+        shown = [part.decoding_mask[index, 0, 0, : part.length] for part, index in parts]  # type: ignore[index]
+        length = max(int(mask.sum(1).max()) for mask in shown)
+        merged = KVCache(sum(len(index) for _, index in parts), length + room)
         merged.length = length
-        # A stable sort puts padding first and leaves the tokens in order: (rows, slots).
-        slots = [mask.int().argsort(dim=1, stable=True)[:, -length:] for mask in masks]
+        # Padding first, then the tokens in order; None where they already are, as without a trained prefix.
+        moves = [
+            None if bool((mask[:, 1:] >= mask[:, :-1]).all()) else mask.int().argsort(dim=1, stable=True)
+            for mask in shown
+        ]
 
         def joined(pair: tuple[Tensor, Tensor], axis: int) -> Tensor:
-            """Return the tensors (rows, ..., slots, ...) of both caches in one, whose last slots are in use."""
+            """Return the tensors (rows, ..., slots, ...) of both caches in one."""
             shape = list(pair[0].shape)
             shape[0], shape[axis] = merged.rows, merged.capacity
-            out, first = pair[0].new_zeros(shape), 0
-            for x, index in zip(pair, slots, strict=True):
-                count = index.shape[1]
-                view = [1] * x.dim()
-                view[0], view[axis] = index.shape
-                size = list(x.shape)
-                size[axis] = count
-                out[first : first + len(x)].narrow(axis, length - count, count).copy_(
-                    x.gather(axis, index.view(view).expand(size))
-                )
-                first += len(x)
+            out, first = pair[0].new_empty(shape), 0
+            for x, (part, index), move in zip(pair, parts, moves, strict=True):
+                count = min(part.length, length)
+                used = x.narrow(axis, part.length - count, count) if move is None else x.narrow(axis, 0, part.length)
+                used = used if part is other else used.index_select(0, index)
+                if move is not None:
+                    view = [1] * x.dim()
+                    view[0], view[axis] = len(index), count
+                    used = used.gather(
+                        axis, move[:, -count:].reshape(view).expand(*used.shape[:axis], count, *used.shape[axis + 1 :])
+                    )
+                place = out[first : first + len(index)]
+                place.narrow(axis, 0, length - count).zero_()
+                place.narrow(axis, length - count, count).copy_(used)
+                first += len(index)
             return out
 
         merged.keys = [joined(pair, 2) for pair in zip(self.keys, other.keys, strict=True)]
         merged.values = [joined(pair, 2) for pair in zip(self.values, other.values, strict=True)]
         names = self.fields.keys() & other.fields.keys()
         merged.fields = {name: joined((self.fields[name], other.fields[name]), 1) for name in sorted(names)}
-        shown = joined((self.decoding_mask[:, 0, 0], other.decoding_mask[:, 0, 0]), 1)  # type: ignore[index]
-        shown[:, length:] = True
-        merged.decoding_mask = shown[:, None, None]
-        merged.has_padding = not bool(shown.all())
+        mask = joined((self.decoding_mask[:, 0, 0], other.decoding_mask[:, 0, 0]), 1)  # type: ignore[index]
+        mask[:, length:] = True
+        merged.decoding_mask = mask[:, None, None]
+        merged.has_padding = not bool(mask.all())
         merged._merge_encoder(parts)
         return merged
 
-    def _merge_encoder(self, parts: Sequence[KVCache]) -> None:
-        """Take the encoder's keys and values of several caches, padded on the right."""
-        size = max((k.shape[2] for part in parts for k, _ in part.encoder_kv[:1]), default=0)
-        self.encoder_kv = [
-            tuple(
-                torch.cat([F.pad(x, (0, 0, 0, size - x.shape[2])) for x in side]) for side in zip(*pairs, strict=True)
-            )  # type: ignore[misc]
-            for pairs in zip(*(part.encoder_kv for part in parts), strict=True)
-        ]
-        for name in parts[0].encoder_fields:
+    def _merge_encoder(self, parts: Sequence[tuple[KVCache, Tensor]]) -> None:
+        """Take the encoder's keys and values of some rows of several caches, padded on the right."""
+        size = max((k.shape[2] for part, _ in parts for k, _ in part.encoder_kv[:1]), default=0)
+
+        def joined(pair: Sequence[Tensor]) -> Tensor:
+            """Return keys or values (rows, KV, S, D) of all parts in one."""
+            rows = [x.index_select(0, index) for x, (_, index) in zip(pair, parts, strict=True)]
+            return torch.cat([F.pad(x, (0, 0, 0, size - x.shape[2])) for x in rows])
+
+        layers = zip(*(part.encoder_kv for part, _ in parts), strict=True)
+        self.encoder_kv = [(joined([k for k, _ in layer]), joined([v for _, v in layer])) for layer in layers]
+        for name in parts[0][0].encoder_fields:
             fill = NEVER if name == "key_time" else 0
-            rows = [part.encoder_fields[name].expand(part.rows, -1) for part in parts]
+            rows = [part.encoder_fields[name].expand(part.rows, -1)[index] for part, index in parts]
             self.encoder_fields[name] = torch.cat([F.pad(x, (0, size - x.shape[1]), value=fill) for x in rows])
 
     def repeat(self, rows: int, capacity: int) -> KVCache:
@@ -202,12 +211,12 @@ class RecurrentCache(KVCache):
     def start_decoding(self) -> None:
         """Do nothing: the states are the whole cache."""
 
-    def merge(self, other: KVCache, room: int) -> KVCache:
+    def merge(self, rows: Tensor, other: KVCache, room: int) -> KVCache:
         assert isinstance(other, RecurrentCache)
-        merged = RecurrentCache(self.rows + other.rows, max(self.capacity, other.capacity))
+        merged = RecurrentCache(len(rows) + other.rows, max(self.capacity, other.capacity))
         merged.length = max(self.length, other.length)
         merged.layers = {
-            i: tuple(torch.cat(pair, 1) for pair in zip(states, other.layers[i], strict=True))
+            i: tuple(torch.cat((a.index_select(1, rows), b), 1) for a, b in zip(states, other.layers[i], strict=True))
             for i, states in self.layers.items()
         }
         return merged

@@ -19,6 +19,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from firth.data.config import DataConfig
+from firth.data.windows import WindowsConfig
 from firth.model import presets
 from firth.model.config import (
     ModelConfig,
@@ -33,7 +34,6 @@ from firth.recipes.common import (
     recipe_of_size,
     tiny_recipe,
 )
-from firth.runs.examples import WindowsConfig
 from firth.runs.recipe import BatchConfig, CheckpointConfig, EvalConfig, Recipe, TokenizerConfig
 from firth.training.optimizer import OptimizerConfig
 from firth.training.schedule import Budget, Schedule

@@ -45,6 +45,11 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from firth.align.precompute import PseudoLabeledConfig
+from firth.data.annotations import MultiAnnotatorConfig
+from firth.data.dialogues import Seq2SeqConfig
+from firth.data.labeled import LabeledConfig, MultipleChoiceConfig, ScoredConfig, TaggedConfig
+from firth.data.question_answering import QuestionsConfig
 from firth.objectives.classification import Classification, MultipleChoice, Regression
 from firth.objectives.semi_supervised import MultiAnnotator, PseudoLabels, WeightPenalty
 from firth.objectives.sft import Seq2SeqSFT
@@ -52,9 +57,6 @@ from firth.objectives.token_tasks import QuestionAnswering, TokenClassification
 from firth.recipes.common import (
     recipe_of_size,
 )
-from firth.runs.examples import Seq2SeqConfig
-from firth.runs.labeled_examples import LabeledConfig, MultipleChoiceConfig, QuestionsConfig, ScoredConfig, TaggedConfig
-from firth.runs.noisy_label_examples import MultiAnnotatorConfig, PseudoLabeledConfig
 from firth.runs.recipe import BatchConfig, CheckpointConfig, EvalConfig, Recipe
 from firth.training.optimizer import OptimizerConfig
 from firth.training.schedule import Budget, Schedule

@@ -22,13 +22,15 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from firth.align.precompute import RefLogprobsConfig
 from firth.align.rollouts import RolloutsConfig
+from firth.align.unpaired import UnpairedPreferencesConfig
+from firth.data.dialogues import DialoguesConfig, PreferencesConfig
+from firth.data.rankings import RankingsConfig
 from firth.objectives.policy_gradient import GRPO, PPO, RLOO, Reinforce
 from firth.objectives.preferences import DPO, KTO, ORPO, SimPO
 from firth.objectives.reward_model import Ranking, RewardModeling
 from firth.objectives.sft import SFT
-from firth.runs.alignment_examples import RankingsConfig, RefLogprobsConfig, UnpairedPreferencesConfig
-from firth.runs.examples import DialoguesConfig, PreferencesConfig
 from firth.runs.recipe import BatchConfig, CheckpointConfig, EvalConfig, Recipe
 from firth.training.optimizer import OptimizerConfig
 from firth.training.schedule import Budget, Schedule

@@ -14,6 +14,8 @@ from __future__ import annotations
 from dataclasses import replace
 
 from firth.data.config import DataConfig
+from firth.data.labeled import TaggedConfig
+from firth.data.windows import WindowsConfig, WordWindowsConfig
 from firth.model.config import (
     CharacterConfig,
     EmbeddingConfig,
@@ -37,8 +39,6 @@ from firth.recipes.common import (
     recipe_of_size,
     tiny_recipe,
 )
-from firth.runs.examples import WindowsConfig, WordWindowsConfig
-from firth.runs.labeled_examples import TaggedConfig
 from firth.runs.recipe import BatchConfig, CheckpointConfig, EvalConfig, Recipe, TokenizerConfig
 from firth.training.optimizer import OptimizerConfig
 from firth.training.schedule import Budget, Schedule

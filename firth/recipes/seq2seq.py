@@ -9,6 +9,8 @@ from __future__ import annotations
 from dataclasses import replace
 
 from firth.data.config import DataConfig
+from firth.data.dialogues import Seq2SeqConfig
+from firth.data.windows import ChunksConfig
 from firth.model import presets
 from firth.model.config import (
     decoder_config,
@@ -26,7 +28,6 @@ from firth.recipes.common import (
     recipe_of_size,
     tiny_recipe,
 )
-from firth.runs.examples import ChunksConfig, Seq2SeqConfig
 from firth.runs.recipe import BatchConfig, CheckpointConfig, EvalConfig, Recipe, TokenizerConfig
 from firth.training.optimizer import OptimizerConfig
 from firth.training.schedule import Budget, Schedule

@@ -5,7 +5,7 @@ Incompatible combinations are rejected when the recipe is loaded; the error name
 >>> from firth.model.config import decoder_config
 >>> from firth.objectives.masked_lm import MLM
 >>> from firth.objectives.sentence_pairs import NSP
->>> from firth.runs.examples import ChunksConfig
+>>> from firth.data.windows import ChunksConfig
 >>> check_pattern(MLM(), decoder_config(vocab_size=10, hidden_size=64, num_layers=1))  # doctest: +ELLIPSIS
 Traceback (most recent call last):
 ...
@@ -31,7 +31,8 @@ from firth.model.config import AttentionPattern, ModelConfig
 from firth.model.model import LM
 from firth.model.parameter_count import LEARNED_POSITIONS
 from firth.objectives.objective import PATTERN_DESCRIPTIONS, Objective, components
-from firth.runs import alignment_examples, config_io, examples, labeled_examples, noisy_label_examples
+from firth.runs import config_io
+from firth.runs.examples import EXAMPLES
 from firth.runs.peft_options import FullFinetuning, PeftConfig, check_peft
 from firth.runs.sample_example import SAMPLE_VOCAB, sample_example
 from firth.training.device import memory
@@ -40,7 +41,6 @@ from firth.types import DataStats, LogLine, UserError
 if TYPE_CHECKING:
     from firth.runs.recipe import Recipe
 
-EXAMPLES = examples.EXAMPLES | labeled_examples.EXAMPLES | noisy_label_examples.EXAMPLES | alignment_examples.EXAMPLES
 """Name in a recipe -> class."""
 
 PATTERN_RECIPES: dict[AttentionPattern, str] = {

@@ -1,29 +1,36 @@
-"""Build training and validation examples from text or records: the `examples` section of a recipe.
+"""The training and validation examples of a run, and the names of all kinds of examples: the `examples` section of a recipe.
 
-Each kind of examples is one class that returns two `Source`s, for training and validation. windows, chunks, segment_pairs and
-word_windows split running text; dialogues, seq2seq and preferences read records. Further kinds are in
-`firth.runs.labeled_examples`, `firth.runs.noisy_label_examples` and `firth.runs.alignment_examples`.
+A kind of examples is one frozen dataclass, derived from `firth.data.examples.ExamplesConfig`: `firth.data.windows` divides running text,
+`firth.data.dialogues`, `rankings`, `labeled`, `question_answering` and `annotations` read records, and `firth.align` adds the kinds
+that a model takes part in.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from dataclasses import replace
 
 import numpy as np
 
+from firth.align.precompute import PseudoLabeledConfig, RefLogprobsConfig
+from firth.align.rewards import SampledPreferencesConfig
+from firth.align.rollouts import RolloutsConfig
+from firth.align.unpaired import UnpairedPreferencesConfig
 from firth.corpora.input_files import ReadStats
-from firth.data import class_counts, records, windows
+from firth.data import class_counts
+from firth.data.annotations import MultiAnnotatorConfig, SimulatedAnnotatorsConfig
 from firth.data.config import DataConfig
-from firth.data.examples import BuildContext, DatasetSplits, ExamplesConfig, split_records
+from firth.data.dialogues import DialoguesConfig, PreferencesConfig, Seq2SeqConfig
+from firth.data.examples import BuildContext, DatasetSplits, ExamplesConfig
+from firth.data.labeled import LabeledConfig, MultipleChoiceConfig, ScoredConfig, TaggedConfig
+from firth.data.question_answering import QuestionsConfig
+from firth.data.rankings import RankingsConfig
 from firth.data.source import MixtureSource, Source, SubsetSource
 from firth.data.split import content_key, held_out_keys
-from firth.data.token_store import TokenStore
-from firth.fields import NonNegativeFloat, TokenCount
+from firth.data.unlabeled import PartiallyLabeledConfig
+from firth.data.windows import ChunksConfig, SegmentPairsConfig, WindowsConfig, WordWindowsConfig
 from firth.objectives.objective import Objective
 from firth.runs.prepare import documents_of, text_of
-from firth.types import UserError
 
 
 def build_datasets(examples: ExamplesConfig, data: BuildContext, objective: Objective) -> DatasetSplits:
@@ -73,217 +80,6 @@ def spread(source: Source, count: int) -> Source:
     return SubsetSource(source, np.flatnonzero(np.isin(source.record_ids, whole[some])))
 
 
-@dataclass(frozen=True)
-class WindowsConfig(ExamplesConfig):
-    """Windows of `max_length` tokens over the concatenated documents; attention does not cross documents."""
-
-    reads_documents: ClassVar[bool] = True
-    gives_memory: ClassVar[bool] = True
-
-    max_length: TokenCount = 256
-
-    def build(self, data: BuildContext, objective: Objective) -> DatasetSplits:
-        train, valid = data.stores()
-        held = windows.Windows(valid, self.max_length, tail=True, memory=data.memory_length) if valid else None
-        # A causal objective with one label field predicts every held-out token once, except the first of each document.
-        once = valid if objective.attention == "causal" and len(objective.labels) == 1 else None
-        ratio = int(once.bytes.sum()) / max(1, len(once.tokens) - len(once)) if once else 0.0
-        return DatasetSplits(
-            windows.Windows(train, self.max_length, memory=data.memory_length), held, ratio, train.manifest["counts"]
-        )
-
-
-@dataclass(frozen=True)
-class ChunksConfig(ExamplesConfig):
-    """Chunks of single documents.
-
-    Args:
-        max_length: The most tokens of a chunk.
-        add_special_tokens: Whether each chunk is enclosed in [CLS] and [SEP].
-        min_length: Documents with fewer tokens are dropped.
-    """
-
-    reads_documents: ClassVar[bool] = True
-
-    max_length: TokenCount = 128
-    add_special_tokens: bool = True
-    min_length: TokenCount = 1
-
-    def build(self, data: BuildContext, objective: Objective) -> DatasetSplits:
-        train, valid = data.stores()
-        frame = data.tokenizer.vocab if self.add_special_tokens else None
-        held = windows.DocumentChunks(valid, self.max_length, frame, self.min_length) if valid else None
-        return DatasetSplits(
-            windows.DocumentChunks(train, self.max_length, frame, self.min_length),
-            held,
-            read_stats=train.manifest["counts"],
-        )
-
-
-@dataclass(frozen=True)
-class SegmentPairsConfig(ExamplesConfig):
-    """Two neighboring segments and a random one from another document.
-
-    Args:
-        max_length: The most tokens of a pair.
-        whole_sentences: Whether segments consist of whole sentences; else they are split anywhere.
-    """
-
-    reads_documents: ClassVar[bool] = True
-    base_fields: ClassVar[frozenset[str]] = frozenset({"first", "second", "other"})
-
-    max_length: TokenCount = 128
-    whole_sentences: bool = True
-
-    @property
-    def text_units(self) -> frozenset[str]:
-        return frozenset({"pairs"} if self.whole_sentences else ())
-
-    def build(self, data: BuildContext, objective: Objective) -> DatasetSplits:
-        train, valid = data.stores()
-        if len(train) < 2:
-            raise UserError(
-                "pairs of segments need two documents or more, and there is one to train on: set data.split_by=blank (or line) if "
-                f"blank lines (or lines) divide the documents of a text, or give more files (data.split_by is {data.config.split_by})"
-            )
-        whole = data.tokenizer.vocab if self.whole_sentences else None
-        held = windows.SegmentPairs(valid, self.max_length, whole) if valid and len(valid) > 1 else None
-        return DatasetSplits(
-            windows.SegmentPairs(train, self.max_length, whole), held, read_stats=train.manifest["counts"]
-        )
-
-
-@dataclass(frozen=True)
-class WordWindowsConfig(ExamplesConfig):
-    """Windows with word2vec's subsampling and noise probabilities (`firth.data.windows`).
-
-    Args:
-        max_length: Tokens of a window.
-        subsampling_threshold: Words that are more frequent than this are dropped at random.
-        noise_exponent: Power of the word frequencies in the noise distribution.
-    """
-
-    reads_documents: ClassVar[bool] = True
-    base_fields: ClassVar[frozenset[str]] = frozenset({"tokens", "kept", "noise"})
-
-    max_length: TokenCount = 512
-    subsampling_threshold: NonNegativeFloat = 1e-3
-    noise_exponent: NonNegativeFloat = 0.75
-
-    def build(self, data: BuildContext, objective: Objective) -> DatasetSplits:
-        train, valid = data.stores()
-        counts = windows.WordWindows.count(np.asarray(train.tokens), data.tokenizer.vocab)
-        if np.diff(train.offsets).max() - train.opened - 1 < 2:
-            raise UserError(
-                "every document is a single word, so no word has a neighbor: give longer documents, or set "
-                f"data.split_by=file (it is {data.config.split_by})"
-            )
-
-        def shown(store: TokenStore) -> windows.WordWindows:
-            return windows.WordWindows(
-                windows.Windows(store, self.max_length, ahead=0, tail=True),
-                counts,
-                self.subsampling_threshold,
-                self.noise_exponent,
-            )
-
-        return DatasetSplits(shown(train), shown(valid) if valid else None, read_stats=train.manifest["counts"])
-
-
-@dataclass(frozen=True)
-class DialoguesConfig(ExamplesConfig):
-    """Dialogues whose assistant turns are the labels.
-
-    Args:
-        max_length: The most tokens of a dialogue; longer ones are truncated at the end.
-        prompt_template: How a prompt is made of a record's fields; empty takes the record's prompt.
-        completion_template: How an answer is made of a record's fields; empty takes the record's answer.
-    """
-
-    base_fields: ClassVar[frozenset[str]] = frozenset({"tokens", "mask"})
-
-    max_length: TokenCount = 256
-    prompt_template: str = ""
-    completion_template: str = ""
-
-    @property
-    def tokenizer_settings(self) -> tuple[Any, ...]:
-        return (self.prompt_template, self.completion_template)
-
-    def tokenizer_texts(self, paths: Sequence[str]) -> Iterator[tuple[str, list[str]]]:
-        return records.dialogue_texts(paths, (self.prompt_template, self.completion_template))
-
-    def build(self, data: BuildContext, objective: Objective) -> DatasetSplits:
-        forms = (self.prompt_template, self.completion_template)
-        return split_records(
-            data, lambda paths: records.DialogueRecords(paths, data.tokenizer, self.max_length, forms=forms)
-        )
-
-
-@dataclass(frozen=True)
-class Seq2SeqConfig(ExamplesConfig):
-    """Prompts for an encoder and answers from a decoder.
-
-    Args:
-        max_length: The most tokens of a prompt.
-        max_target_length: The most tokens of an answer.
-        prompt_template: How a prompt is made of a record's fields, "translate to French: {en}"; empty takes the record's prompt.
-        completion_template: How an answer is made of a record's fields; empty takes the record's answer.
-    """
-
-    base_fields: ClassVar[frozenset[str]] = frozenset({"source", "target"})
-
-    max_length: TokenCount = 256
-    max_target_length: TokenCount = 128
-    prompt_template: str = ""
-    completion_template: str = ""
-
-    @property
-    def max_tokens(self) -> int:
-        return max(self.max_length, self.max_target_length)
-
-    def row_limits(self, text: int, source: int) -> dict[str, int]:
-        return {"max_length": source, "max_target_length": text}
-
-    @property
-    def tokenizer_settings(self) -> tuple[Any, ...]:
-        return (self.prompt_template, self.completion_template)
-
-    def tokenizer_texts(self, paths: Sequence[str]) -> Iterator[tuple[str, list[str]]]:
-        return records.dialogue_texts(paths, (self.prompt_template, self.completion_template))
-
-    def build(self, data: BuildContext, objective: Objective) -> DatasetSplits:
-        def read(paths: Sequence[str]) -> Source:
-            return records.Seq2SeqRecords(
-                paths,
-                data.tokenizer,
-                self.max_length,
-                answer=self.max_target_length,
-                forms=(self.prompt_template, self.completion_template),
-            )
-
-        return split_records(data, read)
-
-
-PREFERENCE_FIELDS = frozenset({"chosen_tokens", "chosen_mask", "rejected_tokens", "rejected_mask", "margin"})
-"""The fields of a chosen and a rejected answer to one prompt, and by how much the chosen one is better."""
-
-
-@dataclass(frozen=True)
-class PreferencesConfig(ExamplesConfig):
-    """Records with a prompt, a chosen and a rejected answer."""
-
-    base_fields: ClassVar[frozenset[str]] = PREFERENCE_FIELDS
-
-    max_length: TokenCount = 256
-
-    def limit_to(self, context: int) -> ExamplesConfig:
-        return replace(self, max_length=min(self.max_length, context))
-
-    def build(self, data: BuildContext, objective: Objective) -> DatasetSplits:
-        return split_records(data, lambda paths: records.PreferenceRecords(paths, data.tokenizer, self.max_length))
-
-
 def training_texts(
     examples: ExamplesConfig, source: DataConfig, paths: Sequence[str], counts: ReadStats
 ) -> Iterator[str]:
@@ -321,5 +117,19 @@ EXAMPLES: dict[str, type[ExamplesConfig]] = {
     "dialogues": DialoguesConfig,
     "seq2seq": Seq2SeqConfig,
     "preferences": PreferencesConfig,
+    "labeled": LabeledConfig,
+    "scored": ScoredConfig,
+    "multiple_choice": MultipleChoiceConfig,
+    "tagged": TaggedConfig,
+    "questions": QuestionsConfig,
+    "partially_labeled": PartiallyLabeledConfig,
+    "pseudo_labeled": PseudoLabeledConfig,
+    "simulated_annotators": SimulatedAnnotatorsConfig,
+    "multi_annotator": MultiAnnotatorConfig,
+    "sampled_preferences": SampledPreferencesConfig,
+    "ref_logprobs": RefLogprobsConfig,
+    "unpaired_preferences": UnpairedPreferencesConfig,
+    "rankings": RankingsConfig,
+    "rollouts": RolloutsConfig,
 }
 """Name in a recipe -> class."""

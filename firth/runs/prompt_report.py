@@ -96,7 +96,11 @@ def _board(results: Sequence[TaskResult]) -> Table:
         for name, value in result.metrics.items()
     ]  # fmt: skip
     dropped = sum(result.dropped for result in results)
-    note = f"{dropped:,} prompts had fewer examples than wanted, for they were too long." if dropped else ""
+    note = (
+        f"{dropped:,} prompts had fewer examples than wanted: they were too long, or their group has fewer."
+        if dropped
+        else ""
+    )
     return Table("", ("task", "model", "items", "examples", "metric", "value", "standard error"), rows, note)
 
 

@@ -27,7 +27,8 @@ from firth.fields import NonNegativeInt, OptionalTokenCount, PositiveInt, Valida
 from firth.model.config import ModelConfig
 from firth.objectives.objective import Objective, Sum
 from firth.runs import config_io
-from firth.runs.compatibility import EXAMPLES, check_recipe
+from firth.runs.compatibility import check_recipe
+from firth.runs.examples import EXAMPLES
 from firth.runs.peft_options import PEFT_METHODS, FullFinetuning, PeftConfig
 from firth.runs.recipe_names import RECIPES
 from firth.runs.start_model import model_directory

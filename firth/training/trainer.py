@@ -100,7 +100,7 @@ class TrainingResult:
         seconds: Training time.
         flops: Counted work.
         skipped: Steps without a finite gradient.
-        metrics: The last metrics at `exported_step`; those of validation are named_metrics `valid/NAME`.
+        metrics: The last metrics at `exported_step`; those of validation are named `valid/NAME`.
     """
 
     step: int

@@ -328,6 +328,58 @@ def test_prompts_leave_room_for_the_answer(workdir: Path, tmp_path: Path) -> Non
         first_rows(workdir, tmp_path / "room", "ppo", f"data.path={records}", "examples.max_new_tokens=64")
 
 
+# ---- held-out prompts, pretraining text, and records with results
+
+
+def test_held_out_prompts_are_measured_during_training(workdir: Path, rewards: Path) -> None:
+    """Records have results, which the reward reads; a prompt of the held-out file is never trained on."""
+    rewards.write_text(
+        "def right(completion, prompt, result):\n    assert prompt\n    return float(result in completion)\n"
+    )
+    for name, words in (("train", WORDS[:8]), ("held", WORDS[8:])):
+        rows = [{"prompt": f"{word} {i}", "result": word} for word in words for i in range(3)]
+        (rewards.parent / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    more = (
+        f"examples.reward_function=[{rewards.stem}:right, builtins:len]", "examples.reward_weights=[1.0, 0.1]",
+        f"data.path={rewards.parent / 'train.jsonl'}", f"data.validation_path={rewards.parent / 'held.jsonl'}",
+        "evaluation.every=2", "max_steps=4", "evaluation.best_metric=reward",
+    )  # fmt: skip
+    out = rewards.parent / "run"
+    done = run(load("grpo", assignments(workdir, "grpo", *more)), out, lambda line: None)
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    held = [row for row in rows if row["split"] == "valid"]
+    assert [row["step"] for row in held] == [2, 4]
+    for row in held:
+        assert row["reward"] == pytest.approx(row["reward/right"] + 0.1 * row["reward/len"])
+        assert {"kl_per_answer", "finished", "length"} <= row.keys()
+    assert "valid/reward" in done.metrics
+    rewards.with_name("train.jsonl").write_text(json.dumps({"prompt": "the"}))
+    with pytest.raises(
+        UserError,
+        match=r"train\.jsonl:1: the record has no field 'result', which examples\.reward_function=.*:right names",
+    ):
+        run(load("grpo", assignments(workdir, "grpo", *more)), rewards.parent / "lacking", lambda line: None)
+
+
+def test_ppo_ptx_trains_on_text_in_the_same_steps(workdir: Path, tmp_path: Path) -> None:
+    rng = np.random.default_rng(3)
+    text = tmp_path / "text.txt"
+    text.write_text("\n".join(" ".join(rng.choice(WORDS, 12)) for _ in range(120)))
+    more = ("objective.ptx_coef=0.5", "examples.pretraining_rows=8", f"examples.pretraining_path={text}",
+            "examples.pretraining_length=24", "batch.size=24", "max_steps=3", "precision=fp32")  # fmt: skip
+    recipe = load("ppo", assignments(workdir, "ppo", *more))
+    run(recipe, tmp_path / "run", lambda line: None)
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    train = [row for row in rows if row["split"] == "train"]
+    assert [row["step"] for row in rows if row["split"] == "rollouts"] == [1, 2, 3]
+    assert all(row["loss/ptx"] > 0.5 for row in train)
+    assert train[0]["approx_kl"] == pytest.approx(0, abs=1e-5), "rows of text do not change the answers"
+    with pytest.raises(UserError, match=r"set objective\.ptx_coef and examples\.pretraining_rows together"):
+        load("ppo", assignments(workdir, "ppo", "objective.ptx_coef=0.5"))
+    with pytest.raises(UserError, match=r"leaves no row of batch\.size=8 for an answer"):
+        run(load("ppo", assignments(workdir, "ppo", *more, "batch.size=8")), tmp_path / "full", lambda line: None)
+
+
 # ---- rankings
 
 

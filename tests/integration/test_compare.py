@@ -17,11 +17,11 @@ from firth.compare.compare import ComparisonConfig, compare
 from firth.compare.probe_dataset import draw_probe, questions
 from firth.compare.report import METRICS, Interval, Score, differences, gains, markdown, paired, result_row
 from firth.data.config import DataConfig
+from firth.data.labeled import LabeledConfig
 from firth.data.split import content_key
 from firth.data.token_store import TokenStore
 from firth.evaluate.evaluate import evaluate
 from firth.io.integrity import read_record
-from firth.runs.labeled_examples import LabeledConfig
 from firth.runs.prepare import documents_of
 from firth.runs.recipe import Recipe, load
 from firth.runs.run import RunResult, run

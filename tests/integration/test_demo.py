@@ -15,7 +15,8 @@ from pathlib import Path
 import pytest
 
 from firth.align.rewards import PreferencePairs, read_preference_pairs
-from firth.data.records import PreferenceRecords
+from firth.data.dialogues import PreferencesConfig
+from firth.data.records import Records
 from firth.demo import data, scorers
 from firth.demo.data import DatasetInfo, read_rows, sample_balanced
 from firth.runs.recipe import load
@@ -96,7 +97,10 @@ def test_preferences_hold_texts_and_sampled_tokens(finished: Path, tmp_path: Pat
     rows = read_rows(file)
     assert all(isinstance(row[name], str) for row in rows for name in ("prompt", "chosen", "rejected"))
     tokenizer = Tokenizer.load(start)
-    records, sampled = PreferenceRecords([str(file)], tokenizer, 256), PreferencePairs(read_preference_pairs(file))
+    records, sampled = (
+        Records(PreferencesConfig(max_length=256), [str(file)], tokenizer),
+        PreferencePairs(read_preference_pairs(file)),
+    )
     prompts = {row["prompt"] for row in read_rows(finished / "material" / "dialogues-train.jsonl")}
     assert {row["prompt"] for row in rows} <= prompts
     for i, record in enumerate(records.record_ids.tolist()):

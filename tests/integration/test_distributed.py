@@ -44,6 +44,18 @@ def test_the_first_gradient_equals_that_of_one_process(outcomes: tuple[Path, Pat
         assert (g - two[name]).norm() <= 1e-5 * g.norm() + 1e-12, name
 
 
+@pytest.mark.parametrize("name", ["ppo", "grpo", "rloo"])
+def test_two_ranks_have_the_rollouts_and_gradients_of_one(outcomes: tuple[Path, Path], name: str) -> None:
+    one, two = (load_file(path / f"{name}.safetensors") for path in outcomes)
+    assert one.keys() == two.keys()
+    for key, x in one.items():
+        if key.startswith("rollout"):
+            assert torch.equal(x.nan_to_num(), two[key].nan_to_num()), key
+        else:
+            assert (x - two[key]).norm() <= 1e-5 * x.norm() + 1e-9, key
+    assert sum(float(x.norm()) for key, x in one.items() if key.startswith("gradient")) > 0.01
+
+
 def test_losses_equal_those_of_one_process(outcomes: tuple[Path, Path]) -> None:
     one, two = (results(p) for p in outcomes)
     assert one["step"] == pytest.approx(two["step"], abs=1e-5)

@@ -161,7 +161,7 @@ def test_the_dataset_of_the_page_trains(directory, module):
 
 @pytest.mark.parametrize(
     ("name", "message"),
-    [("parallel:Pairs", r"is no kind of examples: derive a @dataclass"), ("parallel:Nothing", r"has no attribute 'Nothing'"),
+    [("parallel:Path", r"is no kind of examples: derive a @dataclass"), ("parallel:Nothing", r"has no attribute 'Nothing'"),
      ("lines", r"there is no kind of examples 'lines'")],
 )  # fmt: skip
 def test_wrong_kinds_of_examples_are_explained(directory, module, name, message):

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from firth.corpora import readers
 from firth.pretrained import load_save
@@ -122,3 +123,32 @@ def test_labeled_records_are_read_once(
     settings = (f"init_from={starts['roberta']}", f"data.path={train}", f"data.validation_path={valid}", "max_steps=2")
     run(load(recipe, (*settings, "precision=fp32")), tmp_path / "run", log=quiet)
     assert record_reads == {train: 1, valid: 1}
+
+
+@pytest.mark.parametrize(
+    ("recipe", "row"),
+    [
+        ("classification", lambda i: {"text": f"{WORDS[i % 16]} {i}", "label": "abc"[i % 3 if i < 20 else i % 2]}),
+        ("regression", lambda i: {"text": f"{WORDS[i % 16]} {i}", "label": i / 7}),
+        (
+            "token_classification",
+            lambda i: {"tokens": ["so", f"wan {i}"], "tags": ["O", "ABC"[i % 3 if i < 20 else 1]]},
+        ),
+    ],
+)
+def test_records_of_a_mixture_are_read_once(
+    recipe: str,
+    row: Callable[[int], dict[str, Any]],
+    starts: dict[str, Path],
+    record_reads: Counter[str],
+    tmp_path: Path,
+) -> None:
+    """One path has all classes and the other has not; both are numbered alike."""
+    rows = [row(i) for i in range(60)]
+    some, others = write(tmp_path / "a.jsonl", rows[:20]), write(tmp_path / "b.jsonl", rows[20:])
+    settings = (f"init_from={starts['roberta']}", f"data.path=[{some}, {others}]", "data.weights=[1, 3]", "max_steps=2")
+    done = run(load(recipe, (*settings, "precision=fp32", "data.validation_fraction=0.2")), tmp_path / "run", log=quiet)
+    assert record_reads == {some: 1, others: 1}
+    objective = yaml.safe_load((done.directory / "recipe.yaml").read_text("utf-8"))["objective"]
+    names = {"classification": ["a", "b", "c"], "token_classification": ["A", "B", "C", "O"]}
+    assert objective.get("class_names", []) == names.get(recipe, [])

@@ -11,8 +11,9 @@ import yaml
 
 from firth.data.config import DataConfig
 from firth.data.source import Source
+from firth.data.windows import WindowsConfig
 from firth.runs import examples
-from firth.runs.examples import WindowsConfig, spread
+from firth.runs.examples import spread
 from firth.runs.prepare import RunData, train_tokenizer
 from firth.runs.recipe import load
 from firth.runs.run import run

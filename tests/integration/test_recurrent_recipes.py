@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from firth.data.labeled import TaggedSentences
+from firth.data.labeled import TaggedConfig
+from firth.data.records import Records
 from firth.generate.engine import Engine
 from firth.generate.sampling import Sampling
 from firth.pretrained.load_save import load_model
@@ -175,7 +176,7 @@ def test_elmo_reads_the_characters_of_its_tokenizer(runs: Path) -> None:
 @pytest.mark.parametrize("algorithm", ["byte-bpe", "bpe", "wordpiece", "unigram", "word"])
 def test_tag_label_is_at_the_first_token_of_a_word(algorithm: str, files: Path) -> None:
     tokenizer = train([TEXT * 5], algorithm, 400 if algorithm != "word" else 140, num_sentinels=3)
-    source = TaggedSentences([f"{files}/tagged.jsonl"], tokenizer, 200)
+    source = Records(TaggedConfig(max_length=200), [f"{files}/tagged.jsonl"], tokenizer)
     example = source[0]
     at = np.flatnonzero(example["tags"] != IGNORE)
     words = TEXT.split()
@@ -196,9 +197,9 @@ def test_invalid_tagged_records_are_rejected(tmp_path: Path, files: Path) -> Non
     ):
         (tmp_path / "bad.jsonl").write_text(json.dumps(row) + "\n")
         with pytest.raises(UserError, match=f"bad.jsonl.*{message}"):
-            TaggedSentences([str(tmp_path / "bad.jsonl")], tokenizer, 20)
+            Records(TaggedConfig(max_length=20), [str(tmp_path / "bad.jsonl")], tokenizer)
     with pytest.raises(UserError, match=r"the tag short is none of the classes \(long\)"):
-        TaggedSentences([f"{files}/tagged.jsonl"], tokenizer, 20, classes=("long",))
+        Records(TaggedConfig(max_length=20), [f"{files}/tagged.jsonl"], tokenizer, classes=("long",))
 
 
 def test_word_tokenizer_has_the_most_frequent_words() -> None:

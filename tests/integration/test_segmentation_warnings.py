@@ -8,15 +8,14 @@ from pathlib import Path
 import pytest
 
 from firth.corpora.readers import Document
-from firth.data import windows
 from firth.data.config import DataConfig
 from firth.data.token_store import TokenStore
+from firth.data.windows import ChunksConfig, Documents, SegmentPairsConfig
 from firth.objectives.masked_lm import MLM
 from firth.objectives.objective import Objective
 from firth.objectives.replaced_tokens import RTD
 from firth.objectives.sentence_pairs import SOP
 from firth.objectives.seq2seq import Denoising, SpanCorruption
-from firth.runs.examples import ChunksConfig, SegmentPairsConfig
 from firth.runs.prepare import RunData
 from firth.runs.recipe import load
 from firth.runs.run import run
@@ -71,14 +70,14 @@ def test_missing_units_are_reported(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     monkeypatch.setattr(segmentation, "has_dictionary", lambda: False)
-    source = windows.DocumentChunks(stores[language], 64, None)
+    source = Documents(ChunksConfig(max_length=64, add_special_tokens=False), stores[language], tokenizer.vocab)
     found = fallbacks(objective, ChunksConfig(64), source, tokenizer.vocab)
     assert [expected in line for line in found] == [True] * bool(expected), found
 
 
 def test_dictionary_finds_words_to_mask(stores: dict[str, TokenStore], tokenizer: Tokenizer) -> None:
     pytest.importorskip("icu4py")
-    source = windows.DocumentChunks(stores["Chinese"], 64, None)
+    source = Documents(ChunksConfig(max_length=64, add_special_tokens=False), stores["Chinese"], tokenizer.vocab)
     assert fallbacks(MLM(noise="words"), ChunksConfig(64), source, tokenizer.vocab) == []
 
 
@@ -86,7 +85,7 @@ def test_dictionary_finds_words_to_mask(stores: dict[str, TokenStore], tokenizer
 def test_pairs_without_sentences_are_reported(
     language: str, expected: list[str], stores: dict[str, TokenStore], tokenizer: Tokenizer
 ) -> None:
-    source = windows.SegmentPairs(stores[language], 64, tokenizer.vocab)
+    source = Documents(SegmentPairsConfig(max_length=64), stores[language], tokenizer.vocab)
     assert fallbacks(SOP() + MLM(), SegmentPairsConfig(64), source, tokenizer.vocab) == expected
     assert fallbacks(SOP() + MLM(), SegmentPairsConfig(64, whole_sentences=False), source, tokenizer.vocab) == []
 

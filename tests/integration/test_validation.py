@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from firth.data.records import Records
 from firth.data.split import content_key
 from firth.evaluate import glue
 from firth.evaluate.evaluate import evaluate
@@ -273,11 +274,15 @@ def test_question_metrics_are_those_of_squad(tmp_path: Path, tokens: Path) -> No
 
 
 def test_whole_questions_are_evaluated(tmp_path: Path, tokens: Path) -> None:
-    from firth.data.question_answering import QuestionRecords
+    from firth.data.question_answering import QuestionsConfig
     from firth.runs.examples import spread
 
     (tmp_path / "a.json").write_text(squad(20))
-    source = QuestionRecords([str(tmp_path / "a.json")], Tokenizer.load(tokens), 18, question=8, stride=4)
+    source = Records(
+        QuestionsConfig(max_length=18, max_question_length=8, doc_stride=4),
+        [str(tmp_path / "a.json")],
+        Tokenizer.load(tokens),
+    )
     some = spread(source, len(source) // 3)
     assert len(some) < len(source) // 2
     for owner in np.unique(some.record_ids):
@@ -285,10 +290,12 @@ def test_whole_questions_are_evaluated(tmp_path: Path, tokens: Path) -> None:
 
 
 def test_no_answer_has_the_probability_of_the_null_span(tmp_path: Path, tokens: Path) -> None:
-    from firth.data.question_answering import QuestionRecords
+    from firth.data.question_answering import QuestionsConfig
 
     (tmp_path / "a.json").write_text(squad(1))
-    source = QuestionRecords([str(tmp_path / "a.json")], Tokenizer.load(tokens), 96, question=8)
+    source = Records(
+        QuestionsConfig(max_length=96, max_question_length=8), [str(tmp_path / "a.json")], Tokenizer.load(tokens)
+    )
     n = len(source[0]["tokens"])
     scores = np.zeros((n, 2))
     scores[0] = 3.0

@@ -5,6 +5,7 @@ torchrun --nproc-per-node 2 tests/support/train_ranks.py OUT
 
 from __future__ import annotations
 
+import copy
 import json
 import sys
 from pathlib import Path
@@ -13,7 +14,14 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from firth.align.advantages import GAE, AdvantageEstimator, GroupNormalized, LeaveOneOut
+from firth.align.rewards import FunctionReward
+from firth.align.rollouts import RolloutsConfig, RolloutSource
+from firth.data.collate import Batches
+from firth.model.config import decoder_config
 from firth.model.model import LM
+from firth.objectives.objective import Objective
+from firth.objectives.policy_gradient import GRPO, PPO, RLOO
 from firth.training.distributed import Ranks, join
 from firth.training.logging import NullReporter
 from firth.training.optimizer import OptimizerConfig
@@ -21,6 +29,7 @@ from firth.training.schedule import Budget, Schedule
 from firth.training.step import step, validate
 from firth.training.trainer import TrainerConfig, TrainingResult, train
 from firth.types import Batch, Outputs
+from tests.support.byte_tokenizer import ByteTokenizer
 from tests.support.training import Chains, WithAccuracy, small_batches, small_model
 
 
@@ -52,6 +61,37 @@ def short_run(
     )  # fmt: skip
 
 
+def rollout_gradients(out: Path, ranks: Ranks, accumulate: int) -> None:
+    """Write NAME.safetensors with the rollouts and the gradient of a step on them, for each policy-gradient objective."""
+    tokenizer = ByteTokenizer()
+    config = decoder_config(
+        vocab_size=tokenizer.vocab.size, hidden_size=16, num_layers=1, num_heads=2, max_positions=32
+    )
+    prompts = [tokenizer.encode(text) for text in ("a", "bcd", "ef", "ghij")]
+    objectives: dict[str, tuple[Objective, AdvantageEstimator]] = {
+        "ppo": (PPO(), GAE()), "grpo": (GRPO(loss_type="grpo"), GroupNormalized()), "rloo": (RLOO(), LeaveOneOut()),
+    }  # fmt: skip
+    for name, (objective, estimator) in objectives.items():
+        torch.manual_seed(3)
+        model = LM(config, objective.heads(config))
+        source = RolloutSource(
+            prompts, tokenizer, FunctionReward(lambda text: float(text.count("e") + len(text) % 3)), copy.deepcopy(model),  # type: ignore[arg-type]
+            config=RolloutsConfig(rollout_size=16, num_generations=4, max_new_tokens=7), steps=1, stops=list(range(7, 30)),
+            advantage_estimator=estimator, seed=2,
+        )  # fmt: skip
+        source.prepare(model, 0)
+        batches = Batches(
+            source, objective, tokenizer.vocab, batch_size=16, seed=0, gradient_accumulation_steps=accumulate, rank=ranks.rank,
+            world=ranks.world,
+        )  # fmt: skip
+        step(model, objective, batches.batches(0), ranks.sum)
+        ranks.sum_gradients(list(model.parameters()))
+        found = {f"gradient {n}": p.grad for n, p in model.named_parameters() if p.grad is not None}
+        found |= {f"rollout {n}": torch.from_numpy(x) for n, x in source.state().items()}
+        if ranks.first:
+            save_file(found, out / f"{name}.safetensors")
+
+
 def run_all(out: Path, ranks: Ranks, accumulate: int) -> None:
     """Write gradients.safetensors, results.json and the run directories into `out`."""
     torch.set_num_threads(1)
@@ -63,6 +103,7 @@ def run_all(out: Path, ranks: Ranks, accumulate: int) -> None:
     if ranks.first:
         save_file(gradients, out / "gradients.safetensors")
 
+    rollout_gradients(out, ranks, accumulate)
     plain = short_run(out / "plain", ranks, small_model(dropout=0.0), 5, objective, accumulate)
 
     NanOnRank1.rank = ranks.rank

@@ -17,8 +17,8 @@ from firth.fields import MAX_INT, Validated, check_fields
 from firth.generate.sampling import Sampling
 from firth.objectives.classification import Classification
 from firth.objectives.objective import Objective
-from firth.runs.compatibility import EXAMPLES
 from firth.runs.config_io import from_dict
+from firth.runs.examples import EXAMPLES
 from firth.runs.peft_options import PEFT_METHODS
 from firth.runs.recipe import BatchConfig, Recipe, TokenizerConfig, load
 from firth.training.optimizer import OptimizerConfig

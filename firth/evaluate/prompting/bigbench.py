@@ -150,7 +150,7 @@ def _fields(one: Mapping[str, Any], task: Mapping[str, Any], location: str) -> d
             values = [float(score) for score in scores.values()]
         except (TypeError, ValueError) as error:
             raise UserError(f"{location}: the scores of the choices must be numbers: {scores}") from error
-        if max(values) <= min(values) and (len(values) > 1 or values[0] == 0):
+        if "target" not in one and max(values) <= min(values) and (len(values) > 1 or values[0] == 0):
             raise UserError(f"{location}: no choice has a higher score than the others")
         fields |= {"choices": list(scores), "scores": values, "best": values.index(max(values))}
         fields["targets"] = [list(scores)[fields["best"]]]
@@ -174,7 +174,12 @@ def _task(task: Mapping[str, Any], path: Path, items: list[Item], metrics: list[
         metrics=tuple(MetricConfig(metric) for metric in metrics),
     )  # fmt: skip
     if kind == "multiple_choice":
-        return replace(base, target="best", choices="choices", scores="scores")
+        several = [item for item in items if len(item.fields["choices"]) > 1]
+        if len(several) < len(items):
+            LOGGER.warning(
+                f"{path}: {len(items) - len(several):,} of {len(items):,} examples have one choice; they are left out"
+            )
+        return replace(base, items=several, target="best", choices="choices", scores="scores")
     if kind == "loglikelihood":
         return base
     stop, pattern = task.get("stop_string"), task.get("output_regex")

@@ -111,7 +111,7 @@ def run_tasks(
                 raise UserError(f"{item.location}: {error}") from error
             running.append((number, index, asking, requests))
     while running:
-        replies = _replies([request for *_, requests in running for request in requests], model, cache, progress)
+        replies = ask_model([request for *_, requests in running for request in requests], model, cache, progress)
         following = []
         for number, index, asking, requests in running:
             try:
@@ -125,7 +125,7 @@ def run_tasks(
     ]
 
 
-def _replies(
+def ask_model(
     requests: Sequence[Request], model: Responder, cache: ReplyCache | None, progress: Callable[[int, int], None]
 ) -> dict[Request, Reply]:
     """Return the reply to each request: from the cache, or from the model, which gets equal requests once."""

@@ -7,6 +7,7 @@ from typing import Any
 
 from firth.corpora.readers import first_record
 from firth.data.conversations import comparison, messages_of
+from firth.evaluate.prompting.task_files import builtin_names
 from firth.evaluate.task import EvaluatedModel, Task
 from firth.evaluate.tasks.classification import CLASSIFICATION
 from firth.evaluate.tasks.generation import GENERATION, can_generate
@@ -46,7 +47,10 @@ def find(name: str) -> Task:
     if name in TASKS:
         return TASKS[name]
     if ":" not in name:
-        raise UserError(f"there is no task {name!r}; the tasks are likelihood, {', '.join(TASKS)}, glue, objective")
+        raise UserError(
+            f"there is no task {name!r}; the tasks are likelihood, {', '.join(TASKS)}, glue, objective; in prompts "
+            f"{', '.join(builtin_names())}, a YAML file or a task.json of BIG-bench"
+        )
     found = user_code.find(name, "task")
     if not isinstance(found, Task):
         raise UserError(f"{name!r} is a {type(found).__name__} and no firth.evaluate.task.Task")

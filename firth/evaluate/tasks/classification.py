@@ -1,6 +1,6 @@
 """Classification of labeled records with the head of a finetuned run.
 
-Records are read and built into examples exactly as in training (`firth.data.labeled.LabeledTexts`,
+Records are read and built into examples exactly as in training (`firth.data.labeled.LabeledConfig`,
 `Classification.build_example`), so the accuracy is the one that training logged. F1, Matthews' correlation and intervals
 complete it.
 """
@@ -12,8 +12,9 @@ from typing import Any
 
 import numpy as np
 
-from firth.data.annotations import ClassifiedAnnotations
-from firth.data.labeled import LabeledTexts, TextFields
+from firth.data.annotations import MultiAnnotatorConfig
+from firth.data.labeled import LabeledConfig, TextsConfig
+from firth.data.records import Records
 from firth.data.source import Source
 from firth.evaluate import metrics
 from firth.evaluate.heads import HeadOutput, head_outputs, softmax
@@ -26,18 +27,12 @@ from firth.pretrained.families.conversion import UNNAMED
 from firth.types import Example, UserError
 
 
-def load(evaluated: EvaluatedModel, paths: Sequence[str], labeled: bool = True) -> LabeledTexts:
+def load(evaluated: EvaluatedModel, paths: Sequence[str], labeled: bool = True) -> Records:
     """Load records with the fields and the maximum length of the run's recipe, if it has one."""
     check_head(evaluated, "classes", "classes", "classification")
-    settings, classes = evaluated.examples, class_names(evaluated, "classes")
-    if settings.get("kind") == "multi_annotator":  # the majority vote is the label
-        fields = TextFields(settings.get("text_field", "text"), settings.get("labels_field", "labels"))
-        return ClassifiedAnnotations(
-            paths, evaluated.tokenizer, evaluated.context, fields, classes=classes, labeled=labeled
-        )
-    return LabeledTexts(
-        paths, evaluated.tokenizer, evaluated.context, TextFields.of(settings), classes=classes, labeled=labeled
-    )
+    voted = evaluated.examples.get("kind") == "multi_annotator"  # the majority vote is the label
+    kind: type[TextsConfig] = MultiAnnotatorConfig if voted else LabeledConfig
+    return evaluated.records(kind, paths, labeled, classes=class_names(evaluated, "classes"))
 
 
 def check_head(evaluated: EvaluatedModel, head: str, outputs: str, recipe: str) -> None:
@@ -102,20 +97,20 @@ def examples(items: Source, progress: Progress) -> Iterator[Example]:
         progress((i + 1) / len(items))
 
 
-def read(evaluated: EvaluatedModel, items: LabeledTexts, progress: Progress) -> Iterator[HeadOutput]:
+def read(evaluated: EvaluatedModel, items: Records, progress: Progress) -> Iterator[HeadOutput]:
     """Yield the label and the class scores of each text."""
     objective = Classification(class_names=items.classes, position=readout_position(evaluated))
     return head_outputs(evaluated.model, objective, "classes", examples(items, progress), evaluated.vocab)
 
 
-def respond(evaluated: EvaluatedModel, items: LabeledTexts, progress: Progress) -> Answers:
+def respond(evaluated: EvaluatedModel, items: Records, progress: Progress) -> Answers:
     """Return the gold class and the class with the highest score of each text, "" for a tie."""
     found = list(read(evaluated, items, progress))
     names = items.classes
     return [names[int(label)] for label, _ in found], [most_likely(names, scores.tolist()) for _, scores in found]
 
 
-def extra_metrics(items: LabeledTexts) -> Mapping[str, MetricFunction]:
+def extra_metrics(items: Records) -> Mapping[str, MetricFunction]:
     """Return the F1 of the second of two classes, as in GLUE; nothing for more classes."""
     if len(items.classes) != 2:
         return {}
@@ -125,18 +120,20 @@ def extra_metrics(items: LabeledTexts) -> Mapping[str, MetricFunction]:
 
 def input_schema(evaluated: EvaluatedModel) -> InputSchema:
     """Return the schema of one text per record, which may be a line, or of two texts."""
-    fields = TextFields.of(evaluated.examples)
+    fields = LabeledConfig.of(evaluated.examples)
 
     def line(text: str) -> dict[str, Any]:
         if fields.text_pair_field:
             raise UserError("this task reads two texts per record, which lines of text cannot give: give JSON lines")
         return {fields.text_field: text}
 
-    names = [fields.text_field, fields.text_pair_field] if fields.text_pair_field else [fields.text_field]
-    return InputSchema(fields.text_field, line, lambda record: [record.get(n) for n in names], fields.column_names)
+    def texts(record: dict[str, Any]) -> Sequence[Any]:
+        return [record.get(name) for name in fields.read_fields]
+
+    return InputSchema(fields.text_field, line, texts, fields.column_names)
 
 
-def predict(evaluated: EvaluatedModel, items: LabeledTexts, progress: Progress) -> Iterator[dict[str, Any]]:
+def predict(evaluated: EvaluatedModel, items: Records, progress: Progress) -> Iterator[dict[str, Any]]:
     """Yield {"label", "probability", "probabilities": class -> probability} for each text."""
     for _, scores in read(evaluated, items, progress):
         shares = [round(float(share), 6) for share in softmax(scores)]

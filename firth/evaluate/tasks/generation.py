@@ -17,8 +17,8 @@ from typing import Any
 
 import numpy as np
 
-from firth.data.prompts import CompletionPrompts, TextPrompts
-from firth.data.records import Seq2SeqRecords, field_names
+from firth.data.dialogues import DecoderPromptsConfig, Seq2SeqConfig, field_names
+from firth.data.records import Records
 from firth.evaluate import metrics
 from firth.evaluate.perplexity import leading_bos
 from firth.evaluate.prediction_inputs import InputSchema
@@ -35,7 +35,7 @@ MAX_CHAT_TOKENS = 256
 """Token limit of a decoder's completion where no gold answer is known."""
 
 
-def load(evaluated: EvaluatedModel, paths: Sequence[str], labeled: bool = True) -> Seq2SeqRecords:
+def load(evaluated: EvaluatedModel, paths: Sequence[str], labeled: bool = True) -> Records:
     """Load prompts as the model reads them; UserError for a model that does not generate text."""
     config = evaluated.model.config
     if not can_generate(evaluated):
@@ -44,14 +44,13 @@ def load(evaluated: EvaluatedModel, paths: Sequence[str], labeled: bool = True) 
             "text_to_text)"
         )
     if config.encoder.num_layers:
-        kind = Seq2SeqRecords if labeled else CompletionPrompts
-        return kind(paths, evaluated.tokenizer, evaluated.context, forms=templates(evaluated))
+        return evaluated.records(Seq2SeqConfig, paths, labeled, max_target_length=evaluated.context)
     bos, _ = (
         (None, False) if config.attention.prefix_lm else leading_bos(evaluated.model_directory, evaluated.tokenizer)
     )
-    return TextPrompts(
-        paths, evaluated.tokenizer, evaluated.model.context, forms=templates(evaluated), dialogue=evaluated.is_chat_model,
-        begin=() if bos is None else (bos,), answered=labeled,
+    return evaluated.records(
+        DecoderPromptsConfig, paths, labeled, max_length=evaluated.model.context, is_chat=evaluated.is_chat_model,
+        bos=() if bos is None else (bos,),
     )  # fmt: skip
 
 
@@ -66,9 +65,7 @@ def templates(evaluated: EvaluatedModel) -> tuple[str, str]:
     return evaluated.examples.get("prompt_template", ""), evaluated.examples.get("completion_template", "")
 
 
-def completions(
-    evaluated: EvaluatedModel, items: Seq2SeqRecords, max_tokens: int, progress: Progress
-) -> Iterator[Completion]:
+def completions(evaluated: EvaluatedModel, items: Records, max_tokens: int, progress: Progress) -> Iterator[Completion]:
     """Yield the greedy completion of each prompt.
 
     Args:
@@ -93,9 +90,7 @@ NO_ROOM = Completion(np.zeros(0, np.int32), np.zeros(0, np.float32), "", "contex
 """Completion of a prompt that fills the context."""
 
 
-def respond(
-    evaluated: EvaluatedModel, items: Seq2SeqRecords, progress: Progress, max_tokens: int = MIN_NEW_TOKENS
-) -> Answers:
+def respond(evaluated: EvaluatedModel, items: Records, progress: Progress, max_tokens: int = MIN_NEW_TOKENS) -> Answers:
     """Return the gold answers and the completions as text."""
     targets = [items[i]["target"] for i in range(len(items))]
     max_tokens = max(max_tokens, *(len(target) + 1 for target in targets))
@@ -120,7 +115,7 @@ def input_schema(evaluated: EvaluatedModel) -> InputSchema:
     )
 
 
-def predict(evaluated: EvaluatedModel, items: Seq2SeqRecords, progress: Progress) -> Iterator[dict[str, Any]]:
+def predict(evaluated: EvaluatedModel, items: Records, progress: Progress) -> Iterator[dict[str, Any]]:
     """Yield {"answer", "probability", "finish"} for each prompt.
 
     "probability" is the product over the tokens; "finish" is "stop", or "length" or "context" for a truncated answer.

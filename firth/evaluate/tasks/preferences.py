@@ -3,7 +3,7 @@
 The calibration error compares sigma(difference of the rewards), the probability that the higher reward is the better answer
 (Bradley & Terry 1952), with how often it is.
 
-Dialogues are read and encoded as in training (`firth.data.records.PreferenceRecords`), up to the last token of the answer.
+Dialogues are read and encoded as in training (`firth.data.dialogues.PreferencesConfig`), up to the last token of the answer.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from firth.data.collate import collate
-from firth.data.records import PreferenceRecords
+from firth.data.dialogues import PreferencesConfig
+from firth.data.records import Records
 from firth.evaluate import metrics
 from firth.evaluate.perplexity import groups
 from firth.evaluate.task import Answers, EvaluatedModel, Progress, Task, most_likely
@@ -24,16 +25,16 @@ from firth.types import Example, UserError
 SIDES = ("chosen", "rejected")
 
 
-def load(evaluated: EvaluatedModel, paths: Sequence[str]) -> PreferenceRecords:
+def load(evaluated: EvaluatedModel, paths: Sequence[str]) -> Records:
     """Load the preference pairs whose two answers both fit into a row."""
     if "reward" not in evaluated.model.heads:
         raise UserError(
             f"{evaluated.directory}: this model has no reward head: train one with `firth train reward_model`"
         )
-    return PreferenceRecords(paths, evaluated.tokenizer, evaluated.context)
+    return evaluated.records(PreferencesConfig, paths)
 
 
-def respond(evaluated: EvaluatedModel, items: PreferenceRecords, progress: Progress) -> Answers:
+def respond(evaluated: EvaluatedModel, items: Records, progress: Progress) -> Answers:
     """Return "chosen", the side with the higher reward of each pair ("" for a tie), and the probability of that side."""
 
     def build_examples() -> Iterator[Example]:

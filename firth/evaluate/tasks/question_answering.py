@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
-from firth.data.question_answering import QuestionRecords
+from firth.data.question_answering import QuestionsConfig, has_unanswerable, question_of
+from firth.data.records import Records
 from firth.evaluate import metrics
 from firth.evaluate.heads import by_question, head_outputs
 from firth.evaluate.prediction_inputs import InputSchema
@@ -15,42 +16,38 @@ from firth.objectives.token_tasks import QuestionAnswering
 from firth.types import UserError
 
 
-def load(evaluated: EvaluatedModel, paths: Sequence[str], labeled: bool = True) -> QuestionRecords:
+def load(evaluated: EvaluatedModel, paths: Sequence[str], labeled: bool = True) -> Records:
     """Load questions in the windows of the run's recipe, if it has one."""
     check_head(evaluated, "span", "spans", "question_answering")
-    settings = evaluated.examples
-    return QuestionRecords(
-        paths, evaluated.tokenizer, evaluated.context, stride=settings.get("doc_stride", 128),
-        question=settings.get("max_question_length", 64), context=settings.get("context_field", "context"), labeled=labeled, keep=True,
-    )  # fmt: skip
+    return evaluated.records(QuestionsConfig, paths, labeled)
 
 
-def read(evaluated: EvaluatedModel, items: QuestionRecords, progress: Progress) -> Iterator[dict[str, Any]]:
+def read(evaluated: EvaluatedModel, items: Records, progress: Progress) -> Iterator[dict[str, Any]]:
     """Yield the answer to each question: its text (empty for no answer), start and probability."""
     position: Literal["first", "last"] = "last" if readout_position(evaluated) == "last" else "first"
-    has_unanswerable = evaluated.objective.get("has_unanswerable")
-    has_unanswerable = items.unanswerable > 0 if has_unanswerable is None else has_unanswerable
+    unanswerable = evaluated.objective.get("has_unanswerable")
+    unanswerable = has_unanswerable(items) if unanswerable is None else unanswerable
     outputs = head_outputs(
         evaluated.model, QuestionAnswering(position=position), "span", examples(items, progress), evaluated.vocab
     )
-    return by_question(items, (scores for _, scores in outputs), has_unanswerable, position)
+    return by_question(items, (scores for _, scores in outputs), unanswerable, position)
 
 
-def respond(evaluated: EvaluatedModel, items: QuestionRecords, progress: Progress) -> Answers:
+def respond(evaluated: EvaluatedModel, items: Records, progress: Progress) -> Answers:
     """Return exact match and F1 of each question."""
     return score_answers(items, read(evaluated, items, progress))
 
 
-def score_answers(items: QuestionRecords, answers: Iterator[dict[str, Any]]) -> Answers:
+def score_answers(items: Records, answers: Iterator[dict[str, Any]]) -> Answers:
     """Return exact match and F1 of given answers, one per question."""
-    gold = (items.question_of(number).right for number in range(items.questions))
+    gold = (question_of(items, number).right for number in dict.fromkeys(items.record_ids.tolist()))
     pairs = [metrics.squad(texts, one["answer"]) for texts, one in zip(gold, answers, strict=True)]
     return [exact for exact, _ in pairs], [f1 for _, f1 in pairs]
 
 
 def input_schema(evaluated: EvaluatedModel) -> InputSchema:
     """Return the schema of a question and its passage; a line of text cannot hold both."""
-    context = evaluated.examples.get("context_field", "context")
+    fields = QuestionsConfig.of(evaluated.examples)
 
     def line(text: str) -> dict[str, Any]:
         raise UserError(
@@ -58,12 +55,12 @@ def input_schema(evaluated: EvaluatedModel) -> InputSchema:
         )
 
     def texts(record: dict[str, Any]) -> Sequence[Any]:
-        return [record.get(context), record.get("question")]
+        return [record.get(name) for name in fields.read_fields]
 
     return InputSchema("question", line, texts, passages=True)
 
 
-def predict(evaluated: EvaluatedModel, items: QuestionRecords, progress: Progress) -> Iterator[dict[str, Any]]:
+def predict(evaluated: EvaluatedModel, items: Records, progress: Progress) -> Iterator[dict[str, Any]]:
     """Yield {"answer": empty for no answer, "start": character, "probability": in its window} for each question."""
     for answer in read(evaluated, items, progress):
         yield answer | {"probability": round(answer["probability"], 6)}

@@ -10,8 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from firth.data.labeled import TagFields, TaggedSentences
+from firth.data.labeled import TaggedConfig, written
 from firth.data.labels import has_spans, to_bio2
+from firth.data.records import Records
 from firth.evaluate import metrics
 from firth.evaluate.heads import head_outputs, softmax
 from firth.evaluate.prediction_inputs import InputSchema
@@ -23,17 +24,14 @@ OUTSIDE = "O"
 """Prediction for a word that the model did not read."""
 
 
-def load(evaluated: EvaluatedModel, paths: Sequence[str], labeled: bool = True) -> TaggedSentences:
+def load(evaluated: EvaluatedModel, paths: Sequence[str], labeled: bool = True) -> Records:
     """Load sentences with the fields and the maximum length of the run's recipe, if it has one."""
     check_head(evaluated, "tags", "tags", "token_classification")
-    fields, classes = TagFields.of(evaluated.examples), class_names(evaluated, "tags")
-    return TaggedSentences(
-        paths, evaluated.tokenizer, evaluated.context, fields, classes=classes, labeled=labeled, keep=True
-    )
+    return evaluated.records(TaggedConfig, paths, labeled, classes=class_names(evaluated, "tags"))
 
 
 def read(
-    evaluated: EvaluatedModel, items: TaggedSentences, progress: Progress
+    evaluated: EvaluatedModel, items: Records, progress: Progress
 ) -> Iterator[tuple[list[str], list[str], list[float]]]:
     """Yield gold tags, predicted tags and probabilities of the words of every sentence."""
     config = evaluated.model.config
@@ -43,31 +41,31 @@ def read(
     next(found, None)  # exhaust the generator, which restores the mode of the model
 
 
-def by_word(items: TaggedSentences, found: Iterator[np.ndarray]) -> Iterator[tuple[list[str], list[str], list[float]]]:
+def by_word(items: Records, found: Iterator[np.ndarray]) -> Iterator[tuple[list[str], list[str], list[float]]]:
     """Yield gold tags, predicted tags and probabilities of the words of every sentence, from given scores.
 
     Args:
         items: The sentences.
         found: Scores (labeled words, tags) of each example.
     """
-    assert items.written is not None
     record_ids, at = items.record_ids.tolist(), 0
-    for number, (words, tags) in enumerate(items.written):
+    for number in range(items.num_records):
+        words, tags = written(items, number)
         predicted, probabilities = [OUTSIDE] * len(words), [0.0] * len(words)
         if at < len(record_ids) and record_ids[at] == number:
             shares = softmax(next(found))
-            for word, best, share in zip(items.words(at), shares.argmax(-1), shares.max(-1), strict=True):
+            for word, best, share in zip(items.column("words")[at], shares.argmax(-1), shares.max(-1), strict=True):
                 predicted[word], probabilities[word] = items.classes[best], round(float(share), 6)
             at += 1
         yield to_bio2(tags) if has_spans(tags) else tags, predicted, probabilities
 
 
-def respond(evaluated: EvaluatedModel, items: TaggedSentences, progress: Progress) -> Answers:
+def respond(evaluated: EvaluatedModel, items: Records, progress: Progress) -> Answers:
     """Return the counts of words, correct words, gold, predicted and correct entities of each sentence."""
     return count_correct(items, read(evaluated, items, progress))
 
 
-def count_correct(items: TaggedSentences, tagged: Iterator[tuple[list[str], list[str], list[float]]]) -> Answers:
+def count_correct(items: Records, tagged: Iterator[tuple[list[str], list[str], list[float]]]) -> Answers:
     """Return the columns of `respond` for given gold tags, predicted tags and probabilities of each sentence."""
     found = [(gold, predicted) for gold, predicted, _ in tagged]
     words = [len(gold) for gold, _ in found]
@@ -81,7 +79,7 @@ def _accuracy(words: Any, correct: Any, *_: Any) -> float:
     return float(np.sum(correct) / np.sum(words))
 
 
-def extra_metrics(items: TaggedSentences) -> Mapping[str, MetricFunction]:
+def extra_metrics(items: Records) -> Mapping[str, MetricFunction]:
     """Return precision, recall and F1 of entities, if the tags mark entities."""
 
     def of(name: str) -> MetricFunction:
@@ -92,7 +90,7 @@ def extra_metrics(items: TaggedSentences) -> Mapping[str, MetricFunction]:
 
 def input_schema(evaluated: EvaluatedModel) -> InputSchema:
     """Return the schema of words: a list, CoNLL columns, or a line split at blanks."""
-    fields = TagFields.of(evaluated.examples)
+    fields = TaggedConfig.of(evaluated.examples)
 
     def texts(record: dict[str, Any]) -> Sequence[Any]:
         words = record.get(fields.words_field)
@@ -107,10 +105,10 @@ def input_schema(evaluated: EvaluatedModel) -> InputSchema:
     )
 
 
-def predict(evaluated: EvaluatedModel, items: TaggedSentences, progress: Progress) -> Iterator[dict[str, Any]]:
+def predict(evaluated: EvaluatedModel, items: Records, progress: Progress) -> Iterator[dict[str, Any]]:
     """Yield {"tokens", "tags", "probabilities": one per tag} for each sentence."""
-    assert items.written is not None
-    for (words, _), (_, tags, probabilities) in zip(items.written, read(evaluated, items, progress), strict=True):
+    for number, (_, tags, probabilities) in enumerate(read(evaluated, items, progress)):
+        words, _ = written(items, number)
         yield {"tokens": words, "tags": tags, "probabilities": probabilities}
 
 

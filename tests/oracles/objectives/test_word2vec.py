@@ -15,7 +15,7 @@ import torch
 
 from firth.data.collate import Batches
 from firth.data.source import Source
-from firth.data.windows import WordWindows
+from firth.data.windows import word_counts, word_statistics
 from firth.generate import embeddings
 from firth.model.config import word_vector_config
 from firth.model.model import LM
@@ -57,14 +57,16 @@ def topic_auc(table: np.ndarray, topic: np.ndarray) -> float:
 class Sentences(Source):
     """Rows of ROW sentences, which windows do not cross."""
 
-    def __init__(self, text: np.ndarray) -> None:
+    def __init__(self, text: np.ndarray, vocab: Vocab) -> None:
         self.rows = text.reshape(-1, ROW * LENGTH).astype(np.int32)
+        self.statistics = word_statistics(word_counts(text.ravel(), vocab), SAMPLE, 0.75)
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def __getitem__(self, index: int) -> Example:
-        return {"tokens": self.rows[index], "document_ids": np.repeat(np.arange(ROW, dtype=np.int32), LENGTH)}
+        document_ids = np.repeat(np.arange(ROW, dtype=np.int32), LENGTH)
+        return {"tokens": self.rows[index], "document_ids": document_ids} | self.statistics
 
 
 def train_firth(text: np.ndarray, seed: int, directory: Path) -> np.ndarray:
@@ -73,7 +75,7 @@ def train_firth(text: np.ndarray, seed: int, directory: Path) -> np.ndarray:
     objective, config = Word2Vec(noise_words=128), word_vector_config(VOCAB, WIDTH)
     torch.manual_seed(seed)
     model = LM(config, objective.heads(config))
-    source = WordWindows(Sentences(text), WordWindows.count(text.ravel(), vocab), sample=SAMPLE, power=0.75)
+    source = Sentences(text, vocab)
     train(
         model, objective, Batches(source, objective, vocab, batch_size=2, seed=seed), directory, reporter=NullReporter(),
         budget=Budget(max_steps=EPOCHS * len(source) // 2), optimizer=recipe.optimizer, schedule=recipe.schedule,

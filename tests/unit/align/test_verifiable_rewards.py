@@ -10,7 +10,7 @@ import torch
 from firth.align.held_out_prompts import HeldOutPrompts
 from firth.align.rewards import FunctionReward, Rollout, WeightedRewards, score_rollouts
 from firth.align.rollouts import RolloutsConfig, RolloutSource, next_kl_coef
-from firth.data.records import Prompt
+from firth.data.dialogues import Prompt
 from firth.generate.engine import Completion, Engine
 from firth.generate.sampling import Sampling
 from firth.model.config import decoder_config
@@ -226,7 +226,7 @@ def test_held_out_prompts_are_scored_alike_at_every_step() -> None:
 
 
 def test_prompts_keep_the_fields_of_their_records(tmp_path: Path) -> None:
-    from firth.data.records import prompts
+    from firth.data.dialogues import prompts
     from firth.tokenizer.train import train
 
     (tmp_path / "p.jsonl").write_text(

@@ -13,7 +13,7 @@ import torch
 from firth.data import attention_fields
 from firth.data.collate import Batches, build_examples, collate, first_fit, pack
 from firth.data.shuffle import ExampleRNG
-from firth.data.windows import DocumentChunks
+from firth.data.windows import ChunksConfig, Documents
 from firth.model.attention import AttentionMask
 from firth.model.config import EncoderConfig, ModelConfig
 from firth.model.model import LM
@@ -348,7 +348,7 @@ def test_batches_reject_empty_sources_and_small_steps() -> None:
 def test_masking_many_examples_equals_masking_each(tmp_path: Path, rate: float, with_special_tokens: bool) -> None:
     """At a rate of 0.9 more tokens are masked than are drawn at once."""
     made, vocab = store(tmp_path), tokenizer().vocab
-    pieces = DocumentChunks(made, 24, vocab if with_special_tokens else None)
+    pieces = Documents(ChunksConfig(max_length=24, add_special_tokens=with_special_tokens), made, vocab)
     indices = np.array([3, 0, len(pieces) - 1, 7, 7])
     streams = [(epoch, int(i)) for epoch, i in enumerate(indices)]
     examples = pieces.many(indices.tolist())

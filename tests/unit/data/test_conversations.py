@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import re
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +12,13 @@ import numpy as np
 import pytest
 
 from firth.corpora.readers import records
-from firth.data.annotations import AnnotatedTexts
+from firth.data.annotations import MultiAnnotatorConfig
 from firth.data.conversations import comparison, messages_of, prompt_of, unpaired
-from firth.data.labeled import LabeledTexts, MultipleChoiceRecords, ScoredTexts, TaggedSentences, TextFields
-from firth.data.question_answering import QuestionRecords
+from firth.data.dialogues import DialoguesConfig, PreferencesConfig, Seq2SeqConfig
+from firth.data.labeled import LabeledConfig, MultipleChoiceConfig, ScoredConfig, TaggedConfig
+from firth.data.question_answering import QuestionsConfig
 from firth.data.rankings import ranking
-from firth.data.records import DialogueRecords, PreferenceRecords, Seq2SeqRecords
+from firth.data.records import Records
 from firth.tokenizer.chat import Message
 from firth.types import UserError
 from tests.support.tiny_corpus import tokenizer
@@ -42,13 +42,13 @@ def formatted(messages: list[Message], as_role: str = "") -> list[str]:
     return [f"{as_role or m['role']}: {m['content']}".replace("\n", "\\n") for m in messages]
 
 
-READERS = {
-    "classification": LabeledTexts,
-    "regression": ScoredTexts,
-    "multiple_choice": MultipleChoiceRecords,
-    "token_classification": TaggedSentences,
-    "question_answering": partial(QuestionRecords, question=16),
-    "weak_supervision": partial(AnnotatedTexts, fields=TextFields(label_field="labels")),
+KINDS = {
+    "classification": LabeledConfig(max_length=64),
+    "regression": ScoredConfig(max_length=64),
+    "multiple_choice": MultipleChoiceConfig(max_length=64),
+    "token_classification": TaggedConfig(max_length=64),
+    "question_answering": QuestionsConfig(max_length=64, max_question_length=16),
+    "weak_supervision": MultiAnnotatorConfig(max_length=64),
 }
 
 
@@ -56,7 +56,7 @@ READERS = {
 def test_a_labeled_record_is_read(tmp_path: Path, row: list[str]) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_text(row[1].strip("`") + "\n")
-    source = READERS[row[0].strip("`")]([str(path)], tokenizer(), 64)
+    source = Records(KINDS[row[0].strip("`")], [str(path)], tokenizer())
     assert source.counts == {"examples": 1, "records": 1, "files": 1}
 
 
@@ -102,7 +102,7 @@ def test_the_page_has_all_tables() -> None:
     """Without its tables the tests above would be empty."""
     tables = ("Dialogues", "Preferences", "Labeled answers", "Rankings", "Rejected")
     assert [len(rows_of(title)) for title in tables] == [17, 11, 5, 5, 22]
-    assert len(rows_of("Classes, numbers, choices, tags, spans")) == len(READERS)
+    assert len(rows_of("Classes, numbers, choices, tags, spans")) == len(KINDS)
 
 
 @pytest.mark.parametrize(
@@ -125,12 +125,12 @@ def test_a_record_of_unknown_format_is_rejected(record: dict[str, Any], wrong: s
 def test_system_and_history_are_in_the_tokens(tmp_path: Path) -> None:
     """System turns and histories reach the model, in dialogues and in preferences."""
     path, count = tmp_path / "rows.jsonl", 0
-    for title, source in (("Dialogues", DialogueRecords), ("Preferences", PreferenceRecords)):
+    for title, kind in (("Dialogues", DialoguesConfig()), ("Preferences", PreferencesConfig())):
         for row in rows_of(title):
             if "Be brief" not in row[1]:
                 continue
             path.write_text(json.dumps(record_of(row[1])) + "\n")
-            example = source([str(path)], tokenizer(), 256)[0]
+            example = Records(kind, [str(path)], tokenizer())[0]
             tokens = example["tokens" if title == "Dialogues" else "chosen_tokens"]
             assert tokenizer().decode(tokens).count("Be brief") == 1, row[0]
             count += 1
@@ -146,7 +146,7 @@ def test_a_repeated_prompt_is_in_the_tokens_once(tmp_path: Path) -> None:
             side: [turn, {"role": "assistant", "content": text}] for side, text in (("chosen", "I"), ("rejected", "No"))
         }
         path.write_text(json.dumps({"prompt": prompt, **pair}) + "\n")
-        example = PreferenceRecords([str(path)], tokenizer(), 128)[0]
+        example = Records(PreferencesConfig(max_length=128), [str(path)], tokenizer())[0]
         assert tokenizer().decode(example["chosen_tokens"]).count("Who paints") == 1
         assert tokenizer().decode(example["rejected_tokens"][example["rejected_mask"]]) == "No"
 
@@ -197,6 +197,6 @@ def test_damaged_records_are_read_or_rejected_cleanly(tmp_path: Path) -> None:
     assert not [message for message in messages if "\n" in message]
     for record in made[:150]:
         path.write_text(json.dumps(record) + "\n")
-        for source in (DialogueRecords, Seq2SeqRecords, PreferenceRecords):
+        for kind in (DialoguesConfig(), Seq2SeqConfig(), PreferencesConfig()):
             with contextlib.suppress(UserError):
-                source([str(path)], tokenizer(), 64)
+                Records(kind, [str(path)], tokenizer())

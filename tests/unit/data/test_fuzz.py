@@ -17,16 +17,15 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from firth.corpora import readers
-from firth.data.annotations import AnnotatedTexts
+from firth.data.annotations import MultiAnnotatorConfig
 from firth.data.conversations import comparison, messages_of, prompt_of
-from firth.data.labeled import LabeledTexts, MultipleChoiceRecords, ScoredTexts, TaggedSentences
-from firth.data.question_answering import QuestionRecords
-from firth.data.records import DialogueRecords, PreferenceRecords, Seq2SeqRecords
-from firth.data.source import Source
+from firth.data.dialogues import DialoguesConfig, PreferencesConfig, Seq2SeqConfig
+from firth.data.labeled import LabeledConfig, MultipleChoiceConfig, ScoredConfig, TaggedConfig
+from firth.data.question_answering import QuestionsConfig
+from firth.data.records import Records, RecordsConfig
 from firth.io.yaml_files import parse_yaml
 from firth.runs import config_io
 from firth.runs.recipe import Recipe, published
-from firth.tokenizer.tokenizer import Tokenizer
 from firth.types import UserError
 from tests.support.tiny_corpus import tokenizer
 
@@ -57,28 +56,29 @@ TURNS = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "th
 SHARED = [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "there"}]
 
 
-def question_records(paths: Sequence[str], tokenizer: Tokenizer, length: int) -> Source:
-    return QuestionRecords(paths, tokenizer, 2 * length, question=16)
+DIALOGUES, PREFERENCES = DialoguesConfig(max_length=32), PreferencesConfig(max_length=32)
 
-
-GOOD: dict[str, tuple[Callable[..., Source], dict[str, Any]]] = {
-    "messages": (DialogueRecords, {"messages": TURNS}),
-    "conversations": (DialogueRecords, {"system": "be short", "conversations": SHARED}),
-    "Alpaca": (DialogueRecords, {"instruction": "say", "input": "x", "output": "y", "history": [["a", "b"]]}),
-    "parts": (DialogueRecords, {"messages": [{"role": "user", "content": [{"type": "text", "text": "hi"}]}, TURNS[1]]}),
-    "prompt": (DialogueRecords, {"prompt": "hi", "completion": "there"}),
-    "prompted": (Seq2SeqRecords, {"prompt": TURNS[:1], "completion": TURNS[1:]}),
-    "preference": (PreferenceRecords, {"prompt": "hi", "chosen": "there", "rejected": "no"}),
-    "UltraFeedback": (PreferenceRecords, {"prompt": "hi", "chosen": TURNS, "rejected": [TURNS[0], TURNS[0] | {"role": "assistant"}]}),
-    "HH-RLHF": (PreferenceRecords, {"chosen": "\n\nHuman: a\n\nAssistant: b", "rejected": "\n\nHuman: a\n\nAssistant: c"}),
-    "label": (LabeledTexts, {"text": "x", "label": "good"}),
-    "score": (ScoredTexts, {"text": "x", "label": 0.5}),
-    "options": (MultipleChoiceRecords, {"text": "x", "options": ["a", "b"], "label": 1}),
-    "tags": (TaggedSentences, {"tokens": ["EU", "x"], "tags": ["B-ORG", "O"]}),
-    "votes": (AnnotatedTexts, {"text": "x", "label": ["good", "bad"]}),
-    "answers": (question_records, {"context": "a b", "question": "?", "answers": [{"text": "b", "start": 2}], "id": "1"}),
+GOOD: dict[str, tuple[RecordsConfig, dict[str, Any]]] = {
+    "messages": (DIALOGUES, {"messages": TURNS}),
+    "conversations": (DIALOGUES, {"system": "be short", "conversations": SHARED}),
+    "Alpaca": (DIALOGUES, {"instruction": "say", "input": "x", "output": "y", "history": [["a", "b"]]}),
+    "parts": (DIALOGUES, {"messages": [{"role": "user", "content": [{"type": "text", "text": "hi"}]}, TURNS[1]]}),
+    "prompt": (DIALOGUES, {"prompt": "hi", "completion": "there"}),
+    "prompted": (Seq2SeqConfig(max_length=32, max_target_length=32), {"prompt": TURNS[:1], "completion": TURNS[1:]}),
+    "preference": (PREFERENCES, {"prompt": "hi", "chosen": "there", "rejected": "no"}),
+    "UltraFeedback": (PREFERENCES, {"prompt": "hi", "chosen": TURNS, "rejected": [TURNS[0], TURNS[0] | {"role": "assistant"}]}),
+    "HH-RLHF": (PREFERENCES, {"chosen": "\n\nHuman: a\n\nAssistant: b", "rejected": "\n\nHuman: a\n\nAssistant: c"}),
+    "label": (LabeledConfig(max_length=32), {"text": "x", "label": "good"}),
+    "score": (ScoredConfig(max_length=32), {"text": "x", "label": 0.5}),
+    "options": (MultipleChoiceConfig(max_length=32), {"text": "x", "options": ["a", "b"], "label": 1}),
+    "tags": (TaggedConfig(max_length=32), {"tokens": ["EU", "x"], "tags": ["B-ORG", "O"]}),
+    "votes": (MultiAnnotatorConfig(max_length=32, labels_field="label"), {"text": "x", "label": ["good", "bad"]}),
+    "answers": (
+        QuestionsConfig(max_length=64, max_question_length=16),
+        {"context": "a b", "question": "?", "answers": [{"text": "b", "start": 2}], "id": "1"},
+    ),
 }  # fmt: skip
-"""Format -> the source that reads it, and a record."""
+"""Format -> the kind of examples that reads it, and a record."""
 
 LEAVES = st.one_of(
     st.none(), st.booleans(), st.integers(-(10**20), 10**20), st.floats(allow_subnormal=False), st.text(max_size=6), st.just({}),
@@ -113,8 +113,8 @@ def changed(draw: st.DrawFn, value: Any) -> Any:
     return value
 
 
-def read_all(kind: Callable[..., Source], path: Path) -> None:
-    source = kind([str(path)], tokenizer(), 32)
+def read_all(kind: RecordsConfig, path: Path) -> None:
+    source = Records(kind, [str(path)], tokenizer())
     for i in range(len(source)):
         source[i]
 

@@ -11,16 +11,14 @@ import pytest
 
 from firth.corpora import readers
 from firth.data.labeled import (
-    LabeledTexts,
-    MultipleChoiceRecords,
-    OptionFields,
-    ScoredTexts,
-    TagFields,
-    TaggedSentences,
-    TextFields,
+    LabeledConfig,
+    MultipleChoiceConfig,
+    ScoredConfig,
+    TaggedConfig,
 )
 from firth.data.labels import has_spans, names, to_bio2
-from firth.data.question_answering import QuestionRecords
+from firth.data.question_answering import QuestionsConfig, has_unanswerable, offsets_of, question_of
+from firth.data.records import Records
 from firth.evaluate.heads import by_question
 from firth.evaluate.tasks import token_classification
 from firth.tokenizer.train import train
@@ -55,7 +53,7 @@ def test_csv_has_quotes_and_line_breaks_within_cells(tmp_path: Path) -> None:
 def test_few_rows_of_another_length_are_counted_and_reported(tmp_path: Path) -> None:
     good = "".join(f"text {i}\ta\n" for i in range(150))
     path = file(tmp_path, "a.tsv", "text\tlabel\n" + good + "too\tmany\tcells\n" + good)
-    source = LabeledTexts([path], tokenizer(), 32)
+    source = Records(LabeledConfig(max_length=32), [path], tokenizer())
     assert source.counts == {"examples": 300, "records": 300, "files": 1, "mismatched": 1, "duplicates": 150}
     assert any(f"the first is {path}:152 (3 cells under 2 columns)" in note for note in source.notes)
     with pytest.raises(UserError, match=r"b\.csv:3 \(1 cells under 2 columns\): so in 2 of 3 rows"):
@@ -82,51 +80,56 @@ def test_unknown_labels_are_counted_and_the_first_is_reported(tmp_path: Path) ->
         UserError,
         match=r"a\.csv:3: the label odd is none of the classes \(bad, good\); 1 more record has the same problem",
     ):
-        LabeledTexts([path], tokenizer(), 32, classes=("bad", "good"))
+        Records(LabeledConfig(max_length=32), [path], tokenizer(), classes=("bad", "good"))
     with pytest.raises(UserError, match=r"b\.csv:2: the label is empty"):
-        LabeledTexts([file(tmp_path, "b.csv", "text,label\nx,\n")], tokenizer(), 32)
-    source = LabeledTexts([path], tokenizer(), 32, classes=("bad", "good", "odd", "never"))
+        Records(LabeledConfig(max_length=32), [file(tmp_path, "b.csv", "text,label\nx,\n")], tokenizer())
+    source = Records(LabeledConfig(max_length=32), [path], tokenizer(), classes=("bad", "good", "odd", "never"))
     assert list(source.class_counts(np.arange(4)).values()) == [1, 1, 2, 0]
     assert source.notes == [f"no record of {path} has the class 'never'"]
-    unlabeled = LabeledTexts([path], tokenizer(), 32, classes=("bad", "good"), labeled=False)
+    unlabeled = Records(LabeledConfig(max_length=32), [path], tokenizer(), classes=("bad", "good"), purpose="predict")
     assert len(unlabeled) == 4
 
 
 def test_truncated_texts_are_reported(tmp_path: Path) -> None:
     path = file(tmp_path, "a.csv", "text,label\nx,good\n" + "long " * 50 + ",bad\n" + "long " * 60 + ",bad\n")
-    source = LabeledTexts([path], tokenizer(), 16)
+    source = Records(LabeledConfig(max_length=16), [path], tokenizer())
     assert source.counts["cut"] == 2
     assert source.notes == [f"2 texts were longer than 16 tokens and lost their end; the first is {path}:3"]
 
 
 def test_scores_are_numbers(tmp_path: Path) -> None:
     path = file(tmp_path, "a.tsv", "index\tsentence1\tsentence2\tscore\n0\ta man\ta boy\t2.5\n1\ta\tb\t5\n")
-    source = ScoredTexts([path], tokenizer(), 32, TextFields("sentence1", "score", "sentence2"))
-    assert source.scores.tolist() == [2.5, 5.0]
+    source = Records(
+        ScoredConfig(max_length=32, text_field="sentence1", label_field="score", text_pair_field="sentence2"),
+        [path],
+        tokenizer(),
+    )
+    assert source.column("label").whole.tolist() == [2.5, 5.0]
     assert source[0]["score"] == 2.5
     assert sorted(source[0]) == ["score", "token_type_ids", "tokens"]
     for bad in ("high", "nan", ""):
         with pytest.raises(UserError, match=rf"b\.csv:2: the field 'label' is '{bad}' and must be a number"):
-            ScoredTexts([file(tmp_path, "b.csv", f"text,label\nx,{bad}\n")], tokenizer(), 32)
+            Records(ScoredConfig(max_length=32), [file(tmp_path, "b.csv", f"text,label\nx,{bad}\n")], tokenizer())
 
 
 def test_options_in_a_list_and_in_columns(tmp_path: Path) -> None:
     one = {"text": "She opens", "options": ["the door", "the sea", "it"], "label": 1}
     two = {"text": "He", "options": ["runs", "walks"], "label": "walks"}
     path = file(tmp_path, "a.jsonl", json.dumps(one) + "\n" + json.dumps(two) + "\n")
-    source = MultipleChoiceRecords([path], tokenizer(), 32)
-    assert (source.most, source[0]["label"], source[1]["label"]) == (3, 1, 1)
+    source = Records(MultipleChoiceConfig(max_length=32), [path], tokenizer())
+    assert (source.longest("lengths"), source[0]["label"], source[1]["label"]) == (3, 1, 1)
     texts = [tokenizer().decode(row["tokens"]) for row in source[0]["options"]]
     assert texts == ["She opensthe door", "She opensthe sea", "She opensit"]
     assert [int(row["token_type_ids"].sum()) for row in source[1]["options"]] == [
         len(tokenizer().encode(text)) + 1 for text in ("runs", "walks")
     ]
     swag = "sent1,sent2,ending0,ending1,label\nShe sits.,She,eats.,flies.,0\n"
-    from_columns = MultipleChoiceRecords(
+    from_columns = Records(
+        MultipleChoiceConfig(
+            max_length=32, text_field="sent1", option_fields=("ending0", "ending1"), option_prefix_field="sent2"
+        ),
         [file(tmp_path, "b.csv", swag)],
         tokenizer(),
-        32,
-        OptionFields("sent1", option_fields=("ending0", "ending1"), option_prefix_field="sent2"),
     )
     assert tokenizer().decode(from_columns[0]["options"][1]["tokens"]) == "She sits.She flies."
     for change, message in (
@@ -134,7 +137,11 @@ def test_options_in_a_list_and_in_columns(tmp_path: Path) -> None:
         ({"options": ["one"]}, "must be a list of two texts or more"),
     ):
         with pytest.raises(UserError, match=rf"c\.jsonl:1: .*{message}"):
-            MultipleChoiceRecords([file(tmp_path, "c.jsonl", json.dumps(one | change) + "\n")], tokenizer(), 32)
+            Records(
+                MultipleChoiceConfig(max_length=32),
+                [file(tmp_path, "c.jsonl", json.dumps(one | change) + "\n")],
+                tokenizer(),
+            )
 
 
 CONLL = "-DOCSTART- -X- -X- O\n\nEU NNP I-NP I-ORG\nrejects VBZ I-VP O\nGerman JJ I-NP I-MISC\n\nPeter NNP I-NP I-PER\n"
@@ -143,28 +150,30 @@ CONLL = "-DOCSTART- -X- -X- O\n\nEU NNP I-NP I-ORG\nrejects VBZ I-VP O\nGerman J
 @pytest.mark.parametrize("name", ["a.conll", "a.txt"])
 def test_conll_columns(tmp_path: Path, name: str) -> None:
     path = file(tmp_path, name, CONLL)
-    source = TaggedSentences([path], tokenizer(), 32)
+    source = Records(TaggedConfig(max_length=32), [path], tokenizer())
     assert source.classes == ("B-MISC", "B-ORG", "B-PER", "O")
     assert source.counts["begun"] == 2
     assert "IOB1" in source.notes[0]
-    labels = [source[0]["tags"][source[0]["tags"] != IGNORE].tolist(), source.words(0).tolist()]
+    labels = [source[0]["tags"][source[0]["tags"] != IGNORE].tolist(), source.column("words")[0].tolist()]
     assert labels == [[1, 3, 0], [0, 1, 2]]
-    parts_of_speech = TaggedSentences(
-        [path], tokenizer(), 32, TagFields(tags_field="pos", column_names=("tokens", "pos", "chunk", "ner"))
+    parts_of_speech = Records(
+        TaggedConfig(max_length=32, tags_field="pos", column_names=("tokens", "pos", "chunk", "ner")),
+        [path],
+        tokenizer(),
     )
     assert parts_of_speech.classes == ("JJ", "NNP", "VBZ")
     with pytest.raises(UserError, match=r"b\.conll:2 \(1 columns of 2\): so in 1 of 1 sentences"):
-        TaggedSentences([file(tmp_path, "b.conll", "EU B-ORG\nrejects\n")], tokenizer(), 32)
+        Records(TaggedConfig(max_length=32), [file(tmp_path, "b.conll", "EU B-ORG\nrejects\n")], tokenizer())
 
 
 def test_only_the_first_token_of_a_word_is_labeled(tmp_path: Path) -> None:
     path = file(tmp_path, "a.conll", "unquestionably A\nx B\n")
-    source = TaggedSentences([path], tokenizer(), 32)
+    source = Records(TaggedConfig(max_length=32), [path], tokenizer())
     pieces, behind = (len(tokenizer().encode(text)) for text in ("unquestionably", " x"))
     assert pieces > 1
     assert source[0]["tags"].tolist()[1:-1] == [0, *[IGNORE] * (pieces - 1), 1, *[IGNORE] * (behind - 1)]
-    short = TaggedSentences([path], tokenizer(), pieces + 1)
-    assert short.words(0).tolist() == [0]
+    short = Records(TaggedConfig(max_length=pieces + 1), [path], tokenizer())
+    assert short.column("words")[0].tolist() == [0]
     assert short.counts["cut"] == 1
 
 
@@ -178,7 +187,7 @@ SQUAD = {"data": [{"title": "t", "paragraphs": [{"context": "The play was writte
 
 def test_squad_json(tmp_path: Path) -> None:
     path = file(tmp_path, "a.json", json.dumps(SQUAD))
-    source = QuestionRecords([path], tokenizer(), 96, question=16)
+    source = Records(QuestionsConfig(max_length=96, max_question_length=16), [path], tokenizer())
     assert source.counts == {
         "examples": 3, "records": 4, "misplaced": 1, "unanswered": 1, "unanswerable": 1, "files": 1,
     }  # fmt: skip
@@ -186,14 +195,14 @@ def test_squad_json(tmp_path: Path) -> None:
         f"1 answer is not in its passage at the given character, and was left out; the first is {path}: question c"
         in source.notes
     )
-    assert (source.unanswerable, source.record_ids.tolist()) == (1, [0, 1, 3])
-    example, spans = source[0], source.offsets(0)
+    assert (has_unanswerable(source), source.record_ids.tolist()) == (True, [0, 1, 3])
+    example, spans = source[0], offsets_of(source, 0)
     answer = spans[example["start"]][0], spans[example["end"]][1]
     assert "The play was written by Anne Lee in 1901."[answer[0] : answer[1]].strip() == "Anne Lee"
     assert (source[1]["start"], source[1]["end"]) == (-1, -1)
     assert example["token_type_ids"][example["start"]] == 1
-    kept = QuestionRecords([path], tokenizer(), 96, question=16, keep=True)
-    assert [kept.question_of(number).right for number in range(kept.questions)] == [
+    kept = Records(QuestionsConfig(max_length=96, max_question_length=16), [path], tokenizer(), purpose="evaluate")
+    assert [question_of(kept, number).right for number in range(kept.num_records)] == [
         ("Anne Lee",),
         (),
         ("1902",),
@@ -207,12 +216,12 @@ def test_long_passages_are_read_in_overlapping_windows(tmp_path: Path) -> None:
     at = context.index("word40")
     record = {"context": context, "question": "Which?", "answers": [{"text": "word40 word41", "start": at}], "id": "x"}
     path = file(tmp_path, "a.jsonl", json.dumps(record) + "\n")
-    source = QuestionRecords([path], tokenizer(), 64, stride=20, question=16)
+    source = Records(QuestionsConfig(max_length=64, doc_stride=20, max_question_length=16), [path], tokenizer())
     whole = len(tokenizer().encode(context))
     seen: set[int] = set()
     found = 0
     for i in range(len(source)):
-        example, spans = source[i], source.offsets(i)
+        example, spans = source[i], offsets_of(source, i)
         assert len(example["tokens"]) <= 64
         inside = np.flatnonzero(spans[:, 0] >= 0)
         seen.update(spans[inside, 0].tolist())
@@ -229,16 +238,30 @@ def test_long_passages_are_read_in_overlapping_windows(tmp_path: Path) -> None:
 def test_answers_of_other_formats(tmp_path: Path) -> None:
     hub = {"context": "a b", "question": "?", "answers": {"text": ["b"], "answer_start": [2]}}
     assert (
-        QuestionRecords([file(tmp_path, "a.jsonl", json.dumps(hub) + "\n")], tokenizer(), 40, question=16)[0]["start"]
+        Records(
+            QuestionsConfig(max_length=40, max_question_length=16),
+            [file(tmp_path, "a.jsonl", json.dumps(hub) + "\n")],
+            tokenizer(),
+        )[0]["start"]
         > 0
     )
     bad = {"context": "a b", "question": "?", "answers": [{"text": "b"}]}
     with pytest.raises(UserError, match=r"b\.jsonl:1: an answer needs a 'text' and the character"):
-        QuestionRecords([file(tmp_path, "b.jsonl", json.dumps(bad) + "\n")], tokenizer(), 40, question=16)
+        Records(
+            QuestionsConfig(max_length=40, max_question_length=16),
+            [file(tmp_path, "b.jsonl", json.dumps(bad) + "\n")],
+            tokenizer(),
+        )
     with pytest.raises(UserError, match="neither SQuAD's JSON nor a list"):
-        QuestionRecords([file(tmp_path, "c.json", '{"data": 3}')], tokenizer(), 40, question=16)
+        Records(
+            QuestionsConfig(max_length=40, max_question_length=16),
+            [file(tmp_path, "c.json", '{"data": 3}')],
+            tokenizer(),
+        )
     with pytest.raises(UserError, match="this is not JSON"):
-        QuestionRecords([file(tmp_path, "d.json", '{"data"')], tokenizer(), 40, question=16)
+        Records(
+            QuestionsConfig(max_length=40, max_question_length=16), [file(tmp_path, "d.json", '{"data"')], tokenizer()
+        )
 
 
 @pytest.mark.parametrize("algorithm", ["byte-bpe", "unigram"])
@@ -251,11 +274,11 @@ def test_an_answer_begins_at_its_word(tmp_path: Path, algorithm: str) -> None:
         {"context": context, "question": "who?", "answers": [{"text": text, "start": start}]} for text, start in answers
     ]
     path = file(tmp_path, "a.jsonl", "".join(json.dumps(record) + "\n" for record in records))
-    items = QuestionRecords([path], tokenizer, 128, question=16)
+    items = Records(QuestionsConfig(max_length=128, max_question_length=16), [path], tokenizer)
     assert len(items) == 3
     scores = []
     for i in range(3):
-        example, offsets = items[i], items.offsets(i)
+        example, offsets = items[i], offsets_of(items, i)
         assert (offsets[example["start"]][0], offsets[example["end"]][1]) == (49, 54)
         words = [context[a:b] for a, b in offsets[offsets[:, 0] >= 0]]
         assert words == [word.strip() for word in words]
@@ -310,7 +333,12 @@ def test_tags_of_other_schemes_are_scored_as_entities(tmp_path: Path, scheme: st
     layout = [("PER", 2), ("", 1), ("ORG", 1), ("", 2), ("PER", 3)]
     tags = in_scheme(scheme, layout)
     record = {"tokens": [f"word{i}" for i in range(len(tags))], "tags": tags}
-    items = TaggedSentences([file(tmp_path, "a.jsonl", json.dumps(record) + "\n")], tokenizer(), 64, keep=True)
+    items = Records(
+        TaggedConfig(max_length=64),
+        [file(tmp_path, "a.jsonl", json.dumps(record) + "\n")],
+        tokenizer(),
+        purpose="evaluate",
+    )
     right = to_bio2(tags)
     columns = token_classification.count_correct(items, iter([(right, ["O"] * 5 + right[5:], [1.0] * 9)]))
     found = {name: metric(*columns) for name, metric in token_classification.extra_metrics(items).items()}
@@ -328,4 +356,4 @@ def test_tags_of_other_schemes_are_scored_as_entities(tmp_path: Path, scheme: st
 def test_tags_of_another_format_are_rejected(tmp_path: Path, tags: list[str], wrong: str) -> None:
     record = {"tokens": ["a", "b", "c"], "tags": tags}
     with pytest.raises(UserError, match=wrong):
-        TaggedSentences([file(tmp_path, "a.jsonl", json.dumps(record) + "\n")], tokenizer(), 64)
+        Records(TaggedConfig(max_length=64), [file(tmp_path, "a.jsonl", json.dumps(record) + "\n")], tokenizer())

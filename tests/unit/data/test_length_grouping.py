@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from firth.data.collate import Batches
-from firth.data.labeled import LabeledTexts
-from firth.data.records import Seq2SeqRecords
+from firth.data.dialogues import Seq2SeqConfig
+from firth.data.labeled import LabeledConfig
+from firth.data.records import Records
 from firth.data.shuffle import length_grouped_batches
 from firth.data.source import MixtureSource, Source, SubsetSource
 from firth.model.config import encoder_config
@@ -119,7 +120,7 @@ def test_loss_and_gradient_sums_are_unchanged() -> None:
 def test_source_lengths_follow_token_counts(tmp_path: Path) -> None:
     path = tmp_path / "rows.csv"
     path.write_text("text,label\n" + "".join(f"{'word ' * (i % 7 + 1)},{i % 2}\n" for i in range(30)))
-    source = LabeledTexts([str(path)], tokenizer(), 64)
+    source = Records(LabeledConfig(max_length=64), [str(path)], tokenizer())
     tokens = np.array([len(source[i]["tokens"]) for i in range(len(source))])
     assert np.array_equal(np.argsort(source.lengths, kind="stable"), np.argsort(tokens, kind="stable"))
     some = np.array([4, 2, 9])
@@ -129,7 +130,9 @@ def test_source_lengths_follow_token_counts(tmp_path: Path) -> None:
     assert np.array_equal(mixed.lengths, np.concatenate((source.lengths, source.lengths[some])))  # type: ignore[arg-type]
     lines = tmp_path / "rows.jsonl"
     lines.write_text("".join('{"prompt": "%s", "completion": "yes"}\n' % ("why " * (9 - i)) for i in range(8)))
-    assert np.all(np.diff(Seq2SeqRecords([str(lines)], tokenizer(), 64).lengths) < 0)
+    assert np.all(
+        np.diff(Records(Seq2SeqConfig(max_length=64, max_target_length=64), [str(lines)], tokenizer()).lengths) < 0
+    )
 
 
 def test_grouping_needs_known_lengths() -> None:

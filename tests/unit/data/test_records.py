@@ -14,8 +14,10 @@ import pyarrow.parquet
 import pytest
 
 from firth.data.collate import Batches
-from firth.data.labeled import LabeledTexts, TextFields
-from firth.data.records import DialogueRecords, PreferenceRecords, Records, Seq2SeqRecords, comparison, prompts
+from firth.data.conversations import comparison
+from firth.data.dialogues import DialoguesConfig, PreferencesConfig, Seq2SeqConfig, prompts
+from firth.data.labeled import LabeledConfig
+from firth.data.records import Records, RecordsConfig
 from firth.objectives.classification import Classification
 from firth.objectives.preferences import DPO
 from firth.objectives.reward_model import RewardModeling
@@ -45,7 +47,7 @@ def text(ids: np.ndarray) -> str:
 
 def test_labeled_texts(write: Write) -> None:
     path = write(*({"text": f"text {i}", "label": ("good", "bad", "odd")[i % 3]} for i in range(9)))
-    source = LabeledTexts([path], tokenizer(), 32)
+    source = Records(LabeledConfig(max_length=32), [path], tokenizer())
     assert source.classes == ("bad", "good", "odd")
     vocab = tokenizer().vocab
     for i in range(9):
@@ -54,8 +56,11 @@ def test_labeled_texts(write: Write) -> None:
         assert (example["tokens"][0], example["tokens"][-1]) == (vocab.cls, vocab.sep)
         assert text(example["tokens"]) == f"text {i}"
         assert source.classes[example["label"]] == ("good", "bad", "odd")[i % 3]
-    held = LabeledTexts(
-        [write({"text": "x", "label": "odd"}, name="held.jsonl")], tokenizer(), 32, classes=source.classes
+    held = Records(
+        LabeledConfig(max_length=32),
+        [write({"text": "x", "label": "odd"}, name="held.jsonl")],
+        tokenizer(),
+        classes=source.classes,
     )
     assert held[0]["label"] == 2
     assert source.counts == {"examples": 9, "records": 9, "files": 1}
@@ -63,11 +68,14 @@ def test_labeled_texts(write: Write) -> None:
 
 def test_labels_may_be_numbers(write: Write) -> None:
     path = write(*({"text": "x", "label": n} for n in (10, 2, 2, 0)))
-    source = LabeledTexts([path], tokenizer(), 32)
+    source = Records(LabeledConfig(max_length=32), [path], tokenizer())
     assert source.classes == ("0", "2", "10")
     assert [int(source[i]["label"]) for i in range(4)] == [2, 1, 1, 0]
-    named = LabeledTexts(
-        [write({"text": "x", "label": 1}, {"text": "x", "label": "no"})], tokenizer(), 32, classes=("no", "yes")
+    named = Records(
+        LabeledConfig(max_length=32),
+        [write({"text": "x", "label": 1}, {"text": "x", "label": "no"})],
+        tokenizer(),
+        classes=("no", "yes"),
     )
     assert [int(named[i]["label"]) for i in range(2)] == [1, 0]
 
@@ -77,7 +85,7 @@ def test_pairs_truncate_the_longer_text(write: Write, first: int, second: int) -
     words = [tokenizer().token(i) for i in range(300)]
     assert words
     path = write({"a": "x " * first, "b": "y " * second, "label": "same"})
-    source = LabeledTexts([path], tokenizer(), 20, TextFields("a", text_pair_field="b"))
+    source = Records(LabeledConfig(max_length=20, text_field="a", text_pair_field="b"), [path], tokenizer())
     example = source[0]
     lengths = [len(tokenizer().encode(s)) for s in ("x " * first, "y " * second)]
     kept = int((example["token_type_ids"] == 0).sum()) - 2, int((example["token_type_ids"] == 1).sum()) - 1
@@ -104,7 +112,7 @@ FORMATS: list[dict[str, Any]] = [
 
 
 def test_dialogues_of_every_format_are_equal(write: Write) -> None:
-    source = DialogueRecords([write(*FORMATS)], tokenizer(), 64)
+    source = Records(DialoguesConfig(max_length=64), [write(*FORMATS)], tokenizer())
     expected, mask = chat.encode(tokenizer(), FORMATS[0]["messages"])
     for i in range(len(FORMATS)):
         assert np.array_equal(source[i]["tokens"], expected)
@@ -118,17 +126,19 @@ def test_long_records_are_truncated_and_unanswered_left_out(write: Write) -> Non
     long = {"prompt": "why " * 200, "completion": "because"}
     half = {"prompt": "why", "completion": "because " * 200}
     unanswered = {"messages": [{"role": "user", "content": "hello?"}]}
-    source = DialogueRecords([write(long, half, unanswered, FORMATS[0])], tokenizer(), 64)
+    source = Records(DialoguesConfig(max_length=64), [write(long, half, unanswered, FORMATS[0])], tokenizer())
     assert source.counts == {"examples": 2, "records": 4, "cut": 2, "unanswered": 2, "files": 1}
     assert len(source[0]["tokens"]) == 64
     assert source[0]["mask"][-1]  # the truncated answer has no stop token
     with pytest.raises(UserError, match=r"no record can be used \(.*2 unanswered\)"):
-        DialogueRecords([write(long, unanswered)], tokenizer(), 64)
+        Records(DialoguesConfig(max_length=64), [write(long, unanswered)], tokenizer())
 
 
 def test_text_to_text(write: Write) -> None:
-    source = Seq2SeqRecords(
-        [write(*FORMATS, {"prompt": "a " * 90, "completion": "b " * 90})], tokenizer(), 32, answer=16
+    source = Records(
+        Seq2SeqConfig(max_length=32, max_target_length=16),
+        [write(*FORMATS, {"prompt": "a " * 90, "completion": "b " * 90})],
+        tokenizer(),
     )
     eos = tokenizer().vocab.eos
     for i in range(len(FORMATS)):
@@ -141,7 +151,11 @@ def test_text_to_text(write: Write) -> None:
     batch = Batches(source, Seq2SeqSFT(), tokenizer().vocab, batch_size=6, seed=0, pack_to_length=48).batches(0)[0]
     assert batch["source_tokens"].shape[0] == batch["tokens"].shape[0]
     with pytest.raises(UserError, match=r"rows.jsonl:1: a text-to-text record needs a prompt"):
-        Seq2SeqRecords([write({"messages": [{"role": "user", "content": "hello?"}]})], tokenizer(), 32)
+        Records(
+            Seq2SeqConfig(max_length=32, max_target_length=32),
+            [write({"messages": [{"role": "user", "content": "hello?"}]})],
+            tokenizer(),
+        )
 
 
 def test_preferences(write: Write) -> None:
@@ -156,7 +170,11 @@ def test_preferences(write: Write) -> None:
         {"chosen": [*turns, good], "rejected": [*turns, bad]},
         {"prompt": turns, "chosen": "four", "rejected": "fish"},
     ]
-    source = PreferenceRecords([write(*rows, {"prompt": "x", "chosen": "same", "rejected": "same"})], tokenizer(), 64)
+    source = Records(
+        PreferencesConfig(max_length=64),
+        [write(*rows, {"prompt": "x", "chosen": "same", "rejected": "same"})],
+        tokenizer(),
+    )
     assert source.counts["unanswered"] == 1
     for i in range(3):
         example = source[i]
@@ -167,19 +185,21 @@ def test_preferences(write: Write) -> None:
     assert batch["tokens"].shape[:2] == (3, 2)
     assert DPO().labels
     with pytest.raises(UserError, match=r"rows.jsonl:1: a preference needs `chosen` and `rejected`"):
-        PreferenceRecords([write({"prompt": "x", "chosen": "y"})], tokenizer(), 64)
+        Records(PreferencesConfig(max_length=64), [write({"prompt": "x", "chosen": "y"})], tokenizer())
     with pytest.raises(UserError, match="needs a `prompt`"):
         comparison({"chosen": "a", "rejected": "b"})
 
 
 def test_a_margin_is_read_with_its_preference(write: Write) -> None:
     pair = {"prompt": "x", "chosen": "y", "rejected": "z"}
-    source = PreferenceRecords([write(pair | {"margin": 0.5}, pair, pair | {"margin": "2"})], tokenizer(), 64)
+    source = Records(
+        PreferencesConfig(max_length=64), [write(pair | {"margin": 0.5}, pair, pair | {"margin": "2"})], tokenizer()
+    )
     assert [float(source[i]["margin"][0]) for i in (0, 2)] == [0.5, 2.0]
     assert np.isnan(source[1]["margin"][0])
     for margin in ("large", [1], "inf"):
         with pytest.raises(UserError, match=r"rows\.jsonl:1: the `margin` of a preference must be a number"):
-            PreferenceRecords([write(pair | {"margin": margin})], tokenizer(), 64)
+            Records(PreferencesConfig(max_length=64), [write(pair | {"margin": margin})], tokenizer())
 
 
 def test_prompts_end_with_the_start_of_the_answer(write: Write) -> None:
@@ -188,20 +208,20 @@ def test_prompts_end_with_the_start_of_the_answer(write: Write) -> None:
     assert counts == {"records": len(FORMATS) + 1, "too_long": 1}
     assert len(set(keys.tolist())) == 1
     for prompt in found:
-        assert np.array_equal(prompt, found[0])
-        assert text(prompt).endswith("assistant\n")
+        assert np.array_equal(prompt.tokens, found[0].tokens)
+        assert text(prompt.tokens).endswith("assistant\n")
 
 
 def test_file_types_give_the_same_examples(write: Write, tmp_path: Path) -> None:
     rows = [{"text": f"text number {i}", "label": i % 2} for i in range(3000)]
     path = write(*rows)
-    plain = LabeledTexts([path], tokenizer(), 32)
+    plain = Records(LabeledConfig(max_length=32), [path], tokenizer())
     packed = tmp_path / "packed.jsonl.gz"
     packed.write_bytes(gzip.compress(Path(path).read_bytes()))
     table = tmp_path / "table.parquet"
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), table, row_group_size=100)
     for other in (packed, table):
-        source = LabeledTexts([str(other)], tokenizer(), 32)
+        source = Records(LabeledConfig(max_length=32), [str(other)], tokenizer())
         assert len(source) == 3000
         for i in (0, 1, 1023, 1024, 2999):
             assert np.array_equal(source[i]["tokens"], plain[i]["tokens"])
@@ -209,42 +229,46 @@ def test_file_types_give_the_same_examples(write: Write, tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize(
-    ("source", "line", "message"),
+    ("kind", "line", "message"),
     [
-        (LabeledTexts, '{"text": "x", "label": "a"', "rows.jsonl:2: this line is not JSON"),
-        (LabeledTexts, '["x"]', "rows.jsonl:2: a record is a JSON object"),
-        (LabeledTexts, '{"txt": "x", "label": "a"}', "rows.jsonl:2: there is no field 'text'; did you mean 'txt'"),
-        (LabeledTexts, '{"text": "x"}', "rows.jsonl:2: there is no field 'label'"),
-        (LabeledTexts, '{"text": "x", "label": [1]}', r"rows.jsonl:2: the label is \[1\] and must be a name"),
-        (LabeledTexts, '{"text": 5, "label": "a"}', "rows.jsonl:2: the field 'text' holds int"),
-        (DialogueRecords, '{"text": "x"}', "rows.jsonl:2: a dialogue needs"),
-        (DialogueRecords, '{"messages": [{"role": "queen", "content": "x"}]}', "rows.jsonl:2: a turn needs a role"),
-        (Seq2SeqRecords, '{"prompt": 3, "completion": "x"}', "rows.jsonl:2: text was expected"),
-        (PreferenceRecords, '{"prompt": "x", "chosen": ["y"], "rejected": "z"}', "rows.jsonl:2: a turn of a dialogue"),
+        (LabeledConfig(), '{"text": "x", "label": "a"', "rows.jsonl:2: this line is not JSON"),
+        (LabeledConfig(), '["x"]', "rows.jsonl:2: a record is a JSON object"),
+        (LabeledConfig(), '{"txt": "x", "label": "a"}', "rows.jsonl:2: there is no field 'text'; did you mean 'txt'"),
+        (LabeledConfig(), '{"text": "x"}', "rows.jsonl:2: there is no field 'label'"),
+        (LabeledConfig(), '{"text": "x", "label": [1]}', r"rows.jsonl:2: the label is \[1\] and must be a name"),
+        (LabeledConfig(), '{"text": 5, "label": "a"}', "rows.jsonl:2: the field 'text' holds int"),
+        (DialoguesConfig(), '{"text": "x"}', "rows.jsonl:2: a dialogue needs"),
+        (DialoguesConfig(), '{"messages": [{"role": "queen", "content": "x"}]}', "rows.jsonl:2: a turn needs a role"),
+        (Seq2SeqConfig(), '{"prompt": 3, "completion": "x"}', "rows.jsonl:2: text was expected"),
+        (
+            PreferencesConfig(),
+            '{"prompt": "x", "chosen": ["y"], "rejected": "z"}',
+            "rows.jsonl:2: a turn of a dialogue",
+        ),
     ],
 )
-def test_errors_name_file_and_line(write: Write, source: type[Records], line: str, message: str) -> None:
+def test_errors_name_file_and_line(write: Write, kind: RecordsConfig, line: str, message: str) -> None:
     good = {"text": "x", "label": "a", "prompt": "p", "completion": "c", "chosen": "d", "rejected": "e"}
     with pytest.raises(UserError, match=message) as raised:
-        source([write(good, line)], tokenizer(), 32)
+        Records(kind, [write(good, line)], tokenizer())
     assert str(raised.value).count("rows.jsonl:2") == 1
     assert "\n" not in str(raised.value)
 
 
 def test_a_label_outside_of_the_classes_is_rejected(write: Write) -> None:
     with pytest.raises(UserError, match=r"rows.jsonl:2: the label maybe is none of the classes \(no, yes\)"):
-        LabeledTexts(
+        Records(
+            LabeledConfig(max_length=32),
             [write({"text": "x", "label": "yes"}, {"text": "x", "label": "maybe"})],
             tokenizer(),
-            32,
             classes=("no", "yes"),
         )
     with pytest.raises(UserError, match=r"no record can be used \(1 empty\)"):
-        LabeledTexts([write()], tokenizer(), 32)
+        Records(LabeledConfig(max_length=32), [write()], tokenizer())
 
 
 def test_lone_surrogates_and_nul_are_text(write: Write) -> None:
-    source = LabeledTexts([write('{"text": "a \\ud800 b\\u0000", "label": 1}')], tokenizer(), 32)
+    source = Records(LabeledConfig(max_length=32), [write('{"text": "a \\ud800 b\\u0000", "label": 1}')], tokenizer())
     assert "a" in text(source[0]["tokens"])
     objective = Classification(class_names=source.classes)
     batch = Batches(source, objective, tokenizer().vocab, batch_size=1, seed=0).batches(0)[0]
@@ -253,7 +277,7 @@ def test_lone_surrogates_and_nul_are_text(write: Write) -> None:
 
 def test_a_source_of_records_keeps_no_text_in_memory(write: Write) -> None:
     """Only the memory map and 8 bytes per record and column remain."""
-    source = DialogueRecords([write(*FORMATS)], tokenizer(), 64)
+    source = Records(DialoguesConfig(max_length=64), [write(*FORMATS)], tokenizer())
     tokens = source[0]["tokens"]
     assert tokens.base is not None
     assert not tokens.flags.writeable

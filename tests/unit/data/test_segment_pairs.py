@@ -10,7 +10,7 @@ import pytest
 
 from firth.corpora.readers import Document
 from firth.data.token_store import TokenStore
-from firth.data.windows import SegmentPairs
+from firth.data.windows import Documents, SegmentPairsConfig
 from firth.runs.recipe import load
 from firth.tokenizer.tokenizer import Tokenizer
 from firth.tokenizer.train import train
@@ -42,7 +42,7 @@ def stored(tokenizer: Tokenizer, folder: Path, count: int, sentences: int) -> To
 @pytest.mark.parametrize("sentences", [40, 5])
 def test_all_three_are_whole_sentences(tokenizer: Tokenizer, tmp_path: Path, sentences: int) -> None:
     store = stored(tokenizer, tmp_path, 60, sentences)
-    pairs = SegmentPairs(store, 96, tokenizer.vocab)
+    pairs = Documents(SegmentPairsConfig(max_length=96), store, tokenizer.vocab)
     bodies = [
         tokenizer.decode(store.tokens[a : b - 1].astype(np.int32)).strip() for a, b in pairwise(store.offsets.tolist())
     ]
@@ -66,7 +66,10 @@ def test_all_three_are_whole_sentences(tokenizer: Tokenizer, tmp_path: Path, sen
 
 def test_texts_without_sentences_are_split_anywhere(tokenizer: Tokenizer, tmp_path: Path) -> None:
     store = TokenStore.build([Document(str(i), "sea land bird " * 40) for i in range(4)], tokenizer, tmp_path / "store")
-    plain, whole = SegmentPairs(store, 48), SegmentPairs(store, 48, tokenizer.vocab)
+    plain, whole = (
+        Documents(SegmentPairsConfig(max_length=48, whole_sentences=False), store, tokenizer.vocab),
+        Documents(SegmentPairsConfig(max_length=48), store, tokenizer.vocab),
+    )
     for i in range(len(plain)):
         assert all(np.array_equal(plain[i][name], whole[i][name]) for name in plain[i])
         assert len(whole[i]["first"]) >= 1 and len(whole[i]["second"]) >= 1

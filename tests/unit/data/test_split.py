@@ -12,10 +12,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from firth.align.rewards import PreferencePair, Rollout, write_preference_pairs
+from firth.align.rewards import PreferencePair, Rollout, SampledPreferencesConfig, write_preference_pairs
 from firth.corpora.readers import Document
+from firth.data.annotations import MultiAnnotatorConfig
 from firth.data.config import DataConfig
+from firth.data.dialogues import DialoguesConfig, PreferencesConfig, Seq2SeqConfig
 from firth.data.examples import ExamplesConfig
+from firth.data.labeled import LabeledConfig, MultipleChoiceConfig, ScoredConfig, TaggedConfig
+from firth.data.question_answering import QuestionsConfig
 from firth.data.source import Source
 from firth.data.split import MIN_RECORDS, content_key, held_out_keys, hold_out
 from firth.model.config import decoder_config
@@ -23,10 +27,6 @@ from firth.objectives.causal_lm import CausalLM
 from firth.objectives.classification import Classification
 from firth.objectives.objective import Objective
 from firth.objectives.token_tasks import TokenClassification
-from firth.runs.alignment_examples import SampledPreferencesConfig
-from firth.runs.examples import DialoguesConfig, PreferencesConfig, Seq2SeqConfig
-from firth.runs.labeled_examples import LabeledConfig, MultipleChoiceConfig, QuestionsConfig, ScoredConfig, TaggedConfig
-from firth.runs.noisy_label_examples import MultiAnnotatorConfig
 from firth.runs.prepare import RunData
 from firth.runs.recipe import load
 from firth.runs.tokenizer import tokenizer_of

@@ -22,7 +22,7 @@ from firth.data.collate import Batches
 from firth.data.source import MixtureSource, Source
 from firth.data.split import min_share, place, split
 from firth.data.token_store import TokenStore
-from firth.data.windows import DocumentChunks, SegmentPairs, Windows
+from firth.data.windows import ChunksConfig, Documents, SegmentPairsConfig, WindowsConfig
 from firth.objectives.causal_lm import CausalLM
 from firth.tokenizer.train import train
 from firth.types import IGNORE, Example, UserError
@@ -175,12 +175,13 @@ def test_a_damaged_block_is_found_when_it_is_read(tmp_path: Path, monkeypatch: p
     monkeypatch.setattr(token_store, "BLOCK_BYTES", 256)
     made = store(tmp_path)
     path = tmp_path / "store" / "tokens.bin"
-    known = [Windows(made, 16)[i] for i in range(len(Windows(made, 16)))]
+    intact = Documents(WindowsConfig(max_length=16), made, tokenizer().vocab)
+    known = [intact[i] for i in range(len(intact))]
     damaged = np.array(made.tokens)
     for at in range(5, len(damaged), 5 * 128):
         damaged[at : at + 128] ^= 1
     path.write_bytes(damaged.tobytes())
-    windows = Windows(TokenStore.open(tmp_path / "store"), 16)
+    windows = Documents(WindowsConfig(max_length=16), TokenStore.open(tmp_path / "store"), tokenizer().vocab)
     served = 0
     for i, right in enumerate(known):
         try:
@@ -216,7 +217,7 @@ def test_windows_label_every_token_once(tmp_path: Path) -> None:
     """
     made = store(tmp_path)
     for length in (7, 64, 10_000):
-        windows = Windows(made, length, tail=True)
+        windows = Documents(WindowsConfig(max_length=length), made, tokenizer().vocab, held_out=True)
         rng = np.random.default_rng(0)
         labels_of = [
             CausalLM().build_example(windows[i], tokenizer().vocab, rng)["labels"] for i in range(len(windows))
@@ -227,17 +228,29 @@ def test_windows_label_every_token_once(tmp_path: Path) -> None:
         )
         assert np.array_equal(labels[labels != IGNORE], expected)
         assert all(len(a) == length for a in labels_of[:-1])
-    assert len(Windows(made, 64)) == (len(made.tokens) - 1) // 64
-    plain = Windows(made, 64, ahead=0, isolate=False)
+    assert len(Documents(WindowsConfig(max_length=64), made, tokenizer().vocab)) == (len(made.tokens) - 1) // 64
+    plain = Documents(JoinedWindows(max_length=64), made, tokenizer().vocab)
     assert np.array_equal(
         np.concatenate([plain[i]["tokens"] for i in range(len(plain))]), made.tokens[: 64 * len(plain)]
     )
     assert set(plain[0]) == {"tokens"}
 
 
+class LabelsInside(WindowsConfig):
+    """Windows without the token after them."""
+
+    ahead = 0
+
+
+class JoinedWindows(LabelsInside):
+    """Windows whose documents attend to each other."""
+
+    isolate = False
+
+
 def test_windows_number_their_documents(tmp_path: Path) -> None:
     made = store(tmp_path)
-    windows = Windows(made, 100)
+    windows = Documents(WindowsConfig(max_length=100), made, tokenizer().vocab)
     number = np.repeat(np.arange(len(made)), np.diff(made.offsets))
     several = 0
     for i in range(len(windows)):
@@ -248,7 +261,7 @@ def test_windows_number_their_documents(tmp_path: Path) -> None:
         several += own[0] != own[-1]
     assert several
     with pytest.raises(UserError, match="too few for one window"):
-        Windows(made, 1 << 20)
+        Documents(WindowsConfig(max_length=1 << 20), made, tokenizer().vocab)
 
 
 @pytest.mark.parametrize("ahead", [0, 1])
@@ -257,12 +270,13 @@ def test_windows_shift_in_later_epochs(ahead: int, tmp_path: Path) -> None:
     epoch alone; only the last may overlap the one before it.
     """
     made = store(tmp_path)
-    windows = Windows(made, 50, ahead)
+    kind = (WindowsConfig if ahead else LabelsInside)(max_length=50)
+    windows = Documents(kind, made, tokenizer().vocab)
     every = np.arange(len(windows))
     usable = len(made.tokens) - ahead
     number = np.repeat(np.arange(len(made)), np.diff(made.offsets))
 
-    def read(seed: int, epoch: int, of: Windows = windows) -> list[Example]:
+    def read(seed: int, epoch: int, of: Documents = windows) -> list[Example]:
         return of.in_epochs(seed, np.full_like(every, epoch), every)
 
     def offset(seed: int, epoch: int) -> int:
@@ -289,7 +303,7 @@ def test_windows_shift_in_later_epochs(ahead: int, tmp_path: Path) -> None:
     mixed = windows.in_epochs(0, np.array([3, 0, 3]), np.array([4, 4, 1]))
     for got, known in zip(mixed, (read(0, 3)[4], windows[4], read(0, 3)[1]), strict=True):
         assert np.array_equal(got["tokens"], known["tokens"])
-    tailed = Windows(made, 50, ahead, tail=True)
+    tailed = Documents(kind, made, tokenizer().vocab, held_out=True)
     assert all(np.array_equal(x["tokens"], tailed[i]["tokens"]) for i, x in enumerate(read(0, 3, tailed)))
 
 
@@ -298,7 +312,7 @@ def test_batches_read_shifted_windows(tmp_path: Path) -> None:
     mixture shifts those of each source by that source's epochs.
     """
     made, vocab = store(tmp_path), tokenizer().vocab
-    windows = Windows(made, 50)
+    windows = Documents(WindowsConfig(max_length=50), made, tokenizer().vocab)
 
     def batches(source: Source) -> Batches:
         return Batches(source, CausalLM(), vocab, batch_size=4, seed=5)
@@ -323,7 +337,7 @@ def test_batches_read_shifted_windows(tmp_path: Path) -> None:
 @pytest.mark.parametrize("with_special_tokens", [False, True])
 def test_chunks_cover_every_document(tmp_path: Path, with_special_tokens: bool) -> None:
     made, vocab = store(tmp_path), tokenizer().vocab
-    chunks = DocumentChunks(made, 50, vocab if with_special_tokens else None)
+    chunks = Documents(ChunksConfig(max_length=50, add_special_tokens=with_special_tokens), made, vocab)
     at = 0
     for i in range(len(made)):
         whole, got = body(made, i), []
@@ -344,7 +358,7 @@ def test_chunks_cover_every_document(tmp_path: Path, with_special_tokens: bool) 
 
 def test_pairs_are_adjacent_plus_a_random_segment(tmp_path: Path) -> None:
     made = store(tmp_path)
-    pairs = SegmentPairs(made, 64)
+    pairs = Documents(SegmentPairsConfig(max_length=64, whole_sentences=False), made, tokenizer().vocab)
     bodies = [body(made, i).tolist() for i in range(len(made))]
     joined = [" ".join(map(str, b)) for b in bodies]
 
@@ -366,7 +380,11 @@ def test_pairs_are_adjacent_plus_a_random_segment(tmp_path: Path) -> None:
         cuts.append(len(first))
     assert len(set(cuts)) > 40
     with pytest.raises(UserError, match="two documents"):
-        SegmentPairs(TokenStore.build(documents()[5:6], tokenizer(), tmp_path / "one"), 64)
+        Documents(
+            SegmentPairsConfig(max_length=64, whole_sentences=False),
+            TokenStore.build(documents()[5:6], tokenizer(), tmp_path / "one"),
+            tokenizer().vocab,
+        )
 
 
 def test_a_store_without_bos(tmp_path: Path) -> None:
@@ -377,7 +395,12 @@ def test_a_store_without_bos(tmp_path: Path) -> None:
     t.__dict__["vocab"] = type(vocab)(vocab.size, roles, vocab.special, vocab.sentinels, vocab.spelling)
     made = TokenStore.build(documents(), t, tmp_path / "store")
     assert not made.opened
-    assert t.decode(DocumentChunks(made, 10_000)[3]["tokens"]) == [d.text for d in documents() if d.text][3]
+    assert (
+        t.decode(
+            Documents(ChunksConfig(max_length=10_000, add_special_tokens=False), made, tokenizer().vocab)[3]["tokens"]
+        )
+        == [d.text for d in documents() if d.text][3]
+    )
 
 
 def test_held_out_documents_are_a_function_of_their_names() -> None:
@@ -426,7 +449,7 @@ MEASURE = """
 import sys
 from pathlib import Path
 from firth.data.collate import Batches
-from firth.data.windows import Windows
+from firth.data.windows import Documents, WindowsConfig
 from firth.data.token_store import TokenStore
 from firth.objectives.causal_lm import CausalLM
 from firth.corpora.readers import Document
@@ -435,7 +458,7 @@ folder = Path(sys.argv[1])
 t = Tokenizer.load(folder / "tokenizer")
 one = Document("one", (folder / "long.txt").read_text())
 s = TokenStore.build([one], t, folder / "store")
-Batches(Windows(s, 256), CausalLM(), t.vocab, batch_size=16, seed=0).batches(5)
+Batches(Documents(WindowsConfig(max_length=256), s, t.vocab), CausalLM(), t.vocab, batch_size=16, seed=0).batches(5)
 # Not ru_maxrss, which starts at the parent's peak in a child.
 peak = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
 print(int(peak.split()[1]) * 1024, len(s.tokens), int(s.bytes.sum()))
@@ -453,7 +476,13 @@ def test_bad_input_is_cleaned_by_the_reader(tmp_path: Path) -> None:
     assert made.manifest["counts"]["nul"] == 1
     assert made.manifest["counts"]["empty"] == 2
     assert "good" in tokenizer().decode(body(made, 0))
-    batch = Batches(DocumentChunks(made, 16), CausalLM(), tokenizer().vocab, batch_size=2, seed=0).batches(0)[0]
+    batch = Batches(
+        Documents(ChunksConfig(max_length=16, add_special_tokens=False), made, tokenizer().vocab),
+        CausalLM(),
+        tokenizer().vocab,
+        batch_size=2,
+        seed=0,
+    ).batches(0)[0]
     assert batch["tokens"].shape[0] == 2
 
 

@@ -9,8 +9,8 @@ import pytest
 
 from firth.data.config import DataConfig
 from firth.data.examples import DatasetSplits
+from firth.data.unlabeled import PartiallyLabeledConfig
 from firth.objectives.semi_supervised import Consistency
-from firth.runs.noisy_label_examples import PartiallyLabeledConfig
 from firth.runs.prepare import RunData
 from firth.tokenizer.tokenizer import Tokenizer
 from firth.tokenizer.train import train

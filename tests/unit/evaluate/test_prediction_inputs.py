@@ -19,7 +19,8 @@ from torch import nn
 from typer.testing import CliRunner, Result
 
 from firth.cli import app
-from firth.data.question_answering import QuestionRecords
+from firth.data.question_answering import QuestionsConfig, question_of
+from firth.data.records import Records
 from firth.data.source import SubsetSource
 from firth.evaluate.evaluate import evaluate
 from firth.evaluate.heads import best_span, choose_answer
@@ -365,7 +366,11 @@ def test_validation_of_answers_is_squads_by_question(tmp_path: Path) -> None:
 
 
 def test_a_share_of_the_validation_windows_has_whole_questions(tmp_path: Path) -> None:
-    whole = QuestionRecords([str(windows(tmp_path / "a.json", 6))], tokenizer(), 32, question=8, stride=8)
+    whole = Records(
+        QuestionsConfig(max_length=32, max_question_length=8, doc_stride=8),
+        [str(windows(tmp_path / "a.json", 6))],
+        tokenizer(),
+    )
     half = SubsetSource(whole, np.flatnonzero(whole.record_ids >= 6))  # four of six passages, of three questions each
     assert len(whole) > 40 and len(np.unique(half.record_ids)) == 12
     config = encoder_config(600, 32, 1, num_heads=2, max_positions=64)
@@ -377,7 +382,7 @@ def test_a_share_of_the_validation_windows_has_whole_questions(tmp_path: Path) -
     assert 4 <= len(record_ids) <= 8
     for record_id in record_ids:
         assert (chosen.record_ids == record_id).sum() == (whole.record_ids == record_id).sum()
-    assert chosen.metadata(0)["question"] == whole.question_of(int(chosen.record_ids[0]))
+    assert chosen.metadata(0)["question"] == question_of(whole, int(chosen.record_ids[0]))
 
 
 def test_training_questions_without_an_answer_give_a_warning(tmp_path: Path) -> None:
@@ -386,7 +391,7 @@ def test_training_questions_without_an_answer_give_a_warning(tmp_path: Path) -> 
         {"id": "q1", "question": "Who?", "answers": [{"text": "Anne", "answer_start": 24}]},
         {"id": "q2", "question": "Why?", "answers": []},
     )
-    source = QuestionRecords([str(file)], tokenizer(), 96, question=16)
+    source = Records(QuestionsConfig(max_length=96, max_question_length=16), [str(file)], tokenizer())
     assert any("1 question has no answer" in r and "q2" in r for r in source.notes)
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from firth.corpora import readers
-from firth.data.records import fill_template
+from firth.data.dialogues import fill_template
 from firth.io.yaml_files import read_yaml
 from firth.model.config import ModelConfig
 from firth.model.heads import LMHead

@@ -10,7 +10,7 @@ import torch
 
 from firth.data.collate import Batches, collate, counted_fields, pack
 from firth.data.source import Source
-from firth.data.windows import SegmentPairs
+from firth.data.windows import Documents, SegmentPairsConfig
 from firth.model.config import EmbeddingConfig, EncoderConfig, ModelConfig
 from firth.model.model import LM
 from firth.objectives.classification import Classification
@@ -261,7 +261,8 @@ def test_padding_is_masked() -> None:
 @pytest.mark.parametrize("objective", [NSP(), SOP()], ids=["nsp", "sop"])
 def test_segment_lengths_do_not_reveal_the_label(objective: Objective, tmp_path: Path) -> None:
     """The source splits and the objective swaps: with one random stream for both, the lengths would reveal the label."""
-    source, vocab = SegmentPairs(tiny_corpus.store(tmp_path), 40), tiny_corpus.tokenizer().vocab
+    vocab = tiny_corpus.tokenizer().vocab
+    source = Documents(SegmentPairsConfig(max_length=40, whole_sentences=False), tiny_corpus.store(tmp_path), vocab)
     assert len(source) > 300
     [batch] = Batches(source, objective, vocab, batch_size=len(source), seed=0).batches(0)
     ends = (batch["tokens"] == vocab.sep).int().argmax(-1)

@@ -13,12 +13,13 @@ import torch
 import torch.nn.functional as F
 
 from firth.align.precompute import precompute
-from firth.data.annotations import AnnotatedTexts, SimulatedAnnotators, majority
+from firth.data.annotations import MultiAnnotatorConfig, SimulatedAnnotators, SimulatedAnnotatorsConfig, majority
 from firth.data.collate import collate, pack
 from firth.data.config import DataConfig
-from firth.data.labeled import LabeledTexts, TextFields, UnlabeledTexts
-from firth.data.source import MixtureSource, Source, SubsetSource
-from firth.data.unlabeled import UnlabeledSource, choose_labeled
+from firth.data.labeled import LabeledConfig
+from firth.data.records import Records
+from firth.data.source import MixtureSource, Source, SubsetSource, UnlabeledSource
+from firth.data.unlabeled import PartiallyLabeledConfig, choose_labeled
 from firth.model.config import InitConfig, ModelConfig
 from firth.model.model import LM
 from firth.objectives.classification import Classification
@@ -31,8 +32,6 @@ from firth.objectives.semi_supervised import (
     teacher_probabilities,
     unlabeled_example,
 )
-from firth.runs import labeled_examples
-from firth.runs.noisy_label_examples import PartiallyLabeledConfig
 from firth.runs.prepare import RunData
 from firth.tokenizer.vocab import Vocab
 from firth.training.step import step
@@ -222,7 +221,7 @@ def records(tmp_path: Path, rows: list[dict]) -> list[str]:
 
 def test_few_labels_are_balanced_and_the_rest_hidden(tmp_path: Path) -> None:
     rows = [{"text": f"text {i}", "label": "abc"[i % 7 % 3]} for i in range(70)]
-    source = LabeledTexts(records(tmp_path, rows), tokenizer(), 32)
+    source = Records(LabeledConfig(max_length=32), records(tmp_path, rows), tokenizer())
     known, others = choose_labeled(source, 10, seed=1)
     assert np.array_equal(np.sort(np.concatenate((known, others))), np.arange(70))
     counts = np.bincount([source[int(i)]["label"] for i in known])
@@ -238,35 +237,33 @@ def test_few_labels_are_balanced_and_the_rest_hidden(tmp_path: Path) -> None:
 
 def test_simulated_annotators_have_the_stated_accuracy(tmp_path: Path) -> None:
     rows = [{"text": f"text {i}", "label": "abc"[i % 3]} for i in range(1200)]
-    source = LabeledTexts(records(tmp_path, rows), tokenizer(), 32)
-    drawn = SimulatedAnnotators(source, classes=3, count=5, accuracy=0.6, seed=4)
+    source = Records(LabeledConfig(max_length=32), records(tmp_path, rows), tokenizer())
+    simulated = SimulatedAnnotatorsConfig(annotator_accuracy=0.6)
+    drawn = SimulatedAnnotators(source, simulated, classes=3, seed=4)
     votes = np.stack([drawn[i]["votes"] for i in range(1200)])
     truth = np.array([source[i]["label"] for i in range(1200)])[:, None]
     assert abs((votes == truth).mean() - 0.6) < 4.5 * (0.24 / 6000) ** 0.5
     others = np.bincount((votes - truth)[votes != truth] % 3, minlength=3)
     assert others[0] == 0 and abs(others[1] - others[2]) < 4.5 * (others.sum()) ** 0.5
-    assert np.array_equal(
-        drawn[7]["votes"], SimulatedAnnotators(source, classes=3, count=5, accuracy=0.6, seed=4)[7]["votes"]
-    )
+    assert np.array_equal(drawn[7]["votes"], SimulatedAnnotators(source, simulated, classes=3, seed=4)[7]["votes"])
     assert (
-        votes
-        != np.stack([SimulatedAnnotators(source, classes=3, count=5, accuracy=0.6)[i]["votes"] for i in range(1200)])
+        votes != np.stack([SimulatedAnnotators(source, simulated, classes=3)[i]["votes"] for i in range(1200)])
     ).any()
     share = np.mean([majority(v) == t for v, t in zip(votes, truth[:, 0], strict=True)])
     assert share > 0.65
-    with pytest.raises(UserError, match=r"annotators of accuracy 1\.2"):
-        SimulatedAnnotators(source, classes=3, count=5, accuracy=1.2)
+    with pytest.raises(UserError, match="two or more"):
+        SimulatedAnnotators(source, SimulatedAnnotatorsConfig(), classes=1)
 
 
 def test_records_with_a_list_of_labels(tmp_path: Path) -> None:
     rows = [{"text": "one", "labels": ["good", "bad", "good"]}, {"text": "two", "labels": ["bad"]}]
-    source = AnnotatedTexts(records(tmp_path, rows), tokenizer(), 32, TextFields(label_field="labels"))
+    source = Records(MultiAnnotatorConfig(max_length=32), records(tmp_path, rows), tokenizer())
     assert source.classes == ("bad", "good")
     assert [source[i]["votes"].tolist() for i in range(2)] == [[1, 0, 1], [0, IGNORE, IGNORE]]
     assert [source[i]["label"] for i in range(2)] == [1, 0]
     with pytest.raises(UserError, match=r"records.jsonl.*'labels' must be a list"):
-        AnnotatedTexts(
-            records(tmp_path, [{"text": "one", "labels": "good"}]), tokenizer(), 32, TextFields(label_field="labels")
+        Records(
+            MultiAnnotatorConfig(max_length=32), records(tmp_path, [{"text": "one", "labels": "good"}]), tokenizer()
         )
 
 
@@ -298,7 +295,7 @@ def test_unlabeled_texts_join_the_labeled_ones(tmp_path: Path) -> None:
         log=print,
     )
     examples = PartiallyLabeledConfig(
-        base=labeled_examples.LabeledConfig(text_field="review", max_length=32),
+        base=LabeledConfig(text_field="review", max_length=32),
         unlabeled_path=(str(more),),
         unlabeled_ratio=2.0,
     )
@@ -313,9 +310,9 @@ def test_unlabeled_texts_join_the_labeled_ones(tmp_path: Path) -> None:
 
     lines = tmp_path / "more.txt"
     lines.write_text("one\n\n  two \n")
-    plain = UnlabeledTexts([str(lines)], tokenizer(), 32, labeled=False)
+    plain = LabeledConfig(max_length=32).unlabeled([str(lines)], data)
     assert [tokenizer().decode(plain[i]["tokens"]).strip() for i in range(len(plain))] == ["one", "two"]
     with pytest.raises(UserError, match="no field 'review'"):
-        PartiallyLabeledConfig(
-            base=labeled_examples.LabeledConfig(text_field="review"), unlabeled_path=(str(lines),)
-        ).build(data, objective)
+        PartiallyLabeledConfig(base=LabeledConfig(text_field="review"), unlabeled_path=(str(lines),)).build(
+            data, objective
+        )

@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from firth.data import attention_fields
 from firth.data.collate import Batches, collate, pack
-from firth.data.windows import Windows
+from firth.data.windows import Documents, WindowsConfig
 from firth.evaluate.perplexity import TokenizedDocument, one_at_a_time, scoring_mode
 from firth.generate.engine import Engine
 from firth.generate.fill import fill_masks
@@ -457,10 +457,16 @@ def test_invalid_configs_are_rejected() -> None:
 # ---- memory
 
 
+class JoinedWindows(WindowsConfig):
+    """Windows whose documents attend to each other."""
+
+    isolate = False
+
+
 def test_windows_give_the_tokens_before_them(tmp_path: Path) -> None:
     whole = store(tmp_path)
     tokens, offsets = whole.tokens, whole.offsets
-    source = Windows(whole, 32, memory=20)
+    source = Documents(WindowsConfig(max_length=32), whole, tokenizer().vocab, memory=20)
     reached = 0
     for i in range(len(source)):
         example, start = source[i], 32 * i
@@ -468,8 +474,8 @@ def test_windows_give_the_tokens_before_them(tmp_path: Path) -> None:
         assert example["memory_tokens"].tolist() == tokens[max(opens, start - 20) : start].tolist()
         reached += len(example["memory_tokens"]) == 20
     assert 0 < reached < len(source)
-    assert "memory_tokens" not in Windows(whole, 32)[3]
-    free = Windows(whole, 32, isolate=False, memory=20)
+    assert "memory_tokens" not in Documents(WindowsConfig(max_length=32), whole, tokenizer().vocab)[3]
+    free = Documents(JoinedWindows(max_length=32), whole, tokenizer().vocab, memory=20)
     assert all(len(free[i]["memory_tokens"]) == 20 for i in range(1, len(free)))
 
 
@@ -527,7 +533,7 @@ def test_a_causal_memory_is_the_text_before_it(at: str) -> None:
 
 
 def test_batches_with_memory_depend_on_the_step_only(tmp_path: Path) -> None:
-    source = Windows(store(tmp_path), 24, memory=16)
+    source = Documents(WindowsConfig(max_length=24), store(tmp_path), tokenizer().vocab, memory=16)
     loaders = [
         Batches(source, PLM(), tokenizer().vocab, batch_size=4, seed=0, gradient_accumulation_steps=n)
         for n in (1, 1, 2)

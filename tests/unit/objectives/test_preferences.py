@@ -9,9 +9,10 @@ import pytest
 import torch
 from torch import nn
 
+from firth.align.unpaired import MismatchedAnswers, UnpairedPreferencesConfig
 from firth.data.collate import collate, label_fields_of
-from firth.data.records import PreferenceRecords
-from firth.data.unpaired import MismatchedAnswers, UnpairedPreferenceRecords
+from firth.data.dialogues import PreferencesConfig
+from firth.data.records import Records
 from firth.model.config import ModelConfig
 from firth.model.model import LM
 from firth.objectives.objective import Objective
@@ -173,10 +174,10 @@ def test_mismatched_answers_have_no_gradient() -> None:
     assert torch.allclose(gradient(model), found, atol=1e-5)
 
 
-def records(tmp_path: Path, prompts: list[str]) -> UnpairedPreferenceRecords:
+def records(tmp_path: Path, prompts: list[str]) -> Records:
     rows = [{"prompt": p, "completion": f"answer {i}", "label": i % 2 == 0} for i, p in enumerate(prompts)]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return UnpairedPreferenceRecords([str(tmp_path / "rows.jsonl")], tokenizer(), 64)
+    return Records(UnpairedPreferencesConfig(max_length=64), [str(tmp_path / "rows.jsonl")], tokenizer())
 
 
 def test_a_mismatched_answer_is_of_another_prompt(tmp_path: Path) -> None:
@@ -202,7 +203,7 @@ def test_a_labeled_answer_is_held_out_with_its_prompt(tmp_path: Path) -> None:
     labeled = records(tmp_path, ["one", "two", "one"])
     rows = [{"prompt": p, "chosen": "yes", "rejected": "no"} for p in ("one", "two")]
     (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    pairs = PreferenceRecords([str(tmp_path / "pairs.jsonl")], tokenizer(), 64)
+    pairs = Records(PreferencesConfig(max_length=64), [str(tmp_path / "pairs.jsonl")], tokenizer())
     assert labeled.group_ids.tolist() == [pairs.group_ids[i] for i in (0, 1, 0)]
     assert MismatchedAnswers(labeled, 64).group_ids.tolist() == labeled.group_ids.tolist()
 

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 from firth.data.collate import Batches, collate, pack
 from firth.data.source import Source
-from firth.data.windows import WordWindows, keep_probabilities, noise_distribution
+from firth.data.windows import keep_probabilities, noise_distribution, word_statistics
 from firth.model.config import ModelConfig, NormConfig, PositionConfig, RNNConfig, recurrent_config, word_vector_config
 from firth.model.model import LM
 from firth.objectives.causal_lm import BiLM
@@ -192,9 +192,9 @@ def test_subsampling_and_noise_distribution() -> None:
             return 1
 
         def __getitem__(self, index: int) -> Example:
-            return {"tokens": np.repeat(np.arange(60), COUNTS)}
+            return {"tokens": np.repeat(np.arange(60), COUNTS)} | word_statistics(COUNTS, 0.01, 0.75)
 
-    source = WordWindows(Text(), COUNTS, sample=0.01, power=0.75)
+    source = Text()
     rng = np.random.default_rng(0)
     seen, drawn = np.zeros(60), np.zeros(60)
     for _ in range(50):
@@ -207,7 +207,7 @@ def test_subsampling_and_noise_distribution() -> None:
     assert seen[:2].sum() == drawn[:2].sum() == 0
     assert drawn / drawn.sum() == pytest.approx(COUNTS**0.75 / (COUNTS**0.75).sum(), abs=0.006)
     with pytest.raises(UserError, match="no word that the tokenizer knows"):
-        WordWindows(Text(), np.zeros(60), 0.01, 0.75)
+        word_statistics(np.zeros(60), 0.01, 0.75)
 
 
 @pytest.mark.slow

@@ -16,7 +16,7 @@ import torch
 from firth.corpora.readers import Document
 from firth.data.collate import Batches
 from firth.data.token_store import TokenStore
-from firth.data.windows import SegmentPairs
+from firth.data.windows import Documents, SegmentPairsConfig
 from firth.model.config import encoder_config
 from firth.model.model import LM
 from firth.objectives.sentence_pairs import NSP, SOP, SentencePairObjective
@@ -63,7 +63,9 @@ def test_signal_is_learned_and_generalizes(
     stores = [
         TokenStore.build(part, tokenizer, tmp_path / n) for n, part in (("learn", made[:240]), ("held", made[240:]))
     ]
-    sources = [SegmentPairs(each, 48) for each in stores]
+    sources = [
+        Documents(SegmentPairsConfig(max_length=48, whole_sentences=False), each, tokenizer.vocab) for each in stores
+    ]
     torch.manual_seed(0)
     config = encoder_config(tokenizer.vocab.size, 64, 2, max_positions=48).with_fields({"embedding.type_vocab_size": 2})
     model = LM(config, objective.heads(config))

@@ -14,10 +14,13 @@ import pytest
 import torch
 
 from firth import objectives
+from firth.align.precompute import PseudoLabeledConfig
 from firth.align.rollouts import RolloutsConfig
 from firth.data.collate import Batches
 from firth.data.config import DataConfig
 from firth.data.examples import DatasetSplits, ExamplesConfig
+from firth.data.unlabeled import PartiallyLabeledConfig
+from firth.data.windows import ChunksConfig, SegmentPairsConfig, WindowsConfig
 from firth.model.config import (
     AttentionPattern,
     ModelConfig,
@@ -32,9 +35,8 @@ from firth.objectives.classification import Classification
 from firth.objectives.masked_lm import MLM
 from firth.objectives.objective import Objective, components
 from firth.pretrained.load_save import save_model
-from firth.runs.compatibility import EXAMPLES, check_fields, check_pattern
-from firth.runs.examples import ChunksConfig, SegmentPairsConfig, WindowsConfig
-from firth.runs.noisy_label_examples import PartiallyLabeledConfig, PseudoLabeledConfig
+from firth.runs.compatibility import check_fields, check_pattern
+from firth.runs.examples import EXAMPLES
 from firth.runs.prepare import RunData, train_tokenizer
 from firth.runs.start_model import StartModel
 from firth.tokenizer.tokenizer import Tokenizer

@@ -15,7 +15,7 @@ import pytest
 from firth.corpora.readers import Document
 from firth.data.noise import NOISES
 from firth.data.token_store import TokenStore
-from firth.data.windows import Windows
+from firth.data.windows import Documents, WindowsConfig
 from firth.generate import embeddings
 from firth.model.config import decoder_config
 from firth.model.heads import LMHead
@@ -68,7 +68,7 @@ def test_a_text_shorter_than_a_window_is_refused(tokenizers: dict[str, Tokenizer
     """RWKV-PEFT#52, lit-llama#378: the error names both numbers."""
     store = TokenStore.build([Document("a", "A heron counts the rain.")], tokenizers["byte-bpe"], tmp_path / "store")
     with pytest.raises(UserError, match=rf"{len(store.tokens)} tokens.* too few for one window of 64"):
-        Windows(store, 64)
+        Documents(WindowsConfig(max_length=64), store, tokenizers["byte-bpe"].vocab)
 
 
 @pytest.mark.parametrize(

@@ -105,6 +105,14 @@ def test_metrics_that_are_models_are_left_out(tmp_path: Path) -> None:
     assert len(messages) == 1 and "bleurt is a model" in messages[0]
 
 
+def test_questions_with_one_choice_are_left_out(tmp_path: Path) -> None:
+    """Such a question is always right."""
+    one = {"input": "Sky?", "target_scores": {"blue": 1}}
+    with logged() as messages:
+        [task] = read_bigbench(write(tmp_path, CHOICES | {"examples": [*CHOICES["examples"], one]}))
+    assert len(task.items) == 2 and "1 of 3 examples have one choice" in messages[0]
+
+
 @pytest.mark.parametrize(
     ("task", "words"),
     [

@@ -15,13 +15,15 @@ from firth.evaluate.prompting import endpoint
 from firth.evaluate.prompting.endpoint import Endpoint
 from firth.evaluate.prompting.evaluate import evaluate_prompts
 from firth.evaluate.prompting.local_model import LocalModel
-from firth.evaluate.prompting.prompt_task import PromptConfig
-from firth.evaluate.prompting.requests import GenerateReply, GenerateRequest, ScoreReply, ScoreRequest
+from firth.evaluate.prompting.prompt_task import MetricConfig, PromptConfig, PromptTask
+from firth.evaluate.prompting.requests import GenerateReply, GenerateRequest, ReplyCache, ScoreReply, ScoreRequest
+from firth.evaluate.prompting.runner import run_tasks
 from firth.evaluate.task import EvaluatedModel
 from firth.generate.decoding_batch import rectangle
 from firth.generate.scoring import ScoredPair, _fp32_logits, score_gaps
 from firth.model.config import decoder_config, encoder_config, encoder_decoder_config
 from firth.types import UserError
+from tests.support.fake_responder import items
 from tests.support.models import random_model
 from tests.support.tiny_corpus import tokenizer
 
@@ -155,6 +157,38 @@ def test_an_endpoint_that_cannot_serve_is_named(address: str, monkeypatch: pytes
     Handler.failures = 3
     with pytest.raises(UserError, match="refuses /completions with 503"):
         list(Endpoint(address).reply([GenerateRequest("one")]))
+
+
+def test_an_evaluation_resumes_after_an_endpoint_died(
+    address: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The server fails for good after two answers; when it is back, only the others are requested."""
+    monkeypatch.setattr(endpoint.time, "sleep", lambda _: None)
+    questions = items(*({"q": f"word{i}", "a": f"word{i}"} for i in range(5)))
+    task = PromptTask(
+        "echo", questions, "generate_until", "q", "a", stop=("\n",), metrics=(MetricConfig("exact_match"),)
+    )
+    first, sent = Endpoint(address), []
+    post = Handler.do_POST
+
+    def dying(self: Handler) -> None:
+        sent.append(self.path)
+        Handler.failures = 1 if len(sent) > 2 else 0
+        post(self)
+
+    monkeypatch.setattr(Handler, "do_POST", dying)
+    cache = ReplyCache(tmp_path, first.digest)
+    with pytest.raises(UserError, match="refuses /completions with 503"):
+        run_tasks([task], first, PromptConfig(), cache)
+    cache.close()
+    monkeypatch.setattr(Handler, "do_POST", lambda self: (sent.append(self.path), post(self)))
+    Handler.failures = 0
+    sent.clear()
+    second = Endpoint(address)
+    cache = ReplyCache(tmp_path, second.digest)
+    [result] = run_tasks([task], second, PromptConfig(), cache)
+    cache.close()
+    assert len(sent) == 3 and len(result.items) == 5
 
 
 def test_a_text_is_filled_word_by_word_by_span_corruption(tmp_path: Path) -> None:

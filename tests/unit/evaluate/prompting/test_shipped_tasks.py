@@ -8,7 +8,8 @@ import pytest
 
 from firth.evaluate.prompting.prompt_task import PromptConfig
 from firth.evaluate.prompting.requests import ScoreRequest
-from firth.evaluate.prompting.task_files import builtin_names, load_tasks
+from firth.evaluate.prompting.task_files import builtin_names, is_prompt_task, load_tasks
+from firth.evaluate.tasks import TASKS, find
 from firth.types import UserError
 from tests.support.fake_responder import FakeModel, one_result
 
@@ -63,6 +64,16 @@ def test_shipped_tasks_with_rationales(tmp_path: Path, name: str) -> None:
     one_result(task, model, PromptConfig(shots=2, cot="few-shot"))
     rationale = str(RECORDS[name].get("rationale", "1 + 1 = 2"))
     assert all(request.prompt.count(rationale) == 2 for request in model.requests)
+
+
+def test_names_of_tasks_are_looked_up_once() -> None:
+    """No task in prompts has the name of another task, and an unknown name lists both kinds."""
+    assert not {"likelihood", "glue", "objective", *TASKS} & {*builtin_names()}
+    assert all(is_prompt_task(name) for name in builtin_names()) and not any(map(is_prompt_task, TASKS))
+    with pytest.raises(
+        UserError, match=r"there is no task 'mmlo'; .*classification.*in prompts .*mmlu.*task.json of BIG-bench"
+    ):
+        find("mmlo")
 
 
 GLUE_FILES = {

@@ -5,36 +5,60 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import numpy as np
 
+from firth.align.precompute import with_ref_logprobs
 from firth.data.conversations import unpaired
-from firth.data.records import Record, Records, first_prompt
+from firth.data.dialogues import first_prompt
+from firth.data.examples import BuildContext, DatasetSplits
+from firth.data.records import Record, Records, RecordsConfig
 from firth.data.source import Source, WrappedSource
+from firth.fields import TokenCount
+from firth.objectives.objective import Objective
+from firth.objectives.preferences import KTO, build_mismatched
 from firth.tokenizer import chat
 from firth.types import Example
 
 
-class UnpairedPreferenceRecords(Records):
-    """A prompt and an answer with its label: {"tokens", "mask", "desirable" (1,)}.
+@dataclass(frozen=True)
+class UnpairedPreferencesConfig(RecordsConfig):
+    """Records with a prompt, an answer, and a label that says whether it is desirable, for KTO.
 
-    The mask is True on the last answer and its stop token only. A record is left out as unanswered if `length` leaves no room
-    for its answer.
+    Stored are {"tokens", "mask", "desirable" (1,)}, the mask True on the last answer and its stop token only. Each is shown with the
+    answer to another prompt (`MismatchedAnswers`), and with the log-probabilities of both under the reference model (`init_from`). A
+    record is left out as unanswered if `max_length` leaves no room for its answer.
     """
 
-    columns: ClassVar[dict[str, type]] = {"tokens": np.int32, "mask": np.bool_, "desirable": np.bool_}
+    base_fields: ClassVar[frozenset[str]] = KTO.inputs
+    required_fields: ClassVar[frozenset[str]] = frozenset({"desirable"})
+    columns: ClassVar[Mapping[str, type]] = {"tokens": np.int32, "mask": np.bool_, "desirable": np.bool_}
+
+    max_length: TokenCount = 256
 
     def group(self, record: Record) -> str:
         prompt, answer, _ = unpaired(record)
         return first_prompt([*prompt, *answer])
 
-    def example(self, record: Record, encoded: list[np.ndarray]) -> Example | None:
+    def tokenizer_texts_of(self, record: Record) -> list[str]:
+        prompt, answer, _ = unpaired(record)
+        return [message["content"] for message in (*prompt, *answer)]
+
+    def example(self, record: Record, encoded: list[np.ndarray], records: Records) -> Example | None:
         prompt, answer, desirable = unpaired(record)
-        tokens, mask = chat.encode(self.tokenizer, [*prompt, *answer])
-        mask &= np.arange(len(tokens)) >= len(chat.encode(self.tokenizer, prompt)[0])
-        tokens, mask = self.fit(tokens, self.length), mask[: self.length]
+        tokens, mask = chat.encode(records.tokenizer, [*prompt, *answer])
+        mask &= np.arange(len(tokens)) >= len(chat.encode(records.tokenizer, prompt)[0])
+        tokens, mask = records.fit(tokens, self.max_length), mask[: self.max_length]
         return {"tokens": tokens, "mask": mask, "desirable": np.array([desirable])} if mask.any() else None
+
+    def build(self, data: BuildContext, objective: Objective) -> DatasetSplits:
+        plain = super().build(data, objective)
+        held = MismatchedAnswers(plain.validation, self.max_length) if plain.validation is not None else None
+        paired = replace(plain, train=MismatchedAnswers(plain.train, self.max_length), validation=held)
+        return with_ref_logprobs(paired, data, build_mismatched)
 
 
 class MismatchedAnswers(WrappedSource):

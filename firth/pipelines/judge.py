@@ -1,0 +1,178 @@
+"""AI feedback: a judge model compares answers under written principles (Lee 2023; Bai 2022).
+
+Each pair is shown in both orders, and the judge's log-probabilities of "A" and "B" are read. A judge that prefers the same
+position in both orders has no opinion on the pair: it is dropped as a tie, which removes the position bias.
+
+>>> decide(2.0, -1.0), decide(-0.5, 0.5), decide(1.0, 0.5)
+(1.5, -0.5, None)
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+
+from firth.corpora.readers import records
+from firth.data.conversations import comparison
+from firth.evaluate.prompting.requests import ScoreReply, ScoreRequest
+from firth.fields import NonNegativeInt
+from firth.pipelines.records import Asker, write_records
+from firth.pipelines.stage import Stage, Summary
+from firth.types import UserError
+
+PRINCIPLES = ("Choose the answer that is more helpful, honest and harmless.",)
+QUESTION = (
+    "Compare two answers to a request. {principle}\n\nRequest: {prompt}\n\nAnswer A: {first}\n\nAnswer B: {second}\n\n"
+    "Which answer is better, A or B?"
+)
+"""The prompt of the judge."""
+LEAD = "The better answer is"
+"""How the judge's reply begins, before the letter."""
+
+
+@dataclass(frozen=True)
+class AnswerPair:
+    """Two answers to one prompt.
+
+    Args:
+        location: File and line of the record.
+        prompt: The prompt as text.
+        first: An answer.
+        second: Another one.
+        truth: Whether the record says that the first is the better one; None if it says nothing.
+    """
+
+    location: str
+    prompt: str
+    first: str
+    second: str
+    truth: bool | None
+
+
+def decide(forward: float, backward: float) -> float | None:
+    """Return the log-odds that the first answer is better, or None if the two orders disagree.
+
+    Args:
+        forward: log p("A") - log p("B") with the first answer as A.
+        backward: The same with the first answer as B.
+    """
+    return (forward - backward) / 2 if forward * backward < 0 else None
+
+
+@dataclass(frozen=True)
+class JudgePairs(Stage):
+    """Label pairs of answers by a judge; writes {"prompt", "chosen", "rejected", "log_odds"}.
+
+    Records are those of `SampleAnswers` ({"prompt", "samples"}: all pairs of different answers), or preferences ({"prompt", "chosen",
+    "rejected"}), with whose labels the agreement of the judge is then reported.
+
+    Args:
+        data: Files of the records.
+        model: The judge: a run, a model directory, an adapter, a GGUF file, or `openai:URL`.
+        principles: What the judge should prefer; with several, their log-odds are added.
+        chat: Whether the question is a message of the judge's chat template.
+        limit: Most records; 0 for all.
+    """
+
+    main: ClassVar[str] = "data"
+    output: ClassVar[str] = "preferences.jsonl"
+
+    data: tuple[str, ...]
+    model: str
+    principles: tuple[str, ...] = PRINCIPLES
+    chat: bool = True
+    limit: NonNegativeInt = 0
+
+    def check(self) -> None:
+        if not any(principle.strip() for principle in self.principles):
+            raise UserError("the list of principles is empty: write what the judge prefers")
+
+    def run(self, directory: Path) -> Summary:
+        pairs = list(answer_pairs(self.data, self.limit))
+        requests = [
+            self._request(principle, pair, swapped, letter)
+            for pair in pairs
+            for swapped in (False, True)
+            for principle in self.principles
+            for letter in "AB"
+        ]
+        locations = [pair.location for pair in pairs for _ in range(len(requests) // len(pairs))]
+        logprobs = np.array(
+            [
+                reply.logprob
+                for reply in Asker(self.model, scored=True).ask(requests, locations)
+                if isinstance(reply, ScoreReply)
+            ]
+        ).reshape(len(pairs), 2, len(self.principles), 2)
+        differences = (logprobs[..., 0] - logprobs[..., 1]).sum(-1)  # (pairs, 2)
+        decisions = [decide(forward, backward) for forward, backward in differences.tolist()]
+        labeled = [(pair, odds) for pair, odds in zip(pairs, decisions, strict=True) if odds is not None]
+        if not labeled:
+            raise UserError(
+                f"the judge {self.model} prefers the same position in both orders of all {len(pairs):,} pairs, so none is "
+                "labeled: use a stronger judge"
+            )
+        write_records(directory / self.output, (labeled_record(pair, odds) for pair, odds in labeled))
+        summary: dict[str, float | str] = {
+            "pairs": len(pairs),
+            "labeled": len(labeled),
+            "ties": len(pairs) - len(labeled),
+            "share of A": float((differences > 0).mean()),
+        }
+        known = [(pair.truth, odds) for pair, odds in labeled if pair.truth is not None]
+        if known:
+            agreement = np.mean([(odds > 0) == truth for truth, odds in known])
+            summary["agreement"] = float(agreement)
+            summary["agreement, standard error"] = float(np.sqrt(agreement * (1 - agreement) / len(known)))
+        return summary
+
+    def _request(self, principle: str, pair: AnswerPair, swapped: bool, letter: str) -> ScoreRequest:
+        first, second = (pair.second, pair.first) if swapped else (pair.first, pair.second)
+        question = QUESTION.format(principle=principle.strip(), prompt=pair.prompt, first=first, second=second)
+        if self.chat:
+            return ScoreRequest(question, f" {letter}", True, LEAD)
+        return ScoreRequest(f"{question}\n\n{LEAD}", f" {letter}")
+
+
+def labeled_record(pair: AnswerPair, odds: float) -> dict[str, Any]:
+    """Return a preference record."""
+    chosen, rejected = (pair.first, pair.second) if odds > 0 else (pair.second, pair.first)
+    return {"prompt": pair.prompt, "chosen": chosen, "rejected": rejected, "log_odds": abs(odds)}
+
+
+def answer_pairs(paths: Sequence[str], limit: int = 0) -> Iterator[AnswerPair]:
+    """Yield the pairs of answers in some files.
+
+    The chosen answer of a preference is the first or the second one in turns, so that no order tells the label.
+
+    Raises:
+        UserError: A record is of neither form, or there is no pair.
+    """
+    count = 0
+    for number, (location, record) in enumerate(records(paths)):
+        if limit and number == limit:
+            break
+        if "samples" in record:
+            samples = record["samples"]
+            if not isinstance(samples, list) or not all(isinstance(text, str) for text in samples):
+                raise UserError(f"{location}: samples must be a list of texts")
+            for first, second in itertools.combinations(dict.fromkeys(samples), 2):
+                count += 1
+                yield AnswerPair(location, str(record["prompt"]), first, second, None)
+            continue
+        try:
+            prompt, chosen, rejected = comparison(record)
+        except UserError as error:
+            raise UserError(f"{location}: {error}") from error
+        text = "\n\n".join(message["content"] for message in prompt)
+        better, worse = ("\n\n".join(message["content"] for message in side) for side in (chosen, rejected))
+        first, second = (better, worse) if number % 2 == 0 else (worse, better)
+        count += 1
+        yield AnswerPair(location, text, first, second, number % 2 == 0)
+    if not count:
+        raise UserError(f"{', '.join(paths)}: there are no two different answers to a prompt")

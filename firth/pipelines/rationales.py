@@ -1,0 +1,197 @@
+"""Self-improvement: sample rationales, keep some, and finetune on them.
+
+LMSI (Huang 2022) needs no gold answers: it keeps the rationales that reach the majority answer of a question. STaR (Zelikman 2022)
+keeps those that reach the gold answer; where none does, the model gets the answer as a hint (rationalization), and a
+rationale that reaches it is kept as if it had been found without the hint.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated, ClassVar, Literal
+
+import numpy as np
+from annotated_types import Interval
+
+from firth.evaluate.prompting.answers import INVALID, FilterChain, apply_filters
+from firth.evaluate.prompting.prompt_task import PromptConfig, PromptTask
+from firth.evaluate.prompting.prompts import Item, render
+from firth.evaluate.prompting.requests import ReplyCache
+from firth.evaluate.prompting.runner import run_tasks
+from firth.evaluate.prompting.task_files import load_tasks
+from firth.fields import NonNegativeInt, PositiveFloat, Share
+from firth.io.cache import cache
+from firth.pipelines.records import open_responder, write_records
+from firth.pipelines.stage import Stage, Summary
+from firth.types import LOGGER, UserError
+
+HINT = "(Hint: the answer is {{_gold}}.)"
+"""What is added to a question for rationalization."""
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """Samples of a question.
+
+    Args:
+        item: The question.
+        texts: The sampled texts.
+        answers: The answer in each; `INVALID` or "" where there is none.
+        gold: The gold answer, read as answers are.
+    """
+
+    item: Item
+    texts: Sequence[str]
+    answers: Sequence[str]
+    gold: str
+
+    def majority(self) -> tuple[str, float]:
+        """Return the most frequent answer and its share of all samples; of equally frequent ones the first."""
+        found = Counter(answer for answer in self.answers if answer not in ("", INVALID))
+        if not found:
+            return "", 0.0
+        answer, count = found.most_common(1)[0]
+        return answer, count / len(self.answers)
+
+    def reaching(self, answer: str) -> list[str]:
+        """Return the different texts with an answer."""
+        return list(dict.fromkeys(t for t, a in zip(self.texts, self.answers, strict=True) if a == answer and answer))
+
+
+@dataclass(frozen=True)
+class SampleRationales(Stage):
+    """Sample answers with rationales and keep some; writes {"prompt", "completion", "answer"} for `sft`.
+
+    The prompt of a record is the question alone, without the examples that the samples were made with.
+
+    Args:
+        model: A run, a model directory, an adapter, a GGUF file, or `openai:URL`.
+        task: A task that generates answers with a rationale and has a filter that reads the answer, such as gsm8k.
+        data: Files of the questions; those of the task file if empty.
+        examples: Files of the examples in prompts.
+        keep: "majority" (LMSI) or "correct" (STaR, which needs gold answers).
+        min_share: For "majority": least share of the samples that agree.
+        rationalize: For "correct": whether questions without a correct sample are repeated with the answer as a hint.
+        num_samples: Samples of each question.
+        temperature: Temperature of sampling.
+        shots: Examples in each prompt; -1 for the task's own number.
+        chat: Whether prompts are messages of the model's chat template.
+        limit: Most questions; 0 for all.
+        seed: Seed of examples and samples.
+    """
+
+    main: ClassVar[str] = "model"
+    output: ClassVar[str] = "rationales.jsonl"
+
+    model: str
+    task: str
+    data: tuple[str, ...] = ()
+    examples: tuple[str, ...] = ()
+    keep: Literal["majority", "correct"] = "majority"
+    min_share: Share = 0.0
+    rationalize: bool = False
+    num_samples: Annotated[int, Interval(ge=1, le=1000)] = 8
+    temperature: PositiveFloat = 0.7
+    shots: Annotated[int, Interval(ge=-1)] = -1
+    chat: bool = False
+    limit: NonNegativeInt = 0
+    seed: NonNegativeInt = 0
+
+    def check(self) -> None:
+        if self.rationalize and self.keep != "correct":
+            raise UserError("rationalize=true needs the gold answers of keep=correct")
+        if self.keep == "majority" and self.num_samples < 2:
+            raise UserError("keep=majority needs num_samples of 2 or more")
+
+    def run(self, directory: Path) -> Summary:
+        task, *others = load_tasks(self.task, self.data, self.examples)
+        if others:
+            raise UserError(f"{self.task}: these are {len(others) + 1} tasks: name one of them")
+        if task.output_type != "generate_until":
+            raise UserError(f"{self.task}: rationales are generated, and this task is of type {task.output_type}")
+        items = task.items[: self.limit] if self.limit else task.items
+        sampled = self._sample(task, items)
+        records, kept = [], 0
+        missed: list[Sampled] = []
+        for one in sampled:
+            answer, share = one.majority() if self.keep == "majority" else (one.gold, 1.0)
+            texts = one.reaching(answer) if share >= self.min_share else []
+            kept += bool(texts)
+            if not texts:
+                missed.append(one)
+            records += [self._record(task, one.item, text, answer) for text in texts]
+        summary: dict[str, float | str] = {
+            "questions": len(sampled),
+            "samples": len(sampled) * self.num_samples,
+            "kept questions": kept,
+            "records": len(records),
+        }
+        if all(one.gold for one in sampled):
+            right = [[answer == one.gold for answer in one.answers] for one in sampled]
+            summary["accuracy of a sample"] = float(np.mean(right))
+            summary["accuracy of the majority"] = float(np.mean([one.majority()[0] == one.gold for one in sampled]))
+        if self.rationalize and missed:
+            hinted = self._rationalized(task, missed)
+            summary["rationalized questions"] = len({id(item) for item, _, _ in hinted})
+            records += [self._record(task, item, text, answer) for item, text, answer in hinted]
+        if not records:
+            raise UserError(
+                f"{self.task}: no rationale of {len(sampled)} questions was kept: sample more, or lower min_share"
+            )
+        write_records(directory / self.output, records)
+        return summary
+
+    def _sample(self, task: PromptTask, items: Sequence[Item]) -> list[Sampled]:
+        """Return the samples of some questions."""
+        responder = open_responder(self.model)
+        replies = ReplyCache(cache() / "replies", responder.digest)
+        config = PromptConfig(
+            shots=None if self.shots < 0 else self.shots, chat=self.chat, votes=self.num_samples,
+            temperature=self.temperature, seed=self.seed,
+        )  # fmt: skip
+        selected = replace(task, items=items, pool=task.pool or task.items)
+        try:
+            [result] = run_tasks(
+                [selected],
+                responder,
+                config,
+                replies,
+                lambda done, total: LOGGER.info(f"{done:,} of {total:,} replies"),
+            )
+        finally:
+            replies.close()
+        chain = task.filters[-1] if task.filters else FilterChain("none", ())
+        found = []
+        for item, one in zip(items, result.items, strict=True):
+            texts = [str(text) for text in one.replies]
+            answers = [apply_filters(chain.filters, [text])[0] for text in texts]
+            found.append(Sampled(item, texts, answers, _gold(task, item, chain)))
+        return found
+
+    def _rationalized(self, task: PromptTask, missed: Sequence[Sampled]) -> list[tuple[Item, str, str]]:
+        """Return (question, rationale, answer) for the questions that the model answers with the hint."""
+        chain = task.filters[-1] if task.filters else FilterChain("none", ())
+
+        def with_gold(item: Item) -> Item:
+            return Item({**item.fields, "_gold": _gold(task, item, chain)}, item.location)
+
+        original = {with_gold(one.item).location: one.item for one in missed}
+        question = task.prompt if "{" in task.prompt else "{{" + task.prompt + "}}"
+        hinted = replace(task, prompt=f"{question} {HINT}", pool=[with_gold(item) for item in task.pool or task.items])
+        sampled = self._sample(hinted, [with_gold(one.item) for one in missed])
+        return [(original[one.item.location], text, one.gold) for one in sampled for text in one.reaching(one.gold)]
+
+    def _record(self, task: PromptTask, item: Item, text: str, answer: str) -> dict[str, str]:
+        return {"prompt": render(task.prompt, item), "completion": text.strip(), "answer": answer}
+
+
+def _gold(task: PromptTask, item: Item, chain: FilterChain) -> str:
+    """Return the gold answer of a question, read as answers are; the whole gold text if the filters find none in it."""
+    if not task.target:
+        return ""
+    gold = str(task.gold_of(item)[0])
+    read = apply_filters(chain.filters, [gold])[0]
+    return gold.strip() if read in ("", INVALID) else read

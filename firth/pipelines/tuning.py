@@ -1,0 +1,94 @@
+"""Stages that train a recipe and that evaluate models."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar
+
+import yaml
+
+from firth.evaluate.prompting.prompt_task import PromptConfig
+from firth.fields import NonNegativeInt, PositiveInt
+from firth.io.atomic import write_text
+from firth.pipelines.stage import Stage, Summary
+from firth.runs.prompt_report import evaluate_and_report
+from firth.runs.recipe import Recipe, load
+from firth.runs.run import run
+
+
+@dataclass(frozen=True)
+class TrainRecipe(Stage):
+    """Train a recipe; the stage's directory is the run directory.
+
+    Args:
+        recipe: A recipe's name or a YAML file.
+        settings: Fields of the recipe -> values, as on the command line of `firth train`.
+    """
+
+    main: ClassVar[str] = "recipe"
+
+    recipe: str
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+    def loaded(self) -> Recipe:
+        """Return the recipe with its settings."""
+        return load(self.recipe, [f"{name}={_written(value)}" for name, value in self.settings.items()])
+
+    def run(self, directory: Path) -> Summary:
+        result = run(self.loaded(), directory)
+        numbers = {name: value for name, value in result.metrics.items() if isinstance(value, int | float)}
+        return {"steps": result.steps, "seconds": result.seconds, "tokens": result.tokens, **numbers}
+
+
+def _written(value: Any) -> str:
+    """Return a value as it is written on the command line."""
+    if isinstance(value, str):
+        return value
+    return yaml.safe_dump(value, default_flow_style=True, width=1 << 20).removesuffix("\n").removesuffix("\n...")
+
+
+@dataclass(frozen=True)
+class EvaluateModels(Stage):
+    """Evaluate models on tasks in prompts, as `firth evaluate` does; writes the table, results.json and report.html.
+
+    Args:
+        models: Runs, model directories, adapters, GGUF files or `openai:URL`.
+        task: Names of tasks or task files.
+        data: Files of the questions, for one task that names none.
+        examples: Files of the examples in prompts.
+        shots: Examples in each prompt; null for the task's own number.
+        chat: Whether prompts are messages of the model's chat template.
+        votes: Sampled answers of each question, of which the most frequent counts.
+        limit: Most items; 0 for all.
+        seed: Seed of examples and samples.
+    """
+
+    main: ClassVar[str] = "models"
+
+    models: tuple[str, ...]
+    task: tuple[str, ...]
+    data: tuple[str, ...] = ()
+    examples: tuple[str, ...] = ()
+    shots: NonNegativeInt | None = None
+    chat: bool = False
+    votes: PositiveInt = 1
+    limit: NonNegativeInt = 0
+    seed: NonNegativeInt = 0
+
+    def run(self, directory: Path) -> Summary:
+        config = PromptConfig(self.shots, self.chat, votes=self.votes, seed=self.seed, limit=self.limit or None)
+        text = evaluate_and_report(
+            self.models, self.task, config, data=self.data, examples=self.examples, weights=None, within_word=False,
+            out=directory, as_json=True,
+        )  # fmt: skip
+        write_text(directory / "table.json", text)
+        return {
+            f"{task}: {name.removesuffix(',none')}, {model}": value
+            for model, one in zip(self.models, json.loads(text), strict=True)
+            for task, metrics in one["results"].items()
+            for name, value in metrics.items()
+            if isinstance(value, float) and "stderr" not in name
+        }

@@ -1,0 +1,127 @@
+"""Pipelines that train: InstructGPT's stages and self-improvement, on untrained models of a few thousand parameters."""
+
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from typer.testing import CliRunner
+
+from firth.cli import app
+from firth.evaluate.prompting.requests import Reply, Request, ScoreReply, ScoreRequest
+from firth.model.config import decoder_config
+from firth.model.heads import LMHead
+from firth.model.model import LM
+from firth.pipelines import records
+from firth.pretrained.load_save import save_model
+from firth.tokenizer.train import train as train_tokenizer
+
+WORDS = ["the", "otter", "paints", "a", "boat", "while", "every", "heron", "counts", "red", "stones", "near", "their"]
+SHORT = ["max_steps=2", "batch.size=4", "evaluation.max_examples=4"]
+
+
+def write(path: Path, rows: list[dict[str, object]]) -> None:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+@pytest.fixture
+def workdir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Write an untrained decoder and records, and work in their directory with an empty cache."""
+    rng = np.random.default_rng(0)
+    texts = [" ".join(rng.choice(WORDS, 6)) for _ in range(64)]
+    tokenizer = train_tokenizer(iter(texts), "byte-bpe", 420)
+    torch.manual_seed(0)
+    config = decoder_config(
+        vocab_size=tokenizer.vocab.size, hidden_size=32, num_layers=2, num_heads=2, max_positions=256
+    )
+    model = LM(config, {"lm": LMHead(config)})
+    for weight in model.parameters():  # projections start at zero, with which no prompt changes an answer
+        nn.init.normal_(weight, std=0.2)
+    save_model(model, tokenizer, tmp_path / "model")
+    write(
+        tmp_path / "dialogues.jsonl",
+        [{"prompt": a, "completion": b} for a, b in zip(texts[:32], texts[32:], strict=True)],
+    )
+    write(
+        tmp_path / "pairs.jsonl",
+        [{"prompt": texts[i], "chosen": texts[i + 1], "rejected": texts[i + 2]} for i in range(24)],
+    )
+    write(tmp_path / "prompts.jsonl", [{"prompt": text} for text in texts[:16]])
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("FIRTH_CACHE", str(tmp_path / "cache"))
+    return tmp_path
+
+
+def firth(*arguments: str) -> str:
+    result = CliRunner().invoke(app, list(arguments))
+    assert result.exit_code == 0, f"{result.output}\n{result.exception}"
+    return result.output
+
+
+def test_instruct_gpt(workdir: Path) -> None:
+    """SFT, a reward model and PPO in one command; the second call trains nothing."""
+    short = [f"{stage}.{one}" for stage in ("sft", "reward_model", "ppo") for one in SHORT]
+    rollouts = ["examples.rollout_size=8", "examples.num_epochs=1", "examples.max_new_tokens=4"]
+    arguments = [
+        "pipeline", "instruct_gpt", "model=model", "dialogues=dialogues.jsonl", "comparisons=pairs.jsonl", "prompts=prompts.jsonl",
+        *short, *(f"ppo.{one}" for one in rollouts), "--out", "out",
+    ]  # fmt: skip
+    shown = firth(*arguments)
+    assert "stage 3 of 3: ppo (train)" in shown and "Report: out/report.html" in shown
+    for stage in ("sft", "reward_model", "ppo"):
+        assert json.loads((workdir / "out" / stage / "stage.json").read_text())["summary"]["steps"] == 2
+        assert (workdir / "out" / stage / "model" / "config.json").is_file()
+    again = firth(*arguments)
+    assert again.count("is finished") == 3 and "step" not in again
+
+
+class LongerIsBetter:
+    """A judge that prefers the longer answer, wherever it is."""
+
+    name, weights, digest, context = "judge", "fp32", "2" * 32, 10_000
+
+    def count_tokens(self, text: str, chat: bool = False) -> int:
+        return len(text.split())
+
+    def check(self, requests: Sequence[Request]) -> None:
+        """Every request fits."""
+
+    def reply(self, requests: Sequence[Request]) -> Iterator[tuple[int, Reply]]:
+        for i, request in enumerate(requests):
+            assert isinstance(request, ScoreRequest)
+            first, second = request.prompt.split("Answer A: ")[1].split("\n\nAnswer B: ")
+            longer = len(first) > len(second.partition("\n\nWhich")[0])
+            yield i, ScoreReply((float(longer == (request.continuation == " A")),), greedy=False)
+
+
+def test_ai_feedback(workdir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The judge's decisions become DPO's preferences."""
+    opened = records.open_responder
+    monkeypatch.setattr(
+        records, "open_responder", lambda name, scored=False: LongerIsBetter() if name == "judge" else opened(name)
+    )
+    short = [f"dpo.{one}" for one in ("max_steps=2", "batch.size=2", "evaluation.max_examples=2", "evaluation.every=2")]
+    shown = firth(
+        "pipeline", "rlaif", "model=model", "judge=judge", "prompts=prompts.jsonl", "answers.max_new_tokens=5", *short, "--out", "out"
+    )  # fmt: skip
+    answers = [json.loads(line) for line in (workdir / "out" / "answers" / "answers.jsonl").read_text().splitlines()]
+    assert len(answers) == 16 and all(len(one["samples"]) == 4 for one in answers)
+    summary = json.loads((workdir / "out" / "preferences" / "stage.json").read_text())["summary"]
+    assert summary["labeled"] + summary["ties"] == summary["pairs"] and summary["labeled"] > 0
+    assert "stage 3 of 3: dpo (train)" in shown
+
+
+def test_one_stage_from_the_command_line(workdir: Path) -> None:
+    shown = firth(
+        "annotate", "sample", "model=model", "data=prompts.jsonl", "max_new_tokens=3", "limit=2", "--out", "one"
+    )
+    assert "one/answers.jsonl" in shown and len((workdir / "one" / "answers.jsonl").read_text().splitlines()) == 2
+    failed = CliRunner().invoke(app, ["annotate", "sample", "model=model", "dat=prompts.jsonl", "--out", "two"])
+    assert failed.exit_code != 0 and "dat" in str(failed.exception)
+    assert not (workdir / "two").exists()
+    write(workdir / "long.jsonl", [{"prompt": "the"}, {"prompt": "the otter " * 200}])
+    failed = CliRunner().invoke(app, ["annotate", "sample", "model=model", "data=long.jsonl", "--out", "two"])
+    assert "long.jsonl:2: the prompt has 4" in str(failed.exception) and "reads 25" in str(failed.exception)
