@@ -13,10 +13,10 @@ sentences as in ALBERT. A tenth of the 500 samples is held out, and every held-o
                  of Brown, of nearly the same length
     words        logistic regression on the same pairs: words of each segment, and words at their ends; the best of three
                  regularizations, selected on the held-out pairs, in its favor
-    junction     running text in segments split anywhere (`firth.data.windows.SegmentPairs`): how much more often than by
+    junction     running text in segments split anywhere (`SegmentPairsConfig`): how much more often than by
                  chance does the first word of one segment follow the last word of the other, counted in the training text
 
-The last is the only information on order in `SegmentPairs`: single words have none there, since both segments start and end
+The last is the only information on order in these pairs: single words have none there, since both segments start and end
 anywhere, and an encoder must discover that the two words next to [SEP] have to fit.
 """
 

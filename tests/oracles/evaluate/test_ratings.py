@@ -10,7 +10,8 @@ from sklearn.linear_model import LogisticRegression
 from typer.testing import CliRunner
 
 from firth.cli import app
-from firth.data.rankings import RankingRecords
+from firth.data.rankings import RankingsConfig
+from firth.data.records import Records
 from firth.evaluate.ratings import Votes, agreement, bradley_terry, elo, rate, read_votes, write_rankings
 from firth.types import UserError
 from tests.support.tiny_corpus import tokenizer
@@ -189,5 +190,5 @@ def test_votes_on_answers_become_rankings(tmp_path: Path) -> None:
     ]
     assert order == ["Hello", "Yes", "No"]
     assert second["scores"][0] == -second["scores"][1] > 0
-    source = RankingRecords([str(out)], tokenizer(), 64)
+    source = Records(RankingsConfig(max_length=64), [str(out)], tokenizer())
     assert [source[0]["rank"].tolist(), source[1]["rank"].tolist()] == [[0, 2, 1], [0, 1]]
