@@ -31,7 +31,7 @@ from firth.runs.import_export import import_model
 
 OUT = Path("runs/prompts")
 SHOTS = (0, 1, 3, 5)
-LIMIT = 60
+LIMIT = 50
 WEIGHTS = "bf16"
 BIGBENCH = (
     "anachronisms", "arithmetic/2_digit_addition", "date_understanding", "entailed_polarity", "implicatures",
@@ -129,19 +129,17 @@ class Setting:
 
 def settings() -> list[Setting]:
     """Return all evaluations, the cheap ones first."""
-    mmlu = ((str(OUT / "mmlu.jsonl"),), (str(OUT / "mmlu-examples.jsonl"),))
-    found = [
-        Setting(f"{task}-{shots}", task, PromptConfig(shots=shots), *mmlu)
-        for task in ("mmlu", "mmlu_full_answers")
-        for shots in SHOTS
-    ]
     stories = ((str(OUT / "stories.jsonl"),), (str(OUT / "stories-examples.jsonl"),))
-    found += [Setting(f"stories-{name}", "arithmetic", config, *stories) for name, config in RATIONALES.items()]
+    mmlu = ((str(OUT / "mmlu.jsonl"),), (str(OUT / "mmlu-examples.jsonl"),))
     directory = fetch("bigbench")
+    found = [Setting(f"mmlu-{shots}", "mmlu", PromptConfig(shots=shots), *mmlu) for shots in SHOTS]
+    found += [Setting(f"stories-{name}", "arithmetic", config, *stories) for name, config in RATIONALES.items()]
     for shots in SHOTS:
         for name in BIGBENCH:
             config = PromptConfig(shots=shots, limit=LIMIT)
             found.append(Setting(f"{name.replace('/', '-')}-{shots}", str(directory / name / "task.json"), config))
+    config = PromptConfig(shots=0)
+    found.append(Setting("mmlu_full_answers-0", "mmlu_full_answers", config, *mmlu))
     return found
 
 
@@ -187,12 +185,12 @@ def interval(value: float, stderr: float) -> str:
 def table() -> str:
     """Return a table of the first metric by task and number of examples, and the gain of five examples over none."""
     rows = ["| task | metric | chance | " + " | ".join(f"{k} shots" for k in SHOTS) + " | 5 over 0 |", "|---" * 8 + "|"]
-    for name in ("mmlu", "mmlu_full_answers", *(task.replace("/", "-") for task in BIGBENCH)):
+    for name in ("mmlu", *(task.replace("/", "-") for task in BIGBENCH)):
         paths = [OUT / f"{name}-{shots}.json" for shots in SHOTS]
         found = [json.loads(path.read_text("utf-8")) for path in paths if path.is_file()]
         if len(found) < len(SHOTS):
             continue
-        metric = "acc_norm" if name == "mmlu_full_answers" else next(iter(found[0]["metrics"]))
+        metric = next(iter(found[0]["metrics"]))
         gains = np.array(found[-1]["values"][metric]) - np.array(found[0]["values"][metric])
         cells = [interval(*one["metrics"][metric]) for one in found]
         gain = interval(float(gains.mean()), float(gains.std(ddof=1) / len(gains) ** 0.5))
