@@ -31,6 +31,8 @@ from firth.corpora.download import digest as file_digest
 from firth.corpora.readers import files
 from firth.io.atomic import make_directory, write_text
 from firth.pipelines.answers import SampleAnswers
+from firth.pipelines.best_of_n import RankAnswers
+from firth.pipelines.frontier import CompareMethods
 from firth.pipelines.judge import JudgePairs
 from firth.pipelines.rationales import SampleRationales
 from firth.pipelines.revisions import ReviseAnswers
@@ -45,8 +47,10 @@ KINDS: dict[str, type[Stage]] = {
     "train": TrainRecipe,
     "sample": SampleAnswers,
     "judge": JudgePairs,
+    "rank": RankAnswers,
     "revise": ReviseAnswers,
     "rationales": SampleRationales,
+    "frontier": CompareMethods,
     "evaluate": EvaluateModels,
 }
 """Kind of a stage -> its class."""

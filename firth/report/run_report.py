@@ -36,6 +36,7 @@ from firth.io.json_files import check_all, read_object
 from firth.io.json_files import read_rows as rows_of
 from firth.io.yaml_files import parse_yaml
 from firth.report.charts import Curve, Figure, Level, Matrix, number
+from firth.report.overoptimization import gao_fit, parting
 from firth.report.page import Command, Report, Section, StatCell, Table, TextSample
 from firth.types import UserError
 
@@ -181,7 +182,15 @@ def reward_figures(phases: Sequence[Row]) -> list[Figure]:
                 both = [row for row in phases if None not in (row["kl_per_answer"], row[name])]
                 x, y = [row["kl_per_answer"] for row in both], [row[name] for row in both]
                 curves.append(Curve(ROLLOUT_TERMS[name].title, x, y, line=False, color=color))
-    note = "One dot per phase. Rising reward with a falling true score is over-optimization of the reward model."
+    note = "One dot per phase. Rising reward with a falling true score is over-optimization of the reward."
+    fit = gao_fit(curves[1].x, curves[1].y) if len(curves) > 1 else None
+    if fit is not None:
+        grid = [max(curves[1].x) * i / 40 for i in range(41)]
+        curves.append(Curve("fitted true score", grid, [fit(kl) for kl in grid], color=1, dashed=True))
+        note += (
+            f" Dashed: the true score as {number(fit.start, 3)} + d ({number(fit.alpha, 3)} - {number(fit.beta, 3)} log d), d the root of "
+            f"the KL (Gao 2022), which explains {fit.r_squared:.0%} of its variance."
+        )
     unit = ROLLOUT_TERMS["kl_per_answer"].unit
     first = Figure("Reward over KL", unit, "score", tuple(curves), note=note if len(curves) > 1 else "")
     return [first] * bool(curves) + [_rollout_figure(phases, name) for name in known]
@@ -473,6 +482,13 @@ def summary(rows: Sequence[Row], exported: int | None = None) -> str:
         for name, label in (("reward", "reward"), ("truth", "true score")):
             ends = _ends(phases, name)
             sentences += [_change(label, ends)] if ends is not None else []
+        parted = parting(phases)
+        if parted is not None:
+            sentences.append(
+                f"The reward is over-optimized: the true score was best at step {parted.step:,}, {number(parted.kl, 3)} nats from the "
+                f"starting model, and fell from {number(parted.truth[0], 3)} to {number(parted.truth[1], 3)} while the reward rose from "
+                f"{number(parted.reward[0], 3)} to {number(parted.reward[1], 3)}."
+            )
         divergence, finished = _ends(phases, "kl_per_answer"), _ends(phases, "finished")
         if divergence is not None:
             sentences.append(f"The answers diverge from the starting model by {number(divergence[1], 3)} nats each.")

@@ -32,6 +32,7 @@ from firth.objectives.objective import Objective
 from firth.objectives.policy_gradient import GRPO, PER_TOKEN, PPO, Reinforce
 from firth.objectives.preferences import DPO, build_comparison, ref_logprobs
 from firth.objectives.reward_model import RewardModeling
+from firth.report.overoptimization import gao_fit, parting
 from firth.training.step import step
 from firth.types import UserError
 from tests.support.byte_tokenizer import ByteTokenizer
@@ -118,6 +119,29 @@ def test_ppo_raises_the_true_reward_with_nonnegative_kl() -> None:
     assert [row["truth"] for row in source.history] == pytest.approx(reward)
     assert source.prepare(model, 79) == {}, "the rollouts of this step exist"
     assert source.prepare(model, 80) == source.history[-1]
+
+
+@pytest.mark.slow
+def test_over_optimization_appears_and_is_named() -> None:
+    """The proxy counts vowels, e a little more; the truth counts different ones. At first they agree; later all letters are e."""
+    objective = PPO()
+    model = letters_only(policy(objective))
+    proxy = FunctionReward(lambda text: sum(c in "aeiou" for c in text) / 8 + 0.5 * text.count("e") / 8)
+    variety = FunctionReward(lambda text: len(set(text) & set("aeiou")) / 4)
+    source = RolloutSource(
+        PROMPTS, ByteTokenizer(), proxy, copy.deepcopy(model), config=RolloutsConfig(rollout_size=32, max_new_tokens=8, kl_coef=0.0),
+        steps=2, stops=[3], seed=5, true_reward_function=variety,
+    )  # fmt: skip
+    run(model, objective, source, steps=120, rate=3e-3)
+    rows = [row | {"step": 2 * row["phase"] + 1} for row in source.history]
+    found = parting(rows)
+    assert found is not None
+    assert 3 < found.step < 100
+    assert found.truth[0] > found.truth[1] + 0.2
+    assert found.truth[0] > rows[0]["truth"] + 0.1, "the true score rises first"
+    assert found.reward[1] > found.reward[0]
+    fit = gao_fit([row["kl_per_answer"] for row in rows], [row["truth"] for row in rows])
+    assert fit is not None and fit.alpha > 0 and fit.beta > 0
 
 
 @pytest.mark.slow

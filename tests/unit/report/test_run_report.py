@@ -134,7 +134,8 @@ def test_reward_and_true_score_are_drawn_over_kl(tmp_path):
     report = run_report(directory(tmp_path, rows(steps=20) + phases()))
     figure = report.sections[0].figures[0]
     assert figure.title == "Reward over KL"
-    reward, truth = figure.curves
+    reward, truth, fitted = figure.curves
+    assert fitted.dashed and fitted.y[0] == pytest.approx(1.0, abs=0.05)
     assert not reward.line and len(reward.x) == 20 and list(reward.x[:3]) == list(truth.x[:3]) == [0.0, 0.25, 0.5]
     assert (reward.y[-1], truth.y[-1]) == (1.9, 0.525)
     assert "The true score fell from 0.988 to 0.538." in report.text
