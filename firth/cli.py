@@ -408,6 +408,9 @@ def evaluate(
         int,
         number_option(PositiveInt, help="Prompts: sampled answers per question, of which the most frequent counts."),
     ] = 1,
+    max_new_tokens: Annotated[
+        int, number_option(OptionalTokenCount, help="Prompts: most tokens of an answer; 0: the task's own number.")
+    ] = 0,
     seed: Annotated[int, number_option(NonNegativeInt, help="Prompts: seed of examples and samples.")] = 0,
     weights: Annotated[str, typer.Option(help="Prompts: fp32, bf16, int8; bf16 by default if it is faster here.")] = "",
     within_word: Annotated[
@@ -438,7 +441,7 @@ def evaluate(
         from firth.evaluate.prompting.prompt_task import PromptConfig
         from firth.runs.prompt_report import evaluate_and_report
 
-        config = PromptConfig(shots, chat, cot or "", votes, seed=seed, limit=limit)
+        config = PromptConfig(shots, chat, cot or "", votes, seed=seed, limit=limit, max_new_tokens=max_new_tokens)
         typer.echo(
             evaluate_and_report(
                 models, tasks, config, data=data or (), examples=examples or (), weights=weights or None,

@@ -9,7 +9,9 @@ import typer
 
 
 def pipeline(
-    file: Annotated[str, typer.Argument(help="A YAML file, or instruct_gpt, rlaif, constitutional, lmsi or star.")],
+    file: Annotated[
+        str, typer.Argument(help="A YAML file, or instruct_gpt, rlaif, constitutional, lmsi, star or side_by_side.")
+    ],
     settings: Annotated[
         list[str] | None, typer.Argument(help="INPUT=value, STAGE.field=value, for example sft.max_steps=200.")
     ] = None,

@@ -32,6 +32,7 @@ from firth.corpora.readers import files
 from firth.io.atomic import make_directory, write_text
 from firth.pipelines.answers import SampleAnswers
 from firth.pipelines.best_of_n import RankAnswers
+from firth.pipelines.frontier import CompareMethods
 from firth.pipelines.judge import JudgePairs
 from firth.pipelines.rationales import SampleRationales
 from firth.pipelines.revisions import ReviseAnswers
@@ -49,6 +50,7 @@ KINDS: dict[str, type[Stage]] = {
     "rank": RankAnswers,
     "revise": ReviseAnswers,
     "rationales": SampleRationales,
+    "frontier": CompareMethods,
     "evaluate": EvaluateModels,
 }
 """Kind of a stage -> its class."""

@@ -22,7 +22,7 @@ from firth.evaluate.prompting.prompts import Item, render
 from firth.evaluate.prompting.requests import ReplyCache
 from firth.evaluate.prompting.runner import run_tasks
 from firth.evaluate.prompting.task_files import load_tasks
-from firth.fields import NonNegativeInt, PositiveFloat, Share
+from firth.fields import NonNegativeInt, PositiveFloat, Share, TokenCount
 from firth.io.cache import cache
 from firth.pipelines.records import open_responder, write_records
 from firth.pipelines.stage import Stage, Summary
@@ -77,7 +77,8 @@ class SampleRationales(Stage):
         rationalize: For "correct": whether questions without a correct sample are repeated with the answer as a hint.
         num_samples: Samples of each question.
         temperature: Temperature of sampling.
-        shots: Examples in each prompt; -1 for the task's own number.
+        shots: Examples in each prompt, with their rationales; -1 for the task's own number.
+        max_new_tokens: Most tokens of a sample.
         chat: Whether prompts are messages of the model's chat template.
         limit: Most questions; 0 for all.
         seed: Seed of examples and samples.
@@ -96,6 +97,7 @@ class SampleRationales(Stage):
     num_samples: Annotated[int, Interval(ge=1, le=1000)] = 8
     temperature: PositiveFloat = 0.7
     shots: Annotated[int, Interval(ge=-1)] = -1
+    max_new_tokens: TokenCount = 128
     chat: bool = False
     limit: NonNegativeInt = 0
     seed: NonNegativeInt = 0
@@ -150,7 +152,8 @@ class SampleRationales(Stage):
         replies = ReplyCache(cache() / "replies", responder.digest)
         config = PromptConfig(
             shots=None if self.shots < 0 else self.shots, chat=self.chat, votes=self.num_samples,
-            temperature=self.temperature, seed=self.seed,
+            temperature=self.temperature, seed=self.seed, max_new_tokens=self.max_new_tokens,
+            cot="few-shot" if task.rationale and self.shots else "",
         )  # fmt: skip
         selected = replace(task, items=items, pool=task.pool or task.items)
         try:

@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import yaml
 
@@ -61,6 +61,8 @@ class EvaluateModels(Stage):
         examples: Files of the examples in prompts.
         shots: Examples in each prompt; null for the task's own number.
         chat: Whether prompts are messages of the model's chat template.
+        cot: "zero-shot" or "few-shot" chain of thought; "" for none.
+        max_new_tokens: Most tokens of an answer; 0 for the task's own number.
         votes: Sampled answers of each question, of which the most frequent counts.
         limit: Most items; 0 for all.
         seed: Seed of examples and samples.
@@ -74,12 +76,16 @@ class EvaluateModels(Stage):
     examples: tuple[str, ...] = ()
     shots: NonNegativeInt | None = None
     chat: bool = False
+    cot: Literal["", "zero-shot", "few-shot"] = ""
+    max_new_tokens: NonNegativeInt = 0
     votes: PositiveInt = 1
     limit: NonNegativeInt = 0
     seed: NonNegativeInt = 0
 
     def run(self, directory: Path) -> Summary:
-        config = PromptConfig(self.shots, self.chat, votes=self.votes, seed=self.seed, limit=self.limit or None)
+        config = PromptConfig(
+            self.shots, self.chat, self.cot, self.votes, seed=self.seed, limit=self.limit or None, max_new_tokens=self.max_new_tokens
+        )  # fmt: skip
         text = evaluate_and_report(
             self.models, self.task, config, data=self.data, examples=self.examples, weights=None, within_word=False,
             out=directory, as_json=True,

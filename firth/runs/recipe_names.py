@@ -54,5 +54,6 @@ NEEDS = {
     "examples.teacher=RUN of classification",
     "weak_supervision": "records {text, labels: [of several annotators]}; examples=simulated_annotators simulates "
     "annotators of records {text, label}",
+    "kto": "records {prompt, completion, label}, the label true for a good answer and false for a bad one",
 }
 """Name -> the input that a recipe needs, where the name does not show it."""

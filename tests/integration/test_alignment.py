@@ -169,6 +169,16 @@ def test_every_objective_with_precomputed_fields_is_tested() -> None:
     assert found == set(SETTINGS)
 
 
+@pytest.mark.parametrize("name", ["simpo", "orpo"])
+def test_methods_without_a_reference_compute_none(workdir: Path, tmp_path: Path, name: str) -> None:
+    settings = [f"init_from={workdir / 'gpt2'}", f"data.path={workdir / 'pairs.jsonl'}", "max_steps=1", "batch.size=16"]
+    run(load(name, settings), tmp_path, log=lambda line: None)
+    assert not (tmp_path / "reference").exists()
+    [row] = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines() if '"train"' in line]
+    assert row["chosen_logprob"] < 0
+    assert "chosen" not in row
+
+
 def test_reference_is_kept_per_precision(workdir: Path, tmp_path: Path) -> None:
     """One directory, two precisions: their numbers are not mixed."""
     for precision in ("fp32", "bf16"):

@@ -78,6 +78,27 @@ def test_instruct_gpt(workdir: Path) -> None:
     assert again.count("is finished") == 3 and "step" not in again
 
 
+def test_methods_side_by_side(workdir: Path) -> None:
+    """The reference has no divergence from itself, best-of-n gains reward, and the page has both frontiers."""
+    (workdir / "side_rewards.py").write_text("def letters(completion): return float(completion.count('e'))\n")
+    stages = ("sft", "reward_model", "dpo", "ppo", "grpo")
+    short = [f"{stage}.{one}" for stage in stages for one in SHORT]
+    rollouts = ["examples.rollout_size=8", "examples.num_epochs=1", "examples.max_new_tokens=4"]
+    shown = firth(
+        "pipeline", "side_by_side", "model=model", "dialogues=dialogues.jsonl", "comparisons=pairs.jsonl", "prompts=prompts.jsonl",
+        "test=prompts.jsonl", "truth=side_rewards:letters", *short, *(f"{stage}.{one}" for stage in ("ppo", "grpo") for one in rollouts),
+        "table.max_new_tokens=8", "--out", "out",
+    )  # fmt: skip
+    assert "stage 6 of 6: table (frontier)" in shown
+    results = {one["method"]: one for one in json.loads((workdir / "out" / "table" / "results.json").read_text())}
+    assert [*results] == ["sft", "model", "dpo", "ppo", "grpo", "best of 4", "best of 16"]
+    assert results["sft"]["kl"] == pytest.approx(0, abs=1e-6) and results["model"]["kl"] > 0
+    assert results["sft"]["reward"][0] < results["best of 4"]["reward"][0] < results["best of 16"]["reward"][0]
+    assert results["ppo"]["steps"] == 2 and results["best of 4"]["steps"] is None
+    page = (workdir / "out" / "table" / "report.html").read_text()
+    assert page.count("KL from the reference") >= 2 and "best of 16" in page
+
+
 class LongerIsBetter:
     """A judge that prefers the longer answer, wherever it is."""
 

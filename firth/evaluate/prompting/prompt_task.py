@@ -76,6 +76,7 @@ class PromptConfig:
         temperature: Temperature of sampled answers.
         seed: Seed of examples and samples.
         limit: Most items, the first ones; None for all.
+        max_new_tokens: Most tokens of a generated answer; 0 for the task's own number.
     """
 
     shots: int | None = None
@@ -85,6 +86,7 @@ class PromptConfig:
     temperature: float = 0.7
     seed: int = 0
     limit: int | None = None
+    max_new_tokens: int = 0
 
 
 @dataclass(frozen=True)
@@ -391,6 +393,8 @@ class PromptTask:
 
     def _room(self, config: PromptConfig) -> int:
         """Return the most tokens of an answer."""
+        if config.max_new_tokens:
+            return config.max_new_tokens
         return max(self.max_new_tokens, RATIONALE_TOKENS) if config.cot == "few-shot" else self.max_new_tokens
 
     def _known(self, values: Mapping[str, float]) -> dict[str, float]:

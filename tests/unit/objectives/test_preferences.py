@@ -11,6 +11,7 @@ from torch import nn
 
 from firth.align.unpaired import MismatchedAnswers, UnpairedPreferencesConfig
 from firth.data.collate import collate, label_fields_of
+from firth.data.dialogues import PreferencesConfig
 from firth.data.records import Records
 from firth.model.config import ModelConfig
 from firth.model.model import LM
@@ -195,6 +196,16 @@ def test_a_mismatched_answer_is_of_another_prompt(tmp_path: Path) -> None:
         assert prompts[number] != prompts[i]
         seen.append(number)
     assert sorted(seen) == list(range(24))
+
+
+def test_a_labeled_answer_is_held_out_with_its_prompt(tmp_path: Path) -> None:
+    """A prompt has one key in dialogues, preferences and labeled answers, so it is on one side in every stage."""
+    labeled = records(tmp_path, ["one", "two", "one"])
+    rows = [{"prompt": p, "chosen": "yes", "rejected": "no"} for p in ("one", "two")]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    pairs = Records(PreferencesConfig(max_length=64), [str(tmp_path / "pairs.jsonl")], tokenizer())
+    assert labeled.group_ids.tolist() == [pairs.group_ids[i] for i in (0, 1, 0)]
+    assert MismatchedAnswers(labeled, 64).group_ids.tolist() == labeled.group_ids.tolist()
 
 
 def test_mismatched_answers_are_cut_to_the_length(tmp_path: Path) -> None:

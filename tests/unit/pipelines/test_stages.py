@@ -209,6 +209,18 @@ def test_correct_rationales_and_hints(
     assert len(hinted) == 4 and all("0 + 3?\nAnswer: (Hint: the answer is 3.)" in prompt for prompt in hinted)
 
 
+def test_examples_show_the_rationales_of_the_task(tmp_path: Path, use: Callable[[RuleModel], RuleModel]) -> None:
+    model = use(RuleModel(lambda _: "One more. The answer is 2."))
+    data = write(tmp_path / "q.jsonl", {"question": "1 + 1?", "answer": "2"})
+    examples = write(tmp_path / "e.jsonl", {"question": "0 + 3?", "answer": "3", "rationale": "Nothing more."})
+    stage = SampleRationales(model="m", task="arithmetic", data=(data,), examples=(examples,), shots=1, num_samples=2)
+    stage.run(tmp_path)
+    [request, _] = model.requests
+    assert isinstance(request, GenerateRequest) and request.max_new_tokens == 128
+    assert "0 + 3?\nAnswer: Nothing more. The answer is 3." in request.prompt
+    assert [row["answer"] for row in read(tmp_path / "rationales.jsonl")] == ["2"]
+
+
 def test_no_rationale_is_an_error(tmp_path: Path, use: Callable[[RuleModel], RuleModel], sums: dict[str, Any]) -> None:
     use(RuleModel(lambda _: "I do not know."))
     with pytest.raises(UserError, match="no rationale of 2 questions was kept"):
