@@ -257,7 +257,7 @@ def test_orpo_is_finite_for_a_memorized_answer(memorized: str) -> None:
 
 
 @pytest.mark.parametrize("held_out", [False, True])
-def test_a_preference_without_a_margin_is_named_when_the_data_is_built(tmp_path: Path, held_out: bool) -> None:
+def test_a_preference_without_a_margin_is_named(tmp_path: Path, held_out: bool) -> None:
     """A line without a usable pair precedes it; without a weight no margin is needed."""
     rows: list[dict[str, object]] = [
         {"prompt": f"question {i}", "chosen": "yes", "rejected": "no", "margin": 1.0} for i in range(6)
