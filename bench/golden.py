@@ -42,6 +42,12 @@ MORE = {
     "roberta-micro-batches": ("roberta", ("batch.gradient_accumulation_steps=2", "objective.noise=ngrams")),
 }
 """Name -> a recipe with settings that the published recipes do not use."""
+GROUPS = (
+    "examples.reward_function=builtins:len",
+    "examples.rollout_size=8",
+    "examples.num_generations=4",
+    "examples.max_new_tokens=8",
+)
 SUPERVISED: dict[str, tuple[str, str, str, tuple[str, ...]]] = {
     "classify": ("classification", "bert", "classes.jsonl", ()),
     "classify-lora": ("classification", "bert", "classes.jsonl", ("peft=lora", "peft.rank=4", "peft.dropout=0.1")),
@@ -67,10 +73,12 @@ SUPERVISED: dict[str, tuple[str, str, str, tuple[str, ...]]] = {
     "reward": ("reward_model", "gpt", "preferences.jsonl", ()),
     "ranking": ("ranking", "gpt", "rankings.jsonl", ()),
     "dpo": ("dpo", "gpt2", "preferences.jsonl", ()),
-    "reinforce": (
-        "reinforce", "gpt", "prompts.jsonl",
-        ("examples.reward_function=builtins:len", "examples.rollout_size=8", "examples.num_generations=4", "examples.max_new_tokens=8"),
-    ),
+    "simpo": ("simpo", "gpt2", "preferences.jsonl", ()),
+    "orpo": ("orpo", "gpt2", "preferences.jsonl", ()),
+    "kto": ("kto", "gpt2", "unpaired.jsonl", ()),
+    "reinforce": ("reinforce", "gpt", "prompts.jsonl", GROUPS),
+    "grpo": ("grpo", "gpt", "prompts.jsonl", GROUPS),
+    "rloo": ("rloo", "gpt", "prompts.jsonl", GROUPS),
     "ppo": ("ppo", "gpt", "prompts.jsonl", ("examples.reward_model=@reward", "examples.rollout_size=8", "examples.max_new_tokens=8")),
 }  # fmt: skip
 """Name -> recipe, the run that it starts from, its records, further settings; @NAME is another run's directory."""
@@ -100,6 +108,11 @@ def write_records(directory: Path) -> None:
         ({"text": t, "labels": [k, k, str(rng.choice(["long", "short"]))]} for t, k in zip(lines, labels, strict=True)),
     )
     jsonl("prompts.jsonl", ({"prompt": " ".join(w[:4]), "completion": " ".join(w[4:])} for w in map(str.split, lines)))
+    unpaired = [
+        {"prompt": " ".join(w[:4]), "completion": " ".join(w[4:]), "label": i % 3 > 0}
+        for i, w in enumerate(map(str.split, lines))
+    ]
+    jsonl("unpaired.jsonl", unpaired)
     thirds = list(zip(lines[::3], lines[1::3], lines[2::3], strict=False))
     jsonl("preferences.jsonl", ({"prompt": a, "chosen": b, "rejected": c} for a, b, c in thirds))
     jsonl("rankings.jsonl", ({"prompt": a, "answers": [b, c, a][: 2 + i % 2]} for i, (a, b, c) in enumerate(thirds)))
