@@ -256,20 +256,25 @@ class PromptTask:
         stop = next((one for one in self.stop if one and one in text), None)
         if stop is not None:
             raise UserError(f"{item.location}: the rationale contains {stop!r}, at which answers of {self.name} end")
-        if not any(self._is_right(answer, item) for answer in self._read([text]).values()):
+        if not any(self.is_right(answer, item) for answer in self._read([text]).values()):
             found = " and ".join(map(repr, self._read([text]).values()))
             raise UserError(
                 f"{item.location}: filter_list reads {found} from the rationale, and the answer is "
                 f"{self.target_text(item)!r}: let doc_to_rationale end with the answer as filter_list reads it"
             )
 
-    def _is_right(self, answer: str, item: Item) -> bool:
+    def is_right(self, answer: str, item: Item) -> bool:
         """Return whether an answer that filters read is the gold answer."""
         gold = self.gold_of(item)
         if self.output_type == "multiple_choice":
             return self._choice_index(answer, item) == gold
         exact = [metric for metric in self.metrics if metric.name == "exact_match"]
         return not exact or text_value(exact[0], answer, gold) == 1.0
+
+    def equal_answers(self, answer: str, other: str) -> bool:
+        """Return whether the metric `exact_match` holds two answers for equal; without it, whether they are."""
+        exact = [metric for metric in self.metrics if metric.name == "exact_match"]
+        return text_value(exact[0], answer, (other,)) == 1.0 if exact else answer == other
 
     def generates(self, config: PromptConfig) -> bool:
         """Return whether answers are generated and read by filters."""
