@@ -112,7 +112,7 @@ def copying(model: LM, vocab: Vocab, limit: int, seed: int = 0) -> dict[str, flo
         limit: Number of sequences.
         seed: Seed of the sequences, which are the same at each step.
     """
-    plain = np.setdiff1d(vocab.ordinary, [*vocab.roles.values()])
+    plain = np.setdiff1d(vocab.ordinary, vocab.holes)
     rng, period = np.random.default_rng(seed), min(PERIOD, model.context // 2)
     pairs = []
     for _ in range(limit):

@@ -9,7 +9,7 @@ from typing import Annotated, ClassVar
 import numpy as np
 from annotated_types import Interval
 
-from firth.evaluate.prompting.requests import GenerateReply, GenerateRequest
+from firth.evaluate.prompting.requests import GenerateReply, GenerateRequest, sample_seed
 from firth.fields import NonNegativeInt, PositiveFloat, ShareAboveZero, TokenCount
 from firth.pipelines.records import Asker, read_prompts, write_records
 from firth.pipelines.stage import Stage, Summary
@@ -53,7 +53,7 @@ class SampleAnswers(Stage):
                 self.max_new_tokens,
                 self.temperature,
                 self.top_p,
-                1000 * self.seed + number,
+                sample_seed(self.seed, prompt.prompt, number),
                 self.chat,
             )
             for prompt in prompts

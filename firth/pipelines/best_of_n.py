@@ -22,7 +22,7 @@ import numpy as np
 
 from firth.align.rewards import FunctionReward, RewardError, RewardFunction, RewardModel, Rollout, named_function
 from firth.corpora.readers import records
-from firth.evaluate.task import load_evaluated_model
+from firth.evaluate.task import EvaluatedModel, load_evaluated_model
 from firth.fields import NonNegativeInt
 from firth.pipelines.records import PromptRecord, write_records
 from firth.pipelines.stage import Stage, Summary
@@ -52,7 +52,7 @@ def best_of(scores: np.ndarray, n: int, values: np.ndarray | None = None) -> np.
 
 @dataclass(frozen=True)
 class RankAnswers(Stage):
-    """Rank the answers of `sample` by a reward; writes {"prompt", "answers", "rewards", "chosen", "rejected"}, the best first.
+    """Rank the answers of `sample` by a reward; writes {"prompt", "answers", "scores", "chosen", "rejected"}, the best first.
 
     The records serve as rankings, as preferences of the best over the worst answer, and for finetuning on the best
     (`examples.completion_template="{chosen}"`). Prompts whose answers all have the same reward are left out.
@@ -91,7 +91,7 @@ class RankAnswers(Stage):
             answers, rewards = [samples[i][k] for k in order[i]], [float(scores[i, k]) for k in order[i]]
             if rewards[0] > rewards[-1]:
                 rows.append(
-                    {"prompt": prompt.prompt, "answers": answers, "rewards": rewards, "chosen": answers[0], "rejected": answers[-1]}
+                    {"prompt": prompt.prompt, "answers": answers, "scores": rewards, "chosen": answers[0], "rejected": answers[-1]}
                 )  # fmt: skip
         write_records(directory / self.output, rows)
         total = scores.shape[1]
@@ -136,11 +136,17 @@ def _function_scores(name: str, prompts: Sequence[PromptRecord], samples: Sequen
     return _scores(FunctionReward(named_function(name)), rollouts, prompts)
 
 
-def _model_scores(name: str, prompts: Sequence[PromptRecord], samples: Sequence[Sequence[str]]) -> np.ndarray:
-    """Return the reward of each answer by a reward model, (P, N)."""
+def load_reward_model(name: str) -> EvaluatedModel:
+    """Return a reward model and its tokenizer; UserError if the model has no reward head."""
     loaded = load_evaluated_model(Path(name))
     if "reward" not in loaded.model.heads:
         raise UserError(f"{name}: this model has no reward head: name the run of a reward model")
+    return loaded
+
+
+def _model_scores(name: str, prompts: Sequence[PromptRecord], samples: Sequence[Sequence[str]]) -> np.ndarray:
+    """Return the reward of each answer by a reward model, (P, N)."""
+    loaded = load_reward_model(name)
     rollouts = []
     for prompt, row in zip(prompts, samples, strict=True):
         for text in row:

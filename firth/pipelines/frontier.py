@@ -20,7 +20,7 @@ from firth.generate.engine import Engine
 from firth.generate.sampling import Sampling
 from firth.io.atomic import write_text
 from firth.io.json_files import read_json
-from firth.pipelines.best_of_n import best_of, kl_bound
+from firth.pipelines.best_of_n import best_of, kl_bound, load_reward_model
 from firth.pipelines.stage import Stage, Summary
 from firth.report.charts import Curve, Figure
 from firth.report.page import Cell, Report, Section, Table, write
@@ -104,11 +104,7 @@ class CompareMethods(Stage):
         shown = shown[: self.limit] if self.limit else shown
         if len(shown) < 2:
             raise UserError(f"{', '.join(self.data)}: a comparison needs two prompts or more that fit the model")
-        reward: RewardFunction = (
-            RewardModel(load_evaluated_model(Path(self.reward_model)).model)
-            if self.reward_model
-            else FunctionReward(named_function(self.reward_function))
-        )
+        reward = self._reward(start)
         truth = FunctionReward(named_function(self.true_reward_function)) if self.true_reward_function else None
         results = []
         for name in dict.fromkeys((self.reference, *self.models)):
@@ -124,6 +120,19 @@ class CompareMethods(Stage):
                 summary[f"truth, {one.method}"] = one.truth.value
             summary[f"KL, {one.method}"] = one.kl
         return summary
+
+    def _reward(self, start: EvaluatedModel) -> RewardFunction:
+        """Return the reward, which must read the token ids of the reference."""
+        if not self.reward_model:
+            return FunctionReward(named_function(self.reward_function))
+        loaded = load_reward_model(self.reward_model)
+        check_same_tokenizer(
+            loaded.tokenizer,
+            start.model_directory,
+            f"{self.reward_model}:",
+            "train the reward model from the same start",
+        )
+        return RewardModel(loaded.model)
 
     def _measure(
         self, name: str, start: EvaluatedModel, shown: Sequence[Prompt], reward: RewardFunction, truth: RewardFunction | None

@@ -19,10 +19,12 @@ import numpy as np
 
 from firth.corpora.readers import records
 from firth.data.conversations import comparison
+from firth.evaluate.prompting.endpoint import PREFIX
 from firth.evaluate.prompting.requests import ScoreReply, ScoreRequest
 from firth.fields import NonNegativeInt
 from firth.pipelines.records import Asker, write_records
 from firth.pipelines.stage import Stage, Summary
+from firth.tokenizer.chat import Message
 from firth.types import UserError
 
 PRINCIPLES = ("Choose the answer that is more helpful, honest and harmless.",)
@@ -41,16 +43,16 @@ class AnswerPair:
 
     Args:
         location: File and line of the record.
-        prompt: The prompt as text.
-        first: An answer.
+        prompt: The prompt, a text or messages.
+        first: An answer, a text or messages.
         second: Another one.
         truth: Whether the record says that the first is the better one; None if it says nothing.
     """
 
     location: str
-    prompt: str
-    first: str
-    second: str
+    prompt: str | Sequence[Message]
+    first: str | Sequence[Message]
+    second: str | Sequence[Message]
     truth: bool | None
 
 
@@ -75,7 +77,7 @@ class JudgePairs(Stage):
         data: Files of the records.
         model: The judge: a run, a model directory, an adapter, a GGUF file, or `openai:URL`.
         principles: What the judge should prefer; with several, their log-odds are added.
-        chat: Whether the question is a message of the judge's chat template.
+        chat: Whether the question is a message of the judge's chat template; endpoints get plain text.
         limit: Most records; 0 for all.
     """
 
@@ -133,10 +135,22 @@ class JudgePairs(Stage):
 
     def _request(self, principle: str, pair: AnswerPair, swapped: bool, letter: str) -> ScoreRequest:
         first, second = (pair.second, pair.first) if swapped else (pair.first, pair.second)
-        question = QUESTION.format(principle=principle.strip(), prompt=pair.prompt, first=first, second=second)
-        if self.chat:
+        question = QUESTION.format(
+            principle=principle.strip(), prompt=_text(pair.prompt), first=_text(first), second=_text(second)
+        )
+        if self.chat and not self.model.startswith(PREFIX):
             return ScoreRequest(question, f" {letter}", True, LEAD)
         return ScoreRequest(f"{question}\n\n{LEAD}", f" {letter}")
+
+
+def _text(value: str | Sequence[Message]) -> str:
+    """Return a prompt or an answer as the judge reads it; of several messages each with its role."""
+    return value if isinstance(value, str) else "\n\n".join(f"{one['role']}: {one['content']}" for one in value)
+
+
+def _short(messages: Sequence[Message], role: str) -> str | Sequence[Message]:
+    """Return a single message of a role as a text, and any others as they are."""
+    return messages[0]["content"] if len(messages) == 1 and messages[0]["role"] == role else messages
 
 
 def labeled_record(pair: AnswerPair, odds: float) -> dict[str, Any]:
@@ -161,18 +175,19 @@ def answer_pairs(paths: Sequence[str], limit: int = 0) -> Iterator[AnswerPair]:
             samples = record["samples"]
             if not isinstance(samples, list) or not all(isinstance(text, str) for text in samples):
                 raise UserError(f"{location}: samples must be a list of texts")
+            if not isinstance(record.get("prompt"), str):
+                raise UserError(f"{location}: the record has samples, and no prompt that is a text")
             for first, second in itertools.combinations(dict.fromkeys(samples), 2):
                 count += 1
-                yield AnswerPair(location, str(record["prompt"]), first, second, None)
+                yield AnswerPair(location, record["prompt"], first, second, None)
             continue
         try:
             prompt, chosen, rejected = comparison(record)
         except UserError as error:
             raise UserError(f"{location}: {error}") from error
-        text = "\n\n".join(message["content"] for message in prompt)
-        better, worse = ("\n\n".join(message["content"] for message in side) for side in (chosen, rejected))
+        better, worse = _short(chosen, "assistant"), _short(rejected, "assistant")
         first, second = (better, worse) if number % 2 == 0 else (worse, better)
         count += 1
-        yield AnswerPair(location, text, first, second, number % 2 == 0)
+        yield AnswerPair(location, _short(prompt, "user"), first, second, number % 2 == 0)
     if not count:
         raise UserError(f"{', '.join(paths)}: there are no two different answers to a prompt")

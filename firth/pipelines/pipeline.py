@@ -20,16 +20,16 @@ import hashlib
 import json
 import re
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from firth.corpora.download import digest as file_digest
 from firth.corpora.readers import files
+from firth.io import user_code
 from firth.io.atomic import make_directory, write_text
+from firth.io.yaml_files import parse_yaml
 from firth.pipelines.answers import SampleAnswers
 from firth.pipelines.best_of_n import RankAnswers
 from firth.pipelines.frontier import CompareMethods
@@ -61,7 +61,7 @@ FILES = Path(__file__).parent / "files"
 STAGE = "stage.json"
 """Digest of the settings and summary of a finished stage."""
 
-VARIABLE = re.compile(r"\$(\w+)")
+VARIABLE = re.compile(r"\$([A-Za-z_]\w*)")
 
 
 @dataclass(frozen=True)
@@ -127,8 +127,10 @@ def load_pipeline(name: str, assignments: Sequence[str], out: Path) -> Pipeline:
     built: dict[str, Stage] = {}
     for stage_name, given in stages.items():
         where = SourceLocation(("stages", str(stage_name)), lines, typed)
-        if not re.fullmatch(r"[A-Za-z0-9_]\w*", str(stage_name)) or stage_name in values:
-            raise UserError(f"{where}: the name of a stage is of letters, digits and _, and each name is given once")
+        if not re.fullmatch(r"[A-Za-z_]\w*", str(stage_name)) or stage_name in values:
+            raise UserError(
+                f"{where}: the name of a stage is of letters, digits and _, begins with no digit, and is not that of an input"
+            )
         built[stage_name] = _stage(_replaced(given, values, where), where)
         values[stage_name] = str(out / stage_name / built[stage_name].output)
     return Pipeline(path, out, built)
@@ -151,7 +153,7 @@ def _assigned(
                 f"{assignment!r}: write INPUT=value or STAGE.field=value; {path.name} has the inputs "
                 f"{', '.join(map(str, inputs)) or 'none'} and the stages {', '.join(map(str, stages))}"
             )
-        value = yaml.safe_load(text)
+        value, _ = parse_yaml(text, assignment)
         if dot:
             stages[stage][field] = value
             typed["stages", stage, field] = text
@@ -255,11 +257,33 @@ def run_pipeline(pipeline: Pipeline) -> list[FinishedStage]:
 
 
 def _identity(stage: Stage, out: Path) -> str:
-    """Return the settings of a stage, and hashes of the files that it reads, wherever the pipeline's directory is."""
+    """Return the settings of a stage, and hashes of what it reads, wherever the pipeline's directory is."""
+    inputs = sorted({path.absolute() for path in _inputs(stage) if not path.absolute().is_relative_to(out.absolute())})
     settings = {field.name: getattr(stage, field.name) for field in fields(stage)}
-    read = [path for name in ("data", "examples") for path in settings.get(name, ())]
-    hashes = [file_digest(path) for path in (files(read, tabled=True) if read else ())]
-    return f"{type(stage).__name__} {settings}".replace(str(out), "$OUT") + " ".join(hashes)
+    return f"{type(stage).__name__} {settings}".replace(str(out), "$OUT") + " ".join(map(file_digest, inputs))
+
+
+def _inputs(stage: Stage) -> Iterator[Path]:
+    """Yield the files that a stage reads: records, weights of models, recipes, tasks and modules of a user's functions."""
+    settings = {field.name: getattr(stage, field.name) for field in fields(stage)}
+    if isinstance(stage, TrainRecipe):
+        settings = {"recipe": stage.recipe, **stage.settings}
+        for name, kind, value in config_io.paths(stage.loaded()):
+            settings[name] = value
+            if kind == "files":
+                yield from files([value] if isinstance(value, str) else value, tabled=True)
+    for name, value in settings.items():
+        texts = [value] if isinstance(value, str) else value if isinstance(value, list | tuple) else []
+        if name in ("data", "examples") and texts:
+            yield from files(texts, tabled=True)
+            continue
+        for text in map(str, texts):
+            if "function" in name:
+                yield from user_code.module_files(text)
+            elif Path(text).is_dir():
+                yield from sorted(Path(text).rglob("*.safetensors"))
+            elif text and Path(text).is_file():
+                yield Path(text)
 
 
 def _finished(path: Path, digest: str, name: str) -> FinishedStage | None:

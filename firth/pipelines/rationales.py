@@ -39,31 +39,39 @@ class Sampled:
     Args:
         item: The question.
         texts: The sampled texts.
-        answers: The answer in each; `INVALID` or "" where there is none.
-        gold: The gold answer, read as answers are.
+        answers: The answer in each, the same text for equal answers; "" where there is none.
+        right: Whether each answer is the gold answer; empty without gold answers.
     """
 
     item: Item
     texts: Sequence[str]
     answers: Sequence[str]
-    gold: str
+    right: Sequence[bool]
 
     def majority(self) -> tuple[str, float]:
         """Return the most frequent answer and its share of all samples; of equally frequent ones the first."""
-        found = Counter(answer for answer in self.answers if answer not in ("", INVALID))
+        found = Counter(answer for answer in self.answers if answer)
         if not found:
             return "", 0.0
         answer, count = found.most_common(1)[0]
         return answer, count / len(self.answers)
 
-    def reaching(self, answer: str) -> list[str]:
-        """Return the different texts with an answer."""
-        return list(dict.fromkeys(t for t, a in zip(self.texts, self.answers, strict=True) if a == answer and answer))
+    def majority_is_right(self) -> bool:
+        """Return whether the most frequent answer is the gold answer."""
+        answer, _ = self.majority()
+        return bool(answer) and self.right[list(self.answers).index(answer)]
+
+    def kept(self, keep: str, min_share: float) -> list[str]:
+        """Return the different texts that reach the majority answer, or the gold answer for "correct"."""
+        answer, share = self.majority()
+        wanted = self.right if keep == "correct" else [bool(answer) and one == answer for one in self.answers]
+        enough = keep == "correct" or share >= min_share
+        return list(dict.fromkeys(t for t, ok in zip(self.texts, wanted, strict=True) if ok)) if enough else []
 
 
 @dataclass(frozen=True)
 class SampleRationales(Stage):
-    """Sample answers with rationales and keep some; writes {"prompt", "completion", "answer"} for `sft`.
+    """Sample answers with rationales and keep some; writes {"prompt", "completion"} for `sft`.
 
     The prompt of a record is the question alone, without the examples that the samples were made with.
 
@@ -114,31 +122,26 @@ class SampleRationales(Stage):
             raise UserError(f"{self.task}: these are {len(others) + 1} tasks: name one of them")
         if task.output_type != "generate_until":
             raise UserError(f"{self.task}: rationales are generated, and this task is of type {task.output_type}")
+        if self.keep == "correct" and not any(metric.name == "exact_match" for metric in task.metrics):
+            raise UserError(f"{self.task}: keep=correct needs the metric exact_match, by which answers are right")
         items = task.items[: self.limit] if self.limit else task.items
         sampled = self._sample(task, items)
-        records, kept = [], 0
-        missed: list[Sampled] = []
-        for one in sampled:
-            answer, share = one.majority() if self.keep == "majority" else (one.gold, 1.0)
-            texts = one.reaching(answer) if share >= self.min_share else []
-            kept += bool(texts)
-            if not texts:
-                missed.append(one)
-            records += [self._record(task, one.item, text, answer) for text in texts]
+        kept = [(one, one.kept(self.keep, self.min_share)) for one in sampled]
+        records = [self._record(task, one.item, text) for one, texts in kept for text in texts]
+        missed = [one for one, texts in kept if not texts]
         summary: dict[str, float | str] = {
             "questions": len(sampled),
             "samples": len(sampled) * self.num_samples,
-            "kept questions": kept,
+            "kept questions": len(sampled) - len(missed),
             "records": len(records),
         }
-        if all(one.gold for one in sampled):
-            right = [[answer == one.gold for answer in one.answers] for one in sampled]
-            summary["accuracy of a sample"] = float(np.mean(right))
-            summary["accuracy of the majority"] = float(np.mean([one.majority()[0] == one.gold for one in sampled]))
+        if all(one.right for one in sampled):
+            summary["accuracy of a sample"] = float(np.mean([one.right for one in sampled]))
+            summary["accuracy of the majority"] = float(np.mean([one.majority_is_right() for one in sampled]))
         if self.rationalize and missed:
             hinted = self._rationalized(task, missed)
-            summary["rationalized questions"] = len({id(item) for item, _, _ in hinted})
-            records += [self._record(task, item, text, answer) for item, text, answer in hinted]
+            summary["rationalized questions"] = len({id(item) for item, _ in hinted})
+            records += [self._record(task, item, text) for item, text in hinted]
         if not records:
             raise UserError(
                 f"{self.task}: no rationale of {len(sampled)} questions was kept: sample more, or lower min_share"
@@ -171,30 +174,41 @@ class SampleRationales(Stage):
         for item, one in zip(items, result.items, strict=True):
             texts = [str(text) for text in one.replies]
             answers = [apply_filters(chain.filters, [text])[0] for text in texts]
-            found.append(Sampled(item, texts, answers, _gold(task, item, chain)))
+            right = [answer not in ("", INVALID) and task.is_right(answer, item) for answer in answers]
+            found.append(Sampled(item, texts, _canonical(task, answers), right if task.target else []))
         return found
 
-    def _rationalized(self, task: PromptTask, missed: Sequence[Sampled]) -> list[tuple[Item, str, str]]:
-        """Return (question, rationale, answer) for the questions that the model answers with the hint."""
-        chain = task.filters[-1] if task.filters else FilterChain("none", ())
+    def _rationalized(self, task: PromptTask, missed: Sequence[Sampled]) -> list[tuple[Item, str]]:
+        """Return (question, rationale) for the questions that the model answers with the hint."""
 
         def with_gold(item: Item) -> Item:
-            return Item({**item.fields, "_gold": _gold(task, item, chain)}, item.location)
+            return Item({**item.fields, "_gold": _gold(task, item)}, item.location)
 
-        original = {with_gold(one.item).location: one.item for one in missed}
         question = task.prompt if "{" in task.prompt else "{{" + task.prompt + "}}"
         hinted = replace(task, prompt=f"{question} {HINT}", pool=[with_gold(item) for item in task.pool or task.items])
         sampled = self._sample(hinted, [with_gold(one.item) for one in missed])
-        return [(original[one.item.location], text, one.gold) for one in sampled for text in one.reaching(one.gold)]
+        return [
+            (one.item, text) for one, again in zip(missed, sampled, strict=True) for text in again.kept("correct", 0.0)
+        ]
 
-    def _record(self, task: PromptTask, item: Item, text: str, answer: str) -> dict[str, str]:
-        return {"prompt": render(task.prompt, item), "completion": text.strip(), "answer": answer}
+    def _record(self, task: PromptTask, item: Item, text: str) -> dict[str, str]:
+        description = render(task.description, item) if task.description else ""
+        return {"prompt": description + render(task.prompt, item), "completion": text.strip()}
 
 
-def _gold(task: PromptTask, item: Item, chain: FilterChain) -> str:
-    """Return the gold answer of a question, read as answers are; the whole gold text if the filters find none in it."""
-    if not task.target:
-        return ""
+def _canonical(task: PromptTask, answers: Sequence[str]) -> list[str]:
+    """Return each answer as the first that the task's metric holds for equal, so that "42" and "42." are one vote."""
+    first: list[str] = []
+    for answer in answers:
+        if answer in ("", INVALID):
+            continue
+        if not any(task.equal_answers(answer, one) for one in first):
+            first.append(answer)
+    return [next((one for one in first if task.equal_answers(answer, one)), "") for answer in answers]
+
+
+def _gold(task: PromptTask, item: Item) -> str:
+    """Return the gold answer of a question as its filters read it; the whole gold text if they find none in it."""
     gold = str(task.gold_of(item)[0])
-    read = apply_filters(chain.filters, [gold])[0]
+    read = apply_filters(task.filters[-1].filters, [gold])[0] if task.filters else gold
     return gold.strip() if read in ("", INVALID) else read

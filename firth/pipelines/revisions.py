@@ -8,7 +8,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from firth.evaluate.prompting.requests import GenerateReply, GenerateRequest
+from firth.evaluate.prompting.requests import GenerateReply, GenerateRequest, sample_seed
 from firth.fields import NonNegativeFloat, NonNegativeInt, TokenCount
 from firth.pipelines.judge import PRINCIPLES
 from firth.pipelines.records import Asker, read_prompts, write_records
@@ -64,7 +64,9 @@ class ReviseAnswers(Stage):
 
         def write(texts: list[str]) -> list[str]:
             requests = [
-                GenerateRequest(text, (), self.max_new_tokens, self.temperature, 1.0, self.seed, self.chat)
+                GenerateRequest(
+                    text, (), self.max_new_tokens, self.temperature, 1.0, sample_seed(self.seed, text, 0), self.chat
+                )
                 for text in texts
             ]
             return [

@@ -33,6 +33,9 @@ class TrainRecipe(Stage):
     recipe: str
     settings: Mapping[str, Any] = field(default_factory=dict)
 
+    def check(self) -> None:
+        self.loaded()
+
     def loaded(self) -> Recipe:
         """Return the recipe with its settings."""
         return load(self.recipe, [f"{name}={_written(value)}" for name, value in self.settings.items()])

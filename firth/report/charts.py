@@ -57,8 +57,8 @@ class Curve:
         dashed: Whether the line is dashed, for baselines.
         points: Whether every point is marked, for a curve of few measurements.
         line: Whether the points are joined.
-        intervals: Low and high end in y of an interval around each point (NaN where unknown). Curves with intervals are
-            drawn a few pixels from each other, so that all can be read at one x.
+        intervals: Low and high end in y of an interval around each point (NaN where unknown). Curves with intervals and
+            a common x are drawn a few pixels from each other, so that all can be read.
     """
 
     label: str
@@ -377,10 +377,12 @@ def svg(figure: Figure, width: int = 704, height: int = 310, style: str = "wide"
         y = up(level.y)
         out.append(f'<line class="level" x1="{across.start:.1f}" x2="{across.end:.1f}" y1="{y:.1f}" y2="{y:.1f}"/>')
         ends.append((level.label, "quiet", across.end, y))
+    xs = [x for curve in figure.curves for x in set(curve.x)]
+    dodge = _DODGE_PX if len(set(xs)) < len(xs) else 0.0
     for i, (curve, line) in enumerate(zip(figure.curves, lines, strict=True)):
         if np.isfinite(line).any():
             drawn = _smooth(line, curve)
-            shift = _DODGE_PX * (i - (len(lines) - 1) / 2) * bool(curve.intervals)
+            shift = dodge * (i - (len(lines) - 1) / 2) * bool(curve.intervals)
             at = replace(across, start=across.start + shift, end=across.end + shift)
             color = _style(i, curve)
             out += _whiskers(curve, color, at, up)

@@ -341,7 +341,9 @@ def read_yaml(path: Path) -> tuple[dict[str, Any], dict[tuple[str, ...], str]]:
     def walk(node: yaml.Node, at: tuple[str, ...]) -> None:
         if isinstance(node, yaml.MappingNode):
             for key, child in node.value:
-                lines[(*at, str(key.value))] = f"{path}:{key.start_mark.line + 1}"
+                line = f"{path}:{key.start_mark.line + 1}"
+                if lines.setdefault((*at, str(key.value)), line) != line:
+                    raise UserError(f"{line}: {key.value} is given twice: leave one out")
                 walk(child, (*at, str(key.value)))
         elif isinstance(node, yaml.SequenceNode):
             for place, child in enumerate(node.value):

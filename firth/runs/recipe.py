@@ -1,6 +1,6 @@
 """The configuration of a training run (`Recipe`), and how it is loaded from YAML, a run directory or a published name.
 
-    Recipe(name="gpt", objective=CausalLM(), examples=Windows(length=256), data=Text(corpus="shakespeare"), ...)
+    Recipe(name="gpt", objective=CausalLM(), examples=WindowsConfig(max_length=256), data=DataConfig(corpus="shakespeare"), ...)
 
 A recipe is a tree of frozen dataclasses that holds everything the run depends on. `firth train mine.yaml` reads it as YAML,
 and every run directory keeps it as `recipe.yaml`; training from that file repeats the run.

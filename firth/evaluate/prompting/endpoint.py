@@ -58,7 +58,9 @@ class Endpoint:
         self.model, self.scores = model or names[0], False
         entry: Mapping[str, Any] = models[names.index(self.model)]
         self.context = int(entry.get("max_model_len") or DEFAULT_CONTEXT)
-        self.digest = hashlib.sha256(f"{self.url} {json.dumps(entry, sort_keys=True)}".encode()).hexdigest()[:32]
+        # Servers stamp their list with the time and random ids, which change from call to call.
+        known = json.dumps([self.url, *(entry.get(name) for name in ("id", "root", "max_model_len"))])
+        self.digest = hashlib.sha256(known.encode()).hexdigest()[:32]
 
     def count_tokens(self, text: str, chat: bool = False) -> int:
         """Return an estimate of the number of tokens of a text."""

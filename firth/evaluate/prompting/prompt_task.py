@@ -129,7 +129,7 @@ class PromptTask:
         output_type: What is requested.
         prompt: Template of the prompt, or a field.
         target: Template or field of the gold answer: for multiple_choice a choice or its index.
-        choices: Choices: a list of templates, or a template or field whose value is a list.
+        choices: Choices: a list of texts and templates, or a template or field whose value is a list.
         description: Text before the examples, a template.
         target_delimiter: Text between a prompt and its target.
         fewshot_delimiter: Text after an example.
@@ -173,7 +173,7 @@ class PromptTask:
         found = (
             render_value(self.choices, item)
             if isinstance(self.choices, str)
-            else [render(choice, item) for choice in self.choices]
+            else [render(choice, item) if "{" in choice else choice for choice in self.choices]
         )
         if not isinstance(found, list | tuple) or len(found) < 2:
             raise UserError(f"{item.location}: the choices are {found!r}: a question needs a list of two or more")
@@ -219,7 +219,7 @@ class PromptTask:
         """
         if not self.items:
             raise UserError(f"{self.name}: there is no item")
-        if config.votes > 1 and not self._generates(config):
+        if config.votes > 1 and not self.generates(config):
             raise UserError(f"{self.name}: --votes samples generated answers, and this task scores {self.output_type}")
         if config.cot and self.output_type not in ("generate_until", "multiple_choice"):
             raise UserError(f"{self.name}: --cot needs answers, and this task scores {self.output_type}")
@@ -256,14 +256,14 @@ class PromptTask:
         stop = next((one for one in self.stop if one and one in text), None)
         if stop is not None:
             raise UserError(f"{item.location}: the rationale contains {stop!r}, at which answers of {self.name} end")
-        if not any(self._is_right(answer, item) for answer in self._read([text]).values()):
+        if not any(self.is_right(answer, item) for answer in self._read([text]).values()):
             found = " and ".join(map(repr, self._read([text]).values()))
             raise UserError(
                 f"{item.location}: filter_list reads {found} from the rationale, and the answer is "
                 f"{self.target_text(item)!r}: let doc_to_rationale end with the answer as filter_list reads it"
             )
 
-    def _is_right(self, answer: str, item: Item) -> bool:
+    def is_right(self, answer: str, item: Item) -> bool:
         """Return whether an answer that filters read is the gold answer."""
         gold = self.gold_of(item)
         if self.output_type == "multiple_choice":
@@ -271,7 +271,12 @@ class PromptTask:
         exact = [metric for metric in self.metrics if metric.name == "exact_match"]
         return not exact or text_value(exact[0], answer, gold) == 1.0
 
-    def _generates(self, config: PromptConfig) -> bool:
+    def equal_answers(self, answer: str, other: str) -> bool:
+        """Return whether the metric `exact_match` holds two answers for equal; without it, whether they are."""
+        exact = [metric for metric in self.metrics if metric.name == "exact_match"]
+        return text_value(exact[0], answer, (other,)) == 1.0 if exact else answer == other
+
+    def generates(self, config: PromptConfig) -> bool:
         """Return whether answers are generated and read by filters."""
         return self.output_type == "generate_until" or (
             self.output_type == "multiple_choice" and config.cot == "few-shot"
@@ -372,7 +377,7 @@ class PromptTask:
             rationales = [step + thought.text.rstrip() for thought in thoughts if isinstance(thought, GenerateReply)]
             begun, lead = [f"{text}\n{THEREFORE}" for text in rationales], " "
         starts = [(prompt, one) if chat else (prompt + one, "") for one in begun]
-        if not self._generates(config) and self.output_type == "multiple_choice":
+        if not self.generates(config) and self.output_type == "multiple_choice":
             choices = self.choices_of(item)
             scores = yield [ScoreRequest(starts[0][0], lead + choice, chat, starts[0][1]) for choice in choices]
             found = [score for score in scores if isinstance(score, ScoreReply)]

@@ -120,6 +120,13 @@ class Responder(Protocol):
         """Yield (index, reply) of each request, in the order in which they are computed."""
 
 
+def sample_seed(seed: int, prompt: str, number: int) -> int:
+    """Return the seed of a sampled answer, 31 bits: prompts and samples have independent random numbers."""
+    return (
+        int.from_bytes(hashlib.sha256(f"{seed} {number} {prompt}".encode("utf-8", "surrogatepass")).digest()[:4]) >> 1
+    )
+
+
 def request_key(request: Request) -> str:
     """Return a hash of a request."""
     text = json.dumps([type(request).__name__, asdict(request)], sort_keys=True, ensure_ascii=False)

@@ -9,11 +9,14 @@ import numpy as np
 import pytest
 import torch
 
+from firth.data import attention_fields
+from firth.data.rankings import ranking
 from firth.model.config import decoder_config
 from firth.model.model import LM
 from firth.objectives.reward_model import reward_head
 from firth.pipelines.best_of_n import RankAnswers, best_of, kl_bound
 from firth.pretrained.load_save import save_model
+from firth.tokenizer import chat
 from firth.tokenizer.train import train as train_tokenizer
 from firth.types import UserError
 
@@ -61,11 +64,19 @@ def test_answers_are_ranked(workdir: Path) -> None:
     ).run(workdir)
     [row] = [json.loads(line) for line in (workdir / "ranked.jsonl").read_text().splitlines()]  # q's answers tie
     assert row == {
-        "prompt": "p", "answers": ["ccc", "bb", "a"], "rewards": [3.0, 2.0, 1.0], "chosen": "ccc", "rejected": "a"
+        "prompt": "p", "answers": ["ccc", "bb", "a"], "scores": [3.0, 2.0, 1.0], "chosen": "ccc", "rejected": "a"
     }  # fmt: skip
     assert summary["prompts"] == 2 and summary["ranked"] == 1 and summary["reward of the best of 1"] == 2.0
     assert summary["reward of the best of 3"] == 2.5 and summary["KL of the best of 3, at most"] == math.log(3) - 2 / 3
     assert summary["truth of the best of 1"] == pytest.approx(1 / 3) and summary["truth of the best of 3"] == 0.0
+
+
+def test_equal_rewards_are_ties_of_a_ranking(workdir: Path) -> None:
+    rows = [{"prompt": "p", "gold": "b", "samples": ["a", "b", "c", "b"]}]
+    (workdir / "ties.jsonl").write_text(json.dumps(rows[0]) + "\n")
+    RankAnswers(data=("ties.jsonl",), reward_function="ranking_rewards:hits").run(workdir)
+    [row] = [json.loads(line) for line in (workdir / "ranked.jsonl").read_text().splitlines()]
+    assert ranking(row)[2] == [0, 0, 1, 1]
 
 
 def test_a_reward_that_is_not_finite_names_the_record(workdir: Path) -> None:
@@ -107,11 +118,26 @@ def test_a_reward_model_ranks_as_it_scores_rows(workdir: Path) -> None:
         vocab_size=tokenizer.vocab.size, hidden_size=16, num_layers=1, num_heads=2, max_positions=64
     )
     model = LM(config, {"reward": reward_head(16)})
+    for weight in model.parameters():  # projections start at zero, with which all answers score alike
+        torch.nn.init.normal_(weight, std=0.3)
     save_model(model, tokenizer, workdir / "rm")
     summary = RankAnswers(data=("answers.jsonl",), reward_model="rm").run(workdir)
     rows = [json.loads(line) for line in (workdir / "ranked.jsonl").read_text().splitlines()]
-    assert rows and all(row["rewards"] == sorted(row["rewards"], reverse=True) for row in rows)
-    assert summary["reward of the best of 3"] > summary["reward of the best of 1"]  # type: ignore[operator]
+    model.eval()
+    for row in rows:
+        for text, score in zip(row["answers"], row["scores"], strict=True):
+            turns = [{"role": "user", "content": row["prompt"]}, {"role": "assistant", "content": text}]
+            tokens, mask = chat.encode(tokenizer, turns)
+            tokens = tokens[: np.flatnonzero(mask)[-1] + 1]
+            batch = {"tokens": torch.from_numpy(tokens.astype(np.int64))[None]}
+            batch |= {
+                name: torch.from_numpy(value)[None] for name, value in attention_fields.causal(len(tokens)).items()
+            }
+            with torch.no_grad():
+                expected = model.heads["reward"](model(batch)[0, -1])
+            assert score == pytest.approx(float(expected), abs=1e-5)
+        assert row["scores"] == sorted(row["scores"], reverse=True)
+    assert len(rows) == 2 and summary["ranked"] == 2
     config = decoder_config(vocab_size=tokenizer.vocab.size, hidden_size=16, num_layers=1, num_heads=2, max_positions=8)
     save_model(LM(config, {"reward": reward_head(16)}), tokenizer, workdir / "short")
     with pytest.raises(

@@ -79,10 +79,13 @@ def test_variables_are_inputs_and_outputs_of_earlier_stages(tmp_path: Path) -> N
         ("stages:\n  a: {sampel: x}\n", [], r"p\.yaml:2: stages\.a: a stage names one of its kinds"),
         ("stages:\n  a: {judge: x, sample: y}\n", [], r"a stage names one of its kinds"),
         ("stages:\n  a b: {note: x}\n", [], r"p\.yaml:2: .*name of a stage"),
-        ("inputs: {m: a model}\nstages:\n  m: {note: x}\n", ["m=1"], "each name is given once"),
+        ("inputs: {m: a model}\nstages:\n  m: {note: x}\n", ["m=1"], "is not that of an input"),
         ("inputs:\n  m: a model\nstages:\n  a: {note: $m}\n", [], r"p\.yaml:2: set m=\.\.\.: a model"),
         ("stages:\n  a: {note: x}\n", ["b=1"], r"'b=1': write INPUT=value or STAGE\.field=value"),
         ("stages:\n  a: {note: x}\n", ["a.txt=1"], "there is no field 'txt'"),
+        ("stages:\n  a: {note: x}\n  a: {note: y}\n", [], r"p\.yaml:3: a is given twice"),
+        ("stages:\n  a: {train: dpo, init_from: x, objectiv.beta: 0.2}\n", [], r"p\.yaml:2: .*objectiv"),
+        ("inputs: {m: a model}\nstages:\n  a: {note: $m}\n", ["m=[a"], r"m=\[a:1: this is not YAML"),
         ("stage: {}\n", [], r"p\.yaml:1: there is no field 'stage'"),
         ("stages: [a]\n", [], r"p\.yaml:1: stages must be"),
         ("stages:\n  a: {judge: x, model: y, principles: [' ']}\n", [], r"p\.yaml:2: the list of principles is empty"),
@@ -124,6 +127,24 @@ def test_changed_files_are_noticed(tmp_path: Path) -> None:
     data.write_text('{"prompt": "b"}\n')
     with pytest.raises(UserError, match="run with other settings"):
         run_pipeline(load_pipeline(file, [], tmp_path / "out"))
+
+
+def test_changed_files_of_a_training_stage_are_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The records of data.path, the weights of init_from, and the module of a reward function."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "d.jsonl").write_text('{"prompt": "a"}\n')
+    (tmp_path / "m").mkdir()
+    (tmp_path / "m" / "model.safetensors").write_bytes(b"1")
+    (tmp_path / "stage_rewards.py").write_text("def f(text): return 1.0\n")
+    settings = {"init_from": "m", "data.path": "d.jsonl", "examples.reward_function": "stage_rewards:f"}
+    stage = TrainRecipe("ppo", settings)
+    before = pipeline._identity(stage, Path("out"))
+    for file in ("d.jsonl", "m/model.safetensors", "stage_rewards.py"):
+        kept = (tmp_path / file).read_bytes()
+        (tmp_path / file).write_bytes(kept + b"\n")
+        assert pipeline._identity(stage, Path("out")) != before, file
+        (tmp_path / file).write_bytes(kept)
+    assert pipeline._identity(stage, Path("out")) == before
 
 
 def test_a_damaged_record_of_a_stage(tmp_path: Path) -> None:

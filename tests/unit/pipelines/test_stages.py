@@ -9,7 +9,15 @@ from typing import Any
 import numpy as np
 import pytest
 
-from firth.evaluate.prompting.requests import GenerateReply, GenerateRequest, Reply, Request, ScoreReply, ScoreRequest
+from firth.evaluate.prompting.requests import (
+    GenerateReply,
+    GenerateRequest,
+    Reply,
+    Request,
+    ScoreReply,
+    ScoreRequest,
+    sample_seed,
+)
 from firth.pipelines import rationales, records
 from firth.pipelines.answers import SampleAnswers
 from firth.pipelines.judge import JudgePairs, answer_pairs
@@ -23,7 +31,7 @@ doc_to_text: "Question: {{question}}\\nAnswer:"
 doc_to_target: answer
 num_fewshot: 1
 filter_list: [{name: none, filter: [{function: regex, regex_pattern: "#### ([0-9]+)"}, {function: take_first}]}]
-metric_list: [{metric: exact_match}]
+metric_list: [{metric: exact_match, regexes_to_ignore: ["(?s).*#### "]}]
 """
 
 
@@ -77,11 +85,13 @@ def read(path: Path) -> list[dict[str, Any]]:
 
 def test_answers_are_sampled_with_a_seed_each(tmp_path: Path, use: Callable[[RuleModel], RuleModel]) -> None:
     model = use(RuleModel(lambda request: f" {request.prompt} {request.seed} "))
+    seeds = {prompt: [sample_seed(3, prompt, number) for number in range(2)] for prompt in "ab"}
+    assert len({seed for pair in seeds.values() for seed in pair}) == 4
     data = write(tmp_path / "p.jsonl", {"prompt": "a", "gold": 1}, {"messages": [{"role": "user", "content": "b"}]})
     summary = SampleAnswers(model="m", data=(data,), num_samples=2, seed=3).run(tmp_path)
     rows = read(tmp_path / "answers.jsonl")
-    assert rows[0] == {"prompt": "a", "gold": 1, "samples": ["a 3000", "a 3001"]}
-    assert rows[1]["samples"] == ["b 3000", "b 3001"]
+    assert rows[0] == {"prompt": "a", "gold": 1, "samples": [f"a {seed}" for seed in seeds["a"]]}
+    assert rows[1]["samples"] == [f"b {seed}" for seed in seeds["b"]]
     assert summary == {"prompts": 2, "answers": 4, "different": 1.0, "finished": 1.0}
     assert all(isinstance(request, GenerateRequest) and request.chat for request in model.requests)
 
@@ -130,6 +140,33 @@ def test_a_judge_that_looks_at_the_place_labels_nothing(tmp_path: Path, use: Cal
 def test_pairs_need_two_different_answers(tmp_path: Path) -> None:
     data = write(tmp_path / "a.jsonl", {"prompt": "q", "samples": ["x", "x"]})
     with pytest.raises(UserError, match="no two different answers"):
+        list(answer_pairs([data]))
+
+
+def test_messages_stay_messages(tmp_path: Path, use: Callable[[RuleModel], RuleModel]) -> None:
+    """A prompt of several turns is written as it was read, and the judge sees who said what."""
+    prompt = [
+        {"role": role, "content": text}
+        for role, text in (("system", "S"), ("user", "Hi"), ("assistant", "A"), ("user", "B"))
+    ]
+    data = write(tmp_path / "a.jsonl", {"prompt": prompt, "chosen": "yes indeed", "rejected": "no"})
+    model = use(RuleModel(str, lambda request: float(("A: yes" in request.prompt) == (request.continuation == " A"))))
+    JudgePairs(data=(data,), model="m").run(tmp_path)
+    [row] = read(tmp_path / "preferences.jsonl")
+    assert row["prompt"] == prompt and row["chosen"] == "yes indeed" and row["rejected"] == "no"
+    assert "system: S\n\nuser: Hi\n\nassistant: A\n\nuser: B" in model.requests[0].prompt
+
+
+def test_an_endpoint_gets_plain_text(tmp_path: Path, use: Callable[[RuleModel], RuleModel]) -> None:
+    model = use(RuleModel(str, lambda request: float(("A: x" in request.prompt) == (request.continuation == " A"))))
+    data = write(tmp_path / "a.jsonl", {"prompt": "q", "samples": ["x", "y"]})
+    JudgePairs(data=(data,), model="openai:http://127.0.0.1:1/v1").run(tmp_path)
+    assert not any(request.chat for request in model.requests)
+
+
+def test_samples_need_a_prompt(tmp_path: Path) -> None:
+    data = write(tmp_path / "a.jsonl", {"samples": ["x", "y"]})
+    with pytest.raises(UserError, match=r"a\.jsonl:1: the record has samples, and no prompt"):
         list(answer_pairs([data]))
 
 
@@ -185,7 +222,7 @@ def test_the_majority_is_kept_without_gold_answers(
     model = use(RuleModel(votes))
     summary = SampleRationales(**sums, num_samples=4, min_share=0.6).run(tmp_path)
     assert read(tmp_path / "rationales.jsonl") == [
-        {"prompt": "Question: 1 + 1?\nAnswer:", "completion": f"Way {way}.\n#### 2", "answer": "2"} for way in (0, 1)
+        {"prompt": "Question: 1 + 1?\nAnswer:", "completion": f"Way {way}.\n#### 2"} for way in (0, 1)
     ]
     assert summary["kept questions"] == 1 and summary["accuracy of the majority"] == 0.5
     assert summary["accuracy of a sample"] == pytest.approx(3 / 8)
@@ -203,7 +240,7 @@ def test_correct_rationales_and_hints(
     model = use(RuleModel(reply))
     summary = SampleRationales(**sums, num_samples=4, keep="correct", rationalize=True).run(tmp_path)
     rows = read(tmp_path / "rationales.jsonl")
-    assert rows[-1] == {"prompt": "Question: 2 + 2?\nAnswer:", "completion": "Told.\n#### 4", "answer": "4"}
+    assert rows[-1] == {"prompt": "Question: 2 + 2?\nAnswer:", "completion": "Told.\n#### 4"}
     assert len(rows) == 3 and summary["rationalized questions"] == 1
     hinted = [one.prompt for one in model.requests if isinstance(one, GenerateRequest) and "Hint" in one.prompt]
     assert len(hinted) == 4 and all("0 + 3?\nAnswer: (Hint: the answer is 3.)" in prompt for prompt in hinted)
@@ -218,7 +255,35 @@ def test_examples_show_the_rationales_of_the_task(tmp_path: Path, use: Callable[
     [request, _] = model.requests
     assert isinstance(request, GenerateRequest) and request.max_new_tokens == 128
     assert "0 + 3?\nAnswer: Nothing more. The answer is 3." in request.prompt
-    assert [row["answer"] for row in read(tmp_path / "rationales.jsonl")] == ["2"]
+    assert [row["completion"] for row in read(tmp_path / "rationales.jsonl")] == ["One more. The answer is 2."]
+
+
+def test_answers_that_the_metric_holds_for_equal_are_one_vote(
+    tmp_path: Path, use: Callable[[RuleModel], RuleModel]
+) -> None:
+    """gsm8k reads "42." and "$42", and its metric ignores the point and the sign."""
+    texts = ["The answer is 42.", "It costs $42", "So 43", "#### 42"]
+    data = write(tmp_path / "q.jsonl", {"question": "How much?", "answer": "Count.\n#### 42"})
+    examples = write(tmp_path / "e.jsonl", {"question": "0 + 3?", "answer": "Nothing.\n#### 3"})
+    settings = {"model": "m", "task": "gsm8k", "data": (data,), "examples": (examples,), "shots": 1, "num_samples": 4}
+    for settings["keep"] in ("majority", "correct"):
+        replies = iter(texts)
+        use(RuleModel(lambda _, replies=replies: next(replies)))  # type: ignore[misc]
+        summary = SampleRationales(**settings).run(tmp_path)
+        rows = read(tmp_path / "rationales.jsonl")
+        assert [row["completion"] for row in rows] == [texts[0], texts[1], texts[3]], settings["keep"]
+        assert summary["accuracy of the majority"] == 1 and summary["accuracy of a sample"] == 0.75
+
+
+def test_the_description_of_a_task_is_part_of_the_record(
+    tmp_path: Path, use: Callable[[RuleModel], RuleModel], sums: dict[str, Any]
+) -> None:
+    """The record has the prompt that an evaluation without examples sends."""
+    (tmp_path / "sums.yaml").write_text("description: 'Add.\n\n'\n" + SUMS)
+    model = use(RuleModel(votes))
+    SampleRationales(**sums, num_samples=4, shots=0).run(tmp_path)
+    prompts = {request.prompt for request in model.requests if isinstance(request, GenerateRequest)}
+    assert {row["prompt"] for row in read(tmp_path / "rationales.jsonl")} <= prompts
 
 
 def test_no_rationale_is_an_error(tmp_path: Path, use: Callable[[RuleModel], RuleModel], sums: dict[str, Any]) -> None:

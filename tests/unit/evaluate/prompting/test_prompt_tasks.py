@@ -56,6 +56,20 @@ def test_multiple_choice_takes_the_most_likely_choice() -> None:
     assert result.metrics["acc_norm"].value == 0, "a tie is wrong"
 
 
+def test_a_choice_may_be_the_name_of_a_field() -> None:
+    """lm-evaluation-harness takes the entries of a list as they are; templates are rendered."""
+    record = {"q": "x", "A": "one", "B": "two", "gold": 1}
+    task = replace(CHOICE, items=items(record), choices=("A", "B", "{{A}}"))
+    assert task.choices_of(task.items[0]) == ["A", "B", "one"]
+    model = FakeModel()
+    assert one_result(task, model).items[0].gold == "B"
+    assert [request.continuation for request in model.requests if isinstance(request, ScoreRequest)] == [
+        " A",
+        " B",
+        " one",
+    ]
+
+
 def test_examples_precede_the_question_and_never_hold_it() -> None:
     """Each prompt has two of the other items, formatted with their answers."""
     model = FakeModel()
