@@ -9,7 +9,7 @@ from math import nan
 import numpy as np
 
 from firth.align.per_token import per_token_numbers
-from firth.align.rewards import RewardFunction, Rollout, WeightedRewards, score_rollouts
+from firth.align.rewards import RewardFunction, Rollout, WeightedRewards, replace_unfinished, score_rollouts
 from firth.data.dialogues import Prompt
 from firth.generate.engine import Engine
 from firth.generate.sampling import Sampling
@@ -30,6 +30,7 @@ class HeldOutPrompts:
         seed: Seed of the answers, the same at every measurement, so that two measurements differ less by chance.
         true_reward_function: A reward that is not trained on; None without one.
         stops: Tokens that end an answer; default: those of the tokenizer.
+        unfinished_score: The score of an answer without a stop token; None uses the reward.
     """
 
     prompts: Sequence[Prompt]
@@ -40,6 +41,7 @@ class HeldOutPrompts:
     seed: int
     true_reward_function: RewardFunction | None = None
     stops: Sequence[int] | None = None
+    unfinished_score: float | None = None
 
     def measure(self, model: LM, count: int) -> dict[str, float]:
         """Sample an answer to each of `count` evenly spaced prompts; return the means of reward, truth, KL, length and finished.
@@ -56,10 +58,11 @@ class HeldOutPrompts:
         )
         samples = [Rollout.of(p.tokens, w, p.fields) for p, w in zip(some, written, strict=True)]
         scores = self.rewards.scores(samples, self.tokenizer)
+        total = replace_unfinished(self.rewards.total(scores), samples, self.unfinished_score)
         numbers = per_token_numbers(model, self.reference, samples, 32)
         true = self.true_reward_function
         found = {
-            "reward": float(self.rewards.total(scores).mean()),
+            "reward": float(total.mean()),
             "truth": float(score_rollouts(true, samples, self.tokenizer).mean()) if true is not None else nan,
             "kl_per_answer": float(numbers["kl"].sum(1).mean()),
             "finished": float(np.mean([s.finished for s in samples])),

@@ -99,13 +99,16 @@ def precompute(
 
 
 def fingerprint(source: Source, model: LM, build: BuildComparison) -> str:
-    """Return a hash of the model's weights, of its current precision, and of its input for every example."""
+    """Return a hash of the model's weights, restricted ids and current precision, and of its input for every example."""
     device = model.tokens.weight.device.type
     cast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
     digest = hashlib.blake2b(f"{device} {cast}".encode(), digest_size=16)
     for name, tensor in model.state_dict().items():
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.detach().cpu().float().numpy().tobytes())
+    for name, ids in model.named_buffers():
+        if name.endswith(".absent"):
+            digest.update(name.encode() + ids.cpu().numpy().tobytes())
     digest.update(str(len(source)).encode())
     for i in range(len(source)):
         for name, value in sorted(build(source[i]).items()):

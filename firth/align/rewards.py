@@ -119,6 +119,13 @@ def score_rollouts(reward_function: RewardFunction, samples: Sequence[Rollout], 
     return scores
 
 
+def replace_unfinished(scores: np.ndarray, samples: Sequence[Rollout], unfinished_score: float | None) -> np.ndarray:
+    """Return the scores (N,) with that of each answer without a stop token replaced; None replaces nothing."""
+    if unfinished_score is None:
+        return scores
+    return np.where([sample.finished for sample in samples], scores, unfinished_score)
+
+
 @dataclass(frozen=True)
 class FunctionReward:
     """A reward that is computed by a function.

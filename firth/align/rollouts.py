@@ -42,6 +42,7 @@ from firth.align.rewards import (
     Rollout,
     WeightedRewards,
     named_function,
+    replace_unfinished,
     score_rollouts,
 )
 from firth.data.dialogues import Prompt
@@ -209,6 +210,11 @@ class RolloutsConfig(ExamplesConfig):
         return {"max_prompt_length": text - self.max_new_tokens}
 
     def build(self, data: BuildContext, objective: Objective) -> DatasetSplits:
+        if data.siblings:
+            raise UserError(
+                "data.weights cannot mix prompts, which are drawn from all records of data.path in turn: remove data.weights, and "
+                "repeat the records that are to be answered more often"
+            )
         if bool(self.pretraining_path) != bool(self.pretraining_rows):
             raise UserError("set examples.pretraining_path and examples.pretraining_rows together")
         start = data.frozen_start("the model that writes the first answers, which is also the reference")
@@ -234,9 +240,9 @@ class RolloutsConfig(ExamplesConfig):
             windows = Documents(kind, text.stores()[0], data.tokenizer.vocab)
             source = MixtureSource([source, windows], [data.batch_size - self.pretraining_rows, self.pretraining_rows])
         examples = [{"tokens": p.tokens, "fields": p.fields} for p in (held or prompts)[: held_out_texts.COUNT]]
-        measured = (
-            HeldOutPrompts(held, data.tokenizer, judge, start, self.max_new_tokens, data.seed, true) if held else None
-        )
+        measured = HeldOutPrompts(
+            held, data.tokenizer, judge, start, self.max_new_tokens, data.seed, true, unfinished_score=self.unfinished_score
+        ) if held else None  # fmt: skip
         texts = HeldOutTexts(examples, bool(held), judge, self.max_new_tokens)
         return DatasetSplits(source, None, texts=texts, prompts=measured)
 
@@ -462,8 +468,7 @@ class RolloutSource(Source):
         kl_coef = self.kl_coef
         self.number, self.samples = number, samples
         finished = np.array([s.finished for s in self.samples])
-        if self.config.unfinished_score is not None:
-            score = np.where(finished, score, self.config.unfinished_score)
+        score = replace_unfinished(score, self.samples, self.config.unfinished_score)
         numbers = per_token_numbers(model, self.reference, self.samples, self.batch_size)
         real, old, reference = numbers["real"], numbers["old"], numbers["reference"]
         divergence = kl_estimate(torch.from_numpy(old), torch.from_numpy(reference), self.config.kl_estimator).numpy()
@@ -476,7 +481,8 @@ class RolloutSource(Source):
         if difference > SAMPLER_TOLERANCE and self.config.importance_sampling_cap:
             advantage = advantage * np.minimum(np.exp(old - sampler), self.config.importance_sampling_cap)
         self._store(real, numbers | {"advantage": advantage, "returns": returns})
-        target = discounted_returns(rewards)[real]
+        estimator = self.advantage_estimator
+        target = discounted_returns(rewards, estimator.gamma if isinstance(estimator, GAE) else 1.0)[real]
         metrics = {
             "reward": float(score.mean()),
             "truth": float(true_reward),

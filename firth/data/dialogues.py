@@ -16,13 +16,13 @@ from array import array
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
 from firth.corpora import readers
 from firth.data.conversations import comparison, messages_of, prompt_of
-from firth.data.examples import ExamplesConfig
+from firth.data.examples import BuildContext, DatasetSplits, ExamplesConfig, split_records
 from firth.data.records import Purpose, Record, Records, RecordsConfig, located
 from firth.data.split import content_key
 from firth.fields import TokenCount
@@ -30,6 +30,9 @@ from firth.tokenizer import chat
 from firth.tokenizer.chat import Message
 from firth.tokenizer.tokenizer import Tokenizer
 from firth.types import Example, UserError
+
+if TYPE_CHECKING:
+    from firth.objectives.objective import Objective
 
 FIELD_OR_BRACE = re.compile(r"\{\{|\}\}|\{([^{}]*)\}|[{}]")
 
@@ -247,6 +250,19 @@ class PreferencesConfig(RecordsConfig):
         answered = output["chosen_mask"].any() and output["rejected_mask"].any()
         differ = not np.array_equal(output["chosen_tokens"], output["rejected_tokens"])
         return output if answered and differ else None
+
+    def build(self, data: BuildContext, objective: Objective) -> DatasetSplits:
+        def read(paths: Sequence[str]) -> Records:
+            found = self.records(data, paths)
+            missing = np.flatnonzero(np.isnan(found.column("margin").whole))
+            if "margin" in objective.inputs and len(missing):
+                raise UserError(
+                    f"{found.location_of(int(missing[0]))}: the preference has no `margin`, and objective.margin_weight needs one "
+                    f"in every record ({len(missing):,} of {len(found):,} have none): add it, or set objective.margin_weight=0"
+                )
+            return found
+
+        return split_records(data, read)
 
 
 def _margin(record: Record) -> float:

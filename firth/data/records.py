@@ -413,6 +413,11 @@ class Records(Source):
         """Return the number of the record of one example."""
         return self._record_ids[index]
 
+    def location_of(self, index: int) -> str:
+        """Return the file and line of the record of one example; the files are read again up to it."""
+        records = self.kind.read(self.paths, ReadStats(), self.labeled)
+        return next(islice(records, self.record_of(index), None))[0]
+
     def column(self, name: str) -> ArrayColumn:
         """Return one of the arrays of all examples, as stored."""
         return self._columns[name]

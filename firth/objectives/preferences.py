@@ -248,7 +248,9 @@ class ORPO(PairObjective):
     def loss(self, model: LM, outputs: Outputs, batch: Batch) -> dict[str, Tensor]:
         logprobs = log_probs(model, outputs["hidden"], batch["labels"]).sum(-1)  # (B, 2)
         per_token = logprobs / answer_lengths(batch)
-        log_odds = per_token - torch.log(-torch.expm1(per_token))
+        # A memorized answer has a probability of 1, up to rounding, and infinite odds.
+        below = per_token.clamp(max=-torch.finfo(per_token.dtype).eps)
+        log_odds = below - torch.log(-torch.expm1(below))
         return {
             "tokens": -logprobs[:, 0].sum(),
             "odds": self.beta * choice_loss(log_odds, batch["preferred"]),

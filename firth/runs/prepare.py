@@ -57,12 +57,17 @@ class RunData(BuildContext):
     precision: Literal["fp32", "bf16"] = "fp32"
 
     def frozen_start(self, what: str) -> LM:
-        return self.start.frozen(what)
+        return self._restricted(self.start.frozen(what))
 
     def frozen_model(self, path: str, field: str, what: str, hint: str) -> LM:
         directory = required_model(path, field, what)
         check_same_tokenizer(self.tokenizer, directory, f"{field}:", hint)
-        return load_model(directory).to(default_device())
+        return self._restricted(load_model(directory).to(default_device()))
+
+    def _restricted(self, model: LM) -> LM:
+        """Return a frozen model that gives ids without a token probability 0, as the trained model does."""
+        model.restrict_vocab(self.tokenizer.vocab)
+        return model
 
     def autocast(self) -> AbstractContextManager[object]:
         return casts(self.precision, default_device())()

@@ -38,6 +38,7 @@ MODELS: dict[str, Callable[[int], ModelConfig]] = {
     "gpt": lambda vocab: presets.gpt(vocab, 32, 2, 2, max_positions=64),
     "gpt2": lambda vocab: presets.gpt2(vocab, 32, 2, 2, max_positions=64),
     "bert": lambda vocab: presets.bert(vocab, 32, 2, 2, max_positions=64),
+    "padded": lambda vocab: presets.gpt2(vocab + 64, 32, 2, 2, max_positions=64),  # rows without a token
     "llama": lambda vocab: replace(
         decoder_config(vocab_size=vocab, hidden_size=32, num_layers=2, num_heads=2, max_positions=64), dropout=0.1
     ),
@@ -147,7 +148,17 @@ def test_first_ratio_is_one(
     assert deviations(name, rows, old_logprobs, TOLERANCE[precision]) == {}
 
 
-@pytest.mark.parametrize(("name", "arch"), [("dpo", "gpt"), ("dpo", "bert"), ("ppo", "llama"), ("ppo", "bert")])
+@pytest.mark.parametrize(
+    ("name", "arch"),
+    [
+        ("dpo", "gpt"),
+        ("dpo", "bert"),
+        ("dpo", "padded"),
+        ("kto", "padded"),
+        ("ppo", "llama"),
+        ("ppo", "bert"),
+    ],
+)
 def test_first_ratio_is_one_on_other_architectures(
     workdir: Path, tmp_path: Path, old_logprobs: list[float], name: str, arch: str
 ) -> None:
@@ -205,6 +216,12 @@ def test_reference_is_kept_per_precision(workdir: Path, tmp_path: Path) -> None:
 def test_advantages_must_suit_the_objective(workdir: Path, name: str, setting: str, advice: str) -> None:
     with pytest.raises(UserError, match=f"{setting}.*set {advice}"):
         load(name, assignments(workdir, name, setting))
+
+
+def test_prompts_cannot_be_mixed_by_weight(workdir: Path, tmp_path: Path) -> None:
+    paths = f"data.path=[{workdir / 'prompts.jsonl'}, {workdir / 'pairs.jsonl'}]"
+    with pytest.raises(UserError, match=r"data\.weights cannot mix prompts.*: remove data\.weights"):
+        run(load("grpo", assignments(workdir, "grpo", paths, "data.weights=[1, 2]")), tmp_path, lambda line: None)
 
 
 # ---- rewards
@@ -359,6 +376,19 @@ def test_held_out_prompts_are_measured_during_training(workdir: Path, rewards: P
         match=r"train\.jsonl:1: the record has no field 'result', which examples\.reward_function=.*:right names",
     ):
         run(load("grpo", assignments(workdir, "grpo", *more)), rewards.parent / "lacking", lambda line: None)
+
+
+def test_held_out_answers_get_the_unfinished_score(workdir: Path, rewards: Path) -> None:
+    """The reward is 0, so the mean of both splits is the score of unfinished answers times their share."""
+    rewards.write_text("def zero(completion):\n    return 0.0\n")
+    more = (
+        f"examples.reward_function={rewards.stem}:zero", "examples.unfinished_score=-5.0", "evaluation.every=1",
+        f"data.validation_path={workdir / 'pairs.jsonl'}",
+    )  # fmt: skip
+    rows = first_rows(workdir, rewards.parent / "run", "grpo", *more)
+    for split in ("rollouts", "valid"):
+        assert rows[split]["finished"] < 1
+        assert rows[split]["reward"] == pytest.approx(-5 * (1 - rows[split]["finished"]))
 
 
 def test_ppo_ptx_trains_on_text_in_the_same_steps(workdir: Path, tmp_path: Path) -> None:

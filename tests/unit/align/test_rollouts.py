@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from firth.align.advantages import GroupNormalized, LeaveOneOut
+from firth.align.per_token import per_token_numbers
 from firth.align.precompute import PrecomputedSource, precompute
 from firth.align.rewards import (
     FunctionReward,
@@ -300,6 +301,29 @@ def test_an_unfinished_answer_gets_the_unfinished_score() -> None:
     assert source.history[-1]["reward"] == pytest.approx(np.mean(scores), abs=1e-6)
 
 
+def test_a_perfect_critic_explains_all_of_the_discounted_returns(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same answers twice: the returns of the first time are the values of the second."""
+    start = letters_only(policy(PPO()))
+    config = RolloutsConfig(rollout_size=16, max_new_tokens=6, gamma=0.9)
+
+    def drawn() -> RolloutSource:
+        source = rollouts(copy.deepcopy(start), config=config, steps=1, advantage_estimator=config.estimator())
+        source.prepare(copy.deepcopy(start), 0)
+        return source
+
+    first = drawn()
+    assert first.history[-1]["explained_variance"] < 0.9
+    returns = [first[i]["returns"][first[i]["mask"]] for i in range(len(first))]
+
+    def numbers(*given: object) -> dict[str, np.ndarray]:
+        found = per_token_numbers(*given)  # type: ignore[arg-type]
+        found["values"][found["real"]] = np.concatenate(returns)
+        return found
+
+    monkeypatch.setattr("firth.align.rollouts.per_token_numbers", numbers)
+    assert drawn().history[-1]["explained_variance"] == pytest.approx(1, abs=1e-5)
+
+
 def test_rollouts_are_sampled_once_and_use_every_prompt() -> None:
     model = letters_only(policy(PPO()))
     source = rollouts(
@@ -446,6 +470,19 @@ def test_precompute_resumes_and_detects_another_model(tmp_path: Path) -> None:
     assert finished == [50], "finished fields are only opened"
     other, _ = precomputed(letters_only(policy(DPO(), seed=4)), 50, directory=tmp_path)
     assert not np.allclose(other.fields["reference"], whole.fields["reference"])
+
+
+def test_precompute_detects_restricted_ids(tmp_path: Path) -> None:
+    """The same weights, with and without probability 0 for some ids."""
+    model = policy(DPO())
+    free, _ = precomputed(model, 4, directory=tmp_path)
+    for ids in ([250], [250, 251]):
+        model.heads["lm"].restrict_vocab(torch.tensor(ids))  # type: ignore[operator]
+        kept, _ = precomputed(model, 4, directory=tmp_path)
+        alone, _ = precomputed(model, 4)
+        assert np.array_equal(kept.fields["reference"], alone.fields["reference"])
+        assert (kept.fields["reference"] > free.fields["reference"]).all()
+    assert len(list(tmp_path.iterdir())) == 3
 
 
 @pytest.mark.slow

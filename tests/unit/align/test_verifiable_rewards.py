@@ -225,6 +225,17 @@ def test_held_out_prompts_are_scored_alike_at_every_step() -> None:
     )
 
 
+def test_unfinished_held_out_answers_get_their_score() -> None:
+    model, stops = policy(), list(range(0, TOKENIZER.vocab.size, 4))
+    prompts = [Prompt(tokens, fields, "file:1") for tokens, fields in zip(PROMPTS, FIELDS, strict=True)] * 8
+    rewards = WeightedRewards.of(FunctionReward(vowels))
+    held = HeldOutPrompts(prompts, TOKENIZER, rewards, model, 3, 0, stops=stops, unfinished_score=-2.0)
+    written = Engine(model, TOKENIZER, stops).generate(PROMPTS * 8, Sampling(max_new_tokens=3, seed=0))
+    scores = [vowels(w.text) if w.finish == "stop" else -2.0 for w in written]
+    assert 0 < scores.count(-2.0) < len(scores)
+    assert held.measure(model, 0)["reward"] == pytest.approx(np.mean(scores))
+
+
 def test_prompts_keep_the_fields_of_their_records(tmp_path: Path) -> None:
     from firth.data.dialogues import prompts
     from firth.tokenizer.train import train

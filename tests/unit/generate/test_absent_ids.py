@@ -17,6 +17,7 @@ from tokenizers import decoders, models, pre_tokenizers
 from firth.align.rewards import FunctionReward
 from firth.align.rollouts import RolloutsConfig, RolloutSource
 from firth.data.collate import collate
+from firth.data.config import DataConfig
 from firth.evaluate.perplexity import likelihood
 from firth.evaluate.task import load_evaluated_model
 from firth.generate import embeddings
@@ -31,6 +32,8 @@ from firth.objectives.objective import token_loss
 from firth.objectives.replaced_tokens import RTD
 from firth.pretrained import gguf
 from firth.pretrained.load_save import save_model
+from firth.runs.prepare import RunData
+from firth.runs.start_model import StartModel
 from firth.tokenizer.gguf_write import metadata
 from firth.tokenizer.tokenizer import Tokenizer
 from firth.tokenizer.train import train
@@ -156,6 +159,20 @@ def test_rollouts_use_tokens_only(tokenizer: Tokenizer) -> None:
     assert found[0]["kl_per_answer"] > 0
     for name in ("reward", "kl_per_answer", "kl_per_token_estimate", "entropy"):
         assert found[1][name] == pytest.approx(found[0][name], rel=1e-3, abs=1e-4), name
+
+
+def test_frozen_models_of_a_run_use_tokens_only(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    """The reference of DPO and KTO and a teacher give the same log-probabilities as with an exact table."""
+    exact, wide = exact_and_wide(CONFIGS["tied"], tokenizer.vocab.size)
+    save_model(wide, tokenizer, tmp_path / "model")
+    data = RunData(DataConfig(), tokenizer, tmp_path, start=StartModel(str(tmp_path / "model")))
+    batch = torch.from_numpy(tokenizer.encode("the king is dead, long live the queen").astype(np.int64))[None]
+    expected = float(token_loss(exact, exact({"tokens": batch[:, :-1]}), batch[:, 1:]).detach())
+    teacher = data.frozen_model(str(tmp_path / "model"), "examples.teacher", "the teacher", "train it again")
+    for model in (data.frozen_start("the reference"), teacher):
+        at = batch.to(model.tokens.weight.device)
+        found = token_loss(model, model({"tokens": at[:, :-1]}), at[:, 1:])
+        assert float(found.detach()) == pytest.approx(expected, rel=1e-5)
 
 
 def test_replaced_tokens_are_drawn_from_tokens_only(tokenizer: Tokenizer) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,9 +12,11 @@ from torch import nn
 
 from firth.align.unpaired import MismatchedAnswers, UnpairedPreferencesConfig
 from firth.data.collate import collate, label_fields_of
+from firth.data.config import DataConfig
 from firth.data.dialogues import PreferencesConfig
+from firth.data.examples import BuildContext
 from firth.data.records import Records
-from firth.model.config import ModelConfig
+from firth.model.config import LMHeadConfig, ModelConfig
 from firth.model.model import LM
 from firth.objectives.objective import Objective
 from firth.objectives.preferences import DPO, KTO, ORPO, PairObjective, SimPO, answer_logprobs, build_comparison
@@ -231,3 +234,45 @@ def test_ipo_loss_is_least_at_its_margin() -> None:
     first = step(model, objective, [batch_of(objective, [example | {"reference": logprobs}])])
     assert float(first["dpo"]) == pytest.approx(4, abs=1e-4)
     assert math.isclose(float(first["margin"]), 0, abs_tol=1e-4)
+
+
+@pytest.mark.parametrize("memorized", ["chosen", "rejected"])
+def test_orpo_is_finite_for_a_memorized_answer(memorized: str) -> None:
+    """The tokens of one answer have probability 1, up to rounding; those of the other e^-1000."""
+    config = replace(CONFIG, lm_head=LMHeadConfig(bias=True), tie_embeddings=False)
+    torch.manual_seed(0)
+    model = LM(config, ORPO().heads(config))
+    with torch.no_grad():
+        model.heads["lm"].bias[20] = 1000.0
+    example: Example = {}
+    for side in ("chosen", "rejected"):
+        tokens = np.array([9, 20, 20] if side == memorized else [9, 30, 30])
+        example |= {f"{side}_tokens": tokens, f"{side}_mask": np.arange(3) >= 1}
+    found = step(model, ORPO(beta=0.1), [batch_of(ORPO(), [example])])
+    assert float(found[f"{memorized}_logprob"]) == pytest.approx(0, abs=1e-6)
+    # The log-odds are those of the float32 below 1, and -1000.
+    expected = 0 if memorized == "chosen" else 0.1 * (1000 + math.log(2**23))
+    assert float(found["odds"]) == pytest.approx(expected, rel=1e-3)
+    assert torch.isfinite(gradient(model)).all()
+
+
+@pytest.mark.parametrize("held_out", [False, True])
+def test_a_preference_without_a_margin_is_named(tmp_path: Path, held_out: bool) -> None:
+    """A line without a usable pair precedes it; without a weight no margin is needed."""
+    rows: list[dict[str, object]] = [
+        {"prompt": f"question {i}", "chosen": "yes", "rejected": "no", "margin": 1.0} for i in range(6)
+    ]
+    (tmp_path / "whole.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    rows[2]["rejected"] = "yes"
+    del rows[4]["margin"], rows[5]["margin"]
+    (tmp_path / "lacking.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    whole, lacking = (str(tmp_path / f"{name}.jsonl") for name in ("whole", "lacking"))
+    config = DataConfig(path=(whole,), validation_path=(lacking,)) if held_out else DataConfig(path=(lacking,))
+    data = BuildContext(config, tokenizer(), tmp_path, log=lambda line: None)
+    with pytest.raises(UserError, match=r"lacking\.jsonl:5: the preference has no `margin`.* \(2 of 5 have none\)"):
+        PreferencesConfig().build(data, RewardModeling(margin_weight=1.0))
+    assert len(PreferencesConfig().build(data, RewardModeling()).train) > 3
+    splits = PreferencesConfig().build(
+        replace(data, config=DataConfig(path=(whole,))), RewardModeling(margin_weight=1.0)
+    )
+    assert len(splits.train) == 6
