@@ -108,12 +108,11 @@ def copying(model: LM, vocab: Vocab, limit: int, seed: int = 0) -> dict[str, flo
 
     Args:
         model: A causal decoder.
-        vocab: Its vocabulary; special tokens are not drawn.
+        vocab: Its vocabulary; special tokens and unused ids are not drawn.
         limit: Number of sequences.
         seed: Seed of the sequences, which are the same at each step.
     """
-    special = {*vocab.roles.values(), vocab.eos}
-    plain = np.array([i for i in range(vocab.size) if i not in special], np.int64)
+    plain = np.setdiff1d(vocab.ordinary, vocab.holes)
     rng, period = np.random.default_rng(seed), min(PERIOD, model.context // 2)
     pairs = []
     for _ in range(limit):

@@ -16,7 +16,7 @@ KV cache of these tokens.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -40,6 +40,8 @@ MIN_TOKENS = 512
 """Tokens from which on a batch ends where the next row would be padded by more than a quarter of its length."""
 MAX_LOGIT_ROWS = 512
 """Most positions whose logits are computed at once: 100 MB in fp32 with 50,000 token ids."""
+MAX_GROUP_TOKENS = 1 << 16
+"""Most tokens of the rows that are kept at once where each token of a text has a row of its own; at least those of one text."""
 MIN_SHARED_TOKENS = 16
 """Shortest common beginning of prompts that is read once for all of them."""
 
@@ -155,12 +157,15 @@ def check_lengths(model: LM, pairs: Sequence[ScoredPair]) -> None:
         if not len(pair.prompt) and mode != "masked":
             raise UserError(f"pair {i} has an empty prompt: give at least one token")
         m, n = len(pair.prompt), len(pair.continuation)
-        length = max(m, n) if mode == "halves" else m + n + (2 if mode == "masked" else -1)
-        if length > context:
-            raise UserError(
-                f"pair {i} has {length} tokens and this model reads at most {context}: shorten it, or use a model with a "
-                "longer model.max_positions"
-            )
+        _check_length(i, max(m, n) if mode == "halves" else m + n + (2 if mode == "masked" else -1), context)
+
+
+def _check_length(index: int, length: int, context: int) -> None:
+    if length > context:
+        raise UserError(
+            f"pair {index} has {length} tokens and this model reads at most {context}: shorten it, or use a model with a "
+            "longer model.max_positions"
+        )
 
 
 def shared_prefixes(prompts: Sequence[Sequence[int]], minimum: int = MIN_SHARED_TOKENS) -> list[tuple[int, int, int]]:
@@ -376,7 +381,7 @@ def _teacher_forced(model: LM, vocab: Vocab, pairs: Sequence[ScoredPair]) -> Ite
 
 
 def score_gaps(model: LM, vocab: Vocab, pairs: Sequence[ScoredPair]) -> Iterator[tuple[int, TokenScores]]:
-    """Yield (index, scores) of continuations under an encoder-decoder trained on span corruption, in order.
+    """Yield (index, scores) of continuations under an encoder-decoder trained on span corruption, the longest text first.
 
     The analog of the pseudo-log-likelihood: each token, or with `word_starts` each word, is replaced by a sentinel in the
     source, and the target is this sentinel, the word and the next sentinel. The next sentinel ends the word, so its log p is
@@ -391,33 +396,63 @@ def score_gaps(model: LM, vocab: Vocab, pairs: Sequence[ScoredPair]) -> Iterator
         UserError: A continuation is empty, or a pair is longer than the model's context.
     """
     first, second = vocab.sentinels[:2]
-    gaps: list[ScoredPair] = []
-    at: list[tuple[int, int, int]] = []  # pair, and its tokens in the gap
+    check_gap_lengths(model, pairs)
+    for group in _groups(pairs):
+        gaps: list[ScoredPair] = []
+        at: list[tuple[int, int, int]] = []  # pair, and its tokens in the gap
+        for i in group:
+            pair = pairs[i]
+            text = np.concatenate((pair.prompt, pair.continuation)).astype(np.int64)
+            for start, stop in _words(pair):
+                low, high = len(pair.prompt) + start, len(pair.prompt) + stop
+                source = np.concatenate((text[:low], [first], text[high:], [vocab.eos]))
+                gaps.append(ScoredPair(source, np.concatenate(([first], text[low:high], [second]))))
+                at.append((i, start, stop))
+        found = {i: np.zeros(len(pairs[i].continuation)) for i in group}
+        hits = {i: np.ones(len(pairs[i].continuation), bool) for i in group}
+        with inference_mode(model):
+            for k, scores in _teacher_forced(model, vocab, gaps):
+                i, start, stop = at[k]
+                found[i][start:stop] = scores.logprobs[1:-1]
+                found[i][stop - 1] += scores.logprobs[-1]
+                hits[i][start:stop] = scores.most_likely[1:-1]
+                hits[i][start] &= scores.most_likely[0]
+                hits[i][stop - 1] &= scores.most_likely[-1]
+        for i in group:
+            yield i, TokenScores(found[i], hits[i])
+
+
+def check_gap_lengths(model: LM, pairs: Sequence[ScoredPair]) -> None:
+    """Raise a UserError if a pair is empty, or longer than the model's context once a word of it is a gap (`score_gaps`)."""
     for i, pair in enumerate(pairs):
         if not len(pair.continuation):
             raise UserError(f"pair {i}: the continuation is empty: give at least one token")
-        text = np.concatenate((pair.prompt, pair.continuation)).astype(np.int64)
-        starts = np.ones(len(pair.continuation), bool) if pair.word_starts is None else np.array(pair.word_starts)
-        starts[:1] = True
-        bounds = [*np.flatnonzero(starts).tolist(), len(starts)]
-        for start, stop in itertools.pairwise(bounds):
-            low, high = len(pair.prompt) + start, len(pair.prompt) + stop
-            source = np.concatenate((text[:low], [first], text[high:], [vocab.eos]))
-            gaps.append(ScoredPair(source, np.concatenate(([first], text[low:high], [second]))))
-            at.append((i, start, stop))
-    check_lengths(model, gaps)
-    found = [np.zeros(len(pair.continuation)) for pair in pairs]
-    hits = [np.ones(len(pair.continuation), bool) for pair in pairs]
-    with inference_mode(model):
-        for k, scores in _teacher_forced(model, vocab, gaps):
-            i, start, stop = at[k]
-            found[i][start:stop] = scores.logprobs[1:-1]
-            found[i][stop - 1] += scores.logprobs[-1]
-            hits[i][start:stop] = scores.most_likely[1:-1]
-            hits[i][start] &= scores.most_likely[0]
-            hits[i][stop - 1] &= scores.most_likely[-1]
-    for i, logprobs in enumerate(found):
-        yield i, TokenScores(logprobs, hits[i])
+        words = [stop - start for start, stop in _words(pair)]
+        source, target = len(pair.prompt) + len(pair.continuation) - min(words) + 2, max(words) + 2
+        _check_length(i, max(source, target), model.context)
+
+
+def _words(pair: ScoredPair) -> list[tuple[int, int]]:
+    """Return the first token of each gap of a continuation, and the first one after it."""
+    starts = np.ones(len(pair.continuation), bool) if pair.word_starts is None else np.array(pair.word_starts)
+    starts[:1] = True
+    return list(itertools.pairwise([*np.flatnonzero(starts).tolist(), len(starts)]))
+
+
+def _groups(pairs: Sequence[ScoredPair]) -> Iterator[list[int]]:
+    """Yield indices of pairs, the longest first, whose rows of one per token have MAX_GROUP_TOKENS tokens or one pair's."""
+    group: list[int] = []
+    total = 0
+    lengths = [len(pair.prompt) + len(pair.continuation) for pair in pairs]
+    for i in sorted(range(len(pairs)), key=lambda i: -lengths[i]):
+        tokens = lengths[i] * len(pairs[i].continuation)
+        if group and total + tokens > MAX_GROUP_TOKENS:
+            yield group
+            group, total = [], 0
+        group.append(i)
+        total += tokens
+    if group:
+        yield group
 
 
 def _pseudo(model: LM, vocab: Vocab, pairs: Sequence[ScoredPair]) -> Iterator[tuple[int, TokenScores]]:
@@ -426,9 +461,15 @@ def _pseudo(model: LM, vocab: Vocab, pairs: Sequence[ScoredPair]) -> Iterator[tu
     With `word_starts` the later tokens of the same word are masked too (Kauf and Ivanova 2023), since they would give the
     token away.
     """
+    for group in _groups(pairs):
+        yield from _pseudo_group(model, vocab, {i: pairs[i] for i in group})
+
+
+def _pseudo_group(model: LM, vocab: Vocab, pairs: Mapping[int, ScoredPair]) -> Iterator[tuple[int, TokenScores]]:
+    """Score some of the pairs, by index."""
     device, query = model.tokens.weight.device, model.config.embedding.mask
     jobs: list[tuple[int, int, np.ndarray, int]] = []  # pair, token of the continuation, masked row, its position
-    for i, pair in enumerate(pairs):
+    for i, pair in pairs.items():
         text = vocab.add_special_tokens(np.concatenate((pair.prompt, pair.continuation)).astype(np.int64))
         offset = 1 + len(pair.prompt)
         for j in range(len(pair.continuation)):
@@ -439,12 +480,13 @@ def _pseudo(model: LM, vocab: Vocab, pairs: Sequence[ScoredPair]) -> Iterator[tu
             jobs.append((i, j, row, offset + j))
     jobs.sort(key=lambda job: -len(job[2]))
     found: dict[int, tuple[np.ndarray, np.ndarray]] = {
-        i: (np.zeros(len(pair.continuation)), np.zeros(len(pair.continuation), bool)) for i, pair in enumerate(pairs)
+        i: (np.zeros(len(pair.continuation)), np.zeros(len(pair.continuation), bool)) for i, pair in pairs.items()
     }
-    missing = {i: len(pair.continuation) for i, pair in enumerate(pairs)}
-    while jobs:
-        step = max(1, MAX_TOKENS // len(jobs[0][2]))
-        some, jobs = jobs[:step], jobs[step:]
+    missing = {i: len(pair.continuation) for i, pair in pairs.items()}
+    done = 0
+    while done < len(jobs):
+        some = jobs[done : done + max(1, MAX_TOKENS // len(jobs[done][2]))]
+        done += len(some)
         batch = rectangle([row for *_, row, _ in some], device, causal=False)
         if query:  # a mask is a query that no position attends to
             batch["key_time"] = batch["key_time"].masked_fill(batch["tokens"] == vocab.mask, NEVER)

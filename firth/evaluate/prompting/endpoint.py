@@ -21,6 +21,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from firth.evaluate.prompting.requests import GenerateReply, GenerateRequest, Reply, Request, ScoreReply, ScoreRequest
+from firth.tokenizer.vocab import replace_lone_surrogates
 from firth.types import UserError
 
 PREFIX = "openai:"
@@ -57,7 +58,9 @@ class Endpoint:
         self.model, self.scores = model or names[0], False
         entry: Mapping[str, Any] = models[names.index(self.model)]
         self.context = int(entry.get("max_model_len") or DEFAULT_CONTEXT)
-        self.digest = hashlib.sha256(f"{self.url} {json.dumps(entry, sort_keys=True)}".encode()).hexdigest()[:32]
+        # Servers stamp their list with the time and random ids, which change from call to call.
+        known = json.dumps([self.url, *(entry.get(name) for name in ("id", "root", "max_model_len"))])
+        self.digest = hashlib.sha256(known.encode()).hexdigest()[:32]
 
     def count_tokens(self, text: str, chat: bool = False) -> int:
         """Return an estimate of the number of tokens of a text."""
@@ -97,6 +100,7 @@ class Endpoint:
         else:
             choice = self._first(self._send("completions", body | {"prompt": request.prompt.rstrip(" ")}))
             text = str(choice.get("text", ""))
+        text = replace_lone_surrogates(text)
         ends = [at for stop in request.stop if stop and (at := text.find(stop)) >= 0]  # servers read at most four
         return GenerateReply(text[: min(ends)] if ends else text, str(choice.get("finish_reason") or "stop"))
 

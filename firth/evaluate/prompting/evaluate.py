@@ -64,7 +64,7 @@ def evaluate_prompts(
         task.check(config)
     endpoints = {model: Endpoint(model) for model in models if model.startswith(PREFIX)}
     for endpoint in endpoints.values():
-        if any(task.output_type != "generate_until" for task in loaded):
+        if not all(task.generates(config) for task in loaded):
             endpoint.check_scores()
     searched = find_contaminated([task.selected(config) for task in loaded], training_texts) if training_texts else []
     found = []

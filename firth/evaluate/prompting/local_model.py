@@ -14,10 +14,21 @@ from firth.evaluate.prompting.requests import GenerateReply, GenerateRequest, Re
 from firth.evaluate.task import EvaluatedModel, load_evaluated_model
 from firth.generate.engine import Engine
 from firth.generate.sampling import Sampling
-from firth.generate.scoring import ScoredPair, check_lengths, score_gaps, score_pairs, scoring_mode
+from firth.generate.scoring import (
+    ScoredPair,
+    check_gap_lengths,
+    check_lengths,
+    score_gaps,
+    score_pairs,
+    scoring_mode,
+)
 from firth.model.model import LM
+from firth.peft import adapter_files
 from firth.tokenizer import chat
 from firth.types import UserError
+
+SCORING_VERSION = 1
+"""Raised when scores or generated answers of the same model change, so that older cached replies are not used."""
 
 
 class LocalModel:
@@ -78,7 +89,9 @@ class LocalModel:
     def digest(self) -> str:
         """Hash of the model's files and of what changes its replies."""
         gaps = " gaps" if self.fills_gaps else ""
-        settings = f"{self.model.tokens.weight.dtype} {self.weights} {self.within_word}{gaps}"
+        settings = (
+            f"{self.model.tokens.weight.dtype} {self.weights} {self.within_word}{gaps} {self.bos} {SCORING_VERSION}"
+        )
         return model_digest(self.evaluated, settings)
 
     def count_tokens(self, text: str, chat: bool = False) -> int:
@@ -91,8 +104,9 @@ class LocalModel:
             raise UserError(
                 f"{self.name}: this model is bidirectional, so it cannot write an answer: use tasks that score"
             )
-        scored = [request for request in requests if isinstance(request, ScoreRequest) and not self._in_gaps(request)]
-        check_lengths(self.model, [self._pair(request) for request in scored])
+        scored = [request for request in requests if isinstance(request, ScoreRequest)]
+        for check, in_gaps in ((check_lengths, False), (check_gap_lengths, True)):
+            check(self.model, [self._pair(request) for request in scored if self._in_gaps(request) == in_gaps])
 
     def reply(self, requests: Sequence[Request]) -> Iterator[tuple[int, Reply]]:
         """Yield (index, reply) of each request, in the order in which they are computed."""
@@ -182,11 +196,17 @@ def _sampling(request: GenerateRequest) -> Sampling:
 
 
 def model_digest(evaluated: EvaluatedModel, settings: str) -> str:
-    """Return a hash of the files of a model, of its tokenizer and of what changes its replies."""
-    place = evaluated.model_directory
-    found = hashlib.sha256(f"{settings} {evaluated.tokenizer.digest}".encode())
-    files = sorted(place.glob("*.safetensors")) + sorted(place.glob("*config*.json")) if place.is_dir() else [place]
-    for file in files:
-        with file.open("rb") as opened:
-            found.update(file.name.encode() + hashlib.file_digest(opened, "sha256").digest())
+    """Return a hash of the files of a model, of its tokenizer with the chat template, and of what changes its replies.
+
+    The files of an adapter are its own and those of its base.
+    """
+    found = hashlib.sha256(repr((settings, evaluated.tokenizer.digest, evaluated.tokenizer.template)).encode())
+    inner = evaluated.directory / "model"
+    given = inner if inner.is_dir() else evaluated.directory
+    base = [adapter_files.base_of(given)] if adapter_files.present(given) else []
+    for place in dict.fromkeys([evaluated.model_directory, *base, *([given] if base else [])]):
+        files = sorted(place.glob("*.safetensors")) + sorted(place.glob("*config*.json")) if place.is_dir() else [place]
+        for file in files:
+            with file.open("rb") as opened:
+                found.update(file.name.encode() + hashlib.file_digest(opened, "sha256").digest())
     return found.hexdigest()[:32]

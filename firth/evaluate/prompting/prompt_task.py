@@ -129,7 +129,7 @@ class PromptTask:
         output_type: What is requested.
         prompt: Template of the prompt, or a field.
         target: Template or field of the gold answer: for multiple_choice a choice or its index.
-        choices: Choices: a list of templates, or a template or field whose value is a list.
+        choices: Choices: a list of texts and templates, or a template or field whose value is a list.
         description: Text before the examples, a template.
         target_delimiter: Text between a prompt and its target.
         fewshot_delimiter: Text after an example.
@@ -173,7 +173,7 @@ class PromptTask:
         found = (
             render_value(self.choices, item)
             if isinstance(self.choices, str)
-            else [render(choice, item) for choice in self.choices]
+            else [render(choice, item) if "{" in choice else choice for choice in self.choices]
         )
         if not isinstance(found, list | tuple) or len(found) < 2:
             raise UserError(f"{item.location}: the choices are {found!r}: a question needs a list of two or more")
@@ -219,7 +219,7 @@ class PromptTask:
         """
         if not self.items:
             raise UserError(f"{self.name}: there is no item")
-        if config.votes > 1 and not self._generates(config):
+        if config.votes > 1 and not self.generates(config):
             raise UserError(f"{self.name}: --votes samples generated answers, and this task scores {self.output_type}")
         if config.cot and self.output_type not in ("generate_until", "multiple_choice"):
             raise UserError(f"{self.name}: --cot needs answers, and this task scores {self.output_type}")
@@ -249,7 +249,7 @@ class PromptTask:
                 f"{self.name}: --cot few-shot needs rationales, and the task names none: give their template in the task file "
                 "(doc_to_rationale: ...), or use --cot zero-shot"
             )
-        if not self._shots(config):
+        if not self.shots_under(config):
             raise UserError(f"{self.name}: --cot few-shot needs examples, and there are 0: give --shots")
         item = next(iter(self.pool or self.items))
         text = self.target_delimiter + render(self.rationale, item)
@@ -276,15 +276,17 @@ class PromptTask:
         exact = [metric for metric in self.metrics if metric.name == "exact_match"]
         return text_value(exact[0], answer, (other,)) == 1.0 if exact else answer == other
 
-    def _generates(self, config: PromptConfig) -> bool:
+    def generates(self, config: PromptConfig) -> bool:
         """Return whether answers are generated and read by filters."""
         return self.output_type == "generate_until" or (
             self.output_type == "multiple_choice" and config.cot == "few-shot"
         )
 
-    def _shots(self, config: PromptConfig) -> int:
-        """Return the number of examples before a question."""
-        return 0 if self.example_text else self.shots if config.shots is None else config.shots
+    def shots_under(self, config: PromptConfig) -> int:
+        """Return the number of examples that are chosen for a question: none before a whole text or with written examples."""
+        if self.example_text or self.output_type == "loglikelihood_rolling":
+            return 0
+        return self.shots if config.shots is None else config.shots
 
     def selected(self, config: PromptConfig) -> Sequence[Item]:
         """Return the items that are evaluated."""
@@ -311,7 +313,7 @@ class PromptTask:
         Raises:
             UserError: The prompt is too long even without examples.
         """
-        count = self._shots(config)
+        count = self.shots_under(config)
         pool = self._pools[""]
         own = str(item.fields.get(self.group)) if self.group else ""
         if own and own in self._pools:  # examples of the item's own subject, as many as there are
@@ -375,7 +377,7 @@ class PromptTask:
             rationales = [step + thought.text.rstrip() for thought in thoughts if isinstance(thought, GenerateReply)]
             begun, lead = [f"{text}\n{THEREFORE}" for text in rationales], " "
         starts = [(prompt, one) if chat else (prompt + one, "") for one in begun]
-        if not self._generates(config) and self.output_type == "multiple_choice":
+        if not self.generates(config) and self.output_type == "multiple_choice":
             choices = self.choices_of(item)
             scores = yield [ScoreRequest(starts[0][0], lead + choice, chat, starts[0][1]) for choice in choices]
             found = [score for score in scores if isinstance(score, ScoreReply)]

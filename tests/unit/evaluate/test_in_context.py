@@ -1,14 +1,21 @@
 """Loss early and late in the context, and copying of a repeated random sequence, against a forward pass written out."""
 
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 
 from firth.data.source import Source
+from firth.evaluate import in_context
 from firth.evaluate.in_context import BAND, copying, in_context_score, in_context_texts
 from firth.generate.decoding_batch import rectangle
+from firth.generate.scoring import ScoredPair, TokenScores, score_pairs
 from firth.model.config import decoder_config
 from firth.model.model import LM
+from firth.tokenizer.vocab import Vocab
 from firth.types import Example, UserError
 from tests.support.models import random_model
 from tests.support.tiny_corpus import tokenizer
@@ -74,8 +81,7 @@ def test_copying_scores_the_second_half_without_its_first_token() -> None:
     """The sequences are the same in each call and hold no special token."""
     lm = model(128)
     found = copying(lm, VOCAB, 3)
-    special = {*VOCAB.roles.values(), VOCAB.eos}
-    plain = np.array([i for i in range(VOCAB.size) if i not in special])
+    plain = np.array([i for i in range(VOCAB.size) if not VOCAB.special[i]])
     rng = np.random.default_rng(0)
     rows = [rng.choice(plain, 64) for _ in range(3)]
     each = [losses(lm, np.concatenate((row, row))) for row in rows]
@@ -84,13 +90,34 @@ def test_copying_scores_the_second_half_without_its_first_token() -> None:
     assert copying(lm, VOCAB, 3) == found
 
 
+def test_no_special_token_and_no_unused_id_is_copied(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All drawn tokens are in the tokenizer's model, and none is one of its control tokens."""
+    coder = tokenizer()
+    definition = json.loads(coder.definition)
+    control = {token["id"] for token in definition["added_tokens"] if token["special"]}
+    names = definition["model"]["vocab"]
+    known = set(names.values() if isinstance(names, dict) else range(len(names)))
+    unused = sorted(known - control)[::3]
+    drawn: list[np.ndarray] = []
+
+    def kept(lm: LM, vocab: Vocab, pairs: Sequence[ScoredPair]) -> Iterator[tuple[int, TokenScores]]:
+        drawn.extend(pair.continuation for pair in pairs)
+        return score_pairs(lm, vocab, pairs)
+
+    monkeypatch.setattr(in_context, "score_pairs", kept)
+    copying(model(128), replace(coder.vocab, holes=np.array(unused)), 100)
+    found = set(np.concatenate(drawn).tolist())
+    assert found <= known - control - set(unused)
+    assert len(found) > 0.9 * len(known - control - set(unused))
+    assert len(control) > len(set(coder.vocab.roles.values())), "the tokenizer has control tokens without a role"
+
+
 def test_a_model_that_repeats_copies() -> None:
     """Trained on repeated sequences of a period, it predicts the second half; untrained it does not."""
     lm = random_model(decoder_config(VOCAB.size, 32, 2, num_heads=2, max_positions=16))
     before = copying(lm, VOCAB, 4)
-    special = {*VOCAB.roles.values(), VOCAB.eos}
     rng = np.random.default_rng(0)
-    plain = np.array([i for i in range(VOCAB.size) if i not in special])
+    plain = np.array([i for i in range(VOCAB.size) if not VOCAB.special[i]])
     rows = [np.tile(rng.choice(plain, 8), 2) for _ in range(4)]
     optimizer = torch.optim.Adam(lm.parameters(), 1e-2)
     for _ in range(60):

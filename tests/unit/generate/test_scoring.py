@@ -1,13 +1,15 @@
 """Scores of continuations agree with one pass over each pair alone, however prompts are shared."""
 
+import tracemalloc
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
+from firth.generate import scoring
 from firth.generate.decoding_batch import rectangle
-from firth.generate.scoring import ScoredPair, TokenScores, score_pairs, shared_prefixes
+from firth.generate.scoring import ScoredPair, TokenScores, score_gaps, score_pairs, shared_prefixes
 from firth.model.config import ModelConfig, decoder_config, encoder_config, encoder_decoder_config, recurrent_config
 from firth.model.heads import LMHead
 from firth.model.model import LM
@@ -123,6 +125,29 @@ def test_masked_scores_equal_separate_passes(within_word: bool) -> None:
             with torch.inference_mode():
                 states.append(model(rectangle([row], torch.device("cpu"), causal=False))[0, at])
         check(model, torch.stack(states), pair.continuation, scores)
+
+
+@pytest.mark.parametrize("gaps", [False, True])
+def test_texts_are_scored_in_groups(gaps: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A row per token is kept for a group of texts only, whose scores come before the next group is read."""
+    rng = np.random.default_rng(5)
+    pairs = [ScoredPair(np.zeros(0, np.int64), rng.integers(4, 48, 100)) for _ in range(100)]
+    model = random_model((encoder_decoder_config if gaps else encoder_config)(50, 16, 1, num_heads=2))
+    vocab = replace(VOCAB, sentinels=np.array([48, 49]))
+    score = score_gaps if gaps else score_pairs
+    tracemalloc.start()
+    scores = score(model, vocab, pairs)
+    next(scores)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 100 * 100 * 100 * 8 / 2, "half of the rows of all texts"
+    few = pairs[:3] + [ScoredPair(np.zeros(0, np.int64), pair.continuation[:9]) for pair in pairs[3:6]]
+    together = dict(score(model, vocab, few))
+    monkeypatch.setattr(scoring, "MAX_GROUP_TOKENS", 1)
+    for i, alone in score(model, vocab, few):
+        np.testing.assert_allclose(together[i].logprobs, alone.logprobs, atol=2e-5)
+        assert (together[i].most_likely == alone.most_likely).all()
+    assert sorted(together) == list(range(6))
 
 
 def test_shared_prefixes_leave_a_token_of_each_prompt() -> None:

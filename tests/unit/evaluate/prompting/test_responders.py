@@ -1,8 +1,11 @@
 """Models that reply to requests: on this machine, and behind an OpenAI-compatible endpoint."""
 
+import copy
+import itertools
 import json
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -11,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from firth.evaluate.prompting import endpoint
+from firth.evaluate.prompting import endpoint, local_model
 from firth.evaluate.prompting.endpoint import Endpoint
 from firth.evaluate.prompting.evaluate import evaluate_prompts
 from firth.evaluate.prompting.local_model import LocalModel
@@ -79,6 +82,7 @@ class Handler(BaseHTTPRequestHandler):
     echo = True
     dies_after: int | None = None
     posts = 0
+    clock = itertools.count()
 
     def _send(self, body: dict[str, Any], code: int = 200) -> None:
         data = json.dumps(body).encode()
@@ -91,7 +95,9 @@ class Handler(BaseHTTPRequestHandler):
         """Print nothing."""
 
     def do_GET(self) -> None:
-        self._send({"data": [{"id": "tiny", "max_model_len": 64}, {"id": "other"}]})
+        stamp = next(Handler.clock)  # vLLM: the time, and a random id
+        tiny = {"id": "tiny", "max_model_len": 64, "created": stamp, "permission": [{"id": f"modelperm-{stamp}"}]}
+        self._send({"data": [tiny, {"id": "other", "created": stamp}]})
 
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
@@ -191,6 +197,66 @@ def test_an_evaluation_resumes_after_an_endpoint_died(
     assert len(sent) == 3 and len(result.items) == 5
 
 
+def test_servers_may_stamp_their_list_of_models(address: str) -> None:
+    """The same model has the same cache of replies at another time; another one has not."""
+    assert Endpoint(address).digest == Endpoint(address).digest != Endpoint(f"{address}#other").digest
+
+
+def adapted(directory: Path, with_tokenizer: bool) -> LocalModel:
+    """Return a model as it is loaded from the adapter in `directory/adapter`, whose base is `directory/base`."""
+    coder, adapter, base = tokenizer(), directory / "adapter", directory / "base"
+    for place, weights in ((base, "model"), (adapter, "adapter_model")):
+        place.mkdir(exist_ok=True)
+        if not (place / f"{weights}.safetensors").exists():
+            (place / f"{weights}.safetensors").write_bytes(b"weights")
+    (adapter / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": str(base)}))
+    model = random_model(decoder_config(coder.vocab.size, 32, 1, num_heads=2))
+    return LocalModel(EvaluatedModel(model, coder, adapter, adapter if with_tokenizer else base))
+
+
+@pytest.mark.parametrize("with_tokenizer", [False, True])
+def test_the_replies_of_an_adapter_are_its_own(tmp_path: Path, with_tokenizer: bool) -> None:
+    """Neither those of its base, nor those before its weights or the weights of its base were changed."""
+    adapter = adapted(tmp_path, with_tokenizer)
+    base = LocalModel(replace(adapter.evaluated, directory=tmp_path / "base", model_directory=tmp_path / "base"))
+    digests = [base.digest, adapter.digest]
+    assert adapted(tmp_path, with_tokenizer).digest == adapter.digest
+    for file in ("adapter/adapter_model.safetensors", "base/model.safetensors"):
+        (tmp_path / file).write_bytes(b"other")
+        digests.append(adapted(tmp_path, with_tokenizer).digest)
+    assert len(set(digests)) == 4
+
+
+def test_replies_depend_on_the_chat_template_and_the_version(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The template is in a file of its own, chat_template.jinja, and no part of the tokenizer's digest."""
+    model = local(tmp_path).evaluated
+    other = replace(model, tokenizer=copy.copy(model.tokenizer))
+    other.tokenizer.template = "{{ messages[0]['content'] }}"
+    digests = [LocalModel(model).digest, LocalModel(other).digest]
+    monkeypatch.setattr(local_model, "SCORING_VERSION", local_model.SCORING_VERSION + 1)
+    digests.append(LocalModel(model).digest)
+    assert len(set(digests)) == 3
+
+
+def test_a_text_of_gaps_that_is_too_long_is_found_before_scoring(tmp_path: Path) -> None:
+    """The longest source has a sentinel for one token, and eos."""
+    coder = tokenizer()
+    config = encoder_decoder_config(coder.vocab.size, 32, 1, num_heads=2)
+    text = "cat " * 12
+    tokens = len(coder.encode(text))
+    for context, fits in ((tokens + 1, True), (tokens, False)):
+        lm = random_model(config.with_fields({"position.type": "learned", "max_positions": context}))
+        model = LocalModel(EvaluatedModel(lm, coder, tmp_path, tmp_path))
+        request = ScoreRequest("", text)
+        assert model.model.context == context and model._in_gaps(request)
+        if fits:
+            model.check([request])
+            assert len(dict(model.reply([request]))) == 1
+        else:
+            with pytest.raises(UserError, match=f"has {tokens + 1} tokens and this model reads at most {tokens}"):
+                model.check([request])
+
+
 def test_a_text_is_filled_word_by_word_by_span_corruption(tmp_path: Path) -> None:
     """T5 has seen no text without its source: a text alone is scored in gaps, unless the run trained something else."""
     coder, text = tokenizer(), "unbelievable extraordinary cats"
@@ -249,6 +315,25 @@ def test_an_endpoint_without_log_probabilities_is_refused_first(
     assert len(result.items) == 6
 
 
+def test_an_endpoint_without_log_probabilities_writes_rationales(
+    address: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With --cot few-shot multiple choice is read from a text; without it the choices are scored."""
+    monkeypatch.setenv("FIRTH_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "q.jsonl").write_text('{"q": "one yes", "a": "yes"}\n{"q": "two no", "a": "no"}\n')
+    (tmp_path / "choice.yaml").write_text(
+        "data: q.jsonl\noutput_type: multiple_choice\ndoc_to_text: q\ndoc_to_target: a\ndoc_to_choice: [yes!, no!]\n"
+        "doc_to_rationale: a\nmetric_list: [{metric: acc}]\nfewshot_delimiter: \"\\n\"\n"
+        "filter_list: [{name: none, filter: [{function: remove_whitespace}]}]\n".replace("yes!", '"yes"').replace("no!", '"no"')
+    )  # fmt: skip
+    Handler.echo = False
+    config = PromptConfig(shots=1, cot="few-shot")
+    [[result]] = evaluate_prompts([address], [str(tmp_path / "choice.yaml")], config)
+    assert result.metrics["acc"].value == 1, "the server repeats the last word of the question"
+    with pytest.raises(UserError, match="returns no log-probabilities"):
+        evaluate_prompts([address], [str(tmp_path / "choice.yaml")], PromptConfig())
+
+
 def test_a_head_in_bf16_is_multiplied_in_fp32(tmp_path: Path) -> None:
     """Logits of 16 to 32 have steps of 1/8 in bf16, so that choices would often have equal log-probabilities."""
     whole = local(tmp_path).evaluated
@@ -263,3 +348,11 @@ def test_a_head_in_bf16_is_multiplied_in_fp32(tmp_path: Path) -> None:
     assert found.dtype == torch.float32 and known.float().mean() > 0.9
     assert (found.double() - exact)[known].abs().max() < 1e-4
     assert (rounded.double() - exact)[known].abs().max() > 1e-2
+
+
+def test_half_characters_of_an_endpoint_are_replaced(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A server may cut an answer within a character; no file could be written with it."""
+    model = Endpoint(address)
+    monkeypatch.setattr(model, "_send", lambda *_: {"choices": [{"text": "x\ud83d"}]})
+    [(_, reply)] = model.reply([GenerateRequest("a")])
+    assert reply == GenerateReply("x\ufffd", "stop")
