@@ -30,6 +30,7 @@ import numpy as np
 
 from firth.evaluate.prompting.bigbench import read_bigbench
 from firth.evaluate.prompting.prompt_task import PromptConfig
+from firth.evaluate.prompting.prompts import without_lone_surrogates
 from firth.evaluate.prompting.requests import GenerateReply, Reply, Request, ScoreReply, ScoreRequest
 from firth.evaluate.prompting.runner import run_tasks
 from firth.types import LOGGER, UserError
@@ -43,7 +44,7 @@ MAX_EXAMPLES = 60
 class RandomModel:
     """A model whose log-probabilities and answers are hashes of its prompts."""
 
-    name, digest, context = "random", "0" * 32, 1 << 30
+    name, digest, weights, context = "random", "0" * 32, "", 1 << 30
 
     def __init__(self, targets: Sequence[str]) -> None:
         self.targets = targets
@@ -51,6 +52,9 @@ class RandomModel:
     def count_tokens(self, text: str, chat: bool = False) -> int:
         """Return 1."""
         return 1
+
+    def check(self, requests: Sequence[Request]) -> None:
+        """Accept every request."""
 
     def score(self, prompt: str, continuation: str) -> float:
         """Return a log-probability."""
@@ -145,7 +149,7 @@ def compare(files: Sequence[Path], json_task: Any, folder: Path) -> None:
     """Print the number of prompts and metrics that differ between both."""
     prompts = values = different = 0
     for file in files:
-        data = json.loads(file.read_text("utf-8"))
+        data = without_lone_surrogates(json.loads(file.read_text("utf-8")))
         data["examples"] = data["examples"][:MAX_EXAMPLES]
         (folder / "task.json").write_text(json.dumps(data), "utf-8")
         tasks = read_bigbench(folder / "task.json")

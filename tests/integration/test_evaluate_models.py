@@ -1,6 +1,8 @@
 """Tasks in prompts on every kind of model: a run, a run with LoRA, its adapter directory, and a GGUF file."""
 
 import json
+import logging
+import shutil
 from pathlib import Path
 from pydoc_data.topics import topics
 
@@ -13,6 +15,9 @@ from firth.runs.import_export import export_model
 from firth.runs.prompt_report import evaluate_and_report
 from firth.runs.recipe import load
 from firth.runs.run import run
+from firth.runs.training_text import training_texts
+from firth.types import UserError
+from tests.support.messages import logged
 from tests.support.runs import quiet
 
 
@@ -72,3 +77,57 @@ def test_the_questions_are_found_in_the_text_of_the_run(folder: Path) -> None:
     record = json.loads((folder / "out" / "results.json").read_text())["contamination"]["minimal_pairs"]
     assert record["share"] > 0.5 and record["runs"] == [str(folder / "tuned"), str(folder / "base")]
     assert f"{record['found']:,} of 20 items" in text
+
+
+def test_the_text_of_a_run_is_its_own(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run from scratch does not read recipe.yaml of the current directory."""
+    monkeypatch.chdir(folder / "tuned")
+    with logged(logging.WARNING) as warnings:
+        assert [text.name for text in training_texts(folder / "base")] == [str(folder / "base")]
+    assert not warnings
+
+
+def test_what_is_not_searched_is_named(folder: Path) -> None:
+    """Records, a model that is no run, and parts of a mixture without a token store."""
+    records = folder / "dialogues.jsonl"
+    row = {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]}
+    records.write_text((json.dumps(row) + "\n") * 8)
+    settings = [f"data.path={records}", "batch.size=4", "max_steps=1", "precision=fp32"]
+    run(load("sft", [*settings, f"init_from={folder / 'base' / 'model'}"]), folder / "sft", quiet)
+    with logged(logging.WARNING) as warnings:
+        assert [text.name for text in training_texts(folder / "sft")] == [str(folder / "base")]
+    assert len(warnings) == 1 and f"the records of {folder / 'sft'}" in warnings[0]
+    shutil.copytree(folder / "base" / "model", folder / "bare")
+    run(load("sft", [*settings, f"init_from={folder / 'bare'}"]), folder / "alone", quiet)
+    with logged(logging.WARNING) as warnings, pytest.raises(UserError, match="there is no token store"):
+        training_texts(folder / "alone")
+    assert len(warnings) == 2 and f"{folder / 'bare'}, which is no run directory" in warnings[1]
+
+
+@pytest.mark.parametrize("cache", ["", "cache"])
+def test_a_missing_part_of_a_mixture_is_named(folder: Path, cache: str) -> None:
+    """In the run directory, or in data.cache_dir, where the files name the token stores."""
+    place, other = folder / f"mixture{cache}", folder / f"other{cache}.txt"
+    other.write_text((folder / "text.txt").read_text().upper())
+    mixture = [
+        f"data.path=[{folder / 'text.txt'}, {other}]",
+        "data.weights=[1, 1]",
+        "data.split_by=blank",
+        "batch.size=8",
+    ]
+    stored = [f"data.cache_dir={folder / cache}"] if cache else []
+    start = [f"init_from={folder / 'base'}", "max_steps=1", "precision=fp32", "examples.max_length=64"]
+    run(load("llama", [*mixture, *stored, *start]), place, quiet)
+    with logged(logging.WARNING) as warnings:
+        assert [len(text.stores) for text in training_texts(place)] == [2, 1]
+    assert not warnings
+    shutil.rmtree(next((folder / cache if cache else place / "data").glob("*/train")))
+    expected = f".txt of {place}: data.cache_dir has no token store" if cache else f"1 of 2 token stores of {place}"
+    with logged(logging.WARNING) as warnings:
+        assert [len(text.stores) for text in training_texts(place)] == [1, 1]
+    assert len(warnings) == 1 and expected in warnings[0]
+    if cache:
+        other.unlink()
+        with logged(logging.WARNING) as warnings:
+            assert training_texts(place)[-1].name == str(folder / "base")
+        assert warnings and str(other) in warnings[0]

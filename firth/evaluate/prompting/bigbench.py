@@ -23,7 +23,7 @@ import numpy as np
 
 from firth.evaluate.prompting.answers import Filter, FilterChain, check_filter
 from firth.evaluate.prompting.prompt_task import MetricConfig, OutputType, PromptTask
-from firth.evaluate.prompting.prompts import Item
+from firth.evaluate.prompting.prompts import Item, without_lone_surrogates
 from firth.types import LOGGER, UserError
 
 CHOICE_SEED = 42
@@ -31,6 +31,8 @@ CHOICE_SEED = 42
 ANSWER_REGEX = r"[^\.\?\!\;\n]+"
 """What is read of an answer if the file has neither `output_regex` nor `stop_string`."""
 MAX_ANSWER_TOKENS = 256
+OWN_FIELDS = ("question", "choices", "targets")
+"""Fields that are looked up in training text: the prompt also has the prefixes and the choices in random order."""
 ROUGE = ("rouge1", "rouge2", "rougeLsum")
 KINDS: dict[str, OutputType] = {
     "multiple_choice_grade": "multiple_choice", "macro_f1": "multiple_choice", "log_likelihood": "loglikelihood",
@@ -60,7 +62,7 @@ def read_bigbench(path: Path, parent: str = "") -> list[PromptTask]:
         UserError: The file is not such a task.
     """
     try:
-        task = json.loads(path.read_text("utf-8"))
+        task = without_lone_surrogates(json.loads(path.read_text("utf-8")))
         name = str(task["name"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(
@@ -125,7 +127,8 @@ def _items(task: Mapping[str, Any], path: Path, metrics: list[str]) -> list[Item
             raise UserError(f"{location}: there is no target_scores, which the metric {metrics[0]} needs")
         if kinds - {"multiple_choice"} and "target" not in one:
             raise UserError(f"{location}: there is no target, which the metrics {', '.join(metrics)} need")
-        items.append(Item(_fields(one, task, location), location))
+        fields = _fields(one, task, location)
+        items.append(Item(fields, location, tuple(name for name in OWN_FIELDS if name in fields)))
     return items
 
 
@@ -136,7 +139,7 @@ def _choice_order(count: int) -> list[int]:
 
 
 def _fields(one: Mapping[str, Any], task: Mapping[str, Any], location: str) -> dict[str, Any]:
-    """Return the fields of an item: input (the whole question), targets, choices, scores and the index of the best choice."""
+    """Return the fields of an item: input (the whole prompt), question, targets, choices, scores and the index of the best choice."""
     scores = one.get("target_scores") or {}
     shown = ""
     if scores and task.get("append_choices_to_input", True):
@@ -144,7 +147,8 @@ def _fields(one: Mapping[str, Any], task: Mapping[str, Any], location: str) -> d
         names = sorted(scores)
         shown = "".join(prefix + names[i] for i in _choice_order(len(names)))
     before, after = task.get("example_input_prefix", "\nQ: "), task.get("example_output_prefix", "\nA: ")
-    fields: dict[str, Any] = {"input": f"{before}{one['input']}{shown}{after}"}
+    question = str(one["input"])
+    fields: dict[str, Any] = {"input": f"{before}{question}{shown}{after}", "question": question}
     if scores:
         try:
             values = [float(score) for score in scores.values()]

@@ -2,7 +2,8 @@
 
 Words are lower case, without punctuation. An item is contaminated if 13 consecutive words of one of its texts are consecutive
 words of one training document. If no text has 13 words, the longest one of at least 8 is looked up whole; an item without
-such a text is too short to tell. Each field of a record is a text of its own, so that no template is looked up.
+such a text is too short to tell. Each field of a record is a text of its own, so that no template is looked up, and no text
+that a task repeats in all its items (`own_fields`).
 
 The token store is decoded once, in pieces, whatever the number of items. Words that no item has become 0, and only
 rows of words that items have are looked up, exactly and not by hash alone. Items are encoded and decoded with the
@@ -46,6 +47,10 @@ class Record(Protocol):
     @property
     def fields(self) -> Mapping[str, Any]:
         """Fields of its record."""
+
+    @property
+    def own_fields(self) -> tuple[str, ...]:
+        """Fields that are looked up; all if empty."""
 
 
 @dataclass(frozen=True)
@@ -121,7 +126,7 @@ def _search(items: Sequence[Record], text: TrainingText) -> list[bool | None]:
     wanted: dict[int, dict[tuple[int, ...], list[int]]] = {}  # words -> n-gram -> items
     found: list[bool | None] = [None] * len(items)
     for i, item in enumerate(items):
-        for gram in _item_grams([words(_read_back(one, text.tokenizer)) for one in _texts(item.fields)]):
+        for gram in _item_grams([words(_read_back(one, text.tokenizer)) for one in _item_texts(item)]):
             found[i] = False
             ids = tuple(vocabulary.setdefault(word, len(vocabulary) + 1) for word in gram)
             wanted.setdefault(len(ids), {}).setdefault(ids, []).append(i)
@@ -132,6 +137,11 @@ def _search(items: Sequence[Record], text: TrainingText) -> list[bool | None]:
                 for i in wanted[n].get(tuple(block[start : start + n].tolist()), ()):
                     found[i] = True
     return found
+
+
+def _item_texts(item: Record) -> Iterator[str]:
+    """Yield the texts of an item that are looked up."""
+    return _texts([item.fields[name] for name in item.own_fields] if item.own_fields else item.fields)
 
 
 def _texts(value: Any) -> Iterator[str]:

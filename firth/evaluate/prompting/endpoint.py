@@ -21,6 +21,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from firth.evaluate.prompting.requests import GenerateReply, GenerateRequest, Reply, Request, ScoreReply, ScoreRequest
+from firth.tokenizer.vocab import replace_lone_surrogates
 from firth.types import UserError
 
 PREFIX = "openai:"
@@ -99,6 +100,7 @@ class Endpoint:
         else:
             choice = self._first(self._send("completions", body | {"prompt": request.prompt.rstrip(" ")}))
             text = str(choice.get("text", ""))
+        text = replace_lone_surrogates(text)
         ends = [at for stop in request.stop if stop and (at := text.find(stop)) >= 0]  # servers read at most four
         return GenerateReply(text[: min(ends)] if ends else text, str(choice.get("finish_reason") or "stop"))
 

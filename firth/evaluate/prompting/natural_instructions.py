@@ -18,7 +18,7 @@ from typing import Any
 
 from firth.evaluate.prompting.answers import Filter, FilterChain
 from firth.evaluate.prompting.prompt_task import MetricConfig, PromptTask
-from firth.evaluate.prompting.prompts import Item
+from firth.evaluate.prompting.prompts import Item, without_lone_surrogates
 from firth.types import UserError
 
 NAME = "natural_instructions"
@@ -80,7 +80,7 @@ def _listed(name: str, path: Path, number: int) -> Path:
 def _read(path: Path) -> tuple[list[Item], list[Item]]:
     """Return the positive examples and the instances of a task."""
     try:
-        task = json.loads(path.read_text("utf-8"))
+        task = without_lone_surrogates(json.loads(path.read_text("utf-8")))
         definition, positive, instances = (task[field] for field in FIELDS)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(
@@ -103,5 +103,6 @@ def _item(record: Any, common: Mapping[str, str], location: str) -> Item:
     if not isinstance(record, dict) or not isinstance(record.get("input"), str) or not record.get("output"):
         raise UserError(f"{location}: an example has the fields input and output")
     output = record["output"]
-    outputs = [str(one) for one in (output if isinstance(output, list) else [output])]
-    return Item({**common, "input": record["input"], "output": outputs}, location)
+    # Answers are stripped, so the gold texts are too.
+    outputs = [str(one).strip() for one in (output if isinstance(output, list) else [output])]
+    return Item({**common, "input": record["input"], "output": outputs}, location, ("input", "output"))

@@ -264,7 +264,7 @@ class PromptTask:
                 f"{self.name}: --cot few-shot needs rationales, and the task names none: give their template in the task file "
                 "(doc_to_rationale: ...), or use --cot zero-shot"
             )
-        if not self._shots(config):
+        if not self.shots_under(config):
             raise UserError(f"{self.name}: --cot few-shot needs examples, and there are 0: give --shots")
         item = next(iter(self.pool or self.items))
         text = self.target_delimiter + render(self.rationale, item)
@@ -297,9 +297,11 @@ class PromptTask:
             self.output_type == "multiple_choice" and config.cot == "few-shot"
         )
 
-    def _shots(self, config: PromptConfig) -> int:
-        """Return the number of examples before a question."""
-        return 0 if self.example_text else self.shots if config.shots is None else config.shots
+    def shots_under(self, config: PromptConfig) -> int:
+        """Return the number of examples that are chosen for a question: none before a whole text or with written examples."""
+        if self.example_text or self.output_type == "loglikelihood_rolling":
+            return 0
+        return self.shots if config.shots is None else config.shots
 
     def selected(self, config: PromptConfig) -> Sequence[Item]:
         """Return the items that are evaluated."""
@@ -326,7 +328,7 @@ class PromptTask:
         Raises:
             UserError: The prompt is too long even without examples.
         """
-        count = self._shots(config)
+        count = self.shots_under(config)
         pool = self._pools[""]
         own = str(item.fields.get(self.group)) if self.group else ""
         if own and own in self._pools:  # examples of the item's own subject, as many as there are

@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from firth.tokenizer import chat_template
+from firth.tokenizer.vocab import replace_lone_surrogates
 from firth.types import UserError
 
 STEP_BY_STEP = "Let's think step by step."
@@ -32,12 +33,29 @@ class Item:
     Args:
         fields: Its record.
         location: File and line, for error messages.
+        own_fields: Fields with the texts of this item alone, which are looked up in training text; all fields if empty.
         rendered: Filled templates, kept because an item is rendered for the check, as a question, and as an example.
     """
 
     fields: Mapping[str, Any]
     location: str
+    own_fields: tuple[str, ...] = ()
     rendered: dict[tuple[str, bool], Any] = field(default_factory=dict, compare=False, repr=False)
+
+
+def without_lone_surrogates(value: Any) -> Any:
+    """Return a JSON value with the lone surrogates in its texts and keys replaced, since no file can be written with them.
+
+    >>> without_lone_surrogates({"a\ud83d": ["b\udc00", 1]}) == {"a\ufffd": ["b\ufffd", 1]}
+    True
+    """
+    if isinstance(value, str):
+        return replace_lone_surrogates(value)
+    if isinstance(value, dict):
+        return {without_lone_surrogates(key): without_lone_surrogates(one) for key, one in value.items()}
+    if isinstance(value, list):
+        return [without_lone_surrogates(one) for one in value]
+    return value
 
 
 def check_template(template: str, location: str) -> None:

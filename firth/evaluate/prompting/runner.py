@@ -38,7 +38,7 @@ class MetricValue:
     Args:
         value: The mean (perplexities: exp of the mean).
         stderr: Standard error of the mean, clustered by group where there are groups; NaN for perplexities and one item.
-        macro: Mean over groups of their means; NaN without groups.
+        macro: Mean over groups of their values; NaN without groups, for perplexities and for metrics that are no mean over items.
     """
 
     value: float
@@ -159,7 +159,7 @@ def ask_model(
 
 def summarize(task: PromptTask, model: str, config: PromptConfig, items: Sequence[ItemResult]) -> TaskResult:
     """Return the metrics of a task over its items and over each group."""
-    wanted = task.shots if config.shots is None else config.shots
+    wanted = task.shots_under(config)
     return task_result(task.name, model, items, sum(item.shots < wanted for item in items))
 
 
@@ -206,7 +206,8 @@ def metric_value(name: str, items: Sequence[ItemResult]) -> MetricValue:
         return MetricValue(value_of(counts), jackknife_error(counts, groups))
     macro = math.nan
     if any(groups):
-        macro = float(np.mean([values[[g == one for g in groups]].mean() for one in sorted(set(groups))]))
+        members = [[g == one for g in groups] for one in sorted(set(groups))]
+        macro = float(np.mean([np.average(values[some], weights=weights[some]) for some in members]))
     return MetricValue(mean, standard_error(values, groups, weights), macro)
 
 

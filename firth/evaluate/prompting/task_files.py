@@ -34,7 +34,7 @@ from firth.evaluate.prompting.answers import Filter, FilterChain, check_filter
 from firth.evaluate.prompting.bigbench import read_bigbench
 from firth.evaluate.prompting.natural_instructions import NAME, read_natural_instructions
 from firth.evaluate.prompting.prompt_task import METRICS, OUTPUT_TYPES, MetricConfig, PromptTask
-from firth.evaluate.prompting.prompts import Item, check_template, render_value
+from firth.evaluate.prompting.prompts import Item, check_template, render_value, without_lone_surrogates
 from firth.io.yaml_files import read_yaml
 from firth.types import UserError
 
@@ -202,6 +202,7 @@ def read_task(path: Path, data: Sequence[str] = (), examples: Sequence[str] = ()
 def _settings(path: Path, depth: int = 0) -> tuple[dict[str, Any], dict[str, int]]:
     """Return the fields of a task file over those that it includes, and the line of each of its own."""
     found, node = _read(path)
+    found = without_lone_surrogates(found)
     lines = {
         key.value: key.start_mark.line + 1 for key, _ in (node.value if isinstance(node, yaml.MappingNode) else ())
     }
@@ -279,10 +280,10 @@ def _items(paths: Sequence[str], columns: Sequence[str]) -> Iterator[Item]:
         for number, record in enumerate(found, 1):
             if not isinstance(record, dict):
                 raise UserError(f"{path}: example {number}: this is no record with fields: {str(record)[:60]!r}")
-            yield Item(record, f"{path}: example {number}")
+            yield Item(without_lone_surrogates(record), f"{path}: example {number}")
     rest = [path for path in paths if path not in listed]
     for location, record in records(rest, columns=columns) if rest else ():
-        yield Item(record, location)
+        yield Item(without_lone_surrogates(record), location)
 
 
 def _listed_examples(path: Path) -> list[Any] | None:

@@ -105,6 +105,16 @@ def test_metrics_that_are_models_are_left_out(tmp_path: Path) -> None:
     assert len(messages) == 1 and "bleurt is a model" in messages[0]
 
 
+def test_lone_surrogates_are_replaced(tmp_path: Path) -> None:
+    """In questions and in choices, which are keys."""
+    one = {"input": "Snow\ud83d?", "target_scores": {"bl\ud83dack": 0, "white": 1}}
+    [task] = read_bigbench(write(tmp_path, CHOICES | {"examples": [one]}))
+    assert task.items[0].fields["question"] == "Snow\ufffd?" and task.items[0].fields["choices"] == [
+        "bl\ufffdack",
+        "white",
+    ]
+
+
 def test_questions_with_one_choice_are_left_out(tmp_path: Path) -> None:
     """Such a question is always right."""
     one = {"input": "Sky?", "target_scores": {"blue": 1}}

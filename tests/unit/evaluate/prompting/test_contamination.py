@@ -1,5 +1,6 @@
 """Items whose words are in training text: the definition of GPT-3's appendix C against a search written out."""
 
+import json
 import random
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from firth.evaluate.prompting.prompt_task import ItemResult, PromptConfig
 from firth.evaluate.prompting.prompts import Item
 from firth.evaluate.prompting.results import contamination_lines, to_json
 from firth.evaluate.prompting.runner import TaskResult, metric_value, with_contamination
+from firth.evaluate.prompting.task_files import load_tasks
 from firth.tokenizer.tokenizer import Tokenizer
 from firth.tokenizer.train import train
 from tests.support.tiny_corpus import TEXTS, tokenizer
@@ -71,6 +73,28 @@ def test_lists_in_a_record_are_looked_up(tmp_path: Path) -> None:
     first, second = find_contaminated(tasks, runs)
     assert first.items == (True, False) and second.items == (None,)
     assert (first.checked, first.found, first.share, second.share) == (2, 1, 0.5, 0.0)
+
+
+def test_only_the_texts_of_an_item_alone_are_looked_up(tmp_path: Path) -> None:
+    """A question of BIG-bench without its prefix and listed choices; instances without the definition of their task."""
+    text = " ".join(f"word{i}" for i in range(60)).split()
+    question, choice, definition = (" ".join(text[i : i + 14]) for i in (0, 20, 40))
+    example = {"input": question + "?", "target_scores": {"yes": 1, "no": 0}}
+    other = {"input": "x", "target_scores": {"z " * 14: 1, choice: 0}}
+    short = {"input": " ".join(text[:9]), "target_scores": {"yes": 1, "no": 0}}
+    clean = {"input": "y " * 14, "target_scores": {"yes": 1, "no": 0}}
+    task = {"name": "t", "metrics": ["multiple_choice_grade"], "examples": [example, other, short, clean]}
+    (tmp_path / "task.json").write_text(json.dumps(task))
+    [bigbench] = load_tasks(str(tmp_path))
+    rows = [{"input": f"{one} " * 14, "output": ["done"]} for one in ("a", question)]
+    natural = {"Definition": [definition], "Positive Examples": rows[:1], "Instances": rows}
+    (tmp_path / "natural.json").write_text(json.dumps(natural))
+    [instructions] = load_tasks("natural_instructions", [str(tmp_path / "natural.json")])
+    documents = [" ".join(text[:14]), " ".join(text[20:60])]
+    first, second = find_contaminated(
+        [bigbench.items, instructions.items], [training(tmp_path / "run", documents, tokenizer())]
+    )
+    assert first.items == (True, True, True, False) and second.items == (False, True)
 
 
 def test_the_clean_items_have_metrics_of_their_own() -> None:

@@ -20,6 +20,7 @@ from firth.evaluate.prompting.requests import (
     Reply,
     ReplyCache,
     Request,
+    ScoreReply,
     ScoreRequest,
 )
 from firth.evaluate.prompting.results import comparisons, table, to_json, write_results
@@ -222,6 +223,36 @@ def test_loglikelihood_and_rolling_metrics() -> None:
     assert found["bits_per_byte"].value == pytest.approx(1 / math.log(2))
 
 
+def test_the_mean_over_groups_weighs_items_as_each_group_does() -> None:
+    """Bits per byte of a group are its bits over its bytes, and the macro value is the mean of the groups' own values."""
+
+    class Bits(FakeModel):
+        def reply(self, requests: Sequence[Request]) -> Iterator[tuple[int, Reply]]:
+            for i in range(len(requests)):
+                yield i, ScoreReply((-8 * math.log(2),), False)  # 8 bits, whatever the length
+
+    texts = items({"text": "a", "kind": "x"}, {"text": "b" * 15, "kind": "x"}, {"text": "c" * 4, "kind": "y"})
+    task = PromptTask(
+        "texts", texts, "loglikelihood_rolling", "", "text", group="kind", metrics=(MetricConfig("bits_per_byte"),),
+    )  # fmt: skip
+    result = one_result(task, Bits())
+    assert {name: group["bits_per_byte"].value for name, group in result.groups.items()} == pytest.approx(
+        {"x": 1, "y": 2}
+    )
+    assert result.metrics["bits_per_byte"].macro == pytest.approx(1.5)
+    assert result.metrics["bits_per_byte"].value == pytest.approx(24 / 20)
+
+
+def test_no_example_is_missed_where_none_is_chosen() -> None:
+    """Whole texts have no examples, and written examples replace those that `--shots` asks for."""
+    texts = PromptTask(
+        "texts", items({"text": "one two"}), "loglikelihood_rolling", "", "text", shots=2, metrics=(MetricConfig("bits_per_byte"),),
+    )  # fmt: skip
+    assert one_result(texts, FakeModel(), PromptConfig(shots=5)).dropped == 0
+    assert one_result(replace(TASK, example_text="Written.\n\n"), FakeModel(), PromptConfig(shots=5)).dropped == 0
+    assert one_result(replace(TASK, max_new_tokens=1), FakeModel(context=9), PromptConfig(shots=2)).dropped == 3
+
+
 def test_an_interrupted_evaluation_resumes(tmp_path: Path) -> None:
     """Replies before the end are not requested again, and half a line of the cache is dropped."""
     first = FakeModel(dies_after=2)
@@ -288,6 +319,18 @@ def test_results_have_the_layout_of_lm_eval(tmp_path: Path) -> None:
     lines = (tmp_path / "samples_capitals.jsonl").read_text().splitlines()
     assert len(lines) == 3 and json.loads(lines[1])["answers"] == {"none": "Lima"}
     assert any("exact_match" in line and "0.3333" in line for line in table([result]))
+
+
+def test_lone_surrogates_are_replaced_where_text_is_read(tmp_path: Path) -> None:
+    """JSON may hold half of a character, which no file can be written with: in records and in the task file itself."""
+    path = write_task(tmp_path, YAML.replace("country}} is", "country}} \\ud83d is"))
+    (tmp_path / "capitals.jsonl").write_text('{"country": "Chad\\ud83d", "capital": "\\udc00x"}\n')
+    task = read_task(path)
+    model = FakeModel()
+    result = one_result(task, model, PromptConfig(shots=0))
+    assert model.requests[0].prompt == "The capital of Chad\ufffd \ufffd is" and result.items[0].gold == "\ufffdx"
+    write_results(tmp_path / "out", [result], PromptConfig())
+    assert "Chad\ufffd" in (tmp_path / "out" / "samples_capitals.jsonl").read_text("utf-8")
 
 
 YAML = """\

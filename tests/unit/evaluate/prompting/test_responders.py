@@ -365,3 +365,11 @@ def test_a_head_in_bf16_is_multiplied_in_fp32(tmp_path: Path) -> None:
     assert found.dtype == torch.float32 and known.float().mean() > 0.9
     assert (found.double() - exact)[known].abs().max() < 1e-4
     assert (rounded.double() - exact)[known].abs().max() > 1e-2
+
+
+def test_half_characters_of_an_endpoint_are_replaced(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A server may cut an answer within a character; no file could be written with it."""
+    model = Endpoint(address)
+    monkeypatch.setattr(model, "_send", lambda *_: {"choices": [{"text": "x\ud83d"}]})
+    [(_, reply)] = model.reply([GenerateRequest("a")])
+    assert reply == GenerateReply("x\ufffd", "stop")

@@ -150,6 +150,12 @@ def test_natural_instructions(tmp_path: Path) -> None:
     by_input = {item.prompt.splitlines()[-2]: item for item in result.items}
     assert by_input["Input: two in 0"].metrics == {"rougeL": 100.0, "exact_match": 1.0}
     assert by_input["Input: one in 1"].metrics["rougeL"] == pytest.approx(80)
+    padded = {"Instances": [{"input": "pad", "output": [" out\n"]}, {"input": "half\ud83d", "output": ["x\ud83d"]}]}
+    (tmp_path / "padded.json").write_text(json.dumps(natural_task("padded") | padded))
+    [spaces] = load_tasks("natural_instructions", [str(tmp_path / "padded.json")])
+    result = one_result(spaces, FakeModel({"Input: pad\n": " out"}))
+    assert result.items[0].metrics == {"rougeL": 100.0, "exact_match": 1.0} and result.items[0].gold == "out"
+    assert "half\ufffd" in result.items[1].prompt and result.items[1].gold == "x\ufffd"
     one_result(task, model, PromptConfig(shots=5))
     assert model.requests[-1].prompt.count("Output: did") == 3, "as many examples as there are"
     held_out = tmp_path / "splits" / "default" / "test_tasks.txt"
