@@ -440,8 +440,8 @@ class PromptTask:
         before = model.count_tokens(prompt, True) if config.chat else 0
 
         def fits(text: str) -> bool:
-            asked = f"{text}\n{THEREFORE}"
-            length = before + model.count_tokens(asked) if config.chat else model.count_tokens(prompt + asked)
+            begun = f"{text}\n{THEREFORE}"
+            length = before + model.count_tokens(begun) if config.chat else model.count_tokens(prompt + begun)
             return length + answer <= model.context
 
         return shorten(rationale, fits)
