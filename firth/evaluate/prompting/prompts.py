@@ -44,7 +44,7 @@ class Item:
 
 
 def without_lone_surrogates(value: Any) -> Any:
-    """Return a JSON value with the lone surrogates in its texts and keys replaced, since no file can be written with them.
+    r"""Return a JSON value with the lone surrogates in its texts and keys replaced, since no file can be written with them.
 
     >>> without_lone_surrogates({"a\ud83d": ["b\udc00", 1]}) == {"a\ufffd": ["b\ufffd", 1]}
     True
