@@ -89,6 +89,8 @@ FILTERS: dict[str, Callable[..., list[str]]] = {
     "map": _map,
 }
 """Name -> function of the samples of an item."""
+SAMPLE_FILTERS = frozenset({"take_first_k", "majority_vote"})
+"""Filters that need all samples of an item at once."""
 
 
 def check_filter(step: Filter, location: str) -> Filter:

@@ -21,8 +21,17 @@ from functools import cached_property
 from typing import Any, Literal
 
 from firth.evaluate.prompting.aggregates import Counts, class_counts, value_of
-from firth.evaluate.prompting.answers import TEXT_METRICS, FilterChain, apply_filters
-from firth.evaluate.prompting.prompts import STEP_BY_STEP, THEREFORE, ExamplePool, Item, fit, render, render_value
+from firth.evaluate.prompting.answers import SAMPLE_FILTERS, TEXT_METRICS, FilterChain, apply_filters
+from firth.evaluate.prompting.prompts import (
+    STEP_BY_STEP,
+    THEREFORE,
+    ExamplePool,
+    Item,
+    fit,
+    render,
+    render_value,
+    shorten,
+)
 from firth.evaluate.prompting.requests import (
     GenerateReply,
     GenerateRequest,
@@ -144,6 +153,9 @@ class PromptTask:
         example_answer: Template or field of the answer that an example shows; the gold answer if empty.
         rationale: Template of what an example shows with few-shot chain of thought: a rationale that ends with the answer.
         example_text: Examples that are written out, put before each question in place of `pool`.
+        repeats: Samples of each generated answer, all of which a filter chain reads; `PromptConfig.votes` above 1 replaces it.
+        temperature: Their temperature; 0 for greedy decoding.
+        top_p: Their nucleus.
     """
 
     name: str
@@ -167,6 +179,9 @@ class PromptTask:
     example_answer: str = ""
     rationale: str = ""
     example_text: str = ""
+    repeats: int = 1
+    temperature: float = 0.0
+    top_p: float = 1.0
 
     def choices_of(self, item: Item) -> list[str]:
         """Return the choices of an item; UserError with its location unless there are two or more different ones."""
@@ -324,9 +339,11 @@ class PromptTask:
         question = render(self.prompt, item)
         if config.cot == "zero-shot" and not config.chat:
             question += self.target_delimiter + STEP_BY_STEP
-        room = self._room(config) if self.output_type == "generate_until" or config.cot else 0
-        if self.output_type == "multiple_choice":
-            room += max(model.count_tokens(self.target_delimiter + choice) for choice in self.choices_of(item))
+        room = self._answer_tokens(item, config, model)
+        if config.cot == "zero-shot":
+            room += self._room(config) + model.count_tokens(f"{STEP_BY_STEP}\n{THEREFORE}")
+        elif config.cot and self.output_type == "multiple_choice":
+            room += self._room(config)
         if self.output_type == "loglikelihood":
             room += model.count_tokens(self.gold_of(item)[0])
         longest = model.context - min(room, model.context // 2)
@@ -364,17 +381,15 @@ class PromptTask:
             return self._rolling(item, group, text, score)
         prompt, kept = self.build_prompt(item, index, config, model)
         gold, room = self.gold_of(item), self._room(config)
-        chat, votes = config.chat, range(config.votes)
-        heat = config.temperature if config.votes > 1 else 0.0
+        chat = config.chat
         lead = "" if chat else self.target_delimiter
         begun = [""]  # how the answer begins: a rationale
         rationales: list[str] = []
         if config.cot == "zero-shot":
             step = STEP_BY_STEP if chat else ""
-            thoughts = yield [
-                GenerateRequest(prompt, self.stop, room, heat, 1.0, 1000 * config.seed + v, chat, step) for v in votes
-            ]
-            rationales = [step + thought.text.rstrip() for thought in thoughts if isinstance(thought, GenerateReply)]
+            thoughts = yield self._samples(prompt, config, step)
+            written = [step + thought.text.rstrip() for thought in thoughts if isinstance(thought, GenerateReply)]
+            rationales = [self._shortened(text, prompt, item, config, model) for text in written]
             begun, lead = [f"{text}\n{THEREFORE}" for text in rationales], " "
         starts = [(prompt, one) if chat else (prompt + one, "") for one in begun]
         if not self.generates(config) and self.output_type == "multiple_choice":
@@ -392,11 +407,44 @@ class PromptTask:
         if config.cot == "zero-shot":
             replies = yield [GenerateRequest(p, self.stop, room, chat=chat, begun=b) for p, b in starts]
         else:
-            replies = yield [
-                GenerateRequest(prompt, self.stop, room, heat, 1.0, 1000 * config.seed + v, chat) for v in votes
-            ]
+            replies = yield self._samples(prompt, config)
         texts = [reply.text for reply in replies if isinstance(reply, GenerateReply)]
         return self._generated(item, group, prompt, kept, gold, texts, rationales)
+
+    def _samples(self, prompt: str, config: PromptConfig, begun: str = "") -> list[GenerateRequest]:
+        """Return the requests of the samples of an answer. Greedy ones are equal, and are sent once."""
+        count, temperature, top_p = 1, 0.0, 1.0
+        if config.votes > 1:
+            count, temperature = config.votes, config.temperature
+        elif self.generates(config):
+            count, temperature, top_p = self.repeats, self.temperature, self.top_p
+        return [
+            GenerateRequest(
+                prompt, self.stop, self._room(config), temperature, top_p,
+                1000 * config.seed + (number if temperature else 0), config.chat, begun,
+            )
+            for number in range(count)
+        ]  # fmt: skip
+
+    def _answer_tokens(self, item: Item, config: PromptConfig, model: Responder) -> int:
+        """Return the tokens to keep for an answer: those of the longest choice, or of the longest text."""
+        if self.output_type == "multiple_choice":
+            return max(model.count_tokens(self.target_delimiter + choice) for choice in self.choices_of(item))
+        return self._room(config) if self.output_type == "generate_until" else 0
+
+    def _shortened(self, rationale: str, prompt: str, item: Item, config: PromptConfig, model: Responder) -> str:
+        """Return the start of a rationale after which there is room to ask for the answer and to give it."""
+        answer = self._answer_tokens(item, config, model)
+        if self.output_type == "generate_until":  # whose length is a limit: most answers are shorter
+            answer = min(answer, model.context // 4)
+        before = model.count_tokens(prompt, True) if config.chat else 0
+
+        def fits(text: str) -> bool:
+            begun = f"{text}\n{THEREFORE}"
+            length = before + model.count_tokens(begun) if config.chat else model.count_tokens(prompt + begun)
+            return length + answer <= model.context
+
+        return shorten(rationale, fits)
 
     def _room(self, config: PromptConfig) -> int:
         """Return the most tokens of an answer."""
@@ -440,11 +488,21 @@ class PromptTask:
         return choices.index(answer) if answer in choices else -1
 
     def _read(self, texts: Sequence[str]) -> dict[str, str]:
-        """Return the answer that each filter chain reads; of several samples the most frequent."""
-        return {
-            chain.name: majority([one for text in texts for one in apply_filters(chain.filters, [text])[:1]])
-            for chain in self.filters or (FilterChain("none", ()),)
-        }
+        """Return the answer that each filter chain reads.
+
+        Of the task's own samples (`repeats`) it is the first that the chain returns, as in lm-evaluation-harness. Of the
+        samples of `PromptConfig.votes` it is the most frequent one, also where the chain itself takes the first.
+        """
+        found = {}
+        for chain in self.filters or (FilterChain("none", ()),):
+            if self.repeats > 1:
+                answers = apply_filters(chain.filters, texts)[:1]
+            elif any(step.function in SAMPLE_FILTERS for step in chain.filters):
+                answers = apply_filters(chain.filters, texts)
+            else:
+                answers = [one for text in texts for one in apply_filters(chain.filters, [text])[:1]]
+            found[chain.name] = majority(answers)
+        return found
 
     def _rolling(self, item: Item, group: str, text: str, score: ScoreReply) -> ItemResult:
         words, size = max(1, len(text.split())), max(1, len(text.encode("utf-8", "surrogatepass")))

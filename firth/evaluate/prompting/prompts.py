@@ -9,6 +9,7 @@ as lm-evaluation-harness builds it. Whole examples are dropped, the last first, 
 
 from __future__ import annotations
 
+import bisect
 import json
 import random
 from collections.abc import Callable, Mapping, Sequence
@@ -173,3 +174,14 @@ def fit(
         if not kept or count_tokens(prompt) <= longest:
             return prompt, kept
     raise AssertionError("unreachable")
+
+
+def shorten(text: str, fits: Callable[[str], bool]) -> str:
+    """Return a text without as many of its last characters as it takes to fit; "" if none of it does.
+
+    >>> shorten("one two three", lambda text: len(text.split()) <= 2)
+    'one two'
+    """
+    if fits(text):
+        return text
+    return text[: bisect.bisect_left(range(1, len(text)), True, key=lambda end: not fits(text[:end]))].rstrip()

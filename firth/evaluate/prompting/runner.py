@@ -105,24 +105,31 @@ def run_tasks(
         for index, item in enumerate(task.selected(config)):
             asking = task.ask(item, index, config, model)
             requests = next(asking)
-            try:
-                model.check(requests)
-            except UserError as error:
-                raise UserError(f"{item.location}: {error}") from error
+            _check(model, requests, item.location)
             running.append((number, index, asking, requests))
     while running:
         replies = ask_model([request for *_, requests in running for request in requests], model, cache, progress)
         following = []
         for number, index, asking, requests in running:
             try:
-                following.append((number, index, asking, asking.send([replies[request] for request in requests])))
+                further = asking.send([replies[request] for request in requests])
             except StopIteration as finished:
                 results[number][index] = finished.value
+                continue
+            _check(model, further, tasks[number].items[index].location)
+            following.append((number, index, asking, further))
         running = following
     return [
         summarize(task, model.name, config, [found[i] for i in range(len(found))])
         for task, found in zip(tasks, results, strict=True)
     ]
+
+
+def _check(model: Responder, requests: Sequence[Request], location: str) -> None:
+    try:
+        model.check(requests)
+    except UserError as error:
+        raise UserError(f"{location}: {error}") from error
 
 
 def ask_model(

@@ -51,6 +51,8 @@ IGNORED_FIELDS = frozenset({
     "test_split", "fewshot_split", "metadata", "should_decontaminate", "doc_to_decontamination_query",
 })  # fmt: skip
 """Fields of lm-evaluation-harness that say where its data comes from, or serve its lists; they are skipped."""
+GENERATION_FIELDS = ("until", "max_gen_toks", "do_sample", "temperature", "top_p")
+"""Settings of `generation_kwargs` that are used; a task with another one is refused."""
 DEFAULT_METRICS = frozenset({"acc", "acc_norm", "exact_match", "f1", "perplexity", *METRICS["loglikelihood_rolling"]})
 """Metrics of a task that names none."""
 PYTHON_FIELDS = frozenset({"process_docs", "process_results", "custom_dataset", "use_prompt", "unsafe_code", "class"})
@@ -140,6 +142,10 @@ def read_task(path: Path, data: Sequence[str] = (), examples: Sequence[str] = ()
     if "doc_to_text" not in settings and output_type != "loglikelihood_rolling":
         raise UserError(f"{path}: doc_to_text is missing: it is the template of the prompt")
     generation = _mapping(settings.get("generation_kwargs"), at("generation_kwargs"))
+    temperature, top_p = _sampling(generation, at("generation_kwargs"))
+    repeats = settings.get("repeats", 1)
+    if not isinstance(repeats, int) or isinstance(repeats, bool) or repeats < 1:
+        raise UserError(f"{at('repeats')}: repeats must be an integer of at least 1, and it is {repeats!r}")
     delimiter = text("fewshot_delimiter", "\n\n")
     until = generation.get("until", [delimiter])
     fewshot = _mapping(settings.get("fewshot_config"), at("fewshot_config"))
@@ -187,6 +193,9 @@ def read_task(path: Path, data: Sequence[str] = (), examples: Sequence[str] = ()
         metrics=_metrics(settings.get("metric_list"), output_type, at("metric_list")),
         stop=tuple(str(one) for one in ([until] if isinstance(until, str) else until)),
         max_new_tokens=int(generation.get("max_gen_toks", 256)),
+        repeats=repeats,
+        temperature=temperature,
+        top_p=top_p,
     )
 
 
@@ -231,6 +240,27 @@ def _mapping(value: Any, location: str) -> Mapping[str, Any]:
     if not isinstance(value, dict):
         raise UserError(f"{location}: options are wanted, such as {{until: [...]}}, and this is {value!r}")
     return value
+
+
+def _sampling(generation: Mapping[str, Any], location: str) -> tuple[float, float]:
+    """Return temperature and nucleus of generated answers; temperature 0 is greedy decoding."""
+    unknown = [name for name in generation if name not in GENERATION_FIELDS]
+    if unknown:
+        raise UserError(
+            f"{location}: generation_kwargs has {unknown[0]!r}, which is not supported: it may have {', '.join(GENERATION_FIELDS)}"
+        )
+    sampled = generation.get("do_sample")
+    if sampled not in (None, True, False):
+        raise UserError(f"{location}: do_sample must be true or false, and it is {sampled!r}")
+    temperature = generation.get("temperature", 1.0 if sampled else 0.0)
+    top_p = generation.get("top_p", 1.0)
+    for name, value, right in (
+        ("temperature", temperature, "at least 0"), ("top_p", top_p, "above 0 and at most 1"),
+    ):  # fmt: skip
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        if not number or not (value >= 0 if name == "temperature" else 0 < value <= 1):
+            raise UserError(f"{location}: {name} must be a number {right}, and it is {value!r}")
+    return (0.0, 1.0) if sampled is False else (float(temperature), float(top_p))
 
 
 def _paths(value: Any, path: Path, location: str) -> list[str]:

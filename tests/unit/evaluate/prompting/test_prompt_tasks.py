@@ -158,6 +158,38 @@ def test_zero_shot_chain_of_thought_asks_twice() -> None:
     assert result.items[0].replies == ["Peru is in Andes.", "Lima"]
 
 
+@pytest.mark.parametrize("chat", [False, True])
+@pytest.mark.parametrize("task", [TASK, CHOICE], ids=["text", "choice"])
+def test_a_rationale_leaves_room_for_the_answer(task: PromptTask, chat: bool) -> None:
+    """A long one is cut; the prompt itself takes at most half of the context."""
+    model = FakeModel({"": "so " * 60}, context=64)
+    result = one_result(replace(task, description="word " * 20), model, PromptConfig(chat=chat, cot="zero-shot"))
+    asked = [request for request in model.requests if "the answer is" in request.prompt + request.begun]
+    assert len(asked) == (len(TASK.items) if task is TASK else 5)
+    room = 64 // 4 if task is TASK else 1
+    for request in asked:
+        assert model.count_tokens(f"{request.prompt} {request.begun}") in (64 - room - 1, 64 - room)
+    assert all(10 < item.replies[0].count("so") < 60 for item in result.items)
+    one_result(
+        replace(task, description="word " * 20),
+        short := FakeModel(context=64),
+        PromptConfig(chat=chat, cot="zero-shot"),
+    )
+    assert any("sample 0\nTherefore" in request.prompt + request.begun for request in short.requests), "not cut"
+
+
+def test_an_error_of_a_second_request_has_the_line() -> None:
+    """A choice that fits no context, after the rationale."""
+
+    class Checking(FakeModel):
+        def check(self, requests: Sequence[Request]) -> None:
+            if any(isinstance(request, ScoreRequest) for request in requests):
+                raise UserError("pair 0 has 99 tokens")
+
+    with pytest.raises(UserError, match=r"questions.jsonl:1: pair 0 has 99 tokens"):
+        one_result(CHOICE, Checking(), PromptConfig(cot="zero-shot"))
+
+
 def test_chat_prompts_are_messages() -> None:
     """The answer of a chat model begins with the rationale; nothing of it is in the user's message."""
     model = FakeModel()
@@ -333,9 +365,80 @@ def test_a_task_is_ten_lines_of_yaml(tmp_path: Path) -> None:
     assert (read_task(child).name, read_task(child).shots) == ("child", 0)
 
 
+SELF_CONSISTENCY = """\
+include: capitals.yaml
+repeats: 8
+generation_kwargs: {until: ["\\n"], do_sample: true, temperature: 0.2, top_p: 0.9}
+filter_list:
+  - {name: score-first, filter: [{function: regex, regex_pattern: "is (.*)"}, {function: take_first}]}
+  - name: maj@8
+    filter: [{function: regex, regex_pattern: "is (.*)"}, {function: majority_vote}, {function: take_first}]
+  - name: maj@3
+    filter:
+      - {function: take_first_k, k: 3}
+      - {function: regex, regex_pattern: "is (.*)"}
+      - {function: majority_vote}
+      - {function: take_first}
+"""
+"""The fields of lm-evaluation-harness's gsm8k-cot-self-consistency.yaml."""
+
+
+class Samples(FakeModel):
+    """Answers A, B, B, C, C, C, C, C, by the seed."""
+
+    def reply(self, requests: Sequence[Request]) -> Iterator[tuple[int, Reply]]:
+        self.requests.extend(requests)
+        for i, request in enumerate(requests):
+            assert isinstance(request, GenerateRequest)
+            yield i, GenerateReply(f"it is {'ABBCCCCC'[request.seed % 1000]}", "stop")
+
+
+def test_repeated_samples_are_read_by_whole_chains(tmp_path: Path) -> None:
+    """As many as the file says, with its temperature; the first, the majority of all, and that of the first three."""
+    write_task(tmp_path)
+    path = tmp_path / "votes.yaml"
+    path.write_text(SELF_CONSISTENCY)
+    model = Samples()
+    result = one_result(read_task(path), model, PromptConfig(shots=0, seed=3))
+    assert [item.answers for item in result.items] == [{"score-first": "A", "maj@8": "C", "maj@3": "B"}] * 2
+    first = [request for request in model.requests if "Chad" in request.prompt and isinstance(request, GenerateRequest)]
+    assert [request.seed for request in first] == list(range(3000, 3008))
+    assert {(request.temperature, request.top_p) for request in first} == {(0.2, 0.9)}
+    path.write_text(SELF_CONSISTENCY.replace("do_sample: true", "do_sample: false"))
+    greedy = FakeModel({"": "it is Lima"})
+    result = one_result(read_task(path), greedy, PromptConfig(shots=0))
+    assert len(greedy.requests) == 2, "greedy samples are equal"
+    assert isinstance(greedy.requests[0], GenerateRequest) and greedy.requests[0].temperature == 0
+    assert result.metrics["exact_match,maj@8"].value == 0.5
+
+
+def test_votes_are_read_by_chains_that_vote(tmp_path: Path) -> None:
+    """--votes gives a chain that votes all samples; what takes the first of each text counts by majority."""
+    write_task(tmp_path)
+    path = tmp_path / "votes.yaml"
+    path.write_text(SELF_CONSISTENCY.replace("repeats: 8", "repeats: 1"))
+    model = Samples()
+    result = one_result(read_task(path), model, PromptConfig(shots=0, votes=8, temperature=0.9))
+    assert result.items[0].answers == {"score-first": "C", "maj@8": "C", "maj@3": "B"}
+    assert {request.temperature for request in model.requests if isinstance(request, GenerateRequest)} == {0.9}
+
+
 @pytest.mark.parametrize(
     ("line", "words"),
     [
+        ("repeats: 0", r"capitals.yaml:9: repeats must be an integer of at least 1, and it is 0"),
+        (
+            "generation_kwargs: {num_beams: 4}",
+            r"capitals.yaml:9: generation_kwargs has 'num_beams', which is not supported",
+        ),
+        (
+            "generation_kwargs: {temperature: -1}",
+            r"capitals.yaml:9: temperature must be a number at least 0, and it is -1",
+        ),
+        (
+            "generation_kwargs: {do_sample: maybe}",
+            r"capitals.yaml:9: do_sample must be true or false, and it is 'maybe'",
+        ),
         ("doc_to_txt: x", r"capitals.yaml:9: there is no field 'doc_to_txt'; did you mean 'doc_to_text'\?"),
         ("process_docs: x", r"capitals.yaml:9: process_docs runs Python"),
         ("process_results: !function utils.f", "runs Python"),

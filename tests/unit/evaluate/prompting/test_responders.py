@@ -64,6 +64,23 @@ def test_samples_depend_on_their_own_seed_only(tmp_path: Path) -> None:
     assert len({reply.text for reply in together.values() if isinstance(reply, GenerateReply)}) > 1
 
 
+@pytest.mark.parametrize("chat", [False, True])
+def test_a_long_rationale_fits_the_context(tmp_path: Path, chat: bool) -> None:
+    """An untrained model writes until its context is full; the answer is then asked for after a part of it."""
+    coder = tokenizer()
+    config = decoder_config(coder.vocab.size, 32, 1, num_heads=2, max_positions=96)
+    model = LocalModel(EvaluatedModel(random_model(config), coder, tmp_path, tmp_path))
+    questions = items({"q": "the cat sat on the mat", "a": "a cat"})
+    metric = (MetricConfig("exact_match"),)
+    task = PromptTask("ask", questions, "generate_until", "q", "a", stop=(), metrics=metric)
+    [result] = run_tasks([task], model, PromptConfig(cot="zero-shot", chat=chat))
+    rationale, _ = result.items[0].replies
+    assert len(coder.encode(rationale)) > 20
+    choice = replace(task, output_type="multiple_choice", choices=("a cat", "the mat"), metrics=(MetricConfig("acc"),))
+    [result] = run_tasks([choice], model, PromptConfig(cot="zero-shot", chat=chat))
+    assert len(result.items[0].replies) == 3
+
+
 def test_a_masked_model_scores_and_does_not_write(tmp_path: Path) -> None:
     """Without a prompt, as for minimal pairs; masking whole words changes the score of words of several tokens."""
     text = "unbelievable extraordinary cats"
