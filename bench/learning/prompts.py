@@ -42,7 +42,7 @@ QUESTIONS = 100
 RATIONALES = {
     "direct": PromptConfig(shots=8, limit=QUESTIONS),
     "few-shot rationales": PromptConfig(shots=8, limit=QUESTIONS, cot="few-shot"),
-    "few-shot rationales, 5 votes": PromptConfig(shots=8, limit=QUESTIONS, cot="few-shot", votes=5),
+    "few-shot rationales, 5 votes": PromptConfig(shots=8, limit=40, cot="few-shot", votes=5),
     "direct, chat": PromptConfig(shots=0, limit=QUESTIONS, chat=True),
     "step by step, chat": PromptConfig(shots=0, limit=QUESTIONS, chat=True, cot="zero-shot"),
 }
@@ -133,11 +133,11 @@ def settings() -> list[Setting]:
     mmlu = ((str(OUT / "mmlu.jsonl"),), (str(OUT / "mmlu-examples.jsonl"),))
     directory = fetch("bigbench")
     found = [Setting(f"mmlu-{shots}", "mmlu", PromptConfig(shots=shots), *mmlu) for shots in SHOTS]
-    found += [Setting(f"stories-{name}", "arithmetic", config, *stories) for name, config in RATIONALES.items()]
     for shots in SHOTS:
         for name in BIGBENCH:
             config = PromptConfig(shots=shots, limit=LIMIT)
             found.append(Setting(f"{name.replace('/', '-')}-{shots}", str(directory / name / "task.json"), config))
+    found += [Setting(f"stories-{name}", "arithmetic", config, *stories) for name, config in RATIONALES.items()]
     config = PromptConfig(shots=0)
     found.append(Setting("mmlu_full_answers-0", "mmlu_full_answers", config, *mmlu))
     return found
@@ -201,7 +201,8 @@ def table() -> str:
         path = OUT / f"stories-{name}.json"
         if path.is_file() and base.is_file():
             one, first = (json.loads(file.read_text("utf-8")) for file in (path, base))
-            gains = np.array(one["values"]["exact_match"]) - np.array(first["values"]["exact_match"])
+            count = len(one["values"]["exact_match"])  # the first questions, where there are fewer
+            gains = np.array(one["values"]["exact_match"]) - np.array(first["values"]["exact_match"][:count])
             gain = interval(float(gains.mean()), float(gains.std(ddof=1) / len(gains) ** 0.5))
             rows.append(f"| {name} | {interval(*one['metrics']['exact_match'])} | {gain} |")
     return "\n".join(rows)
