@@ -40,6 +40,7 @@ from firth.evaluate.prompting.requests import (
     Responder,
     ScoreReply,
     ScoreRequest,
+    sample_seed,
 )
 from firth.evaluate.text_overlap import bleu_counts
 from firth.types import UserError
@@ -335,7 +336,8 @@ class PromptTask:
             pool = self._pools[own]
             count = min(count, pool.others(item))
         shots = pool.choose(item, count, self.sampler, config.seed, index) if count else []
-        description = (render(self.description, item) if self.description else "") + self.example_text
+        description = render(self.description, item) if self.description else ""
+        description += self.example_text if config.shots != 0 else ""
         question = render(self.prompt, item)
         if config.cot == "zero-shot" and not config.chat:
             question += self.target_delimiter + STEP_BY_STEP
@@ -421,7 +423,7 @@ class PromptTask:
         return [
             GenerateRequest(
                 prompt, self.stop, self._room(config), temperature, top_p,
-                1000 * config.seed + (number if temperature else 0), config.chat, begun,
+                sample_seed(config.seed, prompt, number if temperature else 0), config.chat, begun,
             )
             for number in range(count)
         ]  # fmt: skip

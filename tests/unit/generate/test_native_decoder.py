@@ -123,7 +123,7 @@ def logits_of(model: LM, way: str, count: int = 5, steps: int = 8, kept: tuple[i
         assert (rows.decoder is not None) == (way == "native")
         for i in range(steps):
             out.append(rows._logits().float().clone())
-            rows.written, rows.seen = 1, tokens[:, i : i + 1]
+            rows.started, rows.seen = True, tokens[:, i : i + 1]
             if kept and i == steps // 2:
                 rows.keep(kept)
                 tokens = tokens[list(kept)]

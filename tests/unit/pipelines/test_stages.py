@@ -24,6 +24,7 @@ from firth.pipelines.judge import JudgePairs, answer_pairs
 from firth.pipelines.rationales import SampleRationales
 from firth.pipelines.revisions import ReviseAnswers
 from firth.types import UserError
+from tests.support.samples import sample_number
 
 SUMS = """task: sums
 output_type: generate_until
@@ -211,8 +212,9 @@ def sums(tmp_path: Path) -> dict[str, Any]:
 def votes(request: GenerateRequest) -> str:
     """Three of four samples of the first question say 2, one says 3; those of the second one say 5, 5, 6 and nothing."""
     answer = "2223" if "1 + 1" in request.prompt else "556-"
-    number = answer[request.seed % 1000]
-    return "I do not know." if number == "-" else f" Way {request.seed % 2}.\n#### {number}"
+    sample = sample_number(request)
+    number = answer[sample]
+    return "I do not know." if number == "-" else f" Way {sample % 2}.\n#### {number}"
 
 
 def test_the_majority_is_kept_without_gold_answers(
@@ -284,6 +286,17 @@ def test_the_description_of_a_task_is_part_of_the_record(
     SampleRationales(**sums, num_samples=4, shots=0).run(tmp_path)
     prompts = {request.prompt for request in model.requests if isinstance(request, GenerateRequest)}
     assert {row["prompt"] for row in read(tmp_path / "rationales.jsonl")} <= prompts
+
+
+def test_written_examples_are_left_out_without_shots(
+    tmp_path: Path, use: Callable[[RuleModel], RuleModel], sums: dict[str, Any]
+) -> None:
+    (tmp_path / "shots.txt").write_text("Question: 0 + 9?\nAnswer: Nine.\n#### 9\n")
+    for shots, shown in ((-1, True), (0, False)):
+        model = use(RuleModel(votes))
+        settings = {**sums, "examples": (str(tmp_path / "shots.txt"),), "shots": shots, "seed": shots + 1}
+        SampleRationales(**settings, num_samples=4).run(tmp_path)
+        assert model.requests and all(("0 + 9?" in request.prompt) == shown for request in model.requests)
 
 
 def test_no_rationale_is_an_error(tmp_path: Path, use: Callable[[RuleModel], RuleModel], sums: dict[str, Any]) -> None:

@@ -12,6 +12,7 @@ from firth.evaluate.prompting.requests import GenerateReply, GenerateRequest, Re
 from firth.evaluate.prompting.task_files import load_tasks
 from firth.types import UserError
 from tests.support.fake_responder import FakeModel, items, one_result
+from tests.support.samples import sample_number
 
 FEW_SHOT = PromptConfig(shots=1, cot="few-shot")
 LAST_NUMBER = (FilterChain("none", (Filter("regex", {"regex_pattern": r"(-?\d+)", "group_select": -1}),)),)
@@ -47,7 +48,7 @@ def test_votes_over_rationales() -> None:
         def reply(self, requests: Sequence[Request]) -> Iterator[tuple[int, Reply]]:
             for i, request in enumerate(requests):
                 assert isinstance(request, GenerateRequest) and request.temperature > 0
-                yield i, GenerateReply(f"By way {request.seed}: {5 if request.seed % 5 < 3 else 6}", "stop")
+                yield i, GenerateReply(f"By way {request.seed}: {5 if sample_number(request) < 3 else 6}", "stop")
 
     result = one_result(SUMS, Voter(), replace(FEW_SHOT, votes=5))
     assert [item.answers["none"] for item in result.items] == ["5", "5"]
