@@ -29,8 +29,8 @@ from firth.evaluate.tokenizer_match import load_tokenizer
 from firth.io.atomic import write_text
 
 OUT = Path("runs/instructions")
+ARMS = {"full": ["optimizer.lr=2e-5"], "lora": ["peft=lora", "optimizer.lr=5e-4"]}
 LONGEST = 1000
-ITEMS = 20
 TASK = """task: held_out_instructions
 data: test.jsonl
 output_type: generate_until
@@ -52,7 +52,7 @@ def beginning(record: dict[str, Any]) -> str:
     return record["input"].partition(":")[2].strip()[:60].lower()
 
 
-def prepare(tokens: int) -> None:
+def prepare(tokens: int, items: int) -> None:
     """Write train.jsonl and test.jsonl."""
     model = prepare_model()
     tokenizer = load_tokenizer(model)
@@ -67,8 +67,8 @@ def prepare(tokens: int) -> None:
 
     test: list[dict[str, Any]] = []
     for task in tasks[2::5]:
-        fitting = [task[i] for i in rng.permutation(len(task))[: 4 * ITEMS] if length(task[i]) < LONGEST]
-        test += fitting[:ITEMS]
+        fitting = [task[i] for i in rng.permutation(len(task))[: 4 * items] if length(task[i]) < LONGEST]
+        test += fitting[:items]
     seen = {beginning(record) for record in test}
     train: list[dict[str, Any]] = []
     kept = [task for number, task in enumerate(tasks) if number % 5 != 2]
@@ -102,7 +102,7 @@ def prepare(tokens: int) -> None:
 def train(name: str, options: list[str], seed: int) -> Path:
     """Train with the command of a user, unless the run is complete."""
     run = OUT / f"{name}-{seed}"
-    steps = len((OUT / "train.jsonl").read_text("utf-8").splitlines()) // 8
+    steps = max(1, len((OUT / "train.jsonl").read_text("utf-8").splitlines()) // 8)
     if not (run / "model").is_dir():
         command = [
             "sft", f"init_from={prepare_model()}", f"data.path={OUT / 'train.jsonl'}", "examples.max_length=1024", "batch.size=8",
@@ -113,9 +113,6 @@ def train(name: str, options: list[str], seed: int) -> Path:
         subprocess.run([sys.executable, "-m", "firth", "train", *command], check=True)
         write_text(run / "seconds.json", json.dumps(time.monotonic() - began) + "\n")
     return run
-
-
-ARMS = {"full": ["optimizer.lr=2e-5"], "lora": ["peft=lora", "optimizer.lr=5e-4"]}
 
 
 def evaluate(name: str, model: Path) -> None:
@@ -130,21 +127,36 @@ def evaluate(name: str, model: Path) -> None:
     print(f"{name}: evaluated in {time.monotonic() - began:.0f} s", flush=True)
 
 
+def table() -> str:
+    """Return a table of the models: exact match and F1 over all items, with standard errors clustered by task."""
+    rows = ["| model | exact match | F1 |", "|---|---|---|"]
+    for path in sorted((OUT / "results").glob("*/results.json")):
+        found = json.loads(path.read_text("utf-8"))["results"]["held_out_instructions"]
+        cells = [
+            f"{found[f'{name},none']:.3f} ± {1.96 * found[f'{name}_stderr,none']:.3f}" for name in ("exact_match", "f1")
+        ]
+        rows.append(f"| {path.parent.name} | " + " | ".join(cells) + " |")
+    return "\n".join(rows)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--run", action="store_true")
     parser.add_argument("--table", action="store_true")
     parser.add_argument("--tokens", type=int, default=300_000)
+    parser.add_argument("--items", type=int, default=20, help="items of each held-out task")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     args = parser.parse_args()
     if args.run:
         OUT.mkdir(parents=True, exist_ok=True)
         if not (OUT / "train.jsonl").is_file():
-            prepare(args.tokens)
+            prepare(args.tokens, args.items)
         evaluate("before", prepare_model())
         for seed in args.seeds:
             for name, options in ARMS.items():
                 evaluate(f"{name}-{seed}", train(name, options, seed))
+    if args.table:
+        print(table())
 
 
 if __name__ == "__main__":
