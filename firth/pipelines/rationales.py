@@ -188,7 +188,10 @@ class SampleRationales(Stage):
         hinted = replace(task, prompt=f"{question} {HINT}", pool=[with_gold(item) for item in task.pool or task.items])
         sampled = self._sample(hinted, [with_gold(one.item) for one in missed])
         return [
-            (one.item, text) for one, again in zip(missed, sampled, strict=True) for text in again.kept("correct", 0.0)
+            (one.item, text)
+            for one, again in zip(missed, sampled, strict=True)
+            for text in again.kept("correct", 0.0)
+            if "(Hint" not in text  # it would teach to repeat what no later prompt contains
         ]
 
     def _record(self, task: PromptTask, item: Item, text: str) -> dict[str, str]:

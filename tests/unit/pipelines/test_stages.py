@@ -277,6 +277,19 @@ def test_answers_that_the_metric_holds_for_equal_are_one_vote(
         assert summary["accuracy of the majority"] == 1 and summary["accuracy of a sample"] == 0.75
 
 
+def test_rationales_that_repeat_the_hint_are_left_out(
+    tmp_path: Path, use: Callable[[RuleModel], RuleModel], sums: dict[str, Any]
+) -> None:
+    def reply(request: GenerateRequest) -> str:
+        repeated = "(Hint: the answer is 4.) " * (sample_number(request) > 0)
+        return f"{repeated}Two and two.\n#### 4" if "(Hint: the answer is 4.)" in request.prompt else votes(request)
+
+    use(RuleModel(reply))
+    SampleRationales(**sums, num_samples=4, keep="correct", rationalize=True).run(tmp_path)
+    rows = [row for row in read(tmp_path / "rationales.jsonl") if "2 + 2" in row["prompt"]]
+    assert [row["completion"] for row in rows] == ["Two and two.\n#### 4"]
+
+
 def test_the_description_of_a_task_is_part_of_the_record(
     tmp_path: Path, use: Callable[[RuleModel], RuleModel], sums: dict[str, Any]
 ) -> None:
