@@ -6,7 +6,7 @@
 Before, after full finetuning and after LoRA. Training reads about `--tokens` tokens, the same number from each of the other 49
 tasks (definition and input as the user's turn, an output as the assistant's), once. Every fifth task is held out. Records whose
 input begins like one of a held-out task are left out of training, because the tasks share their passages. Records of more than
-1,000 tokens are left out everywhere. Held-out items are asked with the chat template, without examples.
+1,000 tokens are left out everywhere. Held-out items are sent with the chat template, without examples.
 """
 
 from __future__ import annotations

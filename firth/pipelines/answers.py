@@ -9,7 +9,7 @@ from typing import Annotated, ClassVar
 import numpy as np
 from annotated_types import Interval
 
-from firth.evaluate.prompting.requests import GenerateReply, GenerateRequest, sample_seed
+from firth.evaluate.prompting.requests import GenerateRequest, sample_seed
 from firth.fields import NonNegativeInt, PositiveFloat, ShareAboveZero, TokenCount
 from firth.pipelines.records import Asker, read_prompts, write_records
 from firth.pipelines.stage import Stage, Summary
@@ -60,7 +60,7 @@ class SampleAnswers(Stage):
             for number in range(self.num_samples)
         ]
         locations = [prompt.location for prompt in prompts for _ in range(self.num_samples)]
-        replies = [reply for reply in Asker(self.model).ask(requests, locations) if isinstance(reply, GenerateReply)]
+        replies = Asker(self.model).write(requests, locations)
         texts = np.array([reply.text.strip() for reply in replies], object).reshape(len(prompts), self.num_samples)
         write_records(
             directory / self.output,

@@ -20,7 +20,7 @@ import numpy as np
 from firth.corpora.readers import records
 from firth.data.conversations import comparison
 from firth.evaluate.prompting.endpoint import PREFIX
-from firth.evaluate.prompting.requests import ScoreReply, ScoreRequest
+from firth.evaluate.prompting.requests import ScoreRequest
 from firth.fields import NonNegativeInt
 from firth.pipelines.records import Asker, write_records
 from firth.pipelines.stage import Stage, Summary
@@ -104,13 +104,8 @@ class JudgePairs(Stage):
             for letter in "AB"
         ]
         locations = [pair.location for pair in pairs for _ in range(len(requests) // len(pairs))]
-        logprobs = np.array(
-            [
-                reply.logprob
-                for reply in Asker(self.model, scored=True).ask(requests, locations)
-                if isinstance(reply, ScoreReply)
-            ]
-        ).reshape(len(pairs), 2, len(self.principles), 2)
+        scores = Asker(self.model, scored=True).score(requests, locations)
+        logprobs = np.array([score.logprob for score in scores]).reshape(len(pairs), 2, len(self.principles), 2)
         differences = (logprobs[..., 0] - logprobs[..., 1]).sum(-1)  # (pairs, 2)
         decisions = [decide(forward, backward) for forward, backward in differences.tolist()]
         labeled = [(pair, odds) for pair, odds in zip(pairs, decisions, strict=True) if odds is not None]

@@ -20,14 +20,12 @@ import hashlib
 import json
 import re
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from firth.corpora.download import digest as file_digest
-from firth.corpora.readers import files
-from firth.io import user_code
 from firth.io.atomic import make_directory, write_text
 from firth.io.yaml_files import parse_yaml
 from firth.pipelines.answers import SampleAnswers
@@ -258,32 +256,9 @@ def run_pipeline(pipeline: Pipeline) -> list[FinishedStage]:
 
 def _identity(stage: Stage, out: Path) -> str:
     """Return the settings of a stage, and hashes of what it reads, wherever the pipeline's directory is."""
-    inputs = sorted({path.absolute() for path in _inputs(stage) if not path.absolute().is_relative_to(out.absolute())})
+    inputs = sorted({path.absolute() for path in stage.inputs() if not path.absolute().is_relative_to(out.absolute())})
     settings = {field.name: getattr(stage, field.name) for field in fields(stage)}
     return f"{type(stage).__name__} {settings}".replace(str(out), "$OUT") + " ".join(map(file_digest, inputs))
-
-
-def _inputs(stage: Stage) -> Iterator[Path]:
-    """Yield the files that a stage reads: records, weights of models, recipes, tasks and modules of a user's functions."""
-    settings = {field.name: getattr(stage, field.name) for field in fields(stage)}
-    if isinstance(stage, TrainRecipe):
-        settings = {"recipe": stage.recipe, **stage.settings}
-        for name, kind, value in config_io.paths(stage.loaded()):
-            settings[name] = value
-            if kind == "files":
-                yield from files([value] if isinstance(value, str) else value, tabled=True)
-    for name, value in settings.items():
-        texts = [value] if isinstance(value, str) else value if isinstance(value, list | tuple) else []
-        if name in ("data", "examples") and texts:
-            yield from files(texts, tabled=True)
-            continue
-        for text in map(str, texts):
-            if "function" in name:
-                yield from user_code.module_files(text)
-            elif Path(text).is_dir():
-                yield from sorted(Path(text).rglob("*.safetensors"))
-            elif text and Path(text).is_file():
-                yield Path(text)
 
 
 def _finished(path: Path, digest: str, name: str) -> FinishedStage | None:

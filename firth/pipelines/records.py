@@ -6,13 +6,22 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from firth.corpora.readers import records
 from firth.data.conversations import prompt_of
 from firth.evaluate.prompting.endpoint import PREFIX, Endpoint
 from firth.evaluate.prompting.local_model import LocalModel
-from firth.evaluate.prompting.requests import GenerateRequest, Reply, ReplyCache, Request, Responder
+from firth.evaluate.prompting.requests import (
+    GenerateReply,
+    GenerateRequest,
+    Reply,
+    ReplyCache,
+    Request,
+    Responder,
+    ScoreReply,
+    ScoreRequest,
+)
 from firth.evaluate.prompting.runner import ask_model
 from firth.io.atomic import write_text
 from firth.io.cache import cache
@@ -93,7 +102,23 @@ class Asker:
         self.responder = open_responder(model, scored)
         self._replies = ReplyCache(cache() / "replies", self.responder.digest)
 
-    def ask(self, requests: Sequence[Request], locations: Sequence[str]) -> list[Reply]:
+    def write(self, requests: Sequence[GenerateRequest], locations: Sequence[str]) -> list[GenerateReply]:
+        """Return the texts that the model writes, in order; see `_replies_to`."""
+        room = self.responder.context - 1
+        for request, location in zip(requests, locations, strict=True):
+            length = self.responder.count_tokens(request.prompt, request.chat)
+            if length > room:
+                raise UserError(
+                    f"{location}: the prompt has {length:,} tokens, and {self.responder.name} reads {room:,} before the "
+                    "answer: leave the record out"
+                )
+        return cast(list[GenerateReply], self._replies_to(requests, locations))
+
+    def score(self, requests: Sequence[ScoreRequest], locations: Sequence[str]) -> list[ScoreReply]:
+        """Return the log-probabilities of continuations, in order; see `_replies_to`."""
+        return cast(list[ScoreReply], self._replies_to(requests, locations))
+
+    def _replies_to(self, requests: Sequence[Request], locations: Sequence[str]) -> list[Reply]:
         """Return the replies to some requests, in order.
 
         Args:
@@ -103,19 +128,11 @@ class Asker:
         Raises:
             UserError: A prompt is too long for the model, or the model fails.
         """
-        room = self.responder.context - 1
         for request, location in zip(requests, locations, strict=True):
             try:
                 self.responder.check([request])
             except UserError as error:
                 raise UserError(f"{location}: {error}") from error
-            if isinstance(request, GenerateRequest):
-                length = self.responder.count_tokens(request.prompt, request.chat)
-                if length > room:
-                    raise UserError(
-                        f"{location}: the prompt has {length:,} tokens, and {self.responder.name} reads {room:,} before the "
-                        "answer: leave the record out"
-                    )
         try:
             replies = ask_model(
                 requests,

@@ -8,7 +8,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from firth.evaluate.prompting.requests import GenerateReply, GenerateRequest, sample_seed
+from firth.evaluate.prompting.requests import GenerateRequest, sample_seed
 from firth.fields import NonNegativeFloat, NonNegativeInt, TokenCount
 from firth.pipelines.judge import PRINCIPLES
 from firth.pipelines.records import Asker, read_prompts, write_records
@@ -69,11 +69,7 @@ class ReviseAnswers(Stage):
                 )
                 for text in texts
             ]
-            return [
-                reply.text.strip()
-                for reply in asker.ask(requests, [prompt.location for prompt in prompts])
-                if isinstance(reply, GenerateReply)
-            ]
+            return [reply.text.strip() for reply in asker.write(requests, [prompt.location for prompt in prompts])]
 
         answers = write([prompt.prompt for prompt in prompts])
         fields = [

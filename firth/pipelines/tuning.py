@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -13,7 +13,8 @@ import yaml
 from firth.evaluate.prompting.prompt_task import PromptConfig
 from firth.fields import NonNegativeInt, PositiveInt
 from firth.io.atomic import write_text
-from firth.pipelines.stage import Stage, Summary
+from firth.pipelines.stage import Stage, Summary, files_of
+from firth.runs import config_io
 from firth.runs.prompt_report import evaluate_and_report
 from firth.runs.recipe import Recipe, load
 from firth.runs.run import run
@@ -35,6 +36,13 @@ class TrainRecipe(Stage):
 
     def check(self) -> None:
         self.loaded()
+
+    def inputs(self) -> Iterator[Path]:
+        yield from files_of("recipe", self.recipe)
+        for name, value in self.settings.items():
+            yield from files_of(name, value)
+        for name, kind, value in config_io.paths(self.loaded()):
+            yield from files_of("data" if kind == "files" else name, value)
 
     def loaded(self) -> Recipe:
         """Return the recipe with its settings."""

@@ -145,7 +145,7 @@ def test_pairs_need_two_different_answers(tmp_path: Path) -> None:
 
 
 def test_messages_stay_messages(tmp_path: Path, use: Callable[[RuleModel], RuleModel]) -> None:
-    """A prompt of several turns is written as it was read, and the judge sees who said what."""
+    """A prompt of several turns is written as it was read, and the judge sees the role of each."""
     prompt = [
         {"role": role, "content": text}
         for role, text in (("system", "S"), ("user", "Hi"), ("assistant", "A"), ("user", "B"))
@@ -234,7 +234,7 @@ def test_the_majority_is_kept_without_gold_answers(
 def test_correct_rationales_and_hints(
     tmp_path: Path, use: Callable[[RuleModel], RuleModel], sums: dict[str, Any]
 ) -> None:
-    """STaR: the hint is in the prompt that is asked, in its examples too, and not in the record."""
+    """STaR: the hint is in the prompt that is sent, in its examples too, and not in the record."""
 
     def reply(request: GenerateRequest) -> str:
         return "Told.\n#### 4" if "(Hint: the answer is 4.)" in request.prompt else votes(request)

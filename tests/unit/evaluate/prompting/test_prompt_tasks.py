@@ -166,10 +166,10 @@ def test_a_rationale_leaves_room_for_the_answer(task: PromptTask, chat: bool) ->
     """A long one is cut; the prompt itself takes at most half of the context."""
     model = FakeModel({"": "so " * 60}, context=64)
     result = one_result(replace(task, description="word " * 20), model, PromptConfig(chat=chat, cot="zero-shot"))
-    asked = [request for request in model.requests if "the answer is" in request.prompt + request.begun]
-    assert len(asked) == (len(TASK.items) if task is TASK else 5)
+    second = [request for request in model.requests if "the answer is" in request.prompt + request.begun]
+    assert len(second) == (len(TASK.items) if task is TASK else 5)
     room = 64 // 4 if task is TASK else 1
-    for request in asked:
+    for request in second:
         assert model.count_tokens(f"{request.prompt} {request.begun}") in (64 - room - 1, 64 - room)
     assert all(10 < item.replies[0].count("so") < 60 for item in result.items)
     one_result(

@@ -66,7 +66,7 @@ def test_samples_depend_on_their_own_seed_only(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("chat", [False, True])
 def test_a_long_rationale_fits_the_context(tmp_path: Path, chat: bool) -> None:
-    """An untrained model writes until its context is full; the answer is then asked for after a part of it."""
+    """An untrained model writes until its context is full; the answer is then requested after a part of it."""
     coder = tokenizer()
     config = decoder_config(coder.vocab.size, 32, 1, num_heads=2, max_positions=96)
     model = LocalModel(EvaluatedModel(random_model(config), coder, tmp_path, tmp_path))
