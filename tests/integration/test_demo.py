@@ -49,7 +49,7 @@ def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def demo_command(texts: Path, out: Path) -> list[str]:
     """Return the command of a tiny demo on a folder."""
-    return [sys.executable, "-m", "firth.cli", "demo", "--size", "tiny", "--text", str(texts), "--out", str(out)]
+    return [sys.executable, "-m", "firth", "demo", "--size", "tiny", "--text", str(texts), "--out", str(out)]
 
 
 @pytest.fixture(scope="module")

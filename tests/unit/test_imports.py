@@ -18,11 +18,9 @@ BELOW = {
     "firth": ("openmp",),
     "openmp": (),
     "types": (),
-    "console": ("types",),
     "io": ("types",),
     "kernel_choice": ("types", "io"),
     "fields": ("types",),
-    "cli_options": ("fields",),
     "tokenizer": ("types", "io"),
     "corpora": ("types", "io", "tokenizer"),
     "data": ("types", "io", "fields", "tokenizer", "corpora"),
@@ -51,21 +49,22 @@ BELOW = {
 """Package -> what it may import besides itself and `firth.__version__`. The others are in ABOVE."""
 
 ABOVE = {
-    "runs": ("pipelines", "recipes", "compare", "demo", "pipeline_commands", "cli", "api"),
-    "pipelines": ("recipes", "compare", "demo", "pipeline_commands", "cli", "api"),
-    "recipes": ("compare", "demo", "pipeline_commands", "cli", "api"),
-    "compare": ("demo", "pipeline_commands", "cli", "api"),
-    "demo": ("pipeline_commands", "cli", "api"),
-    "pipeline_commands": ("cli", "api"),
+    "runs": ("pipelines", "recipes", "compare", "scaling", "serve", "demo", "cli", "api"),
+    "pipelines": ("recipes", "compare", "scaling", "serve", "demo", "cli", "api"),
+    "recipes": ("compare", "scaling", "serve", "demo", "cli", "api"),
+    "compare": ("scaling", "serve", "demo", "cli", "api"),
+    "scaling": ("serve", "demo", "cli", "api"),
+    "serve": ("demo", "cli", "api"),
+    "demo": ("cli", "api"),
     "cli": ("api",),
-    "api": ("recipes", "compare", "demo", "pipeline_commands", "cli"),
+    "api": ("recipes", "compare", "scaling", "serve", "demo", "cli"),
 }
 """Packages that may import everything -> the packages that they may not."""
 
 LEARNERS = ("torch", "safetensors")
 TORCH_FREE = ("types", "tokenizer", "corpora", "cli", "report")
 ORACLES = {
-    "transformers", "peft", "trl", "sklearn", "scipy", "lm_eval", "openai", "accelerate", "datasets", "sentencepiece",
+    "transformers", "peft", "trl", "sklearn", "lm_eval", "openai", "accelerate", "datasets", "sentencepiece",
     "gensim", "pytest",
 }  # fmt: skip
 

@@ -1,0 +1,80 @@
+"""Command line interface: one module per group of commands, each command a few lines over the packages below.
+
+`firth --help` must answer in under a second, so torch, the tokenizer engine and the model are imported inside the commands. A
+`UserError` is printed as one sentence with exit code 2; Ctrl-C exits with 130.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated
+
+import typer
+
+from firth import __version__
+from firth.cli.console import console
+from firth.cli.evaluation import evaluate, ratings
+from firth.cli.inference import chat, embed, fill, generate, predict, vectors
+from firth.cli.information import doctor, fetch, list_
+from firth.cli.models import export, import_
+from firth.cli.pipelines import annotate, pipeline
+from firth.cli.tokenizers import tokenizer_show, tokenizer_train
+from firth.cli.training import compare, demo, train
+from firth.io.atomic import refusal
+from firth.types import UserError
+
+app = typer.Typer(
+    help="firth takes raw text to a language model that is pretrained, adapted, aligned and evaluated.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+tokenizer_app = typer.Typer(help="Train a tokenizer on your own text, or look inside one.", no_args_is_help=True)
+tokenizer_app.command("train")(tokenizer_train)
+tokenizer_app.command("show")(tokenizer_show)
+
+COMMANDS = (
+    demo, doctor, fetch, train, compare, pipeline, annotate, generate, fill, chat, predict, embed, vectors, evaluate, ratings, export,
+)  # fmt: skip
+for command in COMMANDS:
+    app.command()(command)
+app.command("list")(list_)
+app.command("import")(import_)
+app.add_typer(tokenizer_app, name="tokenizer")
+
+
+def main() -> None:
+    """Entry point of the `firth` command."""
+    try:
+        app()
+    except UserError as error:
+        typer.echo(f"firth: {error}", err=True)
+        sys.exit(2)
+    except SystemExit as ended:
+        stopped = ended.__context__.__cause__ if ended.__context__ else None  # typer turns Ctrl-C into an exit with 130
+        if isinstance(
+            stopped, KeyboardInterrupt
+        ):  # the message of an interrupted run names its checkpoint and how to continue
+            typer.echo(f"firth: {str(stopped) or 'interrupted'}", err=True)
+        raise
+    except BrokenPipeError:  # `firth list | head`
+        sys.stderr.close()
+        sys.exit(0)
+    except OSError as error:  # errors of the operating system need no traceback
+        refused = refusal(error, error.filename or "a temporary file (in TMPDIR)")
+        if refused is None:
+            raise
+        typer.echo(f"firth: {refused}", err=True)
+        sys.exit(2)
+
+
+@app.callback(invoke_without_command=True)
+def root(
+    context: typer.Context,
+    version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False,
+) -> None:
+    context.with_resource(console())
+    if version:
+        typer.echo(f"firth {__version__}")
+        raise typer.Exit

@@ -1,0 +1,92 @@
+"""Commands that train: the demo, one recipe, a comparison of recipes. `firth.cli` registers them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from firth.cli.options import Seed, number_option
+from firth.fields import NonNegativeFloat, PositiveInt
+from firth.types import UserError
+
+
+def demo(
+    text: Annotated[list[str] | None, typer.Option(help="Your own files or folders instead of Shakespeare.")] = None,
+    out: Annotated[Path, typer.Option(help="The directory to write into.")] = Path("demo"),
+    size: Annotated[
+        str, typer.Option(help="small: about 7 minutes on two cores; tiny: a check in under one.")
+    ] = "small",
+    seed: Seed = 0,
+) -> None:
+    """Run every stage once on real text: pretrain, finetune, align, evaluate, report (about 7 minutes)."""
+    from firth.demo.demo import run_demo
+
+    run_demo(out, text=text or [], size=size, seed=seed)
+
+
+def train(
+    recipe: Annotated[str, typer.Argument(help="A recipe's name, a YAML file or a run directory.")],
+    settings: Annotated[list[str] | None, typer.Argument(help="field=value, for example batch.size=64.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="The run directory; runs/NAME by default, or RECIPE if that is one.")
+    ] = None,
+) -> None:
+    """Train a model by a recipe. Run the same command again, or name the run directory, to resume."""
+    from firth.runs.recipe import load
+    from firth.runs.run import run
+
+    resolved = load(recipe, settings or [])
+    home = Path(recipe) if Path(recipe).is_dir() else Path("runs") / resolved.name
+    if out is None and settings and home == Path(recipe) and resolved != load(recipe):
+        raise UserError(
+            f"{recipe} is a run directory, and {' '.join(settings)} would change its recipe: choose another directory with --out"
+        )
+    run(resolved, out or home)
+
+
+def compare(
+    recipes: Annotated[
+        list[str],
+        typer.Argument(
+            help="Recipes (NAME, NAME:SIZE, a YAML file); then field=value for all of them, NAME.field=value for one, "
+            "probe.field=value for the finetuning."
+        ),
+    ],
+    max_seconds: Annotated[float, number_option(NonNegativeFloat, help="Seconds of training per run.")] = 0.0,
+    max_flops: Annotated[
+        float,
+        number_option(NonNegativeFloat, help="Counted FLOPs per run instead, for example 4e12: equal on any machine."),
+    ] = 0.0,
+    seeds: Annotated[int, number_option(PositiveInt, help="Runs per recipe, for the intervals.")] = 3,
+    shares: Annotated[
+        str, typer.Option(help="Shares of the compute, one run each: the points of the curve.")
+    ] = "0.25,0.5,1",
+    probe: Annotated[
+        str,
+        typer.Option(
+            help="Records with text and label to finetune on: a file, a corpus's name, questions (Shakespeare's), or none; "
+            "by default questions for models that read Shakespeare, else sarcasm."
+        ),
+    ] = "",
+    labels: Annotated[int, number_option(PositiveInt, help="How many of these records are trained on.")] = 500,
+    out: Annotated[Path, typer.Option(help="The directory for the runs, the table and the report.")] = Path(
+        "runs/compare"
+    ),
+) -> None:
+    """Compare recipes: same text, same tokenizer, equal compute, the same probe, several seeds; run it again to resume.
+
+    A probe of the same kind of text shows the effect of pretraining: set data.path=FILES and --probe FILE.jsonl.
+    """
+    from firth.compare.compare import ComparisonConfig, parse_shares
+    from firth.compare.compare import compare as compare_recipes
+    from firth.training.schedule import Budget
+
+    if bool(max_seconds) == bool(max_flops):
+        raise UserError("set the compute per run: --max-seconds N or --max-flops N, one of them")
+    names, settings = [r for r in recipes if "=" not in r], [r for r in recipes if "=" in r]
+    config = ComparisonConfig(
+        Budget(max_seconds=max_seconds, max_flops=max_flops), parse_shares(shares), seeds, probe, labels
+    )
+    typer.echo(compare_recipes(names, settings, config, out))
