@@ -32,6 +32,7 @@ from firth.pretrained.load_save import init_from_model, save_model
 from firth.report.page import write as write_report
 from firth.report.run_report import run_report
 from firth.runs import config_io, examples, model_card, report_texts
+from firth.runs.branch import start_from_checkpoint
 from firth.runs.eval_tasks import EvalTasks
 from firth.runs.init_head import init_head
 from firth.runs.loaded_model import Model
@@ -93,6 +94,7 @@ def run(
     log: LogLine = LOGGER.info,
     reporter: ProgressReporter | None = None,
     on_metrics: OnMetrics | None = None,
+    start_from: Path | None = None,
 ) -> RunResult:
     """Train a recipe in a directory, or resume or return the run that the directory holds.
 
@@ -102,6 +104,7 @@ def run(
         log: Receives messages of the first rank.
         reporter: Receives the progress of training; by default a bar on a terminal, else the logger.
         on_metrics: Called with each row of metrics.jsonl, on the first rank.
+        start_from: A checkpoint of another run with the same first steps (`firth.runs.branch`), for a new run.
 
     Raises:
         UserError: The directory holds a run of another recipe, or the recipe is invalid.
@@ -121,7 +124,7 @@ def run(
             return finished
         datasets = build_data(resolved, data, context)
         built = build_model(resolved, datasets, context)
-        ended = train(resolved, built, datasets, identity, context, reporter, on_metrics)
+        ended = train(resolved, built, datasets, identity, context, reporter, on_metrics, start_from)
         return export(resolved, built, datasets, ended, identity, context)
 
 
@@ -262,6 +265,7 @@ def train(
     context: RunContext,
     reporter: ProgressReporter | None,
     on_metrics: OnMetrics | None,
+    start_from: Path | None = None,
 ) -> TrainingResult:
     """Train the model, with checkpoints and metrics in the run directory; record the recipe and its inputs first.
 
@@ -277,6 +281,8 @@ def train(
             write_text(directory / "recipe.yaml", config_io.write_yaml(resolved))
         context.inputs.write(directory, identity.recipe)
         report_texts.write_texts(resolved, model, datasets.data, datasets.splits, 0)
+        if start_from is not None and not context.resumed:
+            start_from_checkpoint(start_from, resolved, context, identity)
     task_names = tasks.check(model) if tasks is not None else []
     if validator is not None and evaluation.best_metric not in task_names:
         validator.check_best_metric(model)
