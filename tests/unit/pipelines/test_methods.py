@@ -42,7 +42,7 @@ def test_methods_that_do_not_exist() -> None:
             UserError, match="there is no method .*: choose from prompt, sft, best-of-n, dpo, ppo, grpo"
         ):
             load_methods(methods, BASE, Path("out"))
-    with pytest.raises(UserError, match="there is no field .budgt."):
+    with pytest.raises(UserError, match="there is no field 'budgt'"):
         load_methods(["sft"], [*BASE, "sft.budgt.max_steps=3"], Path("out"))
     result = CliRunner().invoke(app, ["compare", "--methods", "dpo", "--max-seconds", "5", *BASE])
     assert isinstance(result.exception, UserError) and "ppo.max_steps=N" in str(result.exception)
