@@ -2,7 +2,7 @@
 
     python -m bench.learning.frontier --run                                # all missing runs: about 25 minutes on two idle cores
     python -m bench.learning.frontier --run --only dpo --seeds 0           # some
-    python -m bench.learning.frontier --run --lock /tmp/heavy.lock         # each run holds a lock, for a machine that others use
+    python -m bench.learning.frontier --run --lock FILE                    # each run holds a lock, for a machine that others use
     python -m bench.learning.frontier --table                              # markdown of the existing runs, and RESULTS/report.html
 
 The setting is that of the DPO paper (Rafailov 2023, section 6.1), with a smaller model and a smaller text. A prompt is the first four
