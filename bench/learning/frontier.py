@@ -52,16 +52,16 @@ from firth.training.schedule import Budget
 PROMPT_WORDS, SHORTEST, LONGEST = 4, 9, 32
 """Words of a prompt, and of the sentences that are kept."""
 PROMPTS, HELD_OUT = 2500, 500
-VOCAB_SIZE = 2048
-SUPERVISED_STEPS, SUPERVISED_ROWS = 700, 64
-MAX_NEW_TOKENS, MAX_LENGTH = 40, 80
+VOCAB_SIZE = 1024
+SUPERVISED_STEPS, SUPERVISED_ROWS = 800, 64
+MAX_NEW_TOKENS, MAX_LENGTH = 48, 96
 SEEDS = (0, 1, 2)
 BEST_OF = (2, 4, 8, 16, 32, 64)
 REWARD = "bench.learning.frontier:sentiment"
 WORD = re.compile(r"[a-z][a-z'-]*[a-z]|[a-z]")
 
-ANSWERS, PHASES = 128, 60
-PAIRS, PAIR_STEPS = 32, 240
+ANSWERS, PHASES = 128, 40
+PAIRS, PAIR_STEPS = 32, 160
 ROLLOUT = (
     f"examples.reward_function={REWARD}", f"examples.rollout_size={ANSWERS}", f"examples.max_new_tokens={MAX_NEW_TOKENS}",
     "examples.num_generations=8", "optimizer.lr=5e-4", "evaluation.every=0", "checkpoint.every=0",
@@ -164,10 +164,10 @@ def prepare(results: Path) -> Files:
         name="frontier-start",
         data=DataConfig(path=(str(files["supervised"]),)),
         tokenizer=TokenizerConfig(algorithm="byte-bpe", vocab_size=VOCAB_SIZE),
-        model=decoder_config(vocab_size=VOCAB_SIZE, hidden_size=128, num_layers=4, num_heads=4, max_positions=128),
+        model=decoder_config(vocab_size=VOCAB_SIZE, hidden_size=64, num_layers=2, num_heads=4, max_positions=128),
         examples=DialoguesConfig(max_length=MAX_LENGTH),
         batch=BatchConfig(size=SUPERVISED_ROWS),
-        optimizer=OptimizerConfig(name="adamw", lr=2e-3, weight_decay=0.1),
+        optimizer=OptimizerConfig(name="adamw", lr=4e-3, weight_decay=0.1),
         evaluation=EvalConfig(every=100),
         budget=Budget(max_steps=SUPERVISED_STEPS),
     )
@@ -191,7 +191,7 @@ def compared(
     """Return the results of the decoder that all start from, of further models, and of best-of-n."""
     directory.mkdir(parents=True, exist_ok=True)
     stage = CompareMethods(
-        tuple(map(str, models)), str(files.start), (str(files.held_out),), REWARD, best_of=tuple(best_of),
+        tuple(map(str, models)), str(files.start), (str(files.held_out),), reward_function=REWARD, best_of=tuple(best_of),
         max_new_tokens=MAX_NEW_TOKENS, limit=0, seed=seed,
     )  # fmt: skip
     stage.run(directory)

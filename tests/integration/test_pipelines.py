@@ -11,6 +11,7 @@ from torch import nn
 from typer.testing import CliRunner
 
 from firth.cli import app
+from firth.evaluate.prompting.local_model import LocalModel
 from firth.evaluate.prompting.requests import Reply, Request, ScoreReply, ScoreRequest
 from firth.model.config import decoder_config
 from firth.model.heads import LMHead
@@ -18,6 +19,7 @@ from firth.model.model import LM
 from firth.pipelines import records
 from firth.pretrained.load_save import save_model
 from firth.tokenizer.train import train as train_tokenizer
+from firth.types import UserError
 
 WORDS = ["the", "otter", "paints", "a", "boat", "while", "every", "heron", "counts", "red", "stones", "near", "their"]
 SHORT = ["max_steps=2", "batch.size=4", "evaluation.max_examples=4"]
@@ -122,6 +124,25 @@ def test_chosen_methods_are_compared(workdir: Path) -> None:
     assert firth(*arguments).count("is finished") == 4
 
 
+def test_stages_choose_the_data_type_of_the_weights(workdir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By default the message on bf16 weights says what to set, and it is a field of every stage that asks a model."""
+    opened = []
+
+    def recorded(directory: Path, weights: object = None) -> None:
+        opened.append(weights)
+        raise UserError("stopped")
+
+    monkeypatch.setattr(LocalModel, "open", recorded)
+    stages = {"sample": "prompts.jsonl", "judge": "pairs.jsonl", "revise": "prompts.jsonl"}
+    for kind, data in stages.items():
+        arguments = ["pipeline", kind, f"data={data}", "model=model"]
+        for more in (["weights=fp32"], []):
+            assert str(CliRunner().invoke(app, [*arguments, *more]).exception) == "stopped"
+        wrong = CliRunner().invoke(app, [*arguments, "weights=fp64"])
+        assert isinstance(wrong.exception, UserError) and "weights" in str(wrong.exception)
+    assert opened == ["fp32", records.fast_weights] * 3
+
+
 class LongerIsBetter:
     """A judge that prefers the longer answer, wherever it is."""
 
@@ -145,7 +166,9 @@ def test_ai_feedback(workdir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The judge's decisions become DPO's preferences."""
     opened = records.open_responder
     monkeypatch.setattr(
-        records, "open_responder", lambda name, scored=False: LongerIsBetter() if name == "judge" else opened(name)
+        records,
+        "open_responder",
+        lambda name, weights="", scored=False: LongerIsBetter() if name == "judge" else opened(name, weights),
     )
     short = [f"dpo.{one}" for one in ("max_steps=2", "batch.size=2", "evaluation.max_examples=2", "evaluation.every=2")]
     shown = firth(
