@@ -16,6 +16,7 @@ from firth.evaluate.heads import head_of
 from firth.evaluate.predict import predict_with, prediction_task
 from firth.evaluate.task import EvaluatedModel, load_evaluated_model
 from firth.generate import embeddings
+from firth.generate.attention_maps import AttentionMap, Text, attention_maps
 from firth.generate.engine import Engine
 from firth.generate.fill import Candidate, InfillPrompt, fill_masks, fill_spans, fill_two_way, rewrite, split_gaps
 from firth.generate.sampling import Sampling
@@ -123,6 +124,45 @@ class Model:
         """Return one embedding per text: (n, hidden_size), float32. Longer texts are truncated to the trained length."""
         length = trained_length(self.evaluated)
         return embeddings.embed(self.evaluated.model, self.tokenizer, _texts(texts), length=length, unit=normalize)[0]
+
+    def attention(self, text: str, answer: str | None = None) -> list[AttentionMap]:
+        """Return the attention weights of a text, by layer and head.
+
+        Args:
+            text: The text; of an encoder-decoder that of the encoder.
+            answer: The text of the decoder of an encoder-decoder; by default what the model writes, at most MAX_ANSWER_TOKENS.
+
+        Raises:
+            UserError: The model has no attention, or the text is too long.
+        """
+        encoders = self.config.encoder.num_layers > 0
+        reads = self._shown(
+            self._encode_both_ways(text) if self._reads_both_ways else encode_prompt(self.tokenizer, text, self.model)
+        )
+        if not encoders:
+            return attention_maps(self.model, reads)
+        if answer is None and self.model.has_lm_head:
+            [written] = self.engine.generate([reads.tokens], Sampling(temperature=0, max_new_tokens=MAX_ANSWER_TOKENS))
+            target = written.tokens
+        else:
+            target = self.tokenizer.encode(answer or "")
+        return attention_maps(self.model, self._shown(np.append([self.engine.vocab.start], target)), reads)
+
+    @property
+    def _reads_both_ways(self) -> bool:
+        """Whether the model is an encoder, whose texts have [CLS] and [SEP] if the tokenizer has them."""
+        config = self.config
+        return not (config.causal or config.attention.prefix_lm or config.encoder.num_layers)
+
+    def _encode_both_ways(self, text: str) -> np.ndarray:
+        """Return the token ids of a text as an encoder reads it."""
+        vocab, ids = self.tokenizer.vocab, self.tokenizer.encode(text)
+        return vocab.add_special_tokens(ids) if {"cls", "sep"} <= vocab.roles.keys() else np.append(ids, vocab.eos)
+
+    def _shown(self, ids: np.ndarray) -> Text:
+        """Return token ids with what is shown of each."""
+        byte_level = self.tokenizer.is_byte_level
+        return Text(ids, [readable(self.tokenizer.token(int(i)), byte_level) for i in ids])
 
     def predict(self, rows: Rows | Sequence[str]) -> list[dict[str, Any]]:
         """Return one row of predictions per record, from the model's task head: the label and its probability, ...
@@ -319,6 +359,8 @@ class Model:
 
 
 NOTHING = np.zeros(0, np.int32)
+MAX_ANSWER_TOKENS = 64
+"""Most tokens that an encoder-decoder writes where attention is shown."""
 MASK = "<mask>"
 """The mask token in a user's text, independent of the tokenizer's."""
 TO, PRIOR = "<to>", "<prior>"
