@@ -17,6 +17,7 @@ import numpy as np
 
 from firth.fields import MAX_INT
 from firth.generate.sampling import Sampling
+from firth.generate.scheduler import GenerationRequest, Update
 from firth.generate.scoring import ScoredPair, TokenScores, score_pairs
 from firth.serve.config import ServeLimits
 from firth.serve.errors import ApiError
@@ -43,8 +44,6 @@ from firth.serve.schemas import (
     TopLogprob,
     Usage,
 )
-from firth.serve.solo import _GenerationRequest as GenerationRequest
-from firth.serve.solo import _Update as Update
 from firth.serve.structured import GrammarConstraint
 from firth.tokenizer import chat
 

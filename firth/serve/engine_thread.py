@@ -15,9 +15,7 @@ from contextlib import asynccontextmanager
 from typing import Any, TypeVar
 
 from firth.generate.engine import Engine
-from firth.serve.solo import _GenerationRequest as GenerationRequest
-from firth.serve.solo import _Scheduler as Scheduler
-from firth.serve.solo import _Update as Update
+from firth.generate.scheduler import GenerationRequest, Scheduler, Update
 from firth.types import LOGGER
 
 T = TypeVar("T")
