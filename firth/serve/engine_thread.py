@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 
 from firth.generate.engine import Engine
 from firth.generate.scheduler import GenerationRequest, Scheduler, Update
-from firth.types import LOGGER
+from firth.types import LOGGER, UserError
 
 T = TypeVar("T")
 Event = tuple[int, Update] | BaseException
@@ -104,10 +104,11 @@ class EngineThread:
                 id = self._schedulers[engine].submit(request)
                 answers.ids.append(id)
                 self._answers[engine, id] = answers, i
-        except Exception as error:  # a UserError, or a fault: the caller raises it
+        except Exception as error:  # the caller raises it
+            if not isinstance(error, UserError):
+                LOGGER.warning(f"a request failed: {type(error).__name__}: {error}", exc_info=error)
             self._cancel(answers)
             answers.send([error])
-            LOGGER.debug("a request was refused", exc_info=error)
 
     def _cancel(self, answers: _Answers) -> None:
         for id in answers.ids:
