@@ -7,7 +7,8 @@ from typing import Annotated
 
 import typer
 
-from firth.cli.options import Weights
+from firth.cli.options import Weights, number_option
+from firth.fields import Port
 from firth.types import UserError
 
 KEY_VARIABLE = "FIRTH_API_KEY"
@@ -23,7 +24,7 @@ def serve(
     host: Annotated[
         str, typer.Option(help="The address to listen on; one that others can reach needs a key.")
     ] = "127.0.0.1",
-    port: Annotated[int, typer.Option(help="The port; 0 takes a free one.", min=0, max=65535)] = 8000,
+    port: Annotated[int, number_option(Port, help="The port; 0 takes a free one.")] = 8000,
     api_key: Annotated[
         str, typer.Option(help=f"The key that requests need; better in the environment, as {KEY_VARIABLE}.")
     ] = "",

@@ -65,7 +65,7 @@ class ServedModel:
 
     @cached_property
     def capabilities(self) -> tuple[str, ...]:
-        """What the model can be asked: names of routes."""
+        """What the model can do: names of routes."""
         evaluated, found = self.model.evaluated, ["tokenize", "embeddings"]
         config = evaluated.model.config
         if can_generate(evaluated):
@@ -81,7 +81,7 @@ class ServedModel:
         return (*found, "reward") if "reward" in evaluated.model.heads else tuple(found)
 
     def require(self, capability: str) -> None:
-        """Raise an ApiError if the model cannot be asked this."""
+        """Raise an ApiError if the model cannot do this."""
         if capability not in self.capabilities:
             raise ApiError(
                 400, f"the model {self.name!r} cannot serve {capability}; it serves {', '.join(self.capabilities)}",

@@ -224,7 +224,7 @@ class ModelEntry(BaseModel):
     created: int
     owned_by: Literal["firth"] = "firth"
     max_model_len: int = Field(description="Most tokens of its context.")
-    capabilities: list[str] = Field(description="What it can be asked: completions, chat, embeddings, fill, ...")
+    capabilities: list[str] = Field(description="What it can do: completions, chat, embeddings, fill, ...")
 
 
 class ModelList(BaseModel):
