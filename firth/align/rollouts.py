@@ -55,7 +55,8 @@ from firth.data.source import MixtureSource, Source
 from firth.data.split import held_out_keys
 from firth.data.windows import Documents, WindowsConfig
 from firth.fields import NonNegativeFloat, NonNegativeInt, PositiveInt, Share, TokenCount, path_field
-from firth.generate.engine import Engine, IncrementalDecoder
+from firth.generate.engine import Engine
+from firth.generate.output import IncrementalDecoder
 from firth.generate.sampling import Sampling
 from firth.model.model import LM
 from firth.objectives.objective import Objective
