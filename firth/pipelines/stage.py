@@ -15,7 +15,7 @@ Summary = Mapping[str, float | str]
 """Numbers of a finished stage: name -> value."""
 
 Weights = Literal["", "fp32", "bf16", "int8", "int8-dynamic"]
-"""Data type of the weights of a model that is asked, as `--weights` of `firth evaluate`."""
+"""Data type of the weights of a model that replies, as `--weights` of `firth evaluate`."""
 
 
 @dataclass(frozen=True)
