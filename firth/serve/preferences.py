@@ -37,7 +37,7 @@ JUDGMENT, SKIP, CORRECTION, UNDO = "judgment", "skip", "correction", "undo"
 
 
 @dataclass(frozen=True)
-class Answer:
+class WrittenAnswer:
     """An answer to a prompt.
 
     Args:
@@ -50,7 +50,7 @@ class Answer:
 
 
 @dataclass(frozen=True)
-class Item:
+class JudgedItem:
     """A prompt with answers that are all different.
 
     Args:
@@ -59,7 +59,7 @@ class Item:
     """
 
     prompt: str
-    answers: tuple[Answer, ...]
+    answers: tuple[WrittenAnswer, ...]
 
     @property
     def id(self) -> str:
@@ -68,7 +68,7 @@ class Item:
         return hashlib.sha256(texts.encode()).hexdigest()[:16]
 
 
-def make_item(prompt: str, written: Sequence[tuple[str, str]]) -> Item | None:
+def make_item(prompt: str, written: Sequence[tuple[str, str]]) -> JudgedItem | None:
     """Return the item of a prompt; None if fewer than two answers are different.
 
     Args:
@@ -80,8 +80,8 @@ def make_item(prompt: str, written: Sequence[tuple[str, str]]) -> Item | None:
         named = runs.setdefault(text.strip(), [])
         if run not in named:
             named.append(run)
-    answers = tuple(Answer(text, tuple(named)) for text, named in runs.items())
-    return Item(prompt, answers) if len(answers) > 1 else None
+    answers = tuple(WrittenAnswer(text, tuple(named)) for text, named in runs.items())
+    return JudgedItem(prompt, answers) if len(answers) > 1 else None
 
 
 class Journal:
@@ -143,19 +143,19 @@ class Preferences:
         self.out, self.twice, self.seed = out, twice, seed
         self.corrections = out.with_name(f"{out.stem}.corrections{out.suffix}")
         self.journal = Journal(out.with_name(f"{out.stem}.events{out.suffix}"))
-        self.items: dict[str, Item] = {}
+        self.items: dict[str, JudgedItem] = {}
         self._leases: dict[str, tuple[str, float]] = {}
         self._lock = threading.RLock()
         if not self.journal.events and out.is_file() and out.stat().st_size:
             raise UserError(f"{out}: this file was not written by `firth annotate`: give another --out")
         self._write()
 
-    def add(self, items: Sequence[Item]) -> None:
+    def add(self, items: Sequence[JudgedItem]) -> None:
         """Add prompts to judge."""
         with self._lock:
             self.items |= {item.id: item for item in items}
 
-    def next(self, annotator: str) -> Item | None:
+    def next(self, annotator: str) -> JudgedItem | None:
         """Return the prompt that an annotator gets next, and reserve it; None if there is none now."""
         with self._lock:
             self._leases = {id: lease for id, lease in self._leases.items() if lease[0] != annotator}
@@ -177,7 +177,7 @@ class Preferences:
         drawn = int(hashlib.sha256(f"{self.seed} {id}".encode()).hexdigest()[:8], 16) / 16**8
         return 2 if drawn < self.twice else 1
 
-    def order(self, item: Item, annotator: str) -> list[int]:
+    def order(self, item: JudgedItem, annotator: str) -> list[int]:
         """Return the order in which an annotator sees the answers; it differs between annotators, and the second time."""
         with self._lock:
             times = self._judges().get(item.id, []).count(annotator)
@@ -236,7 +236,7 @@ class Preferences:
                 CORRECTION, annotator, item, {"answer": self.order(item, annotator)[place], "text": text.strip()}
             )
 
-    def undo(self, annotator: str) -> Item | None:
+    def undo(self, annotator: str) -> JudgedItem | None:
         """Revoke the last event of an annotator and return its prompt; None if there is none."""
         with self._lock:
             own = [i for i, event in self.journal.active.items() if event["annotator"] == annotator]
@@ -259,12 +259,12 @@ class Preferences:
         with self._lock:
             return [event for event in self.journal.active.values() if event["event"] == JUDGMENT]
 
-    def _item(self, id: str) -> Item:
+    def _item(self, id: str) -> JudgedItem:
         if id not in self.items:
             raise UserError("this prompt is not among those that are collected: reload the page")
         return self.items[id]
 
-    def _record(self, kind: str, annotator: str, item: Item, values: Mapping[str, Any]) -> None:
+    def _record(self, kind: str, annotator: str, item: JudgedItem, values: Mapping[str, Any]) -> None:
         about = {
             "prompt": item.prompt, "answers": [one.text for one in item.answers], "runs": [list(one.runs) for one in item.answers],
         }  # fmt: skip

@@ -19,11 +19,11 @@ from firth.data.conversations import comparison, messages_of
 from firth.data.rankings import ranking
 from firth.evaluate.ratings import bradley_terry
 from firth.serve.preference_statistics import agreement, run_scores, run_votes, statistics
-from firth.serve.preferences import Item, Preferences, make_item
+from firth.serve.preferences import JudgedItem, Preferences, make_item
 from firth.types import UserError
 
 
-def items(count: int, answers: int = 3) -> list[Item]:
+def items(count: int, answers: int = 3) -> list[JudgedItem]:
     made = [
         make_item(f"question {i}", [(f"run{k % 2}", f"answer {k} to {i}") for k in range(answers)])
         for i in range(count)
@@ -41,7 +41,7 @@ def lines(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text("utf-8").splitlines()]
 
 
-def judge(preferences: Preferences, annotator: str, best_first: bool = True) -> Item | None:
+def judge(preferences: Preferences, annotator: str, best_first: bool = True) -> JudgedItem | None:
     """Rank the answers by their text, and return the item; None if there is none."""
     item = preferences.next(annotator)
     if item is not None:
