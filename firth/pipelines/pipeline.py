@@ -1,4 +1,4 @@
-"""Several stages in sequence from one YAML file: `firth pipeline FILE`.
+"""Several stages in sequence from one YAML file: `firth pipeline FILE`. A single stage: `firth pipeline KIND field=value`.
 
     inputs:
       model: the decoder to start from               # required: a description
@@ -204,18 +204,26 @@ def _stage(fields: Mapping[str, Any], where: SourceLocation) -> Stage:
 def load_stage(kind: str, assignments: Sequence[str]) -> Stage:
     """Return a single stage from `field=value` assignments.
 
+    Args:
+        kind: A name in KINDS.
+        assignments: Its fields.
+
     Raises:
-        UserError: There is no such kind, or a field is wrong.
+        UserError: The kind is train, or a field is wrong.
     """
-    if kind not in KINDS or kind == "train":
-        raise UserError(
-            f"there is no stage {kind!r}: choose one of {', '.join(one for one in KINDS if one != 'train')}"
-        )
+    if kind == "train":
+        raise UserError("train is a stage of a pipeline only: use `firth train RECIPE field=value`")
     settings: dict[str, Any] = config_io.override({}, list(assignments))
     typed: dict[tuple[str, ...], str] = {(name,): text for name, _, text in (one.partition("=") for one in assignments)}
     stage: Stage = config_io.from_dict(KINDS[kind], settings, SourceLocation((), {}, typed))
     stage.check()
     return stage
+
+
+def run_stage(stage: Stage, directory: Path) -> Summary:
+    """Run a single stage, which is not a part of a pipeline, and return its numbers."""
+    make_directory(directory)
+    return stage.run(directory)
 
 
 def run_pipeline(pipeline: Pipeline) -> list[FinishedStage]:

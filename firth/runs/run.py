@@ -167,7 +167,9 @@ def prepare_tokenizer(recipe: Recipe, context: RunContext) -> RunData:
     check_start_tokenizers(tokenizer, recipe)
     check_vocab(recipe, tokenizer)
     start = StartModel(recipe.init_from)
-    return RunData(recipe.data, tokenizer, context.directory, recipe.batch.size, recipe.seed, context.log, start=start)
+    return RunData(
+        recipe.data, tokenizer, context.directory, recipe.batch.size, recipe.seed, context.log, start=start, ranks=context.ranks
+    )  # fmt: skip
 
 
 def finished_run(resolved: ResolvedRecipe, identity: RunIdentity, context: RunContext) -> RunResult | None:

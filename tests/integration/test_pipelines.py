@@ -137,12 +137,14 @@ def test_ai_feedback(workdir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_one_stage_from_the_command_line(workdir: Path) -> None:
     shown = firth(
-        "annotate", "sample", "model=model", "data=prompts.jsonl", "max_new_tokens=3", "limit=2", "--out", "one"
+        "pipeline", "sample", "model=model", "data=prompts.jsonl", "max_new_tokens=3", "limit=2", "--out", "one"
     )
     assert "one/answers.jsonl" in shown and len((workdir / "one" / "answers.jsonl").read_text().splitlines()) == 2
-    failed = CliRunner().invoke(app, ["annotate", "sample", "model=model", "dat=prompts.jsonl", "--out", "two"])
+    failed = CliRunner().invoke(app, ["pipeline", "sample", "model=model", "dat=prompts.jsonl", "--out", "two"])
     assert failed.exit_code != 0 and "dat" in str(failed.exception)
+    failed = CliRunner().invoke(app, ["pipeline", "train", "init_from=model", "--out", "two"])
+    assert "use `firth train RECIPE" in str(failed.exception)
     assert not (workdir / "two").exists()
     write(workdir / "long.jsonl", [{"prompt": "the"}, {"prompt": "the otter " * 200}])
-    failed = CliRunner().invoke(app, ["annotate", "sample", "model=model", "data=long.jsonl", "--out", "two"])
+    failed = CliRunner().invoke(app, ["pipeline", "sample", "model=model", "data=long.jsonl", "--out", "two"])
     assert "long.jsonl:2: the prompt has 4" in str(failed.exception) and "reads 25" in str(failed.exception)

@@ -180,7 +180,7 @@ def test_recipes_of_pipelines_load() -> None:
 def test_single_stages() -> None:
     stage = load_stage("judge", ["data=a.jsonl", "model=m", "principles=[Be brief.]"])
     assert stage == JudgePairs(data=("a.jsonl",), model="m", principles=("Be brief.",))
-    with pytest.raises(UserError, match="there is no stage 'train'"):
+    with pytest.raises(UserError, match="use `firth train RECIPE"):
         load_stage("train", [])
     with pytest.raises(UserError, match="num_samples"):
         load_stage("sample", ["data=a.jsonl", "model=m", "num_samples=0"])
