@@ -8,9 +8,10 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
+    import numpy as np
     import torch
 
 Example = dict[str, Any]
@@ -118,6 +119,18 @@ class Constraints:
             self.text_units | other.text_units,
             self.class_names or other.class_names,
         )
+
+
+class RankGroup(Protocol):
+    """The ranks of a run, as far as data needs them (`firth.training.distributed.Ranks`)."""
+
+    @property
+    def rank(self) -> int: ...
+
+    @property
+    def world(self) -> int: ...
+
+    def gather_arrays(self, x: np.ndarray) -> list[np.ndarray]: ...
 
 
 class UserError(Exception):

@@ -17,7 +17,8 @@ with the same answers.
     batches = Batches(rollouts, PPO(), vocab, batch_size=32, seed=0)                # 64 answers x 4 epochs = 8 steps x 32
     train(policy, PPO(), batches, directory, ...)
 
-Each of several ranks samples the whole rollout batch from the same seeds and reads its own share.
+Of several ranks each samples the answers to its share of the prompts, from the same seeds as one rank (`sample_shared`). All
+then compute the numbers of the whole batch, which they need for means over it, and read their share of the examples.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ from firth.align import held_out_texts
 from firth.align.advantages import GAE, AdvantageEstimator, GroupNormalized, LeaveOneOut, discounted_returns
 from firth.align.held_out_prompts import HeldOutPrompts
 from firth.align.held_out_texts import HeldOutTexts
-from firth.align.per_token import per_token_numbers
+from firth.align.per_token import answer_mask, per_token_numbers
 from firth.align.rewards import (
     FunctionReward,
     RewardFunction,
@@ -45,6 +46,7 @@ from firth.align.rewards import (
     replace_unfinished,
     score_rollouts,
 )
+from firth.align.sample_shared import sample_shared
 from firth.data.dialogues import Prompt
 from firth.data.dialogues import prompts as read_prompts
 from firth.data.examples import BuildContext, DatasetSplits, ExamplesConfig
@@ -53,13 +55,14 @@ from firth.data.source import MixtureSource, Source
 from firth.data.split import held_out_keys
 from firth.data.windows import Documents, WindowsConfig
 from firth.fields import NonNegativeFloat, NonNegativeInt, PositiveInt, Share, TokenCount, path_field
-from firth.generate.engine import Engine, IncrementalDecoder
+from firth.generate.engine import Engine
+from firth.generate.output import IncrementalDecoder
 from firth.generate.sampling import Sampling
 from firth.model.model import LM
 from firth.objectives.objective import Objective
 from firth.objectives.policy_gradient import PER_TOKEN, KLEstimator, has_critic, init_critic, kl_estimate
 from firth.tokenizer.tokenizer import Tokenizer
-from firth.types import DataStats, Example, UserError
+from firth.types import DataStats, Example, RankGroup, UserError
 
 STATISTICS = (
     "reward", "truth", "kl_per_answer", "explained_variance", "finished", "length", "reward_deviation", "penalized",
@@ -231,6 +234,7 @@ class RolloutsConfig(ExamplesConfig):
         source: Source = RolloutSource(
             [p.tokens for p in prompts], data.tokenizer, judge, start, config=self, steps=self.steps(data.batch_size), seed=data.seed,
             advantage_estimator=self.estimator(), true_reward_function=true, critic=learned, fields=[p.fields for p in prompts],
+            ranks=data.ranks,
         )  # fmt: skip
         if self.pretraining_rows:
             text = replace(
@@ -345,6 +349,7 @@ class RolloutSource(Source):
         critic: Reward model that PPO's critic is initialized from before the first rollout batch; without one, or with one of
             another model config, it is initialized from the reference.
         fields: The fields of each prompt's record, for reward functions.
+        ranks: The ranks that share the sampling; None for one.
 
     Raises:
         UserError: There are no prompts, or a prompt leaves no room for an answer.
@@ -366,6 +371,7 @@ class RolloutSource(Source):
         batch_size: int = 32,
         critic: RewardModel | None = None,
         fields: Sequence[Mapping[str, Any]] | None = None,
+        ranks: RankGroup | None = None,
     ) -> None:
         if not prompts:
             raise UserError("there are no prompts to answer")
@@ -382,7 +388,7 @@ class RolloutSource(Source):
         reference.restrict_vocab(tokenizer.vocab)
         self.config, self.steps, self.true_reward_function = config, steps, true_reward_function
         self.advantage_estimator = advantage_estimator or GAE()
-        self.stops, self.seed, self.batch_size, self.critic = stops, seed, batch_size, critic
+        self.stops, self.seed, self.batch_size, self.critic, self.ranks = stops, seed, batch_size, critic, ranks
         self.number = -1
         self.history: list[dict[str, float]] = []
         self.samples: list[Rollout] = []
@@ -418,6 +424,19 @@ class RolloutSource(Source):
                 init_critic(model, self.reference)
         self._draw(model, number)
         return dict(self.history[-1])
+
+    def rehearse(self) -> int:
+        self.number = 0
+        answer = np.full(self.config.max_new_tokens, self.tokenizer.vocab.size - 1, np.int32)
+        self.samples = [Rollout(self.prompts[i], answer, "", True) for i in self._prompts_of(0)]
+        real = answer_mask([len(answer)] * len(self.samples))
+        self._store(real, dict.fromkeys(PER_TOKEN, np.zeros(real.shape)))
+        models = [self.reference, *([self.critic.model] if self.critic is not None else [])]
+        return sum(p.numel() * p.element_size() for model in models for p in model.parameters())
+
+    @property
+    def steps_per_rollout(self) -> int:
+        return self.steps
 
     @property
     def statistics(self) -> tuple[str, ...]:
@@ -456,7 +475,8 @@ class RolloutSource(Source):
         prompts = [self.prompts[i] for i in index]
         seed = int(np.random.SeedSequence([self.seed, number]).generate_state(1)[0])
         engine = Engine(model, self.tokenizer, self.stops, batch_size=self.batch_size)
-        completions = engine.generate(prompts, Sampling(max_new_tokens=self.config.max_new_tokens, seed=seed))
+        sampling = Sampling(max_new_tokens=self.config.max_new_tokens, seed=seed)
+        completions = sample_shared(engine, prompts, sampling, self.ranks)
         samples = [Rollout.of(p, w, self.fields[i]) for p, w, i in zip(prompts, completions, index, strict=True)]
         scores = self.rewards.scores(samples, self.tokenizer)
         score = self.rewards.total(scores)

@@ -17,8 +17,9 @@ from firth.cli.evaluation import evaluate, ratings
 from firth.cli.inference import chat, embed, fill, generate, predict, vectors
 from firth.cli.information import doctor, fetch, list_
 from firth.cli.models import export, import_
-from firth.cli.pipelines import annotate, pipeline
+from firth.cli.pipelines import pipeline
 from firth.cli.scaling import scale_fit, scale_run
+from firth.cli.serving import serve
 from firth.cli.tokenizers import tokenizer_show, tokenizer_train
 from firth.cli.training import compare, demo, train
 from firth.io.atomic import refusal
@@ -39,7 +40,7 @@ scale_app.command("run")(scale_run)
 scale_app.command("fit")(scale_fit)
 
 COMMANDS = (
-    demo, doctor, fetch, train, compare, pipeline, annotate, generate, fill, chat, predict, embed, vectors, evaluate, ratings, export,
+    demo, doctor, fetch, train, compare, pipeline, generate, fill, chat, predict, embed, vectors, evaluate, ratings, export, serve,
 )  # fmt: skip
 for command in COMMANDS:
     app.command()(command)

@@ -17,7 +17,7 @@ from firth.data.split import MIN_RECORDS, held_out_keys
 from firth.data.token_store import TokenStore
 from firth.fields import Validated
 from firth.tokenizer.tokenizer import Tokenizer
-from firth.types import LOGGER, DataStats, LogLine, UserError
+from firth.types import LOGGER, DataStats, LogLine, RankGroup, UserError
 
 if TYPE_CHECKING:
     from firth.align.held_out_prompts import HeldOutPrompts
@@ -80,6 +80,7 @@ class BuildContext:
         memory_length: Tokens before each row that the model attends to (`ModelConfig.attention.memory_length`).
         siblings: All paths of a mixture that this path belongs to. Documents that are held out of one are not trained on in another.
         sources: The records that have been read (`read_once`).
+        ranks: The ranks that share the work of an on-policy source; None for one.
     """
 
     config: DataConfig
@@ -91,6 +92,7 @@ class BuildContext:
     memory_length: int = 0
     siblings: tuple[str, ...] = ()
     sources: dict[tuple[Hashable, ...], Source] = field(default_factory=dict)
+    ranks: RankGroup | None = None
 
     def read_once(self, settings: Hashable, paths: Sequence[str], read: Callable[[], S]) -> S:
         """Return the records of some files, which are read once a run.

@@ -39,7 +39,7 @@ from functools import cache, partial
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, create_mask, flex_attention
 
 from firth import kernel_choice
 from firth.model import blocked_attention, native
@@ -272,7 +272,7 @@ ATTENTION = {
 
 
 @cache
-def _flash_runs(dtype: torch.dtype) -> bool:
+def flash_runs(dtype: torch.dtype) -> bool:
     """Return whether torch's flash kernel runs on this CPU: in bf16 it needs AVX-512 where oneDNN has bf16 products."""
     x = torch.zeros(1, 1, 256, 64, dtype=dtype)
     try:
@@ -288,7 +288,7 @@ def _kernel(q: Tensor, k: Tensor) -> AttentionKernel:
         return KERNELS["sdpa"]
     kernel = ATTENTION.get((q.dtype, k.shape[2] > MIN_LONG_KEYS))
     chosen = KERNELS["blocks-64"] if kernel is None else KERNELS[kernel.choice()]
-    if q.dtype == torch.bfloat16 and q.shape[2] > 1 and not _flash_runs(q.dtype):
+    if q.dtype == torch.bfloat16 and q.shape[2] > 1 and not flash_runs(q.dtype):
         return chosen if chosen.rows else KERNELS["blocks-64"]
     training = torch.is_grad_enabled() and q.requires_grad
     return (
@@ -355,3 +355,28 @@ def attend(
             q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=causal, scale=scale, enable_gqa=groups > 1
         )
     return out if attention_mask.empty_rows is None else out.masked_fill(attention_mask.empty_rows, 0)
+
+
+def attention_weights(
+    q: Tensor, k: Tensor, attention_mask: AttentionMask, scale: float, bias: Tensor | None = None
+) -> Tensor:
+    """Return softmax(scale q k' + bias) over the visible keys, (B, H, T, S) float32: what `attend` multiplies the values by.
+
+    For inspection: all weights are in memory at once. A query that attends to nothing has weights of 0. Arguments as for `attend`.
+    """
+    keys = attention_mask.num_keys or k.shape[2]
+    k = k[:, :, :keys].repeat_interleave(q.shape[1] // k.shape[1], 1)
+    scores = scale * (q.float() @ k.float().mT)
+    if bias is not None:
+        scores = scores + bias[..., :keys].float()
+    rows, _, queries, _ = scores.shape
+    mask = attention_mask.mask
+    if attention_mask.is_causal:
+        mask = torch.ones(queries, keys, dtype=torch.bool, device=q.device).tril()
+    if attention_mask.block_mask is not None:
+        block = attention_mask.block_mask
+        mask = create_mask(block.mask_mod, rows, None, queries, keys, device=str(q.device))
+    if mask is not None:
+        scores = scores.masked_fill(~mask, float("-inf"))
+    weights = scores.softmax(-1).nan_to_num(0.0)  # NaN where a block mask shows nothing
+    return weights if attention_mask.empty_rows is None else weights.masked_fill(attention_mask.empty_rows, 0)

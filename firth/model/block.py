@@ -268,6 +268,14 @@ class Attention(nn.Module):
             context: Mask, positions and further keys and values.
             before: (B, M, hidden_size), the states before x that are attended to (`context.memory_states`, with the norm).
         """
+        q, k, v, bias = self.inputs(x, context, before)
+        out = attend(q, k, v, context.mask, self.scale, bias, self.dropout if self.training else 0.0)
+        return self.o(out.transpose(1, 2).flatten(2))
+
+    def inputs(
+        self, x: Tensor, context: AttentionContext, before: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """Return queries (B, heads, T, D), keys and values (B, KV, S, D), and the bias of the scores; arguments of `forward`."""
         if context.encoder_kv is not None:
             q, (k, v) = self.queries(x, context), context.encoder_kv
         else:
@@ -280,9 +288,7 @@ class Attention(nn.Module):
         bias = context.bias
         if self.distance is not None and context.distances is not None:
             q, bias = self.distance(q, context.distances, self.scale)
-        dropout = self.dropout if self.training else 0.0
-        out = attend(q, k, v, context.mask, self.scale, bias, dropout)
-        return self.o(out.transpose(1, 2).flatten(2))
+        return q, k, v, bias
 
 
 def _after_prefix(prefix: tuple[Tensor, Tensor] | None, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:

@@ -113,7 +113,7 @@ def _read(paths: Sequence[str], limit: int) -> tuple[list[PromptRecord], list[li
     for location, record in records(paths):
         found = record.get("samples")
         if not isinstance(found, list) or not found or not all(isinstance(text, str) for text in found):
-            raise UserError(f"{location}: there is no list of answers: samples is what `firth annotate sample` writes")
+            raise UserError(f"{location}: there is no list of answers: samples is what `firth pipeline sample` writes")
         if samples and len(found) != len(samples[0]):
             raise UserError(f"{location}: {len(found)} answers, and the first record has {len(samples[0])}")
         prompts.append(PromptRecord(location, str(record.get("prompt", "")), record))

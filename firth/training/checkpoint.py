@@ -337,7 +337,7 @@ def layout(ranks: Ranks, device: torch.device) -> dict[str, Any]:
 
 def save_state(
     run: Path, progress: TrainingState, model: nn.Module, optimizer: Optimizer, source: Source, ranks: Ranks, *,
-    recipe: str, keep: int, score: float | None,
+    recipe: str, keep: int, score: float | None, frozen: Tensors,
 ) -> None:  # fmt: skip
     """Write a checkpoint on rank 0. Every rank calls this, since each has its own random states.
 
@@ -351,6 +351,7 @@ def save_state(
         recipe: The hash of the recipe.
         keep: Recent checkpoints to keep.
         score: Validation score at this step; lower is better.
+        frozen: The hash of the frozen weights (`frozen`).
     """
     device = next(model.parameters()).device
     random = {name: [base64.b64encode(bytes(row.tolist())).decode() for row in ranks.gather(x.to(device)).cpu()]
@@ -358,7 +359,7 @@ def save_state(
     if ranks.first:
         files = {
             "model": weights(model), "optimizer": optimizer.state(),
-            "source": {name: torch.as_tensor(x) for name, x in source.state().items()}, "frozen": frozen(model),
+            "source": {name: torch.as_tensor(x) for name, x in source.state().items()}, "frozen": frozen,
         }  # fmt: skip
         state = asdict(progress) | {"random": random}
         save(run, progress.step, files, state, layout=layout(ranks, device), recipe=recipe, score=score)
@@ -366,13 +367,23 @@ def save_state(
     ranks.wait()
 
 
-def restore(saved: Checkpoint, model: nn.Module, optimizer: Optimizer, source: Source, ranks: Ranks) -> TrainingState:
+def restore(
+    saved: Checkpoint, model: nn.Module, optimizer: Optimizer, source: Source, ranks: Ranks, frozen: Tensors
+) -> TrainingState:
     """Restore model, optimizer, source and random states from a checkpoint and return the progress.
+
+    Args:
+        saved: The checkpoint.
+        model: The model.
+        optimizer: The optimizer.
+        source: The data source.
+        ranks: The process group.
+        frozen: The hash of the frozen weights of the model.
 
     Raises:
         UserError: The checkpoint belongs to another model.
     """
-    load_weights(saved, model)
+    load_weights(saved, model, frozen)
     optimizer.restore(saved.files.get("optimizer", {}))
     source.restore({name: x.clone().numpy() for name, x in saved.files.get("source", {}).items()})
     state = dict(saved.state)
@@ -384,8 +395,8 @@ def restore(saved: Checkpoint, model: nn.Module, optimizer: Optimizer, source: S
     return TrainingState(**state)
 
 
-def load_weights(saved: Checkpoint, model: nn.Module) -> None:
-    """Load only the weights of a checkpoint.
+def load_weights(saved: Checkpoint, model: nn.Module, frozen: Tensors) -> None:
+    """Load only the weights of a checkpoint; `frozen` is the hash of the frozen weights of the model.
 
     Raises:
         UserError: The checkpoint belongs to another model.
@@ -396,7 +407,7 @@ def load_weights(saved: Checkpoint, model: nn.Module) -> None:
         raise UserError(
             f"{saved.path}: the weight {name!r} is only in the {where}; this is a checkpoint of another model"
         )
-    digest, stored_digest = frozen(model), saved.files.get("frozen", {})
+    digest, stored_digest = frozen, saved.files.get("frozen", {})
     if digest.keys() != stored_digest.keys() or any(not torch.equal(x, stored_digest[k]) for k, x in digest.items()):
         raise UserError(
             f"{saved.path}: the checkpoint has no frozen weights, and those of this run (init_from) are not the ones that it "

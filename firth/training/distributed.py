@@ -39,15 +39,13 @@ from dataclasses import dataclass, field
 from functools import cache
 from typing import TypeVar
 
+import numpy as np
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.distributed_c10d import PrefixStore, Store
 
 from firth.types import UserError
-
-BUCKET_BYTES = 32 << 20
-"""Bytes of gradients that are summed in one call: large enough to saturate a link, small compared with the model."""
 
 
 @dataclass(frozen=True)
@@ -57,11 +55,13 @@ class Ranks:
     Args:
         rank: The rank of this process.
         world: The number of ranks.
+        device: Where its collectives run: a GPU for nccl, else the CPU.
         peers: The contact with the other ranks; None in a single process.
     """
 
     rank: int = 0
     world: int = 1
+    device: torch.device = torch.device("cpu")
     peers: PeerWatch | None = field(default=None, compare=False, repr=False)
 
     @property
@@ -75,19 +75,15 @@ class Ranks:
             self._call(lambda: dist.all_reduce(x))
         return x
 
-    def sum_gradients(self, parameters: Sequence[nn.Parameter]) -> None:
-        """Replace every gradient by its sum over ranks. A parameter that no rank has used keeps no gradient."""
-        if self.world == 1:
-            return
-        used = torch.tensor([float(p.grad is not None) for p in parameters], device=parameters[0].device)
-        with_gradient = [p for p, n in zip(parameters, self.sum(used).tolist(), strict=True) if n]
-        for p in with_gradient:
-            if p.grad is None:
-                p.grad = torch.zeros_like(p)
-        for bucket in _buckets([p.grad for p in with_gradient if p.grad is not None]):
-            flat = self.sum(torch.cat([g.flatten() for g in bucket]))
-            pieces = torch.split(flat, [g.numel() for g in bucket])
-            torch._foreach_copy_(bucket, [piece.view_as(g) for piece, g in zip(pieces, bucket, strict=True)])
+    def begin_sum(self, x: Tensor) -> dist.Work:
+        """Start to sum `x` over all ranks in place; `finish` waits for the result."""
+        work: list[dist.Work] = []
+        self._call(lambda: work.append(dist.all_reduce(x, async_op=True)))
+        return work[0]
+
+    def finish(self, work: dist.Work) -> None:
+        """Wait for a collective that has been started."""
+        self._call(work.wait)
 
     def copy_from_first(self, tensors: Sequence[Tensor]) -> None:
         """Overwrite the tensors with those of rank 0."""
@@ -102,6 +98,30 @@ class Ranks:
         out = [torch.empty_like(x) for _ in range(self.world)]
         self._call(lambda: dist.all_gather(out, x))
         return torch.stack(out)
+
+    def gather_arrays(self, x: np.ndarray) -> list[np.ndarray]:
+        """Return the one-dimensional array of every rank; their lengths may differ."""
+        if self.world == 1:
+            return [x]
+        lengths = self.gather(torch.tensor([len(x)], device=self.device))[:, 0].tolist()
+        padded = np.zeros(max(lengths), x.dtype)
+        padded[: len(x)] = x
+        rows = self.gather(torch.from_numpy(padded).to(self.device)).cpu().numpy()
+        return [row[:length] for row, length in zip(rows, lengths, strict=True)]
+
+    def dealt(self, function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        """Return `function(x)`, which maps each of the K first entries of `x` by itself and keeps shape and dtype.
+
+        Each rank computes an equal share of the entries, and all get the whole result.
+        """
+        if self.world == 1:
+            return function(x)
+        share = -(-len(x) // self.world)
+        own = x[self.rank * share : (self.rank + 1) * share]
+        out = x.new_zeros(share, *x.shape[1:])
+        if len(own):
+            out[: len(own)] = function(own)
+        return self.gather(out).flatten(0, 1)[: len(x)]
 
     def wait(self) -> None:
         """Wait until every rank calls this, however long that takes.
@@ -138,11 +158,12 @@ def join(device: torch.device | None = None) -> Ranks:
     """Join the process group of torchrun (gloo on CPU, nccl on CUDA), or return a single rank without torchrun."""
     if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
         return Ranks()
+    on_cuda = device is not None and device.type == "cuda"
     if not dist.is_initialized():
-        on_cuda = device is not None and device.type == "cuda"
         dist.init_process_group("nccl" if on_cuda else "gloo")
     peers = _peers() if dist.get_world_size() > 1 else None
-    return Ranks(dist.get_rank(), dist.get_world_size(), peers)
+    where = device if device is not None and on_cuda else torch.device("cpu")
+    return Ranks(dist.get_rank(), dist.get_world_size(), where, peers)
 
 
 @cache
@@ -150,20 +171,6 @@ def _peers() -> PeerWatch:
     """Return this process's contact with the other ranks, which uses the store of the process group."""
     store = dist.distributed_c10d._get_default_store()
     return PeerWatch(store, dist.get_rank(), dist.get_world_size(), silence_seconds())
-
-
-def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
-    """Yield consecutive tensors of one dtype, together at most BUCKET_BYTES (a larger tensor is alone)."""
-    bucket: list[Tensor] = []
-    size = 0
-    for x in tensors:
-        if bucket and (size + x.nbytes > BUCKET_BYTES or x.dtype != bucket[0].dtype):
-            yield bucket
-            bucket, size = [], 0
-        bucket.append(x)
-        size += x.nbytes
-    if bucket:
-        yield bucket
 
 
 T = TypeVar("T")

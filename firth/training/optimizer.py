@@ -53,6 +53,7 @@ from firth.model import native
 from firth.model.transformer import TransformerStack
 from firth.peft.lora import LoraLayer
 from firth.training import muon
+from firth.training.distributed import Ranks
 from firth.types import UserError
 
 
@@ -290,12 +291,15 @@ class Optimizer:
         model: The model.
         sparse: Whether untied embedding tables on a CPU get sparse gradients (`firth.training.optimizer`). The numbers are the
             same; visiting all rows of a large vocabulary takes as long as a transformer block.
+        ranks: The ranks among which Muon's matrices are dealt; a single process by default.
 
     Raises:
         UserError: Nothing in the model is trainable.
     """
 
-    def __init__(self, optimizer: OptimizerConfig, model: nn.Module, sparse: bool = False) -> None:
+    def __init__(
+        self, optimizer: OptimizerConfig, model: nn.Module, sparse: bool = False, ranks: Ranks | None = None
+    ) -> None:
         self.optimizer = optimizer
         self.groups = param_groups(optimizer, model)
         self.parameters = [p.parameter for p in self.groups]
@@ -313,7 +317,7 @@ class Optimizer:
                 by_shape.setdefault((p.lr, tuple(p.parameter.shape)), []).append(p)
             else:
                 by_settings.setdefault((p.lr, p.weight_decay), []).append(p)
-        self.stacks = [_Stack(group, optimizer.momentum) for group in by_shape.values()]
+        self.stacks = [_Stack(group, optimizer.momentum, ranks or Ranks()) for group in by_shape.values()]
         self.lrs = [lr for lr, _ in by_settings]
         adam_groups = [
             {"params": [p.parameter for p in g], "weight_decay": decay} for (_, decay), g in by_settings.items()
@@ -391,10 +395,13 @@ _ADAM_STATE = {"mean": "exp_avg", "square": "exp_avg_sq", "step": "step"}
 
 
 class _Stack:
-    """Muon on all hidden matrices of one shape and learning rate at once: (K, rows, columns)."""
+    """Muon on all hidden matrices of one shape and learning rate at once: (K, rows, columns).
 
-    def __init__(self, groups: list[ParamGroup], beta: float) -> None:
-        self.groups, self.beta = groups, beta
+    Each rank orthogonalizes its share of the K matrices, and all get the result, so that the ranks stay equal.
+    """
+
+    def __init__(self, groups: list[ParamGroup], beta: float, ranks: Ranks) -> None:
+        self.groups, self.beta, self.ranks = groups, beta, ranks
         self.weights: list[Tensor] = [p.parameter for p in groups]
         shape, device = self.weights[0].shape, self.weights[0].device
         self.scale = 0.2 * math.sqrt(max(shape))
@@ -410,7 +417,7 @@ class _Stack:
         for w, momentum, direction in zip(self.weights, self.momentum, directions, strict=True):
             grad = torch.zeros_like(momentum) if w.grad is None else w.grad.float()
             muon.nesterov(grad, momentum, direction, self.beta)
-        updates = muon.orthogonalize(directions)
+        updates = self.ranks.dealt(muon.orthogonalize, directions)
         lr, decay = self.groups[0].lr * factor, self.groups[0].weight_decay
         for w, update in zip(self.weights, updates, strict=True):
             muon.apply(w, update, 1 - lr * decay, lr * self.scale)

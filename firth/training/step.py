@@ -19,18 +19,22 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from firth.data.collate import counted_fields
+from firth.training.parallel import Parallel
 from firth.types import IGNORE, Batch, Outputs
 
 if TYPE_CHECKING:
     from firth.model.model import LM
     from firth.objectives.objective import Objective
 
+
+SINGLE = Parallel()
 
 Reduce = Callable[[Tensor], Tensor]
 """Sums a tensor over all ranks."""
@@ -56,10 +60,9 @@ def step(
     batches: Sequence[Batch],
     reduce: Reduce = no_reduce,
     precision: Callable[[], AbstractContextManager[object]] = nullcontext,
+    parallel: Parallel = SINGLE,
 ) -> dict[str, Tensor]:
     """Compute the gradients of a step into the parameters and return the mean of each term over the whole step.
-
-    On several ranks, each has the gradient of its own share: the caller sums them.
 
     Args:
         model: The model.
@@ -67,6 +70,7 @@ def step(
         batches: The micro-batches of this rank.
         reduce: Sums a tensor over all ranks.
         precision: The context of the forward pass.
+        parallel: Runs the passes on the ranks, and sums the gradients over them.
 
     Returns:
         Term -> mean, a scalar float32.
@@ -74,16 +78,21 @@ def step(
     count = count_targets(objective, batches, reduce)
     share = {t: 1 / n.clamp(min=1) for t, n in count.items()}
     total: dict[str, Tensor] = {}
-    for batch in batches:
+    for number, batch in enumerate(batches, 1):
         with precision():
-            terms = objective.loss(model, objective.forward(model, batch), batch)
+            terms = parallel.forward(partial(_terms, model, objective, batch))
         loss = sum((terms[t] * share[t] for t in objective.labels), torch.zeros((), device=share_device(share)))
-        torch.autograd.backward(loss)
+        parallel.backward(loss, last=number == len(batches))
         for term, value in terms.items():
             total[term] = total.get(term, 0) + value.detach().float() * share[term]
     names = sorted(total)
     reduced = reduce(torch.stack([total[n] for n in names]))
     return dict(zip(names, reduced, strict=True))
+
+
+def _terms(model: LM, objective: Objective, batch: Batch) -> dict[str, Tensor]:
+    """Return the sum of each term over a micro-batch."""
+    return objective.loss(model, objective.forward(model, batch), batch)
 
 
 def share_device(share: dict[str, Tensor]) -> torch.device:
@@ -153,3 +162,8 @@ def named_metrics(objective: Objective, means: Mapping[str, float]) -> dict[str,
 def to(batch: Batch, device: torch.device) -> Batch:
     """Move a batch to a device."""
     return {name: x.to(device, non_blocking=True) for name, x in batch.items()}
+
+
+def pinned(batches: list[Batch]) -> list[Batch]:
+    """Return batches in page-locked memory, from which a GPU copies them while it computes."""
+    return [{name: x.pin_memory() for name, x in batch.items()} for batch in batches]

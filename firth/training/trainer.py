@@ -22,10 +22,12 @@ import time
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 
 from firth import kernel_choice
 from firth.model import flops
@@ -35,10 +37,11 @@ from firth.training.device import Precision, casts, choose_precision, flush_deno
 from firth.training.distributed import Ranks
 from firth.training.logging import MetricsLog, NullReporter, OnMetrics, ProgressReporter, clock, make_reporter, short
 from firth.training.optimizer import Optimizer, OptimizerConfig
+from firth.training.parallel import Parallel, Replicas
 from firth.training.prefetch import Prefetcher
 from firth.training.run_lock import Interrupted, interrupt_handler, run_lock
 from firth.training.schedule import Budget, Schedule
-from firth.training.step import count_targets, named_metrics, to
+from firth.training.step import count_targets, named_metrics, pinned, to
 from firth.training.step import step as gradients
 from firth.types import PRECOMPUTED_FIELDS, Batch, UserError
 
@@ -188,7 +191,8 @@ class _Run:
         self.device = next(model.parameters()).device
         if ranks.world > 1:  # replicas with different kernels would diverge
             kernel_choice.use(json.loads(ranks.from_first(json.dumps(kernel_choice.table() if ranks.first else {}))))
-        self.optimizer = Optimizer(optimizer, model, sparse=ranks.world == 1)
+        self.optimizer = Optimizer(optimizer, model, sparse=ranks.world == 1, ranks=ranks)
+        self.parallel = Replicas(self.optimizer.parameters, ranks) if ranks.world > 1 else Parallel()
         self.dropout = not objective.inputs & PRECOMPUTED_FIELDS
         self.state = self._start_or_resume()
         self.casts = casts(self.state.precision, self.device)
@@ -214,7 +218,7 @@ class _Run:
                 f"{self.directory} holds a run of another recipe ({saved.recipe or 'unnamed'}, this one is "
                 f"{self.recipe or 'unnamed'}); choose another directory, or delete that one to start a new run"
             )
-        state = checkpoint.restore(saved, self.model, self.optimizer, self.batches.source, self.ranks)
+        state = checkpoint.restore(saved, self.model, self.optimizer, self.batches.source, self.ranks, self.frozen)
         self.reporter.log(f"resuming from {saved.path.name}")
         layout = checkpoint.layout(self.ranks, self.device)
         changed = [f"{k} {saved.layout.get(k)} -> {v}" for k, v in layout.items() if saved.layout.get(k) != v]
@@ -223,6 +227,11 @@ class _Run:
                 f"the run is not bitwise reproducible, because the layout has changed: {', '.join(changed)}"
             )
         return state
+
+    @cached_property
+    def frozen(self) -> Mapping[str, Tensor]:
+        """The hash of the frozen weights, which a run computes once."""
+        return checkpoint.frozen(self.model)
 
     @property
     def _passed(self) -> float:
@@ -257,7 +266,7 @@ class _Run:
         if path is None:
             return self.state.step
         saved = checkpoint.load(path)
-        checkpoint.load_weights(saved, self.model)
+        checkpoint.load_weights(saved, self.model, self.frozen)
         self.state.metrics = saved.state["metrics"]
         step = int(saved.state["step"])
         self.reporter.log(f"loaded the model of step {step}, the best by validation {self.config.best_metric}")
@@ -268,7 +277,7 @@ class _Run:
         prefetch = not self.batches.source.on_policy
         with (
             interrupt_handler(self.reporter.log) as stop,
-            Prefetcher(self.batches.batches, enabled=prefetch) as prefetcher,
+            Prefetcher(self._batches_of, enabled=prefetch) as prefetcher,
         ):
             while not self._finished:
                 start = time.perf_counter()
@@ -283,6 +292,11 @@ class _Run:
                     prefetcher.begin(state.step + 1)
                 stopping = self._step(batches, start, stop.requested)
                 self._after(log, stopping)
+
+    def _batches_of(self, step: int) -> list[Batch]:
+        """Return this rank's micro-batches of a step, in page-locked memory for a GPU."""
+        batches = self.batches.batches(step)
+        return pinned(batches) if self.device.type == "cuda" else batches
 
     def _prepare_source(self) -> Mapping[str, float]:
         """Let the source prepare this step and return its metrics. If it fails (a user's reward), save a checkpoint first."""
@@ -313,8 +327,7 @@ class _Run:
             tokens += flops.real_tokens(batch)
             work += self.objective.flops(self.model, batch)
         on_device = [to(batch, self.device) | {"step": torch.tensor(state.step)} for batch in batches]
-        means = gradients(self.model, self.objective, on_device, ranks.sum, self.casts)
-        ranks.sum_gradients(self.optimizer.parameters)
+        means = gradients(self.model, self.objective, on_device, ranks.sum, self.casts, self.parallel)
         norm = self.optimizer.clip_grad_norm()
         values = torch.stack([*(means[t] for t in self.objective.labels), norm])
         finite = bool(torch.isfinite(values).all())
@@ -473,7 +486,7 @@ class _Run:
     def _save(self) -> None:
         checkpoint.save_state(
             self.directory, self.state, self.model, self.optimizer, self.batches.source, self.ranks,
-            recipe=self.recipe, keep=self.config.keep, score=self.score,
+            recipe=self.recipe, keep=self.config.keep, score=self.score, frozen=self.frozen,
         )  # fmt: skip
 
 

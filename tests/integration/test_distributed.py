@@ -11,7 +11,8 @@ import torch
 from safetensors.torch import load_file
 
 from firth.training.checkpoint import load
-from firth.training.distributed import BUCKET_BYTES, Ranks, _buckets
+from firth.training.distributed import Ranks
+from firth.training.parallel import BUCKET_BYTES, buckets
 from tests.support import train_ranks
 
 ROOT = Path(__file__).parents[2]
@@ -77,6 +78,10 @@ def test_a_gradient_of_one_rank_reaches_all_ranks(outcomes: tuple[Path, Path]) -
     assert (found["used"], found["unused"]) == ([2.0, 2.0, 2.0], True)
 
 
+def test_muon_dealt_to_ranks_equals_muon_on_one(outcomes: tuple[Path, Path]) -> None:
+    assert results(outcomes[1])["muon_difference"] <= 2**-7  # a unit in the last place of bf16 at 1
+
+
 @pytest.mark.parametrize("world", [1, 2])
 def test_resuming_is_bitwise_with_random_states_of_all_ranks(outcomes: tuple[Path, Path], world: int) -> None:
     whole, resumed = (load(outcomes[world - 1] / name / "checkpoints" / "step-000006") for name in ("whole", "resumed"))
@@ -88,6 +93,7 @@ def test_resuming_is_bitwise_with_random_states_of_all_ranks(outcomes: tuple[Pat
 
 def test_buckets_hold_every_gradient_once_in_order() -> None:
     sizes = (3, BUCKET_BYTES // 8, BUCKET_BYTES // 8, BUCKET_BYTES // 2, 1)
-    tensors = [torch.empty(n) for n in sizes] + [torch.empty(2, dtype=torch.bfloat16)]
-    found = [[x.numel() for x in bucket] for bucket in _buckets(tensors)]
+    tensors = [torch.nn.Parameter(torch.empty(n)) for n in sizes]
+    tensors.append(torch.nn.Parameter(torch.empty(2, dtype=torch.bfloat16)))
+    found = [[x.numel() for x in bucket] for bucket in buckets(tensors)]
     assert found == [[3, BUCKET_BYTES // 8], [BUCKET_BYTES // 8], [BUCKET_BYTES // 2], [1], [2]]

@@ -22,9 +22,11 @@ from firth.model.config import decoder_config
 from firth.model.model import LM
 from firth.objectives.objective import Objective
 from firth.objectives.policy_gradient import GRPO, PPO, RLOO
+from firth.training import muon
 from firth.training.distributed import Ranks, join
 from firth.training.logging import NullReporter
 from firth.training.optimizer import OptimizerConfig
+from firth.training.parallel import Parallel, Replicas
 from firth.training.schedule import Budget, Schedule
 from firth.training.step import step, validate
 from firth.training.trainer import TrainerConfig, TrainingResult, train
@@ -61,6 +63,11 @@ def short_run(
     )  # fmt: skip
 
 
+def parallel(model: torch.nn.Module, ranks: Ranks) -> Parallel:
+    """Return what sums the gradients of a model over the ranks."""
+    return Replicas(list(model.parameters()), ranks) if ranks.world > 1 else Parallel()
+
+
 def rollout_gradients(out: Path, ranks: Ranks, accumulate: int) -> None:
     """Write NAME.safetensors with the rollouts and the gradient of a step on them, for each policy-gradient objective."""
     tokenizer = ByteTokenizer()
@@ -77,15 +84,14 @@ def rollout_gradients(out: Path, ranks: Ranks, accumulate: int) -> None:
         source = RolloutSource(
             prompts, tokenizer, FunctionReward(lambda text: float(text.count("e") + len(text) % 3)), copy.deepcopy(model),  # type: ignore[arg-type]
             config=RolloutsConfig(rollout_size=16, num_generations=4, max_new_tokens=7), steps=1, stops=list(range(7, 30)),
-            advantage_estimator=estimator, seed=2,
+            advantage_estimator=estimator, seed=2, ranks=ranks,
         )  # fmt: skip
         source.prepare(model, 0)
         batches = Batches(
             source, objective, tokenizer.vocab, batch_size=16, seed=0, gradient_accumulation_steps=accumulate, rank=ranks.rank,
             world=ranks.world,
         )  # fmt: skip
-        step(model, objective, batches.batches(0), ranks.sum)
-        ranks.sum_gradients(list(model.parameters()))
+        step(model, objective, batches.batches(0), ranks.sum, parallel=parallel(model, ranks))
         found = {f"gradient {n}": p.grad for n, p in model.named_parameters() if p.grad is not None}
         found |= {f"rollout {n}": torch.from_numpy(x) for n, x in source.state().items()}
         if ranks.first:
@@ -96,9 +102,8 @@ def run_all(out: Path, ranks: Ranks, accumulate: int) -> None:
     """Write gradients.safetensors, results.json and the run directories into `out`."""
     torch.set_num_threads(1)
     model, objective = small_model(dropout=0.0), WithAccuracy()
-    parameters = list(model.parameters())
-    means = step(model, objective, small_batches(Chains(), accumulate, ranks.rank, ranks.world).batches(0), ranks.sum)
-    ranks.sum_gradients(parameters)
+    batches = small_batches(Chains(), accumulate, ranks.rank, ranks.world).batches(0)
+    means = step(model, objective, batches, ranks.sum, parallel=parallel(model, ranks))
     gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     if ranks.first:
         save_file(gradients, out / "gradients.safetensors")
@@ -112,11 +117,18 @@ def run_all(out: Path, ranks: Ranks, accumulate: int) -> None:
     flat = torch.cat([p.detach().flatten() for p in nan_model.parameters()])
     gathered = ranks.gather(flat)
 
-    # One parameter that rank 1 does not use and one that no rank uses.
-    used, unused = torch.nn.Parameter(torch.ones(3)), torch.nn.Parameter(torch.ones(2))
-    if ranks.first:
-        used.grad = torch.full((3,), 2.0)
-    ranks.sum_gradients([used, unused])
+    # One parameter that rank 1 does not use and one that no rank uses, in a bucket with one that all use.
+    used, unused, common = (
+        torch.nn.Parameter(torch.ones(3)),
+        torch.nn.Parameter(torch.ones(2)),
+        torch.nn.Parameter(torch.ones(1)),
+    )
+    loss = (2 * used).sum() + common.sum() if ranks.first else common.sum()
+    parallel(torch.nn.ParameterList([used, unused, common]), ranks).backward(loss, last=True)
+
+    matrices = torch.randn(5, 8, 24, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)
+    dealt = ranks.dealt(muon.orthogonalize, matrices)
+    muon_difference = (dealt.float() - muon.orthogonalize(matrices).float()).abs().max()
 
     whole, resumed = (small_model(dropout=0.3) for _ in range(2))
     torch.manual_seed(1)
@@ -130,6 +142,7 @@ def run_all(out: Path, ranks: Ranks, accumulate: int) -> None:
             "step": {k: v.item() for k, v in means.items()}, "trained": plain.metrics, "tokens": plain.tokens,
             "skipped": with_nan.skipped, "max_difference": (gathered - gathered[0]).abs().max().item(),
             "finite": bool(torch.isfinite(flat).all()), "used": used.grad.tolist(), "unused": unused.grad is None,
+            "muon_difference": muon_difference.item(),
         }  # fmt: skip
         (out / "results.json").write_text(json.dumps(results))
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from firth.model.model import LM
-from firth.training import trainer
+from firth.training import checkpoint, trainer
 from firth.training.checkpoint import load
 from firth.training.device import choose_precision, flush_denormals, measured_speed
 from firth.training.distributed import Ranks
@@ -24,7 +24,7 @@ from firth.training.logging import LineReporter, MetricsLog, NullReporter
 from firth.training.optimizer import OptimizerConfig
 from firth.training.run_lock import run_lock
 from firth.training.schedule import Budget, Schedule
-from firth.training.step import step, validate
+from firth.training.step import pinned, step, validate
 from firth.training.trainer import TrainerConfig, train
 from firth.types import IGNORE, Batch, Outputs, UserError
 from tests.support import training
@@ -418,3 +418,24 @@ def test_an_infinite_perplexity_with_a_finite_loss_is_valid(tmp_path: Path) -> N
         evaluate=lambda model, step: {"loss": 1000.0, "perplexity": float("inf")},
     )  # fmt: skip
     assert found.metrics["valid/loss"] == 1000.0
+
+
+def test_frozen_weights_are_hashed_once_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, hashed, frozen = small_model(), [], checkpoint.frozen
+    model.tokens.weight.requires_grad_(False)
+
+    def counted(model: LM) -> dict[str, Tensor]:
+        hashed.append(frozen(model))
+        return hashed[-1]
+
+    monkeypatch.setattr(checkpoint, "frozen", counted)
+    small_run(tmp_path, 6, TrainerConfig(save_every=2, keep=3, precision="fp32"), model=model)
+    saved = [load(path).files["frozen"] for path in sorted((tmp_path / "checkpoints").iterdir())]
+    assert len(saved) == 3
+    assert len(hashed) == 1
+    assert all(torch.equal(files["sha256"], hashed[0]["sha256"]) for files in saved)
+
+
+def test_batches_for_a_gpu_are_pinned(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda x: x + 1)
+    assert [batch["tokens"].tolist() for batch in pinned([{"tokens": torch.zeros(2)}])] == [[1.0, 1.0]]
