@@ -355,11 +355,19 @@ def _listed(names: Iterable[str]) -> str:
     return f"{', '.join(most)} and {last}" if most else last
 
 
-def check_available_memory(config: ModelConfig, optimizer: str, full: bool, device: torch.device) -> None:
-    """Raise a UserError if the model cannot be trained in the free memory, before it is allocated.
+def available_memory(device: torch.device) -> dict[str, int]:
+    """Return the free bytes of the memories that a run needs: main memory, and that of the GPU that it trains on."""
+    free = {"main memory": memory()[1]}
+    if device.type == "cuda":
+        free["the GPU's memory"] = torch.cuda.mem_get_info(device)[0]
+    return free
 
-    This counts the weights, gradients and optimizer state in fp32 (4 bytes each; AdamW keeps two numbers per weight, Muon
-    one), not the activations, so a model that passes may still be too large. With PEFT only the weights are counted.
+
+def check_available_memory(config: ModelConfig, optimizer: str, full: bool, device: torch.device) -> None:
+    """Raise a UserError if the weights of a model, their gradients and the optimizer state do not fit into the free memory.
+
+    They have 4 bytes a number; AdamW keeps two numbers per weight, Muon one. With PEFT only the weights are counted. This
+    takes no time, so it comes first; `firth.runs.step_estimate` adds the activations.
 
     Args:
         config: The model.
@@ -372,10 +380,8 @@ def check_available_memory(config: ModelConfig, optimizer: str, full: bool, devi
     """
     count = config.num_parameters()
     each = 4 * (4 if optimizer == "adamw" else 3) if full else 4
-    rooms = [("main memory", each if device.type == "cpu" else 4, memory()[1])]
-    if device.type == "cuda":
-        rooms.append(("the GPU's memory", each, torch.cuda.mem_get_info(device)[0]))
-    for name, size, free in rooms:
+    for name, free in available_memory(device).items():
+        size = 4 if name == "main memory" and device.type == "cuda" else each
         if count * size > free:
             raise UserError(
                 f"the model has {count:,} parameters, which take {count * size / 1e9:,.1f} GB with gradients and optimizer, "

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,26 +21,30 @@ from firth.data import class_counts, text_cache
 from firth.data.collate import Batches
 from firth.data.examples import DatasetSplits
 from firth.evaluate.tokenizer_match import check_same_tokenizer
-from firth.generate import embeddings
 from firth.io.atomic import make_directory, new_directory, write_text
 from firth.io.integrity import read_record, write_record
+from firth.model.config import ModelConfig
 from firth.model.heads import export_heads
-from firth.model.model import LM, compile_blocks
+from firth.model.model import LM
 from firth.objectives import name_of
 from firth.objectives.objective import components
 from firth.peft.lora import num_trainable_parameters
-from firth.pretrained.load_save import init_from_model, save_model
+from firth.pretrained.load_save import save_model
 from firth.report.page import write as write_report
 from firth.report.run_report import run_report
 from firth.runs import config_io, examples, model_card, report_texts
+from firth.runs.build_model import BuiltModel, assemble_model
+from firth.runs.compatibility import check_available_memory
 from firth.runs.eval_tasks import EvalTasks
 from firth.runs.init_head import init_head
 from firth.runs.loaded_model import Model
+from firth.runs.peft_options import FullFinetuning
 from firth.runs.prepare import RunData
 from firth.runs.recipe import MODEL_CONFIG_HINT, Recipe, ResolvedRecipe, load_resolved
 from firth.runs.resolve import resolve
 from firth.runs.run_context import RunContext, RunIdentity
 from firth.runs.start_model import StartModel, model_directory
+from firth.runs.step_estimate import certainly_fits, check_fits, step_estimate
 from firth.runs.tokenizer import check_vocab, fallbacks, tokenizer_of
 from firth.runs.validation import PromptValidator, Validator, vocab
 from firth.tokenizer.tokenizer import Tokenizer
@@ -111,6 +116,8 @@ def run(
     with ranks.together():
         check_start_models(recipe)
         check_loggers(recipe.loggers)
+        if recipe.model is not None:
+            check_weights_fit(recipe, recipe.model)
         make_directory(directory)
         context = RunContext.open(recipe, directory, log, ranks)
         data = prepare_tokenizer(recipe, context)
@@ -119,7 +126,9 @@ def run(
         finished = finished_run(resolved, identity, context)
         if finished is not None:
             return finished
+        check_weights_fit(resolved, resolved.model)
         datasets = build_data(resolved, data, context)
+        check_memory(resolved, datasets)
         built = build_model(resolved, datasets, context)
         ended = train(resolved, built, datasets, identity, context, reporter, on_metrics)
         return export(resolved, built, datasets, ended, identity, context)
@@ -144,19 +153,6 @@ class RunDatasets:
     tasks: EvalTasks | None
     batches: Batches
     notes: list[str]
-
-
-@dataclass(frozen=True, eq=False)
-class BuiltModel:
-    """The model of a run.
-
-    Args:
-        model: The model, on the training device.
-        added_heads: Names of the heads that the start model does not have.
-    """
-
-    model: LM
-    added_heads: list[str]
 
 
 def prepare_tokenizer(recipe: Recipe, context: RunContext) -> RunData:
@@ -220,30 +216,34 @@ def build_data(resolved: ResolvedRecipe, data: RunData, context: RunContext) -> 
     return RunDatasets(data, splits, validator, tasks, batches, notes)
 
 
+def check_weights_fit(recipe: Recipe, config: ModelConfig) -> None:
+    """Raise a UserError if the weights of a run, their gradients and the optimizer state do not fit into the free memory."""
+    full = isinstance(recipe.peft, FullFinetuning)
+    check_available_memory(config, recipe.optimizer.name, full, default_device())
+
+
+def check_memory(resolved: ResolvedRecipe, datasets: RunDatasets) -> None:
+    """Raise a UserError if a training step does not fit into the free memory, before the model is built.
+
+    A step that may not fit by a generous bound is run on tensors without data. Rollouts are not known before the run.
+    """
+    device, source = default_device(), datasets.batches.source
+    if source.on_policy:
+        return
+    batches = datasets.batches.batches(0)
+    if not certainly_fits(resolved, batches, device):
+        plain = dataclasses.replace(resolved, compile=False)
+        build = partial(assemble_model, plain, datasets.data, lambda _: None)
+        check_fits(step_estimate(lambda: build().model, resolved, [batches]), device)
+
+
 def build_model(resolved: ResolvedRecipe, datasets: RunDatasets, context: RunContext) -> BuiltModel:
     """Build the model, with the weights of the start model if there is one."""
-    tokenizer, log = datasets.data.tokenizer, context.log
+    log = context.log
     torch.manual_seed(resolved.seed)
-    model = LM(resolved.model, resolved.objective.heads(resolved.model))
-    added: list[str] = []
-    base = datasets.data.start.model
-    if base is not None:
-        dropped, added = init_from_model(model, base, model_directory(resolved.init_from))
-        datasets.data.start.release()
-        changed = [f"{what} {', '.join(names)}" for what, names in (("drops", dropped), ("adds", added)) if names]
-        log(f"{resolved.name} starts from {resolved.init_from}" + (f": {'; '.join(changed)}" if changed else ""))
-    else:
-        model.set_token_characters([tokenizer.token(i) for i in range(tokenizer.vocab.size)])
-    if resolved.init_embeddings_from:
-        loaded = embeddings.load_embeddings(model, model_directory(resolved.init_embeddings_from))
-        log(f"{resolved.name} takes {loaded}; everything else is initialized at random")
-    model.restrict_vocab(tokenizer.vocab)
-    resolved.peft.apply(model, added, tokenizer, resolved.seed)
-    for stack in model.stacks():
-        stack.gradient_checkpointing = resolved.gradient_checkpointing
-    model.to(default_device())
-    if resolved.compile:
-        compile_blocks(model)
+    built = assemble_model(resolved, datasets.data, log)
+    datasets.data.start.release()
+    model = built.model
     trainable, total = num_trainable_parameters(model), sum(p.numel() for p in model.parameters())
     log(
         f"{resolved.name}: {total:,} parameters"
@@ -253,7 +253,7 @@ def build_model(resolved: ResolvedRecipe, datasets: RunDatasets, context: RunCon
         counted = init_head(model, resolved.objective, datasets.batches)
         if counted:
             log(f"{resolved.name} starts with an LM head that predicts the frequencies of {counted:,} labels")
-    return BuiltModel(model, added)
+    return built
 
 
 def train(
