@@ -245,8 +245,8 @@ def describe(result: Fit, budgets: Sequence[float]) -> str:
     size = np.abs(fitted.residuals)
     lines += [f"  residuals of log loss: median {np.median(size):.2%}, largest {size.max():.2%}", ""]
     lines.append("best size N ~ C^a, best tokens D ~ C^b")
-    for one in result.approaches:
-        lines.append(f"  {one.name:<11}" + (one.missing or f"a {one.a}   b {one.b}"))
+    for approach in result.approaches:
+        lines.append(f"  {approach.name:<11}" + (approach.missing or f"a {approach.a}   b {approach.b}"))
     for C in budgets:
         lines += ["", optimum_text(fitted, C)]
     lines += repeat_lines(result)

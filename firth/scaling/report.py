@@ -104,7 +104,7 @@ def _some(values: np.ndarray) -> list[float]:
 def compute_figure(result: Fit, budgets: Sequence[float]) -> Figure:
     """Return the losses of each size over compute, with the frontier of the law and the budgets."""
     points, fitted = result.points, result.fitted
-    curves = [_curve(f"{number(n, 2)}", points, n == points.N, points.C) for n in _some(points.N)]
+    curves = [_curve(f"{number(n, 2)}", points, np.equal(points.N, n), points.C) for n in _some(points.N)]
     C = np.geomspace(points.C.min(), max(points.C.max(), *budgets), 80)
     frontier = [float(fitted.law.loss(*fitted.law.optimum(c, fitted.rule))) for c in C]
     curves.append(Curve("frontier", C.tolist(), frontier, dashed=True, color=MAX_CURVES))
@@ -177,7 +177,7 @@ def residual_figure(result: Fit) -> Figure:
     points, left = result.points, 100 * np.asarray(result.fitted.residuals)
     curves = []
     for n in _some(points.N):
-        own = n == points.N
+        own = np.equal(points.N, n)
         curves.append(Curve(f"{number(n, 2)}", points.C[own].tolist(), left[own].tolist(), points=True, line=False))
     note = (
         "Measured loss minus that of the law, in percent. A pattern means that the law has another form than the runs."
@@ -208,13 +208,10 @@ def tables(result: Fit) -> tuple[Table, ...]:
         one = Estimate.of(getattr(fitted.law, name), [getattr(law, name) for law in fitted.draws])
         constants.append([name, f"{one.value:.4g}", f"{one.low:.4g} to {one.high:.4g}"])
     rows = []
-    for one in result.approaches:
-        values = (
-            [one.missing, "", "", ""]
-            if one.missing
-            else [f"{one.a.value:.3f}", _short(one.a), f"{one.b.value:.3f}", _short(one.b)]
-        )
-        rows.append([one.name, *values])
+    for approach in result.approaches:
+        a, b = approach.a, approach.b
+        values = [f"{a.value:.3f}", _short(a), f"{b.value:.3f}", _short(b)]
+        rows.append([approach.name, *([approach.missing, "", "", ""] if approach.missing else values)])
     return (
         Table("loss = E + A / N^alpha + B / D^beta", ["constant", "value", "95% interval"], constants),
         Table("N ~ C^a, D ~ C^b", ["approach", "a", "interval", "b", "interval"], rows),
