@@ -88,7 +88,7 @@ class FittedLaw:
         why = ""
         if not N.high <= fit.MAX_RATIO * N.low:
             why = (
-                f"the best size for {C:.3g} FLOPs cannot be said: its interval is {number(N.low, 2)} to {number(N.high, 2)} parameters; "
+                f"the best size for {C:.3g} FLOPs is not determined: its interval is {number(N.low, 2)} to {number(N.high, 2)} parameters; "
                 "train more points, of sizes further from each other"
             )
         return Optimum(C, N, D, self.loss(*best[0]), why)
@@ -284,7 +284,7 @@ def repeat_lines(result: Fit) -> list[str]:
     if not R_D.high <= fit.MAX_RATIO * R_D.low:
         return [
             *lines,
-            f"  how many epochs are worth it cannot be said: R_D is {R_D.low:.2g} to {R_D.high:.2g}; train more runs of many epochs",
+            f"  how many epochs are worth it is not determined: R_D is {R_D.low:.2g} to {R_D.high:.2g}; train more runs of many epochs",
         ]
     half = epochs_worth(fitted, 0.5)
     lines.append(f"  R_D {R_D.text('.3g')}, " + (

@@ -152,7 +152,7 @@ def test_a_wide_interval_is_a_sentence() -> None:
     """Noise of 15% leaves the best size open: the text names no number for it."""
     result = fit_points(runs(CHINCHILLA, noise=0.08, sizes=3, budgets=(1e19, 1.5e19, 2e19)), draws=40)
     text = describe(result, [1e21])
-    assert "the best size for 1e+21 FLOPs cannot be said: its interval is" in text
+    assert "the best size for 1e+21 FLOPs is not determined: its interval is" in text
     assert "best for 1e+21 FLOPs:" not in text
 
 
