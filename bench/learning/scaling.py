@@ -1,32 +1,83 @@
 """Scaling laws of small models on a CPU: sweeps, a prediction made before its run, repeated text, and a plan that is followed.
 
-    python -m bench.learning.scaling runs/scaling decoder encoder lstm
-    python -m bench.learning.scaling runs/scaling predict           fit, predict the largest run, train it
-    python -m bench.learning.scaling runs/scaling repeats           one model on 1 M, 3 M and 10 M tokens, read up to 16 times
+    python -m bench.learning.scaling runs/scaling decoder encoder lstm     the sweeps
+    python -m bench.learning.scaling runs/scaling predict                  fit, predict the largest run, train it
+    python -m bench.learning.scaling runs/scaling repeats                  one model on texts of 0.1, 0.3, 1 and 3 M tokens
+    python -m bench.learning.scaling runs/scaling follow                   `firth plan` for a text that no fit has seen
+    python -m bench.learning.scaling runs/scaling ship                     write the default laws into the package
 
-Each part calls `firth scale run` and can be stopped and started again. The text is the State of the Union addresses, WordNet's glosses and
+Each part runs commands of firth and can be stopped and started again. The text is the State of the Union addresses, WordNet's glosses and
 the Brown corpus (28 MB), with 1,024 subwords. docs/results/scaling.md has the results.
 """
 
 from __future__ import annotations
 
+import json
+import os
+import shlex
+import shutil
 import subprocess
 import sys
+import time
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
+
+import numpy as np
 
 from firth.corpora import catalog
+from firth.data.token_store import TokenStore
+from firth.io.json_files import row_line
+from firth.scaling.fitted import FittedLaw
+from firth.scaling.plan import FILES
+from firth.tokenizer.tokenizer import Tokenizer
 
 CORPORA = ("sotu", "wordnet", "brown")
 COMMON = ("tokenizer.vocab_size=1024", "examples.max_length=128", "batch.size=8", "evaluation.max_examples=512")
-SIZES = "16,24,32,48,64,96,128"
-BUDGETS = "6e10,2e11,6e11,2e12"
-LARGEST = "6e12"
-PARTS = {
-    "decoder": ("gpt", SIZES, BUDGETS, ("optimizer.lr=0.005",)),
-    "encoder": ("roberta", SIZES, BUDGETS, ()),
-    "lstm": ("lstm", "32,64,128", "2e11,6e11,2e12", ()),
+GRID = {
+    "3e10": "16,24,32,40,48",
+    "1e11": "16,24,32,40,48,64",
+    "3e11": "24,32,40,48,64,96",
+    "1e12": "32,40,48,64,96,128",
 }
-"""Name -> recipe, widths, budgets, settings. The decoder's rate is the best of 0.0015, 0.003 and 0.006 at widths 32 and 128, in between."""
+"""Budget -> widths."""
+LARGEST = "4e12"
+PARTS = {
+    "decoder": ("gpt", GRID, ("optimizer.lr=0.005",)),
+    "encoder": ("roberta", GRID, ()),
+    "lstm": ("lstm", {"1e11,3e11,1e12": "32,64,128"}, ()),
+}
+"""Name -> recipe, widths by budget, settings. The decoder's rate is between the best of 0.0015, 0.003 and 0.006 at widths 32 and 128."""
+PROCESSES = 2
+"""Processes of one sweep, each with one thread: so small a model is no faster with two."""
+CUTS = (100_000, 300_000, 1_000_000, 3_000_000)
+"""Tokens of the texts that are read again."""
+REPEATS_WIDTH, REPEATS_BUDGETS = "48", "4e11,1.6e12"
+UNSEEN, MINUTES = "shakespeare", 5
+"""The text of the plan that is followed, and the minutes of each run."""
+
+
+def firth(*words: str, processes: int = 0) -> str:
+    """Run a command of firth, print what it writes, and return its standard output.
+
+    Args:
+        words: The command.
+        processes: Processes that run it at once, each with one thread; 0 for one process with all threads.
+    """
+    print("$", shlex.join(["firth", *words]), flush=True)
+    environment = os.environ | ({"OMP_NUM_THREADS": "1"} if processes else {})
+    command = [sys.executable, "-m", "firth", *words]
+    more = [subprocess.Popen(command, env=environment) for _ in range(processes - 1)]
+    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        lines = []
+        for line in process.stdout:
+            print(line, end="", flush=True)
+            lines.append(line)
+    if sum(one.wait() for one in more) or process.returncode:
+        sys.exit(1)
+    return "".join(lines)
 
 
 def text() -> str:
@@ -34,22 +85,146 @@ def text() -> str:
     return f"data.path=[{','.join(path for name in CORPORA for path in catalog.paths(name, print))}]"
 
 
-def sweep(out: Path, part: str, sizes: str = "", budgets: str = "", *settings: str) -> None:
+def sweep(out: Path, part: str, grid: Mapping[str, str] | None = None) -> None:
     """Run a sweep, or what is left of it."""
-    recipe, all_sizes, all_budgets, own = PARTS[part]
-    options = ["--sizes", sizes or all_sizes, "--budgets", budgets or all_budgets, "--max-epochs", "1"]
-    firth("scale", "run", recipe, text(), *COMMON, *own, *settings, *options, "--out", str(out / part))
+    recipe, all_sizes, own = PARTS[part]
+    for budgets, sizes in (grid or all_sizes).items():
+        options = ["--sizes", sizes, "--budgets", budgets, "--max-epochs", "1", "--out", str(out / part)]
+        firth("scale", "run", recipe, text(), *COMMON, *own, *options, processes=PROCESSES)
 
 
-def firth(*words: str) -> None:
-    """Run a command of firth."""
-    subprocess.run([sys.executable, "-m", "firth", *words], check=True)
+def rows(table: Path) -> list[dict[str, Any]]:
+    """Return the rows of a table."""
+    return [json.loads(line) for line in table.read_text().splitlines()]
+
+
+def write_rows(table: Path, some: list[dict[str, Any]]) -> None:
+    """Write a table."""
+    table.parent.mkdir(parents=True, exist_ok=True)
+    table.write_text("".join(json.dumps(row) + "\n" for row in some))
+
+
+def fit(out: Path, part: str, name: str, more: list[dict[str, Any]] | None = None) -> Path:
+    """Fit a sweep without its largest run, with further rows, and return the law's file."""
+    home = out / name
+    some = [row for row in rows(out / part / "table.jsonl") if row["budget"] < float(LARGEST)]
+    write_rows(home / "table.jsonl", some + (more or []))
+    for file in ("sweep.json", "text.json"):
+        shutil.copy(out / part / file, home / file)
+    firth("scale", "fit", str(home / "table.jsonl"), "--budgets", LARGEST)
+    return home / "fit.json"
+
+
+def predict(out: Path, part: str = "decoder") -> None:
+    """Fit the smaller budgets, write down the loss of the largest run, train it, and compare."""
+    file = out / f"predict-{part}" / "prediction.json"
+    if not file.exists():
+        law = FittedLaw.load(fit(out, part, f"predict-{part}"))
+        sizes = {row["width"]: row["parameters"] for row in rows(out / part / "table.jsonl")}
+        best = law.optimum(float(LARGEST))
+        width = min(sizes, key=lambda w: abs(np.log(sizes[w] / best.parameters.value)))
+        D = float(law.rule.tokens(sizes[width], float(LARGEST)))
+        loss = law.loss(sizes[width], D)
+        stated = {
+            "width": width,
+            "parameters": sizes[width],
+            "tokens": D,
+            "loss": [loss.value, loss.low, loss.high],
+            "time": time.ctime(),
+        }
+        file.write_text(json.dumps(stated))
+    stated = json.loads(file.read_text())
+    sweep(out, part, {LARGEST: str(stated["width"])})
+    reached = next(row for row in rows(out / part / "table.jsonl") if row["budget"] == float(LARGEST))
+    print(
+        f"predicted {stated}\nreached loss {reached['loss']:.4f} after {reached['tokens']:,} tokens, {reached['flops']:.4g} FLOPs"
+    )
+
+
+def cut(out: Path, tokens: int) -> tuple[Path, Path]:
+    """Write the first documents of the decoder's training text, and its held-out text; return both files."""
+    tokenizer = Tokenizer.load(out / "decoder" / "tokenizer")
+    (store,) = (out / "decoder" / "data").iterdir()
+    files = []
+    for part, limit in (("train", tokens), ("valid", 1 << 60)):
+        path = out / "repeats" / f"{part}-{tokens if part == 'train' else 'all'}.jsonl"
+        if not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            documents, order = TokenStore.open(store / part, tokenizer), np.random.default_rng(0)
+            index = order.permutation(len(documents)) if part == "train" else np.arange(len(documents))
+            read, lines = 0, []
+            for i in index:
+                ids = np.asarray(documents.tokens[int(documents.offsets[i]) : int(documents.offsets[i + 1])])
+                ids = ids[~tokenizer.vocab.special[ids]]
+                if read >= limit:
+                    break
+                read += len(ids)
+                lines.append(row_line({"text": tokenizer.decode(ids)}))
+            path.write_text("".join(lines))
+        files.append(path)
+    return files[0], files[1]
+
+
+def repeats(out: Path) -> None:
+    """Train one size on small texts, and fit what a repeat is worth."""
+    found = []
+    for tokens in CUTS:
+        train, valid = cut(out, tokens)
+        home = out / "repeats" / str(tokens)
+        own = [
+            f"data.path=[{train}]",
+            f"data.validation_path=[{valid}]",
+            f"tokenizer.path={out / 'decoder' / 'tokenizer'}",
+        ]
+        options = ["--sizes", REPEATS_WIDTH, "--budgets", REPEATS_BUDGETS, "--max-epochs", "100", "--out", str(home)]
+        firth("scale", "run", "gpt", *own, *COMMON, *PARTS["decoder"][2], *options, processes=1)
+        found += rows(home / "table.jsonl")
+    fit(out, "decoder", "law-decoder", found)
+
+
+def follow(out: Path) -> None:
+    """Plan runs for a text that no fit has seen, type the commands, and compare."""
+    path = catalog.paths(UNSEEN, print)[0]
+    for goal, law in (("text", "law-decoder"), ("labels", "predict-encoder")):
+        run = out / "follow" / goal
+        planned = firth(
+            "plan", "--text", path, "--hours", f"{MINUTES / 60:.4f}", "--for", goal, "--law", str(out / law / "fit.json"),
+            "--out", str(out / "follow"),
+        )  # fmt: skip
+        command = next(line.strip() for line in planned.splitlines() if line.strip().startswith("firth train"))
+        start = time.perf_counter()
+        firth(*shlex.split(command)[1:])
+        done = json.loads((run / "done.json").read_text())
+        print(
+            f"{goal}: {done['seconds']:.0f} s of training, {time.perf_counter() - start:.0f} s in all, {done['metrics']}"
+        )
+
+
+def ship(out: Path) -> None:
+    """Write the laws that `firth plan` uses by default, without the paths of this machine."""
+    for name, part in (("decoder", "law-decoder"), ("encoder", "predict-encoder")):
+        law = FittedLaw.load(out / part / "fit.json")
+        source = dict(law.source)
+        source["recipe"] = source["recipe"] | {"data": source["recipe"]["data"] | {"path": []}}
+        source["text"] = ", ".join(CORPORA)
+        replace(law, draws=law.draws[:200], source=source).save(FILES / f"{name}.json")
 
 
 def main(out: Path, parts: list[str]) -> None:
     """Run the parts in order."""
     for part in parts:
-        sweep(out, part)
+        if part in PARTS:
+            sweep(out, part)
+        elif part == "predict":
+            predict(out)
+        elif part == "repeats":
+            repeats(out)
+        elif part == "follow":
+            follow(out)
+        elif part == "ship":
+            ship(out)
+        else:
+            sys.exit(f"there is no part {part}: {', '.join([*PARTS, 'predict', 'repeats', 'follow', 'ship'])}")
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -31,6 +31,28 @@ def scale_run(
 
     config = SweepConfig(_numbers("--budgets", budgets), tuple(map(int, _numbers("--sizes", sizes))), max_epochs)
     typer.echo(run_sweep(load(recipe, settings or []), config, out))
+
+
+def plan(
+    text: Annotated[
+        list[str], typer.Option(help="Your text: a directory, files or globs; may be given several times.")
+    ],
+    hours: Annotated[float, number_option(PositiveFloat, help="Hours of training on this machine.")],
+    goal: Annotated[
+        Literal["labels", "text", "both"],
+        typer.Option("--for", help="labels: an encoder to finetune; text: a decoder that writes; or both plans."),
+    ] = "both",
+    law: Annotated[
+        Path | None, typer.Option(help="A fit.json of `firth scale fit`; by default the laws that firth ships.")
+    ] = None,
+    out: Annotated[Path, typer.Option(help="The directory of the run in the command that is printed.")] = Path(
+        "runs/plan"
+    ),
+) -> None:
+    """Plan a run for your text and time: size, vocabulary, epochs, memory, expected bits per byte, and the command."""
+    from firth.scaling.plan import plan_runs
+
+    typer.echo(plan_runs(text, hours, goal, law, out))
 
 
 def _numbers(name: str, text: str) -> tuple[float, ...]:

@@ -114,14 +114,16 @@ class Figure:
 
 
 def number(value: float, digits: int = 4) -> str:
-    """Format a number with `digits` significant figures, and with k, M, G, T from 10,000.
+    """Format a number with `digits` significant figures, with k, M, G, T from 10,000, and with an exponent from 10,000 T.
 
-    >>> [number(v) for v in (0, 3, 2.5, 0.000125, 9999, 12000, 3_250_000, -0.5)]
-    ['0', '3', '2.5', '0.000125', '9,999', '12k', '3.25M', '−0.5']
+    >>> [number(v) for v in (0, 3, 2.5, 0.000125, 9999, 12000, 3_250_000, -0.5, 6e23)]
+    ['0', '3', '2.5', '0.000125', '9,999', '12k', '3.25M', '−0.5', '6e+23']
     """
     if not math.isfinite(value):
         return {math.inf: "∞", -math.inf: "−∞"}.get(value, "not a number")
     sign, size = ("−" if value < 0 else ""), float(f"{abs(value):.{digits}g}")
+    if size >= 1e16:  # FLOPs of large runs
+        return f"{sign}{size:.{digits}g}"
     for unit, letter in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
         if size >= unit and size >= 1e4:
             return f"{sign}{size / unit:.{digits}g}{letter}"

@@ -57,7 +57,7 @@ class Estimate:
     """A number with the interval that holds 95% of its resampled values.
 
     >>> str(Estimate.of(0.45, [0.4, 0.5])), str(Estimate(2e6, 1e6, 1.5e7).text(".3g"))
-    ('0.450 (0.402 to 0.498)', '2e+06 (1e+06 to 1.5e+07)')
+    ('0.450 (0.403 to 0.497)', '2e+06 (1e+06 to 1.5e+07)')
     """
 
     value: float

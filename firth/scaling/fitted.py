@@ -109,6 +109,10 @@ class FittedLaw:
             samples.append(self._loss(one, repeats, N, D, unique) * np.exp(noise[k]))
         return Estimate.of(self._loss(self.law, self.repeats, N, D, unique), samples)
 
+    def expected(self, N: float, D: float, unique: float = 0.0) -> float:
+        """Return the loss of a run, without its interval."""
+        return self._loss(self.law, self.repeats, N, D, unique)
+
     def _loss(self, law: LossLaw, repeats: RepeatLaw | None, N: float, D: float, unique: float) -> float:
         if repeats is None or not unique or unique >= D:
             return float(law.loss(N, D))

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from firth import kernel_choice
 from firth.io.atomic import make_directory
+from firth.io.integrity import read_record
 from firth.report.charts import Curve, Figure, number
 from firth.report.page import Report, Section, StatCell, Table
 from firth.report.page import write as write_page
 from firth.scaling import fit
 from firth.scaling.fit import Estimate
 from firth.scaling.fitted import CONSTANTS, Fit, describe, fit_points, optimum_text, repeat_lines
+from firth.scaling.sweep import SWEEP, TEXT
 from firth.scaling.table import Points, read_points
 
 LARGER = 3.0
@@ -36,12 +40,22 @@ def fit_and_report(table: Path, budgets: Sequence[float], draws: int, skip_diver
     Raises:
         UserError: The table cannot be fitted.
     """
-    result = fit_points(read_points(table, skip_diverged), draws, seed, skip_diverged, {"table": table.name})
+    result = fit_points(read_points(table, skip_diverged), draws, seed, skip_diverged, source_of(table))
     wanted = tuple(budgets) or (LARGER * result.fitted.flops[1],)
     make_directory(out)
     result.fitted.save(out / "fit.json")
     write_page(page(result, wanted), out / "fit.html")
     return f"{describe(result, wanted)}\n\n{out / 'fit.json'}   page: {out / 'fit.html'}"
+
+
+def source_of(table: Path) -> dict[str, Any]:
+    """Return what is known of the runs of a table: its name, and for a sweep its recipe, its text and the machine."""
+    source: dict[str, Any] = {"table": table.name}
+    files = (table.parent / SWEEP, table.parent / TEXT)
+    if all(file.exists() for file in files):
+        recipe, text = (read_record(file) for file in files)
+        source |= {**recipe, **text, "cpu": kernel_choice.cpu()}
+    return source
 
 
 def page(result: Fit, budgets: Sequence[float]) -> Report:
@@ -86,7 +100,7 @@ def page(result: Fit, budgets: Sequence[float]) -> Report:
         sections=tuple(sections),
         text="\n\n".join([f"{len(result.points)} runs of {len(np.unique(result.points.N))} sizes.", *result.excluded]),
         numbers=tuple(numbers),
-        facts={name: str(value) for name, value in fitted.source.items()},
+        facts={name: str(value) for name, value in fitted.source.items() if name != "recipe"},
     )  # fmt: skip
 
 
@@ -103,7 +117,7 @@ def _some(values: np.ndarray) -> list[float]:
 def compute_figure(result: Fit, budgets: Sequence[float]) -> Figure:
     """Return the losses of each size over compute, with the frontier of the law and the budgets."""
     points, fitted = result.points, result.fitted
-    curves = [_curve(f"{number(n, 2)}", points, np.equal(points.N, n), points.C) for n in _some(points.N)]
+    curves = [_curve(f"{number(n, 3)}", points, np.equal(points.N, n), points.C) for n in _some(points.N)]
     C = np.geomspace(points.C.min(), max(points.C.max(), *budgets), 80)
     frontier = [float(fitted.law.loss(*fitted.law.optimum(c, fitted.rule))) for c in C]
     curves.append(Curve("frontier", C.tolist(), frontier, dashed=True, color=MAX_CURVES))
@@ -177,7 +191,7 @@ def residual_figure(result: Fit) -> Figure:
     curves = []
     for n in _some(points.N):
         own = np.equal(points.N, n)
-        curves.append(Curve(f"{number(n, 2)}", points.C[own].tolist(), left[own].tolist(), points=True, line=False))
+        curves.append(Curve(f"{number(n, 3)}", points.C[own].tolist(), left[own].tolist(), points=True, line=False))
     note = (
         "Measured loss minus that of the law, in percent. A pattern means that the law has another form than the runs."
     )
@@ -188,14 +202,16 @@ def repeat_figure(result: Fit) -> Figure:
     """Return the losses of runs that read text again, by epochs, measured and by the law."""
     points, fitted = result.repeated, result.fitted
     curves = []
-    for k, unique in enumerate(_some(points.unique.round(-3))):
-        own = points.unique.round(-3) == unique
-        curves.append(_curve(f"{number(unique, 2)}", points, own, points.epochs))
+    groups = sorted({(float(u), float(n)) for u, n in zip(points.unique.round(-3), points.N, strict=True)})
+    chosen = [groups[round(k)] for k in _some(np.arange(len(groups)))]
+    for k, (unique, N) in enumerate(chosen):
+        own = np.equal(points.unique.round(-3), unique) & np.equal(points.N, N)
+        curves.append(_curve(f"{number(unique, 3)}, {number(N, 3)}", points, own, points.epochs))
         if fitted.repeats is not None:
-            N, epochs = float(np.median(points.N[own])), np.geomspace(1, points.epochs[own].max(), 40)
+            epochs = np.geomspace(1, points.epochs[own].max(), 40)
             loss = fitted.repeats.loss(N, epochs * unique, unique, fitted.rule)
             curves.append(Curve("law", epochs.tolist(), loss.tolist(), dashed=True, color=2 * k))
-    note = "The numbers at the curves are unique tokens."
+    note = "The numbers at the curves are unique tokens and parameters."
     return Figure("Loss by epochs", "epochs", "loss", tuple(curves), note, log_x=True)
 
 

@@ -1,6 +1,6 @@
 """Train one recipe at several sizes and compute budgets, with one text, one tokenizer and one held-out text.
 
-    OUT/sweep.json              the recipe, the precision, FLOPs per step of every size
+    OUT/sweep.json, text.json   the recipe, and what was measured of the text
     OUT/tokenizer/  OUT/data/   the common tokenizer and token stores
     OUT/width-128/3e+12/        a run directory for each point
     OUT/table.jsonl             a row for each point, which `firth scale fit` reads
@@ -43,6 +43,7 @@ from firth.runs.prepare import RunData
 from firth.runs.recipe import CheckpointConfig, EvalConfig, Recipe, TokenizerConfig
 from firth.runs.run import run
 from firth.runs.tokenizer import tokenizer_of
+from firth.scaling.compressed import compressed_bits
 from firth.scaling.sizes import LR_EXPONENT, count_parameters, scaled
 from firth.tokenizer.tokenizer import Tokenizer
 from firth.training.device import choose_precision, default_device
@@ -51,6 +52,8 @@ from firth.training.schedule import Budget, Schedule
 from firth.training.trainer import DivergedError
 from firth.types import LOGGER, LogLine, UserError
 
+SWEEP, TEXT, POINT, DIVERGED = "sweep.json", "text.json", "point.json", "diverged.json"
+"""Files of a sweep: its recipe, what was measured of its text; of a point: its facts, and why it diverged."""
 WARMUP_STEPS = 20
 """Steps of the warmup at every size and budget."""
 DECAY_RATIO = 0.3
@@ -157,10 +160,6 @@ class Point:
         """Return the run directory."""
         return out / f"width-{self.size.width}" / f"{self.budget:g}"
 
-    def branch(self, out: Path) -> Path:
-        """Return the checkpoint of the last constant step."""
-        return self.directory(out) / "checkpoints" / f"step-{self.stable_steps:06d}"
-
 
 @dataclass(frozen=True)
 class Sweep:
@@ -183,31 +182,37 @@ class Sweep:
         """The points that are trained."""
         return [point for point in self.points if not point.excluded]
 
-    def rows(self) -> list[dict[str, Any]]:
-        """Return a row of the table for each finished point."""
-        return [row for point in self.included if (row := self.row(point))]
+    def finished(self, point: Point) -> bool:
+        """Return whether a point was trained, or diverged."""
+        return bool(_row(point.directory(self.out)))
 
-    def row(self, point: Point) -> dict[str, Any]:
-        """Return the row of a point; {} if it is not finished."""
-        directory, size = point.directory(self.out), point.size
-        row: dict[str, Any] = {
+    def facts(self, point: Point) -> dict[str, Any]:
+        """Return what the table states of a point besides its result."""
+        size = point.size
+        return {
             "width": size.width, "parameters": size.parameters, "total_parameters": size.total_parameters, "budget": point.budget,
+            "tokens": point.steps * size.tokens_per_step, "unique_tokens": self.unique_tokens, "stable_steps": point.stable_steps,
+            "bytes_per_token": self.bytes_per_token,
         }  # fmt: skip
-        failed = _read(directory / "diverged.json")
-        if failed:
-            return row | {"tokens": point.steps * size.tokens_per_step, "loss": None, "error": failed["error"]}
-        done = read_done(directory)
-        if not done:
-            return {}
-        loss = done["metrics"]["valid/loss"]
-        bits = done["metrics"].get("valid/bits_per_byte")
-        branched = _read(directory / "branch.json")
-        return row | {
-            "tokens": done["tokens"], "flops": done["flops"], "loss": loss,
-            "bits_per_byte": bits if bits is not None else loss / math.log(2) / self.bytes_per_token,
-            "unique_tokens": self.unique_tokens, "steps": done["steps"], "seconds": done["seconds"],
-            "reused_flops": branched.get("flops", 0.0), "run": str(directory.relative_to(self.out)),
-        }  # fmt: skip
+
+
+def _row(directory: Path) -> dict[str, Any]:
+    """Return the row of the table for a point in a directory; {} if it is not finished."""
+    row = _read(directory / POINT)
+    failed, done = _read(directory / DIVERGED), read_done(directory)
+    if not row or not (failed or done):
+        return {}
+    bytes_per_token = row.pop("bytes_per_token")
+    row["run"] = str(directory.relative_to(directory.parents[1]))
+    if failed:
+        return row | {"loss": None, "error": failed["error"]}
+    loss = done["metrics"]["valid/loss"]
+    bits = done["metrics"].get("valid/bits_per_byte", loss / math.log(2) / bytes_per_token)
+    return (
+        row
+        | {name: done[name] for name in ("tokens", "flops", "steps", "seconds")}
+        | {"loss": loss, "bits_per_byte": bits}
+    )
 
 
 def _read(file: Path) -> dict[str, Any]:
@@ -257,7 +262,7 @@ def _check_sweep(recipe: Recipe, out: Path) -> None:
     Raises:
         UserError: The directory holds something else.
     """
-    file = out / "sweep.json"
+    file = out / SWEEP
     settings = {"recipe": json.loads(json.dumps(config_io.to_dict(config_io.absolute_paths(recipe))))}
     make_directory(out)
     with _exclusive(out / "prepare.lock"):
@@ -294,7 +299,11 @@ def _datasets(
         )
     train, held_out = run_data.stores()
     assert held_out is not None
-    return splits, len(train.tokens), int(held_out.bytes.sum()) / len(held_out.tokens)
+    unique, bytes_per_token = len(train.tokens), int(held_out.bytes.sum()) / len(held_out.tokens)
+    if not (out / TEXT).exists():
+        measured = {"unique_tokens": unique, "bytes_per_token": bytes_per_token, "vocab_size": tokenizer.vocab.size}
+        write_record(out / TEXT, measured | {"compressed_bits": compressed_bits(train, tokenizer)})
+    return splits, unique, bytes_per_token
 
 
 def _size(recipe: Recipe, width: int, splits: DatasetSplits, tokenizer: Tokenizer, out: Path, log: LogLine) -> Size:
@@ -383,60 +392,66 @@ def run_sweep(recipe: Recipe, config: SweepConfig, out: Path, log: LogLine = LOG
         )
     busy: set[int] = set()
     while True:
-        left = [point for point in sweep.included if not sweep.row(point)]
+        left = [point for point in sweep.included if not sweep.finished(point)]
         free = [point for point in left if point.size.width not in busy]
         if not free:
             break
+        width = free[0].size.width
         try:
-            with run_lock(out / f"width-{free[0].size.width}"):
-                if not sweep.row(free[0]):  # another process may have trained it
-                    count = f"{len(sweep.included) - len(left) + 1}/{len(sweep.included)}"
-                    log(f"[{count}] width {free[0].size.width}, {free[0].budget:g} FLOPs")
+            with run_lock(out / f"width-{width}"):
+                if not sweep.finished(free[0]):  # another process may have trained it
+                    log(
+                        f"[{len(sweep.included) - len(left) + 1}/{len(sweep.included)}] width {width}, {free[0].budget:g} FLOPs"
+                    )
                     _train(sweep, free[0], log)
         except LockedError:
-            busy.add(free[0].size.width)
+            busy.add(width)
             continue
-        write_table(sweep)
-    rows = write_table(sweep)
-    waiting = [p for p in sweep.included if not sweep.row(p)]
-    return _summary(rows, waiting, out)
+        write_table(out)
+    return _summary(write_table(out), [p for p in sweep.included if not sweep.finished(p)], out)
 
 
 def _train(sweep: Sweep, point: Point, log: LogLine) -> None:
     """Train a point, from the constant part of the largest smaller budget of its size if there is one."""
     directory = point.directory(sweep.out)
-    start = _start(sweep, point)
-    if start is not None:
-        make_directory(directory)
-        write_record(directory / "branch.json", {"from": str(start.relative_to(sweep.out)), "flops": _flops_at(start)})
+    start, reused = _start(directory, point)
+    make_directory(directory)
+    write_record(directory / POINT, sweep.facts(point) | {"reused_flops": reused})
     try:
         run(point.recipe, directory, log=_silent, start_from=start)
     except DivergedError as error:
-        write_record(directory / "diverged.json", {"error": str(error)})
+        write_record(directory / DIVERGED, {"error": str(error)})
         log(f"width {point.size.width}, {point.budget:g} FLOPs: {error}")
-    kept = point.branch(sweep.out)
     for path in (directory / "checkpoints").glob("step-*"):
-        if path != kept:
+        if path != _branch(directory, point.stable_steps):
             shutil.rmtree(path)
 
 
-def _start(sweep: Sweep, point: Point) -> Path | None:
-    """Return the checkpoint of the last constant step of the largest smaller budget of this size; None without one."""
-    own = [p for p in sweep.included if p.size.width == point.size.width and p.budget < point.budget]
-    found = [p.branch(sweep.out) for p in own if p.branch(sweep.out).is_dir() and p.stable_steps <= point.stable_steps]
-    return found[-1] if found else None
+def _branch(directory: Path, stable_steps: int) -> Path:
+    """Return the checkpoint of the last constant step of a point."""
+    return directory / "checkpoints" / f"step-{stable_steps:06d}"
 
 
-def _flops_at(path: Path) -> float:
-    state: Mapping[str, Any] = json.loads((path / "state.json").read_text())
-    return float(state["flops"])
+def _start(directory: Path, point: Point) -> tuple[Path | None, float]:
+    """Return the checkpoint of the last constant step of the largest smaller budget of this size, and its FLOPs; None without one."""
+    found = []
+    for file in directory.parent.glob(f"*/{POINT}"):
+        facts = read_record(file)
+        path = _branch(file.parent, facts["stable_steps"])
+        if facts["budget"] < point.budget and facts["stable_steps"] <= point.stable_steps and path.is_dir():
+            found.append((facts["budget"], path))
+    if not found:
+        return None, 0.0
+    path = max(found)[1]
+    return path, float(json.loads((path / "state.json").read_text())["flops"])
 
 
-def write_table(sweep: Sweep) -> list[dict[str, Any]]:
-    """Write the rows of all finished points to table.jsonl and return them."""
-    with _exclusive(sweep.out / "table.lock"):
-        rows = sweep.rows()
-        write_text(sweep.out / "table.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+def write_table(out: Path) -> list[dict[str, Any]]:
+    """Write the rows of all finished points of a sweep to table.jsonl and return them, also those of earlier calls."""
+    with _exclusive(out / "table.lock"):
+        rows = [row for file in out.glob(f"width-*/*/{POINT}") if (row := _row(file.parent))]
+        rows.sort(key=lambda row: (row["budget"], row["width"]))
+        write_text(out / "table.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
     return rows
 
 

@@ -1,0 +1,95 @@
+"""Plans: a law, a text and an hour give a command that parses, runs, and takes the time and memory that it states."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from pydoc_data.topics import topics
+
+import pytest
+import torch
+
+from firth.runs import config_io
+from firth.runs.recipe import load
+from firth.scaling.fitted import FittedLaw
+from firth.scaling.laws import ComputeRule, LossLaw, RepeatLaw
+from firth.scaling.plan import plan_run, plan_runs
+from firth.types import UserError
+from tests.support.runs import quiet
+
+SETTINGS = [
+    "tokenizer.vocab_size=300", "batch.size=4", "examples.max_length=32", "evaluation.max_examples=8", "precision=fp32",
+]  # fmt: skip
+SMALL = LossLaw(E=1.5, A=20.0, B=60.0, alpha=0.25, beta=0.3)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("text")
+    for name, body in list(topics.items())[:40]:
+        (folder / f"{re.sub('[^a-z]', '', name)}.txt").write_text(body)
+    return folder
+
+
+def law(name: str, repeats: bool = False) -> FittedLaw:
+    recipe = load(name, ["data.path=elsewhere/", *SETTINGS])
+    return FittedLaw(
+        SMALL, tuple(dataclasses.replace(SMALL, E=E) for E in (1.4, 1.45, 1.55, 1.6)), ComputeRule(), (0.01, -0.01), (5e3, 2e5),
+        (1e4, 1e7), (1e9, 1e12), RepeatLaw(SMALL, 5.0, 5.0) if repeats else None, ((4.0, 5.0), (6.0, 5.0)) if repeats else (), 0.4,
+        source={"recipe": config_io.to_dict(recipe), "compressed_bits": 2.5},
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["gpt", "roberta"])
+def test_the_command_trains_what_was_planned(name: str, text: Path, tmp_path: Path) -> None:
+    goal = "text" if name == "gpt" else "labels"
+    plan = plan_run([str(text)], 8 / 3600, goal, law(name), tmp_path / "run", quiet)
+    words = shlex.split(plan.command)
+    assert words[:3] == ["firth", "train", name]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "-m", *words], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    result = json.loads((tmp_path / "run" / "done.json").read_text())
+    found = plan.estimate
+    assert result["steps"] == found.steps
+    assert result["tokens"] == pytest.approx(found.tokens, rel=0.03)
+    assert result["flops"] == pytest.approx(found.flops, rel=0.1)  # a mean over sampled masks
+    assert found.seconds <= 8
+    assert f"{found.step.parameters:,} parameters" in done.stdout
+    assert (
+        plan.bits_per_byte is not None and plan.bits_per_byte.low < plan.bits_per_byte.value < plan.bits_per_byte.high
+    )
+
+
+def test_more_time_gives_a_larger_model_until_the_text_is_used_up(text: Path, tmp_path: Path) -> None:
+    plans = [plan_run([str(text)], hours, "text", law("gpt", True), tmp_path, quiet) for hours in (2e-3, 2e-2, 20.0)]
+    sizes = [plan.parameters for plan in plans]
+    assert sizes == sorted(sizes) and sizes[0] < sizes[2]
+    losses = [plan.loss.value for plan in plans]
+    assert losses == sorted(losses, reverse=True)
+    assert not plans[0].notes or "extrapolation" in plans[0].notes[0]
+    notes = " ".join(plans[2].notes)
+    assert "further epochs are not worth the rest of the time" in notes and "extrapolation" in notes
+    assert plans[2].estimate.epochs == pytest.approx(1 + 5 * 2.302585, rel=1e-3)  # a repeat is then worth a tenth
+
+
+def test_what_cannot_be_planned_is_a_sentence(text: Path, tmp_path: Path) -> None:
+    law("gpt").save(tmp_path / "fit.json")
+    with pytest.raises(UserError, match=r"is a law of models for text, and the plan is for labels: use --for text"):
+        plan_runs([str(text)], 1.0, "labels", tmp_path / "fit.json", tmp_path, quiet)
+    with pytest.raises(UserError, match=r"there is time or text for \d+ steps of 128 tokens only"):
+        plan_run([str(text)], 1e-6, "text", law("gpt"), tmp_path, quiet)
+    (tmp_path / "other.json").write_text("{}")
+    with pytest.raises(UserError, match=r"other\.json"):
+        plan_runs([str(text)], 1.0, "text", tmp_path / "other.json", tmp_path, quiet)
