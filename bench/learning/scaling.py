@@ -41,11 +41,12 @@ GRID = {
     "3e11": "24,32,40,48,64,96",
     "1e12": "32,40,48,64,96,128",
 }
+ENCODER_GRID = {"3e10": "16,24,32,40,48", "1e11": "24,32,40,48,64", "3e11": "32,40,48,64,96", "1e12": "40,48,64,96,128"}
 """Budget -> widths."""
 LARGEST = "4e12"
 PARTS = {
     "decoder": ("gpt", GRID, ("optimizer.lr=0.005",)),
-    "encoder": ("roberta", GRID, ()),
+    "encoder": ("roberta", ENCODER_GRID, ("batch.size=32",)),
     "lstm": ("lstm", {"1e11,3e11,1e12": "32,64,128"}, ()),
 }
 """Name -> recipe, widths by budget, settings. The decoder's rate is between the best of 0.0015, 0.003 and 0.006 at widths 32 and 128."""
