@@ -196,7 +196,7 @@ def estimate_prepared(run: PreparedRun, timed: bool = True) -> RunEstimate:
     step = step_estimate(run.build, resolved, sampled, kept)
     seconds, how = 0.0, "not measured"
     if timed:
-        seconds, how = step_seconds(run.build, resolved, run.batches, step.flops, step.peak_bytes)
+        seconds, how = step_seconds(run.build, resolved, run.batches, step.flops, step.peak_bytes(1))
     budget = resolved.budget
     steps = budget.max_steps
     if budget.max_flops:
