@@ -26,11 +26,13 @@ from firth.model.heads import LMHead
 from firth.model.model import LM
 from firth.objectives.reward_model import Ranking
 from firth.pretrained.load_save import load_model, save_model
+from firth.runs.compatibility import check_batching
 from firth.runs.recipe import load
 from firth.runs.run import run
 from firth.tokenizer.tokenizer import Tokenizer
 from firth.tokenizer.train import train as train_tokenizer
 from firth.training import trainer
+from firth.training.run_lock import Interrupted
 from firth.types import PRECOMPUTED_FIELDS, UserError
 
 WORDS = ["the", "otter", "paints", "a", "boat", "while", "every", "heron", "counts", "red", "stones", "near", "their"]
@@ -408,6 +410,66 @@ def test_ppo_ptx_trains_on_text_in_the_same_steps(workdir: Path, tmp_path: Path)
         load("ppo", assignments(workdir, "ppo", "objective.ptx_coef=0.5"))
     with pytest.raises(UserError, match=r"leaves no row of batch\.size=8 for an answer"):
         run(load("ppo", assignments(workdir, "ppo", *more, "batch.size=8")), tmp_path / "full", lambda line: None)
+
+
+@pytest.mark.parametrize("stop", [3, 5])
+def test_ppo_ptx_resumes_to_the_bit(workdir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop: int) -> None:
+    """Stopped within a rollout phase of four steps: the answers, the rows of text and the moments of both losses go on."""
+    rng = np.random.default_rng(3)
+    text = tmp_path / "text.txt"
+    text.write_text("\n".join(" ".join(rng.choice(WORDS, 12)) for _ in range(120)))
+    recipe = load("ppo", assignments(
+        workdir, "ppo", "objective.ptx_coef=0.5", "examples.pretraining_rows=8", f"examples.pretraining_path={text}",
+        "examples.pretraining_length=24", "batch.size=16", "examples.num_epochs=2", "max_steps=6", "precision=fp32", "optimizer.lr=1e-3",
+    ))  # fmt: skip
+
+    class StopAt:
+        """Ctrl-C during a step."""
+
+        steps = 0
+
+        def __enter__(self) -> "StopAt":
+            return self
+
+        def __exit__(self, *_: object) -> None: ...
+
+        @property
+        def requested(self) -> bool:
+            self.steps += 1
+            return self.steps >= stop
+
+    whole = run(recipe, tmp_path / "whole", lambda line: None)
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer, "interrupt_handler", lambda _: StopAt())
+        with pytest.raises(Interrupted):
+            run(recipe, tmp_path / "part", lambda line: None)
+    [checkpoint] = (tmp_path / "part" / "checkpoints").iterdir()
+    assert checkpoint.name == f"step-{stop:06}"
+    resumed = run(recipe, tmp_path / "part", lambda line: None)
+    assert (whole.steps, whole.metrics) == (resumed.steps, resumed.metrics) and whole.steps == 6
+    first, second = (load_model(tmp_path / name / "model").state_dict() for name in ("whole", "part"))
+    start = load_model(workdir / "gpt2").state_dict()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert not all(torch.equal(first[name], start[name]) for name in first)
+    splits = [
+        [(row["split"], row["step"], row.get("loss/ptx"), row.get("reward"))
+         for row in map(json.loads, (tmp_path / name / "metrics.jsonl").read_text().splitlines()) if row["split"] != "valid"]
+        for name in ("whole", "part")
+    ]  # fmt: skip
+    assert splits[0] == splits[1] and [step for split, step, *_ in splits[0] if split == "rollouts"] == [1, 5]
+
+
+def test_kto_needs_whole_batches(workdir: Path, tmp_path: Path) -> None:
+    """All answers of a step share one estimate of the KL, so micro-batches and ranks are refused before training."""
+    recipe = load("kto", assignments(workdir, "kto", "batch.gradient_accumulation_steps=2"))
+    with pytest.raises(
+        UserError,
+        match=r"compares all examples of a step .* set batch\.gradient_accumulation_steps=1 and train on one rank",
+    ):
+        run(recipe, tmp_path / "run", lambda line: None)
+    assert not (tmp_path / "run" / "checkpoints").exists()
+    with pytest.raises(UserError, match="2 ranks of 1 micro-batches"):
+        check_batching(recipe.objective, load_model(workdir / "gpt2").config, pack=0, accumulate=1, ranks=2)
 
 
 # ---- rankings
