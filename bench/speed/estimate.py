@@ -154,8 +154,8 @@ def _status(field: str) -> int:
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
 
 
-def case(name: str, size: str) -> dict[str, Any]:
-    """Predict and measure one case, in this process."""
+def case(name: str, size: str, timed: bool) -> dict[str, Any]:
+    """Predict and measure one case, in this process; without `timed` only its memory."""
     import torch
 
     from firth.runs.estimate import PreparedRun, prepared
@@ -190,15 +190,18 @@ def case(name: str, size: str) -> dict[str, Any]:
         seconds = [train(run, steps)]
         measured = _status("VmHWM") - base
         predicted = []
-        for _ in range(ROUNDS):
+        for _ in range(ROUNDS if timed else 0):
             times = time_steps(run.build(), run.recipe, run.batches)
             predicted.append(steps * (times.per_flop * step.flops + times.optimizer + times.rollouts))
             seconds.append(train(run, steps))
-    return {
+    found = {
         "name": name, "size": size, "steps": steps, "parameters": step.parameters, "precision": run.recipe.precision,
         "memory": dataclasses.asdict(step.memory), "predicted_bytes": step.peak_bytes(steps), "measured_bytes": measured,
-        "base_bytes": base, "predicted_seconds": min(predicted), "measured_seconds": min(seconds),
+        "base_bytes": base,
     }  # fmt: skip
+    if timed:
+        found |= {"predicted_seconds": min(predicted), "measured_seconds": min(seconds)}
+    return found
 
 
 def _warm_up(recipe: Any) -> None:
@@ -237,6 +240,9 @@ def table(rows: list[dict[str, Any]]) -> str:
     for row in rows:
         cells = []
         for what, scale in (("bytes", 1e6), ("seconds", 1.0)):
+            if f"predicted_{what}" not in row:
+                cells += ["", "", ""]
+                continue
             predicted, measured = row[f"predicted_{what}"], row[f"measured_{what}"]
             errors[what].append(predicted / measured - 1)
             digits = 0 if what == "bytes" else 2
@@ -248,7 +254,7 @@ def table(rows: list[dict[str, Any]]) -> str:
         lines.append(f"| {row['name']} | {row['size']} | {row['parameters']:,} | {' | '.join(cells)} |")
     for what, limit in (("bytes", 0.15), ("seconds", 0.20)):
         within = sum(abs(error) <= limit for error in errors[what])
-        lines += ["", f"{'Memory' if what == 'bytes' else 'Time'}: {within} of {len(rows)} within {limit:.0%}."]
+        lines += ["", f"{'Memory' if what == 'bytes' else 'Time'}: {within} of {len(errors[what])} within {limit:.0%}."]
     return "\n".join(lines)
 
 
@@ -257,10 +263,13 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", choices=[*RECIPES], default=[*RECIPES])
     parser.add_argument("--sizes", nargs="*", choices=[*STEPS], default=[*STEPS])
     parser.add_argument("--table", action="store_true", help="print the table of the last run")
+    parser.add_argument(
+        "--memory", action="store_true", help="only the memory, which other work on the machine does not change"
+    )
     parser.add_argument("--case", nargs=2, help="one case, in this process (used by the others)")
     args = parser.parse_args()
     if args.case:
-        print(json.dumps(case(*args.case)))
+        print(json.dumps(case(*args.case, timed=not args.memory)))
         return
     rows: list[dict[str, Any]] = json.loads(RESULTS.read_text()) if RESULTS.exists() else []
     if not args.table:
@@ -268,17 +277,17 @@ def main() -> None:
         for size in args.sizes:
             for name in args.only:
                 command = [sys.executable, "-W", "ignore", "-m", "bench.speed.estimate", "--case", name, size]
+                command += ["--memory"] * args.memory
                 done = subprocess.run(command, capture_output=True, text=True, check=False)
                 if done.returncode:
                     print(f"{name} {size} failed: {done.stderr.strip().splitlines()[-1]}", flush=True)
                     continue
                 row = json.loads(done.stdout.splitlines()[-1])
-                rows = [r for r in rows if (r["name"], r["size"]) != (name, size)] + [row]
+                old = next((r for r in rows if (r["name"], r["size"]) == (name, size)), {})
+                row = old | row
+                rows = [r for r in rows if r is not old] + [row]
                 RESULTS.write_text(json.dumps(rows, indent=1))
-                print(
-                    f"{name} {size}: {row['predicted_bytes'] / row['measured_bytes'] - 1:+.0%} memory, "
-                    f"{row['predicted_seconds'] / row['measured_seconds'] - 1:+.0%} time", flush=True,
-                )  # fmt: skip
+                print(table([row]).splitlines()[2], flush=True)
     print(table(rows))
 
 

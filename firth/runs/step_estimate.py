@@ -119,9 +119,9 @@ def _positions(batch: Batch) -> int:
     return sum(batch[name].numel() for name in ("tokens", "source_tokens", "memory_tokens") if name in batch)
 
 
-def check_fits(estimate: StepEstimate, device: torch.device) -> None:
+def check_fits(estimate: StepEstimate, device: torch.device, steps: int = 1) -> None:
     """Raise a UserError if a step needs more memory than is free."""
-    needed = estimate.peak_bytes(1)
+    needed = estimate.peak_bytes(steps)
     name, free = list(available_memory(device).items())[-1]
     if needed > free:
         parts = estimate.memory

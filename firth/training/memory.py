@@ -47,8 +47,7 @@ KERNEL_BYTES, MAX_KERNELS = 400_000, 1024
 """Bytes of a kernel that oneDNN compiles for one shape of a bf16 product on a CPU, and how many it keeps."""
 
 HEAP_FACTOR = 1.12
-"""Resident memory of a process per byte of live tensors on a CPU: freed blocks that no later tensor fits into
-(docs/results/estimates.md)."""
+"""Resident memory of a process per byte of live tensors on a CPU: freed blocks that no later tensor fits into."""
 
 
 @dataclass(frozen=True)
