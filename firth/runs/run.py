@@ -33,6 +33,7 @@ from firth.pretrained.load_save import save_model
 from firth.report.page import write as write_report
 from firth.report.run_report import run_report
 from firth.runs import config_io, examples, model_card, report_texts
+from firth.runs.branch import start_from_checkpoint
 from firth.runs.build_model import BuiltModel, assemble_model
 from firth.runs.compatibility import check_available_memory
 from firth.runs.eval_tasks import EvalTasks
@@ -98,6 +99,7 @@ def run(
     log: LogLine = LOGGER.info,
     reporter: ProgressReporter | None = None,
     on_metrics: OnMetrics | None = None,
+    start_from: Path | None = None,
 ) -> RunResult:
     """Train a recipe in a directory, or resume or return the run that the directory holds.
 
@@ -107,6 +109,7 @@ def run(
         log: Receives messages of the first rank.
         reporter: Receives the progress of training; by default a bar on a terminal, else the logger.
         on_metrics: Called with each row of metrics.jsonl, on the first rank.
+        start_from: A checkpoint of another run with the same first steps (`firth.runs.branch`), for a new run.
 
     Raises:
         UserError: The directory holds a run of another recipe, or the recipe is invalid.
@@ -130,7 +133,7 @@ def run(
         datasets = build_data(resolved, data, context)
         check_memory(resolved, datasets)
         built = build_model(resolved, datasets, context)
-        ended = train(resolved, built, datasets, identity, context, reporter, on_metrics)
+        ended = train(resolved, built, datasets, identity, context, reporter, on_metrics, start_from)
         return export(resolved, built, datasets, ended, identity, context)
 
 
@@ -264,6 +267,7 @@ def train(
     context: RunContext,
     reporter: ProgressReporter | None,
     on_metrics: OnMetrics | None,
+    start_from: Path | None = None,
 ) -> TrainingResult:
     """Train the model, with checkpoints and metrics in the run directory; record the recipe and its inputs first.
 
@@ -279,6 +283,8 @@ def train(
             write_text(directory / "recipe.yaml", config_io.write_yaml(resolved))
         context.inputs.write(directory, identity.recipe)
         report_texts.write_texts(resolved, model, datasets.data, datasets.splits, 0)
+        if start_from is not None and not context.resumed:
+            start_from_checkpoint(start_from, resolved, context, identity)
     task_names = tasks.check(model) if tasks is not None else []
     if validator is not None and evaluation.best_metric not in task_names:
         validator.check_best_metric(model)

@@ -55,6 +55,11 @@ LOWER_IS_BETTER = ("loss", "bits", "squared_error", "perplexity")
 LOWER_IS_BETTER_TASKS = (*LOWER_IS_BETTER, "copying_loss", "in_context_score", "word_perplexity", "byte_perplexity")
 """The same for the last part of the name of a metric of a task, such as task/copying_loss."""
 
+
+class DivergedError(UserError):
+    """The loss, the gradients or the weights of a run are not finite."""
+
+
 Evaluate = Callable[["LM", int], dict[str, float]]
 """(model, step) -> validation metrics. Called in eval mode, without gradients, on every rank."""
 
@@ -151,7 +156,7 @@ def train(
         on_metrics: Called with each row of metrics.jsonl, on the first rank.
 
     Raises:
-        UserError: No labels, directory locked, disk full, or gradients not finite.
+        UserError: No labels, directory locked, disk full, or gradients not finite (`DivergedError`).
         Interrupted: Ctrl-C; a checkpoint has been saved.
     """
     ranks = ranks or Ranks()
@@ -332,7 +337,7 @@ class _Run:
             took, bad, stops, tokens_, work = ranks.sum(local.double()).tolist()
             finite, stop, tokens = not bad, stops > 0, round(tokens_)
         middle = self.budget.passed(state.step + 0.5, state.seconds + 0.5 * self.step_seconds, state.flops + 0.5 * work)
-        factor = self.schedule.factor(middle)
+        factor = self.schedule.factor(middle, state.step)
         before = time.perf_counter()
         if finite:
             self.optimizer.step(factor)
@@ -352,7 +357,7 @@ class _Run:
         )
         state.metrics |= {"norm": float(norm), "rate": self.lr * factor}
         if state.in_a_row >= self.config.max_bad_steps:
-            raise UserError(
+            raise DivergedError(
                 f"{state.in_a_row} steps in a row, the last of them step {state.step}, gave a loss or a gradient that is not "
                 f"finite; lower optimizer.lr (now {self.lr:g}) or increase schedule.warmup_ratio, and start a new run"
             )
@@ -386,7 +391,7 @@ class _Run:
             )
 
     def _check_finite_weights(self) -> None:
-        """Raise a UserError if the weights are not finite, or if the run ends on a loss that is not, before they are saved.
+        """Raise a DivergedError if the weights are not finite, or if the run ends on a loss that is not, before they are saved.
 
         The weights are the same on all ranks, and so is the result. The check reads 16 GB/s, at saves, validations and bad steps.
         """
@@ -394,12 +399,12 @@ class _Run:
         name = checkpoint.not_finite(self.model)
         advice = f"lower optimizer.lr (now {self.lr:g}) or increase schedule.warmup_ratio, and start a new run"
         if name:
-            raise UserError(
+            raise DivergedError(
                 f"step {state.step}: the optimizer has made the weight {name!r} infinite or NaN, so the model is not saved; "
                 f"{advice}"
             )
         if state.in_a_row and self._passed >= 1:
-            raise UserError(
+            raise DivergedError(
                 f"the run ends at step {state.step} on a loss or a gradient that is not finite ({state.in_a_row} in a row), so this "
                 f"model is not saved; {advice}"
             )
