@@ -83,13 +83,14 @@ def step_estimate(
         frozen_bytes: Bytes of further models that the run keeps.
     """
     objective = recipe.objective
-    *_, other, largest = sorted([steps[0], *steps], key=lambda batches: max(_positions(batch) for batch in batches))
+    by_size = sorted(steps, key=lambda batches: max(_positions(batch) for batch in batches))
+    typical, largest = by_size[len(steps) // 2], by_size[-1]
     device = default_device()
     with memory_trace(device) as trace:
         with device:
             model = build()
         dropout = not objective.inputs & PRECOMPUTED_FIELDS
-        memory = trace_step(trace, model, objective, recipe.optimizer, (other, largest), recipe.precision, dropout)
+        memory = trace_step(trace, model, objective, recipe.optimizer, (typical, largest), recipe.precision, dropout)
     total, body = count_parameters(model)
     return StepEstimate(
         total,
