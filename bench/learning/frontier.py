@@ -60,11 +60,11 @@ BEST_OF = (2, 4, 8, 16, 32, 64)
 REWARD = "bench.learning.frontier:sentiment"
 WORD = re.compile(r"[a-z][a-z'-]*[a-z]|[a-z]")
 
-ANSWERS, PHASES = 128, 40
-PAIRS, PAIR_STEPS = 32, 160
+ANSWERS, PHASES = 64, 60
+PAIRS, PAIR_STEPS = 32, 100
 ROLLOUT = (
     f"examples.reward_function={REWARD}", f"examples.rollout_size={ANSWERS}", f"examples.max_new_tokens={MAX_NEW_TOKENS}",
-    "examples.num_generations=8", "optimizer.lr=5e-4", "evaluation.every=0", "checkpoint.every=0",
+    "examples.num_generations=8", "optimizer.lr=3e-4", "evaluation.every=0", "checkpoint.every=0",
 )  # fmt: skip
 COMPARED = (
     f"batch.size={PAIRS}", f"max_steps={PAIR_STEPS}", f"examples.base.max_length={MAX_LENGTH}", "optimizer.lr=2e-4", "evaluation.every=0",
@@ -95,7 +95,7 @@ class Method:
 METHODS = {
     "ppo": Method(
         "ppo", "examples.kl_coef", (0.02, 0.05, 0.1, 0.2),
-        (*ROLLOUT, "batch.size=64", "examples.num_epochs=2", f"max_steps={4 * PHASES}"),
+        (*ROLLOUT, "batch.size=64", "examples.num_epochs=2", f"max_steps={2 * PHASES}"),
     ),
     "grpo": Method("grpo", "objective.beta", (0.05, 0.15, 0.3, 0.6), GROUPS),
     "rloo": Method("rloo", "examples.kl_coef", (0.02, 0.05, 0.1, 0.2), GROUPS),
@@ -156,33 +156,46 @@ def write_sentences(out: Path) -> dict[str, Path]:
     return files
 
 
-def prepare(results: Path) -> Files:
-    """Finetune the decoder, sample its answers and compare them; what exists is kept."""
-    files = write_sentences(results / "sentences")
+def train_start(
+    supervised: Path, out: Path, hidden_size: int = 64, num_layers: int = 2, steps: int = SUPERVISED_STEPS
+) -> Path:
+    """Finetune a decoder on the sentences; return its run."""
     recipe = replace(
         post_training.sft(),
         name="frontier-start",
-        data=DataConfig(path=(str(files["supervised"]),)),
+        data=DataConfig(path=(str(supervised),)),
         tokenizer=TokenizerConfig(algorithm="byte-bpe", vocab_size=VOCAB_SIZE),
-        model=decoder_config(vocab_size=VOCAB_SIZE, hidden_size=64, num_layers=2, num_heads=4, max_positions=128),
+        model=decoder_config(
+            vocab_size=VOCAB_SIZE, hidden_size=hidden_size, num_layers=num_layers, num_heads=4, max_positions=128
+        ),
         examples=DialoguesConfig(max_length=MAX_LENGTH),
         batch=BatchConfig(size=SUPERVISED_ROWS),
         optimizer=OptimizerConfig(name="adamw", lr=4e-3, weight_decay=0.1),
         evaluation=EvalConfig(every=100),
-        budget=Budget(max_steps=SUPERVISED_STEPS),
+        budget=Budget(max_steps=steps),
     )
-    run(recipe, results / "start", log=print)
-    answers, ranked = results / "answers", results / "ranked"
+    run(recipe, out, log=print)
+    return out
+
+
+def write_comparisons(start: Path, prompts: Path, results: Path, suffix: str = "") -> Path:
+    """Sample four answers to each prompt, and compare the best with the worst; return the file of preferences."""
+    answers, ranked = results / f"answers{suffix}", results / f"ranked{suffix}"
     for directory in (answers, ranked):
         directory.mkdir(exist_ok=True)
     if not (answers / SampleAnswers.output).exists():
-        sample = SampleAnswers(
-            str(results / "start"), (str(files["prompts"]),), num_samples=4, max_new_tokens=MAX_NEW_TOKENS
-        )
+        sample = SampleAnswers(str(start), (str(prompts),), num_samples=4, max_new_tokens=MAX_NEW_TOKENS)
         print(sample.run(answers), flush=True)
     if not (ranked / RankAnswers.output).exists():
         print(RankAnswers((str(answers / SampleAnswers.output),), reward_function=REWARD).run(ranked), flush=True)
-    return Files(files["prompts"], files["held_out"], results / "start", ranked / RankAnswers.output)
+    return ranked / RankAnswers.output
+
+
+def prepare(results: Path) -> Files:
+    """Finetune the decoder, sample its answers and compare them; what exists is kept."""
+    files = write_sentences(results / "sentences")
+    start = train_start(files["supervised"], results / "start")
+    return Files(files["prompts"], files["held_out"], start, write_comparisons(start, files["prompts"], results))
 
 
 def compared(
