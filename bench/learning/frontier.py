@@ -2,7 +2,7 @@
 
     python -m bench.learning.frontier --run                                # all missing runs: about 25 minutes on two idle cores
     python -m bench.learning.frontier --run --only dpo --seeds 0           # some
-    python -m bench.learning.frontier --run --lock FILE                    # each run holds a lock, for a machine that others use
+    python -m bench.learning.frontier --run --lock FILE                    # hold a lock during the runs of each method
     python -m bench.learning.frontier --table                              # markdown of the existing runs, and RESULTS/report.html
 
 The setting is that of the DPO paper (Rafailov 2023, section 6.1), with a smaller model and a smaller text. A prompt is the first four
@@ -24,11 +24,15 @@ import fcntl
 import functools
 import json
 import math
+import os
 import random
 import re
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -258,29 +262,47 @@ def read_results(results: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text("utf-8").splitlines()] if path.exists() else []
 
 
-def run_missing(results: Path, names: Sequence[str], seeds: Sequence[int], lock: Path | None) -> None:
-    """Run what is missing; each row is written when it is known."""
+def add(results: Path, rows: Sequence[dict[str, Any]]) -> None:
+    with (results / "results.jsonl").open("a", encoding="utf-8") as file:
+        file.write("".join(json.dumps(row) + "\n" for row in rows))
+    for row in rows:
+        print(row["method"], row["strength"], row["seed"], row["reward"], row["kl"], row.get("seconds"), flush=True)
+
+
+def run_one(results: Path, name: str, strength: float, seed: int) -> None:
+    """Do one run and write its row."""
+    files = prepare(results)
+    add(results, [measure(name, strength, seed, files, results / f"{name}-{strength:g}-{seed}")])
+
+
+def run_missing(results: Path, names: Sequence[str], seeds: Sequence[int], lock: Path | None, jobs: int) -> None:
+    """Run what is missing, the strengths of a method under one lock, `jobs` processes of one thread at a time."""
     results.mkdir(parents=True, exist_ok=True)
-    with holding(lock):
+    with holding(None if (results / "ranked" / RankAnswers.output).exists() else lock):
         files = prepare(results)
-
-    def add(rows: Sequence[dict[str, Any]]) -> None:
-        with (results / "results.jsonl").open("a", encoding="utf-8") as file:
-            file.write("".join(json.dumps(row) + "\n" for row in rows))
-        for row in rows:
-            print(row["method"], row["strength"], row["seed"], row["reward"], row["kl"], row.get("seconds"), flush=True)
-
-    known = {(row["method"], row["strength"], row["seed"]) for row in read_results(results)}
     for seed in seeds:
-        if ("best of n", 1, seed) not in known:
-            with holding(lock):
-                add(measure_best_of_n(files, seed, results / f"best-of-n-{seed}"))
         for name in names:
-            for strength in METHODS[name].strengths:
-                if (name, strength, seed) not in known:
-                    with holding(lock):
-                        add([measure(name, strength, seed, files, results / f"{name}-{strength:g}-{seed}")])
+            if missing(results, name, seed):
+                with holding(lock), ThreadPoolExecutor(jobs) as pool:
+                    commands = [
+                        [sys.executable, "-m", "bench.learning.frontier", "--results", str(results), "--one", name, str(x), str(seed)]
+                        for x in missing(results, name, seed)
+                    ]  # fmt: skip
+                    list(pool.map(lambda command: subprocess.run(command, check=True, env=ONE_THREAD), commands))
+        if missing(results, "best of n", seed):
+            with holding(lock):
+                add(results, measure_best_of_n(files, seed, results / f"best-of-n-{seed}"))
 
+
+def missing(results: Path, name: str, seed: int) -> list[float]:
+    """Return the strengths of a method that have no row yet, with one seed."""
+    known = {(row["method"], row["strength"], row["seed"]) for row in read_results(results)}
+    strengths = (1, *BEST_OF) if name == "best of n" else METHODS[name].strengths
+    return [strength for strength in strengths if (name, strength, seed) not in known]
+
+
+ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}
+"""Environment of a run: small models are faster in several processes than on several threads."""
 
 T_TWO_DEGREES = {2: 12.706, 3: 4.303}
 """Number of seeds -> 97.5% quantile of Student's t."""
@@ -377,11 +399,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--table", action="store_true")
     parser.add_argument("--only", nargs="*", choices=METHODS, default=list(METHODS))
     parser.add_argument("--seeds", nargs="+", type=int, default=SEEDS)
-    parser.add_argument("--lock", type=Path, help="a file to hold an flock on during each run")
+    parser.add_argument("--jobs", type=int, default=2, help="runs at a time")
+    parser.add_argument("--one", nargs=3, metavar=("METHOD", "STRENGTH", "SEED"), help="do one run")
+    parser.add_argument("--lock", type=Path, help="a file to hold an flock on during the runs of a method")
     parser.add_argument("--results", type=Path, default=Path("runs/frontier"))
     args = parser.parse_args(argv)
+    if args.one:
+        run_one(args.results, args.one[0], float(args.one[1]), int(args.one[2]))
+        return
     if args.run:
-        run_missing(args.results, args.only, args.seeds, args.lock)
+        run_missing(args.results, args.only, args.seeds, args.lock, args.jobs)
     found = points(read_results(args.results))
     if found:
         print(table(found))
