@@ -105,7 +105,7 @@ TASK_TERMS = {
 TRAINING_TERMS = ("rate", "norm", "tokens_per_second")
 """Metrics of the training process, drawn in a section of their own."""
 
-_NOT_DRAWN = ("split", "step", "seconds", "tokens", "skipped", "flops", "flops_per_second")
+_NOT_DRAWN = ("split", "step", "seconds", "tokens", "skipped", "flops", "flops_per_second", "mfu")
 """Fields of a row without a figure."""
 
 
@@ -419,7 +419,9 @@ def _speed(rows: Sequence[Row]) -> list[StatCell]:
     _, speed = _known(rows, "train", "tokens_per_second")
     if speed:
         _, work = _known(rows, "train", "flops_per_second")
+        _, shares = _known(rows, "train", "mfu")
         rate = f", {number(median(work), 3)}FLOP/s" if work else ""
+        rate += f", {median(shares):.1%} of the machine's peak (MFU)" if shares else ""
         return [StatCell("tokens per second", float(f"{median(speed):.3g}"), f"median over the run{rate}")]
     return []
 
