@@ -2,7 +2,7 @@
 
     python -m bench.learning.frontier --run                                # all missing runs: about 25 minutes on two idle cores
     python -m bench.learning.frontier --run --only dpo --seeds 0           # some
-    python -m bench.learning.frontier --run --lock FILE                    # hold a lock during the runs of each method
+    python -m bench.learning.frontier --run --lock FILE                    # hold a lock during five runs at a time
     python -m bench.learning.frontier --table                              # markdown of the existing runs, and RESULTS/report.html
 
 The setting is that of the DPO paper (Rafailov 2023, section 6.1), with a smaller model and a smaller text. A prompt is the first four
@@ -60,7 +60,7 @@ VOCAB_SIZE = 1024
 SUPERVISED_STEPS, SUPERVISED_ROWS = 800, 64
 MAX_NEW_TOKENS, MAX_LENGTH = 48, 96
 SEEDS = (0, 1, 2)
-BEST_OF = (2, 4, 8, 16, 32, 64)
+BEST_OF = (2, 4, 8, 16)
 REWARD = "bench.learning.frontier:sentiment"
 WORD = re.compile(r"[a-z][a-z'-]*[a-z]|[a-z]")
 
@@ -276,22 +276,26 @@ def run_one(results: Path, name: str, strength: float, seed: int) -> None:
 
 
 def run_missing(results: Path, names: Sequence[str], seeds: Sequence[int], lock: Path | None, jobs: int) -> None:
-    """Run what is missing, the strengths of a method under one lock, `jobs` processes of one thread at a time."""
+    """Run what is missing, one strength of all methods under one lock, `jobs` processes of one thread at a time."""
     results.mkdir(parents=True, exist_ok=True)
     with holding(None if (results / "ranked" / RankAnswers.output).exists() else lock):
         files = prepare(results)
     for seed in seeds:
-        for name in names:
-            if missing(results, name, seed):
-                with holding(lock), ThreadPoolExecutor(jobs) as pool:
-                    commands = [
-                        [sys.executable, "-m", "bench.learning.frontier", "--results", str(results), "--one", name, str(x), str(seed)]
-                        for x in missing(results, name, seed)
-                    ]  # fmt: skip
-                    list(pool.map(lambda command: subprocess.run(command, check=True, env=ONE_THREAD), commands))
         if missing(results, "best of n", seed):
             with holding(lock):
                 add(results, measure_best_of_n(files, seed, results / f"best-of-n-{seed}"))
+        for place in (1, 2, 0, 3):  # the middle of the curves first
+            if any(commands(results, names, place, seed)):
+                with holding(lock), ThreadPoolExecutor(jobs) as pool:
+                    started = commands(results, names, place, seed)
+                    list(pool.map(lambda command: subprocess.run(command, check=True, env=ONE_THREAD), started))
+
+
+def commands(results: Path, names: Sequence[str], place: int, seed: int) -> list[list[str]]:
+    """Return the commands of the runs of all methods at one place of their strengths that have no row yet."""
+    program = [sys.executable, "-m", "bench.learning.frontier", "--results", str(results), "--one"]
+    chosen = [(name, METHODS[name].strengths[place]) for name in names]
+    return [[*program, name, str(x), str(seed)] for name, x in chosen if x in missing(results, name, seed)]
 
 
 def missing(results: Path, name: str, seed: int) -> list[float]:
@@ -401,7 +405,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=SEEDS)
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time")
     parser.add_argument("--one", nargs=3, metavar=("METHOD", "STRENGTH", "SEED"), help="do one run")
-    parser.add_argument("--lock", type=Path, help="a file to hold an flock on during the runs of a method")
+    parser.add_argument("--lock", type=Path, help="a file to hold an flock on during the runs of one strength")
     parser.add_argument("--results", type=Path, default=Path("runs/frontier"))
     args = parser.parse_args(argv)
     if args.one:
