@@ -24,18 +24,18 @@ import fcntl
 import functools
 import json
 import math
-import os
+import multiprocessing
 import random
 import re
 import statistics
-import subprocess
-import sys
 import time
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from bench.harness import busy_seconds, machine, other_load
 from firth.corpora import catalog, readers
@@ -64,14 +64,14 @@ BEST_OF = (2, 4, 8, 16)
 REWARD = "bench.learning.frontier:sentiment"
 WORD = re.compile(r"[a-z][a-z'-]*[a-z]|[a-z]")
 
-ANSWERS, PHASES = 64, 60
-PAIRS, PAIR_STEPS = 32, 100
+ANSWERS, PHASES = 64, 40
+PAIRS, PAIR_STEPS = 32, 80
 ROLLOUT = (
     f"examples.reward_function={REWARD}", f"examples.rollout_size={ANSWERS}", f"examples.max_new_tokens={MAX_NEW_TOKENS}",
-    "examples.num_generations=8", "optimizer.lr=3e-4", "evaluation.every=0", "checkpoint.every=0",
+    "examples.num_generations=8", "optimizer.lr=4e-4", "evaluation.every=0", "checkpoint.every=0",
 )  # fmt: skip
 COMPARED = (
-    f"batch.size={PAIRS}", f"max_steps={PAIR_STEPS}", f"examples.base.max_length={MAX_LENGTH}", "optimizer.lr=2e-4", "evaluation.every=0",
+    f"batch.size={PAIRS}", f"max_steps={PAIR_STEPS}", f"examples.base.max_length={MAX_LENGTH}", "optimizer.lr=3e-4", "evaluation.every=0",
     "checkpoint.every=0",
 )  # fmt: skip
 GROUPS = (*ROLLOUT, f"batch.size={ANSWERS}", f"max_steps={PHASES}")
@@ -276,26 +276,26 @@ def run_one(results: Path, name: str, strength: float, seed: int) -> None:
 
 
 def run_missing(results: Path, names: Sequence[str], seeds: Sequence[int], lock: Path | None, jobs: int) -> None:
-    """Run what is missing, one strength of all methods under one lock, `jobs` processes of one thread at a time."""
+    """Run what is missing, one strength of all methods under one lock, in `jobs` processes of one thread each."""
     results.mkdir(parents=True, exist_ok=True)
     with holding(None if (results / "ranked" / RankAnswers.output).exists() else lock):
         files = prepare(results)
-    for seed in seeds:
-        if missing(results, "best of n", seed):
-            with holding(lock):
-                add(results, measure_best_of_n(files, seed, results / f"best-of-n-{seed}"))
-        for place in (1, 2, 0, 3):  # the middle of the curves first
-            if any(commands(results, names, place, seed)):
-                with holding(lock), ThreadPoolExecutor(jobs) as pool:
-                    started = commands(results, names, place, seed)
-                    list(pool.map(lambda command: subprocess.run(command, check=True, env=ONE_THREAD), started))
-
-
-def commands(results: Path, names: Sequence[str], place: int, seed: int) -> list[list[str]]:
-    """Return the commands of the runs of all methods at one place of their strengths that have no row yet."""
-    program = [sys.executable, "-m", "bench.learning.frontier", "--results", str(results), "--one"]
-    chosen = [(name, METHODS[name].strengths[place]) for name in names]
-    return [[*program, name, str(x), str(seed)] for name, x in chosen if x in missing(results, name, seed)]
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(jobs, mp_context=context, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        for seed in seeds:
+            if missing(results, "best of n", seed):
+                with holding(lock):
+                    add(results, measure_best_of_n(files, seed, results / f"best-of-n-{seed}"))
+            for place in (1, 2, 0, 3):  # the middle of the curves first
+                chosen = [(name, METHODS[name].strengths[place]) for name in names]
+                if any(strength in missing(results, name, seed) for name, strength in chosen):
+                    with holding(lock):
+                        left = [
+                            (name, strength) for name, strength in chosen if strength in missing(results, name, seed)
+                        ]
+                        started = [pool.submit(run_one, results, name, strength, seed) for name, strength in left]
+                        for one in started:
+                            one.result()
 
 
 def missing(results: Path, name: str, seed: int) -> list[float]:
@@ -304,9 +304,6 @@ def missing(results: Path, name: str, seed: int) -> list[float]:
     strengths = (1, *BEST_OF) if name == "best of n" else METHODS[name].strengths
     return [strength for strength in strengths if (name, strength, seed) not in known]
 
-
-ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}
-"""Environment of a run: small models are faster in several processes than on several threads."""
 
 T_TWO_DEGREES = {2: 12.706, 3: 4.303}
 """Number of seeds -> 97.5% quantile of Student's t."""
@@ -404,13 +401,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--only", nargs="*", choices=METHODS, default=list(METHODS))
     parser.add_argument("--seeds", nargs="+", type=int, default=SEEDS)
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time")
-    parser.add_argument("--one", nargs=3, metavar=("METHOD", "STRENGTH", "SEED"), help="do one run")
     parser.add_argument("--lock", type=Path, help="a file to hold an flock on during the runs of one strength")
     parser.add_argument("--results", type=Path, default=Path("runs/frontier"))
     args = parser.parse_args(argv)
-    if args.one:
-        run_one(args.results, args.one[0], float(args.one[1]), int(args.one[2]))
-        return
     if args.run:
         run_missing(args.results, args.only, args.seeds, args.lock, args.jobs)
     found = points(read_results(args.results))
