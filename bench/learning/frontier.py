@@ -2,7 +2,7 @@
 
     python -m bench.learning.frontier --run                                # all missing runs: about 25 minutes on two idle cores
     python -m bench.learning.frontier --run --only dpo --seeds 0           # some
-    python -m bench.learning.frontier --run --lock FILE                    # each run holds a lock, for a machine that others use
+    python -m bench.learning.frontier --run --lock FILE                    # hold a lock during five runs at a time
     python -m bench.learning.frontier --table                              # markdown of the existing runs, and RESULTS/report.html
 
 The setting is that of the DPO paper (Rafailov 2023, section 6.1), with a smaller model and a smaller text. A prompt is the first four
@@ -24,14 +24,18 @@ import fcntl
 import functools
 import json
 import math
+import multiprocessing
 import random
 import re
 import statistics
 import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from bench.harness import busy_seconds, machine, other_load
 from firth.corpora import catalog, readers
@@ -56,18 +60,18 @@ VOCAB_SIZE = 1024
 SUPERVISED_STEPS, SUPERVISED_ROWS = 800, 64
 MAX_NEW_TOKENS, MAX_LENGTH = 48, 96
 SEEDS = (0, 1, 2)
-BEST_OF = (2, 4, 8, 16, 32, 64)
+BEST_OF = (2, 4, 8, 16)
 REWARD = "bench.learning.frontier:sentiment"
 WORD = re.compile(r"[a-z][a-z'-]*[a-z]|[a-z]")
 
-ANSWERS, PHASES = 128, 40
-PAIRS, PAIR_STEPS = 32, 160
+ANSWERS, PHASES = 64, 40
+PAIRS, PAIR_STEPS = 32, 80
 ROLLOUT = (
     f"examples.reward_function={REWARD}", f"examples.rollout_size={ANSWERS}", f"examples.max_new_tokens={MAX_NEW_TOKENS}",
-    "examples.num_generations=8", "optimizer.lr=5e-4", "evaluation.every=0", "checkpoint.every=0",
+    "examples.num_generations=8", "optimizer.lr=4e-4", "evaluation.every=0", "checkpoint.every=0",
 )  # fmt: skip
 COMPARED = (
-    f"batch.size={PAIRS}", f"max_steps={PAIR_STEPS}", f"examples.base.max_length={MAX_LENGTH}", "optimizer.lr=2e-4", "evaluation.every=0",
+    f"batch.size={PAIRS}", f"max_steps={PAIR_STEPS}", f"examples.base.max_length={MAX_LENGTH}", "optimizer.lr=3e-4", "evaluation.every=0",
     "checkpoint.every=0",
 )  # fmt: skip
 GROUPS = (*ROLLOUT, f"batch.size={ANSWERS}", f"max_steps={PHASES}")
@@ -95,7 +99,7 @@ class Method:
 METHODS = {
     "ppo": Method(
         "ppo", "examples.kl_coef", (0.02, 0.05, 0.1, 0.2),
-        (*ROLLOUT, "batch.size=64", "examples.num_epochs=2", f"max_steps={4 * PHASES}"),
+        (*ROLLOUT, "batch.size=64", "examples.num_epochs=2", f"max_steps={2 * PHASES}"),
     ),
     "grpo": Method("grpo", "objective.beta", (0.05, 0.15, 0.3, 0.6), GROUPS),
     "rloo": Method("rloo", "examples.kl_coef", (0.02, 0.05, 0.1, 0.2), GROUPS),
@@ -156,33 +160,46 @@ def write_sentences(out: Path) -> dict[str, Path]:
     return files
 
 
-def prepare(results: Path) -> Files:
-    """Finetune the decoder, sample its answers and compare them; what exists is kept."""
-    files = write_sentences(results / "sentences")
+def train_start(
+    supervised: Path, out: Path, hidden_size: int = 64, num_layers: int = 2, steps: int = SUPERVISED_STEPS
+) -> Path:
+    """Finetune a decoder on the sentences; return its run."""
     recipe = replace(
         post_training.sft(),
         name="frontier-start",
-        data=DataConfig(path=(str(files["supervised"]),)),
+        data=DataConfig(path=(str(supervised),)),
         tokenizer=TokenizerConfig(algorithm="byte-bpe", vocab_size=VOCAB_SIZE),
-        model=decoder_config(vocab_size=VOCAB_SIZE, hidden_size=64, num_layers=2, num_heads=4, max_positions=128),
+        model=decoder_config(
+            vocab_size=VOCAB_SIZE, hidden_size=hidden_size, num_layers=num_layers, num_heads=4, max_positions=128
+        ),
         examples=DialoguesConfig(max_length=MAX_LENGTH),
         batch=BatchConfig(size=SUPERVISED_ROWS),
         optimizer=OptimizerConfig(name="adamw", lr=4e-3, weight_decay=0.1),
         evaluation=EvalConfig(every=100),
-        budget=Budget(max_steps=SUPERVISED_STEPS),
+        budget=Budget(max_steps=steps),
     )
-    run(recipe, results / "start", log=print)
-    answers, ranked = results / "answers", results / "ranked"
+    run(recipe, out, log=print)
+    return out
+
+
+def write_comparisons(start: Path, prompts: Path, results: Path, suffix: str = "") -> Path:
+    """Sample four answers to each prompt, and compare the best with the worst; return the file of preferences."""
+    answers, ranked = results / f"answers{suffix}", results / f"ranked{suffix}"
     for directory in (answers, ranked):
         directory.mkdir(exist_ok=True)
     if not (answers / SampleAnswers.output).exists():
-        sample = SampleAnswers(
-            str(results / "start"), (str(files["prompts"]),), num_samples=4, max_new_tokens=MAX_NEW_TOKENS
-        )
+        sample = SampleAnswers(str(start), (str(prompts),), num_samples=4, max_new_tokens=MAX_NEW_TOKENS)
         print(sample.run(answers), flush=True)
     if not (ranked / RankAnswers.output).exists():
         print(RankAnswers((str(answers / SampleAnswers.output),), reward_function=REWARD).run(ranked), flush=True)
-    return Files(files["prompts"], files["held_out"], results / "start", ranked / RankAnswers.output)
+    return ranked / RankAnswers.output
+
+
+def prepare(results: Path) -> Files:
+    """Finetune the decoder, sample its answers and compare them; what exists is kept."""
+    files = write_sentences(results / "sentences")
+    start = train_start(files["supervised"], results / "start")
+    return Files(files["prompts"], files["held_out"], start, write_comparisons(start, files["prompts"], results))
 
 
 def compared(
@@ -245,28 +262,47 @@ def read_results(results: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text("utf-8").splitlines()] if path.exists() else []
 
 
-def run_missing(results: Path, names: Sequence[str], seeds: Sequence[int], lock: Path | None) -> None:
-    """Run what is missing; each row is written when it is known."""
+def add(results: Path, rows: Sequence[dict[str, Any]]) -> None:
+    with (results / "results.jsonl").open("a", encoding="utf-8") as file:
+        file.write("".join(json.dumps(row) + "\n" for row in rows))
+    for row in rows:
+        print(row["method"], row["strength"], row["seed"], row["reward"], row["kl"], row.get("seconds"), flush=True)
+
+
+def run_one(results: Path, name: str, strength: float, seed: int) -> None:
+    """Do one run and write its row."""
+    files = prepare(results)
+    add(results, [measure(name, strength, seed, files, results / f"{name}-{strength:g}-{seed}")])
+
+
+def run_missing(results: Path, names: Sequence[str], seeds: Sequence[int], lock: Path | None, jobs: int) -> None:
+    """Run what is missing, one strength of all methods under one lock, in `jobs` processes of one thread each."""
     results.mkdir(parents=True, exist_ok=True)
-    with holding(lock):
+    with holding(None if (results / "ranked" / RankAnswers.output).exists() else lock):
         files = prepare(results)
-
-    def add(rows: Sequence[dict[str, Any]]) -> None:
-        with (results / "results.jsonl").open("a", encoding="utf-8") as file:
-            file.write("".join(json.dumps(row) + "\n" for row in rows))
-        for row in rows:
-            print(row["method"], row["strength"], row["seed"], row["reward"], row["kl"], row.get("seconds"), flush=True)
-
-    known = {(row["method"], row["strength"], row["seed"]) for row in read_results(results)}
-    for seed in seeds:
-        if ("best of n", 1, seed) not in known:
-            with holding(lock):
-                add(measure_best_of_n(files, seed, results / f"best-of-n-{seed}"))
-        for name in names:
-            for strength in METHODS[name].strengths:
-                if (name, strength, seed) not in known:
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(jobs, mp_context=context, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        for seed in seeds:
+            if missing(results, "best of n", seed):
+                with holding(lock):
+                    add(results, measure_best_of_n(files, seed, results / f"best-of-n-{seed}"))
+            for place in (1, 2, 0, 3):  # the middle of the curves first
+                chosen = [(name, METHODS[name].strengths[place]) for name in names]
+                if any(strength in missing(results, name, seed) for name, strength in chosen):
                     with holding(lock):
-                        add([measure(name, strength, seed, files, results / f"{name}-{strength:g}-{seed}")])
+                        left = [
+                            (name, strength) for name, strength in chosen if strength in missing(results, name, seed)
+                        ]
+                        started = [pool.submit(run_one, results, name, strength, seed) for name, strength in left]
+                        for one in started:
+                            one.result()
+
+
+def missing(results: Path, name: str, seed: int) -> list[float]:
+    """Return the strengths of a method that have no row yet, with one seed."""
+    known = {(row["method"], row["strength"], row["seed"]) for row in read_results(results)}
+    strengths = (1, *BEST_OF) if name == "best of n" else METHODS[name].strengths
+    return [strength for strength in strengths if (name, strength, seed) not in known]
 
 
 T_TWO_DEGREES = {2: 12.706, 3: 4.303}
@@ -364,11 +400,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--table", action="store_true")
     parser.add_argument("--only", nargs="*", choices=METHODS, default=list(METHODS))
     parser.add_argument("--seeds", nargs="+", type=int, default=SEEDS)
-    parser.add_argument("--lock", type=Path, help="a file to hold an flock on during each run")
+    parser.add_argument("--jobs", type=int, default=2, help="runs at a time")
+    parser.add_argument("--lock", type=Path, help="a file to hold an flock on during the runs of one strength")
     parser.add_argument("--results", type=Path, default=Path("runs/frontier"))
     args = parser.parse_args(argv)
     if args.run:
-        run_missing(args.results, args.only, args.seeds, args.lock)
+        run_missing(args.results, args.only, args.seeds, args.lock, args.jobs)
     found = points(read_results(args.results))
     if found:
         print(table(found))

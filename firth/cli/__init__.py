@@ -15,7 +15,7 @@ from firth import __version__
 from firth.cli.console import console
 from firth.cli.evaluation import evaluate, ratings
 from firth.cli.inference import chat, embed, fill, generate, predict, vectors
-from firth.cli.information import doctor, fetch, list_
+from firth.cli.information import doctor, fetch, list_, show
 from firth.cli.models import export, import_
 from firth.cli.pipelines import pipeline
 from firth.cli.scaling import scale_fit, scale_run
@@ -40,7 +40,7 @@ scale_app.command("run")(scale_run)
 scale_app.command("fit")(scale_fit)
 
 COMMANDS = (
-    demo, doctor, fetch, train, compare, pipeline, generate, fill, chat, predict, embed, vectors, evaluate, ratings, export, serve,
+    demo, doctor, fetch, show, train, compare, pipeline, generate, fill, chat, predict, embed, vectors, evaluate, ratings, export, serve,
 )  # fmt: skip
 for command in COMMANDS:
     app.command()(command)

@@ -32,12 +32,20 @@ def train(
     out: Annotated[
         Path | None, typer.Option(help="The run directory; runs/NAME by default, or RECIPE if that is one.")
     ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print parameters, FLOPs, memory, tokens and time, and train nothing.")
+    ] = False,
 ) -> None:
     """Train a model by a recipe. Run the same command again, or name the run directory, to resume."""
     from firth.runs.recipe import load
     from firth.runs.run import run
 
     resolved = load(recipe, settings or [])
+    if dry_run:
+        from firth.runs.estimate import dry_run as estimate_and_report
+
+        estimate_and_report(resolved)
+        return
     home = Path(recipe) if Path(recipe).is_dir() else Path("runs") / resolved.name
     if out is None and settings and home == Path(recipe) and resolved != load(recipe):
         raise UserError(

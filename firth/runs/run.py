@@ -52,7 +52,7 @@ from firth.tokenizer.tokenizer import Tokenizer
 from firth.training import checkpoint, trainer
 from firth.training.device import choose_precision, default_device
 from firth.training.distributed import join
-from firth.training.logging import OnMetrics, ProgressReporter, check_loggers, metrics_loggers
+from firth.training.logging import OnMetrics, ProgressReporter, check_loggers, clock, metrics_loggers, short
 from firth.training.trainer import TrainerConfig, TrainingResult
 from firth.types import LOGGER, LogLine, UserError
 
@@ -77,6 +77,7 @@ class RunResult:
         seconds: Training time.
         flops: Counted FLOPs.
         metrics: Metrics of the exported step; held-out ones are named `valid/NAME`.
+        mfu: Model FLOPs utilization: counted FLOPs per second over the machine's peak.
     """
 
     directory: Path
@@ -86,6 +87,7 @@ class RunResult:
     seconds: float
     flops: float
     metrics: dict[str, float]
+    mfu: float = 0.0
 
     @property
     def model(self) -> Path:
@@ -237,7 +239,7 @@ def check_memory(resolved: ResolvedRecipe, datasets: RunDatasets) -> None:
     if not certainly_fits(resolved, batches, device):
         plain = dataclasses.replace(resolved, compile=False)
         build = partial(assemble_model, plain, datasets.data, lambda _: None)
-        check_fits(step_estimate(lambda: build().model, resolved, [batches]), device)
+        check_fits(step_estimate(lambda: build().model, resolved, [batches]), device, resolved.budget.max_steps or 1)
 
 
 def build_model(resolved: ResolvedRecipe, datasets: RunDatasets, context: RunContext) -> BuiltModel:
@@ -323,7 +325,14 @@ def export(
 ) -> RunResult:
     """Write the model, its adapter, its model card, the result and the report, on the first rank; return the result."""
     result = RunResult(
-        context.directory, ended.step, ended.exported_step, ended.tokens, ended.seconds, ended.flops, ended.metrics
+        context.directory,
+        ended.step,
+        ended.exported_step,
+        ended.tokens,
+        ended.seconds,
+        ended.flops,
+        ended.metrics,
+        ended.mfu,
     )
     if context.ranks.first:
         _write_files(resolved, built, datasets, result, identity, context)
@@ -373,6 +382,11 @@ def _write_files(
         card = model_card.of_run(directory, place, model, summary, facts, config_io.to_dict(resolved), done)
         model_card.write(card, place / "README.md")
     write_record(directory / DONE, done)
+    rate = result.flops / max(result.seconds, 1e-9)
+    log(
+        f"{resolved.name}: {result.steps:,} steps, {result.tokens:,} tokens and {short(result.flops)}FLOPs in {clock(result.seconds)}: "
+        f"{short(rate)}FLOP/s, {result.mfu:.1%} of this machine's peak (MFU)"
+    )
     write_report(run_report(directory), directory / REPORT)
     log(f"{resolved.name}: {directory / 'model'} ({summary}); report: {directory / REPORT}")
 
@@ -432,5 +446,12 @@ def _read_result(directory: Path, known: str) -> RunResult:
     done = read_record(directory / DONE, needs, hint)
     exported = done.get("exported_step", done["steps"])  # missing in older runs
     return RunResult(
-        directory, done["steps"], exported, done["tokens"], done["seconds"], done["flops"], done["metrics"]
+        directory,
+        done["steps"],
+        exported,
+        done["tokens"],
+        done["seconds"],
+        done["flops"],
+        done["metrics"],
+        done.get("mfu", 0.0),
     )

@@ -20,6 +20,9 @@ from firth.training.memory import StepMemory, memory_trace, trace_step
 from firth.training.optimizer import param_groups
 from firth.types import PRECOMPUTED_FIELDS, Batch, UserError
 
+TRACED_STEPS = 4
+"""Steps that are run without data, from small batches to the largest."""
+
 
 @dataclass(frozen=True)
 class StepEstimate:
@@ -58,8 +61,12 @@ class StepEstimate:
 
     @property
     def peak_bytes(self) -> int:
-        """Bytes at the peak of a step, with further models."""
-        return self.memory.peak + self.frozen_bytes
+        """Bytes at the peak of a single step, with further models."""
+        return self.peak_of_run(1)
+
+    def peak_of_run(self, steps: int) -> int:
+        """Return the bytes at the peak of a run of some steps, with the kernels that the library compiles meanwhile."""
+        return self.memory.peak + self.frozen_bytes + self.memory.kernel_bytes(steps)
 
 
 def count_parameters(model: LM) -> tuple[int, int]:
@@ -84,13 +91,14 @@ def step_estimate(
         frozen_bytes: Bytes of further models that the run keeps.
     """
     objective = recipe.objective
-    largest = max(steps, key=lambda batches: max(_positions(batch) for batch in batches))
+    by_size = sorted(steps, key=lambda batches: max(_positions(batch) for batch in batches))
+    traced = [by_size[i * (len(steps) - 1) // TRACED_STEPS] for i in range(1, TRACED_STEPS + 1)]
     device = default_device()
     with memory_trace(device) as trace:
         with device:
             model = build()
         dropout = not objective.inputs & PRECOMPUTED_FIELDS
-        memory = trace_step(trace, model, objective, recipe.optimizer, largest, recipe.precision, dropout)
+        memory = trace_step(trace, model, objective, recipe.optimizer, traced, recipe.precision, dropout)
     total, body = count_parameters(model)
     return StepEstimate(
         total,
@@ -120,13 +128,14 @@ def _positions(batch: Batch) -> int:
     return sum(batch[name].numel() for name in ("tokens", "source_tokens", "memory_tokens") if name in batch)
 
 
-def check_fits(estimate: StepEstimate, device: torch.device) -> None:
+def check_fits(estimate: StepEstimate, device: torch.device, steps: int = 1) -> None:
     """Raise a UserError if a step needs more memory than is free."""
+    needed = estimate.peak_of_run(steps)
     name, free = list(available_memory(device).items())[-1]
-    if estimate.peak_bytes > free:
+    if needed > free:
         parts = estimate.memory
         raise UserError(
-            f"the run needs about {estimate.peak_bytes / 1e9:,.1f} GB of {name} at its peak (weights "
+            f"the run needs about {needed / 1e9:,.1f} GB of {name} at its peak (weights "
             f"{parts.weights / 1e9:,.1f}, gradients {parts.gradients / 1e9:,.1f}, optimizer {parts.optimizer / 1e9:,.1f}, "
             f"activations {parts.activations / 1e9:,.1f}), and {free / 1e9:,.1f} GB are free: lower batch.size, raise "
             "batch.gradient_accumulation_steps, set gradient_checkpointing=true or take a smaller model"

@@ -41,6 +41,7 @@ from firth.training.parallel import Parallel, Replicas
 from firth.training.prefetch import Prefetcher
 from firth.training.run_lock import Interrupted, interrupt_handler, run_lock
 from firth.training.schedule import Budget, Schedule
+from firth.training.speed import machine_peak
 from firth.training.step import count_targets, named_metrics, pinned, to
 from firth.training.step import step as gradients
 from firth.types import PRECOMPUTED_FIELDS, Batch, UserError
@@ -109,6 +110,7 @@ class TrainingResult:
         flops: Counted work.
         skipped: Steps without a finite gradient.
         metrics: The last metrics at `exported_step`; those of validation are named `valid/NAME`.
+        mfu: Model FLOPs utilization: `flops` per second over the machine's peak (`firth.training.speed`); 0 on ranks above 0.
     """
 
     step: int
@@ -118,6 +120,7 @@ class TrainingResult:
     flops: float
     skipped: int
     metrics: dict[str, float]
+    mfu: float = 0.0
 
 
 def train(
@@ -199,6 +202,7 @@ class _Run:
         self.last_logged = (self.state.seconds, self.state.tokens, self.state.flops)  # at the last row of the log
         self.step_seconds = 0.0
         self.score: float | None = None
+        self.peak = machine_peak(self.device.type, self.state.precision) * ranks.world if ranks.first else math.inf
 
     def _start_or_resume(self) -> TrainingState:
         """Return the initial state, or restore the last valid checkpoint."""
@@ -256,8 +260,9 @@ class _Run:
                     log.close()
         self.model.eval()
         exported = self._load_best() if self.config.load_best_at_end else state.step
+        mfu = state.flops / max(state.seconds, 1e-9) / self.peak
         return TrainingResult(
-            state.step, exported, state.tokens, state.seconds, state.flops, state.skipped, state.metrics
+            state.step, exported, state.tokens, state.seconds, state.flops, state.skipped, state.metrics, mfu
         )
 
     def _load_best(self) -> int:
@@ -461,7 +466,11 @@ class _Run:
         speed, work = (state.tokens - tokens) / elapsed, (state.flops - flops_) / elapsed
         self.last_logged = (state.seconds, state.tokens, state.flops)
         row = {k: v for k, v in state.metrics.items() if not k.startswith("valid/")}
-        row |= {"tokens_per_second": round(speed, 1), "flops_per_second": round(work)}
+        row |= {
+            "tokens_per_second": round(speed, 1),
+            "flops_per_second": round(work),
+            "mfu": round(work / self.peak, 4),
+        }
         row |= {"flops": state.flops, "skipped": state.skipped}
         if log is not None:
             log.row("train", state.step, state.seconds, state.tokens, row)
@@ -470,8 +479,8 @@ class _Run:
         left = clock(state.seconds * (1 - passed) / passed)
         self.reporter.progress(
             passed,
-            f"step {state.step}{steps}  loss {row['loss']:.4f}  {short(speed)} tokens/s  {short(work)}FLOP/s  {left} left"
-            + (f"  {state.skipped} skipped" if state.skipped else ""),
+            f"step {state.step}{steps}  loss {row['loss']:.4f}  {short(speed)} tokens/s  {short(work)}FLOP/s  "
+            f"MFU {work / self.peak:.0%}  {left} left" + (f"  {state.skipped} skipped" if state.skipped else ""),
         )
 
     def _validate(self, evaluate: Evaluate) -> dict[str, float]:

@@ -27,6 +27,7 @@ from firth.model.model import LM
 from firth.objectives.reward_model import Ranking
 from firth.pretrained.load_save import load_model, save_model
 from firth.runs.compatibility import check_batching
+from firth.runs.inference import evaluate_run
 from firth.runs.recipe import load
 from firth.runs.run import run
 from firth.tokenizer.tokenizer import Tokenizer
@@ -457,6 +458,30 @@ def test_ppo_ptx_resumes_to_the_bit(workdir: Path, tmp_path: Path, monkeypatch: 
         for name in ("whole", "part")
     ]  # fmt: skip
     assert splits[0] == splits[1] and [step for split, step, *_ in splits[0] if split == "rollouts"] == [1, 5]
+
+
+def test_the_page_of_a_reward_model_shows_its_calibration(workdir: Path, tmp_path: Path) -> None:
+    """The bins are those of all held-out pairs; their error is what `firth evaluate` computes from the exported model."""
+    pairs, out, tokenizer = workdir / "pairs.jsonl", tmp_path / "run", Tokenizer.load(workdir / "gpt2")
+    size = tokenizer.vocab.size
+    config = decoder_config(vocab_size=size, hidden_size=32, num_layers=1, num_heads=2, max_positions=64)
+    model = LM(config, {"lm": LMHead(config)})
+    for weight in model.parameters():  # projections start at zero, with which no token changes the last state
+        nn.init.normal_(weight, std=0.2)
+    save_model(model, tokenizer, tmp_path / "start")
+    recipe = load("reward_model", [
+        f"init_from={tmp_path / 'start'}", f"data.path={pairs}", f"data.validation_path={pairs}", "max_steps=80", "batch.size=8",
+        "optimizer.lr=3e-2", "precision=fp32",
+    ])  # fmt: skip
+    run(recipe, out, lambda line: None)
+    bins = json.loads((out / "held_out.json").read_text())["calibration"]
+    found = json.loads(evaluate_run(out, [str(pairs)], task=None, limit=None, as_json=True))
+    assert sum(count for *_, count in bins) == 24 and len(bins) > 1
+    assert sum(share * count for _, share, count in bins) / 24 == pytest.approx(found["accuracy"])
+    error = sum(abs(mean - share) * count for mean, share, count in bins) / 24
+    assert error == pytest.approx(found["calibration_error"], abs=1e-5) and error > 0.01
+    page = (out / "report.html").read_text()
+    assert f"{error:.3f} (expected calibration error)" in page and "Over 24 held-out pairs" in page
 
 
 def test_kto_needs_whole_batches(workdir: Path, tmp_path: Path) -> None:
