@@ -170,16 +170,22 @@ class _Problem:
         found.sort(key=lambda pair: pair[0])
         return [theta for _, theta in found[:NUM_STARTS]]
 
-    def minimize(self, starts: Sequence[np.ndarray]) -> np.ndarray:
-        """Return the best constants that L-BFGS finds from any start."""
+    def minimize(self, starts: Sequence[np.ndarray], iterations: int = 5000, restarts: int = 2) -> np.ndarray:
+        """Return the best constants that L-BFGS finds from any start.
+
+        Args:
+            starts: Where it starts.
+            iterations: Most iterations from a start.
+            restarts: How often it starts anew where it ended: a line search can stall near the end of its precision.
+        """
         optimize = scipy_module("optimize")
         best: tuple[float, np.ndarray] | None = None
         scale = 1 / HUBER_DELTA**2  # the optimizer's tolerances are absolute
         for start in starts:
-            for _ in range(3):  # restarts: a line search that stalls near the end of its precision starts anew
+            for _ in range(1 + restarts):
                 found = optimize.minimize(
                     lambda theta: tuple(scale * part for part in self.value(theta)), start, jac=True, method="L-BFGS-B", bounds=BOUNDS,
-                    options={"maxiter": 5000, "maxfun": 20000, "ftol": 1e-14, "gtol": 1e-9, "maxcor": 20},
+                    options={"maxiter": iterations, "maxfun": 4 * iterations, "ftol": 1e-14, "gtol": 1e-9, "maxcor": 20},
                 )  # fmt: skip
                 moved = np.abs(found.x - start).max()
                 start = found.x
@@ -210,7 +216,8 @@ def bootstrap(points: Points, law: LossLaw, draws: int, seed: int) -> list[LossL
         weights = np.bincount(rng.integers(0, len(points), len(points)), minlength=len(points)).astype(float)
         problem = _Problem(points, weights)
         first = problem.theta(law)
-        laws.append(problem.law(problem.minimize([first, first + rng.normal(0, [0.3, 0.3, 0.3, 0.05, 0.05])])))
+        second = first + rng.normal(0, [0.3, 0.3, 0.3, 0.05, 0.05])
+        laws.append(problem.law(problem.minimize([first, second], 300, 0)))  # a table without a law has no end
     return laws
 
 
