@@ -18,7 +18,7 @@ from firth.cli.inference import chat, embed, fill, generate, predict, vectors
 from firth.cli.information import doctor, fetch, list_
 from firth.cli.models import export, import_
 from firth.cli.pipelines import pipeline
-from firth.cli.serving import serve
+from firth.cli.serving import annotate, serve, watch
 from firth.cli.tokenizers import tokenizer_show, tokenizer_train
 from firth.cli.training import compare, demo, train
 from firth.io.atomic import refusal
@@ -37,6 +37,7 @@ tokenizer_app.command("show")(tokenizer_show)
 
 COMMANDS = (
     demo, doctor, fetch, train, compare, pipeline, generate, fill, chat, predict, embed, vectors, evaluate, ratings, export, serve,
+    watch, annotate,
 )  # fmt: skip
 for command in COMMANDS:
     app.command()(command)
