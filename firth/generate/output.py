@@ -20,6 +20,8 @@ from firth.tokenizer.tokenizer import Tokenizer
 Finish = Literal["stop", "length", "context"]
 REPLACEMENT = "\ufffd"
 """The replacement character, which a tokenizer decodes incomplete UTF-8 to."""
+WINDOW = 32
+"""Tokens after which decoded text is kept: decoding all of a long answer again for each token would take longer than a step."""
 
 
 @dataclass(frozen=True)
@@ -73,6 +75,7 @@ class StreamingOutput:
         self.logprobs: list[float] = []
         self.finish: Finish | None = None
         self.decoder = IncrementalDecoder(tokenizer, prompt)
+        self.decoded, self.decoded_tokens = "", 0
         self.cut: int | None = None
 
     def append(self, token: int, logprob: float) -> None:
@@ -89,7 +92,12 @@ class StreamingOutput:
             self.finish = "context" if self.limit == self.room else "length"
 
     def _decoded(self) -> str:
-        return self.decoder.text(self.tokens)
+        pending = self.tokens[self.decoded_tokens :]
+        text = self.decoded + self.decoder.text(pending)
+        if len(pending) >= WINDOW and not text.endswith(REPLACEMENT):
+            self.decoder = IncrementalDecoder(self.decoder.tokenizer, np.array(pending))
+            self.decoded, self.decoded_tokens = text, len(self.tokens)
+        return text
 
     @property
     def text(self) -> str:

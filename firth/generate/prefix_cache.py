@@ -5,8 +5,8 @@ prompts with a common beginning share its blocks. The least recently used block 
 longer prefix is, so no block outlives the one before it.
 
 >>> cache = PrefixCache(max_bytes=1 << 20)
->>> cache.find(np.arange(40)) is None, cache.bytes
-(True, 0)
+>>> cache.length(np.arange(40)), cache.bytes
+(0, 0)
 """
 
 from __future__ import annotations
@@ -49,10 +49,13 @@ class PrefixCache:
         self._blocks: OrderedDict[tuple[int, bytes], _Block] = OrderedDict()
         self._next_id = 1
 
-    def find(self, prompt: np.ndarray) -> Tensor | None:
-        """Return keys and values (2, layers, KV, slots, D) of the longest known prefix that leaves a token to read, or None."""
-        found = self._path(prompt, (len(prompt) - 1) // BLOCK)
-        return torch.cat([block.pairs for block in found], 3) if found else None
+    def length(self, prompt: np.ndarray) -> int:
+        """Return the tokens of the longest known prefix of a prompt (n,) that leaves a token to read."""
+        return BLOCK * len(self._path(prompt, (len(prompt) - 1) // BLOCK))
+
+    def find(self, prompt: np.ndarray) -> Tensor:
+        """Return keys and values (2, layers, KV, slots, D) of that prefix, with those of the trained positions."""
+        return torch.cat([block.pairs for block in self._path(prompt, (len(prompt) - 1) // BLOCK)], 3)
 
     def store(self, prompt: np.ndarray, cache: KVCache, row: int) -> None:
         """Store the whole blocks of a prompt (n,), as many as there is room for.
@@ -67,7 +70,7 @@ class PrefixCache:
             return
         known = self._path(prompt, count)
         parent, own = (known[-1].id if known else 0), sum(block.pairs.nbytes for block in known)
-        start, keys = cache.length - len(prompt), _keys(prompt, count)
+        start = cache.length - len(prompt)
         for i in range(len(known), count):
             slots = torch.arange(start + i * BLOCK, start + (i + 1) * BLOCK, device=cache.keys[0].device)
             if not i and self.trained:
@@ -78,7 +81,7 @@ class PrefixCache:
                 break
             while self.bytes + pairs.nbytes > self.max_bytes:
                 self.bytes -= self._blocks.popitem(last=False)[1].pairs.nbytes
-            self._blocks[parent, keys[i]] = _Block(self._next_id, pairs)
+            self._blocks[parent, _key(prompt, i)] = _Block(self._next_id, pairs)
             self.bytes += pairs.nbytes
             parent, self._next_id = self._next_id, self._next_id + 1
         self._path(prompt, count)
@@ -86,19 +89,19 @@ class PrefixCache:
     def _path(self, prompt: np.ndarray, most: int) -> list[_Block]:
         """Return the known blocks at the start of a prompt, at most so many, and mark them as used."""
         found, used, parent = [], [], 0
-        for tokens in _keys(prompt, most):
-            block = self._blocks.get((parent, tokens))
+        for i in range(most):
+            key = parent, _key(prompt, i)
+            block = self._blocks.get(key)
             if block is None:
                 break
             found.append(block)
-            used.append((parent, tokens))
+            used.append(key)
             parent = block.id
         for key in reversed(used):
             self._blocks.move_to_end(key)
         return found
 
 
-def _keys(prompt: np.ndarray, count: int) -> list[bytes]:
-    """Return the token ids of the first blocks as bytes."""
-    ids = np.asarray(prompt, np.int64)
-    return [ids[i * BLOCK : (i + 1) * BLOCK].tobytes() for i in range(count)]
+def _key(prompt: np.ndarray, block: int) -> bytes:
+    """Return the token ids of a block as bytes."""
+    return np.asarray(prompt[block * BLOCK : (block + 1) * BLOCK], np.int64).tobytes()

@@ -37,10 +37,13 @@ class TokenConstraint(Protocol):
     """What the tokens of one answer may be, for structured output."""
 
     def mask(self, tokens: Sequence[int]) -> np.ndarray:
-        """Return (V,) bool, whether each id may follow these tokens of the answer. None allowed: a stop token ends it."""
+        """Return (V,) bool, whether each id may follow these tokens of the answer. If none may, a stop token ends it.
+
+        Ids beyond the end of a shorter array may not. An exception would end all running requests.
+        """
 
     def accept(self, token: int) -> None:
-        """Take note of the next token of the answer, which is not a stop token."""
+        """Take note of the next token of the answer, unless it is a stop token."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -225,15 +228,15 @@ class Scheduler:
         while self.waiting and free:
             row = self.waiting.popleft()
             spent = _padded(group) + sum(each.left for each in alone)
-            known = self._known(row)
-            cost = _padded([*group, row]) - _padded(group) if known is None else known.left
+            known = self.prefixes.length(row.request.prompt)
+            cost = len(row.request.prompt) - known if known else _padded([*group, row]) - _padded(group)
             fits = spent + cost <= limit or (self.reads_whole and not spent)
-            if fits and known is not None:
-                alone.append(known)
+            if fits and known:
+                alone.append(self._begin(row, known))
             elif fits and (not group or (row.request.latent is None) == (group[0].request.latent is None)):
                 group.append(row)
             elif not fits and self.reading is None and not self.reads_whole:
-                self.reading = known or _Reading(row, self.engine.model.make_cache(1, len(row.request.prompt)), 0)
+                self.reading = self._begin(row, known)
             else:
                 later.append(row)
                 continue
@@ -241,14 +244,13 @@ class Scheduler:
         self.waiting.extendleft(reversed(later))
         return group, alone
 
-    def _known(self, row: _Row) -> _Reading | None:
-        """Return the prompt with the part of it that is in the prefix cache, or None."""
-        pairs = self.prefixes.find(row.request.prompt)
-        if pairs is None:
-            return None
-        cache = self.engine.model.make_cache(1, len(row.request.prompt))
-        cache.load(pairs, self.prefixes.trained)
-        return _Reading(row, cache, cache.length - self.prefixes.trained)
+    def _begin(self, row: _Row, known: int) -> _Reading:
+        """Return a prompt whose first `known` tokens are taken from the prefix cache."""
+        prompt = row.request.prompt
+        cache = self.engine.model.make_cache(1, len(prompt))
+        if known:
+            cache.load(self.prefixes.find(prompt), self.prefixes.trained)
+        return _Reading(row, cache, known)
 
     def _read_chunk(self, reading: _Reading, count: int) -> list[Update]:
         """Read the next tokens of a prompt; return the first token of its answer if that was all of it."""

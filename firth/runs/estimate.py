@@ -21,15 +21,19 @@ from firth.data.collate import Batches
 from firth.io.json_files import row_line
 from firth.model.model import LM
 from firth.runs.build_model import assemble_model
+from firth.runs.compatibility import available_memory
 from firth.runs.input_hashes import RunInputs
 from firth.runs.prepare import RunData
 from firth.runs.recipe import Recipe, ResolvedRecipe
 from firth.runs.resolve import resolve
 from firth.runs.run import build_data, check_start_models, prepare_tokenizer
 from firth.runs.run_context import RunContext
-from firth.runs.step_estimate import StepEstimate, step_estimate
+from firth.runs.step_estimate import StepEstimate, check_fits, step_estimate
 from firth.runs.timing import step_seconds
+from firth.training.device import default_device
 from firth.training.distributed import Ranks
+from firth.training.logging import clock, short
+from firth.training.speed import utilization
 from firth.types import LOGGER, Batch, LogLine
 
 SAMPLED_STEPS = 8
@@ -196,7 +200,7 @@ def estimate_prepared(run: PreparedRun, timed: bool = True) -> RunEstimate:
     step = step_estimate(run.build, resolved, sampled, kept)
     seconds, how = 0.0, "not measured"
     if timed:
-        seconds, how = step_seconds(run.build, resolved, run.batches, step.flops, step.peak_bytes)
+        seconds, how = step_seconds(run.build, resolved, run.batches, step.flops, step.peak_bytes(1))
     budget = resolved.budget
     steps = budget.max_steps
     if budget.max_flops:
@@ -209,6 +213,55 @@ def estimate_prepared(run: PreparedRun, timed: bool = True) -> RunEstimate:
         resolved, step, steps, steps * step.tokens, steps * resolved.batch.size / size, size * per_example, seconds,
         run.counted, how,
     )  # fmt: skip
+
+
+def dry_run(recipe: Recipe, log: LogLine = LOGGER.info) -> RunEstimate:
+    """Report what a run takes, and train nothing.
+
+    Raises:
+        UserError: The recipe is invalid, or a step does not fit into the free memory; the latter after the report.
+    """
+    found = estimate(recipe, log=log)
+    for line in describe(found):
+        log(line)
+    check_fits(found.step, default_device(), found.steps)
+    return found
+
+
+def describe(found: RunEstimate) -> list[str]:
+    """Return the lines of a dry run."""
+    step, recipe, memory = found.step, found.recipe, found.step.memory
+    total, device = found.step.peak_bytes(found.steps), default_device()
+    name, free = list(available_memory(device).items())[-1]
+    trained = "all trained" if step.trained_parameters == step.parameters else f"{step.trained_parameters:,} trained"
+    parts = {
+        "weights": memory.weights, "gradients": memory.gradients, "optimizer": memory.optimizer, "activations": memory.activations,
+        "kernels of bf16 products": memory.kernel_bytes(found.steps), "other models": step.frozen_bytes,
+    }  # fmt: skip
+    shares = ", ".join(f"{part} {_bytes(size)}" for part, size in parts.items() if size)
+    lines = [
+        f"{recipe.name}: a dry run, which trains nothing",
+        f"  parameters  {step.parameters:,}, {step.parameters_without_embeddings:,} without embeddings; {trained}",
+        f"  FLOPs       {short(step.flops_per_token)} a token (6 N: {short(step.six_n)}); {short(found.flops)} in {found.steps:,} "
+        f"steps (6 N D: {short(found.six_n_d)})",
+        f"  memory      {_bytes(total)} at the peak of a step, {_bytes(free)} of {name} are free: {shares}",
+        f"  checkpoint  {_bytes(step.checkpoint_bytes)} on disk",
+        f"  tokens      {short(found.tokens)} in {found.steps:,} steps of {short(step.tokens)}: {found.epochs:.3g} epochs of "
+        f"{short(found.data_tokens)}; {found.data}",
+    ]
+    time = f"  time        {found.timing}"
+    if found.step_seconds:
+        share = utilization(step.flops / found.step_seconds, device.type, recipe.precision)
+        time = (
+            f"  time        {clock(found.seconds)} of training in {recipe.precision} on this machine, {found.step_seconds:.3g} s a step, "
+            f"MFU {share:.1%}; from {found.timing}"
+        )
+    return [*lines, time]
+
+
+def _bytes(size: float) -> str:
+    """Return bytes in MB or GB."""
+    return f"{size / 1e9:,.1f} GB" if size >= 1e9 else f"{size / 1e6:,.0f} MB"
 
 
 def _silent(_: str) -> None:

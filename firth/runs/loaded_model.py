@@ -405,7 +405,7 @@ def fast_weights(model: LM) -> str | None:
     stored = model.tokens.weight
     if stored.dtype != torch.float32 or choose_precision("auto", stored.device) != "bf16":
         return None
-    LOGGER.warning("weights are held in bf16, which is faster here: use --weights fp32 for full precision")
+    LOGGER.warning("weights are held in bf16, which is faster here: set weights to fp32 for full precision")
     return "bf16"
 
 

@@ -33,6 +33,7 @@ from firth.pretrained.load_save import save_model
 from firth.report.page import write as write_report
 from firth.report.run_report import run_report
 from firth.runs import config_io, examples, model_card, report_texts
+from firth.runs.branch import start_from_checkpoint
 from firth.runs.build_model import BuiltModel, assemble_model
 from firth.runs.compatibility import check_available_memory
 from firth.runs.eval_tasks import EvalTasks
@@ -51,7 +52,7 @@ from firth.tokenizer.tokenizer import Tokenizer
 from firth.training import checkpoint, trainer
 from firth.training.device import choose_precision, default_device
 from firth.training.distributed import join
-from firth.training.logging import OnMetrics, ProgressReporter, check_loggers, metrics_loggers
+from firth.training.logging import OnMetrics, ProgressReporter, check_loggers, clock, metrics_loggers, short
 from firth.training.trainer import TrainerConfig, TrainingResult
 from firth.types import LOGGER, LogLine, UserError
 
@@ -76,6 +77,7 @@ class RunResult:
         seconds: Training time.
         flops: Counted FLOPs.
         metrics: Metrics of the exported step; held-out ones are named `valid/NAME`.
+        mfu: Model FLOPs utilization: counted FLOPs per second over the machine's peak.
     """
 
     directory: Path
@@ -85,6 +87,7 @@ class RunResult:
     seconds: float
     flops: float
     metrics: dict[str, float]
+    mfu: float = 0.0
 
     @property
     def model(self) -> Path:
@@ -98,6 +101,7 @@ def run(
     log: LogLine = LOGGER.info,
     reporter: ProgressReporter | None = None,
     on_metrics: OnMetrics | None = None,
+    start_from: Path | None = None,
 ) -> RunResult:
     """Train a recipe in a directory, or resume or return the run that the directory holds.
 
@@ -107,6 +111,7 @@ def run(
         log: Receives messages of the first rank.
         reporter: Receives the progress of training; by default a bar on a terminal, else the logger.
         on_metrics: Called with each row of metrics.jsonl, on the first rank.
+        start_from: A checkpoint of another run with the same first steps (`firth.runs.branch`), for a new run.
 
     Raises:
         UserError: The directory holds a run of another recipe, or the recipe is invalid.
@@ -130,7 +135,7 @@ def run(
         datasets = build_data(resolved, data, context)
         check_memory(resolved, datasets)
         built = build_model(resolved, datasets, context)
-        ended = train(resolved, built, datasets, identity, context, reporter, on_metrics)
+        ended = train(resolved, built, datasets, identity, context, reporter, on_metrics, start_from)
         return export(resolved, built, datasets, ended, identity, context)
 
 
@@ -264,6 +269,7 @@ def train(
     context: RunContext,
     reporter: ProgressReporter | None,
     on_metrics: OnMetrics | None,
+    start_from: Path | None = None,
 ) -> TrainingResult:
     """Train the model, with checkpoints and metrics in the run directory; record the recipe and its inputs first.
 
@@ -279,6 +285,8 @@ def train(
             write_text(directory / "recipe.yaml", config_io.write_yaml(resolved))
         context.inputs.write(directory, identity.recipe)
         report_texts.write_texts(resolved, model, datasets.data, datasets.splits, 0)
+        if start_from is not None and not context.resumed:
+            start_from_checkpoint(start_from, resolved, context, identity)
     task_names = tasks.check(model) if tasks is not None else []
     if validator is not None and evaluation.best_metric not in task_names:
         validator.check_best_metric(model)
@@ -317,7 +325,14 @@ def export(
 ) -> RunResult:
     """Write the model, its adapter, its model card, the result and the report, on the first rank; return the result."""
     result = RunResult(
-        context.directory, ended.step, ended.exported_step, ended.tokens, ended.seconds, ended.flops, ended.metrics
+        context.directory,
+        ended.step,
+        ended.exported_step,
+        ended.tokens,
+        ended.seconds,
+        ended.flops,
+        ended.metrics,
+        ended.mfu,
     )
     if context.ranks.first:
         _write_files(resolved, built, datasets, result, identity, context)
@@ -367,6 +382,11 @@ def _write_files(
         card = model_card.of_run(directory, place, model, summary, facts, config_io.to_dict(resolved), done)
         model_card.write(card, place / "README.md")
     write_record(directory / DONE, done)
+    rate = result.flops / max(result.seconds, 1e-9)
+    log(
+        f"{resolved.name}: {result.steps:,} steps, {result.tokens:,} tokens and {short(result.flops)}FLOPs in {clock(result.seconds)}: "
+        f"{short(rate)}FLOP/s, {result.mfu:.1%} of this machine's peak (MFU)"
+    )
     write_report(run_report(directory), directory / REPORT)
     log(f"{resolved.name}: {directory / 'model'} ({summary}); report: {directory / REPORT}")
 
@@ -426,5 +446,12 @@ def _read_result(directory: Path, known: str) -> RunResult:
     done = read_record(directory / DONE, needs, hint)
     exported = done.get("exported_step", done["steps"])  # missing in older runs
     return RunResult(
-        directory, done["steps"], exported, done["tokens"], done["seconds"], done["flops"], done["metrics"]
+        directory,
+        done["steps"],
+        exported,
+        done["tokens"],
+        done["seconds"],
+        done["flops"],
+        done["metrics"],
+        done.get("mfu", 0.0),
     )

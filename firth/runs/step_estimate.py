@@ -56,10 +56,9 @@ class StepEstimate:
         """The common approximation of FLOPs per token: 6 N, N without embeddings (Kaplan 2020)."""
         return 6.0 * self.parameters_without_embeddings
 
-    @property
-    def peak_bytes(self) -> int:
-        """Bytes at the peak of a step, with further models."""
-        return self.memory.peak + self.frozen_bytes
+    def peak_bytes(self, steps: int) -> int:
+        """Return the bytes at the peak of a run of some steps, with further models and with the kernels of the library."""
+        return self.memory.peak + self.frozen_bytes + self.memory.kernel_bytes(steps)
 
 
 def count_parameters(model: LM) -> tuple[int, int]:
@@ -84,13 +83,14 @@ def step_estimate(
         frozen_bytes: Bytes of further models that the run keeps.
     """
     objective = recipe.objective
-    largest = max(steps, key=lambda batches: max(_positions(batch) for batch in batches))
+    by_size = sorted(steps, key=lambda batches: max(_positions(batch) for batch in batches))
+    typical, largest = by_size[len(steps) // 2], by_size[-1]
     device = default_device()
     with memory_trace(device) as trace:
         with device:
             model = build()
         dropout = not objective.inputs & PRECOMPUTED_FIELDS
-        memory = trace_step(trace, model, objective, recipe.optimizer, largest, recipe.precision, dropout)
+        memory = trace_step(trace, model, objective, recipe.optimizer, (typical, largest), recipe.precision, dropout)
     total, body = count_parameters(model)
     return StepEstimate(
         total,
@@ -120,13 +120,14 @@ def _positions(batch: Batch) -> int:
     return sum(batch[name].numel() for name in ("tokens", "source_tokens", "memory_tokens") if name in batch)
 
 
-def check_fits(estimate: StepEstimate, device: torch.device) -> None:
+def check_fits(estimate: StepEstimate, device: torch.device, steps: int = 1) -> None:
     """Raise a UserError if a step needs more memory than is free."""
+    needed = estimate.peak_bytes(steps)
     name, free = list(available_memory(device).items())[-1]
-    if estimate.peak_bytes > free:
+    if needed > free:
         parts = estimate.memory
         raise UserError(
-            f"the run needs about {estimate.peak_bytes / 1e9:,.1f} GB of {name} at its peak (weights "
+            f"the run needs about {needed / 1e9:,.1f} GB of {name} at its peak (weights "
             f"{parts.weights / 1e9:,.1f}, gradients {parts.gradients / 1e9:,.1f}, optimizer {parts.optimizer / 1e9:,.1f}, "
             f"activations {parts.activations / 1e9:,.1f}), and {free / 1e9:,.1f} GB are free: lower batch.size, raise "
             "batch.gradient_accumulation_steps, set gradient_checkpointing=true or take a smaller model"

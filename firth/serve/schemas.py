@@ -89,7 +89,7 @@ class SamplingRequest(Request):
     top_p: float = Field(1.0, gt=0, le=1)
     top_k: int = Field(0, ge=0, le=MAX_TOKEN_ID, description="Sample from the K most likely tokens; 0: all.")
     repetition_penalty: float = Field(
-        1.0, gt=0, le=100, description="Above 1, tokens already in the text become less likely."
+        1.0, ge=0.1, le=10, description="Above 1, tokens already in the text become less likely."
     )
     min_p: float = Field(0.0, ge=0, le=1, description="Drop tokens below this share of the highest probability.")
     n: Count = Field(1, description="Answers to each prompt.")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import signal
 import socket
 from typing import Any
 
@@ -28,7 +30,10 @@ def serve(app: Starlette, config: ServeConfig) -> None:
     host, port = listener.getsockname()[:2]
     shown = f"[{host}]" if ":" in host else host
     LOGGER.info(f"serving at http://{shown}:{port} (Ctrl-C stops it)")
-    uvicorn.Server(uvicorn_config(app, config)).run(sockets=[listener])
+    signal.signal(signal.SIGTERM, lambda *_: None)  # uvicorn handles it and raises it again once it has stopped
+    with contextlib.suppress(KeyboardInterrupt):
+        uvicorn.Server(uvicorn_config(app, config)).run(sockets=[listener])
+    LOGGER.info("the server has stopped")
 
 
 def listen(config: ServeConfig) -> socket.socket:

@@ -21,15 +21,16 @@ class GrammarConstraint:
 
     Args:
         matcher: llguidance's matcher, at the start.
+        size: Number of token ids.
     """
 
-    def __init__(self, matcher: Any) -> None:
-        self.matcher = matcher
+    def __init__(self, matcher: Any, size: int) -> None:
+        self.matcher, self.size = matcher, size
 
     def mask(self, tokens: Sequence[int]) -> np.ndarray:
         """Return (V,) bool, whether each id may come next; `tokens`, the answer so far, were all accepted."""
         bits = np.frombuffer(self.matcher.compute_bitmask(), np.uint8)
-        return np.unpackbits(bits, bitorder="little").astype(bool)
+        return np.unpackbits(bits, count=self.size, bitorder="little").astype(bool)
 
     def accept(self, token: int) -> None:
         """Move on by a token of the answer."""
@@ -37,7 +38,7 @@ class GrammarConstraint:
 
     def copy(self) -> GrammarConstraint:
         """Return a constraint at the same position, for another answer."""
-        return GrammarConstraint(self.matcher.deep_copy())
+        return GrammarConstraint(self.matcher.deep_copy(), self.size)
 
 
 class Grammars:
@@ -85,7 +86,7 @@ class Grammars:
                 400, f"response_format cannot be used: {_first_line(matcher.get_error())}", param="response_format",
                 code="invalid_value",
             )  # fmt: skip
-        return GrammarConstraint(matcher)
+        return GrammarConstraint(matcher, self.tokenizer.vocab_size)
 
 
 def _library() -> Any:

@@ -126,6 +126,18 @@ def save(
     return final
 
 
+def copy_to(saved: Checkpoint, run: Path, recipe: str) -> None:
+    """Write a checkpoint of another run into a run directory, as the state that this run has at that step.
+
+    Args:
+        saved: The checkpoint.
+        run: The run directory.
+        recipe: The hash of the recipe of this run.
+    """
+    state = saved.state | {"best": None, "stale": 0, "metrics": {}}
+    save(run, int(state["step"]), saved.files, state, layout=saved.layout, recipe=recipe)
+
+
 def newest(run: Path, log: LogLine) -> Checkpoint | None:
     """Return the last valid checkpoint of a run directory; `log` is called with each skipped one and the reason."""
     for path in reversed(_saved(run)):

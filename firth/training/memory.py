@@ -40,9 +40,14 @@ FACTORIES = frozenset({"empty", "empty_strided", "zeros", "ones", "rand", "randn
 INDEXING = frozenset({"index", "index_put", "index_put_", "_index_put_impl_"})
 """Operators whose second argument may hold masks. The shape of the result depends on what they select."""
 
+PRODUCTS = frozenset({"mm", "addmm", "bmm", "baddbmm"})
+"""Operators that multiply matrices."""
+
+KERNEL_BYTES, MAX_KERNELS = 400_000, 1024
+"""Bytes of a kernel that oneDNN compiles for one shape of a bf16 product on a CPU, and how many it keeps."""
+
 HEAP_FACTOR = 1.12
-"""Resident memory of a process per byte of live tensors on a CPU: freed blocks that no later tensor fits into
-(docs/results/estimates.md)."""
+"""Resident memory of a process per byte of live tensors on a CPU: freed blocks that no later tensor fits into."""
 
 
 @dataclass(frozen=True)
@@ -55,17 +60,27 @@ class StepMemory:
         optimizer: Momenta and second moments.
         activations: Everything else: what is kept for the backward pass, temporary tensors, and on a CPU the unused blocks
             between them.
+        shapes: Different shapes of matrix products in a step.
+        new_shapes: How many of them the step before did not have.
+        kernel: Bytes that the library keeps for each shape of a product.
     """
 
     weights: int
     gradients: int
     optimizer: int
     activations: int
+    shapes: int = 0
+    new_shapes: int = 0
+    kernel: int = 0
 
     @property
     def peak(self) -> int:
         """The most bytes at any time of a step."""
         return self.weights + self.gradients + self.optimizer + self.activations
+
+    def kernel_bytes(self, steps: int) -> int:
+        """Return the bytes of the kernels that the library keeps in a run, one for each shape of a product."""
+        return self.kernel * min(MAX_KERNELS, self.shapes + self.new_shapes * (steps - 1))
 
 
 class MemoryTrace(TorchDispatchMode):
@@ -88,6 +103,8 @@ class MemoryTrace(TorchDispatchMode):
         """n + 1: storage n is allocated; -n - 1: it is freed."""
         self.sparse_tables: set[tuple[int, ...]] = set()
         """Shapes of embedding tables whose gradient has only the rows that were looked up."""
+        self.products: set[tuple[Any, ...]] = set()
+        """Shapes of the matrix products since it was cleared."""
 
     def number(self, x: Tensor, size: int | None = None) -> int:
         """Return the number of a tensor's storage; a new one is counted as allocated.
@@ -124,6 +141,8 @@ class MemoryTrace(TorchDispatchMode):
         if not tensors and name in FACTORIES:
             fake = _dtype(name, args, kwargs).is_floating_point
         if fake:
+            if name in PRODUCTS:
+                self.products.add((name, *((tuple(x.shape), tuple(x.stride())) for x in tensors)))
             if name in INDEXING:
                 args = self._by_position(args)
             with self._fakes:
@@ -192,18 +211,18 @@ def trace_step(
     model: LM,
     objective: Objective,
     optimizer: OptimizerConfig,
-    batches: Sequence[Batch],
+    steps: Sequence[Sequence[Batch]],
     precision: Literal["fp32", "bf16"],
     dropout: bool,
 ) -> StepMemory:
-    """Return the memory of a training step, the second: the first has no optimizer state yet.
+    """Return the memory of a training step, the last of several: the first has no optimizer state yet.
 
     Args:
         trace: The active trace, in which the model was built.
         model: The model.
         objective: The objective.
         optimizer: The optimizer.
-        batches: The micro-batches, with data.
+        steps: The micro-batches of each step, with data.
         precision: Precision of the forward and backward pass.
         dropout: Whether the step uses dropout.
     """
@@ -212,7 +231,9 @@ def trace_step(
     updates = Optimizer(optimizer, model)
     weights = trace.numbers([*model.parameters(), *model.buffers()])
     gradients: set[int] = set()
-    for number in range(2):
+    before: set[tuple[Any, ...]] = set()
+    for number, batches in enumerate(steps):
+        before, trace.products = trace.products, set()
         placed = [to(batch, trace.device) | {"step": torch.tensor(number)} for batch in batches]
         step(model, objective, placed, precision=casts(precision, trace.device))
         gradients |= trace.numbers([p.grad for p in updates.parameters])
@@ -220,6 +241,9 @@ def trace_step(
         updates.step(1.0)
     state = trace.numbers(list(updates.state().values())) - weights
     most, (in_weights, in_gradients, in_state) = trace.peak((weights, gradients, state))
+    kernel = KERNEL_BYTES if trace.device.type == "cpu" and precision == "bf16" else 0
     if trace.device.type == "cpu":
         most = round(most * HEAP_FACTOR)
-    return StepMemory(in_weights, in_gradients, in_state, most - in_weights - in_gradients - in_state)
+    rest = most - in_weights - in_gradients - in_state
+    new = len(trace.products - before)
+    return StepMemory(in_weights, in_gradients, in_state, rest, len(trace.products), new, kernel)

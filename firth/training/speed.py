@@ -23,6 +23,7 @@ from firth.io.json_files import read_json
 from firth.types import UserError
 
 PrecisionName = Literal["fp32", "bf16"]
+PRECISIONS: tuple[PrecisionName, ...] = ("fp32", "bf16")
 
 SIZES = {"cpu": 1024, "mps": 2048, "cuda": 8192}
 """Device -> rows and columns of the matrices whose product is timed."""

@@ -16,7 +16,8 @@ import uvicorn
 from starlette.applications import Starlette
 from starlette.routing import BaseRoute
 
-from firth.model.config import decoder_config, encoder_config
+from firth.model.config import encoder_config
+from firth.model.presets import llama
 from firth.pretrained.load_save import save_model
 from firth.serve.app import create_app
 from firth.serve.config import ServeConfig, ServeLimits
@@ -65,7 +66,7 @@ def write_models(directory: Path) -> dict[str, Path]:
     tokenizer = train([TEXT], "byte-bpe", 340, num_sentinels=4)
     size = tokenizer.vocab.size
     configs = {
-        "gpt": decoder_config(size, 32, 2, 2, max_positions=128), "bert": encoder_config(size, 32, 2, 2, max_positions=64),
+        "gpt": llama(size, 32, 2, 2, 64, max_positions=128), "bert": encoder_config(size, 32, 2, 2, max_positions=64),
     }  # fmt: skip
     for name, config in configs.items():
         save_model(random_model(config, std=0.1), tokenizer, directory / name)

@@ -9,7 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor
+from typer.testing import CliRunner
 
+from firth.cli import app
 from firth.model.config import ModelConfig, decoder_config, encoder_config, encoder_decoder_config
 from firth.model.model import LM
 from firth.objectives.causal_lm import CausalLM
@@ -19,10 +21,13 @@ from firth.objectives.replaced_tokens import RTD, generator_config
 from firth.objectives.seq2seq import SpanCorruption
 from firth.peft import lora
 from firth.recipes.recurrent import lstm
-from firth.runs.estimate import estimate
+from firth.runs.estimate import dry_run, estimate
 from firth.runs.recipe import Recipe, load
 from firth.runs.run import run
 from firth.runs.step_estimate import step_flops
+from firth.runs.timing import StepTimes
+from firth.training import speed
+from firth.training.logging import read_metrics
 from firth.types import IGNORE, Batch, UserError
 from tests.support.runs import quiet
 
@@ -219,11 +224,11 @@ def test_a_trillion_parameters_are_refused_at_once(text: Path, tmp_path: Path) -
 
 def test_activations_that_do_not_fit_are_refused(text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The weights fit, and the step does not."""
-    recipe = tiny(text, "batch.size=64")
-    needed = estimate(recipe, timed=False, log=quiet).step.peak_bytes
+    recipe = tiny(text, "batch.size=64", "precision=fp32")
+    needed = estimate(recipe, timed=False, log=quiet).step.peak_bytes(1)
 
     def free(_: torch.device) -> dict[str, int]:
-        return {"main memory": needed - 1}
+        return {"main memory": int(0.9 * needed)}
 
     monkeypatch.setattr("firth.runs.step_estimate.available_memory", free)
     monkeypatch.setattr("firth.runs.build_model.LM", None)
@@ -243,3 +248,57 @@ def test_errors_are_those_of_a_run(tmp_path: Path) -> None:
             attempt()
         messages.append(str(error.value))
     assert messages[0] == messages[1] and "the recipe has no data" in messages[0]
+
+
+def test_dry_run_trains_nothing(text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It prints what the run takes and leaves no file behind."""
+    monkeypatch.chdir(tmp_path)
+    few = [f"data.path={text}", "tokenizer.vocab_size=300", "batch.size=4", "max_steps=10", "examples.max_length=32"]
+    done = CliRunner().invoke(app, ["train", "gpt", *few, "--dry-run", "--out", "mine"])
+    assert done.exit_code == 0, done.output
+    lines = {line.split()[0]: line for line in done.output.splitlines() if line.startswith("  ")}
+    assert [*lines] == ["parameters", "FLOPs", "memory", "checkpoint", "tokens", "time"]
+    assert "1.28k in 10 steps of 128" in lines["tokens"]
+    assert "MFU" in lines["time"]
+    assert [*tmp_path.iterdir()] == []
+
+
+def test_dry_run_of_a_step_that_does_not_fit(text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is reported first, and then refused as a run is."""
+    for module in ("step_estimate", "estimate", "timing"):
+        monkeypatch.setattr(f"firth.runs.{module}.available_memory", lambda _: {"main memory": 1_000_000})
+    monkeypatch.setattr("firth.runs.timing.time_steps", lambda *_: StepTimes(1e-12, 0.1, 0.0, 2))
+    lines: list[str] = []
+    with pytest.raises(UserError, match="of main memory at its peak"):
+        dry_run(tiny(text), lines.append)
+    assert any("  memory      " in line for line in lines)
+
+
+def test_speed_of_a_large_model_is_recorded(text: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """It is that of a model with fewer layers, measured once."""
+    monkeypatch.setenv("FIRTH_CACHE", str(tmp_path))
+    monkeypatch.setattr("firth.runs.timing.MAX_STEP_SECONDS", 0.0)
+    recipe = tiny(text, "precision=fp32", "model.num_layers=4")
+    first, second = (estimate(recipe, log=quiet) for _ in range(2))
+    assert first.timing.endswith("measured now") and second.timing.startswith("the recorded speed")
+    assert first.step_seconds == pytest.approx(second.step_seconds)
+
+
+def test_a_run_records_its_utilization(text: Path, tmp_path: Path) -> None:
+    lines: list[str] = []
+    result = run(tiny(text, "max_steps=2", "precision=fp32"), tmp_path / "run", log=lines.append)
+    peak = speed.machine_peak("cpu", "fp32")
+    assert result.mfu == pytest.approx(result.flops / result.seconds / peak)
+    rows = [row for row in read_metrics(tmp_path / "run" / "metrics.jsonl") if row["split"] == "train"]
+    assert all(row["mfu"] == pytest.approx(row["flops_per_second"] / peak, abs=1e-4) for row in rows)
+    assert any("of this machine's peak (MFU)" in line for line in lines)
+    assert run(tiny(text, "max_steps=2", "precision=fp32"), tmp_path / "run", log=quiet).mfu == result.mfu
+
+
+def test_the_peak_only_rises(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Other work on the machine can only lower a measurement."""
+    monkeypatch.setenv("FIRTH_CACHE", str(tmp_path))
+    speed.record("peak cpu fp32", 1e18)
+    assert speed.measure_peak("cpu", "fp32") == 1e18
+    speed.record("peak cpu fp32", 1.0)
+    assert 1e9 < speed.measure_peak("cpu", "fp32") < 1e15
