@@ -97,8 +97,8 @@ def test_the_site_of_a_server() -> None:
 
 
 def test_views_are_served(server: Running, tmp_path: Path) -> None:
-    with TestClient(server.app, base_url="http://localhost") as http:
-        assert [one["name"] for one in http.get("/views").json()["models"]] == ["gpt", "bert"]
+    running = TestClient(server.app, base_url="http://localhost")  # without `with`: its lifespan has begun already
+    assert [one["name"] for one in running.get("/views").json()["models"]] == ["gpt", "bert"]
     app = create_app(None, ServeConfig(), board=Board([tmp_path]))
     with TestClient(app, base_url="http://localhost") as http:
         assert http.get("/views").json() == {"models": [], "compare": False, "runs": True}
