@@ -91,7 +91,10 @@ function drawTask() {
   comment.dataset.comment = "";
   const save = el("button", { type: "button", class: "primary", onclick: judge }, "Save ", el("kbd", {}, "Enter"));
   const tie = el("button", { type: "button", "aria-pressed": "false", onclick: toggleTie }, "Tie with the last ", el("kbd", {}, "T"));
-  const equal = el("button", { type: "button", onclick: () => allEqual() }, "All equal ", el("kbd", {}, "0"));
+  const equal = el("button", { type: "button", onclick: () => {
+    allEqual();
+    save.focus();
+  } }, "All equal ", el("kbd", {}, "0"));
   const skip = el("button", { type: "button", onclick: () => send("skip", { item: task.item }) }, "Skip ", el("kbd", {}, "S"));
   const undo = el("button", { type: "button", onclick: () => send("undo") }, "Undo ", el("kbd", {}, "U"));
   show(
