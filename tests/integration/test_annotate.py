@@ -51,7 +51,6 @@ def workdir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     rows[0]["samples"][0] = MARKUP
     (tmp_path / "answers.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("FIRTH_CACHE", str(tmp_path / "cache"))
     return tmp_path
 
 
