@@ -71,9 +71,9 @@ def finish(collection: Collection) -> None:
         if thread.name == "firth-annotate":
             thread.join()
     preferences = collection.preferences
-    while (item := preferences.next("ann")) is not None:
-        preferences.correct("ann", item.id, 0, "the otter paints")
-        preferences.judge("ann", item.id, [1, 2, 3])
+    while (item := preferences.next("Ann")) is not None:
+        preferences.correct("Ann", item.id, 0, "the otter paints")
+        preferences.judge("Ann", item.id, [1, 2, 3])
 
 
 def test_training_reads_the_files(workdir: Path) -> None:
