@@ -69,8 +69,23 @@ def check_recipe(recipe: Recipe, ranks: int = 1) -> None:
     check_fields(objective, recipe.examples, config)
     if config is not None:
         accumulate = batch.gradient_accumulation_steps
+        check_sharding(recipe)
         check_batching(objective, config, pack=batch.packed_length, accumulate=accumulate, ranks=ranks)
         check_memory(config, recipe.examples, batch.packed_length)
+
+
+def check_sharding(recipe: Recipe) -> None:
+    """Raise a UserError if a recipe shards a model that cannot be sharded."""
+    if recipe.distributed.shard == "none":
+        return
+    hint = "set distributed.shard=none"
+    if recipe.compile:
+        raise UserError(f"compile=true compiles blocks whose weights are not sharded: set compile=false, or {hint}")
+    if recipe.objective.constraints.whole_weights:
+        raise UserError(
+            f"objective {_name(recipe.objective)} reads all weights at once, and sharded ones are never whole: {hint}, or set "
+            "optimizer.weight_decay in place of a penalty"
+        )
 
 
 def check_pattern(
@@ -355,7 +370,9 @@ def _listed(names: Iterable[str]) -> str:
     return f"{', '.join(most)} and {last}" if most else last
 
 
-def check_available_memory(config: ModelConfig, optimizer: str, full: bool, device: torch.device) -> None:
+def check_available_memory(
+    config: ModelConfig, optimizer: str, full: bool, device: torch.device, shards: int = 1, whole: bool = True
+) -> None:
     """Raise a UserError if the model cannot be trained in the free memory, before it is allocated.
 
     This counts the weights, gradients and optimizer state in fp32 (4 bytes each; AdamW keeps two numbers per weight, Muon
@@ -365,14 +382,18 @@ def check_available_memory(config: ModelConfig, optimizer: str, full: bool, devi
         config: The model.
         optimizer: Name of the optimizer.
         full: Whether all weights are trained.
-        device: The training device; the model is built in main memory in any case.
+        device: The training device.
+        shards: The ranks that share a copy of the model.
+        whole: Whether each rank builds the whole model in main memory before it keeps a shard.
 
     Raises:
         UserError: More than is free.
     """
     count = config.num_parameters()
     each = 4 * (4 if optimizer == "adamw" else 3) if full else 4
-    rooms = [("main memory", each if device.type == "cpu" else 4, memory()[1])]
+    each = each // shards
+    built = 4 if whole or shards == 1 else 0
+    rooms = [("main memory", max(each, built) if device.type == "cpu" else built, memory()[1])]
     if device.type == "cuda":
         rooms.append(("the GPU's memory", each, torch.cuda.mem_get_info(device)[0]))
     for name, size, free in rooms:

@@ -42,8 +42,9 @@ def resolve(recipe: Recipe, data: RunData, context: RunContext) -> ResolvedRecip
     settings |= {"precision": _precision(recipe, context), "word_segmentation": _segmentation(recipe, context)}
     resolved: ResolvedRecipe = config_io.absolute_paths(ResolvedRecipe(**settings))
     check_available_memory(
-        resolved.model, resolved.optimizer.name, isinstance(resolved.peft, FullFinetuning), default_device()
-    )
+        resolved.model, resolved.optimizer.name, isinstance(resolved.peft, FullFinetuning), default_device(),
+        resolved.distributed.degree(context.ranks), whole=bool(resolved.init_from or resolved.init_embeddings_from),
+    )  # fmt: skip
     return resolved
 
 

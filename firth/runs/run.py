@@ -8,9 +8,10 @@ The same call on the same directory resumes an unfinished run, and returns at on
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -23,6 +24,7 @@ from firth.evaluate.tokenizer_match import check_same_tokenizer
 from firth.generate import embeddings
 from firth.io.atomic import make_directory, new_directory, write_text
 from firth.io.integrity import read_record, write_record
+from firth.model.deferred_init import record_init
 from firth.model.heads import export_heads
 from firth.model.model import LM, compile_blocks
 from firth.objectives import name_of
@@ -35,6 +37,7 @@ from firth.runs import config_io, examples, model_card, report_texts
 from firth.runs.eval_tasks import EvalTasks
 from firth.runs.init_head import init_head
 from firth.runs.loaded_model import Model
+from firth.runs.peft_options import FullFinetuning
 from firth.runs.prepare import RunData
 from firth.runs.recipe import MODEL_CONFIG_HINT, Recipe, ResolvedRecipe, load_resolved
 from firth.runs.resolve import resolve
@@ -47,8 +50,12 @@ from firth.training import checkpoint, trainer
 from firth.training.device import choose_precision, default_device
 from firth.training.distributed import join
 from firth.training.logging import OnMetrics, ProgressReporter, check_loggers, metrics_loggers
+from firth.training.step import SINGLE
 from firth.training.trainer import TrainerConfig, TrainingResult
 from firth.types import LOGGER, LogLine, UserError
+
+if TYPE_CHECKING:
+    from firth.training.sharding import Shards
 
 CLASS_REPORT = "held_out.json"
 """Per-class results of the exported model on the held-out examples, for the report."""
@@ -153,10 +160,12 @@ class BuiltModel:
     Args:
         model: The model, on the training device.
         added_heads: Names of the heads that the start model does not have.
+        shards: The sharding of the model; None if each rank has a copy.
     """
 
     model: LM
     added_heads: list[str]
+    shards: Shards | None = None
 
 
 def prepare_tokenizer(recipe: Recipe, context: RunContext) -> RunData:
@@ -221,26 +230,45 @@ def build_data(resolved: ResolvedRecipe, data: RunData, context: RunContext) -> 
 
 
 def build_model(resolved: ResolvedRecipe, datasets: RunDatasets, context: RunContext) -> BuiltModel:
-    """Build the model, with the weights of the start model if there is one."""
+    """Build the model, with the weights of the start model if there is one, and shard it.
+
+    A sharded model without a start model never exists as a whole: its weights are initialized one by one.
+    """
     tokenizer, log = datasets.data.tokenizer, context.log
+
+    def set_characters() -> None:
+        model.set_token_characters([tokenizer.token(i) for i in range(tokenizer.vocab.size)])
+
     torch.manual_seed(resolved.seed)
-    model = LM(resolved.model, resolved.objective.heads(resolved.model))
+    degree, base = resolved.distributed.degree(context.ranks), datasets.data.start.model
+    new = base is None and not resolved.init_embeddings_from and isinstance(resolved.peft, FullFinetuning)
+    with record_init() if degree > 1 and new else nullcontext() as record:
+        model = LM(resolved.model, resolved.objective.heads(resolved.model))
     added: list[str] = []
-    base = datasets.data.start.model
     if base is not None:
         dropped, added = init_from_model(model, base, model_directory(resolved.init_from))
         datasets.data.start.release()
         changed = [f"{what} {', '.join(names)}" for what, names in (("drops", dropped), ("adds", added)) if names]
         log(f"{resolved.name} starts from {resolved.init_from}" + (f": {'; '.join(changed)}" if changed else ""))
-    else:
-        model.set_token_characters([tokenizer.token(i) for i in range(tokenizer.vocab.size)])
+    elif record is None:
+        set_characters()
     if resolved.init_embeddings_from:
         loaded = embeddings.load_embeddings(model, model_directory(resolved.init_embeddings_from))
         log(f"{resolved.name} takes {loaded}; everything else is initialized at random")
-    model.restrict_vocab(tokenizer.vocab)
+    if record is None:
+        model.restrict_vocab(tokenizer.vocab)
     resolved.peft.apply(model, added, tokenizer, resolved.seed)
     for stack in model.stacks():
         stack.gradient_checkpointing = resolved.gradient_checkpointing
+    shards = None
+    if degree > 1:
+        from firth.training.sharding import Shards  # which takes half a second
+
+        shards = Shards(model, context.ranks, degree, default_device(), datasets.data.precision, record)
+        if record is not None:
+            set_characters()
+            model.restrict_vocab(tokenizer.vocab)
+        log(f"{resolved.name}: each weight is sharded over {degree} processes")
     model.to(default_device())
     if resolved.compile:
         compile_blocks(model)
@@ -250,10 +278,10 @@ def build_model(resolved: ResolvedRecipe, datasets: RunDatasets, context: RunCon
         + (f", of which {trainable:,} are trained" if trainable < total else "")
     )
     if resolved.init_head_from_frequencies and not resolved.init_from:
-        counted = init_head(model, resolved.objective, datasets.batches)
+        counted = init_head(model, resolved.objective, datasets.batches, shards or SINGLE)
         if counted:
             log(f"{resolved.name} starts with an LM head that predicts the frequencies of {counted:,} labels")
-    return BuiltModel(model, added)
+    return BuiltModel(model, added, shards)
 
 
 def train(
@@ -278,10 +306,13 @@ def train(
         if not context.resumed or load_resolved(directory) != resolved:  # the same inputs at another path
             write_text(directory / "recipe.yaml", config_io.write_yaml(resolved))
         context.inputs.write(directory, identity.recipe)
-        report_texts.write_texts(resolved, model, datasets.data, datasets.splits, 0)
-    task_names = tasks.check(model) if tasks is not None else []
-    if validator is not None and evaluation.best_metric not in task_names:
-        validator.check_best_metric(model)
+    with model.whole():
+        if context.ranks.first:
+            report_texts.write_texts(resolved, model, datasets.data, datasets.splits, 0)
+        task_names = tasks.check(model) if tasks is not None else []
+        if validator is not None and evaluation.best_metric not in task_names:
+            validator.check_best_metric(model)
+    context.ranks.wait()
     config = TrainerConfig(
         eval_every=evaluation.every, save_every=saving.every, keep=saving.keep, best_metric=evaluation.best_metric or "loss",
         load_best_at_end=bool(evaluation.best_metric or evaluation.patience), patience=evaluation.patience,
@@ -297,7 +328,7 @@ def train(
             return trainer.train(
                 model, resolved.objective, datasets.batches, directory,
                 budget=resolved.budget, optimizer=resolved.optimizer, schedule=resolved.schedule, config=config,
-                evaluate=evaluate if validator or tasks else None, ranks=context.ranks, recipe=identity.run,
+                evaluate=evaluate if validator or tasks else None, ranks=context.ranks, shards=built.shards, recipe=identity.run,
                 name=resolved.name, reporter=reporter, on_metrics=on_row,
             )  # fmt: skip
     except UserError as error:
@@ -319,8 +350,9 @@ def export(
     result = RunResult(
         context.directory, ended.step, ended.exported_step, ended.tokens, ended.seconds, ended.flops, ended.metrics
     )
-    if context.ranks.first:
-        _write_files(resolved, built, datasets, result, identity, context)
+    whole = built.model if built.shards is None else built.shards.unsharded()
+    if context.ranks.first and whole is not None:
+        _write_files(resolved, replace(built, model=whole), datasets, result, identity, context)
     context.ranks.wait()
     return result
 
