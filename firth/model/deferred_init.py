@@ -27,7 +27,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode
 from torch.utils._pytree import tree_leaves, tree_map
 
 OVERWRITES = frozenset({"normal_", "uniform_", "zero_", "fill_", "random_"})
@@ -66,11 +66,17 @@ class _Operation:
 
 
 class Recorded(TorchDispatchMode):
-    """The operations of a constructor, in their order."""
+    """The operations of a constructor, in their order.
+
+    Attributes:
+        operations: The operations.
+        forks: Index of an operation -> "fork" or "join" for each of `fork_rng` that comes before it.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         self.operations: list[_Operation] = []
+        self.forks: dict[int, list[str]] = defaultdict(list)
         self.names: dict[int, str] = {}
         self.tensors: dict[str, Tensor] = {}
 
@@ -102,7 +108,9 @@ class Recorded(TorchDispatchMode):
             for storage in operation.storages():
                 steps[storage].append(number)
         real: dict[int, Tensor] = {}
-        for operation in self.operations:
+        states: list[Tensor] = []
+        for number, operation in enumerate(self.operations):
+            self._fork(number, states)
             if not operation.is_view:
                 _run(operation, real)
             for storage in operation.storages():
@@ -112,8 +120,30 @@ class Recorded(TorchDispatchMode):
                     done(name, _as(real[storage], self.tensors[name]))
                 if not steps[storage] or self.operations[steps[storage][0]].overwrites(storage):
                     real.pop(storage, None)
+        self._fork(len(self.operations), states)
         if names:
             raise RuntimeError(f"the initialization of {sorted(names.values())} was not recorded")
+
+    def _fork(self, number: int, states: list[Tensor]) -> None:
+        """Save or restore the random state where the constructor did so before an operation."""
+        for fork in self.forks[number]:
+            if fork == "fork":
+                states.append(torch.get_rng_state())
+            else:
+                torch.set_rng_state(states.pop())
+
+
+@contextmanager
+def fork_rng() -> Iterator[None]:
+    """Restore the random state of the CPU after a part of a constructor, also when it is recorded and replayed."""
+    mode = _get_current_dispatch_mode()
+    if not isinstance(mode, Recorded):
+        with torch.random.fork_rng(devices=[]):
+            yield
+        return
+    mode.forks[len(mode.operations)].append("fork")
+    yield
+    mode.forks[len(mode.operations)].append("join")
 
 
 @contextmanager

@@ -46,6 +46,7 @@ from torch import Tensor, nn
 from firth.fields import NonNegativeFloat, NonNegativeInt, PositiveFloat
 from firth.model import flops
 from firth.model.config import ModelConfig
+from firth.model.deferred_init import fork_rng
 from firth.model.heads import LMHead
 from firth.model.model import LM, Critic
 from firth.model.shard_tensors import assign
@@ -290,9 +291,7 @@ class PPO(PolicyObjective):
         heads = super().heads(config)
         if self.critic == "shared":
             return heads | value
-        with torch.random.fork_rng(
-            devices=[]
-        ):  # its weights are replaced: the policy's do not depend on its random numbers
+        with fork_rng():  # its weights are replaced: the policy's do not depend on its random numbers
             return heads | {"critic": Critic(config, value)}
 
     def forward(self, model: LM, batch: Batch) -> Outputs:
