@@ -17,76 +17,27 @@ from pathlib import Path
 from typing import Any
 
 import typer.main
-from annotated_types import Interval
 
 import firth
 from firth import objectives
 from firth.cli import app
-from firth.fields import MAX_INT
 from firth.model.config import ModelConfig
 from firth.pipelines.pipeline import KINDS
 from firth.pipelines.tuning import TrainRecipe
 from firth.runs.examples import EXAMPLES
 from firth.runs.peft_options import PEFT_METHODS
 from firth.runs.recipe import Recipe
+from firth.runs.recipe_fields import default, described, kind_of, summary
 from firth.runs.recipe_names import RECIPES
 
 PAGES = Path(__file__).parent / "reference"
 NOTE = "<!-- Written by docs/write_reference.py: change the code, not this page. -->\n\n"
 
 
-def described(kind: type) -> dict[str, str]:
-    """Return the description of each field of a class, from the `Args:` of its docstring and of its bases'."""
-    found: dict[str, str] = {}
-    for cls in reversed(kind.__mro__):
-        text = inspect.cleandoc(cls.__doc__ or "")
-        part = text.partition("\nArgs:\n")[2]
-        part = re.split(r"\n(?=\S)", part)[0]
-        for match in re.finditer(r"^    (\w+): (.*(?:\n {8}.*)*)", part, re.M):
-            found[match[1]] = " ".join(match[2].split())
-    return found
-
-
-def summary(thing: object) -> str:
-    """Return the first sentence of a docstring."""
-    return inspect.getdoc(thing).split("\n\n")[0].replace("\n", " ") if inspect.getdoc(thing) else ""  # type: ignore[union-attr]
-
-
-def default(field: dataclasses.Field[Any]) -> str:
-    """Return a field's default as one writes it in a recipe."""
-    value = field.default
-    if value is dataclasses.MISSING:
-        return "required" if field.default_factory is dataclasses.MISSING else ""
-    if dataclasses.is_dataclass(value):
-        return ""
-    if isinstance(value, tuple):
-        value = list(value)
-    text = (
-        "null" if value is None else str(value).lower() if isinstance(value, bool) else value if value != "" else '""'
-    )
-    return f"`{text}`"
-
-
-def range_of(limits: Interval) -> str:
-    """Return the range of a number in words."""
-    bounds = (("at least", limits.ge), ("above", limits.gt), ("at most", limits.le), ("below", limits.lt))
-    return " and ".join(f"{words} {bound}" for words, bound in bounds if bound not in (None, MAX_INT))
-
-
-def kind_of(hint: Any) -> str:
-    """Return the type of a field in a few words."""
-    if typing.get_origin(hint) is typing.Annotated:
-        inner, *limits = typing.get_args(hint)
-        return ", ".join([kind_of(inner), *map(range_of, limits)])
-    if typing.get_origin(hint) is typing.Literal:
-        return ", ".join(f"`{value}`" if value != "" else '`""`' for value in typing.get_args(hint))
-    options = [one for one in typing.get_args(hint) if one is not type(None)]
-    if typing.get_origin(hint) is tuple:
-        return f"list of {kind_of(options[0])}"
-    if options and typing.get_origin(hint) is not None:
-        return " or ".join(kind_of(one) for one in options)
-    name = getattr(hint, "__name__", str(hint))
-    return {"str": "text", "int": "integer", "float": "number", "bool": "true or false"}.get(name, name)
+def cell(field: dataclasses.Field[Any]) -> str:
+    """Return a field's default as a cell of a table."""
+    text = default(field)
+    return text if text in ("", "required") else f"`{text}`"
 
 
 def table(kind: type, fields: Iterable[dataclasses.Field[Any]] | None = None) -> list[str]:
@@ -96,7 +47,7 @@ def table(kind: type, fields: Iterable[dataclasses.Field[Any]] | None = None) ->
     if not chosen:
         return []
     rows = [
-        f"| `{f.name}` | {kind_of(hints[f.name])} | {default(f)} | {about.get(f.name, '')} |".replace("||", "|")
+        f"| `{f.name}` | {kind_of(hints[f.name])} | {cell(f)} | {about.get(f.name, '')} |".replace("||", "|")
         for f in chosen
     ]
     return ["| field | type | default | |", "|---|---|---|---|", *rows, ""]

@@ -27,6 +27,7 @@ from firth.objectives.word2vec import NEIGHBORS
 from firth.training import device, muon
 from firth.training.logging import short
 from firth.training.optimizer import KERNEL as TABLE_ROWS
+from firth.training.speed import PRECISIONS, measure_peak
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,7 @@ class DoctorRow:
 
 
 def doctor(directory: Path | None = None) -> list[DoctorRow]:
-    """Return all rows, with the disk space of `directory` (default: the working directory). Takes about 0.3 seconds."""
+    """Return all rows, with the disk space of `directory` (default: the working directory). Takes about a second."""
     return [
         _python(), _torch(), _cores(), _load(), _waiting(), *_precision(), *_kernels(), _memory(), _disk(directory or Path.cwd()),
         _device(),
@@ -170,7 +171,7 @@ def openmp_library() -> str:
 
 
 def _precision() -> list[DoctorRow]:
-    speed = device.measured_speed()
+    speed, peak = device.measured_speed(), {name: measure_peak("cpu", name) for name in PRECISIONS}
     chosen = device.choose_precision("auto", torch.device("cpu"))
     ratio = speed["bf16"] / speed["fp32"]
     if chosen == "bf16":
@@ -181,8 +182,12 @@ def _precision() -> list[DoctorRow]:
         advice = "not much faster than fp32 on this CPU: training on it will use fp32"
     keeps_memory = device.keep_freed_memory()
     return [
-        DoctorRow("fp32", f"{short(speed['fp32'])}FLOP/s in a matrix product on the CPU"),
-        DoctorRow("bf16", f"{short(speed['bf16'])}FLOP/s in a matrix product on the CPU", advice),
+        DoctorRow(
+            "fp32",
+            f"{short(peak['fp32'])}FLOP/s in a matrix product on the CPU",
+            "the highest ever measured, the peak of MFU",
+        ),
+        DoctorRow("bf16", f"{short(peak['bf16'])}FLOP/s in a matrix product on the CPU", advice),
         DoctorRow(
             "malloc",
             "glibc keeps freed memory for the next step" if keeps_memory else "not glibc: freed memory is returned",
@@ -261,7 +266,7 @@ def _device() -> DoctorRow:
         return DoctorRow(
             "device",
             f"cuda: {properties.name}, {properties.total_memory / 1e9:.0f} GB",
-            f"training will use it in {chosen_precision}",
+            f"training will use it in {chosen_precision}, whose peak is {short(measure_peak('cuda', chosen_precision))}FLOP/s",
         )
     if chosen.type == "mps":
         return DoctorRow("device", "mps", "training will use it in fp32")

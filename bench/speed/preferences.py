@@ -5,10 +5,11 @@
     python -m bench.speed.preferences dpo --check     # equal tokens, first losses of ln 2; no timing
 
 All train the same Llama with random weights (6 layers, hidden size 384, vocabulary 8192) with AdamW on the same sampled
-pairs, 16 per step: prompts of about 36 tokens and answers of about 48, lengths log-normal, no dropout. A unit is a pair.
-TRL's trainer runs with its defaults (bf16, gradient checkpointing), and without checkpointing in fp32 and in bf16. firth
+pairs, 8 per step: prompts of about 36 tokens and answers of about 48, lengths log-normal, no dropout. A unit is a pair.
+TRL's trainer runs with its defaults (bf16, gradient checkpointing), and without checkpointing in fp32, with bf16 autocast, and with
+weights in bf16. firth
 computes the reference log-probabilities of DPO once before training; TRL computes them in every step by default, and once
-before training (`precompute_ref_log_probs`) in the other two. Work before training is not timed on either side.
+before training (`precompute_ref_log_probs`) in the others. Work before training is not timed on either side.
 
 firth runs its own loop, with its log and counts, in the precision that it chooses on this machine.
 """
@@ -30,7 +31,7 @@ from bench.harness import Candidate, EndSample, arguments, command
 from bench.speed.causal import HIDDEN_SIZE, NUM_HEADS, NUM_LAYERS, VOCAB_SIZE, firth_run
 
 Task = Literal["reward", "dpo"]
-COMPARISONS, ROWS, STEPS_PER_SAMPLE = 256, 16, 4
+COMPARISONS, ROWS, STEPS_PER_SAMPLE = 256, 8, 4
 PAD, UNK, EOS, FIRST = 0, 1, 2, 3
 MAX_LENGTH = 128
 
@@ -65,24 +66,35 @@ def llama(task: Task) -> Any:
 # ------------------------------------------------------------------------------- TRL
 
 
+NAMES = ("<pad>", "<unk>", "</s>", *(f"w{i}" for i in range(FIRST, VOCAB_SIZE)))
+
+
+def text_of(ids: np.ndarray) -> str:
+    """Return the text of some ids, without stop tokens."""
+    return " ".join(NAMES[i] for i in ids if i != EOS)
+
+
+def word_tokenizer() -> Any:
+    """Return a tokenizer of transformers with a word for each id."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    engine = Tokenizer(models.WordLevel({name: i for i, name in enumerate(NAMES)}, unk_token="<unk>"))
+    engine.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=engine, pad_token="<pad>", eos_token="</s>", unk_token="<unk>")
+
+
 @contextmanager
-def trainer(task: Task, end_sample: EndSample | None, **options: Any) -> Iterator[Any]:
+def trainer(
+    task: Task, end_sample: EndSample | None, dtype: torch.dtype = torch.float32, **options: Any
+) -> Iterator[Any]:
     """Build TRL's trainer on the pairs; a sample is STEPS_PER_SAMPLE steps."""
     import trl
     from datasets import Dataset
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast, TrainerCallback
-
-    names = ["<pad>", "<unk>", "</s>", *(f"w{i}" for i in range(FIRST, VOCAB_SIZE))]
-    engine = Tokenizer(models.WordLevel({name: i for i, name in enumerate(names)}, unk_token="<unk>"))
-    engine.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=engine, pad_token="<pad>", eos_token="</s>", unk_token="<unk>")
-
-    def text(ids: np.ndarray) -> str:
-        return " ".join(names[i] for i in ids if i != EOS)
+    from transformers import TrainerCallback
 
     rows = [
-        {"prompt": text(prompt), "chosen": f" {text(one)}", "rejected": f" {text(other)}"}
+        {"prompt": text_of(prompt), "chosen": f" {text_of(one)}", "rejected": f" {text_of(other)}"}
         for prompt, one, other in comparisons()
     ]
     if task == "reward":
@@ -102,12 +114,12 @@ def trainer(task: Task, end_sample: EndSample | None, **options: Any) -> Iterato
             output_dir=directory, per_device_train_batch_size=ROWS, max_steps=1_000_000, use_cpu=True, save_strategy="no",
             disable_tqdm=True, logging_strategy="no", report_to=[], **options,
         )  # fmt: skip
-        model = llama(task)
+        model = llama(task).to(dtype)
         if task == "dpo":  # TRL loads the reference model from the directory of the model
             model.save_pretrained(f"{directory}/start")
-            model = type(model).from_pretrained(f"{directory}/start")
+            model = type(model).from_pretrained(f"{directory}/start", dtype=dtype)
         yield getattr(trl, f"{kind}Trainer")(
-            model=model, args=settings, train_dataset=Dataset.from_list(rows), processing_class=tokenizer,
+            model=model, args=settings, train_dataset=Dataset.from_list(rows), processing_class=word_tokenizer(),
             callbacks=[EndSampleCallback()],
         )  # fmt: skip
 
@@ -171,6 +183,7 @@ def candidates(task: Task) -> dict[str, Candidate]:
         "TRL, defaults": bind(theirs, task=task),
         "TRL, fp32": bind(theirs, task=task, bf16=False, **plain),
         "TRL, bf16": bind(theirs, task=task, bf16=True, **plain),
+        "TRL, bf16 weights": bind(theirs, task=task, bf16=False, dtype=torch.bfloat16, **plain),
         "firth": bind(firth, task=task),
     }
 

@@ -29,7 +29,7 @@ from firth.data.examples import BuildContext, DatasetSplits, ExamplesConfig, spl
 from firth.data.source import Source
 from firth.data.split import content_key
 from firth.generate.decoding_batch import inference_mode, rectangle
-from firth.generate.engine import Completion
+from firth.generate.output import Completion
 from firth.io import user_code
 from firth.model.model import LM
 from firth.objectives.objective import Objective

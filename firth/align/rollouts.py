@@ -35,7 +35,7 @@ from firth.align import held_out_texts
 from firth.align.advantages import GAE, AdvantageEstimator, GroupNormalized, LeaveOneOut, discounted_returns
 from firth.align.held_out_prompts import HeldOutPrompts
 from firth.align.held_out_texts import HeldOutTexts
-from firth.align.per_token import per_token_numbers
+from firth.align.per_token import answer_mask, per_token_numbers
 from firth.align.rewards import (
     FunctionReward,
     RewardFunction,
@@ -55,7 +55,8 @@ from firth.data.source import MixtureSource, Source
 from firth.data.split import held_out_keys
 from firth.data.windows import Documents, WindowsConfig
 from firth.fields import NonNegativeFloat, NonNegativeInt, PositiveInt, Share, TokenCount, path_field
-from firth.generate.engine import Engine, IncrementalDecoder
+from firth.generate.engine import Engine
+from firth.generate.output import IncrementalDecoder
 from firth.generate.sampling import Sampling
 from firth.model.model import LM
 from firth.objectives.objective import Objective
@@ -423,6 +424,19 @@ class RolloutSource(Source):
                 init_critic(model, self.reference)
         self._draw(model, number)
         return dict(self.history[-1])
+
+    def rehearse(self) -> int:
+        self.number = 0
+        answer = np.full(self.config.max_new_tokens, self.tokenizer.vocab.size - 1, np.int32)
+        self.samples = [Rollout(self.prompts[i], answer, "", True) for i in self._prompts_of(0)]
+        real = answer_mask([len(answer)] * len(self.samples))
+        self._store(real, dict.fromkeys(PER_TOKEN, np.zeros(real.shape)))
+        models = [self.reference, *([self.critic.model] if self.critic is not None else [])]
+        return sum(p.numel() * p.element_size() for model in models for p in model.parameters())
+
+    @property
+    def steps_per_rollout(self) -> int:
+        return self.steps
 
     @property
     def statistics(self) -> tuple[str, ...]:

@@ -7,7 +7,8 @@ from typing import get_args
 
 import numpy as np
 
-from firth.generate.engine import Completion, Engine, Finish, IncrementalDecoder
+from firth.generate.engine import Engine
+from firth.generate.output import Completion, Finish, IncrementalDecoder
 from firth.generate.sampling import Sampling
 from firth.types import RankGroup
 

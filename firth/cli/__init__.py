@@ -15,9 +15,11 @@ from firth import __version__
 from firth.cli.console import console
 from firth.cli.evaluation import evaluate, ratings
 from firth.cli.inference import chat, embed, fill, generate, predict, vectors
-from firth.cli.information import doctor, fetch, list_
+from firth.cli.information import doctor, fetch, list_, show
 from firth.cli.models import export, import_
 from firth.cli.pipelines import pipeline
+from firth.cli.scaling import scale_fit, scale_run
+from firth.cli.serving import serve
 from firth.cli.tokenizers import tokenizer_show, tokenizer_train
 from firth.cli.training import compare, demo, train
 from firth.io.atomic import refusal
@@ -33,15 +35,19 @@ app = typer.Typer(
 tokenizer_app = typer.Typer(help="Train a tokenizer on your own text, or look inside one.", no_args_is_help=True)
 tokenizer_app.command("train")(tokenizer_train)
 tokenizer_app.command("show")(tokenizer_show)
+scale_app = typer.Typer(help="Scaling laws of your own text: train a sweep, fit it.", no_args_is_help=True)
+scale_app.command("run")(scale_run)
+scale_app.command("fit")(scale_fit)
 
 COMMANDS = (
-    demo, doctor, fetch, train, compare, pipeline, generate, fill, chat, predict, embed, vectors, evaluate, ratings, export,
+    demo, doctor, fetch, show, train, compare, pipeline, generate, fill, chat, predict, embed, vectors, evaluate, ratings, export, serve,
 )  # fmt: skip
 for command in COMMANDS:
     app.command()(command)
 app.command("list")(list_)
 app.command("import")(import_)
 app.add_typer(tokenizer_app, name="tokenizer")
+app.add_typer(scale_app, name="scale")
 
 
 def main() -> None:

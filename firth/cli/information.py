@@ -46,3 +46,14 @@ def fetch(
             typer.echo(row)
     for name in names or []:
         typer.echo(catalog.fetch(name))
+
+
+def show(
+    recipe: Annotated[str, typer.Argument(help="A recipe's name, a YAML file or a run directory.")],
+    settings: Annotated[list[str] | None, typer.Argument(help="field=value, for example batch.size=64.")] = None,
+) -> None:
+    """Print every field of a recipe: its value, type, default and meaning."""
+    from firth.runs.recipe import load
+    from firth.runs.recipe_fields import table
+
+    typer.echo(table(load(recipe, settings or [])))

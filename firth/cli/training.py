@@ -32,12 +32,20 @@ def train(
     out: Annotated[
         Path | None, typer.Option(help="The run directory; runs/NAME by default, or RECIPE if that is one.")
     ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print parameters, FLOPs, memory, tokens and time, and train nothing.")
+    ] = False,
 ) -> None:
     """Train a model by a recipe. Run the same command again, or name the run directory, to resume."""
     from firth.runs.recipe import load
     from firth.runs.run import run
 
     resolved = load(recipe, settings or [])
+    if dry_run:
+        from firth.runs.estimate import dry_run as estimate_and_report
+
+        estimate_and_report(resolved)
+        return
     home = Path(recipe) if Path(recipe).is_dir() else Path("runs") / resolved.name
     if out is None and settings and home == Path(recipe) and resolved != load(recipe):
         raise UserError(
@@ -51,9 +59,16 @@ def compare(
         list[str],
         typer.Argument(
             help="Recipes (NAME, NAME:SIZE, a YAML file); then field=value for all of them, NAME.field=value for one, "
-            "probe.field=value for the finetuning."
+            "probe.field=value for the finetuning. With --methods: INPUT=value and METHOD.field=value of the pipeline side_by_side."
         ),
     ],
+    methods: Annotated[
+        str,
+        typer.Option(
+            help="Compare methods of alignment instead of recipes: some of prompt,sft,best-of-n,dpo,ppo,grpo, by reward, truth, KL, "
+            "samples, compute and minutes."
+        ),
+    ] = "",
     max_seconds: Annotated[float, number_option(NonNegativeFloat, help="Seconds of training per run.")] = 0.0,
     max_flops: Annotated[
         float,
@@ -71,14 +86,23 @@ def compare(
         ),
     ] = "",
     labels: Annotated[int, number_option(PositiveInt, help="How many of these records are trained on.")] = 500,
-    out: Annotated[Path, typer.Option(help="The directory for the runs, the table and the report.")] = Path(
-        "runs/compare"
-    ),
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            help="The directory for the runs, the table and the report; runs/compare by default, with --methods runs/methods."
+        ),
+    ] = None,
 ) -> None:
     """Compare recipes: same text, same tokenizer, equal compute, the same probe, several seeds; run it again to resume.
 
-    A probe of the same kind of text shows the effect of pretraining: set data.path=FILES and --probe FILE.jsonl.
+    A probe of the same kind of text shows the effect of pretraining: set data.path=FILES and --probe FILE.jsonl. --methods compares
+    ways to align one model.
     """
+    if methods:
+        if max_seconds or max_flops:
+            raise UserError("--methods has a budget for each method: ppo.max_steps=N, not --max-seconds or --max-flops")
+        _compare_methods(methods.split(","), recipes, out or Path("runs/methods"))
+        return
     from firth.compare.compare import ComparisonConfig, parse_shares
     from firth.compare.compare import compare as compare_recipes
     from firth.training.schedule import Budget
@@ -89,4 +113,15 @@ def compare(
     config = ComparisonConfig(
         Budget(max_seconds=max_seconds, max_flops=max_flops), parse_shares(shares), seeds, probe, labels
     )
-    typer.echo(compare_recipes(names, settings, config, out))
+    typer.echo(compare_recipes(names, settings, config, out or Path("runs/compare")))
+
+
+def _compare_methods(methods: list[str], settings: list[str], out: Path) -> None:
+    """Run the pipeline of the methods, and print its table."""
+    from firth.pipelines.frontier import printed, read_results
+    from firth.pipelines.methods import load_methods
+    from firth.pipelines.pipeline import run_pipeline
+
+    run_pipeline(load_methods([name.strip() for name in methods], settings, out))
+    typer.echo(printed(read_results(out / "table" / "results.json")))
+    typer.echo(f"Report: {out / 'table' / 'report.html'}")

@@ -79,6 +79,10 @@ LM_EVAL = Package(
     "pypi-wheel", "lm_eval", "0.4.13",
     "5daaa1973bf874005f64f28d3834b875f6886f0d6475878e6a6c821994a5286a", 9_149_387,
 )  # fmt: skip
+VADER = Package(
+    "pypi-sdist", "vaderSentiment", "3.3.2",
+    "5d7c06e027fc8b99238edb0d53d970cf97066ef97654009890b83703849632f9", 2_466_783,
+)  # fmt: skip
 WORDNET = Package(
     "deb", "wordnet-base", "", "0f090d65404ea2a0dba8838043e0296bee293628bc0f22ac9de4eb22555ee5c7", 6_467_132
 )  # fmt: skip
@@ -127,13 +131,14 @@ ENTRIES = (
         partial(closed_book.write_closed_book, about="people"), "text.jsonl",
     ),
     Corpus(
-        "sentiment",
-        Package(
-            "pypi-sdist", "vaderSentiment", "3.3.2",
-            "5d7c06e027fc8b99238edb0d53d970cf97066ef97654009890b83703849632f9", 2_466_783,
-        ),
+        "sentiment", VADER,
         ("vaderSentiment-3.3.2/additional_resources/hutto_ICWSM_2014.tar.gz",), "MIT",
         "10,605 sentences of movie reviews with ratings: text, label, score", prepare.sentiment, "*.jsonl",
+        note="cite Hutto and Gilbert, ICWSM 2014",
+    ),
+    Corpus(
+        "vader_lexicon", VADER, ("vaderSentiment-3.3.2/vaderSentiment/vader_lexicon.txt",), "MIT",
+        "7,520 words and emoticons with ratings from -4 to 4: text, score", prepare.vader_lexicon, "*.jsonl",
         note="cite Hutto and Gilbert, ICWSM 2014",
     ),
     Corpus(

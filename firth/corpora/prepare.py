@@ -208,6 +208,19 @@ def sentiment(members: Members, out: Path) -> str:
     )
 
 
+def vader_lexicon(members: Members, out: Path) -> str:
+    """Write the words and emoticons of VADER: lexicon.jsonl {"text", "score"}, the mean of ten ratings from -4 to 4."""
+    count = 0
+    with (out / "lexicon.jsonl").open("w", encoding="utf-8", newline="\n") as file:
+        for _, member in members:
+            for row in member.read().decode("utf-8").splitlines():
+                if row.strip():
+                    word, mean, _ = row.split("\t", 2)
+                    file.write(line({"text": word, "score": float(mean)}))
+                    count += 1
+    return f"{count} words in lexicon.jsonl"
+
+
 def sarcasm(members: Members, out: Path) -> str:
     """Write headlines: sarcasm.jsonl {"text", "label": sarcastic or serious}."""
     counts: Counter[str] = Counter()

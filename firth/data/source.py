@@ -103,6 +103,19 @@ class Source:
         """
         return {}
 
+    def rehearse(self) -> int:
+        """Make the batches of step 0 available without a model, for a dry run: answers of the most tokens, say.
+
+        Returns:
+            The bytes of the models that it keeps.
+        """
+        return 0
+
+    @property
+    def steps_per_rollout(self) -> int:
+        """Training steps that one `prepare` serves."""
+        return 1
+
     def state(self) -> dict[str, np.ndarray]:
         """Return what a checkpoint must store to resume; {} for a source that only reads."""
         return {}
@@ -222,6 +235,13 @@ class MixtureSource(Source):
     def prepare(self, model: LM, step: int) -> Mapping[str, float]:
         return {name: n for source in self.sources for name, n in source.prepare(model, step).items()}
 
+    def rehearse(self) -> int:
+        return sum(source.rehearse() for source in self.sources)
+
+    @property
+    def steps_per_rollout(self) -> int:
+        return max(source.steps_per_rollout for source in self.sources)
+
     def state(self) -> dict[str, np.ndarray]:
         return {f"{i}.{k}": v for i, source in enumerate(self.sources) for k, v in source.state().items()}
 
@@ -275,6 +295,13 @@ class WrappedSource(Source):
 
     def prepare(self, model: LM, step: int) -> Mapping[str, float]:
         return self.source.prepare(model, step)
+
+    def rehearse(self) -> int:
+        return self.source.rehearse()
+
+    @property
+    def steps_per_rollout(self) -> int:
+        return self.source.steps_per_rollout
 
     def state(self) -> dict[str, np.ndarray]:
         return self.source.state()

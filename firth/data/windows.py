@@ -153,6 +153,9 @@ class WindowsConfig(DocumentsConfig):
     Windows with several documents have "document_ids" from 0, so that these do not attend to each other. A held-out store has a last,
     shorter window. "memory_tokens" precede the window in its first document.
 
+    Args:
+        max_length: Tokens of a window.
+
     Attributes:
         ahead: Tokens beyond `max_length`, which are the first of the next window: 1 for next-token prediction, so that each token
             is a label exactly once; 0 if the labels are in the window.

@@ -136,10 +136,25 @@ def calibration_error(probability: Labels, correct: Labels, bins: int = 10) -> f
     >>> calibration_error([0.75, 0.75, 0.75, 0.75], [1, 1, 1, 0]), calibration_error([1.0, 1.0], [1, 0])
     (0.0, 0.5)
     """
+    rows = calibration_bins(probability, correct, bins)
+    return sum(abs(mean - share) * count for mean, share, count in rows) / sum(count for *_, count in rows)
+
+
+def calibration_bins(probability: Labels, correct: Labels, bins: int = 10) -> list[tuple[float, float, int]]:
+    """Return the mean probability, the share correct and the number of items of each bin that has items.
+
+    The arguments are those of `calibration_error`.
+
+    >>> calibration_bins([0.75, 0.75, 0.75, 0.75, 0.5], [1, 1, 1, 0, 1])
+    [(0.5, 1.0, 1), (0.75, 0.75, 4)]
+    """
     probability, correct = _paired(probability, correct)
     at = np.minimum((probability * bins).astype(int), bins - 1)
-    gaps = np.bincount(at, probability - correct.astype(float), minlength=bins)
-    return float(np.abs(gaps).sum() / len(probability))
+    counts = np.bincount(at, minlength=bins)
+    means, shares = (
+        np.bincount(at, x, minlength=bins) / np.maximum(counts, 1) for x in (probability, correct.astype(float))
+    )
+    return [(float(means[i]), float(shares[i]), int(counts[i])) for i in np.flatnonzero(counts)]
 
 
 def confusion(gold: Labels, predicted: Labels) -> np.ndarray:

@@ -16,25 +16,21 @@ starts with `ModelConfig.encoder.decoder_start_token` (T5: pad; BART: eos). A pr
 (`model.max_positions`) is an error, and an answer that reaches the end of the context finishes there ("context"); there is
 no sliding window. Ids that the tokenizer does not have are never generated or scored, however large the embedding table is
 (`LM.restrict_vocab`).
-
-`StreamingOutput` is the text of a row during decoding, and `Completion` the finished one. A character can span several
-tokens, so the text of the first tokens is not always a prefix of the whole text. A stop string can start in one token and
-end in another, so the last characters may turn out not to be part of the answer. `StreamingOutput.final_text` is the part
-that later tokens cannot change.
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 from torch import Tensor
 
-from firth.generate.decoding_batch import DecodingBatch, inference_mode, rectangle
+from firth.generate.decoding_batch import inference_mode, rectangle
+from firth.generate.output import Completion, StreamingOutput
 from firth.generate.quantized import quantize
 from firth.generate.sampling import Sampling
+from firth.generate.scheduler import GenerationRequest, Scheduler
 from firth.generate.scoring import ScoredPair, score_pairs
 from firth.model.model import LM
 from firth.tokenizer import chat
@@ -42,109 +38,9 @@ from firth.tokenizer.tokenizer import Tokenizer
 from firth.types import UserError
 
 ADMISSION = 4
-"""Waiting prompts are admitted once one in so many rows is free: each admission copies the keys and values of all rows."""
-
-Finish = Literal["stop", "length", "context"]
-REPLACEMENT = "\ufffd"
-"""The replacement character, which a tokenizer decodes incomplete UTF-8 to."""
-
-
-@dataclass(frozen=True)
-class Completion:
-    """Generated tokens and text.
-
-    Args:
-        tokens: (n,) int32, including the stop token.
-        logprobs: (n,) float32, the log-probability of each token under the model (temperature 1, no filter).
-        text: The text, without the stop string.
-        finish: "stop" (a stop token or string), "length" (max_new_tokens) or "context" (the context is full).
-    """
-
-    tokens: np.ndarray
-    logprobs: np.ndarray
-    text: str
-    finish: Finish
-
-
-class IncrementalDecoder:
-    """Decodes a continuation together with the end of its prompt, since tokenizers trim the first space of a text.
-
-    A character that is incomplete at the end of the prompt belongs to the continuation, which completes it.
-    """
-
-    def __init__(self, tokenizer: Tokenizer, prompt: np.ndarray) -> None:
-        self.tokenizer = tokenizer
-        self.tokens = [int(t) for t in prompt[-8:]]
-        self.skip = len(tokenizer.decode(self.tokens).rstrip(REPLACEMENT)) if self.tokens else 0
-
-    def text(self, tokens: Sequence[int]) -> str:
-        """Return the text that these tokens add to the prompt."""
-        return self.tokenizer.decode([*self.tokens, *tokens])[self.skip :]
-
-
-class StreamingOutput:
-    """Tokens and text of one row during decoding, and whether it has finished.
-
-    Args:
-        tokenizer: Decodes the tokens.
-        prompt: (n,) token ids that the answer continues.
-        sampling: Holds the stop strings and the most new tokens.
-        stops: Token ids that end the answer.
-        room: Most tokens that fit into the context.
-    """
-
-    def __init__(self, tokenizer: Tokenizer, prompt: np.ndarray, sampling: Sampling, stops: frozenset[int], room: int):
-        self.stop, self.stops, self.room = sampling.stop_strings, stops, room
-        self.limit = min(room, sampling.max_new_tokens)
-        self.tokens: list[int] = []
-        self.logprobs: list[float] = []
-        self.finish: Finish | None = None
-        self.decoder = IncrementalDecoder(tokenizer, prompt)
-        self.cut: int | None = None
-
-    def append(self, token: int, logprob: float) -> None:
-        """Add a token and update `finish`."""
-        self.tokens.append(token)
-        self.logprobs.append(logprob)
-        if self.stop:
-            text = self._decoded()
-            matches = [at for at in (text.find(s) for s in self.stop) if at >= 0]
-            self.cut = min(matches) if matches else None
-        if token in self.stops or self.cut is not None:
-            self.finish = "stop"
-        elif len(self.tokens) == self.limit:
-            self.finish = "context" if self.limit == self.room else "length"
-
-    def _decoded(self) -> str:
-        return self.decoder.text(self.tokens)
-
-    @property
-    def text(self) -> str:
-        """The text so far, up to a stop string."""
-        return self._decoded()[: self.cut]
-
-    @property
-    def final_text(self) -> str:
-        """The text that later tokens cannot change: without an incomplete character or the start of a stop string."""
-        text = self.text
-        if self.finish is not None:
-            return text
-        text = text.rstrip(REPLACEMENT)
-        overlap = max((n for s in self.stop for n in range(1, len(s)) if text.endswith(s[:n])), default=0)
-        return text[: len(text) - overlap]
-
-    def done(self) -> Completion:
-        """Return the finished answer."""
-        assert self.finish is not None
-        tokens, logprobs = np.array(self.tokens, np.int32), np.array(self.logprobs, np.float32)
-        return Completion(tokens, logprobs, self.text, self.finish)
-
-
-def _append(answers: Sequence[StreamingOutput], rows: DecodingBatch) -> None:
-    """Decode one token of every row and append it to the answers that have not finished."""
-    for answer, token, logprob in zip(answers, *rows.step(), strict=True):
-        if answer.finish is None:
-            answer.append(token, logprob)
+"""Waiting prompts are admitted once one in so many rows is free: reading prompts together is faster."""
+ANY_LENGTH = sys.maxsize
+"""Prompts are read at once, whatever their length."""
 
 
 class Engine:
@@ -196,7 +92,16 @@ class Engine:
             UserError: A prompt is empty or longer than the model's context.
         """
         chosen = [sampling.seed + i if seeds is None else seeds[i] for i in range(len(prompts))]
-        return [answer.done() for answer in self._decode(prompts, sampling, chosen, progress=progress)]
+        for i, prompt in enumerate(prompts):
+            self._check_length(f"prompt {i}", len(prompt), len(prompt))
+        requests = [
+            GenerationRequest(prompt, sampling, seed, stream=False)
+            for prompt, seed in zip(prompts, chosen, strict=True)
+        ]
+        # Prompts of similar length are read together, for less padding.
+        order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
+        answers = self._run([requests[i] for i in order], self.batch_size, progress)
+        return [answers[place] for place in np.argsort(order)]
 
     def posterior(self, texts: Sequence[np.ndarray]) -> Tensor:
         """Return the posterior means (texts, units) of a variational autoencoder. Each text ends with its stop token."""
@@ -206,24 +111,19 @@ class Engine:
 
     def decode(self, latents: Tensor, sampling: Sampling) -> list[Completion]:
         """Decode latents (texts, units) of a variational autoencoder."""
-        prompts = [np.zeros(1, np.int64)] * len(latents)
-        seeds = [sampling.seed + i for i in range(len(latents))]
-        return [answer.done() for answer in self._decode(prompts, sampling, seeds, latents)]
+        start = np.zeros(1, np.int64)
+        requests = [
+            GenerationRequest(start, sampling, sampling.seed + i, latent=latent, stream=False)
+            for i, latent in enumerate(latents)
+        ]
+        return self._run(requests, len(requests))
 
     def stream(self, prompt: np.ndarray, sampling: Sampling) -> Iterator[str]:
         """Continue one prompt and yield the text in pieces, which join to the text of `generate`."""
-        [answer] = self._answers([prompt], sampling)
-        with inference_mode(self.model):
-            rows = DecodingBatch(self.model, [prompt], self.start, sampling, [sampling.seed])
-        yielded = 0
-        while answer.finish is None:
-            with inference_mode(self.model):
-                [token], [logprob] = rows.step()
-            answer.append(token, logprob)
-            text = answer.final_text
-            if len(text) > yielded:
-                yield text[yielded:]
-                yielded = len(text)
+        scheduler = Scheduler(self, 1, ANY_LENGTH, 0)
+        scheduler.submit(GenerationRequest(prompt, sampling, sampling.seed))
+        while scheduler.busy:
+            yield from (update.text for update in scheduler.step() if update.text)
 
     def room(self, prompt: np.ndarray) -> int:
         """Return the most tokens that can be generated after a prompt (n,); 0 if it is longer than the context.
@@ -236,55 +136,32 @@ class Engine:
         # The last generated token is never an input, so there is room for one more than the context leaves.
         return context - (len(prompt) if self.start is None else 1) + 1
 
-    def _answers(self, prompts: Sequence[np.ndarray], sampling: Sampling) -> list[StreamingOutput]:
-        answers = []
-        for i, prompt in enumerate(prompts):
-            self._check_length(f"prompt {i}", len(prompt), len(prompt))
-            context = prompt if self.start is None else prompt[:0]
-            answers.append(StreamingOutput(self.tokenizer, context, sampling, self.stops, self.room(prompt)))
-        return answers
+    def output(self, prompt: np.ndarray, sampling: Sampling) -> StreamingOutput:
+        """Return the empty answer to a prompt (n,).
 
-    def _decode(
-        self, prompts: Sequence[np.ndarray], sampling: Sampling, seeds: Sequence[int], latents: Tensor | None = None,
-        progress: Callable[[int], None] | None = None,
-    ) -> list[StreamingOutput]:  # fmt: skip
-        answers = self._answers(prompts, sampling)
-        # Prompts of similar length are prefilled together, for less padding; a row does not depend on the others.
-        waiting = (
-            sorted(range(len(prompts)), key=lambda i: -len(prompts[i])) if latents is None else [*range(len(prompts))]
-        )
-        size = self.batch_size if latents is None else len(prompts)
-        rows: DecodingBatch | None = None
-        in_batch: list[StreamingOutput] = []  # the answer of each row of the batch, finished or not
-        finished = 0
+        Raises:
+            UserError: The prompt is empty or longer than the model's context.
+        """
+        self._check_length("the prompt", len(prompt), len(prompt))
+        context = prompt if self.start is None else prompt[:0]
+        return StreamingOutput(self.tokenizer, context, sampling, self.stops, self.room(prompt))
+
+    def _run(
+        self, requests: Sequence[GenerationRequest], max_rows: int, progress: Callable[[int], None] | None = None
+    ) -> list[Completion]:
+        """Return the answers to all requests, in order."""
+        scheduler = Scheduler(self, max_rows, ANY_LENGTH, 0, min_free_rows=-(-max_rows // ADMISSION))
+        place = {scheduler.submit(request): i for i, request in enumerate(requests)}
+        answers: dict[int, Completion] = {}
         with inference_mode(self.model):
-            while waiting or in_batch:
-                unfinished = [i for i, answer in enumerate(in_batch) if answer.finish is None]
-                if progress is not None and len(unfinished) < len(in_batch):
-                    progress(finished + len(in_batch) - len(unfinished))
-                free = size - len(unfinished)
-                admits = bool(waiting) and free * ADMISSION >= size
-                if admits or 2 * len(unfinished) <= len(in_batch):
-                    finished += len(in_batch) - len(unfinished)
-                    in_batch = [in_batch[i] for i in unfinished]
-                    rows = rows if unfinished else None
-                    if rows is not None and not admits:
-                        rows.keep(unfinished)
-                if admits:
-                    admitted, waiting = waiting[:free], waiting[free:]
-                    new = [answers[i] for i in admitted]
-                    batch = DecodingBatch(
-                        self.model, [prompts[i] for i in admitted], self.start, sampling, [seeds[i] for i in admitted], latents
-                    )  # fmt: skip
-                    _append(new, batch)
-                    if rows is None:
-                        rows = batch
-                    else:
-                        rows.join(unfinished, batch)
-                    in_batch += new
-                elif rows is not None:
-                    _append(in_batch, rows)
-        return answers
+            while scheduler.busy:
+                finished = len(answers)
+                for update in scheduler.step():
+                    if update.completion is not None:
+                        answers[place[update.id]] = update.completion
+                if progress is not None and len(answers) > finished:
+                    progress(len(answers))
+        return [answers[i] for i in range(len(requests))]
 
     def score(self, prompts: Sequence[np.ndarray], completions: Sequence[np.ndarray]) -> list[float]:
         """Return log p(completion | prompt) of each pair, summed over the completion's tokens, in nats.

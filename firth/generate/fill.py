@@ -23,7 +23,8 @@ import numpy as np
 import torch
 
 from firth.generate.decoding_batch import inference_mode, rectangle
-from firth.generate.engine import Completion, Engine
+from firth.generate.engine import Engine
+from firth.generate.output import Completion
 from firth.generate.sampling import Sampling
 from firth.model.heads import LMHead
 from firth.model.model import LM

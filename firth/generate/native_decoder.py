@@ -1,7 +1,7 @@
 """One decoding step as a single compiled call (`firth/model/decode.c`), for CPUs.
 
     decoder = NativeDecoder.of(model, cache)       # None where torch's operators are used
-    logits = decoder(tokens, positions)            # logits of the model for the last token of each row
+    logits = decoder(tokens)                       # logits of the model for the last token of each row
 
 Prompts are prefilled with torch's operators. After that, the cost of a token is reading the weights and the KV cache once.
 Weights may be fp32, bf16 or int8; activations and sums are fp32, so int8 weights multiply unrounded activations. The sums of a
@@ -23,17 +23,15 @@ from torch import Tensor, nn
 from firth import kernel_choice
 from firth.generate.quantized import Int8Linear, Int8LMHead
 from firth.model import native
-from firth.model.attention import prefixed_fields
 from firth.model.block import Attention, Block, LayerNorm, Linear, RMSNorm
 from firth.model.config import decoder_config
 from firth.model.forward_context import ForwardContext
 from firth.model.heads import LMHead
-from firth.model.kv_cache import KVCache
+from firth.model.kv_cache import DecodingCache
 from firth.model.model import LM
 from firth.model.native import ACTIVATIONS
 from firth.model.positions import rope_angles
 from firth.model.transformer import TransformerStack
-from firth.types import NEVER
 
 POSITIONS = ("learned", "sinusoidal", "marian", "rotary", "t5", "none")
 """Supported values of `ModelConfig.position`."""
@@ -90,10 +88,8 @@ class _Model(ctypes.Structure):
 
 class _Step(ctypes.Structure):
     _fields_ = [
-        *((name, POINTER) for name in ("x", "logits", "positions", "shown", "bias")),
-        ("bias_stride", LONG),
-        ("source", POINTER),
-        *((name, LONG) for name in ("rows", "length", "source_length")),
+        *((name, POINTER) for name in ("x", "logits", "lengths", "bias", "source_lengths")),
+        *((name, LONG) for name in ("rows", "longest")),
     ]
 
 
@@ -102,26 +98,28 @@ class UnsupportedError(Exception):
 
 
 class NativeDecoder:
-    """The compiled step of one model with one cache; a new one is needed when rows of the cache change.
+    """The compiled step of one model with one cache; a new one is needed when the cache is reallocated.
 
     Args:
         model: The model; its weights are not copied, so in-place changes take effect.
-        cache: Holds the prompt, after `KVCache.start_decoding`.
+        cache: Holds the prompts.
+
+    Attributes:
+        max_rows: Most rows of a step: more rows of a large model are faster with torch's operators.
 
     Raises:
         UnsupportedError: The model is not supported.
         NoCompilerError: There are no compiled kernels on this machine.
     """
 
-    def __init__(self, model: LM, cache: KVCache):
+    def __init__(self, model: LM, cache: DecodingCache):
         self.library = native.library()
         config = model.config
         head: Any = model.heads["lm"] if "lm" in model.heads else None  # noqa: SIM401
         _need(not (config.rnn.type or config.attention.linformer.k), "the blocks are not attention")
         _need(config.position.type in POSITIONS, f"position {config.position.type}")
         _need(type(head) in (LMHead, Int8LMHead), "another type of head")
-        _need(cache.is_decoding and bool(cache.keys), "the cache is empty")
-        _need("document_ids" not in cache.encoder_fields, "the source is packed")
+        _need(bool(cache.keys), "the cache is empty")
         self.model, self.cache, self.head = model, cache, head
         self.stack: TransformerStack = model.stack  # type: ignore[assignment]
         self.referenced: list[Any] = []
@@ -143,16 +141,12 @@ class NativeDecoder:
             tiles, first.attention.scale, config.norm.eps if config.attention.qk_norm else -1.0, cosine, sine,
             self._norm(self.stack.norm), self._map(head.matrix, head) if self.head_is_linear else _Map(),
         )  # fmt: skip
-        _need(cache.rows <= MAX_ROWS, "too many rows")
         weights = sum(p.numel() for p in model.stack.parameters()) + sum(b.numel() for b in model.stack.buffers())
-        _need(tiles or weights * cache.rows <= MAX_PRODUCT, "so many rows are faster with matrix instructions")
-        source = cache.encoder_fields.get("key_time")
-        self.source = None if source is None else (source < NEVER).expand(cache.rows, -1).contiguous()
-        self.source_length = 0 if self.source is None else self.source.shape[1]
+        self.max_rows = MAX_ROWS if tiles else min(MAX_ROWS, MAX_PRODUCT // max(1, weights))
 
     @staticmethod
-    def of(model: LM, cache: KVCache) -> NativeDecoder | None:
-        """Return the compiled step, or None if it is not supported or torch's operators are faster here."""
+    def of(model: LM, cache: DecodingCache) -> NativeDecoder | None:
+        """Return the compiled step, or None if it is not supported or torch's operators are faster on this machine."""
         if model.tokens.weight.device.type != "cpu" or model.config.rnn.type or DECODE.choice() != "native":
             return None
         try:
@@ -160,25 +154,20 @@ class NativeDecoder:
         except (UnsupportedError, native.NoCompilerError):
             return None
 
-    def __call__(self, tokens: Tensor, positions: Tensor) -> Tensor:
-        """Return the logits (rows, vocab) float32 of the new tokens (rows, 1) at their positions (rows, 1)."""
+    def __call__(self, tokens: Tensor) -> Tensor:
+        """Return the logits (rows, vocab) float32 of the new tokens (rows, 1), and store their keys and values."""
         cache, model = self.cache, self.model
-        fields = prefixed_fields(
-            {"tokens": tokens, "positions": positions}, "", cache.length, model.num_virtual_tokens()
-        )
-        positions = fields["positions"].long().expand(cache.rows, -1).contiguous()
+        lengths = cache.next_slots()
+        fields = {"tokens": tokens, "positions": lengths[:, None]}
         x = self.stack.project_embeddings(model.embed(fields)).float().reshape(cache.rows, -1).contiguous()
         logits = x.new_empty(cache.rows, self.structure.head.output) if self.head_is_linear else None
         bias = None
         if self.stack.relative is not None:
-            bias = (
-                self.stack.relative(positions, cache.append_field("positions", positions))[:, :, 0].float().contiguous()
-            )
-        mask = cache.decoding_mask if cache.has_padding else None
+            bias = self.stack.relative(fields["positions"], cache.key_positions())[:, :, 0].float().contiguous()
+        source = cache.source_size() if self.layers[0].cross.o.weight else None
         step = _Step(
-            x.data_ptr(), native.address(logits), positions.data_ptr(), native.address(mask), native.address(bias),
-            0 if bias is None or len(bias) == 1 else bias[0].numel(), native.address(self.source), cache.rows, cache.length,
-            self.source_length,
+            x.data_ptr(), native.address(logits), lengths.data_ptr(), native.address(bias), native.address(source), cache.rows,
+            cache.length + 1,
         )  # fmt: skip
         self.library.decode(ctypes.addressof(self.structure), ctypes.addressof(step), native.threads())
         cache.advance(1)
@@ -227,11 +216,8 @@ class NativeDecoder:
         to.attention_norm, to.mlp_norm = self._norm(block.attention_norm), self._norm(block.mlp_norm)
         self._fill_attention(to.attention, block.attention, cache.keys[layer], cache.values[layer])
         if block.cross is not None:
-            _need(layer < len(cache.encoder_kv), "the source has not been encoded")
             to.cross_norm = self._norm(block.cross_norm)
-            keys, values = (x.contiguous() for x in cache.encoder_kv[layer])
-            cache.encoder_kv[layer] = keys, values
-            self._fill_attention(to.cross, block.cross, keys, values)
+            self._fill_attention(to.cross, block.cross, *cache.encoder_kv[layer])
             to.cross.k = to.cross.v = _Map()
         mlp = block.mlp
         to.gate = _Map() if mlp.gate is None else self._map(mlp.gate)
@@ -249,7 +235,7 @@ class NativeDecoder:
         """Return the addresses of the cosines and sines of all positions of the cache."""
         if self.model.config.position.type != "rotary":
             return None, None
-        positions = torch.arange(self.cache.capacity + self.model.num_virtual_tokens() + 1)[None]
+        positions = torch.arange(self.cache.capacity)[None]
         cos, sin = rope_angles(positions, self.model.config)
         return self._pointer(cos[0, :, 0]), self._pointer(sin[0, :, 0])
 
@@ -309,9 +295,9 @@ def _workload(way: str) -> kernel_choice.Workload:
         model = LM(config, {"lm": LMHead(config)}).eval()
     tokens, positions = torch.ones(4, 1, dtype=torch.int64), torch.full((4, 1), 16)
     with torch.no_grad():
-        cache = model.make_cache(4, 32)
-        model({"tokens": tokens.expand(-1, 16)}, ForwardContext(cache))
-        cache.start_decoding()
+        prompts, cache = model.make_cache(4, 16), DecodingCache(4)
+        model({"tokens": tokens.expand(-1, 16)}, ForwardContext(prompts))
+        cache.add(prompts, range(4), [16] * 4, capacity=32)
     step = NativeDecoder(model, cache) if way == "native" else None
 
     @torch.no_grad()
@@ -319,8 +305,8 @@ def _workload(way: str) -> kernel_choice.Workload:
         if step is None:
             model.heads["lm"](model({"tokens": tokens, "positions": positions}, ForwardContext(cache))[:, -1])
         else:
-            step(tokens, positions)
-        cache.length = 16
+            step(tokens)
+        cache.rewind([16] * 4)
 
     return work
 

@@ -1,7 +1,7 @@
 """Sampling from logits: pure functions on (..., V), and their configuration `Sampling`.
 
 Filters set the logits that they exclude to -inf and leave the others unchanged. Their order matters: `filtered` applies
-temperature, top-k, top-p and min-p, after `firth.generate.decoding_batch` has applied the repetition penalty. A token is then drawn
+temperature, top-k, top-p and min-p, after `next_tokens` has applied the repetition penalty. A token is then drawn
 by inverting the cumulative distribution at a uniform random number. Row r of a call has a generator of its own, seeded with
 seed + r, so its tokens do not depend on the other rows of the batch.
 
@@ -117,6 +117,22 @@ def draw(logits: Tensor, uniform: Tensor) -> Tensor:
     """Draw a token per row by inverting its distribution at a number in [0, 1): (..., V), (...) -> (...) int64."""
     mass = logits.softmax(-1).cumsum(-1)
     return torch.searchsorted(mass, (uniform[..., None] * mass[..., -1:]), right=True)[..., 0]
+
+
+def next_tokens(logits: Tensor, sampling: Sampling, uniform: Tensor | None, seen: Tensor | None) -> Tensor:
+    """Return the next token of each row: (rows, V) float32 -> (rows,) int64.
+
+    Args:
+        logits: Logits of the model.
+        sampling: Parameters of all rows.
+        uniform: (rows,) numbers in [0, 1) to draw with; None for greedy decoding.
+        seen: (rows, T) token ids of the text so far, repeats allowed; None without a repetition penalty.
+    """
+    if seen is not None:
+        logits = repetition_penalty(logits, seen, sampling.repetition_penalty)
+    if uniform is None:
+        return logits.max(-1).indices  # argmax takes half as long again
+    return draw(filtered(logits, sampling), uniform)
 
 
 def uniforms(seeds: Sequence[int], count: int) -> np.ndarray:

@@ -76,10 +76,30 @@ class TokenScores:
     Args:
         logprobs: log p of each of its tokens, (n,) float64, in nats.
         most_likely: Whether each of them is the most likely token, (n,) bool.
+        top_ids: The most likely tokens in place of each, most likely first, (n, top) int64.
+        top_logprobs: Their log-probabilities, (n, top) float64.
     """
 
     logprobs: np.ndarray
     most_likely: np.ndarray
+    top_ids: np.ndarray
+    top_logprobs: np.ndarray
+
+    @staticmethod
+    def zeros(count: int, top: int) -> TokenScores:
+        """Return scores of 0 for `count` tokens, to be filled in."""
+        return TokenScores(
+            np.zeros(count), np.ones(count, bool), np.zeros((count, top), np.int64), np.zeros((count, top))
+        )
+
+    def put(self, start: int, other: TokenScores) -> None:
+        """Copy the scores of consecutive tokens, of which the first is token `start` of these."""
+        for mine, theirs in zip(vars(self).values(), vars(other).values(), strict=True):
+            mine[start : start + len(theirs)] = theirs
+
+    def part(self, start: int, stop: int) -> TokenScores:
+        """Return the scores of tokens `start` to `stop`, exclusive."""
+        return TokenScores(*(one[start:stop] for one in vars(self).values()))
 
     @property
     def greedy(self) -> bool:
@@ -126,13 +146,16 @@ class _Branches:
         return sum(len(one) - 1 for one in self.continuations)
 
 
-def score_pairs(model: LM, vocab: Vocab, pairs: Sequence[ScoredPair]) -> Iterator[tuple[int, TokenScores]]:
+def score_pairs(
+    model: LM, vocab: Vocab, pairs: Sequence[ScoredPair], top: int = 0
+) -> Iterator[tuple[int, TokenScores]]:
     """Yield (index, scores) of each pair, in the order in which they are computed.
 
     Args:
         model: A model with an LM head.
         vocab: Its vocabulary, with the decoder start token.
         pairs: The pairs. A causal model needs at least one prompt token (bos).
+        top: How many of the most likely tokens are returned for each token.
 
     Raises:
         UserError: A pair is empty or longer than the model's context.
@@ -141,11 +164,11 @@ def score_pairs(model: LM, vocab: Vocab, pairs: Sequence[ScoredPair]) -> Iterato
     mode = scoring_mode(model.config)
     with inference_mode(model):
         if mode == "halves":
-            yield from _teacher_forced(model, vocab, pairs)
+            yield from _teacher_forced(model, vocab, pairs, top)
         elif mode == "masked":
-            yield from _pseudo(model, vocab, pairs)
+            yield from _pseudo(model, vocab, pairs, top)
         else:
-            yield from _causal(model, pairs)
+            yield from _causal(model, pairs, top)
 
 
 def check_lengths(model: LM, pairs: Sequence[ScoredPair]) -> None:
@@ -202,7 +225,7 @@ def _common(a: Sequence[int], b: Sequence[int]) -> int:
     return max(0, n)
 
 
-def _causal(model: LM, pairs: Sequence[ScoredPair]) -> Iterator[tuple[int, TokenScores]]:
+def _causal(model: LM, pairs: Sequence[ScoredPair], top: int) -> Iterator[tuple[int, TokenScores]]:
     """Score with a decoder."""
     config = model.config
     branching = not config.rnn.type and not config.attention.prefix_lm and model.prompt is None
@@ -221,12 +244,12 @@ def _causal(model: LM, pairs: Sequence[ScoredPair]) -> Iterator[tuple[int, Token
     groups = shared_prefixes([row.prompt for row in rows]) if sharing else [(0, len(rows), 0)]
     alone = [row for start, stop, length in groups if not length for row in rows[start:stop]]
     for batch in _batches(alone, 0):
-        yield from _score_rows(model, batch, None, 0)
+        yield from _score_rows(model, batch, None, 0, top)
     for start, stop, length in groups:
         if length:
             header = _read_header(model, rows[start].prompt[:length])
             for batch in _batches(rows[start:stop], length):
-                yield from _score_rows(model, batch, header, length)
+                yield from _score_rows(model, batch, header, length, top)
 
 
 def _batches(rows: Sequence[_Branches], shared: int) -> Iterator[list[_Branches]]:
@@ -263,7 +286,7 @@ def _read_header(model: LM, tokens: Sequence[int]) -> KVCache:
 
 
 def _score_rows(
-    model: LM, rows: Sequence[_Branches], header: KVCache | None, shared: int
+    model: LM, rows: Sequence[_Branches], header: KVCache | None, shared: int, top: int
 ) -> Iterator[tuple[int, TokenScores]]:
     """Run rows of prompts with their continuations once, and yield the scores of each continuation."""
     device, prefix_lm = model.tokens.weight.device, model.config.attention.prefix_lm
@@ -305,11 +328,11 @@ def _score_rows(
         needed[r, torch.from_numpy(states).to(device)] = True
     cache = None if header is None else header.repeat(len(rows), shared + needed.shape[1])
     hidden = model(batch, ForwardContext(cache, needed_positions=needed if cache is None else None))
-    yield from _read_scores(model, hidden, at, order)
+    yield from _read_scores(model, hidden, at, order, top)
 
 
 def _read_scores(
-    model: LM, hidden: Tensor, at: Sequence[tuple[int, np.ndarray]], order: Sequence[tuple[int, np.ndarray]]
+    model: LM, hidden: Tensor, at: Sequence[tuple[int, np.ndarray]], order: Sequence[tuple[int, np.ndarray]], top: int
 ) -> Iterator[tuple[int, TokenScores]]:
     """Yield the scores of continuations from hidden states (rows, T, hidden_size).
 
@@ -318,13 +341,14 @@ def _read_scores(
         hidden: Its states.
         at: Row, and the positions that predict the tokens, of each continuation.
         order: Index, and the tokens, of each continuation.
+        top: How many of the most likely tokens are returned for each token.
     """
     head: LMHead = model.heads["lm"]  # type: ignore[assignment]
     width = hidden.shape[1]
     flat = np.concatenate([r * width + states for r, states in at])
     labels = np.concatenate([continuation for _, continuation in order])
     places, which = np.unique(flat, return_inverse=True)  # the first tokens of branches share a position
-    logprobs, greedy = np.zeros(len(labels)), np.zeros(len(labels), bool)
+    scores = TokenScores.zeros(len(labels), top)
     states = hidden.reshape(-1, hidden.shape[-1])
     for first in range(0, len(places), MAX_LOGIT_ROWS):
         some = torch.from_numpy(places[first : first + MAX_LOGIT_ROWS]).to(hidden.device)
@@ -332,13 +356,17 @@ def _read_scores(
         mine = np.flatnonzero((which >= first) & (which < first + MAX_LOGIT_ROWS))
         local = torch.from_numpy(which[mine] - first).to(hidden.device)
         label = torch.from_numpy(labels[mine]).to(hidden.device)
-        found = logits[local, label] - logits.logsumexp(-1)[local]
-        logprobs[mine] = found.double().cpu().numpy()
-        greedy[mine] = (logits.argmax(-1)[local] == label).cpu().numpy()
+        total = logits.logsumexp(-1)
+        scores.logprobs[mine] = (logits[local, label] - total[local]).double().cpu().numpy()
+        scores.most_likely[mine] = (logits.argmax(-1)[local] == label).cpu().numpy()
+        if top:
+            best = logits.topk(top, -1)
+            scores.top_ids[mine] = best.indices[local].cpu().numpy()
+            scores.top_logprobs[mine] = (best.values - total[:, None])[local].double().cpu().numpy()
     start = 0
     for index, continuation in order:
         stop = start + len(continuation)
-        yield index, TokenScores(logprobs[start:stop], greedy[start:stop])
+        yield index, scores.part(start, stop)
         start = stop
 
 
@@ -354,7 +382,9 @@ def _fp32_logits(head: LMHead, states: Tensor) -> Tensor:
     return head.to_logits(F.linear(head.transform(states).float(), head.matrix.float(), bias))
 
 
-def _teacher_forced(model: LM, vocab: Vocab, pairs: Sequence[ScoredPair]) -> Iterator[tuple[int, TokenScores]]:
+def _teacher_forced(
+    model: LM, vocab: Vocab, pairs: Sequence[ScoredPair], top: int
+) -> Iterator[tuple[int, TokenScores]]:
     """Score with an encoder-decoder: each source is encoded once."""
     device = model.tokens.weight.device
     order = sorted(
@@ -377,10 +407,10 @@ def _teacher_forced(model: LM, vocab: Vocab, pairs: Sequence[ScoredPair]) -> Ite
         batch = rectangle([np.concatenate(([vocab.start], one[:-1])) for one in targets], device)
         hidden = model(batch, ForwardContext(encoder_output=chosen))
         at = [(r, np.arange(len(one))) for r, one in enumerate(targets)]
-        yield from _read_scores(model, hidden, at, list(zip(index, targets, strict=True)))
+        yield from _read_scores(model, hidden, at, list(zip(index, targets, strict=True)), top)
 
 
-def score_gaps(model: LM, vocab: Vocab, pairs: Sequence[ScoredPair]) -> Iterator[tuple[int, TokenScores]]:
+def score_gaps(model: LM, vocab: Vocab, pairs: Sequence[ScoredPair], top: int = 0) -> Iterator[tuple[int, TokenScores]]:
     """Yield (index, scores) of continuations under an encoder-decoder trained on span corruption, the longest text first.
 
     The analog of the pseudo-log-likelihood: each token, or with `word_starts` each word, is replaced by a sentinel in the
@@ -391,6 +421,7 @@ def score_gaps(model: LM, vocab: Vocab, pairs: Sequence[ScoredPair]) -> Iterator
         model: The model.
         vocab: Its vocabulary, with two sentinels, eos and the decoder start token.
         pairs: The pairs; the prompt may be empty.
+        top: How many of the most likely tokens are returned for each token.
 
     Raises:
         UserError: A continuation is empty, or a pair is longer than the model's context.
@@ -408,18 +439,15 @@ def score_gaps(model: LM, vocab: Vocab, pairs: Sequence[ScoredPair]) -> Iterator
                 source = np.concatenate((text[:low], [first], text[high:], [vocab.eos]))
                 gaps.append(ScoredPair(source, np.concatenate(([first], text[low:high], [second]))))
                 at.append((i, start, stop))
-        found = {i: np.zeros(len(pairs[i].continuation)) for i in group}
-        hits = {i: np.ones(len(pairs[i].continuation), bool) for i in group}
+        found = {i: TokenScores.zeros(len(pairs[i].continuation), top) for i in group}
         with inference_mode(model):
-            for k, scores in _teacher_forced(model, vocab, gaps):
+            for k, scores in _teacher_forced(model, vocab, gaps, top):
                 i, start, stop = at[k]
-                found[i][start:stop] = scores.logprobs[1:-1]
-                found[i][stop - 1] += scores.logprobs[-1]
-                hits[i][start:stop] = scores.most_likely[1:-1]
-                hits[i][start] &= scores.most_likely[0]
-                hits[i][stop - 1] &= scores.most_likely[-1]
-        for i in group:
-            yield i, TokenScores(found[i], hits[i])
+                found[i].put(start, scores.part(1, stop - start + 1))
+                found[i].logprobs[stop - 1] += scores.logprobs[-1]
+                found[i].most_likely[start] &= scores.most_likely[0]
+                found[i].most_likely[stop - 1] &= scores.most_likely[-1]
+        yield from found.items()
 
 
 def check_gap_lengths(model: LM, pairs: Sequence[ScoredPair]) -> None:
@@ -455,17 +483,19 @@ def _groups(pairs: Sequence[ScoredPair]) -> Iterator[list[int]]:
         yield group
 
 
-def _pseudo(model: LM, vocab: Vocab, pairs: Sequence[ScoredPair]) -> Iterator[tuple[int, TokenScores]]:
+def _pseudo(model: LM, vocab: Vocab, pairs: Sequence[ScoredPair], top: int) -> Iterator[tuple[int, TokenScores]]:
     """Score with a masked or permuted model: each token of the continuation masked in turn, all others visible.
 
     With `word_starts` the later tokens of the same word are masked too (Kauf and Ivanova 2023), since they would give the
     token away.
     """
     for group in _groups(pairs):
-        yield from _pseudo_group(model, vocab, {i: pairs[i] for i in group})
+        yield from _pseudo_group(model, vocab, {i: pairs[i] for i in group}, top)
 
 
-def _pseudo_group(model: LM, vocab: Vocab, pairs: Mapping[int, ScoredPair]) -> Iterator[tuple[int, TokenScores]]:
+def _pseudo_group(
+    model: LM, vocab: Vocab, pairs: Mapping[int, ScoredPair], top: int
+) -> Iterator[tuple[int, TokenScores]]:
     """Score some of the pairs, by index."""
     device, query = model.tokens.weight.device, model.config.embedding.mask
     jobs: list[tuple[int, int, np.ndarray, int]] = []  # pair, token of the continuation, masked row, its position
@@ -479,9 +509,7 @@ def _pseudo_group(model: LM, vocab: Vocab, pairs: Mapping[int, ScoredPair]) -> I
             row[offset + j : offset + end] = vocab.mask
             jobs.append((i, j, row, offset + j))
     jobs.sort(key=lambda job: -len(job[2]))
-    found: dict[int, tuple[np.ndarray, np.ndarray]] = {
-        i: (np.zeros(len(pair.continuation)), np.zeros(len(pair.continuation), bool)) for i, pair in pairs.items()
-    }
+    found = {i: TokenScores.zeros(len(pair.continuation), top) for i, pair in pairs.items()}
     missing = {i: len(pair.continuation) for i, pair in pairs.items()}
     done = 0
     while done < len(jobs):
@@ -495,10 +523,9 @@ def _pseudo_group(model: LM, vocab: Vocab, pairs: Mapping[int, ScoredPair]) -> I
         hidden = model(batch, ForwardContext(needed_positions=needed))
         labels = [np.asarray(pairs[i].continuation[j : j + 1], np.int64) for i, j, *_ in some]
         at = [(r, np.array([place])) for r, (*_, place) in enumerate(some)]
-        for r, scores in _read_scores(model, hidden, at, list(enumerate(labels))):
+        for r, scores in _read_scores(model, hidden, at, list(enumerate(labels)), top):
             i, j = some[r][:2]
-            found[i][0][j], found[i][1][j] = scores.logprobs[0], scores.most_likely[0]
+            found[i].put(j, scores)
             missing[i] -= 1
             if not missing[i]:
-                logprobs, greedy = found.pop(i)
-                yield i, TokenScores(logprobs, greedy)
+                yield i, found.pop(i)

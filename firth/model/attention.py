@@ -272,7 +272,7 @@ ATTENTION = {
 
 
 @cache
-def _flash_runs(dtype: torch.dtype) -> bool:
+def flash_runs(dtype: torch.dtype) -> bool:
     """Return whether torch's flash kernel runs on this CPU: in bf16 it needs AVX-512 where oneDNN has bf16 products."""
     x = torch.zeros(1, 1, 256, 64, dtype=dtype)
     try:
@@ -288,7 +288,7 @@ def _kernel(q: Tensor, k: Tensor) -> AttentionKernel:
         return KERNELS["sdpa"]
     kernel = ATTENTION.get((q.dtype, k.shape[2] > MIN_LONG_KEYS))
     chosen = KERNELS["blocks-64"] if kernel is None else KERNELS[kernel.choice()]
-    if q.dtype == torch.bfloat16 and q.shape[2] > 1 and not _flash_runs(q.dtype):
+    if q.dtype == torch.bfloat16 and q.shape[2] > 1 and not flash_runs(q.dtype):
         return chosen if chosen.rows else KERNELS["blocks-64"]
     training = torch.is_grad_enabled() and q.requires_grad
     return (

@@ -56,12 +56,10 @@ typedef struct {
 typedef struct {
     float *x;                 /* (rows, width): embeddings in, final states out */
     float *logits;            /* (rows, head.out), if the head has a weight */
-    const int64_t *positions; /* (rows,) */
-    const uint8_t *shown;     /* (rows, capacity): slots that a row attends to; null: all */
-    const float *bias;        /* (1 or rows, heads, length + 1) added to the scores of self-attention, or null */
-    int64_t bias_stride;      /* 0: the same for all rows */
-    const uint8_t *source;    /* (rows, source length): source tokens that a row attends to; null: all */
-    int64_t rows, length, source_length; /* length: filled slots; the new token goes to the next */
+    const int64_t *lengths;   /* (rows,) filled slots of each row: the slot and the position of its new token */
+    const float *bias;        /* (rows, heads, longest) added to the scores of self-attention, or null */
+    const int64_t *source_lengths; /* (rows,) source tokens of each row, or null without an encoder */
+    int64_t rows, longest;    /* longest: the most slots of a row, with its new token */
 } Step;
 
 /* ------------------------------------------------------------------------------------------ products */
@@ -374,8 +372,8 @@ static void normalize(const Norm *norm, const float *x, float *y, int64_t rows, 
 static void place_head(float *x, const float *gain, const Model *model, const Step *step, int64_t row) {
     int64_t width = model->head_dim;
     float turned[width], eps = model->qk_eps;
-    const float *c = model->cosine ? model->cosine + step->positions[row] * width : 0;
-    const float *s = model->sine ? model->sine + step->positions[row] * (width / 2) : 0;
+    const float *c = model->cosine ? model->cosine + step->lengths[row] * width : 0;
+    const float *s = model->sine ? model->sine + step->lengths[row] * (width / 2) : 0;
     if (gain) {
         place(x, turned, 0, 0, eps, width);
         for (int64_t j = 0; j < width; j++) x[j] = turned[j] * gain[j];
@@ -410,13 +408,13 @@ static void weighted(const float *p, const void *v, int64_t n, int64_t width, in
     else weighted_of(p, v, n, width, BF16, out);
 }
 
-/* q (rows, heads, head_dim) -> out, over the first n slots of the cache. */
-static void attend(const Model *model, const Attention *at, const float *q, float *out, int64_t n, const uint8_t *shown,
-                   int64_t shown_stride, const float *bias, int64_t bias_stride, int64_t rows) {
+/* q (rows, heads, head_dim) -> out, over the first lengths[row] + added slots of the cache. */
+static void attend(const Model *model, const Attention *at, const float *q, float *out, const int64_t *lengths, int64_t added,
+                   const float *bias, int64_t longest, int64_t rows) {
     int64_t group = model->heads / model->kv_heads, width = model->head_dim, size = model->cache_kind == FP32 ? 4 : 2;
-    #pragma omp for schedule(static)
+    #pragma omp for schedule(dynamic)
     for (int64_t i = 0; i < rows * model->kv_heads; i++) {
-        int64_t row = i / model->kv_heads, head = i % model->kv_heads * group;
+        int64_t row = i / model->kv_heads, head = i % model->kv_heads * group, n = lengths[row] + added;
         const char *keys = (const char *)at->keys + i * at->capacity * width * size;
         const char *values_ = (const char *)at->values + i * at->capacity * width * size;
         float *scores = scratch(group * n);
@@ -425,10 +423,9 @@ static void attend(const Model *model, const Attention *at, const float *q, floa
             float *p = scores + g * n, most = -INFINITY, sum = 0;
             for (int64_t j = 0; j < n; j++) p[j] *= (float)model->scale;
             if (bias) {
-                const float *added = bias + row * bias_stride + (head + g) * n;
-                for (int64_t j = 0; j < n; j++) p[j] += added[j];
+                const float *of_head = bias + (row * model->heads + head + g) * longest;
+                for (int64_t j = 0; j < n; j++) p[j] += of_head[j];
             }
-            if (shown) for (int64_t j = 0; j < n; j++) p[j] = shown[row * shown_stride + j] ? p[j] : -INFINITY;
             #pragma omp simd reduction(max : most)
             for (int64_t j = 0; j < n; j++) most = p[j] > most ? p[j] : most;
             #pragma omp simd reduction(+ : sum)
@@ -442,7 +439,7 @@ static void attend(const Model *model, const Attention *at, const float *q, floa
 
 /* ------------------------------------------------------------------------------------------ the step */
 
-/* Self-attention of the new tokens: x += o(attend(q, keys, values)); their keys and values are stored in the next slot. */
+/* Self-attention of the new tokens: x += o(attend(q, keys, values)); their keys and values are stored in the next slot of each row. */
 static void self_attention(const Model *model, const Attention *at, const Step *step, const float *from, float *joined,
                            float *mixed) {
     int64_t width = model->head_dim, queries = model->heads * width, keys = model->kv_heads * width;
@@ -462,10 +459,10 @@ static void self_attention(const Model *model, const Attention *at, const Step *
         int is_key = h < model->heads + model->kv_heads;
         float *x = (is_key ? k : v) + row * keys + kv * width;
         if (is_key) place_head(x, at->k_gain, model, step, row);
-        int64_t slot = ((row * model->kv_heads + kv) * at->capacity + step->length) * width;
+        int64_t slot = ((row * model->kv_heads + kv) * at->capacity + step->lengths[row]) * width;
         store(is_key ? at->keys : at->values, slot, x, width, model->cache_kind == BF16);
     }
-    attend(model, at, q, mixed, step->length + 1, step->shown, at->capacity, step->bias, step->bias_stride, rows);
+    attend(model, at, q, mixed, step->lengths, 1, step->bias, step->longest, rows);
     product(&at->o, mixed, queries, rows, step->x, model->width, 1, model->tiles);
     #pragma omp barrier
 }
@@ -483,7 +480,7 @@ static void cross_attention(const Model *model, const Attention *at, const Step 
         for (int64_t i = 0; i < rows * model->heads; i++)
             place_head(q + i * model->head_dim, at->q_gain, &still, step, i / model->heads);
     }
-    attend(model, at, q, mixed, step->source_length, step->source, step->source_length, 0, 0, rows);
+    attend(model, at, q, mixed, step->source_lengths, 0, 0, 0, rows);
     product(&at->o, mixed, queries, rows, step->x, model->width, 1, model->tiles);
     #pragma omp barrier
 }

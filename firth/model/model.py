@@ -32,7 +32,7 @@ from firth.model.attention import prefixed_fields
 from firth.model.block import initialize
 from firth.model.config import ModelConfig
 from firth.model.forward_context import NO_CONTEXT, EncoderOutput, ForwardContext, RowMemory
-from firth.model.kv_cache import KVCache, RecurrentCache
+from firth.model.kv_cache import DecodingCache, KVCache, RecurrentCache
 from firth.model.parameter_count import LEARNED_POSITIONS, SINUSOIDAL_POSITIONS
 from firth.model.positions import sinusoidal
 from firth.model.prefix import PrefixEncoder, PromptEmbedding
@@ -246,7 +246,7 @@ class LM(nn.Module):
     def _complete(self, context: ForwardContext, batch: Batch, prompt_length: int) -> ForwardContext:
         """Return the context with what the caller leaves to the model, as the layers read it."""
         output, memory, needed = context.encoder_output, context.row_memory, context.needed_positions
-        in_cache = context.cache is not None and bool(context.cache.encoder_fields)
+        in_cache = context.cache is not None and bool(context.cache.encoder_kv)
         if output is None and self.encoder is not None and not in_cache:
             output = self.encoder_output(batch)
         if memory is None:  # the trained prefix, unless the cache has it, or the states of a memory
@@ -344,7 +344,7 @@ class LM(nn.Module):
         return RowMemory(fields | {"key_time": torch.where(real, ALWAYS, NEVER).int()}, states)
 
     def make_cache(self, rows: int, capacity: int) -> KVCache:
-        """Return an empty cache for decoding.
+        """Return an empty cache for reading texts.
 
         Args:
             rows: Batch size.
@@ -355,11 +355,13 @@ class LM(nn.Module):
         """
         if self.config.attention.linformer.k:
             raise UserError("a Linformer reads whole rows and cannot write token by token: use a decoder")
-        return (
-            RecurrentCache(rows, capacity)
-            if self.config.rnn.type
-            else KVCache(rows, capacity + self.num_virtual_tokens())
-        )
+        if self.config.rnn.type:
+            return RecurrentCache(rows)
+        return KVCache(rows, capacity + self.num_virtual_tokens())
+
+    def make_decoding_cache(self, max_rows: int) -> DecodingCache:
+        """Return an empty cache for decoding at most so many rows."""
+        return RecurrentCache() if self.config.rnn.type else DecodingCache(max_rows, self.num_virtual_tokens())
 
 
 class Critic(LM):

@@ -24,7 +24,8 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import cache as once
 from pathlib import Path
 from typing import Any
@@ -121,12 +122,35 @@ def _outcome() -> tuple[ctypes.CDLL | None, str]:
     return library, ""
 
 
+class _NoComputation:
+    """In place of the library: every kernel returns without reading or writing."""
+
+    def __getattr__(self, name: str) -> Callable[..., None]:
+        return lambda *_: None
+
+
+_stand_in: Any = None
+
+
+@contextmanager
+def without_computation() -> Iterator[None]:
+    """Let kernels do nothing within the block, for tensors without data (`firth.training.memory`)."""
+    global _stand_in
+    before, _stand_in = _stand_in, _NoComputation()
+    try:
+        yield
+    finally:
+        _stand_in = before
+
+
 def library() -> ctypes.CDLL:
     """Return the compiled kernels, compiling them if necessary.
 
     Raises:
         NoCompilerError: There is no compiler, or it fails.
     """
+    if _stand_in is not None:
+        return _stand_in
     found, reason = _outcome()
     if found is None:
         raise NoCompilerError(

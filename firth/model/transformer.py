@@ -33,7 +33,7 @@ from firth.model.block import AttentionContext, Block, Linear, PositionSubset, m
 from firth.model.config import ModelConfig
 from firth.model.forward_context import NO_CONTEXT, ForwardContext, RowMemory
 from firth.model.fused import Dropout
-from firth.model.kv_cache import KVCache
+from firth.model.kv_cache import DecodingCache
 from firth.model.parameter_count import BIAS_POSITIONS
 from firth.model.positions import DistanceIndex, RelativeBias, distance_index, rope_angles, rotation
 from firth.model.variants import Linformer
@@ -149,7 +149,7 @@ class TransformerStack(nn.Module):
         """
         if not self.blocks:  # word vectors: no attention, so no mask
             return []
-        if context.cache is not None and context.cache.is_decoding:
+        if isinstance(context.cache, DecodingCache):
             return [self._next_token_context(fields, context.cache)] * self.depth
         contexts = [self._attention_context(fields, context)] * self.depth
         index = self._needed_subset(context)
@@ -176,19 +176,16 @@ class TransformerStack(nn.Module):
             return None
         return subset_positions(context.needed_positions) if self.config.supports_subset else None
 
-    def _next_token_context(self, fields: Batch, cache: KVCache) -> AttentionContext:
-        """Return the context of all layers for one new token of each row, after `KVCache.start_decoding`."""
+    def _next_token_context(self, fields: Batch, cache: DecodingCache) -> AttentionContext:
+        """Return the context of all layers for one new token of each row."""
         positions = fields["positions"]
-        # Storing fields takes time, which a single token has little of: only where relative positions need it.
-        relative = self.relative is not None or self.config.position.type == "xlnet"
-        stored = {name: value for name, value in fields.items() if relative and name in ("positions", "token_type_ids")}
-        keys = {name: cache.append_field(name, value) for name, value in stored.items()}
-        bias = None if self.relative is None else self.relative(positions, keys["positions"])
+        bias = None if self.relative is None else self.relative(positions, cache.key_positions())
         rope = self._rope(positions)
         # For few rows the calls are the cost: one product a layer in place of seven calls.
         matrix = None if rope is None or cache.rows > MAX_ROTATION_ROWS else rotation(*rope)
         rope = rope if matrix is None else None
-        return AttentionContext(cache.next_mask(), rope, matrix, bias, cache, self.distances(fields, keys))
+        distances = self.distances({"positions": positions}, {"positions": cache.key_positions()})
+        return AttentionContext(cache.next_mask(), rope, matrix, bias, cache, distances)
 
     def _attention_context(
         self, fields: Batch, context: ForwardContext, index: Tensor | None = None
@@ -258,24 +255,17 @@ class TransformerStack(nn.Module):
             pairs, keys = [b.encoder_kv(output.hidden_states) for b in self.layers()], output.fields
             if cache is not None:
                 cache.encoder_kv, cache.encoder_fields = pairs, keys
-        elif cache is not None and cache.encoder_fields:
+        elif isinstance(cache, DecodingCache) and cache.encoder_kv:
+            mask = cache.source_mask()
+            return [AttentionContext(mask, encoder_kv=pair) for pair in cache.source_kv()]
+        elif cache is not None and cache.encoder_kv:
             pairs, keys = cache.encoder_kv, cache.encoder_fields
         else:
             return [None] * self.depth
-        mask = self._cross_mask(fields, keys, cache)
-        return [AttentionContext(mask, encoder_kv=pair) for pair in pairs]
-
-    def _cross_mask(self, fields: Batch, keys: Batch, cache: KVCache | None) -> AttentionMask:
-        """Return the cross-attention mask: each token attends to the source of its document. Cached while decoding."""
-        if cache is not None and cache.cross_mask is not None:
-            return cache.cross_mask
         always = torch.full_like(fields["tokens"], NEVER - 1, dtype=torch.int32)
-        mask = AttentionMask.from_times(
-            always, keys["key_time"], fields.get("document_ids"), keys.get("document_ids"), self.flex
-        )
-        if cache is not None and cache.is_decoding:
-            cache.cross_mask = mask
-        return mask
+        documents = fields.get("document_ids"), keys.get("document_ids")
+        mask = AttentionMask.from_times(always, keys["key_time"], *documents, self.flex)
+        return [AttentionContext(mask, encoder_kv=pair) for pair in pairs]
 
     @property
     def flex(self) -> bool | None:

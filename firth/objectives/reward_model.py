@@ -64,6 +64,13 @@ def rewards(model: LM, hidden: Tensor, batch: Batch) -> Tensor:
     return scores[..., 0].float()
 
 
+def pair_margins(model: LM, outputs: Outputs, batch: Batch) -> Tensor:
+    """Return the reward of the preferred answer minus that of the other, for groups of two that have a preferred one: (N,)."""
+    known = batch["preferred"] != IGNORE
+    scores, preferred = rewards(model, outputs["hidden"], batch)[known], batch["preferred"][known, None]
+    return (scores.gather(1, preferred) - scores.gather(1, 1 - preferred))[:, 0]
+
+
 @dataclass(frozen=True)
 class RewardObjective(Objective):
     """Base class of the objectives of a reward model: a group of answers to one prompt is scored.

@@ -21,6 +21,7 @@ names and can be loaded by firth only.
 
 from __future__ import annotations
 
+import copy
 import math
 import re
 from collections import Counter
@@ -96,13 +97,48 @@ def load(directory: Path) -> LM:
     embedding table would rule out merging an adapter of that table.
     """
     base = base_of(directory)
-    model, state = load_model(base), read_file(directory / WEIGHTS_FILE)
+    return lora.merge_and_unload(_attach(load_model(base), base, directory)).eval()
+
+
+def load_shared(model: LM, directory: Path) -> LM:
+    """Return a loaded base with an adapter, which is not merged: both have the base's tensors in common.
+
+    Only the adapter's own tensors, and those that were trained in full with it, take further memory.
+
+    Args:
+        model: The base, which is not changed.
+        directory: Directory of the adapter.
+    """
+    tensors: dict[int, Any] = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+    full = _full_tensors(read_file(directory / WEIGHTS_FILE))
+    state = model.state_dict(keep_vars=True)
+    for name in _own_names(model, full):  # those are written to
+        tensors[id(state[name])] = torch.nn.Parameter(state[name].detach().clone(), requires_grad=False)
+    attached = _attach(copy.deepcopy(model, tensors), base_of(directory), directory)
+    dtype = model.tokens.weight.dtype
+    for layer in lora.lora_layers(attached).values():
+        layer.to(dtype)
+    return attached.eval()
+
+
+def _own_names(model: LM, full: Mapping[str, Tensor]) -> list[str]:
+    """Return firth's names of the tensors of a model that an adapter has in full."""
+    if not full:
+        return []
+    names = AdapterNames.of(model)
+    ours = {theirs: mine for mine, theirs in names.tensors.items()}
+    return [ours[theirs] for theirs in names.from_file(full).values() if theirs in ours]
+
+
+def _attach(model: LM, base: Path, directory: Path) -> LM:
+    """Read an adapter onto its base, changed in place, and return it."""
+    state = read_file(directory / WEIGHTS_FILE)
     known = read_json(directory / FIRTH_FILE).get(MODEL_HEADS)
     for head in [head for head in model.heads if known is not None and head not in known]:
         del model.heads[head]
     add_task_head(model, _config(directory), _full_tensors(state), base, directory / WEIGHTS_FILE)
     read(model, directory)
-    return lora.merge_and_unload(model).eval()
+    return model
 
 
 def _full_tensors(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -12,7 +12,7 @@ from annotated_types import Interval
 from firth.evaluate.prompting.requests import GenerateRequest, sample_seed
 from firth.fields import NonNegativeInt, PositiveFloat, ShareAboveZero, TokenCount
 from firth.pipelines.records import Asker, read_prompts, write_records
-from firth.pipelines.stage import Stage, Summary
+from firth.pipelines.stage import Stage, Summary, Weights
 
 
 @dataclass(frozen=True)
@@ -29,6 +29,7 @@ class SampleAnswers(Stage):
         chat: Whether prompts are messages of the model's chat template.
         limit: Most prompts; 0 for all.
         seed: Seed of sampling.
+        weights: Data type of the weights, but not of an endpoint's; "" takes bf16 where it is faster.
     """
 
     main: ClassVar[str] = "model"
@@ -43,6 +44,7 @@ class SampleAnswers(Stage):
     chat: bool = True
     limit: NonNegativeInt = 0
     seed: NonNegativeInt = 0
+    weights: Weights = ""
 
     def run(self, directory: Path) -> Summary:
         prompts = read_prompts(self.data, self.limit)
@@ -60,7 +62,7 @@ class SampleAnswers(Stage):
             for number in range(self.num_samples)
         ]
         locations = [prompt.location for prompt in prompts for _ in range(self.num_samples)]
-        replies = Asker(self.model).write(requests, locations)
+        replies = Asker(self.model, self.weights).write(requests, locations)
         texts = np.array([reply.text.strip() for reply in replies], object).reshape(len(prompts), self.num_samples)
         write_records(
             directory / self.output,

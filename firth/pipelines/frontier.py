@@ -12,6 +12,7 @@ import numpy as np
 
 from firth.align.per_token import per_token_numbers
 from firth.align.rewards import FunctionReward, RewardFunction, RewardModel, Rollout, named_function, score_rollouts
+from firth.align.rollouts import RolloutsConfig
 from firth.data.dialogues import Prompt, prompts
 from firth.evaluate.task import EvaluatedModel, load_evaluated_model
 from firth.evaluate.tokenizer_match import check_same_tokenizer
@@ -24,6 +25,7 @@ from firth.pipelines.best_of_n import best_of, kl_bound, load_reward_model
 from firth.pipelines.stage import Stage, Summary
 from firth.report.charts import Curve, Figure
 from firth.report.page import Cell, Report, Section, Table, write
+from firth.runs.recipe import load
 from firth.types import LOGGER, UserError
 
 
@@ -39,12 +41,13 @@ class MethodResult:
     """Result of a method; None where it has no such number.
 
     Args:
-        method: Name of the model's directory, or "best of n".
+        method: Name of the model's directory, "prompt", or "best of n".
         reward: The reward that methods were trained on.
         truth: The true reward.
         kl: Divergence from the reference in nats per answer; of best-of-n the largest that it can have.
         finished: Share of answers with a stop token.
         length: Tokens of an answer.
+        samples: Answers that the run sampled to train on; of best-of-n, those sampled for each answer.
         steps: Optimizer steps of the run.
         teraflops: Counted compute of the run, without sampling.
         minutes: Time of the run.
@@ -56,6 +59,7 @@ class MethodResult:
     kl: float
     finished: float | None = None
     length: float | None = None
+    samples: int | None = None
     steps: int | None = None
     teraflops: float | None = None
     minutes: float | None = None
@@ -70,6 +74,7 @@ class CompareMethods(Stage):
     Args:
         models: Runs or model directories with the tokenizer of the reference.
         reference: The model that all started from.
+        prompt: A model that is only prompted, such as the one that the reference was finetuned from; "" for none.
         data: Files of records with prompts that no model was trained on.
         reward_function: `module:function`; "" for none.
         reward_model: The run of a reward model; "" for none.
@@ -86,6 +91,7 @@ class CompareMethods(Stage):
     models: tuple[str, ...]
     reference: str
     data: tuple[str, ...]
+    prompt: str = ""
     reward_function: str = ""
     reward_model: str = ""
     true_reward_function: str = ""
@@ -107,7 +113,7 @@ class CompareMethods(Stage):
         reward = self._reward(start)
         truth = FunctionReward(named_function(self.true_reward_function)) if self.true_reward_function else None
         results = []
-        for name in dict.fromkeys((self.reference, *self.models)):
+        for name in dict.fromkeys(filter(None, (self.reference, self.prompt, *self.models))):
             LOGGER.info(f"{name}: {len(shown):,} answers")
             results.append(self._measure(name, start, shown, reward, truth))
         results += self._best_of_n(start, shown, reward, truth)
@@ -147,10 +153,11 @@ class CompareMethods(Stage):
         done = Path(name) / "done.json"
         cost = read_json(done)
         return MethodResult(
-            Path(name).name, _mean(rewards), None if truths is None else _mean(truths),
+            "prompt" if name == self.prompt else Path(name).name, _mean(rewards), None if truths is None else _mean(truths),
             kl=float(numbers["kl"].sum(1).mean()),
             finished=float(np.mean([sample.finished for sample in samples])),
             length=float(numbers["real"].sum(1).mean()),
+            samples=_sampled(Path(name)),
             steps=cost.get("steps"),
             teraflops=cost["flops"] / 1e12 if "flops" in cost else None,
             minutes=cost["seconds"] / 60 if "seconds" in cost else None,
@@ -171,6 +178,7 @@ class CompareMethods(Stage):
                 _mean(best_of(scores, n)),
                 None if true is None else _mean(best_of(scores, n, true)),
                 kl=kl_bound(n),
+                samples=n,
             )
             for n in self.best_of
         ]
@@ -182,6 +190,18 @@ class CompareMethods(Stage):
             [prompt.tokens for prompt in repeated], Sampling(max_new_tokens=self.max_new_tokens, seed=self.seed)
         )
         return [Rollout.of(p.tokens, w, p.fields) for p, w in zip(repeated, written, strict=True)]
+
+
+def _sampled(directory: Path) -> int | None:
+    """Return the answers that a run sampled to train on; None if it samples none or is not a run."""
+    recipe, metrics = directory / "recipe.yaml", directory / "metrics.jsonl"
+    if not recipe.is_file() or not metrics.is_file():
+        return None
+    examples = load(str(directory)).examples
+    if not isinstance(examples, RolloutsConfig):
+        return None
+    phases = sum(json.loads(line)["split"] == "rollouts" for line in metrics.read_text("utf-8").splitlines())
+    return phases * examples.rollout_size
 
 
 def _mean(values: np.ndarray) -> Mean:
@@ -201,21 +221,50 @@ def frontier_report(results: Sequence[MethodResult]) -> Report:
     true = [(one, one.truth) for one in results if one.truth is not None]
     if true:
         figures.append(figure("Truth", "true reward", true))
-    rows: list[tuple[Cell, ...]] = [
+    note = (
+        "Intervals are 95%, over prompts. The KL of best-of-n is the largest that it can have. Samples are the answers that a "
+        "run sampled to train on; best-of-n samples them for each answer. Compute counts training steps, without sampling and without the "
+        "runs that a method starts from."
+    )
+    return Report(
+        "Methods side by side", sections=(Section("", figures=figures, tables=(Table("", HEAD, rows(results), note),)),)
+    )
+
+
+HEAD = ("method", "reward", "± se", "truth", "± se", "KL", "tokens", "finished", "samples", "steps", "TFLOP", "minutes")
+"""Columns of the table of methods."""
+
+
+def rows(results: Sequence[MethodResult]) -> list[tuple[Cell, ...]]:
+    """Return the rows of the table of methods."""
+    return [
         (
             one.method, *_cells(one.reward), *_cells(one.truth), round(one.kl, 3), _rounded(one.length, 1), _rounded(one.finished, 3),
-            one.steps, _rounded(one.teraflops, 2), _rounded(one.minutes, 1),
+            one.samples, one.steps, _rounded(one.teraflops, 2), _rounded(one.minutes, 1),
         )
         for one in results
     ]  # fmt: skip
-    head = ("method", "reward", "± se", "truth", "± se", "KL", "tokens", "finished", "steps", "TFLOP", "minutes")
-    note = (
-        "Intervals are 95%, over prompts. The KL of best-of-n is the largest that it can have. Compute counts training steps, "
-        "without sampling and without the runs that a method starts from."
+
+
+def printed(results: Sequence[MethodResult]) -> str:
+    """Return the table of methods as lines of text, without columns that are empty in all rows."""
+    body = [["" if cell is None else str(cell) for cell in row] for row in rows(results)]
+    columns = [column for column in zip(HEAD, *body, strict=True) if any(column[1:])]
+    widths = [max(map(len, column)) for column in columns]
+    return "\n".join(
+        "  ".join(
+            cell.rjust(width) if i else cell.ljust(width)
+            for i, (cell, width) in enumerate(zip(line, widths, strict=True))
+        )
+        for line in zip(*columns, strict=True)
     )
-    return Report(
-        "Methods side by side", sections=(Section("", figures=figures, tables=(Table("", head, rows, note),)),)
-    )
+
+
+def read_results(path: Path) -> list[MethodResult]:
+    """Return the results that a `CompareMethods` stage wrote."""
+    found = json.loads(path.read_text("utf-8"))
+    means = [{name: one[name] and Mean(*one[name]) for name in ("reward", "truth")} for one in found]
+    return [MethodResult(**{**one, **mean}) for one, mean in zip(found, means, strict=True)]
 
 
 def _interval(mean: Mean) -> tuple[float, float]:

@@ -20,7 +20,7 @@ import hashlib
 import json
 import re
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -99,13 +99,18 @@ def names() -> list[str]:
     return sorted(path.stem for path in FILES.glob("*.yaml"))
 
 
-def load_pipeline(name: str, assignments: Sequence[str], out: Path) -> Pipeline:
+def load_pipeline(
+    name: str, assignments: Sequence[str], out: Path, leave_out: Collection[str] = frozenset()
+) -> Pipeline:
     """Read a pipeline and replace its variables.
+
+    An input that no stage refers to need not be set.
 
     Args:
         name: A YAML file, or a name in `names`.
         assignments: `INPUT=value` and `STAGE.field=value`.
         out: The directory of its stages.
+        leave_out: Names of stages that are not run.
 
     Raises:
         UserError: A stage, a field or a variable is wrong; the message names file and line.
@@ -121,6 +126,7 @@ def load_pipeline(name: str, assignments: Sequence[str], out: Path) -> Pipeline:
     stages = data.get("stages")
     if not isinstance(stages, dict) or not all(isinstance(stage, dict) and stage for stage in stages.values()):
         raise UserError(f"{lines.get(('stages',), path)}: stages must be NAME: {{KIND: ..., field: ...}}")
+    stages = {stage: given for stage, given in stages.items() if stage not in leave_out}
     values, typed = _assigned(data.get("inputs") or {}, stages, assignments, path, lines)
     built: dict[str, Stage] = {}
     for stage_name, given in stages.items():
@@ -157,8 +163,9 @@ def _assigned(
             typed["stages", stage, field] = text
         else:
             values[name] = value
+    used = set(VARIABLE.findall(json.dumps(stages, default=str)))
     for name, about in inputs.items():
-        if name not in values:
+        if name not in values and name in used:
             text = about.get("about", "") if isinstance(about, dict) else about
             raise UserError(f"{lines.get(('inputs', str(name)), path)}: set {name}=...: {text}")
     return values, typed

@@ -25,6 +25,7 @@ from firth.evaluate.prompting.requests import (
 from firth.evaluate.prompting.runner import ask_model
 from firth.io.atomic import write_text
 from firth.io.cache import cache
+from firth.pipelines.stage import Weights
 from firth.runs.loaded_model import fast_weights
 from firth.types import LOGGER, UserError
 
@@ -72,18 +73,19 @@ def read_prompts(paths: Sequence[str], limit: int = 0) -> list[PromptRecord]:
     return found
 
 
-def open_responder(model: str, scored: bool = False) -> Responder:
+def open_responder(model: str, weights: Weights = "", scored: bool = False) -> Responder:
     """Return a model that replies to requests.
 
     Args:
         model: A run, a model directory, an adapter, a GGUF file, or `openai:URL`.
+        weights: Data type of the weights, but not of an endpoint's; "" takes bf16 where it is faster.
         scored: Whether log-probabilities will be requested, which not every endpoint offers.
 
     Raises:
         UserError: The model cannot be read, or the endpoint offers no log-probabilities.
     """
     if not model.startswith(PREFIX):
-        return LocalModel.open(Path(model), fast_weights)
+        return LocalModel.open(Path(model), weights or fast_weights)
     endpoint = Endpoint(model)
     if scored:
         endpoint.check_scores()
@@ -95,11 +97,12 @@ class Asker:
 
     Args:
         model: As of `open_responder`.
+        weights: Likewise.
         scored: Likewise.
     """
 
-    def __init__(self, model: str, scored: bool = False) -> None:
-        self.responder = open_responder(model, scored)
+    def __init__(self, model: str, weights: Weights = "", scored: bool = False) -> None:
+        self.responder = open_responder(model, weights, scored)
         self._replies = ReplyCache(cache() / "replies", self.responder.digest)
 
     def write(self, requests: Sequence[GenerateRequest], locations: Sequence[str]) -> list[GenerateReply]:

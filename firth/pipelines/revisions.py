@@ -12,7 +12,7 @@ from firth.evaluate.prompting.requests import GenerateRequest, sample_seed
 from firth.fields import NonNegativeFloat, NonNegativeInt, TokenCount
 from firth.pipelines.judge import PRINCIPLES
 from firth.pipelines.records import Asker, read_prompts, write_records
-from firth.pipelines.stage import Stage, Summary
+from firth.pipelines.stage import Stage, Summary, Weights
 from firth.types import UserError
 
 CRITIQUE = "{principle}\n\nRequest: {prompt}\n\nAnswer: {answer}\n\nSay in one or two sentences what is wrong with this answer."
@@ -38,6 +38,7 @@ class ReviseAnswers(Stage):
         chat: Whether requests are messages of the model's chat template.
         limit: Most prompts; 0 for all.
         seed: Seed of principles and samples.
+        weights: Data type of the weights, but not of an endpoint's; "" takes bf16 where it is faster.
     """
 
     main: ClassVar[str] = "model"
@@ -51,6 +52,7 @@ class ReviseAnswers(Stage):
     chat: bool = True
     limit: NonNegativeInt = 0
     seed: NonNegativeInt = 0
+    weights: Weights = ""
 
     def check(self) -> None:
         if not any(principle.strip() for principle in self.principles):
@@ -58,7 +60,7 @@ class ReviseAnswers(Stage):
 
     def run(self, directory: Path) -> Summary:
         prompts = read_prompts(self.data, self.limit)
-        asker = Asker(self.model)
+        asker = Asker(self.model, self.weights)
         rng = np.random.default_rng(self.seed)
         principles = [self.principles[i].strip() for i in rng.integers(len(self.principles), size=len(prompts))]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from firth.corpora.readers import files
 from firth.fields import Validated
@@ -13,6 +13,9 @@ from firth.io import user_code
 
 Summary = Mapping[str, float | str]
 """Numbers of a finished stage: name -> value."""
+
+Weights = Literal["", "fp32", "bf16", "int8", "int8-dynamic"]
+"""Data type of the weights of a model that replies, as `--weights` of `firth evaluate`."""
 
 
 @dataclass(frozen=True)

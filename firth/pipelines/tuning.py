@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -13,7 +14,7 @@ import yaml
 from firth.evaluate.prompting.prompt_task import PromptConfig
 from firth.fields import NonNegativeInt, PositiveInt
 from firth.io.atomic import write_text
-from firth.pipelines.stage import Stage, Summary, files_of
+from firth.pipelines.stage import Stage, Summary, Weights, files_of
 from firth.runs import config_io
 from firth.runs.prompt_report import evaluate_and_report
 from firth.runs.recipe import Recipe, load
@@ -35,21 +36,22 @@ class TrainRecipe(Stage):
     settings: Mapping[str, Any] = field(default_factory=dict)
 
     def check(self) -> None:
-        self.loaded()
+        _ = self.loaded
 
     def inputs(self) -> Iterator[Path]:
         yield from files_of("recipe", self.recipe)
         for name, value in self.settings.items():
             yield from files_of(name, value)
-        for name, kind, value in config_io.paths(self.loaded()):
+        for name, kind, value in config_io.paths(self.loaded):
             yield from files_of("data" if kind == "files" else name, value)
 
+    @cached_property
     def loaded(self) -> Recipe:
-        """Return the recipe with its settings."""
+        """The recipe with its settings."""
         return load(self.recipe, [f"{name}={_written(value)}" for name, value in self.settings.items()])
 
     def run(self, directory: Path) -> Summary:
-        result = run(self.loaded(), directory)
+        result = run(self.loaded, directory)
         numbers = {name: value for name, value in result.metrics.items() if isinstance(value, int | float)}
         return {"steps": result.steps, "seconds": result.seconds, "tokens": result.tokens, **numbers}
 
@@ -77,6 +79,7 @@ class EvaluateModels(Stage):
         votes: Sampled answers of each question, of which the most frequent counts.
         limit: Most items; 0 for all.
         seed: Seed of examples and samples.
+        weights: Data type of the weights; "" takes bf16 where it is faster.
     """
 
     main: ClassVar[str] = "models"
@@ -92,13 +95,14 @@ class EvaluateModels(Stage):
     votes: PositiveInt = 1
     limit: NonNegativeInt = 0
     seed: NonNegativeInt = 0
+    weights: Weights = ""
 
     def run(self, directory: Path) -> Summary:
         config = PromptConfig(
             self.shots, self.chat, self.cot, self.votes, seed=self.seed, limit=self.limit or None, max_new_tokens=self.max_new_tokens
         )  # fmt: skip
         text = evaluate_and_report(
-            self.models, self.task, config, data=self.data, examples=self.examples, weights=None, within_word=False,
+            self.models, self.task, config, data=self.data, examples=self.examples, weights=self.weights or None, within_word=False,
             out=directory, as_json=True,
         )  # fmt: skip
         write_text(directory / "table.json", text)

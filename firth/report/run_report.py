@@ -6,7 +6,7 @@
     recipe.yaml     optional: the resolved recipe, shown in full; running it again repeats the run
     done.json       optional: "counts" are the read statistics, {"documents": 1000, "bad_utf8": 2}; "remarks" are sentences
                     about the end of the run; "exported_step" is the step of the exported model, the last or the best
-    held_out.json   optional: class report of the exported model: {"classes", "confusion", "per_class"}
+    held_out.json   optional: results of the exported model on held-out examples (`firth.report.held_out`)
     samples.jsonl   optional: {"step": 40, "prompt": "ROMEO:", "text": "..."}; the first and last of a prompt are shown
     held_out_texts.jsonl  optional: answers to held-out prompts before and after training (`firth.align.held_out_texts`)
 
@@ -35,7 +35,8 @@ from firth.io.integrity import COPY_AGAIN, check_recipe, read_done, read_record,
 from firth.io.json_files import check_all, read_object
 from firth.io.json_files import read_rows as rows_of
 from firth.io.yaml_files import parse_yaml
-from firth.report.charts import Curve, Figure, Level, Matrix, number
+from firth.report.charts import Curve, Figure, Level, number
+from firth.report.held_out import held_out_section
 from firth.report.overoptimization import gao_fit, parting
 from firth.report.page import Command, Report, Section, StatCell, Table, TextSample
 from firth.types import UserError
@@ -104,7 +105,7 @@ TASK_TERMS = {
 TRAINING_TERMS = ("rate", "norm", "tokens_per_second")
 """Metrics of the training process, drawn in a section of their own."""
 
-_NOT_DRAWN = ("split", "step", "seconds", "tokens", "skipped", "flops", "flops_per_second")
+_NOT_DRAWN = ("split", "step", "seconds", "tokens", "skipped", "flops", "flops_per_second", "mfu")
 """Fields of a row without a figure."""
 
 
@@ -130,8 +131,8 @@ def run_report(directory: Path) -> Report:
         sections.insert(0, Section("Rollouts", note, figures=reward_figures(phases)))
     texts = held_out_texts(directory / "held_out_texts.jsonl")
     sections[1:1] = [texts] if texts is not None else []
-    by_class = _class_section(directory / "held_out.json")
-    sections += [by_class] if by_class is not None else []
+    measured = held_out_section(directory / "held_out.json")
+    sections += [measured] if measured is not None else []
     tasks = task_figures(rows)
     if tasks:
         sections.append(Section("Tasks", "Tasks of `evaluation.tasks`, measured at each evaluation.", figures=tasks))
@@ -230,39 +231,10 @@ def held_out_texts(path: Path) -> Section | None:
 NUMBER = (int, float)
 ANSWER = {"name": str, "text": str, "score": (int, float, type(None))}
 """Fields of an answer in held_out_texts.jsonl."""
-CLASS = {"class": (str, *NUMBER), "examples": int, "precision": NUMBER, "recall": NUMBER, "f1": NUMBER}
-"""Fields of a class in held_out.json."""
 
 
 def _scored(score: float | None) -> str:
     return "" if score is None else f" ({number(score, 3)})"
-
-
-def _class_section(path: Path) -> Section | None:
-    """Return the class report of the held-out examples; None for a run without classes."""
-    cure = "delete the file: only the report uses it"
-    record = read_record(path, cure=cure) if path.exists() else {}
-    if not record:
-        return None
-    check_all([record], {"per_class": list}, f"{path}", cure)
-    check_all(record["per_class"], CLASS, f"{path}, a class", cure)
-    names, table = record.get("classes", []), record.get("confusion", [])
-    square = type(names) is list and type(table) is list and len(table) == len(names)
-    if not square or any(
-        type(row) is not list or len(row) != len(names) or any(type(n) is not int or n < 0 for n in row)
-        for row in table
-    ):
-        raise UserError(
-            f"{path}: the field 'confusion' is not a table of counts with a row and a column for each class: {cure}"
-        )
-    rows = [[row["class"], row["examples"], row["precision"], row["recall"], row["f1"]] for row in record["per_class"]]
-    table = Table("Metrics per class", ("class", "examples", "precision", "recall", "F1"), rows)
-    matrices = []
-    if "confusion" in record:
-        note = "Rows are gold classes, columns are predictions; a cell is darker the larger its share of its row."
-        matrices.append(Matrix("Confusion matrix", record["classes"], record["confusion"], note))
-    text = "Predictions of the exported model for the held-out examples."
-    return Section("Classes", text, matrices=matrices, tables=(table,))
 
 
 def read_rows(path: Path) -> list[Row]:
@@ -447,7 +419,9 @@ def _speed(rows: Sequence[Row]) -> list[StatCell]:
     _, speed = _known(rows, "train", "tokens_per_second")
     if speed:
         _, work = _known(rows, "train", "flops_per_second")
+        _, shares = _known(rows, "train", "mfu")
         rate = f", {number(median(work), 3)}FLOP/s" if work else ""
+        rate += f", {median(shares):.1%} of the machine's peak (MFU)" if shares else ""
         return [StatCell("tokens per second", float(f"{median(speed):.3g}"), f"median over the run{rate}")]
     return []
 

@@ -370,13 +370,21 @@ def _listed(names: Iterable[str]) -> str:
     return f"{', '.join(most)} and {last}" if most else last
 
 
+def available_memory(device: torch.device) -> dict[str, int]:
+    """Return the free bytes of the memories that a run needs: main memory, and that of the GPU that it trains on."""
+    free = {"main memory": memory()[1]}
+    if device.type == "cuda":
+        free["the GPU's memory"] = torch.cuda.mem_get_info(device)[0]
+    return free
+
+
 def check_available_memory(
     config: ModelConfig, optimizer: str, full: bool, device: torch.device, shards: int = 1, whole: bool = True
 ) -> None:
-    """Raise a UserError if the model cannot be trained in the free memory, before it is allocated.
+    """Raise a UserError if the weights of a model, their gradients and the optimizer state do not fit into the free memory.
 
-    This counts the weights, gradients and optimizer state in fp32 (4 bytes each; AdamW keeps two numbers per weight, Muon
-    one), not the activations, so a model that passes may still be too large. With PEFT only the weights are counted.
+    They have 4 bytes a number; AdamW keeps two numbers per weight, Muon one. With PEFT only the weights are counted. This
+    takes no time, so it comes first; `firth.runs.step_estimate` adds the activations.
 
     Args:
         config: The model.
@@ -391,12 +399,11 @@ def check_available_memory(
     """
     count = config.num_parameters()
     each = 4 * (4 if optimizer == "adamw" else 3) if full else 4
-    each = each // shards
+    each //= shards
     built = 4 if whole or shards == 1 else 0
-    rooms = [("main memory", max(each, built) if device.type == "cpu" else built, memory()[1])]
-    if device.type == "cuda":
-        rooms.append(("the GPU's memory", each, torch.cuda.mem_get_info(device)[0]))
-    for name, size, free in rooms:
+    for name, free in available_memory(device).items():
+        size = built if name == "main memory" and device.type == "cuda" else each
+        size = max(size, built) if name == "main memory" else size
         if count * size > free:
             raise UserError(
                 f"the model has {count:,} parameters, which take {count * size / 1e9:,.1f} GB with gradients and optimizer, "

@@ -13,12 +13,12 @@ import numpy as np
 import torch
 
 from firth.evaluate.heads import head_of
-from firth.evaluate.predict import predict_with
+from firth.evaluate.predict import predict_with, prediction_task
 from firth.evaluate.task import EvaluatedModel, load_evaluated_model
 from firth.generate import embeddings
 from firth.generate.attention_maps import AttentionMap, Text, attention_maps
 from firth.generate.engine import Engine
-from firth.generate.fill import InfillPrompt, fill_masks, fill_spans, fill_two_way, rewrite, split_gaps
+from firth.generate.fill import Candidate, InfillPrompt, fill_masks, fill_spans, fill_two_way, rewrite, split_gaps
 from firth.generate.sampling import Sampling
 from firth.generate.scoring import scoring_mode
 from firth.io.json_files import read_json
@@ -115,10 +115,10 @@ class Model:
         Raises:
             UserError: The text has no <mask>, or the model cannot fill masks one by one.
         """
-        found = self.with_lm_head()._fill(text, top)
+        found = self.with_lm_head().candidates(text, top)
         if isinstance(found, str):
             raise UserError("this model rewrites the whole text and does not fill single masks: use generate")
-        return found
+        return [[(one.piece, one.probability) for one in gap] for gap in found]
 
     def embed(self, texts: Sequence[str], *, normalize: bool = False) -> np.ndarray:
         """Return one embedding per text: (n, hidden_size), float32. Longer texts are truncated to the trained length."""
@@ -173,8 +173,10 @@ class Model:
         Raises:
             UserError: The model has no task head, or a record does not fit the task.
         """
-        texts = all(isinstance(row, str) for row in rows)
-        lines = [json.dumps({"text": row} if texts else row, ensure_ascii=False) for row in rows]
+        schema = prediction_task(self.evaluated).input_schema
+        assert schema is not None
+        record = schema(self.evaluated).line
+        lines = [json.dumps(record(row) if isinstance(row, str) else row, ensure_ascii=False) for row in rows]
         stdin = io.BytesIO("".join(f"{line}\n" for line in lines).encode())
         return list(predict_with(self.evaluated, "-", stdin, form="jsonl"))
 
@@ -284,19 +286,27 @@ class Model:
         Raises:
             UserError: The text has no <mask>, or the model cannot fill masks.
         """
-        found = self._fill(text, top)
+        found = self.candidates(text, top)
         if isinstance(found, str):
             return found
-        tokens = not generates_left_to_right(self.config) or self.config.rnn.separate_directions  # else decoded texts
-        byte_level = tokens and self.tokenizer.is_byte_level
+        byte_level = self.fills_tokens and self.tokenizer.is_byte_level
         return "\n".join(
-            "   ".join(f"{readable(piece, byte_level) or '(nothing)'} {probability:.2f}" for piece, probability in gap)
+            "   ".join(f"{readable(one.piece, byte_level) or '(nothing)'} {one.probability:.2f}" for one in gap)
             or "(the model wrote nothing for this mask)"
             for gap in found
         )
 
-    def _fill(self, text: str, top: int) -> list[list[tuple[str, float]]] | str:
-        """Return the candidates for each <mask>, or the whole text of a model that rewrites it (BART)."""
+    @property
+    def fills_tokens(self) -> bool:
+        """Whether a candidate for a <mask> is one token; else it is a text."""
+        return not generates_left_to_right(self.config) or self.config.rnn.separate_directions
+
+    def candidates(self, text: str, top: int) -> list[list[Candidate]] | str:
+        """Return the candidates for each <mask>, or the whole text of a model that rewrites it (BART).
+
+        Raises:
+            UserError: The text has no <mask>, or the model cannot fill masks.
+        """
         roles, config = self.tokenizer.vocab.roles, self.config
         own = self.tokenizer.token(roles["mask"]) if "mask" in roles else MASK
         text = text.replace(own, MASK)
@@ -305,16 +315,12 @@ class Model:
         if not self.can_fill:
             raise UserError("this model cannot fill masks")
         if not generates_left_to_right(config) and not config.rnn.separate_directions:
-            gaps = fill_masks(self.model, self.tokenizer, text.replace(MASK, own), top)
-        elif config.rnn.separate_directions:
-            gaps = fill_two_way(self.engine, split_gaps(self.tokenizer, text, MASK), top)
-        else:
-            shown = self._show_gaps(split_gaps(self.tokenizer, text, MASK))
-            assert shown is not None
-            if not len(shown.marks):
-                return rewrite(self.engine, shown).text
-            gaps = fill_spans(self.engine, shown, top)
-        return [[(one.piece, one.probability) for one in gap] for gap in gaps]
+            return fill_masks(self.model, self.tokenizer, text.replace(MASK, own), top)
+        if config.rnn.separate_directions:
+            return fill_two_way(self.engine, split_gaps(self.tokenizer, text, MASK), top)
+        shown = self._show_gaps(split_gaps(self.tokenizer, text, MASK))
+        assert shown is not None
+        return fill_spans(self.engine, shown, top) if len(shown.marks) else rewrite(self.engine, shown).text
 
     def _show_gaps(self, pieces: Sequence[np.ndarray]) -> InfillPrompt | None:
         """Return the prompt with which a generative model fills masks; None if it cannot.
@@ -399,7 +405,7 @@ def fast_weights(model: LM) -> str | None:
     stored = model.tokens.weight
     if stored.dtype != torch.float32 or choose_precision("auto", stored.device) != "bf16":
         return None
-    LOGGER.warning("weights are held in bf16, which is faster here: use --weights fp32 for full precision")
+    LOGGER.warning("weights are held in bf16, which is faster here: set weights to fp32 for full precision")
     return "bf16"
 
 

@@ -201,6 +201,7 @@ def _training(card: ModelCard) -> list[str]:
     done = card.result
     if done:
         took = f"{done['steps']:,} steps, {done['tokens']:,} tokens, {done['flops']:.3g} counted FLOPs, {done['seconds']:,.0f} s"
+        took += f", {done['mfu']:.1%} of the machine's peak" if done.get("mfu") else ""
         rows.append(("length", took))
         if done.get("exported_step", done["steps"]) != done["steps"]:
             rows.append(("exported", f"the model of step {done['exported_step']:,}, the best evaluation"))

@@ -14,8 +14,8 @@ from firth.model.prefix import PREFIX_HEADS
 from firth.objectives.objective import Objective
 from firth.pretrained.load_save import check_vocab_fits
 from firth.runs import config_io
-from firth.runs.compatibility import check_available_memory, check_pattern, check_recipe, limit_lengths
-from firth.runs.peft_options import FullFinetuning, add_layer_mixture
+from firth.runs.compatibility import check_pattern, check_recipe, limit_lengths
+from firth.runs.peft_options import add_layer_mixture
 from firth.runs.prepare import RunData
 from firth.runs.recipe import MODEL_CONFIG_HINT, Recipe, ResolvedRecipe, load_resolved, published
 from firth.runs.recipe_names import RECIPES
@@ -40,12 +40,7 @@ def resolve(recipe: Recipe, data: RunData, context: RunContext) -> ResolvedRecip
     filled = context.first_rank_first(lambda: _fill(recipe, data, context.ranks.world))
     settings = {field.name: getattr(filled, field.name) for field in dataclasses.fields(Recipe)}
     settings |= {"precision": _precision(recipe, context), "word_segmentation": _segmentation(recipe, context)}
-    resolved: ResolvedRecipe = config_io.absolute_paths(ResolvedRecipe(**settings))
-    check_available_memory(
-        resolved.model, resolved.optimizer.name, isinstance(resolved.peft, FullFinetuning), default_device(),
-        resolved.distributed.degree(context.ranks), whole=bool(resolved.init_from or resolved.init_embeddings_from),
-    )  # fmt: skip
-    return resolved
+    return config_io.absolute_paths(ResolvedRecipe(**settings))
 
 
 def _fill(recipe: Recipe, data: RunData, ranks: int) -> Recipe:

@@ -8,10 +8,10 @@ The same call on the same directory resumes an unfinished run, and returns at on
 from __future__ import annotations
 
 import dataclasses
-from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -21,19 +21,21 @@ from firth.data import class_counts, text_cache
 from firth.data.collate import Batches
 from firth.data.examples import DatasetSplits
 from firth.evaluate.tokenizer_match import check_same_tokenizer
-from firth.generate import embeddings
 from firth.io.atomic import make_directory, new_directory, write_text
 from firth.io.integrity import read_record, write_record
-from firth.model.deferred_init import record_init
+from firth.model.config import ModelConfig
 from firth.model.heads import export_heads
-from firth.model.model import LM, compile_blocks
+from firth.model.model import LM
 from firth.objectives import name_of
 from firth.objectives.objective import components
 from firth.peft.lora import num_trainable_parameters
-from firth.pretrained.load_save import init_from_model, save_model
+from firth.pretrained.load_save import save_model
 from firth.report.page import write as write_report
 from firth.report.run_report import run_report
 from firth.runs import config_io, examples, model_card, report_texts
+from firth.runs.branch import start_from_checkpoint
+from firth.runs.build_model import BuiltModel, assemble_model, is_new
+from firth.runs.compatibility import check_available_memory
 from firth.runs.eval_tasks import EvalTasks
 from firth.runs.init_head import init_head
 from firth.runs.loaded_model import Model
@@ -43,19 +45,17 @@ from firth.runs.recipe import MODEL_CONFIG_HINT, Recipe, ResolvedRecipe, load_re
 from firth.runs.resolve import resolve
 from firth.runs.run_context import RunContext, RunIdentity
 from firth.runs.start_model import StartModel, model_directory
+from firth.runs.step_estimate import certainly_fits, check_fits, step_estimate
 from firth.runs.tokenizer import check_vocab, fallbacks, tokenizer_of
 from firth.runs.validation import PromptValidator, Validator, vocab
 from firth.tokenizer.tokenizer import Tokenizer
 from firth.training import checkpoint, trainer
 from firth.training.device import choose_precision, default_device
-from firth.training.distributed import join
-from firth.training.logging import OnMetrics, ProgressReporter, check_loggers, metrics_loggers
+from firth.training.distributed import Ranks, join
+from firth.training.logging import OnMetrics, ProgressReporter, check_loggers, clock, metrics_loggers, short
 from firth.training.step import SINGLE
 from firth.training.trainer import TrainerConfig, TrainingResult
 from firth.types import LOGGER, LogLine, UserError
-
-if TYPE_CHECKING:
-    from firth.training.sharding import Shards
 
 CLASS_REPORT = "held_out.json"
 """Per-class results of the exported model on the held-out examples, for the report."""
@@ -78,6 +78,7 @@ class RunResult:
         seconds: Training time.
         flops: Counted FLOPs.
         metrics: Metrics of the exported step; held-out ones are named `valid/NAME`.
+        mfu: Model FLOPs utilization: counted FLOPs per second over the machine's peak.
     """
 
     directory: Path
@@ -87,6 +88,7 @@ class RunResult:
     seconds: float
     flops: float
     metrics: dict[str, float]
+    mfu: float = 0.0
 
     @property
     def model(self) -> Path:
@@ -100,6 +102,7 @@ def run(
     log: LogLine = LOGGER.info,
     reporter: ProgressReporter | None = None,
     on_metrics: OnMetrics | None = None,
+    start_from: Path | None = None,
 ) -> RunResult:
     """Train a recipe in a directory, or resume or return the run that the directory holds.
 
@@ -109,6 +112,7 @@ def run(
         log: Receives messages of the first rank.
         reporter: Receives the progress of training; by default a bar on a terminal, else the logger.
         on_metrics: Called with each row of metrics.jsonl, on the first rank.
+        start_from: A checkpoint of another run with the same first steps (`firth.runs.branch`), for a new run.
 
     Raises:
         UserError: The directory holds a run of another recipe, or the recipe is invalid.
@@ -118,6 +122,8 @@ def run(
     with ranks.together():
         check_start_models(recipe)
         check_loggers(recipe.loggers)
+        if recipe.model is not None:
+            check_weights_fit(recipe, recipe.model, ranks)
         make_directory(directory)
         context = RunContext.open(recipe, directory, log, ranks)
         data = prepare_tokenizer(recipe, context)
@@ -126,9 +132,11 @@ def run(
         finished = finished_run(resolved, identity, context)
         if finished is not None:
             return finished
+        check_weights_fit(resolved, resolved.model, ranks)
         datasets = build_data(resolved, data, context)
+        check_memory(resolved, datasets)
         built = build_model(resolved, datasets, context)
-        ended = train(resolved, built, datasets, identity, context, reporter, on_metrics)
+        ended = train(resolved, built, datasets, identity, context, reporter, on_metrics, start_from)
         return export(resolved, built, datasets, ended, identity, context)
 
 
@@ -151,21 +159,6 @@ class RunDatasets:
     tasks: EvalTasks | None
     batches: Batches
     notes: list[str]
-
-
-@dataclass(frozen=True, eq=False)
-class BuiltModel:
-    """The model of a run.
-
-    Args:
-        model: The model, on the training device.
-        added_heads: Names of the heads that the start model does not have.
-        shards: The sharding of the model; None if each rank has a copy.
-    """
-
-    model: LM
-    added_heads: list[str]
-    shards: Shards | None = None
 
 
 def prepare_tokenizer(recipe: Recipe, context: RunContext) -> RunData:
@@ -229,59 +222,49 @@ def build_data(resolved: ResolvedRecipe, data: RunData, context: RunContext) -> 
     return RunDatasets(data, splits, validator, tasks, batches, notes)
 
 
+def check_weights_fit(recipe: Recipe, config: ModelConfig, ranks: Ranks) -> None:
+    """Raise a UserError if the weights of a run, their gradients and the optimizer state do not fit into the free memory."""
+    full = isinstance(recipe.peft, FullFinetuning)
+    degree, whole = recipe.distributed.degree(ranks), not is_new(recipe)
+    check_available_memory(config, recipe.optimizer.name, full, default_device(), degree, whole)
+
+
+def check_memory(resolved: ResolvedRecipe, datasets: RunDatasets) -> None:
+    """Raise a UserError if a training step does not fit into the free memory, before the model is built.
+
+    A step that may not fit by a generous bound is run on tensors without data. Rollouts are not known before the run, and the
+    estimate is that of a model that is not sharded.
+    """
+    device, source = default_device(), datasets.batches.source
+    if source.on_policy or (resolved.distributed.shard != "none" and datasets.batches.world > 1):
+        return
+    batches = datasets.batches.batches(0)
+    if not certainly_fits(resolved, batches, device):
+        plain = dataclasses.replace(resolved, compile=False)
+        build = partial(assemble_model, plain, datasets.data, lambda _: None)
+        check_fits(step_estimate(lambda: build().model, resolved, [batches]), device)
+
+
 def build_model(resolved: ResolvedRecipe, datasets: RunDatasets, context: RunContext) -> BuiltModel:
     """Build the model, with the weights of the start model if there is one, and shard it.
 
     A sharded model without a start model never exists as a whole: its weights are initialized one by one.
     """
-    tokenizer, log = datasets.data.tokenizer, context.log
-
-    def set_characters() -> None:
-        model.set_token_characters([tokenizer.token(i) for i in range(tokenizer.vocab.size)])
-
+    log = context.log
     torch.manual_seed(resolved.seed)
-    degree, base = resolved.distributed.degree(context.ranks), datasets.data.start.model
-    new = base is None and not resolved.init_embeddings_from and isinstance(resolved.peft, FullFinetuning)
-    with record_init() if degree > 1 and new else nullcontext() as record:
-        model = LM(resolved.model, resolved.objective.heads(resolved.model))
-    added: list[str] = []
-    if base is not None:
-        dropped, added = init_from_model(model, base, model_directory(resolved.init_from))
-        datasets.data.start.release()
-        changed = [f"{what} {', '.join(names)}" for what, names in (("drops", dropped), ("adds", added)) if names]
-        log(f"{resolved.name} starts from {resolved.init_from}" + (f": {'; '.join(changed)}" if changed else ""))
-    elif record is None:
-        set_characters()
-    if resolved.init_embeddings_from:
-        loaded = embeddings.load_embeddings(model, model_directory(resolved.init_embeddings_from))
-        log(f"{resolved.name} takes {loaded}; everything else is initialized at random")
-    if record is None:
-        model.restrict_vocab(tokenizer.vocab)
-    resolved.peft.apply(model, added, tokenizer, resolved.seed)
-    for stack in model.stacks():
-        stack.gradient_checkpointing = resolved.gradient_checkpointing
-    shards = None
-    if degree > 1:
-        from firth.training.sharding import Shards  # which takes half a second
-
-        shards = Shards(model, context.ranks, degree, default_device(), datasets.data.precision, record)
-        if record is not None:
-            set_characters()
-            model.restrict_vocab(tokenizer.vocab)
-        log(f"{resolved.name}: each weight is sharded over {degree} processes")
-    model.to(default_device())
-    if resolved.compile:
-        compile_blocks(model)
+    built = assemble_model(resolved, datasets.data, log, context.ranks)
+    datasets.data.start.release()
+    model = built.model
     trainable, total = num_trainable_parameters(model), sum(p.numel() for p in model.parameters())
     log(
         f"{resolved.name}: {total:,} parameters"
         + (f", of which {trainable:,} are trained" if trainable < total else "")
     )
     if resolved.init_head_from_frequencies and not resolved.init_from:
-        counted = init_head(model, resolved.objective, datasets.batches, shards or SINGLE)
+        counted = init_head(model, resolved.objective, datasets.batches, built.shards or SINGLE)
         if counted:
             log(f"{resolved.name} starts with an LM head that predicts the frequencies of {counted:,} labels")
-    return BuiltModel(model, added, shards)
+    return built
 
 
 def train(
@@ -292,6 +275,7 @@ def train(
     context: RunContext,
     reporter: ProgressReporter | None,
     on_metrics: OnMetrics | None,
+    start_from: Path | None = None,
 ) -> TrainingResult:
     """Train the model, with checkpoints and metrics in the run directory; record the recipe and its inputs first.
 
@@ -306,6 +290,8 @@ def train(
         if not context.resumed or load_resolved(directory) != resolved:  # the same inputs at another path
             write_text(directory / "recipe.yaml", config_io.write_yaml(resolved))
         context.inputs.write(directory, identity.recipe)
+        if start_from is not None and not context.resumed:
+            start_from_checkpoint(start_from, resolved, context, identity)
     with model.whole():
         if context.ranks.first:
             report_texts.write_texts(resolved, model, datasets.data, datasets.splits, 0)
@@ -348,11 +334,18 @@ def export(
 ) -> RunResult:
     """Write the model, its adapter, its model card, the result and the report, on the first rank; return the result."""
     result = RunResult(
-        context.directory, ended.step, ended.exported_step, ended.tokens, ended.seconds, ended.flops, ended.metrics
+        context.directory,
+        ended.step,
+        ended.exported_step,
+        ended.tokens,
+        ended.seconds,
+        ended.flops,
+        ended.metrics,
+        ended.mfu,
     )
     whole = built.model if built.shards is None else built.shards.unsharded()
     if context.ranks.first and whole is not None:
-        _write_files(resolved, replace(built, model=whole), datasets, result, identity, context)
+        _write_files(resolved, dataclasses.replace(built, model=whole), datasets, result, identity, context)
     context.ranks.wait()
     return result
 
@@ -399,6 +392,11 @@ def _write_files(
         card = model_card.of_run(directory, place, model, summary, facts, config_io.to_dict(resolved), done)
         model_card.write(card, place / "README.md")
     write_record(directory / DONE, done)
+    rate = result.flops / max(result.seconds, 1e-9)
+    log(
+        f"{resolved.name}: {result.steps:,} steps, {result.tokens:,} tokens and {short(result.flops)}FLOPs in {clock(result.seconds)}: "
+        f"{short(rate)}FLOP/s, {result.mfu:.1%} of this machine's peak (MFU)"
+    )
     write_report(run_report(directory), directory / REPORT)
     log(f"{resolved.name}: {directory / 'model'} ({summary}); report: {directory / REPORT}")
 
@@ -458,5 +456,12 @@ def _read_result(directory: Path, known: str) -> RunResult:
     done = read_record(directory / DONE, needs, hint)
     exported = done.get("exported_step", done["steps"])  # missing in older runs
     return RunResult(
-        directory, done["steps"], exported, done["tokens"], done["seconds"], done["flops"], done["metrics"]
+        directory,
+        done["steps"],
+        exported,
+        done["tokens"],
+        done["seconds"],
+        done["flops"],
+        done["metrics"],
+        done.get("mfu", 0.0),
     )

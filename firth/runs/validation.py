@@ -7,7 +7,7 @@ correlation, rank correlation; see `firth.evaluate.heads`). Each metric can choo
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -22,6 +22,7 @@ from firth.data.source import Source
 from firth.evaluate import metrics
 from firth.evaluate.heads import HEADS, HeadOutput, head_of
 from firth.model.model import LM
+from firth.objectives.reward_model import pair_margins
 from firth.runs.examples import spread
 from firth.runs.recipe import ResolvedRecipe
 from firth.tokenizer.tokenizer import Tokenizer
@@ -56,10 +57,15 @@ class Validator:
     ranks: Ranks
 
     @cached_property
+    def heads(self) -> Mapping[str, object]:
+        """The heads that the objective adds, without weights."""
+        with torch.device("meta"):
+            return self.recipe.objective.heads(self.recipe.model)
+
+    @cached_property
     def head(self) -> str:
         """The task head that is evaluated per example; empty for most objectives."""
-        with torch.device("meta"):  # only the names are needed
-            return head_of(self.recipe.objective.heads(self.recipe.model))
+        return head_of(self.heads)
 
     @cached_property
     def examples(self) -> Source:
@@ -95,7 +101,9 @@ class Validator:
                 )
 
     def class_report(self, model: LM) -> dict[str, Any]:
-        """Return {"classes", "confusion": rows are labels, "per_class"}; {} if the head has no classes."""
+        """Return {"classes", "confusion": rows are labels, "per_class"}, or {"calibration"} of a reward model; {} for other heads."""
+        if "reward" in self.heads:
+            return {"calibration": self._calibration(model)}
         classes = self.recipe.objective.constraints.class_names
         if self.head not in ("classes", "tags") or len(classes) < 2:
             return {}
@@ -111,6 +119,19 @@ class Validator:
             return {"per_class": per_class}
         table = np.bincount(right * len(classes) + predicted, minlength=len(classes) ** 2)
         return {"classes": classes, "confusion": table.reshape(len(classes), -1).tolist(), "per_class": per_class}
+
+    def _calibration(self, model: LM) -> list[tuple[float, float, int]]:
+        """Return the bins of `firth.evaluate.metrics.calibration_bins` over all pairs; none for rankings of more answers."""
+        margins: list[float] = []
+
+        def watch(outputs: Outputs, batch: Batch) -> None:
+            if batch["tokens"].shape[1] == 2:
+                margins.extend(pair_margins(model, outputs, batch).tolist())
+
+        whole = replace(self, ranks=Ranks())  # the first rank alone writes the report
+        validate(model, self.recipe.objective, whole.batches.all_batches(), watch=watch)
+        difference = np.array(margins)
+        return metrics.calibration_bins(1 / (1 + np.exp(-np.abs(difference))), difference > 0) if margins else []
 
     def _read(self, model: LM) -> tuple[dict[str, float], Sequence[HeadOutput]]:
         """Return the means over all examples, and the outputs of the task head for each."""

@@ -15,15 +15,60 @@ from starlette.responses import FileResponse, JSONResponse, Response
 from starlette.routing import BaseRoute, Mount, Route
 from starlette.staticfiles import StaticFiles
 
+from firth.serve import inference
+from firth.serve.completions import chat_complete, complete
 from firth.serve.config import ServeConfig
 from firth.serve.errors import ApiError
 from firth.serve.guard import Guard
-from firth.serve.registry import ModelRegistry
+from firth.serve.openapi import document
+from firth.serve.operations import Context, Operation, Places
+from firth.serve.registry import ModelRegistry, ServedModel
+from firth.serve.schemas import (
+    ChatChunk,
+    ChatRequest,
+    ChatResponse,
+    CompletionRequest,
+    CompletionResponse,
+    EmbeddingRequest,
+    EmbeddingResponse,
+    FillRequest,
+    FillResponse,
+    HealthResponse,
+    ModelEntry,
+    ModelList,
+    PredictRequest,
+    PredictResponse,
+    RewardRequest,
+    RewardResponse,
+    ScoreRequestBody,
+    ScoreResponse,
+    TokenizeRequest,
+    TokenizeResponse,
+)
 
 STATIC = Path(__file__).parent / "static"
 
+OPERATIONS = (
+    Operation("/v1/completions", "Continue texts", CompletionRequest, CompletionResponse, complete, CompletionResponse),
+    Operation("/v1/chat/completions", "Answer a chat", ChatRequest, ChatResponse, chat_complete, ChatChunk),
+    Operation("/v1/embeddings", "Turn texts into vectors", EmbeddingRequest, EmbeddingResponse, inference.embed),
+    Operation("/fill", "Fill the gaps of a text", FillRequest, FillResponse, inference.fill),
+    Operation("/classify", "Classify records", PredictRequest, PredictResponse, inference.predict_with("classify")),
+    Operation("/tag", "Tag the words of records", PredictRequest, PredictResponse, inference.predict_with("tag")),
+    Operation("/answer", "Answer from passages", PredictRequest, PredictResponse, inference.predict_with("answer")),
+    Operation("/score", "Score each token of a text", ScoreRequestBody, ScoreResponse, inference.score),
+    Operation("/tokenize", "Split a text into tokens", TokenizeRequest, TokenizeResponse, inference.tokenize),
+    Operation("/reward", "Rate answers", RewardRequest, RewardResponse, inference.reward),
+)
+"""The POST routes of models."""
 
-def create_app(models: ModelRegistry | None, config: ServeConfig, extra_routes: Sequence[BaseRoute] = ()) -> Starlette:
+
+def create_app(
+    models: ModelRegistry | None,
+    config: ServeConfig,
+    extra_routes: Sequence[BaseRoute] = (),
+    extra_operations: Sequence[Operation] = (),
+) -> Starlette:
     """Return the application.
 
     Handlers find the models in `request.app.state.models` and the configuration in `request.app.state.config`.
@@ -32,6 +77,7 @@ def create_app(models: ModelRegistry | None, config: ServeConfig, extra_routes: 
         models: The models; None for an application of pages alone.
         config: The configuration.
         extra_routes: Further routes, before the static files.
+        extra_operations: Further POST routes of models, which are in the OpenAPI document too.
     """
 
     @asynccontextmanager
@@ -44,14 +90,16 @@ def create_app(models: ModelRegistry | None, config: ServeConfig, extra_routes: 
             if models is not None:
                 models.thread.stop()
 
-    routes: list[BaseRoute] = [
-        Route("/health", health),
-        *extra_routes,
-        Route("/", index),
-        Mount("/static", StaticFiles(directory=STATIC)),
-    ]
+    routes: list[BaseRoute] = [Route("/health", health), *extra_routes]
+    if models is not None:
+        operations = (*OPERATIONS, *extra_operations)
+        context = Context(models, config.limits, Places(config.limits.max_requests))
+        routes += [one.route(context) for one in operations]
+        routes += [Route("/v1/models", list_models), Route("/v1/models/{model:path}", show_model)]
+        described = document(operations, bool(config.api_key))
+        routes.append(Route("/openapi.json", lambda _: JSONResponse(described)))
     app = Starlette(
-        routes=routes,
+        routes=[*routes, Route("/", index), Mount("/static", StaticFiles(directory=STATIC))],
         middleware=[Middleware(Guard, config)],
         exception_handlers={ApiError: on_api_error, HTTPException: on_http_error},
         lifespan=lifespan,
@@ -62,12 +110,31 @@ def create_app(models: ModelRegistry | None, config: ServeConfig, extra_routes: 
 
 async def health(request: Request) -> Response:
     """Return whether the server answers; this route needs no key."""
-    return JSONResponse({"status": "ok"})
+    return JSONResponse(HealthResponse(status="ok").model_dump())
 
 
 async def index(request: Request) -> Response:
     """Return the first page."""
     return FileResponse(STATIC / "index.html", media_type="text/html")
+
+
+async def list_models(request: Request) -> Response:
+    """Return the models of the server."""
+    found = ModelList(data=[entry(served) for served in request.app.state.models.models.values()])
+    return JSONResponse(found.model_dump())
+
+
+async def show_model(request: Request) -> Response:
+    """Return a model of the server."""
+    return JSONResponse(entry(request.app.state.models.get(request.path_params["model"])).model_dump())
+
+
+def entry(served: ServedModel) -> ModelEntry:
+    """Return the entry of a model in the list."""
+    context = served.model.evaluated.model.context
+    return ModelEntry(
+        id=served.name, created=served.created, max_model_len=context, capabilities=list(served.capabilities)
+    )
 
 
 async def on_api_error(request: Request, error: Any) -> Response:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ipaddress
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any
 
 from firth.fields import NonNegativeInt, PositiveFloat, PositiveInt, TokenCount, Validated
 from firth.types import UserError
@@ -39,7 +41,7 @@ class ServeLimits(Validated, section="limits"):
         drain_seconds: Most seconds for running answers after SIGTERM.
     """
 
-    max_body_bytes: PositiveInt = 4 << 20
+    max_body_bytes: PositiveInt = 1 << 20
     max_prompt_tokens: NonNegativeInt = 0
     max_new_tokens: TokenCount = 4096
     max_prompts: PositiveInt = 64
@@ -103,6 +105,28 @@ class ServeConfig:
         if name in LOOPBACK_NAMES or name == self.host.lower() or name in {one.lower() for one in self.allowed_hosts}:
             return True
         return not is_loopback(self.host) and _is_address(name)
+
+
+def limits_from(settings: Sequence[str]) -> ServeLimits:
+    """Return the limits with some of them changed.
+
+    >>> limits_from(["max_requests=3"]).max_requests
+    3
+
+    Raises:
+        UserError: A setting is no NAME=VALUE, or there is no such limit.
+    """
+    known = {one.name: one.type for one in fields(ServeLimits)}
+    values: dict[str, Any] = {}
+    for setting in settings:
+        name, equals, value = setting.partition("=")
+        if not equals or name not in known:
+            raise UserError(f"--limit {setting}: write NAME=VALUE; the limits are {', '.join(known)}")
+        try:
+            values[name] = float(value) if known[name] == "PositiveFloat" else int(value)
+        except ValueError:
+            raise UserError(f"--limit {setting}: {value!r} is not a number") from None
+    return ServeLimits(**values)
 
 
 def is_loopback(host: str) -> bool:

@@ -1,13 +1,103 @@
-"""The models of a server, by name."""
+"""The models of a server, by name: how they are loaded, and what each can do."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
 
-from firth.runs.loaded_model import Model
+from firth.evaluate.perplexity import leading_bos
+from firth.evaluate.prompting.local_model import LocalModel
+from firth.evaluate.task import EvaluatedModel, load_evaluated_model
+from firth.evaluate.tasks import default_task
+from firth.evaluate.tasks.generation import can_generate
+from firth.evaluate.tokenizer_match import check_adapter_base, load_tokenizer
+from firth.generate.quantized import quantize
+from firth.peft import adapter_files
+from firth.pretrained.load_save import check_vocab_fits
+from firth.runs.loaded_model import Model, fast_weights, objective_in
 from firth.serve.engine_thread import EngineThread
 from firth.serve.errors import ApiError
+from firth.serve.structured import Grammars
+from firth.serve.token_texts import TokenTexts
+from firth.tokenizer import chat
+from firth.types import LOGGER, UserError
+
+PREDICTIONS = {
+    "classification": "classify", "regression": "classify", "multiple_choice": "classify", "token_classification": "tag",
+    "question_answering": "answer",
+}  # fmt: skip
+"""Task of a model -> the route that predicts with it."""
+
+
+@dataclass(frozen=True, eq=False)
+class ServedModel:
+    """A model of the server.
+
+    Args:
+        name: Its name in requests.
+        model: The model, with the weights that are served.
+        created: When it was loaded, in seconds since 1970.
+    """
+
+    name: str
+    model: Model
+    created: int
+
+    @cached_property
+    def local(self) -> LocalModel:
+        """The model as `firth evaluate` asks it, so that scores are equal."""
+        evaluated = self.model.evaluated
+        bos = leading_bos(evaluated.model_directory, evaluated.tokenizer)[0]
+        return LocalModel(evaluated, bos=bos)
+
+    @cached_property
+    def grammars(self) -> Grammars:
+        """Compiles structured output for its tokenizer; made when it is first needed, which takes up to a second."""
+        return Grammars(self.model.engine)
+
+    @cached_property
+    def texts(self) -> TokenTexts:
+        """The text of each token."""
+        return TokenTexts(self.model.tokenizer)
+
+    @cached_property
+    def capabilities(self) -> tuple[str, ...]:
+        """What the model can do: names of routes."""
+        evaluated, found = self.model.evaluated, ["tokenize", "embeddings"]
+        config = evaluated.model.config
+        if can_generate(evaluated):
+            found.append("completions")
+            if _has_template(evaluated):
+                found.append("chat")
+        if evaluated.model.has_lm_head and not config.encoder.latent_size:
+            found.append("score")
+        if not config.encoder.latent_size and self.model.with_lm_head().can_fill:
+            found.append("fill")
+        if (route := PREDICTIONS.get(default_task(evaluated))) is not None:
+            found.append(route)
+        return (*found, "reward") if "reward" in evaluated.model.heads else tuple(found)
+
+    def require(self, capability: str) -> None:
+        """Raise an ApiError if the model cannot do this."""
+        if capability not in self.capabilities:
+            raise ApiError(
+                400, f"the model {self.name!r} cannot serve {capability}; it serves {', '.join(self.capabilities)}",
+                param="model", code="unsupported_by_model",
+            )  # fmt: skip
+
+
+def _has_template(evaluated: EvaluatedModel) -> bool:
+    """Return whether a dialogue can be encoded for a model."""
+    if evaluated.model.config.encoder.num_layers:
+        return False
+    try:
+        chat.encode(evaluated.tokenizer, [{"role": "user", "content": "a"}], open=True)
+    except UserError:
+        return False
+    return True
 
 
 @dataclass(frozen=True)
@@ -19,11 +109,11 @@ class ModelRegistry:
         thread: The thread.
     """
 
-    models: Mapping[str, Model]
+    models: Mapping[str, ServedModel]
     thread: EngineThread = field(default_factory=EngineThread)
 
-    def get(self, name: str | None) -> tuple[str, Model]:
-        """Return the name and the model of a request; the first model if it names none.
+    def get(self, name: str | None) -> ServedModel:
+        """Return the model of a request; the first model if it names none.
 
         Raises:
             ApiError: There is no such model.
@@ -34,4 +124,71 @@ class ModelRegistry:
             raise ApiError(
                 404, f"there is no model {name[:100]!r}: this server has {known}", param="model", code="model_not_found"
             )
-        return name, self.models[name]
+        return self.models[name]
+
+
+def load_models(sources: Sequence[str], weights: str | None = None, max_rows: int = 16) -> ModelRegistry:
+    """Load models; the base of several adapters is loaded once, and also serves under its own name if it is given.
+
+    Args:
+        sources: Run or model directories, adapters or GGUF files: PATH, which is named for its last part, or NAME=PATH.
+        weights: Format of the weights in memory (`firth.generate.quantized`); None for the stored one, "auto" for bf16 where
+            that is faster here. Models without an LM head keep the stored one.
+        max_rows: Most answers of a model that are decoded together.
+
+    Raises:
+        UserError: Two models have one name, or a model cannot be loaded.
+    """
+    bases: dict[Path, EvaluatedModel] = {}
+    models: dict[str, ServedModel] = {}
+    for name, directory in map(_named, sources):
+        if name in models:
+            raise UserError(f"two models are named {name!r}: give one another name, as in NAME={directory}")
+        model = Model(_load(directory, weights, bases), objective_in(directory) if directory.is_dir() else None)
+        models[name] = ServedModel(name, model, int(time.time()))
+        LOGGER.info(f"{name}: {', '.join(models[name].capabilities)} ({model.config.description})")
+    return ModelRegistry(models, EngineThread(max_rows))
+
+
+def _named(source: str) -> tuple[str, Path]:
+    """Return the name and the path of PATH or NAME=PATH.
+
+    >>> _named("runs/gpt/"), _named("small=runs/gpt"), _named("m.gguf")[0]
+    (('gpt', PosixPath('runs/gpt')), ('small', PosixPath('runs/gpt')), 'm')
+    """
+    name, equals, path = source.partition("=")
+    if equals and name and not Path(source).exists():
+        return name, Path(path)
+    found = Path(source)
+    return (found.stem if found.suffix == ".gguf" else found.resolve().name), found
+
+
+def _load(directory: Path, weights: str | None, bases: dict[Path, EvaluatedModel]) -> EvaluatedModel:
+    """Load a model; `bases` has what is loaded already, by resolved directory, and is added to."""
+    location = directory / "model" if (directory / "model").is_dir() else directory
+    if location.resolve() in bases:
+        return bases[location.resolve()]
+    if not location.is_dir() or not adapter_files.present(location):
+        found = bases[location.resolve()] = _converted(load_evaluated_model(directory), weights)
+        return found
+    base = adapter_files.base_of(location)
+    check_adapter_base(location, base)
+    shared = _load(base, weights, bases)
+    model = adapter_files.load_shared(shared.model, location)
+    tokenizer_location = location if (location / "tokenizer.json").is_file() else base
+    tokenizer = load_tokenizer(tokenizer_location)
+    check_vocab_fits(tokenizer, model.config, f"{tokenizer_location}")
+    model.restrict_vocab(tokenizer.vocab)
+    return EvaluatedModel(model, tokenizer, directory, tokenizer_location)
+
+
+def _converted(evaluated: EvaluatedModel, weights: str | None) -> EvaluatedModel:
+    """Return a model with its weights in another format; the stored weights are freed."""
+    if not evaluated.model.has_lm_head:
+        return evaluated
+    weights = fast_weights(evaluated.model) if weights == "auto" else weights
+    if weights is None:
+        return evaluated
+    model = quantize(evaluated.model, weights)
+    model.restrict_vocab(evaluated.tokenizer.vocab)
+    return EvaluatedModel(model, evaluated.tokenizer, evaluated.directory, evaluated.model_directory)

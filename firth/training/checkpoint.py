@@ -139,6 +139,25 @@ def save(
     return final
 
 
+def copy_to(saved: Checkpoint, run: Path, recipe: str) -> None:
+    """Write a checkpoint of another run into a run directory, as the state that this run has at that step.
+
+    Args:
+        saved: The checkpoint.
+        run: The run directory.
+        recipe: The hash of the recipe of this run.
+
+    Raises:
+        UserError: It is a checkpoint of a sharded run.
+    """
+    if saved.shards:
+        raise UserError(
+            f"{saved.path}: another run cannot start from a checkpoint in shards: export the model and use init_from"
+        )
+    state = saved.state | {"best": None, "stale": 0, "metrics": {}}
+    save(run, int(state["step"]), saved.files, state, layout=saved.layout, recipe=recipe)
+
+
 def partial_of(run: Path, step: int) -> Path:
     """Return where the checkpoint of a step is written before it is renamed."""
     return run / "checkpoints" / f"step-{step:06d}.partial"

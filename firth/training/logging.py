@@ -3,7 +3,7 @@
 metrics.jsonl has one JSON object per line:
 
     {"split": "train", "step": 40, "seconds": 12.5, "tokens": 163840, "loss": 4.1, "norm": 0.8, "rate": 0.003,
-     "tokens_per_second": 13100, "flops_per_second": 9.2e11, "flops": 3.7e13, "skipped": 0, "crc": 2310844212}
+     "tokens_per_second": 13100, "flops_per_second": 9.2e11, "mfu": 0.41, "flops": 3.7e13, "skipped": 0, "crc": 2310844212}
     {"split": "valid", "step": 40, "seconds": 12.5, "tokens": 163840, "loss": 4.3, "bits_per_byte": 2.2}
     {"split": "rollouts", "step": 41, "seconds": 12.5, "tokens": 163840, "reward": 0.4, "kl_per_answer": 1.2}
 
@@ -11,6 +11,7 @@ metrics.jsonl has one JSON object per line:
     seconds     training time, without evaluation and checkpoints
     tokens      tokens read so far, without padding
     flops       counted work so far (`firth.model.flops`)
+    mfu         model FLOPs utilization: `flops_per_second` over the machine's peak (`firth.training.speed`)
     loss        sum of the objective's loss terms, each a mean over its labels in this step, not smoothed. With several terms,
                 each one is also logged as `loss/TERM`; other metrics have their own names
     norm        gradient norm before clipping

@@ -18,12 +18,16 @@ class Interrupted(KeyboardInterrupt):
     """The run was interrupted and has saved a checkpoint; the message explains how to resume. Unwinds like Ctrl-C."""
 
 
+class LockedError(UserError):
+    """Another process holds the lock of a directory."""
+
+
 @contextmanager
 def run_lock(directory: Path) -> Iterator[None]:
     """Lock a directory against other processes; the kernel releases the lock however this process ends.
 
     Raises:
-        UserError: Another process holds the lock; the message has its process id.
+        LockedError: Another process holds the lock; the message has its process id.
     """
     directory.mkdir(parents=True, exist_ok=True)
     with open(directory / "lock", "a+") as file:
@@ -31,7 +35,7 @@ def run_lock(directory: Path) -> Iterator[None]:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             file.seek(0)
-            raise UserError(
+            raise LockedError(
                 f"{directory}: process {file.read().strip() or 'unknown'} is training in this directory; "
                 "wait for it, stop it with Ctrl-C, or choose another directory"
             ) from error

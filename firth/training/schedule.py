@@ -1,7 +1,8 @@
 """The training budget and the learning rate schedule.
 
 Both are functions of one number, the fraction of the run that has passed. So a budget can be in steps, in seconds or in
-counted FLOPs (for comparisons at equal compute) with the same schedules, and a schedule has no state to save.
+counted FLOPs (for comparisons at equal compute) with the same schedules, and a schedule has no state to save. A warmup in
+steps does not depend on the length of the run: runs of several lengths then share their first steps (`firth.scaling.sweep`).
 
 >>> schedule = Schedule("wsd", warmup_ratio=0.1, decay_ratio=0.2)
 >>> [round(schedule.factor(f), 2) for f in (0.0, 0.05, 0.1, 0.5, 0.8, 0.9, 1.0)]
@@ -63,24 +64,40 @@ class Schedule(Validated, section="schedule"):
         warmup_ratio: Fraction of the run in which the factor rises linearly from 0 to 1.
         decay_ratio: Fraction of the run in which "wsd" decays; the other kinds decay after the warmup.
         min_lr_ratio: The factor at the end.
+        warmup_steps: Steps of the warmup in place of `warmup_ratio`, with "wsd" and "constant"; 0 takes `warmup_ratio`.
     """
 
     kind: Literal["cosine", "linear", "wsd", "constant"] = "cosine"
     warmup_ratio: Share = 0.02
     decay_ratio: Share = 0.4
     min_lr_ratio: Share = 0.0
+    warmup_steps: NonNegativeInt = 0
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.kind == "wsd" and self.warmup_ratio + self.decay_ratio > 1:
+        if self.warmup_steps:
+            if self.kind not in ("wsd", "constant"):
+                raise UserError(
+                    f"schedule.warmup_steps={self.warmup_steps} fits schedule.kind=wsd or constant, and this one is {self.kind}, "
+                    "which decays from the end of the warmup: set schedule.warmup_ratio"
+                )
+        elif self.kind == "wsd" and self.warmup_ratio + self.decay_ratio > 1:
             raise UserError(
                 f"schedule.warmup_ratio={self.warmup_ratio:g} and schedule.decay_ratio={self.decay_ratio:g} add up to more than "
                 "the whole run"
             )
 
-    def factor(self, passed: float) -> float:
-        """Return the factor on every learning rate when the fraction `passed` of the run is done."""
-        if passed < self.warmup_ratio:
+    def factor(self, passed: float, step: int = 0) -> float:
+        """Return the factor on every learning rate.
+
+        Args:
+            passed: The fraction of the run that is done, in the middle of the step.
+            step: Steps before this one; read with `warmup_steps` only.
+        """
+        if self.warmup_steps:
+            if step < self.warmup_steps:
+                return (step + 0.5) / self.warmup_steps
+        elif passed < self.warmup_ratio:
             return passed / self.warmup_ratio
         start = 1 - self.decay_ratio if self.kind == "wsd" else self.warmup_ratio
         decayed = (passed - start) / (1 - start) if passed > start else 0.0

@@ -41,6 +41,7 @@ from firth.training.parallel import Parallel, Replicas
 from firth.training.prefetch import Prefetcher
 from firth.training.run_lock import Interrupted, interrupt_handler, run_lock
 from firth.training.schedule import Budget, Schedule
+from firth.training.speed import machine_peak
 from firth.training.step import count_targets, named_metrics, pinned, to
 from firth.training.step import step as gradients
 from firth.types import PRECOMPUTED_FIELDS, Batch, UserError
@@ -55,6 +56,11 @@ LOWER_IS_BETTER = ("loss", "bits", "squared_error", "perplexity")
 """Prefixes of the names of metrics for which lower is better."""
 LOWER_IS_BETTER_TASKS = (*LOWER_IS_BETTER, "copying_loss", "in_context_score", "word_perplexity", "byte_perplexity")
 """The same for the last part of the name of a metric of a task, such as task/copying_loss."""
+
+
+class DivergedError(UserError):
+    """The loss, the gradients or the weights of a run are not finite."""
+
 
 Evaluate = Callable[["LM", int], dict[str, float]]
 """(model, step) -> validation metrics. Called in eval mode, without gradients, on every rank."""
@@ -105,6 +111,7 @@ class TrainingResult:
         flops: Counted work.
         skipped: Steps without a finite gradient.
         metrics: The last metrics at `exported_step`; those of validation are named `valid/NAME`.
+        mfu: Model FLOPs utilization: `flops` per second over the machine's peak (`firth.training.speed`); 0 on ranks above 0.
     """
 
     step: int
@@ -114,6 +121,7 @@ class TrainingResult:
     flops: float
     skipped: int
     metrics: dict[str, float]
+    mfu: float = 0.0
 
 
 def train(
@@ -154,7 +162,7 @@ def train(
         on_metrics: Called with each row of metrics.jsonl, on the first rank.
 
     Raises:
-        UserError: No labels, directory locked, disk full, or gradients not finite.
+        UserError: No labels, directory locked, disk full, or gradients not finite (`DivergedError`).
         Interrupted: Ctrl-C; a checkpoint has been saved.
     """
     ranks = ranks or Ranks()
@@ -198,6 +206,7 @@ class _Run:
         self.last_logged = (self.state.seconds, self.state.tokens, self.state.flops)  # at the last row of the log
         self.step_seconds = 0.0
         self.score: float | None = None
+        self.peak = machine_peak(self.device.type, self.state.precision) * ranks.world if ranks.first else math.inf
 
     def _start_or_resume(self) -> TrainingState:
         """Return the initial state, or restore the last valid checkpoint."""
@@ -257,8 +266,9 @@ class _Run:
                     log.close()
         self.model.eval()
         exported = self._load_best() if self.config.load_best_at_end else state.step
+        mfu = state.flops / max(state.seconds, 1e-9) / self.peak
         return TrainingResult(
-            state.step, exported, state.tokens, state.seconds, state.flops, state.skipped, state.metrics
+            state.step, exported, state.tokens, state.seconds, state.flops, state.skipped, state.metrics, mfu
         )
 
     def _load_best(self) -> int:
@@ -338,7 +348,7 @@ class _Run:
             took, bad, stops, tokens_, work = ranks.sum(local.double()).tolist()
             finite, stop, tokens = not bad, stops > 0, round(tokens_)
         middle = self.budget.passed(state.step + 0.5, state.seconds + 0.5 * self.step_seconds, state.flops + 0.5 * work)
-        factor = self.schedule.factor(middle)
+        factor = self.schedule.factor(middle, state.step)
         before = time.perf_counter()
         if finite:
             self.optimizer.step(factor)
@@ -358,7 +368,7 @@ class _Run:
         )
         state.metrics |= {"norm": float(norm), "rate": self.lr * factor}
         if state.in_a_row >= self.config.max_bad_steps:
-            raise UserError(
+            raise DivergedError(
                 f"{state.in_a_row} steps in a row, the last of them step {state.step}, gave a loss or a gradient that is not "
                 f"finite; lower optimizer.lr (now {self.lr:g}) or increase schedule.warmup_ratio, and start a new run"
             )
@@ -392,7 +402,7 @@ class _Run:
             )
 
     def _check_finite_weights(self) -> None:
-        """Raise a UserError if the weights are not finite, or if the run ends on a loss that is not, before they are saved.
+        """Raise a DivergedError if the weights are not finite, or if the run ends on a loss that is not, before they are saved.
 
         The weights are the same on all ranks, and so is the result. The check reads 16 GB/s, at saves, validations and bad steps.
         """
@@ -400,12 +410,12 @@ class _Run:
         name = checkpoint.not_finite(self.model)
         advice = f"lower optimizer.lr (now {self.lr:g}) or increase schedule.warmup_ratio, and start a new run"
         if name:
-            raise UserError(
+            raise DivergedError(
                 f"step {state.step}: the optimizer has made the weight {name!r} infinite or NaN, so the model is not saved; "
                 f"{advice}"
             )
         if state.in_a_row and self._passed >= 1:
-            raise UserError(
+            raise DivergedError(
                 f"the run ends at step {state.step} on a loss or a gradient that is not finite ({state.in_a_row} in a row), so this "
                 f"model is not saved; {advice}"
             )
@@ -462,7 +472,11 @@ class _Run:
         speed, work = (state.tokens - tokens) / elapsed, (state.flops - flops_) / elapsed
         self.last_logged = (state.seconds, state.tokens, state.flops)
         row = {k: v for k, v in state.metrics.items() if not k.startswith("valid/")}
-        row |= {"tokens_per_second": round(speed, 1), "flops_per_second": round(work)}
+        row |= {
+            "tokens_per_second": round(speed, 1),
+            "flops_per_second": round(work),
+            "mfu": round(work / self.peak, 4),
+        }
         row |= {"flops": state.flops, "skipped": state.skipped}
         if log is not None:
             log.row("train", state.step, state.seconds, state.tokens, row)
@@ -471,8 +485,8 @@ class _Run:
         left = clock(state.seconds * (1 - passed) / passed)
         self.reporter.progress(
             passed,
-            f"step {state.step}{steps}  loss {row['loss']:.4f}  {short(speed)} tokens/s  {short(work)}FLOP/s  {left} left"
-            + (f"  {state.skipped} skipped" if state.skipped else ""),
+            f"step {state.step}{steps}  loss {row['loss']:.4f}  {short(speed)} tokens/s  {short(work)}FLOP/s  "
+            f"MFU {work / self.peak:.0%}  {left} left" + (f"  {state.skipped} skipped" if state.skipped else ""),
         )
 
     def _validate(self, evaluate: Evaluate) -> dict[str, float]:

@@ -26,11 +26,14 @@ from firth.model.heads import LMHead
 from firth.model.model import LM
 from firth.objectives.reward_model import Ranking
 from firth.pretrained.load_save import load_model, save_model
+from firth.runs.compatibility import check_batching
+from firth.runs.inference import evaluate_run
 from firth.runs.recipe import load
 from firth.runs.run import run
 from firth.tokenizer.tokenizer import Tokenizer
 from firth.tokenizer.train import train as train_tokenizer
 from firth.training import trainer
+from firth.training.run_lock import Interrupted
 from firth.types import PRECOMPUTED_FIELDS, UserError
 
 WORDS = ["the", "otter", "paints", "a", "boat", "while", "every", "heron", "counts", "red", "stones", "near", "their"]
@@ -408,6 +411,90 @@ def test_ppo_ptx_trains_on_text_in_the_same_steps(workdir: Path, tmp_path: Path)
         load("ppo", assignments(workdir, "ppo", "objective.ptx_coef=0.5"))
     with pytest.raises(UserError, match=r"leaves no row of batch\.size=8 for an answer"):
         run(load("ppo", assignments(workdir, "ppo", *more, "batch.size=8")), tmp_path / "full", lambda line: None)
+
+
+@pytest.mark.parametrize("stop", [3, 5])
+def test_ppo_ptx_resumes_to_the_bit(workdir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop: int) -> None:
+    """Stopped within a rollout phase of four steps: the answers, the rows of text and the moments of both losses go on."""
+    rng = np.random.default_rng(3)
+    text = tmp_path / "text.txt"
+    text.write_text("\n".join(" ".join(rng.choice(WORDS, 12)) for _ in range(120)))
+    recipe = load("ppo", assignments(
+        workdir, "ppo", "objective.ptx_coef=0.5", "examples.pretraining_rows=8", f"examples.pretraining_path={text}",
+        "examples.pretraining_length=24", "batch.size=16", "examples.num_epochs=2", "max_steps=6", "precision=fp32", "optimizer.lr=1e-3",
+    ))  # fmt: skip
+
+    class StopAt:
+        """Ctrl-C during a step."""
+
+        steps = 0
+
+        def __enter__(self) -> "StopAt":
+            return self
+
+        def __exit__(self, *_: object) -> None: ...
+
+        @property
+        def requested(self) -> bool:
+            self.steps += 1
+            return self.steps >= stop
+
+    whole = run(recipe, tmp_path / "whole", lambda line: None)
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer, "interrupt_handler", lambda _: StopAt())
+        with pytest.raises(Interrupted):
+            run(recipe, tmp_path / "part", lambda line: None)
+    [checkpoint] = (tmp_path / "part" / "checkpoints").iterdir()
+    assert checkpoint.name == f"step-{stop:06}"
+    resumed = run(recipe, tmp_path / "part", lambda line: None)
+    assert (whole.steps, whole.metrics) == (resumed.steps, resumed.metrics) and whole.steps == 6
+    first, second = (load_model(tmp_path / name / "model").state_dict() for name in ("whole", "part"))
+    start = load_model(workdir / "gpt2").state_dict()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert not all(torch.equal(first[name], start[name]) for name in first)
+    splits = [
+        [(row["split"], row["step"], row.get("loss/ptx"), row.get("reward"))
+         for row in map(json.loads, (tmp_path / name / "metrics.jsonl").read_text().splitlines()) if row["split"] != "valid"]
+        for name in ("whole", "part")
+    ]  # fmt: skip
+    assert splits[0] == splits[1] and [step for split, step, *_ in splits[0] if split == "rollouts"] == [1, 5]
+
+
+def test_the_page_of_a_reward_model_shows_its_calibration(workdir: Path, tmp_path: Path) -> None:
+    """The bins are those of all held-out pairs; their error is what `firth evaluate` computes from the exported model."""
+    pairs, out, tokenizer = workdir / "pairs.jsonl", tmp_path / "run", Tokenizer.load(workdir / "gpt2")
+    size = tokenizer.vocab.size
+    config = decoder_config(vocab_size=size, hidden_size=32, num_layers=1, num_heads=2, max_positions=64)
+    model = LM(config, {"lm": LMHead(config)})
+    for weight in model.parameters():  # projections start at zero, with which no token changes the last state
+        nn.init.normal_(weight, std=0.2)
+    save_model(model, tokenizer, tmp_path / "start")
+    recipe = load("reward_model", [
+        f"init_from={tmp_path / 'start'}", f"data.path={pairs}", f"data.validation_path={pairs}", "max_steps=80", "batch.size=8",
+        "optimizer.lr=3e-2", "precision=fp32",
+    ])  # fmt: skip
+    run(recipe, out, lambda line: None)
+    bins = json.loads((out / "held_out.json").read_text())["calibration"]
+    found = json.loads(evaluate_run(out, [str(pairs)], task=None, limit=None, as_json=True))
+    assert sum(count for *_, count in bins) == 24 and len(bins) > 1
+    assert sum(share * count for _, share, count in bins) / 24 == pytest.approx(found["accuracy"])
+    error = sum(abs(mean - share) * count for mean, share, count in bins) / 24
+    assert error == pytest.approx(found["calibration_error"], abs=1e-5) and error > 0.01
+    page = (out / "report.html").read_text()
+    assert f"{error:.3f} (expected calibration error)" in page and "Over 24 held-out pairs" in page
+
+
+def test_kto_needs_whole_batches(workdir: Path, tmp_path: Path) -> None:
+    """All answers of a step share one estimate of the KL, so micro-batches and ranks are refused before training."""
+    recipe = load("kto", assignments(workdir, "kto", "batch.gradient_accumulation_steps=2"))
+    with pytest.raises(
+        UserError,
+        match=r"compares all examples of a step .* set batch\.gradient_accumulation_steps=1 and train on one rank",
+    ):
+        run(recipe, tmp_path / "run", lambda line: None)
+    assert not (tmp_path / "run" / "checkpoints").exists()
+    with pytest.raises(UserError, match="2 ranks of 1 micro-batches"):
+        check_batching(recipe.objective, load_model(workdir / "gpt2").config, pack=0, accumulate=1, ranks=2)
 
 
 # ---- rankings

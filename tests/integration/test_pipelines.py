@@ -11,6 +11,7 @@ from torch import nn
 from typer.testing import CliRunner
 
 from firth.cli import app
+from firth.evaluate.prompting.local_model import LocalModel
 from firth.evaluate.prompting.requests import Reply, Request, ScoreReply, ScoreRequest
 from firth.model.config import decoder_config
 from firth.model.heads import LMHead
@@ -18,6 +19,7 @@ from firth.model.model import LM
 from firth.pipelines import records
 from firth.pretrained.load_save import save_model
 from firth.tokenizer.train import train as train_tokenizer
+from firth.types import UserError
 
 WORDS = ["the", "otter", "paints", "a", "boat", "while", "every", "heron", "counts", "red", "stones", "near", "their"]
 SHORT = ["max_steps=2", "batch.size=4", "evaluation.max_examples=4"]
@@ -91,12 +93,54 @@ def test_methods_side_by_side(workdir: Path) -> None:
     )  # fmt: skip
     assert "stage 6 of 6: table (frontier)" in shown
     results = {one["method"]: one for one in json.loads((workdir / "out" / "table" / "results.json").read_text())}
-    assert [*results] == ["sft", "model", "dpo", "ppo", "grpo", "best of 4", "best of 16"]
-    assert results["sft"]["kl"] == pytest.approx(0, abs=1e-6) and results["model"]["kl"] > 0
+    assert [*results] == ["sft", "prompt", "dpo", "ppo", "grpo", "best of 4", "best of 16"]
+    assert results["sft"]["kl"] == pytest.approx(0, abs=1e-6) and results["prompt"]["kl"] > 0
     assert results["sft"]["reward"][0] < results["best of 4"]["reward"][0] < results["best of 16"]["reward"][0]
     assert results["ppo"]["steps"] == 2 and results["best of 4"]["steps"] is None
+    assert {name: one["samples"] for name, one in results.items()} == {
+        "sft": None, "prompt": None, "dpo": None, "ppo": 8, "grpo": 8, "best of 4": 4, "best of 16": 16,
+    }  # fmt: skip
     page = (workdir / "out" / "table" / "report.html").read_text()
     assert page.count("KL from the reference") >= 2 and "best of 16" in page
+
+
+def test_chosen_methods_are_compared(workdir: Path) -> None:
+    """Nothing is trained for the other methods; the second call trains nothing at all."""
+    arguments = [
+        "compare", "--methods", "prompt, grpo", "model=model", "dialogues=dialogues.jsonl", "comparisons=pairs.jsonl",
+        "prompts=prompts.jsonl", "test=prompts.jsonl", *(f"{stage}.{one}" for stage in ("sft", "reward_model", "grpo") for one in SHORT),
+        "grpo.examples.rollout_size=8", "grpo.examples.max_new_tokens=4", "table.max_new_tokens=8",
+    ]  # fmt: skip
+    shown = firth(*arguments)
+    out = workdir / "runs" / "methods"
+    assert sorted(path.name for path in out.iterdir() if path.is_dir()) == ["grpo", "reward_model", "sft", "table"]
+    lines = shown[shown.index("\nmethod") :].splitlines()
+    assert lines[1].split()[:6] == ["method", "reward", "±", "se", "KL", "tokens"], "no true reward was given"
+    assert [line.split()[0] for line in lines[2:5]] == ["sft", "prompt", "grpo"]
+    assert "Report: runs/methods/table/report.html" in lines[5]
+    results = json.loads((out / "table" / "results.json").read_text())
+    assert [one["samples"] for one in results] == [None, None, 8]
+    assert float(lines[4].split()[1]) == pytest.approx(results[2]["reward"][0], abs=1e-4)
+    assert firth(*arguments).count("is finished") == 4
+
+
+def test_stages_choose_the_data_type_of_the_weights(workdir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By default the message on bf16 weights says what to set, and it is a field of every stage that asks a model."""
+    opened = []
+
+    def recorded(directory: Path, weights: object = None) -> None:
+        opened.append(weights)
+        raise UserError("stopped")
+
+    monkeypatch.setattr(LocalModel, "open", recorded)
+    stages = {"sample": "prompts.jsonl", "judge": "pairs.jsonl", "revise": "prompts.jsonl"}
+    for kind, data in stages.items():
+        arguments = ["pipeline", kind, f"data={data}", "model=model"]
+        for more in (["weights=fp32"], []):
+            assert str(CliRunner().invoke(app, [*arguments, *more]).exception) == "stopped"
+        wrong = CliRunner().invoke(app, [*arguments, "weights=fp64"])
+        assert isinstance(wrong.exception, UserError) and "weights" in str(wrong.exception)
+    assert opened == ["fp32", records.fast_weights] * 3
 
 
 class LongerIsBetter:
@@ -122,7 +166,9 @@ def test_ai_feedback(workdir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The judge's decisions become DPO's preferences."""
     opened = records.open_responder
     monkeypatch.setattr(
-        records, "open_responder", lambda name, scored=False: LongerIsBetter() if name == "judge" else opened(name)
+        records,
+        "open_responder",
+        lambda name, weights="", scored=False: LongerIsBetter() if name == "judge" else opened(name, weights),
     )
     short = [f"dpo.{one}" for one in ("max_steps=2", "batch.size=2", "evaluation.max_examples=2", "evaluation.every=2")]
     shown = firth(

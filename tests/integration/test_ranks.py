@@ -52,13 +52,14 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, 
             "arguments": [*SMALL, f"data.path={text}", "--out", str(folder / name), *overrides],
         } | options
 
+    shard = "distributed.shard=full"
     jobs = [
         job("one", 1), job("accumulate", 1, "batch.gradient_accumulation_steps=2"), job("two", 2, hook="slow_first"),
         job("fails", 2, hook="failing_first"),
         job("stopped", 2, hook="stopped_second", patience=1, env={"FIRTH_RANK_TIMEOUT": "1"}),
         job("killed", 2, hook="killed_in_save"), job("killed again", 2) | {"arguments": job("killed", 2)["arguments"]},
-        job("sharded", 2, "distributed.shard=full"), job("killed shards", 2, "distributed.shard=full", hook="killed_in_shards", patience=30),
-        job("again", 2) | {"arguments": job("killed shards", 2, "distributed.shard=full")["arguments"]},
+        job("sharded", 2, shard), job("killed shards", 2, shard, hook="killed_in_shards", patience=30),
+        job("again", 2) | {"arguments": job("killed shards", 2, shard)["arguments"]},
         job("sharded, then one", 1) | {"arguments": job("sharded", 1, "max_steps=2")["arguments"]},
     ]  # fmt: skip
     (folder / "jobs.json").write_text(json.dumps(jobs))

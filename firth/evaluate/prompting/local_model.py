@@ -16,6 +16,7 @@ from firth.generate.engine import Engine
 from firth.generate.sampling import Sampling
 from firth.generate.scoring import (
     ScoredPair,
+    TokenScores,
     check_gap_lengths,
     check_lengths,
     score_gaps,
@@ -111,16 +112,26 @@ class LocalModel:
     def reply(self, requests: Sequence[Request]) -> Iterator[tuple[int, Reply]]:
         """Yield (index, reply) of each request, in the order in which they are computed."""
         scored = [(i, request) for i, request in enumerate(requests) if isinstance(request, ScoreRequest)]
-        for score, in_gaps in ((score_pairs, False), (score_gaps, True)):
-            some = [(i, self._pair(request)) for i, request in scored if self._in_gaps(request) == in_gaps]
-            for k, scores in score(self.model, self.evaluated.vocab, [pair for _, pair in some]) if some else ():
-                yield some[k][0], ScoreReply(tuple(scores.logprobs.tolist()), scores.greedy)
+        for k, _, scores in self.score([request for _, request in scored]):
+            yield scored[k][0], ScoreReply(tuple(scores.logprobs.tolist()), scores.greedy)
         groups: dict[Sampling, list[int]] = {}
         for i, request in enumerate(requests):
             if isinstance(request, GenerateRequest):
                 groups.setdefault(_sampling(request), []).append(i)
         for sampling, index in groups.items():
             yield from self._generate(sampling, [(i, requests[i]) for i in index])  # type: ignore[misc]
+
+    def score(self, requests: Sequence[ScoreRequest], top: int = 0) -> Iterator[tuple[int, ScoredPair, TokenScores]]:
+        """Yield (index, tokens, scores) of each request, in the order in which they are computed.
+
+        Args:
+            requests: The texts.
+            top: How many of the most likely tokens are returned for each token.
+        """
+        for score, in_gaps in ((score_pairs, False), (score_gaps, True)):
+            some = [(i, self._pair(one)) for i, one in enumerate(requests) if self._in_gaps(one) == in_gaps]
+            for k, scores in score(self.model, self.evaluated.vocab, [pair for _, pair in some], top) if some else ():
+                yield *some[k], scores
 
     def _in_gaps(self, request: ScoreRequest) -> bool:
         """Return whether a text is scored word by word, each in a gap of the rest: no prompt, and a model that fills gaps."""
@@ -143,9 +154,9 @@ class LocalModel:
         """Return the token ids of a prompt, (n,)."""
         if request.chat:
             return self._dialogue(request.prompt, request.begun)
-        return self._framed(self.tokenizer.encode(request.prompt.rstrip(" ")))
+        return self.framed(self.tokenizer.encode(request.prompt.rstrip(" ")))
 
-    def _framed(self, tokens: np.ndarray) -> np.ndarray:
+    def framed(self, tokens: np.ndarray) -> np.ndarray:
         """Return a prompt with the special tokens of its family: bos before a decoder's, eos after an encoder-decoder's."""
         if self.mode == "halves":
             return np.append(tokens, self.evaluated.vocab.eos).astype(np.int32)
@@ -174,7 +185,7 @@ class LocalModel:
         before, after = whole[:cut], whole[cut:]
         if self.mode == "masked" or self._in_gaps(request):
             return ScoredPair(before, after, self._word_starts(prompt, text, cut) if self.within_word else None)
-        framed = self._framed(before)
+        framed = self.framed(before)
         if not len(framed):  # a decoder without bos: transformers' models start with eos then
             start = self.evaluated.vocab.roles.get("bos", self.evaluated.vocab.roles.get("eos"))
             framed, after = (np.array([start], np.int32), after) if start is not None else (after[:1], after[1:])

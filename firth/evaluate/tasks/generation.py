@@ -23,7 +23,8 @@ from firth.evaluate import metrics
 from firth.evaluate.perplexity import leading_bos
 from firth.evaluate.prediction_inputs import InputSchema
 from firth.evaluate.task import Answers, EvaluatedModel, Progress, Task
-from firth.generate.engine import Completion, Engine
+from firth.generate.engine import Engine
+from firth.generate.output import Completion
 from firth.generate.sampling import Sampling
 from firth.generate.scoring import scoring_mode
 from firth.types import UserError

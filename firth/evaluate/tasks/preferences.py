@@ -8,7 +8,7 @@ Dialogues are read and encoded as in training (`firth.data.dialogues.Preferences
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 
@@ -20,6 +20,7 @@ from firth.evaluate.perplexity import groups
 from firth.evaluate.task import Answers, EvaluatedModel, Progress, Task, most_likely
 from firth.generate.decoding_batch import inference_mode
 from firth.objectives.reward_model import answer_row, rewards
+from firth.tokenizer.chat import Message, encode
 from firth.types import Example, UserError
 
 SIDES = ("chosen", "rejected")
@@ -27,11 +28,16 @@ SIDES = ("chosen", "rejected")
 
 def load(evaluated: EvaluatedModel, paths: Sequence[str]) -> Records:
     """Load the preference pairs whose two answers both fit into a row."""
+    check_reward_head(evaluated)
+    return evaluated.records(PreferencesConfig, paths)
+
+
+def check_reward_head(evaluated: EvaluatedModel) -> None:
+    """Raise a UserError if a model has no reward head."""
     if "reward" not in evaluated.model.heads:
         raise UserError(
             f"{evaluated.directory}: this model has no reward head: train one with `firth train reward_model`"
         )
-    return evaluated.records(PreferencesConfig, paths)
 
 
 def respond(evaluated: EvaluatedModel, items: Records, progress: Progress) -> Answers:
@@ -44,14 +50,39 @@ def respond(evaluated: EvaluatedModel, items: Records, progress: Progress) -> An
                 yield answer_row(pair[f"{side}_tokens"], pair[f"{side}_mask"])
 
     scores: list[float] = []
-    with inference_mode(evaluated.model):
-        for group in groups(build_examples(), max_tokens=8192):
-            batch = {name: x.to(evaluated.device) for name, x in collate(group).items()}
-            scores += rewards(evaluated.model, evaluated.model(batch), batch).tolist()
-            progress(len(scores) / (2 * len(items)))
+    for found in row_rewards(evaluated, build_examples()):
+        scores += found
+        progress(len(scores) / (2 * len(items)))
     preferred = [most_likely(SIDES, pair) for pair in zip(scores[::2], scores[1::2], strict=True)]
     margins = np.abs(np.subtract(scores[::2], scores[1::2]))
     return ["chosen"] * len(preferred), preferred, (1 / (1 + np.exp(-margins))).tolist()
+
+
+def row_rewards(evaluated: EvaluatedModel, rows: Iterable[Example]) -> Iterator[list[float]]:
+    """Yield the rewards of rows (`answer_row`), in order and in batches."""
+    with inference_mode(evaluated.model):
+        for group in groups(rows, max_tokens=8192):
+            batch = {name: x.to(evaluated.device) for name, x in collate(group).items()}
+            yield rewards(evaluated.model, evaluated.model(batch), batch).tolist()
+
+
+def dialogue_rewards(evaluated: EvaluatedModel, dialogues: Sequence[Sequence[Message]]) -> list[float]:
+    """Return the reward of the last answer of each dialogue.
+
+    Raises:
+        UserError: The model has no reward head, or a dialogue has no answer or is longer than its context.
+    """
+    check_reward_head(evaluated)
+    rows = []
+    for i, messages in enumerate(dialogues):
+        tokens, mask = encode(evaluated.tokenizer, messages)
+        if not mask.any() or len(tokens) > evaluated.model.context:
+            raise UserError(
+                f"dialogue {i} has {len(tokens)} tokens, {int(mask.sum())} of them in answers: it needs an answer of the "
+                f"assistant and at most {evaluated.model.context} tokens"
+            )
+        rows.append(answer_row(tokens, mask))
+    return [score for found in row_rewards(evaluated, rows) for score in found]
 
 
 PREFERENCES = Task(

@@ -11,7 +11,8 @@ from firth.align.held_out_prompts import HeldOutPrompts
 from firth.align.rewards import FunctionReward, Rollout, WeightedRewards, score_rollouts
 from firth.align.rollouts import RolloutsConfig, RolloutSource, next_kl_coef
 from firth.data.dialogues import Prompt
-from firth.generate.engine import Completion, Engine
+from firth.generate.engine import Engine
+from firth.generate.output import Completion
 from firth.generate.sampling import Sampling
 from firth.model.config import decoder_config
 from firth.model.model import LM

@@ -384,6 +384,12 @@ def test_sentiment_leaves_ties_out_and_counts_them(tmp_path):
     ]  # fmt: skip
 
 
+def test_the_lexicon_keeps_words_with_their_mean_rating(tmp_path):
+    found = given(("vader_lexicon.txt", "(:\t2.2\t1.16619\t[4, 2]\ngreat\t3.1\t0.7\t[2, 4]\n\n"))
+    assert prepare.vader_lexicon(found, tmp_path) == "2 words in lexicon.jsonl"
+    assert rows(tmp_path / "lexicon.jsonl") == [{"text": "(:", "score": 2.2}, {"text": "great", "score": 3.1}]
+
+
 def test_squad_drops_missing_answers(tmp_path):
     def file(*answers: tuple[str, int]) -> str:
         question = {"question": "q", "id": "7", "answers": [{"text": t, "answer_start": s} for t, s in answers]}

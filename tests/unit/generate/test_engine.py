@@ -5,8 +5,9 @@ import pytest
 import torch
 
 from firth.generate.decoding_batch import DecodingBatch, rectangle
-from firth.generate.engine import Engine, StreamingOutput
+from firth.generate.engine import Engine
 from firth.generate.fill import fill_masks, masked
+from firth.generate.output import StreamingOutput
 from firth.generate.sampling import Sampling
 from firth.model.config import (
     ModelConfig,
@@ -273,13 +274,13 @@ def test_a_repetition_penalty_knows_rows_after_admission(model: LM) -> None:
 
 def test_a_prompt_does_not_wait_for_the_longest_answer(model: LM, monkeypatch: pytest.MonkeyPatch) -> None:
     """Four rows at a time, and every fifth answer is long: the steps are those of the tokens, not of the longest in each four."""
-    steps, step = [], DecodingBatch.step
+    steps, step = [], DecodingBatch.logits
 
-    def counted(self: DecodingBatch) -> tuple[list[int], list[float]]:
-        steps.append(len(self.uniform))
-        return step(self)
+    def counted(self: DecodingBatch, tokens: list[int]) -> torch.Tensor:
+        steps.append(len(tokens))
+        return step(self, tokens)
 
-    monkeypatch.setattr(DecodingBatch, "step", counted)
+    monkeypatch.setattr(DecodingBatch, "logits", counted)
     rows, done = random_prompts(20), []
     sampling = Sampling(max_new_tokens=24, seed=3)
     answers = Engine(model, ByteTokenizer(), stops=tuple(range(7, 7 + V // 6)), batch_size=4).generate(

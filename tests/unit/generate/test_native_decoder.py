@@ -8,10 +8,9 @@ import torch
 from torch import Tensor
 
 from firth import kernel_choice
-from firth.generate.decoding_batch import DecodingBatch, inference_mode
+from firth.generate.decoding_batch import DecodingBatch, ReadPrompts, inference_mode, read_prompts
 from firth.generate.native_decoder import NativeDecoder, few_rows
 from firth.generate.quantized import quantize
-from firth.generate.sampling import Sampling
 from firth.model import native
 from firth.model.config import (
     AttentionConfig,
@@ -108,27 +107,27 @@ def prompts(count: int) -> list[np.ndarray]:
 
 
 def logits_of(model: LM, way: str, count: int = 5, steps: int = 8, kept: tuple[int, ...] = ()) -> list[Tensor]:
-    """Return the logits of each step for given tokens, (rows, V) float32 each; from half-way on, only of the rows `kept`."""
+    """Return the logits of each step for given tokens, (rows, V) float32 each; after half of them, only of the rows `kept`."""
     rng = torch.Generator().manual_seed(3)
     tokens = torch.randint(3, V, (count, steps), generator=rng)
     out = []
     with kernel_choice.forced({"decode": way}), inference_mode(model):
-        rows = DecodingBatch(
-            model,
-            prompts(count),
-            0 if model.config.encoder.num_layers else None,
-            Sampling(max_new_tokens=steps),
-            range(count),
-        )
+        read = read_prompts(model, prompts(count), 0 if model.config.encoder.num_layers else None)
+        rows = decoding(model, read, steps)
         assert (rows.decoder is not None) == (way == "native")
-        for i in range(steps):
-            out.append(rows._logits().float().clone())
-            rows.started, rows.seen = True, tokens[:, i : i + 1]
+        out.append(rows.head(read.states).float())
+        for i in range(steps - 1):
             if kept and i == steps // 2:
-                rows.keep(kept)
-                tokens = tokens[list(kept)]
-                rows.seen = tokens[:, i : i + 1]
+                tokens = tokens[rows.remove(set(range(count)) - set(kept))]
+            out.append(rows.logits(tokens[:, i].tolist()).float().clone())
     return out
+
+
+def decoding(model: LM, read: ReadPrompts, steps: int = 4) -> DecodingBatch:
+    """Return rows for prompts, each with room for so many tokens."""
+    rows = DecodingBatch(model, len(read.rows))
+    rows.add(read, max(read.lengths) + steps)
+    return rows
 
 
 def agree(got: list[Tensor], want: list[Tensor], bound: float) -> None:
@@ -215,11 +214,11 @@ def test_results_do_not_depend_on_threads() -> None:
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)
             with inference_mode(model), kernel_choice.forced({"decode": "native"}):
-                rows = DecodingBatch(model, prompts(3), None, Sampling(max_new_tokens=4), range(3))
+                rows = decoding(model, read_prompts(model, prompts(3)))
                 # The prompt is computed by torch, whose sums may depend on the number of threads.
                 for cached in (*rows.cache.keys, *rows.cache.values):
                     cached.copy_(torch.linspace(-1, 1, cached.numel()).view(cached.shape))
-                found.append(rows.decoder(torch.tensor([[5], [6], [7]]), rows.next))  # type: ignore[misc]
+                found.append(rows.decoder(torch.tensor([[5], [6], [7]])))  # type: ignore[misc]
     finally:
         torch.set_num_threads(before)
     assert torch.equal(found[0], found[1])
@@ -248,7 +247,7 @@ def test_unmerged_adapters_use_torch() -> None:
     model = random_model(CONFIGS["llama"])
     lora.add(model, ["attention.q"], lora.LoraConfig(rank=2))
     with inference_mode(model), kernel_choice.forced({"decode": "native"}):
-        assert DecodingBatch(model, prompts(2), None, Sampling(max_new_tokens=2), [0, 1]).decoder is None
+        assert decoding(model, read_prompts(model, prompts(2))).decoder is None
 
 
 @pytest.mark.parametrize(
@@ -261,13 +260,15 @@ def test_unmerged_adapters_use_torch() -> None:
 def test_unsupported_architectures_use_torch(config: ModelConfig) -> None:
     model = random_model(config)
     with inference_mode(model), kernel_choice.forced({"decode": "native"}):
-        assert DecodingBatch(model, prompts(2), None, Sampling(max_new_tokens=2), [0, 1]).decoder is None
+        assert decoding(model, read_prompts(model, prompts(2))).decoder is None
 
 
 def test_many_rows_of_a_large_model_use_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     model = random_model(CONFIGS["llama"])
     monkeypatch.setattr("firth.generate.native_decoder.MAX_PRODUCT", 1000)
     with inference_mode(model), kernel_choice.forced({"decode": "native", "few-rows": "vectors"}):
-        rows = DecodingBatch(model, prompts(2), None, Sampling(max_new_tokens=2), [0, 1])
-        assert rows.decoder is None
-        assert NativeDecoder.of(model, rows.cache) is None
+        rows = decoding(model, read_prompts(model, prompts(2)))
+        assert rows.decoder is not None
+        assert rows.decoder.max_rows < 2
+        monkeypatch.setattr(NativeDecoder, "__call__", None)
+        assert rows.logits([5, 6]).shape == (2, V)

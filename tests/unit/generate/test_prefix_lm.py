@@ -11,7 +11,7 @@ import torch
 
 from firth.data.collate import collate
 from firth.evaluate.perplexity import TokenizedDocument, score, scoring_mode, strided
-from firth.generate.decoding_batch import DecodingBatch, inference_mode, rectangle
+from firth.generate.decoding_batch import inference_mode, read_prompts, rectangle
 from firth.generate.engine import Engine
 from firth.generate.sampling import Sampling
 from firth.model.config import AttentionConfig, ModelConfig, PositionConfig, decoder_config, encoder_config
@@ -62,7 +62,7 @@ def training_log_probs(model: LM, prompt: np.ndarray, target: np.ndarray) -> tor
 def test_the_prompt_has_bidirectional_attention(model: LM) -> None:
     [prompt] = random_prompts(1, shortest=2)
     with inference_mode(model):
-        state = DecodingBatch(model, [prompt], None, Sampling(max_new_tokens=2, temperature=0), [0]).state
+        state = read_prompts(model, [prompt]).states
     bidirectional = model.heads["lm"](state).log_softmax(-1)
     assert torch.allclose(bidirectional, training_log_probs(model, prompt, np.array([9])), atol=1e-5)
     causal = model.heads["lm"](model(rectangle([prompt], CPU))[:, -1]).log_softmax(-1)
@@ -140,7 +140,7 @@ def test_a_run_is_used_with_the_attention_of_its_objective(tmp_path: Path) -> No
     assert prompt[0] != loaded.tokenizer.vocab.roles["bos"]
     example = PrefixLM()._split(np.append(prompt, 9), len(prompt), loaded.tokenizer.vocab)
     with inference_mode(loaded.model):
-        state = DecodingBatch(loaded.model, [prompt], None, Sampling(max_new_tokens=1), [0]).state
+        state = read_prompts(loaded.model, [prompt]).states
         assert torch.allclose(state, loaded.model(collate([example]))[:, -1], atol=1e-5)
     found = json.loads(evaluate_run(tmp_path / "run", [str(text)], task=None, limit=400, as_json=True))
     assert found["mode"] == "causal" and not found["bos"]

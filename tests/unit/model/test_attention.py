@@ -199,7 +199,7 @@ def test_cached_equals_uncached(position: str, source: bool) -> None:
 
 
 @torch.inference_mode()
-def test_cache_selects_rows() -> None:
+def test_rows_are_added_and_removed_while_decoding() -> None:
     model = build(encoder_decoder_config(50, 32, 2, num_heads=4).with_fields({"init.zero_output": False}))
     when = torch.arange(5).expand(3, 5)
     batch = {
@@ -208,14 +208,18 @@ def test_cache_selects_rows() -> None:
         "key_time": when,
         "source_tokens": torch.randint(50, (3, 7)),
     }
-    last = {"tokens": torch.tensor([[7]] * 3), "query_time": torch.full((3, 1), 5), "key_time": torch.full((3, 1), 5)}
-    whole, some = model.make_cache(3, 6), model.make_cache(3, 6)
+    tokens = torch.tensor([[7], [8], [9]])
+    last = {"tokens": tokens, "query_time": torch.full((3, 1), 5), "key_time": torch.full((3, 1), 5)}
+    whole, some = model.make_cache(3, 6), model.make_decoding_cache(4)
     model(batch, ForwardContext(whole))
-    model(batch, ForwardContext(some))
-    keep = torch.tensor([2, 0])
-    some.select(keep)
-    got = model({n: x[keep] for n, x in last.items()}, ForwardContext(some))
-    assert torch.allclose(got, model(last, ForwardContext(whole))[keep], atol=1e-6)
+    some.add(whole, [0, 1], [5, 5], capacity=6)
+    some.add(whole, [2], [5], capacity=8)
+    assert some.remove([0]) == [2, 1]
+    want = model(last, ForwardContext(whole))[[2, 1]]
+    got = model({"tokens": tokens[[2, 1]], "positions": torch.full((2, 1), 5)}, ForwardContext(some))
+    assert torch.allclose(got, want, atol=1e-6)
+    assert some.lengths == [6, 6]
+    assert some.allocations == 2
 
 
 @pytest.mark.parametrize("make", [decoder_config, encoder_config, encoder_decoder_config])

@@ -153,7 +153,6 @@ def test_decoding_matches_the_forward_pass(kind: str) -> None:
     most = max(map(len, rows))
     left = {name: field.flip(1) for name, field in rectangle([row[::-1] for row in rows], torch.device("cpu")).items()}
     states = [model(left, ForwardContext(cache))[:, -1]]
-    cache.start_decoding()
     for step in range(4):
         tokens = torch.tensor([[text[len(row) + step]] for row, text in zip(rows, whole, strict=True)])
         states.append(
@@ -162,8 +161,10 @@ def test_decoding_matches_the_forward_pass(kind: str) -> None:
     for i, (row, text) in enumerate(zip(rows, whole, strict=True)):
         want = model({"tokens": torch.from_numpy(text)[None]})[0][len(row) - 1 :]
         torch.testing.assert_close(torch.stack(states)[:, i], want, rtol=0, atol=1e-6)
-    cache.select(torch.tensor([2, 2]))
-    again = model({"tokens": torch.tensor([[5], [5]])}, ForwardContext(cache))
+    twice = model.make_decoding_cache(2)
+    twice.add(cache, [1, 2, 2], [6, 13, 13], capacity=14)
+    twice.remove([0])
+    again = model({"tokens": torch.tensor([[5], [5]])}, ForwardContext(twice))
     torch.testing.assert_close(again[0], again[1])
     want = model({"tokens": torch.from_numpy(np.append(whole[2], 5))[None]})[0, -1:]
     torch.testing.assert_close(again[0], want, rtol=0, atol=1e-6)

@@ -434,8 +434,9 @@ def test_cached_and_full_forward_are_equal() -> None:
     parts.append(
         model({"tokens": tokens[:, 5:6], "query_time": when[:, 5:6], "key_time": when[:, 5:6]}, ForwardContext(cache))
     )
-    cache.start_decoding()
-    parts += [model({"tokens": tokens[:, i : i + 1]}, ForwardContext(cache)) for i in range(6, 9)]
+    rows = model.make_decoding_cache(1)
+    rows.add(cache, [0], [6], capacity=9)
+    parts += [model({"tokens": tokens[:, i : i + 1]}, ForwardContext(rows)) for i in range(6, 9)]
     torch.testing.assert_close(torch.cat(parts, 1), whole, rtol=0, atol=1e-5)
 
 

@@ -9,9 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from firth.generate.decoding_batch import DecodingBatch, inference_mode
+from firth.generate.decoding_batch import DecodingBatch, inference_mode, read_prompts
 from firth.generate.quantized import quantize
-from firth.generate.sampling import Sampling
 from firth.model.config import ModelConfig, decoder_config, encoder_config, encoder_decoder_config
 from firth.model.fused import SMALL_ROW_COUNTS
 from firth.model.heads import LMHead
@@ -166,8 +165,13 @@ def test_cached_generation_uses_the_adapter(rows: int) -> None:
 
     def generated(of: LM) -> list[list[int]]:
         with inference_mode(of):
-            decoder = DecodingBatch(of, prompts, None, Sampling(temperature=0, max_new_tokens=6), [0] * rows)
-            return [decoder.step()[0] for _ in range(6)]
+            read = read_prompts(of, prompts)
+            decoder = DecodingBatch(of, rows)
+            decoder.add(read, 5 + 6)
+            steps = [decoder.head(read.states).argmax(-1).tolist()]
+            while len(steps) < 6:
+                steps.append(decoder.logits(steps[-1]).argmax(-1).tolist())
+            return steps
 
     adapted = generated(model)
     assert adapted == generated(lora.merge_and_unload(model)) != generated(random_model(CONFIGS["untied"]))

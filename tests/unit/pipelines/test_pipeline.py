@@ -7,12 +7,14 @@ from typing import Any, ClassVar
 
 import pytest
 
-from firth.pipelines import pipeline
+from firth.pipelines import pipeline, tuning
 from firth.pipelines.answers import SampleAnswers
 from firth.pipelines.judge import JudgePairs
 from firth.pipelines.pipeline import load_pipeline, load_stage, names, run_pipeline
 from firth.pipelines.stage import Stage
 from firth.pipelines.tuning import TrainRecipe
+from firth.runs.recipe import Recipe
+from firth.runs.run import RunResult
 from firth.types import UserError
 
 RAN: list[str] = []
@@ -174,7 +176,29 @@ def test_recipes_of_pipelines_load() -> None:
         given = [f"{one}=x" for one, about in inputs.items() if isinstance(about, str)]
         for stage in load_pipeline(name, given, Path("out")).stages.values():
             if isinstance(stage, TrainRecipe):
-                assert stage.loaded().init_from
+                assert stage.loaded.init_from
+
+
+def test_the_recipe_of_a_stage_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is checked, hashed and run as it was read."""
+    calls: list[str] = []
+    read = tuning.load
+
+    def counted(name: str, assignments: list[str]) -> Recipe:
+        calls.append(name)
+        return read(name, assignments)
+
+    def pretended(recipe: Recipe, directory: Path) -> RunResult:
+        assert recipe.budget.max_steps == 3
+        return RunResult(directory, 3, 3, 0, 0.0, 0.0, {})
+
+    monkeypatch.setattr(tuning, "load", counted)
+    monkeypatch.setattr(tuning, "run", pretended)
+    file = written(tmp_path, "stages:\n  a: {train: gpt, max_steps: 3, data.path: text.txt}\n")
+    (tmp_path / "text.txt").write_text("the otter")
+    monkeypatch.chdir(tmp_path)
+    [done] = run_pipeline(load_pipeline(file, [], tmp_path / "out"))
+    assert done.summary["steps"] == 3 and calls == ["gpt"]
 
 
 def test_single_stages() -> None:

@@ -69,7 +69,7 @@ def use(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[RuleModel]
 
     def use(model: RuleModel) -> RuleModel:
         for module in (records, rationales):
-            monkeypatch.setattr(module, "open_responder", lambda name, scored=False: model)
+            monkeypatch.setattr(module, "open_responder", lambda name, weights="", scored=False: model)
         return model
 
     return use

@@ -29,7 +29,7 @@ from firth.types import Batch, Example, UserError
 from tests.support.tiny_corpus import TEXTS
 from tests.support.training import Chains, OnPolicy, small_batches, small_model
 
-TIMED = {"seconds", "tokens_per_second", "flops_per_second", "crc"}
+TIMED = {"seconds", "tokens_per_second", "flops_per_second", "mfu", "crc"}
 MAIN, AHEAD = "MainThread", "firth-batches_0"
 
 

@@ -44,3 +44,16 @@ def test_invalid_values_are_rejected_by_name() -> None:
         Schedule(warmup_ratio=100)
     with pytest.raises(UserError, match="more than the whole run"):
         Schedule("wsd", warmup_ratio=0.5, decay_ratio=0.6)
+
+
+def test_a_warmup_in_steps_is_the_same_in_runs_of_any_length() -> None:
+    short, long = (Schedule("wsd", warmup_steps=7, decay_ratio=share) for share in (0.5, 0.25))
+    first = [[one.factor((s + 0.5) / n, s) for s in range(30)] for one, n in ((short, 60), (long, 40))]
+    assert first[0] == first[1]  # to the bit
+    assert first[0][:8] == [(s + 0.5) / 7 for s in range(7)] + [1.0]
+    assert short.factor(0.75, 45) == pytest.approx(0.5)
+    assert Schedule("wsd", warmup_steps=7, warmup_ratio=0.9, decay_ratio=0.9).factor(0.05, 3) == 0.5
+    with pytest.raises(
+        UserError, match=r"schedule.warmup_steps=7 fits schedule.kind=wsd or constant, and this one is cosine"
+    ):
+        Schedule("cosine", warmup_steps=7)

@@ -30,7 +30,7 @@ from firth.types import IGNORE, Batch, Outputs, UserError
 from tests.support import training
 from tests.support.training import Chains, WithAccuracy, small_batches, small_model, small_run
 
-TIMED = {"seconds", "tokens_per_second", "flops_per_second", "crc"}
+TIMED = {"seconds", "tokens_per_second", "flops_per_second", "mfu", "crc"}
 """Fields that differ between two equal runs; the checksum includes the times."""
 
 

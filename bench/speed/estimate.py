@@ -1,0 +1,295 @@
+"""Predicted against measured memory and time of training, for every recipe at tiny and small size.
+
+    python -m bench.speed.estimate                       # all cases; writes runs/bench-estimate.json and prints the table
+    python -m bench.speed.estimate --only gpt dpo --sizes tiny
+    python -m bench.speed.estimate --table               # the table of the last run
+
+Each case is a process of its own. Memory: the peak resident size of training (VmHWM) minus the resident size before the model
+is built, after a step of a one-layer model, which loads the kernels. Time: N steps of the real trainer against what
+`firth train --dry-run` says; predictions and runs take turns, and the minimum of each counts, since other work on the machine
+slows single ones.
+
+Small is a width of 384 and six layers; finetuning starts from the tiny or small model of its kind, untrained, on made records.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import dataclasses
+import gc
+import itertools
+import json
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from firth.corpora import catalog, readers
+from firth.runs.recipe import Recipe, load, published
+from firth.runs.recipe_names import RECIPES
+
+HOME = Path("runs/bench-estimate")
+RESULTS = Path("runs/bench-estimate.json")
+
+SMALL = {"hidden_size": 384, "num_layers": 6, "num_heads": 6, "head_dim": 0, "num_kv_heads": 0, "intermediate_size": 0}
+"""Fields of the model config at small size."""
+
+STARTS = {"bert": "classification regression multiple_choice token_classification question_answering glue semi_supervised "
+          "weak_supervision", "elmo": "token_features", "t5": "text_to_text", "closed_book": "closed_book_questions",
+          "gpt": "sft reward_model ranking dpo simpo orpo kto reinforce rloo grpo ppo"}  # fmt: skip
+"""Recipe of the start model -> recipes that start from it."""
+START = {name: start for start, names in STARTS.items() for name in names.split()}
+
+ROLLOUTS = ("examples.reward_function=builtins:len",)
+SETTINGS: dict[str, tuple[str, ...]] = {
+    "semi_supervised": ("objective=consistency", "examples=partially_labeled", "examples.num_labeled=200"),
+    "reinforce": ROLLOUTS, "rloo": ROLLOUTS, "grpo": ROLLOUTS, "ppo": ROLLOUTS,
+}  # fmt: skip
+"""Recipe -> further settings."""
+
+STEPS = {"tiny": 12, "small": 6}
+ROUNDS = 1
+
+
+def records(lines: list[str]) -> dict[str, Callable[[int], dict[str, Any]]]:
+    """Return the maker of records of each kind; lines of a play are their texts."""
+
+    def text(i: int, n: int = 3) -> str:
+        return " ".join(lines[(i * 7 + k) % len(lines)] for k in range(n))
+
+    def tagged(i: int) -> dict[str, Any]:
+        words = text(i).split()
+        return {"tokens": words, "tags": ["x" if len(word) > 4 else "y" for word in words]}
+
+    def question(i: int) -> dict[str, Any]:
+        passage = text(i, 12)
+        word = passage.split()[i % 9]
+        answers = {"text": [word], "answer_start": [passage.index(word)]}
+        return {"id": str(i), "question": "Who is it?", "context": passage, "title": str(i), "answers": answers}
+
+    labeled = {"text": text, "label": lambda i: "ab"[i % 2]}
+    dialogue = {"prompt": text, "completion": lambda i: text(i + 1, 1 + i % 3)}
+    made = {
+        "labeled": lambda i: {name: make(i) for name, make in labeled.items()},
+        "scored": lambda i: {"text": text(i), "label": i % 5},
+        "choices": lambda i: {"text": text(i), "options": [text(i + 1, 1), text(i + 2, 1)], "label": i % 2},
+        "tagged": tagged,
+        "questions": question,
+        "votes": lambda i: {"text": text(i), "labels": ["a", "b", "ab"[i % 2]]},
+        "sentences": lambda i: {"sentence": text(i), "label": i % 2},
+        "dialogues": lambda i: {name: make(i) for name, make in dialogue.items()},
+        "preferences": lambda i: {"prompt": text(i), "chosen": text(i + 1, 2), "rejected": text(i + 2, 1)},
+        "judged": lambda i: {"prompt": text(i), "completion": text(i + 1, 2), "label": i % 3 > 0},
+        "rankings": lambda i: {"prompt": text(i), "answers": [text(i + k, 1) for k in range(1, 4)]},
+    }
+    return made  # type: ignore[return-value]  # noqa: RET504
+
+
+KINDS = {
+    "classification": "labeled", "regression": "scored", "multiple_choice": "choices", "token_classification": "tagged",
+    "token_features": "tagged", "question_answering": "questions", "text_to_text": "dialogues", "glue": "sentences",
+    "semi_supervised": "labeled", "weak_supervision": "votes", "closed_book_questions": "dialogues", "sft": "dialogues",
+    "reward_model": "preferences", "ranking": "rankings", "dpo": "preferences", "simpo": "preferences",
+    "orpo": "preferences", "kto": "judged", **dict.fromkeys(("reinforce", "rloo", "grpo", "ppo"), "dialogues"),
+}  # fmt: skip
+"""Finetuning recipe -> kind of its records."""
+
+
+def prepare() -> None:
+    """Write the records, the tokenizer and the untrained start models that the cases share."""
+    from firth.runs.prepare import train_tokenizer
+    from firth.runs.run import run
+
+    HOME.mkdir(parents=True, exist_ok=True)
+    paths = catalog.paths("shakespeare", print)
+    if not (HOME / "tokenizer").exists():
+        train_tokenizer(paths, HOME / "tokenizer", algorithm="byte-bpe", vocab_size=4096, num_sentinels=100, log=print)
+    (HOME / "plays").mkdir(exist_ok=True)
+    for number, play in enumerate(itertools.islice(readers.documents(paths), 6)):
+        (HOME / "plays" / f"{number}.txt").write_text(play.text, "utf-8")
+    lines = [line.strip() for line in next(iter(readers.documents(paths))).text.splitlines() if len(line) > 20]
+    for kind, make in records(lines).items():
+        (HOME / f"{kind}.jsonl").write_text("".join(json.dumps(make(i)) + "\n" for i in range(1000)), "utf-8")
+    for start in STARTS:
+        for size in STEPS:
+            directory = HOME / f"{start}-{size}"
+            if not (directory / "done.json").exists():
+                shutil.rmtree(directory, ignore_errors=True)
+                few = ["max_steps=1", "evaluation.every=0", "sample_prompts=[]", "init_head_from_frequencies=false"]
+                run(load(start, [*own(start, size), *few]), directory, log=lambda _: None)
+
+
+def own(name: str, size: str) -> list[str]:
+    """Return the settings of a recipe with a model of its own."""
+    recipe = published(name)
+    assert recipe.model is not None
+    settings = [f"data.path={HOME / 'plays'}"]
+    settings += [] if recipe.tokenizer.algorithm == "word" else [f"tokenizer.path={HOME / 'tokenizer'}"]
+    if size == "tiny":
+        return settings
+    fields = dict(SMALL) if not recipe.model.rnn.type else {"hidden_size": 384, "intermediate_size": 0}
+    if recipe.model.encoder.num_layers:
+        fields["encoder.num_layers"] = 6
+    if recipe.model.num_layers == 0:
+        fields.pop("num_layers", None)
+        fields = {"hidden_size": 384}
+    return settings + [f"model.{field}={value}" for field, value in fields.items()]
+
+
+def recipe_of(name: str, size: str) -> Recipe:
+    """Return the recipe of a case."""
+    if name not in START:
+        return load(name, own(name, size))
+    start = [f"init_from={HOME / f'{START[name]}-{size}'}", f"data.path={HOME / f'{KINDS[name]}.jsonl'}"]
+    return load(name, [*start, *SETTINGS.get(name, ())])
+
+
+def _status(field: str) -> int:
+    """Return a size of this process in bytes."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
+
+
+def case(name: str, size: str, timed: bool) -> dict[str, Any]:
+    """Predict and measure one case, in this process; without `timed` only its memory."""
+    import torch
+
+    from firth.runs.estimate import PreparedRun, prepared
+    from firth.runs.step_estimate import step_estimate
+    from firth.runs.timing import time_steps
+    from firth.training import trainer
+    from firth.training.logging import NullReporter
+    from firth.training.schedule import Budget
+    from firth.training.trainer import TrainerConfig
+
+    steps, recipe = STEPS[size], recipe_of(name, size)
+
+    def train(run: PreparedRun, count: int) -> float:
+        torch.manual_seed(0)
+        model = run.build()
+        with tempfile.TemporaryDirectory() as place:
+            config = TrainerConfig(save_every=0, precision=run.recipe.precision)
+            result = trainer.train(
+                model, run.recipe.objective, run.batches, Path(place), budget=Budget(max_steps=count),
+                optimizer=run.recipe.optimizer, schedule=run.recipe.schedule, config=config, reporter=NullReporter(),
+            )  # fmt: skip
+        return result.seconds
+
+    with prepared(recipe, lambda _: None) as run:
+        sampled, kept = run.sample()
+        step = step_estimate(run.build, run.recipe, sampled, kept)
+        _warm_up(run.recipe)
+        gc.collect()
+        ctypes.CDLL(None).malloc_trim(0)
+        Path("/proc/self/clear_refs").write_text("5")
+        base = _status("VmRSS")
+        seconds = [train(run, steps)]
+        measured = _status("VmHWM") - base
+        predicted = []
+        for _ in range(ROUNDS if timed else 0):
+            times = time_steps(run.build(), run.recipe, run.batches)
+            predicted.append(steps * (times.per_flop * step.flops + times.optimizer + times.rollouts))
+            seconds.append(train(run, steps))
+    found = {
+        "name": name, "size": size, "steps": steps, "parameters": step.parameters, "precision": run.recipe.precision,
+        "memory": dataclasses.asdict(step.memory), "predicted_bytes": step.peak_bytes(steps), "measured_bytes": measured,
+        "base_bytes": base,
+    }  # fmt: skip
+    if timed:
+        found |= {"predicted_seconds": min(predicted), "measured_seconds": min(seconds)}
+    return found
+
+
+def _warm_up(recipe: Any) -> None:
+    """Load the libraries and kernels of a step: products, attention, norms, the optimizer."""
+    import torch
+
+    from firth.model.config import decoder_config
+    from firth.model.model import LM
+    from firth.objectives.causal_lm import CausalLM
+    from firth.training.device import casts, keep_freed_memory
+    from firth.training.optimizer import Optimizer
+    from firth.training.step import step
+
+    keep_freed_memory()
+    config, objective = decoder_config(100, 64, 1), CausalLM()
+    model = LM(config, objective.heads(config))
+    optimizer, batch = Optimizer(recipe.optimizer, model), {"tokens": torch.ones(2, 16, dtype=torch.int64)}
+    for _ in range(2):
+        step(
+            model,
+            objective,
+            [batch | {"labels": batch["tokens"]}],
+            precision=casts(recipe.precision, torch.device("cpu")),
+        )
+        optimizer.clip_grad_norm()
+        optimizer.step(1.0)
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Return the Markdown table of all cases, and a summary."""
+    lines = [
+        "| recipe | size | parameters | peak memory, MB: predicted | measured | error | time of N steps, s: predicted | measured | error |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    errors: dict[str, list[float]] = {"bytes": [], "seconds": []}
+    for row in rows:
+        cells = []
+        for what, scale in (("bytes", 1e6), ("seconds", 1.0)):
+            if f"predicted_{what}" not in row:
+                cells += ["", "", ""]
+                continue
+            predicted, measured = row[f"predicted_{what}"], row[f"measured_{what}"]
+            errors[what].append(predicted / measured - 1)
+            digits = 0 if what == "bytes" else 2
+            cells += [
+                f"{predicted / scale:,.{digits}f}",
+                f"{measured / scale:,.{digits}f}",
+                f"{predicted / measured - 1:+.0%}",
+            ]
+        lines.append(f"| {row['name']} | {row['size']} | {row['parameters']:,} | {' | '.join(cells)} |")
+    for what, limit in (("bytes", 0.15), ("seconds", 0.20)):
+        within = sum(abs(error) <= limit for error in errors[what])
+        lines += ["", f"{'Memory' if what == 'bytes' else 'Time'}: {within} of {len(errors[what])} within {limit:.0%}."]
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="*", choices=[*RECIPES], default=[*RECIPES])
+    parser.add_argument("--sizes", nargs="*", choices=[*STEPS], default=[*STEPS])
+    parser.add_argument("--table", action="store_true", help="print the table of the last run")
+    parser.add_argument(
+        "--memory", action="store_true", help="only the memory, which other work on the machine does not change"
+    )
+    parser.add_argument("--case", nargs=2, help="one case, in this process (used by the others)")
+    args = parser.parse_args()
+    if args.case:
+        print(json.dumps(case(*args.case, timed=not args.memory)))
+        return
+    rows: list[dict[str, Any]] = json.loads(RESULTS.read_text()) if RESULTS.exists() else []
+    if not args.table:
+        prepare()
+        for size in args.sizes:
+            for name in args.only:
+                command = [sys.executable, "-W", "ignore", "-m", "bench.speed.estimate", "--case", name, size]
+                command += ["--memory"] * args.memory
+                done = subprocess.run(command, capture_output=True, text=True, check=False)
+                if done.returncode:
+                    print(f"{name} {size} failed: {done.stderr.strip().splitlines()[-1]}", flush=True)
+                    continue
+                row = json.loads(done.stdout.splitlines()[-1])
+                old = next((r for r in rows if (r["name"], r["size"]) == (name, size)), {})
+                row = old | row
+                rows = [r for r in rows if r is not old] + [row]
+                RESULTS.write_text(json.dumps(rows, indent=1))
+                print(table([row]).splitlines()[2], flush=True)
+    print(table(rows))
+
+
+if __name__ == "__main__":
+    main()

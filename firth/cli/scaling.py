@@ -1,0 +1,60 @@
+"""Commands for scaling laws: train a sweep, fit it, plan a run. `firth.cli` registers them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from firth.cli.options import Seed, number_option
+from firth.fields import PositiveFloat, PositiveInt
+from firth.types import UserError
+
+
+def scale_run(
+    recipe: Annotated[str, typer.Argument(help="A recipe that pretrains: its name or a YAML file.")],
+    settings: Annotated[list[str] | None, typer.Argument(help="field=value, for example data.path=mine/.")] = None,
+    budgets: Annotated[str, typer.Option(help="FLOPs of the runs, for example 1e12,3e12,1e13.")] = "",
+    sizes: Annotated[str, typer.Option(help="Widths of the models, for example 64,96,128,192.")] = "",
+    max_epochs: Annotated[
+        float, number_option(PositiveFloat, help="Leave out points that would read the text more often.")
+    ] = 4.0,
+    out: Annotated[Path, typer.Option(help="The directory of the sweep.")] = Path("runs/scale"),
+) -> None:
+    """Train a recipe at several sizes and compute budgets, for a scaling law; run it again to resume.
+
+    Several processes may run the same command on one directory: each takes other sizes.
+    """
+    from firth.runs.recipe import load
+    from firth.scaling.sweep import SweepConfig, run_sweep
+
+    config = SweepConfig(_numbers("--budgets", budgets), tuple(map(int, _numbers("--sizes", sizes))), max_epochs)
+    typer.echo(run_sweep(load(recipe, settings or []), config, out))
+
+
+def _numbers(name: str, text: str) -> tuple[float, ...]:
+    """Parse comma-separated numbers of an option."""
+    try:
+        return tuple(float(part) for part in text.split(",") if part.strip())
+    except ValueError:
+        raise UserError(f"{name} is {text!r}: write numbers with commas between them, for example 1e12,3e12") from None
+
+
+def scale_fit(
+    table: Annotated[
+        Path,
+        typer.Argument(help="A table of runs (CSV, TSV, JSONL) with parameters, tokens, loss; flops, epochs if known."),
+    ],
+    budgets: Annotated[str, typer.Option(help="FLOPs to find the best size for; by default 3 times the largest.")] = "",
+    draws: Annotated[int, number_option(PositiveInt, help="Bootstrap samples for the intervals.")] = 400,
+    skip_diverged: Annotated[bool, typer.Option("--skip-diverged", help="Leave out runs that diverged.")] = False,
+    seed: Seed = 0,
+    out: Annotated[
+        Path | None, typer.Option(help="Write fit.json and fit.html here; by default next to the table.")
+    ] = None,
+) -> None:
+    """Fit scaling laws to a table of runs: exponents, the best size for a budget, what repeated text is worth."""
+    from firth.scaling.report import fit_and_report
+
+    typer.echo(fit_and_report(table, _numbers("--budgets", budgets), draws, skip_diverged, seed, out or table.parent))

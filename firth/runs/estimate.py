@@ -1,0 +1,268 @@
+"""What a run will take before it starts: parameters, FLOPs, memory, tokens and time (`firth train RECIPE --dry-run`).
+
+Nothing is computed by a second set of formulas. The recipe is resolved as `run` resolves it, in a temporary directory; real
+batches are built; FLOPs are those that the trainer counts (`Objective.flops`); memory is that of the real step on tensors
+without data (`firth.training.memory`); time is that of real steps, of a smaller model where the model is large.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from firth import kernel_choice
+from firth.corpora import readers
+from firth.data.collate import Batches
+from firth.io.json_files import row_line
+from firth.model.model import LM
+from firth.runs.build_model import assemble_model
+from firth.runs.compatibility import available_memory
+from firth.runs.input_hashes import RunInputs
+from firth.runs.prepare import RunData
+from firth.runs.recipe import Recipe, ResolvedRecipe
+from firth.runs.resolve import resolve
+from firth.runs.run import build_data, check_start_models, prepare_tokenizer
+from firth.runs.run_context import RunContext
+from firth.runs.step_estimate import StepEstimate, check_fits, step_estimate
+from firth.runs.timing import step_seconds
+from firth.training.device import default_device
+from firth.training.distributed import Ranks
+from firth.training.logging import clock, short
+from firth.training.speed import utilization
+from firth.types import LOGGER, Batch, LogLine
+
+SAMPLED_STEPS = 8
+"""Steps whose batches are built to count tokens and FLOPs."""
+
+MAX_COUNTED_BYTES, SAMPLE_BYTES = 64 << 20, 16 << 20
+"""Bytes of text up to which all of it is read, and bytes of a sample of more."""
+
+GROWTH = {".gz": 3.0, ".zst": 3.0, ".parquet": 2.0, ".bz2": 3.5, ".xz": 4.0}
+"""Ending of a compressed file -> assumed bytes of text per byte of the file."""
+
+
+@dataclass(frozen=True)
+class RunEstimate:
+    """What a run takes.
+
+    Args:
+        recipe: The resolved recipe.
+        step: What a step takes.
+        steps: Optimizer steps of the budget.
+        tokens: Tokens of the budget.
+        epochs: Passes over the training data.
+        data_tokens: Tokens of the training data.
+        step_seconds: Seconds of a step on this machine; 0 if it was not measured.
+        data: How the data was counted, a sentence.
+        timing: How the time was found, a sentence.
+    """
+
+    recipe: ResolvedRecipe
+    step: StepEstimate
+    steps: int
+    tokens: float
+    epochs: float
+    data_tokens: float
+    step_seconds: float
+    data: str
+    timing: str
+
+    @property
+    def flops(self) -> float:
+        """Counted FLOPs of the budget."""
+        return self.steps * self.step.flops
+
+    @property
+    def six_n_d(self) -> float:
+        """6 N D of the budget."""
+        return self.step.six_n * self.tokens
+
+    @property
+    def seconds(self) -> float:
+        """Training time of the budget."""
+        return self.steps * self.step_seconds
+
+
+@dataclass(frozen=True, eq=False)
+class PreparedRun:
+    """A resolved recipe and its data, prepared as for a run.
+
+    Args:
+        recipe: The resolved recipe.
+        data: The data of the run.
+        batches: The training batches.
+        scale: Size of the whole data, as a multiple of what was read.
+        counted: How the data was counted, a sentence.
+        log: Receives messages.
+    """
+
+    recipe: ResolvedRecipe
+    data: RunData
+    batches: Batches
+    scale: float
+    counted: str
+    log: LogLine
+
+    def build(self, recipe: ResolvedRecipe | None = None) -> LM:
+        """Build the model of the recipe or of a smaller one, with random weights or those of the start model."""
+        plain = dataclasses.replace(recipe or self.recipe, compile=False)
+        return assemble_model(plain, self.data, _silent).model
+
+    def sample(self) -> tuple[list[list[Batch]], int]:
+        """Return the batches of some steps, and the bytes of models that the data source keeps."""
+        kept = self.batches.source.rehearse()
+        last = max(1, self.recipe.batch.group_by_length, SAMPLED_STEPS)
+        return [self.batches.batches(i * last // SAMPLED_STEPS) for i in range(SAMPLED_STEPS)], kept
+
+
+@contextmanager
+def prepared(recipe: Recipe, log: LogLine) -> Iterator[PreparedRun]:
+    """Prepare tokenizer and data as a run does, in a temporary directory that is deleted at the end of the block.
+
+    Raises:
+        UserError: As `run`: the recipe is invalid.
+    """
+    kernel_choice.check_forced()
+    check_start_models(recipe)
+    with tempfile.TemporaryDirectory(prefix="firth-") as place:
+        smaller, scale, how = _sampled(recipe, Path(place), log)
+        context = RunContext(Path(place), Ranks(), _silent, RunInputs(), resumed=False)
+        data = prepare_tokenizer(smaller, context)
+        resolved = resolve(smaller, data, context)
+        datasets = build_data(resolved, data, context)
+        yield PreparedRun(resolved, datasets.data, datasets.batches, scale, how, log)
+
+
+def _sampled(recipe: Recipe, place: Path, log: LogLine) -> tuple[Recipe, float, str]:
+    """Return the recipe with a sample of its text where that is large, the size of the whole relative to it, and a sentence."""
+    data = dataclasses.replace(recipe.data, cache_dir="")
+    recipe = dataclasses.replace(recipe, data=data)
+    trained = (
+        ""
+        if recipe.tokenizer.path or recipe.init_from or recipe.init_embeddings_from
+        else "the tokenizer was trained, and "
+    )
+    counted = f"{trained}all of the data was read and counted"
+    if not recipe.examples.reads_documents:
+        return recipe, 1.0, counted
+    sizes = {path: path.stat().st_size * GROWTH.get(path.suffix, 1.0) for path in readers.files(data.paths(log))}
+    total = sum(sizes.values())
+    if total <= MAX_COUNTED_BYTES:
+        return recipe, 1.0, counted
+    sample, written = place / "sample.jsonl", 0
+    with sample.open("w", encoding="utf-8") as file:
+        for document in readers.documents([str(path) for path in sizes], field=data.text_field, split=data.split_by):
+            for start in range(0, len(document.text), SAMPLE_BYTES // 16):
+                if written < SAMPLE_BYTES:
+                    text = document.text[start : start + SAMPLE_BYTES // 16]
+                    file.write(row_line({"text": text}))
+                    written += len(text.encode())
+            if written >= SAMPLE_BYTES:
+                break
+    changed: dict[str, Any] = {
+        "path": (str(sample),),
+        "corpus": "",
+        "text_field": "text",
+        "split_by": "file",
+        "weights": (),
+    }
+    how = (
+        f"tokens were estimated from {written / 1e6:,.0f} MB of text at the start of {total / 1e6:,.0f} MB, the size of the files"
+        + (", and so was the tokenizer" if trained else "")
+    )
+    return dataclasses.replace(recipe, data=dataclasses.replace(data, **changed)), total / max(written, 1), how
+
+
+def estimate(recipe: Recipe, timed: bool = True, log: LogLine = LOGGER.info) -> RunEstimate:
+    """Return what a run of a recipe takes, without training it.
+
+    Args:
+        recipe: The recipe.
+        timed: Whether to find the time too, which runs some steps.
+        log: Receives messages.
+
+    Raises:
+        UserError: As `run`: the recipe is invalid. A run that does not fit into the memory is estimated too, without time.
+    """
+    with prepared(recipe, log) as run:
+        return estimate_prepared(run, timed)
+
+
+def estimate_prepared(run: PreparedRun, timed: bool = True) -> RunEstimate:
+    """Return what a prepared run takes; see `estimate`."""
+    resolved = run.recipe
+    sampled, kept = run.sample()
+    step = step_estimate(run.build, resolved, sampled, kept)
+    seconds, how = 0.0, "not measured"
+    if timed:
+        seconds, how = step_seconds(run.build, resolved, run.batches, step.flops, step.peak_bytes(1))
+    budget = resolved.budget
+    steps = budget.max_steps
+    if budget.max_flops:
+        steps = max(1, round(budget.max_flops / step.flops))
+    elif budget.max_seconds:
+        steps = round(budget.max_seconds / seconds) if seconds else 0
+    per_example = step.tokens / resolved.batch.size
+    size = len(run.batches.source) * run.scale
+    return RunEstimate(
+        resolved, step, steps, steps * step.tokens, steps * resolved.batch.size / size, size * per_example, seconds,
+        run.counted, how,
+    )  # fmt: skip
+
+
+def dry_run(recipe: Recipe, log: LogLine = LOGGER.info) -> RunEstimate:
+    """Report what a run takes, and train nothing.
+
+    Raises:
+        UserError: The recipe is invalid, or a step does not fit into the free memory; the latter after the report.
+    """
+    found = estimate(recipe, log=log)
+    for line in describe(found):
+        log(line)
+    check_fits(found.step, default_device(), found.steps)
+    return found
+
+
+def describe(found: RunEstimate) -> list[str]:
+    """Return the lines of a dry run."""
+    step, recipe, memory = found.step, found.recipe, found.step.memory
+    total, device = found.step.peak_bytes(found.steps), default_device()
+    name, free = list(available_memory(device).items())[-1]
+    trained = "all trained" if step.trained_parameters == step.parameters else f"{step.trained_parameters:,} trained"
+    parts = {
+        "weights": memory.weights, "gradients": memory.gradients, "optimizer": memory.optimizer, "activations": memory.activations,
+        "kernels of bf16 products": memory.kernel_bytes(found.steps), "other models": step.frozen_bytes,
+    }  # fmt: skip
+    shares = ", ".join(f"{part} {_bytes(size)}" for part, size in parts.items() if size)
+    lines = [
+        f"{recipe.name}: a dry run, which trains nothing",
+        f"  parameters  {step.parameters:,}, {step.parameters_without_embeddings:,} without embeddings; {trained}",
+        f"  FLOPs       {short(step.flops_per_token)} a token (6 N: {short(step.six_n)}); {short(found.flops)} in {found.steps:,} "
+        f"steps (6 N D: {short(found.six_n_d)})",
+        f"  memory      {_bytes(total)} at the peak of a step, {_bytes(free)} of {name} are free: {shares}",
+        f"  checkpoint  {_bytes(step.checkpoint_bytes)} on disk",
+        f"  tokens      {short(found.tokens)} in {found.steps:,} steps of {short(step.tokens)}: {found.epochs:.3g} epochs of "
+        f"{short(found.data_tokens)}; {found.data}",
+    ]
+    time = f"  time        {found.timing}"
+    if found.step_seconds:
+        share = utilization(step.flops / found.step_seconds, device.type, recipe.precision)
+        time = (
+            f"  time        {clock(found.seconds)} of training in {recipe.precision} on this machine, {found.step_seconds:.3g} s a step, "
+            f"MFU {share:.1%}; from {found.timing}"
+        )
+    return [*lines, time]
+
+
+def _bytes(size: float) -> str:
+    """Return bytes in MB or GB."""
+    return f"{size / 1e9:,.1f} GB" if size >= 1e9 else f"{size / 1e6:,.0f} MB"
+
+
+def _silent(_: str) -> None:
+    """Ignore a message."""

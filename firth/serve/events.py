@@ -1,0 +1,92 @@
+"""Server-sent events: a response whose parts are sent as they come (https://html.spec.whatwg.org/multipage/server-sent-events.html)."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+from collections.abc import AsyncGenerator, Callable
+
+from pydantic import BaseModel
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from firth.serve.config import ServeLimits
+from firth.serve.errors import ApiError
+from firth.types import LOGGER, UserError
+
+DONE = b"data: [DONE]\n\n"
+
+
+class SlowReaderError(Exception):
+    """The client left a part of the answer unread for too long."""
+
+
+class EventStream(Response):
+    """A stream of events, which ends with [DONE].
+
+    It is given up if the client is gone, reads too slowly, or the whole answer takes too long. An error in it is an event.
+
+    Args:
+        events: The events.
+        limits: The limits.
+
+    Attributes:
+        on_end: Called once the stream has ended or was given up.
+    """
+
+    media_type = "text/event-stream"
+
+    def __init__(self, events: AsyncGenerator[BaseModel, None], limits: ServeLimits) -> None:
+        super().__init__(None)
+        self.events, self.limits = events, limits
+        self.on_end: Callable[[], None] = lambda: None
+        del self.headers["content-length"]
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        task = asyncio.ensure_future(self._send(send))
+        gone = asyncio.ensure_future(disconnected(receive))
+        try:
+            await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for one in (task, gone):
+                one.cancel()
+                with contextlib.suppress(asyncio.CancelledError, SlowReaderError):
+                    await one
+            await self.events.aclose()
+            self.on_end()
+
+    async def _send(self, send: Send) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+        try:
+            async with asyncio.timeout(self.limits.request_seconds):
+                async for event in self.events:
+                    await self._send_part(send, b"data: " + event.model_dump_json().encode() + b"\n\n")
+            await self._send_part(send, DONE)
+        except TimeoutError:
+            await self._send_error(send, ApiError(504, "the answer was not complete in time", code="timeout"))
+        except (ApiError, UserError) as error:
+            refused = error if isinstance(error, ApiError) else ApiError(400, str(error), code="invalid_request")
+            await self._send_error(send, refused)
+        except SlowReaderError:
+            raise
+        except Exception as error:
+            LOGGER.warning(f"a stream failed: {type(error).__name__}: {error}", exc_info=error)
+            await self._send_error(send, ApiError(500, "the server failed on this request", code="internal_error"))
+        await send({"type": "http.response.body", "body": b""})
+
+    async def _send_error(self, send: Send, error: ApiError) -> None:
+        await self._send_part(send, f"data: {json.dumps(error.body)}\n\n".encode())
+
+    async def _send_part(self, send: Send, part: bytes) -> None:
+        try:
+            async with asyncio.timeout(self.limits.send_seconds):
+                await send({"type": "http.response.body", "body": part, "more_body": True})
+        except TimeoutError:
+            raise SlowReaderError from None
+
+
+async def disconnected(receive: Receive) -> None:
+    """Return once the client has closed the connection."""
+    while (await receive())["type"] != "http.disconnect":
+        pass

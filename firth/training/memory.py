@@ -1,0 +1,249 @@
+"""Memory of a training step, found by running it on tensors without data.
+
+`trace_memory` runs the real step (objective, backward pass, optimizer) on tensors that have a shape, a dtype and a device and
+no data (torch's `FakeTensor`), and follows which of them are alive. So no formula of activations has to agree with the code:
+what autograd saves, what a kernel keeps and what is freed early is what happens. Tokens, labels and masks are real, since
+shapes depend on them: the LM head runs only at the labels.
+
+Native kernels are not called; they allocate nothing. Scratch buffers inside a matrix product are not seen.
+"""
+
+from __future__ import annotations
+
+import warnings
+import weakref
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
+from torch.utils.weak import WeakIdKeyDictionary
+
+from firth import kernel_choice
+from firth.model import attention, native
+from firth.training.device import casts
+from firth.training.optimizer import Optimizer, OptimizerConfig, untied_embeddings
+from firth.training.step import step, to
+from firth.types import Batch
+
+if TYPE_CHECKING:
+    from firth.model.model import LM
+    from firth.objectives.objective import Objective
+
+FACTORIES = frozenset({"empty", "empty_strided", "zeros", "ones", "rand", "randn", "full"})
+"""Operators that make a tensor from a shape. Their floating-point tensors have no data in a trace."""
+
+INDEXING = frozenset({"index", "index_put", "index_put_", "_index_put_impl_"})
+"""Operators whose second argument may hold masks. The shape of the result depends on what they select."""
+
+PRODUCTS = frozenset({"mm", "addmm", "bmm", "baddbmm"})
+"""Operators that multiply matrices."""
+
+KERNEL_BYTES, MAX_KERNELS = 400_000, 1024
+"""Bytes of a kernel that oneDNN compiles for one shape of a bf16 product on a CPU, and how many it keeps."""
+
+HEAP_FACTOR = 1.12
+"""Resident memory of a process per byte of live tensors on a CPU: freed blocks that no later tensor fits into."""
+
+
+@dataclass(frozen=True)
+class StepMemory:
+    """Bytes of a training step at its peak; the parts add up to `peak`.
+
+    Args:
+        weights: Parameters and buffers.
+        gradients: Gradients of parameters at that moment.
+        optimizer: Momenta and second moments.
+        activations: Everything else: what is kept for the backward pass, temporary tensors, and on a CPU the unused blocks
+            between them.
+        shapes: Different shapes of matrix products in a step.
+        new_shapes: How many of them the step before did not have.
+        kernel: Bytes that the library keeps for each shape of a product.
+    """
+
+    weights: int
+    gradients: int
+    optimizer: int
+    activations: int
+    shapes: int = 0
+    new_shapes: int = 0
+    kernel: int = 0
+
+    @property
+    def peak(self) -> int:
+        """The most bytes at any time of a step."""
+        return self.weights + self.gradients + self.optimizer + self.activations
+
+    def kernel_bytes(self, steps: int) -> int:
+        """Return the bytes of the kernels that the library keeps in a run, one for each shape of a product."""
+        return self.kernel * min(MAX_KERNELS, self.shapes + self.new_shapes * (steps - 1))
+
+
+class MemoryTrace(TorchDispatchMode):
+    """Runs operators on floating-point tensors without data, and follows the bytes of all tensors.
+
+    Args:
+        device: The training device; only its tensors are counted.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode  # imports SymPy, which takes a second
+
+        super().__init__()
+        self.device, self._fake_type = device, FakeTensor
+        self._fakes = FakeTensorMode(allow_non_fake_inputs=True)
+        self._numbers: Any = WeakIdKeyDictionary()
+        self.sizes: list[int] = []
+        """Bytes of each storage, in the order of allocation."""
+        self.events: list[int] = []
+        """n + 1: storage n is allocated; -n - 1: it is freed."""
+        self.sparse_tables: set[tuple[int, ...]] = set()
+        """Shapes of embedding tables whose gradient has only the rows that were looked up."""
+        self.products: set[tuple[Any, ...]] = set()
+        """Shapes of the matrix products since it was cleared."""
+
+    def number(self, x: Tensor, size: int | None = None) -> int:
+        """Return the number of a tensor's storage; a new one is counted as allocated.
+
+        Args:
+            x: The tensor.
+            size: Bytes of a new storage; None: those that the tensor has.
+        """
+        storage = x.untyped_storage()
+        known: int | None = self._numbers.get(storage)
+        if known is not None:
+            return known
+        number = len(self.sizes)
+        counted = x.device.type == self.device.type
+        self.sizes.append((storage.nbytes() if size is None else size) if counted else 0)
+        self.events.append(number + 1)
+        self._numbers[storage] = number
+        weakref.finalize(storage, self.events.append, -number - 1).atexit = False
+        return number
+
+    def numbers(self, tensors: Sequence[Tensor | None]) -> set[int]:
+        """Return the numbers of the storages of some tensors."""
+        return {self.number(x) for x in tensors if x is not None}
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        name = func._schema.name.removeprefix("aten::")
+        tensors = [x for x in tree_iter((args, kwargs)) if isinstance(x, Tensor)]
+        fake = any(isinstance(x, self._fake_type) for x in tensors)
+        if name == "_local_scalar_dense" and fake:  # is the norm above its limit, is everything finite: yes
+            return 1.0 if args[0].dtype.is_floating_point else 1
+        if not tensors and name in FACTORIES:
+            fake = _dtype(name, args, kwargs).is_floating_point
+        if fake:
+            if name in PRODUCTS:
+                self.products.add((name, *((tuple(x.shape), tuple(x.stride())) for x in tensors)))
+            if name in INDEXING:
+                args = self._by_position(args)
+            with self._fakes:
+                out = func(*args, **kwargs)
+        else:
+            out = func(*args, **kwargs)
+        size = None
+        if name == "embedding_dense_backward" and tuple(out.shape) in self.sparse_tables:
+            size = args[1].numel() * out.shape[-1] * out.element_size()
+        for x in tree_iter(out):
+            if isinstance(x, Tensor):
+                self.number(x, size)
+        return out
+
+    def _by_position(self, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        """Return the arguments of an indexing operator with masks that have data replaced by the positions they select."""
+
+        def positions(x: Tensor | None) -> Sequence[Tensor | None]:
+            known = x is not None and x.dtype == torch.bool and not isinstance(x, self._fake_type)
+            return x.nonzero().unbind(-1) if known and x is not None else (x,)
+
+        return (args[0], [each for x in args[1] for each in positions(x)], *args[2:])
+
+    def peak(self, parts: Sequence[set[int]]) -> tuple[int, list[int]]:
+        """Return the most live bytes, and how many of them are in each of several sets of storages."""
+        live = most = 0
+        alive: set[int] = set()
+        at: set[int] = set()
+        for event in self.events:
+            number = abs(event) - 1
+            if event < 0:
+                live -= self.sizes[number]
+                alive.discard(number)
+                continue
+            live += self.sizes[number]
+            alive.add(number)
+            if live > most:
+                most, at = live, set(alive)
+        return most, [sum(self.sizes[n] for n in part & at) for part in parts]
+
+
+def _dtype(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.dtype:
+    """Return the dtype of what a factory makes."""
+    given: torch.dtype | None = kwargs.get("dtype")
+    if given is None and name == "full":
+        return torch.float32 if isinstance(args[1], float) else torch.int64
+    return given or torch.get_default_dtype()
+
+
+@contextmanager
+def memory_trace(device: torch.device) -> Iterator[MemoryTrace]:
+    """Run torch's operators without data within the block.
+
+    Which kernels run is measured before, on tensors with data, since some keep more than others for the backward pass.
+    """
+    kernel_choice.table()
+    attention.flash_runs(torch.bfloat16)
+    trace = MemoryTrace(device)
+    with warnings.catch_warnings(), native.without_computation(), trace:
+        warnings.filterwarnings("ignore", message="Accessing the data pointer of FakeTensor")
+        yield trace
+
+
+def trace_step(
+    trace: MemoryTrace,
+    model: LM,
+    objective: Objective,
+    optimizer: OptimizerConfig,
+    steps: Sequence[Sequence[Batch]],
+    precision: Literal["fp32", "bf16"],
+    dropout: bool,
+) -> StepMemory:
+    """Return the memory of a training step, the last of several: the first has no optimizer state yet.
+
+    Args:
+        trace: The active trace, in which the model was built.
+        model: The model.
+        objective: The objective.
+        optimizer: The optimizer.
+        steps: The micro-batches of each step, with data.
+        precision: Precision of the forward and backward pass.
+        dropout: Whether the step uses dropout.
+    """
+    model.train(dropout)
+    trace.sparse_tables = {tuple(table.weight.shape) for table in untied_embeddings(model)}
+    updates = Optimizer(optimizer, model)
+    weights = trace.numbers([*model.parameters(), *model.buffers()])
+    gradients: set[int] = set()
+    before: set[tuple[Any, ...]] = set()
+    for number, batches in enumerate(steps):
+        before, trace.products = trace.products, set()
+        placed = [to(batch, trace.device) | {"step": torch.tensor(number)} for batch in batches]
+        step(model, objective, placed, precision=casts(precision, trace.device))
+        gradients |= trace.numbers([p.grad for p in updates.parameters])
+        updates.clip_grad_norm()
+        updates.step(1.0)
+    state = trace.numbers(list(updates.state().values())) - weights
+    most, (in_weights, in_gradients, in_state) = trace.peak((weights, gradients, state))
+    kernel = KERNEL_BYTES if trace.device.type == "cpu" and precision == "bf16" else 0
+    if trace.device.type == "cpu":
+        most = round(most * HEAP_FACTOR)
+    rest = most - in_weights - in_gradients - in_state
+    new = len(trace.products - before)
+    return StepMemory(in_weights, in_gradients, in_state, rest, len(trace.products), new, kernel)

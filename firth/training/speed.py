@@ -1,0 +1,114 @@
+"""Speed of this machine: its peak in a matrix product, which utilization is measured against, and measured training speeds.
+
+Model FLOPs utilization (Chowdhery 2022, appendix B) is counted FLOPs per second over the peak. The peak is measured once per
+machine, precision and number of threads and kept in CACHE/speed.json; later measurements (`firth doctor`) only raise it,
+since other work on the machine can only lower one.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from functools import cache as once
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from firth import kernel_choice
+from firth.io.atomic import write_text
+from firth.io.cache import cache
+from firth.io.json_files import read_json
+from firth.types import UserError
+
+PrecisionName = Literal["fp32", "bf16"]
+PRECISIONS: tuple[PrecisionName, ...] = ("fp32", "bf16")
+
+SIZES = {"cpu": 1024, "mps": 2048, "cuda": 8192}
+"""Device -> rows and columns of the matrices whose product is timed."""
+
+MEASURE_SECONDS, MIN_RUNS = 0.3, 3
+"""Seconds spent on the peak, and the fewest products."""
+
+
+@once
+def machine_peak(device: str, precision: PrecisionName) -> float:
+    """Return the peak FLOP/s of this machine in a matrix product; measured if it is not known.
+
+    Args:
+        device: Type of the device: cpu, cuda or mps.
+        precision: Precision of the product.
+    """
+    known = recorded(f"peak {device} {precision}")
+    return known if known is not None else measure_peak(device, precision)
+
+
+def measure_peak(device: str, precision: PrecisionName) -> float:
+    """Measure the peak FLOP/s and return the highest that was ever measured on this machine."""
+    size = SIZES[device]
+    x = torch.ones(size, size, dtype=torch.bfloat16 if precision == "bf16" else torch.float32, device=device)
+    best, end, runs = math.inf, time.perf_counter() + MEASURE_SECONDS, 0
+    with torch.inference_mode(), torch.autocast(device, enabled=False):
+        x @ x  # the first product sets up threads and kernels
+        _wait(device)
+        while time.perf_counter() < end or runs < MIN_RUNS:
+            start = time.perf_counter()
+            x @ x
+            _wait(device)
+            best, runs = min(best, time.perf_counter() - start), runs + 1
+    name = f"peak {device} {precision}"
+    peak = max(2 * size**3 / best, recorded(name) or 0.0)
+    record(name, peak)
+    return peak
+
+
+def _wait(device: str) -> None:
+    """Wait until the device has finished."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+    elif device == "mps":
+        torch.mps.synchronize()
+
+
+def utilization(flops_per_second: float, device: str, precision: PrecisionName, devices: int = 1) -> float:
+    """Return model FLOPs utilization: counted FLOP/s over the peak of all devices."""
+    return flops_per_second / (machine_peak(device, precision) * devices)
+
+
+@once
+def _machine() -> str:
+    """Return what a speed depends on: `kernel_choice.machine`, and the name of the GPU."""
+    gpu = f"; {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
+    return kernel_choice.machine() + gpu
+
+
+def _file() -> Path:
+    return cache() / "speed.json"
+
+
+def _content() -> dict[str, Any]:
+    """Return the recorded speeds of all machines; {} if the file cannot be used, so that it is written again."""
+    try:
+        return read_json(_file())
+    except (UserError, OSError):
+        return {}
+
+
+def recorded(name: str) -> float | None:
+    """Return a recorded speed of this machine, or None."""
+    found = _content().get(_machine())
+    value = found.get(name) if isinstance(found, dict) else None
+    return value if isinstance(value, float) and 0 < value < math.inf else None
+
+
+def record(name: str, speed: float) -> None:
+    """Record a speed of this machine. An unwritable cache is no error: the next process measures again."""
+    content = _content()
+    found = content.get(_machine())
+    content[_machine()] = (found if isinstance(found, dict) else {}) | {name: speed}
+    try:
+        _file().parent.mkdir(parents=True, exist_ok=True)
+        write_text(_file(), json.dumps(content, indent=1, sort_keys=True))
+    except (UserError, OSError):
+        return
