@@ -2,7 +2,7 @@
 
     python -m bench.learning.frontier --run                                # all missing runs: about 25 minutes on two idle cores
     python -m bench.learning.frontier --run --only dpo --seeds 0           # some
-    python -m bench.learning.frontier --run --lock FILE                    # each run holds a lock, for a machine that others use
+    python -m bench.learning.frontier --run --lock FILE                    # hold a lock during five runs at a time
     python -m bench.learning.frontier --table                              # markdown of the existing runs, and RESULTS/report.html
 
 The setting is that of the DPO paper (Rafailov 2023, section 6.1), with a smaller model and a smaller text. A prompt is the first four
@@ -24,14 +24,18 @@ import fcntl
 import functools
 import json
 import math
+import multiprocessing
 import random
 import re
 import statistics
 import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from bench.harness import busy_seconds, machine, other_load
 from firth.corpora import catalog, readers
@@ -56,18 +60,18 @@ VOCAB_SIZE = 1024
 SUPERVISED_STEPS, SUPERVISED_ROWS = 800, 64
 MAX_NEW_TOKENS, MAX_LENGTH = 48, 96
 SEEDS = (0, 1, 2)
-BEST_OF = (2, 4, 8, 16, 32, 64)
+BEST_OF = (2, 4, 8, 16)
 REWARD = "bench.learning.frontier:sentiment"
 WORD = re.compile(r"[a-z][a-z'-]*[a-z]|[a-z]")
 
-ANSWERS, PHASES = 64, 60
-PAIRS, PAIR_STEPS = 32, 100
+ANSWERS, PHASES = 64, 40
+PAIRS, PAIR_STEPS = 32, 80
 ROLLOUT = (
     f"examples.reward_function={REWARD}", f"examples.rollout_size={ANSWERS}", f"examples.max_new_tokens={MAX_NEW_TOKENS}",
-    "examples.num_generations=8", "optimizer.lr=3e-4", "evaluation.every=0", "checkpoint.every=0",
+    "examples.num_generations=8", "optimizer.lr=4e-4", "evaluation.every=0", "checkpoint.every=0",
 )  # fmt: skip
 COMPARED = (
-    f"batch.size={PAIRS}", f"max_steps={PAIR_STEPS}", f"examples.base.max_length={MAX_LENGTH}", "optimizer.lr=2e-4", "evaluation.every=0",
+    f"batch.size={PAIRS}", f"max_steps={PAIR_STEPS}", f"examples.base.max_length={MAX_LENGTH}", "optimizer.lr=3e-4", "evaluation.every=0",
     "checkpoint.every=0",
 )  # fmt: skip
 GROUPS = (*ROLLOUT, f"batch.size={ANSWERS}", f"max_steps={PHASES}")
@@ -258,28 +262,47 @@ def read_results(results: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text("utf-8").splitlines()] if path.exists() else []
 
 
-def run_missing(results: Path, names: Sequence[str], seeds: Sequence[int], lock: Path | None) -> None:
-    """Run what is missing; each row is written when it is known."""
+def add(results: Path, rows: Sequence[dict[str, Any]]) -> None:
+    with (results / "results.jsonl").open("a", encoding="utf-8") as file:
+        file.write("".join(json.dumps(row) + "\n" for row in rows))
+    for row in rows:
+        print(row["method"], row["strength"], row["seed"], row["reward"], row["kl"], row.get("seconds"), flush=True)
+
+
+def run_one(results: Path, name: str, strength: float, seed: int) -> None:
+    """Do one run and write its row."""
+    files = prepare(results)
+    add(results, [measure(name, strength, seed, files, results / f"{name}-{strength:g}-{seed}")])
+
+
+def run_missing(results: Path, names: Sequence[str], seeds: Sequence[int], lock: Path | None, jobs: int) -> None:
+    """Run what is missing, one strength of all methods under one lock, in `jobs` processes of one thread each."""
     results.mkdir(parents=True, exist_ok=True)
-    with holding(lock):
+    with holding(None if (results / "ranked" / RankAnswers.output).exists() else lock):
         files = prepare(results)
-
-    def add(rows: Sequence[dict[str, Any]]) -> None:
-        with (results / "results.jsonl").open("a", encoding="utf-8") as file:
-            file.write("".join(json.dumps(row) + "\n" for row in rows))
-        for row in rows:
-            print(row["method"], row["strength"], row["seed"], row["reward"], row["kl"], row.get("seconds"), flush=True)
-
-    known = {(row["method"], row["strength"], row["seed"]) for row in read_results(results)}
-    for seed in seeds:
-        if ("best of n", 1, seed) not in known:
-            with holding(lock):
-                add(measure_best_of_n(files, seed, results / f"best-of-n-{seed}"))
-        for name in names:
-            for strength in METHODS[name].strengths:
-                if (name, strength, seed) not in known:
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(jobs, mp_context=context, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        for seed in seeds:
+            if missing(results, "best of n", seed):
+                with holding(lock):
+                    add(results, measure_best_of_n(files, seed, results / f"best-of-n-{seed}"))
+            for place in (1, 2, 0, 3):  # the middle of the curves first
+                chosen = [(name, METHODS[name].strengths[place]) for name in names]
+                if any(strength in missing(results, name, seed) for name, strength in chosen):
                     with holding(lock):
-                        add([measure(name, strength, seed, files, results / f"{name}-{strength:g}-{seed}")])
+                        left = [
+                            (name, strength) for name, strength in chosen if strength in missing(results, name, seed)
+                        ]
+                        started = [pool.submit(run_one, results, name, strength, seed) for name, strength in left]
+                        for one in started:
+                            one.result()
+
+
+def missing(results: Path, name: str, seed: int) -> list[float]:
+    """Return the strengths of a method that have no row yet, with one seed."""
+    known = {(row["method"], row["strength"], row["seed"]) for row in read_results(results)}
+    strengths = (1, *BEST_OF) if name == "best of n" else METHODS[name].strengths
+    return [strength for strength in strengths if (name, strength, seed) not in known]
 
 
 T_TWO_DEGREES = {2: 12.706, 3: 4.303}
@@ -377,11 +400,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--table", action="store_true")
     parser.add_argument("--only", nargs="*", choices=METHODS, default=list(METHODS))
     parser.add_argument("--seeds", nargs="+", type=int, default=SEEDS)
-    parser.add_argument("--lock", type=Path, help="a file to hold an flock on during each run")
+    parser.add_argument("--jobs", type=int, default=2, help="runs at a time")
+    parser.add_argument("--lock", type=Path, help="a file to hold an flock on during the runs of one strength")
     parser.add_argument("--results", type=Path, default=Path("runs/frontier"))
     args = parser.parse_args(argv)
     if args.run:
-        run_missing(args.results, args.only, args.seeds, args.lock)
+        run_missing(args.results, args.only, args.seeds, args.lock, args.jobs)
     found = points(read_results(args.results))
     if found:
         print(table(found))
