@@ -242,7 +242,7 @@ def check_memory(resolved: ResolvedRecipe, datasets: RunDatasets) -> None:
     if not certainly_fits(resolved, batches, device):
         plain = dataclasses.replace(resolved, compile=False)
         build = partial(assemble_model, plain, datasets.data, lambda _: None)
-        check_fits(step_estimate(lambda: build().model, resolved, [batches]), device)
+        check_fits(step_estimate(lambda: build().model, resolved, [batches]), device, resolved.budget.max_steps or 1)
 
 
 def build_model(resolved: ResolvedRecipe, datasets: RunDatasets, context: RunContext) -> BuiltModel:

@@ -27,6 +27,7 @@ from torch.distributed.tensor import DTensor
 
 from firth.model.shard_tensors import assign, gathered
 from firth.model.transformer import TransformerStack
+from firth.training.device import return_freed_memory
 from firth.training.distributed import Ranks
 from firth.training.parallel import Parallel
 
@@ -69,6 +70,7 @@ class Shards(Parallel):
         precision: Literal["fp32", "bf16"] = "fp32",
         record: Recorded | None = None,
     ) -> None:
+        return_freed_memory()
         self.model, self.ranks = model, ranks
         self._skeleton = _on_meta(model)
         if record is not None:

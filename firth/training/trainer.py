@@ -166,7 +166,8 @@ def train(
         Interrupted: Ctrl-C; a checkpoint has been saved.
     """
     ranks = ranks or Ranks()
-    keep_freed_memory()
+    if shards is None:
+        keep_freed_memory()
     flush_denormals()
     with ranks.together(), run_lock(directory) if ranks.first else nullcontext():
         reporter = (reporter or make_reporter(name or directory.name)) if ranks.first else NullReporter()
