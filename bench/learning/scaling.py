@@ -4,7 +4,7 @@
     python -m bench.learning.scaling runs/scaling predict                  fit, predict the largest run, train it
     python -m bench.learning.scaling runs/scaling repeats                  one model on texts of 0.1, 0.3, 1 and 3 M tokens
     python -m bench.learning.scaling runs/scaling follow                   `firth plan` for a text that no fit has seen
-    python -m bench.learning.scaling runs/scaling ship                     write the default laws into the package
+    python -m bench.learning.scaling runs/scaling ship                     write the default law into the package
 
 Each part runs commands of firth and can be stopped and started again. The text is the State of the Union addresses, WordNet's glosses and
 the Brown corpus (28 MB), with 1,024 subwords. docs/results/scaling.md has the results.
@@ -41,7 +41,7 @@ GRID = {
     "3e11": "24,32,40,48,64,96",
     "1e12": "32,40,48,64,96,128",
 }
-ENCODER_GRID = {"3e10": "16,24,32,40,48", "1e11": "24,32,40,48,64", "3e11": "32,40,48,64,96", "1e12": "40,48,64,96,128"}
+ENCODER_GRID = {"3e10": "16,24,32,40,48", "1e11": "32,40,48,64", "3e11": "40,48,64,96", "1e12": "48,64,96,128"}
 """Budget -> widths."""
 LARGEST = "4e12"
 PARTS = {
@@ -184,31 +184,26 @@ def repeats(out: Path) -> None:
 
 
 def follow(out: Path) -> None:
-    """Plan runs for a text that no fit has seen, type the commands, and compare."""
+    """Plan a run for a text that no fit has seen, type the command, and compare."""
     path = catalog.paths(UNSEEN, print)[0]
-    for goal, law in (("text", "law-decoder"), ("labels", "predict-encoder")):
-        run = out / "follow" / goal
-        planned = firth(
-            "plan", "--text", path, "--hours", f"{MINUTES / 60:.4f}", "--for", goal, "--law", str(out / law / "fit.json"),
-            "--out", str(out / "follow"),
-        )  # fmt: skip
-        command = next(line.strip() for line in planned.splitlines() if line.strip().startswith("firth train"))
-        start = time.perf_counter()
-        firth(*shlex.split(command)[1:])
-        done = json.loads((run / "done.json").read_text())
-        print(
-            f"{goal}: {done['seconds']:.0f} s of training, {time.perf_counter() - start:.0f} s in all, {done['metrics']}"
-        )
+    run = out / "follow" / "text"
+    hours = f"{MINUTES / 60:.4f}"
+    planned = firth("plan", "--text", path, "--hours", hours, "--for", "text", "--out", str(out / "follow"))
+    command = next(line.strip() for line in planned.splitlines() if line.strip().startswith("firth train"))
+    start = time.perf_counter()
+    firth(*shlex.split(command)[1:])
+    done = json.loads((run / "done.json").read_text())
+    print(f"{done['seconds']:.0f} s of training, {time.perf_counter() - start:.0f} s in all, {done['metrics']}")
 
 
 def ship(out: Path) -> None:
-    """Write the laws that `firth plan` uses by default, without the paths of this machine."""
-    for name, part in (("decoder", "law-decoder"), ("encoder", "predict-encoder")):
-        law = FittedLaw.load(out / part / "fit.json")
-        source = dict(law.source)
-        source["recipe"] = source["recipe"] | {"data": source["recipe"]["data"] | {"path": []}}
-        source["text"] = ", ".join(CORPORA)
-        replace(law, draws=law.draws[:200], source=source).save(FILES / f"{name}.json")
+    """Write the law that `firth plan` uses by default, without the paths of this machine."""
+    law = FittedLaw.load(out / "predict-decoder" / "fit.json")
+    source = dict(law.source)
+    source["recipe"] = source["recipe"] | {"data": source["recipe"]["data"] | {"path": []}}
+    source["text"] = ", ".join(CORPORA)
+    FILES.mkdir(exist_ok=True)
+    replace(law, draws=law.draws[:200], source=source).save(FILES / "decoder.json")
 
 
 def main(out: Path, parts: list[str]) -> None:

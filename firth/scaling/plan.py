@@ -2,8 +2,8 @@
 
     firth plan --text mine/ --hours 2 --for text
 
-The law is one of `firth scale fit`, or a default one (firth/scaling/files, with its text, CPU and runs inside). The plan keeps
-what its runs kept: the recipe, the vocabulary size, the length of rows, the batch, and the rules of a sweep
+The law is one of `firth scale fit`, or the one that firth ships for decoders (firth/scaling/files, with its text and CPU). The
+plan keeps what its runs kept: the recipe, the vocabulary size, the length of rows, the batch, and the rules of a sweep
 (`firth.scaling.sweep`). Sizes are compared by the loss that the law expects after the tokens that each reads in the time.
 The speed of each is that of timed steps on this machine (`firth.runs.estimate`).
 
@@ -35,9 +35,12 @@ from firth.scaling.sweep import DECAY_RATIO, MIN_STEPS, WARMUP_STEPS
 from firth.training.schedule import Budget, Schedule
 from firth.types import LOGGER, LogLine, UserError
 
-DEFAULT_LAWS = {"labels": "encoder.json", "text": "decoder.json"}
-"""Goal -> the file of its default law: a masked encoder to label text with, a decoder to write text."""
 FILES = Path(__file__).parent / "files"
+"""Directory of the default laws: decoder.json for text."""
+NO_LAW = (
+    "firth ships no law of encoders for labels, since those of its sweep, up to 1e12 FLOPs, had hardly learned more than the frequencies "
+    "of tokens: train larger ones with `firth scale run roberta`, fit them with `firth scale fit`, and give fit.json with --law"
+)
 WIDTHS = (*range(16, 128, 16), *range(128, 256, 32), *range(256, 512, 64), *range(512, 2049, 128))
 """Widths to choose from."""
 LEAST_WORTH = 0.1
@@ -49,7 +52,7 @@ SPARE = 0.95
 
 
 @dataclass(frozen=True)
-class Candidate:
+class PlannedSize:
     """A size in a plan.
 
     Args:
@@ -93,8 +96,14 @@ class Plan:
 
 
 def default_law(goal: str) -> FittedLaw:
-    """Return the law that is used where none is given."""
-    return FittedLaw.load(FILES / DEFAULT_LAWS[goal])
+    """Return the law that is used where none is given.
+
+    Raises:
+        UserError: There is none for this goal.
+    """
+    if goal == "labels":
+        raise UserError(NO_LAW)
+    return FittedLaw.load(FILES / "decoder.json")
 
 
 def goal_of(law: FittedLaw) -> str:
@@ -135,6 +144,9 @@ def plan_runs(
         if own not in goals:
             raise UserError(f"{law_file} is a law of models for {own}, and the plan is for {goal}: use --for {own}")
         given[own] = law
+    if goal == "both" and "labels" not in given:
+        log(NO_LAW)
+        goals.remove("labels")
     laws = {one: given.get(one) or default_law(one) for one in goals}
     return "\n\n".join(describe(plan_run(text, hours, one, laws[one], out / one, log)) for one in goals)
 
@@ -175,7 +187,7 @@ def plan_run(
 
 def _choose(
     run: PreparedRun, base: Recipe, law: FittedLaw, seconds: float, log: LogLine
-) -> tuple[Candidate, list[str]]:
+) -> tuple[PlannedSize, list[str]]:
     """Return the size with the least expected loss, and notes.
 
     The time of a token is interpolated between sizes that are timed; the chosen size is timed too until it stays the choice.
@@ -227,7 +239,7 @@ def _candidate(
     seconds: float,
     unique: float,
     limit: float,
-) -> Candidate:
+) -> PlannedSize:
     """Return a size with the tokens that it reads in the time, at most `limit` epochs, and its expected loss."""
     known = sorted(timed)
     parameters = count_parameters(_of_width(run, base, width).recipe).multiplied
@@ -238,7 +250,7 @@ def _candidate(
     beyond = max(0.0, np.log(parameters) - counts[-1]) + min(0.0, np.log(parameters) - counts[0])
     time = float(np.exp(inside + beyond))
     tokens = min(seconds / time, limit * unique)
-    return Candidate(width, parameters, tokens, tokens * time, law.expected(parameters, tokens, unique))
+    return PlannedSize(width, parameters, tokens, tokens * time, law.expected(parameters, tokens, unique))
 
 
 def _of_width(run: PreparedRun, base: Recipe, width: int) -> PreparedRun:

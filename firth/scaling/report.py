@@ -12,7 +12,7 @@ from firth import kernel_choice
 from firth.io.atomic import make_directory
 from firth.io.integrity import read_record
 from firth.report.charts import Curve, Figure, number
-from firth.report.page import Report, Section, StatCell, Table
+from firth.report.page import Command, Report, Section, StatCell, Table
 from firth.report.page import write as write_page
 from firth.scaling import fit
 from firth.scaling.fit import Estimate
@@ -100,6 +100,7 @@ def page(result: Fit, budgets: Sequence[float]) -> Report:
         sections=tuple(sections),
         text="\n\n".join([f"{len(result.points)} runs of {len(np.unique(result.points.N))} sizes.", *result.excluded]),
         numbers=tuple(numbers),
+        commands=(Command("Plan a run with this law", "firth plan --text DIR --hours 1 --law fit.json"),),
         facts={name: str(value) for name, value in fitted.source.items() if name != "recipe"},
     )  # fmt: skip
 

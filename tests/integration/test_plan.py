@@ -19,7 +19,7 @@ from firth.runs import config_io
 from firth.runs.recipe import load
 from firth.scaling.fitted import FittedLaw
 from firth.scaling.laws import ComputeRule, LossLaw, RepeatLaw
-from firth.scaling.plan import plan_run, plan_runs
+from firth.scaling.plan import default_law, plan_run, plan_runs
 from firth.types import UserError
 from tests.support.runs import quiet
 
@@ -93,3 +93,15 @@ def test_what_cannot_be_planned_is_a_sentence(text: Path, tmp_path: Path) -> Non
     (tmp_path / "other.json").write_text("{}")
     with pytest.raises(UserError, match=r"other\.json"):
         plan_runs([str(text)], 1.0, "text", tmp_path / "other.json", tmp_path, quiet)
+    with pytest.raises(UserError, match="firth ships no law of encoders for labels"):
+        plan_runs([str(text)], 1.0, "labels", None, tmp_path, quiet)
+
+
+def test_the_shipped_law_plans_text(text: Path, tmp_path: Path) -> None:
+    lines: list[str] = []
+    plans = plan_runs([str(text)], 0.02, "both", None, tmp_path, lines.append)
+    assert any("firth ships no law of encoders" in line for line in lines)
+    assert "For text: a decoder" in plans and "bits per byte" in plans and "firth train gpt" in plans
+    shipped = default_law("text")
+    assert shipped.source["text"] == "sotu, wordnet, brown" and shipped.source["recipe"]["data"]["path"] == []
+    assert shipped.optimum(1e12).too_wide == ""
