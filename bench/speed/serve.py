@@ -5,7 +5,7 @@
     python -m bench.speed.serve --site LLAMA
 
 Both servers hold 8-bit weights (Q8_0 in llama.cpp, int8 in firth) of `firth fetch smollm2`, on THREADS threads and with 16
-rows. Each client sends REQUESTS prompts one after another to `/v1/completions` and reads the stream; no two prompts are equal.
+rows. Each client sends three prompts one after another to `/v1/completions` and reads the stream; no two prompts are equal.
 The servers take turns, so that a ratio is within a round. Tokens are those that the servers report.
 """
 
@@ -164,13 +164,13 @@ def ask(address: Address, prompt: str) -> tuple[str, int, float]:
     return text, tokens, first
 
 
-def measure(address: Address, clients: int, salt: int) -> Measurement:
+def measure(address: Address, clients: int, salt: int, requests: int = REQUESTS) -> Measurement:
     """Let clients ask a server and return what it took; `salt` makes the prompts of a round new."""
     results: list[tuple[str, int, float]] = []
 
     def client(number: int) -> None:
-        for k in range(REQUESTS):
-            which = salt * 1000 + number * REQUESTS + k
+        for k in range(requests):
+            which = salt * 1000 + number * requests + k
             results.append(ask(address, f"{which}. {PROMPTS[which % len(PROMPTS)]}"))
 
     threads = [threading.Thread(target=client, args=(number,)) for number in range(clients)]
@@ -220,6 +220,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--site", default="", help="directory in which xllamacpp was installed with --target")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--requests", type=int, default=REQUESTS, help="requests of each client")
     parser.add_argument("--weights", default="int8", help="firth's weights: int8, int8-dynamic, bf16 or fp32")
     parser.add_argument("--kind", default="Q8_0", help="llama.cpp's weights: Q8_0, F16 or F32")
     parser.add_argument("--check", action="store_true", help="compare the texts of both servers; no timing")
@@ -237,11 +238,11 @@ def main() -> None:
             return
         found: dict[tuple[int, str], list[Measurement]] = {}
         for server in (theirs, ours):
-            measure(server, 2, 99)  # warm up
+            measure(server, 2, 99, 1)  # warm up
         for round in range(arguments.rounds):
             for clients in CLIENTS:
                 for server in (theirs, ours) if round % 2 else (ours, theirs):
-                    result = measure(server, clients, round * 10 + clients % 7)
+                    result = measure(server, clients, round * 10 + clients % 7, arguments.requests)
                     found.setdefault((clients, server.name), []).append(result)
                     rate = f"{result.tokens / result.seconds:,.0f} tokens/s, others {result.others:.0%}"
                     print(f"round {round}, {clients} clients, {server.name}: {rate}", file=sys.stderr, flush=True)

@@ -194,6 +194,16 @@ class TokenizeRequest(Request):
     text: str = Field(description="The text.")
 
 
+class AttentionRequest(Request):
+    """A text whose attention weights are returned."""
+
+    text: str = Field(description="The text; of an encoder-decoder that of the encoder.")
+    answer: str | None = Field(
+        None, description="What the decoder of an encoder-decoder reads; by default what it writes."
+    )
+    encoding_format: Literal["float", "base64"] = "float"
+
+
 class RewardRequest(Request):
     """Dialogues whose last answer is rated: `messages`, or `prompt` and `completion`, as in training."""
 
@@ -462,3 +472,20 @@ class RewardResponse(BaseModel):
 
     model: str
     rows: list[RewardRow]
+
+
+class AttentionWeights(BaseModel):
+    """The weights of one kind of attention; those of a query add up to 1."""
+
+    kind: Literal["self", "encoder", "decoder", "cross"]
+    queries: list[str]
+    keys: list[str]
+    shape: list[int] = Field(description="Layers, heads, queries, keys.")
+    weights: list[list[list[list[float]]]] | str = Field(description="Numbers, or their float32 bytes in base64.")
+
+
+class AttentionResponse(BaseModel):
+    """Attention weights: of an encoder-decoder three kinds, of other models one."""
+
+    model: str
+    maps: list[AttentionWeights]
