@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import inspect
+import json
 import re
 import typing
 from collections.abc import Iterable
@@ -189,7 +190,35 @@ def pipelines() -> str:
     return "\n".join(lines)
 
 
+def serving() -> str:
+    """Return the page of the routes and the limits of the server."""
+    from pydantic.json_schema import models_json_schema
+
+    from firth.serve.app import OPERATIONS
+    from firth.serve.config import ServeLimits
+
+    lines = [
+        "# Routes of the server", "",
+        "`firth serve` describes itself at `/openapi.json`; see [Serve a model](../how-to/serve-a-model.md). Fields in "
+        "bold are required.", "",
+        "`GET /health` needs no key. `GET /v1/models` and `GET /v1/models/NAME` list the models with their context (`max_model_len`) and "
+        "`capabilities`.", "",
+    ]  # fmt: skip
+    kinds = {one.request for one in OPERATIONS}
+    _, schemas = models_json_schema([(kind, "validation") for kind in sorted(kinds, key=str)])
+    for one in OPERATIONS:
+        schema = schemas["$defs"][one.request.__name__]
+        lines += [f"## POST {one.path}", "", f"{one.summary}.", "", "| field | default | |", "|---|---|---|"]
+        for name, field in schema["properties"].items():
+            shown = f"**`{name}`**" if name in schema.get("required", ()) else f"`{name}`"
+            value = f"`{json.dumps(field['default'])}`" if field.get("default") is not None else ""
+            lines.append(f"| {shown} | {value} | {field.get('description', '')} |")
+        lines.append("")
+    return "\n".join([*lines, "## Limits", "", "`--limit NAME=VALUE` changes one.", "", *table(ServeLimits)])
+
+
 WRITERS = {
+    "serving.md": serving,
     "cli.md": commands,
     "recipe.md": recipe_fields,
     "objectives.md": every_objective,

@@ -196,7 +196,7 @@ def case(name: str, size: str, timed: bool) -> dict[str, Any]:
             seconds.append(train(run, steps))
     found = {
         "name": name, "size": size, "steps": steps, "parameters": step.parameters, "precision": run.recipe.precision,
-        "memory": dataclasses.asdict(step.memory), "predicted_bytes": step.peak_bytes(steps), "measured_bytes": measured,
+        "memory": dataclasses.asdict(step.memory), "predicted_bytes": step.peak_of_run(steps), "measured_bytes": measured,
         "base_bytes": base,
     }  # fmt: skip
     if timed:

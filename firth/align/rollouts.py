@@ -476,7 +476,8 @@ class RolloutSource(Source):
         seed = int(np.random.SeedSequence([self.seed, number]).generate_state(1)[0])
         engine = Engine(model, self.tokenizer, self.stops, batch_size=self.batch_size)
         sampling = Sampling(max_new_tokens=self.config.max_new_tokens, seed=seed)
-        completions = sample_shared(engine, prompts, sampling, self.ranks)
+        with model.whole():
+            completions = sample_shared(engine, prompts, sampling, self.ranks)
         samples = [Rollout.of(p, w, self.fields[i]) for p, w, i in zip(prompts, completions, index, strict=True)]
         scores = self.rewards.scores(samples, self.tokenizer)
         score = self.rewards.total(scores)
@@ -489,7 +490,8 @@ class RolloutSource(Source):
         self.number, self.samples = number, samples
         finished = np.array([s.finished for s in self.samples])
         score = replace_unfinished(score, self.samples, self.config.unfinished_score)
-        numbers = per_token_numbers(model, self.reference, self.samples, self.batch_size)
+        with model.whole():
+            numbers = per_token_numbers(model, self.reference, self.samples, self.batch_size)
         real, old, reference = numbers["real"], numbers["old"], numbers["reference"]
         divergence = kl_estimate(torch.from_numpy(old), torch.from_numpy(reference), self.config.kl_estimator).numpy()
         rewards = np.where(real, -kl_coef * divergence, 0.0)

@@ -19,7 +19,7 @@ from firth.cli.information import doctor, fetch, list_, show
 from firth.cli.models import export, import_
 from firth.cli.pipelines import pipeline
 from firth.cli.scaling import scale_fit, scale_run
-from firth.cli.serving import serve
+from firth.cli.serving import annotate, serve, watch
 from firth.cli.tokenizers import tokenizer_show, tokenizer_train
 from firth.cli.training import compare, demo, train
 from firth.io.atomic import refusal
@@ -41,6 +41,7 @@ scale_app.command("fit")(scale_fit)
 
 COMMANDS = (
     demo, doctor, fetch, show, train, compare, pipeline, generate, fill, chat, predict, embed, vectors, evaluate, ratings, export, serve,
+    watch, annotate,
 )  # fmt: skip
 for command in COMMANDS:
     app.command()(command)

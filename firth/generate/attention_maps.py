@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -26,8 +26,10 @@ from firth.model.model import LM
 from firth.model.transformer import TransformerStack
 from firth.types import UserError
 
-MAX_WEIGHTS = 1 << 24
-"""Most weights of a text: 64 MB in float32."""
+Kind = Literal["self", "encoder", "decoder", "cross"]
+
+MAX_WEIGHTS = 1 << 22
+"""Most weights of a text: 16 MB in float32."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,7 +56,7 @@ class AttentionMap:
         weights: (layers, heads, queries, keys) float32; those of a query add up to 1.
     """
 
-    kind: str
+    kind: Kind
     queries: Sequence[str]
     keys: Sequence[str]
     weights: np.ndarray
@@ -88,9 +90,9 @@ def attention_maps(model: LM, text: Text, source: Text | None = None) -> list[At
         batch |= {f"source_{name}": field for name, field in read.items()}
     with inference_mode(model), _recorded(model) as found:
         model(batch)
-    own = "self" if source is None else "decoder"
-    kinds = {own: (text, text), "encoder": (source, source), "cross": (text, source)}
-    return [_labeled(model, kind, *pair, found[kind]) for kind, pair in kinds.items() if found.get(kind)]  # type: ignore[arg-type]
+    own: Kind = "self" if source is None else "decoder"
+    kinds: dict[Kind, tuple[Any, Any]] = {own: (text, text), "encoder": (source, source), "cross": (text, source)}
+    return [_labeled(model, kind, *kinds[kind], found[kind]) for kind in kinds if kind in found]
 
 
 @contextmanager
@@ -121,7 +123,7 @@ def _recorded(model: LM) -> Iterator[dict[str, list[Tensor]]]:
             hook.remove()
 
 
-def _labeled(model: LM, kind: str, queries: Text, keys: Text, layers: Sequence[Tensor]) -> AttentionMap:
+def _labeled(model: LM, kind: Kind, queries: Text, keys: Text, layers: Sequence[Tensor]) -> AttentionMap:
     """Return the weights of the layers with names of queries and keys; the rows of a trained prompt are left out."""
     weights = torch.stack(list(layers)).numpy()[:, :, -len(queries.tokens) :]
     count, names = weights.shape[-1], list(keys.pieces)

@@ -133,8 +133,8 @@ class StandardizedHead(nn.Linear):
 
     def __init__(self, width: int, mean: float, std: float):
         super().__init__(width, 1)
-        self.register_buffer("mean", torch.tensor(mean), persistent=False)
-        self.register_buffer("std", torch.tensor(std), persistent=False)
+        self.register_buffer("mean", torch.full((), mean), persistent=False)
+        self.register_buffer("std", torch.full((), std), persistent=False)
 
     @torch.no_grad()
     def in_units(self) -> nn.Linear:

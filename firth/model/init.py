@@ -44,6 +44,7 @@ from torch.overrides import TorchFunctionMode
 
 from firth.model.heads import LMHead
 from firth.model.model import LM
+from firth.model.shard_tensors import assign, gathered, is_sharded
 
 FILLS = ("normal_", "uniform_", "kaiming_uniform_", "zeros_", "ones_", "zero_", "fill_")
 
@@ -86,22 +87,30 @@ def init_head_from_frequencies(model: LM, counts: Tensor, read: Callable[[], Ten
         Whether the head could be initialized.
     """
     head: LMHead = model.heads["lm"]  # type: ignore[assignment]
-    counts = counts.to(head.weight) + 1
+    counts = counts.to(head.weight.device, head.weight.dtype) + 1
     offsets = (counts / counts.sum()).log()
     offsets -= (offsets.max() + offsets.min()) / 2  # as small as possible: softmax ignores a shift, a soft cap does not
     if head.softcap:
         offsets = head.softcap * torch.atanh(offsets / head.softcap)
     if head.bias is not None:
-        head.bias.copy_(offsets)
+        assign(head.bias, offsets)
         return True
     table = model.tokens.weight
     if table is head.weight or head.dense is not None:
         return False
-    before = table[:, 0].clone()
-    table[:, 0] = CONSTANT_SHARE * table[:, 1:].square().sum(-1).mean().sqrt()
+    whole = gathered(table.detach())
+    before = whole[:, 0].clone()
+    _assign_first_column(table, whole, CONSTANT_SHARE * whole[:, 1:].square().sum(-1).mean().sqrt())
     shared = read()[:, 0].float() * head.scale
     if not shared.mean() > MIN_MEAN_TO_STD * shared.std():
-        table[:, 0] = before
+        _assign_first_column(table, whole, before)
         return False
-    head.weight[:, 0] = offsets / shared.mean()
+    _assign_first_column(head.weight, gathered(head.weight.detach()), offsets / shared.mean())
     return True
+
+
+def _assign_first_column(weight: Tensor, whole: Tensor, column: Tensor) -> None:
+    """Set the first column of a weight, given the whole of it: they are the same memory unless the weight is sharded."""
+    whole[:, 0] = column
+    if is_sharded(weight):
+        assign(weight, whole)

@@ -18,6 +18,7 @@ Evaluation and generation are not compiled: their lengths change with every call
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import cache
 from typing import TYPE_CHECKING
@@ -145,6 +146,13 @@ class LM(nn.Module):
             self.heads["lm"].restrict_vocab(absent)  # type: ignore[operator]
         for model in self.submodels():
             model.restrict_vocab(vocab)
+
+    def whole(self) -> AbstractContextManager[None]:
+        """Return a context in which this process holds all weights: for use by a single rank of a sharded model.
+
+        All ranks enter it together. Sharded training replaces this method (`firth.training.sharding`).
+        """
+        return nullcontext()
 
     @property
     def has_lm_head(self) -> bool:

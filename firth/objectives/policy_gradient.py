@@ -46,8 +46,10 @@ from torch import Tensor, nn
 from firth.fields import NonNegativeFloat, NonNegativeInt, PositiveFloat
 from firth.model import flops
 from firth.model.config import ModelConfig
+from firth.model.deferred_init import fork_rng
 from firth.model.heads import LMHead
 from firth.model.model import LM, Critic
+from firth.model.shard_tensors import assign
 from firth.objectives.causal_lm import CausalLM
 from firth.objectives.objective import (
     Objective,
@@ -114,11 +116,11 @@ def init_critic(model: LM, weights: LM, mean: float = 0.0, scale: float = 1.0) -
     if {n: t.shape for n, t in target.items()} != {n: t.shape for n, t in source.items()}:
         return False
     for name, tensor in target.items():
-        tensor.copy_(source[name])
+        assign(tensor, source[name])
     if "reward" in weights.heads:
         head: nn.Linear = critic.heads["value"]  # type: ignore[assignment]
-        head.weight.copy_(weights.heads["reward"].weight / scale)  # type: ignore[arg-type, operator]
-        head.bias.fill_(-mean / scale)
+        assign(head.weight, weights.heads["reward"].weight / scale)  # type: ignore[arg-type, operator]
+        assign(head.bias, torch.full_like(weights.heads["reward"].bias, -mean / scale))  # type: ignore[arg-type]
     return True
 
 
@@ -289,9 +291,7 @@ class PPO(PolicyObjective):
         heads = super().heads(config)
         if self.critic == "shared":
             return heads | value
-        with torch.random.fork_rng(
-            devices=[]
-        ):  # its weights are replaced: the policy's do not depend on its random numbers
+        with fork_rng():  # its weights are replaced: the policy's do not depend on its random numbers
             return heads | {"critic": Critic(config, value)}
 
     def forward(self, model: LM, batch: Batch) -> Outputs:

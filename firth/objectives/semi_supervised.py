@@ -296,6 +296,7 @@ class WeightPenalty(Objective):
     """
 
     labels = {"penalty": "penalty"}
+    constraints = Constraints(whole_weights=True)
 
     weight: PositiveFloat = 1e-4
 

@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from firth.generate import embeddings
+from firth.model.deferred_init import record_init
 from firth.model.model import LM, compile_blocks
 from firth.pretrained.load_save import init_from_model
+from firth.runs.peft_options import FullFinetuning
 from firth.runs.prepare import RunData
-from firth.runs.recipe import ResolvedRecipe
+from firth.runs.recipe import Recipe, ResolvedRecipe
 from firth.runs.start_model import model_directory
 from firth.training.device import default_device
 from firth.types import LogLine
+
+if TYPE_CHECKING:
+    from firth.model.deferred_init import Recorded
+    from firth.training.distributed import Ranks
+    from firth.training.sharding import Shards
 
 
 @dataclass(frozen=True, eq=False)
@@ -21,16 +30,35 @@ class BuiltModel:
     Args:
         model: The model, on the training device.
         added_heads: Names of the heads that the start model does not have.
+        shards: The sharding of the model; None if each rank has a copy.
     """
 
     model: LM
     added_heads: list[str]
+    shards: Shards | None = None
 
 
-def assemble_model(resolved: ResolvedRecipe, data: RunData, log: LogLine) -> BuiltModel:
-    """Build the model on the training device, with the weights of the start model and the adapters of `peft`."""
-    tokenizer = data.tokenizer
-    model = LM(resolved.model, resolved.objective.heads(resolved.model))
+def is_new(recipe: Recipe) -> bool:
+    """Return whether all weights of a run are initialized at random; a sharded model is then built in shards."""
+    return not (recipe.init_from or recipe.init_embeddings_from) and isinstance(recipe.peft, FullFinetuning)
+
+
+def assemble_model(resolved: ResolvedRecipe, data: RunData, log: LogLine, ranks: Ranks | None = None) -> BuiltModel:
+    """Build the model on the training device, with the weights of the start model and the adapters of `peft`.
+
+    Args:
+        resolved: The recipe.
+        data: The data of the run.
+        log: Receives messages.
+        ranks: The ranks that a model is sharded over, if the recipe shards it; None for one.
+    """
+    tokenizer, device = data.tokenizer, default_device()
+    degree = 1 if ranks is None else resolved.distributed.degree(ranks)
+    with record_init() if degree > 1 and is_new(resolved) else nullcontext() as record:
+        model = LM(resolved.model, resolved.objective.heads(resolved.model))
+    shards = None
+    if record is not None and ranks is not None:
+        shards = _shard(model, data, ranks, degree, record)
     added: list[str] = []
     base = data.start.model
     if base is not None:
@@ -46,9 +74,19 @@ def assemble_model(resolved: ResolvedRecipe, data: RunData, log: LogLine) -> Bui
     resolved.peft.apply(model, added, tokenizer, resolved.seed)
     for stack in model.stacks():
         stack.gradient_checkpointing = resolved.gradient_checkpointing
-    device = default_device()
+    if degree > 1 and ranks is not None and shards is None:
+        shards = _shard(model, data, ranks, degree)
     if next(model.parameters()).device.type != device.type:
         model.to(device)
     if resolved.compile:
         compile_blocks(model)
-    return BuiltModel(model, added)
+    if shards is not None:
+        log(f"{resolved.name}: each weight is sharded over {degree} processes")
+    return BuiltModel(model, added, shards)
+
+
+def _shard(model: LM, data: RunData, ranks: Ranks, degree: int, record: Recorded | None = None) -> Shards:
+    """Shard a model over the ranks, and initialize it if it has only been recorded."""
+    from firth.training.sharding import Shards  # which takes half a second
+
+    return Shards(model, ranks, degree, default_device(), data.precision, record)

@@ -69,8 +69,23 @@ def check_recipe(recipe: Recipe, ranks: int = 1) -> None:
     check_fields(objective, recipe.examples, config)
     if config is not None:
         accumulate = batch.gradient_accumulation_steps
+        check_sharding(recipe)
         check_batching(objective, config, pack=batch.packed_length, accumulate=accumulate, ranks=ranks)
         check_memory(config, recipe.examples, batch.packed_length)
+
+
+def check_sharding(recipe: Recipe) -> None:
+    """Raise a UserError if a recipe shards a model that cannot be sharded."""
+    if recipe.distributed.shard == "none":
+        return
+    hint = "set distributed.shard=none"
+    if recipe.compile:
+        raise UserError(f"compile=true compiles blocks whose weights are not sharded: set compile=false, or {hint}")
+    if recipe.objective.constraints.whole_weights:
+        raise UserError(
+            f"objective {_name(recipe.objective)} reads all weights at once, and sharded ones are never whole: {hint}, or set "
+            "optimizer.weight_decay in place of a penalty"
+        )
 
 
 def check_pattern(
@@ -363,7 +378,9 @@ def available_memory(device: torch.device) -> dict[str, int]:
     return free
 
 
-def check_available_memory(config: ModelConfig, optimizer: str, full: bool, device: torch.device) -> None:
+def check_available_memory(
+    config: ModelConfig, optimizer: str, full: bool, device: torch.device, shards: int = 1, whole: bool = True
+) -> None:
     """Raise a UserError if the weights of a model, their gradients and the optimizer state do not fit into the free memory.
 
     They have 4 bytes a number; AdamW keeps two numbers per weight, Muon one. With PEFT only the weights are counted. This
@@ -373,15 +390,20 @@ def check_available_memory(config: ModelConfig, optimizer: str, full: bool, devi
         config: The model.
         optimizer: Name of the optimizer.
         full: Whether all weights are trained.
-        device: The training device; the model is built in main memory in any case.
+        device: The training device.
+        shards: The ranks that share a copy of the model.
+        whole: Whether each rank builds the whole model in main memory before it keeps a shard.
 
     Raises:
         UserError: More than is free.
     """
     count = config.num_parameters()
     each = 4 * (4 if optimizer == "adamw" else 3) if full else 4
+    each //= shards
+    built = 4 if whole or shards == 1 else 0
     for name, free in available_memory(device).items():
-        size = 4 if name == "main memory" and device.type == "cuda" else each
+        size = built if name == "main memory" and device.type == "cuda" else each
+        size = max(size, built) if name == "main memory" else size
         if count * size > free:
             raise UserError(
                 f"the model has {count:,} parameters, which take {count * size / 1e9:,.1f} GB with gradients and optimizer, "

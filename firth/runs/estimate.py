@@ -200,7 +200,7 @@ def estimate_prepared(run: PreparedRun, timed: bool = True) -> RunEstimate:
     step = step_estimate(run.build, resolved, sampled, kept)
     seconds, how = 0.0, "not measured"
     if timed:
-        seconds, how = step_seconds(run.build, resolved, run.batches, step.flops, step.peak_bytes(1))
+        seconds, how = step_seconds(run.build, resolved, run.batches, step.flops, step.peak_bytes)
     budget = resolved.budget
     steps = budget.max_steps
     if budget.max_flops:
@@ -231,7 +231,7 @@ def dry_run(recipe: Recipe, log: LogLine = LOGGER.info) -> RunEstimate:
 def describe(found: RunEstimate) -> list[str]:
     """Return the lines of a dry run."""
     step, recipe, memory = found.step, found.recipe, found.step.memory
-    total, device = found.step.peak_bytes(found.steps), default_device()
+    total, device = found.step.peak_of_run(found.steps), default_device()
     name, free = list(available_memory(device).items())[-1]
     trained = "all trained" if step.trained_parameters == step.parameters else f"{step.trained_parameters:,} trained"
     parts = {

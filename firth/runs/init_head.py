@@ -8,7 +8,8 @@ from firth.data.collate import Batches
 from firth.model import init
 from firth.model.model import LM
 from firth.objectives.objective import Objective, supervised
-from firth.training.step import to
+from firth.training.parallel import Parallel
+from firth.training.step import SINGLE, to
 from firth.types import IGNORE
 
 MAX_LABELS, MAX_STEPS = 500_000, 256
@@ -21,7 +22,7 @@ LABELS = "labels"
 """The batch field of token labels."""
 
 
-def init_head(model: LM, objective: Objective, batches: Batches) -> int:
+def init_head(model: LM, objective: Objective, batches: Batches, parallel: Parallel = SINGLE) -> int:
     """Initialize the LM head so that an untrained model predicts the label frequencies of the first steps.
 
     Labels of whole steps are counted, not only those of this rank or its first micro-batch, so the result is the same for any
@@ -31,6 +32,7 @@ def init_head(model: LM, objective: Objective, batches: Batches) -> int:
         model: The model, with random weights.
         objective: The training objective.
         batches: The batches of the run.
+        parallel: Runs the forward pass on the ranks.
 
     Returns:
         The number of labels counted; 0 if nothing was initialized, because the objective has no token labels or the head has
@@ -51,4 +53,4 @@ def init_head(model: LM, objective: Objective, batches: Batches) -> int:
         hidden = objective.forward(model, example)["hidden"] if writer is model else writer(example)
         return supervised(hidden, example[LABELS])[0]
 
-    return int(counts.sum()) if init.init_head_from_frequencies(writer, counts, read) else 0
+    return int(counts.sum()) if init.init_head_from_frequencies(writer, counts, lambda: parallel.forward(read)) else 0

@@ -203,18 +203,18 @@ def recorded(directory: Path) -> dict[str, Any]:
 
 
 def content_hash(recipe: ResolvedRecipe) -> str:
-    """Return a short hash of a recipe without its paths and loggers."""
+    """Return a short hash of a recipe without its paths, loggers and sharding."""
     return _hash(_identifying(recipe))[:16]
 
 
 def _identifying(recipe: ResolvedRecipe) -> dict[str, Any]:
-    """Return a recipe as plain data without what changes no number: its paths and loggers."""
+    """Return a recipe as plain data without what changes no number: its paths, loggers and sharding."""
     fields: dict[str, Any] = config_io.to_dict(config_io.without_paths(recipe))
-    return {name: value for name, value in fields.items() if name != "loggers"}
+    return {name: value for name, value in fields.items() if name not in ("loggers", "distributed")}
 
 
 def recorded_hash(directory: Path, resolved: ResolvedRecipe) -> str:
-    """Return the recorded hash of a started run's recipe, after checking that it is equal except for paths and loggers.
+    """Return the recorded hash of a started run's recipe, after checking that it is equal except for those.
 
     The hash is not recomputed: a later version of firth may have more fields, which at their defaults change nothing.
 

@@ -33,6 +33,7 @@ from firth.runs.peft_options import PEFT_METHODS, FullFinetuning, PeftConfig
 from firth.runs.recipe_names import RECIPES
 from firth.runs.start_model import model_directory
 from firth.tokenizer.tokenizer import Tokenizer
+from firth.training.distributed import DistributedConfig
 from firth.training.optimizer import OptimizerConfig
 from firth.training.schedule import Budget, Schedule
 from firth.types import UserError
@@ -199,6 +200,7 @@ class Recipe(Validated):
         budget: When training ends.
         evaluation: Evaluation during training.
         checkpoint: When checkpoints are written.
+        distributed: How the model is spread over several processes. A resumed run may change it.
         loggers: Where metrics go besides metrics.jsonl (`firth.training.logging`). A resumed run may change it.
         sample_prompts: Texts for the report, sampled before and after training: the model continues a text, fills each <mask>
             in it, or, for word vectors, lists a word's nearest neighbors.
@@ -226,6 +228,7 @@ class Recipe(Validated):
     budget: Budget = field(default_factory=lambda: Budget(max_steps=1000))
     evaluation: EvalConfig = EvalConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    distributed: DistributedConfig = DistributedConfig()
     loggers: tuple[Literal["tensorboard", "wandb", "mlflow"], ...] = ()
     sample_prompts: tuple[str, ...] = ()
     precision: Literal["auto", "fp32", "bf16"] = "auto"

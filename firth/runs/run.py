@@ -34,7 +34,7 @@ from firth.report.page import write as write_report
 from firth.report.run_report import run_report
 from firth.runs import config_io, examples, model_card, report_texts
 from firth.runs.branch import start_from_checkpoint
-from firth.runs.build_model import BuiltModel, assemble_model
+from firth.runs.build_model import BuiltModel, assemble_model, is_new
 from firth.runs.compatibility import check_available_memory
 from firth.runs.eval_tasks import EvalTasks
 from firth.runs.init_head import init_head
@@ -51,8 +51,9 @@ from firth.runs.validation import PromptValidator, Validator, vocab
 from firth.tokenizer.tokenizer import Tokenizer
 from firth.training import checkpoint, trainer
 from firth.training.device import choose_precision, default_device
-from firth.training.distributed import join
+from firth.training.distributed import Ranks, join
 from firth.training.logging import OnMetrics, ProgressReporter, check_loggers, clock, metrics_loggers, short
+from firth.training.step import SINGLE
 from firth.training.trainer import TrainerConfig, TrainingResult
 from firth.types import LOGGER, LogLine, UserError
 
@@ -122,7 +123,7 @@ def run(
         check_start_models(recipe)
         check_loggers(recipe.loggers)
         if recipe.model is not None:
-            check_weights_fit(recipe, recipe.model)
+            check_weights_fit(recipe, recipe.model, ranks)
         make_directory(directory)
         context = RunContext.open(recipe, directory, log, ranks)
         data = prepare_tokenizer(recipe, context)
@@ -131,7 +132,7 @@ def run(
         finished = finished_run(resolved, identity, context)
         if finished is not None:
             return finished
-        check_weights_fit(resolved, resolved.model)
+        check_weights_fit(resolved, resolved.model, ranks)
         datasets = build_data(resolved, data, context)
         check_memory(resolved, datasets)
         built = build_model(resolved, datasets, context)
@@ -221,32 +222,37 @@ def build_data(resolved: ResolvedRecipe, data: RunData, context: RunContext) -> 
     return RunDatasets(data, splits, validator, tasks, batches, notes)
 
 
-def check_weights_fit(recipe: Recipe, config: ModelConfig) -> None:
+def check_weights_fit(recipe: Recipe, config: ModelConfig, ranks: Ranks) -> None:
     """Raise a UserError if the weights of a run, their gradients and the optimizer state do not fit into the free memory."""
     full = isinstance(recipe.peft, FullFinetuning)
-    check_available_memory(config, recipe.optimizer.name, full, default_device())
+    degree, whole = recipe.distributed.degree(ranks), not is_new(recipe)
+    check_available_memory(config, recipe.optimizer.name, full, default_device(), degree, whole)
 
 
 def check_memory(resolved: ResolvedRecipe, datasets: RunDatasets) -> None:
     """Raise a UserError if a training step does not fit into the free memory, before the model is built.
 
-    A step that may not fit by a generous bound is run on tensors without data. Rollouts are not known before the run.
+    A step that may not fit by a generous bound is run on tensors without data. Rollouts are not known before the run, and the
+    estimate is that of a model that is not sharded.
     """
     device, source = default_device(), datasets.batches.source
-    if source.on_policy:
+    if source.on_policy or (resolved.distributed.shard != "none" and datasets.batches.world > 1):
         return
     batches = datasets.batches.batches(0)
     if not certainly_fits(resolved, batches, device):
         plain = dataclasses.replace(resolved, compile=False)
         build = partial(assemble_model, plain, datasets.data, lambda _: None)
-        check_fits(step_estimate(lambda: build().model, resolved, [batches]), device)
+        check_fits(step_estimate(lambda: build().model, resolved, [batches]), device, resolved.budget.max_steps or 1)
 
 
 def build_model(resolved: ResolvedRecipe, datasets: RunDatasets, context: RunContext) -> BuiltModel:
-    """Build the model, with the weights of the start model if there is one."""
+    """Build the model, with the weights of the start model if there is one, and shard it.
+
+    A sharded model without a start model never exists as a whole: its weights are initialized one by one.
+    """
     log = context.log
     torch.manual_seed(resolved.seed)
-    built = assemble_model(resolved, datasets.data, log)
+    built = assemble_model(resolved, datasets.data, log, context.ranks)
     datasets.data.start.release()
     model = built.model
     trainable, total = num_trainable_parameters(model), sum(p.numel() for p in model.parameters())
@@ -255,7 +261,7 @@ def build_model(resolved: ResolvedRecipe, datasets: RunDatasets, context: RunCon
         + (f", of which {trainable:,} are trained" if trainable < total else "")
     )
     if resolved.init_head_from_frequencies and not resolved.init_from:
-        counted = init_head(model, resolved.objective, datasets.batches)
+        counted = init_head(model, resolved.objective, datasets.batches, built.shards or SINGLE)
         if counted:
             log(f"{resolved.name} starts with an LM head that predicts the frequencies of {counted:,} labels")
     return built
@@ -284,12 +290,15 @@ def train(
         if not context.resumed or load_resolved(directory) != resolved:  # the same inputs at another path
             write_text(directory / "recipe.yaml", config_io.write_yaml(resolved))
         context.inputs.write(directory, identity.recipe)
-        report_texts.write_texts(resolved, model, datasets.data, datasets.splits, 0)
         if start_from is not None and not context.resumed:
             start_from_checkpoint(start_from, resolved, context, identity)
-    task_names = tasks.check(model) if tasks is not None else []
-    if validator is not None and evaluation.best_metric not in task_names:
-        validator.check_best_metric(model)
+    with model.whole():
+        if context.ranks.first:
+            report_texts.write_texts(resolved, model, datasets.data, datasets.splits, 0)
+        task_names = tasks.check(model) if tasks is not None else []
+        if validator is not None and evaluation.best_metric not in task_names:
+            validator.check_best_metric(model)
+    context.ranks.wait()
     config = TrainerConfig(
         eval_every=evaluation.every, save_every=saving.every, keep=saving.keep, best_metric=evaluation.best_metric or "loss",
         load_best_at_end=bool(evaluation.best_metric or evaluation.patience), patience=evaluation.patience,
@@ -305,7 +314,7 @@ def train(
             return trainer.train(
                 model, resolved.objective, datasets.batches, directory,
                 budget=resolved.budget, optimizer=resolved.optimizer, schedule=resolved.schedule, config=config,
-                evaluate=evaluate if validator or tasks else None, ranks=context.ranks, recipe=identity.run,
+                evaluate=evaluate if validator or tasks else None, ranks=context.ranks, shards=built.shards, recipe=identity.run,
                 name=resolved.name, reporter=reporter, on_metrics=on_row,
             )  # fmt: skip
     except UserError as error:
@@ -334,8 +343,9 @@ def export(
         ended.metrics,
         ended.mfu,
     )
-    if context.ranks.first:
-        _write_files(resolved, built, datasets, result, identity, context)
+    whole = built.model if built.shards is None else built.shards.unsharded()
+    if context.ranks.first and whole is not None:
+        _write_files(resolved, dataclasses.replace(built, model=whole), datasets, result, identity, context)
     context.ranks.wait()
     return result
 

@@ -20,6 +20,9 @@ from firth.training.memory import StepMemory, memory_trace, trace_step
 from firth.training.optimizer import param_groups
 from firth.types import PRECOMPUTED_FIELDS, Batch, UserError
 
+TRACED_STEPS = 4
+"""Steps that are run without data, from small batches to the largest."""
+
 
 @dataclass(frozen=True)
 class StepEstimate:
@@ -56,8 +59,13 @@ class StepEstimate:
         """The common approximation of FLOPs per token: 6 N, N without embeddings (Kaplan 2020)."""
         return 6.0 * self.parameters_without_embeddings
 
-    def peak_bytes(self, steps: int) -> int:
-        """Return the bytes at the peak of a run of some steps, with further models and with the kernels of the library."""
+    @property
+    def peak_bytes(self) -> int:
+        """Bytes at the peak of a single step, with further models."""
+        return self.peak_of_run(1)
+
+    def peak_of_run(self, steps: int) -> int:
+        """Return the bytes at the peak of a run of some steps, with the kernels that the library compiles meanwhile."""
         return self.memory.peak + self.frozen_bytes + self.memory.kernel_bytes(steps)
 
 
@@ -84,13 +92,13 @@ def step_estimate(
     """
     objective = recipe.objective
     by_size = sorted(steps, key=lambda batches: max(_positions(batch) for batch in batches))
-    typical, largest = by_size[len(steps) // 2], by_size[-1]
+    traced = [by_size[i * (len(steps) - 1) // TRACED_STEPS] for i in range(1, TRACED_STEPS + 1)]
     device = default_device()
     with memory_trace(device) as trace:
         with device:
             model = build()
         dropout = not objective.inputs & PRECOMPUTED_FIELDS
-        memory = trace_step(trace, model, objective, recipe.optimizer, (typical, largest), recipe.precision, dropout)
+        memory = trace_step(trace, model, objective, recipe.optimizer, traced, recipe.precision, dropout)
     total, body = count_parameters(model)
     return StepEstimate(
         total,
@@ -122,7 +130,7 @@ def _positions(batch: Batch) -> int:
 
 def check_fits(estimate: StepEstimate, device: torch.device, steps: int = 1) -> None:
     """Raise a UserError if a step needs more memory than is free."""
-    needed = estimate.peak_bytes(steps)
+    needed = estimate.peak_of_run(steps)
     name, free = list(available_memory(device).items())[-1]
     if needed > free:
         parts = estimate.memory

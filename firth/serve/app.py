@@ -16,6 +16,8 @@ from starlette.routing import BaseRoute, Mount, Route
 from starlette.staticfiles import StaticFiles
 
 from firth.serve import inference
+from firth.serve.attention import attention
+from firth.serve.board import Board, board_routes
 from firth.serve.completions import chat_complete, complete
 from firth.serve.config import ServeConfig
 from firth.serve.errors import ApiError
@@ -24,6 +26,8 @@ from firth.serve.openapi import document
 from firth.serve.operations import Context, Operation, Places
 from firth.serve.registry import ModelRegistry, ServedModel
 from firth.serve.schemas import (
+    AttentionRequest,
+    AttentionResponse,
     ChatChunk,
     ChatRequest,
     ChatResponse,
@@ -45,6 +49,7 @@ from firth.serve.schemas import (
     TokenizeRequest,
     TokenizeResponse,
 )
+from firth.serve.views import site
 
 STATIC = Path(__file__).parent / "static"
 
@@ -57,6 +62,7 @@ OPERATIONS = (
     Operation("/tag", "Tag the words of records", PredictRequest, PredictResponse, inference.predict_with("tag")),
     Operation("/answer", "Answer from passages", PredictRequest, PredictResponse, inference.predict_with("answer")),
     Operation("/score", "Score each token of a text", ScoreRequestBody, ScoreResponse, inference.score),
+    Operation("/attention", "Show attention weights", AttentionRequest, AttentionResponse, attention),
     Operation("/tokenize", "Split a text into tokens", TokenizeRequest, TokenizeResponse, inference.tokenize),
     Operation("/reward", "Rate answers", RewardRequest, RewardResponse, inference.reward),
 )
@@ -68,6 +74,7 @@ def create_app(
     config: ServeConfig,
     extra_routes: Sequence[BaseRoute] = (),
     extra_operations: Sequence[Operation] = (),
+    board: Board | None = None,
 ) -> Starlette:
     """Return the application.
 
@@ -78,6 +85,7 @@ def create_app(
         config: The configuration.
         extra_routes: Further routes, before the static files.
         extra_operations: Further POST routes of models, which are in the OpenAPI document too.
+        board: The board of runs; None for none.
     """
 
     @asynccontextmanager
@@ -90,7 +98,11 @@ def create_app(
             if models is not None:
                 models.thread.stop()
 
-    routes: list[BaseRoute] = [Route("/health", health), *extra_routes]
+    async def views(request: Request) -> Response:
+        return JSONResponse(site(models, board is not None))
+
+    routes: list[BaseRoute] = [Route("/health", health), *extra_routes, Route("/views", views)]
+    routes += board_routes(board) if board is not None else []
     if models is not None:
         operations = (*OPERATIONS, *extra_operations)
         context = Context(models, config.limits, Places(config.limits.max_requests))

@@ -122,7 +122,8 @@ class EngineThread:
                     self._wake.wait()
                 if self._stopping:
                     break
-                commands, self._commands = self._commands, deque()
+                commands = list(self._commands)
+                self._commands.clear()
                 job = self._jobs.popleft() if self._jobs else None
             for command in commands:
                 command()

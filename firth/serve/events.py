@@ -82,6 +82,7 @@ class EventStream(Response):
         try:
             async with asyncio.timeout(self.limits.send_seconds):
                 await send({"type": "http.response.body", "body": part, "more_body": True})
+                await asyncio.sleep(0)  # a client that has gone is noticed between two parts
         except TimeoutError:
             raise SlowReaderError from None
 

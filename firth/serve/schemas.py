@@ -86,20 +86,26 @@ class SamplingRequest(Request):
     """What requests for text have in common."""
 
     temperature: float = Field(1.0, ge=0, le=100, description="0 takes the most likely token.")
-    top_p: float = Field(1.0, gt=0, le=1)
+    top_p: float = Field(
+        1.0, gt=0, le=1, description="Sample from the most likely tokens that together have this probability."
+    )
     top_k: int = Field(0, ge=0, le=MAX_TOKEN_ID, description="Sample from the K most likely tokens; 0: all.")
     repetition_penalty: float = Field(
         1.0, ge=0.1, le=10, description="Above 1, tokens already in the text become less likely."
     )
     min_p: float = Field(0.0, ge=0, le=1, description="Drop tokens below this share of the highest probability.")
     n: Count = Field(1, description="Answers to each prompt.")
-    stop: Annotated[str, Field(min_length=1)] | list[Annotated[str, Field(min_length=1)]] | None = None
+    stop: Annotated[str, Field(min_length=1)] | list[Annotated[str, Field(min_length=1)]] | None = Field(
+        None, description="Texts that end the answer and are not part of it."
+    )
     seed: int | None = Field(
         None, ge=-MAX_INT, le=MAX_INT, description="The same seed gives the same answer, whatever else is decoded."
     )
-    stream: bool = False
+    stream: bool = Field(False, description="Whether the answer comes in parts, as server-sent events.")
     stream_options: StreamOptions | None = None
-    response_format: ResponseFormat | None = None
+    response_format: ResponseFormat | None = Field(
+        None, description="`text`, `json_object`, `json_schema`, or `regex` with a `pattern`."
+    )
     user: str | None = Field(None, description="Ignored.")
     frequency_penalty: Literal[0] | None = Field(None, description="Not supported.")
     presence_penalty: Literal[0] | None = Field(None, description="Not supported.")
@@ -143,17 +149,17 @@ class ChatMessage(Strict):
 class ChatRequest(SamplingRequest):
     """A request for the next message of a chat."""
 
-    messages: list[ChatMessage] = Field(min_length=1)
+    messages: list[ChatMessage] = Field(min_length=1, description="`role` and `content`, a text or parts of text.")
     max_tokens: Count | None = Field(None, description="Lowered to what fits into the context.")
     max_completion_tokens: Count | None = Field(None, description="The newer name of max_tokens.")
-    logprobs: bool | None = None
+    logprobs: bool | None = Field(None, description="Whether each token has its log-probability.")
     top_logprobs: Top | None = None
 
 
 class EmbeddingRequest(Request):
     """A request for vectors."""
 
-    input: str | list[str]
+    input: str | list[str] = Field(description="A text or several.")
     encoding_format: Literal["float", "base64"] = "float"
     dimensions: None = Field(None, description="Not supported.")
     user: str | None = Field(None, description="Ignored.")
@@ -169,13 +175,15 @@ class FillRequest(Request):
 class PredictRequest(Request):
     """Records with the fields of the training data, or texts."""
 
-    records: list[dict[str, Any]] | list[str] = Field(min_length=1)
+    records: list[dict[str, Any]] | list[str] = Field(
+        min_length=1, description="Records with the fields of the training data, or texts."
+    )
 
 
 class ScoreRequestBody(Request):
     """A text to score."""
 
-    text: str
+    text: str = Field(description="The text whose tokens are scored.")
     prompt: str = Field("", description="Comes before the text and is not scored.")
     top: Top = 0
 
@@ -183,13 +191,23 @@ class ScoreRequestBody(Request):
 class TokenizeRequest(Request):
     """A text to split into tokens."""
 
-    text: str
+    text: str = Field(description="The text.")
+
+
+class AttentionRequest(Request):
+    """A text whose attention weights are returned."""
+
+    text: str = Field(description="The text; of an encoder-decoder that of the encoder.")
+    answer: str | None = Field(
+        None, description="What the decoder of an encoder-decoder reads; by default what it writes."
+    )
+    encoding_format: Literal["float", "base64"] = "float"
 
 
 class RewardRequest(Request):
     """Dialogues whose last answer is rated: `messages`, or `prompt` and `completion`, as in training."""
 
-    records: list[dict[str, Any]] = Field(min_length=1)
+    records: list[dict[str, Any]] = Field(min_length=1, description="`messages`, or `prompt` and `completion`.")
 
 
 # ------------------------------------------------------------------------------- responses
@@ -454,3 +472,20 @@ class RewardResponse(BaseModel):
 
     model: str
     rows: list[RewardRow]
+
+
+class AttentionWeights(BaseModel):
+    """The weights of one kind of attention; those of a query add up to 1."""
+
+    kind: Literal["self", "encoder", "decoder", "cross"]
+    queries: list[str]
+    keys: list[str]
+    shape: list[int] = Field(description="Layers, heads, queries, keys.")
+    weights: list[list[list[list[float]]]] | str = Field(description="Numbers, or their float32 bytes in base64.")
+
+
+class AttentionResponse(BaseModel):
+    """Attention weights: of an encoder-decoder three kinds, of other models one."""
+
+    model: str
+    maps: list[AttentionWeights]

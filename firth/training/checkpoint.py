@@ -5,6 +5,7 @@
         frozen.safetensors     a hash of the frozen weights (only if there are any)
         optimizer.safetensors  momenta and second moments, by the weight's name
         source.safetensors     the state of an on-policy data source (only if it has one)
+        shards/                the sharded weights and moments (only of a sharded run; `firth.training.sharded_checkpoint`)
         state.json             step, tokens, seconds, random states
         manifest.json          size and SHA-256 of each file, layout, recipe, and its own digest
 
@@ -27,8 +28,9 @@ import json
 import os
 import platform
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -38,6 +40,8 @@ from torch import Tensor, nn
 
 from firth.io.atomic import FULL
 from firth.io.safetensors import safetensors_blocks
+from firth.model.shard_tensors import assign, gathered, is_sharded, local
+from firth.training import sharded_checkpoint
 from firth.training.distributed import Ranks
 from firth.training.optimizer import Optimizer
 from firth.types import LogLine, UserError
@@ -62,6 +66,7 @@ class Checkpoint:
         state: The training state as it was saved.
         layout: The layout as it was saved.
         recipe: The hash of the recipe.
+        shards: Name of a sharded tensor -> its whole shape.
     """
 
     path: Path
@@ -69,6 +74,11 @@ class Checkpoint:
     state: dict[str, Any]
     layout: dict[str, Any]
     recipe: str
+    shards: dict[str, torch.Size] = field(default_factory=dict)
+
+    def read(self, targets: Mapping[str, Tensor]) -> None:
+        """Read sharded tensors in place. All ranks call this."""
+        sharded_checkpoint.read(self.path, targets)
 
 
 def save(
@@ -80,6 +90,7 @@ def save(
     layout: Mapping[str, Any],
     recipe: str,
     score: float | None = None,
+    write_shards: Callable[[Path], Mapping[str, Any]] | None = None,
 ) -> Path:
     """Write `checkpoints/step-N` into a run directory and return its path.
 
@@ -91,19 +102,21 @@ def save(
         layout: What must be the same for a bitwise resume.
         recipe: The hash of the recipe.
         score: Validation score for `best` and `prune`; lower is better.
+        write_shards: Writes further files into the directory and returns their entries in the manifest.
 
     Raises:
         UserError: The disk is full; older checkpoints are untouched and nothing of this one remains.
     """
     home = run / "checkpoints"
     home.mkdir(parents=True, exist_ok=True)
-    final = home / f"step-{step:06d}"
-    partial = home / f"{final.name}.partial"
+    partial = partial_of(run, step)
+    final = partial.with_suffix("")
     shutil.rmtree(partial, ignore_errors=True)
     try:
         partial.mkdir()
         written = {f"{name}.safetensors": _write(partial / f"{name}.safetensors", safetensors_blocks(tensors))
                    for name, tensors in files.items() if tensors}  # fmt: skip
+        written |= {} if write_shards is None else write_shards(partial)
         written["state.json"] = _write(partial / "state.json", [_json(state)])
         metadata = {"step": step, "recipe": recipe, "layout": dict(layout), "score": score}
         body = {"format": FORMAT, "files": written} | metadata
@@ -133,35 +146,72 @@ def copy_to(saved: Checkpoint, run: Path, recipe: str) -> None:
         saved: The checkpoint.
         run: The run directory.
         recipe: The hash of the recipe of this run.
+
+    Raises:
+        UserError: It is a checkpoint of a sharded run.
     """
+    if saved.shards:
+        raise UserError(
+            f"{saved.path}: another run cannot start from a checkpoint in shards: export the model and use init_from"
+        )
     state = saved.state | {"best": None, "stale": 0, "metrics": {}}
     save(run, int(state["step"]), saved.files, state, layout=saved.layout, recipe=recipe)
 
 
-def newest(run: Path, log: LogLine) -> Checkpoint | None:
-    """Return the last valid checkpoint of a run directory; `log` is called with each skipped one and the reason."""
+def partial_of(run: Path, step: int) -> Path:
+    """Return where the checkpoint of a step is written before it is renamed."""
+    return run / "checkpoints" / f"step-{step:06d}.partial"
+
+
+def newest(run: Path, log: LogLine, ranks: Ranks | None = None) -> Checkpoint | None:
+    """Return the last valid checkpoint of a run directory; `log` is called with each skipped one and the reason.
+
+    All ranks call this; each verifies a share of the files.
+    """
     for path in reversed(_saved(run)):
         try:
-            return load(path)
+            return load(path, ranks)
         except UserError as error:
             log(f"skipping a damaged checkpoint: {error}")
     return None
 
 
-def load(path: Path) -> Checkpoint:
+def load(path: Path, ranks: Ranks | None = None) -> Checkpoint:
     """Read a checkpoint after verifying every byte.
 
+    Args:
+        path: Its directory.
+        ranks: The ranks that call this together, each of which verifies a share of the files.
+
     Raises:
-        UserError: A file is missing or damaged; the message names the first one.
+        UserError: A file is missing, damaged, or not in the manifest; the message names the first one.
     """
-    body = _manifest(path)
-    for name, expected in body["files"].items():
-        if _read_digest(path / name) != expected:
-            raise UserError(f"{path / name}: its bytes do not match the manifest; delete {path}")
+    body, ranks = _manifest(path), ranks or Ranks()
+    names = sorted(body["files"])
+    wrong = [i for i in range(ranks.rank, len(names), ranks.world) if not _matches(path, names[i], body)]
+    first = int(ranks.gather(torch.tensor(min(wrong, default=len(names)), device=ranks.device)).min())
+    if first < len(names):
+        damaged = path / names[first]
+        what = "its bytes do not match the manifest" if damaged.is_file() else "the file is missing"
+        raise UserError(f"{damaged}: {what}; delete {path}")
+    for extra in (path / sharded_checkpoint.DIRECTORY).glob("*"):  # the reader would take it for a part
+        if f"{sharded_checkpoint.DIRECTORY}/{extra.name}" not in body["files"]:
+            raise UserError(f"{extra}: the file is not in the manifest; delete {path}")
     files = {name.removesuffix(".safetensors"): load_file(path / name)
-             for name in body["files"] if name.endswith(".safetensors")}  # fmt: skip
+             for name in body["files"] if name.endswith(".safetensors") and "/" not in name}  # fmt: skip
     state = json.loads((path / "state.json").read_text())
-    return Checkpoint(path, files, state, body["layout"], body["recipe"])
+    return Checkpoint(path, files, state, body["layout"], body["recipe"], sharded_checkpoint.shapes(path))
+
+
+def _matches(path: Path, name: str, body: Mapping[str, Any]) -> bool:
+    """Return whether a file of a checkpoint has the size and the hash in its manifest."""
+    try:
+        with open(path / name, "rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+            found = {"bytes": os.fstat(file.fileno()).st_size, "sha256": digest}
+    except (FileNotFoundError, IsADirectoryError):
+        return False
+    return bool(found == body["files"][name])
 
 
 def precision(run: Path) -> Literal["fp32", "bf16"] | None:
@@ -254,15 +304,6 @@ def _write(path: Path, blocks: Sequence[bytes | memoryview] | Iterator[bytes | m
     return {"bytes": size, "sha256": digest.hexdigest()}
 
 
-def _read_digest(path: Path) -> dict[str, Any]:
-    try:
-        with open(path, "rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-            return {"bytes": os.fstat(file.fileno()).st_size, "sha256": digest}
-    except (FileNotFoundError, IsADirectoryError) as error:
-        raise UserError(f"{path}: the file is missing; delete {path.parent}") from error
-
-
 def _flush_directory(path: Path) -> None:
     """Flush a directory, so that renames and new names in it are durable."""
     handle = os.open(path, os.O_RDONLY)
@@ -309,27 +350,28 @@ def weights(model: nn.Module) -> dict[str, Tensor]:
 
 
 def not_finite(model: nn.Module) -> str:
-    """Return the name of the first trained weight or buffer that holds a NaN or an infinity, or ""."""
-    for name, x in weights(model).items():
+    """Return the name of the first trained weight or buffer that holds a NaN or an infinity on this rank, or ""."""
+    for name, x in ((name, local(x)) for name, x in weights(model).items()):
         if x.is_floating_point() and x.numel() and not torch.stack(torch.aminmax(x.detach())).isfinite().all():
             return name
     return ""
 
 
 def frozen(model: nn.Module) -> dict[str, Tensor]:
-    """Return the SHA-256 of all frozen weights as 32 bytes; empty without frozen weights."""
+    """Return the SHA-256 of all frozen weights as 32 bytes; empty without any. Sharded ones are gathered one by one."""
     digest, count = hashlib.sha256(), 0
     for name, p in model.named_parameters():
         if not p.requires_grad:
             digest.update(name.encode())
-            digest.update(p.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+            digest.update(gathered(p.detach()).cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
             count += 1
     return {"sha256": torch.tensor(list(digest.digest()), dtype=torch.uint8)} if count else {}
 
 
-def layout(ranks: Ranks, device: torch.device) -> dict[str, Any]:
-    """Return what must be the same for two runs to be bitwise equal."""
-    return {
+def layout(ranks: Ranks, device: torch.device, shards: int = 1) -> dict[str, Any]:
+    """Return what must be the same for two runs to be bitwise equal; `shards` is how many ranks share a copy of the model."""
+    sharded = {"shards": shards} if shards > 1 else {}
+    return sharded | {
         "world": ranks.world, "device": device.type, "threads": torch.get_num_threads(),
         "torch": torch.__version__, "machine": platform.machine(),
     }  # fmt: skip
@@ -337,9 +379,9 @@ def layout(ranks: Ranks, device: torch.device) -> dict[str, Any]:
 
 def save_state(
     run: Path, progress: TrainingState, model: nn.Module, optimizer: Optimizer, source: Source, ranks: Ranks, *,
-    recipe: str, keep: int, score: float | None, frozen: Tensors,
+    recipe: str, keep: int, score: float | None, frozen: Tensors, shards: int = 1,
 ) -> None:  # fmt: skip
-    """Write a checkpoint on rank 0. Every rank calls this, since each has its own random states.
+    """Write a checkpoint. Every rank calls this, since each has its own random states, and shards if there are any.
 
     Args:
         run: The run directory.
@@ -352,18 +394,25 @@ def save_state(
         keep: Recent checkpoints to keep.
         score: Validation score at this step; lower is better.
         frozen: The hash of the frozen weights (`frozen`).
+        shards: How many ranks share a copy of the model.
     """
     device = next(model.parameters()).device
     random = {name: [base64.b64encode(bytes(row.tolist())).decode() for row in ranks.gather(x.to(device)).cpu()]
               for name, x in _random_states(device).items()}  # fmt: skip
+    every = {"model": weights(model), "optimizer": optimizer.state() if ranks.first or shards > 1 else {}}
+    sharded = {f"{file}/{name}": x.detach() for file, tensors in every.items() for name, x in tensors.items()
+               if is_sharded(x)}  # fmt: skip
+    write_shards = partial(sharded_checkpoint.write, tensors=sharded, ranks=ranks) if sharded else None
     if ranks.first:
-        files = {
-            "model": weights(model), "optimizer": optimizer.state(),
-            "source": {name: torch.as_tensor(x) for name, x in source.state().items()}, "frozen": frozen,
-        }  # fmt: skip
+        files = {file: {name: x for name, x in tensors.items() if not is_sharded(x)}
+                 for file, tensors in every.items()}  # fmt: skip
+        files |= {"source": {name: torch.as_tensor(x) for name, x in source.state().items()}, "frozen": dict(frozen)}
         state = asdict(progress) | {"random": random}
-        save(run, progress.step, files, state, layout=layout(ranks, device), recipe=recipe, score=score)
+        found = layout(ranks, device, shards)
+        save(run, progress.step, files, state, layout=found, recipe=recipe, score=score, write_shards=write_shards)
         prune(run, keep)
+    elif write_shards is not None:
+        write_shards(partial_of(run, progress.step))
     ranks.wait()
 
 
@@ -384,7 +433,10 @@ def restore(
         UserError: The checkpoint belongs to another model.
     """
     load_weights(saved, model, frozen)
-    optimizer.restore(saved.files.get("optimizer", {}))
+    names = {name.removeprefix("optimizer/") for name in saved.shards if name.startswith("optimizer/")}
+    moments = optimizer.allocate(names)
+    saved.read({f"optimizer/{name}": x for name, x in moments.items()})
+    optimizer.restore(saved.files.get("optimizer", {}) | moments)
     source.restore({name: x.clone().numpy() for name, x in saved.files.get("source", {}).items()})
     state = dict(saved.state)
     random = state.pop("random")
@@ -401,8 +453,10 @@ def load_weights(saved: Checkpoint, model: nn.Module, frozen: Tensors) -> None:
     Raises:
         UserError: The checkpoint belongs to another model.
     """
-    current, stored = weights(model), saved.files["model"]
-    for name in sorted(current.keys() ^ stored.keys()):
+    current, whole = weights(model), saved.files.get("model", {})
+    sharded = {name.removeprefix("model/"): shape for name, shape in saved.shards.items() if name.startswith("model/")}
+    shapes = {name: x.shape for name, x in whole.items()} | sharded
+    for name in sorted(current.keys() ^ shapes.keys()):
         where = "model" if name in current else "checkpoint"
         raise UserError(
             f"{saved.path}: the weight {name!r} is only in the {where}; this is a checkpoint of another model"
@@ -413,14 +467,15 @@ def load_weights(saved: Checkpoint, model: nn.Module, frozen: Tensors) -> None:
             f"{saved.path}: the checkpoint has no frozen weights, and those of this run (init_from) are not the ones that it "
             "was trained with: restore the same init_from, or start a new run in another directory"
         )
-    with torch.no_grad():
-        for name, x in current.items():
-            if x.shape != stored[name].shape:
-                raise UserError(
-                    f"{saved.path}: the weight {name!r} has shape {list(stored[name].shape)} in the checkpoint and "
-                    f"{list(x.shape)} in the model; this is a checkpoint of another model"
-                )
-            x.copy_(stored[name])
+    for name, x in current.items():
+        if x.shape != shapes[name]:
+            raise UserError(
+                f"{saved.path}: the weight {name!r} has shape {list(shapes[name])} in the checkpoint and "
+                f"{list(x.shape)} in the model; this is a checkpoint of another model"
+            )
+    for name, x in whole.items():
+        assign(current[name], x)
+    saved.read({f"model/{name}": current[name].detach() for name in sharded})
 
 
 def _random_states(device: torch.device) -> dict[str, Tensor]:

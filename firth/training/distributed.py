@@ -37,7 +37,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import cache
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 import numpy as np
 import torch
@@ -45,6 +45,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.distributed_c10d import PrefixStore, Store
 
+from firth.fields import NonNegativeInt, Validated
 from firth.types import UserError
 
 
@@ -72,31 +73,31 @@ class Ranks:
     def sum(self, x: Tensor) -> Tensor:
         """Sum `x` over all ranks in place and return it."""
         if self.world > 1:
-            self._call(lambda: dist.all_reduce(x))
+            self.call(lambda: dist.all_reduce(x))
         return x
 
     def begin_sum(self, x: Tensor) -> dist.Work:
         """Start to sum `x` over all ranks in place; `finish` waits for the result."""
         work: list[dist.Work] = []
-        self._call(lambda: work.append(dist.all_reduce(x, async_op=True)))
+        self.call(lambda: work.append(dist.all_reduce(x, async_op=True)))
         return work[0]
 
     def finish(self, work: dist.Work) -> None:
         """Wait for a collective that has been started."""
-        self._call(work.wait)
+        self.call(work.wait)
 
     def copy_from_first(self, tensors: Sequence[Tensor]) -> None:
         """Overwrite the tensors with those of rank 0."""
         if self.world > 1:
             for x in tensors:
-                self._call(lambda x=x: dist.broadcast(x, 0))  # type: ignore[misc]
+                self.call(lambda x=x: dist.broadcast(x, 0))  # type: ignore[misc]
 
     def gather(self, x: Tensor) -> Tensor:
         """Stack `x` of every rank: (...) -> (world, ...)."""
         if self.world == 1:
             return x[None]
         out = [torch.empty_like(x) for _ in range(self.world)]
-        self._call(lambda: dist.all_gather(out, x))
+        self.call(lambda: dist.all_gather(out, x))
         return torch.stack(out)
 
     def gather_arrays(self, x: np.ndarray) -> list[np.ndarray]:
@@ -140,7 +141,7 @@ class Ranks:
         """Return a context in which this rank ends with an error message if another one fails, stops or is killed."""
         return nullcontext() if self.peers is None else self.peers.together()
 
-    def _call(self, collective: Callable[[], object]) -> None:
+    def call(self, collective: Callable[[], object]) -> None:
         """Run a collective.
 
         Raises:
@@ -152,6 +153,37 @@ class Ranks:
             if self.peers is None:
                 raise
             raise self.peers.explain(error) from error
+
+
+@dataclass(frozen=True)
+class DistributedConfig(Validated, section="distributed"):
+    """How a model is spread over several processes. A resumed run may change it.
+
+    Args:
+        shard: "none" keeps a copy of the model on every process. "full" gives each process a part of every weight (FSDP2).
+            "hybrid" does so within groups of processes, and keeps a copy in each group (HSDP). One process ignores it.
+        shard_degree: With "hybrid", the processes of a group; 0: those of one machine.
+    """
+
+    shard: Literal["none", "full", "hybrid"] = "none"
+    shard_degree: NonNegativeInt = 0
+
+    def degree(self, ranks: Ranks) -> int:
+        """Return how many ranks share one copy of the model; 1 without sharding.
+
+        Raises:
+            UserError: The ranks cannot be divided into such groups.
+        """
+        if self.shard == "none" or ranks.world == 1:
+            return 1
+        if self.shard == "full":
+            return ranks.world
+        degree = self.shard_degree or int(os.environ.get("LOCAL_WORLD_SIZE", ranks.world))
+        if ranks.world % degree:
+            raise UserError(
+                f"distributed.shard_degree={degree} does not divide the {ranks.world} processes: set it to a divisor"
+            )
+        return degree
 
 
 def join(device: torch.device | None = None) -> Ranks:

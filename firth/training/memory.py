@@ -43,11 +43,13 @@ INDEXING = frozenset({"index", "index_put", "index_put_", "_index_put_impl_"})
 PRODUCTS = frozenset({"mm", "addmm", "bmm", "baddbmm"})
 """Operators that multiply matrices."""
 
-KERNEL_BYTES, MAX_KERNELS = 400_000, 1024
+KERNEL_BYTES, MAX_KERNELS = 600_000, 1024
 """Bytes of a kernel that oneDNN compiles for one shape of a bf16 product on a CPU, and how many it keeps."""
 
-HEAP_FACTOR = 1.12
-"""Resident memory of a process per byte of live tensors on a CPU: freed blocks that no later tensor fits into."""
+HEAP_FACTOR, PROCESS_BYTES = 1.26, 10_000_000
+"""Resident bytes of a process on a CPU per byte of live tensors, and in addition to them. glibc places a tensor in a free block
+only if the block is 96 bytes larger (`posix_memalign`), so a block as large as the tensor stays free. Both were fitted to
+measurements (docs/results/estimates.md)."""
 
 
 @dataclass(frozen=True)
@@ -58,10 +60,10 @@ class StepMemory:
         weights: Parameters and buffers.
         gradients: Gradients of parameters at that moment.
         optimizer: Momenta and second moments.
-        activations: Everything else: what is kept for the backward pass, temporary tensors, and on a CPU the unused blocks
+        activations: Everything else: what is kept for the backward pass, temporary tensors, and on a CPU the free blocks
             between them.
         shapes: Different shapes of matrix products in a step.
-        new_shapes: How many of them the step before did not have.
+        new_shapes: How many a further step adds, on average.
         kernel: Bytes that the library keeps for each shape of a product.
     """
 
@@ -70,7 +72,7 @@ class StepMemory:
     optimizer: int
     activations: int
     shapes: int = 0
-    new_shapes: int = 0
+    new_shapes: float = 0.0
     kernel: int = 0
 
     @property
@@ -80,7 +82,7 @@ class StepMemory:
 
     def kernel_bytes(self, steps: int) -> int:
         """Return the bytes of the kernels that the library keeps in a run, one for each shape of a product."""
-        return self.kernel * min(MAX_KERNELS, self.shapes + self.new_shapes * (steps - 1))
+        return round(self.kernel * min(MAX_KERNELS, self.shapes + self.new_shapes * (steps - 1)))
 
 
 class MemoryTrace(TorchDispatchMode):
@@ -104,7 +106,7 @@ class MemoryTrace(TorchDispatchMode):
         self.sparse_tables: set[tuple[int, ...]] = set()
         """Shapes of embedding tables whose gradient has only the rows that were looked up."""
         self.products: set[tuple[Any, ...]] = set()
-        """Shapes of the matrix products since it was cleared."""
+        """Shapes of the matrix products so far."""
 
     def number(self, x: Tensor, size: int | None = None) -> int:
         """Return the number of a tensor's storage; a new one is counted as allocated.
@@ -231,19 +233,19 @@ def trace_step(
     updates = Optimizer(optimizer, model)
     weights = trace.numbers([*model.parameters(), *model.buffers()])
     gradients: set[int] = set()
-    before: set[tuple[Any, ...]] = set()
+    shapes = []
     for number, batches in enumerate(steps):
-        before, trace.products = trace.products, set()
         placed = [to(batch, trace.device) | {"step": torch.tensor(number)} for batch in batches]
         step(model, objective, placed, precision=casts(precision, trace.device))
         gradients |= trace.numbers([p.grad for p in updates.parameters])
         updates.clip_grad_norm()
         updates.step(1.0)
+        shapes.append(len(trace.products))
     state = trace.numbers(list(updates.state().values())) - weights
     most, (in_weights, in_gradients, in_state) = trace.peak((weights, gradients, state))
     kernel = KERNEL_BYTES if trace.device.type == "cpu" and precision == "bf16" else 0
     if trace.device.type == "cpu":
-        most = round(most * HEAP_FACTOR)
+        most = round(most * HEAP_FACTOR) + PROCESS_BYTES
     rest = most - in_weights - in_gradients - in_state
-    new = len(trace.products - before)
-    return StepMemory(in_weights, in_gradients, in_state, rest, len(trace.products), new, kernel)
+    new = (shapes[-1] - shapes[0]) / max(1, len(shapes) - 1)
+    return StepMemory(in_weights, in_gradients, in_state, rest, shapes[0], new, kernel)

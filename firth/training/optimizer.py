@@ -39,10 +39,10 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor, nn
@@ -50,11 +50,15 @@ from torch import Tensor, nn
 from firth import kernel_choice
 from firth.fields import NonNegativeFloat, PositiveFloat, ShareBelowOne, Validated
 from firth.model import native
+from firth.model.shard_tensors import gathered, local, local_parameter, shard_like, sharded_like
 from firth.model.transformer import TransformerStack
 from firth.peft.lora import LoraLayer
 from firth.training import muon
 from firth.training.distributed import Ranks
 from firth.types import UserError
+
+if TYPE_CHECKING:
+    from firth.training.sharding import Shards
 
 
 def sums(table: nn.Parameter) -> Tensor | None:
@@ -292,32 +296,41 @@ class Optimizer:
         sparse: Whether untied embedding tables on a CPU get sparse gradients (`firth.training.optimizer`). The numbers are the
             same; visiting all rows of a large vocabulary takes as long as a transformer block.
         ranks: The ranks among which Muon's matrices are dealt; a single process by default.
+        shards: The sharding of the model; None if it is not sharded.
 
     Raises:
         UserError: Nothing in the model is trainable.
     """
 
     def __init__(
-        self, optimizer: OptimizerConfig, model: nn.Module, sparse: bool = False, ranks: Ranks | None = None
-    ) -> None:
-        self.optimizer = optimizer
-        self.groups = param_groups(optimizer, model)
-        self.parameters = [p.parameter for p in self.groups]
-        if not self.groups:
+        self, optimizer: OptimizerConfig, model: nn.Module, sparse: bool = False, ranks: Ranks | None = None,
+        shards: Shards | None = None,
+    ) -> None:  # fmt: skip
+        self.optimizer, self.shards = optimizer, shards
+        groups = param_groups(optimizer, model)
+        if not groups:
             raise UserError("there is nothing to train: every weight of the model is frozen")
+        self.parameters = [p.parameter for p in groups]
+        shapes = [tuple(p.shape) for p in self.parameters]
+        # Of a sharded weight, the part on this rank is what is updated; its gradient is set before each step.
+        self.groups = [replace(p, parameter=local_parameter(p.parameter)) for p in groups]
         by_settings: dict[tuple[float, float], list[ParamGroup]] = {}
         by_shape: dict[tuple[float, tuple[int, ...]], list[ParamGroup]] = {}
         tables = {id(table.weight): table for table in untied_embeddings(model)} if sparse else {}
         self.rows: dict[str, tuple[SparseAdam, float]] = {}
-        for p in self.groups:
+        for p, shape in zip(self.groups, shapes, strict=True):
             if id(p.parameter) in tables:
                 tables[id(p.parameter)].sparse = True
                 self.rows[p.name] = SparseAdam(p.parameter, (optimizer.beta1, optimizer.beta2), optimizer.eps), p.lr
             elif p.muon:
-                by_shape.setdefault((p.lr, tuple(p.parameter.shape)), []).append(p)
+                by_shape.setdefault((p.lr, shape), []).append(p)
             else:
                 by_settings.setdefault((p.lr, p.weight_decay), []).append(p)
-        self.stacks = [_Stack(group, optimizer.momentum, ranks or Ranks()) for group in by_shape.values()]
+        deal = ranks or Ranks() if shards is None else shards
+        self.stacks = [
+            _Stack(group, shape, optimizer.momentum, partial(deal.dealt, muon.orthogonalize))
+            for (_, shape), group in by_shape.items()
+        ]
         self.lrs = [lr for lr, _ in by_settings]
         adam_groups = [
             {"params": [p.parameter for p in g], "weight_decay": decay} for (_, decay), g in by_settings.items()
@@ -329,8 +342,14 @@ class Optimizer:
 
     def clip_grad_norm(self) -> Tensor:
         """Clip the gradients to the global norm `optimizer.max_grad_norm`; return the norm before clipping (a scalar)."""
-        grads = [grad for p in self.parameters if (grad := sums(p)) is not None]
-        norm: Tensor = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads)).float())
+        for p, own in zip(self.parameters, self.groups, strict=True):
+            if own.parameter is not p:
+                own.parameter.grad = None if p.grad is None else local(p.grad)
+        grads = [grad for p in self.groups if (grad := sums(p.parameter)) is not None]
+        norms = torch.stack(torch._foreach_norm(grads)).float()
+        norm: Tensor = torch.linalg.vector_norm(norms)
+        if self.shards is not None:
+            norm = self.shards.norm(norms, [p for p in self.parameters if p.grad is not None])
         if self.optimizer.max_grad_norm and norm > self.optimizer.max_grad_norm:
             torch._foreach_mul_(grads, self.optimizer.max_grad_norm / norm)
         return norm
@@ -349,37 +368,55 @@ class Optimizer:
 
     def zero_grad(self) -> None:
         """Set the gradients to None, so that the next backward pass writes them instead of adding."""
-        for p in self.parameters:
-            p.grad = None
+        for p, own in zip(self.parameters, self.groups, strict=True):
+            p.grad = own.parameter.grad = None
 
     def state(self) -> dict[str, Tensor]:
-        """Return the optimizer state by parameter: `mean/NAME`, `square/NAME` and `step/NAME`, or `momentum/NAME`."""
+        """Return the optimizer state by parameter: `mean/NAME`, `square/NAME` and `step/NAME`, or `momentum/NAME`.
+
+        The state of a sharded weight is sharded as the weight is.
+        """
         state: dict[str, Tensor] = {}
         if self.adam is not None:
-            for p in self.groups:
+            for p, whole in zip(self.groups, self.parameters, strict=True):
                 for key, torch_name in _ADAM_STATE.items() if p.parameter in self.adam.state else ():
-                    state[f"{key}/{p.name}"] = self.adam.state[p.parameter][torch_name]
+                    value = self.adam.state[p.parameter][torch_name]
+                    state[f"{key}/{p.name}"] = value if key == "step" else sharded_like(whole, value)
         for name, (rows, _) in self.rows.items():
             state |= {f"{what}/{name}": value for what, value in rows.state().items()}
+        wholes = {p.name: whole for p, whole in zip(self.groups, self.parameters, strict=True)}
         for stack in self.stacks:
-            state |= {f"momentum/{p.name}": m for p, m in zip(stack.groups, stack.momentum, strict=True)}
+            for p, m in zip(stack.groups, stack.momentum, strict=True):
+                state[f"momentum/{p.name}"] = sharded_like(wholes[p.name], m)
+        return state
+
+    def allocate(self, names: Collection[str]) -> dict[str, Tensor]:
+        """Return uninitialized tensors for the parts of `state` with these names, to be read from a checkpoint."""
+        state: dict[str, Tensor] = {}
+        for p, whole in zip(self.groups, self.parameters, strict=True):
+            for key in ("mean", "square", "momentum"):
+                if f"{key}/{p.name}" in names:
+                    state[f"{key}/{p.name}"] = sharded_like(whole, torch.empty_like(local(whole).detach()))
         return state
 
     def restore(self, state: Mapping[str, Tensor]) -> None:
-        """Restore what `state` returned."""
+        """Restore what `state` returned, with the same sharding or none."""
         if self.adam is not None:
-            for p in self.groups:
+            for p, whole in zip(self.groups, self.parameters, strict=True):
                 if f"step/{p.name}" in state and p.name not in self.rows:
                     self.adam.state[p.parameter] = {
-                        torch_name: state[f"{key}/{p.name}"].to(p.parameter.device, copy=True)
+                        torch_name: (
+                            state[f"{key}/{p.name}"] if key == "step" else shard_like(whole, state[f"{key}/{p.name}"])
+                        ).to(p.parameter.device, copy=True)
                         for key, torch_name in _ADAM_STATE.items()
                     }
         for name, (rows, _) in self.rows.items():
             if f"step/{name}" in state:
-                rows.restore(*(state[f"{what}/{name}"] for what in ("mean", "square", "step")))
+                rows.restore(*(gathered(state[f"{what}/{name}"]) for what in ("mean", "square", "step")))
+        wholes = {p.name: whole for p, whole in zip(self.groups, self.parameters, strict=True)}
         for stack in self.stacks:
             for p, m in zip(stack.groups, stack.momentum, strict=True):
-                m.copy_(state[f"momentum/{p.name}"])
+                m.copy_(shard_like(wholes[p.name], state[f"momentum/{p.name}"]))
 
 
 def untied_embeddings(model: nn.Module) -> list[nn.Embedding]:
@@ -395,17 +432,25 @@ _ADAM_STATE = {"mean": "exp_avg", "square": "exp_avg_sq", "step": "step"}
 
 
 class _Stack:
-    """Muon on all hidden matrices of one shape and learning rate at once: (K, rows, columns).
+    """Muon on all hidden matrices of one shape and learning rate at once: (K, rows, columns), of which a rank may hold some rows.
 
     Each rank orthogonalizes its share of the K matrices, and all get the result, so that the ranks stay equal.
+
+    Args:
+        groups: The matrices.
+        shape: Rows and columns of a whole matrix.
+        beta: Decay of the momentum.
+        orthogonalize: Returns the polar factors of the K matrices, for the rows that this rank holds.
     """
 
-    def __init__(self, groups: list[ParamGroup], beta: float, ranks: Ranks) -> None:
-        self.groups, self.beta, self.ranks = groups, beta, ranks
+    def __init__(
+        self, groups: list[ParamGroup], shape: tuple[int, ...], beta: float, orthogonalize: Callable[[Tensor], Tensor]
+    ) -> None:
+        self.groups, self.beta, self.orthogonalize = groups, beta, orthogonalize
         self.weights: list[Tensor] = [p.parameter for p in groups]
-        shape, device = self.weights[0].shape, self.weights[0].device
+        device = self.weights[0].device
         self.scale = 0.2 * math.sqrt(max(shape))
-        self.momentum = torch.zeros((len(groups), *shape), device=device)
+        self.momentum = torch.zeros((len(groups), *self.weights[0].shape), device=device)
         self.dtype = muon.product_dtype(device)
 
     @torch.no_grad()
@@ -417,7 +462,7 @@ class _Stack:
         for w, momentum, direction in zip(self.weights, self.momentum, directions, strict=True):
             grad = torch.zeros_like(momentum) if w.grad is None else w.grad.float()
             muon.nesterov(grad, momentum, direction, self.beta)
-        updates = self.ranks.dealt(muon.orthogonalize, directions)
+        updates = self.orthogonalize(directions)
         lr, decay = self.groups[0].lr * factor, self.groups[0].weight_decay
         for w, update in zip(self.weights, updates, strict=True):
             muon.apply(w, update, 1 - lr * decay, lr * self.scale)

@@ -50,6 +50,7 @@ if TYPE_CHECKING:
     from firth.data.collate import Batches
     from firth.model.model import LM
     from firth.objectives.objective import Objective
+    from firth.training.sharding import Shards
 
 LOWER_IS_BETTER = ("loss", "bits", "squared_error", "perplexity")
 """Prefixes of the names of metrics for which lower is better."""
@@ -135,6 +136,7 @@ def train(
     config: TrainerConfig | None = None,
     evaluate: Evaluate | None = None,
     ranks: Ranks | None = None,
+    shards: Shards | None = None,
     recipe: str = "",
     name: str = "",
     reporter: ProgressReporter | None = None,
@@ -153,6 +155,7 @@ def train(
         config: When to log, validate and save.
         evaluate: Computes the validation metrics.
         ranks: The process group; a single process by default.
+        shards: The sharding of the model over these ranks; None if each has a copy.
         recipe: A hash of everything that the run depends on; checkpoints with another hash are an error.
         name: The start of progress lines; by default the directory's name.
         reporter: Receives the progress; by default it is printed.
@@ -163,12 +166,13 @@ def train(
         Interrupted: Ctrl-C; a checkpoint has been saved.
     """
     ranks = ranks or Ranks()
-    keep_freed_memory()
+    if shards is None:
+        keep_freed_memory()
     flush_denormals()
     with ranks.together(), run_lock(directory) if ranks.first else nullcontext():
         reporter = (reporter or make_reporter(name or directory.name)) if ranks.first else NullReporter()
         run = _Run(model, objective, batches, directory, budget, optimizer or OptimizerConfig(), schedule or Schedule(),
-                   config or TrainerConfig(), evaluate, ranks, recipe, reporter, on_metrics)  # fmt: skip
+                   config or TrainerConfig(), evaluate, ranks, shards, recipe, reporter, on_metrics)  # fmt: skip
         try:
             return run.train()
         except OSError as error:
@@ -184,8 +188,8 @@ class _Run:
 
     def __init__(
         self, model: LM, objective: Objective, batches: Batches, directory: Path, budget: Budget, optimizer: OptimizerConfig,
-        schedule: Schedule, config: TrainerConfig, evaluate: Evaluate | None, ranks: Ranks, recipe: str, reporter: ProgressReporter,
-        on_metrics: OnMetrics | None,
+        schedule: Schedule, config: TrainerConfig, evaluate: Evaluate | None, ranks: Ranks, shards: Shards | None, recipe: str,
+        reporter: ProgressReporter, on_metrics: OnMetrics | None,
     ):  # fmt: skip
         self.model, self.objective, self.batches, self.directory = model, objective, batches, directory
         self.budget, self.schedule, self.config, self.evaluate = budget, schedule, config, evaluate
@@ -194,8 +198,9 @@ class _Run:
         self.device = next(model.parameters()).device
         if ranks.world > 1:  # replicas with different kernels would diverge
             kernel_choice.use(json.loads(ranks.from_first(json.dumps(kernel_choice.table() if ranks.first else {}))))
-        self.optimizer = Optimizer(optimizer, model, sparse=ranks.world == 1, ranks=ranks)
-        self.parallel = Replicas(self.optimizer.parameters, ranks) if ranks.world > 1 else Parallel()
+        self.optimizer = Optimizer(optimizer, model, sparse=ranks.world == 1, ranks=ranks, shards=shards)
+        replicas = Replicas(self.optimizer.parameters, ranks) if ranks.world > 1 and shards is None else Parallel()
+        self.parallel, self.shards = shards or replicas, 1 if shards is None else shards.group.size()
         self.dropout = not objective.inputs & PRECOMPUTED_FIELDS
         self.state = self._start_or_resume()
         self.casts = casts(self.state.precision, self.device)
@@ -207,11 +212,12 @@ class _Run:
     def _start_or_resume(self) -> TrainingState:
         """Return the initial state, or restore the last valid checkpoint."""
         self.ranks.wait()  # rank 0 may have generated samples before, which can take longer than a collective's timeout
-        self.ranks.copy_from_first([p.data for p in self.model.parameters()])
+        if self.shards == 1:
+            self.ranks.copy_from_first([p.data for p in self.model.parameters()])
         if self.ranks.first:
             checkpoint.remove_partial(self.directory)
         self.ranks.wait()
-        saved = checkpoint.newest(self.directory, self.reporter.log)
+        saved = checkpoint.newest(self.directory, self.reporter.log, self.ranks)
         if saved is None:
             if self.ranks.rank:  # independent dropout on every rank gives a better estimate
                 torch.manual_seed(torch.initial_seed() + self.ranks.rank)
@@ -224,8 +230,9 @@ class _Run:
             )
         state = checkpoint.restore(saved, self.model, self.optimizer, self.batches.source, self.ranks, self.frozen)
         self.reporter.log(f"resuming from {saved.path.name}")
-        layout = checkpoint.layout(self.ranks, self.device)
-        changed = [f"{k} {saved.layout.get(k)} -> {v}" for k, v in layout.items() if saved.layout.get(k) != v]
+        layout = checkpoint.layout(self.ranks, self.device, self.shards)
+        both = [(k, saved.layout.get(k), layout.get(k)) for k in layout | saved.layout]
+        changed = [f"{k} {before} -> {now}" for k, before, now in both if before != now]
         if changed:
             self.reporter.log(
                 f"the run is not bitwise reproducible, because the layout has changed: {', '.join(changed)}"
@@ -270,7 +277,7 @@ class _Run:
         path = checkpoint.best(self.directory)
         if path is None:
             return self.state.step
-        saved = checkpoint.load(path)
+        saved = checkpoint.load(path, self.ranks)
         checkpoint.load_weights(saved, self.model, self.frozen)
         self.state.metrics = saved.state["metrics"]
         step = int(saved.state["step"])
@@ -487,7 +494,7 @@ class _Run:
         """Return the validation metrics, in the same precision; mode and random state are restored."""
         self.model.eval()
         devices = [self.device] if self.device.type == "cuda" else []
-        with torch.no_grad(), torch.random.fork_rng(devices), self.casts():
+        with torch.no_grad(), torch.random.fork_rng(devices), self.casts(), self.model.whole():
             metrics = evaluate(self.model, self.state.step)
         self.model.train(self.dropout)
         return metrics
@@ -495,7 +502,7 @@ class _Run:
     def _save(self) -> None:
         checkpoint.save_state(
             self.directory, self.state, self.model, self.optimizer, self.batches.source, self.ranks,
-            recipe=self.recipe, keep=self.config.keep, score=self.score, frozen=self.frozen,
+            recipe=self.recipe, keep=self.config.keep, score=self.score, frozen=self.frozen, shards=self.shards,
         )  # fmt: skip
 
 

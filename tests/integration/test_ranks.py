@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch.distributed import TCPStore
 
 from firth.training import distributed
@@ -51,11 +52,15 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, 
             "arguments": [*SMALL, f"data.path={text}", "--out", str(folder / name), *overrides],
         } | options
 
+    shard = "distributed.shard=full"
     jobs = [
         job("one", 1), job("accumulate", 1, "batch.gradient_accumulation_steps=2"), job("two", 2, hook="slow_first"),
         job("fails", 2, hook="failing_first"),
         job("stopped", 2, hook="stopped_second", patience=1, env={"FIRTH_RANK_TIMEOUT": "1"}),
         job("killed", 2, hook="killed_in_save"), job("killed again", 2) | {"arguments": job("killed", 2)["arguments"]},
+        job("sharded", 2, shard), job("killed shards", 2, shard, hook="killed_in_shards", patience=30),
+        job("again", 2) | {"arguments": job("killed shards", 2, shard)["arguments"]},
+        job("sharded, then one", 1) | {"arguments": job("sharded", 1, "max_steps=2")["arguments"]},
     ]  # fmt: skip
     (folder / "jobs.json").write_text(json.dumps(jobs))
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
@@ -127,6 +132,30 @@ def test_a_rank_killed_in_a_save_leaves_valid_checkpoints(outcomes: tuple[Path, 
     assert whole.files.keys() == again.files.keys()
     for kind, tensors in whole.files.items():
         assert all(torch.equal(x, again.files[kind][name]) for name, x in tensors.items()), kind
+
+
+def test_a_rank_killed_in_a_sharded_save_leaves_the_step_before(outcomes: tuple[Path, dict[str, Any]]) -> None:
+    folder, ends = outcomes
+    assert ends["killed shards"]["codes"] == [2, -9]
+    assert ends["again"]["codes"] == [0, 0]
+    assert "resuming from step-000001" in printed(folder, "again", 0)
+    whole, again = (folder / name / "checkpoints/step-000002/shards" for name in ("sharded", "killed shards"))
+    for file in whole.iterdir():
+        expected, found = load_file(file), load_file(again / file.name)
+        assert expected.keys() == found.keys()
+        assert all(torch.equal(x, found[name]) for name, x in expected.items())
+
+
+def test_a_sharded_run_exports_the_model_of_one_process(outcomes: tuple[Path, dict[str, Any]]) -> None:
+    """The finished run is found by one process too, because sharding is no part of the identity of a run."""
+    folder, ends = outcomes
+    assert ends["sharded"]["codes"] == [0, 0]
+    one, sharded = (load_file(folder / name / "model/model.safetensors") for name in ("one", "sharded"))
+    assert one.keys() == sharded.keys()
+    for name, x in one.items():
+        assert (x - sharded[name]).abs().max() <= 3e-3, name  # two steps of Muon in bf16 at lr 3e-3
+    assert ends["sharded, then one"]["codes"] == [0]
+    assert "is finished, after 2 steps" in printed(folder, "sharded, then one", 0)
 
 
 def test_a_failed_collective_names_the_lost_rank(monkeypatch: pytest.MonkeyPatch) -> None:

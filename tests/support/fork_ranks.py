@@ -27,7 +27,7 @@ import torch.distributed as dist
 
 import firth.runs.run as run_module
 from firth import cli
-from firth.training import checkpoint, trainer
+from firth.training import checkpoint, sharded_checkpoint, trainer
 from firth.types import UserError
 
 PATIENCE_SECONDS = 8.0
@@ -84,7 +84,22 @@ def killed_in_save(rank: int) -> None:
     checkpoint._write = write_half
 
 
-HOOKS = {hook.__name__: hook for hook in (nothing, slow_first, failing_first, stopped_second, killed_in_save)}
+def killed_in_shards(rank: int) -> None:
+    """Rank 1 is killed when the parts of the second checkpoint are written, before their hashes are."""
+    gather = sharded_checkpoint._gather_digests
+
+    def gather_or_die(directory: Path, ranks: Any) -> Any:
+        if rank == 1 and directory.parent.name == "step-000002.partial":
+            os.kill(os.getpid(), signal.SIGKILL)
+        return gather(directory, ranks)
+
+    sharded_checkpoint._gather_digests = gather_or_die
+
+
+HOOKS = {
+    hook.__name__: hook
+    for hook in (nothing, slow_first, failing_first, stopped_second, killed_in_save, killed_in_shards)
+}
 
 
 def free_port() -> int:

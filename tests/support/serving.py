@@ -76,7 +76,13 @@ def write_models(directory: Path) -> dict[str, Path]:
 @contextmanager
 def running(models: ModelRegistry, config: ServeConfig, extra_routes: Sequence[BaseRoute] = ()) -> Iterator[Running]:
     """Serve models in a thread, on a free port."""
-    app = create_app(models, config, extra_routes)
+    with running_app(models, config, create_app(models, config, extra_routes)) as found:
+        yield found
+
+
+@contextmanager
+def running_app(models: ModelRegistry | None, config: ServeConfig, app: Starlette) -> Iterator[Running]:
+    """Serve an application in a thread, on a free port."""
     listener = listen(config)
     server = uvicorn.Server(uvicorn_config(app, config))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
@@ -86,7 +92,7 @@ def running(models: ModelRegistry, config: ServeConfig, extra_routes: Sequence[B
         time.sleep(0.005)
     port = listener.getsockname()[1]
     try:
-        yield Running(f"http://127.0.0.1:{port}", port, models, app)
+        yield Running(f"http://127.0.0.1:{port}", port, models or ModelRegistry({}), app)
     finally:
         server.should_exit = True
         thread.join(10)

@@ -6,9 +6,9 @@ import { runButton } from "./settings.js";
 
 const KINDS = {
   self: "Self-attention",
-  encoder: "Encoder: the text over itself",
-  decoder: "Decoder: the answer over itself",
-  cross: "Cross-attention: the answer over the text",
+  encoder: "Encoder: text over text",
+  decoder: "Decoder: answer over answer",
+  cross: "Cross: answer over text",
 };
 const MEAN = -1;
 
@@ -67,6 +67,7 @@ function mapView(map) {
   const tokens = el("div", { class: "tokens", role: "group", "aria-label": "Choose the token that attends; arrow keys move" });
   const keys = el("p", { class: "tokens keys" });
   const strongest = el("p", { class: "note", "aria-live": "polite" });
+  const strongestCell = el("p", { class: "note" });
   const thumbs = el("div", { class: "thumbs" });
   thumbs.style.setProperty("--columns", heads);
   let chosen = rows - 1;
@@ -77,6 +78,13 @@ function mapView(map) {
     let sum = 0;
     for (let i = 0; i < heads; i += 1) sum += map.weights[((l * heads + i) * rows + query) * columns + key];
     return sum / heads;
+  }
+
+  /** Return the largest weight of a layer and head, which is drawn in the full color. */
+  function largest(l, h) {
+    let most = 0;
+    for (let query = 0; query < rows; query += 1) for (let key = 0; key < columns; key += 1) most = Math.max(most, weight(query, key, l, h));
+    return most || 1;
   }
 
   const items = map.queries.map((piece) => el("button", { type: "button", class: "token plain" }, piece));
@@ -101,7 +109,7 @@ function mapView(map) {
 
   function drawMatrix() {
     const cell = Math.max(14, Math.min(30, Math.floor(620 / columns)));
-    const label = 12 * 8;
+    const label = 84;
     const width = label + columns * cell;
     const height = label + rows * cell;
     const scale = window.devicePixelRatio || 1;
@@ -109,6 +117,8 @@ function mapView(map) {
     matrix.height = height * scale;
     matrix.style.width = `${width}px`;
     matrix.style.height = `${height}px`;
+    const most = largest();
+    strongestCell.textContent = `A row attends to the columns. The strongest cell is ${percent(most)}.`;
     const style = getComputedStyle(document.documentElement);
     const pen = matrix.getContext("2d");
     pen.scale(scale, scale);
@@ -121,7 +131,7 @@ function mapView(map) {
       pen.fillText(cut(map.queries[query]), label - 6, y + cell / 2, label - 8);
       pen.fillStyle = style.getPropertyValue("--c0");
       for (let key = 0; key < columns; key += 1) {
-        pen.globalAlpha = Math.min(1, weight(query, key));
+        pen.globalAlpha = weight(query, key) / most;
         pen.fillRect(label + key * cell, y, cell - 1, cell - 1);
       }
       pen.globalAlpha = 1;
@@ -137,7 +147,7 @@ function mapView(map) {
     }
     pen.strokeStyle = style.getPropertyValue("--c1");
     pen.strokeRect(label - 0.5, label + chosen * cell - 0.5, columns * cell, cell);
-    matrix.setAttribute("aria-label", `Weights of ${rows} tokens over ${columns}: a row attends to the columns; the text below gives those of one token`);
+    matrix.setAttribute("aria-label", `Weights of ${rows} tokens over ${columns}; the text above gives those of the chosen token`);
     matrix.onclick = (event) => {
       const at = Math.floor((event.offsetY - label) / cell);
       if (at >= 0 && at < rows) pick(at, false);
@@ -151,10 +161,11 @@ function mapView(map) {
       const [l, h] = [Math.floor(at / heads), at % heads];
       const small = el("canvas", { width: columns, height: rows });
       const pen = small.getContext("2d");
+      const most = largest(l, h);
       pen.fillStyle = style.getPropertyValue("--c0");
       for (let query = 0; query < rows; query += 1) {
         for (let key = 0; key < columns; key += 1) {
-          pen.globalAlpha = Math.min(1, weight(query, key, l, h));
+          pen.globalAlpha = weight(query, key, l, h) / most;
           pen.fillRect(key, query, 1, 1);
         }
       }
@@ -187,6 +198,7 @@ function mapView(map) {
     keys,
     strongest,
     el("h3", {}, "All tokens"),
+    strongestCell,
     holder,
     el("h3", {}, "All layers and heads"),
     el("p", { class: "note" }, "A row is a layer, a column a head."),

@@ -78,8 +78,8 @@ export function boardView() {
         else chosen.delete(run.name);
         update();
       });
-      const name = el("label", { class: "name" }, box, el("span", { class: chosen.has(run.name) ? `key c${chosen.get(run.name) % 6}` : "key" }), run.name);
-      return el("tr", {}, el("th", { scope: "row" }, name, el("span", { class: "note" }, [run.recipe, run.objective].filter(Boolean).join(", "))), el("td", { class: `state ${run.state}` }, STATES[run.state] ?? run.state, progress(run)), el("td", { class: "n" }, number(run.last.train?.loss)), el("td", { class: "n" }, number(run.last.valid?.loss)), el("td", { class: "n" }, rest(run)));
+      const name = el("label", { class: "name" }, box, el("span", { class: chosen.has(run.name) ? `key c${chosen.get(run.name) % 6}` : "key" }), el("span", {}, breakable(run.name)));
+      return el("tr", {}, el("th", { scope: "row" }, name, el("span", { class: "note" }, [...new Set([run.recipe, run.objective])].filter(Boolean).join(", "))), el("td", { class: `state ${run.state}` }, STATES[run.state] ?? run.state, progress(run)), el("td", { class: "n" }, number(run.last.train?.loss)), el("td", { class: "n" }, number(run.last.valid?.loss)), el("td", { class: "n" }, rest(run)));
     });
     const focused = document.activeElement?.dataset?.run;
     show(list, rows);
@@ -87,17 +87,14 @@ export function boardView() {
   }
 
   function drawMetrics() {
-    const names = new Set();
-    for (const name of chosen.keys()) {
-      for (const row of data.get(name)?.rows ?? []) {
-        for (const [key, value] of Object.entries(row)) if (!POSITION.has(key) && typeof value === "number") names.add(key);
-      }
-    }
+    const found = [...chosen.keys()].map((name) => metricsOf(data.get(name)?.rows ?? []));
+    const names = new Set(found.flatMap((one) => [...one]));
+    const rewards = found.length > 0 && found.every((one) => one.has("reward"));
     const sorted = [...names].sort((a, b) => (b === "loss") - (a === "loss") || a.localeCompare(b));
     if ([...metric.options].map((one) => one.value).join() === sorted.join()) return;
     const before = metric.value;
     show(metric, sorted.map((name) => el("option", { value: name }, name)));
-    metric.value = touched && names.has(before) ? before : names.has("reward") ? "reward" : sorted[0] ?? "";
+    metric.value = touched && names.has(before) ? before : rewards ? "reward" : sorted[0] ?? "";
   }
 
   function draw() {
@@ -125,6 +122,20 @@ export function boardView() {
     timer = setInterval(() => !document.hidden && update(), SECONDS * 1000);
   };
   return { node, begin, stop: () => clearInterval(timer) };
+}
+
+/** Return a path that may be broken after each "/". */
+function breakable(path) {
+  return path.split("/").flatMap((part, i) => (i ? ["/", el("wbr"), part] : [part]));
+}
+
+/** Return the names of the metrics in some rows. */
+function metricsOf(rows) {
+  const names = new Set();
+  for (const row of rows) {
+    for (const [key, value] of Object.entries(row)) if (!POSITION.has(key) && typeof value === "number") names.add(key);
+  }
+  return names;
 }
 
 /** Return the share of a run that is done, from the budget that ends first. */

@@ -34,9 +34,10 @@ export function fillView(model) {
 
   /** Draw the candidates of each gap, of which one is chosen. */
   function draw(gaps) {
-    const pieces = text.value.split(MASK);
-    const chosen = gaps.map((gap) => gap[0]?.text ?? "");
-    const marks = gaps.map((_, i) => el("mark", {}, chosen[i]));
+    // Where tokens begin with their space, the space before the gap is a part of the candidates.
+    const spaced = gaps.map((gap) => gap.some((candidate) => candidate.text.startsWith(" ")));
+    const pieces = text.value.split(MASK).map((piece, i) => (spaced[i] ? piece.replace(/ $/, "") : piece));
+    const marks = gaps.map((gap) => el("mark", {}, gap[0]?.text ?? ""));
     const whole = el("p", { class: "text", "aria-live": "polite" });
     pieces.forEach((piece, i) => whole.append(piece, ...(i < marks.length && i < pieces.length - 1 ? [marks[i]] : [])));
     const lists = gaps.map((gap, i) => {

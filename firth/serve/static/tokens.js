@@ -35,10 +35,9 @@ export function tokensView(model) {
       const share = token.logprob === null ? 1 : Math.exp(token.logprob);
       item.style.setProperty("--surprise", surprise(token.logprob));
       item.setAttribute("aria-label", `${token.text}: ${percent(share)}`);
-      if (token.text.includes("\n")) item.classList.add("break");
       return item;
     });
-    const strip = el("div", { class: "tokens", role: "group", "aria-label": "Tokens of the text; arrow keys move" }, items);
+    const strip = el("div", { class: "tokens", role: "group", "aria-label": "Tokens of the text; arrow keys move" }, items.flatMap((item, i) => (found.tokens[i].text.includes("\n") ? [item, el("span", { class: "line" })] : [item])));
     const scored = found.tokens.filter((token) => token.logprob !== null);
     const mean = found.logprob / Math.max(1, scored.length);
     const facts = `${scored.length} tokens, log-probability ${number(found.logprob)} nats, perplexity ${number(Math.exp(-mean))}. ${MODES[found.mode] ?? ""}`;

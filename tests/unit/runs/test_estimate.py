@@ -225,7 +225,7 @@ def test_a_trillion_parameters_are_refused_at_once(text: Path, tmp_path: Path) -
 def test_activations_that_do_not_fit_are_refused(text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The weights fit, and the step does not."""
     recipe = tiny(text, "batch.size=64", "precision=fp32")
-    needed = estimate(recipe, timed=False, log=quiet).step.peak_bytes(1)
+    needed = estimate(recipe, timed=False, log=quiet).step.peak_bytes
 
     def free(_: torch.device) -> dict[str, int]:
         return {"main memory": int(0.9 * needed)}

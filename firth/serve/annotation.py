@@ -1,0 +1,233 @@
+"""Collecting preferences in a browser: the routes of the page, and the thread that samples the answers.
+
+POST /annotation/next      {"annotator"}                                  the next prompt with its answers, without their runs
+POST /annotation/judge     {"annotator", "item", "ranks", "comment"}      ranks in the order shown; 1 is the best
+POST /annotation/skip, /annotation/undo, /annotation/correct
+GET  /annotation/statistics
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import Field
+from starlette.requests import Request
+from starlette.responses import FileResponse, JSONResponse, Response
+from starlette.routing import BaseRoute, Route
+
+from firth.evaluate.prompting.requests import GenerateRequest, sample_seed
+from firth.fields import AnswerCount, NonNegativeInt, PositiveFloat, Share, ShareAboveZero, TokenCount, Validated
+from firth.pipelines.records import Asker, PromptRecord, read_prompts
+from firth.serve.app import STATIC
+from firth.serve.errors import ApiError
+from firth.serve.operations import parse
+from firth.serve.preference_statistics import statistics
+from firth.serve.preferences import JudgedItem, Preferences, make_item
+from firth.serve.schemas import Strict
+from firth.types import LOGGER, UserError
+
+PROMPTS_AT_ONCE = 8
+"""Prompts whose answers are sampled together; they are then ready to be judged."""
+
+Annotator = Annotated[str, Field(min_length=1, max_length=60)]
+
+
+@dataclass(frozen=True)
+class AnnotationConfig(Validated, section="annotate"):
+    """Configuration of what is judged.
+
+    Args:
+        runs: Runs, model directories, adapters, GGUF files or `openai:URL` that write the answers. None: the records have `samples`.
+        prompts: Files of records with a prompt of one user message.
+        answers: Answers to each prompt, of all runs in turn.
+        twice: Share of the prompts that are given twice.
+        temperature: Temperature of sampling.
+        top_p: Nucleus of sampling.
+        max_new_tokens: Most tokens of an answer.
+        chat: Whether prompts are messages of the model's chat template.
+        limit: Most prompts; 0 for all.
+        seed: Seed of sampling and of the order in which answers are shown.
+    """
+
+    runs: tuple[str, ...]
+    prompts: tuple[str, ...]
+    answers: AnswerCount = 4
+    twice: Share = 0.1
+    temperature: PositiveFloat = 1.0
+    top_p: ShareAboveZero = 1.0
+    max_new_tokens: TokenCount = 256
+    chat: bool = True
+    limit: NonNegativeInt = 0
+    seed: NonNegativeInt = 0
+
+
+def sampled_items(config: AnnotationConfig, prompts: Sequence[PromptRecord]) -> Iterator[list[JudgedItem]]:
+    """Yield items of some prompts at a time; a prompt whose answers are all equal has none.
+
+    Raises:
+        UserError: A prompt is too long, a run cannot be read, or a record has no samples where there are no runs.
+    """
+    askers = [(name, Asker(name)) for name in config.runs]
+    for start in range(0, len(prompts), PROMPTS_AT_ONCE):
+        some = prompts[start : start + PROMPTS_AT_ONCE]
+        written = [_samples(prompt) if not askers else [] for prompt in some]
+        for position, (name, asker) in enumerate(askers):
+            own = [
+                (i, number)
+                for i in range(len(some))
+                for number in range(config.answers)
+                if (start + i + number) % len(askers) == position
+            ]
+            requests = [
+                GenerateRequest(
+                    some[i].prompt, (), config.max_new_tokens, config.temperature, config.top_p,
+                    sample_seed(config.seed, some[i].prompt, number), config.chat,
+                )
+                for i, number in own
+            ]  # fmt: skip
+            replies = asker.write(requests, [some[i].location for i, _ in own])
+            for (i, _), reply in zip(own, replies, strict=True):
+                written[i].append((name, reply.text))
+        made = [make_item(prompt.prompt, pairs) for prompt, pairs in zip(some, written, strict=True)]
+        yield [item for item in made if item is not None]
+
+
+def _samples(prompt: PromptRecord) -> list[tuple[str, str]]:
+    """Return the samples of a record, whose runs are unknown."""
+    found = prompt.fields.get("samples")
+    if not isinstance(found, list) or len(found) < 2 or not all(isinstance(text, str) for text in found):
+        raise UserError(
+            f"{prompt.location}: there is no list of answers in `samples`, which `firth pipeline sample` writes: name the runs that "
+            "answer before the file of prompts"
+        )
+    return [("", text) for text in found]
+
+
+class Collection:
+    """Preferences that are being collected: the prompts, and the thread that samples answers to them.
+
+    Args:
+        config: What is judged.
+        out: The file of preferences.
+
+    Raises:
+        UserError: A file or a run cannot be read, or the first prompts cannot be answered.
+    """
+
+    def __init__(self, config: AnnotationConfig, out: Path) -> None:
+        self.prompts = read_prompts(config.prompts, config.limit)
+        self.preferences = Preferences(out, config.twice, config.seed)
+        self.error = ""
+        self._sampled = sampled_items(config, self.prompts)
+        self.preferences.add(next(self._sampled))
+        self._thread = threading.Thread(target=self._sample, name="firth-annotate", daemon=True)
+
+    def start(self) -> None:
+        """Start sampling the answers to the other prompts."""
+        self._thread.start()
+
+    @property
+    def sampling(self) -> bool:
+        """Whether answers are still being sampled."""
+        return self._thread.is_alive()
+
+    def _sample(self) -> None:
+        try:
+            for items in self._sampled:
+                self.preferences.add(items)
+        except Exception as error:
+            self.error = str(error) if isinstance(error, UserError) else f"sampling failed: {type(error).__name__}"
+            LOGGER.warning(
+                f"no further answers are sampled: {error}", exc_info=None if isinstance(error, UserError) else error
+            )
+
+
+class NextRequest(Strict):
+    """Who wants the next prompt, or undoes."""
+
+    annotator: Annotator
+
+
+class ItemRequest(NextRequest):
+    """Who does something with a prompt."""
+
+    item: str = Field(max_length=64)
+
+
+class JudgeRequest(ItemRequest):
+    """A ranking."""
+
+    ranks: list[int] = Field(max_length=100)
+    comment: str = Field("", max_length=2000)
+    seconds: float = Field(0.0, ge=0)
+
+
+class CorrectRequest(ItemRequest):
+    """A corrected answer."""
+
+    place: int = Field(description="The place of the answer in the order shown, from 0.")
+    text: str = Field(max_length=100_000)
+
+
+def annotation_routes(collection: Collection) -> list[BaseRoute]:
+    """Return the page and its routes."""
+    preferences = collection.preferences
+
+    def shown(item: JudgedItem | None, annotator: str) -> dict[str, Any]:
+        """Return a prompt as an annotator sees it: the answers in their order, without their runs."""
+        state = {"sampling": collection.sampling, "error": collection.error}
+        if item is None:
+            return state | {"item": None}
+        answers = [item.answers[i].text for i in preferences.order(item, annotator)]
+        own = sum(one["annotator"] == annotator for one in preferences.judgments())
+        return state | {"item": item.id, "prompt": item.prompt, "answers": answers, "judged": own}
+
+    def take(body: NextRequest) -> dict[str, Any]:
+        return shown(preferences.next(body.annotator), body.annotator)
+
+    def judge(body: JudgeRequest) -> dict[str, Any]:
+        preferences.judge(body.annotator, body.item, body.ranks, body.comment.strip(), body.seconds)
+        return take(body)
+
+    def skip(body: ItemRequest) -> dict[str, Any]:
+        preferences.skip(body.annotator, body.item)
+        return take(body)
+
+    def correct(body: CorrectRequest) -> dict[str, Any]:
+        preferences.correct(body.annotator, body.item, body.place, body.text)
+        return {"recorded": True}
+
+    def undo(body: NextRequest) -> dict[str, Any]:
+        item = preferences.undo(body.annotator)
+        return shown(item, body.annotator) if item is not None else take(body)
+
+    def route(path: str, kind: type[Strict], action: Any) -> Route:
+        async def endpoint(request: Request) -> Response:
+            body = parse(kind, await request.body())
+            try:
+                return JSONResponse(await asyncio.to_thread(action, body))
+            except UserError as error:
+                raise ApiError(400, str(error), code="invalid_value") from error
+
+        return Route(f"/annotation/{path}", endpoint, methods=["POST"])
+
+    async def page(request: Request) -> Response:
+        return FileResponse(STATIC / "annotate.html", media_type="text/html")
+
+    async def numbers(request: Request) -> Response:
+        return JSONResponse(await asyncio.to_thread(statistics, preferences, len(collection.prompts)))
+
+    return [
+        Route("/", page),
+        route("next", NextRequest, take),
+        route("judge", JudgeRequest, judge),
+        route("skip", ItemRequest, skip),
+        route("correct", CorrectRequest, correct),
+        route("undo", NextRequest, undo),
+        Route("/annotation/statistics", numbers),
+    ]

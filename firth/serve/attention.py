@@ -1,0 +1,28 @@
+"""`/attention`: the weights of a text by layer and head."""
+
+from __future__ import annotations
+
+import base64
+
+from pydantic import BaseModel
+
+from firth.serve.operations import Context
+from firth.serve.schemas import AttentionRequest, AttentionResponse, AttentionWeights
+
+
+async def attention(context: Context, body: AttentionRequest) -> BaseModel:
+    """Return the attention weights of a text (`firth.generate.attention_maps`)."""
+    served = context.models.get(body.model)
+    encoded = body.encoding_format == "base64"
+
+    def job() -> AttentionResponse:
+        maps = [
+            AttentionWeights(
+                kind=one.kind, queries=list(one.queries), keys=list(one.keys), shape=list(one.weights.shape),
+                weights=base64.b64encode(one.weights.tobytes()).decode() if encoded else one.weights.tolist(),
+            )
+            for one in served.model.attention(body.text, body.answer)
+        ]  # fmt: skip
+        return AttentionResponse(model=served.name, maps=maps)
+
+    return await context.models.thread.run(job)

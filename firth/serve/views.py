@@ -1,0 +1,110 @@
+"""What the page can show of each model, and why not what it cannot.
+
+    GET /views     {"models": [{"name", "views": {"chat": "", "fill": "It is causal, ..."}, ...}], "compare": bool, "runs": bool}
+
+A view with an empty reason is shown.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from firth.data.labeled import LabeledConfig, MultipleChoiceConfig, TaggedConfig
+from firth.data.question_answering import QuestionsConfig
+from firth.evaluate.task import EvaluatedModel
+from firth.evaluate.tasks import default_task
+from firth.model.transformer import TransformerStack
+from firth.serve.registry import PREDICTIONS, ModelRegistry, ServedModel
+
+NO_HEAD = "It has no LM head, so it gives no token a probability."
+
+
+def site(models: ModelRegistry | None, runs: bool) -> dict[str, Any]:
+    """Return what the page shows.
+
+    Args:
+        models: The models of the server; None for none.
+        runs: Whether there is a board of runs.
+    """
+    shown = [describe(served) for served in models.models.values()] if models is not None else []
+    writing = [one for one in shown if not one["views"]["complete"]]
+    return {"models": shown, "compare": len(writing) > 1, "runs": runs}
+
+
+def describe(served: ServedModel) -> dict[str, Any]:
+    """Return the name, the size and the views of a model."""
+    model = served.model.evaluated.model
+    return {
+        "name": served.name,
+        "description": model.config.description,
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "context": model.context,
+        "answers": model.config.encoder.num_layers > 0,
+        "views": reasons(served),
+        "predict": prediction(served.model.evaluated),
+    }
+
+
+def reasons(served: ServedModel) -> dict[str, str]:
+    """Return why the page does not show a view of a model; "" where it does."""
+    evaluated, able = served.model.evaluated, served.capabilities
+    model, config = evaluated.model, evaluated.model.config
+    latent = config.encoder.latent_size > 0
+    no_text = "It reads in both directions, so it does not continue a text." if model.has_lm_head else NO_HEAD
+    if latent:
+        no_text = "A variational autoencoder decodes latents: use `firth generate`."
+    complete = "" if "completions" in able else no_text
+    chat = complete
+    if not complete and "chat" not in able:
+        chat = "It has no form for dialogues: “Write” gives it a text."
+    elif not complete and not evaluated.is_chat_model:
+        chat = "It was not trained on dialogues: “Write” continues a text."
+    attends = isinstance(model.stack, TransformerStack) and len(model.stack.blocks) > 0
+    no_score = "A variational autoencoder gives a text no exact probability." if latent else NO_HEAD
+    no_fill = (
+        "It is causal, so it does not fill gaps." if config.causal else "It has no LM head, so it does not fill gaps."
+    )
+    return {
+        "chat": chat,
+        "complete": complete,
+        "fill": "" if "fill" in able else no_fill,
+        "tokens": "" if "score" in able else no_score,
+        "predict": "" if prediction(evaluated) else "It has no head for classes, tags, answers or rewards.",
+        "attention": "" if attends else "It has no attention layers.",
+        "similarity": "",
+    }
+
+
+def prediction(evaluated: EvaluatedModel) -> dict[str, Any] | None:
+    """Return the route by which a model predicts and the fields of its records; None for a model without a task head."""
+    examples = evaluated.examples
+    task = default_task(evaluated)
+    inputs: list[dict[str, str]] = []
+    if task in ("classification", "regression"):
+        names = LabeledConfig.of(examples).read_fields
+        labels = ["Text"] if len(names) == 1 else ["First text", "Second text"]
+        inputs = [{"field": name, "label": label, "kind": "text"} for name, label in zip(names, labels, strict=True)]
+    elif task == "multiple_choice":
+        choice = MultipleChoiceConfig.of(examples)
+        inputs = [{"field": choice.text_field, "label": "Question", "kind": "text"}]
+        if len(choice.option_fields) == 1:
+            note = {"note": "One option a line."}
+            inputs.append({"field": choice.option_fields[0], "label": "Options", "kind": "lines"} | note)
+        else:
+            inputs += [
+                {"field": name, "label": f"Option {i}", "kind": "text"}
+                for i, name in enumerate(choice.option_fields, 1)
+            ]
+        if choice.option_prefix_field:
+            inputs.append({"field": choice.option_prefix_field, "label": "Beginning of each option", "kind": "text"})
+    elif task == "token_classification":
+        words = {"field": TaggedConfig.of(examples).words_field, "label": "Sentence", "kind": "words"}
+        inputs = [words | {"note": "Words are separated by blanks, punctuation too."}]
+    elif task == "question_answering":
+        passage = {"field": QuestionsConfig.of(examples).context_field, "label": "Passage", "kind": "passage"}
+        inputs = [passage, {"field": "question", "label": "Question", "kind": "text"}]
+    elif "reward" in evaluated.model.heads:
+        inputs = [
+            {"field": "prompt", "label": "Prompt", "kind": "text"}, {"field": "completion", "label": "Answer", "kind": "text"},
+        ]  # fmt: skip
+    return {"route": PREDICTIONS.get(task, "reward"), "inputs": inputs} if inputs else None
