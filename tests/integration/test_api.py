@@ -95,7 +95,7 @@ def test_training_prints_nothing_unless_logging_is_configured(text, tmp_path):
             env={**os.environ, "PYTHONPATH": str(EXAMPLES.parent)},
         )  # fmt: skip
         shown.append((done.stdout, done.stderr))
-    speed = re.compile(r"loss.*|\d+ s\b")
+    speed = re.compile(r"loss.*|\d+ s\b|in 0:\d\d: .* peak")
     silent, (out, err), (cli_out, cli_err) = shown
     assert silent == ("", "") and out == "" and cli_err == ""
     assert speed.sub("", err) == speed.sub("", cli_out) and "gpt 100%  step 2/2" in cli_out

@@ -9,7 +9,6 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-import pytest
 import torch
 
 from firth.model.model import LM
@@ -56,8 +55,12 @@ def save(out: Path, ranks: Ranks) -> None:
     run(out / "resumed", ranks, STEPS, seed=5)
     model, _ = sharded_model(ranks)
     for wrong in (3, torch.ones(2)):
-        with pytest.raises(TypeError, match="step is not sharded"):
+        message = ""
+        try:
             sharded_checkpoint.write(out / "wrong", {"model/x": model.tokens.weight, "step": wrong}, ranks)  # type: ignore[dict-item]
+        except TypeError as error:
+            message = str(error)
+        assert "step is not sharded" in message
     assert not (out / "wrong").exists()
 
 

@@ -67,7 +67,7 @@ function mapView(map) {
   const tokens = el("div", { class: "tokens", role: "group", "aria-label": "Choose the token that attends; arrow keys move" });
   const keys = el("p", { class: "tokens keys" });
   const strongest = el("p", { class: "note", "aria-live": "polite" });
-  const darkest = el("p", { class: "note" });
+  const strongestCell = el("p", { class: "note" });
   const thumbs = el("div", { class: "thumbs" });
   thumbs.style.setProperty("--columns", heads);
   let chosen = rows - 1;
@@ -118,7 +118,7 @@ function mapView(map) {
     matrix.style.width = `${width}px`;
     matrix.style.height = `${height}px`;
     const most = largest();
-    darkest.textContent = `A row attends to the columns. The darkest cell is ${percent(most)}.`;
+    strongestCell.textContent = `A row attends to the columns. The strongest cell is ${percent(most)}.`;
     const style = getComputedStyle(document.documentElement);
     const pen = matrix.getContext("2d");
     pen.scale(scale, scale);
@@ -198,7 +198,7 @@ function mapView(map) {
     keys,
     strongest,
     el("h3", {}, "All tokens"),
-    darkest,
+    strongestCell,
     holder,
     el("h3", {}, "All layers and heads"),
     el("p", { class: "note" }, "A row is a layer, a column a head."),
