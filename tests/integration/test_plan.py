@@ -72,7 +72,7 @@ def test_the_command_trains_what_was_planned(name: str, text: Path, tmp_path: Pa
     )
 
 
-def test_more_time_gives_a_larger_model_until_the_text_is_used_up(text: Path, tmp_path: Path) -> None:
+def test_more_time_gives_a_larger_model_until_text_ends(text: Path, tmp_path: Path) -> None:
     plans = [plan_run([str(text)], hours, "text", law("gpt", True), tmp_path, quiet) for hours in (2e-3, 2e-2, 20.0)]
     sizes = [plan.parameters for plan in plans]
     assert sizes == sorted(sizes) and sizes[0] < sizes[2]
