@@ -217,13 +217,13 @@ class Preferences:
                 raise UserError(
                     f"ranks: give each of the {len(item.answers)} answers a rank from 1 to {len(item.answers)}"
                 )
-            told = {"shown_ranks": list(shown_ranks), "comment": comment}
-            if self._is_new(JUDGMENT, annotator, item, token, told):
+            content = {"shown_ranks": list(shown_ranks), "comment": comment}
+            if self._is_new(JUDGMENT, annotator, item, token, content):
                 ranks = [0] * len(item.answers)
                 for place, answer in enumerate(self.order(item, annotator)):
                     ranks[answer] = shown_ranks[place]
                 self._record(
-                    JUDGMENT, annotator, item, {"token": token, "ranks": ranks, **told, "seconds": round(seconds, 1)}
+                    JUDGMENT, annotator, item, {"token": token, "ranks": ranks, **content, "seconds": round(seconds, 1)}
                 )
 
     def skip(self, annotator: str, id: str, token: str) -> None:
@@ -251,10 +251,10 @@ class Preferences:
             item = self._item(id)
             if not 0 <= place < len(item.answers) or not text.strip():
                 raise UserError("a correction needs one of the answers and a text")
-            told = {"place": place, "text": text.strip()}
-            if self._is_new(CORRECTION, annotator, item, token, told):
+            content = {"place": place, "text": text.strip()}
+            if self._is_new(CORRECTION, annotator, item, token, content):
                 answer = self.order(item, annotator)[place]
-                self._record(CORRECTION, annotator, item, {"token": token, "answer": answer, **told})
+                self._record(CORRECTION, annotator, item, {"token": token, "answer": answer, **content})
 
     def last(self, annotator: str) -> int | None:
         """Return the id of the last event of an annotator that was not undone; None if there is none."""
@@ -313,11 +313,11 @@ class Preferences:
             raise UserError("this prompt is not among those that are collected: reload the page")
         return self.items[id]
 
-    def _is_new(self, kind: str, annotator: str, item: JudgedItem, token: str, told: Mapping[str, Any]) -> bool:
+    def _is_new(self, kind: str, annotator: str, item: JudgedItem, token: str, content: Mapping[str, Any]) -> bool:
         """Return whether a request is to be recorded, and not one that is recorded already; raise a StaleError if its token is old."""
         for event in reversed(self.journal.active.values()):
             about = event["event"], event["annotator"], event["item"], event["token"]
-            if about == (kind, annotator, item.id, token) and told == {name: event[name] for name in told}:
+            if about == (kind, annotator, item.id, token) and content == {name: event[name] for name in content}:
                 self._publish()  # which may be what failed the first time
                 return False
         if token != self.shown(item, annotator).token:

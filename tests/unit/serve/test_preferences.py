@@ -292,7 +292,7 @@ def test_agreement_counts_decisions_on_two_answers(tmp_path: Path) -> None:
     assert agreement([]) == {"decisions": 0, "share": None, "fleiss": None, "cohen": []}
 
 
-def test_a_repeated_request_is_recorded_once_and_one_of_a_second_window_not_at_all(tmp_path: Path) -> None:
+def test_a_repeated_request_is_recorded_once(tmp_path: Path) -> None:
     """Two windows show the same answers; the first that judges wins, and the ranks of the other are given to no answer."""
     preferences = collection(tmp_path, 50, answers=4)
     for _ in range(50):
