@@ -121,7 +121,7 @@ def annotate(
     collection = Collection(about, out)
     collection.start()
     try:
-        run(create_app(None, config, annotation_routes(collection)), config)
+        run(create_app(None, config, annotation_routes(collection, config.limits)), config)
     finally:
         collection.preferences.close()
     typer.echo(f"{out}: {len(collection.preferences.judgments()):,} judgments")

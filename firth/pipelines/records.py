@@ -12,6 +12,7 @@ from firth.corpora.readers import records
 from firth.data.conversations import prompt_of
 from firth.evaluate.prompting.endpoint import PREFIX, Endpoint
 from firth.evaluate.prompting.local_model import LocalModel
+from firth.evaluate.prompting.prompts import without_lone_surrogates
 from firth.evaluate.prompting.requests import (
     GenerateReply,
     GenerateRequest,
@@ -53,10 +54,16 @@ def read_prompts(paths: Sequence[str], limit: int = 0) -> list[PromptRecord]:
         limit: Most records; 0 for all.
 
     Raises:
-        UserError: A record has no prompt, or one of several messages, which the stages that write data do not support.
+        UserError: A record has no prompt, or one of several messages, which the stages that write data do not support; or a text
+            that no file can be written with.
     """
     found: list[PromptRecord] = []
     for location, record in records(paths):
+        if without_lone_surrogates(record) != record:
+            raise UserError(
+                f"{location}: a text has half a character, such as \\ud83d without its other half: write the whole character, "
+                "or leave the record out"
+            )
         try:
             messages = prompt_of(record)
         except UserError as error:

@@ -203,9 +203,15 @@ def fit_points(
     if odd.any():
         i = int(np.flatnonzero(odd)[0])
         why = f"{once.where[i]}: the loss {once.loss[i]:.3g} is far from the {float(law.loss(once.N[i], once.D[i])):.3g} of the other runs"
+        high = once.loss[i] > float(law.loss(once.N[i], once.D[i]))
+        cause = (
+            "this run diverged"
+            if high
+            else "this model learned what the others have not, and the runs follow no common law"
+        )
         if not skip_diverged:
             raise UserError(
-                f"{why}, so this run diverged, or its unit or text is another: delete the row, or leave it out with --skip-diverged"
+                f"{why}: {cause}, or its unit or text is another; delete the row, or leave it out with --skip-diverged"
             )
         excluded += [f"{once.where[k]}: its loss {once.loss[k]:.3g} is an outlier" for k in np.flatnonzero(odd)]
         once = once.take(~odd)

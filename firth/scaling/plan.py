@@ -38,8 +38,8 @@ from firth.types import LOGGER, LogLine, UserError
 FILES = Path(__file__).parent / "files"
 """Directory of the default laws: decoder.json for text."""
 NO_LAW = (
-    "firth ships no law of encoders for labels, since those of its sweep, up to 1e12 FLOPs, had hardly learned more than the frequencies "
-    "of tokens: train larger ones with `firth scale run roberta`, fit them with `firth scale fit`, and give fit.json with --law"
+    "firth ships no law of encoders for labels: those of its sweep learned more than the frequencies of tokens at 1e12 FLOPs only, and "
+    "follow no law; train larger ones with `firth scale run roberta`, fit them with `firth scale fit`, and give fit.json with --law"
 )
 WIDTHS = (*range(16, 128, 16), *range(128, 256, 32), *range(256, 512, 64), *range(512, 2049, 128))
 """Widths to choose from."""
@@ -167,8 +167,7 @@ def plan_run(
     base = law_recipe(law, goal)
     base = dataclasses.replace(base, data=dataclasses.replace(base.data, path=tuple(text), corpus="", cache_dir=""))
     with prepared(base, log) as run:
-        best, notes = _choose(run, base, law, hours * 3600 * SPARE, log)
-        found = estimate_prepared(_of_width(run, base, best.width), timed=False)
+        best, found, notes = _choose(run, base, law, hours * 3600 * SPARE, log)
         found = dataclasses.replace(found, step_seconds=best.seconds / max(1, round(best.tokens / found.step.tokens)))
         own = compressed_bits(run.data.stores()[0], run.data.tokenizer)
     steps = max(1, round(best.tokens / found.step.tokens))
@@ -187,8 +186,8 @@ def plan_run(
 
 def _choose(
     run: PreparedRun, base: Recipe, law: FittedLaw, seconds: float, log: LogLine
-) -> tuple[PlannedSize, list[str]]:
-    """Return the size with the least expected loss, and notes.
+) -> tuple[PlannedSize, RunEstimate, list[str]]:
+    """Return the size with the least expected loss, what a step of it takes, and notes.
 
     The time of a token is interpolated between sizes that are timed; the chosen size is timed too until it stays the choice.
     """
@@ -214,6 +213,7 @@ def _choose(
         if least.width in timed:
             break
         measure(least.width)
+    measure(least.width)
     step = timed[least.width].step
     steps = round(least.tokens / step.tokens)
     if steps < MIN_STEPS:
@@ -227,7 +227,7 @@ def _choose(
             f"the text is read {least.tokens / unique:.1f} times in {least.seconds / 60:.0f} minutes, and further epochs are not worth the "
             "rest of the time: more text would be"
         )
-    return least, notes
+    return least, timed[least.width], notes
 
 
 def _candidate(

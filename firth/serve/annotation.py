@@ -1,16 +1,20 @@
 """Collecting preferences in a browser: the routes of the page, and the thread that samples the answers.
 
-POST /annotation/next      {"annotator"}                                  the next prompt with its answers, without their runs
-POST /annotation/judge     {"annotator", "item", "ranks", "comment"}      ranks in the order shown; 1 is the best
+POST /annotation/next      {"annotator"}                     the next prompt with its answers, without their runs
+POST /annotation/judge     {"annotator", "item", "token", "ranks", "comment"}    ranks in the order shown; 1 is the best
 POST /annotation/skip, /annotation/undo, /annotation/correct
 GET  /annotation/statistics
+
+`token` comes with the prompt and `event`, the last one of the annotator, with each response. A request that names others than there
+are now gets 409, and nothing is recorded.
 """
 
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -24,10 +28,11 @@ from firth.evaluate.prompting.requests import GenerateRequest, sample_seed
 from firth.fields import AnswerCount, NonNegativeInt, PositiveFloat, Share, ShareAboveZero, TokenCount, Validated
 from firth.pipelines.records import Asker, PromptRecord, read_prompts
 from firth.serve.app import STATIC
+from firth.serve.config import ServeLimits
 from firth.serve.errors import ApiError
-from firth.serve.operations import parse
+from firth.serve.operations import Places, parse
 from firth.serve.preference_statistics import statistics
-from firth.serve.preferences import JudgedItem, Preferences, make_item
+from firth.serve.preferences import JudgedItem, Preferences, StaleError, make_item
 from firth.serve.schemas import Strict
 from firth.types import LOGGER, UserError
 
@@ -65,24 +70,44 @@ class AnnotationConfig(Validated, section="annotate"):
     limit: NonNegativeInt = 0
     seed: NonNegativeInt = 0
 
+    @property
+    def sampling(self) -> str:
+        """Names how the runs sample the answers; empty where no run does."""
+        settings = (
+            self.runs, self.answers, self.temperature, self.top_p, self.max_new_tokens, self.chat, self.seed,
+        )  # fmt: skip
+        return hashlib.sha256(repr(settings).encode()).hexdigest()[:16] if self.runs else ""
 
-def sampled_items(config: AnnotationConfig, prompts: Sequence[PromptRecord]) -> Iterator[list[JudgedItem]]:
+
+def sampled_items(
+    config: AnnotationConfig, prompts: Sequence[PromptRecord], known: Mapping[str, list[JudgedItem]] | None = None
+) -> Iterator[list[JudgedItem]]:
     """Yield items of some prompts at a time; a prompt whose answers are all equal has none.
+
+    Args:
+        config: What is judged.
+        prompts: The prompts.
+        known: Items of prompts whose answers the runs have written already.
 
     Raises:
         UserError: A prompt is too long, a run cannot be read, or a record has no samples where there are no runs.
     """
-    askers = [(name, Asker(name)) for name in config.runs]
+    known = (known or {}) if config.runs else {}
+    askers: dict[str, Asker] = {}
     for start in range(0, len(prompts), PROMPTS_AT_ONCE):
         some = prompts[start : start + PROMPTS_AT_ONCE]
-        written = [_samples(prompt) if not askers else [] for prompt in some]
-        for position, (name, asker) in enumerate(askers):
+        written = [_samples(prompt) if not config.runs else [] for prompt in some]
+        for position, name in enumerate(config.runs):
             own = [
                 (i, number)
                 for i in range(len(some))
                 for number in range(config.answers)
-                if (start + i + number) % len(askers) == position
+                if some[i].prompt not in known and (start + i + number) % len(config.runs) == position
             ]
+            if not own:
+                continue
+            if name not in askers:
+                askers[name] = Asker(name)
             requests = [
                 GenerateRequest(
                     some[i].prompt, (), config.max_new_tokens, config.temperature, config.top_p,
@@ -90,11 +115,14 @@ def sampled_items(config: AnnotationConfig, prompts: Sequence[PromptRecord]) -> 
                 )
                 for i, number in own
             ]  # fmt: skip
-            replies = asker.write(requests, [some[i].location for i, _ in own])
+            replies = askers[name].write(requests, [some[i].location for i, _ in own])
             for (i, _), reply in zip(own, replies, strict=True):
                 written[i].append((name, reply.text))
-        made = [make_item(prompt.prompt, pairs) for prompt, pairs in zip(some, written, strict=True)]
-        yield [item for item in made if item is not None]
+        items: list[JudgedItem] = []
+        for prompt, pairs in zip(some, written, strict=True):
+            made = make_item(prompt.prompt, pairs)
+            items += known.get(prompt.prompt, [made] if made is not None else [])
+        yield items
 
 
 def _samples(prompt: PromptRecord) -> list[tuple[str, str]]:
@@ -121,10 +149,14 @@ class Collection:
 
     def __init__(self, config: AnnotationConfig, out: Path) -> None:
         self.prompts = read_prompts(config.prompts, config.limit)
-        self.preferences = Preferences(out, config.twice, config.seed)
+        self.preferences = Preferences(out, config.twice, config.seed, config.sampling)
         self.error = ""
-        self._sampled = sampled_items(config, self.prompts)
-        self.preferences.add(next(self._sampled))
+        self._sampled = sampled_items(config, self.prompts, self.preferences.known())
+        try:
+            self.preferences.add(next(self._sampled))
+        except BaseException:
+            self.preferences.close()
+            raise
         self._thread = threading.Thread(target=self._sample, name="firth-annotate", daemon=True)
 
     def start(self) -> None:
@@ -148,15 +180,22 @@ class Collection:
 
 
 class NextRequest(Strict):
-    """Who wants the next prompt, or undoes."""
+    """Who wants the next prompt."""
 
     annotator: Annotator
+
+
+class UndoRequest(NextRequest):
+    """Who undoes, and what."""
+
+    event: int = Field(description="The last event of the annotator, as the last response named it.")
 
 
 class ItemRequest(NextRequest):
     """Who does something with a prompt."""
 
     item: str = Field(max_length=64)
+    token: str = Field(max_length=64, description="The token that came with the prompt.")
 
 
 class JudgeRequest(ItemRequest):
@@ -174,45 +213,59 @@ class CorrectRequest(ItemRequest):
     text: str = Field(max_length=100_000)
 
 
-def annotation_routes(collection: Collection) -> list[BaseRoute]:
+def annotation_routes(collection: Collection, limits: ServeLimits | None = None) -> list[BaseRoute]:
     """Return the page and its routes."""
     preferences = collection.preferences
+    places = Places((limits or ServeLimits()).max_requests)
 
     def shown(item: JudgedItem | None, annotator: str) -> dict[str, Any]:
         """Return a prompt as an annotator sees it: the answers in their order, without their runs."""
-        state = {"sampling": collection.sampling, "error": collection.error}
+        state = {"sampling": collection.sampling, "error": collection.error, "event": preferences.last(annotator)}
         if item is None:
             return state | {"item": None}
-        answers = [item.answers[i].text for i in preferences.order(item, annotator)]
+        found = preferences.shown(item, annotator)
         own = sum(one["annotator"] == annotator for one in preferences.judgments())
-        return state | {"item": item.id, "prompt": item.prompt, "answers": answers, "judged": own}
+        about = {"item": item.id, "token": found.token, "prompt": item.prompt, "answers": found.answers, "judged": own}
+        return state | about
 
     def take(body: NextRequest) -> dict[str, Any]:
         return shown(preferences.next(body.annotator), body.annotator)
 
     def judge(body: JudgeRequest) -> dict[str, Any]:
-        preferences.judge(body.annotator, body.item, body.ranks, body.comment.strip(), body.seconds)
+        preferences.judge(body.annotator, body.item, body.token, body.ranks, body.comment.strip(), body.seconds)
         return take(body)
 
     def skip(body: ItemRequest) -> dict[str, Any]:
-        preferences.skip(body.annotator, body.item)
+        preferences.skip(body.annotator, body.item, body.token)
         return take(body)
 
     def correct(body: CorrectRequest) -> dict[str, Any]:
-        preferences.correct(body.annotator, body.item, body.place, body.text)
-        return {"recorded": True}
+        preferences.correct(body.annotator, body.item, body.token, body.place, body.text)
+        return {"recorded": True, "event": preferences.last(body.annotator)}
 
-    def undo(body: NextRequest) -> dict[str, Any]:
-        item = preferences.undo(body.annotator)
-        return shown(item, body.annotator) if item is not None else take(body)
+    def undo(body: UndoRequest) -> dict[str, Any]:
+        event = preferences.undo(body.annotator, body.event)
+        item = preferences.items.get(event["item"]) if event is not None else None
+        if event is None or item is not None:
+            return shown(item, body.annotator)
+        what = f"The {event['event']} is undone. Its prompt is not among those that are loaded: {event['prompt'][:80]}"
+        return take(body) | {"notice": what}
 
-    def route(path: str, kind: type[Strict], action: Any) -> Route:
+    async def in_place(action: Callable[..., dict[str, Any]], *arguments: Any) -> Response:
+        """Run an action in a thread, within the limit of requests."""
+        places.take()
+        try:
+            return JSONResponse(await asyncio.to_thread(action, *arguments))
+        except StaleError as error:
+            raise ApiError(409, str(error), code="stale") from error
+        except UserError as error:
+            raise ApiError(400, str(error), code="invalid_value") from error
+        finally:
+            places.leave()
+
+    def route(path: str, kind: type[Strict], action: Callable[[Any], dict[str, Any]]) -> Route:
         async def endpoint(request: Request) -> Response:
-            body = parse(kind, await request.body())
-            try:
-                return JSONResponse(await asyncio.to_thread(action, body))
-            except UserError as error:
-                raise ApiError(400, str(error), code="invalid_value") from error
+            return await in_place(action, parse(kind, await request.body()))
 
         return Route(f"/annotation/{path}", endpoint, methods=["POST"])
 
@@ -220,7 +273,7 @@ def annotation_routes(collection: Collection) -> list[BaseRoute]:
         return FileResponse(STATIC / "annotate.html", media_type="text/html")
 
     async def numbers(request: Request) -> Response:
-        return JSONResponse(await asyncio.to_thread(statistics, preferences, len(collection.prompts)))
+        return await in_place(statistics, preferences, len(collection.prompts))
 
     return [
         Route("/", page),
@@ -228,6 +281,6 @@ def annotation_routes(collection: Collection) -> list[BaseRoute]:
         route("judge", JudgeRequest, judge),
         route("skip", ItemRequest, skip),
         route("correct", CorrectRequest, correct),
-        route("undo", NextRequest, undo),
+        route("undo", UndoRequest, undo),
         Route("/annotation/statistics", numbers),
     ]

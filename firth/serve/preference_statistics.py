@@ -1,7 +1,7 @@
 """Statistics of collected preferences: progress, agreement of annotators, and scores of the runs.
 
 A judgment of several answers is one decision for each two of them: the first is better, the second, or neither. Agreement is counted
-over these decisions.
+over these decisions. They depend on each other, as do two judgments of a prompt, so the intervals of scores are of samples of prompts.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from firth.evaluate.agreement import cohen_kappa, fleiss_kappa
-from firth.evaluate.ratings import Votes, rate
+from firth.evaluate.ratings import SCALE, START, Votes, bradley_terry
 from firth.serve.preferences import Preferences
 
 DRAWS = 400
@@ -56,26 +56,29 @@ def agreement(judgments: Sequence[Judgment]) -> dict[str, Any]:
 
     Returns:
         "decisions", that were made by two or more; "share" of those by two on which they agree; "fleiss", kappa over the decisions that
-        the most usual number of annotators made; "cohen", rows of first, second, decisions, kappa. Numbers are None where there are
-        no decisions or kappa is not defined.
+        the most usual number of annotators made, two or more, of whom each counts once, with the first judgment; "cohen", rows of
+        first, second, decisions, kappa. Numbers are None where there are no decisions or kappa is not defined.
     """
     by_item: dict[str, list[tuple[str, Decisions]]] = {}
     for one in judgments:
         by_item.setdefault(one["item"], []).append((one["annotator"], decisions(one)))
     counts: list[list[int]] = []
+    repeated = 0
     pairs: dict[tuple[str, str], list[tuple[int, int]]] = {}
     for found in by_item.values():
         for (name, first), (other, second) in itertools.combinations(found, 2):
             (a, x), (b, y) = sorted(((name, first), (other, second)), key=lambda pair: pair[0])
             pairs.setdefault((a, b), []).extend((x[key], y[key]) for key in x)
-        if len(found) > 1:
+        repeated += len(found[0][1]) if len(found) > 1 else 0
+        people = dict(reversed(found)).values()  # the first judgment of each
+        if len(people) > 1:
             counts += [
-                [sum(made[key] == category for _, made in found) for category in (-1, 0, 1)] for key in found[0][1]
+                [sum(made[key] == category for made in people) for category in (-1, 0, 1)] for key in found[0][1]
             ]
     usual = Counter(map(sum, counts)).most_common(1)
     same = [x == y for decided in pairs.values() for x, y in decided]
     return {
-        "decisions": len(counts),
+        "decisions": repeated,
         "share": _known(float(np.mean(same))) if same else None,
         "fleiss": _known(fleiss_kappa(np.array([row for row in counts if sum(row) == usual[0][0]]))) if usual else None,
         "cohen": [
@@ -94,37 +97,55 @@ def decisions(judgment: Judgment) -> Decisions:
     }
 
 
-def run_votes(judgments: Sequence[Judgment]) -> Votes | None:
-    """Return the judgments as votes between runs: one for each two answers of two runs; None if there is no such vote."""
-    found: list[tuple[str, str, float, str]] = []
+def run_votes(judgments: Sequence[Judgment]) -> tuple[Votes, np.ndarray] | None:
+    """Return the judgments as votes between runs, one for each two answers of two runs; None if there is no such vote.
+
+    Returns:
+        The votes, and the number of the prompt of each, (n,).
+    """
+    found: list[tuple[str, str, float, str, str]] = []
     for one in judgments:
         answers = zip(one["runs"], one["ranks"], strict=True)
         written = [(run, rank) for runs, rank in answers for run in runs]
         for (run, rank), (other, other_rank) in itertools.combinations(written, 2):
             if run != other:
                 outcome = 0.5 if rank == other_rank else float(rank < other_rank)
-                found.append((run, other, outcome, one["annotator"]))
+                found.append((run, other, outcome, one["annotator"], one["prompt"]))
     if not found:
         return None
     index = {name: i for i, name in enumerate(sorted({name for vote in found for name in vote[:2]}))}
-    return Votes(
+    votes = Votes(
         tuple(index),
         np.array([index[vote[0]] for vote in found]),
         np.array([index[vote[1]] for vote in found]),
         np.array([vote[2] for vote in found]),
         tuple(vote[3] for vote in found),
     )
+    return votes, np.unique([vote[4] for vote in found], return_inverse=True)[1]
 
 
 def run_scores(judgments: Sequence[Judgment]) -> list[dict[str, Any]]:
-    """Return the Bradley-Terry score of each run with its interval, the best first; none of fewer than two runs."""
-    votes = run_votes(judgments)
-    if votes is None:
+    """Return the Bradley-Terry score of each run in Elo's points, the best first; none of fewer than two runs.
+
+    The 95% interval is of bootstrap samples of prompts, each with all its votes. One prompt has no interval: it is None.
+    """
+    found = run_votes(judgments)
+    if found is None:
         return []
+    votes, prompt = found
+    count, rng = int(prompt.max()) + 1, np.random.default_rng(0)
+    drawn = [np.bincount(rng.integers(count, size=count), minlength=count)[prompt] for _ in range(DRAWS)]
+    scores = START + SCALE * bradley_terry(votes)
+    samples = START + SCALE * np.array([bradley_terry(votes, weights=one.astype(float)) for one in drawn])
+    low, high = np.quantile(samples, (0.025, 0.975), axis=0)
+    played, won = np.zeros(len(scores)), np.zeros(len(scores))
+    for side, outcome in ((votes.first, votes.outcome), (votes.second, 1 - votes.outcome)):
+        played += np.bincount(side, minlength=len(scores))
+        won += np.bincount(side, outcome, len(scores))
     return [
-        {"name": row["name"], "votes": row["votes"], "win_rate": row["win_rate"], "score": row["bradley_terry"],
-         "low": row["bradley_terry_interval"][0], "high": row["bradley_terry_interval"][1]}
-        for row in rate(votes, draws=DRAWS)["items"]
+        {"name": votes.names[i], "votes": int(played[i]), "win_rate": float(won[i] / played[i]), "score": float(scores[i]),
+         "low": float(low[i]) if count > 1 else None, "high": float(high[i]) if count > 1 else None}
+        for i in np.argsort(-scores, kind="stable")
     ]  # fmt: skip
 
 

@@ -5,35 +5,37 @@
     preferences.events.jsonl          what annotators did, one event a line, only ever appended to
 
 The two other files are made of the events. An event is on the disk before the annotator gets the next prompt, and a line that a
-killed process left incomplete is removed. `undo` is an event too: it revokes an earlier one.
+killed process left incomplete is removed. `undo` is an event too: it revokes an earlier one, by its id.
 
-    {"event": "judgment", "item", "annotator", "ranks": [1, 2, 2], "prompt", "answers", "runs", "comment", "seconds", "time"}
-    {"event": "skip", "item", "annotator", ...}   {"event": "correction", ..., "answer": 0, "text"}   {"event": "undo", "of": 3, ...}
+    {"id": 7, "event": "judgment", "item", "annotator", "token", "ranks": [1, 2, 2], "prompt", "answers", "runs", "sampling", ...}
+    {"id": 8, "event": "skip", ...}   {"id": 9, "event": "correction", "answer": 0, "text", ...}   {"id": 10, "event": "undo", "of": 7, ...}
+
+What is shown has a token. A judgment, skip or correction that brings another one is refused (`StaleError`): the annotator has judged
+the item since, in another window, and sees the answers in another order now. A repeated request is recorded once.
 """
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
-import os
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from firth.io.atomic import make_directory, refusals
-from firth.io.json_files import read_rows, row_line
+from firth.io.atomic import refusals
 from firth.pipelines.records import write_records
+from firth.serve.journal import CORRECTION, JUDGMENT, SKIP, UNDO, Journal, append_bytes
+from firth.tokenizer.vocab import replace_lone_surrogates
 from firth.types import UserError
 
 LEASE_SECONDS = 900.0
 """How long a prompt is reserved for the annotator who has it on the screen."""
-JUDGMENT, SKIP, CORRECTION, UNDO = "judgment", "skip", "correction", "undo"
+STALE = "this prompt was judged, skipped or undone in the meantime, perhaps in another window: nothing was recorded"
 
 
 @dataclass(frozen=True)
@@ -77,54 +79,35 @@ def make_item(prompt: str, written: Sequence[tuple[str, str]]) -> JudgedItem | N
     """
     runs: dict[str, list[str]] = {}
     for run, text in written:
-        named = runs.setdefault(text.strip(), [])
+        named = runs.setdefault(replace_lone_surrogates(text).strip(), [])
         if run not in named:
             named.append(run)
     answers = tuple(WrittenAnswer(text, tuple(named)) for text, named in runs.items())
     return JudgedItem(prompt, answers) if len(answers) > 1 else None
 
 
-class Journal:
-    """The events, in a file that is appended to. One process at a time has it open.
+class StaleError(UserError):
+    """What an annotator saw is not what there is now."""
+
+
+@dataclass(frozen=True)
+class ShownItem:
+    """An item as an annotator sees it.
 
     Args:
-        path: The file.
-
-    Raises:
-        UserError: Another process has it open, or it is damaged.
+        item: The item.
+        order: The answer in each place.
+        token: Names what is shown; a judgment, skip or correction must bring it back.
     """
 
-    def __init__(self, path: Path) -> None:
-        make_directory(path.parent)
-        with refusals(path):
-            self._file = path.open("ab")
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            self._file.close()
-            raise UserError(
-                f"{path}: another process collects preferences into this file: stop it, or give another --out"
-            ) from None
-        whole = path.read_bytes()
-        self._file.truncate(whole.rfind(b"\n") + 1)  # an incomplete last line, whose event nobody was shown as recorded
-        self.events = read_rows(path, {"event": str, "annotator": str}, "remove the line")
-
-    def append(self, event: Mapping[str, Any]) -> None:
-        """Append an event; it is on the disk on return."""
-        self._file.write(row_line(event, ascii_only=False).encode())
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        self.events.append(dict(event))
+    item: JudgedItem
+    order: tuple[int, ...]
+    token: str
 
     @property
-    def active(self) -> dict[int, dict[str, Any]]:
-        """The events that were not undone, by their number."""
-        undone = {event["of"] for event in self.events if event["event"] == UNDO}
-        return {i: one for i, one in enumerate(self.events) if one["event"] != UNDO and i not in undone}
-
-    def close(self) -> None:
-        """Close the file and give up its lock."""
-        self._file.close()
+    def answers(self) -> list[str]:
+        """The texts in the order shown."""
+        return [self.item.answers[i].text for i in self.order]
 
 
 class Preferences:
@@ -134,21 +117,39 @@ class Preferences:
         out: The file of rankings and preferences.
         twice: Share of the prompts that two annotators get; one who works alone gets them again at the end.
         seed: Seed of the order in which answers are shown, and of which prompts are given twice.
+        sampling: Names how the answers are sampled; see `known`.
 
     Raises:
-        UserError: `out` is a file of something else, or another process writes it.
+        UserError: A file is one of something else, or another process writes it.
     """
 
-    def __init__(self, out: Path, twice: float = 0.1, seed: int = 0) -> None:
-        self.out, self.twice, self.seed = out, twice, seed
+    def __init__(self, out: Path, twice: float = 0.1, seed: int = 0, sampling: str = "") -> None:
+        self.out, self.twice, self.seed, self.sampling = out, twice, seed, sampling
         self.corrections = out.with_name(f"{out.stem}.corrections{out.suffix}")
         self.journal = Journal(out.with_name(f"{out.stem}.events{out.suffix}"))
         self.items: dict[str, JudgedItem] = {}
         self._leases: dict[str, tuple[str, float]] = {}
         self._lock = threading.RLock()
-        if not self.journal.events and out.is_file() and out.stat().st_size:
-            raise UserError(f"{out}: this file was not written by `firth annotate`: give another --out")
-        self._write()
+        self._sizes = {out: -1, self.corrections: -1}  # bytes as they were left; another number: write the file anew
+        try:
+            for path, kind in ((out, JUDGMENT), (self.corrections, CORRECTION)):
+                own = any(event["event"] == kind for event in self.journal.events)
+                if not own and path.is_file() and path.stat().st_size:
+                    raise UserError(f"{path}: this file was not written by `firth annotate`: give another --out")
+            self._publish()
+        except BaseException:
+            self.journal.close()
+            raise
+
+    def known(self) -> dict[str, list[JudgedItem]]:
+        """Return the items of each prompt that were shown before and whose answers were sampled in the same way."""
+        found: dict[str, dict[str, JudgedItem]] = {}
+        for event in self.journal.events:
+            if event.get("sampling") == self.sampling and event["event"] != UNDO:
+                written = zip(event["answers"], event["runs"], strict=True)
+                item = JudgedItem(event["prompt"], tuple(WrittenAnswer(text, tuple(runs)) for text, runs in written))
+                found.setdefault(item.prompt, {})[item.id] = item
+        return {prompt: list(items.values()) for prompt, items in found.items()}
 
     def add(self, items: Sequence[JudgedItem]) -> None:
         """Add prompts to judge."""
@@ -185,20 +186,30 @@ class Preferences:
         rng = np.random.default_rng(int(hashlib.sha256(text.encode()).hexdigest()[:16], 16))
         return [int(i) for i in rng.permutation(len(item.answers))]
 
+    def shown(self, item: JudgedItem, annotator: str) -> ShownItem:
+        """Return an item as an annotator sees it now."""
+        with self._lock:
+            order = tuple(self.order(item, annotator))
+            turn = self.journal.turns[annotator, item.id]
+            text = json.dumps([self.seed, annotator, item.id, turn, [item.answers[i].text for i in order]])
+            return ShownItem(item, order, hashlib.sha256(text.encode()).hexdigest()[:16])
+
     def judge(
-        self, annotator: str, id: str, shown_ranks: Sequence[int], comment: str = "", seconds: float = 0.0
+        self, annotator: str, id: str, token: str, shown_ranks: Sequence[int], comment: str = "", seconds: float = 0.0
     ) -> None:
         """Record a ranking.
 
         Args:
             annotator: Who judged.
             id: The item.
+            token: The token of what was shown.
             shown_ranks: The rank of each answer in the order in which they were shown; 1 is the best, equal ranks are a tie.
             comment: A remark.
             seconds: Time that it took.
 
         Raises:
             UserError: There is no such item, or the ranks are not one for each of its answers.
+            StaleError: The token is of something else.
         """
         with self._lock:
             item = self._item(id)
@@ -206,49 +217,87 @@ class Preferences:
                 raise UserError(
                     f"ranks: give each of the {len(item.answers)} answers a rank from 1 to {len(item.answers)}"
                 )
-            ranks = [0] * len(item.answers)
-            for place, answer in enumerate(self.order(item, annotator)):
-                ranks[answer] = shown_ranks[place]
-            self._record(JUDGMENT, annotator, item, {"ranks": ranks, "comment": comment, "seconds": round(seconds, 1)})
+            content = {"shown_ranks": list(shown_ranks), "comment": comment}
+            if self._is_new(JUDGMENT, annotator, item, token, content):
+                ranks = [0] * len(item.answers)
+                for place, answer in enumerate(self.order(item, annotator)):
+                    ranks[answer] = shown_ranks[place]
+                self._record(
+                    JUDGMENT, annotator, item, {"token": token, "ranks": ranks, **content, "seconds": round(seconds, 1)}
+                )
 
-    def skip(self, annotator: str, id: str) -> None:
+    def skip(self, annotator: str, id: str, token: str) -> None:
         """Record that an annotator does not judge a prompt; others still get it."""
         with self._lock:
-            self._record(SKIP, annotator, self._item(id), {})
+            item = self._item(id)
+            if self._is_new(SKIP, annotator, item, token, {}):
+                self._record(SKIP, annotator, item, {"token": token})
 
-    def correct(self, annotator: str, id: str, place: int, text: str) -> None:
+    def correct(self, annotator: str, id: str, token: str, place: int, text: str) -> None:
         """Record how an answer should read.
 
         Args:
             annotator: Who corrected it.
             id: The item.
+            token: The token of what was shown.
             place: The place of the answer in the order in which they were shown, from 0.
             text: The corrected answer.
 
         Raises:
             UserError: There is no such item or answer, or the text is blank.
+            StaleError: The token is of something else.
         """
         with self._lock:
             item = self._item(id)
             if not 0 <= place < len(item.answers) or not text.strip():
                 raise UserError("a correction needs one of the answers and a text")
-            self._record(
-                CORRECTION, annotator, item, {"answer": self.order(item, annotator)[place], "text": text.strip()}
-            )
+            content = {"place": place, "text": text.strip()}
+            if self._is_new(CORRECTION, annotator, item, token, content):
+                answer = self.order(item, annotator)[place]
+                self._record(CORRECTION, annotator, item, {"token": token, "answer": answer, **content})
 
-    def undo(self, annotator: str) -> JudgedItem | None:
-        """Revoke the last event of an annotator and return its prompt; None if there is none."""
+    def last(self, annotator: str) -> int | None:
+        """Return the id of the last event of an annotator that was not undone; None if there is none."""
         with self._lock:
-            own = [i for i, event in self.journal.active.items() if event["annotator"] == annotator]
-            if not own:
+            active = self.journal.active
+            return next((id for id in reversed(active) if active[id]["annotator"] == annotator), None)
+
+    def undo(self, annotator: str, id: int | None = None) -> dict[str, Any] | None:
+        """Revoke the last event of an annotator and return it; None if there is none.
+
+        Args:
+            annotator: Who undoes.
+            id: The event that must be the last one, or that was undone already; None for whichever is the last.
+
+        Raises:
+            StaleError: It is not the last one.
+        """
+        with self._lock:
+            of = self.last(annotator)
+            if id is not None and id != of:
+                undone = {event["of"] for event in self.journal.events if event["event"] == UNDO}
+                named = [
+                    event for event in self.journal.events if event["id"] == id and event["annotator"] == annotator
+                ]
+                if not named or id not in undone:
+                    raise StaleError(
+                        "something else was recorded in the meantime, perhaps in another window: nothing was undone"
+                    )
+                self._publish()
+                return named[0]
+            if of is None:
                 return None
-            event = self.journal.events[own[-1]]
-            self.journal.append({"event": UNDO, "annotator": annotator, "of": own[-1], "time": _now()})
-            self._write()
-            item = self.items.get(event["item"])
-            if item is not None:
-                self._leases[item.id] = annotator, time.monotonic() + LEASE_SECONDS
-            return item
+            event = self.journal.active[of]
+            self.journal.append(
+                {"event": UNDO, "item": event["item"], "annotator": annotator, "of": of, "time": _now()}
+            )
+            for path, kind in ((self.out, JUDGMENT), (self.corrections, CORRECTION)):
+                if event["event"] == kind:
+                    self._sizes[path] = -1
+            if event["item"] in self.items:
+                self._leases[event["item"]] = annotator, time.monotonic() + LEASE_SECONDS
+            self._publish()
+            return event
 
     def close(self) -> None:
         """Close the journal."""
@@ -264,14 +313,28 @@ class Preferences:
             raise UserError("this prompt is not among those that are collected: reload the page")
         return self.items[id]
 
+    def _is_new(self, kind: str, annotator: str, item: JudgedItem, token: str, content: Mapping[str, Any]) -> bool:
+        """Return whether a request is to be recorded, and not one that is recorded already; raise a StaleError if its token is old."""
+        for event in reversed(self.journal.active.values()):
+            about = event["event"], event["annotator"], event["item"], event["token"]
+            if about == (kind, annotator, item.id, token) and content == {name: event[name] for name in content}:
+                self._publish()  # which may be what failed the first time
+                return False
+        if token != self.shown(item, annotator).token:
+            raise StaleError(STALE)
+        return True
+
     def _record(self, kind: str, annotator: str, item: JudgedItem, values: Mapping[str, Any]) -> None:
         about = {
             "prompt": item.prompt, "answers": [one.text for one in item.answers], "runs": [list(one.runs) for one in item.answers],
+            "sampling": self.sampling,
         }  # fmt: skip
-        self.journal.append({"event": kind, "item": item.id, "annotator": annotator, **values, **about, "time": _now()})
+        event = self.journal.append(
+            {"event": kind, "item": item.id, "annotator": annotator, **values, **about, "time": _now()}
+        )
         if kind != CORRECTION:
             self._leases.pop(item.id, None)
-        self._write()
+        self._publish(event)
 
     def _judges(self) -> dict[str, list[str]]:
         """Return who judged each item, in order."""
@@ -287,12 +350,31 @@ class Preferences:
                 found.setdefault(event["item"], set()).add(event["annotator"])
         return found
 
-    def _write(self) -> None:
-        """Write the files that are made of the events."""
-        write_records(self.out, [row for event in self.judgments() if (row := preference_row(event)) is not None])
-        corrected = [event for event in self.journal.active.values() if event["event"] == CORRECTION]
-        if corrected or self.corrections.exists():
-            write_records(self.corrections, [correction_row(event) for event in corrected])
+    def _publish(self, new: Mapping[str, Any] | None = None) -> None:
+        """Bring the two other files up to date: append the row of a new event, or write a file anew that is not as it was left."""
+        self._publish_one(self.out, JUDGMENT, preference_row, new)
+        self._publish_one(self.corrections, CORRECTION, correction_row, new)
+
+    def _publish_one(
+        self,
+        path: Path,
+        kind: str,
+        row_of: Callable[[Mapping[str, Any]], dict[str, Any] | None],
+        new: Mapping[str, Any] | None,
+    ) -> None:
+        with refusals(path):
+            exists = path.exists()
+            if self._sizes[path] != (path.stat().st_size if exists else 0):
+                made = [row_of(event) for event in self.journal.active.values() if event["event"] == kind]
+                rows = [row for row in made if row is not None]
+                if rows or exists or kind == JUDGMENT:
+                    write_records(path, rows)
+                self._sizes[path] = path.stat().st_size if path.exists() else 0
+            elif new is not None and new["event"] == kind and (row := row_of(new)) is not None:
+                line = json.dumps(row, ensure_ascii=False) + "\n"
+                with path.open("ab", buffering=0) as file:
+                    self._sizes[path] = -1  # stays if the next line fails
+                    self._sizes[path] = file.tell() + append_bytes(file.fileno(), line.encode())
 
 
 def preference_row(event: Mapping[str, Any]) -> dict[str, Any] | None:

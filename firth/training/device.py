@@ -2,7 +2,7 @@
 
 Precision: bf16 or fp32, whichever is faster. That a CPU supports bf16 does not mean that it is fast: without avx512_bf16 or
 amx it is emulated, and a matrix product takes four times as long as in fp32. So a small product is timed in both, once per
-process (about 50 ms).
+machine and number of threads (about 200 ms).
 
 Process: malloc keeps freed memory, and denormals are flushed to zero. `train` applies both for the rest of the process.
 """
@@ -22,6 +22,7 @@ from typing import Literal
 
 import torch
 
+from firth.training.speed import PRECISIONS, record, recorded
 from firth.types import UserError
 
 Precision = Literal["auto", "fp32", "bf16"]
@@ -65,15 +66,20 @@ def choose_precision(wanted: Precision, device: torch.device) -> Literal["fp32",
 
 
 @cache
-def measured_speed(size: int = 512, seconds: float = 0.04) -> dict[str, float]:
-    """Return the best FLOP/s of a matrix product on the CPU in fp32 and bf16.
+def measured_speed(size: int = 512, seconds: float = 0.2) -> dict[str, float]:
+    """Return the FLOP/s of a matrix product on the CPU in fp32 and bf16, as recorded for this machine or measured now.
 
-    Products of both alternate, so that other work on the machine slows both alike and does not change the choice.
+    Products of both alternate, so that other work on the machine slows both alike. The result is recorded
+    (`firth.training.speed`), so that all runs on a machine choose alike.
 
     Args:
         size: Rows and columns of the matrices.
         seconds: Time to measure.
     """
+    names: dict[str, str] = {name: f"product of {size} cpu {name}" for name in PRECISIONS}
+    known = {name: value for name, key in names.items() if (value := recorded(key)) is not None}
+    if len(known) == len(names):
+        return known
     matrices = {"fp32": torch.ones(size, size), "bf16": torch.ones(size, size, dtype=torch.bfloat16)}
     best = {}
     for name, x in matrices.items():
@@ -85,7 +91,10 @@ def measured_speed(size: int = 512, seconds: float = 0.04) -> dict[str, float]:
             start = time.perf_counter()
             x @ x
             best[name] = min(best[name], time.perf_counter() - start)
-    return {name: 2 * size**3 / least for name, least in best.items()}
+    found = {name: 2 * size**3 / least for name, least in best.items()}
+    for name, key in names.items():
+        record(key, found[name])
+    return found
 
 
 def casts(precision: Literal["fp32", "bf16"], device: torch.device) -> Callable[[], AbstractContextManager[object]]:

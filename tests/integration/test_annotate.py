@@ -72,8 +72,9 @@ def finish(collection: Collection) -> None:
             thread.join()
     preferences = collection.preferences
     while (item := preferences.next("Ann")) is not None:
-        preferences.correct("Ann", item.id, 0, "the otter paints")
-        preferences.judge("Ann", item.id, [1, 2, 3])
+        token = preferences.shown(item, "Ann").token
+        preferences.correct("Ann", item.id, token, 0, "the otter paints")
+        preferences.judge("Ann", item.id, token, [1, 2, 3])
 
 
 def test_training_reads_the_files(workdir: Path) -> None:
@@ -91,6 +92,38 @@ def test_training_reads_the_files(workdir: Path) -> None:
         assert [row["step"] for row in rows if row["split"] == "train"] == [1, 2]
     rankings = firth("ratings", "preferences.jsonl", "--rankings", "rankings.jsonl")
     assert "24 rankings" in rankings
+
+
+@pytest.mark.browser
+def test_a_second_window_gets_the_next_prompt(browser: Any, workdir: Path) -> None:
+    """Two windows show one prompt. What the second one sends is not recorded, and it says so. Keys that repeat do nothing."""
+    collection = open_collection(workdir)
+    config = ServeConfig(port=0)
+    context = browser.new_context()
+    with running_app(None, config, create_app(None, config, annotation_routes(collection))) as server:
+        first, second = context.new_page(), context.new_page()
+        first.goto(server.url)
+        first.get_by_label("Your name").fill("Ann")
+        first.get_by_role("button", name="Begin").click()
+        first.locator(".pick").nth(2).wait_for()
+        prompt = first.locator(".prompt .text").text_content()
+        second.goto(server.url)
+        second.locator(".prompt .text", has_text=prompt).wait_for()
+        for key in ("1", "2", "3"):
+            first.keyboard.press(key)
+        first.keyboard.press("Enter")
+        first.get_by_text("Next prompt, 1 judged so far.").wait_for(state="attached")
+        for key in ("3", "2", "1"):
+            second.keyboard.press(key)
+        second.keyboard.press("Enter")
+        second.get_by_role("alert").get_by_text("nothing was recorded").wait_for()
+        second.get_by_text("Next prompt, 1 judged so far.").wait_for(state="attached")
+        second.keyboard.down("1")
+        second.keyboard.down("1")  # as a key that is held
+        assert second.locator(".rank").all_text_contents() == ["1", "–", "–"]
+    assert [event["shown_ranks"] for event in collection.preferences.judgments()] == [[1, 2, 3]]
+    context.close()
+    collection.preferences.close()
 
 
 @pytest.mark.browser

@@ -14,7 +14,8 @@ const stage = el("div", {});
 const results = el("details", { class: "results" }, el("summary", {}, "Progress, agreement and scores"));
 const numbers = el("div", {});
 let annotator = localStorage.getItem(NAME) ?? "";
-let task = null; // {item, prompt, answers}
+let task = null; // {item, token, prompt, answers}
+let done = null; // the id of the last event of the annotator, which can be undone
 let ranks = []; // the rank of each answer, or null
 let tied = false; // whether the next answer shares the rank of the last one
 let last = 0; // the last rank that was given
@@ -33,18 +34,39 @@ async function send(action, body = {}) {
   clearTimeout(timer);
   try {
     const found = await post(`/annotation/${action}`, { annotator, ...body });
-    fail(problem, found.error ? new Error(`No further answers are written: ${found.error}`) : null);
+    const notice = found.notice ?? (found.error ? `No further answers are written: ${found.error}` : null);
+    fail(problem, notice ? new Error(notice) : null);
     open(found);
     if (results.open) drawResults();
   } catch (error) {
-    fail(problem, error);
+    await refused(error);
   } finally {
     busy = false;
   }
 }
 
+/** Show an error; where the prompt is not what the server has now, show the next one too. */
+async function refused(error) {
+  try {
+    if (error.status === 409) open(await post("/annotation/next", { annotator }));
+    fail(problem, error);
+  } catch (second) {
+    fail(problem, second);
+  }
+}
+
+function skip() {
+  send("skip", { item: task.item, token: task.token });
+}
+
+function undo() {
+  if (done === null) status.textContent = "There is nothing to undo.";
+  else send("undo", { event: done });
+}
+
 function open(found) {
   task = found.item ? found : null;
+  done = found.event;
   ranks = task ? task.answers.map(() => null) : [];
   tied = false;
   last = 0;
@@ -56,8 +78,8 @@ function open(found) {
     return;
   }
   const text = found.sampling ? "The models are still writing. The next prompt appears here." : "There is no further prompt for you. Thank you.";
-  const undo = el("button", { type: "button", onclick: () => send("undo") }, "Undo the last");
-  show(stage, el("h1", { tabindex: -1 }, found.sampling ? "Please wait" : "Done"), el("p", {}, text), el("div", { class: "row" }, undo));
+  const back = el("button", { type: "button", onclick: undo }, "Undo the last");
+  show(stage, el("h1", { tabindex: -1 }, found.sampling ? "Please wait" : "Done"), el("p", {}, text), el("div", { class: "row" }, back));
   status.textContent = text;
   if (found.sampling) timer = setTimeout(() => send("next"), WAIT_MS);
 }
@@ -95,15 +117,15 @@ function drawTask() {
     allEqual();
     save.focus();
   } }, "All equal ", el("kbd", {}, "0"));
-  const skip = el("button", { type: "button", onclick: () => send("skip", { item: task.item }) }, "Skip ", el("kbd", {}, "S"));
-  const undo = el("button", { type: "button", onclick: () => send("undo") }, "Undo ", el("kbd", {}, "U"));
+  const pass = el("button", { type: "button", onclick: skip }, "Skip ", el("kbd", {}, "S"));
+  const back = el("button", { type: "button", onclick: undo }, "Undo ", el("kbd", {}, "U"));
   show(
     stage,
     el("section", { class: "prompt" }, el("h1", {}, "Prompt"), el("p", { class: "text" }, task.prompt)),
     el("p", { class: "note" }, "Choose the answers in order, the best first. The keys 1, 2, ... do the same."),
     el("div", { class: "answers" }, cards.map((one) => one.node)),
     el("div", { class: "comment" }, field("Comment", comment)),
-    el("div", { class: "decide keys" }, el("div", { class: "row" }, save, tie, equal, skip, undo)),
+    el("div", { class: "decide keys" }, el("div", { class: "row" }, save, tie, equal, pass, back)),
   );
   stage.update = () => {
     cards.forEach((one, i) => one.update(ranks[i]));
@@ -136,11 +158,12 @@ function editor(form, text, i) {
   const save = async (event) => {
     event.preventDefault();
     try {
-      await post("/annotation/correct", { annotator, item: task.item, place: i, text: edited.value });
+      const found = await post("/annotation/correct", { annotator, item: task.item, token: task.token, place: i, text: edited.value });
+      done = found.event;
       fail(problem, null);
       show(form, el("p", { class: "note", role: "status" }, "The correction is saved. Undo removes it."));
     } catch (error) {
-      fail(problem, error);
+      await refused(error);
     }
   };
   const cancel = () => {
@@ -187,18 +210,18 @@ function allEqual() {
 function judge() {
   if (!task || ranks.includes(null)) return;
   const comment = stage.querySelector("[data-comment]").value;
-  send("judge", { item: task.item, ranks, comment, seconds: (performance.now() - start) / 1000 });
+  send("judge", { item: task.item, token: task.token, ranks, comment, seconds: (performance.now() - start) / 1000 });
 }
 
 document.addEventListener("keydown", (event) => {
-  if (!task || event.ctrlKey || event.metaKey || event.altKey || event.target.closest("input, textarea, select, summary")) return;
+  if (!task || event.repeat || event.ctrlKey || event.metaKey || event.altKey || event.target.closest("input, textarea, select, summary")) return;
   const key = event.key.toLowerCase();
   const place = Number(key) - 1;
   if (place >= 0 && place < ranks.length) choose(place);
   else if (key === "0") allEqual();
   else if (key === "t" || key === "=") toggleTie();
-  else if (key === "s") send("skip", { item: task.item });
-  else if (key === "u") send("undo");
+  else if (key === "s") skip();
+  else if (key === "u") undo();
   else if (key === "enter" && !ranks.includes(null) && !event.target.closest("button:not(.pick)")) judge();
   else return;
   event.preventDefault();
@@ -235,16 +258,16 @@ function describe(found) {
   }
   nodes.push(el("h3", {}, "Scores of the runs"));
   if (!runs.length) return [...nodes, el("p", { class: "note" }, "Scores need judged answers of two runs or more.")];
-  const low = Math.min(...runs.map((run) => run.low));
-  const range = Math.max(...runs.map((run) => run.high)) - low || 1;
+  const low = Math.min(...runs.map((run) => run.low ?? run.score));
+  const range = Math.max(...runs.map((run) => run.high ?? run.score)) - low || 1;
   const rows = runs.map((run) => {
     const picture = el("span", { class: "interval", "aria-hidden": "true" }, el("span", { class: "line" }), el("span", { class: "dot" }));
-    for (const [name, value] of [["--low", run.low], ["--high", run.high], ["--at", run.score]]) picture.style.setProperty(name, (value - low) / range);
-    return el("tr", {}, el("th", { scope: "row" }, run.name), el("td", { class: "n" }, String(run.votes)), el("td", { class: "n" }, percent(run.win_rate)), el("td", { class: "n" }, `${number(Math.round(run.score))} (${Math.round(run.low)} to ${Math.round(run.high)})`), el("td", {}, picture));
+    for (const [name, value] of [["--low", run.low ?? run.score], ["--high", run.high ?? run.score], ["--at", run.score]]) picture.style.setProperty(name, (value - low) / range);
+    return el("tr", {}, el("th", { scope: "row" }, run.name), el("td", { class: "n" }, String(run.votes)), el("td", { class: "n" }, percent(run.win_rate)), el("td", { class: "n" }, number(Math.round(run.score)) + (run.low === null ? "" : ` (${Math.round(run.low)} to ${Math.round(run.high)})`)), el("td", {}, picture));
   });
   const head = el("tr", {}, el("th", {}, "Run"), ["Votes", "Won", "Bradley-Terry"].map((name) => el("th", { class: "n" }, name)), el("th", {}, el("span", { class: "hidden" }, "Interval")));
   const table = el("div", { class: "scroll", tabindex: 0, role: "region", "aria-label": "Scores of the runs" }, el("table", {}, el("thead", {}, head), el("tbody", {}, rows)));
-  return [...nodes, table, el("p", { class: "note" }, "In Elo’s points around 1,000; 95% intervals.")];
+  return [...nodes, table, el("p", { class: "note" }, "In Elo’s points around 1,000; 95% intervals, of samples of prompts.")];
 }
 
 if (annotator) {

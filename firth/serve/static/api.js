@@ -1,6 +1,11 @@
 // Requests to the server of the page. Nothing else is ever called.
 
-export class RequestError extends Error {}
+export class RequestError extends Error {
+  constructor(message, status = 0) {
+    super(message);
+    this.status = status;
+  }
+}
 
 async function checked(response) {
   if (response.ok) return response;
@@ -10,7 +15,7 @@ async function checked(response) {
   } catch {
     // not JSON: the status has to do
   }
-  throw new RequestError(message);
+  throw new RequestError(message, response.status);
 }
 
 async function request(path, options) {

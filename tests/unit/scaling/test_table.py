@@ -67,6 +67,10 @@ def outlier(table: Rows) -> None:
     table[4]["loss"] = 9.5
 
 
+def breakthrough(table: Rows) -> None:
+    table[4]["loss"] *= 0.7
+
+
 def bits_and_nats(table: Rows) -> None:
     for row in table[::2]:
         row["loss"] *= 0.36
@@ -115,7 +119,11 @@ def wrong_flops(table: Rows) -> None:
         (missing, r"table.jsonl:5: the loss is None, so this run diverged"),
         (
             outlier,
-            r"table.jsonl:5: the loss 9.5 is far from the \d\.\d+ of the other runs, so this run diverged, or its unit",
+            r"table.jsonl:5: the loss 9.5 is far from the \d\.\d+ of the other runs: this run diverged, or its unit",
+        ),
+        (
+            breakthrough,
+            r"table.jsonl:5: .* this model learned what the others have not, and the runs follow no common law",
         ),
         (bits_and_nats, r"losses are of two levels .*: write all of them in nats per token, or all in bits per byte"),
         (millions, r"table.jsonl:4: tokens is .*, which looks like millions or billions: write the whole number"),

@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 import json
+import math
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 from starlette.testclient import TestClient
 
 from firth.data.rankings import ranking
-from firth.pipelines.records import read_prompts
+from firth.evaluate.prompting.requests import GenerateReply
+from firth.pipelines.records import Asker, read_prompts
 from firth.serve.annotation import AnnotationConfig, Collection, annotation_routes, sampled_items
 from firth.serve.app import create_app
-from firth.serve.config import ServeConfig
+from firth.serve.config import ServeConfig, ServeLimits
 from firth.types import UserError
+from tests.support.serving import running_app
 
 
 def write(path: Path, rows: list[dict[str, Any]]) -> str:
@@ -51,15 +58,27 @@ def test_a_person_judges_by_the_page(samples: str, tmp_path: Path) -> None:
         assert task["prompt"] == "question 0" and sorted(task["answers"]) == ["0 no", "0 yes"] and task["judged"] == 0
         assert "runs" not in json.dumps(task)
         ranks = [1 if text == "0 yes" else 2 for text in task["answers"]]
-        body = {"annotator": "ann", "item": task["item"]}
+        body = {"annotator": "ann", "item": task["item"], "token": task["token"]}
         task = http.post("/annotation/judge", json=body | {"ranks": ranks, "comment": " good "}).json()
         assert (task["prompt"], task["judged"]) == ("question 1", 1)
-        assert http.post("/annotation/undo", json={"annotator": "ann"}).json()["prompt"] == "question 0"
-        task = http.post("/annotation/skip", json=body).json()
+        undo = {"annotator": "ann", "event": task["event"]}
+        task = http.post("/annotation/undo", json=undo).json()
+        assert (
+            task["prompt"] == "question 0" and http.post("/annotation/undo", json=undo).json()["item"] == task["item"]
+        )
+        refused = http.post("/annotation/skip", json=body)
+        assert refused.status_code == 409 and refused.json()["error"]["code"] == "stale"
+        task = http.post("/annotation/skip", json=body | {"token": task["token"]}).json()
         place = task["answers"].index("1 no")
-        correction = {"annotator": "ann", "item": task["item"], "place": place, "text": "perhaps"}
-        assert http.post("/annotation/correct", json=correction).json() == {"recorded": True}
-        body = {"annotator": "ann", "item": task["item"], "ranks": [1, 1]}
+        correction = {
+            "annotator": "ann",
+            "item": task["item"],
+            "token": task["token"],
+            "place": place,
+            "text": "perhaps",
+        }
+        assert http.post("/annotation/correct", json=correction).json() == {"recorded": True, "event": 3}
+        body = {"annotator": "ann", "item": task["item"], "token": task["token"], "ranks": [1, 1]}
         http.post("/annotation/judge", json=body)
         numbers = http.get("/annotation/statistics").json()
     assert (numbers["prompts"], numbers["judgments"], numbers["skipped"], numbers["corrections"]) == (20, 1, 1, 1)
@@ -73,8 +92,8 @@ def test_a_person_judges_by_the_page(samples: str, tmp_path: Path) -> None:
 def test_wrong_requests_are_refused(samples: str, tmp_path: Path) -> None:
     collection = Collection(AnnotationConfig((), (samples,)), tmp_path / "preferences.jsonl")
     with open_page(collection) as http:
-        item = http.post("/annotation/next", json={"annotator": "ann"}).json()["item"]
-        good = {"annotator": "ann", "item": item, "ranks": [1, 2]}
+        task = http.post("/annotation/next", json={"annotator": "ann"}).json()
+        good = {"annotator": "ann", "item": task["item"], "token": task["token"], "ranks": [1, 2]}
         for change in ({"ranks": [1]}, {"ranks": [1, 3]}, {"ranks": [1, "2"]}, {"item": "x"}, {"annotator": ""}, {"other": 1},
                        {"seconds": -1}, {"ranks": [1, 10**30]}):  # fmt: skip
             answer = http.post("/annotation/judge", json=good | change)
@@ -115,7 +134,10 @@ def test_scores_of_hidden_runs(model_paths: dict[str, Path], tmp_path: Path, mon
                 assert "other" not in json.dumps(task)
                 written = {a.text: a.runs for a in collection.preferences.items[task["item"]].answers}
                 ranks = [1 if runs[1] in written[text] else 2 for text in task["answers"]]
-                http.post("/annotation/judge", json={"annotator": name, "item": task["item"], "ranks": ranks})
+                http.post(
+                    "/annotation/judge",
+                    json={"annotator": name, "item": task["item"], "token": task["token"], "ranks": ranks},
+                )
         numbers = http.get("/annotation/statistics").json()
     assert [(row["name"], row["votes"], row["win_rate"]) for row in numbers["runs"]] == [
         (runs[1], 12, 1.0),
@@ -147,3 +169,83 @@ def test_what_cannot_be_judged_is_named(
     with open_page(collection) as http:
         task = http.post("/annotation/next", json={"annotator": "ann"}).json()
     assert task["prompt"] == "Who holds 0?" and "later.jsonl:10" in task["error"]
+
+
+def test_a_restart_takes_what_was_judged_from_the_journal(
+    model_paths: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without the cache of replies too: only prompts that nobody judged are sampled; other settings sample all again."""
+    monkeypatch.setenv("FIRTH_CACHE", str(tmp_path / "cache"))
+    prompts = write(tmp_path / "prompts.jsonl", [{"prompt": f"Who holds {i}?"} for i in range(4)])
+    config = AnnotationConfig(
+        (str(model_paths["gpt"]),), (prompts,), answers=3, max_new_tokens=8, chat=False, twice=0.0
+    )
+    first = Collection(config, tmp_path / "preferences.jsonl")
+    items = list(first.preferences.items.values())
+    for item in (items[0], items[2]):
+        first.preferences.skip("ann", item.id, first.preferences.shown(item, "ann").token)
+    first.preferences.close()
+    asked: list[str] = []
+
+    def write_one(self: Asker, requests: Any, locations: Any) -> list[GenerateReply]:
+        asked.extend(request.prompt for request in requests)
+        return [GenerateReply(f"sample {i}", "stop") for i in range(len(requests))]
+
+    monkeypatch.setattr(Asker, "write", write_one)
+    again = Collection(config, tmp_path / "preferences.jsonl")
+    assert set(asked) == {items[1].prompt, items[3].prompt}
+    found = list(again.preferences.items.values())
+    assert (found[0], found[2]) == (items[0], items[2]) and [one.prompt for one in found] == [
+        one.prompt for one in items
+    ]
+    again.preferences.close()
+    asked.clear()
+    Collection(replace(config, temperature=0.5), tmp_path / "preferences.jsonl").preferences.close()
+    assert len(set(asked)) == 4
+
+
+def test_undo_of_a_prompt_that_is_gone_says_so(samples: str, tmp_path: Path) -> None:
+    first = Collection(AnnotationConfig((), (samples,), twice=0.0), tmp_path / "preferences.jsonl")
+    item = first.preferences.next("ann")
+    assert item is not None
+    first.preferences.skip("ann", item.id, first.preferences.shown(item, "ann").token)
+    first.preferences.close()
+    other = write(tmp_path / "other.jsonl", [{"prompt": "another", "samples": ["yes", "no"]}])
+    collection = Collection(AnnotationConfig((), (other,), twice=0.0), tmp_path / "preferences.jsonl")
+    with open_page(collection) as http:
+        task = http.post("/annotation/next", json={"annotator": "ann"}).json()
+        task = http.post("/annotation/undo", json={"annotator": "ann", "event": task["event"]}).json()
+    assert task["prompt"] == "another" and task["event"] is None
+    assert task["notice"] == "The skip is undone. Its prompt is not among those that are loaded: question 0"
+
+
+def test_requests_have_places(samples: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One request more than the limit gets 429, and a place is free again when its request is answered."""
+    collection = Collection(AnnotationConfig((), (samples,)), tmp_path / "preferences.jsonl")
+    entered, leave = threading.Event(), threading.Event()
+    real = collection.preferences.next
+
+    def slow(annotator: str) -> Any:
+        entered.set()
+        assert leave.wait(30)
+        return real(annotator)
+
+    monkeypatch.setattr(collection.preferences, "next", slow)
+    config = ServeConfig(port=0, limits=ServeLimits(max_requests=1))
+    app = create_app(None, config, annotation_routes(collection, config.limits))
+    with running_app(None, config, app) as server, ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(server.post, "/annotation/next", {"annotator": "ann"})
+        assert entered.wait(30)
+        assert server.post("/annotation/next", {"annotator": "bob"}).status_code == 429
+        assert httpx.get(server.url + "/annotation/statistics").status_code == 429
+        leave.set()
+        assert waiting.result().status_code == 200
+        assert server.post("/annotation/next", {"annotator": "bob"}).status_code == 200
+
+
+def test_half_a_character_is_refused_with_its_line(tmp_path: Path) -> None:
+    """Such a text could be neither sent to the page nor written to a file."""
+    for name, row in (("a", {"prompt": "bad \ud800"}), ("b", {"prompt": "ok", "samples": ["fine", "bad \udc00"]})):
+        path = write(tmp_path / f"{name}.jsonl", [{"prompt": "ok", "samples": ["\U0001f600", "b"], "x": math.nan}, row])
+        with pytest.raises(UserError, match=rf"{name}\.jsonl:2: a text has half a character"):
+            read_prompts((path,))

@@ -345,13 +345,23 @@ def test_denormals_are_flushed_on_every_thread(tmp_path: Path) -> None:
     assert num_nonzero() == (0 if supported else small.numel())
 
 
+def test_measured_speed_is_recorded(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("FIRTH_CACHE", str(tmp_path))
+    measured_speed.cache_clear()
+    first = measured_speed(size=64, seconds=0.001)
+    assert min(first.values()) > 0
+    measured_speed.cache_clear()  # another process
+    monkeypatch.setattr("firth.training.device.record", None)  # not measured again
+    assert measured_speed(size=64, seconds=0.001) == first
+    measured_speed.cache_clear()
+
+
 def test_precision_follows_the_measured_speed(monkeypatch: pytest.MonkeyPatch) -> None:
     cpu = torch.device("cpu")
     assert choose_precision("bf16", cpu) == "bf16"
     for speed, expected in (({"fp32": 1.0, "bf16": 2.0}, "bf16"), ({"fp32": 1.0, "bf16": 1.1}, "fp32")):
         monkeypatch.setattr("firth.training.device.measured_speed", lambda speed=speed: speed)
         assert choose_precision("auto", cpu) == expected
-    assert min(measured_speed(size=64, seconds=0.001).values()) > 0
 
 
 def test_sums_over_a_single_rank_are_the_identity() -> None:
