@@ -140,7 +140,7 @@ class EngineThread:
             with torch.inference_mode():  # jobs take turns: none may leave the mode that another one needs
                 self._loop()
         except BaseException as fault:
-            LOGGER.error(f"the engine thread has ended: {type(fault).__name__}: {fault}", exc_info=fault)
+            LOGGER.warning(f"the engine thread has ended: {type(fault).__name__}: {fault}", exc_info=fault)
             error = ApiError(503, "the engine has failed: start the server again", code="engine_failed")
         finally:
             self._close(error)
@@ -264,6 +264,8 @@ class _Guarded:
             try:
                 return self.constraint.mask(tokens)
             except BaseException as error:
+                if not isinstance(error, Exception):
+                    LOGGER.warning(f"a library panicked: {error}", exc_info=error)
                 self.error = _ordinary(error)
         return np.zeros(0, bool)
 
@@ -272,6 +274,8 @@ class _Guarded:
             try:
                 self.constraint.accept(token)
             except BaseException as error:
+                if not isinstance(error, Exception):
+                    LOGGER.warning(f"a library panicked: {error}", exc_info=error)
                 self.error = _ordinary(error)
 
 
@@ -320,6 +324,8 @@ def _slice(future: Future[Any], job: Slices[Any]) -> bool:
     except StopIteration as end:
         _resolve(future, end.value)
     except BaseException as error:
+        if not isinstance(error, Exception):
+            LOGGER.warning(f"a library panicked: {error}", exc_info=error)
         _resolve(future, error=_ordinary(error))
     return False
 
