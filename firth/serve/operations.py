@@ -178,7 +178,7 @@ async def answer_or_give_up(
 
 
 async def tokenizing(characters: int, job: Callable[[], T]) -> T:
-    """Run a function that tokenizes so many characters, beside the event loop if they are many."""
+    """Run a function that tokenizes so many characters, outside the event loop if they are many."""
     return await asyncio.to_thread(job) if characters > LONG_CHARACTERS else job()
 
 

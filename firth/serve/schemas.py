@@ -100,7 +100,7 @@ def _nullable(schema: dict[str, Any]) -> None:
 
 
 class SamplingRequest(Request):
-    """What requests for text have in common. As in OpenAI's API, null stands for the default."""
+    """What requests for text have in common. As in OpenAI's API, null means the default."""
 
     temperature: float = Field(
         1.0, ge=0, le=100, description="0 takes the most likely token.", json_schema_extra=_nullable
