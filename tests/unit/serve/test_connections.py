@@ -240,30 +240,23 @@ def test_places_are_counted_before_a_body_is_parsed(model_paths, slow, monkeypat
         assert server.post("/tokenize", {"text": "a"}).status_code == 200  # the refused one gave its place back
 
 
-def test_a_stream_goes_on_beside_a_job(server, slow):
-    """Embeddings of 8 texts are computed a few at a time, between the steps of the stream."""
-    steps, embed = [], embeddings.embed
-    text = "The otter paints the boat. " * 6
+def test_a_stream_goes_on_beside_a_job(server, slow, monkeypatch):
+    """Embeddings of 8 texts are computed one at a time, each between two steps of the stream."""
+    from firth.generate.scheduler import Scheduler
 
-    def noted(model, tokenizer, texts, **more):
-        steps.append(len(texts))
-        time.sleep(0.05)
-        return embed(model, tokenizer, texts, **more)
-
-    with pytest.MonkeyPatch.context() as patch, httpx.Client(base_url=server.url, timeout=60) as client:
-        patch.setattr(operations, "SLICE_TOKENS", 1)
-        patch.setattr(embeddings, "embed", noted)
-        whole = server.post("/v1/embeddings", {"input": [text] * 8})
-        assert whole.status_code == 200 and len(steps) > 1 and sum(steps) == 8
-        steps.clear()
-        between = []
-        with client.stream("POST", "/v1/completions", json=LONG | {"n": 1}) as reply:
-            lines = reply.iter_lines()
-            next(lines)
-            job = threading.Thread(target=lambda: server.post("/v1/embeddings", {"input": [text] * 8}))
-            job.start()
-            for line in lines:
-                if line and job.is_alive():
-                    between.append(len(steps))
-        job.join()
-    assert len({*between}) > 4  # parts of the stream came after different numbers of slices
+    done, embed, step = [], embeddings.embed, Scheduler.step
+    monkeypatch.setattr(operations, "SLICE_TOKENS", 1)
+    monkeypatch.setattr(embeddings, "embed", lambda *args, **more: done.append("slice") or embed(*args, **more))
+    monkeypatch.setattr(Scheduler, "step", lambda self: done.append("step") or step(self))
+    replies = []
+    body = {"input": ["The otter paints the boat."] * 8}
+    job = threading.Thread(target=lambda: replies.append(server.post("/v1/embeddings", body)))
+    with httpx.stream("POST", f"{server.url}/v1/completions", json=LONG | {"n": 1}, timeout=60) as reply:
+        lines = reply.iter_lines()
+        next(lines)
+        job.start()
+        assert [*lines][-2:] == ["data: [DONE]", ""]
+    job.join()
+    order = "".join(one[1] for one in done).strip("l")  # t: a step, l: a slice
+    assert replies[0].status_code == 200 and done.count("slice") == 8
+    assert order.count("l") >= 2 and "ll" not in order
