@@ -135,6 +135,8 @@ class RankGroup(Protocol):
 
     def gather_arrays(self, x: np.ndarray) -> list[np.ndarray]: ...
 
+    def errors(self, error: Exception | None) -> list[str]: ...
+
 
 class UserError(Exception):
     """An error that the user can fix: one sentence with the file, the line, what was wrong and what to do.

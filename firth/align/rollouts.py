@@ -17,8 +17,9 @@ with the same answers.
     batches = Batches(rollouts, PPO(), vocab, batch_size=32, seed=0)                # 64 answers x 4 epochs = 8 steps x 32
     train(policy, PPO(), batches, directory, ...)
 
-Of several ranks each samples the answers to its share of the prompts, from the same seeds as one rank (`sample_shared`). All
-then compute the numbers of the whole batch, which they need for means over it, and read their share of the examples.
+Of several ranks each samples and scores the answers to its share of the prompts, from the same seeds as one rank
+(`firth.align.sample_shared`). All then compute the numbers of the whole batch, which they need for means over it, and read
+their share of the examples.
 """
 
 from __future__ import annotations
@@ -44,9 +45,8 @@ from firth.align.rewards import (
     WeightedRewards,
     named_function,
     replace_unfinished,
-    score_rollouts,
 )
-from firth.align.sample_shared import sample_shared
+from firth.align.sample_shared import sample_shared, score_shared
 from firth.data.dialogues import Prompt
 from firth.data.dialogues import prompts as read_prompts
 from firth.data.examples import BuildContext, DatasetSplits, ExamplesConfig
@@ -245,7 +245,8 @@ class RolloutsConfig(ExamplesConfig):
             source = MixtureSource([source, windows], [data.batch_size - self.pretraining_rows, self.pretraining_rows])
         examples = [{"tokens": p.tokens, "fields": p.fields} for p in (held or prompts)[: held_out_texts.COUNT]]
         measured = HeldOutPrompts(
-            held, data.tokenizer, judge, start, self.max_new_tokens, data.seed, true, unfinished_score=self.unfinished_score
+            held, data.tokenizer, judge, start, self.max_new_tokens, data.seed, true, unfinished_score=self.unfinished_score,
+            ranks=data.ranks,
         ) if held else None  # fmt: skip
         texts = HeldOutTexts(examples, bool(held), judge, self.max_new_tokens)
         return DatasetSplits(source, None, texts=texts, prompts=measured)
@@ -349,7 +350,7 @@ class RolloutSource(Source):
         critic: Reward model that PPO's critic is initialized from before the first rollout batch; without one, or with one of
             another model config, it is initialized from the reference.
         fields: The fields of each prompt's record, for reward functions.
-        ranks: The ranks that share the sampling; None for one.
+        ranks: The ranks that share the sampling and the rewards; None for one.
 
     Raises:
         UserError: There are no prompts, or a prompt leaves no room for an answer.
@@ -479,13 +480,12 @@ class RolloutSource(Source):
         with model.whole():
             completions = sample_shared(engine, prompts, sampling, self.ranks)
         samples = [Rollout.of(p, w, self.fields[i]) for p, w, i in zip(prompts, completions, index, strict=True)]
-        scores = self.rewards.scores(samples, self.tokenizer)
+        scores = score_shared(self.rewards, samples, self.tokenizer, self.ranks)
         score = self.rewards.total(scores)
-        true_reward = (
-            score_rollouts(self.true_reward_function, samples, self.tokenizer).mean()
-            if self.true_reward_function
-            else nan
-        )
+        true_reward = nan
+        if self.true_reward_function:
+            true = WeightedRewards.of(self.true_reward_function)
+            true_reward = true.total(score_shared(true, samples, self.tokenizer, self.ranks)).mean()
         kl_coef = self.kl_coef
         self.number, self.samples = number, samples
         finished = np.array([s.finished for s in self.samples])

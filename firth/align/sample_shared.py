@@ -1,4 +1,4 @@
-"""Sample answers on several ranks, each to its share of the prompts."""
+"""Sample and score answers on several ranks, each its share of them."""
 
 from __future__ import annotations
 
@@ -7,10 +7,12 @@ from typing import get_args
 
 import numpy as np
 
+from firth.align.rewards import RewardError, Rollout, WeightedRewards
 from firth.generate.engine import Engine
 from firth.generate.output import Completion, Finish, IncrementalDecoder
 from firth.generate.sampling import Sampling
-from firth.types import RankGroup
+from firth.tokenizer.tokenizer import Tokenizer
+from firth.types import RankGroup, UserError
 
 FINISHES: tuple[Finish, ...] = get_args(Finish)
 
@@ -31,9 +33,8 @@ def sample_shared(
     """
     if ranks is None or ranks.world == 1:
         return engine.generate(prompts, sampling)
-    cuts = [len(prompts) * r // ranks.world for r in range(ranks.world + 1)]
     seeds = [sampling.seed + i for i in range(len(prompts))]
-    span = slice(cuts[ranks.rank], cuts[ranks.rank + 1])
+    span = _share(len(prompts), ranks)
     own = engine.generate(prompts[span], sampling, seeds=seeds[span])
     sizes, finishes = (
         np.concatenate(ranks.gather_arrays(np.array(numbers, np.int64)))
@@ -51,3 +52,39 @@ def sample_shared(
         Completion(t, p, IncrementalDecoder(engine.tokenizer, context).text(t.tolist()), FINISHES[finish])
         for context, t, p, finish in zip(contexts, tokens, logprobs, finishes.tolist(), strict=True)
     ]
+
+
+def score_shared(
+    rewards: WeightedRewards, samples: Sequence[Rollout], tokenizer: Tokenizer, ranks: RankGroup | None
+) -> dict[str, np.ndarray]:
+    """Return the rewards of all samples by name, (N,) each, the same on every rank; each rank scores its share.
+
+    Args:
+        rewards: The rewards, which may be random or cost money.
+        samples: The answers, the same on every rank.
+        tokenizer: Decodes them for error messages.
+        ranks: The ranks; None for one.
+
+    Raises:
+        UserError: A reward failed on some rank; all ranks raise, and the others name the first that failed.
+    """
+    if ranks is None or ranks.world == 1:
+        return rewards.scores(samples, tokenizer)
+    own: dict[str, np.ndarray] = {}
+    failure: UserError | None = None
+    try:
+        own = rewards.scores(samples[_share(len(samples), ranks)], tokenizer)
+    except UserError as error:
+        failure = error
+    errors = ranks.errors(failure)
+    if failure is not None:
+        raise failure
+    for rank, message in enumerate(errors):
+        if message:
+            raise UserError(f"rank {rank} failed: {message}") from RewardError(samples[0], f"failed on rank {rank}")
+    return {name: np.concatenate(ranks.gather_arrays(x)) for name, x in own.items()}
+
+
+def _share(count: int, ranks: RankGroup) -> slice:
+    """Return the contiguous share of this rank of `count` items."""
+    return slice(count * ranks.rank // ranks.world, count * (ranks.rank + 1) // ranks.world)

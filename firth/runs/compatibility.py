@@ -19,6 +19,7 @@ firth.types.UserError: objective nsp needs first, other and second, and examples
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -35,7 +36,7 @@ from firth.runs import config_io
 from firth.runs.examples import EXAMPLES
 from firth.runs.peft_options import FullFinetuning, PeftConfig, check_peft
 from firth.runs.sample_example import SAMPLE_VOCAB, sample_example
-from firth.training.device import memory
+from firth.training.device import memory, trim_freed_memory
 from firth.types import DataStats, LogLine, UserError
 
 if TYPE_CHECKING:
@@ -370,11 +371,22 @@ def _listed(names: Iterable[str]) -> str:
     return f"{', '.join(most)} and {last}" if most else last
 
 
+def local_processes() -> int:
+    """Return the number of processes of this run on this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+
+
 def available_memory(device: torch.device) -> dict[str, int]:
-    """Return the free bytes of the memories that a run needs: main memory, and that of the GPU that it trains on."""
-    free = {"main memory": memory()[1]}
+    """Return the free bytes of the memories that a run needs: main memory, and that of the GPU that it trains on.
+
+    What an earlier run of this process has freed counts as free. The processes of a machine (torchrun's LOCAL_WORLD_SIZE) share
+    its main memory equally.
+    """
+    trim_freed_memory()
+    free = {"main memory": memory()[1] // local_processes()}
     if device.type == "cuda":
-        free["the GPU's memory"] = torch.cuda.mem_get_info(device)[0]
+        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        free["the GPU's memory"] = torch.cuda.mem_get_info(device)[0] + kept
     return free
 
 
@@ -399,13 +411,14 @@ def check_available_memory(
     """
     count = config.num_parameters()
     each = 4 * (4 if optimizer == "adamw" else 3) if full else 4
-    each //= shards
     built = 4 if whole or shards == 1 else 0
     for name, free in available_memory(device).items():
-        size = built if name == "main memory" and device.type == "cuda" else each
-        size = max(size, built) if name == "main memory" else size
-        if count * size > free:
+        size = count * built if name == "main memory" and device.type == "cuda" else count * each / shards
+        size = max(size, count * built) if name == "main memory" else size
+        if size > free:
+            shared = name == "main memory" and local_processes() > 1
+            several = f" for each of {local_processes()} processes" if shared else ""
             raise UserError(
-                f"the model has {count:,} parameters, which take {count * size / 1e9:,.1f} GB with gradients and optimizer, "
-                f"and {free / 1e9:,.1f} GB of {name} are free: lower model.hidden_size, model.num_layers or the vocabulary"
+                f"the model has {count:,} parameters, which take {size / 1e9:,.1f} GB with gradients and optimizer, "
+                f"and {free / 1e9:,.1f} GB of {name} are free{several}: lower model.hidden_size, model.num_layers or the vocabulary"
             )

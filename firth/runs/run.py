@@ -135,6 +135,7 @@ def run(
         check_weights_fit(resolved, resolved.model, ranks)
         datasets = build_data(resolved, data, context)
         check_memory(resolved, datasets)
+        ranks.wait()  # what one rank builds is not free for another one's check
         built = build_model(resolved, datasets, context)
         ended = train(resolved, built, datasets, identity, context, reporter, on_metrics, start_from)
         return export(resolved, built, datasets, ended, identity, context)

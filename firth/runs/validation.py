@@ -160,7 +160,7 @@ class PromptValidator:
     prompts: HeldOutPrompts
 
     def measure(self, model: LM, step: int) -> dict[str, float]:
-        """Return reward, truth, KL, length and the share finished; `step` is unused. Every rank answers all prompts."""
+        """Return reward, truth, KL, length and the share finished; `step` is unused. The ranks share the prompts."""
         return self.prompts.measure(model, self.recipe.evaluation.max_examples)
 
     def check_best_metric(self, model: LM) -> None:

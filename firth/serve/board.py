@@ -4,14 +4,18 @@
     GET /runs/{name}/metrics?from=N        {"rows": [...], "next": M, "restarted": false}
 
 A run is a directory with `recipe.yaml` or `metrics.jsonl`. Directories are looked for at every request, so runs that begin later
-appear. metrics.jsonl is read from where the last request ended; a line that is not complete yet is left for the next one. A resumed
-run removes the rows after its checkpoint: the client then reads from the first row again.
+appear. metrics.jsonl is read from where the last request ended; a line that is not complete yet is left for the next one. Of long runs
+every k-th row is kept. A resumed run removes the rows after its checkpoint: the client then reads from the first row again.
+
+What is odd in one run (a damaged file, a number that is none, a name that is no text) is left out or replaced, so that the others are
+shown.
 """
 
 from __future__ import annotations
 
 import asyncio
 import json
+import math
 import os
 import threading
 import time
@@ -26,6 +30,7 @@ from starlette.routing import BaseRoute, Route
 
 from firth.io.yaml_files import read_yaml
 from firth.serve.errors import ApiError
+from firth.tokenizer.vocab import replace_lone_surrogates
 from firth.training.logging import FILE
 from firth.types import UserError
 
@@ -35,47 +40,93 @@ MAX_DEPTH = 3
 """Levels of directories below the given ones in which runs are looked for: RUNS/PIPELINE/STAGE."""
 MAX_RUNS = 500
 """Most runs on a board."""
-MAX_TRAIN_ROWS = 2000
-"""Most rows of training steps in a response; of more, every k-th is sent. Rows of other splits are all sent."""
-MAX_READ_BYTES = 64 << 20
-"""Most bytes of metrics.jsonl that are read at once."""
+MAX_ROWS = 2000
+"""Most rows of a split that are kept; of more, every k-th is, and the last one."""
+MAX_SPLITS = 16
+"""Most splits of a run."""
+MAX_LINE_BYTES = 1 << 20
+"""Most bytes of a line of metrics.jsonl; a longer one is no row."""
+MAX_TEXT = 200
+"""Most characters of a name in a recipe."""
+
+
+@dataclass
+class ThinnedLines:
+    """The lines of one split, at most MAX_ROWS: of more, every k-th is kept.
+
+    Args:
+        lines: Number of the row in the file, and its line.
+        every: k.
+        count: Rows of the split so far.
+    """
+
+    lines: list[tuple[int, bytes]] = field(default_factory=list)
+    every: int = 1
+    count: int = 0
+
+    def add(self, number: int, line: bytes) -> None:
+        """Add the row with a number."""
+        if self.count % self.every == 0:
+            self.lines.append((number, line))
+        self.count += 1
+        if len(self.lines) > MAX_ROWS:
+            self.lines, self.every = self.lines[::2], 2 * self.every
 
 
 @dataclass
 class MetricsFile:
-    """The rows of a metrics.jsonl that is being written.
+    """What is kept of a metrics.jsonl that is being written: some rows of each split, as text, and the last ones.
 
     Args:
         path: The file.
-        rows: Rows so far.
+        count: Rows so far.
+        last: The last row of each split, with its number.
+        curves: The kept rows of each split.
         offset: The byte after the last complete line that was read.
         last_line: This line, by which a rewritten file is noticed.
         version: How many times the file was read from its beginning again.
     """
 
     path: Path
-    rows: list[dict[str, Any]] = field(default_factory=list)
+    count: int = 0
+    last: dict[str, tuple[int, dict[str, Any]]] = field(default_factory=dict)
+    curves: dict[str, ThinnedLines] = field(default_factory=dict)
     offset: int = 0
     last_line: bytes = b""
     version: int = 0
 
     def update(self) -> None:
         """Read the complete lines that were added. A line that is no row of metrics is skipped."""
+        if not os.path.isfile(self.path):  # none yet, or a pipe, which would block
+            return
         try:
             with self.path.open("rb") as file:
                 if not self._continues(file):
-                    self.rows, self.offset, self.last_line, self.version = [], 0, b"", self.version + 1
+                    self.count, self.last, self.curves, self.offset, self.last_line = 0, {}, {}, 0, b""
+                    self.version += 1
                 file.seek(self.offset)
-                added = file.read(MAX_READ_BYTES)
-        except FileNotFoundError:
+                while line := file.readline(MAX_LINE_BYTES):
+                    if not line.endswith(b"\n") and len(line) < MAX_LINE_BYTES:
+                        break  # not complete yet
+                    self.offset += len(line)
+                    self.last_line = line
+                    self._add(line)
+        except OSError:  # it is gone, or may not be read
             return
-        complete = added[: added.rfind(b"\n") + 1]
-        self.offset += len(complete)
-        for line in complete.splitlines(keepends=True):
-            self.last_line = line
-            row = _row(line)
-            if row is not None:
-                self.rows.append(row)
+
+    def _add(self, line: bytes) -> None:
+        row = _row(line)
+        if row is not None and (row["split"] in self.curves or len(self.curves) < MAX_SPLITS):
+            self.curves.setdefault(row["split"], ThinnedLines()).add(self.count, line)
+            self.last[row["split"]] = self.count, row
+            self.count += 1
+
+    def since(self, first: int) -> list[dict[str, Any]]:
+        """Return the rows from a number on that are kept, and the last ones."""
+        kept = {number: line for curve in self.curves.values() for number, line in curve.lines if number >= first}
+        rows = {number: row for number, line in kept.items() if (row := _row(line)) is not None}
+        rows |= {number: row for number, row in self.last.values() if number >= first}
+        return [rows[number] for number in sorted(rows)]
 
     def _continues(self, file: Any) -> bool:
         """Return whether the file still has the last line that was read, where it was."""
@@ -84,25 +135,34 @@ class MetricsFile:
 
 
 def _row(line: bytes) -> dict[str, Any] | None:
-    """Return a line as a row without its checksum; None if it is none."""
+    """Return a line as a row of single values without its checksum; None if it is none."""
     try:
         row = json.loads(line)
     except (ValueError, RecursionError):
         return None
-    if type(row) is not dict or not isinstance(row.get("step"), int) or not isinstance(row.get("split"), str):
+    if type(row) is not dict or type(row.get("step")) is not int or not isinstance(row.get("split"), str):
         return None
     row.pop("crc", None)
-    return row
+    return _single_values(row)
 
 
-def thinned(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return the rows without some training steps, at most MAX_TRAIN_ROWS; the last one is kept."""
-    train = [i for i, row in enumerate(rows) if row["split"] == "train"]
-    every = -(-len(train) // MAX_TRAIN_ROWS)
-    if every <= 1:
-        return list(rows)
-    kept = set(train[::-1][::every])
-    return [row for i, row in enumerate(rows) if row["split"] != "train" or i in kept]
+def _single_values(values: Mapping[Any, Any]) -> dict[str, Any]:
+    """Return the texts and numbers of a mapping in a form that JSON has; NaN and infinities are None."""
+    found: dict[str, Any] = {}
+    for name, value in values.items():
+        if isinstance(value, str):
+            value = replace_lone_surrogates(value)
+        elif isinstance(value, float) and not math.isfinite(value):
+            value = None
+        elif value is not None and not isinstance(value, int | float):
+            continue
+        found[replace_lone_surrogates(str(name))] = value
+    return found
+
+
+def _text(value: Any) -> str:
+    """Return a value as a short text."""
+    return replace_lone_surrogates(str(value) if isinstance(value, str | int | float) else "")[:MAX_TEXT]
 
 
 class Board:
@@ -119,13 +179,13 @@ class Board:
         self._lock = threading.Lock()
 
     def runs(self) -> dict[str, Path]:
-        """Return the directory of each run by its name, which is its path as the directories were given."""
+        """Return the directory of each run by its name: its path as the directories were given; bytes that are no text are \\xff."""
         found: dict[str, Path] = {}
         level = [(one, 0) for one in self.directories]
         while level and len(found) < MAX_RUNS:
             directory, depth = level.pop(0)
-            if any((directory / name).is_file() for name in RUN_FILES):
-                found[str(directory)] = directory
+            if any(os.path.isfile(directory / name) for name in RUN_FILES):
+                found[os.fsencode(directory).decode("utf-8", "backslashreplace")] = directory
             elif depth < MAX_DEPTH:
                 level += [(one, depth + 1) for one in _subdirectories(directory)]
         return found
@@ -155,9 +215,9 @@ class Board:
             if name not in runs:
                 raise ApiError(404, f"there is no run {name[:100]!r}", code="run_not_found")
             file = self._metrics(name, runs[name])
-            restarted = version != file.version or first > len(file.rows)
-            rows = file.rows[0 if restarted else first :]
-            return {"rows": thinned(rows), "next": len(file.rows), "version": file.version, "restarted": restarted}
+            restarted = version != file.version or first > file.count
+            rows = file.since(0 if restarted else first)
+            return {"rows": rows, "next": file.count, "version": file.version, "restarted": restarted}
 
     def _metrics(self, name: str, directory: Path) -> MetricsFile:
         file = self._files.setdefault(name, MetricsFile(directory / FILE))
@@ -165,21 +225,20 @@ class Board:
         return file
 
     def _summary(self, name: str, directory: Path) -> dict[str, Any]:
-        rows = self._metrics(name, directory).rows
+        last = self._metrics(name, directory).last
         recipe = self._recipe(name, directory / "recipe.yaml")
         budget = recipe.get("budget")
         objective = recipe.get("objective")
         parts = objective if isinstance(objective, list) else [objective]
-        kinds = [str(one.get("kind")) if isinstance(one, dict) else str(one) for one in parts if one is not None]
-        last = {split: _last(rows, split) for split in ("train", "valid", "rollouts")}
+        kinds = [_text(one.get("kind") if isinstance(one, dict) else one) for one in parts if one is not None]
         return {
             "name": name,
-            "state": state(directory, bool(rows)),
-            "recipe": str(recipe.get("name", "")),
+            "state": state(directory, bool(last)),
+            "recipe": _text(recipe.get("name", "")),
             "objective": " + ".join(kinds),
-            "budget": {k: v for k, v in budget.items() if v} if isinstance(budget, dict) else {},
-            "step": rows[-1]["step"] if rows else 0,
-            "last": {split: row for split, row in last.items() if row is not None},
+            "budget": {k: v for k, v in _single_values(budget).items() if v} if isinstance(budget, dict) else {},
+            "step": max(last.values(), key=lambda one: one[0])[1]["step"] if last else 0,
+            "last": {split: last[split][1] for split in ("train", "valid", "rollouts") if split in last},
             "idle_seconds": round(time.time() - _modified(directory), 1),
         }
 
@@ -187,16 +246,12 @@ class Board:
         """Return the recipe of a run, which is read again after it has changed; empty if it cannot be read."""
         try:
             changed = path.stat().st_mtime
-            if self._recipes.get(name, (0.0, {}))[0] != changed:
+            if name not in self._recipes or self._recipes[name][0] != changed:
                 found = read_yaml(path)[0]
                 self._recipes[name] = (changed, found if isinstance(found, dict) else {})
-        except (FileNotFoundError, UserError):  # it is not written yet, or damaged: the metrics are shown anyway
+        except (OSError, UserError):  # it is not written yet, or damaged: the metrics are shown anyway
             return {}
         return self._recipes[name][1]
-
-
-def _last(rows: Sequence[dict[str, Any]], split: str) -> dict[str, Any] | None:
-    return next((row for row in reversed(rows) if row["split"] == split), None)
 
 
 def _subdirectories(directory: Path) -> list[Path]:
@@ -229,15 +284,17 @@ def state(directory: Path, has_rows: bool) -> str:
         directory: The run directory.
         has_rows: Whether it has metrics.
     """
-    if (directory / "done.json").is_file():
+    if os.path.isfile(directory / "done.json"):
         return "finished"
     try:
-        process = int((directory / "lock").read_text("ascii"))
+        process = int((directory / "lock").read_text("ascii")) if os.path.isfile(directory / "lock") else 0
+        if process <= 0:  # os.kill would mean a group of processes
+            raise ValueError
         os.kill(process, 0)
     except PermissionError:  # a process of another user
         return "training"
     except (OSError, ValueError, OverflowError):
-        return "stopped" if has_rows or (directory / "lock").exists() else "preparing"
+        return "stopped" if has_rows or os.path.exists(directory / "lock") else "preparing"
     return "training"
 
 

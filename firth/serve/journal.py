@@ -62,7 +62,7 @@ class Journal:
         added = {"id": max((one["id"] for one in self.events[-1:]), default=-1) + 1, **event}
         with refusals(self.path):
             os.ftruncate(self._file.fileno(), self._size)  # of no effect, unless that failed after a failed write
-            self._size += append_bytes(self._file.fileno(), row_line(added, ascii_only=False).encode())
+            self._size += append_bytes(self._file.fileno(), row_line(added, ascii_only=False).encode(), sync=True)
         self.events.append(added)
         self._count(added)
         return added
@@ -80,13 +80,14 @@ class Journal:
         self._file.close()
 
 
-def append_bytes(descriptor: int, data: bytes) -> int:
-    """Append to a file, all or nothing, and return the number of bytes, which are then on the disk."""
+def append_bytes(descriptor: int, data: bytes, *, sync: bool = False) -> int:
+    """Append to a file, all or nothing, and return the number of bytes; `sync`: they are on the disk then."""
     size, rest = os.fstat(descriptor).st_size, data
     try:
         while rest:
             rest = rest[os.write(descriptor, rest) :]
-        os.fsync(descriptor)
+        if sync:
+            os.fsync(descriptor)
     except BaseException:
         with suppress(OSError):
             os.ftruncate(descriptor, size)

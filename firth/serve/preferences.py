@@ -22,6 +22,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +64,7 @@ class JudgedItem:
     prompt: str
     answers: tuple[WrittenAnswer, ...]
 
-    @property
+    @cached_property
     def id(self) -> str:
         """A hash of the prompt and the answers."""
         texts = json.dumps([self.prompt, sorted(answer.text for answer in self.answers)])

@@ -130,6 +130,11 @@ def return_freed_memory() -> bool:
     return _GLIBC and bool(ctypes.CDLL(None).mallopt(_MMAP_THRESHOLD, 1 << 20))
 
 
+def trim_freed_memory() -> bool:
+    """Return all freed pages to the kernel once. Returns True if there were any (glibc only)."""
+    return _GLIBC and bool(ctypes.CDLL(None).malloc_trim(0))
+
+
 def flush_denormals(on: bool = True) -> bool:
     """Flush numbers below 1.2e-38 to 0 on every thread of torch. Returns True if the processor can.
 

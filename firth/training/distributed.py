@@ -105,10 +105,17 @@ class Ranks:
         if self.world == 1:
             return [x]
         lengths = self.gather(torch.tensor([len(x)], device=self.device))[:, 0].tolist()
+        if not max(lengths):
+            return [x] * self.world
         padded = np.zeros(max(lengths), x.dtype)
         padded[: len(x)] = x
         rows = self.gather(torch.from_numpy(padded).to(self.device)).cpu().numpy()
         return [row[:length] for row, length in zip(rows, lengths, strict=True)]
+
+    def errors(self, error: Exception | None) -> list[str]:
+        """Return the message of the error of every rank, "" for one without an error. All ranks call this."""
+        text = "" if error is None else str(error) or type(error).__name__
+        return [bytes(row).decode() for row in self.gather_arrays(np.array([*text.encode()], np.uint8))]
 
     def dealt(self, function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         """Return `function(x)`, which maps each of the K first entries of `x` by itself and keeps shape and dtype.

@@ -311,15 +311,28 @@ class _Run:
         return pinned(batches) if self.device.type == "cuda" else batches
 
     def _prepare_source(self) -> Mapping[str, float]:
-        """Let the source prepare this step and return its metrics. If it fails (a user's reward), save a checkpoint first."""
+        """Let the source prepare this step and return its metrics.
+
+        If it fails on all ranks (a user's reward), a checkpoint is saved first. If it fails on some, their sources differ, so
+        nothing is saved, and the others end with the error of the first of them.
+        """
+        source, failure = self.batches.source, None
+        metrics: Mapping[str, float] = {}
         try:
             with self.casts():
-                return self.batches.source.prepare(self.model, self.state.step)
-        except UserError:
-            if self.state.step:
-                self._save()
-                self.reporter.log(f"saved step {self.state.step} in {self.directory}")
-            raise
+                metrics = source.prepare(self.model, self.state.step)
+        except UserError as error:
+            failure = error
+        errors = self.ranks.errors(failure) if source.on_policy else []
+        if errors and all(errors) and self.state.step:
+            self._save()
+            self.reporter.log(f"saved step {self.state.step} in {self.directory}")
+        for rank, message in enumerate(errors):
+            if message and failure is None:
+                raise UserError(f"rank {rank} failed: {message}")
+        if failure is not None:
+            raise failure
+        return metrics
 
     def _check_labels(self, batches: list[Batch]) -> None:
         """Raise a UserError if a loss term has no labels: its loss would be 0, without any other sign."""

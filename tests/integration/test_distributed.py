@@ -57,6 +57,12 @@ def test_two_ranks_have_the_rollouts_and_gradients_of_one(outcomes: tuple[Path, 
     assert sum(float(x.norm()) for key, x in one.items() if key.startswith("gradient")) > 0.01
 
 
+def test_each_answer_is_scored_once(outcomes: tuple[Path, Path]) -> None:
+    """A random reward: when every rank scored all answers, their advantages differed, and so did their steps."""
+    for found in map(results, outcomes):
+        assert (found["reward_calls"], found["advantage_difference"]) == (13, 0.0)
+
+
 def test_losses_equal_those_of_one_process(outcomes: tuple[Path, Path]) -> None:
     one, two = (results(p) for p in outcomes)
     assert one["step"] == pytest.approx(two["step"], abs=1e-5)

@@ -62,6 +62,20 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, 
         job("again", 2) | {"arguments": job("killed shards", 2, shard)["arguments"]},
         job("sharded, then one", 1) | {"arguments": job("sharded", 1, "max_steps=2")["arguments"]},
     ]  # fmt: skip
+    prompts = folder / "prompts.jsonl"
+    prompts.write_text(
+        "".join(json.dumps({"prompt": prompt}) + "\n" for prompt in ("the king", "no one", "my lord", "and"))
+    )
+    rewarded = [
+        "train", "reinforce", f"init_from={folder / 'one'}", f"data.path={prompts}", "examples.max_new_tokens=6",
+        "examples.reward_function=[tests.support.rank_rewards:flaky]", "examples.rollout_size=8", "examples.num_epochs=1",
+        "batch.size=8", "max_steps=2", "evaluation.every=0", "checkpoint.every=5", "precision=fp32", "--out",
+    ]  # fmt: skip
+    flaky = job("reward fails", 2, env={"FLAKY": "1"}) | {"arguments": [*rewarded, str(folder / "reward fails")]}
+    jobs += [flaky, flaky | {"name": "reward corrected", "env": {}}]
+    jobs.append(
+        job("source fails", 2, hook="failing_source") | {"arguments": [*rewarded, str(folder / "source fails")]}
+    )
     (folder / "jobs.json").write_text(json.dumps(jobs))
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     done = subprocess.run([sys.executable, str(ROOT / "tests/support/fork_ranks.py"), str(folder / "jobs.json")], env=environment,
@@ -156,6 +170,26 @@ def test_a_sharded_run_exports_the_model_of_one_process(outcomes: tuple[Path, di
         assert (x - sharded[name]).abs().max() <= 3e-3, name  # two steps of Muon in bf16 at lr 3e-3
     assert ends["sharded, then one"]["codes"] == [0]
     assert "is finished, after 2 steps" in printed(folder, "sharded, then one", 0)
+
+
+def test_a_reward_that_fails_on_one_rank_ends_both_after_a_save(outcomes: tuple[Path, dict[str, Any]]) -> None:
+    """Rank 1 alone calls the reward that fails; the ranks save together, and the corrected run resumes."""
+    folder, ends = outcomes
+    assert ends["reward fails"]["codes"] == [2, 2]
+    own, other = (printed(folder, "reward fails", rank).splitlines()[-1] for rank in (1, 0))
+    assert own.startswith("firth: the reward raised ValueError (endpoint down) at rank_rewards.py:")
+    assert other == own.replace("firth: ", "firth: rank 1 failed: ", 1)
+    assert "saved step 1 in" in printed(folder, "reward fails", 0)
+    assert ends["reward corrected"]["codes"] == [0, 0]
+    assert "resuming from step-000001" in printed(folder, "reward corrected", 0)
+
+
+def test_a_source_that_fails_on_one_rank_saves_nothing(outcomes: tuple[Path, dict[str, Any]]) -> None:
+    folder, ends = outcomes
+    assert ends["source fails"]["codes"] == [2, 2]
+    last = [printed(folder, "source fails", rank).splitlines()[-1] for rank in (0, 1)]
+    assert last == ["firth: rank 1 failed: this rank has no more memory", "firth: this rank has no more memory"]
+    assert not [*(folder / "source fails" / "checkpoints").glob("step-*")]
 
 
 def test_a_failed_collective_names_the_lost_rank(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -27,6 +27,8 @@ import torch.distributed as dist
 
 import firth.runs.run as run_module
 from firth import cli
+from firth.align.rollouts import RolloutSource
+from firth.model.model import LM
 from firth.training import checkpoint, sharded_checkpoint, trainer
 from firth.types import UserError
 
@@ -96,9 +98,22 @@ def killed_in_shards(rank: int) -> None:
     sharded_checkpoint._gather_digests = gather_or_die
 
 
+def failing_source(rank: int) -> None:
+    """The source of rank 1 fails after the rollouts of the second step, which the other rank has."""
+    prepare = RolloutSource.prepare
+
+    def prepare_or_fail(source: RolloutSource, model: LM, step: int) -> Any:
+        found = prepare(source, model, step)
+        if rank == 1 and step == 1:
+            raise UserError("this rank has no more memory")
+        return found
+
+    RolloutSource.prepare = prepare_or_fail  # type: ignore[method-assign]
+
+
 HOOKS = {
     hook.__name__: hook
-    for hook in (nothing, slow_first, failing_first, stopped_second, killed_in_save, killed_in_shards)
+    for hook in (nothing, slow_first, failing_first, stopped_second, killed_in_save, killed_in_shards, failing_source)
 }
 
 

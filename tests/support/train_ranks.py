@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import json
+import random
 import sys
 from pathlib import Path
 
@@ -98,6 +99,32 @@ def rollout_gradients(out: Path, ranks: Ranks, accumulate: int) -> None:
             save_file(found, out / f"{name}.safetensors")
 
 
+def random_rewards(ranks: Ranks) -> dict[str, float]:
+    """Return how often all ranks call a random reward for 13 answers, and the most that two ranks differ in what they train on."""
+    tokenizer, rng, calls = ByteTokenizer(), random.Random(ranks.rank), 0
+
+    def reward(text: str) -> float:
+        nonlocal calls
+        calls += 1
+        return rng.random()
+
+    config = decoder_config(
+        vocab_size=tokenizer.vocab.size, hidden_size=16, num_layers=1, num_heads=2, max_positions=32
+    )
+    torch.manual_seed(3)
+    model = LM(config, RLOO().heads(config))
+    source = RolloutSource(
+        [tokenizer.encode("a")], tokenizer, FunctionReward(reward), copy.deepcopy(model), steps=1, ranks=ranks, seed=2,  # type: ignore[arg-type]
+        config=RolloutsConfig(rollout_size=13, max_new_tokens=5), stops=list(range(7, 30)),
+    )  # fmt: skip
+    source.prepare(model, 0)
+    found = ranks.gather(torch.from_numpy(source.state()["per_token"]))
+    return {
+        "reward_calls": ranks.sum(torch.tensor([calls])).item(),
+        "advantage_difference": (found - found[0]).abs().max().item(),
+    }
+
+
 def run_all(out: Path, ranks: Ranks, accumulate: int) -> None:
     """Write gradients.safetensors, results.json and the run directories into `out`."""
     torch.set_num_threads(1)
@@ -126,6 +153,7 @@ def run_all(out: Path, ranks: Ranks, accumulate: int) -> None:
     loss = (2 * used).sum() + common.sum() if ranks.first else common.sum()
     parallel(torch.nn.ParameterList([used, unused, common]), ranks).backward(loss, last=True)
 
+    rewarded = random_rewards(ranks)
     matrices = torch.randn(5, 8, 24, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)
     dealt = ranks.dealt(muon.orthogonalize, matrices)
     muon_difference = (dealt.float() - muon.orthogonalize(matrices).float()).abs().max()
@@ -143,7 +171,7 @@ def run_all(out: Path, ranks: Ranks, accumulate: int) -> None:
             "skipped": with_nan.skipped, "max_difference": (gathered - gathered[0]).abs().max().item(),
             "finite": bool(torch.isfinite(flat).all()), "used": used.grad.tolist(), "unused": unused.grad is None,
             "muon_difference": muon_difference.item(),
-        }  # fmt: skip
+        } | rewarded  # fmt: skip
         (out / "results.json").write_text(json.dumps(results))
 
 

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import platform
 import re
+import subprocess
+import sys
+from contextlib import nullcontext
 from dataclasses import replace
 
 import pytest
+import torch
 
 from firth import objectives
 from firth.model.config import decoder_config, encoder_config, encoder_decoder_config
@@ -19,7 +24,8 @@ from firth.objectives.replaced_tokens import RTD
 from firth.objectives.semi_supervised import Consistency
 from firth.objectives.sentence_pairs import NSP
 from firth.objectives.seq2seq import SpanCorruption
-from firth.runs.compatibility import check_pattern
+from firth.runs import compatibility
+from firth.runs.compatibility import check_available_memory, check_pattern
 from firth.runs.recipe import load
 from firth.types import UserError
 
@@ -201,3 +207,46 @@ def test_check_happens_when_the_recipe_is_loaded() -> None:
     with pytest.raises(UserError, match=r"objective mlm .* a causal decoder cannot: set model\.causal=false"):
         load("gpt", ["objective=mlm"])
     assert load("gpt", ["objective=mlm", "model.causal=false"]).model == replace(load("gpt").model, causal=False)
+
+
+def test_shards_divide_the_whole_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    """16 bytes a weight over 17 ranks were 0 bytes a weight, so that every model fitted."""
+    config = decoder_config(vocab_size=1000, hidden_size=64, num_layers=2, num_heads=2)
+    for shards in (1, 8, 17, 32):
+        need = config.num_parameters() * 16 / shards
+        for free, fits in ((int(need) + 1, True), (int(need) - 1, False)):
+            monkeypatch.setattr(compatibility, "memory", lambda free=free: (1 << 40, free))
+            with nullcontext() if fits else pytest.raises(UserError, match="GB of main memory are free: lower"):
+                check_available_memory(config, "adamw", True, torch.device("cpu"), shards, whole=False)
+
+
+def test_the_processes_of_a_machine_share_its_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = decoder_config(vocab_size=1000, hidden_size=64, num_layers=2, num_heads=2)
+    monkeypatch.setattr(compatibility, "memory", lambda: (1 << 40, config.num_parameters() * 16 + 8))
+    check_available_memory(config, "adamw", True, torch.device("cpu"))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    check_available_memory(config, "adamw", True, torch.device("cpu"), 2, whole=False)
+    with pytest.raises(UserError, match="are free for each of 2 processes: lower"):
+        check_available_memory(config, "adamw", True, torch.device("cpu"))
+
+
+FREED = r"""
+import re, torch
+from firth.runs.compatibility import available_memory
+from firth.training.device import keep_freed_memory
+def resident():
+    return int(re.search(r"VmRSS:\s+(\d+)", open("/proc/self/status").read())[1]) >> 10
+assert keep_freed_memory()
+blocks = [torch.ones(1_000_000) for _ in range(100)]
+del blocks
+before = resident()
+available_memory(torch.device("cpu"))
+print(before - resident())
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another malloc")
+def test_what_an_earlier_run_has_freed_is_free() -> None:
+    """A second run in a process was refused, since malloc kept the 400 MB of the first."""
+    done = subprocess.run([sys.executable, "-c", FREED], text=True, capture_output=True, check=True)
+    assert int(done.stdout) > 350

@@ -6,14 +6,18 @@ import json
 import os
 import subprocess
 import sys
+import tracemalloc
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
+import numpy as np
 import pytest
 from starlette.testclient import TestClient
 
 from firth.serve.app import create_app
-from firth.serve.board import MAX_TRAIN_ROWS, Board, MetricsFile, board_routes, thinned
+from firth.serve.board import MAX_ROWS, Board, MetricsFile, board_routes
 from firth.serve.config import ServeConfig
 from firth.training.logging import MetricsLog
 
@@ -42,13 +46,13 @@ def test_an_incomplete_last_line_waits_for_its_end(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     file = MetricsFile(path)
     file.update()
-    assert file.rows == []
+    assert file.since(0) == []
     text = line(1) + line(2)
     for end in range(len(text) + 1):  # as a writer may be interrupted anywhere
         path.write_text(text[:end])
         file.update()
-        assert [one["step"] for one in file.rows] == [1, 2][: text[:end].count("\n")]
-    assert file.version == 0 and file.rows[0] == row(1)
+        assert [one["step"] for one in file.since(0)] == [1, 2][: text[:end].count("\n")]
+    assert file.version == 0 and file.since(0)[0] == row(1)
 
 
 def test_characters_that_are_cut_in_half_do_no_harm(tmp_path: Path) -> None:
@@ -58,7 +62,7 @@ def test_characters_that_are_cut_in_half_do_no_harm(tmp_path: Path) -> None:
     file.update()
     path.write_bytes(whole)
     file.update()
-    assert [one["note"] for one in file.rows] == ["čaj"]
+    assert [one["note"] for one in file.since(0)] == ["čaj"]
 
 
 def test_a_resumed_run_is_read_from_its_beginning(runs: Path) -> None:
@@ -106,7 +110,7 @@ def test_lines_that_are_no_rows_are_left_out(tmp_path: Path) -> None:
     )
     file = MetricsFile(path)
     file.update()
-    assert [one["step"] for one in file.rows] == [1, 2]
+    assert [one["step"] for one in file.since(0)] == [1, 2]
 
 
 def test_runs_that_begin_later_appear(runs: Path) -> None:
@@ -141,7 +145,14 @@ def test_a_recipe_that_is_half_written_is_read_later(runs: Path) -> None:
 def test_states_of_runs(runs: Path) -> None:
     ended = subprocess.Popen([sys.executable, "-c", ""])
     ended.wait()
-    for name, process in (("alive", os.getpid()), ("killed", ended.pid), ("done", os.getpid()), ("odd", "x")):
+    for name, process in (
+        ("alive", os.getpid()),
+        ("killed", ended.pid),
+        ("done", os.getpid()),
+        ("odd", "x"),
+        ("group", 0),
+        ("all", -1),
+    ):
         (runs / name).mkdir()
         (runs / name / "metrics.jsonl").write_text(line(1))
         (runs / name / "lock").write_text(str(process))
@@ -149,16 +160,95 @@ def test_states_of_runs(runs: Path) -> None:
     states = {one["name"]: one["state"] for one in Board([runs]).summaries()}
     assert states == {
         "runs/alive": "training", "runs/killed": "stopped", "runs/done": "finished", "runs/odd": "stopped",
+        "runs/group": "stopped", "runs/all": "stopped",
     }  # fmt: skip
 
 
-def test_long_runs_are_thinned() -> None:
-    rows = [row(step) for step in range(1, 3 * MAX_TRAIN_ROWS)] + [row(7, "valid"), row(3 * MAX_TRAIN_ROWS)]
-    found = thinned(rows)
+def test_long_runs_are_thinned(tmp_path: Path) -> None:
+    """Every k-th training step is kept, and the last one; rows of other splits are thinned by themselves."""
+    path, file = tmp_path / "metrics.jsonl", MetricsFile(tmp_path / "metrics.jsonl")
+    path.write_text("".join(line(step) for step in range(1, 3 * MAX_ROWS)) + line(7, "valid") + line(3 * MAX_ROWS))
+    file.update()
+    found = file.since(0)
     train = [one["step"] for one in found if one["split"] == "train"]
-    assert len(train) == MAX_TRAIN_ROWS and train[-1] == 3 * MAX_TRAIN_ROWS
-    assert [one["split"] for one in found].count("valid") == 1
-    assert thinned(rows[:5]) == rows[:5]
+    assert MAX_ROWS / 2 < len(train) <= MAX_ROWS + 1 and train[-1] == 3 * MAX_ROWS
+    assert set(np.diff(train[:-1])) == {4} and train[0] == 1
+    assert [one["step"] for one in found if one["split"] == "valid"] == [7] and file.count == 3 * MAX_ROWS + 1
+    with path.open("a") as added:
+        added.write("".join(line(3 * MAX_ROWS + i) for i in range(1, 6)))
+    file.update()
+    new = [one["step"] for one in file.since(3 * MAX_ROWS + 1)]
+    assert new[-1] == 3 * MAX_ROWS + 5 and len(new) == 2
+
+
+def test_memory_does_not_grow_with_a_run(runs: Path) -> None:
+    (runs / "long").mkdir()
+    with (runs / "long" / "metrics.jsonl").open("w") as file:
+        for step in range(20_000):
+            file.write(line(step))
+    board = Board([runs])
+    tracemalloc.start()
+    board.summaries()
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 2 << 20
+
+
+def odd_runs() -> dict[str, Callable[[Path], Any]]:
+    """Return what may be in a run directory, by name."""
+
+    def metrics(text: str) -> Callable[[Path], Any]:
+        return lambda run: (run / "metrics.jsonl").write_text(text)
+
+    def recipe(text: str) -> Callable[[Path], Any]:
+        return lambda run: (run / "recipe.yaml").write_text(text)
+
+    def old(run: Path) -> None:
+        (run / "recipe.yaml").write_text("name: old")
+        os.utime(run / "recipe.yaml", (0, 0))
+
+    def named(name: str, kind: Callable[[Path], Any]) -> Callable[[Path], Any]:
+        return lambda run: ((run / "recipe.yaml").write_text("name: x"), kind(run / name))
+
+    start = '{"step": 1, "split": "train", '
+    return {
+        "nan": metrics(start + '"loss": NaN}\n'), "infinity": metrics(start + '"loss": 1e999}\n'),
+        "surrogate": metrics(start + '"note": "\\ud800", "\\ud800": 1}\n'), "nested": metrics(start + '"x": [NaN]}\n'),
+        "long line": metrics(start + f'"x": "{"x" * (3 << 20)}"}}\n' + line(2)), "digits": metrics(start + f'"x": {"1" * 5000}}}\n'),
+        "directory": named("metrics.jsonl", Path.mkdir), "pipe": named("metrics.jsonl", os.mkfifo), "lock": named("lock", os.mkfifo),
+        "old": old, "budget nan": recipe("budget: {max_steps: .nan}\nname: [1]"),
+        "budget date": recipe("budget: {1: 2, max: 2020-01-01}\nname: 2020-01-01"),
+        "escaped": recipe('name: "\\uD800"\nobjective: [{kind: "\\uD800"}, {}]'), "bytes": recipe("name: !!binary aGk="),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("name", odd_runs())
+def test_an_odd_run_does_not_hide_the_others(runs: Path, name: str) -> None:
+    for run in ("good", name):
+        (runs / run).mkdir()
+    (runs / "good" / "metrics.jsonl").write_text(line(1))
+    odd_runs()[name](runs / name)
+    with client(Board([runs])) as http:
+        found = {one["name"]: one for one in http.get("/runs").json()["runs"]}
+        assert found["runs/good"]["step"] == 1 and found.keys() == {"runs/good", f"runs/{name}"}
+        assert http.get(f"/runs/runs/{name}/metrics").status_code == 200
+    if name in ("nan", "infinity"):
+        assert found[f"runs/{name}"]["last"]["train"]["loss"] is None
+    if name == "long line":
+        assert found["runs/long line"]["step"] == 2
+    if name == "old":
+        assert found["runs/old"]["recipe"] == "old"
+
+
+def test_a_run_whose_name_is_no_text_is_shown(runs: Path) -> None:
+    directory = os.fsencode(runs) + b"/r\xff"
+    os.mkdir(directory)
+    with open(directory + b"/metrics.jsonl", "w") as file:
+        file.write(line(4))
+    with client(Board([runs])) as http:
+        [found] = http.get("/runs").json()["runs"]
+        assert (found["name"], found["step"]) == ("runs/r\\xff", 4)
+        assert http.get(f"/runs/{quote(found['name'], safe='')}/metrics").json()["next"] == 1
 
 
 def test_only_runs_of_the_board_are_read(runs: Path, tmp_path: Path) -> None:
