@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
@@ -401,12 +401,17 @@ def open_model(directory: Path, weights: str | None = None) -> Model:
 
 
 def fast_weights(model: LM) -> str | None:
-    """Return "bf16", and log it, for a model with fp32 weights where this machine also trains in bf16; else None."""
+    """Return "bf16", and log it once, for a model with fp32 weights where this machine also trains in bf16; else None."""
     stored = model.tokens.weight
     if stored.dtype != torch.float32 or choose_precision("auto", stored.device) != "bf16":
         return None
-    LOGGER.warning("weights are held in bf16, which is faster here: set weights to fp32 for full precision")
+    _warn_of_bf16()
     return "bf16"
+
+
+@cache
+def _warn_of_bf16() -> None:
+    LOGGER.warning("weights are held in bf16, which is faster here: use --weights fp32 for full precision")
 
 
 def trained_length(evaluated: EvaluatedModel) -> int:

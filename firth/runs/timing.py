@@ -2,7 +2,7 @@
 
 A small product says little about a step: norms, attention, the optimizer and the data take their share, and it differs by
 objective. So steps are timed: those of the real model where they take seconds, else of a model with the same width, fewer
-layers and fewer rows, whose speed is recorded in CACHE/speed.json by machine, precision, objective and size of the matrices.
+layers and fewer rows, whose highest speed is kept in CACHE/speed.json by machine, precision, objective and size of the matrices.
 """
 
 from __future__ import annotations
@@ -84,16 +84,19 @@ def step_seconds(
         return 0.0, "not measured, since the model does not fit into the free memory"
     smaller = _smaller(recipe)
     name = _calibration(smaller)
-    per_flop, per_weight = speed.recorded(f"{name}: FLOP/s"), speed.recorded(f"{name}: weights/s")
-    how = "the recorded speed of a smaller model of the same width"
-    if per_flop is None or per_weight is None:
-        how = "the speed of a smaller model of the same width, measured now"
-        model = build(smaller)
-        times = time_steps(model, smaller, _fewer(batches, smaller))
-        per_flop, per_weight = 1 / times.per_flop, num_trainable_parameters(model) / max(times.optimizer, 1e-9)
-        speed.record(f"{name}: FLOP/s", per_flop)
-        speed.record(f"{name}: weights/s", per_weight)
+    model = build(smaller)
+    times = time_steps(model, smaller, _fewer(batches, smaller))
+    per_flop = _fastest(f"{name}: FLOP/s", 1 / times.per_flop)
+    per_weight = _fastest(f"{name}: weights/s", num_trainable_parameters(model) / max(times.optimizer, 1e-9))
+    how = "the fastest measured speed of a smaller model of the same width"
     return step_flops / per_flop + recipe.model.num_parameters() / per_weight, how
+
+
+def _fastest(name: str, measured: float) -> float:
+    """Record a speed if it is the highest so far and return the highest: other work on the machine can only lower one."""
+    fastest = max(measured, speed.recorded(name) or 0.0)
+    speed.record(name, fastest)
+    return fastest
 
 
 def time_steps(model: LM, recipe: ResolvedRecipe, batches: Batches) -> StepTimes:

@@ -88,7 +88,7 @@ class FittedLaw:
         why = ""
         if not N.high <= fit.MAX_RATIO * N.low:
             why = (
-                f"the best size for {C:.3g} FLOPs is not determined: its interval is {number(N.low, 2)} to {number(N.high, 2)} parameters; "
+                f"the best size for {C:.3g} FLOPs is not determined: its interval is {number(N.low, 3)} to {number(N.high, 3)} parameters; "
                 "train more points, of sizes further from each other"
             )
         return Optimum(C, N, D, self.loss(*best[0]), why)
@@ -114,7 +114,7 @@ class FittedLaw:
         return self._loss(self.law, self.repeats, N, D, unique)
 
     def _loss(self, law: LossLaw, repeats: RepeatLaw | None, N: float, D: float, unique: float) -> float:
-        if repeats is None or not unique or unique >= D:
+        if repeats is None or not unique:
             return float(law.loss(N, D))
         return float(repeats.loss(N, D, unique, self.rule))
 

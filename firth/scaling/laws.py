@@ -2,7 +2,7 @@
 
     loss(N, D)     = E + A / N ** alpha + B / D ** beta                      (Hoffmann et al. 2022, equation 2)
     compute(N, D)  = factor * N ** power * D                                 (6 N D by default)
-    with repeats   : N and D are replaced by what they are worth             (Muennighoff et al. 2023, equations 5 to 7)
+    with repeats   : N and D are replaced by what they are worth             (after Muennighoff et al. 2023, equations 5 to 7)
 
 >>> law = LossLaw(E=1.69, A=406.4, B=410.7, alpha=0.34, beta=0.28)
 >>> N, D = law.optimum(5.76e23)
@@ -96,8 +96,11 @@ class LossLaw(Validated):
 class RepeatLaw(Validated):
     """Loss where the text is read several times: repeated tokens and excess parameters are worth less than new ones.
 
-    R repeats of U unique tokens are worth U * R_D * (1 - exp(-R / R_D)) new ones. Parameters beyond those for which U tokens are
-    the optimum are worth less in the same way, with R_N.
+    R repeats of U unique tokens are worth U * R_D * (1 - exp(-R / R_D)) new ones. Parameters beyond the N_U for which U tokens are
+    the optimum are worth less in the same way: x * N_U of them are worth N_U * (R_N / s) * (1 - exp(-s * x / R_N)), where
+    s = 1 - exp(-R / R_D) is what a repeated token has lost of its worth. In the paper s is 1, also for text that is read once, so
+    that its loss jumps away from the law of new tokens after the first epoch. With s nothing is lost at R = 0, and the two agree
+    for many epochs.
 
     Args:
         law: The law of new tokens.
@@ -114,20 +117,25 @@ class RepeatLaw(Validated):
         D, unique = np.asarray(D, float), np.asarray(unique, float)
         return _worth(D, np.minimum(D, unique), self.R_D)
 
-    def worth_of_parameters(self, N: ArrayLike, unique: ArrayLike, rule: ComputeRule = SIX_N_D) -> FloatArray:
-        """Return the parameters that N are worth with `unique` tokens."""
-        N = np.asarray(N, float)
-        return _worth(N, np.minimum(N, self.law.parameters_for(unique, rule)), self.R_N)
+    def worth_of_parameters(
+        self, N: ArrayLike, D: ArrayLike, unique: ArrayLike, rule: ComputeRule = SIX_N_D
+    ) -> FloatArray:
+        """Return the parameters that N are worth after D tokens from `unique` ones."""
+        N, D, unique = np.asarray(N, float), np.asarray(D, float), np.asarray(unique, float)
+        lost = -np.expm1(-np.maximum(0.0, D / unique - 1) / self.R_D)
+        best = np.minimum(N, self.law.parameters_for(np.minimum(D, unique), rule))
+        return _worth(N, best, self.R_N / np.maximum(lost, 1e-12))
 
     def loss(self, N: ArrayLike, D: ArrayLike, unique: ArrayLike, rule: ComputeRule = SIX_N_D) -> FloatArray:
         """Return the loss of N parameters after D tokens from `unique` ones."""
-        return self.law.loss(self.worth_of_parameters(N, unique, rule), self.worth_of_tokens(D, unique))
+        return self.law.loss(self.worth_of_parameters(N, D, unique, rule), self.worth_of_tokens(D, unique))
 
     def epochs_at_worth(self, share: float) -> float:
         """Return the epochs after which a repeated token is worth `share` of a new one: 1 + R_D ln(1 / share)."""
         return 1 + self.R_D * float(np.log(1 / share))
 
 
-def _worth(total: FloatArray, unique: FloatArray, decay: float) -> FloatArray:
+def _worth(total: FloatArray, unique: FloatArray, decay: ArrayLike) -> FloatArray:
     """Return unique + unique * decay * (1 - exp(-repeats / decay))."""
+    decay = np.asarray(decay, float)
     return unique - unique * decay * np.expm1(-(total / unique - 1) / decay)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -53,6 +54,9 @@ from firth.serve.views import site
 
 STATIC = Path(__file__).parent / "static"
 
+STOP_SECONDS = 2.0
+"""Most seconds at the end for the computation that runs; answers have had `drain_seconds` before."""
+
 OPERATIONS = (
     Operation("/v1/completions", "Continue texts", CompletionRequest, CompletionResponse, complete, CompletionResponse),
     Operation("/v1/chat/completions", "Answer a chat", ChatRequest, ChatResponse, chat_complete, ChatChunk),
@@ -96,7 +100,7 @@ def create_app(
             yield
         finally:
             if models is not None:
-                models.thread.stop()
+                await asyncio.to_thread(models.thread.stop, STOP_SECONDS)
 
     async def views(request: Request) -> Response:
         return JSONResponse(site(models, board is not None))
@@ -121,7 +125,10 @@ def create_app(
 
 
 async def health(request: Request) -> Response:
-    """Return whether the server answers; this route needs no key."""
+    """Return whether the server computes; this route needs no key."""
+    models = request.app.state.models
+    if models is not None and not models.thread.alive:
+        raise ApiError(503, "the engine has failed: start the server again", code="engine_failed")
     return JSONResponse(HealthResponse(status="ok").model_dump())
 
 

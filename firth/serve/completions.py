@@ -20,9 +20,10 @@ from firth.generate.sampling import Sampling
 from firth.generate.scheduler import GenerationRequest, Update
 from firth.generate.scoring import ScoredPair, TokenScores, score_pairs
 from firth.serve.config import ServeLimits
+from firth.serve.engine_thread import Slices
 from firth.serve.errors import ApiError
 from firth.serve.events import EventStream
-from firth.serve.operations import Context
+from firth.serve.operations import Context, batches
 from firth.serve.registry import ServedModel
 from firth.serve.schemas import (
     ChatAnswer,
@@ -45,10 +46,13 @@ from firth.serve.schemas import (
     Usage,
 )
 from firth.serve.structured import GrammarConstraint
+from firth.serve.token_texts import Offsets
 from firth.tokenizer import chat
 
 GREEDY_TEMPERATURE = 1e-4
 """Lower temperatures take the most likely token: the logits divided by them would overflow."""
+MIN_TOP_P = 1e-9
+"""For a `top_p` of 0: the most likely token alone."""
 MIN_LOGPROB = -9999.0
 """The log-probability that JSON shows for a probability of 0, as OpenAI's server does."""
 
@@ -75,12 +79,12 @@ class Answer:
     Args:
         index: Its index among the choices.
         updates: Its tokens, with the end-of-text token.
-        offset: Where its first token starts in the text of the choice, in characters.
+        offsets: Where its next token starts in the text of the choice.
         finish: Why it ended; None while it is decoded.
     """
 
     index: int
-    offset: int = 0
+    offsets: Offsets
     updates: list[Update] = field(default_factory=list)
     finish: FinishReason | None = None
 
@@ -151,7 +155,8 @@ async def prepare(
         longest = min(limits.max_new_tokens, engine.room(prompt.ids), max_tokens or limits.max_new_tokens)
         sampling = Sampling(
             max_new_tokens=longest, temperature=body.temperature if body.temperature >= GREEDY_TEMPERATURE else 0.0,
-            top_k=body.top_k, top_p=body.top_p, min_p=body.min_p, repetition_penalty=body.repetition_penalty, stop_strings=stop,
+            top_k=body.top_k, top_p=max(body.top_p, MIN_TOP_P), min_p=body.min_p,
+            repetition_penalty=body.repetition_penalty, stop_strings=stop,
         )  # fmt: skip
         for i in range(body.n):
             own = None if constraint is None else constraint.copy()
@@ -168,8 +173,7 @@ def check_limit(param: str, found: int, most: int, what: str) -> None:
 
 def check_prompt(served: ServedModel, prompt: PromptTokens, limits: ServeLimits, room: bool = True) -> None:
     """Raise an ApiError if a prompt is empty, longer than allowed, or leaves no room for an answer."""
-    context = served.model.model.context
-    most = min(context, limits.max_prompt_tokens or context)
+    most = most_tokens(served, limits)
     if not len(prompt.ids):
         raise ApiError(400, "the prompt is empty: give at least one token", param="prompt", code="invalid_value")
     if len(prompt.ids) > most or (room and not served.model.engine.room(prompt.ids)):
@@ -221,10 +225,20 @@ async def completion_prompts(served: ServedModel, body: CompletionRequest, limit
         raise ApiError(400, "prompt: give at least one", param="prompt", code="invalid_value")
     check_limit("prompt", len(prompts), limits.max_prompts, "prompts")
 
+    for one in prompts:
+        if isinstance(one, str):
+            served.check_characters(one, most_tokens(served, limits), "prompt")
+
     def encode() -> list[PromptTokens]:
         return [text_prompt(served, one) if isinstance(one, str) else token_prompt(served, one) for one in prompts]
 
     return await asyncio.to_thread(encode)
+
+
+def most_tokens(served: ServedModel, limits: ServeLimits) -> int:
+    """Return the most tokens of a prompt."""
+    context = served.model.model.context
+    return min(context, limits.max_prompt_tokens or context)
 
 
 # ------------------------------------------------------------------------------- decoding
@@ -238,7 +252,7 @@ async def decode(context: Context, job: Job, offsets: Sequence[int]) -> AsyncGen
         job: The job.
         offsets: Where the first token of each answer starts in the text of its choice.
     """
-    answers = [Answer(i, offset) for i, offset in enumerate(offsets)]
+    answers = [Answer(i, Offsets(job.served.texts, offset)) for i, offset in enumerate(offsets)]
     if not answers:
         return
     async with context.models.thread.generate(job.served.model.engine, job.requests) as events:
@@ -253,11 +267,9 @@ async def decode_all(context: Context, job: Job, offsets: Sequence[int]) -> list
     return [answers[i] for i in range(len(job.requests))]
 
 
-def shown_updates(served: ServedModel, answer: Answer) -> list[Update]:
-    """Return the tokens of an answer that are a part of its text: without the token that ended it."""
-    last = answer.updates[-1] if answer.updates else None
-    ended = last is not None and last.completion is not None and last.token in served.model.engine.stops
-    return answer.updates[:-1] if ended else answer.updates
+def shown(served: ServedModel, updates: Sequence[Update]) -> list[Update]:
+    """Return the tokens that are a part of the text of an answer: without the token that ended it."""
+    return [one for one in updates if one.completion is None or one.token not in served.model.engine.stops]
 
 
 # ------------------------------------------------------------------------------- completions
@@ -281,16 +293,14 @@ async def complete(context: Context, body: CompletionRequest) -> CompletionRespo
     if body.stream:
         return EventStream(_completion_events(context, job, body, echoed, offsets, head), context.limits)
     answers = await decode_all(context, job, offsets) or [
-        Answer(i, finish="length") for i in range(len(prompts) * body.n)
+        Answer(i, Offsets(served.texts), finish="length") for i in range(len(prompts) * body.n)
     ]
     choices = []
     for answer in answers:
         start = echoed[answer.index // body.n]
         logprobs = None
         if body.logprobs is not None:
-            logprobs = join(
-                start.logprobs, completion_logprobs(served, answer, shown_updates(served, answer), body.logprobs)
-            )
+            logprobs = join(start.logprobs, completion_logprobs(served, answer.offsets, answer.updates, body.logprobs))
         choices.append(
             CompletionChoice(
                 index=answer.index, text=start.text + answer.text, logprobs=logprobs, finish_reason=answer.finish
@@ -317,9 +327,7 @@ async def _completion_events(
         answers[answer.index] = answer
         logprobs = None
         if body.logprobs is not None:
-            logprobs = completion_logprobs(
-                job.served, answer, shown_updates(job.served, answer), body.logprobs, last=True
-            )
+            logprobs = completion_logprobs(job.served, answer.offsets, [update], body.logprobs)
         if update.text or answer.finish or (logprobs is not None and logprobs.tokens):
             yield event(answer.index, update.text, logprobs, answer.finish)
     if body.stream_options is not None and body.stream_options.include_usage:
@@ -349,11 +357,9 @@ async def echo(context: Context, job: Job, body: CompletionRequest) -> list[Echo
     """
     served, texts = job.served, job.served.texts
     top = min(body.logprobs or 0, _vocab_size(served))
-    shown = [
-        served.model.tokenizer.decode(prompt.ids) if prompt.text is None else prompt.text for prompt in job.prompts
-    ]
+    written = [texts.joined(prompt.ids) if prompt.text is None else prompt.text for prompt in job.prompts]
     if body.logprobs is None:
-        return [Echo(text, None) for text in shown]
+        return [Echo(text, None) for text in written]
     splits = [max(1, len(prompt.ids) - prompt.own) for prompt in job.prompts]
     pairs = {
         p: ScoredPair(prompt.ids[:at], prompt.ids[at:])
@@ -362,11 +368,15 @@ async def echo(context: Context, job: Job, body: CompletionRequest) -> list[Echo
     }
     vocab = served.model.evaluated.vocab
 
-    def score() -> dict[int, TokenScores]:
-        found = score_pairs(served.model.model, vocab, [*pairs.values()], top)
-        return {[*pairs][k]: scores for k, scores in found}
+    def score() -> Slices[dict[int, TokenScores]]:
+        found = {}
+        for some in batches([*pairs], [len(job.prompts[p].ids) for p in pairs]):
+            scored = score_pairs(served.model.model, vocab, [pairs[p] for p in some], top)
+            found.update({some[k]: scores for k, scores in scored})
+            yield
+        return found
 
-    scores = await context.models.thread.run(score) if pairs else {}
+    scores = await context.models.thread.run_slices(score()) if pairs else {}
     out = []
     for p, prompt in enumerate(job.prompts):
         ids = [int(id) for id in prompt.ids[len(prompt.ids) - prompt.own :]]
@@ -382,31 +392,27 @@ async def echo(context: Context, job: Job, body: CompletionRequest) -> list[Echo
             tokens=[texts.text(id) for id in ids], token_logprobs=values, top_logprobs=tops if body.logprobs else None,
             text_offset=texts.prompt_offsets(prompt.text, ids),
         )  # fmt: skip
-        out.append(Echo(shown[p], logprobs))
+        out.append(Echo(written[p], logprobs))
     return out
 
 
 def completion_logprobs(
-    served: ServedModel, answer: Answer, updates: Sequence[Update], top: int, last: bool = False
+    served: ServedModel, offsets: Offsets, updates: Sequence[Update], top: int
 ) -> CompletionLogprobs:
-    """Return the log-probabilities of an answer, or of its `last` token.
+    """Return the log-probabilities of the next tokens of an answer.
 
     Args:
         served: The model.
-        answer: The answer.
-        updates: Its tokens that are shown.
+        offsets: Where the next token starts.
+        updates: The tokens; those that are not shown are left out.
         top: Most likely tokens per token; 0 for none.
-        last: Whether only the token of the last step is returned, if it is shown.
     """
-    ids = [update.token for update in updates]
-    offsets = served.texts.offsets(ids, answer.offset)
-    first = len(answer.updates) - 1 if last else 0
-    some = list(zip(updates, offsets, strict=True))[first:]
+    some = shown(served, updates)
     return CompletionLogprobs(
-        tokens=[served.texts.text(update.token) for update, _ in some],
-        token_logprobs=[at_least(update.logprob) for update, _ in some],
-        top_logprobs=[top_dict(served, update.alternatives) for update, _ in some] if top else None,
-        text_offset=[offset for _, offset in some],
+        tokens=[served.texts.text(update.token) for update in some],
+        token_logprobs=[at_least(update.logprob) for update in some],
+        top_logprobs=[top_dict(served, update.alternatives) for update in some] if top else None,
+        text_offset=[offsets.next(update.token) for update in some],
     )
 
 
@@ -450,6 +456,9 @@ async def chat_complete(context: Context, body: ChatRequest) -> ChatResponse | E
     if body.top_logprobs and not body.logprobs:
         raise ApiError(400, "top_logprobs: it needs logprobs", param="top_logprobs", code="invalid_value")
     messages = [one.as_message for one in body.messages]
+    served.check_characters(
+        "".join(one["content"] for one in messages), most_tokens(served, context.limits), "messages"
+    )
     ids, _ = await asyncio.to_thread(chat.encode, served.model.tokenizer, messages, True)
     prompt = PromptTokens(ids, len(ids), None)
     most = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
@@ -462,7 +471,7 @@ async def chat_complete(context: Context, body: ChatRequest) -> ChatResponse | E
     choices = []
     for answer in answers:
         assert answer.finish is not None
-        logprobs = chat_logprobs(served, shown_updates(served, answer)) if body.logprobs else None
+        logprobs = chat_logprobs(served, answer.updates) if body.logprobs else None
         message = ChatAnswer(content=answer.text)
         choices.append(ChatChoice(index=answer.index, message=message, logprobs=logprobs, finish_reason=answer.finish))
     return ChatResponse(**head, choices=choices, usage=job.usage(answers))
@@ -484,7 +493,7 @@ async def _chat_events(
         answers[answer.index] = answer
         logprobs = None
         if body.logprobs:
-            logprobs = chat_logprobs(job.served, shown_updates(job.served, answer)[len(answer.updates) - 1 :])
+            logprobs = chat_logprobs(job.served, [update])
         if update.text or answer.finish or (logprobs is not None and logprobs.content):
             delta = ChatDelta(content=update.text) if update.text else ChatDelta()
             yield event(answer.index, delta, logprobs, answer.finish)
@@ -493,9 +502,9 @@ async def _chat_events(
 
 
 def chat_logprobs(served: ServedModel, updates: Sequence[Update]) -> ChatLogprobs:
-    """Return the log-probabilities of tokens."""
+    """Return the log-probabilities of the tokens that are shown."""
     content = []
-    for update in updates:
+    for update in shown(served, updates):
         own = top_logprob(served, update.token, update.logprob)
         tops = [top_logprob(served, id, logprob) for id, logprob in update.alternatives]
         content.append(TokenLogprob(token=own.token, logprob=own.logprob, bytes=own.bytes, top_logprobs=tops))

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import base64
 import re
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import numpy as np
 from pydantic import BaseModel
@@ -16,8 +16,9 @@ from firth.evaluate.tasks.preferences import dialogue_rewards
 from firth.generate import embeddings
 from firth.runs.loaded_model import trained_length
 from firth.serve.completions import at_least, check_limit
+from firth.serve.engine_thread import Slices
 from firth.serve.errors import ApiError
-from firth.serve.operations import Context, Handler
+from firth.serve.operations import Context, Handler, batches, tokenizing
 from firth.serve.registry import ServedModel
 from firth.serve.schemas import (
     Alternative,
@@ -42,6 +43,10 @@ from firth.serve.schemas import (
 )
 from firth.types import UserError
 
+T = TypeVar("T")
+SLICE_CHARACTERS = 2048
+"""Most characters of the records that are predicted or rated together, about SLICE_TOKENS tokens, unless one is longer."""
+
 
 async def embed(context: Context, body: EmbeddingRequest) -> BaseModel:
     """Return the mean of the hidden states of each text, at length 1, as `firth embed` does."""
@@ -51,18 +56,31 @@ async def embed(context: Context, body: EmbeddingRequest) -> BaseModel:
         raise ApiError(400, "input: give at least one text", param="input", code="invalid_value")
     check_limit("input", len(texts), context.limits.max_prompts, "texts")
     evaluated = served.model.evaluated
+    model, tokenizer, longest = evaluated.model, evaluated.tokenizer, trained_length(evaluated)
 
-    def job() -> tuple[np.ndarray, list[int], int]:
-        count = sum(len(ids) for ids in evaluated.tokenizer.encode_batch(texts))
-        longest = trained_length(evaluated)
-        return *embeddings.embed(evaluated.model, evaluated.tokenizer, texts, length=longest), count
-
-    vectors, truncated, count = await context.models.thread.run(job)
-    if truncated:
-        raise ApiError(
-            400, f"input.{truncated[0]}: this text is longer than the {trained_length(evaluated):,} tokens that the model reads",
-            param="input", code="context_length_exceeded",
+    def too_long(i: int) -> ApiError:
+        return ApiError(
+            400, f"input.{i}: this text is longer than the {longest:,} tokens that the model reads", param="input",
+            code="context_length_exceeded",
         )  # fmt: skip
+
+    for i, text in enumerate(texts):
+        if served.exceeds(text, longest):
+            raise too_long(i)
+    encoded = await tokenizing(sum(map(len, texts)), lambda: tokenizer.encode_batch(texts))
+    counts = [len(ids) for ids in encoded]
+    order = sorted(range(len(texts)), key=lambda i: -counts[i])
+
+    def job() -> Slices[np.ndarray]:
+        vectors = np.zeros((len(texts), model.config.hidden_size), np.float32)
+        for some in batches(order, [counts[i] for i in order]):
+            vectors[some], truncated = embeddings.embed(model, tokenizer, [texts[i] for i in some], length=longest)
+            if truncated:
+                raise too_long(some[truncated[0]])
+            yield
+        return vectors
+
+    vectors = await context.models.thread.run_slices(job())
     data = [
         EmbeddingEntry(
             index=i,
@@ -72,7 +90,7 @@ async def embed(context: Context, body: EmbeddingRequest) -> BaseModel:
         )
         for i, vector in enumerate(vectors)
     ]
-    usage = EmbeddingUsage(prompt_tokens=count, total_tokens=count)
+    usage = EmbeddingUsage(prompt_tokens=sum(counts), total_tokens=sum(counts))
     return EmbeddingResponse(model=served.name, data=data, usage=usage)
 
 
@@ -80,7 +98,7 @@ async def fill(context: Context, body: FillRequest) -> BaseModel:
     """Return candidates for the gaps of a text, as `firth fill` does."""
     served = context.models.get(body.model)
     served.require("fill")
-    check_length(served, body.text)
+    await check_length(served, body.text)
     model = served.model.with_lm_head()
     found = await context.models.thread.run(lambda: model.candidates(body.text, body.top))
     if isinstance(found, str):
@@ -97,9 +115,11 @@ async def fill(context: Context, body: FillRequest) -> BaseModel:
     return FillResponse(model=served.name, gaps=gaps)
 
 
-def check_length(served: ServedModel, text: str) -> None:
+async def check_length(served: ServedModel, text: str) -> None:
     """Raise an ApiError if a text has more tokens than the context of its model."""
-    count, context = len(served.model.tokenizer.encode(text)), served.model.evaluated.model.context
+    context = served.model.evaluated.model.context
+    served.check_characters(text, context, "text")
+    count = len(await tokenizing(len(text), lambda: served.model.tokenizer.encode(text)))
     if count > context:
         raise ApiError(
             400, f"the text has {count:,} tokens, and {served.name} reads at most {context:,}", param="text",
@@ -114,20 +134,39 @@ def predict_with(capability: str) -> Handler:
         served = context.models.get(body.model)
         served.require(capability)
         check_limit("records", len(body.records), context.limits.max_records, "records")
-        records: Any = body.records
-        rows = await run_records(context, lambda: served.model.predict(records))
+        rows = await run_records(context, body.records, served.model.predict)
         return PredictResponse(model=served.name, rows=rows)
 
     return handler
 
 
-async def run_records(context: Context, job: Callable[[], Any]) -> Any:
-    """Run a job on records; its errors name the record of the request and no file."""
-    try:
-        return await context.models.thread.run(job)
-    except UserError as error:
-        message = re.sub(r"standard input:(\d+)", r"record \1", str(error)).replace("standard input", "records")
-        raise ApiError(400, message, param="records", code="invalid_value") from error
+async def run_records(context: Context, records: Sequence[Any], job: Callable[[Any], list[T]]) -> list[T]:
+    """Run a job on records, some at a time; its errors name the record of the request and no file."""
+
+    def slices() -> Slices[list[T]]:
+        rows: list[T] = []
+        for some in batches(records, [len(str(record)) for record in records], SLICE_CHARACTERS):
+            try:
+                rows += job(some)
+            except UserError as error:
+                raise ApiError(
+                    400, _of_records(str(error), len(rows)), param="records", code="invalid_value"
+                ) from error
+            yield
+        return rows
+
+    return await context.models.thread.run_slices(slices())
+
+
+def _of_records(message: str, before: int) -> str:
+    """Return an error about a batch with the numbers of the records in the request.
+
+    >>> _of_records("standard input:2: the field is missing", 8)
+    'record 10: the field is missing'
+    """
+    message = re.sub(r"standard input:(\d+)", lambda found: f"record {int(found[1]) + before}", message)
+    message = re.sub(r"^dialogue (\d+)", lambda found: f"record {int(found[1]) + before + 1}", message)
+    return message.replace("standard input", "records")
 
 
 async def score(context: Context, body: ScoreRequestBody) -> BaseModel:
@@ -135,7 +174,7 @@ async def score(context: Context, body: ScoreRequestBody) -> BaseModel:
     served = context.models.get(body.model)
     served.require("score")
     check_limit("top", body.top, context.limits.max_logprobs, "alternatives per token")
-    check_length(served, body.prompt + body.text)
+    await check_length(served, body.prompt + body.text)
     local, texts = served.local, served.texts
     wanted = ScoreRequest(body.prompt, body.text)
     if not len(served.model.tokenizer.encode(body.text)):
@@ -163,12 +202,16 @@ async def score(context: Context, body: ScoreRequestBody) -> BaseModel:
 async def tokenize(context: Context, body: TokenizeRequest) -> BaseModel:
     """Return the tokens of a text, without those that the model's family adds."""
     served = context.models.get(body.model)
-    ids, spans = served.model.tokenizer.spans(body.text)
-    tokens = [
-        TokenEntry(id=id, token=served.texts.text(id), start=start, end=end)
-        for id, (start, end) in zip(ids.tolist(), spans.tolist(), strict=True)
-    ]
-    return TokenizeResponse(model=served.name, tokens=tokens)
+
+    def split() -> TokenizeResponse:
+        ids, spans = served.model.tokenizer.spans(body.text)
+        tokens = [
+            TokenEntry(id=id, token=served.texts.text(id), start=start, end=end)
+            for id, (start, end) in zip(ids.tolist(), spans.tolist(), strict=True)
+        ]
+        return TokenizeResponse(model=served.name, tokens=tokens)
+
+    return await tokenizing(len(body.text), split)
 
 
 async def reward(context: Context, body: RewardRequest) -> BaseModel:
@@ -177,9 +220,9 @@ async def reward(context: Context, body: RewardRequest) -> BaseModel:
     served.require("reward")
     check_limit("records", len(body.records), context.limits.max_records, "records")
 
-    def job() -> list[float]:
-        return dialogue_rewards(served.model.evaluated, [messages_of(record) for record in body.records])
+    def job(records: Sequence[dict[str, Any]]) -> list[float]:
+        return dialogue_rewards(served.model.evaluated, [messages_of(record) for record in records])
 
-    rewards = await run_records(context, job)
+    rewards = await run_records(context, body.records, job)
     rows = [RewardRow(row=i, reward=value) for i, value in enumerate(rewards, 1)]
     return RewardResponse(model=served.name, rows=rows)

@@ -17,7 +17,8 @@ ERRORS = {
     400: "The request is invalid.", 401: "The API key is missing or wrong.", 403: "The host or the origin is refused.",
     404: "There is no such model.", 408: "The body was not complete in time.", 413: "The body is too long.",
     415: "The body is no JSON.", 429: "Too many requests run or wait.", 500: "The server failed.",
-    501: "The server lacks a package.", 504: "The answer was not complete in time.",
+    501: "The server lacks a package.", 503: "The server is stopping, or its engine has failed.",
+    504: "The answer was not complete in time.",
 }  # fmt: skip
 
 

@@ -9,9 +9,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import re
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
@@ -26,6 +26,11 @@ from firth.serve.registry import ModelRegistry
 from firth.types import UserError
 
 RETRY_SECONDS = 1
+T = TypeVar("T")
+LONG_CHARACTERS = 10_000
+"""Longer texts are tokenized in a thread of their own, so that other requests do not wait."""
+SLICE_TOKENS = 512
+"""Most tokens of a slice of a job, unless a single text is longer. Streams wait for a slice between two tokens."""
 
 
 class Places:
@@ -95,9 +100,9 @@ class Operation:
 
         async def endpoint(request: Request) -> Response:
             body = await request.body()
-            parsed = parse(self.request, body)
             context.places.take()
             try:
+                parsed = parse(self.request, body)
                 answer = await answer_or_give_up(request, self.handler(context, parsed), context.limits)
             except BaseException:
                 context.places.leave()
@@ -170,6 +175,30 @@ async def answer_or_give_up(
             one.cancel()
             with contextlib.suppress(asyncio.CancelledError, Exception):
                 await one
+
+
+async def tokenizing(characters: int, job: Callable[[], T]) -> T:
+    """Run a function that tokenizes so many characters, outside the event loop if they are many."""
+    return await asyncio.to_thread(job) if characters > LONG_CHARACTERS else job()
+
+
+def batches(items: Sequence[T], sizes: Sequence[int], most: int | None = None) -> Iterator[list[T]]:
+    """Yield items in order, together as long as their sizes add up to `most`, by default SLICE_TOKENS.
+
+    >>> list(batches("abcd", [300, 200, 600, 1]))
+    [['a', 'b'], ['c'], ['d']]
+    """
+    most = SLICE_TOKENS if most is None else most
+    some: list[T] = []
+    total = 0
+    for item, size in zip(items, sizes, strict=True):
+        if some and total + size > most:
+            yield some
+            some, total = [], 0
+        some.append(item)
+        total += size
+    if some:
+        yield some
 
 
 def too_slow(limits: ServeLimits) -> ApiError:

@@ -80,6 +80,18 @@ class ServedModel:
             found.append(route)
         return (*found, "reward") if "reward" in evaluated.model.heads else tuple(found)
 
+    def exceeds(self, text: str, most: int) -> bool:
+        """Return whether a text has more characters than `most` tokens can have, which is known without tokenizing it."""
+        return len(text) > most * self.texts.longest
+
+    def check_characters(self, text: str, most: int, param: str) -> None:
+        """Raise an ApiError for a text that is longer than `most` tokens can be, before it is tokenized."""
+        if self.exceeds(text, most):
+            raise ApiError(
+                400, f"{param}: the text has {len(text):,} characters, and {self.name} reads at most {most:,} tokens: shorten it",
+                param=param, code="context_length_exceeded",
+            )  # fmt: skip
+
     def require(self, capability: str) -> None:
         """Raise an ApiError if the model cannot do this."""
         if capability not in self.capabilities:

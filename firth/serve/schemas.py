@@ -6,17 +6,31 @@ its neutral value alone.
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, model_serializer
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    ValidationInfo,
+    field_validator,
+    model_serializer,
+)
 
 from firth.fields import MAX_INT
 
 MAX_TOKEN_ID = (1 << 31) - 1
 MAX_NAME_CHARACTERS = 512
 
+MAX_ITEMS = 1 << 16
+"""Most items of any list, as a bound on the work before the limits of the server apply."""
+
+T = TypeVar("T")
+Items = Annotated[list[T], Field(max_length=MAX_ITEMS, fail_fast=True)]
+"""A list that is refused at its first wrong item."""
 Count = Annotated[int, Field(ge=1, le=MAX_TOKEN_ID)]
-TokenIds = list[Annotated[int, Field(ge=0, le=MAX_TOKEN_ID)]]
+TokenIds = Annotated[list[Annotated[int, Field(ge=0, le=MAX_TOKEN_ID)]], Field(max_length=1 << 20, fail_fast=True)]
 ModelName = Annotated[
     str | None,
     Field(max_length=MAX_NAME_CHARACTERS, description="The name of a model of this server; the first one by default."),
@@ -24,24 +38,23 @@ ModelName = Annotated[
 Top = Annotated[int, Field(ge=0, le=MAX_TOKEN_ID, description="Most likely tokens that are returned for each token.")]
 
 
-class Request(BaseModel):
-    """Base class of requests: nothing is converted, and unknown fields are refused."""
+class Strict(BaseModel):
+    """Base class of requests and their parts: nothing is converted, and unknown fields are refused."""
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+
+class Request(Strict):
+    """Base class of requests."""
 
     model: ModelName = None
-
-
-class Strict(BaseModel):
-    """Base class of parts of requests."""
-
-    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
 
 class StreamOptions(Strict):
     """Options of a stream."""
 
     include_usage: bool = Field(False, description="Whether the last event has the numbers of tokens.")
+    include_obfuscation: Literal[False] | None = Field(None, description="Not supported.")
 
 
 class TextFormat(Strict):
@@ -82,47 +95,77 @@ class RegexFormat(Strict):
 ResponseFormat = Annotated[TextFormat | JsonObjectFormat | JsonSchemaFormat | RegexFormat, Field(discriminator="type")]
 
 
-class SamplingRequest(Request):
-    """What requests for text have in common."""
+def _nullable(schema: dict[str, Any]) -> None:
+    schema["type"] = [schema["type"], "null"]
 
-    temperature: float = Field(1.0, ge=0, le=100, description="0 takes the most likely token.")
-    top_p: float = Field(
-        1.0, gt=0, le=1, description="Sample from the most likely tokens that together have this probability."
+
+class SamplingRequest(Request):
+    """What requests for text have in common. As in OpenAI's API, null means the default."""
+
+    temperature: float = Field(
+        1.0, ge=0, le=100, description="0 takes the most likely token.", json_schema_extra=_nullable
     )
+    top_p: float = Field(
+        1.0, ge=0, le=1, description="Sample from the most likely tokens that together have this probability.",
+        json_schema_extra=_nullable,
+    )  # fmt: skip
     top_k: int = Field(0, ge=0, le=MAX_TOKEN_ID, description="Sample from the K most likely tokens; 0: all.")
     repetition_penalty: float = Field(
         1.0, ge=0.1, le=10, description="Above 1, tokens already in the text become less likely."
     )
     min_p: float = Field(0.0, ge=0, le=1, description="Drop tokens below this share of the highest probability.")
-    n: Count = Field(1, description="Answers to each prompt.")
-    stop: Annotated[str, Field(min_length=1)] | list[Annotated[str, Field(min_length=1)]] | None = Field(
+    n: Count = Field(1, description="Answers to each prompt.", json_schema_extra=_nullable)
+    stop: Annotated[str, Field(min_length=1)] | Items[Annotated[str, Field(min_length=1)]] | None = Field(
         None, description="Texts that end the answer and are not part of it."
     )
     seed: int | None = Field(
         None, ge=-MAX_INT, le=MAX_INT, description="The same seed gives the same answer, whatever else is decoded."
     )
-    stream: bool = Field(False, description="Whether the answer comes in parts, as server-sent events.")
+    stream: bool = Field(
+        False, description="Whether the answer comes in parts, as server-sent events.", json_schema_extra=_nullable
+    )
     stream_options: StreamOptions | None = None
     response_format: ResponseFormat | None = Field(
         None, description="`text`, `json_object`, `json_schema`, or `regex` with a `pattern`."
     )
     user: str | None = Field(None, description="Ignored.")
+    metadata: Annotated[dict[str, str], Field(max_length=16)] | None = Field(None, description="Ignored.")
+    safety_identifier: str | None = Field(None, description="Ignored.")
+    prompt_cache_key: str | None = Field(None, description="Ignored.")
+    service_tier: Literal["auto", "default"] | None = Field(None, description="Ignored.")
+    parallel_tool_calls: bool | None = Field(None, description="Ignored.")
+    store: Literal[False] | None = Field(None, description="Not supported.")
+    tools: Annotated[list[Any], Field(max_length=0)] | None = Field(None, description="Not supported.")
+    tool_choice: Literal["none", "auto"] | None = Field(None, description="Not supported.")
     frequency_penalty: Literal[0] | None = Field(None, description="Not supported.")
     presence_penalty: Literal[0] | None = Field(None, description="Not supported.")
     logit_bias: Annotated[dict[str, Any], Field(max_length=0)] | None = Field(None, description="Not supported.")
+
+    @field_validator("temperature", "top_p", "n", "stream", "echo", mode="before", check_fields=False)
+    @classmethod
+    def _default(cls, value: Any, info: ValidationInfo) -> Any:
+        return cls.model_fields[str(info.field_name)].default if value is None else value
 
 
 class CompletionRequest(SamplingRequest):
     """A request to continue texts."""
 
-    prompt: str | TokenIds | list[str] | list[TokenIds] = Field(
+    prompt: str | TokenIds | Items[str] | Items[TokenIds] = Field(
         description="A text, several, token ids, or several lists of them. Token ids are used as they are."
     )
     max_tokens: int | None = Field(16, ge=0, le=MAX_TOKEN_ID, description="Lowered to what fits into the context.")
     logprobs: Top | None = None
-    echo: bool = Field(False, description="Whether the prompt is repeated, with the log-probability of each token.")
+    echo: bool = Field(
+        False, description="Whether the prompt is repeated, with the log-probability of each token.",
+        json_schema_extra=_nullable,
+    )  # fmt: skip
     best_of: Literal[1] | None = Field(None, description="Not supported.")
     suffix: Literal[""] | None = Field(None, description="Not supported.")
+
+    @field_validator("logprobs", mode="before")
+    @classmethod
+    def _none_for_false(cls, value: Any) -> Any:
+        return None if value is False else value
 
 
 class ContentPart(Strict):
@@ -136,7 +179,7 @@ class ChatMessage(Strict):
     """A message of a chat."""
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[ContentPart]
+    content: str | Items[ContentPart]
     name: str | None = Field(None, max_length=MAX_NAME_CHARACTERS, description="Ignored.")
 
     @property
@@ -149,7 +192,7 @@ class ChatMessage(Strict):
 class ChatRequest(SamplingRequest):
     """A request for the next message of a chat."""
 
-    messages: list[ChatMessage] = Field(min_length=1, description="`role` and `content`, a text or parts of text.")
+    messages: Items[ChatMessage] = Field(min_length=1, description="`role` and `content`, a text or parts of text.")
     max_tokens: Count | None = Field(None, description="Lowered to what fits into the context.")
     max_completion_tokens: Count | None = Field(None, description="The newer name of max_tokens.")
     logprobs: bool | None = Field(None, description="Whether each token has its log-probability.")
@@ -159,7 +202,7 @@ class ChatRequest(SamplingRequest):
 class EmbeddingRequest(Request):
     """A request for vectors."""
 
-    input: str | list[str] = Field(description="A text or several.")
+    input: str | Items[str] = Field(description="A text or several.")
     encoding_format: Literal["float", "base64"] = "float"
     dimensions: None = Field(None, description="Not supported.")
     user: str | None = Field(None, description="Ignored.")
@@ -175,7 +218,7 @@ class FillRequest(Request):
 class PredictRequest(Request):
     """Records with the fields of the training data, or texts."""
 
-    records: list[dict[str, Any]] | list[str] = Field(
+    records: Items[dict[str, Any]] | Items[str] = Field(
         min_length=1, description="Records with the fields of the training data, or texts."
     )
 
@@ -207,7 +250,7 @@ class AttentionRequest(Request):
 class RewardRequest(Request):
     """Dialogues whose last answer is rated: `messages`, or `prompt` and `completion`, as in training."""
 
-    records: list[dict[str, Any]] = Field(min_length=1, description="`messages`, or `prompt` and `completion`.")
+    records: Items[dict[str, Any]] = Field(min_length=1, description="`messages`, or `prompt` and `completion`.")
 
 
 # ------------------------------------------------------------------------------- responses

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,8 @@ from firth.serve.errors import ApiError
 from firth.serve.schemas import JsonObjectFormat, JsonSchemaFormat, RegexFormat, TextFormat
 
 Format = TextFormat | JsonObjectFormat | JsonSchemaFormat | RegexFormat
+LEXER_LIMITS = {"initial_lexer_fuel": 100_000, "step_lexer_fuel": 20_000, "max_lexer_states": 20_000}
+"""A tenth of llguidance's limits: a mask takes 50 ms at most, during which the other answers wait."""
 
 
 class GrammarConstraint:
@@ -22,23 +25,40 @@ class GrammarConstraint:
     Args:
         matcher: llguidance's matcher, at the start.
         size: Number of token ids.
+        first: The mask of the first token.
     """
 
-    def __init__(self, matcher: Any, size: int) -> None:
-        self.matcher, self.size = matcher, size
+    def __init__(self, matcher: Any, size: int, first: np.ndarray | None = None) -> None:
+        self.matcher, self.size, self.first = matcher, size, first
 
     def mask(self, tokens: Sequence[int]) -> np.ndarray:
-        """Return (V,) bool, whether each id may come next; `tokens`, the answer so far, were all accepted."""
+        """Return (V,) bool, whether each id may come next; `tokens`, the answer so far, were all accepted.
+
+        Raises:
+            ApiError: The grammar needs more than LEXER_LIMITS.
+        """
+        if self.first is not None and not len(tokens):
+            return self.first
         bits = np.frombuffer(self.matcher.compute_bitmask(), np.uint8)
+        self._check()
         return np.unpackbits(bits, count=self.size, bitorder="little").astype(bool)
 
     def accept(self, token: int) -> None:
-        """Move on by a token of the answer."""
+        """Move on by a token of the answer.
+
+        Raises:
+            ApiError: The grammar needs more than LEXER_LIMITS.
+        """
         self.matcher.consume_token(token)
+        self._check()
 
     def copy(self) -> GrammarConstraint:
         """Return a constraint at the same position, for another answer."""
-        return GrammarConstraint(self.matcher.deep_copy(), self.size)
+        return GrammarConstraint(self.matcher.deep_copy(), self.size, self.first)
+
+    def _check(self) -> None:
+        if self.matcher.is_error():
+            raise _refused(self.matcher)
 
 
 class Grammars:
@@ -59,34 +79,37 @@ class Grammars:
                 400, f"the tokenizer of this model cannot be used for structured output: {_first_line(error)}",
                 param="response_format", code="unsupported_by_model",
             ) from error  # fmt: skip
-        self.matcher = library.LLMatcher
+        self.matcher, self.limits = library.LLMatcher, library.LLParserLimits(**LEXER_LIMITS)
 
     def compile(
         self, wanted: JsonObjectFormat | JsonSchemaFormat | RegexFormat, limits: ServeLimits
     ) -> GrammarConstraint:
-        """Return the constraint of a format.
+        """Return the constraint of a format, with the mask of its first token.
 
         Raises:
-            ApiError: The schema or the expression is too long or invalid.
+            ApiError: The schema or the expression is too long, invalid, or needs more than LEXER_LIMITS at its first token.
         """
+        convert: Callable[[str], str]
         if isinstance(wanted, RegexFormat):
-            text, grammar = wanted.pattern, self.matcher.grammar_from_regex(wanted.pattern)
+            text, convert = wanted.pattern, self.matcher.grammar_from_regex
         else:
-            schema = wanted.json_schema.schema_ if isinstance(wanted, JsonSchemaFormat) else {"type": "object"}
-            text = json.dumps(schema)
-            grammar = self.matcher.grammar_from_json_schema(text, overrides={"whitespace_flexible": False})
+            text = json.dumps(
+                wanted.json_schema.schema_ if isinstance(wanted, JsonSchemaFormat) else {"type": "object"}
+            )
+            convert = partial(self.matcher.grammar_from_json_schema, overrides={"whitespace_flexible": False})
         if len(text.encode()) > limits.max_schema_bytes:
             raise ApiError(
                 400, f"response_format has {len(text.encode()):,} bytes, of at most {limits.max_schema_bytes:,}",
                 param="response_format", code="invalid_value",
             )  # fmt: skip
-        matcher = self.matcher(self.tokenizer, grammar, log_level=0)
+        matcher = self.matcher(self.tokenizer, convert(text), log_level=0, limits=self.limits)
         if matcher.is_error():
-            raise ApiError(
-                400, f"response_format cannot be used: {_first_line(matcher.get_error())}", param="response_format",
-                code="invalid_value",
-            )  # fmt: skip
-        return GrammarConstraint(matcher, self.tokenizer.vocab_size)
+            raise _refused(matcher)
+        found = GrammarConstraint(matcher, self.tokenizer.vocab_size)
+        found.first = found.mask([])
+        if found.first.any():  # a mask that ran out of limits shows it only when a token is accepted
+            found.copy().accept(int(found.first.argmax()))
+        return found
 
 
 def _library() -> Any:
@@ -98,6 +121,13 @@ def _library() -> Any:
             code="not_installed",
         ) from None  # fmt: skip
     return llguidance
+
+
+def _refused(matcher: Any) -> ApiError:
+    return ApiError(
+        400, f"response_format cannot be used: {_first_line(matcher.get_error())}", param="response_format",
+        code="invalid_value",
+    )  # fmt: skip
 
 
 def _first_line(error: Any) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import codecs
 from collections.abc import Iterable, Sequence
+from functools import cached_property
 
 import numpy as np
 
@@ -36,11 +37,19 @@ class TokenTexts:
 
         A token within a character starts where the character does.
         """
-        decoder, found, length = codecs.getincrementaldecoder("utf-8")("replace"), [], start
-        for id in ids:
-            found.append(length)
-            length += len(decoder.decode(self.bytes_of(id)))
-        return found
+        offsets = Offsets(self, start)
+        return [offsets.next(id) for id in ids]
+
+    def joined(self, ids: Sequence[int] | np.ndarray) -> str:
+        """Return the text of tokens one after another, with special tokens, so that `offsets` are places in it."""
+        if self.vocab.spelling is None:
+            return self.tokenizer.decode(ids)
+        return b"".join(self.bytes_of(int(id)) for id in ids).decode("utf-8", "replace")
+
+    @cached_property
+    def longest(self) -> int:
+        """The most characters of a token, no fewer than those of any text that is one token."""
+        return max(len(self.bytes_of(id)) for id in range(self.vocab.size))
 
     def prompt_offsets(self, text: str | None, ids: Sequence[int] | np.ndarray) -> list[int]:
         """Return where each token of a prompt starts in its text; `text` is None for a prompt of token ids."""
@@ -48,3 +57,22 @@ class TokenTexts:
             return self.offsets(int(i) for i in ids)
         _, spans = self.tokenizer.spans(text)
         return [int(start) for start, _ in spans]
+
+
+class Offsets:
+    """Where each next token of a text starts, in characters.
+
+    Args:
+        texts: The tokens.
+        start: Where the first one starts.
+    """
+
+    def __init__(self, texts: TokenTexts, start: int = 0) -> None:
+        self.texts, self.length = texts, start
+        self.decoder = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def next(self, id: int) -> int:
+        """Return where a token starts that follows those so far; within a character, where the character does."""
+        start = self.length
+        self.length += len(self.decoder.decode(self.texts.bytes_of(id)))
+        return start

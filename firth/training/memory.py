@@ -47,9 +47,8 @@ KERNEL_BYTES, MAX_KERNELS = 600_000, 1024
 """Bytes of a kernel that oneDNN compiles for one shape of a bf16 product on a CPU, and how many it keeps."""
 
 HEAP_FACTOR, PROCESS_BYTES = 1.26, 10_000_000
-"""Resident bytes of a process on a CPU per byte of live tensors, and in addition to them. glibc places a tensor in a free block
-only if the block is 96 bytes larger (`posix_memalign`), so a block as large as the tensor stays free. Both were fitted to
-measurements (docs/results/estimates.md)."""
+"""Resident bytes of a process on a CPU per byte of live tensors, and in addition to them. Both were fitted to measurements
+(docs/results/estimates.md)."""
 
 
 @dataclass(frozen=True)

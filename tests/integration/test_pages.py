@@ -373,3 +373,31 @@ def test_the_keyboard_alone_is_enough(browser: Any, site: Running) -> None:
             "e => !(e.labels?.length || e.getAttribute('aria-label') || e.textContent.trim())).length"
         )
         assert unnamed == 0
+
+
+CUT = 'data: {"choices": [{"index": 0, "text": "The", "finish_reason": null}]}\n\n'
+READ = """async () => {
+  const { write } = await import("/static/api.js");
+  let text = "";
+  try {
+    const finish = await write({ chat: false, body: { prompt: "a" }, receive: (piece) => (text += piece) });
+    return [text, finish];
+  } catch (error) {
+    return [text, error.message];
+  }
+}"""
+
+
+@pytest.mark.parametrize(
+    ("sent", "wanted"),
+    [
+        (CUT, "the answer broke off: the server closed the connection"), (CUT + "data: [DONE]\n\n", "stop"),
+        (CUT + 'data: {"error": {"message": "it failed"}}\n\n', "it failed"),
+    ],
+)  # fmt: skip
+def test_a_stream_that_breaks_off_is_no_answer(browser: Any, site: Running, sent: str, wanted: str) -> None:
+    page = browser.new_page()
+    page.goto(site.url)
+    page.route("**/v1/completions", lambda route: route.fulfill(body=sent, content_type="text/event-stream"))
+    assert page.evaluate(READ) == ["The", wanted]
+    page.close()

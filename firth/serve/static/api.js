@@ -41,14 +41,23 @@ export async function post(path, body, signal) {
   return (await request(path, post_options(body, signal))).json();
 }
 
-/** Yield the events of a stream (server-sent events, as OpenAI's) until "[DONE]". */
+async function read(reader) {
+  try {
+    return await reader.read();
+  } catch (error) {
+    if (stopped(error)) throw error;
+    throw new RequestError("the answer broke off: the connection was lost");
+  }
+}
+
+/** Yield the events of a stream (server-sent events, as OpenAI's) until "[DONE]"; a stream that ends without it is an error. */
 export async function* stream(path, body, signal) {
   const response = await request(path, post_options({ ...body, stream: true }, signal));
   const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
   let buffer = "";
   while (true) {
-    const { value, done } = await reader.read();
-    if (done) return;
+    const { value, done } = await read(reader);
+    if (done) throw new RequestError("the answer broke off: the server closed the connection");
     buffer += value.replaceAll("\r\n", "\n");
     const events = buffer.split("\n\n");
     buffer = events.pop();

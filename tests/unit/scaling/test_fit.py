@@ -143,9 +143,25 @@ def test_repeats_follow_the_published_formula() -> None:
     assert slope == pytest.approx(np.exp(-(epochs - 1) / 15), rel=1e-3)
     assert law.epochs_at_worth(float(slope)) == pytest.approx(epochs, rel=1e-3)
     few = float(CHINCHILLA.parameters_for(U))
-    assert float(law.worth_of_parameters(few / 2, U)) == pytest.approx(few / 2)
-    assert float(law.worth_of_parameters(3 * few, U)) == pytest.approx(few + few * 5 * (1 - np.exp(-2 / 5)))
+    many = 1e6 * U  # all repeats have lost their worth, as the paper assumes for parameters
+    assert float(law.worth_of_parameters(few / 2, many, U)) == pytest.approx(few / 2)
+    assert float(law.worth_of_parameters(3 * few, many, U)) == pytest.approx(few + few * 5 * (1 - np.exp(-2 / 5)))
     assert float(law.loss(few / 2, U, U)) == pytest.approx(float(CHINCHILLA.loss(few / 2, U)))
+
+
+@pytest.mark.parametrize("excess", [0.5, 1.0, 3.0, 30.0])
+def test_the_law_of_repeats_is_continuous(excess: float) -> None:
+    """At one epoch it is the law of new tokens, whatever the size of the model, and there is no jump after it."""
+    law = RepeatLaw(CHINCHILLA, R_D=15.4, R_N=5.3)
+    fitted = FittedLaw(CHINCHILLA, (), SIX_N_D, (), (1, 1), (1, 1), (1, 1), law, ((15.4, 5.3),))
+    U = 1e8
+    N = excess * float(CHINCHILLA.parameters_for(U))
+    epochs = [0.5, 0.999, 1 - 1e-9, 1.0, 1 + 1e-9, 1.001, 1.01, 1.1, 2.0]
+    losses = [fitted.expected(N, U * e, U) for e in epochs]
+    assert losses[:4] == pytest.approx([float(CHINCHILLA.loss(N, U * e)) for e in epochs[:4]], rel=1e-12)
+    assert losses[4] == pytest.approx(losses[3], rel=1e-6)
+    assert losses == sorted(losses, reverse=True)
+    assert abs(losses[5] - losses[3]) < 2 * abs(losses[3] - losses[1])
 
 
 def test_the_rule_of_compute_is_that_of_the_table() -> None:

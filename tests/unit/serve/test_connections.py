@@ -1,6 +1,7 @@
 """Clients that leave, read slowly or send half of a request; limits of requests; faults of the engine."""
 
 import asyncio
+import contextlib
 import json
 import socket
 import threading
@@ -9,8 +10,11 @@ import time
 import httpx
 import pytest
 
+from firth.generate import embeddings
+from firth.serve import app, operations
 from firth.serve.config import ServeLimits
 from firth.serve.events import EventStream
+from firth.serve.registry import ServedModel
 from firth.serve.schemas import HealthResponse
 from tests.support.serving import serving
 
@@ -199,3 +203,60 @@ def test_a_stream_is_one_response_at_a_time(server):
         for _ in range(3):
             reply = client.post("/v1/completions", json=LONG | {"max_tokens": 3})
             assert reply.text.endswith("data: [DONE]\n\n")
+
+
+def test_a_long_computation_does_not_stop_the_end(model_paths, monkeypatch):
+    """The server ends `drain_seconds` after it is told to, although one step of a job takes longer."""
+    monkeypatch.setattr(app, "STOP_SECONDS", 0.2)
+    monkeypatch.setattr(ServedModel, "exceeds", lambda *_: False)
+    monkeypatch.setattr(embeddings, "embed", lambda *_, **__: time.sleep(6))
+    replies = []
+
+    def ask(server):
+        with contextlib.suppress(httpx.HTTPError):
+            replies.append(server.post("/v1/embeddings", {"input": "a"}).status_code)
+
+    with serving([model_paths["gpt"]], drain_seconds=1.0) as server:
+        client = threading.Thread(target=ask, args=(server,))
+        client.start()
+        time.sleep(0.3)
+        start = time.monotonic()
+    assert time.monotonic() - start < 4
+    client.join(5)
+    assert not client.is_alive() and 200 not in replies
+
+
+def test_places_are_counted_before_a_body_is_parsed(model_paths, slow, monkeypatch):
+    with serving([model_paths["gpt"]], max_requests=1) as server:
+        client = threading.Thread(target=lambda: server.post("/v1/completions", LONG | {"stream": False}))
+        client.start()
+        while not server.models.thread.running:
+            time.sleep(0.005)
+        monkeypatch.setattr(operations, "parse", lambda *_: pytest.fail("parsed"))
+        assert server.post("/v1/completions", b'{"prompt": [nul').status_code == 429
+        monkeypatch.undo()
+        client.join()
+        assert server.post("/v1/completions", b'{"prompt": [nul').status_code == 400
+        assert server.post("/tokenize", {"text": "a"}).status_code == 200  # the refused one gave its place back
+
+
+def test_a_stream_goes_on_beside_a_job(server, slow, monkeypatch):
+    """Embeddings of 8 texts are computed one at a time, each between two steps of the stream."""
+    from firth.generate.scheduler import Scheduler
+
+    done, embed, step = [], embeddings.embed, Scheduler.step
+    monkeypatch.setattr(operations, "SLICE_TOKENS", 1)
+    monkeypatch.setattr(embeddings, "embed", lambda *args, **more: done.append("slice") or embed(*args, **more))
+    monkeypatch.setattr(Scheduler, "step", lambda self: done.append("step") or step(self))
+    replies = []
+    body = {"input": ["The otter paints the boat."] * 8}
+    job = threading.Thread(target=lambda: replies.append(server.post("/v1/embeddings", body)))
+    with httpx.stream("POST", f"{server.url}/v1/completions", json=LONG | {"n": 1}, timeout=60) as reply:
+        lines = reply.iter_lines()
+        next(lines)
+        job.start()
+        assert [*lines][-2:] == ["data: [DONE]", ""]
+    job.join()
+    order = "".join(one[1] for one in done).strip("l")  # t: a step, l: a slice
+    assert replies[0].status_code == 200 and done.count("slice") == 8
+    assert order.count("l") >= 2 and "ll" not in order

@@ -157,3 +157,12 @@ def test_an_open_address_needs_a_key():
     with pytest.raises(UserError, match="16 or more"):
         ServeConfig(api_key="short")
     assert ServeConfig(host="127.1.2.3").api_key == ""
+
+
+@pytest.mark.parametrize(
+    "origin", ["http:foo", "https:", "http://[", "http://a]b", "http://[::1", "null", "ftp://localhost:8000", ""]
+)
+def test_odd_origins_are_refused(origin):
+    status, _, body = call(ServeConfig(), origin=origin)
+    assert (status, json.loads(body)["error"]["code"]) == (403, "invalid_origin")
+    assert call(ServeConfig(), origin="http://localhost:8000")[0] == 200

@@ -17,6 +17,7 @@ from firth.objectives.classification import classification_head
 from firth.objectives.reward_model import reward_head
 from firth.pretrained.load_save import save_model
 from firth.runs.loaded_model import Model
+from firth.serve import inference
 from firth.serve.config import ServeConfig, ServeLimits
 from firth.serve.registry import ModelRegistry, ServedModel
 from firth.tokenizer import chat
@@ -158,3 +159,17 @@ def test_rewards_equal_the_head(heads):
             assert row["reward"] == pytest.approx(float(model.heads["reward"](model(batch)[0, -1])), abs=1e-5)
     unanswered = [{"messages": [{"role": "user", "content": "a"}]}]
     assert "answer of the assistant" in heads.post("/reward", {"model": "rater", "records": unanswered}).text
+
+
+def test_records_in_slices_give_the_rows_of_all(heads, monkeypatch):
+    monkeypatch.setattr(inference, "SLICE_CHARACTERS", 1)
+    records = [{"text": "a fine film"}, {"text": "dull", "id": "x"}, {"text": "good"}]
+    wanted = heads.models.models["classifier"].model.predict(records)
+    found = heads.post("/classify", {"model": "classifier", "records": records}).json()["rows"]
+    for one, other in zip(found, json.loads(json.dumps(wanted)), strict=True):
+        assert one.keys() == other.keys() and one["label"] == other["label"]
+    refused = heads.post("/classify", {"model": "classifier", "records": [*records, {"txt": "b"}]}).json()["error"]
+    assert refused["message"].startswith("record 4")
+    good = {"prompt": "who paints", "completion": "the otter"}
+    refused = heads.post("/reward", {"model": "rater", "records": [good, good | {"completion": "boat " * 90}]})
+    assert refused.json()["error"]["message"].startswith("record 2 has"), refused.text

@@ -14,10 +14,12 @@ from typer.testing import CliRunner
 from firth.cli import app
 from firth.evaluate.prompting.endpoint import Endpoint
 from firth.evaluate.prompting.requests import GenerateRequest, ScoreRequest
+from firth.evaluate.task import load_evaluated_model
 from firth.peft import adapter_files, lora
 from firth.peft.lora import LoraConfig
 from firth.pretrained import gguf
 from firth.pretrained.load_save import load_model
+from firth.runs import loaded_model
 from firth.serve.registry import load_models
 from firth.tokenizer.tokenizer import Tokenizer
 from firth.types import UserError
@@ -149,3 +151,13 @@ def test_the_command_serves_and_drains(model_paths):
 def test_wrong_options_are_one_sentence(model_paths, options, message):
     done = CliRunner().invoke(app, ["serve", str(model_paths["gpt"]), *options])
     assert type(done.exception) is UserError and message in str(done.exception)
+
+
+def test_bf16_is_announced_once(model_paths, monkeypatch, caplog):
+    loaded_model._warn_of_bf16.cache_clear()
+    monkeypatch.setattr(loaded_model, "choose_precision", lambda *_: "bf16")
+    load_models([str(model_paths["gpt"]), f"other={model_paths['gpt']}", f"third={model_paths['gpt']}"], "auto")
+    model = load_evaluated_model(model_paths["gpt"]).model
+    assert [loaded_model.fast_weights(model) for _ in range(2)] == ["bf16"] * 2
+    said = [record.getMessage() for record in caplog.records if "bf16" in record.getMessage()]
+    assert said == ["weights are held in bf16, which is faster here: use --weights fp32 for full precision"]

@@ -6,6 +6,8 @@ import sys
 
 import pytest
 
+from firth.serve import structured
+
 SCHEMA = {
     "type": "object",
     "properties": {
@@ -75,6 +77,7 @@ def test_a_constraint_ends_with_max_tokens(server):
             {"type": "json_schema", "json_schema": {"name": "a", "schema": {"$ref": "http://example.com/x"}}},
             "cannot be used",
         ),
+        ({"type": "regex", "pattern": "(a{1000}){1000}"}, "too many expressions"),
         ({"type": "regex", "pattern": "a" * 70_000}, "of at most 65,536"),
         ({"type": "xml"}, "response_format"),
     ],
@@ -82,6 +85,27 @@ def test_a_constraint_ends_with_max_tokens(server):
 def test_invalid_formats_are_refused(server, wanted, message):
     reply = server.post("/v1/completions", {"model": "gpt", "prompt": "a", "response_format": wanted})
     assert reply.status_code == 400 and message in reply.json()["error"]["message"], reply.text
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_an_expression_that_becomes_too_large_ends_its_answer(server, monkeypatch, stream):
+    """The error appears after some tokens; llguidance's own mask is empty then, which would look like a stop."""
+    monkeypatch.setattr(structured, "LEXER_LIMITS", {"step_lexer_fuel": 4000, "max_lexer_states": 5000})
+    server.models.models["gpt"].__dict__.pop("grammars", None)
+    body = {"model": "gpt", "prompt": "a", "max_tokens": 60, "stream": stream, "seed": 1}
+    reply = server.post(
+        "/v1/completions", body | {"response_format": {"type": "regex", "pattern": "([a-z]{2,50}){2,50}x"}}
+    )
+    server.models.models["gpt"].__dict__.pop("grammars", None)
+    if stream:
+        *events, last, _ = reply.text.split("\n\n")
+        assert reply.status_code == 200 and events and 'finish_reason":"' not in reply.text
+        error = json.loads(last.removeprefix("data: "))["error"]
+    else:
+        assert reply.status_code == 400
+        error = reply.json()["error"]
+    assert error["param"] == "response_format" and "too many expressions" in error["message"]
+    assert not server.models.thread.running
 
 
 def test_a_missing_library_is_named(server, monkeypatch):
