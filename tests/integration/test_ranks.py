@@ -174,7 +174,7 @@ def test_a_sharded_run_exports_the_model_of_one_process(outcomes: tuple[Path, di
     assert "is finished, after 2 steps" in printed(folder, "sharded, then one", 0)
 
 
-def test_a_sharded_model_is_gathered_at_the_start_only_for_samples(outcomes: tuple[Path, dict[str, Any]]) -> None:
+def test_a_sharded_model_is_gathered_only_for_samples(outcomes: tuple[Path, dict[str, Any]]) -> None:
     folder, ends = outcomes
     for name, count in (("sharded", 0), ("samples", 1)):
         assert ends[name]["codes"] == [0, 0]
