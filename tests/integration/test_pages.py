@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import pytest
 import yaml
 
 from firth.evaluate.task import load_evaluated_model
+from firth.generate.scheduler import Scheduler, Update
 from firth.model.config import decoder_config, encoder_config, encoder_decoder_config
 from firth.objectives.classification import classification_head
 from firth.pretrained.load_save import save_model
@@ -172,7 +174,14 @@ def test_settings_and_system_prompt_are_sent(page: Any) -> None:
     assert len(sent) == 1  # a wrong value is not sent
 
 
-def test_stop_ends_the_answer(page: Any, site: Running) -> None:
+def test_stop_ends_the_answer(page: Any, site: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    step = Scheduler.step
+
+    def slow_step(scheduler: Scheduler) -> list[Update]:
+        time.sleep(0.1)  # the answer takes 24 seconds, so that there is time to stop it
+        return step(scheduler)
+
+    monkeypatch.setattr(Scheduler, "step", slow_step)
     force_output(page, "ab " * 80)
     choose(page, "chat", "Chat")
     page.get_by_label("Message", exact=True).fill("Go on.")
