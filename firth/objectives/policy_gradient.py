@@ -120,7 +120,7 @@ def init_critic(model: LM, weights: LM, mean: float = 0.0, scale: float = 1.0) -
     if "reward" in weights.heads:
         head: nn.Linear = critic.heads["value"]  # type: ignore[assignment]
         assign(head.weight, weights.heads["reward"].weight / scale)  # type: ignore[arg-type, operator]
-        assign(head.bias, torch.full_like(weights.heads["reward"].bias, -mean / scale))  # type: ignore[arg-type]
+        assign(head.bias, torch.full_like(head.bias, -mean / scale))
     return True
 
 

@@ -28,10 +28,10 @@ from firth.runs.recipe import Recipe, ResolvedRecipe
 from firth.runs.resolve import resolve
 from firth.runs.run import build_data, check_start_models, prepare_tokenizer
 from firth.runs.run_context import RunContext
-from firth.runs.step_estimate import StepEstimate, check_fits, step_estimate
+from firth.runs.step_estimate import StepEstimate, check_fits, sharded_memory, step_estimate
 from firth.runs.timing import step_seconds
 from firth.training.device import default_device
-from firth.training.distributed import Ranks
+from firth.training.distributed import Ranks, join
 from firth.training.logging import clock, short
 from firth.training.speed import utilization
 from firth.types import LOGGER, Batch, LogLine
@@ -99,6 +99,7 @@ class PreparedRun:
         scale: Size of the whole data, as a multiple of what was read.
         counted: How the data was counted, a sentence.
         log: Receives messages.
+        degree: Processes that share a copy of the model.
     """
 
     recipe: ResolvedRecipe
@@ -107,6 +108,7 @@ class PreparedRun:
     scale: float
     counted: str
     log: LogLine
+    degree: int = 1
 
     def build(self, recipe: ResolvedRecipe | None = None) -> LM:
         """Build the model of the recipe or of a smaller one, with random weights or those of the start model."""
@@ -121,8 +123,8 @@ class PreparedRun:
 
 
 @contextmanager
-def prepared(recipe: Recipe, log: LogLine) -> Iterator[PreparedRun]:
-    """Prepare tokenizer and data as a run does, in a temporary directory that is deleted at the end of the block.
+def prepared(recipe: Recipe, log: LogLine, world: int = 1) -> Iterator[PreparedRun]:
+    """Prepare tokenizer and data as the first of `world` processes does, in a temporary directory that is deleted at the end.
 
     Raises:
         UserError: As `run`: the recipe is invalid.
@@ -131,11 +133,12 @@ def prepared(recipe: Recipe, log: LogLine) -> Iterator[PreparedRun]:
     check_start_models(recipe)
     with tempfile.TemporaryDirectory(prefix="firth-") as place:
         smaller, scale, how = _sampled(recipe, Path(place), log)
-        context = RunContext(Path(place), Ranks(), _silent, RunInputs(), resumed=False)
+        context = RunContext(Path(place), Ranks(world=world), _silent, RunInputs(), resumed=False)
         data = prepare_tokenizer(smaller, context)
         resolved = resolve(smaller, data, context)
-        datasets = build_data(resolved, data, context)
-        yield PreparedRun(resolved, datasets.data, datasets.batches, scale, how, log)
+        datasets = build_data(resolved, dataclasses.replace(data, ranks=Ranks()), context)  # one process samples
+        degree = resolved.distributed.degree(context.ranks)
+        yield PreparedRun(resolved, datasets.data, datasets.batches, scale, how, log, degree)
 
 
 def _sampled(recipe: Recipe, place: Path, log: LogLine) -> tuple[Recipe, float, str]:
@@ -178,18 +181,19 @@ def _sampled(recipe: Recipe, place: Path, log: LogLine) -> tuple[Recipe, float, 
     return dataclasses.replace(recipe, data=dataclasses.replace(data, **changed)), total / max(written, 1), how
 
 
-def estimate(recipe: Recipe, timed: bool = True, log: LogLine = LOGGER.info) -> RunEstimate:
+def estimate(recipe: Recipe, timed: bool = True, log: LogLine = LOGGER.info, world: int = 1) -> RunEstimate:
     """Return what a run of a recipe takes, without training it.
 
     Args:
         recipe: The recipe.
         timed: Whether to find the time too, which runs some steps.
         log: Receives messages.
+        world: Processes of the run. Memory and time are those of one of them, tokens and FLOPs those of all.
 
     Raises:
         UserError: As `run`: the recipe is invalid. A run that does not fit into the memory is estimated too, without time.
     """
-    with prepared(recipe, log) as run:
+    with prepared(recipe, log, world) as run:
         return estimate_prepared(run, timed)
 
 
@@ -198,9 +202,14 @@ def estimate_prepared(run: PreparedRun, timed: bool = True) -> RunEstimate:
     resolved = run.recipe
     sampled, kept = run.sample()
     step = step_estimate(run.build, resolved, sampled, kept)
+    world = run.batches.world
+    if run.degree > 1:
+        step = dataclasses.replace(step, memory=sharded_memory(run.build, step.memory, run.degree))
     seconds, how = 0.0, "not measured"
     if timed:
         seconds, how = step_seconds(run.build, resolved, run.batches, step.flops, step.peak_bytes)
+        how += f" on one of {world} processes, without communication" if world > 1 else ""
+    step = dataclasses.replace(step, tokens=step.tokens * world, flops=step.flops * world)
     budget = resolved.budget
     steps = budget.max_steps
     if budget.max_flops:
@@ -215,21 +224,27 @@ def estimate_prepared(run: PreparedRun, timed: bool = True) -> RunEstimate:
     )  # fmt: skip
 
 
-def dry_run(recipe: Recipe, log: LogLine = LOGGER.info) -> RunEstimate:
-    """Report what a run takes, and train nothing.
+def dry_run(recipe: Recipe, log: LogLine = LOGGER.info) -> RunEstimate | None:
+    """Report what a run takes, and train nothing. Under torchrun the first process reports, and None is returned on the others.
 
     Raises:
         UserError: The recipe is invalid, or a step does not fit into the free memory; the latter after the report.
     """
-    found = estimate(recipe, log=log)
-    for line in describe(found):
-        log(line)
-    check_fits(found.step, default_device(), found.steps)
+    ranks = join(default_device())
+    with ranks.together():
+        if not ranks.first:
+            ranks.wait()
+            return None
+        found = estimate(recipe, log=log, world=ranks.world)
+        for line in describe(found, ranks.world):
+            log(line)
+        check_fits(found.step, default_device(), found.steps)
+        ranks.wait()
     return found
 
 
-def describe(found: RunEstimate) -> list[str]:
-    """Return the lines of a dry run."""
+def describe(found: RunEstimate, world: int = 1) -> list[str]:
+    """Return the lines of a dry run on some processes."""
     step, recipe, memory = found.step, found.recipe, found.step.memory
     total, device = found.step.peak_of_run(found.steps), default_device()
     name, free = list(available_memory(device).items())[-1]
@@ -251,7 +266,7 @@ def describe(found: RunEstimate) -> list[str]:
     ]
     time = f"  time        {found.timing}"
     if found.step_seconds:
-        share = utilization(step.flops / found.step_seconds, device.type, recipe.precision)
+        share = utilization(step.flops / found.step_seconds, device.type, recipe.precision, world)
         time = (
             f"  time        {clock(found.seconds)} of training in {recipe.precision} on this machine, {found.step_seconds:.3g} s a step, "
             f"MFU {share:.1%}; from {found.timing}"

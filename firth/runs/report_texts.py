@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from firth.align import held_out_texts
+from firth.align.held_out_texts import HeldOutTexts
 from firth.data.examples import DatasetSplits
 from firth.generate.sampling import Sampling
 from firth.io.atomic import write_text
@@ -62,9 +63,14 @@ def _write_samples(recipe: ResolvedRecipe, model: LM, tokenizer: Tokenizer, dire
         _add_rows(directory / SAMPLES, step, rows)
 
 
+def texts_of(recipe: ResolvedRecipe, splits: DatasetSplits) -> HeldOutTexts | None:
+    """Return the held-out prompts that the report shows answers to; None if the run does not train on answers to prompts."""
+    return splits.texts or held_out_texts.choose(splits.train, splits.validation, recipe.examples.fields)
+
+
 def _write_held_out_texts(recipe: ResolvedRecipe, splits: DatasetSplits, model: LM, data: RunData, step: int) -> None:
     """Write the model's answers to held-out prompts at a step, for the report, if the run trains on answers to prompts."""
-    texts = splits.texts or held_out_texts.choose(splits.train, splits.validation, recipe.examples.fields)
+    texts = texts_of(recipe, splits)
     if texts is not None:
 
         def rows() -> Iterable[dict[str, Any]]:

@@ -8,6 +8,7 @@ The same call on the same directory resumes an unfinished run, and returns at on
 from __future__ import annotations
 
 import dataclasses
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -293,7 +294,9 @@ def train(
         context.inputs.write(directory, identity.recipe)
         if start_from is not None and not context.resumed:
             start_from_checkpoint(start_from, resolved, context, identity)
-    with model.whole():
+    texts = report_texts.texts_of(resolved, datasets.splits)
+    wanted = bool(resolved.sample_prompts or texts or tasks or (validator and evaluation.best_metric))
+    with model.whole() if wanted else nullcontext():  # a sharded model is gathered on every rank
         if context.ranks.first:
             report_texts.write_texts(resolved, model, datasets.data, datasets.splits, 0)
         task_names = tasks.check(model) if tasks is not None else []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -10,13 +11,14 @@ import torch
 
 from firth.model import flops
 from firth.model.model import LM
+from firth.model.transformer import TransformerStack
 from firth.objectives.objective import Objective
 from firth.peft.lora import num_trainable_parameters
 from firth.runs.compatibility import available_memory
 from firth.runs.recipe import ResolvedRecipe
 from firth.training.checkpoint import weights
 from firth.training.device import default_device
-from firth.training.memory import StepMemory, memory_trace, trace_step
+from firth.training.memory import HEAP_FACTOR, StepMemory, memory_trace, trace_step
 from firth.training.optimizer import param_groups
 from firth.types import PRECOMPUTED_FIELDS, Batch, UserError
 
@@ -110,6 +112,32 @@ def step_estimate(
         checkpoint_bytes(model, recipe),
         frozen_bytes,
     )
+
+
+def sharded_memory(build: Callable[[], LM], memory: StepMemory, degree: int) -> StepMemory:
+    """Return the memory of a step on one of `degree` processes that share a model (`firth.training.sharding`).
+
+    Each has its part of weights, gradients and optimizer state. The weights outside the blocks and those of two blocks are
+    gathered at the peak, with a gradient of as many.
+
+    Args:
+        build: Builds the model.
+        memory: That of a process with a whole model.
+        degree: The processes that share a copy.
+    """
+    with memory_trace(default_device()), default_device():
+        model = build()
+    blocks = [
+        sum(p.numel() for p in block.parameters())
+        for stack in model.modules() if isinstance(stack, TransformerStack) for block in stack.blocks
+    ]  # fmt: skip
+    rest = sum(p.numel() for p in model.parameters()) - sum(blocks)
+    gathered = 2 * 4 * (rest + 2 * max(blocks, default=0))
+    whole = memory.weights + memory.gradients + memory.optimizer
+    own = [size // degree for size in (memory.weights, memory.gradients, memory.optimizer)]
+    free_blocks = (HEAP_FACTOR - 1) * (whole - sum(own)) if default_device().type == "cpu" else 0
+    activations = max(0, round(memory.activations - free_blocks)) + min(gathered, whole - sum(own))
+    return dataclasses.replace(memory, weights=own[0], gradients=own[1], optimizer=own[2], activations=activations)
 
 
 def step_flops(model: LM, objective: Objective, steps: Sequence[list[Batch]]) -> float:

@@ -27,11 +27,13 @@ from firth.runs import config_io
 from firth.runs.estimate import PreparedRun, RunEstimate, estimate_prepared, prepared
 from firth.runs.recipe import EvalConfig, Recipe, load
 from firth.runs.recipe_names import RECIPES
+from firth.runs.step_estimate import check_fits
 from firth.scaling.compressed import compressed_bits
 from firth.scaling.fit import Estimate
 from firth.scaling.fitted import FAR, FittedLaw
 from firth.scaling.sizes import count_parameters, scaled, scaled_config
 from firth.scaling.sweep import DECAY_RATIO, MIN_STEPS, WARMUP_STEPS
+from firth.training.device import default_device
 from firth.training.schedule import Budget, Schedule
 from firth.types import LOGGER, LogLine, UserError
 
@@ -175,10 +177,16 @@ def plan_run(
     found = dataclasses.replace(found, steps=steps, tokens=best.tokens, epochs=best.tokens / found.data_tokens)
     loss = law.loss(best.parameters, best.tokens, found.data_tokens)
     C = float(law.rule.flops(best.parameters, best.tokens))
+    if why := law.optimum(C).too_wide:
+        raise UserError(f"there is no plan: {why}, or plan fewer hours")
+    check_fits(found.step, default_device(), steps)
     if (far := C / law.flops[1]) > FAR:
         notes.append(f"this is {far:.0f} times the compute of the largest run of the law: an extrapolation")
-    if best.parameters > FAR * law.sizes[1]:
-        notes.append(f"the law has seen models of up to {number(law.sizes[1], 2)} parameters")
+    if best.parameters > law.sizes[1]:
+        notes.append(
+            f"the size is {best.parameters / law.sizes[1]:.2g} times the largest of the law, {number(law.sizes[1], 3)} parameters: an "
+            "extrapolation"
+        )
     bits = _bits_per_byte(law, loss, own)
     command = command_of(recipe, out)
     return Plan(goal, recipe, found, best.parameters, loss, bits, command, tuple(notes))

@@ -67,6 +67,7 @@ class Checkpoint:
         layout: The layout as it was saved.
         recipe: The hash of the recipe.
         shards: Name of a sharded tensor -> its whole shape.
+        ranks: The ranks that have read it together.
     """
 
     path: Path
@@ -75,10 +76,11 @@ class Checkpoint:
     layout: dict[str, Any]
     recipe: str
     shards: dict[str, torch.Size] = field(default_factory=dict)
+    ranks: Ranks = field(default_factory=Ranks)
 
     def read(self, targets: Mapping[str, Tensor]) -> None:
         """Read sharded tensors in place. All ranks call this."""
-        sharded_checkpoint.read(self.path, targets)
+        sharded_checkpoint.read(self.path, targets, self.ranks)
 
 
 def save(
@@ -200,7 +202,7 @@ def load(path: Path, ranks: Ranks | None = None) -> Checkpoint:
     files = {name.removesuffix(".safetensors"): load_file(path / name)
              for name in body["files"] if name.endswith(".safetensors") and "/" not in name}  # fmt: skip
     state = json.loads((path / "state.json").read_text())
-    return Checkpoint(path, files, state, body["layout"], body["recipe"], sharded_checkpoint.shapes(path))
+    return Checkpoint(path, files, state, body["layout"], body["recipe"], sharded_checkpoint.shapes(path), ranks)
 
 
 def _matches(path: Path, name: str, body: Mapping[str, Any]) -> bool:

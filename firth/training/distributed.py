@@ -48,6 +48,8 @@ from torch.distributed.distributed_c10d import PrefixStore, Store
 from firth.fields import NonNegativeInt, Validated
 from firth.types import UserError
 
+T = TypeVar("T")
+
 
 @dataclass(frozen=True)
 class Ranks:
@@ -148,18 +150,29 @@ class Ranks:
         """Return a context in which this rank ends with an error message if another one fails, stops or is killed."""
         return nullcontext() if self.peers is None else self.peers.together()
 
-    def call(self, collective: Callable[[], object]) -> None:
-        """Run a collective.
+    def call(self, collective: Callable[[], T], only: bool = True) -> T:
+        """Run a collective and return its result.
+
+        Args:
+            collective: The function.
+            only: Whether it does nothing else. Otherwise an error that no other rank has caused is raised as it is.
 
         Raises:
             UserError: It failed; the message names the rank that caused it.
         """
         try:
-            collective()
+            return collective()
+        except torch.OutOfMemoryError:
+            raise
         except RuntimeError as error:
             if self.peers is None:
                 raise
-            raise self.peers.explain(error) from error
+            cause = self.peers.explain()
+            if not cause and not only:
+                raise
+            raise UserError(
+                cause or f"the ranks lost contact ({str(error).splitlines()[0]}); {RESTART_HINT}"
+            ) from error
 
 
 @dataclass(frozen=True)
@@ -211,8 +224,6 @@ def _peers() -> PeerWatch:
     store = dist.distributed_c10d._get_default_store()
     return PeerWatch(store, dist.get_rank(), dist.get_world_size(), silence_seconds())
 
-
-T = TypeVar("T")
 
 SILENCE_SECONDS = 120.0
 """A rank without a heartbeat for this long counts as stopped. It is this long because data preparation may hold the GIL;
@@ -319,23 +330,21 @@ class PeerWatch:
         finally:
             self._depth -= 1
 
-    def explain(self, error: RuntimeError) -> UserError:
-        """Return why a collective has failed: another rank's error, or the rank whose heartbeat has stopped."""
+    def explain(self) -> str:
+        """Return why a collective has failed: another rank's error, or the rank whose heartbeat has stopped; "" if neither."""
         before = self._counts()
         end = time.monotonic() + max(GRACE_SECONDS, 3 * self.interval)
         while time.monotonic() < end:
             try:
                 failure = self._failure(self._store)
             except RuntimeError:
-                return UserError(self._lost())
+                return self._lost()
             if failure:
-                return UserError(failure)
+                return failure
             time.sleep(self.interval)
         after = self._counts()
         silent = [rank for rank in range(self.world) if rank != self.rank and before.get(rank) == after.get(rank)]
-        if silent:
-            return UserError(f"rank {silent[0]} has ended without an error of its own (killed?); {RESTART_HINT}")
-        return UserError(f"the ranks lost contact ({str(error).splitlines()[0]}); {RESTART_HINT}")
+        return f"rank {silent[0]} has ended without an error of its own (killed?); {RESTART_HINT}" if silent else ""
 
     def _counts(self) -> dict[int, int]:
         """Return the heartbeat counters of all ranks; empty if the store cannot be reached."""

@@ -64,7 +64,7 @@ def write(place: Path, tensors: Mapping[str, Tensor], ranks: Ranks) -> dict[str,
     ranks.wait()
     writer = HuggingFaceStorageWriter(str(directory), _file_numbers(tensors), save_distributed=True)
     try:
-        save(dict(tensors), storage_writer=writer)
+        ranks.call(lambda: save(dict(tensors), storage_writer=writer), only=False)
     except CheckpointException as error:
         for failure, _ in error.failures.values():
             if isinstance(failure, OSError):
@@ -113,18 +113,19 @@ def shapes(place: Path) -> dict[str, torch.Size]:
     return {name: tensor.size for name, tensor in metadata.state_dict_metadata.items()}  # type: ignore[union-attr]
 
 
-def read(place: Path, targets: Mapping[str, Tensor]) -> None:
+def read(place: Path, targets: Mapping[str, Tensor], ranks: Ranks) -> None:
     """Read tensors in place. Each rank reads the parts that its targets hold, which may be whole.
 
     Args:
         place: The directory of the checkpoint, whose files have been verified.
         targets: Tensors by name, of the shapes in the checkpoint.
+        ranks: The process group.
     """
     if not targets:
         return
     from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
     from torch.distributed.checkpoint.state_dict_loader import load
 
-    alone = not torch.distributed.is_initialized()
+    reader, alone = HuggingFaceStorageReader(str(place / DIRECTORY)), not torch.distributed.is_initialized()
     with warnings.catch_warnings(action="ignore"):  # that there is a single process
-        load({**targets}, storage_reader=HuggingFaceStorageReader(str(place / DIRECTORY)), no_dist=alone)
+        ranks.call(lambda: load({**targets}, storage_reader=reader, no_dist=alone), only=False)

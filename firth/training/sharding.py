@@ -16,6 +16,7 @@ import copy
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import torch
@@ -102,7 +103,7 @@ class Shards(Parallel):
         model.whole = self.whole  # type: ignore[method-assign]
 
     def forward(self, function: Callable[[], T]) -> T:
-        out: T = self.root(function)
+        out: T = self.ranks.call(lambda: self.root(function), only=False)
         if not torch.is_grad_enabled():
             self._forget()
         return out
@@ -116,7 +117,7 @@ class Shards(Parallel):
 
     def backward(self, loss: Tensor, last: bool) -> None:
         self.root.set_requires_gradient_sync(last)
-        super().backward(loss, last)
+        self.ranks.call(lambda: super(Shards, self).backward(loss, last), only=False)
         if last:
             for p in self.scalars:
                 used = self.ranks.sum(torch.tensor([float(p.grad is not None)], device=p.device))
@@ -129,7 +130,7 @@ class Shards(Parallel):
         for block in self.blocks:
             block.set_reshard_after_forward(False)
         for module in (*self.blocks, self.root):
-            module.unshard()
+            self.ranks.call(module.unshard)
         try:
             yield
         finally:
@@ -146,7 +147,7 @@ class Shards(Parallel):
         sharded = dict(self.model.named_parameters())
         whole: dict[int, nn.Parameter] = {}
         for name, p in self._skeleton.named_parameters():
-            x = gathered(sharded[name].detach()).to("cpu", copy=True)
+            x = self.ranks.call(partial(gathered, sharded[name].detach())).to("cpu", copy=True)
             if self.ranks.first:
                 whole[id(p)] = nn.Parameter(x, requires_grad=p.requires_grad)
         if not self.ranks.first:

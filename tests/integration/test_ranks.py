@@ -58,7 +58,9 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, 
         job("fails", 2, hook="failing_first"),
         job("stopped", 2, hook="stopped_second", patience=1, env={"FIRTH_RANK_TIMEOUT": "1"}),
         job("killed", 2, hook="killed_in_save"), job("killed again", 2) | {"arguments": job("killed", 2)["arguments"]},
-        job("sharded", 2, shard), job("killed shards", 2, shard, hook="killed_in_shards", patience=30),
+        job("sharded", 2, shard, hook="count_gathers"),
+        job("samples", 2, shard, "sample_prompts=[the]", hook="count_gathers"), job("pass fails", 2, shard, hook="failing_pass"),
+        job("killed shards", 2, shard, hook="killed_in_shards", patience=30),
         job("again", 2) | {"arguments": job("killed shards", 2, shard)["arguments"]},
         job("sharded, then one", 1) | {"arguments": job("sharded", 1, "max_steps=2")["arguments"]},
     ]  # fmt: skip
@@ -172,6 +174,20 @@ def test_a_sharded_run_exports_the_model_of_one_process(outcomes: tuple[Path, di
     assert "is finished, after 2 steps" in printed(folder, "sharded, then one", 0)
 
 
+def test_a_sharded_model_is_gathered_only_for_samples(outcomes: tuple[Path, dict[str, Any]]) -> None:
+    folder, ends = outcomes
+    for name, count in (("sharded", 0), ("samples", 1)):
+        assert ends[name]["codes"] == [0, 0]
+        assert all(f"gathered {count} times" in printed(folder, name, rank) for rank in (0, 1))
+
+
+def test_a_rank_that_fails_in_a_sharded_step_is_named(outcomes: tuple[Path, dict[str, Any]]) -> None:
+    folder, ends = outcomes
+    assert ends["pass fails"]["codes"] == [2, 2]
+    last = [printed(folder, "pass fails", rank).splitlines()[-1] for rank in (0, 1)]
+    assert last == ["firth: rank 1 failed: this rank has failed in its step", "firth: this rank has failed in its step"]
+
+
 def test_a_reward_that_fails_on_one_rank_ends_both_after_a_save(outcomes: tuple[Path, dict[str, Any]]) -> None:
     """Rank 1 alone calls the reward that fails; the ranks save together, and the corrected run resumes."""
     folder, ends = outcomes
@@ -196,9 +212,9 @@ def test_a_failed_collective_names_the_lost_rank(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(distributed, "GRACE_SECONDS", 0.1)
     store = TCPStore("127.0.0.1", 0, 1, True)
     watch = distributed.PeerWatch(store, 0, 2, silence=1)
-    assert "rank 1 has ended without an error of its own (killed?)" in str(watch.explain(RuntimeError("closed")))
+    assert "rank 1 has ended without an error of its own (killed?)" in watch.explain()
     store.set("firth/failed", "1 rank 1 failed: the file ends early")
-    assert str(watch.explain(RuntimeError("closed"))) == "rank 1 failed: the file ends early"
+    assert watch.explain() == "rank 1 failed: the file ends early"
     watch.close()
 
 

@@ -29,7 +29,9 @@ import firth.runs.run as run_module
 from firth import cli
 from firth.align.rollouts import RolloutSource
 from firth.model.model import LM
+from firth.objectives.causal_lm import CausalLM
 from firth.training import checkpoint, sharded_checkpoint, trainer
+from firth.training.sharding import Shards
 from firth.types import UserError
 
 PATIENCE_SECONDS = 8.0
@@ -111,9 +113,50 @@ def failing_source(rank: int) -> None:
     RolloutSource.prepare = prepare_or_fail  # type: ignore[method-assign]
 
 
+def failing_pass(rank: int) -> None:
+    """The second loss of rank 1 fails, while the other rank waits for its shards."""
+    loss, calls = CausalLM.loss, 0
+
+    def loss_or_fail(objective: CausalLM, *arguments: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if rank == 1 and calls == 2:
+            raise UserError("this rank has failed in its step")
+        return loss(objective, *arguments)
+
+    CausalLM.loss = loss_or_fail  # type: ignore[method-assign]
+
+
+def count_gathers(rank: int) -> None:
+    """Print how often the whole model is gathered before training."""
+    whole, train, calls = Shards.whole, trainer.train, 0
+
+    def counted(shards: Shards) -> Any:
+        nonlocal calls
+        calls += 1
+        return whole(shards)
+
+    def train_after_print(model: LM, *arguments: Any, **options: Any) -> Any:
+        print(f"gathered {calls} times")
+        return train(model, *arguments, **options)
+
+    Shards.whole = counted  # type: ignore[method-assign]
+    trainer.train = train_after_print
+
+
 HOOKS = {
     hook.__name__: hook
-    for hook in (nothing, slow_first, failing_first, stopped_second, killed_in_save, killed_in_shards, failing_source)
+    for hook in (
+        nothing,
+        slow_first,
+        failing_first,
+        stopped_second,
+        killed_in_save,
+        killed_in_shards,
+        failing_source,
+        failing_pass,
+        count_gathers,
+    )
 }
 
 

@@ -1,0 +1,47 @@
+"""A dry run under torchrun: what one process takes, printed once."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from firth.runs.estimate import estimate
+from firth.runs.recipe import load
+from tests.support.runs import quiet
+
+SETTINGS = ["tokenizer.vocab_size=300", "batch.size=32", "max_steps=10", "examples.max_length=32", "precision=fp32"]
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    place = tmp_path_factory.mktemp("text")
+    for number in range(8):
+        (place / f"{number}.txt").write_text(f"the king of {number} lands did walk by night. " * 60)
+    return place
+
+
+def test_memory_falls_with_the_processes(text: Path) -> None:
+    """Tokens and FLOPs are those of all processes; activations are of a share of the rows, the state of a shard."""
+    recipe, sharded = (
+        load("gpt", [f"data.path={text}", *SETTINGS, f"distributed.shard={shard}"]) for shard in ("none", "full")
+    )
+    alone, two, shared = (estimate(r, False, quiet, n) for r, n in ((recipe, 1), (recipe, 2), (sharded, 2)))
+    assert two.tokens == pytest.approx(alone.tokens) and two.flops == pytest.approx(alone.flops, rel=0.01)
+    assert two.epochs == pytest.approx(alone.epochs) and two.data_tokens == pytest.approx(alone.data_tokens)
+    assert two.step.memory.activations < 0.75 * alone.step.memory.activations
+    assert two.step.memory.weights == alone.step.memory.weights
+    assert shared.step.memory.weights == pytest.approx(alone.step.memory.weights / 2, rel=0.01)
+    assert shared.step.memory.optimizer == pytest.approx(alone.step.memory.optimizer / 2, rel=0.01)
+    assert shared.step.peak_bytes < two.step.peak_bytes < alone.step.peak_bytes
+
+
+def test_only_the_first_process_prints(text: Path) -> None:
+    command = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29617", "-m", "firth"]
+    words = [sys.executable, *command, "train", "gpt", f"data.path={text}", *SETTINGS, "--dry-run"]
+    done = subprocess.run(words, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert (done.stdout + done.stderr).count("a dry run, which trains nothing") == 1
+    assert "on one of 2 processes" in done.stdout + done.stderr
