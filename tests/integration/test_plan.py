@@ -17,6 +17,7 @@ import torch
 
 from firth.runs import config_io
 from firth.runs.recipe import load
+from firth.scaling import plan as plan_module
 from firth.scaling.fitted import FittedLaw
 from firth.scaling.laws import ComputeRule, LossLaw, RepeatLaw
 from firth.scaling.plan import default_law, plan_run, plan_runs
@@ -72,7 +73,10 @@ def test_the_command_trains_what_was_planned(name: str, text: Path, tmp_path: Pa
     )
 
 
-def test_more_time_gives_a_larger_model_until_text_ends(text: Path, tmp_path: Path) -> None:
+def test_more_time_gives_a_larger_model_until_text_ends(
+    text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(plan_module, "WIDTHS", tuple(width for width in plan_module.WIDTHS if width <= 256))
     plans = [plan_run([str(text)], hours, "text", law("gpt", True), tmp_path, quiet) for hours in (2e-3, 2e-2, 20.0)]
     sizes = [plan.parameters for plan in plans]
     assert sizes == sorted(sizes) and sizes[0] < sizes[2]
