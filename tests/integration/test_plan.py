@@ -101,6 +101,34 @@ def test_what_cannot_be_planned_is_a_sentence(text: Path, tmp_path: Path) -> Non
         plan_runs([str(text)], 1.0, "labels", None, tmp_path, quiet)
 
 
+def test_a_size_that_is_not_determined_is_no_plan(text: Path, tmp_path: Path) -> None:
+    """`firth scale fit` prints a sentence for such a budget, and so does `firth plan`."""
+    vague = dataclasses.replace(
+        law("gpt"), draws=tuple(dataclasses.replace(SMALL, alpha=a, beta=b) for a, b in ((0.1, 0.6), (0.6, 0.1)) * 4)
+    )
+    assert vague.optimum(1e11).too_wide
+    with pytest.raises(UserError, match=r"the best size for .* FLOPs is not determined: .* or plan fewer hours"):
+        plan_run([str(text)], 8 / 3600, "text", vague, tmp_path, quiet)
+
+
+def test_a_plan_that_does_not_fit_into_the_memory_is_refused(
+    text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The command would be refused with the same sentence."""
+    monkeypatch.setattr("firth.runs.step_estimate.available_memory", lambda _: {"main memory": 1_000_000})
+    with pytest.raises(UserError, match=r"the run needs about .* GB of main memory at its peak"):
+        plan_run([str(text)], 8 / 3600, "text", law("gpt"), tmp_path, quiet)
+
+
+def test_a_size_above_those_of_the_law_is_noted(text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also one that is less than FAR times the largest."""
+    monkeypatch.setattr("firth.scaling.plan.WIDTHS", (32,))
+    parameters = plan_run([str(text)], 8 / 3600, "text", law("gpt"), tmp_path, quiet).parameters
+    small = dataclasses.replace(law("gpt"), sizes=(1e3, parameters / 2))
+    notes = plan_run([str(text)], 8 / 3600, "text", small, tmp_path, quiet).notes
+    assert any("2 times the largest of the law" in note for note in notes)
+
+
 def test_the_shipped_law_plans_text(text: Path, tmp_path: Path) -> None:
     lines: list[str] = []
     plans = plan_runs([str(text)], 0.02, "both", None, tmp_path, lines.append)
