@@ -189,6 +189,16 @@ class FunctionReward:
             raise RewardError(sample, f"raised {type(error).__name__} ({error}) at {where}") from error
 
 
+def no_reward(samples: Sequence[Rollout]) -> np.ndarray:
+    """Return 0 for every sample, (N,) float32."""
+    return np.zeros(len(samples), np.float32)
+
+
+def rehearsed(reward: RewardFunction) -> RewardFunction:
+    """Return a reward that a dry run may call: a model, or 0 in place of a user's function."""
+    return no_reward if isinstance(reward, FunctionReward) else reward
+
+
 @dataclass(frozen=True, eq=False)
 class WeightedRewards:
     """A sum of rewards.
@@ -205,6 +215,10 @@ class WeightedRewards:
     def of(reward: RewardFunction | WeightedRewards) -> WeightedRewards:
         """Return a reward as a sum of one."""
         return reward if isinstance(reward, WeightedRewards) else WeightedRewards({"reward": reward}, (1.0,))
+
+    def without_functions(self) -> WeightedRewards:
+        """Return the same with 0 in place of functions, which may cost money or write files: for a dry run."""
+        return replace(self, parts={name: rehearsed(part) for name, part in self.parts.items()})
 
     def scores(self, samples: Sequence[Rollout], tokenizer: Tokenizer) -> dict[str, np.ndarray]:
         """Return the rewards of some answers by name, unweighted: (N,) each. Raises the errors of `score_rollouts`."""

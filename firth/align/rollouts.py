@@ -44,6 +44,7 @@ from firth.align.rewards import (
     Rollout,
     WeightedRewards,
     named_function,
+    rehearsed,
     replace_unfinished,
 )
 from firth.align.sample_shared import sample_shared, score_shared
@@ -427,7 +428,8 @@ class RolloutSource(Source):
         return dict(self.history[-1])
 
     def rehearse(self) -> int:
-        self.number = 0
+        self.number, self.rewards = 0, self.rewards.without_functions()
+        self.true_reward_function = self.true_reward_function and rehearsed(self.true_reward_function)
         answer = np.full(self.config.max_new_tokens, self.tokenizer.vocab.size - 1, np.int32)
         self.samples = [Rollout(self.prompts[i], answer, "", True) for i in self._prompts_of(0)]
         real = answer_mask([len(answer)] * len(self.samples))

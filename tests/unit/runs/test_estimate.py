@@ -316,3 +316,18 @@ def test_the_peak_only_rises(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert speed.measure_peak("cpu", "fp32") == 1e18
     speed.record("peak cpu fp32", 1.0)
     assert 1e9 < speed.measure_peak("cpu", "fp32") < 1e15
+
+
+def test_dry_run_calls_no_reward(text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    few = ["batch.size=4", "max_steps=1", "examples.max_length=48"]
+    start = run(load("gpt", [f"data.path={text}", "tokenizer.vocab_size=300", *few]), tmp_path / "start", log=quiet)
+    (tmp_path / "prompts.jsonl").write_text("".join(f'{{"prompt": "word {i}"}}\n' for i in range(40)))
+    (tmp_path / "paid_score.py").write_text(
+        f"from pathlib import Path\n\n\ndef paid(text):\n    Path({str(tmp_path / 'called')!r}).touch()\n    return 1.0\n"
+    )
+    reward = "paid_score:paid"
+    settings = [f"init_from={start.directory}", f"data.path={tmp_path / 'prompts.jsonl'}", "batch.size=8", "max_steps=4",
+                f"examples.reward_function={reward}", f"examples.true_reward_function={reward}", "examples.max_new_tokens=8"]  # fmt: skip
+    found = estimate(load("grpo", settings), log=quiet)
+    assert found.step_seconds > 0 and not (tmp_path / "called").exists()
