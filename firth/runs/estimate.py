@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +18,7 @@ from typing import Any
 from firth import kernel_choice
 from firth.corpora import readers
 from firth.data.collate import Batches
+from firth.data.config import DataConfig
 from firth.io.json_files import row_line
 from firth.model.model import LM
 from firth.runs.build_model import assemble_model
@@ -39,8 +40,8 @@ from firth.types import LOGGER, Batch, LogLine
 SAMPLED_STEPS = 8
 """Steps whose batches are built to count tokens and FLOPs."""
 
-MAX_COUNTED_BYTES, SAMPLE_BYTES = 64 << 20, 16 << 20
-"""Bytes of text up to which all of it is read, and bytes of a sample of more."""
+MAX_COUNTED_BYTES, SAMPLE_BYTES, VALIDATION_BYTES = 64 << 20, 16 << 20, 1 << 20
+"""Bytes of text up to which all of it is read, bytes of a sample of more, and most bytes of held-out text."""
 
 GROWTH = {".gz": 3.0, ".zst": 3.0, ".parquet": 2.0, ".bz2": 3.5, ".xz": 4.0}
 """Ending of a compressed file -> assumed bytes of text per byte of the file."""
@@ -153,32 +154,52 @@ def _sampled(recipe: Recipe, place: Path, log: LogLine) -> tuple[Recipe, float, 
     counted = f"{trained}all of the data was read and counted"
     if not recipe.examples.reads_documents:
         return recipe, 1.0, counted
-    sizes = {path: path.stat().st_size * GROWTH.get(path.suffix, 1.0) for path in readers.files(data.paths(log))}
+    changed: dict[str, Any] = {}
+    if data.validation_path:
+        held_out = _sizes(data.validation_path)
+        if sum(held_out.values()) > VALIDATION_BYTES:
+            _write_sample(held_out, place / "validation.jsonl", VALIDATION_BYTES, data)
+            changed = {"validation_path": (str(place / "validation.jsonl"),)}
+    sizes, scale = _sizes(data.paths(log)), 1.0
     total = sum(sizes.values())
-    if total <= MAX_COUNTED_BYTES:
-        return recipe, 1.0, counted
-    sample, written = place / "sample.jsonl", 0
-    with sample.open("w", encoding="utf-8") as file:
-        for document in readers.documents([str(path) for path in sizes], field=data.text_field, split=data.split_by):
-            for start in range(0, len(document.text), SAMPLE_BYTES // 16):
-                if written < SAMPLE_BYTES:
-                    text = document.text[start : start + SAMPLE_BYTES // 16]
-                    file.write(row_line({"text": text}))
-                    written += len(text.encode())
-            if written >= SAMPLE_BYTES:
-                break
-    changed: dict[str, Any] = {
-        "path": (str(sample),),
-        "corpus": "",
-        "text_field": "text",
-        "split_by": "file",
-        "weights": (),
-    }
-    how = (
-        f"tokens were estimated from {written / 1e6:,.0f} MB of text at the start of {total / 1e6:,.0f} MB, the size of the files"
-        + (", and so was the tokenizer" if trained else "")
-    )
-    return dataclasses.replace(recipe, data=dataclasses.replace(data, **changed)), total / max(written, 1), how
+    if total > MAX_COUNTED_BYTES:
+        written = _write_sample(sizes, place / "sample.jsonl", SAMPLE_BYTES, data)
+        changed |= {"path": (str(place / "sample.jsonl"),), "corpus": "", "weights": ()}
+        scale = total / max(written, 1)
+        counted = (
+            f"tokens were estimated from {written / 1e6:,.0f} MB of text of {total / 1e6:,.0f} MB, the size of the files"
+            + (", and so was the tokenizer" if trained else "")
+        )
+    return dataclasses.replace(recipe, data=dataclasses.replace(data, **changed)), scale, counted
+
+
+def _sizes(paths: Sequence[str]) -> dict[Path, float]:
+    """Return the bytes of text of each file, as far as its name and size tell."""
+    return {path: path.stat().st_size * GROWTH.get(path.suffix, 1.0) for path in readers.files(paths)}
+
+
+def _write_sample(sizes: Mapping[Path, float], target: Path, limit: int, data: DataConfig) -> int:
+    """Write the beginning of each file, in proportion to its size, as records of its text, and return the bytes of text.
+
+    Args:
+        sizes: Bytes of each file.
+        target: The file to write.
+        limit: Most bytes of text, about.
+        data: Says how the files are read.
+    """
+    written, due, piece = 0, 0.0, max(1, limit // 64)
+    with target.open("w", encoding="utf-8") as file:
+        for path, size in sizes.items():
+            due += limit * size / sum(sizes.values())
+            for document in readers.documents([str(path)], field=data.text_field, split=data.split_by):
+                for start in range(0, len(document.text), piece):
+                    if written < due:
+                        text = document.text[start : start + piece]
+                        file.write(row_line({data.text_field: text}))
+                        written += len(text.encode())
+                if written >= due:
+                    break
+    return written
 
 
 def estimate(recipe: Recipe, timed: bool = True, log: LogLine = LOGGER.info, world: int = 1) -> RunEstimate:

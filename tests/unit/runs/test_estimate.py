@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import time
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from torch import Tensor
 from typer.testing import CliRunner
 
 from firth.cli import app
+from firth.corpora import readers
 from firth.model.config import ModelConfig, decoder_config, encoder_config, encoder_decoder_config
 from firth.model.model import LM
 from firth.objectives.causal_lm import CausalLM
@@ -21,7 +23,7 @@ from firth.objectives.replaced_tokens import RTD, generator_config
 from firth.objectives.seq2seq import SpanCorruption
 from firth.peft import lora
 from firth.recipes.recurrent import lstm
-from firth.runs.estimate import dry_run, estimate
+from firth.runs.estimate import _sampled, dry_run, estimate
 from firth.runs.recipe import Recipe, load
 from firth.runs.run import run
 from firth.runs.step_estimate import step_flops
@@ -331,3 +333,25 @@ def test_dry_run_calls_no_reward(text: Path, tmp_path: Path, monkeypatch: pytest
                 f"examples.reward_function={reward}", f"examples.true_reward_function={reward}", "examples.max_new_tokens=8"]  # fmt: skip
     found = estimate(load("grpo", settings), log=quiet)
     assert found.step_seconds > 0 and not (tmp_path / "called").exists()
+
+
+def test_sample_of_large_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every file is sampled by its size, and held-out text too."""
+    monkeypatch.setattr("firth.runs.estimate.MAX_COUNTED_BYTES", 10_000)
+    monkeypatch.setattr("firth.runs.estimate.SAMPLE_BYTES", 6_400)
+    monkeypatch.setattr("firth.runs.estimate.VALIDATION_BYTES", 3_200)
+    files = {"a.txt": ("one ", 5_000), "b.jsonl": ("two ", 10_000), "held.txt": ("three ", 5_000)}
+    for name, (word, count) in files.items():
+        text = word * count
+        (tmp_path / name).write_text(json.dumps({"body": text}) + "\n" if name == "b.jsonl" else text)
+    paths = f"data.path=[{tmp_path / 'a.txt'}, {tmp_path / 'b.jsonl'}]"
+    recipe = load("gpt", [paths, f"data.validation_path={tmp_path / 'held.txt'}", "data.text_field=body"])
+    place = tmp_path / "place"
+    place.mkdir()
+    smaller, scale, how = _sampled(recipe, place, quiet)
+    words = [document.text for document in readers.documents(smaller.data.path, field="body")]
+    sizes = {word: sum(len(text) for text in words if text.startswith(word.strip())) for word in ("one ", "two ")}
+    assert sizes["one "] == pytest.approx(6400 / 3, rel=0.1) and sizes["two "] == pytest.approx(6400 * 2 / 3, rel=0.1)
+    assert scale == pytest.approx(60_000 / 6400, rel=0.1) and "estimated from" in how
+    held = [document.text for document in readers.documents(smaller.data.validation_path, field="body")]
+    assert sum(map(len, held)) == pytest.approx(3200, rel=0.1) and all("three" in text for text in held)
