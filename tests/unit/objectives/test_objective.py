@@ -37,7 +37,7 @@ def test_an_objective_has_twelve_public_members() -> None:
 
 
 def test_no_other_module_decides_by_a_list_of_objectives() -> None:
-    """The demo, and the registries of recipes and of kinds of examples, have names that may also be those of an objective."""
+    """The demo, and registries of recipes, examples, tasks and stages, have names that may also be those of an objective."""
     found = []
     for path in sorted(PACKAGE.rglob("*.py")):
         where = path.relative_to(PACKAGE)
@@ -45,6 +45,9 @@ def test_no_other_module_decides_by_a_list_of_objectives() -> None:
             "objectives/__init__.py",
             "runs/recipe_names.py",
             "runs/examples.py",
+            "pipelines/methods.py",  # stages of a pipeline
+            "serve/registry.py",  # tasks
+            "serve/views.py",  # tasks
             "align/rollouts.py",  # the names of advantage estimators, which are those of the methods
         ):
             continue
@@ -67,7 +70,9 @@ def test_the_sample_has_the_fields_of_each_kind_of_examples(name: str) -> None:
 
 def test_constraints_of_a_sum_are_those_of_both() -> None:
     both = MLM(num_maskings=10, noise="words") + Classification(class_names=("a", "b")) + WeightPenalty()
-    assert both.constraints == Constraints(num_copies=10, text_units=frozenset({"words"}), class_names=("a", "b"))
+    assert both.constraints == Constraints(
+        num_copies=10, text_units=frozenset({"words"}), class_names=("a", "b"), whole_weights=True
+    )
     assert [type(one) for one in components(both)] == [MLM, Classification, WeightPenalty]
 
 
