@@ -32,7 +32,7 @@ def chromium() -> Iterator[Any]:
 
 @contextmanager
 def checked_page(browser: Any, url: str, width: int, theme: str = "light") -> Iterator[Any]:
-    """Yield a page, and check at the end that it was quiet, asked no other host, and does not scroll sideways."""
+    """Yield a page, and check at the end that it was quiet, sent no request to another host, and does not scroll sideways."""
     context = browser.new_context(viewport={"width": width, "height": 844}, color_scheme=theme)
     page = context.new_page()
     page.set_default_timeout(30_000)

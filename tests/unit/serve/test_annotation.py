@@ -185,23 +185,23 @@ def test_a_restart_takes_what_was_judged_from_the_journal(
     for item in (items[0], items[2]):
         first.preferences.skip("ann", item.id, first.preferences.shown(item, "ann").token)
     first.preferences.close()
-    asked: list[str] = []
+    requested: list[str] = []
 
     def write_one(self: Asker, requests: Any, locations: Any) -> list[GenerateReply]:
-        asked.extend(request.prompt for request in requests)
+        requested.extend(request.prompt for request in requests)
         return [GenerateReply(f"sample {i}", "stop") for i in range(len(requests))]
 
     monkeypatch.setattr(Asker, "write", write_one)
     again = Collection(config, tmp_path / "preferences.jsonl")
-    assert set(asked) == {items[1].prompt, items[3].prompt}
+    assert set(requested) == {items[1].prompt, items[3].prompt}
     found = list(again.preferences.items.values())
     assert (found[0], found[2]) == (items[0], items[2]) and [one.prompt for one in found] == [
         one.prompt for one in items
     ]
     again.preferences.close()
-    asked.clear()
+    requested.clear()
     Collection(replace(config, temperature=0.5), tmp_path / "preferences.jsonl").preferences.close()
-    assert len(set(asked)) == 4
+    assert len(set(requested)) == 4
 
 
 def test_undo_of_a_prompt_that_is_gone_says_so(samples: str, tmp_path: Path) -> None:

@@ -206,7 +206,7 @@ def test_a_stream_is_one_response_at_a_time(server):
 
 
 def test_a_long_computation_does_not_stop_the_end(model_paths, monkeypatch):
-    """The server ends `drain_seconds` after it is told to, although one step of a job takes longer."""
+    """The server ends `drain_seconds` after the signal, although one step of a job takes longer."""
     monkeypatch.setattr(app, "STOP_SECONDS", 0.2)
     monkeypatch.setattr(ServedModel, "exceeds", lambda *_: False)
     monkeypatch.setattr(embeddings, "embed", lambda *_, **__: time.sleep(6))

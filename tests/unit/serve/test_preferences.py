@@ -140,7 +140,7 @@ def test_two_annotators_get_different_prompts_at_a_time(tmp_path: Path, monkeypa
     assert first != second and preferences.next("ann") == first and preferences.next("eve") is None
     later = time.monotonic() + 3600
     monkeypatch.setattr(time, "monotonic", lambda: later)
-    assert preferences.next("eve") in (first, second)  # whoever had it has left
+    assert preferences.next("eve") in (first, second)  # the person who had it has left
 
 
 def test_a_share_of_prompts_is_given_twice(tmp_path: Path) -> None:
@@ -380,8 +380,8 @@ preferences.journal._file.close()
 def test_a_full_disk_leaves_the_files_as_they_were(tmp_path: Path) -> None:
     """The judgment that cannot be written is refused; later ones and their undo are read back as they were made."""
     out = tmp_path / "preferences.jsonl"
-    told = subprocess.run([sys.executable, "-c", FULL, str(out)], capture_output=True, text=True, check=True).stdout
-    assert "preferences.events.jsonl: file too large; free some room" in told
+    output = subprocess.run([sys.executable, "-c", FULL, str(out)], capture_output=True, text=True, check=True).stdout
+    assert "preferences.events.jsonl: file too large; free some room" in output
     assert [row["prompt"] for row in lines(out)] == ["question 0", "question 3"]
     assert [one["prompt"] for one in Preferences(out).judgments()] == ["question 0", "question 3"]
 

@@ -159,5 +159,5 @@ def test_bf16_is_announced_once(model_paths, monkeypatch, caplog):
     load_models([str(model_paths["gpt"]), f"other={model_paths['gpt']}", f"third={model_paths['gpt']}"], "auto")
     model = load_evaluated_model(model_paths["gpt"]).model
     assert [loaded_model.fast_weights(model) for _ in range(2)] == ["bf16"] * 2
-    said = [record.getMessage() for record in caplog.records if "bf16" in record.getMessage()]
-    assert said == ["weights are held in bf16, which is faster here: use --weights fp32 for full precision"]
+    warnings = [record.getMessage() for record in caplog.records if "bf16" in record.getMessage()]
+    assert warnings == ["weights are held in bf16, which is faster here: use --weights fp32 for full precision"]
