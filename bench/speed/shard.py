@@ -20,7 +20,7 @@ from pathlib import Path
 
 import torch
 
-from bench.harness import cpu_name
+from bench.harness import cpu_name, reset_peak, resident
 from firth.data.collate import collate
 from firth.model.config import decoder_config
 from firth.model.deferred_init import record_init
@@ -36,17 +36,6 @@ RUNS = [(1, "none"), (2, "none"), (2, "full"), (4, "none"), (4, "full")]
 
 CONFIG = decoder_config(vocab_size=16384, hidden_size=768, num_layers=12, num_heads=12, max_positions=64)
 ROWS, TOKENS, STEPS = 8, 64, 3
-
-
-def resident(field: str) -> int:
-    """Return VmRSS (now) or VmHWM (peak) of this process in bytes."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return int(next(line.split()[1] for line in lines if line.startswith(field))) * 1024
-
-
-def reset_peak() -> None:
-    """Let VmHWM count from now on."""
-    Path("/proc/self/clear_refs").write_text("5")
 
 
 def train(way: str, out: Path) -> None:

@@ -6,7 +6,7 @@ from functools import cached_property
 from pathlib import Path
 
 from firth.model.model import LM
-from firth.pretrained.load_save import load_model
+from firth.pretrained.load_save import load_model, load_without_weights
 from firth.training.device import default_device
 from firth.types import UserError
 
@@ -28,7 +28,8 @@ class StartModel:
     """The model that a run starts from (`init_from`).
 
     A run needs it several times: its config resolves the recipe, its weights initialize the model, and DPO and PPO keep it as
-    the frozen reference. It is read when it is first needed and kept until `release`.
+    the frozen reference. It is read when it is first needed and kept until `release`. A sharded run needs only its shape, if it
+    has no reference, and reads the weights into its shards.
 
     Args:
         path: A run or model directory, or a GGUF file; empty for a run that starts from scratch.
@@ -40,6 +41,15 @@ class StartModel:
     @cached_property
     def _read(self) -> LM:
         return load_model(model_directory(self.path))
+
+    @property
+    def shape(self) -> LM | None:
+        """The model, which may have no weights (on the meta device); None for a run that starts from scratch."""
+        return self._shape if self.path else None
+
+    @cached_property
+    def _shape(self) -> LM:
+        return self._read if "_read" in self.__dict__ else load_without_weights(model_directory(self.path))
 
     @property
     def model(self) -> LM | None:
@@ -61,3 +71,4 @@ class StartModel:
     def release(self) -> None:
         """Forget the model, after the weights of the run have been initialized from it."""
         self.__dict__.pop("_read", None)
+        self.__dict__.pop("_shape", None)
