@@ -137,7 +137,10 @@ def export_model(run: Path, out: Path, *, form: str, dtype: str, shard: str, log
     package = ModelPackage(model, tokenizer, facts, on_dialogues, given, trained.resolve().name, dtype, read)
     with _fresh(out, given) as place:
         summary = EXPORTERS[form](package, place, storage)
-        model_card.write(model_card.read_card(trained, place, model, summary, facts), place / "README.md")
+        card = model_card.read_card(trained, place, model, summary, facts)
+        if is_checkpoint(given):  # the result and the samples are those of the end of the run
+            card = replace(card, result={}, samples=[])
+        model_card.write(card, place / "README.md")
         files = [p for p in place.rglob("*") if p.is_file()]
         log(f"{out}: {len(files)} files, {sum(p.stat().st_size for p in files) / 1e6:,.1f} MB; {summary}")
     # Every tokenizer with chat tokens has a chat template, so for a run the objective decides.

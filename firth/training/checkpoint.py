@@ -128,7 +128,8 @@ def save(
             weights = {
                 name: facts for name, facts in written.items() if name == SINGLE or name.startswith(f"{SHARDS}/")
             }
-            record = with_digest({**description, "files": weights})
+            facts = {**description["facts"], "steps": step}
+            record = with_digest({**description, "facts": facts, "files": weights})
             written["firth.json"] = _write(partial / "firth.json", [_json(record)])
         written[STATE_FILE] = _write(partial / STATE_FILE, [_json(state)])
         metadata = {"step": step, "recipe": recipe, "layout": dict(layout), "score": score}

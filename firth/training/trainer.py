@@ -357,8 +357,11 @@ class _Run:
         on_device = [to(batch, self.device) | {"step": torch.tensor(state.step)} for batch in batches]
         means = gradients(self.model, self.objective, on_device, ranks.sum, self.casts, self.parallel)
         norm = self.optimizer.clip_grad_norm()
-        values = torch.stack([*(means[t] for t in self.objective.labels), norm])
-        finite = bool(torch.isfinite(values).all())
+        *read, norm_read = torch.stack(
+            [*means.values(), norm]
+        ).tolist()  # the only read of the loss and the norm by the host
+        metrics = dict(zip(means, read, strict=True))
+        finite = all(math.isfinite(x) for x in (*(metrics[t] for t in self.objective.labels), norm_read))
         took = time.perf_counter() - start
         if ranks.world > 1:  # all ranks use the same time and take the same decisions
             local = torch.tensor([took / ranks.world, not finite, stop, tokens, work], device=self.device)
@@ -381,9 +384,9 @@ class _Run:
         state.seconds += self.step_seconds
         state.flops += work
         state.metrics = {k: v for k, v in state.metrics.items() if k.startswith("valid/")} | named_metrics(
-            self.objective, dict(zip(means, torch.stack(list(means.values())).tolist(), strict=True))
+            self.objective, metrics
         )
-        state.metrics |= {"norm": float(norm), "rate": self.lr * factor}
+        state.metrics |= {"norm": norm_read, "rate": self.lr * factor}
         if state.in_a_row >= self.config.max_bad_steps:
             raise DivergedError(
                 f"{state.in_a_row} steps in a row, the last of them step {state.step}, gave a loss or a gradient that is not "

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 from firth.evaluate.task import load_evaluated_model
 from firth.io.integrity import with_digest
-from firth.pretrained.load_save import load_model, open_model
+from firth.pretrained.load_save import load_model, metadata_of, open_model
 from firth.runs.import_export import export_model
 from firth.types import UserError
 from tests.support.runs import quiet
@@ -81,6 +81,18 @@ def test_validation_runs_on_the_shards(runs: tuple[Path, dict[str, Any]], kind: 
     for a, b in zip(one, sharded, strict=True):
         assert a["loss"] == pytest.approx(b["loss"], abs=2e-3)
     assert one[1]["bits_per_byte"] == pytest.approx(sharded[1]["bits_per_byte"], abs=2e-3)
+
+
+def test_a_checkpoint_of_an_unfinished_run_is_exported(runs: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
+    folder, _ = runs
+    run = tmp_path / "run"
+    shutil.copytree(folder / "sharded", run, ignore=shutil.ignore_patterns("model", "done.json", "report.html"))
+    export_model(run / "checkpoints/step-000001", tmp_path / "out", form="hf", dtype="", shard="", log=quiet)
+    first, last = (load_file(path / "model.safetensors") for path in (tmp_path / "out", folder / "sharded/model"))
+    assert first.keys() == last.keys() and any(not torch.equal(x, last[name]) for name, x in first.items())
+    assert metadata_of(tmp_path / "out")["steps"] == 1
+    card = (tmp_path / "out/README.md").read_text()
+    assert "NanoChat" in card and "2 steps" not in card
 
 
 def test_a_checkpoint_exports_the_model_of_its_run(runs: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
