@@ -158,8 +158,9 @@ class AttentionMask:
             flex = query_time.device.type == "cuda" and queries >= MIN_FLEX_LENGTH
         if flex:
             block = block_mask(query_time, key_time, query_document, key_document, key_expiry)
-            packed = query_document is not None and query_document is key_document and key_expiry is None
-            texts = packed_texts(query_time, key_time, query_document) if packed and queries == keys else None
+            texts = None
+            if query_document is not None and query_document is key_document and queries == keys and key_expiry is None:
+                texts = packed_texts(query_time, key_time, query_document)
             return AttentionMask(block_mask=block, texts=texts)
         seen = mask_from_times(query_time, key_time, query_document, key_document, key_expiry)[:, None]
         on_cpu = query_time.device.type == "cpu"

@@ -45,17 +45,17 @@ def block_mask(
         key_expiry: (B, S) integers; None: no key expires.
     """
     rows = max(len(query_time), len(key_time))
-    queries = _rounded(query_time, -NEVER, rows)
-    keys = _rounded(key_time, torch.iinfo(key_time.dtype).max, rows)  # beyond every query
+    queries = _rounded(query_time, rows)
+    keys = _rounded(key_time, rows, torch.iinfo(torch.int32).max)  # after every query
     (query_low, query_high), (key_low, key_high) = _bounds(queries, 2), _bounds(keys, 1)
     some, every = key_low <= query_high, key_high <= query_low
-    expiry = None if key_expiry is None else _rounded(key_expiry, NEVER, rows)
+    expiry = None if key_expiry is None else _rounded(key_expiry, rows)
     if expiry is not None:
         low, high = _bounds(expiry, 1)
         some, every = some & (query_low < high), every & (query_high < low)
     own = other = None
     if query_document is not None and key_document is not None:
-        own, other = _rounded(query_document, 0, rows), _rounded(key_document, 0, rows)
+        own, other = _rounded(query_document, rows), _rounded(key_document, rows)
         (own_low, own_high), (low, high) = _bounds(own, 2), _bounds(other, 1)
         some = some & ((low <= own_high) & (own_low <= high) | (low == ALL_DOCUMENTS))
         one = (own_low == own_high) & (low == high) & (low == own_low)
@@ -74,9 +74,10 @@ def block_mask(
     return BlockMask.from_kv_blocks(*partial, *full, BLOCK, visible, (queries.shape[-1], keys.shape[-1]))
 
 
-def _rounded(x: Tensor, fill: int, rows: int) -> Tensor:
-    """Return integers (B or 1, T) as (rows, T'), with T' a multiple of BLOCK."""
-    return F.pad(x, (0, -x.shape[-1] % BLOCK), value=fill).expand(rows, -1).contiguous()
+def _rounded(x: Tensor, rows: int, fill: int | None = None) -> Tensor:
+    """Return integers (B or 1, T) as (rows, T'), with T' a multiple of BLOCK: further ones are `fill`, or as the last one."""
+    more = x[:, -1:] if fill is None else torch.full_like(x[:, -1:], fill)
+    return torch.cat((x, more.expand(-1, -x.shape[-1] % BLOCK)), -1).expand(rows, -1).contiguous()
 
 
 def _bounds(x: Tensor, at: int) -> tuple[Tensor, Tensor]:
@@ -152,7 +153,10 @@ def attend_packed(q: Tensor, k: Tensor, v: Tensor, texts: PackedTexts, scale: fl
     groups, rows = q.shape[1] // k.shape[1], q.shape[0]
     if groups > 1:
         k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
-    flat = (x.transpose(1, 2).flatten(0, 1).contiguous() for x in (q, k, v))  # (B T, H, D)
-    ends = (texts.starts, texts.starts, texts.longest, texts.longest)
-    out = varlen_attn(*flat, *ends, scale=scale, window_size=(-1, 0) if texts.causal else (-1, -1))
-    return out.unflatten(0, (rows, -1)).transpose(1, 2)  # type: ignore[union-attr]
+    q, k, v = (x.transpose(1, 2).flatten(0, 1).contiguous() for x in (q, k, v))  # (B T, H, D)
+    window = (-1, 0) if texts.causal else (-1, -1)
+    out = varlen_attn(
+        q, k, v, texts.starts, texts.starts, texts.longest, texts.longest, scale=scale, window_size=window
+    )
+    assert isinstance(out, Tensor)
+    return out.unflatten(0, (rows, -1)).transpose(1, 2)

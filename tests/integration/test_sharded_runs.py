@@ -135,7 +135,7 @@ def test_a_start_model_is_read_into_the_shards(runs: tuple[Path, dict[str, Any]]
         ("changed", "is not as it was written"),
         ("missing", "is missing"),
         ("extra", "firth.json does not list this file"),
-        ("unlisted", "parts of the tensor .* are missing"),
+        ("unlisted", "tensor .* is .*, expected"),
         ("old", "does not describe its model"),
     ],
 )
@@ -187,7 +187,7 @@ def test_an_export_in_parts_has_bounded_memory(large: Path, tmp_path: Path) -> N
     _, loaded = script("whole", large, tmp_path / "whole")
     size, streamed = script("streamed", large, tmp_path / "streamed")
     assert loaded > size > 200e6
-    assert streamed < 0.25 * size
+    assert streamed < 0.35 * size
     for out in ("whole", "streamed"):
         expected = (large / "expected/model.safetensors").read_bytes()
         assert (tmp_path / out / "model.safetensors").read_bytes() == expected

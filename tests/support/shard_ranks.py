@@ -1,6 +1,6 @@
 """First steps of training on several ranks, for each way to spread a model; started by torchrun, or as a single process.
 
-torchrun --nproc-per-node 2 tests/support/shard_ranks.py OUT none 2 full 1 ... [cases NAME ...]
+torchrun --nproc-per-node 2 -m tests.support.shard_ranks OUT none 2 full 1 ... [cases NAME ...]
 
 Each pair is a way of `distributed.shard` and a number of micro-batches. OUT gets WAY-ACCUMULATE-CASE.safetensors with the summed
 gradients and the losses of the first step, the validation metrics before it, and the weights after two.
