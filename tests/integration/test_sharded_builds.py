@@ -51,7 +51,7 @@ def test_seven_billion_parameters_are_divided_without_data(tmp_path: Path) -> No
 
 @pytest.mark.parametrize("kind", ["expected", "checkpoints/step-000001"])
 def test_a_start_model_is_never_whole_in_memory(tmp_path: Path, kind: str) -> None:
-    """Of a model directory, the pages of the file that hold this rank's part count too; of a checkpoint, one weight at a time."""
+    """Pages of the mapped files are not counted: the kernel drops them when memory is short."""
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     script = str(ROOT / "tests/support/streamed_export.py")
     subprocess.run([sys.executable, script, "write", str(tmp_path)], env=environment, check=True, timeout=120)
@@ -59,7 +59,6 @@ def test_a_start_model_is_never_whole_in_memory(tmp_path: Path, kind: str) -> No
     out.mkdir()
     ranks = build(2, "start", out, tmp_path / kind)
     for rank in ranks:
-        read = rank["own"] if kind == "expected" else 0
-        assert rank["peak"] < rank["own"] + read + 2 * rank["unit"] + PROCESS_BYTES
+        assert rank["own"] < rank["peak"] < rank["own"] + 2 * rank["unit"] + PROCESS_BYTES < rank["whole"]
     for name, p in load_model(tmp_path / kind).named_parameters():
         assert ranks[0]["sums"][name] == pytest.approx(float(p.detach().double().sum()), rel=1e-6, abs=1e-3), name

@@ -5,13 +5,15 @@ torchrun --nproc-per-node 2 tests/support/shard_build.py start OUT FROM     read
 torchrun --nproc-per-node 2 tests/support/shard_build.py shape OUT          divide 7 B parameters without data
 
 Each rank writes OUT/RANK.json: bytes of the whole model, of this rank's shards, of the largest unit that is gathered, and the
-peak of the resident size while the model was built.
+peak of the resident size while the model was built, or of the private memory while the start model was read.
 """
 
 from __future__ import annotations
 
 import json
 import sys
+import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -37,12 +39,31 @@ def bytes_of(parameters: object) -> int:
     return sum(4 * p.numel() for p in parameters)  # type: ignore[attr-defined]
 
 
+def sampled_peak(work: Callable[[], object]) -> int:
+    """Return the most private memory (RssAnon) of this process while `work` runs. Pages of mapped files do not count."""
+    most, done = resident("RssAnon"), threading.Event()
+
+    def watch() -> None:
+        nonlocal most
+        while not done.wait(0.001):
+            most = max(most, resident("RssAnon"))
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    try:
+        work()
+    finally:
+        done.set()
+        thread.join()
+    return most
+
+
 def main(command: str, out: Path, ranks: Ranks) -> None:
     torch.set_num_threads(1)
     config: ModelConfig = {"build": LARGE, "start": CONFIG, "shape": SEVEN_B}[command]
     make_mesh(ranks, ranks.world, torch.device("cpu"))
     ranks.sum(torch.zeros(1))
-    start = resident("VmRSS")
+    start = resident("RssAnon" if command == "start" else "VmRSS")
     reset_peak()
     torch.manual_seed(0)
     with record_init() as record:
@@ -55,9 +76,9 @@ def main(command: str, out: Path, ranks: Ranks) -> None:
         assert all(p.is_meta for p in model.parameters())
     else:
         Shards(model, ranks, ranks.world, torch.device("cpu"), record=record)
-    if command == "start":
-        init_from(model, Path(sys.argv[3]))
     peak = resident("VmHWM") - start
+    if command == "start":
+        peak = sampled_peak(lambda: init_from(model, Path(sys.argv[3]))) - start
     own = bytes_of(local(p) for p in model.parameters())
     if command == "start":
         sums = {name: float(gathered(p.detach()).double().sum()) for name, p in model.named_parameters()}
