@@ -266,7 +266,7 @@ def peak_mb() -> float:
 
 
 def resident(field: str) -> int:
-    """Return VmRSS (the resident size now) or VmHWM (its peak) of this process in bytes, from Linux's /proc."""
+    """Return VmRSS (the resident size now), RssAnon (without pages of files) or VmHWM (its peak) of this process in bytes."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return int(next(line.split()[1] for line in lines if line.startswith(field))) * 1024
 
