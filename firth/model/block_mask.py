@@ -2,7 +2,7 @@
 
 `block_mask` gives FlexAttention (He 2024) the rule of `firth.model.attention` as a function of the integers, and which blocks of
 128 x 128 it must visit: least and greatest values of a block decide whether the rule holds for all pairs, for none, or has to
-be asked for each. That is done without a read by the host.
+be evaluated for each. That is done without a read by the host.
 
 `packed_texts` describes rows of texts that follow each other, for variable-length attention (`torch.nn.attention.varlen`).
 
