@@ -59,12 +59,14 @@ def prompts_of(recipe: ResolvedRecipe, splits: DatasetSplits, tokenizer: Tokeniz
         return recipe.sample_prompts
     found = []
     for prompt, at in zip(recipe.sample_prompts, spaced(len(held), len(recipe.sample_prompts)), strict=False):
-        words = tokenizer.decode(held[at]["tokens"]).split() if "tokens" in held[at] else []
         masked, count = "<mask>" in prompt, len(prompt.split())
-        if len(words) <= count:
-            continue
-        found.append(" ".join([*words[: count - 1], "<mask>", words[count]] if masked else words[:count]))
-    return tuple(found)
+        shown = next((held[at][name] for name in ("tokens", "first") if name in held[at]), ())
+        words = tokenizer.decode(shown).split()
+        if "<" in prompt and not masked:  # <prior>, <to>: no beginnings of a text
+            found.append(prompt)
+        elif len(words) > count:
+            found.append(" ".join([*words[: count - 1], "<mask>", words[count]] if masked else words[:count]))
+    return tuple(found) or recipe.sample_prompts
 
 
 def spaced(total: int, count: int) -> list[int]:

@@ -53,5 +53,8 @@ def test_prompts_of_a_foreign_text_are_its_own_words(tokenizer: Tokenizer) -> No
     assert prompts(mine, tokenizer, TEXTS) == ("Le chien brun <mask> dans", "La fonction renvoie une valeur <mask> ou")
     mine = replace(published("gpt"), data=DataConfig(path=("french",)))
     assert prompts(mine, tokenizer, TEXTS[:1]) == ("Le",)
+    assert prompts(mine, tokenizer, ["Un"]) == mine.sample_prompts  # no text is long enough
+    mixed = replace(published("vae"), data=DataConfig(path=("french",)))
+    assert prompts(mixed, tokenizer, TEXTS) == mixed.sample_prompts
     assert prompts(replace(mine, name="own"), tokenizer, TEXTS) == mine.sample_prompts
     assert spaced(10, 3) == [0, 3, 6] and spaced(2, 3) == [0, 1]
