@@ -19,6 +19,7 @@ from __future__ import annotations
 import argparse
 import json
 import random
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,12 @@ NUM_DOCUMENTS, DOCUMENT_CHARACTERS = 16, 2000
 FORGET_STEPS = 30
 ARMS = {"minilm": ("roberta", 1e13, 4000), "smollm2": ("gpt", 2.5e13, 4000)}
 """Model -> recipe, FLOPs of each run, tokens to add."""
+
+
+def finish(recipe: str, settings: list[str], place: Path) -> None:
+    """Run what is missing, and delete the checkpoints, which have three times the size of the model."""
+    run(load(recipe, settings), place)
+    shutil.rmtree(place / "checkpoints", ignore_errors=True)
 
 
 def silent(_: str) -> None:
@@ -76,8 +83,14 @@ def run_labels() -> None:
         texts = [{"text": row["text"]} for row in rows[NUM_TEST : NUM_TEST + NUM_TEXTS]]
         text = write_rows(place / "text.jsonl", texts)
         adapted = place / "adapted"
-        on = ["init_from=minilm", f"data.path={text}", f"max_steps={ADAPT_STEPS}", "sample_prompts=[]"]
-        run(load("roberta", on), adapted)
+        on = [
+            "init_from=minilm",
+            f"data.path={text}",
+            f"max_steps={ADAPT_STEPS}",
+            "optimizer.lr=2e-4",
+            "sample_prompts=[]",
+        ]
+        finish("roberta", on, adapted)
         for seed in SEEDS:
             order = random.Random(seed + 1).sample(rows[NUM_TEST : NUM_TEST + NUM_TEXTS], max(LABELS))
             for count, steps in LABELS.items():
@@ -87,7 +100,7 @@ def run_labels() -> None:
                         f"init_from={start}", f"data.path={train}", f"data.validation_path=[{test}]", f"max_steps={steps}",
                         f"seed={seed}", "examples.max_length=48", "batch.size=32",
                     ]  # fmt: skip
-                    run(load("classification", settings), place / f"{arm}-{count}-{seed}")
+                    finish("classification", settings, place / f"{arm}-{count}-{seed}")
 
 
 def documents(corpus: str) -> list[str]:
@@ -132,7 +145,7 @@ def run_forget() -> None:
         f"max_steps={FORGET_STEPS}",
         "sample_prompts=[]",
     ]
-    run(load("gpt", [*on, "evaluation.max_examples=16"]), tuned)
+    finish("gpt", [*on, "evaluation.max_examples=16"], tuned)
     for corpus in (FRENCH, ENGLISH):
         for name, place in (("before", smollm2), ("after", tuned)):
             measured(place, documents(corpus), OUT / f"forget-{corpus}-{name}.json")
@@ -147,7 +160,7 @@ def run_tokens() -> None:
                 f"init_from={model}", f"data.path={training_folder()}", f"max_flops={flops}", f"tokenizer.extend={added}",
                 "sample_prompts=[]", "evaluation.every=0", "checkpoint.every=0", "evaluation.max_examples=200",
             ]  # fmt: skip
-            run(load(recipe, settings), place)
+            finish(recipe, settings, place)
             if recipe == "gpt":
                 measured(place, documents(FRENCH), OUT / f"tokens-{model}-{added}.json")
 

@@ -131,7 +131,7 @@ def test_first_step_starts_from_the_means(text: Path, decoder: Path, tmp_path: P
 
 def test_defaults_suit_a_trained_model(encoder: Path, decoder: Path, tmp_path: Path) -> None:
     one = load("roberta", [f"init_from={encoder}"])
-    assert one.optimizer == OptimizerConfig(name="adamw", lr=2e-4, weight_decay=0.01, beta2=0.98) and one.model is None
+    assert one.optimizer == OptimizerConfig(name="adamw", lr=5e-4, weight_decay=0.01, beta2=0.98) and one.model is None
     assert (one.schedule.kind, one.schedule.warmup_ratio, one.budget.max_steps) == ("linear", 0.06, 200)
     lora = load("gpt", [f"init_from={decoder}", "peft=lora"])
     assert (lora.optimizer.lr, lora.peft.target_modules) == (1e-3, ("blocks.*",))
