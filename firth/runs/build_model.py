@@ -39,8 +39,9 @@ class BuiltModel:
 
 
 def builds_in_shards(recipe: Recipe) -> bool:
-    """Return whether a sharded model is built in shards: not with adapters, or with the embeddings of another model."""
-    return not recipe.init_embeddings_from and isinstance(recipe.peft, FullFinetuning)
+    """Return whether a sharded model is built in shards: not with adapters, added tokens, or embeddings of another model."""
+    whole = recipe.init_embeddings_from or recipe.tokenizer.extend
+    return not whole and isinstance(recipe.peft, FullFinetuning)
 
 
 def assemble_model(resolved: ResolvedRecipe, data: RunData, log: LogLine, ranks: Ranks | None = None) -> BuiltModel:
@@ -69,6 +70,9 @@ def assemble_model(resolved: ResolvedRecipe, data: RunData, log: LogLine, ranks:
         dropped, added = init_from(model, place) if in_shards else init_from_model(model, base, place)
         changed = [f"{what} {', '.join(names)}" for what, names in (("drops", dropped), ("adds", added)) if names]
         log(f"{resolved.name} starts from {resolved.init_from}" + (f": {'; '.join(changed)}" if changed else ""))
+        if "lm" in added:
+            tied = ", tied to its token embeddings" if resolved.model.tie_embeddings else ""
+            log(f"{resolved.init_from} has no LM head, so {resolved.name} begins with a new one{tied}")
     else:
         model.set_token_characters([tokenizer.token(i) for i in range(tokenizer.vocab.size)])
     if resolved.init_embeddings_from:
