@@ -87,7 +87,9 @@ WORDNET = Package(
     "deb", "wordnet-base", "", "0f090d65404ea2a0dba8838043e0296bee293628bc0f22ac9de4eb22555ee5c7", 6_467_132
 )  # fmt: skip
 GCIDE = Package("deb", "dict-gcide", "", "1ec7704a896c39c5c398c642ff5ddbd1bf9bbe88713971bb3a3d4aa61633cd26", 14_800_692)
-ANARCHISM = Package("deb", "anarchism", "", "f8f91b2f47dbd597471b5de83aee659880d9c58c00c5755a5a6a270c60c43555", 6_915_556)
+ANARCHISM = Package(
+    "deb", "anarchism", "", "f8f91b2f47dbd597471b5de83aee659880d9c58c00c5755a5a6a270c60c43555", 6_915_556
+)
 GLOSSES = ("usr/share/wordnet/data.*",)
 TASKS = "bigbench-1.0.0/bigbench/benchmark_tasks"
 MULTIEMO = ("en", "es", "fr", "pl")
