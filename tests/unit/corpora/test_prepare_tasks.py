@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from firth.corpora import prepare, prepare_debian
+from firth.corpora import dictionary, prepare
 from firth.types import UserError
 
 
@@ -97,16 +97,6 @@ def test_mmlu(tmp_path: Path) -> None:
     ]  # fmt: skip
 
 
-def test_pages_of_a_book(tmp_path: Path) -> None:
-    page = (
-        f"<html><head><title>no</title></head><body><h1>One</h1><p>{'word ' * 120}</p><script>no</script></body></html>"
-    )
-    members = given(page, name="usr/doc/one.html") + given("<p>Moved.</p>", name="usr/doc/two.html")
-    assert prepare_debian.pages(members, tmp_path) == "1 pages as .txt"
-    assert [path.name for path in tmp_path.iterdir()] == ["one.txt"]
-    assert (tmp_path / "one.txt").read_text() == "One\n\n" + " ".join(["word"] * 120) + "\n"
-
-
 def test_entries_of_a_dictionary(tmp_path: Path) -> None:
     text = (
         "00-database-info\n   about the file itself\n\n"
@@ -114,7 +104,7 @@ def test_entries_of_a_dictionary(tmp_path: Path) -> None:
         "Baths \\Baths\\, n.\n   pl. of bath.\n\nX-ray \\X-ray\\, n.\n   See {Ray}.\n"
     )
     file = io.BytesIO(gzip.compress(text.encode()))
-    assert prepare_debian.dictionary([("gcide.dict.dz", file)], tmp_path) == "2 entries in gcide.jsonl"
+    assert dictionary.write_dictionary([("gcide.dict.dz", file)], tmp_path) == "2 entries in gcide.jsonl"
     assert rows(tmp_path / "gcide.jsonl") == [
         {"text": "Bathe: To wash by immersion."}, {"text": "Baths: pl. of bath."},
     ]  # fmt: skip
