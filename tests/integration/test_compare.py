@@ -107,6 +107,17 @@ def test_one_text_one_tokenizer_and_held_out_test_records(finished: tuple[Path, 
     assert trained != [json.loads(text)["text"] for text in (out / "probe" / "train-1.jsonl").read_text().splitlines()]
 
 
+def test_two_workers_give_the_same_table(finished: tuple[Path, str], records: Path, tmp_path: Path) -> None:
+    settings = [*SMALL, f"data.path={records}"]
+    compare(("roberta", "t5"), settings, config(records), tmp_path / "out", log=lambda _: None, workers=2)
+
+    def scores(out: Path) -> list[dict[str, object]]:
+        found = json.loads((out / "results.json").read_text())["scores"]
+        return [{k: v for k, v in one.items() if k not in ("seconds", "key")} for one in found]  # a key has the paths
+
+    assert scores(tmp_path / "out") == scores(finished[0])
+
+
 def test_the_table_agrees_with_the_results(finished: tuple[Path, str]) -> None:
     out, output = finished
     results = json.loads((out / "results.json").read_text())
