@@ -48,12 +48,12 @@ def sweep(
     Several processes, also on several machines, may run the same command on one directory: each takes other trials.
     """
     from firth.sweep.report import show, sweep_recipe
-    from firth.sweep.trials import SWEEP, StudyConfig, prepare, reopen
+    from firth.sweep.trials import STUDY, StudyConfig, prepare, reopen
 
     directory = Path(recipe)
     config = StudyConfig(trials or 20, metric, direction or "", prune, seed, seeds)
     given = settings or []
-    if (directory / SWEEP).exists():
+    if (directory / STUDY).exists():
         if given or out:
             raise UserError(
                 f"{recipe} is the directory of a sweep, whose settings are fixed: leave out {' '.join(given) or '--out'}"

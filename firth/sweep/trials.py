@@ -1,6 +1,6 @@
 """The trials of a sweep: runs of one recipe whose settings optuna chooses, divided among processes.
 
-    OUT/sweep.json          recipe, varied fields, metric: what a second call must agree with
+    OUT/study.json          recipe, varied fields, metric: what a second call must agree with
     OUT/journal.log         optuna's study: every trial, its values while it trains, and how it ended
     OUT/tokenizer/  data/   what all trials share, if the varied fields allow it
     OUT/trials/0007/        a run directory for each trial
@@ -54,7 +54,7 @@ if TYPE_CHECKING:
     from optuna import Study
     from optuna.trial import FrozenTrial, Trial
 
-SWEEP, JOURNAL, CLAIMS, TRIALS = "sweep.json", "journal.log", "claims", "trials"
+STUDY, JOURNAL, CLAIMS, TRIALS = "study.json", "journal.log", "claims", "trials"
 """Files and directories of a sweep; `trials` exists once the metric has been checked."""
 VALIDATIONS = 8
 """Validations of a trial whose recipe validates less than twice."""
@@ -221,7 +221,7 @@ def prepare(name: str, settings: Sequence[str], config: StudyConfig, out: Path, 
         "search space": {one.field: str(one) for one in parameters}, "metric": config.metric,
         "direction": "minimize" if config.minimizes else "maximize", "seed": config.seed, "pruning": config.prune,
     }  # fmt: skip
-    file = out / SWEEP
+    file = out / STUDY
     if not file.exists() and out.exists() and any(path.name != CLAIMS for path in out.iterdir()):
         raise UserError(f"{out} already exists and holds no sweep of settings: choose another --out")
     with Claims(out / CLAIMS).exclusive("prepare"):
@@ -248,7 +248,7 @@ def prepare(name: str, settings: Sequence[str], config: StudyConfig, out: Path, 
 
 def reopen(out: Path, trials: int | None, seeds: int) -> tuple[str, list[str], StudyConfig]:
     """Return recipe, settings and configuration of the sweep in a directory."""
-    record = read_record(out / SWEEP, {"name": str, "settings": list, "trials": int})
+    record = read_record(out / STUDY, {"name": str, "settings": list, "trials": int})
     config = StudyConfig(
         trials or record["trials"], record["metric"], record["direction"], record["pruning"], record["seed"], seeds
     )
