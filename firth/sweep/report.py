@@ -17,6 +17,7 @@ from firth.report.page import write as write_page
 from firth.report.parallel import ParallelAxis, ParallelCoordinates
 from firth.runs.recipe import load
 from firth.runs.workers import Claims, start_workers
+from firth.sweep.space import Parameter
 from firth.sweep.trials import (
     CLAIMS,
     REASON,
@@ -99,7 +100,7 @@ def _best_out(sweeper: Sweeper, best: FrozenTrial) -> str:
 
 def _best_sentence(sweeper: Sweeper, best: FrozenTrial) -> str:
     settings = " ".join(sweeper.settings(best))
-    return f"trial {best.number} is the best: {sweeper.config.metric} {number(best.value or 0.0)} with {settings}"
+    return f"Trial {best.number} is the best: {sweeper.config.metric} {number(best.value or 0.0)} with {settings}"
 
 
 @dataclass(frozen=True)
@@ -158,7 +159,7 @@ def trial_table(sweeper: Sweeper, trials: Sequence[FrozenTrial]) -> Table:
     rows: list[list[Cell]] = []
     for trial in trials:
         settings = dict(one.split("=", 1) for one in sweeper.settings(trial))
-        cells: list[Cell] = [_number(settings.get(field)) for field in fields]
+        cells = [_cell(one, settings.get(one.field)) for one in sweeper.parameters]
         rows.append([trial.number, _state(trial), _value(trial), *cells, f"{_reached(trial)}%", _seconds(trial)])
     direction = "min" if sweeper.config.minimizes else "max"
     head = ["trial", "state", sweeper.config.metric, *fields, "trained", "seconds"]
@@ -168,15 +169,13 @@ def trial_table(sweeper: Sweeper, trials: Sequence[FrozenTrial]) -> Table:
     return Table("Trials", head, rows, note, {sweeper.config.metric: direction} if any(map(_value, trials)) else {})
 
 
-def _number(text: str | None) -> Cell:
-    """Return a setting as a number if it is one."""
+def _cell(one: Parameter, text: str | None) -> Cell:
+    """Return a setting as a number if it is one; numbers over many magnitudes as text, since cells of a column have equal decimals."""
     try:
-        return text if text is None else int(text)
+        value = float(text or "")
     except ValueError:
-        try:
-            return float(text) if text is not None else None
-        except ValueError:
-            return text
+        return text
+    return number(value) if one.form == "log" else int(value) if value.is_integer() else value
 
 
 def _state(trial: FrozenTrial) -> str:

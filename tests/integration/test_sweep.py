@@ -109,7 +109,7 @@ def test_every_trial_is_a_run_with_its_settings(whole: Path) -> None:
 def test_the_command_of_the_best_trial_repeats_it(whole: Path, tmp_path: Path) -> None:
     text = show(opened(whole)[0])
     best = min((t for t in opened(whole)[1] if t.state.name == "COMPLETE"), key=lambda t: t.value)
-    assert f"trial {best.number} is the best" in text
+    assert f"Trial {best.number} is the best" in text
     (line,) = [line for line in text.splitlines() if line.startswith("firth train")]
     words = line.split()
     assert words[:3] == ["firth", "train", "gpt"]
@@ -298,7 +298,7 @@ def test_a_metric_can_be_maximized(tmp_path: Path) -> None:
     trials_module.run_trials(sweeper, quiet)
     trials = sweeper.study().get_trials()
     assert sweeper.study().best_trial.value == max(t.value for t in trials if t.value is not None)
-    assert f"trial {sweeper.study().best_trial.number} is the best: train/norm" in show(sweeper)
+    assert f"Trial {sweeper.study().best_trial.number} is the best: train/norm" in show(sweeper)
     with pytest.raises(
         UserError, match="--metric train/speed is not among the metrics of a training step: train/step, "
     ):
