@@ -50,7 +50,7 @@ from firth.runs.recipe import CheckpointConfig, EvalConfig, Recipe, TokenizerCon
 from firth.runs.recipe import load as load_recipe
 from firth.runs.run import run
 from firth.runs.tokenizer import check_vocab, sentinels_of, tokenizer_of
-from firth.runs.workers import Claim, Claims, Job, start_workers, work
+from firth.runs.workers import Claim, Claims, WorkUnit, start_workers, work
 from firth.tokenizer.tokenizer import Tokenizer
 from firth.training.logging import OnMetrics
 from firth.training.schedule import Budget
@@ -225,12 +225,12 @@ def _run_units(comparison: ComparisonRun, log: LogLine) -> None:
     for name, share, seed in units(comparison):
         what = f"{name}, {share:.0%} of the compute" if share else f"{name} from scratch"
         key = _recipe_of(comparison, name, share, seed).hash()
-        jobs[Job(f"{what}, seed {seed}", key)] = (name, share, seed)
+        jobs[WorkUnit(f"{what}, seed {seed}", key)] = (name, share, seed)
 
-    def run_unit(job: Job, claim: Claim) -> None:
+    def run_unit(job: WorkUnit, claim: Claim) -> None:
         train_once(comparison, *jobs[job], claim)
 
-    def finished(job: Job) -> bool:
+    def finished(job: WorkUnit) -> bool:
         return _read_score(comparison, *jobs[job]) is not None
 
     work(list(jobs), Claims(comparison.out / CLAIMS), finished, run_unit, log)

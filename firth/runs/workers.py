@@ -56,7 +56,7 @@ class ClaimLostError(UserError):
 
 
 @dataclass(frozen=True)
-class Job:
+class WorkUnit:
     """A piece of work.
 
     Args:
@@ -186,10 +186,10 @@ class Claims:
 
 
 def work(
-    jobs: Sequence[Job],
+    jobs: Sequence[WorkUnit],
     claims: Claims,
-    finished: Callable[[Job], bool],
-    run: Callable[[Job, Claim], None],
+    finished: Callable[[WorkUnit], bool],
+    run: Callable[[WorkUnit, Claim], None],
     log: LogLine = LOGGER.info,
 ) -> None:
     """Run the jobs that are not finished, together with other processes, and return when all are.

@@ -41,7 +41,7 @@ from firth.runs.prepare import RunData
 from firth.runs.recipe import CheckpointConfig, EvalConfig, Recipe, TokenizerConfig
 from firth.runs.run import run
 from firth.runs.tokenizer import tokenizer_of
-from firth.runs.workers import Claim, Claims, Job, start_workers, work
+from firth.runs.workers import Claim, Claims, WorkUnit, start_workers, work
 from firth.scaling.compressed import compressed_bits
 from firth.scaling.sizes import LR_EXPONENT, count_parameters, scaled
 from firth.tokenizer.tokenizer import Tokenizer
@@ -402,11 +402,11 @@ def _work(recipe: Recipe, config: SweepConfig, out: Path) -> None:
 def _train_points(sweep: Sweep, log: LogLine) -> None:
     """Train the points that no other process trains, until all are trained; those of a size in order, for the constant part."""
     points = {
-        Job(f"width {point.size.width}, {point.budget:g} FLOPs", f"width-{point.size.width}"): point
+        WorkUnit(f"width {point.size.width}, {point.budget:g} FLOPs", f"width-{point.size.width}"): point
         for point in sweep.included
     }
 
-    def train(job: Job, claim: Claim) -> None:
+    def train(job: WorkUnit, claim: Claim) -> None:
         _train(sweep, points[job], log, claim)
         write_table(sweep.out)
 

@@ -41,7 +41,7 @@ from firth.runs.resolve import resolve
 from firth.runs.run import build_data, build_model, prepare_tokenizer, run
 from firth.runs.run_context import RunContext
 from firth.runs.tokenizer import tokenizer_of
-from firth.runs.workers import Claim, Claims, Job, work
+from firth.runs.workers import Claim, Claims, WorkUnit, work
 from firth.sweep.space import Parameter, parse, validated
 from firth.training.device import choose_precision, default_device
 from firth.training.distributed import Ranks
@@ -305,14 +305,14 @@ def run_trials(sweeper: Sweeper, log: LogLine = LOGGER.info) -> None:
         Interrupted: Ctrl-C; the same call continues.
     """
     study, claims = sweeper.study(), Claims(sweeper.out / CLAIMS)
-    jobs = [Job(f"trial {n}", f"trial-{n:04d}") for n in range(sweeper.config.trials)]
+    jobs = [WorkUnit(f"trial {n}", f"trial-{n:04d}") for n in range(sweeper.config.trials)]
     numbers = {job: n for n, job in enumerate(jobs)}
 
-    def finished(job: Job) -> bool:
+    def finished(job: WorkUnit) -> bool:
         trials = study.get_trials(deepcopy=False)
         return len(trials) > numbers[job] and trials[numbers[job]].state.is_finished()
 
-    def run_trial(job: Job, claim: Claim) -> None:
+    def run_trial(job: WorkUnit, claim: Claim) -> None:
         with claims.exclusive("sample"):
             _sample(sweeper, study, numbers[job])
         _run_trial(sweeper, study, numbers[job], claim, log)
@@ -473,12 +473,12 @@ def work_seeds(sweeper: Sweeper, best: FrozenTrial, claims: Claims, log: LogLine
     first = load(sweeper.name, sweeper.fixed).seed + 1
     settings = dict(zip(arms(best), (sweeper.settings(best), []), strict=True))
     jobs = {
-        Job(f"{arm}, seed {seed}", f"seeds-{arm}-{seed}"): (arm, seed)
+        WorkUnit(f"{arm}, seed {seed}", f"seeds-{arm}-{seed}"): (arm, seed)
         for seed in range(first, first + sweeper.config.seeds)
         for arm in settings
     }
 
-    def run_seed(job: Job, claim: Claim) -> None:
+    def run_seed(job: WorkUnit, claim: Claim) -> None:
         arm, seed = jobs[job]
         recipe = dataclasses.replace(sweeper.recipe(settings[arm]), seed=seed)
         directory = seed_directory(sweeper.out, arm, seed)

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from firth.runs import workers
-from firth.runs.workers import RELEASED, ClaimLostError, Claims, Job, start_workers, work
+from firth.runs.workers import RELEASED, ClaimLostError, Claims, WorkUnit, start_workers, work
 from firth.types import UserError
 from tests.support.runs import quiet
 
@@ -94,7 +94,7 @@ def test_a_released_claim_of_another_machine_is_free(tmp_path: Path) -> None:
 def test_a_replaced_owner_stops(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ran: list[str] = []
 
-    def run(job: Job, claim: workers.Claim) -> None:
+    def run(job: WorkUnit, claim: workers.Claim) -> None:
         ran.append(job.name)
         if len(ran) == 1:  # it was suspended meanwhile, and another machine has replaced it and is done
             claim.following.write_text(RELEASED)
@@ -102,7 +102,7 @@ def test_a_replaced_owner_stops(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
             ran.append("not stopped")
 
     lines: list[str] = []
-    work([Job("a", "a")], Claims(tmp_path), lambda _: len(ran) > 1, run, lines.append)
+    work([WorkUnit("a", "a")], Claims(tmp_path), lambda _: len(ran) > 1, run, lines.append)
     assert ran == ["a", "a"]
     assert any("another process has taken over" in line for line in lines)
 
@@ -120,11 +120,11 @@ def test_owners_touch_their_claims(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 
 def test_many_workers_run_every_job_once_and_groups_in_order(tmp_path: Path) -> None:
-    jobs = [Job(f"{group}{n}", group) for n in range(6) for group in "abcde"]
+    jobs = [WorkUnit(f"{group}{n}", group) for n in range(6) for group in "abcde"]
     ran: list[str] = []
 
     def one_worker() -> None:
-        def run(job: Job, _: workers.Claim) -> None:
+        def run(job: WorkUnit, _: workers.Claim) -> None:
             time.sleep(0.002)
             ran.append(job.name)
             (tmp_path / job.name).touch()
@@ -146,15 +146,15 @@ def test_a_job_that_kills_its_processes_is_an_error(tmp_path: Path, monkeypatch:
     for n in (1, 2, 3):
         (tmp_path / f"job.{n}").write_text(json.dumps({"machine": "another one"}))
     with pytest.raises(UserError, match=r"large: the last 3 processes that ran this ended without a message"):
-        work([Job("large", "job")], Claims(tmp_path), lambda _: False, lambda *_: pytest.fail("it was run"), quiet)
+        work([WorkUnit("large", "job")], Claims(tmp_path), lambda _: False, lambda *_: pytest.fail("it was run"), quiet)
 
 
 def test_an_error_of_a_job_frees_its_claim(tmp_path: Path) -> None:
-    def run(job: Job, _: workers.Claim) -> None:
+    def run(job: WorkUnit, _: workers.Claim) -> None:
         raise UserError("the data is missing")
 
     with pytest.raises(UserError, match="the data is missing"):
-        work([Job("a", "a")], Claims(tmp_path), lambda _: False, run, quiet)
+        work([WorkUnit("a", "a")], Claims(tmp_path), lambda _: False, run, quiet)
     again = Claims(tmp_path).take("a")
     assert again is not None and again.deaths == 0
 
@@ -162,12 +162,12 @@ def test_an_error_of_a_job_frees_its_claim(tmp_path: Path) -> None:
 def touch_jobs(directory: Path, kill: bool) -> None:
     """Touch a file for each of four jobs; one process ends itself in its first job."""
 
-    def run(job: Job, claim: workers.Claim) -> None:
+    def run(job: WorkUnit, claim: workers.Claim) -> None:
         if kill and job.name == "0" and not claim.deaths:
             os.kill(os.getpid(), 9)
         (directory / job.name).touch()
 
-    jobs = [Job(str(n), str(n)) for n in range(4)]
+    jobs = [WorkUnit(str(n), str(n)) for n in range(4)]
     work(jobs, Claims(directory / "claims"), lambda job: (directory / job.name).exists(), run)
 
 
