@@ -26,6 +26,7 @@ from firth.runs.prepare import documents_of
 from firth.runs.recipe import Recipe, load
 from firth.runs.run import RunResult, run
 from firth.tokenizer.tokenizer import Tokenizer
+from firth.training.logging import OnMetrics
 from firth.training.schedule import Budget
 from firth.types import LogLine, UserError
 
@@ -149,7 +150,7 @@ def test_a_finished_comparison_is_reused_and_can_grow(
     out, output = finished
     called: list[str] = []
 
-    def stop(recipe: Recipe, directory: Path, log: LogLine) -> RunResult:
+    def stop(recipe: Recipe, directory: Path, log: LogLine, on_metrics: OnMetrics) -> RunResult:
         called.append(recipe.name)
         raise KeyboardInterrupt
 
@@ -169,11 +170,12 @@ def test_an_interrupted_comparison_resumes_to_the_same_scores(
         calls = iter(range(100))
 
         def interrupted(
-            recipe: Recipe, directory: Path, log: LogLine, calls: Iterator[int] = calls, killed_at: int = killed_at
-        ) -> RunResult:
+            recipe: Recipe, directory: Path, log: LogLine, on_metrics: OnMetrics,
+            calls: Iterator[int] = calls, killed_at: int = killed_at,
+        ) -> RunResult:  # fmt: skip
             if next(calls) == killed_at:
                 raise KeyboardInterrupt
-            return run(recipe, directory, log=log)
+            return run(recipe, directory, log=log, on_metrics=on_metrics)
 
         monkeypatch.setattr(compare_module, "run", interrupted)
         with pytest.raises(KeyboardInterrupt):
