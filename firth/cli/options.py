@@ -12,7 +12,8 @@ from firth.fields import NonNegativeFloat, NonNegativeInt, PositiveInt, Share, S
 Run = Annotated[
     Path,
     typer.Argument(
-        help="A run directory, a directory of a model or an adapter as transformers and peft write them, or a GGUF file."
+        help="A run directory, a checkpoint in it, a directory of a model or an adapter as transformers and peft write them, "
+        "or a GGUF file."
     ),
 ]
 
