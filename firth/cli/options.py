@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from firth.fields import NonNegativeFloat, NonNegativeInt, Share, ShareAboveZero, TokenCount, check_value
+from firth.fields import NonNegativeFloat, NonNegativeInt, PositiveInt, Share, ShareAboveZero, TokenCount, check_value
 
 Run = Annotated[
     Path,
@@ -50,6 +50,7 @@ Weights = Annotated[
         help="Data type of the weights: fp32, bf16, int8 or int8-dynamic; auto takes bf16 if it is faster here.",
     ),
 ]
+Workers = Annotated[int, number_option(PositiveInt, help="Processes on this machine, which divide its threads.")]
 Seed = Annotated[int, number_option(NonNegativeInt, help="The same seed gives the same result.")]
 Input = Annotated[
     str,

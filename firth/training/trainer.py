@@ -58,6 +58,13 @@ LOWER_IS_BETTER_TASKS = (*LOWER_IS_BETTER, "copying_loss", "in_context_score", "
 """The same for the last part of the name of a metric of a task, such as task/copying_loss."""
 
 
+def lower_is_better(metric: str) -> bool:
+    """Return whether a lower value of a validation metric is better."""
+    if metric.startswith("task/"):
+        return metric.rpartition("/")[2].startswith(LOWER_IS_BETTER_TASKS)
+    return metric.startswith(LOWER_IS_BETTER)
+
+
 class DivergedError(UserError):
     """The loss, the gradients or the weights of a run are not finite."""
 
@@ -463,9 +470,7 @@ class _Run:
                 )
             return False
         value = metrics[self.config.best_metric]
-        name = self.config.best_metric
-        lower = name.rpartition("/")[2].startswith(LOWER_IS_BETTER_TASKS) if name.startswith("task/") else False
-        self.score = value if lower or name.startswith(LOWER_IS_BETTER) else -value
+        self.score = value if lower_is_better(self.config.best_metric) else -value
         better = self.state.best is None or self.score < self.state.best
         self.state.best = self.score if better else self.state.best
         self.state.stale = 0 if better else self.state.stale + 1
