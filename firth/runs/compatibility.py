@@ -65,6 +65,7 @@ def check_recipe(recipe: Recipe, ranks: int = 1) -> None:
     """
     objective, config, batch = recipe.objective, recipe.model, recipe.batch
     check_peft(recipe.peft, recipe.init_from)
+    check_extension(recipe)
     if config is not None:
         check_pattern(objective, config, recipe.examples, fixed=bool(recipe.init_from))
     check_fields(objective, recipe.examples, config)
@@ -75,13 +76,25 @@ def check_recipe(recipe: Recipe, ranks: int = 1) -> None:
         check_memory(config, recipe.examples, batch.packed_length)
 
 
+def check_extension(recipe: Recipe) -> None:
+    """Raise a UserError if a recipe adds tokens to a tokenizer and has no start model, or does not train their embeddings."""
+    tokens = f"tokenizer.extend={recipe.tokenizer.extend}"
+    if not recipe.tokenizer.extend:
+        return
+    if not recipe.init_from or recipe.tokenizer.path or recipe.init_embeddings_from:
+        raise UserError(
+            f"{tokens} adds tokens to the tokenizer of init_from: set init_from=MODEL, without tokenizer.path and "
+            "init_embeddings_from"
+        )
+    if not isinstance(recipe.peft, FullFinetuning):
+        raise UserError(f"{tokens} adds rows to the token embeddings, which only peft=full trains: set peft=full")
+
+
 def check_sharding(recipe: Recipe) -> None:
     """Raise a UserError if a recipe shards a model that cannot be sharded."""
     if recipe.distributed.shard == "none":
         return
     hint = "set distributed.shard=none"
-    if recipe.compile:
-        raise UserError(f"compile=true compiles blocks whose weights are not sharded: set compile=false, or {hint}")
     if recipe.objective.constraints.whole_weights:
         raise UserError(
             f"objective {_name(recipe.objective)} reads all weights at once, and sharded ones are never whole: {hint}, or set "
