@@ -18,7 +18,7 @@ from firth.runs.compatibility import available_memory
 from firth.runs.recipe import ResolvedRecipe
 from firth.training.checkpoint import weights
 from firth.training.device import default_device
-from firth.training.memory import HEAP_FACTOR, StepMemory, memory_trace, trace_step
+from firth.training.memory import StepMemory, memory_trace, trace_step
 from firth.training.optimizer import param_groups
 from firth.types import PRECOMPUTED_FIELDS, Batch, UserError
 
@@ -135,9 +135,11 @@ def sharded_memory(build: Callable[[], LM], memory: StepMemory, degree: int) -> 
     gathered = 2 * 4 * (rest + 2 * max(blocks, default=0))
     whole = memory.weights + memory.gradients + memory.optimizer
     own = [size // degree for size in (memory.weights, memory.gradients, memory.optimizer)]
-    free_blocks = (HEAP_FACTOR - 1) * (whole - sum(own)) if default_device().type == "cpu" else 0
-    activations = max(0, round(memory.activations - free_blocks)) + min(gathered, whole - sum(own))
-    return dataclasses.replace(memory, weights=own[0], gradients=own[1], optimizer=own[2], activations=activations)
+    activations = memory.activations + min(gathered, whole - sum(own))
+    free = memory.free * sum(own) // max(1, whole)  # blocks of 1 MB or more are returned when they are freed
+    return dataclasses.replace(
+        memory, weights=own[0], gradients=own[1], optimizer=own[2], activations=activations, free=free
+    )
 
 
 def step_flops(model: LM, objective: Objective, steps: Sequence[list[Batch]]) -> float:
