@@ -5,6 +5,7 @@
     python -m bench.learning.scaling runs/scaling repeats                  one model on texts of 1, 3 and 10 M tokens
     python -m bench.learning.scaling runs/scaling texts                    short runs on other texts: the error of the comparison by bzip2
     python -m bench.learning.scaling runs/scaling vocabulary               one width and budget with several vocabularies
+    python -m bench.learning.scaling runs/scaling encoder-start            when does a masked encoder learn more than frequencies?
     python -m bench.learning.scaling runs/scaling follow                   `firth plan` for a text that no fit has seen
     python -m bench.learning.scaling runs/scaling ship                     write the default law into the package
 
@@ -31,8 +32,11 @@ import numpy as np
 from firth.corpora import catalog
 from firth.data.token_store import TokenStore
 from firth.io.json_files import row_line
+from firth.runs.recipe import load
+from firth.runs.run import run
 from firth.scaling.fitted import FittedLaw
 from firth.scaling.plan import FILES
+from firth.scaling.sizes import scaled
 from firth.tokenizer.tokenizer import Tokenizer
 
 CORPORA = ("sotu", "wordnet", "brown")
@@ -68,6 +72,23 @@ REPEATS_WIDTH, REPEATS_BUDGETS = "32", "5e11,1.5e12,3e12"
 TEXTS, TEXT_WIDTH, TEXT_BUDGET = ("shakespeare", "pydoc", "moby-dick"), "32", "2e11"
 """Other texts, and the runs on them."""
 VOCABULARIES, VOCABULARY_WIDTH, VOCABULARY_BUDGET = (512, 1024, 2048, 4096), "64", "6e11"
+ENCODER_WIDTH, ENCODER_STARTS = (
+    48,
+    {
+        "one head": ("batch.size=32", "max_steps=1000"),
+        "half the rate": ("batch.size=32", "max_steps=1000", "optimizer.lr=0.0015"),
+        "batches of 540 tokens, 3 times the rate": (
+            "batch.size=8",
+            "max_steps=3500",
+            "optimizer.lr=0.01",
+            "optimizer.embedding_lr=0.01",
+        ),
+        "batches of 4,300 tokens": ("batch.size=64", "max_steps=600"),
+        "heads of 16": ("batch.size=32", "max_steps=1000", *SHORT_HEADS),
+        "two layers, heads of 16": ("batch.size=32", "max_steps=1000", "model.num_layers=8", *SHORT_HEADS),
+    },
+)
+"""Width, and settings of runs over some 2 M tokens. The recipe has one head and one layer at this width."""
 UNSEEN, MINUTES = "shakespeare", 3
 """The text of the plan that is followed, and the minutes of the run."""
 
@@ -238,6 +259,22 @@ def vocabulary(out: Path) -> None:
         print(f"{size:,} subwords: {row['bits_per_byte']:.3f} bits per byte, {row['tokens']:,} tokens", flush=True)
 
 
+def encoder_start(out: Path) -> None:
+    """Train a masked encoder for some 2 M tokens in several ways."""
+    for name, settings in ENCODER_STARTS.items():
+        common = (
+            text(),
+            "schedule.kind=wsd",
+            "schedule.warmup_steps=20",
+            "evaluation.every=0",
+            "evaluation.max_examples=128",
+        )
+        common += ("tokenizer.vocab_size=1024", "examples.max_length=128", "sample_prompts=[]", "precision=fp32")
+        recipe = scaled(load("roberta", [*common, *settings]), ENCODER_WIDTH)
+        done = run(recipe, out / "encoder-start" / name.replace(" ", "-"), log=lambda _: None)
+        print(f"{name}: loss {done.metrics['valid/loss']:.3f} after {done.tokens:,} tokens", flush=True)
+
+
 def follow(out: Path) -> None:
     """Plan a run for a text that no fit has seen, type the command, and compare."""
     path = catalog.paths(UNSEEN, print)[0]
@@ -282,6 +319,7 @@ MORE_PARTS: dict[str, Callable[[Path], None]] = {
     "repeats": repeats,
     "texts": texts,
     "vocabulary": vocabulary,
+    "encoder-start": encoder_start,
     "follow": follow,
     "ship": ship,
 }

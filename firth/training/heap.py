@@ -52,14 +52,13 @@ def _replay(words: array[int]) -> int:
         library.mallopt(words[1 + 2 * i], words[2 + 2 * i])
     start = 2 + 2 * given
     sizes, events = words[start : start + words[start - 1]], words[start + words[start - 1] :]
-    place: dict[int, int] = {}
+    place = array("q", bytes(8 * (len(sizes) + 1)))  # made before: a dict that grows would be a block among the others
     pointer = ctypes.c_void_p()
     address = ctypes.addressof(pointer)
     low = high = 0
     for event in events:
         if event < 0:
-            if -event in place:
-                free(place.pop(-event))
+            free(place[-event] or None)
         elif sizes[event - 1]:
             if allocate(address, ALIGNMENT, sizes[event - 1]):
                 raise MemoryError

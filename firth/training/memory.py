@@ -26,6 +26,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from firth import kernel_choice
 from firth.model import attention, native
+from firth.model.recurrent import lstm_runs_in_bf16
 from firth.training.device import KEPT_MEMORY, casts
 from firth.training.heap import heap_bytes
 from firth.training.optimizer import Optimizer, OptimizerConfig, untied_embeddings
@@ -153,7 +154,8 @@ class MemoryTrace(TorchDispatchMode):
             fake = _dtype(name, args, kwargs).is_floating_point
         if fake:
             if name in PRODUCTS:
-                self._count_product((name, *((tuple(x.shape), tuple(x.stride())) for x in tensors)), tensors[0].dtype)
+                scalars = tuple(x for x in tree_iter((args, kwargs)) if isinstance(x, int | float))
+                self._count_product((name, scalars, *((tuple(x.shape), tuple(x.stride())) for x in tensors)), tensors)
             if name in INDEXING:
                 args = self._by_position(args)
             with self._fakes:
@@ -161,7 +163,7 @@ class MemoryTrace(TorchDispatchMode):
         else:
             out = func(*args, **kwargs)
         size = None
-        if fake and name == "mkldnn_rnn_layer":
+        if fake and name == "mkldnn_rnn_layer" and out[3] is not None:
             self.number(out[3], rnn_workspace(*args))
         if name == "embedding_dense_backward" and tuple(out.shape) in self.sparse_tables:
             size = args[1].numel() * out.shape[-1] * out.element_size()
@@ -170,9 +172,9 @@ class MemoryTrace(TorchDispatchMode):
                 self.number(x, size)
         return out
 
-    def _count_product(self, product: tuple[Any, ...], dtype: torch.dtype) -> None:
-        """Count a matrix product, and allocate the code for a new one."""
-        if product in self.products or dtype != torch.bfloat16:
+    def _count_product(self, product: tuple[Any, ...], tensors: Sequence[Tensor]) -> None:
+        """Count a matrix product by its shapes and factors, and allocate the code for a new one."""
+        if product in self.products or tensors[0].dtype != torch.bfloat16:
             return
         self.products.add(product)
         for _ in range(self.kernel_blocks):
@@ -223,7 +225,7 @@ def rnn_workspace(x: Tensor, *args: Any) -> int:
     def kept(positions: int) -> int:
         shape = [positions if i == axis else n for i, n in enumerate(x.shape)]
         out = torch.ops.aten.mkldnn_rnn_layer(torch.zeros(shape, dtype=x.dtype), *weights, *rest)
-        return int(out[3].untyped_storage().nbytes())
+        return 0 if out[3] is None else int(out[3].untyped_storage().nbytes())
 
     short = min(length, RNN_POSITIONS)
     return kept(short) if short == length else kept(short) + (kept(2 * short) - kept(short)) * (length - short) // short
@@ -245,6 +247,7 @@ def memory_trace(device: torch.device) -> Iterator[MemoryTrace]:
     """
     kernel_choice.table()
     attention.flash_runs(torch.bfloat16)
+    lstm_runs_in_bf16()
     trace = MemoryTrace(device)
     with warnings.catch_warnings(), native.without_computation(), trace:
         warnings.filterwarnings("ignore", message="Accessing the data pointer of FakeTensor")
