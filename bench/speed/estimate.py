@@ -183,7 +183,7 @@ def case(name: str, size: str, timed: bool) -> dict[str, Any]:
 
     with prepared(recipe, lambda _: None) as run:
         sampled, kept = run.sample()
-        step = step_estimate(run.build, run.recipe, sampled, kept)
+        step = step_estimate(run.build, run.recipe, sampled, kept, run.batches.source)
         _warm_up(run.recipe)
         gc.collect()
         ctypes.CDLL(None).malloc_trim(0)

@@ -231,7 +231,7 @@ def estimate_prepared(run: PreparedRun, timed: bool = True) -> RunEstimate:
     """Return what a prepared run takes; see `estimate`."""
     resolved = run.recipe
     sampled, kept = run.sample()
-    step = step_estimate(run.build, resolved, sampled, kept)
+    step = step_estimate(run.build, resolved, sampled, kept, run.batches.source)
     world = run.batches.world
     if run.degree > 1:
         step = dataclasses.replace(step, memory=sharded_memory(run.build, step.memory, run.degree))

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
+from firth.data.source import Source
 from firth.model import flops
 from firth.model.model import LM
 from firth.model.transformer import TransformerStack
@@ -83,6 +84,7 @@ def step_estimate(
     recipe: ResolvedRecipe,
     steps: Sequence[list[Batch]],
     frozen_bytes: int = 0,
+    source: Source | None = None,
 ) -> StepEstimate:
     """Return what a step of a recipe takes; nothing of the model's size is allocated.
 
@@ -91,6 +93,7 @@ def step_estimate(
         recipe: The recipe.
         steps: The micro-batches of some steps: tokens and FLOPs are means over them, the largest gives the memory.
         frozen_bytes: Bytes of further models that the run keeps.
+        source: The source of the batches; an on-policy one runs its rollouts without data too.
     """
     objective = recipe.objective
     by_size = sorted(steps, key=lambda batches: max(_positions(batch) for batch in batches))
@@ -100,7 +103,7 @@ def step_estimate(
         with device:
             model = build()
         dropout = not objective.inputs & PRECOMPUTED_FIELDS
-        memory = trace_step(trace, model, objective, recipe.optimizer, traced, recipe.precision, dropout)
+        memory = trace_step(trace, model, objective, recipe.optimizer, traced, recipe.precision, dropout, source)
     total, body = count_parameters(model)
     return StepEstimate(
         total,

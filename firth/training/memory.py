@@ -34,6 +34,7 @@ from firth.training.step import step, to
 from firth.types import Batch
 
 if TYPE_CHECKING:
+    from firth.data.source import Source
     from firth.model.model import LM
     from firth.objectives.objective import Objective
 
@@ -262,8 +263,12 @@ def trace_step(
     steps: Sequence[Sequence[Batch]],
     precision: Literal["fp32", "bf16"],
     dropout: bool,
+    source: Source | None = None,
 ) -> StepMemory:
     """Return the memory of a training step, the last of several: the first has no optimizer state yet.
+
+    A rollout batch of an on-policy source runs before each. Its prompts are read once to be answered and once with their answers, so
+    it has twice the new shapes of the passes that are traced.
 
     Args:
         trace: The active trace, in which the model was built.
@@ -273,6 +278,7 @@ def trace_step(
         steps: The micro-batches of each step, with data.
         precision: Precision of the forward and backward pass.
         dropout: Whether the step uses dropout.
+        source: The source of the batches.
     """
     model.train(dropout)
     trace.kernel_blocks = KERNEL_BLOCKS if trace.device.type == "cpu" else 0
@@ -280,8 +286,13 @@ def trace_step(
     updates = Optimizer(optimizer, model)
     weights = trace.numbers([*model.parameters(), *model.buffers()])
     gradients: set[int] = set()
-    shapes = []
+    shapes, of_rollouts = [], []
     for number, batches in enumerate(steps):
+        before = len(trace.products)
+        if source is not None and source.on_policy:
+            with casts(precision, trace.device)():
+                source.rehearse_rollout(model, number)
+        of_rollouts.append(len(trace.products) - before)
         placed = [to(batch, trace.device) | {"step": torch.tensor(number)} for batch in batches]
         step(model, objective, placed, precision=casts(precision, trace.device))
         gradients |= trace.numbers([p.grad for p in updates.parameters])
@@ -295,6 +306,8 @@ def trace_step(
     if trace.device.type == "cpu":
         heap = heap_bytes(trace.sizes, trace.events, KEPT_MEMORY)
         free = max(0, (heap or most) - most) + PROCESS_BYTES
-    new = (shapes[-1] - shapes[0]) / max(1, len(shapes) - 1)
+    sampling = sum(of_rollouts[1:])
+    per_rollout = source.steps_per_rollout if source is not None else 1
+    new = (shapes[-1] - shapes[0] - sampling + 2 * sampling / per_rollout) / max(1, len(shapes) - 1)
     kernel = KERNEL_BLOCK * trace.kernel_blocks
     return StepMemory(in_weights, in_gradients, in_state, rest, free, shapes[0], new, kernel)
