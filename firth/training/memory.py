@@ -50,9 +50,9 @@ PRODUCTS = frozenset({"mm", "addmm", "bmm", "baddbmm"})
 RNN_POSITIONS = 16
 """Positions of a text on which a recurrent layer is run to learn what it keeps for each."""
 
-KERNEL_BLOCK, KERNEL_BLOCKS, MAX_KERNELS = 1 << 18, 2, 1024
-"""Bytes of a block of code that oneDNN compiles for a shape of a bf16 product on a CPU, how many it keeps for each shape, and for how
-many shapes: 554 kB a shape, measured for products of all kinds."""
+KERNEL_BLOCK, KERNEL_BLOCKS, KERNEL_RECORDS, MAX_KERNELS = 1 << 18, 2, 40_000, 1024
+"""Bytes of a block of code that oneDNN compiles for a shape of a bf16 product on a CPU, how many it keeps for each shape, bytes that
+describe them, and for how many shapes. Products of all kinds keep 554 to 609 kB a shape, as measured."""
 
 PROCESS_BYTES = 10_000_000
 """Resident bytes of a process on a CPU besides its heap: pages of libraries and further code that a step needs (measured: 5 to 17 MB)."""
@@ -281,7 +281,7 @@ def trace_step(
         source: The source of the batches.
     """
     model.train(dropout)
-    trace.kernel_blocks = KERNEL_BLOCKS if trace.device.type == "cpu" else 0
+    trace.kernel_blocks = KERNEL_BLOCKS if trace.device.type == "cpu" and precision == "bf16" else 0
     trace.sparse_tables = {tuple(table.weight.shape) for table in untied_embeddings(model)}
     updates = Optimizer(optimizer, model)
     weights = trace.numbers([*model.parameters(), *model.buffers()])
@@ -309,5 +309,5 @@ def trace_step(
     sampling = sum(of_rollouts[1:])
     per_rollout = source.steps_per_rollout if source is not None else 1
     new = (shapes[-1] - shapes[0] - sampling + 2 * sampling / per_rollout) / max(1, len(shapes) - 1)
-    kernel = KERNEL_BLOCK * trace.kernel_blocks
+    kernel = KERNEL_BLOCK * trace.kernel_blocks + (KERNEL_RECORDS if trace.kernel_blocks else 0)
     return StepMemory(in_weights, in_gradients, in_state, rest, free, shapes[0], new, kernel)
