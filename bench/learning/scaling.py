@@ -54,7 +54,7 @@ ENCODER_GRID = {
     "2.4e12": "24,32,40,48,64",
 }
 """Budget -> widths."""
-LARGEST = {"decoder": "7e12", "encoder": "4.8e12"}
+LARGEST = {"decoder": "2e12", "encoder": "4.8e12"}
 """Sweep -> budget of the run that is predicted."""
 SHORT_HEADS = ("model.num_heads=12", "model.num_kv_heads=12", "model.head_dim=16")
 """Heads of 16 numbers at every width: an encoder with one wide head learns late to attend to the neighbors of a masked token."""
@@ -89,7 +89,7 @@ ENCODER_WIDTH, ENCODER_STARTS = (
     },
 )
 """Width, and settings of runs over some 2 M tokens. The recipe has one head and one layer at this width."""
-UNSEEN, MINUTES = "shakespeare", 3
+UNSEEN, MINUTES = "shakespeare", 2
 """The text of the plan that is followed, and the minutes of the run."""
 
 
