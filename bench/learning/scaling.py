@@ -280,9 +280,9 @@ def follow(out: Path) -> None:
     path = catalog.paths(UNSEEN, print)[0]
     run = out / "follow" / "text"
     hours = f"{MINUTES / 60:.4f}"
-    planned = firth(
-        "plan", "--text", path, "--hours", hours, "--for", "text", "--calibrate", "--out", str(out / "follow")
-    )
+    law = str(out / "predict-decoder" / "fit.json")
+    options = ["--for", "text", "--calibrate", "--law", law, "--out", str(out / "follow")]
+    planned = firth("plan", "--text", path, "--hours", hours, *options)
     command = next(line.strip() for line in planned.splitlines() if line.strip().startswith("firth train"))
     start = time.perf_counter()
     firth(*shlex.split(command)[1:])
