@@ -23,8 +23,8 @@ from firth.training.memory import StepMemory, memory_trace, trace_step
 from firth.training.optimizer import param_groups
 from firth.types import PRECOMPUTED_FIELDS, Batch, UserError
 
-TRACED_STEPS = 4
-"""Steps that are run without data, from small batches to the largest."""
+MIN_TRACED = 3
+"""Fewest steps that are run without data: the first has no optimizer state."""
 
 
 @dataclass(frozen=True)
@@ -91,14 +91,13 @@ def step_estimate(
     Args:
         build: Builds the model.
         recipe: The recipe.
-        steps: The micro-batches of some steps: tokens and FLOPs are means over them, the largest gives the memory.
+        steps: The micro-batches of some steps: tokens and FLOPs are means over them. The memory is that of all in
+            this order: blocks of varied sizes leave holes.
         frozen_bytes: Bytes of further models that the run keeps.
         source: The source of the batches; an on-policy one runs its rollouts without data too.
     """
     objective = recipe.objective
-    by_size = sorted(steps, key=lambda batches: max(_positions(batch) for batch in batches))
-    traced = [by_size[i * (len(steps) - 1) // TRACED_STEPS] for i in range(1, TRACED_STEPS + 1)]
-    device = default_device()
+    device, traced = default_device(), [*steps] * -(-MIN_TRACED // len(steps))
     with memory_trace(device) as trace:
         with device:
             model = build()

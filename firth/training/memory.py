@@ -44,8 +44,8 @@ FACTORIES = frozenset({"empty", "empty_strided", "zeros", "ones", "rand", "randn
 INDEXING = frozenset({"index", "index_put", "index_put_", "_index_put_impl_"})
 """Operators whose second argument may hold masks. The shape of the result depends on what they select."""
 
-PRODUCTS = frozenset({"mm", "addmm", "bmm", "baddbmm"})
-"""Operators that multiply matrices."""
+PRODUCTS = frozenset({"mm", "addmm", "bmm", "baddbmm", "linear", "matmul"})
+"""Operators that multiply matrices. The last two are seen in inference mode only; else they are made of the others."""
 
 RNN_POSITIONS = 16
 """Positions of a text on which a recurrent layer is run to learn what it keeps for each."""
