@@ -22,7 +22,7 @@ ALIGNMENT = 64
 
 
 def heap_bytes(sizes: Sequence[int], events: Sequence[int], settings: Sequence[tuple[int, int]]) -> int | None:
-    """Return the most bytes of the heap, or None where malloc cannot be asked.
+    """Return the most bytes of the heap, or None where malloc is not glibc's or the process fails.
 
     Args:
         sizes: Bytes of each block.
