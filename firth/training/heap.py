@@ -19,6 +19,8 @@ from collections.abc import Sequence
 TIMEOUT_SECONDS = 60
 ALIGNMENT = 64
 """Bytes that torch aligns a tensor to."""
+RECORDS = (104, 200)
+"""Bytes of the objects that torch makes for the storage and for the tensor, after its data."""
 
 
 def heap_bytes(sizes: Sequence[int], events: Sequence[int], settings: Sequence[tuple[int, int]]) -> int | None:
@@ -45,26 +47,31 @@ def heap_bytes(sizes: Sequence[int], events: Sequence[int], settings: Sequence[t
 def _replay(words: array[int]) -> int:
     """Make the calls of `heap_bytes` and return the most bytes between the lowest and the highest address."""
     library = ctypes.CDLL(None)
-    allocate, free = library.posix_memalign, library.free
+    allocate, small, free = library.posix_memalign, library.malloc, library.free
     allocate.argtypes, free.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_size_t), (ctypes.c_void_p,)
+    small.argtypes, small.restype = (ctypes.c_size_t,), ctypes.c_void_p
     given = words[0]
     for i in range(given):
         library.mallopt(words[1 + 2 * i], words[2 + 2 * i])
     start = 2 + 2 * given
     sizes, events = words[start : start + words[start - 1]], words[start + words[start - 1] :]
-    place = array("q", bytes(8 * (len(sizes) + 1)))  # made before: a dict that grows would be a block among the others
+    # Made before: lists that grow would be blocks among the others.
+    places = [array("q", bytes(8 * (len(sizes) + 1))) for _ in (ALIGNMENT, *RECORDS)]
     pointer = ctypes.c_void_p()
     address = ctypes.addressof(pointer)
     low = high = 0
     for event in events:
         if event < 0:
-            free(place[-event] or None)
+            for place in places:
+                free(place[-event] or None)
         elif sizes[event - 1]:
             if allocate(address, ALIGNMENT, sizes[event - 1]):
                 raise MemoryError
             found = pointer.value or 0
             low, high = low or found, max(high, found + sizes[event - 1])
-            place[event] = found
+            places[0][event] = found
+            for place, size in zip(places[1:], RECORDS, strict=True):
+                place[event] = small(size)
     return high - low
 
 
