@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from firth.corpora import closed_book, download, minimal_pairs, prepare
+from firth.corpora import closed_book, download, minimal_pairs, pages, prepare
 from firth.corpora.download import Package
 from firth.corpora.input_files import stamp
 from firth.io.atomic import make_directory, scratch_directory, write_text
@@ -57,6 +57,11 @@ class Corpus:
     prepare: Callable[[prepare.Members, Path], str]
     files: str = "*.txt"
     note: str = ""
+
+    @property
+    def is_model(self) -> bool:
+        """Whether it is a model, which has no text to train on."""
+        return self.prepare is prepare.model
 
 
 BROWN = Package(
@@ -129,6 +134,31 @@ ENTRIES = (
     Corpus(
         "people", WORDNET, GLOSSES, "WordNet 3.0", "2,000 glosses of people; train.jsonl, test.jsonl: questions that they answer",
         partial(closed_book.write_closed_book, about="people"), "text.jsonl",
+    ),
+    Corpus(
+        "libreoffice-help-fr",
+        Package(
+            "deb", "libreoffice-help-fr", "",
+            "62e102b93fc17ff51f9ce5a3eb237dc113e7078c09d882b84176b9664ac8f9da", 3_237_008,
+        ),
+        ("usr/share/libreoffice/help/fr/text/*.html",), "MPL-2.0",
+        "French: 2,378 help pages (3.7 MB of text); headings.jsonl: prompt, completion", pages.html_pages,
+    ),
+    Corpus(
+        "manpages-fr",
+        Package(
+            "deb", "manpages-fr", "", "befd6afdccfcfb21e28a5fe4d572a02b14bcfa8cd447543f0c0872d18ffdf432", 1_899_104,
+        ),
+        ("usr/share/man/fr/*.gz",), "GPL-3.0+ and others", "French: 435 manual pages (3.1 MB of text), some paragraphs in English",
+        pages.manual_pages,
+    ),
+    Corpus(
+        "debian-handbook-fr",
+        Package(
+            "deb", "debian-handbook", "", "90d1419e308171504e46b47f72ab265d260f3811661c001918ff5b5e9355aa52", 34_758_056,
+        ),
+        ("usr/share/doc/debian-handbook/html/fr-FR/*.html",), "GPL-2.0+ or CC BY-SA 3.0",
+        "French: 127 pages (1.1 MB of text), some paragraphs in English; headings.jsonl: prompt, completion", pages.html_pages,
     ),
     Corpus(
         "sentiment", VADER,
@@ -273,6 +303,21 @@ def paths(name: str, log: LogLine = LOGGER.info) -> list[str]:
     if not CATALOG[name].files:
         raise UserError(f"{name} has no text to train on: give its files in {directory} to init_from or --task")
     return [str(Path(glob.escape(str(directory))) / CATALOG[name].files)]
+
+
+def model_names() -> list[str]:
+    """Return the names of the models in the catalog."""
+    return [corpus.name for corpus in ENTRIES if corpus.is_model]
+
+
+def model_path(path: str, log: LogLine = LOGGER.info) -> str:
+    """Return the directory of a model of the catalog, which is fetched first if needed; any other path as it is."""
+    if path not in model_names() or Path(path).exists():
+        return path
+    directory = cache() / path
+    if _VERIFIED.get(directory) != _stamps(directory):
+        _VERIFIED[fetch(path, log)] = _stamps(directory)
+    return str(directory)
 
 
 _VERIFIED: dict[Path, dict[str, list[int]]] = {}

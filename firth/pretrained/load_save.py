@@ -334,6 +334,22 @@ def _read(directory: Path) -> LoadedState:
     return LoadedState(model_config, state, ours["heads"], [])
 
 
+def read_config(directory: Path) -> ModelConfig:
+    """Return the model config of a directory or a GGUF file, without its weights.
+
+    Raises:
+        UserError: The directory contains no model that firth reads.
+    """
+    file, ours = find(directory), read_json(directory / "firth.json")
+    if ours and file is None:
+        return check_config(lambda: _config_of(ours), {}, directory / "firth.json", sized=False)
+    config = read_json(directory / "config.json") if file is None else gguf.read_config(file)
+    family = families.find(str(config.get("model_type")))
+    if family is None:
+        raise UserError(f"{directory} contains no model that firth reads")
+    return check_config(lambda: family.to_config(config), {}, file or directory / "config.json", sized=False)
+
+
 def _config_of(ours: Mapping[str, Any]) -> ModelConfig:
     """Return the model config in firth.json."""
     if type(ours["heads"]) is not dict:
@@ -341,13 +357,16 @@ def _config_of(ours: Mapping[str, Any]) -> ModelConfig:
     return ModelConfig.from_dict(ours["config"])
 
 
-def check_config(make: Callable[[], ModelConfig], state: Mapping[str, Tensor], file: Path) -> ModelConfig:
+def check_config(
+    make: Callable[[], ModelConfig], state: Mapping[str, Tensor], file: Path, sized: bool = True
+) -> ModelConfig:
     """Return the config that a file describes, checked before a model of its size is allocated.
 
     Args:
         make: Function that makes the config.
         state: The tensors that come with it.
         file: The file, for messages.
+        sized: Whether the tensors are there, and their number is compared with the model's.
 
     Raises:
         UserError: If the config is invalid or the tensors are too few for a model of its size.
@@ -363,7 +382,7 @@ def check_config(make: Callable[[], ModelConfig], state: Mapping[str, Tensor], f
     except (TypeError, ValueError, AttributeError, ArithmeticError) as fault:
         raise UserError(f"{file} describes no valid model: {fault}") from None
     stored = sum(tensor.numel() for tensor in state.values())
-    if needed > MAX_PARAMETERS_PER_STORED_NUMBER * stored:
+    if sized and needed > MAX_PARAMETERS_PER_STORED_NUMBER * stored:
         raise UserError(
             f"{file} describes a model of {max(config.num_layers, config.encoder.num_layers):,} layers and "
             f"{min(needed, MAX_REPORTED_PARAMETERS):,} parameters, but its weight files contain {stored:,} numbers: they do not "

@@ -65,6 +65,9 @@ def assemble_model(resolved: ResolvedRecipe, data: RunData, log: LogLine, ranks:
         dropped, added = init_from_model(model, base, model_directory(resolved.init_from))
         changed = [f"{what} {', '.join(names)}" for what, names in (("drops", dropped), ("adds", added)) if names]
         log(f"{resolved.name} starts from {resolved.init_from}" + (f": {'; '.join(changed)}" if changed else ""))
+        if "lm" in added:
+            tied = ", tied to its token embeddings" if resolved.model.tie_embeddings else ""
+            log(f"{resolved.init_from} has no LM head, so {resolved.name} begins with a new one{tied}")
     else:
         model.set_token_characters([tokenizer.token(i) for i in range(tokenizer.vocab.size)])
     if resolved.init_embeddings_from:

@@ -65,6 +65,7 @@ def check_recipe(recipe: Recipe, ranks: int = 1) -> None:
     """
     objective, config, batch = recipe.objective, recipe.model, recipe.batch
     check_peft(recipe.peft, recipe.init_from)
+    check_extension(recipe)
     if config is not None:
         check_pattern(objective, config, recipe.examples, fixed=bool(recipe.init_from))
     check_fields(objective, recipe.examples, config)
@@ -73,6 +74,20 @@ def check_recipe(recipe: Recipe, ranks: int = 1) -> None:
         check_sharding(recipe)
         check_batching(objective, config, pack=batch.packed_length, accumulate=accumulate, ranks=ranks)
         check_memory(config, recipe.examples, batch.packed_length)
+
+
+def check_extension(recipe: Recipe) -> None:
+    """Raise a UserError if a recipe adds tokens to a tokenizer and has no start model, or does not train their embeddings."""
+    tokens = f"tokenizer.extend={recipe.tokenizer.extend}"
+    if not recipe.tokenizer.extend:
+        return
+    if not recipe.init_from or recipe.tokenizer.path or recipe.init_embeddings_from:
+        raise UserError(
+            f"{tokens} adds tokens to the tokenizer of init_from: set init_from=MODEL, without tokenizer.path and "
+            "init_embeddings_from"
+        )
+    if not isinstance(recipe.peft, FullFinetuning):
+        raise UserError(f"{tokens} adds rows to the token embeddings, which only peft=full trains: set peft=full")
 
 
 def check_sharding(recipe: Recipe) -> None:

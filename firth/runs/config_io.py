@@ -106,6 +106,11 @@ def absolute_paths(value: Any) -> Any:
     return _with_paths(value, lambda _, one: whole(one) if isinstance(one, str) else tuple(map(whole, one)))
 
 
+def with_models(value: Any, find: Callable[[str], str]) -> Any:
+    """Return a copy of a recipe in which `find` is applied to every path of a model or a tokenizer."""
+    return _with_paths(value, lambda field, one: find(one) if field.metadata["path"] in ("model", "tokenizer") else one)
+
+
 def _with_paths(value: Any, change: Callable[[dataclasses.Field[Any], Any], Any]) -> Any:
     """Return a copy in which `change` is applied to every path."""
     if not _is_data(value):

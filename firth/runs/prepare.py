@@ -117,8 +117,12 @@ class RunData(BuildContext):
                 self.log(line)
             if share := _unknown_share(store, self.tokenizer):
                 self.log(
-                    f"{share:.2%} of these tokens are unknown to the tokenizer: train one on this text; with byte-bpe, or "
-                    "bpe or unigram with byte fallback, nothing is unknown"
+                    f"{share:.2%} of these tokens are unknown to the tokenizer: "
+                    + (
+                        "it is that of the start model, and tokenizer.extend=N adds N tokens of this text to it"
+                        if self.start.path
+                        else "train one on this text; with byte-bpe, or bpe or unigram with byte fallback, nothing is unknown"
+                    )
                 )
             for kind, at in ({} if validation else counts.at).items():
                 self.log(f"{REPAIR_DESCRIPTIONS[kind]}: {counts.rows()[kind]:,}; the first is {at}")

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from firth import objectives
+from firth.corpora import catalog
 from firth.data.config import DataConfig
 from firth.data.corpus import Corpus, is_corpus
 from firth.data.examples import ExamplesConfig
@@ -29,6 +30,7 @@ from firth.model.config import ModelConfig
 from firth.objectives.objective import Objective, Sum
 from firth.runs import config_io
 from firth.runs.compatibility import check_recipe
+from firth.runs.continued import continued, continues
 from firth.runs.examples import EXAMPLES
 from firth.runs.peft_options import PEFT_METHODS, FullFinetuning, PeftConfig
 from firth.runs.recipe_names import RECIPES
@@ -50,6 +52,8 @@ class TokenizerConfig(Validated, section="tokenizer"):
         vocab_size: Number of ids.
         byte_fallback: Whether bpe and unigram encode rare characters as bytes, so that no token is unknown.
         sample_bytes: Bytes of text to train on, sampled over the whole corpus.
+        extend: Number of tokens of the run's text that are added to the tokenizer of `init_from` (`firth.tokenizer.extend`); the
+            embedding of each begins as the mean of its old tokens.
     """
 
     path: str = path_field("tokenizer", "")
@@ -57,6 +61,7 @@ class TokenizerConfig(Validated, section="tokenizer"):
     vocab_size: VocabSize = 8192
     byte_fallback: bool = True
     sample_bytes: PositiveInt = 200_000_000
+    extend: NonNegativeInt = 0
 
 
 DEFAULT_VOCAB_SIZE = TokenizerConfig().vocab_size
@@ -190,7 +195,8 @@ class Recipe(Validated):
         data: Where the text or the records are.
         tokenizer: The tokenizer.
         model: The architecture; None takes that of `init_from`. `vocab_size` may be left out; it is then the tokenizer's.
-        init_from: A run or model directory to initialize the weights from.
+        init_from: A run or model directory, or a model of the catalog (minilm), to initialize the weights from. A pretraining
+            recipe then has the defaults of continued pretraining (`firth.runs.continued`).
         peft: Which weights are trained (`firth.runs.peft_options`).
         init_embeddings_from: A run or model directory with the same tokenizer, of which only the token embeddings are
             loaded (`firth.generate.embeddings`).
@@ -390,7 +396,7 @@ def _fill_vocab(changed: dict[str, Any], data: Mapping[str, Any], names: Collect
     if model.get("vocab_size") is not None and not (follows and chosen):
         return
     path, base = tokenizer.get("path"), changed.get("init_from") or changed.get("init_embeddings_from")
-    given = Path(path) if path else model_directory(base) if base else None
+    given = Path(path) if path else model_directory(catalog.model_path(base)) if base else None
     size = tokenizer.get("vocab_size", DEFAULT_VOCAB_SIZE)
     if given is not None:
         with suppress(UserError):  # a missing tokenizer is an error when the run starts
@@ -427,13 +433,9 @@ def load(name: str, assignments: Sequence[str] = ()) -> Recipe:
     assignments = [_expand_assignment(one) for one in assignments]
     changed: dict[str, Any] = _drop_replaced(config_io.override(data, assignments), assignments)
     names = {one.partition("=")[0] for one in assignments}
-    if (
-        "init_from" in names
-        and changed.get("init_from")
-        and not file
-        and not any(n.split(".")[0] == "model" for n in names)
-    ):
-        changed["model"] = None  # the base model has its own config, and nobody set the published one
+    given = {field: text for field, _, text in (one.partition("=") for one in assignments)}
+    if not file and continues(data, changed.get("init_from"), names):
+        changed = continued(changed, given, data)
     if data.get("model") is None and isinstance(changed.get("model"), dict):
         missing = [one for one in ("hidden_size", "num_layers", "num_heads") if one not in changed["model"]]
         if missing and changed.get("init_from"):
@@ -446,10 +448,11 @@ def load(name: str, assignments: Sequence[str] = ()) -> Recipe:
                 f"the model config lacks {', '.join(missing)}, and the recipe {name!r} has none of its own: {MODEL_CONFIG_HINT}"
             )
     _fill_vocab(changed, data, names)
-    typed = {tuple(name.split(".")): text for name, _, text in (one.partition("=") for one in assignments)}
+    typed = {tuple(name.split(".")): text for name, text in given.items()}
     recipe: Recipe = config_io.from_dict(Recipe, changed, config_io.SourceLocation((), lines, typed))
     if not recipe.data.path and {("data",), ("data", "path")} & typed.keys():
         raise UserError("data.path=[] names no file: name files or directories, or set data.corpus=NAME")
+    recipe = config_io.with_models(recipe, catalog.model_path)
     check_recipe(recipe)
     return recipe
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,8 @@ from firth.io.json_files import read_rows, row_line
 from firth.model.model import LM
 from firth.runs.loaded_model import Model
 from firth.runs.prepare import RunData
-from firth.runs.recipe import ResolvedRecipe
+from firth.runs.recipe import ResolvedRecipe, published
+from firth.runs.recipe_names import RECIPES
 from firth.tokenizer.tokenizer import Tokenizer
 from firth.types import UserError
 
@@ -40,17 +41,48 @@ def write_texts(recipe: ResolvedRecipe, model: LM, data: RunData, splits: Datase
         splits: The examples of the run.
         step: Optimizer steps taken so far.
     """
-    _write_samples(recipe, model, data.tokenizer, data.directory, step)
+    _write_samples(recipe, prompts_of(recipe, splits, data.tokenizer), model, data.tokenizer, data.directory, step)
     _write_held_out_texts(recipe, splits, model, data, step)
 
 
-def _write_samples(recipe: ResolvedRecipe, model: LM, tokenizer: Tokenizer, directory: Path, step: int) -> None:
-    """Write the model's samples for the recipe's prompts at a step to samples.jsonl, once per step."""
+def prompts_of(recipe: ResolvedRecipe, splits: DatasetSplits, tokenizer: Tokenizer) -> tuple[str, ...]:
+    """Return the prompts to sample from: those of the recipe, or, on another text than a published recipe's, held-out beginnings.
+
+    The published prompts are English and suit the recipe's own text. Where the user gives a text and no prompts, each is replaced by
+    the first words of a held-out example, with a mask before the last word if the prompt has one.
+    """
+    held = splits.validation
+    own = published(recipe.name) if recipe.name in RECIPES else None
+    if own is None or held is None or not len(held) or recipe.sample_prompts != own.sample_prompts:
+        return recipe.sample_prompts
+    if recipe.data.corpus == own.data.corpus:
+        return recipe.sample_prompts
+    found = []
+    for prompt, at in zip(recipe.sample_prompts, spaced(len(held), len(recipe.sample_prompts)), strict=False):
+        masked, count = "<mask>" in prompt, len(prompt.split())
+        shown = next((held[at][name] for name in ("tokens", "first") if name in held[at]), ())
+        words = tokenizer.decode(shown).split()
+        if "<" in prompt and not masked:  # <prior>, <to>: no beginnings of a text
+            found.append(prompt)
+        elif len(words) > count:
+            found.append(" ".join([*words[: count - 1], "<mask>", words[count]] if masked else words[:count]))
+    return tuple(found) or recipe.sample_prompts
+
+
+def spaced(total: int, count: int) -> list[int]:
+    """Return `count` evenly spaced numbers below `total`; fewer if there are fewer."""
+    return sorted({i * total // max(count, 1) for i in range(count)})
+
+
+def _write_samples(
+    recipe: ResolvedRecipe, prompts: Sequence[str], model: LM, tokenizer: Tokenizer, directory: Path, step: int
+) -> None:
+    """Write the model's samples for the prompts at a step to samples.jsonl, once per step."""
     loaded = Model.of(model, tokenizer, recipe.objective)
     sampling = Sampling(max_new_tokens=64, temperature=0.8, seed=recipe.seed)
 
     def rows() -> Iterator[dict[str, Any]]:
-        for prompt in recipe.sample_prompts:
+        for prompt in prompts:
             if not loaded.supports(prompt):  # the prompts of a recipe may not suit the objective that the user sets
                 continue
             try:
@@ -59,7 +91,7 @@ def _write_samples(recipe: ResolvedRecipe, model: LM, tokenizer: Tokenizer, dire
                 text = f"({error})"
             yield {"step": step, "prompt": prompt, "text": text}
 
-    if recipe.sample_prompts:
+    if prompts:
         _add_rows(directory / SAMPLES, step, rows)
 
 

@@ -92,6 +92,8 @@ def _model_config(recipe: Recipe, data: RunData, base: LM | None) -> ModelConfig
         config = base.config
         if not recipe.examples.gives_memory or recipe.batch.packed_length:
             config = config.with_fields({"attention.memory_length": 0})  # records have no preceding text
+    if recipe.tokenizer.extend:
+        config = dataclasses.replace(config, vocab_size=base.config.vocab_size)
     check_vocab_fits(data.tokenizer, config, recipe.init_from)
     return config
 

@@ -18,6 +18,7 @@ import torch
 
 from firth import kernel_choice
 from firth.align.rewards import RewardError
+from firth.corpora import catalog
 from firth.data import class_counts, text_cache
 from firth.data.collate import Batches
 from firth.data.examples import DatasetSplits
@@ -174,7 +175,7 @@ def prepare_tokenizer(recipe: Recipe, context: RunContext) -> RunData:
     context.check_inputs()
     check_start_tokenizers(tokenizer, recipe)
     check_vocab(recipe, tokenizer)
-    start = StartModel(recipe.init_from)
+    start = StartModel(recipe.init_from, tokenizer if recipe.tokenizer.extend else None)
     return RunData(
         recipe.data, tokenizer, context.directory, recipe.batch.size, recipe.seed, context.log, start=start, ranks=context.ranks
     )  # fmt: skip
@@ -262,7 +263,8 @@ def build_model(resolved: ResolvedRecipe, datasets: RunDatasets, context: RunCon
         f"{resolved.name}: {total:,} parameters"
         + (f", of which {trainable:,} are trained" if trainable < total else "")
     )
-    if resolved.init_head_from_frequencies and not resolved.init_from:
+    new_head = "lm" in built.added_heads and getattr(model.heads["lm"], "bias", None) is not None
+    if resolved.init_head_from_frequencies and (new_head or not resolved.init_from):
         counted = init_head(model, resolved.objective, datasets.batches, built.shards or SINGLE)
         if counted:
             log(f"{resolved.name} starts with an LM head that predicts the frequencies of {counted:,} labels")
@@ -433,7 +435,10 @@ def check_start_models(recipe: Recipe) -> None:
     for name, base in (("init_from", recipe.init_from), ("init_embeddings_from", recipe.init_embeddings_from)):
         place = Path(base)
         if base and not place.exists():
-            raise UserError(f"{name}={base}: there is no such run or model directory, nor a GGUF file")
+            raise UserError(
+                f"{name}={base}: there is no such run or model directory, no GGUF file and no model of "
+                f"the catalog ({', '.join(catalog.model_names())})"
+            )
         if base and (place / "recipe.yaml").is_file() and not (place / "model").is_dir():
             raise UserError(f"{name}={base}: this run has no model yet: finish it with `firth train {base}`")
 
@@ -441,7 +446,7 @@ def check_start_models(recipe: Recipe) -> None:
 def check_start_tokenizers(tokenizer: Tokenizer, recipe: Recipe) -> None:
     """Raise a UserError if a model that the run starts from has another tokenizer, even one of the same size."""
     for name, base in (("init_from", recipe.init_from), ("init_embeddings_from", recipe.init_embeddings_from)):
-        if base:
+        if base and not recipe.tokenizer.extend:
             hint = "leave out tokenizer.path, and the run takes that one"
             check_same_tokenizer(tokenizer, model_directory(base), f"{name}:", hint)
 

@@ -5,8 +5,12 @@ from __future__ import annotations
 from functools import cached_property
 from pathlib import Path
 
+from firth.evaluate.tokenizer_match import load_tokenizer
+from firth.model.extend_vocab import extend_vocab
 from firth.model.model import LM
 from firth.pretrained.load_save import load_model
+from firth.tokenizer.extend import old_tokens
+from firth.tokenizer.tokenizer import Tokenizer
 from firth.training.device import default_device
 from firth.types import UserError
 
@@ -32,14 +36,20 @@ class StartModel:
 
     Args:
         path: A run or model directory, or a GGUF file; empty for a run that starts from scratch.
+        extended: Its tokenizer with more tokens (`tokenizer.extend`), for which the model gets rows; None: its own.
     """
 
-    def __init__(self, path: str = "") -> None:
-        self.path = path
+    def __init__(self, path: str = "", extended: Tokenizer | None = None) -> None:
+        self.path, self.extended = path, extended
 
     @cached_property
     def _read(self) -> LM:
-        return load_model(model_directory(self.path))
+        directory = model_directory(self.path)
+        model = load_model(directory)
+        if self.extended is not None:
+            old = load_tokenizer(directory)
+            extend_vocab(model, old.vocab.size, old_tokens(old, self.extended))
+        return model
 
     @property
     def model(self) -> LM | None:

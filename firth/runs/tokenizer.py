@@ -16,6 +16,8 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
@@ -35,6 +37,7 @@ from firth.runs.input_hashes import RunInputs, has_begun
 from firth.runs.prepare import train_tokenizer
 from firth.runs.recipe import Recipe
 from firth.tokenizer import segmentation
+from firth.tokenizer.extend import extend, stripped_accents, tokens_per_word
 from firth.tokenizer.tokenizer import Tokenizer
 from firth.tokenizer.train import train
 from firth.tokenizer.vocab import Vocab
@@ -66,9 +69,11 @@ def tokenizer_of(
     path = recipe.given_tokenizer
     given = load_tokenizer(Path(path)) if path else None
     record: dict[str, Any] = (
-        {"digest": given.digest}
-        if given is not None
-        else {"text": _text_hash(recipe, inputs, sentinels), "size": config.vocab_size}
+        {"text": _text_hash(recipe, inputs, sentinels), "size": config.vocab_size}
+        if given is None
+        else {"digest": given.digest}
+        if not config.extend
+        else {"text": _text_hash(recipe, inputs, sentinels), "extends": given.digest, "added": config.extend}
     )
     kept = _kept(own, record)
     if kept is not None:
@@ -83,7 +88,7 @@ def tokenizer_of(
         log(f"{own}: an earlier run made this tokenizer of another text or with other settings; it is rebuilt")
     shutil.rmtree(own, ignore_errors=True)
     if given is not None:
-        given.save(own)
+        (_extended(given, recipe, log) if config.extend else given).save(own)
         made = Tokenizer.load(own)
         record["resolved_size"] = made.vocab.size
     else:
@@ -97,6 +102,32 @@ def tokenizer_of(
         record["resolved_size"] = made.vocab.size if _repeats(made, recipe, sentinels, log) else config.vocab_size
     record |= {"digest": made.digest, "files": {name: file_facts(own / name) for name in FILES}}
     write_text(own / RECORD, json.dumps(record, indent=1) + "\n")
+    return made
+
+
+MEASURED_TEXTS = 200
+"""Texts of which the tokens per word are reported."""
+
+
+def _extended(given: Tokenizer, recipe: Recipe, log: LogLine) -> Tokenizer:
+    """Return the tokenizer of the start model with `tokenizer.extend` more tokens, and report what they spare."""
+    source, config = recipe.data, recipe.tokenizer
+    paths = source.paths(log)
+
+    def texts() -> Iterator[str]:
+        return training_texts(recipe.examples, source, paths, ReadStats())
+
+    made = extend(given, texts(), config.extend, seed=recipe.seed, sample_bytes=config.sample_bytes)
+    some = list(islice(texts(), MEASURED_TEXTS))
+    before, after = (tokens_per_word(one, some) for one in (given, made))
+    log(
+        f"{recipe.name}: {made.vocab.size - given.vocab.size:,} tokens of this text are added to the {given.vocab.size:,} of "
+        f"{recipe.init_from}: {after:.2f} tokens per word, {before:.2f} before"
+    )
+    if lost := stripped_accents(given, some):
+        log(
+            f"{recipe.name}: the tokenizer of {recipe.init_from} removes the accents of {lost:.1%} of the letters of this text"
+        )
     return made
 
 
@@ -163,8 +194,9 @@ def _kept(own: Path, record: dict[str, Any]) -> Tokenizer | None:
     made = _record(own)
     if not made or not (own / "tokenizer.json").exists():
         return None
-    sizes = (made.get("size"), made.get("resolved_size")) if "text" in record else (None,)
-    if made.get("text") != record.get("text") or record.get("size") not in sizes:
+    sizes = (made.get("size"), made.get("resolved_size")) if "size" in record else (None,)
+    same = all(made.get(name) == record.get(name) for name in ("text", "extends", "added"))
+    if not same or record.get("size") not in sizes:
         return None
     tokenizer = Tokenizer.load(own)
     wanted = record.get("digest", made.get("digest"))

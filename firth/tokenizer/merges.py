@@ -15,7 +15,7 @@ All words are in one array of symbols. A merge is a few array operations on the 
 from __future__ import annotations
 
 import heapq
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -53,7 +53,12 @@ def spell(word: str, prefix: str = "", suffix: str = "") -> list[str]:
 
 
 def learn(
-    words: Mapping[str, int], first: Sequence[str], size: int, prefix: str = "", suffix: str = ""
+    words: Mapping[str, int],
+    first: Sequence[str],
+    size: int,
+    prefix: str = "",
+    suffix: str = "",
+    split: Callable[[str], Sequence[str]] | None = None,
 ) -> tuple[dict[str, int], list[Merge]]:
     """Learn merges until there are `size` pieces or nothing is left to merge.
 
@@ -63,13 +68,14 @@ def learn(
         size: Number of pieces.
         prefix: Marks a piece that continues a word (WordPiece).
         suffix: Marks a piece that ends a word (BPE).
+        split: The pieces of a word that merging starts from; None: its characters.
 
     Returns:
         Piece -> id, and the merges in order.
     """
     ids = {piece: i for i, piece in enumerate(first)}
     pieces, learned = list(first), list[Merge]()
-    row = _Row(words, ids, prefix, suffix)
+    row = _Row(words, ids, split or (lambda word: spell(word, prefix, suffix)))
     while len(pieces) < size and (best := row.most_frequent()) is not None:
         left, right, count = best
         piece = pieces[left] + pieces[right].removeprefix(prefix)
@@ -84,12 +90,13 @@ def learn(
 class _Row:
     """The symbols of all words in one array, with the positions of every pair."""
 
-    def __init__(self, words: Mapping[str, int], ids: Mapping[str, int], prefix: str, suffix: str) -> None:
+    def __init__(self, words: Mapping[str, int], ids: Mapping[str, int], split: Callable[[str], Sequence[str]]) -> None:
         symbols, lengths = [GAP], []
         for word in words:
-            symbols += [ids[letter] for letter in spell(word, prefix, suffix)]
+            before = len(symbols)
+            symbols += [ids[letter] for letter in split(word)]
             symbols.append(GAP)
-            lengths.append(len(word) + 1)
+            lengths.append(len(symbols) - before)
         self._symbols = np.array(symbols, np.int64)
         n = len(symbols)
         self._next, self._before = np.arange(1, n + 1), np.arange(-1, n - 1)

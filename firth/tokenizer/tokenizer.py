@@ -189,7 +189,10 @@ class Tokenizer:
 
     def with_post_processor(self, attention: hf_config.AttentionKind) -> Tokenizer:
         """Return a copy with a post-processor for models with this attention (`firth.tokenizer.hf_config`)."""
-        definition = hf_config.with_template(self.definition, self._roles, attention, self.bos)
+        return self.with_definition(hf_config.with_template(self.definition, self._roles, attention, self.bos))
+
+    def with_definition(self, definition: str) -> Tokenizer:
+        """Return a copy with another tokenizer.json."""
         return _rebuild(definition, self._roles, self.template, self.merges, self.bos, self.ends)
 
     def save(self, directory: Path, token_type_ids: bool = False) -> None:

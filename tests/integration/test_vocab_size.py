@@ -154,7 +154,10 @@ def test_init_from_an_unfinished_run_is_rejected(place: Path, tmp_path: Path) ->
     (tmp_path / "begun" / "recipe.yaml").write_text((place / "given" / "recipe.yaml").read_text())
     for field in ("init_from", "init_embeddings_from"):
         message = error_of("gpt", [f"{field}={tmp_path / 'none'}"], tmp_path / "out")
-        assert message == f"{field}={tmp_path / 'none'}: there is no such run or model directory, nor a GGUF file"
+        assert message == (
+            f"{field}={tmp_path / 'none'}: there is no such run or model directory, no GGUF file and no model of the catalog "
+            "(minilm, smollm2)"
+        )
         message = error_of("gpt", [f"{field}={tmp_path / 'begun'}"], tmp_path / "out")
         cure = f"finish it with `firth train {tmp_path / 'begun'}`"
         assert message == f"{field}={tmp_path / 'begun'}: this run has no model yet: {cure}"

@@ -1,0 +1,82 @@
+"""Tokens added to a published tokenizer: old ids keep their meaning, and texts of the new kind need fewer tokens."""
+
+from __future__ import annotations
+
+from itertools import chain
+
+import numpy as np
+import pytest
+
+from firth.tokenizer.extend import extend, longest_match, old_tokens, stripped_accents, tokens_per_word
+from firth.tokenizer.tokenizer import Tokenizer
+from firth.tokenizer.train import train
+from firth.types import UserError
+
+ENGLISH = ["The quick brown fox jumps over the lazy dog, and it is quick again. " * 20]
+FRENCH = ["Le renard brun saute par-dessus le chien paresseux, déjà fatigué de la journée. " * 20]
+GREEK = ["η γρήγορη αλεπού πηδάει πάνω από το σκυλί. " * 20]
+
+
+def ids_of(tokenizer: Tokenizer) -> dict[str, int]:
+    found: dict[str, int] = tokenizer.engine.get_vocab(with_added_tokens=True)
+    return found
+
+
+def expanded(old: Tokenizer, new: Tokenizer, ids: np.ndarray) -> list[int]:
+    """Return ids with each new one replaced by its old ones."""
+    parts = old_tokens(old, new)
+    first = old.vocab.size
+    return list(chain.from_iterable([i] if i < first else parts[i - first] for i in ids.tolist()))
+
+
+@pytest.mark.parametrize("algorithm", ["byte-bpe", "wordpiece"])
+def test_old_ids_are_unchanged_and_new_text_is_shorter(algorithm: str) -> None:
+    old = train([*ENGLISH, "".join(map(chr, range(97, 123)))], algorithm, 400)
+    new = extend(old, FRENCH, 40)
+    assert ids_of(old).items() <= ids_of(new).items() and new.vocab.size == old.vocab.size + 40
+    assert old.vocab.roles == new.vocab.roles and new.encode(ENGLISH[0]).tolist() == old.encode(ENGLISH[0]).tolist()
+    assert tokens_per_word(new, FRENCH) < 0.8 * tokens_per_word(old, FRENCH)
+    assert new.digest == extend(old, FRENCH, 40).digest != old.digest
+
+
+@pytest.mark.parametrize("text", [*FRENCH, *ENGLISH, *GREEK, "déjà vu 12 ###", "Le quick renard"])
+def test_new_merges_come_after_the_old_ones(text: str) -> None:
+    """A text is encoded as before and then merged further, so each new token stands for what it replaced."""
+    old = train(ENGLISH, "byte-bpe", 330)
+    new = extend(old, FRENCH, 60)
+    assert expanded(old, new, new.encode(text)) == old.encode(text).tolist()
+    assert new.decode(new.encode(text)) == text
+
+
+def test_wordpiece_learns_the_characters_of_another_script() -> None:
+    old = train(ENGLISH, "wordpiece", 300)
+    unk = old.vocab.roles["unk"]
+    assert (old.encode(GREEK[0]) == unk).mean() > 0.8
+    new = extend(old, GREEK, 120)
+    assert not (new.encode(GREEK[0]) == unk).any()
+    parts = dict(zip(range(old.vocab.size, new.vocab.size), old_tokens(old, new), strict=True))
+    assert parts[new.id("η")] == []  # unknown before
+    few = extend(old, GREEK, 8)
+    assert sum(len(token.removeprefix("##")) == 1 for token in ids_of(few).keys() - ids_of(old).keys()) == 2
+
+
+def test_longest_match_is_that_of_the_library() -> None:
+    old = train(ENGLISH, "wordpiece", 200)
+    for word in ("quick", "quickfox", "jumpsover", "z", "thelazydog"):
+        pieces = longest_match(word, ids_of(old), "##")
+        assert (pieces or ["[UNK]"]) == old.pieces(word)
+
+
+def test_other_kinds_of_tokenizers_are_refused() -> None:
+    with pytest.raises(UserError, match=r"and the tokenizer of the start model is Unigram: leave it out"):
+        extend(train(ENGLISH, "unigram", 330), FRENCH, 10)
+
+
+def test_accents_that_a_normalizer_removes_are_counted() -> None:
+    from tokenizers import normalizers
+
+    plain = train(FRENCH, "wordpiece", 200)
+    assert stripped_accents(plain, FRENCH) == 0
+    plain.engine.normalizer = normalizers.BertNormalizer(lowercase=True)
+    letters = sum(map(str.isalpha, FRENCH[0]))
+    assert stripped_accents(plain, FRENCH) == 20 * 4 / letters
