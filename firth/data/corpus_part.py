@@ -164,18 +164,17 @@ class Part:
             write_text(self.directory / BUILDING, json.dumps({"key": key}))
         tokenizer = Tokenizer.load(self.directory.parents[1] / "tokenizer")
         examples: dict[str, list[str]] = self._examples(dropped)
-        read: dict[str, int] = {}
+        counted = False
         for split in SPLITS:
             counts = ReadStats()
             documents = self._kept(counts, dropped, split)
             first = next(documents, None)
             if first is not None and not (self.directory / split).exists():
-                stats = (lambda: {}) if read else counts.rows
                 TokenStore.build(
-                    itertools.chain([first], documents), tokenizer, self.directory / split, stats=stats, progress=progress,
-                    workers=1,
+                    itertools.chain([first], documents), tokenizer, self.directory / split,
+                    stats=dict if counted else counts.rows, progress=progress, workers=1,
                 )  # fmt: skip
-                read = counts.rows()
+            counted = counted or first is not None
         for piece in self.pieces:
             piece.check_unchanged()
         numbers = {} if dropped is None else {RULES[i]: int(n) for i, n in enumerate(np.bincount(dropped)) if i and n}

@@ -19,7 +19,6 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
 
 import numpy as np
 
@@ -71,8 +70,6 @@ class FilterConfig(Validated, section="filters"):
     language: str = ""
     language_by: str = ""
     max_repetition: NonNegativeFloat = 0.0
-
-    CHOICES: ClassVar[tuple[str, ...]] = ("", "py3langid", "script")
 
     @property
     def any(self) -> bool:
@@ -176,7 +173,9 @@ class Words:
         self.starts = np.concatenate(([0], blanks + 1)) if len(raw) else np.zeros(0, np.int64)
         self.stops = np.concatenate((blanks, [len(raw)])) if len(raw) else np.zeros(0, np.int64)
         powers, self._inverse = _powers(len(raw) + 1)
-        self._prefix = np.concatenate((np.zeros(1, np.uint64), np.cumsum((codes + np.uint64(1)) * powers[: len(raw)])))
+        self._prefix = np.concatenate(
+            (np.zeros(1, np.uint64), np.cumsum((codes.astype(np.uint64) + np.uint64(1)) * powers[: len(raw)]))
+        )
 
     def __len__(self) -> int:
         return len(self.starts)

@@ -65,7 +65,7 @@ class Piece:
         path = Path(self.path)
         try:
             # Each step runs within the span: the context of a generator is that of its caller.
-            found = readers.file_documents(path, self.name, field, split, counts)
+            found = readers.file_documents(path, self._document_name, field, split, counts)
             while True:
                 with within(self.span):
                     document = next(found, None)
@@ -74,6 +74,16 @@ class Piece:
                 yield document
         except UserError as error:
             raise UserError(self._in_whole_file(str(error))) from None
+
+    @property
+    def _document_name(self) -> str:
+        """What the names of its documents begin with: "a.jsonl@4096" for the lines after byte 4096."""
+        return f"{self.name}@{self.span[0]}" if self.span and self._in_lines else self.name
+
+    @property
+    def _in_lines(self) -> bool:
+        """Whether the span is one of bytes that does not begin with the file."""
+        return bool(self.span and self.span[0]) and Path(self.path).suffix.lower() != ".parquet"
 
     def digest(self) -> str:
         """Return the SHA-256 of the bytes of the piece; of a Parquet file, of all of it."""
@@ -101,7 +111,7 @@ class Piece:
 
     def _in_whole_file(self, message: str) -> str:
         """Return a message with the line number of the whole file in place of that of the span."""
-        if self.span is None or not self.span[0] or Path(self.path).suffix.lower() == ".parquet":
+        if self.span is None or not self._in_lines:
             return message
         lines = 0
         with Path(self.path).open("rb") as file:

@@ -192,8 +192,6 @@ def _plan(out: Path, pieces: Sequence[Piece], settings: PartSettings, log: LogLi
     with refusals(out):
         plan = {str(number): [piece.to_dict() for piece in some] for number, some in sorted(kept.items())}
         write_record(file, {"settings": settings.to_dict(), "parts": plan})
-        for number in lost:
-            shutil.rmtree(part_directory(out, number), ignore_errors=True)
     return [Part(part_directory(out, number), tuple(some), settings) for number, some in sorted(kept.items())]
 
 

@@ -206,7 +206,7 @@ def test_a_killed_preparation_resumes_to_the_same_bytes(
 
 def test_a_full_disk_is_reported_and_resumed(folder: Path, whole: dict[str, str], tmp_path: Path) -> None:
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))  # the workers inherit it
+    resource.setrlimit(resource.RLIMIT_FSIZE, (45_000, before[1]))  # the workers inherit it
     try:
         with pytest.raises(UserError, match=r"(could not be written|file too large).*free (disk|some)"):
             prepare(folder, tmp_path / "out")
