@@ -19,6 +19,7 @@ from firth.data.records import Records, RecordsConfig
 from firth.evaluate import metrics
 from firth.evaluate.prediction_inputs import InputSchema
 from firth.evaluate.tokenizer_match import check_adapter_base, load_tokenizer
+from firth.io.sharded import run_of
 from firth.io.yaml_files import read_yaml
 from firth.model.model import LM
 from firth.objectives import OBJECTIVES, find
@@ -60,7 +61,7 @@ class EvaluatedModel:
     @cached_property
     def recipe(self) -> Mapping[str, Any]:
         """Recipe of the run as plain data; empty for a bare model directory."""
-        file = self.directory / "recipe.yaml"
+        file = run_of(self.directory) / "recipe.yaml"
         found = read_yaml(file)[0] if file.exists() else None
         return found if isinstance(found, dict) else {}
 

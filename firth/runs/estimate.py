@@ -23,7 +23,7 @@ from firth.data.config import DataConfig
 from firth.data.corpus import is_corpus
 from firth.io.json_files import row_line
 from firth.model.model import LM
-from firth.runs.build_model import assemble_model
+from firth.runs.build_model import assemble_model, builds_in_shards
 from firth.runs.compatibility import available_memory
 from firth.runs.input_hashes import RunInputs
 from firth.runs.prepare import RunData
@@ -60,6 +60,7 @@ class RunEstimate:
         step_seconds: Seconds of a step on this machine; 0 if it was not measured.
         data: How the data was counted, a sentence.
         timing: How the time was found, a sentence.
+        whole: What holds the whole model on a process though it is sharded, a sentence; empty if it is not sharded.
     """
 
     recipe: ResolvedRecipe
@@ -71,6 +72,7 @@ class RunEstimate:
     step_seconds: float
     data: str
     timing: str
+    whole: str = ""
 
     @property
     def flops(self) -> float:
@@ -239,8 +241,28 @@ def estimate_prepared(run: PreparedRun, timed: bool = True) -> RunEstimate:
     size = len(run.batches.source) * run.scale
     return RunEstimate(
         resolved, step, steps, steps * step.tokens, steps * resolved.batch.size / size, size * per_example, seconds,
-        run.counted, how,
+        run.counted, how, whole_model_uses(run, step) if run.degree > 1 else "",
     )  # fmt: skip
+
+
+def whole_model_uses(run: PreparedRun, step: StepEstimate) -> str:
+    """Return a sentence on what holds the whole model on a process of a sharded run, with the bytes it takes."""
+    recipe, size = run.recipe, _bytes(4 * step.parameters)
+    half = _bytes((2 if recipe.precision == "bf16" else 4) * step.parameters)
+    start = recipe.init_from or recipe.init_embeddings_from
+    gathers = {
+        "rollouts": run.batches.source.on_policy,
+        "sample_prompts": bool(recipe.sample_prompts),
+        "evaluation.tasks": bool(recipe.evaluation.tasks),
+    }
+    named = ", ".join(name for name, used in gathers.items() if used)
+    uses = [
+        f"{half} on each process during {named}" if named else "",
+        f"{size} in main memory of each process while it is built" if not builds_in_shards(recipe) and start else "",
+        f"{_bytes(step.frozen_bytes)} of frozen models on each process" if step.frozen_bytes else "",
+        f"{size} in main memory of the first process at the end, for the export",
+    ]
+    return "; ".join(filter(None, uses))
 
 
 def dry_run(recipe: Recipe, log: LogLine = LOGGER.info) -> RunEstimate | None:
@@ -290,7 +312,7 @@ def describe(found: RunEstimate, world: int = 1) -> list[str]:
             f"  time        {clock(found.seconds)} of training in {recipe.precision} on this machine, {found.step_seconds:.3g} s a step, "
             f"MFU {share:.1%}; from {found.timing}"
         )
-    return [*lines, time]
+    return [*lines, time, *([f"  whole model {found.whole}"] if found.whole else [])]
 
 
 def _bytes(size: float) -> str:
