@@ -22,7 +22,7 @@ import pytest
 
 from firth.corpora import readers
 from firth.corpora.input_files import ReadStats
-from firth.data.corpus import Corpus, open_stores
+from firth.data.corpus import PreparedCorpus, open_stores
 from firth.data.corpus_part import PartSettings
 from firth.data.filters import FilterConfig
 from firth.data.pieces import list_pieces
@@ -58,7 +58,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def prepare(
     folder: Path, out: Path, workers: int = 1, text: str = "text", part_bytes: int = 60_000,
     filters: FilterConfig = NO_FILTERS, log: list[str] | None = None,
-) -> Corpus:  # fmt: skip
+) -> PreparedCorpus:  # fmt: skip
     return prepare_corpus(
         [str(folder / text)], out, settings=PartSettings("", validation_fraction=0.1, part_bytes=part_bytes, filters=filters),
         tokenizer=TokenizerChoice(str(folder / "tokenizer")), workers=workers, log=(log if log is not None else []).append,
