@@ -265,6 +265,17 @@ def peak_mb() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6
 
 
+def resident(field: str) -> int:
+    """Return VmRSS (the resident size now), RssAnon (without pages of files) or VmHWM (its peak) of this process in bytes."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return int(next(line.split()[1] for line in lines if line.startswith(field))) * 1024
+
+
+def reset_peak() -> None:
+    """Let VmHWM count from now on."""
+    Path("/proc/self/clear_refs").write_text("5")
+
+
 def busy_seconds() -> float | None:
     """Return the busy CPU seconds of the whole machine since boot (stolen time included); None if unknown."""
     try:

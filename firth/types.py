@@ -37,6 +37,9 @@ NEVER = 1 << 30
 """A time after all others: a token with `key_time` NEVER is visible to no position (padding, query slots)."""
 
 
+ALL_DOCUMENTS = -1
+"""Document id of a key that all documents of its row attend to: a trained prefix (`firth.model.prefix`)."""
+
 ALWAYS = 1 - NEVER
 """A time before all others: a token with `key_time` ALWAYS is visible from the start of a row."""
 

@@ -239,7 +239,7 @@ def run(comparison: ComparisonRun, limit: int, reference: Path | None) -> None:
             if not limit:
                 continue
             limit -= 1
-            score = train_once(comparison, name, share, seed, [])
+            score = train_once(comparison, name, share, seed)
             print(
                 f"{name} seed {seed}: {score.steps} steps, {score.tokens:,} tokens, {score.seconds:.0f} s", flush=True
             )

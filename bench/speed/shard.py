@@ -5,7 +5,8 @@
 Each row is a run of torchrun on this machine: fp32, AdamW, three steps of 8 rows of 64 tokens over all processes. A process counts
 its own peak resident size from the moment before the model is built, less its size then (Python, PyTorch). Weights, gradients
 and two moments take 16 bytes per parameter without sharding. "Built" is the peak while the model is built and initialized,
-before the first step.
+before the first step. Two more peaks are counted afterwards, beyond the size of the process then: of a validation, which runs
+on the shards, and of gathering the whole model, as for rollouts, samples and tasks.
 """
 
 from __future__ import annotations
@@ -15,12 +16,13 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 
 import torch
 
-from bench.harness import cpu_name
+from bench.harness import cpu_name, reset_peak, resident
 from firth.data.collate import collate
 from firth.model.config import decoder_config
 from firth.model.deferred_init import record_init
@@ -29,24 +31,13 @@ from firth.objectives.causal_lm import CausalLM
 from firth.training.distributed import DistributedConfig, join
 from firth.training.optimizer import Optimizer, OptimizerConfig
 from firth.training.parallel import Parallel, Replicas
-from firth.training.step import step
+from firth.training.step import SINGLE, step, validate
 
 RUNS = [(1, "none"), (2, "none"), (2, "full"), (4, "none"), (4, "full")]
 """(processes, way of `distributed.shard`)"""
 
 CONFIG = decoder_config(vocab_size=16384, hidden_size=768, num_layers=12, num_heads=12, max_positions=64)
 ROWS, TOKENS, STEPS = 8, 64, 3
-
-
-def resident(field: str) -> int:
-    """Return VmRSS (now) or VmHWM (peak) of this process in bytes."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return int(next(line.split()[1] for line in lines if line.startswith(field))) * 1024
-
-
-def reset_peak() -> None:
-    """Let VmHWM count from now on."""
-    Path("/proc/self/clear_refs").write_text("5")
 
 
 def train(way: str, out: Path) -> None:
@@ -76,7 +67,26 @@ def train(way: str, out: Path) -> None:
         losses.append(float(step(model, objective, [batch], ranks.sum, parallel=shards or replicas)["tokens"]))
         optimizer.clip_grad_norm()
         optimizer.step(1.0)
-    found = {"parameters": count, "built": built, "peak": resident("VmHWM") - start, "losses": losses}
+    peak = resident("VmHWM") - start
+    model.eval()
+
+    def beyond(work: Callable[[], object]) -> int:
+        before = resident("VmRSS")
+        reset_peak()
+        work()
+        return resident("VmHWM") - before
+
+    @torch.no_grad()
+    def gather() -> None:
+        with model.whole():
+            objective.loss(model, objective.forward(model, batch), batch)
+
+    validated = beyond(lambda: validate(model, objective, [batch], reduce=ranks.sum, parallel=shards or SINGLE))
+    gathered = beyond(gather)
+    freed = resident("VmRSS") - start
+    found = {
+        "parameters": count, "built": built, "peak": peak, "losses": losses, "validated": validated, "gathered": gathered, "after": freed,
+    }  # fmt: skip
     (out / f"{ranks.rank}.json").write_text(json.dumps(found))
     ranks.wait()
     if ranks.world > 1:
@@ -91,6 +101,9 @@ def main() -> None:
         "while built",
         "16 bytes per weight",
         "loss of step 3",
+        "validation",
+        "gathered",
+        "afterwards",
     )
     print(f"| {' | '.join(columns)} |\n{'|---' * len(columns)}|")
     for world, way in RUNS:
@@ -104,10 +117,14 @@ def main() -> None:
                 stderr=subprocess.DEVNULL,
             )
             ranks = [json.loads(path.read_text()) for path in sorted(Path(folder).iterdir())]
-        peak, built = (max(rank[name] for rank in ranks) / 1e6 for name in ("peak", "built"))
+        names = ("peak", "built", "validated", "gathered", "after")
+        peak, built, *rest = (max(rank[name] for rank in ranks) / 1e6 for name in names)
         held = 16 * ranks[0]["parameters"] / 1e6 / (world if way == "full" else 1)
         print(
-            f"| {world} | {way} | {peak:,.0f} | {built:,.0f} | {held:,.0f} | {ranks[0]['losses'][-1]:.5f} |", flush=True
+            f"| {world} | {way} | {peak:,.0f} | {built:,.0f} | {held:,.0f} | {ranks[0]['losses'][-1]:.5f} | "
+            + " | ".join(f"{size:,.0f}" for size in rest)
+            + " |",
+            flush=True,
         )
     print(f"\n{ranks[0]['parameters']:,} parameters. {cpu_name()}")
 

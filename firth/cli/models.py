@@ -29,7 +29,7 @@ def export(
     dtype: Annotated[str, typer.Option(help="fp32, fp16 or bf16 (gguf: or q8_0, q4_0); unchanged by default.")] = "",
     shard_size: Annotated[str, typer.Option(help="Most bytes in one file, for example 2GB; one file by default.")] = "",
 ) -> None:
-    """Write a run's model in a format that other programs load, with a model card."""
+    """Write the model of a run, or of one of its checkpoints, in a format that other programs load, with a model card."""
     from firth.runs.import_export import export_model
 
     export_model(run, out, form=form, dtype=dtype, shard=shard_size)

@@ -7,12 +7,13 @@ from typing import Annotated, Any
 
 import typer
 
-from firth.fields import NonNegativeFloat, NonNegativeInt, Share, ShareAboveZero, TokenCount, check_value
+from firth.fields import NonNegativeFloat, NonNegativeInt, PositiveInt, Share, ShareAboveZero, TokenCount, check_value
 
 Run = Annotated[
     Path,
     typer.Argument(
-        help="A run directory, a directory of a model or an adapter as transformers and peft write them, or a GGUF file."
+        help="A run directory, a checkpoint in it, a directory of a model or an adapter as transformers and peft write them, "
+        "or a GGUF file."
     ),
 ]
 
@@ -49,6 +50,7 @@ Weights = Annotated[
         help="Data type of the weights: fp32, bf16, int8 or int8-dynamic; auto takes bf16 if it is faster here.",
     ),
 ]
+Workers = Annotated[int, number_option(PositiveInt, help="Processes on this machine, which divide its threads.")]
 Seed = Annotated[int, number_option(NonNegativeInt, help="The same seed gives the same result.")]
 Input = Annotated[
     str,

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from firth.cli.options import Seed, number_option
+from firth.cli.options import Seed, Workers, number_option
 from firth.fields import NonNegativeFloat, PositiveInt
 from firth.types import UserError
 
@@ -86,6 +86,7 @@ def compare(
         ),
     ] = "",
     labels: Annotated[int, number_option(PositiveInt, help="How many of these records are trained on.")] = 500,
+    workers: Workers = 1,
     out: Annotated[
         Path | None,
         typer.Option(
@@ -113,7 +114,7 @@ def compare(
     config = ComparisonConfig(
         Budget(max_seconds=max_seconds, max_flops=max_flops), parse_shares(shares), seeds, probe, labels
     )
-    typer.echo(compare_recipes(names, settings, config, out or Path("runs/compare")))
+    typer.echo(compare_recipes(names, settings, config, out or Path("runs/compare"), workers=workers))
 
 
 def _compare_methods(methods: list[str], settings: list[str], out: Path) -> None:

@@ -50,12 +50,17 @@ from firth.runs.recipe import CheckpointConfig, EvalConfig, Recipe, TokenizerCon
 from firth.runs.recipe import load as load_recipe
 from firth.runs.run import run
 from firth.runs.tokenizer import check_vocab, sentinels_of, tokenizer_of
+from firth.runs.workers import Claim, Claims, WorkUnit, start_workers, work
 from firth.tokenizer.tokenizer import Tokenizer
+from firth.training.logging import OnMetrics
 from firth.training.schedule import Budget
 from firth.types import LOGGER, LogLine, UserError
 
 PROBE = "probe."
 """Prefix of the finetuning settings on the command line."""
+
+CLAIMS = "claims"
+"""Directory of the claims of processes on the runs."""
 
 NONE = "none"
 """Value of `probe` for no finetuning."""
@@ -159,9 +164,14 @@ class ComparisonRun:
 
 
 def compare(
-    names: Sequence[str], settings: Sequence[str], config: ComparisonConfig, out: Path, log: LogLine = LOGGER.info
+    names: Sequence[str],
+    settings: Sequence[str],
+    config: ComparisonConfig,
+    out: Path,
+    log: LogLine = LOGGER.info,
+    workers: int = 1,
 ) -> str:
-    """Run a comparison, or what is left of it, and write its table and report.
+    """Run a comparison, or what is left of it, together with other processes, and write its table and report.
 
     Args:
         names: The recipes.
@@ -169,6 +179,7 @@ def compare(
         config: Configuration of the comparison.
         out: Output directory.
         log: Prints a line of progress.
+        workers: Processes to start; 1 runs the comparison in this one.
 
     Returns:
         The table and the conclusions as text.
@@ -176,7 +187,7 @@ def compare(
     Raises:
         UserError: The recipes, settings or data do not fit; nothing has been trained then.
     """
-    comparison = prepare(names, settings, config, out, once(log))
+    comparison = _prepare_alone(names, settings, config, out, once(log))
     plan = list(units(comparison))
     total, num_runs = sum(share for _, share, _ in plan), sum(share > 0 for _, share, _ in plan)
     if config.compute.max_seconds:
@@ -184,56 +195,110 @@ def compare(
     else:
         cost = f"{number(total * config.compute.max_flops, 3)} FLOPs"
     log(f"{num_runs} runs, each followed by its evaluation: {cost} of pretraining")
-    done: list[Score] = []
-    for i, (name, share, seed) in enumerate(plan):
-        what = f"{name}, {share:.0%} of the compute" if share else f"{name} from scratch"
-        log(f"[{i + 1}/{len(plan)}] {what}, seed {seed}")
-        done.append(train_once(comparison, name, share, seed, done))
+    if workers > 1:
+        start_workers(workers, _work, (names, settings, config, out))
+    else:
+        _run_units(comparison, log)
+    done = [score for unit in plan if (score := _read_score(comparison, *unit)) is not None]
     by_time = config.compute.max_seconds > 0
-    return write_comparison(done, list(comparison.recipes), facts(comparison), out, seconds=by_time)
+    with Claims(out / CLAIMS).exclusive("table"):
+        return write_comparison(done, list(comparison.recipes), facts(comparison), out, seconds=by_time)
 
 
-def train_once(comparison: ComparisonRun, name: str, share: float, seed: int, done: Sequence[Score]) -> Score:
+def _work(names: Sequence[str], settings: Sequence[str], config: ComparisonConfig, out: Path) -> None:
+    """Run a part of a comparison in a process of its own."""
+    _run_units(_prepare_alone(names, settings, config, out, _silent), LOGGER.info)
+
+
+def _prepare_alone(
+    names: Sequence[str], settings: Sequence[str], config: ComparisonConfig, out: Path, log: LogLine
+) -> ComparisonRun:
+    """Prepare a comparison while no other process does."""
+    _check_directory(out)
+    with Claims(out / CLAIMS).exclusive("prepare"):
+        return prepare(names, settings, config, out, log)
+
+
+def _run_units(comparison: ComparisonRun, log: LogLine) -> None:
+    """Run what no other process runs, until all is finished. Units with one recipe, which share a score, are one group."""
+    jobs = {}
+    for name, share, seed in units(comparison):
+        what = f"{name}, {share:.0%} of the compute" if share else f"{name} from scratch"
+        key = _recipe_of(comparison, name, share, seed).hash()
+        jobs[WorkUnit(f"{what}, seed {seed}", key)] = (name, share, seed)
+
+    def run_unit(job: WorkUnit, claim: Claim) -> None:
+        train_once(comparison, *jobs[job], claim)
+
+    def finished(job: WorkUnit) -> bool:
+        return _read_score(comparison, *jobs[job]) is not None
+
+    work(list(jobs), Claims(comparison.out / CLAIMS), finished, run_unit, log)
+
+
+def _recipe_of(comparison: ComparisonRun, name: str, share: float, seed: int) -> Recipe:
+    """Return the recipe of a unit, whose hash its score holds."""
+    return comparison.pretraining(name, share, seed) if share else comparison.finetuning(name, seed)
+
+
+def _score_file(comparison: ComparisonRun, name: str, share: float, seed: int) -> Path:
+    return comparison.out / "scores" / name / f"share-{share:g}-seed-{seed}.json"
+
+
+def _read_score(comparison: ComparisonRun, name: str, share: float, seed: int) -> Score | None:
+    """Return the score on disk; None if there is none yet.
+
+    Raises:
+        UserError: It is of other settings.
+    """
+    file = _score_file(comparison, name, share, seed)
+    if not file.exists():
+        return None
+    needs = {field.name: object for field in fields(Score)}
+    record = read_record(file, needs, "delete it to compute this score again")
+    found = Score(**{name: record[name] for name in needs})
+    if found.key != _recipe_of(comparison, name, share, seed).hash():
+        raise UserError(
+            f"{file} is a score of {name} with other settings: choose another --out, or delete {comparison.out}"
+        )
+    return found
+
+
+def train_once(comparison: ComparisonRun, name: str, share: float, seed: int, claim: Claim | None = None) -> Score:
     """Return the score of one recipe at one share of the compute with one seed; a score on disk is reused.
 
-    Two recipes with one model config have the same score from scratch, which is taken from `done`.
+    Two recipes with one model config have the same score from scratch, which is computed once.
 
     Args:
         comparison: The comparison.
         name: The recipe.
         share: Share of the compute; 0 for finetuning from scratch.
         seed: The seed.
-        done: Scores so far.
+        claim: The claim of this process on it.
     """
-    file = comparison.out / "scores" / name / f"share-{share:g}-seed-{seed}.json"
-    recipe = comparison.pretraining(name, share, seed) if share else comparison.finetuning(name, seed)
-    key = recipe.hash()
-    if file.exists():
-        cure = "delete it to compute this score again"
-        needs = {field.name: object for field in fields(Score)}
-        record = read_record(file, needs, cure)
-        found = Score(**{name: record[name] for name in needs})
-        if found.key != key:
-            raise UserError(
-                f"{file} is a score of {name} with other settings: choose another --out, or delete {comparison.out}"
-            )
+    found = _read_score(comparison, name, share, seed)
+    if found is not None:
         return found
-    same = [s for s in done if (s.key, s.seed, s.share) == (key, seed, 0.0)]
-    if same:
-        score = dataclasses.replace(same[0], recipe=name)
-    elif share:
-        score = _pretrain(comparison, recipe, Score(name, share, seed, key))
+    recipe = _recipe_of(comparison, name, share, seed)
+    key = recipe.hash()
+    if share:
+        score = _pretrain(comparison, recipe, Score(name, share, seed, key), claim)
     else:
-        score = Score(name, share, seed, key, accuracy=_finetune(comparison, name, seed, ""))
+        others = (_read_score(comparison, other, 0.0, seed) for other in comparison.recipes)
+        same = next((score for score in others if score is not None and score.key == key), None)
+        score = dataclasses.replace(
+            same or Score(name, share, seed, key, accuracy=_finetune(comparison, name, seed, "", claim)), recipe=name
+        )
+    file = _score_file(comparison, name, share, seed)
     file.parent.mkdir(parents=True, exist_ok=True)
     write_record(file, asdict(score))
     return score
 
 
-def _pretrain(comparison: ComparisonRun, recipe: Recipe, score: Score) -> Score:
+def _pretrain(comparison: ComparisonRun, recipe: Recipe, score: Score, claim: Claim | None) -> Score:
     """Pretrain a model, evaluate and finetune it; return the score with its results filled in."""
     directory = comparison.out / "runs" / score.recipe / f"share-{score.share:g}" / f"seed-{score.seed}"
-    ended = run(recipe, directory, log=_silent)
+    ended = run(recipe, directory, log=_silent, on_metrics=_checks(claim))
     shutil.rmtree(
         directory / "checkpoints", ignore_errors=True
     )  # the weights are in model/, optimizer states are larger
@@ -242,19 +307,24 @@ def _pretrain(comparison: ComparisonRun, recipe: Recipe, score: Score) -> Score:
     return dataclasses.replace(
         score, flops=ended.flops, seconds=ended.seconds, steps=ended.steps, tokens=ended.tokens,
         parameters=sum(p.numel() for p in model.parameters()),
-        accuracy=_finetune(comparison, score.recipe, score.seed, str(directory)) if comparison.probe_data else None,
+        accuracy=_finetune(comparison, score.recipe, score.seed, str(directory), claim) if comparison.probe_data else None,
         cloze_accuracy=found.get("accuracy"), cloze_bits=found.get("bits"),
         bits_per_byte=ended.metrics.get("valid/bits_per_byte"),
     )  # fmt: skip
 
 
-def _finetune(comparison: ComparisonRun, name: str, seed: int, start: str) -> float:
+def _finetune(comparison: ComparisonRun, name: str, seed: int, start: str, claim: Claim | None) -> float:
     """Finetune a model and return its accuracy on the test records; the run is deleted."""
     recipe = comparison.finetuning(name, seed, start)
     directory = comparison.out / "probes" / recipe.hash()
-    ended = run(recipe, directory, log=_silent)
+    ended = run(recipe, directory, log=_silent, on_metrics=_checks(claim))
     shutil.rmtree(directory)
     return ended.metrics["valid/accuracy"]
+
+
+def _checks(claim: Claim | None) -> OnMetrics | None:
+    """Return a function for each row of metrics that ends a run whose claim another process has replaced."""
+    return None if claim is None else lambda _: claim.check()
 
 
 def once(log: LogLine) -> LogLine:
@@ -383,14 +453,19 @@ def _load_recipes(names: Sequence[str], settings: Sequence[str]) -> dict[str, Re
     return loaded
 
 
+def _check_directory(out: Path) -> None:
+    """Raise a UserError if a directory holds something else."""
+    if not (out / "compare.json").exists() and out.exists() and any(path.name != CLAIMS for path in out.iterdir()):
+        raise UserError(f"{out} already exists and holds no comparison: choose another --out")
+
+
 def _check_same_settings(out: Path, shared: Mapping[str, Any]) -> None:
     """Write the common settings of a comparison, or check them against those of an earlier call.
 
     Recipes, shares and seeds may be added to a comparison; the common settings may not change once a run has started.
     """
     file, settings = out / "compare.json", json.loads(json.dumps(shared))
-    if not file.exists() and out.exists() and any(out.iterdir()):
-        raise UserError(f"{out} already exists and holds no comparison: choose another --out")
+    _check_directory(out)
     before = read_record(file) if file.exists() else settings
     changed = [name for name in settings if before.get(name) != settings[name]]
     if changed and any((out / folder).exists() for folder in ("runs", "probes", "scores")):

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from firth.corpora import closed_book, download, minimal_pairs, pages, prepare
+from firth.corpora import closed_book, dictionary, download, minimal_pairs, pages, prepare
 from firth.corpora.download import Package
 from firth.corpora.input_files import stamp
 from firth.io.atomic import make_directory, scratch_directory, write_text
@@ -91,6 +91,10 @@ VADER = Package(
 WORDNET = Package(
     "deb", "wordnet-base", "", "0f090d65404ea2a0dba8838043e0296bee293628bc0f22ac9de4eb22555ee5c7", 6_467_132
 )  # fmt: skip
+GCIDE = Package("deb", "dict-gcide", "", "1ec7704a896c39c5c398c642ff5ddbd1bf9bbe88713971bb3a3d4aa61633cd26", 14_800_692)
+ANARCHISM = Package(
+    "deb", "anarchism", "", "f8f91b2f47dbd597471b5de83aee659880d9c58c00c5755a5a6a270c60c43555", 6_915_556
+)
 GLOSSES = ("usr/share/wordnet/data.*",)
 TASKS = "bigbench-1.0.0/bigbench/benchmark_tasks"
 MULTIEMO = ("en", "es", "fr", "pl")
@@ -126,6 +130,14 @@ ENTRIES = (
     Corpus(
         "wordnet", WORDNET, GLOSSES, "WordNet 3.0", "117,659 senses: words and their gloss (9 MB)", prepare.glosses,
         "*.jsonl",
+    ),
+    Corpus(
+        "gcide", GCIDE, ("usr/share/dictd/gcide.dict.dz",), "GPL-2+",
+        "116,000 entries of Webster's dictionary of 1913, with quotations (25 MB)", dictionary.write_dictionary, "*.jsonl",
+    ),
+    Corpus(
+        "anarchism", ANARCHISM, ("usr/share/doc/anarchism/html/*.html",),
+        "GPL-2+", "An Anarchist FAQ, a long book of essays (11 MB); headings.jsonl: prompt, completion", pages.html_pages,
     ),
     Corpus(
         "places", WORDNET, GLOSSES, "WordNet 3.0", "1,100 glosses of places; train.jsonl, test.jsonl: questions that they answer",

@@ -279,6 +279,14 @@ class Batches:
             index = np.arange(start, min(start + self.batch_size, len(self.source)))
             yield self._assemble(np.zeros_like(index), index)
 
+    def filler(self) -> list[Batch]:
+        """Return the batches that this rank has fewer in `all_batches` than another one: none, or the last one of the source."""
+        count = -(-len(self.source) // self.batch_size)
+        if self.rank < count % self.world or count % self.world == 0:
+            return []
+        index = np.arange((count - 1) * self.batch_size, len(self.source))
+        return [self._assemble(np.zeros_like(index), index)]
+
     def shown(self, epochs: np.ndarray, indices: np.ndarray) -> list[Example]:
         """Build the model inputs and labels of some examples, without collating them.
 

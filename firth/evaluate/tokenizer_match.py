@@ -9,6 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from firth.io.safetensors import read_json
+from firth.io.sharded import is_checkpoint, run_of
 from firth.tokenizer import formats
 from firth.tokenizer.tokenizer import Tokenizer
 from firth.types import UserError
@@ -21,7 +22,7 @@ def load_tokenizer(directory: Path) -> Tokenizer:
     """Load the tokenizer of a model or adapter directory.
 
     Args:
-        directory: A directory with tokenizer files, or a GGUF file.
+        directory: A directory with tokenizer files, a checkpoint of a run, or a GGUF file.
 
     Returns:
         The tokenizer.
@@ -29,11 +30,12 @@ def load_tokenizer(directory: Path) -> Tokenizer:
     Raises:
         UserError: There is no tokenizer, or it is not the one that the weights were trained with.
     """
-    tokenizer = Tokenizer.load(directory)
+    place = run_of(directory) / "tokenizer" if is_checkpoint(directory) else directory
+    tokenizer = Tokenizer.load(place)
     stored = _stored_digest(directory)
     if stored and stored != tokenizer.digest:
         raise UserError(
-            f"{directory}: tokenizer.json is not the tokenizer that this model was trained with (firth.json has the digest "
+            f"{place}: tokenizer.json is not the tokenizer that this model was trained with (firth.json has the digest "
             f"{stored[:12]}, the file has {tokenizer.digest[:12]}): copy the whole directory again"
         )
     return tokenizer

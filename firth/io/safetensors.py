@@ -25,7 +25,7 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -47,11 +47,23 @@ DTYPE_NAMES = {
 }  # fmt: skip
 """torch dtype -> its name in a safetensors header."""
 
+Read = Callable[[str], Tensor]
+"""Returns the tensor of a name, which is read when it is needed."""
 
-def safetensors_blocks(tensors: Mapping[str, Tensor]) -> Iterator[bytes | memoryview]:
+
+def torch_dtype(name: str) -> torch.dtype:
+    """Return the dtype of a name in a safetensors header."""
+    return next(dtype for dtype, known in DTYPE_NAMES.items() if known == name)
+
+
+def safetensors_blocks(tensors: Mapping[str, Tensor], read: Read | None = None) -> Iterator[bytes | memoryview]:
     """Yield the bytes of a safetensors file: the length of the header (8 bytes), the header (JSON), then the raw tensors.
 
     The widest dtypes come first, so that every tensor is aligned to its own item size.
+
+    Args:
+        tensors: The tensors by name; with `read`, only their shapes and dtypes are used.
+        read: Returns each tensor when it is written.
     """
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     start = 0
@@ -66,7 +78,8 @@ def safetensors_blocks(tensors: Mapping[str, Tensor]) -> Iterator[bytes | memory
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     yield len(text).to_bytes(8, "little") + text
-    for x in ordered.values():
+    for name, x in ordered.items():
+        x = x if read is None else read(name)
         yield x.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
@@ -338,8 +351,16 @@ def check_finite(state: Mapping[str, Tensor], where: Path) -> None:
             )
 
 
-def write_tensors(state: Mapping[str, Tensor], directory: Path, storage: Storage = AS_IT_IS) -> list[str]:
+def write_tensors(
+    state: Mapping[str, Tensor], directory: Path, storage: Storage = AS_IT_IS, read: Read | None = None
+) -> list[str]:
     """Write tensors as safetensors files, with an index if there are several, and remove the files of an earlier write.
+
+    Args:
+        state: The tensors by name; with `read`, only their shapes and dtypes are used.
+        directory: The model directory.
+        storage: Number format and division into files.
+        read: Returns each tensor when it is written, so that they are never in memory together.
 
     Returns:
         The names of the files.
@@ -347,7 +368,8 @@ def write_tensors(state: Mapping[str, Tensor], directory: Path, storage: Storage
     Raises:
         UserError: A value is not finite, or too large for the dtype.
     """
-    check_finite(state, directory)
+    if read is None:
+        check_finite(state, directory)
     itemsize = {
         name: (tensor.dtype if storage.dtype is None else storage.dtype).itemsize for name, tensor in state.items()
     }
@@ -357,8 +379,15 @@ def write_tensors(state: Mapping[str, Tensor], directory: Path, storage: Storage
         if len(shards) == 1
         else [f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
     )
+
+    def value(name: str) -> Tensor:
+        x = state[name] if read is None else read(name)
+        if read is not None:
+            check_finite({name: x}, directory)
+        return _cast(x, storage.dtype, name)
+
     for name, shard in zip(files, shards, strict=True):
-        write_file({tensor: _cast(state[tensor], storage.dtype, tensor) for tensor in shard}, directory / name)
+        write_file({tensor: _like(state[tensor], storage.dtype) for tensor in shard}, directory / name, value)
     previous = [*directory.glob("model-*-of-*.safetensors"), directory / SINGLE, directory / INDEX]
     for file in previous:
         if file.name not in files:
@@ -389,6 +418,11 @@ def _packed(sizes: Mapping[str, int], most: int) -> list[list[str]]:
     return groups
 
 
+def _like(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
+    """Return a tensor without data that has the shape and the dtype of what `_cast` returns."""
+    return torch.empty_like(tensor, dtype=dtype if tensor.is_floating_point() else None, device="meta")
+
+
 def _cast(tensor: Tensor, dtype: torch.dtype | None, name: str) -> Tensor:
     if dtype is None or not tensor.is_floating_point():
         return tensor
@@ -399,10 +433,10 @@ def _cast(tensor: Tensor, dtype: torch.dtype | None, name: str) -> Tensor:
     return cast
 
 
-def write_file(state: Mapping[str, Tensor], file: Path) -> None:
-    """Write tensors to one safetensors file atomically."""
+def write_file(state: Mapping[str, Tensor], file: Path, read: Read | None = None) -> None:
+    """Write tensors to one safetensors file atomically; with `read` as in `safetensors_blocks`."""
     with new_file(file) as partial, partial.open("wb") as out:
-        for block in safetensors_blocks(state):
+        for block in safetensors_blocks(state, read):
             out.write(block)
 
 

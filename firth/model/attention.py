@@ -22,7 +22,7 @@ so a right-padded causal batch is still simply causal.
     no mask                          every query attends to every key
     is_causal                        query i attends to keys 0..i: no mask, half of the work
     mask (B, 1, 1, S)                the same keys for all queries of a row: padding
-    block_mask                       FlexAttention (He 2024): long rows on CUDA
+    block_mask, texts                FlexAttention, or variable-length attention: long rows on CUDA (`firth.model.block_mask`)
     mask (B, 1, T, S)                the rule itself; `lower_triangular` if no key after i is visible (packed causal rows)
 
 >>> import torch
@@ -39,11 +39,12 @@ from functools import cache, partial
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention.flex_attention import BlockMask, create_block_mask, create_mask, flex_attention
+from torch.nn.attention.flex_attention import BlockMask, create_mask, flex_attention
 
 from firth import kernel_choice
 from firth.model import blocked_attention, native
-from firth.types import NEVER, Batch
+from firth.model.block_mask import PackedTexts, attend_packed, block_mask, packed_texts, varlen_runs
+from firth.types import ALL_DOCUMENTS, NEVER, Batch
 
 FIELDS = ("tokens", "positions", "token_type_ids", "query_time", "key_time", "key_expiry", "document_ids")
 
@@ -78,9 +79,6 @@ def with_memory(memory: Batch, name: str, own: Tensor) -> Tensor:
     return torch.cat((before.to(own.dtype).expand(rows, -1), own.expand(rows, -1)), -1)
 
 
-ALL_DOCUMENTS = -1
-"""Document id of a key that all documents of its row attend to: a trained prefix (`firth.model.prefix`)."""
-
 MIN_FLEX_LENGTH = 256
 """Queries of a row from which on a block mask is faster on CUDA; shorter rows fit in two tiles."""
 
@@ -95,6 +93,7 @@ class AttentionMask:
         lower_triangular: No query attends to a key after it.
         empty_rows: (B, 1, T or 1, 1) bool, queries that attend to nothing; in `mask` they attend to everything.
         block_mask: FlexAttention's mask, in place of `mask`.
+        texts: The texts of packed rows, for kernels that take them in place of `block_mask`; None for other masks.
         num_keys: Keys left when those at the end of the rows that no query attends to (XLNet's query stream) are left
             out, as in `mask`; 0: all.
     """
@@ -104,6 +103,7 @@ class AttentionMask:
     lower_triangular: bool = False
     empty_rows: Tensor | None = None
     block_mask: BlockMask | None = None
+    texts: PackedTexts | None = None
     num_keys: int = 0
 
     @staticmethod
@@ -156,17 +156,16 @@ class AttentionMask:
             return _masked(ever[:, None, None, :])
         if flex is None:
             flex = query_time.device.type == "cuda" and queries >= MIN_FLEX_LENGTH
+        if flex:
+            block = block_mask(query_time, key_time, query_document, key_document, key_expiry)
+            texts = None
+            if query_document is not None and query_document is key_document and queries == keys and key_expiry is None:
+                texts = packed_texts(query_time, key_time, query_document)
+            return AttentionMask(block_mask=block, texts=texts)
         seen = mask_from_times(query_time, key_time, query_document, key_document, key_expiry)[:, None]
-        if not flex:
-            on_cpu = query_time.device.type == "cpu"
-            lower = on_cpu and queries == keys and not bool(seen.triu(1).any())
-            return _masked(seen, lower, 0 if lower or not on_cpu else _num_visible_keys(ever))
-
-        def visible(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-            return seen[batch, 0, query, key]
-
-        block = create_block_mask(visible, len(query_time), None, queries, keys, device=query_time.device)
-        return AttentionMask(block_mask=block, empty_rows=~seen.any(-1, keepdim=True))
+        on_cpu = query_time.device.type == "cpu"
+        lower = on_cpu and queries == keys and not bool(seen.triu(1).any())
+        return _masked(seen, lower, 0 if lower or not on_cpu else _num_visible_keys(ever))
 
 
 KEY_MULTIPLE = 16
@@ -340,9 +339,19 @@ def attend(
             kernel.rows,
             kernel.compiled,
         )
+    elif attention_mask.texts is not None and varlen_runs(q):
+        out = attend_packed(q, k, v, attention_mask.texts, scale)
     elif attention_mask.block_mask is not None:
-        flex = _compiled_flex() if q.device.type == "cuda" else flex_attention
-        out = flex(q, k, v, block_mask=attention_mask.block_mask, scale=scale, enable_gqa=groups > 1)  # type: ignore[operator]
+        flex, block, length = (
+            _compiled_flex() if q.device.type == "cuda" else flex_attention,
+            attention_mask.block_mask,
+            q.shape[2],
+        )
+        q, k, v = (
+            F.pad(x, (0, 0, 0, n - x.shape[2]))
+            for x, n in zip((q, k, v), (block.shape[-2], *[block.shape[-1]] * 2), strict=True)
+        )
+        out = flex(q, k, v, block_mask=block, scale=scale, enable_gqa=groups > 1)[:, :, :length]  # type: ignore[operator]
     else:
         mask, causal = attention_mask.mask, attention_mask.is_causal
         if attention_mask.num_keys:

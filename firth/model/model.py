@@ -20,7 +20,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -29,7 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from firth.model.attention import prefixed_fields
-from firth.model.block import initialize
+from firth.model.block import Block, initialize
 from firth.model.config import ModelConfig
 from firth.model.forward_context import NO_CONTEXT, EncoderOutput, ForwardContext, RowMemory
 from firth.model.kv_cache import DecodingCache, KVCache, RecurrentCache
@@ -37,12 +37,13 @@ from firth.model.parameter_count import LEARNED_POSITIONS, SINUSOIDAL_POSITIONS
 from firth.model.positions import sinusoidal
 from firth.model.prefix import PrefixEncoder, PromptEmbedding
 from firth.model.recurrent import RecurrentStack
+from firth.model.shard_tensors import is_sharded
 from firth.model.transformer import TransformerStack
 from firth.model.variants import CharacterCNN, Latent
 from firth.types import ALWAYS, NEVER, Batch, UserError
 
 if TYPE_CHECKING:
-    from firth.model.block import AttentionContext, Block
+    from firth.model.block import AttentionContext
     from firth.tokenizer.vocab import Vocab
 
 
@@ -409,6 +410,21 @@ def _compiled() -> Callable[..., Tensor]:
     return torch.compile(_pass)
 
 
+@cache
+def _compiled_forward() -> Callable[..., Tensor]:
+    torch.compiler.config.recompile_limit = max(torch.compiler.config.recompile_limit, MAX_RECOMPILES)
+    return torch.compile(Block.forward)
+
+
+def _pass_sharded(block: Block, x: Tensor, attention: AttentionContext, cross: AttentionContext | None) -> Tensor:
+    """Run a block whose weights are gathered by hooks: the hooks run as they are, and what they surround is compiled."""
+    block.forward = partial(_compiled_forward(), block)  # type: ignore[method-assign]
+    try:
+        return block(x, attention, cross)
+    finally:
+        del block.forward
+
+
 def _try(device: torch.device) -> None:
     try:
         torch.compile(torch.square)(torch.ones(2, device=device))
@@ -428,4 +444,5 @@ def compile_blocks(model: LM) -> None:
         raise UserError("compile=true compiles transformer blocks, and this model has none: set compile=false")
     _try(next(model.parameters()).device)
     for stack in stacks:
-        stack.block_runner = _compiled()
+        sharded = any(is_sharded(p) for p in stack.blocks.parameters())
+        stack.block_runner = _pass_sharded if sharded else _compiled()

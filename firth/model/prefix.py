@@ -22,10 +22,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from firth.model.attention import ALL_DOCUMENTS
 from firth.model.config import ModelConfig
 from firth.model.forward_context import RowMemory
-from firth.types import ALWAYS, NEVER, Batch, UserError
+from firth.types import ALL_DOCUMENTS, ALWAYS, NEVER, Batch, UserError
 
 PREFIX_HEADS = frozenset({"prefix", "prompt"})
 """Names of the heads that are trained positions before every text."""

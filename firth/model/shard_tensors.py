@@ -30,13 +30,17 @@ def is_sharded(x: Any) -> TypeGuard[DTensor]:
 def assign(target: Tensor, value: Tensor) -> None:
     """Copy a whole tensor into a weight, of which this rank may hold a shard only."""
     with torch.no_grad():
-        if is_sharded(target):
-            value = value.to(target.device, target.dtype)
-            value = (
-                _tensor().distribute_tensor(value, target.device_mesh, target.placements, src_data_rank=None).to_local()
-            )
-            target = target.to_local()
-        target.copy_(value)
+        local(target).copy_(own_part(target, value))
+
+
+def own_part(target: Tensor, value: Tensor) -> Tensor:
+    """Return the part of a whole tensor that this rank holds of a weight, as a view; all of it if the weight is not sharded."""
+    if not is_sharded(target):
+        return value
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+    sizes, starts = compute_local_shape_and_global_offset(target.shape, target.device_mesh, target.placements)
+    return value[tuple(slice(start, start + size) for start, size in zip(starts, sizes, strict=True))]
 
 
 def local(x: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ read.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -27,6 +27,7 @@ from firth.io.gguf import find
 from firth.io.integrity import COPY_AGAIN, sealed, verify
 from firth.io.safetensors import (
     AS_IT_IS,
+    Read,
     Storage,
     check_finite,
     check_no_foreign_code,
@@ -36,14 +37,16 @@ from firth.io.safetensors import (
     write_json,
     write_tensors,
 )
+from firth.io.sharded import checkpoint_tensors, is_checkpoint
 from firth.model.config import ModelConfig
 from firth.model.heads import describe_head, rebuild_head
 from firth.model.init import init_empty_weights
 from firth.model.model import LM
 from firth.model.prefix import PREFIX_HEADS
+from firth.model.shard_tensors import local, own_part
 from firth.pretrained import families, gguf
 from firth.pretrained.families.conversion import LoadedState, form_of_model, label_names, read_hf, read_own
-from firth.pretrained.families.family import Family, to_hf
+from firth.pretrained.families.family import Family, WeightMapping, to_hf
 from firth.tokenizer import chat
 from firth.types import UserError
 
@@ -57,6 +60,7 @@ def save_model(
     directory: Path,
     facts: Mapping[str, Any] | None = None,
     storage: Storage = AS_IT_IS,
+    read: Read | None = None,
 ) -> str:
     """Write a model directory and return one sentence about what can load it.
 
@@ -66,14 +70,16 @@ def save_model(
         directory: Directory to write.
         facts: Metadata to save (steps, loss, recipe hash), as JSON.
         storage: Number format of the weights and their division into files.
+        read: Returns each weight when it is written; the model is on the meta device then (`open_model`).
     """
     make_directory(directory)
     names: list[str] = []
-    state = {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}
-    heads = {name: describe_head(head) for name, head in model.heads.items()}
+    state = {name: x.detach() if read else x.detach().cpu() for name, x in model.state_dict().items()}
+    record = describe_model(model, tokenizer)
+    heads = record["heads"]
     form = form_of_model(_families(model.config, tokenizer), model.config, heads)
-    record = {"config": asdict(model.config), "heads": heads, "family": None if form is None else form.family.name}
-    record |= {} if tokenizer is None else {"tokenizer": tokenizer.digest}
+    record |= {"family": None if form is None else form.family.name}
+    converted: dict[str, WeightMapping] = {}
     if form is None:
         written = {name: tensor.contiguous() for name, tensor in state.items() if name not in model.shared_parameters()}
         (directory / "config.json").unlink(missing_ok=True)
@@ -82,6 +88,7 @@ def save_model(
     else:
         entries = form.export_mappings(model.config)
         written = to_hf(state, entries)
+        converted = {entry.hf_name: entry for entry in entries}
         theirs = {ours for entry in entries for ours in entry.names} | model.shared_parameters().keys()
         written |= {name: tensor.contiguous() for name, tensor in state.items() if name not in theirs}
         dtype = str(storage.dtype or model.tokens.weight.dtype).removeprefix("torch.")
@@ -106,7 +113,15 @@ def save_model(
             )
         summary = f"transformers loads it as {form.name}"
         summary += "".join(f", without its {name}, which peft adds" for name in sorted(PREFIX_HEADS & heads.keys()))
-    names += write_tensors(written, directory, storage)
+
+    def read_converted(name: str) -> Tensor:
+        assert read is not None
+        entry = converted.get(name)
+        if entry is None:
+            return read(name)
+        return to_hf({ours: read(ours) for ours in entry.names}, [entry])[name]
+
+    names += write_tensors(written, directory, storage, read_converted if read else None)
     if tokenizer is not None:
         pattern: Literal["seq2seq", "causal", "bidirectional"] = (
             "causal" if model.config.causal or model.config.attention.prefix_lm else "bidirectional"
@@ -118,6 +133,13 @@ def save_model(
     # tokenizer's digest covers what determines the ids.
     write_json(directory / "firth.json", sealed(record | {"facts": dict(facts or {})}, directory, names))
     return summary
+
+
+def describe_model(model: LM, tokenizer: Tokenizer | None) -> dict[str, Any]:
+    """Return what firth.json says about a model whose weights have firth's names: its config, its heads, its tokenizer."""
+    heads = {name: describe_head(head) for name, head in model.heads.items()}
+    record: dict[str, Any] = {"config": asdict(model.config), "heads": heads, "family": None}
+    return record | ({} if tokenizer is None else {"tokenizer": tokenizer.digest})
 
 
 def _families(config: ModelConfig, tokenizer: Tokenizer | None) -> Iterator[Family]:
@@ -150,17 +172,54 @@ def load_model(directory: Path, heads: Mapping[str, nn.Module] | None = None) ->
     """
     found = _read(directory)
     if heads is None:
-        with init_empty_weights(), _head_errors(found.heads, directory):
-            model = LM(
-                found.config, {name: rebuild_head(description, name) for name, description in found.heads.items()}
-            )
-        _compare(model, found.state, directory)  # before allocating the sizes that an untrusted file states
-        model = model.to_empty(device="cpu")
+        model = _empty(found, directory).to_empty(device="cpu")
         model.tie()
     else:
         model = LM(found.config, heads)
-    _fill(model, found.state, directory)
+    _fill(model, found, directory)
     return model.eval()
+
+
+def open_model(directory: Path) -> tuple[LM, Read | None]:
+    """Load a model, or only its shape and a function that reads its weights one by one, if a checkpoint has it in shards.
+
+    Args:
+        directory: Directory of the model, a checkpoint, or a GGUF file.
+
+    Returns:
+        The model, on the meta device if its weights are read later, and None or that function.
+
+    Raises:
+        UserError: As for `load_model`.
+    """
+    found = _read(directory)
+    if found.read is None:
+        return load_model(directory), None
+    model = _empty(found, directory).eval()
+    return model, _canonical(model, found.read)
+
+
+def load_without_weights(directory: Path) -> LM:
+    """Return a model of a directory without its weights, on the meta device.
+
+    Raises:
+        UserError: As for `load_model`.
+    """
+    return _empty(_read(directory), directory).eval()
+
+
+def _empty(found: LoadedState, directory: Path) -> LM:
+    """Return the model of a file on the meta device, after comparing its sizes with those of the file."""
+    with init_empty_weights(), _head_errors(found.heads, directory):
+        model = LM(found.config, {name: rebuild_head(description, name) for name, description in found.heads.items()})
+    _compare(model, found.state, directory)  # before allocating the sizes that an untrusted file states
+    return model
+
+
+def _canonical(model: LM, read: Read) -> Read:
+    """Return `read` for all names of a model, of which shared weights have several."""
+    first = model.shared_parameters()
+    return lambda name: read(first.get(name, name))
 
 
 def check_vocab_fits(tokenizer: Tokenizer, config: ModelConfig, where: str) -> None:
@@ -175,7 +234,8 @@ def check_vocab_fits(tokenizer: Tokenizer, config: ModelConfig, where: str) -> N
 def init_from(model: LM, directory: Path) -> tuple[list[str], list[str]]:
     """Initialize a model from the weights of a directory; the transformer stack must match exactly.
 
-    A prefix or a prompt in the directory is added to the model, since the stack was trained with it.
+    A prefix or a prompt in the directory is added to the model, since the stack was trained with it. Of a sharded model each
+    rank reads its parts of the weights, one weight at a time; `add_prefix_heads` comes before it is sharded.
 
     Args:
         model: The model, changed in place.
@@ -189,41 +249,44 @@ def init_from(model: LM, directory: Path) -> tuple[list[str], list[str]]:
     """
     found = _read(directory)
     with _head_errors(found.heads, directory):
-        for name in PREFIX_HEADS & found.heads.keys():
+        for name in PREFIX_HEADS & found.heads.keys() - model.heads.keys():
             model.heads[name] = rebuild_head(found.heads[name], name)
-    return _copy_weights(model, found.config, found.state, directory)
+    return _copy_weights(model, found, directory)
+
+
+def add_prefix_heads(model: LM, base: LM) -> None:
+    """Add the prefix or the prompt of a base to a model, without its weights."""
+    for name in PREFIX_HEADS & base.heads.keys():
+        model.heads[name] = rebuild_head(describe_head(base.heads[name]), name)
 
 
 def init_from_model(model: LM, base: LM, where: Path) -> tuple[list[str], list[str]]:
-    """Initialize a model from a base that has been loaded from a directory; see `init_from`.
+    """Initialize a model from a base that has been loaded from a directory; see `init_from`. `add_prefix_heads` comes before.
 
     Args:
         model: The model, changed in place.
         base: The base model, which is not changed.
         where: Directory of the base, for messages.
     """
-    for name in PREFIX_HEADS & base.heads.keys():
-        model.heads[name] = rebuild_head(describe_head(base.heads[name]), name)
-    return _copy_weights(model, base.config, base.state_dict(), where)
+    return _copy_weights(model, LoadedState(base.config, base.state_dict(), {}, []), where)
 
 
-def _copy_weights(
-    model: LM, config: ModelConfig, state: Mapping[str, Tensor], where: Path
-) -> tuple[list[str], list[str]]:
+def _copy_weights(model: LM, base: LoadedState, where: Path) -> tuple[list[str], list[str]]:
     """Copy the weights that a model shares with a base; return the heads that are dropped and those that are added."""
     shared = model.shared_parameters()
-    state = {name: tensor for name, tensor in state.items() if name not in shared}
+    state = {name: tensor for name, tensor in base.state.items() if name not in shared}
     mine = {name: tensor for name, tensor in model.state_dict().items() if name not in shared}
     for name, tensor in mine.items():
         if not name.startswith("heads.") and (name not in state or state[name].shape != tensor.shape):
             raise UserError(
-                f"cannot initialize from {where}: {_difference(model.config, config)}; use the same model config, as "
+                f"cannot initialize from {where}: {_difference(model.config, base.config)}; use the same model config, as "
                 "model=null does"
             )
     old, new = _by_head(state), _by_head(mine)
     kept = _matching_heads(mine, state)
-    fill = {n: t for n, t in state.items() if not n.startswith("heads.")} | {n: state[n] for h in kept for n in new[h]}
-    _fill(model, {n: fill.get(n, t) for n, t in mine.items()}, where)
+    _compare(model, mine | {name: state[name] for head in kept for name in new[head]}, where)
+    stack = (name for name in mine if not name.startswith("heads."))
+    _assign(model, base, [*stack, *(name for head in kept for name in new[head])], where)
     return sorted(old.keys() - set(kept)), sorted(new.keys() - set(kept))
 
 
@@ -272,14 +335,20 @@ def _compare(model: LM, state: Mapping[str, Tensor], where: Path) -> dict[str, T
     return state
 
 
-def _fill(model: LM, state: Mapping[str, Tensor], where: Path) -> None:
-    """Copy the tensors into a model."""
-    state = _compare(model, state, where)
+def _fill(model: LM, found: LoadedState, where: Path) -> None:
+    """Copy the tensors of a file into a model."""
+    state = _compare(model, found.state, where)
+    _assign(model, replace(found, state=state, read=found.read and _canonical(model, found.read)), [*state], where)
+
+
+def _assign(model: LM, found: LoadedState, names: Iterable[str], where: Path) -> None:
+    """Copy some tensors into a model, one by one. Of a sharded weight this rank reads and checks its part."""
     mine = model.state_dict()
-    check_finite({name: state[name] for name in mine}, where)
-    with torch.no_grad():
-        for name, tensor in mine.items():
-            tensor.copy_(state[name])
+    for name in names:
+        value = own_part(mine[name], found.state[name] if found.read is None else found.read(name))
+        check_finite({name: value}, where)
+        with torch.no_grad():
+            local(mine[name]).copy_(value)
 
 
 def left_out(directory: Path) -> list[str]:
@@ -310,9 +379,16 @@ def _read(directory: Path) -> LoadedState:
         raise UserError(
             f"{directory} contains an adapter and no model: set init_from to its base, and peft.init_from={directory}"
         )
+    elif is_checkpoint(directory) and not ours:
+        raise UserError(
+            f"{directory} does not describe its model: it has frozen weights or a head that is saved in another form, or an "
+            "older version of firth wrote it; finish the run, and take the model of the run directory"
+        )
     elif not config and not ours:
         raise UserError(f"{directory} contains no model: it has neither firth.json nor config.json")
     check_no_foreign_code(config, directory / "config.json")
+    if is_checkpoint(directory):
+        return _read_checkpoint(directory, ours)
     kind = ours.get("family") if ours else config.get("model_type")
     family = families.find(kind) if type(kind) is str else None
     if family is None and not (ours and kind is None):
@@ -332,6 +408,16 @@ def _read(directory: Path) -> LoadedState:
     if model_config.tie_embeddings and "lm" in ours["heads"] and "tokens.weight" in state:
         state["heads.lm.weight"] = state["tokens.weight"]
     return LoadedState(model_config, state, ours["heads"], [])
+
+
+def _read_checkpoint(directory: Path, ours: Mapping[str, Any]) -> LoadedState:
+    """Return the model in a checkpoint of a run, whose tensors are read one by one. Heads for training alone are left out."""
+    stored = checkpoint_tensors(directory, ours)
+    state = {name: x for name, x in stored.shapes.items()
+             if not name.startswith("heads.") or name.split(".")[1] in ours["heads"]}  # fmt: skip
+    check_numbers({name: x for name, x in state.items() if x.is_floating_point()}, directory)
+    config = check_config(lambda: _config_of(ours), state, directory / "firth.json")
+    return LoadedState(config, state, ours["heads"], [], stored.read)
 
 
 def read_config(directory: Path) -> ModelConfig:

@@ -23,6 +23,7 @@ from markupsafe import Markup, escape
 
 from firth.io.atomic import write_text
 from firth.report.charts import COLORS, Figure, Matrix, number, svg, svg_matrix
+from firth.report.parallel import ParallelCoordinates, svg_parallel
 
 Cell = str | int | float | None
 
@@ -105,6 +106,7 @@ class Section:
         title: Heading.
         text: Prose; blank lines separate paragraphs, `backticks` mark code.
         figures: Charts.
+        parallels: Parallel coordinates.
         matrices: Confusion matrices.
         tables: Tables.
         samples: Prompts and completions.
@@ -114,6 +116,7 @@ class Section:
     title: str
     text: str = ""
     figures: Sequence[Figure] = ()
+    parallels: Sequence[ParallelCoordinates] = ()
     matrices: Sequence[Matrix] = ()
     tables: Sequence[Table] = ()
     samples: Sequence[TextSample] = ()
@@ -230,4 +233,11 @@ _ENVIRONMENT = Environment(
     trim_blocks=True,
     lstrip_blocks=True,
 )
-_ENVIRONMENT.filters |= {"prose": prose, "value": figure_value, "svg": svg, "matrix": svg_matrix, "cells": cells}
+_ENVIRONMENT.filters |= {
+    "prose": prose,
+    "value": figure_value,
+    "svg": svg,
+    "matrix": svg_matrix,
+    "parallel": svg_parallel,
+    "cells": cells,
+}

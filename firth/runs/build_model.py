@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from firth.generate import embeddings
 from firth.model.deferred_init import record_init
 from firth.model.model import LM, compile_blocks
-from firth.pretrained.load_save import init_from_model
+from firth.pretrained.load_save import add_prefix_heads, init_from, init_from_model
 from firth.runs.peft_options import FullFinetuning
 from firth.runs.prepare import RunData
 from firth.runs.recipe import Recipe, ResolvedRecipe
@@ -38,9 +38,10 @@ class BuiltModel:
     shards: Shards | None = None
 
 
-def is_new(recipe: Recipe) -> bool:
-    """Return whether all weights of a run are initialized at random; a sharded model is then built in shards."""
-    return not (recipe.init_from or recipe.init_embeddings_from) and isinstance(recipe.peft, FullFinetuning)
+def builds_in_shards(recipe: Recipe) -> bool:
+    """Return whether a sharded model is built in shards: not with adapters, added tokens, or embeddings of another model."""
+    whole = recipe.init_embeddings_from or recipe.tokenizer.extend
+    return not whole and isinstance(recipe.peft, FullFinetuning)
 
 
 def assemble_model(resolved: ResolvedRecipe, data: RunData, log: LogLine, ranks: Ranks | None = None) -> BuiltModel:
@@ -54,15 +55,19 @@ def assemble_model(resolved: ResolvedRecipe, data: RunData, log: LogLine, ranks:
     """
     tokenizer, device = data.tokenizer, default_device()
     degree = 1 if ranks is None else resolved.distributed.degree(ranks)
-    with record_init() if degree > 1 and is_new(resolved) else nullcontext() as record:
+    in_shards = degree > 1 and builds_in_shards(resolved)
+    base = data.start.shape if in_shards else data.start.model
+    with record_init() if in_shards else nullcontext() as record:
         model = LM(resolved.model, resolved.objective.heads(resolved.model))
+        if base is not None:
+            add_prefix_heads(model, base)
     shards = None
     if record is not None and ranks is not None:
         shards = _shard(model, data, ranks, degree, record)
     added: list[str] = []
-    base = data.start.model
     if base is not None:
-        dropped, added = init_from_model(model, base, model_directory(resolved.init_from))
+        place = model_directory(resolved.init_from)
+        dropped, added = init_from(model, place) if in_shards else init_from_model(model, base, place)
         changed = [f"{what} {', '.join(names)}" for what, names in (("drops", dropped), ("adds", added)) if names]
         log(f"{resolved.name} starts from {resolved.init_from}" + (f": {'; '.join(changed)}" if changed else ""))
         if "lm" in added:

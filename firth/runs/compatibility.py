@@ -95,8 +95,6 @@ def check_sharding(recipe: Recipe) -> None:
     if recipe.distributed.shard == "none":
         return
     hint = "set distributed.shard=none"
-    if recipe.compile:
-        raise UserError(f"compile=true compiles blocks whose weights are not sharded: set compile=false, or {hint}")
     if recipe.objective.constraints.whole_weights:
         raise UserError(
             f"objective {_name(recipe.objective)} reads all weights at once, and sharded ones are never whole: {hint}, or set "

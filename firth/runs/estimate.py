@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from firth.data.collate import Batches
 from firth.data.config import DataConfig
 from firth.io.json_files import row_line
 from firth.model.model import LM
-from firth.runs.build_model import assemble_model
+from firth.runs.build_model import assemble_model, builds_in_shards
 from firth.runs.compatibility import available_memory
 from firth.runs.input_hashes import RunInputs
 from firth.runs.prepare import RunData
@@ -61,6 +61,7 @@ class RunEstimate:
         step_seconds: Seconds of a step on this machine; 0 if it was not measured.
         data: How the data was counted, a sentence.
         timing: How the time was found, a sentence.
+        whole: What holds the whole model on a process though it is sharded, a sentence; empty if it is not sharded.
     """
 
     recipe: ResolvedRecipe
@@ -72,6 +73,7 @@ class RunEstimate:
     step_seconds: float
     data: str
     timing: str
+    whole: str = ""
 
     @property
     def flops(self) -> float:
@@ -132,8 +134,10 @@ def prepared(recipe: Recipe, log: LogLine, world: int = 1) -> Iterator[PreparedR
     """
     kernel_choice.check_forced()
     check_start_models(recipe)
-    with tempfile.TemporaryDirectory(prefix="firth-") as place:
+    with tempfile.TemporaryDirectory(prefix="firth-") as place, ExitStack() as stack:
         smaller, scale, how = _sampled(recipe, Path(place), log)
+        if not recipe.examples.reads_documents:
+            stack.enter_context(readers.every_nth_record(round(scale)))
         context = RunContext(Path(place), Ranks(world=world), _silent, RunInputs(), resumed=False)
         data = prepare_tokenizer(smaller, context)
         resolved = resolve(smaller, data, context)
@@ -143,7 +147,10 @@ def prepared(recipe: Recipe, log: LogLine, world: int = 1) -> Iterator[PreparedR
 
 
 def _sampled(recipe: Recipe, place: Path, log: LogLine) -> tuple[Recipe, float, str]:
-    """Return the recipe with a sample of its text where that is large, the size of the whole relative to it, and a sentence."""
+    """Return the recipe with a sample of its text where that is large, the size of the whole relative to it, and a sentence.
+
+    Of many records each n-th is sampled by `every_nth_record`, where n is the size of the whole.
+    """
     data = dataclasses.replace(recipe.data, cache_dir="")
     recipe = dataclasses.replace(recipe, data=data)
     trained = (
@@ -153,7 +160,11 @@ def _sampled(recipe: Recipe, place: Path, log: LogLine) -> tuple[Recipe, float, 
     )
     counted = f"{trained}all of the data was read and counted"
     if not recipe.examples.reads_documents:
-        return recipe, 1.0, counted
+        total = sum(_sizes(data.paths(log), records=True).values())
+        n = max(1, round(total / SAMPLE_BYTES)) if total > MAX_COUNTED_BYTES else 1
+        if n > 1:
+            counted = f"tokens were estimated from each {n}th record of {total / 1e6:,.0f} MB, the size of the files"
+        return recipe, float(n), counted
     changed: dict[str, Any] = {}
     if data.validation_path:
         held_out = _sizes(data.validation_path)
@@ -173,9 +184,9 @@ def _sampled(recipe: Recipe, place: Path, log: LogLine) -> tuple[Recipe, float, 
     return dataclasses.replace(recipe, data=dataclasses.replace(data, **changed)), scale, counted
 
 
-def _sizes(paths: Sequence[str]) -> dict[Path, float]:
-    """Return the bytes of text of each file, as far as its name and size tell."""
-    return {path: path.stat().st_size * GROWTH.get(path.suffix, 1.0) for path in readers.files(paths)}
+def _sizes(paths: Sequence[str], records: bool = False) -> dict[Path, float]:
+    """Return the bytes of text of each file, of tables too if records are read, as far as its name and size tell."""
+    return {path: path.stat().st_size * GROWTH.get(path.suffix, 1.0) for path in readers.files(paths, tabled=records)}
 
 
 def _write_sample(sizes: Mapping[Path, float], target: Path, limit: int, data: DataConfig) -> int:
@@ -222,7 +233,7 @@ def estimate_prepared(run: PreparedRun, timed: bool = True) -> RunEstimate:
     """Return what a prepared run takes; see `estimate`."""
     resolved = run.recipe
     sampled, kept = run.sample()
-    step = step_estimate(run.build, resolved, sampled, kept)
+    step = step_estimate(run.build, resolved, sampled, kept, run.batches.source)
     world = run.batches.world
     if run.degree > 1:
         step = dataclasses.replace(step, memory=sharded_memory(run.build, step.memory, run.degree))
@@ -241,8 +252,28 @@ def estimate_prepared(run: PreparedRun, timed: bool = True) -> RunEstimate:
     size = len(run.batches.source) * run.scale
     return RunEstimate(
         resolved, step, steps, steps * step.tokens, steps * resolved.batch.size / size, size * per_example, seconds,
-        run.counted, how,
+        run.counted, how, whole_model_uses(run, step) if run.degree > 1 else "",
     )  # fmt: skip
+
+
+def whole_model_uses(run: PreparedRun, step: StepEstimate) -> str:
+    """Return a sentence on what holds the whole model on a process of a sharded run, with the bytes it takes."""
+    recipe, size = run.recipe, _bytes(4 * step.parameters)
+    half = _bytes((2 if recipe.precision == "bf16" else 4) * step.parameters)
+    start = recipe.init_from or recipe.init_embeddings_from
+    gathers = {
+        "rollouts": run.batches.source.on_policy,
+        "sample_prompts": bool(recipe.sample_prompts),
+        "evaluation.tasks": bool(recipe.evaluation.tasks),
+    }
+    named = ", ".join(name for name, used in gathers.items() if used)
+    uses = [
+        f"{half} on each process during {named}" if named else "",
+        f"{size} in main memory of each process while it is built" if not builds_in_shards(recipe) and start else "",
+        f"{_bytes(step.frozen_bytes)} of frozen models on each process" if step.frozen_bytes else "",
+        f"{size} in main memory of the first process at the end, for the export",
+    ]
+    return "; ".join(filter(None, uses))
 
 
 def dry_run(recipe: Recipe, log: LogLine = LOGGER.info) -> RunEstimate | None:
@@ -272,7 +303,7 @@ def describe(found: RunEstimate, world: int = 1) -> list[str]:
     trained = "all trained" if step.trained_parameters == step.parameters else f"{step.trained_parameters:,} trained"
     parts = {
         "weights": memory.weights, "gradients": memory.gradients, "optimizer": memory.optimizer, "activations": memory.activations,
-        "kernels of bf16 products": memory.kernel_bytes(found.steps), "other models": step.frozen_bytes,
+        "free blocks": memory.free, "kernels of bf16 products": memory.kernel_bytes(found.steps), "other models": step.frozen_bytes,
     }  # fmt: skip
     shares = ", ".join(f"{part} {_bytes(size)}" for part, size in parts.items() if size)
     lines = [
@@ -292,7 +323,7 @@ def describe(found: RunEstimate, world: int = 1) -> list[str]:
             f"  time        {clock(found.seconds)} of training in {recipe.precision} on this machine, {found.step_seconds:.3g} s a step, "
             f"MFU {share:.1%}; from {found.timing}"
         )
-    return [*lines, time]
+    return [*lines, time, *([f"  whole model {found.whole}"] if found.whole else [])]
 
 
 def _bytes(size: float) -> str:

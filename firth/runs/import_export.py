@@ -3,9 +3,11 @@
     firth import DIR OUT                                       for generate, chat, fill, evaluate and init_from
     firth export RUN DIR --dtype bf16 --shard-size 2GB         for transformers, vLLM and sentence-transformers
     firth export RUN DIR --format gguf --dtype q4_0            for llama.cpp: DIR/model.gguf
+    firth export RUN/checkpoints/step-000400 DIR               the model at that step
 
-Both load the whole model, check it against its tokenizer and write to a temporary directory that is renamed at the end, so an
-incomplete directory never appears. Neither overwrites a directory that firth did not write.
+Both check the model against its tokenizer and write to a temporary directory that is renamed at the end, so an
+incomplete directory never appears. Neither overwrites a directory that firth did not write. They load the whole model, except for
+an export of a checkpoint for transformers: that reads and writes the weights one by one.
 """
 
 from __future__ import annotations
@@ -23,12 +25,13 @@ from firth.evaluate.tokenizer_match import load_tokenizer
 from firth.io.atomic import new_directory, refusals, write_text
 from firth.io.gguf import find, read
 from firth.io.integrity import sealed
-from firth.io.safetensors import DTYPES, Storage, dtypes, parse_size, read_json, read_list, write_json
+from firth.io.safetensors import DTYPES, Read, Storage, dtypes, parse_size, read_json, read_list, write_json
+from firth.io.sharded import is_checkpoint, run_of
 from firth.model.model import LM
 from firth.objectives.objective import reads_dialogues
 from firth.pretrained import gguf
 from firth.pretrained.families import family_of
-from firth.pretrained.load_save import check_vocab_fits, left_out, load_model, metadata_of, save_model
+from firth.pretrained.load_save import check_vocab_fits, left_out, load_model, metadata_of, open_model, save_model
 from firth.runs import model_card
 from firth.runs.loaded_model import objective_in
 from firth.runs.start_model import model_directory
@@ -52,6 +55,7 @@ class ModelPackage:
         given: The model directory that it comes from.
         name: The name of the run directory.
         dtype: The dtype option of the user; "" if not given.
+        read: Returns each weight of a model that is on the meta device; None if the model has them.
     """
 
     model: LM
@@ -61,6 +65,7 @@ class ModelPackage:
     given: Path
     name: str
     dtype: str
+    read: Read | None = None
 
 
 def import_model(given: Path, out: Path, log: LogLine = LOGGER.info) -> None:
@@ -102,7 +107,7 @@ def export_model(run: Path, out: Path, *, form: str, dtype: str, shard: str, log
     """Export the model of a run for other libraries, with a model card.
 
     Args:
-        run: The run directory.
+        run: The run directory, or a checkpoint in it.
         out: The directory to write.
         form: One of EXPORTERS ("hf", "gguf").
         dtype: fp32, fp16, bf16, or "" for the stored dtype. GGUF also takes q8_0 and q4_0, and "" is fp16.
@@ -120,17 +125,22 @@ def export_model(run: Path, out: Path, *, form: str, dtype: str, shard: str, log
     if out.suffix == ".gguf":
         raise UserError(f"an export is a directory that holds {FILE} and its card: name it {out.with_suffix('')}")
     size, given = parse_size(shard), model_directory(run)
-    model, tokenizer = load_model(given), load_tokenizer(given)
+    model, read = open_model(given) if form == "hf" else (load_model(given), None)
+    tokenizer = load_tokenizer(given)
     check_vocab_fits(tokenizer, model.config, f"{given}")
-    types = dtypes(given) if find(given) is None else [torch.float32]
+    types = [torch.float32] if find(given) is not None or is_checkpoint(given) else dtypes(given)
     storage = Storage(DTYPES.get(dtype) if dtype else types[0] if len(types) == 1 else None, size)
     facts = metadata_of(given)
-    objective = objective_in(run)
+    trained = run_of(run)
+    objective = objective_in(trained)
     on_dialogues = objective is not None and reads_dialogues(objective)
-    package = ModelPackage(model, tokenizer, facts, on_dialogues, given, run.resolve().name, dtype)
+    package = ModelPackage(model, tokenizer, facts, on_dialogues, given, trained.resolve().name, dtype, read)
     with _fresh(out, given) as place:
         summary = EXPORTERS[form](package, place, storage)
-        model_card.write(model_card.read_card(run, place, model, summary, facts), place / "README.md")
+        card = model_card.read_card(trained, place, model, summary, facts)
+        if is_checkpoint(given):  # the result and the samples are those of the end of the run
+            card = replace(card, result={}, samples=[])
+        model_card.write(card, place / "README.md")
         files = [p for p in place.rglob("*") if p.is_file()]
         log(f"{out}: {len(files)} files, {sum(p.stat().st_size for p in files) / 1e6:,.1f} MB; {summary}")
     # Every tokenizer with chat tokens has a chat template, so for a run the objective decides.
@@ -147,7 +157,7 @@ FILE = "model.gguf"
 
 def _hf(package: ModelPackage, place: Path, storage: Storage) -> str:
     """Write a directory for transformers, and for sentence-transformers if the model is an encoder."""
-    summary = save_model(package.model, package.tokenizer, place, package.metadata, storage)
+    summary = save_model(package.model, package.tokenizer, place, package.metadata, storage, package.read)
     config = package.model.config
     if not (place / "config.json").exists() or config.causal or config.encoder.num_layers:
         return summary

@@ -29,6 +29,7 @@ from firth.io.atomic import write_text
 from firth.io.gguf import find
 from firth.io.integrity import check_digest, with_digest
 from firth.io.safetensors import read_json
+from firth.io.sharded import SHARDS
 from firth.objectives.objective import components
 from firth.runs import config_io
 from firth.runs.prepare import text_of
@@ -173,7 +174,11 @@ class RunInputs:
         one = find(place)
         if one is not None:
             return _hash(self._sha256(one))
-        files = [*sorted(place.glob("*.safetensors")), *(place / name for name in MODEL_FILES)]
+        files = [
+            *sorted(place.glob("*.safetensors")),
+            *sorted(place.glob(f"{SHARDS}/*")),
+            *(place / name for name in MODEL_FILES),
+        ]
         tokens = formats.find(place)
         files += [tokens] if tokens is not None else []
         metadata = read_json(place / "firth.json")

@@ -322,7 +322,7 @@ SHORT_KEYS = ("max_steps", "max_seconds", "max_flops")
 """Fields of `budget` that may be written without the prefix: `max_steps=500` is `budget.max_steps=500`."""
 
 
-def _expand_assignment(assignment: str) -> str:
+def expand_assignment(assignment: str) -> str:
     """Return an assignment with the full name of its field."""
     if assignment.partition("=")[0] in SHORT_KEYS:
         return f"budget.{assignment}"
@@ -420,7 +420,7 @@ def load(name: str, assignments: Sequence[str] = ()) -> Recipe:
         file = True
     else:
         data, file = config_io.to_dict(published(name)), False
-    assignments = [_expand_assignment(one) for one in assignments]
+    assignments = [expand_assignment(one) for one in assignments]
     changed: dict[str, Any] = _drop_replaced(config_io.override(data, assignments), assignments)
     names = {one.partition("=")[0] for one in assignments}
     given = {field: text for field, _, text in (one.partition("=") for one in assignments)}

@@ -14,6 +14,7 @@ from firth.model.prefix import PREFIX_HEADS
 from firth.objectives.objective import Objective
 from firth.pretrained.load_save import check_vocab_fits
 from firth.runs import config_io
+from firth.runs.build_model import builds_in_shards
 from firth.runs.compatibility import check_pattern, check_recipe, limit_lengths
 from firth.runs.peft_options import add_layer_mixture
 from firth.runs.prepare import RunData
@@ -45,7 +46,8 @@ def resolve(recipe: Recipe, data: RunData, context: RunContext) -> ResolvedRecip
 
 def _fill(recipe: Recipe, data: RunData, ranks: int) -> Recipe:
     """Fill in what the start model and the records determine: model config, lengths, classes, batching, tokenizer size."""
-    base = data.start.model
+    sharded = recipe.distributed.shard != "none" and ranks > 1
+    base = data.start.shape if sharded and builds_in_shards(recipe) else data.start.model
     config = _model_config(recipe, data, base)
     added = recipe.objective.constraints.added_tokens
     examples = limit_lengths(recipe.examples, _published_examples(recipe), recipe.peft, base, config, added, data.log)

@@ -26,17 +26,17 @@ from firth.evaluate.tokenizer_match import check_same_tokenizer
 from firth.io.atomic import make_directory, new_directory, write_text
 from firth.io.integrity import read_record, write_record
 from firth.model.config import ModelConfig
-from firth.model.heads import export_heads
-from firth.model.model import LM
+from firth.model.heads import StandardizedHead, export_heads
+from firth.model.model import LM, Critic
 from firth.objectives import name_of
 from firth.objectives.objective import components
 from firth.peft.lora import num_trainable_parameters
-from firth.pretrained.load_save import save_model
+from firth.pretrained.load_save import describe_model, save_model
 from firth.report.page import write as write_report
 from firth.report.run_report import run_report
 from firth.runs import config_io, examples, model_card, report_texts
 from firth.runs.branch import start_from_checkpoint
-from firth.runs.build_model import BuiltModel, assemble_model, is_new
+from firth.runs.build_model import BuiltModel, assemble_model, builds_in_shards
 from firth.runs.compatibility import check_available_memory
 from firth.runs.eval_tasks import EvalTasks
 from firth.runs.init_head import init_head
@@ -228,7 +228,7 @@ def build_data(resolved: ResolvedRecipe, data: RunData, context: RunContext) -> 
 def check_weights_fit(recipe: Recipe, config: ModelConfig, ranks: Ranks) -> None:
     """Raise a UserError if the weights of a run, their gradients and the optimizer state do not fit into the free memory."""
     full = isinstance(recipe.peft, FullFinetuning)
-    degree, whole = recipe.distributed.degree(ranks), not is_new(recipe)
+    degree, whole = recipe.distributed.degree(ranks), not builds_in_shards(recipe)
     check_available_memory(config, recipe.optimizer.name, full, default_device(), degree, whole)
 
 
@@ -251,7 +251,8 @@ def check_memory(resolved: ResolvedRecipe, datasets: RunDatasets) -> None:
 def build_model(resolved: ResolvedRecipe, datasets: RunDatasets, context: RunContext) -> BuiltModel:
     """Build the model, with the weights of the start model if there is one, and shard it.
 
-    A sharded model without a start model never exists as a whole: its weights are initialized one by one.
+    A sharded model never exists as a whole: its weights are initialized one by one, and those of the start model are read one
+    by one. Adapters, added tokens, and embeddings of another model are exceptions (`builds_in_shards`).
     """
     log = context.log
     torch.manual_seed(resolved.seed)
@@ -297,13 +298,15 @@ def train(
         if start_from is not None and not context.resumed:
             start_from_checkpoint(start_from, resolved, context, identity)
     texts = report_texts.texts_of(resolved, datasets.splits)
-    wanted = bool(resolved.sample_prompts or texts or tasks or (validator and evaluation.best_metric))
+    if isinstance(validator, Validator):
+        validator = dataclasses.replace(validator, parallel=built.shards or SINGLE)
+    wanted = bool(resolved.sample_prompts or texts or tasks)
     with model.whole() if wanted else nullcontext():  # a sharded model is gathered on every rank
         if context.ranks.first:
             report_texts.write_texts(resolved, model, datasets.data, datasets.splits, 0)
         task_names = tasks.check(model) if tasks is not None else []
-        if validator is not None and evaluation.best_metric not in task_names:
-            validator.check_best_metric(model)
+    if validator is not None and evaluation.best_metric not in task_names:
+        validator.check_best_metric(model)
     context.ranks.wait()
     config = TrainerConfig(
         eval_every=evaluation.every, save_every=saving.every, keep=saving.keep, best_metric=evaluation.best_metric or "loss",
@@ -312,7 +315,11 @@ def train(
     )  # fmt: skip
 
     def evaluate(model: LM, step: int) -> dict[str, float]:
-        return (validator.measure(model, step) if validator else {}) | (tasks.measure(model) if tasks else {})
+        found = validator.measure(model, step) if validator else {}
+        if tasks is None:
+            return found
+        with model.whole():
+            return found | tasks.measure(model)
 
     loggers, fields = resolved.loggers if context.ranks.first else (), config_io.to_dict(resolved)
     try:
@@ -322,12 +329,32 @@ def train(
                 budget=resolved.budget, optimizer=resolved.optimizer, schedule=resolved.schedule, config=config,
                 evaluate=evaluate if validator or tasks else None, ranks=context.ranks, shards=built.shards, recipe=identity.run,
                 name=resolved.name, reporter=reporter, on_metrics=on_row,
+                description=_description(resolved, model, datasets.data.tokenizer, identity),
             )  # fmt: skip
     except UserError as error:
         if context.ranks.first and isinstance(error.__cause__, RewardError):
             # The user may correct the function and resume the run.
             dataclasses.replace(context.inputs, functions={}).write(directory, identity.recipe)
         raise
+
+
+def _description(
+    resolved: ResolvedRecipe, model: LM, tokenizer: Tokenizer, identity: RunIdentity
+) -> dict[str, Any] | None:
+    """Return what a model is, for its checkpoints; None if they lack weights or have heads in another form than the export."""
+    kinds = {name: type(head) for name, head in model.heads.items()}
+    if StandardizedHead in kinds.values() or not all(p.requires_grad for p in model.parameters()):
+        return None
+    record = describe_model(model, tokenizer) | {"facts": _facts(resolved, identity)}
+    return record | {"heads": {name: one for name, one in record["heads"].items() if kinds[name] is not Critic}}
+
+
+def _facts(resolved: ResolvedRecipe, identity: RunIdentity) -> dict[str, Any]:
+    """Return the metadata of the model of a run that is known before it is trained."""
+    classes = resolved.objective.constraints.class_names
+    facts: dict[str, Any] = {"recipe": identity.run}
+    facts["objective"] = [name_of(type(one)) for one in components(resolved.objective)]
+    return facts | ({"classes": classes} if classes else {})
 
 
 def export(
@@ -368,16 +395,12 @@ def _write_files(
     directory, log, model, splits = context.directory, context.log, built.model, datasets.splits
     tokenizer, objective = datasets.data.tokenizer, resolved.objective
     report_texts.write_texts(resolved, model, datasets.data, splits, result.steps)
-    facts: dict[str, Any] = {
-        "recipe": identity.run,
-        "objective": [name_of(type(one)) for one in components(objective)],
+    facts = _facts(resolved, identity) | {
         "steps": result.steps,
         "exported_step": result.exported_step,
         "tokens": result.tokens,
         "metrics": result.metrics,
     }
-    if classes := objective.constraints.class_names:
-        facts["classes"] = classes
     if datasets.validator is not None:
         write_record(directory / CLASS_REPORT, datasets.validator.class_report(model))
     export_heads(model)

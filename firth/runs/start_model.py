@@ -8,7 +8,7 @@ from pathlib import Path
 from firth.evaluate.tokenizer_match import load_tokenizer
 from firth.model.extend_vocab import extend_vocab
 from firth.model.model import LM
-from firth.pretrained.load_save import load_model
+from firth.pretrained.load_save import load_model, load_without_weights
 from firth.tokenizer.extend import old_tokens
 from firth.tokenizer.tokenizer import Tokenizer
 from firth.training.device import default_device
@@ -32,7 +32,8 @@ class StartModel:
     """The model that a run starts from (`init_from`).
 
     A run needs it several times: its config resolves the recipe, its weights initialize the model, and DPO and PPO keep it as
-    the frozen reference. It is read when it is first needed and kept until `release`.
+    the frozen reference. It is read when it is first needed and kept until `release`. A sharded run needs only its shape, if it
+    has no reference, and reads the weights into its shards.
 
     Args:
         path: A run or model directory, or a GGUF file; empty for a run that starts from scratch.
@@ -50,6 +51,15 @@ class StartModel:
             old = load_tokenizer(directory)
             extend_vocab(model, old.vocab.size, old_tokens(old, self.extended))
         return model
+
+    @property
+    def shape(self) -> LM | None:
+        """The model, which may have no weights (on the meta device); None for a run that starts from scratch."""
+        return self._shape if self.path else None
+
+    @cached_property
+    def _shape(self) -> LM:
+        return self._read if "_read" in self.__dict__ else load_without_weights(model_directory(self.path))
 
     @property
     def model(self) -> LM | None:
@@ -71,3 +81,4 @@ class StartModel:
     def release(self) -> None:
         """Forget the model, after the weights of the run have been initialized from it."""
         self.__dict__.pop("_read", None)
+        self.__dict__.pop("_shape", None)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -28,7 +29,8 @@ from firth.runs.recipe import ResolvedRecipe
 from firth.tokenizer.tokenizer import Tokenizer
 from firth.tokenizer.vocab import Vocab
 from firth.training.distributed import Ranks
-from firth.training.step import no_reduce, validate
+from firth.training.parallel import Parallel
+from firth.training.step import SINGLE, no_reduce, validate
 from firth.types import Batch, Outputs, UserError
 
 PROBE_EXAMPLES = 8
@@ -48,6 +50,7 @@ class Validator:
         bytes_per_target: UTF-8 bytes per label, for bits per byte; 0 if not defined.
         tokenizer: The tokenizer.
         ranks: The ranks of the run.
+        parallel: Runs the passes on the ranks; the sharding of a sharded model, which is evaluated in shards.
     """
 
     recipe: ResolvedRecipe
@@ -55,6 +58,7 @@ class Validator:
     bytes_per_target: float
     tokenizer: Tokenizer
     ranks: Ranks
+    parallel: Parallel = SINGLE
 
     @cached_property
     def heads(self) -> Mapping[str, object]:
@@ -143,6 +147,7 @@ class Validator:
         found = validate(
             model, self.recipe.objective, self.batches.all_batches(), bytes_per_target=self.bytes_per_target,
             reduce=no_reduce if self.head else self.ranks.sum, watch=watch if self.head else None,
+            parallel=self.parallel, filler=self.batches.filler(),
         )  # fmt: skip
         return found, readings
 
@@ -160,13 +165,17 @@ class PromptValidator:
     prompts: HeldOutPrompts
 
     def measure(self, model: LM, step: int) -> dict[str, float]:
-        """Return reward, truth, KL, length and the share finished; `step` is unused. The ranks share the prompts."""
-        return self.prompts.measure(model, self.recipe.evaluation.max_examples)
+        """Return reward, truth, KL, length and the share finished; `step` is unused. The ranks share the prompts.
+
+        A sharded model is gathered for it.
+        """
+        with model.whole():
+            return self.prompts.measure(model, self.recipe.evaluation.max_examples)
 
     def check_best_metric(self, model: LM) -> None:
         """Raise a UserError if `evaluation.best_metric` is not a metric."""
         best = self.recipe.evaluation.best_metric
-        with torch.random.fork_rng():
+        with torch.random.fork_rng(), model.whole() if best else nullcontext():
             found = self.prompts.measure(model, PROBE_EXAMPLES) if best else {}
         if best and best not in found:
             raise UserError(

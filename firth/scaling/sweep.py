@@ -9,18 +9,16 @@ Runs of one size share their constant learning rate. The schedule is warmup-stab
 budget starts from the checkpoint of the next smaller one at the start of its decay, and equals the run from step 0 to the bit
 (`firth.runs.branch`). Budgets and sizes may be added later.
 
-Several processes may work on one sweep: each takes a size that no other one holds (`firth.training.run_lock`).
+Several processes may work on one sweep: each takes a size that no other one holds (`firth.runs.workers`).
 """
 
 from __future__ import annotations
 
 import dataclasses
-import fcntl
 import json
 import math
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -43,21 +41,19 @@ from firth.runs.prepare import RunData
 from firth.runs.recipe import CheckpointConfig, EvalConfig, Recipe, TokenizerConfig
 from firth.runs.run import run
 from firth.runs.tokenizer import tokenizer_of
+from firth.runs.workers import Claim, Claims, WorkUnit, start_workers, work
 from firth.scaling.compressed import compressed_bits
-from firth.scaling.sizes import LR_EXPONENT, count_parameters, scaled
+from firth.scaling.sizes import DECAY_RATIO, LR_EXPONENT, WARMUP_STEPS, count_parameters, scaled
 from firth.tokenizer.tokenizer import Tokenizer
 from firth.training.device import choose_precision, default_device
-from firth.training.run_lock import LockedError, run_lock
 from firth.training.schedule import Budget, Schedule
 from firth.training.trainer import DivergedError
 from firth.types import LOGGER, LogLine, UserError
 
 SWEEP, TEXT, POINT, DIVERGED = "sweep.json", "text.json", "point.json", "diverged.json"
 """Files of a sweep: its recipe, what was measured of its text; of a point: its facts, and why it diverged."""
-WARMUP_STEPS = 20
-"""Steps of the warmup at every size and budget."""
-DECAY_RATIO = 0.3
-"""Share of a run in which the learning rate decays to 0."""
+CLAIMS = "claims"
+"""Directory of the claims of processes on the points."""
 MIN_STEPS = 3 * WARMUP_STEPS
 """Points with fewer steps are left out: most of them would be warmup and decay."""
 SAVE_STEPS = 500
@@ -219,15 +215,6 @@ def _read(file: Path) -> dict[str, Any]:
     return read_record(file) if file.exists() else {}
 
 
-@contextmanager
-def _exclusive(file: Path) -> Iterator[None]:
-    """Hold the lock of a file; wait for other processes."""
-    make_directory(file.parent)
-    with open(file, "a") as handle:
-        fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
-
-
 def prepare(recipe: Recipe, config: SweepConfig, out: Path, log: LogLine = LOGGER.info) -> Sweep:
     """Check the recipe, make the tokenizer and the token stores, and count parameters and FLOPs of every size.
 
@@ -241,7 +228,7 @@ def prepare(recipe: Recipe, config: SweepConfig, out: Path, log: LogLine = LOGGE
     for width in config.sizes:  # errors, before any text is read
         scaled(recipe, width)
     _check_sweep(recipe, out)
-    with _exclusive(out / "prepare.lock"):
+    with Claims(out / CLAIMS).exclusive("prepare"):
         tokenizer = tokenizer_of(recipe, out, log)
         data = dataclasses.replace(recipe.data, cache_dir=str(out / "data"))
         splits, tokens, bytes_per_token = _datasets(recipe, data, tokenizer, out, log)
@@ -264,11 +251,10 @@ def _check_sweep(recipe: Recipe, out: Path) -> None:
     """
     file = out / SWEEP
     settings = {"recipe": json.loads(json.dumps(config_io.to_dict(config_io.absolute_paths(recipe))))}
-    make_directory(out)
-    with _exclusive(out / "prepare.lock"):
+    if not file.exists() and out.exists() and any(path.name != CLAIMS for path in out.iterdir()):
+        raise UserError(f"{out} already exists and holds no sweep: choose another --out")
+    with Claims(out / CLAIMS).exclusive("prepare"):
         if not file.exists():
-            if any(path.name != "prepare.lock" for path in out.iterdir()):
-                raise UserError(f"{out} already exists and holds no sweep: choose another --out")
             write_record(file, settings)
         before = read_record(file, {"recipe": dict})["recipe"]
     changed = [name for name, value in settings["recipe"].items() if before.get(name) != value]
@@ -373,8 +359,15 @@ def rules(recipe: Recipe, sweep: Sweep) -> str:
     )
 
 
-def run_sweep(recipe: Recipe, config: SweepConfig, out: Path, log: LogLine = LOGGER.info) -> str:
-    """Train the points of a sweep that no other process trains, or what is left of them, and write the table.
+def run_sweep(recipe: Recipe, config: SweepConfig, out: Path, log: LogLine = LOGGER.info, workers: int = 1) -> str:
+    """Train the points of a sweep, or what is left of them, together with other processes, and write the table.
+
+    Args:
+        recipe: The recipe.
+        config: Sizes and budgets.
+        out: The directory of the sweep.
+        log: Prints a line of progress.
+        workers: Processes to start; 1 trains in this one.
 
     Returns:
         What was trained and what comes next.
@@ -390,35 +383,40 @@ def run_sweep(recipe: Recipe, config: SweepConfig, out: Path, log: LogLine = LOG
         raise UserError(
             f"no point is left: {sweep.points[0].excluded} at the smallest; raise --budgets, or choose other --sizes"
         )
-    busy: set[int] = set()
-    while True:
-        left = [point for point in sweep.included if not sweep.finished(point)]
-        free = [point for point in left if point.size.width not in busy]
-        if not free:
-            break
-        width = free[0].size.width
-        try:
-            with run_lock(out / f"width-{width}"):
-                if not sweep.finished(free[0]):  # another process may have trained it
-                    log(
-                        f"[{len(sweep.included) - len(left) + 1}/{len(sweep.included)}] width {width}, {free[0].budget:g} FLOPs"
-                    )
-                    _train(sweep, free[0], log)
-        except LockedError:
-            busy.add(width)
-            continue
-        write_table(out)
-    return _summary(write_table(out), [p for p in sweep.included if not sweep.finished(p)], out)
+    if workers > 1:
+        start_workers(min(workers, len(config.sizes)), _work, (recipe, config, out))
+    else:
+        _train_points(sweep, log)
+    return _summary(write_table(out), out)
 
 
-def _train(sweep: Sweep, point: Point, log: LogLine) -> None:
+def _work(recipe: Recipe, config: SweepConfig, out: Path) -> None:
+    """Train points in a process of its own."""
+    _train_points(prepare(recipe, config, out, _silent), LOGGER.info)
+
+
+def _train_points(sweep: Sweep, log: LogLine) -> None:
+    """Train the points that no other process trains, until all are trained; those of a size in order, for the constant part."""
+    points = {
+        WorkUnit(f"width {point.size.width}, {point.budget:g} FLOPs", f"width-{point.size.width}"): point
+        for point in sweep.included
+    }
+
+    def train(job: WorkUnit, claim: Claim) -> None:
+        _train(sweep, points[job], log, claim)
+        write_table(sweep.out)
+
+    work(list(points), Claims(sweep.out / CLAIMS), lambda job: sweep.finished(points[job]), train, log)
+
+
+def _train(sweep: Sweep, point: Point, log: LogLine, claim: Claim) -> None:
     """Train a point, from the constant part of the largest smaller budget of its size if there is one."""
     directory = point.directory(sweep.out)
     start, reused = _start(directory, point)
     make_directory(directory)
     write_record(directory / POINT, sweep.facts(point) | {"reused_flops": reused})
     try:
-        run(point.recipe, directory, log=_silent, start_from=start)
+        run(point.recipe, directory, log=_silent, on_metrics=lambda _: claim.check(), start_from=start)
     except DivergedError as error:
         write_record(directory / DIVERGED, {"error": str(error)})
         log(f"width {point.size.width}, {point.budget:g} FLOPs: {error}")
@@ -448,15 +446,15 @@ def _start(directory: Path, point: Point) -> tuple[Path | None, float]:
 
 def write_table(out: Path) -> list[dict[str, Any]]:
     """Write the rows of all finished points of a sweep to table.jsonl and return them, also those of earlier calls."""
-    with _exclusive(out / "table.lock"):
+    with Claims(out / CLAIMS).exclusive("table"):
         rows = [row for file in out.glob(f"width-*/*/{POINT}") if (row := _row(file.parent))]
         rows.sort(key=lambda row: (row["budget"], row["width"]))
         write_text(out / "table.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
     return rows
 
 
-def _summary(rows: Sequence[Mapping[str, Any]], waiting: Sequence[Point], out: Path) -> str:
-    """Return what a sweep has trained, saved and left."""
+def _summary(rows: Sequence[Mapping[str, Any]], out: Path) -> str:
+    """Return what a sweep has trained and saved."""
     done = [row for row in rows if row["loss"] is not None]
     total, reused = sum(row["flops"] for row in done), sum(row["reused_flops"] for row in done)
     lines = [
@@ -465,10 +463,6 @@ def _summary(rows: Sequence[Mapping[str, Any]], waiting: Sequence[Point], out: P
     ]
     if len(rows) > len(done):
         lines.append(f"{len(rows) - len(done)} points diverged; the table names them")
-    if waiting:
-        lines.append(
-            f"{len(waiting)} points are left to another process; run the same command again for the whole table"
-        )
     lines.append(f"next: firth scale fit {out / 'table.jsonl'}")
     return "\n".join(lines)
 

@@ -7,6 +7,7 @@
         source.safetensors     the state of an on-policy data source (only if it has one)
         shards/                the sharded weights and moments (only of a sharded run; `firth.training.sharded_checkpoint`)
         state.json             step, tokens, seconds, random states
+        firth.json             what the model is, so that the checkpoint can be read as a model (`firth.io.sharded`)
         manifest.json          size and SHA-256 of each file, layout, recipe, and its own digest
 
 Files are written into `step-000400.partial/` and flushed to disk, the manifest last; then the directory is renamed. A run
@@ -39,7 +40,9 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from firth.io.atomic import FULL
-from firth.io.safetensors import safetensors_blocks
+from firth.io.integrity import with_digest
+from firth.io.safetensors import SINGLE, safetensors_blocks
+from firth.io.sharded import SHARDS, STATE_FILE
 from firth.model.shard_tensors import assign, gathered, is_sharded, local
 from firth.training import sharded_checkpoint
 from firth.training.distributed import Ranks
@@ -93,6 +96,7 @@ def save(
     recipe: str,
     score: float | None = None,
     write_shards: Callable[[Path], Mapping[str, Any]] | None = None,
+    description: Mapping[str, Any] | None = None,
 ) -> Path:
     """Write `checkpoints/step-N` into a run directory and return its path.
 
@@ -105,6 +109,7 @@ def save(
         recipe: The hash of the recipe.
         score: Validation score for `best` and `prune`; lower is better.
         write_shards: Writes further files into the directory and returns their entries in the manifest.
+        description: What the model is, for firth.json; None if its weights are not all in the checkpoint.
 
     Raises:
         UserError: The disk is full; older checkpoints are untouched and nothing of this one remains.
@@ -119,7 +124,14 @@ def save(
         written = {f"{name}.safetensors": _write(partial / f"{name}.safetensors", safetensors_blocks(tensors))
                    for name, tensors in files.items() if tensors}  # fmt: skip
         written |= {} if write_shards is None else write_shards(partial)
-        written["state.json"] = _write(partial / "state.json", [_json(state)])
+        if description is not None:
+            weights = {
+                name: facts for name, facts in written.items() if name == SINGLE or name.startswith(f"{SHARDS}/")
+            }
+            facts = {**description["facts"], "steps": step}
+            record = with_digest({**description, "facts": facts, "files": weights})
+            written["firth.json"] = _write(partial / "firth.json", [_json(record)])
+        written[STATE_FILE] = _write(partial / STATE_FILE, [_json(state)])
         metadata = {"step": step, "recipe": recipe, "layout": dict(layout), "score": score}
         body = {"format": FORMAT, "files": written} | metadata
         _write(partial / "manifest.json", [_json(body | {"manifest": _digest(body)})])
@@ -196,8 +208,8 @@ def load(path: Path, ranks: Ranks | None = None) -> Checkpoint:
         damaged = path / names[first]
         what = "its bytes do not match the manifest" if damaged.is_file() else "the file is missing"
         raise UserError(f"{damaged}: {what}; delete {path}")
-    for extra in (path / sharded_checkpoint.DIRECTORY).glob("*"):  # the reader would take it for a part
-        if f"{sharded_checkpoint.DIRECTORY}/{extra.name}" not in body["files"]:
+    for extra in (path / SHARDS).glob("*"):  # the reader would take it for a part
+        if f"{SHARDS}/{extra.name}" not in body["files"]:
             raise UserError(f"{extra}: the file is not in the manifest; delete {path}")
     files = {name.removesuffix(".safetensors"): load_file(path / name)
              for name in body["files"] if name.endswith(".safetensors") and "/" not in name}  # fmt: skip
@@ -382,6 +394,7 @@ def layout(ranks: Ranks, device: torch.device, shards: int = 1) -> dict[str, Any
 def save_state(
     run: Path, progress: TrainingState, model: nn.Module, optimizer: Optimizer, source: Source, ranks: Ranks, *,
     recipe: str, keep: int, score: float | None, frozen: Tensors, shards: int = 1,
+    description: Mapping[str, Any] | None = None,
 ) -> None:  # fmt: skip
     """Write a checkpoint. Every rank calls this, since each has its own random states, and shards if there are any.
 
@@ -397,6 +410,7 @@ def save_state(
         score: Validation score at this step; lower is better.
         frozen: The hash of the frozen weights (`frozen`).
         shards: How many ranks share a copy of the model.
+        description: What the model is (`save`).
     """
     device = next(model.parameters()).device
     random = {name: [base64.b64encode(bytes(row.tolist())).decode() for row in ranks.gather(x.to(device)).cpu()]
@@ -411,7 +425,10 @@ def save_state(
         files |= {"source": {name: torch.as_tensor(x) for name, x in source.state().items()}, "frozen": dict(frozen)}
         state = asdict(progress) | {"random": random}
         found = layout(ranks, device, shards)
-        save(run, progress.step, files, state, layout=found, recipe=recipe, score=score, write_shards=write_shards)
+        save(
+            run, progress.step, files, state, layout=found, recipe=recipe, score=score, write_shards=write_shards,
+            description=description,
+        )  # fmt: skip
         prune(run, keep)
     elif write_shards is not None:
         write_shards(partial_of(run, progress.step))

@@ -350,8 +350,11 @@ class Optimizer:
         norm: Tensor = torch.linalg.vector_norm(norms)
         if self.shards is not None:
             norm = self.shards.norm(norms, [p for p in self.parameters if p.grad is not None])
-        if self.optimizer.max_grad_norm and norm > self.optimizer.max_grad_norm:
-            torch._foreach_mul_(grads, self.optimizer.max_grad_norm / norm)
+        most = self.optimizer.max_grad_norm
+        if most and norm.device.type != "cpu":  # without a read, for which the host would wait
+            torch._foreach_mul_(grads, (most / norm).clamp(max=1))
+        elif most and norm > most:
+            torch._foreach_mul_(grads, most / norm)
         return norm
 
     def step(self, factor: float) -> None:

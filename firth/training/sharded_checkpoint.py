@@ -25,9 +25,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from firth.io.sharded import SHARDS
 from firth.training.distributed import Ranks
-
-DIRECTORY = "shards"
 
 FILE_BYTES = 256 << 20
 """Bytes of a file, at most, where no tensor is larger: it is built in memory."""
@@ -58,7 +57,7 @@ def write(place: Path, tensors: Mapping[str, Tensor], ranks: Ranks) -> dict[str,
     for name, x in tensors.items():
         if not isinstance(x, DTensor) or sum(isinstance(p, Shard) for p in x.placements) != 1:
             raise TypeError(f"{name} is not sharded along one dimension, so it cannot be part of a sharded checkpoint")
-    directory = place / DIRECTORY
+    directory = place / SHARDS
     if ranks.first:
         directory.mkdir()
     ranks.wait()
@@ -99,17 +98,17 @@ def _gather_digests(directory: Path, ranks: Ranks) -> dict[str, dict[str, Any]]:
         for i, name in enumerate(names):
             row = data[i * (DIGEST_BYTES + 8) : (i + 1) * (DIGEST_BYTES + 8)].tobytes()
             size = int.from_bytes(row[DIGEST_BYTES:], "little")
-            found[f"{DIRECTORY}/{name}"] = {"bytes": size, "sha256": row[:DIGEST_BYTES].hex()}
+            found[f"{SHARDS}/{name}"] = {"bytes": size, "sha256": row[:DIGEST_BYTES].hex()}
     return found
 
 
 def shapes(place: Path) -> dict[str, torch.Size]:
     """Return the shapes of the whole tensors in a checkpoint, by name; empty without shards."""
-    if not (place / DIRECTORY).is_dir():
+    if not (place / SHARDS).is_dir():
         return {}
     from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
 
-    metadata = HuggingFaceStorageReader(str(place / DIRECTORY)).read_metadata()
+    metadata = HuggingFaceStorageReader(str(place / SHARDS)).read_metadata()
     return {name: tensor.size for name, tensor in metadata.state_dict_metadata.items()}  # type: ignore[union-attr]
 
 
@@ -126,6 +125,6 @@ def read(place: Path, targets: Mapping[str, Tensor], ranks: Ranks) -> None:
     from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
     from torch.distributed.checkpoint.state_dict_loader import load
 
-    reader, alone = HuggingFaceStorageReader(str(place / DIRECTORY)), not torch.distributed.is_initialized()
+    reader, alone = HuggingFaceStorageReader(str(place / SHARDS)), not torch.distributed.is_initialized()
     with warnings.catch_warnings(action="ignore"):  # that there is a single process
         ranks.call(lambda: load({**targets}, storage_reader=reader, no_dist=alone), only=False)

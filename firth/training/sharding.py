@@ -76,24 +76,10 @@ class Shards(Parallel):
         self._skeleton = _on_meta(model)
         if record is not None:
             record.bind(model)
-        self.mesh = _mesh(ranks, degree, device)
-        policy = MixedPrecisionPolicy(
-            param_dtype=torch.bfloat16 if precision == "bf16" else None,
-            reduce_dtype=torch.float32,
-            cast_forward_inputs=False,  # autocast does
-        )
-        stacks = [module for module in model.modules() if isinstance(module, TransformerStack)]
+        self.mesh = make_mesh(ranks, degree, device)
         # A weight without dimensions cannot be divided: each rank has it, and its gradient is summed like a loss.
         self.scalars = [p for p in model.parameters() if not p.ndim]
-        settings: dict[str, Any] = {"mesh": self.mesh, "mp_policy": policy, "ignored_params": {*self.scalars}}
-        self.blocks: list[FSDPModule] = []
-        for block in (block for stack in stacks for block in stack.blocks):
-            self.blocks.append(fully_shard(block, **settings))
-            register_fsdp_forward_method(block, "encoder_kv")
-        self.root: Any = fully_shard(Root(model), **settings)
-        for module in (*self.blocks, self.root):
-            module.set_gradient_divide_factor(1.0)
-            module.set_force_sum_reduction_for_comms(True)
+        self.blocks, self.root = divide(model, self.mesh, precision)
         self.root._apply(lambda x: torch.empty_like(x, device=device) if x.is_meta else x.to(device))
         if record is not None:
             tensors = dict(model.named_parameters()) | dict(model.named_buffers())
@@ -221,13 +207,38 @@ class Shards(Parallel):
         return [flat.view(shape) for flat, shape in zip(received.split(sizes), shapes, strict=True)]
 
 
+def divide(model: LM, mesh: DeviceMesh, precision: Literal["fp32", "bf16"] = "fp32") -> tuple[list[FSDPModule], Any]:
+    """Shard the weights of a model over a mesh: each block, then the rest. Weights on the meta device stay there.
+
+    Returns:
+        The blocks, and the root module, whose forward pass runs a function.
+    """
+    policy = MixedPrecisionPolicy(
+        param_dtype=torch.bfloat16 if precision == "bf16" else None,
+        reduce_dtype=torch.float32,
+        cast_forward_inputs=False,  # autocast does
+    )
+    whole = {p for p in model.parameters() if not p.ndim}
+    settings: dict[str, Any] = {"mesh": mesh, "mp_policy": policy, "ignored_params": whole}
+    blocks: list[FSDPModule] = []
+    stacks = [module for module in model.modules() if isinstance(module, TransformerStack)]
+    for block in (block for stack in stacks for block in stack.blocks):
+        blocks.append(fully_shard(block, **settings))
+        register_fsdp_forward_method(block, "encoder_kv")
+    root: Any = fully_shard(Root(model), **settings)
+    for module in (*blocks, root):
+        module.set_gradient_divide_factor(1.0)
+        module.set_force_sum_reduction_for_comms(True)
+    return blocks, root
+
+
 def _on_meta(model: LM) -> LM:
     """Return a copy of a model whose parameters take no memory; shared ones stay shared."""
     empty = {id(p): nn.Parameter(p.detach().to("meta"), requires_grad=p.requires_grad) for p in model.parameters()}
     return copy.deepcopy(model, {**empty})
 
 
-def _mesh(ranks: Ranks, degree: int, device: torch.device) -> DeviceMesh:
+def make_mesh(ranks: Ranks, degree: int, device: torch.device) -> DeviceMesh:
     """Return a mesh of the ranks: those that share a copy, and before that dimension the copies, if there are several."""
     copies = ranks.world // degree
     if copies == 1:

@@ -90,9 +90,15 @@ def step(
     return dict(zip(names, reduced, strict=True))
 
 
-def _terms(model: LM, objective: Objective, batch: Batch) -> dict[str, Tensor]:
-    """Return the sum of each term over a micro-batch."""
-    return objective.loss(model, objective.forward(model, batch), batch)
+def _terms(
+    model: LM, objective: Objective, batch: Batch, watch: Callable[[Outputs, Batch], None] | None = None
+) -> dict[str, Tensor]:
+    """Return the sum of each term over a batch, after calling `watch` with the outputs."""
+    outputs = objective.forward(model, batch)
+    terms = objective.loss(model, outputs, batch)
+    if watch is not None:
+        watch(outputs, batch)
+    return terms
 
 
 def share_device(share: dict[str, Tensor]) -> torch.device:
@@ -109,6 +115,8 @@ def validate(
     bytes_per_target: float = 0.0,
     reduce: Reduce = no_reduce,
     watch: Callable[[Outputs, Batch], None] | None = None,
+    parallel: Parallel = SINGLE,
+    filler: Sequence[Batch] = (),
 ) -> dict[str, float]:
     """Compute validation metrics.
 
@@ -119,7 +127,9 @@ def validate(
         bytes_per_target: Bytes of text per label (bytes / tokens of the token store if every token is a label); if it is not
             0, "bits_per_byte" is added.
         reduce: Sums a tensor over all ranks.
-        watch: Called with the outputs of every batch.
+        watch: Called with the outputs of every batch, where the weights can be used.
+        parallel: Runs the passes on the ranks.
+        filler: Batches to run without counting them: all ranks of a sharded model must run as many.
 
     Returns:
         "loss", "loss/TERM" if there are several terms, and the metrics.
@@ -132,12 +142,10 @@ def validate(
     for batch in (to(batch, device) for batch in batches):
         for term, n in count_targets(objective, [batch]).items():
             counts[term] = counts.get(term, 0.0) + float(n)
-        outputs = objective.forward(model, batch)
-        terms = objective.loss(model, outputs, batch)
-        if watch is not None:
-            watch(outputs, batch)
-        for term, value in terms.items():
+        for term, value in parallel.forward(partial(_terms, model, objective, batch, watch)).items():
             sums[term] = sums.get(term, 0.0) + float(value)
+    for batch in filler:
+        parallel.forward(partial(_terms, model, objective, to(batch, device)))
     model.train(training)
     names = sorted(counted_fields(objective))
     local = torch.tensor([[d.get(t, 0.0) for t in names] for d in (sums, counts)], dtype=torch.float64)

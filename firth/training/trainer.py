@@ -24,7 +24,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -58,12 +58,20 @@ LOWER_IS_BETTER_TASKS = (*LOWER_IS_BETTER, "copying_loss", "in_context_score", "
 """The same for the last part of the name of a metric of a task, such as task/copying_loss."""
 
 
+def lower_is_better(metric: str) -> bool:
+    """Return whether a lower value of a validation metric is better."""
+    if metric.startswith("task/"):
+        return metric.rpartition("/")[2].startswith(LOWER_IS_BETTER_TASKS)
+    return metric.startswith(LOWER_IS_BETTER)
+
+
 class DivergedError(UserError):
     """The loss, the gradients or the weights of a run are not finite."""
 
 
 Evaluate = Callable[["LM", int], dict[str, float]]
-"""(model, step) -> validation metrics. Called in eval mode, without gradients, on every rank."""
+"""(model, step) -> validation metrics. Called in eval mode, without gradients, on every rank. What uses a sharded model
+otherwise than by `Parallel.forward` enters `LM.whole` first."""
 
 
 @dataclass(frozen=True)
@@ -141,6 +149,7 @@ def train(
     name: str = "",
     reporter: ProgressReporter | None = None,
     on_metrics: OnMetrics | None = None,
+    description: Mapping[str, Any] | None = None,
 ) -> TrainingResult:
     """Train a model in place, or resume from the last checkpoint of the directory. Leaves the model in eval mode.
 
@@ -160,6 +169,7 @@ def train(
         name: The start of progress lines; by default the directory's name.
         reporter: Receives the progress; by default it is printed.
         on_metrics: Called with each row of metrics.jsonl, on the first rank.
+        description: What the model is, for checkpoints that can be read as models; None if they cannot.
 
     Raises:
         UserError: No labels, directory locked, disk full, or gradients not finite (`DivergedError`).
@@ -172,7 +182,7 @@ def train(
     with ranks.together(), run_lock(directory) if ranks.first else nullcontext():
         reporter = (reporter or make_reporter(name or directory.name)) if ranks.first else NullReporter()
         run = _Run(model, objective, batches, directory, budget, optimizer or OptimizerConfig(), schedule or Schedule(),
-                   config or TrainerConfig(), evaluate, ranks, shards, recipe, reporter, on_metrics)  # fmt: skip
+                   config or TrainerConfig(), evaluate, ranks, shards, recipe, reporter, on_metrics, description)  # fmt: skip
         try:
             return run.train()
         except OSError as error:
@@ -189,12 +199,12 @@ class _Run:
     def __init__(
         self, model: LM, objective: Objective, batches: Batches, directory: Path, budget: Budget, optimizer: OptimizerConfig,
         schedule: Schedule, config: TrainerConfig, evaluate: Evaluate | None, ranks: Ranks, shards: Shards | None, recipe: str,
-        reporter: ProgressReporter, on_metrics: OnMetrics | None,
+        reporter: ProgressReporter, on_metrics: OnMetrics | None, description: Mapping[str, Any] | None,
     ):  # fmt: skip
         self.model, self.objective, self.batches, self.directory = model, objective, batches, directory
         self.budget, self.schedule, self.config, self.evaluate = budget, schedule, config, evaluate
         self.ranks, self.recipe, self.reporter, self.on_metrics = ranks, recipe, reporter, on_metrics
-        self.lr = optimizer.lr
+        self.lr, self.description = optimizer.lr, description
         self.device = next(model.parameters()).device
         if ranks.world > 1:  # replicas with different kernels would diverge
             kernel_choice.use(json.loads(ranks.from_first(json.dumps(kernel_choice.table() if ranks.first else {}))))
@@ -354,8 +364,11 @@ class _Run:
         on_device = [to(batch, self.device) | {"step": torch.tensor(state.step)} for batch in batches]
         means = gradients(self.model, self.objective, on_device, ranks.sum, self.casts, self.parallel)
         norm = self.optimizer.clip_grad_norm()
-        values = torch.stack([*(means[t] for t in self.objective.labels), norm])
-        finite = bool(torch.isfinite(values).all())
+        *read, norm_read = torch.stack(
+            [*means.values(), norm]
+        ).tolist()  # the only read of the loss and the norm by the host
+        metrics = dict(zip(means, read, strict=True))
+        finite = all(math.isfinite(x) for x in (*(metrics[t] for t in self.objective.labels), norm_read))
         took = time.perf_counter() - start
         if ranks.world > 1:  # all ranks use the same time and take the same decisions
             local = torch.tensor([took / ranks.world, not finite, stop, tokens, work], device=self.device)
@@ -378,9 +391,9 @@ class _Run:
         state.seconds += self.step_seconds
         state.flops += work
         state.metrics = {k: v for k, v in state.metrics.items() if k.startswith("valid/")} | named_metrics(
-            self.objective, dict(zip(means, torch.stack(list(means.values())).tolist(), strict=True))
+            self.objective, metrics
         )
-        state.metrics |= {"norm": float(norm), "rate": self.lr * factor}
+        state.metrics |= {"norm": norm_read, "rate": self.lr * factor}
         if state.in_a_row >= self.config.max_bad_steps:
             raise DivergedError(
                 f"{state.in_a_row} steps in a row, the last of them step {state.step}, gave a loss or a gradient that is not "
@@ -457,9 +470,7 @@ class _Run:
                 )
             return False
         value = metrics[self.config.best_metric]
-        name = self.config.best_metric
-        lower = name.rpartition("/")[2].startswith(LOWER_IS_BETTER_TASKS) if name.startswith("task/") else False
-        self.score = value if lower or name.startswith(LOWER_IS_BETTER) else -value
+        self.score = value if lower_is_better(self.config.best_metric) else -value
         better = self.state.best is None or self.score < self.state.best
         self.state.best = self.score if better else self.state.best
         self.state.stale = 0 if better else self.state.stale + 1
@@ -507,7 +518,7 @@ class _Run:
         """Return the validation metrics, in the same precision; mode and random state are restored."""
         self.model.eval()
         devices = [self.device] if self.device.type == "cuda" else []
-        with torch.no_grad(), torch.random.fork_rng(devices), self.casts(), self.model.whole():
+        with torch.no_grad(), torch.random.fork_rng(devices), self.casts():
             metrics = evaluate(self.model, self.state.step)
         self.model.train(self.dropout)
         return metrics
@@ -516,6 +527,7 @@ class _Run:
         checkpoint.save_state(
             self.directory, self.state, self.model, self.optimizer, self.batches.source, self.ranks,
             recipe=self.recipe, keep=self.config.keep, score=self.score, frozen=self.frozen, shards=self.shards,
+            description=self.description,
         )  # fmt: skip
 
 

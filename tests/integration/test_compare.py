@@ -26,6 +26,7 @@ from firth.runs.prepare import documents_of
 from firth.runs.recipe import Recipe, load
 from firth.runs.run import RunResult, run
 from firth.tokenizer.tokenizer import Tokenizer
+from firth.training.logging import OnMetrics
 from firth.training.schedule import Budget
 from firth.types import LogLine, UserError
 
@@ -107,6 +108,17 @@ def test_one_text_one_tokenizer_and_held_out_test_records(finished: tuple[Path, 
     assert trained != [json.loads(text)["text"] for text in (out / "probe" / "train-1.jsonl").read_text().splitlines()]
 
 
+def test_two_workers_give_the_same_table(finished: tuple[Path, str], records: Path, tmp_path: Path) -> None:
+    settings = [*SMALL, f"data.path={records}"]
+    compare(("roberta", "t5"), settings, config(records), tmp_path / "out", log=lambda _: None, workers=2)
+
+    def scores(out: Path) -> list[dict[str, object]]:
+        found = json.loads((out / "results.json").read_text())["scores"]
+        return [{k: v for k, v in one.items() if k not in ("seconds", "key")} for one in found]  # a key has the paths
+
+    assert scores(tmp_path / "out") == scores(finished[0])
+
+
 def test_the_table_agrees_with_the_results(finished: tuple[Path, str]) -> None:
     out, output = finished
     results = json.loads((out / "results.json").read_text())
@@ -138,7 +150,7 @@ def test_a_finished_comparison_is_reused_and_can_grow(
     out, output = finished
     called: list[str] = []
 
-    def stop(recipe: Recipe, directory: Path, log: LogLine) -> RunResult:
+    def stop(recipe: Recipe, directory: Path, log: LogLine, on_metrics: OnMetrics) -> RunResult:
         called.append(recipe.name)
         raise KeyboardInterrupt
 
@@ -158,11 +170,12 @@ def test_an_interrupted_comparison_resumes_to_the_same_scores(
         calls = iter(range(100))
 
         def interrupted(
-            recipe: Recipe, directory: Path, log: LogLine, calls: Iterator[int] = calls, killed_at: int = killed_at
-        ) -> RunResult:
+            recipe: Recipe, directory: Path, log: LogLine, on_metrics: OnMetrics,
+            calls: Iterator[int] = calls, killed_at: int = killed_at,
+        ) -> RunResult:  # fmt: skip
             if next(calls) == killed_at:
                 raise KeyboardInterrupt
-            return run(recipe, directory, log=log)
+            return run(recipe, directory, log=log, on_metrics=on_metrics)
 
         monkeypatch.setattr(compare_module, "run", interrupted)
         with pytest.raises(KeyboardInterrupt):

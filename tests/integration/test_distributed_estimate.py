@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from firth.runs.estimate import estimate
+from firth.runs.estimate import describe, estimate
 from firth.runs.recipe import load
 from tests.support.runs import quiet
 
@@ -36,6 +36,17 @@ def test_memory_falls_with_the_processes(text: Path) -> None:
     assert shared.step.memory.weights == pytest.approx(alone.step.memory.weights / 2, rel=0.01)
     assert shared.step.memory.optimizer == pytest.approx(alone.step.memory.optimizer / 2, rel=0.01)
     assert shared.step.peak_bytes < two.step.peak_bytes < alone.step.peak_bytes
+    assert not (alone.whole or two.whole)
+
+
+@pytest.mark.parametrize("prompts", ["[]", "[the]"])
+def test_what_holds_the_whole_model_is_printed(text: Path, prompts: str) -> None:
+    recipe = load("gpt", [f"data.path={text}", *SETTINGS, "distributed.shard=full", f"sample_prompts={prompts}"])
+    found = estimate(recipe, False, quiet, 2)
+    [line] = [line for line in describe(found, 2) if "whole model" in line]
+    size = f"{4 * found.step.parameters / 1e6:,.0f} MB"
+    assert line.endswith(f"{size} in main memory of the first process at the end, for the export")
+    assert (f"{size} on each process during sample_prompts; " in line) == (prompts != "[]")
 
 
 def test_only_the_first_process_prints(text: Path) -> None:

@@ -178,7 +178,7 @@ def test_a_sharded_model_is_gathered_only_for_samples(outcomes: tuple[Path, dict
     folder, ends = outcomes
     for name, count in (("sharded", 0), ("samples", 1)):
         assert ends[name]["codes"] == [0, 0]
-        assert all(f"gathered {count} times" in printed(folder, name, rank) for rank in (0, 1))
+        assert all(f"gathered {count} times before training" in printed(folder, name, rank) for rank in (0, 1))
 
 
 def test_a_rank_that_fails_in_a_sharded_step_is_named(outcomes: tuple[Path, dict[str, Any]]) -> None:

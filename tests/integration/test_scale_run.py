@@ -111,6 +111,31 @@ def test_two_processes_share_a_sweep(whole: Path, tmp_path: Path) -> None:
     assert len(trained) == 4  # no point twice
 
 
+def test_workers_of_one_command_share_a_sweep(whole: Path, tmp_path: Path) -> None:
+    out = tmp_path / "sweep"
+    done = subprocess.run([*command(out), "--workers", "2"], env=ENVIRONMENT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert rows(out) == rows(whole)
+
+
+def test_a_killed_process_leaves_its_point_to_another(whole: Path, tmp_path: Path) -> None:
+    out = tmp_path / "sweep"
+    both = [subprocess.Popen(command(out), env=ENVIRONMENT, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    victim = None
+    while victim is None and all(process.poll() is None for process in both):
+        for file in out.glob("width-*/*/metrics.jsonl"):
+            claim = out / "claims" / f"{file.parts[-3]}.1"
+            text = claim.read_text()
+            victim = json.loads(text)["process"] if text.startswith("{") else None
+        time.sleep(0.005)
+    assert victim in [process.pid for process in both]
+    os.kill(victim, signal.SIGKILL)
+    for process in both:
+        process.communicate()
+    assert sorted(process.returncode for process in both) == [-signal.SIGKILL, 0]
+    assert rows(out) == rows(whole)
+
+
 def test_a_finished_sweep_grows(whole: Path) -> None:
     recipe, before = load("gpt", TINY), rows(whole)
     run_sweep(recipe, SweepConfig((1.2e9,), (16, 24)), whole, quiet)

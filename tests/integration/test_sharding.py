@@ -15,14 +15,16 @@ from firth.training.distributed import Ranks
 from tests.support import shard_ranks
 
 ROOT = Path(__file__).parents[2]
+EVERY_WAY = ("none", "1", "none", "2", "full", "1", "full", "2")
+"""A copy on each rank and shards, each without and with accumulation of gradients."""
 
 
 def run_ranks(script: str, world: int, *arguments: str) -> str:
-    """Run a script of tests/support on several ranks and return its output."""
+    """Run a module of tests.support on several ranks and return its output."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(world)]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        [*command, str(ROOT / "tests/support" / script), *arguments], env=environment, text=True, timeout=300,
+        [*command, "-m", f"tests.support.{script}", *arguments], env=environment, text=True, timeout=300,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
     )  # fmt: skip
     assert not done.returncode, done.stdout
@@ -42,7 +44,7 @@ def one(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return the results of two ranks."""
     out = tmp_path_factory.mktemp("two")
-    run_ranks("shard_ranks.py", 2, str(out), "none", "2", "full", "1", "full", "2")
+    run_ranks("shard_ranks", 2, str(out), *EVERY_WAY)
     return out
 
 
@@ -64,16 +66,23 @@ def check_equal(one: Path, several: Path, name: str) -> None:
             assert (x - found[key]).abs().max() <= 1e-5 * (1 + x.abs().max()), key
 
 
-@pytest.mark.parametrize("way", ["none-2", "full-1", "full-2"])
+@pytest.mark.parametrize("way", ["none-1", "none-2", "full-1", "full-2"])
 @pytest.mark.parametrize("name", shard_ranks.CASES)
 def test_two_ranks_take_the_steps_of_one_process(one: Path, two: Path, name: str, way: str) -> None:
     check_equal(one, two / f"{way}-{name}.safetensors", name)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("world", "ways"), [(3, ("none", "1", "full", "2")), (4, ("hybrid", "1"))])
+def test_compiled_blocks_are_sharded(one: Path, tmp_path: Path) -> None:
+    """torch.compile inside of the hooks that gather the weights; the numbers are those of one process that compiles nothing."""
+    run_ranks("shard_ranks", 2, str(tmp_path), "full", "1", "cases", "clm-compiled")
+    check_equal(one, tmp_path / "full-1-clm-compiled.safetensors", "clm")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("world", "ways"), [(3, EVERY_WAY), (4, ("hybrid", "1", "hybrid", "2"))])
 def test_more_ranks_take_the_steps_of_one_process(one: Path, tmp_path: Path, world: int, ways: tuple[str, ...]) -> None:
-    run_ranks("shard_ranks.py", world, str(tmp_path), *ways)
+    run_ranks("shard_ranks", world, str(tmp_path), *ways)
     results = sorted(tmp_path.iterdir())
     assert len(results) == len(shard_ranks.CASES) * len(ways) // 2
     for path in results:

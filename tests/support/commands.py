@@ -16,6 +16,8 @@ from firth.cli import app
 from firth.runs.config_io import REGISTRIES
 from firth.runs.recipe import Recipe, load
 from firth.runs.recipe_names import RECIPES
+from firth.sweep.space import parse as parse_settings
+from firth.sweep.space import validated
 
 ROOT = Path(__file__).parents[2]
 TARGETS = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text("utf-8"), re.M)
@@ -112,6 +114,9 @@ def check_command(line: str) -> Recipe | None:
         names = [one for one in context.params["recipes"] if "=" not in one]
         for name in names:
             load(name, [one for one in settings if not one.startswith(("probe.", *(f"{n}." for n in names)))])
+    if words[1] == "sweep" and context.params["settings"]:
+        fixed, parameters = parse_settings(context.params["settings"])
+        validated(context.params["recipe"], fixed, parameters)
     if words[1] == "train" and "recipe" in context.params and context.params["recipe"].partition(":")[0] in RECIPES:
         return load(context.params["recipe"], context.params["settings"] or [])
     if words[1] == "train" and "recipe" in context.params:  # a file or a run directory, which the page made

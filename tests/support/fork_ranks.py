@@ -128,7 +128,7 @@ def failing_pass(rank: int) -> None:
 
 
 def count_gathers(rank: int) -> None:
-    """Print how often the whole model is gathered before training."""
+    """Print how often the whole model is gathered before and until the end of training."""
     whole, train, calls = Shards.whole, trainer.train, 0
 
     def counted(shards: Shards) -> Any:
@@ -137,8 +137,10 @@ def count_gathers(rank: int) -> None:
         return whole(shards)
 
     def train_after_print(model: LM, *arguments: Any, **options: Any) -> Any:
-        print(f"gathered {calls} times")
-        return train(model, *arguments, **options)
+        print(f"gathered {calls} times before training")
+        result = train(model, *arguments, **options)
+        print(f"gathered {calls} times in all")
+        return result
 
     Shards.whole = counted  # type: ignore[method-assign]
     trainer.train = train_after_print

@@ -37,8 +37,9 @@ def run(directory: Path, ranks: Ranks, steps: int, seed: int = 0) -> None:
     model, shards = sharded_model(ranks, seed)
 
     def evaluate(model: LM, _: int) -> dict[str, float]:
+        batches = small_batches(Chains(), 2, ranks.rank, ranks.world)
         return validate(
-            model, WithAccuracy(), small_batches(Chains(), 2, ranks.rank, ranks.world).all_batches(), reduce=ranks.sum
+            model, WithAccuracy(), batches.all_batches(), reduce=ranks.sum, parallel=shards, filler=batches.filler()
         )
 
     train(

@@ -1,9 +1,9 @@
 """First steps of training on several ranks, for each way to spread a model; started by torchrun, or as a single process.
 
-torchrun --nproc-per-node 2 tests/support/shard_ranks.py OUT none 2 full 1 ...
+torchrun --nproc-per-node 2 -m tests.support.shard_ranks OUT none 2 full 1 ... [cases NAME ...]
 
 Each pair is a way of `distributed.shard` and a number of micro-batches. OUT gets WAY-ACCUMULATE-CASE.safetensors with the summed
-gradients and the losses of the first step, and the weights after two.
+gradients and the losses of the first step, the validation metrics before it, and the weights after two.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from firth.data.collate import Batches
 from firth.data.source import Source
 from firth.model.config import ModelConfig, decoder_config, encoder_config, encoder_decoder_config
 from firth.model.deferred_init import record_init
-from firth.model.model import LM
+from firth.model.model import LM, compile_blocks
 from firth.model.shard_tensors import gathered
 from firth.objectives.causal_lm import CausalLM
 from firth.objectives.masked_lm import MLM
@@ -41,7 +41,7 @@ from firth.training.distributed import DistributedConfig, Ranks, join
 from firth.training.optimizer import Optimizer, OptimizerConfig
 from firth.training.parallel import Parallel, Replicas
 from firth.training.sharding import Shards
-from firth.training.step import step
+from firth.training.step import SINGLE, step, validate
 from firth.types import Example
 from tests.support.byte_tokenizer import ByteTokenizer
 from tests.support.objective_cases import VOCAB, plain_text, special_tokens_text
@@ -77,6 +77,7 @@ class Case:
         make: Returns a random example.
         lora: Whether only LoRA's matrices are trained.
         checkpointing: Whether activations are computed again in the backward pass.
+        compiled: Whether the blocks are compiled.
     """
 
     objective: Objective
@@ -84,6 +85,7 @@ class Case:
     make: Callable[[np.random.Generator], Example] = plain_text
     lora: bool = False
     checkpointing: bool = False
+    compiled: bool = False
 
 
 DECODER = decoder_config(vocab_size=101, hidden_size=32, num_layers=2, num_heads=2, max_positions=64)
@@ -104,6 +106,10 @@ CASES = {
     "lora": Case(CausalLM(), DECODER, lora=True),
     "ppo": Case(PPO(), DECODER),
 }
+
+
+COMPILED = {"clm-compiled": Case(CausalLM(), DECODER, compiled=True)}
+"""Cases that take half a minute."""
 
 
 class RandomExamples(Source):
@@ -135,7 +141,10 @@ def build(case: Case, ranks: Ranks, way: Literal["none", "full", "hybrid"]) -> t
             torch.nn.init.normal_(layer.B, std=0.1)
     for stack in model.stacks():
         stack.gradient_checkpointing = case.checkpointing
-    return model, Shards(model, ranks, degree, torch.device("cpu"), record=record) if degree > 1 else None
+    shards = Shards(model, ranks, degree, torch.device("cpu"), record=record) if degree > 1 else None
+    if case.compiled:
+        compile_blocks(model)
+    return model, shards
 
 
 def source_of(case: Case, model: LM, ranks: Ranks) -> tuple[Source, ByteTokenizer | None]:
@@ -157,6 +166,19 @@ def source_of(case: Case, model: LM, ranks: Ranks) -> tuple[Source, ByteTokenize
     return source, tokenizer
 
 
+def validation(case: Case, model: LM, ranks: Ranks, shards: Shards | None) -> dict[str, torch.Tensor]:
+    """Return the validation metrics on 12 batches of 9 examples, of which some ranks have fewer than others."""
+    held_out = Batches(
+        RandomExamples(case.make), case.objective, VOCAB, batch_size=9, seed=1, rank=ranks.rank, world=ranks.world
+    )
+    with torch.random.fork_rng():
+        metrics = validate(
+            model, case.objective, held_out.all_batches(), reduce=ranks.sum, parallel=shards or SINGLE,
+            filler=[] if shards is None else held_out.filler(),
+        )  # fmt: skip
+    return {f"valid {name}": torch.tensor(value) for name, value in metrics.items()}
+
+
 def first_steps(
     case: Case, ranks: Ranks, way: Literal["none", "full", "hybrid"], accumulate: int
 ) -> dict[str, torch.Tensor]:
@@ -170,6 +192,8 @@ def first_steps(
     optimizer = Optimizer(OptimizerConfig("adamw", lr=1e-3), model, ranks=ranks, shards=shards)
     replicas = Replicas(optimizer.parameters, ranks) if ranks.world > 1 and shards is None else Parallel()
     found: dict[str, torch.Tensor] = {f"source {k}": torch.from_numpy(x).clone() for k, x in source.state().items()}
+    if tokenizer is None:
+        found |= validation(case, model, ranks, shards)
     for number in range(2):
         means = step(model, case.objective, batches.batches(number), ranks.sum, parallel=shards or replicas)
         if not number:
@@ -184,15 +208,17 @@ def first_steps(
 
 
 def main(out: Path, ranks: Ranks, ways: list[str], names: list[str] | None = None) -> None:
-    """Write the results of every case for each way and number of micro-batches."""
+    """Write the results of some cases, by default all of CASES, for each way and number of micro-batches."""
     torch.set_num_threads(1)
+    cases = CASES | COMPILED
     for way, accumulate in zip(ways[::2], ways[1::2], strict=True):
         for name in names or CASES:
-            found = first_steps(CASES[name], ranks, way, int(accumulate))  # type: ignore[arg-type]
+            found = first_steps(cases[name], ranks, way, int(accumulate))  # type: ignore[arg-type]
             if ranks.first:
                 save_file({k: x.contiguous() for k, x in found.items()}, out / f"{way}-{accumulate}-{name}.safetensors")
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), join(), sys.argv[2:])
+    end = sys.argv.index("cases") if "cases" in sys.argv else len(sys.argv)
+    main(Path(sys.argv[1]), join(), sys.argv[2:end], sys.argv[end + 1 :])
     torch.distributed.destroy_process_group()

@@ -49,15 +49,16 @@ BELOW = {
 """Package -> what it may import besides itself and `firth.__version__`. The others are in ABOVE."""
 
 ABOVE = {
-    "runs": ("pipelines", "recipes", "compare", "scaling", "serve", "demo", "cli", "api"),
-    "pipelines": ("recipes", "compare", "scaling", "serve", "demo", "cli", "api"),
-    "recipes": ("compare", "scaling", "serve", "demo", "cli", "api"),
-    "compare": ("scaling", "serve", "demo", "cli", "api"),
-    "scaling": ("serve", "demo", "cli", "api"),
+    "runs": ("pipelines", "recipes", "compare", "scaling", "sweep", "serve", "demo", "cli", "api"),
+    "pipelines": ("recipes", "compare", "scaling", "sweep", "serve", "demo", "cli", "api"),
+    "recipes": ("compare", "scaling", "sweep", "serve", "demo", "cli", "api"),
+    "compare": ("scaling", "sweep", "serve", "demo", "cli", "api"),
+    "scaling": ("sweep", "serve", "demo", "cli", "api"),
+    "sweep": ("serve", "demo", "cli", "api"),
     "serve": ("demo", "cli", "api"),
     "demo": ("cli", "api"),
     "cli": ("api",),
-    "api": ("recipes", "compare", "scaling", "serve", "demo", "cli"),
+    "api": ("recipes", "compare", "scaling", "sweep", "serve", "demo", "cli"),
 }
 """Packages that may import everything -> the packages that they may not."""
 

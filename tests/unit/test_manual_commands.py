@@ -92,6 +92,7 @@ def test_the_manual_has_commands() -> None:
         "firth train gpt:huge", "firth train gpt batch.size=0", "firth tokenizer trian a.txt", "firth export runs/x",
         "firth compare gpt lstn --max-flops 1e12", "firth compare gpt lstm batch.siz=3 --max-flops 1e12",
         "torchrun --nproc-per-node 2 -m firth train gpt batch.siz=3", "make demos", "python -m bench.nothing",
+        "firth sweep gpt 'batch.siz=choice(3,4)'", "firth sweep gpt 'batch.size=log(0,4)'",
         "python docs/nothing.py", "firth generate runs/x --top-p 2",
     ],
 )  # fmt: skip

@@ -34,6 +34,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from firth.io.safetensors import Read
 from firth.model.config import ModelConfig
 from firth.model.heads import Description, LMHead, describe_head, num_outputs
 from firth.model.init import init_empty_weights
@@ -265,12 +266,14 @@ class LoadedState:
         state: Its tensors by firth's names.
         heads: Descriptions of its heads by name.
         left_out: Names of the tensors in the file that were skipped.
+        read: Returns a tensor of `state`, which has only shapes then; None if `state` has the data.
     """
 
     config: ModelConfig
     state: dict[str, Tensor]
     heads: dict[str, Description]
     left_out: list[str]
+    read: Read | None = None
 
 
 def read_own(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import io
 import json
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from firth.corpora import prepare
+from firth.corpora import dictionary, prepare
 from firth.types import UserError
 
 
@@ -93,4 +94,17 @@ def test_mmlu(tmp_path: Path) -> None:
     assert rows(tmp_path / "mmlu.jsonl") == [
         {"question": "1 + 1?", "choices": ["1", "2", "3", "4"], "answer": 1, "subject": "sums", "rationale": "One more."},
         {"question": "Which?", "choices": ["a", "b", "c", "d"], "answer": 3, "subject": "sums", "rationale": "Last."},
+    ]  # fmt: skip
+
+
+def test_entries_of_a_dictionary(tmp_path: Path) -> None:
+    text = (
+        "00-database-info\n   about the file itself\n\n"
+        "Bathe \\Bathe\\ (b[=a][th]), v. t. [OE. ba[eth]ien, see\n   {Bay}.]\n   1. To wash by immersion.\n      [1913 Webster]\n\n"
+        "Baths \\Baths\\, n.\n   pl. of bath.\n\nX-ray \\X-ray\\, n.\n   See {Ray}.\n"
+    )
+    file = io.BytesIO(gzip.compress(text.encode()))
+    assert dictionary.write_dictionary([("gcide.dict.dz", file)], tmp_path) == "2 entries in gcide.jsonl"
+    assert rows(tmp_path / "gcide.jsonl") == [
+        {"text": "Bathe: To wash by immersion."}, {"text": "Baths: pl. of bath."},
     ]  # fmt: skip

@@ -14,12 +14,12 @@ from firth.data.collate import collate, pack
 from firth.generate.engine import Engine
 from firth.generate.quantized import quantize
 from firth.generate.sampling import Sampling
-from firth.model.attention import ALL_DOCUMENTS, AttentionMask, attend
+from firth.model.attention import AttentionMask, attend
 from firth.model.config import ModelConfig, decoder_config, encoder_config, encoder_decoder_config, recurrent_config
 from firth.model.heads import LMHead
 from firth.model.model import LM
 from firth.peft.prefix_init import prefix_of, prompt_of
-from firth.types import ALWAYS, NEVER, Example, UserError
+from firth.types import ALL_DOCUMENTS, ALWAYS, NEVER, Example, UserError
 
 LEARNED = ModelConfig(vocab_size=50, hidden_size=32, num_layers=2, num_heads=4, max_positions=40, tie_embeddings=False)
 CONFIGS: dict[str, ModelConfig] = {

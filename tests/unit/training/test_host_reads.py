@@ -1,0 +1,125 @@
+"""What the host reads of tensors of the device in a training step: each read makes it wait for the device.
+
+The reads are those of docs/how-to/train-on-several-processes.md. They are counted on the CPU, where the same code runs.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from firth.data.collate import Batches
+from firth.model.config import decoder_config, encoder_config
+from firth.model.model import LM
+from firth.objectives.causal_lm import CausalLM
+from firth.objectives.masked_lm import MLM
+from firth.objectives.objective import Objective, supervised
+from firth.training import trainer
+from firth.training.distributed import Ranks
+from firth.training.logging import NullReporter
+from firth.training.optimizer import OptimizerConfig
+from firth.training.schedule import Budget, Schedule
+from firth.training.trainer import TrainerConfig
+from firth.types import IGNORE
+from tests.support.objective_cases import VOCAB, plain_text, special_tokens_text
+from tests.support.shard_ranks import RandomExamples
+
+PACKAGE = Path(__file__).parents[3] / "firth"
+READS = {"item", "tolist", "numpy", "nonzero", "unique", "masked_select", "__bool__", "__int__", "__float__", "__index__",
+         "is_nonzero", "equal", "allclose"}  # fmt: skip
+"""Functions whose result depends on the numbers of a tensor, so that the host waits for them."""
+ON_THE_HOST = ("flops.", "collate.", "native.", "cross_entropy._score_native", "kernel_choice.")
+"""Readers of tensors of the host: batches before they are copied, and inputs of compiled kernels of the CPU."""
+ON_A_CPU = {
+    "attention._masked",
+    "optimizer.coalesced",
+    "optimizer._add_rows",
+    "optimizer._update_native",
+    "optimizer.clip_grad_norm",
+}
+"""Readers of tensors of the device if that is the CPU, which does not wait for itself: empty rows of a mask, AdamW on the rows
+of an embedding table, whether the norm is above its limit."""
+
+
+class HostReads(TorchFunctionMode):
+    """Counts the reads in `_Run._step` by the function of firth that reads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: Counter[str] = Counter()
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None) -> Any:
+        name = getattr(func, "__name__", "")
+        masked = name == "__getitem__" and any(
+            isinstance(x, Tensor) and x.dtype == torch.bool
+            for x in (args[1] if isinstance(args[1], tuple) else args[1:])
+        )
+        if name in READS or masked:
+            frame: Any = sys._getframe(1)
+            own = []
+            while frame is not None:
+                path = Path(frame.f_code.co_filename)
+                own += [f"{path.stem}.{frame.f_code.co_name}"] if PACKAGE in path.parents else []
+                frame = frame.f_back
+            if not any(one.startswith(ON_THE_HOST) or one.endswith(".flops") for one in own):
+                self.found[own[0]] += 1
+        return func(*args, **(kwargs or {}))
+
+
+EVERY_STEP = {"trainer._step": 1}
+"""Loss and norm together."""
+PER_BATCH = {"attention.from_times": 2, "transformer.subset_positions": 1, "objective.supervised": 1}
+"""The form of the attention mask, of all queries and of those of the last block; the positions that the last block runs at, and
+the positions with labels."""
+CASES: dict[str, tuple[Objective, Any, Any]] = {
+    "clm": (CausalLM(), decoder_config(101, 32, 2, num_heads=2, max_positions=64), plain_text),
+    "mlm": (MLM(), encoder_config(101, 32, 2, num_heads=2, max_positions=64), special_tokens_text),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("accumulate", [1, 3])
+def test_a_step_has_only_the_documented_reads(
+    name: str, accumulate: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    objective, config, make = CASES[name]
+    counted: list[Counter[str]] = []
+    step = trainer._Run._step
+
+    def counting(run: Any, *arguments: Any) -> bool:
+        with HostReads() as reads:
+            stopped = step(run, *arguments)
+        counted.append(reads.found)
+        return stopped
+
+    monkeypatch.setattr(trainer._Run, "_step", counting)
+    torch.manual_seed(0)
+    model = LM(config, objective.heads(config))
+    batches = Batches(
+        RandomExamples(make), objective, VOCAB, batch_size=12, seed=0, gradient_accumulation_steps=accumulate
+    )
+    trainer.train(
+        model, objective, batches, tmp_path, budget=Budget(max_steps=3), optimizer=OptimizerConfig("adamw"),
+        schedule=Schedule("constant"), config=TrainerConfig(precision="fp32", save_every=0), reporter=NullReporter(),
+        ranks=Ranks(),
+    )  # fmt: skip
+    assert len(counted) == 3
+    most = Counter({key: n * accumulate for key, n in PER_BATCH.items()}) + Counter(EVERY_STEP)
+    for found in (Counter({key: n for key, n in one.items() if key not in ON_A_CPU}) for one in counted):
+        assert not found - most, found - most
+        assert found["trainer._step"] == 1 and found["objective.supervised"] == accumulate
+
+
+def test_the_counter_counts() -> None:
+    labels = torch.tensor([[1, IGNORE, 2]])
+    with HostReads() as reads:
+        supervised(torch.zeros(1, 3, 4), labels)
+    assert reads.found == {"objective.supervised": 1}
