@@ -415,6 +415,52 @@ def _has_lines(path: Path) -> bool:
 
 
 def _lines(path: Path, counts: ReadStats, stride: int = 1) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield (file:line, record) of one in `stride` JSON lines, without the records that a later line takes back.
+
+    `firth annotate` only appends to its files: {"undo": 7} takes back the record with the id 7. Its records have an `annotator`, so
+    that only a file that begins with such a record is read twice. A last line that a killed process left incomplete is skipped there.
+    """
+    undone: set[int] | None = None
+    appended = False
+    for number, line in _numbered_lines(path, counts):
+        if (number - 1) % stride:
+            continue
+        place = f"{path}:{number}"
+        if appended and not line.endswith(b"\n") and not _is_json(line):
+            return
+        record = parse(line, place, counts)
+        if undone is None:
+            appended = "annotator" in record
+            undone = _undone(path) if appended else set()
+        if _undo_of(record) is None and not (undone and record.get("id") in undone):
+            yield place, record
+
+
+def _undone(path: Path) -> set[int]:
+    """Return the ids of the records that lines of a file take back."""
+    found: set[int] = set()
+    for _, line in _numbered_lines(path, ReadStats()):
+        if b'"undo"' in line and _is_json(line) and (id := _undo_of(json.loads(line))) is not None:
+            found.add(id)
+    return found
+
+
+def _undo_of(record: Any) -> int | None:
+    """Return the id of the record that a line takes back; None for a line that is a record."""
+    id = record.get("undo") if isinstance(record, dict) and record.keys() <= {"id", "undo", "annotator"} else None
+    return id if type(id) is int else None
+
+
+def _is_json(line: bytes) -> bool:
+    try:
+        json.loads(line)
+    except (ValueError, RecursionError):
+        return False
+    return True
+
+
+def _numbered_lines(path: Path, counts: ReadStats) -> Iterator[tuple[int, bytes]]:
+    """Yield the number of each line that is not blank, and the line."""
     number = 0
     with guarded(path) as file:
         reader = io.BufferedReader(cast(io.RawIOBase, file), 1 << 20)
@@ -429,9 +475,8 @@ def _lines(path: Path, counts: ReadStats, stride: int = 1) -> Iterator[tuple[str
                 if line[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
                     raise UserError(f"{path}: this is UTF-16 and UTF-8 is read; convert it: iconv -f UTF-16 -t UTF-8")
                 line = line.removeprefix(codecs.BOM_UTF8)
-            if not line.strip() or (number - 1) % stride:
-                continue
-            yield f"{path}:{number}", parse(line, f"{path}:{number}", counts)
+            if line.strip():
+                yield number, line
     if not number:
         counts.empty += 1
 
