@@ -18,6 +18,7 @@ training (`firth.tokenizer.merges`). The new tokens have the ids after the old o
 from __future__ import annotations
 
 import json
+import re
 import unicodedata
 from collections import Counter
 from collections.abc import Collection, Iterable, Sequence
@@ -55,10 +56,11 @@ def extend(
     model = definition["model"]
     wordpiece = check_extendable(tokenizer)
     words: Counter[str] = Counter()
+    added = [token["content"] for token in definition["added_tokens"]]
+    between = re.compile("|".join(map(re.escape, sorted(added, key=len, reverse=True))) or "(?!)")
     for text in reservoir(texts, min(sample_bytes, SAMPLE_BYTES), seed):
-        words.update(
-            word for word, _ in tokenizer.engine.pre_tokenizer.pre_tokenize_str(normal(tokenizer.engine, text))
-        )
+        for part in between.split(normal(tokenizer.engine, text)):  # no piece may spell a token that is not the model's
+            words.update(word for word, _ in tokenizer.engine.pre_tokenizer.pre_tokenize_str(part))
     ids = tokenizer.engine.get_vocab(with_added_tokens=True)
     first = sorted(ids, key=ids.__getitem__)
     prefix = model["continuing_subword_prefix"] if wordpiece else ""
@@ -73,6 +75,9 @@ def extend(
     found, learned = merges.learn(kept, first, len(ids) + count, prefix, split=lambda word: spelled[word] or [])
     new = [piece for piece, place in found.items() if place >= len(ids)]
     vocab = model["vocab"]
+    vocab |= {
+        token: ids[token] for token in added
+    }  # the library numbers those that the model lacks after its last piece
     vocab |= {piece: tokenizer.vocab.size + i for i, piece in enumerate(new)}
     if not wordpiece:
         pairs = [[merge.left, merge.right] for merge in learned]

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from itertools import chain
+from pathlib import Path
 
 import numpy as np
 import pytest
+from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer as Engine
 
 from firth.tokenizer.extend import extend, longest_match, old_tokens, stripped_accents, tokens_per_word
 from firth.tokenizer.tokenizer import Tokenizer
@@ -46,6 +49,31 @@ def test_new_merges_come_after_the_old_ones(text: str) -> None:
     new = extend(old, FRENCH, 60)
     assert expanded(old, new, new.encode(text)) == old.encode(text).tolist()
     assert new.decode(new.encode(text)) == text
+
+
+@pytest.mark.parametrize("special", [True, False])
+def test_added_tokens_outside_the_model_keep_their_ids(special: bool, tmp_path: Path) -> None:
+    """Qwen's control tokens are not in the vocabulary of its BPE; others have added words."""
+    engine = Engine(models.BPE())
+    engine.pre_tokenizer, engine.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    engine.train_from_iterator(
+        ENGLISH, trainers.BpeTrainer(vocab_size=290, initial_alphabet=alphabet, show_progress=False)
+    )
+    names = ["<|im_end|>", "renard", "déjà"]
+    engine.add_tokens([AddedToken(name, special=special) for name in names])
+    old = Tokenizer(engine)
+    new = extend(old, FRENCH, 60)
+    new.save(tmp_path)
+    theirs = Engine.from_file(str(tmp_path / "tokenizer.json"))
+    for found in (new, Tokenizer.load(tmp_path)):
+        assert ids_of(old).items() <= ids_of(found).items() and len(set(ids_of(found).values())) == found.vocab.size
+        assert found.vocab.size == old.vocab.size + 60
+        assert found.decode(found.encode(FRENCH[0])) == FRENCH[0]
+    assert theirs.get_vocab() == ids_of(new)
+    spelled = {old.id(name) for name in names}
+    assert bool(spelled & set(new.encode(FRENCH[0]).tolist())) != special
+    assert (spelled & set(new.encode(FRENCH[0]).tolist())) == (spelled & set(old.encode(FRENCH[0]).tolist()))
 
 
 def test_wordpiece_learns_the_characters_of_another_script() -> None:
