@@ -42,7 +42,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 from firth.corpora import tables
-from firth.corpora.input_files import PACKED, ReadStats, guarded
+from firth.corpora.input_files import PACKED, ReadStats, current_span, guarded
 from firth.tokenizer.vocab import replace_lone_surrogates
 from firth.types import UserError
 
@@ -73,10 +73,12 @@ class Document(NamedTuple):
         name: Its file within the path that was given (and its number there), unique and the same on every machine; a record's own `name`
             if it has one (records that share it are held out together).
         text: Its text.
+        named: Whether the name is that of the record.
     """
 
     name: str
     text: str
+    named: bool = False
 
 
 def files(paths: Sequence[str], *, tabled: bool = False, counts: ReadStats | None = None) -> dict[Path, str]:
@@ -129,6 +131,10 @@ def _under(given: str, tabled: bool, counts: ReadStats) -> list[tuple[Path, Path
     """Return the readable files of one given path, each with the directory that its name is relative to."""
     path = Path(given).expanduser()
     if path.is_dir():
+        if (path / "corpus.json").is_file():
+            raise UserError(
+                f"{given}: this corpus holds token ids (`firth prepare`), and text or records are wanted here: name their files"
+            )
         some = _inside(path, tabled, counts)
         if not some:
             table = counts.at.get("skipped")
@@ -191,23 +197,39 @@ def documents(
         raise UserError(f"split is {split!r}: use one of {', '.join(SPLITS)}")
     counts = counts if counts is not None else ReadStats()
     for path, name in files(paths, counts=counts).items():
-        if _kind(path) == "text":
-            counts.files += 1
-            for number, text in enumerate(_split(_chunks(path, split, counts), split, counts), 1):
-                yield Document(name if split == "file" and number == 1 else f"{name}:{number}", text)
+        yield from file_documents(path, name, field, split, counts)
+
+
+def file_documents(path: Path, name: str, field: str, split: str, counts: ReadStats) -> Iterator[Document]:
+    """Yield the documents of one file, or of the part that `firth.corpora.input_files.within` selects.
+
+    Args:
+        path: The file.
+        name: Its name in the names of the documents.
+        field: As in `documents`.
+        split: As in `documents`.
+        counts: Collects what was read, repaired and skipped.
+    """
+    if _kind(path) == "text":
+        counts.files += 1
+        for number, text in enumerate(_split(_chunks(path, split, counts), split, counts), 1):
+            yield Document(name if split == "file" and number == 1 else f"{name}:{number}", text)
+        return
+    for place, record in _records(path, counts, (field, "name"), ()):
+        value = record.get(field)
+        text = "" if value is None and field in record else clean(text_field(record, field, place), counts, place)
+        if text.strip():
+            counts.documents += 1
+            counts.bytes += len(text.encode())
+            own = record.get("name")
+            yield Document(str(own) if own else name + place.removeprefix(str(path)), text, bool(own))
         else:
-            for place, record in _records(path, counts, (field, "name"), ()):
-                value = record.get(field)
-                text = (
-                    "" if value is None and field in record else clean(text_field(record, field, place), counts, place)
-                )
-                if text.strip():
-                    counts.documents += 1
-                    counts.bytes += len(text.encode())
-                    own = record.get("name")
-                    yield Document(str(own) if own else name + place.removeprefix(str(path)), text)
-                else:
-                    counts.empty += 1
+            counts.empty += 1
+
+
+def is_divisible(path: Path) -> bool:
+    """Return whether a file consists of lines or text in which a reader can start anywhere: it is not compressed, nor a table."""
+    return path.suffix.lower() not in PACKED and _kind(path) in ("text", "lines")
 
 
 def records(
@@ -217,7 +239,7 @@ def records(
     columns: Sequence[str] = (),
     text: tables.Reader | None = None,
 ) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield (file:line, record) of every record. Within `first_records`, only the first ones.
+    """Yield (file:line, record) of every record. Within `first_records` only the first ones, within `every_nth_record` a sample.
 
     Args:
         paths: Files, directories and glob patterns.
@@ -251,13 +273,26 @@ def first_records(count: int | None) -> Iterator[None]:
         _MAX_RECORDS.reset(token)
 
 
+_RECORD_STRIDE: ContextVar[int] = ContextVar("record_stride", default=1)
+
+
+@contextmanager
+def every_nth_record(n: int) -> Iterator[None]:
+    """Let `records` yield every n-th record of each file within the block, from the first one. Skipped JSON lines are not parsed."""
+    token = _RECORD_STRIDE.set(n)
+    try:
+        yield
+    finally:
+        _RECORD_STRIDE.reset(token)
+
+
 def _all_records(
     paths: Sequence[str], counts: ReadStats, columns: Sequence[str], text: tables.Reader | None
 ) -> Iterator[tuple[str, dict[str, Any]]]:
     for path in files(paths, tabled=True):
         if _kind(path) == "text" and text is None:
             raise UserError(f"{path}: records are wanted here (.jsonl, .csv, .tsv or .parquet), and this is plain text")
-        yield from _records(path, counts, (), columns, text)
+        yield from _records(path, counts, (), columns, text, _RECORD_STRIDE.get())
 
 
 def text_field(record: dict[str, Any], field: str, place: str = "") -> str:
@@ -356,7 +391,12 @@ def _split(chunks: Iterator[str], split: str, counts: ReadStats) -> Iterator[str
 
 
 def _records(
-    path: Path, counts: ReadStats, wanted: Sequence[str], columns: Sequence[str], text: tables.Reader | None = None
+    path: Path,
+    counts: ReadStats,
+    wanted: Sequence[str],
+    columns: Sequence[str],
+    text: tables.Reader | None = None,
+    stride: int = 1,
 ) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yield (file:line, record) of one file.
 
@@ -366,15 +406,21 @@ def _records(
         wanted: Columns to read of a Parquet table; empty for all.
         columns: As in `records`.
         text: As in `records`.
+        stride: The first record of each so many is yielded.
     """
     counts.files += 1
     kind = _kind(path)
     suffix = (path.with_suffix("") if path.suffix.lower() in PACKED else path).suffix.lower()
     if kind in ("table", "lines") or (suffix == ".json" and _has_lines(path)):
-        yield from (_table(path, counts, wanted) if kind == "table" else _lines(path, counts))
+        yield from (
+            itertools.islice(_table(path, counts, wanted), 0, None, stride)
+            if kind == "table"
+            else _lines(path, counts, stride)
+        )
         return
     with guarded(path) as file:
-        yield from (text if kind == "text" and text else tables.READERS[suffix])(file, path, counts, columns)
+        read = text if kind == "text" and text else tables.READERS[suffix]
+        yield from itertools.islice(read(file, path, counts, columns), 0, None, stride)
 
 
 def _has_lines(path: Path) -> bool:
@@ -390,7 +436,53 @@ def _has_lines(path: Path) -> bool:
     return isinstance(first, dict) and "data" not in first  # SQuAD's JSON may be one line
 
 
-def _lines(path: Path, counts: ReadStats) -> Iterator[tuple[str, dict[str, Any]]]:
+def _lines(path: Path, counts: ReadStats, stride: int = 1) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield (file:line, record) of one in `stride` JSON lines, without the records that a later line takes back.
+
+    `firth annotate` only appends to its files: {"undo": 7} takes back the record with the id 7. Its records have an `annotator`, so
+    that only a file that begins with such a record is read twice. A last line that a killed process left incomplete is skipped there.
+    """
+    undone: set[int] | None = None
+    appended = False
+    for number, line in _numbered_lines(path, counts):
+        if (number - 1) % stride:
+            continue
+        place = f"{path}:{number}"
+        if appended and not line.endswith(b"\n") and not _is_json(line):
+            return
+        record = parse(line, place, counts)
+        if undone is None:
+            appended = "annotator" in record
+            undone = _undone(path) if appended else set()
+        if _undo_of(record) is None and not (undone and record.get("id") in undone):
+            yield place, record
+
+
+def _undone(path: Path) -> set[int]:
+    """Return the ids of the records that lines of a file take back."""
+    found: set[int] = set()
+    for _, line in _numbered_lines(path, ReadStats()):
+        if b'"undo"' in line and _is_json(line) and (id := _undo_of(json.loads(line))) is not None:
+            found.add(id)
+    return found
+
+
+def _undo_of(record: Any) -> int | None:
+    """Return the id of the record that a line takes back; None for a line that is a record."""
+    id = record.get("undo") if isinstance(record, dict) and record.keys() <= {"id", "undo", "annotator"} else None
+    return id if type(id) is int else None
+
+
+def _is_json(line: bytes) -> bool:
+    try:
+        json.loads(line)
+    except (ValueError, RecursionError):
+        return False
+    return True
+
+
+def _numbered_lines(path: Path, counts: ReadStats) -> Iterator[tuple[int, bytes]]:
+    """Yield the number of each line that is not blank, and the line."""
     number = 0
     with guarded(path) as file:
         reader = io.BufferedReader(cast(io.RawIOBase, file), 1 << 20)
@@ -405,9 +497,8 @@ def _lines(path: Path, counts: ReadStats) -> Iterator[tuple[str, dict[str, Any]]
                 if line[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
                     raise UserError(f"{path}: this is UTF-16 and UTF-8 is read; convert it: iconv -f UTF-16 -t UTF-8")
                 line = line.removeprefix(codecs.BOM_UTF8)
-            if not line.strip():
-                continue
-            yield f"{path}:{number}", parse(line, f"{path}:{number}", counts)
+            if line.strip():
+                yield number, line
     if not number:
         counts.empty += 1
 
@@ -442,8 +533,9 @@ def _table(path: Path, counts: ReadStats, columns: Sequence[str]) -> Iterator[tu
         with pyarrow.parquet.ParquetFile(path) as table:
             names = table.schema_arrow.names
             some = [c for c in columns if c in names] if columns and columns[0] in names else None
-            row = 0
-            for batch in table.iter_batches(batch_size=64, columns=some):
+            first, last = current_span() or (0, table.num_row_groups)
+            row = sum(table.metadata.row_group(i).num_rows for i in range(first))
+            for batch in table.iter_batches(batch_size=64, columns=some, row_groups=range(first, last)):
                 parts = [batch] if batch.nbytes <= MAX_RECORD_BYTES else [batch.slice(i, 1) for i in range(len(batch))]
                 for part in parts:
                     if part.nbytes > MAX_RECORD_BYTES:
