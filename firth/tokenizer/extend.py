@@ -34,7 +34,7 @@ SAMPLE_BYTES = 20_000_000
 """Most bytes of text that new tokens are learned on: published pre-tokenizers split about 2 MB per second."""
 
 MAX_CHARACTER_SHARE = 0.25
-"""Largest share of the new tokens that are single characters of WordPiece."""
+"""Largest share of the new tokens that are single characters of WordPiece, unless there is nothing else to add."""
 
 
 def extend(
@@ -65,7 +65,8 @@ def extend(
     first = sorted(ids, key=ids.__getitem__)
     prefix = model["continuing_subword_prefix"] if wordpiece else ""
     if wordpiece:
-        letters = _unknown_letters(words, ids, prefix, int(count * MAX_CHARACTER_SHARE))
+        ranked = _unknown_letters(words, ids, prefix)
+        letters = sorted(ranked[: int(count * MAX_CHARACTER_SHARE)])
         known = {*ids, *letters}
         spelled = {word: longest_match(word, known, prefix) for word in words}
         first += letters
@@ -74,6 +75,8 @@ def extend(
     kept = {word: number for word, number in words.items() if spelled[word]}
     found, learned = merges.learn(kept, first, len(ids) + count, prefix, split=lambda word: spelled[word] or [])
     new = [piece for piece, place in found.items() if place >= len(ids)]
+    if wordpiece:  # characters that are words, as in Chinese, leave little to merge
+        new += sorted([letter for letter in ranked if letter not in known][: max(0, count - len(new))])
     vocab = model["vocab"]
     vocab |= {
         token: ids[token] for token in added
@@ -159,12 +162,11 @@ def longest_match(word: str, vocab: Collection[str], prefix: str, inside: bool =
     return pieces
 
 
-def _unknown_letters(words: Counter[str], vocab: Collection[str], prefix: str, most: int) -> list[str]:
-    """Return the characters that WordPiece lacks, alone and as continuations, the most frequent ones in order of code points."""
+def _unknown_letters(words: Counter[str], vocab: Collection[str], prefix: str) -> list[str]:
+    """Return the characters that WordPiece lacks, alone and as continuations, the most frequent first."""
     found: Counter[str] = Counter()
     for word, number in words.items():
         for symbol in merges.spell(word, prefix):
             if symbol not in vocab:
                 found[symbol] += number
-    ranked = sorted(found, key=lambda symbol: (-found[symbol], symbol))
-    return sorted(ranked[:most])
+    return sorted(found, key=lambda symbol: (-found[symbol], symbol))

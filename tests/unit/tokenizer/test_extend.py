@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
+from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, trainers
 from tokenizers import Tokenizer as Engine
 
 from firth.tokenizer.extend import extend, longest_match, old_tokens, stripped_accents, tokens_per_word
@@ -88,6 +88,14 @@ def test_wordpiece_learns_the_characters_of_another_script() -> None:
     assert sum(len(token.removeprefix("##")) == 1 for token in ids_of(few).keys() - ids_of(old).keys()) == 2
 
 
+def test_characters_that_are_words_fill_the_new_tokens() -> None:
+    """BERT splits Chinese into characters, and so there are no pairs to merge."""
+    old = train(ENGLISH, "wordpiece", 300)
+    old.engine.normalizer = normalizers.BertNormalizer()
+    new = extend(old, ["".join(map(chr, range(0x4E00, 0x4E00 + 50)))], 40)
+    assert new.vocab.size == old.vocab.size + 40
+
+
 def test_longest_match_is_that_of_the_library() -> None:
     old = train(ENGLISH, "wordpiece", 200)
     for word in ("quick", "quickfox", "jumpsover", "z", "thelazydog"):
@@ -101,8 +109,6 @@ def test_other_kinds_of_tokenizers_are_refused() -> None:
 
 
 def test_accents_that_a_normalizer_removes_are_counted() -> None:
-    from tokenizers import normalizers
-
     plain = train(FRENCH, "wordpiece", 200)
     assert stripped_accents(plain, FRENCH) == 0
     plain.engine.normalizer = normalizers.BertNormalizer(lowercase=True)
