@@ -375,7 +375,7 @@ def _run_trial(sweeper: Sweeper, study: Study, number: int, claim: Claim, log: L
         study.tell(number, state=states.PRUNED)
         log(f"trial {number}: pruned, {error}")
     except DivergedError as error:
-        # A pruned trial without a value is the worst for TPE; it would ignore a failed one and come back to its values.
+        # TPE ranks pruned trials behind all finished ones; it would ignore a failed one and come back to its values.
         trial.set_user_attr(REASON, f"diverged: {error}")
         study.tell(number, state=states.PRUNED)
         log(f"trial {number}: diverged: {error}")
