@@ -51,6 +51,20 @@ def test_new_merges_come_after_the_old_ones(text: str) -> None:
     assert new.decode(new.encode(text)) == text
 
 
+def test_no_new_merge_makes_an_old_token() -> None:
+    """Here `abc` is a token that no text has, since b and c are merged first; its embedding was never trained."""
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocab = {piece: i for i, piece in enumerate([*letters, "bc", "ab", "abc"])}
+    engine = Engine(models.BPE(vocab=vocab, merges=[("b", "c"), ("a", "b"), ("ab", "c")]))
+    engine.pre_tokenizer, engine.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    old = Tokenizer(engine)
+    new = extend(old, ["abc abcd abcde " * 9], 20)
+    assert old.pieces("abc") == new.pieces("abc") == ["a", "bc"]
+    for text in ("abc", " abcd abc", "abcde"):
+        assert expanded(old, new, new.encode(text)) == old.encode(text).tolist()
+    assert len(new.encode(" abcde")) < len(old.encode(" abcde"))
+
+
 @pytest.mark.parametrize("special", [True, False])
 def test_added_tokens_outside_the_model_keep_their_ids(special: bool, tmp_path: Path) -> None:
     """Qwen's control tokens are not in the vocabulary of its BPE; others have added words."""
