@@ -173,7 +173,7 @@ def test_a_claim_that_cannot_be_written_blocks_nobody(tmp_path: Path) -> None:
     assert again is not None and again.deaths == 0
 
 
-def test_a_directory_that_another_process_prepares_is_not_foreign(tmp_path: Path) -> None:
+def test_a_directory_that_another_process_prepares(tmp_path: Path) -> None:
     claims, entered = tmp_path / "out" / "claims", threading.Event()
 
     def second() -> None:
