@@ -2,7 +2,10 @@
 
     python -m bench.learning.scaling runs/scaling decoder encoder lstm     the sweeps
     python -m bench.learning.scaling runs/scaling predict                  fit, predict the largest run, train it
-    python -m bench.learning.scaling runs/scaling repeats                  one model on texts of 0.1, 0.3, 1 and 3 M tokens
+    python -m bench.learning.scaling runs/scaling repeats                  one model on texts of 1, 3 and 10 M tokens
+    python -m bench.learning.scaling runs/scaling texts                    short runs on other texts: the error of the comparison by bzip2
+    python -m bench.learning.scaling runs/scaling vocabulary               one width and budget with several vocabularies
+    python -m bench.learning.scaling runs/scaling encoder-start            when does a masked encoder learn more than frequencies?
     python -m bench.learning.scaling runs/scaling follow                   `firth plan` for a text that no fit has seen
     python -m bench.learning.scaling runs/scaling ship                     write the default law into the package
 
@@ -19,7 +22,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -29,8 +32,11 @@ import numpy as np
 from firth.corpora import catalog
 from firth.data.token_store import TokenStore
 from firth.io.json_files import row_line
+from firth.runs.recipe import load
+from firth.runs.run import run
 from firth.scaling.fitted import FittedLaw
 from firth.scaling.plan import FILES
+from firth.scaling.sizes import scaled
 from firth.tokenizer.tokenizer import Tokenizer
 
 CORPORA = ("sotu", "wordnet", "brown")
@@ -41,22 +47,50 @@ GRID = {
     "3e11": "24,32,40,48,64,96",
     "1e12": "32,40,48,64,96,128",
 }
-ENCODER_GRID = {"3e10": "16,24,32,40,48", "1e11": "32,40,48,64", "3e11": "40,48,64,96", "1e12": "48,64,96,128"}
+ENCODER_GRID = {
+    "3e11": "16,24,32,40,48",
+    "6e11": "16,24,32,40,48",
+    "1.2e12": "16,24,32,40,48",
+    "2.4e12": "24,32,40,48,64",
+}
 """Budget -> widths."""
-LARGEST = "4e12"
+LARGEST = {"decoder": "2e12", "encoder": "4.8e12"}
+"""Sweep -> budget of the run that is predicted."""
+SHORT_HEADS = ("model.num_heads=12", "model.num_kv_heads=12", "model.head_dim=16")
+"""Heads of 16 numbers at every width: an encoder with one wide head learns late to attend to the neighbors of a masked token."""
 PARTS = {
     "decoder": ("gpt", GRID, ("optimizer.lr=0.005",)),
-    "encoder": ("roberta", ENCODER_GRID, ("batch.size=32",)),
+    "encoder": ("roberta", ENCODER_GRID, ("batch.size=32", "model.num_layers=8", *SHORT_HEADS)),
     "lstm": ("lstm", {"1e11,3e11,1e12": "32,64,128"}, ()),
 }
 """Name -> recipe, widths by budget, settings. The decoder's rate is between the best of 0.0015, 0.003 and 0.006 at widths 32 and 128."""
 PROCESSES = 2
 """Processes of one sweep, each with one thread: so small a model is no faster with two."""
-CUTS = (100_000, 300_000, 1_000_000, 3_000_000)
-"""Tokens of the texts that are read again."""
-REPEATS_WIDTH, REPEATS_BUDGETS = "48", "4e11,1.6e12"
-UNSEEN, MINUTES = "shakespeare", 5
-"""The text of the plan that is followed, and the minutes of each run."""
+CUTS = {1_000_000: 3, 3_000_000: 3, 10_000_000: 1}
+"""Tokens of the texts that are read again -> seeds."""
+REPEATS_WIDTH, REPEATS_BUDGETS = "32", "5e11,1.5e12,3e12"
+TEXTS, TEXT_WIDTH, TEXT_BUDGET = ("shakespeare", "pydoc", "moby-dick"), "32", "2e11"
+"""Other texts, and the runs on them."""
+VOCABULARIES, VOCABULARY_WIDTH, VOCABULARY_BUDGET = (512, 1024, 2048, 4096), "64", "6e11"
+ENCODER_WIDTH, ENCODER_STARTS = (
+    48,
+    {
+        "one head": ("batch.size=32", "max_steps=1000"),
+        "half the rate": ("batch.size=32", "max_steps=1000", "optimizer.lr=0.0015"),
+        "batches of 540 tokens, 3 times the rate": (
+            "batch.size=8",
+            "max_steps=3500",
+            "optimizer.lr=0.01",
+            "optimizer.embedding_lr=0.01",
+        ),
+        "batches of 4,300 tokens": ("batch.size=64", "max_steps=600"),
+        "heads of 16": ("batch.size=32", "max_steps=1000", *SHORT_HEADS),
+        "two layers, heads of 16": ("batch.size=32", "max_steps=1000", "model.num_layers=8", *SHORT_HEADS),
+    },
+)
+"""Width, and settings of runs over some 2 M tokens. The recipe has one head and one layer at this width."""
+UNSEEN, MINUTES = "shakespeare", 2
+"""The text of the plan that is followed, and the minutes of the run."""
 
 
 def firth(*words: str, processes: int = 0) -> str:
@@ -108,38 +142,38 @@ def write_rows(table: Path, some: list[dict[str, Any]]) -> None:
 def fit(out: Path, part: str, name: str, more: list[dict[str, Any]] | None = None) -> Path:
     """Fit a sweep without its largest run, with further rows, and return the law's file."""
     home = out / name
-    some = [row for row in rows(out / part / "table.jsonl") if row["budget"] < float(LARGEST)]
+    some = [row for row in rows(out / part / "table.jsonl") if row["budget"] < float(LARGEST[part])]
     write_rows(home / "table.jsonl", some + (more or []))
     for file in ("sweep.json", "text.json"):
         shutil.copy(out / part / file, home / file)
-    firth("scale", "fit", str(home / "table.jsonl"), "--budgets", LARGEST)
+    firth("scale", "fit", str(home / "table.jsonl"), "--budgets", LARGEST[part])
     return home / "fit.json"
 
 
-def predict(out: Path, part: str = "decoder") -> None:
+def predict(out: Path, part: str) -> None:
     """Fit the smaller budgets, write down the loss of the largest run, train it, and compare."""
-    file = out / f"predict-{part}" / "prediction.json"
+    file, largest = out / f"predict-{part}" / "prediction.json", float(LARGEST[part])
     if not file.exists():
         law = FittedLaw.load(fit(out, part, f"predict-{part}"))
         sizes = {row["width"]: row["parameters"] for row in rows(out / part / "table.jsonl")}
-        best = law.optimum(float(LARGEST))
+        best = law.optimum(largest)
         width = min(sizes, key=lambda w: abs(np.log(sizes[w] / best.parameters.value)))
-        D = float(law.rule.tokens(sizes[width], float(LARGEST)))
+        D = float(law.rule.tokens(sizes[width], largest))
         loss = law.loss(sizes[width], D)
         stated = {
             "width": width,
             "parameters": sizes[width],
             "tokens": D,
             "loss": [loss.value, loss.low, loss.high],
+            "drift": law.drift,
             "time": time.ctime(),
         }
         file.write_text(json.dumps(stated))
     stated = json.loads(file.read_text())
-    sweep(out, part, {LARGEST: str(stated["width"])})
-    reached = next(row for row in rows(out / part / "table.jsonl") if row["budget"] == float(LARGEST))
-    print(
-        f"predicted {stated}\nreached loss {reached['loss']:.4f} after {reached['tokens']:,} tokens, {reached['flops']:.4g} FLOPs"
-    )
+    print(f"predicted {stated}", flush=True)
+    sweep(out, part, {LARGEST[part]: str(stated["width"])})
+    reached = next(row for row in rows(out / part / "table.jsonl") if row["budget"] == largest)
+    print(f"reached loss {reached['loss']:.4f} after {reached['tokens']:,} tokens, {reached['flops']:.4g} FLOPs")
 
 
 def cut(out: Path, tokens: int) -> tuple[Path, Path]:
@@ -169,18 +203,76 @@ def cut(out: Path, tokens: int) -> tuple[Path, Path]:
 def repeats(out: Path) -> None:
     """Train one size on small texts, and fit what a repeat is worth."""
     found = []
-    for tokens in CUTS:
-        train, valid = cut(out, tokens)
-        home = out / "repeats" / str(tokens)
-        own = [
-            f"data.path=[{train}]",
-            f"data.validation_path=[{valid}]",
-            f"tokenizer.path={out / 'decoder' / 'tokenizer'}",
-        ]
-        options = ["--sizes", REPEATS_WIDTH, "--budgets", REPEATS_BUDGETS, "--max-epochs", "100", "--out", str(home)]
-        firth("scale", "run", "gpt", *own, *COMMON, *PARTS["decoder"][2], *options, processes=1)
-        found += rows(home / "table.jsonl")
+    for seed in range(max(CUTS.values())):
+        for tokens in (tokens for tokens, seeds in CUTS.items() if seed < seeds):
+            train, valid = cut(out, tokens)
+            home = out / "repeats" / f"{tokens}-{seed}"
+            own = [
+                f"data.path=[{train}]",
+                f"data.validation_path=[{valid}]",
+                f"tokenizer.path={out / 'decoder' / 'tokenizer'}",
+                f"seed={seed}",
+            ]
+            options = [
+                "--sizes",
+                REPEATS_WIDTH,
+                "--budgets",
+                REPEATS_BUDGETS,
+                "--max-epochs",
+                "100",
+                "--out",
+                str(home),
+            ]
+            firth("scale", "run", "gpt", *own, *COMMON, *PARTS["decoder"][2], *options, processes=1)
+            found += rows(home / "table.jsonl")
     fit(out, "decoder", "law-decoder", found)
+
+
+def texts(out: Path) -> None:
+    """Train short runs on other texts: how far are the bits per byte from those of the law times the ratio under bzip2?"""
+    law = FittedLaw.load(out / "predict-decoder" / "fit.json")
+    errors = {}
+    for name in TEXTS:
+        home = out / "texts" / name
+        path = f"data.path=[{','.join(catalog.paths(name, print))}]"
+        options = ["--sizes", TEXT_WIDTH, "--budgets", TEXT_BUDGET, "--max-epochs", "4", "--out", str(home)]
+        firth("scale", "run", "gpt", path, *COMMON, *PARTS["decoder"][2], *options, processes=1)
+        (row,) = rows(home / "table.jsonl")
+        ratio = json.loads((home / "text.json").read_text())["compressed_bits"] / law.source["compressed_bits"]
+        by_law = law.loss(row["parameters"], row["tokens"]).value * law.bits_per_nat
+        errors[name] = float(np.log(row["bits_per_byte"] / (by_law * ratio)))
+        print(
+            f"{name}: {row['bits_per_byte']:.3f} bits per byte, {by_law * ratio:.3f} by bzip2, {by_law:.3f} of the law's text"
+        )
+    (out / "texts" / "errors.json").write_text(json.dumps(errors))
+    print({name: f"{error:+.1%}" for name, error in errors.items()})
+
+
+def vocabulary(out: Path) -> None:
+    """Train one width at one budget with several vocabularies."""
+    for size in VOCABULARIES:
+        home = out / "vocabulary" / str(size)
+        own = [f"tokenizer.vocab_size={size}", *COMMON[1:], *PARTS["decoder"][2]]
+        options = ["--sizes", VOCABULARY_WIDTH, "--budgets", VOCABULARY_BUDGET, "--out", str(home)]
+        firth("scale", "run", "gpt", text(), *own, *options, processes=1)
+        (row,) = rows(home / "table.jsonl")
+        print(f"{size:,} subwords: {row['bits_per_byte']:.3f} bits per byte, {row['tokens']:,} tokens", flush=True)
+
+
+def encoder_start(out: Path) -> None:
+    """Train a masked encoder for some 2 M tokens in several ways."""
+    for name, settings in ENCODER_STARTS.items():
+        common = (
+            text(),
+            "schedule.kind=wsd",
+            "schedule.warmup_steps=20",
+            "evaluation.every=0",
+            "evaluation.max_examples=128",
+        )
+        common += ("tokenizer.vocab_size=1024", "examples.max_length=128", "sample_prompts=[]", "precision=fp32")
+        recipe = scaled(load("roberta", [*common, *settings]), ENCODER_WIDTH)
+        done = run(recipe, out / "encoder-start" / name.replace(" ", "-"), log=lambda _: None)
+        print(f"{name}: loss {done.metrics['valid/loss']:.3f} after {done.tokens:,} tokens", flush=True)
 
 
 def follow(out: Path) -> None:
@@ -188,7 +280,9 @@ def follow(out: Path) -> None:
     path = catalog.paths(UNSEEN, print)[0]
     run = out / "follow" / "text"
     hours = f"{MINUTES / 60:.4f}"
-    planned = firth("plan", "--text", path, "--hours", hours, "--for", "text", "--out", str(out / "follow"))
+    law = str(out / "predict-decoder" / "fit.json")
+    options = ["--for", "text", "--calibrate", "--law", law, "--out", str(out / "follow")]
+    planned = firth("plan", "--text", path, "--hours", hours, *options)
     command = next(line.strip() for line in planned.splitlines() if line.strip().startswith("firth train"))
     start = time.perf_counter()
     firth(*shlex.split(command)[1:])
@@ -198,8 +292,10 @@ def follow(out: Path) -> None:
 
 def ship(out: Path) -> None:
     """Write the law that `firth plan` uses by default, without the paths of this machine."""
-    law = FittedLaw.load(out / "predict-decoder" / "fit.json")
+    law = FittedLaw.load(out / "law-decoder" / "fit.json")
     source = dict(law.source)
+    errors = json.loads((out / "texts" / "errors.json").read_text())
+    source["text_error"] = max(map(abs, errors.values()))
     source["recipe"] = source["recipe"] | {"data": source["recipe"]["data"] | {"path": []}}
     source["text"] = ", ".join(CORPORA)
     FILES.mkdir(exist_ok=True)
@@ -211,16 +307,23 @@ def main(out: Path, parts: list[str]) -> None:
     for part in parts:
         if part in PARTS:
             sweep(out, part)
-        elif part == "predict":
-            predict(out)
-        elif part == "repeats":
-            repeats(out)
-        elif part == "follow":
-            follow(out)
-        elif part == "ship":
-            ship(out)
+        elif part in MORE_PARTS:
+            MORE_PARTS[part](out)
         else:
-            sys.exit(f"there is no part {part}: {', '.join([*PARTS, 'predict', 'repeats', 'follow', 'ship'])}")
+            sys.exit(f"there is no part {part}: {', '.join([*PARTS, *MORE_PARTS])}")
+
+
+MORE_PARTS: dict[str, Callable[[Path], None]] = {
+    "predict": lambda out: predict(out, "decoder"),
+    "predict-encoder": lambda out: predict(out, "encoder"),
+    "repeats": repeats,
+    "texts": texts,
+    "vocabulary": vocabulary,
+    "encoder-start": encoder_start,
+    "follow": follow,
+    "ship": ship,
+}
+"""Name -> what runs commands besides those of a sweep."""
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ import numpy as np
 from bench.harness import cpu_name
 from firth.corpora import catalog, readers
 from firth.data.collate import Batches
-from firth.data.corpus import Corpus, open_stores, part_directory, write_manifest
+from firth.data.corpus import PreparedCorpus, open_stores, part_directory, write_manifest
 from firth.data.corpus_part import PartSettings
 from firth.data.filters import FilterConfig
 from firth.data.prepare_corpus import TokenizerChoice, prepare_corpus
@@ -105,7 +105,7 @@ def measure_prepare(folder: Path, workers: int, filtered: bool) -> dict[str, Any
     return {"seconds": seconds, "peak": peak, "content": corpus.content}
 
 
-def write_linked_corpus(folder: Path, documents: int) -> Corpus:
+def write_linked_corpus(folder: Path, documents: int) -> PreparedCorpus:
     """Write a corpus of the given size whose parts are links to one part with holes instead of tokens."""
     tokenizer = train(["some words of a text"] * 20, "byte-bpe", 300)
     one, offsets = folder / "one", np.arange(PART_DOCUMENTS + 1, dtype=np.int64) * DOCUMENT_TOKENS

@@ -2,6 +2,7 @@
 
     python -m bench.speed.estimate                       # all cases; writes runs/bench-estimate.json and prints the table
     python -m bench.speed.estimate --only gpt dpo --sizes tiny
+    python -m bench.speed.estimate --seconds 500         # the first cases that are not measured yet, for some 500 s
     python -m bench.speed.estimate --table               # the table of the last run
 
 Each case is a process of its own. Memory: the peak resident size of training (VmHWM) minus the resident size before the model
@@ -24,6 +25,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -181,7 +183,7 @@ def case(name: str, size: str, timed: bool) -> dict[str, Any]:
 
     with prepared(recipe, lambda _: None) as run:
         sampled, kept = run.sample()
-        step = step_estimate(run.build, run.recipe, sampled, kept)
+        step = step_estimate(run.build, run.recipe, sampled, kept, run.batches.source)
         _warm_up(run.recipe)
         gc.collect()
         ctypes.CDLL(None).malloc_trim(0)
@@ -266,6 +268,8 @@ def main() -> None:
     parser.add_argument(
         "--memory", action="store_true", help="only the memory, which other work on the machine does not change"
     )
+    parser.add_argument("--seconds", type=float, default=1e9, help="start no case later; the next call continues")
+    parser.add_argument("--again", action="store_true", help="measure cases that were measured before")
     parser.add_argument("--case", nargs=2, help="one case, in this process (used by the others)")
     args = parser.parse_args()
     if args.case:
@@ -274,8 +278,10 @@ def main() -> None:
     rows: list[dict[str, Any]] = json.loads(RESULTS.read_text()) if RESULTS.exists() else []
     if not args.table:
         prepare()
-        for size in args.sizes:
-            for name in args.only:
+        start, what = time.monotonic(), "measured_bytes" if args.memory else "measured_seconds"
+        known = {(row["name"], row["size"]) for row in rows if what in row and not args.again}
+        for size, name in itertools.product(args.sizes, args.only):
+            if (name, size) not in known and time.monotonic() - start < args.seconds:
                 command = [sys.executable, "-W", "ignore", "-m", "bench.speed.estimate", "--case", name, size]
                 command += ["--memory"] * args.memory
                 done = subprocess.run(command, capture_output=True, text=True, check=False)

@@ -2,11 +2,17 @@
 
     pip install --no-deps --target LLAMA xllamacpp gguf
     python -m bench.speed.serve --site LLAMA --check      # both servers write the same text; no timing
+    python -m bench.speed.serve --site LLAMA --tune       # llama.cpp alone, with each of SETTINGS
     python -m bench.speed.serve --site LLAMA
+    python -m bench.speed.serve --server llama-server     # a llama.cpp that was compiled for this CPU (-DGGML_NATIVE=ON)
 
 Both servers hold 8-bit weights (Q8_0 in llama.cpp, int8 in firth) of `firth fetch smollm2`, on THREADS threads and with 16
 rows. Each client sends three prompts one after another to `/v1/completions` and reads the stream; no two prompts are equal.
 The servers take turns, so that a ratio is within a round. Tokens are those that the servers report.
+
+llama.cpp has a KV cache of its own for each row (no unified one, over which every row would attend), continuous batching,
+batches of 2,048 tokens in parts of 512, its prompt cache, and a greedy sampler alone (top_k 1) in place of its chain of eight.
+The wheel of xllamacpp is compiled for AVX2; llama.cpp that is compiled for the CPU may be faster.
 """
 
 from __future__ import annotations
@@ -15,15 +21,18 @@ import argparse
 import http.client
 import json
 import os
+import re
+import socket
 import statistics
 import subprocess
 import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +40,11 @@ from bench.harness import busy_seconds, describe, machine
 from bench.speed.smollm2 import PROMPTS, add_site, model_directory
 
 CLIENTS, REQUESTS, NEW_TOKENS, THREADS, ROWS = (1, 4, 16), 3, 64, 2, 16
+SETTINGS = {
+    "": {}, "sleeping threads": {"poll": 0}, "no flash attention": {"flash": 0},
+    "sleeping threads, no flash attention": {"poll": 0, "flash": 0},
+}  # fmt: skip
+"""What `--tune` compares: whether waiting threads spin (`poll`, 0 to 100), and flash attention (-1 for llama.cpp's choice)."""
 CONTEXT = 512
 """Tokens of context of a row in llama.cpp, which divides its memory by the rows; firth takes what a row needs."""
 
@@ -60,11 +74,13 @@ class Address:
         name: Its name in the table.
         host: Host and port.
         process: Its process id.
+        fields: Further fields of its requests.
     """
 
     name: str
     host: str
     process: int
+    fields: Mapping[str, Any] = field(default_factory=dict)
 
 
 # ------------------------------------------------------------------------------- servers
@@ -100,8 +116,15 @@ def firth_server(weights: str) -> Iterator[Address]:
 
 
 @contextmanager
-def llama_server(kind: str, site: str) -> Iterator[Address]:
-    """Run llama.cpp's server in a process of its own, on a file that firth writes."""
+def llama_server(kind: str, site: str, binary: str, settings: Mapping[str, int]) -> Iterator[Address]:
+    """Run llama.cpp's server in a process of its own, on a file that firth writes.
+
+    Args:
+        kind: Format of the weights.
+        site: Directory of xllamacpp.
+        binary: The program llama-server, in place of xllamacpp; "" for none.
+        settings: A value of SETTINGS.
+    """
     from firth.pretrained import gguf
     from firth.pretrained.load_save import load_model
     from firth.tokenizer.tokenizer import Tokenizer
@@ -110,12 +133,22 @@ def llama_server(kind: str, site: str) -> Iterator[Address]:
         file = Path(folder) / "file.gguf"
         gguf.write(load_model(model_directory()), Tokenizer.load(model_directory()), file, kind)
         command = [sys.executable, "-m", "bench.speed.serve", "--site", site, "--llama", str(file)]
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stdin=subprocess.PIPE, text=True)
+        command += ["--settings", json.dumps(settings)]
+        if binary:
+            command = [binary, *binary_options(str(file), settings)]
+        process = subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, stdin=subprocess.PIPE, text=True
+        )
         assert process.stdout is not None
+        greedy = {"samplers": ["top_k"], "top_k": 1}
         try:
             for line in process.stdout:
-                if line.startswith("http://"):
-                    yield Address(f"llama.cpp, {kind}", line.strip().removeprefix("http://"), process.pid)
+                if found := re.search(r"http://(127\.0\.0\.1:\d+)", line):
+                    threading.Thread(
+                        target=process.stdout.read, daemon=True
+                    ).start()  # so that its log does not block it
+                    wait_for(found[1])
+                    yield Address(f"llama.cpp, {kind}", found[1], process.pid, greedy)
                     return
             raise RuntimeError("llama.cpp's server did not start")
         finally:
@@ -123,7 +156,36 @@ def llama_server(kind: str, site: str) -> Iterator[Address]:
             process.wait()
 
 
-def run_llama(file: str) -> None:
+def wait_for(host: str) -> None:
+    """Wait until a server has loaded its model."""
+    for _ in range(600):
+        connection = http.client.HTTPConnection(host, timeout=10)
+        try:
+            connection.request("GET", "/health")
+            if connection.getresponse().status == 200:
+                return
+        except OSError:
+            pass
+        finally:
+            connection.close()
+        time.sleep(0.1)
+    raise RuntimeError("llama.cpp's server did not load the model")
+
+
+def binary_options(file: str, settings: Mapping[str, int]) -> list[str]:
+    """Return the options of the program llama-server, which are those of `run_llama`."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    flash = {-1: "auto", 0: "off", 1: "on"}[settings.get("flash", -1)]
+    options = {
+        "-m": file, "--port": port, "-c": CONTEXT * ROWS, "-np": ROWS, "-b": 2048, "-ub": 512, "-t": THREADS, "-tb": THREADS,
+        "-fa": flash, "--poll": settings.get("poll", 50),
+    }  # fmt: skip
+    return [*(str(one) for pair in options.items() for one in pair), "--no-kv-unified"]
+
+
+def run_llama(file: str, settings: Mapping[str, int]) -> None:
     """Serve a file with llama.cpp until the process is ended; print the address."""
     import xllamacpp as library  # type: ignore[import-not-found]
 
@@ -131,6 +193,8 @@ def run_llama(file: str) -> None:
     params.model.path = file
     params.n_ctx, params.n_parallel, params.n_batch = CONTEXT * ROWS, ROWS, 2048
     params.cpuparams.n_threads = params.cpuparams_batch.n_threads = THREADS
+    params.cpuparams.poll = params.cpuparams_batch.poll = settings.get("poll", 50)
+    params.flash_attn_type, params.kv_unified = settings.get("flash", -1), False
     params.warmup, params.verbosity = True, 0
     server = library.Server(params)
     print(server.listening_address, flush=True)
@@ -144,7 +208,7 @@ def ask(address: Address, prompt: str) -> tuple[str, int, float]:
     """Stream an answer; return its text, its tokens and the seconds to its first one."""
     body = {
         "model": "smollm2", "prompt": prompt, "max_tokens": NEW_TOKENS, "temperature": 0, "stream": True,
-        "stream_options": {"include_usage": True},
+        "stream_options": {"include_usage": True}, **address.fields,
     }  # fmt: skip
     started, first, text, tokens = time.perf_counter(), 0.0, "", 0
     connection = http.client.HTTPConnection(address.host, timeout=600)
@@ -224,29 +288,48 @@ def main() -> None:
     parser.add_argument("--weights", default="int8", help="firth's weights: int8, int8-dynamic, bf16 or fp32")
     parser.add_argument("--kind", default="Q8_0", help="llama.cpp's weights: Q8_0, F16 or F32")
     parser.add_argument("--check", action="store_true", help="compare the texts of both servers; no timing")
+    parser.add_argument("--server", default="", help="the program llama-server, in place of xllamacpp")
+    parser.add_argument(
+        "--peer", default="", choices=[*SETTINGS], help="settings of llama.cpp, the best that --tune found"
+    )
+    parser.add_argument(
+        "--tune", action="store_true", help="measure llama.cpp alone, with 16 clients and each of its settings"
+    )
     parser.add_argument("--llama", default="", help=argparse.SUPPRESS)
+    parser.add_argument("--settings", default="{}", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     add_site(arguments.site)
     if arguments.llama:
-        run_llama(arguments.llama)
+        run_llama(arguments.llama, json.loads(arguments.settings))
         return
-    with llama_server(arguments.kind, arguments.site) as theirs, firth_server(arguments.weights) as ours:
+    peer = partial(llama_server, arguments.kind, arguments.site, arguments.server)
+    if arguments.tune:
+        for name, settings in SETTINGS.items():
+            with peer(settings) as theirs:
+                measure(theirs, 2, 99, 1)
+                found = measure(theirs, CLIENTS[-1], 1, 2)
+            print(
+                f"{name or 'defaults'}: {found.tokens / found.seconds:,.0f} tokens/s, others {found.others:.0%}",
+                flush=True,
+            )
+        return
+    with peer(SETTINGS[arguments.peer]) as theirs, firth_server(arguments.weights) as ours:
         if arguments.check:
             equal = [ask(theirs, prompt)[0][:40] == ask(ours, prompt)[0][:40] for prompt in PROMPTS]
             print(f"the first 40 characters of {sum(equal)} of {len(equal)} answers are equal")
             assert sum(equal) > len(equal) / 2
             return
-        found: dict[tuple[int, str], list[Measurement]] = {}
+        measured: dict[tuple[int, str], list[Measurement]] = {}
         for server in (theirs, ours):
             measure(server, 2, 99, 1)  # warm up
         for round in range(arguments.rounds):
             for clients in CLIENTS:
                 for server in (theirs, ours) if round % 2 else (ours, theirs):
                     result = measure(server, clients, round * 10 + clients % 7, arguments.requests)
-                    found.setdefault((clients, server.name), []).append(result)
+                    measured.setdefault((clients, server.name), []).append(result)
                     rate = f"{result.tokens / result.seconds:,.0f} tokens/s, others {result.others:.0%}"
                     print(f"round {round}, {clients} clients, {server.name}: {rate}", file=sys.stderr, flush=True)
-        print(table(found, [theirs.name, ours.name]))
+        print(table(measured, [theirs.name, ours.name]))
 
 
 if __name__ == "__main__":

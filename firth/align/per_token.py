@@ -41,12 +41,12 @@ def per_token_numbers(model: LM, reference: LM, samples: Sequence[Rollout], batc
     out = {name: np.zeros(real.shape) for name in ("old", "reference", "values", "kl", "entropy")}
     for first in range(0, len(samples), batch_size):
         part = slice(first, first + batch_size)
-        for name, numbers in _numbers(model, reference, samples[part]).items():
+        for name, numbers in batch_numbers(model, reference, samples[part]).items():
             out[name][part][real[part]] = numbers.double().cpu().numpy()
     return out | {"real": real}
 
 
-def _numbers(model: LM, reference: LM, samples: Sequence[Rollout]) -> dict[str, Tensor]:
+def batch_numbers(model: LM, reference: LM, samples: Sequence[Rollout]) -> dict[str, Tensor]:
     """Return one number per sampled token of these answers, in row order: (tokens,) each."""
     device = model.tokens.weight.device
     batch = rectangle([s.tokens[:-1] for s in samples], device)

@@ -36,7 +36,7 @@ from firth.align import held_out_texts
 from firth.align.advantages import GAE, AdvantageEstimator, GroupNormalized, LeaveOneOut, discounted_returns
 from firth.align.held_out_prompts import HeldOutPrompts
 from firth.align.held_out_texts import HeldOutTexts
-from firth.align.per_token import answer_mask, per_token_numbers
+from firth.align.per_token import answer_mask, batch_numbers, per_token_numbers
 from firth.align.rewards import (
     FunctionReward,
     RewardFunction,
@@ -430,12 +430,21 @@ class RolloutSource(Source):
     def rehearse(self) -> int:
         self.number, self.rewards = 0, self.rewards.without_functions()
         self.true_reward_function = self.true_reward_function and rehearsed(self.true_reward_function)
-        answer = np.full(self.config.max_new_tokens, self.tokenizer.vocab.size - 1, np.int32)
-        self.samples = [Rollout(self.prompts[i], answer, "", True) for i in self._prompts_of(0)]
-        real = answer_mask([len(answer)] * len(self.samples))
+        self.samples = self._longest_answers(0)
+        real = answer_mask([len(sample.answer) for sample in self.samples])
         self._store(real, dict.fromkeys(PER_TOKEN, np.zeros(real.shape)))
         models = [self.reference, *([self.critic.model] if self.critic is not None else [])]
         return sum(p.numel() * p.element_size() for model in models for p in model.parameters())
+
+    def rehearse_rollout(self, model: LM, number: int) -> None:
+        samples = self._longest_answers(number)
+        for first in range(0, len(samples), self.batch_size):
+            batch_numbers(model, model, samples[first : first + self.batch_size])
+
+    def _longest_answers(self, number: int) -> list[Rollout]:
+        """Return answers of the most tokens to the prompts of a rollout batch."""
+        answer = np.full(self.config.max_new_tokens, self.tokenizer.vocab.size - 1, np.int32)
+        return [Rollout(self.prompts[i], answer, "", True) for i in self._prompts_of(number)]
 
     @property
     def steps_per_rollout(self) -> int:

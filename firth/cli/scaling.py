@@ -106,11 +106,17 @@ def plan(
     out: Annotated[Path, typer.Option(help="The directory of the run in the command that is printed.")] = Path(
         "runs/plan"
     ),
+    calibrate: Annotated[
+        bool,
+        typer.Option(
+            "--calibrate", help="Train a tenth of the time on your text first, for the expected bits per byte."
+        ),
+    ] = False,
 ) -> None:
     """Plan a run for your text and time: size, vocabulary, epochs, memory, expected bits per byte, and the command."""
     from firth.scaling.plan import plan_runs
 
-    typer.echo(plan_runs(text, hours, goal, law, out))
+    typer.echo(plan_runs(text, hours, goal, law, out, measured=calibrate))
 
 
 def _numbers(name: str, text: str) -> tuple[float, ...]:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
 import os
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -12,27 +15,55 @@ from firth.cli.options import Seed, Tokens, TopP, Weights, number_option
 from firth.fields import AnswerCount, NonNegativeInt, Port, PositiveFloat, Share
 from firth.types import UserError
 
+if TYPE_CHECKING:
+    from firth.serve.config import ServeConfig
+
 KEY_VARIABLE = "FIRTH_API_KEY"
 
-Host = Annotated[str, typer.Option(help="The address to listen on; one that others can reach needs a key.")]
-ListenPort = Annotated[int, number_option(Port, help="The port; 0 takes a free one.")]
-ApiKey = Annotated[str, typer.Option(help=f"The key that requests need; better in the environment, as {KEY_VARIABLE}.")]
-AllowHost = Annotated[
-    list[str] | None, typer.Option(help="A further name of this server in requests; may be given several times.")
-]
+
+def address(
+    host: Annotated[
+        str, typer.Option(help="The address to listen on; one that others can reach needs a key.")
+    ] = "127.0.0.1",
+    port: Annotated[int, number_option(Port, help="The port; 0 takes a free one.")] = 8000,
+    api_key: Annotated[
+        str, typer.Option(help=f"The key that requests need; better in the environment, as {KEY_VARIABLE}.")
+    ] = "",
+    allow_host: Annotated[
+        list[str] | None, typer.Option(help="A further name of this server in requests; may be given several times.")
+    ] = None,
+) -> ServeConfig:
+    """Return the configuration of a server with these options, which all commands here have."""
+    check_installed()
+    from firth.serve.config import ServeConfig
+
+    return ServeConfig(host, port, api_key or os.environ.get(KEY_VARIABLE, ""), tuple(allow_host or ()))
 
 
+def serving(command: Callable[..., None]) -> Callable[..., None]:
+    """Return a command with the options of `address` after its own; it gets their result as its first argument."""
+    shared = inspect.signature(address, eval_str=True, locals={"ServeConfig": object}).parameters
+    _, *own = inspect.signature(command, eval_str=True, locals={"ServeConfig": object}).parameters.values()
+
+    def run(**options: Any) -> None:
+        command(address(**{name: options.pop(name) for name in shared}), **options)
+
+    parameters = [one.replace(kind=one.KEYWORD_ONLY) for one in (*own, *shared.values())]
+    run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]  # what typer reads
+    run.__annotations__ = {one.name: one.annotation for one in parameters}
+    run.__name__, run.__doc__ = command.__name__, command.__doc__
+    return run
+
+
+@serving
 def serve(
+    config: ServeConfig,
     models: Annotated[
         list[str],
         typer.Argument(
             help="Run or model directories, adapters or GGUF files: PATH, or NAME=PATH to set the name in requests."
         ),
     ],
-    host: Host = "127.0.0.1",
-    port: ListenPort = 8000,
-    api_key: ApiKey = "",
-    allow_host: AllowHost = None,
     limit: Annotated[
         list[str] | None,
         typer.Option(
@@ -46,39 +77,35 @@ def serve(
     ] = None,
 ) -> None:
     """Serve models over HTTP with OpenAI's routes, firth's own routes and a page."""
-    check_installed()
     from firth.serve.app import create_app
     from firth.serve.board import Board
-    from firth.serve.config import ServeConfig, limits_from
+    from firth.serve.config import limits_from
     from firth.serve.registry import load_models
     from firth.serve.server import serve as run
 
-    config = ServeConfig(host, port, _key(api_key), tuple(allow_host or ()), limits_from(limit or []))
+    config = replace(config, limits=limits_from(limit or []))
     registry = load_models(models, weights, config.limits.max_rows)
     run(create_app(registry, config, board=Board(runs) if runs else None), config)
 
 
+@serving
 def watch(
+    config: ServeConfig,
     runs: Annotated[
         list[Path] | None, typer.Argument(help="Runs, or directories of runs, which may begin later; runs/ by default.")
     ] = None,
-    host: Host = "127.0.0.1",
-    port: ListenPort = 8000,
-    api_key: ApiKey = "",
-    allow_host: AllowHost = None,
 ) -> None:
     """Show runs on a page while they train: their states, and curves that grow."""
-    check_installed()
     from firth.serve.app import create_app
     from firth.serve.board import Board
-    from firth.serve.config import ServeConfig
     from firth.serve.server import serve as run
 
-    config = ServeConfig(host, port, _key(api_key), tuple(allow_host or ()))
     run(create_app(None, config, board=Board(runs or [Path("runs")])), config)
 
 
+@serving
 def annotate(
+    config: ServeConfig,
     paths: Annotated[
         list[str],
         typer.Argument(
@@ -101,20 +128,13 @@ def annotate(
     ] = True,
     limit: Annotated[int, number_option(NonNegativeInt, help="Most prompts; 0 for all.")] = 0,
     seed: Seed = 0,
-    host: Host = "127.0.0.1",
-    port: ListenPort = 8000,
-    api_key: ApiKey = "",
-    allow_host: AllowHost = None,
 ) -> None:
     """Collect preferences of people on a page: prompts with answers of one or several runs, whose names are hidden."""
-    check_installed()
     from firth.serve.annotation import AnnotationConfig, Collection, annotation_routes
     from firth.serve.app import create_app
-    from firth.serve.config import ServeConfig
     from firth.serve.server import serve as run
 
     *names, prompts = paths
-    config = ServeConfig(host, port, _key(api_key), tuple(allow_host or ()))
     about = AnnotationConfig(
         tuple(names), (prompts,), answers, twice, temperature, top_p, max_new_tokens, chat, limit, seed
     )
@@ -125,11 +145,6 @@ def annotate(
     finally:
         collection.preferences.close()
     typer.echo(f"{out}: {len(collection.preferences.judgments()):,} judgments")
-
-
-def _key(given: str) -> str:
-    """Return the API key: the given one, or that of the environment."""
-    return given or os.environ.get(KEY_VARIABLE, "")
 
 
 def check_installed() -> None:

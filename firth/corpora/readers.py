@@ -255,7 +255,7 @@ def records(
     columns: Sequence[str] = (),
     text: tables.Reader | None = None,
 ) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield (file:line, record) of every record. Within `first_records`, only the first ones.
+    """Yield (file:line, record) of every record. Within `first_records` only the first ones, within `every_nth_record` a sample.
 
     Args:
         paths: Files, directories and glob patterns.
@@ -289,13 +289,26 @@ def first_records(count: int | None) -> Iterator[None]:
         _MAX_RECORDS.reset(token)
 
 
+_RECORD_STRIDE: ContextVar[int] = ContextVar("record_stride", default=1)
+
+
+@contextmanager
+def every_nth_record(n: int) -> Iterator[None]:
+    """Let `records` yield every n-th record of each file within the block, from the first one. Skipped JSON lines are not parsed."""
+    token = _RECORD_STRIDE.set(n)
+    try:
+        yield
+    finally:
+        _RECORD_STRIDE.reset(token)
+
+
 def _all_records(
     paths: Sequence[str], counts: ReadStats, columns: Sequence[str], text: tables.Reader | None
 ) -> Iterator[tuple[str, dict[str, Any]]]:
     for path in files(paths, tabled=True):
         if _kind(path) == "text" and text is None:
             raise UserError(f"{path}: records are wanted here (.jsonl, .csv, .tsv or .parquet), and this is plain text")
-        yield from _records(path, counts, (), columns, text)
+        yield from _records(path, counts, (), columns, text, _RECORD_STRIDE.get())
 
 
 def text_field(record: dict[str, Any], field: str, place: str = "") -> str:
@@ -394,7 +407,12 @@ def _split(chunks: Iterator[str], split: str, counts: ReadStats) -> Iterator[str
 
 
 def _records(
-    path: Path, counts: ReadStats, wanted: Sequence[str], columns: Sequence[str], text: tables.Reader | None = None
+    path: Path,
+    counts: ReadStats,
+    wanted: Sequence[str],
+    columns: Sequence[str],
+    text: tables.Reader | None = None,
+    stride: int = 1,
 ) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yield (file:line, record) of one file.
 
@@ -404,15 +422,21 @@ def _records(
         wanted: Columns to read of a Parquet table; empty for all.
         columns: As in `records`.
         text: As in `records`.
+        stride: The first record of each so many is yielded.
     """
     counts.files += 1
     kind = _kind(path)
     suffix = (path.with_suffix("") if path.suffix.lower() in PACKED else path).suffix.lower()
     if kind in ("table", "lines") or (suffix == ".json" and _has_lines(path)):
-        yield from (_table(path, counts, wanted) if kind == "table" else _lines(path, counts))
+        yield from (
+            itertools.islice(_table(path, counts, wanted), 0, None, stride)
+            if kind == "table"
+            else _lines(path, counts, stride)
+        )
         return
     with guarded(path) as file:
-        yield from (text if kind == "text" and text else tables.READERS[suffix])(file, path, counts, columns)
+        read = text if kind == "text" and text else tables.READERS[suffix]
+        yield from itertools.islice(read(file, path, counts, columns), 0, None, stride)
 
 
 def _has_lines(path: Path) -> bool:
@@ -428,7 +452,53 @@ def _has_lines(path: Path) -> bool:
     return isinstance(first, dict) and "data" not in first  # SQuAD's JSON may be one line
 
 
-def _lines(path: Path, counts: ReadStats) -> Iterator[tuple[str, dict[str, Any]]]:
+def _lines(path: Path, counts: ReadStats, stride: int = 1) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield (file:line, record) of one in `stride` JSON lines, without the records that a later line takes back.
+
+    `firth annotate` only appends to its files: {"undo": 7} takes back the record with the id 7. Its records have an `annotator`, so
+    that only a file that begins with such a record is read twice. A last line that a killed process left incomplete is skipped there.
+    """
+    undone: set[int] | None = None
+    appended = False
+    for number, line in _numbered_lines(path, counts):
+        if (number - 1) % stride:
+            continue
+        place = f"{path}:{number}"
+        if appended and not line.endswith(b"\n") and not _is_json(line):
+            return
+        record = parse(line, place, counts)
+        if undone is None:
+            appended = "annotator" in record
+            undone = _undone(path) if appended else set()
+        if _undo_of(record) is None and not (undone and record.get("id") in undone):
+            yield place, record
+
+
+def _undone(path: Path) -> set[int]:
+    """Return the ids of the records that lines of a file take back."""
+    found: set[int] = set()
+    for _, line in _numbered_lines(path, ReadStats()):
+        if b'"undo"' in line and _is_json(line) and (id := _undo_of(json.loads(line))) is not None:
+            found.add(id)
+    return found
+
+
+def _undo_of(record: Any) -> int | None:
+    """Return the id of the record that a line takes back; None for a line that is a record."""
+    id = record.get("undo") if isinstance(record, dict) and record.keys() <= {"id", "undo", "annotator"} else None
+    return id if type(id) is int else None
+
+
+def _is_json(line: bytes) -> bool:
+    try:
+        json.loads(line)
+    except (ValueError, RecursionError):
+        return False
+    return True
+
+
+def _numbered_lines(path: Path, counts: ReadStats) -> Iterator[tuple[int, bytes]]:
+    """Yield the number of each line that is not blank, and the line."""
     number = 0
     with guarded(path) as file:
         reader = io.BufferedReader(cast(io.RawIOBase, file), 1 << 20)
@@ -443,9 +513,8 @@ def _lines(path: Path, counts: ReadStats) -> Iterator[tuple[str, dict[str, Any]]
                 if line[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
                     raise UserError(f"{path}: this is UTF-16 and UTF-8 is read; convert it: iconv -f UTF-16 -t UTF-8")
                 line = line.removeprefix(codecs.BOM_UTF8)
-            if not line.strip():
-                continue
-            yield f"{path}:{number}", parse(line, f"{path}:{number}", counts)
+            if line.strip():
+                yield number, line
     if not number:
         counts.empty += 1
 

@@ -39,7 +39,7 @@ def is_corpus(path: str | Path) -> bool:
 
 
 @dataclass(frozen=True)
-class Corpus:
+class PreparedCorpus:
     """An open corpus.
 
     Args:
@@ -51,7 +51,7 @@ class Corpus:
     manifest: Mapping[str, Any]
 
     @classmethod
-    def open(cls, directory: Path | str) -> Corpus:
+    def open(cls, directory: Path | str) -> PreparedCorpus:
         """Open a complete corpus.
 
         Raises:
@@ -108,7 +108,7 @@ def open_stores(paths: Sequence[str | Path], tokenizer: Tokenizer) -> tuple[Toke
     Raises:
         UserError: A corpus is damaged, has another tokenizer or no training documents.
     """
-    corpora = [Corpus.open(path) for path in paths]
+    corpora = [PreparedCorpus.open(path) for path in paths]
     for corpus in corpora:
         check_store_tokenizer(corpus.directory, corpus.manifest["tokenizer"], tokenizer)
     train, valid = (_store(corpora, split) for split in SPLITS)
@@ -117,7 +117,7 @@ def open_stores(paths: Sequence[str | Path], tokenizer: Tokenizer) -> tuple[Toke
     return train, valid
 
 
-def _store(corpora: Sequence[Corpus], split: str) -> TokenStore | None:
+def _store(corpora: Sequence[PreparedCorpus], split: str) -> TokenStore | None:
     parts = [part for corpus in corpora for part in corpus.parts(split)]
     if not parts:
         return None
@@ -152,7 +152,7 @@ def part_directory(corpus: Path, number: int) -> Path:
 
 def write_manifest(
     directory: Path, numbers: Sequence[int], tokenizer: Tokenizer, settings: Mapping[str, Any], texts: Mapping[str, Any]
-) -> Corpus:
+) -> PreparedCorpus:
     """Write corpus.json over complete parts, and return the corpus.
 
     Args:
@@ -184,4 +184,4 @@ def write_manifest(
         "content": digest({"tokenizer": tokenizer.digest, "parts": contents}),
     }
     write_record(directory / CORPUS_FILE, json.loads(json.dumps(manifest)))
-    return Corpus.open(directory)
+    return PreparedCorpus.open(directory)

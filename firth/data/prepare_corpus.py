@@ -28,7 +28,7 @@ import numpy as np
 
 from firth.corpora.input_files import ReadStats, many
 from firth.data import filters
-from firth.data.corpus import PART_FILE, PARTS, TOKENIZER, Corpus, part_directory, total, write_manifest
+from firth.data.corpus import PART_FILE, PARTS, TOKENIZER, PreparedCorpus, part_directory, total, write_manifest
 from firth.data.corpus_part import DROPPED, EXAMPLES, SCAN, Part, PartSettings
 from firth.data.pieces import Piece, group, list_pieces
 from firth.io.atomic import make_directory, refusals
@@ -68,7 +68,7 @@ def prepare_corpus(
     tokenizer: TokenizerChoice,
     workers: int | None = None,
     log: LogLine = LOGGER.info,
-) -> Corpus:
+) -> PreparedCorpus:
     """Prepare text into a corpus, or continue or extend one.
 
     Args:
@@ -297,7 +297,9 @@ def _progress(task: str, done: int, whole: int, seconds: float) -> str:
     return f"{task}: {done / 1e6:,.0f} of about {whole / 1e6:,.0f} MB, {speed / 1e6:.1f} MB/s, about {max(1, round(left))} min left"
 
 
-def _finish(out: Path, parts: Sequence[Part], tokenizer: Tokenizer, settings: PartSettings, log: LogLine) -> Corpus:
+def _finish(
+    out: Path, parts: Sequence[Part], tokenizer: Tokenizer, settings: PartSettings, log: LogLine
+) -> PreparedCorpus:
     """Write corpus.json, remove what no part needs, and report.
 
     Raises:
@@ -326,7 +328,7 @@ def _finish(out: Path, parts: Sequence[Part], tokenizer: Tokenizer, settings: Pa
     return corpus
 
 
-def describe(corpus: Corpus) -> list[str]:
+def describe(corpus: PreparedCorpus) -> list[str]:
     """Return what a corpus holds and what was dropped, as lines."""
     manifest = corpus.manifest
     documents = {

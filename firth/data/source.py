@@ -111,6 +111,9 @@ class Source:
         """
         return 0
 
+    def rehearse_rollout(self, model: LM, number: int) -> None:
+        """Run the forward passes of a rollout batch that need no sampled text, for a dry run after `rehearse`."""
+
     @property
     def steps_per_rollout(self) -> int:
         """Training steps that one `prepare` serves."""
@@ -238,6 +241,10 @@ class MixtureSource(Source):
     def rehearse(self) -> int:
         return sum(source.rehearse() for source in self.sources)
 
+    def rehearse_rollout(self, model: LM, number: int) -> None:
+        for source in self.sources:
+            source.rehearse_rollout(model, number)
+
     @property
     def steps_per_rollout(self) -> int:
         return max(source.steps_per_rollout for source in self.sources)
@@ -298,6 +305,9 @@ class WrappedSource(Source):
 
     def rehearse(self) -> int:
         return self.source.rehearse()
+
+    def rehearse_rollout(self, model: LM, number: int) -> None:
+        self.source.rehearse_rollout(model, number)
 
     @property
     def steps_per_rollout(self) -> int:

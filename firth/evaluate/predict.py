@@ -15,17 +15,21 @@ is an error (`firth.evaluate.prediction_inputs`). Warnings name what was truncat
 from __future__ import annotations
 
 import csv
+import io
 import json
 import tempfile
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, TextIO
 
-from firth.evaluate.prediction_inputs import read_inputs
+from firth.evaluate.heads import HeadOutput
+from firth.evaluate.prediction_inputs import InputRecords, read_inputs
 from firth.evaluate.task import EvaluatedModel, Progress, Task, load_evaluated_model
 from firth.evaluate.tasks import TASKS, default_task
 from firth.evaluate.tasks.generation import GENERATION
 from firth.generate.scoring import scoring_mode
+from firth.generate.slices import Slices
 from firth.io.atomic import new_file
 from firth.types import LOGGER, LogLine, UserError
 
@@ -63,21 +67,54 @@ def predict_with(
 ) -> Iterator[dict[str, Any]]:
     """Yield a row of predictions of a loaded model for each record; see `predict`."""
     task = prediction_task(evaluated)
-    assert task.predict is not None and task.input_schema is not None
+    assert task.predict is not None
+    with _loaded(evaluated, task, file, stdin, form) as (records, items):
+        predictions = iter(()) if items is None else task.predict(evaluated, items, progress)
+        for row, has_text in zip(records.rows, records.has_text, strict=True):
+            yield row | (next(predictions) if has_text else {})
+        next(predictions, None)  # exhaust the generator, which restores the mode of the model
+
+
+def predict_slices(evaluated: EvaluatedModel, lines: bytes, max_tokens: int) -> Slices[list[dict[str, Any]]]:
+    """Return a row of predictions of a task head for each record, in slices of a forward pass.
+
+    Args:
+        evaluated: A model whose task reads a head (`Task.head`).
+        lines: The records, as JSON lines.
+        max_tokens: Most padded tokens of a forward pass, or those of one row of a record.
+
+    Raises:
+        UserError: A record does not fit the task.
+    """
+    task = prediction_task(evaluated)
+    assert task.head is not None
+    with _loaded(evaluated, task, "-", io.BytesIO(lines), "jsonl") as (records, items):
+        outputs: list[HeadOutput] = []
+        for some in task.head.batches(evaluated, items, lambda _: None, max_tokens) if items is not None else ():
+            outputs += some
+            yield
+        predictions = iter(()) if items is None else task.head.rows(evaluated, items, iter(outputs))
+        rows = zip(records.rows, records.has_text, strict=True)
+        return [row | (next(predictions) if has_text else {}) for row, has_text in rows]
+
+
+@contextmanager
+def _loaded(
+    evaluated: EvaluatedModel, task: Task, file: str, stdin: BinaryIO, form: str
+) -> Iterator[tuple[InputRecords, Any]]:
+    """Yield the records and the items of a task, None if no record has text; errors in the context have the user's locations."""
+    assert task.input_schema is not None
     with tempfile.TemporaryDirectory() as folder:
         records = read_inputs(file, stdin, form, task.input_schema(evaluated), Path(folder))
         for note in records.notes:
             LOGGER.warning(note)
         with records.user_locations():
-            predictions: Iterator[dict[str, Any]] = iter(())
+            items = None
             if any(records.has_text):
                 items = task.load(evaluated, [str(records.path)], labeled=False)
                 for note in task.notes(items):
                     LOGGER.warning(records.with_user_locations(note))
-                predictions = task.predict(evaluated, items, progress)
-            for row, has_text in zip(records.rows, records.has_text, strict=True):
-                yield row | (next(predictions) if has_text else {})
-            next(predictions, None)  # exhaust the generator, which restores the mode of the model
+            yield records, items
 
 
 def prediction_task(evaluated: EvaluatedModel) -> Task:

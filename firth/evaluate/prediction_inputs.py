@@ -39,6 +39,23 @@ Record = dict[str, Any]
 
 
 @dataclass(frozen=True)
+class FormField:
+    """A field of a record, as a page asks for it.
+
+    Args:
+        field: Its name in the record.
+        label: What the page calls it.
+        kind: "text"; "passage", a long text; "words", separated by blanks; "lines", a list with one text a line.
+        note: How it is written; empty where that is clear.
+    """
+
+    field: str
+    label: str
+    kind: Literal["text", "passage", "words", "lines"] = "text"
+    note: str = ""
+
+
+@dataclass(frozen=True)
 class InputSchema:
     """Input that a task reads.
 

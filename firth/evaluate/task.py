@@ -10,14 +10,14 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from firth.corpora.readers import first_records
 from firth.data.records import Records, RecordsConfig
 from firth.evaluate import metrics
-from firth.evaluate.prediction_inputs import InputSchema
+from firth.evaluate.prediction_inputs import FormField, InputSchema
 from firth.evaluate.tokenizer_match import check_adapter_base, load_tokenizer
 from firth.io.sharded import run_of
 from firth.io.yaml_files import read_yaml
@@ -30,6 +30,9 @@ from firth.tokenizer.chat_template import TEMPLATE
 from firth.tokenizer.tokenizer import Tokenizer
 from firth.tokenizer.vocab import Vocab
 from firth.types import LOGGER, UserError
+
+if TYPE_CHECKING:
+    from firth.evaluate.heads import HeadTask
 
 MetricFunction = Callable[..., float]
 Progress = Callable[[float], None]
@@ -178,6 +181,9 @@ class Task:
         input_schema: Returns the input that `predict` reads.
         notes: Returns sentences about truncated or skipped items.
         extra_metrics: Returns the metrics that depend on the items, such as F1 for two classes.
+        route: Name of the route by which a server predicts, such as "classify"; empty if it does not.
+        form: Returns the fields of a record as a page asks for them (tasks with `route`).
+        head: How the head is read, for tasks that predict with one.
     """
 
     name: str
@@ -189,6 +195,9 @@ class Task:
     input_schema: Callable[[EvaluatedModel], InputSchema] | None = None
     notes: Callable[[Any], Sequence[str]] = lambda items: items.notes
     extra_metrics: Callable[[Any], Mapping[str, MetricFunction]] = lambda items: {}
+    route: str = ""
+    form: Callable[[EvaluatedModel], Sequence[FormField]] = lambda evaluated: ()
+    head: HeadTask | None = None
 
     def run(
         self,

@@ -32,6 +32,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from firth.generate.decoding_batch import inference_mode, rectangle
+from firth.generate.slices import Slices, can_read_in_chunks, finish, read_in_chunks
 from firth.io.atomic import new_file
 from firth.model.model import LM
 from firth.model.variants import average
@@ -59,6 +60,16 @@ def embed(
     Returns:
         The vectors (n, hidden_size) float32, and the indices of the texts that were truncated.
     """
+    return finish(embed_slices(model, tokenizer, texts, length=length, unit=unit))
+
+
+def embed_slices(
+    model: LM, tokenizer: Tokenizer, texts: Sequence[str], *, length: int = 0, unit: bool = True, max_tokens: int = 0
+) -> Slices[tuple[np.ndarray, list[int]]]:
+    """Embed texts as `embed` does, in slices of at most `max_tokens` tokens; 0 for MAX_BATCH_TOKENS.
+
+    A longer text is a slice of its own, unless a decoder reads it, in chunks.
+    """
     length = min(length or model.context, model.context)
     vocab = tokenizer.vocab
     has_cls_sep = "cls" in vocab.roles and "sep" in vocab.roles
@@ -70,17 +81,20 @@ def embed(
     order = sorted(range(len(rows)), key=lambda i: -len(rows[i]))
     with inference_mode(model):
         while order:
-            batch = order[: max(1, MAX_BATCH_TOKENS // len(rows[order[0]]))]
-            out[batch] = _mean_states(model, [rows[i] for i in batch], unit)
+            batch = order[: max(1, (max_tokens or MAX_BATCH_TOKENS) // len(rows[order[0]]))]
+            out[batch] = yield from _mean_states(model, [rows[i] for i in batch], unit, max_tokens)
             order = order[len(batch) :]
+            yield
     return out, truncated
 
 
-def _mean_states(model: LM, rows: Sequence[np.ndarray], unit: bool) -> np.ndarray:
+def _mean_states(model: LM, rows: Sequence[np.ndarray], unit: bool, max_tokens: int) -> Slices[np.ndarray]:
     device = model.tokens.weight.device
     batch = rectangle(rows, device, causal=model.config.causal and not model.config.encoder.num_layers)
     if model.config.encoder.num_layers:
         hidden = model.encode({f"source_{name}": field for name, field in batch.items()})
+    elif len(rows) == 1 and 0 < max_tokens < len(rows[0]) and can_read_in_chunks(model):
+        hidden = yield from read_in_chunks(model, batch | {"positions": batch["query_time"]}, max_tokens)
     else:
         hidden = model(batch)
     means = average(hidden.float(), batch["key_time"])

@@ -32,6 +32,7 @@ from firth.generate.quantized import quantize
 from firth.generate.sampling import Sampling
 from firth.generate.scheduler import GenerationRequest, Scheduler
 from firth.generate.scoring import ScoredPair, score_pairs
+from firth.generate.slices import Slices, finish
 from firth.model.model import LM
 from firth.tokenizer import chat
 from firth.tokenizer.tokenizer import Tokenizer
@@ -91,6 +92,16 @@ class Engine:
         Raises:
             UserError: A prompt is empty or longer than the model's context.
         """
+        return finish(self.generate_slices(prompts, sampling, progress, seeds))
+
+    def generate_slices(
+        self,
+        prompts: Sequence[np.ndarray],
+        sampling: Sampling,
+        progress: Callable[[int], None] | None = None,
+        seeds: Sequence[int] | None = None,
+    ) -> Slices[list[Completion]]:
+        """Continue each prompt as `generate` does, and yield after each step."""
         chosen = [sampling.seed + i if seeds is None else seeds[i] for i in range(len(prompts))]
         for i, prompt in enumerate(prompts):
             self._check_length(f"prompt {i}", len(prompt), len(prompt))
@@ -100,7 +111,7 @@ class Engine:
         ]
         # Prompts of similar length are read together, for less padding.
         order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
-        answers = self._run([requests[i] for i in order], self.batch_size, progress)
+        answers = yield from self._run([requests[i] for i in order], self.batch_size, progress)
         return [answers[place] for place in np.argsort(order)]
 
     def posterior(self, texts: Sequence[np.ndarray]) -> Tensor:
@@ -116,7 +127,7 @@ class Engine:
             GenerationRequest(start, sampling, sampling.seed + i, latent=latent, stream=False)
             for i, latent in enumerate(latents)
         ]
-        return self._run(requests, len(requests))
+        return finish(self._run(requests, len(requests)))
 
     def stream(self, prompt: np.ndarray, sampling: Sampling) -> Iterator[str]:
         """Continue one prompt and yield the text in pieces, which join to the text of `generate`."""
@@ -148,8 +159,8 @@ class Engine:
 
     def _run(
         self, requests: Sequence[GenerationRequest], max_rows: int, progress: Callable[[int], None] | None = None
-    ) -> list[Completion]:
-        """Return the answers to all requests, in order."""
+    ) -> Slices[list[Completion]]:
+        """Return the answers to all requests, in order; yield after each step."""
         scheduler = Scheduler(self, max_rows, ANY_LENGTH, 0, min_free_rows=-(-max_rows // ADMISSION))
         place = {scheduler.submit(request): i for i, request in enumerate(requests)}
         answers: dict[int, Completion] = {}
@@ -161,6 +172,7 @@ class Engine:
                         answers[place[update.id]] = update.completion
                 if progress is not None and len(answers) > finished:
                     progress(len(answers))
+                yield
         return [answers[i] for i in range(len(requests))]
 
     def score(self, prompts: Sequence[np.ndarray], completions: Sequence[np.ndarray]) -> list[float]:

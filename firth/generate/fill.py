@@ -7,7 +7,7 @@ Other models, sequence-to-sequence and bidirectional LSTM language models:
 
     encoder-decoders, prefix language models     the objective builds the prompt of a text with gaps (`Objective.hide`)
         sentinels (T5) the answer has each span after its sentinel: `fill_spans`, candidates of any length
-        none (BART)    the answer is the whole text: `rewrite`
+        none (BART)    the answer is the whole text: `rewrite_slices`
     forward and backward language models (ELMo)  `fill_two_way`, one token for each gap
 
 Candidates for a span are what the model generates greedily and in NUM_SAMPLES samples; their probability is the model's
@@ -26,6 +26,8 @@ from firth.generate.decoding_batch import inference_mode, rectangle
 from firth.generate.engine import Engine
 from firth.generate.output import Completion
 from firth.generate.sampling import Sampling
+from firth.generate.scoring import MAX_LOGIT_ROWS
+from firth.generate.slices import Slices, finish
 from firth.model.heads import LMHead
 from firth.model.model import LM
 from firth.tokenizer.tokenizer import Tokenizer
@@ -73,6 +75,11 @@ def fill_masks(model: LM, tokenizer: Tokenizer, text: str, k: int = 5) -> list[l
     Raises:
         UserError: The text has no mask or is longer than the context, or the model is causal or has no LM head.
     """
+    return finish(mask_slices(model, tokenizer, text, k))
+
+
+def mask_slices(model: LM, tokenizer: Tokenizer, text: str, k: int = 5) -> Slices[list[list[Candidate]]]:
+    """Fill masks as `fill_masks` does; the text is one slice, and so are MAX_LOGIT_ROWS masks."""
     if not model.has_lm_head:
         raise UserError(f"this model has no LM head, so it cannot fill masks; its heads are {list(model.heads)}")
     tokens = masked(tokenizer, text)
@@ -88,13 +95,17 @@ def fill_masks(model: LM, tokenizer: Tokenizer, text: str, k: int = 5) -> list[l
             batch["key_time"] = batch["key_time"].masked_fill(batch["tokens"] == tokenizer.vocab.mask, NEVER)
         hidden = model(batch)[0]
         masks = torch.from_numpy(np.flatnonzero(tokens == tokenizer.vocab.mask)).to(device)
-        probabilities = head(hidden[masks]).float().softmax(-1)  # (masks, vocab)
-        probabilities[:, np.flatnonzero(tokenizer.vocab.special)] = 0.0
-        best = probabilities.topk(min(k, len(tokenizer.vocab.ordinary)), -1)
-    return [
-        [Candidate(i, tokenizer.token(i), p) for i, p in zip(index, probability, strict=True)]
-        for index, probability in zip(best.indices.tolist(), best.values.tolist(), strict=True)
-    ]
+        found: list[list[Candidate]] = []
+        for some in masks.split(MAX_LOGIT_ROWS):
+            yield
+            probabilities = head(hidden[some]).float().softmax(-1)  # (masks, vocab)
+            probabilities[:, np.flatnonzero(tokenizer.vocab.special)] = 0.0
+            best = probabilities.topk(min(k, len(tokenizer.vocab.ordinary)), -1)
+            found += [
+                [Candidate(i, tokenizer.token(i), p) for i, p in zip(index, probability, strict=True)]
+                for index, probability in zip(best.indices.tolist(), best.values.tolist(), strict=True)
+            ]
+    return found
 
 
 NUM_SAMPLES = 32
@@ -143,6 +154,11 @@ def split_gaps(tokenizer: Tokenizer, text: str, mark: str) -> list[np.ndarray]:
 
 
 def fill_spans(engine: Engine, shown: InfillPrompt, k: int = 5, seed: int = 0) -> list[list[Candidate]]:
+    """Return the k most likely spans for each gap; see `span_slices`."""
+    return finish(span_slices(engine, shown, k, seed))
+
+
+def span_slices(engine: Engine, shown: InfillPrompt, k: int = 5, seed: int = 0) -> Slices[list[list[Candidate]]]:
     """Return the k most likely spans for each gap among those that the model generates, most likely first.
 
     The probability of a span is that of its tokens and of the next sentinel, given the same answer's earlier spans.
@@ -158,8 +174,10 @@ def fill_spans(engine: Engine, shown: InfillPrompt, k: int = 5, seed: int = 0) -
     stops = [*engine.stops, int(shown.marks[-1])]
     writer = Engine(engine.model, engine.tokenizer, stops=stops, batch_size=engine.batch_size)
     max_tokens = (MAX_SPAN_TOKENS + 1) * gaps + 1
-    greedy = writer.generate([shown.tokens], Sampling(temperature=0, max_new_tokens=max_tokens))
-    sampled = writer.generate([shown.tokens] * NUM_SAMPLES, Sampling(max_new_tokens=max_tokens, seed=seed))
+    greedy = yield from writer.generate_slices([shown.tokens], Sampling(temperature=0, max_new_tokens=max_tokens))
+    sampled = yield from writer.generate_slices(
+        [shown.tokens] * NUM_SAMPLES, Sampling(max_new_tokens=max_tokens, seed=seed)
+    )
     by_text: list[dict[str, Candidate]] = [{} for _ in range(gaps)]
     for answer in (*greedy, *sampled):
         for gap, (start, stop) in enumerate(_spans(answer.tokens, shown.marks, answer.finish == "stop")):
@@ -197,13 +215,19 @@ def _spans(tokens: np.ndarray, marks: np.ndarray, ended: bool) -> list[tuple[int
     return spans
 
 
-def rewrite(engine: Engine, shown: InfillPrompt) -> Completion:
+def rewrite_slices(engine: Engine, shown: InfillPrompt) -> Slices[Completion]:
     """Return the whole text as a denoising model generates it, greedily."""
     max_tokens = 2 * len(shown.tokens) + MAX_SPAN_TOKENS
-    return engine.generate([shown.tokens], Sampling(temperature=0, max_new_tokens=max_tokens))[0]
+    [answer] = yield from engine.generate_slices([shown.tokens], Sampling(temperature=0, max_new_tokens=max_tokens))
+    return answer
 
 
 def fill_two_way(engine: Engine, pieces: Sequence[np.ndarray], k: int = 5) -> list[list[Candidate]]:
+    """Return the k most likely tokens for each gap; see `two_way_slices`."""
+    return finish(two_way_slices(engine, pieces, k))
+
+
+def two_way_slices(engine: Engine, pieces: Sequence[np.ndarray], k: int = 5) -> Slices[list[list[Candidate]]]:
     """Return the k most likely tokens for each gap under a forward and a backward language model (ELMo).
 
     The probability is proportional to the product of the forward model's, given the text on the left, and the backward
@@ -228,6 +252,7 @@ def fill_two_way(engine: Engine, pieces: Sequence[np.ndarray], k: int = 5) -> li
                 if len(row):
                     states = model(rectangle([row], engine.device))[0, at].chunk(2)[side]
                     logits = logits + head(states).float().log_softmax(-1).cpu()
+                    yield
             best = logits.masked_fill(~allowed, float("-inf")).softmax(-1).topk(min(k, len(tokenizer.vocab.ordinary)))
             candidates.append(
                 [

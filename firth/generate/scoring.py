@@ -26,6 +26,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from firth.generate.decoding_batch import inference_mode, pad_right, rectangle
+from firth.generate.slices import Slices, can_read_in_chunks, read_in_chunks, yielding
 from firth.model.config import ModelConfig
 from firth.model.forward_context import EncoderOutput, ForwardContext
 from firth.model.heads import LMHead
@@ -146,6 +147,10 @@ class _Branches:
         return sum(len(one) - 1 for one in self.continuations)
 
 
+Scored = list[tuple[int, TokenScores]]
+"""Index and scores of the pairs that a forward pass completes; often none."""
+
+
 def score_pairs(
     model: LM, vocab: Vocab, pairs: Sequence[ScoredPair], top: int = 0
 ) -> Iterator[tuple[int, TokenScores]]:
@@ -160,15 +165,31 @@ def score_pairs(
     Raises:
         UserError: A pair is empty or longer than the model's context.
     """
+    return itertools.chain.from_iterable(score_slices(model, vocab, pairs, top))
+
+
+def score_slices(
+    model: LM, vocab: Vocab, pairs: Sequence[ScoredPair], top: int = 0, max_tokens: int = 0
+) -> Iterator[Scored]:
+    """Yield what each forward pass completes; see `score_pairs`.
+
+    Args:
+        model: A model with an LM head.
+        vocab: Its vocabulary, with the decoder start token.
+        pairs: The pairs.
+        top: How many of the most likely tokens are returned for each token.
+        max_tokens: Most tokens of a forward pass, except of a row that must be read at once: of a model that reads in both
+            directions, of a prefix language model, and of an encoder-decoder. 0 for MAX_TOKENS and rows that are not cut.
+    """
     check_lengths(model, pairs)
     mode = scoring_mode(model.config)
     with inference_mode(model):
         if mode == "halves":
-            yield from _teacher_forced(model, vocab, pairs, top)
+            yield from _teacher_forced(model, vocab, pairs, top, max_tokens)
         elif mode == "masked":
-            yield from _pseudo(model, vocab, pairs, top)
+            yield from _pseudo(model, vocab, pairs, top, max_tokens)
         else:
-            yield from _causal(model, pairs, top)
+            yield from _causal(model, pairs, top, max_tokens)
 
 
 def check_lengths(model: LM, pairs: Sequence[ScoredPair]) -> None:
@@ -225,7 +246,7 @@ def _common(a: Sequence[int], b: Sequence[int]) -> int:
     return max(0, n)
 
 
-def _causal(model: LM, pairs: Sequence[ScoredPair], top: int) -> Iterator[tuple[int, TokenScores]]:
+def _causal(model: LM, pairs: Sequence[ScoredPair], top: int, max_tokens: int) -> Iterator[Scored]:
     """Score with a decoder."""
     config = model.config
     branching = not config.rnn.type and not config.attention.prefix_lm and model.prompt is None
@@ -243,24 +264,25 @@ def _causal(model: LM, pairs: Sequence[ScoredPair], top: int) -> Iterator[tuple[
     sharing = branching and model.prefix is None
     groups = shared_prefixes([row.prompt for row in rows]) if sharing else [(0, len(rows), 0)]
     alone = [row for start, stop, length in groups if not length for row in rows[start:stop]]
-    for batch in _batches(alone, 0):
-        yield from _score_rows(model, batch, None, 0, top)
+    for batch in _batches(alone, 0, max_tokens):
+        yield from _score_rows(model, batch, None, 0, top, max_tokens)
     for start, stop, length in groups:
         if length:
-            header = _read_header(model, rows[start].prompt[:length])
-            for batch in _batches(rows[start:stop], length):
-                yield from _score_rows(model, batch, header, length, top)
+            header = yield from yielding([], _read_header(model, rows[start].prompt[:length], max_tokens))
+            yield []
+            for batch in _batches(rows[start:stop], length, max_tokens):
+                yield from _score_rows(model, batch, header, length, top, max_tokens)
 
 
-def _batches(rows: Sequence[_Branches], shared: int) -> Iterator[list[_Branches]]:
-    """Yield rows in batches of at most MAX_TOKENS padded tokens, the longest first."""
+def _batches(rows: Sequence[_Branches], shared: int, max_tokens: int) -> Iterator[list[_Branches]]:
+    """Yield rows in batches of at most `max_tokens` padded tokens or one row, the longest first."""
     batch: list[_Branches] = []
     widest = 0
     for row in sorted(rows, key=lambda row: -_width(row, shared)):
         width = _width(row, shared)
         widest = widest or width
         padded = 5 * width < 4 * widest and widest * len(batch) >= MIN_TOKENS
-        if batch and (widest * (len(batch) + 1) > MAX_TOKENS or padded):
+        if batch and (widest * (len(batch) + 1) > (max_tokens or MAX_TOKENS) or padded):
             yield batch
             batch, widest = [], width
         batch.append(row)
@@ -273,22 +295,26 @@ def _width(row: _Branches, shared: int) -> int:
     return len(row.prompt) - shared + row.width
 
 
-def _read_header(model: LM, tokens: Sequence[int]) -> KVCache:
-    """Return the cache of tokens that prompts share."""
+def _read_header(model: LM, tokens: Sequence[int], max_tokens: int) -> Slices[KVCache]:
+    """Return the cache of tokens that prompts share, read at most `max_tokens` at a time; 0 for all at once."""
     device = model.tokens.weight.device
     cache = model.make_cache(1, len(tokens))
     batch = rectangle([np.array(tokens)], device)
     needed = torch.zeros_like(batch["tokens"], dtype=torch.bool)
     needed[:, -1] = True
     batch["key_expiry"] = torch.full_like(batch["key_time"], NEVER)  # the keys of branches will have one
-    model(batch, ForwardContext(cache, needed_positions=needed))
+    chunk = max_tokens if max_tokens and can_read_in_chunks(model) else len(tokens)
+    yield from read_in_chunks(model, batch | {"positions": batch["query_time"]}, chunk, needed, cache)
     return cache
 
 
 def _score_rows(
-    model: LM, rows: Sequence[_Branches], header: KVCache | None, shared: int, top: int
-) -> Iterator[tuple[int, TokenScores]]:
-    """Run rows of prompts with their continuations once, and yield the scores of each continuation."""
+    model: LM, rows: Sequence[_Branches], header: KVCache | None, shared: int, top: int, max_tokens: int
+) -> Iterator[Scored]:
+    """Run rows of prompts with their continuations once, and yield the scores of each continuation.
+
+    A single row of more than `max_tokens` is read in chunks.
+    """
     device, prefix_lm = model.tokens.weight.device, model.config.attention.prefix_lm
     tokens, positions, times, expiry = [], [], [], []
     at: list[tuple[int, np.ndarray]] = []  # row, and the position whose state predicts each token of a continuation
@@ -327,14 +353,18 @@ def _score_rows(
     for r, states in at:
         needed[r, torch.from_numpy(states).to(device)] = True
     cache = None if header is None else header.repeat(len(rows), shared + needed.shape[1])
-    hidden = model(batch, ForwardContext(cache, needed_positions=needed if cache is None else None))
+    wanted = needed if cache is None else None
+    if len(rows) == 1 and 0 < max_tokens < needed.shape[1] and can_read_in_chunks(model):
+        hidden = yield from yielding([], read_in_chunks(model, batch, max_tokens, wanted, cache))
+    else:
+        hidden = model(batch, ForwardContext(cache, needed_positions=wanted))
     yield from _read_scores(model, hidden, at, order, top)
 
 
 def _read_scores(
     model: LM, hidden: Tensor, at: Sequence[tuple[int, np.ndarray]], order: Sequence[tuple[int, np.ndarray]], top: int
-) -> Iterator[tuple[int, TokenScores]]:
-    """Yield the scores of continuations from hidden states (rows, T, hidden_size).
+) -> Iterator[Scored]:
+    """Yield the scores of continuations from hidden states (rows, T, hidden_size): all at the end, nothing before.
 
     Args:
         model: The model, whose LM head is run once for each position.
@@ -351,6 +381,8 @@ def _read_scores(
     scores = TokenScores.zeros(len(labels), top)
     states = hidden.reshape(-1, hidden.shape[-1])
     for first in range(0, len(places), MAX_LOGIT_ROWS):
+        if first:
+            yield []
         some = torch.from_numpy(places[first : first + MAX_LOGIT_ROWS]).to(hidden.device)
         logits = _fp32_logits(head, states[some])
         mine = np.flatnonzero((which >= first) & (which < first + MAX_LOGIT_ROWS))
@@ -363,11 +395,11 @@ def _read_scores(
             best = logits.topk(top, -1)
             scores.top_ids[mine] = best.indices[local].cpu().numpy()
             scores.top_logprobs[mine] = (best.values - total[:, None])[local].double().cpu().numpy()
-    start = 0
-    for index, continuation in order:
-        stop = start + len(continuation)
-        yield index, scores.part(start, stop)
-        start = stop
+    ends = np.cumsum([len(continuation) for _, continuation in order]).tolist()
+    yield [
+        (index, scores.part(stop - len(continuation), stop))
+        for (index, continuation), stop in zip(order, ends, strict=True)
+    ]
 
 
 def _fp32_logits(head: LMHead, states: Tensor) -> Tensor:
@@ -383,16 +415,15 @@ def _fp32_logits(head: LMHead, states: Tensor) -> Tensor:
 
 
 def _teacher_forced(
-    model: LM, vocab: Vocab, pairs: Sequence[ScoredPair], top: int
-) -> Iterator[tuple[int, TokenScores]]:
+    model: LM, vocab: Vocab, pairs: Sequence[ScoredPair], top: int, max_tokens: int
+) -> Iterator[Scored]:
     """Score with an encoder-decoder: each source is encoded once."""
     device = model.tokens.weight.device
     order = sorted(
         range(len(pairs)), key=lambda i: (-len(pairs[i].prompt), tuple(pairs[i].prompt), -len(pairs[i].continuation))
     )
-    for first in range(
-        0, len(order), step := max(1, MAX_TOKENS // max(len(p.prompt) + len(p.continuation) for p in pairs))
-    ):
+    longest = max(len(p.prompt) + len(p.continuation) for p in pairs)
+    for first in range(0, len(order), step := max(1, (max_tokens or MAX_TOKENS) // longest)):
         index = order[first : first + step]
         sources: dict[tuple[int, ...], int] = {}
         which = [sources.setdefault(tuple(int(t) for t in pairs[i].prompt), len(sources)) for i in index]
@@ -411,7 +442,16 @@ def _teacher_forced(
 
 
 def score_gaps(model: LM, vocab: Vocab, pairs: Sequence[ScoredPair], top: int = 0) -> Iterator[tuple[int, TokenScores]]:
+    """Yield (index, scores) of each continuation; see `gap_slices`."""
+    return itertools.chain.from_iterable(gap_slices(model, vocab, pairs, top))
+
+
+def gap_slices(
+    model: LM, vocab: Vocab, pairs: Sequence[ScoredPair], top: int = 0, max_tokens: int = 0
+) -> Iterator[Scored]:
     """Yield (index, scores) of continuations under an encoder-decoder trained on span corruption, the longest text first.
+
+    Each forward pass yields what it completes.
 
     The analog of the pseudo-log-likelihood: each token, or with `word_starts` each word, is replaced by a sentinel in the
     source, and the target is this sentinel, the word and the next sentinel. The next sentinel ends the word, so its log p is
@@ -422,6 +462,7 @@ def score_gaps(model: LM, vocab: Vocab, pairs: Sequence[ScoredPair], top: int = 
         vocab: Its vocabulary, with two sentinels, eos and the decoder start token.
         pairs: The pairs; the prompt may be empty.
         top: How many of the most likely tokens are returned for each token.
+        max_tokens: Most tokens of a forward pass, at least those of one text; 0 for MAX_TOKENS.
 
     Raises:
         UserError: A continuation is empty, or a pair is longer than the model's context.
@@ -441,13 +482,15 @@ def score_gaps(model: LM, vocab: Vocab, pairs: Sequence[ScoredPair], top: int = 
                 at.append((i, start, stop))
         found = {i: TokenScores.zeros(len(pairs[i].continuation), top) for i in group}
         with inference_mode(model):
-            for k, scores in _teacher_forced(model, vocab, gaps, top):
-                i, start, stop = at[k]
-                found[i].put(start, scores.part(1, stop - start + 1))
-                found[i].logprobs[stop - 1] += scores.logprobs[-1]
-                found[i].most_likely[start] &= scores.most_likely[0]
-                found[i].most_likely[stop - 1] &= scores.most_likely[-1]
-        yield from found.items()
+            for scored in _teacher_forced(model, vocab, gaps, top, max_tokens):
+                for k, scores in scored:
+                    i, start, stop = at[k]
+                    found[i].put(start, scores.part(1, stop - start + 1))
+                    found[i].logprobs[stop - 1] += scores.logprobs[-1]
+                    found[i].most_likely[start] &= scores.most_likely[0]
+                    found[i].most_likely[stop - 1] &= scores.most_likely[-1]
+                yield []
+        yield list(found.items())
 
 
 def check_gap_lengths(model: LM, pairs: Sequence[ScoredPair]) -> None:
@@ -483,19 +526,19 @@ def _groups(pairs: Sequence[ScoredPair]) -> Iterator[list[int]]:
         yield group
 
 
-def _pseudo(model: LM, vocab: Vocab, pairs: Sequence[ScoredPair], top: int) -> Iterator[tuple[int, TokenScores]]:
+def _pseudo(model: LM, vocab: Vocab, pairs: Sequence[ScoredPair], top: int, max_tokens: int) -> Iterator[Scored]:
     """Score with a masked or permuted model: each token of the continuation masked in turn, all others visible.
 
     With `word_starts` the later tokens of the same word are masked too (Kauf and Ivanova 2023), since they would give the
     token away.
     """
     for group in _groups(pairs):
-        yield from _pseudo_group(model, vocab, {i: pairs[i] for i in group}, top)
+        yield from _pseudo_group(model, vocab, {i: pairs[i] for i in group}, top, max_tokens)
 
 
 def _pseudo_group(
-    model: LM, vocab: Vocab, pairs: Mapping[int, ScoredPair], top: int
-) -> Iterator[tuple[int, TokenScores]]:
+    model: LM, vocab: Vocab, pairs: Mapping[int, ScoredPair], top: int, max_tokens: int
+) -> Iterator[Scored]:
     """Score some of the pairs, by index."""
     device, query = model.tokens.weight.device, model.config.embedding.mask
     jobs: list[tuple[int, int, np.ndarray, int]] = []  # pair, token of the continuation, masked row, its position
@@ -513,7 +556,7 @@ def _pseudo_group(
     missing = {i: len(pair.continuation) for i, pair in pairs.items()}
     done = 0
     while done < len(jobs):
-        some = jobs[done : done + max(1, MAX_TOKENS // len(jobs[done][2]))]
+        some = jobs[done : done + max(1, (max_tokens or MAX_TOKENS) // len(jobs[done][2]))]
         done += len(some)
         batch = rectangle([row for *_, row, _ in some], device, causal=False)
         if query:  # a mask is a query that no position attends to
@@ -523,9 +566,9 @@ def _pseudo_group(
         hidden = model(batch, ForwardContext(needed_positions=needed))
         labels = [np.asarray(pairs[i].continuation[j : j + 1], np.int64) for i, j, *_ in some]
         at = [(r, np.array([place])) for r, (*_, place) in enumerate(some)]
-        for r, scores in _read_scores(model, hidden, at, list(enumerate(labels)), top):
-            i, j = some[r][:2]
-            found[i].put(j, scores)
-            missing[i] -= 1
-            if not missing[i]:
-                yield i, found.pop(i)
+        for scored in _read_scores(model, hidden, at, list(enumerate(labels)), top):
+            for r, scores in scored:
+                i, j = some[r][:2]
+                found[i].put(j, scores)
+                missing[i] -= 1
+            yield [(i, found.pop(i)) for i in [*found] if not missing[i]]

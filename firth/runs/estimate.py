@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -133,8 +133,10 @@ def prepared(recipe: Recipe, log: LogLine, world: int = 1) -> Iterator[PreparedR
     """
     kernel_choice.check_forced()
     check_start_models(recipe)
-    with tempfile.TemporaryDirectory(prefix="firth-") as place:
+    with tempfile.TemporaryDirectory(prefix="firth-") as place, ExitStack() as stack:
         smaller, scale, how = _sampled(recipe, Path(place), log)
+        if not recipe.examples.reads_documents:
+            stack.enter_context(readers.every_nth_record(round(scale)))
         context = RunContext(Path(place), Ranks(world=world), _silent, RunInputs(), resumed=False)
         data = prepare_tokenizer(smaller, context)
         resolved = resolve(smaller, data, context)
@@ -144,13 +146,20 @@ def prepared(recipe: Recipe, log: LogLine, world: int = 1) -> Iterator[PreparedR
 
 
 def _sampled(recipe: Recipe, place: Path, log: LogLine) -> tuple[Recipe, float, str]:
-    """Return the recipe with a sample of its text where that is large, the size of the whole relative to it, and a sentence."""
+    """Return the recipe with a sample of its text where that is large, the size of the whole relative to it, and a sentence.
+
+    Of many records each n-th is sampled by `every_nth_record`, where n is the size of the whole.
+    """
     data = dataclasses.replace(recipe.data, cache_dir="")
     recipe = dataclasses.replace(recipe, data=data)
     trained = "" if recipe.given_tokenizer else "the tokenizer was trained, and "
     counted = f"{trained}all of the data was read and counted"
     if not recipe.examples.reads_documents:
-        return recipe, 1.0, counted
+        total = sum(_sizes(data.paths(log), records=True).values())
+        n = max(1, round(total / SAMPLE_BYTES)) if total > MAX_COUNTED_BYTES else 1
+        if n > 1:
+            counted = f"tokens were estimated from each {n}th record of {total / 1e6:,.0f} MB, the size of the files"
+        return recipe, float(n), counted
     changed: dict[str, Any] = {}
     if data.validation_path and not any(map(is_corpus, data.validation_path)):
         held_out = _sizes(data.validation_path)
@@ -173,9 +182,9 @@ def _sampled(recipe: Recipe, place: Path, log: LogLine) -> tuple[Recipe, float, 
     return dataclasses.replace(recipe, data=dataclasses.replace(data, **changed)), scale, counted
 
 
-def _sizes(paths: Sequence[str]) -> dict[Path, float]:
-    """Return the bytes of text of each file, as far as its name and size tell."""
-    return {path: path.stat().st_size * GROWTH.get(path.suffix, 1.0) for path in readers.files(paths)}
+def _sizes(paths: Sequence[str], records: bool = False) -> dict[Path, float]:
+    """Return the bytes of text of each file, of tables too if records are read, as far as its name and size tell."""
+    return {path: path.stat().st_size * GROWTH.get(path.suffix, 1.0) for path in readers.files(paths, tabled=records)}
 
 
 def _write_sample(sizes: Mapping[Path, float], target: Path, limit: int, data: DataConfig) -> int:
@@ -222,7 +231,7 @@ def estimate_prepared(run: PreparedRun, timed: bool = True) -> RunEstimate:
     """Return what a prepared run takes; see `estimate`."""
     resolved = run.recipe
     sampled, kept = run.sample()
-    step = step_estimate(run.build, resolved, sampled, kept)
+    step = step_estimate(run.build, resolved, sampled, kept, run.batches.source)
     world = run.batches.world
     if run.degree > 1:
         step = dataclasses.replace(step, memory=sharded_memory(run.build, step.memory, run.degree))
@@ -292,7 +301,7 @@ def describe(found: RunEstimate, world: int = 1) -> list[str]:
     trained = "all trained" if step.trained_parameters == step.parameters else f"{step.trained_parameters:,} trained"
     parts = {
         "weights": memory.weights, "gradients": memory.gradients, "optimizer": memory.optimizer, "activations": memory.activations,
-        "kernels of bf16 products": memory.kernel_bytes(found.steps), "other models": step.frozen_bytes,
+        "free blocks": memory.free, "kernels of bf16 products": memory.kernel_bytes(found.steps), "other models": step.frozen_bytes,
     }  # fmt: skip
     shares = ", ".join(f"{part} {_bytes(size)}" for part, size in parts.items() if size)
     lines = [

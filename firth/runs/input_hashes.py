@@ -23,7 +23,7 @@ from typing import Any
 from firth import objectives
 from firth.corpora import catalog, readers
 from firth.corpora.input_files import stamp
-from firth.data.corpus import Corpus, is_corpus
+from firth.data.corpus import PreparedCorpus, is_corpus
 from firth.data.examples import ExamplesConfig
 from firth.io import user_code
 from firth.io.atomic import write_text
@@ -162,7 +162,7 @@ class RunInputs:
 
         A prepared corpus has a digest of its own, so it is not read.
         """
-        prepared = [Corpus.open(path).content for path in paths if is_corpus(path)]
+        prepared = [PreparedCorpus.open(path).content for path in paths if is_corpus(path)]
         if prepared:
             rest = [path for path in paths if not is_corpus(path)]
             return _hash([prepared, self._of_files(rest, recipe) if rest else ""])

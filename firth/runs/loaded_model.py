@@ -13,14 +13,23 @@ import numpy as np
 import torch
 
 from firth.evaluate.heads import head_of
-from firth.evaluate.predict import predict_with, prediction_task
+from firth.evaluate.predict import predict_slices, predict_with, prediction_task
 from firth.evaluate.task import EvaluatedModel, load_evaluated_model
 from firth.generate import embeddings
 from firth.generate.attention_maps import AttentionMap, Text, attention_maps
 from firth.generate.engine import Engine
-from firth.generate.fill import Candidate, InfillPrompt, fill_masks, fill_spans, fill_two_way, rewrite, split_gaps
+from firth.generate.fill import (
+    Candidate,
+    InfillPrompt,
+    mask_slices,
+    rewrite_slices,
+    span_slices,
+    split_gaps,
+    two_way_slices,
+)
 from firth.generate.sampling import Sampling
 from firth.generate.scoring import scoring_mode
+from firth.generate.slices import Slices, finish
 from firth.io.json_files import read_json
 from firth.model.config import ModelConfig
 from firth.model.model import LM
@@ -135,6 +144,10 @@ class Model:
         Raises:
             UserError: The model has no attention, or the text is too long.
         """
+        return finish(self.attention_slices(text, answer))
+
+    def attention_slices(self, text: str, answer: str | None = None) -> Slices[list[AttentionMap]]:
+        """Return the attention weights of a text as `attention` does; each token of a written answer is a slice."""
         encoders = self.config.encoder.num_layers > 0
         reads = self._shown(
             self._encode_both_ways(text) if self._reads_both_ways else encode_prompt(self.tokenizer, text, self.model)
@@ -142,7 +155,8 @@ class Model:
         if not encoders:
             return attention_maps(self.model, reads)
         if answer is None and self.model.has_lm_head:
-            [written] = self.engine.generate([reads.tokens], Sampling(temperature=0, max_new_tokens=MAX_ANSWER_TOKENS))
+            greedy = Sampling(temperature=0, max_new_tokens=MAX_ANSWER_TOKENS)
+            [written] = yield from self.engine.generate_slices([reads.tokens], greedy)
             target = written.tokens
         else:
             target = self.tokenizer.encode(answer or "")
@@ -173,12 +187,19 @@ class Model:
         Raises:
             UserError: The model has no task head, or a record does not fit the task.
         """
+        return list(predict_with(self.evaluated, "-", io.BytesIO(self._lines(rows)), form="jsonl"))
+
+    def predict_slices(self, rows: Rows | Sequence[str], max_tokens: int) -> Slices[list[dict[str, Any]]]:
+        """Return predictions of a task head as `predict` does, in slices of at most `max_tokens` tokens or one row of a record."""
+        return predict_slices(self.evaluated, self._lines(rows), max_tokens)
+
+    def _lines(self, rows: Rows | Sequence[str]) -> bytes:
+        """Return records as JSON lines; a text becomes a record."""
         schema = prediction_task(self.evaluated).input_schema
         assert schema is not None
         record = schema(self.evaluated).line
         lines = [json.dumps(record(row) if isinstance(row, str) else row, ensure_ascii=False) for row in rows]
-        stdin = io.BytesIO("".join(f"{line}\n" for line in lines).encode())
-        return list(predict_with(self.evaluated, "-", stdin, form="jsonl"))
+        return "".join(f"{line}\n" for line in lines).encode()
 
     def evaluate(self, paths: Sequence[str], *, task: str | None = None, limit: int | None = None) -> dict[str, Any]:
         """Return metrics by name on files, as `firth evaluate` does.
@@ -307,6 +328,10 @@ class Model:
         Raises:
             UserError: The text has no <mask>, or the model cannot fill masks.
         """
+        return finish(self.candidate_slices(text, top))
+
+    def candidate_slices(self, text: str, top: int) -> Slices[list[list[Candidate]] | str]:
+        """Return candidates as `candidates` does, in slices of a forward pass."""
         roles, config = self.tokenizer.vocab.roles, self.config
         own = self.tokenizer.token(roles["mask"]) if "mask" in roles else MASK
         text = text.replace(own, MASK)
@@ -315,12 +340,15 @@ class Model:
         if not self.can_fill:
             raise UserError("this model cannot fill masks")
         if not generates_left_to_right(config) and not config.rnn.separate_directions:
-            return fill_masks(self.model, self.tokenizer, text.replace(MASK, own), top)
+            return (yield from mask_slices(self.model, self.tokenizer, text.replace(MASK, own), top))
         if config.rnn.separate_directions:
-            return fill_two_way(self.engine, split_gaps(self.tokenizer, text, MASK), top)
+            return (yield from two_way_slices(self.engine, split_gaps(self.tokenizer, text, MASK), top))
         shown = self._show_gaps(split_gaps(self.tokenizer, text, MASK))
         assert shown is not None
-        return fill_spans(self.engine, shown, top) if len(shown.marks) else rewrite(self.engine, shown).text
+        if len(shown.marks):
+            return (yield from span_slices(self.engine, shown, top))
+        answer = yield from rewrite_slices(self.engine, shown)
+        return answer.text
 
     def _show_gaps(self, pieces: Sequence[np.ndarray]) -> InfillPrompt | None:
         """Return the prompt with which a generative model fills masks; None if it cannot.

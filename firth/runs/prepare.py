@@ -20,7 +20,7 @@ from firth.corpora import readers
 from firth.corpora.input_files import ReadStats, many
 from firth.corpora.readers import Document
 from firth.data.config import DataConfig
-from firth.data.corpus import Corpus, is_corpus, open_stores
+from firth.data.corpus import PreparedCorpus, is_corpus, open_stores
 from firth.data.examples import BuildContext
 from firth.data.split import HeldOut, content_key
 from firth.data.text_cache import ReadOnce, read_once
@@ -245,7 +245,7 @@ def fingerprint(source: DataConfig, paths: Sequence[str], tokenizer: Tokenizer) 
     every = [*paths, *source.validation_path]
     files = readers.files([path for path in every if not is_corpus(path)])
     stats: list[tuple[str, object, object]] = [(str(f), f.stat().st_size, f.stat().st_mtime_ns) for f in files]
-    stats += [(path, Corpus.open(path).content, 0) for path in every if is_corpus(path)]
+    stats += [(path, PreparedCorpus.open(path).content, 0) for path in every if is_corpus(path)]
     how = {k: v for k, v in asdict(source).items() if k not in ("path", "corpus", "cache_dir", "weights")}
     text = json.dumps([stats, how, tokenizer.digest], sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -23,7 +23,7 @@ from typing import Any, Literal
 from firth import objectives
 from firth.corpora import catalog
 from firth.data.config import DataConfig
-from firth.data.corpus import Corpus, is_corpus
+from firth.data.corpus import PreparedCorpus, is_corpus
 from firth.data.examples import ExamplesConfig
 from firth.fields import NonNegativeInt, OptionalTokenCount, PositiveInt, Validated, VocabSize, path_field
 from firth.model.config import ModelConfig
@@ -255,7 +255,7 @@ class Recipe(Validated):
         if self.tokenizer.path or base:
             return self.tokenizer.path or str(model_directory(base))
         prepared = next((path for path in self.data.path if is_corpus(path)), None)
-        return "" if prepared is None else str(Corpus.open(prepared).tokenizer)
+        return "" if prepared is None else str(PreparedCorpus.open(prepared).tokenizer)
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
+from firth.data.source import Source
 from firth.model import flops
 from firth.model.model import LM
 from firth.model.transformer import TransformerStack
@@ -18,12 +19,12 @@ from firth.runs.compatibility import available_memory
 from firth.runs.recipe import ResolvedRecipe
 from firth.training.checkpoint import weights
 from firth.training.device import default_device
-from firth.training.memory import HEAP_FACTOR, StepMemory, memory_trace, trace_step
+from firth.training.memory import StepMemory, memory_trace, trace_step
 from firth.training.optimizer import param_groups
 from firth.types import PRECOMPUTED_FIELDS, Batch, UserError
 
-TRACED_STEPS = 4
-"""Steps that are run without data, from small batches to the largest."""
+MIN_TRACED = 3
+"""Fewest steps that are run without data: the first has no optimizer state."""
 
 
 @dataclass(frozen=True)
@@ -83,24 +84,25 @@ def step_estimate(
     recipe: ResolvedRecipe,
     steps: Sequence[list[Batch]],
     frozen_bytes: int = 0,
+    source: Source | None = None,
 ) -> StepEstimate:
     """Return what a step of a recipe takes; nothing of the model's size is allocated.
 
     Args:
         build: Builds the model.
         recipe: The recipe.
-        steps: The micro-batches of some steps: tokens and FLOPs are means over them, the largest gives the memory.
+        steps: The micro-batches of some steps: tokens and FLOPs are means over them. The memory is that of all in
+            this order: blocks of varied sizes leave holes.
         frozen_bytes: Bytes of further models that the run keeps.
+        source: The source of the batches; an on-policy one runs its rollouts without data too.
     """
     objective = recipe.objective
-    by_size = sorted(steps, key=lambda batches: max(_positions(batch) for batch in batches))
-    traced = [by_size[i * (len(steps) - 1) // TRACED_STEPS] for i in range(1, TRACED_STEPS + 1)]
-    device = default_device()
+    device, traced = default_device(), [*steps] * -(-MIN_TRACED // len(steps))
     with memory_trace(device) as trace:
         with device:
             model = build()
         dropout = not objective.inputs & PRECOMPUTED_FIELDS
-        memory = trace_step(trace, model, objective, recipe.optimizer, traced, recipe.precision, dropout)
+        memory = trace_step(trace, model, objective, recipe.optimizer, traced, recipe.precision, dropout, source)
     total, body = count_parameters(model)
     return StepEstimate(
         total,
@@ -135,9 +137,11 @@ def sharded_memory(build: Callable[[], LM], memory: StepMemory, degree: int) -> 
     gathered = 2 * 4 * (rest + 2 * max(blocks, default=0))
     whole = memory.weights + memory.gradients + memory.optimizer
     own = [size // degree for size in (memory.weights, memory.gradients, memory.optimizer)]
-    free_blocks = (HEAP_FACTOR - 1) * (whole - sum(own)) if default_device().type == "cpu" else 0
-    activations = max(0, round(memory.activations - free_blocks)) + min(gathered, whole - sum(own))
-    return dataclasses.replace(memory, weights=own[0], gradients=own[1], optimizer=own[2], activations=activations)
+    activations = memory.activations + min(gathered, whole - sum(own))
+    free = memory.free * sum(own) // max(1, whole)  # blocks of 1 MB or more are returned when they are freed
+    return dataclasses.replace(
+        memory, weights=own[0], gradients=own[1], optimizer=own[2], activations=activations, free=free
+    )
 
 
 def step_flops(model: LM, objective: Objective, steps: Sequence[list[Batch]]) -> float:

@@ -3,11 +3,15 @@
 A small product says little about a step: norms, attention, the optimizer and the data take their share, and it differs by
 objective. So steps are timed: those of the real model where they take seconds, else of a model with the same width, fewer
 layers and fewer rows, whose highest speed is kept in CACHE/speed.json by machine, precision, objective and size of the matrices.
+
+Timed steps of the real model are kept in CACHE/steps.json, by machine, torch, firth and all settings that a step depends on.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import json
 import statistics
 import time
 from collections.abc import Callable
@@ -15,11 +19,13 @@ from dataclasses import dataclass
 
 import torch
 
+from firth import __version__
 from firth.data.collate import Batches
 from firth.model.model import LM
 from firth.objectives import name_of
 from firth.objectives.objective import components
 from firth.peft.lora import num_trainable_parameters
+from firth.runs import config_io
 from firth.runs.compatibility import available_memory
 from firth.runs.recipe import ResolvedRecipe
 from firth.training import speed
@@ -36,6 +42,12 @@ ASSUMED_UTILIZATION = 0.25
 TIMED_STEPS, TIMED_SECONDS = 2, 2.0
 """Fewest timed steps, and seconds after which no more are timed."""
 MAX_TIMED_STEPS = 20
+STEPS_FILE = "steps.json"
+"""File of the cache with timed steps."""
+STEP_SETTINGS = (
+    "objective", "examples", "model", "peft", "batch", "optimizer", "distributed", "precision", "gradient_checkpointing"
+)  # fmt: skip
+"""Fields of a recipe that the time of a step depends on."""
 
 LAYERS, WIDTH, TOKENS = 2, 2048, 2048
 """Most layers, hidden size and tokens of the smaller model: a wider matrix is no faster per FLOP."""
@@ -77,9 +89,9 @@ def step_seconds(
     expected = step_flops / (ASSUMED_UTILIZATION * peak)
     fits = peak_bytes < min(available_memory(device).values()) / 2
     if fits and (expected < MAX_STEP_SECONDS or recipe.init_from):
-        times = time_steps(build(recipe), recipe, batches)
+        times, when = _timed(build, recipe, batches, step_flops)
         seconds = times.per_flop * step_flops + times.optimizer + times.rollouts
-        return seconds, f"{times.steps} timed steps of this model"
+        return seconds, f"{times.steps} timed steps of this model{when}"
     if recipe.init_from:
         return 0.0, "not measured, since the model does not fit into the free memory"
     smaller = _smaller(recipe)
@@ -90,6 +102,22 @@ def step_seconds(
     per_weight = _fastest(f"{name}: weights/s", num_trainable_parameters(model) / max(times.optimizer, 1e-9))
     how = "the fastest measured speed of a smaller model of the same width"
     return step_flops / per_flop + recipe.model.num_parameters() / per_weight, how
+
+
+def _timed(build: Build, recipe: ResolvedRecipe, batches: Batches, step_flops: float) -> tuple[StepTimes, str]:
+    """Return the times of steps of a recipe's model, recorded or measured now, and when they were recorded."""
+    settings = config_io.to_dict(recipe)
+    # The counted FLOPs stand for the data: other lengths of its examples give others.
+    key = [__version__, f"{step_flops:.2g}", *(settings[name] for name in STEP_SETTINGS)]
+    name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
+    known = speed.recorded_in(STEPS_FILE, name)
+    fields = [field.name for field in dataclasses.fields(StepTimes)]
+    if isinstance(known, dict) and all(isinstance(known.get(field), int | float) for field in fields):
+        return StepTimes(**{field: known[field] for field in fields}), f", timed on {known.get('date')}"
+    times = time_steps(build(recipe), recipe, batches)
+    facts = {"recipe": recipe.name, "date": time.strftime("%Y-%m-%d %H:%M")}
+    speed.record_in(STEPS_FILE, name, facts | dataclasses.asdict(times))
+    return times, ""
 
 
 def _fastest(name: str, measured: float) -> float:

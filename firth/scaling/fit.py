@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 
 from firth.scaling.laws import SIX_N_D, ComputeRule, LossLaw, RepeatLaw
-from firth.scaling.table import Points
+from firth.scaling.table import MIN_POINTS, Points
 from firth.types import UserError
 
 HUBER_DELTA = 1e-3
@@ -76,6 +76,10 @@ class Estimate:
             return Estimate(value, float("nan"), float("nan"))
         low, high = np.percentile(known, [2.5, 97.5])
         return Estimate(float(value), float(low), float(high))
+
+    def times(self, factor: float) -> Estimate:
+        """Return the value and its interval times a positive factor."""
+        return Estimate(self.value * factor, self.low * factor, self.high * factor)
 
     def text(self, form: str = ".3f") -> str:
         """Return the value and its interval, formatted."""
@@ -350,6 +354,24 @@ def _slope(best: Sequence[tuple[float, float, float, float]]) -> tuple[float, fl
     with warnings.catch_warnings(action="ignore"):
         slope, intercept = np.polyfit(np.log([b[0] for b in best]), np.log([b[1] for b in best]), 1)
     return float(intercept), float(slope)
+
+
+def drift(points: Points) -> float:
+    """Return the error of log L that a law makes for each factor e of compute beyond its runs.
+
+    A law of the smaller budgets predicts the runs of the largest budget with several sizes, and of those above. 0 if there are too
+    few runs to leave them out.
+    """
+    groups = budget_groups(points)
+    if len(groups) < 3:
+        return 0.0
+    least = float(points.C[groups[-1]].min())
+    below = np.less(points.C, least)
+    if below.sum() < MIN_POINTS:
+        return 0.0
+    smaller, larger = points.take(np.flatnonzero(below)), points.take(np.flatnonzero(~below))
+    error = residuals(larger, fit_loss(smaller)) / np.log(larger.C / smaller.C.max())
+    return float(np.sqrt((error**2).mean()))
 
 
 def fit_repeats(points: Points, law: LossLaw, rule: ComputeRule) -> RepeatLaw:

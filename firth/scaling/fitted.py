@@ -31,6 +31,21 @@ FAR = 3.0
 
 
 @dataclass(frozen=True)
+class LawPoint:
+    """Where a law is read.
+
+    Args:
+        parameters: Parameters.
+        tokens: Tokens.
+        unique: Unique tokens among them; 0 if all are new.
+    """
+
+    parameters: float
+    tokens: float
+    unique: float = 0.0
+
+
+@dataclass(frozen=True)
 class Optimum:
     """The best run for a budget.
 
@@ -65,6 +80,7 @@ class FittedLaw:
         repeat_draws: Its resampled (R_D, R_N).
         bits_per_nat: Bits per byte for each unit of loss; 0 if unknown.
         flops_per_second: Median speed of the runs; 0 if unknown.
+        drift: Error of log loss for each factor e of compute beyond the points (`firth.scaling.fit.drift`).
         source: Where the points are from.
     """
 
@@ -79,6 +95,7 @@ class FittedLaw:
     repeat_draws: tuple[tuple[float, float], ...] = ()
     bits_per_nat: float = 0.0
     flops_per_second: float = 0.0
+    drift: float = 0.0
     source: Mapping[str, Any] = field(default_factory=dict)
 
     def optimum(self, C: float) -> Optimum:
@@ -94,29 +111,55 @@ class FittedLaw:
         return Optimum(C, N, D, self.loss(*best[0]), why)
 
     def loss(self, N: float, D: float, unique: float = 0.0) -> Estimate:
-        """Return the loss of a run, whose interval has the uncertainty of the law and the scatter of single runs.
+        """Return the loss of a run; see `loss_at`."""
+        return self.loss_at(LawPoint(N, D, unique))
 
-        Args:
-            N: Parameters.
-            D: Tokens.
-            unique: Unique tokens among them; 0 if all are new.
+    def loss_at(self, point: LawPoint) -> Estimate:
+        """Return the loss of a run.
+
+        Its interval has the uncertainty of the law, the scatter of single runs, and beyond the compute of the points the drift.
         """
-        rng = np.random.default_rng(0)
-        noise = rng.choice(self.residuals, max(1, len(self.draws))) if self.residuals else np.zeros(len(self.draws))
-        samples = []
-        for k, one in enumerate(self.draws):
-            repeats = self.repeats and RepeatLaw(one, *self.repeat_draws[k % len(self.repeat_draws)])
-            samples.append(self._loss(one, repeats, N, D, unique) * np.exp(noise[k]))
-        return Estimate.of(self._loss(self.law, self.repeats, N, D, unique), samples)
+        samples = self._samples(point) * np.exp(self._noise(0) + self._drift(point))
+        return Estimate.of(self.expected_at(point), samples)
 
-    def expected(self, N: float, D: float, unique: float = 0.0) -> float:
+    def ratio(self, point: LawPoint, known: LawPoint) -> Estimate:
+        """Return the loss of a run over that of another one on the same text, with the scatter of both."""
+        samples = self._samples(point) / self._samples(known)
+        noise = self._noise(0) - self._noise(1) + self._drift(point) - self._drift(known)
+        return Estimate.of(self.expected_at(point) / self.expected_at(known), samples * np.exp(noise))
+
+    def expected_at(self, point: LawPoint) -> float:
         """Return the loss of a run, without its interval."""
-        return self._loss(self.law, self.repeats, N, D, unique)
+        return self._loss(self.law, self.repeats, point)
 
-    def _loss(self, law: LossLaw, repeats: RepeatLaw | None, N: float, D: float, unique: float) -> float:
-        if repeats is None or not unique:
-            return float(law.loss(N, D))
-        return float(repeats.loss(N, D, unique, self.rule))
+    def compute(self, point: LawPoint) -> float:
+        """Return the FLOPs of a run."""
+        return float(self.rule.flops(point.parameters, point.tokens))
+
+    def _samples(self, point: LawPoint) -> np.ndarray:
+        """Return the losses of a run by the resampled laws."""
+        pairs = self.repeat_draws
+        return np.array(
+            [
+                self._loss(one, self.repeats and RepeatLaw(one, *pairs[k % len(pairs)]), point)
+                for k, one in enumerate(self.draws)
+            ]
+        )
+
+    def _noise(self, seed: int) -> np.ndarray:
+        """Return the scatter of single runs, of log loss."""
+        count = len(self.draws)
+        return np.random.default_rng(seed).choice(self.residuals, count) if self.residuals else np.zeros(count)
+
+    def _drift(self, point: LawPoint) -> np.ndarray:
+        """Return errors of log loss beyond the compute of the points; the same draws for every point."""
+        beyond = max(0.0, float(np.log(self.compute(point) / self.flops[1])))
+        return np.random.default_rng(2).normal(0.0, 1.0, len(self.draws)) * self.drift * beyond
+
+    def _loss(self, law: LossLaw, repeats: RepeatLaw | None, point: LawPoint) -> float:
+        if repeats is None or not point.unique:
+            return float(law.loss(point.parameters, point.tokens))
+        return float(repeats.loss(point.parameters, point.tokens, point.unique, self.rule))
 
     def extrapolation(self, C: float) -> str:
         """Return a warning for a budget far above those of the points; empty otherwise."""
@@ -155,7 +198,7 @@ class FittedLaw:
             law, tuple(LossLaw(*one) for one in found["draws"]), ComputeRule(**found["rule"]), tuple(found["residuals"]),
             tuple(found["sizes"]), tuple(found["tokens"]), tuple(found["flops"]), repeats and RepeatLaw(law, *repeats),
             tuple((r[0], r[1]) for r in found.get("repeat_draws", ())), found.get("bits_per_nat", 0.0),
-            found.get("flops_per_second", 0.0), found.get("source", {}),
+            found.get("flops_per_second", 0.0), found.get("drift", 0.0), found.get("source", {}),
         )  # fmt: skip
 
 
@@ -233,7 +276,7 @@ def fit_points(
     fitted = FittedLaw(
         law, tuple(laws), rule, tuple(fit.residuals(once, law).tolist()), (float(once.N.min()), float(once.N.max())),
         (float(once.D.min()), float(once.D.max())), (float(once.C.min()), float(once.C.max())), repeats, tuple(repeat_draws),
-        points.bits_per_nat, points.flops_per_second, dict(source or {}),
+        points.bits_per_nat, points.flops_per_second, fit.drift(once), dict(source or {}),
     )  # fmt: skip
     return Fit(fitted, approaches, once, repeated, tuple(excluded))
 

@@ -3,12 +3,13 @@
     firth plan --text mine/ --hours 2 --for text
 
 The law is one of `firth scale fit`, or the one that firth ships for decoders (firth/scaling/files, with its text and CPU). The
-plan keeps what its runs kept: the recipe, the vocabulary size, the length of rows, the batch, and the rules of a sweep
-(`firth.scaling.sweep`). Sizes are compared by the loss that the law expects after the tokens that each reads in the time.
+plan keeps the recipe, the length of rows, the batch and the rules of a sweep (`firth.scaling.sweep`); the vocabulary is that of
+`firth.scaling.vocabulary`. Sizes are compared by the loss that the law expects after the text that each reads in the time.
 The speed of each is that of timed steps on this machine (`firth.runs.estimate`).
 
-Losses of two texts differ by how hard the texts are. The bits per byte are those of the law times the ratio of the
-two texts' sizes under bzip2, and their interval includes the error that this has on other texts, if the law states it.
+The law is read at the width of a model and at the bytes that it reads, both in the law's own vocabulary. Losses of two texts differ
+by how hard the texts are. The bits per byte are those of the law times the ratio of the two texts' sizes under bzip2, and their
+interval includes the error that this has on other texts; a short run on the text replaces both (`firth.scaling.calibrate`).
 """
 
 from __future__ import annotations
@@ -24,24 +25,29 @@ import numpy as np
 
 from firth.report.charts import number
 from firth.runs import config_io
-from firth.runs.estimate import PreparedRun, RunEstimate, estimate_prepared, prepared
-from firth.runs.recipe import EvalConfig, Recipe, load
+from firth.runs.estimate import PreparedRun, RunEstimate, estimate_prepared
+from firth.runs.recipe import Recipe, load
 from firth.runs.recipe_names import RECIPES
+from firth.runs.run import check_weights_fit
 from firth.runs.step_estimate import check_fits
+from firth.scaling.calibrate import calibrate
 from firth.scaling.compressed import compressed_bits
 from firth.scaling.fit import Estimate
-from firth.scaling.fitted import FAR, FittedLaw
-from firth.scaling.sizes import count_parameters, scaled, scaled_config
-from firth.scaling.sweep import DECAY_RATIO, MIN_STEPS, WARMUP_STEPS
+from firth.scaling.fitted import FAR, FittedLaw, LawPoint
+from firth.scaling.sizes import count_parameters, planned_recipe, scaled, scaled_config
+from firth.scaling.sweep import MIN_STEPS
+from firth.scaling.vocabulary import largest_of_model, prepared_with_vocabulary
 from firth.training.device import default_device
-from firth.training.schedule import Budget, Schedule
+from firth.training.distributed import Ranks
+from firth.training.speed import machine_peak
 from firth.types import LOGGER, LogLine, UserError
 
 FILES = Path(__file__).parent / "files"
 """Directory of the default laws: decoder.json for text."""
 NO_LAW = (
-    "firth ships no law of encoders for labels: those of its sweep learned more than the frequencies of tokens at 1e12 FLOPs only, and "
-    "follow no law; train larger ones with `firth scale run roberta`, fit them with `firth scale fit`, and give fit.json with --law"
+    "firth ships no law of encoders for labels: in its sweep small ones learned little more than the frequencies of tokens before they had "
+    "read 2 M tokens, at any size, which is no power law; train `firth train roberta` on 4 M tokens or more, in batches of at least 2,000 "
+    "(with 500 nothing more was learned), or fit a law of longer runs of `firth scale run roberta` and give fit.json with --law"
 )
 WIDTHS = (*range(16, 128, 16), *range(128, 256, 32), *range(256, 512, 64), *range(512, 2049, 128))
 """Widths to choose from."""
@@ -49,6 +55,10 @@ LEAST_WORTH = 0.1
 """Text is not read further once a repeated token is worth less than this share of a new one."""
 MAX_EPOCHS = 4.0
 """The most epochs where the law has no measured worth of repeats (Muennighoff et al. 2023: about as good as new text)."""
+MAX_TIMED = 7
+"""The most sizes that are timed."""
+CALIBRATION_SHARE = 0.1
+"""Share of the hours that the calibration run takes."""
 SPARE = 0.95
 """Share of the hours that is planned: the rest is for the tokenizer, the evaluation and the export."""
 
@@ -62,13 +72,15 @@ class PlannedSize:
         parameters: Parameters that a token is multiplied by.
         tokens: Tokens that it reads.
         seconds: Training time.
-        loss: The loss that the law expects.
+        point: Where the law is read.
+        loss: The loss that the law expects there.
     """
 
     width: int
     parameters: int
     tokens: float
     seconds: float
+    point: LawPoint
     loss: float
 
 
@@ -81,8 +93,8 @@ class Plan:
         recipe: The recipe, ready to train.
         estimate: What it takes.
         parameters: Parameters that a token is multiplied by.
-        loss: The expected held-out loss.
-        bits_per_byte: The same in bits per byte; None if the law has no bytes.
+        loss: The loss that the law expects, on its own text in its own vocabulary.
+        bits_per_byte: The expected bits per byte of held-out text; None if the law has no bytes.
         command: The command to type.
         notes: What limits the plan, a sentence each.
     """
@@ -123,7 +135,13 @@ def law_recipe(law: FittedLaw, goal: str) -> Recipe:
 
 
 def plan_runs(
-    text: Sequence[str], hours: float, goal: str, law_file: Path | None, out: Path, log: LogLine = LOGGER.info
+    text: Sequence[str],
+    hours: float,
+    goal: str,
+    law_file: Path | None,
+    out: Path,
+    log: LogLine = LOGGER.info,
+    measured: bool = False,
 ) -> str:
     """Plan a run for each goal and return the plans as text.
 
@@ -134,6 +152,7 @@ def plan_runs(
         law_file: A fitted law, used for the goal that its recipe fits.
         out: Directory of the planned runs.
         log: Receives messages.
+        measured: Whether a short run on the text calibrates the bits per byte.
 
     Raises:
         UserError: The text is too small, the time too short, or the law does not fit the goal.
@@ -150,11 +169,17 @@ def plan_runs(
         log(NO_LAW)
         goals.remove("labels")
     laws = {one: given.get(one) or default_law(one) for one in goals}
-    return "\n\n".join(describe(plan_run(text, hours, one, laws[one], out / one, log)) for one in goals)
+    return "\n\n".join(describe(plan_run(text, hours, one, laws[one], out / one, log, measured)) for one in goals)
 
 
 def plan_run(
-    text: Sequence[str], hours: float, goal: str, law: FittedLaw, out: Path, log: LogLine = LOGGER.info
+    text: Sequence[str],
+    hours: float,
+    goal: str,
+    law: FittedLaw,
+    out: Path,
+    log: LogLine = LOGGER.info,
+    measured: bool = False,
 ) -> Plan:
     """Plan one run.
 
@@ -165,118 +190,197 @@ def plan_run(
         law: The law.
         out: The run directory of the command.
         log: Receives messages.
+        measured: Whether a short run on the text calibrates the bits per byte.
+
+    Raises:
+        UserError: The law does not determine the best size for this compute, no size fits into the free memory, or there is too
+            little text or time.
     """
-    base = law_recipe(law, goal)
-    base = dataclasses.replace(base, data=dataclasses.replace(base.data, path=tuple(text), corpus="", cache_dir=""))
-    with prepared(base, log) as run:
-        best, found, notes = _choose(run, base, law, hours * 3600 * SPARE, log)
-        found = dataclasses.replace(found, step_seconds=best.seconds / max(1, round(best.tokens / found.step.tokens)))
+    law_base = law_recipe(law, goal)
+    law_base = dataclasses.replace(
+        law_base, data=dataclasses.replace(law_base.data, path=tuple(text), corpus="", cache_dir="")
+    )
+    seconds = hours * 3600 * SPARE
+    with prepared_with_vocabulary(law_base, _vocabulary(law_base, law, seconds), log) as (base, run):
+        choice = _Choice(run, base, law_base, law, log)
+        best, notes = choice.best(seconds)
+        found = choice.timed[best.width]
         own = compressed_bits(run.data.stores()[0], run.data.tokenizer)
+        calibration = None
+        if measured:
+            pilot, _ = choice.best(CALIBRATION_SHARE * seconds, known=True)
+            calibration = calibrate(
+                base, pilot.width, round(pilot.tokens / choice.timed[pilot.width].step.tokens), pilot.point, log
+            )
     steps = max(1, round(best.tokens / found.step.tokens))
     recipe = planned_recipe(base, best.width, steps)
-    found = dataclasses.replace(found, steps=steps, tokens=best.tokens, epochs=best.tokens / found.data_tokens)
-    loss = law.loss(best.parameters, best.tokens, found.data_tokens)
-    C = float(law.rule.flops(best.parameters, best.tokens))
+    found = dataclasses.replace(
+        found,
+        steps=steps,
+        tokens=best.tokens,
+        epochs=best.tokens / found.data_tokens,
+        step_seconds=best.seconds / steps,
+    )
+    C = law.compute(best.point)
     if why := law.optimum(C).too_wide:
         raise UserError(f"there is no plan: {why}, or plan fewer hours")
-    check_fits(found.step, default_device(), steps)
     if (far := C / law.flops[1]) > FAR:
         notes.append(f"this is {far:.0f} times the compute of the largest run of the law: an extrapolation")
-    if best.parameters > law.sizes[1]:
+    if best.point.parameters > law.sizes[1]:
+        factor = best.point.parameters / law.sizes[1]
         notes.append(
-            f"the size is {best.parameters / law.sizes[1]:.2g} times the largest of the law, {number(law.sizes[1], 3)} parameters: an "
-            "extrapolation"
+            f"the size is {factor:.2g} times the largest of the law, {number(law.sizes[1], 3)} parameters: an extrapolation"
         )
-    bits = _bits_per_byte(law, loss, own)
+    loss = law.loss_at(best.point)
+    bits = calibration.bits(law, best.point) if calibration else _bits_per_byte(law, loss, own)
     command = command_of(recipe, out)
     return Plan(goal, recipe, found, best.parameters, loss, bits, command, tuple(notes))
 
 
-def _choose(
-    run: PreparedRun, base: Recipe, law: FittedLaw, seconds: float, log: LogLine
-) -> tuple[PlannedSize, RunEstimate, list[str]]:
-    """Return the size with the least expected loss, what a step of it takes, and notes.
+def _vocabulary(base: Recipe, law: FittedLaw, seconds: float) -> int:
+    """Return the vocabulary that the model supports, of the size that the law expects to be best at the speed of its runs."""
+    assert base.model is not None
+    speed = law.flops_per_second or machine_peak(default_device().type, "fp32") / 10
+    best = law.optimum(seconds * speed).parameters.value
+    others = {}
+    for width in WIDTHS:
+        recipe = scaled(base, width)
+        assert recipe.model is not None
+        counted = count_parameters(recipe).multiplied
+        others[width] = (abs(np.log(counted / best)), counted - recipe.model.vocab_size * width)
+    width = min(others, key=lambda w: others[w][0])
+    return largest_of_model(max(1.0, others[width][1]), width)
 
-    The time of a token is interpolated between sizes that are timed; the chosen size is timed too until it stays the choice.
+
+class _Choice:
+    """The choice among the widths of a plan.
+
+    Args:
+        run: The prepared run.
+        base: Its recipe.
+        law_base: The recipe with the vocabulary of the law.
+        law: The law.
+        log: Receives messages.
     """
-    timed: dict[int, RunEstimate] = {}
 
-    def measure(width: int) -> None:
-        if width not in timed:
-            timed[width] = estimate_prepared(_of_width(run, base, width))
-            log(f"width {width}: {timed[width].step.flops / timed[width].step_seconds / 1e9:.1f} GFLOP/s")
+    def __init__(self, run: PreparedRun, base: Recipe, law_base: Recipe, law: FittedLaw, log: LogLine) -> None:
+        self.run, self.base, self.law_base, self.law, self.log = run, base, law_base, law, log
+        self.timed: dict[int, RunEstimate] = {}
+        store = run.data.stores()[0]
+        per_token = store.num_bytes / len(store.tokens)
+        own = 1 / (law.bits_per_nat * np.log(2)) if law.bits_per_nat else per_token
+        self.law_tokens = per_token / own
+        """Tokens of the law's vocabulary for each token."""
 
-    for width in (32, 128):
-        measure(width)
-    unique = timed[32].data_tokens
-    repeats = law.repeats
-    limit = repeats.epochs_at_worth(LEAST_WORTH) if repeats is not None else MAX_EPOCHS
-    for _ in range(4):
-        candidates = [
-            _candidate(run, base, width, timed, law, seconds, unique, limit)
-            for width in WIDTHS
-            if width <= 4 * max(timed)
-        ]
-        least = min(candidates, key=lambda one: one.loss)
-        if least.width in timed:
-            break
-        measure(least.width)
-    measure(least.width)
-    step = timed[least.width].step
-    steps = round(least.tokens / step.tokens)
-    if steps < MIN_STEPS:
-        raise UserError(
-            f"there is time or text for {steps} steps of {step.tokens:,.0f} tokens only, and a plan needs {MIN_STEPS}: give more hours or "
+    def best(self, seconds: float, known: bool = False) -> tuple[PlannedSize, list[str]]:
+        """Return the size with the least expected loss, and notes.
+
+        The time of a token is interpolated between sizes that are timed; the chosen size is timed too until it stays the choice.
+        A size that does not fit into the memory, or that reads too few tokens, is replaced by the next smaller one.
+
+        Args:
+            seconds: Training time.
+            known: Whether to choose among sizes that are timed.
+
+        Raises:
+            UserError: No size fits.
+        """
+        for width in (32, 128) if not known else ():
+            self._measure(width)
+        widths, larger = sorted(self.timed) if known else list(WIDTHS), ""
+        while True:
+            found = [self._candidate(w, seconds) for w in widths if w <= 4 * max(self.timed)]
+            least = min(found, key=lambda one: one.loss)
+            few, misfit = self._few_steps(least), self._misfit(least)
+            if few or misfit:
+                larger = larger or misfit
+                widths = [w for w in widths if w < least.width]
+                if not widths:
+                    raise UserError(few or misfit)
+                continue
+            if least.width in self.timed:
+                break
+            if len(self.timed) < MAX_TIMED:
+                self._measure(least.width)
+            else:
+                widths = [w for w in widths if w in self.timed]
+        notes = []
+        if least.seconds < 0.9 * seconds:
+            notes.append(
+                f"the text is read {least.tokens / self.unique:.1f} times in {least.seconds / 60:.0f} minutes, and further epochs are not "
+                "worth the rest of the time: more text would be"
+            )
+        if larger:
+            notes.append(f"the law prefers a larger size, which does not fit into the free memory: {larger}")
+        return least, notes
+
+    @property
+    def unique(self) -> float:
+        """Tokens of the text."""
+        return next(iter(self.timed.values())).data_tokens
+
+    def _measure(self, width: int) -> None:
+        if width not in self.timed:
+            found = estimate_prepared(self._of_width(width))
+            self.timed[width] = found
+            self.log(f"width {width}: {found.step.flops / found.step_seconds / 1e9:.1f} GFLOP/s")
+
+    def _few_steps(self, size: PlannedSize) -> str:
+        """Return why a size reads too few tokens; empty if it reads enough."""
+        per_step = next(iter(self.timed.values())).step.tokens
+        steps = round(size.tokens / per_step)
+        if steps >= MIN_STEPS:
+            return ""
+        return (
+            f"there is time or text for {steps} steps of {per_step:,.0f} tokens only, and a plan needs {MIN_STEPS}: give more hours or "
             "more text"
         )
-    notes = []
-    if least.seconds < 0.9 * seconds:
-        notes.append(
-            f"the text is read {least.tokens / unique:.1f} times in {least.seconds / 60:.0f} minutes, and further epochs are not worth the "
-            "rest of the time: more text would be"
-        )
-    return least, timed[least.width], notes
 
+    def _misfit(self, size: PlannedSize) -> str:
+        """Return why `firth train` would refuse a size for want of memory; empty if it fits."""
+        sized = self._of_width(size.width)
+        try:
+            check_weights_fit(sized.recipe, sized.recipe.model, Ranks())
+            step = (self.timed.get(size.width) or estimate_prepared(sized, timed=False)).step
+            check_fits(step, default_device(), max(1, round(size.tokens / step.tokens)))
+        except UserError as error:
+            return str(error)
+        return ""
 
-def _candidate(
-    run: PreparedRun,
-    base: Recipe,
-    width: int,
-    timed: dict[int, RunEstimate],
-    law: FittedLaw,
-    seconds: float,
-    unique: float,
-    limit: float,
-) -> PlannedSize:
-    """Return a size with the tokens that it reads in the time, at most `limit` epochs, and its expected loss."""
-    known = sorted(timed)
-    parameters = count_parameters(_of_width(run, base, width).recipe).multiplied
-    per_token = [np.log(timed[w].step_seconds / timed[w].step.tokens) for w in known]
-    counts = [np.log(count_parameters(_of_width(run, base, w).recipe).multiplied) for w in known]
-    # Outside the timed sizes a token takes time in proportion to its FLOPs at the speed of the nearest one.
-    inside = float(np.interp(np.log(parameters), counts, per_token))
-    beyond = max(0.0, np.log(parameters) - counts[-1]) + min(0.0, np.log(parameters) - counts[0])
-    time = float(np.exp(inside + beyond))
-    tokens = min(seconds / time, limit * unique)
-    return PlannedSize(width, parameters, tokens, tokens * time, law.expected(parameters, tokens, unique))
+    def _candidate(self, width: int, seconds: float) -> PlannedSize:
+        """Return a size with the tokens that it reads in the time, and its expected loss."""
+        known = sorted(self.timed)
+        parameters = self._parameters(width)
+        per_token = [np.log(self.timed[w].step_seconds / self.timed[w].step.tokens) for w in known]
+        counts = [np.log(self._parameters(w)) for w in known]
+        # Outside the timed sizes a token takes time in proportion to its FLOPs at the speed of the nearest one.
+        inside = float(np.interp(np.log(parameters), counts, per_token))
+        beyond = max(0.0, np.log(parameters) - counts[-1]) + min(0.0, np.log(parameters) - counts[0])
+        time = float(np.exp(inside + beyond))
+        repeats = self.law.repeats
+        limit = repeats.epochs_at_worth(LEAST_WORTH) if repeats is not None else MAX_EPOCHS
+        most = min(seconds / time, limit * self.unique)
+        of_law = count_parameters(scaled(self.law_base, width)).multiplied
 
+        def size(tokens: float) -> PlannedSize:
+            point = LawPoint(of_law, tokens * self.law_tokens, self.unique * self.law_tokens)
+            return PlannedSize(width, parameters, tokens, tokens * time, point, self.law.expected_at(point))
 
-def _of_width(run: PreparedRun, base: Recipe, width: int) -> PreparedRun:
-    """Return a prepared run with the model and the optimizer of another width."""
-    assert base.model is not None
-    fields = scaled_config(base.model, width)
-    model = dataclasses.replace(fields, vocab_size=run.recipe.model.vocab_size, causal=run.recipe.model.causal)
-    return dataclasses.replace(
-        run, recipe=dataclasses.replace(run.recipe, model=model, optimizer=scaled(base, width).optimizer)
-    )
+        # A large model gains nothing from further epochs, and by a law of repeats it may lose.
+        epochs = [size(n * self.unique) for n in range(1, int(most / self.unique) + 1)]
+        return min([*epochs, size(most)], key=lambda one: one.loss)
 
+    def _parameters(self, width: int) -> int:
+        return count_parameters(self._of_width(width).recipe).multiplied
 
-def planned_recipe(base: Recipe, width: int, steps: int) -> Recipe:
-    """Return the recipe of a plan: the law's, at a width and a number of steps, with its schedule."""
-    return dataclasses.replace(
-        scaled(base, width), budget=Budget(max_steps=steps), schedule=Schedule("wsd", decay_ratio=DECAY_RATIO, warmup_steps=WARMUP_STEPS),
-        evaluation=EvalConfig(every=max(1, steps // 4), max_examples=base.evaluation.max_examples),
-    )  # fmt: skip
+    def _of_width(self, width: int) -> PreparedRun:
+        """Return the prepared run with the model and the optimizer of another width."""
+        assert self.base.model is not None
+        own = self.run.recipe
+        fields = scaled_config(self.base.model, width)
+        model = dataclasses.replace(fields, vocab_size=own.model.vocab_size, causal=own.model.causal)
+        recipe = dataclasses.replace(own, model=model, optimizer=scaled(self.base, width).optimizer)
+        return dataclasses.replace(self.run, recipe=recipe)
 
 
 def command_of(recipe: Recipe, out: Path) -> str:
@@ -346,7 +450,7 @@ def describe(plan: Plan) -> str:
         f"For {plan.goal}: {what} ({recipe.name})",
         f"  parameters    {found.step.parameters:,} ({plan.parameters:,} without a separate embedding table): width {model.hidden_size}, "
         f"{model.num_layers} layers",
-        f"  vocabulary    {model.vocab_size:,}, that of the law",
+        f"  vocabulary    {model.vocab_size:,}, as much as text and model support",
         f"  text          {number(found.data_tokens, 3)} tokens, read {found.epochs:.2g} times",
         f"  batch         {recipe.batch.size} examples of {found.step.tokens / recipe.batch.size:,.0f} tokens, {found.steps:,} steps",
         f"  time          {found.seconds / 60:.0f} minutes of training ({found.timing})",

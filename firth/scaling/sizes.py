@@ -22,9 +22,14 @@ import torch
 
 from firth.model.config import ModelConfig
 from firth.model.model import LM
-from firth.runs.recipe import Recipe
+from firth.runs.recipe import EvalConfig, Recipe
+from firth.training.schedule import Budget, Schedule
 from firth.types import UserError
 
+WARMUP_STEPS = 20
+"""Steps of the warmup at every size and budget."""
+DECAY_RATIO = 0.3
+"""Share of a run in which the learning rate decays to 0."""
 LR_EXPONENT = 0.5
 """How fast the learning rate falls with the width."""
 
@@ -106,3 +111,11 @@ def count_parameters(recipe: Recipe) -> ParameterCounts:
     total = sum(p.numel() for p in model.parameters())
     table = 0 if config.tie_embeddings or config.embedding.characters.max_length else config.vocab_size
     return ParameterCounts(total - table * config.embedding_dim, total)
+
+
+def planned_recipe(base: Recipe, width: int, steps: int) -> Recipe:
+    """Return a recipe at a width and a number of steps, with the schedule of a sweep."""
+    return replace(
+        scaled(base, width), budget=Budget(max_steps=steps), schedule=Schedule("wsd", decay_ratio=DECAY_RATIO, warmup_steps=WARMUP_STEPS),
+        evaluation=EvalConfig(every=max(1, steps // 4), max_examples=base.evaluation.max_examples),
+    )  # fmt: skip

@@ -43,7 +43,7 @@ from firth.runs.run import run
 from firth.runs.tokenizer import tokenizer_of
 from firth.runs.workers import Claim, Claims, WorkUnit, start_workers, work
 from firth.scaling.compressed import compressed_bits
-from firth.scaling.sizes import LR_EXPONENT, count_parameters, scaled
+from firth.scaling.sizes import DECAY_RATIO, LR_EXPONENT, WARMUP_STEPS, count_parameters, scaled
 from firth.tokenizer.tokenizer import Tokenizer
 from firth.training.device import choose_precision, default_device
 from firth.training.schedule import Budget, Schedule
@@ -54,10 +54,6 @@ SWEEP, TEXT, POINT, DIVERGED = "sweep.json", "text.json", "point.json", "diverge
 """Files of a sweep: its recipe, what was measured of its text; of a point: its facts, and why it diverged."""
 CLAIMS = "claims"
 """Directory of the claims of processes on the points."""
-WARMUP_STEPS = 20
-"""Steps of the warmup at every size and budget."""
-DECAY_RATIO = 0.3
-"""Share of a run in which the learning rate decays to 0."""
 MIN_STEPS = 3 * WARMUP_STEPS
 """Points with fewer steps are left out: most of them would be warmup and decay."""
 SAVE_STEPS = 500

@@ -21,16 +21,16 @@ from typing import Annotated, Any
 
 from pydantic import Field
 from starlette.requests import Request
-from starlette.responses import FileResponse, JSONResponse, Response
+from starlette.responses import JSONResponse, Response
 from starlette.routing import BaseRoute, Route
 
 from firth.evaluate.prompting.requests import GenerateRequest, sample_seed
 from firth.fields import AnswerCount, NonNegativeInt, PositiveFloat, Share, ShareAboveZero, TokenCount, Validated
 from firth.pipelines.records import Asker, PromptRecord, read_prompts
-from firth.serve.app import STATIC
 from firth.serve.config import ServeLimits
 from firth.serve.errors import ApiError
 from firth.serve.operations import Places, parse
+from firth.serve.pages import annotation_page
 from firth.serve.preference_statistics import statistics
 from firth.serve.preferences import JudgedItem, Preferences, StaleError, make_item
 from firth.serve.schemas import Strict
@@ -269,14 +269,11 @@ def annotation_routes(collection: Collection, limits: ServeLimits | None = None)
 
         return Route(f"/annotation/{path}", endpoint, methods=["POST"])
 
-    async def page(request: Request) -> Response:
-        return FileResponse(STATIC / "annotate.html", media_type="text/html")
-
     async def numbers(request: Request) -> Response:
         return await in_place(statistics, preferences, len(collection.prompts))
 
     return [
-        Route("/", page),
+        Route("/", annotation_page),
         route("next", NextRequest, take),
         route("judge", JudgeRequest, judge),
         route("skip", ItemRequest, skip),

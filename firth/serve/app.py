@@ -5,14 +5,13 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
-from pathlib import Path
 from typing import Any
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.requests import Request
-from starlette.responses import FileResponse, JSONResponse, Response
+from starlette.responses import JSONResponse, Response
 from starlette.routing import BaseRoute, Mount, Route
 from starlette.staticfiles import StaticFiles
 
@@ -25,6 +24,7 @@ from firth.serve.errors import ApiError
 from firth.serve.guard import Guard
 from firth.serve.openapi import document
 from firth.serve.operations import Context, Operation, Places
+from firth.serve.pages import STATIC, models_page
 from firth.serve.registry import ModelRegistry, ServedModel
 from firth.serve.schemas import (
     AttentionRequest,
@@ -51,8 +51,6 @@ from firth.serve.schemas import (
     TokenizeResponse,
 )
 from firth.serve.views import site
-
-STATIC = Path(__file__).parent / "static"
 
 STOP_SECONDS = 2.0
 """Most seconds at the end for the computation that runs; answers have had `drain_seconds` before."""
@@ -115,7 +113,7 @@ def create_app(
         described = document(operations, bool(config.api_key))
         routes.append(Route("/openapi.json", lambda _: JSONResponse(described)))
     app = Starlette(
-        routes=[*routes, Route("/", index), Mount("/static", StaticFiles(directory=STATIC))],
+        routes=[*routes, Route("/", models_page), Mount("/static", StaticFiles(directory=STATIC))],
         middleware=[Middleware(Guard, config)],
         exception_handlers={ApiError: on_api_error, HTTPException: on_http_error},
         lifespan=lifespan,
@@ -130,11 +128,6 @@ async def health(request: Request) -> Response:
     if models is not None and not models.thread.alive:
         raise ApiError(503, "the engine has failed: start the server again", code="engine_failed")
     return JSONResponse(HealthResponse(status="ok").model_dump())
-
-
-async def index(request: Request) -> Response:
-    """Return the first page."""
-    return FileResponse(STATIC / "index.html", media_type="text/html")
 
 
 async def list_models(request: Request) -> Response:

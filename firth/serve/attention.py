@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pydantic import BaseModel
 
 from firth.generate.attention_maps import AttentionMap
+from firth.serve.inference import check_length
 from firth.serve.operations import Context
 from firth.serve.schemas import AttentionRequest, AttentionResponse, AttentionWeights
 
@@ -29,6 +30,6 @@ async def attention(context: Context, body: AttentionRequest) -> BaseModel:
         return AttentionResponse(model=served.name, maps=maps)
 
     for text in (body.text, body.answer or ""):
-        served.check_characters(text, served.model.evaluated.model.context, "text")
-    found = await context.models.thread.run(lambda: served.model.attention(body.text, body.answer))
+        await check_length(context, served, text)
+    found = await context.models.thread.run_slices(served.model.attention_slices(body.text, body.answer))
     return await asyncio.to_thread(response, found)

@@ -18,12 +18,12 @@ import numpy as np
 from firth.fields import MAX_INT
 from firth.generate.sampling import Sampling
 from firth.generate.scheduler import GenerationRequest, Update
-from firth.generate.scoring import ScoredPair, TokenScores, score_pairs
+from firth.generate.scoring import ScoredPair, TokenScores, score_slices
+from firth.generate.slices import Slices
 from firth.serve.config import ServeLimits
-from firth.serve.engine_thread import Slices
 from firth.serve.errors import ApiError
 from firth.serve.events import EventStream
-from firth.serve.operations import Context, batches
+from firth.serve.operations import SLICE_TOKENS, Context, batches
 from firth.serve.registry import ServedModel
 from firth.serve.schemas import (
     ChatAnswer,
@@ -148,6 +148,7 @@ async def prepare(
     check_limit("logprobs", top, limits.max_logprobs, "alternatives per token")
     for prompt in prompts:
         check_prompt(served, prompt, limits, room=max_tokens != 0)
+        context.check_pass(served, len(prompt.ids), "prompt", in_chunks=True)
     constraint = await constraint_of(context, served, body)
     seed = secrets.randbits(31) if body.seed is None else body.seed % MAX_INT
     requests = []
@@ -371,9 +372,9 @@ async def echo(context: Context, job: Job, body: CompletionRequest) -> list[Echo
     def score() -> Slices[dict[int, TokenScores]]:
         found = {}
         for some in batches([*pairs], [len(job.prompts[p].ids) for p in pairs]):
-            scored = score_pairs(served.model.model, vocab, [pairs[p] for p in some], top)
-            found.update({some[k]: scores for k, scores in scored})
-            yield
+            for scored in score_slices(served.model.model, vocab, [pairs[p] for p in some], top, SLICE_TOKENS):
+                found.update({some[k]: scores for k, scores in scored})
+                yield
         return found
 
     scores = await context.models.thread.run_slices(score()) if pairs else {}

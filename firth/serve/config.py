@@ -22,6 +22,8 @@ class ServeLimits(Validated, section="limits"):
     Args:
         max_body_bytes: Most bytes of a request body.
         max_prompt_tokens: Most tokens of a prompt; 0 for the context of the model.
+        max_pass_tokens: Most tokens of a text that a model reads in one forward pass, during which all answers wait: a text of an
+            encoder, a prompt of an encoder-decoder or a prefix language model, a text whose attention is shown.
         max_new_tokens: Most tokens of an answer; a larger `max_tokens` is lowered to it.
         max_prompts: Most prompts or texts of a request.
         max_choices: Most answers to one prompt (`n`), and most answers of a request.
@@ -43,6 +45,7 @@ class ServeLimits(Validated, section="limits"):
 
     max_body_bytes: PositiveInt = 1 << 20
     max_prompt_tokens: NonNegativeInt = 0
+    max_pass_tokens: PositiveInt = 2048
     max_new_tokens: TokenCount = 4096
     max_prompts: PositiveInt = 64
     max_choices: PositiveInt = 32

@@ -11,7 +11,7 @@ import asyncio
 import contextlib
 import threading
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Generator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import Future, InvalidStateError
 from contextlib import asynccontextmanager
 from dataclasses import replace
@@ -22,12 +22,11 @@ import torch
 
 from firth.generate.engine import Engine
 from firth.generate.scheduler import GenerationRequest, Scheduler, TokenConstraint, Update
+from firth.generate.slices import Slices
 from firth.serve.errors import ApiError
 from firth.types import LOGGER, UserError
 
 T = TypeVar("T")
-Slices = Generator[None, None, T]
-"""A job in slices: it yields after each and returns its result."""
 Event = tuple[int, Update] | Exception
 
 

@@ -7,18 +7,18 @@ import re
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
-import numpy as np
 from pydantic import BaseModel
 
 from firth.data.conversations import messages_of
 from firth.evaluate.prompting.requests import ScoreRequest
 from firth.evaluate.tasks.preferences import dialogue_rewards
 from firth.generate import embeddings
+from firth.generate.scoring import ScoredPair, TokenScores
+from firth.generate.slices import Slices
 from firth.runs.loaded_model import trained_length
 from firth.serve.completions import at_least, check_limit
-from firth.serve.engine_thread import Slices
 from firth.serve.errors import ApiError
-from firth.serve.operations import Context, Handler, batches, tokenizing
+from firth.serve.operations import SLICE_TOKENS, Context, Handler, batches, tokenizing
 from firth.serve.registry import ServedModel
 from firth.serve.schemas import (
     Alternative,
@@ -45,7 +45,7 @@ from firth.types import UserError
 
 T = TypeVar("T")
 SLICE_CHARACTERS = 2048
-"""Most characters of the records that are predicted or rated together, about SLICE_TOKENS tokens, unless one is longer."""
+"""Most characters of the records that are read and tokenized together, unless one is longer."""
 
 
 async def embed(context: Context, body: EmbeddingRequest) -> BaseModel:
@@ -69,18 +69,11 @@ async def embed(context: Context, body: EmbeddingRequest) -> BaseModel:
             raise too_long(i)
     encoded = await tokenizing(sum(map(len, texts)), lambda: tokenizer.encode_batch(texts))
     counts = [len(ids) for ids in encoded]
-    order = sorted(range(len(texts)), key=lambda i: -counts[i])
-
-    def job() -> Slices[np.ndarray]:
-        vectors = np.zeros((len(texts), model.config.hidden_size), np.float32)
-        for some in batches(order, [counts[i] for i in order]):
-            vectors[some], truncated = embeddings.embed(model, tokenizer, [texts[i] for i in some], length=longest)
-            if truncated:
-                raise too_long(some[truncated[0]])
-            yield
-        return vectors
-
-    vectors = await context.models.thread.run_slices(job())
+    context.check_pass(served, max(counts), "input", in_chunks=True)
+    job = embeddings.embed_slices(model, tokenizer, texts, length=longest, max_tokens=SLICE_TOKENS)
+    vectors, truncated = await context.models.thread.run_slices(job)
+    if truncated:
+        raise too_long(truncated[0])
     data = [
         EmbeddingEntry(
             index=i,
@@ -98,9 +91,9 @@ async def fill(context: Context, body: FillRequest) -> BaseModel:
     """Return candidates for the gaps of a text, as `firth fill` does."""
     served = context.models.get(body.model)
     served.require("fill")
-    await check_length(served, body.text)
+    await check_length(context, served, body.text)
     model = served.model.with_lm_head()
-    found = await context.models.thread.run(lambda: model.candidates(body.text, body.top))
+    found = await context.models.thread.run_slices(model.candidate_slices(body.text, body.top))
     if isinstance(found, str):
         return FillResponse(model=served.name, gaps=[], text=found)
     gaps = [
@@ -115,16 +108,24 @@ async def fill(context: Context, body: FillRequest) -> BaseModel:
     return FillResponse(model=served.name, gaps=gaps)
 
 
-async def check_length(served: ServedModel, text: str) -> None:
-    """Raise an ApiError if a text has more tokens than the context of its model."""
-    context = served.model.evaluated.model.context
-    served.check_characters(text, context, "text")
+async def check_length(context: Context, served: ServedModel, text: str, in_chunks: bool = False) -> None:
+    """Raise an ApiError if a text has more tokens than its model reads, or reads in one pass.
+
+    Args:
+        context: The limits.
+        served: The model.
+        text: The text.
+        in_chunks: Whether a decoder reads it in chunks.
+    """
+    longest = served.model.evaluated.model.context
+    served.check_characters(text, longest, "text")
     count = len(await tokenizing(len(text), lambda: served.model.tokenizer.encode(text)))
-    if count > context:
+    if count > longest:
         raise ApiError(
-            400, f"the text has {count:,} tokens, and {served.name} reads at most {context:,}", param="text",
+            400, f"the text has {count:,} tokens, and {served.name} reads at most {longest:,}", param="text",
             code="context_length_exceeded",
         )  # fmt: skip
+    context.check_pass(served, count, "text", in_chunks)
 
 
 def predict_with(capability: str) -> Handler:
@@ -134,20 +135,22 @@ def predict_with(capability: str) -> Handler:
         served = context.models.get(body.model)
         served.require(capability)
         check_limit("records", len(body.records), context.limits.max_records, "records")
-        rows = await run_records(context, body.records, served.model.predict)
+        rows = await run_records(
+            context, body.records, lambda records: served.model.predict_slices(records, SLICE_TOKENS)
+        )
         return PredictResponse(model=served.name, rows=rows)
 
     return handler
 
 
-async def run_records(context: Context, records: Sequence[Any], job: Callable[[Any], list[T]]) -> list[T]:
-    """Run a job on records, some at a time; its errors name the record of the request and no file."""
+async def run_records(context: Context, records: Sequence[Any], job: Callable[[Any], Slices[list[T]]]) -> list[T]:
+    """Run a job in slices on records, some at a time; its errors name the record of the request and no file."""
 
     def slices() -> Slices[list[T]]:
         rows: list[T] = []
         for some in batches(records, [len(str(record)) for record in records], SLICE_CHARACTERS):
             try:
-                rows += job(some)
+                rows += yield from job(some)
             except UserError as error:
                 raise ApiError(
                     400, _of_records(str(error), len(rows)), param="records", code="invalid_value"
@@ -174,19 +177,23 @@ async def score(context: Context, body: ScoreRequestBody) -> BaseModel:
     served = context.models.get(body.model)
     served.require("score")
     check_limit("top", body.top, context.limits.max_logprobs, "alternatives per token")
-    await check_length(served, body.prompt + body.text)
+    await check_length(context, served, body.prompt + body.text, in_chunks=True)
     local, texts = served.local, served.texts
     wanted = ScoreRequest(body.prompt, body.text)
     if not len(served.model.tokenizer.encode(body.text)):
         raise ApiError(400, "text: it has no token", param="text", code="invalid_value")
     top = min(body.top, len(served.model.tokenizer.vocab.ordinary))
 
-    def job() -> Any:
+    def job() -> Slices[tuple[ScoredPair, TokenScores]]:
         local.check([wanted])
-        [(_, pair, scores)] = local.score([wanted], top)
+        found = []
+        for some in local.score_slices([wanted], top, SLICE_TOKENS):
+            found += some
+            yield
+        [(_, pair, scores)] = found
         return pair, scores
 
-    pair, scores = await context.models.thread.run(job)
+    pair, scores = await context.models.thread.run_slices(job())
     tokens = []
     missing = served.model.tokenizer.encode(body.prompt + body.text).size - pair.prompt.size - pair.continuation.size
     if local.mode == "causal" and not body.prompt and missing == 0 and pair.prompt.size:
@@ -220,8 +227,9 @@ async def reward(context: Context, body: RewardRequest) -> BaseModel:
     served.require("reward")
     check_limit("records", len(body.records), context.limits.max_records, "records")
 
-    def job(records: Sequence[dict[str, Any]]) -> list[float]:
-        return dialogue_rewards(served.model.evaluated, [messages_of(record) for record in records])
+    def job(records: Sequence[dict[str, Any]]) -> Slices[list[float]]:
+        dialogues = [messages_of(record) for record in records]
+        return (yield from dialogue_rewards(served.model.evaluated, dialogues, SLICE_TOKENS))
 
     rewards = await run_records(context, body.records, job)
     rows = [RewardRow(row=i, reward=value) for i, value in enumerate(rewards, 1)]

@@ -46,6 +46,8 @@ class Journal:
         except BaseException:
             self._file.close()
             raise
+        self.by_id: dict[int, dict[str, Any]] = {}
+        """All events."""
         self.active: dict[int, dict[str, Any]] = {}
         """The events that were not undone, by their ids."""
         self.turns: Counter[tuple[str, str]] = Counter()
@@ -68,6 +70,7 @@ class Journal:
         return added
 
     def _count(self, event: dict[str, Any]) -> None:
+        self.by_id[event["id"]] = event
         if event["event"] != CORRECTION:
             self.turns[event["annotator"], event["item"]] += 1
         if event["event"] == UNDO:

@@ -19,10 +19,11 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
+from firth.generate.slices import can_read_in_chunks
 from firth.serve.config import ServeLimits
 from firth.serve.errors import ApiError
 from firth.serve.events import EventStream, disconnected
-from firth.serve.registry import ModelRegistry
+from firth.serve.registry import ModelRegistry, ServedModel
 from firth.types import UserError
 
 RETRY_SECONDS = 1
@@ -30,7 +31,8 @@ T = TypeVar("T")
 LONG_CHARACTERS = 10_000
 """Longer texts are tokenized in a thread of their own, so that other requests do not wait."""
 SLICE_TOKENS = 512
-"""Most tokens of a slice of a job, unless a single text is longer. Streams wait for a slice between two tokens."""
+"""Most tokens of a slice of a job, unless one forward pass needs more (`Context.check_pass`). Streams wait for a slice between
+two tokens."""
 
 
 class Places:
@@ -70,6 +72,22 @@ class Context:
     models: ModelRegistry
     limits: ServeLimits
     places: Places
+
+    def check_pass(self, served: ServedModel, tokens: int, param: str, in_chunks: bool = False) -> None:
+        """Raise an ApiError for a text that would hold up all answers, since the model reads it in one forward pass.
+
+        Args:
+            served: The model.
+            tokens: Tokens of the text.
+            param: The field of the request.
+            in_chunks: Whether a decoder reads it in chunks.
+        """
+        most = self.limits.max_pass_tokens
+        if tokens > most and not (in_chunks and can_read_in_chunks(served.model.evaluated.model)):
+            raise ApiError(
+                400, f"{param}: {tokens:,} tokens would be read in one pass, of at most {most:,} (the limit max_pass_tokens)",
+                param=param, code="limit_exceeded",
+            )  # fmt: skip
 
 
 Handler = Callable[[Context, Any], Awaitable[BaseModel | EventStream]]

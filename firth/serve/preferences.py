@@ -2,10 +2,12 @@
 
     preferences.jsonl                 rankings and preferences, to train on
     preferences.corrections.jsonl     corrected answers, as prompts with completions
-    preferences.events.jsonl          what annotators did, one event a line, only ever appended to
+    preferences.events.jsonl          what annotators did, one event a line
 
-The two other files are made of the events. An event is on the disk before the annotator gets the next prompt, and a line that a
-killed process left incomplete is removed. `undo` is an event too: it revokes an earlier one, by its id.
+All three are only ever appended to. The first two are made of the events, whose ids their rows have. An event is on the disk before
+the annotator gets the next prompt. A line that a killed process left incomplete is removed, and rows that are missing are appended.
+`undo` is an event too: it revokes an earlier one, by its id. In the first two files it is a row {"id": 10, "undo": 7, "annotator":
+"ann"}, which every reader of records skips together with the row that it takes back (`firth.corpora.readers`).
 
     {"id": 7, "event": "judgment", "item", "annotator", "token", "ranks": [1, 2, 2], "prompt", "answers", "runs", "sampling", ...}
     {"id": 8, "event": "skip", ...}   {"id": 9, "event": "correction", "answer": 0, "text", ...}   {"id": 10, "event": "undo", "of": 7, ...}
@@ -18,6 +20,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -29,11 +32,12 @@ from typing import Any
 import numpy as np
 
 from firth.io.atomic import refusals
-from firth.pipelines.records import write_records
 from firth.serve.journal import CORRECTION, JUDGMENT, SKIP, UNDO, Journal, append_bytes
 from firth.tokenizer.vocab import replace_lone_surrogates
 from firth.types import UserError
 
+RowOf = Callable[[Mapping[str, Any]], dict[str, Any] | None]
+"""Returns the record for `train` of an event; None for an event without one."""
 LEASE_SECONDS = 900.0
 """How long a prompt is reserved for the annotator who has it on the screen."""
 STALE = "this prompt was judged, skipped or undone in the meantime, perhaps in another window: nothing was recorded"
@@ -131,7 +135,8 @@ class Preferences:
         self.items: dict[str, JudgedItem] = {}
         self._leases: dict[str, tuple[str, float]] = {}
         self._lock = threading.RLock()
-        self._sizes = {out: -1, self.corrections: -1}  # bytes as they were left; another number: write the file anew
+        self._sizes = {out: -1, self.corrections: -1}  # bytes as they were left; another number: see what the file has
+        self._published = {out: 0, self.corrections: 0}  # events whose rows the file has
         try:
             for path, kind in ((out, JUDGMENT), (self.corrections, CORRECTION)):
                 own = any(event["event"] == kind for event in self.journal.events)
@@ -292,9 +297,6 @@ class Preferences:
             self.journal.append(
                 {"event": UNDO, "item": event["item"], "annotator": annotator, "of": of, "time": _now()}
             )
-            for path, kind in ((self.out, JUDGMENT), (self.corrections, CORRECTION)):
-                if event["event"] == kind:
-                    self._sizes[path] = -1
             if event["item"] in self.items:
                 self._leases[event["item"]] = annotator, time.monotonic() + LEASE_SECONDS
             self._publish()
@@ -330,12 +332,10 @@ class Preferences:
             "prompt": item.prompt, "answers": [one.text for one in item.answers], "runs": [list(one.runs) for one in item.answers],
             "sampling": self.sampling,
         }  # fmt: skip
-        event = self.journal.append(
-            {"event": kind, "item": item.id, "annotator": annotator, **values, **about, "time": _now()}
-        )
+        self.journal.append({"event": kind, "item": item.id, "annotator": annotator, **values, **about, "time": _now()})
         if kind != CORRECTION:
             self._leases.pop(item.id, None)
-        self._publish(event)
+        self._publish()
 
     def _judges(self) -> dict[str, list[str]]:
         """Return who judged each item, in order."""
@@ -351,31 +351,71 @@ class Preferences:
                 found.setdefault(event["item"], set()).add(event["annotator"])
         return found
 
-    def _publish(self, new: Mapping[str, Any] | None = None) -> None:
-        """Bring the two other files up to date: append the row of a new event, or write a file anew that is not as it was left."""
-        self._publish_one(self.out, JUDGMENT, preference_row, new)
-        self._publish_one(self.corrections, CORRECTION, correction_row, new)
+    def _publish(self) -> None:
+        """Append to the two other files the rows of the events that they do not have."""
+        for path, kind, row_of in (
+            (self.out, JUDGMENT, preference_row),
+            (self.corrections, CORRECTION, correction_row),
+        ):
+            with refusals(path):
+                self._publish_one(path, kind, row_of)
 
-    def _publish_one(
-        self,
-        path: Path,
-        kind: str,
-        row_of: Callable[[Mapping[str, Any]], dict[str, Any] | None],
-        new: Mapping[str, Any] | None,
-    ) -> None:
-        with refusals(path):
-            exists = path.exists()
-            if self._sizes[path] != (path.stat().st_size if exists else 0):
-                made = [row_of(event) for event in self.journal.active.values() if event["event"] == kind]
-                rows = [row for row in made if row is not None]
-                if rows or exists or kind == JUDGMENT:
-                    write_records(path, rows)
-                self._sizes[path] = path.stat().st_size if path.exists() else 0
-            elif new is not None and new["event"] == kind and (row := row_of(new)) is not None:
-                line = json.dumps(row, ensure_ascii=False) + "\n"
-                with path.open("ab", buffering=0) as file:
-                    self._sizes[path] = -1  # stays if the next line fails
-                    self._sizes[path] = file.tell() + append_bytes(file.fileno(), line.encode())
+    def _publish_one(self, path: Path, kind: str, row_of: RowOf) -> None:
+        exists = path.exists()
+        if self._sizes[path] != (path.stat().st_size if exists else 0):
+            newest = self.journal.events[-1]["id"] if self.journal.events else -1
+            last = drop_unknown_rows(path, newest) if exists else -1
+            self._published[path] = sum(event["id"] <= last for event in self.journal.events)
+        new = self.journal.events[self._published[path] :]
+        rows = [row for event in new if (row := self._row(event, kind, row_of)) is not None]
+        if rows or (kind == JUDGMENT and not exists):
+            lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+            with path.open("ab", buffering=0) as file:
+                self._sizes[path] = -1  # stays if the next line fails
+                append_bytes(file.fileno(), lines.encode())
+        self._sizes[path] = path.stat().st_size if path.exists() else 0
+        self._published[path] = len(self.journal.events)
+
+    def _row(self, event: Mapping[str, Any], kind: str, row_of: RowOf) -> dict[str, Any] | None:
+        """Return the row of an event in the file of a kind of events; None if it has none."""
+        if event["event"] == UNDO:
+            of = self.journal.by_id[event["of"]]
+            if of["event"] != kind or row_of(of) is None:
+                return None
+            return {"id": event["id"], "undo": of["id"], "annotator": event["annotator"]}
+        row = row_of(event) if event["event"] == kind else None
+        return None if row is None else {"id": event["id"], **row}
+
+
+def drop_unknown_rows(path: Path, newest: int) -> int:
+    """Remove a last line that a killed process left incomplete, and rows of events that are lost; return the last id, -1 for none.
+
+    Args:
+        path: The file.
+        newest: The id of the last event.
+
+    Raises:
+        UserError: The last line has no id.
+    """
+    whole = path.read_bytes()
+    lines = whole.splitlines(keepends=True)
+    if lines and not lines[-1].endswith(b"\n"):
+        lines.pop()
+    last = -1
+    while lines:
+        try:
+            last = int(json.loads(lines[-1])["id"])
+        except (ValueError, KeyError, TypeError, RecursionError):
+            raise UserError(
+                f"{path}: the last line is not one of `firth annotate`: remove it, or move the file, which is then written again"
+            ) from None
+        if last <= newest:
+            break
+        lines.pop()
+    size = sum(map(len, lines))
+    if size < len(whole):
+        os.truncate(path, size)
+    return last if lines else -1
 
 
 def preference_row(event: Mapping[str, Any]) -> dict[str, Any] | None:

@@ -10,8 +10,8 @@ from pathlib import Path
 
 from firth.evaluate.perplexity import leading_bos
 from firth.evaluate.prompting.local_model import LocalModel
-from firth.evaluate.task import EvaluatedModel, load_evaluated_model
-from firth.evaluate.tasks import default_task
+from firth.evaluate.task import EvaluatedModel, Task, load_evaluated_model
+from firth.evaluate.tasks import TASKS, default_task
 from firth.evaluate.tasks.generation import can_generate
 from firth.evaluate.tokenizer_match import check_adapter_base, load_tokenizer
 from firth.generate.quantized import quantize
@@ -24,12 +24,6 @@ from firth.serve.structured import Grammars
 from firth.serve.token_texts import TokenTexts
 from firth.tokenizer import chat
 from firth.types import LOGGER, UserError
-
-PREDICTIONS = {
-    "classification": "classify", "regression": "classify", "multiple_choice": "classify", "token_classification": "tag",
-    "question_answering": "answer",
-}  # fmt: skip
-"""Task of a model -> the route that predicts with it."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,9 +70,13 @@ class ServedModel:
             found.append("score")
         if not config.encoder.latent_size and self.model.with_lm_head().can_fill:
             found.append("fill")
-        if (route := PREDICTIONS.get(default_task(evaluated))) is not None:
-            found.append(route)
-        return (*found, "reward") if "reward" in evaluated.model.heads else tuple(found)
+        return tuple(found) if self.task is None else (*found, self.task.route)
+
+    @cached_property
+    def task(self) -> Task | None:
+        """The task by whose route the model predicts; None if it has no such head."""
+        task = TASKS.get(default_task(self.model.evaluated))
+        return task if task is not None and task.route else None
 
     def exceeds(self, text: str, most: int) -> bool:
         """Return whether a text has more characters than `most` tokens can have, which is known without tokenizing it."""

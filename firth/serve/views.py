@@ -7,14 +7,11 @@ A view with an empty reason is shown.
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import Any
 
-from firth.data.labeled import LabeledConfig, MultipleChoiceConfig, TaggedConfig
-from firth.data.question_answering import QuestionsConfig
-from firth.evaluate.task import EvaluatedModel
-from firth.evaluate.tasks import default_task
 from firth.model.transformer import TransformerStack
-from firth.serve.registry import PREDICTIONS, ModelRegistry, ServedModel
+from firth.serve.registry import ModelRegistry, ServedModel
 
 NO_HEAD = "It has no LM head, so it gives no token a probability."
 
@@ -41,7 +38,7 @@ def describe(served: ServedModel) -> dict[str, Any]:
         "context": model.context,
         "answers": model.config.encoder.num_layers > 0,
         "views": reasons(served),
-        "predict": prediction(served.model.evaluated),
+        "predict": prediction(served),
     }
 
 
@@ -69,42 +66,15 @@ def reasons(served: ServedModel) -> dict[str, str]:
         "complete": complete,
         "fill": "" if "fill" in able else no_fill,
         "tokens": "" if "score" in able else no_score,
-        "predict": "" if prediction(evaluated) else "It has no head for classes, tags, answers or rewards.",
+        "predict": "" if served.task is not None else "It has no head for classes, tags, answers or rewards.",
         "attention": "" if attends else "It has no attention layers.",
         "similarity": "",
     }
 
 
-def prediction(evaluated: EvaluatedModel) -> dict[str, Any] | None:
+def prediction(served: ServedModel) -> dict[str, Any] | None:
     """Return the route by which a model predicts and the fields of its records; None for a model without a task head."""
-    examples = evaluated.examples
-    task = default_task(evaluated)
-    inputs: list[dict[str, str]] = []
-    if task in ("classification", "regression"):
-        names = LabeledConfig.of(examples).read_fields
-        labels = ["Text"] if len(names) == 1 else ["First text", "Second text"]
-        inputs = [{"field": name, "label": label, "kind": "text"} for name, label in zip(names, labels, strict=True)]
-    elif task == "multiple_choice":
-        choice = MultipleChoiceConfig.of(examples)
-        inputs = [{"field": choice.text_field, "label": "Question", "kind": "text"}]
-        if len(choice.option_fields) == 1:
-            note = {"note": "One option a line."}
-            inputs.append({"field": choice.option_fields[0], "label": "Options", "kind": "lines"} | note)
-        else:
-            inputs += [
-                {"field": name, "label": f"Option {i}", "kind": "text"}
-                for i, name in enumerate(choice.option_fields, 1)
-            ]
-        if choice.option_prefix_field:
-            inputs.append({"field": choice.option_prefix_field, "label": "Beginning of each option", "kind": "text"})
-    elif task == "token_classification":
-        words = {"field": TaggedConfig.of(examples).words_field, "label": "Sentence", "kind": "words"}
-        inputs = [words | {"note": "Words are separated by blanks, punctuation too."}]
-    elif task == "question_answering":
-        passage = {"field": QuestionsConfig.of(examples).context_field, "label": "Passage", "kind": "passage"}
-        inputs = [passage, {"field": "question", "label": "Question", "kind": "text"}]
-    elif "reward" in evaluated.model.heads:
-        inputs = [
-            {"field": "prompt", "label": "Prompt", "kind": "text"}, {"field": "completion", "label": "Answer", "kind": "text"},
-        ]  # fmt: skip
-    return {"route": PREDICTIONS.get(task, "reward"), "inputs": inputs} if inputs else None
+    if served.task is None:
+        return None
+    fields = [asdict(field) for field in served.task.form(served.model.evaluated)]
+    return {"route": served.task.route, "inputs": fields}

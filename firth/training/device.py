@@ -106,6 +106,8 @@ def casts(precision: Literal["fp32", "bf16"], device: torch.device) -> Callable[
 
 _TRIM_THRESHOLD, _TOP_PAD, _MMAP_THRESHOLD, _MMAP_MAX = -1, -2, -3, -4  # malloc.h
 _GLIBC = platform.libc_ver()[0] == "glibc"
+KEPT_MEMORY = ((_MMAP_MAX, 0), (_TRIM_THRESHOLD, 2**31 - 1), (_TOP_PAD, 64 << 20)) if _GLIBC else ()
+"""Parameters of malloc with which it keeps freed memory."""
 
 
 def keep_freed_memory() -> bool:
@@ -114,11 +116,7 @@ def keep_freed_memory() -> bool:
     glibc allocates blocks over 128 kB with `mmap` and returns them to the kernel when they are freed. A training step allocates
     the same activations again and again, and each time every page is faulted in and zeroed. With this setting they are reused.
     """
-    if not _GLIBC:
-        return False
-    mallopt = ctypes.CDLL(None).mallopt
-    largest = 2**31 - 1
-    return all((mallopt(_MMAP_MAX, 0), mallopt(_TRIM_THRESHOLD, largest), mallopt(_TOP_PAD, 64 << 20)))
+    return _GLIBC and all(ctypes.CDLL(None).mallopt(*setting) for setting in KEPT_MEMORY)
 
 
 def return_freed_memory() -> bool:

@@ -5,7 +5,8 @@ no data (torch's `FakeTensor`), and follows which of them are alive. So no formu
 what autograd saves, what a kernel keeps and what is freed early is what happens. Tokens, labels and masks are real, since
 shapes depend on them: the LM head runs only at the labels.
 
-Native kernels are not called; they allocate nothing. Scratch buffers inside a matrix product are not seen.
+Native kernels are not called; they allocate nothing. Scratch buffers inside a matrix product are not seen. On a CPU the heap is larger
+than its tensors (`firth.training.heap`), and in bf16 the code that oneDNN compiles for each shape of a product lies in it.
 """
 
 from __future__ import annotations
@@ -25,12 +26,15 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from firth import kernel_choice
 from firth.model import attention, native
-from firth.training.device import casts
+from firth.model.recurrent import lstm_runs_in_bf16
+from firth.training.device import KEPT_MEMORY, casts
+from firth.training.heap import heap_bytes
 from firth.training.optimizer import Optimizer, OptimizerConfig, untied_embeddings
 from firth.training.step import step, to
 from firth.types import Batch
 
 if TYPE_CHECKING:
+    from firth.data.source import Source
     from firth.model.model import LM
     from firth.objectives.objective import Objective
 
@@ -40,15 +44,18 @@ FACTORIES = frozenset({"empty", "empty_strided", "zeros", "ones", "rand", "randn
 INDEXING = frozenset({"index", "index_put", "index_put_", "_index_put_impl_"})
 """Operators whose second argument may hold masks. The shape of the result depends on what they select."""
 
-PRODUCTS = frozenset({"mm", "addmm", "bmm", "baddbmm"})
-"""Operators that multiply matrices."""
+PRODUCTS = frozenset({"mm", "addmm", "bmm", "baddbmm", "linear", "matmul"})
+"""Operators that multiply matrices. The last two are seen in inference mode only; else they are made of the others."""
 
-KERNEL_BYTES, MAX_KERNELS = 600_000, 1024
-"""Bytes of a kernel that oneDNN compiles for one shape of a bf16 product on a CPU, and how many it keeps."""
+RNN_POSITIONS = 16
+"""Positions of a text on which a recurrent layer is run to learn what it keeps for each."""
 
-HEAP_FACTOR, PROCESS_BYTES = 1.26, 10_000_000
-"""Resident bytes of a process on a CPU per byte of live tensors, and in addition to them. Both were fitted to measurements
-(docs/results/estimates.md)."""
+KERNEL_BLOCK, KERNEL_BLOCKS, KERNEL_RECORDS, MAX_KERNELS = 1 << 18, 2, 40_000, 1024
+"""Bytes of a block of code that oneDNN compiles for a shape of a bf16 product on a CPU, how many it keeps for each shape, bytes that
+describe them, and for how many shapes. Products of all kinds keep 554 to 609 kB a shape, as measured."""
+
+PROCESS_BYTES = 10_000_000
+"""Resident bytes of a process on a CPU besides its heap: pages of libraries and further code that a step needs (measured: 5 to 17 MB)."""
 
 
 @dataclass(frozen=True)
@@ -59,8 +66,8 @@ class StepMemory:
         weights: Parameters and buffers.
         gradients: Gradients of parameters at that moment.
         optimizer: Momenta and second moments.
-        activations: Everything else: what is kept for the backward pass, temporary tensors, and on a CPU the free blocks
-            between them.
+        activations: What is kept for the backward pass, and temporary tensors.
+        free: On a CPU, free blocks of the heap between tensors, and what a process needs besides the heap.
         shapes: Different shapes of matrix products in a step.
         new_shapes: How many a further step adds, on average.
         kernel: Bytes that the library keeps for each shape of a product.
@@ -70,6 +77,7 @@ class StepMemory:
     gradients: int
     optimizer: int
     activations: int
+    free: int = 0
     shapes: int = 0
     new_shapes: float = 0.0
     kernel: int = 0
@@ -77,7 +85,7 @@ class StepMemory:
     @property
     def peak(self) -> int:
         """The most bytes at any time of a step."""
-        return self.weights + self.gradients + self.optimizer + self.activations
+        return self.weights + self.gradients + self.optimizer + self.activations + self.free
 
     def kernel_bytes(self, steps: int) -> int:
         """Return the bytes of the kernels that the library keeps in a run, one for each shape of a product."""
@@ -106,6 +114,10 @@ class MemoryTrace(TorchDispatchMode):
         """Shapes of embedding tables whose gradient has only the rows that were looked up."""
         self.products: set[tuple[Any, ...]] = set()
         """Shapes of the matrix products so far."""
+        self.kernel_blocks = 0
+        """Blocks of code that are compiled for each bf16 product of a new shape, and kept."""
+        self.kernels: set[int] = set()
+        """Numbers of these blocks."""
 
     def number(self, x: Tensor, size: int | None = None) -> int:
         """Return the number of a tensor's storage; a new one is counted as allocated.
@@ -143,7 +155,8 @@ class MemoryTrace(TorchDispatchMode):
             fake = _dtype(name, args, kwargs).is_floating_point
         if fake:
             if name in PRODUCTS:
-                self.products.add((name, *((tuple(x.shape), tuple(x.stride())) for x in tensors)))
+                scalars = tuple(x for x in tree_iter((args, kwargs)) if isinstance(x, int | float))
+                self._count_product((name, scalars, *((tuple(x.shape), tuple(x.stride())) for x in tensors)), tensors)
             if name in INDEXING:
                 args = self._by_position(args)
             with self._fakes:
@@ -151,12 +164,24 @@ class MemoryTrace(TorchDispatchMode):
         else:
             out = func(*args, **kwargs)
         size = None
+        if fake and name == "mkldnn_rnn_layer" and out[3] is not None:
+            self.number(out[3], rnn_workspace(*args))
         if name == "embedding_dense_backward" and tuple(out.shape) in self.sparse_tables:
             size = args[1].numel() * out.shape[-1] * out.element_size()
         for x in tree_iter(out):
             if isinstance(x, Tensor):
                 self.number(x, size)
         return out
+
+    def _count_product(self, product: tuple[Any, ...], tensors: Sequence[Tensor]) -> None:
+        """Count a matrix product by its shapes and factors, and allocate the code for a new one."""
+        if product in self.products or tensors[0].dtype != torch.bfloat16:
+            return
+        self.products.add(product)
+        for _ in range(self.kernel_blocks):
+            self.kernels.add(len(self.sizes))
+            self.sizes.append(KERNEL_BLOCK)
+            self.events.append(len(self.sizes))
 
     def _by_position(self, args: tuple[Any, ...]) -> tuple[Any, ...]:
         """Return the arguments of an indexing operator with masks that have data replaced by the positions they select."""
@@ -185,6 +210,28 @@ class MemoryTrace(TorchDispatchMode):
         return most, [sum(self.sizes[n] for n in part & at) for part in parts]
 
 
+def rnn_workspace(x: Tensor, *args: Any) -> int:
+    """Return the bytes that oneDNN's recurrent layer keeps for its backward pass, which a tensor without data does not have.
+
+    They grow by the same number with each position. So the layer is run on zeros, on two short texts.
+
+    Args:
+        x: The input of `aten::mkldnn_rnn_layer`.
+        args: Its further arguments.
+    """
+    weights, rest = [torch.zeros(w.shape, dtype=w.dtype) for w in args[:6]], args[6:]
+    axis = 1 if args[13] else 0
+    length = x.shape[axis]
+
+    def kept(positions: int) -> int:
+        shape = [positions if i == axis else n for i, n in enumerate(x.shape)]
+        out = torch.ops.aten.mkldnn_rnn_layer(torch.zeros(shape, dtype=x.dtype), *weights, *rest)
+        return 0 if out[3] is None else int(out[3].untyped_storage().nbytes())
+
+    short = min(length, RNN_POSITIONS)
+    return kept(short) if short == length else kept(short) + (kept(2 * short) - kept(short)) * (length - short) // short
+
+
 def _dtype(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.dtype:
     """Return the dtype of what a factory makes."""
     given: torch.dtype | None = kwargs.get("dtype")
@@ -201,6 +248,7 @@ def memory_trace(device: torch.device) -> Iterator[MemoryTrace]:
     """
     kernel_choice.table()
     attention.flash_runs(torch.bfloat16)
+    lstm_runs_in_bf16()
     trace = MemoryTrace(device)
     with warnings.catch_warnings(), native.without_computation(), trace:
         warnings.filterwarnings("ignore", message="Accessing the data pointer of FakeTensor")
@@ -215,8 +263,12 @@ def trace_step(
     steps: Sequence[Sequence[Batch]],
     precision: Literal["fp32", "bf16"],
     dropout: bool,
+    source: Source | None = None,
 ) -> StepMemory:
     """Return the memory of a training step, the last of several: the first has no optimizer state yet.
+
+    A rollout batch of an on-policy source runs before each. Its prompts are read once to be answered and once with their answers, so
+    it has twice the new shapes of the passes that are traced.
 
     Args:
         trace: The active trace, in which the model was built.
@@ -226,14 +278,21 @@ def trace_step(
         steps: The micro-batches of each step, with data.
         precision: Precision of the forward and backward pass.
         dropout: Whether the step uses dropout.
+        source: The source of the batches.
     """
     model.train(dropout)
+    trace.kernel_blocks = KERNEL_BLOCKS if trace.device.type == "cpu" and precision == "bf16" else 0
     trace.sparse_tables = {tuple(table.weight.shape) for table in untied_embeddings(model)}
     updates = Optimizer(optimizer, model)
     weights = trace.numbers([*model.parameters(), *model.buffers()])
     gradients: set[int] = set()
-    shapes = []
+    shapes, of_rollouts = [], []
     for number, batches in enumerate(steps):
+        before = len(trace.products)
+        if source is not None and source.on_policy:
+            with casts(precision, trace.device)():
+                source.rehearse_rollout(model, number)
+        of_rollouts.append(len(trace.products) - before)
         placed = [to(batch, trace.device) | {"step": torch.tensor(number)} for batch in batches]
         step(model, objective, placed, precision=casts(precision, trace.device))
         gradients |= trace.numbers([p.grad for p in updates.parameters])
@@ -241,10 +300,14 @@ def trace_step(
         updates.step(1.0)
         shapes.append(len(trace.products))
     state = trace.numbers(list(updates.state().values())) - weights
-    most, (in_weights, in_gradients, in_state) = trace.peak((weights, gradients, state))
-    kernel = KERNEL_BYTES if trace.device.type == "cpu" and precision == "bf16" else 0
+    most, (in_weights, in_gradients, in_state, in_kernels) = trace.peak((weights, gradients, state, trace.kernels))
+    rest = most - in_weights - in_gradients - in_state - in_kernels
+    free = 0
     if trace.device.type == "cpu":
-        most = round(most * HEAP_FACTOR) + PROCESS_BYTES
-    rest = most - in_weights - in_gradients - in_state
-    new = (shapes[-1] - shapes[0]) / max(1, len(shapes) - 1)
-    return StepMemory(in_weights, in_gradients, in_state, rest, shapes[0], new, kernel)
+        heap = heap_bytes(trace.sizes, trace.events, KEPT_MEMORY)
+        free = max(0, (heap or most) - most) + PROCESS_BYTES
+    sampling = sum(of_rollouts[1:])
+    per_rollout = source.steps_per_rollout if source is not None else 1
+    new = (shapes[-1] - shapes[0] - sampling + 2 * sampling / per_rollout) / max(1, len(shapes) - 1)
+    kernel = KERNEL_BLOCK * trace.kernel_blocks + (KERNEL_RECORDS if trace.kernel_blocks else 0)
+    return StepMemory(in_weights, in_gradients, in_state, rest, free, shapes[0], new, kernel)

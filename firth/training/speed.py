@@ -11,7 +11,6 @@ import json
 import math
 import time
 from functools import cache as once
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -27,6 +26,9 @@ PRECISIONS: tuple[PrecisionName, ...] = ("fp32", "bf16")
 
 SIZES = {"cpu": 1024, "mps": 2048, "cuda": 8192}
 """Device -> rows and columns of the matrices whose product is timed."""
+
+FILE = "speed.json"
+"""File of the cache with speeds."""
 
 MEASURE_SECONDS, MIN_RUNS = 0.3, 3
 """Seconds spent on the peak, and the fewest products."""
@@ -83,32 +85,38 @@ def _machine() -> str:
     return kernel_choice.machine() + gpu
 
 
-def _file() -> Path:
-    return cache() / "speed.json"
-
-
-def _content() -> dict[str, Any]:
-    """Return the recorded speeds of all machines; {} if the file cannot be used, so that it is written again."""
-    try:
-        return read_json(_file())
-    except (UserError, OSError):
-        return {}
-
-
 def recorded(name: str) -> float | None:
     """Return a recorded speed of this machine, or None."""
-    found = _content().get(_machine())
-    value = found.get(name) if isinstance(found, dict) else None
+    value = recorded_in(FILE, name)
     return value if isinstance(value, float) and 0 < value < math.inf else None
 
 
 def record(name: str, speed: float) -> None:
-    """Record a speed of this machine. An unwritable cache is no error: the next process measures again."""
-    content = _content()
-    found = content.get(_machine())
-    content[_machine()] = (found if isinstance(found, dict) else {}) | {name: speed}
+    """Record a speed of this machine."""
+    record_in(FILE, name, speed)
+
+
+def _content(file: str) -> dict[str, Any]:
+    """Return what is recorded of all machines; {} if the file cannot be used, so that it is written again."""
     try:
-        _file().parent.mkdir(parents=True, exist_ok=True)
-        write_text(_file(), json.dumps(content, indent=1, sort_keys=True))
+        return read_json(cache() / file)
+    except (UserError, OSError):
+        return {}
+
+
+def recorded_in(file: str, name: str) -> Any:
+    """Return what a file of the cache has recorded of this machine by some name, or None."""
+    found = _content(file).get(_machine())
+    return found.get(name) if isinstance(found, dict) else None
+
+
+def record_in(file: str, name: str, value: Any) -> None:
+    """Record a value of this machine in a file of the cache. An unwritable cache is no error: the next process measures again."""
+    content = _content(file)
+    found = content.get(_machine())
+    content[_machine()] = (found if isinstance(found, dict) else {}) | {name: value}
+    try:
+        cache().mkdir(parents=True, exist_ok=True)
+        write_text(cache() / file, json.dumps(content, indent=1, sort_keys=True))
     except (UserError, OSError):
         return

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from firth.data.corpus import Corpus
+from firth.data.corpus import PreparedCorpus
 from tests.support.commands import ROOT, check_command
 from tests.support.tiny_corpus import TEXTS, tokenizer
 
@@ -77,7 +77,7 @@ def prepare(folder: Path, *options: str, path: str = "") -> None:
 @pytest.mark.slow
 def test_the_preparation_runs_here(text: Path) -> None:
     prepare(text, "--tasks", "2", "--workers", "1")
-    assert 20 < Corpus.open(text / "corpus").manifest["documents"] <= len(TEXTS)
+    assert 20 < PreparedCorpus.open(text / "corpus").manifest["documents"] <= len(TEXTS)
 
 
 @pytest.mark.slow

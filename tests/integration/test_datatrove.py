@@ -18,7 +18,7 @@ from datatrove.pipeline.base import PipelineStep
 from datatrove.pipeline.filters import LambdaFilter
 from datatrove.pipeline.readers import JsonlReader
 
-from firth.data.corpus import Corpus, open_stores
+from firth.data.corpus import PreparedCorpus, open_stores
 from firth.data.datatrove_steps import FirthManifest, FirthTokens
 from firth.tokenizer.tokenizer import Tokenizer
 from firth.types import UserError
@@ -65,10 +65,10 @@ def long_enough(document: Any) -> bool:
     return len(document.text) > 500
 
 
-def finish(folder: Path, out: Path) -> Corpus:
+def finish(folder: Path, out: Path) -> PreparedCorpus:
     step = FirthManifest(str(out), str(folder / "tokenizer"), TASKS)
     LocalPipelineExecutor([step], logging_dir=str(out / "logs" / "manifest")).run()
-    return Corpus.open(out)
+    return PreparedCorpus.open(out)
 
 
 def parts(out: Path) -> dict[str, str]:

@@ -38,19 +38,20 @@ class Running:
         port: Its port.
         models: Its models.
         app: Its application.
+        client: A client of it, which opens a connection for each request. It has no certificates, which would be read for each
+            request that is sent without a client.
     """
 
     url: str
     port: int
     models: ModelRegistry
     app: Starlette
+    client: httpx.Client
 
     def post(self, path: str, body: Any, **headers: str) -> httpx.Response:
         """Send a request; `body` is JSON, or bytes as they are."""
         content = body if isinstance(body, bytes) else json.dumps(body).encode()
-        return httpx.post(
-            self.url + path, content=content, headers={"content-type": "application/json", **headers}, timeout=60
-        )
+        return self.client.post(path, content=content, headers={"content-type": "application/json", **headers})
 
     def settle(self, seconds: float = 1.0) -> float:
         """Return the seconds until no answer is decoded; fail after `seconds`."""
@@ -91,8 +92,11 @@ def running_app(models: ModelRegistry | None, config: ServeConfig, app: Starlett
         assert thread.is_alive()
         time.sleep(0.005)
     port = listener.getsockname()[1]
+    url = f"http://127.0.0.1:{port}"
+    client = httpx.Client(base_url=url, verify=False, timeout=60, limits=httpx.Limits(max_keepalive_connections=0))
     try:
-        yield Running(f"http://127.0.0.1:{port}", port, models or ModelRegistry({}), app)
+        with client:
+            yield Running(url, port, models or ModelRegistry({}), app, client)
     finally:
         server.should_exit = True
         thread.join(10)

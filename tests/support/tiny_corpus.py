@@ -9,7 +9,7 @@ from pydoc_data.topics import topics
 import numpy as np
 
 from firth.corpora.readers import Document
-from firth.data.corpus import Corpus, part_directory, write_manifest
+from firth.data.corpus import PreparedCorpus, part_directory, write_manifest
 from firth.data.source import Source
 from firth.data.token_store import TokenStore
 from firth.tokenizer.tokenizer import Tokenizer
@@ -47,7 +47,7 @@ class Counting(Source):
         return {"tokens": np.full(self.token_counts[index], 1 + index, np.int32)}
 
 
-def corpus(folder: Path, sizes: tuple[int, ...] = (7, 1, 12, 10), held_out: int = 3) -> Corpus:
+def corpus(folder: Path, sizes: tuple[int, ...] = (7, 1, 12, 10), held_out: int = 3) -> PreparedCorpus:
     """Write a corpus in parts of some sizes with the documents of `documents`, and a part of held-out ones."""
     found, start = documents(sum(sizes)), 0
     for number, size in enumerate(sizes):

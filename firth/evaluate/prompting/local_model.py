@@ -19,8 +19,8 @@ from firth.generate.scoring import (
     TokenScores,
     check_gap_lengths,
     check_lengths,
-    score_gaps,
-    score_pairs,
+    gap_slices,
+    score_slices,
     scoring_mode,
 )
 from firth.model.model import LM
@@ -128,10 +128,24 @@ class LocalModel:
             requests: The texts.
             top: How many of the most likely tokens are returned for each token.
         """
-        for score, in_gaps in ((score_pairs, False), (score_gaps, True)):
+        for found in self.score_slices(requests, top):
+            yield from found
+
+    def score_slices(
+        self, requests: Sequence[ScoreRequest], top: int = 0, max_tokens: int = 0
+    ) -> Iterator[list[tuple[int, ScoredPair, TokenScores]]]:
+        """Yield what each forward pass completes, as in `firth.generate.scoring.score_slices`.
+
+        Args:
+            requests: The texts.
+            top: How many of the most likely tokens are returned for each token.
+            max_tokens: Most tokens of a forward pass that can be cut; 0 for the default.
+        """
+        for slices, in_gaps in ((score_slices, False), (gap_slices, True)):
             some = [(i, self._pair(one)) for i, one in enumerate(requests) if self._in_gaps(one) == in_gaps]
-            for k, scores in score(self.model, self.evaluated.vocab, [pair for _, pair in some], top) if some else ():
-                yield *some[k], scores
+            pairs = [pair for _, pair in some]
+            for scored in slices(self.model, self.evaluated.vocab, pairs, top, max_tokens) if some else ():
+                yield [(*some[k], scores) for k, scores in scored]
 
     def _in_gaps(self, request: ScoreRequest) -> bool:
         """Return whether a text is scored word by word, each in a gap of the rest: no prompt, and a model that fills gaps."""

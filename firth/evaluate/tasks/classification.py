@@ -15,16 +15,15 @@ import numpy as np
 from firth.data.annotations import MultiAnnotatorConfig
 from firth.data.labeled import LabeledConfig, TextsConfig
 from firth.data.records import Records
-from firth.data.source import Source
 from firth.evaluate import metrics
-from firth.evaluate.heads import HeadOutput, head_outputs, softmax
-from firth.evaluate.prediction_inputs import InputSchema
+from firth.evaluate.heads import HeadOutput, HeadTask, softmax
+from firth.evaluate.prediction_inputs import FormField, InputSchema
 from firth.evaluate.task import Answers, EvaluatedModel, MetricFunction, Progress, Task, most_likely
 from firth.model.heads import describe_head, num_outputs
 from firth.objectives.classification import Classification, Readout, readout_of
 from firth.pretrained import load_save
 from firth.pretrained.families.conversion import UNNAMED
-from firth.types import Example, UserError
+from firth.types import UserError
 
 
 def load(evaluated: EvaluatedModel, paths: Sequence[str], labeled: bool = True) -> Records:
@@ -90,22 +89,14 @@ def readout_position(evaluated: EvaluatedModel) -> Readout:
     return readout_of(config) if position == "auto" else position
 
 
-def examples(items: Source, progress: Progress) -> Iterator[Example]:
-    """Yield all items in order."""
-    for i in range(len(items)):
-        yield items[i]
-        progress((i + 1) / len(items))
-
-
-def read(evaluated: EvaluatedModel, items: Records, progress: Progress) -> Iterator[HeadOutput]:
-    """Yield the label and the class scores of each text."""
-    objective = Classification(class_names=items.classes, position=readout_position(evaluated))
-    return head_outputs(evaluated.model, objective, "classes", examples(items, progress), evaluated.vocab)
+def objective(evaluated: EvaluatedModel, items: Records) -> Classification:
+    """Return the objective that reads the head."""
+    return Classification(class_names=items.classes, position=readout_position(evaluated))
 
 
 def respond(evaluated: EvaluatedModel, items: Records, progress: Progress) -> Answers:
     """Return the gold class and the class with the highest score of each text, "" for a tie."""
-    found = list(read(evaluated, items, progress))
+    found = list(HEAD.outputs(evaluated, items, progress))
     names = items.classes
     return [names[int(label)] for label, _ in found], [most_likely(names, scores.tolist()) for _, scores in found]
 
@@ -133,22 +124,33 @@ def input_schema(evaluated: EvaluatedModel) -> InputSchema:
     return InputSchema(fields.text_field, line, texts, fields.column_names)
 
 
-def predict(evaluated: EvaluatedModel, items: Records, progress: Progress) -> Iterator[dict[str, Any]]:
+def form(evaluated: EvaluatedModel) -> list[FormField]:
+    """Return the fields of one text, or of two."""
+    names = LabeledConfig.of(evaluated.examples).read_fields
+    labels = ["Text"] if len(names) == 1 else ["First text", "Second text"]
+    return [FormField(name, label) for name, label in zip(names, labels, strict=True)]
+
+
+def rows(evaluated: EvaluatedModel, items: Records, outputs: Iterator[HeadOutput]) -> Iterator[dict[str, Any]]:
     """Yield {"label", "probability", "probabilities": class -> probability} for each text."""
-    for _, scores in read(evaluated, items, progress):
+    for _, scores in outputs:
         shares = [round(float(share), 6) for share in softmax(scores)]
         best = int(np.argmax(shares))
         by_class = dict(zip(items.classes, shares, strict=True))
         yield {"label": items.classes[best], "probability": shares[best], "probabilities": by_class}
 
 
+HEAD = HeadTask("classes", objective, rows)
 CLASSIFICATION = Task(
     "classification",
     load,
     respond,
     {"accuracy": metrics.accuracy, "macro_f1": metrics.macro_f1, "matthews": metrics.matthews},
     majority_baseline=True,
-    predict=predict,
+    predict=HEAD.predict,
     input_schema=input_schema,
+    route="classify",
+    form=form,
+    head=HEAD,
     extra_metrics=extra_metrics,
 )

@@ -10,10 +10,10 @@ import numpy as np
 from firth.data.labeled import MultipleChoiceConfig
 from firth.data.records import Records
 from firth.evaluate import metrics
-from firth.evaluate.heads import HeadOutput, head_outputs, softmax
-from firth.evaluate.prediction_inputs import InputSchema
+from firth.evaluate.heads import HeadOutput, HeadTask, softmax
+from firth.evaluate.prediction_inputs import FormField, InputSchema
 from firth.evaluate.task import Answers, EvaluatedModel, Progress, Task, most_likely
-from firth.evaluate.tasks.classification import check_head, examples, readout_position
+from firth.evaluate.tasks.classification import check_head, readout_position
 from firth.objectives.classification import MultipleChoice
 from firth.types import UserError
 
@@ -24,17 +24,16 @@ def load(evaluated: EvaluatedModel, paths: Sequence[str], labeled: bool = True) 
     return evaluated.records(MultipleChoiceConfig, paths, labeled)
 
 
-def read(evaluated: EvaluatedModel, items: Records, progress: Progress) -> Iterator[HeadOutput]:
-    """Yield the label and the option scores of each question."""
+def objective(evaluated: EvaluatedModel, items: Records) -> MultipleChoice:
+    """Return the objective that reads the head."""
     last = readout_position(evaluated) == "last"
-    objective = MultipleChoice(max_options=items.longest("lengths"), position="last" if last else "first")
-    return head_outputs(evaluated.model, objective, "choice", examples(items, progress), evaluated.vocab)
+    return MultipleChoice(max_options=items.longest("lengths"), position="last" if last else "first")
 
 
 def respond(evaluated: EvaluatedModel, items: Records, progress: Progress) -> Answers:
     """Return the index of the gold option and of the one with the highest score, as text; "" for a tie."""
     indices = [str(index) for index in range(items.longest("lengths"))]
-    found = list(read(evaluated, items, progress))
+    found = list(HEAD.outputs(evaluated, items, progress))
     return [str(int(label)) for label, _ in found], [most_likely(indices, scores.tolist()) for _, scores in found]
 
 
@@ -53,20 +52,37 @@ def input_schema(evaluated: EvaluatedModel) -> InputSchema:
     )
 
 
-def predict(evaluated: EvaluatedModel, items: Records, progress: Progress) -> Iterator[dict[str, Any]]:
+def form(evaluated: EvaluatedModel) -> list[FormField]:
+    """Return the fields of a question and its options."""
+    choice = MultipleChoiceConfig.of(evaluated.examples)
+    found = [FormField(choice.text_field, "Question")]
+    if len(choice.option_fields) == 1:
+        found.append(FormField(choice.option_fields[0], "Options", "lines", "One option a line."))
+    else:
+        found += [FormField(name, f"Option {i}") for i, name in enumerate(choice.option_fields, 1)]
+    if choice.option_prefix_field:
+        found.append(FormField(choice.option_prefix_field, "Beginning of each option"))
+    return found
+
+
+def rows(evaluated: EvaluatedModel, items: Records, outputs: Iterator[HeadOutput]) -> Iterator[dict[str, Any]]:
     """Yield {"choice": index from 0, "probability", "probabilities": one per option} for each question."""
-    for i, (_, scores) in enumerate(read(evaluated, items, progress)):
+    for i, (_, scores) in enumerate(outputs):
         shares = [round(float(share), 6) for share in softmax(scores)][: len(items[i]["options"])]
         best = int(np.argmax(shares))
         yield {"choice": best, "probability": shares[best], "probabilities": shares}
 
 
+HEAD = HeadTask("choice", objective, rows)
 MULTIPLE_CHOICE = Task(
     "multiple_choice",
     load,
     respond,
     {"accuracy": metrics.accuracy},
     majority_baseline=True,
-    predict=predict,
+    predict=HEAD.predict,
     input_schema=input_schema,
+    route="classify",
+    form=form,
+    head=HEAD,
 )

@@ -16,9 +16,12 @@ from firth.data.collate import collate
 from firth.data.dialogues import PreferencesConfig
 from firth.data.records import Records
 from firth.evaluate import metrics
+from firth.evaluate.heads import MAX_BATCH_TOKENS
 from firth.evaluate.perplexity import groups
+from firth.evaluate.prediction_inputs import FormField
 from firth.evaluate.task import Answers, EvaluatedModel, Progress, Task, most_likely
 from firth.generate.decoding_batch import inference_mode
+from firth.generate.slices import Slices, can_read_in_chunks, read_in_chunks
 from firth.objectives.reward_model import answer_row, rewards
 from firth.tokenizer.chat import Message, encode
 from firth.types import Example, UserError
@@ -61,13 +64,21 @@ def respond(evaluated: EvaluatedModel, items: Records, progress: Progress) -> An
 def row_rewards(evaluated: EvaluatedModel, rows: Iterable[Example]) -> Iterator[list[float]]:
     """Yield the rewards of rows (`answer_row`), in order and in batches."""
     with inference_mode(evaluated.model):
-        for group in groups(rows, max_tokens=8192):
+        for group in groups(rows, MAX_BATCH_TOKENS):
             batch = {name: x.to(evaluated.device) for name, x in collate(group).items()}
             yield rewards(evaluated.model, evaluated.model(batch), batch).tolist()
 
 
-def dialogue_rewards(evaluated: EvaluatedModel, dialogues: Sequence[Sequence[Message]]) -> list[float]:
-    """Return the reward of the last answer of each dialogue.
+def dialogue_rewards(
+    evaluated: EvaluatedModel, dialogues: Sequence[Sequence[Message]], max_tokens: int = MAX_BATCH_TOKENS
+) -> Slices[list[float]]:
+    """Return the reward of the last answer of each dialogue, in slices of a forward pass.
+
+    Args:
+        evaluated: The model.
+        dialogues: The dialogues.
+        max_tokens: Most padded tokens of a forward pass. A longer dialogue is a pass of its own, unless a decoder reads it, in
+            chunks.
 
     Raises:
         UserError: The model has no reward head, or a dialogue has no answer or is longer than its context.
@@ -82,7 +93,22 @@ def dialogue_rewards(evaluated: EvaluatedModel, dialogues: Sequence[Sequence[Mes
                 f"assistant and at most {evaluated.model.context} tokens"
             )
         rows.append(answer_row(tokens, mask))
-    return [score for found in row_rewards(evaluated, rows) for score in found]
+    model, found = evaluated.model, list[float]()
+    with inference_mode(model):
+        for group in groups(rows, max_tokens):
+            batch = {name: x.to(evaluated.device) for name, x in collate(group).items()}
+            if batch["tokens"].shape[-1] > max_tokens and can_read_in_chunks(model):  # one row: a group holds no more
+                hidden = yield from read_in_chunks(model, batch | {"positions": batch["query_time"]}, max_tokens)
+            else:
+                hidden = model(batch)
+            found += rewards(model, hidden, batch).tolist()
+            yield
+    return found
+
+
+def form(evaluated: EvaluatedModel) -> list[FormField]:
+    """Return the fields of a prompt and the answer that is rated."""
+    return [FormField("prompt", "Prompt"), FormField("completion", "Answer")]
 
 
 PREFERENCES = Task(
@@ -95,4 +121,6 @@ PREFERENCES = Task(
             p, np.asarray(gold) == np.asarray(preferred)
         ),
     },
+    route="reward",
+    form=form,
 )

@@ -8,10 +8,10 @@ from typing import Any, Literal
 from firth.data.question_answering import QuestionsConfig, has_unanswerable, question_of
 from firth.data.records import Records
 from firth.evaluate import metrics
-from firth.evaluate.heads import by_question, head_outputs
-from firth.evaluate.prediction_inputs import InputSchema
+from firth.evaluate.heads import HeadOutput, HeadTask, by_question
+from firth.evaluate.prediction_inputs import FormField, InputSchema
 from firth.evaluate.task import Answers, EvaluatedModel, Progress, Task
-from firth.evaluate.tasks.classification import check_head, examples, readout_position
+from firth.evaluate.tasks.classification import check_head, readout_position
 from firth.objectives.token_tasks import QuestionAnswering
 from firth.types import UserError
 
@@ -22,20 +22,26 @@ def load(evaluated: EvaluatedModel, paths: Sequence[str], labeled: bool = True) 
     return evaluated.records(QuestionsConfig, paths, labeled)
 
 
-def read(evaluated: EvaluatedModel, items: Records, progress: Progress) -> Iterator[dict[str, Any]]:
+def no_answer_position(evaluated: EvaluatedModel) -> Literal["first", "last"]:
+    """Return which token of a window represents "no answer"."""
+    return "last" if readout_position(evaluated) == "last" else "first"
+
+
+def objective(evaluated: EvaluatedModel, items: Records) -> QuestionAnswering:
+    """Return the objective that reads the head."""
+    return QuestionAnswering(position=no_answer_position(evaluated))
+
+
+def answers(evaluated: EvaluatedModel, items: Records, outputs: Iterator[HeadOutput]) -> Iterator[dict[str, Any]]:
     """Yield the answer to each question: its text (empty for no answer), start and probability."""
-    position: Literal["first", "last"] = "last" if readout_position(evaluated) == "last" else "first"
     unanswerable = evaluated.objective.get("has_unanswerable")
     unanswerable = has_unanswerable(items) if unanswerable is None else unanswerable
-    outputs = head_outputs(
-        evaluated.model, QuestionAnswering(position=position), "span", examples(items, progress), evaluated.vocab
-    )
-    return by_question(items, (scores for _, scores in outputs), unanswerable, position)
+    return by_question(items, (scores for _, scores in outputs), unanswerable, no_answer_position(evaluated))
 
 
 def respond(evaluated: EvaluatedModel, items: Records, progress: Progress) -> Answers:
     """Return exact match and F1 of each question."""
-    return score_answers(items, read(evaluated, items, progress))
+    return score_answers(items, answers(evaluated, items, HEAD.outputs(evaluated, items, progress)))
 
 
 def score_answers(items: Records, answers: Iterator[dict[str, Any]]) -> Answers:
@@ -60,14 +66,21 @@ def input_schema(evaluated: EvaluatedModel) -> InputSchema:
     return InputSchema("question", line, texts, passages=True)
 
 
-def predict(evaluated: EvaluatedModel, items: Records, progress: Progress) -> Iterator[dict[str, Any]]:
+def form(evaluated: EvaluatedModel) -> list[FormField]:
+    """Return the fields of a passage and a question."""
+    passage = FormField(QuestionsConfig.of(evaluated.examples).context_field, "Passage", "passage")
+    return [passage, FormField("question", "Question")]
+
+
+def rows(evaluated: EvaluatedModel, items: Records, outputs: Iterator[HeadOutput]) -> Iterator[dict[str, Any]]:
     """Yield {"answer": empty for no answer, "start": character, "probability": in its window} for each question."""
-    for answer in read(evaluated, items, progress):
+    for answer in answers(evaluated, items, outputs):
         yield answer | {"probability": round(answer["probability"], 6)}
 
 
+HEAD = HeadTask("span", objective, rows)
 QUESTION_ANSWERING = Task(
     "question_answering", load, respond,
-    {"exact_match": lambda exact, f1: metrics.mean(exact), "f1": lambda exact, f1: metrics.mean(f1)}, predict=predict,
-    input_schema=input_schema,
+    {"exact_match": lambda exact, f1: metrics.mean(exact), "f1": lambda exact, f1: metrics.mean(f1)}, predict=HEAD.predict,
+    input_schema=input_schema, route="answer", form=form, head=HEAD,
 )  # fmt: skip

@@ -11,9 +11,9 @@ from typing import Any
 from firth.data.labeled import ScoredConfig
 from firth.data.records import Records
 from firth.evaluate import metrics
-from firth.evaluate.heads import HeadOutput, head_outputs
+from firth.evaluate.heads import HeadOutput, HeadTask
 from firth.evaluate.task import Answers, EvaluatedModel, Progress, Task
-from firth.evaluate.tasks.classification import check_head, examples, input_schema, readout_position
+from firth.evaluate.tasks.classification import check_head, form, input_schema, readout_position
 from firth.objectives.classification import Regression
 
 
@@ -23,26 +23,26 @@ def load(evaluated: EvaluatedModel, paths: Sequence[str], labeled: bool = True) 
     return evaluated.records(ScoredConfig, paths, labeled)
 
 
-def read(evaluated: EvaluatedModel, items: Records, progress: Progress) -> Iterator[HeadOutput]:
-    """Yield the label and the prediction of each text."""
-    objective = Regression(position=readout_position(evaluated), mean=0.0, std=1.0)
-    return head_outputs(evaluated.model, objective, "score", examples(items, progress), evaluated.vocab)
+def objective(evaluated: EvaluatedModel, items: Records) -> Regression:
+    """Return the objective that reads the head."""
+    return Regression(position=readout_position(evaluated), mean=0.0, std=1.0)
 
 
 def respond(evaluated: EvaluatedModel, items: Records, progress: Progress) -> Answers:
     """Return the labels and the predictions."""
-    found = list(read(evaluated, items, progress))
+    found = list(HEAD.outputs(evaluated, items, progress))
     return items.column("label").whole.tolist(), [float(scores[0]) for _, scores in found]
 
 
-def predict(evaluated: EvaluatedModel, items: Records, progress: Progress) -> Iterator[dict[str, Any]]:
+def rows(evaluated: EvaluatedModel, items: Records, outputs: Iterator[HeadOutput]) -> Iterator[dict[str, Any]]:
     """Yield {"score"} for each text."""
-    for _, scores in read(evaluated, items, progress):
+    for _, scores in outputs:
         yield {"score": round(float(scores[0]), 6)}
 
 
+HEAD = HeadTask("score", objective, rows)
 REGRESSION = Task(
     "regression", load, respond,
-    {"pearson": metrics.pearson, "spearman": metrics.spearman, "rmse": metrics.root_mean_square}, predict=predict,
-    input_schema=input_schema,
+    {"pearson": metrics.pearson, "spearman": metrics.spearman, "rmse": metrics.root_mean_square}, predict=HEAD.predict,
+    input_schema=input_schema, route="classify", form=form, head=HEAD,
 )  # fmt: skip

@@ -14,10 +14,10 @@ from firth.data.labeled import TaggedConfig, written
 from firth.data.labels import has_spans, to_bio2
 from firth.data.records import Records
 from firth.evaluate import metrics
-from firth.evaluate.heads import head_outputs, softmax
-from firth.evaluate.prediction_inputs import InputSchema
+from firth.evaluate.heads import HeadOutput, HeadTask, softmax
+from firth.evaluate.prediction_inputs import FormField, InputSchema
 from firth.evaluate.task import Answers, EvaluatedModel, MetricFunction, Progress, Task
-from firth.evaluate.tasks.classification import check_head, class_names, examples
+from firth.evaluate.tasks.classification import check_head, class_names
 from firth.objectives.token_tasks import TokenClassification
 
 OUTSIDE = "O"
@@ -30,15 +30,10 @@ def load(evaluated: EvaluatedModel, paths: Sequence[str], labeled: bool = True) 
     return evaluated.records(TaggedConfig, paths, labeled, classes=class_names(evaluated, "tags"))
 
 
-def read(
-    evaluated: EvaluatedModel, items: Records, progress: Progress
-) -> Iterator[tuple[list[str], list[str], list[float]]]:
-    """Yield gold tags, predicted tags and probabilities of the words of every sentence."""
-    config = evaluated.model.config
-    objective = TokenClassification(class_names=items.classes, causal="bidirectional" not in config.supported_patterns)
-    found = head_outputs(evaluated.model, objective, "tags", examples(items, progress), evaluated.vocab)
-    yield from by_word(items, (scores for _, scores in found))
-    next(found, None)  # exhaust the generator, which restores the mode of the model
+def objective(evaluated: EvaluatedModel, items: Records) -> TokenClassification:
+    """Return the objective that reads the head."""
+    causal = "bidirectional" not in evaluated.model.config.supported_patterns
+    return TokenClassification(class_names=items.classes, causal=causal)
 
 
 def by_word(items: Records, found: Iterator[np.ndarray]) -> Iterator[tuple[list[str], list[str], list[float]]]:
@@ -62,7 +57,10 @@ def by_word(items: Records, found: Iterator[np.ndarray]) -> Iterator[tuple[list[
 
 def respond(evaluated: EvaluatedModel, items: Records, progress: Progress) -> Answers:
     """Return the counts of words, correct words, gold, predicted and correct entities of each sentence."""
-    return count_correct(items, read(evaluated, items, progress))
+    outputs = HEAD.outputs(evaluated, items, progress)
+    counts = count_correct(items, by_word(items, (scores for _, scores in outputs)))
+    next(outputs, None)  # exhaust the generator, which restores the mode of the model
+    return counts
 
 
 def count_correct(items: Records, tagged: Iterator[tuple[list[str], list[str], list[float]]]) -> Answers:
@@ -105,19 +103,29 @@ def input_schema(evaluated: EvaluatedModel) -> InputSchema:
     )
 
 
-def predict(evaluated: EvaluatedModel, items: Records, progress: Progress) -> Iterator[dict[str, Any]]:
+def form(evaluated: EvaluatedModel) -> list[FormField]:
+    """Return the field of a sentence."""
+    note = "Words are separated by blanks, punctuation too."
+    return [FormField(TaggedConfig.of(evaluated.examples).words_field, "Sentence", "words", note)]
+
+
+def rows(evaluated: EvaluatedModel, items: Records, outputs: Iterator[HeadOutput]) -> Iterator[dict[str, Any]]:
     """Yield {"tokens", "tags", "probabilities": one per tag} for each sentence."""
-    for number, (_, tags, probabilities) in enumerate(read(evaluated, items, progress)):
+    for number, (_, tags, probabilities) in enumerate(by_word(items, (scores for _, scores in outputs))):
         words, _ = written(items, number)
         yield {"tokens": words, "tags": tags, "probabilities": probabilities}
 
 
+HEAD = HeadTask("tags", objective, rows)
 TOKEN_CLASSIFICATION = Task(
     "token_classification",
     load,
     respond,
     {"accuracy": _accuracy},
-    predict=predict,
+    predict=HEAD.predict,
     input_schema=input_schema,
+    route="tag",
+    form=form,
+    head=HEAD,
     extra_metrics=extra_metrics,
 )

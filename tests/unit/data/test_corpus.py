@@ -15,7 +15,7 @@ from firth.corpora import readers
 from firth.corpora.readers import Document
 from firth.data import stored_arrays
 from firth.data.collate import Batches
-from firth.data.corpus import Corpus, open_stores
+from firth.data.corpus import PreparedCorpus, open_stores
 from firth.data.token_store import TokenStore
 from firth.data.windows import ChunksConfig, Documents, DocumentsConfig, WindowsConfig
 from firth.runs.recipe import load, published
@@ -126,7 +126,7 @@ def test_exchanged_parts_are_found(folder: Path, tmp_path: Path) -> None:
     file = tmp_path / "parts" / "corpus.json"
     file.write_text(file.read_text().replace('"documents": 33', '"documents": 34'))
     with pytest.raises(UserError, match="its digest differs"):
-        Corpus.open(tmp_path / "parts")
+        PreparedCorpus.open(tmp_path / "parts")
 
 
 def test_memory_per_document_is_small(both: tuple[TokenStore, TokenStore]) -> None:

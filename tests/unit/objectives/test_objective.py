@@ -46,8 +46,6 @@ def test_no_other_module_decides_by_a_list_of_objectives() -> None:
             "runs/recipe_names.py",
             "runs/examples.py",
             "pipelines/methods.py",  # stages of a pipeline
-            "serve/registry.py",  # tasks
-            "serve/views.py",  # tasks
             "align/rollouts.py",  # the names of advantage estimators, which are those of the methods
         ):
             continue

@@ -23,7 +23,7 @@ from firth.objectives.replaced_tokens import RTD, generator_config
 from firth.objectives.seq2seq import SpanCorruption
 from firth.peft import lora
 from firth.recipes.recurrent import lstm
-from firth.runs.estimate import _sampled, dry_run, estimate
+from firth.runs.estimate import _sampled, dry_run, estimate, prepared
 from firth.runs.recipe import Recipe, load
 from firth.runs.run import run
 from firth.runs.step_estimate import step_flops
@@ -355,3 +355,44 @@ def test_sample_of_large_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert scale == pytest.approx(60_000 / 6400, rel=0.1) and "estimated from" in how
     held = [document.text for document in readers.documents(smaller.data.validation_path, field="body")]
     assert sum(map(len, held)) == pytest.approx(3200, rel=0.1) and all("three" in text for text in held)
+
+
+def test_records_are_sampled_evenly(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Files are often sorted by label, so every n-th record is read, and the tokens are those of the whole."""
+    lines = [json.dumps({"text": f"{TEXT} {i}", "label": "good" if i < 600 else "bad"}) for i in range(1200)]
+    (tmp_path / "records.jsonl").write_text("\n".join(lines) + "\n")
+    few = ["tokenizer.vocab_size=300", "batch.size=4", "max_steps=10", f"data.path={tmp_path / 'records.jsonl'}"]
+    start = run(
+        load("bert", [f"data.path={tmp_path / 'records.jsonl'}", *few, "max_steps=1"]), tmp_path / "start", log=quiet
+    )
+    recipe = load("classification", [f"init_from={start.directory}", *few[1:]])
+    whole = estimate(recipe, timed=False, log=quiet)
+    size = (tmp_path / "records.jsonl").stat().st_size
+    monkeypatch.setattr("firth.runs.estimate.MAX_COUNTED_BYTES", size // 2)
+    monkeypatch.setattr("firth.runs.estimate.SAMPLE_BYTES", size // 6)
+    with prepared(recipe, quiet) as sample:
+        assert sample.scale == 6 and 180 <= len(sample.batches.source) <= 200
+        assert sample.recipe.objective.constraints.class_names == ("bad", "good")
+    found = estimate(recipe, timed=False, log=quiet)
+    assert found.data_tokens == pytest.approx(whole.data_tokens, rel=0.05)
+    assert "each 6th record" in found.data and "all of the data" in whole.data
+
+
+def test_timed_steps_are_kept(text: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A second dry run times nothing, and one with other rows does."""
+    monkeypatch.setenv("FIRTH_CACHE", str(tmp_path))
+    speed.record("peak cpu fp32", 1e12)
+    calls: list[int] = []
+
+    def times(model: LM, recipe: Recipe, *_: object) -> StepTimes:
+        calls.append(recipe.batch.size)
+        return StepTimes(1e-10 * len(calls), 1e-3, 0.0, 2)
+
+    monkeypatch.setattr("firth.runs.timing.time_steps", times)
+    first, second, other = (estimate(tiny(text, "precision=fp32", f"batch.size={n}"), log=quiet) for n in (4, 4, 8))
+    assert calls == [4, 8]
+    assert first.step_seconds == second.step_seconds != other.step_seconds
+    assert "timed on" in second.timing and "timed on" not in first.timing
+    (tmp_path / "steps.json").write_text("{damaged")
+    estimate(tiny(text, "precision=fp32"), log=quiet)
+    assert calls == [4, 8, 4]

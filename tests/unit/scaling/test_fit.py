@@ -11,7 +11,7 @@ from scipy.optimize import minimize_scalar
 
 from firth.scaling import fit
 from firth.scaling.fit import Estimate
-from firth.scaling.fitted import FittedLaw, describe, epochs_worth, fit_points
+from firth.scaling.fitted import FittedLaw, LawPoint, describe, epochs_worth, fit_points
 from firth.scaling.laws import SIX_N_D, ComputeRule, LossLaw, RepeatLaw
 from firth.scaling.table import Points
 from tests.support.scaling import CHINCHILLA, CORRECTED, runs
@@ -101,6 +101,22 @@ def test_the_gradient_is_that_of_the_sum_of_huber_losses() -> None:
     assert twice == pytest.approx(2 * some)  # a sum, and no mean
 
 
+def test_the_drift_of_runs_that_leave_the_law() -> None:
+    """Without noise a law predicts a larger budget; where the largest runs are 5% below it, the drift says so, and the interval too."""
+    points = runs(CORRECTED, sizes=6)
+    assert fit.drift(points) < 1e-3
+    lower = replace(points, loss=np.where(points.C > 5e21, 0.95 * points.loss, points.loss))
+    assert fit.drift(lower) == pytest.approx(-np.log(0.95) / np.log(10), rel=0.1)
+    assert fit.drift(runs(CORRECTED, sizes=6, budgets=(1e20, 1e21))) == 0.0
+    exact = FittedLaw(CORRECTED, (CORRECTED,) * 400, SIX_N_D, (), (5e7, 2e10), (1e9, 1e12), (1e19, 1e22))
+    N, D = CORRECTED.optimum(1e23)
+    plain, wide = exact.loss(N, D), replace(exact, drift=0.02).loss(N, D)
+    assert plain.low == pytest.approx(plain.value)
+    assert np.log(wide.high / wide.value) == pytest.approx(1.96 * 0.02 * np.log(10), rel=0.15)
+    inside = replace(exact, drift=0.02).loss(*CORRECTED.optimum(1e21))
+    assert inside.low == pytest.approx(inside.value)
+
+
 def repeated_runs(law: RepeatLaw, noise: float, seed: int = 0) -> Points:
     """Return runs of 1 to 32 epochs on two texts, and new-text runs to fit the law of new tokens."""
     new, rng = runs(law.law, noise, seed), np.random.default_rng(seed + 1)
@@ -157,7 +173,7 @@ def test_the_law_of_repeats_is_continuous(excess: float) -> None:
     U = 1e8
     N = excess * float(CHINCHILLA.parameters_for(U))
     epochs = [0.5, 0.999, 1 - 1e-9, 1.0, 1 + 1e-9, 1.001, 1.01, 1.1, 2.0]
-    losses = [fitted.expected(N, U * e, U) for e in epochs]
+    losses = [fitted.expected_at(LawPoint(N, U * e, U)) for e in epochs]
     assert losses[:4] == pytest.approx([float(CHINCHILLA.loss(N, U * e)) for e in epochs[:4]], rel=1e-12)
     assert losses[4] == pytest.approx(losses[3], rel=1e-6)
     assert losses == sorted(losses, reverse=True)

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import itertools
 import json
 import socket
 import threading
@@ -11,7 +12,7 @@ import httpx
 import pytest
 
 from firth.generate import embeddings
-from firth.serve import app, operations
+from firth.serve import app, inference, operations
 from firth.serve.config import ServeLimits
 from firth.serve.events import EventStream
 from firth.serve.registry import ServedModel
@@ -209,7 +210,12 @@ def test_a_long_computation_does_not_stop_the_end(model_paths, monkeypatch):
     """The server ends `drain_seconds` after the signal, although one step of a job takes longer."""
     monkeypatch.setattr(app, "STOP_SECONDS", 0.2)
     monkeypatch.setattr(ServedModel, "exceeds", lambda *_: False)
-    monkeypatch.setattr(embeddings, "embed", lambda *_, **__: time.sleep(6))
+
+    def slow(*_, **__):
+        time.sleep(6)
+        yield
+
+    monkeypatch.setattr(embeddings, "embed_slices", slow)
     replies = []
 
     def ask(server):
@@ -240,13 +246,62 @@ def test_places_are_counted_before_a_body_is_parsed(model_paths, slow, monkeypat
         assert server.post("/tokenize", {"text": "a"}).status_code == 200  # the refused one gave its place back
 
 
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/score", {"model": "bert", "text": "The otter paints the boat. " * 6}),
+        ("/score", {"model": "gpt", "text": "The otter paints the boat. " * 6}),
+        ("/v1/embeddings", {"model": "gpt", "input": "The otter paints the boat. " * 6}),
+        ("/fill", {"model": "bert", "text": "The <mask> paints the boat."}),
+    ],
+    ids=["pseudo-likelihood", "score", "embedding", "gap"],
+)
+def test_a_stream_goes_on_beside_one_long_text(server, slow, monkeypatch, path, body):
+    """A pass of at most 16 tokens, or one row of an encoder, comes between two steps; no two passes follow each other."""
+    from firth.generate.scheduler import Scheduler
+    from firth.model.model import LM
+
+    done, step, forward, inside = [], Scheduler.step, LM.forward, threading.local()
+
+    def stepping(self):
+        done.append("step")
+        inside.step = True
+        try:
+            return step(self)
+        finally:
+            inside.step = False
+
+    def passing(self, batch, *context):
+        if not getattr(inside, "step", False):
+            done.append(batch["tokens"].numel())
+        return forward(self, batch, *context)
+
+    monkeypatch.setattr(inference, "SLICE_TOKENS", 16)
+    monkeypatch.setattr(Scheduler, "step", stepping)
+    monkeypatch.setattr(LM, "forward", passing)
+    replies = []
+    job = threading.Thread(target=lambda: replies.append(server.post(path, body)))
+    with httpx.stream("POST", f"{server.url}/v1/completions", json=LONG | {"n": 1}, timeout=60) as reply:
+        lines = reply.iter_lines()
+        next(lines)
+        job.start()
+        assert [*lines][-2:] == ["data: [DONE]", ""]
+    job.join()
+    assert replies[0].status_code == 200, replies[0].text
+    slices = [one for one in done if one != "step"]
+    row = len(server.models.models["bert"].model.tokenizer.encode(body.get("text", ""))) + 2
+    assert len(slices) >= (1 if path == "/fill" else 2) and max(slices) <= (row if body["model"] == "bert" else 16)
+    during = done[: len(done) - done[::-1].index("step")]
+    assert all("step" in pair for pair in itertools.pairwise(during[during.index("step") :])), during
+
+
 def test_a_stream_goes_on_beside_a_job(server, slow, monkeypatch):
     """Embeddings of 8 texts are computed one at a time, each between two steps of the stream."""
     from firth.generate.scheduler import Scheduler
 
-    done, embed, step = [], embeddings.embed, Scheduler.step
-    monkeypatch.setattr(operations, "SLICE_TOKENS", 1)
-    monkeypatch.setattr(embeddings, "embed", lambda *args, **more: done.append("slice") or embed(*args, **more))
+    done, states, step = [], embeddings._mean_states, Scheduler.step
+    monkeypatch.setattr(inference, "SLICE_TOKENS", 1)
+    monkeypatch.setattr(embeddings, "_mean_states", lambda *args: done.append("slice") or states(*args))
     monkeypatch.setattr(Scheduler, "step", lambda self: done.append("step") or step(self))
     replies = []
     body = {"input": ["The otter paints the boat."] * 8}

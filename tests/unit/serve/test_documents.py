@@ -49,5 +49,5 @@ def test_the_document_describes_each_route():
 
 
 def test_limits_and_pages_are_there():
-    assert (STATIC / "index.html").is_file()
+    assert (STATIC / "page.html").is_file()
     assert ServeConfig().limits.max_requests == 64

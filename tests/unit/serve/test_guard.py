@@ -107,7 +107,7 @@ def test_the_key_guards_every_route_but_health():
         ("Basic !!", 401), ("Bearer \xff", 401),
     ]:  # fmt: skip
         assert call(config, authorization=authorization)[0] == status, authorization
-    assert [call(config, path, "GET")[0] for path in ("/", "/static/index.html", "/nothing")] == [401] * 3
+    assert [call(config, path, "GET")[0] for path in ("/", "/static/app.js", "/nothing")] == [401] * 3
     assert call(config, "/health", "GET")[0] == 200
     status, headers, body = call(config)
     assert headers["www-authenticate"].startswith("Bearer")

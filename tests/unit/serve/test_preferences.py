@@ -15,12 +15,17 @@ from typing import Any
 import numpy as np
 import pytest
 
+from firth.corpora import readers
+from firth.corpora.readers import first_records
 from firth.data.conversations import comparison, messages_of
-from firth.data.rankings import ranking
-from firth.evaluate.ratings import bradley_terry
+from firth.data.dialogues import DialoguesConfig, PreferencesConfig
+from firth.data.rankings import RankingsConfig, ranking
+from firth.data.records import Records
+from firth.evaluate.ratings import bradley_terry, write_rankings
 from firth.serve.preference_statistics import agreement, run_scores, run_votes, statistics
 from firth.serve.preferences import JudgedItem, Preferences, StaleError, make_item
 from firth.types import UserError
+from tests.support.tiny_corpus import tokenizer
 
 
 def items(count: int, answers: int = 3) -> list[JudgedItem]:
@@ -39,6 +44,11 @@ def collection(tmp_path: Path, count: int = 4, twice: float = 0.0, answers: int 
 
 def lines(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+
+
+def rows(path: Path) -> list[dict[str, Any]]:
+    """Return the records of a file as `train` and all other commands read them."""
+    return [record for _, record in readers.records([str(path)])]
 
 
 def judge(preferences: Preferences, annotator: str, best_first: bool = True) -> JudgedItem | None:
@@ -79,9 +89,9 @@ def test_ranks_are_recorded_for_the_answers_and_not_their_places(tmp_path: Path)
     while (item := preferences.next("ann")) is not None:
         orders.add(tuple(preferences.order(item, "ann")))
         judge(preferences, "ann")
-    rows = lines(tmp_path / "preferences.jsonl")
-    assert len(rows) == 20 and len(orders) > 3
-    for i, row in enumerate(rows):
+    found = rows(tmp_path / "preferences.jsonl")
+    assert len(found) == 20 and len(orders) > 3
+    for i, row in enumerate(found):
         assert row["answers"] == [f"answer {k} to {i}" for k in range(3)] and row["ranks"] == [1, 2, 3]
         assert (row["chosen"], row["rejected"]) == (f"answer 0 to {i}", f"answer 2 to {i}")
         assert row["runs"] == [["run0"], ["run1"], ["run0"]] and row["annotator"] == "ann"
@@ -93,7 +103,7 @@ def test_the_file_is_read_as_preferences_and_as_rankings(tmp_path: Path) -> None
     assert item is not None
     order = preferences.order(item, "ann")
     rank(preferences, "ann", item, [{0: 1, 1: 3, 2: 1}[i] for i in order], comment="two are fine")
-    [row] = lines(tmp_path / "preferences.jsonl")
+    [row] = rows(tmp_path / "preferences.jsonl")
     prompt, chosen, rejected = comparison(row)
     assert prompt == [{"role": "user", "content": "question 0"}] and rejected[0]["content"] == "answer 1 to 0"
     _, answers, ranks = ranking(row)
@@ -106,7 +116,7 @@ def test_a_tie_of_all_answers_is_kept_as_an_event_only(tmp_path: Path) -> None:
     item = preferences.next("ann")
     assert item is not None
     rank(preferences, "ann", item, [1, 1, 1])
-    assert lines(tmp_path / "preferences.jsonl") == [] and len(preferences.judgments()) == 1
+    assert rows(tmp_path / "preferences.jsonl") == [] and len(preferences.judgments()) == 1
     found = run_votes(preferences.judgments())
     assert found is not None and found[0].outcome.tolist() == [0.5, 0.5]
 
@@ -121,7 +131,7 @@ def test_undo_gives_the_prompt_back(tmp_path: Path) -> None:
     assert preferences.order(second, "ann") != before  # that of the first time again
     skip(preferences, "ann", second)
     assert [undo(preferences, "ann") for _ in range(3)] == [second.prompt, first.prompt, None]
-    assert [row["annotator"] for row in lines(tmp_path / "preferences.jsonl")] == ["bob"]
+    assert [row["annotator"] for row in rows(tmp_path / "preferences.jsonl")] == ["bob"]
     assert preferences.next("ann") == first
     assert len(lines(tmp_path / "preferences.events.jsonl")) == 7  # nothing is removed
 
@@ -172,10 +182,10 @@ def test_corrections_become_demonstrations(tmp_path: Path) -> None:
     assert item is not None
     place = preferences.order(item, "ann").index(1)
     preferences.correct("ann", item.id, preferences.shown(item, "ann").token, place, "  a better answer ")
-    [row] = lines(tmp_path / "preferences.corrections.jsonl")
+    [row] = rows(tmp_path / "preferences.corrections.jsonl")
     assert row["original"] == "answer 1 to 0"
     assert [one["content"] for one in messages_of(row)] == ["question 0", "a better answer"]
-    assert undo(preferences, "ann") == item.prompt and lines(tmp_path / "preferences.corrections.jsonl") == []
+    assert undo(preferences, "ann") == item.prompt and rows(tmp_path / "preferences.corrections.jsonl") == []
 
 
 def test_wrong_judgments_are_refused(tmp_path: Path) -> None:
@@ -220,10 +230,10 @@ def test_a_cut_last_line_is_removed(tmp_path: Path) -> None:
     for end in (first, first + 1, len(whole) // 2 + first // 2, len(whole) - 1):
         events.write_bytes(whole[:end])
         again = collection(tmp_path)
-        assert len(again.judgments()) == 1 and len(lines(tmp_path / "preferences.jsonl")) == 1
+        assert len(again.judgments()) == 1 and len(rows(tmp_path / "preferences.jsonl")) == 1
         judge(again, "ann")
         again.close()
-        assert [row["prompt"] for row in lines(tmp_path / "preferences.jsonl")] == ["question 0", "question 1"]
+        assert [row["prompt"] for row in rows(tmp_path / "preferences.jsonl")] == ["question 0", "question 1"]
 
 
 KILLED = """
@@ -253,7 +263,7 @@ def test_what_was_acknowledged_survives_a_kill(tmp_path: Path) -> None:
     preferences = Preferences(out)
     recorded = [one["prompt"] for one in preferences.judgments()]
     assert recorded[: len(shown)] != [] and set(shown) - {""} <= set(recorded) and len(recorded) == len(set(recorded))
-    assert [row["prompt"] for row in lines(out)] == recorded
+    assert [row["prompt"] for row in rows(out)] == recorded
 
 
 def test_scores_of_runs_are_those_of_bradley_terry(tmp_path: Path) -> None:
@@ -276,18 +286,18 @@ def test_scores_of_runs_are_those_of_bradley_terry(tmp_path: Path) -> None:
 
 def test_agreement_counts_decisions_on_two_answers(tmp_path: Path) -> None:
     """Two annotators on two prompts of three answers: on one they agree, on the other the order is reversed."""
-    rows: list[dict[str, Any]] = [
+    judged: list[dict[str, Any]] = [
         {"item": item, "annotator": name, "answers": ["a", "b", "c"], "ranks": ranks}
         for item, name, ranks in [("1", "ann", [1, 2, 3]), ("1", "bob", [1, 2, 3]), ("2", "ann", [1, 2, 3]), ("2", "bob", [3, 2, 1])]
     ]  # fmt: skip
-    rows.append({"item": "3", "annotator": "ann", "answers": ["a", "b"], "ranks": [1, 1]})
-    found = agreement(rows)
+    judged.append({"item": "3", "annotator": "ann", "answers": ["a", "b"], "ranks": [1, 1]})
+    found = agreement(judged)
     assert (found["decisions"], found["share"]) == (6, 0.5)
     # Cohen: ann always -1, bob half of the time, so 0.5 is expected. Fleiss: 9 of 12 are -1.
     assert found["cohen"] == [{"first": "ann", "second": "bob", "decisions": 6, "kappa": 0.0}]
     assert found["fleiss"] == pytest.approx((0.5 - (0.75**2 + 0.25**2)) / (1 - (0.75**2 + 0.25**2)))
     # The order in which answers were listed does not matter.
-    turned = [rows[0], rows[1] | {"answers": ["c", "a", "b"], "ranks": [3, 1, 2]}]
+    turned = [judged[0], judged[1] | {"answers": ["c", "a", "b"], "ranks": [3, 1, 2]}]
     assert agreement(turned)["share"] == 1.0
     assert agreement([]) == {"decisions": 0, "share": None, "fleiss": None, "cohen": []}
 
@@ -301,7 +311,7 @@ def test_a_repeated_request_is_recorded_once(tmp_path: Path) -> None:
         shown = preferences.shown(item, "ann")
         for _ in range(2):  # the second time is a retry
             preferences.judge("ann", item.id, shown.token, [1, 2, 3, 4])
-        assert lines(tmp_path / "preferences.jsonl")[-1]["answers"] == shown.answers
+        assert rows(tmp_path / "preferences.jsonl")[-1]["answers"] == shown.answers
         with pytest.raises(StaleError, match="nothing was recorded"):
             preferences.judge("ann", item.id, shown.token, [4, 3, 2, 1])
         with pytest.raises(StaleError, match="nothing was recorded"):
@@ -318,7 +328,7 @@ def test_a_request_that_arrives_after_its_undo_is_refused(tmp_path: Path) -> Non
     shown = preferences.shown(item, "ann")
     preferences.correct("ann", item.id, shown.token, 2, "better")
     preferences.correct("ann", item.id, shown.token, 2, "better")
-    assert [row["original"] for row in lines(tmp_path / "preferences.corrections.jsonl")] == [shown.answers[2]]
+    assert [row["original"] for row in rows(tmp_path / "preferences.corrections.jsonl")] == [shown.answers[2]]
     preferences.judge("ann", item.id, shown.token, [1, 2, 3])
     last = preferences.last("ann")
     for _ in range(2):  # the second time is a retry, and does not undo the correction too
@@ -382,7 +392,7 @@ def test_a_full_disk_leaves_the_files_as_they_were(tmp_path: Path) -> None:
     out = tmp_path / "preferences.jsonl"
     output = subprocess.run([sys.executable, "-c", FULL, str(out)], capture_output=True, text=True, check=True).stdout
     assert "preferences.events.jsonl: file too large; free some room" in output
-    assert [row["prompt"] for row in lines(out)] == ["question 0", "question 3"]
+    assert [row["prompt"] for row in rows(out)] == ["question 0", "question 3"]
     assert [one["prompt"] for one in Preferences(out).judgments()] == ["question 0", "question 3"]
 
 
@@ -398,24 +408,115 @@ def test_a_file_that_could_not_be_written_is_made_up_for(tmp_path: Path, monkeyp
         patch.setattr(os, "write", lambda fd, data: real(fd, data) if b'"event"' in data else real(fd, data[:9]) // 0)
         with pytest.raises(ZeroDivisionError):
             preferences.judge("ann", item.id, token, [1, 2, 3])
-    assert len(lines(tmp_path / "preferences.jsonl")) == 1
+    assert len(rows(tmp_path / "preferences.jsonl")) == 1
     preferences.judge("ann", item.id, token, [1, 2, 3])
-    assert len(lines(tmp_path / "preferences.jsonl")) == 2 and len(preferences.journal.events) == 2
+    assert len(rows(tmp_path / "preferences.jsonl")) == 2 and len(preferences.journal.events) == 2
 
 
-def test_a_judgment_appends_one_row(tmp_path: Path) -> None:
-    """The file is appended to: it stays the same file, until an undo writes it anew. One that was changed is written anew too."""
+def test_files_are_only_appended_to(tmp_path: Path) -> None:
+    """A judgment, an undo and a start leave what was written before as it is; a file that is gone is written again."""
     preferences, out = collection(tmp_path, 8), tmp_path / "preferences.jsonl"
-    judge(preferences, "ann")
-    number = out.stat().st_ino
-    judge(preferences, "ann")
-    assert out.stat().st_ino == number and len(lines(out)) == 2
-    judge(preferences, "ann")
-    preferences.undo("ann")
-    assert [row["prompt"] for row in lines(out)] == ["question 0", "question 1"]
+    files = [tmp_path / f"preferences{kind}.jsonl" for kind in ("", ".corrections", ".events")]
+    before: dict[Path, tuple[int, bytes]] = {}
+
+    def check() -> None:
+        for file in files:
+            if file.exists():
+                number, content = before.get(file, (file.stat().st_ino, b""))
+                assert file.stat().st_ino == number and file.read_bytes().startswith(content)
+                before[file] = number, file.read_bytes()
+
+    for _ in range(3):
+        item = preferences.next("ann")
+        assert item is not None
+        preferences.correct("ann", item.id, preferences.shown(item, "ann").token, 0, "better")
+        check()
+        judge(preferences, "ann")
+        check()
+        preferences.undo("ann")  # the judgment
+        check()
+        preferences.undo("ann")  # the correction
+        check()
+        judge(preferences, "ann")
+        check()
+        preferences.close()
+        preferences = collection(tmp_path, 8)
+        check()
+    assert [row["prompt"] for row in rows(out)] == ["question 0", "question 1", "question 2"]
+    assert [one["undo"] for one in lines(out) if "undo" in one] == [1, 6, 11] and rows(files[1]) == []
     out.unlink()
     judge(preferences, "ann")
-    assert [row["prompt"] for row in lines(out)] == ["question 0", "question 1", "question 2"]
+    assert [row["prompt"] for row in rows(out)] == [f"question {i}" for i in range(4)]
+
+
+def test_a_row_that_a_kill_cut_is_written_again(tmp_path: Path) -> None:
+    """The file of preferences is cut at each byte, and read as it is; the next start completes it."""
+    preferences, out = collection(tmp_path), tmp_path / "preferences.jsonl"
+    judge(preferences, "ann")
+    judge(preferences, "ann")
+    preferences.undo("ann")
+    judge(preferences, "ann", best_first=False)
+    preferences.close()
+    whole, wanted = out.read_bytes(), rows(out)
+    ends = [i + 1 for i, byte in enumerate(whole) if byte == 10]
+    for end in (*range(0, len(whole), 37), *ends, *(end - 1 for end in ends), *(end + 1 for end in ends[:-1])):
+        out.write_bytes(whole[:end])
+        complete = whole[:end].count(b"\n") + (whole[end : end + 1] == b"\n")
+        if end and not complete:  # a file of which nothing is known
+            with pytest.raises(UserError, match="this line is not JSON"):
+                rows(out)
+        else:
+            assert [row["id"] for row in rows(out)] == [[], [0], [0, 1], [0], [0, 3]][complete]
+        collection(tmp_path).close()
+        assert out.read_bytes() == whole and rows(out) == wanted
+    out.write_text('{"prompt": "a", "chosen": "b", "rejected": "c"}\n')
+    with pytest.raises(UserError, match="the last line is not one of `firth annotate`"):
+        collection(tmp_path)
+
+
+def test_every_reader_skips_what_was_undone(tmp_path: Path) -> None:
+    """Reward models and DPO, rankings, ratings, and demonstrations of the file of corrections."""
+    preferences, out = collection(tmp_path), tmp_path / "preferences.jsonl"
+    for best_first in (True, False):
+        item = judge(preferences, "ann", best_first)
+        assert item is not None
+        preferences.undo("ann")
+        judge(preferences, "ann", not best_first)
+    place = preferences.order(item, "bob").index(1)
+    for text in ("wrong", "right"):
+        preferences.correct("bob", item.id, preferences.shown(item, "bob").token, place, text)
+        if text == "wrong":
+            preferences.undo("bob")
+    preferences.close()
+    assert len(lines(out)) == 6
+    words = tokenizer()
+    for kind in (PreferencesConfig, RankingsConfig):
+        found = Records(kind(max_length=200), [str(out)], words)
+        assert found.num_records == 2 and not found.notes, kind
+    pair = Records(PreferencesConfig(max_length=200), [str(out)], words)[0]
+    assert "answer 2 to 0" in words.decode(pair["chosen_tokens"]) and "answer 0" in words.decode(
+        pair["rejected_tokens"]
+    )
+    assert write_rankings([str(out)], tmp_path / "rankings.jsonl") == 2
+    [first, second] = rows(tmp_path / "rankings.jsonl")
+    best = [row["answers"][int(np.argmax(row["scores"]))][0]["content"] for row in (first, second)]
+    assert best == ["answer 2 to 0", "answer 0 to 1"]
+    corrections = Records(DialoguesConfig(max_length=200), [str(tmp_path / "preferences.corrections.jsonl")], words)
+    assert corrections.num_records == 1 and "right" in words.decode(corrections[0]["tokens"])
+    with first_records(1):
+        assert [row["id"] for row in rows(out)] == [2]
+
+
+def test_undo_is_a_record_of_annotators_alone(tmp_path: Path) -> None:
+    """Other files may have such fields."""
+    file = tmp_path / "other.jsonl"
+    file.write_text('{"id": 1, "text": "a"}\n{"undo": 1, "text": "b"}\n{"id": 1, "text": "c"}\n')
+    assert [row["text"] for row in rows(file)] == ["a", "b", "c"]
+    file.write_text('{"id": 1, "annotator": "x", "text": "a"}\n{"id": 2, "text": "b"}\n{"te')
+    assert [row["text"] for row in rows(file)] == ["a", "b"]
+    file.write_text('{"id": 1, "annotator": "x", "text": "a"}\n{"te\n{"id": 2}\n')
+    with pytest.raises(UserError, match=r"other\.jsonl:2: this line is not JSON"):
+        rows(file)
 
 
 def test_corrections_of_something_else_are_not_overwritten(tmp_path: Path) -> None:

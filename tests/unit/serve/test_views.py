@@ -103,7 +103,7 @@ def test_views_are_served(server: Running, tmp_path: Path) -> None:
     with TestClient(app, base_url="http://localhost") as http:
         assert http.get("/views").json() == {"models": [], "compare": False, "runs": True}
         assert http.get("/runs").json() == {"runs": []}
-        for name in ("app.js", "style.css", "annotate.html"):
+        for name in ("app.js", "style.css", "annotate.js"):
             assert http.get(f"/static/{name}").status_code == 200
 
 

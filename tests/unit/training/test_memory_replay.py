@@ -1,0 +1,113 @@
+"""The heap of a process, found by repeating its allocations, and what recurrent layers and bf16 products keep."""
+
+from __future__ import annotations
+
+import random
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import nn
+
+from firth.training.device import KEPT_MEMORY
+from firth.training.heap import heap_bytes
+from firth.training.memory import KERNEL_BLOCK, KERNEL_BLOCKS, KERNEL_RECORDS, memory_trace
+
+glibc = pytest.mark.skipif(not KEPT_MEMORY, reason="malloc is not glibc's")
+
+REAL_TENSORS = """
+import sys, torch
+from pathlib import Path
+from firth.training.device import keep_freed_memory
+def peak():
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+    return int(line.split()[1]) * 1024
+sizes, events = eval(sys.stdin.read())
+torch.zeros(10)
+keep_freed_memory()
+before, live = peak(), {}
+for event in events:
+    if event > 0:
+        live[event] = torch.ones(sizes[event - 1], dtype=torch.uint8)
+    else:
+        del live[-event]
+print(peak() - before)
+"""
+
+
+@glibc
+@pytest.mark.parametrize("seed", [0, 1])
+def test_the_heap_is_that_of_a_process_with_tensors(seed: int) -> None:
+    """Blocks of several sizes are allocated and freed in a random order, the worst case: where a block lies depends on chance."""
+    rng = random.Random(seed)
+    sizes: list[int] = []
+    events: list[int] = []
+    live: list[int] = []
+    for _ in range(3000):
+        if live and rng.random() < 0.48:
+            events.append(-live.pop(rng.randrange(len(live))))
+        else:
+            sizes.append(rng.choice([50_000, 262_144, 1_000_000, 1_000_000, 3_000_000]))
+            events.append(len(sizes))
+            live.append(len(sizes))
+    done = subprocess.run(
+        [sys.executable, "-c", REAL_TENSORS], input=repr((sizes, events)), capture_output=True, text=True, check=True
+    )
+    found = heap_bytes(sizes, events, KEPT_MEMORY)
+    assert found is not None
+    assert found == pytest.approx(int(done.stdout), rel=0.2)
+    live_now = most = 0
+    for event in events:
+        live_now += sizes[event - 1] if event > 0 else -sizes[-event - 1]
+        most = max(most, live_now)
+    assert abs(found - int(done.stdout)) < abs(most - int(done.stdout)) / 2  # closer than the live bytes
+    assert heap_bytes(sizes, events, ()) is None
+
+
+@pytest.mark.parametrize("length", [5, 40])
+def test_a_trace_has_what_a_recurrent_layer_keeps(length: int) -> None:
+    """Bytes that are live after a forward pass without data are those of a real one."""
+    layer, x = nn.LSTM(12, 24, batch_first=True), torch.zeros(3, length, 12)
+    kept: list[int] = []
+
+    def pack(saved: torch.Tensor) -> torch.Tensor:
+        kept.append(saved.untyped_storage().nbytes())
+        return saved
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda saved: saved):
+        layer(x)
+    with memory_trace(torch.device("cpu")) as trace:
+        layer, x = nn.LSTM(12, 24, batch_first=True), torch.zeros(3, length, 12)
+        out = layer(x)
+    assert out is not None
+    assert max(trace.sizes) == pytest.approx(max(kept), rel=0.05)
+
+
+REAL_KERNELS = """
+import ctypes, torch
+class Info(ctypes.Structure):
+    _fields_ = [(str(i), ctypes.c_size_t) for i in range(10)]
+library = ctypes.CDLL(None)
+library.mallinfo2.restype = Info
+def used():
+    found = library.mallinfo2()
+    return getattr(found, "7") + getattr(found, "4")
+weight = torch.zeros(192, 96, dtype=torch.bfloat16)
+def product(rows):
+    torch.nn.functional.linear(torch.zeros(rows, 96, dtype=torch.bfloat16), weight)
+product(3)
+before = used()
+for rows in range(101, 401, 10):
+    product(rows)
+print((used() - before) / 30)
+"""
+
+
+@glibc
+def test_bytes_that_a_product_of_a_new_shape_keeps() -> None:
+    done = subprocess.run([sys.executable, "-c", REAL_KERNELS], capture_output=True, text=True, check=True)
+    measured = float(done.stdout)
+    if measured < 100_000:
+        pytest.skip("this CPU has no compiled bf16 kernels")
+    assert measured == pytest.approx(KERNEL_BLOCK * KERNEL_BLOCKS + KERNEL_RECORDS, rel=0.1)
