@@ -197,16 +197,17 @@ def likelihoods(name: str) -> list[Likelihood]:
 
 
 def print_labels() -> None:
-    print("| set | labels | from MiniLM | after further pretraining | difference |\n|---|---|---|---|---|")
+    print("| set | labels | seeds | from MiniLM | after further pretraining | difference |\n|---|---|---|---|---|---|")
     for name in SETS:
         for count in LABELS:
-            arms = [
-                [metrics_of(OUT / name / f"{arm}-{count}-{seed}")["valid/accuracy"] for seed in SEEDS]
-                for arm in ("minilm", "adapted")
-            ]
-            difference = [after - before for before, after in zip(*arms, strict=True)]
-            cells = [f"{np.mean(arm):.3f}" for arm in arms]
-            print(f"| {name} | {count:,} | {' | '.join(cells)} | {t_interval(difference)} |")
+            places = [[OUT / name / f"{arm}-{count}-{seed}" for arm in ("minilm", "adapted")] for seed in SEEDS]
+            done = [pair for pair in places if all((place / "done.json").exists() for place in pair)]
+            if len(done) < 2:
+                continue
+            pairs = [[metrics_of(place)["valid/accuracy"] for place in pair] for pair in done]
+            cells = [f"{np.mean(arm):.3f}" for arm in zip(*pairs, strict=True)]
+            difference = t_interval([after - before for before, after in pairs])
+            print(f"| {name} | {count:,} | {len(done)} | {' | '.join(cells)} | {difference} |")
 
 
 def print_forget() -> None:

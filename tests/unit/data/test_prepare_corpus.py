@@ -256,7 +256,7 @@ def test_duplicates_are_dropped_alike_for_any_workers(folder: Path, tmp_path: Pa
     prepare(tmp_path, tmp_path / "three", workers=3, part_bytes=10_000, filters=filters)
     assert contents(tmp_path / "one") == contents(tmp_path / "three")
     assert one.manifest["dropped"] == {"duplicate": 1, "near duplicate": 1}
-    assert one.manifest["documents"] == 12
+    assert one.manifest["documents"] == len(list_pieces([str(tmp_path / "text")], 10_000, ReadStats())) - 2
     assert one.manifest["examples"]["duplicate"][0].startswith("20.txt: ")
     before = contents(tmp_path / "one")
     (tmp_path / "text" / "00a.txt").write_text(TEXTS[3])
