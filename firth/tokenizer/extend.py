@@ -27,6 +27,7 @@ from typing import Any
 from firth.tokenizer import merges
 from firth.tokenizer.tokenizer import Tokenizer
 from firth.tokenizer.train import reservoir
+from firth.tokenizer.vocab import replace_lone_surrogates
 from firth.tokenizer.workers import normal
 from firth.types import UserError
 
@@ -131,7 +132,7 @@ def tokens_per_word(tokenizer: Tokenizer, texts: Sequence[str]) -> float:
 def stripped_accents(tokenizer: Tokenizer, texts: Iterable[str]) -> float:
     """Return the share of the letters whose accent the normalizer of a tokenizer removes (BERT's uncased ones do)."""
     letters = lost = 0
-    for text in texts:
+    for text in map(replace_lone_surrogates, texts):
         letters += sum(map(str.isalpha, text))
         lost += max(0, _accents(text) - _accents(normal(tokenizer.engine, text)))
     return lost / max(letters, 1)
