@@ -99,7 +99,7 @@ def test_wordpiece_learns_the_characters_of_another_script() -> None:
     parts = dict(zip(range(old.vocab.size, new.vocab.size), old_tokens(old, new), strict=True))
     assert parts[new.id("η")] == []  # unknown before
     for texts, letters in (
-        ([*GREEK, *ENGLISH, "foxes boxes " * 40], 2),
+        ([*GREEK, *ENGLISH, "foxes jumping lazily over boxes again and quickly " * 40], 2),
         (GREEK, 8),
     ):  # Greek alone has no known words to merge
         few = extend(old, texts, 8)
