@@ -28,6 +28,7 @@ from firth.runs.compatibility import available_memory
 from firth.runs.input_hashes import RunInputs
 from firth.runs.prepare import RunData
 from firth.runs.recipe import Recipe, ResolvedRecipe
+from firth.runs.report_texts import texts_of
 from firth.runs.resolve import resolve
 from firth.runs.run import build_data, check_start_models, prepare_tokenizer
 from firth.runs.run_context import RunContext
@@ -102,6 +103,7 @@ class PreparedRun:
         counted: How the data was counted, a sentence.
         log: Receives messages.
         degree: Processes that share a copy of the model.
+        texts: Whether the model answers held-out prompts for the report.
     """
 
     recipe: ResolvedRecipe
@@ -111,6 +113,7 @@ class PreparedRun:
     counted: str
     log: LogLine
     degree: int = 1
+    texts: bool = False
 
     def build(self, recipe: ResolvedRecipe | None = None) -> LM:
         """Build the model of the recipe or of a smaller one, with random weights or those of the start model."""
@@ -142,7 +145,8 @@ def prepared(recipe: Recipe, log: LogLine, world: int = 1) -> Iterator[PreparedR
         resolved = resolve(smaller, data, context)
         datasets = build_data(resolved, dataclasses.replace(data, ranks=Ranks()), context)  # one process samples
         degree = resolved.distributed.degree(context.ranks)
-        yield PreparedRun(resolved, datasets.data, datasets.batches, scale, how, log, degree)
+        texts = texts_of(resolved, datasets.splits) is not None
+        yield PreparedRun(resolved, datasets.data, datasets.batches, scale, how, log, degree, texts)
 
 
 def _sampled(recipe: Recipe, place: Path, log: LogLine) -> tuple[Recipe, float, str]:
@@ -262,6 +266,7 @@ def whole_model_uses(run: PreparedRun, step: StepEstimate) -> str:
     gathers = {
         "rollouts": run.batches.source.on_policy,
         "sample_prompts": bool(recipe.sample_prompts),
+        "answers for the report": run.texts,
         "evaluation.tasks": bool(recipe.evaluation.tasks),
     }
     named = ", ".join(name for name, used in gathers.items() if used)

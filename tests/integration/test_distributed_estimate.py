@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -47,6 +48,16 @@ def test_what_holds_the_whole_model_is_printed(text: Path, prompts: str) -> None
     size = f"{4 * found.step.parameters / 1e6:,.0f} MB"
     assert line.endswith(f"{size} in main memory of the first process at the end, for the export")
     assert (f"{size} on each process during sample_prompts; " in line) == (prompts != "[]")
+
+
+def test_answers_for_the_report_hold_the_whole_model(tmp_path: Path) -> None:
+    """A run on prompts with answers writes its own answers to held-out ones before the first step."""
+    rows = [{"prompt": f"the king of {i} lands", "completion": "did walk by night"} for i in range(40)]
+    (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    small = ["model.hidden_size=32", "model.num_layers=1", "model.num_heads=2", "model.max_positions=64"]
+    given = [f"data.path={tmp_path / 'data.jsonl'}", *small, *SETTINGS, "distributed.shard=full", "sample_prompts=[]"]
+    found = estimate(load("sft", given), False, quiet, 2)
+    assert "on each process during answers for the report; " in found.whole
 
 
 def test_only_the_first_process_prints(text: Path) -> None:
