@@ -40,7 +40,7 @@ from firth.types import LOGGER, LogLine, UserError
 
 PLAN = "plan.json"
 TRAINED = "trained.json"
-"""File beside a tokenizer that was trained for a corpus, with its algorithm and size."""
+"""File in the directory of a tokenizer that was trained for a corpus, with its algorithm and size."""
 
 BOOT = "import sys; sys.path.insert(0, sys.argv[1]); from firth.data.corpus_part import serve; serve()"
 PROGRESS_SECONDS = 10.0

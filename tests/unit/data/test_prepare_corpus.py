@@ -131,6 +131,58 @@ def test_touched_files_are_hashed_and_kept(folder: Path, tmp_path: Path) -> None
     assert {path: path.stat().st_ino for path in (tmp_path / "out").rglob("tokens.bin")} == tokens
 
 
+@pytest.mark.parametrize("change", ["removed", "changed"])
+def test_a_copy_comes_back_when_its_original_is_gone(folder: Path, tmp_path: Path, change: str) -> None:
+    """The copy is in another part, which is complete. A change of the same size keeps the part of the original."""
+    shutil.copytree(folder / "tokenizer", tmp_path / "tokenizer")
+    (tmp_path / "text").mkdir()
+    for number, one in enumerate([*TEXTS[:8], TEXTS[3]]):
+        (tmp_path / "text" / f"{number:02d}.txt").write_text(one)
+    filters, t = FilterConfig(deduplicate=True), Tokenizer.load(folder / "tokenizer")
+
+    def texts() -> str:
+        stores = open_stores([tmp_path / "out"], t)
+        return "".join(t.decode(np.asarray(store.tokens)) for store in stores if store is not None)
+
+    first = prepare(tmp_path, tmp_path / "out", part_bytes=10_000, filters=filters)
+    assert first.manifest["dropped"] == {"duplicate": 1} and texts().count(TEXTS[3]) == 1
+    original = tmp_path / "text" / "03.txt"
+    if change == "removed":
+        original.unlink()
+    else:
+        original.write_text(TEXTS[3][::-1])
+    second = prepare(tmp_path, tmp_path / "out", part_bytes=10_000, filters=filters)
+    assert second.manifest["dropped"] == {} and texts().count(TEXTS[3]) == 1
+    assert (TEXTS[3][::-1] in texts()) == (change == "changed")
+    before = contents(tmp_path / "out")
+    prepare(tmp_path, tmp_path / "out", part_bytes=10_000, filters=filters)
+    assert contents(tmp_path / "out") == before
+
+
+def test_a_corpus_is_outside_of_its_text(folder: Path, tmp_path: Path) -> None:
+    """Its own files would be text in the next call."""
+    with pytest.raises(UserError, match=r"is inside of .*, all of whose files are prepared"):
+        prepare(folder, folder / "text" / "corpus")
+    assert not (folder / "text" / "corpus").exists()
+    (tmp_path / "out" / "lock").mkdir(parents=True)
+    with pytest.raises(UserError, match="this is a directory"):
+        prepare(folder, tmp_path / "out")
+
+
+def test_another_vocabulary_needs_another_directory(folder: Path, tmp_path: Path) -> None:
+    def call(size: int) -> PreparedCorpus:
+        choice = TokenizerChoice(vocab_size=size)
+        return prepare_corpus(
+            [str(folder / "text" / "b0.txt")], tmp_path / "out", settings=PartSettings(""), tokenizer=choice, workers=1,
+            log=[].append,
+        )  # fmt: skip
+
+    content = call(300).content
+    assert call(300).content == content
+    with pytest.raises(UserError, match="--algorithm byte-bpe --vocab-size 300: repeat these options"):
+        call(400)
+
+
 def test_added_files_add_parts(folder: Path, tmp_path: Path) -> None:
     """Also a file in the middle of the order; the parts that exist keep their bytes, and the sum is all documents."""
     shutil.copytree(folder / "text", tmp_path / "text")
@@ -264,55 +316,3 @@ def test_duplicates_are_dropped_alike_for_any_workers(folder: Path, tmp_path: Pa
     after = contents(tmp_path / "one")
     assert all(after[name] == digest for name, digest in before.items() if name.startswith("parts/"))
     assert again.manifest["dropped"] == {"duplicate": 2, "near duplicate": 1}
-
-
-@pytest.mark.parametrize("change", ["removed", "changed"])
-def test_a_copy_comes_back_when_its_original_is_gone(folder: Path, tmp_path: Path, change: str) -> None:
-    """The copy is in another part, which is complete. A change of the same size keeps the part of the original."""
-    shutil.copytree(folder / "tokenizer", tmp_path / "tokenizer")
-    (tmp_path / "text").mkdir()
-    for number, one in enumerate([*TEXTS[:8], TEXTS[3]]):
-        (tmp_path / "text" / f"{number:02d}.txt").write_text(one)
-    filters, t = FilterConfig(deduplicate=True), Tokenizer.load(folder / "tokenizer")
-
-    def texts() -> str:
-        stores = open_stores([tmp_path / "out"], t)
-        return "".join(t.decode(np.asarray(store.tokens)) for store in stores if store is not None)
-
-    first = prepare(tmp_path, tmp_path / "out", part_bytes=10_000, filters=filters)
-    assert first.manifest["dropped"] == {"duplicate": 1} and texts().count(TEXTS[3]) == 1
-    original = tmp_path / "text" / "03.txt"
-    if change == "removed":
-        original.unlink()
-    else:
-        original.write_text(TEXTS[3][::-1])
-    second = prepare(tmp_path, tmp_path / "out", part_bytes=10_000, filters=filters)
-    assert second.manifest["dropped"] == {} and texts().count(TEXTS[3]) == 1
-    assert (TEXTS[3][::-1] in texts()) == (change == "changed")
-    before = contents(tmp_path / "out")
-    prepare(tmp_path, tmp_path / "out", part_bytes=10_000, filters=filters)
-    assert contents(tmp_path / "out") == before
-
-
-def test_a_corpus_is_outside_of_its_text(folder: Path, tmp_path: Path) -> None:
-    """Its own files would be text in the next call."""
-    with pytest.raises(UserError, match=r"is inside of .*, all of whose files are prepared"):
-        prepare(folder, folder / "text" / "corpus")
-    assert not (folder / "text" / "corpus").exists()
-    (tmp_path / "out" / "lock").mkdir(parents=True)
-    with pytest.raises(UserError, match="this is a directory"):
-        prepare(folder, tmp_path / "out")
-
-
-def test_another_vocabulary_needs_another_directory(folder: Path, tmp_path: Path) -> None:
-    def call(size: int) -> PreparedCorpus:
-        choice = TokenizerChoice(vocab_size=size)
-        return prepare_corpus(
-            [str(folder / "text" / "b0.txt")], tmp_path / "out", settings=PartSettings(""), tokenizer=choice, workers=1,
-            log=[].append,
-        )  # fmt: skip
-
-    content = call(300).content
-    assert call(300).content == content
-    with pytest.raises(UserError, match="--algorithm byte-bpe --vocab-size 300: repeat these options"):
-        call(400)
