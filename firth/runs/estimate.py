@@ -21,6 +21,7 @@ from firth.corpora.input_files import GROWTH
 from firth.data.collate import Batches
 from firth.data.config import DataConfig
 from firth.data.corpus import is_corpus
+from firth.io.gguf import find
 from firth.io.json_files import row_line
 from firth.model.model import LM
 from firth.runs.build_model import assemble_model, builds_in_shards
@@ -32,6 +33,7 @@ from firth.runs.report_texts import texts_of
 from firth.runs.resolve import resolve
 from firth.runs.run import build_data, check_start_models, prepare_tokenizer
 from firth.runs.run_context import RunContext
+from firth.runs.start_model import model_directory
 from firth.runs.step_estimate import StepEstimate, check_fits, sharded_memory, step_estimate
 from firth.runs.timing import step_seconds
 from firth.training.device import default_device
@@ -263,6 +265,7 @@ def whole_model_uses(run: PreparedRun, step: StepEstimate) -> str:
     recipe, size = run.recipe, _bytes(4 * step.parameters)
     half = _bytes((2 if recipe.precision == "bf16" else 4) * step.parameters)
     start = recipe.init_from or recipe.init_embeddings_from
+    read_whole = bool(start) and (not builds_in_shards(recipe) or find(model_directory(start)) is not None)
     gathers = {
         "rollouts": run.batches.source.on_policy,
         "sample_prompts": bool(recipe.sample_prompts),
@@ -272,7 +275,7 @@ def whole_model_uses(run: PreparedRun, step: StepEstimate) -> str:
     named = ", ".join(name for name, used in gathers.items() if used)
     uses = [
         f"{half} on each process during {named}" if named else "",
-        f"{size} in main memory of each process while it is built" if not builds_in_shards(recipe) and start else "",
+        f"{size} in main memory of each process while it is built" if read_whole else "",
         f"{_bytes(step.frozen_bytes)} of frozen models on each process" if step.frozen_bytes else "",
         f"{size} in main memory of the first process at the end, for the export",
     ]
