@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import hashlib
+import io
 import json
 import os
 import resource
@@ -20,7 +21,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from firth.corpora import readers
+from firth.corpora import readers, remote
 from firth.corpora.input_files import ReadStats
 from firth.data.corpus import PreparedCorpus, open_stores
 from firth.data.corpus_part import PartSettings
@@ -338,6 +339,25 @@ def test_an_object_store_gives_the_same_token_ids(
     assert len(remote.manifest["parts"]) > 3
     assert not list((tmp_path / "remote").rglob("input-*"))
     assert prepared(f"file://{folder / 'text'}", tmp_path / "all").manifest["documents"] == 95
+
+
+def test_a_file_of_an_object_store_is_read_once(folder: Path) -> None:
+    pytest.importorskip("fsspec")
+    place = f"file://{folder / 'text'}"
+    every = list_pieces([place], 60_000, ReadStats())
+    assert list_pieces([place, f"{place}/a.jsonl", f"{place}/b*.txt"], 60_000, ReadStats()) == every
+    first = list_pieces([f"{place}/b1.txt", place], 60_000, ReadStats())
+    assert len(first) == len(every) and first[0].path.endswith("b1.txt")
+
+
+def test_a_store_that_ends_the_connection_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Broken(io.BytesIO):
+        def read(self, size: int | None = -1) -> bytes:
+            raise ConnectionResetError(104, "Connection reset by peer")
+
+    monkeypatch.setattr(remote, "open_file", lambda _: Broken())
+    with pytest.raises(UserError, match=r"^s3://bucket/a\.txt: it cannot be read: Connection reset by peer$"):
+        remote.fetch("s3://bucket/a.txt", tmp_path / "a.txt", (0, 10))
 
 
 def test_errors_of_object_stores_are_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
