@@ -18,6 +18,7 @@ from firth.cli.inference import chat, embed, fill, generate, predict, vectors
 from firth.cli.information import doctor, fetch, list_, show
 from firth.cli.models import export, import_
 from firth.cli.pipelines import pipeline
+from firth.cli.preparation import prepare
 from firth.cli.scaling import plan, scale_fit, scale_run, sweep
 from firth.cli.serving import annotate, serve, watch
 from firth.cli.tokenizers import tokenizer_show, tokenizer_train
@@ -40,8 +41,8 @@ scale_app.command("run")(scale_run)
 scale_app.command("fit")(scale_fit)
 
 COMMANDS = (
-    demo, doctor, fetch, show, train, compare, sweep, plan, pipeline, generate, fill, chat, predict, embed, vectors, evaluate, ratings,
-    export, serve, watch, annotate,
+    demo, doctor, fetch, show, prepare, train, compare, sweep, plan, pipeline, generate, fill, chat, predict, embed, vectors, evaluate,
+    ratings, export, serve, watch, annotate,
 )  # fmt: skip
 for command in COMMANDS:
     app.command()(command)

@@ -64,7 +64,7 @@ def sweep(
         raise UserError(f"{recipe} holds no sweep: --table needs the directory of one")
     out = out or Path("runs/sweep")
     if table:
-        typer.echo(show(prepare(recipe, given, config, out)))
+        typer.echo(show(prepare(recipe, given, config, out, log=lambda _: None)))
         return
     typer.echo(sweep_recipe(recipe, given, config, out, workers))
 

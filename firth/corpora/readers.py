@@ -42,7 +42,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 from firth.corpora import tables
-from firth.corpora.input_files import PACKED, ReadStats, guarded
+from firth.corpora.input_files import PACKED, ReadStats, current_span, guarded
 from firth.tokenizer.vocab import replace_lone_surrogates
 from firth.types import UserError
 
@@ -73,10 +73,12 @@ class Document(NamedTuple):
         name: Its file within the path that was given (and its number there), unique and the same on every machine; a record's own `name`
             if it has one (records that share it are held out together).
         text: Its text.
+        named: Whether the name is that of the record.
     """
 
     name: str
     text: str
+    named: bool = False
 
 
 def files(paths: Sequence[str], *, tabled: bool = False, counts: ReadStats | None = None) -> dict[Path, str]:
@@ -128,7 +130,13 @@ def _real(path: Path, directories: dict[Path, str]) -> str:
 def _under(given: str, tabled: bool, counts: ReadStats) -> list[tuple[Path, Path]]:
     """Return the readable files of one given path, each with the directory that its name is relative to."""
     path = Path(given).expanduser()
+    if is_url(given):
+        raise UserError(f"{given}: text in an object store is prepared first: firth prepare {given} --out CORPUS")
     if path.is_dir():
+        if (path / "corpus.json").is_file():
+            raise UserError(
+                f"{given}: this corpus holds token ids (`firth prepare`), and text or records are wanted here: name their files"
+            )
         some = _inside(path, tabled, counts)
         if not some:
             table = counts.at.get("skipped")
@@ -191,23 +199,53 @@ def documents(
         raise UserError(f"split is {split!r}: use one of {', '.join(SPLITS)}")
     counts = counts if counts is not None else ReadStats()
     for path, name in files(paths, counts=counts).items():
-        if _kind(path) == "text":
-            counts.files += 1
-            for number, text in enumerate(_split(_chunks(path, split, counts), split, counts), 1):
-                yield Document(name if split == "file" and number == 1 else f"{name}:{number}", text)
+        yield from file_documents(path, name, field, split, counts)
+
+
+def file_documents(path: Path, name: str, field: str, split: str, counts: ReadStats) -> Iterator[Document]:
+    """Yield the documents of one file, or of the part that `firth.corpora.input_files.within` selects.
+
+    Args:
+        path: The file.
+        name: Its name in the names of the documents.
+        field: As in `documents`.
+        split: As in `documents`.
+        counts: Collects what was read, repaired and skipped.
+    """
+    if _kind(path) == "text":
+        counts.files += 1
+        for number, text in enumerate(_split(_chunks(path, split, counts), split, counts), 1):
+            yield Document(name if split == "file" and number == 1 else f"{name}:{number}", text)
+        return
+    for place, record in _records(path, counts, (field, "name"), ()):
+        value = record.get(field)
+        text = "" if value is None and field in record else clean(text_field(record, field, place), counts, place)
+        if text.strip():
+            counts.documents += 1
+            counts.bytes += len(text.encode())
+            own = record.get("name")
+            yield Document(str(own) if own else name + place.removeprefix(str(path)), text, bool(own))
         else:
-            for place, record in _records(path, counts, (field, "name"), ()):
-                value = record.get(field)
-                text = (
-                    "" if value is None and field in record else clean(text_field(record, field, place), counts, place)
-                )
-                if text.strip():
-                    counts.documents += 1
-                    counts.bytes += len(text.encode())
-                    own = record.get("name")
-                    yield Document(str(own) if own else name + place.removeprefix(str(path)), text)
-                else:
-                    counts.empty += 1
+            counts.empty += 1
+
+
+def is_url(path: str) -> bool:
+    """Return whether a path is an address with a protocol of two letters or more.
+
+    >>> is_url("s3://bucket/a.txt"), is_url("/data/a.txt"), is_url("C://a.txt")
+    (True, False, False)
+    """
+    return re.match(r"[a-z][a-z0-9+.-]+://", path) is not None
+
+
+def is_readable(path: Path) -> bool:
+    """Return whether a file has documents, by its name; tables are read only where they are named."""
+    return _kind(path) in ("text", "lines", "table")
+
+
+def is_divisible(path: Path) -> bool:
+    """Return whether a file consists of lines or text in which a reader can start anywhere: it is not compressed, nor a table."""
+    return path.suffix.lower() not in PACKED and _kind(path) in ("text", "lines")
 
 
 def records(
@@ -511,8 +549,9 @@ def _table(path: Path, counts: ReadStats, columns: Sequence[str]) -> Iterator[tu
         with pyarrow.parquet.ParquetFile(path) as table:
             names = table.schema_arrow.names
             some = [c for c in columns if c in names] if columns and columns[0] in names else None
-            row = 0
-            for batch in table.iter_batches(batch_size=64, columns=some):
+            first, last = current_span() or (0, table.num_row_groups)
+            row = sum(table.metadata.row_group(i).num_rows for i in range(first))
+            for batch in table.iter_batches(batch_size=64, columns=some, row_groups=range(first, last)):
                 parts = [batch] if batch.nbytes <= MAX_RECORD_BYTES else [batch.slice(i, 1) for i in range(len(batch))]
                 for part in parts:
                     if part.nbytes > MAX_RECORD_BYTES:

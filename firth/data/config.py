@@ -14,14 +14,15 @@ class DataConfig(Validated, section="data"):
     """Configuration of the data: files or a corpus, and what is held out.
 
     Args:
-        path: Files, directories or globs (text, JSONL, Parquet; .gz, .zst).
+        path: Files, directories or globs (text, JSONL, Parquet; .gz, .zst), or corpora of `firth prepare`.
         corpus: A corpus of `firth fetch` in place of `path`, or NAME/FILE for one of its side files.
         weights: Sampling weight of each path, in any unit; without weights each path contributes all it holds.
         text_field: The field of a record that holds the text.
         split_by: A text file is one document ("file"), or one document per "blank" line or "line".
         validation_path: Files to validate on. Without them `validation_fraction` of the documents is held out.
         validation_fraction: Fraction of documents (by name, never single lines) or records (by prompt) to hold out. Documents
-            with the same content and records with the same prompt are held out together (`firth.data.split`).
+            with the same content and records with the same prompt are held out together (`firth.data.split`). Of a prepared corpus
+            it was chosen when the corpus was prepared.
         cache_dir: Directory of token stores that several runs share; empty uses the run directory.
     """
 

@@ -18,6 +18,7 @@ import os
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
+from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from typing import Any
 import numpy as np
 
 from firth.corpora.readers import Document
+from firth.data.stored_arrays import StoredArray, StoredFile, StoredOffsets, block_hashes
 from firth.io.atomic import FULL
 from firth.io.integrity import check_digest, digest, with_digest
 from firth.tokenizer.tokenizer import Tokenizer
@@ -44,94 +46,141 @@ CHUNK_CHARACTERS = 1 << 21
 WORKER_CHUNK_CHARACTERS = 1 << 19
 """Characters that a worker process encodes at once: a tenth of a second, so that all workers end at about the same time."""
 
+LENGTHS_READ = 1 << 20
+"""Documents whose lengths, and tokens whose counts, are read at once."""
+
 Chunk = list[tuple[str, bool]]
 """Texts that are encoded at once: (part of a document, whether it is the last part)."""
 
-
-BLOCK_BYTES = 1 << 20
-"""Bytes of tokens per hash: a first read hashes up to two blocks, 1 ms each, and 100 GB have 4 MB of hashes."""
 
 REBUILD = "delete {}, and the next run builds it again"
 """Advice in errors about a damaged store."""
 
 
-class VerifiedTokens:
-    """The read-only, memory-mapped token ids of a store. A block of them is compared with its hash when it is first read.
-
-    It behaves like an array (n,) that can be sliced, indexed and converted to NumPy.
+@dataclass(frozen=True)
+class StorePart:
+    """One part of a token store: a directory with the files of `FILES` and their manifest.
 
     Args:
-        file: The file of token ids.
-        dtype: Their type.
-        hashes: Content hash of each block.
+        directory: The directory.
+        facts: "documents", "tokens", "bytes", "dtype", "opened" and "content" (a digest) of its manifest.
+        advice: What the user can do if it is damaged.
     """
 
-    def __init__(self, file: Path, dtype: np.dtype, hashes: Sequence[str]) -> None:
-        self._file, self._hashes = file, hashes
-        self._array = np.memmap(file, dtype, "r").view(np.ndarray)
-        self._checked = bytearray(len(hashes))
-        self.dtype, self.nbytes = self._array.dtype, self._array.nbytes
+    directory: Path
+    facts: Mapping[str, Any]
+    advice: str
 
-    def __len__(self) -> int:
-        return len(self._array)
+    @classmethod
+    def open(cls, directory: Path, advice: str) -> StorePart:
+        """Open the part in a directory by its manifest."""
+        return cls(directory, read_manifest(directory, advice), advice)
 
-    def __getitem__(self, index: slice | int | np.integer) -> Any:
-        start, stop, _ = index.indices(len(self)) if isinstance(index, slice) else (int(index), int(index) + 1, 1)
-        if start < 0:
-            raise IndexError(f"token {start}: negative indices are not supported")
-        self._verify(start, stop)
-        return self._array[index]
+    @property
+    def lengths(self) -> dict[str, int]:
+        """Numbers in each file."""
+        documents = self.facts["documents"]
+        return dict(zip(FILES, (self.facts["tokens"], documents + 1, documents), strict=True))
 
-    def take(self, places: np.ndarray) -> np.ndarray:
-        """Return the tokens at some positions: (n,) -> (n,)."""
-        for block in np.unique(places * self.dtype.itemsize // BLOCK_BYTES).tolist():
-            if not self._checked[block]:
-                self._verify(
-                    block * BLOCK_BYTES // self.dtype.itemsize, (block + 1) * BLOCK_BYTES // self.dtype.itemsize
-                )
-        found: np.ndarray = self._array[places]
+    def check_sizes(self) -> None:
+        """Raise a UserError if a file is missing, or is longer or shorter than it was written."""
+        for name, length in self.lengths.items():
+            file, size = self.directory / name, length * self.dtype(name).itemsize
+            if not file.exists() or file.stat().st_size != size:
+                raise UserError(f"{file} does not have the {size} bytes that were written: {self.advice}")
+
+    def dtype(self, name: str) -> np.dtype:
+        """Return the type of the numbers in a file."""
+        return np.dtype(self.facts["dtype"] if name == FILES[0] else np.int64)
+
+    def file(self, name: str) -> StoredFile:
+        """Return one of its files, which is mapped when it is first read."""
+        return StoredFile(
+            self.directory / name, self.dtype(name), self.lengths[name], lambda: self._hashes(name), self.advice
+        )
+
+    def _hashes(self, name: str) -> list[str]:
+        """Return the block hashes of a file.
+
+        Raises:
+            UserError: The manifest is damaged, or is that of another content.
+        """
+        blocks = self.facts.get("blocks")
+        if blocks is None:
+            manifest = read_manifest(self.directory, self.advice)
+            blocks = manifest["blocks"]
+            if manifest["content"] != self.facts["content"]:
+                raise UserError(f"{self.directory} does not have the content that was written: {self.advice}")
+        found: list[str] = blocks[name]
         return found
 
-    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
-        self._verify(0, len(self))
-        return np.array(self._array, dtype, copy=copy)
 
-    def _verify(self, start: int, stop: int) -> None:
-        """Check the blocks that hold the tokens from `start` to `stop` and have not been checked."""
-        size = self.dtype.itemsize
-        first, last = start * size // BLOCK_BYTES, -(-stop * size // BLOCK_BYTES)
-        if 0 not in self._checked[first:last]:
-            return
-        raw = self._array.view(np.uint8)
-        for i in range(first, min(last, len(self._hashes))):
-            if not self._checked[i]:
-                if _hash(raw[i * BLOCK_BYTES : (i + 1) * BLOCK_BYTES].data) != self._hashes[i]:
-                    raise UserError(
-                        f"{self._file}: block {i} of {len(self._hashes)} is damaged (its content hash differs): "
-                        f"{REBUILD.format(self._file.parent)}"
-                    )
-                self._checked[i] = 1
+def read_manifest(directory: Path, advice: str) -> dict[str, Any]:
+    """Return the manifest of a token store.
+
+    Args:
+        directory: The store.
+        advice: What the user can do if it is damaged.
+
+    Raises:
+        UserError: The manifest is missing, damaged or of another version.
+    """
+    path = directory / "manifest.json"
+    if not path.exists():
+        raise UserError(f"{directory} is not a token store (it has no manifest.json): build it first")
+    try:
+        manifest = json.loads(path.read_text("utf-8"))
+    except ValueError:
+        raise UserError(f"{path} is truncated or damaged: {advice}") from None
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+        raise UserError(f"{path} does not have store format {FORMAT}, which this version of firth reads: {advice}")
+    check_digest(manifest, path, advice)
+    return manifest
 
 
 class TokenStore:
-    """An open store. tokens (n,), offsets (documents + 1,) and bytes (documents,) are read-only."""
+    """An open store of one part or several. tokens (n,), offsets (documents + 1,) and bytes (documents,) are read-only.
 
-    def __init__(self, directory: Path, manifest: Mapping[str, Any]) -> None:
+    Memory does not depend on the number of documents: all three are read from their files.
+
+    Args:
+        directory: The store, for messages.
+        manifest: "tokenizer", "dtype", "opened", "documents", "tokens", "bytes", "counts" and "content" of all parts.
+        parts: The parts, in order; a store that is not a corpus has one.
+    """
+
+    def __init__(self, directory: Path, manifest: Mapping[str, Any], parts: Sequence[StorePart]) -> None:
         self.directory, self.manifest = directory, manifest
-        self.tokens = VerifiedTokens(directory / FILES[0], np.dtype(manifest["dtype"]), manifest["blocks"][FILES[0]])
-        self.offsets, self.bytes = (
-            np.asarray(VerifiedTokens(directory / name, np.dtype(np.int64), manifest["blocks"][name]))
-            for name in FILES[1:]
-        )
+        tokens, offsets, sizes = ([part.file(name) for part in parts] for name in FILES)
+        self.tokens = StoredArray(tokens)
+        self.offsets = StoredOffsets(offsets, [part.facts["tokens"] for part in parts])
+        self.bytes = StoredArray(sizes)
 
     def __len__(self) -> int:
         """Number of documents."""
-        return len(self.bytes)
+        return int(self.manifest["documents"])
+
+    @property
+    def num_bytes(self) -> int:
+        """UTF-8 bytes of the text of all documents."""
+        return int(self.manifest["bytes"])
 
     @property
     def opened(self) -> bool:
         """Whether every document begins with bos."""
         return bool(self.manifest["opened"])
+
+    def document_lengths(self) -> Iterator[np.ndarray]:
+        """Yield the tokens of the text of each document, without special ones, LENGTHS_READ documents at a time."""
+        for start in range(0, len(self), LENGTHS_READ):
+            yield np.diff(self.offsets[start : start + LENGTHS_READ + 1]) - self.opened - 1
+
+    def count_tokens(self, size: int) -> np.ndarray:
+        """Return the count of each id, (size,) int64; the tokens are read in stretches."""
+        counts = np.zeros(size, np.int64)
+        for start in range(0, len(self.tokens), LENGTHS_READ):
+            counts += np.bincount(self.tokens[start : start + LENGTHS_READ], minlength=size)
+        return counts
 
     @classmethod
     def open(cls, directory: Path | str, tokenizer: Tokenizer | None = None) -> TokenStore:
@@ -145,26 +194,11 @@ class TokenStore:
             UserError: The store is missing, damaged, or built with another tokenizer.
         """
         directory = Path(directory)
-        path = directory / "manifest.json"
-        if not path.exists():
-            raise UserError(f"{directory} is not a token store (it has no manifest.json): build it first")
-        advice = REBUILD.format(directory)
-        try:
-            manifest = json.loads(path.read_text("utf-8"))
-        except ValueError:
-            raise UserError(f"{path} is truncated or damaged: {advice}") from None
-        if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
-            raise UserError(f"{path} does not have store format {FORMAT}, which this version of firth reads: {advice}")
-        check_digest(manifest, path, advice)
-        if tokenizer is not None and manifest["tokenizer"] != tokenizer.digest:
-            raise UserError(
-                f"{directory}: the store was built with another tokenizer ({manifest['tokenizer'][:12]}, not "
-                f"{tokenizer.digest[:12]}): build the store again, or use the tokenizer it was built with"
-            )
-        for name, size in manifest["sizes"].items():
-            if not (directory / name).exists() or (directory / name).stat().st_size != size:
-                raise UserError(f"{directory / name} does not have the {size} bytes that were written: {advice}")
-        return cls(directory, manifest)
+        part = StorePart.open(directory, REBUILD.format(directory))
+        if tokenizer is not None:
+            check_store_tokenizer(directory, part.facts["tokenizer"], tokenizer)
+        part.check_sizes()
+        return cls(directory, part.facts, [part])
 
     @classmethod
     def build(
@@ -206,6 +240,15 @@ class TokenStore:
                 "the build will resume"
             ) from None
         return cls.open(directory, tokenizer)
+
+
+def check_store_tokenizer(directory: Path, built_with: str, tokenizer: Tokenizer) -> None:
+    """Raise a UserError if a store was built with another tokenizer (a digest) than the given one."""
+    if built_with != tokenizer.digest:
+        raise UserError(
+            f"{directory}: the store was built with another tokenizer ({built_with[:12]}, not {tokenizer.digest[:12]}): "
+            "build the store again, or use the tokenizer it was built with"
+        )
 
 
 class _Build:
@@ -333,7 +376,7 @@ class _Build:
             raise UserError(
                 f"{self.directory}: there are no documents to build a store from; the counts are {dict(counts)}"
             )
-        blocks = {name: _block_hashes(self.partial / name) for name in FILES}
+        blocks = {name: block_hashes(self.partial / name) for name in FILES}
         manifest = {
             "format": FORMAT,
             "tokenizer": self.tokenizer.digest,
@@ -388,13 +431,3 @@ def _parts(text: str) -> Iterator[tuple[str, bool]]:
 
 def _stamp(raw: bytes | bytearray) -> bytes:
     return hashlib.blake2b(raw, digest_size=8).digest()
-
-
-def _hash(raw: bytes | memoryview) -> str:
-    """Return the content hash of a block: BLAKE2b, about 1 GB/s on any CPU (SHA-256 needs special instructions for that)."""
-    return hashlib.blake2b(raw, digest_size=16).hexdigest()
-
-
-def _block_hashes(file: Path) -> list[str]:
-    with file.open("rb") as opened:
-        return [_hash(block) for block in iter(lambda: opened.read(BLOCK_BYTES), b"")]

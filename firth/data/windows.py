@@ -180,7 +180,7 @@ class WindowsConfig(DocumentsConfig):
         # A causal objective with one label field predicts every held-out token once, except the first of each document.
         if objective.attention != "causal" or len(objective.labels) != 1:
             return 0.0
-        return int(held_out.bytes.sum()) / max(1, len(held_out.tokens) - len(held_out))
+        return held_out.num_bytes / max(1, len(held_out.tokens) - len(held_out))
 
     def size(self, documents: Documents) -> int:
         usable = len(documents.store.tokens) - self.ahead
@@ -217,17 +217,17 @@ class WindowsConfig(DocumentsConfig):
         if not self.isolate:
             return example
         # Documents that begin inside the window.
-        first, last = store.offsets.searchsorted((start, start + len(tokens) - 1), "right")
+        first, last = (store.offsets.document_at(token) for token in (start, start + len(tokens) - 1))
         if first == last:
             return example
         document = np.zeros(len(tokens), np.int32)
-        document[store.offsets[first:last] - start] = 1
+        document[store.offsets[first + 1 : last + 1] - start] = 1
         return example | {"document_ids": document.cumsum(dtype=np.int32)}
 
     def _before(self, documents: Documents, start: int) -> np.ndarray:
         """Return up to `memory` tokens before the token `start`, within its document: (at most memory,)."""
         store, offsets = documents.store, documents.store.offsets
-        document_start = int(offsets[offsets.searchsorted(start, "right") - 1]) if self.isolate else 0
+        document_start = int(offsets[offsets.document_at(start)]) if self.isolate else 0
         before: np.ndarray = store.tokens[max(document_start, start - documents.memory) : start].astype(np.int32)
         return before
 
@@ -391,44 +391,60 @@ class SegmentPairsConfig(DocumentsConfig):
 _PAIR_DRAWS = ExampleRNG(0, "pairs")
 
 
+DOCUMENTS_PER_MARK = 256
+"""Documents whose parts are counted together: one number in memory for so many."""
+
+
 class _DocumentParts:
     """Every document's text in as few parts of at most `room` tokens as possible, of nearly equal length.
 
-    Costs 8 bytes per document and two binary searches per look-up. Documents of fewer than `min_length` tokens have no part.
+    Documents of fewer than `min_length` tokens have no part. The lengths of all documents are read once, and one number is kept for
+    DOCUMENTS_PER_MARK documents; a look-up reads the lengths of so many.
     """
 
     def __init__(self, store: TokenStore, room: int, min_length: int) -> None:
-        self._offsets, self._opened = store.offsets, int(store.opened)
-        lengths = np.diff(store.offsets) - store.opened - 1
-        self._ends = np.cumsum(np.where(lengths < min_length, 0, -(-lengths // room)))
+        self._store, self._room, self._min_length = store, room, min_length
+        counts = [np.zeros(1, np.int64)]
+        for lengths in store.document_lengths():
+            counts.append(np.add.reduceat(self._counts(lengths), np.arange(0, len(lengths), DOCUMENTS_PER_MARK)))
+        self._marks = np.cumsum(np.concatenate(counts))
+
+    def _counts(self, lengths: np.ndarray) -> np.ndarray:
+        """Return the number of parts of documents by the tokens of their text."""
+        return np.where(lengths < self._min_length, 0, -(-lengths // self._room))
 
     def __len__(self) -> int:
-        return int(self._ends[-1])
+        return int(self._marks[-1])
 
     def bounds(self, index: int) -> tuple[int, int]:
         """Return the bounds of part `index` in the store's tokens."""
-        document = int(self._ends.searchsorted(index, "right"))
-        before = self._ends.item(document - 1) if document else 0
-        parts = self._ends.item(document) - before
-        low, high = self._text(document)
-        n, at = high - low, index - before
-        return low + n * at // parts, low + n * (at + 1) // parts
+        start, stop = self.bounds_of(np.array([index]))
+        return int(start[0]), int(stop[0])
 
     def bounds_of(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Return `bounds` of many parts: (n,) -> (n,) and (n,)."""
-        document = self._ends.searchsorted(indices, "right")
-        before = np.append(0, self._ends)[document]
-        parts, at = self._ends[document] - before, indices - before
-        low = self._offsets[document] + self._opened
-        n = self._offsets[document + 1] - 1 - low
-        return low + n * at // parts, low + n * (at + 1) // parts
+        marks = self._marks.searchsorted(indices, "right") - 1
+        starts, stops = np.empty_like(indices), np.empty_like(indices)
+        for mark in np.unique(marks).tolist():
+            selected = marks == mark
+            first = mark * DOCUMENTS_PER_MARK
+            offsets = self._store.offsets[first : first + DOCUMENTS_PER_MARK + 1]
+            counts = self._counts(np.diff(offsets) - self._store.opened - 1)
+            ends = counts.cumsum()
+            within = indices[selected] - self._marks[mark]
+            document = ends.searchsorted(within, "right")
+            parts = counts[document]
+            at = within - ends[document] + parts
+            low = offsets[document] + self._store.opened
+            n = offsets[document + 1] - 1 - low
+            starts[selected], stops[selected] = low + n * at // parts, low + n * (at + 1) // parts
+        return starts, stops
 
     def document(self, at: int) -> tuple[int, int]:
         """Return the bounds of the text of the document that holds the store's token `at`."""
-        return self._text(int(self._offsets.searchsorted(at, "right")) - 1)
-
-    def _text(self, document: int) -> tuple[int, int]:
-        return self._offsets.item(document) + self._opened, self._offsets.item(document + 1) - 1
+        document = self._store.offsets.document_at(at)
+        low, high = self._store.offsets[document : document + 2].tolist()
+        return low + self._store.opened, high - 1
 
 
 @dataclass(frozen=True)
@@ -450,7 +466,7 @@ class WordWindowsConfig(WindowsConfig):
     noise_exponent: NonNegativeFloat = 0.75
 
     def check_training(self, train: TokenStore, split_by: str) -> None:
-        if np.diff(train.offsets).max() - train.opened - 1 < 2:
+        if max(int(lengths.max()) for lengths in train.document_lengths()) < 2:
             raise UserError(
                 "every document is a single word, so no word has a neighbor: give longer documents, or set "
                 f"data.split_by=file (it is {split_by})"
@@ -463,17 +479,16 @@ class WordWindowsConfig(WindowsConfig):
         return True
 
     def statistics(self, store: TokenStore, vocab: Vocab) -> Example:
-        return word_statistics(
-            word_counts(np.asarray(store.tokens), vocab), self.subsampling_threshold, self.noise_exponent
-        )
+        counts = word_counts(store.count_tokens(vocab.size), vocab)
+        return word_statistics(counts, self.subsampling_threshold, self.noise_exponent)
 
     def example(self, documents: Documents, index: int) -> Example:
         return super().example(documents, index) | documents.statistics
 
 
-def word_counts(tokens: np.ndarray, vocab: Vocab) -> np.ndarray:
-    """Return the count of each id in a text, (V,); control tokens and the unknown word count 0, so they are neither kept nor drawn."""
-    return np.where(vocab.special, 0, np.bincount(tokens, minlength=vocab.size))
+def word_counts(counts: np.ndarray, vocab: Vocab) -> np.ndarray:
+    """Return the counts of ids (V,) with 0 for control tokens and the unknown word, so that they are neither kept nor drawn."""
+    return np.where(vocab.special, 0, counts)
 
 
 def word_statistics(counts: np.ndarray, threshold: float, exponent: float) -> Example:

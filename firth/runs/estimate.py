@@ -17,8 +17,10 @@ from typing import Any
 
 from firth import kernel_choice
 from firth.corpora import readers
+from firth.corpora.input_files import GROWTH
 from firth.data.collate import Batches
 from firth.data.config import DataConfig
+from firth.data.corpus import is_corpus
 from firth.io.json_files import row_line
 from firth.model.model import LM
 from firth.runs.build_model import assemble_model, builds_in_shards
@@ -42,9 +44,6 @@ SAMPLED_STEPS = 8
 
 MAX_COUNTED_BYTES, SAMPLE_BYTES, VALIDATION_BYTES = 64 << 20, 16 << 20, 1 << 20
 """Bytes of text up to which all of it is read, bytes of a sample of more, and most bytes of held-out text."""
-
-GROWTH = {".gz": 3.0, ".zst": 3.0, ".parquet": 2.0, ".bz2": 3.5, ".xz": 4.0}
-"""Ending of a compressed file -> assumed bytes of text per byte of the file."""
 
 
 @dataclass(frozen=True)
@@ -153,11 +152,7 @@ def _sampled(recipe: Recipe, place: Path, log: LogLine) -> tuple[Recipe, float, 
     """
     data = dataclasses.replace(recipe.data, cache_dir="")
     recipe = dataclasses.replace(recipe, data=data)
-    trained = (
-        ""
-        if recipe.tokenizer.path or recipe.init_from or recipe.init_embeddings_from
-        else "the tokenizer was trained, and "
-    )
+    trained = "" if recipe.given_tokenizer else "the tokenizer was trained, and "
     counted = f"{trained}all of the data was read and counted"
     if not recipe.examples.reads_documents:
         total = sum(_sizes(data.paths(log), records=True).values())
@@ -166,12 +161,15 @@ def _sampled(recipe: Recipe, place: Path, log: LogLine) -> tuple[Recipe, float, 
             counted = f"tokens were estimated from each {n}th record of {total / 1e6:,.0f} MB, the size of the files"
         return recipe, float(n), counted
     changed: dict[str, Any] = {}
-    if data.validation_path:
+    if data.validation_path and not any(map(is_corpus, data.validation_path)):
         held_out = _sizes(data.validation_path)
         if sum(held_out.values()) > VALIDATION_BYTES:
             _write_sample(held_out, place / "validation.jsonl", VALIDATION_BYTES, data)
             changed = {"validation_path": (str(place / "validation.jsonl"),)}
-    sizes, scale = _sizes(data.paths(log)), 1.0
+    paths, scale = data.paths(log), 1.0
+    if any(map(is_corpus, paths)):
+        return dataclasses.replace(recipe, data=dataclasses.replace(data, **changed)), scale, "the corpus is prepared"
+    sizes = _sizes(paths)
     total = sum(sizes.values())
     if total > MAX_COUNTED_BYTES:
         written = _write_sample(sizes, place / "sample.jsonl", SAMPLE_BYTES, data)

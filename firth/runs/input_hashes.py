@@ -23,6 +23,7 @@ from typing import Any
 from firth import objectives
 from firth.corpora import catalog, readers
 from firth.corpora.input_files import stamp
+from firth.data.corpus import PreparedCorpus, is_corpus
 from firth.data.examples import ExamplesConfig
 from firth.io import user_code
 from firth.io.atomic import write_text
@@ -78,8 +79,7 @@ class RunInputs:
         """
         inputs = RunInputs(files=dict(recorded(directory).get("files", {})))
         source = recipe.data
-        given = recipe.tokenizer.path or recipe.init_from or recipe.init_embeddings_from
-        if first and not (given or source.cache_dir or has_begun(directory)):
+        if first and not (recipe.given_tokenizer or source.cache_dir or has_begun(directory)):
             inputs._read_once(recipe, directory, log)
         if source.corpus:
             inputs.digests["data.corpus"] = inputs._of_files(catalog.paths(source.corpus, log), recipe)
@@ -158,7 +158,14 @@ class RunInputs:
                 self.files |= text_of(alone, part, validation, directory).hashes
 
     def _of_files(self, paths: Sequence[str], recipe: Recipe) -> str:
-        """Return the digest of files in reading order, and of their names where these determine what is held out."""
+        """Return the digest of files in reading order, and of their names where these determine what is held out.
+
+        A prepared corpus has a digest of its own, so it is not read.
+        """
+        prepared = [PreparedCorpus.open(path).content for path in paths if is_corpus(path)]
+        if prepared:
+            rest = [path for path in paths if not is_corpus(path)]
+            return _hash([prepared, self._of_files(rest, recipe) if rest else ""])
         documents = recipe.examples.reads_documents
         found = readers.files(paths, tabled=not documents)
         named = documents and (len(found) > 1 or recipe.data.split_by != "file")

@@ -20,6 +20,7 @@ from firth.corpora import readers
 from firth.corpora.input_files import ReadStats, many
 from firth.corpora.readers import Document
 from firth.data.config import DataConfig
+from firth.data.corpus import PreparedCorpus, is_corpus, open_stores
 from firth.data.examples import BuildContext
 from firth.data.split import HeldOut, content_key
 from firth.data.text_cache import ReadOnce, read_once
@@ -79,47 +80,64 @@ class RunData(BuildContext):
         return Path(self.config.cache_dir or self.directory / "data") / name
 
     def stores(self) -> tuple[TokenStore, TokenStore | None]:
-        """Return the training and the held-out token store (None if nothing is held out). Missing stores are built."""
-        paths = self.config.paths(self.log)
-        folder = self.store_directory()
-        parts: list[TokenStore | None] = []
-        for validation in (False, True):
-            place = folder / ("valid" if validation else "train")
-            if not place.exists():
-                counts = text_of(self.config, paths, validation, self.directory).counts
-                documents = documents_of(self.config, paths, validation, self._held_elsewhere(), self.directory)
-                first = next(documents, None)
-                if first is None:
-                    if not validation:
-                        raise UserError(f"{', '.join(paths)}: there is no text to train on")
-                    parts.append(None)
-                    continue
-                place.parent.mkdir(parents=True, exist_ok=True)
-                store = TokenStore.build(itertools.chain([first], documents), self.tokenizer, place, stats=counts.rows)
-                kind = "held out" if validation else "training"
+        """Return the training and the held-out token store (None if nothing is held out). Missing stores are built.
+
+        Prepared corpora are opened; what is held out of them was chosen when they were prepared.
+        """
+        paths, held_out = self.config.paths(self.log), self.config.validation_path
+        if not (_all_prepared("data.path", paths) or (held_out and _all_prepared("data.validation_path", held_out))):
+            folder = self.store_directory()
+            train = self._store(folder / "train", paths, False)
+            assert train is not None
+            return train, self._store(folder / "valid", paths, True)
+        if _all_prepared("data.path", paths):
+            train, valid = open_stores(paths, self.tokenizer)
+        else:
+            train, valid = self._store(self.store_directory() / "train", paths, False), None
+            assert train is not None
+        if held_out and _all_prepared("data.validation_path", held_out):
+            return train, open_stores(held_out, self.tokenizer)[0]
+        return train, self._store(self.store_directory() / "valid", paths, True) if held_out else valid
+
+    def _store(self, place: Path, paths: Sequence[str], validation: bool) -> TokenStore | None:
+        """Return the training or the held-out store of text files; build it if it is missing."""
+        if not place.exists():
+            counts = text_of(self.config, paths, validation, self.directory).counts
+            documents = documents_of(self.config, paths, validation, self._held_elsewhere(), self.directory)
+            first = next(documents, None)
+            if first is None:
+                if not validation:
+                    raise UserError(f"{', '.join(paths)}: there is no text to train on")
+                return None
+            place.parent.mkdir(parents=True, exist_ok=True)
+            store = TokenStore.build(itertools.chain([first], documents), self.tokenizer, place, stats=counts.rows)
+            kind = "held out" if validation else "training"
+            self.log(f"{kind}: {len(store)} documents, {store.num_bytes:,} bytes, {len(store.tokens):,} tokens")
+            for line in [] if validation else self._repeated(paths):
+                self.log(line)
+            if share := _unknown_share(store, self.tokenizer):
                 self.log(
-                    f"{kind}: {len(store)} documents, {int(store.bytes.sum()):,} bytes, {len(store.tokens):,} tokens"
-                )
-                for line in [] if validation else self._repeated(paths):
-                    self.log(line)
-                if share := _unknown_share(store, self.tokenizer):
-                    self.log(
-                        f"{share:.2%} of these tokens are unknown to the tokenizer: "
-                        + (
-                            "it is that of the start model, and tokenizer.extend=N adds N tokens of this text to it"
-                            if self.start.path
-                            else "train one on this text; with byte-bpe, or bpe or unigram with byte fallback, nothing is unknown"
-                        )
+                    f"{share:.2%} of these tokens are unknown to the tokenizer: "
+                    + (
+                        "it is that of the start model, and tokenizer.extend=N adds N tokens of this text to it"
+                        if self.start.path
+                        else "train one on this text; with byte-bpe, or bpe or unigram with byte fallback, nothing is unknown"
                     )
-                for kind, at in ({} if validation else counts.at).items():
-                    self.log(f"{REPAIR_DESCRIPTIONS[kind]}: {counts.rows()[kind]:,}; the first is {at}")
-            parts.append(TokenStore.open(place, self.tokenizer))
-        assert parts[0] is not None
-        return parts[0], parts[1]
+                )
+            for kind, at in ({} if validation else counts.at).items():
+                self.log(f"{REPAIR_DESCRIPTIONS[kind]}: {counts.rows()[kind]:,}; the first is {at}")
+        return TokenStore.open(place, self.tokenizer)
 
     def _held_elsewhere(self) -> frozenset[int]:
-        """Return the content keys of the documents that are held out of the other paths of a mixture."""
-        found = [held_out_of(replace(self.config, path=(path,)), [path], self.directory).keys for path in self.siblings]
+        """Return the content keys of the documents that are held out of the other paths of a mixture.
+
+        Prepared corpora are left out, since their text is not read.
+        """
+        found = [
+            held_out_of(replace(self.config, path=(path,)), [path], self.directory).keys
+            for path in self.siblings
+            if not is_corpus(path)
+        ]
         return frozenset().union(*found)
 
     def _repeated(self, paths: Sequence[str]) -> list[str]:
@@ -131,7 +149,7 @@ class RunData(BuildContext):
                 f"duplicates: {chosen.duplicates:,} of {chosen.documents:,} documents have the same content as an earlier one, "
                 f"and are held out with it or not at all; the first is {chosen.first}"
             )
-        if self.config.validation_path:
+        if self.config.validation_path and not any(map(is_corpus, self.config.validation_path)):
             learned, measured = (
                 text_of(self.config, paths, validation, self.directory) for validation in (False, True)
             )
@@ -143,6 +161,22 @@ class RunData(BuildContext):
                     f"trained on and evaluated; the first is {both[0]}"
                 )
         return lines
+
+
+def _all_prepared(field: str, paths: Sequence[str]) -> bool:
+    """Return whether paths are prepared corpora.
+
+    Raises:
+        UserError: Some are, and others are text.
+    """
+    prepared = [is_corpus(path) for path in paths]
+    if any(prepared) and not all(prepared):
+        corpus, text = paths[prepared.index(True)], paths[prepared.index(False)]
+        raise UserError(
+            f"{field} names a prepared corpus ({corpus}) and text ({text}): prepare the text too (`firth prepare`)"
+            + (", or set data.weights, one number per path" if field == "data.path" else "")
+        )
+    return all(prepared)
 
 
 def text_of(source: DataConfig, paths: Sequence[str], validation: bool, directory: Path | None = None) -> ReadOnce:
@@ -208,7 +242,10 @@ def _share(document: Document, share: float, validation: bool) -> Iterator[Docum
 
 def fingerprint(source: DataConfig, paths: Sequence[str], tokenizer: Tokenizer) -> str:
     """Return a short hash of the files (paths, sizes, modification times), the reading options and the tokenizer."""
-    stats = [(str(f), f.stat().st_size, f.stat().st_mtime_ns) for f in readers.files([*paths, *source.validation_path])]
+    every = [*paths, *source.validation_path]
+    files = readers.files([path for path in every if not is_corpus(path)])
+    stats: list[tuple[str, object, object]] = [(str(f), f.stat().st_size, f.stat().st_mtime_ns) for f in files]
+    stats += [(path, PreparedCorpus.open(path).content, 0) for path in every if is_corpus(path)]
     how = {k: v for k, v in asdict(source).items() if k not in ("path", "corpus", "cache_dir", "weights")}
     text = json.dumps([stats, how, tokenizer.digest], sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -23,6 +23,7 @@ from typing import Any, Literal
 from firth import objectives
 from firth.corpora import catalog
 from firth.data.config import DataConfig
+from firth.data.corpus import PreparedCorpus, is_corpus
 from firth.data.examples import ExamplesConfig
 from firth.fields import NonNegativeInt, OptionalTokenCount, PositiveInt, Validated, VocabSize, path_field
 from firth.model.config import ModelConfig
@@ -246,6 +247,15 @@ class Recipe(Validated):
     def hash(self) -> str:
         """Return a short hash of the recipe, paths included."""
         return _hash(config_io.to_dict(self))
+
+    @property
+    def given_tokenizer(self) -> str:
+        """The tokenizer that a run takes over: `tokenizer.path`, or else that of its start model or prepared corpus; "" for none."""
+        base = self.init_from or self.init_embeddings_from
+        if self.tokenizer.path or base:
+            return self.tokenizer.path or str(model_directory(base))
+        prepared = next((path for path in self.data.path if is_corpus(path)), None)
+        return "" if prepared is None else str(PreparedCorpus.open(prepared).tokenizer)
 
 
 @dataclass(frozen=True)

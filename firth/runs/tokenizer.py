@@ -36,7 +36,6 @@ from firth.runs.examples import training_texts
 from firth.runs.input_hashes import RunInputs, has_begun
 from firth.runs.prepare import train_tokenizer
 from firth.runs.recipe import Recipe
-from firth.runs.start_model import model_directory
 from firth.tokenizer import segmentation
 from firth.tokenizer.extend import extend, stripped_accents, tokens_per_word
 from firth.tokenizer.tokenizer import Tokenizer
@@ -52,7 +51,7 @@ FILES = ("tokenizer.json", "tokenizer_config.json")
 def tokenizer_of(
     recipe: Recipe, directory: Path, log: LogLine, inputs: RunInputs | None = None, sentinels: int | None = None
 ) -> Tokenizer:
-    """Return the tokenizer of a run: a copy of `tokenizer.path` or the base model's, or one trained on the run's text.
+    """Return the tokenizer of a run: a copy of `Recipe.given_tokenizer`, or one trained on the run's text.
 
     Args:
         recipe: The recipe of the run.
@@ -67,8 +66,7 @@ def tokenizer_of(
     sentinels = sentinels_of(recipe) if sentinels is None else sentinels
     inputs = inputs or RunInputs.read(recipe, directory, log)
     own, config, source = directory / "tokenizer", recipe.tokenizer, recipe.data
-    base = recipe.init_from or recipe.init_embeddings_from
-    path = config.path or (str(model_directory(base)) if base else "")
+    path = recipe.given_tokenizer
     given = load_tokenizer(Path(path)) if path else None
     record: dict[str, Any] = (
         {"text": _text_hash(recipe, inputs, sentinels), "size": config.vocab_size}
@@ -136,8 +134,8 @@ def _extended(given: Tokenizer, recipe: Recipe, log: LogLine) -> Tokenizer:
 def check_vocab(recipe: Recipe, tokenizer: Tokenizer) -> None:
     """Raise a UserError if `model.vocab_size` differs from the tokenizer's number of ids.
 
-    A tokenizer that is trained on a small text may have fewer ids than `tokenizer.vocab_size`; a model config of that size
-    is then changed. In a run with `init_from` the weights determine the size.
+    A tokenizer that is trained on a small text, or that of a prepared corpus, may have another number of ids than
+    `tokenizer.vocab_size`; a model config of that size is then changed. In a run with `init_from` the weights determine the size.
     """
     if recipe.model is None or recipe.init_from:
         return

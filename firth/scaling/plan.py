@@ -267,7 +267,7 @@ class _Choice:
         self.run, self.base, self.law_base, self.law, self.log = run, base, law_base, law, log
         self.timed: dict[int, RunEstimate] = {}
         store = run.data.stores()[0]
-        per_token = int(store.bytes.sum()) / len(store.tokens)
+        per_token = store.num_bytes / len(store.tokens)
         own = 1 / (law.bits_per_nat * np.log(2)) if law.bits_per_nat else per_token
         self.law_tokens = per_token / own
         """Tokens of the law's vocabulary for each token."""

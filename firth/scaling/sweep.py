@@ -285,7 +285,7 @@ def _datasets(
         )
     train, held_out = run_data.stores()
     assert held_out is not None
-    unique, bytes_per_token = len(train.tokens), int(held_out.bytes.sum()) / len(held_out.tokens)
+    unique, bytes_per_token = len(train.tokens), held_out.num_bytes / len(held_out.tokens)
     if not (out / TEXT).exists():
         measured = {"unique_tokens": unique, "bytes_per_token": bytes_per_token, "vocab_size": tokenizer.vocab.size}
         write_record(out / TEXT, measured | {"compressed_bits": compressed_bits(train, tokenizer)})

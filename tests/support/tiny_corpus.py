@@ -9,6 +9,7 @@ from pydoc_data.topics import topics
 import numpy as np
 
 from firth.corpora.readers import Document
+from firth.data.corpus import PreparedCorpus, part_directory, write_manifest
 from firth.data.source import Source
 from firth.data.token_store import TokenStore
 from firth.tokenizer.tokenizer import Tokenizer
@@ -44,3 +45,17 @@ class Counting(Source):
 
     def __getitem__(self, index: int) -> Example:
         return {"tokens": np.full(self.token_counts[index], 1 + index, np.int32)}
+
+
+def corpus(folder: Path, sizes: tuple[int, ...] = (7, 1, 12, 10), held_out: int = 3) -> PreparedCorpus:
+    """Write a corpus in parts of some sizes with the documents of `documents`, and a part of held-out ones."""
+    found, start = documents(sum(sizes)), 0
+    for number, size in enumerate(sizes):
+        TokenStore.build(found[start : start + size], tokenizer(), part_directory(folder, number) / "train")
+        start += size
+    if held_out:
+        TokenStore.build(
+            documents(start + held_out)[start:], tokenizer(), part_directory(folder, len(sizes) - 1) / "valid"
+        )
+    tokenizer().save(folder / "tokenizer")
+    return write_manifest(folder, range(len(sizes)), tokenizer(), {}, {})

@@ -185,7 +185,7 @@ def _batches(store: TokenStore) -> Iterator[list[list[int]]]:
     """Yield the tokens of a store in batches of pieces, none of which is of two documents."""
     batch: list[list[int]] = []
     size = 0
-    for begin, end in pairwise(store.offsets.tolist()):
+    for begin, end in _documents(store):
         for at in range(begin, end, PIECE_TOKENS):
             piece = store.tokens[max(begin, at - OVERLAP_TOKENS) : min(end, at + PIECE_TOKENS)]
             batch.append(piece.tolist())
@@ -195,6 +195,12 @@ def _batches(store: TokenStore) -> Iterator[list[list[int]]]:
                 batch, size = [], 0
     if batch:
         yield batch
+
+
+def _documents(store: TokenStore) -> Iterator[tuple[int, int]]:
+    """Yield the first token of each document and the one after its last; the offsets are read in stretches."""
+    for start in range(0, len(store), BATCH_TOKENS):
+        yield from pairwise(store.offsets[start : start + BATCH_TOKENS + 1].tolist())
 
 
 def _candidates(ids: np.ndarray, count: int, table: np.ndarray) -> np.ndarray:

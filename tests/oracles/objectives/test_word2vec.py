@@ -59,7 +59,9 @@ class Sentences(Source):
 
     def __init__(self, text: np.ndarray, vocab: Vocab) -> None:
         self.rows = text.reshape(-1, ROW * LENGTH).astype(np.int32)
-        self.statistics = word_statistics(word_counts(text.ravel(), vocab), SAMPLE, 0.75)
+        self.statistics = word_statistics(
+            word_counts(np.bincount(text.ravel(), minlength=vocab.size), vocab), SAMPLE, 0.75
+        )
 
     def __len__(self) -> int:
         return len(self.rows)

@@ -8,6 +8,7 @@ import resource
 import subprocess
 import sys
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,7 @@ import torch
 from firth.corpora import readers
 from firth.corpora.input_files import ReadStats
 from firth.corpora.readers import Document
-from firth.data import token_store
+from firth.data import stored_arrays, token_store
 from firth.data.collate import Batches
 from firth.data.source import MixtureSource, Source
 from firth.data.split import min_share, place, split
@@ -46,7 +47,7 @@ def test_a_store_holds_every_document_exactly(tmp_path: Path) -> None:
         assert made.tokens[made.offsets[i + 1] - 1] == t.vocab.eos
         assert made.bytes[i] == len(document.text.encode())
     assert made.tokens.dtype == np.uint16
-    assert not made.tokens[:].flags.writeable and not made.offsets.flags.writeable
+    assert not made.tokens[:].flags.writeable and not made.offsets[:].flags.writeable
 
 
 def test_a_long_document_is_encoded_in_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -55,6 +56,11 @@ def test_a_long_document_is_encoded_in_parts(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setattr(token_store, "CHUNK_CHARACTERS", 700)
     (tmp_path / "parts").mkdir()
     assert same(store(tmp_path / "parts"), whole)
+
+
+def _read_all(made: TokenStore) -> None:
+    for stored in (made.tokens, made.offsets, made.bytes):
+        np.asarray(stored)
 
 
 class Stop(Exception):  # noqa: N818 - not an error
@@ -172,7 +178,7 @@ def test_invalid_stores_are_rejected(tmp_path: Path) -> None:
 
 def test_a_damaged_block_is_found_when_it_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One bit is flipped in a fifth of the blocks: windows of these are rejected, and those of intact blocks are returned."""
-    monkeypatch.setattr(token_store, "BLOCK_BYTES", 256)
+    monkeypatch.setattr(stored_arrays, "BLOCK_BYTES", 256)
     made = store(tmp_path)
     path = tmp_path / "store" / "tokens.bin"
     intact = Documents(WindowsConfig(max_length=16), made, tokenizer().vocab)
@@ -203,12 +209,12 @@ def test_every_flipped_bit_of_a_store_is_found(name: str, tmp_path: Path) -> Non
     for at in range(0, len(whole), max(1, len(whole) // 100)):
         path.write_bytes(whole[:at] + bytes([whole[at] ^ 1 << at % 8]) + whole[at + 1 :])
         with pytest.raises(UserError, match=r"delete .*store, and the next run builds it again") as error:
-            np.asarray(TokenStore.open(tmp_path / "store").tokens)
+            _read_all(TokenStore.open(tmp_path / "store"))
         assert "\n" not in str(error.value)
     for cut in (b"", b"{", b"[]", b"3", b"\xff", whole[: len(whole) // 2]):
         path.write_bytes(cut)
         with pytest.raises(UserError, match=r"delete .*store"):
-            np.asarray(TokenStore.open(tmp_path / "store").tokens)
+            _read_all(TokenStore.open(tmp_path / "store"))
 
 
 def test_windows_label_every_token_once(tmp_path: Path) -> None:
@@ -223,9 +229,7 @@ def test_windows_label_every_token_once(tmp_path: Path) -> None:
             CausalLM().build_example(windows[i], tokenizer().vocab, rng)["labels"] for i in range(len(windows))
         ]
         labels = np.concatenate(labels_of)
-        expected = np.concatenate(
-            [made.tokens[a + 1 : b] for a, b in zip(made.offsets, made.offsets[1:], strict=False)]
-        )
+        expected = np.concatenate([made.tokens[a + 1 : b] for a, b in pairwise(made.offsets[:])])
         assert np.array_equal(labels[labels != IGNORE], expected)
         assert all(len(a) == length for a in labels_of[:-1])
     assert len(Documents(WindowsConfig(max_length=64), made, tokenizer().vocab)) == (len(made.tokens) - 1) // 64
@@ -461,7 +465,7 @@ s = TokenStore.build([one], t, folder / "store")
 Batches(Documents(WindowsConfig(max_length=256), s, t.vocab), CausalLM(), t.vocab, batch_size=16, seed=0).batches(5)
 # Not ru_maxrss, which starts at the parent's peak in a child.
 peak = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
-print(int(peak.split()[1]) * 1024, len(s.tokens), int(s.bytes.sum()))
+print(int(peak.split()[1]) * 1024, len(s.tokens), s.num_bytes)
 """
 
 

@@ -1,0 +1,236 @@
+"""Read-only arrays that are stored as files, one file per part: memory-mapped, and verified in blocks when they are first read.
+
+    tokens = StoredArray([StoredFile(part / "tokens.bin", np.dtype(np.uint16), 1000, hashes) for part in parts])
+    tokens[990:1010]                     # the end of the first part and the beginning of the second
+
+Positions count over all parts. Nothing per element is held in memory: a file costs its block hashes, 16 bytes per MB, and at most
+MAX_OPEN_FILES files are mapped at once.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+from bisect import bisect_right
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from firth.types import UserError
+
+BLOCK_BYTES = 1 << 20
+"""Bytes per hash: a first read hashes up to two blocks, 1 ms each, and 100 GB have 4 MB of hashes."""
+
+MAX_OPEN_FILES = 256
+"""Files that are mapped at once: a mapped file holds a file descriptor, and a process has 1,024 by default."""
+
+
+def block_hash(raw: bytes | memoryview) -> str:
+    """Return the content hash of a block: BLAKE2b, about 1 GB/s on any CPU (SHA-256 needs special instructions for that)."""
+    return hashlib.blake2b(raw, digest_size=16).hexdigest()
+
+
+def block_hashes(file: Path) -> list[str]:
+    """Return the content hash of each block of a file."""
+    with file.open("rb") as opened:
+        return [block_hash(block) for block in iter(lambda: opened.read(BLOCK_BYTES), b"")]
+
+
+class StoredFile:
+    """One file of numbers, mapped when it is first read.
+
+    Args:
+        path: The file.
+        dtype: Type of its numbers.
+        length: How many there are.
+        hashes: Returns the content hash of each block.
+        advice: What the user can do about a damaged file.
+    """
+
+    def __init__(
+        self, path: Path, dtype: np.dtype, length: int, hashes: Callable[[], Sequence[str]], advice: str
+    ) -> None:
+        self.path, self.dtype, self.length = path, dtype, length
+        self._hashes, self._advice = hashes, advice
+        self._array: np.ndarray | None = None
+        self._expected: Sequence[str] = ()
+        self._checked = bytearray()
+        self._marks: np.ndarray | None = None
+
+    def read(self, start: int, stop: int) -> np.ndarray:
+        """Return the numbers from `start` to `stop`, verified: a view of the file."""
+        array = self._opened()
+        self._verify(start, stop)
+        return array[start:stop]
+
+    def take(self, places: np.ndarray) -> np.ndarray:
+        """Return the numbers at some positions: (n,) -> (n,)."""
+        array = self._opened()
+        for block in np.unique(places * self.dtype.itemsize // BLOCK_BYTES).tolist():
+            if not self._checked[block]:
+                per_block = BLOCK_BYTES // self.dtype.itemsize
+                self._verify(block * per_block, (block + 1) * per_block)
+        found: np.ndarray = array[places]
+        return found
+
+    def rank(self, value: int) -> int:
+        """Return how many numbers of an ascending file are at most `value`."""
+        per_block = BLOCK_BYTES // self.dtype.itemsize
+        if self._marks is None:
+            self._marks = np.array(self.read(0, self.length)[::per_block])
+        block = max(int(self._marks.searchsorted(value, "right")) - 1, 0)
+        start = block * per_block
+        return start + int(self.read(start, min(start + per_block, self.length)).searchsorted(value, "right"))
+
+    def close(self) -> None:
+        """Unmap the file; the next read maps it again. Views that are in use stay valid."""
+        self._array = None
+
+    def _opened(self) -> np.ndarray:
+        array = self._array
+        if array is None:
+            if not self._checked:
+                self._expected = self._hashes()
+                self._checked = bytearray(len(self._expected))
+            array = np.memmap(self.path, self.dtype, "r", shape=(self.length,)).view(np.ndarray)
+            self._array = array
+            _limit_open_files(self)
+        return array
+
+    def _verify(self, start: int, stop: int) -> None:
+        """Check the blocks that hold the numbers from `start` to `stop` and have not been checked."""
+        size = self.dtype.itemsize
+        first, last = start * size // BLOCK_BYTES, -(-stop * size // BLOCK_BYTES)
+        if 0 not in self._checked[first:last]:
+            return
+        with self.path.open("rb", buffering=0) as file:  # mapped pages would count as memory of the process
+            for i in range(first, min(last, len(self._expected))):
+                if not self._checked[i]:
+                    file.seek(i * BLOCK_BYTES)
+                    if block_hash(file.read(BLOCK_BYTES)) != self._expected[i]:
+                        raise UserError(
+                            f"{self.path}: block {i} of {len(self._expected)} is damaged (its content hash differs): "
+                            f"{self._advice}"
+                        )
+                    self._checked[i] = 1
+
+
+_open_files: OrderedDict[StoredFile, None] = OrderedDict()
+_open_lock = threading.Lock()
+
+
+def _limit_open_files(file: StoredFile) -> None:
+    """Note that a file was mapped; unmap those that were mapped longest ago if there are too many."""
+    with _open_lock:
+        _open_files[file] = None
+        while len(_open_files) > MAX_OPEN_FILES:
+            _open_files.popitem(last=False)[0].close()
+
+
+class StoredArray:
+    """The numbers of several files in sequence: an array (n,) that can be sliced, indexed and converted to NumPy.
+
+    Args:
+        files: The files, one per part.
+    """
+
+    def __init__(self, files: Sequence[StoredFile]) -> None:
+        self._files = tuple(files)
+        self._starts = list(accumulate(self._lengths(), initial=0))
+        """Position of the first number of each file, and the total."""
+        self.dtype = self._files[0].dtype
+
+    def _lengths(self) -> list[int]:
+        return [file.length for file in self._files]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all numbers."""
+        return len(self) * self.dtype.itemsize
+
+    def __len__(self) -> int:
+        return self._starts[-1]
+
+    def __getitem__(self, index: slice | int | np.integer | np.ndarray) -> Any:
+        if isinstance(index, np.ndarray):
+            return self.take(index)
+        if isinstance(index, slice):
+            start, stop, step = index.indices(len(self))
+            if step < 1:
+                raise IndexError(f"a stored array is read forwards, not with step {step}")
+            return self.read(start, max(start, stop))[::step]
+        at = int(index)
+        if not 0 <= at < len(self):
+            raise IndexError(f"{at} is not from 0 to {len(self) - 1}: negative indices are not supported")
+        return self.read(at, at + 1)[0]
+
+    def read(self, start: int, stop: int) -> np.ndarray:
+        """Return the numbers from `start` to `stop`: a view of a file if they are in one, else a copy."""
+        part = self._part(start)
+        if stop <= self._starts[part + 1]:
+            return self._read(part, start - self._starts[part], stop - self._starts[part])
+        pieces = []
+        while start < stop:
+            first, end = self._starts[part], min(stop, self._starts[part + 1])
+            pieces.append(self._read(part, start - first, end - first))
+            start, part = end, part + 1
+        return np.concatenate(pieces)
+
+    def take(self, places: np.ndarray) -> np.ndarray:
+        """Return the numbers at some positions: (n,) -> (n,)."""
+        if len(self._files) == 1:
+            return self._take(0, places)
+        found = np.empty(places.shape, self.dtype)
+        parts = np.searchsorted(self._starts, places, "right") - 1
+        for part in np.unique(parts).tolist():
+            at = parts == part
+            found[at] = self._take(part, places[at] - self._starts[part])
+        return found
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        return np.array(self.read(0, len(self)), dtype, copy=copy)
+
+    def _part(self, position: int) -> int:
+        """Return the file that holds a position; the last one for the end."""
+        return min(bisect_right(self._starts, position), len(self._files)) - 1
+
+    def _read(self, part: int, start: int, stop: int) -> np.ndarray:
+        return self._files[part].read(start, stop)
+
+    def _take(self, part: int, places: np.ndarray) -> np.ndarray:
+        return self._files[part].take(places)
+
+
+class StoredOffsets(StoredArray):
+    """Where each document begins and the last one ends, (documents + 1,) int64, over the offsets of several parts.
+
+    The file of a part has the offsets within the part: its documents + 1.
+
+    Args:
+        files: The files, one per part.
+        tokens: Tokens of each part.
+    """
+
+    def __init__(self, files: Sequence[StoredFile], tokens: Sequence[int]) -> None:
+        super().__init__(files)
+        self._tokens = list(accumulate(tokens, initial=0))
+
+    def _lengths(self) -> list[int]:
+        """The last offset of a part is the first one of the next."""
+        return [file.length - (i < len(self._files) - 1) for i, file in enumerate(self._files)]
+
+    def document_at(self, token: int) -> int:
+        """Return the document that holds a token, by its position."""
+        part = min(bisect_right(self._tokens, token), len(self._files)) - 1
+        return self._starts[part] + self._files[part].rank(token - self._tokens[part]) - 1
+
+    def _read(self, part: int, start: int, stop: int) -> np.ndarray:
+        found = super()._read(part, start, stop)
+        return found + self._tokens[part] if part else found
+
+    def _take(self, part: int, places: np.ndarray) -> np.ndarray:
+        return super()._take(part, places) + self._tokens[part]
