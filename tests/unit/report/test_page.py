@@ -10,7 +10,7 @@ import pytest
 
 from firth.report import charts
 from firth.report.page import Report, Section, StatCell, Table, TextSample, cells, prose, render, write
-from tests.support.html import Reader
+from tests.support.html_pages import Reader
 from tests.support.report_example import HOSTILE, example
 
 STRUCTURE = "html head meta title style body div header main section nav h1 h2 p dl dt dd ol li a figure figcaption b"

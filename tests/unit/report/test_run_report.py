@@ -8,7 +8,7 @@ import pytest
 from firth.report.page import render, write
 from firth.report.run_report import numbers, run_report, summary
 from firth.types import UserError
-from tests.support.html import Reader
+from tests.support.html_pages import Reader
 
 
 def rows(valid=lambda s: 2 + 6 * math.exp(-s / 100), steps=600, **more):
