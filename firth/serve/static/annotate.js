@@ -122,7 +122,7 @@ function drawTask() {
   show(
     stage,
     el("section", { class: "prompt" }, el("h1", {}, "Prompt"), el("p", { class: "text" }, task.prompt)),
-    el("p", { class: "note" }, "Choose the answers in order, the best first. The keys 1, 2, ... do the same."),
+    el("p", { class: "note" }, "Choose the answers in order, the best first. ", el("span", { class: "by-key" }, "The keys 1, 2, ... do the same.")),
     el("div", { class: "answers" }, cards.map((one) => one.node)),
     el("div", { class: "comment" }, field("Comment", comment)),
     el("div", { class: "decide keys" }, el("div", { class: "row" }, save, tie, equal, pass, back)),

@@ -326,7 +326,7 @@ def test_a_list_is_refused_at_its_first_fault(item, kind):
     fields = {"CompletionRequest": ["prompt", "stop"], "ChatRequest": ["messages"], "EmbeddingRequest": ["input"]}
     for name in fields.get(kind.__name__, ["records"]):
         more = '"prompt": "a", ' if name == "stop" else ""
-        items = ",".join([item] * (LISTS[item] * 3))
+        items = ",".join([item] * LISTS[item])
         with pytest.raises(ValidationError) as raised:
             kind.model_validate_json(f'{{{more}"{name}": [{items}, true]}}')
         assert raised.value.error_count() < 10

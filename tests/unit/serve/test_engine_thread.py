@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from firth.generate.sampling import Sampling
-from firth.generate.scheduler import GenerationRequest
+from firth.generate.scheduler import GenerationRequest, Scheduler
 from firth.serve.engine_thread import EngineThread
 from firth.serve.errors import ApiError
 from firth.types import UserError
@@ -28,6 +28,18 @@ def thread():
 @pytest.fixture
 def engine(server):
     return server.models.models["gpt"].model.engine
+
+
+@pytest.fixture
+def slow(monkeypatch):
+    """Make each step take 5 ms, so that an answer of 100 tokens is decoded while a test does something else."""
+    step = Scheduler.step
+
+    def slower(self):
+        time.sleep(0.005)
+        return step(self)
+
+    monkeypatch.setattr(Scheduler, "step", slower)
 
 
 def request(length=3, count=2):
@@ -60,7 +72,7 @@ def test_no_request_is_lost(thread, engine):
     assert found == [[1] * 100] * 8 and ran == [*range(200)]
 
 
-def test_jobs_run_between_steps(thread, engine):
+def test_jobs_run_between_steps(thread, engine, slow):
     """A job does not wait for the end of an answer."""
 
     async def both():
@@ -96,7 +108,7 @@ def test_leaving_an_answer_frees_its_row(thread, engine):
     assert asyncio.run(leave()) == 2 and thread.running == 0
 
 
-def test_stopping_ends_what_waits(thread, engine):
+def test_stopping_ends_what_waits(thread, engine, slow):
     async def stopped():
         answer = asyncio.create_task(tokens(thread, engine, [request(count=100)]))
         await asyncio.sleep(0.02)
@@ -230,8 +242,6 @@ def test_a_constraint_that_fails_ends_its_call_alone(thread, engine, error, good
 
 
 def test_the_thread_survives_a_panic(thread, engine, monkeypatch):
-    from firth.generate.scheduler import Scheduler
-
     def panic(*_):
         raise Panic("it")
 
