@@ -140,7 +140,7 @@ def _tokenizer(
         return found
     if given is None:
         share = choice.sample_bytes / max(1, len(pieces))
-        texts = (text for piece in pieces for text in _beginning(piece, settings, share))
+        texts = (text for piece in pieces for text in _beginning(piece, settings, share, out))
         given = train(texts, choice.algorithm, choice.vocab_size, sample_bytes=choice.sample_bytes, log=log)
         log(f"{choice.algorithm} tokenizer of {given.vocab.size:,} ids from a sample of the text: {own}")
     shutil.rmtree(own, ignore_errors=True)
@@ -152,15 +152,16 @@ def _tokenizer(
     return Tokenizer.load(own)
 
 
-def _beginning(piece: Piece, settings: PartSettings, limit: float) -> Iterator[str]:
+def _beginning(piece: Piece, settings: PartSettings, limit: float, out: Path) -> Iterator[str]:
     """Yield the first training documents of a piece, of `limit` bytes together."""
     size = 0
-    for document in piece.documents(settings.text_field, settings.split_by, ReadStats()):
-        if size >= limit:
-            break
-        if not settings.holds_out(document):
-            yield document.text
-        size += len(document.text.encode())
+    with piece.copied(out) as here:
+        for document in here.documents(settings.text_field, settings.split_by, ReadStats()):
+            if size >= limit:
+                break
+            if not settings.holds_out(document):
+                yield document.text
+            size += len(document.text.encode())
 
 
 def _plan(out: Path, pieces: Sequence[Piece], settings: PartSettings, log: LogLine) -> list[Part]:

@@ -264,3 +264,46 @@ def test_duplicates_are_dropped_alike_for_any_workers(folder: Path, tmp_path: Pa
     after = contents(tmp_path / "one")
     assert all(after[name] == digest for name, digest in before.items() if name.startswith("parts/"))
     assert again.manifest["dropped"] == {"duplicate": 2, "near duplicate": 1}
+
+
+def test_an_object_store_gives_the_same_token_ids(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """fsspec's local file system in the place of a bucket: a directory, a pattern, spans of a large file, and no copies left over."""
+    pytest.importorskip("fsspec")
+
+    def prepared(text: str, out: Path) -> PreparedCorpus:
+        return prepare_corpus(
+            [text], out, settings=PartSettings("", validation_fraction=0.1, part_bytes=60_000),
+            tokenizer=TokenizerChoice(str(folder / "tokenizer")), workers=2, log=lambda _: None,
+        )  # fmt: skip
+
+    pattern = f"{folder / 'text'}/[a-c]*"
+    remote, local = (
+        prepared(text, tmp_path / name) for text, name in ((f"file://{pattern}", "remote"), (pattern, "local"))
+    )
+    assert remote.content == local.content
+    assert len(remote.manifest["parts"]) > 3
+    assert not list((tmp_path / "remote").rglob("input-*"))
+    assert prepared(f"file://{folder / 'text'}", tmp_path / "all").manifest["documents"] == 95
+
+
+def test_errors_of_object_stores_are_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("fsspec")
+    (tmp_path / "a.jsonl").write_text('{"text": "some words"}\n{bad\n')
+    settings = PartSettings("")
+    choice = TokenizerChoice(vocab_size=300)
+
+    def refused(text: str, match: str) -> None:
+        with pytest.raises(UserError, match=match) as error:
+            prepare_corpus([text], tmp_path / "out", settings=settings, tokenizer=choice, log=lambda _: None)
+        assert "\n" not in str(error.value)
+
+    refused(f"file://{tmp_path}/a.jsonl", rf"^file://{tmp_path}/a\.jsonl:2: this line is not JSON")
+    refused(f"file://{tmp_path}/none.jsonl", r"none\.jsonl: it cannot be read")
+    refused("nothing://bucket/a.txt", "nothing")
+    monkeypatch.setitem(sys.modules, "s3fs", None)
+    refused(
+        "s3://bucket/a.txt",
+        r"^s3://bucket/a\.txt: reading it needs packages that are not installed: pip install fsspec s3fs$",
+    )
