@@ -27,7 +27,7 @@ LAST = "checkpoints/step-000002"
 SHARD = "distributed.shard=full"
 SMALL = [
     "train", "gpt", "model.hidden_size=32", "model.num_heads=2", "model.num_layers=2", "model.max_positions=32",
-    "examples.max_length=16", "tokenizer.vocab_size=400", "max_steps=2", "batch.size=8", "evaluation.every=1",
+    "examples.max_length=16", "max_steps=2", "batch.size=8", "evaluation.every=1",
     "checkpoint.every=1", "sample_prompts=[]", "precision=fp32", "data.validation_fraction=0.3",
 ]  # fmt: skip
 
@@ -43,7 +43,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]
         (folder / f"text/{number}.txt").write_text(" ".join(permuted))
 
     def job(name: str, world: int, *overrides: str, **options: Any) -> dict[str, Any]:
-        arguments = [*SMALL, f"data.path={folder / 'text'}", "--out", str(folder / name), *overrides]
+        tokenizer = [] if "from" in name else ["tokenizer.vocab_size=400"]  # a run has the tokenizer of its start model
+        arguments = [*SMALL, *tokenizer, f"data.path={folder / 'text'}", "--out", str(folder / name), *overrides]
         return {"name": name, "world": world, "arguments": arguments, "hook": "count_gathers"} | options
 
     starts = {"model": folder / "sharded", "checkpoint": folder / "sharded/checkpoints/step-000001"}
