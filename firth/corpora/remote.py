@@ -117,12 +117,22 @@ def open_file(url: str) -> BinaryIO:
 
 
 def fetch(url: str, target: Path, span: tuple[int, int] | None) -> None:
-    """Copy a file, or a span of its bytes, to the disk."""
+    """Copy a file, or a span of its bytes, to the disk.
+
+    Raises:
+        UserError: The store ends the connection.
+    """
     with open_file(url) as source, target.open("wb") as file:
         left = -1
         if span is not None:
             source.seek(span[0])
             left = span[1] - span[0]
-        while left and (block := source.read(COPIED_BYTES if left < 0 else min(COPIED_BYTES, left))):
+        while left:
+            try:
+                block = source.read(COPIED_BYTES if left < 0 else min(COPIED_BYTES, left))
+            except OSError as error:
+                raise UserError(f"{url}: it cannot be read: {error.strerror or error}") from None
+            if not block:
+                break
             file.write(block)
             left -= len(block) if left > 0 else 0

@@ -158,6 +158,7 @@ class Part:
             }
         )
         if not self._continues(key):
+            (self.directory / PART_FILE).unlink(missing_ok=True)
             for split in SPLITS:
                 shutil.rmtree(self.directory / split, ignore_errors=True)
                 shutil.rmtree(self.directory / f"{split}.partial", ignore_errors=True)

@@ -151,7 +151,7 @@ class Piece:
 
 
 def list_pieces(paths: Sequence[str], part_bytes: int, counts: ReadStats) -> list[Piece]:
-    """Return the pieces of all files, in order.
+    """Return the pieces of all files, each once, in order.
 
     Args:
         paths: Files, directories and globs; addresses of object stores come first.
@@ -163,7 +163,8 @@ def list_pieces(paths: Sequence[str], part_bytes: int, counts: ReadStats) -> lis
     """
     pieces: list[Piece] = []
     for url in filter(is_url, paths):
-        pieces += _remote_pieces(url, part_bytes)
+        seen = {piece.path for piece in pieces}
+        pieces += [piece for piece in _remote_pieces(url, part_bytes) if piece.path not in seen]
     local = [path for path in paths if not is_url(path)]
     for path, name in readers.files(local, counts=counts).items():
         status = path.stat()
