@@ -59,6 +59,13 @@ def sweep(
                 f"{recipe} is the directory of a sweep, whose settings are fixed: leave out {' '.join(given) or '--out'}"
             )
         recipe, given, config = reopen(directory, trials, seeds)
+        fixed = (("--metric", metric, "loss", config.metric), ("--direction", direction, None, config.direction),
+                 ("--no-prune", prune, True, config.prune), ("--seed", seed, 0, config.seed))  # fmt: skip
+        changed = [option for option, value, default, own in fixed if value not in (default, own)]
+        if changed:
+            raise UserError(
+                f"{directory} holds a sweep with another {changed[0]}: leave it out, or choose another --out"
+            )
         out = directory
     elif table:
         raise UserError(f"{recipe} holds no sweep: --table needs the directory of one")

@@ -50,7 +50,7 @@ from firth.runs.recipe import CheckpointConfig, EvalConfig, Recipe, TokenizerCon
 from firth.runs.recipe import load as load_recipe
 from firth.runs.run import run
 from firth.runs.tokenizer import check_vocab, sentinels_of, tokenizer_of
-from firth.runs.workers import Claim, Claims, WorkUnit, start_workers, work
+from firth.runs.workers import Claim, Claims, WorkUnit, preparing, start_workers, work
 from firth.tokenizer.tokenizer import Tokenizer
 from firth.training.logging import OnMetrics
 from firth.training.schedule import Budget
@@ -59,8 +59,8 @@ from firth.types import LOGGER, LogLine, UserError
 PROBE = "probe."
 """Prefix of the finetuning settings on the command line."""
 
-CLAIMS = "claims"
-"""Directory of the claims of processes on the runs."""
+RECORD, CLAIMS = "compare.json", "claims"
+"""The file of the common settings, and the directory of the claims of processes on the runs."""
 
 NONE = "none"
 """Value of `probe` for no finetuning."""
@@ -214,8 +214,7 @@ def _prepare_alone(
     names: Sequence[str], settings: Sequence[str], config: ComparisonConfig, out: Path, log: LogLine
 ) -> ComparisonRun:
     """Prepare a comparison while no other process does."""
-    _check_directory(out)
-    with Claims(out / CLAIMS).exclusive("prepare"):
+    with preparing(out / CLAIMS, RECORD, "comparison"):
         return prepare(names, settings, config, out, log)
 
 
@@ -453,19 +452,12 @@ def _load_recipes(names: Sequence[str], settings: Sequence[str]) -> dict[str, Re
     return loaded
 
 
-def _check_directory(out: Path) -> None:
-    """Raise a UserError if a directory holds something else."""
-    if not (out / "compare.json").exists() and out.exists() and any(path.name != CLAIMS for path in out.iterdir()):
-        raise UserError(f"{out} already exists and holds no comparison: choose another --out")
-
-
 def _check_same_settings(out: Path, shared: Mapping[str, Any]) -> None:
     """Write the common settings of a comparison, or check them against those of an earlier call.
 
     Recipes, shares and seeds may be added to a comparison; the common settings may not change once a run has started.
     """
-    file, settings = out / "compare.json", json.loads(json.dumps(shared))
-    _check_directory(out)
+    file, settings = out / RECORD, json.loads(json.dumps(shared))
     before = read_record(file) if file.exists() else settings
     changed = [name for name in settings if before.get(name) != settings[name]]
     if changed and any((out / folder).exists() for folder in ("runs", "probes", "scores")):

@@ -97,6 +97,7 @@ class _Blocks(HTMLParser):
     def handle_endtag(self, tag: str) -> None:
         if tag in BLOCKS:
             self.close_block()
+            self._heading = False
         if tag in self._tags:
             while self._tags.pop() != tag:  # elements without an end tag, such as li
                 self._skipped.pop()

@@ -130,6 +130,8 @@ def _real(path: Path, directories: dict[Path, str]) -> str:
 def _under(given: str, tabled: bool, counts: ReadStats) -> list[tuple[Path, Path]]:
     """Return the readable files of one given path, each with the directory that its name is relative to."""
     path = Path(given).expanduser()
+    if is_url(given):
+        raise UserError(f"{given}: text in an object store is prepared first: firth prepare {given} --out CORPUS")
     if path.is_dir():
         if (path / "corpus.json").is_file():
             raise UserError(
@@ -225,6 +227,20 @@ def file_documents(path: Path, name: str, field: str, split: str, counts: ReadSt
             yield Document(str(own) if own else name + place.removeprefix(str(path)), text, bool(own))
         else:
             counts.empty += 1
+
+
+def is_url(path: str) -> bool:
+    """Return whether a path is an address with a protocol of two letters or more.
+
+    >>> is_url("s3://bucket/a.txt"), is_url("/data/a.txt"), is_url("C://a.txt")
+    (True, False, False)
+    """
+    return re.match(r"[a-z][a-z0-9+.-]+://", path) is not None
+
+
+def is_readable(path: Path) -> bool:
+    """Return whether a file has documents, by its name; tables are read only where they are named."""
+    return _kind(path) in ("text", "lines", "table")
 
 
 def is_divisible(path: Path) -> bool:

@@ -11,7 +11,7 @@ import json
 import shutil
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -158,6 +158,7 @@ class Part:
             }
         )
         if not self._continues(key):
+            (self.directory / PART_FILE).unlink(missing_ok=True)
             for split in SPLITS:
                 shutil.rmtree(self.directory / split, ignore_errors=True)
                 shutil.rmtree(self.directory / f"{split}.partial", ignore_errors=True)
@@ -235,7 +236,7 @@ def serve() -> None:
 def _do(job: Mapping[str, Any]) -> None:
     """Do one job and write its messages."""
     pieces, settings = tuple(map(Piece.from_dict, job["pieces"])), PartSettings.from_dict(job["settings"])
-    part = Part(Path(job["directory"]), pieces, settings)
+    directory = Path(job["directory"])
     reported = 0
 
     def progress(size: int) -> None:
@@ -245,7 +246,9 @@ def _do(job: Mapping[str, Any]) -> None:
             print(json.dumps({"bytes": size}), flush=True)
 
     try:
-        with refusals(part.directory):
+        with refusals(directory), ExitStack() as copies:
+            directory.mkdir(parents=True, exist_ok=True)
+            part = Part(directory, tuple(copies.enter_context(piece.copied(directory)) for piece in pieces), settings)
             (part.scan if job["task"] == "scan" else part.build)(progress)
     except UserError as error:
         print(json.dumps({"error": str(error)}), flush=True)

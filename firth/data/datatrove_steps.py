@@ -56,7 +56,7 @@ class FirthTokens(PipelineStep):  # type: ignore[misc]
         for split in SPLITS:  # an earlier attempt may have had other documents
             shutil.rmtree(place / split, ignore_errors=True)
         (place / PART_FILE).unlink(missing_ok=True)
-        with TemporaryFile("w+", encoding="utf-8", dir=place) as held_out, self:
+        with TemporaryFile("w+", encoding="utf-8", dir=place) as held_out:
             self._build(self._train(data, settings, held_out), tokenizer, place / "train")
             held_out.seek(0)
             self._build((Document("", json.loads(line)) for line in held_out), tokenizer, place / "valid")

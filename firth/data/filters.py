@@ -237,10 +237,10 @@ SHINGLES_AT_ONCE = 2048
 def signature(text: str) -> np.ndarray:
     """Return the MinHash signature of a text: the minimum of each of 112 hash functions over its shingles, (112,) uint64.
 
-    A text of fewer than five words is one shingle.
+    A text of fewer than five words is one shingle, and so is one without words, such as signs alone.
     """
     words = Words(text)
-    shingles = np.unique(words.ngrams(min(SHINGLE_WORDS, max(1, len(words)))))
+    shingles = np.unique(words.ngrams(min(SHINGLE_WORDS, len(words))) if len(words) else np.uint64(content_key(text)))
     found = np.full(BANDS * ROWS, np.iinfo(np.uint64).max, np.uint64)
     for start in range(0, len(shingles), SHINGLES_AT_ONCE):
         hashed = shingles[start : start + SHINGLES_AT_ONCE, None] * _FACTORS + _SHIFTS

@@ -9,13 +9,16 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from tempfile import NamedTemporaryFile
+from typing import Any, BinaryIO
 
-from firth.corpora import readers
+from firth.corpora import readers, remote
 from firth.corpora.input_files import GROWTH, ReadStats, within
-from firth.corpora.readers import Document
+from firth.corpora.readers import Document, is_url
 from firth.types import UserError
 
 MAX_LINE_SEARCH = 64 << 20
@@ -33,6 +36,7 @@ class Piece:
         size: Bytes of the whole file.
         modified: Modification time of the file (ns).
         weight: Bytes of text in it, as far as its name and size tell.
+        copy: A copy of the content on the disk, if the file is in an object store.
     """
 
     path: str
@@ -41,6 +45,17 @@ class Piece:
     size: int
     modified: int
     weight: int
+    copy: str = ""
+
+    @contextmanager
+    def copied(self, directory: Path) -> Iterator[Piece]:
+        """Yield the piece with a copy of its content in a directory, if it is in an object store; the copy is removed at the end."""
+        if not is_url(self.path):
+            yield self
+            return
+        with NamedTemporaryFile(dir=directory, prefix="input-", suffix=f"-{Path(self.path).name}") as file:
+            remote.fetch(self.path, Path(file.name), self.span)
+            yield replace(self, copy=file.name)
 
     @property
     def identity(self) -> tuple[Any, ...]:
@@ -62,12 +77,12 @@ class Piece:
         Raises:
             UserError: The file cannot be read; the message has the line within the whole file.
         """
-        path = Path(self.path)
+        path, span = (Path(self.copy), None) if self.copy else (Path(self.path), self.span)
         try:
             # Each step runs within the span: the context of a generator is that of its caller.
             found = readers.file_documents(path, self._document_name, field, split, counts)
             while True:
-                with within(self.span):
+                with within(span):
                     document = next(found, None)
                 if document is None:
                     return
@@ -86,7 +101,9 @@ class Piece:
         return bool(self.span and self.span[0]) and Path(self.path).suffix.lower() != ".parquet"
 
     def digest(self) -> str:
-        """Return the SHA-256 of the bytes of the piece; of a Parquet file, of all of it."""
+        """Return the SHA-256 of the bytes of the piece; of a Parquet file, of all of it; in an object store, of the version of the file."""
+        if is_url(self.path):
+            return hashlib.sha256(f"{self.path} {self.modified}".encode()).hexdigest()
         path = Path(self.path)
         if self.span is None or path.suffix.lower() == ".parquet":
             with path.open("rb") as file:
@@ -102,15 +119,25 @@ class Piece:
 
     def check_unchanged(self) -> None:
         """Raise a UserError if the file has changed since the pieces were listed."""
-        try:
-            status = Path(self.path).stat()
-        except OSError as error:
-            raise UserError(f"{self.path}: this file cannot be read: {error.strerror}") from None
-        if (status.st_size, status.st_mtime_ns) != (self.size, self.modified):
+        if is_url(self.path):
+            present = remote.version(self.path)
+        else:
+            try:
+                status = Path(self.path).stat()
+            except OSError as error:
+                raise UserError(f"{self.path}: this file cannot be read: {error.strerror}") from None
+            present = status.st_size, status.st_mtime_ns
+        if present != (self.size, self.modified):
             raise UserError(f"{self.path}: this file changed while it was read: run the same command again")
 
     def _in_whole_file(self, message: str) -> str:
-        """Return a message with the line number of the whole file in place of that of the span."""
+        """Return a message with the line number of the whole file in place of that of the span.
+
+        In an object store the lines before the span are not counted: the message has its first byte.
+        """
+        if self.copy:
+            where = f"{self.path} (lines from byte {self.span[0]})" if self.span else self.path
+            return message.replace(self.copy, where)
         if self.span is None or not self._in_lines:
             return message
         lines = 0
@@ -124,24 +151,29 @@ class Piece:
 
 
 def list_pieces(paths: Sequence[str], part_bytes: int, counts: ReadStats) -> list[Piece]:
-    """Return the pieces of all files, in order.
+    """Return the pieces of all files, each once, in order.
 
     Args:
-        paths: Files, directories and globs.
+        paths: Files, directories and globs; addresses of object stores come first.
         part_bytes: Bytes of a piece, about.
         counts: Collects the tables that were skipped.
 
     Raises:
         UserError: A path matches nothing that is read.
     """
-    pieces = []
-    for path, name in readers.files(paths, counts=counts).items():
+    pieces: list[Piece] = []
+    for url in filter(is_url, paths):
+        seen = {piece.path for piece in pieces}
+        pieces += [piece for piece in _remote_pieces(url, part_bytes) if piece.path not in seen]
+    local = [path for path in paths if not is_url(path)]
+    for path, name in readers.files(local, counts=counts).items():
         status = path.stat()
         weight = round(status.st_size * GROWTH.get(path.suffix.lower(), 1.0))
         whole = Piece(str(path.absolute()), name, None, status.st_size, status.st_mtime_ns, weight)
         cuts: list[tuple[int, int]] = []
         if weight > part_bytes and readers.is_divisible(path):
-            cuts = [*zip(ends := _line_cuts(path, status.st_size, part_bytes), ends[1:], strict=False)]
+            with path.open("rb") as file:
+                cuts = _line_cuts(file, status.st_size, part_bytes)
             pieces += [replace(whole, span=cut, weight=cut[1] - cut[0]) for cut in cuts]
         elif weight > part_bytes and path.suffix.lower() == ".parquet":
             cuts = _group_cuts(path, part_bytes)
@@ -151,18 +183,33 @@ def list_pieces(paths: Sequence[str], part_bytes: int, counts: ReadStats) -> lis
     return pieces
 
 
-def _line_cuts(path: Path, size: int, part_bytes: int) -> list[int]:
-    """Return positions in a file at which a line begins, with 0 and the size."""
-    cuts = [0]
-    with path.open("rb") as file:
-        for target in range(part_bytes, size, part_bytes):
-            if target <= cuts[-1]:
-                continue
-            file.seek(target - 1)
-            line = file.readline(MAX_LINE_SEARCH)
-            if line.endswith(b"\n") and file.tell() < size:
-                cuts.append(file.tell())
-    return [*cuts, size]
+def _remote_pieces(url: str, part_bytes: int) -> list[Piece]:
+    """Return the pieces of the files of an object store; Parquet files are not cut."""
+    pieces = []
+    for found in remote.list_files(url):
+        path = Path(found.name)
+        weight = round(found.size * GROWTH.get(path.suffix.lower(), 1.0))
+        whole = Piece(found.url, found.url, None, found.size, found.version, weight)
+        if weight > part_bytes and readers.is_divisible(path):
+            with remote.open_file(found.url) as file:
+                cuts = _line_cuts(file, found.size, part_bytes)
+            pieces += [replace(whole, span=cut, weight=cut[1] - cut[0]) for cut in cuts]
+        else:
+            pieces.append(whole)
+    return pieces
+
+
+def _line_cuts(file: BinaryIO, size: int, part_bytes: int) -> list[tuple[int, int]]:
+    """Return consecutive spans of a file that begin with a line."""
+    ends = [0]
+    for target in range(part_bytes, size, part_bytes):
+        if target <= ends[-1]:
+            continue
+        file.seek(target - 1)
+        line = file.readline(MAX_LINE_SEARCH)
+        if line.endswith(b"\n") and file.tell() < size:
+            ends.append(file.tell())
+    return list(pairwise([*ends, size]))
 
 
 def _group_cuts(path: Path, part_bytes: int) -> list[tuple[int, int]]:

@@ -39,6 +39,9 @@ from firth.tokenizer.workers import WORKER_ENVIRONMENT, cores
 from firth.types import LOGGER, LogLine, UserError
 
 PLAN = "plan.json"
+TRAINED = "trained.json"
+"""File in the directory of a tokenizer that was trained for a corpus, with its algorithm and size."""
+
 BOOT = "import sys; sys.path.insert(0, sys.argv[1]); from firth.data.corpus_part import serve; serve()"
 PROGRESS_SECONDS = 10.0
 
@@ -82,6 +85,11 @@ def prepare_corpus(
     Raises:
         UserError: The text cannot be read, the directory holds a corpus with other settings, the disk is full, or a worker died.
     """
+    for text in texts:
+        if out.resolve().is_relative_to(Path(text).expanduser().resolve()):
+            raise UserError(
+                f"{out} is inside of {text}, all of whose files are prepared: choose an --out outside of it"
+            )
     make_directory(out)
     with _locked(out):
         counts = ReadStats()
@@ -106,8 +114,13 @@ def prepare_corpus(
             scans = [part.directory / SCAN for part in parts]
             with refusals(out):
                 for part, rules in zip(parts, filters.dropped(scans, settings.filters), strict=True):
+                    file = part.directory / DROPPED
+                    if part not in todo and not np.array_equal(np.load(file), rules):
+                        # An earlier document has gone, of which this part has a copy.
+                        (part.directory / PART_FILE).unlink()
+                        todo.append(part)
                     if part in todo:
-                        np.save(part.directory / DROPPED, rules)
+                        np.save(file, rules)
         _work("build", todo, workers, log)
         return _finish(out, parts, chosen, settings, log)
 
@@ -115,7 +128,9 @@ def prepare_corpus(
 @contextmanager
 def _locked(out: Path) -> Iterator[None]:
     """Hold the lock of a corpus directory."""
-    with (out / "lock").open("w") as lock:
+    with refusals(out):
+        lock = (out / "lock").open("w")
+    with lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -129,18 +144,26 @@ def _tokenizer(
     """Return the tokenizer of the corpus: the one it has, a copy of the given one, or one trained on a sample of the pieces.
 
     Raises:
-        UserError: The corpus has another tokenizer than the given one.
+        UserError: The corpus has another tokenizer than the given one, or than the one to train.
     """
     own = out / TOKENIZER
+    trained = {"algorithm": choice.algorithm, "vocab_size": choice.vocab_size}
     given = Tokenizer.load(choice.path) if choice.path else None
     if (own / "tokenizer.json").is_file():
         found = Tokenizer.load(own)
         if given is not None and given.digest != found.digest:
             raise UserError(f"{out} was prepared with another tokenizer than {choice.path}: choose another --out")
+        before = read_record(own / TRAINED) if given is None and (own / TRAINED).is_file() else trained
+        if before != trained:
+            raise UserError(
+                f"{out} has a tokenizer of --algorithm {before['algorithm']} --vocab-size {before['vocab_size']}: repeat these "
+                "options, or choose another --out"
+            )
         return found
+    train_one = given is None
     if given is None:
         share = choice.sample_bytes / max(1, len(pieces))
-        texts = (text for piece in pieces for text in _beginning(piece, settings, share))
+        texts = (text for piece in pieces for text in _beginning(piece, settings, share, out))
         given = train(texts, choice.algorithm, choice.vocab_size, sample_bytes=choice.sample_bytes, log=log)
         log(f"{choice.algorithm} tokenizer of {given.vocab.size:,} ids from a sample of the text: {own}")
     shutil.rmtree(own, ignore_errors=True)
@@ -148,19 +171,22 @@ def _tokenizer(
     shutil.rmtree(partial, ignore_errors=True)
     with refusals(out):
         given.save(partial)
+        if train_one:
+            write_record(partial / TRAINED, trained)
         os.replace(partial, own)
     return Tokenizer.load(own)
 
 
-def _beginning(piece: Piece, settings: PartSettings, limit: float) -> Iterator[str]:
+def _beginning(piece: Piece, settings: PartSettings, limit: float, out: Path) -> Iterator[str]:
     """Yield the first training documents of a piece, of `limit` bytes together."""
     size = 0
-    for document in piece.documents(settings.text_field, settings.split_by, ReadStats()):
-        if size >= limit:
-            break
-        if not settings.holds_out(document):
-            yield document.text
-        size += len(document.text.encode())
+    with piece.copied(out) as here:
+        for document in here.documents(settings.text_field, settings.split_by, ReadStats()):
+            if size >= limit:
+                break
+            if not settings.holds_out(document):
+                yield document.text
+            size += len(document.text.encode())
 
 
 def _plan(out: Path, pieces: Sequence[Piece], settings: PartSettings, log: LogLine) -> list[Part]:

@@ -112,13 +112,23 @@ class CheckpointTensors:
         return shape
 
     def read(self, name: str) -> Tensor:
-        """Return one whole tensor in main memory."""
+        """Return one whole tensor in main memory.
+
+        Raises:
+            UserError: A file has gone: a run that still trains deletes its older checkpoints.
+        """
         shape = self.shapes[name]
         out = torch.empty_like(shape, device="cpu")
         for part in self._found[0][name]:
             where = tuple(slice(o, o + n) for o, n in zip(part.offsets, part.shape, strict=True))
-            with safe_open(part.file, "pt") as opened:
-                out[where] = opened.get_tensor(part.key)
+            try:
+                with safe_open(part.file, "pt") as opened:
+                    out[where] = opened.get_tensor(part.key)
+            except OSError as error:
+                raise UserError(
+                    f"{part.file} can no longer be read ({error}): if its run still trains, it has deleted this checkpoint; "
+                    "take a newer one"
+                ) from None
         return out
 
 

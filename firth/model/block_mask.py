@@ -134,6 +134,10 @@ def packed_texts(query_time: Tensor, key_time: Tensor, document: Tensor) -> Pack
     return PackedTexts(starts, int(starts.diff().amax()), causal)
 
 
+HAS_VARLEN = importlib.util.find_spec("torch.nn.attention.varlen") is not None
+"""Whether torch has variable-length attention. A search for a module would interrupt what torch.compile makes of a block."""
+
+
 def varlen_runs(q: Tensor) -> bool:
     """Return whether torch's variable-length attention takes queries (B, H, T, D): in half precision, on a GPU from Ampere on."""
     return (
@@ -141,7 +145,7 @@ def varlen_runs(q: Tensor) -> bool:
         and q.dtype in (torch.bfloat16, torch.float16)
         and q.shape[-1] % 8 == 0
         and q.shape[-1] <= 256
-        and importlib.util.find_spec("torch.nn.attention.varlen") is not None
+        and HAS_VARLEN
         and torch.cuda.get_device_capability(q.device) >= (8, 0)
     )
 

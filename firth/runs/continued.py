@@ -140,4 +140,6 @@ def _filled(
     if section in assignments and section != "peft":
         return changed[section]
     own = changed[section] if isinstance(changed.get(section), Mapping) else {}
+    if section in assignments:  # peft={kind: lora, ...}
+        return {**default, **own}
     return {**own, **default, **{n: own[n] for n in own if f"{section}.{n}" in assignments}}

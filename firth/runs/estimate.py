@@ -21,6 +21,7 @@ from firth.corpora.input_files import GROWTH
 from firth.data.collate import Batches
 from firth.data.config import DataConfig
 from firth.data.corpus import is_corpus
+from firth.io.gguf import find
 from firth.io.json_files import row_line
 from firth.model.model import LM
 from firth.runs.build_model import assemble_model, builds_in_shards
@@ -28,9 +29,11 @@ from firth.runs.compatibility import available_memory
 from firth.runs.input_hashes import RunInputs
 from firth.runs.prepare import RunData
 from firth.runs.recipe import Recipe, ResolvedRecipe
+from firth.runs.report_texts import texts_of
 from firth.runs.resolve import resolve
 from firth.runs.run import build_data, check_start_models, prepare_tokenizer
 from firth.runs.run_context import RunContext
+from firth.runs.start_model import model_directory
 from firth.runs.step_estimate import StepEstimate, check_fits, sharded_memory, step_estimate
 from firth.runs.timing import step_seconds
 from firth.training.device import default_device
@@ -102,6 +105,7 @@ class PreparedRun:
         counted: How the data was counted, a sentence.
         log: Receives messages.
         degree: Processes that share a copy of the model.
+        texts: Whether the model answers held-out prompts for the report.
     """
 
     recipe: ResolvedRecipe
@@ -111,6 +115,7 @@ class PreparedRun:
     counted: str
     log: LogLine
     degree: int = 1
+    texts: bool = False
 
     def build(self, recipe: ResolvedRecipe | None = None) -> LM:
         """Build the model of the recipe or of a smaller one, with random weights or those of the start model."""
@@ -142,7 +147,8 @@ def prepared(recipe: Recipe, log: LogLine, world: int = 1) -> Iterator[PreparedR
         resolved = resolve(smaller, data, context)
         datasets = build_data(resolved, dataclasses.replace(data, ranks=Ranks()), context)  # one process samples
         degree = resolved.distributed.degree(context.ranks)
-        yield PreparedRun(resolved, datasets.data, datasets.batches, scale, how, log, degree)
+        texts = texts_of(resolved, datasets.splits) is not None
+        yield PreparedRun(resolved, datasets.data, datasets.batches, scale, how, log, degree, texts)
 
 
 def _sampled(recipe: Recipe, place: Path, log: LogLine) -> tuple[Recipe, float, str]:
@@ -259,15 +265,17 @@ def whole_model_uses(run: PreparedRun, step: StepEstimate) -> str:
     recipe, size = run.recipe, _bytes(4 * step.parameters)
     half = _bytes((2 if recipe.precision == "bf16" else 4) * step.parameters)
     start = recipe.init_from or recipe.init_embeddings_from
+    read_whole = bool(start) and (not builds_in_shards(recipe) or find(model_directory(start)) is not None)
     gathers = {
         "rollouts": run.batches.source.on_policy,
         "sample_prompts": bool(recipe.sample_prompts),
+        "answers for the report": run.texts,
         "evaluation.tasks": bool(recipe.evaluation.tasks),
     }
     named = ", ".join(name for name, used in gathers.items() if used)
     uses = [
         f"{half} on each process during {named}" if named else "",
-        f"{size} in main memory of each process while it is built" if not builds_in_shards(recipe) and start else "",
+        f"{size} in main memory of each process while it is built" if read_whole else "",
         f"{_bytes(step.frozen_bytes)} of frozen models on each process" if step.frozen_bytes else "",
         f"{size} in main memory of the first process at the end, for the export",
     ]

@@ -84,6 +84,8 @@ def import_model(given: Path, out: Path, log: LogLine = LOGGER.info) -> None:
     given = model_directory(given)
     if not given.exists():
         raise UserError(f"{given} does not exist: give a directory with config.json, model.safetensors and a tokenizer")
+    if is_checkpoint(given):
+        raise UserError(f"{given} is a checkpoint of a run: write its model with `firth export {given} {out}`")
     model, tokenizer = load_model(given), load_tokenizer(given)
     check_vocab_fits(tokenizer, model.config, f"{given}")
     file = find(given)
@@ -301,9 +303,10 @@ def _fresh(out: Path, given: Path) -> Iterator[Path]:
 
 
 def _written_by_firth(out: Path) -> bool:
-    """Return whether a directory is a firth import or export, and not a run."""
+    """Return whether a directory is a firth import or export, and neither a run nor a checkpoint of one."""
     readme = out / "README.md"
     written = (out / METADATA_FILE).is_file() or (
         readme.is_file() and model_card.MARK in readme.read_text("utf-8", errors="replace")
     )
-    return written and not (out / "recipe.yaml").exists() and not (out / "model").exists()
+    run = is_checkpoint(out) or (out / "recipe.yaml").exists() or (out / "model").exists()
+    return written and not run

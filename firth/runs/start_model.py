@@ -8,7 +8,7 @@ from pathlib import Path
 from firth.evaluate.tokenizer_match import load_tokenizer
 from firth.model.extend_vocab import extend_vocab
 from firth.model.model import LM
-from firth.pretrained.load_save import load_model, load_without_weights
+from firth.pretrained.load_save import check_vocab_fits, load_model, load_without_weights
 from firth.tokenizer.extend import old_tokens
 from firth.tokenizer.tokenizer import Tokenizer
 from firth.training.device import default_device
@@ -49,6 +49,7 @@ class StartModel:
         model = load_model(directory)
         if self.extended is not None:
             old = load_tokenizer(directory)
+            check_vocab_fits(old, model.config, self.path)
             extend_vocab(model, old.vocab.size, old_tokens(old, self.extended))
         return model
 

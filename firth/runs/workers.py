@@ -37,7 +37,7 @@ from typing import Any, TextIO
 
 import torch
 
-from firth.io.atomic import make_directory
+from firth.io.atomic import make_directory, refusals
 from firth.types import LOGGER, LogLine, UserError
 
 BEAT_SECONDS = 15.0
@@ -93,7 +93,14 @@ class Claim:
 
     def __enter__(self) -> Claim:
         fcntl.flock(self._handle, fcntl.LOCK_EX)
-        self._write(json.dumps({"machine": machine(), "host": socket.gethostname(), "process": os.getpid()}))
+        try:
+            with refusals(self.file):
+                self._write(json.dumps({"machine": machine(), "host": socket.gethostname(), "process": os.getpid()}))
+        except UserError:  # an empty file would count as that of a living process
+            self.file.unlink()
+            with suppress(OSError):  # closing writes what is left
+                self._handle.close()
+            raise
         self._beats.start()
         return self
 
@@ -118,10 +125,11 @@ class Claim:
                 os.utime(self.file)
 
     def _write(self, text: str) -> None:
+        """Write over what the file has, which needs no room on a full disk."""
         self._handle.seek(0)
-        self._handle.truncate()
         self._handle.write(text)
         self._handle.flush()
+        self._handle.truncate()
 
 
 class Claims:
@@ -138,8 +146,12 @@ class Claims:
         ] = {}  # file -> its modification time, and when it was first seen here
         make_directory(directory)
 
-    def take(self, group: str) -> Claim | None:
-        """Return a claim of a group of jobs; None if a living process has one."""
+    def take(self, group: str, most_deaths: int | None = None) -> Claim | None:
+        """Return a claim of a group of jobs; None if a living process has one.
+
+        Raises:
+            UserError: Its last owners, `most_deaths` or more in a row, have died. They stay on record, so that no process tries again.
+        """
         group = re.sub(r"[^\w-]", "_", group)
         count = sum(1 for _ in self.directory.glob(f"{group}.*"))
         deaths = 0
@@ -150,11 +162,17 @@ class Claims:
             if state == "released":
                 break
             deaths += 1
+        if most_deaths is not None and deaths >= most_deaths:
+            raise UserError(
+                f"the last {deaths} processes that ran this ended without a message, perhaps for lack of memory; to try again, "
+                f"delete {self.directory / group}.*"
+            )
         file = self.directory / f"{group}.{count + 1}"
-        try:
-            handle = os.fdopen(os.open(file, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644), "r+")
-        except FileExistsError:
-            return None
+        with refusals(file):
+            try:
+                handle = os.fdopen(os.open(file, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644), "r+")
+            except FileExistsError:
+                return None
         return Claim(file, handle, self.directory / f"{group}.{count + 2}", deaths)
 
     @contextmanager
@@ -185,6 +203,35 @@ class Claims:
         return "dead" if now - self._seen[file][1] > SILENCE_SECONDS else "alive"
 
 
+@contextmanager
+def preparing(claims: Path, record: str, what: str) -> Iterator[None]:
+    """Hold a claim within the context to prepare the directory that holds the claims.
+
+    Args:
+        claims: The directory of the claims.
+        record: The file next to it that says what the directory holds.
+        what: What that is, for the message.
+
+    Raises:
+        UserError: The directory holds something else.
+    """
+    out = claims.parent
+
+    def is_foreign() -> bool:
+        with refusals(out):
+            return (
+                not (out / record).exists() and out.exists() and any(one.name != claims.name for one in out.iterdir())
+            )
+
+    refused = UserError(f"{out} already exists and holds no {what}: choose another --out")
+    if is_foreign() and not claims.is_dir():  # with claims, another process may be writing the record
+        raise refused
+    with Claims(claims).exclusive("prepare"):
+        if is_foreign():
+            raise refused
+        yield
+
+
 def work(
     jobs: Sequence[WorkUnit],
     claims: Claims,
@@ -208,17 +255,15 @@ def work(
     while left := [job for job in jobs if not finished(job)]:
         first = {job.group: job for job in reversed(left)}  # of each group
         for job in [job for job in left if first[job.group] is job]:
-            claim = claims.take(job.group)
+            try:
+                claim = claims.take(job.group, MAX_DEATHS)
+            except UserError as error:
+                raise UserError(f"{job.name}: {error}") from None
             if claim is None:
                 continue
             with claim:
                 if not finished(job):  # another process may have run it meanwhile
                     log(f"[{jobs.index(job) + 1}/{len(jobs)}] {job.name}")
-                    if claim.deaths >= MAX_DEATHS:
-                        raise UserError(
-                            f"{job.name}: the last {claim.deaths} processes that ran this ended without a message, perhaps for lack of "
-                            f"memory; to try again, delete {claim.file.with_suffix('.*')}"
-                        )
                     try:
                         run(job, claim)
                     except ClaimLostError as error:

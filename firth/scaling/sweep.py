@@ -41,7 +41,7 @@ from firth.runs.prepare import RunData
 from firth.runs.recipe import CheckpointConfig, EvalConfig, Recipe, TokenizerConfig
 from firth.runs.run import run
 from firth.runs.tokenizer import tokenizer_of
-from firth.runs.workers import Claim, Claims, WorkUnit, start_workers, work
+from firth.runs.workers import Claim, Claims, WorkUnit, preparing, start_workers, work
 from firth.scaling.compressed import compressed_bits
 from firth.scaling.sizes import DECAY_RATIO, LR_EXPONENT, WARMUP_STEPS, count_parameters, scaled
 from firth.tokenizer.tokenizer import Tokenizer
@@ -251,9 +251,7 @@ def _check_sweep(recipe: Recipe, out: Path) -> None:
     """
     file = out / SWEEP
     settings = {"recipe": json.loads(json.dumps(config_io.to_dict(config_io.absolute_paths(recipe))))}
-    if not file.exists() and out.exists() and any(path.name != CLAIMS for path in out.iterdir()):
-        raise UserError(f"{out} already exists and holds no sweep: choose another --out")
-    with Claims(out / CLAIMS).exclusive("prepare"):
+    with preparing(out / CLAIMS, SWEEP, "sweep"):
         if not file.exists():
             write_record(file, settings)
         before = read_record(file, {"recipe": dict})["recipe"]

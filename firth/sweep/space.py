@@ -156,6 +156,9 @@ def validated(name: str, fixed: Sequence[str], parameters: Sequence[Parameter]) 
 
 
 def _validated(name: str, fixed: Sequence[str], one: Parameter) -> Parameter:
+    if one.field == "model.vocab_size":
+        raise UserError(f"{one.field}={one}: the tokenizer decides this number: vary tokenizer.vocab_size")
+
     def accepts(value: Value) -> Recipe:
         try:
             return load(name, [*fixed, one.setting(value)])

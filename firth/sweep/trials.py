@@ -23,6 +23,7 @@ import dataclasses
 import importlib
 import json
 import math
+import shlex
 import shutil
 import tempfile
 import warnings
@@ -32,7 +33,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from firth.fields import NonNegativeInt, PositiveInt, Validated
-from firth.io.atomic import make_directory
+from firth.io.atomic import FULL, make_directory
 from firth.io.integrity import read_done, read_record, write_record
 from firth.runs import config_io, examples
 from firth.runs.prepare import RunData
@@ -41,7 +42,7 @@ from firth.runs.resolve import resolve
 from firth.runs.run import build_data, build_model, prepare_tokenizer, run
 from firth.runs.run_context import RunContext
 from firth.runs.tokenizer import tokenizer_of
-from firth.runs.workers import Claim, Claims, WorkUnit, work
+from firth.runs.workers import Claim, Claims, WorkUnit, preparing, work
 from firth.sweep.space import Parameter, parse, validated
 from firth.training.device import choose_precision, default_device
 from firth.training.distributed import Ranks
@@ -93,7 +94,9 @@ class StudyConfig(Validated):
     @property
     def minimizes(self) -> bool:
         """Whether a lower value is better."""
-        return self.direction == "minimize" or (not self.direction and lower_is_better(self.metric))
+        return self.direction == "minimize" or (
+            not self.direction and lower_is_better(self.metric.removeprefix("train/"))
+        )
 
 
 class PrunedError(Exception):
@@ -161,8 +164,7 @@ class Sweeper:
 
     def command(self, settings: Sequence[str], out: str) -> str:
         """Return the command that trains the recipe with settings."""
-        quoted = (f"'{one}'" if set(one) & set(' ()[]{}*&;<>|"$') else one for one in (*self.fixed, *settings))
-        return " ".join(["firth train", self.name, *quoted, "--out", out])
+        return shlex.join(["firth", "train", self.name, *self.fixed, *settings, "--out", out])
 
     def study(self) -> Study:
         """Open optuna's study, which is created by the first call."""
@@ -222,9 +224,7 @@ def prepare(name: str, settings: Sequence[str], config: StudyConfig, out: Path, 
         "direction": "minimize" if config.minimizes else "maximize", "seed": config.seed, "pruning": config.prune,
     }  # fmt: skip
     file = out / STUDY
-    if not file.exists() and out.exists() and any(path.name != CLAIMS for path in out.iterdir()):
-        raise UserError(f"{out} already exists and holds no sweep of settings: choose another --out")
-    with Claims(out / CLAIMS).exclusive("prepare"):
+    with preparing(out / CLAIMS, STUDY, "sweep of settings"):
         before, begun = read_record(file) if file.exists() else {}, (out / TRIALS).exists()
         changed = [key for key, value in record.items() if before.get(key) != value]
         if begun and changed:
@@ -237,6 +237,8 @@ def prepare(name: str, settings: Sequence[str], config: StudyConfig, out: Path, 
             precision = choose_precision(base.precision, default_device())
             kept = {"name": place, "settings": list(settings), "trials": config.trials, "precision": precision}
             write_record(file, record | kept)
+        elif config.trials > before["trials"]:
+            write_record(file, before | {"trials": config.trials})  # so that the directory alone continues all of them
         shared = {"precision": read_record(file)["precision"]} | _shared(base, parameters, out, log)
         sweeper = Sweeper(name, tuple(fixed), tuple(parameters), config, out, shared)
         if not begun:
@@ -373,7 +375,7 @@ def _run_trial(sweeper: Sweeper, study: Study, number: int, claim: Claim, log: L
         study.tell(number, state=states.PRUNED)
         log(f"trial {number}: pruned, {error}")
     except DivergedError as error:
-        # A pruned trial without a value is the worst for TPE; it would ignore a failed one and come back to its values.
+        # TPE ranks pruned trials behind all finished ones; it would ignore a failed one and come back to its values.
         trial.set_user_attr(REASON, f"diverged: {error}")
         study.tell(number, state=states.PRUNED)
         log(f"trial {number}: diverged: {error}")
@@ -381,6 +383,8 @@ def _run_trial(sweeper: Sweeper, study: Study, number: int, claim: Claim, log: L
         raise
     except UserError as error:
         claim.check()
+        if isinstance(error.__cause__, OSError) and error.__cause__.errno in FULL:
+            raise  # it says nothing about the trial, which a later call continues
         trial.set_user_attr(REASON, str(error))
         study.tell(number, state=states.FAIL)
         log(f"trial {number}: failed: {error}")

@@ -18,6 +18,7 @@ training (`firth.tokenizer.merges`). The new tokens have the ids after the old o
 from __future__ import annotations
 
 import json
+import re
 import unicodedata
 from collections import Counter
 from collections.abc import Collection, Iterable, Sequence
@@ -26,6 +27,7 @@ from typing import Any
 from firth.tokenizer import merges
 from firth.tokenizer.tokenizer import Tokenizer
 from firth.tokenizer.train import reservoir
+from firth.tokenizer.vocab import replace_lone_surrogates
 from firth.tokenizer.workers import normal
 from firth.types import UserError
 
@@ -33,7 +35,7 @@ SAMPLE_BYTES = 20_000_000
 """Most bytes of text that new tokens are learned on: published pre-tokenizers split about 2 MB per second."""
 
 MAX_CHARACTER_SHARE = 0.25
-"""Largest share of the new tokens that are single characters of WordPiece."""
+"""Largest share of the new tokens that are single characters of WordPiece, unless there is nothing else to add."""
 
 
 def extend(
@@ -55,15 +57,17 @@ def extend(
     model = definition["model"]
     wordpiece = check_extendable(tokenizer)
     words: Counter[str] = Counter()
+    added = [token["content"] for token in definition["added_tokens"]]
+    between = re.compile("|".join(map(re.escape, sorted(added, key=len, reverse=True))) or "(?!)")
     for text in reservoir(texts, min(sample_bytes, SAMPLE_BYTES), seed):
-        words.update(
-            word for word, _ in tokenizer.engine.pre_tokenizer.pre_tokenize_str(normal(tokenizer.engine, text))
-        )
+        for part in between.split(normal(tokenizer.engine, text)):  # no piece may spell a token that is not the model's
+            words.update(word for word, _ in tokenizer.engine.pre_tokenizer.pre_tokenize_str(part))
     ids = tokenizer.engine.get_vocab(with_added_tokens=True)
     first = sorted(ids, key=ids.__getitem__)
     prefix = model["continuing_subword_prefix"] if wordpiece else ""
     if wordpiece:
-        letters = _unknown_letters(words, ids, prefix, int(count * MAX_CHARACTER_SHARE))
+        ranked = _unknown_letters(words, ids, prefix)
+        letters = sorted(ranked[: int(count * MAX_CHARACTER_SHARE)])
         known = {*ids, *letters}
         spelled = {word: longest_match(word, known, prefix) for word in words}
         first += letters
@@ -72,7 +76,12 @@ def extend(
     kept = {word: number for word, number in words.items() if spelled[word]}
     found, learned = merges.learn(kept, first, len(ids) + count, prefix, split=lambda word: spelled[word] or [])
     new = [piece for piece, place in found.items() if place >= len(ids)]
+    if wordpiece:  # characters that are words, as in Chinese, leave little to merge
+        new += sorted([letter for letter in ranked if letter not in known][: max(0, count - len(new))])
     vocab = model["vocab"]
+    vocab |= {
+        token: ids[token] for token in added
+    }  # the library numbers those that the model lacks after its last piece
     vocab |= {piece: tokenizer.vocab.size + i for i, piece in enumerate(new)}
     if not wordpiece:
         pairs = [[merge.left, merge.right] for merge in learned]
@@ -123,7 +132,7 @@ def tokens_per_word(tokenizer: Tokenizer, texts: Sequence[str]) -> float:
 def stripped_accents(tokenizer: Tokenizer, texts: Iterable[str]) -> float:
     """Return the share of the letters whose accent the normalizer of a tokenizer removes (BERT's uncased ones do)."""
     letters = lost = 0
-    for text in texts:
+    for text in map(replace_lone_surrogates, texts):
         letters += sum(map(str.isalpha, text))
         lost += max(0, _accents(text) - _accents(normal(tokenizer.engine, text)))
     return lost / max(letters, 1)
@@ -154,12 +163,11 @@ def longest_match(word: str, vocab: Collection[str], prefix: str, inside: bool =
     return pieces
 
 
-def _unknown_letters(words: Counter[str], vocab: Collection[str], prefix: str, most: int) -> list[str]:
-    """Return the characters that WordPiece lacks, alone and as continuations, the most frequent ones in order of code points."""
+def _unknown_letters(words: Counter[str], vocab: Collection[str], prefix: str) -> list[str]:
+    """Return the characters that WordPiece lacks, alone and as continuations, the most frequent first."""
     found: Counter[str] = Counter()
     for word, number in words.items():
         for symbol in merges.spell(word, prefix):
             if symbol not in vocab:
                 found[symbol] += number
-    ranked = sorted(found, key=lambda symbol: (-found[symbol], symbol))
-    return sorted(ranked[:most])
+    return sorted(found, key=lambda symbol: (-found[symbol], symbol))

@@ -68,7 +68,8 @@ def learn(
         size: Number of pieces.
         prefix: Marks a piece that continues a word (WordPiece).
         suffix: Marks a piece that ends a word (BPE).
-        split: The pieces of a word that merging starts from; None: its characters.
+        split: The pieces of a word that merging starts from; None: its characters. With it, no merge makes one of the first
+            pieces, so that a word is still made of them or of new ones.
 
     Returns:
         Piece -> id, and the merges in order.
@@ -79,6 +80,9 @@ def learn(
     while len(pieces) < size and (best := row.most_frequent()) is not None:
         left, right, count = best
         piece = pieces[left] + pieces[right].removeprefix(prefix)
+        if split is not None and ids.get(piece, len(first)) < len(first):
+            row.leave(left, right)
+            continue
         if piece not in ids:
             ids[piece] = len(pieces)
             pieces.append(piece)
@@ -127,6 +131,10 @@ class _Row:
             self._least = max(1, highest // STEP)
             self._heap = [(-count, pair) for pair, count in self._counts.items() if count >= self._least]
             heapq.heapify(self._heap)
+
+    def leave(self, left: int, right: int) -> None:
+        """Never return a pair again."""
+        del self._counts[left << 32 | right]
 
     def merge(self, left: int, right: int, new: int) -> None:
         """Replace every pair of left and right by one symbol."""

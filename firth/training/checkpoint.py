@@ -135,7 +135,9 @@ def save(
         metadata = {"step": step, "recipe": recipe, "layout": dict(layout), "score": score}
         body = {"format": FORMAT, "files": written} | metadata
         _write(partial / "manifest.json", [_json(body | {"manifest": _digest(body)})])
-        _flush_directory(partial)
+        for directory in (partial / SHARDS, partial):
+            if directory.is_dir():
+                _flush_directory(directory)
         if final.exists():  # a damaged checkpoint that `newest` skipped
             final.rename(home / f"{final.name}.old.partial")
         partial.rename(final)

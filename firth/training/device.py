@@ -122,8 +122,7 @@ def keep_freed_memory() -> bool:
 def return_freed_memory() -> bool:
     """Let malloc return freed blocks of 1 MB or more to the kernel at once. Returns True on success (glibc only).
 
-    Sharded training gathers and frees whole blocks. Kept and fragmented, they took more memory than sharding saves: 2.4 GB in
-    place of 1.2 GB in each of two processes that train 110 M parameters.
+    Sharded training gathers and frees whole blocks. Kept and fragmented, they can take more memory than sharding saves.
     """
     return _GLIBC and bool(ctypes.CDLL(None).mallopt(_MMAP_THRESHOLD, 1 << 20))
 

@@ -131,14 +131,14 @@ def test_a_slurm_executor_writes_its_files(folder: Path, tmp_path: Path, monkeyp
     scripts: list[str] = []
     from datatrove.executor import slurm
 
-    def submit(path: str, *_: Any) -> str:
-        scripts.append(Path(path).read_text())
+    def submit(script: str, *_: Any) -> str:
+        scripts.append(script)
         return "1"
 
     monkeypatch.setattr(slurm, "launch_slurm_job", submit)
     SlurmPipelineExecutor(
         pipeline(folder, tmp_path), tasks=TASKS, time="01:00:00", partition="cpu", logging_dir=str(tmp_path / "logs")
     ).run()
-    assert len(scripts) == 1
+    assert len(scripts) == 2  # the tasks, and their statistics
     assert "#SBATCH --array=0-2" in scripts[0]
     assert "launch_pickled_pipeline" in scripts[0]

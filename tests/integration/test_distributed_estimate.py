@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-from firth.runs.estimate import describe, estimate
+from firth.runs.estimate import describe, estimate, whole_model_uses
 from firth.runs.recipe import load
 from tests.support.runs import quiet
 
@@ -47,6 +50,25 @@ def test_what_holds_the_whole_model_is_printed(text: Path, prompts: str) -> None
     size = f"{4 * found.step.parameters / 1e6:,.0f} MB"
     assert line.endswith(f"{size} in main memory of the first process at the end, for the export")
     assert (f"{size} on each process during sample_prompts; " in line) == (prompts != "[]")
+
+
+def test_answers_for_the_report_hold_the_whole_model(tmp_path: Path) -> None:
+    """A run on prompts with answers writes its own answers to held-out ones before the first step."""
+    rows = [{"prompt": f"the king of {i} lands", "completion": "did walk by night"} for i in range(40)]
+    (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    small = ["model.hidden_size=32", "model.num_layers=1", "model.num_heads=2", "model.max_positions=64"]
+    given = [f"data.path={tmp_path / 'data.jsonl'}", *small, *SETTINGS, "distributed.shard=full", "sample_prompts=[]"]
+    found = estimate(load("sft", given), False, quiet, 2)
+    assert "on each process during answers for the report; " in found.whole
+
+
+@pytest.mark.parametrize(("start", "whole"), [("start.gguf", True), ("start", False), ("", False)])
+def test_a_gguf_file_is_read_as_a_whole(tmp_path: Path, start: str, whole: bool) -> None:
+    (tmp_path / "start.gguf").touch()
+    recipe = dataclasses.replace(load("gpt"), init_from=str(tmp_path / start) if start else "")
+    run = SimpleNamespace(recipe=recipe, batches=SimpleNamespace(source=SimpleNamespace(on_policy=False)), texts=False)
+    found = whole_model_uses(run, SimpleNamespace(parameters=10**9, frozen_bytes=0))  # type: ignore[arg-type]
+    assert ("in main memory of each process while it is built" in found) == whole
 
 
 def test_only_the_first_process_prints(text: Path) -> None:

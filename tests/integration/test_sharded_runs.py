@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from firth.evaluate.task import load_evaluated_model
 from firth.io.integrity import with_digest
 from firth.pretrained.load_save import load_model, metadata_of, open_model
-from firth.runs.import_export import export_model
+from firth.runs.import_export import export_model, import_model
 from firth.types import UserError
 from tests.support.runs import quiet
 
@@ -27,7 +27,7 @@ LAST = "checkpoints/step-000002"
 SHARD = "distributed.shard=full"
 SMALL = [
     "train", "gpt", "model.hidden_size=32", "model.num_heads=2", "model.num_layers=2", "model.max_positions=32",
-    "examples.max_length=16", "tokenizer.vocab_size=400", "max_steps=2", "batch.size=8", "evaluation.every=1",
+    "examples.max_length=16", "max_steps=2", "batch.size=8", "evaluation.every=1",
     "checkpoint.every=1", "sample_prompts=[]", "precision=fp32", "data.validation_fraction=0.3",
 ]  # fmt: skip
 
@@ -43,7 +43,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]
         (folder / f"text/{number}.txt").write_text(" ".join(permuted))
 
     def job(name: str, world: int, *overrides: str, **options: Any) -> dict[str, Any]:
-        arguments = [*SMALL, f"data.path={folder / 'text'}", "--out", str(folder / name), *overrides]
+        tokenizer = [] if "from" in name else ["tokenizer.vocab_size=400"]  # a run has the tokenizer of its start model
+        arguments = [*SMALL, *tokenizer, f"data.path={folder / 'text'}", "--out", str(folder / name), *overrides]
         return {"name": name, "world": world, "arguments": arguments, "hook": "count_gathers"} | options
 
     starts = {"model": folder / "sharded", "checkpoint": folder / "sharded/checkpoints/step-000001"}
@@ -109,6 +110,28 @@ def test_a_checkpoint_exports_the_model_of_its_run(runs: tuple[Path, dict[str, A
             assert (tmp_path / "run" / name).read_bytes() == (tmp_path / "checkpoint" / name).read_bytes(), name
 
 
+def test_an_export_replaces_no_checkpoint(runs: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
+    folder, _ = runs
+    other = tmp_path / "other/checkpoints/step-000002"
+    shutil.copytree(folder / "one" / LAST, other)
+    before = {path.name: path.read_bytes() for path in other.iterdir() if path.is_file()}
+    with pytest.raises(UserError, match="already exists and holds other files"):
+        export_model(folder / "sharded", other, form="hf", dtype="", shard="", log=quiet)
+    assert {path.name: path.read_bytes() for path in other.iterdir() if path.is_file()} == before
+    with pytest.raises(UserError, match="is a checkpoint of a run: write its model with `firth export"):
+        import_model(other, tmp_path / "imported", quiet)
+
+
+def test_a_checkpoint_that_its_run_deletes_is_reported(runs: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
+    folder, _ = runs
+    shutil.copytree(folder / "sharded" / LAST, tmp_path / "step-000002")
+    _, read = open_model(tmp_path / "step-000002")
+    assert read is not None and read("tokens.weight").numel()
+    shutil.rmtree(tmp_path / "step-000002")
+    with pytest.raises(UserError, match=r"can no longer be read .* take a newer one"):
+        read("tokens.weight")
+
+
 @pytest.mark.parametrize("name", ["one", "sharded"])
 def test_a_checkpoint_is_read_as_a_model(runs: tuple[Path, dict[str, Any]], name: str) -> None:
     folder, _ = runs
@@ -168,7 +191,7 @@ def test_a_damaged_checkpoint_is_no_model(
 
 @pytest.fixture(scope="module")
 def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a folder with a checkpoint of 224 MB in two parts, and the model directory that it should give."""
+    """Return a folder with a checkpoint of 218 MB in two parts, and the model directory that it should give."""
     folder = tmp_path_factory.mktemp("large")
     script("write", folder)
     return folder
@@ -183,7 +206,7 @@ def script(*words: object) -> list[int]:
 
 
 def test_an_export_in_parts_has_bounded_memory(large: Path, tmp_path: Path) -> None:
-    """The largest weight has 8 MB of 224; the rest is what a process needs to read files."""
+    """The largest weight has 8 MB of 218; the rest is what a process needs to read files."""
     _, loaded = script("whole", large, tmp_path / "whole")
     size, streamed = script("streamed", large, tmp_path / "streamed")
     assert loaded > size > 200e6

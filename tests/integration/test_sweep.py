@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -18,7 +19,9 @@ import optuna
 import pytest
 import torch
 from optuna.trial import FrozenTrial
+from typer.testing import CliRunner
 
+from firth.cli import app
 from firth.io.integrity import read_done
 from firth.runs.recipe import load
 from firth.runs.run import run
@@ -206,6 +209,7 @@ def test_a_finished_sweep_grows_and_prints_its_table(whole: Path, tmp_path: Path
     )  # fmt: skip
     assert more.returncode == 0, more.stderr
     assert outcomes(out)[:TRIALS] == before and len(outcomes(out)) == TRIALS + 1
+    assert reopen(out, None, 0)[2].trials == TRIALS + 1  # the directory alone continues all of them
     table = subprocess.run(
         [sys.executable, "-m", "firth", "sweep", str(out), "--table"], env=ENVIRONMENT, capture_output=True, text=True
     )
@@ -219,6 +223,11 @@ def test_a_finished_sweep_grows_and_prints_its_table(whole: Path, tmp_path: Path
         text=True,
     )
     assert refused.returncode == 2 and "whose settings are fixed: leave out batch.size=4" in refused.stderr
+    for option in (["--metric", "accuracy"], ["--direction", "maximize"], ["--no-prune"], ["--seed", "1"]):
+        result = CliRunner().invoke(app, ["sweep", str(out), *option])
+        assert isinstance(result.exception, UserError) and f"with another {option[0]}: leave it out" in str(
+            result.exception
+        )
 
 
 def test_the_page_shows_all_of_it(whole: Path) -> None:
@@ -289,6 +298,24 @@ def test_trials_that_diverge_are_recorded(tmp_path: Path) -> None:
     assert [t.state.name for t in trials] == ["PRUNED", "PRUNED"]
     assert sum("diverged" in line for line in lines) == 2
     assert "diverged" in show(opened(tmp_path / "sweep")[0])
+
+
+@pytest.mark.parametrize(("metric", "minimizes"), [("loss", True), ("train/loss", True), ("accuracy", False)])
+def test_the_direction_follows_the_name(metric: str, minimizes: bool) -> None:
+    assert StudyConfig(metric=metric).minimizes == minimizes
+
+
+def test_a_full_disk_ends_no_trial(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise UserError("not enough disk space") from OSError(errno.ENOSPC, "No space left on device")
+
+    sweeper = prepare("gpt", [*TINY, *VARIED], StudyConfig(1), tmp_path / "sweep", quiet)
+    with monkeypatch.context() as patch:
+        patch.setattr(trials_module, "run", full)
+        with pytest.raises(UserError, match="not enough disk space"):
+            trials_module.run_trials(sweeper, quiet)
+    trials_module.run_trials(sweeper, quiet)
+    assert [trial.state.name for trial in sweeper.study().get_trials()] == ["COMPLETE"]
 
 
 def test_a_metric_can_be_maximized(tmp_path: Path) -> None:

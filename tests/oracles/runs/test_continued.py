@@ -153,6 +153,8 @@ def test_defaults_suit_a_trained_model(encoder: Path, decoder: Path, tmp_path: P
         0,
     )
     assert (mine.peft.rank, mine.peft.target_modules, mine.schedule.kind) == (4, ("blocks.*",), "wsd")
+    inline = load("gpt", [f"init_from={decoder}", "peft={kind: lora, target_modules: [blocks.*.attention.*]}"])
+    assert inline.peft.target_modules == ("blocks.*.attention.*",)
     assert load("gpt").optimizer != one.optimizer  # a run from random weights keeps its own
     (tmp_path / "recipe.yaml").write_text("name: gpt\ninit_from: ''\n")
     for name in ("model", "tokenizer"):

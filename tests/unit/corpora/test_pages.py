@@ -38,6 +38,14 @@ def test_manual_text(source: str, blocks: list[str]) -> None:
     assert manual_text(source) == blocks
 
 
+def test_text_after_a_heading_is_its_paragraph(tmp_path: Path) -> None:
+    page = "<h1>Titre</h1>Un texte sans balise, assez long pour être une réponse.<p>Autre.</p>"
+    html_pages([("a.html", io.BytesIO(page.encode()))], tmp_path)
+    assert json.loads((tmp_path / "headings.jsonl").read_text("utf-8")) == {
+        "prompt": "Titre", "completion": "Un texte sans balise, assez long pour être une réponse.",
+    }  # fmt: skip
+
+
 def test_pages_are_files_and_repeated_paragraphs_are_left_out(tmp_path: Path) -> None:
     second = "<p>Puis OK.</p><p>Nouveau.</p>"
     given = [("help/b.html", io.BytesIO(second.encode())), ("help/a.html", io.BytesIO(PAGE.encode()))]

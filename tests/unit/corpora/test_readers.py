@@ -287,7 +287,9 @@ def test_hidden_files_are_skipped_and_files_are_sorted(tmp_path):
 
 def test_a_record_may_name_its_document(tmp_path):
     path = write(tmp_path / "a.jsonl", '{"text": "x", "name": "hamlet"}\n{"text": "y"}\n{"text": "z", "name": 7}\n')
-    assert [*documents([path])] == [Document("hamlet", "x"), Document("a.jsonl:2", "y"), Document("7", "z")]
+    assert [*documents([path])] == [
+        Document("hamlet", "x", True), Document("a.jsonl:2", "y"), Document("7", "z", True),
+    ]  # fmt: skip
 
 
 def test_unreadable_paths_are_named(tmp_path):

@@ -164,3 +164,8 @@ def test_large_sets_are_compared_in_groups(monkeypatch: pytest.MonkeyPatch) -> N
         monkeypatch.setattr(filters, "COMPARED_AT_ONCE", size)
         found = [(part, row) for part, rows in filters._repeated(columns, alive) for row in rows.tolist()]
         assert sorted(found) == expected
+
+
+def test_texts_without_words_differ_unless_they_are_copies() -> None:
+    assert np.array_equal(bands("!!!  ???"), bands("!!! ???"))
+    assert not (bands("!!! ???") == bands(":-) :-(")).any()

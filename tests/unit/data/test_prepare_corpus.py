@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import hashlib
+import io
 import json
 import os
 import resource
@@ -20,7 +21,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from firth.corpora import readers
+from firth.corpora import readers, remote
 from firth.corpora.input_files import ReadStats
 from firth.data.corpus import PreparedCorpus, open_stores
 from firth.data.corpus_part import PartSettings
@@ -129,6 +130,58 @@ def test_touched_files_are_hashed_and_kept(folder: Path, tmp_path: Path) -> None
     os.utime(tmp_path / "text" / "a.jsonl", (1, 1))
     prepare(tmp_path, tmp_path / "out")
     assert {path: path.stat().st_ino for path in (tmp_path / "out").rglob("tokens.bin")} == tokens
+
+
+@pytest.mark.parametrize("change", ["removed", "changed"])
+def test_a_copy_comes_back_when_its_original_is_gone(folder: Path, tmp_path: Path, change: str) -> None:
+    """The copy is in another part, which is complete. A change of the same size keeps the part of the original."""
+    shutil.copytree(folder / "tokenizer", tmp_path / "tokenizer")
+    (tmp_path / "text").mkdir()
+    for number, one in enumerate([*TEXTS[:8], TEXTS[3]]):
+        (tmp_path / "text" / f"{number:02d}.txt").write_text(one)
+    filters, t = FilterConfig(deduplicate=True), Tokenizer.load(folder / "tokenizer")
+
+    def texts() -> str:
+        stores = open_stores([tmp_path / "out"], t)
+        return "".join(t.decode(np.asarray(store.tokens)) for store in stores if store is not None)
+
+    first = prepare(tmp_path, tmp_path / "out", part_bytes=10_000, filters=filters)
+    assert first.manifest["dropped"] == {"duplicate": 1} and texts().count(TEXTS[3]) == 1
+    original = tmp_path / "text" / "03.txt"
+    if change == "removed":
+        original.unlink()
+    else:
+        original.write_text(TEXTS[3][::-1])
+    second = prepare(tmp_path, tmp_path / "out", part_bytes=10_000, filters=filters)
+    assert second.manifest["dropped"] == {} and texts().count(TEXTS[3]) == 1
+    assert (TEXTS[3][::-1] in texts()) == (change == "changed")
+    before = contents(tmp_path / "out")
+    prepare(tmp_path, tmp_path / "out", part_bytes=10_000, filters=filters)
+    assert contents(tmp_path / "out") == before
+
+
+def test_a_corpus_is_outside_of_its_text(folder: Path, tmp_path: Path) -> None:
+    """Its own files would be text in the next call."""
+    with pytest.raises(UserError, match=r"is inside of .*, all of whose files are prepared"):
+        prepare(folder, folder / "text" / "corpus")
+    assert not (folder / "text" / "corpus").exists()
+    (tmp_path / "out" / "lock").mkdir(parents=True)
+    with pytest.raises(UserError, match="this is a directory"):
+        prepare(folder, tmp_path / "out")
+
+
+def test_another_vocabulary_needs_another_directory(folder: Path, tmp_path: Path) -> None:
+    def call(size: int) -> PreparedCorpus:
+        choice = TokenizerChoice(vocab_size=size)
+        return prepare_corpus(
+            [str(folder / "text" / "b0.txt")], tmp_path / "out", settings=PartSettings(""), tokenizer=choice, workers=1,
+            log=[].append,
+        )  # fmt: skip
+
+    content = call(300).content
+    assert call(300).content == content
+    with pytest.raises(UserError, match="--algorithm byte-bpe --vocab-size 300: repeat these options"):
+        call(400)
 
 
 def test_added_files_add_parts(folder: Path, tmp_path: Path) -> None:
@@ -264,3 +317,65 @@ def test_duplicates_are_dropped_alike_for_any_workers(folder: Path, tmp_path: Pa
     after = contents(tmp_path / "one")
     assert all(after[name] == digest for name, digest in before.items() if name.startswith("parts/"))
     assert again.manifest["dropped"] == {"duplicate": 2, "near duplicate": 1}
+
+
+def test_an_object_store_gives_the_same_token_ids(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """fsspec's local file system in the place of a bucket: a directory, a pattern, spans of a large file, and no copies left over."""
+    pytest.importorskip("fsspec")
+
+    def prepared(text: str, out: Path) -> PreparedCorpus:
+        return prepare_corpus(
+            [text], out, settings=PartSettings("", validation_fraction=0.1, part_bytes=60_000),
+            tokenizer=TokenizerChoice(str(folder / "tokenizer")), workers=2, log=lambda _: None,
+        )  # fmt: skip
+
+    pattern = f"{folder / 'text'}/[a-c]*"
+    remote, local = (
+        prepared(text, tmp_path / name) for text, name in ((f"file://{pattern}", "remote"), (pattern, "local"))
+    )
+    assert remote.content == local.content
+    assert len(remote.manifest["parts"]) > 3
+    assert not list((tmp_path / "remote").rglob("input-*"))
+    assert prepared(f"file://{folder / 'text'}", tmp_path / "all").manifest["documents"] == 95
+
+
+def test_a_file_of_an_object_store_is_read_once(folder: Path) -> None:
+    pytest.importorskip("fsspec")
+    place = f"file://{folder / 'text'}"
+    every = list_pieces([place], 60_000, ReadStats())
+    assert list_pieces([place, f"{place}/a.jsonl", f"{place}/b*.txt"], 60_000, ReadStats()) == every
+    first = list_pieces([f"{place}/b1.txt", place], 60_000, ReadStats())
+    assert len(first) == len(every) and first[0].path.endswith("b1.txt")
+
+
+def test_a_store_that_ends_the_connection_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Broken(io.BytesIO):
+        def read(self, size: int | None = -1) -> bytes:
+            raise ConnectionResetError(104, "Connection reset by peer")
+
+    monkeypatch.setattr(remote, "open_file", lambda _: Broken())
+    with pytest.raises(UserError, match=r"^s3://bucket/a\.txt: it cannot be read: Connection reset by peer$"):
+        remote.fetch("s3://bucket/a.txt", tmp_path / "a.txt", (0, 10))
+
+
+def test_errors_of_object_stores_are_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("fsspec")
+    (tmp_path / "a.jsonl").write_text('{"text": "some words"}\n{bad\n')
+    settings = PartSettings("")
+    choice = TokenizerChoice(vocab_size=300)
+
+    def refused(text: str, match: str) -> None:
+        with pytest.raises(UserError, match=match) as error:
+            prepare_corpus([text], tmp_path / "out", settings=settings, tokenizer=choice, log=lambda _: None)
+        assert "\n" not in str(error.value)
+
+    refused(f"file://{tmp_path}/a.jsonl", rf"^file://{tmp_path}/a\.jsonl:2: this line is not JSON")
+    refused(f"file://{tmp_path}/none.jsonl", r"none\.jsonl: it cannot be read")
+    refused("nothing://bucket/a.txt", "nothing")
+    monkeypatch.setitem(sys.modules, "s3fs", None)
+    refused(
+        "s3://bucket/a.txt",
+        r"^s3://bucket/a\.txt: reading it needs packages that are not installed: pip install fsspec s3fs$",
+    )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import subprocess
 import sys
 import threading
@@ -13,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from firth.runs import workers
-from firth.runs.workers import RELEASED, ClaimLostError, Claims, WorkUnit, start_workers, work
+from firth.runs.workers import RELEASED, ClaimLostError, Claims, WorkUnit, preparing, start_workers, work
 from firth.types import UserError
 from tests.support.runs import quiet
 
@@ -145,8 +146,57 @@ def test_a_job_that_kills_its_processes_is_an_error(tmp_path: Path, monkeypatch:
     monkeypatch.setattr(workers, "SILENCE_SECONDS", -1.0)
     for n in (1, 2, 3):
         (tmp_path / f"job.{n}").write_text(json.dumps({"machine": "another one"}))
-    with pytest.raises(UserError, match=r"large: the last 3 processes that ran this ended without a message"):
-        work([WorkUnit("large", "job")], Claims(tmp_path), lambda _: False, lambda *_: pytest.fail("it was run"), quiet)
+    for _ in range(2):  # the next process does not try again either
+        with pytest.raises(UserError, match=r"large: the last 3 processes that ran this ended without a message"):
+            work(
+                [WorkUnit("large", "job")],
+                Claims(tmp_path),
+                lambda _: False,
+                lambda *_: pytest.fail("it was run"),
+                quiet,
+            )
+    for file in tmp_path.glob("job.*"):  # as the message says
+        file.unlink()
+    assert Claims(tmp_path).take("job", workers.MAX_DEATHS) is not None
+
+
+def test_a_claim_that_cannot_be_written_blocks_nobody(tmp_path: Path) -> None:
+    claim, before = Claims(tmp_path).take("job"), resource.getrlimit(resource.RLIMIT_FSIZE)
+    assert claim is not None
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (10, before[1]))  # the rest of a write fails as on a full disk
+        with pytest.raises(UserError, match=r"job\.1: .*; free some room"), claim:
+            pytest.fail("it was entered")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    again = Claims(tmp_path).take("job")
+    assert again is not None and again.deaths == 0
+
+
+def test_a_directory_that_another_process_prepares(tmp_path: Path) -> None:
+    claims, entered = tmp_path / "out" / "claims", threading.Event()
+
+    def second() -> None:
+        with preparing(claims, "record.json", "sweep"):
+            entered.set()
+
+    with preparing(claims, "record.json", "sweep"):
+        (tmp_path / "out" / "record.json.partial").touch()
+        thread = threading.Thread(target=second)
+        thread.start()
+        assert not entered.wait(0.1)
+        (tmp_path / "out" / "record.json.partial").rename(tmp_path / "out" / "record.json")
+    thread.join(10)
+    assert entered.is_set()
+
+
+@pytest.mark.parametrize("name", ["out/notes.txt", "out"])
+def test_a_directory_of_something_else_is_left_alone(name: str, tmp_path: Path) -> None:
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).write_text("mine")
+    with pytest.raises(UserError, match=r"holds no sweep|a file is where"):
+        preparing(tmp_path / "out" / "claims", "record.json", "sweep").__enter__()
+    assert (tmp_path / name).read_text() == "mine" and not (tmp_path / "out" / "claims").exists()
 
 
 def test_an_error_of_a_job_frees_its_claim(tmp_path: Path) -> None:

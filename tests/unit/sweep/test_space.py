@@ -67,6 +67,7 @@ def test_a_field_has_one_setting_and_one_is_varied() -> None:
     ("batch.size=uniform(0,4)", r"batch.size=uniform\(0,4\): .*batch.size"),
     ("name=uniform(1,2)", r"name=uniform\(1,2\): this field holds no number: use choice"),
     ("compile=uniform(0,1)", r"compile"),
+    ("model.vocab_size=choice(300,400)", r"model.vocab_size=choice\(300,400\): the tokenizer decides this number"),
     ("schedule.kind=choice(cosine,cosin)", r"schedule.kind=choice\(cosine,cosin\): .*schedule.kind"),
 ])  # fmt: skip
 def test_values_that_the_recipe_rejects_are_errors(setting: str, message: str) -> None:
