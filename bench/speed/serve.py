@@ -311,6 +311,7 @@ def main() -> None:
     parser.add_argument("--kind", default="Q8_0", help="llama.cpp's weights: Q8_0, F16 or F32")
     parser.add_argument("--check", action="store_true", help="compare the texts of both servers; no timing")
     parser.add_argument("--server", default="", help="the program llama-server, in place of xllamacpp")
+    parser.add_argument("--peer", help="one of SETTINGS; by default the fastest of them")
     parser.add_argument("--llama", default="", help=argparse.SUPPRESS)
     parser.add_argument("--settings", default="{}", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -319,7 +320,7 @@ def main() -> None:
         run_llama(arguments.llama, json.loads(arguments.settings))
         return
     peer = partial(llama_server, arguments.kind, arguments.site, arguments.server)
-    best = "" if arguments.check else fastest(peer)
+    best = arguments.peer if arguments.peer in SETTINGS else "" if arguments.check else fastest(peer)
     with peer(SETTINGS[best]) as theirs, firth_server(arguments.weights) as ours:
         if arguments.check:
             equal = [ask(theirs, prompt)[0][:40] == ask(ours, prompt)[0][:40] for prompt in PROMPTS]
