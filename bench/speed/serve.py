@@ -1,18 +1,19 @@
 """Serving SmolLM2-135M to 1, 4 and 16 clients: tokens per second and time to the first token, against llama.cpp's server.
 
     pip install --no-deps --target LLAMA xllamacpp gguf
-    python -m bench.speed.serve --site LLAMA --check      # both servers write the same text; no timing
-    python -m bench.speed.serve --site LLAMA --tune       # llama.cpp alone, with each of SETTINGS
+    python -m bench.speed.serve --site LLAMA --check --kind F32 --weights fp32     # both write the same text; no timing
     python -m bench.speed.serve --site LLAMA
     python -m bench.speed.serve --server llama-server     # a llama.cpp that was compiled for this CPU (-DGGML_NATIVE=ON)
 
 Both servers hold 8-bit weights (Q8_0 in llama.cpp, int8 in firth) of `firth fetch smollm2`, on THREADS threads and with 16
 rows. Each client sends three prompts one after another to `/v1/completions` and reads the stream; no two prompts are equal.
-The servers take turns, so that a ratio is within a round. Tokens are those that the servers report.
+The servers take turns, so that a ratio is within a round. Tokens are those that the servers report. In 8 bits the servers round in
+different places, and greedy texts of so small a model soon differ.
 
-llama.cpp has a KV cache of its own for each row (no unified one, over which every row would attend), continuous batching,
-batches of 2,048 tokens in parts of 512, its prompt cache, and a greedy sampler alone (top_k 1) in place of its chain of eight.
-The wheel of xllamacpp is compiled for AVX2; llama.cpp that is compiled for the CPU may be faster.
+llama.cpp runs with the fastest of SETTINGS for 16 clients, which are tried first. It has a KV cache of its own for each row (no
+unified one, over which every row would attend), continuous batching, batches of 2,048 tokens in parts of 512, its prompt cache, and a
+greedy sampler alone (top_k 1) in place of its chain of eight. The wheel of xllamacpp is compiled for AVX2; llama.cpp that is compiled
+for the CPU may be faster.
 """
 
 from __future__ import annotations
@@ -29,10 +30,10 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +45,7 @@ SETTINGS = {
     "": {}, "sleeping threads": {"poll": 0}, "no flash attention": {"flash": 0},
     "sleeping threads, no flash attention": {"poll": 0, "flash": 0},
 }  # fmt: skip
-"""What `--tune` compares: whether waiting threads spin (`poll`, 0 to 100), and flash attention (-1 for llama.cpp's choice)."""
+"""What is tried: whether waiting threads spin (`poll`, 0 to 100), and flash attention (-1 for llama.cpp's choice)."""
 CONTEXT = 512
 """Tokens of context of a row in llama.cpp, which divides its memory by the rows; firth takes what a row needs."""
 
@@ -125,35 +126,56 @@ def llama_server(kind: str, site: str, binary: str, settings: Mapping[str, int])
         binary: The program llama-server, in place of xllamacpp; "" for none.
         settings: A value of SETTINGS.
     """
+    command = [sys.executable, "-m", "bench.speed.serve", "--site", site, "--llama", str(gguf_file(kind))]
+    command += ["--settings", json.dumps(settings)]
+    if binary:
+        command = [binary, *binary_options(str(gguf_file(kind)), settings)]
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, stdin=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None
+    greedy = {"samplers": ["top_k"], "top_k": 1}
+    try:
+        for line in process.stdout:
+            if found := re.search(r"http://(127\.0\.0\.1:\d+)", line):
+                threading.Thread(target=process.stdout.read, daemon=True).start()  # so that its log does not block it
+                wait_for(found[1])
+                yield Address(f"llama.cpp, {kind}", found[1], process.pid, greedy)
+                return
+        raise RuntimeError("llama.cpp's server did not start")
+    finally:
+        process.terminate()
+        process.wait()
+
+
+FOLDER = tempfile.TemporaryDirectory()
+"""Where the file of llama.cpp is, until the program ends."""
+
+
+@cache
+def gguf_file(kind: str) -> Path:
+    """Write the model with weights of a kind, and return the file."""
     from firth.pretrained import gguf
     from firth.pretrained.load_save import load_model
     from firth.tokenizer.tokenizer import Tokenizer
 
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "file.gguf"
-        gguf.write(load_model(model_directory()), Tokenizer.load(model_directory()), file, kind)
-        command = [sys.executable, "-m", "bench.speed.serve", "--site", site, "--llama", str(file)]
-        command += ["--settings", json.dumps(settings)]
-        if binary:
-            command = [binary, *binary_options(str(file), settings)]
-        process = subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, stdin=subprocess.PIPE, text=True
+    file = Path(FOLDER.name) / f"{kind}.gguf"
+    gguf.write(load_model(model_directory()), Tokenizer.load(model_directory()), file, kind)
+    return file
+
+
+def fastest(peer: Callable[[Mapping[str, int]], Any]) -> str:
+    """Measure llama.cpp alone with each of SETTINGS; return the name of the fastest."""
+    rates = {}
+    for name, settings in SETTINGS.items():
+        with peer(settings) as theirs:
+            measure(theirs, 2, 99, 1)
+            found = measure(theirs, CLIENTS[-1], 1, 1)
+        rates[name] = found.tokens / found.seconds
+        print(
+            f"{theirs.name}, {name or 'defaults'}: {rates[name]:,.0f} tokens/s, others {found.others:.0%}", flush=True
         )
-        assert process.stdout is not None
-        greedy = {"samplers": ["top_k"], "top_k": 1}
-        try:
-            for line in process.stdout:
-                if found := re.search(r"http://(127\.0\.0\.1:\d+)", line):
-                    threading.Thread(
-                        target=process.stdout.read, daemon=True
-                    ).start()  # so that its log does not block it
-                    wait_for(found[1])
-                    yield Address(f"llama.cpp, {kind}", found[1], process.pid, greedy)
-                    return
-            raise RuntimeError("llama.cpp's server did not start")
-        finally:
-            process.terminate()
-            process.wait()
+    return max(rates, key=lambda name: rates[name])
 
 
 def wait_for(host: str) -> None:
@@ -289,12 +311,6 @@ def main() -> None:
     parser.add_argument("--kind", default="Q8_0", help="llama.cpp's weights: Q8_0, F16 or F32")
     parser.add_argument("--check", action="store_true", help="compare the texts of both servers; no timing")
     parser.add_argument("--server", default="", help="the program llama-server, in place of xllamacpp")
-    parser.add_argument(
-        "--peer", default="", choices=[*SETTINGS], help="settings of llama.cpp, the best that --tune found"
-    )
-    parser.add_argument(
-        "--tune", action="store_true", help="measure llama.cpp alone, with 16 clients and each of its settings"
-    )
     parser.add_argument("--llama", default="", help=argparse.SUPPRESS)
     parser.add_argument("--settings", default="{}", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -303,17 +319,8 @@ def main() -> None:
         run_llama(arguments.llama, json.loads(arguments.settings))
         return
     peer = partial(llama_server, arguments.kind, arguments.site, arguments.server)
-    if arguments.tune:
-        for name, settings in SETTINGS.items():
-            with peer(settings) as theirs:
-                measure(theirs, 2, 99, 1)
-                found = measure(theirs, CLIENTS[-1], 1, 2)
-            print(
-                f"{name or 'defaults'}: {found.tokens / found.seconds:,.0f} tokens/s, others {found.others:.0%}",
-                flush=True,
-            )
-        return
-    with peer(SETTINGS[arguments.peer]) as theirs, firth_server(arguments.weights) as ours:
+    best = "" if arguments.check else fastest(peer)
+    with peer(SETTINGS[best]) as theirs, firth_server(arguments.weights) as ours:
         if arguments.check:
             equal = [ask(theirs, prompt)[0][:40] == ask(ours, prompt)[0][:40] for prompt in PROMPTS]
             print(f"the first 40 characters of {sum(equal)} of {len(equal)} answers are equal")
@@ -329,6 +336,7 @@ def main() -> None:
                     measured.setdefault((clients, server.name), []).append(result)
                     rate = f"{result.tokens / result.seconds:,.0f} tokens/s, others {result.others:.0%}"
                     print(f"round {round}, {clients} clients, {server.name}: {rate}", file=sys.stderr, flush=True)
+        print(f"llama.cpp with: {best or 'defaults'}")
         print(table(measured, [theirs.name, ours.name]))
 
 

@@ -29,10 +29,12 @@ def serve(app: Starlette, config: ServeConfig) -> None:
     listener = listen(config)
     host, port = listener.getsockname()[:2]
     shown = f"[{host}]" if ":" in host else host
+    server = uvicorn.Server(uvicorn_config(app, config))
+    # Before uvicorn handles it, and again once it has stopped, when it raises the signal that it received.
+    signal.signal(signal.SIGTERM, lambda *_: setattr(server, "should_exit", True))
     LOGGER.info(f"serving at http://{shown}:{port} (Ctrl-C stops it)")
-    signal.signal(signal.SIGTERM, lambda *_: None)  # uvicorn handles it and raises it again once it has stopped
     with contextlib.suppress(KeyboardInterrupt):
-        uvicorn.Server(uvicorn_config(app, config)).run(sockets=[listener])
+        server.run(sockets=[listener])
     LOGGER.info("the server has stopped")
 
 

@@ -20,7 +20,10 @@ from firth.peft.lora import LoraConfig
 from firth.pretrained import gguf
 from firth.pretrained.load_save import load_model
 from firth.runs import loaded_model
+from firth.serve.app import create_app
+from firth.serve.config import ServeConfig
 from firth.serve.registry import load_models
+from firth.serve.server import serve
 from firth.tokenizer.tokenizer import Tokenizer
 from firth.types import UserError
 
@@ -136,6 +139,23 @@ def test_the_command_serves_and_drains(model_paths):
         rest = [line for line in events if line]
     assert rest[-1] == "data: [DONE]" and sum('"finish_reason":"stop"' in line for line in rest) == 4
     assert process.wait(10) == 0
+
+
+def test_a_signal_before_the_first_request_ends_the_server(monkeypatch):
+    """SIGTERM as soon as the address is printed, when uvicorn does not handle it yet, is neither lost nor the end of the process."""
+    before, stopping = signal.getsignal(signal.SIGTERM), []
+
+    def run(self, sockets):
+        signal.raise_signal(signal.SIGTERM)
+        stopping.append(self.should_exit)
+        sockets[0].close()
+
+    monkeypatch.setattr("uvicorn.Server.run", run)
+    try:
+        serve(create_app(None, ServeConfig()), ServeConfig(port=0))
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert stopping == [True]
 
 
 @pytest.mark.parametrize(
