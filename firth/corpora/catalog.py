@@ -133,7 +133,7 @@ ENTRIES = (
     ),
     Corpus(
         "gcide", GCIDE, ("usr/share/dictd/gcide.dict.dz",), "GPL-2+",
-        "115,000 entries of Webster's dictionary of 1913, with quotations (25 MB)", dictionary.write_dictionary, "*.jsonl",
+        "115,000 entries of Webster's dictionary of 1913, with quotations (23 MB)", dictionary.write_dictionary, "*.jsonl",
     ),
     Corpus(
         "anarchism", ANARCHISM, ("usr/share/doc/anarchism/html/*.html",),

@@ -24,8 +24,9 @@ def write_dictionary(members: Members, out: Path) -> str:
 def entries(text: str) -> Iterator[tuple[str, str]]:
     r"""Yield the words of a dictionary with their definitions and quotations.
 
-    An entry begins with an unindented line; everything in brackets (sources, pronunciation, etymology) is left out. The
-    entries about the dictionary itself (00-database-...) and entries without a definition are skipped.
+    An entry begins with an unindented line, which has the word twice, the second time between backslashes; text about the
+    dictionary itself has not. Everything in brackets (sources, pronunciation, etymology) is left out, and so are entries
+    without a definition.
 
     >>> list(entries("Bath \\Bath\\, n. [Heb.]\n   A measure,\n   in gallons.\n   [1913 Webster]\n\n   {Bath metal}, an alloy.\n"))
     [('Bath', 'A measure, in gallons. Bath metal, an alloy.')]
@@ -36,5 +37,5 @@ def entries(text: str) -> Iterator[tuple[str, str]]:
         word = re.split(r"\s*\\|\s\(|,", head, maxsplit=1)[0].strip()
         definition = re.sub(r"[{}]|^\s*(?:\d+\.|\([a-z]\))(?=\s)", "", body, flags=re.M)
         definition = re.sub(r"\s+([,.;])", r"\1", " ".join(definition.split()))
-        if word and len(definition.split()) > 2 and not word.startswith("00-database"):
+        if "\\" in head and word and len(definition.split()) > 2:
             yield word, definition

@@ -215,6 +215,8 @@ def prepare(name: str, settings: Sequence[str], config: StudyConfig, out: Path, 
         UserError: One of them is wrong; nothing has been trained then.
     """
     optuna_module()
+    if not config.metric:
+        raise UserError("--metric is empty: name a metric of the validation, for example loss")
     fixed, parameters = parse(settings)
     parameters = validated(name, fixed, parameters)
     base = load(name, fixed)

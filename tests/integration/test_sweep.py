@@ -260,6 +260,7 @@ def test_importance_is_optunas(whole: Path) -> None:
     (["optimizer.lr=log(1e-4,1e-2)"], {"metric": "f1"}, r"--metric f1 is not among the held-out metrics: choose one of loss"),
     (["optimizer.lr=log(1e-4,1e-2)", "data.validation_fraction=0"], {}, "nothing is held out"),
     (["optimizer.lr=1e-3"], {}, "no field is varied"),
+    (["optimizer.lr=log(1e-4,1e-2)"], {"metric": ""}, "--metric is empty: name a metric"),
 ])  # fmt: skip
 def test_wrong_input_is_an_error_before_training(
     settings: list[str], config: dict[str, Any], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

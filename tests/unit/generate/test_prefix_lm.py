@@ -144,6 +144,7 @@ def test_a_run_is_used_with_the_attention_of_its_objective(tmp_path: Path) -> No
         assert torch.allclose(state, loaded.model(collate([example]))[:, -1], atol=1e-5)
     found = json.loads(evaluate_run(tmp_path / "run", [str(text)], task=None, limit=400, as_json=True))
     assert found["mode"] == "causal" and not found["bos"]
-    again = load("prefix_lm", [*overrides, "objective=causal_lm", f"init_from={tmp_path / 'run'}"])
+    of_start = [s for s in overrides if not s.startswith("tokenizer.")]
+    again = load("prefix_lm", [*of_start, "objective=causal_lm", f"init_from={tmp_path / 'run'}"])
     run(again, tmp_path / "left", log=lambda _: None)
     assert not open_engine(tmp_path / "left").model.config.attention.prefix_lm

@@ -466,7 +466,7 @@ class JoinedWindows(WindowsConfig):
 
 def test_windows_give_the_tokens_before_them(tmp_path: Path) -> None:
     whole = store(tmp_path)
-    tokens, offsets = whole.tokens, whole.offsets
+    tokens, offsets = whole.tokens, whole.offsets[:]
     source = Documents(WindowsConfig(max_length=32), whole, tokenizer().vocab, memory=20)
     reached = 0
     for i in range(len(source)):
