@@ -1,9 +1,10 @@
-"""datatrove's executors write the same corpus: on this machine, on a local Ray with a killed worker, and as files for Slurm."""
+"""datatrove's executors write the same corpus: on this machine, after a kill, and as files for Slurm."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import multiprocessing
 import os
 import signal
 from pathlib import Path
@@ -103,25 +104,20 @@ def test_a_manifest_needs_every_task(folder: Path, tmp_path: Path) -> None:
         list(FirthManifest(str(tmp_path), str(folder / "tokenizer"), TASKS).run(None))
 
 
-@pytest.mark.slow
-def test_a_killed_ray_worker_changes_no_byte(
-    folder: Path, local: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    ray = pytest.importorskip("ray")
-    from datatrove.executor import RayPipelineExecutor
+def test_a_killed_task_changes_no_byte(folder: Path, local: dict[str, str], tmp_path: Path) -> None:
+    """The process is killed at a document of its second task; the same executor then runs what is missing."""
 
-    root = str(Path(__file__).parents[2])
-    monkeypatch.setenv("PYTHONPATH", root)
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, runtime_env={"env_vars": {"PYTHONPATH": root}})
-    try:
+    def run() -> None:
         steps = pipeline(folder, tmp_path, KillOnce(str(tmp_path / "killed")))
-        for _ in range(2):  # the second call runs what the first one has not completed
-            RayPipelineExecutor(
-                steps, tasks=TASKS, workers=2, logging_dir=str(tmp_path / "logs"), mem_per_cpu_gb=0.1
-            ).run()
-    finally:
-        ray.shutdown()
-    assert (tmp_path / "killed").exists()
+        LocalPipelineExecutor(steps, tasks=TASKS, workers=1, logging_dir=str(tmp_path / "logs")).run()
+
+    child = multiprocessing.get_context("fork").Process(target=run)
+    child.start()
+    child.join()
+    assert child.exitcode == -signal.SIGKILL
+    assert (tmp_path / "parts" / "00000" / "part.json").exists()
+    assert not (tmp_path / "parts" / "00001" / "part.json").exists()
+    run()
     finish(folder, tmp_path)
     assert parts(tmp_path) == local
 
