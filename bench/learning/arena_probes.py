@@ -38,7 +38,7 @@ NUM_TEST, NUM_POOL = 2000, 3000
 
 MAX_BATCH_TOKENS = 8192
 MAX_WORDS = 100
-"""Words of a long sentence after these are not asked for: a model may not read so far."""
+"""Words of a long sentence after these are not used: a model may not read so far."""
 
 PENALTIES = np.logspace(0, 5, 11)
 TEST_SHARE = 0.4
@@ -77,7 +77,7 @@ COARSE = {
     "nn": "noun", "np": "name", "vb": "verb", "jj": "adjective", "rb": "adverb", "at": "article", "in": "preposition", "pp": "pronoun",
     "cc": "conjunction", "cs": "conjunction", "cd": "number",
 }  # fmt: skip
-"""First letters of a tag of the Brown corpus -> part of speech; other words are not asked for."""
+"""First letters of a tag of the Brown corpus -> part of speech; other words are not used."""
 
 
 def _rows(corpus: str, file: str) -> list[dict[str, Any]]:
