@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from firth.data.collate import counted_fields
-from firth.training.parallel import Parallel
+from firth.training.data_parallel import Parallel
 from firth.types import IGNORE, Batch, Outputs
 
 if TYPE_CHECKING:
