@@ -227,7 +227,7 @@ def test_only_causal_int8_models_read_prompts_in_the_compiled_step() -> None:
     with kernel_choice.forced({"decode": "native"}):
         assert DecodingBatch(random_model(CONFIGS["llama"]), 1).reader is None
         assert DecodingBatch(quantize(random_model(CONFIGS["t5"]), "int8"), 1).reader is None
-        prefix = ModelConfig(**BASE, attention=AttentionConfig(prefix_lm=True))
+        prefix = ModelConfig(**BASE, causal=False, attention=AttentionConfig(prefix_lm=True))
         assert DecodingBatch(quantize(random_model(prefix), "int8"), 1).reader is None
 
 
