@@ -24,10 +24,10 @@ import pytest
 from firth.corpora import readers, remote
 from firth.corpora.input_files import ReadStats
 from firth.data.corpus import PreparedCorpus, open_stores
-from firth.data.corpus_part import PartSettings
 from firth.data.filters import FilterConfig
 from firth.data.pieces import list_pieces
 from firth.data.prepare_corpus import TokenizerChoice, prepare_corpus
+from firth.data.prepare_part import PartSettings
 from firth.tokenizer.tokenizer import Tokenizer
 from firth.types import UserError
 from tests.support.tiny_corpus import TEXTS, tokenizer
@@ -220,7 +220,7 @@ def test_changed_and_removed_files_replace_their_parts(folder: Path, tmp_path: P
 COMMAND = """
 import sys
 from pathlib import Path
-from firth.data.corpus_part import PartSettings
+from firth.data.prepare_part import PartSettings
 from firth.data.prepare_corpus import TokenizerChoice, prepare_corpus
 folder, out = map(Path, sys.argv[1:])
 prepare_corpus(
