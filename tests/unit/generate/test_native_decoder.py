@@ -204,7 +204,7 @@ def test_int8_prompts_agree_with_torch(name: str) -> None:
                 agree([a[row, :, -len(text) :]], [b[row, :, -len(text) :]], 1e-3)
 
 
-def test_an_int8_prompt_has_the_same_bits_in_any_batch_and_in_chunks() -> None:
+def test_an_int8_prompt_has_the_same_bits_in_any_company() -> None:
     model = quantize(random_model(CONFIGS["llama"]), "int8")
     texts = prompts(5)
     with inference_mode(model), kernel_choice.forced({"decode": "native"}):
@@ -223,7 +223,7 @@ def test_an_int8_prompt_has_the_same_bits_in_any_batch_and_in_chunks() -> None:
                 assert torch.equal(a, c)
 
 
-def test_only_causal_int8_models_read_prompts_in_the_compiled_step() -> None:
+def test_only_causal_int8_models_have_a_compiled_reader() -> None:
     with kernel_choice.forced({"decode": "native"}):
         assert DecodingBatch(random_model(CONFIGS["llama"]), 1).reader is None
         assert DecodingBatch(quantize(random_model(CONFIGS["t5"]), "int8"), 1).reader is None
