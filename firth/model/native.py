@@ -40,7 +40,7 @@ from firth.types import UserError
 
 SOURCES = tuple(Path(__file__).with_name(name) for name in ("native.c", "decode.c", "logits.c"))
 
-HEADERS = tuple(Path(__file__).with_name(name) for name in ("native.h", "vectors.h", "int8.h"))
+HEADERS = tuple(Path(__file__).with_name(name) for name in ("native.h", "vectors.h", "int8.h", "meeting.h"))
 
 FLAGS = (
     "-O3",
