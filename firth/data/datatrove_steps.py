@@ -19,7 +19,7 @@ from typing import IO, Any
 
 from firth.corpora.readers import Document
 from firth.data.corpus import PART_FILE, SPLITS, TOKENIZER, part_directory, write_manifest
-from firth.data.corpus_part import PartSettings
+from firth.data.prepare_part import PartSettings
 from firth.data.token_store import TokenStore
 from firth.io.atomic import new_directory
 from firth.io.integrity import read_record, write_record

@@ -31,8 +31,8 @@ from firth.corpora import readers
 from firth.corpora.input_files import ReadStats, many
 from firth.data import filters
 from firth.data.corpus import PART_FILE, PARTS, TOKENIZER, PreparedCorpus, part_directory, total, write_manifest
-from firth.data.corpus_part import DROPPED, EXAMPLES, SCAN, Part, PartSettings
 from firth.data.pieces import Piece, group, list_pieces
+from firth.data.prepare_part import DROPPED, EXAMPLES, SCAN, Part, PartSettings
 from firth.io.atomic import make_directory, refusals
 from firth.io.integrity import read_record, write_record
 from firth.tokenizer.tokenizer import Tokenizer
@@ -44,7 +44,7 @@ PLAN = "plan.json"
 TRAINED = "trained.json"
 """File in the directory of a tokenizer that was trained for a corpus, with its algorithm and size."""
 
-BOOT = "import sys; sys.path.insert(0, sys.argv[1]); from firth.data.corpus_part import serve; serve()"
+BOOT = "import sys; sys.path.insert(0, sys.argv[1]); from firth.data.prepare_part import serve; serve()"
 PROGRESS_SECONDS = 10.0
 
 
@@ -244,7 +244,7 @@ def _plan(out: Path, pieces: Sequence[Piece], settings: PartSettings, log: LogLi
 
 
 class _Worker:
-    """A worker process (`firth.data.corpus_part.serve`), and the part that it works on."""
+    """A worker process (`firth.data.prepare_part.serve`), and the part that it works on."""
 
     def __init__(self) -> None:
         command = [sys.executable, "-P", "-c", BOOT, str(Path(__file__).parents[2])]

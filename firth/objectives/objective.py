@@ -125,7 +125,7 @@ class Objective(Validated, section="objective"):
 
     def loss(self, model: LM, outputs: Outputs, batch: Batch) -> dict[str, Tensor]:
         """Return one SUM (not mean) per term of `labels` and per metric with a count."""
-        raise NotImplementedError(type(self).__name__)
+        raise UserError(f"objective {name_of(type(self))} has no method loss(model, outputs, batch)")
 
     def hide(self, pieces: Sequence[np.ndarray], vocab: Vocab, answer: int | None = None) -> Example | None:
         """Return the example in which the gaps of a text are filled, from as much of the rest as it lets a model see.

@@ -29,8 +29,8 @@ from firth.runs.examples import spread
 from firth.runs.recipe import ResolvedRecipe
 from firth.tokenizer.tokenizer import Tokenizer
 from firth.tokenizer.vocab import Vocab
+from firth.training.data_parallel import Parallel
 from firth.training.distributed import Ranks
-from firth.training.parallel import Parallel
 from firth.training.step import SINGLE, no_reduce, validate
 from firth.types import Batch, Outputs, UserError
 

@@ -26,8 +26,8 @@ import torch
 from torch import Tensor
 
 from firth.data.collate import counted_fields
-from firth.training.parallel import Parallel
-from firth.types import IGNORE, Batch, Outputs, with_host_copy
+from firth.training.data_parallel import Parallel
+from firth.types import IGNORE, Batch, Outputs, UserError, with_host_copy
 
 if TYPE_CHECKING:
     from firth.model.model import LM
@@ -96,6 +96,10 @@ def _terms(
     """Return the sum of each term over a batch, after calling `watch` with the outputs."""
     outputs = objective.forward(model, batch)
     terms = objective.loss(model, outputs, batch)
+    if missing := sorted(objective.labels.keys() - terms.keys()):
+        raise UserError(
+            f"loss of {type(objective).__name__} returned {', '.join(terms)} and not {missing[0]!r}, a term of its labels"
+        )
     if watch is not None:
         watch(outputs, batch)
     return terms

@@ -20,8 +20,8 @@ from firth.corpora.remote import Address
 from firth.data import prepare_corpus, remote_arrays, stored_arrays
 from firth.data.collate import Batches
 from firth.data.corpus import PreparedCorpus, is_corpus, open_stores
-from firth.data.corpus_part import PartSettings
 from firth.data.pieces import list_pieces
+from firth.data.prepare_part import PartSettings
 from firth.data.windows import ChunksConfig, Documents, WindowsConfig
 from firth.runs.recipe import load, published
 from firth.runs.run import run
