@@ -23,7 +23,7 @@ CACHE_BYTES = 16 << 30
 """Bytes of all copies of a process."""
 
 REQUEST_BLOCKS = 8
-"""Blocks that are asked for at once, where several in a row are read."""
+"""Blocks of one request, where several in a row are read."""
 
 
 class RemoteStoredFile(StoredFile):

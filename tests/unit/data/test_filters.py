@@ -180,7 +180,7 @@ def test_parts_may_be_more_than_a_process_may_open(tmp_path: Path) -> None:
     for number, place in enumerate(scans):
         place.mkdir()
         found = filters.Fingerprints(config)
-        found.add(f"text {number % 40} of a few words that nobody else has written {number % 40}", 0)
+        found.add(" ".join(random.Random(number % 40).choices(VOCABULARY, k=30)), 0)
         found.write(place)
     before = resource.getrlimit(resource.RLIMIT_NOFILE)
     opened = len(list(Path("/proc/self/fd").iterdir()))
