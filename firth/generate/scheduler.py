@@ -202,7 +202,8 @@ class Scheduler:
         group, alone = self._admit(budget if self.reading is None else budget // 2)
         if group:
             latents = None if group[0].request.latent is None else torch.stack([r.request.latent for r in group])  # type: ignore[misc]
-            prompts = read_prompts(model, [row.request.prompt for row in group], self.engine.start, latents)
+            reader = None if latents is not None else self.batch.reader
+            prompts = read_prompts(model, [row.request.prompt for row in group], self.engine.start, latents, reader)
             for row, at in {at: (row, at) for row, at in zip(group, prompts.rows, strict=True)}.values():
                 self.prefixes.store(row.request.prompt, prompts.cache, at)
             updates += self._join(group, prompts)
@@ -255,7 +256,8 @@ class Scheduler:
     def _read_chunk(self, reading: _Reading, count: int) -> list[Update]:
         """Read the next tokens of a prompt; return the first token of its answer if that was all of it."""
         prompt = reading.row.request.prompt
-        state = read_chunk(self.engine.model, reading.cache, prompt[reading.done : reading.done + count], reading.done)
+        tokens = prompt[reading.done : reading.done + count]
+        state = read_chunk(self.engine.model, reading.cache, tokens, reading.done, self.batch.reader)
         reading.done += count
         if reading.left:
             return []

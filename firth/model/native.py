@@ -40,7 +40,7 @@ from firth.types import UserError
 
 SOURCES = tuple(Path(__file__).with_name(name) for name in ("native.c", "decode.c"))
 
-HEADER = Path(__file__).with_name("native.h")
+HEADERS = tuple(Path(__file__).with_name(name) for name in ("native.h", "vectors.h", "int8.h"))
 
 FLAGS = (
     "-O3",
@@ -176,7 +176,7 @@ def build() -> Path:
         raise NoCompilerError("no C compiler is found")
     key = "\n".join(
         (
-            *(path.read_text("utf-8") for path in (HEADER, *SOURCES)),
+            *(path.read_text("utf-8") for path in (*HEADERS, *SOURCES)),
             *FLAGS,
             str(TUNINGS),
             _run(compiler, "--version").stdout,

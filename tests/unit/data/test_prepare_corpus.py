@@ -296,6 +296,7 @@ def test_other_settings_need_another_directory(folder: Path, whole: dict[str, st
         prepare(folder, folder / "none", text="text/e.txt")
 
 
+@pytest.mark.slow
 def test_duplicates_are_dropped_alike_for_any_workers(folder: Path, tmp_path: Path) -> None:
     """Copies in other parts, with other blanks; a text with one word changed is a near duplicate. Files that are added change nothing."""
     shutil.copytree(folder / "tokenizer", tmp_path / "tokenizer")
@@ -319,6 +320,7 @@ def test_duplicates_are_dropped_alike_for_any_workers(folder: Path, tmp_path: Pa
     assert again.manifest["dropped"] == {"duplicate": 2, "near duplicate": 1}
 
 
+@pytest.mark.slow
 def test_an_object_store_gives_the_same_token_ids(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
