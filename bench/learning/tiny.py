@@ -7,8 +7,8 @@
 
 t5        nats per dropped token that is no sentinel, below the frequencies of such tokens; the same for the first token of each
           span, for which the decoder has nothing but the encoder; and what `firth fill` writes
-bert      accuracy of NSP, and of ALBERT's SOP, on all held-out pairs; the masked loss below the frequencies of tokens
-albert
+bert      accuracy of NSP, and of ALBERT's SOP, on all held-out pairs that are split between two sentences (and with any split;
+albert    and unmasked); the masked loss below the frequencies of tokens
 electra   area under the ROC curve of the detector on all held-out tokens
 elmo      parts of speech of held-out words, read by a linear layer from a mixture of frozen layers: ELMo, the same model
           untrained, and word vectors that were trained for the same seconds of processor time (`bench.learning.recurrent`)
@@ -33,10 +33,11 @@ import torch
 from bench.harness import MAX_OTHER_LOAD, busy_seconds, describe, machine, other_load
 from bench.learning import recurrent
 from firth.data.collate import Batches
-from firth.data.source import Source
+from firth.data.source import Source, SubsetSource
+from firth.data.windows import Documents, SegmentPairsConfig
 from firth.evaluate import metrics
 from firth.model.model import LM
-from firth.objectives.objective import supervised
+from firth.objectives.objective import components, supervised
 from firth.pretrained.load_save import load_model
 from firth.runs import examples
 from firth.runs.inference import open_model
@@ -164,15 +165,28 @@ def pairs(name: str) -> Callable[[int], dict[str, Any]]:
     def study(seed: int) -> dict[str, Any]:
         done = train(name, name, seed)
         trained = Trained.of(done.directory)
-        found = trained.measure()
-        accuracy = next(value for key, value in found.items() if key.endswith("_accuracy"))
-        return (
-            timed(done)
-            | below_frequencies(trained)
-            | {"accuracy": accuracy, "pairs": len(trained.held_out), "loss": found["loss"]}
-        )
+        found, between = trained.measure(), whole_sentences(trained)
+        split = replace(trained, held_out=SubsetSource(trained.held_out, between))
+        pair_task = replace(trained.recipe, objective=components(trained.recipe.objective)[0])
+        scores = {
+            "accuracy": accuracy_of(split.measure()), "any split": accuracy_of(found),
+            "unmasked": accuracy_of(replace(split, recipe=pair_task).measure()),
+            "pairs": len(between), "pairs with any split": len(trained.held_out), "loss": found["loss"],
+        }  # fmt: skip
+        return timed(done) | below_frequencies(trained) | scores
 
     return study
+
+
+def whole_sentences(trained: Trained) -> np.ndarray:
+    """Return the held-out pairs that are split between two sentences."""
+    kind, documents = trained.recipe.examples, trained.held_out
+    assert isinstance(kind, SegmentPairsConfig) and isinstance(documents, Documents)
+    return np.array([i for i in range(len(documents)) if kind.splits_sentences(documents, i)])
+
+
+def accuracy_of(found: dict[str, float]) -> float:
+    return next(value for key, value in found.items() if key.endswith("_accuracy"))
 
 
 def electra(seed: int) -> dict[str, Any]:
@@ -325,8 +339,8 @@ STUDIES: dict[str, Callable[[int], dict[str, Any]]] = {
 
 COLUMNS = {
     "t5": ("gap", "first_gap", "nats", "frequency_nats", "right", "loss"),
-    "bert": ("accuracy", "gap", "nats"),
-    "albert": ("accuracy", "gap", "nats"),
+    "bert": ("accuracy", "any split", "unmasked", "gap", "nats"),
+    "albert": ("accuracy", "any split", "unmasked", "gap", "nats"),
     "electra": ("auc", "loss/generator", "guessed", "replaced_share", "replaced_accuracy", "original_accuracy"),
     "elmo": ("ELMo", "word vectors", "untrained"),
     "words": ("bert", "albert"),
