@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 from firth.training.device import KEPT_MEMORY
-from firth.training.heap import heap_bytes
-from firth.training.memory import KERNEL_BLOCK, KERNEL_BLOCKS, KERNEL_RECORDS, memory_trace
+from firth.training.heap import COMPILED_BYTES, IS_COMPILED, IS_NODE, IS_TENSOR, heap_bytes
+from firth.training.memory import memory_trace
 
 glibc = pytest.mark.skipif(not KEPT_MEMORY, reason="malloc is not glibc's")
 
@@ -84,6 +84,46 @@ def test_a_trace_has_what_a_recurrent_layer_keeps(length: int) -> None:
     assert max(trace.sizes) == pytest.approx(max(kept), rel=0.05)
 
 
+@glibc
+def test_blocks_that_stay_make_the_heap_larger() -> None:
+    """Tensors of other sizes in each round reuse each other's memory, unless code is compiled between them and kept."""
+
+    def heap(kept: bool) -> int:
+        sizes, kinds, events = [], [], []
+        for i in range(40):
+            own = []
+            for size in (1_000_000 + 50_000 * (i * 7 % 13), 700_000 + 30_000 * (i * 5 % 11), 900_000):
+                sizes += [size, COMPILED_BYTES] if kept else [size]
+                kinds += [IS_TENSOR, IS_COMPILED] if kept else [IS_TENSOR]
+                own.append(len(sizes) - kept)
+                events += [own[-1], len(sizes)] if kept else [own[-1]]
+            events += [-n for n in own]
+        return heap_bytes(sizes, events, KEPT_MEMORY, kinds) or 0
+
+    code = 3 * 40 * COMPILED_BYTES
+    assert heap(False) < 5_000_000
+    assert heap(True) > code + heap(False)
+
+
+def test_a_trace_has_the_nodes_of_the_autograd_graph() -> None:
+    """As many as the graph of a real pass has, leaves not counted, which a parameter keeps."""
+
+    def loss() -> torch.Tensor:
+        model, x = nn.Sequential(nn.Linear(5, 7), nn.GELU(), nn.Linear(7, 3), nn.LayerNorm(3)), torch.zeros(2, 5)
+        return (model(x).view(6) * 2).sum()
+
+    nodes, found = [loss().grad_fn], set()
+    while nodes:
+        node = nodes.pop()
+        if node is not None and node not in found:
+            found.add(node)
+            nodes += [before for before, _ in node.next_functions]
+    with memory_trace(torch.device("cpu")) as trace:
+        loss()
+    assert len(trace.nodes) == sum(node.name() != "torch::autograd::AccumulateGrad" for node in found)
+    assert {trace.kinds[number] for number in trace.nodes} == {IS_NODE}
+
+
 REAL_KERNELS = """
 import ctypes, torch
 class Info(ctypes.Structure):
@@ -110,4 +150,4 @@ def test_bytes_that_a_product_of_a_new_shape_keeps() -> None:
     measured = float(done.stdout)
     if measured < 100_000:
         pytest.skip("this CPU has no compiled bf16 kernels")
-    assert measured == pytest.approx(KERNEL_BLOCK * KERNEL_BLOCKS + KERNEL_RECORDS, rel=0.1)
+    assert measured == pytest.approx(COMPILED_BYTES, rel=0.1)
