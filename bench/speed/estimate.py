@@ -22,12 +22,13 @@ import fcntl
 import gc
 import itertools
 import json
+import multiprocessing
 import shutil
-import subprocess
-import sys
 import tempfile
 import time
+import warnings
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -228,6 +229,7 @@ def case(name: str, size: str, what: str) -> dict[str, Any]:
     """Predict or measure one case, in this process."""
     from firth.runs.estimate import prepared
 
+    warnings.simplefilter("ignore")
     with prepared(recipe_of(name, size), lambda _: None) as run:
         found = MEASUREMENTS[what](run, STEPS[size])
         return {"name": name, "size": size, "steps": STEPS[size], "precision": run.recipe.precision, **found}
@@ -313,34 +315,19 @@ def main() -> None:
         "--seconds", type=float, default=1e9, help="start no measurement later; the next call continues"
     )
     parser.add_argument("--again", action="store_true", help="repeat what was measured before")
-    parser.add_argument("--case", nargs=2, help="one measurement, in this process (used by the others)")
     args = parser.parse_args()
-    if args.case:
-        print(json.dumps(case(*args.case, *args.what)))
-        return
     if not args.table:
         prepare()
         start, known = time.monotonic(), {(row["name"], row["size"]): row for row in read()}
         for size, name, what in itertools.product(args.sizes, args.only, args.what):
             done = KEYS[what] in known.get((name, size), {}) and not args.again
             if not done and time.monotonic() - start < args.seconds:
-                command = [
-                    sys.executable,
-                    "-W",
-                    "ignore",
-                    "-m",
-                    "bench.speed.estimate",
-                    "--case",
-                    name,
-                    size,
-                    "--what",
-                    what,
-                ]
-                finished = subprocess.run(command, capture_output=True, text=True, check=False)
-                if finished.returncode:
-                    print(f"{name} {size} {what} failed: {finished.stderr.strip().splitlines()[-1:]}", flush=True)
-                    continue
-                row = add(json.loads(finished.stdout.splitlines()[-1]))
+                with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
+                    try:
+                        row = add(process.submit(case, name, size, what).result())
+                    except Exception as error:
+                        print(f"{name} {size} {what} failed: {error}", flush=True)
+                        continue
                 print(table([row]).splitlines()[2], flush=True)
     print(table(read()))
 

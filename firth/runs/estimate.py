@@ -43,7 +43,7 @@ from firth.training.memory import MAX_READ_STEPS, variety
 from firth.training.speed import utilization
 from firth.types import LOGGER, Batch, LogLine
 
-SAMPLED_STEPS = 8
+SAMPLED_STEPS = 12
 """Steps whose batches are built to count tokens and FLOPs."""
 
 READ_TOKENS = 1 << 20

@@ -85,24 +85,25 @@ def test_a_trace_has_what_a_recurrent_layer_keeps(length: int) -> None:
 
 
 @glibc
-def test_blocks_that_stay_make_the_heap_larger() -> None:
-    """Tensors of other sizes in each round reuse each other's memory, unless code is compiled between them and kept."""
+def test_nodes_of_the_graph_keep_holes_open() -> None:
+    """20 of 40 tensors of 1 MB are freed, then 10 of 2 MB are made: they fit into the free memory unless nodes stay in it."""
 
-    def heap(kept: bool) -> int:
-        sizes, kinds, events = [], [], []
-        for i in range(40):
-            own = []
-            for size in (1_000_000 + 50_000 * (i * 7 % 13), 700_000 + 30_000 * (i * 5 % 11), 900_000):
-                sizes += [size, COMPILED_BYTES] if kept else [size]
-                kinds += [IS_TENSOR, IS_COMPILED] if kept else [IS_TENSOR]
-                own.append(len(sizes) - kept)
-                events += [own[-1], len(sizes)] if kept else [own[-1]]
-            events += [-n for n in own]
+    def heap(nodes: bool) -> int:
+        kinds = [IS_TENSOR, IS_NODE] * 40 + [IS_TENSOR] * 10
+        sizes = [1_000_000, 0] * 40 + [2_000_000] * 10
+        made = [n + 1 for n in range(80) if nodes or kinds[n] == IS_TENSOR]
+        events = [*made, *(-n - 1 for n in range(78, 38, -2)), *range(81, 91)]
         return heap_bytes(sizes, events, KEPT_MEMORY, kinds) or 0
 
-    code = 3 * 40 * COMPILED_BYTES
-    assert heap(False) < 5_000_000
-    assert heap(True) > code + heap(False)
+    assert heap(False) == pytest.approx(40e6, rel=0.05)
+    assert 48e6 < heap(True) < 63e6
+
+
+@glibc
+def test_compiled_code_stays_in_the_heap() -> None:
+    sizes, kinds = [1_000_000, 0] * 40, [IS_TENSOR, IS_COMPILED] * 40
+    events = [event for n in range(1, 81, 2) for event in (n, n + 1, -n)]
+    assert heap_bytes(sizes, events, KEPT_MEMORY, kinds) == pytest.approx(40 * COMPILED_BYTES + 1e6, rel=0.2)
 
 
 def test_a_trace_has_the_nodes_of_the_autograd_graph() -> None:
