@@ -146,7 +146,8 @@ def recipes() -> str:
     ]
     for name, place in RECIPES.items():
         module, function = place.split(":")
-        lines.append(f"| `{name}` | {summary(getattr(importlib.import_module(module), function))} |")
+        text = summary(getattr(importlib.import_module(module), function)).removeprefix("Return ")
+        lines.append(f"| `{name}` | {text[0].upper()}{text[1:]} |")
     return "\n".join([*lines, ""])
 
 

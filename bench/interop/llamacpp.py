@@ -111,6 +111,7 @@ def serving(
         threads,
         threads,
     )
+    params.cpuparams.poll = params.cpuparams_batch.poll = 0  # waiting threads sleep, which is faster on two cores
     if plain:
         params.cache_type_k = params.cache_type_v = library.ggml_type.GGML_TYPE_F32
         params.flash_attn_type = library.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED

@@ -43,6 +43,7 @@ from firth.data.config import DataConfig
 from firth.data.source import Source, SubsetSource
 from firth.data.token_store import TokenStore
 from firth.data.windows import ChunksConfig, Documents, SegmentPairsConfig
+from firth.evaluate import metrics
 from firth.generate.decoding_batch import inference_mode
 from firth.model.config import encoder_config
 from firth.model.model import LM
@@ -213,9 +214,9 @@ def detector_scores(model: LM, objective: Objective, data: Data) -> Scores:
             ):
                 states, labels = supervised(model(batch | {"tokens": tokens}), real)
                 samples.append((model.heads["replaced"](states)[:, 0].float(), tokens[real != IGNORE] != labels))
-    metrics = held_out(model, objective, source, data.vocab)
-    nats = metrics["surprise"] if "surprise" in metrics else metrics["loss/generator"]
-    return metrics | {
+    found = held_out(model, objective, source, data.vocab)
+    nats = found["surprise"] if "surprise" in found else found["loss/generator"]
+    return found | {
         "detects_own": roc_auc(own_samples),
         "detects_by_frequency": roc_auc(frequency_samples),
         "generator_nats": nats,
@@ -223,12 +224,9 @@ def detector_scores(model: LM, objective: Objective, data: Data) -> Scores:
 
 
 def roc_auc(scored: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> float:
-    """Return the area under the ROC curve: how often a replaced token scores above an original one; ties count half."""
+    """Return the area under the ROC curve of replaced tokens over batches of (scores, whether replaced)."""
     scores, replaced = (torch.cat([pair[i] for pair in scored]).numpy() for i in (0, 1))
-    _, inverse, counts = np.unique(scores, return_inverse=True, return_counts=True)
-    ranks = (counts.cumsum() - (counts - 1) / 2)[inverse]
-    above, below = int(replaced.sum()), int((~replaced).sum())
-    return float((ranks[replaced].sum() - above * (above + 1) / 2) / max(1, above * below))
+    return metrics.roc_auc(replaced, scores)
 
 
 SPAN_MLM = MLM(noise="geometric", whole_span_replacement=True)

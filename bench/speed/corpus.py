@@ -30,9 +30,9 @@ from bench.harness import cpu_name
 from firth.corpora import catalog, readers
 from firth.data.collate import Batches
 from firth.data.corpus import PreparedCorpus, open_stores, part_directory, write_manifest
-from firth.data.corpus_part import PartSettings
 from firth.data.filters import FilterConfig
 from firth.data.prepare_corpus import TokenizerChoice, prepare_corpus
+from firth.data.prepare_part import PartSettings
 from firth.data.stored_arrays import BLOCK_BYTES, block_hash, block_hashes
 from firth.data.token_store import FILES, TokenStore
 from firth.data.windows import ChunksConfig, Documents, WindowsConfig

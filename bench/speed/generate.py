@@ -1,6 +1,6 @@
 """Speed of cached greedy generation: a decoder of 29 M parameters (8 layers, hidden size 512) writes 128 tokens, CPU.
 
-    python -m bench.speed.generate --batch 1 --weights fp32 bf16 int8-dynamic int8      # and --batch 16
+    python -m bench.speed.generate --batch 1 --weights fp32 bf16 int8      # and --batch 16
     python -m bench.speed.generate --batch 1 --model DIR     # a Llama in a directory, such as SmolLM2, instead of the two
     python -m bench.speed.generate --batch 1 --prompt 512 --new 1    # prefill speed: units are the tokens of the prompt
     python -m bench.speed.generate --check                   # the same weights write the same tokens on both sides; no timing
@@ -209,17 +209,16 @@ def check(directory: Path | None) -> None:
 
 
 def main() -> None:
-    from firth.generate.quantized import DIGITS, FLOATS
+    from firth.generate.quantized import FORMATS
 
-    every = [*FLOATS, *DIGITS]
-    names = {**candidates(Workload(1), every, None), **candidates(Workload(1), every, Path())}
+    names = {**candidates(Workload(1), FORMATS, None), **candidates(Workload(1), FORMATS, Path())}
     parser = arguments(__doc__, names)
     parser.add_argument("--batch", type=int, default=1, help="rows written at once")
     parser.add_argument("--prompt", type=int, default=PROMPT, help="tokens of each prompt")
     parser.add_argument(
         "--new", type=int, default=NEW, help="tokens written in each row; 1: count the tokens of the prompts"
     )
-    parser.add_argument("--weights", nargs="+", choices=every, default=["fp32", "int8-dynamic", "int8"])
+    parser.add_argument("--weights", nargs="+", choices=FORMATS, default=["fp32", "int8"])
     parser.add_argument("--model", type=Path, help="directory of a Llama for both sides")
     args = parser.parse_args()
     if args.check:
@@ -227,7 +226,7 @@ def main() -> None:
     else:
         command(
             args,
-            candidates(Workload(args.batch, args.prompt, args.new), every if args.only else args.weights, args.model),
+            candidates(Workload(args.batch, args.prompt, args.new), FORMATS if args.only else args.weights, args.model),
         )
 
 

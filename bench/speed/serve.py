@@ -307,7 +307,7 @@ def main() -> None:
     parser.add_argument("--site", default="", help="directory in which xllamacpp was installed with --target")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--requests", type=int, default=REQUESTS, help="requests of each client")
-    parser.add_argument("--weights", default="int8", help="firth's weights: int8, int8-dynamic, bf16 or fp32")
+    parser.add_argument("--weights", default="int8", help="firth's weights: int8, bf16 or fp32")
     parser.add_argument("--kind", default="Q8_0", help="llama.cpp's weights: Q8_0, F16 or F32")
     parser.add_argument("--check", action="store_true", help="compare the texts of both servers; no timing")
     parser.add_argument("--server", default="", help="the program llama-server, in place of xllamacpp")

@@ -28,9 +28,9 @@ from firth.model.config import decoder_config
 from firth.model.deferred_init import record_init
 from firth.model.model import LM
 from firth.objectives.causal_lm import CausalLM
+from firth.training.data_parallel import Parallel, Replicas
 from firth.training.distributed import DistributedConfig, join
 from firth.training.optimizer import Optimizer, OptimizerConfig
-from firth.training.parallel import Parallel, Replicas
 from firth.training.step import SINGLE, step, validate
 
 RUNS = [(1, "none"), (2, "none"), (2, "full"), (4, "none"), (4, "full")]

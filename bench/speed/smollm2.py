@@ -92,7 +92,7 @@ def quantized_weights() -> tuple[str, ...]:
     """Return the weight types that `Engine` can convert to; none in a version without that option."""
     from firth.generate.engine import Engine
 
-    return ("bf16", "int8", "int8-dynamic") if "weights" in inspect.signature(Engine).parameters else ()
+    return ("bf16", "int8") if "weights" in inspect.signature(Engine).parameters else ()
 
 
 def firth_generate(end_sample: EndSample, weights: str) -> None:

@@ -41,7 +41,7 @@ def main() -> None:
     parser.add_argument("--tasks", type=int, default=8, help="parts of the corpus")
     parser.add_argument("--workers", type=int, default=-1, help="tasks at a time")
     parser.add_argument("--partition", default="cpu", help="partition of Slurm")
-    parser.add_argument("--time", default="24:00:00", help="time limit of a Slurm job")
+    parser.add_argument("--time", default="24:00:00", help="time limit of a task on Ray or Slurm")
     args = parser.parse_args()
 
     steps = [
@@ -56,8 +56,12 @@ def main() -> None:
         )
         SlurmPipelineExecutor(last, tasks=1, logging_dir=f"{logs}/manifest", depends=tokens, **limits).run()
         return
-    executor = RayPipelineExecutor if args.on == "ray" else LocalPipelineExecutor
-    executor(steps, tasks=args.tasks, workers=args.workers, logging_dir=f"{logs}/tokens").run()
+    options = {"tasks": args.tasks, "workers": args.workers, "logging_dir": f"{logs}/tokens"}
+    if args.on == "ray":
+        hours, minutes, seconds = map(int, args.time.split(":"))
+        RayPipelineExecutor(steps, **options, time=3600 * hours + 60 * minutes + seconds).run()
+    else:
+        LocalPipelineExecutor(steps, **options).run()
     LocalPipelineExecutor(last, logging_dir=f"{logs}/manifest").run()
 
 

@@ -47,7 +47,7 @@ Weights = Annotated[
     str,
     typer.Option(
         "--weights",
-        help="Data type of the weights: fp32, bf16, int8 or int8-dynamic; auto takes bf16 if it is faster here.",
+        help="Data type of the weights: fp32, bf16 or int8; auto takes bf16 if it is faster here.",
     ),
 ]
 Workers = Annotated[int, number_option(PositiveInt, help="Processes on this machine, which divide its threads.")]

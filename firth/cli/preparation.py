@@ -56,9 +56,9 @@ def prepare(
 
     Train on it with data.path=OUT.
     """
-    from firth.data.corpus_part import PartSettings
     from firth.data.filters import FilterConfig
     from firth.data.prepare_corpus import TokenizerChoice, prepare_corpus
+    from firth.data.prepare_part import PartSettings
 
     filters = FilterConfig(deduplicate, near_duplicates, language, "", max_repetition)
     settings = PartSettings("", text_field, split_by, validation_fraction, max(1, int(part_megabytes * 1e6)), filters)

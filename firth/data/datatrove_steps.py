@@ -5,13 +5,13 @@
     LocalPipelineExecutor([FirthManifest("corpus", "tokenizer", tasks=64)], depends=tokens, logging_dir="logs/manifest").run()
 
 Each task writes the part of its rank; the manifest is a task of its own after all of them, as in datatrove's own steps. A task that was
-killed is run again by datatrove and writes the same bytes.
+killed is run again by datatrove and writes the same bytes. Ray can start a task again while its first process still works: each attempt
+writes a directory of its own, which takes the place of the part when it is complete.
 """
 
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from tempfile import TemporaryFile
@@ -19,9 +19,9 @@ from typing import IO, Any
 
 from firth.corpora.readers import Document
 from firth.data.corpus import PART_FILE, SPLITS, TOKENIZER, part_directory, write_manifest
-from firth.data.corpus_part import PartSettings
+from firth.data.prepare_part import PartSettings
 from firth.data.token_store import TokenStore
-from firth.io.atomic import make_directory
+from firth.io.atomic import new_directory
 from firth.io.integrity import read_record, write_record
 from firth.tokenizer.tokenizer import Tokenizer
 from firth.types import UserError
@@ -51,19 +51,15 @@ class FirthTokens(PipelineStep):  # type: ignore[misc]
     def run(self, data: Any, rank: int = 0, world_size: int = 1) -> Iterator[Any]:
         tokenizer = Tokenizer.load(self.tokenizer)
         settings = PartSettings(tokenizer.digest, validation_fraction=self.validation_fraction)
-        place = part_directory(Path(self.out), rank)
-        make_directory(place)
-        for split in SPLITS:  # an earlier attempt may have had other documents
-            shutil.rmtree(place / split, ignore_errors=True)
-        (place / PART_FILE).unlink(missing_ok=True)
-        with TemporaryFile("w+", encoding="utf-8", dir=place) as held_out:
-            self._build(self._train(data, settings, held_out), tokenizer, place / "train")
-            held_out.seek(0)
-            self._build((Document("", json.loads(line)) for line in held_out), tokenizer, place / "valid")
-        write_record(
-            place / PART_FILE,
-            {"pieces": [[rank, world_size]], "tokenizer": tokenizer.digest, "fraction": self.validation_fraction},
-        )
+        with new_directory(part_directory(Path(self.out), rank)) as place:
+            with TemporaryFile("w+", encoding="utf-8", dir=place) as held_out:
+                self._build(self._train(data, settings, held_out), tokenizer, place / "train")
+                held_out.seek(0)
+                self._build((Document("", json.loads(line)) for line in held_out), tokenizer, place / "valid")
+            write_record(
+                place / PART_FILE,
+                {"pieces": [[rank, world_size]], "tokenizer": tokenizer.digest, "fraction": self.validation_fraction},
+            )
         yield from ()
 
     def _train(self, data: Any, settings: PartSettings, held_out: IO[str]) -> Iterator[Document]:

@@ -7,7 +7,7 @@
 
 Each kind is one frozen dataclass: its settings, and which tokens an example has. `Documents` is the same for all kinds: a sequence of
 examples, which are read from the store. The store determines the indices, and the order of a run is drawn elsewhere
-(`firth.data.shuffle`). Only windows change between epochs: they start at another offset in each (`WindowsConfig.in_epochs`).
+(`firth.data.shuffle`). Two kinds change between epochs: windows start at another offset in each, and pairs are drawn anew.
 
     source = Documents(ChunksConfig(max_length=64), store, tokenizer.vocab)
     source[0]                                                    # {"tokens": array([2, 17, 9, ..., 3])}
@@ -286,7 +286,7 @@ class SegmentPairsConfig(DocumentsConfig):
 
     They fit into `max_length` as [CLS] first [SEP] second [SEP]. first and second are a part of a document, split at a random place.
     other starts at a random place of another document and is as long as second, so that the length does not give the label away.
-    The draws depend on the index alone.
+    The draws depend on the index, and in a run on the epoch too: BERT's data holds ten such draws of the text.
 
     Args:
         max_length: The most tokens of a pair.
@@ -330,8 +330,17 @@ class SegmentPairsConfig(DocumentsConfig):
         return len(documents.index)
 
     def example(self, documents: Documents, index: int) -> Example:
+        return self._drawn(documents, index, epoch=0)
+
+    def in_epochs(self, documents: Documents, seed: int, epochs: np.ndarray, indices: np.ndarray) -> list[Example]:
+        """Return pairs that are split, and whose random segment is drawn, anew in each epoch but the first."""
+        places = zip(epochs.tolist(), indices.tolist(), strict=True)
+        return [self._drawn(documents, index, epoch) for epoch, index in places]
+
+    def _drawn(self, documents: Documents, index: int, epoch: int) -> Example:
+        """Return the pair of a part of the text as it is drawn in an epoch."""
         start, stop = documents.index.bounds(index)
-        rng = _PAIR_DRAWS.at(0, index)
+        rng = _PAIR_DRAWS.at(epoch, index)
         bounds = self._bounds(documents, start, stop)
         if len(bounds) > 2:
             start, cut, stop = bounds[0], bounds[1 + int(rng.random() * (len(bounds) - 2))], bounds[-1]
@@ -391,7 +400,7 @@ class SegmentPairsConfig(DocumentsConfig):
 _PAIR_DRAWS = ExampleRNG(0, "pairs")
 
 
-DOCUMENTS_PER_MARK = 256
+DOCUMENTS_PER_MARK = 4096
 """Documents whose parts are counted together: one number in memory for so many."""
 
 

@@ -89,6 +89,15 @@ def _span(model: LM, objective: Objective, outputs: Outputs, batch: Batch) -> li
     return [(label, s[:n]) for label, s, n in zip(labels, scores, lengths, strict=True)]
 
 
+def _replaced(model: LM, objective: Objective, outputs: Outputs, batch: Batch) -> list[HeadOutput]:
+    """Return one output per text: whether each of its tokens is replaced, and the detector's score of each."""
+    at = batch["real"] != IGNORE
+    ends = np.cumsum(at.sum(-1).flatten().cpu().numpy())[:-1]
+    scores = model.heads["replaced"](outputs["hidden"][at])[:, 0].float().cpu().numpy()
+    replaced = (outputs["shown"][at] != batch["real"][at]).cpu().numpy()
+    return list(zip(np.split(replaced, ends), np.split(scores, ends), strict=True))
+
+
 def _class_metrics(found: Sequence[HeadOutput], objective: Objective, source: Source) -> dict[str, float]:
     gold, predicted = np.array([label for label, _ in found]), np.array([s.argmax() for _, s in found])
     out = {"macro_f1": metrics.macro_f1(gold, predicted), "matthews": metrics.matthews(gold, predicted)}
@@ -106,6 +115,11 @@ def _tag_metrics(found: Sequence[HeadOutput], objective: Objective, source: Sour
         return {}
     pairs = [([classes[i] for i in labels], [classes[i] for i in s.argmax(-1)]) for labels, s in found]
     return metrics.entity_scores(*np.array([metrics.entity_counts(*pair) for pair in pairs]).T)
+
+
+def _replaced_metrics(found: Sequence[HeadOutput], objective: Objective, source: Source) -> dict[str, float]:
+    replaced, scores = (np.concatenate([pair[i] for pair in found]) for i in (0, 1))
+    return {"auc": metrics.roc_auc(replaced, scores)}
 
 
 def _span_metrics(found: Sequence[HeadOutput], objective: Objective, source: Source) -> dict[str, float]:
@@ -135,12 +149,20 @@ HEADS: dict[str, HeadReader] = {
     "tags": HeadReader(_tags, _tag_metrics),
     "span": HeadReader(_span, _span_metrics),
 }
-"""Name of a head -> how it is read."""
+"""Name of a task head -> how it is read."""
+
+READERS = HEADS | {"replaced": HeadReader(_replaced, _replaced_metrics)}
+"""Name of a head -> how it is read in validation: task heads, and ELECTRA's detector."""
 
 
 def head_of(heads: Mapping[str, object]) -> str:
     """Return the name of the task head among a model's heads; empty if there is none."""
     return next((name for name in HEADS if name in heads), "")
+
+
+def validated_head_of(heads: Mapping[str, object]) -> str:
+    """Return the name of the head whose outputs validation reads; empty if there is none."""
+    return next((name for name in READERS if name in heads), "")
 
 
 def head_batches(

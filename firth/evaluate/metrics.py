@@ -102,6 +102,22 @@ def ranks(column: Labels) -> np.ndarray:
     return np.asarray(mean[index])
 
 
+def roc_auc(positive: Labels, scores: Labels) -> float:
+    """Return the area under the ROC curve: how often a positive item scores above a negative one, ties counting half.
+
+    It is undefined, and returned as 0.5, where one side holds no item.
+
+    >>> roc_auc([True, False, True], [0.9, 0.1, 0.1])
+    0.75
+    """
+    chosen, scores = _paired(positive, scores)
+    chosen = np.asarray(chosen, bool)
+    above, below = int(chosen.sum()), int((~chosen).sum())
+    if not above or not below:
+        return 0.5
+    return float((ranks(scores)[chosen].sum() - above * (above + 1) / 2) / (above * below))
+
+
 def root_mean_square(gold: Labels, predicted: Labels) -> float:
     """Return the root of the mean squared error."""
     gold, predicted = (np.asarray(column, np.float64) for column in _paired(gold, predicted))

@@ -179,7 +179,7 @@ class Task:
         majority_baseline: Whether to report the accuracy of always predicting the most frequent gold answer.
         predict: Yields a row of predictions for each item, in order.
         input_schema: Returns the input that `predict` reads.
-        notes: Returns sentences about truncated or skipped items.
+        notes: Returns sentences about truncated or skipped items; by default `items.notes`, if the items have it.
         extra_metrics: Returns the metrics that depend on the items, such as F1 for two classes.
         route: Name of the route by which a server predicts, such as "classify"; empty if it does not.
         form: Returns the fields of a record as a page asks for them (tasks with `route`).
@@ -193,7 +193,7 @@ class Task:
     majority_baseline: bool = False
     predict: Callable[[EvaluatedModel, Any, Progress], Iterator[dict[str, Any]]] | None = None
     input_schema: Callable[[EvaluatedModel], InputSchema] | None = None
-    notes: Callable[[Any], Sequence[str]] = lambda items: items.notes
+    notes: Callable[[Any], Sequence[str]] = lambda items: getattr(items, "notes", ())
     extra_metrics: Callable[[Any], Mapping[str, MetricFunction]] = lambda items: {}
     route: str = ""
     form: Callable[[EvaluatedModel], Sequence[FormField]] = lambda evaluated: ()

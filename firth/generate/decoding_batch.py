@@ -111,7 +111,11 @@ class ReadPrompts:
 
 
 def read_prompts(
-    model: LM, prompts: Sequence[np.ndarray], start: int | None = None, latents: Tensor | None = None
+    model: LM,
+    prompts: Sequence[np.ndarray],
+    start: int | None = None,
+    latents: Tensor | None = None,
+    decoder: NativeDecoder | None = None,
 ) -> ReadPrompts:
     """Run the model on whole prompts, each distinct one once.
 
@@ -120,9 +124,15 @@ def read_prompts(
         prompts: Token ids (n,) each.
         start: The decoder start token if the prompt goes to the encoder; None for a decoder-only model.
         latents: (prompts, units), the latent codes that a variational autoencoder decodes in place of the prompts.
+        decoder: The compiled step, if it reads prompts.
     """
     batch: Batch = {}
     prompts, repeats = _distinct(prompts) if latents is None else (prompts, None)
+    if decoder is not None:
+        cache = KVCache(len(prompts), max(map(len, prompts)))
+        states = _read_natively(decoder, cache, prompts, [0] * len(prompts))
+        rows = [*range(len(prompts))] if repeats is None else repeats
+        return ReadPrompts(cache, states[rows], rows, [len(prompts[r]) for r in rows])
     if start is not None:
         source = rectangle(prompts, model.tokens.weight.device, causal=False)
         batch = {f"source_{name}": field for name, field in source.items()}
@@ -137,8 +147,39 @@ def read_prompts(
     return ReadPrompts(cache, states if repeats is None else states[repeats], rows, [len(prompts[r]) for r in rows])
 
 
-def read_chunk(model: LM, cache: KVCache, tokens: np.ndarray, start: int) -> Tensor:
-    """Run a causal decoder on the next tokens (n,) of a prompt, from position `start`; return its last state (1, hidden_size)."""
+def _read_natively(
+    decoder: NativeDecoder, cache: KVCache, texts: Sequence[np.ndarray], positions: Sequence[int]
+) -> Tensor:
+    """Run the compiled step on the next tokens of each row of a cache, which all end in the same slot.
+
+    Args:
+        decoder: The compiled step.
+        cache: The cache.
+        texts: (n,) token ids of each row.
+        positions: The position of the first one of each row.
+
+    Returns:
+        The last state of each row, (rows, hidden_size).
+    """
+    longest = max(map(len, texts))
+    rows = [row for row, text in enumerate(texts) for _ in text]
+    starts = [cache.length + longest - len(text) - at for text, at in zip(texts, positions, strict=True) for _ in text]
+    own = np.concatenate([np.arange(at, at + len(text)) for text, at in zip(texts, positions, strict=True)])
+    ids = torch.from_numpy(np.concatenate(texts).astype(np.int64))
+    states = decoder.read(cache, ids, rows, torch.from_numpy(own), starts, longest)
+    ends = torch.tensor([len(text) for text in texts]).cumsum(0) - 1
+    return states[ends]
+
+
+def read_chunk(
+    model: LM, cache: KVCache, tokens: np.ndarray, start: int, decoder: NativeDecoder | None = None
+) -> Tensor:
+    """Run a causal decoder on the next tokens (n,) of a prompt, from position `start`; return its last state (1, hidden_size).
+
+    `decoder` is the compiled step, if it reads prompts.
+    """
+    if decoder is not None:
+        return _read_natively(decoder, cache, [tokens], [start])
     device = model.tokens.weight.device
     positions = torch.arange(start, start + len(tokens), device=device)[None]
     ids = torch.from_numpy(np.asarray(tokens, np.int64)).to(device)[None]
@@ -158,13 +199,15 @@ class DecodingBatch:
     Attributes:
         cache: Keys and values of the rows.
         decoder: The compiled step, or None if torch's operators are used.
+        reader: The same if it reads prompts, else None.
     """
 
     def __init__(self, model: LM, max_rows: int):
         self.model, self.cache = model, model.make_decoding_cache(max_rows)
         self.head: LMHead = model.heads["lm"]  # type: ignore[assignment]
         self.trained = model.num_virtual_tokens()
-        self.decoder: NativeDecoder | None = None
+        self.decoder = NativeDecoder.of(model)
+        self.reader = self.decoder if self.decoder is not None and self.decoder.reads_prompts else None
         self._allocations = 0
 
     def add(self, prompts: ReadPrompts, capacity: int) -> None:
@@ -172,7 +215,9 @@ class DecodingBatch:
         lengths = [n + self.trained for n in prompts.lengths]
         self.cache.add(prompts.cache, prompts.rows, lengths, capacity + self.trained)
         if self._allocations != self.cache.allocations:
-            self.decoder, self._allocations = NativeDecoder.of(self.model, self.cache), self.cache.allocations
+            self._allocations = self.cache.allocations
+            if self.decoder is not None and not self.decoder.bind(self.cache):
+                self.decoder = self.reader = None
 
     def remove(self, rows: Collection[int]) -> list[int]:
         """Remove rows, and return the old index of the row that is now in each place."""

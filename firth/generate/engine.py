@@ -52,7 +52,7 @@ class Engine:
         tokenizer: Its tokenizer.
         stops: Token ids that end an answer; by default the tokenizer's.
         batch_size: Most rows in a batch.
-        weights: Weight format, "fp32", "bf16", "int8" or "int8-dynamic" (`firth.generate.quantized`); by default unchanged.
+        weights: Weight format, "fp32", "bf16" or "int8" (`firth.generate.quantized`); by default unchanged.
     """
 
     def __init__(

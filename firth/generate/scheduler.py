@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from firth.generate.decoding_batch import DecodingBatch, ReadPrompts, inference_mode, read_chunk, read_prompts
+from firth.generate.logit_summary import summarize
 from firth.generate.output import Completion, StreamingOutput
 from firth.generate.prefix_cache import PrefixCache
 from firth.generate.sampling import NEGATIVE_INFINITY, Sampling, next_tokens, uniforms
@@ -98,6 +99,8 @@ class _Row:
         sampling = request.sampling
         self.filters = replace(sampling, max_new_tokens=1, stop_strings=(), seed=0)
         self.uniform = np.zeros(0) if sampling.greedy else uniforms([request.seed], output.limit)[0]
+        self.takes_best = sampling.greedy and sampling.repetition_penalty == 1 and request.constraint is None
+        """Whether each token is the most likely one."""
         self.context = context
         """The decoder's tokens before the answer."""
         self.shown = 0
@@ -202,7 +205,8 @@ class Scheduler:
         group, alone = self._admit(budget if self.reading is None else budget // 2)
         if group:
             latents = None if group[0].request.latent is None else torch.stack([r.request.latent for r in group])  # type: ignore[misc]
-            prompts = read_prompts(model, [row.request.prompt for row in group], self.engine.start, latents)
+            reader = None if latents is not None else self.batch.reader
+            prompts = read_prompts(model, [row.request.prompt for row in group], self.engine.start, latents, reader)
             for row, at in {at: (row, at) for row, at in zip(group, prompts.rows, strict=True)}.values():
                 self.prefixes.store(row.request.prompt, prompts.cache, at)
             updates += self._join(group, prompts)
@@ -255,7 +259,8 @@ class Scheduler:
     def _read_chunk(self, reading: _Reading, count: int) -> list[Update]:
         """Read the next tokens of a prompt; return the first token of its answer if that was all of it."""
         prompt = reading.row.request.prompt
-        state = read_chunk(self.engine.model, reading.cache, prompt[reading.done : reading.done + count], reading.done)
+        tokens = prompt[reading.done : reading.done + count]
+        state = read_chunk(self.engine.model, reading.cache, tokens, reading.done, self.batch.reader)
         reading.done += count
         if reading.left:
             return []
@@ -281,8 +286,8 @@ class Scheduler:
     def _append(self, rows: Sequence[_Row], logits: Tensor) -> list[Update]:
         """Draw the next token of each row from its logits (rows, V)."""
         logits = logits.float()
-        tokens = self._draw(rows, logits)
-        normalizer = logits.logsumexp(-1)
+        best, normalizer = summarize(logits)
+        tokens = best if all(row.takes_best for row in rows) else self._draw(rows, logits)
         logprobs = (logits.gather(-1, tokens[:, None])[:, 0] - normalizer).tolist()
         alternatives = _alternatives(rows, logits, normalizer)
         updates = []

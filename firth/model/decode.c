@@ -1,26 +1,23 @@
-/* One decoding step: the new token of each row through all blocks, in one call.
+/* Tokens through all blocks in one call: a decoding step, with a token of each row, or a prompt, with several of a row.
 
    With torch's operators a token takes 1,000 to 2,000 calls, which take longer than reading the weights. Here one parallel
-   region runs the whole stack. Activations and sums are fp32. Weights are fp32, bf16, or int8 with a scale per output; keys
-   and values are fp32 or bf16. Sums have a fixed order, so a row gives the same bits in any batch and with any number of
-   threads. `firth.generate.native_decoder` lists the supported models. */
+   region runs the whole stack. Activations and sums are fp32, except that int8.h rounds what int8 weights multiply. Weights are
+   fp32, bf16 or int8; keys and values are fp32 or bf16. Sums have a fixed order, so a token gives the same bits in any batch and
+   with any number of threads. `firth.generate.native_decoder` lists the supported models. */
 
-#include "native.h"
-#if defined(__AVX2__) || defined(__AVX512F__)
-#include <immintrin.h>
-#endif
+#include "int8.h"
+#include "meeting.h"
 #if defined(__AMX_BF16__) && defined(__AVX512BF16__) && defined(__linux__)
 #define TILES 1
 #include <sys/syscall.h>
 #include <unistd.h>
 #endif
 
-enum { FP32, BF16, INT8 };
 enum { NO_NORM, RMS_NORM, LAYER_NORM };
 
 typedef struct {
-    const void *weight; /* (out, in); null: no such map */
-    const float *steps; /* (out,), the scales of int8 weights, else null */
+    const void *weight; /* (out, in), or panels (int8.h); null: no such map */
+    const uint16_t *steps; /* the scales of int8 weights, else null */
     const float *bias;  /* (out,) or null */
     int64_t in, out, kind;
 } Map;
@@ -34,8 +31,6 @@ typedef struct {
 typedef struct {
     Map q, k, v, o; /* k and v have no weight in cross-attention: its keys and values are computed once from the source */
     const float *q_gain, *k_gain; /* (head_dim,) or null */
-    void *keys, *values; /* (rows, kv_heads, capacity, head_dim) */
-    int64_t capacity;
 } Attention;
 
 typedef struct {
@@ -46,7 +41,7 @@ typedef struct {
 
 typedef struct {
     const Layer *layers;
-    int64_t depth, width, heads, kv_heads, head_dim, hidden, post_norm, activation, cache_kind, tiles;
+    int64_t depth, width, heads, kv_heads, head_dim, hidden, post_norm, activation, tiles;
     double scale, qk_eps; /* qk_eps: negative: no norm of queries and keys */
     const float *cosine, *sine; /* (positions, head_dim) and (positions, head_dim / 2), or null */
     Norm norm;
@@ -54,33 +49,31 @@ typedef struct {
 } Model;
 
 typedef struct {
-    float *x;                 /* (rows, width): embeddings in, final states out */
-    float *logits;            /* (rows, head.out), if the head has a weight */
-    const int64_t *lengths;   /* (rows,) filled slots of each row: the slot and the position of its new token */
+    void *const *keys, *const *values; /* of each layer, (rows, kv_heads, capacity, head_dim) */
+    int64_t capacity, kind;
+} Cache;
+
+typedef struct {
+    float *x;                 /* (rows, width): embeddings in, final states out; a row is a token */
+    float *logits;            /* (rows, head.out), or null */
+    const int64_t *lengths;   /* (rows,) tokens before each one, which is its position */
+    const int64_t *slots;     /* (rows, 2): row of the cache, and the slot there in which its text begins; null: r and 0 */
     const float *bias;        /* (rows, heads, longest) added to the scores of self-attention, or null */
     const int64_t *source_lengths; /* (rows,) source tokens of each row, or null without an encoder */
-    int64_t rows, longest;    /* longest: the most slots of a row, with its new token */
+    int64_t rows, longest;    /* longest: the most tokens before one, and itself */
+    Cache cache, source;
 } Step;
+
+/* The address of the first key or value of a token's text for a head, in bytes. */
+static char *text_at(const Model *model, const Cache *cache, void *const *of, int64_t layer, const int64_t *slots, int64_t r,
+                     int64_t head) {
+    int64_t row = slots ? slots[2 * r] : r, start = slots ? slots[2 * r + 1] : 0;
+    return (char *)of[layer] +
+           ((row * model->kv_heads + head) * cache->capacity + start) * model->head_dim * (cache->kind == FP32 ? 4 : 2);
+}
 
 /* ------------------------------------------------------------------------------------------ products */
 
-#ifdef __AVX512F__
-#define LANES 16
-#else
-#define LANES 8
-#endif
-typedef float V __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
-typedef int32_t I __attribute__((vector_size(4 * LANES)));
-typedef uint32_t U __attribute__((vector_size(4 * LANES)));
-typedef uint16_t H __attribute__((vector_size(2 * LANES), aligned(2), may_alias));
-typedef int8_t B __attribute__((vector_size(LANES), aligned(1), may_alias));
-#define INLINE static inline __attribute__((always_inline))
-
-#ifdef __clang__
-#define PICK(p, q, ...) __builtin_shufflevector(p, q, __VA_ARGS__)
-#else
-#define PICK(p, q, ...) __builtin_shuffle(p, q, (I){__VA_ARGS__})
-#endif
 /* Two vectors of sums spread over g lanes each -> one in which they are spread over g / 2. */
 #if LANES == 16
 INLINE V fold16(V p, V q) {
@@ -120,26 +113,6 @@ INLINE V fold(V *v, const int n) {
     return v[0];
 }
 
-INLINE V weights_at(const void *w, int64_t at, const int kind) {
-    if (kind == FP32) return *(const V *)((const float *)w + at);
-#if defined(__AVX512F__) /* compilers generate poor code for the general form below */
-    if (kind == BF16) return (V)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const void *)((const uint16_t *)w + at))), 16);
-    return (V)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const void *)((const int8_t *)w + at))));
-#elif defined(__AVX2__)
-    if (kind == BF16) return (V)_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const void *)((const uint16_t *)w + at))), 16);
-    return (V)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const void *)((const int8_t *)w + at))));
-#else
-    if (kind == BF16) return (V)(__builtin_convertvector(*(const H *)((const uint16_t *)w + at), U) << 16);
-    return __builtin_convertvector(__builtin_convertvector(*(const B *)((const int8_t *)w + at), I), V);
-#endif
-}
-
-INLINE float weight_at(const void *w, int64_t at, const int kind) {
-    if (kind == FP32) return ((const float *)w)[at];
-    if (kind == BF16) return from_bits((uint32_t)((const uint16_t *)w)[at] << 16);
-    return ((const int8_t *)w)[at];
-}
-
 /* sums[r * O + o] = x[r] . w[o] for R rows of x, `ldx` numbers from one to the next, and O rows of w, `in` numbers each. */
 INLINE void tile(const float *x, int64_t ldx, const void *w, int64_t at, int64_t in, const int kind, const int R, const int O,
                  float *sums) {
@@ -159,7 +132,7 @@ INLINE void tile(const float *x, int64_t ldx, const void *w, int64_t at, int64_t
         }
     }
     if (i < in) { /* the rest of the row, padded with zeros: the same instructions for any R, so the same bits in any batch */
-        const size_t size = kind == FP32 ? 4 : kind == BF16 ? 2 : 1, left = in - i;
+        const size_t size = kind == FP32 ? 4 : 2, left = in - i;
         V ws[O];
         for (int o = 0; o < O; o++) {
             float raw[LANES] = {0};
@@ -207,21 +180,65 @@ INLINE void all_rows(const float *x, int64_t ldx, int64_t rows, const void *w, i
 static void dots(const float *x, int64_t ldx, int64_t rows, const void *w, int64_t in, int64_t first, int64_t last, int64_t kind,
                  float *y, int64_t ldy) {
     if (kind == FP32) all_rows(x, ldx, rows, w, in, first, last, FP32, y, ldy);
-    else if (kind == BF16) all_rows(x, ldx, rows, w, in, first, last, BF16, y, ldy);
-    else all_rows(x, ldx, rows, w, in, first, last, INT8, y, ldy);
+    else all_rows(x, ldx, rows, w, in, first, last, BF16, y, ldy);
 }
 
 #define MIN_TILE_ROWS 5 /* with fewer rows, vectors too are as fast as reading the weights */
 
-/* Write the sums of an output to y: times its scale, plus its bias, added to y with `add`. */
+/* Write the sum of an output to y: plus its bias, added to y with `add`. */
 INLINE void put(const Map *map, int64_t o, float sum, float *y, int add) {
-    sum = sum * (map->steps ? map->steps[o] : 1) + (map->bias ? map->bias[o] : 0);
+    sum += map->bias ? map->bias[o] : 0;
     *y = add ? *y + sum : sum;
+}
+
+/* The same for LANES outputs. */
+INLINE void put_all(const Map *map, int64_t o, const float *sums, float *y, int add) {
+    V sum = *(const V *)sums;
+    if (map->bias) sum += *(const V *)(map->bias + o);
+    if (add) sum += *(const V *)y;
+    *(V *)y = sum;
+}
+
+/* R rows of `int8_product` from `row` on, for C vectors of outputs from `o` on. */
+INLINE void int8_rows(const Map *map, const Rounded *x, int64_t row, int64_t o, const int R, const int C, float *y, int64_t ldy,
+                      int add) {
+    float sums[R * C * LANES];
+    int8_tile((const uint8_t *)map->weight + o / PANEL * PANEL * x->inputs + o % PANEL * 4,
+              map->steps + o / PANEL * PANEL * x->groups + o % PANEL, x, row, R, C, sums);
+    for (int j = 0; j < R * C; j++) {
+        int64_t first = o + j % C * LANES;
+        float *to = y + (row + j / C) * ldy + first;
+        if (first + LANES <= map->out) put_all(map, first, sums + j * LANES, to, add);
+        else for (int64_t l = 0; first + l < map->out; l++) put(map, first + l, sums[j * LANES + l], to + l, add);
+    }
+}
+
+INLINE void int8_columns(const Map *map, const Rounded *x, int64_t rows, int64_t o, const int C, float *y, int64_t ldy, int add) {
+    int64_t r = 0;
+    for (; r + 4 <= rows; r += 4) int8_rows(map, x, r, o, 4, C, y, ldy, add);
+    for (; r + 2 <= rows; r += 2) int8_rows(map, x, r, o, 2, C, y, ldy, add);
+    for (; r < rows; r++) int8_rows(map, x, r, o, 1, C, y, ldy, add);
+}
+
+/* `product` of int8 weights and rounded rows. */
+static void int8_product(const Map *map, const Rounded *x, int64_t rows, float *y, int64_t ldy, int add) {
+    #pragma omp for schedule(static) nowait
+    for (int64_t o = 0; o < map->out; o += COLUMNS * LANES)
+        if (o + (COLUMNS - 1) * LANES < map->out) int8_columns(map, x, rows, o, COLUMNS, y, ldy, add);
+        else int8_columns(map, x, rows, o, 1, y, ldy, add);
+}
+
+/* Round the input of a map with int8 weights, for `product`. Every thread does it for itself, which takes less than a barrier. */
+static void round_input(const Map *map, const float *x, int64_t ldx, int64_t rows, Rounded *to) {
+    if (map->kind != INT8) return;
+    to->groups = groups_of(map->in);
+    to->inputs = to->groups * GROUP;
+    round_rows(x, ldx, rows, map->in, to);
 }
 
 #ifdef TILES
 /* Matrix instructions (AMX): 16 outputs by 16 rows by 32 inputs at once, in bf16. An activation is split into two bf16 numbers,
-   which keeps 16 bits; int8 weights are exact in bf16. */
+   which keeps 16 bits. */
 
 static void configure_tiles(void) {
     struct { uint8_t palette, start, unused[14]; uint16_t bytes[16]; uint8_t rows[16]; } config = {.palette = 1};
@@ -243,19 +260,10 @@ static void pack(const float *x, int64_t ldx, int64_t rows, int64_t in, uint16_t
         }
 }
 
-/* 16 outputs by 32 inputs of int8 weights as bf16. */
-static void widen(const int8_t *w, int64_t in, uint16_t *to) {
-    for (int r = 0; r < 16; r++) {
-        __m512 low = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const void *)(w + r * in))));
-        __m512 high = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const void *)(w + r * in + 16))));
-        _mm512_storeu_si512(to + r * 32, (__m512i)_mm512_cvtne2ps_pbh(high, low));
-    }
-}
-
 /* `product` for multiples of 32 outputs; the rest is for `dots`. */
 static void tile_product(const Map *map, const float *x, int64_t ldx, int64_t rows, float *y, int64_t ldy, int add) {
     int64_t in = map->in, groups = (rows + 15) / 16, whole = map->out / 32 * 32;
-    uint16_t *packed = (uint16_t *)scratch(groups * in * 16), wide[2][512];
+    uint16_t *packed = (uint16_t *)scratch(groups * in * 16);
     for (int64_t g = 0; g < groups; g++)
         pack(x + g * 16 * ldx, ldx, rows - g * 16 < 16 ? rows - g * 16 : 16, in, packed + g * in * 32);
     #pragma omp for schedule(static) nowait
@@ -268,15 +276,8 @@ static void tile_product(const Map *map, const float *x, int64_t ldx, int64_t ro
             _tile_zero(2);
             _tile_zero(3);
             for (int64_t k = 0; k < in; k += 32) {
-                if (map->kind == INT8) {
-                    widen((const int8_t *)map->weight + o * in + k, in, wide[0]);
-                    widen((const int8_t *)map->weight + (o + 16) * in + k, in, wide[1]);
-                    _tile_loadd(4, wide[0], 64);
-                    _tile_loadd(5, wide[1], 64);
-                } else {
-                    _tile_loadd(4, (const uint16_t *)map->weight + o * in + k, in * 2);
-                    _tile_loadd(5, (const uint16_t *)map->weight + (o + 16) * in + k, in * 2);
-                }
+                _tile_loadd(4, (const uint16_t *)map->weight + o * in + k, in * 2);
+                _tile_loadd(5, (const uint16_t *)map->weight + (o + 16) * in + k, in * 2);
                 _tile_loadd(6, tiles + k * 32, 64);
                 _tile_loadd(7, tiles + k * 32 + 512, 64);
                 _tile_dpbf16ps(0, 4, 6);
@@ -307,12 +308,18 @@ EXPORT int has_tiles(void) {
 #endif
 }
 
-/* y = x w' + bias, or y += that with `add`. All threads call it; there is no barrier at its end. */
-static void product(const Map *map, const float *x, int64_t ldx, int64_t rows, float *y, int64_t ldy, int add, int tiles) {
+/* y = x w' + bias, or y += that with `add`; int8 weights multiply x as `round_input` has rounded it. All threads call it; there
+   is no barrier at its end. */
+static void product(const Map *map, const float *x, const Rounded *rounded, int64_t ldx, int64_t rows, float *y, int64_t ldy, int add,
+                    int tiles) {
     int64_t start = 0;
     if (!map->weight) return;
+    if (map->kind == INT8) {
+        int8_product(map, rounded, rows, y, ldy, add);
+        return;
+    }
 #ifdef TILES
-    if (tiles && rows >= MIN_TILE_ROWS && map->kind != FP32 && map->in % 32 == 0) {
+    if (tiles && rows >= MIN_TILE_ROWS && map->kind == BF16 && map->in % 32 == 0) {
         tile_product(map, x, ldx, rows, y, ldy, add);
         start = map->out / 32 * 32;
     }
@@ -336,7 +343,11 @@ EXPORT void few_rows(const Map *map, const float *x, float *y, int64_t rows, int
 #ifdef TILES
         if (tiles) configure_tiles();
 #endif
-        product(map, x, map->in, rows, y, map->out, 0, tiles);
+        Rounded rounded = {0};
+        if (map->kind == INT8) rounded = rounded_rows(rows, map->in);
+        round_input(map, x, map->in, rows, &rounded);
+        product(map, x, &rounded, map->in, rows, y, map->out, 0, tiles);
+        free_rounded(&rounded);
 #ifdef TILES
         if (tiles) _tile_release();
 #endif
@@ -345,8 +356,11 @@ EXPORT void few_rows(const Map *map, const float *x, float *y, int64_t rows, int
 
 /* ------------------------------------------------------------------------------------------ norms, heads, attention */
 
-static void normalize(const Norm *norm, const float *x, float *y, int64_t rows, int64_t width) {
-    #pragma omp for schedule(static)
+/* What a thread needs besides its task: the barrier of all threads, and room for rounded rows. */
+typedef struct { Meeting *meeting; Rounded rounded; } Worker;
+
+static void normalize(const Norm *norm, const float *x, float *y, int64_t rows, int64_t width, const Worker *worker) {
+    #pragma omp for schedule(static) nowait
     for (int64_t r = 0; r < rows; r++) {
         const float *from = x + r * width;
         float *to = y + r * width, mean = 0, square = 0;
@@ -366,6 +380,7 @@ static void normalize(const Norm *norm, const float *x, float *y, int64_t rows, 
         if (norm->gain) for (int64_t j = 0; j < width; j++) to[j] *= norm->gain[j];
         if (norm->offset) for (int64_t j = 0; j < width; j++) to[j] += norm->offset[j];
     }
+    meet(worker->meeting);
 }
 
 /* A head of a query or a key, in place: unit RMS, gain, rotary position. */
@@ -408,17 +423,17 @@ static void weighted(const float *p, const void *v, int64_t n, int64_t width, in
     else weighted_of(p, v, n, width, BF16, out);
 }
 
-/* q (rows, heads, head_dim) -> out, over the first lengths[row] + added slots of the cache. */
-static void attend(const Model *model, const Attention *at, const float *q, float *out, const int64_t *lengths, int64_t added,
-                   const float *bias, int64_t longest, int64_t rows) {
-    int64_t group = model->heads / model->kv_heads, width = model->head_dim, size = model->cache_kind == FP32 ? 4 : 2;
-    #pragma omp for schedule(dynamic)
+/* q (rows, heads, head_dim) -> out, over the first lengths[row] + added slots of the text of each row. */
+static void attend(const Model *model, const Cache *cache, int64_t layer, const int64_t *slots, const float *q, float *out,
+                   const int64_t *lengths, int64_t added, const float *bias, int64_t longest, int64_t rows, const Worker *worker) {
+    int64_t group = model->heads / model->kv_heads, width = model->head_dim;
+    #pragma omp for schedule(dynamic) nowait
     for (int64_t i = 0; i < rows * model->kv_heads; i++) {
         int64_t row = i / model->kv_heads, head = i % model->kv_heads * group, n = lengths[row] + added;
-        const char *keys = (const char *)at->keys + i * at->capacity * width * size;
-        const char *values_ = (const char *)at->values + i * at->capacity * width * size;
+        const void *keys = text_at(model, cache, cache->keys, layer, slots, row, i % model->kv_heads);
+        const void *values_ = text_at(model, cache, cache->values, layer, slots, row, i % model->kv_heads);
         float *scores = scratch(group * n);
-        dots(q + (row * model->heads + head) * width, width, group, keys, width, 0, n, model->cache_kind, scores, n);
+        dots(q + (row * model->heads + head) * width, width, group, keys, width, 0, n, cache->kind, scores, n);
         for (int64_t g = 0; g < group; g++) {
             float *p = scores + g * n, most = -INFINITY, sum = 0;
             for (int64_t j = 0; j < n; j++) p[j] *= (float)model->scale;
@@ -431,25 +446,29 @@ static void attend(const Model *model, const Attention *at, const float *q, floa
             #pragma omp simd reduction(+ : sum)
             for (int64_t j = 0; j < n; j++) { p[j] = exponential(p[j] - most); sum += p[j]; }
             for (int64_t j = 0; j < n; j++) p[j] /= sum;
-            weighted(p, values_, n, width, model->cache_kind, out + (row * model->heads + head + g) * width);
+            weighted(p, values_, n, width, cache->kind, out + (row * model->heads + head + g) * width);
         }
         free(scores);
     }
+    meet(worker->meeting);
 }
 
 /* ------------------------------------------------------------------------------------------ the step */
 
 /* Self-attention of the new tokens: x += o(attend(q, keys, values)); their keys and values are stored in the next slot of each row. */
-static void self_attention(const Model *model, const Attention *at, const Step *step, const float *from, float *joined,
-                           float *mixed) {
+static void self_attention(const Model *model, int64_t layer, const Step *step, const float *from, float *joined, float *mixed,
+                           Worker *worker) {
+    const Attention *at = &model->layers[layer].attention;
+    const Cache *cache = &step->cache;
     int64_t width = model->head_dim, queries = model->heads * width, keys = model->kv_heads * width;
     int64_t heads = model->heads + 2 * model->kv_heads, rows = step->rows;
     float *q = joined, *k = q + rows * queries, *v = k + rows * keys;
-    product(&at->q, from, model->width, rows, q, queries, 0, model->tiles);
-    product(&at->k, from, model->width, rows, k, keys, 0, model->tiles);
-    product(&at->v, from, model->width, rows, v, keys, 0, model->tiles);
-    #pragma omp barrier
-    #pragma omp for schedule(static)
+    round_input(&at->q, from, model->width, rows, &worker->rounded);
+    product(&at->q, from, &worker->rounded, model->width, rows, q, queries, 0, model->tiles);
+    product(&at->k, from, &worker->rounded, model->width, rows, k, keys, 0, model->tiles);
+    product(&at->v, from, &worker->rounded, model->width, rows, v, keys, 0, model->tiles);
+    meet(worker->meeting);
+    #pragma omp for schedule(static) nowait
     for (int64_t i = 0; i < rows * heads; i++) {
         int64_t row = i / heads, h = i % heads, kv = h < model->heads + model->kv_heads ? h - model->heads : h - model->heads - model->kv_heads;
         if (h < model->heads) {
@@ -459,76 +478,95 @@ static void self_attention(const Model *model, const Attention *at, const Step *
         int is_key = h < model->heads + model->kv_heads;
         float *x = (is_key ? k : v) + row * keys + kv * width;
         if (is_key) place_head(x, at->k_gain, model, step, row);
-        int64_t slot = ((row * model->kv_heads + kv) * at->capacity + step->lengths[row]) * width;
-        store(is_key ? at->keys : at->values, slot, x, width, model->cache_kind == BF16);
+        void *text = text_at(model, cache, is_key ? cache->keys : cache->values, layer, step->slots, row, kv);
+        store(text, step->lengths[row] * width, x, width, cache->kind == BF16);
     }
-    attend(model, at, q, mixed, step->lengths, 1, step->bias, step->longest, rows);
-    product(&at->o, mixed, queries, rows, step->x, model->width, 1, model->tiles);
-    #pragma omp barrier
+    meet(worker->meeting);
+    attend(model, cache, layer, step->slots, q, mixed, step->lengths, 1, step->bias, step->longest, rows, worker);
+    round_input(&at->o, mixed, queries, rows, &worker->rounded);
+    product(&at->o, mixed, &worker->rounded, queries, rows, step->x, model->width, 1, model->tiles);
+    meet(worker->meeting);
 }
 
 /* Cross-attention: queries have no position, as in `firth.model.block`. */
-static void cross_attention(const Model *model, const Attention *at, const Step *step, const float *from, float *q,
-                            float *mixed) {
+static void cross_attention(const Model *model, int64_t layer, const Step *step, const float *from, float *q, float *mixed,
+                            Worker *worker) {
+    const Attention *at = &model->layers[layer].cross;
     int64_t queries = model->heads * model->head_dim, rows = step->rows;
     Model still = *model;
     still.cosine = still.sine = 0;
-    product(&at->q, from, model->width, rows, q, queries, 0, model->tiles);
-    #pragma omp barrier
+    round_input(&at->q, from, model->width, rows, &worker->rounded);
+    product(&at->q, from, &worker->rounded, model->width, rows, q, queries, 0, model->tiles);
+    meet(worker->meeting);
     if (at->q_gain || model->qk_eps >= 0) {
-        #pragma omp for schedule(static)
+        #pragma omp for schedule(static) nowait
         for (int64_t i = 0; i < rows * model->heads; i++)
             place_head(q + i * model->head_dim, at->q_gain, &still, step, i / model->heads);
+        meet(worker->meeting);
     }
-    attend(model, at, q, mixed, step->source_lengths, 0, 0, 0, rows);
-    product(&at->o, mixed, queries, rows, step->x, model->width, 1, model->tiles);
-    #pragma omp barrier
+    attend(model, &step->source, layer, step->slots, q, mixed, step->source_lengths, 0, 0, 0, rows, worker);
+    round_input(&at->o, mixed, queries, rows, &worker->rounded);
+    product(&at->o, mixed, &worker->rounded, queries, rows, step->x, model->width, 1, model->tiles);
+    meet(worker->meeting);
 }
 
-static void feed_forward(const Model *model, const Layer *layer, const Step *step, const float *from, float *inner) {
+static void feed_forward(const Model *model, const Layer *layer, const Step *step, const float *from, float *inner, Worker *worker) {
     int64_t hidden = model->hidden, rows = step->rows, parts = (hidden + 511) / 512;
     int gated = layer->gate.weight != 0;
     float *up = inner + (gated ? rows * hidden : 0);
-    product(&layer->gate, from, model->width, rows, inner, hidden, 0, model->tiles);
-    product(&layer->up, from, model->width, rows, up, hidden, 0, model->tiles);
-    #pragma omp barrier
-    #pragma omp for schedule(static)
+    round_input(&layer->up, from, model->width, rows, &worker->rounded);
+    product(&layer->gate, from, &worker->rounded, model->width, rows, inner, hidden, 0, model->tiles);
+    product(&layer->up, from, &worker->rounded, model->width, rows, up, hidden, 0, model->tiles);
+    meet(worker->meeting);
+    #pragma omp for schedule(static) nowait
     for (int64_t i = 0; i < rows * parts; i++) {
         int64_t start = i / parts * hidden + i % parts * 512, n = hidden - i % parts * 512 < 512 ? hidden - i % parts * 512 : 512;
         float value[512];
         values(model->activation, inner + start, value, n);
         for (int64_t j = 0; j < n; j++) inner[start + j] = gated ? value[j] * up[start + j] : value[j];
     }
-    product(&layer->down, inner, hidden, rows, step->x, model->width, 1, model->tiles);
-    #pragma omp barrier
+    meet(worker->meeting);
+    round_input(&layer->down, inner, hidden, rows, &worker->rounded);
+    product(&layer->down, inner, &worker->rounded, hidden, rows, step->x, model->width, 1, model->tiles);
+    meet(worker->meeting);
 }
 
 EXPORT void decode(const Model *model, const Step *step, int threads) {
     int64_t rows = step->rows, width = model->width, queries = model->heads * model->head_dim;
     float *normed = scratch(rows * width), *mixed = scratch(rows * queries), *inner = scratch(2 * rows * model->hidden);
     float *joined = scratch(rows * (model->heads + 2 * model->kv_heads) * model->head_dim), *x = step->x;
+    int64_t widest = width > queries ? width : queries;
+    Meeting meeting = {0};
+    int int8 = model->layers->up.kind == INT8 || model->head.kind == INT8;
+    if (model->hidden > widest) widest = model->hidden;
     #pragma omp parallel num_threads(threads)
     {
 #ifdef TILES
         if (model->tiles) configure_tiles();
 #endif
+        Worker worker = {.meeting = &meeting};
+        if (int8) worker.rounded = rounded_rows(rows, widest);
         for (int64_t i = 0; i < model->depth; i++) {
             const Layer *layer = model->layers + i;
             const float *from = model->post_norm ? x : normed;
-            if (!model->post_norm) normalize(&layer->attention_norm, x, normed, rows, width);
-            self_attention(model, &layer->attention, step, from, joined, mixed);
-            if (model->post_norm) normalize(&layer->attention_norm, x, x, rows, width);
+            if (!model->post_norm) normalize(&layer->attention_norm, x, normed, rows, width, &worker);
+            self_attention(model, i, step, from, joined, mixed, &worker);
+            if (model->post_norm) normalize(&layer->attention_norm, x, x, rows, width, &worker);
             if (layer->cross.o.weight) {
-                if (!model->post_norm) normalize(&layer->cross_norm, x, normed, rows, width);
-                cross_attention(model, &layer->cross, step, from, joined, mixed);
-                if (model->post_norm) normalize(&layer->cross_norm, x, x, rows, width);
+                if (!model->post_norm) normalize(&layer->cross_norm, x, normed, rows, width, &worker);
+                cross_attention(model, i, step, from, joined, mixed, &worker);
+                if (model->post_norm) normalize(&layer->cross_norm, x, x, rows, width, &worker);
             }
-            if (!model->post_norm) normalize(&layer->mlp_norm, x, normed, rows, width);
-            feed_forward(model, layer, step, from, inner);
-            if (model->post_norm) normalize(&layer->mlp_norm, x, x, rows, width);
+            if (!model->post_norm) normalize(&layer->mlp_norm, x, normed, rows, width, &worker);
+            feed_forward(model, layer, step, from, inner, &worker);
+            if (model->post_norm) normalize(&layer->mlp_norm, x, x, rows, width, &worker);
         }
-        normalize(&model->norm, x, x, rows, width);
-        product(&model->head, x, width, rows, step->logits, model->head.out, 0, model->tiles);
+        normalize(&model->norm, x, x, rows, width, &worker);
+        if (step->logits) {
+            round_input(&model->head, x, width, rows, &worker.rounded);
+            product(&model->head, x, &worker.rounded, width, rows, step->logits, model->head.out, 0, model->tiles);
+        }
+        free_rounded(&worker.rounded);
 #ifdef TILES
         if (model->tiles) _tile_release();
 #endif

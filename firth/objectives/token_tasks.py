@@ -73,7 +73,10 @@ class TokenClassification(Objective):
         return dataclasses.replace(
             self,
             class_names=self.class_names or stats().class_names,
-            causal="bidirectional" not in config.supported_patterns if self.causal is None else self.causal,
+            # A table of word vectors reads each token by itself.
+            causal=self.causal
+            if self.causal is not None
+            else not config.supported_patterns & {"bidirectional", "none"},
         )
 
     def heads(self, config: ModelConfig) -> dict[str, nn.Module]:

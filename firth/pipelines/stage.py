@@ -14,7 +14,7 @@ from firth.io import user_code
 Summary = Mapping[str, float | str]
 """Numbers of a finished stage: name -> value."""
 
-Weights = Literal["", "fp32", "bf16", "int8", "int8-dynamic"]
+Weights = Literal["", "fp32", "bf16", "int8"]
 """Data type of the weights of a model that replies, as `--weights` of `firth evaluate`."""
 
 

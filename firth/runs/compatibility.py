@@ -27,17 +27,18 @@ import numpy as np
 import torch
 
 from firth import objectives
+from firth.data.collate import counted_fields
 from firth.data.examples import ExamplesConfig
 from firth.model.config import AttentionPattern, ModelConfig
 from firth.model.model import LM
 from firth.model.parameter_count import LEARNED_POSITIONS
-from firth.objectives.objective import PATTERN_DESCRIPTIONS, Objective, components
+from firth.objectives.objective import PATTERN_DESCRIPTIONS, Objective, TokenObjective, components
 from firth.runs import config_io
 from firth.runs.examples import EXAMPLES
 from firth.runs.peft_options import FullFinetuning, PeftConfig, check_peft
 from firth.runs.sample_example import SAMPLE_VOCAB, sample_example
 from firth.training.device import memory, trim_freed_memory
-from firth.types import DataStats, LogLine, UserError
+from firth.types import IGNORE, DataStats, Example, LogLine, UserError
 
 if TYPE_CHECKING:
     from firth.runs.recipe import Recipe
@@ -51,6 +52,9 @@ PATTERN_RECIPES: dict[AttentionPattern, str] = {
     "latent": "vae (an encoder-decoder with a latent)",
 }  # fmt: skip
 """Attention pattern -> a published recipe whose model supports it."""
+
+ONE_SIDED: frozenset[AttentionPattern] = frozenset({"causal", "permuted", "prefix", "seq2seq"})
+"""Attention patterns in which some position does not see another one, so that examples need attention fields."""
 
 
 def check_recipe(recipe: Recipe, ranks: int = 1) -> None:
@@ -114,6 +118,8 @@ def check_pattern(
         fixed: Whether the model config is that of pretrained weights and cannot be changed.
     """
     name, reads = _name(objective), objective.attention
+    if reads != "any" and reads not in PATTERN_DESCRIPTIONS:
+        raise UserError(f"objective {name} has attention {reads!r}: take any, {', '.join(PATTERN_DESCRIPTIONS)}")
     if reads in config.supported_patterns:
         objective.configure(DataStats, config)
         return
@@ -294,6 +300,50 @@ def check_batching(objective: Objective, config: ModelConfig, *, pack: int, accu
             f"objective {_name(objective)} compares all examples of a step with each other, and {ranks} ranks of "
             f"{accumulate} micro-batches would compare only their own: set batch.gradient_accumulation_steps=1 and train on one rank"
         )
+
+
+def is_users(objective: Objective) -> bool:
+    """Return whether an objective, or a component of a sum, is defined outside firth."""
+    return any(":" in _name(one) for one in components(objective))
+
+
+def check_built(objective: Objective, examples: Iterable[Example], vocab_size: int) -> None:
+    """Raise a UserError if `build_example` of a user's objective returns what a model cannot be trained on.
+
+    Args:
+        objective: The objective.
+        examples: Some examples that it has built.
+        vocab_size: Number of token ids of the model.
+    """
+    for example in examples:
+        if fault := _fault_of_built(objective, example, vocab_size):
+            raise UserError(f"build_example of objective {_name(objective)}: {fault}")
+
+
+def _fault_of_built(objective: Objective, example: Example, vocab_size: int) -> str:
+    """Return what is wrong with an example that an objective has built; empty if nothing is."""
+    for field, value in example.items():
+        if not isinstance(value, (np.ndarray, np.generic, int, float)):
+            return f"the field {field!r} is a {type(value).__module__}.{type(value).__name__}: return NumPy arrays"
+    needed = {"tokens": "the tokens that the model sees"} | {
+        field: f"the labels of {term!r}" for term, field in counted_fields(objective).items()
+    }
+    for field, meaning in needed.items():
+        if field not in example:
+            return f"there is no field {field!r}, {meaning}; it returned {_listed(example)}"
+    token_labels = {f for one in components(objective) if isinstance(one, TokenObjective) for f in one.labels.values()}
+    for field in ("tokens", *sorted(token_labels)):
+        ids, shape = example[field], example["tokens"].shape
+        if not np.issubdtype(ids.dtype, np.integer) or ids.shape != shape:
+            return f"the field {field!r} is {ids.dtype} of shape {ids.shape}: it must be whole numbers of shape {shape}"
+        if (bad := ids[((ids < 0) | (ids >= vocab_size)) & ((ids != IGNORE) | (field == "tokens"))]).size:
+            return f"the field {field!r} has the id {bad[0]}: the {vocab_size:,} ids of the model begin at 0"
+    if objective.attention in ONE_SIDED and "query_time" not in example:
+        return (
+            f"attention is {objective.attention!r}, but there is no field 'query_time', so each token would see all others: "
+            "add the fields of firth.data.attention_fields"
+        )
+    return ""
 
 
 def check_memory(config: ModelConfig, examples: ExamplesConfig, pack: int) -> None:

@@ -1,6 +1,6 @@
 """Evaluate a run on files, with the metrics of its task, or with its own objective if that is not a task.
 
-    firth evaluate runs/electra held-out.txt         loss/generator, loss/replaced, replaced_accuracy, original_accuracy
+    firth evaluate runs/electra held-out.txt         loss/generator, loss/replaced, replaced_accuracy, auc
     firth evaluate runs/vae held-out.txt             elbo, kl, active
     firth evaluate runs/elmo held-out.txt            loss/forward, loss/backward
     firth evaluate runs/bert held-out.txt --task objective       the accuracy of NSP and the masked loss

@@ -8,7 +8,7 @@ from firth.data.collate import Batches
 from firth.model import init
 from firth.model.model import LM
 from firth.objectives.objective import Objective, supervised
-from firth.training.parallel import Parallel
+from firth.training.data_parallel import Parallel
 from firth.training.step import SINGLE, to
 from firth.types import IGNORE
 

@@ -37,7 +37,7 @@ from firth.report.run_report import run_report
 from firth.runs import config_io, examples, model_card, report_texts
 from firth.runs.branch import start_from_checkpoint
 from firth.runs.build_model import BuiltModel, assemble_model, builds_in_shards
-from firth.runs.compatibility import check_available_memory
+from firth.runs.compatibility import check_available_memory, check_built, is_users
 from firth.runs.eval_tasks import EvalTasks
 from firth.runs.init_head import init_head
 from firth.runs.loaded_model import Model
@@ -200,7 +200,8 @@ def build_data(resolved: ResolvedRecipe, data: RunData, context: RunContext) -> 
     """Build the training and validation examples, and report what was read.
 
     Raises:
-        UserError: There is nothing to train on, or nothing is held out and `evaluation` needs it.
+        UserError: There is nothing to train on, nothing is held out and `evaluation` needs it, or a user's objective builds
+            examples that a model cannot be trained on.
     """
     chosen = checkpoint.precision(context.directory) or choose_precision(resolved.precision, default_device())
     data = dataclasses.replace(data, memory_length=resolved.model.attention.memory_length, precision=chosen)
@@ -222,6 +223,9 @@ def build_data(resolved: ResolvedRecipe, data: RunData, context: RunContext) -> 
         gradient_accumulation_steps=resolved.batch.gradient_accumulation_steps, pack_to_length=resolved.batch.packed_length,
         group_by_length=resolved.batch.group_by_length, rank=context.ranks.rank, world=context.ranks.world,
     )  # fmt: skip
+    if is_users(resolved.objective) and not splits.train.on_policy:
+        first = splits.train.order(resolved.seed, batches.positions(0)[:8])
+        check_built(resolved.objective, batches.shown(*first), resolved.model.vocab_size)
     return RunDatasets(data, splits, validator, tasks, batches, notes)
 
 

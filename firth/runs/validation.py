@@ -1,7 +1,8 @@
 """Validation during training, and per-class results of the exported model.
 
 Losses and accuracies are summed over batches. A task head is also evaluated per example, which adds its metrics (F1, Matthews
-correlation, rank correlation; see `firth.evaluate.heads`). Each metric can choose the best checkpoint.
+correlation, rank correlation; see `firth.evaluate.heads`), and so is ELECTRA's detector (area under the ROC curve). Each metric can
+choose the best checkpoint.
 """
 
 from __future__ import annotations
@@ -21,15 +22,15 @@ from firth.data.collate import Batches
 from firth.data.labels import has_spans
 from firth.data.source import Source
 from firth.evaluate import metrics
-from firth.evaluate.heads import HEADS, HeadOutput, head_of
+from firth.evaluate.heads import READERS, HeadOutput, validated_head_of
 from firth.model.model import LM
 from firth.objectives.reward_model import pair_margins
 from firth.runs.examples import spread
 from firth.runs.recipe import ResolvedRecipe
 from firth.tokenizer.tokenizer import Tokenizer
 from firth.tokenizer.vocab import Vocab
+from firth.training.data_parallel import Parallel
 from firth.training.distributed import Ranks
-from firth.training.parallel import Parallel
 from firth.training.step import SINGLE, no_reduce, validate
 from firth.types import Batch, Outputs, UserError
 
@@ -68,8 +69,8 @@ class Validator:
 
     @cached_property
     def head(self) -> str:
-        """The task head that is evaluated per example; empty for most objectives."""
-        return head_of(self.heads)
+        """The head that is evaluated per example; empty for most objectives."""
+        return validated_head_of(self.heads)
 
     @cached_property
     def examples(self) -> Source:
@@ -78,7 +79,7 @@ class Validator:
 
     @cached_property
     def batches(self) -> Batches:
-        """The batches: all examples in order on every rank for a task head, else divided among the ranks."""
+        """The batches: all examples in order on every rank for such a head, else divided among the ranks."""
         recipe, shared = self.recipe, not self.head
         return Batches(
             self.examples, recipe.objective, vocab(recipe, self.tokenizer),
@@ -89,7 +90,7 @@ class Validator:
     def measure(self, model: LM, step: int) -> dict[str, float]:
         """Return the metrics of a model by name; `step` is unused."""
         found, readings = self._read(model)
-        return found | (HEADS[self.head].metrics(readings, self.recipe.objective, self.examples) if self.head else {})
+        return found | (READERS[self.head].metrics(readings, self.recipe.objective, self.examples) if self.head else {})
 
     def check_best_metric(self, model: LM) -> None:
         """Raise a UserError if `evaluation.best_metric` is not a metric; evaluates a few examples before a run to find out."""
@@ -142,7 +143,7 @@ class Validator:
         readings: list[HeadOutput] = []
 
         def watch(outputs: Outputs, batch: Batch) -> None:
-            readings.extend(HEADS[self.head].read(model, self.recipe.objective, outputs, batch))
+            readings.extend(READERS[self.head].read(model, self.recipe.objective, outputs, batch))
 
         found = validate(
             model, self.recipe.objective, self.batches.all_batches(), bytes_per_target=self.bytes_per_target,

@@ -26,8 +26,8 @@ import torch
 from torch import Tensor
 
 from firth.data.collate import counted_fields
-from firth.training.parallel import Parallel
-from firth.types import IGNORE, Batch, Outputs
+from firth.training.data_parallel import Parallel
+from firth.types import IGNORE, Batch, Outputs, UserError, with_host_copy
 
 if TYPE_CHECKING:
     from firth.model.model import LM
@@ -96,6 +96,10 @@ def _terms(
     """Return the sum of each term over a batch, after calling `watch` with the outputs."""
     outputs = objective.forward(model, batch)
     terms = objective.loss(model, outputs, batch)
+    if missing := sorted(objective.labels.keys() - terms.keys()):
+        raise UserError(
+            f"loss of {type(objective).__name__} returned {', '.join(terms)} and not {missing[0]!r}, a term of its labels"
+        )
     if watch is not None:
         watch(outputs, batch)
     return terms
@@ -168,8 +172,9 @@ def named_metrics(objective: Objective, means: Mapping[str, float]) -> dict[str,
 
 
 def to(batch: Batch, device: torch.device) -> Batch:
-    """Move a batch to a device."""
-    return {name: x.to(device, non_blocking=True) for name, x in batch.items()}
+    """Move a batch to a device. Tensors that are copied keep the original for `host_copy`."""
+    moved = {name: x.to(device, non_blocking=True) for name, x in batch.items()}
+    return {name: x if x is batch[name] else with_host_copy(x, batch[name]) for name, x in moved.items()}
 
 
 def pinned(batches: list[Batch]) -> list[Batch]:

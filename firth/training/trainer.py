@@ -33,11 +33,11 @@ from firth import kernel_choice
 from firth.model import flops
 from firth.training import checkpoint
 from firth.training.checkpoint import TrainingState
+from firth.training.data_parallel import Parallel, Replicas
 from firth.training.device import Precision, casts, choose_precision, flush_denormals, keep_freed_memory
 from firth.training.distributed import Ranks
 from firth.training.logging import MetricsLog, NullReporter, OnMetrics, ProgressReporter, clock, make_reporter, short
 from firth.training.optimizer import Optimizer, OptimizerConfig
-from firth.training.parallel import Parallel, Replicas
 from firth.training.prefetch import Prefetcher
 from firth.training.run_lock import Interrupted, interrupt_handler, run_lock
 from firth.training.schedule import Budget, Schedule

@@ -122,6 +122,26 @@ def test_a_killed_task_changes_no_byte(folder: Path, local: dict[str, str], tmp_
     assert parts(tmp_path) == local
 
 
+def test_two_attempts_at_a_part_do_not_meet(folder: Path, local: dict[str, str], tmp_path: Path) -> None:
+    """A task runs while an earlier process of it has written half of the part; the part is complete, and replaced by equal bytes."""
+    step = FirthTokens(str(tmp_path), str(folder / "tokenizer"), 0.1)
+
+    def documents() -> Any:
+        reader, keep, _ = pipeline(folder, tmp_path)
+        return keep.run(reader.run(None, 1, TASKS), 1, TASKS)
+
+    def interrupted() -> Any:
+        for number, document in enumerate(documents()):
+            if number == 5:
+                list(step.run(documents(), 1, TASKS))
+                assert parts(tmp_path) | written == parts(tmp_path)
+            yield document
+
+    written = {name: digest for name, digest in local.items() if name.startswith("parts/00001/")}
+    assert list(step.run(interrupted(), 1, TASKS)) == []
+    assert parts(tmp_path) == written
+
+
 def test_a_slurm_executor_writes_its_files(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """sbatch is not there: the script that it would be given is written, with one task per rank."""
     scripts: list[str] = []

@@ -8,14 +8,18 @@ from pathlib import Path
 import pytest
 import torch
 
+from firth.data.collate import Batches
 from firth.model.config import ModelConfig
 from firth.model.heads import LMHead
 from firth.model.model import LM
 from firth.model.presets import PRESETS
 from firth.pretrained.load_save import load_model
-from firth.runs.recipe import load, published
+from firth.runs import examples
+from firth.runs.prepare import RunData
+from firth.runs.recipe import load, load_resolved, published
 from firth.runs.run import run
-from firth.types import UserError
+from firth.tokenizer.tokenizer import Tokenizer
+from firth.types import IGNORE, UserError
 from tests.support.tiny_corpus import TEXTS
 
 
@@ -124,3 +128,36 @@ def test_recipe_trains_saves_and_reloads(name: str, more: list[str], tmp_path: P
     with torch.device("meta"):
         assert set(model.heads) == set(recipe.objective.heads(recipe.model))
     assert run(recipe, tmp_path / "run", log=lambda _: None).metrics == done.metrics
+
+
+@pytest.mark.oracle
+def test_auc_of_the_detector_agrees_with_scikit_learn(tmp_path: Path) -> None:
+    """The logged area is that of all held-out tokens together: neither of one batch nor a mean over texts."""
+    oracle = pytest.importorskip("sklearn.metrics", reason="the oracle; installed with the test extra")
+    text = tmp_path / "text"
+    text.mkdir()
+    for i, words in enumerate(TEXTS[:12]):
+        (text / f"{i}.txt").write_text(words[:900], encoding="utf-8")
+    settings = [
+        *SMALL,
+        "model.embedding.size=16",
+        f"data.path={text}",
+        "data.validation_fraction=0.3",
+        "evaluation.max_examples=9",
+    ]
+    done = run(load("electra", settings), tmp_path / "run", log=lambda _: None)
+    recipe, tokenizer = load_resolved(done.directory), Tokenizer.load(done.directory)
+    splits = examples.build_datasets(recipe.examples, RunData(recipe.data, tokenizer, done.directory), recipe.objective)
+    assert splits.validation is not None
+    source = examples.spread(splits.validation, 9)
+    scores, replaced = [], []
+    model = load_model(done.model).eval()
+    batches = Batches(source, recipe.objective, tokenizer.vocab, batch_size=1, seed=recipe.seed)
+    for batch in batches.all_batches():
+        with torch.no_grad():
+            outputs = recipe.objective.forward(model, batch)
+        here = batch["real"] != IGNORE
+        scores += model.heads["replaced"](outputs["hidden"][here])[:, 0].tolist()
+        replaced += (outputs["shown"][here] != batch["real"][here]).tolist()
+    assert 0 < sum(replaced) < len(replaced)
+    assert done.metrics["valid/auc"] == pytest.approx(oracle.roc_auc_score(replaced, scores), abs=2e-3)

@@ -16,8 +16,9 @@ from firth.runs.config_io import from_dict, to_dict
 from firth.types import IGNORE, UserError
 
 PAGE = Path(__file__).parents[2] / "docs" / "how-to" / "add-an-objective.md"
-[MODULE] = re.findall(r"```python\n(.*?)```", PAGE.read_text("utf-8"), re.S)
-[COMMAND] = re.findall(r"^firth (train .*)$", PAGE.read_text("utf-8"), re.M)
+MODULE, LOOK = re.findall(r"```python\n(.*?)```", PAGE.read_text("utf-8"), re.S)
+[PRINTED] = re.findall(r"```text\n(.*?)```", PAGE.read_text("utf-8"), re.S)
+*_, COMMAND = re.findall(r"^firth (train .*)$", PAGE.read_text("utf-8"), re.M)
 TINY = ["tokenizer.vocab_size=300", "model.hidden_size=32", "model.num_heads=2", "model.num_layers=1", "max_steps=12",
         "data.split_by=line"]  # fmt: skip
 
@@ -29,7 +30,8 @@ def place(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "path", [*sys.path])
     monkeypatch.delitem(sys.modules, "skip_lm", raising=False)
     (tmp_path / "skip_lm.py").write_text(MODULE, "utf-8")
-    (tmp_path / "mine.txt").write_text(
+    (tmp_path / "MY_FOLDER").mkdir()
+    (tmp_path / "MY_FOLDER" / "mine.txt").write_text(
         "".join(f"so shaken as we are, so wan with care {i}\n" for i in range(400)), "utf-8"
     )
     return tmp_path
@@ -38,6 +40,12 @@ def place(tmp_path, monkeypatch):
 def train(*settings):
     done = CliRunner().invoke(app, [*shlex.split(COMMAND), *TINY, *settings])
     return done.exit_code, done.output + str(done.exception or "")
+
+
+def test_the_example_of_the_page_is_printed(place, capsys, monkeypatch):
+    monkeypatch.syspath_prepend(place)
+    exec(compile(LOOK, "look.py", "exec"), {})
+    assert capsys.readouterr().out == PRINTED
 
 
 def test_the_objective_of_the_page_trains(place):

@@ -37,9 +37,9 @@ from firth.objectives.replaced_tokens import RTD
 from firth.objectives.seq2seq import SpanCorruption
 from firth.objectives.sft import SFT
 from firth.peft import lora
+from firth.training.data_parallel import Parallel, Replicas
 from firth.training.distributed import DistributedConfig, Ranks, join
 from firth.training.optimizer import Optimizer, OptimizerConfig
-from firth.training.parallel import Parallel, Replicas
 from firth.training.sharding import Shards
 from firth.training.step import SINGLE, step, validate
 from firth.types import Example

@@ -49,7 +49,7 @@ def find(name: str) -> Task:
     if ":" not in name:
         raise UserError(
             f"there is no task {name!r}; the tasks are likelihood, {', '.join(TASKS)}, glue, objective; in prompts "
-            f"{', '.join(builtin_names())}, a YAML file or a task.json of BIG-bench"
+            f"{', '.join(builtin_names())}, a YAML file or a task.json of BIG-bench; one of your own is module:TASK"
         )
     found = user_code.find(name, "task")
     if not isinstance(found, Task):

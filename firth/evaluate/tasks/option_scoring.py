@@ -87,4 +87,4 @@ def respond(evaluated: EvaluatedModel, items: Sequence[Question], progress: Prog
     return [item.answer for item in items], predicted
 
 
-OPTION_SCORING = Task("option_scoring", load, respond, {"accuracy": metrics.accuracy}, notes=lambda items: ())
+OPTION_SCORING = Task("option_scoring", load, respond, {"accuracy": metrics.accuracy})

@@ -30,6 +30,17 @@ def test_agrees_with_scikit_learn(seed):
     assert metrics.macro_f1(gold, predicted) != pytest.approx(oracle.f1_score(gold, predicted, average="micro"))
 
 
+@pytest.mark.parametrize("decimals", [1, 6])
+def test_roc_auc_agrees_with_scikit_learn(decimals):
+    """With one decimal half of the scores are tied with one of the other class."""
+    rng = np.random.default_rng(decimals)
+    positive = rng.random(300) < 0.2
+    scores = np.round(rng.normal(size=300) + positive, decimals)
+    assert metrics.roc_auc(positive, scores) == pytest.approx(oracle.roc_auc_score(positive, scores), abs=1e-12)
+    assert metrics.roc_auc(positive, -scores) == pytest.approx(1 - metrics.roc_auc(positive, scores), abs=1e-12)
+    assert metrics.roc_auc(np.zeros(300, bool), scores) == 0.5
+
+
 def test_labels_may_be_words():
     gold, predicted = ["verse", "prose", "verse", "verse"], ["verse", "verse", "verse", "song"]
     assert metrics.accuracy(gold, predicted) == 0.5

@@ -115,6 +115,7 @@ def test_rate_counts_votes_wins_and_agreement() -> None:
         rate(Votes(("x", "y"), first, second, outcome, ("",) * 4), by_annotator=True)
 
 
+@pytest.mark.slow
 def test_annotators_are_resampled_with_all_their_votes() -> None:
     """Annotators who contradict each other leave a wide interval, though each has many votes."""
     first, second = np.zeros(400, int), np.ones(400, int)

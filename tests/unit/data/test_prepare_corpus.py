@@ -24,10 +24,10 @@ import pytest
 from firth.corpora import readers, remote
 from firth.corpora.input_files import ReadStats
 from firth.data.corpus import PreparedCorpus, open_stores
-from firth.data.corpus_part import PartSettings
 from firth.data.filters import FilterConfig
 from firth.data.pieces import list_pieces
 from firth.data.prepare_corpus import TokenizerChoice, prepare_corpus
+from firth.data.prepare_part import PartSettings
 from firth.tokenizer.tokenizer import Tokenizer
 from firth.types import UserError
 from tests.support.tiny_corpus import TEXTS, tokenizer
@@ -220,7 +220,7 @@ def test_changed_and_removed_files_replace_their_parts(folder: Path, tmp_path: P
 COMMAND = """
 import sys
 from pathlib import Path
-from firth.data.corpus_part import PartSettings
+from firth.data.prepare_part import PartSettings
 from firth.data.prepare_corpus import TokenizerChoice, prepare_corpus
 folder, out = map(Path, sys.argv[1:])
 prepare_corpus(
@@ -296,6 +296,7 @@ def test_other_settings_need_another_directory(folder: Path, whole: dict[str, st
         prepare(folder, folder / "none", text="text/e.txt")
 
 
+@pytest.mark.slow
 def test_duplicates_are_dropped_alike_for_any_workers(folder: Path, tmp_path: Path) -> None:
     """Copies in other parts, with other blanks; a text with one word changed is a near duplicate. Files that are added change nothing."""
     shutil.copytree(folder / "tokenizer", tmp_path / "tokenizer")
@@ -319,6 +320,7 @@ def test_duplicates_are_dropped_alike_for_any_workers(folder: Path, tmp_path: Pa
     assert again.manifest["dropped"] == {"duplicate": 2, "near duplicate": 1}
 
 
+@pytest.mark.slow
 def test_an_object_store_gives_the_same_token_ids(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -76,6 +76,22 @@ def test_texts_without_sentences_are_split_anywhere(tokenizer: Tokenizer, tmp_pa
         assert len(whole[i]["first"]) >= 1 and len(whole[i]["second"]) >= 1
 
 
+def test_pairs_are_drawn_anew_in_each_epoch(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    """Epoch 0 has the pairs of `source[i]`. Later ones split the same text elsewhere, alike in every run and for every seed."""
+    pairs = Documents(SegmentPairsConfig(max_length=96), stored(tokenizer, tmp_path, 60, 40), tokenizer.vocab)
+    everything = np.arange(len(pairs))
+    first, again, later = (
+        pairs.in_epochs(seed, np.full(len(pairs), epoch), everything) for seed, epoch in ((0, 0), (3, 2), (0, 2))
+    )
+    differ = 0
+    for i, (a, b, c) in enumerate(zip(first, again, later, strict=True)):
+        assert all(np.array_equal(a[name], pairs[i][name]) and np.array_equal(b[name], c[name]) for name in a)
+        assert np.array_equal(np.concatenate((a["first"], a["second"])), np.concatenate((c["first"], c["second"])))
+        differ += len(a["first"]) != len(c["first"])
+        assert not np.array_equal(a["other"], c["other"]) or len(a["other"]) < 20
+    assert differ > 0.6 * len(pairs)
+
+
 def test_recipes_use_whole_sentences() -> None:
     assert load("bert").examples.whole_sentences and load("albert").examples.whole_sentences
     assert not load("albert", ["examples.whole_sentences=false"]).examples.whole_sentences

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from firth import kernel_choice
-from firth.generate.decoding_batch import DecodingBatch, ReadPrompts, inference_mode, read_prompts
-from firth.generate.native_decoder import NativeDecoder, few_rows
+from firth.generate.decoding_batch import DecodingBatch, ReadPrompts, inference_mode, read_chunk, read_prompts
+from firth.generate.native_decoder import NativeDecoder
+from firth.generate.native_linear import few_rows
 from firth.generate.quantized import quantize
 from firth.model import native
 from firth.model.config import (
@@ -25,6 +26,7 @@ from firth.model.config import (
     encoder_decoder_config,
     recurrent_config,
 )
+from firth.model.kv_cache import KVCache
 from firth.model.model import LM
 from firth.peft import lora
 from tests.support.models import random_model
@@ -167,18 +169,69 @@ def test_bf16_weights_are_used_exactly(name: str, tiles: str) -> None:
     assert sum(native_errors) < sum(torch_errors), "fp32 activations have smaller errors than bf16 ones"
 
 
-@pytest.mark.parametrize("tiles", ["vectors", "tiles"])
-@pytest.mark.parametrize(
-    "name",
-    ["nanochat", "llama", "gpt2", "heads of 64", "t5", "t5, scaled head", "bart", "shared blocks, narrow table"],
-)
-def test_int8_weights_agree_with_torch(name: str, tiles: str) -> None:
+INT8_MODELS = [
+    "nanochat",
+    "llama",
+    "qwen3",
+    "gpt2",
+    "heads of 64",
+    "post-norm, sinusoidal, grouped",
+    "shared blocks, narrow table",
+]
+
+
+@pytest.mark.parametrize("name", [*INT8_MODELS, "t5", "t5, scaled head", "bart"])
+def test_int8_weights_agree_with_torch(name: str) -> None:
     model = quantize(random_model(CONFIGS[name]), "int8")
-    with kernel_choice.forced({"few-rows": tiles}):
-        agree(logits_of(model, "native", 6), logits_of(model, "torch", 6), 1e-3)
+    with kernel_choice.forced({"int8": "native"}):
+        got = logits_of(model, "native", 6)
+    with kernel_choice.forced({"int8": "torch"}):
+        agree(got, logits_of(model, "torch", 6), 1e-3)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8])
+@pytest.mark.parametrize("name", INT8_MODELS)
+def test_int8_prompts_agree_with_torch(name: str) -> None:
+    """The compiled step reads prompts of int8 models: states, keys and values are those of torch's operators."""
+    model = quantize(random_model(CONFIGS[name]), "int8")
+    texts = prompts(5)
+    with inference_mode(model), kernel_choice.forced({"decode": "native", "int8": "torch"}):
+        reader = DecodingBatch(model, 1).reader
+        assert reader is not None
+        got, want = read_prompts(model, texts, decoder=reader), read_prompts(model, texts)
+        agree([got.states], [want.states], 1e-3)
+        for a, b in zip((*got.cache.keys, *got.cache.values), (*want.cache.keys, *want.cache.values), strict=True):
+            for row, text in enumerate(texts):
+                agree([a[row, :, -len(text) :]], [b[row, :, -len(text) :]], 1e-3)
+
+
+def test_an_int8_prompt_has_the_same_bits_in_any_company() -> None:
+    model = quantize(random_model(CONFIGS["llama"]), "int8")
+    texts = prompts(5)
+    with inference_mode(model), kernel_choice.forced({"decode": "native"}):
+        reader = DecodingBatch(model, 1).reader
+        together = read_prompts(model, texts, decoder=reader)
+        for row, text in enumerate(texts):
+            alone = read_prompts(model, [text], decoder=reader)
+            chunked = KVCache(1, len(text))
+            state = torch.zeros(0)
+            for start in range(0, len(text), 3):
+                state = read_chunk(model, chunked, text[start : start + 3], start, reader)
+            assert torch.equal(alone.states[0], together.states[row])
+            assert torch.equal(alone.states, state)
+            for a, b, c in zip(alone.cache.keys, together.cache.keys, chunked.keys, strict=True):
+                assert torch.equal(a[0], b[row, :, -len(text) :])
+                assert torch.equal(a, c)
+
+
+def test_only_causal_int8_models_have_a_compiled_reader() -> None:
+    with kernel_choice.forced({"decode": "native"}):
+        assert DecodingBatch(random_model(CONFIGS["llama"]), 1).reader is None
+        assert DecodingBatch(quantize(random_model(CONFIGS["t5"]), "int8"), 1).reader is None
+        prefix = ModelConfig(**BASE, causal=False, attention=AttentionConfig(prefix_lm=True))
+        assert DecodingBatch(quantize(random_model(prefix), "int8"), 1).reader is None
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(
     ("rows", "inputs", "outputs"), [(1, 5, 3), (2, 37, 9), (3, 64, 8), (5, 96, 33), (16, 64, 100), (37, 160, 64)]
 )
@@ -187,24 +240,20 @@ def test_products_of_few_rows(rows: int, inputs: int, outputs: int, dtype: torch
     if tiles and not native.library().has_tiles():
         pytest.skip("this machine has no matrix instructions")
     torch.manual_seed(0)
-    x, weight, steps = torch.randn(rows, inputs), torch.randn(outputs, inputs), None
-    if dtype == torch.int8:
-        weight, steps = (weight * 40).round().clamp(-127, 127), torch.rand(outputs)
-    weight = weight.to(dtype)
-    want = x.double() @ weight.double().T * (1 if steps is None else steps.double())
-    got = few_rows(x, weight, steps, tiles)
+    x, weight = torch.randn(rows, inputs), torch.randn(outputs, inputs).to(dtype)
+    want = x.double() @ weight.double().T
+    got = few_rows(x, weight, tiles=tiles)
     assert (got - want).norm() <= (6e-6 if tiles else 4e-7) * want.norm()
     x[-1, -1] = float("nan")
-    assert few_rows(x, weight, steps, tiles).isnan().any(1).tolist() == [False] * (rows - 1) + [True]
+    assert few_rows(x, weight, tiles=tiles).isnan().any(1).tolist() == [False] * (rows - 1) + [True]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_row_has_the_same_bits_in_any_batch(dtype: torch.dtype) -> None:
     x, weight = torch.randn(19, 100), (torch.randn(50, 100) * 9).to(dtype)
-    steps = torch.ones(50) if dtype == torch.int8 else None
-    whole = few_rows(x, weight, steps)
+    whole = few_rows(x, weight)
     for count in (1, 2, 3, 4, 5, 8, 11):
-        assert torch.equal(few_rows(x[:count].contiguous(), weight, steps), whole[:count])
+        assert torch.equal(few_rows(x[:count].contiguous(), weight), whole[:count])
 
 
 def test_results_do_not_depend_on_threads() -> None:

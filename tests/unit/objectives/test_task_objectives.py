@@ -10,7 +10,14 @@ import torch
 
 from firth.data import attention_fields
 from firth.data.collate import collate, counted_fields, pack
-from firth.model.config import EmbeddingConfig, ModelConfig, decoder_config, encoder_config, encoder_decoder_config
+from firth.model.config import (
+    EmbeddingConfig,
+    ModelConfig,
+    decoder_config,
+    encoder_config,
+    encoder_decoder_config,
+    word_vector_config,
+)
 from firth.model.heads import export_heads
 from firth.model.model import LM
 from firth.model.presets import bert
@@ -237,6 +244,9 @@ def test_readout_position_fits_the_model() -> None:
         "causal",
     ]
     assert [TokenClassification().configure(DataStats, config).attention for config in made[:2]] == ["any", "causal"]
+    assert (
+        TokenClassification().configure(DataStats, word_vector_config(40, 8)).attention == "any"
+    )  # each word by itself
     assert [MultipleChoice().configure(DataStats, config).attention for config in made[:2]] == [
         "bidirectional",
         "causal",

@@ -245,6 +245,7 @@ print(before - resident())
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another malloc")
 def test_what_an_earlier_run_has_freed_is_free() -> None:
     """A second run in a process was refused, since malloc kept the 400 MB of the first."""

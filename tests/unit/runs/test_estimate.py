@@ -163,6 +163,7 @@ def tiny(text: Path, *settings: str, name: str = "gpt") -> Recipe:
     return load(name, [f"data.path={text}", *few, *settings])
 
 
+@pytest.mark.slow
 def test_estimate_of_a_run(text: Path) -> None:
     recipe = tiny(text)
     found = estimate(recipe, timed=False, log=quiet)
@@ -177,6 +178,7 @@ def test_estimate_of_a_run(text: Path) -> None:
     assert "tokenizer was trained" in found.data
 
 
+@pytest.mark.slow
 def test_estimate_predicts_the_checkpoint(text: Path, tmp_path: Path) -> None:
     recipe = tiny(text, "max_steps=1")
     found = estimate(recipe, timed=False, log=quiet)
@@ -185,6 +187,7 @@ def test_estimate_predicts_the_checkpoint(text: Path, tmp_path: Path) -> None:
     assert saved == pytest.approx(found.step.checkpoint_bytes, rel=0.02)
 
 
+@pytest.mark.slow
 def test_memory_of_more_rows_is_in_the_activations(text: Path) -> None:
     few, many = (estimate(tiny(text, f"batch.size={n}"), timed=False, log=quiet).step.memory for n in (4, 64))
     assert (many.weights, many.optimizer) == (few.weights, few.optimizer)
@@ -195,6 +198,7 @@ def test_memory_of_more_rows_is_in_the_activations(text: Path) -> None:
     assert halved.peak < many.peak
 
 
+@pytest.mark.slow
 def test_gradient_checkpointing_needs_less(text: Path) -> None:
     plain, recomputed = (
         estimate(tiny(text, "batch.size=64", f"gradient_checkpointing={on}"), timed=False, log=quiet).step.memory
@@ -203,6 +207,7 @@ def test_gradient_checkpointing_needs_less(text: Path) -> None:
     assert recomputed.peak < plain.peak
 
 
+@pytest.mark.slow
 def test_timed_estimate(text: Path) -> None:
     found = estimate(tiny(text, "precision=fp32"), log=quiet)
     assert 0 < found.step_seconds < 60
@@ -224,6 +229,7 @@ def test_a_trillion_parameters_are_refused_at_once(text: Path, tmp_path: Path) -
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_activations_that_do_not_fit_are_refused(text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The weights fit, and the step does not."""
     recipe = tiny(text, "batch.size=64", "precision=fp32")
@@ -252,6 +258,7 @@ def test_errors_are_those_of_a_run(tmp_path: Path) -> None:
     assert messages[0] == messages[1] and "the recipe has no data" in messages[0]
 
 
+@pytest.mark.slow
 def test_dry_run_trains_nothing(text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It prints what the run takes and leaves no file behind."""
     monkeypatch.chdir(tmp_path)
@@ -265,6 +272,7 @@ def test_dry_run_trains_nothing(text: Path, tmp_path: Path, monkeypatch: pytest.
     assert [*tmp_path.iterdir()] == []
 
 
+@pytest.mark.slow
 def test_dry_run_of_a_step_that_does_not_fit(text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It is reported first, and then refused as a run is."""
     for module in ("step_estimate", "estimate", "timing"):
@@ -276,6 +284,7 @@ def test_dry_run_of_a_step_that_does_not_fit(text: Path, monkeypatch: pytest.Mon
     assert any("  memory      " in line for line in lines)
 
 
+@pytest.mark.slow
 def test_the_fastest_speed_of_a_large_model_is_kept(
     text: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -320,6 +329,7 @@ def test_the_peak_only_rises(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert 1e9 < speed.measure_peak("cpu", "fp32") < 1e15
 
 
+@pytest.mark.slow
 def test_dry_run_calls_no_reward(text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     few = ["batch.size=4", "max_steps=1", "examples.max_length=48"]
@@ -357,6 +367,7 @@ def test_sample_of_large_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert sum(map(len, held)) == pytest.approx(3200, rel=0.1) and all("three" in text for text in held)
 
 
+@pytest.mark.slow
 def test_records_are_sampled_evenly(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Files are often sorted by label, so every n-th record is read, and the tokens are those of the whole."""
     lines = [json.dumps({"text": f"{TEXT} {i}", "label": "good" if i < 600 else "bad"}) for i in range(1200)]
@@ -378,6 +389,7 @@ def test_records_are_sampled_evenly(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert "each 6th record" in found.data and "all of the data" in whole.data
 
 
+@pytest.mark.slow
 def test_timed_steps_are_kept(text: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """A second dry run times nothing, and one with other rows does."""
     monkeypatch.setenv("FIRTH_CACHE", str(tmp_path))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections import Counter
 
+import pytest
 import schemathesis
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
@@ -24,6 +25,7 @@ from tests.support.serving import running_app
 REQUESTS_PER_ROUTE = 30
 
 
+@pytest.mark.slow
 def test_generated_requests_have_documented_responses(server):
     flush_denormals(
         False

@@ -36,6 +36,7 @@ print(peak() - before)
 """
 
 
+@pytest.mark.slow
 @glibc
 @pytest.mark.parametrize("seed", [0, 1])
 def test_the_heap_is_that_of_a_process_with_tensors(seed: int) -> None:
