@@ -11,7 +11,6 @@ than its tensors (`firth.training.heap`), and in bf16 the code that oneDNN compi
 
 from __future__ import annotations
 
-import itertools
 import math
 import warnings
 import weakref
@@ -30,10 +29,10 @@ from firth import kernel_choice
 from firth.data.collate import counted_fields
 from firth.model import attention, native
 from firth.model.recurrent import lstm_runs_in_bf16
+from firth.training.data_parallel import Parallel
 from firth.training.device import KEPT_MEMORY, casts
 from firth.training.heap import COMPILED_BYTES, IS_COMPILED, IS_NODE, IS_PRODUCT, IS_TENSOR, heap_bytes
 from firth.training.optimizer import Optimizer, OptimizerConfig, untied_embeddings
-from firth.training.parallel import Parallel
 from firth.training.step import step, to
 from firth.types import IGNORE, Batch
 
@@ -313,7 +312,12 @@ def variety(objective: Objective, batches: Sequence[Batch]) -> frozenset[tuple[A
 
 def _varieties(steps: Sequence[frozenset[Any]]) -> list[int]:
     """Return how many different values there are up to each step."""
-    return [len(seen) for seen in itertools.accumulate(steps, frozenset.union)]
+    seen: set[Any] = set()
+    counts = []
+    for values in steps:
+        seen |= values
+        counts.append(len(seen))
+    return counts
 
 
 def trace_step(
