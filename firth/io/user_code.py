@@ -45,8 +45,10 @@ def find_class(name: str, base: type, what: str) -> type:
         UserError: The module cannot be imported, or the name is not such a class.
     """
     found = find(name, "class")
-    if isinstance(found, type) and issubclass(found, base) and "__dataclass_fields__" in vars(found):
-        return found
+    if isinstance(found, type) and issubclass(found, base):
+        parameters = vars(found).get("__dataclass_params__")
+        if parameters is not None and parameters.frozen:
+            return found
     raise UserError(f"{name!r} is no {what}: derive a @dataclass(frozen=True) from {base.__module__}.{base.__name__}")
 
 

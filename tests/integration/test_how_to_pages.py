@@ -67,8 +67,11 @@ def test_the_family_agrees_with_transformers(opt, capsys):
 def test_the_commands_of_the_family_run(opt):
     transformers = pytest.importorskip("transformers", reason="the oracle; installed with the test extra")
     base = opt / "OPT_FOLDER"
-    (opt / "mine.txt").write_text("".join(f"so shaken as we are, so wan with care {i}\n" for i in range(200)), "utf-8")
-    firth("tokenizer", "train", "mine.txt", "--vocab-size", "300", "--out", str(base))
+    (opt / "MY_FOLDER").mkdir()
+    (opt / "MY_FOLDER" / "mine.txt").write_text(
+        "".join(f"so shaken as we are, so wan with care {i}\n" for i in range(200)), "utf-8"
+    )
+    firth("tokenizer", "train", "MY_FOLDER", "--vocab-size", "300", "--out", str(base))
     sizes = {
         "hidden_size": 32,
         "word_embed_proj_dim": 32,

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from firth.data.attention_fields import causal
+from firth.io.user_code import find_class
 from firth.model.config import decoder_config, encoder_config
 from firth.model.model import LM
 from firth.objectives.masked_lm import MLM
@@ -48,6 +49,22 @@ class OtherTerm(NoLoss):
 
     def loss(self, model, outputs, batch):
         return {"text": outputs["hidden"].sum()}
+
+
+@dataclass
+class Mutable(TokenObjective):
+    """A dataclass that is not frozen."""
+
+
+class Plain(Causal):
+    """A class whose own fields would not be settings."""
+
+
+@pytest.mark.parametrize("kind", [Mutable, Plain])
+def test_an_objective_is_a_frozen_dataclass(kind: type) -> None:
+    assert find_class(f"{__name__}:Causal", Objective, "objective") is Causal
+    with pytest.raises(UserError, match=rf":{kind.__name__}' is no objective: derive a @dataclass\(frozen=True\)"):
+        find_class(f"{__name__}:{kind.__name__}", Objective, "objective")
 
 
 def built(**fields: object) -> dict[str, object]:
