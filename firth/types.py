@@ -49,6 +49,20 @@ PRECOMPUTED_FIELDS = frozenset({"reference", "old", "values", "advantage"})
 objective that reads one trains without dropout too: two passes of the same weights must agree."""
 
 
+def host_copy(x: torch.Tensor) -> torch.Tensor:
+    """Return the copy of a tensor in main memory that was noted with it, else the tensor itself.
+
+    Shapes that depend on numbers are computed from it, so that an accelerator is not waited for.
+    """
+    return getattr(x, "host_copy", x)
+
+
+def with_host_copy(x: torch.Tensor, copy: torch.Tensor) -> torch.Tensor:
+    """Note the copy of a tensor in main memory; operations on the tensor do not pass it on."""
+    x.host_copy = copy  # type: ignore[attr-defined]
+    return x
+
+
 @dataclass(frozen=True)
 class DataStats:
     """Statistics of the training data that configure an objective.

@@ -243,6 +243,11 @@ def is_readable(path: Path) -> bool:
     return _kind(path) in ("text", "lines", "table")
 
 
+def is_lines(path: Path) -> bool:
+    """Return whether a file consists of lines that are one record each, and is not compressed."""
+    return path.suffix.lower() not in PACKED and _kind(path) == "lines"
+
+
 def is_divisible(path: Path) -> bool:
     """Return whether a file consists of lines or text in which a reader can start anywhere: it is not compressed, nor a table."""
     return path.suffix.lower() not in PACKED and _kind(path) in ("text", "lines")

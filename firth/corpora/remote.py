@@ -1,7 +1,8 @@
 """Files in object stores (`s3://`, `gs://`, `hf://`, ...), through fsspec where the user has it installed.
 
     list_files("s3://bucket/text/*.jsonl.zst")     # [RemoteFile(url, name, size, version), ...]
-    fetch("s3://bucket/text/a.jsonl", target, 0, 1 << 20)
+    fetch("s3://bucket/text/a.jsonl", target, (0, 1 << 20))
+    (Address("s3://bucket/corpus") / "corpus.json").read_bytes()
 
 Files are listed once and copied, a piece at a time, to the disk of the machine that reads them.
 """
@@ -10,6 +11,8 @@ from __future__ import annotations
 
 import hashlib
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, cast
@@ -59,6 +62,74 @@ def _open_store(url: str) -> tuple[Any, str]:
     return found, str(path)
 
 
+@contextmanager
+def _reported(url: str) -> Iterator[None]:
+    """Convert the errors of a store to a UserError that names the file."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:  # stores raise classes of their own: botocore's, aiohttp's, gcsfs's
+        why = getattr(error, "strerror", None) or " ".join(str(error).split()) or type(error).__name__
+        raise UserError(f"{url}: it cannot be read: {why}") from None
+
+
+@dataclass(frozen=True)
+class Address:
+    """A file or a directory in an object store, in the place of a path.
+
+    Args:
+        url: Its address.
+    """
+
+    url: str
+
+    def __truediv__(self, name: str) -> Address:
+        return Address(f"{self.url.rstrip('/')}/{name}")
+
+    def __str__(self) -> str:
+        return self.url
+
+    def exists(self) -> bool:
+        """Return whether there is such a file.
+
+        Raises:
+            UserError: The store cannot be read.
+        """
+        store, path = _open_store(self.url)
+        with _reported(self.url):
+            try:
+                return store.info(path)["type"] == "file"
+            except FileNotFoundError:
+                return False
+
+    def read_bytes(self, start: int | None = None, stop: int | None = None) -> bytes:
+        """Return the content of a file, or a span of its bytes.
+
+        Raises:
+            UserError: The store cannot be read, or ignores the span.
+        """
+        store, path = _open_store(self.url)
+        with _reported(self.url):
+            raw: bytes = store.cat_file(path, start=start, end=stop)
+            if stop is not None and len(raw) > stop - (start or 0):
+                raise UserError(f"{self.url}: this server does not send parts of a file, which a corpus is read in")
+            return raw
+
+    def read_text(self, encoding: str = "utf-8") -> str:
+        """Return the content of a text file."""
+        return self.read_bytes().decode(encoding)
+
+    def copy(self, target: Path) -> None:
+        """Copy a directory to the disk."""
+        store, path = _open_store(self.url)
+        with _reported(self.url):
+            for file in store.find(path):
+                place = target / file.removeprefix(path).lstrip("/")
+                place.parent.mkdir(parents=True, exist_ok=True)
+                place.write_bytes(store.cat_file(file))
+
+
 def list_files(url: str) -> list[RemoteFile]:
     """Return the readable files of an address: a file, a directory or a pattern; sorted, without hidden ones.
 
@@ -67,7 +138,7 @@ def list_files(url: str) -> list[RemoteFile]:
     """
     store, path = _open_store(url)
     protocol = url.partition("://")[0]
-    try:
+    with _reported(url):
         fixed = re.split(r"[*?\[]", path)[0]
         if fixed != path:
             root, found = fixed.rpartition("/")[0], store.glob(path, detail=True)
@@ -75,8 +146,6 @@ def list_files(url: str) -> list[RemoteFile]:
             root, found = path.rstrip("/"), store.find(path, detail=True)
         else:
             root, found = path.rpartition("/")[0], {path: store.info(path)}
-    except OSError as error:
-        raise UserError(f"{url}: it cannot be read: {error.strerror or error}") from None
     files = []
     for place, facts in sorted(found.items()):
         name = place.removeprefix(root).lstrip("/")
@@ -100,20 +169,16 @@ def _version(facts: Any) -> int:
 def version(url: str) -> tuple[int, int]:
     """Return the present size and version of a file."""
     store, path = _open_store(url)
-    try:
+    with _reported(url):
         facts = store.info(path)
-    except OSError as error:
-        raise UserError(f"{url}: it cannot be read: {error.strerror or error}") from None
     return int(facts["size"]), _version(facts)
 
 
 def open_file(url: str) -> BinaryIO:
     """Open a file for reading; it can be positioned."""
     store, path = _open_store(url)
-    try:
+    with _reported(url):
         return cast(BinaryIO, store.open(path, "rb"))
-    except OSError as error:
-        raise UserError(f"{url}: it cannot be read: {error.strerror or error}") from None
 
 
 def fetch(url: str, target: Path, span: tuple[int, int] | None) -> None:
@@ -128,10 +193,8 @@ def fetch(url: str, target: Path, span: tuple[int, int] | None) -> None:
             source.seek(span[0])
             left = span[1] - span[0]
         while left:
-            try:
+            with _reported(url):
                 block = source.read(COPIED_BYTES if left < 0 else min(COPIED_BYTES, left))
-            except OSError as error:
-                raise UserError(f"{url}: it cannot be read: {error.strerror or error}") from None
             if not block:
                 break
             file.write(block)

@@ -14,7 +14,7 @@ class DataConfig(Validated, section="data"):
     """Configuration of the data: files or a corpus, and what is held out.
 
     Args:
-        path: Files, directories or globs (text, JSONL, Parquet; .gz, .zst), or corpora of `firth prepare`.
+        path: Files, directories or globs (text, JSONL, Parquet; .gz, .zst), or corpora of `firth prepare`, also at addresses (s3://).
         corpus: A corpus of `firth fetch` in place of `path`, or NAME/FILE for one of its side files.
         weights: Sampling weight of each path, in any unit; without weights each path contributes all it holds.
         text_field: The field of a record that holds the text.

@@ -5,19 +5,27 @@
     corpus/parts/00000/part.json    which bytes of which files the part was made of, and what was dropped
     corpus/parts/00000/train/       a token store (`firth.data.token_store`); valid/ has the held-out documents
 
-`data.path=CORPUS` in a recipe reads it. Opening reads corpus.json alone: neither text nor token ids.
+`data.path=CORPUS` in a recipe reads it, from a directory or from the address of one in an object store. Opening reads corpus.json alone:
+neither text nor token ids.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from firth.corpora.readers import is_url
+from firth.corpora.remote import Address
 from firth.data.token_store import StorePart, TokenStore, check_store_tokenizer, read_manifest
+from firth.io.atomic import scratch_directory
+from firth.io.cache import cache
 from firth.io.integrity import digest, read_record, write_record
 from firth.tokenizer.tokenizer import Tokenizer
 from firth.types import UserError
@@ -34,8 +42,12 @@ PREPARE_AGAIN = "delete {}, and run `firth prepare` again"
 
 
 def is_corpus(path: str | Path) -> bool:
-    """Return whether a path is a prepared corpus."""
-    return (Path(path).expanduser() / CORPUS_FILE).is_file()
+    """Return whether a path or an address is a prepared corpus."""
+    return (_place(path) / CORPUS_FILE).exists()
+
+
+def _place(path: str | Path) -> Path | Address:
+    return Address(path) if isinstance(path, str) and is_url(path) else Path(path).expanduser()
 
 
 @dataclass(frozen=True)
@@ -45,10 +57,12 @@ class PreparedCorpus:
     Args:
         directory: The directory.
         manifest: The content of its corpus.json.
+        tokenizer: The directory of its tokenizer; a copy, if the corpus is in an object store.
     """
 
-    directory: Path
+    directory: Path | Address
     manifest: Mapping[str, Any]
+    tokenizer: Path
 
     @classmethod
     def open(cls, directory: Path | str) -> PreparedCorpus:
@@ -57,20 +71,20 @@ class PreparedCorpus:
         Raises:
             UserError: The manifest is missing, damaged or of another version.
         """
-        directory = Path(directory).expanduser()
-        file = directory / CORPUS_FILE
-        if not file.is_file():
+        place = _place(directory)
+        if not (place / CORPUS_FILE).exists():
             raise UserError(f"{directory} is not a prepared corpus (it has no {CORPUS_FILE}): run `firth prepare`")
-        advice = "run `firth prepare` again"
-        manifest = read_record(file, {"format": int, "parts": list, "tokenizer": str, "content": str}, advice)
-        if manifest["format"] != FORMAT:
-            raise UserError(f"{file} does not have corpus format {FORMAT}, which this version of firth reads: {advice}")
-        return cls(directory, manifest)
-
-    @property
-    def tokenizer(self) -> Path:
-        """The directory of its tokenizer."""
-        return self.directory / TOKENIZER
+        here = _copied(place) if isinstance(place, Address) else place
+        file, advice = here / CORPUS_FILE, "run `firth prepare` again"
+        try:
+            manifest = read_record(file, {"format": int, "parts": list, "tokenizer": str, "content": str}, advice)
+            if manifest["format"] != FORMAT:
+                raise UserError(
+                    f"{file} does not have corpus format {FORMAT}, which this version of firth reads: {advice}"
+                )
+        except UserError as error:
+            raise UserError(str(error).replace(str(here), str(place))) from None
+        return cls(place, manifest, here / TOKENIZER)
 
     @property
     def content(self) -> str:
@@ -96,6 +110,22 @@ class PreparedCorpus:
                 opened.check_sizes()
                 found.append(opened)
         return found
+
+
+def _copied(corpus: Address) -> Path:
+    """Return a directory with copies of corpus.json and the tokenizer of a corpus in an object store.
+
+    It is named by the address and the content of corpus.json, so a corpus that is extended has another one.
+    """
+    raw = (corpus / CORPUS_FILE).read_bytes()
+    here = cache() / "corpora" / hashlib.sha256(corpus.url.encode() + raw).hexdigest()[:16]
+    if not here.is_dir():
+        with scratch_directory(here) as partial:
+            (partial / CORPUS_FILE).write_bytes(raw)
+            (corpus / TOKENIZER).copy(partial / TOKENIZER)
+            with suppress(OSError):  # another process has copied it in the meantime
+                os.rename(partial, here)
+    return here
 
 
 def open_stores(paths: Sequence[str | Path], tokenizer: Tokenizer) -> tuple[TokenStore, TokenStore | None]:

@@ -18,6 +18,7 @@ import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -297,14 +298,19 @@ def dropped(scans: Sequence[Path], config: FilterConfig) -> list[np.ndarray]:
     found = [np.load(scan / "rules.npy") for scan in scans]
     alive = [rules == 0 for rules in found]
     if config.deduplicate:
-        keys = [np.load(scan / "keys.npy", mmap_mode="r") for scan in scans]
-        _mark(found, _repeated(keys, alive), DUPLICATE)
+        _mark(found, _repeated(lambda part: np.load(scans[part] / "keys.npy", mmap_mode="r"), alive), DUPLICATE)
         alive = [rules == 0 for rules in found]
     if config.near_duplicates:
-        all_bands = [np.load(scan / "bands.npy", mmap_mode="r") for scan in scans]
         for band in range(BANDS):
-            _mark(found, _repeated([rows[:, band] for rows in all_bands], alive), NEAR_DUPLICATE)
+            values = partial(_band, scans, band)
+            _mark(found, _repeated(values, alive), NEAR_DUPLICATE)
     return found
+
+
+def _band(scans: Sequence[Path], band: int, part: int) -> np.ndarray:
+    """Return a column of the fingerprints of a part."""
+    rows: np.ndarray = np.load(scans[part] / "bands.npy", mmap_mode="r")
+    return rows[:, band]
 
 
 def _mark(found: list[np.ndarray], repeated: Iterator[tuple[int, np.ndarray]], rule: int) -> None:
@@ -314,18 +320,24 @@ def _mark(found: list[np.ndarray], repeated: Iterator[tuple[int, np.ndarray]], r
         found[part][some] = rule
 
 
-def _repeated(columns: Sequence[np.ndarray], alive: Sequence[np.ndarray]) -> Iterator[tuple[int, np.ndarray]]:
+def _repeated(read: Callable[[int], np.ndarray], alive: Sequence[np.ndarray]) -> Iterator[tuple[int, np.ndarray]]:
     """Yield (part, rows) of values that an earlier row or part has too; only rows that are alive count.
 
-    The values are compared in groups of equal remainder, so that memory is bounded.
+    The values are compared in groups of equal remainder, so that memory is bounded. One file is open at a time: parts can be more
+    than the files that a process may open.
+
+    Args:
+        read: Returns the values of a part.
+        alive: The rows of each part that count.
     """
-    groups = max(1, -(-sum(map(len, columns)) // COMPARED_AT_ONCE))
+    groups = max(1, -(-sum(map(len, alive)) // COMPARED_AT_ONCE))
     for group in range(groups):
-        rows = [
-            np.flatnonzero(mask & (column % np.uint64(groups) == group))
-            for column, mask in zip(columns, alive, strict=True)
-        ]
-        values = np.concatenate([column[some] for column, some in zip(columns, rows, strict=True)])
+        rows, some_values = [], []
+        for part, mask in enumerate(alive):
+            column = read(part)
+            rows.append(np.flatnonzero(mask & (column % np.uint64(groups) == group)))
+            some_values.append(column[rows[-1]])
+        values = np.concatenate(some_values)
         order = np.argsort(values, kind="stable")
         again = np.zeros(len(values), bool)
         again[order[1:]] = values[order[1:]] == values[order[:-1]]

@@ -7,6 +7,7 @@ multiple of `part_bytes`, Parquet files between row groups; compressed files are
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -48,13 +49,22 @@ class Piece:
     copy: str = ""
 
     @contextmanager
-    def copied(self, directory: Path) -> Iterator[Piece]:
-        """Yield the piece with a copy of its content in a directory, if it is in an object store; the copy is removed at the end."""
+    def copied(self, directory: Path, limit: int | None = None) -> Iterator[Piece]:
+        """Yield the piece with a copy of its content in a directory, if it is in an object store; the copy is removed at the end.
+
+        Args:
+            directory: The directory.
+            limit: Bytes of lines that are enough; text and tables are copied whole.
+        """
         if not is_url(self.path):
             yield self
             return
+        start, stop = self.span or (0, self.size)
+        cut = limit is not None and limit < stop - start and readers.is_lines(Path(self.path))
         with NamedTemporaryFile(dir=directory, prefix="input-", suffix=f"-{Path(self.path).name}") as file:
-            remote.fetch(self.path, Path(file.name), self.span)
+            remote.fetch(self.path, Path(file.name), (start, start + limit) if cut and limit else self.span)
+            if cut:
+                os.truncate(file.name, _end_of_lines(Path(file.name)))
             yield replace(self, copy=file.name)
 
     @property
@@ -210,6 +220,19 @@ def _line_cuts(file: BinaryIO, size: int, part_bytes: int) -> list[tuple[int, in
         if line.endswith(b"\n") and file.tell() < size:
             ends.append(file.tell())
     return list(pairwise([*ends, size]))
+
+
+def _end_of_lines(file: Path) -> int:
+    """Return the number of bytes up to the end of the last complete line."""
+    size = file.stat().st_size
+    with file.open("rb") as opened:
+        for end in range(size, 0, -(1 << 20)):
+            start = max(0, end - (1 << 20))
+            opened.seek(start)
+            at = opened.read(end - start).rfind(b"\n")
+            if at >= 0:
+                return start + at + 1
+    return 0
 
 
 def _group_cuts(path: Path, part_bytes: int) -> list[tuple[int, int]]:

@@ -3,8 +3,8 @@
     tokens = StoredArray([StoredFile(part / "tokens.bin", np.dtype(np.uint16), 1000, hashes) for part in parts])
     tokens[990:1010]                     # the end of the first part and the beginning of the second
 
-Positions count over all parts. Nothing per element is held in memory: a file costs its block hashes, 16 bytes per MB, and at most
-MAX_OPEN_FILES files are mapped at once.
+Positions count over all parts. Nothing per element is held in memory: a file that has been read costs 17 bytes per MB, its block hashes and
+which blocks have been checked, and at most MAX_OPEN_FILES files are mapped at once.
 """
 
 from __future__ import annotations
@@ -29,15 +29,42 @@ MAX_OPEN_FILES = 256
 """Files that are mapped at once: a mapped file holds a file descriptor, and a process has 1,024 by default."""
 
 
+HASH_BYTES = 16
+
+
 def block_hash(raw: bytes | memoryview) -> str:
     """Return the content hash of a block: BLAKE2b, about 1 GB/s on any CPU (SHA-256 needs special instructions for that)."""
-    return hashlib.blake2b(raw, digest_size=16).hexdigest()
+    return hashlib.blake2b(raw, digest_size=HASH_BYTES).hexdigest()
 
 
 def block_hashes(file: Path) -> list[str]:
     """Return the content hash of each block of a file."""
     with file.open("rb") as opened:
         return [block_hash(block) for block in iter(lambda: opened.read(BLOCK_BYTES), b"")]
+
+
+class BlockHashes:
+    """The content hashes of the blocks of a file, HASH_BYTES each.
+
+    Args:
+        file: The file, for messages.
+        hashes: Its hashes in hexadecimal.
+        advice: What the user can do about a damaged file.
+    """
+
+    def __init__(self, file: str, hashes: Sequence[str], advice: str) -> None:
+        self._file, self._advice = file, advice
+        self._hashes = bytes.fromhex("".join(hashes))
+
+    def __len__(self) -> int:
+        return len(self._hashes) // HASH_BYTES
+
+    def check(self, number: int, raw: bytes | memoryview) -> None:
+        """Raise a UserError if a block does not have its hash."""
+        if block_hash(raw) != self._hashes[number * HASH_BYTES : (number + 1) * HASH_BYTES].hex():
+            raise UserError(
+                f"{self._file}: block {number} of {len(self)} is damaged (its content hash differs): {self._advice}"
+            )
 
 
 class StoredFile:
@@ -57,9 +84,14 @@ class StoredFile:
         self.path, self.dtype, self.length = path, dtype, length
         self._hashes, self._advice = hashes, advice
         self._array: np.ndarray | None = None
-        self._expected: Sequence[str] = ()
+        self._expected: BlockHashes | None = None
         self._checked = bytearray()
         self._marks: np.ndarray | None = None
+
+    @property
+    def disk_bytes(self) -> int:
+        """Bytes on the disk that `close` frees."""
+        return 0
 
     def read(self, start: int, stop: int) -> np.ndarray:
         """Return the numbers from `start` to `stop`, verified: a view of the file."""
@@ -93,12 +125,12 @@ class StoredFile:
     def _opened(self) -> np.ndarray:
         array = self._array
         if array is None:
-            if not self._checked:
-                self._expected = self._hashes()
+            if self._expected is None:
+                self._expected = BlockHashes(str(self.path), self._hashes(), self._advice)
                 self._checked = bytearray(len(self._expected))
             array = np.memmap(self.path, self.dtype, "r", shape=(self.length,)).view(np.ndarray)
             self._array = array
-            _limit_open_files(self)
+            limit_open_files(self)
         return array
 
     def _verify(self, start: int, stop: int) -> None:
@@ -107,15 +139,12 @@ class StoredFile:
         first, last = start * size // BLOCK_BYTES, -(-stop * size // BLOCK_BYTES)
         if 0 not in self._checked[first:last]:
             return
+        assert self._expected is not None
         with self.path.open("rb", buffering=0) as file:  # mapped pages would count as memory of the process
-            for i in range(first, min(last, len(self._expected))):
+            for i in range(first, min(last, len(self._checked))):
                 if not self._checked[i]:
                     file.seek(i * BLOCK_BYTES)
-                    if block_hash(file.read(BLOCK_BYTES)) != self._expected[i]:
-                        raise UserError(
-                            f"{self.path}: block {i} of {len(self._expected)} is damaged (its content hash differs): "
-                            f"{self._advice}"
-                        )
+                    self._expected.check(i, file.read(BLOCK_BYTES))
                     self._checked[i] = 1
 
 
@@ -123,12 +152,16 @@ _open_files: OrderedDict[StoredFile, None] = OrderedDict()
 _open_lock = threading.Lock()
 
 
-def _limit_open_files(file: StoredFile) -> None:
-    """Note that a file was mapped; unmap those that were mapped longest ago if there are too many."""
+def limit_open_files(file: StoredFile, disk_bytes: int = 0) -> None:
+    """Note that a file was mapped; unmap others, oldest first, if there are too many, or if they take more than `disk_bytes`."""
     with _open_lock:
         _open_files[file] = None
-        while len(_open_files) > MAX_OPEN_FILES:
-            _open_files.popitem(last=False)[0].close()
+        _open_files.move_to_end(file)
+        held = sum(one.disk_bytes for one in _open_files) if disk_bytes else 0
+        while len(_open_files) > MAX_OPEN_FILES or (held > disk_bytes and len(_open_files) > 1):
+            oldest = _open_files.popitem(last=False)[0]
+            held -= oldest.disk_bytes
+            oldest.close()
 
 
 class StoredArray:

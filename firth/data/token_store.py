@@ -26,6 +26,8 @@ from typing import Any
 import numpy as np
 
 from firth.corpora.readers import Document
+from firth.corpora.remote import Address
+from firth.data.remote_arrays import RemoteStoredFile
 from firth.data.stored_arrays import StoredArray, StoredFile, StoredOffsets, block_hashes
 from firth.io.atomic import FULL
 from firth.io.integrity import check_digest, digest, with_digest
@@ -46,8 +48,11 @@ CHUNK_CHARACTERS = 1 << 21
 WORKER_CHUNK_CHARACTERS = 1 << 19
 """Characters that a worker process encodes at once: a tenth of a second, so that all workers end at about the same time."""
 
-LENGTHS_READ = 1 << 20
-"""Documents whose lengths, and tokens whose counts, are read at once."""
+LENGTHS_READ = 1 << 16
+"""Documents whose lengths are read at once."""
+
+TOKENS_COUNTED = 1 << 20
+"""Tokens that are counted at once."""
 
 Chunk = list[tuple[str, bool]]
 """Texts that are encoded at once: (part of a document, whether it is the last part)."""
@@ -67,7 +72,7 @@ class StorePart:
         advice: What the user can do if it is damaged.
     """
 
-    directory: Path
+    directory: Path | Address
     facts: Mapping[str, Any]
     advice: str
 
@@ -83,7 +88,12 @@ class StorePart:
         return dict(zip(FILES, (self.facts["tokens"], documents + 1, documents), strict=True))
 
     def check_sizes(self) -> None:
-        """Raise a UserError if a file is missing, or is longer or shorter than it was written."""
+        """Raise a UserError if a file is missing, or is longer or shorter than it was written.
+
+        In an object store that is found when the file is read.
+        """
+        if isinstance(self.directory, Address):
+            return
         for name, length in self.lengths.items():
             file, size = self.directory / name, length * self.dtype(name).itemsize
             if not file.exists() or file.stat().st_size != size:
@@ -95,9 +105,9 @@ class StorePart:
 
     def file(self, name: str) -> StoredFile:
         """Return one of its files, which is mapped when it is first read."""
-        return StoredFile(
-            self.directory / name, self.dtype(name), self.lengths[name], lambda: self._hashes(name), self.advice
-        )
+        facts = self.dtype(name), self.lengths[name], lambda: self._hashes(name), self.advice
+        place = self.directory / name
+        return RemoteStoredFile(place, *facts) if isinstance(place, Address) else StoredFile(place, *facts)
 
     def _hashes(self, name: str) -> list[str]:
         """Return the block hashes of a file.
@@ -115,7 +125,7 @@ class StorePart:
         return found
 
 
-def read_manifest(directory: Path, advice: str) -> dict[str, Any]:
+def read_manifest(directory: Path | Address, advice: str) -> dict[str, Any]:
     """Return the manifest of a token store.
 
     Args:
@@ -149,7 +159,7 @@ class TokenStore:
         parts: The parts, in order; a store that is not a corpus has one.
     """
 
-    def __init__(self, directory: Path, manifest: Mapping[str, Any], parts: Sequence[StorePart]) -> None:
+    def __init__(self, directory: Path | Address, manifest: Mapping[str, Any], parts: Sequence[StorePart]) -> None:
         self.directory, self.manifest = directory, manifest
         tokens, offsets, sizes = ([part.file(name) for part in parts] for name in FILES)
         self.tokens = StoredArray(tokens)
@@ -178,8 +188,8 @@ class TokenStore:
     def count_tokens(self, size: int) -> np.ndarray:
         """Return the count of each id, (size,) int64; the tokens are read in stretches."""
         counts = np.zeros(size, np.int64)
-        for start in range(0, len(self.tokens), LENGTHS_READ):
-            counts += np.bincount(self.tokens[start : start + LENGTHS_READ], minlength=size)
+        for start in range(0, len(self.tokens), TOKENS_COUNTED):
+            counts += np.bincount(self.tokens[start : start + TOKENS_COUNTED], minlength=size)
         return counts
 
     @classmethod
@@ -242,7 +252,7 @@ class TokenStore:
         return cls.open(directory, tokenizer)
 
 
-def check_store_tokenizer(directory: Path, built_with: str, tokenizer: Tokenizer) -> None:
+def check_store_tokenizer(directory: Path | Address, built_with: str, tokenizer: Tokenizer) -> None:
     """Raise a UserError if a store was built with another tokenizer (a digest) than the given one."""
     if built_with != tokenizer.digest:
         raise UserError(

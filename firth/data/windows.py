@@ -400,7 +400,7 @@ class SegmentPairsConfig(DocumentsConfig):
 _PAIR_DRAWS = ExampleRNG(0, "pairs")
 
 
-DOCUMENTS_PER_MARK = 256
+DOCUMENTS_PER_MARK = 4096
 """Documents whose parts are counted together: one number in memory for so many."""
 
 

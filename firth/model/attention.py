@@ -44,7 +44,7 @@ from torch.nn.attention.flex_attention import BlockMask, create_mask, flex_atten
 from firth import kernel_choice
 from firth.model import blocked_attention, native
 from firth.model.block_mask import PackedTexts, attend_packed, block_mask, packed_texts, varlen_runs
-from firth.types import ALL_DOCUMENTS, NEVER, Batch
+from firth.types import ALL_DOCUMENTS, NEVER, Batch, host_copy
 
 FIELDS = ("tokens", "positions", "token_type_ids", "query_time", "key_time", "key_expiry", "document_ids")
 
@@ -127,27 +127,8 @@ class AttentionMask:
             key_expiry: (B, S) integers; None: no key expires.
         """
         queries, keys = query_time.shape[-1], key_time.shape[-1]
-        absent = query_time <= -NEVER
-        low, high = query_time.masked_fill(absent, NEVER - 1), query_time.masked_fill(absent, -NEVER)
-        one = torch.ones((), dtype=torch.bool, device=query_time.device)
-        if query_document is not None and key_document is not None:
-            one = (
-                _same_document(key_document, query_document[:, :1]).all()
-                & (query_document == query_document[:, :1]).all()
-            )
-        if key_expiry is not None:
-            one = one & (key_expiry == NEVER).all()
         ever = key_time < NEVER
-        last = key_time.masked_fill(~ever, -NEVER).amax(-1)
-        same_keys = one & (last <= low.amin(-1)).all() & (high.amax() < NEVER)
-        causal_order = torch.zeros_like(one)
-        if queries == keys and queries > 1:
-            after = key_time.flip(-1).cummin(-1).values.flip(-1)[:, 1:]
-            causal_order = (
-                one & (key_time.cummax(-1).values <= low).logical_or(absent).all() & (after > high[:, :-1]).all()
-            )
-        # Read together: each value read on its own would make an accelerator wait.
-        full, same, causal = torch.stack((same_keys & ever.all(), same_keys, causal_order)).tolist()
+        full, same, causal = _form(query_time, key_time, query_document, key_document, key_expiry)
         if full:
             return AttentionMask()
         if causal:
@@ -166,6 +147,43 @@ class AttentionMask:
         on_cpu = query_time.device.type == "cpu"
         lower = on_cpu and queries == keys and not bool(seen.triu(1).any())
         return _masked(seen, lower, 0 if lower or not on_cpu else _num_visible_keys(ever))
+
+
+def _form(
+    query_time: Tensor,
+    key_time: Tensor,
+    query_document: Tensor | None,
+    key_document: Tensor | None,
+    key_expiry: Tensor | None,
+) -> tuple[bool, bool, bool]:
+    """Return whether all keys are visible to all queries, the same keys are, and each query sees the keys up to its own.
+
+    Args are those of `AttentionMask.from_times`. If all have copies in main memory, those are read.
+    """
+    given = (query_time, key_time, query_document, key_document, key_expiry)
+    here = [None if x is None else host_copy(x) for x in given]
+    if all(x is None or copy is not x for x, copy in zip(given, here, strict=True)):
+        query_time, key_time, query_document, key_document, key_expiry = here  # type: ignore[assignment]
+    queries, keys = query_time.shape[-1], key_time.shape[-1]
+    absent = query_time <= -NEVER
+    low, high = query_time.masked_fill(absent, NEVER - 1), query_time.masked_fill(absent, -NEVER)
+    one = torch.ones((), dtype=torch.bool, device=query_time.device)
+    if query_document is not None and key_document is not None:
+        one = (
+            _same_document(key_document, query_document[:, :1]).all() & (query_document == query_document[:, :1]).all()
+        )
+    if key_expiry is not None:
+        one = one & (key_expiry == NEVER).all()
+    ever = key_time < NEVER
+    last = key_time.masked_fill(~ever, -NEVER).amax(-1)
+    same_keys = one & (last <= low.amin(-1)).all() & (high.amax() < NEVER)
+    causal_order = torch.zeros_like(one)
+    if queries == keys and queries > 1:
+        after = key_time.flip(-1).cummin(-1).values.flip(-1)[:, 1:]
+        causal_order = one & (key_time.cummax(-1).values <= low).logical_or(absent).all() & (after > high[:, :-1]).all()
+    # Read together: each value read on its own would make an accelerator wait.
+    full, same, causal = torch.stack((same_keys & ever.all(), same_keys, causal_order)).tolist()
+    return full, same, causal
 
 
 KEY_MULTIPLE = 16

@@ -40,7 +40,7 @@ from firth.model.recurrent import RecurrentStack
 from firth.model.shard_tensors import is_sharded
 from firth.model.transformer import TransformerStack
 from firth.model.variants import CharacterCNN, Latent
-from firth.types import ALWAYS, NEVER, Batch, UserError
+from firth.types import ALWAYS, NEVER, Batch, UserError, host_copy, with_host_copy
 
 if TYPE_CHECKING:
     from firth.model.block import AttentionContext
@@ -254,7 +254,11 @@ class LM(nn.Module):
             prefix = None if context.past_length else self.prefix
             memory = self.row_memory(batch) if prefix is None else prefix.row_memory()
         if needed is not None:
-            needed = F.pad(needed.flatten(0, -2), (prompt_length, 0))  # (B, prompt_length + T)
+            padded, *copy = (
+                F.pad(x.flatten(0, -2), (prompt_length, 0))  # (B, prompt_length + T)
+                for x in dict.fromkeys((needed, host_copy(needed)))
+            )
+            needed = with_host_copy(padded, copy[0]) if copy else padded
         return replace(context, encoder_output=output, row_memory=memory, needed_positions=needed)
 
     def encoder_output(self, batch: Batch) -> EncoderOutput:

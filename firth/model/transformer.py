@@ -37,7 +37,7 @@ from firth.model.kv_cache import DecodingCache
 from firth.model.parameter_count import BIAS_POSITIONS
 from firth.model.positions import DistanceIndex, RelativeBias, distance_index, rope_angles, rotation
 from firth.model.variants import Linformer
-from firth.types import NEVER, Batch
+from firth.types import NEVER, Batch, host_copy, with_host_copy
 
 MAX_ROTATION_ROWS = 8
 """Rows of a decoding batch up to which rotary positions are faster as one matrix product."""
@@ -55,10 +55,29 @@ def subset_positions(needed: Tensor) -> Tensor | None:
         (B, W) indices, W being the most needed positions of any row; other rows are filled up with further positions,
         each once. None: all positions, since some row needs more than MAX_SUBSET_SHARE of them.
     """
-    most = max(1, int(needed.sum(-1).amax()))
+    here = host_copy(needed)
+    most = max(1, int(here.sum(-1).amax()))
     if most > MAX_SUBSET_SHARE * needed.shape[-1]:
         return None
-    return needed.byte().argsort(dim=-1, descending=True, stable=True)[:, :most]
+    index, *copy = (
+        x.byte().argsort(dim=-1, descending=True, stable=True)[:, :most]
+        for x in (needed, here)[: 1 if here is needed else 2]
+    )
+    return with_host_copy(index, copy[0]) if copy else index
+
+
+def _zero_times(fields: Batch) -> Tensor:
+    """Return the times of tokens that see each other: (B, T) int32."""
+    tokens = fields["tokens"]
+    here = host_copy(tokens)
+    zeros = torch.zeros_like(tokens, dtype=torch.int32)
+    return zeros if here is tokens else with_host_copy(zeros, torch.zeros_like(here, dtype=torch.int32))
+
+
+def _gathered(values: Tensor, index: Tensor) -> Tensor:
+    """Return the values (B, T) at positions (B, W)."""
+    found, here, at = values.gather(1, index), host_copy(values), host_copy(index)
+    return found if here is values or at is index else with_host_copy(found, here.gather(1, at))
 
 
 class TransformerStack(nn.Module):
@@ -199,13 +218,15 @@ class TransformerStack(nn.Module):
         """
         rope = self._rope(fields["positions"])
         keys, queries = self._key_fields(fields, context), fields
-        zeros = torch.zeros_like(fields["tokens"], dtype=torch.int32)
-        query_time, document = fields.get("query_time", zeros), fields.get("document_ids")
+        query_time, document = fields.get("query_time", _zero_times(fields)), fields.get("document_ids")
         subset, flex = None, self.flex
         if index is not None:
             names = [name for name in ("positions", "token_type_ids") if name in fields]
             queries = {name: fields[name].expand(len(index), -1).gather(1, index) for name in names}
-            query_time, document = query_time.gather(1, index), None if document is None else document.gather(1, index)
+            query_time, document = (
+                _gathered(query_time, index),
+                None if document is None else _gathered(document, index),
+            )
             subset, flex = PositionSubset(index, None if rope is None else self._rope(queries["positions"])), False
         mask = AttentionMask.from_times(
             query_time, keys["key_time"], document, keys.get("document_ids"), flex, keys.get("key_expiry")
@@ -221,8 +242,7 @@ class TransformerStack(nn.Module):
 
     def _key_fields(self, fields: Batch, context: ForwardContext) -> Batch:
         """Return the fields of all keys, (B or 1, past + M + T) each: those in the cache, in the memory, in the rows."""
-        zeros = torch.zeros_like(fields["tokens"], dtype=torch.int32)
-        keys = {"key_time": fields.get("key_time", zeros), "positions": fields["positions"]}
+        keys = {"key_time": fields.get("key_time", _zero_times(fields)), "positions": fields["positions"]}
         keys |= {name: fields[name] for name in ("document_ids", "token_type_ids", "key_expiry") if name in fields}
         memory, cache = context.row_memory, context.cache
         if memory is not None:

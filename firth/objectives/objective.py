@@ -34,7 +34,18 @@ from firth.model.transformer import subset_positions
 from firth.model.variants import ScalarMix
 from firth.objectives import name_of
 from firth.tokenizer.vocab import Vocab
-from firth.types import IGNORE, Batch, Constraints, DataStats, Example, Metric, Outputs, UserError
+from firth.types import (
+    IGNORE,
+    Batch,
+    Constraints,
+    DataStats,
+    Example,
+    Metric,
+    Outputs,
+    UserError,
+    host_copy,
+    with_host_copy,
+)
 
 PATTERN_DESCRIPTIONS: dict[AttentionPattern, str] = {
     "causal": "reads a text from left to right",
@@ -260,6 +271,11 @@ def label_positions(objective: Objective, batch: Batch) -> Tensor | None:
     fields = [batch[name] for name in sorted({*counted_fields(objective).values()}) if name in batch]
     if not fields or any(field.shape != batch["tokens"].shape for field in fields):
         return None
+    at, here = _any_labels(fields), [*map(host_copy, fields)]
+    return at if any(x is copy for x, copy in zip(fields, here, strict=True)) else with_host_copy(at, _any_labels(here))
+
+
+def _any_labels(fields: Sequence[Tensor]) -> Tensor:
     at = fields[0] != IGNORE
     for field in fields[1:]:
         at = at | (field != IGNORE)
@@ -347,7 +363,11 @@ def vocabulary_flops(model: LM, labels: Tensor) -> float:
 
 def supervised(hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """Return the states and labels of the supervised positions: (N, hidden_size), (N,), in row order."""
-    at = (labels.flatten() != IGNORE).nonzero()[:, 0]
+    labeled, here = labels.flatten() != IGNORE, host_copy(labels)
+    if here is labels:
+        at = labeled.nonzero()[:, 0]
+    else:
+        at = torch.nonzero_static(labeled, size=int((here != IGNORE).sum()))[:, 0]
     flat = hidden.flatten(0, -2)
     if len(at) == len(flat):
         return flat, labels.flatten()

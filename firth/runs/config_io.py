@@ -28,6 +28,7 @@ from typing import Any
 
 import yaml
 
+from firth.corpora.readers import is_url
 from firth.fields import PathKind, check_fields
 from firth.io import user_code, yaml_files
 from firth.types import UserError
@@ -98,10 +99,10 @@ def without_paths(value: Any) -> Any:
 
 
 def absolute_paths(value: Any) -> Any:
-    """Return a copy of a recipe with absolute paths; globs stay globs."""
+    """Return a copy of a recipe with absolute paths; globs and addresses stay what they are."""
 
     def whole(path: str) -> str:
-        return str(Path(path).expanduser().absolute()) if path else path
+        return str(Path(path).expanduser().absolute()) if path and not is_url(path) else path
 
     return _with_paths(value, lambda _, one: whole(one) if isinstance(one, str) else tuple(map(whole, one)))
 

@@ -20,6 +20,7 @@ from firth.runs.workers import Claims, start_workers
 from firth.sweep.space import Parameter
 from firth.sweep.trials import (
     CLAIMS,
+    DIVERGED,
     REASON,
     STARTUP_TRIALS,
     WARMUP_PERCENT,
@@ -109,7 +110,7 @@ class Seeds:
 
     Args:
         names: Names of both.
-        values: Metrics of each, by seed.
+        values: Metrics of each, by seed; NaN where the run diverged.
     """
 
     names: tuple[str, str]
@@ -117,30 +118,55 @@ class Seeds:
 
     @staticmethod
     def of(sweeper: Sweeper, best: FrozenTrial) -> Seeds | None:
-        """Read the finished runs; None if there are not two seeds of each."""
+        """Read the runs that have ended; None if there are not two seeds of each."""
         found: list[dict[int, float]] = []
         for arm in arms(best):
             runs = (sweeper.out / "seeds" / arm).glob("seed-*")
-            numbers = [int(run.name.removeprefix("seed-")) for run in runs if read_done(run)]
+            numbers = [
+                int(run.name.removeprefix("seed-")) for run in runs if read_done(run) or (run / DIVERGED).is_file()
+            ]
             directories = {seed: seed_directory(sweeper.out, arm, seed) for seed in sorted(numbers)}
-            found.append({seed: metric_of(sweeper.config.metric, path) for seed, path in directories.items()})
+            found.append(
+                {
+                    seed: metric_of(sweeper.config.metric, path) if read_done(path) else math.nan
+                    for seed, path in directories.items()
+                }
+            )
         if len(found[0]) < 2 or found[0].keys() != found[1].keys():
             return None
         return Seeds(arms(best), (found[0], found[1]))
 
     @property
-    def difference(self) -> Interval:
-        """The best trial minus the recipe, over seeds, with a 95% interval."""
+    def differences(self) -> list[float]:
+        """The best trial minus the recipe, for each seed with which both were trained to the end."""
         first, second = self.values
-        found = Interval.of([first[seed] - second[seed] for seed in first])
-        assert found is not None
-        return found
+        found = [first[seed] - second[seed] for seed in first]
+        return [one for one in found if not math.isnan(one)]
+
+    @property
+    def difference(self) -> Interval | None:
+        """The mean difference with a 95% interval; None if no seed has one."""
+        return Interval.of(self.differences)
 
     def sentence(self, sweeper: Sweeper) -> str:
-        """Return whether the best trial beats the recipe beyond the noise of seeds."""
+        """Return whether the best trial beats the recipe beyond the noise of seeds, and how many runs diverged."""
+        return " ".join([self._compared(sweeper), *self._diverged()])
+
+    def _diverged(self) -> list[str]:
+        counts = [sum(map(math.isnan, values.values())) for values in self.values]
+        if not any(counts):
+            return []
+        whole = len(self.values[0])
+        return [
+            f"Diverged: {counts[0]} of {whole} seeds of {self.names[0]}, {counts[1]} of {whole} of the recipe's own."
+        ]
+
+    def _compared(self, sweeper: Sweeper) -> str:
         gap, metric = self.difference, sweeper.config.metric
+        if gap is None:
+            return "No seed compares the settings."
         better = gap.mean < 0 if sweeper.config.minimizes else gap.mean > 0
-        what = f"{gap.mean:+.4g}{gap.limits('+.4g')} {metric} over {len(self.values[0])} other seeds"
+        what = f"{gap.mean:+.4g}{gap.limits('+.4g')} {metric} over {len(self.differences)} other seeds"
         if not gap.excludes_zero:
             return f"These seeds do not distinguish the settings of {self.names[0]} from the recipe's own: {what}."
         return f"The settings of {self.names[0]} are {'better' if better else 'worse'} than the recipe's own: {what}."
@@ -148,9 +174,24 @@ class Seeds:
     def table(self, sweeper: Sweeper) -> Table:
         """Return a row for each seed."""
         first, second = self.values
-        rows: list[list[Cell]] = [[str(seed), first[seed], second[seed], first[seed] - second[seed]] for seed in first]
+        rows: list[list[Cell]] = [
+            [
+                str(seed),
+                *(_or_diverged(value) for value in (first[seed], second[seed])),
+                _or_none(first[seed] - second[seed]),
+            ]
+            for seed in first
+        ]
         head = ["seed", self.names[0], "the recipe's own settings", "difference"]
         return Table(f"{sweeper.config.metric} with other seeds", head, rows)
+
+
+def _or_diverged(value: float) -> Cell:
+    return "diverged" if math.isnan(value) else value
+
+
+def _or_none(value: float) -> Cell:
+    return None if math.isnan(value) else value
 
 
 def trial_table(sweeper: Sweeper, trials: Sequence[FrozenTrial]) -> Table:

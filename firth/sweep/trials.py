@@ -37,7 +37,7 @@ from firth.io.atomic import FULL, make_directory
 from firth.io.integrity import read_done, read_record, write_record
 from firth.runs import config_io, examples
 from firth.runs.prepare import RunData
-from firth.runs.recipe import Recipe, TokenizerConfig, load
+from firth.runs.recipe import Recipe, TokenizerConfig, expand_assignment, load
 from firth.runs.resolve import resolve
 from firth.runs.run import build_data, build_model, prepare_tokenizer, run
 from firth.runs.run_context import RunContext
@@ -67,6 +67,8 @@ MAX_FAILURES = 3
 """The sweep stops when this many trials fail with an error and none has finished."""
 REASON = "reason"
 """Attribute of a trial that diverged or failed: why."""
+DIVERGED = "diverged.json"
+"""File in the directory of a seed that diverged, with the reason."""
 OF_TOKENS = ("tokenizer", "data", "objective", "examples", "init_from", "init_embeddings_from")
 """Varied fields with which trials have tokenizers or data of their own."""
 
@@ -237,7 +239,12 @@ def prepare(name: str, settings: Sequence[str], config: StudyConfig, out: Path, 
             (out / JOURNAL).unlink(missing_ok=True)  # of a sweep whose settings were wrong
             place = str(Path(name).absolute()) if Path(name).exists() else name
             precision = choose_precision(base.precision, default_device())
-            kept = {"name": place, "settings": list(settings), "trials": config.trials, "precision": precision}
+            kept = {
+                "name": place,
+                "settings": _from_anywhere(settings, base),
+                "trials": config.trials,
+                "precision": precision,
+            }
             write_record(file, record | kept)
         elif config.trials > before["trials"]:
             write_record(file, before | {"trials": config.trials})  # so that the directory alone continues all of them
@@ -248,6 +255,18 @@ def prepare(name: str, settings: Sequence[str], config: StudyConfig, out: Path, 
             make_directory(out / TRIALS)
         sweeper.study()
     return sweeper
+
+
+def _from_anywhere(settings: Sequence[str], base: Recipe) -> list[str]:
+    """Return the settings with the recipe's files as absolute paths, so that the directory continues from any working directory."""
+    own = {name: value for name, _, value in config_io.paths(base)}
+    whole = {
+        name: value
+        for name, kind, value in config_io.paths(config_io.absolute_paths(base))
+        if value != own[name] and (kind == "files" or Path(value).exists())
+    }
+    kept = [one for one in settings if expand_assignment(one).partition("=")[0] not in whole]
+    return [*kept, *(f"{name}={json.dumps(value)}" for name, value in whole.items())]
 
 
 def reopen(out: Path, trials: int | None, seeds: int) -> tuple[str, list[str], StudyConfig]:
@@ -488,10 +507,18 @@ def work_seeds(sweeper: Sweeper, best: FrozenTrial, claims: Claims, log: LogLine
         arm, seed = jobs[job]
         recipe = dataclasses.replace(sweeper.recipe(settings[arm]), seed=seed)
         directory = seed_directory(sweeper.out, arm, seed)
-        run(recipe, directory, log=_silent, reporter=NullReporter(), on_metrics=lambda _: claim.check())
+        try:
+            run(recipe, directory, log=_silent, reporter=NullReporter(), on_metrics=lambda _: claim.check())
+        except DivergedError as error:
+            write_record(directory / DIVERGED, {REASON: str(error)})
+            log(f"{job.name}: diverged: {error}")
         shutil.rmtree(directory / "checkpoints", ignore_errors=True)
 
-    work(list(jobs), claims, lambda job: bool(read_done(seed_directory(sweeper.out, *jobs[job]))), run_seed, log)
+    def ended(job: WorkUnit) -> bool:
+        directory = seed_directory(sweeper.out, *jobs[job])
+        return bool(read_done(directory)) or (directory / DIVERGED).is_file()
+
+    work(list(jobs), claims, ended, run_seed, log)
 
 
 def _silent(_: str) -> None:

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from firth.data.collate import counted_fields
 from firth.training.data_parallel import Parallel
-from firth.types import IGNORE, Batch, Outputs, UserError
+from firth.types import IGNORE, Batch, Outputs, UserError, with_host_copy
 
 if TYPE_CHECKING:
     from firth.model.model import LM
@@ -172,8 +172,9 @@ def named_metrics(objective: Objective, means: Mapping[str, float]) -> dict[str,
 
 
 def to(batch: Batch, device: torch.device) -> Batch:
-    """Move a batch to a device."""
-    return {name: x.to(device, non_blocking=True) for name, x in batch.items()}
+    """Move a batch to a device. Tensors that are copied keep the original for `host_copy`."""
+    moved = {name: x.to(device, non_blocking=True) for name, x in batch.items()}
+    return {name: x if x is batch[name] else with_host_copy(x, batch[name]) for name, x in moved.items()}
 
 
 def pinned(batches: list[Batch]) -> list[Batch]:

@@ -23,13 +23,16 @@ from typer.testing import CliRunner
 
 from firth.cli import app
 from firth.io.integrity import read_done
-from firth.runs.recipe import load
+from firth.runs.recipe import Recipe, load
 from firth.runs.run import run
 from firth.sweep import trials as trials_module
 from firth.sweep.report import importance, page, show, sweep_recipe
 from firth.sweep.trials import JOURNAL, StudyConfig, Sweeper, completed, prepare, reopen
+from firth.training.trainer import DivergedError
 from firth.types import UserError
+from tests.support.commands import ROOT
 from tests.support.runs import quiet
+from tests.support.tiny_corpus import TEXTS
 
 TINY = (
     "data.corpus=pydoc", "tokenizer.vocab_size=300", "model.hidden_size=16", "model.num_heads=1", "model.head_dim=16",
@@ -331,3 +334,56 @@ def test_a_metric_can_be_maximized(tmp_path: Path) -> None:
         UserError, match="--metric train/speed is not among the metrics of a training step: train/step, "
     ):
         sweep_recipe("gpt", [*TINY, *VARIED], StudyConfig(3, "train/speed"), tmp_path / "other", log=quiet)
+
+
+def test_a_sweep_continues_from_another_directory(tmp_path: Path) -> None:
+    """The files of its settings were named relative to the first working directory."""
+    (tmp_path / "first" / "texts").mkdir(parents=True)
+    (tmp_path / "second").mkdir()
+    (tmp_path / "first" / "texts" / "a.txt").write_text("\n\n".join(TEXTS[:20]))
+    settings = [one for one in TINY if not one.startswith("data.")]
+    out = tmp_path / "first" / "sweep"
+    calls = (
+        (
+            "first",
+            ["gpt", "data.path=texts", "data.split_by=blank", *settings, VARIED[0], "--out", "sweep", "--trials", "1"],
+        ),
+        ("second", [str(out), "--trials", "2"]),
+        (
+            "first",
+            ["gpt", "data=texts", "data.split_by=blank", *settings, VARIED[0], "--out", "sweep", "--trials", "2"],
+        ),
+    )
+    for place, arguments in calls:
+        done = subprocess.run(
+            [sys.executable, "-m", "firth", "sweep", *arguments], capture_output=True, text=True, cwd=tmp_path / place,
+            env=ENVIRONMENT | {"PYTHONPATH": str(ROOT)},
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+    assert (out / "trials" / "0001").exists()
+
+
+def test_a_seed_that_diverges_is_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The other seeds are compared, the table shows it, and a repeated call does not train it again."""
+    begun: list[Path] = []
+
+    def diverging(recipe: Recipe, directory: Path, **rest: Any) -> Any:
+        begun.append(directory)
+        if directory.match("recipe/seed-2"):
+            directory.mkdir(parents=True)
+            raise DivergedError("the loss is not finite")
+        return run(recipe, directory, **rest)
+
+    monkeypatch.setattr(trials_module, "run", diverging)
+    settings, config = [*TINY, VARIED[0]], StudyConfig(1, seeds=3)
+    lines: list[str] = []
+    shown = sweep_recipe("gpt", settings, config, tmp_path / "sweep", log=lines.append)
+    assert any(line.endswith("seed 2: diverged: the loss is not finite") for line in lines)
+    assert "over 2 other seeds" in shown
+    assert "Diverged: 0 of 3 seeds of trial-0000, 1 of 3 of the recipe's own." in shown
+    assert len(begun) == 7
+    assert sweep_recipe("gpt", settings, config, tmp_path / "sweep", log=quiet) == shown
+    assert len(begun) == 7
+    sweeper = prepare("gpt", settings, config, tmp_path / "sweep", quiet)
+    (table,) = next(s for s in page(sweeper, sweeper.study()).sections if s.title == "Other seeds").tables
+    assert [row[2:] for row in table.rows if row[0] == "2"] == [["diverged", None]]

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import json
 import shutil
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from bench.speed.corpus import write_linked_corpus
 from firth.corpora import readers
 from firth.corpora.readers import Document
 from firth.data import stored_arrays
@@ -21,6 +24,7 @@ from firth.data.windows import ChunksConfig, Documents, DocumentsConfig, Windows
 from firth.runs.recipe import load, published
 from firth.runs.recipe_names import RECIPES
 from firth.runs.run import run
+from firth.tokenizer.tokenizer import Tokenizer
 from firth.types import UserError
 from tests.support.tiny_corpus import corpus, documents, store, tokenizer
 
@@ -133,6 +137,33 @@ def test_memory_per_document_is_small(both: tuple[TokenStore, TokenStore]) -> No
     """Chunks keep one number for 256 documents."""
     chunks = Documents(ChunksConfig(max_length=16), both[1], tokenizer().vocab)
     assert len(chunks.index._marks) == 2
+
+
+@pytest.mark.slow
+def test_memory_is_bounded_for_fifty_million_documents(tmp_path: Path) -> None:
+    """At the peak: 17 bytes per MB of file that was read, 8 bytes for 4,096 documents, and the manifest; the work space is constant."""
+    peaks = {}
+    for documents_ in (500_000, 50_000_000):
+        made = write_linked_corpus(tmp_path, documents_)
+        parts, content = len(made.manifest["parts"]), made.directory / "corpus.json"
+        loaded = Tokenizer.load(made.tokenizer)
+        del made
+        gc.collect()
+        tracemalloc.start()
+        opened = open_stores([tmp_path / f"linked-{documents_}"], loaded)[0]
+        tracemalloc.reset_peak()
+        before = tracemalloc.get_traced_memory()[0]
+        chunks = Documents(ChunksConfig(), opened, loaded.vocab)
+        rng = np.random.default_rng(0)
+        for _ in range(50):
+            assert len(chunks.many(rng.integers(0, len(chunks), 16).tolist())) == 16
+        assert before < 5 * content.stat().st_size + 100_000 * parts
+        peaks[documents_] = tracemalloc.get_traced_memory()[1] - before
+        tracemalloc.stop()
+        assert len(opened) == documents_
+    hashes = 17 * parts * (120 + 1)  # 120 MB of tokens and 1 MB of offsets in each part
+    objects = parts * 3000
+    assert peaks[50_000_000] - peaks[500_000] < hashes + 4 * 8 * 50_000_000 / 4096 + objects
 
 
 def test_a_run_takes_tokenizer_and_held_out_text_from_its_corpus(folder: Path, tmp_path: Path) -> None:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import random
 import re
+import resource
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -162,10 +164,29 @@ def test_large_sets_are_compared_in_groups(monkeypatch: pytest.MonkeyPatch) -> N
             seen.add(int(column[row]))
     for size in (1 << 22, 40):
         monkeypatch.setattr(filters, "COMPARED_AT_ONCE", size)
-        found = [(part, row) for part, rows in filters._repeated(columns, alive) for row in rows.tolist()]
+        found = [(part, row) for part, rows in filters._repeated(columns.__getitem__, alive) for row in rows.tolist()]
         assert sorted(found) == expected
 
 
 def test_texts_without_words_differ_unless_they_are_copies() -> None:
     assert np.array_equal(bands("!!!  ???"), bands("!!! ???"))
     assert not (bands("!!! ???") == bands(":-) :-(")).any()
+
+
+def test_parts_may_be_more_than_a_process_may_open(tmp_path: Path) -> None:
+    """100 GB of text are 800 parts, and a process may open 1,024 files by default."""
+    config = FilterConfig(deduplicate=True, near_duplicates=True)
+    scans = [tmp_path / str(number) for number in range(80)]
+    for number, place in enumerate(scans):
+        place.mkdir()
+        found = filters.Fingerprints(config)
+        found.add(" ".join(random.Random(number % 40).choices(VOCABULARY, k=30)), 0)
+        found.write(place)
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    opened = len(list(Path("/proc/self/fd").iterdir()))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (opened + 20, before[1]))
+    try:
+        rules = [int(one[0]) for one in filters.dropped(scans, config)]
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+    assert rules == [0] * 40 + [filters.DUPLICATE] * 40
