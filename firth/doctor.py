@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 
 from firth import kernel_choice, openmp
-from firth.generate import native_decoder, native_linear, quantized
+from firth.generate import logit_summary, native_decoder, native_linear, quantized
 from firth.model import attention, cross_entropy, fused, native, positions
 from firth.objectives.word2vec import NEIGHBORS
 from firth.training import device, muon
@@ -223,6 +223,7 @@ def _kernels() -> list[DoctorRow]:
         quantized.KERNEL,
         native_decoder.DECODE,
         native_linear.FEW_ROWS,
+        logit_summary.KERNEL,
         TABLE_ROWS,
         NEIGHBORS,
     ]

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from firth.generate.decoding_batch import DecodingBatch, ReadPrompts, inference_mode, read_chunk, read_prompts
+from firth.generate.logit_summary import summarize
 from firth.generate.output import Completion, StreamingOutput
 from firth.generate.prefix_cache import PrefixCache
 from firth.generate.sampling import NEGATIVE_INFINITY, Sampling, next_tokens, uniforms
@@ -98,6 +99,8 @@ class _Row:
         sampling = request.sampling
         self.filters = replace(sampling, max_new_tokens=1, stop_strings=(), seed=0)
         self.uniform = np.zeros(0) if sampling.greedy else uniforms([request.seed], output.limit)[0]
+        self.takes_best = sampling.greedy and sampling.repetition_penalty == 1 and request.constraint is None
+        """Whether each token is the most likely one."""
         self.context = context
         """The decoder's tokens before the answer."""
         self.shown = 0
@@ -283,8 +286,8 @@ class Scheduler:
     def _append(self, rows: Sequence[_Row], logits: Tensor) -> list[Update]:
         """Draw the next token of each row from its logits (rows, V)."""
         logits = logits.float()
-        tokens = self._draw(rows, logits)
-        normalizer = logits.logsumexp(-1)
+        best, normalizer = summarize(logits)
+        tokens = best if all(row.takes_best for row in rows) else self._draw(rows, logits)
         logprobs = (logits.gather(-1, tokens[:, None])[:, 0] - normalizer).tolist()
         alternatives = _alternatives(rows, logits, normalizer)
         updates = []

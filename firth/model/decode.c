@@ -6,6 +6,7 @@
    with any number of threads. `firth.generate.native_decoder` lists the supported models. */
 
 #include "int8.h"
+#include "meeting.h"
 #if defined(__AMX_BF16__) && defined(__AVX512BF16__) && defined(__linux__)
 #define TILES 1
 #include <sys/syscall.h>
@@ -355,8 +356,11 @@ EXPORT void few_rows(const Map *map, const float *x, float *y, int64_t rows, int
 
 /* ------------------------------------------------------------------------------------------ norms, heads, attention */
 
-static void normalize(const Norm *norm, const float *x, float *y, int64_t rows, int64_t width) {
-    #pragma omp for schedule(static)
+/* What a thread needs besides its task: the barrier of all threads, and room for rounded rows. */
+typedef struct { Meeting *meeting; Rounded rounded; } Worker;
+
+static void normalize(const Norm *norm, const float *x, float *y, int64_t rows, int64_t width, const Worker *worker) {
+    #pragma omp for schedule(static) nowait
     for (int64_t r = 0; r < rows; r++) {
         const float *from = x + r * width;
         float *to = y + r * width, mean = 0, square = 0;
@@ -376,6 +380,7 @@ static void normalize(const Norm *norm, const float *x, float *y, int64_t rows, 
         if (norm->gain) for (int64_t j = 0; j < width; j++) to[j] *= norm->gain[j];
         if (norm->offset) for (int64_t j = 0; j < width; j++) to[j] += norm->offset[j];
     }
+    meet(worker->meeting);
 }
 
 /* A head of a query or a key, in place: unit RMS, gain, rotary position. */
@@ -420,9 +425,9 @@ static void weighted(const float *p, const void *v, int64_t n, int64_t width, in
 
 /* q (rows, heads, head_dim) -> out, over the first lengths[row] + added slots of the text of each row. */
 static void attend(const Model *model, const Cache *cache, int64_t layer, const int64_t *slots, const float *q, float *out,
-                   const int64_t *lengths, int64_t added, const float *bias, int64_t longest, int64_t rows) {
+                   const int64_t *lengths, int64_t added, const float *bias, int64_t longest, int64_t rows, const Worker *worker) {
     int64_t group = model->heads / model->kv_heads, width = model->head_dim;
-    #pragma omp for schedule(dynamic)
+    #pragma omp for schedule(dynamic) nowait
     for (int64_t i = 0; i < rows * model->kv_heads; i++) {
         int64_t row = i / model->kv_heads, head = i % model->kv_heads * group, n = lengths[row] + added;
         const void *keys = text_at(model, cache, cache->keys, layer, slots, row, i % model->kv_heads);
@@ -445,24 +450,25 @@ static void attend(const Model *model, const Cache *cache, int64_t layer, const 
         }
         free(scores);
     }
+    meet(worker->meeting);
 }
 
 /* ------------------------------------------------------------------------------------------ the step */
 
 /* Self-attention of the new tokens: x += o(attend(q, keys, values)); their keys and values are stored in the next slot of each row. */
 static void self_attention(const Model *model, int64_t layer, const Step *step, const float *from, float *joined, float *mixed,
-                           Rounded *rounded) {
+                           Worker *worker) {
     const Attention *at = &model->layers[layer].attention;
     const Cache *cache = &step->cache;
     int64_t width = model->head_dim, queries = model->heads * width, keys = model->kv_heads * width;
     int64_t heads = model->heads + 2 * model->kv_heads, rows = step->rows;
     float *q = joined, *k = q + rows * queries, *v = k + rows * keys;
-    round_input(&at->q, from, model->width, rows, rounded);
-    product(&at->q, from, rounded, model->width, rows, q, queries, 0, model->tiles);
-    product(&at->k, from, rounded, model->width, rows, k, keys, 0, model->tiles);
-    product(&at->v, from, rounded, model->width, rows, v, keys, 0, model->tiles);
-    #pragma omp barrier
-    #pragma omp for schedule(static)
+    round_input(&at->q, from, model->width, rows, &worker->rounded);
+    product(&at->q, from, &worker->rounded, model->width, rows, q, queries, 0, model->tiles);
+    product(&at->k, from, &worker->rounded, model->width, rows, k, keys, 0, model->tiles);
+    product(&at->v, from, &worker->rounded, model->width, rows, v, keys, 0, model->tiles);
+    meet(worker->meeting);
+    #pragma omp for schedule(static) nowait
     for (int64_t i = 0; i < rows * heads; i++) {
         int64_t row = i / heads, h = i % heads, kv = h < model->heads + model->kv_heads ? h - model->heads : h - model->heads - model->kv_heads;
         if (h < model->heads) {
@@ -475,51 +481,54 @@ static void self_attention(const Model *model, int64_t layer, const Step *step, 
         void *text = text_at(model, cache, is_key ? cache->keys : cache->values, layer, step->slots, row, kv);
         store(text, step->lengths[row] * width, x, width, cache->kind == BF16);
     }
-    attend(model, cache, layer, step->slots, q, mixed, step->lengths, 1, step->bias, step->longest, rows);
-    round_input(&at->o, mixed, queries, rows, rounded);
-    product(&at->o, mixed, rounded, queries, rows, step->x, model->width, 1, model->tiles);
-    #pragma omp barrier
+    meet(worker->meeting);
+    attend(model, cache, layer, step->slots, q, mixed, step->lengths, 1, step->bias, step->longest, rows, worker);
+    round_input(&at->o, mixed, queries, rows, &worker->rounded);
+    product(&at->o, mixed, &worker->rounded, queries, rows, step->x, model->width, 1, model->tiles);
+    meet(worker->meeting);
 }
 
 /* Cross-attention: queries have no position, as in `firth.model.block`. */
 static void cross_attention(const Model *model, int64_t layer, const Step *step, const float *from, float *q, float *mixed,
-                            Rounded *rounded) {
+                            Worker *worker) {
     const Attention *at = &model->layers[layer].cross;
     int64_t queries = model->heads * model->head_dim, rows = step->rows;
     Model still = *model;
     still.cosine = still.sine = 0;
-    round_input(&at->q, from, model->width, rows, rounded);
-    product(&at->q, from, rounded, model->width, rows, q, queries, 0, model->tiles);
-    #pragma omp barrier
+    round_input(&at->q, from, model->width, rows, &worker->rounded);
+    product(&at->q, from, &worker->rounded, model->width, rows, q, queries, 0, model->tiles);
+    meet(worker->meeting);
     if (at->q_gain || model->qk_eps >= 0) {
-        #pragma omp for schedule(static)
+        #pragma omp for schedule(static) nowait
         for (int64_t i = 0; i < rows * model->heads; i++)
             place_head(q + i * model->head_dim, at->q_gain, &still, step, i / model->heads);
+        meet(worker->meeting);
     }
-    attend(model, &step->source, layer, step->slots, q, mixed, step->source_lengths, 0, 0, 0, rows);
-    round_input(&at->o, mixed, queries, rows, rounded);
-    product(&at->o, mixed, rounded, queries, rows, step->x, model->width, 1, model->tiles);
-    #pragma omp barrier
+    attend(model, &step->source, layer, step->slots, q, mixed, step->source_lengths, 0, 0, 0, rows, worker);
+    round_input(&at->o, mixed, queries, rows, &worker->rounded);
+    product(&at->o, mixed, &worker->rounded, queries, rows, step->x, model->width, 1, model->tiles);
+    meet(worker->meeting);
 }
 
-static void feed_forward(const Model *model, const Layer *layer, const Step *step, const float *from, float *inner, Rounded *rounded) {
+static void feed_forward(const Model *model, const Layer *layer, const Step *step, const float *from, float *inner, Worker *worker) {
     int64_t hidden = model->hidden, rows = step->rows, parts = (hidden + 511) / 512;
     int gated = layer->gate.weight != 0;
     float *up = inner + (gated ? rows * hidden : 0);
-    round_input(&layer->up, from, model->width, rows, rounded);
-    product(&layer->gate, from, rounded, model->width, rows, inner, hidden, 0, model->tiles);
-    product(&layer->up, from, rounded, model->width, rows, up, hidden, 0, model->tiles);
-    #pragma omp barrier
-    #pragma omp for schedule(static)
+    round_input(&layer->up, from, model->width, rows, &worker->rounded);
+    product(&layer->gate, from, &worker->rounded, model->width, rows, inner, hidden, 0, model->tiles);
+    product(&layer->up, from, &worker->rounded, model->width, rows, up, hidden, 0, model->tiles);
+    meet(worker->meeting);
+    #pragma omp for schedule(static) nowait
     for (int64_t i = 0; i < rows * parts; i++) {
         int64_t start = i / parts * hidden + i % parts * 512, n = hidden - i % parts * 512 < 512 ? hidden - i % parts * 512 : 512;
         float value[512];
         values(model->activation, inner + start, value, n);
         for (int64_t j = 0; j < n; j++) inner[start + j] = gated ? value[j] * up[start + j] : value[j];
     }
-    round_input(&layer->down, inner, hidden, rows, rounded);
-    product(&layer->down, inner, rounded, hidden, rows, step->x, model->width, 1, model->tiles);
-    #pragma omp barrier
+    meet(worker->meeting);
+    round_input(&layer->down, inner, hidden, rows, &worker->rounded);
+    product(&layer->down, inner, &worker->rounded, hidden, rows, step->x, model->width, 1, model->tiles);
+    meet(worker->meeting);
 }
 
 EXPORT void decode(const Model *model, const Step *step, int threads) {
@@ -527,6 +536,7 @@ EXPORT void decode(const Model *model, const Step *step, int threads) {
     float *normed = scratch(rows * width), *mixed = scratch(rows * queries), *inner = scratch(2 * rows * model->hidden);
     float *joined = scratch(rows * (model->heads + 2 * model->kv_heads) * model->head_dim), *x = step->x;
     int64_t widest = width > queries ? width : queries;
+    Meeting meeting = {0};
     int int8 = model->layers->up.kind == INT8 || model->head.kind == INT8;
     if (model->hidden > widest) widest = model->hidden;
     #pragma omp parallel num_threads(threads)
@@ -534,29 +544,29 @@ EXPORT void decode(const Model *model, const Step *step, int threads) {
 #ifdef TILES
         if (model->tiles) configure_tiles();
 #endif
-        Rounded rounded = {0};
-        if (int8) rounded = rounded_rows(rows, widest);
+        Worker worker = {.meeting = &meeting};
+        if (int8) worker.rounded = rounded_rows(rows, widest);
         for (int64_t i = 0; i < model->depth; i++) {
             const Layer *layer = model->layers + i;
             const float *from = model->post_norm ? x : normed;
-            if (!model->post_norm) normalize(&layer->attention_norm, x, normed, rows, width);
-            self_attention(model, i, step, from, joined, mixed, &rounded);
-            if (model->post_norm) normalize(&layer->attention_norm, x, x, rows, width);
+            if (!model->post_norm) normalize(&layer->attention_norm, x, normed, rows, width, &worker);
+            self_attention(model, i, step, from, joined, mixed, &worker);
+            if (model->post_norm) normalize(&layer->attention_norm, x, x, rows, width, &worker);
             if (layer->cross.o.weight) {
-                if (!model->post_norm) normalize(&layer->cross_norm, x, normed, rows, width);
-                cross_attention(model, i, step, from, joined, mixed, &rounded);
-                if (model->post_norm) normalize(&layer->cross_norm, x, x, rows, width);
+                if (!model->post_norm) normalize(&layer->cross_norm, x, normed, rows, width, &worker);
+                cross_attention(model, i, step, from, joined, mixed, &worker);
+                if (model->post_norm) normalize(&layer->cross_norm, x, x, rows, width, &worker);
             }
-            if (!model->post_norm) normalize(&layer->mlp_norm, x, normed, rows, width);
-            feed_forward(model, layer, step, from, inner, &rounded);
-            if (model->post_norm) normalize(&layer->mlp_norm, x, x, rows, width);
+            if (!model->post_norm) normalize(&layer->mlp_norm, x, normed, rows, width, &worker);
+            feed_forward(model, layer, step, from, inner, &worker);
+            if (model->post_norm) normalize(&layer->mlp_norm, x, x, rows, width, &worker);
         }
-        normalize(&model->norm, x, x, rows, width);
+        normalize(&model->norm, x, x, rows, width, &worker);
         if (step->logits) {
-            round_input(&model->head, x, width, rows, &rounded);
-            product(&model->head, x, &rounded, width, rows, step->logits, model->head.out, 0, model->tiles);
+            round_input(&model->head, x, width, rows, &worker.rounded);
+            product(&model->head, x, &worker.rounded, width, rows, step->logits, model->head.out, 0, model->tiles);
         }
-        free_rounded(&rounded);
+        free_rounded(&worker.rounded);
 #ifdef TILES
         if (model->tiles) _tile_release();
 #endif

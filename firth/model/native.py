@@ -1,6 +1,6 @@
 """Native CPU kernels and the differentiable operations that use them.
 
-Native CPU kernels (`native.c`, `decode.c`): compiled once with the C compiler of the machine, called through ctypes.
+Native CPU kernels (`native.c`, `decode.c`, `logits.c`): compiled once with the C compiler of the machine, called through ctypes.
 
 Between its matrix products, a training step is bound by memory: with torch's operators, a norm or a squared ReLU reads and
 writes its input three to ten times. `native.c` does each in one pass. It is optional: without a compiler, or if it fails,
@@ -38,9 +38,9 @@ from firth import kernel_choice
 from firth.io.cache import cache
 from firth.types import UserError
 
-SOURCES = tuple(Path(__file__).with_name(name) for name in ("native.c", "decode.c"))
+SOURCES = tuple(Path(__file__).with_name(name) for name in ("native.c", "decode.c", "logits.c"))
 
-HEADERS = tuple(Path(__file__).with_name(name) for name in ("native.h", "vectors.h", "int8.h"))
+HEADERS = tuple(Path(__file__).with_name(name) for name in ("native.h", "vectors.h", "int8.h", "meeting.h"))
 
 FLAGS = (
     "-O3",
@@ -92,6 +92,7 @@ ARGUMENTS = {
     "linear": (*4 * (POINTER,), INT, LONG, LONG, LONG, INT),
     "decode": (POINTER, POINTER, INT),
     "few_rows": (*3 * (POINTER,), LONG, INT, INT),
+    "summarize": (POINTER, LONG, LONG, POINTER, POINTER, INT),
     "momentum": (POINTER, POINTER, POINTER, INT, FLOAT, LONG, INT),
     "apply": (POINTER, POINTER, INT, FLOAT, FLOAT, LONG, INT),
     "columns_forward": (POINTER, INT, POINTER, LONG, POINTER, *5 * (LONG,), INT),
@@ -102,7 +103,7 @@ ARGUMENTS = {
     "neighbors_backward": (*4 * (POINTER,), *3 * (LONG,), INT),
     "cross_entropy": (POINTER, INT, *3 * (POINTER,), LONG, FLOAT, FLOAT, INT, POINTER, POINTER, LONG, LONG, INT),
 }
-"""Function of native.c or decode.c -> types of its arguments."""
+"""Function of SOURCES -> types of its arguments."""
 
 
 class NoCompilerError(UserError, RuntimeError):
